@@ -1,0 +1,47 @@
+"""Exceptions of fd_dsa.
+
+FdDsaError
+├── ShapeError          a ValueError: an array has the wrong shape
+├── DtypeError          a ValueError: an array has the wrong dtype
+├── ConfigError         a ValueError: a flag or a field of a model folder cannot be served
+│   └── CheckpointError a tensor or file of a checkpoint is missing, damaged or of another shape
+├── CapacityError       a ValueError: more tokens, rows or blocks than were allocated for
+├── MissingStepError    a RuntimeError: a step field is read before the call that makes it
+└── BackendUnavailable  an ImportError: a device or provider cannot serve here
+
+A message says what, what was found, what is allowed and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FdDsaError(Exception):
+    """Base of all errors that fd_dsa raises on purpose."""
+
+
+class ShapeError(FdDsaError, ValueError):
+    """An array has another shape than its contract says; both shapes are in the message."""
+
+
+class DtypeError(FdDsaError, ValueError):
+    """An array has another dtype than its contract says."""
+
+
+class ConfigError(FdDsaError, ValueError):
+    """A flag or a field of the model folder has a value that cannot be served."""
+
+
+class CheckpointError(ConfigError):
+    """A file or tensor of a checkpoint is missing, damaged, unexpected or of another shape."""
+
+
+class CapacityError(FdDsaError, ValueError):
+    """A step needs more tokens, rows or blocks than the buffers hold."""
+
+
+class MissingStepError(FdDsaError, RuntimeError):
+    """A field of the step's metadata is read before the call that makes it."""
+
+
+class BackendUnavailable(FdDsaError, ImportError):  # noqa: N818 - the name says what, not "error"
+    """A device, provider or package that was asked for cannot serve on this machine."""
