@@ -1,0 +1,1 @@
+"""The runner: persistent batch state, the step hook both engines share, the embedded runner."""

@@ -1,0 +1,110 @@
+"""Persistent host state of the rows of a step: lengths, block tables and token ids.
+
+The buffers are allocated once. The engine fills them with `begin_step` and `add_row`; the runner
+hands them to the attention backend, which makes the step's metadata of them. Row states follow
+FastDeploy's `share_inputs` (worker/input_batch.py): a prefill row has
+`seq_lens_encoder == seq_lens_this_time > 0`, a decode row has `seq_lens_encoder == 0`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fd_dsa.errors import CapacityError
+
+
+class InputBatch:
+    """Rows, block tables and packed token ids of the step which is being assembled.
+
+    Attributes:
+        seq_lens_encoder: int32 [max_num_seqs]; new prefill tokens of a row in this step, else 0.
+        seq_lens_decoder: int32 [max_num_seqs]; tokens of the row in the cache before this step.
+        seq_lens_this_time: int32 [max_num_seqs]; tokens of the row in this step, 0 when idle.
+        block_tables: int32 [max_num_seqs, max_blocks_per_seq]; physical blocks, -1 = none.
+        ids_remove_padding: int64 [max_num_tokens]; token ids of the step, packed in row order.
+        num_tokens, num_prefill_tokens: tokens of this step so far.
+        max_seqlen_k: longest row after this step, tokens; 0 without rows.
+        num_rows: 1 + the highest row that has tokens in this step.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, max_num_tokens: int, max_blocks_per_seq: int, block_size: int
+    ) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.max_num_tokens = max_num_tokens
+        self.block_size = block_size
+        self.seq_lens_encoder = np.zeros(max_num_seqs, np.int32)
+        self.seq_lens_decoder = np.zeros(max_num_seqs, np.int32)
+        self.seq_lens_this_time = np.zeros(max_num_seqs, np.int32)
+        self.block_tables = np.full((max_num_seqs, max_blocks_per_seq), -1, np.int32)
+        self.ids_remove_padding = np.zeros(max_num_tokens, np.int64)
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Make every row idle; block tables stay."""
+        self.seq_lens_encoder[:] = 0
+        self.seq_lens_decoder[:] = 0
+        self.seq_lens_this_time[:] = 0
+        self.num_tokens = 0
+        self.num_prefill_tokens = 0
+        self.max_seqlen_k = 0
+        self.num_rows = 0
+
+    def add_row(
+        self, row: int, token_ids: Sequence[int], num_computed_tokens: int, is_prefill: bool
+    ) -> int:
+        """Flat index of the last token of `row`, whose tokens join this step.
+
+        Args:
+            row: row of the batch; rows must come in ascending order, each once a step.
+            token_ids: the tokens to run, at least one.
+            num_computed_tokens: tokens of the row whose keys are in the cache already.
+            is_prefill: whether the tokens belong to the prompt (any chunk of it).
+
+        Raises:
+            ValueError: rows out of order, or no token.
+            CapacityError: more tokens than `max_num_tokens`.
+        """
+        num_new = len(token_ids)
+        if not self.num_rows <= row < self.max_num_seqs:
+            raise ValueError(
+                f"row: {row} must be at least {self.num_rows} (rows come in ascending order) "
+                f"and below max_num_seqs {self.max_num_seqs}"
+            )
+        if num_new == 0:
+            raise ValueError(f"token_ids: row {row} has no token; leave idle rows out")
+        end = self.num_tokens + num_new
+        if end > self.max_num_tokens:
+            raise CapacityError(
+                f"token_ids: row {row} brings the step to {end} tokens, "
+                f"max_num_tokens is {self.max_num_tokens}"
+            )
+        self.ids_remove_padding[self.num_tokens : end] = token_ids
+        self.seq_lens_encoder[row] = num_new if is_prefill else 0
+        self.seq_lens_decoder[row] = num_computed_tokens
+        self.seq_lens_this_time[row] = num_new
+        self.num_tokens = end
+        self.num_prefill_tokens += num_new if is_prefill else 0
+        self.max_seqlen_k = max(self.max_seqlen_k, num_computed_tokens + num_new)
+        self.num_rows = row + 1
+        return end - 1
+
+    def set_blocks(self, row: int, block_ids: Sequence[int], start: int = 0) -> None:
+        """Write `block_ids` into the block table of `row` from logical block `start` on.
+
+        Raises:
+            CapacityError: the table of a row has fewer columns than that.
+        """
+        end = start + len(block_ids)
+        if end > self.block_tables.shape[1]:
+            raise CapacityError(
+                f"block_tables: row {row} needs {end} blocks, "
+                f"a row holds {self.block_tables.shape[1]}"
+            )
+        self.block_tables[row, start:end] = block_ids
+
+    def clear_row(self, row: int) -> None:
+        """Forget the blocks of `row`."""
+        self.block_tables[row] = -1
