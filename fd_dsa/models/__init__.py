@@ -1,0 +1,1 @@
+"""Models of the DSA family: configuration, checkpoints and Paddle layers."""
