@@ -1,0 +1,54 @@
+# Needs Linux, Python 3.10 to 3.13, make, and a package index that pip can reach.
+#   make serve                start the server on the demo model
+#   make test                 every test that needs no GPU
+# Another interpreter: make PYTHON=python3.12 ...; flags of the server: make serve ARGS="--port 9000"
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+
+.PHONY: serve test test-oracle lint bench soak docs
+.DELETE_ON_ERROR:
+
+serve: $(VENV)/.cpu
+	$(BIN)/python -m fd_dsa.serve $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+test-oracle: $(VENV)/.oracle
+	$(BIN)/python -m pytest -m oracle $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
+
+bench: $(VENV)/.oracle
+	$(BIN)/python benchmarks/engine_cpu.py $(ARGS)
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m pytest --hypothesis-profile=soak tests/step tests/engine $(ARGS)
+
+docs: $(VENV)/.dev
+	$(BIN)/python tools/build_docs.py
+
+# a stamp is the extras that .venv holds; a newer pyproject.toml makes pip look again
+$(VENV)/.cpu: EXTRAS := cpu
+$(VENV)/.dev: EXTRAS := cpu,dev
+$(VENV)/.oracle: EXTRAS := cpu,dev,oracle
+$(VENV)/.cpu $(VENV)/.dev $(VENV)/.oracle: $(VENV)/.made pyproject.toml setup.py
+	@echo "installing fd_dsa[$(EXTRAS)] into $(VENV)"
+	$(PIP) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.made:
+	@command -v "$(PYTHON)" >/dev/null || { echo "make: $(PYTHON) not found; install Python" \
+	  "3.10 to 3.13 or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "make: fd_dsa needs Python 3.10 to 3.13, $(PYTHON) is $$("$(PYTHON)" -V 2>&1);" \
+	  "name another one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make" \
+	  "virtual environments; install its venv package (Debian, Ubuntu: apt install python3-venv)" \
+	  "or name another one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@

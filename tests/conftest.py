@@ -1,0 +1,84 @@
+"""What all tests share: skips with a reason where a machine lacks something, and a summary.
+
+`pytest` needs no GPU: tests whose marker asks for something that is missing here are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+GPU_MARKERS = ("gpu", "gpu_rig")
+
+# failures print the example; a slow shared machine is no failure
+settings.register_profile(
+    "default", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("soak", settings.get_profile("default"), max_examples=20_000)
+settings.load_profile("default")
+
+
+def _has_gpu() -> bool:
+    """True where the NVIDIA driver shows a device."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def _missing(*modules: str) -> str | None:
+    """The reason to skip when one of these packages is not installed; nothing is imported."""
+    absent = [name for name in modules if find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def _no_gpu(*modules: str) -> str | None:
+    """The reason to skip a test that needs a GPU and these packages."""
+    return _missing(*modules) if _has_gpu() else "no NVIDIA GPU on this machine"
+
+
+# marker -> why its tests cannot run here, None where they can
+REQUIREMENTS: dict[str, Callable[[], str | None]] = {
+    "gpu": lambda: _no_gpu("torch", "triton"),
+    "gpu_rig": lambda: _no_gpu("paddle", "triton"),
+    "triton": lambda: _missing("triton"),
+    "fastdeploy": lambda: _missing("fastdeploy"),
+    "oracle": lambda: _missing("torch", "transformers"),
+}
+_skip_reason = cache(lambda marker: REQUIREMENTS[marker]())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what cannot run here; `network` tests run only when they are asked for by name."""
+    for item in items:
+        names = {mark.name for mark in item.iter_markers()}
+        reasons = [_skip_reason(name) for name in names & REQUIREMENTS.keys()]
+        if "network" in names and "network" not in config.option.markexpr:
+            reasons.append("needs a package index; select it with -m network")
+        for reason in filter(None, reasons):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def parity_mode() -> str:
+    """How the comparison with Hugging Face is made on this machine, in words."""
+    missing = _skip_reason("oracle")
+    if missing:
+        return f"from the committed goldens ({missing})"
+    return f"live (torch {version('torch')}, transformers {version('transformers')}) and goldens"
+
+
+def pytest_report_header() -> str:
+    """The mode of the parity tests, before they run."""
+    return f"parity with Hugging Face: {parity_mode()}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The mode of the parity tests, and how many GPU tests this machine could not run."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    num_gpu = sum(any(name in report.keywords for name in GPU_MARKERS) for report in skipped)
+    terminalreporter.section("what ran here")
+    terminalreporter.write_line(f"parity with Hugging Face: {parity_mode()}")
+    terminalreporter.write_line(f"GPU tests skipped: {num_gpu}")
