@@ -1,0 +1,8 @@
+"""Once per step: the metadata which every layer reads, in buffers that never move."""
+
+from __future__ import annotations
+
+from fd_dsa.step.builder import StepMetadataBuilder
+from fd_dsa.step.forward_meta import ForwardMeta
+
+__all__ = ["ForwardMeta", "StepMetadataBuilder"]

@@ -1,0 +1,278 @@
+"""What a step's inputs must satisfy; everything here runs before the first write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import index
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.errors import BackendUnavailable, CapacityError, DtypeError, ShapeError
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+INT32_MAX = 2**31 - 1
+_DLPACK_CPU = 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """Sizes that every step of one builder keeps to.
+
+    Args:
+        max_num_seqs: rows.
+        max_num_tokens: tokens of a step, padding included.
+        max_blocks_per_seq: columns of the block table.
+        block_size: tokens per block.
+        num_blocks: physical blocks of the cache; None = ids have no upper bound.
+
+    Raises:
+        ValueError: a size below 1, or one whose indices would not fit int32.
+    """
+
+    max_num_seqs: int
+    max_num_tokens: int
+    max_blocks_per_seq: int
+    block_size: int
+    num_blocks: int | None
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_tokens", "max_blocks_per_seq", "block_size"):
+            _check_size(name, getattr(self, name))
+        if self.num_blocks is not None:
+            _check_size("num_blocks", self.num_blocks)
+        if self.max_seq_len > INT32_MAX:
+            raise ValueError(
+                f"max_blocks_per_seq: {self.max_blocks_per_seq} blocks of {self.block_size} tokens "
+                f"hold {self.max_seq_len} tokens, lengths are int32 (at most {INT32_MAX}); "
+                "make the block table narrower"
+            )
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that the widest row can hold."""
+        return self.max_blocks_per_seq * self.block_size
+
+
+class StepInputs(NamedTuple):
+    """Inputs of one step as NumPy arrays: int32 [B] three times and [B, max_blocks]."""
+
+    seq_lens_encoder: Int32Array
+    seq_lens_decoder: Int32Array
+    seq_lens_this_time: Int32Array
+    block_tables: Int32Array
+
+
+class StepTotals(NamedTuple):
+    """What the checks found out about a valid step and the writer needs again."""
+
+    num_tokens: int
+    num_prefill_tokens: int
+    max_seqlen_k: int
+    # int64 [B]: keys in the cache after this step, 0 for idle rows
+    seq_lens_k: Int64Array
+    # int64 [B] or None in a decode-only step: gathered (or reserved) keys of each row
+    gathered_keys: Int64Array | None
+
+
+def host_array(name: str, value: Any) -> npt.NDArray[Any]:
+    """`value` as a NumPy array over the same memory.
+
+    Raises:
+        BackendUnavailable: the tensor does not lie in host memory.
+        DtypeError: neither a NumPy array nor a tensor.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    if not hasattr(value, "__dlpack_device__"):
+        raise DtypeError(
+            f"{name}: got {type(value).__name__}, allowed are a NumPy array and a Paddle tensor "
+            "of int32; convert it with numpy.asarray(value, numpy.int32)"
+        )
+    device = int(value.__dlpack_device__()[0])
+    if device != _DLPACK_CPU:
+        raise BackendUnavailable(
+            f"{name}: lies on a device (DLPack type {device}), the host provider of this builder "
+            "reads host memory; the Triton provider, which reads device tensors, comes with a "
+            "later release"
+        )
+    return np.from_dlpack(value)
+
+
+def check_layout(inputs: StepInputs, limits: StepLimits) -> None:
+    """Refuse dtypes other than int32, shapes that disagree, and more rows than there are.
+
+    Raises:
+        DtypeError, ShapeError, CapacityError: names the field, the found and the allowed.
+    """
+    rows = inputs.seq_lens_this_time.shape
+    for name, array in zip(StepInputs._fields, inputs, strict=True):
+        if array.dtype != np.int32:
+            raise DtypeError(f"{name}: got dtype {array.dtype}, allowed is int32; convert it")
+    if len(rows) != 1:
+        raise ShapeError(f"seq_lens_this_time: got shape {rows}, allowed is [rows]; flatten it")
+    for name, array in zip(StepInputs._fields[:2], inputs[:2], strict=True):
+        if array.shape != rows:
+            raise ShapeError(
+                f"{name}: got shape {array.shape}, seq_lens_this_time has shape {rows}; "
+                "pass one entry for each row in both"
+            )
+    wanted = (rows[0], limits.max_blocks_per_seq)
+    if inputs.block_tables.shape != wanted:
+        raise ShapeError(
+            f"block_tables: got shape {inputs.block_tables.shape}, allowed is {wanted} = "
+            f"[rows, max_blocks_per_seq] (seq_lens_this_time has shape {rows}); "
+            "pass one row of the table for each row of the step"
+        )
+    if rows[0] > limits.max_num_seqs:
+        raise CapacityError(
+            f"seq_lens_this_time: got {rows[0]} rows, allowed are at most max_num_seqs = "
+            f"{limits.max_num_seqs}; schedule fewer rows or raise max_num_seqs"
+        )
+
+
+def check_values(inputs: StepInputs, limits: StepLimits) -> StepTotals:
+    """Refuse lengths and block ids which no consistent step has; count what it holds.
+
+    Sums are int64, so that no int32 input can wrap into a plausible number.
+
+    Raises:
+        ValueError: a negative length, an encoder length that is neither 0 nor the row's tokens,
+            or a block id that a row needs and that is no block.
+        CapacityError: too many tokens, keys or blocks.
+    """
+    encoder, decoder, this_time, _ = inputs
+    # the sign bit of the union is set if any of the three is negative
+    if ((encoder | decoder | this_time) < 0).any():
+        _raise_negative(inputs)
+    num_prefill_tokens = int(encoder.sum(dtype=np.int64))
+    if num_prefill_tokens:
+        inconsistent = (encoder != 0) & (encoder != this_time)
+        if inconsistent.any():
+            _raise_inconsistent(inputs, int(inconsistent.argmax()))
+    num_tokens = int(this_time.sum(dtype=np.int64))
+    if num_tokens > limits.max_num_tokens:
+        raise CapacityError(
+            f"seq_lens_this_time: the rows hold {num_tokens} tokens "
+            f"(most in row {int(this_time.argmax())}: {int(this_time.max())}), allowed are at most "
+            f"max_num_tokens = {limits.max_num_tokens}; schedule fewer tokens or raise it"
+        )
+    seq_lens_k = np.add(decoder, this_time, dtype=np.int64)
+    seq_lens_k *= this_time > 0
+    max_seqlen_k = int(seq_lens_k.max(initial=0))
+    _check_blocks(inputs, limits, seq_lens_k, max_seqlen_k)
+    gathered = np.where(encoder > 0, seq_lens_k, this_time) if num_prefill_tokens else None
+    if gathered is not None and gathered.sum() > INT32_MAX:
+        raise CapacityError(
+            f"seq_lens_decoder: the prefill rows gather {int(gathered.sum())} keys "
+            f"(most in row {int(gathered.argmax())}: {int(gathered.max())}), allowed are at most "
+            f"{INT32_MAX} in one step; schedule fewer prefill rows together"
+        )
+    return StepTotals(num_tokens, num_prefill_tokens, max_seqlen_k, seq_lens_k, gathered)
+
+
+def check_host_counts(
+    totals: StepTotals,
+    limits: StepLimits,
+    num_padded_tokens: int | None,
+    num_tokens: int | None,
+    num_prefill_tokens: int | None,
+    max_seqlen_k: int | None,
+) -> tuple[int, int]:
+    """Padded token count and `max_seqlen_k` of the step, from what the caller says and what is.
+
+    Raises:
+        ValueError: a given count disagrees with the arrays, or padding below the token count.
+        CapacityError: padding above `max_num_tokens`.
+    """
+    for name, given, found in (
+        ("num_tokens", num_tokens, totals.num_tokens),
+        ("num_prefill_tokens", num_prefill_tokens, totals.num_prefill_tokens),
+    ):
+        if given is not None and given != found:
+            raise ValueError(
+                f"{name}: got {given}, the lengths of the rows say {found}; pass the number of "
+                "this step, or leave it out with host arrays"
+            )
+    if max_seqlen_k is None:
+        max_seqlen_k = totals.max_seqlen_k
+    elif max_seqlen_k < totals.max_seqlen_k:
+        raise ValueError(
+            f"max_seqlen_k: got {max_seqlen_k}, row {int(totals.seq_lens_k.argmax())} has "
+            f"{totals.max_seqlen_k} keys; pass that or an upper bound"
+        )
+    if num_padded_tokens is None:
+        return totals.num_tokens, index(max_seqlen_k)
+    if num_padded_tokens < totals.num_tokens:
+        raise ValueError(
+            f"num_padded_tokens: got {num_padded_tokens}, the step has {totals.num_tokens} tokens; "
+            "pass at least that"
+        )
+    if num_padded_tokens > limits.max_num_tokens:
+        raise CapacityError(
+            f"num_padded_tokens: got {num_padded_tokens}, allowed are at most max_num_tokens = "
+            f"{limits.max_num_tokens}; pad less or raise it"
+        )
+    return index(num_padded_tokens), index(max_seqlen_k)
+
+
+def _check_size(name: str, value: int) -> None:
+    """Refuse a size that is below 1 or past int32."""
+    if not 1 <= value <= INT32_MAX:
+        raise ValueError(f"{name}: got {value}, allowed are 1..{INT32_MAX}")
+
+
+def _check_blocks(
+    inputs: StepInputs, limits: StepLimits, seq_lens_k: Int64Array, max_seqlen_k: int
+) -> None:
+    """Refuse a row that is longer than its table, or that needs an entry which is no block."""
+    block_size = limits.block_size
+    if max_seqlen_k > limits.max_seq_len:
+        row = int(seq_lens_k.argmax())
+        raise CapacityError(
+            f"block_tables: {_length_of(inputs, row)} need {-(-max_seqlen_k // block_size)} blocks "
+            f"of {block_size}, the table has {limits.max_blocks_per_seq} columns; "
+            "raise max_blocks_per_seq or check the scheduler"
+        )
+    num_columns = -(-max_seqlen_k // block_size)
+    num_blocks = INT32_MAX + 1 if limits.num_blocks is None else limits.num_blocks
+    # read as unsigned, a negative id lies past every bound
+    bad = inputs.block_tables[:, :num_columns].view(np.uint32) >= num_blocks
+    bad &= np.arange(0, num_columns * block_size, block_size) < seq_lens_k[:, None]
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        block = int(inputs.block_tables[row, column])
+        allowed = "0 or more" if limits.num_blocks is None else f"0..{num_blocks - 1}"
+        raise ValueError(
+            f"block_tables: row {row}, column {column} is {block}, but "
+            f"{_length_of(inputs, row)} need this block of {block_size}; allowed is {allowed}; "
+            "allocate the block before the step"
+        )
+
+
+def _length_of(inputs: StepInputs, row: int) -> str:
+    """The length of a row, in words."""
+    cached, new = int(inputs.seq_lens_decoder[row]), int(inputs.seq_lens_this_time[row])
+    return f"the {cached} cached + {new} new tokens of row {row}"
+
+
+def _raise_negative(inputs: StepInputs) -> NoReturn:
+    """Name the first negative length."""
+    lengths = np.stack(inputs[:3], axis=1)
+    row, field = (int(i) for i in np.argwhere(lengths < 0)[0])
+    raise ValueError(
+        f"{StepInputs._fields[field]}: row {row} is {int(lengths[row, field])}, "
+        "allowed is 0 or more; check the scheduler"
+    )
+
+
+def _raise_inconsistent(inputs: StepInputs, row: int) -> NoReturn:
+    """Name a row which is neither a prefill nor a decode row."""
+    raise ValueError(
+        f"seq_lens_encoder: row {row} is {int(inputs.seq_lens_encoder[row])} with "
+        f"seq_lens_this_time {int(inputs.seq_lens_this_time[row])}, allowed is 0 (decode or idle "
+        "row) or all of the row's tokens (prefill row); check the scheduler"
+    )

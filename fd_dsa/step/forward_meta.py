@@ -1,0 +1,60 @@
+"""The contract between the step's builder and everything that reads a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# a paddle.Tensor, or a numpy.ndarray where the builder was made for device "numpy"
+Array = Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ForwardMeta:
+    """What attention knows about one step: built once, read by every layer, written by none.
+
+    B = rows of the step, T = padded token count, n_b = `seq_lens_this_time[b]`,
+    d_b = `seq_lens_decoder[b]`. The j-th token of row b is t = `cu_seqlens_q[b]` + j.
+    A row is *prefill* iff `seq_lens_encoder[b]` > 0 (first or later chunk, with or without a
+    cached prefix), *decode* iff it is not prefill and n_b > 0, and *idle* iff n_b = 0.
+
+    Padding. Tokens from `cu_seqlens_q[B]` on have batch id -1, position 0, slot -1 and window
+    (0, 0). A slot of -1 is never written.
+
+    Prefill fields. `indexer_attn_mask_offsets` and `cu_seqlens_kg` are None in a step without a
+    prefill token; a consumer that needs them and finds None raises `MissingStepError`.
+
+    Lifetime. The arrays are views of the builder's buffers: valid until its next `build`, at the
+    same addresses in every step. Two objects are equal only if they are the same object.
+    """
+
+    # int32 [B]: new prefill tokens of row b in this step; 0 for a decode or idle row
+    seq_lens_encoder: Array
+    # int32 [B]: tokens of row b in the cache before this step, prefix hits and chunks included
+    seq_lens_decoder: Array
+    # int32 [B]: tokens of row b in this step; 0 = idle
+    seq_lens_this_time: Array
+    # int32 [B + 1]: prefix sums of seq_lens_this_time
+    cu_seqlens_q: Array
+    # int32 [B, max_blocks]: physical block of each logical block; -1 = unused
+    block_tables: Array
+    # int32 [T]: row of token t; -1 = padding
+    batch_id_per_token: Array
+    # int64 [T]: d_b + j; 0 = padding
+    position_ids: Array
+    # int64 [T]: block_tables[b, p // bs] * bs + p % bs for p = position_ids[t]; -1 = padding
+    slot_mapping: Array
+    # int32 [B]: keys in the cache after this step (d_b + n_b) of a decode row, else 0
+    cache_seqlens: Array
+    # int32 [2 T] or None: ks, ke of each token, half-open, into the step's gathered keys:
+    # ks = cu_seqlens_kg[b], ke = ks + d_b + j + 1 for a prefill token, (0, 0) for all others
+    indexer_attn_mask_offsets: Array | None
+    # int32 [B + 1] or None: prefix sums of the gathered keys, d_b + n_b for a prefill row and
+    # n_b (reserved, never filled) for any other
+    cu_seqlens_kg: Array | None
+    # host int: tokens of prefill rows
+    num_prefill_tokens: int
+    # host int: tokens of decode rows
+    num_decode_tokens: int
+    # host int: largest d_b + n_b of the rows that are not idle, or an upper bound of it
+    max_seqlen_k: int

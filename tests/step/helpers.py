@@ -1,0 +1,73 @@
+"""What the step tests share: fields by kind, comparison with the oracle, builders that fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.step import ForwardMeta, StepMetadataBuilder
+from tests.reference.step_metadata import ref_step_metadata
+from tests.strategies import StepBatch
+
+ROW_FIELDS = (
+    "seq_lens_encoder",
+    "seq_lens_decoder",
+    "seq_lens_this_time",
+    "cu_seqlens_q",
+    "block_tables",
+    "cache_seqlens",
+)
+TOKEN_FIELDS = ("batch_id_per_token", "position_ids", "slot_mapping")
+PREFILL_FIELDS = ("indexer_attn_mask_offsets", "cu_seqlens_kg")
+COUNT_FIELDS = ("num_prefill_tokens", "num_decode_tokens", "max_seqlen_k")
+ARRAY_FIELDS = ROW_FIELDS + TOKEN_FIELDS + PREFILL_FIELDS
+
+
+def builder_for(batch: StepBatch, device: str = "numpy", **sizes: Any) -> StepMetadataBuilder:
+    """A builder whose capacity is larger than the step, unless `sizes` says otherwise."""
+    padded = batch.num_padded_tokens or 0
+    return StepMetadataBuilder(
+        **{
+            "max_num_seqs": batch.num_rows + 2,
+            "max_num_tokens": max(batch.num_tokens, padded) + 5,
+            "max_blocks_per_seq": batch.block_tables.shape[1],
+            "block_size": batch.block_size,
+            "num_blocks": batch.num_blocks,
+            "device": device,
+            **sizes,
+        }
+    )
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """An array of either device as NumPy, over the same memory."""
+    return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
+
+
+def arrays_of(meta: ForwardMeta) -> dict[str, np.ndarray | None]:
+    """Copies of all arrays of a step by name."""
+    found = {name: getattr(meta, name) for name in ARRAY_FIELDS}
+    return {name: None if a is None else as_numpy(a).copy() for name, a in found.items()}
+
+
+def address(array: Any) -> int:
+    """Where an array of either device starts."""
+    return int(as_numpy(array).__array_interface__["data"][0])
+
+
+def assert_matches_oracle(meta: ForwardMeta, batch: StepBatch) -> None:
+    """Every field equals the oracle's, in dtype, shape and value."""
+    wanted = ref_step_metadata(*batch.inputs(), batch.block_size, batch.num_padded_tokens)
+    assert set(wanted) == set(ForwardMeta.__slots__)
+    for name, array in arrays_of(meta).items():
+        if wanted[name] is None:
+            assert array is None, name
+            continue
+        assert array is not None, name
+        assert array.dtype == wanted[name].dtype, name
+        assert array.shape == wanted[name].shape, name
+        np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+    for name in COUNT_FIELDS:
+        assert type(getattr(meta, name)) is int, name
+        assert getattr(meta, name) == wanted[name], name

@@ -1,0 +1,123 @@
+"""Hypothesis strategies: steps with every kind of row, over disjoint cache blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from hypothesis import strategies as st
+
+ROW_KINDS = ("idle", "first_chunk", "later_chunk", "decode", "mtp_decode", "idle_with_cache")
+BLOCK_SIZES = (1, 16, 64)
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step's inputs and the sizes of a builder that they fit.
+
+    `seq_lens_*` are int32 [B], `block_tables` int32 [B, max_blocks]; entries that no token needs
+    are -1 or, as schedulers allocate ahead, any block id.
+    """
+
+    seq_lens_encoder: np.ndarray
+    seq_lens_decoder: np.ndarray
+    seq_lens_this_time: np.ndarray
+    block_tables: np.ndarray
+    block_size: int
+    num_blocks: int
+    num_padded_tokens: int | None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.seq_lens_this_time)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.seq_lens_this_time.sum())
+
+    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The four arrays in the order of `StepMetadataBuilder.build`."""
+        return (
+            self.seq_lens_encoder,
+            self.seq_lens_decoder,
+            self.seq_lens_this_time,
+            self.block_tables,
+        )
+
+    def take_rows(self, rows: list[int]) -> StepBatch:
+        """The same step with its rows in another order."""
+        encoder, decoder, this_time, tables = (array[rows] for array in self.inputs())
+        return replace(
+            self,
+            seq_lens_encoder=encoder,
+            seq_lens_decoder=decoder,
+            seq_lens_this_time=this_time,
+            block_tables=tables,
+        )
+
+
+def _lengths(kind: str, new: int, cached: int) -> tuple[int, int, int]:
+    """Encoder, decoder and this-time length of a row of the given kind."""
+    return {
+        "idle": (0, 0, 0),
+        "idle_with_cache": (0, cached, 0),
+        "first_chunk": (new, 0, new),
+        "later_chunk": (new, cached, new),
+        "decode": (0, cached, 1),
+        "mtp_decode": (0, cached, min(new, 4)),
+    }[kind]
+
+
+def make_batch(
+    rows: list[tuple[int, int, int]],
+    block_size: int,
+    seed: int = 0,
+    spare_columns: int = 0,
+    num_padded_tokens: int | None = None,
+) -> StepBatch:
+    """A step of `(encoder, decoder, this_time)` rows over shuffled, disjoint blocks."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array(rows, np.int32).reshape(-1, 3)
+    needed = -(-(lengths[:, 1] + lengths[:, 2]) // block_size)
+    columns = max(1, int(needed.max(initial=0)) + spare_columns)
+    num_blocks = int(needed.sum()) + 3
+    free = rng.permutation(num_blocks).astype(np.int32)
+    # what lies past a row's length is junk, some of it no block at all
+    tables = rng.integers(-1, num_blocks, (len(rows), columns), np.int32)
+    for row, count in enumerate(needed):
+        tables[row, :count], free = free[:count], free[count:]
+        if rng.integers(2):
+            tables[row, count:] = -1
+    encoder, decoder, this_time = np.ascontiguousarray(lengths.T)
+    return StepBatch(encoder, decoder, this_time, tables, block_size, num_blocks, num_padded_tokens)
+
+
+@st.composite
+def step_batches(
+    draw: st.DrawFn,
+    kinds: tuple[str, ...] = ROW_KINDS,
+    min_rows: int = 0,
+    max_rows: int = 8,
+    max_len: int = 200,
+) -> StepBatch:
+    """Any legal step: all kinds of rows in any order, block edges, padding or none."""
+    block_size = draw(st.sampled_from(BLOCK_SIZES))
+    edges = [n for k in (1, 2) for n in (k * 64 - 1, k * 64, k * 64 + 1)]
+    lengths = st.one_of(st.integers(1, 5), st.sampled_from(edges), st.integers(1, max_len))
+    row = st.builds(_lengths, st.sampled_from(kinds), lengths, lengths)
+    rows = draw(st.lists(row, min_size=min_rows, max_size=max_rows))
+    num_tokens = sum(new for _, _, new in rows)
+    padding = draw(st.one_of(st.none(), st.integers(0, 9)))
+    return make_batch(
+        rows,
+        block_size,
+        seed=draw(st.integers(0, 2**32 - 1)),
+        spare_columns=draw(st.integers(0, 2)),
+        num_padded_tokens=None if padding is None else num_tokens + padding,
+    )
+
+
+def chunk_lengths(total: int) -> st.SearchStrategy[list[int]]:
+    """Ways to cut `total` tokens into chunks of at least one."""
+    cuts = st.sets(st.integers(1, total - 1), max_size=4) if total > 1 else st.just(set())
+    return cuts.map(lambda found: np.diff([0, *sorted(found), total]).tolist())
