@@ -1,0 +1,116 @@
+"""RoPE settings of a config.json, in both forms that Hugging Face has written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fd_dsa.models.config_reader import FieldReader
+
+_TYPES = ("default", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """How positions turn into angles; everything but `theta` counts for YaRN only.
+
+    Attributes:
+        theta: base of the frequencies.
+        type: "default" or "yarn".
+        factor: how many times longer the context is than in pre-training.
+        original_max_position_embeddings: context of the pre-training, tokens.
+        beta_fast, beta_slow: rotations at which interpolation begins and is complete.
+        mscale, mscale_all_dim: weights of log(factor); 0.0 where the file has none. As in
+            Hugging Face, cos and sin are multiplied by mscale(mscale) / mscale(mscale_all_dim) if
+            both are given, else by mscale(1); see `yarn_mscale`.
+    """
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention multiplier, 0.1 * mscale * ln(factor) + 1; 1 without an extension."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def read_rope(reader: FieldReader, max_position_embeddings: int) -> tuple[RopeConfig, list[str]]:
+    """RoPE of `rope_parameters`, or of `rope_theta` and `rope_scaling`.
+
+    Args:
+        reader: the top level of config.json.
+        max_position_embeddings: stands in where YaRN's own pre-training length is absent.
+
+    Returns:
+        The settings, and the paths of the fields that were not understood.
+
+    Raises:
+        ConfigError: an unsupported type or value, or two places that disagree.
+    """
+    sections = [reader.section("rope_scaling"), reader.section("rope_parameters")]
+    given = [one for one in sections if one is not None]
+    theta = _agreed([reader, *given], "rope_theta", 10000.0)
+    fraction = _agreed([reader, *given], "partial_rotary_factor", 1.0)
+    if fraction != 1:
+        raise reader.error("partial_rotary_factor", fraction, "1")
+    original = _agreed(
+        [reader, *given], "original_max_position_embeddings", float(max_position_embeddings)
+    )
+    forms = [_read_section(one, theta, int(original)) for one in given]
+    if len(forms) == 2 and forms[0] != forms[1]:
+        raise reader.error(
+            "rope_scaling", forms[0], f"the same as rope_parameters, {forms[1]}", "remove one"
+        )
+    unread = [name for one in given for name in one.unread()]
+    return (forms[0] if forms else RopeConfig(theta=theta)), unread
+
+
+def _agreed(readers: list[FieldReader], name: str, default: float) -> float:
+    """The one positive value of a field that may stand in several places."""
+    found: float | None = None
+    for reader in readers:
+        value = _optional(reader, name)
+        if value is None:
+            continue
+        if value <= 0 or (found is not None and value != found):
+            allowed = "a number above 0" if found is None else f"{found}, as in the other place"
+            raise reader.error(name, value, allowed)
+        found = value
+    return default if found is None else found
+
+
+def _optional(reader: FieldReader, name: str) -> float | None:
+    """A number; None where the field is absent or null."""
+    return None if reader.raw(name) is None else reader.number(name, None)
+
+
+def _read_section(reader: FieldReader, theta: float, original: int) -> RopeConfig:
+    """One of the two objects which describe RoPE."""
+    kind = reader.choice("rope_type", reader.raw("type", "default"), _TYPES)
+    reader.choice("type", kind, (kind,), "rope_type and type must agree")
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    reader.choice("truncate", True, (True,))
+    if reader.raw("attention_factor") is not None:
+        raise reader.error(
+            "attention_factor", reader.raw("attention_factor"), "null, as in released models"
+        )
+    factor = reader.number("factor", None)
+    if factor < 1:
+        raise reader.error("factor", factor, "a number of at least 1")
+    return RopeConfig(
+        theta=theta,
+        type=kind,
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=_optional(reader, "beta_fast") or 32.0,
+        beta_slow=_optional(reader, "beta_slow") or 1.0,
+        mscale=_optional(reader, "mscale") or 0.0,
+        mscale_all_dim=_optional(reader, "mscale_all_dim") or 0.0,
+    )
