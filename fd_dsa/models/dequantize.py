@@ -1,0 +1,87 @@
+"""Stored tensors to float32: bfloat16, float16 and block-quantised FP8 (dsa_spec §3.1)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fd_dsa.errors import CheckpointError
+from fd_dsa.models.safetensors_file import TensorInfo
+
+SCALE_SUFFIX = "_scale_inv"
+FLOAT_DTYPES = ("F32", "BF16", "F16")
+
+
+def _e4m3_table() -> np.ndarray:
+    """Value of each e4m3 byte, float32 [256]: 1 sign, 4 exponent (bias 7), 3 mantissa bits.
+
+    There is no infinity; the two bytes with all other bits set are NaN.
+    """
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    normal = np.ldexp(1.0 + mantissa / 8.0, exponent - 7)
+    value = np.where(exponent == 0, np.ldexp(mantissa / 8.0, -6), normal)
+    value[(code & 127) == 127] = np.nan
+    return np.where(code < 128, value, -value).astype(np.float32)
+
+
+E4M3_VALUES = _e4m3_table()
+
+
+def to_float32(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """A tensor of F32, BF16 or F16 as float32.
+
+    Args:
+        raw: uint8 [nbytes], the tensor's bytes.
+        info: its dtype, shape, name and file.
+
+    Returns:
+        float32 of `info.shape`; a view of `raw` for aligned F32, else a new array.
+
+    Raises:
+        CheckpointError: another dtype.
+    """
+    if info.dtype == "F32":
+        return np.require(raw.view("<f4"), np.float32, "A").reshape(info.shape)
+    if info.dtype == "F16":
+        return raw.view("<f2").astype(np.float32).reshape(info.shape)
+    if info.dtype != "BF16":
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name!r}: got dtype {info.dtype}, allowed: "
+            f"{', '.join(FLOAT_DTYPES)}, and F8_E4M3 for quantised weights"
+        )
+    # bfloat16 is the upper half of a float32; shifting in place needs no second buffer
+    values = np.empty(info.shape, np.float32)
+    bits = values.reshape(-1).view(np.uint32)
+    bits[...] = raw.view("<u2")
+    bits <<= 16
+    return values
+
+
+def num_blocks(shape: tuple[int, ...], weight_block_size: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the scales of a weight: its extents in blocks, the last ones counted in full."""
+    return tuple(
+        -(-extent // block) for extent, block in zip(shape, weight_block_size, strict=True)
+    )
+
+
+def dequantize_blocks(
+    codes: np.ndarray, scales: np.ndarray, weight_block_size: tuple[int, int]
+) -> np.ndarray:
+    """W[n, k] = e4m3(codes[n, k]) * scales[n // rows, k // columns].
+
+    Args:
+        codes: uint8 [out, in], e4m3 bytes.
+        scales: float32 [ceil(out / rows), ceil(in / columns)], multipliers.
+        weight_block_size: rows and columns of a block.
+
+    Returns:
+        float32 [out, in].
+    """
+    rows, columns = weight_block_size
+    values = np.empty(codes.shape, np.float32)
+    # one strip of blocks at a time, so that the index array of `take` stays small
+    for strip, first in enumerate(range(0, codes.shape[0], rows)):
+        part = values[first : first + rows]
+        np.take(E4M3_VALUES, codes[first : first + rows], out=part, mode="clip")
+        part *= np.repeat(scales[strip], columns)[: codes.shape[1]]
+    return values

@@ -1,0 +1,124 @@
+"""Names and shapes of the tensors that a model's checkpoint must hold (dsa_spec §3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fd_dsa.models.config import ModelConfig
+
+LM_HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpectedTensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        shape: as stored; weights of products are [out, in].
+        quantisable: may be stored as FP8 with a `_scale_inv` companion.
+    """
+
+    shape: tuple[int, ...]
+    quantisable: bool = False
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
+    """All tensors of the main model, by their Hugging Face names, in the order of its layers.
+
+    Experts are listed one by one, as checkpoints store them. A layer whose indexer is shared has
+    no indexer tensors; a model whose head is tied to the embedding has no `lm_head.weight`.
+    """
+    embedding = ExpectedTensor((config.vocab_size, config.hidden_size))
+    tensors = {EMBEDDING: embedding}
+    for layer in range(config.num_hidden_layers):
+        parts = _norms(config) | _attention(config)
+        if config.indexer_types[layer] == "full":
+            parts |= _indexer(config)
+        parts |= _mlp(config) if config.mlp_layer_types[layer] == "dense" else _experts(config)
+        tensors |= {f"model.layers.{layer}.{name}": one for name, one in parts.items()}
+    tensors["model.norm.weight"] = ExpectedTensor((config.hidden_size,))
+    if not config.tie_word_embeddings:
+        tensors[LM_HEAD] = embedding
+    return tensors
+
+
+def _norms(config: ModelConfig) -> dict[str, ExpectedTensor]:
+    """Block norms of a layer."""
+    norm = ExpectedTensor((config.hidden_size,))
+    return {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
+
+
+def _attention(config: ModelConfig) -> dict[str, ExpectedTensor]:
+    """MLA of a layer, without its indexer."""
+    heads, latent = config.num_attention_heads, config.kv_lora_rank
+    kv_a_rows = latent + config.qk_rope_head_dim
+    kv_b_rows = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    weights = {
+        "q_a_proj": (config.q_lora_rank, config.hidden_size),
+        "q_b_proj": (heads * config.qk_head_dim, config.q_lora_rank),
+        "kv_a_proj_with_mqa": (kv_a_rows, config.hidden_size),
+        "kv_b_proj": (kv_b_rows, latent),
+        "o_proj": (config.hidden_size, heads * config.v_head_dim),
+    }
+    tensors = _weights("self_attn.", weights)
+    tensors["self_attn.q_a_layernorm.weight"] = ExpectedTensor((config.q_lora_rank,))
+    tensors["self_attn.kv_a_layernorm.weight"] = ExpectedTensor((latent,))
+    if config.attention_bias:
+        for name in ("q_a_proj", "kv_a_proj_with_mqa", "o_proj"):
+            tensors[f"self_attn.{name}.bias"] = ExpectedTensor(weights[name][:1])
+    return tensors
+
+
+def _indexer(config: ModelConfig) -> dict[str, ExpectedTensor]:
+    """Lightning indexer of a layer."""
+    heads, width = config.index_n_heads, config.index_head_dim
+    prefix = "self_attn.indexer."
+    tensors = _weights(
+        prefix,
+        {"wq_b": (heads * width, config.q_lora_rank), "wk": (width, config.hidden_size)},
+    )
+    tensors[f"{prefix}k_norm.weight"] = ExpectedTensor((width,))
+    tensors[f"{prefix}k_norm.bias"] = ExpectedTensor((width,))
+    tensors[f"{prefix}weights_proj.weight"] = ExpectedTensor((heads, config.hidden_size))
+    return tensors
+
+
+def _mlp(config: ModelConfig) -> dict[str, ExpectedTensor]:
+    """Dense MLP of a layer."""
+    return _gated("mlp.", config.hidden_size, config.intermediate_size)
+
+
+def _experts(config: ModelConfig) -> dict[str, ExpectedTensor]:
+    """Router, shared experts and routed experts of a layer."""
+    num_experts, width = config.n_routed_experts, config.moe_intermediate_size
+    tensors = {
+        "mlp.gate.weight": ExpectedTensor((num_experts, config.hidden_size)),
+        "mlp.gate.e_score_correction_bias": ExpectedTensor((num_experts,)),
+    }
+    tensors |= _gated("mlp.shared_experts.", config.hidden_size, width * config.n_shared_experts)
+    for expert in range(num_experts):
+        tensors |= _gated(f"mlp.experts.{expert}.", config.hidden_size, width)
+    return tensors
+
+
+def _gated(prefix: str, hidden_size: int, width: int) -> dict[str, ExpectedTensor]:
+    """The three weights of a gated MLP."""
+    up, down = (width, hidden_size), (hidden_size, width)
+    return _weights(prefix, {"gate_proj": up, "up_proj": up, "down_proj": down})
+
+
+def _weights(prefix: str, shapes: dict[str, tuple[int, int]]) -> dict[str, ExpectedTensor]:
+    """Weights of products, which may be quantised."""
+    return {
+        f"{prefix}{name}.weight": ExpectedTensor(shape, quantisable=True)
+        for name, shape in shapes.items()
+    }

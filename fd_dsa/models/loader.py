@@ -1,0 +1,192 @@
+"""Checks a checkpoint against its configuration and hands its tensors to a model."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from fd_dsa.errors import CheckpointError
+from fd_dsa.models.checkpoint import Checkpoint
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.config_reader import read_json_object
+from fd_dsa.models.dequantize import FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
+from fd_dsa.models.expected_tensors import EMBEDDING, LM_HEAD, ExpectedTensor, expected_tensors
+
+logger = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_INV_FREQ = ".rotary_emb.inv_freq"
+_MAX_PROBLEMS = 3
+
+
+def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Check that a checkpoint holds the tensors of the main model and nothing else.
+
+    Tensors of layers past the last (multi-token prediction) and `rotary_emb.inv_freq` are
+    skipped, which one log line says.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape or of an unsupported
+            dtype, FP8 scales do not fit, or the vocabularies of weights, tokenizer and
+            config.json differ; the message names file, tensor, expected and found.
+
+    Cost: headers only; a tied head that is stored all the same is compared with the embedding.
+    """
+    expected = expected_tensors(config)
+    present = set(checkpoint.names())
+    skipped = {name for name in present if _is_skipped(name, config)}
+    companions = {
+        name + SCALE_SUFFIX
+        for name in expected
+        if name in present and checkpoint.info(name).dtype == "F8_E4M3"
+    }
+    tied = {LM_HEAD} if config.tie_word_embeddings else set()
+    unexpected = sorted(present - expected.keys() - companions - skipped - tied)
+    problems = [*_problems(checkpoint, config, expected)]
+    for name in unexpected:
+        info = checkpoint.info(name)
+        problems.append(
+            f"{info.file}: tensor {name!r}: unexpected, found {info.dtype} {list(info.shape)}"
+        )
+    problems += _tied_head_problems(checkpoint, config)
+    problems += _tokenizer_problems(checkpoint, config)
+    if problems:
+        more = len(problems) - _MAX_PROBLEMS
+        text = "; ".join(problems[:_MAX_PROBLEMS])
+        raise CheckpointError(f"{text}; and {more} more" if more > 0 else text)
+    if skipped:
+        logger.info(
+            "%s: %d tensors skipped: layers from %d on (multi-token prediction) and inv_freq",
+            checkpoint.folder,
+            len(skipped),
+            config.num_hidden_layers,
+        )
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    loaders: Mapping[str, Callable[[np.ndarray], None]],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Hand each tensor of the main model to its loader, once, in file order.
+
+    Args:
+        checkpoint: a checkpoint that `validate` has passed.
+        config: its configuration.
+        loaders: for each name of `expected_tensors(config)`, a function that takes the tensor as
+            float32 in its stored shape. The array may be a read-only view of the file: copy it.
+        progress: called with the bytes done and the bytes in all, once before the first tensor
+            and then after each.
+
+    Raises:
+        ValueError: the loaders are not those of the expected tensors.
+        CheckpointError: a tensor cannot be read.
+
+    Cost: one pass over the files; beside what the loaders keep, memory for one tensor.
+    """
+    expected = expected_tensors(config)
+    if loaders.keys() != expected.keys():
+        odd = min(loaders.keys() ^ expected.keys())
+        raise ValueError(
+            f"loaders: got {len(loaders)} names, expected {len(expected)}; {odd!r} is only in one"
+        )
+    block_size = config.quantization.weight_block_size if config.quantization else None
+    names = [name for name in checkpoint.names() if name in expected]
+    total = sum(checkpoint.info(name).nbytes for name in names)
+    done = 0
+    if progress is not None:
+        progress(done, total)
+    for name in names:
+        loaders[name](checkpoint.read(name, block_size))
+        for stored in (name, name + SCALE_SUFFIX):
+            if stored in checkpoint:
+                checkpoint.release(stored)
+        done += checkpoint.info(name).nbytes
+        if progress is not None:
+            progress(done, total)
+
+
+def _is_skipped(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor is none of the main model's, as every release has some."""
+    layer = _LAYER.match(name)
+    beyond = layer is not None and int(layer[1]) >= config.num_hidden_layers
+    return beyond or name.endswith(_INV_FREQ)
+
+
+def _problems(
+    checkpoint: Checkpoint, config: ModelConfig, expected: Mapping[str, ExpectedTensor]
+) -> Iterator[str]:
+    """What is wrong with the tensors that should be there."""
+    for name, tensor in expected.items():
+        if name not in checkpoint:
+            yield (
+                f"{checkpoint.folder}: tensor {name!r}: missing, expected shape "
+                f"{list(tensor.shape)}"
+            )
+            continue
+        info = checkpoint.info(name)
+        where = f"{info.file}: tensor {name!r}"
+        if info.shape != tensor.shape:
+            hint = f" (vocab_size is {config.vocab_size})" if name in (EMBEDDING, LM_HEAD) else ""
+            yield f"{where}: expected shape {list(tensor.shape)}{hint}, found {list(info.shape)}"
+        elif info.dtype == "F8_E4M3" and tensor.quantisable:
+            yield from _scale_problems(checkpoint, config, name, where)
+        elif info.dtype not in FLOAT_DTYPES:
+            allowed = [*FLOAT_DTYPES, "F8_E4M3"] if tensor.quantisable else FLOAT_DTYPES
+            yield f"{where}: expected dtype {' or '.join(allowed)}, found {info.dtype}"
+
+
+def _scale_problems(
+    checkpoint: Checkpoint, config: ModelConfig, name: str, where: str
+) -> Iterator[str]:
+    """What is wrong with the scales of an FP8 weight."""
+    if config.quantization is None:
+        yield f"{where}: found dtype F8_E4M3, but config.json has no quantization_config"
+        return
+    block_size = config.quantization.weight_block_size
+    expected = list(num_blocks(checkpoint.info(name).shape, block_size))
+    scale_name = name + SCALE_SUFFIX
+    if scale_name not in checkpoint:
+        yield f"{where}: its scales {scale_name!r} are missing, expected shape {expected}"
+        return
+    scale = checkpoint.info(scale_name)
+    if list(scale.shape) != expected or scale.dtype not in FLOAT_DTYPES:
+        yield (
+            f"{scale.file}: tensor {scale_name!r}: expected {' or '.join(FLOAT_DTYPES)} "
+            f"{expected}, found {scale.dtype} {list(scale.shape)}"
+        )
+
+
+def _tied_head_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
+    """A stored head which is not the embedding that it should be tied to."""
+    if not config.tie_word_embeddings or not {LM_HEAD, EMBEDDING} <= set(checkpoint.names()):
+        return
+    head, embedding = memoryview(checkpoint.raw(LM_HEAD)), memoryview(checkpoint.raw(EMBEDDING))
+    if head != embedding:
+        yield (
+            f"{checkpoint.info(LM_HEAD).file}: tensor {LM_HEAD!r}: expected the values of "
+            f"{EMBEDDING!r}, since tie_word_embeddings is true; found others"
+        )
+    checkpoint.release(LM_HEAD)
+    checkpoint.release(EMBEDDING)
+
+
+def _tokenizer_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
+    """A tokenizer that makes ids for which there is no embedding."""
+    path = checkpoint.folder / "tokenizer.json"
+    if not path.exists():
+        return
+    data = read_json_object(path)
+    vocab = (data.get("model") or {}).get("vocab") or {}
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    ids += [token["id"] for token in data.get("added_tokens") or []]
+    highest = max(ids, default=-1)
+    if highest >= config.vocab_size:
+        yield (
+            f"{path}: expected token ids below vocab_size {config.vocab_size} of config.json, "
+            f"found {highest}"
+        )
