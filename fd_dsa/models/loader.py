@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -165,8 +166,8 @@ def _tied_head_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator
     """A stored head which is not the embedding that it should be tied to."""
     if not config.tie_word_embeddings or not {LM_HEAD, EMBEDDING} <= set(checkpoint.names()):
         return
-    head, embedding = memoryview(checkpoint.raw(LM_HEAD)), memoryview(checkpoint.raw(EMBEDDING))
-    if head != embedding:
+    # comparing the buffers needs no array of booleans
+    if checkpoint.raw(LM_HEAD).data != checkpoint.raw(EMBEDDING).data:
         yield (
             f"{checkpoint.info(LM_HEAD).file}: tensor {LM_HEAD!r}: expected the values of "
             f"{EMBEDDING!r}, since tie_word_embeddings is true; found others"
@@ -180,13 +181,20 @@ def _tokenizer_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator
     path = checkpoint.folder / "tokenizer.json"
     if not path.exists():
         return
-    data = read_json_object(path)
-    vocab = (data.get("model") or {}).get("vocab") or {}
-    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
-    ids += [token["id"] for token in data.get("added_tokens") or []]
-    highest = max(ids, default=-1)
+    highest = _highest_token_id(read_json_object(path))
     if highest >= config.vocab_size:
         yield (
             f"{path}: expected token ids below vocab_size {config.vocab_size} of config.json, "
             f"found {highest}"
         )
+
+
+def _highest_token_id(tokenizer: dict[str, Any]) -> int:
+    """Highest id in a tokenizer.json; -1 where it has none in the usual places."""
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    # most models map tokens to ids, Unigram lists them in the order of their ids
+    ids = list(vocab.values()) if isinstance(vocab, dict) else [*range(len(vocab or []))]
+    if isinstance(added, list):
+        ids += [token.get("id") for token in added if isinstance(token, dict)]
+    return max((one for one in ids if isinstance(one, int)), default=-1)

@@ -1,0 +1,213 @@
+"""How much memory a model takes, and how many cache blocks fit beside its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from fd_dsa.config import EngineConfig
+from fd_dsa.errors import ConfigError
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.expected_tensors import expected_tensors
+
+DEFAULT_CACHE_BYTES = 4 << 30
+_UNLIMITED = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Sizes in bytes, made before anything large is allocated.
+
+    Attributes:
+        weight_bytes: weights as held.
+        kv_cache_bytes: all cache blocks of all layers.
+        free_bytes: what the system could give when the plan was made.
+        bytes_per_block: one cache block over all layers.
+        num_blocks: cache blocks.
+        block_size: tokens per block.
+        max_model_len: longest sequence, tokens.
+    """
+
+    weight_bytes: int
+    kv_cache_bytes: int
+    free_bytes: int
+    bytes_per_block: int
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+
+    def summary(self) -> str:
+        """One line for the log."""
+        blocks_per_request = -(-self.max_model_len // self.block_size)
+        return (
+            f"weights {format_bytes(self.weight_bytes)}, kv cache {self.num_blocks} blocks x "
+            f"{self.block_size} = {self.num_blocks * self.block_size} tokens "
+            f"({format_bytes(self.kv_cache_bytes)}, "
+            f"{self.num_blocks // blocks_per_request} full-length requests), "
+            f"free {format_bytes(self.free_bytes)}"
+        )
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A size for people, such as `31.2 GiB`."""
+    for unit, scale in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def weight_bytes(config: ModelConfig) -> int:
+    """Bytes of a model's weights as held, float32 on a CPU whatever the checkpoint stores."""
+    return 4 * sum(tensor.num_elements for tensor in expected_tensors(config).values())
+
+
+def available_memory_bytes(
+    proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Bytes that this process may still allocate without swapping.
+
+    The least of what the system has (MemAvailable) and what each control group of the process,
+    version 1 or 2, leaves: its limit less its use, where file pages that can be dropped do not
+    count as used.
+
+    Args:
+        proc, cgroup: where the two file systems are mounted.
+
+    Raises:
+        ConfigError: /proc/meminfo has no MemAvailable.
+    """
+    meminfo = _read_text(proc / "meminfo")
+    available = _keyed_number(meminfo, "MemAvailable:")
+    if available is None:
+        raise ConfigError(
+            f"{proc / 'meminfo'}: found no MemAvailable; fd_dsa needs Linux 3.14 or later"
+        )
+    rooms = [_group_room(group) for group in _memory_groups(proc, cgroup)]
+    return min([available * 1024, *rooms])
+
+
+def plan_memory(
+    config: EngineConfig,
+    *,
+    weight_bytes: int,
+    bytes_per_block: int,
+    max_model_len: int,
+    free_bytes: int | None = None,
+) -> MemoryPlan:
+    """Sizes of weights and caches, or an error that says which flag to change.
+
+    The number of blocks is `num_gpu_blocks_override`, or what `kv_cache_memory_bytes` holds, or
+    else enough for `max_num_seqs` sequences of full length, but at most 4 GiB (one full-length
+    sequence where that is more) and half of what is free beside the weights.
+
+    Args:
+        config: the flags above and `block_size`.
+        weight_bytes: weights as held, not yet allocated.
+        bytes_per_block: one cache block over all layers and both caches.
+        max_model_len: longest sequence, tokens.
+        free_bytes: None asks the system.
+
+    Raises:
+        ConfigError: weights and caches do not fit in the free memory, or the caches do not hold
+            one sequence of full length.
+    """
+    if free_bytes is None:
+        free_bytes = available_memory_bytes()
+    needed_blocks = -(-max_model_len // config.block_size)
+    flag = _size_flag(config)
+    if config.num_gpu_blocks_override is not None:
+        num_blocks = config.num_gpu_blocks_override
+    elif config.kv_cache_memory_bytes is not None:
+        num_blocks = int(config.kv_cache_memory_bytes) // bytes_per_block
+    else:
+        half = max(free_bytes - weight_bytes, 0) // 2 // bytes_per_block
+        cap = max(DEFAULT_CACHE_BYTES // bytes_per_block, needed_blocks)
+        num_blocks = min(config.max_num_seqs * needed_blocks, cap, half)
+    least_blocks = num_blocks if flag else max(num_blocks, needed_blocks)
+    _check_fit(weight_bytes, least_blocks * bytes_per_block, free_bytes, flag)
+    if num_blocks < needed_blocks:
+        raise ConfigError(
+            f"memory: {num_blocks} cache blocks of {config.block_size} tokens "
+            f"({format_bytes(num_blocks * bytes_per_block)}) do not hold one sequence of "
+            f"max_model_len {max_model_len}, which takes {needed_blocks} blocks "
+            f"({format_bytes(needed_blocks * bytes_per_block)}); lower --max-model-len or raise "
+            f"{flag or '--kv-cache-memory-bytes'}"
+        )
+    return MemoryPlan(
+        weight_bytes=weight_bytes,
+        kv_cache_bytes=num_blocks * bytes_per_block,
+        free_bytes=free_bytes,
+        bytes_per_block=bytes_per_block,
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_model_len=max_model_len,
+    )
+
+
+def _size_flag(config: EngineConfig) -> str | None:
+    """The flag that sets the size of the caches; None where it is ours to choose."""
+    if config.num_gpu_blocks_override is not None:
+        return "--num-gpu-blocks-override"
+    return None if config.kv_cache_memory_bytes is None else "--kv-cache-memory-bytes"
+
+
+def _check_fit(weight_bytes: int, kv_cache_bytes: int, free_bytes: int, flag: str | None) -> None:
+    """Refuse what does not fit in the free memory."""
+    needed = weight_bytes + kv_cache_bytes
+    if needed <= free_bytes:
+        return
+    advice = f"lower {flag or '--max-model-len'}"
+    if weight_bytes >= free_bytes:
+        advice = "the weights alone do not fit: take a smaller model or a larger machine"
+    raise ConfigError(
+        f"memory: needs {format_bytes(needed)} (weights {format_bytes(weight_bytes)} + kv cache "
+        f"{format_bytes(kv_cache_bytes)}), free {format_bytes(free_bytes)}; {advice}"
+    )
+
+
+def _memory_groups(proc: Path, cgroup: Path) -> Iterator[Path]:
+    """Folders of the control groups that limit this process, its own and those around it."""
+    for line in _read_text(proc / "self" / "cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        # version 1 has a tree for each controller, version 2 one for all
+        root = cgroup / "memory" if controllers else cgroup
+        group = PurePosixPath(path)
+        for part in (group, *group.parents):
+            yield root / part.relative_to("/")
+
+
+def _group_room(folder: Path) -> int:
+    """What a control group still allows, bytes; no limit is a very large number."""
+    for limit_name, usage_name, prefix in (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        limit, usage = _read_text(folder / limit_name), _read_text(folder / usage_name)
+        if not limit.strip().isdigit() or not usage.strip().isdigit():
+            continue
+        stat = _read_text(folder / "memory.stat")
+        droppable = sum(
+            _keyed_number(stat, f"{prefix}{kind}") or 0 for kind in ("inactive_file", "active_file")
+        )
+        return max(int(limit) - max(int(usage) - droppable, 0), 0)
+    return _UNLIMITED
+
+
+def _keyed_number(text: str, key: str) -> int | None:
+    """The number that follows a key at the start of a line."""
+    for line in text.splitlines():
+        words = line.split()
+        if len(words) >= 2 and words[0] == key:
+            return int(words[1])
+    return None
+
+
+def _read_text(path: Path) -> str:
+    """A small file of the system; empty where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
