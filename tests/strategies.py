@@ -74,12 +74,13 @@ def make_batch(
     seed: int = 0,
     spare_columns: int = 0,
     num_padded_tokens: int | None = None,
+    num_columns: int | None = None,
 ) -> StepBatch:
     """A step of `(encoder, decoder, this_time)` rows over shuffled, disjoint blocks."""
     rng = np.random.default_rng(seed)
     lengths = np.array(rows, np.int32).reshape(-1, 3)
     needed = -(-(lengths[:, 1] + lengths[:, 2]) // block_size)
-    columns = max(1, int(needed.max(initial=0)) + spare_columns)
+    columns = num_columns or max(1, int(needed.max(initial=0)) + spare_columns)
     num_blocks = int(needed.sum()) + 3
     free = rng.permutation(num_blocks).astype(np.int32)
     # what lies past a row's length is junk, some of it no block at all
@@ -99,11 +100,13 @@ def step_batches(
     min_rows: int = 0,
     max_rows: int = 8,
     max_len: int = 200,
+    block_size: int | None = None,
+    num_columns: int | None = None,
 ) -> StepBatch:
     """Any legal step: all kinds of rows in any order, block edges, padding or none."""
-    block_size = draw(st.sampled_from(BLOCK_SIZES))
-    edges = [n for k in (1, 2) for n in (k * 64 - 1, k * 64, k * 64 + 1)]
-    lengths = st.one_of(st.integers(1, 5), st.sampled_from(edges), st.integers(1, max_len))
+    block_size = block_size or draw(st.sampled_from(BLOCK_SIZES))
+    edges = [n for k in (1, 2) for n in (k * 64 - 1, k * 64, k * 64 + 1) if n <= max_len]
+    lengths = st.one_of(st.integers(1, 5), st.sampled_from([1, *edges]), st.integers(1, max_len))
     row = st.builds(_lengths, st.sampled_from(kinds), lengths, lengths)
     rows = draw(st.lists(row, min_size=min_rows, max_size=max_rows))
     num_tokens = sum(new for _, _, new in rows)
@@ -114,7 +117,19 @@ def step_batches(
         seed=draw(st.integers(0, 2**32 - 1)),
         spare_columns=draw(st.integers(0, 2)),
         num_padded_tokens=None if padding is None else num_tokens + padding,
+        num_columns=num_columns,
     )
+
+
+@st.composite
+def step_sequences(draw: st.DrawFn, max_rows: int = 8, max_len: int = 80) -> list[StepBatch]:
+    """Several steps of different sizes that fit one builder."""
+    block_size = draw(st.sampled_from(BLOCK_SIZES))
+    columns = -(-2 * max_len // block_size)
+    batch = step_batches(
+        max_rows=max_rows, max_len=max_len, block_size=block_size, num_columns=columns
+    )
+    return draw(st.lists(batch, min_size=2, max_size=6))
 
 
 def chunk_lengths(total: int) -> st.SearchStrategy[list[int]]:

@@ -1,0 +1,203 @@
+"""The buffers of a step: never moved, cleared where the last step was larger, never shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fd_dsa.step import ForwardMeta, StepMetadataBuilder
+from tests.step.helpers import (
+    ARRAY_FIELDS,
+    PREFILL_FIELDS,
+    ROW_FIELDS,
+    TOKEN_FIELDS,
+    address,
+    as_numpy,
+    assert_matches_oracle,
+)
+from tests.strategies import StepBatch, make_batch
+
+REPOSITORY = Path(__file__).parents[2]
+DEVICES = pytest.mark.parametrize("device", ["numpy", "cpu"])
+
+LARGE = make_batch([(20, 30, 20), (0, 60, 1), (6, 0, 6), (0, 5, 4), (0, 40, 1)], 16, num_columns=4)
+SMALL = make_batch([(3, 2, 3), (0, 9, 1)], 16, num_columns=4)
+SMALL_DECODE = make_batch([(0, 2, 1), (0, 9, 1)], 16, num_columns=4)
+
+
+def _builder(device: str) -> StepMetadataBuilder:
+    return StepMetadataBuilder(5, 40, 4, 16, device=device)
+
+
+def _build(builder: StepMetadataBuilder, batch: StepBatch) -> ForwardMeta:
+    return builder.build(*batch.inputs())
+
+
+@DEVICES
+def test_addresses_never_move(device: str) -> None:
+    builder = _builder(device)
+    first = {n: address(getattr(_build(builder, LARGE), n)) for n in ARRAY_FIELDS}
+    assert len(set(first.values())) == len(ARRAY_FIELDS)
+    for batch in (SMALL, SMALL_DECODE, LARGE, SMALL):
+        meta = _build(builder, batch)
+        for name in ARRAY_FIELDS:
+            array = getattr(meta, name)
+            assert array is None or address(array) == first[name], name
+
+
+def test_a_step_of_known_size_makes_no_new_tensors() -> None:
+    builder = _builder("cpu")
+    first, second = _build(builder, LARGE), _build(builder, LARGE)
+    assert first is not second
+    assert first != second
+    for name in ARRAY_FIELDS:
+        assert getattr(first, name) is getattr(second, name), name
+
+
+@DEVICES
+def test_many_sizes_are_served_from_the_same_memory(device: str) -> None:
+    builder = StepMetadataBuilder(2, 2000, 4, 512, device=device)
+    addresses = set()
+    for num_tokens in (*range(1, 600), 1):
+        batch = make_batch([(num_tokens, 0, num_tokens)], 512, num_columns=4)
+        meta = _build(builder, batch)
+        addresses.add(address(meta.slot_mapping))
+        assert as_numpy(meta.position_ids)[-1] == num_tokens - 1
+    assert len(addresses) == 1
+
+
+@DEVICES
+def test_what_the_last_step_used_becomes_padding(device: str) -> None:
+    builder = _builder(device)
+    large = _build(builder, LARGE)
+    small = _build(builder, SMALL)
+    padded = {name: as_numpy(getattr(large, name)) for name in ARRAY_FIELDS}
+    tokens, rows = SMALL.num_tokens, SMALL.num_rows
+    assert (padded["batch_id_per_token"][tokens:] == -1).all()
+    assert (padded["slot_mapping"][tokens:] == -1).all()
+    assert not padded["position_ids"][tokens:].any()
+    assert not padded["indexer_attn_mask_offsets"][2 * tokens :].any()
+    assert (padded["block_tables"][rows:] == -1).all()
+    assert (padded["cu_seqlens_q"][rows:] == tokens).all()
+    assert (padded["cu_seqlens_kg"][rows:] == as_numpy(small.cu_seqlens_kg)[-1]).all()
+    for name in ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "cache_seqlens"):
+        assert not padded[name][rows:].any(), name
+    assert_matches_oracle(small, SMALL)
+
+
+def test_windows_of_an_earlier_step_do_not_come_back_behind_a_decode_step() -> None:
+    builder = _builder("numpy")
+    for batch in (LARGE, SMALL_DECODE, SMALL):
+        _build(builder, batch)
+    meta = builder.build(*SMALL.inputs(), 40)
+    assert not meta.indexer_attn_mask_offsets[2 * SMALL.num_tokens :].any()
+
+
+@DEVICES
+def test_inputs_are_copied(device: str) -> None:
+    inputs = [array.copy() for array in LARGE.inputs()]
+    meta = _builder(device).build(*inputs)
+    for array in inputs:
+        array.fill(3)
+    assert_matches_oracle(meta, LARGE)
+
+
+def test_paddle_inputs_are_copied_too() -> None:
+    import paddle
+
+    tensors = [paddle.to_tensor(array) for array in LARGE.inputs()]
+    meta = _builder("cpu").build(*tensors)
+    for tensor in tensors:
+        tensor.fill_(3)
+    assert_matches_oracle(meta, LARGE)
+
+
+def test_the_next_step_may_be_built_from_the_last_one() -> None:
+    builder = _builder("numpy")
+    meta = _build(builder, LARGE)
+    # the decode rows of LARGE, one token on: cache_seqlens is a view of the buffers
+    this_time = (meta.cache_seqlens > 0).astype(np.int32)
+    encoder = np.zeros(LARGE.num_rows, np.int32)
+    cached = meta.cache_seqlens.copy()
+    wanted = dataclasses.replace(
+        LARGE, seq_lens_encoder=encoder, seq_lens_decoder=cached, seq_lens_this_time=this_time
+    )
+    assert_matches_oracle(
+        builder.build(encoder, meta.cache_seqlens, this_time, meta.block_tables), wanted
+    )
+
+
+def test_a_decode_step_costs_no_prefill_memory_traffic() -> None:
+    builder = _builder("numpy")
+    large = _build(builder, LARGE)
+    before = {name: getattr(large, name).copy() for name in PREFILL_FIELDS}
+    meta = _build(builder, SMALL_DECODE)
+    for name in PREFILL_FIELDS:
+        assert getattr(meta, name) is None
+        np.testing.assert_array_equal(getattr(large, name), before[name])
+
+
+def test_an_upper_bound_of_the_longest_row_is_kept() -> None:
+    meta = _builder("numpy").build(*LARGE.inputs(), max_seqlen_k=64)
+    assert meta.max_seqlen_k == 64
+
+
+def test_the_metadata_can_be_neither_changed_nor_misspelt() -> None:
+    meta = _build(_builder("numpy"), SMALL)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        meta.num_decode_tokens = 7
+    with pytest.raises(AttributeError):
+        _ = meta.slot_maping
+    assert set(ForwardMeta.__slots__) >= {*ROW_FIELDS, *TOKEN_FIELDS, *PREFILL_FIELDS}
+
+
+def test_the_views_do_not_keep_a_builder_alive_and_outlive_it() -> None:
+    builder = _builder("cpu")
+    meta = _build(builder, SMALL)
+    alive = weakref.ref(builder)
+    gc.disable()
+    try:
+        del builder
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert_matches_oracle(meta, SMALL)
+
+
+def test_numpy_steps_need_no_paddle() -> None:
+    script = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("paddle", "triton", "torch"):
+            raise ImportError(f"{name} must not be imported")
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+from fd_dsa.step import StepMetadataBuilder
+from fd_dsa.errors import BackendUnavailable
+lengths = [np.array([n], np.int32) for n in (2, 1, 2)]
+table = np.array([[5]], np.int32)
+print(StepMetadataBuilder(1, 4, 1, 16, device="numpy").build(*lengths, table).slot_mapping)
+try:
+    StepMetadataBuilder(1, 4, 1, 16)
+except BackendUnavailable as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )
+    assert result.returncode == 0, result.stderr
+    slots, refusal = result.stdout.splitlines()
+    assert slots == "[81 82]"
+    assert "fd_dsa[cpu]" in refusal
