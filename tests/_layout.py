@@ -1,0 +1,219 @@
+"""The rules of the source tree, checked on its syntax trees; nothing is imported.
+
+Each rule is a function from a parsed package to lines `file:line: what is wrong`.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "fd_dsa"
+# from low to high: a room imports itself and the rooms before it, never one behind it
+ROOMS = (
+    "errors",
+    "config",
+    "triton_runtime",
+    "step",
+    "ops",
+    "attention",
+    "models",
+    "runner",
+    "engine",
+    "serve",
+    "cli",
+)
+# outside package (or part of one) -> the rooms which may import it
+ONLY_IN = {
+    "fastdeploy": ("fastdeploy_plugin",),
+    "triton.backends": ("triton_runtime",),
+    "triton.compiler": ("triton_runtime",),
+    "triton.runtime": ("triton_runtime",),
+    "triton._C": ("triton_runtime",),
+    "torch": (),
+    "transformers": (),
+}
+ENVIRONMENT = ("environ", "environb", "getenv", "putenv", "unsetenv")
+MAX_LINES = 400
+LONG_FILE_MARK = "long on purpose: "
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: where it stands, what it reaches, whether only type checkers see it."""
+
+    line: int
+    target: str
+    for_types_only: bool
+
+
+@dataclass(frozen=True)
+class Module:
+    """One parsed file of the package."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+
+    @property
+    def room(self) -> str:
+        """First part of the name below the package; entry points count as the highest room."""
+        parts = self.name.split(".")
+        if parts[-1] == "__main__":
+            return ROOMS[-1]
+        return parts[1] if len(parts) > 1 else ""
+
+
+def load_package(root: Path) -> dict[str, Module]:
+    """All modules of `root/fd_dsa` by dotted name."""
+    modules = {}
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        modules[name] = Module(name, path, ast.parse(path.read_text("utf-8"), str(path)))
+    return modules
+
+
+def _type_only_nodes(tree: ast.Module) -> set[ast.AST]:
+    """Nodes below an `if TYPE_CHECKING:`."""
+    found: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            found.update(inner for child in node.body for inner in ast.walk(child))
+    return found
+
+
+def _absolute(module: Module, node: ast.ImportFrom) -> str:
+    """The dotted module of a `from … import`, relative ones resolved."""
+    if not node.level:
+        return node.module or ""
+    is_package = module.path.name == "__init__.py"
+    parts = module.name.split(".")
+    base = parts[: len(parts) - node.level + is_package]
+    return ".".join([*base, *([node.module] if node.module else [])])
+
+
+def imports_of(module: Module) -> Iterator[Import]:
+    """Every import in the file, those inside functions included."""
+    type_only = _type_only_nodes(module.tree)
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = _absolute(module, node)
+            targets = [f"{source}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            yield Import(node.lineno, target, node in type_only)
+
+
+def _resolve(target: str, modules: dict[str, Module]) -> str | None:
+    """The module of the package that an import reaches, None for one outside."""
+    parts = target.split(".")
+    for end in range(len(parts), 0, -1):
+        name = ".".join(parts[:end])
+        if name in modules:
+            return name
+    return None
+
+
+def unknown_rooms(modules: dict[str, Module]) -> Iterator[str]:
+    """Rooms that have no place in `ROOMS`."""
+    for module in modules.values():
+        if module.room and module.room not in ROOMS:
+            yield f"{module.path}:1: room {module.room!r} has no place in ROOMS"
+
+
+def wrong_directions(modules: dict[str, Module]) -> Iterator[str]:
+    """Imports of a higher room; what only type checkers see counts too."""
+    rank = {room: index for index, room in enumerate(("", *ROOMS))}
+    for module in modules.values():
+        for found in imports_of(module):
+            reached = _resolve(found.target, modules)
+            if reached is None:
+                continue
+            other = modules[reached].room
+            if rank.get(other, -1) > rank.get(module.room, len(ROOMS)):
+                yield f"{module.path}:{found.line}: {module.name} imports {reached}, a higher room"
+
+
+def cycles(modules: dict[str, Module]) -> Iterator[str]:
+    """Groups of modules which import each other, imports inside functions included."""
+    graph = {
+        name: {
+            reached
+            for found in imports_of(module)
+            if not found.for_types_only
+            and (reached := _resolve(found.target, modules)) not in (None, name)
+        }
+        for name, module in modules.items()
+    }
+    for name in graph:
+        path = _path_back(graph, name)
+        if path and name == min(path):
+            yield f"{modules[name].path}:1: cycle {' -> '.join([*path, name])}"
+
+
+def _path_back(graph: dict[str, set[str]], start: str) -> list[str]:
+    """A shortest path from `start` to itself, without its end; empty where there is none."""
+    before: dict[str, str] = {}
+    queue = [start]
+    for name in queue:
+        for reached in sorted(graph[name]):
+            if reached == start:
+                path = [name]
+                while path[0] != start:
+                    path.insert(0, before[path[0]])
+                return path
+            if reached not in before:
+                before[reached] = name
+                queue.append(reached)
+    return []
+
+
+def forbidden_imports(modules: dict[str, Module]) -> Iterator[str]:
+    """Packages that only one room may import, and those that none may."""
+    for module in modules.values():
+        for found in imports_of(module):
+            for outside, rooms in ONLY_IN.items():
+                inside = found.target == outside or found.target.startswith(outside + ".")
+                if inside and module.room not in rooms:
+                    where = f"only {', '.join(rooms)} may" if rooms else "no room may"
+                    yield f"{module.path}:{found.line}: imports {found.target}; {where}"
+
+
+def environment_reads(modules: dict[str, Module]) -> Iterator[str]:
+    """Uses of the process environment outside `config`."""
+    for module in modules.values():
+        if module.room == "config":
+            continue
+        for node in ast.walk(module.tree):
+            named = isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT
+            taken = (
+                isinstance(node, ast.ImportFrom)
+                and node.module == "os"
+                and any(alias.name in ENVIRONMENT for alias in node.names)
+            )
+            if named or taken:
+                yield f"{module.path}:{node.lineno}: reads the environment; only config may"
+
+
+def long_files(paths: Iterable[Path]) -> Iterator[str]:
+    """Files over the limit whose first line gives no reason."""
+    for path in paths:
+        lines = path.read_text("utf-8").splitlines()
+        if len(lines) > MAX_LINES and LONG_FILE_MARK not in lines[0]:
+            yield f"{path}:1: {len(lines)} lines, allowed {MAX_LINES}; split it"
+
+
+def violations(root: Path) -> list[str]:
+    """All that is wrong in the tree below `root`, one line each."""
+    modules = load_package(root)
+    folders = (PACKAGE, "tests", "tools", "benchmarks")
+    files = [path for folder in folders for path in sorted((root / folder).rglob("*.py"))]
+    rules = (unknown_rooms, wrong_directions, cycles, forbidden_imports, environment_reads)
+    found = [line for rule in rules for line in rule(modules)]
+    return found + list(long_files(files))

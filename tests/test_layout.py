@@ -1,0 +1,93 @@
+"""The tree keeps its rules, and the checker finds what breaks them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests._layout import LONG_FILE_MARK, MAX_LINES, load_package, violations
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_tree_keeps_the_rules() -> None:
+    assert len(load_package(ROOT)) > 10
+    assert violations(ROOT) == []
+
+
+def test_import_of_the_package_is_light() -> None:
+    heavy = {"fastapi", "numpy", "paddle", "pydantic", "torch", "transformers", "triton"}
+    code = f"import fd_dsa, sys; print(*({heavy} & sys.modules.keys()))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.split() == []
+
+
+def _tree(root: Path, files: dict[str, str]) -> Path:
+    """A small package with these files below `fd_dsa`, `__init__` files added."""
+    package = root / "fd_dsa"
+    for name, text in files.items():
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for folder in {package, *(path.parent for path in package.rglob("*.py"))}:
+        (folder / "__init__.py").touch()
+    return root
+
+
+CLEAN = {
+    "errors.py": "class Error(Exception): ...\n",
+    "config.py": "import os\nfrom fd_dsa.errors import Error\nHOME = os.environ.get('HOME')\n",
+    "step/builder.py": "import numpy\nimport triton.language\nfrom fd_dsa.step import host\n",
+    "step/host.py": "from ..errors import Error\n",
+    "triton_runtime/driver.py": "from triton.runtime import driver\n",
+    "serve/app.py": "def start():\n    from fd_dsa.engine import llm\n",
+    "engine/llm.py": "from fd_dsa import __version__\n",
+    "serve/__main__.py": "from fd_dsa.cli import main\n",
+    "cli.py": "import fd_dsa.serve.app\n",
+}
+
+
+def test_clean_tree_has_no_violation(tmp_path: Path) -> None:
+    assert violations(_tree(tmp_path, CLEAN)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("step/up.py", "from fd_dsa.engine import llm\n", "fd_dsa.engine.llm, a higher room"),
+        ("step/up.py", "from ..engine import llm\n", "fd_dsa.engine.llm, a higher room"),
+        ("step/up.py", "import fd_dsa.engine.llm as x\n", "fd_dsa.engine.llm, a higher room"),
+        ("step/up.py", "def f():\n    import fd_dsa.cli\n", "fd_dsa.cli, a higher room"),
+        (
+            "step/up.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import fd_dsa.cli\n",
+            "fd_dsa.cli, a higher room",
+        ),
+        ("errors.py", "import fd_dsa.config\n", "fd_dsa.config, a higher room"),
+        ("step/host.py", "import fd_dsa.step.builder\n", "cycle fd_dsa.step.builder"),
+        ("step/host.py", "def f():\n    from . import builder\n", "cycle fd_dsa.step.builder"),
+        ("gadgets/new.py", "", "room 'gadgets' has no place"),
+        ("engine/x.py", "import torch\n", "imports torch; no room may"),
+        ("engine/x.py", "from transformers import x\n", "no room may"),
+        ("serve/x.py", "import fastdeploy.engine\n", "only fastdeploy_plugin may"),
+        ("ops/x.py", "import triton.runtime.driver\n", "only triton_runtime may"),
+        ("ops/x.py", "from triton import compiler\n", "only triton_runtime may"),
+        ("serve/x.py", "import os\nKEY = os.getenv('KEY')\n", "reads the environment"),
+        ("serve/x.py", "import os as system\nsystem.environ\n", "reads the environment"),
+        ("serve/x.py", "from os import environ\n", "reads the environment"),
+        ("serve/x.py", "x = 0\n" * (MAX_LINES + 1), f"{MAX_LINES + 1} lines"),
+    ],
+)
+def test_checker_finds(tmp_path: Path, name: str, text: str, expected: str) -> None:
+    found = violations(_tree(tmp_path, {**CLEAN, name: text}))
+    assert [line for line in found if expected in line]
+
+
+def test_a_long_file_may_give_a_reason(tmp_path: Path) -> None:
+    text = f'"""{LONG_FILE_MARK}one table."""\n' + "x = 0\n" * MAX_LINES
+    assert violations(_tree(tmp_path, {**CLEAN, "serve/x.py": text})) == []
