@@ -1,0 +1,70 @@
+"""The lightning indexer: which past tokens a query attends to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import paddle
+from paddle import nn
+
+from fd_dsa.attention.layers import zeros_parameter
+from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._rope import apply_rope_
+
+
+@dataclass(frozen=True, slots=True)
+class IndexerConfig:
+    """Sizes of an indexer; `rope_interleave` is the pairing of its RoPE (False for V3.2)."""
+
+    hidden_size: int
+    q_lora_rank: int
+    index_n_heads: int
+    index_head_dim: int
+    qk_rope_head_dim: int
+    rope_interleave: bool
+
+
+class Indexer(nn.Layer):
+    """Scores past tokens with a few cheap heads and keeps the best `index_topk`.
+
+    Its rope slice is the FIRST `qk_rope_head_dim` of each head; the key norm is a LayerNorm with
+    bias and eps 1e-6. Parameters have FastDeploy's names (fastdeploy_interface §2).
+
+    Source: DeepSeek-V3.2 paper (arXiv 2512.02556) §2; dsa_spec §7.
+    """
+
+    def __init__(self, config: IndexerConfig, layer_id: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_id = layer_id
+        heads, dim = config.index_n_heads, config.index_head_dim
+        self.wq_b = zeros_parameter(self, [config.q_lora_rank, heads * dim])
+        self.wk = zeros_parameter(self, [config.hidden_size, dim])
+        self.k_norm = nn.LayerNorm(dim, epsilon=1e-6)
+        # both scale factors of the scores are folded in when the weight is loaded
+        self.weights_proj = zeros_parameter(self, [config.hidden_size, heads])
+        self.weights_scale = heads**-0.5 * dim**-0.5
+
+    def forward(
+        self, forward_meta: Any, hidden_states: Any, qr: Any, rotary: tuple[Any, Any]
+    ) -> Any:
+        """Cache slots that each token attends to.
+
+        Args:
+            forward_meta: the runner's object, its step metadata made.
+            hidden_states: float32 [num_tokens, hidden_size], after the input norm.
+            qr: float32 [num_tokens, q_lora_rank], after its norm.
+            rotary: cos and sin, float32 [num_tokens, 1, qk_rope_head_dim // 2].
+
+        Returns:
+            int32 [num_tokens, topk]; see DSAAttentionBackend.indexer_forward.
+        """
+        config = self.config
+        q = paddle.matmul(qr, self.wq_b).reshape([-1, config.index_n_heads, config.index_head_dim])
+        k = self.k_norm(paddle.matmul(hidden_states, self.wk))
+        rope_dim, interleaved = config.qk_rope_head_dim, config.rope_interleave
+        apply_rope_(as_numpy(q)[:, :, :rope_dim], *rotary, interleaved=interleaved)
+        apply_rope_(as_numpy(k)[:, None, :rope_dim], *rotary, interleaved=interleaved)
+        weights = paddle.matmul(hidden_states, self.weights_proj)
+        return forward_meta.attn_backend.indexer_forward(q, k, weights, self.layer_id, forward_meta)

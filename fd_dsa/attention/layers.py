@@ -1,0 +1,64 @@
+"""Small layers that both attention and MLP use, and how their weights are filled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+from paddle.incubate.nn.functional import fused_rms_norm
+
+from fd_dsa.ops._host import as_numpy
+
+WeightLoader = Callable[[np.ndarray], None]
+
+
+def zeros_parameter(layer: nn.Layer, shape: list[int]) -> Any:
+    """A float32 parameter of `layer`; loading overwrites it, so it starts as plain zeros."""
+    zero = nn.initializer.Constant(0.0)
+    parameter = layer.create_parameter(shape, default_initializer=zero)
+    parameter.stop_gradient = True
+    return parameter
+
+
+class RMSNorm(nn.Layer):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis, statistics in float32."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = zeros_parameter(self, [width])
+
+    def forward(self, x: Any) -> Any:
+        """Normed `x`, float32 [num_tokens, width]."""
+        return fused_rms_norm(x, self.weight, None, self.epsilon, 1)[0]
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    """x [num_tokens, in] times weight [in, out], plus bias [out]."""
+    y = paddle.matmul(x, weight)
+    return y if bias is None else y + bias
+
+
+def loads(parameter: Any, *, transpose: bool = False, scale: float = 1.0) -> WeightLoader:
+    """Loader that writes a checkpoint tensor into a parameter of the same or transposed shape."""
+    return loads_slice(parameter, (), transpose=transpose, scale=scale)
+
+
+def loads_slice(
+    parameter: Any, where: tuple[Any, ...], *, transpose: bool = False, scale: float = 1.0
+) -> WeightLoader:
+    """Loader that writes a checkpoint tensor into `parameter[where]`.
+
+    Hugging Face stores [out, in], Paddle multiplies by [in, out]: projections pass `transpose`.
+    """
+
+    def load(array: np.ndarray) -> None:
+        target = as_numpy(parameter.detach())[where]
+        np.copyto(target, array.T if transpose else array)
+        if scale != 1.0:
+            target *= np.float32(scale)
+
+    return load

@@ -1,0 +1,216 @@
+"""Work lists of one step on a CPU, made once and used by every layer.
+
+Which tokens need scoring, which keys a tile of them reads, which slots a token without selection
+attends to: all of that follows from the step's metadata alone, so no layer computes it again.
+
+A token whose window has at most `index_topk` keys attends to all of them; it needs no scores and
+its slots are the same in every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.indexer_logits import PagedUnits
+from fd_dsa.ops.topk import positions_to_slots
+from fd_dsa.step import ForwardMeta
+
+# values of a score matrix that one tile may hold: 32 MiB of float32
+_TILE_VALUES = 8 << 20
+# a tile attends densely while its key list is at most this much longer than the selection
+_DENSE_RATIO = 3
+_DENSE_KEYS = 768
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Neighbouring prefill tokens and the keys of the rows they belong to.
+
+    Attributes:
+        tokens: slice of the step's flat tokens.
+        key_slots: int64 [num_keys]; cache slots of the keys of all rows of the tile, in order.
+        key_position: int64 [num_keys]; position of each key in its row.
+        key_start: int64 [num_tokens of the tile]; first key of the token's row in `key_slots`.
+        window: int64 [num_tokens of the tile]; keys the token may see, counted from key_start.
+    """
+
+    tokens: slice
+    key_slots: np.ndarray
+    key_position: np.ndarray
+    key_start: np.ndarray
+    window: np.ndarray
+
+    def window_mask(self) -> np.ndarray:
+        """float32 [tokens, num_keys]: 0 where a token sees a key, -inf elsewhere."""
+        offset = np.arange(len(self.key_slots))[None, :] - self.key_start[:, None]
+        seen = (offset >= 0) & (offset < self.window[:, None])
+        return np.where(seen, np.float32(0), np.float32(-np.inf))
+
+    def selection_mask(self, slots: np.ndarray, slot_position: np.ndarray) -> np.ndarray:
+        """float32 [tokens, num_keys]: 0 at the keys whose slots a token's row names.
+
+        Args:
+            slots: int32 [tokens, k]; -1 = none.
+            slot_position: int32; position of each slot of `key_slots` in its row.
+        """
+        num_keys = len(self.key_slots)
+        position = slot_position[np.maximum(slots, 0)]
+        columns = np.where(slots >= 0, self.key_start[:, None] + position, num_keys)
+        mask = np.full((len(slots), num_keys + 1), -np.inf, np.float32)
+        np.put_along_axis(mask, columns, np.float32(0), axis=1)
+        return mask[:, :num_keys]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """Decode rows of which at least one token needs scores.
+
+    Attributes:
+        tokens: int64 [num_rows, n]; flat tokens of a row, its last one repeated up to n.
+        window: int64 [num_rows * n]; keys each of these may see.
+        units: the rows' pages.
+    """
+
+    tokens: np.ndarray
+    window: np.ndarray
+    units: PagedUnits
+
+
+class StepPlan:
+    """Everything the layers of a step share beyond ForwardMeta.
+
+    Args:
+        meta: metadata of the step; its arrays are read while the plan is made.
+        block_size, index_topk, index_n_heads, num_heads: of the model.
+        slots: int32 [max_num_tokens * index_topk]; buffer for the selection, kept by the caller.
+    """
+
+    def __init__(
+        self,
+        meta: ForwardMeta,
+        *,
+        block_size: int,
+        index_topk: int,
+        index_n_heads: int,
+        num_heads: int,
+        slots: np.ndarray,
+    ) -> None:
+        self.block_size = block_size
+        self.cu = as_numpy(meta.cu_seqlens_q).astype(np.int64)
+        self.num_tokens = int(self.cu[-1])
+        self.batch_ids = as_numpy(meta.batch_id_per_token)[: self.num_tokens].astype(np.int64)
+        self.window = as_numpy(meta.position_ids)[: self.num_tokens] + 1
+        self.block_tables = as_numpy(meta.block_tables)
+        self.lengths = as_numpy(meta.seq_lens_decoder).astype(np.int64) + as_numpy(
+            meta.seq_lens_this_time
+        )
+        self.this_time = as_numpy(meta.seq_lens_this_time)
+        self.is_prefill_row = as_numpy(meta.seq_lens_encoder) > 0
+        self.index_topk = index_topk
+        self.topk = max(1, min(index_topk, meta.max_seqlen_k))
+        num_padded_tokens = meta.position_ids.shape[0]
+        self.slots = slots[: num_padded_tokens * self.topk].reshape(-1, self.topk)
+        self.needs_scores = bool((self.window > index_topk).any())
+        self._fill_slots()
+        self.score_tiles = self._prefill_tiles(index_n_heads, self.window > index_topk, None)
+        limit = max(_DENSE_RATIO * self.topk, _DENSE_KEYS)
+        self.dense_tiles = self._prefill_tiles(num_heads, self.window > 0, limit)
+        self.decode_rows = self._decode_rows()
+
+    def _fill_slots(self) -> None:
+        """Slots of every token's first keys; right for the tokens that need no scores."""
+        active = np.flatnonzero(self.this_time > 0)
+        positions = np.arange(self.topk, dtype=np.int32)[None, :]
+        known = np.minimum(positions, self.lengths[active][:, None].astype(np.int32) - 1)
+        row_slots = np.zeros((len(self.this_time), self.topk), np.int32)
+        row_slots[active] = positions_to_slots(known, active, self.block_tables, self.block_size)
+        self.slots[self.num_tokens :] = -1
+        seen = positions < self.window[:, None]
+        self.slots[: self.num_tokens] = np.where(seen, row_slots[self.batch_ids], -1)
+
+    def _decode_rows(self) -> DecodeRows | None:
+        """Decode rows that need scores, or None."""
+        rows = np.flatnonzero(
+            ~self.is_prefill_row & (self.this_time > 0) & (self.lengths > self.index_topk)
+        )
+        if not len(rows):
+            return None
+        count = self.this_time[rows].astype(np.int64)
+        offsets = np.minimum(np.arange(int(count.max()))[None, :], count[:, None] - 1)
+        tokens = self.cu[rows][:, None] + offsets
+        units = PagedUnits.build(self.lengths[rows], self.block_tables[rows], self.block_size)
+        return DecodeRows(tokens, self.window[tokens].ravel(), units)
+
+    def _prefill_tiles(
+        self, heads: int, wanted: np.ndarray, max_keys: int | None
+    ) -> tuple[Tile, ...]:
+        """Prefill tokens that are `wanted`, cut where a score matrix would outgrow its budget.
+
+        With `max_keys`, tokens of rows longer than that are left out, and a tile ends before its
+        key list would grow past it.
+        """
+        chosen = wanted & self.is_prefill_row[self.batch_ids]
+        if max_keys is not None:
+            chosen &= self.lengths[self.batch_ids] <= max_keys
+        index = np.flatnonzero(chosen)
+        tiles = []
+        start = 0
+        while start < len(index):
+            end = self._tile_end(index, start, heads, max_keys)
+            tiles.append(self._tile(int(index[start]), int(index[end - 1]) + 1))
+            start = end
+        return tuple(tiles)
+
+    def _tile_end(self, index: np.ndarray, start: int, heads: int, max_keys: int | None) -> int:
+        """End (in `index`) of the tile that starts at `start`: consecutive, within the budget."""
+        run = index[start:]
+        consecutive = np.flatnonzero(np.diff(run) != 1)
+        run = run[: consecutive[0] + 1] if len(consecutive) else run
+        row = self.batch_ids[run]
+        new_row = np.concatenate(([True], row[1:] != row[:-1]))
+        keys = np.cumsum(np.where(new_row, self.lengths[row], 0))
+        fits = keys * np.arange(1, len(run) + 1) * heads <= _TILE_VALUES
+        if max_keys is not None:
+            fits &= keys <= max_keys
+        # both limits grow along the run; one token is always taken
+        return start + max(1, int(fits.sum()))
+
+    def _tile(self, first: int, last: int) -> Tile:
+        """The tile of the flat tokens [first, last)."""
+        token_rows = self.batch_ids[first:last]
+        rows = np.unique(token_rows)
+        lengths = self.lengths[rows]
+        ends = np.cumsum(lengths)
+        key_row = np.repeat(np.arange(len(rows)), lengths)
+        position = np.arange(int(ends[-1])) - (ends - lengths)[key_row]
+        block = self.block_tables[rows[key_row], position // self.block_size].astype(np.int64)
+        key_slots = block * self.block_size + position % self.block_size
+        key_start = (ends - lengths)[np.searchsorted(rows, token_rows)]
+        window = self.window[first:last]
+        return Tile(slice(first, last), key_slots, position, key_start, window)
+
+    @cached_property
+    def gathered_tokens(self) -> np.ndarray:
+        """int64: tokens that no dense tile covers."""
+        covered = np.zeros(self.num_tokens, bool)
+        for tile in self.dense_tiles:
+            covered[tile.tokens] = True
+        return np.flatnonzero(~covered)
+
+    @cached_property
+    def window_masks(self) -> tuple[np.ndarray, ...]:
+        """Masks of the dense tiles in a step where no token needs scores."""
+        return tuple(tile.window_mask() for tile in self.dense_tiles)
+
+    @cached_property
+    def slot_position(self) -> np.ndarray:
+        """int32: position in its row of each slot that a dense tile reads; garbage elsewhere."""
+        size = 1 + max(int(tile.key_slots.max()) for tile in self.dense_tiles)
+        table = np.empty(size, np.int32)
+        for tile in self.dense_tiles:
+            table[tile.key_slots] = tile.key_position
+        return table

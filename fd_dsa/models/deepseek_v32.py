@@ -1,0 +1,108 @@
+"""DeepSeek-V3.2: the decoder that reads one step's metadata in all its layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from fd_dsa.attention.layers import RMSNorm, WeightLoader, loads, zeros_parameter
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.mla import DeepseekV32DSAAttention
+from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
+from fd_dsa.models.rope import RotaryEmbedding
+
+
+class DeepseekV32DecoderLayer(nn.Layer):
+    """Norm, attention, norm, MLP, with residuals."""
+
+    def __init__(self, config: ModelConfig, layer_id: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DeepseekV32DSAAttention(config, layer_id)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.mlp_layer_types[layer_id] == "sparse":
+            self.mlp: nn.Layer = DeepseekMoE(config)
+        else:
+            self.mlp = DeepseekMLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: Any,
+        rotary: tuple[np.ndarray, np.ndarray],
+        forward_meta: Any,
+        shared_indices: Any,
+    ) -> tuple[Any, Any]:
+        """Next hidden states, float32 [num_tokens, hidden_size], and the layer's selection."""
+        attended, indices = self.self_attn(
+            self.input_layernorm(hidden_states), rotary, forward_meta, shared_indices
+        )
+        hidden_states = hidden_states + attended
+        mlp = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + mlp, indices
+
+    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
+        """Checkpoint names below `prefix` and how each fills its parameter."""
+        loaders = {
+            f"{prefix}input_layernorm.weight": loads(self.input_layernorm.weight),
+            f"{prefix}post_attention_layernorm.weight": loads(self.post_attention_layernorm.weight),
+        }
+        loaders |= self.self_attn.weight_loaders(f"{prefix}self_attn.")
+        return loaders | self.mlp.weight_loaders(f"{prefix}mlp.")
+
+
+class DeepseekV32ForCausalLM(nn.Layer):
+    """The whole model: packed token ids of a step in, logits of chosen tokens out.
+
+    Args:
+        config: sizes, read from the model folder.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = zeros_parameter(self, [config.vocab_size, config.hidden_size])
+        self.layers = nn.LayerList(
+            [DeepseekV32DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = zeros_parameter(self, [config.hidden_size, config.vocab_size])
+        self.rotary_emb = RotaryEmbedding(config.rope, config.qk_rope_head_dim)
+        self.eval()
+
+    def forward(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
+        """Hidden states after the last block, float32 [num_tokens, hidden_size].
+
+        Args:
+            ids_remove_padding: int64 [num_tokens]; token ids of the step, rows back to back.
+            forward_meta: the runner's object; `init_attention_metadata` has been called for it.
+        """
+        hidden_states = nn.functional.embedding(ids_remove_padding, self.embed_tokens)
+        rotary = self.rotary_emb(forward_meta.position_ids)
+        indices = None
+        for layer in self.layers:
+            hidden_states, indices = layer(hidden_states, rotary, forward_meta, indices)
+        return hidden_states
+
+    def compute_logits(self, hidden_states: Any) -> Any:
+        """float32 [n, vocab_size] of float32 [n, hidden_size]."""
+        normed = self.norm(hidden_states)
+        if self.lm_head is None:
+            return paddle.matmul(normed, self.embed_tokens, transpose_y=True)
+        return paddle.matmul(normed, self.lm_head)
+
+    def weight_loaders(self) -> dict[str, WeightLoader]:
+        """How each tensor of a Hugging Face checkpoint fills its parameter."""
+        loaders = {
+            "model.embed_tokens.weight": loads(self.embed_tokens),
+            "model.norm.weight": loads(self.norm.weight),
+        }
+        if self.lm_head is not None:
+            loaders["lm_head.weight"] = loads(self.lm_head, transpose=True)
+        for i, layer in enumerate(self.layers):
+            loaders |= layer.weight_loaders(f"model.layers.{i}.")
+        return loaders

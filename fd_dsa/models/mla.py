@@ -1,0 +1,162 @@
+"""Multi-head latent attention in absorbed form, over the DSA backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from fd_dsa.attention.indexer import Indexer, IndexerConfig
+from fd_dsa.attention.layers import (
+    RMSNorm,
+    WeightLoader,
+    linear,
+    loads,
+    loads_slice,
+    zeros_parameter,
+)
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._rope import apply_rope_
+
+
+class DeepseekV32DSAAttention(nn.Layer):
+    """MLA whose queries see the keys that an indexer chose.
+
+    The up-projection of the keys is absorbed into the query and that of the values into the
+    output, so the cache holds one latent of `kv_lora_rank` + `qk_rope_head_dim` values a token,
+    shared by all heads. Parameter names follow FastDeploy (fastdeploy_interface §2).
+
+    Args:
+        config: the model.
+        layer_id: index of the layer; a layer of indexer type "shared" has no indexer of its own.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434) §2.1; dsa_spec §5.
+    """
+
+    def __init__(self, config: ModelConfig, layer_id: int) -> None:
+        super().__init__()
+        self.layer_id = layer_id
+        self.q_lora_rank, self.kv_lora_rank = config.q_lora_rank, config.kv_lora_rank
+        self.num_heads, self.nope_dim = config.num_attention_heads, config.qk_nope_head_dim
+        self.rope_dim, self.v_dim = config.qk_rope_head_dim, config.v_head_dim
+        hidden, rank, heads = config.hidden_size, config.kv_lora_rank, config.num_attention_heads
+        down = config.q_lora_rank + rank + self.rope_dim
+        self.qkv_a_proj_with_mqa = zeros_parameter(self, [hidden, down])
+        self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.mla_norm_eps)
+        self.kv_a_layernorm = RMSNorm(rank, config.mla_norm_eps)
+        self.q_b_proj = zeros_parameter(self, [config.q_lora_rank, heads * config.qk_head_dim])
+        self.k_b_proj = zeros_parameter(self, [heads, self.nope_dim, rank])
+        self.v_b_proj = zeros_parameter(self, [heads, rank, self.v_dim])
+        self.o_proj = zeros_parameter(self, [heads * self.v_dim, hidden])
+        self.qkv_a_bias = self.o_bias = None
+        if config.attention_bias:
+            self.qkv_a_bias = zeros_parameter(self, [down])
+            self.o_bias = zeros_parameter(self, [hidden])
+        self.indexer = None
+        if config.indexer_types[layer_id] == "full":
+            sizes = IndexerConfig(
+                hidden_size=hidden,
+                q_lora_rank=config.q_lora_rank,
+                index_n_heads=config.index_n_heads,
+                index_head_dim=config.index_head_dim,
+                qk_rope_head_dim=self.rope_dim,
+                rope_interleave=config.indexer_rope_interleave,
+            )
+            self.indexer = Indexer(sizes, layer_id)
+
+    def forward(
+        self,
+        hidden_states: Any,
+        rotary: tuple[np.ndarray, np.ndarray],
+        forward_meta: Any,
+        shared_indices: Any,
+    ) -> tuple[Any, Any]:
+        """Attention output and the selection that a following "shared" layer uses.
+
+        Args:
+            hidden_states: float32 [num_tokens, hidden_size], normed.
+            rotary: cos and sin, float32 [num_tokens, 1, qk_rope_head_dim // 2].
+            forward_meta: the runner's object, its step metadata made.
+            shared_indices: selection of the nearest layer before with an indexer, or None.
+
+        Returns:
+            float32 [num_tokens, hidden_size], int32 [num_tokens, topk].
+        """
+        qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self.qkv_a_bias)
+        q_down, kv_down, k_pe = paddle.split(
+            qkv, [self.q_lora_rank, self.kv_lora_rank, self.rope_dim], axis=-1
+        )
+        qr = self.q_a_layernorm(q_down)
+        compressed_kv = self.kv_a_layernorm(kv_down)
+        k_pe = k_pe.reshape([-1, 1, self.rope_dim])
+        apply_rope_(k_pe, *rotary, interleaved=True)
+        indices = shared_indices
+        if self.indexer is not None:
+            indices = self.indexer(forward_meta, hidden_states, qr, rotary)
+        latent = forward_meta.attn_backend.forward(
+            q=self._absorbed_query(qr, rotary),
+            k=None,
+            v=indices,
+            qkv=None,
+            compressed_kv=compressed_kv,
+            k_pe=k_pe,
+            layer=self,
+            forward_meta=forward_meta,
+        )
+        heads = paddle.matmul(latent.transpose([1, 0, 2]), self.v_b_proj)
+        merged = heads.transpose([1, 0, 2]).reshape([-1, self.num_heads * self.v_dim])
+        return linear(merged, self.o_proj, self.o_bias), indices
+
+    def _absorbed_query(self, qr: Any, rotary: tuple[np.ndarray, np.ndarray]) -> Any:
+        """float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]."""
+        q = paddle.matmul(qr, self.q_b_proj).reshape(
+            [-1, self.num_heads, self.nope_dim + self.rope_dim]
+        )
+        q_nope, q_pe = paddle.split(q, [self.nope_dim, self.rope_dim], axis=-1)
+        apply_rope_(q_pe, *rotary, interleaved=True)
+        latent = paddle.matmul(q_nope.transpose([1, 0, 2]), self.k_b_proj)
+        return paddle.concat([latent.transpose([1, 0, 2]), q_pe], axis=-1)
+
+    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
+        """Checkpoint names below `prefix` and how each fills its parameter."""
+        rank, q_rank = self.kv_lora_rank, self.q_lora_rank
+        everything = slice(None)
+        fused = self.qkv_a_proj_with_mqa
+        loaders = {
+            "q_a_proj.weight": loads_slice(fused, (everything, slice(0, q_rank)), transpose=True),
+            "kv_a_proj_with_mqa.weight": loads_slice(
+                fused, (everything, slice(q_rank, None)), transpose=True
+            ),
+            "q_a_layernorm.weight": loads(self.q_a_layernorm.weight),
+            "kv_a_layernorm.weight": loads(self.kv_a_layernorm.weight),
+            "q_b_proj.weight": loads(self.q_b_proj, transpose=True),
+            "o_proj.weight": loads(self.o_proj, transpose=True),
+            "kv_b_proj.weight": self._load_kv_b,
+        }
+        if self.qkv_a_bias is not None:
+            loaders["q_a_proj.bias"] = loads_slice(self.qkv_a_bias, (slice(0, q_rank),))
+            loaders["kv_a_proj_with_mqa.bias"] = loads_slice(
+                self.qkv_a_bias, (slice(q_rank, q_rank + rank + self.rope_dim),)
+            )
+            loaders["o_proj.bias"] = loads(self.o_bias)
+        if self.indexer is not None:
+            indexer = self.indexer
+            loaders |= {
+                "indexer.wq_b.weight": loads(indexer.wq_b, transpose=True),
+                "indexer.wk.weight": loads(indexer.wk, transpose=True),
+                "indexer.k_norm.weight": loads(indexer.k_norm.weight),
+                "indexer.k_norm.bias": loads(indexer.k_norm.bias),
+                "indexer.weights_proj.weight": loads(
+                    indexer.weights_proj, transpose=True, scale=indexer.weights_scale
+                ),
+            }
+        return {prefix + name: loader for name, loader in loaders.items()}
+
+    def _load_kv_b(self, array: np.ndarray) -> None:
+        """Split kv_b_proj [heads * (nope + v), rank] per head into its key and value part."""
+        per_head = array.reshape(self.num_heads, self.nope_dim + self.v_dim, self.kv_lora_rank)
+        np.copyto(as_numpy(self.k_b_proj.detach()), per_head[:, : self.nope_dim])
+        np.copyto(as_numpy(self.v_b_proj.detach()), per_head[:, self.nope_dim :].transpose(0, 2, 1))

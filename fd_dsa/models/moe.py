@@ -1,0 +1,157 @@
+"""The MLPs: dense, shared expert and routed experts with the noaux_tc gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from fd_dsa.attention.layers import WeightLoader, linear, loads, loads_slice, zeros_parameter
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.ops._host import as_numpy, as_tensor
+from fd_dsa.ops.topk import topk_indices
+
+
+def _silu_and_mul(gate_up: Any) -> Any:
+    """silu(gate) * up of a product whose halves are gate and up, in place of the gate half."""
+    values = as_numpy(gate_up)
+    gate, up = np.split(values, 2, axis=-1)
+    # exp(-x) may overflow to inf for very negative x: x / inf is the right 0
+    with np.errstate(over="ignore"):
+        activated = gate / (np.float32(1.0) + np.exp(-gate))
+    activated *= up
+    return as_tensor(activated)
+
+
+class DeepseekMLP(nn.Layer):
+    """down(silu(gate(x)) * up(x)); gate and up are one product."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.intermediate_size = intermediate_size
+        self.gate_up_proj = zeros_parameter(self, [hidden_size, 2 * intermediate_size])
+        self.down_proj = zeros_parameter(self, [intermediate_size, hidden_size])
+
+    def forward(self, x: Any) -> Any:
+        """float32 [num_tokens, hidden_size] of the same."""
+        return linear(_silu_and_mul(linear(x, self.gate_up_proj)), self.down_proj)
+
+    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
+        """Checkpoint names below `prefix` and how each fills its parameter."""
+        width, everything = self.intermediate_size, slice(None)
+        return {
+            f"{prefix}gate_proj.weight": loads_slice(
+                self.gate_up_proj, (everything, slice(0, width)), transpose=True
+            ),
+            f"{prefix}up_proj.weight": loads_slice(
+                self.gate_up_proj, (everything, slice(width, None)), transpose=True
+            ),
+            f"{prefix}down_proj.weight": loads(self.down_proj, transpose=True),
+        }
+
+
+class NoAuxTopkGate(nn.Layer):
+    """Chooses experts by sigmoid score plus a correction bias, weighs them by the score alone.
+
+    With expert groups, a group counts by its two best experts and only the best `topk_group`
+    groups take part. Equal scores: the lower expert id.
+
+    Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2; dsa_spec §10.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k, self.num_experts = config.num_experts_per_tok, config.n_routed_experts
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        self.norm_topk_prob = config.norm_topk_prob
+        self.scaling = np.float32(config.routed_scaling_factor)
+        self.weight = zeros_parameter(self, [config.hidden_size, self.num_experts])
+        self.e_score_correction_bias = zeros_parameter(self, [self.num_experts])
+
+    def forward(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape."""
+        logits = as_numpy(paddle.matmul(x, self.weight))
+        with np.errstate(over="ignore"):
+            scores = np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
+        choice = scores + as_numpy(self.e_score_correction_bias.detach())
+        if self.n_group > 1:
+            choice = self._keep_best_groups(choice)
+        experts = self._best(choice, self.top_k)
+        weights = np.take_along_axis(scores, experts, axis=1)
+        if self.norm_topk_prob:
+            weights /= weights.sum(axis=1, keepdims=True) + np.float32(1e-20)
+        return experts, weights * self.scaling
+
+    def _keep_best_groups(self, choice: np.ndarray) -> np.ndarray:
+        """`choice` with the experts of all but the best `topk_group` groups at -inf."""
+        grouped = choice.reshape(len(choice), self.n_group, -1)
+        pair = np.partition(grouped, grouped.shape[2] - 2, axis=2)[:, :, -2:]
+        kept = np.zeros((len(choice), self.n_group), bool)
+        groups = self._best(np.ascontiguousarray(pair.sum(axis=2)), self.topk_group)
+        np.put_along_axis(kept, groups, True, axis=1)
+        return np.where(kept[:, :, None], grouped, np.float32(-np.inf)).reshape(choice.shape)
+
+    @staticmethod
+    def _best(scores: np.ndarray, k: int) -> np.ndarray:
+        """Columns of the k largest scores of each row, ascending."""
+        return topk_indices(scores, np.full(len(scores), scores.shape[1], np.int32), k)
+
+
+class DeepseekMoE(nn.Layer):
+    """Routed experts plus the shared expert, accumulated in float32."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, hidden = config.moe_intermediate_size, config.hidden_size
+        self.intermediate_size, self.num_experts = width, config.n_routed_experts
+        self.gate = NoAuxTopkGate(config)
+        self.experts_gate_up_proj = zeros_parameter(self, [self.num_experts, hidden, 2 * width])
+        self.experts_down_proj = zeros_parameter(self, [self.num_experts, width, hidden])
+        self.shared_experts = DeepseekMLP(hidden, width * config.n_shared_experts)
+
+    def forward(self, x: Any) -> Any:
+        """float32 [num_tokens, hidden_size] of the same."""
+        out = self.shared_experts(x)
+        experts, weights = self.gate(x)
+        self._add_routed(as_numpy(out), as_numpy(x), experts, weights)
+        return out
+
+    def _add_routed(
+        self, out: np.ndarray, x: np.ndarray, experts: np.ndarray, weights: np.ndarray
+    ) -> None:
+        """Add the chosen experts to `out`; experts without a token are not visited."""
+        order = np.argsort(experts, axis=None, kind="stable")
+        counts = np.bincount(experts.ravel(), minlength=self.num_experts)
+        ends = np.cumsum(counts)
+        tokens = order // experts.shape[1]
+        factors = weights.ravel()[order]
+        for expert in np.flatnonzero(counts):
+            pairs = slice(int(ends[expert] - counts[expert]), int(ends[expert]))
+            rows = tokens[pairs]
+            hidden = paddle.matmul(as_tensor(x[rows]), self.experts_gate_up_proj[int(expert)])
+            down = paddle.matmul(_silu_and_mul(hidden), self.experts_down_proj[int(expert)])
+            # an expert meets a token at most once, so plain indexing adds every row
+            out[rows] += as_numpy(down) * factors[pairs, None]
+
+    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
+        """Checkpoint names below `prefix` and how each fills its parameter."""
+        width, everything = self.intermediate_size, slice(None)
+        loaders = self.shared_experts.weight_loaders(f"{prefix}shared_experts.")
+        loaders[f"{prefix}gate.weight"] = loads(self.gate.weight, transpose=True)
+        loaders[f"{prefix}gate.e_score_correction_bias"] = loads(self.gate.e_score_correction_bias)
+        for i in range(self.num_experts):
+            name = f"{prefix}experts.{i}."
+            gate = (i, everything, slice(0, width))
+            up = (i, everything, slice(width, None))
+            loaders[f"{name}gate_proj.weight"] = loads_slice(
+                self.experts_gate_up_proj, gate, transpose=True
+            )
+            loaders[f"{name}up_proj.weight"] = loads_slice(
+                self.experts_gate_up_proj, up, transpose=True
+            )
+            loaders[f"{name}down_proj.weight"] = loads_slice(
+                self.experts_down_proj, (i,), transpose=True
+            )
+        return loaders

@@ -1,0 +1,17 @@
+"""Which class serves which `model_type`."""
+
+from __future__ import annotations
+
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.deepseek_v32 import DeepseekV32ForCausalLM
+from fd_dsa.models.glm_moe_dsa import GlmMoeDsaForCausalLM
+
+MODELS: dict[str, type[DeepseekV32ForCausalLM]] = {
+    "deepseek_v32": DeepseekV32ForCausalLM,
+    "glm_moe_dsa": GlmMoeDsaForCausalLM,
+}
+
+
+def create_model(config: ModelConfig) -> DeepseekV32ForCausalLM:
+    """The model of `config`, its parameters uninitialised values until weights are loaded."""
+    return MODELS[config.model_type](config)

@@ -1,0 +1,35 @@
+"""Rotary position embedding of a packed step, in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.ops._host import as_numpy
+
+
+def apply_rope_(x: Any, cos: np.ndarray, sin: np.ndarray, *, interleaved: bool) -> None:
+    """Rotate `x` in place by the angles of its tokens.
+
+    Interleaved pairs are (x[2j], x[2j+1]), half-split pairs (x[j], x[j + dim/2]); both are kept
+    where they are, so cached keys have DeepSeek's own layout.
+
+    Args:
+        x: float32 [num_tokens, num_heads, rope_dim] (a Paddle CPU tensor or NumPy; may be a view).
+        cos, sin: float32 [num_tokens, 1, rope_dim // 2].
+        interleaved: pairing; True for MLA, per configuration for the indexer.
+
+    Source: DeepSeek-V3.2-Exp inference/model.py (pairing corrected 2025-11-17); dsa_spec §6.
+    """
+    view = as_numpy(x)
+    half = view.shape[-1] // 2
+    if interleaved:
+        first, second = view[..., 0::2], view[..., 1::2]
+    else:
+        first, second = view[..., :half], view[..., half:]
+    rotated = first * cos
+    rotated -= second * sin
+    second *= cos
+    second += first * sin
+    first[...] = rotated

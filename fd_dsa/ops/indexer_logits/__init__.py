@@ -1,0 +1,70 @@
+"""Lightning-indexer scores: I[t, s] = sum_h w[t, h] * relu(q[t, h] . k[s])."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.ops._host import Scratch, check_dtype, check_shape
+from fd_dsa.ops.indexer_logits.paddle_impl import (
+    PagedUnits,
+    score_gathered,
+    score_paged,
+)
+
+__all__ = ["PagedUnits", "indexer_logits", "paged_indexer_logits"]
+
+
+def indexer_logits(
+    q: Any, weights: Any, cache: Any, key_slots: Any, scratch: Scratch | None = None
+) -> Any:
+    """Scores of every query against the keys at `key_slots`, as a dense matrix.
+
+    Args:
+        q: float32 [num_queries, index_n_heads, index_head_dim], roped.
+        weights: float32 [num_queries, index_n_heads]; head weights, both scale factors folded in.
+        cache: [num_slots, index_head_dim] float32 or int16 (bfloat16 bits).
+        key_slots: int64 [num_keys]; rows of `cache`, all valid.
+        scratch: buffers to reuse between calls.
+
+    Returns:
+        float32 [num_queries, num_keys], a NumPy array. Windows are applied by the reader.
+
+    Raises:
+        ShapeError, DtypeError: before any work.
+
+    Source: dsa_spec §7, form of Hugging Face (no Hadamard, no FP8).
+    """
+    check_shape("indexer_logits", "q", q, (None, None, None))
+    check_shape("indexer_logits", "weights", weights, tuple(q.shape[:2]))
+    check_shape("indexer_logits", "cache", cache, (None, q.shape[2]))
+    check_shape("indexer_logits", "key_slots", key_slots, (None,))
+    check_dtype("indexer_logits", "q", q, ("float32",))
+    check_dtype("indexer_logits", "weights", weights, ("float32",))
+    return score_gathered(q, weights, cache, key_slots, scratch or Scratch())
+
+
+def paged_indexer_logits(
+    q: Any, weights: Any, cache: Any, units: PagedUnits, scratch: Scratch | None = None
+) -> Any:
+    """Scores of the queries of decode rows against their own pages.
+
+    Args:
+        q: float32 [num_rows, queries_per_row, index_n_heads, index_head_dim].
+        weights: float32 [num_rows, queries_per_row, index_n_heads].
+        cache: [num_blocks, block_size, index_head_dim] float32 or int16 (bfloat16 bits).
+        units: which blocks belong to which row; made once per step.
+        scratch: buffers to reuse between calls.
+
+    Returns:
+        float32 [num_rows, queries_per_row, units.width], column = position in the row; columns
+        past a row's keys hold garbage. A NumPy array, valid until the next call with `scratch`.
+
+    Raises:
+        ShapeError, DtypeError: before any work.
+    """
+    check_shape("paged_indexer_logits", "q", q, (units.num_rows, None, None, None))
+    check_shape("paged_indexer_logits", "weights", weights, tuple(q.shape[:3]))
+    check_shape("paged_indexer_logits", "cache", cache, (None, units.block_size, q.shape[3]))
+    check_dtype("paged_indexer_logits", "q", q, ("float32",))
+    check_dtype("paged_indexer_logits", "weights", weights, ("float32",))
+    return score_paged(q, weights, cache, units, scratch or Scratch())

@@ -1,0 +1,113 @@
+"""Indexer scores on a CPU: keys gathered by NumPy, products by Paddle.
+
+Rows of a decode step differ in length. Padding them to the longest wastes work, one product a
+block is too small for the matrix library, so each row is cut into units of a few blocks (about
+256 keys) and all units form one batched product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.ops._host import Scratch, as_numpy, as_tensor
+from fd_dsa.ops.cache_write.paddle_impl import gather_rows
+
+_UNIT_KEYS = 256
+_TILE_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PagedUnits:
+    """Decode rows cut into units of `blocks_per_unit` blocks; the same for all layers of a step.
+
+    Attributes:
+        row: int64 [num_units]; row of each unit.
+        blocks: int64 [num_units, blocks_per_unit]; physical blocks, 0 where the row has ended.
+        column: int64 [num_units]; unit number within its row.
+        num_rows, units_per_row, block_size: extents; width = units_per_row * keys of a unit.
+    """
+
+    row: np.ndarray
+    blocks: np.ndarray
+    column: np.ndarray
+    num_rows: int
+    units_per_row: int
+    block_size: int
+
+    @property
+    def unit_keys(self) -> int:
+        """Keys of one unit."""
+        return self.blocks.shape[1] * self.block_size
+
+    @property
+    def width(self) -> int:
+        """Columns of the logits."""
+        return self.units_per_row * self.unit_keys
+
+    @classmethod
+    def build(cls, lengths: np.ndarray, block_tables: np.ndarray, block_size: int) -> PagedUnits:
+        """Units of rows with `lengths` keys each (int [num_rows], all > 0)."""
+        per_unit = max(1, _UNIT_KEYS // block_size)
+        counts = -(-lengths.astype(np.int64) // (per_unit * block_size))
+        row = np.repeat(np.arange(len(counts)), counts)
+        first = np.cumsum(counts) - counts
+        column = np.arange(len(row)) - first[row]
+        logical = column[:, None] * per_unit + np.arange(per_unit)[None, :]
+        inside = logical * block_size < lengths[row][:, None]
+        # the clip only serves entries that `inside` replaces
+        logical = np.minimum(logical, block_tables.shape[1] - 1)
+        blocks = np.where(inside, block_tables[row[:, None], logical], 0).astype(np.int64)
+        return cls(row, blocks, column, len(counts), int(counts.max()), block_size)
+
+
+def weighted_scores(q: Any, weights: Any, keys: Any) -> np.ndarray:
+    """float32 [batch, queries, num_keys] of q [batch, queries, heads, dim], keys [batch, n, dim].
+
+    `weights` is [batch, queries, heads].
+    """
+    import paddle
+
+    batch, queries, heads, dim = q.shape
+    dots = paddle.matmul(q.reshape([batch, queries * heads, dim]), keys, transpose_y=True)
+    rectified = as_numpy(dots)
+    np.maximum(rectified, 0.0, out=rectified)
+    per_head = dots.reshape([batch * queries, heads, -1])
+    summed = paddle.matmul(weights.reshape([batch * queries, 1, heads]), per_head)
+    return as_numpy(summed).reshape(batch, queries, -1)
+
+
+def score_gathered(
+    q: Any, weights: Any, cache: Any, key_slots: Any, scratch: Scratch
+) -> np.ndarray:
+    """See `indexer_logits`."""
+    rows = as_numpy(cache)
+    keys = scratch.take("indexer_keys", (len(key_slots), rows.shape[1]))
+    gather_rows(rows, key_slots, keys, scratch)
+    return weighted_scores(q.unsqueeze(0), weights.unsqueeze(0), as_tensor(keys[None]))[0]
+
+
+def score_paged(
+    q: Any, weights: Any, cache: Any, units: PagedUnits, scratch: Scratch
+) -> np.ndarray:
+    """See `paged_indexer_logits`."""
+    blocks, queries, dim = as_numpy(cache), q.shape[1], q.shape[3]
+    q_rows, w_rows = as_numpy(q), as_numpy(weights)
+    logits = scratch.take(
+        "paged_logits", (units.num_rows, queries, units.units_per_row, units.unit_keys)
+    )
+    step = max(1, _TILE_BYTES // (units.unit_keys * dim * 4))
+    for start in range(0, len(units.row), step):
+        tile = slice(start, start + step)
+        row, index = units.row[tile], units.blocks[tile].ravel()
+        keys = scratch.take("indexer_keys", (len(index), units.block_size, dim))
+        gather_rows(blocks, index, keys, scratch)
+        scores = weighted_scores(
+            as_tensor(q_rows[row]),
+            as_tensor(w_rows[row]),
+            as_tensor(keys.reshape(len(row), units.unit_keys, dim)),
+        )
+        logits[row, :, units.column[tile]] = scores
+    return logits.reshape(units.num_rows, queries, units.width)

@@ -1,0 +1,81 @@
+"""Attention over the selected keys only, in MLA's absorbed (latent) form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.ops._host import Scratch, check_dtype, check_shape
+from fd_dsa.ops.sparse_mla.paddle_impl import attend_dense, attend_gathered
+
+__all__ = ["masked_mla", "sparse_mla"]
+
+
+def sparse_mla(
+    q: Any,
+    cache: Any,
+    indices: Any,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    scratch: Scratch | None = None,
+) -> Any:
+    """Attention of each query over the cache slots that its row of `indices` names.
+
+    out[t, h] = sum_s softmax_s(softmax_scale * q[t, h] . kv[s]) * kv[s, :kv_lora_rank]
+
+    Args:
+        q: float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed query.
+        cache: [num_slots, kv_lora_rank + qk_rope_head_dim] float32 or int16 (bfloat16 bits).
+        indices: int32 [num_tokens, topk]; physical slots, -1 = none, valid entries first.
+        softmax_scale: factor of the scores.
+        kv_lora_rank: width of the value part.
+        scratch: buffers to reuse between calls.
+
+    Returns:
+        float32 [num_tokens, num_heads, kv_lora_rank], a NumPy array; zeros where a row is all -1.
+
+    Raises:
+        ShapeError, DtypeError: before any work.
+    """
+    check_shape("sparse_mla", "q", q, (None, None, None))
+    check_shape("sparse_mla", "cache", cache, (None, q.shape[2]))
+    check_shape("sparse_mla", "indices", indices, (q.shape[0], None))
+    check_dtype("sparse_mla", "q", q, ("float32",))
+    check_dtype("sparse_mla", "indices", indices, ("int32",))
+    return attend_gathered(q, cache, indices, softmax_scale, kv_lora_rank, scratch or Scratch())
+
+
+def masked_mla(
+    q: Any,
+    cache: Any,
+    key_slots: Any,
+    mask: Any,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    scratch: Scratch | None = None,
+) -> Any:
+    """The same result as `sparse_mla` for neighbouring tokens that share a short list of keys.
+
+    One product of all queries with all `key_slots`, where `mask` leaves the selected ones: cheaper
+    than a gather per token while the list is not much longer than the selection.
+
+    Args:
+        q, cache, softmax_scale, kv_lora_rank, scratch: as in `sparse_mla`.
+        key_slots: int64 [num_keys]; physical slots, all valid.
+        mask: float32 [num_tokens, num_keys]; 0 where selected, -inf elsewhere; no row all -inf.
+
+    Returns:
+        float32 [num_tokens, num_heads, kv_lora_rank], a NumPy array.
+
+    Raises:
+        ShapeError, DtypeError: before any work.
+    """
+    check_shape("masked_mla", "q", q, (None, None, None))
+    check_shape("masked_mla", "cache", cache, (None, q.shape[2]))
+    check_shape("masked_mla", "mask", mask, (q.shape[0], len(key_slots)))
+    check_dtype("masked_mla", "q", q, ("float32",))
+    check_dtype("masked_mla", "mask", mask, ("float32",))
+    return attend_dense(
+        q, cache, key_slots, mask, softmax_scale, kv_lora_rank, scratch or Scratch()
+    )

@@ -1,0 +1,75 @@
+"""Sparse MLA on a CPU: latents gathered by NumPy, products and softmax by Paddle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.ops._host import Scratch, as_numpy, as_tensor
+from fd_dsa.ops.cache_write.paddle_impl import gather_rows
+
+_TILE_BYTES = 24 << 20
+
+
+def _softmax(scores: np.ndarray) -> None:
+    """Softmax of the last axis in place; a row of -inf alone becomes zeros."""
+    top = scores.max(axis=-1, keepdims=True)
+    np.subtract(scores, np.where(np.isneginf(top), np.float32(0.0), top), out=scores)
+    np.exp(scores, out=scores)
+    total = scores.sum(axis=-1, keepdims=True)
+    scores /= np.where(total == 0, np.float32(1.0), total)
+
+
+def attend_gathered(
+    q: Any, cache: Any, indices: Any, softmax_scale: float, kv_lora_rank: int, scratch: Scratch
+) -> np.ndarray:
+    """See `sparse_mla`."""
+    import paddle
+
+    latents, slots, query = as_numpy(cache), as_numpy(indices), as_numpy(q)
+    num_tokens, topk = slots.shape
+    width = query.shape[2]
+    out = np.empty((num_tokens, query.shape[1], kv_lora_rank), np.float32)
+    step = max(1, _TILE_BYTES // max(1, topk * width * 4))
+    for start in range(0, num_tokens, step):
+        tile = slots[start : start + step]
+        kv = scratch.take("latents", (len(tile), topk, width))
+        flat = np.maximum(tile, 0).astype(np.int64).ravel()
+        gather_rows(latents, flat, kv.reshape(-1, width), scratch)
+        keys = as_tensor(kv)
+        scaled = as_tensor(query[start : start + step] * np.float32(softmax_scale))
+        scores = paddle.matmul(scaled, keys, transpose_y=True)
+        probabilities = as_numpy(scores)
+        if (tile[:, -1] < 0).any():
+            probabilities += np.where(tile < 0, -np.inf, 0.0).astype(np.float32)[:, None, :]
+        _softmax(probabilities)
+        values = as_numpy(paddle.matmul(scores, keys))
+        out[start : start + step] = values[:, :, :kv_lora_rank]
+    return out
+
+
+def attend_dense(
+    q: Any,
+    cache: Any,
+    key_slots: Any,
+    mask: Any,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    scratch: Scratch,
+) -> np.ndarray:
+    """See `masked_mla`."""
+    import paddle
+
+    latents, query = as_numpy(cache), as_numpy(q)
+    num_tokens, heads, width = query.shape
+    kv = scratch.take("latents", (len(key_slots), width))
+    gather_rows(latents, key_slots, kv, scratch)
+    keys = as_tensor(kv)
+    scaled = as_tensor((query * np.float32(softmax_scale)).reshape(-1, width))
+    scores = paddle.matmul(scaled, keys, transpose_y=True)
+    probabilities = as_numpy(scores).reshape(num_tokens, heads, -1)
+    probabilities += as_numpy(mask)[:, None, :]
+    _softmax(probabilities)
+    values = as_numpy(paddle.matmul(scores, keys))
+    return values.reshape(num_tokens, heads, width)[:, :, :kv_lora_rank]

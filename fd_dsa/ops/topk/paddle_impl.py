@@ -1,0 +1,69 @@
+"""Top-k on a CPU: one selection over 64-bit keys that hold the score and the position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.ops._host import as_numpy
+
+_LOW = np.uint64(0xFFFFFFFF)
+_NONE = np.int32(np.iinfo(np.int32).max)
+
+
+def ordered_keys(scores: np.ndarray) -> np.ndarray:
+    """uint64 keys [rows, width]: larger key = higher score, then lower column; NaN lowest.
+
+    The upper half is the usual order-preserving image of a float32, with NaN at 0 and -0.0 at
+    +0.0; the lower half is the complement of the column. Source: dsa_spec §8.
+    """
+    # adding +0.0 turns -0.0 into +0.0 and leaves everything else
+    bits = (scores + np.float32(0.0)).view(np.uint32)
+    negative = (bits >> np.uint32(31)).astype(bool)
+    image = np.where(negative, ~bits, bits | np.uint32(0x80000000))
+    image[np.isnan(scores)] = 0
+    column = _LOW - np.arange(scores.shape[1], dtype=np.uint64)
+    return (image.astype(np.uint64) << np.uint64(32)) | column
+
+
+def select_positions(logits: Any, lengths: Any, k: int) -> np.ndarray:
+    """See `topk_indices`."""
+    scores, lengths = as_numpy(logits), as_numpy(lengths)
+    rows, width = scores.shape
+    out = np.full((rows, k), -1, np.int32)
+    take = min(k, width)
+    if rows == 0 or take == 0:
+        return out
+    keys = ordered_keys(scores)
+    # a valid key is never 0: its lower half is the complement of a column
+    keys[np.arange(width)[None, :] >= lengths[:, None]] = 0
+    if take < width:
+        keys = np.partition(keys, width - take, axis=1)[:, width - take :]
+    positions = (_LOW - (keys & _LOW)).astype(np.int32)
+    positions[keys == 0] = _NONE
+    positions.sort(axis=1)
+    positions[positions == _NONE] = -1
+    out[:, :take] = positions
+    return out
+
+
+def positions_to_slots(
+    positions: np.ndarray, batch_ids: np.ndarray, block_tables: np.ndarray, block_size: int
+) -> np.ndarray:
+    """Cache slots of request-local positions; -1 stays -1.
+
+    slot = block_tables[b, p // block_size] * block_size + p % block_size
+
+    Args:
+        positions: int32 [num_rows, k], -1 = none.
+        batch_ids: int [num_rows]; row of `block_tables`.
+        block_tables: int32 [num_reqs, max_blocks].
+
+    Returns:
+        int32 [num_rows, k].
+    """
+    block = block_tables[batch_ids[:, None], positions // block_size]
+    return np.where(positions >= 0, block * block_size + positions % block_size, -1).astype(
+        np.int32
+    )

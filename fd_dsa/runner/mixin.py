@@ -1,0 +1,47 @@
+"""The hook that both runners share: step metadata once a step, with what only a runner knows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.attention import DSAAttentionBackend, StepHints
+
+
+class DSAModelRunnerMixin:
+    """Goes before a runner class whose `initialize_forward_meta` makes `self.forward_meta`.
+
+    The runner keeps its backends in `self.attn_backends`. Where the first one is a
+    DSAAttentionBackend, the mixin tells it what the host knows of the step, and makes sure that
+    the metadata exists afterwards. Without a backend, or with a foreign one, nothing is touched.
+
+    Source: FastDeploy #7367 (position ids and slot mapping once per step in the runner) and the
+    reviews of #7598.
+    """
+
+    attn_backends: list[Any]
+    forward_meta: Any
+
+    def dsa_backend(self) -> DSAAttentionBackend | None:
+        """The runner's DSA backend, or None."""
+        backends = getattr(self, "attn_backends", None)
+        first = backends[0] if backends else None
+        return first if isinstance(first, DSAAttentionBackend) else None
+
+    def step_hints(self) -> StepHints | None:
+        """What the host knows of the coming step; None where the runner knows nothing."""
+        return None
+
+    def initialize_forward_meta(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the runner's own hook, then see to it that the step's metadata is there.
+
+        Raises:
+            ValueError: inconsistent lengths or block tables, with row and value.
+            MissingStepError: the runner left lengths or block tables unset.
+        """
+        backend = self.dsa_backend()
+        if backend is not None:
+            backend.set_step_hints(self.step_hints())
+        result = super().initialize_forward_meta(*args, **kwargs)  # type: ignore[misc]
+        if backend is not None:
+            backend.init_attention_metadata(self.forward_meta)
+        return result

@@ -1,0 +1,122 @@
+"""Runs a model on the rows of an InputBatch, on one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+
+from fd_dsa.attention import (
+    CacheLayout,
+    DSAAttentionBackend,
+    DSABackendConfig,
+    StepHints,
+)
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.ops._host import as_numpy, as_tensor
+from fd_dsa.runner.forward_meta import RunnerForwardMeta
+from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.mixin import DSAModelRunnerMixin
+
+
+def cache_layout(config: ModelConfig, kv_cache_dtype: str, block_size: int) -> CacheLayout:
+    """Cache layout of a model."""
+    return CacheLayout(
+        kv_cache_dtype,
+        block_size,
+        config.kv_lora_rank,
+        config.qk_rope_head_dim,
+        config.index_head_dim,
+    )
+
+
+class EmbeddedRunner:
+    """Owns the caches and makes a RunnerForwardMeta of the batch; the mixin adds the metadata.
+
+    Args:
+        model: a model of `fd_dsa.models.registry`, its weights loaded.
+        input_batch: rows that the engine fills.
+        layout: of the caches.
+        num_blocks: blocks of each cache.
+    """
+
+    def __init__(
+        self, model: Any, input_batch: InputBatch, layout: CacheLayout, num_blocks: int
+    ) -> None:
+        self.model = model
+        self.input_batch = input_batch
+        config: ModelConfig = model.config
+        self.vocab_size = config.vocab_size
+        backend = DSAAttentionBackend(
+            DSABackendConfig(
+                num_heads=config.num_attention_heads,
+                index_n_heads=config.index_n_heads,
+                index_topk=config.index_topk,
+                softmax_scale=config.softmax_scale,
+                cache_layout=layout,
+                max_num_seqs=input_batch.max_num_seqs,
+                max_num_tokens=input_batch.max_num_tokens,
+                max_blocks_per_seq=input_batch.block_tables.shape[1],
+                num_blocks=num_blocks,
+            )
+        )
+        self.attn_backends: list[Any] = [backend]
+        self.forward_meta: RunnerForwardMeta | None = None
+        self.caches = self._allocate_caches(backend, layout, num_blocks)
+
+    def _allocate_caches(
+        self, backend: DSAAttentionBackend, layout: CacheLayout, num_blocks: int
+    ) -> list[Any]:
+        """Two entries a layer: latents, and indexer keys where the layer has an indexer."""
+        latent, _, indexer = backend.get_kv_cache_shape(num_blocks)
+        caches: list[Any] = []
+        for kind in self.model.config.indexer_types:
+            caches.append(layout.allocate(latent))
+            caches.append(layout.allocate(indexer) if kind == "full" else None)
+        return caches
+
+    def initialize_forward_meta(self) -> None:
+        """Make `forward_meta` of the rows that the batch holds."""
+        batch = self.input_batch
+        rows = batch.num_rows
+        self.forward_meta = RunnerForwardMeta(
+            ids_remove_padding=as_tensor(batch.ids_remove_padding[: batch.num_tokens]),
+            seq_lens_encoder=batch.seq_lens_encoder[:rows],
+            seq_lens_decoder=batch.seq_lens_decoder[:rows],
+            seq_lens_this_time=batch.seq_lens_this_time[:rows],
+            block_tables=batch.block_tables[:rows],
+            caches=self.caches,
+            attn_backend=self.attn_backends[0],
+        )
+
+
+class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
+    """The embedded engine's runner: step metadata once, one forward, logits of chosen tokens."""
+
+    def step_hints(self) -> StepHints:
+        """Token counts and longest row, known from scheduling."""
+        batch = self.input_batch
+        return StepHints(batch.num_tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
+
+    def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
+        """Run the step in the batch.
+
+        Args:
+            logits_indices: int64 [n]; flat tokens whose logits are wanted, n may be 0.
+
+        Returns:
+            float32 [n, vocab_size].
+
+        Raises:
+            ValueError: the batch holds no token, or lengths and tables disagree.
+        """
+        if self.input_batch.num_tokens == 0:
+            raise ValueError("execute_model: the step has no token; call add_row first")
+        with paddle.no_grad():
+            self.initialize_forward_meta()
+            hidden = self.model(self.forward_meta.ids_remove_padding, self.forward_meta)
+            chosen = as_tensor(as_numpy(hidden)[np.asarray(logits_indices, np.int64)])
+            if not len(logits_indices):
+                return np.empty((0, self.vocab_size), np.float32)
+            return as_numpy(self.model.compute_logits(chosen))
