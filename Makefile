@@ -4,6 +4,8 @@
 # Another interpreter: make PYTHON=python3.12 ...; flags of the server: make serve ARGS="--port 9000"
 PYTHON ?= python3
 ARGS ?=
+# each round of `make soak` draws new random cases
+ROUNDS ?= 20
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
@@ -27,7 +29,8 @@ bench: $(VENV)/.oracle
 	$(BIN)/python benchmarks/engine_cpu.py $(ARGS)
 
 soak: $(VENV)/.dev
-	$(BIN)/python -m pytest --hypothesis-profile=soak tests/step tests/engine $(ARGS)
+	for round in $$(seq $(ROUNDS)); do \
+	  $(BIN)/python -m pytest -q -x tests/step tests/engine $(ARGS) || exit 1; done
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/build_docs.py
