@@ -1,0 +1,39 @@
+"""Console script `fd-dsa`: a door to the commands of the package."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fd_dsa import __version__
+
+_USAGE = """\
+usage: fd-dsa COMMAND [flags]
+
+commands:
+  serve     serve a model over the OpenAI API (flags: fd-dsa serve --help)
+  version   print the version
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, 2 for an unknown command.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+    """
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command == "serve":
+        from fd_dsa.serve.cli import main as serve
+
+        return serve(rest)
+    if command in ("version", "--version"):
+        print(f"fd_dsa {__version__}")
+        return 0
+    if command in ("--help", "-h", "help"):
+        print(_USAGE, end="")
+        return 0
+    print(
+        f"fd_dsa: error: unknown command {command!r}; allowed are serve, version", file=sys.stderr
+    )
+    return 2

@@ -1,0 +1,138 @@
+"""The FastAPI application: routes, request ids, lifespan."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import string
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, FastAPI
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fd_dsa import __version__
+from fd_dsa.serve import chat, completions
+from fd_dsa.serve.errors import install_error_handlers, internal_error
+from fd_dsa.serve.generation import ClientGone
+from fd_dsa.serve.state import ServerState, State
+
+if TYPE_CHECKING:
+    from fd_dsa.engine.async_engine import AsyncEngine
+
+_MAX_REQUEST_ID_CHARS = 128
+_REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
+
+logger = logging.getLogger("fd_dsa.serve")
+router = APIRouter()
+
+
+def create_app(engine: AsyncEngine, served_model_names: Sequence[str]) -> FastAPI:
+    """The application that serves `engine` under these names.
+
+    The engine is started when the application starts and stopped when it ends.
+
+    Args:
+        engine: not started yet.
+        served_model_names: names for the `model` field of requests; at least one.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(
+        title="fd_dsa",
+        summary="DeepSeek Sparse Attention on PaddlePaddle, over the OpenAI API",
+        version=__version__,
+        lifespan=lifespan,
+        redoc_url=None,
+    )
+    app.state.server = ServerState(engine, served_model_names)
+    app.add_middleware(RequestIdMiddleware)
+    install_error_handlers(app)
+    app.include_router(router)
+    app.include_router(completions.router)
+    app.include_router(chat.router)
+    return app
+
+
+@router.get("/v1/models", summary="The served models")
+async def list_models(state: State) -> dict[str, Any]:
+    """Every served name with the longest sequence it takes, in tokens."""
+    return {"object": "list", "data": [_model(state, n) for n in state.served_model_names]}
+
+
+@router.get("/v1/models/{name:path}", summary="One served model")
+async def get_model(name: str, state: State) -> dict[str, Any]:
+    """The model of that name; 404 lists the served ones."""
+    return _model(state, state.resolve_model(name))
+
+
+@router.get("/health", summary="200 when requests are served, else 503")
+async def health(state: State) -> Response:
+    """200 only when a request sent now would be served."""
+    error = state.unavailable()
+    return JSONResponse({"status": "ok"}) if error is None else error.response()
+
+
+def _model(state: ServerState, name: str) -> dict[str, Any]:
+    """The OpenAI model object."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "fd_dsa",
+        "max_model_len": state.engine.max_model_len,
+    }
+
+
+class RequestIdMiddleware:
+    """Gives every response an `X-Request-Id` (the client's own if it sent one).
+
+    An exception that no handler took is logged with that id and answered with a 500.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        scope["state"] = {**scope.get("state", {}), "request_id": request_id}
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientGone:
+            logger.info("request %s: the client went away", request_id)
+            await Response(status_code=499)(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("request %s failed", request_id)
+            if not started:
+                error = internal_error(request_id)
+                await error.response()(scope, receive, send_with_id)
+
+
+def _request_id(given: str | None) -> str:
+    """The client's id where it is a plain short word, else a new one."""
+    if given and len(given) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(given):
+        return given
+    return uuid.uuid4().hex

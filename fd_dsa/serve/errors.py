@@ -1,0 +1,169 @@
+"""Every failure leaves the server as one OpenAI error object.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+
+Source: the shape that the `openai` client parses; statuses follow the OpenAI API (400, 404, 405,
+500, 503), and validation is 400, never FastAPI's 422.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from fd_dsa.errors import FdDsaError
+
+# pydantic error type of our own validators: their message is complete as it is
+CUSTOM_ERROR = "fd_dsa"
+_SHOWN_INPUT_CHARS = 60
+
+
+class ApiError(FdDsaError):
+    """A request that is answered with an error object.
+
+    Args:
+        status: HTTP status, 400..599.
+        message: what, what was found, what is allowed, what to do.
+        param: the field of the request that is to blame, as `messages[0].content`.
+        code: machine-readable code of the OpenAI API, such as `model_not_found`.
+        headers: extra response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        # a lone surrogate of a request has no UTF-8 form
+        self.message = message.encode("utf-8", "backslashreplace").decode()
+        super().__init__(self.message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The error object."""
+        kind = "invalid_request_error"
+        if self.status == 503:
+            kind = "service_unavailable_error"
+        elif self.status >= 500:
+            kind = "server_error"
+        return {
+            "error": {
+                "message": self.message,
+                "type": kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        """The error object with its status and headers."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+def internal_error(request_id: str) -> ApiError:
+    """A 500 that names the request in the server's log and nothing else."""
+    return ApiError(
+        500, f"internal error in request {request_id}; the server's log has the details"
+    )
+
+
+def request_error(error: ValueError, fields: Sequence[str]) -> ApiError:
+    """A 400 from a ValueError; `param` is its first word where that is one of `fields`."""
+    message = str(error)
+    word = message.partition(" ")[0].rstrip(":")
+    return ApiError(400, message, param=word if word in fields else None)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer ApiError, HTTPException and validation errors of `app` with error objects."""
+
+    async def api_error(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return error.response()
+
+    async def http_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return _from_http_exception(request, error).response()
+
+    async def validation_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return _from_validation(request, error).response()
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+
+
+def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
+    """404 and 405 of the router, told with the paths and methods that exist."""
+    path = request.url.path
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        routes = ", ".join(sorted(request.app.openapi()["paths"]))
+        return ApiError(404, f"path {path} does not exist here; this server has {routes}")
+    if error.status_code == 405:
+        allowed = headers.get("allow") or headers.get("Allow") or "another method"
+        message = f"method {request.method} is not allowed on {path}; use {allowed}"
+        return ApiError(405, message, headers=headers)
+    return ApiError(error.status_code, str(error.detail), headers=headers)
+
+
+def _from_validation(request: Request, error: RequestValidationError) -> ApiError:
+    """The first problem of a request body, in our words."""
+    first = error.errors()[0]
+    location = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "")
+        return ApiError(400, f"body is not valid JSON: {reason} at character {location[0]}")
+    if not location:
+        return ApiError(400, _not_an_object(request, first))
+    param = _field_path(location)
+    if first["type"] == CUSTOM_ERROR:
+        return ApiError(400, f"{param}: {first['msg']}", param=param)
+    if first["type"] == "missing":
+        return ApiError(400, f"{param}: is missing; the field is required", param=param)
+    rule = first["msg"][:1].lower() + first["msg"][1:]
+    return ApiError(400, f"{param}: got {show(first.get('input'))}; {rule}", param=param)
+
+
+def _not_an_object(request: Request, first: Mapping[str, Any]) -> str:
+    """Why the body as a whole is no request: empty, another content type, or not an object."""
+    if first["type"] == "missing":
+        return "body is empty; send a JSON object"
+    kind = request.headers.get("content-type", "")
+    if kind.split(";")[0].strip() != "application/json":
+        return f"Content-Type is {kind!r}; send JSON with Content-Type: application/json"
+    return f"body: got {show(first.get('input'))}; send a JSON object"
+
+
+def _field_path(location: Sequence[str | int]) -> str:
+    """`("messages", 0, "content")` as `messages[0].content`."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            path += f".{part}" if path else str(part)
+    return path
+
+
+def show(value: Any) -> str:
+    """A value of a request as it stood there, shortened."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= _SHOWN_INPUT_CHARS else text[:_SHOWN_INPUT_CHARS] + "..."

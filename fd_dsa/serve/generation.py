@@ -1,0 +1,190 @@
+"""From checked jobs to engine outputs: several prompts at once, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastapi import Request
+
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.state import ServerState
+
+if TYPE_CHECKING:
+    from fd_dsa.engine.output import RequestOutput
+
+_T = TypeVar("_T")
+
+
+class ClientGone(Exception):
+    """The client closed the connection before the answer was ready."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt for the engine.
+
+    Attributes:
+        request_id: unique in this process.
+        prompt_token_ids: the prompt.
+        params: sampling parameters, `max_tokens` set.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+
+def resolve_max_tokens(
+    state: ServerState,
+    num_prompt_tokens: int,
+    asked: int | None,
+    *,
+    default: int | None = None,
+    param: str = "max_tokens",
+) -> int:
+    """Most tokens to generate: what was asked for, or what the context has left.
+
+    Args:
+        state: for the engine's `max_model_len`.
+        num_prompt_tokens: length of the prompt.
+        asked: as requested, or None.
+        default: upper bound where nothing was asked for.
+        param: name of the request's field, for the message.
+
+    Raises:
+        ApiError: 400, the prompt is empty, or it does not fit together with its output.
+    """
+    limit = state.engine.max_model_len
+    if num_prompt_tokens == 0:
+        raise ApiError(400, "prompt: has no tokens; send at least one", param="prompt")
+    longest = limit - num_prompt_tokens
+    if longest < 1:
+        raise ApiError(
+            400,
+            f"prompt has {num_prompt_tokens} tokens, max_model_len is {limit} and the output "
+            "needs at least 1; shorten the prompt or start with a larger --max-model-len",
+            code="context_length_exceeded",
+        )
+    if asked is None:
+        return longest if default is None else min(default, longest)
+    if asked > longest:
+        raise ApiError(
+            400,
+            f"{param}: got {asked} after a prompt of {num_prompt_tokens} tokens, "
+            f"max_model_len is {limit}; allowed is at most {longest} with this prompt",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return asked
+
+
+def check_jobs(state: ServerState, jobs: Sequence[Job]) -> None:
+    """Ask the engine whether it could ever run these jobs.
+
+    Raises:
+        ApiError: 400 with the engine's reason.
+    """
+    for job in jobs:
+        try:
+            state.engine.validate(job.prompt_token_ids, job.params)
+        except ValueError as error:
+            raise ApiError(400, str(error), param="prompt") from error
+
+
+async def stream_outputs(
+    state: ServerState, jobs: Sequence[Job]
+) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """Outputs of all jobs as they come, each with the index of its job.
+
+    Closing the iterator, or cancelling the task that reads it, aborts what is still running.
+
+    Raises:
+        ApiError: 503, the server takes no requests any more; 500, one job has failed.
+    """
+    state.check_available()
+    # None: a job has ended; an exception: it has failed
+    queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
+
+    async def pump(index: int, job: Job) -> None:
+        try:
+            outputs = state.engine.generate(job.prompt_token_ids, job.params, job.request_id)
+            async with contextlib.aclosing(outputs):
+                async for output in outputs:
+                    _raise_failure(output)
+                    queue.put_nowait((index, output))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+        finally:
+            state.active.discard(job.request_id)
+
+    state.active.update(job.request_id for job in jobs)
+    tasks = [asyncio.create_task(pump(index, job)) for index, job in enumerate(jobs)]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if item is None:
+                running -= 1
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+    finally:
+        await _cancel(tasks)
+        state.active.difference_update(job.request_id for job in jobs)
+
+
+async def collect_outputs(
+    state: ServerState, jobs: Sequence[Job], request: Request
+) -> list[RequestOutput]:
+    """The final output of every job, in the order of the jobs.
+
+    Raises:
+        ClientGone: the client closed the connection; the jobs are aborted.
+    """
+
+    async def collect() -> list[RequestOutput]:
+        last: dict[int, RequestOutput] = {}
+        async with contextlib.aclosing(stream_outputs(state, jobs)) as outputs:
+            async for index, output in outputs:
+                last[index] = output
+        return [last[index] for index in range(len(jobs))]
+
+    return await _unless_gone(request, collect())
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is cancelled when the client goes away."""
+
+    async def wait_until_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(wait_until_gone())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        await _cancel([task, gone])
+
+
+def _raise_failure(output: RequestOutput) -> None:
+    """Raise what went wrong with this request alone, as the engine words it."""
+    if output.finish_reason == "error":
+        raise ApiError(500, str(output.error or "the request has failed"))
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    """Cancel the tasks and wait until they have cleaned up."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
