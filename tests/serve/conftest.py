@@ -1,0 +1,76 @@
+"""A real uvicorn server in a thread, over the fake engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from fd_dsa.serve.app import create_app
+from fd_dsa.serve.server import DrainingServer, bind_socket
+from tests.serve.fake_engine import FakeEngine
+
+
+@dataclass
+class Live:
+    """A running server.
+
+    Attributes:
+        url: without a path.
+        engine: behind it.
+        client: the real OpenAI client, without retries.
+        http: a plain HTTP client.
+        server: the uvicorn server, in a thread of this process.
+    """
+
+    url: str
+    engine: FakeEngine
+    client: openai.OpenAI
+    http: httpx.Client
+    server: DrainingServer
+
+
+@contextmanager
+def running(engine: FakeEngine, names: tuple[str, ...] = ("demo", "alias")) -> Iterator[Live]:
+    """Serve `engine` on a free port until the block ends."""
+    sock = bind_socket("127.0.0.1", 0)
+    app = create_app(engine, names)
+    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2)
+    ready = threading.Event()
+    server = DrainingServer(config, app.state.server, 1.0, ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    thread.start()
+    try:
+        assert ready.wait(10)
+        with (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+            httpx.Client(base_url=url, timeout=20) as http,
+        ):
+            yield Live(url, engine, client, http, server)
+    finally:
+        server.should_exit = True
+        thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    """A server for tests that leave it as it was; names `demo` and `alias`."""
+    with running(FakeEngine()) as server:
+        yield server
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Return as soon as the condition holds; fail after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.01)

@@ -1,0 +1,149 @@
+"""/v1/completions, through the real OpenAI client and a real server."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.serve.conftest import Live, running
+from tests.serve.fake_engine import WORDS, FakeEngine
+
+REPLY = "".join(WORDS)
+
+
+def test_text_prompt(live: Live) -> None:
+    result = live.client.completions.create(model="demo", prompt="abc", max_tokens=100)
+    assert result.object == "text_completion"
+    assert result.id.startswith("cmpl-")
+    assert result.model == "demo"
+    assert result.choices[0].text == REPLY
+    assert result.choices[0].finish_reason == "stop"
+    assert result.usage is not None
+    # three bytes and the special token of `add_special_tokens`
+    assert result.usage.prompt_tokens == 4
+    assert result.usage.completion_tokens == len(WORDS)
+    assert result.usage.total_tokens == 4 + len(WORDS)
+
+
+def test_lists_give_one_choice_per_prompt(live: Live) -> None:
+    for prompt in (["abc", "de"], [[97, 98, 99, 5], [100, 101, 6]]):
+        result = live.client.completions.create(model="demo", prompt=prompt, max_tokens=2)
+        assert [c.index for c in result.choices] == [0, 1]
+        assert [c.text for c in result.choices] == ["Hello wörld"] * 2
+        assert [c.finish_reason for c in result.choices] == ["length"] * 2
+        assert result.usage is not None
+        assert (result.usage.prompt_tokens, result.usage.completion_tokens) == (7, 4)
+
+
+def test_token_ids_reach_the_engine_as_they_are(live: Live) -> None:
+    live.engine.requests.clear()
+    live.client.completions.create(model="demo", prompt=[1, 2, 256], max_tokens=1)
+    ((prompt, _),) = live.engine.requests.values()
+    assert prompt == [1, 2, 256]
+
+
+def test_stream_equals_the_whole_answer(live: Live) -> None:
+    chunks = list(
+        live.client.completions.create(model="demo", prompt=["a", "b"], max_tokens=100, stream=True)
+    )
+    for index in (0, 1):
+        own = [c.choices[0] for c in chunks if c.choices[0].index == index]
+        assert "".join(c.text for c in own) == REPLY
+        assert [c.finish_reason for c in own[:-1]] == [None] * (len(own) - 1)
+        assert own[-1].finish_reason == "stop"
+    assert len({c.id for c in chunks}) == 1
+    assert all(c.usage is None for c in chunks)
+
+
+def test_stream_usage_comes_last_without_choices(live: Live) -> None:
+    chunks = list(
+        live.client.completions.create(
+            model="demo",
+            prompt=["ab", "c"],
+            max_tokens=3,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (5, 6)
+    assert all(c.usage is None for c in chunks[:-1])
+
+
+def test_wire_format_of_a_stream(live: Live) -> None:
+    """`data: {json}` events, [DONE] at the end, usage null in every chunk before the last."""
+    body = {"prompt": "a", "max_tokens": 2, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    answer = live.http.post("/v1/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = answer.text.split("\n\n")
+    assert events[-1] == ""
+    assert events[-2] == "data: [DONE]"
+    assert all(event.startswith("data: {") for event in events[:-2])
+    assert all('"usage":null' in event for event in events[:-3])
+    assert '"choices":[]' in events[-3]
+
+
+def test_sampling_parameters_reach_the_engine(live: Live) -> None:
+    live.engine.requests.clear()
+    live.client.completions.create(
+        model="alias",
+        prompt="a",
+        max_tokens=9,
+        temperature=0.5,
+        top_p=0.25,
+        seed=7,
+        stop=["of", "never"],
+        extra_body={"top_k": 3, "ignore_eos": True, "unknown_field": {"x": 1}},
+    )
+    ((_, params),) = live.engine.requests.values()
+    assert (params.temperature, params.top_p, params.top_k) == (0.5, 0.25, 3)
+    assert (params.seed, params.max_tokens, params.ignore_eos) == (7, 9, True)
+    assert params.stop_strings == ("of", "never")
+
+
+def test_null_is_the_default_of_every_field(live: Live) -> None:
+    names = ("model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k")
+    more = ("seed", "stop", "ignore_eos", "n", "logprobs", "echo", "suffix", "logit_bias", "user")
+    answer = live.http.post(
+        "/v1/completions", json={"prompt": "a", **dict.fromkeys((*names, *more))}
+    )
+    assert answer.status_code == 200
+    # 16 is the default, the scripted reply is shorter
+    assert answer.json()["choices"][0]["text"] == REPLY
+
+
+def test_default_of_max_tokens_is_sixteen_or_what_is_left() -> None:
+    with running(FakeEngine(max_model_len=30)) as live:
+        body = {"prompt": [1] * 4, "ignore_eos": True}
+        answer = live.http.post("/v1/completions", json=body).json()
+        assert answer["usage"]["completion_tokens"] == 16
+        answer = live.http.post("/v1/completions", json={**body, "prompt": [1] * 25}).json()
+        assert answer["usage"]["completion_tokens"] == 5
+
+
+def test_neutral_values_of_unsupported_fields_are_accepted(live: Live) -> None:
+    answer = live.client.completions.create(
+        model="default",
+        prompt="a",
+        n=1,
+        best_of=1,
+        echo=False,
+        presence_penalty=0,
+        frequency_penalty=0.0,
+        logit_bias={},
+        extra_body={"repetition_penalty": 1.0, "min_p": 0},
+    )
+    assert answer.model == "demo"
+
+
+@pytest.mark.parametrize("given", ["abc-123", None, "x" * 200, "two words"])
+def test_request_id_is_echoed_or_made(live: Live, given: str | None) -> None:
+    headers = {} if given is None else {"X-Request-Id": given}
+    answer = live.http.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+    returned = answer.headers["x-request-id"]
+    if given == "abc-123":
+        assert returned == given
+    else:
+        assert len(returned) == 32
+        assert returned != given

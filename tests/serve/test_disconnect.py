@@ -1,0 +1,63 @@
+"""A client that goes away frees what its request had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.serve.conftest import Live, running, wait_until
+from tests.serve.fake_engine import FakeEngine
+
+ENDLESS = {"ignore_eos": True, "max_tokens": 250, "prompt": ["a", "b"]}
+
+
+@pytest.fixture
+def slow() -> Iterator[Live]:
+    """A server whose replies take seconds."""
+    with running(FakeEngine(step_s=0.02)) as live:
+        yield live
+
+
+def active(live: Live) -> set[str]:
+    """Ids of the requests that the server counts as running."""
+    ids: set[str] = live.server.config.app.state.server.active  # type: ignore[union-attr]
+    return ids
+
+
+def test_closing_a_stream_aborts_all_its_prompts(slow: Live) -> None:
+    body = {**ENDLESS, "stream": True}
+    with slow.http.stream("POST", "/v1/completions", json=body) as answer:
+        next(answer.iter_lines())
+        assert len(active(slow)) == 2
+    wait_until(lambda: len(slow.engine.closed) == 2)
+    wait_until(lambda: not active(slow))
+    assert slow.http.get("/health").status_code == 200
+
+
+def test_closing_the_openai_stream_aborts(slow: Live) -> None:
+    stream = slow.client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "a"}],
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    wait_until(lambda: len(active(slow)) == 1)
+    stream.close()
+    wait_until(lambda: len(slow.engine.closed) == 1)
+
+
+def test_a_client_that_stops_waiting_aborts(slow: Live) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        slow.http.post("/v1/completions", json=ENDLESS, timeout=0.3)
+    wait_until(lambda: len(slow.engine.closed) == 2)
+    wait_until(lambda: not active(slow))
+    assert slow.http.get("/health").status_code == 200
+
+
+def test_a_finished_request_is_not_aborted(slow: Live) -> None:
+    slow.client.completions.create(model="demo", prompt="a", max_tokens=3)
+    assert slow.engine.closed == []
+    assert not active(slow)

@@ -1,0 +1,225 @@
+"""Every failure is an OpenAI error object with the right status, and never a raw dump."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from fd_dsa.serve.protocol import NOT_YET
+from tests.serve.conftest import Live, running, wait_until
+from tests.serve.fake_engine import FakeEngine
+
+REFUSED: dict[str, Any] = {
+    "n": 2,
+    "best_of": 3,
+    "logprobs": True,
+    "top_logprobs": 5,
+    "prompt_logprobs": 0,
+    "echo": True,
+    "suffix": "end",
+    "tools": [{"type": "function", "function": {"name": "f"}}],
+    "tool_choice": "required",
+    "functions": [{"name": "f"}],
+    "function_call": {"name": "f"},
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"regex": "a"},
+    "guided_json": {},
+    "guided_regex": "a",
+    "guided_choice": ["a"],
+    "guided_grammar": "a",
+    "presence_penalty": 0.5,
+    "frequency_penalty": -1,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"1": 5},
+    "bad_words": ["a"],
+    "min_p": 0.1,
+    "min_tokens": 1,
+    "stop_token_ids": [1],
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "add_special_tokens": False,
+    "chat_template": "x",
+    "chat_template_kwargs": {"thinking": True},
+    "add_generation_prompt": False,
+    "continue_final_message": True,
+    "modalities": ["audio"],
+    "audio": {"voice": "x"},
+}
+
+
+def error_of(answer: Any, status: int) -> dict[str, Any]:
+    """The error object of an answer, after checks that hold for all of them."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["x-request-id"]
+    content = answer.json()
+    assert list(content) == ["error"]
+    error: dict[str, Any] = content["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    for word in ("pydantic", "Traceback", "'loc'", "ctx", "function-plain"):
+        assert word not in answer.text
+    return error
+
+
+def complete(live: Live, **fields: Any) -> Any:
+    """POST a completion of "a" with further fields."""
+    return live.http.post("/v1/completions", json={"prompt": "a", **fields})
+
+
+def test_every_field_of_later_releases_is_refused(live: Live) -> None:
+    assert REFUSED.keys() == NOT_YET.keys()
+    for name, value in REFUSED.items():
+        error = error_of(complete(live, **{name: value}), 400)
+        assert error["param"] == name
+        assert "not supported yet" in error["message"]
+        assert error["type"] == "invalid_request_error"
+
+
+def test_logprobs_zero_is_a_wish_too(live: Live) -> None:
+    """In completions 0 asks for the log-probability of the sampled token."""
+    assert error_of(complete(live, logprobs=0), 400)["param"] == "logprobs"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 10_000}, "max_tokens"),
+        ({"seed": 2**70}, "seed"),
+        ({"seed": "x"}, "seed"),
+        ({"stop": [1]}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": 5}, "stream_options"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"model": 3}, "model"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": [300]}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+    ],
+)
+def test_bad_values(live: Live, fields: dict[str, Any], param: str) -> None:
+    for stream in (False, True):
+        # json.dumps escapes the lone surrogate, which a client library would not send
+        content = json.dumps({"prompt": "a", "stream": stream, **fields})
+        headers = {"Content-Type": "application/json"}
+        answer = live.http.post("/v1/completions", content=content, headers=headers)
+        error = error_of(answer, 400)
+        assert error["param"] == param
+        assert error["message"].startswith(param)
+
+
+def test_stream_options_need_a_stream(live: Live) -> None:
+    error = error_of(complete(live, stream_options={"include_usage": True}), 400)
+    assert error["param"] == "stream_options"
+
+
+def test_nan_is_refused(live: Live) -> None:
+    content = '{"prompt": "a", "temperature": NaN}'
+    headers = {"Content-Type": "application/json"}
+    answer = live.http.post("/v1/completions", content=content, headers=headers)
+    assert error_of(answer, 400)["param"] == "temperature"
+
+
+def test_prompt_beyond_the_context_names_the_numbers(live: Live) -> None:
+    for fields in ({}, {"max_tokens": 5}, {"stream": True}):
+        error = error_of(complete(live, prompt=[1] * 256, **fields), 400)
+        assert error["code"] == "context_length_exceeded"
+        assert "256 tokens" in error["message"]
+        assert "--max-model-len" in error["message"]
+    error = error_of(complete(live, prompt=[1] * 200, max_tokens=57), 400)
+    assert error["code"] == "context_length_exceeded"
+    for number in ("57", "200", "256", "56"):
+        assert number in error["message"]
+    assert complete(live, prompt=[1] * 200, max_tokens=56).status_code == 200
+
+
+def test_unknown_model_lists_the_served_ones(live: Live) -> None:
+    with pytest.raises(openai.NotFoundError, match="demo, alias") as caught:
+        live.client.completions.create(model="gpt-4", prompt="a")
+    assert caught.value.code == "model_not_found"
+    assert caught.value.param == "model"
+    with pytest.raises(openai.NotFoundError):
+        live.client.models.retrieve("gpt-4")
+
+
+def test_unknown_path_and_method(live: Live) -> None:
+    error = error_of(live.http.post("/v1/embeddings", json={}), 404)
+    assert "/v1/embeddings" in error["message"]
+    assert "/v1/completions" in error["message"]
+    answer = live.http.get("/v1/completions")
+    assert "POST" in error_of(answer, 405)["message"]
+    assert answer.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "text"),
+    [
+        ("{", "application/json", "not valid JSON"),
+        ("", "application/json", "empty"),
+        ("[]", "application/json", "JSON object"),
+        ('{"prompt": "a"}', "application/x-www-form-urlencoded", "Content-Type"),
+        ("\xff", "application/json", "body"),
+        ("[" * 100_000, "application/json", "body"),
+    ],
+)
+def test_bad_bodies(live: Live, content: str, kind: str, text: str) -> None:
+    raw = content.encode("latin-1")
+    answer = live.http.post("/v1/completions", content=raw, headers={"Content-Type": kind})
+    assert text in error_of(answer, 400)["message"]
+
+
+def test_error_names_long_input_shortly(live: Live) -> None:
+    error = error_of(complete(live, temperature="x" * 10_000), 400)
+    assert len(error["message"]) < 200
+
+
+def test_one_failing_request_is_its_own_affair() -> None:
+    with running(FakeEngine()) as live:
+        live.engine.nan_after = 2
+        assert "NaN" in error_of(complete(live), 500)["message"]
+        with pytest.raises(openai.APIError, match="NaN"):
+            list(live.client.completions.create(model="demo", prompt="a", stream=True))
+        live.engine.nan_after = None
+        assert complete(live).status_code == 200
+        assert live.http.get("/health").status_code == 200
+
+
+def test_engine_failure_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    with running(FakeEngine()) as live:
+        live.engine.fail_after = 3
+        answer = complete(live)
+        error = error_of(answer, 500)
+        assert error["type"] == "server_error"
+        assert "secret" not in answer.text
+        assert answer.headers["x-request-id"] in error["message"]
+        assert "secret detail" in caplog.text
+        wait_until(lambda: live.server.exit_status == 1)
+    assert live.engine.stopped
+
+
+def test_failure_inside_a_stream_is_one_event_then_done() -> None:
+    with running(FakeEngine()) as live:
+        live.engine.fail_after = 2
+        text = complete(live, stream=True, max_tokens=9).text
+    events = text.split("\n\n")
+    assert events[-2] == "data: [DONE]"
+    assert events[-3].startswith('data: {"error":')
+    assert "secret" not in text
+    assert len(events) == 5

@@ -1,0 +1,180 @@
+"""Signals and exit statuses of a real server process (the engine in it is a fake one)."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.serve.conftest import wait_until
+from tests.serve.fake_engine import WORDS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class Server:
+    """A server process.
+
+    Attributes:
+        process: the process.
+        curl: the line that it printed.
+        url: taken from that line.
+    """
+
+    process: subprocess.Popen[str]
+    curl: str
+    url: str
+
+
+@dataclass
+class Background:
+    """A completion that runs in a thread; `answer` or `error` is set in the end."""
+
+    url: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    answer: httpx.Response | None = None
+    error: Exception | None = None
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        body = {"prompt": "a", "max_tokens": 900, **self.fields}
+        try:
+            self.answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=20)
+        except httpx.HTTPError as error:
+            self.error = error
+
+    def result(self) -> httpx.Response:
+        """The answer, waited for."""
+        self.thread.join(20)
+        assert self.answer is not None, self.error
+        return self.answer
+
+
+@contextmanager
+def server(*args: str) -> Iterator[Server]:
+    """Run tests.serve.fake_server with these arguments."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.serve.fake_server", *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        curl = process.stdout.readline()
+        match = re.search(r"http://[^/]+", curl)
+        assert match is not None, process.communicate(timeout=5)
+        yield Server(process, curl, match[0])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_running(url: str) -> None:
+    """Return when a request can be assumed to be inside the engine."""
+    httpx.get(f"{url}/health")
+    time.sleep(0.3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_first_signal_drains(number: signal.Signals) -> None:
+    with server("0.3", "10") as live:
+        whole = Background(live.url)
+        stream = Background(live.url, {"stream": True})
+        wait_for_running(live.url)
+        live.process.send_signal(number)
+        wait_until(lambda: httpx.get(f"{live.url}/health").status_code == 503)
+        refused = httpx.post(f"{live.url}/v1/completions", json={"prompt": "a"})
+        assert refused.status_code == 503
+        assert "shutting down" in refused.json()["error"]["message"]
+        choice = whole.result().json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("".join(WORDS), "stop")
+        assert stream.result().text.endswith("data: [DONE]\n\n")
+        assert '"finish_reason":"stop"' in stream.result().text
+        assert live.process.wait(5) == 0
+
+
+def test_idle_server_ends_at_once() -> None:
+    with server("0", "30") as live:
+        began = time.monotonic()
+        live.process.terminate()
+        assert live.process.wait(5) == 0
+        assert time.monotonic() - began < 3
+
+
+def test_after_the_timeout_the_rest_is_aborted_but_answered() -> None:
+    with server("0.1", "0.5") as live:
+        whole = Background(live.url, {"ignore_eos": True})
+        stream = Background(live.url, {"ignore_eos": True, "stream": True})
+        wait_for_running(live.url)
+        live.process.terminate()
+        answer = whole.result().json()
+        assert answer["choices"][0]["finish_reason"] == "abort"
+        assert answer["choices"][0]["text"].startswith("Hello")
+        assert answer["usage"]["completion_tokens"] < 20
+        assert '"finish_reason":"abort"' in stream.result().text
+        assert stream.result().text.endswith("data: [DONE]\n\n")
+        assert live.process.wait(5) == 0
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_ends_at_once(second: signal.Signals) -> None:
+    with server("0.1", "30") as live:
+        request = Background(live.url, {"ignore_eos": True})
+        wait_for_running(live.url)
+        live.process.terminate()
+        wait_until(lambda: httpx.get(f"{live.url}/health").status_code == 503)
+        assert live.process.poll() is None
+        began = time.monotonic()
+        live.process.send_signal(second)
+        assert live.process.wait(5) == 128 + second
+        assert time.monotonic() - began < 1
+        request.thread.join(5)
+        assert request.error is not None
+
+
+def test_engine_failure_ends_the_process_with_status_one() -> None:
+    with server("0.05", "30", "2") as live:
+        answer = Background(live.url).result()
+        assert answer.status_code == 500
+        assert live.process.wait(5) == 1
+        assert live.process.stderr is not None
+        assert "the engine has failed" in live.process.stderr.read()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_printed_curl_line_works_when_pasted() -> None:
+    with server("0", "1") as live:
+        done = subprocess.run(
+            live.curl, shell=True, capture_output=True, text=True, timeout=20, check=True
+        )
+        assert "".join(WORDS) in done.stdout
+
+
+def test_openai_client_against_the_process() -> None:
+    with (
+        server("0", "1") as live,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        name = client.models.list().data[0].id
+        messages = [{"role": "user", "content": "Hi"}]
+        answer = client.chat.completions.create(model=name, messages=messages)
+        assert answer.choices[0].message.content == "".join(WORDS)
