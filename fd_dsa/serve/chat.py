@@ -37,7 +37,7 @@ async def create_chat_completion(
     body.check_supported()
     completion_id = new_id("chatcmpl")
     job = await asyncio.to_thread(_make_job, state, body, completion_id)
-    check_jobs(state, [job])
+    check_jobs(state, [job], "messages")
     head = {"id": completion_id, "created": int(time.time()), "model": model}
     if body.stream:
         chunks = _chunks(state, job, head, body.include_usage)
@@ -67,10 +67,8 @@ def _make_job(state: ServerState, body: ChatCompletionRequest, completion_id: st
         prompt = tokenizer.apply_chat_template([m.for_template() for m in body.messages])
     except ValueError as error:
         raise ApiError(400, f"messages: {error}", param="messages") from error
-    if body.max_completion_tokens is not None:
-        asked, param = body.max_completion_tokens, "max_completion_tokens"
-    else:
-        asked, param = body.max_tokens, "max_tokens"
+    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    asked: int | None = getattr(body, param)
     max_tokens = resolve_max_tokens(state, len(prompt), asked, param=param)
     return Job(completion_id, prompt, body.sampling_params(max_tokens))
 

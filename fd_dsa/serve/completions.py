@@ -41,7 +41,7 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     body.check_supported()
     completion_id = new_id("cmpl")
     jobs = await asyncio.to_thread(_make_jobs, state, body, completion_id)
-    check_jobs(state, jobs)
+    check_jobs(state, jobs, "prompt")
     head = {
         "id": completion_id,
         "object": "text_completion",

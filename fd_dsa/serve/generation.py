@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -83,28 +83,28 @@ def resolve_max_tokens(
     return asked
 
 
-def check_jobs(state: ServerState, jobs: Sequence[Job]) -> None:
+def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> None:
     """Ask the engine whether it could ever run these jobs.
 
     Raises:
-        ApiError: 400 with the engine's reason.
+        ApiError: 400 with the engine's reason and the field `param` that the prompt came from.
     """
     for job in jobs:
         try:
             state.engine.validate(job.prompt_token_ids, job.params)
         except ValueError as error:
-            raise ApiError(400, str(error), param="prompt") from error
+            raise ApiError(400, f"{param}: {error}", param=param) from error
 
 
 async def stream_outputs(
     state: ServerState, jobs: Sequence[Job]
-) -> AsyncIterator[tuple[int, RequestOutput]]:
+) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of all jobs as they come, each with the index of its job.
 
     Closing the iterator, or cancelling the task that reads it, aborts what is still running.
 
     Raises:
-        ApiError: 503, the server takes no requests any more; 500, one job has failed.
+        ApiError: 503, the server takes no requests any more; 500, a job or the engine failed.
     """
     state.check_available()
     # None: a job has ended; an exception: it has failed
@@ -112,11 +112,10 @@ async def stream_outputs(
 
     async def pump(index: int, job: Job) -> None:
         try:
-            outputs = state.engine.generate(job.prompt_token_ids, job.params, job.request_id)
-            async with contextlib.aclosing(outputs):
-                async for output in outputs:
-                    _raise_failure(output)
-                    queue.put_nowait((index, output))
+            generate = state.engine.generate(job.prompt_token_ids, job.params, job.request_id)
+            # awaits nothing else, so a cancellation always reaches the engine's iterator
+            async for output in generate:
+                queue.put_nowait((index, output))
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
@@ -132,7 +131,9 @@ async def stream_outputs(
             if item is None:
                 running -= 1
             elif isinstance(item, Exception):
-                raise item
+                raise _failure_of(state, item)
+            elif item[1].finish_reason == "error":
+                raise ApiError(500, str(item[1].error or "the request has failed"))
             else:
                 yield item
     finally:
@@ -177,10 +178,11 @@ async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
         await _cancel([task, gone])
 
 
-def _raise_failure(output: RequestOutput) -> None:
-    """Raise what went wrong with this request alone, as the engine words it."""
-    if output.finish_reason == "error":
-        raise ApiError(500, str(output.error or "the request has failed"))
+def _failure_of(state: ServerState, error: Exception) -> Exception:
+    """What ends a request: the failure of the whole engine, which logs it, or its own error."""
+    if state.engine.errored is None:
+        return error
+    return ApiError(500, "the engine has failed while it ran the request; the server is ending")
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -37,6 +37,8 @@ class FakeEngine:
 
     With `ignore_eos` the words go round until max_tokens. Every request is kept in `requests`
     (id -> prompt and parameters); ids whose generator was closed early are in `closed`.
+    `nan_after` and `fail_after` are numbers of words after which a request ends with an error, or
+    the engine fails (with `fails_alone`: raises an exception nobody expects, and goes on).
     """
 
     def __init__(self, *, max_model_len: int = 256, step_s: float = 0.0, chat: bool = True) -> None:
@@ -46,6 +48,7 @@ class FakeEngine:
         self.is_running = False
         self.errored: BaseException | None = None
         self.fail_after: int | None = None
+        self.fails_alone = False
         self.nan_after: int | None = None
         self.stopped = False
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
@@ -83,8 +86,9 @@ class FakeEngine:
             while reason is None:
                 await asyncio.sleep(self.step_s)
                 if self.fail_after is not None and len(tokens) >= self.fail_after:
-                    self.errored = RuntimeError("secret detail of the failure")
-                    raise self.errored
+                    error = RuntimeError("secret detail of the failure")
+                    self.errored = None if self.fails_alone else error
+                    raise error
                 reason = self._next(tokens, pieces, params, request_id)
                 yield self._output(prompt_token_ids, request_id, tokens, pieces, reason)
         finally:

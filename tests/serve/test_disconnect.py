@@ -29,7 +29,9 @@ def active(live: Live) -> set[str]:
 def test_closing_a_stream_aborts_all_its_prompts(slow: Live) -> None:
     body = {**ENDLESS, "stream": True}
     with slow.http.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
+        # held: dropping the iterator closes the connection
+        lines = answer.iter_lines()
+        assert next(lines).startswith('data: {"id"')
         assert len(active(slow)) == 2
     wait_until(lambda: len(slow.engine.closed) == 2)
     wait_until(lambda: not active(slow))

@@ -201,25 +201,39 @@ def test_one_failing_request_is_its_own_affair() -> None:
         assert live.http.get("/health").status_code == 200
 
 
-def test_engine_failure_ends_the_server(caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_exception_is_told_to_the_log_only(caplog: pytest.LogCaptureFixture) -> None:
     with running(FakeEngine()) as live:
-        live.engine.fail_after = 3
+        live.engine.fail_after = 2
+        live.engine.fails_alone = True
         answer = complete(live)
         error = error_of(answer, 500)
         assert error["type"] == "server_error"
-        assert "secret" not in answer.text
         assert answer.headers["x-request-id"] in error["message"]
-        assert "secret detail" in caplog.text
+        assert "secret" not in answer.text
+        text = complete(live, stream=True, max_tokens=9).text
+        events = text.split("\n\n")
+        assert events[-2] == "data: [DONE]"
+        assert events[-3].startswith('data: {"error":')
+        assert "secret" not in text
+        assert len(events) == 5
+        assert caplog.text.count("RuntimeError: secret detail") == 2
+        assert live.http.get("/health").status_code == 200
+
+
+def test_engine_failure_ends_the_server() -> None:
+    with running(FakeEngine()) as live:
+        live.engine.fail_after = 3
+        error = error_of(complete(live), 500)
+        assert "the engine has failed" in error["message"]
+        assert "secret" not in error["message"]
         wait_until(lambda: live.server.exit_status == 1)
     assert live.engine.stopped
 
 
-def test_failure_inside_a_stream_is_one_event_then_done() -> None:
+def test_engine_failure_inside_a_stream() -> None:
     with running(FakeEngine()) as live:
         live.engine.fail_after = 2
-        text = complete(live, stream=True, max_tokens=9).text
-    events = text.split("\n\n")
-    assert events[-2] == "data: [DONE]"
-    assert events[-3].startswith('data: {"error":')
+        text = complete(live, stream=True).text
+    assert text.endswith("data: [DONE]\n\n")
+    assert "the engine has failed" in text
     assert "secret" not in text
-    assert len(events) == 5
