@@ -1,0 +1,185 @@
+"""config.json of both families, in the form of the releases and of transformers 5.23."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.config import demo_model_path
+from fd_dsa.models.config import Fp8BlockQuant, GenerationDefaults, ModelConfig, RopeConfig
+from tests.models.folders import TINY, TINY_GLM
+
+DATA = Path(__file__).parents[1] / "data" / "model_configs"
+YARN: dict[str, Any] = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+
+def read(fields: dict[str, Any]) -> ModelConfig:
+    return ModelConfig.from_dict(fields)
+
+
+def test_defaults_of_deepseek_v32_are_the_release() -> None:
+    config = read({"model_type": "deepseek_v32", "rope_theta": 10000, "rope_scaling": YARN})
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (129280, 7168, 61)
+    assert (config.n_routed_experts, config.n_group, config.topk_group) == (256, 8, 4)
+    assert (config.index_n_heads, config.index_head_dim, config.index_topk) == (64, 128, 2048)
+    assert config.qk_head_dim == 192
+    assert config.softmax_scale == pytest.approx(0.1352337789, rel=1e-9)
+    assert config.rope == RopeConfig(10000.0, "yarn", 40.0, 4096, 32.0, 1.0, 1.0, 1.0)
+    assert not config.indexer_rope_interleave
+    assert config.num_indexer_layers == 61
+    assert config.mlp_layer_types == ("dense",) * 3 + ("sparse",) * 58
+    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (0, (1,), None)
+    assert (config.rms_norm_eps, config.mla_norm_eps) == (1e-6, 1e-6)
+
+
+def test_defaults_of_glm_moe_dsa_are_the_release() -> None:
+    config = read({"model_type": "glm_moe_dsa"})
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (154880, 6144, 78)
+    assert (config.n_group, config.topk_group, config.index_n_heads) == (1, 1, 32)
+    assert config.softmax_scale == 0.0625
+    assert config.indexer_rope_interleave
+    assert (config.rms_norm_eps, config.mla_norm_eps) == (1e-5, 1e-6)
+
+
+def test_demo_folder() -> None:
+    config = ModelConfig.from_folder(demo_model_path())
+    assert config.model_type == "deepseek_v32"
+    assert (config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim) == (512, 64, 128)
+
+
+def test_file_written_by_transformers_for_deepseek(caplog: pytest.LogCaptureFixture) -> None:
+    fields = json.loads((DATA / "deepseek_v32_yarn.json").read_text())
+    with caplog.at_level(logging.WARNING):
+        config = read(fields)
+    assert not caplog.records
+    assert config.rope == RopeConfig(50000.0, "yarn", 4.0, 128, 32.0, 1.0, 1.0, 1.0)
+    assert config.mlp_layer_types == ("dense", "sparse", "sparse", "sparse")
+    assert (config.n_group, config.topk_group) == (4, 2)
+
+
+def test_file_written_by_transformers_for_glm(caplog: pytest.LogCaptureFixture) -> None:
+    fields = json.loads((DATA / "glm_moe_dsa_shared.json").read_text())
+    with caplog.at_level(logging.WARNING):
+        config = read(fields)
+    assert not caplog.records
+    assert config.rope == RopeConfig(10000.0)
+    assert config.indexer_types == tuple(fields["indexer_types"])
+    assert config.attention_bias
+    assert config.eos_token_ids == (1, 2)
+
+
+@pytest.mark.parametrize("with_theta", [True, False])
+def test_both_forms_of_rope_read_alike(with_theta: bool) -> None:
+    old = read(TINY | {"rope_theta": 7.0, "rope_scaling": YARN})
+    new_form = {**YARN, "rope_type": "yarn", "rope_theta": 7.0}
+    new = read(TINY | {"rope_parameters": new_form})
+    both = TINY | {"rope_parameters": new_form, "rope_scaling": YARN}
+    assert old.rope == new.rope == read(both | ({"rope_theta": 7} if with_theta else {})).rope
+
+
+def test_null_rope_sections_mean_plain_rope() -> None:
+    fields = TINY | {"rope_theta": 8e6, "rope_scaling": None, "rope_parameters": None}
+    assert read(fields).rope == RopeConfig(8e6)
+
+
+def test_yarn_without_optional_fields() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4, "mscale": None}
+    config = read(TINY | {"rope_scaling": scaling})
+    assert config.rope == RopeConfig(10000.0, "yarn", 4.0, 128, 32.0, 1.0, 0.0, 0.0)
+    # without mscale_all_dim the attention scores are not scaled
+    assert config.softmax_scale == pytest.approx(10**-0.5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "full_layers"),
+    [
+        ({}, range(78)),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 3}, [0, 1, *range(2, 78, 4)]),
+        ({"index_topk_freq": 3}, [0, *range(1, 78, 3)]),
+        ({"index_topk_pattern": "F" + "S" * 76 + "F"}, [0, 77]),
+        ({"index_topk_pattern": ["full"] + ["shared"] * 77}, [0]),
+        ({"indexer_types": ["full"] * 2 + ["shared"] * 76, "index_topk_freq": 4}, [0, 1]),
+    ],
+)
+def test_schedule_of_shared_indexers(fields: dict[str, Any], full_layers: Any) -> None:
+    config = read({"model_type": "glm_moe_dsa"} | fields)
+    assert [i for i, kind in enumerate(config.indexer_types) if kind == "full"] == [*full_layers]
+    assert config.num_indexer_layers == len([*full_layers])
+
+
+def test_mlp_layer_types_count_before_first_k_dense_replace() -> None:
+    types = ["sparse", "dense", "sparse"]
+    config = read(TINY | {"mlp_layer_types": types, "first_k_dense_replace": 3})
+    assert config.mlp_layer_types == tuple(types)
+    assert read(TINY | {"first_k_dense_replace": 9}).mlp_layer_types == ("dense",) * 3
+
+
+def test_other_names_of_the_number_of_experts() -> None:
+    fields = {name: value for name, value in TINY.items() if name != "n_routed_experts"}
+    assert read(fields | {"num_local_experts": 6}).n_routed_experts == 6
+    assert read(fields | {"num_experts": 6, "n_routed_experts": 6}).n_routed_experts == 6
+
+
+def test_quantization() -> None:
+    section = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0"}
+    assert read(TINY).quantization is None
+    assert read(TINY | {"quantization_config": section}).quantization == Fp8BlockQuant((128, 128))
+    section |= {"weight_block_size": [32, 64], "modules_to_not_convert": ["lm_head"]}
+    assert read(TINY | {"quantization_config": section}).quantization == Fp8BlockQuant((32, 64))
+
+
+def test_keys_of_our_own() -> None:
+    config = read(TINY_GLM | {"mla_norm_eps": 1e-5, "indexer_rope_interleave": False})
+    assert config.mla_norm_eps == 1e-5
+    assert not config.indexer_rope_interleave
+
+
+def test_generation_config_adds_to_config(tmp_path: Path) -> None:
+    fields = TINY | {"eos_token_id": [3, 1], "bos_token_id": None, "pad_token_id": 2}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    generation = {"eos_token_id": [1, 7], "top_p": 0.9, "top_k": 20, "temperature": 0.6}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    config = ModelConfig.from_folder(tmp_path)
+    assert config.eos_token_ids == (3, 1, 7)
+    assert (config.bos_token_id, config.pad_token_id) == (None, 2)
+    assert config.generation == GenerationDefaults(0.6, 0.9, 20, None)
+
+
+def test_generation_config_without_sampling_is_greedy() -> None:
+    config = ModelConfig.from_dict(TINY, generation={"do_sample": False, "temperature": 0.6})
+    assert config.generation.temperature == 0.0
+    assert read(TINY).generation == GenerationDefaults()
+
+
+def test_unknown_fields_make_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    quantization = {"quant_method": "fp8", "strange_quant": 1}
+    fields = TINY | {
+        "strange_field": 1,
+        "another_one": 2,
+        "rope_scaling": {"rope_type": "default", "strange_rope": 3},
+        "quantization_config": quantization,
+        "torch_dtype": "bfloat16",
+        "num_nextn_predict_layers": 1,
+    }
+    with caplog.at_level(logging.WARNING):
+        read(fields)
+    (record,) = caplog.records
+    names = record.getMessage().split(": ")[-1].split(", ")
+    assert sorted(names) == [
+        "another_one",
+        "quantization_config.strange_quant",
+        "rope_scaling.strange_rope",
+        "strange_field",
+    ]

@@ -1,0 +1,138 @@
+"""Flags are checked before anything is loaded, and each refusal names its flag."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.config import (
+    EngineConfig,
+    demo_model_path,
+    parse_bytes,
+    prepare_cpu_runtime,
+    set_cpu_threads,
+)
+from fd_dsa.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4096", 4096),
+        ("8G", 8 << 30),
+        ("8g", 8 << 30),
+        ("512MiB", 512 << 20),
+        ("512MB", 512 << 20),
+        ("1.5K", 1536),
+        ("2 T", 2 << 40),
+        (" 7B ", 7),
+    ],
+)
+def test_sizes_with_units(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "G", "8X", "-1G", "8GG", "1e9", "8 G B"])
+def test_texts_that_are_no_size(text: str) -> None:
+    with pytest.raises(ConfigError, match="8G or 512MiB"):
+        parse_bytes(text)
+
+
+def test_defaults_serve_the_demo_on_a_cpu() -> None:
+    config = EngineConfig()
+    assert config.model_path == demo_model_path()
+    assert config.served_model_name == ("demo_model",)
+    assert (config.compute_dtype, config.cache_dtype) == ("float32", "float32")
+    assert config.num_batched_tokens == 512
+    assert config.resolve_max_model_len(4096) == 4096
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        EngineConfig().seed = 1  # type: ignore[misc]
+
+
+def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = EngineConfig(model="my-model", kv_cache_memory_bytes="1M", kv_cache_dtype="bfloat16")
+    assert config.model_path == tmp_path / "my-model"
+    assert config.served_model_name == ("my-model",)
+    assert config.kv_cache_memory_bytes == 1 << 20
+    assert config.cache_dtype == "bfloat16"
+    several = EngineConfig(model="my-model", served_model_name=["a", "b"])  # type: ignore[arg-type]
+    assert several.served_model_name == ("a", "b")
+    one = EngineConfig(model="my-model", served_model_name="ab")  # type: ignore[arg-type]
+    assert one.served_model_name == ("ab",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"model": "deepseek-ai/DeepSeek-V3.2"}, ["--model", "deepseek-ai", "not downloaded"]),
+        ({"served_model_name": ("a", "")}, ["--served-model-name"]),
+        ({"dtype": "float16"}, ["--dtype", "'float16'", "bfloat16"]),
+        ({"dtype": "bfloat16"}, ["--dtype", "'bfloat16'", "no bfloat16 kernels"]),
+        ({"kv_cache_dtype": "fp8_ds_mla"}, ["--kv-cache-dtype", "GPU write path"]),
+        ({"kv_cache_dtype": "int8"}, ["--kv-cache-dtype", "'int8'", "auto, float32, bfloat16"]),
+        ({"max_model_len": 0}, ["--max-model-len", "got 0", "at least 1"]),
+        ({"max_num_seqs": 0}, ["--max-num-seqs"]),
+        ({"max_num_seqs": True}, ["--max-num-seqs", "True"]),
+        ({"max_num_batched_tokens": 2.5}, ["--max-num-batched-tokens", "2.5"]),
+        ({"block_size": -64}, ["--block-size", "-64"]),
+        ({"kv_cache_memory_bytes": "8Q"}, ["--kv-cache-memory-bytes", "'8Q'"]),
+        ({"kv_cache_memory_bytes": 0}, ["--kv-cache-memory-bytes", "got 0"]),
+        ({"num_gpu_blocks_override": 0}, ["--num-gpu-blocks-override"]),
+        ({"seed": -1}, ["--seed", "-1"]),
+        (
+            {"kv_cache_memory_bytes": "1G", "num_gpu_blocks_override": 5},
+            ["--num-gpu-blocks-override", "--kv-cache-memory-bytes", "one of them"],
+        ),
+    ],
+)
+def test_refusals_name_flag_value_and_rule(flags: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(**flags)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_max_model_len_beyond_the_model() -> None:
+    config = EngineConfig(max_model_len=5000)
+    assert config.resolve_max_model_len(5000) == 5000
+    with pytest.raises(ConfigError, match=r"--max-model-len: got 5000, .* at most 4096"):
+        config.resolve_max_model_len(4096)
+
+
+def test_the_users_own_setting_of_the_runtime_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", "4")
+    prepare_cpu_runtime()
+    assert os.environ["MKL_DEBUG_CPU_TYPE"] == "4"
+
+
+def test_amd_processors_take_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MKL_DEBUG_CPU_TYPE", raising=False)
+    prepare_cpu_runtime()
+    is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+    assert os.environ.pop("MKL_DEBUG_CPU_TYPE", None) == ("5" if is_amd else None)
+
+
+def test_threads_default_to_the_usable_processors() -> None:
+    pytest.importorskip("paddle", exc_type=ImportError)
+    assert set_cpu_threads() == len(os.sched_getaffinity(0))
+    with pytest.raises(ConfigError, match="num-threads"):
+        set_cpu_threads(0)
+
+
+def test_configuration_and_checkpoint_reading_do_not_import_paddle() -> None:
+    code = (
+        "import sys, fd_dsa.config, fd_dsa.models.loader, fd_dsa.models.memory_plan\n"
+        "sys.exit('paddle' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
