@@ -1,0 +1,265 @@
+"""The command line: quick help, one line per failed start, and a start from any folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fd_dsa import __version__
+from fd_dsa.config import EngineConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+# runs the command with an engine factory whose body is put in place of {body}
+WITH_FACTORY = """
+import sys, time, types
+from tests.serve.fake_engine import FakeEngine
+import fd_dsa.engine.async_engine as async_engine
+factory = types.ModuleType("fd_dsa.engine.factory")
+def build_engine(config):
+{body}
+factory.build_engine = build_engine
+sys.modules["fd_dsa.engine.factory"] = factory
+async_engine.AsyncEngine = lambda engine: engine
+from fd_dsa.serve.cli import main
+sys.exit(main())
+"""
+
+
+def command(*args: str, body: str | None = None) -> list[str]:
+    """The command line, with a factory of our own if a body is given."""
+    if body is None:
+        return [sys.executable, "-m", "fd_dsa.serve", *args]
+    code = WITH_FACTORY.format(body=textwrap.indent(textwrap.dedent(body), "    "))
+    return [sys.executable, "-c", code, *args]
+
+
+def environment() -> dict[str, str]:
+    """Makes the package importable from any folder, as an installed one is."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+
+
+def run(
+    cwd: Path, *args: str, body: str | None = None, status: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end, from `cwd`."""
+    done = subprocess.run(
+        command(*args, body=body),
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == status, done.stderr
+    return done
+
+
+def error_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The only line on stderr that is no log line; stdout is empty."""
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = [x for x in done.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d INFO ", x)]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("fd_dsa: error: ")
+    return lines[0].removeprefix("fd_dsa: error: ")
+
+
+def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom fd_dsa.serve.cli import main\n"
+        "try:\n    main(['--help'])\nfinally:\n"
+        "    heavy = {'paddle', 'fastapi', 'uvicorn', 'tokenizers', 'numpy'} & set(sys.modules)\n"
+        "    print('imported:', sorted(heavy))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.endswith("imported: []\n")
+    for field in fields(EngineConfig):
+        assert f"--{field.name.replace('_', '-')} " in done.stdout
+    for group in ("model:", "server:", "cache:", "scheduler:", "logging:"):
+        assert f"\n{group}\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--max-model-length", "5"], "unknown flag --max-model-length; did you mean --max-mod"),
+        (["--zzz"], "unknown flag --zzz; --help lists the flags"),
+        (["--max-model", "5"], "unknown flag --max-model"),
+        (["a", "b"], "unexpected argument 'b'"),
+        (["a", "--model", "b"], "give one of them"),
+        (["--port", "99999"], "--port: got '99999'; allowed is 0..65535"),
+        (["--port", "http"], "--port: got 'http'"),
+        (["--shutdown-timeout", "-1"], "--shutdown-timeout: got '-1'"),
+        (["--max-num-seqs", "many"], "--max-num-seqs: got 'many'; allowed is a whole number"),
+        (["--max-num-seqs", "0"], "--max-num-seqs: got 0"),
+        (["--kv-cache-memory-bytes", "8X"], "--kv-cache-memory-bytes"),
+        (["--dtype", "bfloat16"], "--dtype: got 'bfloat16'"),
+        (["--kv-cache-dtype", "fp8_ds_mla"], "--kv-cache-dtype: got 'fp8_ds_mla'"),
+        (["--served-model-name", ""], "--served-model-name"),
+        (["--engine", "turbo"], "--engine: invalid choice"),
+        (["--engine", "fastdeploy"], "--engine fastdeploy: missing in this release"),
+        (["no/such/folder"], "--model: got 'no/such/folder'"),
+        (["--host", "no.such.host.invalid"], "--host: got 'no.such.host.invalid'"),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path: Path, args: list[str], text: str) -> None:
+    assert text in error_line(run(tmp_path, *args))
+
+
+def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        body = "raise SystemExit('the model was loaded')"
+        line = error_line(run(tmp_path, "--port", str(port), body=body))
+    assert line.startswith(f"127.0.0.1:{port}: address already in use; ")
+    assert "--port" in line
+
+
+def test_missing_paddle_names_the_extra(tmp_path: Path) -> None:
+    code = (
+        "import sys, importlib.util as u\nreal = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'paddle' else real(name, *a)\n"
+        "from fd_dsa.serve.cli import main\nsys.exit(main([]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "pip install 'fd_dsa[cpu]'" in error_line(done)
+
+
+RAISE_CONFIG = """
+from fd_dsa.errors import CheckpointError
+raise CheckpointError("model.safetensors: tensor x has shape [1], expected [2]")
+"""
+RAISE_BUG = "raise KeyError('surprise')"
+
+
+def test_error_of_the_model_folder_is_one_line(tmp_path: Path) -> None:
+    line = error_line(run(tmp_path, "--port", "0", body=RAISE_CONFIG))
+    assert line == "model.safetensors: tensor x has shape [1], expected [2]"
+
+
+def test_unexpected_error_points_to_debug(tmp_path: Path) -> None:
+    line = error_line(run(tmp_path, "--port", "0", body=RAISE_BUG, status=1))
+    assert "unexpected KeyError: 'surprise'" in line
+    assert "--log-level debug" in line
+
+
+@pytest.mark.parametrize(("body", "status"), [(RAISE_CONFIG, 2), (RAISE_BUG, 1)])
+def test_debug_shows_the_traceback(tmp_path: Path, body: str, status: int) -> None:
+    args = ("--port", "0", "--log-level", "debug")
+    done = run(tmp_path, *args, body=body, status=status)
+    assert "Traceback" in done.stderr
+    assert "build_engine" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("fd_dsa: error: ")
+
+
+@contextmanager
+def started(cwd: Path, *args: str, body: str) -> Iterator[subprocess.Popen[str]]:
+    """The command as a running process."""
+    process = subprocess.Popen(
+        command(*args, body=body),
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
+    body = "return FakeEngine()"
+    names = ("--served-model-name", "first", "--served-model-name", "second")
+    with started(tmp_path, "--port", "0", *names, body=body) as process:
+        assert process.stdout is not None
+        ready, curl = process.stdout.readline(), process.stdout.readline()
+        assert ready.startswith(f"fd_dsa {__version__} serves first on http://127.0.0.1:")
+        url = re.search(r"http://127\.0\.0\.1:\d+", ready)
+        assert url is not None
+        models = httpx.get(f"{url[0]}/v1/models").json()["data"]
+        assert [m["id"] for m in models] == ["first", "second"]
+        assert curl.startswith(f"curl {url[0]}/v1/chat/completions ")
+        if shutil.which("curl"):
+            subprocess.run(curl.strip() + " --fail", shell=True, check=True, capture_output=True)
+        process.terminate()
+        rest, log = process.communicate(timeout=10)
+        assert (process.returncode, rest) == (0, "")
+        # one access line per request, none of uvicorn's own lines
+        assert log.count("GET /v1/models") == 1
+        assert "Uvicorn" not in log
+
+
+def test_folder_without_template_gets_a_completions_line(tmp_path: Path) -> None:
+    with started(tmp_path, "--port", "0", body="return FakeEngine(chat=False)") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert "/v1/completions " in process.stdout.readline()
+
+
+def test_nothing_listens_while_the_model_loads_and_ctrl_c_ends_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    body = "print('loading', flush=True)\ntime.sleep(30)"
+    with started(tmp_path, "--port", str(port), body=body) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://127.0.0.1:{port}/health")
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=10)
+        assert process.returncode == 130
+        assert log.splitlines()[-1] == "fd_dsa: error: interrupted while starting"
+        assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "text"),
+    [
+        (["version"], 0, f"fd_dsa {__version__}"),
+        ([], 0, "usage: fd-dsa COMMAND"),
+        (["dance"], 2, "unknown command 'dance'"),
+        (["serve", "--zzz"], 2, "unknown flag --zzz"),
+    ],
+)
+def test_console_script(args: list[str], status: int, text: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from fd_dsa.cli import main; sys.exit(main())", *args],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == status
+    assert text in done.stdout + done.stderr
