@@ -109,10 +109,10 @@ def write_raw(path: Path, header: bytes, data: bytes) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
-def write_safetensors(path: Path, tensors: dict[str, Stored], alignment: int = 8) -> None:
-    """A sound file; its data begins at a multiple of `alignment`, plus 1 where that is odd."""
+def write_safetensors(path: Path, tensors: dict[str, Stored]) -> None:
+    """A sound file, its data at a multiple of 8 bytes."""
     header = json.dumps(header_of(tensors)).encode()
-    header += b" " * (-len(header) % alignment)
+    header += b" " * (-len(header) % 8)
     write_raw(path, header, b"".join(tensor.data for tensor in tensors.values()))
 
 

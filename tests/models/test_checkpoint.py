@@ -1,0 +1,165 @@
+"""Tensors of every stored type come back as float32, from one file or from shards."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fd_dsa.config import demo_model_path
+from fd_dsa.errors import CheckpointError
+from fd_dsa.models.checkpoint import Checkpoint
+from tests.models.folders import bf16, f8, f16, f32, write_safetensors, write_shards
+
+RNG = np.random.default_rng(7)
+
+
+def e4m3_value(code: int) -> float:
+    """Value of one e4m3 byte, by the definition of the format."""
+    sign, exponent, mantissa = code >> 7, (code >> 3) & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    value = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
+    return -value if sign else value
+
+
+def open_with(folder: Path, **tensors: object) -> Checkpoint:
+    write_safetensors(folder / "model.safetensors", tensors)  # type: ignore[arg-type]
+    return Checkpoint.open(folder)
+
+
+def test_float32_is_a_read_only_view_of_the_file(tmp_path: Path) -> None:
+    values = RNG.standard_normal((5, 3)).astype(np.float32)
+    read = open_with(tmp_path, a=f32(values[:1]), w=f32(values)).read("w")
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, values)
+    assert not read.flags.writeable
+    assert not read.flags.owndata
+
+
+def test_float32_at_an_odd_offset_is_still_aligned(tmp_path: Path) -> None:
+    values = RNG.standard_normal((5, 3)).astype(np.float32)
+    read = open_with(tmp_path, a=f8(np.zeros((1, 3))), w=f32(values)).read("w")
+    assert read.flags.aligned
+    np.testing.assert_array_equal(read, values)
+
+
+def test_bfloat16_is_exact(tmp_path: Path) -> None:
+    # every bfloat16 there is, with both zeros, infinities, denormals and NaN
+    bits = np.arange(1 << 16, dtype=np.uint32).reshape(256, 256) << 16
+    values = bits.view(np.float32)
+    read = open_with(tmp_path, w=bf16(values)).read("w")
+    np.testing.assert_array_equal(read.view(np.uint32), bits)
+
+
+def test_float16_is_exact(tmp_path: Path) -> None:
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).reshape(64, 1024)
+    read = open_with(tmp_path, w=f16(values)).read("w")
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, values.astype(np.float32))
+
+
+def test_files_of_the_safetensors_library(tmp_path: Path) -> None:
+    tensors = {
+        "w": RNG.standard_normal((7, 2)).astype(np.float32),
+        "h": RNG.standard_normal(5).astype(np.float16),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    assert sorted(checkpoint.names()) == ["h", "w"]
+    for name, values in tensors.items():
+        np.testing.assert_array_equal(checkpoint.read(name), values.astype(np.float32))
+
+
+def test_every_e4m3_byte(tmp_path: Path) -> None:
+    codes = np.arange(256).reshape(16, 16)
+    scale = np.array([[0.25]], np.float32)
+    checkpoint = open_with(tmp_path, w=f8(codes), w_scale_inv=f32(scale))
+    expected = [[e4m3_value(int(code)) * 0.25 for code in row] for row in codes]
+    np.testing.assert_array_equal(checkpoint.read("w", (128, 128)), np.float32(expected))
+    assert np.nanmax(checkpoint.read("w", (16, 16))) == 448 * 0.25
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((128, 128), (128, 128)), ((129, 257), (128, 128)), ((7, 5), (2, 3)), ((1, 1), (128, 128))],
+)
+def test_fp8_blocks_with_ragged_ends(
+    tmp_path: Path, shape: tuple[int, int], block: tuple[int, int]
+) -> None:
+    codes = RNG.integers(0, 127, shape)
+    scales = RNG.uniform(0.5, 2, (-(-shape[0] // block[0]), -(-shape[1] // block[1])))
+    scales = scales.astype(np.float32)
+    checkpoint = open_with(tmp_path, w=f8(codes), w_scale_inv=f32(scales))
+    expected = np.empty(shape, np.float32)
+    for n in range(shape[0]):
+        for k in range(shape[1]):
+            scale = scales[n // block[0], k // block[1]]
+            expected[n, k] = np.float32(e4m3_value(int(codes[n, k]))) * scale
+    np.testing.assert_array_equal(checkpoint.read("w", block), expected)
+
+
+def test_fp8_needs_a_block_size_and_scales(tmp_path: Path) -> None:
+    checkpoint = open_with(tmp_path, w=f8(np.zeros((2, 2))))
+    with pytest.raises(CheckpointError, match=r"'w' is F8_E4M3, but config\.json has no"):
+        checkpoint.read("w")
+    with pytest.raises(CheckpointError, match="'w_scale_inv' is missing"):
+        checkpoint.read("w", (128, 128))
+
+
+def test_fp8_scales_of_another_shape(tmp_path: Path) -> None:
+    checkpoint = open_with(tmp_path, w=f8(np.zeros((200, 2))), w_scale_inv=f32(np.ones((1, 1))))
+    with pytest.raises(CheckpointError, match=r"expected shape \[2, 1\], found \[1, 1\]"):
+        checkpoint.read("w", (128, 128))
+
+
+def test_fp8_vector_is_refused(tmp_path: Path) -> None:
+    checkpoint = open_with(tmp_path, w=f8(np.zeros(4)), w_scale_inv=f32(np.ones(1)))
+    with pytest.raises(CheckpointError, match=r"F8_E4M3 of shape \[4\]"):
+        checkpoint.read("w", (128, 128))
+
+
+def test_shards_read_like_one_file(tmp_path: Path) -> None:
+    tensors = {f"t{i}": f32(RNG.standard_normal((i + 1, 2))) for i in range(7)}
+    write_shards(tmp_path, tensors, num_shards=3)
+    checkpoint = Checkpoint.open(tmp_path)
+    # shard by shard, and inside a shard by position
+    assert checkpoint.names() == ["t0", "t3", "t6", "t1", "t4", "t2", "t5"]
+    for name, tensor in tensors.items():
+        assert checkpoint.read(name).tobytes() == tensor.data
+        info = checkpoint.info(name)
+        assert (info.dtype, info.shape, info.nbytes) == ("F32", tensor.shape, len(tensor.data))
+
+
+def test_unknown_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tensor 'x' is missing"):
+        open_with(tmp_path, w=f32(np.ones(2))).read("x")
+
+
+def test_released_pages_can_be_read_again(tmp_path: Path) -> None:
+    values = RNG.standard_normal(5000).astype(np.float32)
+    checkpoint = open_with(tmp_path, a=f32(values), b=f32(-values))
+    view = checkpoint.read("a")
+    checkpoint.release("a")
+    checkpoint.release("b")
+    np.testing.assert_array_equal(view, values)
+    np.testing.assert_array_equal(checkpoint.read("b"), -values)
+
+
+def test_views_outlive_the_checkpoint(tmp_path: Path) -> None:
+    with open_with(tmp_path, w=f32(np.ones(3))) as checkpoint:
+        view = checkpoint.read("w")
+    np.testing.assert_array_equal(view, np.ones(3, np.float32))
+    with pytest.raises(RuntimeError, match="the file is closed"):
+        checkpoint.read("w")
+
+
+def test_demo_weights_agree_with_their_header() -> None:
+    checkpoint = Checkpoint.open(demo_model_path())
+    embedding = checkpoint.read("model.embed_tokens.weight")
+    assert embedding.shape == (4096, 384)
+    assert np.isfinite(embedding).all()
+    assert 0 < embedding.std() < 10

@@ -1,0 +1,358 @@
+"""Checkpoint against configuration: what is missing, too much or of another shape; delivery."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.config import demo_model_path
+from fd_dsa.errors import CheckpointError
+from fd_dsa.models.checkpoint import Checkpoint
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.loader import load_weights, validate
+from tests.models.folders import (
+    SCALE_SUFFIX,
+    TINY,
+    TINY_FP8,
+    TINY_GLM,
+    Stored,
+    bf16,
+    f8,
+    f16,
+    f32,
+    random_tensors,
+    write_folder,
+    write_shards,
+)
+
+EMBEDDING = "model.embed_tokens.weight"
+Q_A = "model.layers.0.self_attn.q_a_proj.weight"
+KV_A = "model.layers.1.self_attn.kv_a_proj_with_mqa.weight"
+WEIGHTS_PROJ = "model.layers.0.self_attn.indexer.weights_proj.weight"
+
+
+def check(folder: Path) -> None:
+    validate(Checkpoint.open(folder), ModelConfig.from_folder(folder))
+
+
+def refusal(folder: Path, fields: dict[str, Any], tensors: dict[str, Stored]) -> str:
+    """The one-line message with which a folder of these tensors is refused."""
+    write_folder(folder, fields, tensors)
+    with pytest.raises(CheckpointError) as caught:
+        check(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def load(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors as the loaders get them, each of which must come once."""
+    loaded: dict[str, np.ndarray] = {}
+
+    def loader(name: str) -> Callable[[np.ndarray], None]:
+        def take(values: np.ndarray) -> None:
+            assert name not in loaded
+            loaded[name] = values.copy()
+
+        return take
+
+    config = ModelConfig.from_folder(folder)
+    names = expected_tensors(config)
+    with Checkpoint.open(folder) as checkpoint:
+        validate(checkpoint, config)
+        load_weights(checkpoint, config, {name: loader(name) for name in names})
+    assert loaded.keys() == names.keys()
+    return loaded
+
+
+def fp8_tensors(seed: int = 0) -> tuple[dict[str, Stored], dict[str, np.ndarray]]:
+    """Tensors of TINY_FP8 as a release stores them, and the values they stand for."""
+    rng = np.random.default_rng(seed)
+    stored: dict[str, Stored] = {}
+    values: dict[str, np.ndarray] = {}
+    for name, tensor in expected_tensors(ModelConfig.from_dict(TINY_FP8)).items():
+        if not tensor.quantisable:
+            stored[name] = f32(rng.standard_normal(tensor.shape))
+            values[name] = np.frombuffer(stored[name].data, "<f4").reshape(tensor.shape)
+            continue
+        codes = rng.integers(56, 72, tensor.shape)
+        rows, columns = tensor.shape
+        scales = np.exp2(rng.integers(-4, 4, (-(-rows // 128), -(-columns // 128))))
+        stored[name], stored[name + SCALE_SUFFIX] = f8(codes), f32(scales)
+        # codes 56 ... 71 are 1, 1.125 ... 1.875, 2, 2.25 ... 3.75
+        exact = (1 + (codes & 7) / 8) * np.where(codes < 64, 1, 2)
+        exact *= scales[np.arange(rows)[:, None] // 128, np.arange(columns)[None] // 128]
+        values[name] = exact.astype(np.float32)
+    return stored, values
+
+
+def test_names_and_shapes_of_the_releases() -> None:
+    v32 = expected_tensors(ModelConfig.from_dict({"model_type": "deepseek_v32"}))
+    layer = "model.layers.60."
+    shapes = {
+        "self_attn.q_b_proj.weight": (24576, 1536),
+        "self_attn.kv_a_proj_with_mqa.weight": (576, 7168),
+        "self_attn.kv_b_proj.weight": (32768, 512),
+        "self_attn.o_proj.weight": (7168, 16384),
+        "self_attn.indexer.wq_b.weight": (8192, 1536),
+        "self_attn.indexer.wk.weight": (128, 7168),
+        "self_attn.indexer.k_norm.bias": (128,),
+        "self_attn.indexer.weights_proj.weight": (64, 7168),
+        "mlp.gate.weight": (256, 7168),
+        "mlp.gate.e_score_correction_bias": (256,),
+        "mlp.experts.255.down_proj.weight": (7168, 2048),
+        "mlp.shared_experts.up_proj.weight": (2048, 7168),
+    }
+    assert {name: v32[layer + name].shape for name in shapes} == shapes
+    assert v32["model.layers.2.mlp.down_proj.weight"].shape == (7168, 18432)
+    assert "model.layers.3.mlp.down_proj.weight" not in v32
+    assert not v32[layer + "self_attn.indexer.weights_proj.weight"].quantisable
+    assert v32[layer + "self_attn.indexer.wk.weight"].quantisable
+    glm = expected_tensors(ModelConfig.from_dict({"model_type": "glm_moe_dsa"}))
+    assert glm["model.layers.9.self_attn.kv_b_proj.weight"].shape == (28672, 512)
+    assert glm["model.layers.9.self_attn.indexer.wq_b.weight"].shape == (4096, 2048)
+
+
+def test_shared_layers_have_no_indexer_and_biases_follow_the_flag() -> None:
+    names = expected_tensors(ModelConfig.from_dict(TINY_GLM)).keys()
+    with_indexer = {name.split(".")[2] for name in names if ".indexer." in name}
+    assert with_indexer == {"0", "2"}
+    biases = {name.split(".")[-2] for name in names if name.startswith("model.layers.1.self_attn")}
+    assert {"q_a_proj", "kv_a_proj_with_mqa", "o_proj"} <= biases
+    found = {name.split(".")[-2] for name in names if name.endswith("_proj.bias")}
+    found |= {name.split(".")[-2] for name in names if name.endswith("_mqa.bias")}
+    assert found == {"q_a_proj", "kv_a_proj_with_mqa", "o_proj"}
+
+
+@pytest.mark.parametrize("fields", [TINY, TINY_GLM], ids=["v32", "glm"])
+@pytest.mark.parametrize("num_shards", [0, 3])
+def test_float32_values_arrive(tmp_path: Path, fields: dict[str, Any], num_shards: int) -> None:
+    tensors = random_tensors(fields)
+    write_folder(tmp_path, fields, tensors)
+    if num_shards:
+        (tmp_path / "model.safetensors").unlink()
+        write_shards(tmp_path, tensors, num_shards)
+    for name, values in load(tmp_path).items():
+        assert values.tobytes() == tensors[name].data
+        assert values.shape == tensors[name].shape
+
+
+def test_mixed_half_precision_values_arrive(tmp_path: Path) -> None:
+    plain = random_tensors(TINY)
+    stored, expected = {}, {}
+    for index, (name, tensor) in enumerate(plain.items()):
+        values = np.frombuffer(tensor.data, "<f4").reshape(tensor.shape)
+        if index % 2:
+            stored[name], expected[name] = f16(values), values.astype("<f2").astype("<f4")
+        else:
+            stored[name] = bf16(values)
+            expected[name] = (values.view("<u4") & 0xFFFF0000).view("<f4")
+    write_folder(tmp_path, TINY, stored)
+    for name, values in load(tmp_path).items():
+        np.testing.assert_array_equal(values, expected[name])
+
+
+def test_fp8_values_arrive(tmp_path: Path) -> None:
+    stored, expected = fp8_tensors()
+    write_folder(tmp_path, TINY_FP8, stored)
+    assert stored[KV_A + SCALE_SUFFIX].shape == (2, 2)
+    for name, values in load(tmp_path).items():
+        np.testing.assert_array_equal(values, expected[name])
+
+
+def test_fp8_checkpoint_may_leave_matrices_plain(tmp_path: Path) -> None:
+    stored, expected = fp8_tensors()
+    del stored[Q_A + SCALE_SUFFIX]
+    stored[Q_A] = bf16(expected[Q_A])
+    write_folder(tmp_path, TINY_FP8, stored)
+    np.testing.assert_array_equal(load(tmp_path)[Q_A], expected[Q_A])
+
+
+def test_demo_checkpoint_fits_its_configuration() -> None:
+    check(demo_model_path())
+
+
+def test_later_layers_and_inv_freq_are_skipped_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extra = f32(np.ones((2, 2)))
+    more = {
+        "model.layers.3.eh_proj.weight": extra,
+        "model.layers.3.self_attn.q_a_proj.weight": extra,
+        "model.layers.10.enorm.weight": extra,
+        "model.layers.0.self_attn.rotary_emb.inv_freq": extra,
+        "model.rotary_emb.inv_freq": extra,
+    }
+    write_folder(tmp_path, TINY, random_tensors(TINY) | more)
+    with caplog.at_level(logging.INFO):
+        load(tmp_path)
+    (record,) = caplog.records
+    assert "5 tensors skipped" in record.getMessage()
+
+
+def test_nothing_is_logged_where_nothing_is_skipped(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        load(write_folder(tmp_path, TINY))
+    assert not caplog.records
+
+
+def test_missing_tensor(tmp_path: Path) -> None:
+    tensors = random_tensors(TINY)
+    del tensors[Q_A]
+    message = refusal(tmp_path, TINY, tensors)
+    assert str(tmp_path) in message
+    assert f"tensor {Q_A!r}: missing, expected shape [12, 32]" in message
+
+
+def test_unexpected_tensor(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    message = refusal(tmp_path, TINY, random_tensors(TINY) | {name: f32(np.ones((2, 3)))})
+    assert f"model.safetensors: tensor {name!r}: unexpected, found F32 [2, 3]" in message
+
+
+def test_indexer_of_a_shared_layer_is_unexpected(tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.indexer.wk.weight"
+    tensors = random_tensors(TINY_GLM) | {name: f32(np.ones((8, 32)))}
+    assert f"{name!r}: unexpected" in refusal(tmp_path, TINY_GLM, tensors)
+
+
+def test_scales_of_a_plain_weight_are_unexpected(tmp_path: Path) -> None:
+    tensors = random_tensors(TINY) | {Q_A + SCALE_SUFFIX: f32(np.ones((1, 1)))}
+    assert f"{Q_A + SCALE_SUFFIX!r}: unexpected" in refusal(tmp_path, TINY, tensors)
+
+
+def test_mis_shaped_tensor(tmp_path: Path) -> None:
+    tensors = random_tensors(TINY) | {Q_A: f32(np.ones((32, 12)))}
+    message = refusal(tmp_path, TINY, tensors)
+    assert f"model.safetensors: tensor {Q_A!r}: expected shape [12, 32], found [32, 12]" in message
+
+
+def test_vocabulary_of_the_weights_does_not_fit(tmp_path: Path) -> None:
+    tensors = random_tensors(TINY | {"vocab_size": 49})
+    message = refusal(tmp_path, TINY, tensors)
+    assert "expected shape [50, 32] (vocab_size is 50), found [49, 32]" in message
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        {"model": {"vocab": {"a": 3, "b": 50}}},
+        {"model": {"vocab": [["a", -1.0]] * 51}},
+        {"model": {"vocab": {"a": 3}}, "added_tokens": [{"id": 50, "content": "<x>"}]},
+    ],
+)
+def test_vocabulary_of_the_tokenizer_does_not_fit(
+    tmp_path: Path, tokenizer: dict[str, Any]
+) -> None:
+    write_folder(tmp_path, TINY)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: .* vocab_size 50 .* found 50"):
+        check(tmp_path)
+
+
+@pytest.mark.parametrize("tokenizer", [{}, {"model": {"vocab": {"a": 49}}, "added_tokens": []}])
+def test_vocabulary_of_the_tokenizer_fits(tmp_path: Path, tokenizer: dict[str, Any]) -> None:
+    write_folder(tmp_path, TINY)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["F64", "I32", "F8_E5M2"])
+def test_unsupported_dtype(tmp_path: Path, dtype: str) -> None:
+    tensor = random_tensors(TINY)[Q_A]
+    width = {"F64": 8, "I32": 4, "F8_E5M2": 1}[dtype]
+    odd = replace(tensor, dtype=dtype, data=bytes(12 * 32 * width))
+    message = refusal(tmp_path, TINY, random_tensors(TINY) | {Q_A: odd})
+    assert f"expected dtype F32 or BF16 or F16 or F8_E4M3, found {dtype}" in message
+
+
+def test_fp8_without_quantization_config(tmp_path: Path) -> None:
+    tensors = random_tensors(TINY) | {Q_A: f8(np.zeros((12, 32)))}
+    message = refusal(tmp_path, TINY, tensors)
+    assert f"{Q_A!r}: found dtype F8_E4M3, but config.json has no quantization_config" in message
+
+
+def test_fp8_without_scales(tmp_path: Path) -> None:
+    stored, _ = fp8_tensors()
+    del stored[KV_A + SCALE_SUFFIX]
+    message = refusal(tmp_path, TINY_FP8, stored)
+    assert f"{KV_A + SCALE_SUFFIX!r} are missing, expected shape [2, 2]" in message
+
+
+def test_fp8_with_mis_shaped_scales(tmp_path: Path) -> None:
+    stored, _ = fp8_tensors()
+    stored[KV_A + SCALE_SUFFIX] = f32(np.ones((1, 2)))
+    message = refusal(tmp_path, TINY_FP8, stored)
+    assert f"tensor {KV_A + SCALE_SUFFIX!r}: expected F32" in message
+    assert "[2, 2], found F32 [1, 2]" in message
+
+
+def test_fp8_where_no_release_has_it(tmp_path: Path) -> None:
+    stored, _ = fp8_tensors()
+    stored[WEIGHTS_PROJ] = f8(np.zeros((3, 160)))
+    stored[WEIGHTS_PROJ + SCALE_SUFFIX] = f32(np.ones((1, 2)))
+    message = refusal(tmp_path, TINY_FP8, stored)
+    assert f"{WEIGHTS_PROJ!r}: expected dtype F32 or BF16 or F16, found F8_E4M3" in message
+
+
+def test_many_problems_make_one_readable_line(tmp_path: Path) -> None:
+    write_folder(tmp_path, TINY, {"x": f32(np.ones(1))})
+    with pytest.raises(CheckpointError) as caught:
+        check(tmp_path)
+    count = len(expected_tensors(ModelConfig.from_dict(TINY)))
+    assert str(caught.value).endswith(f"; and {count + 1 - 3} more")
+    assert str(caught.value).count("missing") == 3
+
+
+@pytest.mark.parametrize("stores_head", [False, True])
+def test_tied_head(tmp_path: Path, stores_head: bool) -> None:
+    fields = TINY | {"tie_word_embeddings": True}
+    tensors = random_tensors(fields)
+    assert "lm_head.weight" not in tensors
+    more = {"lm_head.weight": tensors[EMBEDDING]} if stores_head else {}
+    assert load(write_folder(tmp_path, fields, tensors | more)).keys() == tensors.keys()
+
+
+def test_tied_head_that_differs(tmp_path: Path) -> None:
+    fields = TINY | {"tie_word_embeddings": True}
+    tensors = random_tensors(fields) | {"lm_head.weight": f32(np.ones((50, 32)))}
+    message = refusal(tmp_path, fields, tensors)
+    assert "'lm_head.weight': expected the values of 'model.embed_tokens.weight'" in message
+
+
+def test_progress_reaches_the_total(tmp_path: Path) -> None:
+    stored, _ = fp8_tensors()
+    config = ModelConfig.from_folder(write_folder(tmp_path, TINY_FP8, stored))
+    calls: list[tuple[int, int]] = []
+    loaders: dict[str, Callable[[np.ndarray], None]] = {
+        name: lambda values: None for name in expected_tensors(config)
+    }
+    load_weights(Checkpoint.open(tmp_path), config, loaders, lambda *args: calls.append(args))
+    total = sum(len(stored[name].data) for name in loaders)
+    assert calls[0] == (0, total)
+    assert calls[-1] == (total, total)
+    assert len(calls) == len(loaders) + 1
+    assert calls == sorted(calls)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_loaders_must_be_those_of_the_model(tmp_path: Path, change: str) -> None:
+    config = ModelConfig.from_folder(write_folder(tmp_path, TINY))
+    loaders: dict[str, Callable[[np.ndarray], None]] = {
+        name: lambda values: None for name in expected_tensors(config)
+    }
+    if change == "missing":
+        del loaders[Q_A]
+    else:
+        loaders["odd"] = lambda values: None
+    with pytest.raises(ValueError, match=Q_A if change == "missing" else "odd"):
+        load_weights(Checkpoint.open(tmp_path), config, loaders)
