@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import openai
 import pytest
 import uvicorn
 
+from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.server import DrainingServer, bind_socket
 from tests.serve.fake_engine import FakeEngine
@@ -31,14 +33,16 @@ class Live:
     """
 
     url: str
-    engine: FakeEngine
+    engine: Any
     client: openai.OpenAI
     http: httpx.Client
     server: DrainingServer
 
 
 @contextmanager
-def running(engine: FakeEngine, names: tuple[str, ...] = ("demo", "alias")) -> Iterator[Live]:
+def running(
+    engine: FakeEngine | AsyncEngine, names: tuple[str, ...] = ("demo", "alias")
+) -> Iterator[Live]:
     """Serve `engine` on a free port until the block ends."""
     sock = bind_socket("127.0.0.1", 0)
     app = create_app(engine, names)

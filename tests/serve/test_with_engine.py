@@ -1,0 +1,120 @@
+"""The server over the real engine and its thread; only the model is a fake one."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import openai
+import pytest
+
+from fd_dsa.engine.async_engine import AsyncEngine
+from tests.engine.fakes import byte_tokenizer, expected_greedy, make_engine
+from tests.serve.conftest import Live, running, wait_until
+from tests.serve.test_errors import complete, error_of
+
+NUM_CLIENTS = 64
+GREEDY = {"temperature": 0, "max_tokens": 40}
+
+
+def expected_text(prompt: list[int], num_tokens: int) -> str:
+    """Text of the greedy continuation, computed without an engine."""
+    return byte_tokenizer().decode(expected_greedy(prompt, num_tokens))
+
+
+def test_answers_are_those_of_the_model() -> None:
+    with running(AsyncEngine(make_engine())) as live:
+        prompts = [[5, 6, 7], [9], [30, 31]]
+        answer = complete(live, prompt=prompts, **GREEDY).json()
+        texts = [choice["text"] for choice in answer["choices"]]
+        assert texts == [expected_text(prompt, 40) for prompt in prompts]
+        again = live.client.completions.create(
+            model="demo", prompt=prompts[0], stream=True, temperature=0, max_tokens=40
+        )
+        assert "".join(chunk.choices[0].text for chunk in again) == texts[0]
+
+
+def test_refusals_of_the_engine_are_bad_requests() -> None:
+    with running(AsyncEngine(make_engine(num_blocks=8, max_model_len=64))) as live:
+        for prompt in ([5, 10**30], [-1], [40], []):
+            assert error_of(complete(live, prompt=prompt), 400)["param"] == "prompt"
+        error = error_of(complete(live, prompt=[5] * 20, max_tokens=40), 400)
+        assert "8" in error["message"]
+        assert complete(live, prompt=[5] * 20, max_tokens=5).status_code == 200
+
+
+def test_seed_makes_a_sampled_answer_repeatable() -> None:
+    with running(AsyncEngine(make_engine())) as live:
+        fields = {"prompt": [5, 6], "max_tokens": 30, "ignore_eos": True}
+        same = [complete(live, seed=3, **fields).json()["choices"][0]["text"] for _ in range(2)]
+        other = complete(live, seed=4, **fields).json()["choices"][0]["text"]
+        assert same[0] == same[1] != other
+
+
+async def stream_some(client: openai.AsyncOpenAI, number: int) -> tuple[int, str | None]:
+    """Stream a completion; every second client leaves after some chunks (text None)."""
+    rng = random.Random(number)
+    leaves_after = rng.randrange(1, 10) if number % 2 else None
+    prompt = [2 + number % 26, 3 + number // 26]
+    stream = await client.completions.create(
+        model="demo", prompt=prompt, stream=True, temperature=0, max_tokens=40
+    )
+    text = ""
+    count = 0
+    async for chunk in stream:
+        text += chunk.choices[0].text
+        count += 1
+        if count == leaves_after:
+            await stream.close()
+            return number, None
+    return number, text
+
+
+async def many_clients(live: Live) -> list[tuple[int, str | None]]:
+    """All clients at once."""
+    async with openai.AsyncOpenAI(
+        base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=60
+    ) as client:
+        return await asyncio.gather(*(stream_some(client, i) for i in range(NUM_CLIENTS)))
+
+
+def test_many_streams_with_disconnects_leave_nothing_behind() -> None:
+    engine = AsyncEngine(make_engine(num_blocks=40))
+    with running(engine) as live:
+        results = asyncio.run(many_clients(live))
+        finished = {number: text for number, text in results if text is not None}
+        assert len(finished) >= NUM_CLIENTS // 2
+        for number, text in finished.items():
+            prompt = [2 + number % 26, 3 + number // 26]
+            assert text == expected_text(prompt, 40)
+        wait_until(lambda: engine.stats().num_running + engine.stats().num_waiting == 0)
+        wait_until(lambda: engine.stats().num_used_blocks == 0)
+
+
+def test_failing_model_answers_then_ends_the_server() -> None:
+    inner = make_engine()
+    inner.runner.fail_at = 3
+    with running(AsyncEngine(inner)) as live:
+        error = error_of(complete(live, **GREEDY, ignore_eos=True, prompt=[5]), 500)
+        assert "the engine has failed" in error["message"]
+        assert "device is gone" not in error["message"]
+        wait_until(lambda: live.server.exit_status == 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_drain_ends_running_requests_with_abort(stream: bool) -> None:
+    inner = make_engine(max_model_len=100_000, num_blocks=25_001)
+    with running(AsyncEngine(inner)) as live:
+        state = live.server.config.app.state.server  # type: ignore[union-attr]
+
+        async def ask_and_drain() -> str:
+            loop = asyncio.get_running_loop()
+            fields = {"prompt": [5], "max_tokens": 99_000, "ignore_eos": True, "stream": stream}
+            answer = loop.run_in_executor(None, lambda: complete(live, **fields).text)
+            await loop.run_in_executor(None, wait_until, lambda: bool(state.active))
+            await state.drain(0.2)
+            return await answer
+
+        text = asyncio.run(ask_and_drain())
+        assert '"finish_reason":"abort"' in text
+        assert live.http.get("/health").status_code == 503
