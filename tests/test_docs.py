@@ -1,0 +1,133 @@
+"""The documentation says what the code has: flags, links, pages."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import doctest
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fd_dsa.config import EngineConfig
+from fd_dsa.serve.flags import build_parser
+from tools.build_docs import broken_links, build
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS_PAGE = (ROOT / "docs/flags.md").read_text("utf-8")
+ERRORS_PAGE = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def _documented() -> dict[str, list[str]]:
+    """Rows of the tables of docs/flags.md: flag -> its cells."""
+    rows = re.findall(r"^\| `(--[a-z-]+)[^`]*` \|(.*)\|$", FLAGS_PAGE, flags=re.MULTILINE)
+    return {flag: [cell.strip() for cell in cells.split("|")] for flag, cells in rows}
+
+
+def _flags() -> dict[str, argparse.Action]:
+    """Long flags of the server's parser, `--help` and `--version` left out."""
+    actions = {flag: a for a in build_parser()._actions for flag in a.option_strings}
+    return {flag: a for flag, a in actions.items() if flag not in ("-h", "--help", "--version")}
+
+
+def test_every_flag_is_documented_and_nothing_else() -> None:
+    assert sorted(_documented()) == sorted(_flags())
+
+
+def test_documented_defaults_are_the_real_ones() -> None:
+    fields = {f"--{f.name.replace('_', '-')}": f.default for f in dataclasses.fields(EngineConfig)}
+    for flag, action in _flags().items():
+        default = fields.get(flag, action.default)
+        if default in (None, ()):
+            # resolved from the model, the device or the memory: told in words
+            continue
+        shown = f"{default:g}" if isinstance(default, float) else str(default)
+        assert f"`{shown}`" in _documented()[flag][0], flag
+
+
+def test_every_field_of_the_configuration_has_a_flag() -> None:
+    fields = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(EngineConfig)}
+    assert fields <= _flags().keys()
+
+
+def test_no_broken_links() -> None:
+    assert broken_links(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "broken"),
+    [
+        ("[a](b.md) [c](b.md#one-two) [d](#here)\n# Here", 0),
+        ("[a](missing.md)", 1),
+        ("[a](b.md#three)", 1),
+        ("[a](#there)\n# Here", 1),
+        ("![a](missing.svg)", 1),
+        ("[a](https://example.org/missing)", 0),
+    ],
+)
+def test_link_checker(tmp_path: Path, text: str, broken: int) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/a.md").write_text(text)
+    (tmp_path / "docs/b.md").write_text("# One, `two`\n")
+    assert len(broken_links(tmp_path)) == broken
+
+
+def test_pages_are_built_with_working_links(tmp_path: Path) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "docs").mkdir(parents=True)
+    (source / "README.md").write_text("[more](docs/more.md#part)")
+    (source / "docs/more.md").write_text("# Part\n\n| a |\n|---|\n| ![p](p.svg) |\n")
+    (source / "docs/p.svg").write_text("<svg/>")
+    assert build(source, out) == 2
+    assert 'href="docs/more.html#part"' in (out / "README.html").read_text()
+    assert '<h1 id="part">Part</h1>' in (out / "docs/more.html").read_text()
+    assert (out / "docs/p.svg").exists()
+
+
+def _messages() -> str:
+    """Every text of the package with … for each value put into it, and the Makefile's texts."""
+    texts = []
+    for path in (ROOT / "fd_dsa").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    return "\n".join([*texts, re.sub(r'"\s*\\\n\s*"', " ", makefile)])
+
+
+def test_every_error_in_troubleshooting_exists() -> None:
+    documented = re.findall(r"^\| `([^`]+)` \|", ERRORS_PAGE, flags=re.MULTILINE)
+    messages = _messages()
+    assert len(documented) > 15
+    assert [text for text in documented if text not in messages] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_interactive_examples(page: Path) -> None:
+    results = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert results.failed == 0
+
+
+def _python_examples() -> list[str]:
+    """Python examples of all pages that need no running server."""
+    blocks = []
+    for page in PAGES:
+        blocks += re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    return [block for block in blocks if "base_url" not in block]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", _python_examples())
+def test_python_examples_run(source: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", source]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
