@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import mmap
+
 import numpy as np
 
 from fd_dsa.errors import CheckpointError
@@ -9,6 +12,7 @@ from fd_dsa.models.safetensors_file import TensorInfo
 
 SCALE_SUFFIX = "_scale_inv"
 FLOAT_DTYPES = ("F32", "BF16", "F16")
+_OWN_PAGES_BYTES = 1 << 20
 
 
 def _e4m3_table() -> np.ndarray:
@@ -43,14 +47,16 @@ def to_float32(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
     if info.dtype == "F32":
         return np.require(raw.view("<f4"), np.float32, "A").reshape(info.shape)
     if info.dtype == "F16":
-        return raw.view("<f2").astype(np.float32).reshape(info.shape)
+        values = _empty(info.shape)
+        values.reshape(-1)[...] = raw.view("<f2")
+        return values
     if info.dtype != "BF16":
         raise CheckpointError(
             f"{info.file}: tensor {info.name!r}: got dtype {info.dtype}, allowed: "
             f"{', '.join(FLOAT_DTYPES)}, and F8_E4M3 for quantised weights"
         )
     # bfloat16 is the upper half of a float32; shifting in place needs no second buffer
-    values = np.empty(info.shape, np.float32)
+    values = _empty(info.shape)
     bits = values.reshape(-1).view(np.uint32)
     bits[...] = raw.view("<u2")
     bits <<= 16
@@ -78,10 +84,22 @@ def dequantize_blocks(
         float32 [out, in].
     """
     rows, columns = weight_block_size
-    values = np.empty(codes.shape, np.float32)
+    values = _empty(codes.shape)
     # one strip of blocks at a time, so that the index array of `take` stays small
     for strip, first in enumerate(range(0, codes.shape[0], rows)):
         part = values[first : first + rows]
         np.take(E4M3_VALUES, codes[first : first + rows], out=part, mode="clip")
         part *= np.repeat(scales[strip], columns)[: codes.shape[1]]
     return values
+
+
+def _empty(shape: tuple[int, ...]) -> np.ndarray:
+    """A new float32 array; a large one has pages of its own, which end with it.
+
+    Freed heap memory between parameters would stay with the process as long as they do.
+    """
+    count = math.prod(shape)
+    if 4 * count < _OWN_PAGES_BYTES:
+        return np.empty(shape, np.float32)
+    pages = mmap.mmap(-1, 4 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, np.float32, count).reshape(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from fd_dsa.models.config import ModelConfig
@@ -25,10 +26,7 @@ class ExpectedTensor:
     @property
     def num_elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return math.prod(self.shape)
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,9 +130,7 @@ class SafetensorsFile:
             raise self._damaged(f"tensor {name!r} has the unknown dtype {dtype!r}")
         if not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
             raise self._damaged(f"tensor {name!r} has shape {shape!r}, data_offsets {offsets!r}")
-        nbytes = ITEM_BYTES[dtype]
-        for extent in shape:
-            nbytes *= extent
+        nbytes = ITEM_BYTES[dtype] * math.prod(shape)
         if offsets[1] - offsets[0] != nbytes:
             raise self._damaged(
                 f"tensor {name!r}: {dtype} {shape} takes {nbytes} bytes, data_offsets {offsets} "

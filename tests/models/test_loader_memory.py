@@ -1,0 +1,88 @@
+"""Loading keeps anonymous memory within 1.15 times the weights as held."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.memory_plan import weight_bytes
+from tests.models.folders import TINY, bf16, f8, write_folder
+
+LIMIT = 1.15
+FIELDS = TINY | {
+    "vocab_size": 8000,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "moe_intermediate_size": 1024,
+    "n_routed_experts": 8,
+    "quantization_config": {"quant_method": "fp8"},
+}
+
+# loads a folder into the Paddle model of its configuration, and prints what that took
+PROBE = """
+import json, sys
+from fd_dsa.models.checkpoint import Checkpoint
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.loader import load_weights, validate
+from fd_dsa.models.registry import create_model
+
+def anonymous_bytes():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+config = ModelConfig.from_folder(sys.argv[1])
+before = anonymous_bytes()
+model = create_model(config)
+peak = 0
+
+def watched(loader):
+    def take(values):
+        global peak
+        loader(values)
+        peak = max(peak, anonymous_bytes() - before)
+    return take
+
+loaders = {name: watched(loader) for name, loader in model.weight_loaders().items()}
+with Checkpoint.open(sys.argv[1]) as checkpoint:
+    validate(checkpoint, config)
+    load_weights(checkpoint, config, loaders)
+print(json.dumps({"after": anonymous_bytes() - before, "peak": peak}))
+"""
+
+
+def _random_folder(folder: Path, kind: str) -> tuple[Path, int]:
+    """A folder of random weights, and the bytes that they take as float32."""
+    rng = np.random.default_rng(0)
+    config = ModelConfig.from_dict(FIELDS)
+    stored = {}
+    for name, tensor in expected_tensors(config).items():
+        if kind == "fp8" and tensor.quantisable:
+            stored[name] = f8(rng.integers(0, 120, tensor.shape, np.uint8))
+            scale_shape = tuple(-(-extent // 128) for extent in tensor.shape)
+            stored[name + "_scale_inv"] = bf16(np.ones(scale_shape, np.float32))
+        else:
+            stored[name] = bf16(rng.random(tensor.shape, np.float32))
+    return write_folder(folder, FIELDS, stored), weight_bytes(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+def test_anonymous_memory_while_and_after_loading(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("paddle", exc_type=ImportError)
+    folder, held = _random_folder(tmp_path / "model", kind)
+    assert held > 300e6
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, folder], check=True, capture_output=True, text=True
+    )
+    taken = json.loads(done.stdout)
+    ratios = {name: round(number / held, 3) for name, number in taken.items()}
+    print(f"{kind}: {held / 1e6:.0f} MB held, RssAnon over held: {ratios}")
+    assert 0.95 < ratios["after"] <= LIMIT
+    assert ratios["peak"] <= LIMIT

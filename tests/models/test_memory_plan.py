@@ -1,0 +1,214 @@
+"""The memory plan: what is free, what is needed, and which flag a refusal names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.config import EngineConfig
+from fd_dsa.errors import ConfigError
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.memory_plan import (
+    MemoryPlan,
+    available_memory_bytes,
+    format_bytes,
+    plan_memory,
+    weight_bytes,
+)
+from tests.models.folders import TINY, TINY_FP8, random_tensors
+
+GIB = 1 << 30
+BLOCK = 1 << 20  # bytes per cache block in these tests
+
+
+def plan(free: int, weights: int = 10 * GIB, max_model_len: int = 640, **flags: Any) -> MemoryPlan:
+    return plan_memory(
+        EngineConfig(**flags),
+        weight_bytes=weights,
+        bytes_per_block=BLOCK,
+        max_model_len=max_model_len,
+        free_bytes=free,
+    )
+
+
+def test_default_is_enough_for_all_sequences() -> None:
+    made = plan(100 * GIB, max_num_seqs=5)
+    assert made.num_blocks == 5 * 10
+    assert made.kv_cache_bytes == 50 * BLOCK
+    assert (made.weight_bytes, made.free_bytes, made.block_size) == (10 * GIB, 100 * GIB, 64)
+
+
+def test_default_stays_below_four_gib() -> None:
+    assert plan(100 * GIB, max_model_len=64 * 1000).num_blocks == 4096
+
+
+def test_default_holds_one_long_sequence_even_above_four_gib() -> None:
+    assert plan(100 * GIB, max_model_len=64 * 5000 - 1).num_blocks == 5000
+
+
+def test_default_leaves_half_of_what_is_free() -> None:
+    assert plan(11 * GIB, max_model_len=640).num_blocks == 512
+
+
+def test_flags_set_the_size() -> None:
+    assert plan(100 * GIB, kv_cache_memory_bytes="20G").num_blocks == 20 * 1024
+    assert plan(100 * GIB, kv_cache_memory_bytes=11 * BLOCK - 1).num_blocks == 10
+    assert plan(100 * GIB, num_gpu_blocks_override=77).num_blocks == 77
+
+
+def test_partial_blocks_count_in_full() -> None:
+    assert plan(100 * GIB, max_num_seqs=1, max_model_len=641).num_blocks == 11
+    assert plan(100 * GIB, max_num_seqs=1, max_model_len=641, block_size=1).num_blocks == 641
+
+
+@pytest.mark.parametrize(
+    ("free", "arguments", "words"),
+    [
+        (
+            12 * GIB,
+            {"kv_cache_memory_bytes": "8G"},
+            ["needs 18.0 GiB", "weights 10.0 GiB", "kv cache 8.0 GiB", "free 12.0 GiB"],
+        ),
+        (12 * GIB, {"kv_cache_memory_bytes": "8G"}, ["lower --kv-cache-memory-bytes"]),
+        (12 * GIB, {"num_gpu_blocks_override": 9999}, ["lower --num-gpu-blocks-override"]),
+        (
+            12 * GIB,
+            {"max_model_len": 64 * 5000},
+            ["needs 14.9 GiB", "free 12.0 GiB", "lower --max-model-len"],
+        ),
+        (5 * GIB, {}, ["weights 10.0 GiB", "free 5.0 GiB", "weights alone do not fit"]),
+        (
+            12 * GIB,
+            {"max_model_len": 64 * 1500},
+            ["1024 cache blocks", "takes 1500 blocks", "raise --kv-cache-memory-bytes"],
+        ),
+        (
+            99 * GIB,
+            {"kv_cache_memory_bytes": 9 * BLOCK},
+            ["9 cache blocks", "max_model_len 640", "takes 10 blocks (10.0 MiB)"],
+        ),
+        (
+            99 * GIB,
+            {"num_gpu_blocks_override": 9},
+            ["lower --max-model-len or raise --num-gpu-blocks-override"],
+        ),
+    ],
+)
+def test_refusals_have_the_numbers_and_the_flag(
+    free: int, arguments: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(free, **arguments)
+    message = str(caught.value)
+    assert message.startswith("memory: ")
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_exact_fit_is_accepted() -> None:
+    assert plan(10 * GIB + 10 * BLOCK, kv_cache_memory_bytes=10 * BLOCK).num_blocks == 10
+    with pytest.raises(ConfigError, match="memory: needs"):
+        plan(10 * GIB + 10 * BLOCK - 1, kv_cache_memory_bytes=10 * BLOCK)
+
+
+def test_summary_is_one_line_with_the_capacity() -> None:
+    assert plan(100 * GIB, max_num_seqs=5).summary() == (
+        "weights 10.0 GiB, kv cache 50 blocks x 64 = 3200 tokens "
+        "(50.0 MiB, 5 full-length requests), free 100.0 GiB"
+    )
+
+
+@pytest.mark.parametrize("fields", [TINY, TINY_FP8, TINY | {"tie_word_embeddings": True}])
+def test_weight_bytes_are_those_held_in_float32(fields: dict[str, Any]) -> None:
+    held = sum(len(tensor.data) for tensor in random_tensors(fields).values())
+    assert weight_bytes(ModelConfig.from_dict(fields)) == held
+
+
+def test_sizes_for_people() -> None:
+    assert [format_bytes(n) for n in (0, 1023, 1024, 3 << 19, int(31.2 * GIB), 2500 * GIB)] == [
+        "0 B", "1023 B", "1.0 KiB", "1.5 MiB", "31.2 GiB", "2500.0 GiB",
+    ]  # fmt: skip
+
+
+def _system(tmp_path: Path, cgroup_lines: str) -> tuple[Path, Path]:
+    """A made-up /proc with 100 KiB available, and an empty cgroup folder."""
+    proc, cgroup = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    cgroup.mkdir()
+    meminfo = "MemTotal:  200 kB\nMemFree:  50 kB\nMemAvailable:   100 kB\n"
+    (proc / "meminfo").write_text(meminfo)
+    (proc / "self" / "cgroup").write_text(cgroup_lines)
+    return proc, cgroup
+
+
+def _group(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{content}\n")
+
+
+def test_available_without_any_limit(tmp_path: Path) -> None:
+    assert available_memory_bytes(*_system(tmp_path, "0::/\n")) == 100 * 1024
+
+
+def test_limit_of_version_2_counts_with_droppable_pages(tmp_path: Path) -> None:
+    proc, cgroup = _system(tmp_path, "0::/a/b\n")
+    stat = "anon 10\ninactive_file 3000\nactive_file 500\n"
+    _group(cgroup / "a" / "b", memory__max=50_000, memory__current=20_000, memory__stat=stat)
+    assert available_memory_bytes(proc, cgroup) == 50_000 - 20_000 + 3_500
+
+
+def test_limit_of_an_outer_group_counts_too(tmp_path: Path) -> None:
+    proc, cgroup = _system(tmp_path, "0::/a/b\n")
+    _group(cgroup / "a" / "b", memory__max="max", memory__current=20_000, memory__stat="")
+    _group(cgroup / "a", memory__max=30_000, memory__current=25_000, memory__stat="")
+    assert available_memory_bytes(proc, cgroup) == 5_000
+
+
+def test_limit_of_version_1(tmp_path: Path) -> None:
+    proc, cgroup = _system(tmp_path, "5:cpu,cpuacct:/x\n4:memory:/x\n0::/\n")
+    _group(
+        cgroup / "memory" / "x",
+        memory__limit_in_bytes=40_000,
+        memory__usage_in_bytes=15_000,
+        memory__stat="inactive_file 1\ntotal_inactive_file 2000\ntotal_active_file 100\n",
+    )
+    assert available_memory_bytes(proc, cgroup) == 27_100
+
+
+def test_limit_where_the_own_group_is_the_root_of_the_mount(tmp_path: Path) -> None:
+    # inside a container the path of /proc names folders that the mount does not show
+    proc, cgroup = _system(tmp_path, "4:memory:/docker/0123\n")
+    _group(
+        cgroup / "memory",
+        memory__limit_in_bytes=9_000,
+        memory__usage_in_bytes=10_000,
+        memory__stat="",
+    )
+    assert available_memory_bytes(proc, cgroup) == 0
+
+
+def test_version_1_without_a_limit(tmp_path: Path) -> None:
+    proc, cgroup = _system(tmp_path, "4:memory:/\n")
+    _group(
+        cgroup / "memory",
+        memory__limit_in_bytes=9223372036854771712,
+        memory__usage_in_bytes=10_000,
+        memory__stat="",
+    )
+    assert available_memory_bytes(proc, cgroup) == 100 * 1024
+
+
+def test_system_without_memavailable(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="found no MemAvailable"):
+        available_memory_bytes(tmp_path, tmp_path)
+
+
+def test_plan_asks_this_machine_by_default() -> None:
+    made = plan_memory(
+        EngineConfig(max_num_seqs=1), weight_bytes=1, bytes_per_block=1, max_model_len=64
+    )
+    assert 0 < made.free_bytes <= available_memory_bytes() * 2
+    assert made.num_blocks == 1

@@ -1,0 +1,57 @@
+"""Progress of loading: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+from fd_dsa.models.progress import LoadProgress
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_plain_lines_by_quarters() -> None:
+    stream = io.StringIO()
+    with LoadProgress(stream) as progress:
+        for done in range(0, 4097, 16):
+            progress(done, 4096)
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        f"weights {percent} % {done}.0 KiB of 4.0 KiB"
+        for percent, done in ((25, 1), (50, 2), (75, 3), (100, 4))
+    ]
+
+
+def test_large_steps_make_one_line_each() -> None:
+    stream = io.StringIO()
+    with LoadProgress(stream) as progress:
+        for done in (0, 80, 90, 100):
+            progress(done, 100)
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["80", "100"]
+
+
+def test_bar_on_a_terminal() -> None:
+    stream = Terminal()
+    with LoadProgress(stream) as progress:
+        progress(0, 1 << 20)
+        progress(1 << 20, 1 << 20)
+    assert "weights" in stream.getvalue()
+    assert "100 %" in stream.getvalue()
+    assert "MiB" in stream.getvalue()
+
+
+def test_bar_ends_when_loading_fails() -> None:
+    stream = Terminal()
+    try:
+        with LoadProgress(stream) as progress:
+            progress(1, 4)
+            raise OSError("disk")
+    except OSError:
+        pass
+    before = stream.getvalue()
+    # rich shows the cursor again when a bar has ended
+    assert before.rstrip().endswith("\x1b[?25h")
