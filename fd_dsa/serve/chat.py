@@ -38,7 +38,12 @@ async def create_chat_completion(
     completion_id = new_id("chatcmpl")
     job = await asyncio.to_thread(_make_job, state, body, completion_id)
     check_jobs(state, [job], "messages")
-    head = {"id": completion_id, "created": int(time.time()), "model": model}
+    head = {
+        "id": completion_id,
+        "object": "chat.completion.chunk" if body.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+    }
     if body.stream:
         chunks = _chunks(state, job, head, body.include_usage)
         return EventStream(chunks, request.state.request_id)
@@ -50,7 +55,7 @@ async def create_chat_completion(
         "finish_reason": outputs[0].finish_reason,
     }
     usage = usage_of([job], outputs)
-    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
+    return JSONResponse({**head, "choices": [choice], "usage": usage})
 
 
 def _make_job(state: ServerState, body: ChatCompletionRequest, completion_id: str) -> Job:
@@ -77,7 +82,6 @@ async def _chunks(
     state: ServerState, job: Job, head: dict[str, Any], include_usage: bool
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The chunks of a streamed answer: role, texts, finish reason, and usage if asked for."""
-    head = {**head, "object": "chat.completion.chunk"}
 
     def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

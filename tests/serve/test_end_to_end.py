@@ -1,0 +1,295 @@
+"""`python -m fd_dsa.serve` on the demo model: a real process, a real model, the real client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from fd_dsa.config import demo_model_path
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_WITHIN_S = 120
+HELLO = [{"role": "user", "content": "Hello! What is your name?"}]
+
+
+@dataclass
+class Server:
+    """A running server process.
+
+    Attributes:
+        process: the process, its stdout not read yet.
+        url: without a path.
+        log: file with its stderr.
+    """
+
+    process: subprocess.Popen[str]
+    url: str
+    log: Path
+
+    def client(self) -> openai.OpenAI:
+        """The real client."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+
+def environment() -> dict[str, str]:
+    """Makes the package importable from any folder, as an installed one is."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def wait_for_health(process: subprocess.Popen[str], url: str, log: Path) -> None:
+    """Return as soon as /health is 200; fail when the process ends before."""
+    deadline = time.monotonic() + READY_WITHIN_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            # before the model is loaded nothing listens
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"not ready after {READY_WITHIN_S} s: {log.read_text()}")
+
+
+@contextmanager
+def serving(folder: Path, *flags: str) -> Iterator[Server]:
+    """A server started in `folder`, which has nothing to do with the package."""
+    port = free_port()
+    log = folder / "log.txt"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fd_dsa.serve", "--port", str(port), *flags],
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for_health(process, url, log)
+        yield Server(process, url, log)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The demo model with default flags."""
+    with serving(tmp_path_factory.mktemp("elsewhere")) as server:
+        yield server
+
+
+def greedy(client: openai.OpenAI, **fields: Any) -> Any:
+    """A short greedy answer to HELLO."""
+    fields = {"messages": HELLO, "max_tokens": 40, "temperature": 0, **fields}
+    return client.chat.completions.create(model="demo_model", **fields)
+
+
+def test_models_tell_the_context_of_the_config(demo: Server) -> None:
+    config = json.loads((demo_model_path() / "config.json").read_text())
+    model = httpx.get(f"{demo.url}/v1/models").json()["data"][0]
+    assert model["id"] == "demo_model"
+    assert model["max_model_len"] == config["max_position_embeddings"]
+
+
+def test_greedy_chat_is_readable_and_repeatable(demo: Server) -> None:
+    with demo.client() as client:
+        first, second = greedy(client), greedy(client)
+        text = first.choices[0].message.content
+        assert re.search(r"[A-Za-z]+ [a-z]+ [a-z]+", text)
+        assert "<|" not in text
+        assert "�" not in text
+        assert second.choices[0].message.content == text
+        assert first.usage == second.usage
+        assert 0 < first.usage.completion_tokens <= 40
+
+
+def test_stream_equals_the_whole_answer(demo: Server) -> None:
+    with demo.client() as client:
+        whole = greedy(client)
+        chunks = list(greedy(client, stream=True, stream_options={"include_usage": True}))
+    texts = [c.choices[0].delta.content or "" for c in chunks[:-1]]
+    assert "".join(texts) == whole.choices[0].message.content
+    assert sum(bool(text) for text in texts) > 3
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_completions_of_text_and_ids_in_one_batch(demo: Server) -> None:
+    with demo.client() as client:
+        fields: dict[str, Any] = {"model": "demo_model", "max_tokens": 12, "temperature": 0}
+        texts = ["Once upon a time", "The sun is"]
+        together = client.completions.create(prompt=texts, **fields)
+        alone = [client.completions.create(prompt=text, **fields) for text in texts]
+        assert [c.text for c in together.choices] == [a.choices[0].text for a in alone]
+        ids = client.completions.create(prompt=[[5, 6, 7], [8, 9]], **fields)
+        assert ids.usage is not None
+        assert ids.usage.prompt_tokens == 5
+
+
+def test_stop_string_and_seed(demo: Server) -> None:
+    with demo.client() as client:
+        text = greedy(client).choices[0].message.content
+        word = text.split()[2]
+        stopped = greedy(client, stop=word).choices[0]
+        assert stopped.finish_reason == "stop"
+        assert stopped.message.content == text[: text.index(word)]
+        # greedy would give one text; a story has many ways to go on
+        sampled = [
+            client.completions.create(
+                model="demo_model",
+                prompt="Once upon a time",
+                max_tokens=30,
+                temperature=1.5,
+                seed=seed,
+            )
+            for seed in (1, 1, 2)
+        ]
+        texts = [answer.choices[0].text for answer in sampled]
+        assert texts[0] == texts[1] != texts[2]
+
+
+def test_refusals(demo: Server) -> None:
+    with demo.client() as client:
+        for fields in ({"max_tokens": 10**6}, {"temperature": -1}, {"logprobs": True}):
+            with pytest.raises(openai.BadRequestError):
+                greedy(client, **fields)
+        with pytest.raises(openai.BadRequestError, match="token id"):
+            client.completions.create(model="demo_model", prompt=[10**6])
+        with pytest.raises(openai.BadRequestError, match="prompt"):
+            client.completions.create(model="demo_model", prompt="")
+        with pytest.raises(openai.NotFoundError, match="demo_model"):
+            client.completions.create(model="other", prompt="a")
+
+
+def test_long_prompt_is_chunked_and_a_client_may_leave(demo: Server) -> None:
+    with demo.client() as client:
+        prompt = "The quick brown fox jumps over the lazy dog. " * 60
+        stream = client.completions.create(
+            model="demo_model",
+            prompt=prompt,
+            max_tokens=1000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(iter(stream))
+        stream.close()
+        began = time.monotonic()
+        greedy(client, max_tokens=5)
+        # 1000 tokens would take far longer: the first request is gone
+        assert time.monotonic() - began < 20
+    assert httpx.get(f"{demo.url}/health").status_code == 200
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_printed_curl_line_works_when_pasted(tmp_path: Path) -> None:
+    with serving(tmp_path, "--served-model-name", "my model") as server:
+        assert server.process.stdout is not None
+        ready, line = server.process.stdout.readline(), server.process.stdout.readline()
+        assert f"serves my model on {server.url}" in ready
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
+        assert json.loads(done.stdout)["choices"][0]["message"]["content"]
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(20) == 0
+
+
+def test_sigterm_lets_a_running_answer_end(tmp_path: Path) -> None:
+    with serving(tmp_path, "--max-model-len", "512") as server, server.client() as client:
+        stream = greedy(
+            client,
+            max_tokens=100,
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"ignore_eos": True},
+        )
+        chunks = [next(iter(stream))]
+        server.process.terminate()
+        chunks += stream
+        assert chunks[-2].choices[0].finish_reason == "length"
+        assert chunks[-1].usage.completion_tokens == 100
+        assert server.process.wait(20) == 0
+        assert "Traceback" not in server.log.read_text()
+
+
+def link_demo(folder: Path, *without: str) -> Path:
+    """A model folder with links to the demo's files, some left out."""
+    folder.mkdir()
+    for file in demo_model_path().iterdir():
+        if file.name not in without:
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def failed_start(folder: Path, *flags: str) -> str:
+    """The one error line of a start that must fail."""
+    done = subprocess.run(
+        [sys.executable, "-m", "fd_dsa.serve", "--port", "0", *flags],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=READY_WITHIN_S,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    lines = [x for x in done.stderr.splitlines() if x.startswith("fd_dsa: error: ")]
+    assert len(lines) == 1
+    assert done.stderr.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+def test_damaged_folders_are_one_line(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "config.json" in failed_start(tmp_path, str(empty))
+    folder = link_demo(tmp_path / "no_weights", "model.safetensors")
+    assert "safetensors" in failed_start(tmp_path, str(folder))
+    folder = link_demo(tmp_path / "no_tokenizer", "tokenizer.json")
+    assert "tokenizer.json" in failed_start(tmp_path, str(folder))
+    folder = link_demo(tmp_path / "cut", "model.safetensors")
+    with (demo_model_path() / "model.safetensors").open("rb") as whole:
+        (folder / "model.safetensors").write_bytes(whole.read(1 << 20))
+    assert "model.safetensors" in failed_start(tmp_path, str(folder))
+
+
+def test_limits_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
+    assert "--max-model-len" in failed_start(tmp_path, "--max-model-len", "1000000")
+    line = failed_start(tmp_path, "--kv-cache-memory-bytes", "900T")
+    assert "--kv-cache-memory-bytes" in line
+
+
+def test_folder_without_template_serves_completions_only(tmp_path: Path) -> None:
+    folder = link_demo(tmp_path / "plain", "tokenizer_config.json")
+    with serving(tmp_path, "plain") as server, server.client() as client:
+        assert folder.name == client.models.list().data[0].id
+        assert client.completions.create(model="plain", prompt="The sun").choices[0].text
+        with pytest.raises(openai.BadRequestError, match="no chat template"):
+            client.chat.completions.create(model="plain", messages=HELLO)
