@@ -132,7 +132,7 @@ class EngineConfig:
         """The model folder as an absolute path."""
         if self.model is None:
             return demo_model_path()
-        folder = Path(self.model).expanduser().absolute()
+        folder = Path(os.path.abspath(Path(self.model).expanduser()))
         if not folder.is_dir():
             raise _flag_error(
                 "model",

@@ -66,6 +66,7 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert config.served_model_name == ("my-model",)
     assert config.kv_cache_memory_bytes == 1 << 20
     assert config.cache_dtype == "bfloat16"
+    assert EngineConfig(model="my-model/../my-model/.").served_model_name == ("my-model",)
     several = EngineConfig(model="my-model", served_model_name=["a", "b"])  # type: ignore[arg-type]
     assert several.served_model_name == ("a", "b")
     one = EngineConfig(model="my-model", served_model_name="ab")  # type: ignore[arg-type]

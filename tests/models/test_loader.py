@@ -120,6 +120,13 @@ def test_names_and_shapes_of_the_releases() -> None:
     assert glm["model.layers.9.self_attn.indexer.wq_b.weight"].shape == (4096, 2048)
 
 
+def test_shared_experts_are_one_wide_mlp() -> None:
+    names = expected_tensors(ModelConfig.from_dict(TINY))
+    prefix = "model.layers.1.mlp.shared_experts."
+    assert names[prefix + "gate_proj.weight"].shape == (16, 32)
+    assert names[prefix + "down_proj.weight"].shape == (32, 16)
+
+
 def test_shared_layers_have_no_indexer_and_biases_follow_the_flag() -> None:
     names = expected_tensors(ModelConfig.from_dict(TINY_GLM)).keys()
     with_indexer = {name.split(".")[2] for name in names if ".indexer." in name}
