@@ -1,0 +1,165 @@
+"""Token ids to text as they come: whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from fd_dsa.engine.tokenizer import Tokenizer
+
+REPLACEMENT = "\ufffd"
+# prompt tokens read before the first output token, so that a space or a character that depends
+# on its left neighbour is decoded as inside the whole text
+_CONTEXT_TOKENS = 5
+# a character has at most four bytes; more held tokens than this are no character to come
+_MAX_HELD_TOKENS = 16
+
+
+class IncrementalDetokenizer:
+    """Text of a growing list of tokens, without ever showing half a character.
+
+    Byte-level tokenizers take a direct way through the tokens' bytes; others decode a small
+    window of tokens twice and show the difference.
+
+    Args:
+        tokenizer: of the model.
+        skip_special_tokens: leave special tokens out of the text.
+        prompt_token_ids: what comes before the first token; only its end is read.
+
+    Cost: one token costs the same however long the text is.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        prompt_token_ids: Sequence[int] = (),
+    ) -> None:
+        """Choose the way and read the end of the prompt."""
+        table = tokenizer.text_token_bytes if skip_special_tokens else tokenizer.token_bytes
+        context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
+        self._decoder: _ByteDecoder | _WindowDecoder
+        if table is None:
+            self._decoder = _WindowDecoder(tokenizer, skip_special_tokens, context)
+        else:
+            self._decoder = _ByteDecoder(table, context)
+
+    def append(self, token_id: int) -> str:
+        """New text after this token; empty while a character is incomplete."""
+        return self._decoder.append(token_id)
+
+    def flush(self) -> str:
+        """What is held back, incomplete characters as U+FFFD; call it once, at the end."""
+        return self._decoder.flush()
+
+
+class _ByteDecoder:
+    """Concatenated bytes of the tokens, decoded as UTF-8."""
+
+    __slots__ = ("_table", "_utf8")
+
+    def __init__(self, table: list[bytes], context: list[int]) -> None:
+        self._table = table
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token_id in context:
+            self.append(token_id)
+
+    def append(self, token_id: int) -> str:
+        """New whole characters."""
+        table = self._table
+        return self._utf8.decode(table[token_id]) if token_id < len(table) else ""
+
+    def flush(self) -> str:
+        """Held bytes as U+FFFD."""
+        return self._utf8.decode(b"", final=True)
+
+
+class _WindowDecoder:
+    """Difference between two decodings of the last tokens.
+
+    tokens[:read] have been shown; tokens[prefix:read] are decoded again in front of the new ones,
+    because a token's text may depend on its left neighbours (spaces, runs of byte tokens).
+    """
+
+    __slots__ = ("_ids", "_num_read", "_prefix_text", "_skip", "_tokenizer")
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool, context: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special
+        # a context that starts inside a character would spoil the run of bytes after it
+        while context and REPLACEMENT in tokenizer.decode(context, skip_special):
+            context.pop(0)
+        self._ids = context
+        self._num_read = len(context)
+        self._prefix_text = tokenizer.decode(context, skip_special)
+
+    def append(self, token_id: int) -> str:
+        """New whole characters."""
+        self._ids.append(token_id)
+        text = self._tokenizer.decode(self._ids, self._skip)
+        held = len(self._ids) - self._num_read
+        if text.endswith(REPLACEMENT) and held <= _MAX_HELD_TOKENS:
+            return ""
+        return self._show(text)
+
+    def flush(self) -> str:
+        """Held tokens as they decode now."""
+        return self._show(self._tokenizer.decode(self._ids, self._skip))
+
+    def _show(self, text: str) -> str:
+        """Move the window behind the shown tokens, unless they have no text yet."""
+        new_text = text[len(self._prefix_text) :]
+        if new_text:
+            del self._ids[: self._num_read]
+            self._num_read = len(self._ids)
+            self._prefix_text = self._tokenizer.decode(self._ids, self._skip)
+        elif len(self._ids) - self._num_read > _MAX_HELD_TOKENS:
+            # tokens without text, such as skipped special ones, must not pile up
+            del self._ids[self._num_read :]
+        return new_text
+
+
+class StopChecker:
+    """Holds back text that may become a stop string and cuts at the first one completed.
+
+    Of several stop strings the one whose end comes first wins, and of those that end together
+    the longest: so the result does not depend on how the text is cut into pieces.
+
+    Args:
+        stop_strings: non-empty strings, at least one.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        """Keep the strings and all their beginnings."""
+        self._stops = tuple(stop_strings)
+        self._prefixes = frozenset(stop[:n] for stop in stop_strings for n in range(1, len(stop)))
+        self._max_held = max(len(stop) for stop in stop_strings) - 1
+        self._held = ""
+
+    def append(self, text: str) -> tuple[str, str | None]:
+        """Text that may be shown, and the stop string when one is complete.
+
+        After a match nothing is held back and nothing must be appended any more.
+        """
+        if not text:
+            return "", None
+        text = self._held + text
+        self._held = ""
+        ends = []
+        for stop in self._stops:
+            start = text.find(stop)
+            if start >= 0:
+                ends.append((start + len(stop), start, stop))
+        if ends:
+            _, start, stop = min(ends)
+            return text[:start], stop
+        for length in range(min(self._max_held, len(text)), 0, -1):
+            if text[-length:] in self._prefixes:
+                self._held = text[-length:]
+                return text[:-length], None
+        return text, None
+
+    def flush(self) -> str:
+        """The text held back; call it once, at the end."""
+        held, self._held = self._held, ""
+        return held

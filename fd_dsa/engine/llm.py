@@ -1,0 +1,240 @@
+"""The engine without a server: prompts in, outputs back, all in the caller's thread."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, overload
+
+from fd_dsa.engine.engine import EngineStats, LLMEngine
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+Message = dict[str, Any]
+Params = SamplingParams | Sequence[SamplingParams] | None
+
+
+class LLM:
+    """A model in this process.
+
+        with LLM() as llm:
+            print(llm.generate("Once upon a time")[0].text)
+
+    Args:
+        model: folder of a checkpoint; None = the demo model of the package.
+        engine_config: further fields of `fd_dsa.config.EngineConfig`, such as max_model_len.
+
+    Raises:
+        ConfigError: a field, the folder or its checkpoint cannot be served.
+    """
+
+    _engine: LLMEngine | None
+    _calls: itertools.count[int]
+    # where the outputs of an unfinished request go: the queue of its call
+    _outbox: dict[str, deque[RequestOutput]]
+
+    def __init__(self, model: str | None = None, **engine_config: Any) -> None:
+        """Load the model."""
+        # not at the top: the factory imports paddle
+        from fd_dsa.config import EngineConfig
+        from fd_dsa.engine.factory import build_engine
+
+        self._start(build_engine(EngineConfig(model=model, **engine_config)))
+
+    @classmethod
+    def from_engine(cls, engine: LLMEngine) -> LLM:
+        """An LLM over an engine that is built already and used by no one else."""
+        llm = cls.__new__(cls)
+        llm._start(engine)
+        return llm
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Tokenizer of the model."""
+        return self._open_engine().tokenizer
+
+    @overload
+    def generate(
+        self, prompts: Prompts, sampling_params: Params = None, stream: Literal[False] = False
+    ) -> list[RequestOutput]: ...
+
+    @overload
+    def generate(
+        self, prompts: Prompts, sampling_params: Params = None, *, stream: Literal[True]
+    ) -> Iterator[RequestOutput]: ...
+
+    def generate(
+        self, prompts: Prompts, sampling_params: Params = None, stream: bool = False
+    ) -> list[RequestOutput] | Iterator[RequestOutput]:
+        """Continue one prompt or several.
+
+        Args:
+            prompts: a text, token ids, or a list of either.
+            sampling_params: one for all, or one for each prompt; None = `SamplingParams()`.
+            stream: yield outputs as they come instead. `request_id` is "CALL-INDEX" with the
+                index of the prompt; closing the iterator aborts what still runs.
+
+        Returns:
+            The last output of every prompt, in order; `finish_reason` "error" and `error` where
+            one failed alone. With `stream`, an iterator over all outputs.
+
+        Raises:
+            ValueError: a prompt can never run (then none does), or the counts differ.
+        """
+        engine = self._open_engine()
+        token_ids = [_encode(engine.tokenizer, prompt) for prompt in _as_list(prompts)]
+        params = _params_for(len(token_ids), sampling_params, SamplingParams())
+        return self._run(token_ids, params, stream)
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        stream: Literal[False] = False,
+    ) -> list[RequestOutput]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        *,
+        stream: Literal[True],
+    ) -> Iterator[RequestOutput]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        stream: bool = False,
+    ) -> list[RequestOutput] | Iterator[RequestOutput]:
+        """Answer one conversation or several, through the model's chat template.
+
+        Args:
+            messages: a list of {"role", "content"}, or a list of such lists.
+            sampling_params: as in `generate`; None = default sampling until the model ends or
+                the context is full.
+            stream: as in `generate`.
+
+        Raises:
+            ValueError: as in `generate`; or the folder has no chat template, or it refuses.
+        """
+        tokenizer = self._open_engine().tokenizer
+        conversations: list[Any] = list(messages)
+        if conversations and isinstance(conversations[0], dict):
+            conversations = [conversations]
+        token_ids = [tokenizer.apply_chat_template(entry) for entry in conversations]
+        default = SamplingParams(max_tokens=None)
+        return self._run(token_ids, _params_for(len(token_ids), sampling_params, default), stream)
+
+    def stats(self) -> EngineStats:
+        """Counters and load of the engine."""
+        return self._open_engine().stats()
+
+    def close(self) -> None:
+        """Abort what runs and let go of the model; the LLM cannot be used any more."""
+        if self._engine is not None:
+            for request_id in list(self._outbox):
+                self._engine.abort_request(request_id)
+        self._outbox.clear()
+        self._engine = None
+
+    def __enter__(self) -> LLM:
+        """For `with`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    def _start(self, engine: LLMEngine) -> None:
+        """Take an engine."""
+        self._engine = engine
+        self._calls = itertools.count()
+        self._outbox = {}
+
+    def _open_engine(self) -> LLMEngine:
+        """The engine; RuntimeError after `close`."""
+        if self._engine is None:
+            raise RuntimeError("this LLM is closed; make a new one")
+        return self._engine
+
+    def _run(
+        self, token_ids: list[list[int]], params: list[SamplingParams], stream: bool
+    ) -> list[RequestOutput] | Iterator[RequestOutput]:
+        """Check the prompts of a call, then stream or collect."""
+        engine = self._open_engine()
+        for ids, one in zip(token_ids, params, strict=True):
+            engine.validate(ids, one)
+        outputs = self._stream(token_ids, params)
+        if stream:
+            return outputs
+        return sorted(
+            (output for output in outputs if output.finished),
+            key=lambda output: int(output.request_id.rpartition("-")[2]),
+        )
+
+    def _stream(
+        self, token_ids: list[list[int]], params: list[SamplingParams]
+    ) -> Iterator[RequestOutput]:
+        """Outputs of one call; steps the engine for all calls while its own queue is empty."""
+        engine = self._open_engine()
+        call = next(self._calls)
+        queue: deque[RequestOutput] = deque()
+        request_ids = []
+        try:
+            for index, (ids, one) in enumerate(zip(token_ids, params, strict=True)):
+                request_id = f"{call}-{index}"
+                engine.add_request(request_id, ids, one)
+                self._outbox[request_id] = queue
+                request_ids.append(request_id)
+            num_running = len(request_ids)
+            while num_running:
+                while not queue:
+                    self._step()
+                output = queue.popleft()
+                num_running -= output.finished
+                yield output
+        finally:
+            for request_id in request_ids:
+                if self._outbox.pop(request_id, None) is not None:
+                    engine.abort_request(request_id)
+
+    def _step(self) -> None:
+        """One step; hands the outputs to the calls they belong to."""
+        for output in self._open_engine().step():
+            self._outbox[output.request_id].append(output)
+            if output.finished:
+                del self._outbox[output.request_id]
+
+
+def _as_list(prompts: Prompts) -> list[Prompt]:
+    """Prompts as a list, whichever of the four forms they have."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several: list[Any] = list(prompts)
+    if several and not isinstance(several[0], (str, Sequence)) and hasattr(several[0], "__index__"):
+        return [several]
+    return several
+
+
+def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt."""
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+
+
+def _params_for(count: int, params: Params, default: SamplingParams) -> list[SamplingParams]:
+    """One SamplingParams for each of `count` prompts."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params or default] * count
+    if len(params) != count:
+        raise ValueError(
+            f"sampling_params has {len(params)} entries for {count} prompts; give one for all, or "
+            "one for each"
+        )
+    return list(params)

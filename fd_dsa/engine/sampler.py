@@ -1,0 +1,110 @@
+"""From logits to tokens, for all rows of a step at once."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.engine.draws import UNDECIDED, Rows, Scratch, Weights, draw_from_candidates
+from fd_dsa.engine.random_uniform import as_seed, uniforms
+from fd_dsa.engine.sampling_params import SamplingParams
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+NOT_FINITE = -1
+"""Instead of a token where the logits of a row hold NaN or +inf, or nothing but -inf."""
+
+_GREEDY_BELOW = 1e-5
+# candidates looked at first for top-p; a wider nucleus takes the way over all tokens
+_NARROW = 64
+# random rows are drawn in groups of so many logits, which bounds the temporaries
+_GROUP_LOGITS = 2**20
+
+
+class Sampler:
+    """Samples one token for each row; parameters are kept by slot.
+
+    Temperature, then top-k (the k largest logits, ties to the lower id), then top-p (the fewest
+    largest of those with at least this share of their mass), then one draw by inverse
+    distribution function in the order of ids. Exact: no probability is left out or approximated
+    beyond rounding. A row's token depends on its logits, parameters, seed and position only.
+
+    Args:
+        max_num_seqs: slots.
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        """Allocate the parameters."""
+        self._temperature = np.ones(max_num_seqs, np.float64)
+        self._top_k = np.zeros(max_num_seqs, np.int64)
+        self._top_p = np.ones(max_num_seqs, np.float64)
+        self._seeds = np.zeros(max_num_seqs, np.uint64)
+        self._is_random = np.zeros(max_num_seqs, bool)
+        self._scratch = Scratch()
+
+    def set_slot(self, slot: int, params: SamplingParams, seed: int) -> None:
+        """Parameters of the request that has taken a slot."""
+        self._temperature[slot] = params.temperature
+        # a count beyond every vocabulary keeps everything, and so does "off"
+        self._top_k[slot] = min(max(params.top_k, 0), 2**31)
+        self._top_p[slot] = params.top_p
+        self._seeds[slot] = as_seed(seed)
+        self._is_random[slot] = params.temperature >= _GREEDY_BELOW
+
+    def sample(self, logits: Float32, slots: Int64, positions: Int64) -> Int64:
+        """One token for each row.
+
+        Args:
+            logits: float32 [n, vocab_size].
+            slots: int64 [n]; slot of each row.
+            positions: int64 [n]; position of the token in the output of its request, from 0.
+
+        Returns:
+            int64 [n]; token ids, NOT_FINITE where the logits are unusable. Greedy ties go to the
+            lowest id.
+
+        Cost: greedy rows one pass; others a few passes and sorts of small candidate sets.
+        """
+        tokens = logits.argmax(axis=1)
+        # argmax stops at a NaN, so the largest value tells whether the row is usable
+        largest = logits[np.arange(len(tokens)), tokens]
+        tokens[~np.isfinite(largest)] = NOT_FINITE
+        drawn = np.flatnonzero(self._is_random[slots] & (tokens != NOT_FINITE))
+        group_size = max(1, _GROUP_LOGITS // logits.shape[1])
+        for begin in range(0, len(drawn), group_size):
+            group = drawn[begin : begin + group_size]
+            rows = logits if len(group) == len(logits) else logits[group]
+            tokens[group] = self._draw(rows, largest[group], slots[group], positions[group])
+        return tokens
+
+    def _draw(self, logits: Float32, largest: Float32, slots: Int64, positions: Int64) -> Int64:
+        """Tokens of rows that are not greedy; all of them are usable."""
+        top_k = self._top_k[slots]
+        top_k[top_k >= logits.shape[1]] = 0
+        uniform = uniforms(self._seeds[slots], positions)
+        rows = Rows(logits, largest, self._temperature[slots], top_k, self._top_p[slots], uniform)
+        tokens = np.empty(len(slots), np.int64)
+        limited = np.flatnonzero(top_k > 0)
+        if len(limited):
+            chosen = rows.take(limited)
+            tokens[limited] = draw_from_candidates(chosen, np.zeros(len(limited)), _NARROW)
+        nucleus = np.flatnonzero((top_k == 0) & (rows.top_p < 1))
+        if len(nucleus):
+            tokens[nucleus] = self._draw_nucleus(rows.take(nucleus))
+        plain = np.flatnonzero((top_k == 0) & (rows.top_p >= 1))
+        if len(plain):
+            chosen = rows.take(plain)
+            tokens[plain] = Weights(chosen, self._scratch).draw(chosen.uniform)
+        return tokens
+
+    def _draw_nucleus(self, rows: Rows) -> Int64:
+        """Tokens of rows with top-p alone."""
+        tokens = draw_from_candidates(rows, Weights(rows, self._scratch).mass(), _NARROW)
+        wide = np.flatnonzero(tokens == UNDECIDED)
+        if len(wide):
+            chosen = rows.take(wide)
+            weights = Weights(chosen, self._scratch)
+            weights.keep_nucleus(chosen)
+            tokens[wide] = weights.draw(chosen.uniform)
+        return tokens

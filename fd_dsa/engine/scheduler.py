@@ -1,0 +1,179 @@
+"""Which request takes part in the next step, and with how many tokens."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from typing import Protocol
+
+from fd_dsa.engine.block_manager import BlockManager
+from fd_dsa.engine.request import Request
+
+
+class BlockTables(Protocol):
+    """Rows of block ids; the part of the input batch that the scheduler writes."""
+
+    def set_blocks(self, row: int, block_ids: list[int], start: int = 0) -> None:
+        """Write block ids of a row from entry `start` on."""
+
+    def clear_row(self, row: int) -> None:
+        """Forget a row."""
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, in order of arrival.
+
+    Rules:
+        - Requests that decode come first, one token each; prefill fills what is left of the
+          token budget. Fewer tokens than decoding requests: those that waited longest go first.
+        - A request is admitted when a row is free and the blocks of all its known tokens are
+          free, with one block to spare for each running request; strictly in order of arrival.
+          So every running request has arrived before every waiting one.
+        - Only decoding needs further blocks. When none is free, the latest running request is
+          preempted: it gives its blocks and row back and is computed anew later. The earliest
+          one can thus always go on, and since no request needs more blocks than there are (the
+          engine refuses such), every request ends.
+
+    Args:
+        blocks: owner of the cache blocks.
+        tables: block tables by row, kept in step with the owners.
+        max_num_seqs: rows.
+        max_num_batched_tokens: tokens in one step.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        tables: BlockTables,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        """Start without requests."""
+        self.num_preemptions = 0
+        self._blocks = blocks
+        self._tables = tables
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._free_slots = list(range(max_num_seqs))
+        # dicts by arrival number, in order of arrival
+        self._running: dict[int, Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._scheduled: dict[int, Request] = {}
+        self._step = 0
+
+    @property
+    def num_running(self) -> int:
+        """Requests with a row."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a row."""
+        return len(self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; arrival numbers must grow."""
+        self._waiting.append(request)
+
+    def finish(self, request: Request) -> None:
+        """Drop an ended or aborted request and free what it holds."""
+        if request.slot >= 0:
+            self._release(request)
+        else:
+            self._waiting.remove(request)
+
+    def schedule(self) -> list[Request]:
+        """Requests of the next step in ascending slot order, `num_scheduled_tokens` set.
+
+        Empty only when there is no request.
+        """
+        self._step += 1
+        self._scheduled = {}
+        budget = self._schedule_decode()
+        budget = self._schedule_prefill(budget)
+        self._admit(budget)
+        return sorted(self._scheduled.values(), key=_slot)
+
+    def _schedule_decode(self) -> int:
+        """Give one token to each decoding request; returns the tokens left."""
+        budget = self._max_num_batched_tokens
+        decoding = [request for request in self._running.values() if request.is_decode]
+        if len(decoding) > budget:
+            decoding.sort(key=_last_step)
+        for request in decoding:
+            if budget - len(self._scheduled) == 0:
+                break
+            if request.slot >= 0 and self._grow(request):
+                self._take(request, 1)
+        return budget - len(self._scheduled)
+
+    def _grow(self, request: Request) -> bool:
+        """Get the block for the next token, if need be from later requests; False: preempted."""
+        num_tokens = len(request.token_ids)
+        while (added := self._blocks.allocate(request.request_id, num_tokens)) is None:
+            victim = next(reversed(self._running.values()))
+            self._preempt(victim)
+            if victim is request:
+                return False
+        if added:
+            self._tables.set_blocks(
+                request.slot, added, self._blocks.num_needed(num_tokens) - len(added)
+            )
+        return True
+
+    def _schedule_prefill(self, budget: int) -> int:
+        """Continue prefills in order of arrival; returns the tokens left."""
+        for request in self._running.values():
+            if budget == 0:
+                break
+            if not request.is_decode:
+                budget -= self._take(request, budget)
+        return budget
+
+    def _admit(self, budget: int) -> None:
+        """Start waiting requests in order of arrival while rows, blocks and tokens last."""
+        while budget > 0 and self._waiting and self._free_slots:
+            request = self._waiting[0]
+            needed = self._blocks.num_needed(len(request.token_ids))
+            if self._running and needed + len(self._running) > self._blocks.num_free:
+                break
+            added = self._blocks.allocate(request.request_id, len(request.token_ids))
+            if added is None:
+                break
+            self._waiting.popleft()
+            request.slot = heapq.heappop(self._free_slots)
+            self._tables.set_blocks(request.slot, added)
+            self._running[request.arrival] = request
+            budget -= self._take(request, budget)
+
+    def _take(self, request: Request, budget: int) -> int:
+        """Put a request into the step with at most `budget` tokens; returns how many."""
+        request.num_scheduled_tokens = min(request.num_missing_tokens, budget)
+        request.last_step = self._step
+        self._scheduled[request.arrival] = request
+        return request.num_scheduled_tokens
+
+    def _preempt(self, request: Request) -> None:
+        """Put a running request back to the head of the queue, with nothing computed."""
+        self.num_preemptions += 1
+        self._scheduled.pop(request.arrival, None)
+        self._release(request)
+        request.num_computed_tokens = 0
+        self._waiting.appendleft(request)
+
+    def _release(self, request: Request) -> None:
+        """Take row and blocks from a running request."""
+        self._tables.clear_row(request.slot)
+        heapq.heappush(self._free_slots, request.slot)
+        request.slot = -1
+        self._blocks.free(request.request_id)
+        del self._running[request.arrival]
+
+
+def _slot(request: Request) -> int:
+    """Sort key: row of the input batch."""
+    return request.slot
+
+
+def _last_step(request: Request) -> int:
+    """Sort key: who waited longest; the sort is stable, so ties stay in order of arrival."""
+    return request.last_step

@@ -1,0 +1,95 @@
+"""The largest logits of each row, found without sorting the row."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Float32 = npt.NDArray[np.float32]
+UInt64 = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
+
+PADDING = np.uint64(2**64 - 1)
+_ID_BITS = np.uint64(32)
+_ID_MASK = np.uint64(2**32 - 1)
+_SIGN = np.uint32(0x80000000)
+_MAX_GROUP_SIZE = 64
+
+
+def candidate_keys(logits: Float32, width: int) -> tuple[UInt64, Int64]:
+    """Sort keys of at least the `width` largest logits of each row, in order of their ids.
+
+    A key orders by higher logit, then lower id: ascending keys are descending candidates.
+
+    Args:
+        logits: float32 [rows, vocab_size] without NaN.
+        width: how many are wanted, >= 1; all when it is vocab_size or more.
+
+    Returns:
+        keys uint64 [rows, n], padded with PADDING at the end of a row, and counts int64 [rows],
+        n >= counts >= min(width, vocab_size). All logits above the smallest candidate are
+        candidates, so the first `width` sorted keys are exact.
+
+    Cost: a few passes over the logits; no sort.
+    """
+    num_rows, vocab_size = logits.shape
+    if width >= vocab_size:
+        ids = np.arange(vocab_size, dtype=np.uint64)
+        return _keys(logits, ids), np.full(num_rows, vocab_size, np.int64)
+    return marked_keys(logits, logits >= _lower_bound(logits, width)[:, None])
+
+
+def marked_keys(logits: Float32, marks: npt.NDArray[np.bool_]) -> tuple[UInt64, Int64]:
+    """Sort keys of the marked logits of each row, in order of their ids.
+
+    Args:
+        logits: float32 [rows, vocab_size].
+        marks: bool [rows, vocab_size], at least one mark in some row.
+
+    Returns:
+        keys uint64 [rows, n], padded with PADDING at the end of a row, and counts int64 [rows].
+    """
+    num_rows, vocab_size = logits.shape
+    chosen = np.flatnonzero(marks)
+    rows, ids = np.divmod(chosen, vocab_size)
+    counts = np.bincount(rows, minlength=num_rows)
+    columns = np.arange(len(chosen)) - (np.cumsum(counts) - counts)[rows]
+    keys = np.full((num_rows, int(counts.max())), PADDING, np.uint64)
+    keys[rows, columns] = _keys(logits.reshape(-1)[chosen], ids.astype(np.uint64))
+    return keys, counts
+
+
+def key_ids(keys: UInt64) -> Int64:
+    """Token ids of keys."""
+    return (keys & _ID_MASK).astype(np.int64)
+
+
+def key_logits(keys: UInt64) -> Float32:
+    """Logits of keys, bit for bit; -inf for PADDING."""
+    order = ~(keys >> _ID_BITS).astype(np.uint32)
+    bits = np.where(order & _SIGN, order ^ _SIGN, ~order)
+    return np.where(keys == PADDING, np.float32(-np.inf), bits.view(np.float32))
+
+
+def _lower_bound(logits: Float32, width: int) -> Float32:
+    """A value in each row which at least `width` logits reach, and few more.
+
+    The maxima of disjoint groups of columns are that many logits of their own: their width-th
+    largest is a bound. With few columns for the width, the width-th largest logit itself.
+    """
+    num_rows, vocab_size = logits.shape
+    group_size = min(_MAX_GROUP_SIZE, vocab_size // (4 * width))
+    if group_size < 2:
+        return np.partition(logits, vocab_size - width, axis=1)[:, vocab_size - width]
+    num_columns = vocab_size // group_size
+    head = logits[:, : num_columns * group_size].reshape(num_rows, group_size, num_columns)
+    maxima = head.max(axis=1)
+    return np.partition(maxima, num_columns - width, axis=1)[:, num_columns - width]
+
+
+def _keys(logits: Float32, ids: UInt64) -> UInt64:
+    """Sort keys: inverted order-preserving bits of the logit, then the id."""
+    # + 0.0 turns -0.0 into 0.0, which compares equal to it
+    bits = (logits + np.float32(0.0)).view(np.uint32)
+    order = np.where(bits & _SIGN, ~bits, bits | _SIGN)
+    return ((~order).astype(np.uint64) << _ID_BITS) | ids

@@ -1,0 +1,239 @@
+"""The engine over a fake runner: tokens, text, ends, refusals, failures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fd_dsa.engine.sampling_params import SamplingParams
+from tests.engine.fakes import EOS, VOCAB_SIZE, expected_greedy, make_engine, run_all
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+LETTERS = ["", ""] + [chr(ord("a") + i) for i in range(26)] + [chr(ord("A") + i) for i in range(12)]
+
+
+def letters(token_ids):
+    """Text of token ids in the fake vocabulary."""
+    return "".join(LETTERS[token_id] for token_id in token_ids)
+
+
+def run_one(engine, prompt, params):
+    """All outputs of one request."""
+    engine.add_request("r", prompt, params)
+    return run_all(engine)["r"]
+
+
+@pytest.mark.parametrize("prompt_length", [1, 3, 4, 5, 16, 17, 40])
+def test_greedy_tokens_follow_the_whole_history(prompt_length):
+    prompt = [2 + i % 30 for i in range(prompt_length)]
+    outputs = run_one(make_engine(), prompt, GREEDY)
+    expected = expected_greedy(prompt, 12, eos=None)
+    assert outputs[-1].token_ids == expected
+    assert [token for output in outputs for token in output.new_token_ids] == expected
+    assert outputs[-1].text == "".join(output.new_text for output in outputs) == letters(expected)
+    assert [output.finish_reason for output in outputs] == [None] * 11 + ["length"]
+    assert outputs[-1].prompt_token_ids == prompt
+
+
+def test_an_output_stays_as_it_was_after_later_steps():
+    outputs = run_one(make_engine(), [5, 6], GREEDY)
+    assert [len(output.token_ids) for output in outputs] == list(range(1, 13))
+    assert all(outputs[-1].text.startswith(output.text) for output in outputs)
+
+
+def find_eos_prompt():
+    """A prompt whose greedy continuation reaches end-of-sequence after a few tokens."""
+    for first in range(2, VOCAB_SIZE):
+        for second in range(2, VOCAB_SIZE):
+            tokens = expected_greedy([first, second], 12)
+            if 3 <= len(tokens) < 12:
+                return [first, second], tokens
+    raise AssertionError("the fake model never ends")
+
+
+def test_end_of_sequence_ends_the_request_and_shows_no_text():
+    prompt, expected = find_eos_prompt()
+    last = run_one(make_engine(), prompt, SamplingParams(temperature=0, max_tokens=50))[-1]
+    assert last.token_ids == expected
+    assert last.text == letters(expected[:-1])
+    assert (last.finish_reason, last.stop_reason) == ("stop", EOS)
+
+
+def test_ignore_eos_goes_on():
+    prompt, expected = find_eos_prompt()
+    last = run_one(make_engine(), prompt, GREEDY)[-1]
+    assert last.token_ids[: len(expected)] == expected
+    assert len(last.token_ids) == 12
+    assert last.finish_reason == "length"
+
+
+def test_a_stop_string_over_several_tokens_is_cut_and_never_shown():
+    prompt = [7, 8, 9]
+    text = letters(expected_greedy(prompt, 12, eos=None))
+    stop = text[4:7]
+    outputs = run_one(
+        make_engine(),
+        prompt,
+        SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, stop=["never", stop]),
+    )
+    assert outputs[-1].text == text[: text.index(stop)]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
+    assert all(text[: text.index(stop)].startswith(output.text) for output in outputs)
+
+
+def test_text_held_for_a_stop_string_comes_at_the_end():
+    prompt = [7, 8, 9]
+    text = letters(expected_greedy(prompt, 12, eos=None))
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=text[10:] + "!")
+    outputs = run_one(make_engine(), prompt, params)
+    assert outputs[-1].text == text
+    assert outputs[-2].text == text[:10]
+    assert outputs[-1].finish_reason == "length"
+
+
+def test_max_tokens_none_fills_the_context():
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    last = run_one(make_engine(max_model_len=20), [3] * 13, params)[-1]
+    assert len(last.token_ids) == 7
+    assert last.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        ([], 4, "no tokens"),
+        ([2] * 64, 1, "prompt has 64 tokens, max_model_len is 64"),
+        ([2] * 60, 5, "60 tokens and max_tokens is 5, together 65"),
+        ([2] * 40, 10, "need 13 cache blocks of 4 tokens; there are 12"),
+        ([2, VOCAB_SIZE], 4, f"token 1 of the prompt is {VOCAB_SIZE}"),
+        ([2, 3, -1], 4, "token 2 of the prompt is -1"),
+        ([2, 3.0], 4, "float64"),
+        (["a"], 4, "flat list of integers"),
+        ([[2]], 4, "flat list of integers"),
+    ],
+)
+def test_a_request_that_can_never_run_is_refused_at_once(prompt, max_tokens, message):
+    engine = make_engine(num_blocks=12)
+    with pytest.raises(ValueError, match=message):
+        engine.add_request("r", prompt, SamplingParams(max_tokens=max_tokens))
+    assert not engine.has_unfinished_requests()
+
+
+def test_a_request_that_just_fits_the_cache_runs_to_its_end():
+    engine = make_engine(num_blocks=12)
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    assert len(run_one(engine, [2] * 40, params)[-1].token_ids) == 9
+
+
+def test_an_id_in_use_is_refused_and_free_again_after_the_end():
+    engine = make_engine()
+    engine.add_request("r", [2], GREEDY)
+    with pytest.raises(ValueError, match="'r' is in use"):
+        engine.add_request("r", [3], GREEDY)
+    run_all(engine)
+    assert run_one(engine, [3], GREEDY)[-1].token_ids == expected_greedy([3], 12, eos=None)
+
+
+def test_abort_ends_a_running_and_a_waiting_request_and_frees_all():
+    engine = make_engine(max_num_seqs=1)
+    engine.add_request("runs", [2, 3], GREEDY)
+    engine.add_request("waits", [4, 5], GREEDY)
+    engine.step()
+    engine.step()
+    aborted = engine.abort_request("runs")
+    assert aborted.finish_reason == "abort"
+    assert aborted.token_ids == expected_greedy([2, 3], 2, eos=None)
+    assert engine.abort_request("waits").token_ids == []
+    assert engine.abort_request("runs") is None
+    assert engine.stats().num_used_blocks == 0
+    assert not engine.has_unfinished_requests()
+    assert engine.step() == []
+
+
+def test_times_are_in_order():
+    outputs = run_one(make_engine(), [2, 3], GREEDY)
+    last = outputs[-1]
+    assert last.arrival_time <= last.first_token_time <= last.finish_time
+    assert outputs[0].first_token_time == last.first_token_time
+    assert outputs[0].finish_time is None
+
+
+def test_logits_that_are_not_finite_end_their_request_alone():
+    engine = make_engine()
+    prompts = {"a": [2], "b": [3]}
+    expected = {name: expected_greedy(prompt, 12, eos=None) for name, prompt in prompts.items()}
+    poison = next(token for token in expected["a"] if token not in [2, 3, *expected["b"]])
+    engine.runner.nan_after = poison
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, GREEDY)
+    outputs = run_all(engine)
+    failed = outputs["a"][-1]
+    assert failed.finish_reason == "error"
+    assert "not finite" in str(failed.error)
+    assert failed.token_ids == expected["a"][: expected["a"].index(poison) + 1]
+    assert outputs["b"][-1].token_ids == expected["b"]
+    assert engine.stats().num_used_blocks == 0
+
+
+def test_a_failing_step_raises_and_can_be_run_again():
+    engine = make_engine()
+    engine.add_request("r", [2] * 20, GREEDY)
+    engine.step()
+    engine.runner.fail_at = 1
+    with pytest.raises(OSError, match="device is gone"):
+        engine.step()
+    engine.runner.fail_at = None
+    assert run_all(engine)["r"][-1].token_ids == expected_greedy([2] * 20, 12, eos=None)
+
+
+def test_stats_count_what_happened():
+    engine = make_engine()
+    engine.add_request("a", [2] * 5, GREEDY)
+    engine.add_request("b", [3] * 6, GREEDY)
+    engine.step()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (2, 0)
+    assert stats.num_used_blocks == 4
+    assert stats.kv_cache_usage == 4 / 64
+    run_all(engine)
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_used_blocks, stats.num_preemptions) == (0, 0, 0)
+    assert (stats.prompt_tokens, stats.generated_tokens, stats.num_steps) == (11, 24, 12)
+    assert stats.host_time_s > 0 and stats.runner_time_s > 0
+
+
+def test_unseeded_requests_differ_and_the_engine_seed_repeats_them():
+    def texts(seed):
+        engine = make_engine(seed=seed)
+        for name in "abc":
+            engine.add_request(name, [2, 3], SamplingParams(max_tokens=10, ignore_eos=True))
+        return [outputs[-1].text for _, outputs in sorted(run_all(engine).items())]
+
+    assert len(set(texts(0))) == 3
+    assert texts(0) == texts(0)
+    assert set(texts(0)).isdisjoint(texts(1))
+
+
+@pytest.mark.parametrize("field", ["max_model_len", "max_num_seqs", "max_num_batched_tokens"])
+def test_sizes_below_one_are_refused(field):
+    engine = make_engine()
+    sizes = {"max_model_len": 8, "max_num_seqs": 1, "max_num_batched_tokens": 8, field: 0}
+    with pytest.raises(ValueError, match=f"{field} is 0"):
+        type(engine)(
+            engine.runner, engine.tokenizer, num_blocks=4, block_size=4, eos_token_ids=[], **sizes
+        )
+
+
+def test_a_slot_taken_again_gets_the_parameters_of_its_new_request():
+    engine = make_engine(max_num_seqs=1)
+    engine.add_request("hot", [2], SamplingParams(temperature=50.0, max_tokens=5, ignore_eos=True))
+    engine.add_request("cold", [4], GREEDY)
+    outputs = run_all(engine)
+    assert outputs["cold"][-1].token_ids == expected_greedy([4], 12, eos=None)
+    assert outputs["hot"][-1].token_ids != expected_greedy([2], 5, eos=None)
+
+
+def test_prompt_ids_may_be_a_numpy_array():
+    outputs = run_one(make_engine(), np.array([2, 3]), GREEDY)
+    assert outputs[-1].token_ids == expected_greedy([2, 3], 12, eos=None)
+    assert type(outputs[-1].prompt_token_ids[0]) is int

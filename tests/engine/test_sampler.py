@@ -1,0 +1,196 @@
+"""The sampler against plain rules: exactness, distribution, ties, batch independence."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fd_dsa.engine.random_uniform import derive_seed, uniforms
+from fd_dsa.engine.sampler import NOT_FINITE, Sampler
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.top_candidates import PADDING, candidate_keys, key_ids, key_logits
+from tests.engine.reference_sampler import ref_distribution, ref_token, ref_uniform
+
+
+def sample(logits, params, seeds=None, positions=None):
+    """Tokens of rows of logits, one SamplingParams a row."""
+    n = len(logits)
+    sampler = Sampler(n)
+    for slot, one in enumerate(params):
+        sampler.set_slot(slot, one, slot if seeds is None else seeds[slot])
+    positions = np.zeros(n, np.int64) if positions is None else np.asarray(positions, np.int64)
+    return sampler.sample(logits, np.arange(n), positions)
+
+
+def random_logits(rng, rows, vocab_size, scale=3.0):
+    """Normal logits."""
+    return (rng.normal(size=(rows, vocab_size)) * scale).astype(np.float32)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 511, 512, 513, 4096, 20_000])
+def test_greedy_is_the_largest_logit_and_ties_go_to_the_lowest_id(vocab_size):
+    logits = random_logits(np.random.default_rng(0), 9, vocab_size).round(0)
+    tokens = sample(logits, [SamplingParams(temperature=0)] * 9)
+    assert tokens.tolist() == [row.tolist().index(row.max()) for row in logits]
+
+
+params_strategy = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.05, 0.3, 0.7, 1.0, 1.7, 5.0, 100.0]),
+    top_k=st.sampled_from([-1, 0, 1, 2, 5, 40, 255, 256, 257, 700, 5000, 10**12]),
+    top_p=st.sampled_from([0.0, 1e-6, 0.1, 0.5, 0.9, 0.95, 0.999, 1.0]),
+)
+
+
+@settings(max_examples=150)
+@given(
+    params=st.lists(params_strategy, min_size=1, max_size=6),
+    vocab_size=st.sampled_from([1, 3, 50, 512, 1000, 6000]),
+    scale=st.sampled_from([0.0, 0.01, 1.0, 4.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_each_row_draws_the_token_of_the_plain_rules(params, vocab_size, scale, seed):
+    rng = np.random.default_rng(seed)
+    logits = random_logits(rng, len(params), vocab_size, scale)
+    positions = rng.integers(0, 1000, len(params))
+    tokens = sample(logits, params, range(seed, seed + len(params)), positions)
+    for row, one in enumerate(params):
+        probabilities = ref_distribution(logits[row], one.temperature, one.top_k, one.top_p)
+        token, distance = ref_token(probabilities, ref_uniform(seed + row, int(positions[row])))
+        if distance > 1e-5:
+            assert tokens[row] == token
+        else:  # rounding may choose a neighbour, but only one that can be drawn
+            assert probabilities[tokens[row]] > 0
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.6),
+        SamplingParams(top_k=5),
+        SamplingParams(top_p=0.8),
+        SamplingParams(temperature=1.5, top_k=9, top_p=0.7),
+    ],
+    ids=["plain", "temperature", "top_k", "top_p", "all"],
+)
+def test_frequencies_follow_the_distribution(params):
+    num_draws, vocab_size = 20_000, 12
+    row = random_logits(np.random.default_rng(3), 1, vocab_size, 1.5)
+    sampler = Sampler(1)
+    sampler.set_slot(0, params, 7)
+    draws = sampler.sample(
+        np.repeat(row, num_draws, axis=0), np.zeros(num_draws, np.int64), np.arange(num_draws)
+    )
+    expected = num_draws * ref_distribution(row[0], params.temperature, params.top_k, params.top_p)
+    observed = np.bincount(draws, minlength=vocab_size)
+    possible = expected > 0
+    assert observed[~possible].sum() == 0
+    chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
+    # mean of a chi-square is its degrees of freedom, 6 standard deviations above it
+    freedom = max(int(possible.sum()) - 1, 1)
+    assert chi_square < freedom + 6 * np.sqrt(2 * freedom)
+
+
+def test_seeds_draw_independently_of_each_other():
+    num_seeds = 20_000
+    sampler = Sampler(num_seeds)
+    for slot in range(num_seeds):
+        sampler.set_slot(slot, SamplingParams(), slot)
+    logits = np.zeros((num_seeds, 10), np.float32)
+    first = sampler.sample(logits, np.arange(num_seeds), np.zeros(num_seeds, np.int64))
+    second = sampler.sample(logits, np.arange(num_seeds), np.ones(num_seeds, np.int64))
+    pairs = np.bincount(first * 10 + second, minlength=100)
+    expected = num_seeds / 100
+    assert ((pairs - expected) ** 2 / expected).sum() < 99 + 6 * np.sqrt(2 * 99)
+
+
+@given(seed=st.integers(-(2**63), 2**64 - 1), position=st.integers(0, 2**40))
+def test_uniform_is_splitmix64(seed, position):
+    seeds = np.array([seed & (2**64 - 1)], np.uint64)
+    assert uniforms(seeds, np.array([position]))[0] == ref_uniform(seed, position)
+
+
+def test_derived_seeds_differ_by_arrival_and_by_engine_seed():
+    seeds = {derive_seed(engine, arrival) for engine in range(20) for arrival in range(500)}
+    assert len(seeds) == 20 * 500
+
+
+@settings(max_examples=40)
+@given(st.lists(params_strategy, min_size=2, max_size=8), st.integers(0, 2**32))
+def test_a_row_draws_the_same_alone_and_in_any_batch(params, seed):
+    rng = np.random.default_rng(seed)
+    logits = random_logits(rng, len(params), 3000)
+    together = sample(logits, params, seeds=range(len(params)))
+    order = rng.permutation(len(params))
+    shuffled = sample(logits[order], [params[i] for i in order], seeds=order.tolist())
+    alone = [sample(logits[i : i + 1], [one], seeds=[i])[0] for i, one in enumerate(params)]
+    assert together.tolist() == alone
+    assert shuffled.tolist() == together[order].tolist()
+
+
+def test_a_slot_takes_the_parameters_set_last():
+    sampler = Sampler(1)
+    logits = np.array([[0.0, 0.0, 5.0, 0.0]], np.float32)
+    sampler.set_slot(0, SamplingParams(temperature=100.0), 1)
+    many = {int(sampler.sample(logits, np.array([0]), np.array([p]))[0]) for p in range(50)}
+    sampler.set_slot(0, SamplingParams(temperature=0), 1)
+    one = {int(sampler.sample(logits, np.array([0]), np.array([p]))[0]) for p in range(50)}
+    assert len(many) == 4
+    assert one == {2}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=["nan", "inf", "all -inf"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_an_unusable_row_is_reported_and_the_others_are_sampled(bad, temperature):
+    logits = random_logits(np.random.default_rng(1), 3, 600)
+    good = sample(logits, [SamplingParams(temperature=temperature)] * 3)
+    logits[1, 17 if bad != -np.inf else slice(None)] = bad
+    tokens = sample(logits, [SamplingParams(temperature=temperature)] * 3)
+    assert tokens[1] == NOT_FINITE
+    assert tokens[[0, 2]].tolist() == good[[0, 2]].tolist()
+
+
+def test_masked_tokens_are_never_drawn():
+    logits = np.full((400, 700), -np.inf, np.float32)
+    logits[:, [3, 650]] = 0.0
+    for params in (SamplingParams(), SamplingParams(top_k=5), SamplingParams(top_p=0.99999)):
+        assert set(sample(logits, [params] * 400).tolist()) == {3, 650}
+
+
+def test_extreme_logits_and_temperatures_do_not_overflow():
+    logits = np.array([[-3e38, 3e38, 0.0], [3e38, -3e38, 3e38]], np.float32)
+    tokens = sample(logits, [SamplingParams(temperature=2e-5), SamplingParams(top_p=0.4)])
+    assert tokens.tolist() == [1, 0]
+
+
+def test_ties_at_the_last_place_of_top_k_go_to_the_lower_ids():
+    logits = np.zeros((500, 300), np.float32)
+    logits[:, 200] = 1.0
+    drawn = set(sample(logits, [SamplingParams(temperature=50.0, top_k=3)] * 500).tolist())
+    assert drawn == {200, 0, 1}
+
+
+@settings(max_examples=60)
+@given(
+    vocab_size=st.sampled_from([1, 64, 300, 5000]),
+    width=st.sampled_from([1, 2, 17, 256, 1200, 9000]),
+    levels=st.sampled_from([1, 3, 10**6]),
+    seed=st.integers(0, 2**32),
+)
+def test_candidates_are_the_largest_logits_in_exact_order(vocab_size, width, levels, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(-levels, levels, (3, vocab_size)).astype(np.float32) / 7
+    logits[logits == 0] *= rng.choice([1.0, -1.0])
+    keys, counts = candidate_keys(logits, width)
+    for row in range(3):
+        count = int(counts[row])
+        assert (keys[row, count:] == PADDING).all()
+        assert (np.diff(key_ids(keys[row, :count])) > 0).all()
+        best = np.sort(keys[row, :count])[: min(width, vocab_size)]
+        order = np.lexsort((np.arange(vocab_size), -logits[row]))[: len(best)]
+        assert len(best) == min(width, vocab_size)
+        assert key_ids(best).tolist() == order.tolist()
+        assert (key_logits(best) == logits[row, order]).all()

@@ -1,0 +1,64 @@
+"""What SamplingParams accepts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from fd_dsa.engine.sampling_params import SamplingParams
+
+
+def test_defaults():
+    params = SamplingParams()
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (1.0, 1.0, -1, 16)
+    assert params.stop_strings == ()
+    assert params.seed is None
+    assert params.ignore_eos is False
+
+
+def test_stop_is_one_string_or_several():
+    assert SamplingParams(stop="ab").stop_strings == ("ab",)
+    assert SamplingParams(stop=["ab", "c"]).stop_strings == ("ab", "c")
+
+
+def test_it_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingParams().temperature = 0.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_p", 1.01),
+        ("top_p", -0.01),
+        ("top_p", None),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("max_tokens", 0),
+        ("max_tokens", "9"),
+        ("seed", 2**64),
+        ("seed", -(2**63) - 1),
+        ("seed", 1.0),
+        ("ignore_eos", 1),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", [3]),
+        ("stop", 3),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0}, {"top_p": 0}, {"top_k": 0}, {"seed": -1}, {"max_tokens": None}]
+)
+def test_the_edges_are_accepted(fields):
+    assert dataclasses.asdict(SamplingParams(**fields)).items() >= fields.items()
