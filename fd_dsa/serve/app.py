@@ -7,7 +7,7 @@ import contextlib
 import logging
 import string
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
@@ -31,7 +31,11 @@ logger = logging.getLogger("fd_dsa.serve")
 router = APIRouter()
 
 
-def create_app(engine: AsyncEngine, served_model_names: Sequence[str]) -> FastAPI:
+def create_app(
+    engine: AsyncEngine,
+    served_model_names: Sequence[str],
+    sampling_defaults: Mapping[str, float | int] | None = None,
+) -> FastAPI:
     """The application that serves `engine` under these names.
 
     The engine is started when the application starts and stopped when it ends.
@@ -39,6 +43,8 @@ def create_app(engine: AsyncEngine, served_model_names: Sequence[str]) -> FastAP
     Args:
         engine: not started yet.
         served_model_names: names for the `model` field of requests; at least one.
+        sampling_defaults: values of sampling parameters that a request leaves out, where they
+            differ from those of `SamplingParams`.
     """
 
     @contextlib.asynccontextmanager
@@ -56,7 +62,7 @@ def create_app(engine: AsyncEngine, served_model_names: Sequence[str]) -> FastAP
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.server = ServerState(engine, served_model_names)
+    app.state.server = ServerState(engine, served_model_names, sampling_defaults or {})
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     app.include_router(router)

@@ -65,7 +65,13 @@ def _make_jobs(state: ServerState, body: CompletionRequest, completion_id: str) 
         max_tokens = resolve_max_tokens(
             state, len(prompt), body.max_tokens, default=_DEFAULT_MAX_TOKENS
         )
-        jobs.append(Job(f"{completion_id}-{index}", prompt, body.sampling_params(max_tokens)))
+        jobs.append(
+            Job(
+                f"{completion_id}-{index}",
+                prompt,
+                body.sampling_params(max_tokens, state.sampling_defaults),
+            )
+        )
     return jobs
 
 

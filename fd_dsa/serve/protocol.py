@@ -6,6 +6,7 @@ listed in `NOT_YET` with the values that mean "off"; any other value is refused,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator
@@ -153,7 +154,9 @@ class _GenerationRequest(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, description="Most tokens to generate.")
-    temperature: float | None = Field(None, description="0 is greedy.")
+    temperature: float | None = Field(
+        None, description="0 is greedy; left out: what generation_config.json says, or 1."
+    )
     top_p: float | None = None
     top_k: int | None = Field(None, description="-1 or 0 is off.")
     seed: int | None = None
@@ -182,16 +185,23 @@ class _GenerationRequest(_Body):
                 param="stream_options",
             )
 
-    def sampling_params(self, max_tokens: int) -> SamplingParams:
+    def sampling_params(
+        self, max_tokens: int, defaults: Mapping[str, float | int]
+    ) -> SamplingParams:
         """Sampling parameters of this request.
+
+        Args:
+            max_tokens: already resolved.
+            defaults: of fields that the request leaves out.
 
         Raises:
             ApiError: 400, a value is out of its range.
         """
         given = {name: getattr(self, name) for name in _SAMPLING_FIELDS}
         given["max_tokens"] = max_tokens
+        said: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         try:
-            return SamplingParams(**{k: v for k, v in given.items() if v is not None})
+            return SamplingParams(**{**defaults, **said})
         except ValueError as error:
             raise request_error(error, _SAMPLING_FIELDS) from error
 

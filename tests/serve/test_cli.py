@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import httpx
 import pytest
 
 from fd_dsa import __version__
-from fd_dsa.config import EngineConfig
+from fd_dsa.config import EngineConfig, demo_model_path
 
 ROOT = Path(__file__).resolve().parents[2]
 # runs the command with an engine factory whose body is put in place of {body}
@@ -188,6 +189,7 @@ def started(cwd: Path, *args: str, body: str) -> Iterator[subprocess.Popen[str]]
         command(*args, body=body),
         cwd=cwd,
         env=environment(),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -219,6 +221,48 @@ def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
         # one access line per request, none of uvicorn's own lines
         assert log.count("GET /v1/models") == 1
         assert "Uvicorn" not in log
+
+
+def folder_with_generation_config(folder: Path, **fields: object) -> str:
+    """A model folder whose generation_config.json has these fields."""
+    folder.mkdir()
+    shutil.copy(demo_model_path() / "config.json", folder)
+    (folder / "generation_config.json").write_text(json.dumps(fields))
+    return str(folder)
+
+
+def test_sampling_defaults_come_from_the_model_folder(tmp_path: Path) -> None:
+    folder = folder_with_generation_config(tmp_path / "model", temperature=0.6, top_p=0.95)
+    body = "return FakeEngine()"
+    with started(tmp_path, folder, "--port", "0", body=body) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        _, log = process.communicate(timeout=10)
+    assert "{'temperature': 0.6, 'top_p': 0.95}" in log
+
+
+def test_sampling_defaults_which_no_request_could_have(tmp_path: Path) -> None:
+    folder = folder_with_generation_config(tmp_path / "model", top_p=1.5)
+    line = error_line(run(tmp_path, folder, "--port", "0", body="return FakeEngine()"))
+    assert line.startswith(f"{folder}/generation_config.json: top_p")
+
+
+def test_two_starts_on_one_port_leave_one_server(tmp_path: Path) -> None:
+    """The second one bound the port while the first was loading too."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        body = "print('loading', flush=True)\nsys.stdin.readline()\nreturn FakeEngine()"
+        with started(tmp_path, "--port", str(port), body=body) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stdout.readline() == "loading\n"
+            other.listen()
+            _, log = process.communicate("go\n", timeout=10)
+            assert process.returncode == 2
+            assert f"fd_dsa: error: 127.0.0.1:{port}: address already in use" in log
 
 
 def test_folder_without_template_gets_a_completions_line(tmp_path: Path) -> None:

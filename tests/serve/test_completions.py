@@ -102,6 +102,15 @@ def test_sampling_parameters_reach_the_engine(live: Live) -> None:
     assert params.stop_strings == ("of", "never")
 
 
+def test_defaults_of_the_model_folder_fill_what_a_request_leaves_out() -> None:
+    with running(FakeEngine(), sampling_defaults={"temperature": 0.0, "top_k": 5}) as live:
+        live.client.completions.create(model="demo", prompt="a")
+        live.client.completions.create(model="demo", prompt="a", temperature=0.5)
+        first, second = (params for _, params in live.engine.requests.values())
+        assert (first.temperature, first.top_k, first.top_p) == (0.0, 5, 1.0)
+        assert (second.temperature, second.top_k) == (0.5, 5)
+
+
 def test_null_is_the_default_of_every_field(live: Live) -> None:
     names = ("model", "stream", "stream_options", "max_tokens", "temperature", "top_p", "top_k")
     more = ("seed", "stop", "ignore_eos", "n", "logprobs", "echo", "suffix", "logit_bias", "user")

@@ -1,0 +1,38 @@
+"""Addresses as they are printed, and the curl line for them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+from fd_dsa.serve.server import base_url, bind_socket, curl_line, format_address
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("localhost", "localhost")],
+)
+def test_url_is_one_that_this_machine_reaches(host: str, shown: str) -> None:
+    with bind_socket(host, 0) as sock:
+        port = sock.getsockname()[1]
+        assert port > 0
+        assert base_url(host, sock) == f"http://{shown}:{port}"
+
+
+def test_ipv6_addresses_stand_in_brackets() -> None:
+    assert format_address("::1", 80) == "[::1]:80"
+    assert format_address("127.0.0.1", 80) == "127.0.0.1:80"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("name", ["demo", "it's", 'a "b" c', "模型"])
+def test_curl_line_is_quoted_for_a_shell(name: str, chat: bool) -> None:
+    words = shlex.split(curl_line("http://127.0.0.1:1", name, 8, chat))
+    assert words[0] == "curl"
+    assert words[1] == f"http://127.0.0.1:1/v1/{'chat/' if chat else ''}completions"
+    body = json.loads(words[-1])
+    assert body["model"] == name
+    assert body["max_tokens"] == 1
+    assert ("messages" in body) is chat
