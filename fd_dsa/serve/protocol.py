@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -122,16 +122,25 @@ def _content(value: Any) -> str:
     return "\n".join(texts)
 
 
+_TEXT = {"type": "string"}
+_TEXTS = {"type": "array", "items": _TEXT}
+_IDS = {"type": "array", "items": {"type": "integer"}}
+
 _StopField = Annotated[
-    list[str] | None, PlainValidator(_stop, json_schema_input_type=str | list[str] | None)
+    list[str] | None, PlainValidator(_stop), WithJsonSchema({"anyOf": [_TEXT, _TEXTS]})
 ]
 _PromptField = Annotated[
     list[str | list[int]],
-    PlainValidator(_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+    PlainValidator(_prompt),
+    WithJsonSchema({"anyOf": [_TEXT, _TEXTS, _IDS, {"type": "array", "items": _IDS}]}),
 ]
-_RoleField = Annotated[str, PlainValidator(_role, json_schema_input_type=str)]
+_RoleField = Annotated[
+    str, PlainValidator(_role), WithJsonSchema({"type": "string", "enum": list(_ROLES)})
+]
 _ContentField = Annotated[
-    str, PlainValidator(_content, json_schema_input_type=str | list[dict[str, Any]])
+    str,
+    PlainValidator(_content),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": {"type": "object"}}]}),
 ]
 
 
