@@ -1,0 +1,1 @@
+"""Trains the demo model of fd_dsa: synthetic data, tokenizer, training, export, measurements."""

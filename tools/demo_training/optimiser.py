@@ -1,0 +1,85 @@
+"""Muon for the matrices of the blocks, AdamW for the rest."""
+
+from __future__ import annotations
+
+import torch
+
+from .model import INDEXER, DemoModel
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+class Muon:
+    """Momentum and an orthogonalised update, batched over the matrices of one shape.
+
+    Source: Keller Jordan et al., Muon (2024): Nesterov momentum, five Newton-Schulz steps in bfloat16.
+    """
+
+    def __init__(self, params, rate: float = 0.02, momentum: float = 0.95, decay: float = 0.02):
+        self.rate, self.momentum, self.decay = rate, momentum, decay
+        self.groups: dict[tuple[int, int], list] = {}
+        for p in params:
+            self.groups.setdefault(tuple(p.shape[-2:]), []).append(p)
+        self.state = {id(p): torch.zeros_like(p) for ps in self.groups.values() for p in ps}
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """One update with learning rate `rate * factor`."""
+        rate = self.rate * factor
+        for (rows, cols), params in self.groups.items():
+            grads, means = [p.grad for p in params], [self.state[id(p)] for p in params]
+            torch._foreach_lerp_(means, grads, 1 - self.momentum)
+            update = torch._foreach_lerp(grads, means, self.momentum)
+            x = torch.cat([u.reshape(-1, rows, cols) for u in update]).bfloat16()
+            x = _orthogonal(x.mT if rows > cols else x)
+            x = (x.mT if rows > cols else x).float() * (max(1, rows / cols) ** 0.5 * rate)
+            start = 0
+            for p in params:
+                count = p.numel() // (rows * cols)
+                p.mul_(1 - rate * self.decay).sub_(x[start : start + count].view_as(p))
+                start += count
+
+
+def _orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """Matrices with singular values near 1; x [n, rows <= cols, cols]."""
+    a, b, c = NEWTON_SCHULZ
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        x = a * x + (b * square + c * square @ square) @ x
+    return x
+
+
+class Optimiser:
+    """Both optimisers, clipping, and the groups: blocks, vocabulary and norms, router, indexer."""
+
+    def __init__(self, model: DemoModel, rates: dict[str, float]):
+        self.indexer = [layer[k] for layer in model.layers for k in INDEXER]
+        routers = [layer["gate"] for layer in model.layers if "gate" in layer]
+        apart = {id(p) for p in (*self.indexer, *routers, model.embed, model.head)}
+        blocks = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in apart]
+        inside = {id(p) for p in (*blocks, *self.indexer, *routers)}
+        self.rest = [p for p in model.parameters() if id(p) not in inside]
+        self.model, self.rates = model, rates
+        self.muon = Muon(blocks, rates["muon"])
+        groups = (("adam", self.rest), ("gate", routers), ("indexer", self.indexer))
+        self.adam = torch.optim.AdamW(
+            [{"params": ps, "name": name} for name, ps in groups],
+            lr=1e-3,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+            fused=model.embed.is_cuda,
+        )
+
+    def step(self, factor: float, indexer_factor: float, with_indexer: bool) -> None:
+        """One update; `factor` scales all rates, `indexer_factor` the indexer's."""
+        for group in self.adam.param_groups:
+            scale = indexer_factor if group["name"] == "indexer" else factor
+            group["lr"] = self.rates[group["name"]] * scale
+        torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
+        if with_indexer:
+            torch.nn.utils.clip_grad_norm_(self.indexer, 1.0)
+        self.adam.step()
+        self.muon.step(factor)
+        for p in self.model.parameters():
+            p.grad = None

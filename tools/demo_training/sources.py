@@ -1,0 +1,151 @@
+"""The text files which the data generator reads, with their origins and licences.
+
+They are not part of this repository. `Sources.load(folder)` reads them from a folder of yours and says which
+file is missing and where it comes from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .synth.tables import SPARE_WORDS
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One text file: its name in the data folder, origin, licence, SHA-256."""
+
+    name: str
+    origin: str
+    licence: str
+    sha256: str
+
+
+DATA_FILES = (
+    DataFile(
+        "gsm8k_train.jsonl",
+        "github.com/openai/grade-school-math, grade_school_math/data/train.jsonl (train split only)",
+        "MIT",
+        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    ),
+    DataFile(
+        "instructions_1100.json",
+        "github.com/rasbt/LLMs-from-scratch, ch07/01_main-chapter-code/instruction-data.json",
+        "Apache-2.0",
+        "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
+    ),
+    DataFile(
+        "self_instruct_seed_tasks.jsonl",
+        "github.com/yizhongw/self-instruct, data/seed_tasks.jsonl",
+        "Apache-2.0",
+        "7779004fa198fdf27cf70a159363879d8a26c53329e11b436af17b3941875f48",
+    ),
+    DataFile(
+        "public_domain_tales.txt",
+        "Aesop and Alice in Wonderland from github.com/duke-compsci308-spring2016/lab_wordcloud "
+        "(data/aesop.txt, data/alice.txt, front matter removed), Peter Pan from "
+        "github.com/yunhw06/tiny-GPT (data/peterpan.txt), Grimms' Fairy Tales from "
+        "github.com/alirothberg/grimmsDistantRead (grimms.txt), one after the other",
+        "public domain",
+        "eaaaa5c1c76e9d2ac85199e57b932ce546b485011509fd9b51c1eac1298034d9",
+    ),
+    DataFile(
+        "tinyshakespeare.txt",
+        "github.com/karpathy/char-rnn, data/tinyshakespeare/input.txt",
+        "public domain (text)",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+)
+
+
+@dataclass
+class Sources:
+    """Texts from which documents are drawn.
+
+    Attributes:
+        problems: (question, answer) of GSM8K; the answer ends with "#### number".
+        instructions: (request, answer) pairs of both instruction sets.
+        tales: plain English prose; sentences and words are taken from it.
+        play: plain text in another style, for raw passages and haystacks.
+        sentences: sentences of the tales, 30 to 220 characters.
+        words: lower-case words of 4 to 10 letters that occur at least 4 times.
+        common: those that occur at least 25 times (most are one token each).
+    """
+
+    problems: list[tuple[str, str]]
+    instructions: list[tuple[str, str]]
+    tales: str
+    play: str
+    sentences: list[str] = field(init=False)
+    words: list[str] = field(init=False)
+    common: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        pieces = re.split(r"(?<=[.!?])\s+", self.tales)
+        self.sentences = [s.strip().replace("\n", " ") for s in pieces if 30 < len(s) < 220]
+        text = self.tales + " ".join(q for q, _ in self.problems[:3000])
+        counts = Counter(re.findall(r"\b[a-z]{4,10}\b", text))
+        self.words = [w for w, n in counts.items() if n >= 4] or SPARE_WORDS
+        self.common = [w for w, n in counts.items() if n >= 25] or SPARE_WORDS
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Sources:
+        """Reads all files of DATA_FILES from a folder.
+
+        Raises:
+            FileNotFoundError: a file is missing; the message names each and where it comes from.
+        """
+        folder = Path(folder)
+        missing = [f for f in DATA_FILES if not (folder / f.name).is_file()]
+        if missing:
+            lines = [f"  {f.name}: {f.origin} ({f.licence})" for f in missing]
+            raise FileNotFoundError(
+                f"--data: {folder} lacks {len(missing)} of {len(DATA_FILES)} text files; put there\n"
+                + "\n".join(lines)
+            )
+        gsm, ins, seed, tales, play = (
+            (folder / f.name).read_text(encoding="utf-8") for f in DATA_FILES
+        )
+        problems = [json.loads(line) for line in gsm.splitlines() if line.strip()]
+        seed_tasks = [json.loads(line) for line in seed.splitlines() if line.strip()]
+        return cls(
+            problems=[(p["question"], p["answer"]) for p in problems],
+            instructions=_pairs_of_instructions(json.loads(ins)) + _pairs_of_seed_tasks(seed_tasks),
+            tales=re.sub(r"[ \t]+", " ", tales),
+            play=play,
+        )
+
+
+def _pairs_of_instructions(records: list[dict]) -> list[tuple[str, str]]:
+    """(request, answer) of instruction/input/output records."""
+    return [(_request(r["instruction"], r["input"]), r["output"]) for r in records]
+
+
+def _pairs_of_seed_tasks(records: list[dict]) -> list[tuple[str, str]]:
+    """(request, answer) of every instance short enough for a short row."""
+    found = []
+    for record in records:
+        for instance in record["instances"]:
+            request = _request(record["instruction"], instance["input"])
+            if len(request) <= 1500 and 0 < len(instance["output"]) <= 1500:
+                found.append((request, instance["output"]))
+    return found
+
+
+def _request(instruction: str, given: str) -> str:
+    return instruction + ("\n" + given if given else "")
+
+
+def changed_files(folder: str | Path) -> list[str]:
+    """Names of the present files whose SHA-256 is not the recorded one."""
+    folder = Path(folder)
+    return [
+        f.name
+        for f in DATA_FILES
+        if hashlib.sha256((folder / f.name).read_bytes()).hexdigest() != f.sha256
+    ]

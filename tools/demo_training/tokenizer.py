@@ -1,0 +1,78 @@
+"""Trains the tokenizer: byte-level BPE, every digit its own token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .config import CHAT_TEMPLATE, MODEL, SPECIAL_TOKENS
+from .sources import Sources
+from .synth import Generator
+
+DOCUMENTS = 14000
+DOCUMENT_CHARACTERS = 1500
+
+
+def _texts(sources: Sources, documents: int) -> Iterator[str]:
+    """The texts and some generated documents."""
+    yield sources.tales
+    yield sources.play
+    for question, answer in sources.problems[:4000]:
+        yield question + "\n" + answer
+    for request, answer in sources.instructions:
+        yield request + "\n" + answer
+    generator = Generator(1, sources)
+    for _ in range(documents):
+        for _, text in generator.document():
+            yield text[:DOCUMENT_CHARACTERS]
+
+
+def train_tokenizer(
+    sources: Sources, vocabulary: int = MODEL["vocab_size"], documents: int = DOCUMENTS
+) -> Tokenizer:
+    """A tokenizer of `vocabulary` entries, special tokens included."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(sources, documents), trainer)
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json with the chat template."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[0],
+        "eos_token": SPECIAL_TOKENS[1],
+        "pad_token": SPECIAL_TOKENS[2],
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": MODEL["max_position_embeddings"],
+        "chat_template": CHAT_TEMPLATE,
+    }
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def characters_per_token(tokenizer: Tokenizer, sources: Sources, documents: int = 500) -> float:
+    """Mean length of a token on fresh documents, characters."""
+    generator = Generator(2, sources)
+    text = "".join(x for _ in range(documents) for _, x in generator.document())
+    return len(text) / len(tokenizer.encode(text).ids)
