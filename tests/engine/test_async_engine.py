@@ -1,0 +1,275 @@
+"""The engine in its thread: streams, cancellation, drain, stop, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.engine.sampling_params import SamplingParams
+from tests.engine.fakes import expected_greedy, make_engine
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+ENDLESS = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True)
+TIMEOUT_S = 20
+
+
+class GatedRunner:
+    """Lets a test hold the engine inside a step."""
+
+    def __init__(self, runner):
+        self.runner = runner
+        self.input_batch = runner.input_batch
+        self.vocab_size = runner.vocab_size
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def execute_model(self, logits_indices):
+        """Wait for the gate, then run."""
+        self.entered.set()
+        assert self.gate.wait(TIMEOUT_S)
+        return self.runner.execute_model(logits_indices)
+
+
+@pytest.fixture
+def engine():
+    """A started AsyncEngine with room for long requests; stopped after the test."""
+    inner = make_engine(max_model_len=4096, num_blocks=2048)
+    inner.runner = GatedRunner(inner.runner)
+    engine = AsyncEngine(inner)
+    engine.start()
+    yield engine
+    inner.runner.gate.set()
+    engine.stop()
+    assert not engine.is_running
+    assert not engine._thread.is_alive()
+
+
+def run(coroutine):
+    """Run a test's coroutine with a limit."""
+
+    async def limited():
+        return await asyncio.wait_for(coroutine, TIMEOUT_S)
+
+    return asyncio.run(limited())
+
+
+async def collect(engine, prompt, params, request_id=None):
+    """All outputs of a request."""
+    return [output async for output in engine.generate(prompt, params, request_id)]
+
+
+def wait_until_empty(engine):
+    """Wait until no request holds blocks."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while engine.stats().num_used_blocks or engine.stats().num_waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_concurrent_requests_get_their_own_tokens(engine):
+    prompts = [[2 + index, 3] for index in range(9)]
+
+    async def main():
+        return await asyncio.gather(*(collect(engine, prompt, GREEDY) for prompt in prompts))
+
+    for prompt, outputs in zip(prompts, run(main()), strict=True):
+        assert outputs[-1].token_ids == expected_greedy(prompt, 12, eos=None)
+        assert "".join(output.new_text for output in outputs) == outputs[-1].text
+        assert [output.finished for output in outputs] == [False] * 11 + [True]
+    wait_until_empty(engine)
+
+
+def test_one_engine_serves_several_event_loops(engine):
+    for _ in range(3):
+        assert len(run(collect(engine, [2], GREEDY))) == 12
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_leaving_a_stream_aborts_the_request_within_a_step(engine, how):
+    async def main():
+        stream = engine.generate([2], ENDLESS, "r")
+
+        async def read():
+            async for _ in stream:
+                pass
+
+        if how == "close":
+            await anext(stream)
+            await stream.aclose()
+        else:
+            task = asyncio.create_task(read())
+            while not engine.stats().num_running:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        steps = engine.stats().num_steps
+        while engine.stats().num_used_blocks:
+            await asyncio.sleep(0.001)
+        # the id is free again, also before the engine has seen the abort
+        assert len(await collect(engine, [2], GREEDY, "r")) == 12
+        return engine.stats().num_steps - steps
+
+    assert run(main()) < 12 + 50
+    wait_until_empty(engine)
+
+
+def test_an_id_used_again_at_once_gets_only_its_own_outputs(engine):
+    async def main():
+        for _ in range(30):
+            stream = engine.generate([2], GREEDY, "r")
+            await anext(stream)
+            await stream.aclose()
+            outputs = await collect(engine, [3], GREEDY, "r")
+            assert outputs[-1].token_ids == expected_greedy([3], 12, eos=None)
+
+    run(main())
+
+
+def test_abort_ends_the_iterator_with_an_output(engine):
+    async def main():
+        outputs = []
+        async for output in engine.generate([2], ENDLESS, "r"):
+            outputs.append(output)
+            if len(outputs) == 3:
+                engine.abort("r")
+        return outputs
+
+    outputs = run(main())
+    assert outputs[-1].finish_reason == "abort"
+    count = len(outputs[-1].token_ids)
+    assert outputs[-1].token_ids == expected_greedy([2], count, eos=None)
+    engine.abort("unknown")
+    assert len(run(collect(engine, [2], GREEDY))) == 12
+
+
+def test_requests_that_cannot_run_raise_and_leave_nothing(engine):
+    async def main():
+        with pytest.raises(ValueError, match="max_model_len"):
+            await collect(engine, [2] * 5000, GREEDY)
+        stream = engine.generate([2], ENDLESS, "same")
+        await anext(stream)
+        with pytest.raises(ValueError, match="'same' is in use"):
+            await collect(engine, [2], GREEDY, "same")
+        await stream.aclose()
+
+    run(main())
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.validate([], GREEDY)
+    assert engine.validate([2] * 96, SamplingParams(max_tokens=None)) == 4000
+    wait_until_empty(engine)
+
+
+def test_a_failing_step_ends_every_iterator_with_the_error(engine, caplog):
+    inner = engine._engine.runner.runner
+
+    async def main():
+        streams = [engine.generate([2 + index], ENDLESS) for index in range(6)]
+        # four have a row, the others come to a failing engine
+        for stream in streams[:4]:
+            await anext(stream)
+        inner.fail_at = 0
+        results = await asyncio.gather(*(drain(stream) for stream in streams))
+        with pytest.raises(RuntimeError, match="engine has failed"):
+            await collect(engine, [2], GREEDY)
+        return results
+
+    async def drain(stream):
+        with pytest.raises(RuntimeError, match="OSError: the device is gone") as caught:
+            async for _ in stream:
+                pass
+        return caught.value
+
+    errors = run(main())
+    assert isinstance(engine.errored, OSError)
+    assert all(error.__cause__ is engine.errored for error in errors)
+    assert not engine.is_running
+    assert "the engine has failed" in caplog.text
+    engine.abort("anything")
+    assert run(engine.drain(1)) is True
+
+
+def test_requests_queued_while_the_failing_step_runs_end_with_the_error(engine):
+    gated = engine._engine.runner
+
+    async def main():
+        gated.gate.clear()
+        first = asyncio.create_task(collect(engine, [2], ENDLESS))
+        await asyncio.to_thread(gated.entered.wait, TIMEOUT_S)
+        second = asyncio.create_task(collect(engine, [3], ENDLESS))
+        await asyncio.sleep(0.05)
+        gated.runner.fail_at = 0
+        gated.gate.set()
+        for task in (first, second):
+            with pytest.raises(RuntimeError, match="engine has failed"):
+                await task
+
+    run(main())
+
+
+def test_drain_refuses_new_requests_and_waits_for_the_running(engine):
+    async def main():
+        running = asyncio.create_task(collect(engine, [2], GREEDY))
+        while not engine.stats().num_steps:
+            await asyncio.sleep(0.001)
+        assert await engine.drain(TIMEOUT_S) is True
+        assert len(await running) == 12
+        with pytest.raises(RuntimeError, match="takes no new requests"):
+            await collect(engine, [2], GREEDY)
+
+    run(main())
+    assert engine.is_running
+
+
+def test_stop_after_a_drain_in_vain_aborts_what_still_runs(engine):
+    gated = engine._engine.runner
+
+    async def main():
+        tasks = [asyncio.create_task(collect(engine, [2 + i], ENDLESS)) for i in range(6)]
+        while engine.stats().num_steps < 3:
+            await asyncio.sleep(0.001)
+        gated.gate.clear()
+        assert await engine.drain(0.05) is False
+        gated.gate.set()
+        await asyncio.to_thread(engine.stop)
+        return await asyncio.gather(*tasks)
+
+    for outputs in run(main()):
+        assert outputs[-1].finish_reason == "abort"
+    assert engine.stats().num_used_blocks == 0
+    assert engine.errored is None
+    engine.stop()
+
+
+def test_an_event_loop_that_dies_does_not_keep_its_requests(engine):
+    gated = engine._engine.runner
+    loop = asyncio.new_event_loop()
+
+    async def first():
+        stream = engine.generate([2], ENDLESS)
+        await anext(stream)
+        gated.gate.clear()
+        return stream
+
+    stream = loop.run_until_complete(first())
+    loop.close()
+    gated.gate.set()
+    wait_until_empty(engine)
+    assert len(run(collect(engine, [3], GREEDY))) == 12
+    assert engine.errored is None
+    del stream
+
+
+def test_an_engine_that_was_not_started_says_so():
+    engine = AsyncEngine(make_engine())
+    assert not engine.is_running
+    with pytest.raises(RuntimeError, match=r"call start\(\) first"):
+        run(collect(engine, [2], GREEDY))
+    engine.stop()
+    assert engine.max_model_len == 64
+    assert engine.tokenizer.eos_token_id == 1

@@ -1,0 +1,140 @@
+"""LLM without a server: prompts of every form, streams, conversations."""
+
+from __future__ import annotations
+
+import pytest
+
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.engine.chat_template import ChatTemplate
+from fd_dsa.engine.tokenizer import Tokenizer
+from tests.engine.fakes import byte_tokenizer, expected_greedy, make_engine
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture
+def llm():
+    """An LLM over the fake engine; nothing may be left in it."""
+    engine = make_engine()
+    with LLM.from_engine(engine) as llm:
+        yield llm
+    assert not engine.has_unfinished_requests()
+    assert engine.stats().num_used_blocks == 0
+
+
+def tokens(outputs):
+    """Tokens of each output."""
+    return [output.token_ids for output in outputs]
+
+
+def test_a_prompt_may_be_text_or_tokens_and_one_or_several(llm):
+    ab, c = expected_greedy([2, 3], 6, eos=None), expected_greedy([4], 6, eos=None)
+    assert tokens(llm.generate("ab", GREEDY)) == [ab]
+    assert tokens(llm.generate(["ab", "c"], GREEDY)) == [ab, c]
+    assert tokens(llm.generate([2, 3], GREEDY)) == [ab]
+    assert tokens(llm.generate([[2, 3], [4]], GREEDY)) == [ab, c]
+    assert llm.generate([], GREEDY) == []
+
+
+def test_outputs_come_in_the_order_of_the_prompts(llm):
+    params = [
+        SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in range(12, 0, -1)
+    ]
+    outputs = llm.generate([[2]] * 12, params)
+    assert [len(output.token_ids) for output in outputs] == list(range(12, 0, -1))
+    assert all(output.finished for output in outputs)
+
+
+def test_the_default_ends_after_16_tokens(llm):
+    output = llm.generate("ab")[0]
+    assert output.finish_reason == "stop" or len(output.token_ids) == 16
+
+
+def test_stream_yields_every_step_of_every_prompt(llm):
+    text = {"0": "", "1": ""}
+    last = {}
+    for output in llm.generate(["ab", "c"], GREEDY, stream=True):
+        index = output.request_id.split("-")[-1]
+        text[index] += output.new_text
+        last[index] = output
+    assert last["0"].token_ids == expected_greedy([2, 3], 6, eos=None)
+    assert last["1"].token_ids == expected_greedy([4], 6, eos=None)
+    assert text == {index: output.text for index, output in last.items()}
+
+
+def test_two_streams_may_be_read_in_turn_with_calls_between(llm):
+    first = llm.generate("ab", GREEDY, stream=True)
+    second = llm.generate("c", GREEDY, stream=True)
+    next(first)
+    next(second)
+    assert tokens(llm.generate("d", GREEDY)) == [expected_greedy([5], 6, eos=None)]
+    assert [*first][-1].token_ids == expected_greedy([2, 3], 6, eos=None)
+    assert [*second][-1].token_ids == expected_greedy([4], 6, eos=None)
+
+
+def test_a_stream_that_is_closed_aborts_its_requests(llm):
+    stream = llm.generate(["ab", "c"], GREEDY, stream=True)
+    next(stream)
+    assert llm.stats().num_running == 2
+    stream.close()
+    assert llm.stats().num_running == 0
+
+
+def test_one_bad_prompt_refuses_the_call_before_anything_runs(llm):
+    with pytest.raises(ValueError, match="max_model_len"):
+        llm.generate([[2], [2] * 100], GREEDY)
+    with pytest.raises(ValueError, match="2 entries for 1 prompts"):
+        llm.generate("ab", [GREEDY, GREEDY])
+    assert llm.stats().num_steps == 0
+
+
+def test_a_failing_step_raises_and_leaves_nothing_behind(llm):
+    runner = llm._open_engine().runner
+    runner.fail_at = 0
+    with pytest.raises(OSError, match="device is gone"):
+        llm.generate(["ab", "c"], GREEDY)
+    runner.fail_at = None
+    assert tokens(llm.generate("ab", GREEDY)) == [expected_greedy([2, 3], 6, eos=None)]
+
+
+def test_chat_uses_the_template_and_fills_the_context():
+    source = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}L"
+    plain = byte_tokenizer()
+    engine = make_engine()
+    engine.tokenizer = Tokenizer(
+        plain._backend, plain.special_tokens, ChatTemplate(source, plain.special_tokens)
+    )
+    llm = LLM.from_engine(engine)
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    outputs = llm.chat(messages, SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    assert outputs[0].prompt_token_ids == plain.encode("<bos>abcL")
+    assert len(outputs[0].token_ids) == 64 - 5
+    several = llm.chat([messages, messages[:1]], GREEDY)
+    assert [output.prompt_token_ids for output in several] == [
+        plain.encode("<bos>abcL"),
+        plain.encode("<bos>abL"),
+    ]
+    assert [*llm.chat(messages, GREEDY, stream=True)][-1].token_ids == several[0].token_ids
+
+
+def test_chat_without_a_template_says_so(llm):
+    with pytest.raises(ValueError, match="no chat template"):
+        llm.chat([{"role": "user", "content": "ab"}])
+
+
+def test_a_closed_llm_cannot_be_used():
+    engine = make_engine()
+    llm = LLM.from_engine(engine)
+    stream = llm.generate("ab", GREEDY, stream=True)
+    next(stream)
+    llm.close()
+    assert not engine.has_unfinished_requests()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate("ab")
+    with pytest.raises(RuntimeError, match="closed"):
+        next(stream)
+    llm.close()
+
+
+def test_the_tokenizer_is_at_hand(llm):
+    assert llm.tokenizer.decode([2, 3]) == "ab"

@@ -1,0 +1,167 @@
+"""Model folders' tokenizers and chat templates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from datetime import datetime
+
+import pytest
+from tokenizers import processors
+
+from fd_dsa.config import demo_model_path
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.errors import ConfigError
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """Tokenizer of the demo model."""
+    return Tokenizer.from_folder(demo_model_path())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the demo's tokenizer.json; `write(**config)` adds tokenizer_config.json."""
+    shutil.copy(demo_model_path() / "tokenizer.json", tmp_path)
+    return tmp_path
+
+
+def with_config(folder, **config):
+    """Tokenizer of the folder with this tokenizer_config.json."""
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return Tokenizer.from_folder(folder)
+
+
+def test_the_demo_tokenizer(demo):
+    assert demo.vocab_size == 4096
+    assert (demo.bos_token_id, demo.eos_token_id) == (0, 1)
+    assert demo.decode(demo.encode("Hello, world")) == "Hello, world"
+    assert demo.encode("<|eos|>") == [1]
+    assert demo.decode([1, *demo.encode("x")]) == "x"
+    assert demo.decode([1], skip_special_tokens=False) == "<|eos|>"
+
+
+def test_the_demo_chat_template(demo):
+    assert demo.has_chat_template
+    ids = demo.apply_chat_template(MESSAGES)
+    assert ids == demo.encode("<|bos|><|system|>Be brief.<|user|>Hello<|assistant|>")
+    assert demo.apply_chat_template(MESSAGES, add_generation_prompt=False) == ids[:-1]
+
+
+def test_a_folder_needs_tokenizer_json_alone(folder):
+    tokenizer = Tokenizer.from_folder(folder)
+    assert not tokenizer.has_chat_template
+    assert tokenizer.eos_token_id is None
+    with pytest.raises(ValueError, match="no chat template"):
+        tokenizer.apply_chat_template(MESSAGES)
+
+
+def test_a_missing_or_damaged_file_is_named(folder, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is missing"):
+        Tokenizer.from_folder(empty)
+    (empty / "tokenizer.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.from_folder(empty)
+    for content in ("{", "[]"):
+        (folder / "tokenizer_config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"tokenizer_config\.json"):
+            Tokenizer.from_folder(folder)
+
+
+def test_special_tokens_may_be_objects(folder):
+    tokenizer = with_config(folder, bos_token={"content": "<|bos|>"}, eos_token="<|eos|>")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    assert tokenizer.special_tokens == {"bos_token": "<|bos|>", "eos_token": "<|eos|>"}
+
+
+def test_add_bos_token_is_honoured_once(folder):
+    tokenizer = with_config(folder, bos_token="<|bos|>", add_bos_token=True)
+    plain = tokenizer.encode("Hi", add_special_tokens=False)
+    assert tokenizer.encode("Hi") == [0, *plain]
+    backend = tokenizer._backend
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", 0)]
+    )
+    assert Tokenizer(backend, {"bos_token": "<|bos|>"}, None, True).encode("Hi") == [0, *plain]
+
+
+def test_truncation_and_padding_of_the_file_are_off(folder):
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert len(Tokenizer.from_folder(folder).encode("one two three four five six")) > 4
+
+
+def test_a_lone_surrogate_is_a_value_error(demo):
+    with pytest.raises(ValueError, match="UTF-8"):
+        demo.encode("broken \ud800 text")
+
+
+def test_the_template_file_goes_first_and_of_named_templates_the_default(folder):
+    tokenizer = with_config(
+        folder,
+        chat_template=[
+            {"name": "tool_use", "template": "tool"},
+            {"name": "default", "template": "default"},
+        ],
+    )
+    assert tokenizer.decode(tokenizer.apply_chat_template([])) == "default"
+    (folder / "chat_template.jinja").write_text("from the file", encoding="utf-8")
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.decode(tokenizer.apply_chat_template([])) == "from the file"
+
+
+def test_templates_render_as_those_of_hugging_face(folder):
+    tokenizer = with_config(
+        folder,
+        bos_token="<|bos|>",
+        chat_template=(
+            "{{ bos_token }}\n"
+            "    {% for m in messages %}\n"
+            "{% if m.content == 'skip' %}{% continue %}{% endif %}\n"
+            "{{ m.content | trim }}{{ {'k': 'é<'} | tojson }}\n"
+            "    {% endfor %}\n"
+            "{% if thinking %}T{% endif %}{% if tools %}U{% endif %}{{ strftime_now('%Y') }}"
+        ),
+    )
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": " a "}, {"role": "user", "content": "skip"}], thinking=True
+    )
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert text == f'<|bos|>\na{{"k": "é<"}}\nT{datetime.now().year}'
+
+
+def test_a_template_may_refuse_messages(folder):
+    tokenizer = with_config(
+        folder, chat_template="{{ raise_exception('roles must alternate') if messages else '' }}"
+    )
+    with pytest.raises(ValueError, match="chat template: roles must alternate"):
+        tokenizer.apply_chat_template(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ messages[0].content + 1 }}", "{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}"],
+)
+def test_a_template_that_fails_or_leaves_the_sandbox_is_a_value_error(folder, template):
+    tokenizer = with_config(folder, chat_template=template)
+    with pytest.raises(ValueError, match="chat template: "):
+        tokenizer.apply_chat_template(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [("a\n{% if %}", "line 2"), (3, "chat_template of .* is a int")]
+)
+def test_a_template_that_cannot_be_used_is_a_config_error(folder, template, message):
+    with pytest.raises(ConfigError, match=message):
+        with_config(folder, chat_template=template)
