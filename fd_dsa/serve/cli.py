@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import sys
 import time
@@ -88,11 +87,6 @@ def _check_engine(engine: str) -> None:
             "--engine fastdeploy: missing in this release is the plug-in that registers the DSA "
             "backend and runner with FastDeploy; use --engine embedded, which serves models that "
             "fit one device"
-        )
-    if importlib.util.find_spec("paddle") is None:
-        raise BackendUnavailable(
-            "paddle is not installed; for a CPU run: pip install 'fd_dsa[cpu]' "
-            "(for a GPU install paddlepaddle-gpu from Paddle's own package index)"
         )
 
 

@@ -141,7 +141,7 @@ def test_missing_paddle_names_the_extra(tmp_path: Path) -> None:
     code = (
         "import sys, importlib.util as u\nreal = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name == 'paddle' else real(name, *a)\n"
-        "from fd_dsa.serve.cli import main\nsys.exit(main([]))"
+        "from fd_dsa.serve.cli import main\nsys.exit(main(['--port', '0']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
