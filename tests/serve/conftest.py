@@ -74,7 +74,7 @@ def live() -> Iterator[Live]:
         yield server
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
     """Return as soon as the condition holds; fail after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
