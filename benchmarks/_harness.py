@@ -1,0 +1,115 @@
+"""What the benchmarks share: where a figure was taken, statistics, worker processes, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_PACKAGES = ("paddlepaddle", "triton", "numpy", "torch", "transformers")
+
+
+def _git(*args: str) -> str:
+    """Output of a git command in the repository; empty without git."""
+    done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_model() -> str:
+    """Model name of the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _version(package: str) -> str:
+    """Installed version, or "" where the package is absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def environment() -> dict[str, Any]:
+    """Machine, versions and commit that a result belongs to."""
+    return {
+        "cpu": _cpu_model(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "gpu": "",
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", "fd_dsa", "benchmarks")),
+    }
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """20th, 50th and 80th percentile."""
+    return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
+
+
+def save(name: str, result: dict[str, Any]) -> Path:
+    """Write `result` with the environment to benchmarks/results/<name>.json."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"name": name, "env": environment()} | result, indent=1) + "\n")
+    return path
+
+
+class Worker:
+    """A process that answers one JSON line with one JSON line; idle between calls.
+
+    Candidate and baseline each get one, so that their thread pools never meet in a process.
+    """
+
+    def __init__(self, module: str, *args: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", module, *args],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+
+    def call(self, **request: Any) -> Any:
+        """Send a request and wait for its answer.
+
+        Raises:
+            RuntimeError: the worker ended.
+        """
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"worker ended with status {self._process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """Let the worker end."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._process.wait()
+
+
+def serve_requests(handlers: dict[str, Any]) -> None:
+    """The worker's side of `Worker.call`: `op` names the handler, the rest are its arguments."""
+    answers = os.fdopen(os.dup(1), "w")
+    # whatever a library prints must not get between the answers
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = handlers[request.pop("op")](**request)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()

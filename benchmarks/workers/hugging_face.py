@@ -1,0 +1,49 @@
+"""Worker: the demo model in transformers, `generate` with its cache, float32 on the CPU."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DeepseekV32ForCausalLM
+
+from benchmarks._harness import serve_requests
+from fd_dsa.config import demo_model_path, usable_cpus
+
+
+class Model:
+    """The model, loaded once."""
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.model = DeepseekV32ForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
+        self.model.eval()
+
+    @torch.no_grad()
+    def generate(
+        self, requests: int, prompt_tokens: int, new_tokens: int, seed: int
+    ) -> dict[str, Any]:
+        """Seconds to generate `new_tokens` for each of `requests` random prompts."""
+        rng = np.random.default_rng(seed)
+        ids = rng.integers(10, self.model.config.vocab_size, (requests, prompt_tokens))
+        batch = torch.tensor(ids)
+        start = time.perf_counter()
+        out = self.model.generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+        )
+        seconds = time.perf_counter() - start
+        if out.shape[1] != prompt_tokens + new_tokens:
+            raise RuntimeError(f"generate returned {out.shape[1] - prompt_tokens} new tokens")
+        return {"seconds": seconds}
+
+
+if __name__ == "__main__":
+    model = Model(int(sys.argv[1]) if len(sys.argv) > 1 else usable_cpus())
+    serve_requests({"generate": model.generate})
