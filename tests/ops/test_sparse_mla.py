@@ -1,0 +1,159 @@
+"""Attention over selected slots, gathered and masked, against a loop over heads and keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from fd_dsa.errors import DtypeError, ShapeError
+from fd_dsa.ops._host import Scratch
+from fd_dsa.ops.cache_write import write_cache
+from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
+from tests.reference.bfloat16 import ref_array
+from tests.reference.sparse_mla import ref_attend
+
+SCALE, RANK, ROPE = 0.3, 6, 2
+WIDTH = RANK + ROPE
+TOLERANCE = 1e-5
+CACHE_DTYPES = {"float32": np.float32, "bfloat16": np.int16}
+# garbage of unused slots: finite, so large that one visible value would spoil everything
+GARBAGE = {np.float32: 1e30, np.int16: 0x7149}
+
+
+class Latents:
+    """Random latents in every slot that may be named, garbage in the rest."""
+
+    def __init__(self, used: np.ndarray, num_slots: int, dtype: str, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        storage = CACHE_DTYPES[dtype]
+        rows = rng.standard_normal((len(used), WIDTH)).astype(np.float32)
+        self.cache = np.full((num_slots, WIDTH), GARBAGE[storage], storage)
+        write_cache(self.cache, (rows,), used.astype(np.int64))
+        seen = rows if dtype == "float32" else ref_array(rows)
+        self.by_slot = dict(zip(used.tolist(), seen, strict=True))
+
+    def attend(self, q: np.ndarray, slots: list[int]) -> np.ndarray:
+        """The oracle's output of one token."""
+        return ref_attend(q, [self.by_slot[s] for s in slots], range(len(slots)), SCALE, RANK)
+
+
+def queries(num_tokens: int, heads: int = 3, seed: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (4 * rng.standard_normal((num_tokens, heads, WIDTH))).astype(np.float32)
+
+
+def run_sparse(q: np.ndarray, cache: Any, indices: Any, scratch: Scratch | None = None) -> Any:
+    return sparse_mla(
+        paddle.to_tensor(q), cache, indices, softmax_scale=SCALE, kv_lora_rank=RANK, scratch=scratch
+    )
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+@pytest.mark.parametrize("topk", [1, 4, 9])
+def test_selected_slots_of_ragged_rows(dtype: str, topk: int) -> None:
+    rng = np.random.default_rng(topk)
+    used = rng.permutation(50)[:20]
+    latents, q = Latents(used, 50, dtype), queries(7)
+    counts = [topk, 1, 0, topk, max(topk - 1, 0), 0, topk]
+    chosen = [rng.permutation(used)[:n].tolist() for n in counts]
+    indices = np.array([c + [-1] * (topk - len(c)) for c in chosen], np.int32)
+    found = run_sparse(q, latents.cache, indices)
+    wanted = np.array([latents.attend(q[t], c) for t, c in enumerate(chosen)])
+    assert (found.shape, found.dtype) == ((7, 3, RANK), np.float32)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+    assert (found[[2, 5]] == 0).all()
+
+
+def test_rows_without_a_key_are_zeros() -> None:
+    latents = Latents(np.arange(3), 8, "float32")
+    found = run_sparse(queries(4), latents.cache, np.full((4, 5), -1, np.int32))
+    assert (found == 0).all()
+
+
+def test_no_tokens() -> None:
+    latents = Latents(np.arange(3), 8, "float32")
+    assert run_sparse(queries(0), latents.cache, np.zeros((0, 5), np.int32)).shape == (0, 3, RANK)
+
+
+def test_order_of_the_selection_does_not_matter() -> None:
+    latents, q = Latents(np.arange(9), 9, "float32"), queries(1)
+    ways = [np.random.default_rng(i).permutation(9).astype(np.int32)[None, :] for i in range(3)]
+    first, *others = (run_sparse(q, latents.cache, way).copy() for way in ways)
+    for other in others:
+        np.testing.assert_allclose(other, first, rtol=0, atol=TOLERANCE)
+
+
+def test_scores_of_any_size_stay_finite() -> None:
+    latents = Latents(np.arange(6), 6, "float32")
+    found = run_sparse(
+        1e4 * queries(2), latents.cache, np.tile(np.arange(6, dtype=np.int32), 2).reshape(2, 6)
+    )
+    wanted = [latents.attend(1e4 * q, list(range(6))) for q in queries(2).astype(np.float64)]
+    np.testing.assert_allclose(found, np.array(wanted), rtol=0, atol=1e-2)
+    assert np.isfinite(found).all()
+
+
+def test_more_tokens_than_one_tile_gathers() -> None:
+    # 24 MiB of gathered latents: 8 values of 2,048 keys of 400 tokens are 26 million bytes
+    rng = np.random.default_rng(5)
+    latents, q = Latents(np.arange(3000), 3000, "float32"), queries(400, heads=2)
+    indices = np.stack([rng.permutation(3000)[:2048] for _ in range(400)]).astype(np.int32)
+    indices[::7, 5:] = -1
+    scratch = Scratch()
+    found = run_sparse(q, latents.cache, indices, scratch)
+    for token in (0, 1, 7, 200, 382, 383, 384, 385, 398, 399):
+        chosen = [s for s in indices[token].tolist() if s >= 0]
+        np.testing.assert_allclose(
+            found[token], latents.attend(q[token], chosen), rtol=0, atol=TOLERANCE
+        )
+
+
+@pytest.mark.parametrize("dtype", CACHE_DTYPES)
+def test_masked_and_gathered_agree_with_the_oracle(dtype: str) -> None:
+    rng = np.random.default_rng(9)
+    key_slots = rng.permutation(60)[:25].astype(np.int64)
+    latents, q = Latents(key_slots, 60, dtype), queries(8)
+    chosen = [np.sort(rng.permutation(25)[: n + 1]) for n in range(8)]
+    mask = np.full((8, 25), -np.inf, np.float32)
+    indices = np.full((8, 10), -1, np.int32)
+    for t, columns in enumerate(chosen):
+        mask[t, columns] = 0
+        indices[t, : len(columns)] = key_slots[columns]
+    masked = masked_mla(
+        paddle.to_tensor(q), latents.cache, key_slots, mask, softmax_scale=SCALE, kv_lora_rank=RANK
+    )
+    wanted = [latents.attend(q[t], key_slots[c].tolist()) for t, c in enumerate(chosen)]
+    np.testing.assert_allclose(masked, np.array(wanted), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(
+        run_sparse(q, latents.cache, indices), np.array(wanted), rtol=0, atol=TOLERANCE
+    )
+
+
+Q, CACHE = np.zeros((2, 3, WIDTH), np.float32), np.zeros((9, WIDTH), np.float32)
+INDICES = np.zeros((2, 4), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("q", "cache", "indices", "error", "said"),
+    [
+        (Q, CACHE[:, :5], INDICES, ShapeError, rf"cache has shape \[9, 5\].*\[\*, {WIDTH}\]"),
+        (Q, CACHE, INDICES[:1], ShapeError, r"indices has shape \[1, 4\].*\[2, \*\]"),
+        (Q[0], CACHE, INDICES, ShapeError, rf"q has shape \[3, {WIDTH}\]"),
+        (Q.astype(np.float64), CACHE, INDICES, DtypeError, "q has dtype float64"),
+        (Q, CACHE, INDICES.astype(np.int64), DtypeError, "indices has dtype int64.*int32"),
+    ],
+)
+def test_refusals(q, cache, indices, error, said) -> None:
+    with pytest.raises(error, match=said):
+        run_sparse(q, cache, indices)
+
+
+def test_masked_refuses_a_mask_of_another_shape() -> None:
+    mask = np.zeros((2, 5), np.float32)
+    with pytest.raises(ShapeError, match=r"mask has shape \[2, 5\].*\[2, 6\]"):
+        masked_mla(
+            paddle.to_tensor(Q), CACHE, np.arange(6), mask, softmax_scale=SCALE, kv_lora_rank=RANK
+        )

@@ -1,0 +1,163 @@
+"""Top-k against a sort of every row, and the translation of positions to cache slots."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fd_dsa.errors import DtypeError, ShapeError
+from fd_dsa.ops.topk import positions_to_slots, topk_indices
+from tests.reference.topk import ref_slot, ref_topk
+
+NEGATIVE_NAN = np.uint32(0xFFC00000).view(np.float32)
+SMALLEST = np.uint32(1).view(np.float32)
+SPECIAL = [
+    *(0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan")),
+    *(float(SMALLEST), -float(SMALLEST), 3.4e38, -3.4e38),
+]
+
+
+def check(scores: np.ndarray, lengths: list[int], k: int) -> np.ndarray:
+    """Compare with the oracle row by row; returns what was found."""
+    found = topk_indices(scores, np.array(lengths, np.int32), k)
+    wanted = [ref_topk(row, n, k) for row, n in zip(scores, lengths, strict=True)]
+    assert found.dtype == np.int32
+    np.testing.assert_array_equal(found, np.array(wanted, np.int32).reshape(len(lengths), k))
+    return found
+
+
+@st.composite
+def score_rows(draw: st.DrawFn) -> tuple[np.ndarray, list[int], int]:
+    """Scores full of ties and special values, lengths past both ends of the width, any k."""
+    width = draw(st.integers(1, 20))
+    value = st.one_of(st.sampled_from(SPECIAL), st.integers(-2, 2).map(float), st.floats(width=32))
+    rows = draw(st.lists(st.lists(value, min_size=width, max_size=width), min_size=1, max_size=4))
+    lengths = draw(st.lists(st.integers(0, width), min_size=len(rows), max_size=len(rows)))
+    return np.array(rows, np.float32), lengths, draw(st.integers(1, 24))
+
+
+@given(score_rows())
+@settings(max_examples=400)
+def test_set_and_order_of_any_row(case: tuple[np.ndarray, list[int], int]) -> None:
+    check(*case)
+
+
+@given(score_rows(), st.integers(0, 2**32 - 1))
+@settings(max_examples=100)
+def test_columns_past_the_length_are_not_looked_at(
+    case: tuple[np.ndarray, list[int], int], seed: int
+) -> None:
+    scores, lengths, k = case
+    wanted = check(scores, lengths, k)
+    garbage = np.random.default_rng(seed).choice(np.float32([np.nan, np.inf, 9e9]), scores.shape)
+    past = np.arange(scores.shape[1])[None, :] >= np.array(lengths)[:, None]
+    found = topk_indices(np.where(past, garbage, scores), np.array(lengths, np.int64), k)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 64])
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_lengths_around_k(k: int, extra: int) -> None:
+    rng = np.random.default_rng(k)
+    scores = rng.standard_normal((5, k + 5)).astype(np.float32)
+    found = check(scores, [max(k + extra, 0)] * 5, k)
+    # a row with at most k keys is their plain list
+    if extra <= 0:
+        assert (found[:, : k + extra] == np.arange(k + extra)).all()
+        assert (found[:, k + extra :] == -1).all()
+
+
+def test_lengths_of_zero_and_one() -> None:
+    scores = np.array([[5.0, 9.0], [5.0, 9.0]], np.float32)
+    assert check(scores, [0, 1], 2).tolist() == [[-1, -1], [0, -1]]
+
+
+def test_k_past_the_width_pads() -> None:
+    assert check(np.array([[3.0, 7.0]], np.float32), [2], 5).tolist() == [[0, 1, -1, -1, -1]]
+
+
+def test_a_length_past_the_width_means_the_width() -> None:
+    assert check(np.array([[3.0, 7.0]], np.float32), [9], 1).tolist() == [[1]]
+
+
+def test_plateau_of_zeros_goes_to_the_lowest_positions() -> None:
+    scores = np.full((1, 40), -1.0, np.float32)
+    scores[0, 5::3] = np.array([0.0, -0.0] * 6, np.float32)
+    scores[0, 39] = 2.0
+    assert check(scores, [40], 4).tolist() == [[5, 8, 11, 39]]
+
+
+def test_nan_of_either_sign_fills_only_what_numbers_leave() -> None:
+    scores = np.array([[np.nan, -np.inf, NEGATIVE_NAN, -np.inf, -5.0]], np.float32)
+    assert check(scores, [5], 3).tolist() == [[1, 3, 4]]
+    assert check(scores, [5], 4).tolist() == [[0, 1, 3, 4]]
+
+
+def test_infinity_wins_over_every_number() -> None:
+    assert check(np.array([[3.4e38, np.nan, np.inf]], np.float32), [3], 1).tolist() == [[2]]
+
+
+def test_wide_rows_of_few_values() -> None:
+    rng = np.random.default_rng(3)
+    scores = rng.integers(-3, 3, (6, 3000)).astype(np.float32)
+    check(scores, [3000, 2999, 2049, 2048, 2047, 700], 2048)
+
+
+def test_no_rows_and_no_columns() -> None:
+    assert topk_indices(np.zeros((0, 4), np.float32), np.zeros(0, np.int32), 3).shape == (0, 3)
+    none = topk_indices(np.zeros((2, 0), np.float32), np.zeros(2, np.int32), 3)
+    assert none.tolist() == [[-1] * 3] * 2
+
+
+def test_tensors_and_strided_arrays_give_the_same() -> None:
+    scores = np.random.default_rng(0).integers(-2, 3, (6, 9)).astype(np.float32)
+    lengths = np.array([9, 8, 7, 3, 1, 0], np.int32)
+    wanted = topk_indices(scores, lengths, 4)
+    np.testing.assert_array_equal(
+        topk_indices(paddle.to_tensor(scores), paddle.to_tensor(lengths), 4), wanted
+    )
+    np.testing.assert_array_equal(topk_indices(np.asfortranarray(scores), lengths, 4), wanted)
+
+
+def test_inputs_are_left_alone() -> None:
+    scores = np.array([[-0.0, np.nan, 1.0]], np.float32)
+    before = scores.tobytes()
+    topk_indices(scores, np.array([3]), 2)
+    assert scores.tobytes() == before
+
+
+@pytest.mark.parametrize(
+    ("logits", "lengths", "k", "error", "said"),
+    [
+        (np.zeros((2, 3), np.float32), np.zeros(3, np.int32), 1, ShapeError, r"\[3\].*\[2\]"),
+        (np.zeros(3, np.float32), np.zeros(1, np.int32), 1, ShapeError, r"\[3\].*\[\*, \*\]"),
+        (np.zeros((2, 3)), np.zeros(2, np.int32), 1, DtypeError, "float64.*float32"),
+        (np.zeros((2, 3), np.float32), np.zeros(2), 1, DtypeError, "float64.*int32 or int64"),
+        (np.zeros((2, 3), np.float32), np.zeros(2, np.int32), 0, ValueError, "k is 0.*at least 1"),
+    ],
+)
+def test_refusals_name_both_sides(logits, lengths, k, error, said) -> None:
+    with pytest.raises(error, match=said):
+        topk_indices(logits, lengths, k)
+
+
+@given(
+    st.sampled_from([1, 16, 64]),
+    st.lists(st.lists(st.integers(-1, 127), min_size=3, max_size=3), min_size=1, max_size=6),
+    st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=100)
+def test_slots_of_positions(block_size: int, positions: list[list[int]], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tables = rng.integers(0, 1000, (4, -(-128 // block_size))).astype(np.int32)
+    rows = rng.integers(0, 4, len(positions))
+    found = positions_to_slots(np.array(positions, np.int32), rows, tables, block_size)
+    wanted = [
+        [ref_slot(p, tables[row], block_size) for p in line]
+        for row, line in zip(rows, positions, strict=True)
+    ]
+    assert found.dtype == np.int32
+    assert found.tolist() == wanted
