@@ -6,6 +6,7 @@ listed in `NOT_YET` with the values that mean "off"; any other value is refused,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -14,6 +15,8 @@ from pydantic_core import PydanticCustomError
 
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.serve.errors import CUSTOM_ERROR, ApiError, request_error, show
+
+logger = logging.getLogger("fd_dsa.serve")
 
 # field -> values which leave the result as it is; None is always one of them
 NOT_YET: dict[str, tuple[Any, ...]] = {
@@ -181,7 +184,10 @@ class _GenerationRequest(_Body):
         """Raise ApiError 400 for a field of `NOT_YET` that would change the result."""
         for name, value in (self.model_extra or {}).items():
             neutral = NOT_YET.get(name)
-            if neutral is None or value is None or any(_same(value, v) for v in neutral):
+            if neutral is None:
+                logger.debug("unknown field %s is ignored", show(name))
+                continue
+            if value is None or any(_same(value, v) for v in neutral):
                 continue
             allowed = " or ".join(show(v) for v in (*neutral, None))
             raise ApiError(
