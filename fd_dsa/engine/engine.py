@@ -298,9 +298,9 @@ class LLMEngine:
                 continue
             text = request.append_token(token_id, self._eos_token_ids, now)
             outputs.append(request.output([token_id], text))
+            self._generated_tokens += 1
             if request.finish_reason is not None:
                 self._drop(request)
-        self._generated_tokens += sum(len(output.new_token_ids) for output in outputs)
         return outputs
 
     def _fail(self, request: Request, now: float) -> RequestOutput:

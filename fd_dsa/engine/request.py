@@ -20,7 +20,6 @@ class Request:
         num_computed_tokens: leading tokens of `token_ids` whose keys are in the cache.
         num_scheduled_tokens: tokens of the step being prepared.
         slot: row of the input batch; -1 while waiting.
-        last_step: number of the last step the request took part in.
         pieces: emitted text, one entry for each step that emitted some.
     """
 
@@ -39,7 +38,6 @@ class Request:
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     slot: int = -1
-    last_step: int = -1
     first_token_time: float | None = None
     finish_time: float | None = None
     finish_reason: FinishReason | None = None

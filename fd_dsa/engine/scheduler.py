@@ -25,7 +25,8 @@ class Scheduler:
 
     Rules:
         - Requests that decode come first, one token each; prefill fills what is left of the
-          token budget. Fewer tokens than decoding requests: those that waited longest go first.
+          token budget. There are never more decoding requests than tokens: each of them took
+          part in the step before.
         - A request is admitted when a row is free and the blocks of all its known tokens are
           free, with one block to spare for each running request; strictly in order of arrival.
           So every running request has arrived before every waiting one.
@@ -57,8 +58,7 @@ class Scheduler:
         # dicts by arrival number, in order of arrival
         self._running: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
-        self._scheduled: dict[int, Request] = {}
-        self._step = 0
+        self._scheduled: list[Request] = []
 
     @property
     def num_running(self) -> int:
@@ -86,28 +86,26 @@ class Scheduler:
 
         Empty only when there is no request.
         """
-        self._step += 1
-        self._scheduled = {}
-        budget = self._schedule_decode()
+        self._scheduled = []
+        budget = self._schedule_decode(self._max_num_batched_tokens)
         budget = self._schedule_prefill(budget)
         self._admit(budget)
-        return sorted(self._scheduled.values(), key=_slot)
+        self._scheduled.sort(key=_slot)
+        return self._scheduled
 
-    def _schedule_decode(self) -> int:
+    def _schedule_decode(self, budget: int) -> int:
         """Give one token to each decoding request; returns the tokens left."""
-        budget = self._max_num_batched_tokens
-        decoding = [request for request in self._running.values() if request.is_decode]
-        if len(decoding) > budget:
-            decoding.sort(key=_last_step)
-        for request in decoding:
-            if budget - len(self._scheduled) == 0:
-                break
+        for request in [request for request in self._running.values() if request.is_decode]:
+            # an earlier request may have preempted it just now
             if request.slot >= 0 and self._grow(request):
-                self._take(request, 1)
-        return budget - len(self._scheduled)
+                budget -= self._take(request, 1)
+        return budget
 
     def _grow(self, request: Request) -> bool:
         """Get the block for the next token, if need be from later requests; False: preempted."""
+        if request.num_computed_tokens % self._blocks.block_size:
+            # its last block has room
+            return True
         num_tokens = len(request.token_ids)
         while (added := self._blocks.allocate(request.request_id, num_tokens)) is None:
             victim = next(reversed(self._running.values()))
@@ -148,14 +146,12 @@ class Scheduler:
     def _take(self, request: Request, budget: int) -> int:
         """Put a request into the step with at most `budget` tokens; returns how many."""
         request.num_scheduled_tokens = min(request.num_missing_tokens, budget)
-        request.last_step = self._step
-        self._scheduled[request.arrival] = request
+        self._scheduled.append(request)
         return request.num_scheduled_tokens
 
     def _preempt(self, request: Request) -> None:
         """Put a running request back to the head of the queue, with nothing computed."""
         self.num_preemptions += 1
-        self._scheduled.pop(request.arrival, None)
         self._release(request)
         request.num_computed_tokens = 0
         self._waiting.appendleft(request)
@@ -172,8 +168,3 @@ class Scheduler:
 def _slot(request: Request) -> int:
     """Sort key: row of the input batch."""
     return request.slot
-
-
-def _last_step(request: Request) -> int:
-    """Sort key: who waited longest; the sort is stable, so ties stay in order of arrival."""
-    return request.last_step

@@ -131,6 +131,24 @@ def test_an_id_used_again_at_once_gets_only_its_own_outputs(engine):
     run(main())
 
 
+def test_the_last_output_of_a_left_request_does_not_reach_the_next_of_its_id(engine):
+    gated = engine._engine.runner
+    one_token = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+
+    async def main():
+        gated.gate.clear()
+        first = asyncio.create_task(collect(engine, [2], one_token, "r"))
+        await asyncio.to_thread(gated.entered.wait, TIMEOUT_S)
+        first.cancel()
+        await asyncio.wait([first])
+        second = asyncio.create_task(collect(engine, [3], GREEDY, "r"))
+        await asyncio.sleep(0.05)
+        gated.gate.set()
+        return await second
+
+    assert run(main())[-1].token_ids == expected_greedy([3], 12, eos=None)
+
+
 def test_abort_ends_the_iterator_with_an_output(engine):
     async def main():
         outputs = []

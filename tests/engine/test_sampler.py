@@ -65,6 +65,26 @@ def test_each_row_draws_the_token_of_the_plain_rules(params, vocab_size, scale, 
             assert probabilities[tokens[row]] > 0
 
 
+@pytest.mark.parametrize("vocab_size", [300, 512, 5000])
+@pytest.mark.parametrize("top_p", [0.2, 0.8, 0.999])
+@pytest.mark.parametrize("scale", [0.0, 0.02, 1.5], ids=["equal", "flat", "curved"])
+def test_a_nucleus_wider_than_the_candidates_is_exact(vocab_size, top_p, scale):
+    num_rows = 30
+    rng = np.random.default_rng(5)
+    logits = random_logits(rng, num_rows, vocab_size, scale)
+    logits[:, ::7] = -np.inf
+    params = SamplingParams(top_p=top_p)
+    tokens = sample(logits, [params] * num_rows)
+    decided = 0
+    for row in range(num_rows):
+        probabilities = ref_distribution(logits[row], 1.0, 0, top_p)
+        token, distance = ref_token(probabilities, ref_uniform(row, 0))
+        if distance > 1e-5:
+            decided += 1
+            assert tokens[row] == token
+    assert decided > 20
+
+
 @pytest.mark.parametrize(
     "params",
     [
