@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 bench: $(VENV)/.oracle
-	$(BIN)/python benchmarks/engine_cpu.py $(ARGS)
+	$(BIN)/python -m benchmarks.engine_cpu $(ARGS)
 
 soak: $(VENV)/.dev
 	for round in $$(seq $(ROUNDS)); do \

@@ -126,8 +126,8 @@ def _python_examples() -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", _python_examples())
-def test_python_examples_run(source: str, tmp_path: Path) -> None:
+def test_python_examples_run(source: str) -> None:
     command = [sys.executable, "-c", source]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
