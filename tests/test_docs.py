@@ -7,8 +7,10 @@ import ast
 import dataclasses
 import doctest
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tools.build_docs import broken_links, build
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS_PAGE = (ROOT / "docs/flags.md").read_text("utf-8")
 ERRORS_PAGE = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+DOCUMENTED = "http://127.0.0.1:8000"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -116,18 +119,48 @@ def test_interactive_examples(page: Path) -> None:
     assert results.failed == 0
 
 
-def _python_examples() -> list[str]:
-    """Python examples of all pages that need no running server."""
-    blocks = []
-    for page in PAGES:
-        blocks += re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
-    return [block for block in blocks if "base_url" not in block]
+def _examples(language: str) -> list[str]:
+    """Code blocks of one language on all pages."""
+    pattern = rf"^```{language}\n(.*?)^```"
+    texts = [page.read_text("utf-8") for page in PAGES]
+    return [block for text in texts for block in re.findall(pattern, text, re.M | re.S)]
+
+
+def _run(command: list[str]) -> str:
+    """Output of a command that must succeed."""
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", _python_examples())
+@pytest.mark.parametrize("source", [s for s in _examples("python") if "base_url" not in s])
 def test_python_examples_run(source: str) -> None:
-    command = [sys.executable, "-c", source]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+    assert _run([sys.executable, "-c", source]).strip()
+
+
+@pytest.fixture(scope="module")
+def server_url() -> Iterator[str]:
+    """URL of a server on the demo model."""
+    command = [sys.executable, "-m", "fd_dsa.serve", "--port", "0", "--shutdown-timeout", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        ready = re.search(r"http://[\d.:]+", process.stdout.readline())
+        assert ready is not None
+        yield ready[0]
+        process.terminate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [s for s in _examples("sh") if s.startswith("curl")])
+def test_curl_examples_run(source: str, server_url: str) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    command = source.replace("curl", "curl --silent --fail").replace(DOCUMENTED, server_url)
+    assert "finish_reason" in _run(["bash", "-c", command])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", [s for s in _examples("python") if "base_url" in s])
+def test_client_examples_run(source: str, server_url: str) -> None:
+    assert _run([sys.executable, "-c", source.replace(DOCUMENTED, server_url)]).strip()
