@@ -66,7 +66,7 @@ def parity_mode() -> str:
     missing = _skip_reason("oracle")
     if missing:
         return f"from the committed goldens ({missing})"
-    return f"live (torch {version('torch')}, transformers {version('transformers')})"
+    return f"live (torch {version('torch')}, transformers {version('transformers')}) and goldens"
 
 
 def pytest_report_header() -> str:
