@@ -254,7 +254,7 @@ class DSAAttentionBackend:
         cache = forward_meta.caches[2 * layer.layer_id]
         rows = cache.reshape([-1, cache.shape[-1]])
         rope_dim = self.config.cache_layout.qk_rope_head_dim
-        write_cache(rows, (compressed_kv, k_pe.reshape([-1, rope_dim])), step.slot_mapping)
+        write_cache(rows, (compressed_kv, as_numpy(k_pe).reshape(-1, rope_dim)), step.slot_mapping)
         slots = as_numpy(v).reshape(-1, v.shape[-1])
         scale, width = self.config.softmax_scale, self.config.cache_layout.kv_lora_rank
         out = self._scratch.take("attention", (q.shape[0], q.shape[1], width))

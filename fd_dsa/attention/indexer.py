@@ -8,7 +8,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from fd_dsa.attention.layers import zeros_parameter
+from fd_dsa.attention.layers import LayerNorm, zeros_parameter
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._rope import apply_rope_
 
@@ -41,7 +41,7 @@ class Indexer(nn.Layer):
         heads, dim = config.index_n_heads, config.index_head_dim
         self.wq_b = zeros_parameter(self, [config.q_lora_rank, heads * dim])
         self.wk = zeros_parameter(self, [config.hidden_size, dim])
-        self.k_norm = nn.LayerNorm(dim, epsilon=1e-6)
+        self.k_norm = LayerNorm(dim, epsilon=1e-6)
         # both scale factors of the scores are folded in when the weight is loaded
         self.weights_proj = zeros_parameter(self, [config.hidden_size, heads])
         self.weights_scale = heads**-0.5 * dim**-0.5

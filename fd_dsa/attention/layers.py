@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import nn
-from paddle.incubate.nn.functional import fused_rms_norm
 
 from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._norm import layer_norm, rms_norm
 
 WeightLoader = Callable[[np.ndarray], None]
 
@@ -33,7 +33,21 @@ class RMSNorm(nn.Layer):
 
     def forward(self, x: Any) -> Any:
         """Normed `x`, float32 [num_tokens, width]."""
-        return fused_rms_norm(x, self.weight, None, self.epsilon, 1)[0]
+        return rms_norm(x, self.weight, self.epsilon)
+
+
+class LayerNorm(nn.Layer):
+    """LayerNorm with bias over the last axis, statistics in float32."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = zeros_parameter(self, [width])
+        self.bias = zeros_parameter(self, [width])
+
+    def forward(self, x: Any) -> Any:
+        """Normed `x`, float32 [num_tokens, width]."""
+        return layer_norm(x, self.weight, self.bias, self.epsilon)
 
 
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:

@@ -19,7 +19,7 @@ from fd_dsa.attention.layers import (
 )
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._rope import apply_rope_
+from fd_dsa.ops._rope import apply_rope_, join_query
 
 
 class DeepseekV32DSAAttention(nn.Layer):
@@ -86,12 +86,10 @@ class DeepseekV32DSAAttention(nn.Layer):
             float32 [num_tokens, hidden_size], int32 [num_tokens, topk].
         """
         qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self.qkv_a_bias)
-        q_down, kv_down, k_pe = paddle.split(
-            qkv, [self.q_lora_rank, self.kv_lora_rank, self.rope_dim], axis=-1
-        )
-        qr = self.q_a_layernorm(q_down)
-        compressed_kv = self.kv_a_layernorm(kv_down)
-        k_pe = k_pe.reshape([-1, 1, self.rope_dim])
+        latent_end = self.q_lora_rank + self.kv_lora_rank
+        qr = self.q_a_layernorm(qkv[:, : self.q_lora_rank])
+        compressed_kv = self.kv_a_layernorm(qkv[:, self.q_lora_rank : latent_end])
+        k_pe = qkv[:, latent_end:].unsqueeze(1)
         apply_rope_(k_pe, *rotary, interleaved=True)
         indices = shared_indices
         if self.indexer is not None:
@@ -115,10 +113,10 @@ class DeepseekV32DSAAttention(nn.Layer):
         q = paddle.matmul(qr, self.q_b_proj).reshape(
             [-1, self.num_heads, self.nope_dim + self.rope_dim]
         )
-        q_nope, q_pe = paddle.split(q, [self.nope_dim, self.rope_dim], axis=-1)
+        q_pe = q[:, :, self.nope_dim :]
         apply_rope_(q_pe, *rotary, interleaved=True)
-        latent = paddle.matmul(q_nope.transpose([1, 0, 2]), self.k_b_proj)
-        return paddle.concat([latent.transpose([1, 0, 2]), q_pe], axis=-1)
+        q_nope = q[:, :, : self.nope_dim].transpose([1, 0, 2])
+        return join_query(paddle.matmul(q_nope, self.k_b_proj), q_pe)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""

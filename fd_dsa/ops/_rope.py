@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._host import as_numpy, as_tensor
 
 
 def apply_rope_(x: Any, cos: np.ndarray, sin: np.ndarray, *, interleaved: bool) -> None:
@@ -33,3 +33,21 @@ def apply_rope_(x: Any, cos: np.ndarray, sin: np.ndarray, *, interleaved: bool) 
     second *= cos
     second += first * sin
     first[...] = rotated
+
+
+def join_query(latent: Any, q_pe: Any) -> Any:
+    """The absorbed query: each head's latent part beside its roped part.
+
+    Args:
+        latent: float32 [num_heads, num_tokens, kv_lora_rank].
+        q_pe: float32 [num_tokens, num_heads, rope_dim]; may be a view.
+
+    Returns:
+        float32 [num_tokens, num_heads, kv_lora_rank + rope_dim], a tensor.
+    """
+    by_head, rotated = as_numpy(latent), as_numpy(q_pe)
+    heads, tokens, rank = by_head.shape
+    out = np.empty((tokens, heads, rank + rotated.shape[2]), np.float32)
+    out[:, :, :rank] = by_head.transpose(1, 0, 2)
+    out[:, :, rank:] = rotated
+    return as_tensor(out)
