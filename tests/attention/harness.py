@@ -1,0 +1,282 @@
+"""Steps through DSAAttentionBackend beside a loop over tokens that selects and attends.
+
+The indexer's inputs are small integers and halves: every score is exact in float32 and bfloat16,
+so a selection has one right answer, full of ties. Whatever a row does not own in the caches is
+poisoned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+
+from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
+from tests.reference.bfloat16 import ref_array
+from tests.reference.indexer import ref_score
+from tests.reference.sparse_mla import ref_attend
+from tests.reference.topk import ref_slot, ref_topk
+from tests.strategies import StepBatch
+
+RANK, ROPE, INDEX_DIM = 6, 2, 4
+SCALE = 0.4
+TOLERANCE = 1e-5
+NAN = {"float32": np.nan, "bfloat16": 0x7FC1}
+HUGE = {"float32": 1e30, "bfloat16": 0x7149}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a backend is made for."""
+
+    topk: int = 8
+    block_size: int = 16
+    dtype: str = "float32"
+    heads: int = 2
+    index_heads: int = 3
+    layers: int = 1
+    # False leaves huge finite numbers in the first block where no row owns it
+    poison_first_block: bool = False
+
+
+@dataclass(frozen=True)
+class RowData:
+    """Everything that one layer computes of the tokens of one row, by position."""
+
+    q: np.ndarray
+    latent: np.ndarray
+    k_pe: np.ndarray
+    index_q: np.ndarray
+    index_k: np.ndarray
+    weights: np.ndarray
+
+    @classmethod
+    def random(cls, length: int, sizes: Sizes, seed: list[int]) -> RowData:
+        """`length` tokens."""
+        rng = np.random.default_rng(seed)
+
+        def floats(*shape: int) -> np.ndarray:
+            return rng.standard_normal((length, *shape)).astype(np.float32)
+
+        def exact(*shape: int) -> np.ndarray:
+            return rng.integers(-2, 3, (length, *shape)).astype(np.float32)
+
+        return cls(
+            q=3 * floats(sizes.heads, RANK + ROPE),
+            latent=floats(RANK),
+            k_pe=floats(ROPE),
+            index_q=exact(sizes.index_heads, INDEX_DIM),
+            index_k=exact(INDEX_DIM),
+            weights=exact(sizes.index_heads) / 2,
+        )
+
+    @cached_property
+    def rounded_rows(self) -> np.ndarray:
+        """Latent rows as a bfloat16 cache gives them back."""
+        return ref_array(np.concatenate([self.latent, self.k_pe], axis=1))
+
+    def rows(self, dtype: str) -> np.ndarray:
+        """float32 [length, RANK + ROPE] as the cache gives them back."""
+        if dtype == "bfloat16":
+            return self.rounded_rows
+        return np.concatenate([self.latent, self.k_pe], axis=1)
+
+    def selected(self, position: int, topk: int) -> list[int]:
+        """Positions that a token attends to."""
+        scores = [
+            ref_score(self.index_q[position], self.weights[position], key)
+            for key in self.index_k[: position + 1]
+        ]
+        return [p for p in ref_topk(scores, position + 1, topk) if p >= 0]
+
+    def attended(self, position: int, sizes: Sizes) -> np.ndarray:
+        """float64 [heads, RANK]: the token's output."""
+        chosen = self.selected(position, sizes.topk)
+        return ref_attend(self.q[position], self.rows(sizes.dtype), chosen, SCALE, RANK)
+
+
+@dataclass
+class Step:
+    """What a step gave: slots and outputs of every layer, by flat token."""
+
+    slots: list[np.ndarray] = field(default_factory=list)
+    outputs: list[np.ndarray] = field(default_factory=list)
+
+
+class World:
+    """A backend with its caches, and the data of every row by layer.
+
+    Args:
+        sizes: of the backend.
+        tables: int32 [rows, columns]; the blocks of each row, which no other row shares.
+        lengths: tokens of each row for which there is data.
+        num_blocks: of the caches; blocks in no table stay poisoned.
+        max_tokens: tokens of a step, padding included.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes,
+        tables: np.ndarray,
+        lengths: list[int],
+        num_blocks: int,
+        max_tokens: int,
+        seed: int = 0,
+    ) -> None:
+        self.sizes, self.tables, self.num_blocks = sizes, tables, num_blocks
+        self.layout = CacheLayout(sizes.dtype, sizes.block_size, RANK, ROPE, INDEX_DIM)
+        self.backend = DSAAttentionBackend(
+            DSABackendConfig(
+                num_heads=sizes.heads,
+                index_n_heads=sizes.index_heads,
+                index_topk=sizes.topk,
+                softmax_scale=SCALE,
+                cache_layout=self.layout,
+                max_num_seqs=len(tables),
+                max_num_tokens=max_tokens,
+                max_blocks_per_seq=tables.shape[1],
+                num_blocks=num_blocks,
+            )
+        )
+        self.data = [
+            [RowData.random(n, sizes, [seed, layer, row]) for row, n in enumerate(lengths)]
+            for layer in range(sizes.layers)
+        ]
+        self.caches: list[Any] = []
+        for _ in range(sizes.layers):
+            self.caches += [self._poisoned(self.layout.latent_shape(num_blocks))]
+            self.caches += [self._poisoned(self.layout.indexer_shape(num_blocks))]
+
+    def _poisoned(self, shape: list[int]) -> Any:
+        cache = self.layout.allocate(shape)
+        memory = np.from_dlpack(cache)
+        memory[...] = NAN[self.sizes.dtype]
+        if not self.sizes.poison_first_block:
+            memory[0] = HUGE[self.sizes.dtype]
+        return cache
+
+    def remember(self, row: int, start: int, end: int, poison: bool = False) -> None:
+        """Put positions [start, end) of a row into the caches, or poison them."""
+        slots = [ref_slot(p, self.tables[row], self.sizes.block_size) for p in range(start, end)]
+        for layer, rows in enumerate(self.data):
+            data = rows[row]
+            for cache, values in (
+                (self.caches[2 * layer], data.rows(self.sizes.dtype)[start:end]),
+                (self.caches[2 * layer + 1], data.index_k[start:end]),
+            ):
+                memory = np.from_dlpack(cache).reshape(-1, values.shape[1])
+                if poison:
+                    memory[slots] = NAN[self.sizes.dtype]
+                elif self.sizes.dtype == "bfloat16":
+                    memory[slots] = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
+                else:
+                    memory[slots] = values
+
+    def forward_meta(self, rows: list[tuple[int, int, int]], **more: Any) -> SimpleNamespace:
+        """What a runner makes of `(encoder, decoder, this_time)` rows."""
+        encoder, decoder, this_time = np.array(rows, np.int32).reshape(-1, 3).T.copy()
+        return SimpleNamespace(
+            seq_lens_encoder=encoder,
+            seq_lens_decoder=decoder,
+            seq_lens_this_time=this_time,
+            block_tables=np.ascontiguousarray(self.tables[: len(rows)]),
+            caches=self.caches,
+            attn_backend=self.backend,
+            **more,
+        )
+
+    def begin(self, rows: list[tuple[int, int, int]], padding: int = 0) -> SimpleNamespace:
+        """A forward meta whose step metadata is made, `padding` tokens behind the step's own."""
+        meta = self.forward_meta(rows)
+        if padding:
+            num_tokens = sum(new for _, _, new in rows)
+            longest = max((cached + new for _, cached, new in rows if new), default=0)
+            prefill = sum(new for new, _, _ in rows)
+            self.backend.set_step_hints(
+                StepHints(num_tokens, prefill, longest, num_tokens + padding)
+            )
+        self.backend.init_attention_metadata(meta)
+        return meta
+
+    def packed(self, layer: int, rows: list[tuple[int, int, int]], padding: int, name: str) -> Any:
+        """A field of RowData for the tokens of a step, NaN in the padding."""
+        arrays = [
+            getattr(self.data[layer][row], name)[cached : cached + new]
+            for row, (_, cached, new) in enumerate(rows)
+        ]
+        filler = np.full((padding, *arrays[0].shape[1:]), np.nan, np.float32)
+        return paddle.to_tensor(np.concatenate([*arrays, filler]))
+
+    def run(self, rows: list[tuple[int, int, int]], padding: int = 0) -> Step:
+        """One step through every layer."""
+        meta, step = self.begin(rows, padding), Step()
+        for layer in range(self.sizes.layers):
+            given = {
+                name: self.packed(layer, rows, padding, name)
+                for name in ("q", "latent", "k_pe", "index_q", "index_k", "weights")
+            }
+            slots = self.backend.indexer_forward(
+                given["index_q"], given["index_k"], given["weights"], layer, meta
+            )
+            step.slots.append(slots.numpy())
+            out = self.backend.forward(
+                q=given["q"],
+                k=None,
+                v=slots,
+                qkv=None,
+                compressed_kv=given["latent"],
+                k_pe=given["k_pe"].reshape([-1, 1, ROPE]),
+                layer=SimpleNamespace(layer_id=layer),
+                forward_meta=meta,
+            )
+            step.outputs.append(out.numpy())
+        return step
+
+    def check(
+        self, rows: list[tuple[int, int, int]], step: Step, padding: int = 0, only: Any = None
+    ) -> None:
+        """Slots exactly and outputs within rounding; `only` limits the flat tokens looked at."""
+        tokens = [(row, cached + j) for row, (_, cached, n) in enumerate(rows) for j in range(n)]
+        for layer in range(self.sizes.layers):
+            slots, outputs = step.slots[layer], step.outputs[layer]
+            assert len(slots) == len(outputs) == len(tokens) + padding
+            assert (slots[len(tokens) :] == -1).all()
+            assert (outputs[len(tokens) :] == 0).all()
+            for t in range(len(tokens)) if only is None else only:
+                row, position = tokens[t]
+                data = self.data[layer][row]
+                wanted = [
+                    ref_slot(p, self.tables[row], self.sizes.block_size)
+                    for p in data.selected(position, self.sizes.topk)
+                ]
+                wanted += [-1] * (slots.shape[1] - len(wanted))
+                assert slots[t].tolist() == wanted, (layer, row, position)
+                np.testing.assert_allclose(
+                    outputs[t], data.attended(position, self.sizes), rtol=0, atol=TOLERANCE,
+                    err_msg=f"layer {layer}, row {row}, position {position}",
+                )  # fmt: skip
+
+
+def world_of(batch: StepBatch, sizes: Sizes, seed: int = 0) -> World:
+    """A world in which a batch of `tests.strategies` is one step, its history in the caches."""
+    lengths = (batch.seq_lens_decoder + batch.seq_lens_this_time).tolist()
+    world = World(
+        sizes,
+        batch.block_tables,
+        lengths,
+        batch.num_blocks,
+        max(1, batch.num_tokens, batch.num_padded_tokens or 0),
+        seed,
+    )
+    for row, cached in enumerate(batch.seq_lens_decoder.tolist()):
+        world.remember(row, 0, cached)
+    return world
+
+
+def rows_of(batch: StepBatch) -> list[tuple[int, int, int]]:
+    """A batch as `(encoder, decoder, this_time)` rows."""
+    return [tuple(row) for row in np.stack(batch.inputs()[:3], axis=1).tolist()]

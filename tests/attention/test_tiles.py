@@ -1,0 +1,142 @@
+"""Budgets that cut a step into many tiles, and tiles that span rows, change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fd_dsa.attention.step_plan as step_plan
+import fd_dsa.ops.indexer_logits.paddle_impl as indexer_impl
+import fd_dsa.ops.sparse_mla.paddle_impl as sparse_impl
+from fd_dsa.attention.step_plan import StepPlan
+from fd_dsa.ops.indexer_logits import PagedUnits
+from fd_dsa.step import StepMetadataBuilder
+from tests.attention.harness import Sizes, rows_of, world_of
+from tests.strategies import make_batch
+
+# runs of prefill rows, broken by decode and idle rows; some tokens need no scores
+ROWS = [
+    (7, 20, 7),
+    (1, 30, 1),
+    (12, 0, 12),
+    (0, 25, 2),
+    (5, 9, 5),
+    (6, 40, 6),
+    (0, 0, 0),
+    (3, 33, 3),
+    (0, 50, 1),
+    (20, 12, 20),
+]
+NUM_TOKENS = sum(new for _, _, new in ROWS)
+
+
+def budgets(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
+    """Set module constants by name, wherever they stand."""
+    for name, value in values.items():
+        homes = [m for m in (step_plan, indexer_impl, sparse_impl) if hasattr(m, name)]
+        assert homes, name
+        for module in homes:
+            monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"_TILE_VALUES": 1},
+        {"_TILE_VALUES": 3 * 27 * 4},
+        {"_TILE_VALUES": 2500},
+        {"_DENSE_RATIO": 0, "_DENSE_KEYS": 0},
+        {"_DENSE_RATIO": 0, "_DENSE_KEYS": 40},
+        {"_DENSE_RATIO": 0, "_DENSE_KEYS": 75, "_TILE_VALUES": 900},
+        {"_DENSE_RATIO": 4, "_DENSE_KEYS": 0},
+        {"_UNIT_KEYS": 1},
+        {"_UNIT_KEYS": 32},
+        {"_TILE_BYTES": 1},
+        {"_TILE_BYTES": 700, "_UNIT_KEYS": 1, "_DENSE_KEYS": 0, "_DENSE_RATIO": 0},
+    ],
+    ids=lambda values: " ".join(f"{k[1:].lower()}={v}" for k, v in values.items()),
+)
+def test_every_budget_gives_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, dtype: str, values: dict[str, int]
+) -> None:
+    budgets(monkeypatch, **values)
+    batch = make_batch(ROWS, 16)
+    world = world_of(batch, Sizes(8, 16, dtype, layers=2))
+    world.check(rows_of(batch), world.run(rows_of(batch)))
+
+
+def plan_of(rows: list[tuple[int, int, int]], topk: int, index_heads: int, heads: int) -> StepPlan:
+    """The work lists of one step."""
+    batch = make_batch(rows, 16)
+    builder = StepMetadataBuilder(
+        len(rows), max(1, batch.num_tokens), batch.block_tables.shape[1], 16, device="numpy"
+    )
+    return StepPlan(
+        builder.build(*batch.inputs()),
+        block_size=16,
+        index_topk=topk,
+        index_n_heads=index_heads,
+        num_heads=heads,
+        slots=np.full(batch.num_tokens * topk, -1, np.int32),
+    )
+
+
+def spans(tiles: Any) -> list[tuple[int, int]]:
+    return [(tile.tokens.start, tile.tokens.stop) for tile in tiles]
+
+
+def test_tiles_cover_what_needs_scores_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    for budget in (1, 300, 2000, 1 << 20):
+        budgets(monkeypatch, _TILE_VALUES=budget)
+        plan = plan_of(ROWS, 8, 3, 2)
+        covered = [t for start, end in spans(plan.score_tiles) for t in range(start, end)]
+        flat = [(new, cached + j) for new, cached, n in ROWS for j in range(n)]
+        wanted = [t for t, (new, position) in enumerate(flat) if new and position + 1 > 8]
+        assert covered == wanted
+        for tile in plan.score_tiles:
+            matrix = len(tile.key_slots) * 3 * (tile.tokens.stop - tile.tokens.start)
+            assert matrix <= budget or tile.tokens.stop - tile.tokens.start == 1
+
+
+def test_a_tile_spans_neighbouring_rows() -> None:
+    plan = plan_of(ROWS, 8, 3, 2)
+    # rows 0 and 1, then row 2 past its first 8 tokens, then rows 4 to 7 without the idle one
+    assert spans(plan.score_tiles) == [(0, 8), (16, 20), (22, 36), (37, 57)]
+    assert len(plan.score_tiles[0].key_slots) == 27 + 31
+    assert plan.score_tiles[0].key_start.tolist() == [0] * 7 + [27]
+
+
+def test_decode_rows_have_no_prefill_tiles() -> None:
+    plan = plan_of([(0, 30, 1), (0, 4, 2)], 8, 3, 2)
+    assert (plan.score_tiles, plan.dense_tiles) == ((), ())
+    assert plan.decode_rows is not None
+    assert plan.decode_rows.tokens.tolist() == [[0]]
+
+
+def test_short_rows_need_no_scores() -> None:
+    plan = plan_of([(8, 0, 8), (0, 7, 1), (3, 4, 3)], 8, 3, 2)
+    assert not plan.needs_scores
+    assert plan.score_tiles == ()
+    assert plan.decode_rows is None
+
+
+def test_units_of_a_large_block_hold_one_block() -> None:
+    units = PagedUnits.build(np.array([600]), np.array([[4, 2]], np.int32), 512)
+    assert units.blocks.tolist() == [[4], [2]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_budgets_as_shipped(dtype: str) -> None:
+    """Score matrices past 32 MiB, rows past the dense limit, gathers past 24 MiB."""
+    rows = [(600, 300, 600), (3, 850, 3), (200, 600, 200), (0, 2000, 2), (700, 0, 700)]
+    batch = make_batch(rows, 64)
+    world = world_of(batch, Sizes(300, 64, dtype, index_heads=16))
+    plan = plan_of(rows, 300, 16, 2)
+    assert len(plan.score_tiles) > 3
+    assert len(plan.gathered_tokens) > 0 < len(plan.dense_tiles)
+    edges = {t for start, end in spans(plan.score_tiles) for t in (start, end - 1)}
+    sample = sorted(edges | set(range(0, batch.num_tokens, 97)))
+    world.check(rows, world.run(rows), only=sample)
