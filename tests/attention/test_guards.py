@@ -1,0 +1,248 @@
+"""Misuse of the backend: named errors, nothing built twice, nothing read before it is made."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+import fd_dsa.attention.backend as backend_module
+from fd_dsa.attention import CacheLayout, StepHints, step_of
+from fd_dsa.errors import ConfigError, MissingStepError, ShapeError
+from tests.attention.harness import INDEX_DIM, RANK, ROPE, Sizes, World
+from tests.strategies import make_batch
+
+ROWS = [(3, 2, 3), (0, 9, 1)]
+INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
+
+
+@pytest.fixture
+def world() -> World:
+    batch = make_batch(ROWS, 16)
+    made = World(Sizes(layers=2), batch.block_tables, [5, 10], batch.num_blocks, 16)
+    for row, (_, cached, _) in enumerate(ROWS):
+        made.remember(row, 0, cached)
+    return made
+
+
+def forward(world: World, meta: Any, **changes: Any) -> Any:
+    """`forward` of layer 0 with right arguments, or with some of them replaced."""
+    arguments = {
+        "q": world.packed(0, ROWS, 0, "q"),
+        "k": None,
+        "v": paddle.full([4, 1, 8], -1, "int32"),
+        "qkv": None,
+        "compressed_kv": world.packed(0, ROWS, 0, "latent"),
+        "k_pe": world.packed(0, ROWS, 0, "k_pe").reshape([-1, 1, ROPE]),
+        "layer": SimpleNamespace(layer_id=0),
+        "forward_meta": meta,
+    }
+    return world.backend.forward(**(arguments | changes))
+
+
+def index(world: World, meta: Any, **changes: Any) -> Any:
+    """`indexer_forward` of layer 0 with right arguments, or with some of them replaced."""
+    arguments = {
+        "q": world.packed(0, ROWS, 0, "index_q"),
+        "k": world.packed(0, ROWS, 0, "index_k"),
+        "weights": world.packed(0, ROWS, 0, "weights"),
+        "layer_id": 0,
+        "forward_meta": meta,
+    }
+    return world.backend.indexer_forward(**(arguments | changes))
+
+
+def test_step_metadata_hangs_on_the_forward_meta(world: World) -> None:
+    assert world.backend.get_attention_meta() is None
+    meta = world.begin(ROWS)
+    step = step_of(meta)
+    assert world.backend.get_attention_meta() is step is meta.fd_dsa_step
+    for name in ("position_ids", "slot_mapping", "indexer_attn_mask_offsets"):
+        assert getattr(meta, name) is getattr(step, name)
+    assert meta.position_ids.numpy().tolist() == [2, 3, 4, 9]
+    assert meta.indexer_attn_mask_offsets.numpy().tolist() == [0, 3, 0, 4, 0, 5, 0, 0]
+
+
+def test_decode_only_steps_have_no_mask_offsets(world: World) -> None:
+    meta = world.begin([(0, 2, 1), (0, 9, 1)])
+    assert meta.indexer_attn_mask_offsets is None
+    assert step_of(meta).cu_seqlens_kg is None
+
+
+def test_one_object_is_built_once(world: World) -> None:
+    meta = world.begin(ROWS)
+    step = meta.fd_dsa_step
+    world.backend.init_attention_metadata(meta)
+    assert world.backend.builder.num_builds == 1
+    assert meta.fd_dsa_step is step
+    world.begin(ROWS)
+    assert world.backend.builder.num_builds == 2
+
+
+def test_layers_build_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+    original = backend_module.StepPlan
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        plans.append(original(*args, **kwargs))
+        return plans[-1]
+
+    monkeypatch.setattr(backend_module, "StepPlan", counting)
+    for steps in (1, 2):
+        world.run(ROWS)
+        assert (world.backend.builder.num_builds, len(plans)) == (steps, steps)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("how", ["none", "absent"])
+def test_missing_inputs_say_what_comes_first(world: World, name: str, how: str) -> None:
+    meta = world.forward_meta(ROWS)
+    if how == "none":
+        setattr(meta, name, None)
+    else:
+        delattr(meta, name)
+    with pytest.raises(MissingStepError, match=rf"{name}.*initialize_forward_meta must fill"):
+        world.backend.init_attention_metadata(meta)
+    assert getattr(meta, "fd_dsa_step", None) is None
+    assert world.backend.builder.num_builds == 0
+
+
+@pytest.mark.parametrize("call", [forward, index], ids=["forward", "indexer_forward"])
+def test_layers_before_the_metadata(world: World, call: Any) -> None:
+    with pytest.raises(MissingStepError, match=r"init_attention_metadata.*must be called first"):
+        call(world, world.forward_meta(ROWS))
+
+
+@pytest.mark.parametrize("call", [forward, index], ids=["forward", "indexer_forward"])
+def test_layers_on_the_step_before(world: World, call: Any) -> None:
+    old = world.begin(ROWS)
+    world.begin(ROWS)
+    before = [np.from_dlpack(cache).copy() for cache in world.caches]
+    with pytest.raises(MissingStepError, match=r"another step.*must be called first"):
+        call(world, old)
+    for cache, kept in zip(world.caches, before, strict=True):
+        np.testing.assert_array_equal(np.from_dlpack(cache), kept)
+
+
+def test_a_refused_step_is_no_step(world: World) -> None:
+    meta = world.begin(ROWS)
+    bad = world.forward_meta(ROWS)
+    bad.seq_lens_decoder[1] = -4
+    with pytest.raises(ValueError, match="seq_lens_decoder: row 1 is -4"):
+        world.backend.init_attention_metadata(bad)
+    assert getattr(bad, "fd_dsa_step", None) is None
+    with pytest.raises(MissingStepError):
+        forward(world, bad)
+    # the step before is still whole
+    assert meta.position_ids.numpy().tolist() == [2, 3, 4, 9]
+    forward(world, meta)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seq_lens_encoder", np.zeros(3, np.int32), r"seq_lens_encoder.*\(3,\).*\(2,\)"),
+        ("seq_lens_decoder", np.zeros(1, np.int32), r"seq_lens_decoder.*\(1,\).*\(2,\)"),
+        ("block_tables", np.zeros((3, 1), np.int32), r"block_tables.*\(3, 1\).*2"),
+        ("block_tables", np.zeros((2, 7), np.int32), r"block_tables.*\(2, 7\).*1"),
+    ],
+)
+def test_inputs_of_another_shape(world: World, name: str, value: Any, said: str) -> None:
+    meta = world.forward_meta(ROWS)
+    setattr(meta, name, value)
+    with pytest.raises(ShapeError, match=said):
+        world.backend.init_attention_metadata(meta)
+    assert world.backend.builder.num_builds == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "changes", "said"),
+    [
+        (index, {"k": paddle.zeros([3, INDEX_DIM])}, r"\[3, 4\].*\[4, \*\]"),
+        (index, {"k": paddle.zeros([4, 5])}, r"\[16, 4\]|\[\*, 5\]"),
+        (forward, {"compressed_kv": paddle.zeros([5, RANK])}, r"\[5, 6\].*\[4, \*\]"),
+        (forward, {"compressed_kv": paddle.zeros([4, RANK + 1])}, r"8\].*\[\*, 9\]"),
+        (forward, {"q": paddle.zeros([4, 2, 5])}, r"8\].*\[\*, 5\]"),
+    ],
+)
+def test_layer_arguments_of_another_shape(world: World, call: Any, changes: Any, said: str) -> None:
+    with pytest.raises(ShapeError, match=said):
+        call(world, world.begin(ROWS), **changes)
+
+
+def test_hints_must_agree_with_the_step(world: World) -> None:
+    world.backend.set_step_hints(StepHints(9, 3, 10))
+    with pytest.raises(ValueError, match="num_tokens: got 9, the lengths of the rows say 4"):
+        world.backend.init_attention_metadata(world.forward_meta(ROWS))
+    # hints serve one step only
+    world.backend.init_attention_metadata(world.forward_meta(ROWS))
+    assert world.backend.builder.num_builds == 1
+
+
+def test_longest_row_may_be_an_upper_bound(world: World) -> None:
+    world.backend.set_step_hints(StepHints(4, 3, 12))
+    meta = world.forward_meta(ROWS)
+    world.backend.init_attention_metadata(meta)
+    # a copy: the selection's buffer serves the next layer too
+    slots = index(world, meta).numpy()
+    np.testing.assert_array_equal(slots, world.run(ROWS).slots[0])
+
+
+def test_tensors_serve_as_inputs(world: World) -> None:
+    meta = world.forward_meta(ROWS)
+    for name in INPUTS:
+        setattr(meta, name, paddle.to_tensor(getattr(meta, name)))
+    world.backend.init_attention_metadata(meta)
+    assert meta.slot_mapping.numpy().tolist() == world.begin(ROWS).slot_mapping.numpy().tolist()
+
+
+def test_selection_may_have_upstream_s_middle_axis(world: World) -> None:
+    meta = world.begin(ROWS)
+    slots = index(world, meta)
+    flat = forward(world, meta, v=slots).numpy().copy()
+    np.testing.assert_array_equal(forward(world, meta, v=slots.unsqueeze(1)).numpy(), flat)
+
+
+def test_every_mode_is_the_mixed_one(world: World) -> None:
+    meta = world.begin(ROWS)
+    slots = index(world, meta)
+    wanted = forward(world, meta, v=slots).numpy().copy()
+    arguments = (
+        world.packed(0, ROWS, 0, "q"),
+        None,
+        slots,
+        None,
+        world.packed(0, ROWS, 0, "latent"),
+        world.packed(0, ROWS, 0, "k_pe"),
+        SimpleNamespace(layer_id=0),
+        meta,
+    )
+    for mode in ("forward_mixed", "forward_decode", "forward_extend"):
+        np.testing.assert_array_equal(getattr(world.backend, mode)(*arguments).numpy(), wanted)
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
+def test_cache_shapes_and_bytes(dtype: str, itemsize: int) -> None:
+    layout = CacheLayout(dtype, 64, 512, 64, 128)
+    assert layout.latent_shape(7) == [7, 1, 64, 576]
+    assert layout.indexer_shape(7) == [7, 64, 128]
+    assert layout.bytes_per_block(3, 2) == (3 * 576 + 2 * 128) * 64 * itemsize
+    latent = layout.allocate(layout.latent_shape(2))
+    assert latent.shape == [2, 1, 64, 576]
+    assert latent.numpy().itemsize == itemsize
+    assert not latent.numpy().any()
+
+
+def test_backend_gives_the_three_cache_shapes(world: World) -> None:
+    latent, value, indexer = world.backend.get_kv_cache_shape(max_num_blocks=5)
+    assert latent == [5, 1, 16, RANK + ROPE]
+    assert value == []
+    assert indexer == [5, 16, INDEX_DIM]
+
+
+def test_unknown_cache_dtype() -> None:
+    with pytest.raises(ConfigError, match=r"fp8_ds_mla.*float32, bfloat16"):
+        CacheLayout("fp8_ds_mla", 64, 512, 64, 128)
