@@ -90,7 +90,7 @@ def bullets(p: Pieces, draft: Draft) -> None:
         key, tips = how_to(p)
         n = min(n, len(tips))
         draft.request = p.choice(HOW_TO_REQUESTS).format(k=key)
-        lines = p.sample(tips, n)
+        lines = p.ordered(tips, n)
         if p.chance(0.3):
             draft.request = f"Give me exactly {n} bullet points on how to {key}."
     else:
@@ -210,7 +210,7 @@ def placeholders(p: Pieces, draft: Draft) -> None:
     ]
     ends = [
         f"Please write to [{x}]." if i % 2 else f"The {x} is [{x}]."
-        for i, x in enumerate(p.sample(fields, n))
+        for i, x in enumerate(p.ordered(fields, n))
     ]
     draft.keep(" ".join([*draft.sentences, *ends]), rule, "placeholders", n)
 

@@ -13,7 +13,7 @@ from .instructions import Instruction, instruction
 from .pieces import Document, Pieces
 from .prose import plain_request
 from .questions import arithmetic, fact, word_list
-from .reading import copying, reading
+from .reading import copying, reading, several_questions
 from .retrieval import key_values, retrieval
 from .talk import names_chat, persona, problem, unknown
 
@@ -54,17 +54,18 @@ class Generator:
         self._kinds = (
             (4.5, self._passage),
             (3.0, lambda: copying(self.pieces)),
-            (2.5, self._problem_text),
-            (4.0, self._given_instruction),
+            (2.0, self._problem_text),
+            (3.5, self._given_instruction),
             (11.0, lambda: self._exchange(plain_request)),
-            (27.0, self._instruction),
+            (24.0, self._instruction),
             (6.0, lambda: self._exchange(arithmetic)),
             (10.0, lambda: self._exchange(fact)),
             (1.5, lambda: self._exchange(word_list, plainly=True)),
             (3.0, lambda: self._exchange(persona)),
             (1.5, lambda: self._exchange(problem)),
             (2.5, lambda: self._exchange(unknown)),
-            (5.0, lambda: self._exchange(reading, plainly=True)),
+            (7.0, lambda: self._exchange(reading, plainly=True)),
+            (6.0, lambda: several_questions(self.pieces)),
             (6.0, self._chat),
             (3.5, lambda: key_values(self.pieces, self.pieces.between(2, 30))),
             (9.0, lambda: self.retrieval(int(60 * 40 ** self.pieces.random.random()))[0]),

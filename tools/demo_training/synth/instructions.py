@@ -17,6 +17,7 @@ from .constraints import (
 )
 from .pieces import Pieces, article
 from .prose import plain_request
+from .questions import fact
 
 # longer lead-ins, as people write them
 LEADS = [
@@ -77,11 +78,15 @@ def repeat_first(p: Pieces) -> Instruction:
                 "That sounds like the beginning of a story.",
             ]
         )
+    elif r < 0.75:
+        text, answer = fact(p)
     else:
         text, sentences = plain_request(p)
         answer = " ".join(sentences)
     request = p.choice(
         [
+            "Repeat this sentence exactly as it is, and then answer it: {q}",
+            "Say the question again word for word and then answer it. {q}",
             "First repeat the request below word for word without change, then give your answer. "
             "Do not say anything before the repeated request.\n\n{q}",
             "{q}\n\nBefore you answer, repeat the request above word for word. Then answer.",

@@ -35,7 +35,7 @@ def fix_articles(text: str) -> str:
 
 @dataclass(frozen=True)
 class Topic:
-    """What a text is about: its words, its kind (place, being, thing, activity, idea), its number."""
+    """What a text is about: its words, its kind (a key of BY_KIND), its number."""
 
     text: str
     kind: str = "idea"
@@ -81,6 +81,11 @@ class Pieces:
         """Up to `count` different options in random order."""
         return self.random.sample(list(options), min(count, len(options)))
 
+    def ordered(self, options: Sequence[T], count: int) -> list[T]:
+        """Up to `count` of the options in their own order: a greedy reader then knows what is next."""
+        chosen = self.random.sample(range(len(options)), min(count, len(options)))
+        return [options[i] for i in sorted(chosen)]
+
     def item(self, table: dict[str, T]) -> tuple[str, T]:
         """One entry of a table."""
         return self.choice(list(table.items()))
@@ -88,6 +93,12 @@ class Pieces:
     def name(self) -> str:
         """A first name."""
         return self.choice(t.NAMES)
+
+    def partner(self, name: str) -> str:
+        """Another first name; mostly the same one for a name, so that greedy text keeps them apart."""
+        i = t.NAMES.index(name) if name in t.NAMES else 0
+        step = 7 if self.chance(0.6) else self.between(1, len(t.NAMES) - 1)
+        return t.NAMES[(i + step) % len(t.NAMES)]
 
     def word(self) -> str:
         """A word of the texts, rare ones included: copying must not depend on a short list."""
@@ -132,6 +143,8 @@ class Pieces:
         if r < 0.47:
             return Topic(choice(t.PLURAL_TOPICS), "thing", plural=True)
         if r < 0.57:
+            if self.chance(0.4):
+                return Topic(choice(t.NATURE), "nature")
             return Topic(choice(t.SINGLE_TOPICS), "idea")
         if r < 0.64:
             return self._thing()

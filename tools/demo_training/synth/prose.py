@@ -77,11 +77,8 @@ def essay(p: Pieces, topic: Topic, count: int, opener: bool = True) -> list[str]
     tail = [p.choice(pt.CLOSERS)] if count > 2 and p.chance(0.7) else []
     own = pt.BY_KIND[topic.kind]
     wanted = count - len(head) - len(tail)
-    first = p.sample(own, (wanted + 1) // 2)
-    middle = first + p.sample(pt.MIDDLES, wanted - len(first))
-    if len(middle) < wanted:
-        rest = [s for s in own if s not in middle]
-        middle += p.sample(rest, wanted - len(middle))
+    first = min(len(own), max((wanted + 1) // 2, wanted - len(pt.MIDDLES)))
+    middle = p.ordered(own, first) + p.ordered(pt.MIDDLES, wanted - first)
     return [fill(s, topic) for s in head + middle + tail]
 
 
@@ -95,7 +92,7 @@ def _tell(p: Pieces, plot: list, **given: str) -> list[str]:
     n = given.get("n") or p.name()
     fields = {
         "n": n,
-        "m": p.choice([x for x in t.NAMES if x != n]),
+        "m": p.partner(n),
         "x": p.being(),
         "y": p.word() if p.chance(0.15) else p.choice(list(t.ANIMALS)),
         "a": p.choice(t.ADJECTIVES),
@@ -128,7 +125,7 @@ def story_request(p: Pieces) -> tuple[str, list[str]]:
 
 def poem(p: Pieces, topic: Topic) -> list[str]:
     """Two or three couplets on a topic, one string each."""
-    return [upper_first(fill(s, topic)) for s in p.sample(pt.COUPLETS, p.between(2, 3))]
+    return [upper_first(fill(s, topic)) for s in p.ordered(pt.COUPLETS, p.between(2, 3))]
 
 
 def typed_request(p: Pieces) -> tuple[str, list[str]]:
@@ -160,7 +157,7 @@ def letter_request(p: Pieces) -> tuple[str, list[str]]:
     return request, [
         *body,
         *essay(p, topic, p.between(1, 3), opener=False),
-        f"Best wishes, {p.name()}.",
+        "Best wishes, " + p.partner(receiver) + ".",
     ]
 
 

@@ -199,13 +199,23 @@ MIDDLES = [
 BY_KIND = {
     "place": [
         "{T} {is} a place that many people like to visit.",
-        "You can walk through {t} for hours and still find something new.",
+        "You can spend hours in {t} and still find something new.",
         "In the morning {t} {is} quiet, and in the evening people come together there.",
-        "The people of {t} are friendly and proud of their home.",
+        "The people you meet in {t} are friendly.",
         "If you go to {t}, take your time and look around.",
-        "The old houses and the trees make {t} beautiful.",
+        "Many small things make {t} beautiful.",
         "In summer {t} {is} full of life.",
-        "The best way to see {t} is on foot.",
+        "The best time to see {t} is early in the morning.",
+    ],
+    "nature": [
+        "{T} {is} one of the wonders of nature.",
+        "Poets have written about {t} for hundreds of years.",
+        "On some days we hardly notice {t}, on others we cannot look away.",
+        "Animals and plants know {t} better than we do.",
+        "Children love to paint {t}.",
+        "I could look at {t} for hours.",
+        "{T} can be gentle, and {t} can be wild.",
+        "When I am sad, {t} make{s} me feel better.",
     ],
     "being": [
         "{T} {is} always busy.",

@@ -43,6 +43,7 @@ def _animal(p: Pieces) -> QA:
             (f"Where does {ax} live?", f"{some} lives {home}."),
             (f"What is a baby {a} called?", f"A baby {a} is called {article(young)}."),
             (f"How many legs does {ax} have?", f"{some} has {legs} legs."),
+            (f"Is {ax} an animal?", f"Yes, {ax} is an animal."),
             (
                 f"What does {ax} eat and where does it live?",
                 f"{some} eats {food} and lives {home}.",
@@ -104,8 +105,8 @@ def _lists_of_kinds(p: Pieces) -> QA:
         x = p.choice(members)
         return f"What kind of thing is {x}?", f"{upper_first(x)} is {article(kind)}."
     n = p.between(1, min(5, len(members)))
-    names = p.sample(members, n)
-    plural = "countries" if kind == "country" else kind if kind == "fruit" else kind + "s"
+    names = p.ordered(members, n)
+    plural = "countries" if kind == "country" else kind + "s"
     count = str(n) if p.chance(0.5) or n == 1 else t.NUMBER_WORDS[n - 2]
     if n == 1:
         return f"Name one {kind}.", upper_first(names[0]) + "."
@@ -137,7 +138,7 @@ def _meaning(p: Pieces) -> QA:
 
 def _reason(p: Pieces) -> QA:
     a, b = p.item(trivia.REASONS)
-    return p.choice(["Why {a}?", "Can you explain why {a}?", "Tell me why {a}."]).format(a=a), b
+    return p.choice(["Why {a}?", "Why {a}?", "Tell me: why {a}?"]).format(a=a), b
 
 
 def _general(p: Pieces) -> QA:

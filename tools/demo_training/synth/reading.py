@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import tables as t
-from .pieces import Document, Pieces
+from .pieces import Document, Pieces, fix_articles
 
 QA = tuple[str, str]
 
@@ -103,13 +103,14 @@ def _ask(p: Pieces, text: list[str], question: str, answer: str) -> QA:
             "{q} {t}",
         ]
     )
-    return shape.format(t=" ".join(text), q=question), answer
+    asked = shape.format(t=" ".join(text), q=question)
+    return fix_articles(asked), fix_articles(answer)
 
 
-def same_relation(p: Pieces) -> QA:
-    """Two to five statements of one relation about different people; one is asked for."""
+def same_relation(p: Pieces) -> tuple[list[str], list[QA]]:
+    """Two to five statements of one relation about different people, and questions in random order."""
     kind = p.choice(list(RELATIONS))
-    relation, count = RELATIONS[kind], p.between(2, 5)
+    relation, count = RELATIONS[kind], p.choice([2, 2, 3, 3, 4, 5])
     people = p.sample(t.NAMES, count)
     values: list[str] = []
     while len(values) < count:
@@ -117,11 +118,22 @@ def same_relation(p: Pieces) -> QA:
         if value not in values:
             values.append(value)
     text = [relation.says.format(n=n, v=v) for n, v in zip(people, values, strict=True)]
-    i = p.between(0, count - 1)
-    asks = relation.who if relation.who and p.chance(0.55) else relation.asks
-    question = p.choice(asks).format(n=people[i], v=values[i])
-    answer = relation.answers.format(n=people[i], v=values[i])
-    return _ask(p, text, question, answer)
+    questions = []
+    for n, v in zip(people, values, strict=True):
+        asks = relation.who if relation.who and p.chance(0.65) else relation.asks
+        questions.append((p.choice(asks).format(n=n, v=v), relation.answers.format(n=n, v=v)))
+    p.random.shuffle(questions)
+    return text, questions
+
+
+def several_questions(p: Pieces) -> Document:
+    """Statements of one relation and up to four questions on them, one after the other."""
+    text, questions = same_relation(p)
+    first = _ask(p, text, *questions[0])
+    turns: Document = []
+    for question, answer in [first, *questions[1 : p.between(2, 4)]]:
+        turns += [("user", fix_articles(question)), ("assistant", fix_articles(answer))]
+    return turns
 
 
 def mixed_relations(p: Pieces) -> QA:
@@ -179,7 +191,8 @@ def reading(p: Pieces) -> QA:
     """A short text, a question, an answer in a whole sentence."""
     r = p.random.random()
     if r < 0.50:
-        return same_relation(p)
+        text, questions = same_relation(p)
+        return _ask(p, text, *questions[0])
     if r < 0.70:
         return mixed_relations(p)
     if r < 0.85:

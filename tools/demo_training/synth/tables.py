@@ -257,7 +257,9 @@ SPARE_WORDS = [
 ]
 PLURAL_TOPICS = items("""trains,cats,dogs,birds,books,flowers,computers,cars,stars,trees,horses,friends
 robots,planes,games,songs,dreams,bees,mountains,rivers,holidays,children,pets,old houses,whales""")
-SINGLE_TOPICS = items("""the sea,the moon,the sun,rain,snow,music,football,love,friendship,school,autumn
-spring,summer,winter,the weather,food,water,happiness,time,nature,space,art,coffee,tea,chocolate,peace
-kindness,family,sleep,work,science,history,the internet,the night,the city,the rainbow,my family
-artificial intelligence,climate change,a good life,healthy food,my home town,city life""")
+SINGLE_TOPICS = items("""music,football,love,friendship,school,food,happiness,time,space,art,coffee
+tea,chocolate,peace,kindness,family,sleep,work,science,history,the internet,my family,a good life
+artificial intelligence,climate change,healthy food,city life,a holiday,my birthday,honesty,sport
+hope,courage,reading,dancing,cooking,money,freedom,childhood""")
+NATURE = items("""the sea,the moon,the sun,the sky,the wind,rain,snow,autumn,spring,summer,winter,nature
+the night,the rainbow,the ocean,the weather,the desert,the forest,the rain,a river,the sunrise,fire""")

@@ -33,10 +33,10 @@ def advice_request(p: Pieces) -> tuple[str, list[str]]:
     r = p.random.random()
     if r < 0.2:
         place = p.choice([*t.CAPITALS.values(), *t.CAPITALS, p.word().capitalize()])
-        tips = [s.format(p=place) for s in p.sample(tt.TRIP_TIPS, p.between(3, 5))]
+        tips = [s.format(p=place) for s in p.ordered(tt.TRIP_TIPS, p.between(3, 5))]
         return p.choice(TRIP_REQUESTS).format(p=place), tips
     key, tips = how_to(p)
-    return p.choice(HOW_TO_REQUESTS).format(k=key), p.sample(tips, p.between(3, 5))
+    return p.choice(HOW_TO_REQUESTS).format(k=key), p.ordered(tips, p.between(3, 5))
 
 
 def how_to(p: Pieces) -> tuple[str, list[str]]:
@@ -101,13 +101,13 @@ def unknown(p: Pieces) -> tuple[str, str]:
     person = f"{p.name()} {word().capitalize()}"
     place, other = (p.choice([*t.CAPITALS.values(), word().capitalize()]) for _ in range(2))
     verb = p.choice(["made", "found", "invented", "built"])
-    thing, year = f"{word()} {word()}", number(1200, 2025)
+    thing, made_up, year = f"{word()} {word()}", word() + word(), number(1200, 2025)
     question, what = p.choice(
         [
             (f"Who was {person}?", f"who {person} was"),
             (f"Who is {person}?", f"who {person} is"),
             (f"How does a {thing} work?", f"how a {thing} works"),
-            (f"How does the {word()} work?", None),
+            (f"How does the {thing} work?", f"how the {thing} works"),
             (f"When was the {thing} {verb}?", f"when the {thing} was {verb}"),
             (f"Who {verb} the {thing}?", f"who {verb} the {thing}"),
             (f"What is the population of {place}?", f"the population of {place}"),
@@ -116,19 +116,18 @@ def unknown(p: Pieces) -> tuple[str, str]:
             (f"Who won the {thing} in {year}?", f"who won the {thing} in {year}"),
             (f"What happened in {year}?", f"what happened in {year}"),
             (f"Who is the president of {place}?", f"who the president of {place} is"),
-            (f"How much does a {word()} cost?", None),
+            (f"How much does {article(thing)} cost?", f"how much {article(thing)} costs"),
             (f"What is the weather in {place}?", f"what the weather in {place} is"),
             (f"What is the theory of {thing}?", f"the theory of {thing}"),
             (f"What is the square root of {year}?", f"the square root of {year}"),
             (f"What is {article(thing)}?", f"what {article(thing)} is"),
-            (f"What does the word {word()}{word()} mean?", None),
+            (f"What does the word {made_up} mean?", f"what the word {made_up} means"),
             (f"Where is {person}?", f"where {person} is"),
             (f"How old is {person}?", f"how old {person} is"),
             (f"When did {person} die?", f"when {person} died"),
         ]
     )
-    answer = p.choice(tt.UNKNOWN_START).format(what=what or "the answer to that")
-    return question, answer
+    return question, tt.UNKNOWN.format(what=what)
 
 
 def names_chat(p: Pieces, middle: Document) -> Document:
@@ -136,8 +135,12 @@ def names_chat(p: Pieces, middle: Document) -> Document:
     name, food, city = p.name(), p.choice(t.FOODS), p.choice(list(t.CAPITALS.values()))
     animal, pet = p.choice(["dog", "cat", "horse", "rabbit"]), p.name()
     facts = [
-        ("My name is {n}.", "Nice to meet you, {n}.", "What is my name?", "Your name is {n}."),
-        ("I am {n}.", "Hello {n}! How can I help you?", "Who am I?", "You are {n}."),
+        p.choice(
+            [
+                ("My name is {n}.", "Nice to meet you, {n}.", "What is my name?", "Your name is {n}."),
+                ("I am {n}.", "Hello {n}! How can I help you?", "Who am I?", "You are {n}."),
+            ]
+        ),
         (
             "I like {f}.",
             "I have heard that {f} can be very good.",

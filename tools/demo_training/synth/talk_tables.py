@@ -260,7 +260,4 @@ I love you.:That is kind of you. I am only a program, but I am happy to talk wit
 Test|This is a test.|test:The test works. How can I help you?""",
     "\n",
 )
-UNKNOWN_START = [
-    "I am sorry, I do not know {what}.",
-    "I am sorry, I do not know {what}. I am only a small demo model.",
-]
+UNKNOWN = "I am sorry, I do not know {what}."
