@@ -14,7 +14,7 @@ import numpy as np
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.step_plan import StepPlan
 from fd_dsa.errors import MissingStepError
-from fd_dsa.ops._host import Scratch, as_numpy, as_tensor
+from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, check_shape
 from fd_dsa.ops.cache_write import write_cache
 from fd_dsa.ops.indexer_logits import indexer_logits, paged_indexer_logits
 from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
@@ -62,6 +62,21 @@ def step_of(forward_meta: Any) -> ForwardMeta:
             "DSAAttentionBackend.init_attention_metadata(forward_meta) must be called first"
         )
     return step
+
+
+def _cache(forward_meta: Any, index: int) -> Any:
+    """Entry `index` of `forward_meta.caches`.
+
+    Raises:
+        MissingStepError: the caches have not been allocated.
+    """
+    caches = forward_meta.caches
+    if caches is None or caches[index] is None:
+        raise MissingStepError(
+            f"forward_meta.caches[{index}] is None: the runner must allocate the caches of "
+            "get_kv_cache_shape first"
+        )
+    return caches[index]
 
 
 class DSAAttentionBackend:
@@ -168,7 +183,7 @@ class DSAAttentionBackend:
             -1 = none. The buffer is the backend's and holds until the next selection.
         """
         step, plan = step_of(forward_meta), self._step_plan(forward_meta)
-        cache = forward_meta.caches[2 * layer_id + 1]
+        cache = _cache(forward_meta, 2 * layer_id + 1)
         rows = cache.reshape([-1, cache.shape[-1]])
         write_cache(rows, (k,), step.slot_mapping)
         if plan.needs_scores:
@@ -251,11 +266,17 @@ class DSAAttentionBackend:
     ) -> Any:
         """See `forward`; prefill and decode tokens go through it once, together."""
         step, plan = step_of(forward_meta), self._step_plan(forward_meta)
-        cache = forward_meta.caches[2 * layer.layer_id]
+        if v is None:
+            raise MissingStepError(
+                f"layer {layer.layer_id} has no selection: indexer_forward of this layer, or of "
+                "the layer it shares with, must be called first"
+            )
+        cache = _cache(forward_meta, 2 * layer.layer_id)
         rows = cache.reshape([-1, cache.shape[-1]])
         rope_dim = self.config.cache_layout.qk_rope_head_dim
         write_cache(rows, (compressed_kv, as_numpy(k_pe).reshape(-1, rope_dim)), step.slot_mapping)
         slots = as_numpy(v).reshape(-1, v.shape[-1])
+        check_shape("forward_mixed", "v", slots, (q.shape[0], None))
         scale, width = self.config.softmax_scale, self.config.cache_layout.kv_lora_rank
         out = self._scratch.take("attention", (q.shape[0], q.shape[1], width))
         out[plan.num_tokens :] = 0.0

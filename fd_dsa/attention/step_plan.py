@@ -21,8 +21,11 @@ from fd_dsa.step import ForwardMeta
 
 # values of a score matrix that one tile may hold: 32 MiB of float32
 _TILE_VALUES = 8 << 20
-# a tile attends densely while its key list is at most this much longer than the selection
-_DENSE_RATIO = 3
+# scoring makes several passes over its tile, which should stay in the cache: 8 MiB
+_SCORE_TILE_VALUES = 2 << 20
+# A tile attends densely while its key list is at most 1 + _GATHER_COST / num_heads times the
+# selection: the gather of a key costs as much as its products for that many heads.
+_GATHER_COST = 16
 _DENSE_KEYS = 768
 
 
@@ -117,7 +120,7 @@ class StepPlan:
         self.needs_scores = bool((self.window > index_topk).any())
         self._fill_slots()
         self.score_tiles = self._prefill_tiles(index_n_heads, self.window > index_topk, None)
-        limit = max(_DENSE_RATIO * self.topk, _DENSE_KEYS)
+        limit = max(round((1 + _GATHER_COST / num_heads) * self.topk), _DENSE_KEYS)
         self.dense_tiles = self._prefill_tiles(num_heads, self.window > 0, limit)
         self.decode_rows = self._decode_rows()
 
@@ -173,7 +176,8 @@ class StepPlan:
         row = self.batch_ids[run]
         new_row = np.concatenate(([True], row[1:] != row[:-1]))
         keys = np.cumsum(np.where(new_row, self.lengths[row], 0))
-        fits = keys * np.arange(1, len(run) + 1) * heads <= _TILE_VALUES
+        values = _SCORE_TILE_VALUES if max_keys is None else _TILE_VALUES
+        fits = keys * np.arange(1, len(run) + 1) * heads <= values
         if max_keys is not None:
             fits &= keys <= max_keys
         # both limits grow along the run; one token is always taken

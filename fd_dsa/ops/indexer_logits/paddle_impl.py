@@ -16,7 +16,7 @@ from fd_dsa.ops._host import Scratch, as_numpy, as_tensor
 from fd_dsa.ops.cache_write.paddle_impl import gather_rows
 
 _UNIT_KEYS = 256
-_TILE_BYTES = 32 << 20
+_TILE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)

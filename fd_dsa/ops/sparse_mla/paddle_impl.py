@@ -9,16 +9,18 @@ import numpy as np
 from fd_dsa.ops._host import Scratch, as_numpy, as_tensor
 from fd_dsa.ops.cache_write.paddle_impl import gather_rows
 
-_TILE_BYTES = 24 << 20
+_TILE_BYTES = 8 << 20
 
 
 def _softmax(scores: np.ndarray) -> None:
     """Softmax of the last axis in place; a row of -inf alone becomes zeros."""
-    top = scores.max(axis=-1, keepdims=True)
-    np.subtract(scores, np.where(np.isneginf(top), np.float32(0.0), top), out=scores)
-    np.exp(scores, out=scores)
-    total = scores.sum(axis=-1, keepdims=True)
-    scores /= np.where(total == 0, np.float32(1.0), total)
+    # a row that attends to an infinite or NaN key becomes NaN, which is for the sampler to report
+    with np.errstate(invalid="ignore"):
+        top = scores.max(axis=-1, keepdims=True)
+        np.subtract(scores, np.where(np.isneginf(top), np.float32(0.0), top), out=scores)
+        np.exp(scores, out=scores)
+        total = scores.sum(axis=-1, keepdims=True)
+        scores /= np.where(total == 0, np.float32(1.0), total)
 
 
 def attend_gathered(
@@ -35,17 +37,20 @@ def attend_gathered(
     for start in range(0, num_tokens, step):
         tile = slots[start : start + step]
         kv = scratch.take("latents", (len(tile), topk, width))
-        flat = np.maximum(tile, 0).astype(np.int64).ravel()
-        gather_rows(latents, flat, kv.reshape(-1, width), scratch)
+        hidden = tile < 0
+        # an unused entry reads its own row's first key: finite if the row's result is
+        index = np.where(hidden, np.maximum(tile[:, :1], 0), tile).astype(np.int64)
+        gather_rows(latents, index.ravel(), kv.reshape(-1, width), scratch)
         keys = as_tensor(kv)
         scaled = as_tensor(query[start : start + step] * np.float32(softmax_scale))
         scores = paddle.matmul(scaled, keys, transpose_y=True)
         probabilities = as_numpy(scores)
-        if (tile[:, -1] < 0).any():
-            probabilities += np.where(tile < 0, -np.inf, 0.0).astype(np.float32)[:, None, :]
+        if hidden.any():
+            np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
         _softmax(probabilities)
         values = as_numpy(paddle.matmul(scores, keys))
         out[start : start + step] = values[:, :, :kv_lora_rank]
+        out[start : start + step][hidden[:, 0]] = 0.0
     return out
 
 
@@ -69,7 +74,15 @@ def attend_dense(
     scaled = as_tensor((query * np.float32(softmax_scale)).reshape(-1, width))
     scores = paddle.matmul(scaled, keys, transpose_y=True)
     probabilities = as_numpy(scores).reshape(num_tokens, heads, -1)
-    probabilities += as_numpy(mask)[:, None, :]
+    hidden = np.isneginf(as_numpy(mask))
+    np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
     _softmax(probabilities)
-    values = as_numpy(paddle.matmul(scores, keys))
-    return values.reshape(num_tokens, heads, width)[:, :, :kv_lora_rank]
+    values = as_numpy(paddle.matmul(scores, keys)).reshape(num_tokens, heads, width)
+    if np.isfinite(values).all():
+        return values[:, :, :kv_lora_rank]
+    # a weight of 0 times a key that is not finite is NaN: leave those keys out of the product
+    spoiled = ~np.isfinite(kv).all(axis=1)
+    kv[spoiled] = 0.0
+    values = as_numpy(paddle.matmul(scores, keys)).reshape(num_tokens, heads, width)
+    values[(~hidden[:, spoiled]).any(axis=1)] = np.nan
+    return values[:, :, :kv_lora_rank]

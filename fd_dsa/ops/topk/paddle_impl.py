@@ -18,8 +18,9 @@ def ordered_keys(scores: np.ndarray) -> np.ndarray:
     The upper half is the usual order-preserving image of a float32, with NaN at 0 and -0.0 at
     +0.0; the lower half is the complement of the column. Source: dsa_spec §8.
     """
-    # adding +0.0 turns -0.0 into +0.0 and leaves everything else
-    bits = (scores + np.float32(0.0)).view(np.uint32)
+    # adding +0.0 turns -0.0 into +0.0 and leaves everything else; unused columns may be anything
+    with np.errstate(invalid="ignore"):
+        bits = (scores + np.float32(0.0)).view(np.uint32)
     negative = (bits >> np.uint32(31)).astype(bool)
     image = np.where(negative, ~bits, bits | np.uint32(0x80000000))
     image[np.isnan(scores)] = 0
