@@ -43,7 +43,8 @@ def ref_yarn_frequencies(
     def pair_of(rotations: float) -> float:
         return dim * math.log(original / (2 * math.pi * rotations)) / (2 * math.log(theta))
 
-    low, high = math.floor(pair_of(beta_fast)), math.ceil(pair_of(beta_slow))
+    low = max(math.floor(pair_of(beta_fast)), 0)
+    high = min(math.ceil(pair_of(beta_slow)), dim - 1)
     blended = []
     for j, plain in enumerate(ref_frequencies(dim, theta)):
         share = min(max((j - low) / (high - low), 0.0), 1.0)
