@@ -1,0 +1,101 @@
+"""InputBatch: what rows leave in the fixed buffers, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fd_dsa.errors import CapacityError
+from fd_dsa.runner import InputBatch
+
+
+def state(batch: InputBatch) -> dict[str, object]:
+    """Everything a step reads, copied."""
+    names = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
+    counts = ("num_tokens", "num_prefill_tokens", "max_seqlen_k", "num_rows")
+    found: dict[str, object] = {name: getattr(batch, name).tolist() for name in names}
+    found |= {name: getattr(batch, name) for name in counts}
+    return found | {"ids": batch.ids_remove_padding[: batch.num_tokens].tolist()}
+
+
+def test_a_mixed_step() -> None:
+    batch = InputBatch(5, 16, 4, 64)
+    assert batch.add_row(0, [7, 8, 9], 0, is_prefill=True) == 2
+    assert batch.add_row(2, [5], 40, is_prefill=False) == 3
+    assert batch.add_row(3, [1, 2], 64, is_prefill=True) == 5
+    assert state(batch) == {
+        "seq_lens_encoder": [3, 0, 0, 2, 0],
+        "seq_lens_decoder": [0, 0, 40, 64, 0],
+        "seq_lens_this_time": [3, 0, 1, 2, 0],
+        "block_tables": [[-1] * 4] * 5,
+        "num_tokens": 6,
+        "num_prefill_tokens": 5,
+        "max_seqlen_k": 66,
+        "num_rows": 4,
+        "ids": [7, 8, 9, 5, 1, 2],
+    }
+
+
+@given(st.data())
+def test_steps_of_any_rows(data: st.DataObject) -> None:
+    batch = InputBatch(6, 64, 2, 16)
+    for _ in range(2):
+        batch.begin_step()
+        rows = sorted(data.draw(st.sets(st.integers(0, 5))))
+        ids: list[int] = []
+        lengths = np.zeros((6, 3), int)
+        for row in rows:
+            new = data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=8))
+            cached, prefill = data.draw(st.integers(0, 20)), data.draw(st.booleans())
+            ids += new
+            assert batch.add_row(row, new, cached, prefill) == len(ids) - 1
+            lengths[row] = (len(new) if prefill else 0, cached, len(new))
+        assert batch.ids_remove_padding[: batch.num_tokens].tolist() == ids
+        found = (batch.seq_lens_encoder, batch.seq_lens_decoder, batch.seq_lens_this_time)
+        np.testing.assert_array_equal(np.stack(found, axis=1), lengths)
+        assert batch.num_prefill_tokens == lengths[:, 0].sum()
+        assert batch.max_seqlen_k == (lengths[:, 1] + lengths[:, 2]).max()
+        assert batch.num_rows == (rows[-1] + 1 if rows else 0)
+
+
+def test_a_new_step_keeps_blocks_and_addresses() -> None:
+    batch = InputBatch(3, 8, 4, 16)
+    addresses = [a.ctypes.data for a in vars(batch).values() if isinstance(a, np.ndarray)]
+    batch.set_blocks(1, [4, 5])
+    batch.set_blocks(1, [9], start=2)
+    batch.add_row(1, [3], 32, is_prefill=False)
+    batch.begin_step()
+    assert state(batch) == state(InputBatch(3, 8, 4, 16)) | {
+        "block_tables": [[-1] * 4, [4, 5, 9, -1], [-1] * 4]
+    }
+    assert addresses == [a.ctypes.data for a in vars(batch).values() if isinstance(a, np.ndarray)]
+    batch.clear_row(1)
+    assert (batch.block_tables == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ((1, [3], 0, True), ValueError, "row: 1 must be at least 2.*ascending"),
+        ((0, [3], 0, True), ValueError, "row: 0 must be at least 2"),
+        ((4, [3], 0, True), ValueError, "row: 4 .*below max_num_seqs 4"),
+        ((2, [], 0, True), ValueError, "row 2 has no token"),
+        ((2, [1, 2, 3], 0, True), CapacityError, "row 2 brings the step to 5 tokens.*is 4"),
+    ],
+)
+def test_a_refused_row_changes_nothing(arguments, error, said) -> None:
+    batch = InputBatch(4, 4, 2, 16)
+    batch.add_row(1, [6, 7], 3, is_prefill=True)
+    before = state(batch)
+    with pytest.raises(error, match=said):
+        batch.add_row(*arguments)
+    assert state(batch) == before
+
+
+def test_more_blocks_than_a_row_holds() -> None:
+    batch = InputBatch(2, 4, 3, 16)
+    with pytest.raises(CapacityError, match="row 1 needs 4 blocks, a row holds 3"):
+        batch.set_blocks(1, [7, 8], start=2)
+    assert (batch.block_tables == -1).all()

@@ -1,0 +1,192 @@
+"""ModelRunner on tiny models: one metadata computation a step, whatever the layers and batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fd_dsa.attention.backend as backend_module
+from fd_dsa.runner import ModelRunner
+from tests.reference.bfloat16 import ref_array
+from tests.runner.tiny import GLM, V32, run_rows, tiny_model, tiny_runner
+
+TOLERANCE = 1e-4
+PROMPT = np.random.default_rng(7).integers(2, 50, 45).tolist()
+
+
+@pytest.fixture(scope="module", params=[V32, GLM], ids=["v32", "glm"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_model(request.param)
+
+
+def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
+    """Equal but for the rounding of products of another size."""
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())
+
+
+def in_chunks(runner: ModelRunner, row: int, chunks: list[int], decode_from: int) -> np.ndarray:
+    """Logits of all tokens of `PROMPT`, run in these chunks."""
+    done, logits = 0, []
+    for n in chunks:
+        ids = PROMPT[done : done + n]
+        logits.append(run_rows(runner, [(row, ids, done, done < decode_from)]))
+        done += n
+    assert done == len(PROMPT)
+    return np.concatenate(logits)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16"])
+def test_logits_in_any_chunks(model: Any, kv_cache_dtype: str) -> None:
+    wanted = in_chunks(tiny_runner(model, kv_cache_dtype), 0, [45], 45)
+    for chunks, decode_from in (
+        ([16, 16, 13], 45),
+        ([11, 1, 33], 45),
+        ([1] * 45, 45),
+        ([20] + [1] * 25, 20),
+        ([12] + [3] * 11, 12),
+    ):
+        runner = tiny_runner(model, kv_cache_dtype, poison=True)
+        assert_same(in_chunks(runner, 0, chunks, decode_from), wanted)
+
+
+def test_logits_beside_other_rows(model: Any) -> None:
+    wanted = in_chunks(tiny_runner(model), 0, [45], 45)
+    runner = tiny_runner(model, poison=True)
+    others = np.random.default_rng(8).integers(2, 50, (3, 45)).tolist()
+    run_rows(runner, [(0, PROMPT[:20], 0, True), (3, others[0][:30], 0, True)])
+    logits = run_rows(
+        runner,
+        [
+            (0, PROMPT[20:44], 20, True),
+            (1, others[1], 0, True),
+            (3, others[0][30:32], 30, False),
+            (4, others[2][:7], 0, True),
+        ],
+    )
+    assert_same(logits[:24], wanted[20:44])
+    logits = run_rows(runner, [(0, PROMPT[44:], 44, False), (1, [5], 45, False)])
+    assert_same(logits[:1], wanted[44:])
+
+
+@pytest.mark.parametrize("num_layers", [2, 6])
+def test_metadata_of_a_step_is_computed_once(
+    monkeypatch: pytest.MonkeyPatch, num_layers: int
+) -> None:
+    plans = []
+    original = backend_module.StepPlan
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        plans.append(original(*args, **kwargs))
+        return plans[-1]
+
+    monkeypatch.setattr(backend_module, "StepPlan", counting)
+    runner = tiny_runner(tiny_model(V32 | {"num_hidden_layers": num_layers}))
+    builder = runner.attn_backends[0].builder
+    for step in range(3):
+        run_rows(runner, [(0, PROMPT[step : step + 1], step, False), (1, [4, 5], 2 * step, True)])
+        assert (builder.num_builds, len(plans)) == (step + 1, step + 1)
+
+
+def test_decode_only_steps_have_no_mask_offsets(model: Any) -> None:
+    runner = tiny_runner(model)
+    run_rows(runner, [(0, PROMPT[:20], 0, True)])
+    assert len(runner.forward_meta.indexer_attn_mask_offsets) == 40
+    run_rows(runner, [(0, PROMPT[20:23], 20, False)])
+    assert runner.forward_meta.indexer_attn_mask_offsets is None
+    assert runner.forward_meta.fd_dsa_step.cu_seqlens_kg is None
+
+
+def test_logits_of_chosen_tokens(model: Any) -> None:
+    runner = tiny_runner(model)
+    batch = runner.input_batch
+
+    def logits(indices: list[int]) -> np.ndarray:
+        batch.begin_step()
+        batch.add_row(0, PROMPT[:20], 0, True)
+        return runner.execute_model(np.array(indices, np.int64))
+
+    everything = logits(list(range(20))).copy()
+    assert everything.shape == (20, runner.vocab_size)
+    assert everything.dtype == np.float32
+    assert_same(logits([19]), everything[19:])
+    assert_same(logits([7, 3, 7]), everything[[7, 3, 7]])
+    assert logits([]).shape == (0, runner.vocab_size)
+
+
+def test_a_step_without_tokens_is_refused(model: Any) -> None:
+    runner = tiny_runner(model)
+    with pytest.raises(ValueError, match="no token; call add_row first"):
+        runner.execute_model(np.zeros(0, np.int64))
+
+
+def test_inconsistent_rows_are_refused(model: Any) -> None:
+    runner = tiny_runner(model)
+    runner.input_batch.clear_row(1)
+    with pytest.raises(ValueError, match="block_tables: row 1, column 0 is -1"):
+        run_rows(runner, [(1, [3, 4], 0, True)])
+    assert runner.attn_backends[0].builder.num_builds == 0
+
+
+def selections(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
+    """The slots that each layer attends to in a step of 45 tokens."""
+    backend, found = runner.attn_backends[0], []
+    original = backend.forward
+
+    def recording(**arguments: Any) -> Any:
+        found.append(np.from_dlpack(arguments["v"]).tolist())
+        return original(**arguments)
+
+    monkeypatch.setattr(backend, "forward", recording)
+    run_rows(runner, [(0, PROMPT, 0, True)])
+    return found
+
+
+def test_shared_layers_use_the_selection_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = GLM | {
+        "num_hidden_layers": 5,
+        "indexer_types": ["full", "shared", "shared", "full", "shared"],
+    }
+    runner = tiny_runner(tiny_model(fields))
+    # a layer without an indexer has no indexer cache
+    assert [cache is None for cache in runner.caches[1::2]] == [False, True, True, False, True]
+    first, second, third, fourth, fifth = selections(runner, monkeypatch)
+    assert first == second == third != fourth == fifth
+
+
+def test_every_full_layer_selects_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, three = selections(tiny_runner(tiny_model(V32)), monkeypatch)
+    assert one != two != three != one
+    for layer in (one, two, three):
+        # tokens with more than 12 keys name 12 of them, one with fewer names all
+        assert all(len(set(row)) == 12 for row in layer[12:])
+        assert layer[4][5:] == [-1] * 7
+
+
+def test_bfloat16_caches_hold_rounded_float32(model: Any) -> None:
+    exact, rounded = tiny_runner(model), tiny_runner(model, "bfloat16")
+    rows = [(0, PROMPT, 0, True)]
+    wanted, found = run_rows(exact, rows), run_rows(rounded, rows)
+    # nothing was read from a cache before layer 0 wrote its own
+    for one, other in zip(exact.caches[:2], rounded.caches[:2], strict=True):
+        bits = np.from_dlpack(other).view(np.uint16).astype(np.uint32) << 16
+        np.testing.assert_array_equal(bits.view(np.float32), ref_array(one.numpy()))
+    assert not np.array_equal(found, wanted)
+    cosine = (found * wanted).sum() / np.linalg.norm(found) / np.linalg.norm(wanted)
+    assert cosine > 0.99
+
+
+def test_a_prompt_s_end_sees_its_beginning(model: Any) -> None:
+    """Another first token changes the logits of the last, chunked or not."""
+    for chunks in ([45], [15, 15, 15], [44, 1]):
+        ends = []
+        for first in (3, 4):
+            runner, done = tiny_runner(model), 0
+            prompt = [first] * 14 + PROMPT[14:]
+            for n in chunks:
+                logits = run_rows(runner, [(0, prompt[done : done + n], done, True)])
+                done += n
+            ends.append(logits[-1].copy())
+        assert np.abs(ends[0] - ends[1]).max() > 1e-3

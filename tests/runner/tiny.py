@@ -1,0 +1,74 @@
+"""Tiny models with random weights in memory, and runners for them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.expected_tensors import expected_tensors
+from fd_dsa.models.registry import create_model
+from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner.model_runner import cache_layout
+from tests.models.folders import TINY, TINY_GLM
+
+BLOCK_SIZE, BLOCKS_PER_ROW, MAX_ROWS, MAX_TOKENS = 16, 4, 5, 160
+
+# 16 heads: with few, exact zeros tie and rounding elsewhere decides
+V32 = TINY | {"index_n_heads": 16, "index_topk": 12, "kv_lora_rank": 16}
+GLM = TINY_GLM | {"index_n_heads": 16, "index_topk": 12, "attention_bias": False}
+
+
+def random_tensors(config: ModelConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """Checkpoint tensors whose scale keeps activations near 1."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, expected in expected_tensors(config).items():
+        draw = rng.standard_normal(expected.shape).astype(np.float32)
+        if "norm" in name and not name.endswith("bias"):
+            tensors[name] = 1 + np.float32(0.2) * draw
+        elif len(expected.shape) == 1:
+            tensors[name] = np.float32(0.1) * draw
+        else:
+            tensors[name] = draw / np.float32(math.sqrt(expected.shape[1]))
+    return tensors
+
+
+def tiny_model(fields: dict[str, Any], seed: int = 0) -> Any:
+    """A model of these config.json fields with random weights."""
+    config = ModelConfig.from_dict(fields)
+    model = create_model(config)
+    loaders = model.weight_loaders()
+    for name, array in random_tensors(config, seed).items():
+        if name in loaders:
+            loaders[name](array)
+    return model
+
+
+def tiny_runner(model: Any, kv_cache_dtype: str = "float32", poison: bool = False) -> ModelRunner:
+    """A runner whose rows own shuffled blocks, block 0 the first of row 0.
+
+    `poison` fills the caches with NaN.
+    """
+    batch = InputBatch(MAX_ROWS, MAX_TOKENS, BLOCKS_PER_ROW, BLOCK_SIZE)
+    num_blocks = MAX_ROWS * BLOCKS_PER_ROW + 1
+    layout = cache_layout(model.config, kv_cache_dtype, BLOCK_SIZE)
+    runner = ModelRunner(model, batch, layout, num_blocks)
+    blocks = [0, *(np.random.default_rng(0).permutation(num_blocks - 1) + 1)]
+    for row in range(MAX_ROWS):
+        batch.set_blocks(row, blocks[row::MAX_ROWS][:BLOCKS_PER_ROW])
+    if poison:
+        for cache in runner.caches:
+            if cache is not None:
+                np.from_dlpack(cache)[...] = np.nan if kv_cache_dtype == "float32" else 0x7FC1
+    return runner
+
+
+def run_rows(runner: ModelRunner, rows: list[tuple[int, list[int], int, bool]]) -> np.ndarray:
+    """Logits of every token of a step of `(row, token ids, tokens in the cache, is prefill)`."""
+    runner.input_batch.begin_step()
+    for row in rows:
+        runner.input_batch.add_row(*row)
+    return runner.execute_model(np.arange(runner.input_batch.num_tokens))
