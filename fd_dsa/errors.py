@@ -43,5 +43,5 @@ class MissingStepError(FdDsaError, RuntimeError):
     """A field of the step's metadata is read before the call that makes it."""
 
 
-class BackendUnavailable(FdDsaError, ImportError):  # noqa: N818 - the name says what, not "error"
+class BackendUnavailable(FdDsaError, ImportError):
     """A device, provider or package that was asked for cannot serve on this machine."""

@@ -37,6 +37,7 @@ class AsyncEngine:
         self.errored: BaseException | None = None
         self.tokenizer: Tokenizer = engine.tokenizer
         self.max_model_len = engine.max_model_len
+        self.sampling_defaults = engine.sampling_defaults
         self._engine = engine
         self._thread = threading.Thread(target=self._run, name="fd_dsa-engine", daemon=True)
         self._wake = threading.Condition()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,6 +79,8 @@ class LLMEngine:
         max_num_batched_tokens: tokens of a step.
         eos_token_ids: tokens that end an output.
         seed: of requests that bring none.
+        sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
+            them out; the engine itself does not apply them.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class LLMEngine:
         max_num_batched_tokens: int,
         eos_token_ids: Iterable[int],
         seed: int = 0,
+        sampling_defaults: Mapping[str, float | int] | None = None,
     ) -> None:
         """Start without requests."""
         for name, value in {
@@ -107,6 +110,7 @@ class LLMEngine:
         # made now, not in the first request's step
         _ = tokenizer.text_token_bytes
         self.max_model_len = max_model_len
+        self.sampling_defaults: dict[str, Any] = dict(sampling_defaults or {})
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self._batch: StepRows = runner.input_batch

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from fd_dsa.config import EngineConfig, prepare_cpu_runtime, set_cpu_threads
 from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.errors import BackendUnavailable
+from fd_dsa.errors import BackendUnavailable, ConfigError
+
+if TYPE_CHECKING:
+    from fd_dsa.attention import CacheLayout
+    from fd_dsa.models.config import ModelConfig
+    from fd_dsa.models.memory_plan import MemoryPlan
 
 logger = logging.getLogger(__name__)
-
-
-def check_paddle() -> None:
-    """Refuse to start without Paddle.
-
-    Raises:
-        BackendUnavailable: says which extra to install.
-    """
-    if find_spec("paddle") is None:
-        raise BackendUnavailable(
-            "paddle is not installed; for a CPU run: pip install 'fd_dsa[cpu]' "
-            "(for a GPU install paddlepaddle-gpu from Paddle's own package index)"
-        )
 
 
 def build_engine(config: EngineConfig) -> LLMEngine:
@@ -36,45 +30,24 @@ def build_engine(config: EngineConfig) -> LLMEngine:
         ConfigError: a flag, the folder, its checkpoint or the memory; says which and what to do.
         BackendUnavailable: Paddle is missing.
     """
-    check_paddle()
+    _check_paddle()
     prepare_cpu_runtime()
     # these import paddle, which reads its settings from the environment when it is imported
-    from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.config import ModelConfig
-    from fd_dsa.models.loader import load_weights, validate
-    from fd_dsa.models.memory_plan import plan_memory, weight_bytes
-    from fd_dsa.models.progress import LoadProgress
-    from fd_dsa.models.registry import create_model
     from fd_dsa.runner.input_batch import InputBatch
     from fd_dsa.runner.model_runner import ModelRunner, cache_layout
 
     threads = set_cpu_threads()
-    folder = config.model_path
-    model_config = ModelConfig.from_folder(folder)
+    model_config = ModelConfig.from_folder(config.model_path)
+    defaults = sampling_defaults(config, model_config)
     max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)
     layout = cache_layout(model_config, config.cache_dtype, config.block_size)
-    tokenizer = Tokenizer.from_folder(folder)
-    with Checkpoint.open(folder) as checkpoint:
-        validate(checkpoint, model_config)
-        plan = plan_memory(
-            config,
-            weight_bytes=weight_bytes(model_config),
-            bytes_per_block=layout.bytes_per_block(
-                model_config.num_hidden_layers, model_config.num_indexer_layers
-            ),
-            max_model_len=max_model_len,
-        )
-        logger.info(
-            "%s on the CPU, %d threads; %s", model_config.model_type, threads, plan.summary()
-        )
-        model = create_model(model_config)
-        with LoadProgress() as progress:
-            load_weights(checkpoint, model_config, model.weight_loaders(), progress)
+    tokenizer = Tokenizer.from_folder(config.model_path)
+    logger.info("%s on the CPU, %d threads", model_config.model_type, threads)
+    model, plan = _load_model(config, model_config, layout, max_model_len)
+    max_blocks_per_seq = -(-max_model_len // config.block_size)
     input_batch = InputBatch(
-        config.max_num_seqs,
-        config.num_batched_tokens,
-        -(-max_model_len // config.block_size),
-        config.block_size,
+        config.max_num_seqs, config.num_batched_tokens, max_blocks_per_seq, config.block_size
     )
     return LLMEngine(
         ModelRunner(model, input_batch, layout, plan.num_blocks),
@@ -86,4 +59,60 @@ def build_engine(config: EngineConfig) -> LLMEngine:
         max_num_batched_tokens=config.num_batched_tokens,
         eos_token_ids=model_config.eos_token_ids,
         seed=config.seed,
+        sampling_defaults=defaults,
     )
+
+
+def _check_paddle() -> None:
+    """Refuse to start without Paddle, in one line that says what to install."""
+    if find_spec("paddle") is None:
+        raise BackendUnavailable(
+            "paddle is not installed; for a CPU run: pip install 'fd_dsa[cpu]' "
+            "(for a GPU install paddlepaddle-gpu from Paddle's own package index)"
+        )
+
+
+def _load_model(
+    config: EngineConfig, model_config: ModelConfig, layout: CacheLayout, max_model_len: int
+) -> tuple[Any, MemoryPlan]:
+    """The model with its weights, and how the memory is shared out."""
+    from fd_dsa.models.checkpoint import Checkpoint
+    from fd_dsa.models.loader import load_weights, validate
+    from fd_dsa.models.memory_plan import plan_memory, weight_bytes
+    from fd_dsa.models.progress import LoadProgress
+    from fd_dsa.models.registry import create_model
+
+    bytes_per_block = layout.bytes_per_block(
+        model_config.num_hidden_layers, model_config.num_indexer_layers
+    )
+    with Checkpoint.open(config.model_path) as checkpoint:
+        validate(checkpoint, model_config)
+        plan = plan_memory(
+            config,
+            weight_bytes=weight_bytes(model_config),
+            bytes_per_block=bytes_per_block,
+            max_model_len=max_model_len,
+        )
+        logger.info("%s", plan.summary())
+        model = create_model(model_config)
+        with LoadProgress() as progress:
+            load_weights(checkpoint, model_config, model.weight_loaders(), progress)
+    return model, plan
+
+
+def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[str, Any]:
+    """What generation_config.json proposes for parameters that a request leaves out.
+
+    Raises:
+        ConfigError: a proposal that no request could make; names the file.
+    """
+    names = ("temperature", "top_p", "top_k")
+    proposed = {name: getattr(model_config.generation, name) for name in names}
+    defaults = {name: value for name, value in proposed.items() if value is not None}
+    try:
+        SamplingParams(**defaults)
+    except ValueError as error:
+        raise ConfigError(f"{config.model_path / 'generation_config.json'}: {error}") from error
+    if defaults:
+        logger.info("sampling defaults of generation_config.json: %s", defaults)
+    return defaults

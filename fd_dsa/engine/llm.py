@@ -74,7 +74,8 @@ class LLM:
 
         Args:
             prompts: a text, token ids, or a list of either.
-            sampling_params: one for all, or one for each prompt; None = `SamplingParams()`.
+            sampling_params: one for all, or one for each prompt; None = `SamplingParams()` with
+                what the model's generation_config.json proposes.
             stream: yield outputs as they come instead. `request_id` is "CALL-INDEX" with the
                 index of the prompt; closing the iterator aborts what still runs.
 
@@ -87,7 +88,8 @@ class LLM:
         """
         engine = self._open_engine()
         token_ids = [_encode(engine.tokenizer, prompt) for prompt in _as_list(prompts)]
-        params = _params_for(len(token_ids), sampling_params, SamplingParams())
+        default = SamplingParams(**engine.sampling_defaults)
+        params = _params_for(len(token_ids), sampling_params, default)
         return self._run(token_ids, params, stream)
 
     @overload
@@ -117,19 +119,19 @@ class LLM:
 
         Args:
             messages: a list of {"role", "content"}, or a list of such lists.
-            sampling_params: as in `generate`; None = default sampling until the model ends or
-                the context is full.
+            sampling_params: as in `generate`; None = the default, until the model ends or the
+                context is full.
             stream: as in `generate`.
 
         Raises:
             ValueError: as in `generate`; or the folder has no chat template, or it refuses.
         """
-        tokenizer = self._open_engine().tokenizer
+        engine = self._open_engine()
         conversations: list[Any] = list(messages)
         if conversations and isinstance(conversations[0], dict):
             conversations = [conversations]
-        token_ids = [tokenizer.apply_chat_template(entry) for entry in conversations]
-        default = SamplingParams(max_tokens=None)
+        token_ids = [engine.tokenizer.apply_chat_template(entry) for entry in conversations]
+        default = SamplingParams(**engine.sampling_defaults, max_tokens=None)
         return self._run(token_ids, _params_for(len(token_ids), sampling_params, default), stream)
 
     def stats(self) -> EngineStats:

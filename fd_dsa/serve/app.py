@@ -7,7 +7,7 @@ import contextlib
 import logging
 import string
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
@@ -34,7 +34,6 @@ router = APIRouter()
 def create_app(
     engine: AsyncEngine,
     served_model_names: Sequence[str],
-    sampling_defaults: Mapping[str, float | int] | None = None,
 ) -> FastAPI:
     """The application that serves `engine` under these names.
 
@@ -43,8 +42,6 @@ def create_app(
     Args:
         engine: not started yet.
         served_model_names: names for the `model` field of requests; at least one.
-        sampling_defaults: values of sampling parameters that a request leaves out, where they
-            differ from those of `SamplingParams`.
     """
 
     @contextlib.asynccontextmanager
@@ -62,7 +59,7 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.server = ServerState(engine, served_model_names, sampling_defaults or {})
+    app.state.server = ServerState(engine, served_model_names)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     app.include_router(router)

@@ -75,7 +75,9 @@ def _make_job(state: ServerState, body: ChatCompletionRequest, completion_id: st
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
     max_tokens = resolve_max_tokens(state, len(prompt), asked, param=param)
-    return Job(completion_id, prompt, body.sampling_params(max_tokens, state.sampling_defaults))
+    return Job(
+        completion_id, prompt, body.sampling_params(max_tokens, state.engine.sampling_defaults)
+    )
 
 
 async def _chunks(

@@ -103,7 +103,6 @@ def _serve(args: argparse.Namespace) -> int:
         from fd_dsa.engine.factory import build_engine
 
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
-        defaults = _sampling_defaults(config)
         engine = AsyncEngine(build_engine(config))
         name = config.served_model_name[0]
 
@@ -122,7 +121,6 @@ def _serve(args: argparse.Namespace) -> int:
             engine,
             config.served_model_name,
             sock,
-            sampling_defaults=defaults,
             shutdown_timeout_s=args.shutdown_timeout,
             on_ready=on_ready,
         )
@@ -133,26 +131,3 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
     given: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in _SERVER_FLAGS}
     given["served_model_name"] = tuple(given.get("served_model_name", ()))
     return EngineConfig(**given)
-
-
-def _sampling_defaults(config: EngineConfig) -> dict[str, float | int]:
-    """What generation_config.json proposes for sampling parameters that a request leaves out.
-
-    Raises:
-        ConfigError: a proposal that no request could make.
-    """
-    from fd_dsa.engine.sampling_params import SamplingParams
-    from fd_dsa.models.config import ModelConfig
-
-    generation = ModelConfig.from_folder(config.model_path).generation
-    names = ("temperature", "top_p", "top_k")
-    values = {name: getattr(generation, name) for name in names}
-    defaults = {name: value for name, value in values.items() if value is not None}
-    try:
-        SamplingParams(**defaults)
-    except ValueError as error:
-        path = config.model_path / "generation_config.json"
-        raise ConfigError(f"{path}: {error}") from error
-    if defaults:
-        logger.info("sampling defaults of generation_config.json: %s", defaults)
-    return defaults

@@ -69,7 +69,7 @@ def _make_jobs(state: ServerState, body: CompletionRequest, completion_id: str) 
             Job(
                 f"{completion_id}-{index}",
                 prompt,
-                body.sampling_params(max_tokens, state.sampling_defaults),
+                body.sampling_params(max_tokens, state.engine.sampling_defaults),
             )
         )
     return jobs

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -109,7 +109,6 @@ def run_server(
     served_model_names: Sequence[str],
     sock: socket.socket,
     *,
-    sampling_defaults: Mapping[str, float | int] | None = None,
     shutdown_timeout_s: float,
     on_ready: Callable[[], None],
 ) -> int:
@@ -121,7 +120,6 @@ def run_server(
         engine: not started yet.
         served_model_names: names for the `model` field of requests.
         sock: bound, not listening; closed at the end.
-        sampling_defaults: see `create_app`.
         shutdown_timeout_s: longest wait for running requests after the first signal.
         on_ready: called once, when requests are served.
 
@@ -136,7 +134,7 @@ def run_server(
     except OSError as error:
         host, port = sock.getsockname()[:2]
         raise _bind_error(host, port, error) from error
-    app = create_app(engine, served_model_names, sampling_defaults)
+    app = create_app(engine, served_model_names)
     config = uvicorn.Config(
         app,
         log_config=None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
@@ -24,17 +24,14 @@ class ServerState:
     Args:
         engine: the engine that generates; started and stopped by the application's lifespan.
         served_model_names: at least one; responses carry the name that the request used.
-        sampling_defaults: values of sampling parameters that a request leaves out.
     """
 
     def __init__(
         self,
         engine: AsyncEngine,
         served_model_names: Sequence[str],
-        sampling_defaults: Mapping[str, float | int],
     ) -> None:
         self.engine = engine
-        self.sampling_defaults = dict(sampling_defaults)
         self.served_model_names = tuple(served_model_names)
         self.created = int(time.time())
         self.draining = False

@@ -44,6 +44,7 @@ class FakeEngine:
     def __init__(self, *, max_model_len: int = 256, step_s: float = 0.0, chat: bool = True) -> None:
         self.tokenizer = FakeTokenizer(chat)
         self.max_model_len = max_model_len
+        self.sampling_defaults: dict[str, float] = {}
         self.step_s = step_s
         self.is_running = False
         self.errored: BaseException | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ import httpx
 import pytest
 
 from fd_dsa import __version__
-from fd_dsa.config import EngineConfig, demo_model_path
+from fd_dsa.config import EngineConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 # runs the command with an engine factory whose body is put in place of {body}
@@ -221,31 +220,6 @@ def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
         # one access line per request, none of uvicorn's own lines
         assert log.count("GET /v1/models") == 1
         assert "Uvicorn" not in log
-
-
-def folder_with_generation_config(folder: Path, **fields: object) -> str:
-    """A model folder whose generation_config.json has these fields."""
-    folder.mkdir()
-    shutil.copy(demo_model_path() / "config.json", folder)
-    (folder / "generation_config.json").write_text(json.dumps(fields))
-    return str(folder)
-
-
-def test_sampling_defaults_come_from_the_model_folder(tmp_path: Path) -> None:
-    folder = folder_with_generation_config(tmp_path / "model", temperature=0.6, top_p=0.95)
-    body = "return FakeEngine()"
-    with started(tmp_path, folder, "--port", "0", body=body) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.terminate()
-        _, log = process.communicate(timeout=10)
-    assert "{'temperature': 0.6, 'top_p': 0.95}" in log
-
-
-def test_sampling_defaults_which_no_request_could_have(tmp_path: Path) -> None:
-    folder = folder_with_generation_config(tmp_path / "model", top_p=1.5)
-    line = error_line(run(tmp_path, folder, "--port", "0", body="return FakeEngine()"))
-    assert line.startswith(f"{folder}/generation_config.json: top_p")
 
 
 def test_two_starts_on_one_port_leave_one_server(tmp_path: Path) -> None:

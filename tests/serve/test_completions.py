@@ -103,7 +103,9 @@ def test_sampling_parameters_reach_the_engine(live: Live) -> None:
 
 
 def test_defaults_of_the_model_folder_fill_what_a_request_leaves_out() -> None:
-    with running(FakeEngine(), sampling_defaults={"temperature": 0.0, "top_k": 5}) as live:
+    engine = FakeEngine()
+    engine.sampling_defaults = {"temperature": 0.0, "top_k": 5}
+    with running(engine) as live:
         live.client.completions.create(model="demo", prompt="a")
         live.client.completions.create(model="demo", prompt="a", temperature=0.5)
         first, second = (params for _, params in live.engine.requests.values())
