@@ -45,17 +45,17 @@ def budgets(monkeypatch: pytest.MonkeyPatch, **values: int) -> None:
 @pytest.mark.parametrize(
     "values",
     [
-        {"_TILE_VALUES": 1},
-        {"_TILE_VALUES": 3 * 27 * 4},
-        {"_TILE_VALUES": 2500},
-        {"_DENSE_RATIO": 0, "_DENSE_KEYS": 0},
-        {"_DENSE_RATIO": 0, "_DENSE_KEYS": 40},
-        {"_DENSE_RATIO": 0, "_DENSE_KEYS": 75, "_TILE_VALUES": 900},
-        {"_DENSE_RATIO": 4, "_DENSE_KEYS": 0},
+        {"_SCORE_TILE_VALUES": 1, "_TILE_VALUES": 1},
+        {"_SCORE_TILE_VALUES": 3 * 27 * 4},
+        {"_SCORE_TILE_VALUES": 2500, "_TILE_VALUES": 900},
+        {"_GATHER_COST": 0, "_DENSE_KEYS": 0},
+        {"_GATHER_COST": 0, "_DENSE_KEYS": 40},
+        {"_GATHER_COST": 0, "_DENSE_KEYS": 75, "_TILE_VALUES": 900},
+        {"_GATHER_COST": 6, "_DENSE_KEYS": 0},
         {"_UNIT_KEYS": 1},
         {"_UNIT_KEYS": 32},
         {"_TILE_BYTES": 1},
-        {"_TILE_BYTES": 700, "_UNIT_KEYS": 1, "_DENSE_KEYS": 0, "_DENSE_RATIO": 0},
+        {"_TILE_BYTES": 700, "_UNIT_KEYS": 1, "_GATHER_COST": 0, "_DENSE_KEYS": 0},
     ],
     ids=lambda values: " ".join(f"{k[1:].lower()}={v}" for k, v in values.items()),
 )
@@ -90,7 +90,7 @@ def spans(tiles: Any) -> list[tuple[int, int]]:
 
 def test_tiles_cover_what_needs_scores_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for budget in (1, 300, 2000, 1 << 20):
-        budgets(monkeypatch, _TILE_VALUES=budget)
+        budgets(monkeypatch, _SCORE_TILE_VALUES=budget)
         plan = plan_of(ROWS, 8, 3, 2)
         covered = [t for start, end in spans(plan.score_tiles) for t in range(start, end)]
         flat = [(new, cached + j) for new, cached, n in ROWS for j in range(n)]
@@ -130,7 +130,7 @@ def test_units_of_a_large_block_hold_one_block() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_budgets_as_shipped(dtype: str) -> None:
-    """Score matrices past 32 MiB, rows past the dense limit, gathers past 24 MiB."""
+    """Score matrices past their budget, rows past the dense limit, gathers past one tile."""
     rows = [(600, 300, 600), (3, 850, 3), (200, 600, 200), (0, 2000, 2), (700, 0, 700)]
     batch = make_batch(rows, 64)
     world = world_of(batch, Sizes(300, 64, dtype, index_heads=16))

@@ -126,7 +126,7 @@ def test_scratch_that_a_larger_step_filled() -> None:
 
 
 def test_more_units_than_one_tile_holds() -> None:
-    # 32 MiB of keys are 65,536 of 128 values
+    # 69,001 keys of 128 values are 35 MB, more than a tile gathers at once
     lengths = [30_000, 1, 30_000, 9_000]
     case = PagedCase(lengths, 1, 64, np.int16, dim=128)
     found = case.run()

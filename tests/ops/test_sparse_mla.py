@@ -97,7 +97,7 @@ def test_scores_of_any_size_stay_finite() -> None:
 
 
 def test_more_tokens_than_one_tile_gathers() -> None:
-    # 24 MiB of gathered latents: 8 values of 2,048 keys of 400 tokens are 26 million bytes
+    # 8 values of 2,048 keys of 400 tokens are 26 million bytes, several budgets of a gather
     rng = np.random.default_rng(5)
     latents, q = Latents(np.arange(3000), 3000, "float32"), queries(400, heads=2)
     indices = np.stack([rng.permutation(3000)[:2048] for _ in range(400)]).astype(np.int32)
