@@ -190,3 +190,25 @@ def test_a_prompt_s_end_sees_its_beginning(model: Any) -> None:
                 done += n
             ends.append(logits[-1].copy())
         assert np.abs(ends[0] - ends[1]).max() > 1e-3
+
+
+def test_a_row_of_nan_spoils_no_other_row() -> None:
+    """A token whose embedding is NaN: its row is NaN, all others are as without it."""
+    rows = [(0, PROMPT[:20], 0, True), (1, PROMPT[20:40], 0, True), (3, PROMPT[:9], 0, True)]
+    model = tiny_model(V32)
+    wanted = run_rows(tiny_runner(model), rows).copy()
+    embedding = model.embed_tokens.numpy()
+    bad = next(token for token in range(2, 50) if token not in PROMPT)
+    embedding[bad] = np.nan
+    model.embed_tokens.set_value(embedding)
+    runner = tiny_runner(model)
+    rows[1] = (1, [*PROMPT[20:25], bad, *PROMPT[26:40]], 0, True)
+    found = run_rows(runner, rows)
+    others = [t for t in range(49) if not 25 <= t < 40]
+    assert_same(found[others], wanted[others])
+    assert np.isnan(found[25:40]).all()
+    # and in the decode step after it, although the caches hold NaN
+    ids = [(0, [5], 20, False), (1, [5], 20, False), (3, [5], 9, False)]
+    after = run_rows(runner, ids)
+    assert np.isfinite(after[[0, 2]]).all()
+    assert np.isnan(after[1]).all()
