@@ -70,11 +70,20 @@ def test_a_step_without_tokens(padding: int) -> None:
 
 
 def test_steps_of_different_sizes_share_the_buffers() -> None:
-    batch = make_batch(EVERY_KIND, 16)
+    num_tokens = sum(new for _, _, new in EVERY_KIND)
+    batch = make_batch(EVERY_KIND, 16, num_padded_tokens=num_tokens + 5)
     world, rows = world_of(batch, Sizes()), rows_of(batch)
     decode = [(0, max(cached + new - 1, 0), min(new, 1)) for _, cached, new in rows]
-    for step in (rows, decode, rows[:4], decode, [(0, 0, 0)] * 3 + rows[3:4], rows):
-        world.check(step, world.run(step))
+    idle = [(0, 0, 0)] * 3 + rows[3:4]
+    for step, padding in (
+        (rows, 0),
+        (decode, 20),
+        (rows[:4], 3),
+        (decode, 0),
+        (idle, 9),
+        (rows, 5),
+    ):
+        world.check(step, world.run(step, padding), padding)
 
 
 def test_rejected_drafts_are_not_seen() -> None:

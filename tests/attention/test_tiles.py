@@ -101,6 +101,21 @@ def test_tiles_cover_what_needs_scores_once(monkeypatch: pytest.MonkeyPatch) -> 
             assert matrix <= budget or tile.tokens.stop - tile.tokens.start == 1
 
 
+@pytest.mark.parametrize("limit", [1, 20, 30, 45, 60, 1000])
+def test_dense_tiles_keep_to_short_lists_of_keys(
+    monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    budgets(monkeypatch, _DENSE_KEYS=limit, _GATHER_COST=0)
+    # with a selection of one key, the limit alone decides
+    plan = plan_of(ROWS, 1, 3, 2)
+    assert all(len(tile.key_slots) <= limit for tile in plan.dense_tiles)
+    covered = [t for start, end in spans(plan.dense_tiles) for t in range(start, end)]
+    flat = [(new, cached + n) for new, cached, n in ROWS for _ in range(n)]
+    wanted = [t for t, (new, length) in enumerate(flat) if new and length <= limit]
+    assert covered == wanted
+    assert plan.gathered_tokens.tolist() == sorted(set(range(len(flat))) - set(wanted))
+
+
 def test_a_tile_spans_neighbouring_rows() -> None:
     plan = plan_of(ROWS, 8, 3, 2)
     # rows 0 and 1, then row 2 past its first 8 tokens, then rows 4 to 7 without the idle one

@@ -60,3 +60,18 @@ def test_masked(poison: float) -> None:
     seen = [[7, 9, 2], [7, 9, 2], [7, 9], [7, 9, 2]]
     wanted = [ref_attend(q[t], latents, c, SCALE, RANK) for t, c in enumerate(seen)]
     np.testing.assert_allclose(found, np.array(wanted), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS)
+def test_a_token_that_selects_it_is_not_finite(poison: float) -> None:
+    q, latents = inputs(poison, 3)
+    # scores of +inf, -inf and NaN
+    q[0], q[1] = 1.0, -1.0
+    slots = np.array([7, 3, 9])
+    sizes = {"softmax_scale": SCALE, "kv_lora_rank": RANK}
+    indices = np.tile(slots.astype(np.int32), (4, 1))
+    gathered = sparse_mla(paddle.to_tensor(q), latents, indices, **sizes)
+    mask = np.zeros((4, 3), np.float32)
+    masked = masked_mla(paddle.to_tensor(q), latents, slots, mask, **sizes)
+    for found in (gathered, masked):
+        assert not np.isfinite(found).any()
