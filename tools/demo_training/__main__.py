@@ -24,9 +24,12 @@ def _tokenizer(folder: str):
 
 
 def _sources(folder: str):
-    from demo_training.sources import Sources
+    from demo_training.sources import Sources, changed_files
 
-    return Sources.load(folder)
+    sources = Sources.load(folder)
+    for name in changed_files(folder):
+        print(f"--data: {name} is not the recorded version; results will differ", file=sys.stderr)
+    return sources
 
 
 def tokenizer(args: argparse.Namespace) -> None:

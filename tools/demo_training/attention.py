@@ -1,8 +1,8 @@
 """MLA and the lightning indexer as plain functions of tensors and one layer's weights.
 
-Each function is compiled once and serves all layers. N = tokens of the batch (rows x length), B rows, T length, H heads,
-Hi indexer heads. Layouts: MLA rope rotates neighbouring pairs, the indexer rotates halves, and the indexer's rope part is
-the first 64 of its 128 dimensions.
+Each function is compiled once and serves all layers. N = tokens of the batch (rows x length), B
+rows, T length, H heads, Hi indexer heads. Layouts: MLA rope rotates neighbouring pairs, the
+indexer rotates halves, and the indexer's rope part is the first 64 of its 128 dimensions.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def index_scores(q, k, weights):
 def select(scores: torch.Tensor, topk: int) -> torch.Tensor:
     """Boolean [B, T, T]: the causal top-k set of each query; topk 0 keeps all.
 
-    By scatter of indices: a threshold would keep too many, since scores tie at exactly 0. Rows shorter than topk need the
-    causal mask once more.
+    By scatter of indices: a threshold would keep too many, since scores tie at exactly 0. Rows
+    shorter than topk need the causal mask once more.
     """
     length = scores.shape[-1]
     i = torch.arange(length, device=scores.device)

@@ -121,7 +121,7 @@ def split(folder: str | Path, target: str | Path) -> None:
 
 def join(parts: str | Path, folder: str | Path) -> None:
     """Writes model.safetensors into a folder from the parts of `split`."""
-    found = sorted(Path(parts).glob("model.part*"))
+    found = sorted(Path(parts).glob("model.part*"), key=lambda p: int(p.suffix[len(".part") :]))
     if not found:
         raise FileNotFoundError(f"join: no model.part* in {parts}; give the folder of the parts")
     blob = b"".join(part.read_bytes() for part in found)

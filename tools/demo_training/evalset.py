@@ -2,12 +2,14 @@
 
 One JSON object a line, by its field "kind":
   haystack   {id, text}
-  retrieval  {id, length, haystack, start, end, needles: [[offset, sentence]], intro, question, answer, value}
-             The prompt is made by `prompt_of`: haystack[start:end] with each sentence inserted at its offset (a
-             sentence start inside the piece), then the question. `length` is about its number of tokens.
+  retrieval  {id, length, haystack, start, end, needles: [[offset, sentence]], intro, question,
+  answer, value}
+             The prompt is made by `prompt_of`: haystack[start:end] with each sentence inserted at
+             its offset (a sentence start inside the piece), then the question. `length` is about
+             its number of tokens.
   chat       {id, group, messages, answer, checks: [[kind, argument]]}
-             `answer` is one right answer; a model is judged by `checks` (synth.checks.check). Group "sample" has no
-             checks: it is there to be read.
+             `answer` is one right answer; a model is judged by `checks` (synth.checks.check).
+             Group "sample" has no checks: it is there to be read.
 """
 
 from __future__ import annotations

@@ -8,21 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from .attention import rms_norm
-from .config import ASSISTANT, BOS, EOS, PAD, ROLE_TOKENS
+from .config import EOS, PAD
 from .model import DemoModel
+from .rows import conversation_ids
 from .synth import check
 
 BLOCK = 64  # rows are padded to multiples of this, so that few shapes occur
-
-
-def conversation_ids(tokenizer, messages: list[tuple[str, str]]) -> list[int]:
-    """Ids of a conversation with the generation prompt at its end."""
-    ids = [BOS]
-    for role, text in messages:
-        ids += [ROLE_TOKENS[role], *tokenizer.encode(text, add_special_tokens=False).ids]
-        if role == "assistant":
-            ids.append(EOS)
-    return [*ids, ASSISTANT]
 
 
 def _padded(length: int) -> int:
@@ -36,7 +27,12 @@ def _head(model: DemoModel, hidden: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def answers(
-    model: DemoModel, tokenizer, conversations, limit: int = 200, mode: str = "sparse", rows: int = 64
+    model: DemoModel,
+    tokenizer,
+    conversations,
+    limit: int = 200,
+    mode: str = "sparse",
+    rows: int = 64,
 ) -> list[str]:
     """Greedy answers of at most `limit` tokens to conversations [(role, text)].
 

@@ -1,4 +1,4 @@
-"""The DeepSeek-V3.2 architecture for training: no cache, whole rows, one dictionary of weights per layer."""
+"""The DeepSeek-V3.2 architecture for training: no cache, whole rows, a dict of weights a layer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def dense_block(x, o, p: Weights):
 def expert_block(x, o, p: Weights, bias, chosen: int, scale: float):
     """Output projection and MoE; also the load of each expert and the balance term.
 
-    All experts run as one wide MLP whose activation is scaled by the routing weight (0 where an expert is not chosen):
-    exact, and faster at this size than any gather.
+    All experts run as one wide MLP whose activation is scaled by the routing weight (0 where an
+    expert is not chosen): exact, and faster at this size than any gather.
     """
     x = x + F.linear(o, p["o"])
     m = rms_norm(x, p["ln2"])

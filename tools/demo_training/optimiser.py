@@ -12,7 +12,8 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 class Muon:
     """Momentum and an orthogonalised update, batched over the matrices of one shape.
 
-    Source: Keller Jordan et al., Muon (2024): Nesterov momentum, five Newton-Schulz steps in bfloat16.
+    Source: Keller Jordan et al., Muon (2024): Nesterov momentum, five Newton-Schulz steps in
+    bfloat16.
     """
 
     def __init__(self, params, rate: float = 0.02, momentum: float = 0.95, decay: float = 0.02):

@@ -1,4 +1,4 @@
-"""Measurements on an exported folder: parity with Hugging Face, what the indexer selects, all rates."""
+"""Measurements on an exported folder: parity with Hugging Face, selection, all rates."""
 
 from __future__ import annotations
 

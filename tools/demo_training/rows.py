@@ -1,6 +1,7 @@
 """Documents as rows of tokens: encoding, packing in worker processes, a pool of rows for training.
 
-A row is uint16 [length + 1]; bit 15 marks tokens that are trained on (answers and raw text, not requests).
+A row is uint16 [length + 1]; bit 15 marks tokens that are trained on (answers and raw text, not
+requests).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ SHORT, LONG = 1024, 4096
 def encode(tokenizer, document) -> list[int]:
     """Token ids of a document; bit 15 set where the token is trained on.
 
-    Segments are encoded one by one; the special tokens cut the text, so that the rendered chat template gives the same
-    ids.
+    Segments are encoded one by one; the special tokens cut the text, so that the rendered chat
+    template gives the same ids.
     """
     ids = [BOS]
     for role, text in document:
@@ -35,6 +36,16 @@ def encode(tokenizer, document) -> list[int]:
         else:
             ids += [ROLE_TOKENS[role], *tokens]
     return ids
+
+
+def conversation_ids(tokenizer, messages: list[tuple[str, str]]) -> list[int]:
+    """Ids of a conversation with the generation prompt at its end."""
+    ids = [BOS]
+    for role, text in messages:
+        ids += [ROLE_TOKENS[role], *tokenizer.encode(text, add_special_tokens=False).ids]
+        if role == "assistant":
+            ids.append(EOS)
+    return [*ids, ASSISTANT]
 
 
 def pack(draw: Callable[[], list[int]], length: int, count: int) -> np.ndarray:
@@ -86,7 +97,7 @@ def write_shards(data, tokenizer_folder, shards, seed: int, plan: list[str], row
 
 
 class Pool:
-    """Rows of one length; takes up new shards as they appear and reuses old ones when none is left."""
+    """Rows of one length; takes up new shards as they appear, reuses old ones when none is left."""
 
     def __init__(self, shards: str | Path, kind: str, device: str):
         self.shards, self.kind, self.device = Path(shards), kind, device

@@ -1,7 +1,7 @@
 """The text files which the data generator reads, with their origins and licences.
 
-They are not part of this repository. `Sources.load(folder)` reads them from a folder of yours and says which
-file is missing and where it comes from.
+They are not part of this repository. `Sources.load(folder)` reads them from a folder of yours and
+says which file is missing and where it comes from.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DataFile:
 DATA_FILES = (
     DataFile(
         "gsm8k_train.jsonl",
-        "github.com/openai/grade-school-math, grade_school_math/data/train.jsonl (train split only)",
+        "github.com/openai/grade-school-math, grade_school_math/data/train.jsonl (train split)",
         "MIT",
         "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     ),
@@ -105,7 +105,7 @@ class Sources:
         if missing:
             lines = [f"  {f.name}: {f.origin} ({f.licence})" for f in missing]
             raise FileNotFoundError(
-                f"--data: {folder} lacks {len(missing)} of {len(DATA_FILES)} text files; put there\n"
+                f"--data: {folder} lacks {len(missing)} of {len(DATA_FILES)} files; put there\n"
                 + "\n".join(lines)
             )
         gsm, ins, seed, tales, play = (

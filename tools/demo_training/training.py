@@ -1,7 +1,8 @@
 """Training on one GPU in four phases whose lengths are shares of the time.
 
-A dense attention on rows of 1024; B dense on 4096; C1 dense attention and the KL that trains the indexer; C2 sparse
-attention (top-k set) and the KL on the selected set. The language loss trains the model, the KL alone the indexer.
+A dense attention on rows of 1024; B dense on 4096; C1 dense attention and the KL that trains the
+indexer; C2 sparse attention (top-k set) and the KL on the selected set. The language loss trains
+the model, the KL alone the indexer.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checkpoint
 from .config import MODEL
-from .evaluate import answers
 from .evalset import SAMPLES
+from .evaluate import answers
 from .model import DemoModel, token_loss
 from .optimiser import Optimiser
 from .rows import LONG, SHORT, Pool
@@ -142,7 +143,9 @@ class Trainer:
             phase, through = phase_at(share, s.phases)
             if phase != last_phase:
                 shards = "/".join(str(len(p.seen)) for p in pools.values())
-                self.log(f"phase {phase} at step {self.steps}, {tokens / 1e6:.1f} M, {shards} shards")
+                self.log(
+                    f"phase {phase} at step {self.steps}, {tokens / 1e6:.1f} M, {shards} shards"
+                )
                 last_phase = phase
             length, factor = rows_of(phase, self.steps, through), self.factor(share)
             seen = self.step(pools[length].batch(s.tokens // length), phase, factor)
@@ -180,7 +183,11 @@ class Trainer:
 
     def speeds(self, pools: dict[int, Pool]) -> None:
         """Logs the first (compiling) and the later step times of every phase and row length."""
-        for phase, length in (("A", SHORT), ("B", LONG), *((c, n) for c in ("C1", "C2") for n in pools)):
+        for phase, length in (
+            ("A", SHORT),
+            ("B", LONG),
+            *((c, n) for c in ("C1", "C2") for n in pools),
+        ):
             times = []
             for _ in range(7):
                 start = time.time()

@@ -1,7 +1,7 @@
 """The mixture of documents; `Generator` is what training, tokenizer and evaluation use.
 
-A document is a list of (role, text); roles: "raw", "system", "user", "assistant". The same seed and sources give
-the same documents.
+A document is a list of (role, text); roles: "raw", "system", "user", "assistant". The same seed
+and sources give the same documents.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SYSTEM_TEXTS = (
 
 
 def casual(p: Pieces, request: str) -> str:
-    """A short request as people type it: sometimes polite, in small letters, without an end mark."""
+    """A short request as people type it: at times polite, in small letters, without an end mark."""
     r = p.random.random()
     if r < 0.72 or len(request) > 120 or "\n" in request:
         return request

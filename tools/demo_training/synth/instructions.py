@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from . import layout_rules, word_rules
 from . import tables as t
 from .checks import CHOICES
-from .constraints import (
-    CASE_CHANGES,
-    FORMS,
-    WITH_ANY_CASE,
-    WITH_NO_COMMA,
-    Checks,
-    Draft,
-    whole_text,
-)
+from .draft import Checks, Draft
 from .pieces import Pieces, article
 from .prose import plain_request
 from .questions import fact
+from .word_rules import CASE_CHANGES, whole_text
 
 # longer lead-ins, as people write them
 LEADS = [
@@ -32,6 +27,34 @@ LEADS = [
     "My friend asked me for this and I want to surprise my friend. {q}",
     "Imagine that you are speaking to a group of young people. {q}",
 ]
+
+FORMS: tuple[Callable[[Pieces, Draft], None], ...] = (
+    layout_rules.bullets,
+    layout_rules.bullets,
+    word_rules.end_phrase,
+    word_rules.end_phrase,
+    layout_rules.json_format,
+    layout_rules.json_format,
+    layout_rules.title,
+    layout_rules.postscript,
+    layout_rules.placeholders,
+    layout_rules.highlight,
+    layout_rules.paragraphs,
+    layout_rules.first_word,
+    layout_rules.sections,
+    word_rules.keywords,
+    word_rules.keywords,
+    word_rules.frequency,
+    word_rules.forbidden,
+    layout_rules.two_answers,
+    word_rules.few_sentences,
+    word_rules.many_sentences,
+    word_rules.at_least,
+    word_rules.few_words,
+)
+# which may be followed by a rule on every letter, and by which
+WITH_ANY_CASE = {"bullets", "title", "paragraphs", "highlight", "two", "atleast", "fewsent"}
+WITH_NO_COMMA = {"ps", "sections", "keywords", "manysent", "fewwords", "frequency"}
 
 
 @dataclass(frozen=True)

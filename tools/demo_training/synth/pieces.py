@@ -82,7 +82,7 @@ class Pieces:
         return self.random.sample(list(options), min(count, len(options)))
 
     def ordered(self, options: Sequence[T], count: int) -> list[T]:
-        """Up to `count` of the options in their own order: a greedy reader then knows what is next."""
+        """Up to `count` options in their own order: greedy text then knows what is next."""
         chosen = self.random.sample(range(len(options)), min(count, len(options)))
         return [options[i] for i in sorted(chosen)]
 
@@ -95,7 +95,7 @@ class Pieces:
         return self.choice(t.NAMES)
 
     def partner(self, name: str) -> str:
-        """Another first name; mostly the same one for a name, so that greedy text keeps them apart."""
+        """Another first name; mostly the same for a name, so that greedy text keeps them apart."""
         i = t.NAMES.index(name) if name in t.NAMES else 0
         step = 7 if self.chance(0.6) else self.between(1, len(t.NAMES) - 1)
         return t.NAMES[(i + step) % len(t.NAMES)]

@@ -72,7 +72,7 @@ def fill(template: str, topic: Topic) -> str:
 
 
 def essay(p: Pieces, topic: Topic, count: int, opener: bool = True) -> list[str]:
-    """`count` different sentences on a topic: an opener, middles by kind of topic, a closer if long."""
+    """`count` different sentences on a topic: opener, middles by kind of topic, closer if long."""
     head = [p.choice(pt.OPENERS)] if opener and count > 1 and p.chance(0.6) else []
     tail = [p.choice(pt.CLOSERS)] if count > 2 and p.chance(0.7) else []
     own = pt.BY_KIND[topic.kind]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# plots: one list of wordings for each step; fields: n m names, x y beings, a b adjectives, p q places,
-# o object, w weather, f food
+# plots: one list of wordings for each step; fields: n m names, x y beings, a b adjectives,
+# p q places, o object, w weather, f food
 PLOTS = [
     [  # something is lost and found
         [
@@ -136,7 +136,8 @@ PLOTS = [
         ],
     ],
 ]
-# plots about somebody who wants something; fields as above, g = the goal, X = "the robot" or the name
+# plots about somebody who wants something; fields as above, g = the goal, X = "the robot" or the
+# name
 GOAL_PLOTS = [
     [
         [

@@ -108,7 +108,7 @@ def _ask(p: Pieces, text: list[str], question: str, answer: str) -> QA:
 
 
 def same_relation(p: Pieces) -> tuple[list[str], list[QA]]:
-    """Two to five statements of one relation about different people, and questions in random order."""
+    """Two to five statements of one relation about different people, and shuffled questions."""
     kind = p.choice(list(RELATIONS))
     relation, count = RELATIONS[kind], p.choice([2, 2, 3, 3, 4, 5])
     people = p.sample(t.NAMES, count)

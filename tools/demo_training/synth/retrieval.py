@@ -25,7 +25,7 @@ SECRETS = ("pass key", "passkey", "secret code", "password", "magic number")
 
 @dataclass(frozen=True)
 class Needle:
-    """A fact to hide: the sentence, a question for it, the whole answer, the value in the answer."""
+    """A fact to hide: the sentence, a question for it, the whole answer, the value in it."""
 
     sentence: str
     question: str
@@ -139,7 +139,7 @@ def needle(p: Pieces, everyday: float = 0.25) -> Needle:
 
 
 def haystack(p: Pieces, characters: int) -> list[str]:
-    """Sentences of about this many characters: repeated, a passage, stories or shuffled sentences."""
+    """Sentences of about this many characters: repeated, a passage, stories or a mixture."""
     r = p.random.random()
     if r < 0.25:
         text = p.choice(REPEATED)

@@ -133,7 +133,8 @@ thick:thin,high:low,long:short,near:far,easy:difficult,true:false,right:wrong,br
 young:old,wide:narrow,deep:shallow,heavy:light,first:last,win:lose,buy:sell,begin:end,love:hate
 laugh:cry,push:pull,give:take,cold:hot,small:big,sad:happy,slow:fast,good:bad,bad:good,inside:outside
 left:right,north:south,east:west,friend:enemy,answer:question,war:peace,summer:winter,always:never""")
-SYNONYMS = pairs("""big:large,small:little,happy:glad,sad:unhappy,fast:quick,smart:clever,begin:start
+SYNONYMS = pairs("""big:large,small:little,happy:glad,sad:unhappy,fast:quick,smart:clever
+begin:start
 end:finish,angry:mad,quiet:silent,pretty:beautiful,hard:difficult,easy:simple,rich:wealthy,old:ancient
 scared:afraid,tired:weary,gift:present,road:street,help:assist,look:watch,speak:talk,shut:close""")
 PLURALS = pairs("""child:children,mouse:mice,foot:feet,tooth:teeth,man:men,woman:women,goose:geese
@@ -175,7 +176,8 @@ OBJECTS = items("""red ball,golden key,old map,wooden boat,silver bell,blue kite
 warm coat,shiny stone,green hat,paper star,glass jar,brass clock,toy train,magic brush,soft blanket
 broken watch,tin box,long rope,yellow umbrella,white candle,black bag,round mirror,little drum""")
 COLOURS = items("red,blue,green,yellow,white,black,brown,pink,purple,grey,silver,golden")
-THINGS = items("""ball,kite,hat,coat,cup,book,bag,box,key,lamp,car,bike,pen,shirt,clock,bell,boat,chair
+THINGS = items("""ball,kite,hat,coat,cup,book,bag,box,key,lamp,car,bike,pen,shirt,clock,bell,boat
+chair
 umbrella,basket,scarf,watch,drum,ring,doll,phone,plate,ticket,candle,coin,stone,map""")
 ADJECTIVES = [
     "kind",
@@ -207,13 +209,15 @@ WEATHER = [
     "stormy",
     "bright",
 ]
-FOODS = items("""bread,soup,honey,apples,cheese,cake,rice,pancakes,berries,nuts,fish,porridge,noodles
+FOODS = items("""bread,soup,honey,apples,cheese,cake,rice,pancakes,berries,nuts,fish,porridge
+noodles
 pizza,salad,carrots,eggs,chocolate""")
 JOBS = items("""painter,teacher,baker,doctor,sailor,singer,dancer,cook,farmer,writer,pilot,king
 gardener,firefighter,musician,clown,astronaut,dentist,poet,detective""")
 BEINGS = items("""robot,boy,girl,farmer,king,queen,sailor,baker,dragon,wizard,ghost,princess,knight
 teacher,pirate,giant,witch,astronaut,snowman,fairy,doctor,child,old man,old woman""")
-GOALS = items("""learn to swim,learn to fly,see the sea,find a friend,climb the mountain,go to school
+GOALS = items("""learn to swim,learn to fly,see the sea,find a friend,climb the mountain
+go to school
 learn to read,see the moon,win the race,build a house,bake a cake,sing on a stage,find the treasure
 visit the city,help everyone,learn to dance,fly to the stars,plant a garden,travel the world,be free
 go home,catch a fish,write a book,play the piano,sail a boat,save the village""")
@@ -230,7 +234,8 @@ goodbye:auf Wiedersehen,sun:Sonne,milk:Milch,hello:hallo,please:bitte,school:Sch
 SPANISH = pairs("""good morning:buenos días,thank you:gracias,yes:sí,no:no,water:agua,bread:pan
 house:casa,cat:gato,dog:perro,book:libro,red:rojo,white:blanco,day:día,night:noche,friend:amigo
 goodbye:adiós,sun:sol,milk:leche,hello:hola,please:por favor,school:escuela""")
-TEXT_TYPES = items("""poem,song,riddle,review,resume,product description,advertisement,plan,itinerary
+TEXT_TYPES = items("""poem,song,riddle,review,resume,product description,advertisement,plan
+itinerary
 speech,summary,tweet,proposal,dialogue,report,joke,haiku,rap,limerick,press release,startup pitch
 critique,outline,lesson,diary entry,news article,invitation,toast""")
 SPARE_WORDS = [
@@ -255,11 +260,14 @@ SPARE_WORDS = [
     "road",
     "window",
 ]
-PLURAL_TOPICS = items("""trains,cats,dogs,birds,books,flowers,computers,cars,stars,trees,horses,friends
+PLURAL_TOPICS = items("""trains,cats,dogs,birds,books,flowers,computers,cars,stars,trees,horses
+friends
 robots,planes,games,songs,dreams,bees,mountains,rivers,holidays,children,pets,old houses,whales""")
 SINGLE_TOPICS = items("""music,football,love,friendship,school,food,happiness,time,space,art,coffee
 tea,chocolate,peace,kindness,family,sleep,work,science,history,the internet,my family,a good life
 artificial intelligence,climate change,healthy food,city life,a holiday,my birthday,honesty,sport
 hope,courage,reading,dancing,cooking,money,freedom,childhood""")
-NATURE = items("""the sea,the moon,the sun,the sky,the wind,rain,snow,autumn,spring,summer,winter,nature
-the night,the rainbow,the ocean,the weather,the desert,the forest,the rain,a river,the sunrise,fire""")
+NATURE = items("""the sea,the moon,the sun,the sky,the wind,rain,snow,autumn,spring,summer,winter
+nature
+the night,the rainbow,the ocean,the weather,the desert,the forest,the rain,a river,the sunrise
+fire""")

@@ -1,4 +1,4 @@
-"""Conversation: greetings, questions about the model, advice, problems, and honest "I do not know"."""
+"""Conversation: greetings, questions about the model, advice, problems, "I do not know"."""
 
 from __future__ import annotations
 
@@ -137,7 +137,12 @@ def names_chat(p: Pieces, middle: Document) -> Document:
     facts = [
         p.choice(
             [
-                ("My name is {n}.", "Nice to meet you, {n}.", "What is my name?", "Your name is {n}."),
+                (
+                    "My name is {n}.",
+                    "Nice to meet you, {n}.",
+                    "What is my name?",
+                    "Your name is {n}.",
+                ),
                 ("I am {n}.", "Hello {n}! How can I help you?", "Who am I?", "You are {n}."),
             ]
         ),

@@ -141,27 +141,30 @@ LOST = [
     "Ask the people around you if they have seen the {x}.",
     "If you do not find the {x}, ask at the lost and found office.",
 ]
-FEELINGS = {
-    "sad": "I am sorry to hear that you are sad. Do you want to talk about it? A walk or a talk with a "
-    "friend can help.",
-    "tired": "You should rest a little. A short nap and a glass of water can help when you are tired.",
-    "bored": "You could read a book, take a walk or listen to a story. Shall I tell you one?",
-    "angry": "I am sorry that you are angry. Take a deep breath and count to ten before you say anything.",
-    "lonely": "I am sorry that you feel lonely. You could call a friend or join a club. I am happy to chat "
-    "with you too.",
-    "hungry": "You could make yourself a sandwich, some soup or a bowl of noodles.",
-    "thirsty": "A glass of fresh water is the best thing when you are thirsty.",
-    "happy": "That is wonderful! I am glad that you are happy. What made your day so good?",
-    "ill": "I am sorry that you are ill. Rest, drink a lot of water, and see a doctor if it does not get "
-    "better.",
-    "nervous": "It is normal to be nervous. Breathe slowly, and think of something you do well.",
-    "scared": "I am sorry that you are scared. Talk to someone you trust, and remember that you are not "
-    "alone.",
-    "stressed": "Take a short break and do one thing at a time. A walk outside can help when you are "
-    "stressed.",
-    "excited": "That sounds great! What are you excited about?",
-    "cold": "Put on a warm coat and drink some hot tea.",
-}
+FEELINGS = pairs(
+    """sad:I am sorry to hear that you are sad. Do you want to talk about it? A walk or a talk \
+with a \
+friend can help.
+tired:You should rest a little. A short nap and a glass of water can help when you are tired.
+bored:You could read a book, take a walk or listen to a story. Shall I tell you one?
+angry:I am sorry that you are angry. Take a deep breath and count to ten before you say \
+anything.
+lonely:I am sorry that you feel lonely. You could call a friend or join a club. I am happy to \
+chat with you too.
+hungry:You could make yourself a sandwich, some soup or a bowl of noodles.
+thirsty:A glass of fresh water is the best thing when you are thirsty.
+happy:That is wonderful! I am glad that you are happy. What made your day so good?
+ill:I am sorry that you are ill. Rest, drink a lot of water, and see a doctor if it does not \
+get better.
+nervous:It is normal to be nervous. Breathe slowly, and think of something you do well.
+scared:I am sorry that you are scared. Talk to someone you trust, and remember that you are \
+not alone.
+stressed:Take a short break and do one thing at a time. A walk outside can help when you are \
+stressed.
+excited:That sounds great! What are you excited about?
+cold:Put on a warm coat and drink some hot tea.""",
+    "\n",
+)
 JOKES = [
     "Why did the student eat his homework? Because the teacher said it was a piece of cake.",
     "What do you call a bear with no teeth? A gummy bear.",
@@ -178,8 +181,8 @@ FUN_FACTS = [
 ]
 # stems | other wordings : answer
 PERSONA = pairs(
-    """Who are you?|Tell me about yourself.|Introduce yourself.:I am a small demo model with sparse \
-attention. I can chat a little, tell stories and find things in long texts.
+    """Who are you?|Tell me about yourself.|Introduce yourself.:I am a small demo model with \
+sparse attention. I can chat a little, tell stories and find things in long texts.
 What are you?|Are you an AI?|Are you a robot?|Are you a bot?:I am a tiny language model. I was \
 made to show \
 how sparse attention works.

@@ -1,0 +1,60 @@
+"""The shipped checkpoint folder: size, files, architecture, chat template, model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import jinja2
+import pytest
+from demo_training.config import CHAT_TEMPLATE, FIXED_FIELDS, MODEL, SPECIAL_TOKENS
+from demo_training.rows import conversation_ids
+from tokenizers import Tokenizer
+
+FOLDER = Path(__file__).resolve().parents[2] / "fd_dsa/demo_model"
+
+
+def fields(name: str) -> dict:
+    return json.loads((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def test_the_folder_is_complete_and_at_most_40_megabytes():
+    names = {p.name for p in FOLDER.iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(p.stat().st_size for p in FOLDER.iterdir()) <= 40_000_000
+
+
+def test_the_configuration_is_that_of_the_trainer():
+    found = fields("config.json")
+    assert {k: found[k] for k in MODEL | FIXED_FIELDS} == MODEL | FIXED_FIELDS
+
+
+def test_the_model_card_names_the_weights_it_describes():
+    digest = hashlib.sha256((FOLDER / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_the_chat_template_gives_the_ids_of_training(system):
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    turns = [("system", "Be kind.")] * system
+    turns += [("user", "What is 2 + 10?"), ("assistant", "12."), ("user", "Danke, weiß!")]
+    template = fields("tokenizer_config.json")["chat_template"]
+    assert template == CHAT_TEMPLATE
+    text = jinja2.Template(template).render(
+        bos_token=SPECIAL_TOKENS[0],
+        messages=[{"role": r, "content": x} for r, x in turns],
+        add_generation_prompt=True,
+    )
+    assert tokenizer.encode(text, add_special_tokens=False).ids == conversation_ids(
+        tokenizer, turns
+    )
+    assert [tokenizer.token_to_id(x) for x in SPECIAL_TOKENS] == list(range(6))

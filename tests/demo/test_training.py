@@ -1,0 +1,153 @@
+"""The trainer on a tiny model: phases, gradients, export, parity with Hugging Face."""
+
+from __future__ import annotations
+
+import pytest
+from demo_training.config import TINY
+
+pytestmark = [
+    pytest.mark.oracle,
+    # torch and transformers announce changes of their own
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+def batch(rows=4, length=64, seed=0):
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(6, TINY["vocab_size"], (rows, length + 1), generator=generator)
+    return ids[:, :-1].contiguous(), ids[:, 1:].reshape(-1), torch.ones(rows * length)
+
+
+@pytest.fixture
+def trainer():
+    import torch
+    from demo_training.model import DemoModel
+    from demo_training.training import Settings, Trainer
+
+    torch.manual_seed(0)
+    return Trainer(Settings(seconds=60, warm_up=1), DemoModel(TINY), print)
+
+
+def test_the_loss_falls_in_every_phase(trainer):
+    before = float(trainer.step(batch(), "A", 1.0)["loss"])
+    for phase in ("A", "B", "C1", "C2"):
+        for _ in range(6):
+            seen = trainer.step(batch(), phase, 1.0)
+        assert float(seen["loss"]) < before, phase
+        before = float(seen["loss"])
+
+
+def test_the_indexer_learns_the_attention(trainer):
+    first = float(trainer.step(batch(), "C1", 0.0)["kl"])
+    for _ in range(20):
+        seen = trainer.step(batch(), "C1", 0.0)  # the model stands still, the indexer moves
+    assert 0 < float(seen["kl"]) < first
+
+
+def test_the_language_loss_does_not_reach_the_indexer_nor_the_kl_the_model(trainer):
+    from demo_training.model import INDEXER, token_loss
+
+    model = trainer.model
+    ids, targets, weights = batch()
+    out = model(ids, mode="sparse", topk=16)
+    token_loss(out.hidden, model.norm, model.head, targets, weights).backward(retain_graph=True)
+    assert all(layer[k].grad is None for layer in model.layers for k in INDEXER)
+    for p in model.parameters():
+        p.grad = None
+    out.kl.backward()
+    touched = {n.split(".")[-1] for n, p in model.named_parameters() if p.grad is not None}
+    assert touched == set(INDEXER)
+
+
+def test_selection_is_causal_and_exact():
+    import torch
+    from demo_training.attention import MASKED, select
+
+    scores = torch.zeros(1, 8, 8)  # all tie: a threshold would keep every key
+    i = torch.arange(8)
+    scores = scores.masked_fill(i[None] > i[:, None], MASKED)
+    keep = select(scores, 3)[0]
+    assert keep.sum(1).tolist() == [1, 2, 3, 3, 3, 3, 3, 3]
+    assert not keep.triu(1).any()
+
+
+def test_rows_and_phases_follow_the_time():
+    from demo_training.training import phase_at, rows_of
+
+    shares = (40.0, 15.0, 10.0, 35.0)
+    assert [phase_at(x, shares)[0] for x in (0.0, 0.39, 0.41, 0.6, 0.7, 1.0)] == [
+        "A",
+        "A",
+        "B",
+        "C1",
+        "C2",
+        "C2",
+    ]
+    assert phase_at(0.5, (0.0, 0.0, 0.0, 1.0)) == ("C2", 0.5)
+    long = [sum(rows_of("C2", n, through) == 4096 for n in range(60)) for through in (0.1, 0.9)]
+    assert long == [30, 10]
+
+
+def test_an_export_loads_in_hugging_face_with_the_same_logits(trainer, tmp_path):
+    import torch
+    from demo_training import checkpoint
+    from demo_training.reports import parity
+
+    torch.nn.init.normal_(trainer.model.bias, std=0.1)
+    for layer in trainer.model.layers:
+        for name in ("ln1", "ln2", "q_a_ln", "kv_a_ln", "k_w", "k_b"):
+            torch.nn.init.normal_(layer[name], mean=1.0, std=0.2)
+    for _ in range(3):
+        trainer.step(batch(), "C2", 1.0)
+    checkpoint.save(trainer.model, tmp_path)
+    rows = parity(str(tmp_path))
+    assert all(r["same_argmax"] for r in rows)
+    assert max(r["difference"] / r["largest_logit"] for r in rows) < 1e-4
+    assert rows[-1]["dense_difference"] > 100 * rows[-1]["difference"]
+
+
+def test_a_checkpoint_survives_its_parts(trainer, tmp_path, monkeypatch):
+    from demo_training import checkpoint
+
+    monkeypatch.setattr(checkpoint, "PART_BYTES", 50_000)
+    checkpoint.save(trainer.model, tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    checkpoint.split(tmp_path, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model"):
+        checkpoint.join(tmp_path / "nowhere", tmp_path)
+    checkpoint.join(tmp_path, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == whole
+    assert len(list(tmp_path.glob("model.part*"))) > 10
+
+
+def test_greedy_answers_and_retrieval_rates_of_a_model_that_learned_one_text(trainer):
+    from demo_training.evaluate import answers, retrieval_rates
+    from demo_training.rows import TRAINED, encode
+
+    torch = pytest.importorskip("torch")
+    words = Bytes()
+    document = [("user", "What is it?"), ("assistant", "It is a fox.")]
+    tokens = torch.tensor(encode(words, document)) & (TRAINED - 1)
+    ids, targets = tokens[None, :-1], tokens[1:]
+    for _ in range(60):
+        trainer.step((ids, targets, torch.ones(len(targets))), "A", 1.0)
+    assert answers(trainer.model, words, [document[:1]], 20, "dense") == ["It is a fox."]
+    item = {"length": 32, "prompt": "What is it?", "answer": "It is a fox."}
+    wrong = {"length": 32, "prompt": "What is it?", "answer": "It is a cat."}
+    assert retrieval_rates(trainer.model, words, [item, wrong], "dense") == {32: 0.5}
+
+
+class Bytes:
+    """A tokenizer of one token a byte."""
+
+    def encode(self, text, add_special_tokens=True):
+        self.ids = [6 + x for x in text.encode()]
+        return self
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(x - 6 for x in ids).decode()
