@@ -33,8 +33,12 @@ def main() -> int:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            prompts, tokens, margins = references(case, case.write(Path(folder)))
-        arrays = {"greedy_tokens": tokens, "greedy_margins": margins}
+            prompts, greedy = references(case, case.write(Path(folder)))
+        arrays = {
+            "greedy_tokens": greedy.tokens,
+            "greedy_margins": greedy.margins,
+            "greedy_decided": np.array(greedy.decided),
+        }
         for length in PROMPT_LENGTHS:
             positions = kept_positions(length)
             arrays[f"positions_{length}"] = positions
@@ -45,7 +49,10 @@ def main() -> int:
         )
         np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
         decided = {n: p.decided for n, p in prompts.items() if p.decided < n}
-        print(f"{name}: smallest greedy margin {margins.min():.2e}, undecided from {decided}")
+        print(
+            f"{name}: smallest greedy margin {greedy.margins.min():.2e}, {greedy.decided} steps "
+            f"decided, undecided prompts {decided}"
+        )
     return 0
 
 

@@ -37,6 +37,21 @@ class Reference:
     decided: int
 
 
+@dataclass(frozen=True)
+class GreedyReference:
+    """What Hugging Face generates after a prompt of `GREEDY_PROMPT` tokens.
+
+    Attributes:
+        tokens: int64 [GREEDY_STEPS].
+        margins: float32 [GREEDY_STEPS]; the best logit over the second.
+        decided: steps before the first with an undecided selection; GREEDY_STEPS if there is none.
+    """
+
+    tokens: np.ndarray
+    margins: np.ndarray
+    decided: int
+
+
 class SelectionGaps:
     """Smallest relative gap between the last kept and the first dropped score, per token."""
 
@@ -76,7 +91,7 @@ class SelectionGaps:
             yield
 
     def decided(self, length: int) -> int:
-        """Tokens before the first near tie of a one-shot forward of `length` tokens."""
+        """Tokens before the first near tie of one forward over `length` new tokens."""
         smallest = np.min([call[:length] for call in self.calls], axis=0, initial=np.inf)
         undecided = np.flatnonzero(smallest < NEAR_TIE)
         return int(undecided[0]) if len(undecided) else length
@@ -105,22 +120,25 @@ class HuggingFaceModel:
         return Reference(logits.numpy(), gaps.decided(length))
 
     @torch.no_grad()
-    def greedy(self) -> tuple[np.ndarray, np.ndarray]:
-        """Greedy tokens int64 [GREEDY_STEPS] and the margin of the best logit over the second."""
+    def greedy(self) -> GreedyReference:
+        """Greedy generation with a cache, one forward a step."""
         ids = torch.tensor([self.case.prompt(GREEDY_PROMPT)])
-        cache, tokens, margins = None, [], []
-        for _ in range(GREEDY_STEPS):
-            out = self.model(ids, past_key_values=cache, use_cache=True)
+        cache, tokens, margins, decided = None, [], [], GREEDY_STEPS
+        for step in range(GREEDY_STEPS):
+            gaps = SelectionGaps(self.case.config["n_group"])
+            with gaps.watching():
+                out = self.model(ids, past_key_values=cache, use_cache=True)
+            if gaps.decided(ids.shape[1]) < ids.shape[1]:
+                decided = min(decided, step)
             cache = out.past_key_values
             best = out.logits[0, -1].topk(2)
             ids = best.indices[:1][None]
             tokens.append(int(best.indices[0]))
             margins.append(float(best.values[0] - best.values[1]))
-        return np.array(tokens), np.array(margins, np.float32)
+        return GreedyReference(np.array(tokens), np.array(margins, np.float32), decided)
 
 
-def references(case: Case, folder: Path) -> tuple[dict[int, Reference], np.ndarray, np.ndarray]:
+def references(case: Case, folder: Path) -> tuple[dict[int, Reference], GreedyReference]:
     """Everything the parity tests compare for one case."""
     oracle = HuggingFaceModel(case, folder)
-    prompts = {length: oracle.reference(length) for length in PROMPT_LENGTHS}
-    return prompts, *oracle.greedy()
+    return {length: oracle.reference(length) for length in PROMPT_LENGTHS}, oracle.greedy()
