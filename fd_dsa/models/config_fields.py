@@ -45,6 +45,8 @@ _FIXED: dict[str, Any] = {
     "mlp_bias": False,
     "rope_interleave": True,
 }
+# DSA's name in transformers, and the one that 5.17 wrote
+_LAYER_TYPES = ("indexed_attention", "deepseek_sparse_attention")
 # fields that do not touch what the main model computes, or repeat another field
 _HARMLESS = frozenset(
     (
@@ -159,8 +161,11 @@ def _read_mlp_layer_types(reader: FieldReader, num_layers: int) -> tuple[str, ..
 
 
 def _read_indexer_types(reader: FieldReader, num_layers: int, family: int) -> tuple[str, ...]:
-    """Kind of indexer of each layer: the list, else the pattern, else the schedule (§12)."""
-    reader.strings("layer_types", ("indexed_attention",), num_layers)
+    """Kind of indexer of each layer: the list, else the pattern, else the schedule.
+
+    Source: Hugging Face transformers 5.23, models/glm_moe_dsa/configuration_glm_moe_dsa.py.
+    """
+    reader.strings("layer_types", _LAYER_TYPES, num_layers)
     types = reader.strings("indexer_types", ("full", "shared"), num_layers)
     pattern = reader.raw("index_topk_pattern")
     freq = max(reader.integer("index_topk_freq", 1, minimum=0), 1)

@@ -126,6 +126,14 @@ def test_mlp_layer_types_count_before_first_k_dense_replace() -> None:
     assert read(TINY | {"first_k_dense_replace": 9}).mlp_layer_types == ("dense",) * 3
 
 
+@pytest.mark.parametrize("name", ["indexed_attention", "deepseek_sparse_attention"])
+def test_both_names_of_dsa_layers(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config = read(TINY | {"layer_types": [name] * 3})
+    assert not caplog.records
+    assert config == read(TINY)
+
+
 def test_other_names_of_the_number_of_experts() -> None:
     fields = {name: value for name, value in TINY.items() if name != "n_routed_experts"}
     assert read(fields | {"num_local_experts": 6}).n_routed_experts == 6
