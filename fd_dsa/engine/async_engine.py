@@ -6,9 +6,8 @@ import asyncio
 import itertools
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from fd_dsa.engine.engine import EngineStats, LLMEngine
 from fd_dsa.engine.output import RequestOutput
@@ -17,7 +16,6 @@ from fd_dsa.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-_DRAIN_POLL_S = 0.01
 _JOIN_TIMEOUT_S = 30.0
 
 
@@ -44,13 +42,12 @@ class AsyncEngine:
         # guarded by _wake
         self._commands: deque[Callable[[], None]] = deque()
         self._streams: dict[str, _Stream] = {}
-        self._is_closing = False
         self._is_stopping = False
         self._ids = itertools.count()
 
     @property
     def is_running(self) -> bool:
-        """True while the thread serves; also while it drains."""
+        """True while the thread serves."""
         return self._thread.is_alive() and self.errored is None and not self._is_stopping
 
     def start(self) -> None:
@@ -78,7 +75,7 @@ class AsyncEngine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         request_id: str | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come; the last one is `finished`.
 
         Closing or cancelling the iterator aborts the request before the next step. A request
@@ -91,7 +88,7 @@ class AsyncEngine:
 
         Raises:
             ValueError: the request can never run, or its id is in use.
-            RuntimeError: the engine is not running, is draining, or has failed.
+            RuntimeError: the engine is not running or has failed.
         """
         stream = _Stream(f"request-{next(self._ids)}" if request_id is None else request_id)
         self.validate(prompt_token_ids, params)
@@ -107,28 +104,12 @@ class AsyncEngine:
         with self._wake:
             self._push(lambda: self._abort(request_id))
 
-    async def drain(self, timeout: float) -> bool:
-        """Take no new requests and wait for the unfinished ones, at most `timeout` seconds.
-
-        Returns:
-            True when all have ended; False when time was up, and they still run.
-        """
-        with self._wake:
-            self._is_closing = True
-        deadline = time.monotonic() + timeout
-        while self._streams and self.errored is None:
-            if time.monotonic() >= deadline:
-                return False
-            await asyncio.sleep(_DRAIN_POLL_S)
-        return True
-
     def stop(self) -> None:
         """End all requests with finish_reason "abort", then the thread. May be called twice.
 
         Blocks until the step in progress is over.
         """
         with self._wake:
-            self._is_closing = True
             self._is_stopping = True
             self._wake.notify()
         if self._thread.is_alive():
@@ -141,7 +122,7 @@ class AsyncEngine:
         with self._wake:
             if self.errored is not None:
                 raise _failure(self.errored)
-            if self._is_closing:
+            if self._is_stopping:
                 raise RuntimeError("the engine is shutting down and takes no new requests")
             if not self._thread.is_alive():
                 raise RuntimeError("the engine is not running; call start() first")

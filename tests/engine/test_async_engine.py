@@ -1,4 +1,4 @@
-"""The engine in its thread: streams, cancellation, drain, stop, failures."""
+"""The engine in its thread: streams, cancellation, stop, failures."""
 
 from __future__ import annotations
 
@@ -209,7 +209,6 @@ def test_a_failing_step_ends_every_iterator_with_the_error(engine, caplog):
     assert not engine.is_running
     assert "the engine has failed" in caplog.text
     engine.abort("anything")
-    assert run(engine.drain(1)) is True
 
 
 def test_requests_queued_while_the_failing_step_runs_end_with_the_error(engine):
@@ -230,31 +229,14 @@ def test_requests_queued_while_the_failing_step_runs_end_with_the_error(engine):
     run(main())
 
 
-def test_drain_refuses_new_requests_and_waits_for_the_running(engine):
-    async def main():
-        running = asyncio.create_task(collect(engine, [2], GREEDY))
-        while not engine.stats().num_steps:
-            await asyncio.sleep(0.001)
-        assert await engine.drain(TIMEOUT_S) is True
-        assert len(await running) == 12
-        with pytest.raises(RuntimeError, match="takes no new requests"):
-            await collect(engine, [2], GREEDY)
-
-    run(main())
-    assert engine.is_running
-
-
-def test_stop_after_a_drain_in_vain_aborts_what_still_runs(engine):
-    gated = engine._engine.runner
-
+def test_stop_aborts_what_still_runs_and_refuses_new_requests(engine):
     async def main():
         tasks = [asyncio.create_task(collect(engine, [2 + i], ENDLESS)) for i in range(6)]
         while engine.stats().num_steps < 3:
             await asyncio.sleep(0.001)
-        gated.gate.clear()
-        assert await engine.drain(0.05) is False
-        gated.gate.set()
         await asyncio.to_thread(engine.stop)
+        with pytest.raises(RuntimeError, match="takes no new requests"):
+            await collect(engine, [2], GREEDY)
         return await asyncio.gather(*tasks)
 
     for outputs in run(main()):
