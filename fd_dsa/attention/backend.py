@@ -201,8 +201,8 @@ class DSAAttentionBackend:
         if plan.decode_rows is not None:
             group = plan.decode_rows
             logits = paged_indexer_logits(
-                as_tensor(as_numpy(q)[group.tokens]),
-                as_tensor(as_numpy(weights)[group.tokens]),
+                as_numpy(q)[group.tokens],
+                as_numpy(weights)[group.tokens],
                 cache,
                 group.units,
                 self._scratch,
@@ -246,7 +246,8 @@ class DSAAttentionBackend:
             layer: object with `layer_id`.
 
         Returns:
-            float32 [num_tokens, num_heads, kv_lora_rank]; zeros for padded tokens.
+            float32 [num_tokens, num_heads, kv_lora_rank]; zeros for padded tokens. The buffer is
+            the backend's and holds until the next `forward`.
 
         Raises:
             MissingStepError: `init_attention_metadata` has not been called for `forward_meta`.
@@ -292,16 +293,20 @@ class DSAAttentionBackend:
         tokens = plan.gathered_tokens
         if len(tokens):
             everything = len(tokens) == plan.num_tokens == q.shape[0]
-            query = q if everything else as_tensor(as_numpy(q)[tokens])
+            query = q if everything else as_numpy(q)[tokens]
             out[tokens] = sparse_mla(
                 query, rows, slots if everything else slots[tokens],
                 softmax_scale=scale, kv_lora_rank=width, scratch=self._scratch,
             )  # fmt: skip
         return as_tensor(out)
 
-    # the embedded engine has one mode; FastDeploy's GPU runner never leaves MIXED either
-    forward_decode = forward_mixed
-    forward_extend = forward_mixed
+    def forward_decode(self, *args: Any, **kwargs: Any) -> Any:
+        """See `forward`: a decode-only step is a mixed one without prefill."""
+        return self.forward_mixed(*args, **kwargs)
+
+    def forward_extend(self, *args: Any, **kwargs: Any) -> Any:
+        """See `forward`: a prefill-only step is a mixed one without decode."""
+        return self.forward_mixed(*args, **kwargs)
 
     def _step_plan(self, forward_meta: Any) -> StepPlan:
         """Work lists of the step of `forward_meta`, made at the first layer that asks."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import paddle
+import numpy as np
 from paddle import nn
 
 from fd_dsa.attention.layers import LayerNorm, zeros_parameter
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._linear import linear
 from fd_dsa.ops._rope import apply_rope_
 
 
@@ -47,7 +47,11 @@ class Indexer(nn.Layer):
         self.weights_scale = heads**-0.5 * dim**-0.5
 
     def forward(
-        self, forward_meta: Any, hidden_states: Any, qr: Any, rotary: tuple[Any, Any]
+        self,
+        forward_meta: Any,
+        hidden_states: np.ndarray,
+        qr: np.ndarray,
+        rotary: tuple[np.ndarray, np.ndarray],
     ) -> Any:
         """Cache slots that each token attends to.
 
@@ -61,10 +65,10 @@ class Indexer(nn.Layer):
             int32 [num_tokens, topk]; see DSAAttentionBackend.indexer_forward.
         """
         config = self.config
-        q = paddle.matmul(qr, self.wq_b).reshape([-1, config.index_n_heads, config.index_head_dim])
-        k = self.k_norm(paddle.matmul(hidden_states, self.wk))
+        q = linear(qr, self.wq_b).reshape(-1, config.index_n_heads, config.index_head_dim)
+        k = self.k_norm(linear(hidden_states, self.wk))
         rope_dim, interleaved = config.qk_rope_head_dim, config.rope_interleave
-        apply_rope_(as_numpy(q)[:, :, :rope_dim], *rotary, interleaved=interleaved)
-        apply_rope_(as_numpy(k)[:, None, :rope_dim], *rotary, interleaved=interleaved)
-        weights = paddle.matmul(hidden_states, self.weights_proj)
+        apply_rope_(q[:, :, :rope_dim], *rotary, interleaved=interleaved)
+        apply_rope_(k[:, None, :rope_dim], *rotary, interleaved=interleaved)
+        weights = linear(hidden_states, self.weights_proj)
         return forward_meta.attn_backend.indexer_forward(q, k, weights, self.layer_id, forward_meta)

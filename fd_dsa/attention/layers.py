@@ -1,4 +1,8 @@
-"""Small layers that both attention and MLP use, and how their weights are filled."""
+"""Small layers that both attention and MLP use, and how parameters are filled.
+
+Parameters are Paddle's; a layer that reads one with NumPy keeps a view of its memory, which
+loading fills in place.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import paddle
 from paddle import nn
 
 from fd_dsa.ops._host import as_numpy
@@ -30,10 +33,11 @@ class RMSNorm(nn.Layer):
         super().__init__()
         self.epsilon = epsilon
         self.weight = zeros_parameter(self, [width])
+        self._weight_view = as_numpy(self.weight.detach())
 
-    def forward(self, x: Any) -> Any:
-        """Normed `x`, float32 [num_tokens, width]."""
-        return rms_norm(x, self.weight, self.epsilon)
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """Normed `x`, float32 [num_tokens, width]; `x` may be a view of wider rows."""
+        return rms_norm(x, self._weight_view, self.epsilon)
 
 
 class LayerNorm(nn.Layer):
@@ -44,16 +48,12 @@ class LayerNorm(nn.Layer):
         self.epsilon = epsilon
         self.weight = zeros_parameter(self, [width])
         self.bias = zeros_parameter(self, [width])
+        self._weight_view = as_numpy(self.weight.detach())
+        self._bias_view = as_numpy(self.bias.detach())
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: np.ndarray) -> np.ndarray:
         """Normed `x`, float32 [num_tokens, width]."""
-        return layer_norm(x, self.weight, self.bias, self.epsilon)
-
-
-def linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """x [num_tokens, in] times weight [in, out], plus bias [out]."""
-    y = paddle.matmul(x, weight)
-    return y if bias is None else y + bias
+        return layer_norm(x, self._weight_view, self._bias_view, self.epsilon)
 
 
 def loads(parameter: Any, *, transpose: bool = False, scale: float = 1.0) -> WeightLoader:

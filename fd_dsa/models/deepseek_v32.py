@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import paddle
 from paddle import nn
 
 from fd_dsa.attention.layers import RMSNorm, WeightLoader, loads, zeros_parameter
@@ -13,6 +12,8 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import RotaryEmbedding
+from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._linear import linear
 
 
 class DeepseekV32DecoderLayer(nn.Layer):
@@ -30,18 +31,18 @@ class DeepseekV32DecoderLayer(nn.Layer):
 
     def forward(
         self,
-        hidden_states: Any,
+        hidden_states: np.ndarray,
         rotary: tuple[np.ndarray, np.ndarray],
         forward_meta: Any,
         shared_indices: Any,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[np.ndarray, Any]:
         """Next hidden states, float32 [num_tokens, hidden_size], and the layer's selection."""
         attended, indices = self.self_attn(
             self.input_layernorm(hidden_states), rotary, forward_meta, shared_indices
         )
         hidden_states = hidden_states + attended
-        mlp = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + mlp, indices
+        hidden_states += self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states, indices
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
@@ -64,6 +65,7 @@ class DeepseekV32ForCausalLM(nn.Layer):
         super().__init__()
         self.config = config
         self.embed_tokens = zeros_parameter(self, [config.vocab_size, config.hidden_size])
+        self._embedding_view = as_numpy(self.embed_tokens.detach())
         self.layers = nn.LayerList(
             [DeepseekV32DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         )
@@ -74,26 +76,24 @@ class DeepseekV32ForCausalLM(nn.Layer):
         self.rotary_emb = RotaryEmbedding(config.rope, config.qk_rope_head_dim)
         self.eval()
 
-    def forward(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
+    def forward(self, ids_remove_padding: Any, forward_meta: Any) -> np.ndarray:
         """Hidden states after the last block, float32 [num_tokens, hidden_size].
 
         Args:
             ids_remove_padding: int64 [num_tokens]; token ids of the step, rows back to back.
             forward_meta: the runner's object; `init_attention_metadata` has been called for it.
         """
-        hidden_states = nn.functional.embedding(ids_remove_padding, self.embed_tokens)
+        hidden_states = self._embedding_view[as_numpy(ids_remove_padding)]
         rotary = self.rotary_emb(forward_meta.position_ids)
         indices = None
         for layer in self.layers:
             hidden_states, indices = layer(hidden_states, rotary, forward_meta, indices)
         return hidden_states
 
-    def compute_logits(self, hidden_states: Any) -> Any:
+    def compute_logits(self, hidden_states: np.ndarray) -> np.ndarray:
         """float32 [n, vocab_size] of float32 [n, hidden_size]."""
-        normed = self.norm(hidden_states)
-        if self.lm_head is None:
-            return paddle.matmul(normed, self.embed_tokens, transpose_y=True)
-        return paddle.matmul(normed, self.lm_head)
+        head = self.embed_tokens.T if self.lm_head is None else self.lm_head
+        return linear(self.norm(hidden_states), head)
 
     def weight_loaders(self) -> dict[str, WeightLoader]:
         """How each tensor of a Hugging Face checkpoint fills its parameter."""

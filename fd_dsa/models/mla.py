@@ -5,20 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import paddle
 from paddle import nn
 
 from fd_dsa.attention.indexer import Indexer, IndexerConfig
 from fd_dsa.attention.layers import (
     RMSNorm,
     WeightLoader,
-    linear,
     loads,
     loads_slice,
     zeros_parameter,
 )
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._linear import head_linear, linear
 from fd_dsa.ops._rope import apply_rope_, join_query
 
 
@@ -52,9 +51,12 @@ class DeepseekV32DSAAttention(nn.Layer):
         self.v_b_proj = zeros_parameter(self, [heads, rank, self.v_dim])
         self.o_proj = zeros_parameter(self, [heads * self.v_dim, hidden])
         self.qkv_a_bias = self.o_bias = None
+        self._qkv_a_bias_view = self._o_bias_view = None
         if config.attention_bias:
             self.qkv_a_bias = zeros_parameter(self, [down])
             self.o_bias = zeros_parameter(self, [hidden])
+            self._qkv_a_bias_view = as_numpy(self.qkv_a_bias.detach())
+            self._o_bias_view = as_numpy(self.o_bias.detach())
         self.indexer = None
         if config.indexer_types[layer_id] == "full":
             sizes = IndexerConfig(
@@ -69,11 +71,11 @@ class DeepseekV32DSAAttention(nn.Layer):
 
     def forward(
         self,
-        hidden_states: Any,
+        hidden_states: np.ndarray,
         rotary: tuple[np.ndarray, np.ndarray],
         forward_meta: Any,
         shared_indices: Any,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[np.ndarray, Any]:
         """Attention output and the selection that a following "shared" layer uses.
 
         Args:
@@ -85,11 +87,11 @@ class DeepseekV32DSAAttention(nn.Layer):
         Returns:
             float32 [num_tokens, hidden_size], int32 [num_tokens, topk].
         """
-        qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self.qkv_a_bias)
+        qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self._qkv_a_bias_view)
         latent_end = self.q_lora_rank + self.kv_lora_rank
         qr = self.q_a_layernorm(qkv[:, : self.q_lora_rank])
         compressed_kv = self.kv_a_layernorm(qkv[:, self.q_lora_rank : latent_end])
-        k_pe = qkv[:, latent_end:].unsqueeze(1)
+        k_pe = qkv[:, None, latent_end:]
         apply_rope_(k_pe, *rotary, interleaved=True)
         indices = shared_indices
         if self.indexer is not None:
@@ -104,19 +106,17 @@ class DeepseekV32DSAAttention(nn.Layer):
             layer=self,
             forward_meta=forward_meta,
         )
-        heads = paddle.matmul(latent.transpose([1, 0, 2]), self.v_b_proj)
-        merged = heads.transpose([1, 0, 2]).reshape([-1, self.num_heads * self.v_dim])
-        return linear(merged, self.o_proj, self.o_bias), indices
+        heads = head_linear(as_numpy(latent).transpose(1, 0, 2), self.v_b_proj)
+        merged = heads.transpose(1, 0, 2).reshape(-1, self.num_heads * self.v_dim)
+        return linear(merged, self.o_proj, self._o_bias_view), indices
 
-    def _absorbed_query(self, qr: Any, rotary: tuple[np.ndarray, np.ndarray]) -> Any:
+    def _absorbed_query(self, qr: np.ndarray, rotary: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         """float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]."""
-        q = paddle.matmul(qr, self.q_b_proj).reshape(
-            [-1, self.num_heads, self.nope_dim + self.rope_dim]
-        )
+        q = linear(qr, self.q_b_proj).reshape(-1, self.num_heads, self.nope_dim + self.rope_dim)
         q_pe = q[:, :, self.nope_dim :]
         apply_rope_(q_pe, *rotary, interleaved=True)
-        q_nope = q[:, :, : self.nope_dim].transpose([1, 0, 2])
-        return join_query(paddle.matmul(q_nope, self.k_b_proj), q_pe)
+        q_nope = q[:, :, : self.nope_dim].transpose(1, 0, 2)
+        return join_query(head_linear(q_nope, self.k_b_proj), q_pe)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import paddle
 from paddle import nn
 
-from fd_dsa.attention.layers import WeightLoader, linear, loads, loads_slice, zeros_parameter
+from fd_dsa.attention.layers import WeightLoader, loads, loads_slice, zeros_parameter
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.ops._host import as_numpy, as_tensor
+from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._linear import linear, silu_and_mul
 from fd_dsa.ops.topk import topk_indices
-
-
-def _silu_and_mul(gate_up: Any) -> Any:
-    """silu(gate) * up of a product whose halves are gate and up, in place of the gate half."""
-    values = as_numpy(gate_up)
-    gate, up = np.split(values, 2, axis=-1)
-    # exp(-x) may overflow to inf for very negative x: x / inf is the right 0
-    with np.errstate(over="ignore"):
-        activated = gate / (np.float32(1.0) + np.exp(-gate))
-    activated *= up
-    return as_tensor(activated)
 
 
 class DeepseekMLP(nn.Layer):
@@ -34,9 +24,9 @@ class DeepseekMLP(nn.Layer):
         self.gate_up_proj = zeros_parameter(self, [hidden_size, 2 * intermediate_size])
         self.down_proj = zeros_parameter(self, [intermediate_size, hidden_size])
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: np.ndarray) -> np.ndarray:
         """float32 [num_tokens, hidden_size] of the same."""
-        return linear(_silu_and_mul(linear(x, self.gate_up_proj)), self.down_proj)
+        return linear(silu_and_mul(linear(x, self.gate_up_proj)), self.down_proj)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
@@ -69,13 +59,14 @@ class NoAuxTopkGate(nn.Layer):
         self.scaling = np.float32(config.routed_scaling_factor)
         self.weight = zeros_parameter(self, [config.hidden_size, self.num_experts])
         self.e_score_correction_bias = zeros_parameter(self, [self.num_experts])
+        self._bias_view = as_numpy(self.e_score_correction_bias.detach())
 
-    def forward(self, x: Any) -> tuple[np.ndarray, np.ndarray]:
+    def forward(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape."""
-        logits = as_numpy(paddle.matmul(x, self.weight))
+        logits = linear(x, self.weight)
         with np.errstate(over="ignore"):
             scores = np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
-        choice = scores + as_numpy(self.e_score_correction_bias.detach())
+        choice = scores + self._bias_view
         if self.n_group > 1:
             choice = self._keep_best_groups(choice)
         experts = self._best(choice, self.top_k)
@@ -111,12 +102,17 @@ class DeepseekMoE(nn.Layer):
         self.experts_down_proj = zeros_parameter(self, [self.num_experts, width, hidden])
         self.shared_experts = DeepseekMLP(hidden, width * config.n_shared_experts)
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: np.ndarray) -> np.ndarray:
         """float32 [num_tokens, hidden_size] of the same."""
         out = self.shared_experts(x)
-        experts, weights = self.gate(x)
-        self._add_routed(as_numpy(out), as_numpy(x), experts, weights)
+        self._add_routed(out, x, *self.gate(x))
         return out
+
+    @cached_property
+    def _experts(self) -> list[tuple[Any, Any]]:
+        """(gate_up, down) of each expert, views of the stacked parameters."""
+        stacks = self.experts_gate_up_proj, self.experts_down_proj
+        return [tuple(stack[i] for stack in stacks) for i in range(self.num_experts)]
 
     def _add_routed(
         self, out: np.ndarray, x: np.ndarray, experts: np.ndarray, weights: np.ndarray
@@ -130,10 +126,11 @@ class DeepseekMoE(nn.Layer):
         for expert in np.flatnonzero(counts):
             pairs = slice(int(ends[expert] - counts[expert]), int(ends[expert]))
             rows = tokens[pairs]
-            hidden = paddle.matmul(as_tensor(x[rows]), self.experts_gate_up_proj[int(expert)])
-            down = paddle.matmul(_silu_and_mul(hidden), self.experts_down_proj[int(expert)])
+            gate_up, down = self._experts[expert]
+            y = linear(silu_and_mul(linear(x[rows], gate_up)), down)
+            y *= factors[pairs, None]
             # an expert meets a token at most once, so plain indexing adds every row
-            out[rows] += as_numpy(down) * factors[pairs, None]
+            out[rows] += y
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""

@@ -13,5 +13,5 @@ MODELS: dict[str, type[DeepseekV32ForCausalLM]] = {
 
 
 def create_model(config: ModelConfig) -> DeepseekV32ForCausalLM:
-    """The model of `config`, its parameters uninitialised values until weights are loaded."""
+    """The model of `config`, its parameters zeros until weights are loaded."""
     return MODELS[config.model_type](config)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,9 +20,15 @@ def as_numpy(array: Any) -> np.ndarray:
 
 def as_tensor(array: np.ndarray) -> Any:
     """Paddle CPU tensor on the memory of a writable NumPy array."""
+    return _from_dlpack()(array)
+
+
+@cache
+def _from_dlpack() -> Callable[[np.ndarray], Any]:
+    """Paddle's reader; imported on first use, so that NumPy alone can read the contracts."""
     from paddle.utils.dlpack import from_dlpack
 
-    return from_dlpack(array)
+    return from_dlpack
 
 
 def check_shape(operator: str, argument: str, found: Any, allowed: tuple[int | None, ...]) -> None:
@@ -38,6 +48,46 @@ def check_dtype(operator: str, argument: str, found: Any, allowed: tuple[str, ..
         raise DtypeError(
             f"{operator}: {argument} has dtype {name}, allowed is {' or '.join(allowed)}"
         )
+
+
+class _Stage(threading.local):
+    """A thread's memory for operands of products, and the tensors that look at it."""
+
+    def __init__(self) -> None:
+        self.buffer = np.empty(0, np.float32)
+        self.tensors: dict[tuple[int, ...], tuple[np.ndarray, Any]] = {}
+
+    def operand(self, shape: tuple[int, ...]) -> tuple[np.ndarray, Any]:
+        """An array and a tensor of `shape` on the same memory, valid until the next call."""
+        pair = self.tensors.get(shape)
+        if pair is None:
+            size = math.prod(shape)
+            if not self.buffer.size or len(self.tensors) >= _STAGED_SHAPES:
+                self.buffer = np.empty(_STAGED_VALUES, np.float32)
+                self.tensors.clear()
+            array = self.buffer[:size].reshape(shape)
+            pair = self.tensors[shape] = array, as_tensor(array)
+        return pair
+
+
+_STAGED_SHAPES = 1024
+# larger operands are not copied: 256 KiB
+_STAGED_VALUES = 1 << 16
+_stage = _Stage()
+
+
+def staged(x: np.ndarray) -> Any:
+    """A tensor with the values of `x`, good for one product.
+
+    Making a tensor costs more than a small product, copying a few rows does not: the values go
+    to memory that has its tensor already. The tensor is overwritten by the next call of the
+    thread, so it must be consumed at once.
+    """
+    if x.size > _STAGED_VALUES:
+        return as_tensor(np.ascontiguousarray(x))
+    array, tensor = _stage.operand(x.shape)
+    np.copyto(array, x)
+    return tensor
 
 
 class Scratch:

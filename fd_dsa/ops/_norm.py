@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy, as_tensor
+from fd_dsa.ops._host import as_numpy
 
 
-def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
-    """x * rsqrt(mean(x^2) + epsilon) * weight, a float32 tensor [num_tokens, width].
+def rms_norm(x: Any, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    """x * rsqrt(mean(x^2) + epsilon) * weight, float32 [num_tokens, width], C-contiguous.
 
     Args:
         x: float32 [num_tokens, width]; may be a view of a wider row.
@@ -25,16 +25,16 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     mean_square = np.einsum("ij,ij->i", rows, rows) / np.float32(rows.shape[1])
     factor = np.float32(1.0) / np.sqrt(mean_square + np.float32(epsilon))
     out = rows * factor[:, None]
-    out *= as_numpy(weight)
-    return as_tensor(out)
+    out *= weight
+    return out
 
 
-def layer_norm(x: Any, weight: Any, bias: Any, epsilon: float) -> Any:
-    """(x - mean) * rsqrt(variance + epsilon) * weight + bias, a float32 tensor like `x`."""
+def layer_norm(x: Any, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
+    """(x - mean) * rsqrt(variance + epsilon) * weight + bias, float32 like `x`."""
     rows = as_numpy(x)
     out = rows - rows.mean(axis=1, keepdims=True)
     variance = np.einsum("ij,ij->i", out, out) / np.float32(rows.shape[1])
     out *= (np.float32(1.0) / np.sqrt(variance + np.float32(epsilon)))[:, None]
-    out *= as_numpy(weight)
-    out += as_numpy(bias)
-    return as_tensor(out)
+    out *= weight
+    out += bias
+    return out

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy, as_tensor
+from fd_dsa.ops._host import as_numpy
 
 
 def apply_rope_(x: Any, cos: np.ndarray, sin: np.ndarray, *, interleaved: bool) -> None:
@@ -35,7 +35,7 @@ def apply_rope_(x: Any, cos: np.ndarray, sin: np.ndarray, *, interleaved: bool) 
     first[...] = rotated
 
 
-def join_query(latent: Any, q_pe: Any) -> Any:
+def join_query(latent: np.ndarray, q_pe: np.ndarray) -> np.ndarray:
     """The absorbed query: each head's latent part beside its roped part.
 
     Args:
@@ -43,11 +43,10 @@ def join_query(latent: Any, q_pe: Any) -> Any:
         q_pe: float32 [num_tokens, num_heads, rope_dim]; may be a view.
 
     Returns:
-        float32 [num_tokens, num_heads, kv_lora_rank + rope_dim], a tensor.
+        float32 [num_tokens, num_heads, kv_lora_rank + rope_dim].
     """
-    by_head, rotated = as_numpy(latent), as_numpy(q_pe)
-    heads, tokens, rank = by_head.shape
-    out = np.empty((tokens, heads, rank + rotated.shape[2]), np.float32)
-    out[:, :, :rank] = by_head.transpose(1, 0, 2)
-    out[:, :, rank:] = rotated
-    return as_tensor(out)
+    heads, tokens, rank = latent.shape
+    out = np.empty((tokens, heads, rank + q_pe.shape[2]), np.float32)
+    out[:, :, :rank] = latent.transpose(1, 0, 2)
+    out[:, :, rank:] = q_pe
+    return out

@@ -64,7 +64,7 @@ class InputBatch:
             is_prefill: whether the tokens belong to the prompt (any chunk of it).
 
         Raises:
-            ValueError: rows out of order, or no token.
+            ValueError: rows out of order, no token, or a negative token id.
             CapacityError: more tokens than `max_num_tokens`.
         """
         num_new = len(token_ids)
@@ -80,6 +80,10 @@ class InputBatch:
             raise CapacityError(
                 f"token_ids: row {row} brings the step to {end} tokens, "
                 f"max_num_tokens is {self.max_num_tokens}"
+            )
+        if min(token_ids) < 0:
+            raise ValueError(
+                f"token_ids: row {row} has the id {min(token_ids)}; ids are at least 0"
             )
         self.ids_remove_padding[self.num_tokens : end] = token_ids
         self.seq_lens_encoder[row] = num_new if is_prefill else 0

@@ -14,7 +14,7 @@ from fd_dsa.attention import (
     StepHints,
 )
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.ops._host import as_numpy, as_tensor
+from fd_dsa.ops._host import as_tensor
 from fd_dsa.runner.forward_meta import RunnerForwardMeta
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.mixin import DSAModelRunnerMixin
@@ -116,7 +116,6 @@ class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
         with paddle.no_grad():
             self.initialize_forward_meta()
             hidden = self.model(self.forward_meta.ids_remove_padding, self.forward_meta)
-            chosen = as_tensor(as_numpy(hidden)[np.asarray(logits_indices, np.int64)])
             if not len(logits_indices):
                 return np.empty((0, self.vocab_size), np.float32)
-            return as_numpy(self.model.compute_logits(chosen))
+            return self.model.compute_logits(hidden[np.asarray(logits_indices, np.int64)])

@@ -58,6 +58,16 @@ TINY_FP8 = TINY | {
         "weight_block_size": [128, 128],
     },
 }
+# rope_scaling of DeepSeek-V3.2's config.json
+YARN: dict[str, Any] = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
 
 
 @dataclass(frozen=True)

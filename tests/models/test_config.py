@@ -11,18 +11,9 @@ import pytest
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.models.config import Fp8BlockQuant, GenerationDefaults, ModelConfig, RopeConfig
-from tests.models.folders import TINY, TINY_GLM
+from tests.models.folders import TINY, TINY_GLM, YARN
 
 DATA = Path(__file__).parents[1] / "data" / "model_configs"
-YARN: dict[str, Any] = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
 
 
 def read(fields: dict[str, Any]) -> ModelConfig:

@@ -178,27 +178,25 @@ def test_limit_of_version_1(tmp_path: Path) -> None:
     assert available_memory_bytes(proc, cgroup) == 27_100
 
 
-def test_limit_where_the_own_group_is_the_root_of_the_mount(tmp_path: Path) -> None:
-    # inside a container the path of /proc names folders that the mount does not show
-    proc, cgroup = _system(tmp_path, "4:memory:/docker/0123\n")
+@pytest.mark.parametrize(
+    ("path", "limit", "free"),
+    [
+        # inside a container the path of /proc names folders that the mount does not show
+        pytest.param("/docker/0123", 9_000, 0, id="used up in a container"),
+        pytest.param("/", 9223372036854771712, 100 * 1024, id="no limit"),
+    ],
+)
+def test_version_1_where_the_own_group_is_the_root_of_the_mount(
+    tmp_path: Path, path: str, limit: int, free: int
+) -> None:
+    proc, cgroup = _system(tmp_path, f"4:memory:{path}\n")
     _group(
         cgroup / "memory",
-        memory__limit_in_bytes=9_000,
+        memory__limit_in_bytes=limit,
         memory__usage_in_bytes=10_000,
         memory__stat="",
     )
-    assert available_memory_bytes(proc, cgroup) == 0
-
-
-def test_version_1_without_a_limit(tmp_path: Path) -> None:
-    proc, cgroup = _system(tmp_path, "4:memory:/\n")
-    _group(
-        cgroup / "memory",
-        memory__limit_in_bytes=9223372036854771712,
-        memory__usage_in_bytes=10_000,
-        memory__stat="",
-    )
-    assert available_memory_bytes(proc, cgroup) == 100 * 1024
+    assert available_memory_bytes(proc, cgroup) == free
 
 
 def test_system_without_memavailable(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import paddle
 import pytest
 
 from fd_dsa.models.config import ModelConfig
@@ -148,8 +147,8 @@ def run_layer(layer: Any, runner: Any, x: np.ndarray, start: int = 0) -> tuple[n
     meta = runner.forward_meta
     config = runner.model.config
     rotary = RotaryEmbedding(config.rope, config.qk_rope_head_dim)(meta.position_ids)
-    out, slots = layer(paddle.to_tensor(x), rotary, meta, None)
-    return out.numpy(), slots.numpy()
+    out, slots = layer(x, rotary, meta, None)
+    return out, slots.numpy()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -161,3 +161,11 @@ def test_slots_of_positions(block_size: int, positions: list[list[int]], seed: i
     ]
     assert found.dtype == np.int32
     assert found.tolist() == wanted
+
+
+def test_rows_past_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = np.random.default_rng(5).standard_normal((7, 50)).astype(np.float32)
+    lengths = np.array([50, 3, 0, 50, 20, 1, 49])
+    whole = topk_indices(scores, lengths, 6)
+    monkeypatch.setattr("fd_dsa.ops.topk.paddle_impl._TILE_KEYS", 110)
+    np.testing.assert_array_equal(topk_indices(scores, lengths, 6), whole)

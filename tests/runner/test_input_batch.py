@@ -82,6 +82,7 @@ def test_a_new_step_keeps_blocks_and_addresses() -> None:
         ((0, [3], 0, True), ValueError, "row: 0 must be at least 2"),
         ((4, [3], 0, True), ValueError, "row: 4 .*below max_num_seqs 4"),
         ((2, [], 0, True), ValueError, "row 2 has no token"),
+        ((2, [5, -1], 0, True), ValueError, "row 2 has the id -1; ids are at least 0"),
         ((2, [1, 2, 3], 0, True), CapacityError, "row 2 brings the step to 5 tokens.*is 4"),
     ],
 )

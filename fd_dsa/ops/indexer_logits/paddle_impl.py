@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import paddle
 
-from fd_dsa.ops._host import Scratch, as_numpy, as_tensor
+from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, staged
 from fd_dsa.ops.cache_write.paddle_impl import gather_rows
 
 _UNIT_KEYS = 256
@@ -63,19 +64,20 @@ class PagedUnits:
         return cls(row, blocks, column, len(counts), int(counts.max()), block_size)
 
 
-def weighted_scores(q: Any, weights: Any, keys: Any) -> np.ndarray:
+def weighted_scores(q: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """float32 [batch, queries, num_keys] of q [batch, queries, heads, dim], keys [batch, n, dim].
 
     `weights` is [batch, queries, heads].
     """
-    import paddle
-
     batch, queries, heads, dim = q.shape
-    dots = paddle.matmul(q.reshape([batch, queries * heads, dim]), keys, transpose_y=True)
+    by_head = q.reshape(batch, queries * heads, dim)
+    dots = paddle.matmul(staged(by_head), as_tensor(keys), transpose_y=True)
     rectified = as_numpy(dots)
     np.maximum(rectified, 0.0, out=rectified)
-    per_head = dots.reshape([batch * queries, heads, -1])
-    summed = paddle.matmul(weights.reshape([batch * queries, 1, heads]), per_head)
+    summed = paddle.matmul(
+        staged(weights.reshape(batch * queries, 1, heads)),
+        dots.reshape([batch * queries, heads, -1]),
+    )
     return as_numpy(summed).reshape(batch, queries, -1)
 
 
@@ -86,15 +88,15 @@ def score_gathered(
     rows = as_numpy(cache)
     keys = scratch.take("indexer_keys", (len(key_slots), rows.shape[1]))
     gather_rows(rows, key_slots, keys, scratch)
-    return weighted_scores(q.unsqueeze(0), weights.unsqueeze(0), as_tensor(keys[None]))[0]
+    return weighted_scores(as_numpy(q)[None], as_numpy(weights)[None], keys[None])[0]
 
 
 def score_paged(
     q: Any, weights: Any, cache: Any, units: PagedUnits, scratch: Scratch
 ) -> np.ndarray:
     """See `paged_indexer_logits`."""
-    blocks, queries, dim = as_numpy(cache), q.shape[1], q.shape[3]
-    q_rows, w_rows = as_numpy(q), as_numpy(weights)
+    blocks, q_rows, w_rows = as_numpy(cache), as_numpy(q), as_numpy(weights)
+    _, queries, _, dim = q_rows.shape
     logits = scratch.take(
         "paged_logits", (units.num_rows, queries, units.units_per_row, units.unit_keys)
     )
@@ -104,10 +106,6 @@ def score_paged(
         row, index = units.row[tile], units.blocks[tile].ravel()
         keys = scratch.take("indexer_keys", (len(index), units.block_size, dim))
         gather_rows(blocks, index, keys, scratch)
-        scores = weighted_scores(
-            as_tensor(q_rows[row]),
-            as_tensor(w_rows[row]),
-            as_tensor(keys.reshape(len(row), units.unit_keys, dim)),
-        )
-        logits[row, :, units.column[tile]] = scores
+        unit_keys = keys.reshape(len(row), units.unit_keys, dim)
+        logits[row, :, units.column[tile]] = weighted_scores(q_rows[row], w_rows[row], unit_keys)
     return logits.reshape(units.num_rows, queries, units.width)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import paddle
 
-from fd_dsa.ops._host import Scratch, as_numpy, as_tensor
+from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, staged
 from fd_dsa.ops.cache_write.paddle_impl import gather_rows
 
 _TILE_BYTES = 8 << 20
@@ -27,8 +28,6 @@ def attend_gathered(
     q: Any, cache: Any, indices: Any, softmax_scale: float, kv_lora_rank: int, scratch: Scratch
 ) -> np.ndarray:
     """See `sparse_mla`."""
-    import paddle
-
     latents, slots, query = as_numpy(cache), as_numpy(indices), as_numpy(q)
     num_tokens, topk = slots.shape
     width = query.shape[2]
@@ -42,8 +41,8 @@ def attend_gathered(
         index = np.where(hidden, np.maximum(tile[:, :1], 0), tile).astype(np.int64)
         gather_rows(latents, index.ravel(), kv.reshape(-1, width), scratch)
         keys = as_tensor(kv)
-        scaled = as_tensor(query[start : start + step] * np.float32(softmax_scale))
-        scores = paddle.matmul(scaled, keys, transpose_y=True)
+        scaled = query[start : start + step] * np.float32(softmax_scale)
+        scores = paddle.matmul(staged(scaled), keys, transpose_y=True)
         probabilities = as_numpy(scores)
         if hidden.any():
             np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
@@ -64,15 +63,13 @@ def attend_dense(
     scratch: Scratch,
 ) -> np.ndarray:
     """See `masked_mla`."""
-    import paddle
-
     latents, query = as_numpy(cache), as_numpy(q)
     num_tokens, heads, width = query.shape
     kv = scratch.take("latents", (len(key_slots), width))
     gather_rows(latents, key_slots, kv, scratch)
     keys = as_tensor(kv)
-    scaled = as_tensor((query * np.float32(softmax_scale)).reshape(-1, width))
-    scores = paddle.matmul(scaled, keys, transpose_y=True)
+    scaled = (query * np.float32(softmax_scale)).reshape(-1, width)
+    scores = paddle.matmul(staged(scaled), keys, transpose_y=True)
     probabilities = as_numpy(scores).reshape(num_tokens, heads, -1)
     hidden = np.isneginf(as_numpy(mask))
     np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])

@@ -10,6 +10,7 @@ from fd_dsa.ops._host import as_numpy
 
 _LOW = np.uint64(0xFFFFFFFF)
 _NONE = np.int32(np.iinfo(np.int32).max)
+_TILE_KEYS = 1 << 20
 
 
 def ordered_keys(scores: np.ndarray) -> np.ndarray:
@@ -36,6 +37,17 @@ def select_positions(logits: Any, lengths: Any, k: int) -> np.ndarray:
     take = min(k, width)
     if rows == 0 or take == 0:
         return out
+    # a key has twice the bytes of a score: rows come in tiles that bound them
+    step = max(1, _TILE_KEYS // width)
+    for start in range(0, rows, step):
+        tile = slice(start, start + step)
+        out[tile, :take] = _best_columns(scores[tile], lengths[tile], take)
+    return out
+
+
+def _best_columns(scores: np.ndarray, lengths: np.ndarray, take: int) -> np.ndarray:
+    """int32 [rows, take]: best columns of each row, ascending, -1 last."""
+    width = scores.shape[1]
     keys = ordered_keys(scores)
     # a valid key is never 0: its lower half is the complement of a column
     keys[np.arange(width)[None, :] >= lengths[:, None]] = 0
@@ -45,8 +57,7 @@ def select_positions(logits: Any, lengths: Any, k: int) -> np.ndarray:
     positions[keys == 0] = _NONE
     positions.sort(axis=1)
     positions[positions == _NONE] = -1
-    out[:, :take] = positions
-    return out
+    return positions
 
 
 def positions_to_slots(

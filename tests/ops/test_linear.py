@@ -1,0 +1,71 @@
+"""Products of staged operands: any shape, any order, several threads."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import paddle
+import pytest
+
+from fd_dsa.ops._host import staged
+from fd_dsa.ops._linear import head_linear, linear, silu_and_mul
+
+
+def operands(seed: int, rows: int, width: int, out: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, width)).astype(np.float32)
+    return x, rng.standard_normal((width, out)).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 600])
+def test_results_outlive_later_products(rows: int) -> None:
+    pairs = [operands(seed, rows, 128, 8) for seed in range(4)]
+    found = [linear(x, paddle.to_tensor(w)) for x, w in pairs]
+    for (x, w), y in zip(pairs, found, strict=True):
+        np.testing.assert_allclose(y, x @ w, rtol=1e-4, atol=1e-4)
+
+
+def test_bias_and_views() -> None:
+    x, w = operands(0, 5, 12, 4)
+    wide = np.concatenate([x, x], axis=1)
+    bias = np.arange(4, dtype=np.float32)
+    found = linear(wide[:, 12:], paddle.to_tensor(w), bias)
+    np.testing.assert_allclose(found, x @ w + bias, rtol=1e-5, atol=1e-5)
+
+
+def test_each_head_has_its_own_product() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, 3, 6)).astype(np.float32)
+    w = rng.standard_normal((3, 6, 4)).astype(np.float32)
+    found = head_linear(x.transpose(1, 0, 2), paddle.to_tensor(w))
+    np.testing.assert_allclose(found, np.einsum("thi,hio->hto", x, w), rtol=1e-5, atol=1e-5)
+
+
+def test_more_shapes_than_are_kept() -> None:
+    weight = paddle.ones([2, 1])
+    for rows in range(1, 1200):
+        assert linear(np.ones((rows, 2), np.float32), weight).shape == (rows, 1)
+    assert (linear(np.full((7, 2), 3, np.float32), weight) == 6).all()
+
+
+def test_threads_have_operands_of_their_own() -> None:
+    def work(seed: int) -> bool:
+        x, w = operands(seed, 9, 32, 16)
+        weight = paddle.to_tensor(w)
+        return all(np.allclose(linear(x, weight), x @ w, atol=1e-4) for _ in range(200))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+def test_a_staged_tensor_is_a_copy() -> None:
+    x = np.zeros((2, 2), np.float32)
+    tensor = staged(x)
+    x[:] = 1
+    assert (tensor.numpy() == 0).all()
+
+
+def test_silu_of_extremes() -> None:
+    gate_up = np.array([[-200.0, 0.0, 200.0, 3.0, 3.0, 3.0]], np.float32)
+    np.testing.assert_array_equal(silu_and_mul(gate_up), [[0.0, 0.0, 600.0]])
