@@ -128,7 +128,10 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """Multiplier of the attention scores, YaRN's square included (dsa_spec §5)."""
+        """Multiplier of the attention scores, YaRN's square included.
+
+        Source: Hugging Face transformers 5.23, yarn_apply_mscale of models/deepseek_v32.
+        """
         mscale = 1.0
         if self.rope.type == "yarn":
             mscale = yarn_mscale(self.rope.factor, self.rope.mscale_all_dim)

@@ -1,4 +1,7 @@
-"""Stored tensors to float32: bfloat16, float16 and block-quantised FP8 (dsa_spec §3.1)."""
+"""Stored tensors to float32: bfloat16, float16 and block-quantised FP8.
+
+Source: README_WEIGHTS.md of deepseek-ai/DeepSeek-V3 ("FP8 Weight Documentation").
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Names and shapes of the tensors that a model's checkpoint must hold (dsa_spec §3)."""
+"""Names and shapes of the tensors that a model's checkpoint must hold.
+
+Source: Hugging Face transformers 5.23, models/deepseek_v32 and models/glm_moe_dsa.
+"""
 
 from __future__ import annotations
 
