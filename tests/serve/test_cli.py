@@ -52,20 +52,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 
-def run(
-    cwd: Path, *args: str, body: str | None = None, status: int = 2
-) -> subprocess.CompletedProcess[str]:
-    """Run to the end, from `cwd`."""
+def finish(cwd: Path, line: list[str], status: int) -> subprocess.CompletedProcess[str]:
+    """Run a command line to its end, from `cwd`."""
     done = subprocess.run(
-        command(*args, body=body),
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
+        line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60
     )
     assert done.returncode == status, done.stderr
     return done
+
+
+def run(
+    cwd: Path, *args: str, body: str | None = None, status: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """Run the server's command line to its end, from `cwd`."""
+    return finish(cwd, command(*args, body=body), status)
 
 
 def error_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -85,14 +85,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         "    heavy = {'paddle', 'fastapi', 'uvicorn', 'tokenizers', 'numpy'} & set(sys.modules)\n"
         "    print('imported:', sorted(heavy))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = finish(tmp_path, [sys.executable, "-c", code], status=0)
     assert done.stdout.endswith("imported: []\n")
     for field in fields(EngineConfig):
         assert f"--{field.name.replace('_', '-')} " in done.stdout
@@ -142,15 +135,7 @@ def test_missing_paddle_names_the_extra(tmp_path: Path) -> None:
         "u.find_spec = lambda name, *a: None if name == 'paddle' else real(name, *a)\n"
         "from fd_dsa.serve.cli import main\nsys.exit(main(['--port', '0']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 2
+    done = finish(tmp_path, [sys.executable, "-c", code], status=2)
     assert "pip install 'fd_dsa[cpu]'" in error_line(done)
 
 
