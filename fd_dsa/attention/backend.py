@@ -1,7 +1,7 @@
 """DSAAttentionBackend: the step's metadata once, then the layers on it.
 
-The methods and their arguments are those of FastDeploy's `AttentionBackend`
-(fastdeploy_interface §2), so the same class serves the embedded engine and the plug-in.
+The methods and their arguments are those of FastDeploy's `AttentionBackend` (docs/design.md,
+"FastDeploy's contract"), so the same class serves the embedded engine and the plug-in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Layouts of the two paged caches: MLA latents and indexer keys.
 
 Both caches share block ids, block size and slot_mapping. Shapes have FastDeploy's rank and order
-(fastdeploy_interface §6), so a block is contiguous and a slot is a row of the flattened cache:
+(docs/concepts/dsa.md, "Caches"), so a block is contiguous and a slot is a row of the flattened
+cache:
 
     latent  [num_blocks, 1, block_size, kv_lora_rank + qk_rope_head_dim]
     indexer [num_blocks, block_size, index_head_dim]

@@ -29,9 +29,10 @@ class Indexer(nn.Layer):
     """Scores past tokens with a few cheap heads and keeps the best `index_topk`.
 
     Its rope slice is the FIRST `qk_rope_head_dim` of each head; the key norm is a LayerNorm with
-    bias and eps 1e-6. Parameters have FastDeploy's names (fastdeploy_interface §2).
+    bias and eps 1e-6. Parameters have FastDeploy's names (docs/design.md, "FastDeploy's contract").
 
-    Source: DeepSeek-V3.2 paper (arXiv 2512.02556) §2; dsa_spec §7.
+    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, in the form of Hugging Face transformers 5.23
+    (DeepseekV32Indexer).
     """
 
     def __init__(self, config: IndexerConfig, layer_id: int) -> None:

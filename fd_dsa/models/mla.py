@@ -26,13 +26,14 @@ class DeepseekV32DSAAttention(nn.Layer):
 
     The up-projection of the keys is absorbed into the query and that of the values into the
     output, so the cache holds one latent of `kv_lora_rank` + `qk_rope_head_dim` values a token,
-    shared by all heads. Parameter names follow FastDeploy (fastdeploy_interface §2).
+    shared by all heads. Parameter names follow FastDeploy (docs/design.md,
+    "FastDeploy's contract").
 
     Args:
         config: the model.
         layer_id: index of the layer; a layer of indexer type "shared" has no indexer of its own.
 
-    Source: DeepSeek-V2 (arXiv 2405.04434) §2.1; dsa_spec §5.
+    Source: DeepSeek-V2 (arXiv 2405.04434) §2.1.
     """
 
     def __init__(self, config: ModelConfig, layer_id: int) -> None:

@@ -48,7 +48,8 @@ class NoAuxTopkGate(nn.Layer):
     With expert groups, a group counts by its two best experts and only the best `topk_group`
     groups take part. Equal scores: the lower expert id.
 
-    Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2; dsa_spec §10.
+    Source: DeepSeek-V3 (arXiv 2412.19437) §2.1.2; Hugging Face transformers 5.23
+    (DeepseekV32TopkRouter).
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -17,7 +17,7 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
     YaRN keeps frequencies that turn more than `beta_fast` times within the pre-training context,
     divides by `factor` those that turn less than `beta_slow` times, and blends between.
 
-    Source: YaRN (arXiv 2309.00071); dsa_spec §6.
+    Source: YaRN (arXiv 2309.00071) §3; Hugging Face transformers 5.23, modeling_rope_utils.py.
     """
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     plain = (1.0 / np.float32(rope.theta) ** exponent).astype(np.float32)

@@ -20,7 +20,7 @@ def apply_rope_(x: Any, cos: np.ndarray, sin: np.ndarray, *, interleaved: bool) 
         cos, sin: float32 [num_tokens, 1, rope_dim // 2].
         interleaved: pairing; True for MLA, per configuration for the indexer.
 
-    Source: DeepSeek-V3.2-Exp inference/model.py (pairing corrected 2025-11-17); dsa_spec §6.
+    Source: RoFormer (arXiv 2104.09864); pairings: docs/concepts/dsa.md, "Rotary positions".
     """
     view = as_numpy(x)
     half = view.shape[-1] // 2

@@ -12,7 +12,8 @@ from fd_dsa.step import ForwardMeta
 class RunnerForwardMeta:
     """A step as the runner knows it, and the metadata that the backend hangs on it.
 
-    Made anew every step, as in FastDeploy (fastdeploy_interface §3), so that one code serves both.
+    Made anew every step, as in FastDeploy (docs/design.md, "FastDeploy's contract"), so that one
+    code serves both.
 
     Attributes:
         ids_remove_padding: int64 [num_tokens]; packed token ids.

@@ -1,7 +1,7 @@
 """Failures that other DSA engines have had, each as a test of the selected indices.
 
 Sources: mlx-lm #1189, pypto-lib #592 (later chunks score their own chunk only), mlx-lm #1454 (only
-trailing keys), mlx-lm #1443 (collapse at index_topk), vLLM tonyd2wild #2 (entries past the count).
+trailing keys), mlx-lm #1443 (collapse at index_topk).
 """
 
 from __future__ import annotations

@@ -9,19 +9,10 @@ import pytest
 
 from fd_dsa.models.config import ModelConfig, RopeConfig
 from fd_dsa.models.rope import RotaryEmbedding, inverse_frequencies
-from tests.models.folders import TINY, TINY_GLM
+from tests.models.folders import TINY, TINY_GLM, YARN
 from tests.reference.rope import ref_frequencies, ref_yarn_frequencies
 
 # DeepSeek-V3.2's config.json
-YARN = {
-    "type": "yarn",
-    "factor": 40,
-    "original_max_position_embeddings": 4096,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
 V32 = TINY | {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "index_head_dim": 128}
 GLM = TINY_GLM | {"qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "index_head_dim": 128}
 

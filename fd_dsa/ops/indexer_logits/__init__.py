@@ -32,7 +32,8 @@ def indexer_logits(
     Raises:
         ShapeError, DtypeError: before any work.
 
-    Source: dsa_spec §7, form of Hugging Face (no Hadamard, no FP8).
+    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1, without Hadamard and FP8 as in
+    Hugging Face.
     """
     check_shape("indexer_logits", "q", q, (None, None, None))
     check_shape("indexer_logits", "weights", weights, tuple(q.shape[:2]))

@@ -17,7 +17,8 @@ def ordered_keys(scores: np.ndarray) -> np.ndarray:
     """uint64 keys [rows, width]: larger key = higher score, then lower column; NaN lowest.
 
     The upper half is the usual order-preserving image of a float32, with NaN at 0 and -0.0 at
-    +0.0; the lower half is the complement of the column. Source: dsa_spec §8.
+    +0.0; the lower half is the complement of the column. Tie rule: docs/concepts/dsa.md,
+    "The choice is exact".
     """
     # adding +0.0 turns -0.0 into +0.0 and leaves everything else; unused columns may be anything
     with np.errstate(invalid="ignore"):
