@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks._harness import Worker, percentiles, save
 
 # (concurrent requests, prompt tokens, new tokens, runs)
-CASES = ((1, 64, 64, 5), (1, 2048, 32, 3), (32, 64, 64, 3), (32, 512, 32, 2))
+CASES = ((1, 64, 64, 5), (1, 2048, 32, 3), (32, 64, 64, 3), (32, 256, 16, 2))
 CONTEXTS = (512, 1024, 1536, 2048, 2560, 3072, 3584, 4000)
 
 

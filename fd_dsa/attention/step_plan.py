@@ -27,6 +27,7 @@ _SCORE_TILE_VALUES = 2 << 20
 # selection: the gather of a key costs as much as its products for that many heads.
 _GATHER_COST = 16
 _DENSE_KEYS = 768
+_JOINED_KEYS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +154,8 @@ class StepPlan:
     ) -> tuple[Tile, ...]:
         """Prefill tokens that are `wanted`, cut where a score matrix would outgrow its budget.
 
-        With `max_keys`, tokens of rows longer than that are left out, and a tile ends before its
-        key list would grow past it.
+        With `max_keys`, tokens of rows longer than that are left out, and short rows share a tile
+        only up to `_JOINED_KEYS` keys, since a token pays for the keys of its neighbours.
         """
         chosen = wanted & self.is_prefill_row[self.batch_ids]
         if max_keys is not None:
@@ -179,7 +180,7 @@ class StepPlan:
         values = _SCORE_TILE_VALUES if max_keys is None else _TILE_VALUES
         fits = keys * np.arange(1, len(run) + 1) * heads <= values
         if max_keys is not None:
-            fits &= keys <= max_keys
+            fits &= keys <= max(_JOINED_KEYS, self.lengths[row[0]])
         # both limits grow along the run; one token is always taken
         return start + max(1, int(fits.sum()))
 
