@@ -180,7 +180,7 @@ class StepPlan:
         values = _SCORE_TILE_VALUES if max_keys is None else _TILE_VALUES
         fits = keys * np.arange(1, len(run) + 1) * heads <= values
         if max_keys is not None:
-            fits &= keys <= max(_JOINED_KEYS, self.lengths[row[0]])
+            fits &= keys <= max(min(_JOINED_KEYS, max_keys), self.lengths[row[0]])
         # both limits grow along the run; one token is always taken
         return start + max(1, int(fits.sum()))
 

@@ -116,6 +116,18 @@ def test_dense_tiles_keep_to_short_lists_of_keys(
     assert plan.gathered_tokens.tolist() == sorted(set(range(len(flat))) - set(wanted))
 
 
+@pytest.mark.parametrize("joined", [1, 40, 64])
+def test_short_rows_share_a_tile_up_to_a_number_of_keys(
+    monkeypatch: pytest.MonkeyPatch, joined: int
+) -> None:
+    budgets(monkeypatch, _DENSE_KEYS=1000, _JOINED_KEYS=joined)
+    plan = plan_of(ROWS, 1, 3, 2)
+    rows_of = [np.unique(plan.batch_ids[tile.tokens]) for tile in plan.dense_tiles]
+    for tile, rows in zip(plan.dense_tiles, rows_of, strict=True):
+        assert len(tile.key_slots) <= joined or len(rows) == 1
+    assert any(len(rows) > 1 for rows in rows_of) == (joined == 64)
+
+
 def test_a_tile_spans_neighbouring_rows() -> None:
     plan = plan_of(ROWS, 8, 3, 2)
     # rows 0 and 1, then row 2 past its first 8 tokens, then rows 4 to 7 without the idle one
