@@ -16,6 +16,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+# what a result depends on; results themselves do not count
+_MEASURED = ("fd_dsa", "benchmarks", ":!benchmarks/results")
 _PACKAGES = ("paddlepaddle", "triton", "numpy", "torch", "transformers")
 
 
@@ -50,7 +52,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", "fd_dsa", "benchmarks")),
+        "dirty": bool(_git("status", "--porcelain", "--", *_MEASURED)),
     }
 
 
