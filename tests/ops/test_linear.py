@@ -39,7 +39,7 @@ def test_each_head_has_its_own_product() -> None:
     x = rng.standard_normal((5, 3, 6)).astype(np.float32)
     w = rng.standard_normal((3, 6, 4)).astype(np.float32)
     found = head_linear(x.transpose(1, 0, 2), paddle.to_tensor(w))
-    np.testing.assert_allclose(found, np.einsum("thi,hio->hto", x, w), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, np.einsum("nhi,hio->hno", x, w), rtol=1e-5, atol=1e-5)
 
 
 def test_more_shapes_than_are_kept() -> None:
