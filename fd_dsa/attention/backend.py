@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.attention.cache_layout import CacheLayout
-from fd_dsa.attention.step_plan import StepPlan
+from fd_dsa.attention.step_plan import StepPlan, Tile
 from fd_dsa.errors import MissingStepError
 from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, check_shape
 from fd_dsa.ops.cache_write import write_cache
@@ -213,7 +213,7 @@ class DSAAttentionBackend:
                 positions, plan.batch_ids[tokens], plan.block_tables, self.block_size
             )
 
-    def _keep_best(self, plan: StepPlan, tile: Any, logits: np.ndarray) -> None:
+    def _keep_best(self, plan: StepPlan, tile: Tile, logits: np.ndarray) -> None:
         """Top-k of a prefill tile; a row's keys start at its `key_start` column."""
         if tile.key_start[-1] > 0:
             # several rows: bring every token's own keys to column 0
@@ -278,7 +278,21 @@ class DSAAttentionBackend:
         write_cache(rows, (compressed_kv, as_numpy(k_pe).reshape(-1, rope_dim)), step.slot_mapping)
         slots = as_numpy(v).reshape(-1, v.shape[-1])
         check_shape("forward_mixed", "v", slots, (q.shape[0], None))
-        scale, width = self.config.softmax_scale, self.config.cache_layout.kv_lora_rank
+        return as_tensor(self._attend(plan, as_numpy(q), rows, slots))
+
+    def _attend(self, plan: StepPlan, q: np.ndarray, rows: Any, slots: np.ndarray) -> np.ndarray:
+        """float32 [num_tokens, num_heads, kv_lora_rank]; short prompts in tiles, others one by one.
+
+        Args:
+            rows: [num_slots, width]; the layer's latent cache.
+            slots: int32 [num_tokens, topk]; what each token attends to.
+        """
+        width = self.config.cache_layout.kv_lora_rank
+        options = {
+            "softmax_scale": self.config.softmax_scale,
+            "kv_lora_rank": width,
+            "scratch": self._scratch,
+        }
         out = self._scratch.take("attention", (q.shape[0], q.shape[1], width))
         out[plan.num_tokens :] = 0.0
         for i, tile in enumerate(plan.dense_tiles):
@@ -286,19 +300,13 @@ class DSAAttentionBackend:
                 mask = tile.selection_mask(slots[tile.tokens], plan.slot_position)
             else:
                 mask = plan.window_masks[i]
-            out[tile.tokens] = masked_mla(
-                q[tile.tokens], rows, tile.key_slots, mask,
-                softmax_scale=scale, kv_lora_rank=width, scratch=self._scratch,
-            )  # fmt: skip
+            out[tile.tokens] = masked_mla(q[tile.tokens], rows, tile.key_slots, mask, **options)
         tokens = plan.gathered_tokens
-        if len(tokens):
-            everything = len(tokens) == plan.num_tokens == q.shape[0]
-            query = q if everything else as_numpy(q)[tokens]
-            out[tokens] = sparse_mla(
-                query, rows, slots if everything else slots[tokens],
-                softmax_scale=scale, kv_lora_rank=width, scratch=self._scratch,
-            )  # fmt: skip
-        return as_tensor(out)
+        if len(tokens) == len(q):
+            out[:] = sparse_mla(q, rows, slots, **options)
+        elif len(tokens):
+            out[tokens] = sparse_mla(q[tokens], rows, slots[tokens], **options)
+        return out
 
     def forward_decode(self, *args: Any, **kwargs: Any) -> Any:
         """See `forward`: a decode-only step is a mixed one without prefill."""
