@@ -18,6 +18,8 @@ from tests.parity.cases import BLOCK_SIZE
 MAX_ROWS = 12
 MAX_TOKENS = 640
 BLOCKS_PER_ROW = 24
+# row of the greedy run
+GREEDY_ROW = 3
 
 
 @dataclass
@@ -76,12 +78,12 @@ def prompt_logits(runner: ModelRunner, prompts: list[list[int]], chunk: int) -> 
 def greedy(
     runner: ModelRunner, prompt: list[int], steps: int, beside: list[list[int]] = ()
 ) -> np.ndarray:
-    """Greedy tokens int64 [steps] of row 3, while the prompts `beside` prefill bit by bit."""
-    others = [Sequence(row, ids) for row, ids in enumerate(beside, start=4)]
+    """Greedy tokens int64 [steps] of `GREEDY_ROW`, while the prompts `beside` prefill in bits."""
+    others = [Sequence(row, ids) for row, ids in enumerate(beside, start=GREEDY_ROW + 1)]
     batch, ids, done, tokens = runner.input_batch, list(prompt), 0, []
     while len(tokens) < steps:
         batch.begin_step()
-        last = batch.add_row(3, ids, done, is_prefill=done == 0)
+        last = batch.add_row(GREEDY_ROW, ids, done, is_prefill=done == 0)
         for other in others:
             part = other.token_ids[other.done : other.done + 5]
             if part:

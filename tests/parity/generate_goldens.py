@@ -4,7 +4,7 @@
 
 Needs torch and transformers (`pip install '.[oracle]'`). A golden keeps the logits of at most
 `KEPT_POSITIONS` positions of each prompt (its edges and an even spread), so that the files stay
-small; the live comparison looks at all of them.
+small; the live comparison looks at all of them. Undecided selections are kept from all positions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.parity.cases import CASES, PROMPT_LENGTHS
+from tests.parity.choices import GREEDY, pack
 from tests.parity.hugging_face import references
 
 FOLDER = Path(__file__).parent.parent / "data" / "parity"
@@ -34,25 +35,23 @@ def main() -> int:
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             prompts, greedy = references(case, case.write(Path(folder)))
+        undecided = {length: prompts[length].undecided for length in PROMPT_LENGTHS}
+        undecided[GREEDY] = greedy.undecided
         arrays = {
             "greedy_tokens": greedy.tokens,
             "greedy_margins": greedy.margins,
-            "greedy_decided": np.array(greedy.decided),
+            **pack(undecided),
         }
         for length in PROMPT_LENGTHS:
             positions = kept_positions(length)
             arrays[f"positions_{length}"] = positions
             arrays[f"logits_{length}"] = prompts[length].logits[positions]
-            arrays[f"decided_{length}"] = np.array(prompts[length].decided)
         arrays["made_by"] = np.array(
             f"torch {version('torch')}, transformers {version('transformers')}"
         )
         np.savez_compressed(FOLDER / f"{name}.npz", **arrays)
-        decided = {n: p.decided for n, p in prompts.items() if p.decided < n}
-        print(
-            f"{name}: smallest greedy margin {greedy.margins.min():.2e}, {greedy.decided} steps "
-            f"decided, undecided prompts {decided}"
-        )
+        fed = {n: len(several) for n, several in undecided.items() if several}
+        print(f"{name}: smallest greedy margin {greedy.margins.min():.2e}, undecided {fed}")
     return 0
 
 

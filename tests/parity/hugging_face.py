@@ -1,8 +1,8 @@
-"""Hugging Face transformers as the oracle: logits, greedy tokens, and where they are undecided.
+"""Hugging Face transformers as the oracle: logits, greedy tokens, and undecided selections.
 
-Needs torch and transformers. A position is undecided when the reference's own k-th and (k+1)-th
-indexer or router scores lie within `NEAR_TIE` of the largest: rounding then decides the
-selection, and nothing after that position can be compared.
+Needs torch and transformers. A selection is undecided when the reference's own k-th and (k+1)-th
+indexer or router scores lie within `NEAR_TIE` of the largest: rounding then decides it, so what
+the reference selected there is recorded, for the other side to be fed with.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from transformers import DeepseekV32ForCausalLM, GlmMoeDsaForCausalLM
 
 from tests.parity.cases import GREEDY_PROMPT, GREEDY_STEPS, PROMPT_LENGTHS, Case
+from tests.parity.choices import Choice
 
 NEAR_TIE = 1e-6
 _CLASSES = {"deepseek_v32": DeepseekV32ForCausalLM, "glm_moe_dsa": GlmMoeDsaForCausalLM}
@@ -30,11 +31,11 @@ class Reference:
 
     Attributes:
         logits: float32 [len(prompt), vocab].
-        decided: positions before the first undecided one; len(prompt) if there is none.
+        undecided: what it selected at the undecided positions.
     """
 
     logits: np.ndarray
-    decided: int
+    undecided: list[Choice]
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,45 @@ class GreedyReference:
     Attributes:
         tokens: int64 [GREEDY_STEPS].
         margins: float32 [GREEDY_STEPS]; the best logit over the second.
-        decided: steps before the first with an undecided selection; GREEDY_STEPS if there is none.
+        undecided: what it selected at the undecided positions.
     """
 
     tokens: np.ndarray
     margins: np.ndarray
-    decided: int
+    undecided: list[Choice]
 
 
-class SelectionGaps:
-    """Smallest relative gap between the last kept and the first dropped score, per token."""
+class UndecidedSelections:
+    """Records what the indexers and routers of a model select where their scores nearly tie."""
 
-    def __init__(self, n_group: int) -> None:
+    def __init__(self, model: Any, n_group: int) -> None:
         self.n_group = n_group
-        self.calls: list[np.ndarray] = []
+        self.found: list[Choice] = []
+        self._start = 0
+        self._gaps: list[np.ndarray] = []
         self._topk = torch.Tensor.topk
+        for index, layer in enumerate(model.model.layers):
+            # a layer that shares a selection has no indexer, a dense one no gate
+            self._watch(getattr(layer.self_attn, "indexer", None), "indexer", index)
+            self._watch(getattr(layer.mlp, "gate", None), "router", index)
+
+    def _watch(self, module: Any, kind: str, layer: int) -> None:
+        """Note the undecided selections of a module after each of its forwards."""
+        if module is None:
+            return
+
+        def before(*_: Any) -> None:
+            self._gaps.clear()
+
+        def after(_module: Any, _inputs: Any, output: Any) -> None:
+            selected = output[0] if kind == "indexer" else output[2]
+            smallest = np.min(self._gaps, axis=0, initial=np.inf) if self._gaps else np.empty(0)
+            for token in np.flatnonzero(smallest < NEAR_TIE).tolist():
+                chosen = tuple(sorted(selected[token].tolist()))
+                self.found.append(Choice(kind, layer, self._start + token, chosen))
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
 
     def record(self, scores: Any, k: int) -> None:
         """Note one top-k over the last axis; sums of group pairs are no selection."""
@@ -72,11 +97,12 @@ class SelectionGaps:
         finite = scores.masked_fill(torch.isinf(scores), 0.0)
         relative = gap / finite.abs().amax(-1).clamp(min=1e-30)
         decided = torch.isinf(best[..., k])
-        self.calls.append(relative.masked_fill(decided, float("inf")).reshape(-1).numpy())
+        self._gaps.append(relative.masked_fill(decided, float("inf")).reshape(-1).numpy())
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Watch every `topk` of the forward passes inside."""
+    def watching(self, start: int = 0) -> Iterator[None]:
+        """Watch every `topk` of the one forward inside, over the tokens from position `start`."""
+        self._start = start
         function = torch.topk
 
         def method(scores: Any, k: int, *args: Any, **kwargs: Any) -> Any:
@@ -90,11 +116,10 @@ class SelectionGaps:
         with mock.patch.object(torch.Tensor, "topk", method), mock.patch("torch.topk", call):
             yield
 
-    def decided(self, length: int) -> int:
-        """Tokens before the first near tie of one forward over `length` new tokens."""
-        smallest = np.min([call[:length] for call in self.calls], axis=0, initial=np.inf)
-        undecided = np.flatnonzero(smallest < NEAR_TIE)
-        return int(undecided[0]) if len(undecided) else length
+    def take(self) -> list[Choice]:
+        """What was found since the last call."""
+        found, self.found = self.found, []
+        return found
 
 
 class HuggingFaceModel:
@@ -110,32 +135,31 @@ class HuggingFaceModel:
         if left:
             raise RuntimeError(f"{case.name}: transformers did not take the checkpoint: {left}")
         self.model.eval()
+        self.selections = UndecidedSelections(self.model, case.config["n_group"])
 
     @torch.no_grad()
     def reference(self, length: int) -> Reference:
         """One forward over the prompt of `length` tokens."""
-        gaps = SelectionGaps(self.case.config["n_group"])
-        with gaps.watching():
+        with self.selections.watching():
             logits = self.model(torch.tensor([self.case.prompt(length)])).logits[0]
-        return Reference(logits.numpy(), gaps.decided(length))
+        return Reference(logits.numpy(), self.selections.take())
 
     @torch.no_grad()
     def greedy(self) -> GreedyReference:
         """Greedy generation with a cache, one forward a step."""
         ids = torch.tensor([self.case.prompt(GREEDY_PROMPT)])
-        cache, tokens, margins, decided = None, [], [], GREEDY_STEPS
-        for step in range(GREEDY_STEPS):
-            gaps = SelectionGaps(self.case.config["n_group"])
-            with gaps.watching():
+        cache, tokens, margins, done = None, [], [], 0
+        for _ in range(GREEDY_STEPS):
+            with self.selections.watching(done):
                 out = self.model(ids, past_key_values=cache, use_cache=True)
-            if gaps.decided(ids.shape[1]) < ids.shape[1]:
-                decided = min(decided, step)
+            done += ids.shape[1]
             cache = out.past_key_values
             best = out.logits[0, -1].topk(2)
             ids = best.indices[:1][None]
             tokens.append(int(best.indices[0]))
             margins.append(float(best.values[0] - best.values[1]))
-        return GreedyReference(np.array(tokens), np.array(margins, np.float32), decided)
+        margins = np.array(margins, np.float32)
+        return GreedyReference(np.array(tokens), margins, self.selections.take())
 
 
 def references(case: Case, folder: Path) -> tuple[dict[int, Reference], GreedyReference]:

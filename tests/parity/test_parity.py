@@ -1,11 +1,13 @@
 """Logits and greedy tokens against Hugging Face, for every chunk size and batch composition.
 
 The reference comes from committed goldens, and again live from transformers, on models of other
-seeds, where torch can be imported.
+seeds, where torch can be imported. Where rounding decides what the reference selects, its
+selection is fed to our side, so that every position can be compared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 
 from tests.parity.cases import CASES, GREEDY_PROMPT, GREEDY_STEPS, PROMPT_LENGTHS, Case
-from tests.parity.engine_side import greedy, load_model, make_runner, prompt_logits
+from tests.parity.choices import GREEDY, Choice, unpack
+from tests.parity.engine_side import GREEDY_ROW, greedy, load_model, make_runner, prompt_logits
+from tests.parity.feeding import feeding
 
 GOLDENS = Path(__file__).parent.parent / "data" / "parity"
 LIVE_SEED = 100
@@ -31,30 +35,26 @@ class Golden:
     """Reference of one case.
 
     Attributes:
-        prompts: (positions, logits there, first undecided position) of each prompt.
+        prompts: (positions, logits there) of each prompt.
         greedy_tokens: int64 [GREEDY_STEPS].
         greedy_margins: float32 [GREEDY_STEPS]; the best logit over the second.
-        greedy_decided: steps before the first whose selections are nearly tied.
+        undecided: what was selected at nearly tied scores in each prompt, and in `GREEDY`.
     """
 
-    prompts: dict[int, tuple[np.ndarray, np.ndarray, int]]
+    prompts: dict[int, tuple[np.ndarray, np.ndarray]]
     greedy_tokens: np.ndarray
     greedy_margins: np.ndarray
-    greedy_decided: int
+    undecided: dict[int, list[Choice]]
 
     @classmethod
     def load(cls, case: Case) -> Golden:
         """From the committed file."""
         with np.load(GOLDENS / f"{case.name}.npz") as data:
-            prompts = {
-                n: (data[f"positions_{n}"], data[f"logits_{n}"], int(data[f"decided_{n}"]))
-                for n in PROMPT_LENGTHS
-            }
             return cls(
-                prompts,
+                {n: (data[f"positions_{n}"], data[f"logits_{n}"]) for n in PROMPT_LENGTHS},
                 data["greedy_tokens"],
                 data["greedy_margins"],
-                int(data["greedy_decided"]),
+                {n: unpack(data, n) for n in (*PROMPT_LENGTHS, GREEDY)},
             )
 
     @classmethod
@@ -64,23 +64,24 @@ class Golden:
 
         prompts, run = references(case, folder)
         return cls(
-            {n: (np.arange(n), p.logits, p.decided) for n, p in prompts.items()},
+            {n: (np.arange(n), p.logits) for n, p in prompts.items()},
             run.tokens,
             run.margins,
-            run.decided,
+            {n: p.undecided for n, p in prompts.items()} | {GREEDY: run.undecided},
         )
 
     @property
     def comparable_steps(self) -> int:
-        """Greedy steps before the first undecided selection or nearly tied pair of logits."""
+        """Greedy steps before the first whose two best logits are nearly tied."""
         close = np.flatnonzero(self.greedy_margins <= GREEDY_MARGIN)
-        return min([self.greedy_decided, *close[:1].tolist()])
+        return int(close[0]) if len(close) else GREEDY_STEPS
 
     @property
-    def undecided(self) -> list[str]:
-        """The sequences, prompts and greedy run, that cannot be compared to their end."""
-        names = [f"prompt of {n}" for n, (_, _, decided) in self.prompts.items() if decided < n]
-        return names + ["greedy"] * (self.comparable_steps < GREEDY_STEPS)
+    def undecided_sequences(self) -> list[str]:
+        """The prompts and greedy runs that are fed, or cannot be compared to their end."""
+        names = [f"prompt of {n}" for n in PROMPT_LENGTHS if self.undecided[n]]
+        cut = self.undecided[GREEDY] or self.comparable_steps < GREEDY_STEPS
+        return names + ["greedy"] * bool(cut)
 
 
 @dataclass(frozen=True)
@@ -131,42 +132,44 @@ def both(request: pytest.FixtureRequest, references: References) -> SideBySide:
     return SideBySide(case, load_model(folder), golden)
 
 
-def check_logits(found: np.ndarray, golden: Golden, length: int) -> int:
-    """Compare at the decided positions; returns how many were compared."""
-    positions, logits, decided = golden.prompts[length]
-    keep = positions < decided
+def check_logits(found: np.ndarray, golden: Golden, length: int) -> None:
+    """Compare a prompt at all positions that the reference holds."""
+    positions, logits = golden.prompts[length]
     bound = TOLERANCE * np.abs(logits).max()
-    difference = np.abs(found[positions[keep]] - logits[keep]).max(axis=1, initial=0.0)
-    worst = int(difference.argmax()) if len(difference) else 0
+    difference = np.abs(found[positions] - logits).max(axis=1)
+    worst = int(difference.argmax())
     assert (difference <= bound).all(), (
-        f"prompt of {length}: position {positions[keep][worst]} differs by "
+        f"prompt of {length}: position {positions[worst]} differs by "
         f"{difference[worst]:.2e}, allowed {bound:.2e}"
     )
-    return int(keep.sum())
+
+
+def fed_logits(both: SideBySide, lengths: Sequence[int], chunk: int) -> list[np.ndarray]:
+    """Logits of the prompts of `lengths` in one batch, fed with the reference's selections."""
+    runner = make_runner(both.model)
+    with feeding(runner, {row: both.golden.undecided[n] for row, n in enumerate(lengths)}):
+        return prompt_logits(runner, [both.case.prompt(n) for n in lengths], chunk)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_logits_in_one_batch(both: SideBySide, chunk: int) -> None:
-    case, model, golden = both.case, both.model, both.golden
-    found = prompt_logits(make_runner(model), [case.prompt(n) for n in PROMPT_LENGTHS], chunk)
-    compared = sum(
-        check_logits(logits, golden, n) for logits, n in zip(found, PROMPT_LENGTHS, strict=True)
-    )
-    assert compared > 0
+    for logits, length in zip(fed_logits(both, PROMPT_LENGTHS, chunk), PROMPT_LENGTHS, strict=True):
+        check_logits(logits, both.golden, length)
 
 
 @pytest.mark.parametrize("length", PROMPT_LENGTHS)
 def test_logits_alone(both: SideBySide, length: int) -> None:
-    case, model, golden = both.case, both.model, both.golden
-    (found,) = prompt_logits(make_runner(model), [case.prompt(length)], 1000)
-    check_logits(found, golden, length)
+    (found,) = fed_logits(both, [length], 1000)
+    check_logits(found, both.golden, length)
 
 
 @pytest.mark.parametrize("beside", [0, 6], ids=["alone", "beside prefills"])
 def test_greedy_tokens(both: SideBySide, beside: int) -> None:
-    case, model, golden = both.case, both.model, both.golden
+    case, golden = both.case, both.golden
     others = [case.prompt(n) for n in range(100, 100 + beside)]
-    tokens = greedy(make_runner(model), case.prompt(GREEDY_PROMPT), GREEDY_STEPS, others)
+    runner = make_runner(both.model)
+    with feeding(runner, {GREEDY_ROW: golden.undecided[GREEDY]}):
+        tokens = greedy(runner, case.prompt(GREEDY_PROMPT), GREEDY_STEPS, others)
     end = golden.comparable_steps
     assert end > 0
     np.testing.assert_array_equal(tokens[:end], golden.greedy_tokens[:end])
@@ -174,6 +177,6 @@ def test_greedy_tokens(both: SideBySide, beside: int) -> None:
 
 @pytest.mark.parametrize("live", [pytest.param(False, id="golden"), LIVE])
 def test_few_sequences_are_undecided(references: References, live: bool) -> None:
-    undecided = {name: references.get(name, live)[2].undecided for name in CASES}
+    undecided = {name: references.get(name, live)[2].undecided_sequences for name in CASES}
     sequences = len(CASES) * (len(PROMPT_LENGTHS) + 1)
     assert sum(map(len, undecided.values())) <= MAX_UNDECIDED_SHARE * sequences, undecided
