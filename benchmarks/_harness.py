@@ -69,6 +69,12 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def random_prompts(requests: int, tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
+    """Token ids of `requests` prompts, past the special tokens; the same for both sides."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(10, vocab_size, (requests, tokens)).tolist()
+
+
 class Worker:
     """A process that answers one JSON line with one JSON line; idle between calls.
 

@@ -6,11 +6,10 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DeepseekV32ForCausalLM
 
-from benchmarks._harness import serve_requests
+from benchmarks._harness import random_prompts, serve_requests
 from fd_dsa.config import demo_model_path, usable_cpus
 
 
@@ -27,9 +26,8 @@ class Model:
         self, requests: int, prompt_tokens: int, new_tokens: int, seed: int
     ) -> dict[str, Any]:
         """Seconds to generate `new_tokens` for each of `requests` random prompts."""
-        rng = np.random.default_rng(seed)
-        ids = rng.integers(10, self.model.config.vocab_size, (requests, prompt_tokens))
-        batch = torch.tensor(ids)
+        vocab_size = self.model.config.vocab_size
+        batch = torch.tensor(random_prompts(requests, prompt_tokens, vocab_size, seed))
         start = time.perf_counter()
         out = self.model.generate(
             batch,

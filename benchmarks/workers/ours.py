@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import serve_requests
+from benchmarks._harness import random_prompts, serve_requests
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig, set_cpu_threads
 from fd_dsa.engine.factory import build_engine
@@ -30,8 +30,7 @@ class Engine:
 
     def _prompts(self, requests: int, tokens: int, seed: int) -> list[list[int]]:
         """Random prompts, the same as the baseline's."""
-        rng = np.random.default_rng(seed)
-        return rng.integers(10, self.engine.runner.vocab_size, (requests, tokens)).tolist()
+        return random_prompts(requests, tokens, self.engine.runner.vocab_size, seed)
 
     def generate(
         self, requests: int, prompt_tokens: int, new_tokens: int, seed: int

@@ -192,11 +192,13 @@ class StepPlan:
         ends = np.cumsum(lengths)
         key_row = np.repeat(np.arange(len(rows)), lengths)
         position = np.arange(int(ends[-1])) - (ends - lengths)[key_row]
-        block = self.block_tables[rows[key_row], position // self.block_size].astype(np.int64)
-        key_slots = block * self.block_size + position % self.block_size
+        key_slots = positions_to_slots(
+            position[:, None], rows[key_row], self.block_tables, self.block_size
+        )
         key_start = (ends - lengths)[np.searchsorted(rows, token_rows)]
         window = self.window[first:last]
-        return Tile(slice(first, last), key_slots, position, key_start, window)
+        slots = key_slots.ravel().astype(np.int64)
+        return Tile(slice(first, last), slots, position, key_start, window)
 
     @cached_property
     def gathered_tokens(self) -> np.ndarray:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.top_candidates import PADDING, candidate_keys, key_ids, key_logits, marked_keys
+from fd_dsa.ops._host import Scratch
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -64,25 +64,6 @@ class Rows:
         return weights
 
 
-class Scratch:
-    """Memory for temporaries of the size of the logits, kept between steps.
-
-    Fresh memory of that size costs more in page faults than the arithmetic done in it.
-    """
-
-    def __init__(self) -> None:
-        """Nothing is allocated yet."""
-        self._buffers: dict[str, npt.NDArray[Any]] = {}
-
-    def array(self, name: str, shape: tuple[int, int], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """Array with arbitrary contents, valid until the same name is asked for again."""
-        size = shape[0] * shape[1]
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.size < size:
-            buffer = self._buffers[name] = np.empty(size, dtype)
-        return buffer[:size].reshape(shape)
-
-
 class Weights:
     """Weights of all tokens of n rows, in blocks so that a draw needs no running sum over all.
 
@@ -97,7 +78,7 @@ class Weights:
         """Compute the weights."""
         num_rows, vocab_size = rows.logits.shape
         num_blocks = -(-vocab_size // _BLOCK)
-        padded = scratch.array("weights", (num_rows, num_blocks * _BLOCK), np.float32)
+        padded = scratch.take("weights", (num_rows, num_blocks * _BLOCK), np.float32)
         padded[:, vocab_size:] = 0
         self._scratch = scratch
         self._values = padded[:, :vocab_size]
@@ -131,7 +112,7 @@ class Weights:
         index = np.arange(len(self._values))
         shape = self._values.shape
         buckets = self._buckets(rows)
-        values = self._scratch.array("wide", shape, np.float64)
+        values = self._scratch.take("wide", shape, np.float64)
         values[...] = self._values
         masses = np.bincount(buckets.ravel(), values.ravel(), len(index) * _NUM_BUCKETS)
         ends = masses.reshape(len(index), _NUM_BUCKETS).cumsum(axis=1)
@@ -140,7 +121,7 @@ class Weights:
         last = (ends < wanted[:, None]).sum(axis=1)
         above = np.where(last > 0, ends[index, last - 1], 0.0)
         last_bucket = (last + index * _NUM_BUCKETS)[:, None]
-        marks = self._scratch.array("marks", shape, np.bool_)
+        marks = self._scratch.take("marks", shape, np.bool_)
         np.equal(buckets, last_bucket, out=marks)
         keys, counts = marked_keys(rows.logits, marks)
         ranked = np.sort(keys, axis=1)
@@ -158,14 +139,14 @@ class Weights:
             int64 [n, vocab_size]; row * _NUM_BUCKETS + 0 .. _NUM_BUCKETS - 1.
         """
         shape = self._values.shape
-        depth = self._scratch.array("wide", shape, np.float64)
+        depth = self._scratch.take("wide", shape, np.float64)
         with np.errstate(over="ignore"):
             np.subtract(rows.largest[:, None], rows.logits, out=depth)
             np.divide(depth, rows.temperature[:, None], out=depth)
         span = np.clip(depth.max(axis=1), 1e-6, _LAST_BUCKET_AT)
         np.multiply(depth, ((_NUM_BUCKETS - 1) / span)[:, None], out=depth)
         np.minimum(depth, _NUM_BUCKETS - 1, out=depth)
-        buckets = self._scratch.array("buckets", shape, np.int64)
+        buckets = self._scratch.take("buckets", shape, np.int64)
         np.copyto(buckets, depth, casting="unsafe")
         buckets += np.arange(shape[0])[:, None] * _NUM_BUCKETS
         return buckets

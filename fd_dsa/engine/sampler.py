@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draws import UNDECIDED, Rows, Scratch, Weights, draw_from_candidates
+from fd_dsa.engine.draws import UNDECIDED, Rows, Weights, draw_from_candidates
 from fd_dsa.engine.random_uniform import as_seed, uniforms
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.ops._host import Scratch
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

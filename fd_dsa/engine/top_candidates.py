@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.ops.topk import ordered_bits
+
 Float32 = npt.NDArray[np.float32]
 UInt64 = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
@@ -89,7 +91,4 @@ def _lower_bound(logits: Float32, width: int) -> Float32:
 
 def _keys(logits: Float32, ids: UInt64) -> UInt64:
     """Sort keys: inverted order-preserving bits of the logit, then the id."""
-    # + 0.0 turns -0.0 into 0.0, which compares equal to it
-    bits = (logits + np.float32(0.0)).view(np.uint32)
-    order = np.where(bits & _SIGN, ~bits, bits | _SIGN)
-    return ((~order).astype(np.uint64) << _ID_BITS) | ids
+    return ((~ordered_bits(logits)).astype(np.uint64) << _ID_BITS) | ids

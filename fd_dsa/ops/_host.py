@@ -50,11 +50,16 @@ def check_dtype(operator: str, argument: str, found: Any, allowed: tuple[str, ..
         )
 
 
+_STAGED_SHAPES = 1024
+# larger operands are not copied: 256 KiB
+_STAGED_VALUES = 1 << 16
+
+
 class _Stage(threading.local):
     """A thread's memory for operands of products, and the tensors that look at it."""
 
     def __init__(self) -> None:
-        self.buffer = np.empty(0, np.float32)
+        self.buffer = np.empty(_STAGED_VALUES, np.float32)
         self.tensors: dict[tuple[int, ...], tuple[np.ndarray, Any]] = {}
 
     def operand(self, shape: tuple[int, ...]) -> tuple[np.ndarray, Any]:
@@ -62,17 +67,13 @@ class _Stage(threading.local):
         pair = self.tensors.get(shape)
         if pair is None:
             size = math.prod(shape)
-            if not self.buffer.size or len(self.tensors) >= _STAGED_SHAPES:
-                self.buffer = np.empty(_STAGED_VALUES, np.float32)
+            if len(self.tensors) >= _STAGED_SHAPES:
                 self.tensors.clear()
             array = self.buffer[:size].reshape(shape)
             pair = self.tensors[shape] = array, as_tensor(array)
         return pair
 
 
-_STAGED_SHAPES = 1024
-# larger operands are not copied: 256 KiB
-_STAGED_VALUES = 1 << 16
 _stage = _Stage()
 
 
@@ -91,7 +92,10 @@ def staged(x: np.ndarray) -> Any:
 
 
 class Scratch:
-    """Named float32 (or other) buffers that grow and are then reused, so a step allocates none."""
+    """Named buffers that grow and are then reused, so a step allocates none.
+
+    Fresh memory of that size costs more in page faults than the arithmetic done in it.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], np.ndarray] = {}

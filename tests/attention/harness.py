@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import paddle
+import pytest
 
+import fd_dsa.attention.backend as backend_module
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
 from tests.reference.bfloat16 import ref_array
 from tests.reference.indexer import ref_score
@@ -280,3 +282,16 @@ def world_of(batch: StepBatch, sizes: Sizes, seed: int = 0) -> World:
 def rows_of(batch: StepBatch) -> list[tuple[int, int, int]]:
     """A batch as `(encoder, decoder, this_time)` rows."""
     return [tuple(row) for row in np.stack(batch.inputs()[:3], axis=1).tolist()]
+
+
+def record_plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that every StepPlan which a backend makes from now on joins."""
+    plans: list[Any] = []
+    original = backend_module.StepPlan
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        plans.append(original(*args, **kwargs))
+        return plans[-1]
+
+    monkeypatch.setattr(backend_module, "StepPlan", recording)
+    return plans

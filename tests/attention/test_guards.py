@@ -9,10 +9,9 @@ import numpy as np
 import paddle
 import pytest
 
-import fd_dsa.attention.backend as backend_module
 from fd_dsa.attention import CacheLayout, StepHints, step_of
 from fd_dsa.errors import ConfigError, MissingStepError, ShapeError
-from tests.attention.harness import INDEX_DIM, RANK, ROPE, Sizes, World
+from tests.attention.harness import INDEX_DIM, RANK, ROPE, Sizes, World, record_plans
 from tests.strategies import make_batch
 
 ROWS = [(3, 2, 3), (0, 9, 1)]
@@ -83,14 +82,7 @@ def test_one_object_is_built_once(world: World) -> None:
 
 
 def test_layers_build_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = []
-    original = backend_module.StepPlan
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        plans.append(original(*args, **kwargs))
-        return plans[-1]
-
-    monkeypatch.setattr(backend_module, "StepPlan", counting)
+    plans = record_plans(monkeypatch)
     for steps in (1, 2):
         world.run(ROWS)
         assert (world.backend.builder.num_builds, len(plans)) == (steps, steps)

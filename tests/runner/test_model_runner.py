@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fd_dsa.attention.backend as backend_module
 from fd_dsa.runner import ModelRunner
+from tests.attention.harness import record_plans
 from tests.reference.bfloat16 import ref_array
 from tests.runner.tiny import GLM, V32, run_rows, tiny_model, tiny_runner
 
@@ -75,14 +75,7 @@ def test_logits_beside_other_rows(model: Any) -> None:
 def test_metadata_of_a_step_is_computed_once(
     monkeypatch: pytest.MonkeyPatch, num_layers: int
 ) -> None:
-    plans = []
-    original = backend_module.StepPlan
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        plans.append(original(*args, **kwargs))
-        return plans[-1]
-
-    monkeypatch.setattr(backend_module, "StepPlan", counting)
+    plans = record_plans(monkeypatch)
     runner = tiny_runner(tiny_model(V32 | {"num_hidden_layers": num_layers}))
     builder = runner.attn_backends[0].builder
     for step in range(3):

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.ops._host import check_dtype, check_shape
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.topk.paddle_impl import ordered_bits, positions_to_slots, select_positions
 
-__all__ = ["positions_to_slots", "topk_indices"]
+__all__ = ["ordered_bits", "positions_to_slots", "topk_indices"]
 
 
 def topk_indices(logits: Any, lengths: Any, k: int) -> np.ndarray:

@@ -8,9 +8,18 @@ import numpy as np
 
 from fd_dsa.ops._host import as_numpy
 
+_SIGN = np.uint32(0x80000000)
 _LOW = np.uint64(0xFFFFFFFF)
 _NONE = np.int32(np.iinfo(np.int32).max)
 _TILE_KEYS = 1 << 20
+
+
+def ordered_bits(scores: np.ndarray) -> np.ndarray:
+    """uint32 image of float32 `scores`: larger = higher score; -0.0 equals +0.0."""
+    # adding +0.0 turns -0.0 into +0.0 and leaves everything else; unused columns may be anything
+    with np.errstate(invalid="ignore"):
+        bits = (scores + np.float32(0.0)).view(np.uint32)
+    return np.where(bits & _SIGN, ~bits, bits | _SIGN)
 
 
 def ordered_keys(scores: np.ndarray) -> np.ndarray:
@@ -20,11 +29,7 @@ def ordered_keys(scores: np.ndarray) -> np.ndarray:
     +0.0; the lower half is the complement of the column. Tie rule: docs/concepts/dsa.md,
     "The choice is exact".
     """
-    # adding +0.0 turns -0.0 into +0.0 and leaves everything else; unused columns may be anything
-    with np.errstate(invalid="ignore"):
-        bits = (scores + np.float32(0.0)).view(np.uint32)
-    negative = (bits >> np.uint32(31)).astype(bool)
-    image = np.where(negative, ~bits, bits | np.uint32(0x80000000))
+    image = ordered_bits(scores)
     image[np.isnan(scores)] = 0
     column = _LOW - np.arange(scores.shape[1], dtype=np.uint64)
     return (image.astype(np.uint64) << np.uint64(32)) | column
