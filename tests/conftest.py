@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -26,6 +28,11 @@ settings.load_profile("fd_dsa")
 def _has_gpu() -> bool:
     """True where the NVIDIA driver shows a device."""
     return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+if not _has_gpu():
+    # Triton reads it when it is first imported, so it is set before any test module is
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _missing(*modules: str) -> str | None:
@@ -48,6 +55,19 @@ REQUIREMENTS: dict[str, Callable[[], str | None]] = {
     "oracle": lambda: _missing("torch", "transformers"),
 }
 _skip_reason = cache(lambda marker: REQUIREMENTS[marker]())
+
+
+MEMORIES = {"interpreter": "triton", "torch": "gpu", "rig": "gpu_rig"}
+
+
+@pytest.fixture(
+    params=[pytest.param(m, marks=getattr(pytest.mark, k)) for m, k in MEMORIES.items()]
+)
+def kernel_memory(request: pytest.FixtureRequest) -> Any:
+    """A memory that kernels run on (tests/kernel_memory.py): one run of the test for each."""
+    from tests.kernel_memory import open_memory
+
+    return open_memory(request.param)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,0 +1,49 @@
+"""torch tensors as memory for the kernels: what the launcher asks of a framework.
+
+For tests and benchmarks only: the package itself never imports torch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from fd_dsa.triton_runtime import DeviceApi, register_device_api
+
+
+class TorchDeviceApi(DeviceApi):
+    """Device, stream and capability of torch tensors in CUDA memory."""
+
+    def device_of(self, tensor: torch.Tensor) -> int:
+        """Number of the GPU that holds `tensor`.
+
+        Raises:
+            ValueError: the tensor is not in CUDA memory; the message names its place.
+        """
+        if not tensor.is_cuda:
+            raise ValueError(f"kernels run on CUDA memory, got a torch tensor on {tensor.device}")
+        return tensor.device.index
+
+    def current_stream(self, device: int) -> int:
+        """Handle of the stream that torch queues work on."""
+        return torch.cuda.current_stream(device).cuda_stream
+
+    def capability(self, device: int) -> int:
+        """Compute capability as one number, 90 on Hopper."""
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+
+    def set_device(self, device: int) -> None:
+        """Make `device` current in this thread."""
+        torch.cuda.set_device(device)
+
+    def interpreter_argument(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the interpreter reads: a CPU tensor itself."""
+        return tensor
+
+
+@cache
+def register() -> None:
+    """Tell the launcher how to treat torch tensors; once a process."""
+    register_device_api(torch.Tensor, TorchDeviceApi())

@@ -1,0 +1,185 @@
+"""Three memories that kernel tests run on: NumPy arrays go in, NumPy arrays come out.
+
+    def test_doubles(kernel_memory):
+        m = kernel_memory
+        x, y = m.put(np.arange(5, dtype=np.float32)), m.poisoned((5,), "float32")
+        double[(1,)](x, y, 5, BLOCK=8)
+        m.sync()
+        np.testing.assert_array_equal(m.get(y), ...)
+
+`interpreter` is Paddle on the CPU under Triton's interpreter, `torch` is CUDA memory without
+Paddle, `rig` is Paddle in CUDA memory through the test plug-in. bfloat16 goes in and comes out as
+uint16 bits, float8 as uint8 bits. A memory imports its framework when it is opened.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+
+POISON = 0xA5
+"""Every byte of memory that a kernel is to fill; no type reads it as NaN, zero or a small count."""
+
+# types which NumPy lacks -> the type that carries their bits
+BITS_OF = {"bfloat16": "uint16", "float8_e4m3fn": "uint8"}
+
+
+class KernelMemory(ABC):
+    """Where the arrays of a kernel test live.
+
+    Attributes:
+        name: "interpreter", "torch" or "rig".
+        large: True on a GPU: tests then add the sizes of real serving.
+    """
+
+    name: str
+    large: bool
+
+    def put(self, array: Any, dtype: str | None = None) -> Any:
+        """A tensor of this memory with the values of `array`, a copy.
+
+        Args:
+            array: what NumPy takes; bits for the types that NumPy lacks.
+            dtype: "bfloat16" (of uint16), "float8_e4m3fn" (of uint8), or a NumPy type to convert
+                to; None keeps the array's own.
+        """
+        if dtype in BITS_OF:
+            bits = np.ascontiguousarray(array)
+            assert bits.dtype == BITS_OF[dtype], f"{dtype} is put as {BITS_OF[dtype]} bits"
+            return self._reinterpret(self._from_numpy(bits), dtype)
+        return self._from_numpy(np.ascontiguousarray(array, dtype))
+
+    def poisoned(self, shape: tuple[int, ...], dtype: str) -> Any:
+        """A tensor whose every byte is POISON, for a kernel to fill."""
+        plain = np.dtype(BITS_OF.get(dtype, dtype))
+        size = math.prod(shape) * plain.itemsize
+        array = np.full(size, POISON, np.uint8).view(plain).reshape(shape)
+        return self.put(array, dtype)
+
+    def get(self, tensor: Any) -> np.ndarray:
+        """The values of a tensor as a new NumPy array, after all work in flight."""
+        self.sync()
+        bits = BITS_OF.get(str(tensor.dtype).rpartition(".")[2])
+        plain = tensor.contiguous()
+        if bits:
+            # the frameworks have no common unsigned 16-bit type
+            plain = self._reinterpret(plain, bits.replace("uint16", "int16"))
+        array = np.array(self._to_numpy(plain))
+        return array.view(bits) if bits else array
+
+    @abstractmethod
+    def sync(self) -> None:
+        """Wait until the device has done all its work."""
+
+    @abstractmethod
+    def _from_numpy(self, array: np.ndarray) -> Any:
+        """A tensor with a copy of a contiguous array."""
+
+    @abstractmethod
+    def _to_numpy(self, tensor: Any) -> np.ndarray:
+        """The values of a contiguous tensor of a type that NumPy has."""
+
+    @abstractmethod
+    def _reinterpret(self, tensor: Any, dtype: str) -> Any:
+        """The same bytes as another type of the same width."""
+
+
+class PaddleMemory(KernelMemory):
+    """Paddle tensors in one place: the CPU's, or that of the test plug-in."""
+
+    def __init__(self, name: str, place: Any, *, large: bool) -> None:
+        self.name, self.large, self._place = name, large, place
+
+    def sync(self) -> None:
+        import paddle
+
+        if self.large:
+            paddle.device.synchronize()
+
+    def _from_numpy(self, array: np.ndarray) -> Any:
+        import paddle
+
+        if array.dtype == np.uint16:
+            # Paddle would take unsigned 16-bit numbers for bfloat16
+            array = array.view(np.int16)
+        return paddle.to_tensor(array, place=self._place)
+
+    def _to_numpy(self, tensor: Any) -> np.ndarray:
+        return tensor.numpy()
+
+    def _reinterpret(self, tensor: Any, dtype: str) -> Any:
+        return tensor.view(dtype)
+
+
+class TorchMemory(KernelMemory):
+    """torch tensors in CUDA memory; Paddle is not needed."""
+
+    name = "torch"
+    large = True
+
+    def sync(self) -> None:
+        import torch
+
+        torch.cuda.synchronize()
+
+    def _from_numpy(self, array: np.ndarray) -> Any:
+        import torch
+
+        return torch.from_numpy(array.copy()).to("cuda")
+
+    def _to_numpy(self, tensor: Any) -> np.ndarray:
+        return tensor.cpu().numpy()
+
+    def _reinterpret(self, tensor: Any, dtype: str) -> Any:
+        import torch
+
+        return tensor.view(getattr(torch, dtype))
+
+
+def interprets() -> bool:
+    """True in a process whose kernels run in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _open_interpreter() -> KernelMemory:
+    """Paddle on the CPU; only an interpreter process can launch on it."""
+    if not interprets():
+        pytest.skip("kernels are compiled in this process; set TRITON_INTERPRET=1 to interpret")
+    if find_spec("paddle") is None:
+        pytest.skip("not installed: paddle")
+    import paddle
+
+    return PaddleMemory("interpreter", paddle.CPUPlace(), large=False)
+
+
+def _open_torch() -> KernelMemory:
+    """CUDA memory of torch, known to the launcher from here on."""
+    if interprets():
+        pytest.skip("kernels are interpreted in this process; unset TRITON_INTERPRET")
+    from benchmarks._torch_device import register
+
+    register()
+    return TorchMemory()
+
+
+def _open_rig() -> KernelMemory:
+    """CUDA memory of Paddle's test plug-in."""
+    if find_spec("tests.gpu_rig") is None:
+        pytest.skip("the test plug-in is not there: make gpu-rig")
+    from tests.gpu_rig import open_place
+
+    return PaddleMemory("rig", open_place(), large=True)
+
+
+_OPEN = {"interpreter": _open_interpreter, "torch": _open_torch, "rig": _open_rig}
+
+
+def open_memory(name: str) -> KernelMemory:
+    """The memory of this name; skips the test with the reason where it is not there."""
+    return _OPEN[name]()
