@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,25 @@ def prepare_cpu_runtime() -> None:
         vendor_is_amd = False
     if vendor_is_amd:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+
+
+def has_nvidia_gpu() -> bool:
+    """True where the NVIDIA driver shows this process a device; no driver call is made."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def choose_triton_mode() -> bool:
+    """True if Triton kernels of this process run in Triton's interpreter, False if compiled.
+
+    Triton decides at its own import, for good: call this before. On a machine without a GPU it
+    sets TRITON_INTERPRET=1, unless the user has set the variable or Triton is loaded already.
+    """
+    value = os.environ.get("TRITON_INTERPRET")
+    if value is None and "triton" not in sys.modules and not has_nvidia_gpu():
+        os.environ["TRITON_INTERPRET"] = value = "1"
+    return (value or "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def usable_cpus() -> int:

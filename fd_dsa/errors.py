@@ -6,6 +6,7 @@ FdDsaError
 ├── ConfigError         a ValueError: a flag or a field of a model folder cannot be served
 │   └── CheckpointError a tensor or file of a checkpoint is missing, damaged or of another shape
 ├── CapacityError       a ValueError: more tokens, rows or blocks than were allocated for
+├── LaunchError         a ValueError: a Triton kernel cannot be launched with these arguments
 ├── MissingStepError    a RuntimeError: a step field is read before the call that makes it
 └── BackendUnavailable  an ImportError: a device or provider cannot serve here
 
@@ -37,6 +38,10 @@ class CheckpointError(ConfigError):
 
 class CapacityError(FdDsaError, ValueError):
     """A step needs more tokens, rows or blocks than the buffers hold."""
+
+
+class LaunchError(FdDsaError, ValueError):
+    """A Triton kernel cannot be launched so; the message names the kernel and the argument."""
 
 
 class MissingStepError(FdDsaError, RuntimeError):

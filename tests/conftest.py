@@ -16,6 +16,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from fd_dsa.config import choose_triton_mode
+
+# before any test module imports Triton, alone or through torch
+choose_triton_mode()
+
 GPU_MARKERS = ("gpu", "gpu_rig")
 
 # a failure prints how to see it again; a slow machine is no failure

@@ -1,0 +1,84 @@
+"""Where tensors live: one small interface per tensor library, Paddle's built in.
+
+The library of a launch is that of its first tensor argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.errors import BackendUnavailable, LaunchError
+
+
+class DeviceApi:
+    """What the launcher asks of a tensor library; subclass it for another one."""
+
+    def device_of(self, tensor: Any) -> int:
+        """Index of the CUDA device that holds the tensor.
+
+        Raises:
+            LaunchError: the tensor is elsewhere; the message says where.
+        """
+        raise NotImplementedError
+
+    def current_device(self) -> int:
+        """Index of the calling thread's current device."""
+        raise NotImplementedError
+
+    def current_stream(self, device: int) -> int:
+        """The library's current stream of a device in this thread: a CUDA stream handle."""
+        raise NotImplementedError
+
+    def capability(self, device: int) -> int:
+        """Compute capability, major * 10 + minor: 90 on Hopper."""
+        raise NotImplementedError
+
+    def set_device(self, device: int) -> None:
+        """Make a device the calling thread's current one."""
+        raise NotImplementedError
+
+    def interpreter_argument(self, tensor: Any) -> Any:
+        """What Triton's interpreter may read through `data_ptr()`; the tensor itself by default."""
+        return tensor
+
+
+class PaddleApi(DeviceApi):
+    """Paddle tensors in GPU memory or in that of a custom device; on a CPU, the interpreter."""
+
+    def interpreter_argument(self, tensor: Any) -> Any:
+        """The tensor, if it is in host memory."""
+        if not tensor.place.is_cpu_place():
+            raise LaunchError(
+                f"a tensor on {tensor.place}, but kernels run in Triton's interpreter in this "
+                "process, which reads CPU tensors only"
+            )
+        return tensor
+
+
+_REGISTRY: dict[type, DeviceApi] = {}
+
+
+def register_device_api(tensor_type: type, api: DeviceApi) -> None:
+    """Launch kernels on tensors of this type, and of types derived from it, through `api`."""
+    for known in [t for t in _REGISTRY if issubclass(t, tensor_type)]:
+        del _REGISTRY[known]
+    _REGISTRY[tensor_type] = api
+
+
+def api_for_type(tensor_type: type) -> DeviceApi:
+    """The interface to tensors of this type.
+
+    Raises:
+        BackendUnavailable: no library was registered for it.
+    """
+    for base in tensor_type.__mro__:
+        if base in _REGISTRY:
+            _REGISTRY[tensor_type] = api = _REGISTRY[base]
+            return api
+        if base.__module__.partition(".")[0] == "paddle" and hasattr(base, "data_ptr"):
+            _REGISTRY[base] = PaddleApi()
+            return api_for_type(tensor_type)
+    raise BackendUnavailable(
+        f"no device interface for {tensor_type.__module__}.{tensor_type.__qualname__}; "
+        "launches take paddle.Tensor, or types given to register_device_api"
+    )
