@@ -43,16 +43,40 @@ def _version(package: str) -> str:
         return ""
 
 
+def _gpu() -> dict[str, str]:
+    """Name and driver of the first GPU; empty texts where the driver shows none."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "-i", "0"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return {"gpu": "", "driver": ""}
+    name, _, driver = done.stdout.strip().partition(", ")
+    return {"gpu": name, "driver": driver} if done.returncode == 0 else {"gpu": "", "driver": ""}
+
+
+def _revision() -> dict[str, Any]:
+    """Commit, and whether what is measured differs from it.
+
+    A copy of the tree without git is told its commit by FD_DSA_COMMIT, the full hash, followed by
+    `-dirty` where the copy was not clean. A copy that knows neither counts as dirty.
+    """
+    told = os.environ.get("FD_DSA_COMMIT", "")
+    if told:
+        return {"commit": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
+    commit = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", *_MEASURED)
+    return {"commit": commit, "dirty": bool(changed) or not commit}
+
+
 def environment() -> dict[str, Any]:
     """Machine, versions and commit that a result belongs to."""
     return {
         "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
-        "gpu": "",
+        **_gpu(),
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", *_MEASURED)),
+        **_revision(),
     }
 
 
@@ -61,11 +85,18 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     return {f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)}
 
 
+def write_json(path: Path, result: Any) -> None:
+    """Write a result so that a reader never finds half a file."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(path)
+
+
 def save(name: str, result: dict[str, Any]) -> Path:
     """Write `result` with the environment to benchmarks/results/<name>.json."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"name": name, "env": environment()} | result, indent=1) + "\n")
+    write_json(path, {"name": name, "env": environment()} | result)
     return path
 
 
