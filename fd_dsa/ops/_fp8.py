@@ -1,0 +1,104 @@
+"""float8_e4m3fn on a CPU: codes, values, and the scales of a quantised tile.
+
+A code has 1 sign, 4 exponent (bias 7) and 3 mantissa bits; there is no infinity, the two codes
+whose other bits are all set are NaN, the largest number is 448. Every function here gives the
+same bits as the kernels on a device: float32 arithmetic, each operation rounded once.
+
+Source: FP8 Formats for Deep Learning (arXiv 2209.05433); tiles and scales as DeepSeek-V3.2-Exp's
+inference/kernel.py and FlashMLA's 656-byte records.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# fp8_ds_mla: a latent record is 512 codes, a float32 scale for each 128 of them, 64 bfloat16 of
+# k_pe; an index key is 128 codes and a float32 scale, which lie apart in the block
+LATENT_WIDTH, ROPE_WIDTH, INDEX_WIDTH, TILE_WIDTH = 512, 64, 128, 128
+LATENT_TILES = LATENT_WIDTH // TILE_WIDTH
+LATENT_RECORD_BYTES = LATENT_WIDTH + 4 * LATENT_TILES + 2 * ROPE_WIDTH
+INDEX_RECORD_BYTES = INDEX_WIDTH + 4
+
+E4M3_MAX = np.float32(448.0)
+E4M3_NAN = np.uint8(0x7F)
+# smallest scale of a raw tile: the division by it stays finite
+_MIN_SCALE = np.finfo(np.float32).tiny
+# smallest |maximum| that an index scale is made from, as in DeepSeek's quantiser
+_MIN_ABSMAX = np.float32(1e-4)
+_SIGN = np.uint32(0x80000000)
+_SMALLEST_NORMAL = np.float32(2.0**-6)
+# adding 2^14 leaves 2^-9, the step of the subnormals, as the last bit of a float32
+_SUBNORMAL_MAGIC = np.float32(2.0**14)
+
+
+def _value_table() -> np.ndarray:
+    """float32 [256]: value of each code."""
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    normal = np.ldexp(1.0 + mantissa / 8.0, exponent - 7)
+    value = np.where(exponent == 0, np.ldexp(mantissa / 8.0, -6), normal)
+    value[(code & 127) == 127] = np.nan
+    return np.where(code < 128, value, -value).astype(np.float32)
+
+
+E4M3_VALUES = _value_table()
+
+
+def encode_e4m3(x: np.ndarray) -> np.ndarray:
+    """uint8 codes of float32 `x`: nearest, the even one of two, beyond 448 the largest.
+
+    The sign of a zero stays. NaN of either sign becomes 0x7F, as NVIDIA's cvt.satfinite does.
+    """
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    sign = (bits & _SIGN) >> np.uint32(24)
+    bits = bits & ~_SIGN
+    magnitude = bits.view(np.float32)
+    nan = np.isnan(magnitude)
+    magnitude = np.minimum(magnitude, E4M3_MAX)
+    bits = magnitude.view(np.uint32)
+    # the 20 bits below the mantissa are rounded off, then the exponent's bias goes from 127 to 7
+    odd = (bits >> np.uint32(20)) & np.uint32(1)
+    normal = ((bits + np.uint32(0x7FFFF) + odd) >> np.uint32(20)) - np.uint32((127 - 7) << 3)
+    small = magnitude < _SMALLEST_NORMAL
+    subnormal = (magnitude + _SUBNORMAL_MAGIC).view(np.uint32) - _SUBNORMAL_MAGIC.view(np.uint32)
+    codes = (np.where(small, subnormal, normal) | sign).astype(np.uint8)
+    codes[nan] = E4M3_NAN
+    return codes
+
+
+def decode_e4m3(codes: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """float32 values of uint8 codes, into `out` where it is given."""
+    return np.take(E4M3_VALUES, codes, out=out, mode="clip")
+
+
+def absolute_maximum(tiles: np.ndarray) -> np.ndarray:
+    """float32 [...]: largest magnitude over the last axis; NaN does not count, all NaN gives 0."""
+    return np.fmax.reduce(np.abs(tiles), axis=-1, initial=np.float32(0.0))
+
+
+def raw_scale(absmax: np.ndarray) -> np.ndarray:
+    """Scales of latent tiles: max(absmax / 448, smallest normal float32)."""
+    return np.maximum(absmax / E4M3_MAX, _MIN_SCALE)
+
+
+def index_scale(absmax: np.ndarray, scale_fmt: str | None) -> np.ndarray:
+    """Scales of index keys and queries: a / 448 with a = max(absmax, 1e-4).
+
+    Args:
+        absmax: float32, without NaN.
+        scale_fmt: "ue8m0" rounds up to a power of two, by the bits: a scale that is one stays;
+            None leaves it.
+    """
+    scale = np.maximum(absmax, _MIN_ABSMAX) / E4M3_MAX
+    if scale_fmt is None:
+        return scale
+    bits = scale.view(np.uint32)
+    exponent = (bits >> np.uint32(23)) + ((bits & np.uint32(0x7FFFFF)) != 0)
+    return (exponent << np.uint32(23)).astype(np.uint32).view(np.float32)
+
+
+def quantise(tiles: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """uint8 codes of tiles [..., width] divided by their scales [...]."""
+    # inf / inf is NaN, which is what the key of a broken token should be
+    with np.errstate(invalid="ignore", over="ignore"):
+        return encode_e4m3(tiles / scales[..., None])

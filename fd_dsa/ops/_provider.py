@@ -1,0 +1,78 @@
+"""Which implementation of an operator serves a tensor: decided once, logged once.
+
+A provider is a module of the operator's folder: `paddle_impl` on a CPU, `triton_kernel` on
+any other device. Both hold the operator's function under its public name and arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.errors import BackendUnavailable
+
+logger = logging.getLogger(__name__)
+
+PADDLE, TRITON = "paddle", "triton"
+_REASONS = {
+    PADDLE: "a CPU: NumPy, and products by Paddle",
+    TRITON: "a device with a compiled Triton kernel",
+}
+_choices: dict[tuple[str, str], str] = {}
+
+
+def device_kind(tensor: Any) -> str:
+    """Where a tensor lies: "cpu", or the name of its device without a number.
+
+    Args:
+        tensor: a NumPy array, a Paddle tensor, or anything with a `device` that has a `type`.
+    """
+    if isinstance(tensor, np.ndarray):
+        return "cpu"
+    place = getattr(tensor, "place", None)
+    if place is None:
+        return str(tensor.device.type)
+    if place.is_cpu_place():
+        return "cpu"
+    # a custom place prints as Place(name:0)
+    return "gpu" if place.is_gpu_place() else str(place).removeprefix("Place(").split(":")[0]
+
+
+def provider_for(operator: str, tensor: Any) -> str:
+    """ "paddle" or "triton": what runs `operator` where `tensor` lies.
+
+    Args:
+        operator: name of the operator's folder, for example "cache_write".
+        tensor: one of its arguments.
+
+    Raises:
+        BackendUnavailable: the tensor lies on a device for which the operator has no kernel.
+
+    Cost: a dictionary look-up after the first call for an operator and kind of device.
+    """
+    kind = device_kind(tensor)
+    chosen = _choices.get((operator, kind))
+    return _choose(operator, kind) if chosen is None else chosen
+
+
+def provider_table() -> dict[str, dict[str, str]]:
+    """Choices made so far: operator -> kind of device -> provider."""
+    table: dict[str, dict[str, str]] = {}
+    for (operator, kind), chosen in sorted(_choices.items()):
+        table.setdefault(operator, {})[kind] = chosen
+    return table
+
+
+def _choose(operator: str, kind: str) -> str:
+    """Decide, log and remember."""
+    chosen = PADDLE if kind == "cpu" else TRITON
+    if chosen == TRITON and find_spec(f"fd_dsa.ops.{operator}.triton_kernel") is None:
+        raise BackendUnavailable(
+            f"{operator}: no kernel for tensors on {kind!r}; it runs on CPU tensors"
+        )
+    logger.info("%s on %s: %s (%s)", operator, kind, chosen, _REASONS[chosen])
+    _choices[operator, kind] = chosen
+    return chosen

@@ -1,0 +1,88 @@
+"""Make the indexer's queries ready for the format of the keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.ops._fp8 import INDEX_WIDTH
+from fd_dsa.ops._host import check_dtype, check_shape
+from fd_dsa.ops._provider import PADDLE, TRITON, provider_for
+
+__all__ = ["prepare_indexer_query"]
+
+# Paddle's CPU build and NumPy do not compute in bfloat16
+_INPUT_DTYPES = {PADDLE: ("float32",), TRITON: ("float32", "bfloat16")}
+
+
+def prepare_indexer_query(
+    q: Any,
+    weights: Any,
+    position_ids: Any,
+    cos_sin_cache: Any,
+    *,
+    rope_interleave: bool,
+    quantized: bool,
+    hadamard: bool = False,
+    scale_fmt: str | None = "ue8m0",
+    weights_scale: float = 1.0,
+    out: tuple[Any, Any] | None = None,
+) -> tuple[Any, Any]:
+    """Rotate the indexer's queries, quantise them, and fold their scales into the head weights.
+
+    q' = RoPE of the first rope_dim values, Hadamard where asked for
+    q8[t, h] = e4m3(q'[t, h] / s[t, h]), w'[t, h] = (w[t, h] * weights_scale) * s[t, h]
+
+    with s as of the keys: a / 448, a = max(absmax, 1e-4), up to a power of two with "ue8m0". All
+    in float32, so a CPU and a device give the same bytes. A token's scores are then
+    k_scale[s] * sum_h w'[t, h] * relu(q8[t, h] . k8[s]).
+
+    Args:
+        q: float32 or bfloat16 [num_tokens, index_n_heads, index_head_dim]; float32 on a CPU, which
+            may overwrite it.
+        weights: float32 or bfloat16 [num_tokens, index_n_heads].
+        position_ids: int64 [num_tokens]; rows of `cos_sin_cache`.
+        cos_sin_cache: float32 [max_position, rope_dim], cos in the first half, sin in the second.
+        rope_interleave: pairing of the RoPE.
+        quantized: for e4m3 keys; False only rotates.
+        hadamard, scale_fmt: those of the keys in the cache.
+        weights_scale: index_n_heads**-0.5 * index_head_dim**-0.5, 1 where the weights have it.
+        out: where to write the two results; None allocates.
+
+    Returns:
+        (q', w'). Quantised: q' is e4m3, [num_tokens, index_n_heads, 128], w' float32
+        [num_tokens, index_n_heads]. On a CPU q' is float32 with the values of the codes, which
+        its products need; an `out` of uint8 gets the codes. Else q' is float32 (bfloat16 where a
+        device's `q` is) and w' float32.
+
+    Raises:
+        ShapeError, DtypeError: before any work.
+        BackendUnavailable: the device has no kernel.
+
+    Source: DeepSeek-V3.2-Exp, inference/model.py (Indexer).
+    """
+    name, chosen = "prepare_indexer_query", provider_for("indexer_query", q)
+    floats = _INPUT_DTYPES[chosen]
+    check_shape(name, "q", q, (None, None, INDEX_WIDTH if quantized else None))
+    check_dtype(name, "q", q, floats)
+    check_shape(name, "weights", weights, tuple(q.shape[:2]))
+    check_dtype(name, "weights", weights, floats)
+    check_shape(name, "position_ids", position_ids, (q.shape[0],))
+    check_dtype(name, "position_ids", position_ids, ("int64",))
+    check_shape(name, "cos_sin_cache", cos_sin_cache, (None, None))
+    check_dtype(name, "cos_sin_cache", cos_sin_cache, ("float32",))
+    if chosen == TRITON:
+        from fd_dsa.ops.indexer_query import triton_kernel as provider
+    else:
+        from fd_dsa.ops.indexer_query import paddle_impl as provider
+    return provider.prepare_indexer_query(
+        q,
+        weights,
+        position_ids,
+        cos_sin_cache,
+        rope_interleave=rope_interleave,
+        quantized=quantized,
+        hadamard=hadamard,
+        scale_fmt=scale_fmt,
+        weights_scale=weights_scale,
+        out=out,
+    )
