@@ -10,6 +10,10 @@ The protocol of a benchmark module, which `gpu_run` and the report rely on:
                 record.case("128 tokens", times, ours="one launch", bytes_moved=...)
         return 0
 
+    def subjects() -> dict[str, tuple[Call, list[torch.Tensor]]]:
+        """One call of ours at a size of real serving, and the tensors it writes, by label: what
+        ncu looks at, and what is repeated ten thousand times to see the same bytes."""
+
     {"name", "env", "gate", "clocks": [before, after], "ceilings",
      "cases": [{"case", "tier", "times": {label: {"p20", "p50", "p80"}},    microseconds a call
                 "ours": label, "ratios": {other label: its p50 / that of ours},

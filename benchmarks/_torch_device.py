@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 
+from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime import DeviceApi, register_device_api
 
 
@@ -19,11 +20,15 @@ class TorchDeviceApi(DeviceApi):
         """Number of the GPU that holds `tensor`.
 
         Raises:
-            ValueError: the tensor is not in CUDA memory; the message names its place.
+            LaunchError: the tensor is not in CUDA memory; the message names its place.
         """
         if not tensor.is_cuda:
-            raise ValueError(f"kernels run on CUDA memory, got a torch tensor on {tensor.device}")
+            raise LaunchError(f"kernels run on CUDA memory, got a torch tensor on {tensor.device}")
         return tensor.device.index
+
+    def current_device(self) -> int:
+        """Number of this thread's GPU."""
+        return torch.cuda.current_device()
 
     def current_stream(self, device: int) -> int:
         """Handle of the stream that torch queues work on."""
@@ -37,10 +42,6 @@ class TorchDeviceApi(DeviceApi):
     def set_device(self, device: int) -> None:
         """Make `device` current in this thread."""
         torch.cuda.set_device(device)
-
-    def interpreter_argument(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What the interpreter reads: a CPU tensor itself."""
-        return tensor
 
 
 @cache

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fd_dsa.triton_runtime import INTERPRETING
+
 POISON = 0xA5
 """Every byte of memory that a kernel is to fill; no type reads it as NaN, zero or a small count."""
 
@@ -35,11 +37,16 @@ class KernelMemory(ABC):
 
     Attributes:
         name: "interpreter", "torch" or "rig".
-        large: True on a GPU: tests then add the sizes of real serving.
+        large: True on a GPU: tests then add the sizes of real serving. FD_DSA_SMALL_TESTS=1 leaves
+            them out, for a first look or under a memory checker.
     """
 
     name: str
-    large: bool
+    on_gpu: bool
+
+    @property
+    def large(self) -> bool:
+        return self.on_gpu and os.environ.get("FD_DSA_SMALL_TESTS") != "1"
 
     def put(self, array: Any, dtype: str | None = None) -> Any:
         """A tensor of this memory with the values of `array`, a copy.
@@ -93,13 +100,13 @@ class KernelMemory(ABC):
 class PaddleMemory(KernelMemory):
     """Paddle tensors in one place: the CPU's, or that of the test plug-in."""
 
-    def __init__(self, name: str, place: Any, *, large: bool) -> None:
-        self.name, self.large, self._place = name, large, place
+    def __init__(self, name: str, place: Any, *, on_gpu: bool) -> None:
+        self.name, self.on_gpu, self._place = name, on_gpu, place
 
     def sync(self) -> None:
         import paddle
 
-        if self.large:
+        if self.on_gpu:
             paddle.device.synchronize()
 
     def _from_numpy(self, array: np.ndarray) -> Any:
@@ -121,7 +128,7 @@ class TorchMemory(KernelMemory):
     """torch tensors in CUDA memory; Paddle is not needed."""
 
     name = "torch"
-    large = True
+    on_gpu = True
 
     def sync(self) -> None:
         import torch
@@ -142,25 +149,20 @@ class TorchMemory(KernelMemory):
         return tensor.view(getattr(torch, dtype))
 
 
-def interprets() -> bool:
-    """True in a process whose kernels run in Triton's interpreter."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _open_interpreter() -> KernelMemory:
     """Paddle on the CPU; only an interpreter process can launch on it."""
-    if not interprets():
+    if not INTERPRETING:
         pytest.skip("kernels are compiled in this process; set TRITON_INTERPRET=1 to interpret")
     if find_spec("paddle") is None:
         pytest.skip("not installed: paddle")
     import paddle
 
-    return PaddleMemory("interpreter", paddle.CPUPlace(), large=False)
+    return PaddleMemory("interpreter", paddle.CPUPlace(), on_gpu=False)
 
 
 def _open_torch() -> KernelMemory:
     """CUDA memory of torch, known to the launcher from here on."""
-    if interprets():
+    if INTERPRETING:
         pytest.skip("kernels are interpreted in this process; unset TRITON_INTERPRET")
     from benchmarks._torch_device import register
 
@@ -174,7 +176,7 @@ def _open_rig() -> KernelMemory:
         pytest.skip("the test plug-in is not there: make gpu-rig")
     from tests.gpu_rig import open_place
 
-    return PaddleMemory("rig", open_place(), large=True)
+    return PaddleMemory("rig", open_place(), on_gpu=True)
 
 
 _OPEN = {"interpreter": _open_interpreter, "torch": _open_torch, "rig": _open_rig}
