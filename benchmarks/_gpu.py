@@ -11,8 +11,8 @@ The protocol of a benchmark module, which `gpu_run` and the report rely on:
         return 0
 
     def subjects() -> dict[str, tuple[Call, list[torch.Tensor]]]:
-        """One call of ours at a size of real serving, and the tensors it writes, by label: what
-        ncu looks at, and what is repeated ten thousand times to see the same bytes."""
+        # by label: one call of ours at a size of real serving and the tensors it writes;
+        # ncu looks at it, and it is repeated ten thousand times to see the same bytes
 
     {"name", "env", "gate", "clocks": [before, after], "ceilings",
      "cases": [{"case", "tier", "times": {label: {"p20", "p50", "p80"}},    microseconds a call
