@@ -1,0 +1,57 @@
+"""What the GPU and its driver reach by themselves: copies, graph nodes, raw launches."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import _gpu
+
+_SOURCE = Path(__file__).with_suffix(".cu")
+_MATRIX = 8192
+
+
+def raw_costs() -> dict[str, float]:
+    """Host microseconds of raw launches with 1, 5 and 18 arguments, and of a graph's node.
+
+    Raises:
+        RuntimeError: nvcc or the program failed; its words are in the message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "ceilings"
+        build = ["nvcc", "-O2", "-std=c++17", "-arch=sm_90", "-o", str(program), str(_SOURCE)]
+        for command in (build, [str(program)]):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if done.returncode:
+                raise RuntimeError(f"{command[0]}: {done.stderr[-300:]}")
+    return json.loads(done.stdout)
+
+
+def matrix_flops_per_s() -> float:
+    """Rate of a bfloat16 product of random 8192 x 8192 matrices."""
+    size = (_MATRIX, _MATRIX)
+    left, right = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(left)
+    times = _gpu.interleaved({"product": [lambda: torch.mm(left, right, out=out)]}, mode="events")
+    return 2 * _MATRIX**3 / times["product"]["p50"] * 1e6
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write ceilings.json."""
+    args = _gpu.arguments(__doc__, argv)
+    with _gpu.Recorder("ceilings", args.out) as record:
+        record.note(matrix_flops_per_s=matrix_flops_per_s())
+        costs = raw_costs()
+        record.note(**costs)
+    print(f"copy {record.ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s, raw costs in us: {costs}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
