@@ -1,0 +1,168 @@
+"""Exact top-k on a device, written as cache slots; correct first, not tuned.
+
+One program serves one token: it finds the k-th best score bit by bit over an order-preserving
+image of the scores, then writes the winners in ascending position. Nothing depends on the order
+of threads. A provider with fewer passes over the row can replace it behind the same function.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.ops._triton import blocks_of
+from fd_dsa.triton_runtime import paddle_jit
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _ordered_bits(scores):
+    """uint32 image: larger = higher score; NaN is 0, below -inf, and -0.0 equals +0.0."""
+    # integers alone: no comparison of floats may take a denormal number for zero
+    bits = scores.to(tl.uint32, bitcast=True)
+    bits = tl.where(bits == 0x80000000, tl.zeros_like(bits), bits)
+    image = tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return tl.where(is_nan, tl.zeros_like(bits), image)
+
+
+@triton.jit
+def _kth_best(row_ptr, window, k, BLOCK: tl.constexpr):
+    """Largest image that at least k of the row's scores reach, and how many exceed it.
+
+    Built from the highest bit down: a bit is set while k scores still reach the value.
+    """
+    kth = tl.full([], 0, tl.uint32)
+    above = tl.full([], 0, tl.int32)
+    for i in range(32):
+        candidate = kth | (tl.full([], 0x80000000, tl.uint32) >> i)
+        reached = tl.full([], 0, tl.int32)
+        for start in range(0, window, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            image = _ordered_bits(tl.load(row_ptr + column, mask=column < window, other=0.0))
+            hit = (column < window) & (image >= candidate)
+            reached += tl.sum(hit.to(tl.int32), axis=0)
+        # where the bit stays clear, `reached` counts scores above every value still possible
+        above = tl.where(reached >= k, above, reached)
+        kth = tl.where(reached >= k, candidate, kth)
+    return kth, above
+
+
+@paddle_jit(
+    do_not_specialize=("k", "first_token", "table_width", "logits_width", "num_blocks"),
+    contiguous=(
+        "logits_ptr",
+        "position_ids_ptr",
+        "batch_id_per_token_ptr",
+        "block_tables_ptr",
+        "slots_ptr",
+    ),
+)
+def topk_kernel(
+    logits_ptr,
+    position_ids_ptr,
+    batch_id_per_token_ptr,
+    block_tables_ptr,
+    slots_ptr,
+    k,
+    first_token,
+    table_width,
+    logits_width,
+    num_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Slots of the k best keys of token `first_token + program 0`."""
+    row = tl.program_id(0).to(tl.int64)
+    token = first_token + row
+    batch_id = tl.load(batch_id_per_token_ptr + token)
+    window = tl.load(position_ids_ptr + token).to(tl.int32) + 1
+    window = tl.where(batch_id < 0, 0, window)
+    out_ptr = slots_ptr + token * k
+    row_ptr = logits_ptr + row * logits_width
+    kth = tl.full([], 0, tl.uint32)
+    above = tl.full([], 0, tl.int32)
+    if window > k:
+        window = tl.minimum(window, logits_width)
+        kth, above = _kth_best(row_ptr, window, k, BLOCK)
+    # scores equal to the k-th best fill what the better ones leave, lowest positions first
+    wanted_ties = k - above
+    num_written = tl.full([], 0, tl.int32)
+    num_ties = tl.full([], 0, tl.int32)
+    for start in range(0, window, BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        seen = position < window
+        scored = seen & (window > k)
+        image = _ordered_bits(tl.load(row_ptr + position, mask=scored, other=0.0))
+        tie = seen & (image == kth)
+        tie_rank = num_ties + tl.cumsum(tie.to(tl.int32), axis=0)
+        chosen = seen & ((image > kth) | (tie & (tie_rank <= wanted_ties)) | (window <= k))
+        rank = num_written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
+        block = blocks_of(
+            block_tables_ptr, batch_id, position, chosen, table_width, num_blocks, BLOCK_SIZE
+        )
+        slot = tl.where(block < 0, -1, block * BLOCK_SIZE + position % BLOCK_SIZE)
+        tl.store(out_ptr + rank, slot, mask=chosen)
+        num_written += tl.sum(chosen.to(tl.int32), axis=0)
+        num_ties += tl.sum(tie.to(tl.int32), axis=0)
+    for start in range(0, k - num_written, BLOCK):
+        column = num_written + start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + column, tl.full([BLOCK], -1, tl.int32), mask=column < k)
+
+
+def select_slots(
+    logits: Any,
+    position_ids: Any,
+    batch_id_per_token: Any,
+    block_tables: Any,
+    slots: Any,
+    *,
+    block_size: int,
+    num_blocks: int,
+    first_token: int = 0,
+    num_rows: int | None = None,
+) -> None:
+    """Fill rows of `slots` with the cache slots of the best keys of consecutive tokens.
+
+    Keys rank by higher score, then by lower position; NaN ranks below every number and -0.0
+    equals +0.0. Slots come in ascending position, -1 last. A token with at most k keys gets all
+    of them, without a look at its scores.
+
+    Args:
+        logits: float32 [num_rows, width]; scores of the tokens from `first_token` on, a column a
+            position. Entries past a token's window are not looked at.
+        position_ids: int64 [num_tokens]; a token sees the keys 0..position of its row.
+        batch_id_per_token: int32 [num_tokens]; -1 = padding, whose rows become -1.
+        block_tables: int32 [num_reqs, max_blocks].
+        slots: int32 [num_tokens, k], written in place; -1 also for a key without a block.
+        num_blocks: blocks of the cache; an entry outside 0..num_blocks - 1 is no block.
+        num_rows: how many tokens; None is the rows of `logits`. May be more where no token has
+            more than k keys: the scores are not read then.
+
+    Raises:
+        LaunchError: a tensor is not contiguous, or not on the device of the others.
+
+    Cost: one launch; no allocation, no wait.
+    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2; order: docs/concepts/dsa.md.
+    """
+    num_rows = logits.shape[0] if num_rows is None else num_rows
+    if num_rows == 0:
+        return
+    topk_kernel[(num_rows,)](
+        logits,
+        position_ids,
+        batch_id_per_token,
+        block_tables,
+        slots,
+        slots.shape[1],
+        first_token,
+        block_tables.shape[1],
+        logits.shape[1],
+        num_blocks,
+        BLOCK_SIZE=block_size,
+        BLOCK=_BLOCK,
+        num_warps=4,
+    )

@@ -1,0 +1,160 @@
+"""The top-k kernel against a sort of every row, on all memories."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fd_dsa.errors import LaunchError
+from fd_dsa.ops.topk import positions_to_slots, topk_indices
+from tests.kernel_memory import POISON, KernelMemory
+from tests.ops.paged_rows import LARGE_ROWS, SMALL_ROWS, PagedRows, paged_rows
+from tests.reference.topk import ref_slot, ref_topk
+
+POISONED = int(np.full(4, POISON, np.uint8).view(np.int32)[0])
+DENORMAL = float(np.uint32(1).view(np.float32))
+NEGATIVE_NAN = float(np.uint32(0xFFC00000).view(np.float32))
+SPECIAL = np.float32(
+    [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, NEGATIVE_NAN, DENORMAL, -DENORMAL, 3.4e38]
+)
+KINDS = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "plateau": lambda rng, shape: rng.integers(-1, 2, shape) * rng.choice([-0.0, 1.0], shape),
+    "special": lambda rng, shape: rng.choice(SPECIAL, shape),
+    "denormal": lambda rng, shape: rng.integers(-9, 9, shape) * DENORMAL,
+    "equal": lambda rng, shape: np.zeros(shape),
+}
+
+
+def scores_of(kind: str, step: PagedRows, seed: int = 0) -> np.ndarray:
+    """float32 [num_tokens, longest window + 5]; infinities and NaN where no token looks."""
+    rng = np.random.default_rng(seed)
+    shape = (step.num_tokens, int(step.window.max()) + 5)
+    scores = KINDS[kind](rng, shape).astype(np.float32)
+    unseen = np.arange(shape[1])[None, :] >= step.window[:, None]
+    return np.where(unseen, rng.choice(np.float32([np.nan, np.inf]), shape), scores)
+
+
+def run(
+    m: KernelMemory, step: PagedRows, scores: np.ndarray, k: int, first_token: int = 0
+) -> np.ndarray:
+    """Slots of the tokens from `first_token` on whose scores are given."""
+    from fd_dsa.ops.topk.triton_kernel import select_slots
+
+    slots = m.poisoned((step.num_tokens, k), "int32")
+    select_slots(
+        m.put(scores),
+        m.put(step.position_ids),
+        m.put(step.batch_ids),
+        m.put(step.block_tables),
+        slots,
+        block_size=step.block_size,
+        num_blocks=step.num_blocks,
+        first_token=first_token,
+    )
+    return m.get(slots)
+
+
+def wanted(step: PagedRows, scores: np.ndarray, k: int) -> np.ndarray:
+    """The oracle's slots of all tokens."""
+    rows = [
+        [ref_slot(p, step.block_tables[b], step.block_size) for p in ref_topk(line, n, k)]
+        for line, n, b in zip(scores, step.window, step.batch_ids, strict=True)
+    ]
+    return np.array(rows, np.int32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 4, 16])
+def test_set_and_order(kernel_memory: KernelMemory, kind: str, k: int) -> None:
+    step = paged_rows(SMALL_ROWS, 16)
+    scores = scores_of(kind, step, seed=k)
+    np.testing.assert_array_equal(run(kernel_memory, step, scores, k), wanted(step, scores, k))
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 64])
+def test_block_sizes(kernel_memory: KernelMemory, block_size: int) -> None:
+    step = paged_rows(SMALL_ROWS, block_size)
+    scores = scores_of("plateau", step)
+    np.testing.assert_array_equal(run(kernel_memory, step, scores, 9), wanted(step, scores, 9))
+
+
+@pytest.mark.parametrize("window", [1, 7, 8, 9, 1023, 1024, 1025, 2050])
+def test_windows_around_k_and_the_tile(kernel_memory: KernelMemory, window: int) -> None:
+    step = paged_rows(((window - 1, 1),), 64, num_padded=0)
+    scores = scores_of("plateau", step, seed=window)
+    np.testing.assert_array_equal(run(kernel_memory, step, scores, 8), wanted(step, scores, 8))
+
+
+def test_a_short_window_needs_no_scores(kernel_memory: KernelMemory) -> None:
+    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
+    from fd_dsa.ops.topk.triton_kernel import select_slots
+
+    slots = m.poisoned((step.num_tokens, 70), "int32")
+    select_slots(
+        m.put(np.zeros((1, 1), np.float32)),
+        m.put(step.position_ids),
+        m.put(step.batch_ids),
+        m.put(step.block_tables),
+        slots,
+        block_size=16,
+        num_blocks=step.num_blocks,
+        num_rows=step.num_tokens,
+    )
+    anything = np.zeros((step.num_tokens, 70), np.float32)
+    np.testing.assert_array_equal(m.get(slots), wanted(step, anything, 70))
+
+
+def test_a_chunk_of_tokens_leaves_the_others_alone(kernel_memory: KernelMemory) -> None:
+    step = paged_rows(SMALL_ROWS, 16)
+    scores = scores_of("normal", step)
+    found = run(kernel_memory, step, scores[6:9], 4, first_token=6)
+    np.testing.assert_array_equal(found[6:9], wanted(step, scores, 4)[6:9])
+    assert (found[:6] == POISONED).all() and (found[9:] == POISONED).all()
+
+
+def test_keys_without_a_block_have_no_slot(kernel_memory: KernelMemory) -> None:
+    step = paged_rows(((40, 1),), 16, num_padded=0)
+    slots = step.key_slots(0)
+    step.block_tables[0, 0] = -1
+    step.block_tables[0, 1] = step.num_blocks
+    found = run(kernel_memory, step, scores_of("equal", step), 50)
+    assert (found[0, :32] == -1).all() and (found[0, 41:] == -1).all()
+    np.testing.assert_array_equal(found[0, 32:41], slots[32:41])
+
+
+def test_the_choice_of_the_cpu(kernel_memory: KernelMemory) -> None:
+    m = kernel_memory
+    step = paged_rows(LARGE_ROWS if m.large else SMALL_ROWS, 64)
+    k = 2048 if m.large else 12
+    for kind in ("normal", "plateau"):
+        scores = scores_of(kind, step, seed=3)
+        rows = np.maximum(step.batch_ids, 0)
+        positions = topk_indices(scores, step.window, k)
+        slots = positions_to_slots(positions, rows, step.block_tables, 64)
+        np.testing.assert_array_equal(run(m, step, scores, k), slots)
+
+
+def test_the_same_bits_every_time(kernel_memory: KernelMemory) -> None:
+    step = paged_rows(LARGE_ROWS if kernel_memory.large else SMALL_ROWS, 64)
+    scores = scores_of("plateau", step)
+    first = run(kernel_memory, step, scores, 20)
+    for _ in range(5 if kernel_memory.large else 1):
+        np.testing.assert_array_equal(run(kernel_memory, step, scores, 20), first)
+
+
+def test_a_strided_view_is_refused(kernel_memory: KernelMemory) -> None:
+    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
+    from fd_dsa.ops.topk.triton_kernel import select_slots
+
+    scores = m.put(scores_of("normal", step))
+    with pytest.raises(LaunchError, match="logits_ptr"):
+        select_slots(
+            scores[:, :9],
+            m.put(step.position_ids),
+            m.put(step.batch_ids),
+            m.put(step.block_tables),
+            m.poisoned((step.num_tokens, 4), "int32"),
+            block_size=16,
+            num_blocks=step.num_blocks,
+        )
