@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._harness import RESULTS, environment, percentiles, write_json
+from benchmarks._harness import RESULTS, case_line, environment, percentiles, write_json
 
 import triton
 
@@ -330,10 +330,3 @@ class Recorder:
 
     def _flush(self) -> None:
         write_json(self._path, self._result)
-
-
-def case_line(entry: Mapping[str, Any]) -> str:
-    """One case in one line."""
-    times = "  ".join(f"{label} {t['p50']:.2f}" for label, t in entry["times"].items())
-    ratios = "  ".join(f"x{ratio:.2f} of {label}" for label, ratio in entry["ratios"].items())
-    return f"{entry['case']:<34} us: {times} | {ratios} | {entry['percent_of_floor']:.0f}% of floor"

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,13 @@ def save(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     write_json(path, {"name": name, "env": environment()} | result)
     return path
+
+
+def case_line(entry: Mapping[str, Any]) -> str:
+    """One case of a benchmark in one line."""
+    times = "  ".join(f"{label} {t['p50']:.2f}" for label, t in entry["times"].items())
+    ratios = "  ".join(f"x{ratio:.2f} of {label}" for label, ratio in entry["ratios"].items())
+    return f"{entry['case']:<34} us: {times} | {ratios} | {entry['percent_of_floor']:.0f}% of floor"
 
 
 def random_prompts(requests: int, tokens: int, vocab_size: int, seed: int) -> list[list[int]]:

@@ -23,15 +23,14 @@ _SHOWN = {
     "lts__t_bytes.sum": "L2 traffic",
     "lts__t_sector_hit_rate.pct": "L2 hits",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM, of its peak",
-    "smsp__sass_inst_executed_op_local.sum": "local memory instructions (spills)",
 }
+# clocks stay as they are; subjects.py marks the calls; L2 bytes are in no set
+FLAGS = (
+    *("--clock-control", "none", "--profile-from-start", "off", "--target-processes", "all"),
+    *("--set", "full", "--metrics", "lts__t_bytes.sum", "--csv", "--page", "raw"),
+)
 _STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 _STALLS_SHOWN = 4
-
-
-def metrics() -> str:
-    """What ncu is asked for beside its sets, as the value of `--metrics`."""
-    return ",".join(("lts__t_bytes.sum", "smsp__sass_inst_executed_op_local.sum"))
 
 
 def kernels(raw: str) -> Iterator[dict[str, Any]]:

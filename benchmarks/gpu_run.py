@@ -1,0 +1,275 @@
+"""Everything that is measured on one GPU, in one command that may be cut off at any time.
+
+    python -m benchmarks.gpu_run --out DIR --peers DIR --budget-s 560 --archive FILE.tar.gz
+
+Ceilings, correctness, benchmarks, profiles, memory checks, repeats, in this order. Every section
+is a process with a time limit of its own; its output is DIR/<section>.log, and after each one
+DIR/run.json and the archive are rewritten. Started again on the same DIR it goes on after the
+sections that passed. A failure of the small correctness tests ends the run. A copy of the tree
+without git is told its commit with --commit. `--dry-run` needs no GPU: it imports the benchmarks
+and collects the tests, without Paddle, as on a machine that has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _ncu
+from benchmarks._harness import ROOT, case_line, write_json
+
+BENCHMARKS = {
+    "step_metadata": 110,
+    "launch_overhead": 80,
+    "cache_write": 90,
+    "indexer_query": 90,
+}
+"""Module -> its time limit, seconds, in the order of their importance."""
+
+_PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
+_SMALL = {"FD_DSA_SMALL_TESTS": "1"}
+# torch's own pool would hide an access past the end of a tensor
+_CHECKED = _SMALL | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+_BRIEF = ("--hypothesis-profile=brief", "-k", "not graph and not capture")
+_LEAST_S = 10
+
+
+@dataclass(frozen=True)
+class Section:
+    """One process of the run."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ends_run: bool = False
+
+
+def gpu_tests() -> list[str]:
+    """Test files with a test for the GPU that runs on torch tensors."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text("utf-8")
+        here = "gpu_rig" not in path.parts and ("kernel_memory" in text or "mark.gpu\n" in text)
+        if here:
+            found.append(str(path.relative_to(ROOT)))
+    return found
+
+
+def sections(out: Path, peers: Path | None, quick: bool) -> list[Section]:
+    """All sections, in the order in which they run."""
+    flags = ("--out", str(out), *(("--peers", str(peers)) if peers else ()))
+    flags += ("--quick",) if quick else ()
+    tests = gpu_tests()
+    ready = [name for name in BENCHMARKS if (ROOT / "benchmarks" / f"{name}.py").exists()]
+
+    def module(name: str, limit_s: int) -> Section:
+        return Section(name, (sys.executable, "-m", f"benchmarks.{name}", *flags), limit_s)
+
+    def checker(tool: str) -> Section:
+        # options as in the tool's manual; exit status 9 is its own finding
+        command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+        command += ("--target-processes", "all", *_PYTEST, *_BRIEF, *tests)
+        return Section(tool, command, 150, _CHECKED)
+
+    subjects = (sys.executable, "-m", "benchmarks.subjects")
+    ncu = ("ncu", *_ncu.FLAGS, "--log-file", str(out / "ncu.csv"))
+    return [
+        module("ceilings", 90),
+        Section("tests_small", (*_PYTEST, "-x", *tests), 150, _SMALL, ends_run=True),
+        Section("tests_all", (*_PYTEST, *tests), 240),
+        *(module(name, BENCHMARKS[name]) for name in ready),
+        Section("ncu", (*ncu, *subjects, "profile", *ready), 150),
+        checker("memcheck"),
+        checker("racecheck"),
+        Section("repeats", (*subjects, "repeat", *ready), 90),
+    ]
+
+
+class Run:
+    """The state of a run, kept in DIR/run.json."""
+
+    def __init__(self, out: Path, archive: Path | None) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self.out, self._archive, self._path = out, archive, out / "run.json"
+        self.done: dict[str, dict[str, Any]] = {}
+        if self._path.exists():
+            self.done = json.loads(self._path.read_text())
+
+    def gate(self) -> str:
+        """What the correctness sections said: passed, failed or not run."""
+        found = {self.done.get(name, {}).get("status") for name in ("tests_small", "tests_all")}
+        if found == {"passed"}:
+            return "passed"
+        return "failed" if found & {"failed", "out of time"} else "not run"
+
+    def execute(self, section: Section, limit_s: float) -> dict[str, Any]:
+        """Run a section; its entry of run.json."""
+        begin = time.monotonic()
+        environment = os.environ | {"FD_DSA_GATE": self.gate()} | section.environment
+        log = self.out / f"{section.name}.log"
+        with log.open("w") as file:
+            try:
+                status = _wait(section.command, file, environment, limit_s)
+            except FileNotFoundError as error:
+                file.write(f"{error}\n")
+                status = None
+        entry: dict[str, Any] = {
+            "status": {0: "passed", -1: "out of time", None: "not installed"}.get(status, "failed"),
+            "exit": status,
+            "seconds": round(time.monotonic() - begin, 1),
+            "last": _last_line(log),
+        }
+        if section.name == "ncu" and (self.out / "ncu.csv").exists():
+            entry["kernels"] = _profiles(self.out / "ncu.csv", log)
+        self.done[section.name] = entry
+        self.save()
+        return entry
+
+    def save(self) -> None:
+        """Write run.json and the archive of everything in the folder."""
+        write_json(self._path, self.done)
+        if self._archive:
+            self._archive.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(self._archive, "w:gz", compresslevel=6) as archive:
+                archive.add(self.out, arcname="gpu_run")
+
+
+def _wait(command: Sequence[str], log: Any, environment: Mapping[str, str], limit_s: float) -> int:
+    """Exit status of a command; -1 if it was ended at its time limit, with its children."""
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+    )
+    try:
+        return abs(process.wait(limit_s))
+    except subprocess.TimeoutExpired:
+        return -1
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log that holds something."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "")[:160]
+
+
+def _profiles(csv: Path, log: Path) -> list[dict[str, Any]]:
+    """The kernels that ncu saw, with the subject each belongs to where every call was one."""
+    kernels = list(_ncu.kernels(csv.read_text(errors="replace")))
+    lines = log.read_text(errors="replace").splitlines()
+    labels = [line.removeprefix("subject ") for line in lines if line.startswith("subject ")]
+    if len(labels) == len(kernels):
+        kernels = [
+            {"subject": label} | kernel for label, kernel in zip(labels, kernels, strict=True)
+        ]
+    return kernels
+
+
+def dry_run(chosen: Sequence[Section]) -> int:
+    """Import what the sections run and collect their tests, without Paddle; 1 on a failure."""
+    for tool in ("nvidia-smi", "nvcc", "ncu", "compute-sanitizer"):
+        print(f"{tool:<20} {shutil.which(tool) or 'not here'}")
+    hidden = "import sys; sys.modules['paddle'] = None; "
+    checks = {
+        name: [sys.executable, "-c", f"{hidden}import benchmarks.{name} as m; m.main{subjects}"]
+        for name, subjects in {"ceilings": "", **dict.fromkeys(BENCHMARKS, "; m.subjects")}.items()
+    }
+    collect = f"{hidden}import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    flags = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu"]
+    checks["tests"] = [sys.executable, "-c", collect, *flags, *gpu_tests()]
+    failed = 0
+    for name, command in checks.items():
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        lines = (done.stdout + done.stderr).strip().splitlines() or [""]
+        print(f"{name:<20} {'ok' if done.returncode == 0 else 'FAILED'}  {lines[-1][:100]}")
+        failed |= done.returncode != 0
+    print("sections:", ", ".join(section.name for section in chosen))
+    return int(failed)
+
+
+def table(run: Run) -> str:
+    """What happened, in short: sections, figures, profiles."""
+    lines = [
+        f"{name:<16} {entry['status']:<13} {entry['seconds']:>6.1f} s  {entry['last']}"
+        for name, entry in run.done.items()
+    ]
+    for path in sorted(run.out.glob("*.json")):
+        result = json.loads(path.read_text())
+        if "cases" not in result or not result["cases"]:
+            continue
+        lines.append(f"-- {path.stem} (gate {result['gate']}) {result.get('error', '')}")
+        lines += [case_line(entry) for entry in result["cases"]]
+    lines += [_ncu.text(kernel) for kernel in run.done.get("ncu", {}).get("kernels", ())]
+    return "\n".join(lines)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_run")
+    parser.add_argument("--archive", type=Path, help="keep a .tar.gz of --out up to date here")
+    parser.add_argument("--peers", type=Path, help="folder with other projects' kernels")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="SECTION")
+    parser.add_argument("--budget-s", type=float, default=1e9, help="seconds for the whole run")
+    parser.add_argument("--quick", action="store_true", help="one or two shapes a benchmark")
+    parser.add_argument("--fresh", action="store_true", help="sections that passed run again")
+    parser.add_argument("--commit", help="full hash of this tree, with -dirty where it differs")
+    parser.add_argument("--dry-run", action="store_true", help="check imports, without a GPU")
+    args = parser.parse_args(argv)
+    # sections run in the root of the tree
+    for name in ("out", "archive", "peers"):
+        if getattr(args, name):
+            setattr(args, name, getattr(args, name).resolve())
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the chosen sections; 0 if all of them passed."""
+    args = _arguments(argv)
+    every = sections(args.out, args.peers, args.quick)
+    unknown = {*args.only, *args.skip} - {section.name for section in every}
+    if unknown:
+        names = ", ".join(section.name for section in every)
+        sys.exit(f"gpu_run: no section {', '.join(sorted(unknown))}; there are {names}")
+    chosen = [
+        s for s in every if s.name not in args.skip and (not args.only or s.name in args.only)
+    ]
+    if args.dry_run:
+        return dry_run(chosen)
+    if args.commit:
+        os.environ["FD_DSA_COMMIT"] = args.commit
+    end = time.monotonic() + args.budget_s
+    run = Run(args.out, args.archive)
+    for section in chosen:
+        if not args.fresh and run.done.get(section.name, {}).get("status") == "passed":
+            continue
+        left = end - time.monotonic()
+        if left < _LEAST_S:
+            print(f"no time for {section.name}", flush=True)
+            continue
+        entry = run.execute(section, min(section.limit_s, left))
+        print(f"{section.name:<16} {entry['status']:<13} {entry['seconds']:>6.1f} s", flush=True)
+        if section.ends_run and entry["status"] != "passed":
+            print((args.out / f"{section.name}.log").read_text(errors="replace")[-6000:])
+            break
+    print(table(run), flush=True)
+    return int(any(run.done.get(s.name, {}).get("status") != "passed" for s in chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
