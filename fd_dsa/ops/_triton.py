@@ -18,7 +18,7 @@ def stored_values(x, WIDE: tl.constexpr):
 
 @triton.jit
 def e4m3_values(x, WIDE: tl.constexpr):
-    """Values of a uint8 or float8_e4m3fn load, as WIDE; exact in float16 and wider."""
+    """Values of the e4m3 bits in a uint8 load, as WIDE; exact in float16 and wider."""
     return x.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(WIDE)
 
 
