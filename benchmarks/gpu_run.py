@@ -37,7 +37,11 @@ BENCHMARKS = {
 }
 """Module -> its time limit, seconds, in the order of their importance."""
 
-_PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu")
+_PYTEST = (
+    *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu"),
+    # one file that cannot be imported fails the section, and the others still run
+    "--continue-on-collection-errors",
+)
 _SMALL = {"FD_DSA_SMALL_TESTS": "1"}
 # torch's own pool would hide an access past the end of a tensor
 _CHECKED = _SMALL | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -67,11 +71,11 @@ def gpu_tests() -> list[str]:
     return found
 
 
-def sections(out: Path, peers: Path | None, quick: bool) -> list[Section]:
+def sections(args: argparse.Namespace) -> list[Section]:
     """All sections, in the order in which they run."""
-    flags = ("--out", str(out), *(("--peers", str(peers)) if peers else ()))
-    flags += ("--quick",) if quick else ()
-    tests = gpu_tests()
+    out, tests = args.out, args.tests or gpu_tests()
+    flags = ("--out", str(out), *(("--peers", str(args.peers)) if args.peers else ()))
+    flags += ("--quick",) if args.quick else ()
     ready = [name for name in BENCHMARKS if (ROOT / "benchmarks" / f"{name}.py").exists()]
 
     def module(name: str, limit_s: int) -> Section:
@@ -87,7 +91,7 @@ def sections(out: Path, peers: Path | None, quick: bool) -> list[Section]:
     ncu = ("ncu", *_ncu.FLAGS, "--log-file", str(out / "ncu.csv"))
     return [
         module("ceilings", 90),
-        Section("tests_small", (*_PYTEST, "-x", *tests), 150, _SMALL, ends_run=True),
+        Section("tests_small", (*_PYTEST, "--maxfail=10", *tests), 150, _SMALL, ends_run=True),
         Section("tests_all", (*_PYTEST, *tests), 240),
         *(module(name, BENCHMARKS[name]) for name in ready),
         Section("ncu", (*ncu, *subjects, "profile", *ready), 150),
@@ -100,8 +104,9 @@ def sections(out: Path, peers: Path | None, quick: bool) -> list[Section]:
 class Run:
     """The state of a run, kept in DIR/run.json."""
 
-    def __init__(self, out: Path, archive: Path | None) -> None:
+    def __init__(self, out: Path, archive: Path | None, commit: str | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
+        self._environment = {"FD_DSA_COMMIT": commit} if commit else {}
         self.out, self._archive, self._path = out, archive, out / "run.json"
         self.done: dict[str, dict[str, Any]] = {}
         if self._path.exists():
@@ -117,7 +122,8 @@ class Run:
     def execute(self, section: Section, limit_s: float) -> dict[str, Any]:
         """Run a section; its entry of run.json."""
         begin = time.monotonic()
-        environment = os.environ | {"FD_DSA_GATE": self.gate()} | section.environment
+        told = self._environment | {"FD_DSA_GATE": self.gate()}
+        environment = os.environ | told | section.environment
         log = self.out / f"{section.name}.log"
         with log.open("w") as file:
             try:
@@ -179,7 +185,7 @@ def _profiles(csv: Path, log: Path) -> list[dict[str, Any]]:
     return kernels
 
 
-def dry_run(chosen: Sequence[Section]) -> int:
+def dry_run(chosen: Sequence[Section], tests: Sequence[str]) -> int:
     """Import what the sections run and collect their tests, without Paddle; 1 on a failure."""
     for tool in ("nvidia-smi", "nvcc", "ncu", "compute-sanitizer"):
         print(f"{tool:<20} {shutil.which(tool) or 'not here'}")
@@ -190,7 +196,7 @@ def dry_run(chosen: Sequence[Section]) -> int:
     }
     collect = f"{hidden}import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     flags = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu"]
-    checks["tests"] = [sys.executable, "-c", collect, *flags, *gpu_tests()]
+    checks["tests"] = [sys.executable, "-c", collect, *flags, *tests]
     failed = 0
     for name, command in checks.items():
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -225,6 +231,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, help="folder with other projects' kernels")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION")
     parser.add_argument("--skip", nargs="+", default=[], metavar="SECTION")
+    parser.add_argument("--tests", nargs="+", help="test files, instead of all for the GPU")
     parser.add_argument("--budget-s", type=float, default=1e9, help="seconds for the whole run")
     parser.add_argument("--quick", action="store_true", help="one or two shapes a benchmark")
     parser.add_argument("--fresh", action="store_true", help="sections that passed run again")
@@ -241,7 +248,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen sections; 0 if all of them passed."""
     args = _arguments(argv)
-    every = sections(args.out, args.peers, args.quick)
+    every = sections(args)
     unknown = {*args.only, *args.skip} - {section.name for section in every}
     if unknown:
         names = ", ".join(section.name for section in every)
@@ -250,11 +257,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         s for s in every if s.name not in args.skip and (not args.only or s.name in args.only)
     ]
     if args.dry_run:
-        return dry_run(chosen)
-    if args.commit:
-        os.environ["FD_DSA_COMMIT"] = args.commit
+        return dry_run(chosen, args.tests or gpu_tests())
     end = time.monotonic() + args.budget_s
-    run = Run(args.out, args.archive)
+    run = Run(args.out, args.archive, args.commit)
     for section in chosen:
         if not args.fresh and run.done.get(section.name, {}).get("status") == "passed":
             continue

@@ -1,0 +1,131 @@
+"""The run on a GPU, with sections that need none: limits, resuming, the gate, the archive."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import _ncu, gpu_run
+from benchmarks._harness import environment
+from benchmarks.gpu_run import Section
+
+Runner = Callable[..., int]
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-c", code)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """Runs these sections with these flags; the folder is tmp_path / "out"."""
+
+    def runner(sections: list[Section], *flags: str) -> int:
+        monkeypatch.setattr(gpu_run, "sections", lambda args: sections)
+        return gpu_run.main(["--out", str(tmp_path / "out"), *flags])
+
+    return runner
+
+
+def state(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "out/run.json").read_text())
+
+
+def test_sections_are_logged_and_archived(run: Runner, tmp_path: Path) -> None:
+    archive = tmp_path / "back" / "all.tar.gz"
+    good = Section("good", python("print('fine')"), 60)
+    bad = Section("bad", python("raise SystemExit('broken')"), 60)
+    assert run([good, bad], "--archive", str(archive)) == 1
+    assert {name: entry["status"] for name, entry in state(tmp_path).items()} == {
+        "good": "passed",
+        "bad": "failed",
+    }
+    assert state(tmp_path)["bad"]["last"] == "broken"
+    with tarfile.open(archive) as files:
+        assert {"gpu_run/run.json", "gpu_run/good.log", "gpu_run/bad.log"} <= set(files.getnames())
+
+
+def test_a_section_ends_at_its_limit(run: Runner, tmp_path: Path) -> None:
+    slow = Section("slow", python("import time; print('begun', flush=True); time.sleep(60)"), 1)
+    after = Section("after", python(""), 60)
+    assert run([slow, after]) == 1
+    assert state(tmp_path)["slow"]["status"] == "out of time"
+    assert state(tmp_path)["slow"]["last"] == "begun"
+    assert state(tmp_path)["after"]["status"] == "passed"
+
+
+def test_a_second_run_goes_on(run: Runner, tmp_path: Path) -> None:
+    counter = tmp_path / "count"
+    count = Section("count", python(f"open({str(counter)!r}, 'a').write('x')"), 60)
+    flaky = Section("flaky", python(f"assert len(open({str(counter)!r}).read()) > 1"), 60)
+    assert run([count, flaky]) == 1
+    counter.write_text("xx")
+    assert run([count, flaky]) == 0
+    assert counter.read_text() == "xx", "a section that passed ran again"
+    assert run([count, flaky], "--fresh") == 0
+    assert counter.read_text() == "xxx"
+
+
+def test_red_tests_end_the_run(run: Runner, tmp_path: Path) -> None:
+    small = Section("tests_small", python("raise SystemExit(1)"), 60, ends_run=True)
+    assert run([small, Section("later", python(""), 60)]) == 1
+    assert "later" not in state(tmp_path)
+
+
+@pytest.mark.parametrize(("code", "told"), [("", "passed"), ("raise SystemExit(1)", "failed")])
+def test_benchmarks_are_told_what_the_tests_said(
+    run: Runner, tmp_path: Path, code: str, told: str
+) -> None:
+    tests = [Section("tests_small", python(""), 60), Section("tests_all", python(code), 60)]
+    show = "import os; print(os.environ['FD_DSA_GATE'], os.environ['FD_DSA_COMMIT'])"
+    run([*tests, Section("figures", python(show), 60)], "--commit", "abc-dirty")
+    assert state(tmp_path)["figures"]["last"] == f"{told} abc-dirty"
+
+
+def test_only_skip_and_budget(run: Runner, tmp_path: Path) -> None:
+    sections = [Section(name, python(""), 60) for name in ("a", "b", "c")]
+    assert run(sections, "--only", "a", "b", "--skip", "b") == 0
+    assert set(state(tmp_path)) == {"a"}
+    assert run(sections, "--budget-s", "1") == 1
+    assert set(state(tmp_path)) == {"a"}
+    with pytest.raises(SystemExit, match="no section d; there are a, b, c"):
+        run(sections, "--only", "d")
+
+
+def test_a_missing_tool_is_no_crash(run: Runner, tmp_path: Path) -> None:
+    assert run([Section("ncu", ("no-such-tool",), 60)]) == 1
+    assert state(tmp_path)["ncu"]["status"] == "not installed"
+
+
+def test_the_command_of_every_section() -> None:
+    args = gpu_run._arguments(["--peers", "/p", "--quick", "--out", "/o"])
+    sections = {section.name: section for section in gpu_run.sections(args)}
+    assert sections["tests_small"].ends_run
+    assert sections["ceilings"].command[-5:] == ("--out", "/o", "--peers", "/p", "--quick")
+    assert "tests/test_kernel_memory.py" in sections["tests_all"].command
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_DSA_COMMIT", "1" * 40)
+    assert (environment()["commit"], environment()["dirty"]) == ("1" * 40, False)
+    monkeypatch.setenv("FD_DSA_COMMIT", "1" * 40 + "-dirty")
+    assert (environment()["commit"], environment()["dirty"]) == ("1" * 40, True)
+
+
+def test_a_profile_is_told_in_a_few_lines() -> None:
+    stall = "smsp__average_warps_issue_stalled_{}_per_issue_active.ratio"
+    names = ["ID", "Kernel Name", "launch__registers_per_thread", "gpu__time_duration.sum"]
+    names += [stall.format("barrier"), stall.format("long_scoreboard")]
+    rows = [names, ["", "", "register/thread", "us", "", ""], ["0", "k", "40", "2.1", "0.5", "7"]]
+    report = "==PROF== noise\n" + "\n".join(",".join(f'"{v}"' for v in row) for row in rows)
+    (kernel,) = _ncu.kernels(report)
+    assert kernel["metrics"] == {"duration": "2.1 us", "registers a thread": "40 register/thread"}
+    assert list(kernel["stalls"]) == ["long_scoreboard", "barrier"]
+    assert "long_scoreboard 7.0, barrier 0.5" in _ncu.text(kernel)
+    assert list(_ncu.kernels("==ERROR== nothing")) == []
