@@ -1,0 +1,200 @@
+"""Device functions of the write path: float32 steps that round as the CPU's do, to the bit.
+
+No product may be fused with a sum (launch with enable_fp_fusion=False), divisions and roots are
+correctly rounded, and narrow types are rounded to nearest even. The interpreter's own casts to
+bfloat16 and e4m3 truncate, so there the rounding is done on the bits.
+"""
+
+from __future__ import annotations
+
+from fd_dsa.triton_runtime import INTERPRETING
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+_INTERPRETING = tl.constexpr(INTERPRETING)
+
+
+@triton.jit
+def widened(x):
+    """float32 values of a float32 or bfloat16 load; exact for denormal numbers too."""
+    if x.dtype == tl.bfloat16:
+        # one instruction as a cast, whose interpreted form is wrong for denormal numbers
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def to_bfloat16(x):
+    """bfloat16 nearest to float32 `x`, the even one of two; NaN stays NaN."""
+    if _INTERPRETING:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def to_e4m3(x):
+    """uint8 code of the e4m3 number nearest to float32 `x`; past 448 the largest, NaN 0x7F."""
+    if _INTERPRETING:
+        bits = x.to(tl.uint32, bitcast=True)
+        sign = (bits >> 24) & 0x80
+        bits = tl.minimum(bits & 0x7FFFFFFF, 0x43E00000)
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+        # adding 2^14 leaves the step of the subnormal numbers as the last bit
+        raised = bits.to(tl.float32, bitcast=True) + 16384.0
+        subnormal = raised.to(tl.uint32, bitcast=True) - 0x46800000
+        code = tl.where(bits < 0x3C800000, subnormal, normal) | sign
+        return tl.where(x == x, code, 0x7F).to(tl.uint8)
+    return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def magnitude(x):
+    """|x|; the maximum of magnitudes then ignores NaN, which a device does by itself."""
+    x = tl.abs(x)
+    if _INTERPRETING:
+        x = tl.where(x == x, x, 0.0)
+    return x
+
+
+@triton.jit
+def absolute_maximum(magnitudes, AXIS: tl.constexpr):
+    """Largest of `magnitude` values along an axis; NaN does not count, all NaN gives 0."""
+    largest = tl.max(magnitudes, AXIS)
+    return tl.where(largest == largest, largest, 0.0)
+
+
+@triton.jit
+def index_scale(largest, UE8M0: tl.constexpr):
+    """Scale of an index key or query: max(largest, 1e-4) / 448, up to a power of two if UE8M0."""
+    scale = tl.div_rn(tl.maximum(largest, 1e-4), 448.0)
+    if UE8M0:
+        bits = scale.to(tl.uint32, bitcast=True)
+        exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def index_divisor(scale, UE8M0: tl.constexpr):
+    """What `divided` takes: the scale, or for a power of two its reciprocal, which is exact."""
+    if UE8M0:
+        exponent = scale.to(tl.uint32, bitcast=True) >> 23
+        # 1 / infinity is 0; no other scale is as large as 2^127
+        inverse = tl.where(exponent < 254, 254 - exponent, 0)
+        scale = (inverse << 23).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def quotient(x, scale):
+    """x / scale, correctly rounded, of a tile and its one scale [..., 1]; scale is no denormal.
+
+    A reciprocal for all, then two corrections by exact remainders, as a division does them: a
+    third of the instructions of dividing each value. Source: Markstein, IA-64 and Elementary
+    Functions, theorem 8.4.
+    """
+    if _INTERPRETING:
+        return tl.div_rn(x, scale)
+    # the remainders of tiny numbers would be denormal and lose bits; the sign is turned here and
+    # below, so that a quotient of -0 stays what it is
+    raise_by = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
+    inverse = tl.div_rn(-1.0, scale * raise_by)
+    # infinity times the quotient 0 would be NaN
+    scale = tl.where(scale == float("inf"), 0.0, scale * raise_by)
+    x = x * (raise_by * -1.0)
+    q = x * inverse
+    q = tl.fma(tl.fma(q, scale, x), inverse, q)
+    return tl.fma(tl.fma(q, scale, x), inverse, q)
+
+
+@triton.jit
+def divided(x, divisor, UE8M0: tl.constexpr):
+    """x / scale, correctly rounded, with the result of `index_divisor`."""
+    if UE8M0:
+        return x * divisor
+    return quotient(x, divisor)
+
+
+@triton.jit
+def mean_of(total, WIDTH: tl.constexpr):
+    """float32 of total / WIDTH in float64."""
+    if (WIDTH & (WIDTH - 1)) == 0:
+        return (total * (1.0 / WIDTH)).to(tl.float32)
+    return (total / WIDTH).to(tl.float32)
+
+
+@triton.jit
+def load_pairs(pointer, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """float32 [ROWS, HALF] firsts and seconds of 2 * HALF values at each `pointer` [ROWS, 1].
+
+    Pairs are (2j, 2j + 1) if INTERLEAVED, else (j, j + HALF).
+    """
+    if INTERLEAVED:
+        x = widened(tl.load(pointer + tl.arange(0, 2 * HALF)[None, :], mask=mask, other=0.0))
+        first, second = tl.split(tl.reshape(x, (x.shape[0], HALF, 2)))
+    else:
+        column = tl.arange(0, HALF)[None, :]
+        first = widened(tl.load(pointer + column, mask=mask, other=0.0))
+        second = widened(tl.load(pointer + HALF + column, mask=mask, other=0.0))
+    return first, second
+
+
+@triton.jit
+def store_pairs(pointer, first, second, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The inverse of `load_pairs`, of values that already have the type of the memory."""
+    if INTERLEAVED:
+        x = tl.reshape(tl.join(first, second), (first.shape[0], 2 * HALF))
+        tl.store(pointer + tl.arange(0, 2 * HALF)[None, :], x, mask=mask)
+    else:
+        column = tl.arange(0, HALF)[None, :]
+        tl.store(pointer + column, first, mask=mask)
+        tl.store(pointer + HALF + column, second, mask=mask)
+
+
+@triton.jit
+def rotated(first, second, cos, sin):
+    """The pairs turned by their angles; each product is rounded before the sum."""
+    return first * cos - second * sin, second * cos + first * sin
+
+
+@triton.jit
+def _butterfly(u, v):
+    return u + v, u - v
+
+
+@triton.jit
+def _lane_stages(x, HALF: tl.constexpr):
+    """Butterflies between the columns of `x` [ROWS, HALF]: distances 1, 2, 4 up to HALF / 2."""
+    column = tl.arange(0, HALF)[None, :]
+    for stage in tl.static_range(8):
+        if (1 << stage) < HALF:
+            other = tl.broadcast_to(column ^ (1 << stage), x.shape)
+            partner = tl.gather(x, other, 1)
+            x = tl.where((column & (1 << stage)) == 0, x + partner, partner - x)
+    return x
+
+
+@triton.jit
+def hadamard(a, b, c, d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Walsh-Hadamard rotation of rows of 4 * HALF values, Sylvester's order, times width^-0.5.
+
+    (a, b) are the pairs of the first half of a row, (c, d) those of the second, as `load_pairs`
+    gives them; the result keeps that order. Stages run from distance 1 up, as on the CPU.
+    """
+    if INTERLEAVED:
+        a, b = _butterfly(a, b)
+        c, d = _butterfly(c, d)
+    a = _lane_stages(a, HALF)
+    b = _lane_stages(b, HALF)
+    c = _lane_stages(c, HALF)
+    d = _lane_stages(d, HALF)
+    if not INTERLEAVED:
+        a, b = _butterfly(a, b)
+        c, d = _butterfly(c, d)
+    a, c = _butterfly(a, c)
+    b, d = _butterfly(b, d)
+    norm: tl.constexpr = (4 * HALF) ** -0.5
+    return a * norm, b * norm, c * norm, d * norm
