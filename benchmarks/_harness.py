@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,6 +72,7 @@ def _revision() -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """Machine, versions and commit that a result belongs to."""
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
         **_gpu(),

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _ncu
-from benchmarks._harness import ROOT, case_line, write_json
+from benchmarks._harness import ROOT, case_line, environment, write_json
 
 BENCHMARKS = {
     "step_metadata": 110,
@@ -104,9 +104,8 @@ def sections(args: argparse.Namespace) -> list[Section]:
 class Run:
     """The state of a run, kept in DIR/run.json."""
 
-    def __init__(self, out: Path, archive: Path | None, commit: str | None) -> None:
+    def __init__(self, out: Path, archive: Path | None) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self._environment = {"FD_DSA_COMMIT": commit} if commit else {}
         self.out, self._archive, self._path = out, archive, out / "run.json"
         self.done: dict[str, dict[str, Any]] = {}
         if self._path.exists():
@@ -122,12 +121,11 @@ class Run:
     def execute(self, section: Section, limit_s: float) -> dict[str, Any]:
         """Run a section; its entry of run.json."""
         begin = time.monotonic()
-        told = self._environment | {"FD_DSA_GATE": self.gate()}
-        environment = os.environ | told | section.environment
+        variables = os.environ | {"FD_DSA_GATE": self.gate()} | section.environment
         log = self.out / f"{section.name}.log"
         with log.open("w") as file:
             try:
-                status = _wait(section.command, file, environment, limit_s)
+                status = _wait(section.command, file, variables, limit_s)
             except FileNotFoundError as error:
                 file.write(f"{error}\n")
                 status = None
@@ -138,7 +136,9 @@ class Run:
             "last": _last_line(log),
         }
         if section.name == "ncu" and (self.out / "ncu.csv").exists():
-            entry["kernels"] = _profiles(self.out / "ncu.csv", log)
+            kernels = _profiles(self.out / "ncu.csv", log)
+            result = {"name": "profiles", "env": environment(), "gate": self.gate()}
+            write_json(self.out / "profiles.json", result | {"kernels": kernels})
         self.done[section.name] = entry
         self.save()
         return entry
@@ -152,10 +152,10 @@ class Run:
                 archive.add(self.out, arcname="gpu_run")
 
 
-def _wait(command: Sequence[str], log: Any, environment: Mapping[str, str], limit_s: float) -> int:
+def _wait(command: Sequence[str], log: Any, variables: Mapping[str, str], limit_s: float) -> int:
     """Exit status of a command; -1 if it was ended at its time limit, with its children."""
     process = subprocess.Popen(
-        command, stdout=log, stderr=log, env=environment, cwd=ROOT, start_new_session=True
+        command, stdout=log, stderr=log, env=variables, cwd=ROOT, start_new_session=True
     )
     try:
         return abs(process.wait(limit_s))
@@ -215,11 +215,10 @@ def table(run: Run) -> str:
     ]
     for path in sorted(run.out.glob("*.json")):
         result = json.loads(path.read_text())
-        if "cases" not in result or not result["cases"]:
-            continue
-        lines.append(f"-- {path.stem} (gate {result['gate']}) {result.get('error', '')}")
-        lines += [case_line(entry) for entry in result["cases"]]
-    lines += [_ncu.text(kernel) for kernel in run.done.get("ncu", {}).get("kernels", ())]
+        if result.get("cases") or result.get("kernels"):
+            lines.append(f"-- {path.stem} (gate {result['gate']}) {result.get('error', '')}")
+        lines += [case_line(entry) for entry in result.get("cases", ())]
+        lines += [_ncu.text(kernel) for kernel in result.get("kernels", ())]
     return "\n".join(lines)
 
 
@@ -258,8 +257,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     if args.dry_run:
         return dry_run(chosen, args.tests or gpu_tests())
+    if args.commit:
+        os.environ["FD_DSA_COMMIT"] = args.commit
     end = time.monotonic() + args.budget_s
-    run = Run(args.out, args.archive, args.commit)
+    run = Run(args.out, args.archive)
     for section in chosen:
         if not args.fresh and run.done.get(section.name, {}).get("status") == "passed":
             continue

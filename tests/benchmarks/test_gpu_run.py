@@ -28,6 +28,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
 
     def runner(sections: list[Section], *flags: str) -> int:
         monkeypatch.setattr(gpu_run, "sections", lambda args: sections)
+        # what --commit sets is gone after the test
+        monkeypatch.setenv("FD_DSA_COMMIT", "")
         return gpu_run.main(["--out", str(tmp_path / "out"), *flags])
 
     return runner
