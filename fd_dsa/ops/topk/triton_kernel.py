@@ -90,16 +90,18 @@ def topk_kernel(
         kth, above = _kth_best(row_ptr, window, k, BLOCK)
     # scores equal to the k-th best fill what the better ones leave, lowest positions first
     wanted_ties = k - above
+    scored_end = tl.where(window > k, window, 0)
+    unscored_end = window - scored_end
     num_written = tl.full([], 0, tl.int32)
     num_ties = tl.full([], 0, tl.int32)
     for start in range(0, window, BLOCK):
         position = start + tl.arange(0, BLOCK)
         seen = position < window
-        scored = seen & (window > k)
-        image = _ordered_bits(tl.load(row_ptr + position, mask=scored, other=0.0))
+        image = _ordered_bits(tl.load(row_ptr + position, mask=position < scored_end, other=0.0))
         tie = seen & (image == kth)
         tie_rank = num_ties + tl.cumsum(tie.to(tl.int32), axis=0)
-        chosen = seen & ((image > kth) | (tie & (tie_rank <= wanted_ties)) | (window <= k))
+        chosen = (seen & (image > kth)) | (tie & (tie_rank <= wanted_ties))
+        chosen = chosen | (position < unscored_end)
         rank = num_written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
         block = blocks_of(
             block_tables_ptr, batch_id, position, chosen, table_width, num_blocks, BLOCK_SIZE
