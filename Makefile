@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: serve test test-oracle lint bench soak docs
+.PHONY: serve test test-oracle lint bench bench-gpu soak docs
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.cpu
@@ -27,6 +27,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.oracle
 	$(BIN)/python -m benchmarks.engine_cpu $(ARGS)
+
+# with the Python that holds torch for CUDA, not that of .venv
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu_run $(ARGS)
 
 soak: $(VENV)/.dev
 	for round in $$(seq $(ROUNDS)); do \

@@ -1,15 +1,34 @@
-"""Tables of docs/performance.md, made from benchmarks/results/*.json.
+"""Make the tables and plots of docs/performance.md from benchmarks/results/*.json.
 
-python -m benchmarks.report          # prints them; docs/performance.md holds the same lines
+    python -m benchmarks.report          # rewrites the page between its marks, and the plots
+
+The page is prose by hand and one marked region a result; a region is a function of its JSON file.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS
+from benchmarks._harness import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+IMAGES = ROOT / "docs" / "img"
+_REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
+# whole numbers of a case which are shown beside its times
+_COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
+_PROFILE_COLUMNS = (
+    "duration",
+    "registers a thread",
+    "occupancy reached",
+    "DRAM, of its peak",
+    "L2 hits",
+)
 
 
 def engine_cpu(result: dict[str, Any]) -> str:
@@ -55,9 +74,182 @@ def engine_cpu(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _three_digits(value: float) -> str:
+    """A figure with three significant digits, never in powers of ten."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _machine(env: Mapping[str, Any]) -> str:
+    """Where and on what a GPU result was taken, in one line."""
+    versions = ", ".join(
+        f"{name} {env[name]}" for name in ("torch", "triton", "paddlepaddle") if env.get(name)
+    )
+    return (
+        f"{env.get('date', '')}, {env['gpu']}, driver {env['driver']}; Python {env['python']}, "
+        f"{versions}; commit {env['commit'][:12]}."
+    )
+
+
+def _refusal(result: Mapping[str, Any]) -> str | None:
+    """Why the figures of a result may not be shown; None where they may."""
+    if result["gate"] != "passed":
+        return f"The correctness tests of this run: {result['gate']}. No figures.\n"
+    if result["env"]["dirty"]:
+        return "The tree that was measured is no commit. No figures.\n"
+    return None
+
+
+def _ceilings_line(result: Mapping[str, Any]) -> str:
+    """The ceilings of the run, and the clocks as they were found."""
+    ceilings, clocks = result["ceilings"], result["clocks"]
+    found = ", ".join(
+        f"{when} {c['clocks.sm']} and {c['power.draw']}"
+        for when, c in zip(("before", "after"), clocks, strict=False)
+        if "clocks.sm" in c
+    )
+    line = (
+        f"In the same run: copy {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s read and written, "
+        f"an empty kernel in a graph {ceilings['node_us']:.2f} us"
+    )
+    return f"{line}; SM clock and power {found}." if found else f"{line}."
+
+
+def gpu_table(result: Mapping[str, Any]) -> str:
+    """Markdown of a result that a GPU benchmark recorded (benchmarks/_gpu.py)."""
+    refused = _refusal(result)
+    if refused:
+        return refused
+    cases = result["cases"]
+    labels = list(dict.fromkeys(label for case in cases for label in case["times"]))
+    counts = [key for key in _COUNTS if any(key in case for case in cases)]
+    head = ["case", *(f"{label}, us" for label in labels), "of the floor"]
+    head += [*(_COUNTS[key] for key in counts), "tier"]
+    lines = [_machine(result["env"]), "", _row(head), "|---" * len(head) + "|"]
+    for case in cases:
+        cells = [case["case"], *(_time_cell(case, label) for label in labels)]
+        share = case["percent_of_floor"]
+        cells.append(f"{share:.0f}%" if share >= 1 else "< 1%")
+        cells += [str(case.get(key, "")) for key in counts]
+        lines.append(_row([*cells, case["tier"]]))
+    spread = max((t["p80"] - t["p20"]) / t["p50"] for c in cases for t in c["times"].values())
+    lines += ["", f"{_ceilings_line(result)} Largest spread, p20 to p80: {spread:.1%}."]
+    if "error" in result:
+        lines += ["", f"The run was cut off: {result['error']}."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: list[str]) -> str:
+    """One line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def _time_cell(case: Mapping[str, Any], label: str) -> str:
+    """A median in microseconds; for the other side also how many times ours it is."""
+    if label not in case["times"]:
+        return ""
+    time = _three_digits(case["times"][label]["p50"])
+    if label == case["ours"]:
+        return f"**{time}**"
+    return f"{time} ({_three_digits(case['ratios'][label])}x)"
+
+
+def ceilings(result: Mapping[str, Any]) -> str:
+    """Markdown of what the GPU and its driver reach by themselves."""
+    refused = _refusal(result)
+    if refused:
+        return refused
+    rows = {
+        "device copy, bytes read plus written": "{copy_bytes_per_s:.2f} TB/s",
+        "bfloat16 product, 8192 x 8192, random": "{matrix_flops_per_s:.0f} TFLOP/s",
+        "host, raw launch with 1, 5, 18 arguments": (
+            "{launch_1_us:.2f}, {launch_5_us:.2f}, {launch_18_us:.2f} us"
+        ),
+        "host, event record": "{event_record_us:.2f} us",
+        "from node to node of a graph, empty kernels": "{graph_node_us:.2f} us",
+    }
+    values = result | result["ceilings"]
+    values["copy_bytes_per_s"] /= 1e12
+    values["matrix_flops_per_s"] /= 1e12
+    table = [_row([name, form.format(**values)]) for name, form in rows.items()]
+    lines = [_machine(result["env"]), "", "| ceiling | measured |", "|---|---|", *table]
+    return "\n".join(lines) + "\n"
+
+
+def profiles(result: Mapping[str, Any]) -> str:
+    """Markdown of what Nsight Compute said about each kernel."""
+    refused = _refusal(result)
+    if refused:
+        return refused
+    head = ["kernel", *_PROFILE_COLUMNS, "waits most for"]
+    lines = [_machine(result["env"]), "", _row(head), "|---" * len(head) + "|"]
+    for kernel in result["kernels"]:
+        cells = [f"{kernel.get('subject', '')} `{kernel['kernel']}`".strip()]
+        cells += [kernel["metrics"].get(name, "") for name in _PROFILE_COLUMNS]
+        cells.append(", ".join(list(kernel["stalls"])[:2]).replace("_", " "))
+        lines.append(_row(cells))
+    return "\n".join(lines) + "\n"
+
+
+_MADE_BY = {"engine_cpu": engine_cpu, "ceilings": ceilings, "profiles": profiles}
+
+
+def region(name: str, folder: Path = RESULTS) -> str:
+    """What stands between the marks of a result.
+
+    Args:
+        name: name of the result's file, without its ending.
+        folder: where the results are.
+    """
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet.\n"
+    result = json.loads(path.read_text())
+    text = _MADE_BY.get(name, gpu_table)(result)
+    if plotted(name, result):
+        text += f"\n![the table above as bars](img/{name}.svg)\n"
+    return text
+
+
+def plotted(name: str, result: Mapping[str, Any]) -> bool:
+    """True for a result that has a plot: cases, and nothing against showing them."""
+    return name != "engine_cpu" and bool(result.get("cases")) and not _refusal(result)
+
+
+def plots(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every plot of the page and the result that it shows."""
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        if plotted(path.stem, result):
+            yield IMAGES / f"{path.stem}.svg", result
+
+
+def regions(page: str) -> dict[str, str]:
+    """Name of each marked region of a page -> what stands there."""
+    return dict(_REGION.findall(page))
+
+
+def filled(page: str, folder: Path = RESULTS) -> str:
+    """The page with every region made anew."""
+    return _REGION.sub(
+        lambda m: f"<!-- result: {m[1]} -->\n{region(m[1], folder)}<!-- end -->\n", page
+    )
+
+
 def main() -> int:
-    """Print the tables of every result; returns 0."""
-    print(engine_cpu(json.loads((RESULTS / "engine_cpu.json").read_text())), end="")
+    """Rewrite the page and, where matplotlib is installed, the plots; returns 0."""
+    PAGE.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
+    print(f"{PAGE.relative_to(ROOT)}: {', '.join(regions(PAGE.read_text('utf-8')))}")
+    if find_spec("matplotlib") is None:
+        print("plots left as they are: matplotlib is not installed (extra `bench`)")
+        return 0
+    from benchmarks.plots import bars
+
+    for path, result in plots():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(bars(result), "utf-8")
+        print(path.relative_to(ROOT))
     return 0
 
 

@@ -1,20 +1,180 @@
-"""docs/performance.md shows the committed results, line by line."""
+"""docs/performance.md and its plots show the committed results."""
 
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
+from typing import Any
 
-from benchmarks._harness import RESULTS, ROOT
-from benchmarks.report import engine_cpu
+import pytest
+
+from benchmarks._harness import RESULTS, ROOT, write_json
+from benchmarks.report import PAGE, filled, plots, region, regions
+
+COMMITTED = sorted(RESULTS.glob("*.json"))
+ENV = {
+    "date": "2026-01-02",
+    "gpu": "NVIDIA H200",
+    "driver": "580.1",
+    "python": "3.12.3",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
+    "commit": "c" * 40,
+    "dirty": False,
+}
 
 
-def test_figures_are_those_of_the_committed_results() -> None:
-    page = (ROOT / "docs" / "performance.md").read_text()
-    result = json.loads((RESULTS / "engine_cpu.json").read_text())
-    assert engine_cpu(result) in page
+def percentiles(p50: float) -> dict[str, float]:
+    return {"p20": p50 * 0.99, "p50": p50, "p80": p50 * 1.01}
 
 
-def test_results_name_machine_and_commit() -> None:
-    for path in RESULTS.glob("*.json"):
-        env = json.loads(path.read_text())["env"]
-        assert env["cpu"] and len(env["commit"]) == 40 and not env["dirty"], path
+def gpu_result(**changes: Any) -> dict[str, Any]:
+    """What benchmarks/_gpu.py records: two cases, one of them with another side as well."""
+    cases = [
+        {
+            "case": "128 tokens",
+            "tier": "T1",
+            "times": {"two writes": percentiles(3.9), "one launch": percentiles(2.0)},
+            "ours": "one launch",
+            "ratios": {"two writes": 1.95},
+            "floor_us": 0.5,
+            "percent_of_floor": 25.0,
+            "launches": 1,
+        },
+        {
+            "case": "8192 tokens",
+            "tier": "T1",
+            "times": {
+                "two writes": percentiles(16.0),
+                "one launch": percentiles(8.0),
+                "unfused": percentiles(1234.5),
+            },
+            "ours": "one launch",
+            "ratios": {"two writes": 2.0, "unfused": 154.3},
+            "floor_us": 7.0,
+            "percent_of_floor": 87.5,
+        },
+    ]
+    clocks = [{"clocks.sm": "1980 MHz", "power.draw": "120 W"}, {"error": "no nvidia-smi"}]
+    result = {
+        "name": "cache_write",
+        "env": ENV,
+        "gate": "passed",
+        "clocks": clocks,
+        "ceilings": {"copy_bytes_per_s": 4.28e12, "node_us": 1.1},
+        "cases": cases,
+    }
+    return result | changes
+
+
+def rendered(folder: Path, result: dict[str, Any], name: str = "cache_write") -> str:
+    write_json(folder / f"{name}.json", result)
+    return region(name, folder)
+
+
+def test_the_page_is_made_from_the_committed_results() -> None:
+    page = PAGE.read_text("utf-8")
+    assert page == filled(page), "run python -m benchmarks.report"
+
+
+def test_every_result_is_on_the_page() -> None:
+    assert {path.stem for path in COMMITTED} <= set(regions(PAGE.read_text("utf-8")))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_results_name_machine_and_commit(path: Path) -> None:
+    result = json.loads(path.read_text())
+    env = result["env"]
+    assert env["cpu"] and len(env["commit"]) == 40 and not env["dirty"]
+    if path.stem != "engine_cpu":
+        assert env["gpu"] and env["driver"] and result["gate"] == "passed"
+
+
+def test_plots_show_the_committed_results() -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import digest
+
+    for path, result in plots():
+        assert digest(result) in path.read_text("utf-8"), "run python -m benchmarks.report"
+
+
+def test_a_table_of_a_gpu(tmp_path: Path) -> None:
+    text = rendered(tmp_path, gpu_result())
+    assert "2026-01-02, NVIDIA H200, driver 580.1; Python 3.12.3, torch 2.11.0" in text
+    assert "| case | two writes, us | one launch, us | unfused, us | of the floor |" in text
+    assert "| 128 tokens | 3.90 (1.95x) | **2.00** |  | 25% | 1 | T1 |" in text
+    assert "| 8192 tokens | 16.0 (2.00x) | **8.00** | 1,234 (154x) | 88% |  | T1 |" in text
+    assert "copy 4.28 TB/s" in text and "before 1980 MHz and 120 W." in text
+    assert "p20 to p80: 2.0%" in text and "![" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"gate": "failed"}, "correctness tests of this run: failed"),
+        ({"gate": "not run"}, "correctness tests of this run: not run"),
+        ({"env": ENV | {"dirty": True}}, "no commit"),
+    ],
+)
+def test_no_figure_without_green_tests_and_a_commit(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    text = rendered(tmp_path, gpu_result(**changes))
+    assert said in text and not re.search(r"\d", text)
+
+
+def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
+    assert region("cache_write", tmp_path) == "Not measured yet.\n"
+
+
+def test_a_run_that_was_cut_off_says_so(tmp_path: Path) -> None:
+    text = rendered(tmp_path, gpu_result(error="RuntimeError: gone"))
+    assert "cut off: RuntimeError: gone" in text and "**2.00**" in text
+
+
+def test_ceilings_and_profiles(tmp_path: Path) -> None:
+    raw = {
+        "matrix_flops_per_s": 7.9e14,
+        **{f"launch_{n}_us": 2.8 for n in (1, 5, 18)},
+        "event_record_us": 0.11, "graph_node_us": 0.69,
+    }
+    text = rendered(tmp_path, gpu_result(cases=[]) | raw, "ceilings")
+    assert "4.28 TB/s" in text and "790 TFLOP/s" in text and "2.80, 2.80, 2.80 us" in text
+    kernel = {
+        "subject": "cache_write: 128 tokens",
+        "kernel": "write",
+        "metrics": {"duration": "2.1 us", "L2 hits": "51.2 %"},
+        "stalls": {"long_scoreboard": 7.0, "barrier": 2.0, "wait": 1.0},
+    }
+    text = rendered(tmp_path, gpu_result(kernels=[kernel]), "profiles")
+    assert "| cache_write: 128 tokens `write` | 2.1 us |  |  |  | 51.2 % |" in text
+    assert "| long scoreboard, barrier |" in text
+
+
+def test_only_the_marked_regions_change(tmp_path: Path) -> None:
+    write_json(tmp_path / "cache_write.json", gpu_result())
+    page = "before\n<!-- result: cache_write -->\nold\n<!-- end -->\nafter\n"
+    new = filled(page, tmp_path)
+    assert new.startswith("before\n") and new.endswith("<!-- end -->\nafter\n")
+    assert "old" not in new and "**2.00**" in new
+    assert filled(new, tmp_path) == new
+
+
+def test_a_plot_is_the_same_every_time() -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import bars, digest
+
+    svg = bars(gpu_result())
+    assert svg == bars(gpu_result())
+    assert digest(gpu_result()) in svg
+    for text in ("128 tokens", "8192 tokens", "two writes", "one launch", "unfused", "floor"):
+        assert text in svg
+    changed = gpu_result()
+    changed["cases"][0]["times"]["one launch"]["p50"] = 2.1
+    assert digest(changed) not in svg
+
+
+def test_pictures_of_the_page_exist() -> None:
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", PAGE.read_text("utf-8"))
+    assert all((ROOT / "docs" / picture).exists() for picture in pictures)

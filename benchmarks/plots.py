@@ -1,0 +1,94 @@
+"""Plots of the GPU results, from the JSON alone and the same bytes every time."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+# ours first; readable on a light and on a dark page
+_OURS = "#1f77d0"
+_OTHERS = ("#c26a12", "#8c6bb1", "#7a8793", "#b5485d", "#4d9221")
+_INK = "#7d8590"
+_STYLE = {
+    "svg.hashsalt": "fd_dsa",
+    # text stays text: small files, and no outlines that depend on a font's version
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def digest(result: Mapping[str, Any]) -> str:
+    """What a plot shows, as a hash; the plot holds it, so that a stale one is found."""
+    shown = [(c["case"], c["times"], c["ours"], c["floor_us"]) for c in result["cases"]]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
+def bars(result: Mapping[str, Any]) -> str:
+    """An SVG: a group of bars a case, median microseconds on a logarithmic axis.
+
+    Thin lines run from p20 to p80; a tick marks the floor.
+    """
+    cases = result["cases"]
+    labels = list(dict.fromkeys(label for case in cases for label in case["times"]))
+    colours = dict(zip([x for x in labels if x != _ours(cases)], _OTHERS * 9, strict=False))
+    colours[_ours(cases)] = _OURS
+    with matplotlib.rc_context(_STYLE):
+        rows = sum(len(case["times"]) + 1 for case in cases)
+        figure = Figure(figsize=(8, 0.9 + 0.2 * rows))
+        axes = figure.subplots()
+        _draw(axes, cases, colours)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45 / (0.2 * rows)), ncols=3)
+        for legend_text in axes.get_legend().get_texts():
+            legend_text.set_color(_INK)
+        axes.get_legend().get_frame().set_alpha(0)
+        buffer = io.StringIO()
+        metadata = {"Date": None, "Creator": None, "Description": digest(result)}
+        figure.savefig(
+            buffer, format="svg", bbox_inches="tight", transparent=True, metadata=metadata
+        )
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def _ours(cases: list[dict[str, Any]]) -> str:
+    """The label of our side that most cases name."""
+    names = [case["ours"] for case in cases]
+    return max(dict.fromkeys(names), key=names.count)
+
+
+def _draw(axes: Any, cases: list[dict[str, Any]], colours: Mapping[str, str]) -> None:
+    """Bars, spreads, floors and names."""
+    height, middles, told = 0.0, [], set()
+    for case in cases:
+        first = height
+        for label, time in case["times"].items():
+            name = label if label not in told else None
+            told.add(label)
+            axes.barh(height, time["p50"], height=0.8, color=colours[label], label=name)
+            axes.plot([time["p20"], time["p80"]], [height] * 2, color=_INK, linewidth=1)
+            axes.text(time["p50"] * 1.05, height, f"{time['p50']:.3g}", va="center", fontsize=8)
+            height += 1
+        if case["floor_us"] > 0:
+            floor = [case["floor_us"]] * 2
+            name = None if "floor" in told else "floor"
+            told.add("floor")
+            axes.plot(floor, [first - 0.5, height - 0.5], linestyle=":", color=_INK, label=name)
+        middles.append((first + height - 1) / 2)
+        height += 1
+    axes.set_yticks(middles, [case["case"] for case in cases])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("microseconds, median")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
