@@ -130,28 +130,42 @@ def mean_of(total, WIDTH: tl.constexpr):
 def load_pairs(pointer, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """float32 [ROWS, HALF] firsts and seconds of 2 * HALF values at each `pointer` [ROWS, 1].
 
-    Pairs are (2j, 2j + 1) if INTERLEAVED, else (j, j + HALF).
+    Pairs are (2j, 2j + 1) if INTERLEAVED, else (j, j + HALF). An interleaved pair is loaded as
+    one integer, so that both of its values reach the same thread: it must be aligned as such.
     """
-    if INTERLEAVED:
-        x = widened(tl.load(pointer + tl.arange(0, 2 * HALF)[None, :], mask=mask, other=0.0))
-        first, second = tl.split(tl.reshape(x, (x.shape[0], HALF, 2)))
-    else:
-        column = tl.arange(0, HALF)[None, :]
+    column = tl.arange(0, HALF)[None, :]
+    if not INTERLEAVED:
         first = widened(tl.load(pointer + column, mask=mask, other=0.0))
         second = widened(tl.load(pointer + HALF + column, mask=mask, other=0.0))
+    elif pointer.dtype.element_ty == tl.bfloat16:
+        both = tl.load(pointer.to(tl.pointer_type(tl.uint32)) + column, mask=mask, other=0)
+        first = (both << 16).to(tl.float32, bitcast=True)
+        second = (both & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        both = tl.load(pointer.to(tl.pointer_type(tl.uint64)) + column, mask=mask, other=0)
+        first = both.to(tl.uint32).to(tl.float32, bitcast=True)
+        second = (both >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
     return first, second
 
 
 @triton.jit
 def store_pairs(pointer, first, second, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The inverse of `load_pairs`, of values that already have the type of the memory."""
-    if INTERLEAVED:
-        x = tl.reshape(tl.join(first, second), (first.shape[0], 2 * HALF))
-        tl.store(pointer + tl.arange(0, 2 * HALF)[None, :], x, mask=mask)
-    else:
-        column = tl.arange(0, HALF)[None, :]
+    column = tl.arange(0, HALF)[None, :]
+    if not INTERLEAVED:
         tl.store(pointer + column, first, mask=mask)
         tl.store(pointer + HALF + column, second, mask=mask)
+    elif pointer.dtype.element_ty == tl.uint8:
+        both = first.to(tl.uint16) | (second.to(tl.uint16) << 8)
+        tl.store(pointer.to(tl.pointer_type(tl.uint16)) + column, both, mask=mask)
+    elif pointer.dtype.element_ty == tl.float32:
+        high = second.to(tl.uint32, bitcast=True).to(tl.uint64) << 32
+        both = first.to(tl.uint32, bitcast=True).to(tl.uint64) | high
+        tl.store(pointer.to(tl.pointer_type(tl.uint64)) + column, both, mask=mask)
+    else:
+        high = second.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        both = first.to(tl.uint16, bitcast=True).to(tl.uint32) | high
+        tl.store(pointer.to(tl.pointer_type(tl.uint32)) + column, both, mask=mask)
 
 
 @triton.jit

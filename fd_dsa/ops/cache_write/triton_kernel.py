@@ -61,8 +61,10 @@ def _rms_norm(x, weight_ptr, column, inside, eps, RANK: tl.constexpr):
     wide = x.to(tl.float64)
     total = tl.sum(tl.sum(wide * wide, 2), 1)
     factor = tl.div_rn(1.0, tl.sqrt_rn(mean_of(total, RANK) + eps))
-    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
-    return x * factor[:, None, None] * weight[None]
+    # as wide as x, or it would lie in other threads than x
+    column = tl.broadcast_to(column[None], x.shape)
+    weight = tl.load(weight_ptr + column, mask=inside[None], other=0.0)
+    return x * factor[:, None, None] * weight
 
 
 @triton.jit
@@ -349,12 +351,18 @@ def _rope_half(kv_a: Any, index_k: Any, cos_sin_cache: Any, params: CacheWritePa
 
 
 def _row_stride(name: str, rows: Any) -> int:
-    """Values from one row to the next; the values of a row must lie side by side."""
+    """Values from one row to the next; rows are dense and start where a pair of values may."""
     if rows is None:
         return 0
     stride, step = rows.stride()
     if step != 1 and rows.shape[1] > 1:
         raise ShapeError(f"write_caches: values of a row of {name} lie {step} apart, wanted 1")
+    pair_bytes = 8 if str(rows.dtype).endswith("float32") else 4
+    if stride % 2 or rows.shape[1] % 2 or rows.data_ptr() % pair_bytes:
+        raise ShapeError(
+            f"write_caches: rows of {name} are {stride} values apart, from address "
+            f"{rows.data_ptr()}; a device needs both even, in values"
+        )
     return stride
 
 

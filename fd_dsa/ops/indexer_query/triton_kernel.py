@@ -1,0 +1,198 @@
+"""Queries of the indexer on a device: RoPE, quantisation and weight fold in one launch.
+
+A row is one head of one token. A program takes BLOCK_ROWS rows, which are contiguous in memory
+whatever the tokens they belong to. The four quarters of a row (see `load_pairs`) lie in the same
+thread, so that rotating needs no exchange and the maximum two shuffles.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.errors import ShapeError
+from fd_dsa.ops._triton_fp8 import (
+    absolute_maximum,
+    divided,
+    hadamard,
+    index_divisor,
+    index_scale,
+    load_pairs,
+    magnitude,
+    rotated,
+    store_pairs,
+    to_bfloat16,
+    to_e4m3,
+    widened,
+)
+from fd_dsa.triton_runtime import paddle_jit
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+# (BLOCK_ROWS, num_warps) that benchmarks/indexer_query.py times
+CANDIDATES = (
+    *((8, 1), (16, 1), (32, 1), (16, 2), (32, 2), (64, 2)),
+    *((32, 4), (64, 4), (128, 4), (64, 8), (128, 8)),
+)
+
+
+def configuration(num_rows: int) -> tuple[int, int]:
+    """BLOCK_ROWS and num_warps for this many heads of all tokens."""
+    return (32, 4) if num_rows <= 16384 else (64, 4)
+
+
+@triton.jit
+def _rounded(x, pointer):
+    """float32 `x` in the type of a float32 or bfloat16 pointer."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        x = to_bfloat16(x)
+    return x
+
+
+@paddle_jit(
+    do_not_specialize=("num_rows", "weights_scale"),
+    contiguous=(
+        "q_ptr",
+        "weights_ptr",
+        "position_ids_ptr",
+        "cos_sin_ptr",
+        "q_out_ptr",
+        "w_out_ptr",
+    ),
+)
+def prepare_query_kernel(
+    q_ptr,
+    weights_ptr,
+    position_ids_ptr,
+    cos_sin_ptr,
+    q_out_ptr,
+    w_out_ptr,
+    num_rows,
+    weights_scale: float,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    UE8M0: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """See `prepare_indexer_query`; rows of 4 * HALF values, HEADS of them a token."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    inside = row < num_rows
+    mask = inside[:, None]
+    position = tl.load(position_ids_ptr + row // HEADS, mask=inside, other=0)
+    start = (row * (4 * HALF))[:, None]
+    if QUANTIZED:
+        q_out_ptr = q_out_ptr.to(tl.pointer_type(tl.uint8))
+    a, b = load_pairs(q_ptr + start, mask, HALF, INTERLEAVED)
+    c, d = load_pairs(q_ptr + start + 2 * HALF, mask, HALF, INTERLEAVED)
+    weight = widened(tl.load(weights_ptr + row, mask=inside, other=0.0)) * weights_scale
+    angle = cos_sin_ptr + position[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    cos = tl.load(angle, mask=mask, other=0.0)
+    sin = tl.load(angle + HALF, mask=mask, other=0.0)
+    a, b = rotated(a, b, cos, sin)
+    if HADAMARD:
+        a, b, c, d = hadamard(a, b, c, d, HALF, INTERLEAVED)
+    if QUANTIZED:
+        high = tl.maximum(magnitude(a), magnitude(b))
+        low = tl.maximum(magnitude(c), magnitude(d))
+        scale = index_scale(absolute_maximum(tl.maximum(high, low), 1), UE8M0)
+        weight *= scale
+        by = index_divisor(scale, UE8M0)[:, None]
+        a, b = to_e4m3(divided(a, by, UE8M0)), to_e4m3(divided(b, by, UE8M0))
+        c, d = to_e4m3(divided(c, by, UE8M0)), to_e4m3(divided(d, by, UE8M0))
+    else:
+        a, b = _rounded(a, q_out_ptr), _rounded(b, q_out_ptr)
+        c, d = _rounded(c, q_out_ptr), _rounded(d, q_out_ptr)
+    store_pairs(q_out_ptr + start, a, b, mask, HALF, INTERLEAVED)
+    store_pairs(q_out_ptr + start + 2 * HALF, c, d, mask, HALF, INTERLEAVED)
+    tl.store(w_out_ptr + row, weight, mask=inside)
+
+
+def prepare_indexer_query(
+    q: Any,
+    weights: Any,
+    position_ids: Any,
+    cos_sin_cache: Any,
+    *,
+    rope_interleave: bool,
+    quantized: bool,
+    hadamard: bool,
+    scale_fmt: str | None,
+    weights_scale: float,
+    out: tuple[Any, Any] | None,
+) -> tuple[Any, Any]:
+    """See `fd_dsa.ops.indexer_query.prepare_indexer_query`."""
+    if out is None:
+        out = _allocated(q, quantized)
+    arguments = kernel_arguments(
+        q,
+        weights,
+        position_ids,
+        cos_sin_cache,
+        out,
+        rope_interleave=rope_interleave,
+        quantized=quantized,
+        hadamard=hadamard,
+        scale_fmt=scale_fmt,
+        weights_scale=weights_scale,
+    )
+    num_rows = arguments["num_rows"]
+    if num_rows:
+        block_rows, num_warps = configuration(num_rows)
+        prepare_query_kernel[(-(-num_rows // block_rows),)](
+            **arguments, BLOCK_ROWS=block_rows, num_warps=num_warps, enable_fp_fusion=False
+        )
+    return out
+
+
+def kernel_arguments(
+    q: Any,
+    weights: Any,
+    position_ids: Any,
+    cos_sin_cache: Any,
+    out: tuple[Any, Any],
+    *,
+    rope_interleave: bool,
+    quantized: bool,
+    hadamard: bool,
+    scale_fmt: str | None,
+    weights_scale: float,
+) -> dict[str, Any]:
+    """Arguments of `prepare_query_kernel` by name, but for BLOCK_ROWS; launch without fusion.
+
+    Raises:
+        ShapeError: a width that the kernel has no tiles for.
+    """
+    num_tokens, heads, width = q.shape
+    half = cos_sin_cache.shape[1] // 2
+    if width != 4 * half or half & (half - 1):
+        raise ShapeError(
+            "prepare_indexer_query: a device needs index_head_dim = 2 * rope_dim, a power of two, "
+            f"got {width} and {2 * half}"
+        )
+    return {
+        "q_ptr": q,
+        "weights_ptr": weights,
+        "position_ids_ptr": position_ids,
+        "cos_sin_ptr": cos_sin_cache,
+        "q_out_ptr": out[0],
+        "w_out_ptr": out[1],
+        "num_rows": num_tokens * heads,
+        "weights_scale": weights_scale,
+        "HEADS": heads,
+        "HALF": half,
+        "QUANTIZED": quantized,
+        "INTERLEAVED": rope_interleave,
+        "HADAMARD": hadamard,
+        "UE8M0": scale_fmt == "ue8m0",
+    }
+
+
+def _allocated(q: Any, quantized: bool) -> tuple[Any, Any]:
+    """Memory for the results beside `q`: codes as uint8, else queries of its own type."""
+    import paddle
+
+    codes = q.new_empty(q.shape, dtype=paddle.uint8 if quantized else q.dtype)
+    return codes, q.new_empty(q.shape[:2], dtype=paddle.float32)
