@@ -102,6 +102,13 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def three_digits(value: float) -> str:
+    """A figure with three significant digits, never in powers of ten."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
 def case_line(entry: Mapping[str, Any]) -> str:
     """One case of a benchmark in one line."""
     times = "  ".join(f"{label} {t['p50']:.2f}" for label, t in entry["times"].items())

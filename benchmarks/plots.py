@@ -11,6 +11,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from benchmarks._harness import three_digits
+
 # ours first; readable on a light and on a dark page
 _OURS = "#1f77d0"
 _OTHERS = ("#c26a12", "#8c6bb1", "#7a8793", "#b5485d", "#4d9221")
@@ -77,7 +79,9 @@ def _draw(axes: Any, cases: list[dict[str, Any]], colours: Mapping[str, str]) ->
             told.add(label)
             axes.barh(height, time["p50"], height=0.8, color=colours[label], label=name)
             axes.plot([time["p20"], time["p80"]], [height] * 2, color=_INK, linewidth=1)
-            axes.text(time["p50"] * 1.05, height, f"{time['p50']:.3g}", va="center", fontsize=8)
+            axes.text(
+                time["p50"] * 1.05, height, three_digits(time["p50"]), va="center", fontsize=8
+            )
             height += 1
         if case["floor_us"] > 0:
             floor = [case["floor_us"]] * 2
@@ -89,6 +93,7 @@ def _draw(axes: Any, cases: list[dict[str, Any]], colours: Mapping[str, str]) ->
     axes.set_yticks(middles, [case["case"] for case in cases])
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("microseconds, median")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS, ROOT
+from benchmarks._harness import RESULTS, ROOT, three_digits
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "img"
@@ -72,13 +72,6 @@ def engine_cpu(result: dict[str, Any]) -> str:
             for f in profile["functions"][:6]
         ]
     return "\n".join(lines) + "\n"
-
-
-def _three_digits(value: float) -> str:
-    """A figure with three significant digits, never in powers of ten."""
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _machine(env: Mapping[str, Any]) -> str:
@@ -149,10 +142,10 @@ def _time_cell(case: Mapping[str, Any], label: str) -> str:
     """A median in microseconds; for the other side also how many times ours it is."""
     if label not in case["times"]:
         return ""
-    time = _three_digits(case["times"][label]["p50"])
+    time = three_digits(case["times"][label]["p50"])
     if label == case["ours"]:
         return f"**{time}**"
-    return f"{time} ({_three_digits(case['ratios'][label])}x)"
+    return f"{time} ({three_digits(case['ratios'][label])}x)"
 
 
 def ceilings(result: Mapping[str, Any]) -> str:
