@@ -1,11 +1,13 @@
 """Layouts of the two paged caches: MLA latents and indexer keys.
 
 Both caches share block ids, block size and slot_mapping. Shapes have FastDeploy's rank and order
-(docs/concepts/dsa.md, "Caches"), so a block is contiguous and a slot is a row of the flattened
-cache:
+(docs/concepts/dsa.md, "Caches"), so a block is contiguous:
 
-    latent  [num_blocks, 1, block_size, kv_lora_rank + qk_rope_head_dim]
-    indexer [num_blocks, block_size, index_head_dim]
+    latent  [num_blocks, 1, block_size, row]
+    indexer [num_blocks, block_size, row]
+
+A row counts values, of fp8_ds_mla bytes: 656 and 132. There an indexer block is planar, all codes
+before all scales, so its last axis is no record of a token.
 """
 
 from __future__ import annotations
@@ -16,22 +18,44 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.errors import ConfigError
+from fd_dsa.ops._fp8 import (
+    INDEX_RECORD_BYTES,
+    INDEX_WIDTH,
+    LATENT_RECORD_BYTES,
+    LATENT_WIDTH,
+    ROPE_WIDTH,
+)
 
+FP8_BLOCK_SIZE = 64
 # bfloat16 is held as its bits: neither NumPy nor Paddle's CPU build computes with it
-_STORAGE = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.int16)}
+_STORAGE = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(np.int16),
+    "fp8_ds_mla": np.dtype(np.uint8),
+}
+_FP8_FIELDS = {
+    "block_size": FP8_BLOCK_SIZE,
+    "kv_lora_rank": LATENT_WIDTH,
+    "qk_rope_head_dim": ROPE_WIDTH,
+    "index_head_dim": INDEX_WIDTH,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLayout:
-    """Shapes and bytes of the caches of one model.
+    """Format of the caches of one model; keys are written and read by one object, never two.
 
     Attributes:
-        kv_cache_dtype: "float32" or "bfloat16".
+        kv_cache_dtype: "float32", "bfloat16" or "fp8_ds_mla".
         block_size: tokens of a block.
         kv_lora_rank, qk_rope_head_dim, index_head_dim: widths, in values.
+        index_scale_fmt: scales of e4m3 index keys and queries: "ue8m0", powers of two, or None.
+        index_hadamard: whether index keys and queries are turned by a Hadamard matrix, as in
+            DeepSeek's own inference code.
 
     Raises:
-        ConfigError: a dtype without a layout here.
+        ConfigError: a value without a layout here; fp8_ds_mla has blocks of 64 tokens and widths
+            of 512, 64 and 128 alone.
     """
 
     kv_cache_dtype: str
@@ -39,6 +63,8 @@ class CacheLayout:
     kv_lora_rank: int
     qk_rope_head_dim: int
     index_head_dim: int
+    index_scale_fmt: str | None = "ue8m0"
+    index_hadamard: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_cache_dtype not in _STORAGE:
@@ -46,29 +72,50 @@ class CacheLayout:
                 f"kv_cache_dtype: {self.kv_cache_dtype!r} has no cache layout, allowed are "
                 f"{', '.join(_STORAGE)}"
             )
+        if self.index_scale_fmt not in (None, "ue8m0"):
+            raise ConfigError(
+                f"index_scale_fmt: got {self.index_scale_fmt!r}, allowed are 'ue8m0' and None"
+            )
+        for name, allowed in _FP8_FIELDS.items() if self.is_fp8 else ():
+            found = getattr(self, name)
+            if found != allowed:
+                raise ConfigError(
+                    f"{name}: got {found}, an fp8_ds_mla cache allows {allowed} alone; take a "
+                    "bfloat16 cache"
+                )
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether latents and index keys are e4m3 with scales."""
+        return self.kv_cache_dtype == "fp8_ds_mla"
 
     @property
     def storage_dtype(self) -> np.dtype:
-        """Dtype of the memory: float32, or int16 which holds bfloat16 bits."""
+        """Dtype of the memory: float32, int16 which holds bfloat16 bits, or bytes."""
         return _STORAGE[self.kv_cache_dtype]
 
     @property
-    def latent_width(self) -> int:
-        """Values of a latent row."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
+    def latent_row(self) -> int:
+        """Elements of a token in a latent cache."""
+        return LATENT_RECORD_BYTES if self.is_fp8 else self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def indexer_row(self) -> int:
+        """Elements of a token in an indexer cache."""
+        return INDEX_RECORD_BYTES if self.is_fp8 else self.index_head_dim
 
     def latent_shape(self, num_blocks: int) -> list[int]:
         """Shape of one layer's latent cache."""
-        return [num_blocks, 1, self.block_size, self.latent_width]
+        return [num_blocks, 1, self.block_size, self.latent_row]
 
     def indexer_shape(self, num_blocks: int) -> list[int]:
         """Shape of one layer's indexer cache."""
-        return [num_blocks, self.block_size, self.index_head_dim]
+        return [num_blocks, self.block_size, self.indexer_row]
 
     def bytes_per_block(self, num_layers: int, num_indexer_layers: int) -> int:
         """Bytes of one block over all layers; layers that share a selection have no indexer."""
-        values = self.latent_width * num_layers + self.index_head_dim * num_indexer_layers
-        return values * self.block_size * self.storage_dtype.itemsize
+        row = self.latent_row * num_layers + self.indexer_row * num_indexer_layers
+        return row * self.block_size * self.storage_dtype.itemsize
 
     def allocate(self, shape: list[int]) -> Any:
         """Zeroed Paddle CPU tensor whose pages are taken from the system when first written."""

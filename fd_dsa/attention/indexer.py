@@ -10,7 +10,7 @@ from paddle import nn
 
 from fd_dsa.attention.layers import LayerNorm, zeros_parameter
 from fd_dsa.ops._linear import linear
-from fd_dsa.ops._rope import apply_rope_
+from fd_dsa.ops.indexer_query import prepare_indexer_query
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,6 @@ class IndexerConfig:
     q_lora_rank: int
     index_n_heads: int
     index_head_dim: int
-    qk_rope_head_dim: int
     rope_interleave: bool
 
 
@@ -47,29 +46,38 @@ class Indexer(nn.Layer):
         self.weights_proj = zeros_parameter(self, [config.hidden_size, heads])
         self.weights_scale = heads**-0.5 * dim**-0.5
 
+    def key(self, hidden_states: np.ndarray) -> np.ndarray:
+        """Index keys as projected, float32 [num_tokens, index_head_dim]; `write_caches` norms.
+
+        Args:
+            hidden_states: float32 [num_tokens, hidden_size], after the input norm.
+        """
+        return linear(hidden_states, self.wk)
+
     def forward(
-        self,
-        forward_meta: Any,
-        hidden_states: np.ndarray,
-        qr: np.ndarray,
-        rotary: tuple[np.ndarray, np.ndarray],
+        self, forward_meta: Any, hidden_states: np.ndarray, qr: np.ndarray, cos_sin_cache: Any
     ) -> Any:
-        """Cache slots that each token attends to.
+        """Cache slots that each token attends to; the step's keys are in the cache already.
 
         Args:
             forward_meta: the runner's object, its step metadata made.
             hidden_states: float32 [num_tokens, hidden_size], after the input norm.
             qr: float32 [num_tokens, q_lora_rank], after its norm.
-            rotary: cos and sin, float32 [num_tokens, 1, qk_rope_head_dim // 2].
+            cos_sin_cache: float32 [max_position, qk_rope_head_dim].
 
         Returns:
             int32 [num_tokens, topk]; see DSAAttentionBackend.indexer_forward.
         """
-        config = self.config
-        q = linear(qr, self.wq_b).reshape(-1, config.index_n_heads, config.index_head_dim)
-        k = self.k_norm(linear(hidden_states, self.wk))
-        rope_dim, interleaved = config.qk_rope_head_dim, config.rope_interleave
-        apply_rope_(q[:, :, :rope_dim], *rotary, interleaved=interleaved)
-        apply_rope_(k[:, None, :rope_dim], *rotary, interleaved=interleaved)
-        weights = linear(hidden_states, self.weights_proj)
-        return forward_meta.attn_backend.indexer_forward(q, k, weights, self.layer_id, forward_meta)
+        config, backend = self.config, forward_meta.attn_backend
+        layout = backend.config.cache_layout
+        q, weights = prepare_indexer_query(
+            linear(qr, self.wq_b).reshape(-1, config.index_n_heads, config.index_head_dim),
+            linear(hidden_states, self.weights_proj),
+            forward_meta.position_ids,
+            cos_sin_cache,
+            rope_interleave=config.rope_interleave,
+            quantized=layout.is_fp8,
+            hadamard=layout.index_hadamard,
+            scale_fmt=layout.index_scale_fmt,
+        )
+        return backend.indexer_forward(q, None, weights, self.layer_id, forward_meta)

@@ -13,7 +13,7 @@ import numpy as np
 from paddle import nn
 
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._norm import layer_norm, rms_norm
+from fd_dsa.ops._norm import rms_norm
 
 WeightLoader = Callable[[np.ndarray], None]
 
@@ -27,7 +27,7 @@ def zeros_parameter(layer: nn.Layer, shape: list[int]) -> Any:
 
 
 class RMSNorm(nn.Layer):
-    """x * rsqrt(mean(x^2) + eps) * weight over the last axis, statistics in float32."""
+    """x * rsqrt(mean(x^2) + eps) * weight over the last axis."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
@@ -41,19 +41,13 @@ class RMSNorm(nn.Layer):
 
 
 class LayerNorm(nn.Layer):
-    """LayerNorm with bias over the last axis, statistics in float32."""
+    """Parameters of a LayerNorm with bias over the last axis; `write_caches` applies it."""
 
     def __init__(self, width: int, epsilon: float) -> None:
         super().__init__()
         self.epsilon = epsilon
         self.weight = zeros_parameter(self, [width])
         self.bias = zeros_parameter(self, [width])
-        self._weight_view = as_numpy(self.weight.detach())
-        self._bias_view = as_numpy(self.bias.detach())
-
-    def forward(self, x: np.ndarray) -> np.ndarray:
-        """Normed `x`, float32 [num_tokens, width]."""
-        return layer_norm(x, self._weight_view, self._bias_view, self.epsilon)
 
 
 def loads(parameter: Any, *, transpose: bool = False, scale: float = 1.0) -> WeightLoader:

@@ -32,13 +32,13 @@ class DeepseekV32DecoderLayer(nn.Layer):
     def forward(
         self,
         hidden_states: np.ndarray,
-        rotary: tuple[np.ndarray, np.ndarray],
+        cos_sin_cache: Any,
         forward_meta: Any,
         shared_indices: Any,
     ) -> tuple[np.ndarray, Any]:
         """Next hidden states, float32 [num_tokens, hidden_size], and the layer's selection."""
         attended, indices = self.self_attn(
-            self.input_layernorm(hidden_states), rotary, forward_meta, shared_indices
+            self.input_layernorm(hidden_states), cos_sin_cache, forward_meta, shared_indices
         )
         hidden_states = hidden_states + attended
         hidden_states += self.mlp(self.post_attention_layernorm(hidden_states))
@@ -73,7 +73,9 @@ class DeepseekV32ForCausalLM(nn.Layer):
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = zeros_parameter(self, [config.hidden_size, config.vocab_size])
-        self.rotary_emb = RotaryEmbedding(config.rope, config.qk_rope_head_dim)
+        self.rotary_emb = RotaryEmbedding(
+            config.rope, config.qk_rope_head_dim, config.max_position_embeddings
+        )
         self.eval()
 
     def forward(self, ids_remove_padding: Any, forward_meta: Any) -> np.ndarray:
@@ -84,10 +86,10 @@ class DeepseekV32ForCausalLM(nn.Layer):
             forward_meta: the runner's object; `init_attention_metadata` has been called for it.
         """
         hidden_states = self._embedding_view[as_numpy(ids_remove_padding)]
-        rotary = self.rotary_emb(forward_meta.position_ids)
+        cos_sin_cache = self.rotary_emb.cos_sin_cache
         indices = None
         for layer in self.layers:
-            hidden_states, indices = layer(hidden_states, rotary, forward_meta, indices)
+            hidden_states, indices = layer(hidden_states, cos_sin_cache, forward_meta, indices)
         return hidden_states
 
     def compute_logits(self, hidden_states: np.ndarray) -> np.ndarray:

@@ -12,26 +12,11 @@ import numpy as np
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.safetensors_file import TensorInfo
+from fd_dsa.ops._fp8 import decode_e4m3
 
 SCALE_SUFFIX = "_scale_inv"
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 _OWN_PAGES_BYTES = 1 << 20
-
-
-def _e4m3_table() -> np.ndarray:
-    """Value of each e4m3 byte, float32 [256]: 1 sign, 4 exponent (bias 7), 3 mantissa bits.
-
-    There is no infinity; the two bytes with all other bits set are NaN.
-    """
-    code = np.arange(256)
-    exponent, mantissa = (code >> 3) & 15, code & 7
-    normal = np.ldexp(1.0 + mantissa / 8.0, exponent - 7)
-    value = np.where(exponent == 0, np.ldexp(mantissa / 8.0, -6), normal)
-    value[(code & 127) == 127] = np.nan
-    return np.where(code < 128, value, -value).astype(np.float32)
-
-
-E4M3_VALUES = _e4m3_table()
 
 
 def to_float32(raw: np.ndarray, info: TensorInfo) -> np.ndarray:
@@ -91,7 +76,7 @@ def dequantize_blocks(
     # one strip of blocks at a time, so that the index array of `take` stays small
     for strip, first in enumerate(range(0, codes.shape[0], rows)):
         part = values[first : first + rows]
-        np.take(E4M3_VALUES, codes[first : first + rows], out=part, mode="clip")
+        decode_e4m3(codes[first : first + rows], part)
         part *= np.repeat(scales[strip], columns)[: codes.shape[1]]
     return values
 

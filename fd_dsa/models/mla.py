@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from paddle import nn
 
+from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.indexer import Indexer, IndexerConfig
 from fd_dsa.attention.layers import (
     RMSNorm,
@@ -19,6 +20,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._linear import head_linear, linear
 from fd_dsa.ops._rope import apply_rope_, join_query
+from fd_dsa.ops.cache_write import CacheWriteParams
 
 
 class DeepseekV32DSAAttention(nn.Layer):
@@ -65,7 +67,6 @@ class DeepseekV32DSAAttention(nn.Layer):
                 q_lora_rank=config.q_lora_rank,
                 index_n_heads=config.index_n_heads,
                 index_head_dim=config.index_head_dim,
-                qk_rope_head_dim=self.rope_dim,
                 rope_interleave=config.indexer_rope_interleave,
             )
             self.indexer = Indexer(sizes, layer_id)
@@ -73,7 +74,7 @@ class DeepseekV32DSAAttention(nn.Layer):
     def forward(
         self,
         hidden_states: np.ndarray,
-        rotary: tuple[np.ndarray, np.ndarray],
+        cos_sin_cache: Any,
         forward_meta: Any,
         shared_indices: Any,
     ) -> tuple[np.ndarray, Any]:
@@ -81,29 +82,28 @@ class DeepseekV32DSAAttention(nn.Layer):
 
         Args:
             hidden_states: float32 [num_tokens, hidden_size], normed.
-            rotary: cos and sin, float32 [num_tokens, 1, qk_rope_head_dim // 2].
+            cos_sin_cache: float32 [max_position, qk_rope_head_dim].
             forward_meta: the runner's object, its step metadata made.
             shared_indices: selection of the nearest layer before with an indexer, or None.
 
         Returns:
             float32 [num_tokens, hidden_size], int32 [num_tokens, topk].
         """
+        backend = forward_meta.attn_backend
         qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self._qkv_a_bias_view)
-        latent_end = self.q_lora_rank + self.kv_lora_rank
         qr = self.q_a_layernorm(qkv[:, : self.q_lora_rank])
-        compressed_kv = self.kv_a_layernorm(qkv[:, self.q_lora_rank : latent_end])
-        k_pe = qkv[:, None, latent_end:]
-        apply_rope_(k_pe, *rotary, interleaved=True)
+        index_k = None if self.indexer is None else self.indexer.key(hidden_states)
+        backend.write_caches(qkv[:, self.q_lora_rank :], index_k, cos_sin_cache, self, forward_meta)
         indices = shared_indices
         if self.indexer is not None:
-            indices = self.indexer(forward_meta, hidden_states, qr, rotary)
-        latent = forward_meta.attn_backend.forward(
-            q=self._absorbed_query(qr, rotary),
+            indices = self.indexer(forward_meta, hidden_states, qr, cos_sin_cache)
+        latent = backend.forward(
+            q=self._absorbed_query(qr, forward_meta.position_ids, cos_sin_cache),
             k=None,
             v=indices,
             qkv=None,
-            compressed_kv=compressed_kv,
-            k_pe=k_pe,
+            compressed_kv=None,
+            k_pe=None,
             layer=self,
             forward_meta=forward_meta,
         )
@@ -111,11 +111,31 @@ class DeepseekV32DSAAttention(nn.Layer):
         merged = heads.transpose(1, 0, 2).reshape(-1, self.num_heads * self.v_dim)
         return linear(merged, self.o_proj, self._o_bias_view), indices
 
-    def _absorbed_query(self, qr: np.ndarray, rotary: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
+        """How the keys of this layer are normed and stored in caches of `layout`."""
+        norms: dict[str, Any] = {}
+        if self.indexer is not None:
+            k_norm = self.indexer.k_norm
+            norms = {
+                "k_norm_weight": as_numpy(k_norm.weight.detach()),
+                "k_norm_bias": as_numpy(k_norm.bias.detach()),
+                "k_norm_eps": k_norm.epsilon,
+                "index_rope_interleave": self.indexer.config.rope_interleave,
+            }
+        return CacheWriteParams(
+            layout.kv_cache_dtype,
+            kv_norm_weight=as_numpy(self.kv_a_layernorm.weight.detach()),
+            kv_norm_eps=self.kv_a_layernorm.epsilon,
+            index_hadamard=layout.index_hadamard,
+            index_scale_fmt=layout.index_scale_fmt,
+            **norms,
+        )
+
+    def _absorbed_query(self, qr: np.ndarray, position_ids: Any, cos_sin_cache: Any) -> np.ndarray:
         """float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]."""
         q = linear(qr, self.q_b_proj).reshape(-1, self.num_heads, self.nope_dim + self.rope_dim)
         q_pe = q[:, :, self.nope_dim :]
-        apply_rope_(q_pe, *rotary, interleaved=True)
+        apply_rope_(q_pe, position_ids, cos_sin_cache, interleaved=True)
         q_nope = q[:, :, : self.nope_dim].transpose(1, 0, 2)
         return join_query(head_linear(q_nope, self.k_b_proj), q_pe)
 

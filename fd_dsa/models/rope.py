@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
 from fd_dsa.models.rope_config import RopeConfig, yarn_mscale
-from fd_dsa.ops._host import as_numpy
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
@@ -37,16 +35,19 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
 
 
 class RotaryEmbedding:
-    """cos and sin of a step's tokens, made once per step and read by every layer.
+    """cos and sin of every position, made once and read by every layer of every step.
 
     Args:
         rope: settings of the model.
         dim: width of the rope slice, `qk_rope_head_dim`.
+        max_position: positions in the table; 256 bytes each at a width of 64.
+
+    Attributes:
+        cos_sin_cache: float32 [max_position, dim]; cos of each pair, then sin.
     """
 
-    def __init__(self, rope: RopeConfig, dim: int) -> None:
-        self.inv_freq = inverse_frequencies(rope, dim)
-        self.scale = np.float32(1.0)
+    def __init__(self, rope: RopeConfig, dim: int, max_position: int) -> None:
+        scale = np.float32(1.0)
         if rope.type == "yarn":
             if rope.mscale and rope.mscale_all_dim:
                 ratio = yarn_mscale(rope.factor, rope.mscale) / yarn_mscale(
@@ -54,9 +55,10 @@ class RotaryEmbedding:
                 )
             else:
                 ratio = yarn_mscale(rope.factor, 1.0)
-            self.scale = np.float32(ratio)
-
-    def __call__(self, position_ids: Any) -> tuple[np.ndarray, np.ndarray]:
-        """cos, sin: float32 [num_tokens, 1, dim // 2] for int64 [num_tokens] positions."""
-        angles = as_numpy(position_ids).astype(np.float32)[:, None, None] * self.inv_freq
-        return np.cos(angles) * self.scale, np.sin(angles) * self.scale
+            scale = np.float32(ratio)
+        positions = np.arange(max_position, dtype=np.float32)
+        angles = positions[:, None] * inverse_frequencies(rope, dim)
+        self.cos_sin_cache = np.empty((max_position, dim), np.float32)
+        for columns, function in ((slice(0, dim // 2), np.cos), (slice(dim // 2, dim), np.sin)):
+            values = self.cos_sin_cache[:, columns]
+            np.multiply(function(angles), scale, out=values)

@@ -54,7 +54,8 @@ def encode_e4m3(x: np.ndarray) -> np.ndarray:
     bits = bits & ~_SIGN
     magnitude = bits.view(np.float32)
     nan = np.isnan(magnitude)
-    magnitude = np.minimum(magnitude, E4M3_MAX)
+    # a NaN gets its code last: arithmetic on a signalling one would warn
+    magnitude = np.minimum(np.where(nan, np.float32(0.0), magnitude), E4M3_MAX)
     bits = magnitude.view(np.uint32)
     # the 20 bits below the mantissa are rounded off, then the exponent's bias goes from 127 to 7
     odd = (bits >> np.uint32(20)) & np.uint32(1)
@@ -73,7 +74,8 @@ def decode_e4m3(codes: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
 
 def absolute_maximum(tiles: np.ndarray) -> np.ndarray:
     """float32 [...]: largest magnitude over the last axis; NaN does not count, all NaN gives 0."""
-    return np.fmax.reduce(np.abs(tiles), axis=-1, initial=np.float32(0.0))
+    with np.errstate(invalid="ignore"):
+        return np.fmax.reduce(np.abs(tiles), axis=-1, initial=np.float32(0.0))
 
 
 def raw_scale(absmax: np.ndarray) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 NumPy, not Paddle: the arrays are small, and a Paddle norm starts its thread pool for each of
 them, which costs more than the work and far more on a busy machine.
+
+Sums run in float64 and are rounded to float32 once, so their order does not show: a kernel that
+adds in another order gets the same bits.
 """
 
 from __future__ import annotations
@@ -22,9 +25,7 @@ def rms_norm(x: Any, weight: np.ndarray, epsilon: float) -> np.ndarray:
         epsilon: added to the mean square.
     """
     rows = as_numpy(x)
-    mean_square = np.einsum("ij,ij->i", rows, rows) / np.float32(rows.shape[1])
-    factor = np.float32(1.0) / np.sqrt(mean_square + np.float32(epsilon))
-    out = rows * factor[:, None]
+    out = rows * _inverse_root(rows, epsilon)
     out *= weight
     return out
 
@@ -32,9 +33,16 @@ def rms_norm(x: Any, weight: np.ndarray, epsilon: float) -> np.ndarray:
 def layer_norm(x: Any, weight: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
     """(x - mean) * rsqrt(variance + epsilon) * weight + bias, float32 like `x`."""
     rows = as_numpy(x)
-    out = rows - rows.mean(axis=1, keepdims=True)
-    variance = np.einsum("ij,ij->i", out, out) / np.float32(rows.shape[1])
-    out *= (np.float32(1.0) / np.sqrt(variance + np.float32(epsilon)))[:, None]
+    mean = rows.mean(axis=1, dtype=np.float64, keepdims=True).astype(np.float32)
+    out = rows - mean
+    out *= _inverse_root(out, epsilon)
     out *= weight
     out += bias
     return out
+
+
+def _inverse_root(rows: np.ndarray, epsilon: float) -> np.ndarray:
+    """float32 [num_tokens, 1]: 1 / sqrt(mean(x^2) + epsilon)."""
+    total = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+    mean_square = (total / rows.shape[1]).astype(np.float32)
+    return (np.float32(1.0) / np.sqrt(mean_square + np.float32(epsilon)))[:, None]

@@ -9,21 +9,27 @@ import numpy as np
 from fd_dsa.ops._host import as_numpy
 
 
-def apply_rope_(x: Any, cos: np.ndarray, sin: np.ndarray, *, interleaved: bool) -> None:
+def apply_rope_(x: Any, position_ids: Any, cos_sin_cache: Any, *, interleaved: bool) -> None:
     """Rotate `x` in place by the angles of its tokens.
+
+    first' = first * cos - second * sin, second' = second * cos + first * sin, each product
+    rounded before the sum.
 
     Interleaved pairs are (x[2j], x[2j+1]), half-split pairs (x[j], x[j + dim/2]); both are kept
     where they are, so cached keys have DeepSeek's own layout.
 
     Args:
         x: float32 [num_tokens, num_heads, rope_dim] (a Paddle CPU tensor or NumPy; may be a view).
-        cos, sin: float32 [num_tokens, 1, rope_dim // 2].
+        position_ids: int64 [num_tokens]; rows of `cos_sin_cache`.
+        cos_sin_cache: float32 [max_position, rope_dim]; cos in the first half, sin in the second.
         interleaved: pairing; True for MLA, per configuration for the indexer.
 
     Source: RoFormer (arXiv 2104.09864); pairings: docs/concepts/dsa.md, "Rotary positions".
     """
     view = as_numpy(x)
     half = view.shape[-1] // 2
+    angles = as_numpy(cos_sin_cache)[as_numpy(position_ids), None]
+    cos, sin = angles[..., :half], angles[..., half:]
     if interleaved:
         first, second = view[..., 0::2], view[..., 1::2]
     else:

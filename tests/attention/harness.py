@@ -16,9 +16,9 @@ import numpy as np
 import paddle
 import pytest
 
-import fd_dsa.attention.backend as backend_module
+import fd_dsa.attention.host as host_module
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
-from tests.reference.bfloat16 import ref_array
+from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.indexer import ref_score
 from tests.reference.sparse_mla import ref_attend
 from tests.reference.topk import ref_slot, ref_topk
@@ -174,7 +174,7 @@ class World:
                 if poison:
                     memory[slots] = NAN[self.sizes.dtype]
                 elif self.sizes.dtype == "bfloat16":
-                    memory[slots] = (values.view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
+                    memory[slots] = upper_half(values)
                 else:
                     memory[slots] = values
 
@@ -287,11 +287,11 @@ def rows_of(batch: StepBatch) -> list[tuple[int, int, int]]:
 def record_plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A list that every StepPlan which a backend makes from now on joins."""
     plans: list[Any] = []
-    original = backend_module.StepPlan
+    original = host_module.StepPlan
 
     def recording(*args: Any, **kwargs: Any) -> Any:
         plans.append(original(*args, **kwargs))
         return plans[-1]
 
-    monkeypatch.setattr(backend_module, "StepPlan", recording)
+    monkeypatch.setattr(host_module, "StepPlan", recording)
     return plans

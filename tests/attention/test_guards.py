@@ -154,9 +154,9 @@ def test_inputs_of_another_shape(world: World, name: str, value: Any, said: str)
     ("call", "changes", "said"),
     [
         (index, {"k": paddle.zeros([3, INDEX_DIM])}, r"\[3, 4\].*\[4, \*\]"),
-        (index, {"k": paddle.zeros([4, 5])}, r"\[16, 4\]|\[\*, 5\]"),
-        (forward, {"compressed_kv": paddle.zeros([5, RANK])}, r"\[5, 6\].*\[4, \*\]"),
-        (forward, {"compressed_kv": paddle.zeros([4, RANK + 1])}, r"8\].*\[\*, 9\]"),
+        (index, {"k": paddle.zeros([4, 5])}, r"index_cache.*16, 4\].*5\]"),
+        (forward, {"compressed_kv": paddle.zeros([5, RANK])}, r"\[5, 6\].*\[4, 6\]"),
+        (forward, {"compressed_kv": paddle.zeros([4, RANK + 1])}, r"\[4, 7\].*\[4, 6\]"),
         (forward, {"q": paddle.zeros([4, 2, 5])}, r"8\].*\[\*, 5\]"),
     ],
 )
@@ -236,5 +236,41 @@ def test_backend_gives_the_three_cache_shapes(world: World) -> None:
 
 
 def test_unknown_cache_dtype() -> None:
-    with pytest.raises(ConfigError, match=r"fp8_ds_mla.*float32, bfloat16"):
-        CacheLayout("fp8_ds_mla", 64, 512, 64, 128)
+    with pytest.raises(ConfigError, match=r"'fp8'.*float32, bfloat16, fp8_ds_mla"):
+        CacheLayout("fp8", 64, 512, 64, 128)
+
+
+def test_fp8_cache_shapes_and_bytes() -> None:
+    layout = CacheLayout("fp8_ds_mla", 64, 512, 64, 128)
+    assert layout.latent_shape(7) == [7, 1, 64, 656]
+    assert layout.indexer_shape(7) == [7, 64, 132]
+    # 788 bytes a token and layer, 656 where a layer shares a selection
+    assert layout.bytes_per_block(1, 1) == 64 * 788
+    assert layout.bytes_per_block(1, 0) == 64 * 656
+    # DeepSeek-V3.2, and GLM-5.2 with 21 full layers of 78
+    assert layout.bytes_per_block(61, 61) == 64 * 48_068
+    assert layout.bytes_per_block(78, 21) == 64 * 53_940
+    latent = layout.allocate(layout.latent_shape(2))
+    assert latent.shape == [2, 1, 64, 656]
+    assert str(latent.dtype).endswith("uint8")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("block_size", 32),
+        ("kv_lora_rank", 256),
+        ("qk_rope_head_dim", 32),
+        ("index_head_dim", 64),
+        ("index_scale_fmt", "float32"),
+    ],
+)
+def test_fp8_caches_of_other_sizes(field: str, value: Any) -> None:
+    sizes = {
+        "block_size": 64,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "index_head_dim": 128,
+    }
+    with pytest.raises(ConfigError, match=rf"{field}: got {value!r}, .*allow"):
+        CacheLayout("fp8_ds_mla", **(sizes | {field: value}))

@@ -14,7 +14,7 @@ import pytest
 
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
-from fd_dsa.models.rope import RotaryEmbedding, inverse_frequencies
+from fd_dsa.models.rope import inverse_frequencies
 from tests.reference.indexer import ref_layer_norm, ref_rms_norm, ref_score
 from tests.reference.rope import ref_rotate
 from tests.reference.sparse_mla import ref_expanded
@@ -145,9 +145,7 @@ def run_layer(layer: Any, runner: Any, x: np.ndarray, start: int = 0) -> tuple[n
     runner.input_batch.add_row(0, [2] * len(x), start, True)
     runner.initialize_forward_meta()
     meta = runner.forward_meta
-    config = runner.model.config
-    rotary = RotaryEmbedding(config.rope, config.qk_rope_head_dim)(meta.position_ids)
-    out, slots = layer(x, rotary, meta, None)
+    out, slots = layer(x, runner.model.rotary_emb.cos_sin_cache, meta, None)
     return out, slots.numpy()
 
 

@@ -64,17 +64,17 @@ def test_pairing_of_the_indexer_by_architecture() -> None:
     assert ModelConfig.from_dict(GLM).indexer_rope_interleave is True
 
 
-def test_tables_of_a_step() -> None:
+def test_table_of_all_positions() -> None:
     rope = rope_of(V32 | {"rope_scaling": YARN})
-    rotary = RotaryEmbedding(rope, 64)
+    table = RotaryEmbedding(rope, 64, 100_001).cos_sin_cache
+    assert table.shape == (100_001, 64)
+    assert table.dtype == np.float32
     positions = np.array([0, 1, 7, 4096, 100_000], np.int64)
-    cos, sin = rotary(positions)
-    assert cos.shape == sin.shape == (5, 1, 32)
-    assert cos.dtype == sin.dtype == np.float32
+    cos, sin = np.split(table[positions], 2, axis=1)
     angles = np.outer(positions, inverse_frequencies(rope, 64).astype(np.float64))
     # an angle of 1e5 radians is known to about 4e-3 in float32
-    np.testing.assert_allclose(cos[:4, 0], np.cos(angles[:4]), rtol=0, atol=3e-4)
-    np.testing.assert_allclose(sin[:4, 0], np.sin(angles[:4]), rtol=0, atol=3e-4)
+    np.testing.assert_allclose(cos[:4], np.cos(angles[:4]), rtol=0, atol=3e-4)
+    np.testing.assert_allclose(sin[:4], np.sin(angles[:4]), rtol=0, atol=3e-4)
     np.testing.assert_allclose(sin**2 + cos**2, 1, rtol=0, atol=1e-6)
 
 
@@ -89,6 +89,6 @@ def test_tables_of_a_step() -> None:
 )
 def test_multiplier_of_cos_and_sin(mscale: float, mscale_all_dim: float, wanted: float) -> None:
     rope = RopeConfig(10000.0, "yarn", 40.0, 4096, 32.0, 1.0, mscale, mscale_all_dim)
-    cos, sin = RotaryEmbedding(rope, 64)(np.zeros(1, np.int64))
+    cos, sin = np.split(RotaryEmbedding(rope, 64, 1).cos_sin_cache, 2, axis=1)
     np.testing.assert_allclose(cos, wanted, rtol=1e-6)
     assert (sin == 0).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import paddle
 import pytest
@@ -9,26 +11,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.errors import DtypeError, ShapeError
+from fd_dsa.ops._gather import gather_rows
 from fd_dsa.ops._host import Scratch
-from fd_dsa.ops.cache_write import write_cache
-from fd_dsa.ops.cache_write.paddle_impl import gather_rows
+from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from tests.reference.bfloat16 import ref_array, ref_bits
+from tests.reference.indexer import ref_layer_norm, ref_rms_norm
+from tests.reference.rope import ref_rotate
 
 UNTOUCHED = 77
+STORAGE = {"float32": np.float32, "bfloat16": np.int16}
 
 
-def written(values: np.ndarray, slots: list[int], num_slots: int, dtype: type) -> np.ndarray:
-    """A cache of `UNTOUCHED` after one write."""
-    cache = np.full((num_slots, values.shape[1]), UNTOUCHED, dtype)
-    write_cache(cache, (values,), np.array(slots, np.int64))
-    return cache
+def written(values: np.ndarray, slots: list[int], num_slots: int, dtype: str) -> np.ndarray:
+    """A latent cache of `UNTOUCHED`, one slot a block, after one write of finished rows."""
+    cache = np.full((num_slots, 1, 1, values.shape[1]), UNTOUCHED, STORAGE[dtype])
+    slot_mapping = np.array(slots, np.int64)
+    write_caches(values, None, None, slot_mapping, None, cache, None, CacheWriteParams(dtype))
+    return cache.reshape(num_slots, -1)
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=8))
 @settings(max_examples=400)
 def test_bfloat16_bits_of_any_value(values: list[float]) -> None:
     row = np.array([values], np.float32)
-    found = written(row, [0], 1, np.int16).view(np.uint16)[0]
+    found = written(row, [0], 1, "bfloat16").view(np.uint16)[0]
     for value, bits in zip(row[0], found, strict=True):
         if np.isnan(value):
             # any quiet NaN
@@ -56,21 +62,21 @@ def test_bfloat16_bits_of_any_value(values: list[float]) -> None:
 )
 def test_bfloat16_ties_and_limits(bits: int, wanted: int) -> None:
     row = np.array([[bits]], np.uint32).view(np.float32)
-    assert hex(written(row, [0], 1, np.int16).view(np.uint16)[0, 0]) == hex(wanted)
+    assert hex(written(row, [0], 1, "bfloat16").view(np.uint16)[0, 0]) == hex(wanted)
 
 
 @pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, 0xFF800001, 0xFFFFFFFF, 0x7FC00000])
 def test_every_nan_stays_nan(bits: int) -> None:
     row = np.array([[bits]], np.uint32).view(np.float32)
-    found = int(written(row, [0], 1, np.int16).view(np.uint16)[0, 0])
+    found = int(written(row, [0], 1, "bfloat16").view(np.uint16)[0, 0])
     assert found & 0x7F80 == 0x7F80
     assert found & 0x007F
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int16])
-def test_slots_of_minus_one_are_skipped(dtype: type) -> None:
-    values = np.arange(1, 9, dtype=np.float32).reshape(4, 2)
-    cache = written(values, [5, -1, 0, -1], 6, dtype)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_slots_outside_the_cache_are_skipped(dtype: str) -> None:
+    values = np.arange(1, 11, dtype=np.float32).reshape(5, 2)
+    cache = written(values, [5, -1, 0, 6, -7], 6, dtype)
     assert (cache[[1, 2, 3, 4]] == UNTOUCHED).all()
     found = np.empty((2, 2), np.float32)
     gather_rows(cache, np.array([5, 0]), found, Scratch())
@@ -79,40 +85,146 @@ def test_slots_of_minus_one_are_skipped(dtype: type) -> None:
 
 @pytest.mark.parametrize("slots", [[], [-1, -1]])
 def test_a_step_without_slots_writes_nothing(slots: list[int]) -> None:
-    cache = written(np.ones((len(slots), 2), np.float32), slots, 3, np.float32)
+    cache = written(np.ones((len(slots), 2), np.float32), slots, 3, "float32")
     assert (cache == UNTOUCHED).all()
 
 
 def test_float32_is_written_bit_by_bit() -> None:
     bits = np.array([[0x7FC00001, 0x80000000, 0x00000001, 0x7F7FFFFF]], np.uint32)
-    found = written(bits.view(np.float32), [1], 2, np.float32)
+    found = written(bits.view(np.float32), [1], 2, "float32")
     assert found.view(np.uint32)[1].tolist() == bits[0].tolist()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int16])
-def test_parts_lie_side_by_side_in_paddle_memory(dtype: type) -> None:
-    rng = np.random.default_rng(0)
-    latent, rope = rng.standard_normal((3, 5)), rng.standard_normal((3, 2))
-    cache = paddle.to_tensor(np.full((4, 7), UNTOUCHED, dtype))
-    parts = tuple(paddle.to_tensor(p.astype(np.float32)) for p in (latent, rope))
-    write_cache(cache, parts, paddle.to_tensor(np.array([2, -1, 3], np.int64)))
-    rows = np.concatenate([latent, rope], axis=1).astype(np.float32)
-    found = np.empty((2, 7), np.float32)
-    gather_rows(cache.numpy(), np.array([2, 3]), found, Scratch())
-    np.testing.assert_array_equal(found, (rows if dtype == np.float32 else ref_array(rows))[[0, 2]])
-    assert (cache.numpy()[:2] == UNTOUCHED).all()
+RANK, ROPE, DIM, BLOCK = 6, 4, 8, 4
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int16])
-def test_gather_repeats_and_reorders(dtype: type) -> None:
+def inputs(num_tokens: int = 5, seed: int = 0) -> dict[str, Any]:
+    """Arguments of a write of both caches, all norms and rotations in it."""
+    rng = np.random.default_rng(seed)
+    angles = rng.uniform(-3, 3, (9, ROPE // 2))
+    return {
+        "kv_a": rng.standard_normal((num_tokens, RANK + ROPE)).astype(np.float32),
+        "index_k": 3 + rng.standard_normal((num_tokens, DIM)).astype(np.float32),
+        "position_ids": rng.permutation(9)[:num_tokens],
+        "slot_mapping": rng.permutation(3 * BLOCK)[:num_tokens],
+        "cos_sin_cache": np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32),
+        "latent_cache": np.full((3, 1, BLOCK, RANK + ROPE), UNTOUCHED, np.float32),
+        "index_cache": np.full((3, BLOCK, DIM), UNTOUCHED, np.float32),
+        "params": CacheWriteParams(
+            "float32",
+            kv_norm_weight=rng.standard_normal(RANK).astype(np.float32),
+            kv_norm_eps=1e-2,
+            k_norm_weight=rng.standard_normal(DIM).astype(np.float32),
+            k_norm_bias=rng.standard_normal(DIM).astype(np.float32),
+            k_norm_eps=1e-3,
+            index_rope_interleave=False,
+        ),
+    }
+
+
+def ref_latent(given: dict[str, Any], token: int) -> np.ndarray:
+    """What the latent cache should hold of a token."""
+    row, p = given["kv_a"][token].astype(np.float64), given["params"]
+    cos, sin = np.split(given["cos_sin_cache"][given["position_ids"][token]].astype(float), 2)
+    latent = ref_rms_norm(row[:RANK], p.kv_norm_weight, p.kv_norm_eps)
+    return np.concatenate([latent, ref_rotate(row[RANK:], np.arctan2(sin, cos), True)])
+
+
+def ref_key(given: dict[str, Any], token: int) -> np.ndarray:
+    """What the indexer cache should hold of a token."""
+    p = given["params"]
+    key = ref_layer_norm(
+        given["index_k"][token].astype(np.float64), p.k_norm_weight, p.k_norm_bias, p.k_norm_eps
+    )
+    cos, sin = np.split(given["cos_sin_cache"][given["position_ids"][token]].astype(float), 2)
+    key[:ROPE] = ref_rotate(key[:ROPE], np.arctan2(sin, cos), p.index_rope_interleave)
+    return key
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_norms_and_rotations(interleaved: bool) -> None:
+    given = inputs()
+    fields = {name: getattr(given["params"], name) for name in CacheWriteParams.__slots__}
+    given["params"] = CacheWriteParams(**(fields | {"index_rope_interleave": interleaved}))
+    before = {name: given[name].copy() for name in ("kv_a", "index_k")}
+    write_caches(**given)
+    latents = given["latent_cache"].reshape(-1, RANK + ROPE)
+    keys = given["index_cache"].reshape(-1, DIM)
+    for token, slot in enumerate(given["slot_mapping"]):
+        np.testing.assert_allclose(latents[slot], ref_latent(given, token), rtol=0, atol=2e-6)
+        np.testing.assert_allclose(keys[slot], ref_key(given, token), rtol=0, atol=2e-6)
+    unused = np.setdiff1d(np.arange(3 * BLOCK), given["slot_mapping"])
+    assert (latents[unused] == UNTOUCHED).all()
+    assert (keys[unused] == UNTOUCHED).all()
+    for name, kept in before.items():
+        np.testing.assert_array_equal(given[name], kept)
+
+
+def test_each_cache_may_be_written_alone() -> None:
+    both, alone = inputs(), inputs()
+    write_caches(**both)
+    write_caches(**(alone | {"index_k": None, "index_cache": None}))
+    assert (alone["index_cache"] == UNTOUCHED).all()
+    write_caches(**(alone | {"kv_a": None, "latent_cache": None}))
+    for name in ("latent_cache", "index_cache"):
+        np.testing.assert_array_equal(alone[name], both[name])
+
+
+def test_columns_of_a_wider_projection() -> None:
+    given, sliced = inputs(), inputs()
+    write_caches(**given)
+    wide = np.full((5, 3 + RANK + ROPE), 1e9, np.float32)
+    wide[:, 3:] = sliced["kv_a"]
+    sliced["kv_a"] = wide[:, 3:]
+    write_caches(**sliced)
+    np.testing.assert_array_equal(sliced["latent_cache"], given["latent_cache"])
+
+
+def test_blocks_may_lie_apart() -> None:
+    given, apart = inputs(), inputs()
+    write_caches(**given)
+    padded = np.full((3, 1, BLOCK + 2, RANK + ROPE), UNTOUCHED, np.float32)
+    apart["latent_cache"] = padded[:, :, :BLOCK]
+    write_caches(**apart)
+    np.testing.assert_array_equal(apart["latent_cache"], given["latent_cache"])
+    assert (padded[:, :, BLOCK:] == UNTOUCHED).all()
+
+
+def test_paddle_memory() -> None:
+    given, tensors = inputs(), inputs()
+    write_caches(**given)
+    names = [name for name in tensors if name != "params"]
+    tensors |= {name: paddle.to_tensor(tensors[name]) for name in names}
+    write_caches(**tensors)
+    for name in ("latent_cache", "index_cache"):
+        np.testing.assert_array_equal(tensors[name].numpy(), given[name])
+
+
+def test_bfloat16_is_rounded_once_when_it_is_stored() -> None:
+    given, rounded = inputs(), inputs()
+    write_caches(**given)
+    fields = {name: getattr(given["params"], name) for name in CacheWriteParams.__slots__}
+    rounded["params"] = CacheWriteParams(**(fields | {"kv_cache_dtype": "bfloat16"}))
+    for name in ("latent_cache", "index_cache"):
+        rounded[name] = np.zeros(rounded[name].shape, np.int16)
+    write_caches(**rounded)
+    slots = given["slot_mapping"]
+    for name, width in (("latent_cache", RANK + ROPE), ("index_cache", DIM)):
+        bits = rounded[name].view(np.uint16).astype(np.uint32) << 16
+        found = bits.view(np.float32).reshape(-1, width)[slots]
+        np.testing.assert_array_equal(found, ref_array(given[name].reshape(-1, width)[slots]))
+
+
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_gather_repeats_and_reorders(dtype: str) -> None:
     rng = np.random.default_rng(1)
-    values = rng.standard_normal((6, 4, 3)).astype(np.float32)
-    cache = np.empty_like(values, dtype)
-    write_cache(cache.reshape(24, 3), (values.reshape(24, 3),), np.arange(24))
+    values = rng.standard_normal((24, 3)).astype(np.float32)
+    cache = written(values, list(range(24)), 24, dtype).reshape(6, 4, 3)
     index = np.array([5, 0, 5, 2])
     found = np.full((4, 4, 3), np.nan, np.float32)
     gather_rows(cache, index, found, Scratch())
-    wanted = values[index] if dtype == np.float32 else ref_array(values[index])
+    values = values.reshape(6, 4, 3)
+    wanted = values[index] if dtype == "float32" else ref_array(values[index])
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -126,46 +238,25 @@ def test_gather_keeps_nan_and_infinities_of_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cache", "parts", "slots", "error", "said"),
+    ("changes", "error", "said"),
     [
-        (
-            np.zeros((4, 5), np.float32),
-            (np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)),
-            np.zeros(2, np.int64),
-            ShapeError,
-            r"cache has shape \[4, 5\].*\[\*, 6\]",
-        ),
-        (
-            np.zeros((4, 3), np.float32),
-            (np.ones((3, 3), np.float32),),
-            np.zeros(2, np.int64),
-            ShapeError,
-            r"parts\[0\] has shape \[3, 3\].*\[2, \*\]",
-        ),
-        (
-            np.zeros((4, 3), np.float64),
-            (np.ones((2, 3), np.float32),),
-            np.zeros(2, np.int64),
-            DtypeError,
-            "cache has dtype float64.*float32 or int16",
-        ),
-        (
-            np.zeros((4, 3), np.float32),
-            (np.ones((2, 3), np.float64),),
-            np.zeros(2, np.int64),
-            DtypeError,
-            r"parts\[0\] has dtype float64",
-        ),
-        (
-            np.zeros((4, 3), np.float32),
-            (np.ones((2, 3), np.float32),),
-            np.zeros(2, np.int32),
-            DtypeError,
-            "slot_mapping has dtype int32",
-        ),
+        ({"kv_a": np.ones((4, 10), np.float32)}, ShapeError, r"kv_a has shape \[4, 10\].*\[5, \*"),
+        ({"kv_a": np.ones((5, 9), np.float32)}, ShapeError, r"latent_cache .*\[\*, 1, \*, 9\]"),
+        ({"kv_a": np.ones((5, 10))}, DtypeError, "kv_a has dtype float64"),
+        ({"index_k": np.ones((5, 7), np.float32)}, ShapeError, r"index_cache .*\[\*, \*, 7\]"),
+        ({"index_k": np.ones((6, 8), np.float32)}, ShapeError, r"index_k has shape \[6, 8\]"),
+        ({"index_k": np.ones((5, 8))}, DtypeError, "index_k has dtype float64"),
+        ({"index_cache": np.zeros((3, 4, 8))}, DtypeError, "index_cache has dtype float64"),
+        ({"index_cache": np.zeros((3, 4, 8), np.int16)}, DtypeError, "allowed is float32"),
+        ({"position_ids": np.zeros(4, np.int64)}, ShapeError, r"position_ids has shape \[4\]"),
+        ({"position_ids": np.zeros(5, np.int32)}, DtypeError, "position_ids has dtype int32"),
+        ({"slot_mapping": np.zeros(5, np.int32)}, DtypeError, "slot_mapping has dtype int32"),
+        ({"params": CacheWriteParams("fp8_ds_mla")}, ShapeError, r"kv_a has .*\[\*, 576\]"),
     ],
 )
-def test_refusals_come_before_the_write(cache, parts, slots, error, said) -> None:
+def test_refusals_come_before_the_write(changes: dict[str, Any], error: type, said: str) -> None:
+    given = inputs()
     with pytest.raises(error, match=said):
-        write_cache(cache, parts, slots)
-    assert (cache == 0).all()
+        write_caches(**(given | changes))
+    assert (given["latent_cache"] == UNTOUCHED).all()
+    assert (given["index_cache"] == UNTOUCHED).all()

@@ -10,9 +10,8 @@ import pytest
 
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.ops._host import Scratch
-from fd_dsa.ops.cache_write import write_cache
 from fd_dsa.ops.indexer_logits import PagedUnits, indexer_logits, paged_indexer_logits
-from tests.reference.bfloat16 import ref_array
+from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.indexer import ref_score
 from tests.reference.topk import ref_slot
 
@@ -25,6 +24,11 @@ def assert_scores(found: np.ndarray, wanted: np.ndarray) -> None:
     """Equal but for the rounding of a float32 sum."""
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, wanted, rtol=0, atol=RELATIVE * np.abs(wanted).max())
+
+
+def stored(values: np.ndarray, dtype: type) -> np.ndarray:
+    """Values that a cache of `dtype` can hold, as it holds them."""
+    return values if dtype == np.float32 else upper_half(values)
 
 
 def poisoned(num_slots: int, dim: int, dtype: type) -> np.ndarray:
@@ -40,9 +44,10 @@ def test_scores_of_gathered_keys(dtype: str) -> None:
     keys = rng.standard_normal((11, 8)).astype(np.float32)
     slots = rng.permutation(40)[:11].astype(np.int64)
     cache = poisoned(40, 8, CACHE_DTYPES[dtype])
-    write_cache(cache, (keys,), slots)
-    found = indexer_logits(paddle.to_tensor(q), paddle.to_tensor(weights), cache, slots)
     seen = keys if dtype == "float32" else ref_array(keys)
+    cache[slots] = stored(seen, CACHE_DTYPES[dtype])
+    cache = cache.reshape(8, 5, 8)
+    found = indexer_logits(paddle.to_tensor(q), paddle.to_tensor(weights), cache, slots)
     wanted = [[ref_score(q[t], weights[t], key) for key in seen] for t in range(5)]
     assert_scores(found, np.array(wanted))
 
@@ -51,7 +56,7 @@ def test_a_key_that_no_head_likes_scores_exactly_zero() -> None:
     q = np.ones((1, 2, 4), np.float32)
     keys = np.array([[-1.0] * 4, [1.0] * 4], np.float32)
     found = indexer_logits(
-        paddle.to_tensor(q), paddle.to_tensor(np.float32([[-2.0, -3.0]])), keys, np.arange(2)
+        paddle.to_tensor(q), paddle.to_tensor(np.float32([[-2.0, -3.0]])), keys[None], np.arange(2)
     )
     # a weight may be negative: a key that a head likes then scores below one that none likes
     assert found.tolist() == [[0.0, -20.0]]
@@ -62,9 +67,9 @@ def test_a_nan_key_spoils_its_own_column_only() -> None:
     q = paddle.to_tensor(rng.standard_normal((3, 4, 8)).astype(np.float32))
     weights = paddle.to_tensor(rng.standard_normal((3, 4)).astype(np.float32))
     keys = rng.standard_normal((6, 8)).astype(np.float32)
-    clean = indexer_logits(q, weights, keys, np.arange(6)).copy()
+    clean = indexer_logits(q, weights, keys[None], np.arange(6)).copy()
     keys[2] = np.nan
-    found = indexer_logits(q, weights, keys, np.arange(6))
+    found = indexer_logits(q, weights, keys[None], np.arange(6))
     assert np.isnan(found[:, 2]).all()
     np.testing.assert_array_equal(np.delete(found, 2, 1), np.delete(clean, 2, 1))
 
@@ -84,15 +89,15 @@ class PagedCase:
         self.tables = np.full((rows, max(needed) + 1), -1, np.int32)
         for row, count in enumerate(needed):
             self.tables[row, :count], free = free[:count], free[count:]
+        self.round: Any = ref_array if dtype == np.int16 else np.asarray
         self.keys = [rng.standard_normal((n, dim)).astype(np.float32) for n in lengths]
         cache = poisoned(num_blocks * block_size, dim, dtype)
         for row, n in enumerate(lengths):
             slots = [ref_slot(p, self.tables[row], block_size) for p in range(n)]
-            write_cache(cache, (self.keys[row],), np.array(slots, np.int64))
+            cache[slots] = stored(self.round(self.keys[row]), dtype)
         self.cache = cache.reshape(num_blocks, block_size, dim)
         self.q = rng.standard_normal((rows, queries, 3, dim)).astype(np.float32)
         self.weights = rng.standard_normal((rows, queries, 3)).astype(np.float32)
-        self.round: Any = ref_array if dtype == np.int16 else np.asarray
 
     def run(self, scratch: Scratch | None = None) -> np.ndarray:
         units = PagedUnits.build(np.array(self.lengths), self.tables, self.block_size)
@@ -147,14 +152,16 @@ def test_units_cover_each_row_once_and_in_order() -> None:
     assert (units.num_rows, units.width) == (2, 512)
 
 
-Q, W, CACHE = (np.zeros(s, np.float32) for s in ((2, 3, 4), (2, 3), (9, 4)))
+Q, W, CACHE = (np.zeros(s, np.float32) for s in ((2, 3, 4), (2, 3), (3, 3, 4)))
 
 
 @pytest.mark.parametrize(
     ("q", "weights", "cache", "error", "said"),
     [
         (Q, W[:1], CACHE, ShapeError, r"weights has shape \[1, 3\].*\[2, 3\]"),
-        (Q, W, CACHE[:, :3], ShapeError, r"cache has shape \[9, 3\].*\[\*, 4\]"),
+        (Q, W, CACHE[:, :, :3], ShapeError, r"cache has shape \[3, 3, 3\].*\[\*, \*, 4\]"),
+        (Q, W, CACHE.astype(np.uint8), ShapeError, r"cache has shape \[3, 3, 4\].*\[\*, \*, 8\]"),
+        (Q, W, CACHE.astype(np.int32), DtypeError, "cache has dtype int32.*uint8"),
         (Q[0], W, CACHE, ShapeError, r"q has shape \[3, 4\]"),
         (Q.astype(np.float64), W, CACHE, DtypeError, "q has dtype float64"),
         (Q, W.astype(np.float64), CACHE, DtypeError, "weights has dtype float64"),

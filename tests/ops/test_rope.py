@@ -11,8 +11,11 @@ from tests.reference.rope import ref_rotate
 
 
 def tables(angles: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin [tokens, 1, pairs] of angles [tokens, pairs]."""
-    return tuple(f(angles)[:, None, :].astype(np.float32) for f in (np.cos, np.sin))
+    """Positions of tokens, and a table [positions, dim] with their angles [tokens, pairs]."""
+    order = np.random.default_rng(9).permutation(len(angles) + 2)[: len(angles)]
+    table = np.full((len(angles) + 2, 2 * angles.shape[1]), np.nan, np.float32)
+    table[order] = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    return order, table
 
 
 @pytest.mark.parametrize("interleaved", [True, False], ids=["interleaved", "half-split"])

@@ -10,9 +10,8 @@ import pytest
 
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.ops._host import Scratch
-from fd_dsa.ops.cache_write import write_cache
 from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
-from tests.reference.bfloat16 import ref_array
+from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.sparse_mla import ref_attend
 
 SCALE, RANK, ROPE = 0.3, 6, 2
@@ -31,8 +30,8 @@ class Latents:
         storage = CACHE_DTYPES[dtype]
         rows = rng.standard_normal((len(used), WIDTH)).astype(np.float32)
         self.cache = np.full((num_slots, WIDTH), GARBAGE[storage], storage)
-        write_cache(self.cache, (rows,), used.astype(np.int64))
         seen = rows if dtype == "float32" else ref_array(rows)
+        self.cache[used] = seen if dtype == "float32" else upper_half(seen)
         self.by_slot = dict(zip(used.tolist(), seen, strict=True))
 
     def attend(self, q: np.ndarray, slots: list[int]) -> np.ndarray:
@@ -140,6 +139,8 @@ INDICES = np.zeros((2, 4), np.int32)
     ("q", "cache", "indices", "error", "said"),
     [
         (Q, CACHE[:, :5], INDICES, ShapeError, rf"cache has shape \[9, 5\].*\[\*, {WIDTH}\]"),
+        (Q, CACHE.astype(np.uint8), INDICES, ShapeError, rf"keys of 576 values, q has {WIDTH}"),
+        (Q, CACHE.astype(np.int32), INDICES, DtypeError, "cache has dtype int32.*uint8"),
         (Q, CACHE, INDICES[:1], ShapeError, r"indices has shape \[1, 4\].*\[2, \*\]"),
         (Q[0], CACHE, INDICES, ShapeError, rf"q has shape \[3, {WIDTH}\]"),
         (Q.astype(np.float64), CACHE, INDICES, DtypeError, "q has dtype float64"),

@@ -31,7 +31,6 @@ class FeedingBackend(DSAAttentionBackend):
         super().__init__(config)
         self.waiting = {(row, choice) for row, several in choices.items() for choice in several}
         self._choices = tuple(self.waiting)
-        self._layer = -1
 
     def fed(self, kind: str, layer: int) -> list[tuple[int, list[int]]]:
         """(flat token, chosen) of the tokens of this step that are fed in a layer."""
@@ -51,20 +50,17 @@ class FeedingBackend(DSAAttentionBackend):
     def indexer_forward(
         self, q: Any, k: Any, weights: Any, layer_id: int, forward_meta: Any
     ) -> Any:
-        """See DSAAttentionBackend; `select` has to know the layer."""
-        self._layer = layer_id
-        return super().indexer_forward(q, k, weights, layer_id, forward_meta)
-
-    def select(self, plan: Any, q: Any, weights: Any, cache: Any) -> None:
         """See DSAAttentionBackend; then the fed tokens get the slots of their fed positions."""
-        super().select(plan, q, weights, cache)
-        for token, chosen in self.fed("indexer", self._layer):
-            plan.slots[token] = positions_to_slots(
+        selection = super().indexer_forward(q, k, weights, layer_id, forward_meta)
+        step = self.get_attention_meta()
+        for token, chosen in self.fed("indexer", layer_id):
+            as_numpy(selection)[token] = positions_to_slots(
                 np.array([chosen], np.int32),
-                plan.batch_ids[[token]],
-                plan.block_tables,
+                as_numpy(step.batch_id_per_token)[[token]],
+                as_numpy(step.block_tables),
                 self.block_size,
             )
+        return selection
 
 
 def route(

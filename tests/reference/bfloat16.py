@@ -33,3 +33,8 @@ def ref_array(values: Any) -> np.ndarray:
     """float32 array of `values`, each rounded to bfloat16."""
     array = np.asarray(values, np.float32)
     return np.array([ref_round(float(x)) for x in array.ravel()], np.float32).reshape(array.shape)
+
+
+def upper_half(values: np.ndarray) -> np.ndarray:
+    """int16 bits of float32 `values` that are bfloat16 numbers."""
+    return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16).view(np.int16)

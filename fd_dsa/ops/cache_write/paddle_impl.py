@@ -1,12 +1,28 @@
-"""Cache rows on a CPU: scattered by NumPy, float32 as they are, bfloat16 as int16 bits."""
+"""Cache rows on a CPU: made and scattered by NumPy."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fd_dsa.ops._host import Scratch, as_numpy
+from fd_dsa.ops._fp8 import (
+    LATENT_TILES,
+    LATENT_WIDTH,
+    TILE_WIDTH,
+    absolute_maximum,
+    index_scale,
+    quantise,
+    raw_scale,
+)
+from fd_dsa.ops._gather import index_planes
+from fd_dsa.ops._hadamard import hadamard
+from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._norm import layer_norm, rms_norm
+from fd_dsa.ops._rope import apply_rope_
+
+if TYPE_CHECKING:
+    from fd_dsa.ops.cache_write import CacheWriteParams
 
 
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:
@@ -18,38 +34,97 @@ def bfloat16_bits(x: np.ndarray) -> np.ndarray:
     return (rounded >> np.uint32(16)).astype(np.uint16).view(np.int16)
 
 
-def write_rows(cache: Any, parts: tuple[Any, ...], slot_mapping: Any) -> None:
-    """Scatter the parts to `cache[slot]`; see `write_cache`."""
-    rows, slots = as_numpy(cache), as_numpy(slot_mapping)
-    keep = slots >= 0
-    everything = bool(keep.all())
-    if not everything:
-        slots = slots[keep]
-    start = 0
-    for part in parts:
-        values = as_numpy(part)
-        if not everything:
-            values = values[keep]
-        if rows.dtype == np.int16:
-            values = bfloat16_bits(values)
-        rows[slots, start : start + values.shape[1]] = values
-        start += values.shape[1]
+def write_caches(
+    kv_a: Any,
+    index_k: Any,
+    position_ids: Any,
+    slot_mapping: Any,
+    cos_sin_cache: Any,
+    latent_cache: Any,
+    index_cache: Any,
+    params: CacheWriteParams,
+) -> None:
+    """See `fd_dsa.ops.cache_write.write_caches`."""
+    rotary = None if cos_sin_cache is None else (position_ids, cos_sin_cache)
+    slots = as_numpy(slot_mapping)
+    if kv_a is not None:
+        # [num_blocks, block_size, row] is a view whatever the stride of a block
+        cache = as_numpy(latent_cache)[:, 0]
+        latent, k_pe = _latent_rows(as_numpy(kv_a), rotary, params)
+        keep, place = _places(slots, cache)
+        _store_latent(cache, place, latent[keep], k_pe[keep])
+    if index_k is not None:
+        cache = as_numpy(index_cache)
+        keys = _index_rows(as_numpy(index_k), rotary, params)
+        keep, place = _places(slots, cache)
+        _store_index(cache, place, keys[keep], params.index_scale_fmt)
 
 
-def gather_rows(cache: np.ndarray, index: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:
-    """`out[i] = cache[index[i]]` as float32 along the first axis.
+def _places(slots: np.ndarray, cache: np.ndarray) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
+    """Which tokens are written, and the block and offset of each of them."""
+    block_size = cache.shape[1]
+    keep: Any = (slots >= 0) & (slots < cache.shape[0] * block_size)
+    if keep.all():
+        keep = slice(None)
+    return keep, np.divmod(slots[keep], block_size)
 
-    Args:
-        cache: [n, ...] float32, or int16 holding bfloat16 bits.
-        index: int64 [m]; entries lie in [0, n), which the step's checks see to: one outside
-            would be moved to the nearest, not refused.
-        out: float32 [m, ...], C-contiguous.
-    """
-    if cache.dtype == np.float32:
-        np.take(cache, index, axis=0, out=out, mode="clip")
+
+def _latent_rows(
+    rows: np.ndarray, rotary: Any, params: CacheWriteParams
+) -> tuple[np.ndarray, np.ndarray]:
+    """Latents, normed, and k_pe, rotated; float32 [num_tokens, width] each."""
+    rope_dim = 0
+    if rotary is not None:
+        rope_dim = rotary[1].shape[1]
+    elif params.kv_norm_weight is not None:
+        rope_dim = rows.shape[1] - params.kv_norm_weight.shape[0]
+    elif params.kv_cache_dtype == "fp8_ds_mla":
+        rope_dim = rows.shape[1] - LATENT_WIDTH
+    rank = rows.shape[1] - rope_dim
+    latent, k_pe = rows[:, :rank], rows[:, rank:]
+    if params.kv_norm_weight is not None:
+        latent = rms_norm(latent, as_numpy(params.kv_norm_weight), params.kv_norm_eps)
+    if rotary is not None:
+        k_pe = k_pe.copy()
+        apply_rope_(k_pe[:, None], *rotary, interleaved=True)
+    return latent, k_pe
+
+
+def _index_rows(rows: np.ndarray, rotary: Any, params: CacheWriteParams) -> np.ndarray:
+    """Index keys, normed, rotated and, where asked for, turned by Hadamard; float32."""
+    if params.k_norm_weight is not None:
+        weight, bias = as_numpy(params.k_norm_weight), as_numpy(params.k_norm_bias)
+        rows = layer_norm(rows, weight, bias, params.k_norm_eps)
+    if rotary is not None:
+        if params.k_norm_weight is None:
+            rows = rows.copy()
+        rope = rows[:, None, : rotary[1].shape[1]]
+        apply_rope_(rope, *rotary, interleaved=params.index_rope_interleave)
+    return hadamard(rows) if params.index_hadamard else rows
+
+
+def _store_latent(cache: np.ndarray, place: Any, latent: np.ndarray, k_pe: np.ndarray) -> None:
+    """Write rows of the latent cache [num_blocks, block_size, row]."""
+    rank = latent.shape[1]
+    if cache.dtype != np.uint8:
+        convert = bfloat16_bits if cache.dtype == np.int16 else np.asarray
+        cache[..., :rank][place] = convert(latent)
+        cache[..., rank:][place] = convert(k_pe)
         return
-    bits = scratch.take("gather_bits", out.shape, np.int16)
-    np.take(cache, index, axis=0, out=bits, mode="clip")
-    wide = out.view(np.uint32)
-    wide[...] = bits.view(np.uint16)
-    np.left_shift(wide, np.uint32(16), out=wide)
+    tiles = latent.reshape(-1, LATENT_TILES, TILE_WIDTH)
+    scales = raw_scale(absolute_maximum(tiles))
+    scales_end = LATENT_WIDTH + 4 * LATENT_TILES
+    cache[..., :LATENT_WIDTH][place] = quantise(tiles, scales).reshape(-1, LATENT_WIDTH)
+    cache[..., LATENT_WIDTH:scales_end].view(np.float32)[place] = scales
+    cache[..., scales_end:].view(np.int16)[place] = bfloat16_bits(k_pe)
+
+
+def _store_index(cache: np.ndarray, place: Any, keys: np.ndarray, scale_fmt: str | None) -> None:
+    """Write keys of the indexer cache [num_blocks, block_size, row]."""
+    if cache.dtype != np.uint8:
+        cache[place] = bfloat16_bits(keys) if cache.dtype == np.int16 else keys
+        return
+    codes, scales = index_planes(cache)
+    scale = index_scale(absolute_maximum(keys), scale_fmt)
+    codes[place] = quantise(keys, scale)
+    scales[place] = scale

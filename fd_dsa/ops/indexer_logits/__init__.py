@@ -1,4 +1,4 @@
-"""Lightning-indexer scores: I[t, s] = sum_h w[t, h] * relu(q[t, h] . k[s])."""
+"""Lightning-indexer scores: I[t, s] = scale[s] * sum_h w[t, h] * relu(q[t, h] . k[s])."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ def indexer_logits(
     """Scores of every query against the keys at `key_slots`, as a dense matrix.
 
     Args:
-        q: float32 [num_queries, index_n_heads, index_head_dim], roped.
-        weights: float32 [num_queries, index_n_heads]; head weights, both scale factors folded in.
-        cache: [num_slots, index_head_dim] float32 or int16 (bfloat16 bits).
-        key_slots: int64 [num_keys]; rows of `cache`, all valid.
+        q: float32 [num_queries, index_n_heads, index_head_dim], roped; for an fp8_ds_mla cache the
+            values of `prepare_indexer_query`.
+        weights: float32 [num_queries, index_n_heads]; head weights, all scale factors folded in.
+        cache: [num_blocks, block_size, index_head_dim] float32 or int16 (bfloat16 bits), or uint8
+            [num_blocks, 64, 132], fp8_ds_mla; only there do keys have scales.
+        key_slots: int64 [num_keys]; block * block_size + offset, all valid.
         scratch: buffers to reuse between calls.
 
     Returns:
@@ -32,12 +34,12 @@ def indexer_logits(
     Raises:
         ShapeError, DtypeError: before any work.
 
-    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1, without Hadamard and FP8 as in
-    Hugging Face.
+    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1; the FP8 form is that of DeepGEMM's
+    fp8_mqa_logits.
     """
     check_shape("indexer_logits", "q", q, (None, None, None))
     check_shape("indexer_logits", "weights", weights, tuple(q.shape[:2]))
-    check_shape("indexer_logits", "cache", cache, (None, q.shape[2]))
+    _check_cache("indexer_logits", cache, (None, None, q.shape[2]))
     check_shape("indexer_logits", "key_slots", key_slots, (None,))
     check_dtype("indexer_logits", "q", q, ("float32",))
     check_dtype("indexer_logits", "weights", weights, ("float32",))
@@ -52,7 +54,7 @@ def paged_indexer_logits(
     Args:
         q: float32 [num_rows, queries_per_row, index_n_heads, index_head_dim].
         weights: float32 [num_rows, queries_per_row, index_n_heads].
-        cache: [num_blocks, block_size, index_head_dim] float32 or int16 (bfloat16 bits).
+        cache: as in `indexer_logits`.
         units: which blocks belong to which row; made once per step.
         scratch: buffers to reuse between calls.
 
@@ -65,7 +67,16 @@ def paged_indexer_logits(
     """
     check_shape("paged_indexer_logits", "q", q, (units.num_rows, None, None, None))
     check_shape("paged_indexer_logits", "weights", weights, tuple(q.shape[:3]))
-    check_shape("paged_indexer_logits", "cache", cache, (None, units.block_size, q.shape[3]))
+    _check_cache("paged_indexer_logits", cache, (None, units.block_size, q.shape[3]))
     check_dtype("paged_indexer_logits", "q", q, ("float32",))
     check_dtype("paged_indexer_logits", "weights", weights, ("float32",))
     return score_paged(q, weights, cache, units, scratch or Scratch())
+
+
+def _check_cache(operator: str, cache: Any, shape: tuple[int | None, int | None, int]) -> None:
+    """Refuse a cache whose rows do not hold keys of the queries' width."""
+    check_dtype(operator, "cache", cache, ("float32", "int16", "uint8"))
+    if str(cache.dtype).endswith("uint8"):
+        # the float32 scale of each key lies in the same block
+        shape = (*shape[:2], shape[2] + 4)
+    check_shape(operator, "cache", cache, shape)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import paddle
 
+from fd_dsa.ops._gather import gather_index_blocks, gather_index_keys
 from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, staged
-from fd_dsa.ops.cache_write.paddle_impl import gather_rows
 
 _UNIT_KEYS = 256
 _TILE_BYTES = 8 << 20
@@ -81,14 +81,23 @@ def weighted_scores(q: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.
     return as_numpy(summed).reshape(batch, queries, -1)
 
 
+def _scaled(scores: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    """`scores` times the scales of their keys, in place."""
+    if scales is not None:
+        # slots that no row owns may hold any bits
+        with np.errstate(invalid="ignore", over="ignore"):
+            scores *= scales
+    return scores
+
+
 def score_gathered(
     q: Any, weights: Any, cache: Any, key_slots: Any, scratch: Scratch
 ) -> np.ndarray:
     """See `indexer_logits`."""
-    rows = as_numpy(cache)
-    keys = scratch.take("indexer_keys", (len(key_slots), rows.shape[1]))
-    gather_rows(rows, key_slots, keys, scratch)
-    return weighted_scores(as_numpy(q)[None], as_numpy(weights)[None], keys[None])[0]
+    keys = scratch.take("indexer_keys", (len(key_slots), q.shape[2]))
+    scales = gather_index_keys(as_numpy(cache), key_slots, keys, scratch)
+    scores = weighted_scores(as_numpy(q)[None], as_numpy(weights)[None], keys[None])[0]
+    return _scaled(scores, scales)
 
 
 def score_paged(
@@ -105,7 +114,10 @@ def score_paged(
         tile = slice(start, start + step)
         row, index = units.row[tile], units.blocks[tile].ravel()
         keys = scratch.take("indexer_keys", (len(index), units.block_size, dim))
-        gather_rows(blocks, index, keys, scratch)
+        scales = gather_index_blocks(blocks, index, keys, scratch)
         unit_keys = keys.reshape(len(row), units.unit_keys, dim)
-        logits[row, :, units.column[tile]] = weighted_scores(q_rows[row], w_rows[row], unit_keys)
+        scores = weighted_scores(q_rows[row], w_rows[row], unit_keys)
+        if scales is not None:
+            scales = scales.reshape(len(row), 1, units.unit_keys)
+        logits[row, :, units.column[tile]] = _scaled(scores, scales)
     return logits.reshape(units.num_rows, queries, units.width)

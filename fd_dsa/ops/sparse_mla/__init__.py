@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.errors import ShapeError
+from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops._host import Scratch, check_dtype, check_shape
 from fd_dsa.ops.sparse_mla.paddle_impl import attend_dense, attend_gathered
 
@@ -25,7 +27,8 @@ def sparse_mla(
 
     Args:
         q: float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed query.
-        cache: [num_slots, kv_lora_rank + qk_rope_head_dim] float32 or int16 (bfloat16 bits).
+        cache: [num_slots, kv_lora_rank + qk_rope_head_dim] float32 or int16 (bfloat16 bits), or
+            uint8 [num_slots, 656], fp8_ds_mla records.
         indices: int32 [num_tokens, topk]; physical slots, -1 = none, valid entries first.
         softmax_scale: factor of the scores.
         kv_lora_rank: width of the value part.
@@ -38,7 +41,7 @@ def sparse_mla(
         ShapeError, DtypeError: before any work.
     """
     check_shape("sparse_mla", "q", q, (None, None, None))
-    check_shape("sparse_mla", "cache", cache, (None, q.shape[2]))
+    _check_cache("sparse_mla", cache, q.shape[2])
     check_shape("sparse_mla", "indices", indices, (q.shape[0], None))
     check_dtype("sparse_mla", "q", q, ("float32",))
     check_dtype("sparse_mla", "indices", indices, ("int32",))
@@ -72,10 +75,23 @@ def masked_mla(
         ShapeError, DtypeError: before any work.
     """
     check_shape("masked_mla", "q", q, (None, None, None))
-    check_shape("masked_mla", "cache", cache, (None, q.shape[2]))
+    _check_cache("masked_mla", cache, q.shape[2])
     check_shape("masked_mla", "mask", mask, (q.shape[0], len(key_slots)))
     check_dtype("masked_mla", "q", q, ("float32",))
     check_dtype("masked_mla", "mask", mask, ("float32",))
     return attend_dense(
         q, cache, key_slots, mask, softmax_scale, kv_lora_rank, scratch or Scratch()
     )
+
+
+def _check_cache(operator: str, cache: Any, width: int) -> None:
+    """Refuse a cache whose rows are not keys of the queries' width."""
+    check_dtype(operator, "cache", cache, ("float32", "int16", "uint8"))
+    if str(cache.dtype).endswith("uint8"):
+        if width != LATENT_WIDTH + ROPE_WIDTH:
+            raise ShapeError(
+                f"{operator}: an fp8_ds_mla cache has keys of {LATENT_WIDTH + ROPE_WIDTH} values, "
+                f"q has {width}"
+            )
+        width = LATENT_RECORD_BYTES
+    check_shape(operator, "cache", cache, (None, width))

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import paddle
 
+from fd_dsa.ops._gather import gather_latents
 from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, staged
-from fd_dsa.ops.cache_write.paddle_impl import gather_rows
 
 _TILE_BYTES = 8 << 20
 
@@ -39,7 +39,7 @@ def attend_gathered(
         hidden = tile < 0
         # an unused entry reads its own row's first key: finite if the row's result is
         index = np.where(hidden, np.maximum(tile[:, :1], 0), tile).astype(np.int64)
-        gather_rows(latents, index.ravel(), kv.reshape(-1, width), scratch)
+        gather_latents(latents, index.ravel(), kv.reshape(-1, width), scratch)
         keys = as_tensor(kv)
         scaled = query[start : start + step] * np.float32(softmax_scale)
         scores = paddle.matmul(staged(scaled), keys, transpose_y=True)
@@ -66,7 +66,7 @@ def attend_dense(
     latents, query = as_numpy(cache), as_numpy(q)
     num_tokens, heads, width = query.shape
     kv = scratch.take("latents", (len(key_slots), width))
-    gather_rows(latents, key_slots, kv, scratch)
+    gather_latents(latents, key_slots, kv, scratch)
     keys = as_tensor(kv)
     scaled = (query * np.float32(softmax_scale)).reshape(-1, width)
     scores = paddle.matmul(staged(scaled), keys, transpose_y=True)
