@@ -222,6 +222,11 @@ def choose_triton_mode() -> bool:
     return (value or "").lower() in ("1", "true", "yes", "on", "y")
 
 
+def step_checks_requested() -> bool:
+    """True if FD_DSA_CHECK=1 asks for checks that read device tensors back in every step."""
+    return os.environ.get("FD_DSA_CHECK", "").strip() == "1"
+
+
 def usable_cpus() -> int:
     """Number of processors that this process may run on."""
     return len(os.sched_getaffinity(0))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any
+from typing import Protocol
 
 from fd_dsa.errors import BackendUnavailable
-from fd_dsa.step import checks
+from fd_dsa.step.checks import StepLimits
+from fd_dsa.step.counts import GivenCounts
 from fd_dsa.step.forward_meta import Array, ForwardMeta
-from fd_dsa.step.host import HostBuffers
+from fd_dsa.step.host import HostProvider
+from fd_dsa.step.views import View
 
-_View = Callable[[Any], Array]
-# views are small; a server sees few row counts and, when decoding, few token counts
-_CACHED_VIEWS = 256
+Allocate = Callable[[tuple[int, ...], str], Array]
+
+
+class _Provider(Protocol):
+    """What checks and computes steps."""
+
+    def build(self, arrays: tuple[Array, ...], given: GivenCounts) -> ForwardMeta: ...
 
 
 class StepMetadataBuilder:
@@ -27,7 +32,11 @@ class StepMetadataBuilder:
         num_blocks: physical blocks of the cache, for the check of block ids; None = no upper
             bound.
         device: "cpu" = the arrays of a step are Paddle CPU tensors over the builder's memory;
-            "numpy" = they are the NumPy arrays themselves, and Paddle is never imported.
+            "numpy" = they are the NumPy arrays themselves, and Paddle is never imported;
+            "gpu", "gpu:0" or a custom device such as "name:0" = Paddle tensors in its memory,
+            filled by one Triton launch.
+        allocate: how the buffers on a device are made, `(shape, dtype name) -> tensor`, for
+            tensors of another library that the launcher knows; None = Paddle's.
 
     Attributes:
         num_builds: metadata computations so far; it grows by one a step whatever the number of
@@ -48,19 +57,14 @@ class StepMetadataBuilder:
         block_size: int,
         num_blocks: int | None = None,
         device: str = "cpu",
+        allocate: Allocate | None = None,
     ) -> None:
-        self.limits = checks.StepLimits(
+        self.limits = StepLimits(
             max_num_seqs, max_num_tokens, max_blocks_per_seq, block_size, num_blocks
         )
         self.device = device
         self.num_builds = 0
-        view = _view_for(device)
-        self._buffers = HostBuffers(self.limits)
-        # partials of functions, not of methods: the caches then do not keep the builder alive
-        cached = lru_cache(maxsize=_CACHED_VIEWS)
-        self._row_views = cached(partial(_row_views, self._buffers, view))
-        self._token_views = cached(partial(_token_views, self._buffers, view))
-        self._prefill_views = cached(partial(_prefill_views, self._buffers, view))
+        self._provider = _provider_for(self.limits, device, allocate)
 
     def build(
         self,
@@ -76,9 +80,24 @@ class StepMetadataBuilder:
     ) -> ForwardMeta:
         """Metadata of one step, valid until the next `build` of this builder.
 
-        The inputs are NumPy arrays or Paddle CPU tensors; they are copied, so that the caller may
-        change them while the step runs. All checks come before the first write: a refused step
-        leaves the metadata of the step before it as it was.
+        All checks come before the first write: a refused step leaves the metadata of the step
+        before it as it was.
+
+        On "cpu" and "numpy" the inputs are NumPy arrays or Paddle CPU tensors. They are copied,
+        so that the caller may change them while the step runs.
+
+        On a device they are either four NumPy arrays, which are checked as on a CPU, copied to
+        page-locked memory and from there to the device without waiting; or four tensors on the
+        device. Tensors are used where they are: the kernel reads them when it runs, the metadata
+        refers to them, and they must keep their values until the step has run (FastDeploy's
+        `share_inputs` do). Only their shapes and dtypes are checked, and `num_tokens`,
+        `num_prefill_tokens` and `max_seqlen_k` must be given. A table entry that is no block then
+        gives slot -1. With FD_DSA_CHECK=1 in the environment when the builder is made, they are
+        read back and checked in every step, for which the device is waited for.
+
+        A build from tensors can be captured in a graph: a replay reads the same tensors again,
+        for the rows and the padded tokens of the capture. Rows without tokens are idle, and
+        tokens past those of the rows become padding.
 
         Args:
             seq_lens_encoder: int32 [B]; tokens of a prefill row, 0 for a decode or idle row.
@@ -87,7 +106,8 @@ class StepMetadataBuilder:
             block_tables: int32 [B, max_blocks_per_seq]; physical block of each logical block.
                 Entries past a row's length are copied but not looked at.
             num_padded_tokens: T of the token arrays; None = the number of tokens.
-            num_tokens: tokens of the step, if the caller knows it; must agree.
+            num_tokens: tokens of the step, if the caller knows it; must agree. With device tensors
+                it may be an upper bound: tokens past those of the rows become padding.
             num_prefill_tokens: tokens of prefill rows, likewise.
             max_seqlen_k: keys of the longest row, or an upper bound, which is then what the
                 metadata says.
@@ -101,59 +121,36 @@ class StepMetadataBuilder:
             CapacityError: more rows, tokens, padding or blocks than this builder was made for.
             ValueError: negative or inconsistent lengths, a needed block id that is no block, a
                 keyword that disagrees with the arrays; row and value are named.
-            BackendUnavailable: a tensor on a device.
+            BackendUnavailable: a tensor on a device for a builder of "cpu" or "numpy".
+            LaunchError: a tensor that is not on the builder's device.
+            RuntimeError: host arrays during a graph capture.
 
-        Cost: a fixed number of NumPy calls; no allocation that grows with the capacity.
+        Cost: a fixed number of NumPy calls; no allocation that grows with the capacity. From device
+        tensors: one launch, no copy, no allocation and no wait; from host arrays on a device, one
+        copy more.
         Source: PaddlePaddle/FastDeploy #7367 and #7598.
         """
-        inputs = checks.StepInputs(
-            checks.host_array("seq_lens_encoder", seq_lens_encoder),
-            checks.host_array("seq_lens_decoder", seq_lens_decoder),
-            checks.host_array("seq_lens_this_time", seq_lens_this_time),
-            checks.host_array("block_tables", block_tables),
-        )
-        checks.check_layout(inputs, self.limits)
-        totals = checks.check_values(inputs, self.limits)
-        padded_tokens, max_keys = checks.check_host_counts(
-            totals, self.limits, num_padded_tokens, num_tokens, num_prefill_tokens, max_seqlen_k
-        )
-        self._buffers.write(inputs, totals)
+        arrays = (seq_lens_encoder, seq_lens_decoder, seq_lens_this_time, block_tables)
+        given = GivenCounts(num_padded_tokens, num_tokens, num_prefill_tokens, max_seqlen_k)
+        meta = self._provider.build(arrays, given)
         self.num_builds += 1
-
-        num_rows = len(inputs.seq_lens_this_time)
-        has_prefill = totals.num_prefill_tokens > 0
-        encoder, decoder, this_time, cu_q, tables, cache_lens = self._row_views(num_rows)
-        batch_ids, positions, slots = self._token_views(padded_tokens)
-        offsets, cu_kg = (
-            self._prefill_views(num_rows, padded_tokens) if has_prefill else (None, None)
-        )
-        return ForwardMeta(
-            seq_lens_encoder=encoder,
-            seq_lens_decoder=decoder,
-            seq_lens_this_time=this_time,
-            cu_seqlens_q=cu_q,
-            block_tables=tables,
-            batch_id_per_token=batch_ids,
-            position_ids=positions,
-            slot_mapping=slots,
-            cache_seqlens=cache_lens,
-            indexer_attn_mask_offsets=offsets,
-            cu_seqlens_kg=cu_kg,
-            num_prefill_tokens=totals.num_prefill_tokens,
-            num_decode_tokens=totals.num_tokens - totals.num_prefill_tokens,
-            max_seqlen_k=max_keys,
-        )
+        return meta
 
 
-def _view_for(device: str) -> _View:
-    """How a NumPy buffer becomes an array of the step on `device`, sharing its memory."""
-    if device == "numpy":
-        return lambda array: array
-    if device != "cpu":
-        raise BackendUnavailable(
-            f"device: got {device!r}, the NumPy provider serves 'cpu' (Paddle tensors) and 'numpy' "
-            "(no Paddle); the Triton provider for 'gpu' comes with a later release"
-        )
+def _provider_for(limits: StepLimits, device: str, allocate: Allocate | None) -> _Provider:
+    """What computes the steps of a builder."""
+    if allocate is None and device == "numpy":
+        return HostProvider(limits, lambda array: array)
+    if allocate is None and device == "cpu":
+        return HostProvider(limits, _paddle_view())
+    # the kernel and its launcher are loaded only where a device is asked for
+    from fd_dsa.step.device import DeviceProvider, paddle_allocator
+
+    return DeviceProvider(limits, allocate or paddle_allocator(device))
+
+
+def _paddle_view() -> View:
+    """How a NumPy buffer becomes a Paddle tensor that shares its memory."""
     try:
         from paddle.utils.dlpack import from_dlpack
     except ImportError as error:
@@ -161,36 +158,5 @@ def _view_for(device: str) -> _View:
             "device: 'cpu' needs Paddle, which is not installed; install fd_dsa[cpu], or build "
             "with device='numpy'"
         ) from error
-    view: _View = from_dlpack
+    view: View = from_dlpack
     return view
-
-
-def _row_views(buffers: HostBuffers, view: _View, num_rows: int) -> tuple[Array, ...]:
-    """The arrays of a step that have one entry for each row."""
-    return (
-        view(buffers.seq_lens_encoder[:num_rows]),
-        view(buffers.seq_lens_decoder[:num_rows]),
-        view(buffers.seq_lens_this_time[:num_rows]),
-        view(buffers.cu_seqlens_q[: num_rows + 1]),
-        view(buffers.block_tables[:num_rows]),
-        view(buffers.cache_seqlens[:num_rows]),
-    )
-
-
-def _token_views(buffers: HostBuffers, view: _View, num_tokens: int) -> tuple[Array, ...]:
-    """The arrays of a step that have one entry for each token."""
-    return (
-        view(buffers.batch_id_per_token[:num_tokens]),
-        view(buffers.position_ids[:num_tokens]),
-        view(buffers.slot_mapping[:num_tokens]),
-    )
-
-
-def _prefill_views(
-    buffers: HostBuffers, view: _View, num_rows: int, num_tokens: int
-) -> tuple[Array, Array]:
-    """The arrays that only a step with a prefill token has."""
-    return (
-        view(buffers.indexer_attn_mask_offsets[: 2 * num_tokens]),
-        view(buffers.cu_seqlens_kg[: num_rows + 1]),
-    )

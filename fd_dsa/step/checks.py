@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -95,9 +95,8 @@ def host_array(name: str, value: Any) -> npt.NDArray[Any]:
     device = int(value.__dlpack_device__()[0])
     if device != _DLPACK_CPU:
         raise BackendUnavailable(
-            f"{name}: lies on a device (DLPack type {device}), the host provider of this builder "
-            "reads host memory; the Triton provider, which reads device tensors, comes with a "
-            "later release"
+            f"{name}: lies on a device (DLPack type {device}), but this builder reads host "
+            "memory; build with the device of the tensors, for example device='gpu'"
         )
     return np.from_dlpack(value)
 
@@ -108,22 +107,31 @@ def check_layout(inputs: StepInputs, limits: StepLimits) -> None:
     Raises:
         DtypeError, ShapeError, CapacityError: names the field, the found and the allowed.
     """
-    rows = inputs.seq_lens_this_time.shape
     for name, array in zip(StepInputs._fields, inputs, strict=True):
         if array.dtype != np.int32:
-            raise DtypeError(f"{name}: got dtype {array.dtype}, allowed is int32; convert it")
+            raise_dtype(name, array.dtype)
+    check_shapes([array.shape for array in inputs], limits)
+
+
+def check_shapes(shapes: Sequence[tuple[int, ...]], limits: StepLimits) -> int:
+    """Rows of a step whose four inputs have these shapes.
+
+    Raises:
+        ShapeError, CapacityError: names the field, the found and the allowed.
+    """
+    rows, tables = shapes[2], shapes[3]
     if len(rows) != 1:
         raise ShapeError(f"seq_lens_this_time: got shape {rows}, allowed is [rows]; flatten it")
-    for name, array in zip(StepInputs._fields[:2], inputs[:2], strict=True):
-        if array.shape != rows:
+    for name, shape in zip(StepInputs._fields[:2], shapes[:2], strict=True):
+        if shape != rows:
             raise ShapeError(
-                f"{name}: got shape {array.shape}, seq_lens_this_time has shape {rows}; "
+                f"{name}: got shape {shape}, seq_lens_this_time has shape {rows}; "
                 "pass one entry for each row in both"
             )
     wanted = (rows[0], limits.max_blocks_per_seq)
-    if inputs.block_tables.shape != wanted:
+    if tables != wanted:
         raise ShapeError(
-            f"block_tables: got shape {inputs.block_tables.shape}, allowed is {wanted} = "
+            f"block_tables: got shape {tables}, allowed is {wanted} = "
             f"[rows, max_blocks_per_seq] (seq_lens_this_time has shape {rows}); "
             "pass one row of the table for each row of the step"
         )
@@ -132,6 +140,12 @@ def check_layout(inputs: StepInputs, limits: StepLimits) -> None:
             f"seq_lens_this_time: got {rows[0]} rows, allowed are at most max_num_seqs = "
             f"{limits.max_num_seqs}; schedule fewer rows or raise max_num_seqs"
         )
+    return rows[0]
+
+
+def raise_dtype(name: str, dtype: Any) -> NoReturn:
+    """Name a field that is not int32."""
+    raise DtypeError(f"{name}: got dtype {dtype}, allowed is int32; convert it")
 
 
 def check_values(inputs: StepInputs, limits: StepLimits) -> StepTotals:
@@ -172,51 +186,6 @@ def check_values(inputs: StepInputs, limits: StepLimits) -> StepTotals:
             f"{INT32_MAX} in one step; schedule fewer prefill rows together"
         )
     return StepTotals(num_tokens, num_prefill_tokens, max_seqlen_k, seq_lens_k, gathered)
-
-
-def check_host_counts(
-    totals: StepTotals,
-    limits: StepLimits,
-    num_padded_tokens: int | None,
-    num_tokens: int | None,
-    num_prefill_tokens: int | None,
-    max_seqlen_k: int | None,
-) -> tuple[int, int]:
-    """Padded token count and `max_seqlen_k` of the step, from what the caller says and what is.
-
-    Raises:
-        ValueError: a given count disagrees with the arrays, or padding below the token count.
-        CapacityError: padding above `max_num_tokens`.
-    """
-    for name, given, found in (
-        ("num_tokens", num_tokens, totals.num_tokens),
-        ("num_prefill_tokens", num_prefill_tokens, totals.num_prefill_tokens),
-    ):
-        if given is not None and given != found:
-            raise ValueError(
-                f"{name}: got {given}, the lengths of the rows say {found}; pass the number of "
-                "this step, or leave it out with host arrays"
-            )
-    if max_seqlen_k is None:
-        max_seqlen_k = totals.max_seqlen_k
-    elif max_seqlen_k < totals.max_seqlen_k:
-        raise ValueError(
-            f"max_seqlen_k: got {max_seqlen_k}, row {int(totals.seq_lens_k.argmax())} has "
-            f"{totals.max_seqlen_k} keys; pass that or an upper bound"
-        )
-    if num_padded_tokens is None:
-        return totals.num_tokens, index(max_seqlen_k)
-    if num_padded_tokens < totals.num_tokens:
-        raise ValueError(
-            f"num_padded_tokens: got {num_padded_tokens}, the step has {totals.num_tokens} tokens; "
-            "pass at least that"
-        )
-    if num_padded_tokens > limits.max_num_tokens:
-        raise CapacityError(
-            f"num_padded_tokens: got {num_padded_tokens}, allowed are at most max_num_tokens = "
-            f"{limits.max_num_tokens}; pad less or raise it"
-        )
-    return index(num_padded_tokens), index(max_seqlen_k)
 
 
 def _check_size(name: str, value: int) -> None:

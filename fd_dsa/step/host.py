@@ -2,9 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
+from fd_dsa.step import checks
 from fd_dsa.step.checks import Int32Array, Int64Array, StepInputs, StepLimits, StepTotals
+from fd_dsa.step.counts import GivenCounts, check_host_counts
+from fd_dsa.step.forward_meta import Array, ForwardMeta
+from fd_dsa.step.views import StepViews, View, input_views
+
+
+class HostProvider:
+    """Steps in host memory: inputs checked in full, copied, and worked on with NumPy.
+
+    Args:
+        limits: sizes that every step keeps to.
+        view: how a NumPy buffer becomes an array of the step, sharing its memory.
+    """
+
+    def __init__(self, limits: StepLimits, view: View) -> None:
+        self._limits = limits
+        self._buffers = HostBuffers(limits)
+        self._views = StepViews(self._buffers, view)
+        self._inputs = input_views(self._buffers, view)
+
+    def build(self, arrays: tuple[Array, ...], given: GivenCounts) -> ForwardMeta:
+        """The step of four NumPy arrays or CPU tensors; see `StepMetadataBuilder.build`."""
+        inputs = host_inputs(arrays)
+        checks.check_layout(inputs, self._limits)
+        totals = checks.check_values(inputs, self._limits)
+        counts = check_host_counts(totals, self._limits, given)
+        self._buffers.write(inputs, totals)
+        return self._views.forward_meta(self._inputs(len(inputs.seq_lens_this_time)), counts)
+
+
+def host_inputs(arrays: tuple[Any, ...]) -> StepInputs:
+    """The four inputs as NumPy arrays over the same memory.
+
+    Raises:
+        BackendUnavailable: a tensor on a device.
+        DtypeError: neither array nor tensor.
+    """
+    return StepInputs(*map(checks.host_array, StepInputs._fields, arrays))
 
 
 class HostBuffers:

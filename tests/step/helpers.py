@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
+from tests.kernel_memory import KernelMemory
 from tests.reference.step_metadata import ref_step_metadata
 from tests.strategies import StepBatch
 
@@ -21,6 +23,7 @@ ROW_FIELDS = (
 TOKEN_FIELDS = ("batch_id_per_token", "position_ids", "slot_mapping")
 PREFILL_FIELDS = ("indexer_attn_mask_offsets", "cu_seqlens_kg")
 COUNT_FIELDS = ("num_prefill_tokens", "num_decode_tokens", "max_seqlen_k")
+Get = Callable[[Any], np.ndarray]
 ARRAY_FIELDS = ROW_FIELDS + TOKEN_FIELDS + PREFILL_FIELDS
 
 
@@ -45,10 +48,10 @@ def as_numpy(array: Any) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
 
 
-def arrays_of(meta: ForwardMeta) -> dict[str, np.ndarray | None]:
-    """Copies of all arrays of a step by name."""
+def arrays_of(meta: ForwardMeta, get: Get = as_numpy) -> dict[str, np.ndarray | None]:
+    """Copies of all arrays of a step by name; `get` reads an array."""
     found = {name: getattr(meta, name) for name in ARRAY_FIELDS}
-    return {name: None if a is None else as_numpy(a).copy() for name, a in found.items()}
+    return {name: None if a is None else get(a).copy() for name, a in found.items()}
 
 
 def address(array: Any) -> int:
@@ -56,11 +59,11 @@ def address(array: Any) -> int:
     return int(as_numpy(array).__array_interface__["data"][0])
 
 
-def assert_matches_oracle(meta: ForwardMeta, batch: StepBatch) -> None:
+def assert_matches_oracle(meta: ForwardMeta, batch: StepBatch, get: Get = as_numpy) -> None:
     """Every field equals the oracle's, in dtype, shape and value."""
     wanted = ref_step_metadata(*batch.inputs(), batch.block_size, batch.num_padded_tokens)
     assert set(wanted) == set(ForwardMeta.__slots__)
-    for name, array in arrays_of(meta).items():
+    for name, array in arrays_of(meta, get).items():
         if wanted[name] is None:
             assert array is None, name
             continue
@@ -71,3 +74,26 @@ def assert_matches_oracle(meta: ForwardMeta, batch: StepBatch) -> None:
     for name in COUNT_FIELDS:
         assert type(getattr(meta, name)) is int, name
         assert getattr(meta, name) == wanted[name], name
+
+
+def device_builder(memory: KernelMemory, batch: StepBatch, **sizes: Any) -> StepMetadataBuilder:
+    """A builder over poisoned buffers in a kernel memory; capacity as in `builder_for`."""
+    return builder_for(batch, **{"device": "gpu", "allocate": memory.poisoned, **sizes})
+
+
+def counts_of(batch: StepBatch) -> dict[str, int]:
+    """What a scheduler knows of a step, as the keywords of `build`."""
+    lengths = (batch.seq_lens_decoder + batch.seq_lens_this_time) * (batch.seq_lens_this_time > 0)
+    return {
+        "num_tokens": batch.num_tokens,
+        "num_prefill_tokens": int(batch.seq_lens_encoder.sum()),
+        "max_seqlen_k": int(lengths.max(initial=0)),
+    }
+
+
+def build_from_tensors(
+    builder: StepMetadataBuilder, memory: KernelMemory, batch: StepBatch
+) -> ForwardMeta:
+    """The step of a batch whose inputs lie on the device."""
+    tensors = [memory.put(array) for array in batch.inputs()]
+    return builder.build(*tensors, batch.num_padded_tokens, **counts_of(batch))

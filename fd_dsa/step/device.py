@@ -1,0 +1,200 @@
+"""The device provider: a step's metadata in one Triton launch, in buffers that never move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from fd_dsa.config import step_checks_requested
+from fd_dsa.errors import BackendUnavailable, DtypeError, ShapeError
+from fd_dsa.step import checks
+from fd_dsa.step.checks import Int32Array, StepInputs, StepLimits
+from fd_dsa.step.counts import GivenCounts, StepCounts, check_device_counts, check_host_counts
+from fd_dsa.step.forward_meta import Array, ForwardMeta
+from fd_dsa.step.host import host_inputs
+from fd_dsa.step.launch import StepLaunch
+from fd_dsa.step.staging import StagingRing
+from fd_dsa.step.views import StepViews, input_views
+from fd_dsa.triton_runtime.transfers import Transfers, transfers_for
+
+Allocate = Callable[[tuple[int, ...], str], Array]
+# int32 values to which the sections of the packed inputs are rounded up: 256 bytes
+_SECTION = 64
+
+
+class DeviceProvider:
+    """Steps in the memory of a GPU.
+
+    Args:
+        limits: sizes that every step keeps to.
+        allocate: makes a contiguous tensor of a shape and dtype on the device.
+    """
+
+    def __init__(self, limits: StepLimits, allocate: Allocate) -> None:
+        self._limits = limits
+        self._allocate = allocate
+        self._buffers = DeviceBuffers(limits, allocate)
+        self._views = StepViews(self._buffers, lambda tensor: tensor)
+        self._launch = StepLaunch(limits, self._buffers)
+        self._transfers = transfers_for(self._buffers.cu_seqlens_q)
+        self._staging: StagedInputs | None = None
+        self._reads_back = step_checks_requested()
+
+    def build(self, arrays: tuple[Array, ...], given: GivenCounts) -> ForwardMeta:
+        """The step of four device tensors or NumPy arrays; see `StepMetadataBuilder.build`."""
+        is_host = {isinstance(array, np.ndarray) for array in arrays}
+        if len(is_host) != 1:
+            kinds = ", ".join(type(array).__name__ for array in arrays)
+            raise DtypeError(
+                f"{', '.join(StepInputs._fields)}: got {kinds}, allowed are four NumPy arrays or "
+                "four tensors on the builder's device; do not mix them"
+            )
+        if is_host.pop():
+            inputs, counts = self._stage(arrays, given)
+        else:
+            inputs, counts = arrays, self._check_tensors(arrays, given)
+        self._launch(inputs, counts)
+        return self._views.forward_meta(inputs, counts)
+
+    def _stage(
+        self, arrays: tuple[Array, ...], given: GivenCounts
+    ) -> tuple[tuple[Array, ...], StepCounts]:
+        """Check host arrays in full and queue their copy to the device."""
+        inputs = host_inputs(arrays)
+        checks.check_layout(inputs, self._limits)
+        counts = check_host_counts(checks.check_values(inputs, self._limits), self._limits, given)
+        if self._staging is None:
+            self._staging = StagedInputs(self._limits, self._allocate)
+        return self._staging.upload(inputs), counts
+
+    def _check_tensors(self, tensors: tuple[Array, ...], given: GivenCounts) -> StepCounts:
+        """Check shapes, dtypes and counts of device tensors; their values only on request."""
+        num_rows = checks.check_shapes([tuple(t.shape) for t in tensors], self._limits)
+        int32 = self._buffers.cu_seqlens_q.dtype
+        for name, tensor in zip(StepInputs._fields, tensors, strict=True):
+            if tensor.dtype is not int32 and tensor.dtype != int32:
+                checks.raise_dtype(name, tensor.dtype)
+            # rows of a table may lie apart, the values of one must not
+            if num_rows and tensor.shape[-1] > 1 and tensor.stride()[-1] != 1:
+                raise ShapeError(
+                    f"{name}: got strides {list(tensor.stride())}, the last must be 1; "
+                    "call .contiguous() first"
+                )
+        counts = check_device_counts(self._limits, given)
+        if self._reads_back and not self._transfers.is_capturing():
+            totals = checks.check_values(read_back(tensors, self._transfers), self._limits)
+            check_host_counts(totals, self._limits, given)
+        return counts
+
+
+class DeviceBuffers:
+    """What a step computes, at full capacity, on the device."""
+
+    def __init__(self, limits: StepLimits, allocate: Allocate) -> None:
+        rows, tokens = limits.max_num_seqs, limits.max_num_tokens
+        self.cu_seqlens_q = allocate((rows + 1,), "int32")
+        self.cache_seqlens = allocate((rows,), "int32")
+        self.batch_id_per_token = allocate((tokens,), "int32")
+        self.position_ids = allocate((tokens,), "int64")
+        self.slot_mapping = allocate((tokens,), "int64")
+        self.cu_seqlens_kg = allocate((rows + 1,), "int32")
+        self.indexer_attn_mask_offsets = allocate((2 * tokens,), "int32")
+
+
+class StagedInputs:
+    """Inputs that came from the host: sections of one tensor, which one copy a step fills."""
+
+    def __init__(self, limits: StepLimits, allocate: Allocate) -> None:
+        rows, columns = limits.max_num_seqs, limits.max_blocks_per_seq
+        self._columns = columns
+        self._tables_at = 3 * -(-rows // _SECTION) * _SECTION
+        packed = allocate((self._tables_at + rows * columns,), "int32")
+        lengths = packed[: self._tables_at].reshape([3, -1])
+        self.seq_lens_encoder, self.seq_lens_decoder, self.seq_lens_this_time = (
+            lengths[field] for field in range(3)
+        )
+        self.block_tables = packed[self._tables_at :].reshape([rows, columns])
+        self.ring = StagingRing(packed)
+        self._slabs = [_Slab(slab, self._tables_at, columns) for slab in self.ring.slabs]
+        self._views = input_views(self, lambda tensor: tensor)
+        self._used_rows = rows
+
+    def upload(self, inputs: StepInputs) -> tuple[Array, ...]:
+        """Queue the copy of a step's inputs; the tensors that will hold them.
+
+        Rows that the step before had and this one lacks become idle and get empty tables.
+        """
+        num_rows = len(inputs.seq_lens_this_time)
+        self._slabs[self.ring.next_slab()].write(inputs)
+        copied_rows = max(num_rows, self._used_rows)
+        self.ring.upload(self._tables_at + copied_rows * self._columns)
+        self._used_rows = num_rows
+        return self._views(num_rows)
+
+
+class _Slab:
+    """The packed inputs of one step in host memory; unused rows are idle, their tables -1."""
+
+    def __init__(self, packed: Int32Array, tables_at: int, columns: int) -> None:
+        self._lengths = packed[:tables_at].reshape(3, -1)
+        self._tables = packed[tables_at:].reshape(-1, columns)
+        self._tables.fill(-1)
+        self._used_rows = 0
+
+    def write(self, inputs: StepInputs) -> None:
+        """Take a step's inputs."""
+        num_rows = len(inputs.seq_lens_this_time)
+        for lengths, values in zip(self._lengths, inputs[:3], strict=True):
+            lengths[:num_rows] = values
+        self._tables[:num_rows] = inputs.block_tables
+        if num_rows < self._used_rows:
+            self._lengths[:, num_rows : self._used_rows] = 0
+            self._tables[num_rows : self._used_rows] = -1
+        self._used_rows = num_rows
+
+
+def read_back(tensors: tuple[Array, ...], transfers: Transfers) -> StepInputs:
+    """The values of device tensors, which the calling thread waits for."""
+    arrays = [np.empty(tuple(tensor.shape), np.int32) for tensor in tensors]
+    # the contiguous forms must live until their copies are done
+    contiguous = [tensor.contiguous() for tensor in tensors]
+    for array, tensor in zip(arrays, contiguous, strict=True):
+        if array.size:
+            transfers.to_host(array, tensor)
+    done = transfers.event()
+    done.record()
+    done.wait()
+    return StepInputs(*arrays)
+
+
+def paddle_allocator(device: str) -> Allocate:
+    """Makes Paddle tensors on "gpu", "gpu:1" or a custom device such as "name:0".
+
+    Raises:
+        BackendUnavailable: Paddle is missing, or serves no such device.
+    """
+    try:
+        import paddle
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"device: {device!r} needs Paddle, which is not installed; the extra `gpu` names it"
+        ) from error
+    kind, _, number = device.partition(":")
+    custom = list(paddle.device.get_all_custom_device_type() or [])
+    if kind in custom:
+        place = paddle.CustomPlace(kind, int(number or 0))
+    elif kind == "gpu" and paddle.device.is_compiled_with_cuda():
+        place = paddle.CUDAPlace(int(number or 0))
+    else:
+        gpu = ["'gpu'"] if paddle.device.is_compiled_with_cuda() else []
+        served = ", ".join([*gpu, *map(repr, custom)]) or "none"
+        raise BackendUnavailable(
+            f"device: got {device!r}, allowed are 'cpu' (Paddle tensors), 'numpy' (no Paddle) and "
+            f"the devices of the installed Paddle ({served}); 'gpu' needs paddlepaddle-gpu"
+        )
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> Array:
+        return paddle.to_tensor(np.zeros(shape, dtype), place=place)
+
+    return allocate

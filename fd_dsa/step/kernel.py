@@ -1,0 +1,299 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""The step's metadata in one Triton launch.
+
+Two ways through one kernel. In a decode-only step each lane takes a row and writes its few tokens
+where the rows before it end, so nothing is searched and the block-table entry is on its way while
+the lengths are still being summed. With prefill rows each lane takes a token and finds its row by
+counting the rows that end at or before it, so a long chunk is spread over many programs.
+
+There is no barrier inside a launch, so every program sums the row lengths itself.
+
+Source: PaddlePaddle/FastDeploy #7367 (positions and slots) and #7598 (windows), whose kernels give
+one thread to a row; the windows here reach back over cached prefixes.
+"""
+
+from __future__ import annotations
+
+from fd_dsa.triton_runtime import paddle_jit
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _slots(
+    block_tables_ptr,
+    row_stride,
+    num_columns,
+    last_block,
+    rows,
+    positions,
+    live,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Cache slot of each position; -1 where the table has no block of the cache for it."""
+    columns = positions // BLOCK_SIZE
+    live = live & (positions >= 0) & (columns < num_columns)
+    entries = block_tables_ptr + rows.to(tl.int64) * row_stride + columns
+    blocks = tl.load(entries, mask=live, other=-1)
+    slots = blocks.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+    return tl.where((blocks >= 0) & (blocks <= last_block), slots, -1)
+
+
+@triton.jit
+def _write_decode_step(
+    seq_lens_decoder_ptr,
+    seq_lens_this_time_ptr,
+    block_tables_ptr,
+    batch_id_per_token_ptr,
+    position_ids_ptr,
+    slot_mapping_ptr,
+    cu_seqlens_q_ptr,
+    cache_seqlens_ptr,
+    num_rows,
+    num_padded_rows,
+    num_padded_tokens,
+    row_stride,
+    num_columns,
+    last_block,
+    BLOCK_SIZE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    NUM_ROW_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Rows [TILE * program, TILE * (program + 1)), and padding in the tokens of that range."""
+    first = tl.program_id(0) * TILE
+    rows = first + tl.arange(0, TILE)
+    lengths = tl.maximum(tl.load(seq_lens_this_time_ptr + rows, rows < num_rows, other=0), 0)
+    cached = tl.load(seq_lens_decoder_ptr + rows, rows < num_rows, other=0)
+    slots = _slots(
+        block_tables_ptr,
+        row_stride,
+        num_columns,
+        last_block,
+        rows,
+        cached,
+        lengths > 0,
+        BLOCK_SIZE,
+    )
+    before = 0
+    num_tokens = 0
+    for tile in range(NUM_ROW_TILES):
+        others = tile * ROW_TILE + tl.arange(0, ROW_TILE)
+        counts = tl.load(seq_lens_this_time_ptr + others, others < num_rows, other=0)
+        counts = tl.maximum(counts, 0)
+        before += tl.sum(tl.where(others < first, counts, 0))
+        num_tokens += tl.sum(counts)
+    ends = before + tl.cumsum(lengths)
+    starts = ends - lengths
+
+    exists = rows < num_padded_rows
+    tl.store(cu_seqlens_q_ptr + rows, 0, rows == 0)
+    tl.store(cu_seqlens_q_ptr + rows + 1, ends, exists)
+    tl.store(cache_seqlens_ptr + rows, tl.where(lengths > 0, cached + lengths, 0), exists)
+
+    longest = tl.minimum(tl.max(lengths), num_padded_tokens)
+    written = (lengths > 0) & (starts >= 0) & (starts < num_padded_tokens)
+    tl.store(batch_id_per_token_ptr + starts, rows, written)
+    tl.store(position_ids_ptr + starts, cached.to(tl.int64), written)
+    tl.store(slot_mapping_ptr + starts, slots, written)
+    for draft in range(1, longest):
+        tokens = starts + draft
+        positions = cached + draft
+        written = (lengths > draft) & (tokens >= 0) & (tokens < num_padded_tokens)
+        slots = _slots(
+            block_tables_ptr,
+            row_stride,
+            num_columns,
+            last_block,
+            rows,
+            positions,
+            written,
+            BLOCK_SIZE,
+        )
+        tl.store(batch_id_per_token_ptr + tokens, rows, written)
+        tl.store(position_ids_ptr + tokens, positions.to(tl.int64), written)
+        tl.store(slot_mapping_ptr + tokens, slots, written)
+
+    tokens = first + tl.arange(0, TILE)
+    padding = (tokens >= num_tokens) & (tokens < num_padded_tokens)
+    tl.store(batch_id_per_token_ptr + tokens, -1, padding)
+    tl.store(position_ids_ptr + tokens, 0, padding)
+    tl.store(slot_mapping_ptr + tokens, -1, padding)
+
+
+@triton.jit
+def _write_mixed_step(
+    seq_lens_encoder_ptr,
+    seq_lens_decoder_ptr,
+    seq_lens_this_time_ptr,
+    block_tables_ptr,
+    batch_id_per_token_ptr,
+    position_ids_ptr,
+    slot_mapping_ptr,
+    cu_seqlens_q_ptr,
+    cache_seqlens_ptr,
+    indexer_attn_mask_offsets_ptr,
+    cu_seqlens_kg_ptr,
+    num_rows,
+    num_padded_rows,
+    num_padded_tokens,
+    row_stride,
+    num_columns,
+    last_block,
+    BLOCK_SIZE: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    NUM_ROW_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Tokens [TILE * program, TILE * (program + 1)); the first program also writes all rows."""
+    tokens = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    token_rows = tl.zeros((TILE,), tl.int32)
+    # position of a token = its index + shift of its row
+    shifts = tl.zeros((TILE,), tl.int32)
+    # where the row's gathered keys start; -1 for a decode row
+    windows = tl.full((TILE,), -1, tl.int32)
+    num_tokens = 0
+    num_keys = 0
+    for tile in range(NUM_ROW_TILES):
+        rows = tile * ROW_TILE + tl.arange(0, ROW_TILE)
+        lengths = tl.load(seq_lens_this_time_ptr + rows, rows < num_rows, other=0)
+        lengths = tl.maximum(lengths, 0)
+        cached = tl.load(seq_lens_decoder_ptr + rows, rows < num_rows, other=0)
+        is_prefill = tl.load(seq_lens_encoder_ptr + rows, rows < num_rows, other=0) > 0
+        gathered = lengths + tl.where(is_prefill, cached, 0)
+        ends = num_tokens + tl.cumsum(lengths)
+        starts = ends - lengths
+        key_ends = num_keys + tl.cumsum(gathered)
+        key_starts = key_ends - gathered
+
+        if tl.program_id(0) == 0:
+            exists = rows < num_padded_rows
+            decoded = tl.where((lengths > 0) & (is_prefill == 0), cached + lengths, 0)
+            tl.store(cu_seqlens_q_ptr + rows, 0, rows == 0)
+            tl.store(cu_seqlens_q_ptr + rows + 1, ends, exists)
+            tl.store(cu_seqlens_kg_ptr + rows, 0, rows == 0)
+            tl.store(cu_seqlens_kg_ptr + rows + 1, key_ends, exists)
+            tl.store(cache_seqlens_ptr + rows, decoded, exists)
+
+        # rows of this tile that end at or before the token
+        done = tl.sum((ends[:, None] <= tokens[None, :]).to(tl.int32), axis=0)
+        row = tl.minimum(done, ROW_TILE - 1)
+        here = (tokens >= num_tokens) & (done < ROW_TILE)
+        shifts = tl.where(here, tl.gather(cached - starts, row, 0), shifts)
+        windows = tl.where(here, tl.gather(tl.where(is_prefill, key_starts, -1), row, 0), windows)
+        token_rows += done
+        if tile + 1 < NUM_ROW_TILES:
+            num_tokens += tl.sum(lengths)
+            num_keys += tl.sum(gathered)
+
+    # a token behind the last one has counted all rows, and the empty lanes of the last tile
+    live = token_rows < num_rows
+    positions = tl.where(live, tokens + shifts, 0)
+    slots = _slots(
+        block_tables_ptr,
+        row_stride,
+        num_columns,
+        last_block,
+        token_rows,
+        positions,
+        live,
+        BLOCK_SIZE,
+    )
+    has_window = live & (windows >= 0)
+    ks = tl.where(has_window, windows, 0)
+    ke = tl.where(has_window, windows + positions + 1, 0)
+    exists = tokens < num_padded_tokens
+    tl.store(batch_id_per_token_ptr + tokens, tl.where(live, token_rows, -1), exists)
+    tl.store(position_ids_ptr + tokens, positions.to(tl.int64), exists)
+    tl.store(slot_mapping_ptr + tokens, slots, exists)
+    pairs = 2 * tokens[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(indexer_attn_mask_offsets_ptr + pairs, tl.join(ks, ke), exists[:, None])
+
+
+@paddle_jit(
+    do_not_specialize=(
+        "num_rows",
+        "num_padded_rows",
+        "num_padded_tokens",
+        "row_stride",
+        "num_columns",
+        "last_block",
+    ),
+    do_not_specialize_on_alignment=(
+        "seq_lens_encoder_ptr",
+        "seq_lens_decoder_ptr",
+        "seq_lens_this_time_ptr",
+        "block_tables_ptr",
+    ),
+)
+def step_metadata_kernel(
+    seq_lens_encoder_ptr,
+    seq_lens_decoder_ptr,
+    seq_lens_this_time_ptr,
+    block_tables_ptr,
+    batch_id_per_token_ptr,
+    position_ids_ptr,
+    slot_mapping_ptr,
+    cu_seqlens_q_ptr,
+    cache_seqlens_ptr,
+    indexer_attn_mask_offsets_ptr,
+    cu_seqlens_kg_ptr,
+    num_rows,
+    num_padded_rows,
+    num_padded_tokens,
+    row_stride,
+    num_columns,
+    last_block,
+    BLOCK_SIZE: tl.constexpr,
+    HAS_PREFILL: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+    NUM_ROW_TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """All arrays of a step; shapes, types and values are those of `ForwardMeta`."""
+    if HAS_PREFILL:
+        _write_mixed_step(
+            seq_lens_encoder_ptr,
+            seq_lens_decoder_ptr,
+            seq_lens_this_time_ptr,
+            block_tables_ptr,
+            batch_id_per_token_ptr,
+            position_ids_ptr,
+            slot_mapping_ptr,
+            cu_seqlens_q_ptr,
+            cache_seqlens_ptr,
+            indexer_attn_mask_offsets_ptr,
+            cu_seqlens_kg_ptr,
+            num_rows,
+            num_padded_rows,
+            num_padded_tokens,
+            row_stride,
+            num_columns,
+            last_block,
+            BLOCK_SIZE,
+            ROW_TILE,
+            NUM_ROW_TILES,
+            TILE,
+        )
+    else:
+        _write_decode_step(
+            seq_lens_decoder_ptr,
+            seq_lens_this_time_ptr,
+            block_tables_ptr,
+            batch_id_per_token_ptr,
+            position_ids_ptr,
+            slot_mapping_ptr,
+            cu_seqlens_q_ptr,
+            cache_seqlens_ptr,
+            num_rows,
+            num_padded_rows,
+            num_padded_tokens,
+            row_stride,
+            num_columns,
+            last_block,
+            BLOCK_SIZE,
+            ROW_TILE,
+            NUM_ROW_TILES,
+            TILE,
+        )

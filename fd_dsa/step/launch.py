@@ -1,0 +1,117 @@
+"""The launches of the step kernel, bound to buffers that never move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.step.checks import INT32_MAX, StepInputs, StepLimits
+from fd_dsa.step.counts import StepCounts
+from fd_dsa.step.forward_meta import Array
+from fd_dsa.step.kernel import step_metadata_kernel
+from fd_dsa.step.views import OutputBuffers
+
+# lanes and warps of a program: rows of a decode-only step, tokens of any other
+DECODE_TILE, DECODE_WARPS = 32, 1
+MIXED_TILE, MIXED_WARPS = 64, 8
+# rows summed at a time
+_MIN_ROW_TILE, _MAX_ROW_TILE = 32, 1024
+
+_OUTPUTS = ("batch_id_per_token", "position_ids", "slot_mapping", "cu_seqlens_q", "cache_seqlens")
+_WINDOWS = ("indexer_attn_mask_offsets", "cu_seqlens_kg")
+_SCALARS = ("num_rows", "num_padded_tokens", "row_stride")
+
+
+class StepLaunch:
+    """Launches the kernel for steps of one builder; both forms are compiled here, none later.
+
+    The first launch of each form, here, writes an empty step: the buffers hold padding from the
+    beginning. A step clears all rows behind its own, and all tokens which the step before had.
+
+    Args:
+        limits: sizes that every step keeps to.
+        buffers: where the kernel writes.
+        decode, mixed: tile and warps of a program in decode-only and in other steps.
+    """
+
+    def __init__(
+        self,
+        limits: StepLimits,
+        buffers: OutputBuffers,
+        decode: tuple[int, int] = (DECODE_TILE, DECODE_WARPS),
+        mixed: tuple[int, int] = (MIXED_TILE, MIXED_WARPS),
+    ) -> None:
+        self._forms = (
+            _Form(limits, buffers, False, *decode),
+            _Form(limits, buffers, True, *mixed),
+        )
+        self._used_tokens = self._used_windows = 0
+        empty = (buffers.cu_seqlens_q,) * len(StepInputs._fields)
+        for form in self._forms:
+            form.launch(empty, 0, limits.max_num_tokens, 0)
+
+    def __call__(self, inputs: tuple[Array, ...], counts: StepCounts) -> None:
+        """Queue the step of four checked tensors of the same rows."""
+        padded, tables = counts.num_padded_tokens, inputs[3]
+        has_prefill = counts.num_prefill_tokens > 0
+        written = max(padded, self._used_tokens, self._used_windows if has_prefill else 0)
+        self._forms[has_prefill].launch(
+            inputs, int(tables.shape[0]), written, int(tables.stride()[0])
+        )
+        self._used_tokens = padded
+        if has_prefill:
+            self._used_windows = padded
+
+
+class _Form:
+    """One compiled form of the kernel, with or without the windows of prefill rows."""
+
+    def __init__(
+        self, limits: StepLimits, buffers: OutputBuffers, has_prefill: bool, tile: int, warps: int
+    ) -> None:
+        self._tile = tile
+        self._min_programs = 1 if has_prefill else -(-limits.max_num_seqs // tile)
+        self._inputs: tuple[Array, ...] = (buffers.cu_seqlens_q,) * len(StepInputs._fields)
+        # a decode-only step reads no encoder lengths: they are 0
+        self._names = [f"{name}_ptr" for name in StepInputs._fields]
+        self._skipped = 0 if has_prefill else 1
+        row_tile = min(max(_next_power_of_2(limits.max_num_seqs), _MIN_ROW_TILE), _MAX_ROW_TILE)
+        arguments: dict[str, Any] = dict.fromkeys(self._names, buffers.cu_seqlens_q)
+        if not has_prefill:
+            arguments["seq_lens_encoder_ptr"] = None
+        arguments |= {f"{name}_ptr": getattr(buffers, name) for name in _OUTPUTS}
+        arguments |= {
+            f"{name}_ptr": getattr(buffers, name) if has_prefill else None for name in _WINDOWS
+        }
+        self._bound = step_metadata_kernel.bind(
+            (1,),
+            **arguments,
+            num_rows=0,
+            num_padded_rows=limits.max_num_seqs,
+            num_padded_tokens=0,
+            row_stride=0,
+            num_columns=limits.max_blocks_per_seq,
+            last_block=INT32_MAX if limits.num_blocks is None else limits.num_blocks - 1,
+            BLOCK_SIZE=limits.block_size,
+            HAS_PREFILL=has_prefill,
+            ROW_TILE=row_tile,
+            NUM_ROW_TILES=-(-limits.max_num_seqs // row_tile),
+            TILE=tile,
+            num_warps=warps,
+            scalars=_SCALARS,
+        )
+
+    def launch(
+        self, inputs: tuple[Array, ...], num_rows: int, num_padded_tokens: int, row_stride: int
+    ) -> None:
+        """Queue the kernel over rows and padded tokens."""
+        for index in range(self._skipped, len(inputs)):
+            if inputs[index] is not self._inputs[index]:
+                self._bound.exchange(**{self._names[index]: inputs[index]})
+        self._inputs = inputs
+        num_programs = max(self._min_programs, -(-num_padded_tokens // self._tile))
+        self._bound(num_rows, num_padded_tokens, row_stride, grid=(num_programs,))
+
+
+def _next_power_of_2(number: int) -> int:
+    """Smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
