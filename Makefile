@@ -1,6 +1,7 @@
 # Needs Linux, Python 3.10 to 3.13, make, and a package index that pip can reach.
 #   make serve                start the server on the demo model
 #   make test                 every test that needs no GPU
+#   make gpu-rig              Paddle tensors in CUDA memory, with Paddle's CPU wheel, g++ and nvcc
 # Another interpreter: make PYTHON=python3.12 ...; flags of the server: make serve ARGS="--port 9000"
 PYTHON ?= python3
 ARGS ?=
@@ -35,6 +36,9 @@ bench-gpu:
 soak: $(VENV)/.dev
 	for round in $$(seq $(ROUNDS)); do \
 	  $(BIN)/python -m pytest -q -x tests/step tests/engine $(ARGS) || exit 1; done
+
+gpu-rig: $(VENV)/.dev
+	$(BIN)/python -m pytest -m gpu_rig $(ARGS)
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/build_docs.py

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from fd_dsa.config import choose_triton_mode
+from tests.gpu_rig.session import open_session, why_not
 
 # before any test module imports Triton, alone or through torch
 choose_triton_mode()
@@ -56,12 +57,17 @@ def _no_gpu(*modules: str) -> str | None:
 # marker -> why its tests cannot run here, None where they can
 REQUIREMENTS: dict[str, Callable[[], str | None]] = {
     "gpu": lambda: _no_gpu("torch", "triton"),
-    "gpu_rig": lambda: _no_gpu("paddle", "triton"),
+    "gpu_rig": lambda: why_not() or _missing("paddle", "triton"),
     "triton": lambda: _missing("triton"),
     "fastdeploy": lambda: _missing("fastdeploy"),
     "oracle": lambda: _missing("torch", "transformers"),
 }
 _skip_reason = cache(lambda marker: REQUIREMENTS[marker]())
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the test plug-in in a session that asks for it, before anything imports Paddle."""
+    open_session(config.option.markexpr)
 
 
 MEMORIES = {"interpreter": "triton", "torch": "gpu", "rig": "gpu_rig"}

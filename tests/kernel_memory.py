@@ -106,8 +106,8 @@ class PaddleMemory(KernelMemory):
     def sync(self) -> None:
         import paddle
 
-        if self.on_gpu:
-            paddle.device.synchronize()
+        if not self._place.is_cpu_place():
+            paddle.device.synchronize(self._place)
 
     def _from_numpy(self, array: np.ndarray) -> Any:
         import paddle
@@ -171,12 +171,13 @@ def _open_torch() -> KernelMemory:
 
 
 def _open_rig() -> KernelMemory:
-    """CUDA memory of Paddle's test plug-in."""
-    if find_spec("tests.gpu_rig") is None:
-        pytest.skip("the test plug-in is not there: make gpu-rig")
-    from tests.gpu_rig import open_place
+    """Device memory of Paddle's test plug-in; host memory in its forms without a GPU."""
+    from tests.gpu_rig import current
 
-    return PaddleMemory("rig", open_place(), on_gpu=True)
+    rig = current()
+    if rig is None:
+        pytest.skip("this session has no test plug-in: make gpu-rig")
+    return PaddleMemory("rig", rig.place, on_gpu=rig.is_real)
 
 
 _OPEN = {"interpreter": _open_interpreter, "torch": _open_torch, "rig": _open_rig}

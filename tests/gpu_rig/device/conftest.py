@@ -1,0 +1,73 @@
+"""Tests in this folder run in sessions that have loaded a form of the plug-in; others pass it by.
+
+FD_DSA_RIG=fake pytest tests/gpu_rig/device, or guard; `pytest -m gpu_rig` for the real form.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.gpu_rig import Rig, current, open_place
+from tests.gpu_rig.session import VARIABLE
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+ALONE = "FD_DSA_RIG_ALONE"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The marker of this folder."""
+    config.addinivalue_line("markers", "own_process: runs in a new process, which it may end")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Nothing is collected in a session without the plug-in."""
+    return True if current() is None and collection_path.is_relative_to(HERE) else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a test marked `own_process` by a session of its own, here only its outcome."""
+    if pyfuncitem.get_closest_marker("own_process") is None or ALONE in os.environ:
+        return None
+    rig = current()
+    assert rig is not None
+    environment = os.environ | {ALONE: "1", VARIABLE: rig.form}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", pyfuncitem.nodeid]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        pytest.fail(f"exit status {done.returncode}\n{done.stdout}{done.stderr}", pytrace=False)
+    return True
+
+
+@pytest.fixture
+def rig() -> Rig:
+    """The plug-in of this session."""
+    found = current()
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def real_rig(rig: Rig) -> Rig:
+    """The plug-in with CUDA memory; skips the test in the other forms."""
+    if not rig.is_real:
+        pytest.skip(f"needs the real form, this session has {rig.form!r}")
+    return rig
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    """New tensors are made on the device unless a place is named."""
+    import paddle
+
+    before = paddle.device.get_device()
+    paddle.set_device(f"{open_place().get_device_type()}:0")
+    yield
+    paddle.set_device(before)

@@ -1,0 +1,252 @@
+"""Loads a form of the plug-in into this process, counts what it does, captures graphs.
+
+rig = load("guard")                     # before anything imports Paddle
+with rig.counting() as counted:
+    step()
+assert counted.delta == {}              # no copy, no wait, no memory
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.gpu_rig.build import LIBRARY, build
+from tests.gpu_rig.cublas import find_cublas
+
+DEVICE = "hopper"
+_POINTER = ctypes.c_void_p
+
+
+class RigError(RuntimeError):
+    """The plug-in cannot be loaded, or a call of the CUDA runtime failed."""
+
+
+@dataclass
+class Counted:
+    """What the plug-in did inside a `counting()` block; filled when the block ends.
+
+    Attributes:
+        delta: counters that changed, by how much. `peak_bytes` is device memory that Paddle's
+            allocator gave out above what was in use at the start, from its own pool as well.
+    """
+
+    delta: dict[str, int] = field(default_factory=dict)
+
+
+class Graph:
+    """A captured CUDA graph. `replay` queues it on Paddle's current stream."""
+
+    def __init__(self, rig: Rig, handle: _POINTER, num_nodes: int) -> None:
+        self._rig, self._handle = rig, handle
+        self.num_nodes = num_nodes
+
+    def replay(self) -> None:
+        """Queue all nodes; returns at once."""
+        self._rig.check("rig_graph_launch", self._handle, self._rig.stream())
+
+    def close(self) -> None:
+        """Free the graph; a graph alive at exit is freed by the driver."""
+        self._rig.check("rig_graph_destroy", self._handle)
+
+
+@dataclass
+class Capture:
+    """The graph of a `capture()` block, once the block has ended."""
+
+    graph: Graph | None = None
+
+    def replay(self) -> None:
+        """Queue the captured work on Paddle's current stream."""
+        if self.graph is None:
+            raise RigError("nothing captured yet; replay after the block")
+        self.graph.replay()
+
+
+class Rig:
+    """The plug-in in this process: its form, its place, its counters and its helpers."""
+
+    def __init__(self, form: str, folder: Path) -> None:
+        import paddle
+
+        self.form = form
+        if DEVICE not in paddle.device.get_all_custom_device_type():
+            raise RigError(f"Paddle did not take {folder / LIBRARY}; GLOG_minloglevel=0 says why")
+        if paddle.framework.core.get_custom_device_count(DEVICE) == 0:
+            raise RigError("the plug-in sees no NVIDIA GPU")
+        self.place = paddle.CustomPlace(DEVICE, 0)
+        # a plug-in's device becomes the default of the process; a test asks for it
+        paddle.set_device("cpu")
+        self._library = ctypes.CDLL(str(folder / LIBRARY))
+        self._library.rig_counter_names.restype = ctypes.c_char_p
+        self._library.rig_readable.restype = _POINTER
+        self._library.rig_readable.argtypes = [_POINTER]
+        self._names = self._library.rig_counter_names().decode().strip(",").split(",")
+
+    @property
+    def is_real(self) -> bool:
+        """True if the memory is CUDA memory."""
+        return self.form == "real"
+
+    def stream(self) -> _POINTER:
+        """Handle of Paddle's current stream on the device."""
+        from paddle.base import core
+
+        return _POINTER(core._get_current_custom_device_stream(DEVICE, 0).raw_stream)
+
+    def readable(self, pointer: int) -> int:
+        """Address under which host code of a fake or guard form reaches a device address."""
+        return self._library.rig_readable(pointer) or 0
+
+    def counters(self) -> dict[str, int]:
+        """All counters since the start of the process."""
+        values = (ctypes.c_int64 * len(self._names))()
+        self._library.rig_read_counters(values)
+        return dict(zip(self._names, values, strict=True))
+
+    @contextmanager
+    def counting(self) -> Iterator[Counted]:
+        """Count copies, waits, allocations and registered kernels inside a block."""
+        from paddle.base import core
+
+        counted = Counted()
+        core.device_memory_stat_reset_peak_value("Allocated", 0)
+        in_use = core.device_memory_stat_current_value("Allocated", 0)
+        before = self.counters()
+        yield counted
+        changes = {name: now - before[name] for name, now in self.counters().items()}
+        changes["peak_bytes"] = core.device_memory_stat_peak_value("Allocated", 0) - in_use
+        counted.delta = {name: change for name, change in changes.items() if change}
+
+    @contextmanager
+    def strict(self) -> Iterator[None]:
+        """Inside the block an operator without a kernel of the plug-in raises, never falls back."""
+        import paddle
+
+        flag = "FLAGS_enable_api_kernel_fallback"
+        before = paddle.get_flags([flag])
+        paddle.set_flags({flag: False})
+        try:
+            yield
+        finally:
+            paddle.set_flags(before)
+
+    def check(self, name: str, *arguments: Any) -> None:
+        """Call a helper of the real form that answers with a CUDA error.
+
+        Raises:
+            RigError: the form has no such helper, or the call failed; names both.
+        """
+        if not self.is_real:
+            raise RigError(f"{name} needs the real form, this process has {self.form!r}")
+        error = getattr(self._library, name)(*arguments)
+        if error:
+            self._library.rig_error_text.restype = ctypes.c_char_p
+            raise RigError(f"{name}: {self._library.rig_error_text(error).decode()}")
+
+    @contextmanager
+    def capture(self) -> Iterator[Capture]:
+        """Capture what the block queues on Paddle's current stream, by the CUDA runtime alone.
+
+        Unlike Paddle's own capture, a failed one raises and the process can go on.
+        """
+        captured, stream = Capture(), self.stream()
+        handle, num_nodes = _POINTER(), ctypes.c_size_t()
+        self.check("rig_capture_begin", stream)
+        try:
+            yield captured
+        except BaseException:
+            # the stream must leave capture mode; the first error is the one to show
+            self._library.rig_capture_end(stream, ctypes.byref(handle), None)
+            raise
+        self.check("rig_capture_end", stream, ctypes.byref(handle), ctypes.byref(num_nodes))
+        captured.graph = Graph(self, handle, num_nodes.value)
+
+    @contextmanager
+    def pinned(self, array: np.ndarray) -> Iterator[np.ndarray]:
+        """Page-lock the memory of a contiguous array, so that copies from it are asynchronous."""
+        if not self.is_real:
+            yield array
+            return
+        address = _POINTER(array.ctypes.data)
+        self.check("rig_host_register", address, ctypes.c_size_t(array.nbytes))
+        try:
+            yield array
+        finally:
+            self.check("rig_host_unregister", address)
+
+    def copy_async(self, tensor: Any, array: np.ndarray) -> None:
+        """Queue a copy of a contiguous host array into a contiguous tensor of the same bytes."""
+        size = ctypes.c_size_t(array.nbytes)
+        to, source = _POINTER(tensor.data_ptr()), _POINTER(array.ctypes.data)
+        error = self._library.rig_copy_h2d_async(to, source, size, self.stream())
+        if error:
+            raise RigError(f"rig_copy_h2d_async: error {error}")
+
+    def elapsed_ms(self, start: Any, end: Any) -> float:
+        """Milliseconds between two recorded `paddle.device.Event`s; waits for the second."""
+        if not self.is_real:
+            raise RigError(f"time on a device needs the real form, this process has {self.form!r}")
+        self._library.rig_elapsed_ms.restype = ctypes.c_float
+        events = [_POINTER(event.event_base.raw_event) for event in (start, end)]
+        return self._library.rig_elapsed_ms(*events)
+
+
+_loaded: Rig | None = None
+
+
+def current() -> Rig | None:
+    """The form that this process has loaded, None without one."""
+    return _loaded
+
+
+def load(form: str) -> Rig:
+    """Build a form if needed and make it this process's device "hopper".
+
+    Args:
+        form: "fake", "guard" or "real".
+
+    Raises:
+        BuildError: it cannot be built here.
+        RigError: Paddle was imported before, another form is loaded, or there is no GPU.
+    """
+    global _loaded
+    if _loaded is not None:
+        if _loaded.form != form:
+            raise RigError(f"this process has the form {_loaded.form!r}, asked for {form!r}")
+        return _loaded
+    if "paddle" in sys.modules:
+        raise RigError("Paddle is imported already and reads its plug-ins only once; load first")
+    folder = build(form)
+    os.environ["CUSTOM_DEVICE_ROOT"] = str(folder)
+    # Paddle logs every plug-in it loads, and each callback that is optional and absent
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    cublas = find_cublas() if form == "real" else None
+    if cublas is not None:
+        os.environ.setdefault("RIG_CUBLAS", str(cublas))
+    rig = Rig(form, folder)
+    if not rig.is_real:
+        from tests.gpu_rig.interpreted import register
+
+        register(rig)
+    _loaded = rig
+    return rig
+
+
+def open_place() -> Any:
+    """Place of the device that this process has loaded.
+
+    Raises:
+        RigError: none is loaded.
+    """
+    if _loaded is None:
+        raise RigError("no form of the plug-in is loaded; run pytest -m gpu_rig, or make gpu-rig")
+    return _loaded.place

@@ -1,0 +1,43 @@
+"""Which form of the plug-in a pytest session runs on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.gpu_rig import BuildError, RigError, current, load
+
+VARIABLE = "FD_DSA_RIG"
+
+
+def _has_gpu() -> bool:
+    """True where the NVIDIA driver shows a device."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def open_session(markexpr: str) -> None:
+    """Load the form named by FD_DSA_RIG, or the real one for `-m gpu_rig` on a GPU.
+
+    Raises:
+        pytest.UsageError: the form cannot be built or loaded; says what is missing.
+    """
+    form = os.environ.get(VARIABLE)
+    if form is None and markexpr.strip() == "gpu_rig" and _has_gpu():
+        form = "real"
+    if not form:
+        return
+    try:
+        load(form)
+    except (BuildError, RigError) as error:
+        raise pytest.UsageError(f"test plug-in, form {form!r}: {error}") from error
+
+
+def why_not() -> str | None:
+    """The reason to skip tests that need the plug-in, None in a session that has it."""
+    if current() is not None:
+        return None
+    if not _has_gpu():
+        return "no NVIDIA GPU on this machine"
+    return "a session has the test plug-in from its start: make gpu-rig, or pytest -m gpu_rig"
