@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,11 @@ def _run(folder: Path, requirements: str, *flags: str) -> str:
     (folder / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text("utf-8"))
     (folder / "test_case.py").write_text(CASES)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *flags, "test_case.py"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder).stdout
+    # the copy imports what the tests share
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment
+    ).stdout
 
 
 def test_missing_things_are_skipped_with_the_reason(tmp_path: Path) -> None:
