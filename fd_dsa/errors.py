@@ -6,6 +6,7 @@ FdDsaError
 ├── ConfigError         a ValueError: a flag or a field of a model folder cannot be served
 │   └── CheckpointError a tensor or file of a checkpoint is missing, damaged or of another shape
 ├── CapacityError       a ValueError: more tokens, rows or blocks than were allocated for
+├── DeviceError         a RuntimeError: the CUDA driver reports an error
 ├── LaunchError         a ValueError: a Triton kernel cannot be launched with these arguments
 ├── MissingStepError    a RuntimeError: a step field is read before the call that makes it
 └── BackendUnavailable  an ImportError: a device or provider cannot serve here
@@ -42,6 +43,10 @@ class CapacityError(FdDsaError, ValueError):
 
 class LaunchError(FdDsaError, ValueError):
     """A Triton kernel cannot be launched so; the message names the kernel and the argument."""
+
+
+class DeviceError(FdDsaError, RuntimeError):
+    """The CUDA driver reports an error; its number and text are in the message."""
 
 
 class MissingStepError(FdDsaError, RuntimeError):

@@ -6,22 +6,33 @@ which has to be done before Triton is loaded.
 
 from __future__ import annotations
 
-from fd_dsa.config import choose_triton_mode
-
-INTERPRETING: bool = choose_triton_mode()
-"""True where kernels run in Triton's interpreter on CPU tensors, False where they are compiled."""
-
-from fd_dsa.triton_runtime import versions  # noqa: E402
+# first, as it decides what the import of triton in all others will do
+from fd_dsa.triton_runtime.mode import INTERPRETING  # isort: skip
+from fd_dsa.triton_runtime import versions  # isort: skip
 
 versions.require_supported()
 
+from fd_dsa.triton_runtime.bound import BoundLaunch  # noqa: E402
+from fd_dsa.triton_runtime.compiler import Compiled  # noqa: E402
 from fd_dsa.triton_runtime.device import DeviceApi, register_device_api  # noqa: E402
 from fd_dsa.triton_runtime.kernel import Kernel, paddle_jit  # noqa: E402
+from fd_dsa.triton_runtime.parameters import Pointer  # noqa: E402
+from fd_dsa.triton_runtime.serving import (  # noqa: E402
+    freeze,
+    num_late_compilations,
+    unfreeze,
+)
 
 __all__ = [
     "INTERPRETING",
+    "BoundLaunch",
+    "Compiled",
     "DeviceApi",
     "Kernel",
+    "Pointer",
+    "freeze",
+    "num_late_compilations",
     "paddle_jit",
     "register_device_api",
+    "unfreeze",
 ]

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.config import has_nvidia_gpu
 from fd_dsa.errors import BackendUnavailable, LaunchError
+from fd_dsa.triton_runtime.driver import cuda
 
 
 class DeviceApi:
@@ -22,8 +24,8 @@ class DeviceApi:
         raise NotImplementedError
 
     def current_device(self) -> int:
-        """Index of the calling thread's current device."""
-        raise NotImplementedError
+        """Index of the calling thread's current device, asked only where there are several."""
+        return cuda().current_device()
 
     def current_stream(self, device: int) -> int:
         """The library's current stream of a device in this thread: a CUDA stream handle."""
@@ -31,7 +33,7 @@ class DeviceApi:
 
     def capability(self, device: int) -> int:
         """Compute capability, major * 10 + minor: 90 on Hopper."""
-        raise NotImplementedError
+        return cuda().capability(device)
 
     def set_device(self, device: int) -> None:
         """Make a device the calling thread's current one."""
@@ -43,14 +45,48 @@ class DeviceApi:
 
 
 class PaddleApi(DeviceApi):
-    """Paddle tensors in GPU memory or in that of a custom device; on a CPU, the interpreter."""
+    """Paddle tensors in GPU memory, or in CUDA memory behind a custom device of Paddle."""
+
+    def __init__(self) -> None:
+        from paddle.base import core
+
+        self._core = core
+        self._custom_type: str | None = None
+
+    def device_of(self, tensor: Any) -> int:
+        """Index of the GPU, or of the custom device."""
+        place = tensor.place
+        if place.is_gpu_place():
+            return place.gpu_device_id()
+        if place.is_custom_place():
+            self._custom_type = place.custom_device_type()
+            return place.custom_device_id()
+        if not has_nvidia_gpu():
+            raise BackendUnavailable(
+                f"the tensor is on {place}, and no GPU is visible; triton was imported before "
+                "fd_dsa.triton_runtime, or TRITON_INTERPRET is 0, so that kernels cannot run in "
+                "Triton's interpreter either: import fd_dsa.triton_runtime first"
+            )
+        raise LaunchError(f"the tensor is on {place}, but kernels run on GPU memory")
+
+    def current_stream(self, device: int) -> int:
+        """Paddle's current stream; in a capture, the captured one."""
+        if self._custom_type is None:
+            return self._core._get_current_stream(device).cuda_stream
+        return self._core._get_current_custom_device_stream(self._custom_type, device).raw_stream
+
+    def set_device(self, device: int) -> None:
+        """`paddle.device.set_device` in the calling thread."""
+        import paddle
+
+        paddle.device.set_device(f"{self._custom_type or 'gpu'}:{device}")
 
     def interpreter_argument(self, tensor: Any) -> Any:
         """The tensor, if it is in host memory."""
         if not tensor.place.is_cpu_place():
             raise LaunchError(
-                f"a tensor on {tensor.place}, but kernels run in Triton's interpreter in this "
-                "process, which reads CPU tensors only"
+                f"the tensor is on {tensor.place}, but kernels run in Triton's interpreter in "
+                "this process, which reads CPU tensors only"
             )
         return tensor
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from fd_dsa.errors import BackendUnavailable, LaunchError
-from fd_dsa.triton_runtime import interpreter
-from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.parameters import Signature
+from fd_dsa.errors import LaunchError
+from fd_dsa.triton_runtime import fastpath, serving
+from fd_dsa.triton_runtime.bound import BoundLaunch
+from fd_dsa.triton_runtime.compiler import Argument, Compiled, compile_kernel
+from fd_dsa.triton_runtime.device import DeviceApi
+from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.interpreted import InterpretedLaunch, run_interpreted
+from fd_dsa.triton_runtime.mode import INTERPRETING
+from fd_dsa.triton_runtime.parameters import OPTIONS, Grid, Signature, resolve_grid
+from fd_dsa.triton_runtime.variant import Variant
 
 import triton
 
-Grid = tuple[int, ...] | Callable[[Mapping[str, Any]], tuple[int, ...]]
+# variants whose generated functions are tried one after the other before the table is asked
+_MAX_CHAIN = 8
+_MAX_LAUNCHERS = 1024
 
 
 def paddle_jit(
@@ -53,6 +62,7 @@ class Kernel:
 
     Attributes:
         fn: the `triton.jit` function, for calls from other kernels.
+        signature: its parameters.
     """
 
     def __init__(
@@ -67,107 +77,171 @@ class Kernel:
             function, do_not_specialize, do_not_specialize_on_alignment, contiguous
         )
         self.fn = fn if hasattr(fn, "run") else triton.jit(fn)
-        self.__name__ = function.__name__
+        self.arg_names = self.signature.names
+        self.__name__ = self.signature.kernel
         self.__doc__ = function.__doc__
+        self._lock = threading.RLock()
+        self._variants: dict[Any, Variant] = {}
+        self._chain: list[Any] = []
+        self._chained: set[Any] = set()
+        self._launchers: dict[Any, Any] = {}
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
-        """The launch on this grid; call it with the kernel's arguments."""
-        return partial(self.run, grid)
+        """The launch on this grid; call it with the kernel's arguments.
+
+        Args:
+            grid: one to three numbers of programs, or a function that makes them of a dict of all
+                arguments and options by name.
+        """
+        try:
+            return self._launchers[grid]
+        except (KeyError, TypeError):
+            return self._make_launcher(grid)
+
+    def _make_launcher(self, grid: Grid) -> Callable[..., None]:
+        """The launcher of a grid, kept for the next time unless the grid is a function."""
+        if callable(grid):
+            return partial(self._chain[0] if self._chain else self.run, grid)
+        numbers = resolve_grid(self.__name__, grid, {}, {})
+        with self._lock:
+            if len(self._launchers) >= _MAX_LAUNCHERS:
+                self._launchers.clear()
+            launcher = partial(self._chain[0] if self._chain else self.run, numbers)
+            self._launchers[tuple(grid)] = launcher
+        return launcher
 
     def run(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
-        """Launch on a grid of one to three numbers, or a function of all arguments by name.
+        """Launch; the same as `kernel[grid](*args, **kwargs)`, with all checks.
 
         Raises:
             LaunchError: an argument or the grid cannot be used; it is named.
             BackendUnavailable: no GPU, and no interpreter either.
+            DeviceError: the driver refuses the launch.
         """
-        arguments, options = self.signature.bind(args, kwargs)
-        run_interpreted(self, grid, arguments, options)
+        values, options = self.signature.bind(args, kwargs)
+        if INTERPRETING:
+            run_interpreted(self, grid, values, options)
+            return
+        given = {name: kwargs[name] for name in kwargs if name in OPTIONS}
+        api, variant = self._variant_for(values, options)
+        self._extend_chain(api, variant, given)
+        variant.launch(api, values, resolve_grid(self.__name__, grid, values, options))
 
     def bind(
         self, grid: Grid, *args: Any, scalars: tuple[str, ...] = (), **kwargs: Any
-    ) -> InterpretedLaunch:
-        """A launch whose arguments are checked once.
+    ) -> BoundLaunch | InterpretedLaunch:
+        """A launch whose arguments are checked once, for buffers that never move.
 
         Args:
             grid: as for a launch; may be replaced in every call.
-            args, kwargs: as for a launch.
-            scalars: names of ints and floats that each call gives anew, in this order.
+            args, kwargs: as for a launch; tensors are kept alive.
+            scalars: names of numbers that each call gives anew, in this order. Ints among them
+                must be declared in `do_not_specialize`.
+
+        Raises:
+            LaunchError: as for a launch, or a name in `scalars` cannot change.
         """
-        arguments, options = self.signature.bind(args, kwargs)
-        return InterpretedLaunch(self, grid, arguments, options, scalars)
+        values, options = self.signature.bind(args, kwargs)
+        self.signature.check_changing(scalars, values)
+        if INTERPRETING:
+            return InterpretedLaunch(self, grid, values, options, scalars)
+        api, variant = self._variant_for(values, options)
+        return BoundLaunch(api, variant, grid, values, options, scalars)
 
+    def warmup(
+        self, *args: Any, capability: int | None = None, device: int = 0, **kwargs: Any
+    ) -> Compiled | None:
+        """Compile ahead; load too, where a device is there, so that a launch has nothing to do.
 
-def resolve_grid(
-    kernel: str, grid: Grid, arguments: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[int, int, int]:
-    """The grid as three numbers.
+        Args:
+            args, kwargs: as for a launch, with `Pointer` in the place of tensors, or tensors.
+            capability: compile for this one without a device, 90 for Hopper, and load nothing.
+            device: index of the device to load on.
 
-    Raises:
-        LaunchError: it has no or more than three numbers, or a negative one.
-    """
-    numbers = tuple(grid({**options, **arguments}) if callable(grid) else grid)
-    if not 1 <= len(numbers) <= 3 or any(int(n) != n or n < 0 for n in numbers):
-        raise LaunchError(f"kernel {kernel}: grid {numbers}: wanted one to three numbers >= 0")
-    x, y, z = (*(int(n) for n in numbers), 1, 1)[:3]
-    return x, y, z
+        Returns:
+            What was compiled; None in an interpreting process, which has nothing to compile.
 
+        Raises:
+            LaunchError: as for a launch.
+            BackendUnavailable: no capability is given and there is no device.
+        """
+        values, options = self.signature.bind(args, kwargs)
+        arguments = self.signature.describe_ahead(values)
+        if INTERPRETING:
+            return None
+        if capability is not None:
+            return compile_kernel(self.fn, arguments, options, capability)
+        with serving.warming():
+            target = cuda().capability(device)
+            return self._variant(arguments, options, device, target).compiled
 
-def run_interpreted(
-    kernel: Kernel, grid: Grid, arguments: Mapping[str, Any], options: Mapping[str, Any]
-) -> None:
-    """Run a kernel in Triton's interpreter, after the checks of a compiled launch."""
-    signature, values = kernel.signature, dict(arguments)
-    for parameter in signature.parameters:
-        value = arguments[parameter.name]
-        if parameter.is_constexpr:
-            continue
-        if hasattr(value, "data_ptr"):
-            signature.check_tensor(parameter, value)
-            try:
-                values[parameter.name] = api_for_type(type(value)).interpreter_argument(value)
-            except LaunchError as error:
-                raise LaunchError(
-                    f"kernel {kernel.__name__}: argument {parameter.name!r} is {error}"
-                ) from None
-        else:
-            signature.check_scalar(parameter, value)
-    if not hasattr(kernel.fn, "rewrite"):
-        raise BackendUnavailable(
-            f"kernel {kernel.__name__}: no GPU is visible, and triton was imported before "
-            "fd_dsa.triton_runtime, so the kernel cannot run in Triton's interpreter; import "
-            "fd_dsa.triton_runtime first, or set TRITON_INTERPRET=1"
-        )
-    numbers = resolve_grid(kernel.__name__, grid, arguments, options)
-    if 0 not in numbers:
-        interpreter.run(kernel.fn, numbers, values)
+    def _variant_for(
+        self, values: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> tuple[DeviceApi, Variant]:
+        """The variant that serves these arguments, made if it is new."""
+        api, device, arguments = self.signature.describe(values)
+        if cuda().num_devices > 1 and api.current_device() != device:
+            raise LaunchError(
+                f"kernel {self.__name__}: the tensors are on device {device}, but the current "
+                f"device is {api.current_device()}; make {device} current first"
+            )
+        variant = self._variants.get(self._key(arguments, options, device))
+        if variant is None:
+            variant = self._variant(arguments, options, device, api.capability(device))
+        return api, variant
 
+    def _key(self, arguments: Mapping[str, Argument], options: Any, device: int) -> Any:
+        """The launch cache's key."""
+        return device, tuple(arguments.values()), tuple(options.items())
 
-class InterpretedLaunch:
-    """What `Kernel.bind` gives in an interpreting process; the same interface as `BoundLaunch`."""
-
-    def __init__(
+    def _variant(
         self,
-        kernel: Kernel,
-        grid: Grid,
-        arguments: dict[str, Any],
+        arguments: dict[str, Argument],
         options: dict[str, Any],
-        scalars: tuple[str, ...],
+        device: int,
+        capability: int,
+    ) -> Variant:
+        """The variant of the launch cache, compiled and loaded first if need be.
+
+        It is visible to other threads only when it is complete.
+        """
+        key = self._key(arguments, options, device)
+        with self._lock:
+            if key not in self._variants:
+                serving.announce_compilation(self.__name__, arguments, options)
+                compiled = compile_kernel(self.fn, arguments, options, capability)
+                function = cuda().load(
+                    compiled.image,
+                    compiled.name,
+                    device,
+                    compiled.shared_bytes,
+                    compiled.num_ctas,
+                )
+                self._variants[key] = Variant(
+                    self.signature, arguments, options, compiled, function, device, cuda()
+                )
+            return self._variants[key]
+
+    def _extend_chain(self, api: DeviceApi, variant: Variant, given: dict[str, Any]) -> None:
+        """Give calls spelled like this one their own generated function."""
+        spelling = (variant, api, tuple(given.items()))
+        with self._lock:
+            if spelling in self._chained or len(self._chain) >= _MAX_CHAIN:
+                return
+            position = len(self._chain)
+            self._chain.append(
+                fastpath.generate(variant, api, given, partial(self._after, position))
+            )
+            self._chained.add(spelling)
+            if position == 0:
+                # launchers made so far lead to the long way
+                self._launchers.clear()
+
+    def _after(
+        self, position: int, grid: Grid, values: tuple[Any, ...], given: dict[str, Any]
     ) -> None:
-        self._kernel, self._grid, self._options = kernel, grid, options
-        self._arguments, self._scalars = arguments, scalars
-        for name in set(scalars) - arguments.keys():
-            raise LaunchError(f"kernel {kernel.__name__}: scalar {name!r} is no parameter")
-
-    def __call__(self, *scalars: Any, grid: Grid | None = None) -> None:
-        """Launch with new values of the named scalars, or with the old ones if none is given."""
-        if scalars:
-            self._arguments.update(zip(self._scalars, scalars, strict=True))
-        run_interpreted(self._kernel, grid or self._grid, self._arguments, self._options)
-
-    def exchange(self, **tensors: Any) -> None:
-        """Put other tensors in the place of bound ones."""
-        for name, tensor in tensors.items():
-            if name not in self._arguments:
-                raise LaunchError(f"kernel {self._kernel.__name__}: no argument {name!r}")
-            self._arguments[name] = tensor
+        """Try the next generated function, and after the last one the long way."""
+        if position + 1 < len(self._chain):
+            self._chain[position + 1](grid, *values, **given)
+        else:
+            self.run(grid, *values, **given)

@@ -10,6 +10,13 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.errors import LaunchError
+from fd_dsa.triton_runtime.compiler import Argument
+from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
+
+Grid = tuple[int, ...] | Callable[[Mapping[str, Any]], tuple[int, ...]]
+
+MISSING = object()
+"""Stands for an argument that was not given."""
 
 # options of a launch with the values used when none is given; Triton's own defaults change
 OPTIONS: dict[str, Any] = {
@@ -43,6 +50,19 @@ ELEMENT_TYPES = {
 
 
 @dataclass(frozen=True)
+class Pointer:
+    """Stands for a tensor in `Kernel.warmup`.
+
+    Attributes:
+        dtype: its name, such as "bfloat16".
+        aligned: its address is a multiple of 16, as that of a whole tensor always is.
+    """
+
+    dtype: str
+    aligned: bool = True
+
+
+@dataclass(frozen=True)
 class Parameter:
     """One parameter of a kernel.
 
@@ -52,7 +72,7 @@ class Parameter:
         specialize: an int of value 1 is compiled in, one divisible by 16 is told to the compiler.
         specialize_alignment: a pointer or int divisible by 16 is told to the compiler.
         contiguous: only contiguous tensors are accepted.
-        default: value if none is given; `inspect.Parameter.empty` where one must be.
+        default: value if none is given; `MISSING` where one must be.
     """
 
     name: str
@@ -61,6 +81,11 @@ class Parameter:
     specialize_alignment: bool
     contiguous: bool
     default: Any
+
+    @property
+    def has_default(self) -> bool:
+        """True if callers may leave it out."""
+        return self.default is not MISSING
 
 
 class Signature:
@@ -86,7 +111,9 @@ class Signature:
                 specialize=name not in plain,
                 specialize_alignment=name not in plain | unaligned,
                 contiguous=name in dense,
-                default=parameter.default,
+                default=(
+                    MISSING if parameter.default is inspect.Parameter.empty else parameter.default
+                ),
             )
             for name, parameter in parameters.items()
         )
@@ -105,7 +132,8 @@ class Signature:
                 f"kernel {self.kernel}: {len(args)} positional arguments for "
                 f"{len(self.names)} parameters ({', '.join(self.names)})"
             )
-        given = dict(zip(self.names, args, strict=False))
+        pairs = zip(self.names, args, strict=False)
+        given = {name: value for name, value in pairs if value is not MISSING}
         options = {}
         for name, value in kwargs.items():
             if name in given:
@@ -124,7 +152,7 @@ class Signature:
     def _value(self, parameter: Parameter, given: Mapping[str, Any]) -> Any:
         """The value of one parameter: given, or its default; NumPy scalars become Python's."""
         value = given.get(parameter.name, parameter.default)
-        if value is inspect.Parameter.empty:
+        if value is MISSING:
             raise LaunchError(f"kernel {self.kernel}: argument {parameter.name!r} is missing")
         return value.item() if isinstance(value, np.generic) else value
 
@@ -135,27 +163,202 @@ class Signature:
             LaunchError: its dtype has no Triton type, or it has gaps where none may be.
         """
         name = str(tensor.dtype).rpartition(".")[2]
-        if name not in ELEMENT_TYPES:
-            raise LaunchError(
-                f"kernel {self.kernel}: argument {parameter.name!r} has dtype {name}, which "
-                f"kernels cannot take; allowed are {', '.join(ELEMENT_TYPES)}"
-            )
+        element = self._element_type(parameter, name)
         if parameter.contiguous and not tensor.is_contiguous():
             raise LaunchError(
                 f"kernel {self.kernel}: argument {parameter.name!r} of shape "
                 f"{list(tensor.shape)} is not contiguous, but the kernel needs it so; "
                 "call .contiguous() first"
             )
-        return ELEMENT_TYPES[name]
+        return element
 
-    def check_scalar(self, parameter: Parameter, value: Any) -> None:
-        """Refuse what is no tensor, number, bool or None.
+    def _element_type(self, parameter: Parameter, dtype: str) -> str:
+        """Triton's name of a dtype."""
+        if dtype not in ELEMENT_TYPES:
+            raise LaunchError(
+                f"kernel {self.kernel}: argument {parameter.name!r} has dtype {dtype}, which "
+                f"kernels cannot take; allowed are {', '.join(ELEMENT_TYPES)}"
+            )
+        return ELEMENT_TYPES[dtype]
+
+    def device_of(self, parameter: Parameter, tensor: Any, api: DeviceApi) -> int:
+        """Device that holds a tensor given for a parameter.
 
         Raises:
-            LaunchError: naming the type that was found.
+            LaunchError: it is not on a device.
         """
-        if not isinstance(value, bool | int | float | None):
+        try:
+            return api.device_of(tensor)
+        except LaunchError as error:
+            raise LaunchError(
+                f"kernel {self.kernel}: argument {parameter.name!r}: {error}"
+            ) from None
+
+    def scalar_type(self, parameter: Parameter, value: Any) -> str:
+        """Triton's type of a number given for a parameter; "constexpr" for None.
+
+        Raises:
+            LaunchError: it is no bool, int, float or None, or an int beyond 64 bits.
+        """
+        if isinstance(value, bool):
+            return "i1"
+        if isinstance(value, int):
+            for name, low, high in _INTEGERS:
+                if low <= value < high:
+                    return name
+            raise LaunchError(
+                f"kernel {self.kernel}: argument {parameter.name!r} is {value}, beyond 64 bits"
+            )
+        if value is not None and not isinstance(value, float):
             raise LaunchError(
                 f"kernel {self.kernel}: argument {parameter.name!r} is a {type(value).__name__}; "
                 "allowed are tensors with data_ptr(), int, float, bool and None"
             )
+        return "constexpr" if value is None else "fp32"
+
+    def scalar(self, parameter: Parameter, value: Any) -> Argument:
+        """What the compiler is told about a number given for a parameter."""
+        kind = self.scalar_type(parameter, value)
+        is_integer = kind in ("i32", "i64", "u64")
+        if kind == "constexpr" or (is_integer and parameter.specialize and value == 1):
+            return Argument("constexpr", False, value, type(value))
+        divisible = is_integer and parameter.specialize_alignment and value % 16 == 0
+        return Argument(kind, divisible)
+
+    def describe_ahead(self, values: Mapping[str, Any]) -> dict[str, Argument]:
+        """What the compiler is told about arguments of which tensors may be `Pointer`."""
+        found = {}
+        for parameter in self.parameters:
+            value = values[parameter.name]
+            if parameter.is_constexpr:
+                found[parameter.name] = Argument("constexpr", False, value, type(value))
+            elif isinstance(value, Pointer):
+                aligned = parameter.specialize_alignment and value.aligned
+                kind = "*" + self._element_type(parameter, value.dtype)
+                found[parameter.name] = Argument(kind, aligned)
+            elif hasattr(value, "data_ptr"):
+                found[parameter.name] = self.describe_tensor(parameter, value)
+            else:
+                found[parameter.name] = self.scalar(parameter, value)
+        return found
+
+    def describe_tensor(self, parameter: Parameter, value: Any) -> Argument:
+        """What the compiler is told about a tensor."""
+        kind = "*" + self.check_tensor(parameter, value)
+        return Argument(kind, parameter.specialize_alignment and value.data_ptr() % 16 == 0)
+
+    def check_changing(self, scalars: Sequence[str], values: Mapping[str, Any]) -> None:
+        """Refuse names whose value cannot change from launch to launch of one variant.
+
+        Raises:
+            LaunchError: no parameter, a constant, a tensor, or an int that is specialised.
+        """
+        parameters = {parameter.name: parameter for parameter in self.parameters}
+        for name in scalars:
+            if name not in parameters:
+                raise LaunchError(f"kernel {self.kernel}: scalar {name!r} is no parameter")
+            value, parameter = values[name], parameters[name]
+            if (
+                parameter.is_constexpr
+                or isinstance(value, bool | None)
+                or not isinstance(value, int | float)
+            ):
+                raise LaunchError(
+                    f"kernel {self.kernel}: scalar {name!r} is {value!r}; a number that is passed "
+                    "at run time is wanted"
+                )
+            if isinstance(value, int) and parameter.specialize:
+                raise LaunchError(
+                    f"kernel {self.kernel}: scalar {name!r} changes from launch to launch, but its "
+                    "value may select another compiled kernel; name it in do_not_specialize"
+                )
+
+    def with_scalars(
+        self, values: Mapping[str, Any], names: Sequence[str], scalars: Sequence[Any]
+    ) -> dict[str, Any]:
+        """The values with some scalars exchanged; unchanged if none is given.
+
+        Raises:
+            LaunchError: another number of scalars than of names.
+        """
+        if scalars and len(scalars) != len(names):
+            raise LaunchError(
+                f"kernel {self.kernel}: {len(scalars)} scalars for {len(names)} names "
+                f"({', '.join(names)})"
+            )
+        return {**values, **dict(zip(names, scalars, strict=False))}
+
+    def check_tensor_name(self, name: str, values: Mapping[str, Any], tensor: Any) -> Parameter:
+        """The parameter of a bound tensor that is to be exchanged.
+
+        Raises:
+            LaunchError: the parameter is none, or one of the two is no tensor.
+        """
+        for parameter in self.parameters:
+            if parameter.name == name and hasattr(values[name], "data_ptr"):
+                if hasattr(tensor, "data_ptr"):
+                    return parameter
+                raise LaunchError(
+                    f"kernel {self.kernel}: argument {name!r} is a {type(tensor).__name__}; "
+                    "a tensor is bound there"
+                )
+        raise LaunchError(f"kernel {self.kernel}: no tensor is bound to {name!r}")
+
+    def describe(self, values: Mapping[str, Any]) -> tuple[DeviceApi, int, dict[str, Argument]]:
+        """Tensor library, device, and what the compiler is told about each argument.
+
+        Raises:
+            LaunchError: an argument cannot be passed, tensors of two libraries or devices meet, or
+                there is no tensor.
+        """
+        api, device, found = None, 0, {}
+        first = ""
+        for parameter in self.parameters:
+            value = values[parameter.name]
+            if parameter.is_constexpr:
+                found[parameter.name] = Argument("constexpr", False, value, type(value))
+            elif not hasattr(value, "data_ptr"):
+                found[parameter.name] = self.scalar(parameter, value)
+            else:
+                found[parameter.name] = self.describe_tensor(parameter, value)
+                own = api_for_type(type(value))
+                on = self.device_of(parameter, value, own)
+                if api is None:
+                    api, device, first = own, on, parameter.name
+                if own is not api or on != device:
+                    raise LaunchError(
+                        f"kernel {self.kernel}: argument {parameter.name!r} is a "
+                        f"{type(value).__module__} tensor on device {on}, but {first!r} is a "
+                        f"{type(values[first]).__module__} tensor on device {device}; put all on "
+                        "one device"
+                    )
+        if api is None:
+            raise LaunchError(f"kernel {self.kernel}: no argument is a tensor")
+        return api, device, found
+
+
+_INTEGERS = (
+    ("i32", -(1 << 31), 1 << 31),
+    ("i64", -(1 << 63), 1 << 63),
+    ("u64", 1 << 63, 1 << 64),
+)
+
+
+def resolve_grid(
+    kernel: str, grid: Grid, arguments: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[int, int, int]:
+    """The grid as three numbers.
+
+    Args:
+        kernel: name, for errors.
+        grid: one to three numbers, or a function that makes them of all arguments by name.
+        arguments, options: what the function gets.
+
+    Raises:
+        LaunchError: it has no or more than three numbers, or a negative one.
+    """
+    numbers = tuple(grid({**options, **arguments}) if callable(grid) else grid)
+    if not 1 <= len(numbers) <= 3 or any(int(n) != n or n < 0 for n in numbers):
+        raise LaunchError(f"kernel {kernel}: grid {numbers}: wanted one to three numbers >= 0")
+    x, y, z = (*(int(n) for n in numbers), 1, 1)[:3]
+    return x, y, z

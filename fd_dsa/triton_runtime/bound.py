@@ -1,0 +1,167 @@
+"""Launches of one kernel on buffers that never move: everything is checked and packed once."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+from fd_dsa.errors import LaunchError
+from fd_dsa.triton_runtime.device import DeviceApi
+from fd_dsa.triton_runtime.frame import Frame
+from fd_dsa.triton_runtime.parameters import Grid, resolve_grid
+from fd_dsa.triton_runtime.variant import Variant
+
+
+class BoundLaunch:
+    """A launch with bound arguments; made by `Kernel.bind`.
+
+    A call costs the look-up of the current stream and one call of the driver. Calls from several
+    threads are safe; a value given for a scalar holds for that call only.
+
+    Attributes:
+        variant: the compiled kernel that it launches.
+        grid: three numbers of programs.
+    """
+
+    def __init__(
+        self,
+        api: DeviceApi,
+        variant: Variant,
+        grid: Grid,
+        values: dict[str, Any],
+        options: dict[str, Any],
+        scalars: tuple[str, ...],
+    ) -> None:
+        self.variant, self._api, self._options = variant, api, options
+        self._values, self._scalars = values, scalars
+        self._grid_function = grid if callable(grid) else None
+        self.grid = self._resolve(grid, values)
+        self._stream, self._device = api.current_stream, variant.device
+        self._launch = variant.driver.launch
+        # anything that a call may change is written by every such call
+        self._plain = not scalars and 0 not in self.grid
+        self._pack_grid = struct.Struct("=III").pack_into
+        self._packers = tuple(self._packer(name) for name in scalars)
+        self._free: list[Frame] = []
+
+    def _resolve(self, grid: Grid, values: dict[str, Any]) -> tuple[int, int, int]:
+        """The grid as three numbers."""
+        return resolve_grid(self.variant.signature.kernel, grid, values, self._options)
+
+    def _packer(self, name: str) -> tuple[Any, int]:
+        """The function that writes a scalar, and where it stands."""
+        index = [parameter.name for parameter in self.variant.passed].index(name)
+        layout = self.variant.layout
+        return struct.Struct(f"={layout.codes[index]}").pack_into, layout.offsets[index]
+
+    def _frame(self) -> Frame:
+        """A frame with the bound arguments."""
+        frame = self.variant.layout.frame()
+        self.variant.pack(frame, self._values, self.grid)
+        return frame
+
+    def __call__(self, *scalars: Any, grid: Grid | None = None) -> None:
+        """Launch on the current stream.
+
+        Args:
+            scalars: values of the scalars that were named when the launch was bound, all or none.
+            grid: another grid for this call.
+
+        Raises:
+            LaunchError: the number or the type of the scalars is wrong.
+            DeviceError: the driver refuses the launch.
+        """
+        if scalars or grid is not None or not self._plain:
+            self._call_changed(scalars, grid)
+            return
+        free = self._free
+        try:
+            frame = free.pop()
+        except IndexError:
+            frame = self._frame()
+        stream = self._stream(self._device)
+        if stream != frame.stream:
+            frame.set_stream(stream)
+        code = self._launch(*frame.call)
+        if code:
+            self.variant.recover(code, frame)
+        free.append(frame)
+
+    def _call_changed(self, scalars: tuple[Any, ...], grid: Grid | None) -> None:
+        """A call whose scalars or grid are not the bound ones."""
+        if len(scalars) != len(self._packers):
+            # also tells a wrong number
+            values = self.variant.signature.with_scalars(self._values, self._scalars, scalars)
+            scalars = tuple(values[name] for name in self._scalars)
+        x, y, z = self._grid_of(scalars, grid)
+        if not (x and y and z):
+            return
+        free = self._free
+        try:
+            frame = free.pop()
+        except IndexError:
+            frame = self._frame()
+        memory, layout = frame.memory, self.variant.layout
+        try:
+            for (pack, offset), value in zip(self._packers, scalars, strict=True):
+                pack(memory, offset, value)
+            self._pack_grid(memory, layout.grid_offset, x * layout.num_ctas, y, z)
+        except struct.error as error:
+            raise self._unfit(scalars, (x, y, z), error) from None
+        stream = self._stream(self._device)
+        if stream != frame.stream:
+            frame.set_stream(stream)
+        code = self._launch(*frame.call)
+        if code:
+            self.variant.recover(code, frame)
+        if self._plain:
+            x, y, z = self.grid
+            self._pack_grid(memory, layout.grid_offset, x * layout.num_ctas, y, z)
+        free.append(frame)
+
+    def _grid_of(self, scalars: tuple[Any, ...], grid: Grid | None) -> tuple[int, int, int]:
+        """The grid of one call."""
+        if grid is None and self._grid_function is None:
+            return self.grid
+        if grid.__class__ is tuple and len(grid) == 1:
+            return grid[0], 1, 1
+        values = self.variant.signature.with_scalars(self._values, self._scalars, scalars)
+        return self._resolve(grid or self._grid_function, values)
+
+    def _unfit(self, scalars: tuple[Any, ...], grid: Any, error: Exception) -> LaunchError:
+        """The error for a scalar of another type than the bound one."""
+        told = ", ".join(f"{n}={v!r}" for n, v in zip(self._scalars, scalars, strict=True))
+        kinds = ", ".join(f"{n}: {self.variant.arguments[n].type}" for n in self._scalars)
+        return LaunchError(
+            f"kernel {self.variant.signature.kernel}: scalars ({told}) and grid {grid} do not fit "
+            f"the bound launch ({kinds}): {error}"
+        )
+
+    def exchange(self, **tensors: Any) -> None:
+        """Put other tensors in the place of bound ones; each is checked as at binding.
+
+        Raises:
+            LaunchError: dtype, device or alignment is not what the kernel was compiled for.
+        """
+        values = dict(self._values)
+        for name, tensor in tensors.items():
+            signature = self.variant.signature
+            parameter = signature.check_tensor_name(name, values, tensor)
+            wanted, found = (
+                self.variant.arguments[name],
+                signature.describe_tensor(parameter, tensor),
+            )
+            device = signature.device_of(parameter, tensor, self._api)
+            if found.type != wanted.type or device != self._device:
+                raise LaunchError(
+                    f"kernel {signature.kernel}: argument {name!r} is {found.type} on device "
+                    f"{device}, bound is {wanted.type} on device {self._device}"
+                )
+            if wanted.divisible and not found.divisible:
+                raise LaunchError(
+                    f"kernel {signature.kernel}: argument {name!r} starts at an address that 16 "
+                    "does not divide, unlike the bound tensor; bind a launch of its own for it"
+                )
+            values[name] = tensor
+        # calls under way give their frames back to the list that they took
+        self._values, self._free = values, []

@@ -1,0 +1,163 @@
+"""Compiling a kernel for a stated target: no driver, no GPU and no active Triton driver needed.
+
+Results land in Triton's own cache on disk (`TRITON_CACHE_DIR`), so a second process compiles
+nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fd_dsa.errors import BackendUnavailable
+
+import triton
+
+# Triton's compiler was not made for several threads before 3.6
+_COMPILING = threading.Lock()
+
+# scalar type -> its code in `struct`; pointers are "Q"
+_CODES = {
+    "i1": "?",
+    "i32": "i",
+    "i64": "q",
+    "u64": "Q",
+    "fp32": "f",
+}
+_PTX_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
+
+
+class Argument(NamedTuple):
+    """What the compiler is told about one argument; a part of the launch cache's key.
+
+    Attributes:
+        type: Triton's type such as "*bf16" or "i32"; "constexpr" where the value is compiled in.
+        divisible: the address or the int is a multiple of 16.
+        value: the constant; None for other arguments.
+        value_type: type of the constant, as True, 1 and 1.0 are equal but not the same.
+    """
+
+    type: str
+    divisible: bool = False
+    value: Any = None
+    value_type: type | None = None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel compiled for one target, not loaded yet.
+
+    Attributes:
+        name: symbol in the image.
+        image: the cubin.
+        ptx: its assembly.
+        shared_bytes: dynamic shared memory a block.
+        num_warps: warps a block, those that the compiler added included.
+        num_ctas: blocks a cluster.
+        codes: `struct` codes of the arguments that are passed, in order.
+        num_null_pointers: scratch pointers that Triton adds behind them; always null here.
+    """
+
+    name: str
+    image: bytes
+    ptx: str
+    shared_bytes: int
+    num_warps: int
+    num_ctas: int
+    codes: str
+    num_null_pointers: int
+
+
+def compile_kernel(
+    fn: Any, arguments: Mapping[str, Argument], options: Mapping[str, Any], capability: int
+) -> Compiled:
+    """Compile, or take the result from the cache on disk.
+
+    Args:
+        fn: the `triton.jit` function.
+        arguments: by parameter name, in order.
+        options: launch options such as num_warps.
+        capability: of the GPU, 90 on Hopper.
+
+    Raises:
+        BackendUnavailable: the kernel uses a feature that needs scratch memory on the host.
+        Exception: what Triton's compiler raises about the kernel.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: argument.type for name, argument in arguments.items()}
+    constants = {
+        (i,): argument.value
+        for i, argument in enumerate(arguments.values())
+        if argument.type == "constexpr"
+    }
+    # spelled as Triton's own launcher spells them, which makes cache entries common
+    attributes = {
+        (i,): [["tt.divisibility", 16]] if argument.divisible else []
+        for i, argument in enumerate(arguments.values())
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    with _COMPILING:
+        kernel = triton.compile(
+            ASTSource(fn, signature, constants, attributes),
+            target=GPUTarget("cuda", capability, 32),
+            options=given,
+        )
+    return _read(kernel, arguments)
+
+
+def _read(kernel: Any, arguments: Mapping[str, Argument]) -> Compiled:
+    """The parts of Triton's result that a launch needs."""
+    metadata = kernel.metadata
+    for scratch in ("global_scratch_size", "profile_scratch_size"):
+        if getattr(metadata, scratch, 0):
+            raise BackendUnavailable(
+                f"kernel {metadata.name}: needs {getattr(metadata, scratch)} bytes of "
+                f"{scratch.removesuffix('_size')}, which this launcher does not allocate; "
+                "do not make tensor descriptors in the kernel"
+            )
+    if any(argument.type.startswith("tensordesc") for argument in arguments.values()):
+        raise BackendUnavailable(f"kernel {metadata.name}: tensor descriptors are not supported")
+    codes = "".join(
+        "Q" if argument.type.startswith("*") else _CODES[argument.type]
+        for argument in arguments.values()
+        if argument.type != "constexpr"
+    )
+    ptx = kernel.asm["ptx"]
+    return Compiled(
+        name=metadata.name,
+        image=kernel.asm["cubin"],
+        ptx=ptx,
+        shared_bytes=metadata.shared,
+        num_warps=metadata.num_warps,
+        num_ctas=metadata.num_ctas,
+        codes=codes,
+        num_null_pointers=_null_pointers(metadata.name, ptx, codes),
+    )
+
+
+def _null_pointers(name: str, ptx: str, codes: str) -> int:
+    """How many pointers the compiled kernel takes behind its arguments.
+
+    One or two, by Triton version; read from the assembly, which also confirms the widths of all
+    arguments.
+    """
+    entry = re.search(r"\.entry\s+" + re.escape(name) + r"\s*\((.*?)\)", ptx, re.DOTALL)
+    found = re.findall(r"\.param\s+\.\w(\d+)\b", entry[1]) if entry else []
+    widths = [_PTX_BYTES[bits] for bits in found]
+    expected = [struct.calcsize(code) for code in codes]
+    extra = widths[len(expected) :]
+    if widths[: len(expected)] != expected or any(
+        width != ctypes.sizeof(ctypes.c_void_p) for width in extra
+    ):
+        raise BackendUnavailable(
+            f"kernel {name}: the compiled kernel takes arguments of {widths} bytes, the launcher "
+            f"would pass {expected}; this version of Triton ({triton.__version__}) is not supported"
+        )
+    return len(extra)

@@ -1,0 +1,196 @@
+"""The CUDA driver through ctypes: contexts, modules, launches. Nothing is compiled for it.
+
+A launch is one call of `cuLaunchKernelEx` with four pointers that were made before, which costs
+about as much from ctypes as from C, and is the same for every version of Triton.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
+
+INVALID_CONTEXT = 201
+_NOT_INITIALIZED = 3
+_DEVICE_CAPABILITY = (75, 76)
+_DEVICE_SHARED_OPTIN = 97
+_FUNCTION_SHARED_BYTES = 1
+_FUNCTION_LOCAL_BYTES = 3
+_FUNCTION_REGISTERS = 4
+_FUNCTION_MAX_DYNAMIC_SHARED = 8
+_FUNCTION_LARGE_CLUSTERS = 14
+# a kernel may use this much shared memory without asking
+_SHARED_BYTES_WITHOUT_OPTIN = 48 << 10
+
+
+@dataclass(frozen=True)
+class Function:
+    """A kernel loaded on one device, for the life of the process.
+
+    Attributes:
+        handle: the driver's function.
+        num_registers: registers a thread.
+        spill_bytes: local memory a thread; above zero the compiler ran out of registers.
+    """
+
+    handle: int
+    num_registers: int
+    spill_bytes: int
+
+
+class Driver:
+    """The loaded driver library; one a process."""
+
+    def __init__(self, library: Any) -> None:
+        """Initialise the driver.
+
+        Args:
+            library: `ctypes.CDLL("libcuda.so.1")`, or something with the same functions.
+
+        Raises:
+            BackendUnavailable: there is no usable device.
+        """
+        self._library = library
+        self._contexts: dict[int, int] = {}
+        self._modules: list[Any] = []
+        self._lock = threading.RLock()
+        code = library.cuInit(0)
+        if code:
+            raise BackendUnavailable(f"the CUDA driver cannot start: {self.error_text(code)}")
+        # no argument types: all arguments of a launch are ready ctypes objects
+        self.launch = library.cuLaunchKernelEx
+        self.num_devices = self._integer("cuDeviceGetCount")
+
+    def error_text(self, code: int) -> str:
+        """`CUDA error 201: invalid device context`, for a code that the driver returned."""
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorString(code, ctypes.byref(text))
+        return f"CUDA error {code}: {(text.value or b'unknown').decode()}"
+
+    def check(self, code: int, what: str) -> None:
+        """Raise if the driver returned an error.
+
+        Raises:
+            DeviceError: with the driver's text.
+        """
+        if code:
+            raise DeviceError(f"{what}: {self.error_text(code)}")
+
+    def _integer(self, function: str, *args: Any) -> int:
+        """The int that a driver function writes to its first argument."""
+        value = ctypes.c_int()
+        self.check(getattr(self._library, function)(ctypes.byref(value), *args), function)
+        return value.value
+
+    def current_device(self) -> int:
+        """Device of the calling thread's context; 0 where the thread has none."""
+        device = ctypes.c_int()
+        code = self._library.cuCtxGetDevice(ctypes.byref(device))
+        if code in (INVALID_CONTEXT, _NOT_INITIALIZED):
+            return 0
+        self.check(code, "cuCtxGetDevice")
+        return device.value
+
+    def capability(self, device: int) -> int:
+        """Compute capability of a device, major * 10 + minor."""
+        major, minor = (
+            self._integer("cuDeviceGetAttribute", name, self._device(device))
+            for name in _DEVICE_CAPABILITY
+        )
+        return major * 10 + minor
+
+    def _device(self, index: int) -> int:
+        """The driver's handle of a device."""
+        return self._integer("cuDeviceGet", index)
+
+    def bind_context(self, device: int) -> None:
+        """Make the device's primary context, the one all libraries share, this thread's."""
+        with self._lock:
+            if device not in self._contexts:
+                context = ctypes.c_void_p()
+                code = self._library.cuDevicePrimaryCtxRetain(
+                    ctypes.byref(context), self._device(device)
+                )
+                self.check(code, f"context of device {device}")
+                self._contexts[device] = context.value or 0
+            context = ctypes.c_void_p(self._contexts[device])
+        self.check(self._library.cuCtxSetCurrent(context), f"context of device {device}")
+
+    def load(
+        self, image: bytes, name: str, device: int, shared_bytes: int, num_ctas: int
+    ) -> Function:
+        """Load a compiled kernel and everything its launch needs; the context is left as it was.
+
+        Raises:
+            LaunchError: the kernel needs more shared memory than the device has.
+            DeviceError: the driver refuses the image.
+        """
+        before = ctypes.c_void_p()
+        self._library.cuCtxGetCurrent(ctypes.byref(before))
+        self.bind_context(device)
+        try:
+            return self._load(image, name, device, shared_bytes, num_ctas)
+        finally:
+            if before.value:
+                self._library.cuCtxSetCurrent(before)
+
+    def _load(
+        self, image: bytes, name: str, device: int, shared_bytes: int, num_ctas: int
+    ) -> Function:
+        """`load` in the device's context."""
+        library, what = self._library, f"loading kernel {name}"
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self.check(library.cuModuleLoadData(ctypes.byref(module), image), what)
+        self._modules.append(module)
+        code = library.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
+        self.check(code, what)
+
+        def attribute(number: int) -> int:
+            return self._integer("cuFuncGetAttribute", number, function)
+
+        limit = self._integer("cuDeviceGetAttribute", _DEVICE_SHARED_OPTIN, self._device(device))
+        if shared_bytes > limit:
+            raise LaunchError(
+                f"kernel {name}: needs {shared_bytes} bytes of shared memory a block, device "
+                f"{device} has {limit}; use smaller tiles or fewer stages"
+            )
+        if shared_bytes > _SHARED_BYTES_WITHOUT_OPTIN:
+            dynamic = limit - attribute(_FUNCTION_SHARED_BYTES)
+            code = library.cuFuncSetAttribute(function, _FUNCTION_MAX_DYNAMIC_SHARED, dynamic)
+            self.check(code, what)
+        if num_ctas > 8:
+            self.check(library.cuFuncSetAttribute(function, _FUNCTION_LARGE_CLUSTERS, 1), what)
+        load_now = getattr(library, "cuFuncLoad", None)
+        if load_now is not None:
+            # lazy loading would load at the first launch, which may be inside a capture
+            self.check(load_now(function), what)
+        return Function(
+            handle=function.value or 0,
+            num_registers=attribute(_FUNCTION_REGISTERS),
+            spill_bytes=attribute(_FUNCTION_LOCAL_BYTES),
+        )
+
+
+@cache
+def cuda() -> Driver:
+    """The driver of this process, started at first use.
+
+    Raises:
+        BackendUnavailable: no driver library, or no usable device.
+    """
+    try:
+        return Driver(_open_library())
+    except OSError as error:
+        raise BackendUnavailable(
+            "no CUDA driver (libcuda.so.1) on this machine: kernels can be compiled ahead by "
+            "kernel.warmup(..., capability=90), but not launched"
+        ) from error
+
+
+def _open_library() -> Any:
+    """The driver library; tests put another one in its place."""
+    return ctypes.CDLL("libcuda.so.1")

@@ -1,0 +1,161 @@
+"""Launches without a look-up: a Python function generated for each variant of a kernel.
+
+Its code is the checks that this variant needs and one call of the driver. Where the arguments
+belong to another variant it hands them to `miss`.
+
+A tensor that was checked before is known by its live object and its address: both the same means
+that dtype and place are what they were. Every other tensor is checked anew.
+"""
+
+from __future__ import annotations
+
+import struct
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fd_dsa.triton_runtime.compiler import Argument
+from fd_dsa.triton_runtime.device import DeviceApi
+from fd_dsa.triton_runtime.parameters import MISSING, OPTIONS, Parameter, resolve_grid
+from fd_dsa.triton_runtime.variant import Variant
+
+Miss = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+
+_I32, _I64 = f"-{1 << 31} <= {{0}} < {1 << 31}", f"-{1 << 63} <= {{0}} < {1 << 63}"
+# what an int must be for the type that the variant has
+_RANGES = {
+    "i32": _I32,
+    "i64": f"{_I64} and not {_I32}",
+    "u64": f"{1 << 63} <= {{0}} < {1 << 64}",
+}
+
+
+def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss: Miss) -> Any:
+    """A function `launch(grid, *args, **options)` for calls of one variant.
+
+    Args:
+        variant: what to launch.
+        api: of the tensors.
+        options: exactly the launch options that callers give.
+        miss: called with (grid, values of all parameters, options) for every other call.
+    """
+    signature = variant.signature
+    space = _namespace(variant, api, dict(options), miss)
+    guards, tensors = ["_given != _options"], {}
+    for index, parameter in enumerate(signature.parameters):
+        argument = variant.arguments[parameter.name]
+        if argument.type.startswith("*"):
+            tensors[parameter.name] = index
+        else:
+            guards.append(_guard(parameter, argument, f"_c{index}"))
+    every = "(" + "".join(f"{name}, " for name in signature.names) + ")"
+    leave = f"return _miss(_grid, {every}, _given)"
+    packed = [f"_p{tensors[p.name]}" if p.name in tensors else p.name for p in variant.passed]
+    clusters = f" * {variant.layout.num_ctas}" if variant.layout.num_ctas != 1 else ""
+    late = [
+        f"not {p.name}.is_contiguous()"
+        for p in signature.parameters
+        if p.contiguous and p.name in tensors
+    ]
+    if variant.driver.num_devices > 1:
+        late.append("_current_device() != _device")
+    parameters = "".join(f"{name}=_d{i}, " for i, name in enumerate(signature.names))
+    lines = [
+        f"def {signature.kernel}(_grid, {parameters}**_given):",
+        "  try:",
+        f"    if {' or '.join(guards)}: {leave}",
+        *(line for name, index in tensors.items() for line in _check(name, index, leave)),
+        *([f"    if {' or '.join(late)}: {leave}"] if late else []),
+        "    if _grid.__class__ is not tuple: _grid = _resolve(_kernel, _grid, "
+        f"dict(zip(_names, {every})), _all_options)",
+        "    _x, _y, _z = _grid",
+        "    if not (_x and _y and _z): return",
+        "    try: _frame = _pop()",
+        "    except IndexError: _frame = _new()",
+        f"    _pack(_frame.memory, 0, {''.join(f'{v}, ' for v in packed)}_x{clusters}, _y, _z)",
+        "    _s = _stream(_device)",
+        "    if _s != _frame.stream: _frame.set_stream(_s)",
+        "    _code = _launch(*_frame.call)",
+        "  except (AttributeError, TypeError, ValueError, _StructError):",
+        f"    {leave}",
+        "  if _code: _recover(_code, _frame)",
+        "  _append(_frame)",
+    ]
+    exec(compile("\n".join(lines), f"<launch of {signature.kernel}>", "exec"), space)
+    return space[signature.kernel]
+
+
+def _namespace(variant: Variant, api: DeviceApi, options: dict[str, Any], miss: Miss) -> dict:
+    """Everything that the generated code names besides the kernel's parameters."""
+    parameters = variant.signature.parameters
+    slots: list[tuple[Any, int]] = [(_no_tensor, 0)] * len(parameters)
+
+    def admit(index: int, tensor: Any, address: int) -> bool:
+        """Check a tensor that is new in its place, and remember it if it fits."""
+        if not variant.accepts(parameters[index], tensor, address, api):
+            return False
+        try:
+            slots[index] = (weakref.ref(tensor), address)
+        except TypeError:
+            # checked again in every launch
+            slots[index] = (_no_tensor, 0)
+        return True
+
+    space: dict[str, Any] = {
+        "_all_options": OPTIONS | options,
+        "_append": variant.free.append,
+        "_current_device": api.current_device,
+        "_device": variant.device,
+        "_admit": admit,
+        "_kernel": variant.signature.kernel,
+        "_launch": variant.driver.launch,
+        "_miss": miss,
+        "_names": variant.signature.names,
+        "_new": variant.layout.frame,
+        "_options": options,
+        "_pack": variant.layout.values.pack_into,
+        "_pop": variant.free.pop,
+        "_recover": variant.recover,
+        "_resolve": resolve_grid,
+        "_slots": slots,
+        "_stream": api.current_stream,
+        "_StructError": struct.error,
+    }
+    for index, parameter in enumerate(parameters):
+        space[f"_d{index}"] = parameter.default if parameter.has_default else MISSING
+        space[f"_c{index}"] = variant.arguments[parameter.name].value
+    return space
+
+
+def _no_tensor() -> None:
+    """A weak reference to nothing."""
+
+
+def _check(name: str, index: int, leave: str) -> list[str]:
+    """Lines that take a tensor's address and make sure that it was checked."""
+    return [
+        f"    _p{index} = {name}.data_ptr()",
+        f"    _r, _q = _slots[{index}]",
+        f"    if (_r() is not {name} or _q != _p{index}) and not "
+        f"_admit({index}, {name}, _p{index}): {leave}",
+    ]
+
+
+def _guard(parameter: Parameter, argument: Argument, constant: str) -> str:
+    """An expression that is true where a scalar or constant selects another variant."""
+    name = parameter.name
+    if argument.type == "constexpr":
+        return (
+            f"{name} is not {constant} and "
+            f"({name}.__class__ is not {constant}.__class__ or {name} != {constant})"
+        )
+    if argument.type == "i1":
+        return f"{name}.__class__ is not bool"
+    if argument.type == "fp32":
+        return f"{name}.__class__ is not float"
+    tests = [f"{name}.__class__ is not int", f"not ({_RANGES[argument.type].format(name)})"]
+    if parameter.specialize:
+        tests.append(f"{name} == 1")
+    if parameter.specialize_alignment:
+        tests.append(f"{name} & 15" if argument.divisible else f"not {name} & 15")
+    return " or ".join(tests)

@@ -1,0 +1,78 @@
+"""No step compiles unnoticed: after `freeze()` a compilation is an event, or an error."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fd_dsa.errors import LaunchError
+
+_LOG = logging.getLogger("fd_dsa.triton_runtime")
+_state = threading.local()
+_frozen: str | None = None
+_late = 0
+
+
+def freeze(*, strict: bool = False) -> None:
+    """Say that warm-up is over, and that no launch should have to compile or load from now on.
+
+    A launch that has to do it all the same logs a warning with the kernel and its arguments, once,
+    and goes on: a slow step is better than a failed request. `num_late_compilations` counts them.
+
+    Args:
+        strict: raise LaunchError instead; for tests and for checks before a release.
+    """
+    global _frozen
+    _frozen = "strict" if strict else "warn"
+
+
+def unfreeze() -> None:
+    """Allow compilation again, for another warm-up."""
+    global _frozen
+    _frozen = None
+
+
+def num_late_compilations() -> int:
+    """How many kernels were compiled or loaded by a launch after `freeze`."""
+    return _late
+
+
+@contextmanager
+def warming() -> Iterator[None]:
+    """Compile without notice inside, in this thread, even after `freeze`."""
+    before = getattr(_state, "warming", False)
+    _state.warming = True
+    try:
+        yield
+    finally:
+        _state.warming = before
+
+
+def announce_compilation(kernel: str, arguments: Mapping[str, Any], options: Any) -> None:
+    """Called before a launch compiles or loads.
+
+    Raises:
+        LaunchError: after `freeze(strict=True)`.
+    """
+    global _late
+    if _frozen is None or getattr(_state, "warming", False):
+        return
+    told = ", ".join(f"{name}={_told(argument)}" for name, argument in arguments.items())
+    text = (
+        f"kernel {kernel}: no compiled variant for ({told}) with {dict(options)} after freeze(); "
+        "add it to the warm-up"
+    )
+    if _frozen == "strict":
+        raise LaunchError(text)
+    _late += 1
+    _LOG.warning("%s; this step compiles", text)
+
+
+def _told(argument: Any) -> str:
+    """One argument in a message: its type, its constant, and whether 16 divides it."""
+    if argument.type == "constexpr":
+        return repr(argument.value)
+    return argument.type + (" (divisible by 16)" if argument.divisible else "")

@@ -1,0 +1,154 @@
+"""A CUDA driver that only takes notes, and tensors that are nothing but an address."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from fd_dsa.errors import LaunchError
+from fd_dsa.triton_runtime import DeviceApi
+
+
+@dataclass
+class FakeTensor:
+    """A tensor in the memory of a fake device."""
+
+    address: int
+    dtype: str = "fake.float32"
+    shape: tuple[int, ...] = (64,)
+    device: int = 0
+    dense: bool = True
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def is_contiguous(self) -> bool:
+        return self.dense
+
+
+@dataclass(eq=False)
+class FakeApi(DeviceApi):
+    """Device 0, and whatever stream the test sets."""
+
+    stream: int = 0xABC0
+    device: int = 0
+    asked: int = field(default=0)
+
+    def device_of(self, tensor: FakeTensor) -> int:
+        self.asked += 1
+        if tensor.device < 0:
+            raise LaunchError("the tensor is in host memory")
+        return tensor.device
+
+    def current_device(self) -> int:
+        return self.device
+
+    def current_stream(self, device: int) -> int:
+        return self.stream
+
+    def set_device(self, device: int) -> None:
+        self.device = device
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as the driver sees it; `arguments` are the addresses of the values."""
+
+    function: int
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    stream: int
+    attributes: tuple[tuple[int, bytes], ...]
+    values: tuple[Any, ...]
+
+
+class FakeLibrary:
+    """The functions of libcuda that the launcher calls.
+
+    Attributes:
+        launches: what was launched, in order; arguments are read by `codes`.
+        codes: `struct` codes of the arguments of the kernel under test.
+        num_devices: how many there are.
+        needs_context: threads without a context get error 201.
+    """
+
+    def __init__(self, codes: str = "", num_devices: int = 1) -> None:
+        self.launches: list[Launch] = []
+        self.loaded: list[bytes] = []
+        self.codes, self.num_devices, self.needs_context = codes, num_devices, False
+        self.opt_in: list[int] = []
+        self._local = threading.local()
+
+    def cuInit(self, flags: int) -> int:
+        return 0
+
+    def cuGetErrorString(self, code: int, text: Any) -> int:
+        text._obj.value = b"fake error"
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = self.num_devices
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:
+        device._obj.value = index
+        return 0
+
+    def cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:
+        value._obj.value = {75: 9, 76: 0, 97: 232448}[attribute]
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> int:
+        context._obj.value = 0x1000 + device
+        return 0
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        context._obj.value = getattr(self._local, "context", None)
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self._local.context = context.value
+        return 0
+
+    def cuModuleLoadData(self, module: Any, image: bytes) -> int:
+        self.loaded.append(image)
+        module._obj.value = len(self.loaded)
+        return 0
+
+    def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:
+        function._obj.value = 0xF0000 + module.value
+        return 0
+
+    def cuFuncGetAttribute(self, value: Any, attribute: int, function: Any) -> int:
+        value._obj.value = 0
+        return 0
+
+    def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:
+        self.opt_in.append(value)
+        return 0
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, extra: None) -> int:
+        if self.needs_context and getattr(self._local, "context", None) is None:
+            return 201
+        fields = struct.unpack("=IIIIIIIxxxxQQIxxxx", ctypes.string_at(config.value, 56))
+        addresses = (ctypes.c_void_p * (len(self.codes) + 1)).from_address(pointers.value)
+        values = tuple(
+            struct.unpack(f"={code}", ctypes.string_at(address, struct.calcsize(f"={code}")))[0]
+            for code, address in zip(self.codes, addresses, strict=False)
+        )
+        attributes = tuple(
+            struct.unpack("=Ixxxx64s", ctypes.string_at(fields[8] + 72 * i, 72))
+            for i in range(fields[9])
+        )
+        # scratch pointers follow the arguments, and are null
+        assert ctypes.c_uint64.from_address(addresses[len(self.codes)]).value == 0
+        self.launches.append(
+            Launch(
+                function.value, fields[:3], fields[3:6], fields[6], fields[7], attributes, values
+            )
+        )
+        return 0

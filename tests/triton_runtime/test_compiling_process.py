@@ -1,0 +1,35 @@
+"""Runs the tests of compiled launches in a process of their own where this one interprets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fd_dsa.triton_runtime import INTERPRETING
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.triton
+
+
+def compiling_environment(cache: Path) -> dict[str, str]:
+    """The environment of a process whose kernels are compiled, into this folder."""
+    return {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+
+
+@pytest.mark.skipif(not INTERPRETING, reason="the tests run in this process")
+@pytest.mark.parametrize("name", ["test_launch.py"])
+def test_compiled(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name(name))],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=compiling_environment(tmp_path),
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout

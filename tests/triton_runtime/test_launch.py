@@ -1,0 +1,453 @@
+"""The launch path down to the driver's arguments, on a driver that takes notes.
+
+Kernels are really compiled, for Hopper; `test_compiling_process.py` runs this file on machines
+without a GPU, in a process whose kernels are compiled.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from fd_dsa.errors import DeviceError, LaunchError
+from fd_dsa.triton_runtime import (
+    INTERPRETING,
+    Pointer,
+    driver,
+    freeze,
+    num_late_compilations,
+    paddle_jit,
+    register_device_api,
+    unfreeze,
+)
+from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, Launch
+
+import triton
+import triton.language as tl
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(INTERPRETING, reason="kernels are interpreted in this process"),
+]
+
+
+def _kernel(**options):  # a fresh launch cache for each test
+    @paddle_jit(do_not_specialize=("n",), contiguous=("x_ptr",), **options)
+    def scale_kernel(x_ptr, y_ptr, n, factor, flag, stride, BLOCK: tl.constexpr):
+        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offsets * stride, mask=offsets < n).to(tl.float32)
+        if flag:
+            x = x * factor
+        tl.store(y_ptr + offsets, x, mask=offsets < n)
+
+    return scale_kernel
+
+
+@pytest.fixture
+def api() -> FakeApi:
+    api = FakeApi()
+    register_device_api(FakeTensor, api)
+    return api
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, api: FakeApi) -> Iterator[FakeLibrary]:
+    library = FakeLibrary(codes="QQif?i")
+    monkeypatch.setattr(driver, "_open_library", lambda: library)
+    driver.cuda.cache_clear()
+    yield library
+    unfreeze()
+    driver.cuda.cache_clear()
+
+
+X, Y = FakeTensor(0x7000), FakeTensor(0x8000)
+
+
+def test_what_the_driver_gets(library: FakeLibrary, api: FakeApi) -> None:
+    kernel = _kernel()
+    for n in (5, 1, 16, -3):
+        kernel[(2, 3)](X, Y, n, 0.5, True, 7, BLOCK=64, num_warps=2)
+        api.stream += 1
+    launches = library.launches
+    assert [launch.values for launch in launches] == [
+        (0x7000, 0x8000, n, 0.5, True, 7) for n in (5, 1, 16, -3)
+    ]
+    assert {launch.grid for launch in launches} == {(2, 3, 1)}
+    assert {launch.block for launch in launches} == {(64, 1, 1)}
+    assert [launch.stream for launch in launches] == [0xABC0 + i for i in range(4)]
+    assert len({launch.function for launch in launches}) == len(library.loaded) == 1
+
+
+def test_positional_and_keyword_arguments_are_one_variant(library: FakeLibrary) -> None:
+    kernel = _kernel()
+    kernel[(1,)](X, Y, 5, 0.5, True, 7, 64)
+    kernel[(1,)](X, Y, 5, BLOCK=64, stride=7, flag=True, factor=0.5)
+    kernel[(1,)](y_ptr=Y, x_ptr=X, n=5, BLOCK=64, stride=7, flag=True, factor=0.5)
+    assert len(library.loaded) == 1
+    assert len({launch.values for launch in library.launches}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "codes"),
+    [
+        ({"x_ptr": FakeTensor(0x7004)}, "QQif?i"),
+        ({"x_ptr": FakeTensor(0x7000, "fake.bfloat16")}, "QQif?i"),
+        ({"n": 1 << 40}, "QQqf?i"),
+        ({"n": 1 << 63}, "QQQf?i"),
+        ({"stride": 1}, "QQif?"),
+        ({"stride": 32}, "QQif?i"),
+        ({"flag": None}, "QQifi"),
+        ({"factor": 2}, "QQii?i"),
+        ({"BLOCK": 128}, "QQif?i"),
+        ({"num_warps": 8}, "QQif?i"),
+        ({"enable_fp_fusion": False}, "QQif?i"),
+    ],
+)
+def test_what_makes_another_variant(library: FakeLibrary, change: dict, codes: str) -> None:
+    kernel = _kernel()
+    base = {"x_ptr": X, "y_ptr": Y, "n": 5, "factor": 0.5, "flag": True, "stride": 7, "BLOCK": 64}
+    for _ in range(2):
+        library.codes = "QQif?i"
+        kernel[(1,)](**base)
+        library.codes = codes
+        kernel[(1,)](**base | change)
+    assert len(library.loaded) == 2
+    first, second, third, fourth = (launch.function for launch in library.launches)
+    assert first == third != second == fourth
+    given = base | change
+    passed = [v for v in library.launches[1].values if not isinstance(v, bool)]
+    assert passed[2] == given["n"]
+    assert passed[0] == given["x_ptr"].address
+
+
+def test_constants_of_equal_value_and_other_type(library: FakeLibrary) -> None:
+    kernel = _kernel()
+    for flag in (True, 1, True, 1):
+        library.codes = "QQif?i" if flag is True else "QQifi"
+        kernel[(1,)](X, Y, 5, 0.5, flag, 7, BLOCK=64)
+    assert len(library.loaded) == 2
+
+
+def test_new_tensors_are_checked_and_known_ones_are_not(library: FakeLibrary, api: FakeApi) -> None:
+    kernel = _kernel()
+    launch = kernel[(1,)]
+    launch(X, Y, 5, 0.5, True, 7, BLOCK=64)
+    kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    asked = api.asked
+    kernel[(1,)](X, Y, 6, 0.5, True, 7, BLOCK=64)
+    assert api.asked == asked
+    moved = FakeTensor(0x9000)
+    kernel[(1,)](moved, Y, 6, 0.5, True, 7, BLOCK=64)
+    assert api.asked == asked + 1
+    moved.address, moved.device = 0xA000, -1
+    with pytest.raises(LaunchError, match="scale_kernel: argument 'x_ptr'.*host memory"):
+        kernel[(1,)](moved, Y, 6, 0.5, True, 7, BLOCK=64)
+    assert library.launches[-1].values[0] == 0x9000
+
+
+def test_an_address_used_again_by_another_tensor_is_checked(library: FakeLibrary) -> None:
+    kernel = _kernel()
+    first = FakeTensor(0xB000)
+    for _ in range(2):
+        kernel[(1,)](first, Y, 5, 0.5, True, 7, BLOCK=64)
+    del first
+    gc.collect()
+    kernel[(1,)](FakeTensor(0xB000, "fake.bfloat16"), Y, 5, 0.5, True, 7, BLOCK=64)
+    assert len(library.loaded) == 2
+    assert library.launches[-1].function != library.launches[0].function
+
+
+def test_tensors_are_not_kept_alive(library: FakeLibrary) -> None:
+    import weakref
+
+    kernel, tensor = _kernel(), FakeTensor(0xB000)
+    for _ in range(2):
+        kernel[(1,)](tensor, Y, 5, 0.5, True, 7, BLOCK=64)
+    alive = weakref.ref(tensor)
+    del tensor
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_ptr": FakeTensor(0x7000, device=-1)}, "argument 'x_ptr': the tensor is in host"),
+        ({"x_ptr": FakeTensor(0x7000, device=1)}, "'y_ptr' is a .* on device 0, but 'x_ptr'"),
+        ({"x_ptr": FakeTensor(0x7000, dense=False)}, "argument 'x_ptr' .*not contiguous"),
+        ({"y_ptr": FakeTensor(0x7000, "fake.complex64")}, "'y_ptr' has dtype complex64"),
+        ({"n": "5"}, "argument 'n' is a str"),
+        ({"n": 1 << 64}, "argument 'n' is 18446744073709551616, beyond 64 bits"),
+        ({"size": 3}, "unknown argument 'size'"),
+    ],
+)
+@pytest.mark.parametrize("warm", [0, 2])
+def test_refusals(library: FakeLibrary, change: dict, message: str, warm: int) -> None:
+    kernel = _kernel()
+    base = {"x_ptr": X, "y_ptr": Y, "n": 5, "factor": 0.5, "flag": True, "stride": 7, "BLOCK": 64}
+    for _ in range(warm):
+        kernel[(1,)](**base)
+    with pytest.raises(LaunchError, match=f"kernel scale_kernel: .*{message}"):
+        kernel[(1,)](**base | change)
+    assert len(library.launches) == warm
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+def test_missing_argument(library: FakeLibrary, warm: int) -> None:
+    kernel = _kernel()
+    for _ in range(warm):
+        kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    with pytest.raises(LaunchError, match="kernel scale_kernel: argument 'stride' is missing"):
+        kernel[(1,)](X, Y, 5, 0.5, True, BLOCK=64)
+
+
+def test_tensor_on_another_device_than_the_current_one(library: FakeLibrary, api: FakeApi) -> None:
+    library.num_devices = 2
+    kernel = _kernel()
+    for _ in range(2):
+        kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    api.set_device(1)
+    with pytest.raises(LaunchError, match="on device 0, but the current device is 1"):
+        kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    there = [FakeTensor(0x7000, device=1), FakeTensor(0x8000, device=1)]
+    for _ in range(2):
+        kernel[(1,)](*there, 5, 0.5, True, 7, BLOCK=64)
+    assert len(library.loaded) == 2
+
+
+def test_grids(library: FakeLibrary) -> None:
+    kernel = _kernel()
+
+    def cover(meta: dict) -> tuple[int]:
+        return (triton.cdiv(meta["n"], meta["BLOCK"]) * meta["num_warps"],)
+
+    for _ in range(2):
+        kernel[cover](X, Y, 130, 0.5, True, 7, BLOCK=64, num_warps=2)
+        kernel[[4, 5, 6]](X, Y, 130, 0.5, True, 7, BLOCK=64, num_warps=2)
+        kernel[(4, 0)](X, Y, 130, 0.5, True, 7, BLOCK=64, num_warps=2)
+        kernel[cover](X, Y, 0, 0.5, True, 7, BLOCK=64, num_warps=2)
+    assert [launch.grid for launch in library.launches] == [(6, 1, 1), (4, 5, 6)] * 2
+    assert kernel[(1, 2)] is kernel[(1, 2)]
+    for wrong in ((1, 2, 3, 4), (), (-1,)):
+        with pytest.raises(LaunchError, match="wanted one to three numbers"):
+            kernel[wrong](X, Y, 130, 0.5, True, 7, BLOCK=64)
+
+
+def test_numpy_scalars(library: FakeLibrary) -> None:
+    kernel = _kernel()
+    for _ in range(2):
+        kernel[(1,)](X, Y, np.int64(5), np.float32(0.5), np.bool_(True), np.int32(7), BLOCK=64)
+    assert library.launches[1].values == (0x7000, 0x8000, 5, 0.5, True, 7)
+
+
+def test_launch_attributes(library: FakeLibrary) -> None:
+    kernel = _kernel()
+    for _ in range(2):
+        kernel[(3,)](
+            X, Y, 5, 0.5, True, 7, BLOCK=64, num_ctas=2, launch_cooperative_grid=True,
+        )  # fmt: skip
+    for launch in library.launches:
+        assert launch.grid == (6, 1, 1)
+        assert [number for number, _ in launch.attributes] == [2, 4, 5]
+        assert launch.attributes[1][1][:12] == b"\2\0\0\0\1\0\0\0\1\0\0\0"
+
+
+def test_first_launches_of_many_threads_compile_once(library: FakeLibrary) -> None:
+    kernel, errors = _kernel(), []
+    start = threading.Barrier(8)
+
+    def work(value: int) -> None:
+        try:
+            start.wait()
+            for _ in range(50):
+                kernel[(1,)](X, Y, value, 0.5, True, 7, BLOCK=64)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(library.loaded) == 1
+    counts = [sum(launch.values[2] == i for launch in library.launches) for i in range(8)]
+    assert counts == [50] * 8
+
+
+def test_a_thread_without_context_gets_one(library: FakeLibrary) -> None:
+    kernel = _kernel()
+    kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    library.needs_context = True
+    errors = []
+
+    def work() -> None:
+        try:
+            kernel[(1,)](X, Y, 6, 0.5, True, 7, BLOCK=64)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert errors == []
+    assert library.launches[-1].values[2] == 6
+
+
+def test_errors_of_the_driver(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = _kernel()
+    monkeypatch.setattr(library, "cuLaunchKernelEx", lambda *args: 700)
+    for _ in range(2):
+        with pytest.raises(DeviceError, match=r"launch of kernel .*scale_kernel: CUDA error 700"):
+            kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+
+
+def _values(launch: Launch) -> tuple:
+    return launch.grid, launch.values
+
+
+def test_bound_launch(library: FakeLibrary, api: FakeApi) -> None:
+    kernel = _kernel()
+    launch = kernel.bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64, scalars=("n", "factor"))
+    asked = api.asked
+    launch()
+    launch(6, 0.25)
+    launch(7, 1.0, grid=(9, 2))
+    api.stream = 0xDEF0
+    launch()
+    assert api.asked == asked
+    rest = (True, 7)
+    assert [_values(launch) for launch in library.launches] == [
+        ((2, 1, 1), (0x7000, 0x8000, 5, 0.5, *rest)),
+        ((2, 1, 1), (0x7000, 0x8000, 6, 0.25, *rest)),
+        ((9, 2, 1), (0x7000, 0x8000, 7, 1.0, *rest)),
+        ((2, 1, 1), (0x7000, 0x8000, 5, 0.5, *rest)),
+    ]
+    assert [launch.stream for launch in library.launches] == [0xABC0] * 3 + [0xDEF0]
+    kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    assert len(library.loaded) == 1
+
+
+def test_bound_launch_without_scalars(library: FakeLibrary) -> None:
+    launch = _kernel().bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64)
+    launch()
+    launch(grid=(4,))
+    launch()
+    launch(grid=(0,))
+    assert [launch.grid[0] for launch in library.launches] == [2, 4, 2]
+    with pytest.raises(LaunchError, match="1 scalars for 0 names"):
+        launch(5)
+
+
+def test_bound_grid_function(library: FakeLibrary) -> None:
+    launch = _kernel().bind(
+        lambda meta: (meta["n"] * 2,), X, Y, 5, 0.5, True, 7, BLOCK=64, scalars=("n",)
+    )
+    launch()
+    launch(6)
+    launch(0)
+    assert [launch.grid[0] for launch in library.launches] == [10, 12]
+
+
+def test_exchange(library: FakeLibrary) -> None:
+    launch = _kernel().bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64)
+    launch.exchange(y_ptr=FakeTensor(0xC000))
+    launch()
+    assert library.launches[-1].values[:2] == (0x7000, 0xC000)
+    for tensor, message in (
+        (FakeTensor(0xC000, "fake.bfloat16"), r"is \*bf16 on device 0, bound is \*fp32"),
+        (FakeTensor(0xC004), "an address that 16 does not divide"),
+        (FakeTensor(0xC000, device=1), "on device 1, bound is"),
+        (FakeTensor(0xC000, device=-1), "host memory"),
+        (5, "'y_ptr' is a int; a tensor is bound there"),
+    ):
+        with pytest.raises(LaunchError, match=message):
+            launch.exchange(y_ptr=tensor)
+    with pytest.raises(LaunchError, match="no tensor is bound to 'n'"):
+        launch.exchange(n=X)
+    launch()
+    assert library.launches[-1].values[:2] == (0x7000, 0xC000)
+
+
+@pytest.mark.parametrize(
+    ("scalars", "message"),
+    [
+        (("stride",), "'stride' changes from launch to launch.*do_not_specialize"),
+        (("x_ptr",), "scalar 'x_ptr' is FakeTensor.*a number"),
+        (("BLOCK",), "scalar 'BLOCK' is 64; a number that is passed"),
+        (("m",), "scalar 'm' is no parameter"),
+    ],
+)
+def test_scalars_that_cannot_change(library: FakeLibrary, scalars: tuple, message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        _kernel().bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64, scalars=scalars)
+
+
+def test_scalar_of_another_type(library: FakeLibrary) -> None:
+    launch = _kernel().bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64, scalars=("n",))
+    for wrong in (1 << 40, 0.5):
+        with pytest.raises(LaunchError, match=r"scalars \(n=.*do not fit"):
+            launch(wrong)
+    launch(8)
+    assert library.launches[-1].values[2] == 8
+
+
+def test_bound_launches_of_many_threads(library: FakeLibrary) -> None:
+    launch = _kernel().bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64, scalars=("n",))
+
+    def work(value: int) -> None:
+        for _ in range(100):
+            launch(value)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counts = [sum(launch.values[2] == i for launch in library.launches) for i in range(4)]
+    assert counts == [100] * 4
+
+
+def test_warmup_leaves_nothing_to_do(library: FakeLibrary) -> None:
+    kernel = _kernel()
+    pointer = Pointer("float32")
+    compiled = kernel.warmup(pointer, pointer, 5, 0.5, True, 7, BLOCK=64)
+    assert compiled is not None and compiled.name == "scale_kernel"
+    assert len(library.loaded) == 1 and library.launches == []
+    freeze(strict=True)
+    kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    with pytest.raises(LaunchError, match=r"no compiled variant for \(x_ptr=\*fp32, y_ptr"):
+        kernel[(1,)](FakeTensor(0x7004), Y, 5, 0.5, True, 7, BLOCK=64)
+    kernel.warmup(Pointer("float32", aligned=False), pointer, 5, 0.5, True, 7, BLOCK=64)
+    kernel[(1,)](FakeTensor(0x7004), Y, 5, 0.5, True, 7, BLOCK=64)
+    assert len(library.loaded) == 2
+
+
+def test_late_compilation_is_told_once(
+    library: FakeLibrary, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel, before = _kernel(), num_late_compilations()
+    freeze()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    assert num_late_compilations() == before + 1
+    assert len(caplog.records) == 1
+    assert "kernel scale_kernel: no compiled variant" in caplog.text
+
+
+def test_modules_and_import_paths_are_left_alone(library: FakeLibrary) -> None:
+    import sys
+
+    kernel = _kernel()
+    kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    before = dict(sys.modules), list(sys.meta_path)
+    for n in (5, 16):
+        kernel[(1,)](X, Y, n, 0.5, True, 7, BLOCK=64)
+    assert before == (dict(sys.modules), list(sys.meta_path))
+    assert "torch" not in sys.modules
