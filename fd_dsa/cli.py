@@ -12,6 +12,7 @@ usage: fd-dsa COMMAND [flags]
 
 commands:
   serve     serve a model over the OpenAI API (flags: fd-dsa serve --help)
+  doctor    report device, versions and providers, and check every operator (--json)
   version   print the version
 """
 
@@ -27,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fd_dsa.serve.cli import main as serve
 
         return serve(rest)
+    if command == "doctor":
+        from fd_dsa.doctor import main as doctor
+
+        return doctor(rest)
     if command in ("version", "--version"):
         print(f"fd_dsa {__version__}")
         return 0
@@ -34,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0
     print(
-        f"fd_dsa: error: unknown command {command!r}; allowed are serve, version", file=sys.stderr
+        f"fd_dsa: error: unknown command {command!r}; allowed are serve, doctor, version",
+        file=sys.stderr,
     )
     return 2

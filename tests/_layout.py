@@ -23,6 +23,7 @@ ROOMS = (
     "runner",
     "engine",
     "serve",
+    "doctor",
     "cli",
 )
 # outside package (or part of one) -> the rooms which may import it

@@ -66,6 +66,11 @@ def provider_table() -> dict[str, dict[str, str]]:
     return table
 
 
+def provider_reason(provider: str) -> str:
+    """Why a provider serves where it does, in words."""
+    return _REASONS[provider]
+
+
 def _choose(operator: str, kind: str) -> str:
     """Decide, log and remember."""
     chosen = PADDLE if kind == "cpu" else TRITON

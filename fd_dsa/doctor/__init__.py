@@ -1,0 +1,110 @@
+"""`python -m fd_dsa.doctor`: what is installed, what serves each operator, and a self-check."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fd_dsa import __version__
+from fd_dsa.doctor import environment
+from fd_dsa.errors import FdDsaError
+
+_OK, _BAD = 0, 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Examine this machine; returns 0 if everything passed, else 1.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="fd-dsa doctor",
+        description="Report device, versions and providers, and check every operator here.",
+    )
+    parser.add_argument("--device", help="cpu, gpu:0 or a custom device; default: the best one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    args = parser.parse_args(argv)
+    # its table says what the log would
+    logging.getLogger("fd_dsa").setLevel(logging.WARNING)
+    try:
+        found = examine(args.device)
+    except FdDsaError as error:
+        sys.stderr.write(f"fd_dsa: error: {error}\n")
+        return _BAD
+    sys.stdout.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
+    return _OK if found["healthy"] else _BAD
+
+
+def examine(device: str | None = None) -> dict[str, Any]:
+    """All that the doctor knows, as plain JSON values.
+
+    Args:
+        device: where operators are checked beside the CPU; None = the best one that is here.
+
+    Returns:
+        `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
+        `device`, `kernels` (how Triton kernels run), `note` (what was not checked and why, or
+        ""), `checks`, `providers` (operator -> kind of device -> {provider, reason}), `healthy`.
+
+    Raises:
+        BackendUnavailable: Paddle, Triton or the device that was asked for is not there.
+    """
+    facts = environment.facts()
+    device = environment.device_to_check(device)
+    # the check imports Paddle and Triton, whose absence has a clear error of its own above
+    from fd_dsa.doctor.self_check import run_checks
+    from fd_dsa.ops._provider import provider_reason, provider_table
+    from fd_dsa.triton_runtime import INTERPRETING
+
+    checks = run_checks(device)
+    providers = {
+        operator: {
+            kind: {"provider": name, "reason": provider_reason(name)}
+            for kind, name in kinds.items()
+        }
+        for operator, kinds in provider_table().items()
+    }
+    return {
+        "version": __version__,
+        **facts,
+        "device": device,
+        "kernels": "interpreted" if INTERPRETING else "compiled",
+        "note": environment.not_checked(device, facts["gpu"]),
+        "checks": checks,
+        "providers": providers,
+        "healthy": all(check["passed"] for check in checks),
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The report for a person."""
+    packages = ", ".join(f"{name} {v or 'not installed'}" for name, v in found["packages"].items())
+    gpu = found["gpu"]
+    lines = [
+        f"fd_dsa     {found['version']}",
+        f"machine    {found['machine']}",
+        f"packages   {packages}",
+        f"gpu        {gpu['name'] + ', driver ' + gpu['driver'] if gpu else 'none'}",
+        f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
+        "",
+        "providers",
+    ]
+    for operator, kinds in found["providers"].items():
+        lines += [
+            f"  {operator:<16} {kind:<8} {chosen['provider']:<8} {chosen['reason']}"
+            for kind, chosen in kinds.items()
+        ]
+    lines += ["", "self-check"]
+    for check in found["checks"]:
+        mark = "ok" if check["passed"] else "FAILED"
+        where = f"  {check['name']:<16} {check['device']:<8} {mark:<7}{check['ms']:>7.0f} ms"
+        lines.append(f"{where}  {check['detail']}".rstrip())
+    if found["note"]:
+        lines += ["", found["note"]]
+    lines += ["", "healthy" if found["healthy"] else "NOT healthy: see what FAILED above"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,80 @@
+"""What the doctor finds before it runs anything: machine, versions, GPU, device."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from fd_dsa.config import has_nvidia_gpu, prepare_cpu_runtime, usable_cpus
+from fd_dsa.errors import BackendUnavailable
+
+_PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
+_QUERY = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "-i", "0")
+
+
+def facts() -> dict[str, Any]:
+    """`machine`, `packages` and `gpu`; nothing is imported."""
+    return {
+        "machine": f"{platform.system()} {platform.machine()}, {usable_cpus()} processors, "
+        f"Python {platform.python_version()}",
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "gpu": _gpu(),
+    }
+
+
+def _version(package: str) -> str:
+    """Installed version, or "" where the package is absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _gpu() -> dict[str, str] | None:
+    """Name and driver of the first NVIDIA GPU; None without one."""
+    if not has_nvidia_gpu():
+        return None
+    try:
+        done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=20)
+        answer = done.stdout.strip() if done.returncode == 0 else ""
+    except (OSError, subprocess.TimeoutExpired):
+        answer = ""
+    name, _, driver = answer.partition(", ")
+    return {"name": name or "unknown (nvidia-smi does not answer)", "driver": driver or "unknown"}
+
+
+def device_to_check(asked: str | None) -> str:
+    """The device whose kernels are checked: that asked for, or the best one Paddle has.
+
+    Raises:
+        BackendUnavailable: Paddle or Triton is missing, or Paddle has no such device.
+    """
+    for package, cure in (("paddle", "pip install '.[cpu]'"), ("triton", "pip install triton")):
+        if find_spec(package) is None:
+            raise BackendUnavailable(f"{package} is not installed; {cure}, then run this again")
+    prepare_cpu_runtime()
+    import paddle
+
+    devices = [f"{kind}:0" for kind in paddle.device.get_all_custom_device_type() or ()]
+    if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
+        devices.append("gpu:0")
+    if asked is None:
+        return [*devices, "cpu"][0]
+    if asked == "cpu" or asked in devices or f"{asked}:0" in devices:
+        return asked
+    raise BackendUnavailable(f"--device: got {asked!r}, allowed: {', '.join(['cpu', *devices])}")
+
+
+def not_checked(device: str, gpu: dict[str, str] | None) -> str:
+    """What the self-check leaves open on this device, in words; "" where it leaves nothing."""
+    if device != "cpu":
+        return ""
+    if gpu is None:
+        return "No GPU kernel was run: this machine has no NVIDIA GPU. The CPU was checked alone."
+    return (
+        "No GPU kernel was run: the GPU is there, but the device is the CPU (Paddle without CUDA, "
+        "or --device cpu). With paddlepaddle-gpu installed, run this again."
+    )
