@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -111,6 +112,15 @@ def test_the_command_of_every_section() -> None:
     assert sections["tests_small"].ends_run
     assert sections["ceilings"].command[-5:] == ("--out", "/o", "--peers", "/p", "--quick")
     assert "tests/test_kernel_memory.py" in sections["tests_all"].command
+
+
+def test_gpu_tests_are_collected_without_paddle() -> None:
+    hidden = "import sys; sys.modules['paddle'] = None; import pytest; sys.exit(pytest.main())"
+    flags = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu", *gpu_run.gpu_tests()]
+    command = [sys.executable, "-c", hidden.replace("main()", "main(sys.argv[1:])"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=gpu_run.ROOT)
+    failed = [line for line in done.stdout.splitlines() if line.startswith("ERROR")]
+    assert done.returncode == 0, f"they run where Paddle is not installed: {failed}"
 
 
 def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
