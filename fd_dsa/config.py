@@ -17,6 +17,9 @@ DEFAULT_NUM_BATCHED_TOKENS = 512
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _DTYPES = ("auto", "float32", "bfloat16")
+_CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
+FP8_BLOCK_SIZE = 64
+"""Tokens of a block of fp8_ds_mla caches; the kernels that read them take no other."""
 
 
 def demo_model_path() -> Path:
@@ -49,7 +52,8 @@ class EngineConfig:
         model: folder of a checkpoint in Hugging Face format; None is the demo model.
         served_model_name: names that requests may use; empty is the folder's name.
         dtype: type of weights and activations; on a CPU `auto` is float32, the only one there.
-        kv_cache_dtype: type of the caches; `auto` is the type of the activations.
+        kv_cache_dtype: type of the caches; `auto` is the type of the activations, `fp8_ds_mla`
+            is e4m3 with scales, 788 bytes a token and layer.
         max_model_len: longest prompt plus output, tokens; None is the model's own limit.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; None is 512, the default on a CPU.
@@ -154,15 +158,15 @@ class EngineConfig:
                 "auto or float32 on a CPU, since Paddle's CPU build has no bfloat16 kernels",
                 "bfloat16 checkpoints are converted while loading",
             )
-        if self.kv_cache_dtype == "fp8_ds_mla":
+        if self.kv_cache_dtype not in _CACHE_DTYPES:
+            raise _flag_error("kv_cache_dtype", self.kv_cache_dtype, ", ".join(_CACHE_DTYPES), "")
+        if self.kv_cache_dtype == "fp8_ds_mla" and self.block_size != FP8_BLOCK_SIZE:
             raise _flag_error(
-                "kv_cache_dtype",
-                self.kv_cache_dtype,
-                ", ".join(_DTYPES),
-                "fp8_ds_mla comes with the GPU write path; use bfloat16 to halve the caches",
+                "block_size",
+                self.block_size,
+                f"{FP8_BLOCK_SIZE} with --kv-cache-dtype fp8_ds_mla",
+                "leave it out",
             )
-        if self.kv_cache_dtype not in _DTYPES:
-            raise _flag_error("kv_cache_dtype", self.kv_cache_dtype, ", ".join(_DTYPES), "")
 
     def _parsed_cache_bytes(self) -> int:
         """`kv_cache_memory_bytes` as a number."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.config import FP8_BLOCK_SIZE
 from fd_dsa.errors import ConfigError
 from fd_dsa.ops._fp8 import (
     INDEX_RECORD_BYTES,
@@ -26,7 +27,6 @@ from fd_dsa.ops._fp8 import (
     ROPE_WIDTH,
 )
 
-FP8_BLOCK_SIZE = 64
 # bfloat16 is held as its bits: neither NumPy nor Paddle's CPU build computes with it
 _STORAGE = {
     "float32": np.dtype(np.float32),

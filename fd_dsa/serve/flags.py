@@ -91,7 +91,9 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_cache_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--kv-cache-dtype", metavar="DTYPE", help="auto, float32 or bfloat16 (default: auto)"
+        "--kv-cache-dtype",
+        metavar="DTYPE",
+        help="auto, float32, bfloat16 or fp8_ds_mla (default: auto)",
     )
     group.add_argument(
         "--kv-cache-memory-bytes",

@@ -108,7 +108,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--max-num-seqs", "0"], "--max-num-seqs: got 0"),
         (["--kv-cache-memory-bytes", "8X"], "--kv-cache-memory-bytes"),
         (["--dtype", "bfloat16"], "--dtype: got 'bfloat16'"),
-        (["--kv-cache-dtype", "fp8_ds_mla"], "--kv-cache-dtype: got 'fp8_ds_mla'"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype: got 'fp8'"),
         (["--served-model-name", ""], "--served-model-name"),
         (["--engine", "turbo"], "--engine: invalid choice"),
         (["--engine", "fastdeploy"], "--engine fastdeploy: missing in this release"),
