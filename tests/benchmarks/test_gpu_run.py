@@ -75,6 +75,12 @@ def test_a_second_run_goes_on(run: Runner, tmp_path: Path) -> None:
     assert counter.read_text() == "xxx"
 
 
+def test_tests_that_were_all_skipped_do_not_pass(run: Runner, tmp_path: Path) -> None:
+    skipped = Section("tests_all", python("print('3 skipped')"), 60, must_say=" passed")
+    assert run([skipped]) == 1
+    assert state(tmp_path)["tests_all"]["status"] == "failed"
+
+
 def test_red_tests_end_the_run(run: Runner, tmp_path: Path) -> None:
     small = Section("tests_small", python("raise SystemExit(1)"), 60, ends_run=True)
     assert run([small, Section("later", python(""), 60)]) == 1
