@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -168,8 +169,8 @@ def read_back(tensors: tuple[Array, ...], transfers: Transfers) -> StepInputs:
     return StepInputs(*arrays)
 
 
-def paddle_allocator(device: str) -> Allocate:
-    """Makes Paddle tensors on "gpu", "gpu:1" or a custom device such as "name:0".
+def paddle_place(device: str) -> Any:
+    """Paddle's place of "gpu", "gpu:1" or a custom device such as "name:0".
 
     Raises:
         BackendUnavailable: Paddle is missing, or serves no such device.
@@ -183,16 +184,21 @@ def paddle_allocator(device: str) -> Allocate:
     kind, _, number = device.partition(":")
     custom = list(paddle.device.get_all_custom_device_type() or [])
     if kind in custom:
-        place = paddle.CustomPlace(kind, int(number or 0))
-    elif kind == "gpu" and paddle.device.is_compiled_with_cuda():
-        place = paddle.CUDAPlace(int(number or 0))
-    else:
-        gpu = ["'gpu'"] if paddle.device.is_compiled_with_cuda() else []
-        served = ", ".join([*gpu, *map(repr, custom)]) or "none"
-        raise BackendUnavailable(
-            f"device: got {device!r}, allowed are 'cpu' (Paddle tensors), 'numpy' (no Paddle) and "
-            f"the devices of the installed Paddle ({served}); 'gpu' needs paddlepaddle-gpu"
-        )
+        return paddle.CustomPlace(kind, int(number or 0))
+    if kind == "gpu" and paddle.device.is_compiled_with_cuda():
+        return paddle.CUDAPlace(int(number or 0))
+    gpu = ["'gpu'"] if paddle.device.is_compiled_with_cuda() else []
+    served = ", ".join([*gpu, *map(repr, custom)]) or "none"
+    raise BackendUnavailable(
+        f"device: got {device!r}, allowed are 'cpu' (Paddle tensors), 'numpy' (no Paddle) and "
+        f"the devices of the installed Paddle ({served}); 'gpu' needs paddlepaddle-gpu"
+    )
+
+
+def paddle_allocator(device: str) -> Allocate:
+    """Makes Paddle tensors of zeros on a device; see `paddle_place`."""
+    place = paddle_place(device)
+    import paddle
 
     def allocate(shape: tuple[int, ...], dtype: str) -> Array:
         return paddle.to_tensor(np.zeros(shape, dtype), place=place)

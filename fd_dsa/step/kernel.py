@@ -21,6 +21,13 @@ import triton.language as tl
 
 
 @triton.jit
+def _lengths(seq_lens_this_time_ptr, rows, num_rows, num_padded_tokens):
+    """Tokens of each row, 0 past the last one; bounded, whatever the tensor holds."""
+    lengths = tl.load(seq_lens_this_time_ptr + rows, mask=rows < num_rows, other=0)
+    return tl.minimum(tl.maximum(lengths, 0), num_padded_tokens)
+
+
+@triton.jit
 def _slots(
     block_tables_ptr,
     row_stride,
@@ -64,7 +71,7 @@ def _write_decode_step(
     """Rows [TILE * program, TILE * (program + 1)), and padding in the tokens of that range."""
     first = tl.program_id(0) * TILE
     rows = first + tl.arange(0, TILE)
-    lengths = tl.maximum(tl.load(seq_lens_this_time_ptr + rows, rows < num_rows, other=0), 0)
+    lengths = _lengths(seq_lens_this_time_ptr, rows, num_rows, num_padded_tokens)
     cached = tl.load(seq_lens_decoder_ptr + rows, rows < num_rows, other=0)
     slots = _slots(
         block_tables_ptr,
@@ -80,8 +87,7 @@ def _write_decode_step(
     num_tokens = 0
     for tile in range(NUM_ROW_TILES):
         others = tile * ROW_TILE + tl.arange(0, ROW_TILE)
-        counts = tl.load(seq_lens_this_time_ptr + others, others < num_rows, other=0)
-        counts = tl.maximum(counts, 0)
+        counts = _lengths(seq_lens_this_time_ptr, others, num_rows, num_padded_tokens)
         before += tl.sum(tl.where(others < first, counts, 0))
         num_tokens += tl.sum(counts)
     ends = before + tl.cumsum(lengths)
@@ -92,12 +98,11 @@ def _write_decode_step(
     tl.store(cu_seqlens_q_ptr + rows + 1, ends, exists)
     tl.store(cache_seqlens_ptr + rows, tl.where(lengths > 0, cached + lengths, 0), exists)
 
-    longest = tl.minimum(tl.max(lengths), num_padded_tokens)
     written = (lengths > 0) & (starts >= 0) & (starts < num_padded_tokens)
     tl.store(batch_id_per_token_ptr + starts, rows, written)
     tl.store(position_ids_ptr + starts, cached.to(tl.int64), written)
     tl.store(slot_mapping_ptr + starts, slots, written)
-    for draft in range(1, longest):
+    for draft in range(1, tl.max(lengths)):
         tokens = starts + draft
         positions = cached + draft
         written = (lengths > draft) & (tokens >= 0) & (tokens < num_padded_tokens)
@@ -157,8 +162,7 @@ def _write_mixed_step(
     num_keys = 0
     for tile in range(NUM_ROW_TILES):
         rows = tile * ROW_TILE + tl.arange(0, ROW_TILE)
-        lengths = tl.load(seq_lens_this_time_ptr + rows, rows < num_rows, other=0)
-        lengths = tl.maximum(lengths, 0)
+        lengths = _lengths(seq_lens_this_time_ptr, rows, num_rows, num_padded_tokens)
         cached = tl.load(seq_lens_decoder_ptr + rows, rows < num_rows, other=0)
         is_prefill = tl.load(seq_lens_encoder_ptr + rows, rows < num_rows, other=0) > 0
         gathered = lengths + tl.where(is_prefill, cached, 0)

@@ -70,10 +70,10 @@ class _Form:
     ) -> None:
         self._tile = tile
         self._min_programs = 1 if has_prefill else -(-limits.max_num_seqs // tile)
-        self._inputs: tuple[Array, ...] = (buffers.cu_seqlens_q,) * len(StepInputs._fields)
         # a decode-only step reads no encoder lengths: they are 0
         self._names = [f"{name}_ptr" for name in StepInputs._fields]
         self._skipped = 0 if has_prefill else 1
+        self._addresses: list[int] = []
         row_tile = min(max(_next_power_of_2(limits.max_num_seqs), _MIN_ROW_TILE), _MAX_ROW_TILE)
         arguments: dict[str, Any] = dict.fromkeys(self._names, buffers.cu_seqlens_q)
         if not has_prefill:
@@ -104,10 +104,12 @@ class _Form:
         self, inputs: tuple[Array, ...], num_rows: int, num_padded_tokens: int, row_stride: int
     ) -> None:
         """Queue the kernel over rows and padded tokens."""
-        for index in range(self._skipped, len(inputs)):
-            if inputs[index] is not self._inputs[index]:
-                self._bound.exchange(**{self._names[index]: inputs[index]})
-        self._inputs = inputs
+        addresses = [tensor.data_ptr() for tensor in inputs]
+        if addresses != self._addresses:
+            # the bound tensors keep their memory, so nothing else can come to lie there
+            changed = zip(self._names, inputs, strict=True)
+            self._bound.exchange(**dict(list(changed)[self._skipped :]))
+            self._addresses = addresses
         num_programs = max(self._min_programs, -(-num_padded_tokens // self._tile))
         self._bound(num_rows, num_padded_tokens, row_stride, grid=(num_programs,))
 

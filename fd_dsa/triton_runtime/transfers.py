@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.errors import BackendUnavailable
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
+from fd_dsa.triton_runtime.driver import INVALID_CONTEXT, cuda
 
 _PORTABLE = 1
 _NO_TIMING = 2
@@ -76,50 +76,60 @@ class CudaTransfers(Transfers):
 
     def host_buffer(self, num_bytes: int) -> np.ndarray:
         """uint8 [num_bytes] of page-locked memory, given back with the last array on it."""
-        self._api.set_device(self._device)
         address = ctypes.c_void_p()
         size = ctypes.c_size_t(max(num_bytes, 1))
-        _call("cuMemHostAlloc", ctypes.byref(address), size, ctypes.c_uint(_PORTABLE))
+        self.call("cuMemHostAlloc", ctypes.byref(address), size, ctypes.c_uint(_PORTABLE))
         memory = (ctypes.c_uint8 * num_bytes).from_address(address.value or 0)
-        weakref.finalize(memory, _driver().cuMemFreeHost, address)
+        weakref.finalize(memory, _library().cuMemFreeHost, address)
         buffer = np.frombuffer(memory, np.uint8)
         buffer.fill(0)
         return buffer
 
     def to_device(self, target: Any, source: np.ndarray) -> None:
         """Queue a copy; it overlaps with the host if `source` lies in a `host_buffer`."""
-        _call(
+        self.call(
             "cuMemcpyHtoDAsync_v2",
             ctypes.c_uint64(target.data_ptr()),
             ctypes.c_void_p(source.ctypes.data),
             ctypes.c_size_t(source.nbytes),
-            self._stream(),
+            self.stream(),
         )
 
     def to_host(self, target: np.ndarray, source: Any) -> None:
         """Queue a copy; it overlaps with the host if `target` lies in a `host_buffer`."""
-        _call(
+        self.call(
             "cuMemcpyDtoHAsync_v2",
             ctypes.c_void_p(target.ctypes.data),
             ctypes.c_uint64(source.data_ptr()),
             ctypes.c_size_t(target.nbytes),
-            self._stream(),
+            self.stream(),
         )
 
     def event(self) -> Event:
         """A new event without timing."""
-        self._api.set_device(self._device)
         return _CudaEvent(self)
 
     def is_capturing(self) -> bool:
         """True while the current stream is captured into a graph."""
         status = ctypes.c_int()
-        _call("cuStreamIsCapturing", self._stream(), ctypes.byref(status))
+        self.call("cuStreamIsCapturing", self.stream(), ctypes.byref(status))
         return status.value != 0
 
-    def _stream(self) -> ctypes.c_void_p:
+    def stream(self) -> ctypes.c_void_p:
         """The stream that copies and events go to."""
         return ctypes.c_void_p(self._api.current_stream(self._device))
+
+    def call(self, function: str, *arguments: Any) -> None:
+        """Call the driver; a thread that has no context yet gets the device's.
+
+        Raises:
+            DeviceError: the driver reports an error; call and error are named.
+        """
+        code = getattr(_library(), function)(*arguments)
+        if code == INVALID_CONTEXT:
+            cuda().bind_context(self._device)
+            code = getattr(_library(), function)(*arguments)
+        cuda().check(code, function)
 
 
 class _CudaEvent(Event):
@@ -128,17 +138,17 @@ class _CudaEvent(Event):
     def __init__(self, transfers: CudaTransfers) -> None:
         self._transfers = transfers
         self._handle = ctypes.c_void_p()
-        _call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(_NO_TIMING))
-        weakref.finalize(self, _driver().cuEventDestroy_v2, self._handle)
+        transfers.call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(_NO_TIMING))
+        weakref.finalize(self, _library().cuEventDestroy_v2, self._handle)
 
     def record(self) -> None:
-        _call("cuEventRecord", self._handle, self._transfers._stream())
+        self._transfers.call("cuEventRecord", self._handle, self._transfers.stream())
 
     def done(self) -> bool:
-        return bool(_driver().cuEventQuery(self._handle) == 0)
+        return bool(_library().cuEventQuery(self._handle) == 0)
 
     def wait(self) -> None:
-        _call("cuEventSynchronize", self._handle)
+        self._transfers.call("cuEventSynchronize", self._handle)
 
 
 def transfers_for(tensor: Any) -> Transfers:
@@ -156,22 +166,7 @@ def transfers_for(tensor: Any) -> Transfers:
 
 
 @cache
-def _driver() -> ctypes.CDLL:
-    """The CUDA driver library."""
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise BackendUnavailable(f"the CUDA driver library cannot be loaded: {error}") from None
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """Call the driver.
-
-    Raises:
-        RuntimeError: it reports an error; call and error are named.
-    """
-    status = getattr(_driver(), name)(*arguments)
-    if status:
-        text = ctypes.c_char_p()
-        _driver().cuGetErrorName(status, ctypes.byref(text))
-        raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()} ({status})")
+def _library() -> ctypes.CDLL:
+    """The driver library, started."""
+    cuda()
+    return ctypes.CDLL("libcuda.so.1")

@@ -20,7 +20,9 @@ from tests.strategies import BLOCK_SIZES, StepBatch, make_batch, step_batches, s
 
 # the fixture holds no state that one example could leave to the next
 EXAMPLES = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=min(60, settings.default.max_examples),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 DECODE = ("idle", "idle_with_cache", "decode", "mtp_decode")
 

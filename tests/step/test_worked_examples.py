@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.step import StepMetadataBuilder
+from tests.kernel_memory import KernelMemory
 from tests.reference.step_metadata import ref_step_metadata
 from tests.step.helpers import ARRAY_FIELDS, COUNT_FIELDS, as_numpy
 
@@ -91,6 +92,22 @@ def test_builder_gives_the_numbers_worked_out_by_hand(example: dict[str, Any], d
     builder = StepMetadataBuilder(8, 32, inputs[3].shape[1], BLOCK_SIZE, 13, device)
     meta = builder.build(*inputs)
     found: dict[str, Any] = {n: as_numpy(getattr(meta, n)).tolist() for n in ARRAY_FIELDS}
+    found |= {name: getattr(meta, name) for name in COUNT_FIELDS}
+    assert found == _wanted(example)
+
+
+@EXAMPLES
+@pytest.mark.parametrize("on_host", [True, False])
+def test_kernel_gives_the_numbers_worked_out_by_hand(
+    kernel_memory: KernelMemory, example: dict[str, Any], on_host: bool
+) -> None:
+    m, inputs = kernel_memory, _inputs(example)
+    columns = inputs[3].shape[1]
+    builder = StepMetadataBuilder(8, 32, columns, BLOCK_SIZE, 13, "gpu", m.poisoned)
+    counts = {"num_tokens": example["num_prefill_tokens"] + example["num_decode_tokens"]}
+    counts |= {name: example[name] for name in ("num_prefill_tokens", "max_seqlen_k")}
+    meta = builder.build(*(inputs if on_host else map(m.put, inputs)), **counts)
+    found: dict[str, Any] = {n: m.get(getattr(meta, n)).tolist() for n in ARRAY_FIELDS}
     found |= {name: getattr(meta, name) for name in COUNT_FIELDS}
     assert found == _wanted(example)
 

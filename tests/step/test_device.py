@@ -1,0 +1,322 @@
+"""The builder on a device: fixed addresses, inputs in place, refusals, checks on request."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.errors import CapacityError, DtypeError, ShapeError
+from fd_dsa.step import StepMetadataBuilder
+from tests.kernel_memory import KernelMemory, open_memory
+from tests.step.helpers import (
+    ARRAY_FIELDS,
+    ROW_FIELDS,
+    TOKEN_FIELDS,
+    arrays_of,
+    assert_matches_oracle,
+    build_from_tensors,
+    counts_of,
+    device_builder,
+)
+from tests.strategies import StepBatch, make_batch
+
+LARGE = make_batch([(20, 30, 20), (0, 60, 1), (6, 0, 6), (0, 5, 4), (0, 40, 1)], 16, num_columns=4)
+SMALL = make_batch([(3, 2, 3), (0, 9, 1)], 16, num_columns=4)
+SMALL_DECODE = make_batch([(0, 2, 1), (0, 9, 1)], 16, num_columns=4)
+
+
+def _builder(memory: KernelMemory) -> StepMetadataBuilder:
+    return device_builder(memory, LARGE, max_num_seqs=5, max_num_tokens=40, num_blocks=None)
+
+
+def test_addresses_never_move(kernel_memory: KernelMemory) -> None:
+    builder = _builder(kernel_memory)
+    large = builder.build(*LARGE.inputs())
+    first = {name: getattr(large, name).data_ptr() for name in ARRAY_FIELDS}
+    assert len(set(first.values())) == len(ARRAY_FIELDS)
+    for batch in (SMALL, SMALL_DECODE, LARGE, SMALL):
+        meta = builder.build(*batch.inputs())
+        for name in ARRAY_FIELDS:
+            array = getattr(meta, name)
+            assert array is None or array.data_ptr() == first[name], name
+            assert array is None or array.data_ptr() % 16 == 0, name
+    assert builder.num_builds == 5
+
+
+def test_a_step_of_known_size_makes_no_new_tensors(kernel_memory: KernelMemory) -> None:
+    builder = _builder(kernel_memory)
+    first, second = builder.build(*LARGE.inputs()), builder.build(*LARGE.inputs())
+    for name in ARRAY_FIELDS:
+        assert getattr(first, name) is getattr(second, name), name
+
+
+def test_device_tensors_are_used_where_they_are(kernel_memory: KernelMemory) -> None:
+    builder = _builder(kernel_memory)
+    tensors = [kernel_memory.put(array) for array in LARGE.inputs()]
+    meta = builder.build(*tensors, **counts_of(LARGE))
+    assert meta.seq_lens_encoder is tensors[0]
+    assert meta.seq_lens_decoder is tensors[1]
+    assert meta.seq_lens_this_time is tensors[2]
+    assert meta.block_tables is tensors[3]
+
+
+def test_host_arrays_are_copied(kernel_memory: KernelMemory) -> None:
+    inputs = [array.copy() for array in LARGE.inputs()]
+    meta = _builder(kernel_memory).build(*inputs)
+    for array in inputs:
+        array.fill(3)
+    assert_matches_oracle(meta, LARGE, kernel_memory.get)
+
+
+def test_what_the_last_step_used_becomes_padding(kernel_memory: KernelMemory) -> None:
+    m, builder = kernel_memory, _builder(kernel_memory)
+    large = builder.build(*LARGE.inputs())
+    builder.build(*SMALL_DECODE.inputs())
+    small = builder.build(*SMALL.inputs())
+    padded = arrays_of(large, m.get)
+    tokens, rows = SMALL.num_tokens, SMALL.num_rows
+    assert (padded["batch_id_per_token"][tokens:] == -1).all()
+    assert (padded["slot_mapping"][tokens:] == -1).all()
+    assert not padded["position_ids"][tokens:].any()
+    assert not padded["indexer_attn_mask_offsets"][2 * tokens :].any()
+    assert (padded["block_tables"][rows:] == -1).all()
+    assert (padded["cu_seqlens_q"][rows:] == tokens).all()
+    assert (padded["cu_seqlens_kg"][rows:] == m.get(small.cu_seqlens_kg)[-1]).all()
+    for name in ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "cache_seqlens"):
+        assert not padded[name][rows:].any(), name
+
+
+def test_a_new_builder_holds_padding_only(kernel_memory: KernelMemory) -> None:
+    m, builder = kernel_memory, _builder(kernel_memory)
+    nothing = make_batch([], 16, num_columns=4, num_padded_tokens=40)
+    meta = builder.build(*nothing.inputs(), 40)
+    assert_matches_oracle(meta, nothing, m.get)
+
+
+def test_a_decode_step_leaves_the_windows_alone(kernel_memory: KernelMemory) -> None:
+    m, builder = kernel_memory, _builder(kernel_memory)
+    large = builder.build(*LARGE.inputs())
+    before = m.get(large.indexer_attn_mask_offsets)
+    meta = build_from_tensors(builder, m, SMALL_DECODE)
+    assert meta.indexer_attn_mask_offsets is None
+    assert meta.cu_seqlens_kg is None
+    np.testing.assert_array_equal(m.get(large.indexer_attn_mask_offsets), before)
+
+
+def test_the_views_outlive_the_builder_and_do_not_keep_it(kernel_memory: KernelMemory) -> None:
+    builder = _builder(kernel_memory)
+    meta = builder.build(*SMALL.inputs())
+    alive = weakref.ref(builder)
+    gc.disable()
+    try:
+        del builder
+        assert alive() is None
+    finally:
+        gc.enable()
+    assert_matches_oracle(meta, SMALL, kernel_memory.get)
+
+
+Spoil = Callable[[list[Any], dict[str, Any]], None]
+
+
+def _argument(index: int, change: Callable[[Any], Any]) -> Spoil:
+    return lambda tensors, counts: tensors.__setitem__(index, change(tensors[index]))
+
+
+def _count(name: str, value: int | None) -> Spoil:
+    return lambda tensors, counts: counts.__setitem__(name, value)
+
+
+REFUSED: dict[str, tuple[Spoil, type[ValueError], list[str]]] = {
+    "no token count": (_count("num_tokens", None), ValueError, ["num_tokens: needed"]),
+    "no prefill count": (_count("num_prefill_tokens", None), ValueError, ["num_prefill_tokens"]),
+    "no longest row": (_count("max_seqlen_k", None), ValueError, ["max_seqlen_k: needed"]),
+    "more prefill than tokens": (
+        _count("num_prefill_tokens", 33),
+        ValueError,
+        ["num_prefill_tokens: got 33", "0..num_tokens = 32"],
+    ),
+    "negative longest row": (_count("max_seqlen_k", -1), ValueError, ["max_seqlen_k: got -1"]),
+    "too many tokens": (
+        _count("num_tokens", 41),
+        CapacityError,
+        ["num_tokens: got 41", "max_num_tokens = 40"],
+    ),
+    "padding below the tokens": (
+        _count("num_padded_tokens", 31),
+        ValueError,
+        ["num_padded_tokens: got 31", "32 tokens"],
+    ),
+    "padding above the capacity": (
+        _count("num_padded_tokens", 41),
+        CapacityError,
+        ["num_padded_tokens: got 41", "max_num_tokens = 40"],
+    ),
+    "rows disagree": (
+        _argument(1, lambda tensor: tensor[:4]),
+        ShapeError,
+        ["seq_lens_decoder", "(4,)", "(5,)"],
+    ),
+    "table of other width": (
+        _argument(3, lambda tensor: tensor[:, :3]),
+        ShapeError,
+        ["block_tables", "(5, 3)", "(5, 4)"],
+    ),
+    "lengths of another type": (
+        _argument(0, lambda tensor: tensor.long()),
+        DtypeError,
+        ["seq_lens_encoder", "int64", "int32"],
+    ),
+    "strided lengths": (
+        _argument(2, lambda tensor: tensor.reshape([5, 1]).expand([5, 2]).contiguous()[:, 0]),
+        ShapeError,
+        ["seq_lens_this_time", "strides", "contiguous"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_step_writes_nothing(kernel_memory: KernelMemory, name: str) -> None:
+    m, builder = kernel_memory, _builder(kernel_memory)
+    held = builder.build(*LARGE.inputs())
+    before = arrays_of(held, m.get)
+    spoil, error, words = REFUSED[name]
+    tensors, counts = [m.put(array) for array in LARGE.inputs()], dict(counts_of(LARGE))
+    spoil(tensors, counts)
+    with pytest.raises(ValueError) as caught:
+        builder.build(*tensors, **counts)
+    assert type(caught.value) is error
+    for word in words:
+        assert word in str(caught.value)
+    assert builder.num_builds == 1
+    for field, array in arrays_of(held, m.get).items():
+        np.testing.assert_array_equal(array, before[field], err_msg=field)
+
+
+def test_host_arrays_are_checked_in_full(kernel_memory: KernelMemory) -> None:
+    m, builder = kernel_memory, _builder(kernel_memory)
+    held = builder.build(*LARGE.inputs())
+    before = arrays_of(held, m.get)
+    encoder, decoder, this_time, tables = (array.copy() for array in LARGE.inputs())
+    tables[1, 3] = -1
+    with pytest.raises(ValueError, match=r"block_tables: row 1, column 3 is -1"):
+        builder.build(encoder, decoder, this_time, tables)
+    for field, array in arrays_of(held, m.get).items():
+        np.testing.assert_array_equal(array, before[field], err_msg=field)
+
+
+def test_arrays_and_tensors_are_not_mixed(kernel_memory: KernelMemory) -> None:
+    encoder, *rest = LARGE.inputs()
+    with pytest.raises(DtypeError, match=r"allowed are four NumPy arrays or four tensors"):
+        _builder(kernel_memory).build(kernel_memory.put(encoder), *rest)
+
+
+def test_checks_on_request_read_device_tensors_back(
+    kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m = kernel_memory
+    tensors = [m.put(array) for array in LARGE.inputs()[:3]]
+    tables = LARGE.block_tables.copy()
+    tables[1, 3] = -1
+    spoilt = m.put(tables)
+    _builder(m).build(*tensors, spoilt, **counts_of(LARGE))
+    monkeypatch.setenv("FD_DSA_CHECK", "1")
+    builder = _builder(m)
+    with pytest.raises(ValueError, match=r"block_tables: row 1, column 3 is -1"):
+        builder.build(*tensors, spoilt, **counts_of(LARGE))
+    good = m.put(LARGE.block_tables)
+    with pytest.raises(ValueError, match=r"num_tokens: got 33, the lengths of the rows say 32"):
+        builder.build(*tensors, good, **(counts_of(LARGE) | {"num_tokens": 33}))
+    assert_matches_oracle(builder.build(*tensors, good, **counts_of(LARGE)), LARGE, m.get)
+
+
+@pytest.mark.gpu
+def test_ten_thousand_launches_write_the_same_bytes() -> None:
+    import torch
+
+    m = open_memory("torch")
+    for rows in ([(0, 100 * n, 1 + n % 3) for n in range(130)], [(999, 77, 999), (0, 5, 1)] * 4):
+        batch = make_batch(rows, 64)
+        tensors = [m.put(array) for array in batch.inputs()]
+        builder = device_builder(m, batch)
+        first = builder.build(*tensors, **counts_of(batch))
+        fields = [name for name in ARRAY_FIELDS if getattr(first, name) is not None]
+        held = {name: getattr(first, name).clone() for name in fields}
+        different = torch.zeros((), dtype=torch.int64, device="cuda")
+        for _ in range(10_000):
+            meta = builder.build(*tensors, **counts_of(batch))
+            for name in (*TOKEN_FIELDS, "cu_seqlens_q"):
+                different += (getattr(meta, name) != held[name]).sum()
+                getattr(meta, name).fill_(-91)
+        assert different.item() == 0
+
+
+def _decode(num_rows: int, seed: int, tokens_a_row: int = 1) -> StepBatch:
+    """A decode step whose other rows, up to eight, are idle."""
+    rows = [(0, 300 + 11 * n + seed, tokens_a_row) for n in range(num_rows)]
+    return make_batch(rows + [(0, 0, 0)] * (8 - num_rows), 64, seed=seed, num_columns=8)
+
+
+@pytest.mark.gpu
+def test_a_captured_step_follows_its_inputs() -> None:
+    import torch
+
+    m = open_memory("torch")
+    inputs = [m.put(array) for array in _decode(8, 0).inputs()]
+    builder = device_builder(m, _decode(8, 0), max_num_tokens=24, num_blocks=None)
+    counts = {"num_tokens": 16, "num_prefill_tokens": 0, "max_seqlen_k": 512}
+    builder.build(*inputs, 24, **counts)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        meta = builder.build(*inputs, 24, **counts)
+    for num_rows, tokens_a_row in ((8, 2), (3, 1), (0, 1), (5, 3), (8, 1)):
+        batch = _decode(num_rows, 7 * num_rows, tokens_a_row)
+        for tensor, array in zip(inputs, batch.inputs(), strict=True):
+            tensor.copy_(torch.from_numpy(array))
+        graph.replay()
+        found = arrays_of(meta, m.get)
+        eager = device_builder(m, batch, max_num_tokens=24)
+        wanted = arrays_of(eager.build(*batch.inputs(), 24), m.get)
+        for name in (*ROW_FIELDS, *TOKEN_FIELDS):
+            np.testing.assert_array_equal(found[name], wanted[name], err_msg=name)
+
+
+@pytest.mark.gpu
+def test_host_arrays_cannot_be_captured() -> None:
+    import torch
+
+    m, batch = open_memory("torch"), _decode(4, 1)
+    builder = device_builder(m, batch)
+    builder.build(*batch.inputs())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="graph capture"):
+        builder.build(*batch.inputs())
+
+
+@pytest.mark.gpu
+def test_a_decode_step_neither_waits_nor_allocates_nor_compiles() -> None:
+    import torch
+
+    from benchmarks import _gpu
+    from fd_dsa.triton_runtime import num_late_compilations
+
+    m, batch = open_memory("torch"), _decode(8, 3)
+    builder = device_builder(m, batch)
+    tensors = [m.put(array) for array in batch.inputs()]
+
+    def step() -> None:
+        builder.build(*tensors, **counts_of(batch))
+
+    step()
+    compiled = num_late_compilations()
+    found = _gpu.effects(step)
+    assert found == {"launches": 1, "host_waits": 0, "allocations": 0}
+    assert num_late_compilations() == compiled
+    torch.cuda.synchronize()
