@@ -2,19 +2,18 @@
 
 The methods and their arguments are those of FastDeploy's `AttentionBackend` (docs/design.md,
 "FastDeploy's contract"), so the same class serves the embedded engine and the plug-in. What a
-layer does on a device of its own kind lies in a part behind it: `host.py` for a CPU.
+layer does lies in a part behind it: `host.py` for a CPU, `device.py` for device memory.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from fd_dsa.attention.config import DSABackendConfig, StepHints
 from fd_dsa.attention.host import HostAttention
 from fd_dsa.errors import MissingStepError
-from fd_dsa.ops._host import as_numpy, check_shape
+from fd_dsa.ops._host import check_shape
+from fd_dsa.ops._linear import joined
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 
@@ -34,6 +33,16 @@ def step_of(forward_meta: Any) -> ForwardMeta:
             "DSAAttentionBackend.init_attention_metadata(forward_meta) must be called first"
         )
     return step
+
+
+def _attention_on(device: str, config: DSABackendConfig) -> Any:
+    """The part of the backend that serves a device."""
+    if device == "cpu":
+        return HostAttention(config)
+    # kernels and their launcher are loaded only where a device is asked for
+    from fd_dsa.attention.device import DeviceAttention, paddle_allocator
+
+    return DeviceAttention(config, paddle_allocator(device))
 
 
 def _cache(forward_meta: Any, index: int) -> Any:
@@ -61,7 +70,8 @@ class DSAAttentionBackend:
 
     Args:
         config: sizes and scale.
-        device: "cpu"; other devices come with their step kernel.
+        device: "cpu", "gpu", "gpu:0" or a custom device of Paddle such as "name:0"; caches,
+            activations and results are tensors there.
     """
 
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
@@ -79,7 +89,7 @@ class DSAAttentionBackend:
             device=device,
         )
         self.attention_metadata: ForwardMeta | None = None
-        self.attention = HostAttention(config)
+        self.attention = _attention_on(device, config)
         self._hints: StepHints | None = None
         self._built_for: Any = None
         self._write_params: dict[int, CacheWriteParams] = {}
@@ -145,6 +155,10 @@ class DSAAttentionBackend:
         """Shapes of the key (latent), value (empty) and indexer cache of a layer."""
         layout = self.config.cache_layout
         return layout.latent_shape(max_num_blocks), [], layout.indexer_shape(max_num_blocks)
+
+    def query_buffers(self, num_tokens: int) -> tuple[Any, Any] | None:
+        """Where `prepare_indexer_query` should write for `indexer_forward`; None = anywhere."""
+        return self.attention.query_buffers(num_tokens)
 
     def write_caches(
         self, kv_a: Any, index_k: Any, cos_sin_cache: Any, layer: Any, forward_meta: Any
@@ -256,15 +270,14 @@ class DSAAttentionBackend:
             write_caches(rows, None, None, slots, None, cache, None, self._plain_params)
         return self.attention.attend(step, q, cache, v)
 
-    def _joined(self, compressed_kv: Any, k_pe: Any, step: ForwardMeta) -> np.ndarray:
+    def _joined(self, compressed_kv: Any, k_pe: Any, step: ForwardMeta) -> Any:
         """Latents and rotary keys side by side, as `write_caches` takes them."""
         layout = self.config.cache_layout
         num_tokens = step.slot_mapping.shape[0]
-        latent = as_numpy(compressed_kv)
-        rope = as_numpy(k_pe).reshape(-1, layout.qk_rope_head_dim)
-        check_shape("forward", "compressed_kv", latent, (num_tokens, layout.kv_lora_rank))
+        rope = k_pe.reshape([-1, layout.qk_rope_head_dim])
+        check_shape("forward", "compressed_kv", compressed_kv, (num_tokens, layout.kv_lora_rank))
         check_shape("forward", "k_pe", rope, (num_tokens, layout.qk_rope_head_dim))
-        return np.concatenate([latent, rope], axis=1)
+        return joined(compressed_kv, rope)
 
     def forward_decode(self, *args: Any, **kwargs: Any) -> Any:
         """See `forward`: a decode-only step is a mixed one without prefill."""

@@ -33,6 +33,9 @@ class HostAttention:
         """Forget the plan of the step before."""
         self._plan = None
 
+    def query_buffers(self, num_tokens: int) -> None:
+        """None: on a CPU `prepare_indexer_query` works in the memory of its input."""
+
     def plan(self, step: ForwardMeta) -> StepPlan:
         """Work lists of the step, made at the first layer that asks."""
         if self._plan is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from paddle import nn
 
 from fd_dsa.attention.layers import LayerNorm, zeros_parameter
@@ -46,7 +45,7 @@ class Indexer(nn.Layer):
         self.weights_proj = zeros_parameter(self, [config.hidden_size, heads])
         self.weights_scale = heads**-0.5 * dim**-0.5
 
-    def key(self, hidden_states: np.ndarray) -> np.ndarray:
+    def key(self, hidden_states: Any) -> Any:
         """Index keys as projected, float32 [num_tokens, index_head_dim]; `write_caches` norms.
 
         Args:
@@ -55,7 +54,7 @@ class Indexer(nn.Layer):
         return linear(hidden_states, self.wk)
 
     def forward(
-        self, forward_meta: Any, hidden_states: np.ndarray, qr: np.ndarray, cos_sin_cache: Any
+        self, forward_meta: Any, hidden_states: Any, qr: Any, cos_sin_cache: Any
     ) -> Any:
         """Cache slots that each token attends to; the step's keys are in the cache already.
 
@@ -71,7 +70,7 @@ class Indexer(nn.Layer):
         config, backend = self.config, forward_meta.attn_backend
         layout = backend.config.cache_layout
         q, weights = prepare_indexer_query(
-            linear(qr, self.wq_b).reshape(-1, config.index_n_heads, config.index_head_dim),
+            linear(qr, self.wq_b).reshape([-1, config.index_n_heads, config.index_head_dim]),
             linear(hidden_states, self.weights_proj),
             forward_meta.position_ids,
             cos_sin_cache,
@@ -79,5 +78,6 @@ class Indexer(nn.Layer):
             quantized=layout.is_fp8,
             hadamard=layout.index_hadamard,
             scale_fmt=layout.index_scale_fmt,
+            out=backend.query_buffers(hidden_states.shape[0]),
         )
         return backend.indexer_forward(q, None, weights, self.layer_id, forward_meta)

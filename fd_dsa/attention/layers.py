@@ -1,18 +1,19 @@
 """Small layers that both attention and MLP use, and how parameters are filled.
 
-Parameters are Paddle's; a layer that reads one with NumPy keeps a view of its memory, which
-loading fills in place.
+Parameters are Paddle's, and are filled in place on a CPU. What a layer reads of a parameter it asks
+for in its first step, once the model lies where it will run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from paddle import nn
 
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._host import as_numpy, readable
 from fd_dsa.ops._norm import rms_norm
 
 WeightLoader = Callable[[np.ndarray], None]
@@ -33,11 +34,14 @@ class RMSNorm(nn.Layer):
         super().__init__()
         self.epsilon = epsilon
         self.weight = zeros_parameter(self, [width])
-        self._weight_view = as_numpy(self.weight.detach())
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
+    @cached_property
+    def _readable_weight(self) -> Any:
+        return readable(self.weight)
+
+    def forward(self, x: Any) -> Any:
         """Normed `x`, float32 [num_tokens, width]; `x` may be a view of wider rows."""
-        return rms_norm(x, self._weight_view, self.epsilon)
+        return rms_norm(x, self._readable_weight, self.epsilon)
 
 
 class LayerNorm(nn.Layer):

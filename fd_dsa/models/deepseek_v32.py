@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
-import numpy as np
 from paddle import nn
 
 from fd_dsa.attention.layers import RMSNorm, WeightLoader, loads, zeros_parameter
@@ -12,8 +12,8 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import RotaryEmbedding
-from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._linear import linear
+from fd_dsa.ops._host import readable
+from fd_dsa.ops._linear import added, embedding, linear
 
 
 class DeepseekV32DecoderLayer(nn.Layer):
@@ -30,19 +30,15 @@ class DeepseekV32DecoderLayer(nn.Layer):
             self.mlp = DeepseekMLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self,
-        hidden_states: np.ndarray,
-        cos_sin_cache: Any,
-        forward_meta: Any,
-        shared_indices: Any,
-    ) -> tuple[np.ndarray, Any]:
+        self, hidden_states: Any, cos_sin_cache: Any, forward_meta: Any, shared_indices: Any
+    ) -> tuple[Any, Any]:
         """Next hidden states, float32 [num_tokens, hidden_size], and the layer's selection."""
         attended, indices = self.self_attn(
             self.input_layernorm(hidden_states), cos_sin_cache, forward_meta, shared_indices
         )
         hidden_states = hidden_states + attended
-        hidden_states += self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states, indices
+        mixed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return added(hidden_states, mixed), indices
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
@@ -65,7 +61,6 @@ class DeepseekV32ForCausalLM(nn.Layer):
         super().__init__()
         self.config = config
         self.embed_tokens = zeros_parameter(self, [config.vocab_size, config.hidden_size])
-        self._embedding_view = as_numpy(self.embed_tokens.detach())
         self.layers = nn.LayerList(
             [DeepseekV32DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
         )
@@ -78,21 +73,31 @@ class DeepseekV32ForCausalLM(nn.Layer):
         )
         self.eval()
 
-    def forward(self, ids_remove_padding: Any, forward_meta: Any) -> np.ndarray:
+    @cached_property
+    def _embedding(self) -> Any:
+        return readable(self.embed_tokens)
+
+    def to_device(self, device: str) -> None:
+        """Move all weights and tables to the memory of a device; before the first step."""
+        self.to(device=device)
+        self.rotary_emb.to_device(device)
+
+    def forward(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
         """Hidden states after the last block, float32 [num_tokens, hidden_size].
 
         Args:
-            ids_remove_padding: int64 [num_tokens]; token ids of the step, rows back to back.
+            ids_remove_padding: int64, on a device also int32, [num_tokens]; token ids of the step,
+                rows back to back.
             forward_meta: the runner's object; `init_attention_metadata` has been called for it.
         """
-        hidden_states = self._embedding_view[as_numpy(ids_remove_padding)]
+        hidden_states = embedding(ids_remove_padding, self._embedding)
         cos_sin_cache = self.rotary_emb.cos_sin_cache
         indices = None
         for layer in self.layers:
             hidden_states, indices = layer(hidden_states, cos_sin_cache, forward_meta, indices)
         return hidden_states
 
-    def compute_logits(self, hidden_states: np.ndarray) -> np.ndarray:
+    def compute_logits(self, hidden_states: Any) -> Any:
         """float32 [n, vocab_size] of float32 [n, hidden_size]."""
         head = self.embed_tokens.T if self.lm_head is None else self.lm_head
         return linear(self.norm(hidden_states), head)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ from fd_dsa.attention.layers import (
     zeros_parameter,
 )
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._linear import head_linear, linear
-from fd_dsa.ops._rope import apply_rope_, join_query
+from fd_dsa.ops._host import as_numpy, readable
+from fd_dsa.ops._linear import head_linear, joined, linear
+from fd_dsa.ops._rope import rotated
 from fd_dsa.ops.cache_write import CacheWriteParams
 
 
@@ -54,12 +55,9 @@ class DeepseekV32DSAAttention(nn.Layer):
         self.v_b_proj = zeros_parameter(self, [heads, rank, self.v_dim])
         self.o_proj = zeros_parameter(self, [heads * self.v_dim, hidden])
         self.qkv_a_bias = self.o_bias = None
-        self._qkv_a_bias_view = self._o_bias_view = None
         if config.attention_bias:
             self.qkv_a_bias = zeros_parameter(self, [down])
             self.o_bias = zeros_parameter(self, [hidden])
-            self._qkv_a_bias_view = as_numpy(self.qkv_a_bias.detach())
-            self._o_bias_view = as_numpy(self.o_bias.detach())
         self.indexer = None
         if config.indexer_types[layer_id] == "full":
             sizes = IndexerConfig(
@@ -71,13 +69,15 @@ class DeepseekV32DSAAttention(nn.Layer):
             )
             self.indexer = Indexer(sizes, layer_id)
 
+    @cached_property
+    def _biases(self) -> tuple[Any, Any]:
+        """Biases of the first and the last projection, None where the model has none."""
+        both = self.qkv_a_bias, self.o_bias
+        return tuple(None if bias is None else readable(bias) for bias in both)
+
     def forward(
-        self,
-        hidden_states: np.ndarray,
-        cos_sin_cache: Any,
-        forward_meta: Any,
-        shared_indices: Any,
-    ) -> tuple[np.ndarray, Any]:
+        self, hidden_states: Any, cos_sin_cache: Any, forward_meta: Any, shared_indices: Any
+    ) -> tuple[Any, Any]:
         """Attention output and the selection that a following "shared" layer uses.
 
         Args:
@@ -90,7 +90,7 @@ class DeepseekV32DSAAttention(nn.Layer):
             float32 [num_tokens, hidden_size], int32 [num_tokens, topk].
         """
         backend = forward_meta.attn_backend
-        qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self._qkv_a_bias_view)
+        qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self._biases[0])
         qr = self.q_a_layernorm(qkv[:, : self.q_lora_rank])
         index_k = None if self.indexer is None else self.indexer.key(hidden_states)
         backend.write_caches(qkv[:, self.q_lora_rank :], index_k, cos_sin_cache, self, forward_meta)
@@ -107,9 +107,8 @@ class DeepseekV32DSAAttention(nn.Layer):
             layer=self,
             forward_meta=forward_meta,
         )
-        heads = head_linear(as_numpy(latent).transpose(1, 0, 2), self.v_b_proj)
-        merged = heads.transpose(1, 0, 2).reshape(-1, self.num_heads * self.v_dim)
-        return linear(merged, self.o_proj, self._o_bias_view), indices
+        merged = head_linear(latent, self.v_b_proj).reshape([-1, self.num_heads * self.v_dim])
+        return linear(merged, self.o_proj, self._biases[1]), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
         """How the keys of this layer are normed and stored in caches of `layout`."""
@@ -117,27 +116,25 @@ class DeepseekV32DSAAttention(nn.Layer):
         if self.indexer is not None:
             k_norm = self.indexer.k_norm
             norms = {
-                "k_norm_weight": as_numpy(k_norm.weight.detach()),
-                "k_norm_bias": as_numpy(k_norm.bias.detach()),
+                "k_norm_weight": readable(k_norm.weight),
+                "k_norm_bias": readable(k_norm.bias),
                 "k_norm_eps": k_norm.epsilon,
                 "index_rope_interleave": self.indexer.config.rope_interleave,
             }
         return CacheWriteParams(
             layout.kv_cache_dtype,
-            kv_norm_weight=as_numpy(self.kv_a_layernorm.weight.detach()),
+            kv_norm_weight=readable(self.kv_a_layernorm.weight),
             kv_norm_eps=self.kv_a_layernorm.epsilon,
             index_hadamard=layout.index_hadamard,
             index_scale_fmt=layout.index_scale_fmt,
             **norms,
         )
 
-    def _absorbed_query(self, qr: np.ndarray, position_ids: Any, cos_sin_cache: Any) -> np.ndarray:
+    def _absorbed_query(self, qr: Any, position_ids: Any, cos_sin_cache: Any) -> Any:
         """float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]."""
-        q = linear(qr, self.q_b_proj).reshape(-1, self.num_heads, self.nope_dim + self.rope_dim)
-        q_pe = q[:, :, self.nope_dim :]
-        apply_rope_(q_pe, position_ids, cos_sin_cache, interleaved=True)
-        q_nope = q[:, :, : self.nope_dim].transpose(1, 0, 2)
-        return join_query(head_linear(q_nope, self.k_b_proj), q_pe)
+        q = linear(qr, self.q_b_proj).reshape([-1, self.num_heads, self.nope_dim + self.rope_dim])
+        q_pe = rotated(q[:, :, self.nope_dim :], position_ids, cos_sin_cache, interleaved=True)
+        return joined(head_linear(q[:, :, : self.nope_dim], self.k_b_proj), q_pe)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""

@@ -9,8 +9,9 @@ import numpy as np
 from paddle import nn
 
 from fd_dsa.attention.layers import WeightLoader, loads, loads_slice, zeros_parameter
+from fd_dsa.models import device_moe
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear, silu_and_mul
 from fd_dsa.ops.topk import topk_indices
 
@@ -24,7 +25,7 @@ class DeepseekMLP(nn.Layer):
         self.gate_up_proj = zeros_parameter(self, [hidden_size, 2 * intermediate_size])
         self.down_proj = zeros_parameter(self, [intermediate_size, hidden_size])
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
+    def forward(self, x: Any) -> Any:
         """float32 [num_tokens, hidden_size] of the same."""
         return linear(silu_and_mul(linear(x, self.gate_up_proj)), self.down_proj)
 
@@ -60,14 +61,18 @@ class NoAuxTopkGate(nn.Layer):
         self.scaling = np.float32(config.routed_scaling_factor)
         self.weight = zeros_parameter(self, [config.hidden_size, self.num_experts])
         self.e_score_correction_bias = zeros_parameter(self, [self.num_experts])
-        self._bias_view = as_numpy(self.e_score_correction_bias.detach())
+
+    @cached_property
+    def readable_bias(self) -> Any:
+        """The correction bias as the operators read it."""
+        return readable(self.e_score_correction_bias)
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape."""
         logits = linear(x, self.weight)
         with np.errstate(over="ignore"):
             scores = np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
-        choice = scores + self._bias_view
+        choice = scores + self.readable_bias
         if self.n_group > 1:
             choice = self._keep_best_groups(choice)
         experts = self._best(choice, self.top_k)
@@ -103,9 +108,11 @@ class DeepseekMoE(nn.Layer):
         self.experts_down_proj = zeros_parameter(self, [self.num_experts, width, hidden])
         self.shared_experts = DeepseekMLP(hidden, width * config.n_shared_experts)
 
-    def forward(self, x: np.ndarray) -> np.ndarray:
+    def forward(self, x: Any) -> Any:
         """float32 [num_tokens, hidden_size] of the same."""
         out = self.shared_experts(x)
+        if on_device(x):
+            return out + device_moe.routed(self, x)
         self._add_routed(out, x, *self.gate(x))
         return out
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import paddle
 
 from fd_dsa.models.rope_config import RopeConfig, yarn_mscale
 
@@ -58,7 +60,11 @@ class RotaryEmbedding:
             scale = np.float32(ratio)
         positions = np.arange(max_position, dtype=np.float32)
         angles = positions[:, None] * inverse_frequencies(rope, dim)
-        self.cos_sin_cache = np.empty((max_position, dim), np.float32)
+        self.cos_sin_cache: Any = np.empty((max_position, dim), np.float32)
         for columns, function in ((slice(0, dim // 2), np.cos), (slice(dim // 2, dim), np.sin)):
             values = self.cos_sin_cache[:, columns]
             np.multiply(function(angles), scale, out=values)
+
+    def to_device(self, device: str) -> None:
+        """Move the table to the memory of a device."""
+        self.cos_sin_cache = paddle.to_tensor(self.cos_sin_cache, place=device)

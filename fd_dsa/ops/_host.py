@@ -18,6 +18,17 @@ def as_numpy(array: Any) -> np.ndarray:
     return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
 
 
+def on_device(array: Any) -> bool:
+    """True for a tensor in device memory, False for NumPy arrays and Paddle CPU tensors."""
+    return not isinstance(array, np.ndarray) and not array.place.is_cpu_place()
+
+
+def readable(tensor: Any) -> Any:
+    """What the operators read of a parameter: a NumPy view on a CPU, on a device the tensor."""
+    tensor = tensor.detach()
+    return tensor if on_device(tensor) else as_numpy(tensor)
+
+
 def as_tensor(array: np.ndarray) -> Any:
     """Paddle CPU tensor on the memory of a writable NumPy array."""
     return _from_dlpack()(array)

@@ -1,7 +1,7 @@
-"""Matrix products of activations with parameters.
+"""Matrix products of activations with parameters, and what stands between two of them.
 
 On a CPU the activations of a step are NumPy arrays; Paddle sees them as tensors of the same
-memory for the length of a product.
+memory for the length of a product. On a device they are tensors there (`_dense.py`).
 """
 
 from __future__ import annotations
@@ -11,27 +11,58 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fd_dsa.ops._host import as_numpy, staged
+from fd_dsa.ops import _dense
+from fd_dsa.ops._host import as_numpy, on_device, staged
 
 
-def linear(x: np.ndarray, weight: Any, bias: np.ndarray | None = None) -> np.ndarray:
+def embedding(ids: Any, weight: Any) -> Any:
+    """Rows `ids` of `weight`: integers [num_tokens], float32 [vocab_size, hidden_size].
+
+    On a CPU `weight` is a NumPy array.
+    """
+    return _dense.embedding(ids, weight) if on_device(ids) else weight[as_numpy(ids)]
+
+
+def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """x [num_tokens, in] times weight [in, out], plus bias [out]; float32 [num_tokens, out]."""
+    if on_device(x):
+        return _dense.linear(x, weight, bias)
     y = as_numpy(paddle.matmul(staged(x), weight))
     if bias is not None:
         y += bias
     return y
 
 
-def head_linear(x: np.ndarray, weight: Any) -> np.ndarray:
-    """Each head's own product: x [num_heads, num_tokens, in] times weight [num_heads, in, out].
+def head_linear(x: Any, weight: Any) -> Any:
+    """Each head's own product: x [num_tokens, num_heads, in] times weight [num_heads, in, out].
 
-    `x` may be a view. The result is float32 [num_heads, num_tokens, out].
+    `x` may be a view. The result is float32 [num_tokens, num_heads, out], and not contiguous.
     """
-    return as_numpy(paddle.matmul(staged(x), weight))
+    if on_device(x):
+        return _dense.head_linear(x, weight)
+    by_head = as_numpy(x).transpose(1, 0, 2)
+    return as_numpy(paddle.matmul(staged(by_head), weight)).transpose(1, 0, 2)
 
 
-def silu_and_mul(gate_up: np.ndarray) -> np.ndarray:
+def joined(left: Any, right: Any) -> Any:
+    """The two side by side along the last axis, contiguous; each may be a view."""
+    if on_device(left):
+        return _dense.joined(left, right)
+    return np.concatenate([as_numpy(left), as_numpy(right)], axis=-1)
+
+
+def added(x: Any, y: Any) -> Any:
+    """x + y; on a CPU in the memory of `x`."""
+    if on_device(x):
+        return x + y
+    x += y
+    return x
+
+
+def silu_and_mul(gate_up: Any) -> Any:
     """silu(gate) * up of float32 [num_tokens, 2 * width] whose halves are gate and up."""
+    if on_device(gate_up):
+        return _dense.silu_and_mul(gate_up)
     width = gate_up.shape[1] // 2
     gate = gate_up[:, :width]
     # exp(-x) may overflow to inf for very negative x: x / inf is the right 0

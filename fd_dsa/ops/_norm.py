@@ -1,7 +1,7 @@
-"""RMSNorm and LayerNorm of a packed step on a CPU.
+"""RMSNorm and LayerNorm of a packed step; on a device the RMSNorm is that of `_dense.py`.
 
-NumPy, not Paddle: the arrays are small, and a Paddle norm starts its thread pool for each of
-them, which costs more than the work and far more on a busy machine.
+On a CPU NumPy, not Paddle: the arrays are small, and a Paddle norm starts its thread pool for each
+of them, which costs more than the work and far more on a busy machine.
 
 Sums run in float64 and are rounded to float32 once, so their order does not show: a kernel that
 adds in another order gets the same bits.
@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops import _dense
+from fd_dsa.ops._host import as_numpy, on_device
 
 
-def rms_norm(x: Any, weight: np.ndarray, epsilon: float) -> np.ndarray:
+def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     """x * rsqrt(mean(x^2) + epsilon) * weight, float32 [num_tokens, width], C-contiguous.
 
     Args:
@@ -24,6 +25,8 @@ def rms_norm(x: Any, weight: np.ndarray, epsilon: float) -> np.ndarray:
         weight: float32 [width].
         epsilon: added to the mean square.
     """
+    if on_device(x):
+        return _dense.rms_norm(x, weight, epsilon)
     rows = as_numpy(x)
     out = rows * _inverse_root(rows, epsilon)
     out *= weight

@@ -1,4 +1,4 @@
-"""Rotary position embedding of a packed step, in place."""
+"""Rotary position embedding of a packed step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops import _dense
+from fd_dsa.ops._host import as_numpy, on_device
+
+
+def rotated(x: Any, position_ids: Any, cos_sin_cache: Any, *, interleaved: bool) -> Any:
+    """`x` rotated by the angles of its tokens: on a CPU itself, in place, on a device a new tensor.
+
+    Arguments as of `apply_rope_`.
+    """
+    if on_device(x):
+        return _dense.rope(x, position_ids, cos_sin_cache, interleaved=interleaved)
+    apply_rope_(x, position_ids, cos_sin_cache, interleaved=interleaved)
+    return x
 
 
 def apply_rope_(x: Any, position_ids: Any, cos_sin_cache: Any, *, interleaved: bool) -> None:
@@ -39,20 +51,3 @@ def apply_rope_(x: Any, position_ids: Any, cos_sin_cache: Any, *, interleaved: b
     second *= cos
     second += first * sin
     first[...] = rotated
-
-
-def join_query(latent: np.ndarray, q_pe: np.ndarray) -> np.ndarray:
-    """The absorbed query: each head's latent part beside its roped part.
-
-    Args:
-        latent: float32 [num_heads, num_tokens, kv_lora_rank].
-        q_pe: float32 [num_tokens, num_heads, rope_dim]; may be a view.
-
-    Returns:
-        float32 [num_tokens, num_heads, kv_lora_rank + rope_dim].
-    """
-    heads, tokens, rank = latent.shape
-    out = np.empty((tokens, heads, rank + q_pe.shape[2]), np.float32)
-    out[:, :, :rank] = latent.transpose(1, 0, 2)
-    out[:, :, rank:] = q_pe
-    return out

@@ -9,7 +9,7 @@ import paddle
 import pytest
 
 from fd_dsa.ops._host import staged
-from fd_dsa.ops._linear import head_linear, linear, silu_and_mul
+from fd_dsa.ops._linear import head_linear, joined, linear, silu_and_mul
 
 
 def operands(seed: int, rows: int, width: int, out: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,8 +38,19 @@ def test_each_head_has_its_own_product() -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((5, 3, 6)).astype(np.float32)
     w = rng.standard_normal((3, 6, 4)).astype(np.float32)
-    found = head_linear(x.transpose(1, 0, 2), paddle.to_tensor(w))
-    np.testing.assert_allclose(found, np.einsum("nhi,hio->hno", x, w), rtol=1e-5, atol=1e-5)
+    found = head_linear(x, paddle.to_tensor(w))
+    np.testing.assert_allclose(found, np.einsum("nhi,hio->nho", x, w), rtol=1e-5, atol=1e-5)
+
+
+def test_parts_side_by_side() -> None:
+    wide = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    latent, q_pe = wide.transpose(1, 0, 2), 100 + wide[:, :2].transpose(1, 0, 2)
+    found = joined(latent, paddle.to_tensor(q_pe))
+    assert found.flags.c_contiguous and found.shape == (3, 2, 4 + q_pe.shape[2])
+    for token in range(3):
+        for head in range(2):
+            wanted = [*latent[token, head], *q_pe[token, head]]
+            assert found[token, head].tolist() == wanted
 
 
 def test_more_shapes_than_are_kept() -> None:

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from fd_dsa.ops._norm import layer_norm, rms_norm
-from fd_dsa.ops._rope import join_query
 from tests.reference.indexer import ref_layer_norm, ref_rms_norm
 
 
@@ -37,14 +36,3 @@ def test_a_row_of_zeros_stays_zero() -> None:
     zeros, ones = np.zeros((2, 8), np.float32), np.ones(8, np.float32)
     assert (rms_norm(zeros, ones, 1e-6) == 0).all()
     assert (layer_norm(zeros, ones, 3 * ones, 1e-6) == 3).all()
-
-
-def test_query_parts_side_by_side() -> None:
-    latent = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
-    q_pe = 100 + np.arange(3 * 2 * 2, dtype=np.float32).reshape(3, 2, 2)
-    joined = join_query(latent, q_pe)
-    assert joined.shape == (3, 2, 6)
-    for token in range(3):
-        for head in range(2):
-            wanted = [*latent[head, token], *q_pe[token, head]]
-            assert joined[token, head].tolist() == wanted
