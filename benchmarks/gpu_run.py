@@ -23,6 +23,7 @@ import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,14 @@ def sections(args: argparse.Namespace) -> list[Section]:
         command += ("--target-processes", "application-only", *_PYTEST, *_BRIEF, *tests)
         return Section(tool, command, 150, _CHECKED, must_say=" passed")
 
+    # most of a test's time is the compiler's, on one core
+    quick = (*_PYTEST, "-n", str(args.workers)) if find_spec("xdist") else _PYTEST
     subjects = (sys.executable, "-m", "benchmarks.subjects")
     ncu = ("ncu", *_ncu.FLAGS, "--log-file", str(out / "ncu.csv"))
     return [
         module("ceilings", 90),
-        Section("tests_small", (*_PYTEST, "--maxfail=10", *tests), 150, _SMALL, True, " passed"),
-        Section("tests_all", (*_PYTEST, *tests), 240, must_say=" passed"),
+        Section("tests_small", (*quick, "--maxfail=10", *tests), 150, _SMALL, True, " passed"),
+        Section("tests_all", (*quick, *tests), 240, must_say=" passed"),
         *(module(name, BENCHMARKS[name]) for name in ready),
         Section("ncu", (*ncu, *subjects, "profile", *ready), 150),
         checker("memcheck"),
@@ -237,6 +240,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION")
     parser.add_argument("--skip", nargs="+", default=[], metavar="SECTION")
     parser.add_argument("--tests", nargs="+", help="test files, instead of all for the GPU")
+    parser.add_argument("--workers", type=int, default=8, help="processes of tests (pytest-xdist)")
     parser.add_argument("--budget-s", type=float, default=1e9, help="seconds for the whole run")
     parser.add_argument("--quick", action="store_true", help="one or two shapes a benchmark")
     parser.add_argument("--fresh", action="store_true", help="sections that passed run again")
