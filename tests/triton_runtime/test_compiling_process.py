@@ -33,3 +33,16 @@ def test_compiled(name: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     assert " passed" in done.stdout
+
+
+def test_the_cache_survives_a_restart(tmp_path: Path) -> None:
+    for case in ("compile_ahead", "compile_ahead_again"):
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.triton_runtime.gpu_cases", case],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=compiling_environment(tmp_path),
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == ["fine"]

@@ -145,7 +145,7 @@ def test_new_tensors_are_checked_and_known_ones_are_not(library: FakeLibrary, ap
     kernel[(1,)](moved, Y, 6, 0.5, True, 7, BLOCK=64)
     assert api.asked == asked + 1
     moved.address, moved.device = 0xA000, -1
-    with pytest.raises(LaunchError, match="scale_kernel: argument 'x_ptr'.*host memory"):
+    with pytest.raises(LaunchError, match=r"scale_kernel: argument 'x_ptr'.*host memory"):
         kernel[(1,)](moved, Y, 6, 0.5, True, 7, BLOCK=64)
     assert library.launches[-1].values[0] == 0x9000
 

@@ -1,0 +1,284 @@
+"""Compiled launches on a GPU, on torch memory: values, streams, captures, threads, processes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.errors import LaunchError
+from fd_dsa.triton_runtime import paddle_jit
+
+import triton
+import triton.language as tl
+
+try:
+    import torch
+except ImportError:
+    # the marker skips these tests there
+    torch = None
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    from benchmarks._torch_device import register
+
+    register()
+
+
+@paddle_jit(do_not_specialize=("n", "value"))
+def fill_kernel(out_ptr, n, value, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + offsets, value, mask=offsets < n)
+
+
+@paddle_jit
+def echo_kernel(out_ptr, flag, small, big, huge, number, half_ptr, byte_ptr, none, one):
+    tl.store(out_ptr + 0, flag.to(tl.int64))
+    tl.store(out_ptr + 1, small.to(tl.int64))
+    tl.store(out_ptr + 2, big)
+    tl.store(out_ptr + 3, huge.to(tl.int64, bitcast=True))
+    tl.store(out_ptr + 4, number.to(tl.int32, bitcast=True).to(tl.int64))
+    tl.store(out_ptr + 5, tl.load(half_ptr).to(tl.float32).to(tl.int64))
+    tl.store(out_ptr + 6, tl.load(byte_ptr).to(tl.int64))
+    if none is None:
+        tl.store(out_ptr + 7, one)
+
+
+@paddle_jit
+def where_kernel(out_ptr):
+    x, y, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row = (z * tl.num_programs(1) + y) * tl.num_programs(0) + x
+    tl.store(out_ptr + row * 3 + 0, x)
+    tl.store(out_ptr + row * 3 + 1, y)
+    tl.store(out_ptr + row * 3 + 2, z)
+
+
+@paddle_jit
+def dot_kernel(a_ptr, b_ptr, out_ptr, K, TILE: tl.constexpr):
+    rows = tl.arange(0, TILE)
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, K, TILE):
+        a = tl.load(a_ptr + rows[:, None] * K + start + rows[None, :])
+        b = tl.load(b_ptr + (start + rows[:, None]) * TILE + rows[None, :])
+        total += tl.dot(a, b)
+    tl.store(out_ptr + rows[:, None] * TILE + rows[None, :], total)
+
+
+def _out(n: int = 1000) -> Any:
+    return torch.full((n,), -1.0, device="cuda")
+
+
+def test_every_kind_of_argument_arrives() -> None:
+    out = torch.full((8,), -1, dtype=torch.int64, device="cuda")
+    half = torch.tensor([3.0], dtype=torch.bfloat16, device="cuda")
+    byte = torch.tensor([0, 200], dtype=torch.uint8, device="cuda")[1:]
+    big, huge = -(1 << 40) - 3, (1 << 63) + 5
+    for _ in range(2):
+        out.fill_(-1)
+        echo_kernel[(1,)](out, True, -77, big, huge, 1.5, half, byte, None, 1)
+        assert out.tolist() == [1, -77, big, huge - (1 << 64), 0x3FC00000, 3, 200, 1]
+    launch = echo_kernel.bind((1,), out, True, -77, big, huge, 1.5, half, byte, None, 1)
+    out.fill_(-1)
+    launch()
+    assert out.tolist() == [1, -77, big, huge - (1 << 64), 0x3FC00000, 3, 200, 1]
+
+
+def test_grid() -> None:
+    for _ in range(2):
+        out = torch.full((24, 3), -1, dtype=torch.int32, device="cuda")
+        where_kernel[(2, 3, 4)](out)
+        expected = [[x, y, z] for z in range(4) for y in range(3) for x in range(2)]
+        assert out.tolist() == expected
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_large_shared_memory(stages: int) -> None:
+    a = torch.randn(128, 1024, device="cuda").bfloat16()
+    b = torch.randn(1024, 128, device="cuda").bfloat16()
+    out = torch.empty(128, 128, device="cuda")
+    dot_kernel[(1,)](a, b, out, 1024, TILE=128, num_stages=stages, num_warps=8)
+    torch.testing.assert_close(out, a.float() @ b.float(), atol=1e-2, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_ctas": 2}, {"launch_cooperative_grid": True}, {"launch_pdl": True}]
+)
+def test_launch_attributes(options: dict) -> None:
+    for value in (2.0, 3.0):
+        out = _out()
+        fill_kernel[(8,)](out, 1000, value, BLOCK=128, **options)
+        assert (out == value).all()
+
+
+def test_current_stream() -> None:
+    side, out = torch.cuda.Stream(), _out()
+    bound = fill_kernel.bind((8,), out, 1000, 0.0, BLOCK=128, scalars=("n", "value"))
+    side.wait_stream(torch.cuda.current_stream())
+    for value, launch in ((1.0, bound), (2.0, None)):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            # the stream is busy for long; what is queued on another one overtakes it
+            torch.cuda._sleep(200_000_000)
+            if launch is None:
+                fill_kernel[(8,)](out, 1000, value, BLOCK=128)
+            else:
+                launch(1000, value)
+        assert not side.query()
+        assert (out.clone() != value).all()
+        side.synchronize()
+        assert (out == value).all()
+
+
+def test_capture_by_torch() -> None:
+    out = _out()
+    bound = fill_kernel.bind((8,), out, 500, 7.0, BLOCK=128)
+    fill_kernel[(8,)](out, 1000, 5.0, BLOCK=128)
+    out.fill_(-1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fill_kernel[(8,)](out, 1000, 5.0, BLOCK=128)
+        bound()
+    torch.cuda.synchronize()
+    assert (out == -1).all()
+    for _ in range(2):
+        out.fill_(-1)
+        graph.replay()
+        assert (out[:500] == 7).all() and (out[500:] == 5).all()
+
+
+def test_capture_by_the_driver() -> None:
+    cuda = ctypes.CDLL("libcuda.so.1")
+    out = _out()
+    fill_kernel[(8,)](out, 1000, 5.0, BLOCK=128)
+    out.fill_(-1)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    handle = ctypes.c_void_p(stream.cuda_stream)
+    graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
+    with torch.cuda.stream(stream):
+        # mode 1 allows no call that another thread's capture would forbid
+        assert cuda.cuStreamBeginCapture_v2(handle, 1) == 0
+        for value in range(20):
+            fill_kernel[(8,)](out, 1000 - 50 * value, float(value), BLOCK=128)
+        assert cuda.cuStreamEndCapture(handle, ctypes.byref(graph)) == 0
+    assert cuda.cuGraphInstantiateWithFlags(ctypes.byref(ready), graph, ctypes.c_ulonglong(0)) == 0
+    torch.cuda.synchronize()
+    assert (out == -1).all()
+    assert cuda.cuGraphLaunch(ready, handle) == 0
+    torch.cuda.synchronize()
+    expected = torch.arange(19, -1, -1, device="cuda").repeat_interleave(50).float()
+    assert (out == expected).all()
+
+
+def test_four_threads() -> None:
+    outs, errors = [_out() for _ in range(4)], []
+    torch.cuda.synchronize()
+    bound = fill_kernel.bind((8,), outs[0], 1000, 0.0, BLOCK=128, scalars=("n", "value"))
+    start = threading.Barrier(4)
+
+    @paddle_jit(do_not_specialize=("n", "value"))
+    def new_kernel(out_ptr, n, value, BLOCK: tl.constexpr):
+        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out_ptr + offsets, value, mask=offsets < n)
+
+    def work(index: int) -> None:
+        try:
+            start.wait()
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for step in range(300):
+                    new_kernel[(8,)](outs[index], 1000, float(step), BLOCK=128)
+                    if index == 0:
+                        bound(1000, step + 0.5)
+                    new_kernel[(4,)](outs[index], 512, index + step / 512, BLOCK=128)
+            stream.synchronize()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    for index, out in enumerate(outs):
+        assert (out[:512] == index + 299 / 512).all()
+        assert (out[512:] == (299.5 if index == 0 else 299)).all()
+
+
+def test_a_thread_that_never_used_cuda() -> None:
+    out, errors = _out(), []
+    fill_kernel[(8,)](out, 1000, 5.0, BLOCK=128)
+    torch.cuda.synchronize()
+
+    def work() -> None:
+        try:
+            fill_kernel[(8,)](out, 1000, 6.0, BLOCK=128)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert errors == []
+    assert (out == 6).all()
+
+
+def test_host_memory_never_reaches_the_gpu() -> None:
+    for warm in (False, True):
+        if warm:
+            fill_kernel[(8,)](_out(), 1000, 5.0, BLOCK=128)
+        with pytest.raises(LaunchError, match=r"kernel fill_kernel: argument 'out_ptr': .*cpu"):
+            fill_kernel[(8,)](torch.zeros(1000), 1000, 5.0, BLOCK=128)
+
+
+def test_two_devices() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for device in (1, 0, 1):
+        with torch.cuda.device(device):
+            out = torch.full((1000,), -1.0, device=f"cuda:{device}")
+            fill_kernel[(8,)](out, 1000, float(device), BLOCK=128)
+            assert (out == device).all()
+    with pytest.raises(LaunchError, match="on device 1, but the current device is 0"):
+        fill_kernel[(8,)](torch.zeros(1000, device="cuda:1"), 1000, 5.0, BLOCK=128)
+
+
+def _case(name: str, cache: Path) -> None:
+    """Run a case of `gpu_cases` in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.triton_runtime.gpu_cases", name],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_CACHE_DIR": str(cache)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == "fine"
+
+
+@pytest.mark.parametrize("name", ["stock_first", "ours_first", "capture_after_warmup"])
+def test_process(name: str, tmp_path: Path) -> None:
+    _case(name, tmp_path)
+
+
+def test_the_cache_survives_a_restart(tmp_path: Path) -> None:
+    _case("fill_cache", tmp_path)
+    _case("use_cache", tmp_path)
+
+
+def test_stock_driver_is_untouched() -> None:
+    active = triton.runtime.driver.active
+    fill_kernel[(8,)](_out(), 1000, 5.0, BLOCK=128)
+    fill_kernel[(8,)](_out(999), 999, 5.0, BLOCK=64)
+    assert triton.runtime.driver.active is active
