@@ -202,7 +202,7 @@ def test_refusals(kernel_memory: KernelMemory) -> None:
     with pytest.raises(ShapeError, match="kv_a are 577 values apart"):
         write_caches(odd, *given[1:])
     narrow = m.put(np.zeros((9, 32), np.float32))
-    with pytest.raises(ShapeError, match="index_head_dim = 2 . rope_dim, got 128 and 32"):
+    with pytest.raises(ShapeError, match=r"index_head_dim = 2 . rope_dim, got 128 and 32"):
         write_caches(*given[:4], narrow, *given[5:])
     small = m.put(np.zeros((1, BLOCK, 132), np.uint8))
     with pytest.raises(ShapeError, match="caches of"):

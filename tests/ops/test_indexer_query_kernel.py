@@ -161,7 +161,7 @@ def test_refusals(kernel_memory: KernelMemory) -> None:
     out = m.poisoned((2, 4, 128), "uint8"), m.poisoned((2, 4), "float32")
     q, weights, positions, angles = (m.put(array) for array in given)
     how = settings({}, True)
-    with pytest.raises(ShapeError, match="index_head_dim = 2 . rope_dim.*got 128 and 32"):
+    with pytest.raises(ShapeError, match=r"index_head_dim = 2 . rope_dim.*got 128 and 32"):
         narrow = m.put(given[3][:, :32])
         prepare_indexer_query(q, weights, positions, narrow, out=out, **how)
     with pytest.raises(LaunchError, match="q_ptr"):
