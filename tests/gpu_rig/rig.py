@@ -11,7 +11,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 
 from tests.gpu_rig.build import LIBRARY, build
 from tests.gpu_rig.cublas import find_cublas
+from tests.gpu_rig.transfers import counted_transfers
 
 DEVICE = "hopper"
 _POINTER = ctypes.c_void_p
@@ -35,7 +37,8 @@ class Counted:
     """What the plug-in did inside a `counting()` block; filled when the block ends.
 
     Attributes:
-        delta: counters that changed, by how much. `peak_bytes` is device memory that Paddle's
+        delta: counters that changed, by how much; the launcher's own copies and waits are in
+            them. `peak_bytes` is device memory that Paddle's
             allocator gave out above what was in use at the start, from its own pool as well.
     """
 
@@ -121,8 +124,10 @@ class Rig:
         core.device_memory_stat_reset_peak_value("Allocated", 0)
         in_use = core.device_memory_stat_current_value("Allocated", 0)
         before = self.counters()
-        yield counted
+        with counted_transfers() as transfers:
+            yield counted
         changes = {name: now - before[name] for name, now in self.counters().items()}
+        changes = transfers + Counter(changes)
         changes["peak_bytes"] = core.device_memory_stat_peak_value("Allocated", 0) - in_use
         counted.delta = {name: change for name, change in changes.items() if change}
 
@@ -169,6 +174,19 @@ class Rig:
             raise
         self.check("rig_capture_end", stream, ctypes.byref(handle), ctypes.byref(num_nodes))
         captured.graph = Graph(self, handle, num_nodes.value)
+
+    def captured(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """`work` as a graph: calling the result replays it. It runs once before the capture.
+
+        The forms without a GPU have no graphs: there the result is `work` itself, so that all
+        else of a test of graphs runs on them too.
+        """
+        work()
+        if not self.is_real:
+            return work
+        with self.capture() as capture:
+            work()
+        return capture.replay
 
     @contextmanager
     def pinned(self, array: np.ndarray) -> Iterator[np.ndarray]:

@@ -1,0 +1,133 @@
+"""A step's metadata on the device: the CPU builder's arrays, without copies, waits or memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from fd_dsa.errors import LaunchError
+from fd_dsa.step import ForwardMeta, StepMetadataBuilder
+from tests.gpu_rig import Rig
+from tests.step.helpers import ARRAY_FIELDS, COUNT_FIELDS, builder_for, counts_of
+from tests.strategies import StepBatch, make_batch
+
+pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
+
+DECODE = [(0, 61 + n, 1) for n in range(5)] + [(0, 0, 0), (0, 40, 2)]
+STEPS = {
+    "decode": DECODE,
+    "prefill": [(70, 0, 70), (3, 64, 3)],
+    "mixed": [(0, 40, 1), (65, 64, 65), (0, 0, 0), (0, 127, 2)],
+    "idle": [(0, 0, 0), (0, 9, 0)],
+}
+
+
+def make_step(name: str) -> StepBatch:
+    """One of the steps, with padding behind its tokens."""
+    return make_batch(STEPS[name], 64, num_columns=3, num_padded_tokens=160)
+
+
+def on_device(rig: Rig, batch: StepBatch, **sizes: Any) -> tuple[StepMetadataBuilder, list[Any]]:
+    """A builder for the device, and the inputs of a step there."""
+    builder = builder_for(batch, device=f"{rig.place.get_device_type()}:0", **sizes)
+    return builder, [paddle.to_tensor(array, place=rig.place) for array in batch.inputs()]
+
+
+def assert_same_step(found: ForwardMeta, batch: StepBatch) -> None:
+    """Every field equals the CPU builder's; arrays lie on the device."""
+    wanted = builder_for(batch).build(*batch.inputs(), batch.num_padded_tokens)
+    for name in ARRAY_FIELDS:
+        array, expected = getattr(found, name), getattr(wanted, name)
+        assert (array is None) == (expected is None), name
+        if expected is not None:
+            assert array.place.is_custom_place(), name
+            np.testing.assert_array_equal(array.numpy(), expected, err_msg=name, strict=True)
+    for name in COUNT_FIELDS:
+        assert getattr(found, name) == getattr(wanted, name), name
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_device_tensors_makes_no_copy_and_takes_no_memory(rig: Rig, name: str) -> None:
+    batch = make_step(name)
+    builder, tensors = on_device(rig, batch)
+    # a step's views are made when its shape is first seen
+    builder.build(*tensors, batch.num_padded_tokens, **counts_of(batch))
+    with rig.strict(), rig.counting() as counted:
+        meta = builder.build(*tensors, batch.num_padded_tokens, **counts_of(batch))
+    assert counted.delta == {}
+    assert_same_step(meta, batch)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_host_arrays_makes_one_copy(rig: Rig, name: str) -> None:
+    batch = make_step(name)
+    builder, _ = on_device(rig, batch)
+    builder.build(*batch.inputs(), batch.num_padded_tokens)
+    with rig.strict(), rig.counting() as counted:
+        meta = builder.build(*batch.inputs(), batch.num_padded_tokens)
+    num_bytes = counted.delta.pop("h2d_bytes")
+    assert counted.delta == {"h2d_async": 1}
+    assert num_bytes >= sum(array.nbytes for array in batch.inputs())
+    assert_same_step(meta, batch)
+
+
+def test_the_first_step_of_a_shape_copies_nothing_either(rig: Rig) -> None:
+    batch = make_step("mixed")
+    builder, tensors = on_device(rig, batch)
+    with rig.strict(), rig.counting() as counted:
+        builder.build(*tensors, batch.num_padded_tokens, **counts_of(batch))
+    assert counted.delta == {}
+
+
+def test_buffers_keep_their_addresses(rig: Rig) -> None:
+    builder, _ = on_device(rig, make_step("decode"), num_blocks=None)
+    addresses = set()
+    for name in STEPS:
+        batch = make_step(name)
+        meta = builder.build(*batch.inputs(), batch.num_padded_tokens)
+        addresses.add((meta.slot_mapping.data_ptr(), meta.position_ids.data_ptr()))
+    assert len(addresses) == 1
+
+
+def test_a_tensor_that_is_not_on_the_device_is_refused(rig: Rig) -> None:
+    batch = make_step("decode")
+    builder, tensors = on_device(rig, batch)
+    tensors[1] = tensors[1].cpu()
+    if not rig.is_real:
+        pytest.skip("the interpreter reads CPU tensors")
+    with pytest.raises(LaunchError, match="cpu"):
+        builder.build(*tensors, batch.num_padded_tokens, **counts_of(batch))
+
+
+@pytest.mark.own_process
+def test_a_captured_step_follows_its_inputs(rig: Rig) -> None:
+    batch = make_step("decode")
+    builder, tensors = on_device(rig, batch, num_blocks=None)
+    built: list[ForwardMeta] = []
+
+    def step() -> None:
+        meta = builder.build(*tensors, batch.num_padded_tokens, **counts_of(batch))
+        built.append(meta)
+
+    with rig.strict():
+        replay = rig.captured(step)
+    for shift in (1, 5):
+        # the lengths of the rows change, their tokens do not
+        moved = make_batch(
+            [(e, d + shift if n else d, n) for e, d, n in DECODE],
+            64,
+            seed=shift,
+            num_columns=batch.block_tables.shape[1],
+            num_padded_tokens=160,
+        )
+        for tensor, array in zip(tensors, moved.inputs(), strict=True):
+            tensor.copy_(paddle.to_tensor(array, place=rig.place), False)
+        with rig.counting() as counted:
+            replay()
+        assert counted.delta == {}
+        for name in ("slot_mapping", "position_ids", "cache_seqlens", "batch_id_per_token"):
+            wanted = getattr(builder_for(moved).build(*moved.inputs(), 160), name)
+            np.testing.assert_array_equal(getattr(built[-1], name).numpy(), wanted, err_msg=name)
