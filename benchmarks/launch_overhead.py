@@ -1,0 +1,147 @@
+"""Host cost of one kernel launch, with 5 and with 18 arguments, unbound and bound.
+
+`driver` is the driver's launch function in a loop in C, everything prepared. The host is timed,
+and the device is waited for outside the clock. Other labels: Triton's own `kernel[grid]`; the
+swap of Triton's active driver around it that FastDeploy #6897 makes; Triton's compiled launch
+function on plain integers (Triton 3.6 only); ours. "new tensors" means that every launch gets
+other tensor objects than the one before, so that all of them are checked again.
+
+Where Paddle and the test plug-in are there, the same kernels are launched on Paddle tensors too,
+and against Triton with Paddle's torch stand-in switched on and off around every launch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from benchmarks import _gpu, _torch_device
+from benchmarks._launch_kernels import (
+    BLOCK,
+    KERNELS,
+    LAUNCHES_A_CALL,
+    driver_loop,
+    swapped,
+    triton_c_function,
+)
+
+import triton
+
+GRID = (1,)
+
+
+def _tensors(count: int) -> list[torch.Tensor]:
+    """Inputs, and an output full of NaN, on the GPU."""
+    tensors = [torch.randn(BLOCK, device="cuda") for _ in range(count)]
+    tensors[-1].fill_(float("nan"))
+    return tensors
+
+
+def _check(call: Any, inputs: list[Any], numbers: tuple[int, ...], out: Any, label: str) -> None:
+    """Fail unless one call writes the right sums."""
+    out.fill_(float("nan"))
+    call()
+    expected = sum(tensor.double() for tensor in inputs) + sum(numbers[1:])
+    torch.testing.assert_close(
+        out.double(), expected, atol=1e-4, rtol=1e-5, msg=lambda text: f"{label}: {text}"
+    )
+
+
+def _sides(count: int) -> dict[str, list[_gpu.Call]]:
+    """Label -> the calls of one number of arguments on torch memory, each one checked."""
+    stock, ours, num_tensors, numbers = KERNELS[count]
+    first, second = _tensors(num_tensors), _tensors(num_tensors)
+    bound = ours.bind(GRID, *first, *numbers, BLOCK=BLOCK)
+    values = dict(zip(ours.arg_names, [*first, *numbers, BLOCK], strict=True))
+    stream = torch._C._cuda_getCurrentRawStream(0)
+
+    def stock_call() -> None:
+        stock[GRID](*first, *numbers, BLOCK=BLOCK)
+
+    sides: dict[str, list[Any]] = {
+        "driver": [driver_loop(bound, values, stream)],
+        "triton kernel[grid]": [stock_call],
+        "triton, active driver swapped": [swapped(stock_call, _second_driver())],
+        "triton C function": [triton_c_function(stock, [*first, *numbers], stream)],
+        "fd_dsa new tensors": [
+            lambda: ours[GRID](*first, *numbers, BLOCK=BLOCK),
+            lambda: ours[GRID](*second, *numbers, BLOCK=BLOCK),
+        ],
+        "fd_dsa unbound": [lambda: ours[GRID](*first, *numbers, BLOCK=BLOCK)],
+        "fd_dsa bound": [bound],
+    }
+    sides = {label: calls for label, calls in sides.items() if None not in calls}
+    for label, calls in sides.items():
+        _check(calls[0], first[:-1], numbers, first[-1], label)
+    return sides
+
+
+def _second_driver() -> Any:
+    """Another driver object of Triton's, as the one that upstream's wrapper makes for Paddle."""
+    return type(triton.runtime.driver.active)()
+
+
+def _record(record: _gpu.Recorder, count: int, sides: dict[str, list[Any]], where: str) -> None:
+    """Measure all sides in one loop; a case for unbound and one for bound launches."""
+    times = _gpu.interleaved(sides, mode="host")
+    scale = {"driver": 1 / LAUNCHES_A_CALL}
+    times = {
+        label: {name: value * scale.get(label, 1) for name, value in found.items()}
+        for label, found in times.items()
+    }
+    floor = times["driver"]["p50"] if "driver" in times else 0.0
+    for kind, without in (("unbound", "fd_dsa bound"), ("bound", "fd_dsa unbound")):
+        chosen = {
+            label: found
+            for label, found in times.items()
+            if label != without and not (kind == "bound" and label == "fd_dsa new tensors")
+        }
+        ours = f"fd_dsa {kind}"
+        record.case(f"{count} arguments, {kind}, {where}", chosen, ours=ours, floor_us=floor)
+
+
+def _paddle_rows(record: _gpu.Recorder) -> None:
+    """The rows on Paddle tensors, or a note that says why there are none."""
+    if find_spec("paddle") is None:
+        record.note(paddle="not run: no Paddle on this machine")
+        return
+    from benchmarks._launch_paddle import paddle_sides
+
+    for count in KERNELS:
+        try:
+            sides = paddle_sides(count)
+        except Exception as error:
+            record.note(paddle=f"not run: {type(error).__name__}: {error}")
+            return
+        _record(record, count, sides, "Paddle tensors")
+
+
+def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
+    """A bound and an unbound launch of the kernel with 18 arguments."""
+    _torch_device.register()
+    _, ours, num_tensors, numbers = KERNELS[18]
+    tensors = _tensors(num_tensors)
+    bound = ours.bind(GRID, *tensors, *numbers, BLOCK=BLOCK)
+    return {
+        "bound": (bound, [tensors[-1]]),
+        "unbound": (lambda: ours[GRID](*tensors, *numbers, BLOCK=BLOCK), [tensors[-1]]),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and write launch_overhead.json."""
+    args = _gpu.arguments(__doc__, argv)
+    _torch_device.register()
+    with _gpu.Recorder("launch_overhead", args.out) as record:
+        for count in KERNELS:
+            _record(record, count, _sides(count), "torch tensors")
+        _paddle_rows(record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
