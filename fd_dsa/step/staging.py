@@ -46,7 +46,17 @@ class StagingRing:
         self.num_waits = 0
 
     def next_slab(self) -> int:
-        """Index of the slab to write for the coming step; it holds what its last turn left."""
+        """Index of the slab to write for the coming step; it holds what its last turn left.
+
+        Raises:
+            RuntimeError: the stream is being captured; a replay would copy this slab for ever.
+        """
+        # asked first: to query an event would end a capture
+        if self._transfers.is_capturing():
+            raise RuntimeError(
+                "a step of host arrays is built during a graph capture, whose replays would copy "
+                "this step again; capture a build from device tensors"
+            )
         self._turn = (self._turn + 1) % len(self.slabs)
         if not self._events[self._turn].done():
             self.num_waits += 1
@@ -54,15 +64,6 @@ class StagingRing:
         return self._turn
 
     def upload(self, num_values: int) -> None:
-        """Queue the copy of the first values of the slab given out last.
-
-        Raises:
-            RuntimeError: the stream is being captured; a replay would copy this slab for ever.
-        """
-        if self._transfers.is_capturing():
-            raise RuntimeError(
-                "a step of host arrays is built during a graph capture, whose replays would copy "
-                "this step again; capture a build from device tensors"
-            )
+        """Queue the copy of the first values of the slab given out last."""
         self._transfers.to_device(self._target, self.slabs[self._turn][:num_values])
         self._events[self._turn].record()

@@ -288,16 +288,21 @@ def test_a_captured_step_follows_its_inputs() -> None:
 
 
 @pytest.mark.gpu
-def test_host_arrays_cannot_be_captured() -> None:
+def test_host_arrays_cannot_be_captured_and_do_not_end_the_capture() -> None:
     import torch
 
     m, batch = open_memory("torch"), _decode(4, 1)
     builder = device_builder(m, batch)
+    tensors = [m.put(array) for array in batch.inputs()]
     builder.build(*batch.inputs())
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), pytest.raises(RuntimeError, match="graph capture"):
-        builder.build(*batch.inputs())
+    with torch.cuda.graph(graph):
+        meta = builder.build(*tensors, **counts_of(batch))
+        with pytest.raises(RuntimeError, match="graph capture"):
+            builder.build(*batch.inputs())
+    graph.replay()
+    assert_matches_oracle(meta, batch, m.get)
 
 
 @pytest.mark.gpu
