@@ -16,13 +16,11 @@ _ROWS, _NUM_WARPS = 64, 4
 
 @triton.jit
 def _request_of(cu_seqlens_ptr, row, num_requests, STEPS: tl.constexpr):
-    """Largest b < num_requests with cu_seqlens[b] <= row, found bit by bit."""
+    """Largest b with cu_seqlens[b] <= row, found bit by bit; `row` lies before the last entry."""
     request = row * 0
     for step in tl.static_range(STEPS):
-        later = request + (1 << (STEPS - 1 - step))
-        known = later < num_requests
-        start = tl.load(cu_seqlens_ptr + later, mask=known, other=0)
-        request = tl.where(known & (start <= row), later, request)
+        later = tl.minimum(request + (1 << (STEPS - 1 - step)), num_requests)
+        request = tl.where(tl.load(cu_seqlens_ptr + later) <= row, later, request)
     return request
 
 
@@ -43,7 +41,8 @@ def _copy_rows(
     BLOCK_SIZE: tl.constexpr,
 ):
     """Rows before `end`, each of its request; `request` may be one for all."""
-    mask = (row < end) & (tl.load(seq_lens_encoder_ptr + request) > 0)
+    # a vector also where `request` is one number: Triton 3.9 interprets no mixed masks
+    mask = (row < end) & (row * 0 < tl.load(seq_lens_encoder_ptr + request))
     position = row - tl.load(cu_seqlens_ptr + request)
     block = blocks_of(
         block_tables_ptr, request, position, mask, table_width, num_blocks, BLOCK_SIZE
@@ -103,7 +102,7 @@ def gather_kernel(
             out_scale_ptr, row, request, end, table_width, num_blocks, WIDTH, BLOCK_SIZE,
         )  # fmt: skip
     else:
-        requests = _request_of(cu_seqlens_ptr, row, num_requests, STEPS)
+        requests = _request_of(cu_seqlens_ptr, tl.minimum(row, end - 1), num_requests, STEPS)
         _copy_rows(
             index_ptr, block_tables_ptr, cu_seqlens_ptr, seq_lens_encoder_ptr, out_k_ptr,
             out_scale_ptr, row, requests, end, table_width, num_blocks, WIDTH, BLOCK_SIZE,
