@@ -54,11 +54,12 @@ def gather_latents(rows: np.ndarray, index: np.ndarray, out: np.ndarray, scratch
     records = scratch.take("gather_records", (len(index), rows.shape[1]), np.uint8)
     np.take(rows, index, axis=0, out=records, mode="clip")
     scales = records[:, LATENT_WIDTH:_SCALES_END].view(np.float32)
-    tiles = decode_e4m3(records[:, :LATENT_WIDTH]).reshape(-1, LATENT_TILES, TILE_WIDTH)
-    # the codes of a broken row are NaN, its scales may be infinite
-    with np.errstate(invalid="ignore"):
-        tiles *= scales[:, :, None]
-    out[:, :LATENT_WIDTH] = tiles.reshape(-1, LATENT_WIDTH)
+    values = scratch.take("gather_values", (len(index), LATENT_TILES, TILE_WIDTH))
+    decode_e4m3(records[:, :LATENT_WIDTH], values.reshape(-1, LATENT_WIDTH))
+    tiles = out[:, :LATENT_WIDTH].reshape(values.shape)
+    # a slot that nobody wrote may hold any bits, and the scale of a broken token is infinite
+    with np.errstate(invalid="ignore", over="ignore"):
+        np.multiply(values, scales[:, :, None], out=tiles)
     _widen(records[:, _SCALES_END:].view(np.int16), out[:, LATENT_WIDTH:])
 
 

@@ -19,6 +19,8 @@ import pytest
 import fd_dsa.attention.host as host_module
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
 from tests.reference.bfloat16 import ref_array, upper_half
+from tests.reference.e4m3 import ref_value
+from tests.reference.fp8_records import ref_index_quantised, ref_record
 from tests.reference.indexer import ref_score
 from tests.reference.sparse_mla import ref_attend
 from tests.reference.topk import ref_slot, ref_topk
@@ -27,8 +29,10 @@ from tests.strategies import StepBatch
 RANK, ROPE, INDEX_DIM = 6, 2, 4
 SCALE = 0.4
 TOLERANCE = 1e-5
-NAN = {"float32": np.nan, "bfloat16": 0x7FC1}
-HUGE = {"float32": 1e30, "bfloat16": 0x7149}
+FP8 = "fp8_ds_mla"
+# in bytes of 0xFF every code, scale and bfloat16 is NaN; in bytes of 0x70 they are finite and huge
+NAN = {"float32": np.nan, "bfloat16": 0x7FC1, FP8: 0xFF}
+HUGE = {"float32": 1e30, "bfloat16": 0x7149, FP8: 0x70}
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Sizes:
     layers: int = 1
     # False leaves huge finite numbers in the first block where no row owns it
     poison_first_block: bool = False
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """kv_lora_rank, qk_rope_head_dim and index_head_dim; fp8_ds_mla has its own alone."""
+        return (512, 64, 128) if self.dtype == FP8 else (RANK, ROPE, INDEX_DIM)
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,15 @@ class RowData:
         def exact(*shape: int) -> np.ndarray:
             return rng.integers(-2, 3, (length, *shape)).astype(np.float32)
 
+        rank, rope, index_dim = sizes.widths
+        # scores of the same spread at any width
+        spread = np.float32(3 * ((RANK + ROPE) / (rank + rope)) ** 0.5)
         return cls(
-            q=3 * floats(sizes.heads, RANK + ROPE),
-            latent=floats(RANK),
-            k_pe=floats(ROPE),
-            index_q=exact(sizes.index_heads, INDEX_DIM),
-            index_k=exact(INDEX_DIM),
+            q=spread * floats(sizes.heads, rank + rope),
+            latent=floats(rank),
+            k_pe=floats(rope),
+            index_q=exact(sizes.index_heads, index_dim),
+            index_k=exact(index_dim),
             weights=exact(sizes.index_heads) / 2,
         )
 
@@ -81,10 +93,26 @@ class RowData:
         """Latent rows as a bfloat16 cache gives them back."""
         return ref_array(np.concatenate([self.latent, self.k_pe], axis=1))
 
+    @cached_property
+    def records(self) -> np.ndarray:
+        """uint8 [length, 656]: latents in an fp8_ds_mla cache."""
+        pairs = zip(self.latent.tolist(), self.k_pe.tolist(), strict=True)
+        return np.array([list(ref_record(*pair)) for pair in pairs], np.uint8).reshape(-1, 656)
+
+    @cached_property
+    def dequantised_rows(self) -> np.ndarray:
+        """Latent rows as an fp8_ds_mla cache gives them back."""
+        values = np.array([ref_value(code) for code in range(256)], np.float32)
+        scales = self.records[:, 512:528].copy().view(np.float32)
+        latent = values[self.records[:, :512]] * np.repeat(scales, 128, axis=1)
+        return np.concatenate([latent, ref_array(self.k_pe)], axis=1)
+
     def rows(self, dtype: str) -> np.ndarray:
-        """float32 [length, RANK + ROPE] as the cache gives them back."""
+        """float32 [length, rank + rope] as the cache gives them back."""
         if dtype == "bfloat16":
             return self.rounded_rows
+        if dtype == FP8:
+            return self.dequantised_rows
         return np.concatenate([self.latent, self.k_pe], axis=1)
 
     def selected(self, position: int, topk: int) -> list[int]:
@@ -98,7 +126,8 @@ class RowData:
     def attended(self, position: int, sizes: Sizes) -> np.ndarray:
         """float64 [heads, RANK]: the token's output."""
         chosen = self.selected(position, sizes.topk)
-        return ref_attend(self.q[position], self.rows(sizes.dtype), chosen, SCALE, RANK)
+        rank = sizes.widths[0]
+        return ref_attend(self.q[position], self.rows(sizes.dtype), chosen, SCALE, rank)
 
 
 @dataclass
@@ -130,7 +159,7 @@ class World:
         seed: int = 0,
     ) -> None:
         self.sizes, self.tables, self.num_blocks = sizes, tables, num_blocks
-        self.layout = CacheLayout(sizes.dtype, sizes.block_size, RANK, ROPE, INDEX_DIM)
+        self.layout = CacheLayout(sizes.dtype, sizes.block_size, *sizes.widths)
         self.backend = DSAAttentionBackend(
             DSABackendConfig(
                 num_heads=sizes.heads,
@@ -163,17 +192,24 @@ class World:
 
     def remember(self, row: int, start: int, end: int, poison: bool = False) -> None:
         """Put positions [start, end) of a row into the caches, or poison them."""
+        dtype = self.sizes.dtype
         slots = [ref_slot(p, self.tables[row], self.sizes.block_size) for p in range(start, end)]
         for layer, rows in enumerate(self.data):
             data = rows[row]
-            for cache, values in (
-                (self.caches[2 * layer], data.rows(self.sizes.dtype)[start:end]),
-                (self.caches[2 * layer + 1], data.index_k[start:end]),
+            latents, keys = (np.from_dlpack(c) for c in self.caches[2 * layer : 2 * layer + 2])
+            if dtype == FP8:
+                latents.reshape(-1, 656)[slots] = NAN[FP8] if poison else data.records[start:end]
+                for slot, key in zip(slots, data.index_k[start:end].tolist(), strict=True):
+                    put_index_key(keys, slot, None if poison else key)
+                continue
+            for memory, values in (
+                (latents, data.rows(dtype)[start:end]),
+                (keys, data.index_k[start:end]),
             ):
-                memory = np.from_dlpack(cache).reshape(-1, values.shape[1])
+                memory = memory.reshape(-1, values.shape[1])
                 if poison:
-                    memory[slots] = NAN[self.sizes.dtype]
-                elif self.sizes.dtype == "bfloat16":
+                    memory[slots] = NAN[dtype]
+                elif dtype == "bfloat16":
                     memory[slots] = upper_half(values)
                 else:
                     memory[slots] = values
@@ -231,7 +267,7 @@ class World:
                 v=slots,
                 qkv=None,
                 compressed_kv=given["latent"],
-                k_pe=given["k_pe"].reshape([-1, 1, ROPE]),
+                k_pe=given["k_pe"].unsqueeze(1),
                 layer=SimpleNamespace(layer_id=layer),
                 forward_meta=meta,
             )
@@ -261,6 +297,19 @@ class World:
                     outputs[t], data.attended(position, self.sizes), rtol=0, atol=TOLERANCE,
                     err_msg=f"layer {layer}, row {row}, position {position}",
                 )  # fmt: skip
+
+
+def put_index_key(cache: np.ndarray, slot: int, key: list[float] | None) -> None:
+    """Write a key into its block of codes and scales; None fills its bytes with 0xFF."""
+    block, offset = divmod(slot, 64)
+    planes = cache[block].reshape(-1)
+    codes, scale = planes[128 * offset :][:128], planes[8192 + 4 * offset :][:4]
+    if key is None:
+        codes[:] = scale[:] = NAN[FP8]
+        return
+    found, number = ref_index_quantised(key, "ue8m0")
+    codes[:] = found
+    scale[:] = np.array([number], np.float32).view(np.uint8)
 
 
 def world_of(batch: StepBatch, sizes: Sizes, seed: int = 0) -> World:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.attention.harness import Sizes, World, rows_of, world_of
+from tests.attention.harness import FP8, Sizes, World, rows_of, world_of
 from tests.strategies import StepBatch, make_batch, step_batches
 
 DTYPES = ("float32", "bfloat16")
@@ -47,8 +49,17 @@ def test_any_step(dtype: str, batch: StepBatch, topk: int, seed: int) -> None:
     check_batch(batch, Sizes(topk, batch.block_size, dtype), seed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block_size", [1, 16, 64])
+@given(
+    batch=step_batches(min_rows=1, max_rows=4, max_len=30, block_size=64),
+    topk=st.sampled_from([1, 8, 80]),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(max_examples=25)
+def test_any_step_on_fp8(batch: StepBatch, topk: int, seed: int) -> None:
+    check_batch(batch, Sizes(topk, 64, FP8), seed)
+
+
+@pytest.mark.parametrize(("dtype", "block_size"), [*product(DTYPES, (1, 16, 64)), (FP8, 64)])
 @pytest.mark.parametrize("padding", [0, 5])
 def test_every_kind_of_row_in_two_layers(dtype: str, block_size: int, padding: int) -> None:
     num_tokens = sum(new for _, _, new in EVERY_KIND)
@@ -86,9 +97,10 @@ def test_steps_of_different_sizes_share_the_buffers() -> None:
         world.check(step, world.run(step, padding), padding)
 
 
-def test_rejected_drafts_are_not_seen() -> None:
-    batch = make_batch([(0, 20, 4), (0, 33, 4)], 16)
-    world = world_of(batch, Sizes())
+@pytest.mark.parametrize(("dtype", "block_size"), [("float32", 16), (FP8, 64)])
+def test_rejected_drafts_are_not_seen(dtype: str, block_size: int) -> None:
+    batch = make_batch([(0, 20, 4), (0, 33, 4)], block_size)
+    world = world_of(batch, Sizes(block_size=block_size, dtype=dtype))
     world.check(rows_of(batch), world.run(rows_of(batch)))
     # the first draft was accepted in row 0, none in row 1; what the others wrote is stale
     for row, kept in ((0, 22), (1, 34)):

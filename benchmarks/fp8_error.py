@@ -1,0 +1,278 @@
+"""What fp8_ds_mla caches change, against float32 caches of the same model on the same texts.
+
+    python -m benchmarks.fp8_error             # about ten minutes on 2 cores
+
+Prints and writes benchmarks/results/accuracy/fp8_cache.json, and the table of
+docs/concepts/fp8-cache.md from it:
+
+- of each layer, given the same inputs: how many of the selected keys are the same, and how far the
+  attention output is off, with the same selection and with its own;
+- of the whole model: how far its logits are off, and how often the likeliest token is another;
+- greedy answers to retrieval questions, right or wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import RESULTS, ROOT, environment, write_json
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
+from fd_dsa.config import EngineConfig
+from fd_dsa.engine.factory import build_engine
+from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.indexer_query import prepare_indexer_query
+from tools.demo_training.evalset import read
+
+RESULT = RESULTS / "accuracy" / "fp8_cache.json"
+PAGE = ROOT / "docs" / "concepts" / "fp8-cache.md"
+REGION = re.compile(r"(?<=<!-- result: fp8_cache -->\n).*?(?=<!-- end -->)", re.DOTALL)
+EVALUATION = ROOT / "tools" / "demo_training" / "demo_eval.jsonl"
+CHUNK = 512
+# about tokens of a text -> texts of it
+LAYER_TEXTS = {1024: 3, 2048: 3, 3072: 2}
+QUESTIONS = {512: 20, 1024: 20, 2048: 10, 3072: 5}
+
+
+def relative_l2(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
+    """Squared difference and squared reference, to be added up."""
+    difference = found.astype(np.float64) - wanted
+    return float((difference**2).sum()), float((wanted.astype(np.float64) ** 2).sum())
+
+
+class Shadowed(DSAAttentionBackend):
+    """A float32 backend beside which another format gets the same inputs layer by layer.
+
+    Args:
+        config: of the float32 caches.
+        layout: the other format.
+        indexer_layers: for each layer whether it has an indexer.
+    """
+
+    def __init__(
+        self, config: DSABackendConfig, layout: CacheLayout, indexer_layers: list[bool]
+    ) -> None:
+        super().__init__(config)
+        self.other = DSAAttentionBackend(replace(config, cache_layout=layout))
+        latent, _, indexer = self.other.get_kv_cache_shape(int(config.num_blocks or 0))
+        self.other_caches: list[Any] = []
+        for has_indexer in indexer_layers:
+            self.other_caches.append(layout.allocate(latent))
+            self.other_caches.append(layout.allocate(indexer) if has_indexer else None)
+        layers = len(indexer_layers)
+        self.shared, self.chosen = np.zeros(layers), np.zeros(layers)
+        # [layer, same or own selection, difference or reference]
+        self.errors = np.zeros((layers, 2, 2))
+        self._shadow: Any = None
+        self._selections: tuple[Any, Any] = (None, None)
+
+    def init_attention_metadata(self, forward_meta: Any) -> None:
+        """Of both backends."""
+        super().init_attention_metadata(forward_meta)
+        self._shadow = replace(
+            forward_meta, caches=self.other_caches, attn_backend=self.other, fd_dsa_step=None
+        )
+        self.other.init_attention_metadata(self._shadow)
+
+    def write_caches(self, *args: Any) -> None:
+        """Into both."""
+        super().write_caches(*args)
+        self.other.write_caches(*args[:-1], self._shadow)
+
+    def indexer_forward(
+        self, q: Any, k: Any, weights: Any, layer_id: int, forward_meta: Any
+    ) -> Any:
+        """The float32 selection; counts how much of it the other one has."""
+        layout = self.other.config.cache_layout
+        # rotated already: a table of angles 0 leaves q as it is
+        still = np.zeros((1, 2 * (q.shape[2] // 2)), np.float32)
+        still[:, : q.shape[2] // 2] = 1.0
+        quantised = prepare_indexer_query(
+            as_numpy(q).copy(),
+            weights,
+            np.zeros(len(q), np.int64),
+            still,
+            rope_interleave=False,
+            quantized=layout.is_fp8,
+            hadamard=layout.index_hadamard,
+            scale_fmt=layout.index_scale_fmt,
+        )
+        other_q, other_weights = quantised
+        theirs = self.other.indexer_forward(other_q, None, other_weights, layer_id, self._shadow)
+        ours = super().indexer_forward(q, k, weights, layer_id, forward_meta)
+        self._selections = ours, theirs
+        positions = as_numpy(forward_meta.position_ids)
+        for row in np.flatnonzero(positions >= self.config.index_topk):
+            self.shared[layer_id] += len(np.intersect1d(as_numpy(ours)[row], as_numpy(theirs)[row]))
+            self.chosen[layer_id] += self.config.index_topk
+        return ours
+
+    def forward(self, **arguments: Any) -> Any:
+        """The float32 output; adds up how far the other one is off."""
+        result = super().forward(**arguments)
+        out = as_numpy(result)
+        layer = arguments["layer"].layer_id
+        for i, selection in enumerate(self._selections):
+            changed = {"v": selection, "forward_meta": self._shadow}
+            found = as_numpy(self.other.forward(**(arguments | changed)))
+            self.errors[layer, i] += relative_l2(found, out)
+        return result
+
+
+def engine_of(kv_cache_dtype: str) -> Any:
+    """An engine over the demo model, one request at a time."""
+    return build_engine(EngineConfig(kv_cache_dtype=kv_cache_dtype, max_num_seqs=1))
+
+
+def prompts(lengths: dict[int, int]) -> list[dict[str, Any]]:
+    """Retrieval items of the evaluation file, the first ones of each length."""
+    items, _ = read(EVALUATION)
+    return [
+        item
+        for length, count in lengths.items()
+        for item in [x for x in items if x["length"] == length][:count]
+    ]
+
+
+def token_ids(engine: Any, item: dict[str, Any]) -> list[int]:
+    """Prompt of an item, as the chat template makes it."""
+    messages = [{"role": "user", "content": item["prompt"]}]
+    return engine.tokenizer.apply_chat_template(messages)
+
+
+def logits_of(engine: Any, ids: list[int]) -> np.ndarray:
+    """float32 [len(ids), vocab_size], in chunks of `CHUNK`."""
+    runner, found = engine.runner, []
+    batch = runner.input_batch
+    batch.set_blocks(0, list(range(-(-len(ids) // batch.block_size))))
+    for start in range(0, len(ids), CHUNK):
+        part = ids[start : start + CHUNK]
+        batch.begin_step()
+        batch.add_row(0, part, start, True)
+        found.append(runner.execute_model(np.arange(len(part))).copy())
+    return np.concatenate(found)
+
+
+def layers_and_logits() -> dict[str, Any]:
+    """Errors layer by layer with the same inputs, and of the logits of a whole run."""
+    exact, fp8 = engine_of("float32"), engine_of("fp8_ds_mla")
+    config = exact.runner.model.config
+    layout = fp8.runner.attn_backends[0].config.cache_layout
+    has_indexer = [kind == "full" for kind in config.indexer_types]
+    shadowed = Shadowed(exact.runner.attn_backends[0].config, layout, has_indexer)
+    exact.runner.attn_backends[0] = shadowed
+    texts = [token_ids(exact, item) for item in prompts(LAYER_TEXTS)]
+    error, same, total = np.zeros(2), 0, 0
+    for ids in texts:
+        wanted, found = logits_of(exact, ids), logits_of(fp8, ids)
+        error += relative_l2(found, wanted)
+        same += int((found.argmax(1) == wanted.argmax(1)).sum())
+        total += len(ids)
+        print(f"text of {len(ids)} tokens done", flush=True)
+    errors = np.sqrt(shadowed.errors[..., 0] / shadowed.errors[..., 1])
+    return {
+        "texts": [len(ids) for ids in texts],
+        "index_topk": config.index_topk,
+        "layers": [
+            {
+                "layer": layer,
+                "recall": shadowed.shared[layer] / shadowed.chosen[layer],
+                "output_error_same_selection": errors[layer, 0],
+                "output_error": errors[layer, 1],
+            }
+            for layer in range(config.num_hidden_layers)
+        ],
+        "logits_error": float(np.sqrt(error[0] / error[1])),
+        "same_likeliest_token": same / total,
+        "bytes_per_token": {
+            name: engine.runner.attn_backends[0].config.cache_layout.bytes_per_block(
+                config.num_hidden_layers, config.num_indexer_layers
+            )
+            // layout.block_size
+            for name, engine in (("float32", exact), ("fp8_ds_mla", fp8))
+        },
+    }
+
+
+def retrieval() -> list[dict[str, Any]]:
+    """Right greedy answers by length, with both formats, and how many answers are the same."""
+    answers: dict[str, list[str]] = {}
+    items = prompts(QUESTIONS)
+    chats = [[{"role": "user", "content": item["prompt"]}] for item in items]
+    for name in ("float32", "fp8_ds_mla"):
+        llm = LLM(kv_cache_dtype=name, max_num_seqs=1)
+        outputs = llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=40))
+        answers[name] = [output.text.strip() for output in outputs]
+        print(f"answers with {name} done", flush=True)
+    rows = []
+    for length in QUESTIONS:
+        index = [i for i, item in enumerate(items) if item["length"] == length]
+        right = {
+            name: sum(found[i] == items[i]["answer"] for i in index)
+            for name, found in answers.items()
+        }
+        equal = sum(answers["float32"][i] == answers["fp8_ds_mla"][i] for i in index)
+        rows.append({"length": length, "items": len(index), "right": right, "same": equal})
+    return rows
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown of a result."""
+    env, cost = result["env"], result["bytes_per_token"]
+    lines = [
+        f"{env['cpu']}, {env['cpus']} processors; paddlepaddle {env['paddlepaddle']}, numpy "
+        f"{env['numpy']}; commit {env['commit'][:12]}. Texts of "
+        f"{', '.join(map(str, result['texts']))} tokens, {result['index_topk']} keys selected.",
+        "",
+        "| layer | selected keys in common | output off, same selection | output off |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['layer']} | {row['recall']:.2%} | {row['output_error_same_selection']:.2%} "
+        f"| {row['output_error']:.2%} |"
+        for row in result["layers"]
+    ]
+    lines += [
+        "",
+        f"Logits of the whole model: {result['logits_error']:.2%} off; the likeliest token is the "
+        f"same at {result['same_likeliest_token']:.2%} of the positions.",
+        "",
+        "| retrieval, tokens | questions | right, float32 | right, fp8_ds_mla | same answer |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['length']} | {row['items']} | {row['right']['float32']} "
+        f"| {row['right']['fp8_ds_mla']} | {row['same']} |"
+        for row in result["retrieval"]
+    ]
+    lines += [
+        "",
+        f"Caches: {cost['float32']:,} bytes a token in float32, {cost['fp8_ds_mla']:,} in "
+        "fp8_ds_mla.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, or with --page write the page anew from the committed result; returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--page", action="store_true", help="only rewrite the page")
+    if not parser.parse_args(argv).page:
+        measured = layers_and_logits() | {"retrieval": retrieval()}
+        RESULT.parent.mkdir(parents=True, exist_ok=True)
+        write_json(RESULT, {"name": "fp8_cache", "env": environment()} | measured)
+    text = table(json.loads(RESULT.read_text()))
+    PAGE.write_text(REGION.sub(lambda _: text, PAGE.read_text("utf-8")), "utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
