@@ -35,6 +35,7 @@ BENCHMARKS = {
     "launch_overhead": 80,
     "cache_write": 90,
     "indexer_query": 90,
+    "indexer_gather": 60,
 }
 """Module -> its time limit, seconds, in the order of their importance."""
 
