@@ -34,11 +34,10 @@ def check_host_counts(totals: StepTotals, limits: StepLimits, given: GivenCounts
         ValueError: a given count disagrees with the arrays, or padding below the token count.
         CapacityError: padding above `max_num_tokens`.
     """
-    for name, found in (
-        ("num_tokens", totals.num_tokens),
-        ("num_prefill_tokens", totals.num_prefill_tokens),
+    for name, count, found in (
+        ("num_tokens", given.num_tokens, totals.num_tokens),
+        ("num_prefill_tokens", given.num_prefill_tokens, totals.num_prefill_tokens),
     ):
-        count = getattr(given, name)
         if count is not None and count != found:
             raise ValueError(
                 f"{name}: got {count}, the lengths of the rows say {found}; pass the number of "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# a paddle.Tensor, or a numpy.ndarray where the builder was made for device "numpy"
+# a paddle.Tensor; a numpy.ndarray where the builder was made for device "numpy", or what its
+# `allocate` makes
 Array = Any
 
 
@@ -25,7 +26,9 @@ class ForwardMeta:
     prefill token; a consumer that needs them and finds None raises `MissingStepError`.
 
     Lifetime. The arrays are views of the builder's buffers: valid until its next `build`, at the
-    same addresses in every step. Two objects are equal only if they are the same object.
+    same addresses in every step. Where a build was given device tensors, the three lengths and
+    `block_tables` are those tensors: valid as long as the caller leaves them alone. Two objects are
+    equal only if they are the same object.
     """
 
     # int32 [B]: new prefill tokens of row b in this step; 0 for a decode or idle row
