@@ -38,17 +38,19 @@ class BoundLaunch:
         self.grid = self._resolve(grid, values)
         self._stream, self._device = api.current_stream, variant.device
         self._launch = variant.driver.launch
-        # anything that a call may change is written by every such call
-        self._plain = not scalars and 0 not in self.grid
-        self._pack_grid = struct.Struct("=III").pack_into
-        self._packers = tuple(self._packer(name) for name in scalars)
+        self._fixed_grid = self._grid_function is None and 0 not in self.grid
+        self._writers = tuple(self._writer(name) for name in scalars)
+        self._bound_scalars = tuple(values[name] for name in scalars)
+        self._write_grid = struct.Struct("=III").pack_into
+        # frames with the bound grid, and frames with any
         self._free: list[Frame] = []
+        self._other: list[Frame] = []
 
     def _resolve(self, grid: Grid, values: dict[str, Any]) -> tuple[int, int, int]:
         """The grid as three numbers."""
         return resolve_grid(self.variant.signature.kernel, grid, values, self._options)
 
-    def _packer(self, name: str) -> tuple[Any, int]:
+    def _writer(self, name: str) -> tuple[Any, int]:
         """The function that writes a scalar, and where it stands."""
         index = [parameter.name for parameter in self.variant.passed].index(name)
         layout = self.variant.layout
@@ -71,70 +73,54 @@ class BoundLaunch:
             LaunchError: the number or the type of the scalars is wrong.
             DeviceError: the driver refuses the launch.
         """
-        if scalars or grid is not None or not self._plain:
-            self._call_changed(scalars, grid)
-            return
-        free = self._free
+        # one body for all calls: another function would cost as much as the rest of this one
+        if grid is None and self._fixed_grid:
+            free, numbers = self._free, None
+        else:
+            free, numbers = self._other, self._grid_of(scalars, grid)
+            if 0 in numbers:
+                return
         try:
             frame = free.pop()
         except IndexError:
             frame = self._frame()
+        if self._writers:
+            try:
+                for (write, offset), value in zip(
+                    self._writers, scalars or self._bound_scalars, strict=True
+                ):
+                    write(frame.memory, offset, value)
+            except (struct.error, ValueError) as error:
+                raise self._unfit(scalars, error) from None
+        elif scalars:
+            raise self._unfit(scalars, "it has none")
+        if numbers is not None:
+            x, y, z = numbers
+            layout = self.variant.layout
+            self._write_grid(frame.memory, layout.grid_offset, x * layout.num_ctas, y, z)
         stream = self._stream(self._device)
         if stream != frame.stream:
             frame.set_stream(stream)
         code = self._launch(*frame.call)
         if code:
             self.variant.recover(code, frame)
-        free.append(frame)
-
-    def _call_changed(self, scalars: tuple[Any, ...], grid: Grid | None) -> None:
-        """A call whose scalars or grid are not the bound ones."""
-        if len(scalars) != len(self._packers):
-            # also tells a wrong number
-            values = self.variant.signature.with_scalars(self._values, self._scalars, scalars)
-            scalars = tuple(values[name] for name in self._scalars)
-        x, y, z = self._grid_of(scalars, grid)
-        if not (x and y and z):
-            return
-        free = self._free
-        try:
-            frame = free.pop()
-        except IndexError:
-            frame = self._frame()
-        memory, layout = frame.memory, self.variant.layout
-        try:
-            for (pack, offset), value in zip(self._packers, scalars, strict=True):
-                pack(memory, offset, value)
-            self._pack_grid(memory, layout.grid_offset, x * layout.num_ctas, y, z)
-        except struct.error as error:
-            raise self._unfit(scalars, (x, y, z), error) from None
-        stream = self._stream(self._device)
-        if stream != frame.stream:
-            frame.set_stream(stream)
-        code = self._launch(*frame.call)
-        if code:
-            self.variant.recover(code, frame)
-        if self._plain:
-            x, y, z = self.grid
-            self._pack_grid(memory, layout.grid_offset, x * layout.num_ctas, y, z)
         free.append(frame)
 
     def _grid_of(self, scalars: tuple[Any, ...], grid: Grid | None) -> tuple[int, int, int]:
         """The grid of one call."""
-        if grid is None and self._grid_function is None:
-            return self.grid
-        if grid.__class__ is tuple and len(grid) == 1:
-            return grid[0], 1, 1
+        if grid is None:
+            grid = self._grid_function or self.grid
+        if not callable(grid):
+            return self._resolve(grid, self._values)
         values = self.variant.signature.with_scalars(self._values, self._scalars, scalars)
-        return self._resolve(grid or self._grid_function, values)
+        return self._resolve(grid, values)
 
-    def _unfit(self, scalars: tuple[Any, ...], grid: Any, error: Exception) -> LaunchError:
-        """The error for a scalar of another type than the bound one."""
-        told = ", ".join(f"{n}={v!r}" for n, v in zip(self._scalars, scalars, strict=True))
+    def _unfit(self, scalars: tuple[Any, ...], why: Any) -> LaunchError:
+        """The error for scalars that are too many, too few or of another type."""
         kinds = ", ".join(f"{n}: {self.variant.arguments[n].type}" for n in self._scalars)
         return LaunchError(
-            f"kernel {self.variant.signature.kernel}: scalars ({told}) and grid {grid} do not fit "
-            f"the bound launch ({kinds}): {error}"
+            f"kernel {self.variant.signature.kernel}: {scalars} do not fit the scalars of the "
+            f"bound launch ({kinds}): {why}"
         )
 
     def exchange(self, **tensors: Any) -> None:
@@ -164,4 +150,4 @@ class BoundLaunch:
                 )
             values[name] = tensor
         # calls under way give their frames back to the list that they took
-        self._values, self._free = values, []
+        self._values, self._free, self._other = values, [], []

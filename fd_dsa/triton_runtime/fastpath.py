@@ -64,7 +64,7 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
         f"def {signature.kernel}(_grid, {parameters}**_given):",
         "  try:",
         f"    if {' or '.join(guards)}: {leave}",
-        *(line for name, index in tensors.items() for line in _check(name, index, leave)),
+        *_check(tensors, leave),
         *([f"    if {' or '.join(late)}: {leave}"] if late else []),
         "    if _grid.__class__ is not tuple: _grid = _resolve(_kernel, _grid, "
         f"dict(zip(_names, {every})), _all_options)",
@@ -87,26 +87,14 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
 
 def _namespace(variant: Variant, api: DeviceApi, options: dict[str, Any], miss: Miss) -> dict:
     """Everything that the generated code names besides the kernel's parameters."""
-    parameters = variant.signature.parameters
-    slots: list[tuple[Any, int]] = [(_no_tensor, 0)] * len(parameters)
-
-    def admit(index: int, tensor: Any, address: int) -> bool:
-        """Check a tensor that is new in its place, and remember it if it fits."""
-        if not variant.accepts(parameters[index], tensor, address, api):
-            return False
-        try:
-            slots[index] = (weakref.ref(tensor), address)
-        except TypeError:
-            # checked again in every launch
-            slots[index] = (_no_tensor, 0)
-        return True
-
+    parameters, known = variant.signature.parameters, Known(variant, api)
     space: dict[str, Any] = {
         "_all_options": OPTIONS | options,
         "_append": variant.free.append,
         "_current_device": api.current_device,
         "_device": variant.device,
-        "_admit": admit,
+        "_admit": known.admit,
+        "_known": known.cell,
         "_kernel": variant.signature.kernel,
         "_launch": variant.driver.launch,
         "_miss": miss,
@@ -117,7 +105,6 @@ def _namespace(variant: Variant, api: DeviceApi, options: dict[str, Any], miss: 
         "_pop": variant.free.pop,
         "_recover": variant.recover,
         "_resolve": resolve_grid,
-        "_slots": slots,
         "_stream": api.current_stream,
         "_StructError": struct.error,
     }
@@ -131,13 +118,67 @@ def _no_tensor() -> None:
     """A weak reference to nothing."""
 
 
-def _check(name: str, index: int, leave: str) -> list[str]:
-    """Lines that take a tensor's address and make sure that it was checked."""
+class Known:
+    """The tensors of the last launch of a variant, by parameter that takes one.
+
+    Attributes:
+        cell: one tuple of a weak reference and an address for each, all in one flat row; it is
+            replaced as a whole, so that other threads never see half of a change.
+    """
+
+    def __init__(self, variant: Variant, api: DeviceApi) -> None:
+        self._variant, self._api = variant, api
+        self._parameters = [p for p in variant.passed if variant.arguments[p.name].type[0] == "*"]
+        self._kinds: list[tuple[Any, Any]] = [(None, None)] * len(self._parameters)
+        self.cell: list[tuple[Any, ...]] = [(_no_tensor, 0) * len(self._parameters)]
+
+    def admit(self, tensors: tuple[Any, ...], addresses: tuple[int, ...]) -> bool:
+        """Check the tensors that are new in their places; False if one needs another variant.
+
+        Raises:
+            LaunchError: one cannot be passed at all.
+        """
+        known = list(self.cell[0])
+        for index, (tensor, address) in enumerate(zip(tensors, addresses, strict=True)):
+            if known[2 * index]() is tensor and known[2 * index + 1] == address:
+                continue
+            if not self._accepts(index, tensor, address):
+                return False
+            try:
+                known[2 * index : 2 * index + 2] = weakref.ref(tensor), address
+            except TypeError:
+                # no weak references: it is checked in every launch
+                known[2 * index] = _no_tensor
+        self.cell[0] = tuple(known)
+        return True
+
+    def _accepts(self, index: int, tensor: Any, address: int) -> bool:
+        """True if the variant takes the tensor; short where only device and address are new."""
+        variant, parameter, dtype = self._variant, self._parameters[index], tensor.dtype
+        kind, known_dtype = self._kinds[index]
+        if type(tensor) is not kind or dtype is not known_dtype:
+            if not variant.accepts(parameter, tensor, address, self._api):
+                return False
+            self._kinds[index] = (type(tensor), dtype)
+            return True
+        aligned = parameter.specialize_alignment and not address & 15
+        return (
+            aligned == variant.arguments[parameter.name].divisible
+            and variant.signature.device_of(parameter, tensor, self._api) == variant.device
+        )
+
+
+def _check(tensors: Mapping[str, int], leave: str) -> list[str]:
+    """Lines that take the tensors' addresses and make sure that they were checked."""
+    if not tensors:
+        return []
+    new = [f"_p{i} != _q{i} or _r{i}() is not {name}" for name, i in tensors.items()]
+    names = "".join(f"{name}, " for name in tensors)
+    addresses = "".join(f"_p{i}, " for i in tensors.values())
     return [
-        f"    _p{index} = {name}.data_ptr()",
-        f"    _r, _q = _slots[{index}]",
-        f"    if (_r() is not {name} or _q != _p{index}) and not "
-        f"_admit({index}, {name}, _p{index}): {leave}",
+        *(f"    _p{i} = {name}.data_ptr()" for name, i in tensors.items()),
+        f"    {''.join(f'_r{i}, _q{i}, ' for i in tensors.values())} = _known[0]",
+        f"    if ({' or '.join(new)}) and not _admit(({names}), ({addresses})): {leave}",
     ]
 
 

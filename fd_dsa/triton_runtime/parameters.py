@@ -162,14 +162,23 @@ class Signature:
         Raises:
             LaunchError: its dtype has no Triton type, or it has gaps where none may be.
         """
-        name = str(tensor.dtype).rpartition(".")[2]
-        element = self._element_type(parameter, name)
+        element = self._element_of(parameter, tensor.dtype)
         if parameter.contiguous and not tensor.is_contiguous():
             raise LaunchError(
                 f"kernel {self.kernel}: argument {parameter.name!r} of shape "
                 f"{list(tensor.shape)} is not contiguous, but the kernel needs it so; "
                 "call .contiguous() first"
             )
+        return element
+
+    def _element_of(self, parameter: Parameter, dtype: Any) -> str:
+        """Triton's name of a tensor library's dtype object."""
+        kept, element = _ELEMENT_OF.get(id(dtype), (None, ""))
+        if kept is not dtype:
+            element = self._element_type(parameter, str(dtype).rpartition(".")[2])
+            if len(_ELEMENT_OF) > _MAX_DTYPES:
+                _ELEMENT_OF.clear()
+            _ELEMENT_OF[id(dtype)] = dtype, element
         return element
 
     def _element_type(self, parameter: Parameter, dtype: str) -> str:
@@ -336,6 +345,11 @@ class Signature:
             raise LaunchError(f"kernel {self.kernel}: no argument is a tensor")
         return api, device, found
 
+
+# id of a dtype object -> the object, which keeps the id its own, and Triton's name; the objects'
+# own hash and text cost more than a launch
+_ELEMENT_OF: dict[int, tuple[Any, str]] = {}
+_MAX_DTYPES = 256
 
 _INTEGERS = (
     ("i32", -(1 << 31), 1 << 31),
