@@ -42,6 +42,19 @@ def _from_dlpack() -> Callable[[np.ndarray], Any]:
     return from_dlpack
 
 
+def matmul(x: Any, y: Any, *, transpose_y: bool = False) -> Any:
+    """Product of two Paddle tensors; Paddle is imported by the first one."""
+    return _paddle_matmul()(x, y, transpose_y=transpose_y)
+
+
+@cache
+def _paddle_matmul() -> Callable[..., Any]:
+    """Paddle's product."""
+    import paddle
+
+    return paddle.matmul
+
+
 def check_shape(operator: str, argument: str, found: Any, allowed: tuple[int | None, ...]) -> None:
     """Raise ShapeError unless `found.shape` fits `allowed` (None = any extent)."""
     shape = tuple(found.shape)

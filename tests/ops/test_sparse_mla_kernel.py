@@ -126,7 +126,7 @@ def make(
 def check(case: Case, m: KernelMemory) -> None:
     """Every output within the tolerance; exact zeros where nothing was selected."""
     found, tolerance = case.run(m), TOLERANCE[case.q_dtype, case.cache_dtype]
-    if case.q_dtype == "bfloat16" and m.name == "interpreter":
+    if case.q_dtype == "bfloat16" and not m.on_gpu:
         # Triton's interpreter cuts off where a GPU rounds to the nearest bfloat16
         tolerance *= 4
     for token, line in enumerate(found):
@@ -206,6 +206,7 @@ def test_scores_far_from_zero(kernel_memory: KernelMemory) -> None:
 
 
 def test_the_result_of_the_cpu(kernel_memory: KernelMemory) -> None:
+    pytest.importorskip("paddle", reason="the CPU's products are Paddle's")
     case = make("float32", "float32", [24, 0, 5], 24, rank=512, rope=64)
     cpu = sparse_mla(
         case.q_stored, case.cache_stored, case.slots, softmax_scale=SCALE, kv_lora_rank=512

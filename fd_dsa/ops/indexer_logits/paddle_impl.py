@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import paddle
 
 from fd_dsa.ops._gather import gather_index_blocks, gather_index_keys
-from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, staged
+from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, matmul, staged
 
 _UNIT_KEYS = 256
 _TILE_BYTES = 8 << 20
@@ -71,10 +70,10 @@ def weighted_scores(q: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.
     """
     batch, queries, heads, dim = q.shape
     by_head = q.reshape(batch, queries * heads, dim)
-    dots = paddle.matmul(staged(by_head), as_tensor(keys), transpose_y=True)
+    dots = matmul(staged(by_head), as_tensor(keys), transpose_y=True)
     rectified = as_numpy(dots)
     np.maximum(rectified, 0.0, out=rectified)
-    summed = paddle.matmul(
+    summed = matmul(
         staged(weights.reshape(batch * queries, 1, heads)),
         dots.reshape([batch * queries, heads, -1]),
     )

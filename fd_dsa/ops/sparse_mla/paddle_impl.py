@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import paddle
 
 from fd_dsa.ops._gather import gather_latents
-from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, staged
+from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, matmul, staged
 
 _TILE_BYTES = 8 << 20
 
@@ -42,12 +41,12 @@ def attend_gathered(
         gather_latents(latents, index.ravel(), kv.reshape(-1, width), scratch)
         keys = as_tensor(kv)
         scaled = query[start : start + step] * np.float32(softmax_scale)
-        scores = paddle.matmul(staged(scaled), keys, transpose_y=True)
+        scores = matmul(staged(scaled), keys, transpose_y=True)
         probabilities = as_numpy(scores)
         if hidden.any():
             np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
         _softmax(probabilities)
-        values = as_numpy(paddle.matmul(scores, keys))
+        values = as_numpy(matmul(scores, keys))
         out[start : start + step] = values[:, :, :kv_lora_rank]
         out[start : start + step][hidden[:, 0]] = 0.0
     return out
@@ -69,17 +68,17 @@ def attend_dense(
     gather_latents(latents, key_slots, kv, scratch)
     keys = as_tensor(kv)
     scaled = (query * np.float32(softmax_scale)).reshape(-1, width)
-    scores = paddle.matmul(staged(scaled), keys, transpose_y=True)
+    scores = matmul(staged(scaled), keys, transpose_y=True)
     probabilities = as_numpy(scores).reshape(num_tokens, heads, -1)
     hidden = np.isneginf(as_numpy(mask))
     np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
     _softmax(probabilities)
-    values = as_numpy(paddle.matmul(scores, keys)).reshape(num_tokens, heads, width)
+    values = as_numpy(matmul(scores, keys)).reshape(num_tokens, heads, width)
     if np.isfinite(values).all():
         return values[:, :, :kv_lora_rank]
     # a weight of 0 times a key that is not finite is NaN: leave those keys out of the product
     spoiled = ~np.isfinite(kv).all(axis=1)
     kv[spoiled] = 0.0
-    values = as_numpy(paddle.matmul(scores, keys)).reshape(num_tokens, heads, width)
+    values = as_numpy(matmul(scores, keys)).reshape(num_tokens, heads, width)
     values[(~hidden[:, spoiled]).any(axis=1)] = np.nan
     return values[:, :, :kv_lora_rank]
