@@ -16,6 +16,9 @@ DEFAULT_NUM_BATCHED_TOKENS = 512
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+DEVICES = ("auto", "cpu", "gpu")
+# or a custom device of Paddle
+_DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
 _CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
 FP8_BLOCK_SIZE = 64
@@ -51,7 +54,10 @@ class EngineConfig:
     Attributes:
         model: folder of a checkpoint in Hugging Face format; None is the demo model.
         served_model_name: names that requests may use; empty is the folder's name.
-        dtype: type of weights and activations; on a CPU `auto` is float32, the only one there.
+        device: where the model runs: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
+            "auto", a GPU where Paddle has one and the CPU otherwise. A custom device of Paddle by
+            its name and number.
+        dtype: type of weights and activations; `auto` is float32, the only one so far.
         kv_cache_dtype: type of the caches; `auto` is the type of the activations, `fp8_ds_mla`
             is e4m3 with scales, 788 bytes a token and layer.
         max_model_len: longest prompt plus output, tokens; None is the model's own limit.
@@ -68,6 +74,7 @@ class EngineConfig:
 
     model: str | os.PathLike[str] | None = None
     served_model_name: tuple[str, ...] = ()
+    device: str = "auto"
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
     max_model_len: int | None = None
@@ -85,6 +92,8 @@ class EngineConfig:
         self._set("served_model_name", names or (self.model_path.name,))
         if not all(isinstance(name, str) and name for name in self.served_model_name):
             raise _flag_error("served_model_name", names, "non-empty names", "")
+        if not _DEVICE_PATTERN.fullmatch(str(self.device)):
+            raise _flag_error("device", self.device, ", ".join(DEVICES), "")
         self._check_dtypes()
         if self.max_num_batched_tokens is None:
             self._set("max_num_batched_tokens", DEFAULT_NUM_BATCHED_TOKENS)

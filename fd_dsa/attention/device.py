@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
+from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops._host import check_shape
 from fd_dsa.ops._provider import provider_for
@@ -44,20 +45,11 @@ class DeviceAttention:
         self, config: DSABackendConfig, allocate: Allocate, logits_bytes: int = LOGITS_BYTES
     ) -> None:
         self.config = config
-        layout, tokens = config.cache_layout, config.max_num_tokens
-        self.block_size = layout.block_size
-        self._max_keys = config.max_blocks_per_seq * layout.block_size
-        heads, dim = config.index_n_heads, layout.index_head_dim
-        num_logits = min(max(logits_bytes // 4, self._max_keys), tokens * self._max_keys)
-        buffers = {
-            "logits": ((num_logits,), "float32"),
-            "slots": ((tokens * config.index_topk,), "int32"),
-            "latents": ((tokens * config.num_heads * layout.kv_lora_rank,), "float32"),
-            "index_q": ((tokens * heads * dim,), "uint8" if layout.is_fp8 else "float32"),
-            "index_weights": ((tokens * heads,), "float32"),
-        }
-        self._buffers = {name: allocate(*spec) for name, spec in buffers.items()}
-        self._num_logits = num_logits
+        self.block_size = config.cache_layout.block_size
+        self._max_keys = config.max_blocks_per_seq * self.block_size
+        buffers = _buffers(config, logits_bytes)
+        self._buffers = {name: allocate((size,), dtype) for name, (size, dtype) in buffers.items()}
+        self._num_logits = buffers["logits"][0]
         self._view = lru_cache(maxsize=_CACHED_VIEWS)(partial(_view, self._buffers))
         self._everything: Any = None
         for operator in ("indexer_logits", "topk", "sparse_mla"):
@@ -150,6 +142,26 @@ class DeviceAttention:
         return min(max(64, 1 << max(length - 1, 0).bit_length()), limit)
 
 
+def _buffers(config: DSABackendConfig, logits_bytes: int) -> dict[str, tuple[int, str]]:
+    """Length and dtype of each buffer of a DeviceAttention."""
+    layout, tokens = config.cache_layout, config.max_num_tokens
+    max_keys = config.max_blocks_per_seq * layout.block_size
+    index_heads = tokens * config.index_n_heads
+    return {
+        "logits": (min(max(logits_bytes // 4, max_keys), tokens * max_keys), "float32"),
+        "slots": (tokens * config.index_topk, "int32"),
+        "latents": (tokens * config.num_heads * layout.kv_lora_rank, "float32"),
+        "index_q": (index_heads * layout.index_head_dim, "uint8" if layout.is_fp8 else "float32"),
+        "index_weights": (index_heads, "float32"),
+    }
+
+
+def workspace_bytes(config: DSABackendConfig, logits_bytes: int = LOGITS_BYTES) -> int:
+    """Bytes of the buffers that a DeviceAttention of this configuration holds."""
+    widths = {"float32": 4, "int32": 4, "uint8": 1}
+    return sum(size * widths[dtype] for size, dtype in _buffers(config, logits_bytes).values())
+
+
 def paddle_allocator(device: str) -> Allocate:
     """Makes uninitialised Paddle tensors on a device; see `fd_dsa.step.device.paddle_place`.
 
@@ -160,6 +172,13 @@ def paddle_allocator(device: str) -> Allocate:
     import paddle
 
     return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)
+
+
+def cache_allocator(layout: CacheLayout, device: str) -> Callable[[list[int]], Any]:
+    """Makes uninitialised caches of a layout on a device: nothing reads what was not written."""
+    allocate = paddle_allocator(device)
+    dtype = "uint8" if layout.is_fp8 else layout.kv_cache_dtype
+    return lambda shape: allocate(tuple(shape), dtype)
 
 
 def _view(buffers: dict[str, Any], name: str, *shape: int) -> Any:

@@ -53,9 +53,7 @@ class Indexer(nn.Layer):
         """
         return linear(hidden_states, self.wk)
 
-    def forward(
-        self, forward_meta: Any, hidden_states: Any, qr: Any, cos_sin_cache: Any
-    ) -> Any:
+    def forward(self, forward_meta: Any, hidden_states: Any, qr: Any, cos_sin_cache: Any) -> Any:
         """Cache slots that each token attends to; the step's keys are in the cache already.
 
         Args:

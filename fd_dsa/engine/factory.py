@@ -13,7 +13,7 @@ from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import BackendUnavailable, ConfigError
 
 if TYPE_CHECKING:
-    from fd_dsa.attention import CacheLayout
+    from fd_dsa.attention import CacheLayout, DSABackendConfig
     from fd_dsa.models.config import ModelConfig
     from fd_dsa.models.memory_plan import MemoryPlan
 
@@ -28,29 +28,35 @@ def build_engine(config: EngineConfig) -> LLMEngine:
 
     Raises:
         ConfigError: a flag, the folder, its checkpoint or the memory; says which and what to do.
-        BackendUnavailable: Paddle is missing.
+        BackendUnavailable: Paddle is missing, or has no such device.
     """
     _check_paddle()
     prepare_cpu_runtime()
     # these import paddle, which reads its settings from the environment when it is imported
     from fd_dsa.models.config import ModelConfig
+    from fd_dsa.runner.device import resolve_device
     from fd_dsa.runner.input_batch import InputBatch
-    from fd_dsa.runner.model_runner import ModelRunner, cache_layout
+    from fd_dsa.runner.model_runner import ModelRunner, backend_config, cache_layout
 
     threads = set_cpu_threads()
+    device = resolve_device(config.device)
     model_config = ModelConfig.from_folder(config.model_path)
     defaults = sampling_defaults(config, model_config)
     max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)
     layout = cache_layout(model_config, config.cache_dtype, config.block_size)
     tokenizer = Tokenizer.from_folder(config.model_path)
-    logger.info("%s on the CPU, %d threads", model_config.model_type, threads)
-    model, plan = _load_model(config, model_config, layout, max_model_len)
+    where = f"the CPU, {threads} threads" if device == "cpu" else device
+    logger.info("%s on %s", model_config.model_type, where)
     max_blocks_per_seq = -(-max_model_len // config.block_size)
     input_batch = InputBatch(
         config.max_num_seqs, config.num_batched_tokens, max_blocks_per_seq, config.block_size
     )
+    room = _device_room(device, backend_config(model_config, layout, input_batch))
+    model, plan = _load_model(config, model_config, layout, max_model_len, room)
+    if device != "cpu":
+        model.to_device(device)
     return LLMEngine(
-        ModelRunner(model, input_batch, layout, plan.num_blocks),
+        ModelRunner(model, input_batch, layout, plan.num_blocks, device),
         tokenizer,
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
@@ -72,10 +78,30 @@ def _check_paddle() -> None:
         )
 
 
+def _device_room(device: str, backend: DSABackendConfig) -> dict[str, int]:
+    """What `plan_memory` must know of a device; nothing where its memory is the host's."""
+    from fd_dsa.runner.device import free_device_bytes
+
+    free_bytes = free_device_bytes(device)
+    if free_bytes is None:
+        return {}
+    from fd_dsa.attention.device import workspace_bytes
+
+    # no cap: memory of a device that the engine leaves is used by nobody else
+    room = max(free_bytes - workspace_bytes(backend), 0)
+    return {"free_bytes": room, "default_cache_bytes": free_bytes}
+
+
 def _load_model(
-    config: EngineConfig, model_config: ModelConfig, layout: CacheLayout, max_model_len: int
+    config: EngineConfig,
+    model_config: ModelConfig,
+    layout: CacheLayout,
+    max_model_len: int,
+    room: dict[str, int],
 ) -> tuple[Any, MemoryPlan]:
-    """The model with its weights, and how the memory is shared out."""
+    """The model with its weights, in host memory, and how the memory is shared out."""
+    import paddle
+
     from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.loader import load_weights, validate
     from fd_dsa.models.memory_plan import plan_memory, weight_bytes
@@ -92,8 +118,11 @@ def _load_model(
             weight_bytes=weight_bytes(model_config),
             bytes_per_block=bytes_per_block,
             max_model_len=max_model_len,
+            **room,
         )
         logger.info("%s", plan.summary())
+        # weights are filled in host memory, whatever device Paddle would take by itself
+        paddle.set_device("cpu")
         model = create_model(model_config)
         with LoadProgress() as progress:
             load_weights(checkpoint, model_config, model.weight_loaders(), progress)

@@ -94,19 +94,21 @@ def plan_memory(
     bytes_per_block: int,
     max_model_len: int,
     free_bytes: int | None = None,
+    default_cache_bytes: int = DEFAULT_CACHE_BYTES,
 ) -> MemoryPlan:
     """Sizes of weights and caches, or an error that says which flag to change.
 
     The number of blocks is `num_gpu_blocks_override`, or what `kv_cache_memory_bytes` holds, or
-    else enough for `max_num_seqs` sequences of full length, but at most 4 GiB (one full-length
-    sequence where that is more) and half of what is free beside the weights.
+    else enough for `max_num_seqs` sequences of full length, but at most `default_cache_bytes` (one
+    full-length sequence where that is more) and half of what is free beside the weights.
 
     Args:
         config: the flags above and `block_size`.
         weight_bytes: weights as held, not yet allocated.
         bytes_per_block: one cache block over all layers and both caches.
         max_model_len: longest sequence, tokens.
-        free_bytes: None asks the system.
+        free_bytes: memory for both; None asks the system.
+        default_cache_bytes: limit of what no flag asked for.
 
     Raises:
         ConfigError: weights and caches do not fit in the free memory, or the caches do not hold
@@ -122,7 +124,7 @@ def plan_memory(
         num_blocks = int(config.kv_cache_memory_bytes) // bytes_per_block
     else:
         half = max(free_bytes - weight_bytes, 0) // 2 // bytes_per_block
-        cap = max(DEFAULT_CACHE_BYTES // bytes_per_block, needed_blocks)
+        cap = max(default_cache_bytes // bytes_per_block, needed_blocks)
         num_blocks = min(config.max_num_seqs * needed_blocks, cap, half)
     least_blocks = num_blocks if flag else max(num_blocks, needed_blocks)
     _check_fit(weight_bytes, least_blocks * bytes_per_block, free_bytes, flag)

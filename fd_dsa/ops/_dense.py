@@ -56,6 +56,11 @@ def joined(left: Any, right: Any) -> Any:
     return paddle.concat([left, right], axis=-1)
 
 
+def rows_at(x: Any, index: Any) -> Any:
+    """Rows `index`, integers [n], of x [num_tokens, width]."""
+    return paddle.gather(x, index)
+
+
 def embedding(ids: Any, weight: Any) -> Any:
     """Rows `ids` [num_tokens] of `weight` [vocab_size, hidden_size]."""
     return functional.embedding(ids, weight)

@@ -23,6 +23,11 @@ def embedding(ids: Any, weight: Any) -> Any:
     return _dense.embedding(ids, weight) if on_device(ids) else weight[as_numpy(ids)]
 
 
+def rows_at(x: Any, index: Any) -> Any:
+    """Rows `index`, integers [n], of x [num_tokens, width]."""
+    return _dense.rows_at(x, index) if on_device(x) else x[index]
+
+
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """x [num_tokens, in] times weight [in, out], plus bias [out]; float32 [num_tokens, out]."""
     if on_device(x):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from fd_dsa.ops import _dense
 from fd_dsa.ops._host import as_numpy, on_device
 
 
@@ -16,6 +13,9 @@ def rotated(x: Any, position_ids: Any, cos_sin_cache: Any, *, interleaved: bool)
     Arguments as of `apply_rope_`.
     """
     if on_device(x):
+        # Paddle only here: the CPU form is the oracle of kernels where Paddle is not installed
+        from fd_dsa.ops import _dense
+
         return _dense.rope(x, position_ids, cos_sin_cache, interleaved=interleaved)
     apply_rope_(x, position_ids, cos_sin_cache, interleaved=interleaved)
     return x

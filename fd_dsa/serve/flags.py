@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fd_dsa import __version__
+from fd_dsa.config import DEVICES
 from fd_dsa.errors import ConfigError
 
 
@@ -64,6 +65,11 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         action="append",
         help="name for the `model` field of requests; may be repeated (default: folder name)",
+    )
+    group.add_argument(
+        "--device",
+        choices=DEVICES,
+        help="where the model runs; auto is a GPU where Paddle has one (default: auto)",
     )
     group.add_argument("--dtype", help="auto, float32 or bfloat16 (default: auto; CPU: float32)")
     group.add_argument(

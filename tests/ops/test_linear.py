@@ -44,7 +44,7 @@ def test_each_head_has_its_own_product() -> None:
 
 def test_parts_side_by_side() -> None:
     wide = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
-    latent, q_pe = wide.transpose(1, 0, 2), 100 + wide[:, :2].transpose(1, 0, 2)
+    latent, q_pe = wide.transpose(1, 0, 2), 100 + wide[:, :, :2].transpose(1, 0, 2)
     found = joined(latent, paddle.to_tensor(q_pe))
     assert found.flags.c_contiguous and found.shape == (3, 2, 4 + q_pe.shape[2])
     for token in range(3):

@@ -1,0 +1,75 @@
+"""Which device a model runs on, and how much memory is free there."""
+
+from __future__ import annotations
+
+import ctypes
+
+from fd_dsa.errors import BackendUnavailable
+
+
+def resolve_device(name: str) -> str:
+    """The device that `EngineConfig.device` means here: "cpu", "gpu:0" or a custom device.
+
+    Raises:
+        BackendUnavailable: the installed Paddle has no such device, or sees none.
+    """
+    if name == "cpu":
+        return "cpu"
+    import paddle
+
+    is_gpu_build = paddle.device.is_compiled_with_cuda()
+    has_gpu = is_gpu_build and paddle.device.cuda.device_count() > 0
+    if name == "auto":
+        return "gpu:0" if has_gpu else "cpu"
+    if name not in ("gpu", "gpu:0"):
+        return _custom_device(name)
+    if not is_gpu_build:
+        raise BackendUnavailable(
+            f"--device: got {name!r}, but the installed Paddle is built for CPUs; install "
+            "paddlepaddle-gpu from Paddle's own package index, or take --device cpu"
+        )
+    if not has_gpu:
+        raise BackendUnavailable(
+            f"--device: got {name!r}, but Paddle sees no GPU; check the driver and "
+            "CUDA_VISIBLE_DEVICES, or take --device cpu"
+        )
+    return "gpu:0"
+
+
+def _custom_device(name: str) -> str:
+    """The name itself, if the device exists."""
+    if name.startswith("gpu:"):
+        # the engine's thread has device 0, as every thread that sets none
+        raise BackendUnavailable(
+            f"--device: got {name!r}, allowed is 'gpu'; choose the GPU by CUDA_VISIBLE_DEVICES"
+        )
+    from fd_dsa.step.device import paddle_place
+
+    paddle_place(name)
+    return name
+
+
+def free_device_bytes(device: str) -> int | None:
+    """Bytes free in the memory of a device; None where that is the host's own.
+
+    Raises:
+        BackendUnavailable: the CUDA driver does not say.
+    """
+    if device == "cpu":
+        return None
+    from fd_dsa.triton_runtime import INTERPRETING
+
+    if INTERPRETING:
+        return None
+    import paddle
+
+    from fd_dsa.step.device import paddle_place
+
+    # the driver answers for the calling thread's context, which the first tensor makes
+    paddle.empty([1], "uint8", device=paddle_place(device))
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    driver = ctypes.CDLL("libcuda.so.1")
+    status = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    if status:
+        raise BackendUnavailable(f"--device {device}: cuMemGetInfo failed with error {status}")
+    return free.value
