@@ -12,7 +12,10 @@ vLLM itself is not imported: loading the library registers its operators with to
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ def vllm_cache_ops(folder: Path | None) -> Any | None:
     path = _found(folder, "_C_stable_libtorch.abi3.so")
     if path is None:
         return None
+    _load_cuda_libraries()
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -45,6 +49,15 @@ def vllm_indexer_query(folder: Path | None) -> Any | None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module._fused_indexer_q_rope_quant_kernel
+
+
+def _load_cuda_libraries() -> None:
+    """Load what a peer may link and torch itself loads late: NVRTC and cuBLAS of its wheels."""
+    for pattern in ("**/libnvrtc.so.*", "**/libcublasLt.so.*", "**/libcublas.so.*"):
+        for folder in sys.path:
+            for library in sorted((Path(folder) / "nvidia").glob(pattern)):
+                with contextlib.suppress(OSError):
+                    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def _found(folder: Path | None, name: str) -> Path | None:
