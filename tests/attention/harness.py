@@ -18,9 +18,9 @@ import pytest
 
 import fd_dsa.attention.host as host_module
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
+from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import ref_array, upper_half
-from tests.reference.e4m3 import ref_value
-from tests.reference.fp8_records import ref_index_quantised, ref_record
+from tests.reference.fp8 import ref_index_key, ref_record
 from tests.reference.indexer import ref_score
 from tests.reference.sparse_mla import ref_attend
 from tests.reference.topk import ref_slot, ref_topk
@@ -96,15 +96,14 @@ class RowData:
     @cached_property
     def records(self) -> np.ndarray:
         """uint8 [length, 656]: latents in an fp8_ds_mla cache."""
-        pairs = zip(self.latent.tolist(), self.k_pe.tolist(), strict=True)
-        return np.array([list(ref_record(*pair)) for pair in pairs], np.uint8).reshape(-1, 656)
+        pairs = zip(self.latent, self.k_pe, strict=True)
+        return np.array([ref_record(*pair) for pair in pairs], np.uint8).reshape(-1, 656)
 
     @cached_property
     def dequantised_rows(self) -> np.ndarray:
         """Latent rows as an fp8_ds_mla cache gives them back."""
-        values = np.array([ref_value(code) for code in range(256)], np.float32)
         scales = self.records[:, 512:528].copy().view(np.float32)
-        latent = values[self.records[:, :512]] * np.repeat(scales, 128, axis=1)
+        latent = E4M3_VALUES[self.records[:, :512]] * np.repeat(scales, 128, axis=1)
         return np.concatenate([latent, ref_array(self.k_pe)], axis=1)
 
     def rows(self, dtype: str) -> np.ndarray:
@@ -199,7 +198,7 @@ class World:
             latents, keys = (np.from_dlpack(c) for c in self.caches[2 * layer : 2 * layer + 2])
             if dtype == FP8:
                 latents.reshape(-1, 656)[slots] = NAN[FP8] if poison else data.records[start:end]
-                for slot, key in zip(slots, data.index_k[start:end].tolist(), strict=True):
+                for slot, key in zip(slots, data.index_k[start:end], strict=True):
                     put_index_key(keys, slot, None if poison else key)
                 continue
             for memory, values in (
@@ -299,7 +298,7 @@ class World:
                 )  # fmt: skip
 
 
-def put_index_key(cache: np.ndarray, slot: int, key: list[float] | None) -> None:
+def put_index_key(cache: np.ndarray, slot: int, key: np.ndarray | None) -> None:
     """Write a key into its block of codes and scales; None fills its bytes with 0xFF."""
     block, offset = divmod(slot, 64)
     planes = cache[block].reshape(-1)
@@ -307,9 +306,8 @@ def put_index_key(cache: np.ndarray, slot: int, key: list[float] | None) -> None
     if key is None:
         codes[:] = scale[:] = NAN[FP8]
         return
-    found, number = ref_index_quantised(key, "ue8m0")
-    codes[:] = found
-    scale[:] = np.array([number], np.float32).view(np.uint8)
+    codes[:], number = ref_index_key(key, "ue8m0")
+    scale[:] = np.float32([number]).view(np.uint8)
 
 
 def world_of(batch: StepBatch, sizes: Sizes, seed: int = 0) -> World:

@@ -7,6 +7,7 @@ FlashMLA's README ("FP8 KV cache") for the record of 656 bytes.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import ref_bits
 
 _LARGEST, _NAN = 0x7E, 0x7F
-_POSITIVE = [Fraction(float(v)) for v in E4M3_VALUES[:_NAN]]
+_POSITIVE = [float(v) for v in E4M3_VALUES[:_NAN]]
 F32 = np.float32
 
 
@@ -27,8 +28,10 @@ def ref_e4m3(x: float) -> int:
     sign = 0x80 if math.copysign(1.0, x) < 0 else 0
     if abs(x) >= 448.0:
         return sign | _LARGEST
-    exact = Fraction(abs(x))
-    return sign | min(range(_NAN), key=lambda code: (abs(_POSITIVE[code] - exact), code & 1))
+    above = bisect_left(_POSITIVE, abs(x))
+    near = (max(above - 1, 0), above)
+    distance = [abs(Fraction(_POSITIVE[code]) - Fraction(abs(x))) for code in near]
+    return sign | min(zip(distance, (code & 1 for code in near), near, strict=True))[2]
 
 
 def ref_largest(values: Any) -> np.float32:

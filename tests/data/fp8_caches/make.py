@@ -2,19 +2,19 @@
 
     python -m tests.data.fp8_caches.make
 
-The bytes come from tests/reference/fp8_records.py, pure Python without an import from fd_dsa, so
-any implementation can be held against them: the CPU's, a kernel's, another project's.
+The bytes come from tests/reference (float32.py, fp8.py), which computes one number at a time and
+imports nothing of fd_dsa, so any implementation can be held against them.
 """
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tests.reference import fp8_records as ref
+from tests.reference import float32 as ref
+from tests.reference.fp8 import ref_index_key, ref_record
 
 HERE = Path(__file__).parent
 UNTOUCHED = 0xA5
@@ -97,13 +97,13 @@ def written(inputs: dict[str, np.ndarray], options: dict[str, Any]) -> dict[str,
             key = ref.ref_rope(key, angles, options["interleave"])
         if options["hadamard"]:
             key = ref.ref_hadamard(key)
-        codes, scale = ref.ref_index_quantised(key, options["scale_fmt"])
+        codes, scale = ref_index_key(key, options["scale_fmt"])
         block, offset = divmod(slot, BLOCK)
-        latent[block, 0, offset] = list(ref.ref_record(c, k_pe))
+        latent[block, 0, offset] = ref_record(c, k_pe)
         planes = index[block].reshape(-1)
         planes[offset * DIM : (offset + 1) * DIM] = codes
         start = BLOCK * DIM + 4 * offset
-        planes[start : start + 4] = list(struct.pack("<f", scale))
+        planes[start : start + 4] = np.float32([scale]).view(np.uint8)
     return {"latent_cache": latent, "index_cache": index}
 
 
@@ -116,12 +116,10 @@ def queries(inputs: dict[str, np.ndarray], options: dict[str, Any]) -> dict[str,
         for h, row in enumerate(heads):
             head = ref.ref_rope(row, angles, options["interleave"])
             head = ref.ref_hadamard(head) if options["hadamard"] else head
-            codes[t, h], weights[t, h] = ref.ref_query_head(
-                head,
-                float(inputs["weights"][t, h]),
-                float(inputs["weights_scale"]),
-                options["scale_fmt"],
-            )
+            codes[t, h], scale = ref_index_key(head, options["scale_fmt"])
+            # float32 arithmetic of NumPy's scalars
+            weights_scale = np.float32(inputs["weights_scale"])
+            weights[t, h] = (inputs["weights"][t, h] * weights_scale) * scale
     return {"q_codes": codes, "q_weights": weights}
 
 

@@ -1,4 +1,4 @@
-"""Oracle of fp8_ds_mla caches and queries: one number at a time, rounded after each operation.
+"""Oracle of what becomes of a key before it is stored: float32, one number at a time.
 
 A Python float is a double. Rounding the double result of one +, -, *, / or square root of float32
 numbers gives the correctly rounded float32, so `f32` after each operation is float32 arithmetic.
@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
 from collections.abc import Sequence
 
-from tests.reference.bfloat16 import ref_bits
-from tests.reference.e4m3 import ref_code
-
 Numbers = Sequence[float]
-SMALLEST_NORMAL = 2.0**-126
 
 
 def f32(x: float) -> float:
@@ -67,42 +62,3 @@ def ref_hadamard(row: Numbers) -> list[float]:
         m *= 2
     factor = f32(len(out) ** -0.5)
     return [f32(x * factor) for x in out]
-
-
-def _absmax(tile: Numbers) -> float:
-    """Largest magnitude of what is not NaN."""
-    return max((abs(x) for x in tile if not math.isnan(x)), default=0.0)
-
-
-def _codes(tile: Numbers, scale: float) -> list[int]:
-    """Codes of a tile divided by its scale."""
-    return [ref_code(f32(x / scale)) for x in tile]
-
-
-def ref_index_quantised(row: Numbers, scale_fmt: str | None) -> tuple[list[int], float]:
-    """Codes and scale of one index key or query head."""
-    scale = f32(max(_absmax(row), f32(1e-4)) / 448.0)
-    if scale_fmt == "ue8m0" and math.isfinite(scale):
-        mantissa, exponent = math.frexp(scale)
-        scale = 2.0 ** (exponent - 1 if mantissa == 0.5 else exponent)
-    return _codes(row, scale), scale
-
-
-def ref_record(latent: Numbers, k_pe: Numbers) -> bytes:
-    """The 656 bytes of a token: 512 codes, 4 scales, 64 bfloat16."""
-    codes: list[int] = []
-    scales = []
-    for start in range(0, len(latent), 128):
-        tile = latent[start : start + 128]
-        scales.append(max(f32(_absmax(tile) / 448.0), SMALLEST_NORMAL))
-        codes += _codes(tile, scales[-1])
-    rope = struct.pack(f"<{len(k_pe)}H", *(ref_bits(x) for x in k_pe))
-    return bytes(codes) + struct.pack("<4f", *scales) + rope
-
-
-def ref_query_head(
-    head: Numbers, weight: float, weights_scale: float, scale_fmt: str | None
-) -> tuple[list[int], float]:
-    """Codes of one query head, rotated already, and its weight with the scale folded in."""
-    codes, scale = ref_index_quantised(head, scale_fmt)
-    return codes, f32(f32(weight * f32(weights_scale)) * scale)
