@@ -76,6 +76,11 @@ class CacheLayout:
             raise ConfigError(
                 f"index_scale_fmt: got {self.index_scale_fmt!r}, allowed are 'ue8m0' and None"
             )
+        if self.index_hadamard and self.index_head_dim != INDEX_WIDTH:
+            raise ConfigError(
+                f"index_head_dim: got {self.index_head_dim}, index_hadamard allows {INDEX_WIDTH} "
+                "alone; leave index_hadamard off"
+            )
         for name, allowed in _FP8_FIELDS.items() if self.is_fp8 else ():
             found = getattr(self, name)
             if found != allowed:

@@ -255,6 +255,12 @@ def test_fp8_cache_shapes_and_bytes() -> None:
     assert str(latent.dtype).endswith("uint8")
 
 
+def test_hadamard_has_128_points() -> None:
+    assert CacheLayout("float32", 16, 6, 2, 128, index_hadamard=True).index_hadamard
+    with pytest.raises(ConfigError, match=r"index_head_dim: got 64, .*128 alone"):
+        CacheLayout("float32", 16, 6, 2, 64, index_hadamard=True)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
