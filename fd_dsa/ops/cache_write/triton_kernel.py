@@ -56,110 +56,95 @@ def _stored(x, pointer):
 
 
 @triton.jit
-def _rms_norm(x, weight_ptr, column, inside, eps, RANK: tl.constexpr):
-    """x * rsqrt(mean(x^2) + eps) * weight of [TOKENS, TILES, TILE]."""
-    wide = x.to(tl.float64)
-    total = tl.sum(tl.sum(wide * wide, 2), 1)
-    factor = tl.div_rn(1.0, tl.sqrt_rn(mean_of(total, RANK) + eps))
-    # as wide as x, or it would lie in other threads than x
-    column = tl.broadcast_to(column[None], x.shape)
-    weight = tl.load(weight_ptr + column, mask=inside[None], other=0.0)
-    return x * factor[:, None, None] * weight
-
-
-@triton.jit
-def _write_latent(
-    kv_a_row,
-    record,
-    k_pe_out,
+def _load_latent(
+    row,
     weight_ptr,
-    cos,
-    sin,
-    live,
-    eps,
+    known,
     RANK: tl.constexpr,
     HALF: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
-    FP8: tl.constexpr,
-    NORM: tl.constexpr,
-    ROPE: tl.constexpr,
 ):
-    """Latents and k_pe of some tokens; `kv_a_row`, `record`, `k_pe_out` point to their rows."""
-    column = tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    inside = column < RANK
-    mask = live[:, None, None] & inside[None]
-    x = widened(tl.load(kv_a_row[:, None, None] + column[None], mask=mask, other=0.0))
-    first, second = load_pairs((kv_a_row + RANK)[:, None], live[:, None], HALF, True)
-    if NORM:
-        x = _rms_norm(x, weight_ptr, column, inside, eps, RANK)
-    if FP8:
-        largest = absolute_maximum(magnitude(x), 2)
-        scale = tl.maximum(tl.div_rn(largest, 448.0), _SMALLEST_NORMAL)
-        codes = to_e4m3(quotient(x, scale[:, :, None]))
-        tl.store(record[:, None, None] + column[None], codes, mask=mask)
-        scales = (record + RANK).to(tl.pointer_type(tl.float32))
-        tile = tl.arange(0, TILES)[None, :]
-        tl.store(scales[:, None] + tile, scale, mask=live[:, None] & (tile * TILE < RANK))
-    else:
-        tl.store(record[:, None, None] + column[None], _stored(x, record), mask=mask)
-    if ROPE:
-        first, second = rotated(first, second, cos, sin)
-    first, second = _stored(first, k_pe_out), _stored(second, k_pe_out)
-    store_pairs(k_pe_out[:, None], first, second, live[:, None], HALF, True)
+    """Latents [TOKENS, TILES, TILE], their norm's weights, k_pe's pairs [TOKENS, HALF]."""
+    column = (tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, TILE)[None, :])[None]
+    # weights too have an element a token: a smaller tensor would lie in other threads
+    weight_column = column + (known.to(tl.int32) * 0)[:, None, None]
+    mask = known[:, None, None] & (column < RANK)
+    x = widened(tl.load(row[:, None, None] + column, mask=mask, other=0.0))
+    weight = x
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + weight_column, mask=weight_column < RANK, other=0.0)
+    first, second = load_pairs((row + RANK)[:, None], known[:, None], HALF, True)
+    return x, weight, first, second
 
 
 @triton.jit
-def _layer_norm(
-    a, b, c, d, weight_ptr, bias_ptr, eps, HALF: tl.constexpr, INTERLEAVED: tl.constexpr
+def _rms_norm(x, weight, eps, RANK: tl.constexpr):
+    """x * rsqrt(mean(x^2) + eps) * weight of [TOKENS, TILES, TILE]."""
+    wide = x.to(tl.float64)
+    total = tl.sum(tl.sum(wide * wide, 2), 1)
+    factor = tl.div_rn(1.0, tl.sqrt_rn(mean_of(total, RANK) + eps))
+    return x * factor[:, None, None] * weight
+
+
+@triton.jit
+def _store_latent(
+    record, x, live, RANK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, FP8: tl.constexpr
 ):
-    """LayerNorm of rows held in four parts, see `load_pairs`."""
-    total = (a.to(tl.float64) + b.to(tl.float64)) + (c.to(tl.float64) + d.to(tl.float64))
-    mean = mean_of(tl.sum(total, 1), 4 * HALF)[:, None]
-    a, b, c, d = a - mean, b - mean, c - mean, d - mean
-    wa, wb, wc, wd = a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
-    total = (wa * wa + wb * wb) + (wc * wc + wd * wd)
-    variance = mean_of(tl.sum(total, 1), 4 * HALF)
-    factor = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))[:, None]
-    zero = tl.zeros([1, 1], tl.int32)
-    wa, wb = load_pairs(weight_ptr + zero, True, HALF, INTERLEAVED)
-    wc, wd = load_pairs(weight_ptr + 2 * HALF + zero, True, HALF, INTERLEAVED)
-    ba, bb = load_pairs(bias_ptr + zero, True, HALF, INTERLEAVED)
-    bc, bd = load_pairs(bias_ptr + 2 * HALF + zero, True, HALF, INTERLEAVED)
-    a, b = a * factor * wa + ba, b * factor * wb + bb
-    c, d = c * factor * wc + bc, d * factor * wd + bd
+    """Latents of the `live` tokens, and the scales of their tiles."""
+    tile = tl.arange(0, TILES)
+    column = (tile[:, None] * TILE + tl.arange(0, TILE)[None, :])[None]
+    mask = live[:, None, None] & (column < RANK)
+    if FP8:
+        largest = absolute_maximum(magnitude(x), 2)
+        scale = tl.maximum(tl.div_rn(largest, 448.0), _SMALLEST_NORMAL)
+        tl.store(record[:, None, None] + column, to_e4m3(quotient(x, scale[:, :, None])), mask=mask)
+        scales = (record + RANK).to(tl.pointer_type(tl.float32))
+        inside = live[:, None] & (tile * TILE < RANK)[None, :]
+        tl.store(scales[:, None] + tile[None, :], scale, mask=inside)
+    else:
+        tl.store(record[:, None, None] + column, _stored(x, record), mask=mask)
+
+
+@triton.jit
+def _load_parts(row, known, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Rows of 4 * HALF values as the pairs of both halves, four parts [TOKENS, HALF]."""
+    a, b = load_pairs(row[:, None], known[:, None], HALF, INTERLEAVED)
+    c, d = load_pairs((row + 2 * HALF)[:, None], known[:, None], HALF, INTERLEAVED)
     return a, b, c, d
 
 
 @triton.jit
-def _write_index(
-    row,
+def _centred(a, b, c, d, HALF: tl.constexpr):
+    """The four parts of rows, less the mean of each row."""
+    total = (a.to(tl.float64) + b.to(tl.float64)) + (c.to(tl.float64) + d.to(tl.float64))
+    mean = mean_of(tl.sum(total, 1), 4 * HALF)[:, None]
+    return a - mean, b - mean, c - mean, d - mean
+
+
+@triton.jit
+def _inverse_deviation(a, b, c, d, eps, HALF: tl.constexpr):
+    """float32 [TOKENS, 1]: rsqrt(variance + eps) of centred rows."""
+    a, b, c, d = a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
+    total = (a * a + b * b) + (c * c + d * d)
+    return tl.div_rn(1.0, tl.sqrt_rn(mean_of(tl.sum(total, 1), 4 * HALF) + eps))[:, None]
+
+
+@triton.jit
+def _store_index(
     key_out,
     scale_out,
-    weight_ptr,
-    bias_ptr,
-    cos,
-    sin,
+    a,
+    b,
+    c,
+    d,
     live,
-    eps,
     HALF: tl.constexpr,
     FP8: tl.constexpr,
-    NORM: tl.constexpr,
-    ROPE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    HADAMARD: tl.constexpr,
     UE8M0: tl.constexpr,
 ):
-    """Index keys of some tokens; `row`, `key_out` and `scale_out` point to theirs."""
-    mask = live[:, None]
-    a, b = load_pairs(row[:, None], mask, HALF, INTERLEAVED)
-    c, d = load_pairs((row + 2 * HALF)[:, None], mask, HALF, INTERLEAVED)
-    if NORM:
-        a, b, c, d = _layer_norm(a, b, c, d, weight_ptr, bias_ptr, eps, HALF, INTERLEAVED)
-    if ROPE:
-        a, b = rotated(a, b, cos, sin)
-    if HADAMARD:
-        a, b, c, d = hadamard(a, b, c, d, HALF, INTERLEAVED)
+    """Index keys of the `live` tokens, and their scales."""
     if FP8:
         high = tl.maximum(magnitude(a), magnitude(b))
         low = tl.maximum(magnitude(c), magnitude(d))
@@ -171,8 +156,8 @@ def _write_index(
     else:
         a, b = _stored(a, key_out), _stored(b, key_out)
         c, d = _stored(c, key_out), _stored(d, key_out)
-    store_pairs(key_out[:, None], a, b, mask, HALF, INTERLEAVED)
-    store_pairs((key_out + 2 * HALF)[:, None], c, d, mask, HALF, INTERLEAVED)
+    store_pairs(key_out[:, None], a, b, live[:, None], HALF, INTERLEAVED)
+    store_pairs((key_out + 2 * HALF)[:, None], c, d, live[:, None], HALF, INTERLEAVED)
 
 
 @paddle_jit(
@@ -216,32 +201,58 @@ def write_caches_kernel(
     UE8M0: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """See `write_caches`; a pointer that is None leaves its step out."""
+    """See `write_caches`; a pointer that is None leaves its step out.
+
+    All loads come before the first store, which they could not pass, and those that need nothing
+    but the token's number come first. So rows of tokens without a slot are loaded as well.
+    """
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    inside = token < num_tokens
-    slot = tl.load(slot_mapping_ptr + token, mask=inside, other=-1)
+    known = token < num_tokens
+    token = token.to(tl.int64)
+    slot = tl.load(slot_mapping_ptr + token, mask=known, other=-1)
+    if cos_sin_ptr is not None:
+        position = tl.load(position_ids_ptr + token, mask=known, other=0)
+    if kv_a_ptr is not None:
+        x, kv_weight, first, second = _load_latent(
+            kv_a_ptr + token * kv_a_stride, kv_weight_ptr, known, RANK, HALF, TILE, TILES
+        )
+    if index_k_ptr is not None:
+        a, b, c, d = _load_parts(index_k_ptr + token * index_k_stride, known, HALF, INTERLEAVED)
+        if k_weight_ptr is not None:
+            none = token * 0
+            wa, wb, wc, wd = _load_parts(k_weight_ptr + none, known, HALF, INTERLEAVED)
+            ba, bb, bc, bd = _load_parts(k_bias_ptr + none, known, HALF, INTERLEAVED)
     live = (slot >= 0) & (slot < num_slots)
     # a dead slot must not even be an address
     slot = tl.where(live, slot, 0)
-    token = token.to(tl.int64)
-    cos, sin = None, None
     if cos_sin_ptr is not None:
-        position = tl.load(position_ids_ptr + token, mask=live, other=0)
         angle = cos_sin_ptr + position[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
         cos = tl.load(angle, mask=live[:, None], other=0.0)
         sin = tl.load(angle + HALF, mask=live[:, None], other=0.0)
     if kv_a_ptr is not None:
+        if kv_weight_ptr is not None:
+            x = _rms_norm(x, kv_weight, kv_eps, RANK)
+        if cos_sin_ptr is not None:
+            first, second = rotated(first, second, cos, sin)
         if FP8:
             record = latent_ptr + slot * (RANK + 4 * (RANK // TILE) + 4 * HALF)
             k_pe_out = (record + RANK + 4 * (RANK // TILE)).to(tl.pointer_type(tl.bfloat16))
         else:
             record = latent_ptr + slot * (RANK + 2 * HALF)
             k_pe_out = record + RANK
-        _write_latent(
-            kv_a_ptr + token * kv_a_stride, record, k_pe_out, kv_weight_ptr, cos, sin, live, kv_eps,
-            RANK, HALF, TILE, TILES, FP8, kv_weight_ptr is not None, cos_sin_ptr is not None,
-        )  # fmt: skip
+        _store_latent(record, x, live, RANK, TILE, TILES, FP8)
+        first, second = _stored(first, k_pe_out), _stored(second, k_pe_out)
+        store_pairs(k_pe_out[:, None], first, second, live[:, None], HALF, True)
     if index_k_ptr is not None:
+        if k_weight_ptr is not None:
+            a, b, c, d = _centred(a, b, c, d, HALF)
+            factor = _inverse_deviation(a, b, c, d, k_eps, HALF)
+            a, b = a * factor * wa + ba, b * factor * wb + bb
+            c, d = c * factor * wc + bc, d * factor * wd + bd
+        if cos_sin_ptr is not None:
+            a, b = rotated(a, b, cos, sin)
+        if HADAMARD:
+            a, b, c, d = hadamard(a, b, c, d, HALF, INTERLEAVED)
         key_out = index_ptr + slot * (4 * HALF)
         scale_out = None
         if FP8:
@@ -250,10 +261,8 @@ def write_caches_kernel(
             key_out += block * (4 * BLOCK_SIZE)
             scales = index_ptr + block * (BLOCK_SIZE * (4 * HALF + 4)) + BLOCK_SIZE * 4 * HALF
             scale_out = scales.to(tl.pointer_type(tl.float32)) + offset
-        _write_index(
-            index_k_ptr + token * index_k_stride, key_out, scale_out, k_weight_ptr, k_bias_ptr,
-            cos, sin, live, k_eps, HALF, FP8, k_weight_ptr is not None, cos_sin_ptr is not None,
-            INTERLEAVED, HADAMARD, UE8M0,
+        _store_index(
+            key_out, scale_out, a, b, c, d, live, HALF, FP8, INTERLEAVED, UE8M0
         )  # fmt: skip
 
 
