@@ -22,6 +22,7 @@ from fd_dsa.triton_runtime.serving import (  # noqa: E402
     num_late_compilations,
     unfreeze,
 )
+from fd_dsa.triton_runtime.tuning import autotune, heuristics, warmup  # noqa: E402
 
 __all__ = [
     "INTERPRETING",
@@ -30,9 +31,12 @@ __all__ = [
     "DeviceApi",
     "Kernel",
     "Pointer",
+    "autotune",
     "freeze",
+    "heuristics",
     "num_late_compilations",
     "paddle_jit",
     "register_device_api",
     "unfreeze",
+    "warmup",
 ]

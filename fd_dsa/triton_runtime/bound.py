@@ -106,6 +106,10 @@ class BoundLaunch:
             self.variant.recover(code, frame)
         free.append(frame)
 
+    def current_stream(self) -> int:
+        """The stream on which a call would launch now."""
+        return self._stream(self._device)
+
     def _grid_of(self, scalars: tuple[Any, ...], grid: Grid | None) -> tuple[int, int, int]:
         """The grid of one call."""
         if grid is None:

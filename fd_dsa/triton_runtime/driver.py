@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -119,6 +120,24 @@ class Driver:
                 self._contexts[device] = context.value or 0
             context = ctypes.c_void_p(self._contexts[device])
         self.check(self._library.cuCtxSetCurrent(context), f"context of device {device}")
+
+    def time_us(self, call: Callable[[], None], stream: int) -> float:
+        """Microseconds of device time of what one call queues on a stream; waits for it."""
+        library, events = self._library, [ctypes.c_void_p(), ctypes.c_void_p()]
+        for event in events:
+            self.check(library.cuEventCreate(ctypes.byref(event), 0), "cuEventCreate")
+        try:
+            handle, elapsed_ms = ctypes.c_void_p(stream), ctypes.c_float()
+            self.check(library.cuEventRecord(events[0], handle), "cuEventRecord")
+            call()
+            self.check(library.cuEventRecord(events[1], handle), "cuEventRecord")
+            self.check(library.cuEventSynchronize(events[1]), "cuEventSynchronize")
+            code = library.cuEventElapsedTime(ctypes.byref(elapsed_ms), *events)
+            self.check(code, "cuEventElapsedTime")
+        finally:
+            for event in events:
+                library.cuEventDestroy_v2(event)
+        return elapsed_ms.value * 1e3
 
     def load(
         self, image: bytes, name: str, device: int, shared_bytes: int, num_ctas: int

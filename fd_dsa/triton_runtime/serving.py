@@ -36,7 +36,7 @@ def unfreeze() -> None:
 
 
 def num_late_compilations() -> int:
-    """How many kernels were compiled or loaded by a launch after `freeze`."""
+    """How many launches after `freeze` had to compile, to load, or to go untuned."""
     return _late
 
 
@@ -57,18 +57,40 @@ def announce_compilation(kernel: str, arguments: Mapping[str, Any], options: Any
     Raises:
         LaunchError: after `freeze(strict=True)`.
     """
-    global _late
-    if _frozen is None or getattr(_state, "warming", False):
+    if not serves():
         return
     told = ", ".join(f"{name}={_told(argument)}" for name, argument in arguments.items())
-    text = (
+    _announce(
         f"kernel {kernel}: no compiled variant for ({told}) with {dict(options)} after freeze(); "
-        "add it to the warm-up"
+        "add it to the warm-up",
+        "this step compiles",
     )
+
+
+def announce_untuned(kernel: str, key: Any) -> None:
+    """Called before a launch uses a configuration that was not chosen by measuring.
+
+    Raises:
+        LaunchError: after `freeze(strict=True)`.
+    """
+    _announce(
+        f"kernel {kernel}: not tuned for {key} before freeze(); launch it so in the warm-up",
+        "its first configuration is used",
+    )
+
+
+def serves() -> bool:
+    """True after `freeze()`, outside `warming()`."""
+    return _frozen is not None and not getattr(_state, "warming", False)
+
+
+def _announce(problem: str, consequence: str) -> None:
+    """Raise, or count and log."""
+    global _late
     if _frozen == "strict":
-        raise LaunchError(text)
+        raise LaunchError(problem)
     _late += 1
-    _LOG.warning("%s; this step compiles", text)
+    _LOG.warning("%s; %s", problem, consequence)
 
 
 def _told(argument: Any) -> str:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fd_dsa.errors import LaunchError
-from fd_dsa.triton_runtime import DeviceApi
+from fd_dsa.triton_runtime import DeviceApi, paddle_jit
+
+import triton.language as tl
 
 
 @dataclass
@@ -152,3 +154,20 @@ class FakeLibrary:
             )
         )
         return 0
+
+
+X, Y = FakeTensor(0x7000), FakeTensor(0x8000)
+
+
+def scale_kernel() -> Any:
+    """A kernel with all kinds of parameters and a launch cache of its own."""
+
+    @paddle_jit(do_not_specialize=("n",), contiguous=("x_ptr",))
+    def scale_kernel(x_ptr, y_ptr, n, factor, flag, stride, BLOCK: tl.constexpr):
+        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + offsets * stride, mask=offsets < n).to(tl.float32)
+        if flag:
+            x = x * factor
+        tl.store(y_ptr + offsets, x, mask=offsets < n)
+
+    return scale_kernel

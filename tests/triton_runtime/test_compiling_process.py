@@ -21,7 +21,7 @@ def compiling_environment(cache: Path) -> dict[str, str]:
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="the tests run in this process")
-@pytest.mark.parametrize("name", ["test_launch.py"])
+@pytest.mark.parametrize("name", ["test_launch.py", "test_bound.py", "test_tuning.py"])
 def test_compiled(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(

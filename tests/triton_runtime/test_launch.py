@@ -9,26 +9,15 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from fd_dsa.errors import DeviceError, LaunchError
-from fd_dsa.triton_runtime import (
-    INTERPRETING,
-    Pointer,
-    driver,
-    freeze,
-    num_late_compilations,
-    paddle_jit,
-    register_device_api,
-    unfreeze,
-)
-from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, Launch
+from fd_dsa.triton_runtime import INTERPRETING, Pointer, freeze, num_late_compilations
+from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, X, Y, scale_kernel
 
 import triton
-import triton.language as tl
 
 pytestmark = [
     pytest.mark.triton,
@@ -36,40 +25,8 @@ pytestmark = [
 ]
 
 
-def _kernel(**options):  # a fresh launch cache for each test
-    @paddle_jit(do_not_specialize=("n",), contiguous=("x_ptr",), **options)
-    def scale_kernel(x_ptr, y_ptr, n, factor, flag, stride, BLOCK: tl.constexpr):
-        offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + offsets * stride, mask=offsets < n).to(tl.float32)
-        if flag:
-            x = x * factor
-        tl.store(y_ptr + offsets, x, mask=offsets < n)
-
-    return scale_kernel
-
-
-@pytest.fixture
-def api() -> FakeApi:
-    api = FakeApi()
-    register_device_api(FakeTensor, api)
-    return api
-
-
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch, api: FakeApi) -> Iterator[FakeLibrary]:
-    library = FakeLibrary(codes="QQif?i")
-    monkeypatch.setattr(driver, "_open_library", lambda: library)
-    driver.cuda.cache_clear()
-    yield library
-    unfreeze()
-    driver.cuda.cache_clear()
-
-
-X, Y = FakeTensor(0x7000), FakeTensor(0x8000)
-
-
 def test_what_the_driver_gets(library: FakeLibrary, api: FakeApi) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     for n in (5, 1, 16, -3):
         kernel[(2, 3)](X, Y, n, 0.5, True, 7, BLOCK=64, num_warps=2)
         api.stream += 1
@@ -84,7 +41,7 @@ def test_what_the_driver_gets(library: FakeLibrary, api: FakeApi) -> None:
 
 
 def test_positional_and_keyword_arguments_are_one_variant(library: FakeLibrary) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     kernel[(1,)](X, Y, 5, 0.5, True, 7, 64)
     kernel[(1,)](X, Y, 5, BLOCK=64, stride=7, flag=True, factor=0.5)
     kernel[(1,)](y_ptr=Y, x_ptr=X, n=5, BLOCK=64, stride=7, flag=True, factor=0.5)
@@ -109,7 +66,7 @@ def test_positional_and_keyword_arguments_are_one_variant(library: FakeLibrary) 
     ],
 )
 def test_what_makes_another_variant(library: FakeLibrary, change: dict, codes: str) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     base = {"x_ptr": X, "y_ptr": Y, "n": 5, "factor": 0.5, "flag": True, "stride": 7, "BLOCK": 64}
     for _ in range(2):
         library.codes = "QQif?i"
@@ -126,7 +83,7 @@ def test_what_makes_another_variant(library: FakeLibrary, change: dict, codes: s
 
 
 def test_constants_of_equal_value_and_other_type(library: FakeLibrary) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     for flag in (True, 1, True, 1):
         library.codes = "QQif?i" if flag is True else "QQifi"
         kernel[(1,)](X, Y, 5, 0.5, flag, 7, BLOCK=64)
@@ -134,7 +91,7 @@ def test_constants_of_equal_value_and_other_type(library: FakeLibrary) -> None:
 
 
 def test_new_tensors_are_checked_and_known_ones_are_not(library: FakeLibrary, api: FakeApi) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     launch = kernel[(1,)]
     launch(X, Y, 5, 0.5, True, 7, BLOCK=64)
     kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
@@ -151,7 +108,7 @@ def test_new_tensors_are_checked_and_known_ones_are_not(library: FakeLibrary, ap
 
 
 def test_an_address_used_again_by_another_tensor_is_checked(library: FakeLibrary) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     first = FakeTensor(0xB000)
     for _ in range(2):
         kernel[(1,)](first, Y, 5, 0.5, True, 7, BLOCK=64)
@@ -165,7 +122,7 @@ def test_an_address_used_again_by_another_tensor_is_checked(library: FakeLibrary
 def test_tensors_are_not_kept_alive(library: FakeLibrary) -> None:
     import weakref
 
-    kernel, tensor = _kernel(), FakeTensor(0xB000)
+    kernel, tensor = scale_kernel(), FakeTensor(0xB000)
     for _ in range(2):
         kernel[(1,)](tensor, Y, 5, 0.5, True, 7, BLOCK=64)
     alive = weakref.ref(tensor)
@@ -188,7 +145,7 @@ def test_tensors_are_not_kept_alive(library: FakeLibrary) -> None:
 )
 @pytest.mark.parametrize("warm", [0, 2])
 def test_refusals(library: FakeLibrary, change: dict, message: str, warm: int) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     base = {"x_ptr": X, "y_ptr": Y, "n": 5, "factor": 0.5, "flag": True, "stride": 7, "BLOCK": 64}
     for _ in range(warm):
         kernel[(1,)](**base)
@@ -199,7 +156,7 @@ def test_refusals(library: FakeLibrary, change: dict, message: str, warm: int) -
 
 @pytest.mark.parametrize("warm", [0, 2])
 def test_missing_argument(library: FakeLibrary, warm: int) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     for _ in range(warm):
         kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
     with pytest.raises(LaunchError, match="kernel scale_kernel: argument 'stride' is missing"):
@@ -208,7 +165,7 @@ def test_missing_argument(library: FakeLibrary, warm: int) -> None:
 
 def test_tensor_on_another_device_than_the_current_one(library: FakeLibrary, api: FakeApi) -> None:
     library.num_devices = 2
-    kernel = _kernel()
+    kernel = scale_kernel()
     for _ in range(2):
         kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
     api.set_device(1)
@@ -221,7 +178,7 @@ def test_tensor_on_another_device_than_the_current_one(library: FakeLibrary, api
 
 
 def test_grids(library: FakeLibrary) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
 
     def cover(meta: dict) -> tuple[int]:
         return (triton.cdiv(meta["n"], meta["BLOCK"]) * meta["num_warps"],)
@@ -239,14 +196,14 @@ def test_grids(library: FakeLibrary) -> None:
 
 
 def test_numpy_scalars(library: FakeLibrary) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     for _ in range(2):
         kernel[(1,)](X, Y, np.int64(5), np.float32(0.5), np.bool_(True), np.int32(7), BLOCK=64)
     assert library.launches[1].values == (0x7000, 0x8000, 5, 0.5, True, 7)
 
 
 def test_launch_attributes(library: FakeLibrary) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     for _ in range(2):
         kernel[(3,)](
             X, Y, 5, 0.5, True, 7, BLOCK=64, num_ctas=2, launch_cooperative_grid=True,
@@ -258,7 +215,7 @@ def test_launch_attributes(library: FakeLibrary) -> None:
 
 
 def test_first_launches_of_many_threads_compile_once(library: FakeLibrary) -> None:
-    kernel, errors = _kernel(), []
+    kernel, errors = scale_kernel(), []
     start = threading.Barrier(8)
 
     def work(value: int) -> None:
@@ -281,7 +238,7 @@ def test_first_launches_of_many_threads_compile_once(library: FakeLibrary) -> No
 
 
 def test_a_thread_without_context_gets_one(library: FakeLibrary) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
     library.needs_context = True
     errors = []
@@ -300,121 +257,15 @@ def test_a_thread_without_context_gets_one(library: FakeLibrary) -> None:
 
 
 def test_errors_of_the_driver(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     monkeypatch.setattr(library, "cuLaunchKernelEx", lambda *args: 700)
     for _ in range(2):
         with pytest.raises(DeviceError, match=r"launch of kernel .*scale_kernel: CUDA error 700"):
             kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
 
 
-def _values(launch: Launch) -> tuple:
-    return launch.grid, launch.values
-
-
-def test_bound_launch(library: FakeLibrary, api: FakeApi) -> None:
-    kernel = _kernel()
-    launch = kernel.bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64, scalars=("n", "factor"))
-    asked = api.asked
-    launch()
-    launch(6, 0.25)
-    launch(7, 1.0, grid=(9, 2))
-    api.stream = 0xDEF0
-    launch()
-    assert api.asked == asked
-    rest = (True, 7)
-    assert [_values(launch) for launch in library.launches] == [
-        ((2, 1, 1), (0x7000, 0x8000, 5, 0.5, *rest)),
-        ((2, 1, 1), (0x7000, 0x8000, 6, 0.25, *rest)),
-        ((9, 2, 1), (0x7000, 0x8000, 7, 1.0, *rest)),
-        ((2, 1, 1), (0x7000, 0x8000, 5, 0.5, *rest)),
-    ]
-    assert [launch.stream for launch in library.launches] == [0xABC0] * 3 + [0xDEF0]
-    kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
-    assert len(library.loaded) == 1
-
-
-def test_bound_launch_without_scalars(library: FakeLibrary) -> None:
-    launch = _kernel().bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64)
-    launch()
-    launch(grid=(4,))
-    launch()
-    launch(grid=(0,))
-    assert [launch.grid[0] for launch in library.launches] == [2, 4, 2]
-    with pytest.raises(LaunchError, match="do not fit the scalars.*it has none"):
-        launch(5)
-
-
-def test_bound_grid_function(library: FakeLibrary) -> None:
-    launch = _kernel().bind(
-        lambda meta: (meta["n"] * 2,), X, Y, 5, 0.5, True, 7, BLOCK=64, scalars=("n",)
-    )
-    launch()
-    launch(6)
-    launch(0)
-    assert [launch.grid[0] for launch in library.launches] == [10, 12]
-
-
-def test_exchange(library: FakeLibrary) -> None:
-    launch = _kernel().bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64)
-    launch.exchange(y_ptr=FakeTensor(0xC000))
-    launch()
-    assert library.launches[-1].values[:2] == (0x7000, 0xC000)
-    for tensor, message in (
-        (FakeTensor(0xC000, "fake.bfloat16"), r"is \*bf16 on device 0, bound is \*fp32"),
-        (FakeTensor(0xC004), "an address that 16 does not divide"),
-        (FakeTensor(0xC000, device=1), "on device 1, bound is"),
-        (FakeTensor(0xC000, device=-1), "host memory"),
-        (5, "'y_ptr' is a int; a tensor is bound there"),
-    ):
-        with pytest.raises(LaunchError, match=message):
-            launch.exchange(y_ptr=tensor)
-    with pytest.raises(LaunchError, match="no tensor is bound to 'n'"):
-        launch.exchange(n=X)
-    launch()
-    assert library.launches[-1].values[:2] == (0x7000, 0xC000)
-
-
-@pytest.mark.parametrize(
-    ("scalars", "message"),
-    [
-        (("stride",), "'stride' changes from launch to launch.*do_not_specialize"),
-        (("x_ptr",), "scalar 'x_ptr' is FakeTensor.*a number"),
-        (("BLOCK",), "scalar 'BLOCK' is 64; a number that is passed"),
-        (("m",), "scalar 'm' is no parameter"),
-    ],
-)
-def test_scalars_that_cannot_change(library: FakeLibrary, scalars: tuple, message: str) -> None:
-    with pytest.raises(LaunchError, match=message):
-        _kernel().bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64, scalars=scalars)
-
-
-def test_scalar_of_another_type(library: FakeLibrary) -> None:
-    launch = _kernel().bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64, scalars=("n",))
-    for wrong in (1 << 40, 0.5):
-        with pytest.raises(LaunchError, match=r"do not fit the scalars of the bound launch \(n: i32"):
-            launch(wrong)
-    launch(8)
-    assert library.launches[-1].values[2] == 8
-
-
-def test_bound_launches_of_many_threads(library: FakeLibrary) -> None:
-    launch = _kernel().bind((2,), X, Y, 5, 0.5, True, 7, BLOCK=64, scalars=("n",))
-
-    def work(value: int) -> None:
-        for _ in range(100):
-            launch(value)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    counts = [sum(launch.values[2] == i for launch in library.launches) for i in range(4)]
-    assert counts == [100] * 4
-
-
 def test_warmup_leaves_nothing_to_do(library: FakeLibrary) -> None:
-    kernel = _kernel()
+    kernel = scale_kernel()
     pointer = Pointer("float32")
     compiled = kernel.warmup(pointer, pointer, 5, 0.5, True, 7, BLOCK=64)
     assert compiled is not None and compiled.name == "scale_kernel"
@@ -431,7 +282,7 @@ def test_warmup_leaves_nothing_to_do(library: FakeLibrary) -> None:
 def test_late_compilation_is_told_once(
     library: FakeLibrary, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kernel, before = _kernel(), num_late_compilations()
+    kernel, before = scale_kernel(), num_late_compilations()
     freeze()
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
@@ -444,7 +295,7 @@ def test_late_compilation_is_told_once(
 def test_modules_and_import_paths_are_left_alone(library: FakeLibrary) -> None:
     import sys
 
-    kernel = _kernel()
+    kernel = scale_kernel()
     kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
     before = dict(sys.modules), list(sys.meta_path)
     for n in (5, 16):

@@ -1,0 +1,205 @@
+"""Arguments that are computed or measured instead of given: heuristics, autotuning, warm-up."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from fd_dsa.errors import LaunchError
+from fd_dsa.triton_runtime import serving
+from fd_dsa.triton_runtime.bound import BoundLaunch
+from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.mode import INTERPRETING
+from fd_dsa.triton_runtime.parameters import Grid
+
+import triton
+
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+_WARM_CALLS, _TIMED_CALLS = 2, 9
+
+
+class _Resolved:
+    """A kernel some of whose arguments are made from the others; launched like a `Kernel`."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.fn = kernel, kernel.fn
+        self.signature, self.arg_names = kernel.signature, kernel.arg_names
+        self.__name__, self.__doc__ = kernel.__name__, kernel.__doc__
+
+    def added(self, grid: Grid | None, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments and options to add to those that are given, all by name."""
+        raise NotImplementedError
+
+    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments by name."""
+        if len(args) > len(self.arg_names):
+            # tells what is wrong
+            self.signature.bind(args, kwargs)
+        return {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+
+    def __getitem__(self, grid: Grid) -> Callable[..., None]:
+        """The launch on this grid; call it with the arguments that are not made here."""
+        return partial(self.run, grid)
+
+    def run(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
+        """Launch; as `Kernel.run`."""
+        given = self._named(args, kwargs)
+        self.kernel[grid](**given, **self.added(grid, given))
+
+    def bind(
+        self, grid: Grid, *args: Any, scalars: tuple[str, ...] = (), **kwargs: Any
+    ) -> BoundLaunch:
+        """A launch whose arguments are checked, and made, once; as `Kernel.bind`."""
+        given = self._named(args, kwargs)
+        return self.kernel.bind(grid, scalars=scalars, **given, **self.added(grid, given))
+
+
+class HeuristicKernel(_Resolved):
+    """A kernel with computed constants; made by `heuristics`."""
+
+    def __init__(self, kernel: Any, values: Mapping[str, Callable[[dict[str, Any]], Any]]) -> None:
+        super().__init__(kernel)
+        self._values = dict(values)
+
+    def added(self, grid: Grid | None, given: dict[str, Any]) -> dict[str, Any]:
+        """The computed constants; a function sees what the functions before it made."""
+        found: dict[str, Any] = {}
+        for name, function in self._values.items():
+            found[name] = function({**given, **found})
+        return found
+
+    def warmup(self, *args: Any, capability: int | None = None, device: int = 0, **kwargs: Any):
+        """As `Kernel.warmup`."""
+        given = self._named(args, kwargs)
+        return self.kernel.warmup(
+            capability=capability, device=device, **given, **self.added(None, given)
+        )
+
+
+class TunedKernel(_Resolved):
+    """A kernel with measured constants and options; made by `autotune`.
+
+    Attributes:
+        choices: configuration by key, as measured so far.
+    """
+
+    def __init__(self, kernel: Any, configs: Sequence[triton.Config], key: Sequence[str]) -> None:
+        super().__init__(kernel)
+        if not configs or any(config.pre_hook is not None for config in configs):
+            raise LaunchError(
+                f"kernel {self.__name__}: autotune needs one configuration at least, and none "
+                "with a pre_hook"
+            )
+        for name in set(key) - set(self.arg_names):
+            raise LaunchError(f"kernel {self.__name__}: tuning key {name!r} is no parameter")
+        self._configs, self._key = [_settings(config) for config in configs], tuple(key)
+        self._lock = threading.RLock()
+        self.choices: dict[Any, dict[str, Any]] = {}
+
+    def added(self, grid: Grid | None, given: dict[str, Any]) -> dict[str, Any]:
+        """The best configuration for these arguments, measured at the first time."""
+        if len(self._configs) == 1 or INTERPRETING:
+            return self._configs[0]
+        # dtypes by identity: their text would cost more than the launch
+        dtypes = [id(value.dtype) for value in given.values() if hasattr(value, "data_ptr")]
+        key = (*(given.get(name) for name in self._key), *dtypes)
+        choice = self.choices.get(key)
+        return self._choose(key, grid, given) if choice is None else choice
+
+    def _choose(self, key: Any, grid: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """Measure all configurations once, unless the process is serving."""
+        with self._lock:
+            if key not in self.choices:
+                if serving.serves():
+                    told = {name: given.get(name) for name in self._key}
+                    serving.announce_untuned(self.__name__, told)
+                    self.choices[key] = self._configs[0]
+                else:
+                    self.choices[key] = self._fastest(grid, given)
+            return self.choices[key]
+
+    def _fastest(self, grid: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """The configuration of the shortest device time; those that cannot run are left out.
+
+        Raises:
+            LaunchError: none of them can run.
+        """
+        times, errors = [], []
+        for config in self._configs:
+            try:
+                launch = self.kernel.bind(grid, **given, **config)
+            except Exception as error:
+                # too much shared memory, too many registers, a tile that does not compile
+                errors.append(f"{config}: {error}")
+                continue
+            stream = launch.current_stream()
+            for _ in range(_WARM_CALLS):
+                launch()
+            timed = [cuda().time_us(launch, stream) for _ in range(_TIMED_CALLS)]
+            times.append((statistics.median(timed), len(times), config))
+        if not times:
+            raise LaunchError(
+                f"kernel {self.__name__}: no configuration can run: {'; '.join(errors)}"
+            )
+        return min(times)[2]
+
+    def warmup(self, *args: Any, capability: int | None = None, device: int = 0, **kwargs: Any):
+        """Compile all configurations ahead, as `Kernel.warmup`; a list of what was compiled.
+
+        Which of them is the fastest is measured at the first launch with tensors.
+        """
+        given = self._named(args, kwargs)
+        return [
+            self.kernel.warmup(capability=capability, device=device, **given, **config)
+            for config in self._configs
+        ]
+
+
+def _settings(config: triton.Config) -> dict[str, Any]:
+    """A configuration as keyword arguments of a launch."""
+    options = {name: getattr(config, name, None) for name in _OPTIONS}
+    return {**config.kwargs, **{k: v for k, v in options.items() if v is not None}}
+
+
+def heuristics(
+    values: Mapping[str, Callable[[dict[str, Any]], Any]],
+) -> Callable[[Any], HeuristicKernel]:
+    """A decorator above `paddle_jit` that computes constants from the other arguments.
+
+    Args:
+        values: parameter -> function of a dict of all given arguments by name.
+    """
+    return lambda kernel: HeuristicKernel(kernel, values)
+
+
+def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any], TunedKernel]:
+    """A decorator above `paddle_jit` that measures configurations and keeps the fastest.
+
+    The kernel runs many times while it is measured: it must only write its outputs. After
+    `freeze()` nothing is measured any more, and a new key gets the first configuration.
+
+    Args:
+        configs: `triton.Config` objects, the safest first.
+        key: parameters whose values select another choice; dtypes always do.
+    """
+    return lambda kernel: TunedKernel(kernel, configs, key)
+
+
+def warmup(calls: Iterable[Callable[[], Any]]) -> int:
+    """Make calls whose compilations are announced to nobody, even after `freeze()`.
+
+    Args:
+        calls: launches on real buffers, or `Kernel.warmup` with its arguments.
+
+    Returns:
+        How many calls there were.
+    """
+    num_calls = 0
+    with serving.warming():
+        for call in calls:
+            call()
+            num_calls += 1
+    return num_calls
