@@ -20,6 +20,7 @@ from fd_dsa.ops._triton_fp8 import (
     mean_of,
     quotient,
     rotated,
+    store_codes,
     store_pairs,
     to_bfloat16,
     to_e4m3,
@@ -151,13 +152,15 @@ def _store_index(
         scale = index_scale(absolute_maximum(tl.maximum(high, low), 1), UE8M0)
         tl.store(scale_out, scale, mask=live)
         by = index_divisor(scale, UE8M0)[:, None]
-        a, b = to_e4m3(divided(a, by, UE8M0)), to_e4m3(divided(b, by, UE8M0))
-        c, d = to_e4m3(divided(c, by, UE8M0)), to_e4m3(divided(d, by, UE8M0))
+        a, b = divided(a, by, UE8M0), divided(b, by, UE8M0)
+        c, d = divided(c, by, UE8M0), divided(d, by, UE8M0)
+        store_codes(key_out[:, None], a, b, live[:, None], HALF, INTERLEAVED)
+        store_codes((key_out + 2 * HALF)[:, None], c, d, live[:, None], HALF, INTERLEAVED)
     else:
         a, b = _stored(a, key_out), _stored(b, key_out)
         c, d = _stored(c, key_out), _stored(d, key_out)
-    store_pairs(key_out[:, None], a, b, live[:, None], HALF, INTERLEAVED)
-    store_pairs((key_out + 2 * HALF)[:, None], c, d, live[:, None], HALF, INTERLEAVED)
+        store_pairs(key_out[:, None], a, b, live[:, None], HALF, INTERLEAVED)
+        store_pairs((key_out + 2 * HALF)[:, None], c, d, live[:, None], HALF, INTERLEAVED)
 
 
 @paddle_jit(

@@ -19,9 +19,9 @@ from fd_dsa.ops._triton_fp8 import (
     load_pairs,
     magnitude,
     rotated,
+    store_codes,
     store_pairs,
     to_bfloat16,
-    to_e4m3,
     widened,
 )
 from fd_dsa.triton_runtime import paddle_jit
@@ -100,13 +100,15 @@ def prepare_query_kernel(
         scale = index_scale(absolute_maximum(tl.maximum(high, low), 1), UE8M0)
         weight *= scale
         by = index_divisor(scale, UE8M0)[:, None]
-        a, b = to_e4m3(divided(a, by, UE8M0)), to_e4m3(divided(b, by, UE8M0))
-        c, d = to_e4m3(divided(c, by, UE8M0)), to_e4m3(divided(d, by, UE8M0))
+        a, b = divided(a, by, UE8M0), divided(b, by, UE8M0)
+        c, d = divided(c, by, UE8M0), divided(d, by, UE8M0)
+        store_codes(q_out_ptr + start, a, b, mask, HALF, INTERLEAVED)
+        store_codes(q_out_ptr + start + 2 * HALF, c, d, mask, HALF, INTERLEAVED)
     else:
         a, b = _rounded(a, q_out_ptr), _rounded(b, q_out_ptr)
         c, d = _rounded(c, q_out_ptr), _rounded(d, q_out_ptr)
-    store_pairs(q_out_ptr + start, a, b, mask, HALF, INTERLEAVED)
-    store_pairs(q_out_ptr + start + 2 * HALF, c, d, mask, HALF, INTERLEAVED)
+        store_pairs(q_out_ptr + start, a, b, mask, HALF, INTERLEAVED)
+        store_pairs(q_out_ptr + start + 2 * HALF, c, d, mask, HALF, INTERLEAVED)
     tl.store(w_out_ptr + row, weight, mask=inside)
 
 
