@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -100,8 +102,6 @@ def _load_model(
     room: dict[str, int],
 ) -> tuple[Any, MemoryPlan]:
     """The model with its weights, in host memory, and how the memory is shared out."""
-    import paddle
-
     from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.loader import load_weights, validate
     from fd_dsa.models.memory_plan import plan_memory, weight_bytes
@@ -121,12 +121,24 @@ def _load_model(
             **room,
         )
         logger.info("%s", plan.summary())
-        # weights are filled in host memory, whatever device Paddle would take by itself
-        paddle.set_device("cpu")
-        model = create_model(model_config)
+        with _parameters_in_host_memory():
+            model = create_model(model_config)
         with LoadProgress() as progress:
             load_weights(checkpoint, model_config, model.weight_loaders(), progress)
     return model, plan
+
+
+@contextmanager
+def _parameters_in_host_memory() -> Iterator[None]:
+    """Inside the block Paddle makes parameters on the CPU, whatever its device is by itself."""
+    import paddle
+
+    before = paddle.device.get_device()
+    paddle.set_device("cpu")
+    try:
+        yield
+    finally:
+        paddle.set_device(before)
 
 
 def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[str, Any]:

@@ -1,0 +1,152 @@
+"""Selection and attention on a device against those of the CPU, on all memories."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("paddle", reason="the CPU's products are Paddle's")
+
+from fd_dsa.ops._host import as_numpy
+from tests.attention.harness import FP8, Sizes, Step, World, world_of
+from tests.kernel_memory import KernelMemory
+from tests.ops.e4m3 import E4M3_VALUES
+from tests.strategies import make_batch
+
+PADDING = 2
+# first chunks below and past the selection of 8, a later chunk, decode with drafts, idle rows
+ROWS = [(2, 0, 2), (0, 0, 0), (0, 40, 1), (10, 0, 10), (3, 23, 3), (0, 6, 3)]
+SHORT_ROWS = [(3, 0, 3), (0, 6, 1), (0, 0, 0), (2, 2, 2)]
+NUM_TOKENS = PADDING + sum(new for _, _, new in ROWS)
+
+
+class OnDevice:
+    """A step of a world, run on the CPU, and the same step's tensors in another memory."""
+
+    def __init__(self, m: KernelMemory, sizes: Sizes, rows: list[Any], **options: Any) -> None:
+        from fd_dsa.attention.device import DeviceAttention
+
+        self.memory, self.rows = m, rows
+        padded = PADDING + sum(new for _, _, new in rows)
+        batch = make_batch(rows, sizes.block_size, num_padded_tokens=padded)
+        self.world: World = world_of(batch, sizes)
+        self.cpu: Step = self.world.run(rows, PADDING)
+        config = self.world.backend.config
+        self.attention = DeviceAttention(config, m.poisoned, **options)
+        meta = self.world.backend.get_attention_meta()
+        arrays = {field.name: getattr(meta, field.name) for field in fields(meta)}
+        self.step: Any = SimpleNamespace(
+            **{
+                name: m.put(as_numpy(value)) if hasattr(value, "shape") else value
+                for name, value in arrays.items()
+            }
+        )
+
+    def select(self, layer: int = 0) -> Any:
+        """Slots of a layer, as a tensor."""
+        q = as_numpy(self.world.packed(layer, self.rows, PADDING, "index_q"))
+        if self.world.sizes.dtype == FP8:
+            q = np.searchsorted(E4M3_VALUES[:127], np.abs(q)) | np.where(q < 0, 0x80, 0)
+            q = q.astype(np.uint8)
+        weights = as_numpy(self.world.packed(layer, self.rows, PADDING, "weights"))
+        cache = self._cache(2 * layer + 1)
+        return self.attention.select(self.step, self.memory.put(q), self.memory.put(weights), cache)
+
+    def attend(self, selection: Any, layer: int = 0) -> np.ndarray:
+        """Outputs of a layer."""
+        q = self.memory.put(as_numpy(self.world.packed(layer, self.rows, PADDING, "q")))
+        out = self.attention.attend(self.step, q, self._cache(2 * layer), selection)
+        return self.memory.get(out)
+
+    def _cache(self, index: int) -> Any:
+        return self.memory.put(as_numpy(self.world.caches[index]))
+
+    def check(self, layer: int = 0) -> None:
+        """Slots exactly, outputs within rounding."""
+        selection = self.select(layer)
+        found, wanted = self.memory.get(selection), self.cpu.slots[layer]
+        width = wanted.shape[1]
+        np.testing.assert_array_equal(found[:, :width], wanted)
+        assert (found[:, width:] == -1).all()
+        outputs = self.attend(selection, layer)
+        np.testing.assert_allclose(outputs, self.cpu.outputs[layer], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", FP8])
+def test_a_mixed_step(kernel_memory: KernelMemory, dtype: str) -> None:
+    OnDevice(kernel_memory, Sizes(8, 64 if dtype == FP8 else 16, dtype), ROWS).check()
+
+
+@pytest.mark.parametrize("topk", [1, 30])
+def test_selections_of_other_sizes(kernel_memory: KernelMemory, topk: int) -> None:
+    OnDevice(kernel_memory, Sizes(topk), ROWS).check()
+
+
+@pytest.mark.parametrize("logits_bytes", [1, 4 * 48 * 5])
+def test_scores_in_chunks_of_tokens(
+    kernel_memory: KernelMemory, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = OnDevice(kernel_memory, Sizes(8), ROWS, logits_bytes=logits_bytes)
+    rows = []
+    import fd_dsa.attention.device as module
+
+    original = module.score_pages
+
+    def recording(*args: Any, **kwargs: Any) -> None:
+        rows.append(args[6].shape[0])
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "score_pages", recording)
+    case.check()
+    assert sum(rows) == NUM_TOKENS
+    # the longest row, 41 keys, takes 48 columns: three blocks are all that a table holds
+    assert max(rows) == max(1, logits_bytes // 4 // 48)
+
+
+def test_short_rows_are_not_scored_and_share_a_selection(
+    kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = OnDevice(kernel_memory, Sizes(8, layers=2), SHORT_ROWS)
+    monkeypatch.setattr("fd_dsa.attention.device.score_pages", None)
+    case.check(0)
+    first = case.select(0)
+    assert case.select(1) is first
+    case.check(1)
+    case.attention.begin_step()
+    assert case.select(0) is not None
+    case.check(0)
+
+
+def test_every_layer_and_step_has_the_same_buffers(kernel_memory: KernelMemory) -> None:
+    case = OnDevice(kernel_memory, Sizes(8, layers=2), ROWS)
+    addresses = {case.select(layer).data_ptr() for layer in (0, 1)}
+    case.attention.begin_step()
+    addresses.add(case.select(0).data_ptr())
+    assert len(addresses) == 1
+
+
+def test_query_buffers_have_the_form_of_the_cache(kernel_memory: KernelMemory) -> None:
+    for dtype, size, name in (("float32", 16, "float32"), (FP8, 64, "uint8")):
+        case = OnDevice(kernel_memory, Sizes(8, size, dtype), SHORT_ROWS)
+        q, weights = case.attention.query_buffers(4)
+        dim = case.world.sizes.widths[2]
+        assert (list(q.shape), list(weights.shape)) == ([4, 3, dim], [4, 3])
+        assert str(q.dtype).endswith(name) and str(weights.dtype).endswith("float32")
+
+
+def test_workspace_is_the_size_of_the_buffers(kernel_memory: KernelMemory) -> None:
+    from fd_dsa.attention.device import DeviceAttention, workspace_bytes
+
+    config = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
+    taken: list[int] = []
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
+        taken.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        return kernel_memory.poisoned(shape, dtype)
+
+    DeviceAttention(config, allocate, logits_bytes=1000)
+    assert sum(taken) == workspace_bytes(config, 1000)
