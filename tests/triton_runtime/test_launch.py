@@ -302,3 +302,25 @@ def test_modules_and_import_paths_are_left_alone(library: FakeLibrary) -> None:
         kernel[(1,)](X, Y, n, 0.5, True, 7, BLOCK=64)
     assert before == (dict(sys.modules), list(sys.meta_path))
     assert "torch" not in sys.modules
+
+
+class _Untouchable:
+    """A driver that nobody may ask anything."""
+
+    def __getattr__(self, name: str) -> None:
+        raise AssertionError(f"the active driver was asked for {name}")
+
+
+def test_the_active_driver_is_never_asked(library: FakeLibrary) -> None:
+    config = triton.runtime.driver
+    before, untouchable = dict(vars(config)), _Untouchable()
+    config.set_active(untouchable)
+    try:
+        kernel = scale_kernel()
+        for _ in range(2):
+            kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=256)
+        kernel.bind((1,), X, Y, 5, 0.5, True, 7, BLOCK=256)()
+        assert config.active is untouchable
+    finally:
+        vars(config).update(before)
+    assert len(library.launches) == 3
