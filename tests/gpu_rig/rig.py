@@ -24,7 +24,7 @@ from tests.gpu_rig.build import LIBRARY, build
 from tests.gpu_rig.cublas import find_cublas
 from tests.gpu_rig.transfers import counted_transfers
 
-DEVICE = "hopper"
+DEVICE_TYPE = "hopper"
 _POINTER = ctypes.c_void_p
 
 
@@ -81,11 +81,11 @@ class Rig:
         import paddle
 
         self.form = form
-        if DEVICE not in paddle.device.get_all_custom_device_type():
+        if DEVICE_TYPE not in paddle.device.get_all_custom_device_type():
             raise RigError(f"Paddle did not take {folder / LIBRARY}; GLOG_minloglevel=0 says why")
-        if paddle.framework.core.get_custom_device_count(DEVICE) == 0:
+        if paddle.framework.core.get_custom_device_count(DEVICE_TYPE) == 0:
             raise RigError("the plug-in sees no NVIDIA GPU")
-        self.place = paddle.CustomPlace(DEVICE, 0)
+        self.place = paddle.CustomPlace(DEVICE_TYPE, 0)
         # a plug-in's device becomes the default of the process; a test asks for it
         paddle.set_device("cpu")
         self._library = ctypes.CDLL(str(folder / LIBRARY))
@@ -93,6 +93,11 @@ class Rig:
         self._library.rig_readable.restype = _POINTER
         self._library.rig_readable.argtypes = [_POINTER]
         self._names = self._library.rig_counter_names().decode().strip(",").split(",")
+
+    @property
+    def device(self) -> str:
+        """The device as a `device` argument takes it: "hopper:0"."""
+        return f"{DEVICE_TYPE}:0"
 
     @property
     def is_real(self) -> bool:
@@ -103,7 +108,7 @@ class Rig:
         """Handle of Paddle's current stream on the device."""
         from paddle.base import core
 
-        return _POINTER(core._get_current_custom_device_stream(DEVICE, 0).raw_stream)
+        return _POINTER(core._get_current_custom_device_stream(DEVICE_TYPE, 0).raw_stream)
 
     def readable(self, pointer: int) -> int:
         """Address under which host code of a fake or guard form reaches a device address."""

@@ -15,9 +15,7 @@ from tests.gpu_rig.build import LIBRARY, BuildError, build, find_tools
 from tests.gpu_rig.session import VARIABLE
 
 ROOT = Path(__file__).parents[2]
-HOST_FORMS = ("fake", "guard")
-# what runs on the device of a form, besides the tests of the device itself
-SESSION = ("tests/gpu_rig/device", "tests/test_kernel_memory.py")
+DEVICE = ("tests/gpu_rig/device", "tests/test_kernel_memory.py")
 
 
 def built(form: str) -> Path:
@@ -31,18 +29,34 @@ def built(form: str) -> Path:
     return build(form)
 
 
-@pytest.mark.triton
-@pytest.mark.parametrize("form", HOST_FORMS)
-def test_session(form: str) -> None:
+def run_session(form: str, *arguments: str) -> int:
+    """Run tests on a form in a process of its own; how many passed. Fails with their report."""
     built(form)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *SESSION]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {VARIABLE: form}, capture_output=True, text=True
     )
     report = f"{done.stdout}{done.stderr}"
     assert done.returncode == 0, report
     passed = re.search(r"(\d+) passed", report)
-    assert passed and int(passed[1]) >= 70, report
+    return int(passed[1]) if passed else 0
+
+
+@pytest.mark.triton
+def test_the_device_in_host_memory() -> None:
+    assert run_session("fake", *DEVICE, "-m", "not slow") >= 120
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_the_device_where_host_access_faults() -> None:
+    assert run_session("guard", *DEVICE) >= 120
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_kernels_where_a_wrong_address_faults() -> None:
+    assert run_session("guard", "tests/ops", "-k", "rig and kernel") >= 100
 
 
 def test_a_build_is_found_again() -> None:

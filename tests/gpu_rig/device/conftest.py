@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu_rig import Rig, current, open_place
+from tests.gpu_rig import Rig, current
 from tests.gpu_rig.session import VARIABLE
 
 HERE = Path(__file__).parent
@@ -66,11 +66,17 @@ def real_rig(rig: Rig) -> Rig:
 
 
 @pytest.fixture(autouse=True)
-def device() -> Iterator[None]:
+def device(rig: Rig) -> Iterator[None]:
     """New tensors are made on the device unless a place is named."""
     import paddle
 
     before = paddle.device.get_device()
-    paddle.set_device(f"{open_place().get_device_type()}:0")
+    paddle.set_device(rig.device)
     yield
     paddle.set_device(before)
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """Folder of the demo model, for tests of the whole engine on the device."""
+    return ROOT / "fd_dsa" / "demo_model"

@@ -42,7 +42,7 @@ class DecodeStep:
     def __init__(self, rig: Rig, dtype: str) -> None:
         self.batch = make_batch(ROWS, BLOCK, num_padded_tokens=PADDED)
         self.rig = rig
-        self.builder = builder_for(self.batch, device=f"{rig.place.get_device_type()}:0")
+        self.builder = builder_for(self.batch, device=rig.device)
         self.tensors = [paddle.to_tensor(a, place=rig.place) for a in self.batch.inputs()]
         self.cases = [
             make_case(PADDED, dtype, seed=layer).changed(

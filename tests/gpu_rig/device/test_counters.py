@@ -68,7 +68,7 @@ def test_a_fallback_counts_copies_both_ways(rig: Rig) -> None:
 
 def test_waits_count(rig: Rig) -> None:
     with rig.counting() as counted:
-        paddle.device.synchronize(f"{rig.place.get_device_type()}:0")
+        paddle.device.synchronize(rig.device)
     assert counted.delta == {"device_syncs": 1}
     event = paddle.device.Event()
     event.record()
