@@ -1,21 +1,24 @@
 """Make the tables and plots of docs/performance.md from benchmarks/results/*.json.
 
-    python -m benchmarks.report          # rewrites the page between its marks, and the plots
+    python -m benchmarks.report                  # rewrites the page between its marks, and plots
+    python -m benchmarks.report RUN.tar.gz       # first takes the results of a gpu_run archive
 
 The page is prose by hand and one marked region a result; a region is a function of its JSON file.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS, ROOT, three_digits
+from benchmarks._harness import RESULTS, ROOT, three_digits, write_json
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "img"
@@ -87,7 +90,8 @@ def _machine(env: Mapping[str, Any]) -> str:
 
 def _refusal(result: Mapping[str, Any]) -> str | None:
     """Why the figures of a result may not be shown; None where they may."""
-    if result["gate"] != "passed":
+    # the ceilings run no kernel of ours
+    if result["gate"] != "passed" and result["name"] != "ceilings":
         return f"The correctness tests of this run: {result['gate']}. No figures.\n"
     if result["env"]["dirty"]:
         return "The tree that was measured is no commit. No figures.\n"
@@ -230,8 +234,41 @@ def filled(page: str, folder: Path = RESULTS) -> str:
     )
 
 
-def main() -> int:
+def take(archive: Path, names: Iterable[str], folder: Path = RESULTS) -> list[str]:
+    """Copy results out of an archive of `gpu_run`; those that may not be shown stay there.
+
+    Args:
+        archive: the file that `gpu_run --archive` wrote.
+        names: results wanted.
+        folder: where they go.
+
+    Returns:
+        A line about each of them.
+    """
+    said = []
+    with tarfile.open(archive) as files:
+        held = set(files.getnames())
+        for name in names:
+            member = f"gpu_run/{name}.json"
+            if member not in held:
+                continue
+            content = files.extractfile(member)
+            assert content is not None
+            result = json.loads(content.read())
+            refused = _refusal(result)
+            if refused is None:
+                write_json(folder / f"{name}.json", result)
+            said.append(f"{name}: {(refused or 'taken').strip()}")
+    return said
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the page and, where matplotlib is installed, the plots; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("archive", type=Path, nargs="?", help="archive of a gpu_run to take from")
+    args = parser.parse_args(argv)
+    if args.archive:
+        print("\n".join(take(args.archive, regions(PAGE.read_text("utf-8")))))
     PAGE.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
     print(f"{PAGE.relative_to(ROOT)}: {', '.join(regions(PAGE.read_text('utf-8')))}")
     if find_spec("matplotlib") is None:

@@ -74,7 +74,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
         **facts,
         "device": device,
         "kernels": "interpreted" if INTERPRETING else "compiled",
-        "note": environment.not_checked(device, facts["gpu"]),
+        "note": environment.not_checked(device, facts["gpu"], INTERPRETING),
         "checks": checks,
         "providers": providers,
         "healthy": all(check["passed"] for check in checks),

@@ -68,10 +68,17 @@ def device_to_check(asked: str | None) -> str:
     raise BackendUnavailable(f"--device: got {asked!r}, allowed: {', '.join(['cpu', *devices])}")
 
 
-def not_checked(device: str, gpu: dict[str, str] | None) -> str:
-    """What the self-check leaves open on this device, in words; "" where it leaves nothing."""
+def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> str:
+    """What the self-check leaves open, in words; "" where it leaves nothing.
+
+    Args:
+        device: where the operators were checked.
+        gpu: name and driver of the GPU, None without one.
+        interpreting: whether Triton kernels run in the interpreter.
+    """
     if device != "cpu":
-        return ""
+        where = "Triton kernels are interpreted in this process (TRITON_INTERPRET)."
+        return f"No GPU kernel was run: {where}" if interpreting else ""
     if gpu is None:
         return "No GPU kernel was run: this machine has no NVIDIA GPU. The CPU was checked alone."
     return (
