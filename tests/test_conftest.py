@@ -65,3 +65,11 @@ def test_live_parity_names_the_versions(tmp_path: Path) -> None:
     output = _run(tmp_path, "oracle=lambda: None", "-m", "oracle")
     assert "1 passed, 4 deselected" in output
     assert "parity with Hugging Face: live (torch 9.1, transformers 8.2)" in output
+
+
+def test_a_module_may_skip_itself(tmp_path: Path) -> None:
+    (tmp_path / "test_other.py").write_text(
+        "import pytest\npytest.skip('not today', allow_module_level=True)\n"
+    )
+    output = _run(tmp_path, "", "-m", "not network", "test_other.py")
+    assert "not today" in output and "GPU tests skipped:" in output
