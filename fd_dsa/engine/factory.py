@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -121,24 +119,10 @@ def _load_model(
             **room,
         )
         logger.info("%s", plan.summary())
-        with _parameters_in_host_memory():
-            model = create_model(model_config)
+        model = create_model(model_config)
         with LoadProgress() as progress:
             load_weights(checkpoint, model_config, model.weight_loaders(), progress)
     return model, plan
-
-
-@contextmanager
-def _parameters_in_host_memory() -> Iterator[None]:
-    """Inside the block Paddle makes parameters on the CPU, whatever its device is by itself."""
-    import paddle
-
-    before = paddle.device.get_device()
-    paddle.set_device("cpu")
-    try:
-        yield
-    finally:
-        paddle.set_device(before)
 
 
 def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import paddle
+
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v32 import DeepseekV32ForCausalLM
 from fd_dsa.models.glm_moe_dsa import GlmMoeDsaForCausalLM
@@ -13,5 +15,11 @@ MODELS: dict[str, type[DeepseekV32ForCausalLM]] = {
 
 
 def create_model(config: ModelConfig) -> DeepseekV32ForCausalLM:
-    """The model of `config`, its parameters zeros until weights are loaded."""
-    return MODELS[config.model_type](config)
+    """The model of `config` in host memory, its parameters zeros until weights are loaded."""
+    before = paddle.device.get_device()
+    # Paddle would make parameters on its own device, loaders fill them on the host
+    paddle.set_device("cpu")
+    try:
+        return MODELS[config.model_type](config)
+    finally:
+        paddle.set_device(before)

@@ -1,0 +1,181 @@
+"""The engine with its model on the device: the CPU's tokens, and the CPU's bytes in the caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fd_dsa.attention.backend as backend_module
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.ops.cache_write import write_caches
+from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner.model_runner import cache_layout
+from tests.demo.samples import PROSE
+from tests.gpu_rig import Rig
+from tests.runner.tiny import GLM, V32, run_rows, tiny_model
+
+pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
+
+SHORT_PROMPTS = ["Once upon a time", "The capital of France is"]
+# the last one has more tokens than the model selects
+PROMPTS = [
+    *SHORT_PROMPTS,
+    "The old miller walked slowly along the river and",
+    "Who comes there, so late in the evening?",
+    PROSE * 4,
+]
+# On the CPU the best token of every step of these prompts leads by more than this, which is a
+# hundred times what rounding in another order changes.
+LEAST_LEAD = 0.01
+
+
+def device_of(rig: Rig) -> str:
+    """Name of the plug-in's device."""
+    return f"{rig.place.get_device_type()}:0"
+
+
+def demo(device: str, kv_cache_dtype: str, large: bool) -> LLM:
+    """The demo model; prompts come in chunks, and all of them in one batch."""
+    return LLM(
+        device=device,
+        kv_cache_dtype=kv_cache_dtype,
+        max_num_seqs=len(PROMPTS) if large else 2,
+        max_num_batched_tokens=64 if large else 7,
+        max_model_len=1024 if large else 128,
+        num_gpu_blocks_override=40 if large else 4,
+    )
+
+
+def watched_logits(llm: LLM, seen: Callable[[np.ndarray], None]) -> None:
+    """Show `seen` the logits of every step."""
+    runner = llm._open_engine().runner
+    original = runner.execute_model
+
+    def execute_model(logits_indices: np.ndarray) -> np.ndarray:
+        logits = original(logits_indices)
+        seen(logits)
+        return logits
+
+    runner.execute_model = execute_model
+
+
+def greedy(llm: LLM, large: bool) -> list[list[int]]:
+    """Token ids that follow each prompt."""
+    params = SamplingParams(temperature=0, max_tokens=64 if large else 3, ignore_eos=True)
+    outputs = llm.generate(PROMPTS if large else SHORT_PROMPTS, params)
+    return [output.token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "fp8_ds_mla"])
+def test_greedy_tokens_of_the_demo_model(rig: Rig, kv_cache_dtype: str) -> None:
+    leads: list[float] = []
+
+    def note_lead(logits: np.ndarray) -> None:
+        for row in logits:
+            second, best = np.partition(row, -2)[-2:]
+            leads.append(float(best - second))
+
+    with demo("cpu", kv_cache_dtype, rig.is_real) as llm:
+        watched_logits(llm, note_lead)
+        wanted = greedy(llm, rig.is_real)
+    assert min(leads) > LEAST_LEAD
+    with demo(device_of(rig), kv_cache_dtype, rig.is_real) as llm:
+        assert greedy(llm, rig.is_real) == wanted
+
+
+class Replay:
+    """Every cache write on the device, repeated by the CPU's implementation on host copies."""
+
+    def __init__(self) -> None:
+        self.num_writes = 0
+        self._mirrors: dict[int, np.ndarray] = {}
+
+    @staticmethod
+    def _host(tensor: Any) -> np.ndarray | None:
+        return None if tensor is None else np.array(tensor.contiguous().numpy())
+
+    def _mirror(self, cache: Any) -> np.ndarray | None:
+        """The CPU's cache, which starts with the bytes of the device's."""
+        if cache is None:
+            return None
+        return self._mirrors.setdefault(cache.data_ptr(), self._host(cache))
+
+    def __call__(self, *arguments: Any) -> None:
+        """`write_caches`, twice; the whole caches are compared."""
+        *inputs, latent_cache, index_cache, params = arguments
+        caches = latent_cache, index_cache
+        mirrors = [self._mirror(cache) for cache in caches]
+        on_host = [self._host(tensor) for tensor in inputs]
+        write_caches(*arguments)
+        weights = ("kv_norm_weight", "k_norm_weight", "k_norm_bias")
+        host_params = replace(params, **{n: self._host(getattr(params, n)) for n in weights})
+        write_caches(*on_host, *mirrors, host_params)
+        for cache, mirror in zip(caches, mirrors, strict=True):
+            if cache is not None:
+                assert cache.numpy().tobytes() == mirror.tobytes(), f"write {self.num_writes}"
+        self.num_writes += 1
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "fp8_ds_mla"])
+def test_every_write_leaves_the_bytes_of_the_cpu(
+    rig: Rig, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay, steps = Replay(), []
+    monkeypatch.setattr(backend_module, "write_caches", replay)
+    with demo(device_of(rig), kv_cache_dtype, rig.is_real) as llm:
+        watched_logits(llm, steps.append)
+        num_layers = llm._open_engine().runner.model.config.num_hidden_layers
+        greedy(llm, rig.is_real)
+    assert replay.num_writes == num_layers * len(steps)
+
+
+def tiny_runner(fields: dict[str, Any], kv_cache_dtype: str, device: str) -> ModelRunner:
+    """A tiny random model with a selection of 12, four rows of shuffled blocks."""
+    model = tiny_model(fields)
+    if device != "cpu":
+        model.to_device(device)
+    batch = InputBatch(4, 48, 3, 16)
+    runner = ModelRunner(model, batch, cache_layout(model.config, kv_cache_dtype, 16), 13, device)
+    blocks = np.random.default_rng(0).permutation(13)
+    for row in range(4):
+        batch.set_blocks(row, blocks[3 * row : 3 * row + 3])
+    return runner
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fields", [V32, GLM], ids=["v32", "glm"])
+def test_logits_of_tiny_models(rig: Rig, fields: dict[str, Any], kv_cache_dtype: str) -> None:
+    first, second = np.random.default_rng(7).integers(2, 50, (2, 30)).tolist()
+    # a prompt in two chunks beside another one, then decode and a token with a draft
+    steps = [
+        [(0, first[:10], 0, True), (2, second[:14], 0, True)],
+        [(0, first[10:16], 10, True), (2, second[14:15], 14, False)],
+        [(0, first[16:17], 16, False), (2, second[15:17], 15, False)],
+    ]
+    runners = [tiny_runner(fields, kv_cache_dtype, d) for d in ("cpu", device_of(rig))]
+    for rows in steps:
+        wanted, found = (run_rows(runner, rows) for runner in runners)
+        assert np.isfinite(found).all()
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_inputs_of_a_step_are_one_copy(rig: Rig) -> None:
+    runner = tiny_runner(V32, "float32", device_of(rig))
+    batch = runner.input_batch
+    for cached in (3, 4):
+        batch.begin_step()
+        batch.add_row(0, [5], cached, False)
+        batch.add_row(2, [6, 7], cached, False)
+        with rig.strict(), rig.counting() as counted:
+            inputs = runner.stage_inputs(np.array([0, 2]))
+        num_bytes = counted.delta.pop("h2d_bytes")
+        assert counted.delta == {"h2d_async": 1}
+    assert num_bytes < 4 * (48 + 4 * 64 + 4 * 3 + 64)
+    assert inputs.ids_remove_padding.numpy().tolist() == [5, 6, 7]
+    assert inputs.seq_lens_decoder.numpy().tolist() == [4, 0, 4]
+    assert inputs.logits_indices.numpy().tolist() == [0, 2]
+    np.testing.assert_array_equal(inputs.block_tables.numpy(), batch.block_tables[:3])
