@@ -13,8 +13,8 @@ from fd_dsa.step.views import OutputBuffers
 # lanes and warps of a program: rows of a decode-only step, tokens of any other
 DECODE_TILE, DECODE_WARPS = 32, 1
 MIXED_TILE, MIXED_WARPS = 64, 8
-# rows summed at a time
-_MIN_ROW_TILE, _MAX_ROW_TILE = 32, 1024
+# rows summed at a time; from fewer than a tile's tokens Triton 3.3 cannot compile a gather
+_MIN_ROW_TILE, _MAX_ROW_TILE = MIXED_TILE, 1024
 
 _OUTPUTS = ("batch_id_per_token", "position_ids", "slot_mapping", "cu_seqlens_q", "cache_seqlens")
 _WINDOWS = ("indexer_attn_mask_offsets", "cu_seqlens_kg")
@@ -74,7 +74,7 @@ class _Form:
         self._names = [f"{name}_ptr" for name in StepInputs._fields]
         self._skipped = 0 if has_prefill else 1
         self._addresses: list[int] = []
-        row_tile = min(max(_next_power_of_2(limits.max_num_seqs), _MIN_ROW_TILE), _MAX_ROW_TILE)
+        row_tile = row_tile_for(limits.max_num_seqs)
         arguments: dict[str, Any] = dict.fromkeys(self._names, buffers.cu_seqlens_q)
         if not has_prefill:
             arguments["seq_lens_encoder_ptr"] = None
@@ -114,6 +114,7 @@ class _Form:
         self._bound(num_rows, num_padded_tokens, row_stride, grid=(num_programs,))
 
 
-def _next_power_of_2(number: int) -> int:
-    """Smallest power of two that is not below `number`."""
-    return 1 << (number - 1).bit_length()
+def row_tile_for(max_num_seqs: int) -> int:
+    """Rows that a program sums at a time: a power of two, all rows if there are not too many."""
+    power = 1 << (max_num_seqs - 1).bit_length()
+    return min(max(power, _MIN_ROW_TILE), _MAX_ROW_TILE)

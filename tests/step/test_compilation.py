@@ -1,0 +1,51 @@
+"""Every form of the step kernel compiles for Hopper, on any machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fd_dsa.step.launch import DECODE_TILE, DECODE_WARPS, MIXED_TILE, MIXED_WARPS, row_tile_for
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = """
+import sys
+from fd_dsa.step.kernel import step_metadata_kernel as kernel
+from fd_dsa.triton_runtime import Pointer
+
+max_num_seqs, row_tile, has_prefill, tile, warps = map(int, sys.argv[1:])
+wide = {"position_ids_ptr", "slot_mapping_ptr"}
+unused = () if has_prefill else ("seq_lens_encoder_ptr", "indexer_attn_mask_offsets_ptr",
+                                 "cu_seqlens_kg_ptr")
+arguments = {
+    name: None if name in unused else Pointer("int64" if name in wide else "int32")
+    if name.endswith("_ptr") else 7
+    for name in kernel.arg_names
+}
+arguments |= {"BLOCK_SIZE": 64, "HAS_PREFILL": bool(has_prefill), "ROW_TILE": row_tile,
+              "NUM_ROW_TILES": -(-max_num_seqs // row_tile), "TILE": tile}
+compiled = kernel.warmup(**arguments, num_warps=warps, capability=90)
+print(compiled.num_warps, compiled.shared_bytes)
+"""
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("has_prefill", [False, True])
+@pytest.mark.parametrize("max_num_seqs", [1, 100, 256, 1024, 4096])
+def test_every_capacity_compiles(max_num_seqs: int, has_prefill: bool) -> None:
+    tile, warps = (MIXED_TILE, MIXED_WARPS) if has_prefill else (DECODE_TILE, DECODE_WARPS)
+    numbers = (max_num_seqs, row_tile_for(max_num_seqs), int(has_prefill), tile, warps)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, *map(str, numbers)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found_warps, shared_bytes = map(int, done.stdout.split())
+    assert found_warps == warps
+    assert shared_bytes <= 16 << 10
