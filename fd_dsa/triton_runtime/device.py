@@ -69,6 +69,15 @@ class PaddleApi(DeviceApi):
             )
         raise LaunchError(f"the tensor is on {place}, but kernels run on GPU memory")
 
+    def current_device(self) -> int:
+        """Paddle's current device; the CUDA driver's where that is the CPU."""
+        import paddle
+
+        place = paddle.framework._current_expected_place_()
+        if isinstance(place, self._core.CPUPlace):
+            return super().current_device()
+        return place.get_device_id()
+
     def current_stream(self, device: int) -> int:
         """Paddle's current stream; in a capture, the captured one."""
         if self._custom_type is None:

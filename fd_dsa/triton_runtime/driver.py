@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 
 INVALID_CONTEXT = 201
-_NOT_INITIALIZED = 3
+_NO_CONTEXT = (3, INVALID_CONTEXT)
 _DEVICE_CAPABILITY = (75, 76)
 _DEVICE_SHARED_OPTIN = 97
 _FUNCTION_SHARED_BYTES = 1
@@ -91,7 +92,7 @@ class Driver:
         """Device of the calling thread's context; 0 where the thread has none."""
         device = ctypes.c_int()
         code = self._library.cuCtxGetDevice(ctypes.byref(device))
-        if code in (INVALID_CONTEXT, _NOT_INITIALIZED):
+        if code in _NO_CONTEXT:
             return 0
         self.check(code, "cuCtxGetDevice")
         return device.value
@@ -108,8 +109,28 @@ class Driver:
         """The driver's handle of a device."""
         return self._integer("cuDeviceGet", index)
 
+    @contextmanager
+    def context(self, device: int) -> Iterator[None]:
+        """The device's primary context, the one all libraries share, as this thread's inside.
+
+        Afterwards the thread has the context that it had; if it had none, it keeps this one.
+        """
+        before = ctypes.c_void_p()
+        self._library.cuCtxGetCurrent(ctypes.byref(before))
+        self.bind_context(device)
+        try:
+            yield
+        finally:
+            if before.value:
+                self._library.cuCtxSetCurrent(before)
+
     def bind_context(self, device: int) -> None:
-        """Make the device's primary context, the one all libraries share, this thread's."""
+        """Make the device's primary context this thread's, for good."""
+        wanted = ctypes.c_void_p(self._primary_context(device))
+        self.check(self._library.cuCtxSetCurrent(wanted), f"context of device {device}")
+
+    def _primary_context(self, device: int) -> int:
+        """Handle of the device's primary context, which stays alive from now on."""
         with self._lock:
             if device not in self._contexts:
                 context = ctypes.c_void_p()
@@ -118,8 +139,7 @@ class Driver:
                 )
                 self.check(code, f"context of device {device}")
                 self._contexts[device] = context.value or 0
-            context = ctypes.c_void_p(self._contexts[device])
-        self.check(self._library.cuCtxSetCurrent(context), f"context of device {device}")
+            return self._contexts[device]
 
     def time_us(self, call: Callable[[], None], stream: int) -> float:
         """Microseconds of device time of what one call queues on a stream; waits for it."""
@@ -148,14 +168,8 @@ class Driver:
             LaunchError: the kernel needs more shared memory than the device has.
             DeviceError: the driver refuses the image.
         """
-        before = ctypes.c_void_p()
-        self._library.cuCtxGetCurrent(ctypes.byref(before))
-        self.bind_context(device)
-        try:
+        with self.context(device):
             return self._load(image, name, device, shared_bytes, num_ctas)
-        finally:
-            if before.value:
-                self._library.cuCtxSetCurrent(before)
 
     def _load(
         self, image: bytes, name: str, device: int, shared_bytes: int, num_ctas: int

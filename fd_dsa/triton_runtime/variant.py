@@ -7,9 +7,12 @@ from typing import Any
 
 from fd_dsa.triton_runtime.compiler import Argument, Compiled
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
-from fd_dsa.triton_runtime.driver import INVALID_CONTEXT, Driver, Function
+from fd_dsa.triton_runtime.driver import Driver, Function
 from fd_dsa.triton_runtime.frame import Frame, Layout
 from fd_dsa.triton_runtime.parameters import Parameter, Signature
+
+# invalid context, and a function or stream that is not of the current context
+_WRONG_CONTEXT = (201, 400, 709)
 
 
 class Variant:
@@ -71,14 +74,16 @@ class Variant:
         self.free.append(frame)
 
     def recover(self, code: int, frame: Frame) -> None:
-        """Launch again if the thread had no context yet.
+        """Launch again if it failed because another context, or none, is the thread's.
+
+        A thread without a context gets the device's; another context is put back afterwards.
 
         Raises:
             DeviceError: any other error of the launch, or of earlier work on the device.
         """
-        if code == INVALID_CONTEXT:
-            self.driver.bind_context(self.device)
-            code = self.driver.launch(*frame.call)
+        if code in _WRONG_CONTEXT:
+            with self.driver.context(self.device):
+                code = self.driver.launch(*frame.call)
         self.driver.check(code, f"launch of kernel {self.signature.kernel}")
 
     def accepts(self, parameter: Parameter, tensor: Any, address: int, api: DeviceApi) -> bool:

@@ -83,6 +83,7 @@ class FakeLibrary:
         self.loaded: list[bytes] = []
         self.codes, self.num_devices, self.needs_context = codes, num_devices, False
         self.opt_in: list[int] = []
+        self.functions: dict[int, int] = {}
         self._local = threading.local()
 
     def cuInit(self, flags: int) -> int:
@@ -109,11 +110,19 @@ class FakeLibrary:
         return 0
 
     def cuCtxGetCurrent(self, context: Any) -> int:
-        context._obj.value = getattr(self._local, "context", None)
+        context._obj.value = self.context()
         return 0
 
+    def enter(self, context: int) -> None:
+        """Make a context the calling thread's; 0x1000 + device is a device's."""
+        self._local.context = context
+
+    def context(self) -> int | None:
+        """The calling thread's context."""
+        return getattr(self._local, "context", None)
+
     def cuCtxSetCurrent(self, context: Any) -> int:
-        self._local.context = context.value
+        self.enter(context.value)
         return 0
 
     def cuModuleLoadData(self, module: Any, image: bytes) -> int:
@@ -123,6 +132,7 @@ class FakeLibrary:
 
     def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:
         function._obj.value = 0xF0000 + module.value
+        self.functions[function._obj.value] = self._local.context
         return 0
 
     def cuFuncGetAttribute(self, value: Any, attribute: int, function: Any) -> int:
@@ -134,8 +144,11 @@ class FakeLibrary:
         return 0
 
     def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, extra: None) -> int:
-        if self.needs_context and getattr(self._local, "context", None) is None:
+        context = self.context()
+        if self.needs_context and context is None:
             return 201
+        if context not in (None, self.functions.get(function.value)):
+            return 400
         fields = struct.unpack("=IIIIIIIxxxxQQIxxxx", ctypes.string_at(config.value, 56))
         addresses = (ctypes.c_void_p * (len(self.codes) + 1)).from_address(pointers.value)
         values = tuple(

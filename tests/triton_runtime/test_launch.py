@@ -256,6 +256,15 @@ def test_a_thread_without_context_gets_one(library: FakeLibrary) -> None:
     assert library.launches[-1].values[2] == 6
 
 
+def test_another_context_is_put_back(library: FakeLibrary) -> None:
+    kernel = scale_kernel()
+    library.enter(0x1001)
+    for n in (5, 6):
+        kernel[(1,)](X, Y, n, 0.5, True, 7, BLOCK=64)
+        assert library.context() == 0x1001
+    assert [launch.values[2] for launch in library.launches] == [5, 6]
+
+
 def test_errors_of_the_driver(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = scale_kernel()
     monkeypatch.setattr(library, "cuLaunchKernelEx", lambda *args: 700)

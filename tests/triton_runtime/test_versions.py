@@ -1,4 +1,4 @@
-"""The tests of this folder under other Triton versions: `pytest -m network tests/triton_runtime`."""
+"""The tests of this folder under several Triton versions: `-m network tests/triton_runtime`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-VERSIONS = ("3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.9.0")
+VERSIONS = ("3.3.0", "3.3.1", "3.4.0", "3.5.1", "3.6.0", "3.7.1", "3.8.0", "3.9.0")
 pytestmark = [pytest.mark.network, pytest.mark.slow]
 
 
