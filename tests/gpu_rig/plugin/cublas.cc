@@ -36,7 +36,11 @@ class Cublas {
  public:
   Cublas() {
     const char* named = std::getenv("RIG_CUBLAS");
-    void* library = dlopen(named ? named : "libcublas.so.13", RTLD_NOW);
+    const std::string path = named ? named : "libcublas.so.13";
+    // its other half lies beside it, where the loader may not look; what is loaded is found
+    std::string half = path;
+    dlopen(half.replace(half.rfind("libcublas"), 9, "libcublasLt").c_str(), RTLD_NOW);
+    void* library = dlopen(path.c_str(), RTLD_NOW);
     if (library == nullptr) throw std::runtime_error(std::string("rig matmul: ") + dlerror());
     set_stream_ = reinterpret_cast<SetStream>(symbol(library, "cublasSetStream_v2"));
     gemm_ =
