@@ -164,7 +164,8 @@ class EngineConfig:
             raise _flag_error(
                 "dtype",
                 self.dtype,
-                "auto or float32 on a CPU, since Paddle's CPU build has no bfloat16 kernels",
+                "auto or float32, in which the engine computes: Paddle's CPU build has no bfloat16 "
+                "kernels",
                 "bfloat16 checkpoints are converted while loading",
             )
         if self.kv_cache_dtype not in _CACHE_DTYPES:

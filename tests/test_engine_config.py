@@ -78,6 +78,8 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ({"model": "deepseek-ai/DeepSeek-V3.2"}, ["--model", "deepseek-ai", "not downloaded"]),
         ({"served_model_name": ("a", "")}, ["--served-model-name"]),
+        ({"device": "cuda"}, ["--device", "'cuda'", "auto, cpu, gpu"]),
+        ({"device": "gpu:x"}, ["--device", "'gpu:x'"]),
         ({"dtype": "float16"}, ["--dtype", "'float16'", "bfloat16"]),
         ({"dtype": "bfloat16"}, ["--dtype", "'bfloat16'", "no bfloat16 kernels"]),
         ({"kv_cache_dtype": "int8"}, ["--kv-cache-dtype", "'int8'", "bfloat16, fp8_ds_mla"]),

@@ -1,0 +1,55 @@
+"""Which device a name means on this machine, and what is said where it cannot be had."""
+
+from __future__ import annotations
+
+import paddle
+import pytest
+
+from fd_dsa.errors import BackendUnavailable
+from fd_dsa.runner.device import free_device_bytes, resolve_device
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch):
+    """Let Paddle be a build for GPUs that sees this many; None = a build for CPUs."""
+
+    def pretend(count: int | None) -> None:
+        monkeypatch.setattr(paddle.device, "is_compiled_with_cuda", lambda: count is not None)
+        monkeypatch.setattr(paddle.device.cuda, "device_count", lambda: count or 0)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "device"),
+    [
+        ("cpu", 2, "cpu"),
+        ("auto", None, "cpu"),
+        ("auto", 0, "cpu"),
+        ("auto", 1, "gpu:0"),
+        ("gpu", 2, "gpu:0"),
+        ("gpu:0", 1, "gpu:0"),
+    ],
+)
+def test_names(gpus, name: str, count: int | None, device: str) -> None:
+    gpus(count)
+    assert resolve_device(name) == device
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "said"),
+    [
+        ("gpu", None, "built for CPUs; install paddlepaddle-gpu"),
+        ("gpu", 0, "Paddle sees no GPU; check the driver"),
+        ("gpu:1", 2, "choose the GPU by CUDA_VISIBLE_DEVICES"),
+        ("abacus:0", None, "abacus:0"),
+    ],
+)
+def test_refusals_say_what_to_do(gpus, name: str, count: int | None, said: str) -> None:
+    gpus(count)
+    with pytest.raises(BackendUnavailable, match=said):
+        resolve_device(name)
+
+
+def test_the_memory_of_a_cpu_is_the_systems_own() -> None:
+    assert free_device_bytes("cpu") is None
