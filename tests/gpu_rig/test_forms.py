@@ -62,6 +62,10 @@ def test_kernels_where_a_wrong_address_faults() -> None:
     assert run_session("guard", "tests/ops", "-k", "rig and kernel") >= 100
 
 
+def test_the_form_for_a_gpu_compiles() -> None:
+    assert (built("real") / LIBRARY).is_file()
+
+
 def test_a_build_is_found_again() -> None:
     folder = built("fake")
     library = folder / LIBRARY
