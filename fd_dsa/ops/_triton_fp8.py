@@ -88,7 +88,7 @@ def absolute_maximum(magnitudes, AXIS: tl.constexpr):
 @triton.jit
 def index_scale(largest, UE8M0: tl.constexpr):
     """Scale of an index key or query: max(largest, 1e-4) / 448, up to a power of two if UE8M0."""
-    scale = tl.div_rn(tl.maximum(largest, 1e-4), 448.0)
+    scale = over_448(tl.maximum(largest, 1e-4))
     if UE8M0:
         bits = scale.to(tl.uint32, bitcast=True)
         exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0).to(tl.uint32)
@@ -111,22 +111,32 @@ def index_divisor(scale, UE8M0: tl.constexpr):
 def quotient(x, scale):
     """x / scale, correctly rounded, of a tile and its one scale [..., 1]; scale is no denormal.
 
-    A reciprocal for all, then two corrections by exact remainders, as a division does them: a
-    third of the instructions of dividing each value. Source: Markstein, IA-64 and Elementary
+    A reciprocal for all, then a correction by the exact remainder: a third of the instructions of
+    a division. It was compared with the division for every mantissa of a scale at both sides of
+    every number half way between two e4m3 numbers. Source: Markstein, IA-64 and Elementary
     Functions, theorem 8.4.
     """
     if _INTERPRETING:
         return tl.div_rn(x, scale)
-    # the remainders of tiny numbers would be denormal and lose bits; the sign is turned here and
-    # below, so that a quotient of -0 stays what it is
+    # the remainders of tiny numbers would be denormal and lose bits
     raise_by = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
     inverse = tl.div_rn(-1.0, scale * raise_by)
     # infinity times the quotient 0 would be NaN
     scale = tl.where(scale == float("inf"), 0.0, scale * raise_by)
+    # the signs are such that a quotient of -0 stays what it is
     x = x * (raise_by * -1.0)
     q = x * inverse
-    q = tl.fma(tl.fma(q, scale, x), inverse, q)
     return tl.fma(tl.fma(q, scale, x), inverse, q)
+
+
+@triton.jit
+def over_448(x):
+    """x / 448 of float32 x >= 0, correctly rounded wherever the result is a normal number."""
+    if _INTERPRETING:
+        return tl.div_rn(x, 448.0)
+    q = x * (1.0 / 448.0)
+    corrected = tl.fma(tl.fma(q, -448.0, x), 1.0 / 448.0, q)
+    return tl.where(x == float("inf"), x, corrected)
 
 
 @triton.jit
@@ -149,19 +159,20 @@ def mean_of(total, WIDTH: tl.constexpr):
 def load_pairs(pointer, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """float32 [ROWS, HALF] firsts and seconds of 2 * HALF values at each `pointer` [ROWS, 1].
 
-    Pairs are (2j, 2j + 1) if INTERLEAVED, else (j, j + HALF). An interleaved pair is loaded as
-    one integer, so that both of its values reach the same thread: it must be aligned as such.
+    `mask` [ROWS, 1] may be None. Pairs are (2j, 2j + 1) if INTERLEAVED, else (j, j + HALF). An
+    interleaved pair is loaded as one integer, so that both of its values reach the same thread:
+    it must be aligned as such.
     """
     column = tl.arange(0, HALF)[None, :]
     if not INTERLEAVED:
-        first = widened(tl.load(pointer + column, mask=mask, other=0.0))
-        second = widened(tl.load(pointer + HALF + column, mask=mask, other=0.0))
+        first = widened(tl.load(pointer + column, mask=mask))
+        second = widened(tl.load(pointer + HALF + column, mask=mask))
     elif pointer.dtype.element_ty == tl.bfloat16:
-        both = tl.load(pointer.to(tl.pointer_type(tl.uint32)) + column, mask=mask, other=0)
+        both = tl.load(pointer.to(tl.pointer_type(tl.uint32)) + column, mask=mask)
         first = (both << 16).to(tl.float32, bitcast=True)
         second = (both & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        both = tl.load(pointer.to(tl.pointer_type(tl.uint64)) + column, mask=mask, other=0)
+        both = tl.load(pointer.to(tl.pointer_type(tl.uint64)) + column, mask=mask)
         first = both.to(tl.uint32).to(tl.float32, bitcast=True)
         second = (both >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
     return first, second
@@ -203,6 +214,67 @@ def rotated(first, second, cos, sin):
 
 
 @triton.jit
+def load_row(pointer, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HADAMARD: tl.constexpr):
+    """float32 pairs [ROWS, HALF] of the first half of each row, then those of its second half.
+
+    Only the first half is rotated; the second is read in the widest way, unless `hadamard` needs
+    it in the order of the first. `pointer` is [ROWS, 1].
+    """
+    a, b = load_pairs(pointer, mask, HALF, INTERLEAVED)
+    c, d = load_pairs(pointer + 2 * HALF, mask, HALF, INTERLEAVED or not HADAMARD)
+    return a, b, c, d
+
+
+@triton.jit
+def store_row(
+    pointer, a, b, c, d, mask, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, HADAMARD: tl.constexpr
+):
+    """The inverse of `load_row`, into float32, bfloat16 or int16 (bfloat16 bits) memory."""
+    a, b, c, d = stored(a, pointer), stored(b, pointer), stored(c, pointer), stored(d, pointer)
+    store_pairs(pointer, a, b, mask, HALF, INTERLEAVED)
+    store_pairs(pointer + 2 * HALF, c, d, mask, HALF, INTERLEAVED or not HADAMARD)
+
+
+@triton.jit
+def scale_of_row(a, b, c, d, UE8M0: tl.constexpr):
+    """float32 [ROWS]: `index_scale` of rows that `load_row` gave."""
+    high = tl.maximum(magnitude(a), magnitude(b))
+    low = tl.maximum(magnitude(c), magnitude(d))
+    return index_scale(absolute_maximum(tl.maximum(high, low), 1), UE8M0)
+
+
+@triton.jit
+def store_row_codes(
+    pointer,
+    a,
+    b,
+    c,
+    d,
+    scale,
+    mask,
+    HALF: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    UE8M0: tl.constexpr,
+):
+    """e4m3 codes of rows over their scales [ROWS], to uint8 memory; else as `store_row`."""
+    by = index_divisor(scale, UE8M0)[:, None]
+    a, b = divided(a, by, UE8M0), divided(b, by, UE8M0)
+    c, d = divided(c, by, UE8M0), divided(d, by, UE8M0)
+    store_codes(pointer, a, b, mask, HALF, INTERLEAVED)
+    store_codes(pointer + 2 * HALF, c, d, mask, HALF, INTERLEAVED or not HADAMARD)
+
+
+@triton.jit
+def stored(x, pointer):
+    """float32 `x` as the elements of a float32, bfloat16 or int16 (bfloat16 bits) pointer."""
+    element = pointer.dtype.element_ty
+    if element != tl.float32:
+        x = to_bfloat16(x).to(element, bitcast=True)
+    return x
+
+
+@triton.jit
 def _butterfly(u, v):
     return u + v, u - v
 
@@ -223,8 +295,7 @@ def _lane_stages(x, HALF: tl.constexpr):
 def hadamard(a, b, c, d, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
     """Walsh-Hadamard rotation of rows of 4 * HALF values, Sylvester's order, times width^-0.5.
 
-    (a, b) are the pairs of the first half of a row, (c, d) those of the second, as `load_pairs`
-    gives them; the result keeps that order. Stages run from distance 1 up, as on the CPU.
+    Rows are as `load_row` gives them, and stay so. Stages run from distance 1 up, as on the CPU.
     """
     if INTERLEAVED:
         a, b = _butterfly(a, b)

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._triton_fp8 import (
     absolute_maximum,
-    divided,
     hadamard,
-    index_divisor,
-    index_scale,
     load_pairs,
+    load_row,
     magnitude,
     mean_of,
+    over_448,
     quotient,
     rotated,
-    store_codes,
+    scale_of_row,
     store_pairs,
-    to_bfloat16,
+    store_row,
+    store_row_codes,
+    stored,
     to_e4m3,
     widened,
 )
@@ -48,44 +49,21 @@ def configuration(num_tokens: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _stored(x, pointer):
-    """float32 `x` as the elements of a float32, bfloat16 or int16 (bfloat16 bits) pointer."""
-    element = pointer.dtype.element_ty
-    if element != tl.float32:
-        x = to_bfloat16(x).to(element, bitcast=True)
-    return x
+def _load_latent(row, RANK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+    """Values of each row by tile, [TOKENS, TILES, TILE]; of a weight too, if `row` repeats it.
+
+    A weight with an element for each token lies in the same threads as the tokens' values.
+    """
+    column = tl.arange(0, TILES)[None, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
+    return widened(tl.load(row[:, None, None] + column, mask=column < RANK, other=0.0))
 
 
 @triton.jit
-def _load_latent(
-    row,
-    weight_ptr,
-    known,
-    RANK: tl.constexpr,
-    HALF: tl.constexpr,
-    TILE: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Latents [TOKENS, TILES, TILE], their norm's weights, k_pe's pairs [TOKENS, HALF]."""
-    column = (tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, TILE)[None, :])[None]
-    # weights too have an element a token: a smaller tensor would lie in other threads
-    weight_column = column + (known.to(tl.int32) * 0)[:, None, None]
-    mask = known[:, None, None] & (column < RANK)
-    x = widened(tl.load(row[:, None, None] + column, mask=mask, other=0.0))
-    weight = x
-    if weight_ptr is not None:
-        weight = tl.load(weight_ptr + weight_column, mask=weight_column < RANK, other=0.0)
-    first, second = load_pairs((row + RANK)[:, None], known[:, None], HALF, True)
-    return x, weight, first, second
-
-
-@triton.jit
-def _rms_norm(x, weight, eps, RANK: tl.constexpr):
-    """x * rsqrt(mean(x^2) + eps) * weight of [TOKENS, TILES, TILE]."""
+def _inverse_rms(x, eps, RANK: tl.constexpr):
+    """float32 [TOKENS]: rsqrt(mean(x^2) + eps) of [TOKENS, TILES, TILE]."""
     wide = x.to(tl.float64)
     total = tl.sum(tl.sum(wide * wide, 2), 1)
-    factor = tl.div_rn(1.0, tl.sqrt_rn(mean_of(total, RANK) + eps))
-    return x * factor[:, None, None] * weight
+    return tl.div_rn(1.0, tl.sqrt_rn(mean_of(total, RANK) + eps))
 
 
 @triton.jit
@@ -93,26 +71,17 @@ def _store_latent(
     record, x, live, RANK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, FP8: tl.constexpr
 ):
     """Latents of the `live` tokens, and the scales of their tiles."""
-    tile = tl.arange(0, TILES)
-    column = (tile[:, None] * TILE + tl.arange(0, TILE)[None, :])[None]
+    tile = tl.arange(0, TILES)[None, :]
+    column = tile[:, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
     mask = live[:, None, None] & (column < RANK)
+    out = record[:, None, None] + column
     if FP8:
-        largest = absolute_maximum(magnitude(x), 2)
-        scale = tl.maximum(tl.div_rn(largest, 448.0), _SMALLEST_NORMAL)
-        tl.store(record[:, None, None] + column, to_e4m3(quotient(x, scale[:, :, None])), mask=mask)
-        scales = (record + RANK).to(tl.pointer_type(tl.float32))
-        inside = live[:, None] & (tile * TILE < RANK)[None, :]
-        tl.store(scales[:, None] + tile[None, :], scale, mask=inside)
+        scale = tl.maximum(over_448(absolute_maximum(magnitude(x), 2)), _SMALLEST_NORMAL)
+        tl.store(out, to_e4m3(quotient(x, scale[:, :, None])), mask=mask)
+        scales = (record + RANK).to(tl.pointer_type(tl.float32))[:, None] + tile
+        tl.store(scales, scale, mask=live[:, None] & (tile * TILE < RANK))
     else:
-        tl.store(record[:, None, None] + column, _stored(x, record), mask=mask)
-
-
-@triton.jit
-def _load_parts(row, known, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Rows of 4 * HALF values as the pairs of both halves, four parts [TOKENS, HALF]."""
-    a, b = load_pairs(row[:, None], known[:, None], HALF, INTERLEAVED)
-    c, d = load_pairs((row + 2 * HALF)[:, None], known[:, None], HALF, INTERLEAVED)
-    return a, b, c, d
+        tl.store(out, stored(x, record), mask=mask)
 
 
 @triton.jit
@@ -129,38 +98,6 @@ def _inverse_deviation(a, b, c, d, eps, HALF: tl.constexpr):
     a, b, c, d = a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
     total = (a * a + b * b) + (c * c + d * d)
     return tl.div_rn(1.0, tl.sqrt_rn(mean_of(tl.sum(total, 1), 4 * HALF) + eps))[:, None]
-
-
-@triton.jit
-def _store_index(
-    key_out,
-    scale_out,
-    a,
-    b,
-    c,
-    d,
-    live,
-    HALF: tl.constexpr,
-    FP8: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    UE8M0: tl.constexpr,
-):
-    """Index keys of the `live` tokens, and their scales."""
-    if FP8:
-        high = tl.maximum(magnitude(a), magnitude(b))
-        low = tl.maximum(magnitude(c), magnitude(d))
-        scale = index_scale(absolute_maximum(tl.maximum(high, low), 1), UE8M0)
-        tl.store(scale_out, scale, mask=live)
-        by = index_divisor(scale, UE8M0)[:, None]
-        a, b = divided(a, by, UE8M0), divided(b, by, UE8M0)
-        c, d = divided(c, by, UE8M0), divided(d, by, UE8M0)
-        store_codes(key_out[:, None], a, b, live[:, None], HALF, INTERLEAVED)
-        store_codes((key_out + 2 * HALF)[:, None], c, d, live[:, None], HALF, INTERLEAVED)
-    else:
-        a, b = _stored(a, key_out), _stored(b, key_out)
-        c, d = _stored(c, key_out), _stored(d, key_out)
-        store_pairs(key_out[:, None], a, b, live[:, None], HALF, INTERLEAVED)
-        store_pairs((key_out + 2 * HALF)[:, None], c, d, live[:, None], HALF, INTERLEAVED)
 
 
 @paddle_jit(
@@ -207,34 +144,44 @@ def write_caches_kernel(
     """See `write_caches`; a pointer that is None leaves its step out.
 
     All loads come before the first store, which they could not pass, and those that need nothing
-    but the token's number come first. So rows of tokens without a slot are loaded as well.
+    but the token's number come first. So rows of tokens without a slot are loaded as well. Only
+    weights wait where many tokens need the registers: they come from the L1 cache.
     """
+    EARLY: tl.constexpr = BLOCK_TOKENS == 1
     token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     known = token < num_tokens
-    token = token.to(tl.int64)
-    slot = tl.load(slot_mapping_ptr + token, mask=known, other=-1)
+    token = tl.minimum(token, num_tokens - 1).to(tl.int64)
+    # the same address for each token
+    none = token * 0
+    slot = tl.load(slot_mapping_ptr + token)
     if cos_sin_ptr is not None:
-        position = tl.load(position_ids_ptr + token, mask=known, other=0)
+        position = tl.load(position_ids_ptr + token)
     if kv_a_ptr is not None:
-        x, kv_weight, first, second = _load_latent(
-            kv_a_ptr + token * kv_a_stride, kv_weight_ptr, known, RANK, HALF, TILE, TILES
-        )
+        kv_a_row = kv_a_ptr + token * kv_a_stride
+        x = _load_latent(kv_a_row, RANK, TILE, TILES)
+        first, second = load_pairs((kv_a_row + RANK)[:, None], None, HALF, True)
+        if EARLY and kv_weight_ptr is not None:
+            kv_weight = _load_latent(kv_weight_ptr + none, RANK, TILE, TILES)
     if index_k_ptr is not None:
-        a, b, c, d = _load_parts(index_k_ptr + token * index_k_stride, known, HALF, INTERLEAVED)
-        if k_weight_ptr is not None:
-            none = token * 0
-            wa, wb, wc, wd = _load_parts(k_weight_ptr + none, known, HALF, INTERLEAVED)
-            ba, bb, bc, bd = _load_parts(k_bias_ptr + none, known, HALF, INTERLEAVED)
-    live = (slot >= 0) & (slot < num_slots)
-    # a dead slot must not even be an address
+        index_k_row = (index_k_ptr + token * index_k_stride)[:, None]
+        a, b, c, d = load_row(index_k_row, None, HALF, INTERLEAVED, HADAMARD)
+        weight_row = none[:, None]
+        if EARLY and k_weight_ptr is not None:
+            wa, wb, wc, wd = load_row(k_weight_ptr + weight_row, None, HALF, INTERLEAVED, HADAMARD)
+            ba, bb, bc, bd = load_row(k_bias_ptr + weight_row, None, HALF, INTERLEAVED, HADAMARD)
+    live = known & (slot >= 0) & (slot < num_slots)
+    # a dead slot must not even be an address, nor must what padding has as its position
     slot = tl.where(live, slot, 0)
     if cos_sin_ptr is not None:
-        angle = cos_sin_ptr + position[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
-        cos = tl.load(angle, mask=live[:, None], other=0.0)
-        sin = tl.load(angle + HALF, mask=live[:, None], other=0.0)
+        angle = cos_sin_ptr + tl.where(live, position, 0) * (2 * HALF)
+        column = tl.arange(0, HALF)[None, :]
+        cos, sin = tl.load(angle[:, None] + column), tl.load(angle[:, None] + (column + HALF))
     if kv_a_ptr is not None:
         if kv_weight_ptr is not None:
-            x = _rms_norm(x, kv_weight, kv_eps, RANK)
+            factor = _inverse_rms(x, kv_eps, RANK)[:, None, None]
+            if not EARLY:
+                kv_weight = _load_latent(kv_weight_ptr + none, RANK, TILE, TILES)
+            x = x * factor * kv_weight
         if cos_sin_ptr is not None:
             first, second = rotated(first, second, cos, sin)
         if FP8:
@@ -244,10 +191,17 @@ def write_caches_kernel(
             record = latent_ptr + slot * (RANK + 2 * HALF)
             k_pe_out = record + RANK
         _store_latent(record, x, live, RANK, TILE, TILES, FP8)
-        first, second = _stored(first, k_pe_out), _stored(second, k_pe_out)
+        first, second = stored(first, k_pe_out), stored(second, k_pe_out)
         store_pairs(k_pe_out[:, None], first, second, live[:, None], HALF, True)
     if index_k_ptr is not None:
         if k_weight_ptr is not None:
+            if not EARLY:
+                wa, wb, wc, wd = load_row(
+                    k_weight_ptr + weight_row, None, HALF, INTERLEAVED, HADAMARD
+                )
+                ba, bb, bc, bd = load_row(
+                    k_bias_ptr + weight_row, None, HALF, INTERLEAVED, HADAMARD
+                )
             a, b, c, d = _centred(a, b, c, d, HALF)
             factor = _inverse_deviation(a, b, c, d, k_eps, HALF)
             a, b = a * factor * wa + ba, b * factor * wb + bb
@@ -256,17 +210,18 @@ def write_caches_kernel(
             a, b = rotated(a, b, cos, sin)
         if HADAMARD:
             a, b, c, d = hadamard(a, b, c, d, HALF, INTERLEAVED)
-        key_out = index_ptr + slot * (4 * HALF)
-        scale_out = None
+        out = index_ptr + slot * (4 * HALF)
+        mask = live[:, None]
         if FP8:
             # a block is its keys, then its scales: 4 bytes a token more
             block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-            key_out += block * (4 * BLOCK_SIZE)
+            out = (out + block * (4 * BLOCK_SIZE))[:, None]
             scales = index_ptr + block * (BLOCK_SIZE * (4 * HALF + 4)) + BLOCK_SIZE * 4 * HALF
-            scale_out = scales.to(tl.pointer_type(tl.float32)) + offset
-        _store_index(
-            key_out, scale_out, a, b, c, d, live, HALF, FP8, INTERLEAVED, UE8M0
-        )  # fmt: skip
+            scale = scale_of_row(a, b, c, d, UE8M0)
+            tl.store(scales.to(tl.pointer_type(tl.float32)) + offset, scale, mask=live)
+            store_row_codes(out, a, b, c, d, scale, mask, HALF, INTERLEAVED, HADAMARD, UE8M0)
+        else:
+            store_row(out[:, None], a, b, c, d, mask, HALF, INTERLEAVED, HADAMARD)
 
 
 def write_caches(

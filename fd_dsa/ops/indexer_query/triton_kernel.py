@@ -1,8 +1,8 @@
 """Queries of the indexer on a device: RoPE, quantisation and weight fold in one launch.
 
 A row is one head of one token. A program takes BLOCK_ROWS rows, which are contiguous in memory
-whatever the tokens they belong to. The four quarters of a row (see `load_pairs`) lie in the same
-thread, so that rotating needs no exchange and the maximum two shuffles.
+whatever the tokens they belong to. Both values of a pair lie in the same thread, so that rotating
+needs no exchange.
 """
 
 from __future__ import annotations
@@ -11,22 +11,16 @@ from typing import Any
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._triton_fp8 import (
-    absolute_maximum,
-    divided,
     hadamard,
-    index_divisor,
-    index_scale,
-    load_pairs,
-    magnitude,
+    load_row,
     rotated,
-    store_codes,
-    store_pairs,
-    to_bfloat16,
+    scale_of_row,
+    store_row,
+    store_row_codes,
     widened,
 )
 from fd_dsa.triton_runtime import paddle_jit
 
-import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 # (BLOCK_ROWS, num_warps) that benchmarks/indexer_query.py times
@@ -39,14 +33,6 @@ CANDIDATES = (
 def configuration(num_rows: int) -> tuple[int, int]:
     """BLOCK_ROWS and num_warps for this many heads of all tokens."""
     return (32, 4) if num_rows <= 16384 else (64, 4)
-
-
-@triton.jit
-def _rounded(x, pointer):
-    """float32 `x` in the type of a float32 or bfloat16 pointer."""
-    if pointer.dtype.element_ty == tl.bfloat16:
-        x = to_bfloat16(x)
-    return x
 
 
 @paddle_jit(
@@ -85,8 +71,7 @@ def prepare_query_kernel(
     start = (row * (4 * HALF))[:, None]
     if QUANTIZED:
         q_out_ptr = q_out_ptr.to(tl.pointer_type(tl.uint8))
-    a, b = load_pairs(q_ptr + start, mask, HALF, INTERLEAVED)
-    c, d = load_pairs(q_ptr + start + 2 * HALF, mask, HALF, INTERLEAVED)
+    a, b, c, d = load_row(q_ptr + start, mask, HALF, INTERLEAVED, HADAMARD)
     weight = widened(tl.load(weights_ptr + row, mask=inside, other=0.0)) * weights_scale
     angle = cos_sin_ptr + position[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
     cos = tl.load(angle, mask=mask, other=0.0)
@@ -94,21 +79,13 @@ def prepare_query_kernel(
     a, b = rotated(a, b, cos, sin)
     if HADAMARD:
         a, b, c, d = hadamard(a, b, c, d, HALF, INTERLEAVED)
+    out = q_out_ptr + start
     if QUANTIZED:
-        high = tl.maximum(magnitude(a), magnitude(b))
-        low = tl.maximum(magnitude(c), magnitude(d))
-        scale = index_scale(absolute_maximum(tl.maximum(high, low), 1), UE8M0)
+        scale = scale_of_row(a, b, c, d, UE8M0)
         weight *= scale
-        by = index_divisor(scale, UE8M0)[:, None]
-        a, b = divided(a, by, UE8M0), divided(b, by, UE8M0)
-        c, d = divided(c, by, UE8M0), divided(d, by, UE8M0)
-        store_codes(q_out_ptr + start, a, b, mask, HALF, INTERLEAVED)
-        store_codes(q_out_ptr + start + 2 * HALF, c, d, mask, HALF, INTERLEAVED)
+        store_row_codes(out, a, b, c, d, scale, mask, HALF, INTERLEAVED, HADAMARD, UE8M0)
     else:
-        a, b = _rounded(a, q_out_ptr), _rounded(b, q_out_ptr)
-        c, d = _rounded(c, q_out_ptr), _rounded(d, q_out_ptr)
-        store_pairs(q_out_ptr + start, a, b, mask, HALF, INTERLEAVED)
-        store_pairs(q_out_ptr + start + 2 * HALF, c, d, mask, HALF, INTERLEAVED)
+        store_row(out, a, b, c, d, mask, HALF, INTERLEAVED, HADAMARD)
     tl.store(w_out_ptr + row, weight, mask=inside)
 
 
