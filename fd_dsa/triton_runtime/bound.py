@@ -11,6 +11,8 @@ from fd_dsa.triton_runtime.frame import Frame
 from fd_dsa.triton_runtime.parameters import Grid, resolve_grid
 from fd_dsa.triton_runtime.variant import Variant
 
+_MAX_GRIDS = 4096
+
 
 class BoundLaunch:
     """A launch with bound arguments; made by `Kernel.bind`.
@@ -42,6 +44,7 @@ class BoundLaunch:
         self._writers = tuple(self._writer(name) for name in scalars)
         self._bound_scalars = tuple(values[name] for name in scalars)
         self._write_grid = struct.Struct("=III").pack_into
+        self._grids: dict[Any, tuple[int, int, int]] = {}
         # frames with the bound grid, and frames with any
         self._free: list[Frame] = []
         self._other: list[Frame] = []
@@ -77,7 +80,11 @@ class BoundLaunch:
         if grid is None and self._fixed_grid:
             free, numbers = self._free, None
         else:
-            free, numbers = self._other, self._grid_of(scalars, grid)
+            free = self._other
+            try:
+                numbers = self._grids[grid]
+            except (KeyError, TypeError):
+                numbers = self._grid_of(scalars, grid)
             if 0 in numbers:
                 return
         try:
@@ -115,7 +122,11 @@ class BoundLaunch:
         if grid is None:
             grid = self._grid_function or self.grid
         if not callable(grid):
-            return self._resolve(grid, self._values)
+            numbers = self._resolve(grid, self._values)
+            if len(self._grids) >= _MAX_GRIDS:
+                self._grids.clear()
+            self._grids[tuple(grid)] = numbers
+            return numbers
         values = self.variant.signature.with_scalars(self._values, self._scalars, scalars)
         return self._resolve(grid, values)
 

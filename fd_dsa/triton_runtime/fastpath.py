@@ -127,9 +127,13 @@ class Known:
     """
 
     def __init__(self, variant: Variant, api: DeviceApi) -> None:
-        self._variant, self._api = variant, api
+        self._variant, self._api, self._device_of = variant, api, api.device_of
         self._parameters = [p for p in variant.passed if variant.arguments[p.name].type[0] == "*"]
-        self._kinds: list[tuple[Any, Any]] = [(None, None)] * len(self._parameters)
+        # type, dtype, whether alignment matters and must be there
+        self._kinds: list[tuple[Any, Any, bool, bool]] = [
+            (None, None, p.specialize_alignment, variant.arguments[p.name].divisible)
+            for p in self._parameters
+        ]
         self.cell: list[tuple[Any, ...]] = [(_no_tensor, 0) * len(self._parameters)]
 
     def admit(self, tensors: tuple[Any, ...], addresses: tuple[int, ...]) -> bool:
@@ -154,18 +158,15 @@ class Known:
 
     def _accepts(self, index: int, tensor: Any, address: int) -> bool:
         """True if the variant takes the tensor; short where only device and address are new."""
-        variant, parameter, dtype = self._variant, self._parameters[index], tensor.dtype
-        kind, known_dtype = self._kinds[index]
-        if type(tensor) is not kind or dtype is not known_dtype:
-            if not variant.accepts(parameter, tensor, address, self._api):
+        kind, dtype, matters, aligned = self._kinds[index]
+        if type(tensor) is kind and tensor.dtype is dtype:
+            if matters and (address & 15 == 0) is not aligned:
                 return False
-            self._kinds[index] = (type(tensor), dtype)
-            return True
-        aligned = parameter.specialize_alignment and not address & 15
-        return (
-            aligned == variant.arguments[parameter.name].divisible
-            and variant.signature.device_of(parameter, tensor, self._api) == variant.device
-        )
+            return self._device_of(tensor) == self._variant.device
+        if not self._variant.accepts(self._parameters[index], tensor, address, self._api):
+            return False
+        self._kinds[index] = (type(tensor), tensor.dtype, matters, aligned)
+        return True
 
 
 def _check(tensors: Mapping[str, int], leave: str) -> list[str]:
