@@ -75,14 +75,15 @@ class Layer:
         """All arguments of `write_caches`."""
         return *inputs, self.cos_sin, self.latent, self.index, self.params
 
-    def one_launch(self, inputs: tuple[Any, ...], blocks_and_warps: tuple[int, int]) -> _gpu.Call:
+    def one_launch(self, inputs: tuple[Any, ...], how: tuple[int, int, int | None]) -> _gpu.Call:
         """Our launch with a configuration, arguments checked beforehand."""
-        block_tokens, num_warps = blocks_and_warps
+        block_tokens, num_warps, maxnreg = how
         launch = write_caches_kernel.bind(
             (-(-inputs[0].shape[0] // block_tokens),),
             **kernel_arguments(*self.arguments(inputs)),
             BLOCK_TOKENS=block_tokens,
             num_warps=num_warps,
+            maxnreg=maxnreg,
             enable_fp_fusion=False,
         )
         return launch
@@ -127,7 +128,7 @@ def check_bytes() -> None:
     Raises:
         AssertionError: they differ.
     """
-    for blocks_and_warps in CANDIDATES:
+    for how in CANDIDATES:
         layer = Layer(num_blocks=4)
         inputs = layer.inputs(129)
         wanted = [x.cpu().numpy().copy() for x in (layer.latent, layer.index)]
@@ -140,22 +141,28 @@ def check_bytes() -> None:
         )
         host = [x.cpu().numpy() for x in (*arrays, layer.cos_sin)]
         paddle_impl.write_caches(*host, *wanted, params)
-        layer.one_launch(inputs, blocks_and_warps)()
+        layer.one_launch(inputs, how)()
         for found, want in zip((layer.latent, layer.index), wanted, strict=True):
             same = torch.equal(found.cpu(), torch.from_numpy(want))
-            assert same, f"bytes of {blocks_and_warps} differ from the CPU's"
+            assert same, f"bytes of {how} differ from the CPU's"
+
+
+def name_of(how: tuple[int, int, int | None]) -> str:
+    """A configuration in words: tokens a program, warps, registers where they are limited."""
+    tokens, warps, registers = how
+    return f"{tokens} x {warps}" + (f" in {registers}" if registers else "")
 
 
 def tune(layer: Layer, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Median microseconds of every configuration: tokens -> "BLOCK_TOKENS x warps" -> us."""
+    """Median microseconds of every configuration: tokens -> name -> us."""
     table: dict[str, dict[str, float]] = {}
     for num_tokens in sizes:
         sets = [layer.inputs(num_tokens) for _ in range(_gpu.num_sets(num_tokens * 1700))]
-        sides = {f"{b} x {w}": [layer.one_launch(s, (b, w)) for s in sets] for b, w in CANDIDATES}
+        sides = {name_of(how): [layer.one_launch(s, how) for s in sets] for how in CANDIDATES}
         times = {label: t["p50"] for label, t in _gpu.interleaved(sides, rounds=10).items()}
         table[str(num_tokens)] = times
         best = min(times, key=times.__getitem__)
-        chosen = "{} x {}".format(*configuration(num_tokens))
+        chosen = name_of(configuration(num_tokens))
         line = "  ".join(f"{label}: {us:.2f}" for label, us in times.items())
         print(f"{num_tokens} tokens, best {best}, chosen {chosen}:  {line}", flush=True)
     return table
@@ -185,7 +192,7 @@ def compare(record: _gpu.Recorder, layer: Layer, ops: Any, num_tokens: int) -> N
         ours="one launch",
         bytes_moved=num_tokens * BYTES_PER_TOKEN,
         eager_us=wall,
-        configuration="{} x {}".format(*chosen),
+        configuration=name_of(chosen),
     )
 
 

@@ -39,13 +39,18 @@ if TYPE_CHECKING:
 _TILE = 128
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
-# (BLOCK_TOKENS, num_warps) that benchmarks/cache_write.py times
-CANDIDATES = ((1, 1), (2, 1), (4, 1), (2, 2), (4, 2), (4, 4), (8, 2), (8, 4))
+# BLOCK_TOKENS, num_warps, maxnreg: what benchmarks/cache_write.py times
+CANDIDATES = (
+    *((1, 1, None), (1, 1, 64), (2, 1, None), (2, 1, 80), (4, 1, None), (4, 1, 128)),
+    *((2, 2, None), (4, 4, None), (4, 4, 48), (8, 2, None), (8, 2, 128)),
+)
 
 
-def configuration(num_tokens: int) -> tuple[int, int]:
-    """BLOCK_TOKENS and num_warps for a step: one wave of programs, then more tokens in each."""
-    return (1, 1) if num_tokens <= 4096 else (2, 1)
+def configuration(num_tokens: int) -> tuple[int, int, int | None]:
+    """BLOCK_TOKENS, num_warps and maxnreg: a warp a token, then all programs in one wave."""
+    if num_tokens <= 2048:
+        return 1, 1, None
+    return (2, 1, None) if num_tokens <= 4096 else (4, 1, 128)
 
 
 @triton.jit
@@ -241,11 +246,12 @@ def write_caches(
     arguments = kernel_arguments(
         kv_a, index_k, position_ids, slot_mapping, cos_sin_cache, latent_cache, index_cache, params
     )
-    block_tokens, num_warps = configuration(num_tokens)
+    block_tokens, num_warps, maxnreg = configuration(num_tokens)
     write_caches_kernel[(-(-num_tokens // block_tokens),)](
         **arguments,
         BLOCK_TOKENS=block_tokens,
         num_warps=num_warps,
+        maxnreg=maxnreg,
         enable_fp_fusion=False,
     )
 

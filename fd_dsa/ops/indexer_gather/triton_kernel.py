@@ -11,7 +11,7 @@ from fd_dsa.triton_runtime import paddle_jit
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-_ROWS, _NUM_WARPS = 64, 4
+_ROWS, _NUM_WARPS = 32, 4
 
 
 @triton.jit

@@ -25,14 +25,16 @@ import triton.language as tl  # isort: skip
 
 # (BLOCK_ROWS, num_warps) that benchmarks/indexer_query.py times
 CANDIDATES = (
-    *((8, 1), (16, 1), (32, 1), (16, 2), (32, 2), (64, 2)),
+    *((4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 2), (64, 2)),
     *((32, 4), (64, 4), (128, 4), (64, 8), (128, 8)),
 )
 
 
 def configuration(num_rows: int) -> tuple[int, int]:
     """BLOCK_ROWS and num_warps for this many heads of all tokens."""
-    return (32, 4) if num_rows <= 16384 else (64, 4)
+    if num_rows <= 16384:
+        return 8, 1
+    return (32, 4) if num_rows <= 131072 else (32, 2)
 
 
 @paddle_jit(
