@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +56,11 @@ def build_engine(config: EngineConfig) -> LLMEngine:
     model, plan = _load_model(config, model_config, layout, max_model_len, room)
     if device != "cpu":
         model.to_device(device)
+    runner = ModelRunner(model, input_batch, layout, plan.num_blocks, device)
+    if device != "cpu":
+        _warm_up(runner)
     return LLMEngine(
-        ModelRunner(model, input_batch, layout, plan.num_blocks, device),
+        runner,
         tokenizer,
         num_blocks=plan.num_blocks,
         block_size=config.block_size,
@@ -76,6 +80,17 @@ def _check_paddle() -> None:
             "paddle is not installed; for a CPU run: pip install 'fd_dsa[cpu]' "
             "(for a GPU install paddlepaddle-gpu from Paddle's own package index)"
         )
+
+
+def _warm_up(runner: Any) -> None:
+    """Compile the kernels of a device; where they are interpreted there is nothing to compile."""
+    from fd_dsa.triton_runtime import INTERPRETING
+
+    if INTERPRETING:
+        return
+    start = time.perf_counter()
+    runner.warm_up()
+    logger.info("kernels ready after %.1f s", time.perf_counter() - start)
 
 
 def _device_room(device: str, backend: DSABackendConfig) -> dict[str, int]:

@@ -53,7 +53,7 @@ def free_device_bytes(device: str) -> int | None:
     """Bytes free in the memory of a device; None where that is the host's own.
 
     Raises:
-        BackendUnavailable: the CUDA driver does not say.
+        DeviceError: the CUDA driver does not say.
     """
     if device == "cpu":
         return None
@@ -61,15 +61,10 @@ def free_device_bytes(device: str) -> int | None:
 
     if INTERPRETING:
         return None
-    import paddle
+    from fd_dsa.triton_runtime.driver import cuda
 
-    from fd_dsa.step.device import paddle_place
-
-    # the driver answers for the calling thread's context, which the first tensor makes
-    paddle.empty([1], "uint8", device=paddle_place(device))
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    driver = ctypes.CDLL("libcuda.so.1")
-    status = driver.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
-    if status:
-        raise BackendUnavailable(f"--device {device}: cuMemGetInfo failed with error {status}")
+    with cuda().context(int(device.partition(":")[2] or 0)):
+        code = ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+        cuda().check(code, "cuMemGetInfo_v2")
     return free.value

@@ -128,6 +128,24 @@ class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
         batch = self.input_batch
         return StepHints(batch.num_tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
 
+    def warm_up(self) -> None:
+        """Run the largest prompt chunk and one decode step, so that no request waits for kernels.
+
+        Results are dropped; what is written to the caches is written again before it is read.
+        """
+        batch, config = self.input_batch, self.model.config
+        longest = batch.block_tables.shape[1] * batch.block_size
+        chunk = min(batch.max_num_tokens, longest)
+        # past the selection keys are scored and chosen
+        cached = min(config.index_topk, longest - 1)
+        for tokens, done in ((chunk, 0), (1, cached)):
+            batch.begin_step()
+            batch.set_blocks(0, range(-(-(done + tokens) // batch.block_size)))
+            last = batch.add_row(0, [0] * tokens, done, is_prefill=not done)
+            self.execute_model(np.array([last]))
+        batch.begin_step()
+        batch.clear_row(0)
+
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Run the step in the batch.
 

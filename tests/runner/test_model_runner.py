@@ -10,7 +10,15 @@ import pytest
 from fd_dsa.runner import ModelRunner
 from tests.attention.harness import record_plans
 from tests.reference.bfloat16 import ref_array
-from tests.runner.tiny import GLM, V32, run_rows, tiny_model, tiny_runner
+from tests.runner.tiny import (
+    BLOCK_SIZE,
+    BLOCKS_PER_ROW,
+    GLM,
+    V32,
+    run_rows,
+    tiny_model,
+    tiny_runner,
+)
 
 TOLERANCE = 1e-4
 PROMPT = np.random.default_rng(7).integers(2, 50, 45).tolist()
@@ -205,3 +213,22 @@ def test_a_row_of_nan_spoils_no_other_row() -> None:
     after = run_rows(runner, ids)
     assert np.isfinite(after[[0, 2]]).all()
     assert np.isnan(after[1]).all()
+
+
+def test_a_warm_up_leaves_an_empty_batch_and_no_trace(model: Any) -> None:
+    wanted = in_chunks(tiny_runner(model), 0, [20, 25], 45)
+    runner = tiny_runner(model, poison=True)
+    tables = runner.input_batch.block_tables.copy()
+    runner.warm_up()
+    assert runner.input_batch.num_tokens == 0 and runner.input_batch.num_rows == 0
+    assert (runner.input_batch.block_tables[0] == -1).all()
+    runner.input_batch.block_tables[:] = tables
+    assert_same(in_chunks(runner, 0, [20, 25], 45), wanted)
+
+
+def test_a_warm_up_scores_keys(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = tiny_runner(model)
+    plans = record_plans(monkeypatch)
+    runner.warm_up()
+    assert [plan.num_tokens for plan in plans] == [BLOCK_SIZE * BLOCKS_PER_ROW, 1]
+    assert all(plan.needs_scores for plan in plans)
