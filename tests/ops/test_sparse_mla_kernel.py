@@ -123,9 +123,9 @@ def make(
     )
 
 
-def check(case: Case, m: KernelMemory) -> None:
-    """Every output within the tolerance; exact zeros where nothing was selected."""
-    found, tolerance = case.run(m), TOLERANCE[case.q_dtype, case.cache_dtype]
+def check(case: Case, m: KernelMemory, times: int = 1) -> None:
+    """Every output within `times` the tolerance; exact zeros where nothing was selected."""
+    found, tolerance = case.run(m), times * TOLERANCE[case.q_dtype, case.cache_dtype]
     if case.q_dtype == "bfloat16" and not m.on_gpu:
         # Triton's interpreter cuts off where a GPU rounds to the nearest bfloat16
         tolerance *= 4
@@ -168,7 +168,8 @@ def test_real_widths(kernel_memory: KernelMemory, q_dtype: str, cache_dtype: str
         rope=64,
         num_slots=4096 if large else 64,
     )
-    check(case, kernel_memory)
+    # 2,048 terms instead of a few dozen: their sums round more often
+    check(case, kernel_memory, times=5 if large else 1)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
