@@ -157,10 +157,12 @@ def test_logits_of_tiny_models(rig: Rig, fields: dict[str, Any], kv_cache_dtype:
         [(0, first[16:17], 16, False), (2, second[15:17], 15, False)],
     ]
     runners = [tiny_runner(fields, kv_cache_dtype, d) for d in ("cpu", device_of(rig))]
+    # a value midway between two bfloat16 numbers may go to either side
+    tolerance = 1e-4 if kv_cache_dtype == "float32" else 2e-3
     for rows in steps:
         wanted, found = (run_rows(runner, rows) for runner in runners)
         assert np.isfinite(found).all()
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance * np.abs(wanted).max())
 
 
 def test_inputs_of_a_step_are_one_copy(rig: Rig) -> None:
