@@ -57,17 +57,26 @@ def _paddle_matmul() -> Callable[..., Any]:
 
 def check_shape(operator: str, argument: str, found: Any, allowed: tuple[int | None, ...]) -> None:
     """Raise ShapeError unless `found.shape` fits `allowed` (None = any extent)."""
-    shape = tuple(found.shape)
-    if len(shape) != len(allowed) or any(
-        a is not None and s != a for s, a in zip(shape, allowed, strict=True)
-    ):
-        wanted = "[" + ", ".join("*" if a is None else str(a) for a in allowed) + "]"
-        raise ShapeError(f"{operator}: {argument} has shape {list(shape)}, allowed is {wanted}")
+    shape = found.shape
+    if len(shape) == len(allowed):
+        for extent, wanted in zip(shape, allowed, strict=True):
+            if wanted is not None and extent != wanted:
+                break
+        else:
+            return
+    text = "[" + ", ".join("*" if a is None else str(a) for a in allowed) + "]"
+    raise ShapeError(f"{operator}: {argument} has shape {list(shape)}, allowed is {text}")
+
+
+@cache
+def _dtype_name(dtype: Any) -> str:
+    """Name of a dtype of NumPy or Paddle; making it takes longer than a small sum."""
+    return str(dtype).removeprefix("paddle.")
 
 
 def check_dtype(operator: str, argument: str, found: Any, allowed: tuple[str, ...]) -> None:
     """Raise DtypeError unless the dtype of `found` is one of `allowed`."""
-    name = str(found.dtype).removeprefix("paddle.")
+    name = _dtype_name(found.dtype)
     if name not in allowed:
         raise DtypeError(
             f"{operator}: {argument} has dtype {name}, allowed is {' or '.join(allowed)}"

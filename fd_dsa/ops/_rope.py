@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from fd_dsa.ops._host import as_numpy, on_device
 
 
@@ -38,10 +40,18 @@ def apply_rope_(x: Any, position_ids: Any, cos_sin_cache: Any, *, interleaved: b
 
     Source: RoFormer (arXiv 2104.09864); pairings: docs/concepts/dsa.md, "Rotary positions".
     """
-    view = as_numpy(x)
+    rotate_(as_numpy(x), angles_of(position_ids, cos_sin_cache), interleaved=interleaved)
+
+
+def angles_of(position_ids: Any, cos_sin_cache: Any) -> np.ndarray:
+    """float32 [num_tokens, rope_dim]: cos and sin of each token."""
+    return as_numpy(cos_sin_cache)[as_numpy(position_ids)]
+
+
+def rotate_(view: np.ndarray, angles: np.ndarray, *, interleaved: bool) -> None:
+    """`apply_rope_` by the angles of each token, for several arrays of one step."""
     half = view.shape[-1] // 2
-    angles = as_numpy(cos_sin_cache)[as_numpy(position_ids), None]
-    cos, sin = angles[..., :half], angles[..., half:]
+    cos, sin = angles[:, None, :half], angles[:, None, half:]
     if interleaved:
         first, second = view[..., 0::2], view[..., 1::2]
     else:

@@ -98,7 +98,7 @@ def write_caches(
     Source: FlashMLA (README, "FP8 KV cache"), DeepGEMM's paged index cache, vLLM's
     concat_and_cache_ds_mla and indexer_k_quant_and_cache for the two formats.
     """
-    chosen = provider_for("cache_write", slot_mapping)
+    chosen = provider_for("cache_write", index_k if kv_a is None else kv_a)
     arguments = (kv_a, index_k, position_ids, slot_mapping, cos_sin_cache)
     _check(*arguments, _INPUT_DTYPES[chosen])
     _check_caches(kv_a, index_k, latent_cache, index_cache, params)

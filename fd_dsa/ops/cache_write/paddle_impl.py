@@ -19,7 +19,7 @@ from fd_dsa.ops._gather import index_planes
 from fd_dsa.ops._hadamard import hadamard
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._norm import layer_norm, rms_norm
-from fd_dsa.ops._rope import apply_rope_
+from fd_dsa.ops._rope import angles_of, rotate_
 
 if TYPE_CHECKING:
     from fd_dsa.ops.cache_write import CacheWriteParams
@@ -45,37 +45,44 @@ def write_caches(
     params: CacheWriteParams,
 ) -> None:
     """See `fd_dsa.ops.cache_write.write_caches`."""
-    rotary = None if cos_sin_cache is None else (position_ids, cos_sin_cache)
+    angles = None if cos_sin_cache is None else angles_of(position_ids, cos_sin_cache)
     slots = as_numpy(slot_mapping)
+    # [num_blocks, block_size, row] is a view whatever the stride of a block
+    latents = None if kv_a is None else as_numpy(latent_cache)[:, 0]
+    keys = None if index_k is None else as_numpy(index_cache)
+    keep, place = _places(
+        slots, [cache.shape[:2] for cache in (latents, keys) if cache is not None]
+    )
     if kv_a is not None:
-        # [num_blocks, block_size, row] is a view whatever the stride of a block
-        cache = as_numpy(latent_cache)[:, 0]
-        latent, k_pe = _latent_rows(as_numpy(kv_a), rotary, params)
-        keep, place = _places(slots, cache)
-        _store_latent(cache, place, latent[keep], k_pe[keep])
+        latent, k_pe = _latent_rows(as_numpy(kv_a), angles, params)
+        _store_latent(latents, place, latent[keep], k_pe[keep])
     if index_k is not None:
-        cache = as_numpy(index_cache)
-        keys = _index_rows(as_numpy(index_k), rotary, params)
-        keep, place = _places(slots, cache)
-        _store_index(cache, place, keys[keep], params.index_scale_fmt)
+        rows = _index_rows(as_numpy(index_k), angles, params)
+        _store_index(keys, place, rows[keep], params.index_scale_fmt)
 
 
-def _places(slots: np.ndarray, cache: np.ndarray) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
-    """Which tokens are written, and the block and offset of each of them."""
-    block_size = cache.shape[1]
-    keep: Any = (slots >= 0) & (slots < cache.shape[0] * block_size)
+def _places(
+    slots: np.ndarray, shapes: list[tuple[int, int]]
+) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
+    """Which tokens are written, and the block and offset of each of them.
+
+    Args:
+        shapes: (num_blocks, block_size) of each cache; they share their slots.
+    """
+    num_blocks, block_size = min(shapes)
+    keep: Any = (slots >= 0) & (slots < num_blocks * block_size)
     if keep.all():
         keep = slice(None)
     return keep, np.divmod(slots[keep], block_size)
 
 
 def _latent_rows(
-    rows: np.ndarray, rotary: Any, params: CacheWriteParams
+    rows: np.ndarray, angles: np.ndarray | None, params: CacheWriteParams
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latents, normed, and k_pe, rotated; float32 [num_tokens, width] each."""
     rope_dim = 0
-    if rotary is not None:
-        rope_dim = rotary[1].shape[1]
+    if angles is not None:
+        rope_dim = angles.shape[1]
     elif params.kv_norm_weight is not None:
         rope_dim = rows.shape[1] - params.kv_norm_weight.shape[0]
     elif params.kv_cache_dtype == "fp8_ds_mla":
@@ -84,22 +91,24 @@ def _latent_rows(
     latent, k_pe = rows[:, :rank], rows[:, rank:]
     if params.kv_norm_weight is not None:
         latent = rms_norm(latent, as_numpy(params.kv_norm_weight), params.kv_norm_eps)
-    if rotary is not None:
+    if angles is not None:
         k_pe = k_pe.copy()
-        apply_rope_(k_pe[:, None], *rotary, interleaved=True)
+        rotate_(k_pe[:, None], angles, interleaved=True)
     return latent, k_pe
 
 
-def _index_rows(rows: np.ndarray, rotary: Any, params: CacheWriteParams) -> np.ndarray:
+def _index_rows(
+    rows: np.ndarray, angles: np.ndarray | None, params: CacheWriteParams
+) -> np.ndarray:
     """Index keys, normed, rotated and, where asked for, turned by Hadamard; float32."""
     if params.k_norm_weight is not None:
         weight, bias = as_numpy(params.k_norm_weight), as_numpy(params.k_norm_bias)
         rows = layer_norm(rows, weight, bias, params.k_norm_eps)
-    if rotary is not None:
+    if angles is not None:
         if params.k_norm_weight is None:
             rows = rows.copy()
-        rope = rows[:, None, : rotary[1].shape[1]]
-        apply_rope_(rope, *rotary, interleaved=params.index_rope_interleave)
+        rope = rows[:, None, : angles.shape[1]]
+        rotate_(rope, angles, interleaved=params.index_rope_interleave)
     return hadamard(rows) if params.index_hadamard else rows
 
 
