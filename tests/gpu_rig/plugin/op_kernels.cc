@@ -85,6 +85,17 @@ int64_t batch_of(const TensorView& x) {
   return batch;
 }
 
+// Which matrix of `x` belongs to matrix `index` of `out`; axes of extent 1 repeat.
+int64_t matrix_of(const TensorView& x, const TensorView& out, int64_t index) {
+  int64_t found = 0, stride = 1;
+  for (int d = out.num_dims - 3, e = x.num_dims - 3; e >= 0; --d, --e) {
+    if (x.dims[e] > 1) found += index % out.dims[d] * stride;
+    index /= out.dims[d];
+    stride *= x.dims[e];
+  }
+  return found;
+}
+
 void matmul_kernel(PD_DeviceContext* context, PD_Tensor* x, PD_Tensor* y, bool transpose_x,
                    bool transpose_y, PD_Tensor* result) {
   counters.op_kernels++;
@@ -112,7 +123,18 @@ void matmul_kernel(PD_DeviceContext* context, PD_Tensor* x, PD_Tensor* y, bool t
   const bool each_fits = (batch_a == 1 || batch_a == batch_b || batch_b == 1) &&
                          shape.batch * shape.m * shape.n == out.count;
   if (!each_fits) {
-    throw std::runtime_error("rig matmul: batches that broadcast against each other");
+    // batches that broadcast against each other: one product a matrix of the result
+    const size_t size = bytes_of(a.type);
+    shape.batch = 1;
+    shape.batch_stride_a = shape.batch_stride_b = 0;
+    for (int64_t i = 0; i < batch_of(out); ++i) {
+      const auto* left = static_cast<const char*>(a.data());
+      const auto* right = static_cast<const char*>(b.data());
+      matmul(element_of(a.type), shape, left + matrix_of(a, out, i) * rows_a * columns_a * size,
+             right + matrix_of(b, out, i) * rows_b * columns_b * size,
+             static_cast<char*>(memory) + i * shape.m * shape.n * size, stream_of(context));
+    }
+    return;
   }
   shape.batch_stride_a = batch_a > 1 ? rows_a * columns_a : 0;
   shape.batch_stride_b = batch_b > 1 ? rows_b * columns_b : 0;
