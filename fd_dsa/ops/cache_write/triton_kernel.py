@@ -73,36 +73,78 @@ def _inverse_rms(x, eps, RANK: tl.constexpr):
 
 @triton.jit
 def _store_latent(
-    record, x, live, RANK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, FP8: tl.constexpr
+    latent_ptr,
+    slot,
+    live,
+    x,
+    first,
+    second,
+    RANK: tl.constexpr,
+    HALF: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
+    FP8: tl.constexpr,
 ):
-    """Latents of the `live` tokens, and the scales of their tiles."""
+    """Finished latents and k_pe of the `live` tokens, and in FP8 the scales of the tiles."""
     tile = tl.arange(0, TILES)[None, :]
     column = tile[:, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
     mask = live[:, None, None] & (column < RANK)
-    out = record[:, None, None] + column
     if FP8:
+        record = latent_ptr + slot * (RANK + 4 * (RANK // TILE) + 4 * HALF)
         scale = tl.maximum(over_448(absolute_maximum(magnitude(x), 2)), _SMALLEST_NORMAL)
-        tl.store(out, to_e4m3(quotient(x, scale[:, :, None])), mask=mask)
+        codes = to_e4m3(quotient(x, scale[:, :, None]))
+        tl.store(record[:, None, None] + column, codes, mask=mask)
         scales = (record + RANK).to(tl.pointer_type(tl.float32))[:, None] + tile
         tl.store(scales, scale, mask=live[:, None] & (tile * TILE < RANK))
+        k_pe_out = (record + RANK + 4 * (RANK // TILE)).to(tl.pointer_type(tl.bfloat16))
     else:
-        tl.store(out, stored(x, record), mask=mask)
+        record = latent_ptr + slot * (RANK + 2 * HALF)
+        tl.store(record[:, None, None] + column, stored(x, record), mask=mask)
+        k_pe_out = record + RANK
+    first, second = stored(first, k_pe_out), stored(second, k_pe_out)
+    store_pairs(k_pe_out[:, None], first, second, live[:, None], HALF, True)
 
 
 @triton.jit
-def _centred(a, b, c, d, HALF: tl.constexpr):
-    """The four parts of rows, less the mean of each row."""
+def _standardised(a, b, c, d, eps, HALF: tl.constexpr):
+    """(x - mean) * rsqrt(variance + eps) of rows that `load_row` gave."""
     total = (a.to(tl.float64) + b.to(tl.float64)) + (c.to(tl.float64) + d.to(tl.float64))
     mean = mean_of(tl.sum(total, 1), 4 * HALF)[:, None]
-    return a - mean, b - mean, c - mean, d - mean
+    a, b, c, d = a - mean, b - mean, c - mean, d - mean
+    wa, wb, wc, wd = a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
+    total = (wa * wa + wb * wb) + (wc * wc + wd * wd)
+    factor = tl.div_rn(1.0, tl.sqrt_rn(mean_of(tl.sum(total, 1), 4 * HALF) + eps))[:, None]
+    return a * factor, b * factor, c * factor, d * factor
 
 
 @triton.jit
-def _inverse_deviation(a, b, c, d, eps, HALF: tl.constexpr):
-    """float32 [TOKENS, 1]: rsqrt(variance + eps) of centred rows."""
-    a, b, c, d = a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
-    total = (a * a + b * b) + (c * c + d * d)
-    return tl.div_rn(1.0, tl.sqrt_rn(mean_of(tl.sum(total, 1), 4 * HALF) + eps))[:, None]
+def _store_index(
+    index_ptr,
+    slot,
+    live,
+    a,
+    b,
+    c,
+    d,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    FP8: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    UE8M0: tl.constexpr,
+):
+    """Finished index keys of the `live` tokens, and in FP8 their scales."""
+    out = index_ptr + slot * (4 * HALF)
+    if FP8:
+        # a block is its keys, then its scales: 4 bytes a token more
+        block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        out = (out + block * (4 * BLOCK_SIZE))[:, None]
+        scales = index_ptr + block * (BLOCK_SIZE * (4 * HALF + 4)) + BLOCK_SIZE * 4 * HALF
+        scale = scale_of_row(a, b, c, d, UE8M0)
+        tl.store(scales.to(tl.pointer_type(tl.float32)) + offset, scale, mask=live)
+        store_row_codes(out, a, b, c, d, scale, live[:, None], HALF, INTERLEAVED, HADAMARD, UE8M0)
+    else:
+        store_row(out[:, None], a, b, c, d, live[:, None], HALF, INTERLEAVED, HADAMARD)
 
 
 @paddle_jit(
@@ -170,10 +212,11 @@ def write_caches_kernel(
     if index_k_ptr is not None:
         index_k_row = (index_k_ptr + token * index_k_stride)[:, None]
         a, b, c, d = load_row(index_k_row, None, HALF, INTERLEAVED, HADAMARD)
-        weight_row = none[:, None]
-        if EARLY and k_weight_ptr is not None:
-            wa, wb, wc, wd = load_row(k_weight_ptr + weight_row, None, HALF, INTERLEAVED, HADAMARD)
-            ba, bb, bc, bd = load_row(k_bias_ptr + weight_row, None, HALF, INTERLEAVED, HADAMARD)
+        if k_weight_ptr is not None:
+            k_weight_row, k_bias_row = (k_weight_ptr + none)[:, None], (k_bias_ptr + none)[:, None]
+            if EARLY:
+                wa, wb, wc, wd = load_row(k_weight_row, None, HALF, INTERLEAVED, HADAMARD)
+                ba, bb, bc, bd = load_row(k_bias_row, None, HALF, INTERLEAVED, HADAMARD)
     live = known & (slot >= 0) & (slot < num_slots)
     # a dead slot must not even be an address, nor must what padding has as its position
     slot = tl.where(live, slot, 0)
@@ -189,44 +232,21 @@ def write_caches_kernel(
             x = x * factor * kv_weight
         if cos_sin_ptr is not None:
             first, second = rotated(first, second, cos, sin)
-        if FP8:
-            record = latent_ptr + slot * (RANK + 4 * (RANK // TILE) + 4 * HALF)
-            k_pe_out = (record + RANK + 4 * (RANK // TILE)).to(tl.pointer_type(tl.bfloat16))
-        else:
-            record = latent_ptr + slot * (RANK + 2 * HALF)
-            k_pe_out = record + RANK
-        _store_latent(record, x, live, RANK, TILE, TILES, FP8)
-        first, second = stored(first, k_pe_out), stored(second, k_pe_out)
-        store_pairs(k_pe_out[:, None], first, second, live[:, None], HALF, True)
+        _store_latent(latent_ptr, slot, live, x, first, second, RANK, HALF, TILE, TILES, FP8)
     if index_k_ptr is not None:
         if k_weight_ptr is not None:
             if not EARLY:
-                wa, wb, wc, wd = load_row(
-                    k_weight_ptr + weight_row, None, HALF, INTERLEAVED, HADAMARD
-                )
-                ba, bb, bc, bd = load_row(
-                    k_bias_ptr + weight_row, None, HALF, INTERLEAVED, HADAMARD
-                )
-            a, b, c, d = _centred(a, b, c, d, HALF)
-            factor = _inverse_deviation(a, b, c, d, k_eps, HALF)
-            a, b = a * factor * wa + ba, b * factor * wb + bb
-            c, d = c * factor * wc + bc, d * factor * wd + bd
+                wa, wb, wc, wd = load_row(k_weight_row, None, HALF, INTERLEAVED, HADAMARD)
+                ba, bb, bc, bd = load_row(k_bias_row, None, HALF, INTERLEAVED, HADAMARD)
+            a, b, c, d = _standardised(a, b, c, d, k_eps, HALF)
+            a, b, c, d = a * wa + ba, b * wb + bb, c * wc + bc, d * wd + bd
         if cos_sin_ptr is not None:
             a, b = rotated(a, b, cos, sin)
         if HADAMARD:
             a, b, c, d = hadamard(a, b, c, d, HALF, INTERLEAVED)
-        out = index_ptr + slot * (4 * HALF)
-        mask = live[:, None]
-        if FP8:
-            # a block is its keys, then its scales: 4 bytes a token more
-            block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-            out = (out + block * (4 * BLOCK_SIZE))[:, None]
-            scales = index_ptr + block * (BLOCK_SIZE * (4 * HALF + 4)) + BLOCK_SIZE * 4 * HALF
-            scale = scale_of_row(a, b, c, d, UE8M0)
-            tl.store(scales.to(tl.pointer_type(tl.float32)) + offset, scale, mask=live)
-            store_row_codes(out, a, b, c, d, scale, mask, HALF, INTERLEAVED, HADAMARD, UE8M0)
-        else:
-            store_row(out[:, None], a, b, c, d, mask, HALF, INTERLEAVED, HADAMARD)
+        _store_index(
+            index_ptr, slot, live, a, b, c, d, HALF, BLOCK_SIZE, FP8, INTERLEAVED, HADAMARD, UE8M0
+        )
 
 
 def write_caches(
