@@ -348,10 +348,10 @@ def _row_stride(name: str, rows: Any) -> int:
     if rows is None:
         return 0
     stride, step = rows.stride()
-    if step != 1 and rows.shape[1] > 1:
+    width = rows.shape[1]
+    if step != 1 and width > 1:
         raise ShapeError(f"write_caches: values of a row of {name} lie {step} apart, wanted 1")
-    pair_bytes = 8 if str(rows.dtype).endswith("float32") else 4
-    if stride % 2 or rows.shape[1] % 2 or rows.data_ptr() % pair_bytes:
+    if (stride | width) % 2 or rows.data_ptr() % (2 * rows.element_size()):
         raise ShapeError(
             f"write_caches: rows of {name} are {stride} values apart, from address "
             f"{rows.data_ptr()}; a device needs both even, in values"
