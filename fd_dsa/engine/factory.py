@@ -117,7 +117,7 @@ def _load_model(
     """The model with its weights, in host memory, and how the memory is shared out."""
     from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.loader import load_weights, validate
-    from fd_dsa.models.memory_plan import plan_memory, weight_bytes
+    from fd_dsa.models.memory_plan import check_host_room, plan_memory, weight_bytes
     from fd_dsa.models.progress import LoadProgress
     from fd_dsa.models.registry import create_model
 
@@ -134,6 +134,8 @@ def _load_model(
             **room,
         )
         logger.info("%s", plan.summary())
+        if room:
+            check_host_room(plan.weight_bytes)
         model = create_model(model_config)
         with LoadProgress() as progress:
             load_weights(checkpoint, model_config, model.weight_loaders(), progress)

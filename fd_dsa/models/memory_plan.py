@@ -87,6 +87,26 @@ def available_memory_bytes(
     return min([available * 1024, *rooms])
 
 
+def check_host_room(weight_bytes: int, free_bytes: int | None = None) -> None:
+    """Refuse weights that the host cannot hold while they are loaded for a device.
+
+    Args:
+        weight_bytes: weights as held.
+        free_bytes: host memory; None asks the system.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    if free_bytes is None:
+        free_bytes = available_memory_bytes()
+    if weight_bytes > free_bytes:
+        raise ConfigError(
+            f"memory: loading needs {format_bytes(weight_bytes)} of host memory for the weights "
+            f"before they go to the device, free {format_bytes(free_bytes)}; take a smaller model "
+            "or a larger machine"
+        )
+
+
 def plan_memory(
     config: EngineConfig,
     *,

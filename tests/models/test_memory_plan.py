@@ -13,6 +13,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.memory_plan import (
     MemoryPlan,
     available_memory_bytes,
+    check_host_room,
     format_bytes,
     plan_memory,
     weight_bytes,
@@ -210,3 +211,18 @@ def test_plan_asks_this_machine_by_default() -> None:
     )
     assert 0 < made.free_bytes <= available_memory_bytes() * 2
     assert made.num_blocks == 1
+
+
+def test_weights_for_a_device_pass_through_the_host() -> None:
+    check_host_room(4 << 30, free_bytes=4 << 30)
+    with pytest.raises(ConfigError, match=r"loading needs 4.0 GiB of host memory.*free 3.0 GiB"):
+        check_host_room(4 << 30, free_bytes=3 << 30)
+
+
+def test_the_limit_of_what_no_flag_asked_for() -> None:
+    sizes = {"weight_bytes": 0, "bytes_per_block": 1 << 20, "max_model_len": 64}
+    free = {"free_bytes": 100 << 30}
+    config = EngineConfig(max_num_seqs=9000)
+    assert plan_memory(config, **sizes, **free).num_blocks == 4096
+    more = plan_memory(config, **sizes, **free, default_cache_bytes=100 << 30)
+    assert more.num_blocks == 9000

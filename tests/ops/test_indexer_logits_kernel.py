@@ -212,3 +212,28 @@ def test_the_choice_of_the_cpu(kernel_memory: KernelMemory) -> None:
         wanted = positions_to_slots(topk_indices(scores, window, k), batch, table, 64)
         chosen = positions_to_slots(topk_indices(found[one], window, k), batch, table, 64)
         np.testing.assert_array_equal(chosen, wanted)
+
+
+def test_blocks_past_two_to_the_31_bytes(kernel_memory: KernelMemory) -> None:
+    if kernel_memory.name != "torch":
+        pytest.skip("torch alone writes into two gigabytes in place")
+    from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+
+    m = kernel_memory
+    case = make(paged_rows(SMALL_ROWS, 64), "uint8", "fp8_ds_mla", dim=128)
+    step, first = case.step, (2**31 + 2**24) // 8448
+    cache = m.poisoned((first + step.num_blocks, 64, 132), "uint8")
+    cache[first:] = m.put(case.cache_stored)
+    logits = m.poisoned((step.num_tokens, int(step.window.max()) + 3), "float32")
+    tables = np.where(step.block_tables < 0, -1, step.block_tables + first).astype(np.int32)
+    score_pages(
+        m.put(case.q_stored),
+        m.put(case.weights),
+        cache,
+        m.put(step.position_ids),
+        m.put(step.batch_ids),
+        m.put(tables),
+        logits,
+        block_size=64,
+    )
+    np.testing.assert_array_equal(m.get(logits), case.run(m))

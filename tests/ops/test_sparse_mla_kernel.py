@@ -213,3 +213,19 @@ def test_the_result_of_the_cpu(kernel_memory: KernelMemory) -> None:
         case.q_stored, case.cache_stored, case.slots, softmax_scale=SCALE, kv_lora_rank=512
     )
     np.testing.assert_allclose(case.run(kernel_memory), cpu, rtol=0, atol=1e-5)
+
+
+def test_records_past_two_to_the_31_bytes(kernel_memory: KernelMemory) -> None:
+    if kernel_memory.name != "torch":
+        pytest.skip("torch alone writes into two gigabytes in place")
+    from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
+
+    m, case = kernel_memory, make("float32", "fp8_ds_mla", [40, 17], 40, rank=512, rope=64)
+    first = (2**31 + 2**24) // 656
+    cache = m.poisoned((first + len(case.latents), 656), "uint8")
+    cache[first:] = m.put(case.cache_stored)
+    out = m.poisoned((*case.q.shape[:2], 512), "float32")
+    slots = np.where(case.slots < 0, -1, case.slots + first).astype(np.int32)
+    options = {"softmax_scale": SCALE, "kv_lora_rank": 512}
+    attend_slots(m.put(case.q_stored), cache, m.put(slots), out, **options)
+    np.testing.assert_array_equal(m.get(out), case.run(m))
