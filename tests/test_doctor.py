@@ -14,7 +14,8 @@ import pytest
 from fd_dsa import doctor
 from fd_dsa.cli import main as fd_dsa
 from fd_dsa.doctor import environment, self_check
-from fd_dsa.doctor.self_check import CHECKS, CheckFailed, Memory
+from fd_dsa.doctor.case import Check, CheckFailed, Memory, require
+from fd_dsa.doctor.self_check import CHECKS
 from fd_dsa.triton_runtime import INTERPRETING
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,19 +37,30 @@ TAMPERED = [
     ("indexer_gather", "keys", 0),
     ("indexer_gather", "keys", 70 * 128),
     ("indexer_gather", "scales", 99),
+    ("indexer_logits", "float32", 0),
+    ("indexer_logits", "float32", 67),
+    ("indexer_logits", "bfloat16", 2 * 71 + 68),
+    ("indexer_logits", "fp8_ds_mla", 3 * 71 + 70),
+    ("indexer_logits", "fp8_ds_mla", 4 * 71),
+    ("topk", "best", 0),
     ("topk", "best", 8),
+    ("topk", "best", 23),
+    ("sparse_mla", "float32", 0),
+    ("sparse_mla", "bfloat16", 3 * 512),
+    ("sparse_mla", "bfloat16", 6 * 512),
+    ("sparse_mla", "fp8_ds_mla", 12 * 512 - 1),
 ]
 
 
 @pytest.fixture(scope="module")
 def right() -> dict[str, dict[str, np.ndarray]]:
     """What every operator gives on the CPU."""
-    return {name: run(Memory("cpu")) for name, (run, _, _) in CHECKS.items()}
+    return {name: check.run(Memory("cpu")) for name, check in CHECKS.items()}
 
 
 @pytest.mark.parametrize(("name", "output", "place"), TAMPERED)
 def test_a_wrong_value_is_found(right: Any, name: str, output: str, place: int) -> None:
-    is_right = CHECKS[name][1]
+    is_right = CHECKS[name].is_right
     is_right(right[name])
     wrong = right[name][output].copy()
     # two bits of the value's second highest byte, which no rounding explains
@@ -64,7 +76,7 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.endswith("\nhealthy\n") and "FAILED" not in text
     assert "No GPU kernel was run" in text
     assert all(name in text for name in CHECKS)
-    assert "cache_write      cpu      paddle" in text
+    assert "\n  cache_write      cpu       paddle     ok" in text
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +85,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["healthy"] and found["device"] == "cpu"
     assert found["packages"]["paddlepaddle"] and found["packages"]["triton"]
     assert {check["name"] for check in found["checks"]} == set(CHECKS)
-    assert found["providers"]["indexer_query"]["cpu"]["provider"] == "paddle"
+    assert {check["provider"] for check in found["checks"]} == {"paddle"}
+    assert all(check["reason"] and check["ms"] >= 0 for check in found["checks"])
 
 
 def test_a_wrong_result_and_an_error_fail(
@@ -82,40 +95,53 @@ def test_a_wrong_result_and_an_error_fail(
     def breaks(memory: Memory) -> dict[str, np.ndarray]:
         raise RuntimeError("the kernel\nis gone")
 
-    run, _, on_devices = CHECKS["topk"]
-    wrong = (run, lambda out: self_check.require(False, "row 1 is another"), on_devices)
+    wrong = Check(CHECKS["topk"].run, lambda out: require(False, "row 1 is another"))
     monkeypatch.setitem(CHECKS, "topk", wrong)
-    monkeypatch.setitem(CHECKS, "cache_write", (breaks, CHECKS["cache_write"][1], True))
+    monkeypatch.setitem(CHECKS, "cache_write", Check(breaks, CHECKS["cache_write"].is_right))
     assert doctor.main(["--device", "cpu"]) == 1
     text = capsys.readouterr().out
     assert "row 1 is another" in text and "RuntimeError: the kernel\n" in text
     assert text.count("FAILED") == 3 and "NOT healthy" in text
 
 
+def on_a_device(
+    monkeypatch: pytest.MonkeyPatch, *, same_bytes: bool, spoil: float
+) -> list[dict[str, Any]]:
+    """The findings for an operator whose device result is off by `spoil`."""
+
+    def run(memory: Memory) -> dict[str, np.ndarray]:
+        return {"x": np.array([1.0, 2.0 if memory.on_host else 2.0 + spoil])}
+
+    def is_right(out: dict[str, np.ndarray]) -> None:
+        require(abs(out["x"] - [1, 2]) < 1e-3, "x is off")
+
+    monkeypatch.setattr(self_check, "CHECKS", {"topk": Check(run, is_right, same_bytes)})
+    return self_check.run_checks("gpu:0")
+
+
 def test_a_device_is_compared_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, is_right, _ = CHECKS["topk"]
-
-    def differs(memory: Memory) -> dict[str, np.ndarray]:
-        out = run(Memory("cpu"))
-        if not memory.on_host:
-            out["best"][2, 0] += 1
-        return out
-
-    monkeypatch.setattr(self_check, "CHECKS", {"topk": (differs, is_right, True)})
-    host, device = self_check.run_checks("gpu:0")
+    host, device = on_a_device(monkeypatch, same_bytes=True, spoil=1e-6)
     assert host["passed"] and host["device"] == "cpu"
     assert not device["passed"] and device["device"] == "gpu:0"
-    assert device["detail"] == "best: 1 of 24 values differ from the CPU's"
+    assert device["detail"] == "x: 1 of 2 values differ from the CPU's"
+
+
+def test_sums_of_a_device_are_compared_with_their_definition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert all(c["passed"] for c in on_a_device(monkeypatch, same_bytes=False, spoil=1e-6))
+    host, device = on_a_device(monkeypatch, same_bytes=False, spoil=1e-2)
+    assert host["passed"] and device["detail"] == "x is off"
 
 
 def test_an_unknown_device_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main(["--device", "npu:3"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("fd_dsa: error: --device: got 'npu:3', allowed: ")
+    assert said.startswith("fd_dsa: error: --device: got 'npu:3', the installed Paddle has: cpu")
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("package", ["paddle", "triton"])
+@pytest.mark.parametrize("package", ["numpy", "paddle", "triton"])
 def test_a_missing_package_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:
@@ -141,10 +167,35 @@ def test_as_a_module_of_its_own() -> None:
     assert "_provider.py" not in done.stderr
 
 
+def test_a_python_without_any_package(tmp_path: Path) -> None:
+    # -S: no site-packages, so that only the standard library and the working folder are there
+    command = [sys.executable, "-S", "-m", "fd_dsa.doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("fd_dsa: error: numpy is not installed; pip install ")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.gpu_rig
-def test_the_kernels_of_a_device() -> None:
-    found = doctor.examine()
-    assert found["device"] != "cpu"
+@pytest.mark.parametrize("device", [[], ["--device", "hopper:0"], ["--device", "hopper"]])
+def test_the_kernels_of_a_device(device: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main([*device, "--json"]) == 0, capsys.readouterr().out
+    found = json.loads(capsys.readouterr().out)
     assert found["kernels"] == ("interpreted" if INTERPRETING else "compiled")
-    assert found["healthy"], [c for c in found["checks"] if not c["passed"]]
-    assert found["providers"]["cache_write"][found["device"].split(":")[0]]["provider"] == "triton"
+    checks = [check for check in found["checks"] if check["device"] != "cpu"]
+    assert [check["name"] for check in checks] == list(CHECKS)
+    assert {check["provider"] for check in checks} == {"triton"}
+
+
+@pytest.mark.gpu_rig
+def test_a_kernel_that_is_wrong_on_a_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fd_dsa.ops.sparse_mla import triton_kernel
+
+    attend = triton_kernel.attend_slots
+
+    def slightly_off(*tensors: Any, softmax_scale: float, kv_lora_rank: int) -> None:
+        attend(*tensors, softmax_scale=1.001 * softmax_scale, kv_lora_rank=kv_lora_rank)
+
+    monkeypatch.setattr(triton_kernel, "attend_slots", slightly_off)
+    failed = [c for c in doctor.examine("hopper:0")["checks"] if not c["passed"]]
+    assert [(c["name"], c["device"]) for c in failed] == [("sparse_mla", "hopper:0")]

@@ -49,7 +49,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
     Returns:
         `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
         `device`, `kernels` (how Triton kernels run), `note` (what was not checked and why, or
-        ""), `checks`, `providers` (operator -> kind of device -> {provider, reason}), `healthy`.
+        ""), `checks` (a list; see `run_checks`), `healthy`.
 
     Raises:
         BackendUnavailable: Paddle, Triton or the device that was asked for is not there.
@@ -58,17 +58,9 @@ def examine(device: str | None = None) -> dict[str, Any]:
     device = environment.device_to_check(device)
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
     from fd_dsa.doctor.self_check import run_checks
-    from fd_dsa.ops._provider import provider_reason, provider_table
     from fd_dsa.triton_runtime import INTERPRETING
 
     checks = run_checks(device)
-    providers = {
-        operator: {
-            kind: {"provider": name, "reason": provider_reason(name)}
-            for kind, name in kinds.items()
-        }
-        for operator, kinds in provider_table().items()
-    }
     return {
         "version": __version__,
         **facts,
@@ -76,7 +68,6 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "kernels": "interpreted" if INTERPRETING else "compiled",
         "note": environment.not_checked(device, facts["gpu"], INTERPRETING),
         "checks": checks,
-        "providers": providers,
         "healthy": all(check["passed"] for check in checks),
     }
 
@@ -92,18 +83,16 @@ def as_text(found: dict[str, Any]) -> str:
         f"gpu        {gpu['name'] + ', driver ' + gpu['driver'] if gpu else 'none'}",
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
         "",
-        "providers",
+        "  operator         device    served by  check      time  why",
     ]
-    for operator, kinds in found["providers"].items():
-        lines += [
-            f"  {operator:<16} {kind:<8} {chosen['provider']:<8} {chosen['reason']}"
-            for kind, chosen in kinds.items()
-        ]
-    lines += ["", "self-check"]
     for check in found["checks"]:
         mark = "ok" if check["passed"] else "FAILED"
-        where = f"  {check['name']:<16} {check['device']:<8} {mark:<7}{check['ms']:>7.0f} ms"
-        lines.append(f"{where}  {check['detail']}".rstrip())
+        lines.append(
+            f"  {check['name']:<16} {check['device']:<9} {check['provider']:<10} {mark:<7}"
+            f"{check['ms']:>5.0f} ms  {check['reason']}".rstrip()
+        )
+        if check["detail"]:
+            lines.append(f"    {check['detail']}")
     if found["note"]:
         lines += ["", found["note"]]
     lines += ["", "healthy" if found["healthy"] else "NOT healthy: see what FAILED above"]

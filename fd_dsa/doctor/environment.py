@@ -12,6 +12,11 @@ from fd_dsa.config import has_nvidia_gpu, prepare_cpu_runtime, usable_cpus
 from fd_dsa.errors import BackendUnavailable
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")
+_NEEDED = {
+    "numpy": "pip install numpy",
+    "paddle": "pip install '.[cpu]'",
+    "triton": "pip install triton",
+}
 _QUERY = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader", "-i", "0")
 
 
@@ -50,22 +55,34 @@ def device_to_check(asked: str | None) -> str:
     """The device whose kernels are checked: that asked for, or the best one Paddle has.
 
     Raises:
-        BackendUnavailable: Paddle or Triton is missing, or Paddle has no such device.
+        BackendUnavailable: a package is missing, or Paddle has no such device.
     """
-    for package, cure in (("paddle", "pip install '.[cpu]'"), ("triton", "pip install triton")):
+    for package, cure in _NEEDED.items():
         if find_spec(package) is None:
             raise BackendUnavailable(f"{package} is not installed; {cure}, then run this again")
     prepare_cpu_runtime()
-    import paddle
-
-    devices = [f"{kind}:0" for kind in paddle.device.get_all_custom_device_type() or ()]
-    if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count():
-        devices.append("gpu:0")
+    devices = _devices()
     if asked is None:
         return [*devices, "cpu"][0]
     if asked == "cpu" or asked in devices or f"{asked}:0" in devices:
         return asked
-    raise BackendUnavailable(f"--device: got {asked!r}, allowed: {', '.join(['cpu', *devices])}")
+    raise BackendUnavailable(
+        f"--device: got {asked!r}, the installed Paddle has: {', '.join(['cpu', *devices])}"
+    )
+
+
+def _devices() -> list[str]:
+    """Devices of the installed Paddle beside the CPU, with their numbers."""
+    import paddle
+
+    core = paddle.framework.core
+    counts = {
+        kind: core.get_custom_device_count(kind)
+        for kind in paddle.device.get_all_custom_device_type() or ()
+    }
+    if paddle.device.is_compiled_with_cuda():
+        counts["gpu"] = paddle.device.cuda.device_count()
+    return [f"{kind}:{number}" for kind, count in counts.items() for number in range(count)]
 
 
 def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> str:

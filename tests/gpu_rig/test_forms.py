@@ -53,7 +53,8 @@ def test_the_device_in_host_memory() -> None:
 @pytest.mark.slow
 @pytest.mark.triton
 def test_the_device_where_host_access_faults() -> None:
-    assert run_session("guard", DEVICE, "tests/test_kernel_memory.py") >= 120
+    files = ["tests/test_kernel_memory.py", "tests/test_doctor.py"]
+    assert run_session("guard", DEVICE, *files) >= 150
 
 
 @pytest.mark.slow
