@@ -204,8 +204,9 @@ class DSAAttentionBackend:
             weights: float32 [num_tokens, index_n_heads]; all scale factors folded in.
 
         Returns:
-            int32 [num_tokens, min(index_topk, longest row)]; physical slots in ascending position,
-            -1 = none. The buffer is the backend's and holds until the next selection.
+            int32 [num_tokens, min(index_topk, longest row)], on a device the longest row rounded
+            up; physical slots in ascending position, -1 = none. The buffer is the backend's and
+            holds until the next selection.
         """
         step = self._current_step(forward_meta)
         cache = _cache(forward_meta, 2 * layer_id + 1)
