@@ -17,6 +17,10 @@ from paddle.nn import functional
 from fd_dsa.ops._dense import silu_and_mul
 
 
+EXPERT_BYTES = 256 << 20
+"""Most memory for one activation of all experts; the tokens of a longer step come in chunks."""
+
+
 def routed(layer: Any, x: Any) -> Any:
     """Weighted sum of the chosen experts, float32 [num_tokens, hidden_size].
 
@@ -24,6 +28,16 @@ def routed(layer: Any, x: Any) -> Any:
         layer: a DeepseekMoE whose weights lie on the device of `x`.
         x: float32 [num_tokens, hidden_size].
     """
+    widest = max(2 * layer.intermediate_size, x.shape[1])
+    rows = max(1, EXPERT_BYTES // (4 * layer.num_experts * widest))
+    if x.shape[0] <= rows:
+        return _routed_chunk(layer, x)
+    chunks = range(0, x.shape[0], rows)
+    return paddle.concat([_routed_chunk(layer, x[i : i + rows]) for i in chunks])
+
+
+def _routed_chunk(layer: Any, x: Any) -> Any:
+    """See `routed`; all tokens at once."""
     weights, chosen = expert_weights(layer.gate, x)
     hidden = silu_and_mul(paddle.matmul(x.unsqueeze(0), layer.experts_gate_up_proj))
     out = paddle.matmul(hidden, layer.experts_down_proj)

@@ -69,3 +69,13 @@ def test_an_expert_that_overflows_on_others_tokens_spoils_nothing() -> None:
     as_numpy(layer.experts_down_proj.detach())[unused] = np.inf
     found = device_moe.routed(layer, paddle.to_tensor(x)).numpy()
     assert np.isfinite(found[:2]).all()
+
+
+def test_chunks_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = make_layer(), paddle.to_tensor(tokens(11))
+    wanted = device_moe.routed(layer, x).numpy()
+    widest = max(2 * layer.intermediate_size, HIDDEN)
+    for rows in (1, 3, 10):
+        monkeypatch.setattr(device_moe, "EXPERT_BYTES", 4 * EXPERTS * widest * rows)
+        found = device_moe.routed(layer, x).numpy()
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
