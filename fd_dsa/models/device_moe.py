@@ -16,7 +16,6 @@ from paddle.nn import functional
 
 from fd_dsa.ops._dense import silu_and_mul
 
-
 EXPERT_BYTES = 256 << 20
 """Most memory for one activation of all experts; the tokens of a longer step come in chunks."""
 
