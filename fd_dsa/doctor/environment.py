@@ -61,7 +61,11 @@ def device_to_check(asked: str | None) -> str:
         if find_spec(package) is None:
             raise BackendUnavailable(f"{package} is not installed; {cure}, then run this again")
     prepare_cpu_runtime()
-    devices = _devices()
+    # Triton, which this imports, was looked for above
+    from fd_dsa.step.device import paddle_device_counts
+
+    counts = paddle_device_counts()
+    devices = [f"{kind}:{number}" for kind, count in counts.items() for number in range(count)]
     if asked is None:
         return [*devices, "cpu"][0]
     if asked == "cpu" or asked in devices or f"{asked}:0" in devices:
@@ -69,20 +73,6 @@ def device_to_check(asked: str | None) -> str:
     raise BackendUnavailable(
         f"--device: got {asked!r}, the installed Paddle has: {', '.join(['cpu', *devices])}"
     )
-
-
-def _devices() -> list[str]:
-    """Devices of the installed Paddle beside the CPU, with their numbers."""
-    import paddle
-
-    core = paddle.framework.core
-    counts = {
-        kind: core.get_custom_device_count(kind)
-        for kind in paddle.device.get_all_custom_device_type() or ()
-    }
-    if paddle.device.is_compiled_with_cuda():
-        counts["gpu"] = paddle.device.cuda.device_count()
-    return [f"{kind}:{number}" for kind, count in counts.items() for number in range(count)]
 
 
 def not_checked(device: str, gpu: dict[str, str] | None, interpreting: bool) -> str:

@@ -43,7 +43,7 @@ class StepMetadataBuilder:
             layers is, and not at all when `build` refuses its inputs.
 
     Raises:
-        ValueError: a size below 1 or past int32.
+        ValueError: a size that is no integer, below 1 or past int32.
         BackendUnavailable: no provider serves the device, or Paddle is missing.
 
     Not thread-safe: one builder serves one stream of steps.
@@ -120,7 +120,7 @@ class StepMetadataBuilder:
             DtypeError, ShapeError: an input is not int32, or shapes disagree.
             CapacityError: more rows, tokens, padding or blocks than this builder was made for.
             ValueError: negative or inconsistent lengths, a needed block id that is no block, a
-                keyword that disagrees with the arrays; row and value are named.
+                keyword that is no integer or disagrees with the arrays; row and value are named.
             BackendUnavailable: a tensor on a device for a builder of "cpu" or "numpy".
             LaunchError: a tensor that is not on the builder's device.
             RuntimeError: host arrays during a graph capture.
@@ -132,6 +132,7 @@ class StepMetadataBuilder:
         """
         arrays = (seq_lens_encoder, seq_lens_decoder, seq_lens_this_time, block_tables)
         given = GivenCounts(num_padded_tokens, num_tokens, num_prefill_tokens, max_seqlen_k)
+        given.check_types()
         meta = self._provider.build(arrays, given)
         self.num_builds += 1
         return meta

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from operator import index
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ class StepLimits:
         num_blocks: physical blocks of the cache; None = ids have no upper bound.
 
     Raises:
-        ValueError: a size below 1, or one whose indices would not fit int32.
+        ValueError: a size that is no integer, below 1, or whose indices would not fit int32.
     """
 
     max_num_seqs: int
@@ -92,10 +93,14 @@ def host_array(name: str, value: Any) -> npt.NDArray[Any]:
             f"{name}: got {type(value).__name__}, allowed are a NumPy array and a Paddle tensor "
             "of int32; convert it with numpy.asarray(value, numpy.int32)"
         )
-    device = int(value.__dlpack_device__()[0])
-    if device != _DLPACK_CPU:
+    try:
+        on_host = int(value.__dlpack_device__()[0]) == _DLPACK_CPU
+    except RuntimeError:
+        # what Paddle raises for its custom devices, which DLPack has no number for
+        on_host = False
+    if not on_host:
         raise BackendUnavailable(
-            f"{name}: lies on a device (DLPack type {device}), but this builder reads host "
+            f"{name}: lies on {getattr(value, 'place', 'a device')}, but this builder reads host "
             "memory; build with the device of the tensors, for example device='gpu'"
         )
     return np.from_dlpack(value)
@@ -188,10 +193,10 @@ def check_values(inputs: StepInputs, limits: StepLimits) -> StepTotals:
     return StepTotals(num_tokens, num_prefill_tokens, max_seqlen_k, seq_lens_k, gathered)
 
 
-def _check_size(name: str, value: int) -> None:
-    """Refuse a size that is below 1 or past int32."""
-    if not 1 <= value <= INT32_MAX:
-        raise ValueError(f"{name}: got {value}, allowed are 1..{INT32_MAX}")
+def _check_size(name: str, value: Any) -> None:
+    """Refuse a size that is no integer, below 1 or past int32."""
+    if not isinstance(value, SupportsIndex) or not 1 <= index(value) <= INT32_MAX:
+        raise ValueError(f"{name}: got {value!r}, allowed are integers in 1..{INT32_MAX}")
 
 
 def _check_blocks(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from operator import index
 from typing import NamedTuple
 
+import numpy as np
+
 from fd_dsa.errors import CapacityError
 from fd_dsa.step.checks import StepLimits, StepTotals
 
@@ -16,6 +18,16 @@ class GivenCounts(NamedTuple):
     num_tokens: int | None = None
     num_prefill_tokens: int | None = None
     max_seqlen_k: int | None = None
+
+    def check_types(self) -> None:
+        """Refuse what is no integer.
+
+        Raises:
+            ValueError: names the count.
+        """
+        for name, count in zip(self._fields, self, strict=True):
+            if count is not None and not isinstance(count, int | np.integer):
+                raise ValueError(f"{name}: got {count!r}, allowed are integers and None")
 
 
 class StepCounts(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ class DeviceProvider:
     def build(self, arrays: tuple[Array, ...], given: GivenCounts) -> ForwardMeta:
         """The step of four device tensors or NumPy arrays; see `StepMetadataBuilder.build`."""
         is_host = {isinstance(array, np.ndarray) for array in arrays}
-        if len(is_host) != 1:
+        if len(is_host) != 1 or not all(hasattr(array, "shape") for array in arrays):
             kinds = ", ".join(type(array).__name__ for array in arrays)
             raise DtypeError(
                 f"{', '.join(StepInputs._fields)}: got {kinds}, allowed are four NumPy arrays or "
@@ -181,18 +182,27 @@ def paddle_place(device: str) -> Any:
         raise BackendUnavailable(
             f"device: {device!r} needs Paddle, which is not installed; the extra `gpu` names it"
         ) from error
+    counts = paddle_device_counts()
     kind, _, number = device.partition(":")
-    custom = list(paddle.device.get_all_custom_device_type() or [])
-    if kind in custom:
-        return paddle.CustomPlace(kind, int(number or 0))
-    if kind == "gpu" and paddle.device.is_compiled_with_cuda():
-        return paddle.CUDAPlace(int(number or 0))
-    gpu = ["'gpu'"] if paddle.device.is_compiled_with_cuda() else []
-    served = ", ".join([*gpu, *map(repr, custom)]) or "none"
+    if kind in counts and (number or "0") in map(str, range(counts[kind])):
+        place = paddle.CUDAPlace if kind == "gpu" else partial(paddle.CustomPlace, kind)
+        return place(int(number or 0))
+    served = ", ".join(f"'{name}:{i}'" for name, n in counts.items() for i in range(n)) or "none"
     raise BackendUnavailable(
         f"device: got {device!r}, allowed are 'cpu' (Paddle tensors), 'numpy' (no Paddle) and "
-        f"the devices of the installed Paddle ({served}); 'gpu' needs paddlepaddle-gpu"
+        f"the devices of the installed Paddle ({served}); 'gpu' needs paddlepaddle-gpu and a GPU"
     )
+
+
+def paddle_device_counts() -> dict[str, int]:
+    """How many devices of each kind the installed Paddle has, the CPU left out."""
+    import paddle
+
+    count_of = paddle.framework.core.get_custom_device_count
+    counts = {kind: count_of(kind) for kind in paddle.device.get_all_custom_device_type() or []}
+    if paddle.device.is_compiled_with_cuda():
+        counts["gpu"] = paddle.device.cuda.device_count()
+    return counts
 
 
 def paddle_allocator(device: str) -> Allocate:

@@ -128,7 +128,7 @@ def _argument(index: int, change: Callable[[Any], Any]) -> Spoil:
     return lambda tensors, counts: tensors.__setitem__(index, change(tensors[index]))
 
 
-def _count(name: str, value: int | None) -> Spoil:
+def _count(name: str, value: Any) -> Spoil:
     return lambda tensors, counts: counts.__setitem__(name, value)
 
 
@@ -140,6 +140,16 @@ REFUSED: dict[str, tuple[Spoil, type[ValueError], list[str]]] = {
         _count("num_prefill_tokens", 33),
         ValueError,
         ["num_prefill_tokens: got 33", "0..num_tokens = 32"],
+    ),
+    "a count that is no integer": (
+        _count("num_tokens", 32.0),
+        ValueError,
+        ["num_tokens: got 32.0"],
+    ),
+    "lists": (
+        lambda tensors, counts: tensors.__setitem__(slice(None), [[0], [0], [1], [[0]]]),
+        DtypeError,
+        ["seq_lens_encoder", "got list", "four tensors"],
     ),
     "negative longest row": (_count("max_seqlen_k", -1), ValueError, ["max_seqlen_k: got -1"]),
     "too many tokens": (

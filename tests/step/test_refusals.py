@@ -318,19 +318,40 @@ class _DeviceTensor:
         return 2, 0
 
 
-def test_a_tensor_on_a_device_is_refused() -> None:
-    step = _legal_step() | {"seq_lens_decoder": _DeviceTensor()}
+class _CustomDeviceTensor:
+    """A tensor on a device that DLPack does not know."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        raise RuntimeError("Unsupported Paddle device type")
+
+
+@pytest.mark.parametrize("tensor", [_DeviceTensor, _CustomDeviceTensor])
+def test_a_tensor_on_a_device_is_refused(tensor: type) -> None:
+    step = _legal_step() | {"seq_lens_decoder": tensor()}
     with pytest.raises(BackendUnavailable, match=r"seq_lens_decoder.*host memory.*device='gpu'"):
         _builder().build(**step)
 
 
 @pytest.mark.parametrize(
+    "name", ["num_padded_tokens", "num_tokens", "num_prefill_tokens", "max_seqlen_k"]
+)
+@pytest.mark.parametrize("value", [40.0, "40"])
+def test_counts_that_are_no_integers_are_refused(name: str, value: Any) -> None:
+    builder = _builder()
+    with pytest.raises(ValueError, match=rf"{name}: got {value!r}, allowed are integers"):
+        builder.build(**_legal_step(), **{name: value})
+    assert builder.num_builds == 0
+
+
+@pytest.mark.parametrize(
     "size", ["max_num_seqs", "max_num_tokens", "max_blocks_per_seq", "block_size", "num_blocks"]
 )
-@pytest.mark.parametrize("value", [0, -3, 2**31])
-def test_sizes_are_checked(size: str, value: int) -> None:
+@pytest.mark.parametrize("value", [0, -3, 2**31, 4.0, "4"])
+def test_sizes_are_checked(size: str, value: Any) -> None:
     sizes = {"max_num_seqs": 1, "max_num_tokens": 1, "max_blocks_per_seq": 1, "block_size": 1}
-    with pytest.raises(ValueError, match=rf"{size}: got {value}, allowed are 1\.\.2147483647"):
+    with pytest.raises(
+        ValueError, match=rf"{size}: got {value!r}, allowed are integers in 1\.\.2147483647"
+    ):
         StepMetadataBuilder(**{**sizes, size: value}, device="numpy")
 
 

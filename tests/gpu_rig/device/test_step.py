@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 import pytest
 
-from fd_dsa.errors import LaunchError
+from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from tests.gpu_rig import Rig
 from tests.step.helpers import ARRAY_FIELDS, COUNT_FIELDS, builder_for, counts_of
@@ -90,6 +90,20 @@ def test_buffers_keep_their_addresses(rig: Rig) -> None:
         meta = builder.build(*batch.inputs(), batch.num_padded_tokens)
         addresses.add((meta.slot_mapping.data_ptr(), meta.position_ids.data_ptr()))
     assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("number", ["9", "-1", "x"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(rig: Rig, number: str) -> None:
+    with pytest.raises(BackendUnavailable, match=rf"got 'hopper:{number}'.*\('hopper:0'\)"):
+        StepMetadataBuilder(1, 1, 1, 1, device=f"hopper:{number}")
+
+
+def test_tensors_of_a_device_are_refused_by_a_builder_of_the_host(rig: Rig) -> None:
+    batch = make_step("decode")
+    _, tensors = on_device(rig, batch)
+    builder = StepMetadataBuilder(len(tensors[0]), 99, tensors[3].shape[1], 16, device="numpy")
+    with pytest.raises(BackendUnavailable, match=r"seq_lens_encoder: lies on Place\(hopper:0\)"):
+        builder.build(*tensors)
 
 
 def test_a_tensor_that_is_not_on_the_device_is_refused(real_rig: Rig) -> None:
