@@ -1,0 +1,88 @@
+"""The GPU tests under a tool of compute-sanitizer, shared out among processes.
+
+    python -m benchmarks.sanitize memcheck --workers 8 tests/ops tests/step
+
+A checked process is slow and uses one core, so each of the workers checks its own part of the
+tests. Captured graphs are left out: what they replay was launched under the tool before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from benchmarks._harness import ROOT
+
+_PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
+_CHOICE = ("-m", "gpu", "--hypothesis-profile=brief", "-k", "not graph and not capture")
+# torch's own pool would hide an access past the end of a tensor
+_VARIABLES = {"FD_DSA_SMALL_TESTS": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+# what a tool says at the end of a clean process
+CLEAN = {
+    "memcheck": r"ERROR SUMMARY: 0 errors",
+    "racecheck": r"RACECHECK SUMMARY: 0 hazards",
+}
+
+
+def collect(paths: Sequence[str]) -> list[str]:
+    """Identifiers of the tests to check."""
+    command = [*_PYTEST, *_CHOICE, "--collect-only", *paths]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    tests = re.findall(r"^tests/.*::.*$", done.stdout, re.MULTILINE)
+    if done.returncode or not tests:
+        raise SystemExit(f"no tests collected:\n{done.stdout}{done.stderr}")
+    return tests
+
+
+def verdict(tool: str, status: int, text: str) -> str:
+    """What is wrong with a worker that ended with `status` and printed `text`; "" if nothing."""
+    if status:
+        return f"exit status {status}"
+    if " passed" not in text:
+        return "no test ran"
+    return "" if re.search(CLEAN[tool], text) else "the tool found errors, or said nothing"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check the tests; 0 if every process was clean, else 1 with the output of those that were not.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("tool", choices=sorted(CLEAN))
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("paths", nargs="+", help="files, folders or identifiers of tests")
+    args = parser.parse_args(argv)
+    tests = collect(args.paths)
+    checker = ["compute-sanitizer", "--tool", args.tool, "--error-exitcode", "9"]
+    command = [*checker, "--target-processes", "application-only", *_PYTEST, *_CHOICE]
+    workers = [
+        subprocess.Popen(
+            [*command, *tests[i :: args.workers]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | _VARIABLES,
+        )
+        for i in range(min(args.workers, len(tests)))
+    ]
+    failures = 0
+    for worker in workers:
+        text = worker.communicate()[0]
+        wrong = verdict(args.tool, worker.returncode, text)
+        if wrong:
+            failures += 1
+            print(f"{text}\n{args.tool}: {wrong}")
+    clean = len(workers) - failures
+    print(f"{args.tool}: {len(tests)} tests, {clean} of {len(workers)} processes passed and clean")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
