@@ -65,19 +65,26 @@ def prepare_query_kernel(
     UE8M0: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """See `prepare_indexer_query`; rows of 4 * HALF values, HEADS of them a token."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = row < num_rows
-    mask = inside[:, None]
-    position = tl.load(position_ids_ptr + row // HEADS, mask=inside, other=0)
+    """See `prepare_indexer_query`; rows of 4 * HALF values, HEADS of them a token.
+
+    Where programs divide tokens evenly, each has the rows of one token and needs no mask.
+    """
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    if HEADS % BLOCK_ROWS == 0:
+        inside, mask = None, None
+        position = tl.load(position_ids_ptr + first_row // HEADS) + row * 0
+    else:
+        inside = row < num_rows
+        mask = inside[:, None]
+        position = tl.load(position_ids_ptr + row // HEADS, mask=inside, other=0)
     start = (row * (4 * HALF))[:, None]
     if QUANTIZED:
         q_out_ptr = q_out_ptr.to(tl.pointer_type(tl.uint8))
     a, b, c, d = load_row(q_ptr + start, mask, HALF, INTERLEAVED, HADAMARD)
-    weight = widened(tl.load(weights_ptr + row, mask=inside, other=0.0)) * weights_scale
+    weight = widened(tl.load(weights_ptr + row, mask=inside)) * weights_scale
     angle = cos_sin_ptr + position[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
-    cos = tl.load(angle, mask=mask, other=0.0)
-    sin = tl.load(angle + HALF, mask=mask, other=0.0)
+    cos, sin = tl.load(angle, mask=mask), tl.load(angle + HALF, mask=mask)
     a, b = rotated(a, b, cos, sin)
     if HADAMARD:
         a, b, c, d = hadamard(a, b, c, d, HALF, INTERLEAVED)
