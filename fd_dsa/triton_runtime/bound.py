@@ -8,7 +8,7 @@ from typing import Any
 from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime.device import DeviceApi
 from fd_dsa.triton_runtime.frame import Frame
-from fd_dsa.triton_runtime.parameters import Grid, resolve_grid
+from fd_dsa.triton_runtime.grid import Grid, resolve_grid
 from fd_dsa.triton_runtime.variant import Variant
 
 _MAX_GRIDS = 4096

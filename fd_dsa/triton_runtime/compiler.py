@@ -22,7 +22,7 @@ import triton
 _COMPILING = threading.Lock()
 
 # scalar type -> its code in `struct`; pointers are "Q"
-_CODES = {
+CODES = {
     "i1": "?",
     "i32": "i",
     "i64": "q",
@@ -125,7 +125,7 @@ def _read(kernel: Any, arguments: Mapping[str, Argument]) -> Compiled:
     if any(argument.type.startswith("tensordesc") for argument in arguments.values()):
         raise BackendUnavailable(f"kernel {metadata.name}: tensor descriptors are not supported")
     codes = "".join(
-        "Q" if argument.type.startswith("*") else _CODES[argument.type]
+        "Q" if argument.type.startswith("*") else CODES[argument.type]
         for argument in arguments.values()
         if argument.type != "constexpr"
     )

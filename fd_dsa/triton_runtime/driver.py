@@ -10,7 +10,6 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,27 +20,10 @@ _NO_CONTEXT = (3, INVALID_CONTEXT)
 _DEVICE_CAPABILITY = (75, 76)
 _DEVICE_SHARED_OPTIN = 97
 _FUNCTION_SHARED_BYTES = 1
-_FUNCTION_LOCAL_BYTES = 3
-_FUNCTION_REGISTERS = 4
 _FUNCTION_MAX_DYNAMIC_SHARED = 8
 _FUNCTION_LARGE_CLUSTERS = 14
 # a kernel may use this much shared memory without asking
 _SHARED_BYTES_WITHOUT_OPTIN = 48 << 10
-
-
-@dataclass(frozen=True)
-class Function:
-    """A kernel loaded on one device, for the life of the process.
-
-    Attributes:
-        handle: the driver's function.
-        num_registers: registers a thread.
-        spill_bytes: local memory a thread; above zero the compiler ran out of registers.
-    """
-
-    handle: int
-    num_registers: int
-    spill_bytes: int
 
 
 class Driver:
@@ -159,10 +141,11 @@ class Driver:
                 library.cuEventDestroy_v2(event)
         return elapsed_ms.value * 1e3
 
-    def load(
-        self, image: bytes, name: str, device: int, shared_bytes: int, num_ctas: int
-    ) -> Function:
+    def load(self, image: bytes, name: str, device: int, shared_bytes: int, num_ctas: int) -> int:
         """Load a compiled kernel and everything its launch needs; the context is left as it was.
+
+        Returns:
+            The driver's handle of the kernel, good for the life of the process.
 
         Raises:
             LaunchError: the kernel needs more shared memory than the device has.
@@ -171,9 +154,7 @@ class Driver:
         with self.context(device):
             return self._load(image, name, device, shared_bytes, num_ctas)
 
-    def _load(
-        self, image: bytes, name: str, device: int, shared_bytes: int, num_ctas: int
-    ) -> Function:
+    def _load(self, image: bytes, name: str, device: int, shared_bytes: int, num_ctas: int) -> int:
         """`load` in the device's context."""
         library, what = self._library, f"loading kernel {name}"
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -182,9 +163,6 @@ class Driver:
         code = library.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
         self.check(code, what)
 
-        def attribute(number: int) -> int:
-            return self._integer("cuFuncGetAttribute", number, function)
-
         limit = self._integer("cuDeviceGetAttribute", _DEVICE_SHARED_OPTIN, self._device(device))
         if shared_bytes > limit:
             raise LaunchError(
@@ -192,7 +170,8 @@ class Driver:
                 f"{device} has {limit}; use smaller tiles or fewer stages"
             )
         if shared_bytes > _SHARED_BYTES_WITHOUT_OPTIN:
-            dynamic = limit - attribute(_FUNCTION_SHARED_BYTES)
+            own = self._integer("cuFuncGetAttribute", _FUNCTION_SHARED_BYTES, function)
+            dynamic = limit - own
             code = library.cuFuncSetAttribute(function, _FUNCTION_MAX_DYNAMIC_SHARED, dynamic)
             self.check(code, what)
         if num_ctas > 8:
@@ -201,11 +180,7 @@ class Driver:
         if load_now is not None:
             # lazy loading would load at the first launch, which may be inside a capture
             self.check(load_now(function), what)
-        return Function(
-            handle=function.value or 0,
-            num_registers=attribute(_FUNCTION_REGISTERS),
-            spill_bytes=attribute(_FUNCTION_LOCAL_BYTES),
-        )
+        return function.value or 0
 
 
 @cache

@@ -16,7 +16,8 @@ from typing import Any
 
 from fd_dsa.triton_runtime.compiler import Argument
 from fd_dsa.triton_runtime.device import DeviceApi
-from fd_dsa.triton_runtime.parameters import MISSING, OPTIONS, Parameter, resolve_grid
+from fd_dsa.triton_runtime.grid import resolve_grid
+from fd_dsa.triton_runtime.parameters import MISSING, OPTIONS, Parameter
 from fd_dsa.triton_runtime.variant import Variant
 
 Miss = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]

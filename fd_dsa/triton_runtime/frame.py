@@ -11,7 +11,6 @@ import struct
 from typing import Any
 
 from fd_dsa.triton_runtime.compiler import Compiled
-from fd_dsa.triton_runtime.driver import Function
 
 WARP_SIZE = 32
 _CLUSTER_DIMENSION, _CLUSTER_SCHEDULING = 4, 5
@@ -37,7 +36,7 @@ class Layout:
     def __init__(
         self,
         compiled: Compiled,
-        function: Function,
+        function: int,
         cooperative: bool = False,
         overlap_launches: bool = False,
     ) -> None:
@@ -50,7 +49,7 @@ class Layout:
         padding = f"{self.grid_offset - end}x" if self.grid_offset > end else ""
         self.values = struct.Struct(f"@{self.codes}{padding}III")
         self.num_ctas = compiled.num_ctas
-        self._function = ctypes.c_void_p(function.handle)
+        self._function = ctypes.c_void_p(function)
         self._num_null_pointers = compiled.num_null_pointers
         self._attributes = _attributes(compiled.num_ctas, cooperative, overlap_launches)
         self._num_attributes = len(self._attributes) // _ATTRIBUTE.size

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import Any
 
 from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.triton_runtime import interpreter
+from fd_dsa.triton_runtime.compiler import CODES
 from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.parameters import Grid, resolve_grid
+from fd_dsa.triton_runtime.grid import Grid, resolve_grid
+from fd_dsa.triton_runtime.parameters import Parameter
 
 
 def run_interpreted(
@@ -24,6 +27,7 @@ def run_interpreted(
     for parameter in signature.parameters:
         value = arguments[parameter.name]
         if parameter.is_constexpr:
+            signature.constant(parameter, value)
             continue
         if not hasattr(value, "data_ptr"):
             signature.scalar_type(parameter, value)
@@ -60,12 +64,43 @@ class InterpretedLaunch:
         self._arguments, self._scalars = arguments, scalars
 
     def __call__(self, *scalars: Any, grid: Grid | None = None) -> None:
-        """Launch with new values of the named scalars, or with the bound ones if none is given."""
-        values = self._kernel.signature.with_scalars(self._arguments, self._scalars, scalars)
+        """Launch with new values of the named scalars, or with the bound ones if none is given.
+
+        Raises:
+            LaunchError: the number or the type of the scalars is wrong.
+        """
+        signature, bound = self._kernel.signature, self._arguments
+        values = signature.with_scalars(bound, self._scalars, scalars)
+        for parameter in signature.parameters if scalars else ():
+            if parameter.name in self._scalars:
+                self._check_scalar(parameter, values[parameter.name])
         run_interpreted(self._kernel, grid or self.grid, values, self._options)
 
+    def _check_scalar(self, parameter: Parameter, value: Any) -> None:
+        """Refuse a value that a compiled launch could not write where the bound one stands."""
+        signature = self._kernel.signature
+        wanted = signature.scalar_type(parameter, self._arguments[parameter.name])
+        try:
+            struct.pack(f"={CODES[wanted]}", value)
+        except struct.error as error:
+            raise LaunchError(
+                f"kernel {signature.kernel}: {value!r} does not fit the scalar {parameter.name!r} "
+                f"of the bound launch, {wanted}: {error}"
+            ) from None
+
     def exchange(self, **tensors: Any) -> None:
-        """Put other tensors in the place of bound ones."""
+        """Put other tensors in the place of bound ones, all or none; each is checked.
+
+        Raises:
+            LaunchError: one is no tensor, has gaps, or is of another dtype than the bound one.
+        """
+        signature = self._kernel.signature
         for name, tensor in tensors.items():
-            self._kernel.signature.check_tensor_name(name, self._arguments, tensor)
-            self._arguments[name] = tensor
+            parameter = signature.check_tensor_name(name, self._arguments, tensor)
+            wanted = signature.check_tensor(parameter, self._arguments[name])
+            found = signature.check_tensor(parameter, tensor)
+            if found != wanted:
+                raise LaunchError(
+                    f"kernel {signature.kernel}: argument {name!r} is *{found}, bound is *{wanted}"
+                )
+        self._arguments = {**self._arguments, **tensors}

@@ -13,9 +13,10 @@ from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.compiler import Argument, Compiled, compile_kernel
 from fd_dsa.triton_runtime.device import DeviceApi
 from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.grid import Grid, resolve_grid
 from fd_dsa.triton_runtime.interpreted import InterpretedLaunch, run_interpreted
 from fd_dsa.triton_runtime.mode import INTERPRETING
-from fd_dsa.triton_runtime.parameters import OPTIONS, Grid, Signature, resolve_grid
+from fd_dsa.triton_runtime.parameters import OPTIONS, Signature
 from fd_dsa.triton_runtime.variant import Variant
 
 import triton

@@ -13,8 +13,6 @@ from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime.compiler import Argument
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
 
-Grid = tuple[int, ...] | Callable[[Mapping[str, Any]], tuple[int, ...]]
-
 MISSING = object()
 """Stands for an argument that was not given."""
 
@@ -29,6 +27,8 @@ OPTIONS: dict[str, Any] = {
     "launch_cooperative_grid": False,
     "launch_pdl": False,
 }
+# options that must be a power of two, and the largest
+_POWERS = {"num_warps": 32, "num_ctas": 16}
 # name of a dtype, as Paddle, torch and NumPy spell it -> Triton's element type
 ELEMENT_TYPES = {
     "bool": "i1",
@@ -147,7 +147,22 @@ class Signature:
                     f"kernel {self.kernel}: unknown argument {name!r}; parameters are "
                     f"{', '.join(self.names)}, options {', '.join(OPTIONS)}"
                 )
+        self._check_options(options)
         return {p.name: self._value(p, given) for p in self.parameters}, OPTIONS | options
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse numbers of warps and blocks that Triton's compiler cannot take.
+
+        Raises:
+            LaunchError: names the option.
+        """
+        for name, most in _POWERS.items():
+            value = options.get(name, 1)
+            if type(value) is not int or not 1 <= value <= most or value & (value - 1):
+                raise LaunchError(
+                    f"kernel {self.kernel}: option {name} is {value!r}, allowed are the powers of "
+                    f"two from 1 to {most}"
+                )
 
     def _value(self, parameter: Parameter, given: Mapping[str, Any]) -> Any:
         """The value of one parameter: given, or its default; NumPy scalars become Python's."""
@@ -225,6 +240,24 @@ class Signature:
             )
         return "constexpr" if value is None else "fp32"
 
+    def constant(self, parameter: Parameter, value: Any) -> Argument:
+        """What the compiler is told about the value of a `tl.constexpr` parameter.
+
+        Raises:
+            LaunchError: it is a tensor, or cannot be a key of the launch cache.
+        """
+        try:
+            hash(value)
+            is_constant = not hasattr(value, "data_ptr")
+        except TypeError:
+            is_constant = False
+        if not is_constant:
+            raise LaunchError(
+                f"kernel {self.kernel}: argument {parameter.name!r} is a {type(value).__name__}, "
+                "but it is compiled in; allowed are numbers, text, dtypes, tuples and None"
+            )
+        return Argument("constexpr", False, value, type(value))
+
     def scalar(self, parameter: Parameter, value: Any) -> Argument:
         """What the compiler is told about a number given for a parameter."""
         kind = self.scalar_type(parameter, value)
@@ -240,7 +273,7 @@ class Signature:
         for parameter in self.parameters:
             value = values[parameter.name]
             if parameter.is_constexpr:
-                found[parameter.name] = Argument("constexpr", False, value, type(value))
+                found[parameter.name] = self.constant(parameter, value)
             elif isinstance(value, Pointer):
                 aligned = parameter.specialize_alignment and value.aligned
                 kind = "*" + self._element_type(parameter, value.dtype)
@@ -325,7 +358,7 @@ class Signature:
         for parameter in self.parameters:
             value = values[parameter.name]
             if parameter.is_constexpr:
-                found[parameter.name] = Argument("constexpr", False, value, type(value))
+                found[parameter.name] = self.constant(parameter, value)
             elif not hasattr(value, "data_ptr"):
                 found[parameter.name] = self.scalar(parameter, value)
             else:
@@ -356,23 +389,3 @@ _INTEGERS = (
     ("i64", -(1 << 63), 1 << 63),
     ("u64", 1 << 63, 1 << 64),
 )
-
-
-def resolve_grid(
-    kernel: str, grid: Grid, arguments: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[int, int, int]:
-    """The grid as three numbers.
-
-    Args:
-        kernel: name, for errors.
-        grid: one to three numbers, or a function that makes them of all arguments by name.
-        arguments, options: what the function gets.
-
-    Raises:
-        LaunchError: it has no or more than three numbers, or a negative one.
-    """
-    numbers = tuple(grid({**options, **arguments}) if callable(grid) else grid)
-    if not 1 <= len(numbers) <= 3 or any(int(n) != n or n < 0 for n in numbers):
-        raise LaunchError(f"kernel {kernel}: grid {numbers}: wanted one to three numbers >= 0")
-    x, y, z = (*(int(n) for n in numbers), 1, 1)[:3]
-    return x, y, z

@@ -12,8 +12,8 @@ from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime import serving
 from fd_dsa.triton_runtime.bound import BoundLaunch
 from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.grid import Grid
 from fd_dsa.triton_runtime.mode import INTERPRETING
-from fd_dsa.triton_runtime.parameters import Grid
 
 import triton
 
@@ -24,7 +24,8 @@ _WARM_CALLS, _TIMED_CALLS = 2, 9
 class _Resolved:
     """A kernel some of whose arguments are made from the others; launched like a `Kernel`."""
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, made: Iterable[str]) -> None:
+        self._made = frozenset(made)
         self.kernel, self.fn = kernel, kernel.fn
         self.signature, self.arg_names = kernel.signature, kernel.arg_names
         self.__name__, self.__doc__ = kernel.__name__, kernel.__doc__
@@ -33,12 +34,24 @@ class _Resolved:
         """The arguments and options to add to those that are given, all by name."""
         raise NotImplementedError
 
-    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """All arguments by name."""
-        if len(args) > len(self.arg_names):
+    def _given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by name.
+
+        Raises:
+            LaunchError: too many, or one is given twice, by the call or by it and by what is here.
+        """
+        given = dict(zip(self.arg_names, args, strict=False))
+        if len(args) > len(self.arg_names) or not given.keys().isdisjoint(kwargs):
             # tells what is wrong
             self.signature.bind(args, kwargs)
-        return {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        given |= kwargs
+        if not self._made.isdisjoint(given):
+            twice = ", ".join(map(repr, sorted(self._made.intersection(given))))
+            raise LaunchError(
+                f"kernel {self.__name__}: argument {twice} is given twice: by the call and by "
+                "heuristics or autotune; leave it out of the call"
+            )
+        return given
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
         """The launch on this grid; call it with the arguments that are not made here."""
@@ -46,14 +59,14 @@ class _Resolved:
 
     def run(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
         """Launch; as `Kernel.run`."""
-        given = self._named(args, kwargs)
+        given = self._given(args, kwargs)
         self.kernel[grid](**given, **self.added(grid, given))
 
     def bind(
         self, grid: Grid, *args: Any, scalars: tuple[str, ...] = (), **kwargs: Any
     ) -> BoundLaunch:
         """A launch whose arguments are checked, and made, once; as `Kernel.bind`."""
-        given = self._named(args, kwargs)
+        given = self._given(args, kwargs)
         return self.kernel.bind(grid, scalars=scalars, **given, **self.added(grid, given))
 
 
@@ -61,7 +74,7 @@ class HeuristicKernel(_Resolved):
     """A kernel with computed constants; made by `heuristics`."""
 
     def __init__(self, kernel: Any, values: Mapping[str, Callable[[dict[str, Any]], Any]]) -> None:
-        super().__init__(kernel)
+        super().__init__(kernel, values)
         self._values = dict(values)
 
     def added(self, grid: Grid | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +86,7 @@ class HeuristicKernel(_Resolved):
 
     def warmup(self, *args: Any, capability: int | None = None, device: int = 0, **kwargs: Any):
         """As `Kernel.warmup`."""
-        given = self._named(args, kwargs)
+        given = self._given(args, kwargs)
         return self.kernel.warmup(
             capability=capability, device=device, **given, **self.added(None, given)
         )
@@ -87,7 +100,8 @@ class TunedKernel(_Resolved):
     """
 
     def __init__(self, kernel: Any, configs: Sequence[triton.Config], key: Sequence[str]) -> None:
-        super().__init__(kernel)
+        self._configs, self._key = [_settings(config) for config in configs], tuple(key)
+        super().__init__(kernel, (name for config in self._configs for name in config))
         if not configs or any(config.pre_hook is not None for config in configs):
             raise LaunchError(
                 f"kernel {self.__name__}: autotune needs one configuration at least, and none "
@@ -95,7 +109,6 @@ class TunedKernel(_Resolved):
             )
         for name in set(key) - set(self.arg_names):
             raise LaunchError(f"kernel {self.__name__}: tuning key {name!r} is no parameter")
-        self._configs, self._key = [_settings(config) for config in configs], tuple(key)
         self._lock = threading.RLock()
         self.choices: dict[Any, dict[str, Any]] = {}
 
@@ -151,7 +164,7 @@ class TunedKernel(_Resolved):
 
         Which of them is the fastest is measured at the first launch with tensors.
         """
-        given = self._named(args, kwargs)
+        given = self._given(args, kwargs)
         return [
             self.kernel.warmup(capability=capability, device=device, **given, **config)
             for config in self._configs

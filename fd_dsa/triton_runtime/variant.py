@@ -7,7 +7,7 @@ from typing import Any
 
 from fd_dsa.triton_runtime.compiler import Argument, Compiled
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
-from fd_dsa.triton_runtime.driver import Driver, Function
+from fd_dsa.triton_runtime.driver import Driver
 from fd_dsa.triton_runtime.frame import Frame, Layout
 from fd_dsa.triton_runtime.parameters import Parameter, Signature
 
@@ -31,7 +31,7 @@ class Variant:
         arguments: Mapping[str, Argument],
         options: Mapping[str, Any],
         compiled: Compiled,
-        function: Function,
+        function: int,
         device: int,
         driver: Driver,
     ) -> None:

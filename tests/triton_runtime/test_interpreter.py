@@ -119,9 +119,34 @@ def test_bound_launch() -> None:
     np.testing.assert_array_equal(other.numpy(), expected)
 
 
+def test_a_bound_launch_refuses_what_a_compiled_one_does() -> None:
+    expected, x, y, out = _added(64)
+    launch = add_kernel.bind((1,), x, y, out, 64, BLOCK=64, scalars=("n",))
+    for wrong in (1.5, 1 << 40, "64"):
+        with pytest.raises(LaunchError, match=r"does not fit the scalar 'n'.*i32"):
+            launch(wrong)
+    other = paddle.zeros([64])
+    for name, tensor, said in (
+        ("x_ptr", x.astype("int32"), r"'x_ptr' is \*i32, bound is \*fp32"),
+        ("x_ptr", paddle.ones([8, 8]).T, "'x_ptr' of shape .* not contiguous"),
+        ("n", x, "no tensor is bound to 'n'"),
+    ):
+        with pytest.raises(LaunchError, match=said):
+            launch.exchange(out_ptr=other, **{name: tensor})
+    # all or none
+    launch()
+    np.testing.assert_array_equal(out.numpy(), expected)
+    np.testing.assert_array_equal(other.numpy(), 0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"num_warps": 3}, "option num_warps is 3, .* powers of two from 1 to 32"),
+        ({"num_warps": "4"}, "option num_warps is '4'"),
+        ({"num_ctas": 32}, "option num_ctas is 32"),
+        ({"BLOCK": [8]}, "argument 'BLOCK' is a list, but it is compiled in"),
+        ({"BLOCK": lambda: paddle.ones([8])}, "argument 'BLOCK' is a Tensor"),
         ({"n": None, "m": 3}, "add_kernel: unknown argument 'm'"),
         ({"n": "many"}, "argument 'n' is a str"),
         ({"x_ptr": lambda: paddle.ones([8], "complex64")}, "'x_ptr' has dtype complex64"),

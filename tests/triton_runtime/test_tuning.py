@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -172,3 +174,13 @@ def test_wrong_declarations() -> None:
 
 def _plain(out_ptr):
     tl.store(out_ptr, 1)
+
+
+@pytest.mark.parametrize("make", [_computed, _tuned])
+def test_what_is_made_here_cannot_be_given_as_well(make: Callable[[], Any]) -> None:
+    kernel = make()
+    for launch in (kernel[(1,)], partial(kernel.bind, (1,))):
+        with pytest.raises(LaunchError, match="'BLOCK' is given twice"):
+            launch(None, 8, BLOCK=64)
+        with pytest.raises(LaunchError, match="'n' is given twice"):
+            launch(None, 8, n=8)

@@ -1,0 +1,44 @@
+"""The grid of a launch: how many programs run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fd_dsa.errors import LaunchError
+
+Grid = tuple[int, ...] | Callable[[Mapping[str, Any]], tuple[int, ...]]
+
+# what CUDA allows along x, y and z
+_LIMITS = ((1 << 31) - 1, 65535, 65535)
+
+
+def resolve_grid(
+    kernel: str, grid: Grid, arguments: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[int, int, int]:
+    """The grid as three numbers.
+
+    Args:
+        kernel: name, for errors.
+        grid: one to three numbers, or a function that makes them of all arguments by name.
+        arguments, options: what the function gets.
+
+    Raises:
+        LaunchError: it is no sequence of one to three integers, or one is out of CUDA's range.
+    """
+    found = grid({**options, **arguments}) if callable(grid) else grid
+    try:
+        numbers = tuple(int(n) for n in found)
+        fits = 1 <= len(numbers) <= 3 and all(
+            n == given and 0 <= n <= limit
+            for n, given, limit in zip(numbers, found, _LIMITS, strict=False)
+        )
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise LaunchError(
+            f"kernel {kernel}: grid {found!r}: wanted one to three numbers of programs, x in "
+            f"0..{_LIMITS[0]}, y and z in 0..{_LIMITS[1]}, for example (8,)"
+        )
+    x, y, z = (*numbers, 1, 1)[:3]
+    return x, y, z
