@@ -54,11 +54,17 @@ class Case:
 
     def run(self, m: KernelMemory, first_token: int = 0, end: int | None = None) -> np.ndarray:
         """Scores of the tokens [first_token, end); poison where nothing was written."""
-        from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
-
         step = self.step
         rows = (step.num_tokens if end is None else end) - first_token
         logits = m.poisoned((rows, int(step.window.max()) + 3), "float32")
+        self.score(m, logits, first_token=first_token)
+        return m.get(logits)
+
+    def score(self, m: KernelMemory, logits: Any, *, queries: Any = None, **options: int) -> None:
+        """Launch the kernel; `queries` stand for the case's own."""
+        from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+
+        step = self.step
         narrow = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}
         q = self.q_stored.view(narrow.get(self.q_dtype, self.q_stored.dtype))
         cache: Any = self.cache_stored
@@ -67,7 +73,9 @@ class Case:
         else:
             cache = m.put(cache)
         score_pages(
-            m.put(q, self.q_dtype if self.q_dtype in narrow else None),
+            m.put(q, self.q_dtype if self.q_dtype in narrow else None)
+            if queries is None
+            else queries,
             m.put(self.weights),
             cache,
             m.put(step.position_ids),
@@ -75,9 +83,8 @@ class Case:
             m.put(step.block_tables),
             logits,
             block_size=step.block_size,
-            first_token=first_token,
+            **options,
         )
-        return m.get(logits)
 
     def wanted(self, token: int) -> np.ndarray:
         """float64 [window]; the oracle's scores of a token."""
@@ -177,6 +184,46 @@ def test_real_sizes(kernel_memory: KernelMemory, q_dtype: str, cache_dtype: str)
 def test_a_chunk_of_tokens(kernel_memory: KernelMemory) -> None:
     case = make(paged_rows(SMALL_ROWS, 16), "float32", "float32")
     check(case, case.run(kernel_memory, 6, 9), first_token=6)
+
+
+def test_a_position_past_the_scores_writes_no_other_row(kernel_memory: KernelMemory) -> None:
+    m, case = kernel_memory, make(paged_rows(((40, 3),), 16, num_padded=0), "float32", "float32")
+    # positions are read when the kernel runs, and may be more than the host believes
+    buffer = m.poisoned((4, 20), "float32")
+    case.score(m, buffer[:2])
+    found = m.get(buffer)
+    for token in range(2):
+        np.testing.assert_allclose(found[token], case.wanted(token)[:20], rtol=0, atol=1e-4)
+    assert (found[2:] == POISONED).all()
+
+
+def test_keys_that_no_row_has_are_not_looked_at(kernel_memory: KernelMemory) -> None:
+    m, case = kernel_memory, make(paged_rows(((140, 1),), 16, num_padded=0), "float32", "float32")
+    logits = m.poisoned((1, 141), "float32")
+    case.score(m, logits, max_seqlen_k=64)
+    found = m.get(logits)[0]
+    np.testing.assert_allclose(found[:64], case.wanted(0)[:64], rtol=0, atol=1e-4)
+    assert (found[64:] == POISONED).all()
+
+
+def test_a_position_past_the_table_scores_lowest(kernel_memory: KernelMemory) -> None:
+    step = paged_rows(((3, 1), (5, 1)), 4, num_padded=0)
+    case = make(step, "float32", "float32")
+    end = 4 * step.block_tables.shape[1]
+    step.position_ids[0] = step.window[0] = end + 2
+    logits = kernel_memory.poisoned((2, end + 3), "float32")
+    case.score(kernel_memory, logits)
+    # the entry behind the row's table is the first of the next row's
+    assert np.isneginf(kernel_memory.get(logits)[0, end:]).all()
+
+
+def test_nothing_behind_the_queries_is_read(kernel_memory: KernelMemory) -> None:
+    m, case = kernel_memory, make(paged_rows(((40, 1),), 16, num_padded=0), "float32", "float32")
+    behind = np.full((4, *case.q_stored.shape[1:]), np.nan, np.float32)
+    queries = m.put(np.concatenate([case.q_stored, behind]))[:1]
+    logits = m.poisoned((1, 41), "float32")
+    case.score(m, logits, queries=queries)
+    np.testing.assert_allclose(m.get(logits)[0], case.wanted(0), rtol=0, atol=1e-4)
 
 
 def test_a_key_without_a_block_scores_lowest(kernel_memory: KernelMemory) -> None:

@@ -189,6 +189,20 @@ def test_a_selected_key_that_is_not_finite_spoils_its_own_rows(
         np.testing.assert_allclose(found[token], case.wanted(token), rtol=0, atol=1e-5)
 
 
+def test_keys_that_score_minus_infinity_weigh_nothing(kernel_memory: KernelMemory) -> None:
+    # a whole tile of heads: in the empty lanes of another, 0 times infinity would warn
+    case = make("float32", "float32", [20, 1], 20, heads=16)
+    case.q_stored[:, :, -1] = case.q[:, :, -1] = 1.0
+    # all keys of the second token, and a whole first tile of the first token's
+    bad = np.union1d(case.slots[0, :16], case.slots[1, :1])
+    case.slots[0, 16:] = np.setdiff1d(np.arange(len(case.latents)), bad)[:4]
+    case.cache_stored[case.slots[0, 16:]] = case.latents[case.slots[0, 16:]] = 0.5
+    case.cache_stored[bad, -1] = -np.inf
+    found = case.run(kernel_memory)
+    np.testing.assert_allclose(found[0], 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(found[1], 0.0)
+
+
 def test_slots_without_a_place_are_skipped_anywhere_in_a_row(kernel_memory: KernelMemory) -> None:
     case = make("float32", "float32", [40, 40], 40)
     case.slots[0, [0, 1, 17, 39]] = -1

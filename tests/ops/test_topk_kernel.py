@@ -86,6 +86,24 @@ def test_windows_around_k_and_the_tile(kernel_memory: KernelMemory, window: int)
     np.testing.assert_array_equal(run(kernel_memory, step, scores, 8), wanted(step, scores, 8))
 
 
+def test_a_position_past_the_scores_looks_at_no_other_row(kernel_memory: KernelMemory) -> None:
+    # positions are read when the kernel runs, and may be more than the host believes
+    step = paged_rows(((39, 1), (29, 1)), 16, num_padded=0)
+    scores = np.array([[*range(20)], [*range(100, 120)]], np.float32)
+    found = run(kernel_memory, step, scores, 4)
+    for token, slots in enumerate(found):
+        assert slots.tolist() == step.key_slots(token)[16:20].tolist()
+
+
+def test_a_position_past_the_table_has_no_slot(kernel_memory: KernelMemory) -> None:
+    step = paged_rows(((3, 1), (5, 1)), 4, num_padded=0)
+    step.position_ids[0] = 4 * step.block_tables.shape[1] + 2
+    scores = np.zeros((2, int(step.position_ids[0]) + 1), np.float32)
+    scores[0, -3:] = 1
+    # the entry behind the row's table is the first of the next row's
+    assert run(kernel_memory, step, scores, 3)[0].tolist() == [-1, -1, -1]
+
+
 def test_a_short_window_needs_no_scores(kernel_memory: KernelMemory) -> None:
     m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
     from fd_dsa.ops.topk.triton_kernel import select_slots
