@@ -55,16 +55,17 @@ def _eighteen(
     tl.store(out_ptr + offsets, x + shift + p + q + r, mask=mask)
 
 
-# run-time arguments -> Triton's kernel, ours, tensors, numbers
-KERNELS: dict[int, tuple[Any, Any, int, tuple[int, ...]]] = {
-    5: (_five, paddle_jit(do_not_specialize=("n", "shift"))(_five), 3, (BLOCK, 3)),
-    18: (
-        _eighteen,
-        paddle_jit(do_not_specialize=("n", "shift", "p", "q", "r"))(_eighteen),
-        13,
-        (BLOCK, 3, 5, 7, 11),
-    ),
+# run-time arguments -> Triton's kernel, how many tensors, then the numbers by name
+KERNELS: dict[int, tuple[Any, int, dict[str, int]]] = {
+    5: (_five, 3, {"n": BLOCK, "shift": 3}),
+    18: (_eighteen, 13, {"n": BLOCK, "shift": 3, "p": 5, "q": 7, "r": 11}),
 }
+
+
+@cache
+def ours(count: int, memory: str) -> Any:
+    """Our form of a kernel; one for each kind of memory, as in a process that has only that one."""
+    return paddle_jit(do_not_specialize=tuple(KERNELS[count][2]))(KERNELS[count][0])
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._launch_kernels import BLOCK, KERNELS, driver_loop, swapped
+from benchmarks._launch_kernels import BLOCK, KERNELS, driver_loop, ours, swapped
 from fd_dsa.triton_runtime.device import api_for_type
 
 import triton
@@ -42,11 +42,12 @@ def paddle_sides(count: int) -> dict[str, list[Any]]:
     from tests.gpu_rig import load
 
     rig = load("real")
-    stock, ours, num_tensors, numbers = KERNELS[count]
+    stock, num_tensors, named = KERNELS[count]
+    kernel, numbers = ours(count, "paddle"), tuple(named.values())
     arrays = [np.random.default_rng(i).random(BLOCK, np.float32) for i in range(num_tensors)]
     first, second = _placed(arrays, rig.place), _placed(arrays, rig.place)
-    bound = ours.bind(GRID, *first, *numbers, BLOCK=BLOCK)
-    values = dict(zip(ours.arg_names, [*first, *numbers, BLOCK], strict=True))
+    bound = kernel.bind(GRID, *first, *numbers, BLOCK=BLOCK)
+    values = dict(zip(kernel.arg_names, [*first, *numbers, BLOCK], strict=True))
     api = api_for_type(type(first[0]))
     driver = _paddle_driver(api)
 
@@ -63,10 +64,10 @@ def paddle_sides(count: int) -> dict[str, list[Any]]:
         "triton in the torch stand-in": [guarded_call],
         "triton, active driver swapped": [swapped(stock_call, driver)],
         "fd_dsa new tensors": [
-            lambda: ours[GRID](*first, *numbers, BLOCK=BLOCK),
-            lambda: ours[GRID](*second, *numbers, BLOCK=BLOCK),
+            lambda: kernel[GRID](*first, *numbers, BLOCK=BLOCK),
+            lambda: kernel[GRID](*second, *numbers, BLOCK=BLOCK),
         ],
-        "fd_dsa unbound": [lambda: ours[GRID](*first, *numbers, BLOCK=BLOCK)],
+        "fd_dsa unbound": [lambda: kernel[GRID](*first, *numbers, BLOCK=BLOCK)],
         "fd_dsa bound": [bound],
     }
     expected = sum(array.astype(np.float64) for array in arrays[:-1]) + sum(numbers[1:])

@@ -25,6 +25,7 @@ from benchmarks._launch_kernels import (
     KERNELS,
     LAUNCHES_A_CALL,
     driver_loop,
+    ours,
     swapped,
     triton_c_function,
 )
@@ -53,10 +54,11 @@ def _check(call: Any, inputs: list[Any], numbers: tuple[int, ...], out: Any, lab
 
 def _sides(count: int) -> dict[str, list[_gpu.Call]]:
     """Label -> the calls of one number of arguments on torch memory, each one checked."""
-    stock, ours, num_tensors, numbers = KERNELS[count]
+    stock, num_tensors, named = KERNELS[count]
+    kernel, numbers = ours(count, "torch"), tuple(named.values())
     first, second = _tensors(num_tensors), _tensors(num_tensors)
-    bound = ours.bind(GRID, *first, *numbers, BLOCK=BLOCK)
-    values = dict(zip(ours.arg_names, [*first, *numbers, BLOCK], strict=True))
+    bound = kernel.bind(GRID, *first, *numbers, BLOCK=BLOCK)
+    values = dict(zip(kernel.arg_names, [*first, *numbers, BLOCK], strict=True))
     stream = torch._C._cuda_getCurrentRawStream(0)
 
     def stock_call() -> None:
@@ -68,10 +70,10 @@ def _sides(count: int) -> dict[str, list[_gpu.Call]]:
         "triton, active driver swapped": [swapped(stock_call, _second_driver())],
         "triton C function": [triton_c_function(stock, [*first, *numbers], stream)],
         "fd_dsa new tensors": [
-            lambda: ours[GRID](*first, *numbers, BLOCK=BLOCK),
-            lambda: ours[GRID](*second, *numbers, BLOCK=BLOCK),
+            lambda: kernel[GRID](*first, *numbers, BLOCK=BLOCK),
+            lambda: kernel[GRID](*second, *numbers, BLOCK=BLOCK),
         ],
-        "fd_dsa unbound": [lambda: ours[GRID](*first, *numbers, BLOCK=BLOCK)],
+        "fd_dsa unbound": [lambda: kernel[GRID](*first, *numbers, BLOCK=BLOCK)],
         "fd_dsa bound": [bound],
     }
     sides = {label: calls for label, calls in sides.items() if None not in calls}
@@ -100,8 +102,8 @@ def _record(record: _gpu.Recorder, count: int, sides: dict[str, list[Any]], wher
             for label, found in times.items()
             if label != without and not (kind == "bound" and label == "fd_dsa new tensors")
         }
-        ours = f"fd_dsa {kind}"
-        record.case(f"{count} arguments, {kind}, {where}", chosen, ours=ours, floor_us=floor)
+        label = f"fd_dsa {kind}"
+        record.case(f"{count} arguments, {kind}, {where}", chosen, ours=label, floor_us=floor)
 
 
 def _paddle_rows(record: _gpu.Recorder) -> None:
@@ -123,12 +125,13 @@ def _paddle_rows(record: _gpu.Recorder) -> None:
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """A bound and an unbound launch of the kernel with 18 arguments."""
     _torch_device.register()
-    _, ours, num_tensors, numbers = KERNELS[18]
+    _, num_tensors, named = KERNELS[18]
+    kernel, numbers = ours(18, "torch"), tuple(named.values())
     tensors = _tensors(num_tensors)
-    bound = ours.bind(GRID, *tensors, *numbers, BLOCK=BLOCK)
+    bound = kernel.bind(GRID, *tensors, *numbers, BLOCK=BLOCK)
     return {
         "bound": (bound, [tensors[-1]]),
-        "unbound": (lambda: ours[GRID](*tensors, *numbers, BLOCK=BLOCK), [tensors[-1]]),
+        "unbound": (lambda: kernel[GRID](*tensors, *numbers, BLOCK=BLOCK), [tensors[-1]]),
     }
 
 
