@@ -48,10 +48,14 @@ class PaddleApi(DeviceApi):
     """Paddle tensors in GPU memory, or in CUDA memory behind a custom device of Paddle."""
 
     def __init__(self) -> None:
-        from paddle.base import core
+        from paddle.base import core, libpaddle
 
         self._core = core
         self._custom_type: str | None = None
+        raw_stream = getattr(libpaddle, "_get_current_raw_stream", None)
+        if raw_stream is not None:
+            # from Paddle 3.3 on: one native call without a stream object, half the time
+            self.current_stream = raw_stream
 
     def device_of(self, tensor: Any) -> int:
         """Index of the GPU, or of the custom device."""
