@@ -1,7 +1,9 @@
 """Preparation of the indexer's query: RoPE, quantisation, weight fold, in one launch.
 
-Against vLLM's Triton kernel, one program a head of a token. Bytes a head: 256 in, 128 out, 2 and
-4 of its weight; a token reads 256 of cos and sin and 8 of its position.
+Against vLLM's Triton kernel, one program a head of a token. "by positions" looks cos and sin up
+itself, as vLLM's does; the other launches have them gathered once for all layers of a step, as the
+model does it. Bytes a head: 256 in, 128 out, 2 and 4 of its weight; a token reads 256 of cos and
+sin.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class Query:
     @staticmethod
     def bytes_of(num_tokens: int, heads: int) -> int:
         """Bytes that a call must move."""
-        return num_tokens * (heads * (2 * DIM + DIM + 2 + 4) + 4 * ROPE + 8)
+        return num_tokens * (heads * (2 * DIM + DIM + 2 + 4) + 4 * ROPE)
 
     def one_launch(
         self,
@@ -54,14 +56,19 @@ class Query:
         rows_and_warps: tuple[int, int],
         *,
         interleaved: bool = False,
+        gathered: bool = True,
     ) -> _gpu.Call:
-        """Our launch with a configuration, arguments checked beforehand."""
+        """Our launch with a configuration, arguments checked beforehand.
+
+        Args:
+            gathered: cos and sin of the tokens were gathered once for all layers of the step.
+        """
         block_rows, num_warps = rows_and_warps
         arguments = kernel_arguments(
             self.q,
             self.weights,
-            self.positions,
-            cos_sin,
+            None if gathered else self.positions,
+            cos_sin[self.positions] if gathered else cos_sin,
             (self.codes, self.folded),
             rope_interleave=interleaved,
             quantized=True,
@@ -155,6 +162,7 @@ def compare(
     sides: dict[str, list[_gpu.Call]] = {}
     if kernel is not None:
         sides["vLLM's kernel"] = [s.peer(kernel, cos_sin) for s in sets]
+    sides["by positions"] = [s.one_launch(cos_sin, chosen, gathered=False) for s in sets]
     sides["one launch, interleaved"] = [
         s.one_launch(cos_sin, chosen, interleaved=True) for s in sets
     ]

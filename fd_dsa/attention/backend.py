@@ -161,7 +161,7 @@ class DSAAttentionBackend:
         return self.attention.query_buffers(num_tokens)
 
     def write_caches(
-        self, kv_a: Any, index_k: Any, cos_sin_cache: Any, layer: Any, forward_meta: Any
+        self, kv_a: Any, index_k: Any, cos_sin: Any, layer: Any, forward_meta: Any
     ) -> None:
         """Write this step's keys of a layer, latents and indexer keys together.
 
@@ -170,7 +170,7 @@ class DSAAttentionBackend:
                 normed nor rotated; a column slice of wider rows is allowed.
             index_k: float32 [num_tokens, index_head_dim], as projected; None in a layer that
                 shares a selection.
-            cos_sin_cache: float32 [max_position, qk_rope_head_dim].
+            cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin, gathered once a step.
             layer: object with `layer_id` and `cache_write_params(layout)`, which says once how the
                 keys are normed.
         """
@@ -183,9 +183,9 @@ class DSAAttentionBackend:
         write_caches(
             kv_a,
             index_k,
-            step.position_ids,
+            None,
             step.slot_mapping,
-            cos_sin_cache,
+            cos_sin,
             _cache(forward_meta, caches),
             None if index_k is None else _cache(forward_meta, caches + 1),
             params,

@@ -53,14 +53,14 @@ class Indexer(nn.Layer):
         """
         return linear(hidden_states, self.wk)
 
-    def forward(self, forward_meta: Any, hidden_states: Any, qr: Any, cos_sin_cache: Any) -> Any:
+    def forward(self, forward_meta: Any, hidden_states: Any, qr: Any, cos_sin: Any) -> Any:
         """Cache slots that each token attends to; the step's keys are in the cache already.
 
         Args:
             forward_meta: the runner's object, its step metadata made.
             hidden_states: float32 [num_tokens, hidden_size], after the input norm.
             qr: float32 [num_tokens, q_lora_rank], after its norm.
-            cos_sin_cache: float32 [max_position, qk_rope_head_dim].
+            cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
 
         Returns:
             int32 [num_tokens, topk]; see DSAAttentionBackend.indexer_forward.
@@ -70,8 +70,8 @@ class Indexer(nn.Layer):
         q, weights = prepare_indexer_query(
             linear(qr, self.wq_b).reshape([-1, config.index_n_heads, config.index_head_dim]),
             linear(hidden_states, self.weights_proj),
-            forward_meta.position_ids,
-            cos_sin_cache,
+            None,
+            cos_sin,
             rope_interleave=config.rope_interleave,
             quantized=layout.is_fp8,
             hadamard=layout.index_hadamard,

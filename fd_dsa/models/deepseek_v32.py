@@ -30,11 +30,11 @@ class DeepseekV32DecoderLayer(nn.Layer):
             self.mlp = DeepseekMLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, hidden_states: Any, cos_sin_cache: Any, forward_meta: Any, shared_indices: Any
+        self, hidden_states: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
     ) -> tuple[Any, Any]:
         """Next hidden states, float32 [num_tokens, hidden_size], and the layer's selection."""
         attended, indices = self.self_attn(
-            self.input_layernorm(hidden_states), cos_sin_cache, forward_meta, shared_indices
+            self.input_layernorm(hidden_states), cos_sin, forward_meta, shared_indices
         )
         hidden_states = hidden_states + attended
         mixed = self.mlp(self.post_attention_layernorm(hidden_states))
@@ -91,10 +91,10 @@ class DeepseekV32ForCausalLM(nn.Layer):
             forward_meta: the runner's object; `init_attention_metadata` has been called for it.
         """
         hidden_states = embedding(ids_remove_padding, self._embedding)
-        cos_sin_cache = self.rotary_emb.cos_sin_cache
+        cos_sin = self.rotary_emb(forward_meta.position_ids)
         indices = None
         for layer in self.layers:
-            hidden_states, indices = layer(hidden_states, cos_sin_cache, forward_meta, indices)
+            hidden_states, indices = layer(hidden_states, cos_sin, forward_meta, indices)
         return hidden_states
 
     def compute_logits(self, hidden_states: Any) -> Any:

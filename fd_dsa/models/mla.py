@@ -76,13 +76,13 @@ class DeepseekV32DSAAttention(nn.Layer):
         return tuple(None if bias is None else readable(bias) for bias in both)
 
     def forward(
-        self, hidden_states: Any, cos_sin_cache: Any, forward_meta: Any, shared_indices: Any
+        self, hidden_states: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
     ) -> tuple[Any, Any]:
         """Attention output and the selection that a following "shared" layer uses.
 
         Args:
             hidden_states: float32 [num_tokens, hidden_size], normed.
-            cos_sin_cache: float32 [max_position, qk_rope_head_dim].
+            cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
             forward_meta: the runner's object, its step metadata made.
             shared_indices: selection of the nearest layer before with an indexer, or None.
 
@@ -93,12 +93,12 @@ class DeepseekV32DSAAttention(nn.Layer):
         qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self._biases[0])
         qr = self.q_a_layernorm(qkv[:, : self.q_lora_rank])
         index_k = None if self.indexer is None else self.indexer.key(hidden_states)
-        backend.write_caches(qkv[:, self.q_lora_rank :], index_k, cos_sin_cache, self, forward_meta)
+        backend.write_caches(qkv[:, self.q_lora_rank :], index_k, cos_sin, self, forward_meta)
         indices = shared_indices
         if self.indexer is not None:
-            indices = self.indexer(forward_meta, hidden_states, qr, cos_sin_cache)
+            indices = self.indexer(forward_meta, hidden_states, qr, cos_sin)
         latent = backend.forward(
-            q=self._absorbed_query(qr, forward_meta.position_ids, cos_sin_cache),
+            q=self._absorbed_query(qr, cos_sin),
             k=None,
             v=indices,
             qkv=None,
@@ -130,10 +130,10 @@ class DeepseekV32DSAAttention(nn.Layer):
             **norms,
         )
 
-    def _absorbed_query(self, qr: Any, position_ids: Any, cos_sin_cache: Any) -> Any:
+    def _absorbed_query(self, qr: Any, cos_sin: Any) -> Any:
         """float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]."""
         q = linear(qr, self.q_b_proj).reshape([-1, self.num_heads, self.nope_dim + self.rope_dim])
-        q_pe = rotated(q[:, :, self.nope_dim :], position_ids, cos_sin_cache, interleaved=True)
+        q_pe = rotated(q[:, :, self.nope_dim :], cos_sin, interleaved=True)
         return joined(head_linear(q[:, :, : self.nope_dim], self.k_b_proj), q_pe)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:

@@ -9,6 +9,7 @@ import numpy as np
 import paddle
 
 from fd_dsa.models.rope_config import RopeConfig, yarn_mscale
+from fd_dsa.ops._linear import embedding
 
 
 def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
@@ -37,7 +38,7 @@ def inverse_frequencies(rope: RopeConfig, dim: int) -> np.ndarray:
 
 
 class RotaryEmbedding:
-    """cos and sin of every position, made once and read by every layer of every step.
+    """cos and sin of every position, made once; a step gathers those of its tokens for all layers.
 
     Args:
         rope: settings of the model.
@@ -64,6 +65,10 @@ class RotaryEmbedding:
         for columns, function in ((slice(0, dim // 2), np.cos), (slice(dim // 2, dim), np.sin)):
             values = self.cos_sin_cache[:, columns]
             np.multiply(function(angles), scale, out=values)
+
+    def __call__(self, position_ids: Any) -> Any:
+        """float32 [num_tokens, dim], cos then sin, of int64 [num_tokens] positions."""
+        return embedding(position_ids, self.cos_sin_cache)
 
     def to_device(self, device: str) -> None:
         """Move the table to the memory of a device."""

@@ -35,10 +35,9 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     return x * paddle.rsqrt(mean_square + epsilon) * weight
 
 
-def rope(x: Any, position_ids: Any, cos_sin_cache: Any, *, interleaved: bool) -> Any:
+def rope(x: Any, cos_sin: Any, *, interleaved: bool) -> Any:
     """`x` [num_tokens, num_heads, rope_dim], rotated; pairs stay where they are."""
-    angles = functional.embedding(position_ids, cos_sin_cache).unsqueeze(1)
-    cos, sin = paddle.chunk(angles, 2, axis=-1)
+    cos, sin = paddle.chunk(cos_sin.unsqueeze(1), 2, axis=-1)
     half = x.shape[-1] // 2
     if interleaved:
         pairs = x.reshape([*x.shape[:-1], half, 2])

@@ -35,7 +35,7 @@ class Case:
 
     kv_a: np.ndarray | None
     index_k: np.ndarray | None
-    position_ids: np.ndarray
+    position_ids: np.ndarray | None
     slot_mapping: np.ndarray
     cos_sin_cache: np.ndarray | None
     params: CacheWriteParams
@@ -45,6 +45,11 @@ class Case:
         """The same case with other fields of the case or of its params."""
         own = {name: fields.pop(name) for name in list(fields) if name in Case.__annotations__}
         return replace(self, params=replace(self.params, **fields), **own)
+
+    def gathered(self) -> Case:
+        """The same case with a row of cos and sin for each token instead of its position."""
+        assert self.cos_sin_cache is not None
+        return replace(self, cos_sin_cache=self.cos_sin_cache[self.position_ids], position_ids=None)
 
     def poisoned_caches(self) -> tuple[np.ndarray, np.ndarray]:
         """A latent and an indexer cache, every byte POISON."""
@@ -119,7 +124,7 @@ def arguments(m: KernelMemory, case: Case, dtype: str = "float32") -> tuple[Any,
     return (
         floats(case.kv_a),
         floats(case.index_k),
-        m.put(case.position_ids),
+        None if case.position_ids is None else m.put(case.position_ids),
         m.put(case.slot_mapping),
         None if case.cos_sin_cache is None else m.put(case.cos_sin_cache),
         None if case.kv_a is None else m.put(latent),

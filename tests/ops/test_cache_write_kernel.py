@@ -65,6 +65,15 @@ def test_parts_are_left_out(kernel_memory: KernelMemory, dtype: str, part: str) 
     assert_same_bytes(in_kernel(kernel_memory, case), on_cpu(case))
 
 
+@pytest.mark.parametrize("params", FORMATS.values(), ids=FORMATS.keys())
+def test_cos_and_sin_gathered_before(kernel_memory: KernelMemory, params: dict[str, Any]) -> None:
+    for num_tokens in sizes(kernel_memory):
+        case = make_case(num_tokens, seed=num_tokens, **params)
+        wanted = on_cpu(case)
+        assert_same_bytes(on_cpu(case.gathered()), wanted)
+        assert_same_bytes(in_kernel(kernel_memory, case.gathered()), wanted)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dtype", BITS)
 def test_bfloat16_activations(kernel_memory: KernelMemory, dtype: str, interleaved: bool) -> None:

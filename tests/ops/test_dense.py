@@ -47,11 +47,10 @@ def test_silu() -> None:
 
 @pytest.mark.parametrize("interleaved", [True, False])
 def test_rope_of_a_slice_of_heads(interleaved: bool) -> None:
-    q, table = floats(5, 3, 10), floats(40, 8)
-    positions = np.array([0, 39, 7, 7, 1])
-    tensors = paddle.to_tensor(positions), paddle.to_tensor(table)
-    found = _dense.rope(paddle.to_tensor(q)[:, :, 2:], *tensors, interleaved=interleaved)
-    close(found, rotated(q[:, :, 2:], positions, table, interleaved=interleaved))
+    q, cos_sin = floats(5, 3, 10), floats(5, 8)
+    on_device = paddle.to_tensor(q)[:, :, 2:], paddle.to_tensor(cos_sin)
+    found = _dense.rope(*on_device, interleaved=interleaved)
+    close(found, rotated(q[:, :, 2:], cos_sin, interleaved=interleaved))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])

@@ -46,7 +46,8 @@ def on_cpu(given: list[np.ndarray], **how: Any) -> Outputs:
     dtype = np.uint8 if how["quantized"] else np.float32
     out = np.zeros(given[0].shape, dtype), np.zeros(given[1].shape, np.float32)
     with np.errstate(all="ignore"):
-        return paddle_impl.prepare_indexer_query(*(array.copy() for array in given), out=out, **how)
+        copies = (None if array is None else array.copy() for array in given)
+        return paddle_impl.prepare_indexer_query(*copies, out=out, **how)
 
 
 def in_kernel(
@@ -65,7 +66,8 @@ def in_kernel(
     else:
         q, weights = m.put(given[0]), m.put(given[1])
     with np.errstate(all="ignore"):
-        prepare_indexer_query(q, weights, m.put(given[2]), m.put(given[3]), out=out, **how)
+        positions = None if given[2] is None else m.put(given[2])
+        prepare_indexer_query(q, weights, positions, m.put(given[3]), out=out, **how)
     return m.get(out[0]), m.get(out[1])
 
 
@@ -89,6 +91,17 @@ def test_bytes_are_those_of_the_cpu(
     for shape in shapes(kernel_memory):
         given = inputs(*shape)
         assert_equal(in_kernel(kernel_memory, given, **how), on_cpu(given, **how))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_cos_and_sin_gathered_before(kernel_memory: KernelMemory, interleaved: bool) -> None:
+    how = settings({"index_rope_interleave": interleaved}, True)
+    for shape in shapes(kernel_memory):
+        q, weights, positions, table = inputs(*shape)
+        wanted = on_cpu([q, weights, positions, table], **how)
+        gathered: list[Any] = [q, weights, None, table[positions]]
+        assert_equal(on_cpu(gathered, **how), wanted)
+        assert_equal(in_kernel(kernel_memory, gathered, **how), wanted)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -80,7 +80,8 @@ def write_caches(
         kv_a: float32, on a device also bfloat16, [num_tokens, kv_lora_rank + rope_dim]; a column
             slice of a wider projection is allowed; None writes the index key alone.
         index_k: like `kv_a`, [num_tokens, index_head_dim]; None = no indexer, or written already.
-        position_ids: int64 [num_tokens]; rows of `cos_sin_cache`. None with `cos_sin_cache`.
+        position_ids: int64 [num_tokens]; rows of `cos_sin_cache`. None = row t belongs to token t,
+            as where a step gathers them once for all layers.
         slot_mapping: int64 [num_tokens]; block * block_size + offset. A slot below 0 or past the
             cache is not written.
         cos_sin_cache: float32 [max_position, rope_dim], cos in the first half, sin in the second;
@@ -127,8 +128,10 @@ def _check(
             check_shape(name, argument, value, (num_tokens, None))
             check_dtype(name, argument, value, floats)
     if cos_sin_cache is not None:
-        check_shape(name, "cos_sin_cache", cos_sin_cache, (None, None))
+        rows = num_tokens if position_ids is None else None
+        check_shape(name, "cos_sin_cache", cos_sin_cache, (rows, None))
         check_dtype(name, "cos_sin_cache", cos_sin_cache, ("float32",))
+    if position_ids is not None:
         check_shape(name, "position_ids", position_ids, (num_tokens,))
         check_dtype(name, "position_ids", position_ids, ("int64",))
 

@@ -19,7 +19,7 @@ from fd_dsa.ops._gather import index_planes
 from fd_dsa.ops._hadamard import hadamard
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._norm import layer_norm, rms_norm
-from fd_dsa.ops._rope import angles_of, rotate_
+from fd_dsa.ops._rope import cos_sin_of, rotate_
 
 if TYPE_CHECKING:
     from fd_dsa.ops.cache_write import CacheWriteParams
@@ -45,7 +45,7 @@ def write_caches(
     params: CacheWriteParams,
 ) -> None:
     """See `fd_dsa.ops.cache_write.write_caches`."""
-    angles = None if cos_sin_cache is None else angles_of(position_ids, cos_sin_cache)
+    cos_sin = None if cos_sin_cache is None else cos_sin_of(position_ids, cos_sin_cache)
     slots = as_numpy(slot_mapping)
     # [num_blocks, block_size, row] is a view whatever the stride of a block
     latents = None if kv_a is None else as_numpy(latent_cache)[:, 0]
@@ -54,10 +54,10 @@ def write_caches(
         slots, [cache.shape[:2] for cache in (latents, keys) if cache is not None]
     )
     if kv_a is not None:
-        latent, k_pe = _latent_rows(as_numpy(kv_a), angles, params)
+        latent, k_pe = _latent_rows(as_numpy(kv_a), cos_sin, params)
         _store_latent(latents, place, latent[keep], k_pe[keep])
     if index_k is not None:
-        rows = _index_rows(as_numpy(index_k), angles, params)
+        rows = _index_rows(as_numpy(index_k), cos_sin, params)
         _store_index(keys, place, rows[keep], params.index_scale_fmt)
 
 
@@ -77,12 +77,12 @@ def _places(
 
 
 def _latent_rows(
-    rows: np.ndarray, angles: np.ndarray | None, params: CacheWriteParams
+    rows: np.ndarray, cos_sin: np.ndarray | None, params: CacheWriteParams
 ) -> tuple[np.ndarray, np.ndarray]:
     """Latents, normed, and k_pe, rotated; float32 [num_tokens, width] each."""
     rope_dim = 0
-    if angles is not None:
-        rope_dim = angles.shape[1]
+    if cos_sin is not None:
+        rope_dim = cos_sin.shape[1]
     elif params.kv_norm_weight is not None:
         rope_dim = rows.shape[1] - params.kv_norm_weight.shape[0]
     elif params.kv_cache_dtype == "fp8_ds_mla":
@@ -91,24 +91,24 @@ def _latent_rows(
     latent, k_pe = rows[:, :rank], rows[:, rank:]
     if params.kv_norm_weight is not None:
         latent = rms_norm(latent, as_numpy(params.kv_norm_weight), params.kv_norm_eps)
-    if angles is not None:
+    if cos_sin is not None:
         k_pe = k_pe.copy()
-        rotate_(k_pe[:, None], angles, interleaved=True)
+        rotate_(k_pe[:, None], cos_sin, interleaved=True)
     return latent, k_pe
 
 
 def _index_rows(
-    rows: np.ndarray, angles: np.ndarray | None, params: CacheWriteParams
+    rows: np.ndarray, cos_sin: np.ndarray | None, params: CacheWriteParams
 ) -> np.ndarray:
     """Index keys, normed, rotated and, where asked for, turned by Hadamard; float32."""
     if params.k_norm_weight is not None:
         weight, bias = as_numpy(params.k_norm_weight), as_numpy(params.k_norm_bias)
         rows = layer_norm(rows, weight, bias, params.k_norm_eps)
-    if angles is not None:
+    if cos_sin is not None:
         if params.k_norm_weight is None:
             rows = rows.copy()
-        rope = rows[:, None, : angles.shape[1]]
-        rotate_(rope, angles, interleaved=params.index_rope_interleave)
+        rope = rows[:, None, : cos_sin.shape[1]]
+        rotate_(rope, cos_sin, interleaved=params.index_rope_interleave)
     return hadamard(rows) if params.index_hadamard else rows
 
 

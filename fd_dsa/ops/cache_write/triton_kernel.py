@@ -147,6 +147,13 @@ def _store_index(
         store_row(out[:, None], a, b, c, d, live[:, None], HALF, INTERLEAVED, HADAMARD)
 
 
+@triton.jit
+def _load_angles(cos_sin_ptr, row, HALF: tl.constexpr):
+    """cos and sin [TOKENS, HALF] in rows of the table."""
+    angle = (cos_sin_ptr + row * (2 * HALF))[:, None] + tl.arange(0, HALF)[None, :]
+    return tl.load(angle), tl.load(angle + HALF)
+
+
 @paddle_jit(
     do_not_specialize=("num_tokens", "num_slots", "kv_eps", "k_eps"),
     contiguous=(
@@ -201,8 +208,10 @@ def write_caches_kernel(
     # the same address for each token
     none = token * 0
     slot = tl.load(slot_mapping_ptr + token)
-    if cos_sin_ptr is not None:
+    if position_ids_ptr is not None:
         position = tl.load(position_ids_ptr + token)
+    elif cos_sin_ptr is not None:
+        cos, sin = _load_angles(cos_sin_ptr, token, HALF)
     if kv_a_ptr is not None:
         kv_a_row = kv_a_ptr + token * kv_a_stride
         x = _load_latent(kv_a_row, RANK, TILE, TILES)
@@ -220,10 +229,8 @@ def write_caches_kernel(
     live = known & (slot >= 0) & (slot < num_slots)
     # a dead slot must not even be an address, nor must what padding has as its position
     slot = tl.where(live, slot, 0)
-    if cos_sin_ptr is not None:
-        angle = cos_sin_ptr + tl.where(live, position, 0) * (2 * HALF)
-        column = tl.arange(0, HALF)[None, :]
-        cos, sin = tl.load(angle[:, None] + column), tl.load(angle[:, None] + (column + HALF))
+    if position_ids_ptr is not None:
+        cos, sin = _load_angles(cos_sin_ptr, tl.where(live, position, 0), HALF)
     if kv_a_ptr is not None:
         if kv_weight_ptr is not None:
             factor = _inverse_rms(x, kv_eps, RANK)[:, None, None]

@@ -40,7 +40,8 @@ def prepare_indexer_query(
         q: float32 or bfloat16 [num_tokens, index_n_heads, index_head_dim]; float32 on a CPU, which
             may overwrite it.
         weights: float32 or bfloat16 [num_tokens, index_n_heads].
-        position_ids: int64 [num_tokens]; rows of `cos_sin_cache`.
+        position_ids: int64 [num_tokens]; rows of `cos_sin_cache`. None = row t belongs to token t,
+            as where a step gathers them once for all layers.
         cos_sin_cache: float32 [max_position, rope_dim], cos in the first half, sin in the second.
         rope_interleave: pairing of the RoPE.
         quantized: for e4m3 keys; False only rotates.
@@ -66,9 +67,11 @@ def prepare_indexer_query(
     check_dtype(name, "q", q, floats)
     check_shape(name, "weights", weights, tuple(q.shape[:2]))
     check_dtype(name, "weights", weights, floats)
-    check_shape(name, "position_ids", position_ids, (q.shape[0],))
-    check_dtype(name, "position_ids", position_ids, ("int64",))
-    check_shape(name, "cos_sin_cache", cos_sin_cache, (None, None))
+    if position_ids is not None:
+        check_shape(name, "position_ids", position_ids, (q.shape[0],))
+        check_dtype(name, "position_ids", position_ids, ("int64",))
+    rows = q.shape[0] if position_ids is None else None
+    check_shape(name, "cos_sin_cache", cos_sin_cache, (rows, None))
     check_dtype(name, "cos_sin_cache", cos_sin_cache, ("float32",))
     if chosen == TRITON:
         from fd_dsa.ops.indexer_query import triton_kernel as provider

@@ -9,7 +9,7 @@ import numpy as np
 from fd_dsa.ops._fp8 import absolute_maximum, decode_e4m3, index_scale, quantise
 from fd_dsa.ops._hadamard import hadamard as rotate
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops._rope import apply_rope_
+from fd_dsa.ops._rope import cos_sin_of, rotate_
 
 
 def prepare_indexer_query(
@@ -27,8 +27,8 @@ def prepare_indexer_query(
 ) -> tuple[Any, Any]:
     """See `fd_dsa.ops.indexer_query.prepare_indexer_query`."""
     query, head_weights = as_numpy(q), as_numpy(weights)
-    rope_dim = cos_sin_cache.shape[1]
-    apply_rope_(query[:, :, :rope_dim], position_ids, cos_sin_cache, interleaved=rope_interleave)
+    cos_sin = cos_sin_of(position_ids, cos_sin_cache)
+    rotate_(query[:, :, : cos_sin.shape[1]], cos_sin, interleaved=rope_interleave)
     if hadamard:
         query = rotate(query)
     if weights_scale != 1.0:

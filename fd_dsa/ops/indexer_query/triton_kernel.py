@@ -73,17 +73,19 @@ def prepare_query_kernel(
     row = first_row + tl.arange(0, BLOCK_ROWS)
     if HEADS % BLOCK_ROWS == 0:
         inside, mask = None, None
-        position = tl.load(position_ids_ptr + first_row // HEADS) + row * 0
+        angle_row = first_row // HEADS + row * 0
     else:
         inside = row < num_rows
         mask = inside[:, None]
-        position = tl.load(position_ids_ptr + row // HEADS, mask=inside, other=0)
+        angle_row = row // HEADS
+    if position_ids_ptr is not None:
+        angle_row = tl.load(position_ids_ptr + angle_row, mask=inside)
     start = (row * (4 * HALF))[:, None]
     if QUANTIZED:
         q_out_ptr = q_out_ptr.to(tl.pointer_type(tl.uint8))
     a, b, c, d = load_row(q_ptr + start, mask, HALF, INTERLEAVED, HADAMARD)
     weight = widened(tl.load(weights_ptr + row, mask=inside)) * weights_scale
-    angle = cos_sin_ptr + position[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    angle = cos_sin_ptr + angle_row[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
     cos, sin = tl.load(angle, mask=mask), tl.load(angle + HALF, mask=mask)
     a, b = rotated(a, b, cos, sin)
     if HADAMARD:

@@ -116,7 +116,7 @@ def test_a_decode_step_copies_nothing_and_takes_no_memory(rig: Rig, dtype: str, 
         for name in ("q", "latent", "k_pe", "index_q", "index_k", "weights")
     }
     kv_a = paddle.concat([given["latent"], given["k_pe"]], axis=1)
-    angles = world.put(np.ones((64, sizes.widths[1]), np.float32))
+    cos_sin = world.put(np.ones((len(given["q"]), sizes.widths[1]), np.float32))
     layer = SimpleNamespace(
         layer_id=0, cache_write_params=lambda layout: world.backend._plain_params
     )
@@ -126,7 +126,7 @@ def test_a_decode_step_copies_nothing_and_takes_no_memory(rig: Rig, dtype: str, 
         meta = SimpleNamespace(**inputs, caches=world.caches, attn_backend=world.backend)
         world.backend.set_step_hints(StepHints(3, 0, 41))
         world.backend.init_attention_metadata(meta)
-        world.backend.write_caches(kv_a, given["index_k"], angles, layer, meta)
+        world.backend.write_caches(kv_a, given["index_k"], cos_sin, layer, meta)
         slots = world.backend.indexer_forward(given["index_q"], None, given["weights"], 0, meta)
         out = world.backend.forward(given["q"], None, slots, None, None, None, layer, meta)
         outputs.append((slots, out))
