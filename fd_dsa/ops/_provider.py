@@ -12,15 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.config import choose_triton_mode
 from fd_dsa.errors import BackendUnavailable
 
 logger = logging.getLogger(__name__)
 
 PADDLE, TRITON = "paddle", "triton"
-_REASONS = {
-    PADDLE: "a CPU: NumPy, and products by Paddle",
-    TRITON: "a device with a compiled Triton kernel",
-}
 _choices: dict[tuple[str, str], str] = {}
 
 
@@ -68,7 +65,10 @@ def provider_table() -> dict[str, dict[str, str]]:
 
 def provider_reason(provider: str) -> str:
     """Why a provider serves where it does, in words."""
-    return _REASONS[provider]
+    if provider == PADDLE:
+        return "a CPU: NumPy, and products by Paddle"
+    # asked here, not at import: a process that stays on the CPU decides nothing about Triton
+    return f"a device, {'an interpreted' if choose_triton_mode() else 'a compiled'} Triton kernel"
 
 
 def _choose(operator: str, kind: str) -> str:
@@ -78,6 +78,6 @@ def _choose(operator: str, kind: str) -> str:
         raise BackendUnavailable(
             f"{operator}: no kernel for tensors on {kind!r}; it runs on CPU tensors"
         )
-    logger.info("%s on %s: %s (%s)", operator, kind, chosen, _REASONS[chosen])
+    logger.info("%s on %s: %s (%s)", operator, kind, chosen, provider_reason(chosen))
     _choices[operator, kind] = chosen
     return chosen

@@ -12,7 +12,7 @@ import pytest
 
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops import _provider
-from fd_dsa.ops._provider import provider_for, provider_table
+from fd_dsa.ops._provider import provider_for, provider_reason, provider_table
 
 
 class Place:
@@ -58,6 +58,18 @@ def test_other_places_need_a_kernel(kind: str, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(BackendUnavailable, match=rf"cache_write: no kernel .*'{kind}'"):
         provider_for("cache_write", on(kind))
     assert provider_table() == {"topk": {kind: "triton"}}
+
+
+@pytest.mark.parametrize(("mode", "said"), [("1", "an interpreted"), ("0", "a compiled")])
+def test_the_reason_says_how_a_kernel_runs(
+    mode: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", mode)
+    with caplog.at_level(logging.INFO, logger="fd_dsa"):
+        provider_for("topk", on("hopper"))
+    (record,) = caplog.records
+    assert record.getMessage() == f"topk on hopper: triton (a device, {said} Triton kernel)"
+    assert provider_reason("triton").endswith(f"{said} Triton kernel")
 
 
 def test_memory_of_torch() -> None:
