@@ -21,6 +21,7 @@ DEVICES = ("auto", "cpu", "gpu")
 _DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
 _CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
+_SWITCH = {"": False, "0": False, "false": False, "1": True, "true": True}
 FP8_BLOCK_SIZE = 64
 """Tokens of a block of fp8_ds_mla caches; the kernels that read them take no other."""
 
@@ -55,8 +56,8 @@ class EngineConfig:
         model: folder of a checkpoint in Hugging Face format; None is the demo model.
         served_model_name: names that requests may use; empty is the folder's name.
         device: where the model runs: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
-            "auto", a GPU where Paddle has one and the CPU otherwise. A custom device of Paddle by
-            its name and number.
+            "auto", a GPU where Paddle has one and the CPU otherwise: the values of the flag. In
+            Python also the place of a custom device of Paddle, such as "name:0".
         dtype: type of weights and activations; `auto` is float32, the only one so far.
         kv_cache_dtype: type of the caches; `auto` is the type of the activations, `fp8_ds_mla`
             is e4m3 with scales, 788 bytes a token and layer.
@@ -93,7 +94,12 @@ class EngineConfig:
         if not all(isinstance(name, str) and name for name in self.served_model_name):
             raise _flag_error("served_model_name", names, "non-empty names", "")
         if not _DEVICE_PATTERN.fullmatch(str(self.device)):
-            raise _flag_error("device", self.device, ", ".join(DEVICES), "")
+            raise _flag_error(
+                "device",
+                self.device,
+                f"{', '.join(DEVICES)}, in Python also a custom device of Paddle as name:number",
+                "",
+            )
         self._check_dtypes()
         if self.max_num_batched_tokens is None:
             self._set("max_num_batched_tokens", DEFAULT_NUM_BATCHED_TOKENS)
@@ -237,8 +243,18 @@ def choose_triton_mode() -> bool:
 
 
 def step_checks_requested() -> bool:
-    """True if FD_DSA_CHECK=1 asks for checks that read device tensors back in every step."""
-    return os.environ.get("FD_DSA_CHECK", "").strip() == "1"
+    """True if FD_DSA_CHECK=1 asks for checks that read device tensors back in every step.
+
+    Raises:
+        ConfigError: the variable is none of 0, 1, false and true, in any case.
+    """
+    value = os.environ.get("FD_DSA_CHECK", "")
+    try:
+        return _SWITCH[value.strip().lower()]
+    except KeyError:
+        raise ConfigError(
+            f"FD_DSA_CHECK: got {value!r}, allowed: 0, 1, false, true; leave it unset for 0"
+        ) from None
 
 
 def usable_cpus() -> int:

@@ -17,6 +17,7 @@ from fd_dsa.config import (
     parse_bytes,
     prepare_cpu_runtime,
     set_cpu_threads,
+    step_checks_requested,
 )
 from fd_dsa.errors import ConfigError
 
@@ -78,7 +79,7 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ({"model": "deepseek-ai/DeepSeek-V3.2"}, ["--model", "deepseek-ai", "not downloaded"]),
         ({"served_model_name": ("a", "")}, ["--served-model-name"]),
-        ({"device": "cuda"}, ["--device", "'cuda'", "auto, cpu, gpu"]),
+        ({"device": "cuda"}, ["--device", "'cuda'", "auto, cpu, gpu", "name:number"]),
         ({"device": "gpu:x"}, ["--device", "'gpu:x'"]),
         ({"dtype": "float16"}, ["--dtype", "'float16'", "bfloat16"]),
         ({"dtype": "bfloat16"}, ["--dtype", "'bfloat16'", "no bfloat16 kernels"]),
@@ -142,3 +143,29 @@ def test_configuration_and_checkpoint_reading_do_not_import_paddle() -> None:
         "sys.exit('paddle' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "gpu", "hopper:0"])
+def test_devices_of_the_python_api(device: str) -> None:
+    assert EngineConfig(device=device).device == device
+
+
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [("", False), ("0", False), ("false", False), ("1", True), ("true", True), (" True ", True)],
+)
+def test_switch_of_the_checks(value: str, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_DSA_CHECK", value)
+    assert step_checks_requested() is on
+
+
+def test_switch_of_the_checks_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FD_DSA_CHECK", raising=False)
+    assert step_checks_requested() is False
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "on"])
+def test_other_words_switch_nothing(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_DSA_CHECK", value)
+    with pytest.raises(ConfigError, match=f"FD_DSA_CHECK: got '{value}', allowed: 0, 1, false"):
+        step_checks_requested()

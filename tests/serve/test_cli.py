@@ -111,6 +111,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype: got 'fp8'"),
         (["--served-model-name", ""], "--served-model-name"),
         (["--engine", "turbo"], "--engine: invalid choice"),
+        (["--device", "hopper:0"], "--device: invalid choice: 'hopper:0'"),
         (["--engine", "fastdeploy"], "--engine fastdeploy: missing in this release"),
         (["no/such/folder"], "--model: got 'no/such/folder'"),
         (["--host", "no.such.host.invalid"], "--host: got 'no.such.host.invalid'"),
