@@ -56,31 +56,101 @@ def _paddle_matmul() -> Callable[..., Any]:
 
 
 def check_shape(operator: str, argument: str, found: Any, allowed: tuple[int | None, ...]) -> None:
-    """Raise ShapeError unless `found.shape` fits `allowed` (None = any extent)."""
-    shape = found.shape
+    """Raise ShapeError unless `found` is an array whose shape fits `allowed` (None = any)."""
+    try:
+        shape = found.shape
+    except AttributeError:
+        raise ShapeError(
+            f"{operator}: {argument} is {_kind_of(found)}, allowed is an array of shape "
+            f"{_shape_text(allowed)}"
+        ) from None
     if len(shape) == len(allowed):
         for extent, wanted in zip(shape, allowed, strict=True):
             if wanted is not None and extent != wanted:
                 break
         else:
             return
-    text = "[" + ", ".join("*" if a is None else str(a) for a in allowed) + "]"
-    raise ShapeError(f"{operator}: {argument} has shape {list(shape)}, allowed is {text}")
+    raise ShapeError(
+        f"{operator}: {argument} has shape {list(shape)}, allowed is {_shape_text(allowed)}"
+    )
+
+
+def _shape_text(allowed: tuple[int | None, ...]) -> str:
+    """A shape in words, `*` for any extent."""
+    return "[" + ", ".join("*" if a is None else str(a) for a in allowed) + "]"
+
+
+def _kind_of(found: Any) -> str:
+    """What an argument is that is no array."""
+    return "None" if found is None else f"a {type(found).__name__}"
 
 
 @cache
 def _dtype_name(dtype: Any) -> str:
-    """Name of a dtype of NumPy or Paddle; making it takes longer than a small sum."""
-    return str(dtype).removeprefix("paddle.")
+    """Name of a dtype without its package; making it takes longer than a small sum."""
+    return str(dtype).rpartition(".")[2]
 
 
 def check_dtype(operator: str, argument: str, found: Any, allowed: tuple[str, ...]) -> None:
-    """Raise DtypeError unless the dtype of `found` is one of `allowed`."""
-    name = _dtype_name(found.dtype)
+    """Raise DtypeError unless `found` is an array whose dtype is one of `allowed`."""
+    try:
+        name = _dtype_name(found.dtype)
+    except AttributeError:
+        raise DtypeError(
+            f"{operator}: {argument} is {_kind_of(found)}, allowed is an array of "
+            f"{' or '.join(allowed)}"
+        ) from None
     if name not in allowed:
         raise DtypeError(
             f"{operator}: {argument} has dtype {name}, allowed is {' or '.join(allowed)}"
         )
+
+
+def check_array(
+    operator: str,
+    argument: str,
+    found: Any,
+    shape: tuple[int | None, ...],
+    dtypes: tuple[str, ...],
+) -> None:
+    """`check_shape` and `check_dtype` of one argument; a microsecond."""
+    check_shape(operator, argument, found, shape)
+    check_dtype(operator, argument, found, dtypes)
+
+
+def check_tokens(
+    operator: str, num_tokens: int, position_ids: Any, batch_id_per_token: Any, block_tables: Any
+) -> None:
+    """`check_array` of what a step says of its tokens: where they stand, and in which pages."""
+    check_array(operator, "position_ids", position_ids, (num_tokens,), ("int64",))
+    check_array(operator, "batch_id_per_token", batch_id_per_token, (num_tokens,), ("int32",))
+    check_array(operator, "block_tables", block_tables, (None, None), ("int32",))
+
+
+def check_first_token(operator: str, first_token: int, num_rows: int, num_tokens: int) -> None:
+    """Raise ShapeError unless the `num_rows` tokens from `first_token` on exist."""
+    if first_token < 0 or num_rows < 0 or first_token + num_rows > num_tokens:
+        raise ShapeError(
+            f"{operator}: first_token is {first_token} with {num_rows} rows, allowed are rows "
+            f"within the {num_tokens} tokens"
+        )
+
+
+def check_values(operator: str, argument: str, found: np.ndarray, low: int, stop: int) -> None:
+    """Raise ValueError unless all of `found` lie in [low, stop): a look at every value."""
+    if found.size == 0 or (found.min() >= low and found.max() < stop):
+        return
+    place = tuple(int(i) for i in np.argwhere((found < low) | (found >= stop))[0])
+    index = ", ".join(map(str, place))
+    raise ValueError(
+        f"{operator}: {argument}[{index}] is {found[place]}, allowed is {low} to {stop - 1}"
+    )
+
+
+def check_writable(operator: str, argument: str, found: Any) -> None:
+    """Raise ValueError if `found`, a CPU tensor or a NumPy array, may not be written to."""
+    if not as_numpy(found).flags.writeable:
+        raise ValueError(f"{operator}: {argument} is read-only, allowed is a writable array")
 
 
 _STAGED_SHAPES = 1024

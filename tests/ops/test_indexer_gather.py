@@ -135,6 +135,66 @@ def test_kernel_skips_pages_that_are_none(kernel_memory: KernelMemory) -> None:
         np.testing.assert_array_equal(left[128:], right[128:])
 
 
+def test_kernel_writes_no_row_past_its_outputs(kernel_memory: KernelMemory) -> None:
+    from fd_dsa.ops.indexer_gather.triton_kernel import gather_indexer_keys as gather
+
+    # the sums say 134 keys, the outputs have 70 rows; what follows them belongs to others
+    m, keys = kernel_memory, Keys(make_batch([(70, 0, 70), (64, 0, 64)], 64), "uint8", spare=0)
+    out, wanted = [m.put(array) for array in keys.outputs()], keys.wanted()
+    gather(*(m.put(array) for array in keys.arguments()), *(x[:70] for x in out))
+    for found, right, poison in zip(map(m.get, out), wanted, keys.outputs(), strict=True):
+        np.testing.assert_array_equal(found[:70].view(np.uint8), right[:70].view(np.uint8))
+        np.testing.assert_array_equal(found[70:].view(np.uint8), poison[70:].view(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("place", "index", "value", "said"),
+    [
+        (1, (0, 1), -1, r"block_tables of row 0: page\[1\] is -1, allowed is 0 to"),
+        (1, (3, 0), 10**6, r"block_tables of row 3: page\[0\] is 1000000"),
+        (2, -1, 10**6, r"cu_seqlens_kg\[7\] is 1000000, allowed is 0 to"),
+        (2, 0, -1, r"cu_seqlens_kg\[0\] is -1"),
+        (2, slice(0, 1), 71, r"cu_seqlens_kg\[1\] is 70, allowed is at least the 71 before it"),
+    ],
+)
+def test_a_cpu_refuses_values_and_writes_nothing(
+    place: int, index: Any, value: int, said: str
+) -> None:
+    keys = Keys(make_batch(ROWS, 64), "uint8")
+    arguments, out = [*keys.arguments()], keys.outputs()
+    arguments[place] = arguments[place].copy()
+    arguments[place][index] = value
+    with pytest.raises(ValueError, match=f"gather_indexer_keys: {said}"):
+        gather_indexer_keys(*arguments, *out)
+    assert_equal(out, keys.outputs())
+
+
+def test_a_cpu_refuses_more_keys_than_pages_hold() -> None:
+    keys = Keys(make_batch([(70, 0, 70)], 64), "uint8")
+    cache, tables, cu, encoder = keys.arguments()
+    with pytest.raises(ValueError, match=r"row 0 has 70 keys, its 1 pages .* hold 64"):
+        gather_indexer_keys(cache, tables[:, :1], cu, encoder, *keys.outputs())
+
+
+def test_pages_of_rows_that_gather_nothing_may_be_anything() -> None:
+    keys = Keys(make_batch(ROWS, 64), "uint8")
+    keys.batch.block_tables[2] = -1
+    out = keys.outputs()
+    gather_indexer_keys(*keys.arguments(), *out)
+    assert_equal(out, keys.wanted())
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_cpu_refuses_outputs_that_are_read_only(place: int) -> None:
+    keys = Keys(make_batch(ROWS, 64), "uint8")
+    out = keys.outputs()
+    out[place].setflags(write=False)
+    said = ("out_k", "out_scale")[place]
+    with pytest.raises(ValueError, match=f"gather_indexer_keys: {said} is read-only"):
+        gather_indexer_keys(*keys.arguments(), *out)
+    assert_equal(out, keys.outputs())
+
+
 def test_codes_may_be_float8(kernel_memory: KernelMemory) -> None:
     from fd_dsa.ops.indexer_gather.triton_kernel import gather_indexer_keys as gather
 
@@ -154,6 +214,8 @@ def test_codes_may_be_float8(kernel_memory: KernelMemory) -> None:
         (2, np.zeros(7, np.int32), ShapeError, r"cu_seqlens_kg has shape \[7\].*\[8\]"),
         (3, np.zeros(8, np.int32), ShapeError, "seq_lens_encoder has shape"),
         (4, np.zeros((9, 64), np.uint8), ShapeError, "out_k has shape"),
+        (1, None, ShapeError, "block_tables is None"),
+        (2, [0] * 8, ShapeError, "cu_seqlens_kg is a list"),
         (5, None, ShapeError, "out_scale is missing for a cache of uint8"),
         (5, np.zeros(3, np.float32), ShapeError, r"out_scale has shape \[3\]"),
     ],

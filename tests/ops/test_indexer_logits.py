@@ -160,7 +160,7 @@ Q, W, CACHE = (np.zeros(s, np.float32) for s in ((2, 3, 4), (2, 3), (3, 3, 4)))
     [
         (Q, W[:1], CACHE, ShapeError, r"weights has shape \[1, 3\].*\[2, 3\]"),
         (Q, W, CACHE[:, :, :3], ShapeError, r"cache has shape \[3, 3, 3\].*\[\*, \*, 4\]"),
-        (Q, W, CACHE.astype(np.uint8), ShapeError, r"cache has shape \[3, 3, 4\].*\[\*, \*, 8\]"),
+        (Q, W, np.zeros((3, 3, 8), np.uint8), ShapeError, "has keys of 128 values, q has 4"),
         (Q, W, CACHE.astype(np.int32), DtypeError, "cache has dtype int32.*uint8"),
         (Q[0], W, CACHE, ShapeError, r"q has shape \[3, 4\]"),
         (Q.astype(np.float64), W, CACHE, DtypeError, "q has dtype float64"),
@@ -170,6 +170,34 @@ Q, W, CACHE = (np.zeros(s, np.float32) for s in ((2, 3, 4), (2, 3), (3, 3, 4)))
 def test_refusals(q, weights, cache, error, said) -> None:
     with pytest.raises(error, match=said):
         indexer_logits(paddle.to_tensor(q), paddle.to_tensor(weights), cache, np.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("key_slots", "error", "said"),
+    [
+        (np.int64([0, 9]), ValueError, r"key_slots\[1\] is 9, allowed is 0 to 8"),
+        (np.int64([-1, 0]), ValueError, r"key_slots\[0\] is -1"),
+        (np.int32([0, 1]), DtypeError, "key_slots has dtype int32"),
+        ([0, 1], ShapeError, "key_slots is a list"),
+    ],
+)
+def test_slots_are_refused(key_slots: Any, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=f"indexer_logits: {said}"):
+        indexer_logits(Q, W, CACHE, key_slots)
+
+
+def test_a_cache_of_another_record_is_refused() -> None:
+    q, cache = np.zeros((2, 3, 128), np.float32), np.zeros((3, 64, 128), np.uint8)
+    with pytest.raises(ShapeError, match=r"cache has shape \[3, 64, 128\].*\[\*, \*, 132\]"):
+        indexer_logits(q, W, cache, np.arange(2))
+
+
+@pytest.mark.parametrize("block", [-1, 5])
+def test_paged_refuses_blocks_outside_the_cache(block: int) -> None:
+    tables, cache = np.int32([[0, block]]), np.zeros((5, 16, 4), np.float32)
+    units = PagedUnits.build(np.array([20]), tables, 16)
+    with pytest.raises(ValueError, match=rf"units.blocks\[0, 1\] is {block}, allowed is 0 to 4"):
+        paged_indexer_logits(Q[:1, None], W[:1, None], cache, units)
 
 
 def test_paged_refusals() -> None:

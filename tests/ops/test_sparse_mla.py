@@ -152,6 +152,50 @@ def test_refusals(q, cache, indices, error, said) -> None:
         run_sparse(q, cache, indices)
 
 
+@pytest.mark.parametrize("slot", [-2, 9, 2**31 - 1])
+def test_slots_outside_the_cache_are_refused(slot: int) -> None:
+    indices = INDICES.copy()
+    indices[1, 2] = slot
+    with pytest.raises(ValueError, match=rf"sparse_mla: indices\[1, 2\] is {slot}.*-1 to 8"):
+        run_sparse(Q, CACHE, indices)
+
+
+@pytest.mark.parametrize(
+    ("key_slots", "error", "said"),
+    [
+        (np.int64([0, 9]), ValueError, r"key_slots\[1\] is 9, allowed is 0 to 8"),
+        (np.int64([-1, 0]), ValueError, r"key_slots\[0\] is -1"),
+        (np.int32([0, 1]), DtypeError, "key_slots has dtype int32"),
+        ([0, 1], ShapeError, "key_slots is a list"),
+        (None, ShapeError, "key_slots is None"),
+    ],
+)
+def test_masked_refuses_slots(key_slots: Any, error: type[Exception], said: str) -> None:
+    mask, options = np.zeros((2, 2), np.float32), {"softmax_scale": SCALE, "kv_lora_rank": RANK}
+    with pytest.raises(error, match=f"masked_mla: {said}"):
+        masked_mla(Q, CACHE, key_slots, mask, **options)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "row", "rank", "said"),
+    [
+        (WIDTH, np.float32, WIDTH, WIDTH + 1, f"is {WIDTH + 1}, allowed is 1 to {WIDTH}"),
+        (WIDTH, np.float32, WIDTH, 0, f"is 0, allowed is 1 to {WIDTH}"),
+        (576, np.uint8, 656, 500, "is 500, an fp8_ds_mla cache has 512"),
+    ],
+)
+def test_the_value_part_lies_in_the_keys(
+    width: int, dtype: Any, row: int, rank: int, said: str
+) -> None:
+    q, cache = np.zeros((1, 1, width), np.float32), np.zeros((3, row), dtype)
+    options = {"softmax_scale": SCALE, "kv_lora_rank": rank}
+    with pytest.raises(ShapeError, match=f"sparse_mla: kv_lora_rank {said}"):
+        sparse_mla(q, cache, np.zeros((1, 2), np.int32), **options)
+    mask = np.zeros((1, 2), np.float32)
+    with pytest.raises(ShapeError, match=f"masked_mla: kv_lora_rank {said}"):
+        masked_mla(q, cache, np.arange(2), mask, **options)
+
+
 def test_masked_refuses_a_mask_of_another_shape() -> None:
     mask = np.zeros((2, 5), np.float32)
     with pytest.raises(ShapeError, match=r"mask has shape \[2, 5\].*\[2, 6\]"):

@@ -31,7 +31,7 @@ def check(scores: np.ndarray, lengths: list[int], k: int) -> np.ndarray:
 
 @st.composite
 def score_rows(draw: st.DrawFn) -> tuple[np.ndarray, list[int], int]:
-    """Scores full of ties and special values, lengths past both ends of the width, any k."""
+    """Scores full of ties and special values, lengths up to the width, any k."""
     width = draw(st.integers(1, 20))
     value = st.one_of(st.sampled_from(SPECIAL), st.integers(-2, 2).map(float), st.floats(width=32))
     rows = draw(st.lists(st.lists(value, min_size=width, max_size=width), min_size=1, max_size=4))
@@ -77,10 +77,6 @@ def test_lengths_of_zero_and_one() -> None:
 
 def test_k_past_the_width_pads() -> None:
     assert check(np.array([[3.0, 7.0]], np.float32), [2], 5).tolist() == [[0, 1, -1, -1, -1]]
-
-
-def test_a_length_past_the_width_means_the_width() -> None:
-    assert check(np.array([[3.0, 7.0]], np.float32), [9], 1).tolist() == [[1]]
 
 
 def test_plateau_of_zeros_goes_to_the_lowest_positions() -> None:
@@ -137,6 +133,16 @@ def test_inputs_are_left_alone() -> None:
         (np.zeros((2, 3)), np.zeros(2, np.int32), 1, DtypeError, "float64.*float32"),
         (np.zeros((2, 3), np.float32), np.zeros(2), 1, DtypeError, "float64.*int32 or int64"),
         (np.zeros((2, 3), np.float32), np.zeros(2, np.int32), 0, ValueError, "k is 0.*at least 1"),
+        (
+            np.zeros((2, 3), np.float32),
+            np.int32([3, 4]),
+            1,
+            ValueError,
+            r"lengths\[1\] is 4.*0 to 3",
+        ),
+        (np.zeros((2, 3), np.float32), np.int64([-1, 3]), 1, ValueError, r"lengths\[0\] is -1"),
+        ([[1.0]], np.zeros(1, np.int32), 1, ShapeError, "logits is a list"),
+        (np.zeros((2, 3), np.float32), None, 1, ShapeError, "lengths is None"),
     ],
 )
 def test_refusals_name_both_sides(logits, lengths, k, error, said) -> None:

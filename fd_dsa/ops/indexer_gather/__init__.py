@@ -6,7 +6,7 @@ from typing import Any
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH
-from fd_dsa.ops._host import check_dtype, check_shape
+from fd_dsa.ops._host import check_array, check_dtype, check_shape
 from fd_dsa.ops._provider import TRITON, provider_for
 
 __all__ = ["gather_indexer_keys"]
@@ -33,7 +33,8 @@ def gather_indexer_keys(
     out_k[cu_seqlens_kg[b] + p] = key at block_tables[b, p // block_size], p % block_size
 
     for p in [0, cu_seqlens_kg[b + 1] - cu_seqlens_kg[b]) and seq_lens_encoder[b] > 0. The rows
-    that a decode row has reserved, and those from cu_seqlens_kg[B] on, are left as they are.
+    that a decode row has reserved, and those from cu_seqlens_kg[B] on, are left as they are. On a
+    device a key is left out whose page is no block of the cache, or whose row lies past `out_k`.
 
     Args:
         index_cache: [num_blocks, block_size, index_head_dim] float32 or bfloat16 (int16 bits on a
@@ -47,20 +48,22 @@ def gather_indexer_keys(
 
     Raises:
         ShapeError, DtypeError: before anything is written.
+        ValueError: on a CPU, cu_seqlens_kg falls or ends past `out_k`, a prefill row's pages are
+            no blocks of the cache, or an output is read-only; before anything is written.
         BackendUnavailable: the device has no kernel.
 
     Cost: one launch on a device, no wait of the host.
     Source: vLLM's cp_gather_indexer_k_quant_cache; DeepGEMM's fp8_mqa_logits reads the result.
     """
     _check_keys(index_cache, out_k, out_scale)
-    name, num_rows = "gather_indexer_keys", block_tables.shape[0]
+    name = "gather_indexer_keys"
+    check_array(name, "block_tables", block_tables, (None, None), ("int32",))
+    num_rows = block_tables.shape[0]
     for argument, found, shape in (
-        ("block_tables", block_tables, (None, None)),
         ("cu_seqlens_kg", cu_seqlens_kg, (num_rows + 1,)),
         ("seq_lens_encoder", seq_lens_encoder, (num_rows,)),
     ):
-        check_shape(name, argument, found, shape)
-        check_dtype(name, argument, found, ("int32",))
+        check_array(name, argument, found, shape, ("int32",))
     if provider_for("indexer_gather", index_cache) == TRITON:
         from fd_dsa.ops.indexer_gather import triton_kernel as provider
     else:

@@ -6,7 +6,14 @@ from typing import Any
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
-from fd_dsa.ops._host import Scratch, check_dtype, check_shape
+from fd_dsa.ops._host import (
+    Scratch,
+    as_numpy,
+    check_array,
+    check_dtype,
+    check_shape,
+    check_values,
+)
 from fd_dsa.ops.sparse_mla.paddle_impl import attend_dense, attend_gathered
 
 __all__ = ["masked_mla", "sparse_mla"]
@@ -38,14 +45,15 @@ def sparse_mla(
         float32 [num_tokens, num_heads, kv_lora_rank], a NumPy array; zeros where a row is all -1.
 
     Raises:
-        ShapeError, DtypeError: before any work.
+        ShapeError, DtypeError, ValueError (a slot below -1 or past the cache): before any work.
     """
-    check_shape("sparse_mla", "q", q, (None, None, None))
-    _check_cache("sparse_mla", cache, q.shape[2])
-    check_shape("sparse_mla", "indices", indices, (q.shape[0], None))
-    check_dtype("sparse_mla", "q", q, ("float32",))
-    check_dtype("sparse_mla", "indices", indices, ("int32",))
-    return attend_gathered(q, cache, indices, softmax_scale, kv_lora_rank, scratch or Scratch())
+    name = "sparse_mla"
+    check_array(name, "q", q, (None, None, None), ("float32",))
+    _check_cache(name, cache, q.shape[2], kv_lora_rank)
+    check_array(name, "indices", indices, (q.shape[0], None), ("int32",))
+    slots = as_numpy(indices)
+    check_values(name, "indices", slots, -1, cache.shape[0])
+    return attend_gathered(q, cache, slots, softmax_scale, kv_lora_rank, scratch or Scratch())
 
 
 def masked_mla(
@@ -65,27 +73,27 @@ def masked_mla(
 
     Args:
         q, cache, softmax_scale, kv_lora_rank, scratch: as in `sparse_mla`.
-        key_slots: int64 [num_keys]; physical slots, all valid.
+        key_slots: int64 [num_keys]; physical slots, all in the cache.
         mask: float32 [num_tokens, num_keys]; 0 where selected, -inf elsewhere; no row all -inf.
 
     Returns:
         float32 [num_tokens, num_heads, kv_lora_rank], a NumPy array.
 
     Raises:
-        ShapeError, DtypeError: before any work.
+        ShapeError, DtypeError, ValueError (a slot outside the cache): before any work.
     """
-    check_shape("masked_mla", "q", q, (None, None, None))
-    _check_cache("masked_mla", cache, q.shape[2])
-    check_shape("masked_mla", "mask", mask, (q.shape[0], len(key_slots)))
-    check_dtype("masked_mla", "q", q, ("float32",))
-    check_dtype("masked_mla", "mask", mask, ("float32",))
-    return attend_dense(
-        q, cache, key_slots, mask, softmax_scale, kv_lora_rank, scratch or Scratch()
-    )
+    name = "masked_mla"
+    check_array(name, "q", q, (None, None, None), ("float32",))
+    _check_cache(name, cache, q.shape[2], kv_lora_rank)
+    check_array(name, "key_slots", key_slots, (None,), ("int64",))
+    check_array(name, "mask", mask, (q.shape[0], key_slots.shape[0]), ("float32",))
+    slots = as_numpy(key_slots)
+    check_values(name, "key_slots", slots, 0, cache.shape[0])
+    return attend_dense(q, cache, slots, mask, softmax_scale, kv_lora_rank, scratch or Scratch())
 
 
-def _check_cache(operator: str, cache: Any, width: int) -> None:
-    """Refuse a cache whose rows are not keys of the queries' width."""
+def _check_cache(operator: str, cache: Any, width: int, kv_lora_rank: int) -> None:
+    """Refuse a cache whose rows are not keys of the queries' width, or a value part beyond it."""
     check_dtype(operator, "cache", cache, ("float32", "int16", "uint8"))
     if str(cache.dtype).endswith("uint8"):
         if width != LATENT_WIDTH + ROPE_WIDTH:
@@ -93,5 +101,14 @@ def _check_cache(operator: str, cache: Any, width: int) -> None:
                 f"{operator}: an fp8_ds_mla cache has keys of {LATENT_WIDTH + ROPE_WIDTH} values, "
                 f"q has {width}"
             )
+        if kv_lora_rank != LATENT_WIDTH:
+            raise ShapeError(
+                f"{operator}: kv_lora_rank is {kv_lora_rank}, an fp8_ds_mla cache has "
+                f"{LATENT_WIDTH}"
+            )
         width = LATENT_RECORD_BYTES
     check_shape(operator, "cache", cache, (None, width))
+    if not 0 < kv_lora_rank <= width:
+        raise ShapeError(
+            f"{operator}: kv_lora_rank is {kv_lora_rank}, allowed is 1 to {width}, the width of q"
+        )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.errors import ShapeError
+from fd_dsa.ops._host import check_array, check_dtype, check_shape
 from fd_dsa.ops._triton import e4m3_values, stored_values
 from fd_dsa.triton_runtime import paddle_jit
 
@@ -20,6 +22,8 @@ _BLOCK_N = 16
 _BLOCK_D = 64
 _QUANT_TILE = 128
 """Latents that share a scale in an FP8 record."""
+_FLOATS = ("float32", "bfloat16")
+_CACHE_DTYPES = (*_FLOATS, "int16", "uint8")
 
 
 @triton.jit
@@ -152,11 +156,13 @@ def attend_slots(
     rounded to it, and in float32 (no TF32) otherwise; sums are float32.
 
     Raises:
+        ShapeError, DtypeError: an argument is not as above; nothing is launched.
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch; no allocation, no wait.
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, over the keys chosen as in arXiv 2512.02556.
     """
+    _check(q, cache, slots, out, kv_lora_rank)
     num_tokens, num_heads, width = q.shape
     if num_tokens == 0:
         return
@@ -187,3 +193,25 @@ def attend_slots(
         BLOCK_D=_BLOCK_D,
         num_warps=4,
     )
+
+
+def _check(q: Any, cache: Any, slots: Any, out: Any, kv_lora_rank: int) -> None:
+    """Refuse tensors that do not belong together."""
+    name = "attend_slots"
+    check_array(name, "q", q, (None, None, None), _FLOATS)
+    num_tokens, num_heads, width = q.shape
+    if not 0 < kv_lora_rank <= width:
+        raise ShapeError(
+            f"{name}: kv_lora_rank is {kv_lora_rank}, allowed is 1 to {width}, the width of q"
+        )
+    check_dtype(name, "cache", cache, _CACHE_DTYPES)
+    if str(cache.dtype).endswith("uint8"):
+        if kv_lora_rank % _QUANT_TILE:
+            raise ShapeError(
+                f"{name}: kv_lora_rank is {kv_lora_rank}, an FP8 cache allows multiples of "
+                f"{_QUANT_TILE}"
+            )
+        width = kv_lora_rank + 4 * (kv_lora_rank // _QUANT_TILE) + 2 * (width - kv_lora_rank)
+    check_shape(name, "cache", cache, (*(None,) * (len(cache.shape) - 1), width))
+    check_array(name, "slots", slots, (num_tokens, None), ("int32",))
+    check_array(name, "out", out, (num_tokens, num_heads, kv_lora_rank), _FLOATS)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import check_dtype, check_shape
+from fd_dsa.ops._host import as_numpy, check_array, check_values
 from fd_dsa.ops.topk.paddle_impl import ordered_bits, positions_to_slots, select_positions
 
 __all__ = ["ordered_bits", "positions_to_slots", "topk_indices"]
@@ -20,7 +20,7 @@ def topk_indices(logits: Any, lengths: Any, k: int) -> np.ndarray:
 
     Args:
         logits: float32 [num_rows, width]; columns at or past a row's length are not looked at.
-        lengths: int32 or int64 [num_rows]; valid columns of each row, 0 allowed.
+        lengths: int32 or int64 [num_rows]; valid columns of each row, 0 to width.
         k: entries wanted, at least 1.
 
     Returns:
@@ -29,10 +29,10 @@ def topk_indices(logits: Any, lengths: Any, k: int) -> np.ndarray:
     Raises:
         ShapeError, DtypeError, ValueError: before any work.
     """
-    check_shape("topk_indices", "logits", logits, (None, None))
-    check_dtype("topk_indices", "logits", logits, ("float32",))
-    check_shape("topk_indices", "lengths", lengths, (logits.shape[0],))
-    check_dtype("topk_indices", "lengths", lengths, ("int32", "int64"))
+    name = "topk_indices"
+    check_array(name, "logits", logits, (None, None), ("float32",))
+    check_array(name, "lengths", lengths, (logits.shape[0],), ("int32", "int64"))
     if k < 1:
-        raise ValueError(f"topk_indices: k is {k}, allowed is at least 1")
+        raise ValueError(f"{name}: k is {k}, allowed is at least 1")
+    check_values(name, "lengths", as_numpy(lengths), 0, logits.shape[1] + 1)
     return select_positions(logits, lengths, k)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.ops._host import check_array, check_first_token, check_tokens
 from fd_dsa.ops._triton import blocks_of
 from fd_dsa.triton_runtime import paddle_jit
 
@@ -145,12 +146,18 @@ def select_slots(
             more than k keys: the scores are not read then.
 
     Raises:
+        ShapeError, DtypeError: an argument is not as above; nothing is launched.
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch; no allocation, no wait.
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2; order: docs/concepts/dsa.md.
     """
+    name = "select_slots"
+    check_array(name, "logits", logits, (None, None), ("float32",))
+    check_array(name, "slots", slots, (None, None), ("int32",))
+    check_tokens(name, slots.shape[0], position_ids, batch_id_per_token, block_tables)
     num_rows = logits.shape[0] if num_rows is None else num_rows
+    check_first_token(name, first_token, num_rows, slots.shape[0])
     if num_rows == 0:
         return
     topk_kernel[(num_rows,)](
