@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from fd_dsa.attention import DSAAttentionBackend
+from fd_dsa.attention.host import HostAttention
 from tests.parity.cases import CASES
 from tests.parity.choices import GREEDY, Choice, pack, unpack
 from tests.parity.engine_side import load_model, make_runner, prompt_logits
@@ -76,19 +76,19 @@ def test_packed_choices_come_back_by_sequence() -> None:
 @contextmanager
 def wrong_selections(model: Any) -> Iterator[None]:
     """Every indexer prefers the keys with the worst scores, every gate experts at random."""
-    own = DSAAttentionBackend.select
+    own = HostAttention.select
 
-    def worst(self: Any, plan: Any, q: Any, weights: Any, cache: Any) -> None:
-        own(self, plan, q, weights * -1.0, cache)
+    def worst(self: Any, step: Any, q: Any, weights: Any, cache: Any) -> Any:
+        return own(self, step, q, weights * -1.0, cache)
 
     rng = np.random.default_rng(0)
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(DSAAttentionBackend, "select", worst))
+        stack.enter_context(mock.patch.object(HostAttention, "select", worst))
         for layer in model.layers:
             gate = getattr(layer.mlp, "gate", None)
             if gate is not None:
                 bias = rng.standard_normal(gate.num_experts).astype(np.float32)
-                stack.enter_context(mock.patch.object(gate, "_bias_view", bias))
+                stack.enter_context(mock.patch.object(gate, "readable_bias", bias))
         yield
 
 
