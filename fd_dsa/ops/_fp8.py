@@ -10,7 +10,11 @@ inference/kernel.py and FlashMLA's 656-byte records.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+
+from fd_dsa.errors import ConfigError
 
 # fp8_ds_mla: a latent record is 512 codes, a float32 scale for each 128 of them, 64 bfloat16 of
 # k_pe; an index key is 128 codes and a float32 scale, which lie apart in the block
@@ -42,6 +46,12 @@ def _value_table() -> np.ndarray:
 
 
 E4M3_VALUES = _value_table()
+
+
+def check_scale_fmt(name: str, value: Any) -> None:
+    """Raise ConfigError unless `value` names a form of the scales of index keys and queries."""
+    if value not in (None, "ue8m0"):
+        raise ConfigError(f"{name}: got {value!r}, allowed are 'ue8m0' and None")
 
 
 def encode_e4m3(x: np.ndarray) -> np.ndarray:

@@ -136,6 +136,29 @@ def check_first_token(operator: str, first_token: int, num_rows: int, num_tokens
         )
 
 
+def check_rope(operator: str, cos_sin_cache: Any, num_rows: int | None, width: int) -> None:
+    """`check_array` of a table of cos and sin whose pairs lie within rows of `width` values."""
+    check_array(operator, "cos_sin_cache", cos_sin_cache, (num_rows, None), ("float32",))
+    rope_dim = cos_sin_cache.shape[1]
+    if rope_dim % 2 or not 0 < rope_dim <= width:
+        raise ShapeError(
+            f"{operator}: cos_sin_cache has rows of {rope_dim} values, allowed are even numbers "
+            f"from 2 to {width}"
+        )
+
+
+def table_rows(operator: str, cos_sin_cache: Any) -> int:
+    """Rows of a table of cos and sin that a kernel looks positions up in.
+
+    Raises:
+        ShapeError: there is none.
+    """
+    rows = cos_sin_cache.shape[0]
+    if rows == 0:
+        raise ShapeError(f"{operator}: cos_sin_cache has no row, allowed is one a position")
+    return rows
+
+
 def check_values(operator: str, argument: str, found: np.ndarray, low: int, stop: int) -> None:
     """Raise ValueError unless all of `found` lie in [low, stop): a look at every value."""
     if found.size == 0 or (found.min() >= low and found.max() < stop):

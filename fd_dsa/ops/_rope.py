@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy, on_device
+from fd_dsa.ops._host import as_numpy, check_values, on_device
 
 
 def rotated(x: Any, cos_sin: Any, *, interleaved: bool) -> Any:
@@ -23,13 +23,20 @@ def rotated(x: Any, cos_sin: Any, *, interleaved: bool) -> Any:
     return x
 
 
-def cos_sin_of(position_ids: Any, cos_sin_cache: Any) -> np.ndarray:
+def cos_sin_of(operator: str, position_ids: Any, cos_sin_cache: Any) -> np.ndarray:
     """float32 [num_tokens, rope_dim]: cos and sin of each token.
 
     Rows `position_ids` of `cos_sin_cache`; without positions row t is that of token t.
+
+    Raises:
+        ValueError: a position has no row.
     """
     table = as_numpy(cos_sin_cache)
-    return table if position_ids is None else table[as_numpy(position_ids)]
+    if position_ids is None:
+        return table
+    positions = as_numpy(position_ids)
+    check_values(operator, "position_ids", positions, 0, len(table))
+    return table[positions]
 
 
 def rotate_(x: np.ndarray, cos_sin: np.ndarray, *, interleaved: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,47 @@ def test_other_widths(kernel_memory: KernelMemory, rank: int, rope: int, interle
     params = CacheWriteParams("float32", *norms)
     triton_kernel.write_caches(*(m.put(x) for x in given), *caches, params)
     assert_same_bytes([m.get(cache) for cache in caches], wanted)
+
+
+@pytest.mark.parametrize("params", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize("dtype", BITS)
+def test_programs_of_several_tokens(
+    kernel_memory: KernelMemory,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    params: dict[str, Any],
+) -> None:
+    from fd_dsa.ops.cache_write import triton_kernel
+
+    # they load the weights late, and the last program has tokens that are none
+    monkeypatch.setattr(triton_kernel, "configuration", lambda num_tokens: (4, 1, None))
+    case = make_case(7, dtype, **params)
+    slots = case.slot_mapping.copy()
+    slots[2] = -1
+    case = case.changed(slot_mapping=slots)
+    assert_same_bytes(in_kernel(kernel_memory, case), on_cpu(case))
+
+
+def test_every_nan_stays_one_in_bfloat16(kernel_memory: KernelMemory) -> None:
+    nans = [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000, 0x7FBFFFFF]
+    case = make_case(2, "bfloat16").changed(
+        cos_sin_cache=None, kv_norm_weight=None, k_norm_weight=None, k_norm_bias=None
+    )
+    for rows in (case.kv_a, case.index_k):
+        rows.view(np.uint32)[0] = np.resize(np.uint32(nans), rows.shape[1])
+    for cache in in_kernel(kernel_memory, case):
+        bits = cache.view(np.uint16).reshape(-1, cache.shape[-1])[case.slot_mapping[0]]
+        assert ((bits & 0x7F80) == 0x7F80).all()
+        assert (bits & 0x007F).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp8_ds_mla", "float32"])
+def test_positions_past_the_table_read_its_ends(kernel_memory: KernelMemory, dtype: str) -> None:
+    case = make_case(4, dtype)
+    last = len(case.cos_sin_cache) - 1
+    wild = case.changed(position_ids=np.array([-1, -(2**50), last + 1, 2**50]))
+    ends = case.changed(position_ids=np.array([0, 0, last, last]))
+    assert_same_bytes(in_kernel(kernel_memory, wild), on_cpu(ends))
 
 
 def test_values_are_those_of_float64(kernel_memory: KernelMemory) -> None:
@@ -213,6 +255,12 @@ def test_refusals(kernel_memory: KernelMemory) -> None:
     narrow = m.put(np.zeros((9, 32), np.float32))
     with pytest.raises(ShapeError, match=r"index_head_dim = 2 . rope_dim, got 128 and 32"):
         write_caches(*given[:4], narrow, *given[5:])
+    none = m.put(np.zeros((0, 64), np.float32))
+    with pytest.raises(ShapeError, match="cos_sin_cache has no row"):
+        write_caches(*given[:4], none, *given[5:])
+    short = replace(given[7], kv_norm_weight=m.put(np.zeros(448, np.float32)))
+    with pytest.raises(ShapeError, match=r"kv_norm_weight has shape \[448\], allowed is \[512\]"):
+        write_caches(*given[:4], None, *given[5:7], short)
     small = m.put(np.zeros((1, BLOCK, 132), np.uint8))
     with pytest.raises(ShapeError, match="caches of"):
         write_caches(*given[:6], small, given[7])

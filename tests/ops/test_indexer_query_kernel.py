@@ -104,6 +104,16 @@ def test_cos_and_sin_gathered_before(kernel_memory: KernelMemory, interleaved: b
         assert_equal(in_kernel(kernel_memory, gathered, **how), wanted)
 
 
+@pytest.mark.parametrize("heads", [16, 7])
+def test_positions_past_the_table_read_its_ends(kernel_memory: KernelMemory, heads: int) -> None:
+    given, how = inputs(4, heads), settings({}, True)
+    last = len(given[3]) - 1
+    wild, ends = given.copy(), given.copy()
+    wild[2] = np.array([-1, -(2**50), last + 1, 2**50])
+    ends[2] = np.array([0, 0, last, last])
+    assert_equal(in_kernel(kernel_memory, wild, **how), on_cpu(ends, **how))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("quantized", [True, False])
 def test_bfloat16_queries(kernel_memory: KernelMemory, quantized: bool, interleaved: bool) -> None:
@@ -177,6 +187,8 @@ def test_refusals(kernel_memory: KernelMemory) -> None:
     with pytest.raises(ShapeError, match=r"index_head_dim = 2 . rope_dim.*got 128 and 32"):
         narrow = m.put(given[3][:, :32])
         prepare_indexer_query(q, weights, positions, narrow, out=out, **how)
+    with pytest.raises(ShapeError, match="cos_sin_cache has no row"):
+        prepare_indexer_query(q, weights, positions, angles[:0], out=out, **how)
     with pytest.raises(LaunchError, match="q_ptr"):
         wide = m.put(np.zeros((2, 4, 130), np.float32))[..., :128]
         prepare_indexer_query(wide, weights, positions, angles, out=out, **how)

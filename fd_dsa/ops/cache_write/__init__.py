@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fd_dsa.config import FP8_BLOCK_SIZE
+from fd_dsa.errors import ConfigError, ShapeError
 from fd_dsa.ops._fp8 import (
     INDEX_RECORD_BYTES,
     INDEX_WIDTH,
     LATENT_RECORD_BYTES,
     LATENT_WIDTH,
     ROPE_WIDTH,
+    check_scale_fmt,
 )
-from fd_dsa.ops._host import check_dtype, check_shape
+from fd_dsa.ops._host import check_array, check_dtype, check_rope, check_shape
 from fd_dsa.ops._provider import PADDLE, TRITON, provider_for
 
 __all__ = ["CacheWriteParams", "write_caches"]
@@ -25,6 +28,7 @@ _CACHE_DTYPES = {
 }
 # Paddle's CPU build and NumPy do not compute in bfloat16
 _INPUT_DTYPES = {PADDLE: ("float32",), TRITON: ("float32", "bfloat16")}
+_NAME = "write_caches"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,10 @@ class CacheWriteParams:
         index_scale_fmt: scales of the index keys in an fp8_ds_mla cache: "ue8m0" or None.
 
     `index_hadamard` and `index_scale_fmt` must be those of the queries that read the cache.
+
+    Raises:
+        ConfigError: an unknown kv_cache_dtype or index_scale_fmt, or k_norm_weight without
+            k_norm_bias.
     """
 
     kv_cache_dtype: str
@@ -54,6 +62,19 @@ class CacheWriteParams:
     index_rope_interleave: bool = False
     index_hadamard: bool = False
     index_scale_fmt: str | None = "ue8m0"
+
+    def __post_init__(self) -> None:
+        if self.kv_cache_dtype not in _CACHE_DTYPES:
+            raise ConfigError(
+                f"kv_cache_dtype: got {self.kv_cache_dtype!r}, allowed are "
+                f"{', '.join(_CACHE_DTYPES)}"
+            )
+        check_scale_fmt("index_scale_fmt", self.index_scale_fmt)
+        if (self.k_norm_weight is None) != (self.k_norm_bias is None):
+            missing = "k_norm_weight" if self.k_norm_weight is None else "k_norm_bias"
+            raise ConfigError(
+                f"{missing}: got None, allowed are both of k_norm_weight and k_norm_bias, or none"
+            )
 
 
 def write_caches(
@@ -76,12 +97,15 @@ def write_caches(
     512 e4m3 codes, 4 float32 scales (one a 128 values), 64 bfloat16 of k_pe. A block of the
     index cache has 64 keys of 128 e4m3 codes, then 64 float32 scales.
 
+    At least one of `kv_a` and `index_k` is given.
+
     Args:
         kv_a: float32, on a device also bfloat16, [num_tokens, kv_lora_rank + rope_dim]; a column
             slice of a wider projection is allowed; None writes the index key alone.
         index_k: like `kv_a`, [num_tokens, index_head_dim]; None = no indexer, or written already.
         position_ids: int64 [num_tokens]; rows of `cos_sin_cache`. None = row t belongs to token t,
-            as where a step gathers them once for all layers.
+            as where a step gathers them once for all layers. A device takes a position outside
+            the table for its nearest row; it does not matter where nothing is written.
         slot_mapping: int64 [num_tokens]; block * block_size + offset. A slot below 0 or past the
             cache is not written.
         cos_sin_cache: float32 [max_position, rope_dim], cos in the first half, sin in the second;
@@ -89,20 +113,26 @@ def write_caches(
         latent_cache: [num_blocks, 1, block_size, row]: float32 or int16 (bfloat16 bits) with row =
             kv_lora_rank + rope_dim, or uint8 with row = 656. None with `kv_a`.
         index_cache: [num_blocks, block_size, row]: row = index_head_dim, or uint8 with row = 132.
-            None with `index_k`.
+            None with `index_k`. Both have the same blocks; those of fp8_ds_mla hold 64 tokens.
         params: the layer's norms and the format.
 
     Raises:
         ShapeError, DtypeError: before anything is written.
+        ValueError: on a CPU, a position outside `cos_sin_cache`, or a cache that is read-only;
+            before anything is written.
         BackendUnavailable: the device has no kernel.
 
     Source: FlashMLA (README, "FP8 KV cache"), DeepGEMM's paged index cache, vLLM's
     concat_and_cache_ds_mla and indexer_k_quant_and_cache for the two formats.
     """
-    chosen = provider_for("cache_write", index_k if kv_a is None else kv_a)
     arguments = (kv_a, index_k, position_ids, slot_mapping, cos_sin_cache)
-    _check(*arguments, _INPUT_DTYPES[chosen])
+    _check(*arguments)
+    chosen = provider_for("cache_write", index_k if kv_a is None else kv_a)
+    for argument, value in (("kv_a", kv_a), ("index_k", index_k)):
+        if value is not None:
+            check_dtype(_NAME, argument, value, _INPUT_DTYPES[chosen])
     _check_caches(kv_a, index_k, latent_cache, index_cache, params)
+    _check_params(kv_a, index_k, cos_sin_cache, params)
     if chosen == TRITON:
         from fd_dsa.ops.cache_write import triton_kernel as provider
     else:
@@ -111,46 +141,66 @@ def write_caches(
 
 
 def _check(
-    kv_a: Any,
-    index_k: Any,
-    position_ids: Any,
-    slot_mapping: Any,
-    cos_sin_cache: Any,
-    floats: tuple[str, ...],
+    kv_a: Any, index_k: Any, position_ids: Any, slot_mapping: Any, cos_sin_cache: Any
 ) -> None:
-    """Refuse inputs of a wrong shape or dtype."""
-    name = "write_caches"
-    check_dtype(name, "slot_mapping", slot_mapping, ("int64",))
-    check_shape(name, "slot_mapping", slot_mapping, (None,))
+    """Refuse inputs that do not belong to the same tokens."""
+    check_array(_NAME, "slot_mapping", slot_mapping, (None,), ("int64",))
     num_tokens = slot_mapping.shape[0]
+    if kv_a is None and index_k is None:
+        raise ShapeError(f"{_NAME}: kv_a and index_k are None, allowed is at least one array")
     for argument, value in (("kv_a", kv_a), ("index_k", index_k)):
         if value is not None:
-            check_shape(name, argument, value, (num_tokens, None))
-            check_dtype(name, argument, value, floats)
-    if cos_sin_cache is not None:
-        rows = num_tokens if position_ids is None else None
-        check_shape(name, "cos_sin_cache", cos_sin_cache, (rows, None))
-        check_dtype(name, "cos_sin_cache", cos_sin_cache, ("float32",))
+            check_shape(_NAME, argument, value, (num_tokens, None))
     if position_ids is not None:
-        check_shape(name, "position_ids", position_ids, (num_tokens,))
-        check_dtype(name, "position_ids", position_ids, ("int64",))
+        check_array(_NAME, "position_ids", position_ids, (num_tokens,), ("int64",))
+    if cos_sin_cache is not None:
+        widths = [rows.shape[1] for rows in (kv_a, index_k) if rows is not None]
+        rows = num_tokens if position_ids is None else None
+        check_rope(_NAME, cos_sin_cache, rows, min(widths))
 
 
 def _check_caches(
     kv_a: Any, index_k: Any, latent_cache: Any, index_cache: Any, params: CacheWriteParams
 ) -> None:
     """Refuse caches of another dtype than the format's, or of another row than the keys'."""
-    name, fp8 = "write_caches", params.kv_cache_dtype == "fp8_ds_mla"
+    fp8 = params.kv_cache_dtype == "fp8_ds_mla"
     allowed = _CACHE_DTYPES[params.kv_cache_dtype]
+    num_blocks, block_size = None, FP8_BLOCK_SIZE if fp8 else None
     if kv_a is not None:
         if fp8:
-            check_shape(name, "kv_a", kv_a, (None, LATENT_WIDTH + ROPE_WIDTH))
+            check_shape(_NAME, "kv_a", kv_a, (None, LATENT_WIDTH + ROPE_WIDTH))
         row = LATENT_RECORD_BYTES if fp8 else kv_a.shape[1]
-        check_shape(name, "latent_cache", latent_cache, (None, 1, None, row))
-        check_dtype(name, "latent_cache", latent_cache, allowed)
+        check_array(_NAME, "latent_cache", latent_cache, (None, 1, block_size, row), allowed)
+        num_blocks, block_size = latent_cache.shape[0], latent_cache.shape[2]
     if index_k is not None:
-        if fp8:
-            check_shape(name, "index_k", index_k, (None, INDEX_WIDTH))
+        if fp8 or params.index_hadamard:
+            check_shape(_NAME, "index_k", index_k, (None, INDEX_WIDTH))
         row = INDEX_RECORD_BYTES if fp8 else index_k.shape[1]
-        check_shape(name, "index_cache", index_cache, (None, None, row))
-        check_dtype(name, "index_cache", index_cache, allowed)
+        check_array(_NAME, "index_cache", index_cache, (num_blocks, block_size, row), allowed)
+
+
+def _check_params(kv_a: Any, index_k: Any, cos_sin_cache: Any, params: CacheWriteParams) -> None:
+    """Refuse norms of another width than the rows that they scale."""
+    norms = []
+    if kv_a is not None:
+        norms += [("kv_norm_weight", params.kv_norm_weight, _rank(kv_a, cos_sin_cache, params))]
+    if index_k is not None:
+        width = index_k.shape[1]
+        norms += [("k_norm_weight", params.k_norm_weight, width)]
+        norms += [("k_norm_bias", params.k_norm_bias, width)]
+    for argument, value, width in norms:
+        if value is not None:
+            check_array(_NAME, argument, value, (width,), ("float32",))
+
+
+def _rank(kv_a: Any, cos_sin_cache: Any, params: CacheWriteParams) -> int | None:
+    """Width of the latent in `kv_a`; None where its norm says it."""
+    fp8, width = params.kv_cache_dtype == "fp8_ds_mla", kv_a.shape[1]
+    if cos_sin_cache is not None:
+        if fp8:
+            check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, ROPE_WIDTH))
+        return width - cos_sin_cache.shape[1]
+    if fp8:
+        return LATENT_WIDTH
+    weight = params.kv_norm_weight
+    return width if weight is not None and weight.shape[0] > width else None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fd_dsa.errors import ShapeError
 from fd_dsa.ops._fp8 import (
     LATENT_TILES,
     LATENT_WIDTH,
@@ -17,7 +18,7 @@ from fd_dsa.ops._fp8 import (
 )
 from fd_dsa.ops._gather import index_planes
 from fd_dsa.ops._hadamard import hadamard
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._host import as_numpy, check_writable
 from fd_dsa.ops._norm import layer_norm, rms_norm
 from fd_dsa.ops._rope import cos_sin_of, rotate_
 
@@ -45,14 +46,13 @@ def write_caches(
     params: CacheWriteParams,
 ) -> None:
     """See `fd_dsa.ops.cache_write.write_caches`."""
-    cos_sin = None if cos_sin_cache is None else cos_sin_of(position_ids, cos_sin_cache)
     slots = as_numpy(slot_mapping)
     # [num_blocks, block_size, row] is a view whatever the stride of a block
     latents = None if kv_a is None else as_numpy(latent_cache)[:, 0]
     keys = None if index_k is None else as_numpy(index_cache)
-    keep, place = _places(
-        slots, [cache.shape[:2] for cache in (latents, keys) if cache is not None]
-    )
+    _check_memory(latents, keys)
+    keep, place = _places(slots, *(keys if latents is None else latents).shape[:2])
+    cos_sin = _angles(position_ids, cos_sin_cache, keep)
     if kv_a is not None:
         latent, k_pe = _latent_rows(as_numpy(kv_a), cos_sin, params)
         _store_latent(latents, place, latent[keep], k_pe[keep])
@@ -61,15 +61,35 @@ def write_caches(
         _store_index(keys, place, rows[keep], params.index_scale_fmt)
 
 
-def _places(
-    slots: np.ndarray, shapes: list[tuple[int, int]]
-) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
-    """Which tokens are written, and the block and offset of each of them.
+def _check_memory(latents: np.ndarray | None, keys: np.ndarray | None) -> None:
+    """Refuse caches that cannot be written to in the units of their format."""
+    for argument, cache in (("latent_cache", latents), ("index_cache", keys)):
+        if cache is None:
+            continue
+        check_writable("write_caches", argument, cache)
+        # a record, and a block of index keys with its scales, is read as one piece of memory
+        dense = cache[:1, :1] if cache is latents else cache[:1]
+        if cache.dtype == np.uint8 and not dense.flags.c_contiguous:
+            raise ShapeError(
+                f"write_caches: bytes of a block of {argument} lie apart (strides "
+                f"{cache.strides}), an fp8_ds_mla cache allows contiguous ones"
+            )
 
-    Args:
-        shapes: (num_blocks, block_size) of each cache; they share their slots.
-    """
-    num_blocks, block_size = min(shapes)
+
+def _angles(position_ids: Any, cos_sin_cache: Any, keep: Any) -> np.ndarray | None:
+    """cos and sin of each token, None where nothing is rotated."""
+    if cos_sin_cache is None:
+        return None
+    if position_ids is not None and not isinstance(keep, slice):
+        # padding may carry any position
+        position_ids = np.where(keep, as_numpy(position_ids), 0)
+    return cos_sin_of("write_caches", position_ids, cos_sin_cache)
+
+
+def _places(
+    slots: np.ndarray, num_blocks: int, block_size: int
+) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
+    """Which tokens are written, and the block and offset of each of them."""
     keep: Any = (slots >= 0) & (slots < num_blocks * block_size)
     if keep.all():
         keep = slice(None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fd_dsa.errors import ShapeError
+from fd_dsa.ops._host import check_shape, table_rows
 from fd_dsa.ops._triton_fp8 import (
     absolute_maximum,
     hadamard,
@@ -155,7 +156,7 @@ def _load_angles(cos_sin_ptr, row, HALF: tl.constexpr):
 
 
 @paddle_jit(
-    do_not_specialize=("num_tokens", "num_slots", "kv_eps", "k_eps"),
+    do_not_specialize=("num_tokens", "num_slots", "num_positions", "kv_eps", "k_eps"),
     contiguous=(
         "position_ids_ptr",
         "slot_mapping_ptr",
@@ -182,6 +183,7 @@ def write_caches_kernel(
     k_bias_ptr,
     num_tokens,
     num_slots,
+    num_positions,
     kv_eps: float,
     k_eps: float,
     RANK: tl.constexpr,
@@ -227,10 +229,11 @@ def write_caches_kernel(
                 wa, wb, wc, wd = load_row(k_weight_row, None, HALF, INTERLEAVED, HADAMARD)
                 ba, bb, bc, bd = load_row(k_bias_row, None, HALF, INTERLEAVED, HADAMARD)
     live = known & (slot >= 0) & (slot < num_slots)
-    # a dead slot must not even be an address, nor must what padding has as its position
+    # a dead slot must not even be an address, nor must a position past the table
     slot = tl.where(live, slot, 0)
     if position_ids_ptr is not None:
-        cos, sin = _load_angles(cos_sin_ptr, tl.where(live, position, 0), HALF)
+        position = tl.minimum(tl.maximum(position, 0), num_positions - 1)
+        cos, sin = _load_angles(cos_sin_ptr, position, HALF)
     if kv_a_ptr is not None:
         if kv_weight_ptr is not None:
             factor = _inverse_rms(x, kv_eps, RANK)[:, None, None]
@@ -268,7 +271,7 @@ def write_caches(
 ) -> None:
     """See `fd_dsa.ops.cache_write.write_caches`."""
     num_tokens = slot_mapping.shape[0]
-    if num_tokens == 0 or (kv_a is None and index_k is None):
+    if num_tokens == 0:
         return
     arguments = kernel_arguments(
         kv_a, index_k, position_ids, slot_mapping, cos_sin_cache, latent_cache, index_cache, params
@@ -296,17 +299,21 @@ def kernel_arguments(
     """Arguments of `write_caches_kernel` by name, but for BLOCK_TOKENS; launch without fusion.
 
     Raises:
-        ShapeError: a width that the kernel has no tiles for, or caches of different sizes.
+        ShapeError: a width that the kernel has no tiles for, a table without a row, or caches of
+            different sizes.
     """
     half = _rope_half(kv_a, index_k, cos_sin_cache, params)
     rank = kv_a.shape[1] - 2 * half if kv_a is not None else _TILE
     tile = min(_TILE, 1 << (rank - 1).bit_length())
+    if kv_a is not None and params.kv_norm_weight is not None:
+        check_shape("write_caches", "kv_norm_weight", params.kv_norm_weight, (rank,))
+    has_positions = cos_sin_cache is not None and position_ids is not None
     return {
         "kv_a_ptr": kv_a,
         "kv_a_stride": _row_stride("kv_a", kv_a),
         "index_k_ptr": index_k,
         "index_k_stride": _row_stride("index_k", index_k),
-        "position_ids_ptr": None if cos_sin_cache is None else position_ids,
+        "position_ids_ptr": position_ids if has_positions else None,
         "slot_mapping_ptr": slot_mapping,
         "cos_sin_ptr": cos_sin_cache,
         "latent_ptr": latent_cache,
@@ -316,6 +323,7 @@ def kernel_arguments(
         "k_bias_ptr": params.k_norm_bias,
         "num_tokens": slot_mapping.shape[0],
         "num_slots": _num_slots(latent_cache, index_cache),
+        "num_positions": table_rows("write_caches", cos_sin_cache) if has_positions else 0,
         "kv_eps": params.kv_norm_eps,
         "k_eps": params.k_norm_eps,
         "RANK": rank,

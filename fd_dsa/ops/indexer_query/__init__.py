@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
-from fd_dsa.ops._fp8 import INDEX_WIDTH
-from fd_dsa.ops._host import check_dtype, check_shape
+from fd_dsa.errors import ShapeError
+from fd_dsa.ops._fp8 import INDEX_WIDTH, check_scale_fmt
+from fd_dsa.ops._host import check_array, check_dtype, check_rope, check_shape
 from fd_dsa.ops._provider import PADDLE, TRITON, provider_for
 
 __all__ = ["prepare_indexer_query"]
 
 # Paddle's CPU build and NumPy do not compute in bfloat16
 _INPUT_DTYPES = {PADDLE: ("float32",), TRITON: ("float32", "bfloat16")}
+_CODE_DTYPES = {PADDLE: ("float32", "uint8"), TRITON: ("uint8", "float8_e4m3fn")}
+_NAME = "prepare_indexer_query"
 
 
 def prepare_indexer_query(
@@ -41,13 +45,15 @@ def prepare_indexer_query(
             may overwrite it.
         weights: float32 or bfloat16 [num_tokens, index_n_heads].
         position_ids: int64 [num_tokens]; rows of `cos_sin_cache`. None = row t belongs to token t,
-            as where a step gathers them once for all layers.
+            as where a step gathers them once for all layers. A device takes a position outside
+            the table for its nearest row.
         cos_sin_cache: float32 [max_position, rope_dim], cos in the first half, sin in the second.
         rope_interleave: pairing of the RoPE.
         quantized: for e4m3 keys; False only rotates.
         hadamard, scale_fmt: those of the keys in the cache.
-        weights_scale: index_n_heads**-0.5 * index_head_dim**-0.5, 1 where the weights have it.
-        out: where to write the two results; None allocates.
+        weights_scale: a number, index_n_heads**-0.5 * index_head_dim**-0.5; 1 where the weights
+            have it.
+        out: where to write the two results, of their shapes and types; None allocates.
 
     Returns:
         (q', w'). Quantised: q' is e4m3, [num_tokens, index_n_heads, 128], w' float32
@@ -56,23 +62,25 @@ def prepare_indexer_query(
         device's `q` is) and w' float32.
 
     Raises:
-        ShapeError, DtypeError: before any work.
+        ShapeError, DtypeError, ConfigError (an unknown scale_fmt): before any work.
+        ValueError: weights_scale is no number; on a CPU, a position outside `cos_sin_cache` or an
+            array that is read-only; before any work.
         BackendUnavailable: the device has no kernel.
 
     Source: DeepSeek-V3.2-Exp, inference/model.py (Indexer).
     """
-    name, chosen = "prepare_indexer_query", provider_for("indexer_query", q)
-    floats = _INPUT_DTYPES[chosen]
-    check_shape(name, "q", q, (None, None, INDEX_WIDTH if quantized else None))
-    check_dtype(name, "q", q, floats)
-    check_shape(name, "weights", weights, tuple(q.shape[:2]))
-    check_dtype(name, "weights", weights, floats)
+    check_shape(_NAME, "q", q, (None, None, INDEX_WIDTH if quantized or hadamard else None))
+    chosen = provider_for("indexer_query", q)
+    check_dtype(_NAME, "q", q, _INPUT_DTYPES[chosen])
+    check_array(_NAME, "weights", weights, tuple(q.shape[:2]), _INPUT_DTYPES[chosen])
     if position_ids is not None:
-        check_shape(name, "position_ids", position_ids, (q.shape[0],))
-        check_dtype(name, "position_ids", position_ids, ("int64",))
-    rows = q.shape[0] if position_ids is None else None
-    check_shape(name, "cos_sin_cache", cos_sin_cache, (rows, None))
-    check_dtype(name, "cos_sin_cache", cos_sin_cache, ("float32",))
+        check_array(_NAME, "position_ids", position_ids, (q.shape[0],), ("int64",))
+    check_rope(_NAME, cos_sin_cache, q.shape[0] if position_ids is None else None, q.shape[2])
+    check_scale_fmt("scale_fmt", scale_fmt)
+    if isinstance(weights_scale, bool) or not isinstance(weights_scale, Real):
+        raise ValueError(f"{_NAME}: weights_scale is {weights_scale!r}, allowed is a number")
+    if out is not None:
+        _check_out(q, out, _CODE_DTYPES[chosen] if quantized else _INPUT_DTYPES[chosen])
     if chosen == TRITON:
         from fd_dsa.ops.indexer_query import triton_kernel as provider
     else:
@@ -86,6 +94,14 @@ def prepare_indexer_query(
         quantized=quantized,
         hadamard=hadamard,
         scale_fmt=scale_fmt,
-        weights_scale=weights_scale,
+        weights_scale=float(weights_scale),
         out=out,
     )
+
+
+def _check_out(q: Any, out: Any, dtypes: tuple[str, ...]) -> None:
+    """Refuse results that have another shape or type than is written."""
+    if not isinstance(out, tuple | list) or len(out) != 2:
+        raise ShapeError(f"{_NAME}: out is no pair, allowed are queries and head weights, or None")
+    check_array(_NAME, "out[0]", out[0], tuple(q.shape), dtypes)
+    check_array(_NAME, "out[1]", out[1], tuple(q.shape[:2]), ("float32",))

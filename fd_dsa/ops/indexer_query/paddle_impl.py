@@ -8,7 +8,7 @@ import numpy as np
 
 from fd_dsa.ops._fp8 import absolute_maximum, decode_e4m3, index_scale, quantise
 from fd_dsa.ops._hadamard import hadamard as rotate
-from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops._host import as_numpy, check_writable
 from fd_dsa.ops._rope import cos_sin_of, rotate_
 
 
@@ -27,7 +27,10 @@ def prepare_indexer_query(
 ) -> tuple[Any, Any]:
     """See `fd_dsa.ops.indexer_query.prepare_indexer_query`."""
     query, head_weights = as_numpy(q), as_numpy(weights)
-    cos_sin = cos_sin_of(position_ids, cos_sin_cache)
+    name = "prepare_indexer_query"
+    for argument, array in zip(("q", "out[0]", "out[1]"), (q, *(out or ())), strict=False):
+        check_writable(name, argument, array)
+    cos_sin = cos_sin_of(name, position_ids, cos_sin_cache)
     rotate_(query[:, :, : cos_sin.shape[1]], cos_sin, interleaved=rope_interleave)
     if hadamard:
         query = rotate(query)

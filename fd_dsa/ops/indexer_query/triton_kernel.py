@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.errors import ShapeError
+from fd_dsa.ops._host import table_rows
 from fd_dsa.ops._triton_fp8 import (
     hadamard,
     load_row,
@@ -23,6 +24,7 @@ from fd_dsa.triton_runtime import paddle_jit
 
 import triton.language as tl  # isort: skip
 
+_NAME = "prepare_indexer_query"
 # (BLOCK_ROWS, num_warps) that benchmarks/indexer_query.py times
 CANDIDATES = (
     *((4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 2), (64, 2)),
@@ -38,7 +40,7 @@ def configuration(num_rows: int) -> tuple[int, int]:
 
 
 @paddle_jit(
-    do_not_specialize=("num_rows", "weights_scale"),
+    do_not_specialize=("num_rows", "num_positions", "weights_scale"),
     contiguous=(
         "q_ptr",
         "weights_ptr",
@@ -56,6 +58,7 @@ def prepare_query_kernel(
     q_out_ptr,
     w_out_ptr,
     num_rows,
+    num_positions,
     weights_scale: float,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -72,7 +75,8 @@ def prepare_query_kernel(
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = first_row + tl.arange(0, BLOCK_ROWS)
     if HEADS % BLOCK_ROWS == 0:
-        inside, mask = None, None
+        inside = None
+        mask = None
         angle_row = first_row // HEADS + row * 0
     else:
         inside = row < num_rows
@@ -80,6 +84,8 @@ def prepare_query_kernel(
         angle_row = row // HEADS
     if position_ids_ptr is not None:
         angle_row = tl.load(position_ids_ptr + angle_row, mask=inside)
+        # a position past the table must not be an address
+        angle_row = tl.minimum(tl.maximum(angle_row, 0), num_positions - 1)
     start = (row * (4 * HALF))[:, None]
     if QUANTIZED:
         q_out_ptr = q_out_ptr.to(tl.pointer_type(tl.uint8))
@@ -153,15 +159,16 @@ def kernel_arguments(
     """Arguments of `prepare_query_kernel` by name, but for BLOCK_ROWS; launch without fusion.
 
     Raises:
-        ShapeError: a width that the kernel has no tiles for.
+        ShapeError: a width that the kernel has no tiles for, or a table without a row.
     """
     num_tokens, heads, width = q.shape
     half = cos_sin_cache.shape[1] // 2
     if width != 4 * half or half & (half - 1):
         raise ShapeError(
-            "prepare_indexer_query: a device needs index_head_dim = 2 * rope_dim, a power of two, "
+            f"{_NAME}: a device needs index_head_dim = 2 * rope_dim, a power of two, "
             f"got {width} and {2 * half}"
         )
+    has_positions = position_ids is not None
     return {
         "q_ptr": q,
         "weights_ptr": weights,
@@ -170,6 +177,7 @@ def kernel_arguments(
         "q_out_ptr": out[0],
         "w_out_ptr": out[1],
         "num_rows": num_tokens * heads,
+        "num_positions": table_rows(_NAME, cos_sin_cache) if has_positions else 0,
         "weights_scale": weights_scale,
         "HEADS": heads,
         "HALF": half,

@@ -1,0 +1,54 @@
+"""The kernels of the write path compile for Hopper in every supported Triton, on any machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+SCRIPT = """
+from fd_dsa.triton_runtime import Pointer
+from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
+from fd_dsa.ops.indexer_query.triton_kernel import prepare_query_kernel
+
+TYPES = {"position_ids_ptr": "int64", "slot_mapping_ptr": "int64", "latent_ptr": "uint8",
+         "index_ptr": "uint8", "q_out_ptr": "uint8"}
+
+def compile(label, kernel, **constants):
+    def argument(name):
+        if name.endswith("_ptr"):
+            return Pointer(TYPES.get(name, "float32"))
+        return 0.5 if name in ("kv_eps", "k_eps", "weights_scale") else 7
+    constants |= dict(HALF=32, INTERLEAVED=False, HADAMARD=False, UE8M0=True)
+    arguments = {name: argument(name) for name in kernel.arg_names if name not in constants}
+    kernel.warmup(
+        **arguments, **constants, num_warps=1, capability=90, enable_fp_fusion=False
+    )
+    print(label)
+
+for positions in ({}, {"position_ids_ptr": None}):
+    for tokens in (1, 2):
+        compile("write", write_caches_kernel, RANK=512, BLOCK_SIZE=64, TILE=128, TILES=4, FP8=True,
+                BLOCK_TOKENS=tokens, **positions)
+    # programs that divide the heads of a token evenly, and others
+    for heads in (64, 7):
+        compile("query", prepare_query_kernel, HEADS=heads, QUANTIZED=True, BLOCK_ROWS=8,
+                **positions)
+"""
+
+
+@pytest.mark.triton
+def test_every_form_compiles() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["write", "write", "query", "query"] * 2
