@@ -28,8 +28,8 @@ def gather_rows(cache: np.ndarray, index: np.ndarray, out: np.ndarray, scratch: 
 
     Args:
         cache: [n, ...] float32, or int16 holding bfloat16 bits.
-        index: int64 [m]; entries lie in [0, n), which the step's checks see to: one outside
-            would be moved to the nearest, not refused.
+        index: int64 [m]; entries lie in [0, n), which the operators check: one outside would be
+            moved to the nearest, not refused.
         out: float32 [m, ...], C-contiguous.
     """
     if cache.dtype == np.float32:
