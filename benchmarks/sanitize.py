@@ -3,8 +3,9 @@
     python -m benchmarks.sanitize memcheck --workers 8 tests/ops tests/step
 
 A checked process is slow and uses one core, so each of the workers checks its own part of the
-tests. Left out are captured graphs, which replay what was launched under the tool before, and
-tests that count launches and objects, which the tool has some of its own of.
+tests. Left out are captured graphs and ten thousand repeats, which launch what was launched under
+the tool before, calls that are refused, caches past 2 GiB, and tests that count launches and
+objects, of which the tool has some of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from collections.abc import Sequence
 from benchmarks._harness import ROOT
 
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
-_LEFT_OUT = ("graph", "capture", "neither_waits", "outlive")
+_LEFT_OUT = ("graph", "capture", "thousand", "repeated", "every_time", "refus")
+_LEFT_OUT += ("gigabytes", "to_the_31", "neither_waits", "outlive")
 _CHOICE = ("-m", "gpu", "--hypothesis-profile=brief", "-k", "not " + " and not ".join(_LEFT_OUT))
 # torch's own pool would hide an access past the end of a tensor
 _VARIABLES = {"FD_DSA_SMALL_TESTS": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

@@ -127,14 +127,13 @@ def test_every_write_leaves_the_bytes_of_the_cpu(
     rig: Rig, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replay, steps = Replay(), []
-    monkeypatch.setattr(backend_module, "write_caches", replay)
     with demo(device_of(rig), kv_cache_dtype, rig.is_real) as llm:
-        # a warm-up has written as well
-        num_before = replay.num_writes
-        watched_logits(llm, steps.append)
         num_layers = llm._open_engine().runner.model.config.num_hidden_layers
+        # only now: the warm-up reads slots that nobody has written, and any NaN may come of that
+        monkeypatch.setattr(backend_module, "write_caches", replay)
+        watched_logits(llm, steps.append)
         greedy(llm, rig.is_real)
-    assert replay.num_writes - num_before == num_layers * len(steps)
+    assert replay.num_writes == num_layers * len(steps)
 
 
 def tiny_runner(fields: dict[str, Any], kv_cache_dtype: str, device: str) -> ModelRunner:
