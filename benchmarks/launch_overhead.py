@@ -103,7 +103,13 @@ def _record(record: _gpu.Recorder, count: int, sides: dict[str, list[Any]], wher
             if label != without and not (kind == "bound" and label == "fd_dsa new tensors")
         }
         label = f"fd_dsa {kind}"
-        record.case(f"{count} arguments, {kind}, {where}", chosen, ours=label, floor_us=floor)
+        record.case(
+            f"{count} arguments, {kind}, {where}",
+            chosen,
+            ours=label,
+            floor_us=floor,
+            tier="T1p" if where.startswith("Paddle") else "T1",
+        )
 
 
 def _paddle_rows(record: _gpu.Recorder) -> None:
