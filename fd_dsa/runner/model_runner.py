@@ -129,8 +129,9 @@ class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
         return StepHints(batch.num_tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
 
     def warm_up(self) -> None:
-        """Run the largest prompt chunk and one decode step, so that no request waits for kernels.
+        """Run prompt chunks of all magnitudes and a decode step: no request waits for kernels.
 
+        A kernel may have another form for other numbers of tokens; its limits are powers of two.
         Results are dropped; what is written to the caches is written again before it is read.
         """
         batch, config = self.input_batch, self.model.config
@@ -138,7 +139,8 @@ class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
         chunk = min(batch.max_num_tokens, longest)
         # past the selection keys are scored and chosen
         cached = min(config.index_topk, longest - 1)
-        for tokens, done in ((chunk, 0), (1, cached)):
+        chunks = [*(1 << i for i in range((chunk - 1).bit_length())), chunk]
+        for tokens, done in (*((size, 0) for size in chunks), (1, cached)):
             batch.begin_step()
             batch.set_blocks(0, range(-(-(done + tokens) // batch.block_size)))
             last = batch.add_row(0, [0] * tokens, done, is_prefill=not done)
