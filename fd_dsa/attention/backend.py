@@ -40,9 +40,9 @@ def _attention_on(device: str, config: DSABackendConfig) -> Any:
     if device == "cpu":
         return HostAttention(config)
     # kernels and their launcher are loaded only where a device is asked for
-    from fd_dsa.attention.device import DeviceAttention, paddle_allocator
+    from fd_dsa.attention.device import DeviceAttention, empty_allocator
 
-    return DeviceAttention(config, paddle_allocator(device))
+    return DeviceAttention(config, empty_allocator(device))
 
 
 def _cache(forward_meta: Any, index: int) -> Any:

@@ -21,15 +21,13 @@ from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
 from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
 from fd_dsa.ops.topk.triton_kernel import select_slots
 from fd_dsa.step import ForwardMeta
-from fd_dsa.step.device import paddle_place
+from fd_dsa.step.device import Allocate, paddle_place
 
 LOGITS_BYTES = 512 << 20
 """Most memory for the scores of a layer; the tokens of a longer step are scored in chunks."""
 
 # views are small; lengths are rounded to powers of two, so a server sees few of them
 _CACHED_VIEWS = 512
-
-Allocate = Callable[[tuple[int, ...], str], Any]
 
 
 class DeviceAttention:
@@ -162,7 +160,7 @@ def workspace_bytes(config: DSABackendConfig, logits_bytes: int = LOGITS_BYTES) 
     return sum(size * widths[dtype] for size, dtype in _buffers(config, logits_bytes).values())
 
 
-def paddle_allocator(device: str) -> Allocate:
+def empty_allocator(device: str) -> Allocate:
     """Makes uninitialised Paddle tensors on a device; see `fd_dsa.step.device.paddle_place`.
 
     Raises:
@@ -176,7 +174,7 @@ def paddle_allocator(device: str) -> Allocate:
 
 def cache_allocator(layout: CacheLayout, device: str) -> Callable[[list[int]], Any]:
     """Makes uninitialised caches of a layout on a device: nothing reads what was not written."""
-    allocate = paddle_allocator(device)
+    allocate = empty_allocator(device)
     dtype = "uint8" if layout.is_fp8 else layout.kv_cache_dtype
     return lambda shape: allocate(tuple(shape), dtype)
 

@@ -83,9 +83,9 @@ class EmbeddedRunner:
         allocate = layout.allocate
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
-            from fd_dsa.attention.device import cache_allocator, paddle_allocator
+            from fd_dsa.attention.device import cache_allocator, empty_allocator
 
-            self._inputs = DeviceInputs(input_batch, paddle_allocator(device))
+            self._inputs = DeviceInputs(input_batch, empty_allocator(device))
             allocate = cache_allocator(layout, device)
         self.caches = self._allocate_caches(backend, allocate, num_blocks)
 
