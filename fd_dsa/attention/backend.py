@@ -7,15 +7,17 @@ layer does lies in a part behind it: `host.py` for a CPU, `device.py` for device
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig, StepHints
 from fd_dsa.attention.host import HostAttention
-from fd_dsa.errors import MissingStepError
+from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.ops._host import check_shape
 from fd_dsa.ops._linear import joined
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
+from fd_dsa.step.builder import Allocate
 
 _INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
 
@@ -35,14 +37,14 @@ def step_of(forward_meta: Any) -> ForwardMeta:
     return step
 
 
-def _attention_on(device: str, config: DSABackendConfig) -> Any:
+def _attention_on(device: str, config: DSABackendConfig, allocate: Allocate | None) -> Any:
     """The part of the backend that serves a device."""
     if device == "cpu":
         return HostAttention(config)
     # kernels and their launcher are loaded only where a device is asked for
     from fd_dsa.attention.device import DeviceAttention, empty_allocator
 
-    return DeviceAttention(config, empty_allocator(device))
+    return DeviceAttention(config, allocate or empty_allocator(device))
 
 
 def _cache(forward_meta: Any, index: int) -> Any:
@@ -72,11 +74,20 @@ class DSAAttentionBackend:
         config: sizes and scale.
         device: "cpu", "gpu", "gpu:0" or a custom device of Paddle such as "name:0"; caches,
             activations and results are tensors there.
+        allocate: how buffers on a device are made, as of a StepMetadataBuilder.
+
+    Raises:
+        ConfigError: bfloat16 activations on a CPU.
+        BackendUnavailable: no provider serves the device, or Paddle is missing.
     """
 
     __infer_dynamic_dims_fields__ = ("attention_metadata",)
 
-    def __init__(self, config: DSABackendConfig, device: str = "cpu") -> None:
+    def __init__(
+        self, config: DSABackendConfig, device: str = "cpu", allocate: Allocate | None = None
+    ) -> None:
+        if device == "cpu" and config.dtype != "float32":
+            raise ConfigError(f"dtype: got {config.dtype!r}, a CPU computes in float32 alone")
         self.config = config
         layout = config.cache_layout
         self.block_size = layout.block_size
@@ -87,9 +98,11 @@ class DSAAttentionBackend:
             layout.block_size,
             num_blocks=config.num_blocks,
             device=device,
+            allocate=allocate,
+            int32_position_ids=config.int32_position_ids,
         )
         self.attention_metadata: ForwardMeta | None = None
-        self.attention = _attention_on(device, config)
+        self.attention = _attention_on(device, config, allocate)
         self._hints: StepHints | None = None
         self._built_for: Any = None
         self._write_params: dict[int, CacheWriteParams] = {}
@@ -105,10 +118,7 @@ class DSAAttentionBackend:
         self._hints = hints
 
     def init_attention_metadata(self, forward_meta: Any) -> None:
-        """Make the step's metadata and hang it on `forward_meta`; once per object.
-
-        Sets `fd_dsa_step` (our ForwardMeta) and, as the same arrays, upstream's own
-        `position_ids`, `slot_mapping` and `indexer_attn_mask_offsets`.
+        """`build_step` of the lengths and tables of `forward_meta`, with the hints set last.
 
         Raises:
             MissingStepError: the runner has not filled the lengths or the block tables.
@@ -125,20 +135,40 @@ class DSAAttentionBackend:
                     "fill it before init_attention_metadata"
                 )
             inputs.append(value)
-        hints = self._hints
-        self._hints = None
-        if hints is None:
-            step = self.builder.build(*inputs)
-        else:
-            step = self.builder.build(
-                *inputs,
-                hints.num_padded_tokens,
-                num_tokens=hints.num_tokens,
-                num_prefill_tokens=hints.num_prefill_tokens,
-                max_seqlen_k=hints.max_seqlen_k,
-            )
+        hints, self._hints = self._hints, None
+        self.build_step(forward_meta, inputs, hints)
+
+    def build_step(
+        self, forward_meta: Any, inputs: Sequence[Any], hints: StepHints | None = None
+    ) -> None:
+        """Make the metadata of a step and hang it on `forward_meta`; once per object.
+
+        For runners whose `forward_meta` holds longer arrays than the step has rows. Sets
+        `fd_dsa_step` (our ForwardMeta) and, as the same arrays, upstream's own `position_ids`
+        (int32 where the configuration asks), `slot_mapping` and `indexer_attn_mask_offsets`.
+
+        Args:
+            forward_meta: any object that takes attributes; the layers are called with it.
+            inputs: the four arrays of `StepMetadataBuilder.build`, in its order.
+            hints: what the host knows of the step; needed with tensors on a device.
+
+        Raises:
+            ValueError: inconsistent lengths or tables, with row and value (nothing is written),
+                or a hint that is missing or wrong.
+        """
+        if self._built_for is forward_meta:
+            return
+        known = hints or StepHints()
+        step = self.builder.build(
+            *inputs,
+            known.num_padded_tokens,
+            num_tokens=known.num_tokens,
+            num_prefill_tokens=known.num_prefill_tokens,
+            max_seqlen_k=known.max_seqlen_k,
+        )
+        int32 = self.config.int32_position_ids
         forward_meta.fd_dsa_step = step
-        forward_meta.position_ids = step.position_ids
+        forward_meta.position_ids = step.position_ids_int32 if int32 else step.position_ids
         forward_meta.slot_mapping = step.slot_mapping
         forward_meta.indexer_attn_mask_offsets = step.indexer_attn_mask_offsets
         self.attention_metadata = step

@@ -5,11 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fd_dsa.attention.cache_layout import CacheLayout
+from fd_dsa.errors import ConfigError
+
+_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
 class DSABackendConfig:
-    """What the backend must know of the model and the engine; lengths in tokens."""
+    """What the backend must know of the model and the engine; lengths in tokens.
+
+    Attributes:
+        num_heads: attention heads on this device.
+        index_n_heads, index_topk: heads of the indexer, keys that it chooses.
+        softmax_scale: factor of the attention scores.
+        cache_layout: format of the caches.
+        max_num_seqs, max_num_tokens, max_blocks_per_seq, num_blocks: as of a StepMetadataBuilder.
+        dtype: of activations and results: "float32", or on a device also "bfloat16".
+        int32_position_ids: whether `forward_meta.position_ids` is int32, as older trees of
+            FastDeploy take it; the operators here go on with the step's own int64.
+
+    Raises:
+        ConfigError: another dtype.
+    """
 
     num_heads: int
     index_n_heads: int
@@ -20,13 +37,24 @@ class DSABackendConfig:
     max_num_tokens: int
     max_blocks_per_seq: int
     num_blocks: int | None = None
+    dtype: str = "float32"
+    int32_position_ids: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"dtype: got {self.dtype!r}, allowed are {', '.join(_DTYPES)}")
 
 
 @dataclass(frozen=True, slots=True)
 class StepHints:
-    """What only the runner knows of a step; see StepMetadataBuilder.build."""
+    """What only the runner knows of a step; see StepMetadataBuilder.build.
 
-    num_tokens: int
-    num_prefill_tokens: int
-    max_seqlen_k: int
+    With tensors on a device the first three are needed, and each may be an upper bound. On a CPU
+    the lengths themselves are read: the token counts are exact or None, `max_seqlen_k` is at
+    least the longest row or None.
+    """
+
+    num_tokens: int | None = None
+    num_prefill_tokens: int | None = None
+    max_seqlen_k: int | None = None
     num_padded_tokens: int | None = None

@@ -37,6 +37,8 @@ class StepMetadataBuilder:
             filled by one Triton launch.
         allocate: how the buffers on a device are made, `(shape, dtype name) -> tensor`, for
             tensors of another library that the launcher knows; None = Paddle's.
+        int32_position_ids: whether a step's positions are written as int32 too, for operators
+            that take no int64; in the same call and launch.
 
     Attributes:
         num_builds: metadata computations so far; it grows by one a step whatever the number of
@@ -58,13 +60,14 @@ class StepMetadataBuilder:
         num_blocks: int | None = None,
         device: str = "cpu",
         allocate: Allocate | None = None,
+        int32_position_ids: bool = False,
     ) -> None:
         self.limits = StepLimits(
             max_num_seqs, max_num_tokens, max_blocks_per_seq, block_size, num_blocks
         )
         self.device = device
         self.num_builds = 0
-        self._provider = _provider_for(self.limits, device, allocate)
+        self._provider = _provider_for(self.limits, device, allocate, int32_position_ids)
 
     def build(
         self,
@@ -138,16 +141,18 @@ class StepMetadataBuilder:
         return meta
 
 
-def _provider_for(limits: StepLimits, device: str, allocate: Allocate | None) -> _Provider:
+def _provider_for(
+    limits: StepLimits, device: str, allocate: Allocate | None, int32_position_ids: bool
+) -> _Provider:
     """What computes the steps of a builder."""
     if allocate is None and device == "numpy":
-        return HostProvider(limits, lambda array: array)
+        return HostProvider(limits, lambda array: array, int32_position_ids)
     if allocate is None and device == "cpu":
-        return HostProvider(limits, _paddle_view())
+        return HostProvider(limits, _paddle_view(), int32_position_ids)
     # the kernel and its launcher are loaded only where a device is asked for
     from fd_dsa.step.device import DeviceProvider, paddle_allocator
 
-    return DeviceProvider(limits, allocate or paddle_allocator(device))
+    return DeviceProvider(limits, allocate or paddle_allocator(device), int32_position_ids)
 
 
 def _paddle_view() -> View:

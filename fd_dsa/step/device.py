@@ -31,12 +31,15 @@ class DeviceProvider:
     Args:
         limits: sizes that every step keeps to.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
+        int32_position_ids: whether positions are written as int32 too.
     """
 
-    def __init__(self, limits: StepLimits, allocate: Allocate) -> None:
+    def __init__(
+        self, limits: StepLimits, allocate: Allocate, int32_position_ids: bool = False
+    ) -> None:
         self._limits = limits
         self._allocate = allocate
-        self._buffers = DeviceBuffers(limits, allocate)
+        self._buffers = DeviceBuffers(limits, allocate, int32_position_ids)
         self._views = StepViews(self._buffers, lambda tensor: tensor)
         self._launch = StepLaunch(limits, self._buffers)
         self._transfers = transfers_for(self._buffers.cu_seqlens_q)
@@ -93,12 +96,15 @@ class DeviceProvider:
 class DeviceBuffers:
     """What a step computes, at full capacity, on the device."""
 
-    def __init__(self, limits: StepLimits, allocate: Allocate) -> None:
+    def __init__(
+        self, limits: StepLimits, allocate: Allocate, int32_position_ids: bool = False
+    ) -> None:
         rows, tokens = limits.max_num_seqs, limits.max_num_tokens
         self.cu_seqlens_q = allocate((rows + 1,), "int32")
         self.cache_seqlens = allocate((rows,), "int32")
         self.batch_id_per_token = allocate((tokens,), "int32")
         self.position_ids = allocate((tokens,), "int64")
+        self.position_ids_int32 = allocate((tokens,), "int32") if int32_position_ids else None
         self.slot_mapping = allocate((tokens,), "int64")
         self.cu_seqlens_kg = allocate((rows + 1,), "int32")
         self.indexer_attn_mask_offsets = allocate((2 * tokens,), "int32")

@@ -45,6 +45,8 @@ class ForwardMeta:
     batch_id_per_token: Array
     # int64 [T]: d_b + j; 0 = padding
     position_ids: Array
+    # int32 [T] or None: the same numbers, where the builder was made with `int32_position_ids`
+    position_ids_int32: Array | None
     # int64 [T]: block_tables[b, p // bs] * bs + p % bs for p = position_ids[t]; -1 = padding
     slot_mapping: Array
     # int32 [B]: keys in the cache after this step (d_b + n_b) of a decode row, else 0

@@ -19,11 +19,12 @@ class HostProvider:
     Args:
         limits: sizes that every step keeps to.
         view: how a NumPy buffer becomes an array of the step, sharing its memory.
+        int32_position_ids: whether positions are written as int32 too.
     """
 
-    def __init__(self, limits: StepLimits, view: View) -> None:
+    def __init__(self, limits: StepLimits, view: View, int32_position_ids: bool = False) -> None:
         self._limits = limits
-        self._buffers = HostBuffers(limits)
+        self._buffers = HostBuffers(limits, int32_position_ids)
         self._views = StepViews(self._buffers, view)
         self._inputs = input_views(self._buffers, view)
 
@@ -58,7 +59,7 @@ class HostBuffers:
     The four inputs are sections of one int32 buffer, so that one copy would move them all.
     """
 
-    def __init__(self, limits: StepLimits) -> None:
+    def __init__(self, limits: StepLimits, int32_position_ids: bool = False) -> None:
         rows, tokens = limits.max_num_seqs, limits.max_num_tokens
         columns = limits.max_blocks_per_seq
         self.packed_inputs = np.zeros(rows * (3 + columns), np.int32)
@@ -71,6 +72,7 @@ class HostBuffers:
         self.cache_seqlens = np.zeros(rows, np.int32)
         self.batch_id_per_token = np.full(tokens, -1, np.int32)
         self.position_ids = np.zeros(tokens, np.int64)
+        self.position_ids_int32 = np.zeros(tokens, np.int32) if int32_position_ids else None
         self.slot_mapping = np.full(tokens, -1, np.int64)
         self.cu_seqlens_kg = np.zeros(rows + 1, np.int32)
         self.indexer_attn_mask_offsets = np.zeros(2 * tokens, np.int32)
@@ -130,6 +132,9 @@ class HostBuffers:
             self.batch_id_per_token[unused] = -1
             self.position_ids[unused] = 0
             self.slot_mapping[unused] = -1
+        if self.position_ids_int32 is not None:
+            cleared = max(num_tokens, self._used_tokens)
+            self.position_ids_int32[:cleared] = self.position_ids[:cleared]
         self._used_tokens = num_tokens
 
     def _write_windows(self, gathered_keys: Int64Array, num_tokens: int) -> None:

@@ -48,12 +48,33 @@ def _slots(
 
 
 @triton.jit
+def _store_tokens(
+    batch_id_per_token_ptr,
+    position_ids_ptr,
+    position_ids_int32_ptr,
+    slot_mapping_ptr,
+    tokens,
+    rows,
+    positions,
+    slots,
+    mask,
+):
+    """Row, position and slot of each token."""
+    tl.store(batch_id_per_token_ptr + tokens, rows, mask)
+    tl.store(position_ids_ptr + tokens, positions.to(tl.int64), mask)
+    if position_ids_int32_ptr is not None:
+        tl.store(position_ids_int32_ptr + tokens, positions, mask)
+    tl.store(slot_mapping_ptr + tokens, slots, mask)
+
+
+@triton.jit
 def _write_decode_step(
     seq_lens_decoder_ptr,
     seq_lens_this_time_ptr,
     block_tables_ptr,
     batch_id_per_token_ptr,
     position_ids_ptr,
+    position_ids_int32_ptr,
     slot_mapping_ptr,
     cu_seqlens_q_ptr,
     cache_seqlens_ptr,
@@ -99,9 +120,17 @@ def _write_decode_step(
     tl.store(cache_seqlens_ptr + rows, tl.where(lengths > 0, cached + lengths, 0), exists)
 
     written = (lengths > 0) & (starts >= 0) & (starts < num_padded_tokens)
-    tl.store(batch_id_per_token_ptr + starts, rows, written)
-    tl.store(position_ids_ptr + starts, cached.to(tl.int64), written)
-    tl.store(slot_mapping_ptr + starts, slots, written)
+    _store_tokens(
+        batch_id_per_token_ptr,
+        position_ids_ptr,
+        position_ids_int32_ptr,
+        slot_mapping_ptr,
+        starts,
+        rows,
+        cached,
+        slots,
+        written,
+    )
     for draft in range(1, tl.max(lengths)):
         tokens = starts + draft
         positions = cached + draft
@@ -116,15 +145,32 @@ def _write_decode_step(
             written,
             BLOCK_SIZE,
         )
-        tl.store(batch_id_per_token_ptr + tokens, rows, written)
-        tl.store(position_ids_ptr + tokens, positions.to(tl.int64), written)
-        tl.store(slot_mapping_ptr + tokens, slots, written)
+        _store_tokens(
+            batch_id_per_token_ptr,
+            position_ids_ptr,
+            position_ids_int32_ptr,
+            slot_mapping_ptr,
+            tokens,
+            rows,
+            positions,
+            slots,
+            written,
+        )
 
     tokens = first + tl.arange(0, TILE)
     padding = (tokens >= num_tokens) & (tokens < num_padded_tokens)
-    tl.store(batch_id_per_token_ptr + tokens, -1, padding)
-    tl.store(position_ids_ptr + tokens, 0, padding)
-    tl.store(slot_mapping_ptr + tokens, -1, padding)
+    zeros = tl.zeros((TILE,), tl.int32)
+    _store_tokens(
+        batch_id_per_token_ptr,
+        position_ids_ptr,
+        position_ids_int32_ptr,
+        slot_mapping_ptr,
+        tokens,
+        zeros - 1,
+        zeros,
+        zeros - 1,
+        padding,
+    )
 
 
 @triton.jit
@@ -135,6 +181,7 @@ def _write_mixed_step(
     block_tables_ptr,
     batch_id_per_token_ptr,
     position_ids_ptr,
+    position_ids_int32_ptr,
     slot_mapping_ptr,
     cu_seqlens_q_ptr,
     cache_seqlens_ptr,
@@ -208,9 +255,17 @@ def _write_mixed_step(
     ks = tl.where(has_window, windows, 0)
     ke = tl.where(has_window, windows + positions + 1, 0)
     exists = tokens < num_padded_tokens
-    tl.store(batch_id_per_token_ptr + tokens, tl.where(live, token_rows, -1), exists)
-    tl.store(position_ids_ptr + tokens, positions.to(tl.int64), exists)
-    tl.store(slot_mapping_ptr + tokens, slots, exists)
+    _store_tokens(
+        batch_id_per_token_ptr,
+        position_ids_ptr,
+        position_ids_int32_ptr,
+        slot_mapping_ptr,
+        tokens,
+        tl.where(live, token_rows, -1),
+        positions,
+        slots,
+        exists,
+    )
     pairs = 2 * tokens[:, None] + tl.arange(0, 2)[None, :]
     tl.store(indexer_attn_mask_offsets_ptr + pairs, tl.join(ks, ke), exists[:, None])
 
@@ -238,6 +293,7 @@ def step_metadata_kernel(
     block_tables_ptr,
     batch_id_per_token_ptr,
     position_ids_ptr,
+    position_ids_int32_ptr,
     slot_mapping_ptr,
     cu_seqlens_q_ptr,
     cache_seqlens_ptr,
@@ -264,6 +320,7 @@ def step_metadata_kernel(
             block_tables_ptr,
             batch_id_per_token_ptr,
             position_ids_ptr,
+            position_ids_int32_ptr,
             slot_mapping_ptr,
             cu_seqlens_q_ptr,
             cache_seqlens_ptr,
@@ -287,6 +344,7 @@ def step_metadata_kernel(
             block_tables_ptr,
             batch_id_per_token_ptr,
             position_ids_ptr,
+            position_ids_int32_ptr,
             slot_mapping_ptr,
             cu_seqlens_q_ptr,
             cache_seqlens_ptr,

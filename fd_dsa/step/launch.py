@@ -16,7 +16,14 @@ MIXED_TILE, MIXED_WARPS = 64, 8
 # rows summed at a time; from fewer than a tile's tokens Triton 3.3 cannot compile a gather
 _MIN_ROW_TILE, _MAX_ROW_TILE = MIXED_TILE, 1024
 
-_OUTPUTS = ("batch_id_per_token", "position_ids", "slot_mapping", "cu_seqlens_q", "cache_seqlens")
+_OUTPUTS = (
+    "batch_id_per_token",
+    "position_ids",
+    "position_ids_int32",
+    "slot_mapping",
+    "cu_seqlens_q",
+    "cache_seqlens",
+)
 _WINDOWS = ("indexer_attn_mask_offsets", "cu_seqlens_kg")
 _SCALARS = ("num_rows", "num_padded_tokens", "row_stride")
 

@@ -21,6 +21,8 @@ class OutputBuffers(Protocol):
     cache_seqlens: Any
     batch_id_per_token: Any
     position_ids: Any
+    # None where the builder was not asked for it
+    position_ids_int32: Any
     slot_mapping: Any
     cu_seqlens_kg: Any
     indexer_attn_mask_offsets: Any
@@ -55,7 +57,7 @@ class StepViews:
         encoder, decoder, this_time, tables = inputs
         num_rows = int(this_time.shape[0])
         cu_q, cache_lens = self._rows(num_rows)
-        batch_ids, positions, slots = self._tokens(counts.num_padded_tokens)
+        batch_ids, positions, positions_int32, slots = self._tokens(counts.num_padded_tokens)
         offsets, cu_kg = (
             self._windows(num_rows, counts.num_padded_tokens)
             if counts.num_prefill_tokens
@@ -69,6 +71,7 @@ class StepViews:
             block_tables=tables,
             batch_id_per_token=batch_ids,
             position_ids=positions,
+            position_ids_int32=positions_int32,
             slot_mapping=slots,
             cache_seqlens=cache_lens,
             indexer_attn_mask_offsets=offsets,
@@ -104,6 +107,9 @@ def _token_views(buffers: OutputBuffers, view: View, num_tokens: int) -> tuple[A
     return (
         view(buffers.batch_id_per_token[:num_tokens]),
         view(buffers.position_ids[:num_tokens]),
+        None
+        if buffers.position_ids_int32 is None
+        else view(buffers.position_ids_int32[:num_tokens]),
         view(buffers.slot_mapping[:num_tokens]),
     )
 

@@ -30,7 +30,8 @@ def ref_step_metadata(
         num_padded_tokens: length of the token arrays; None = the number of tokens.
 
     Returns:
-        dict with the names, dtypes and shapes of `fd_dsa.step.ForwardMeta`.
+        dict with the names, dtypes and shapes of `fd_dsa.step.ForwardMeta`; `position_ids_int32`
+        as of a builder that was asked for it.
     """
     encoder = [int(n) for n in seq_lens_encoder]
     decoder = [int(n) for n in seq_lens_decoder]
@@ -68,6 +69,7 @@ def ref_step_metadata(
         "block_tables": np.array(block_tables, np.int32),
         "batch_id_per_token": np.array(batch_ids + [-1] * padding, np.int32),
         "position_ids": np.array(positions + [0] * padding, np.int64),
+        "position_ids_int32": np.array(positions + [0] * padding, np.int32),
         "slot_mapping": np.array(slots + [-1] * padding, np.int64),
         "cache_seqlens": np.array(cache_seqlens, np.int32),
         "indexer_attn_mask_offsets": (

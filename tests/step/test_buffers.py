@@ -34,7 +34,7 @@ SMALL_DECODE = make_batch([(0, 2, 1), (0, 9, 1)], 16, num_columns=4)
 
 
 def _builder(device: str) -> StepMetadataBuilder:
-    return StepMetadataBuilder(5, 40, 4, 16, device=device)
+    return StepMetadataBuilder(5, 40, 4, 16, device=device, int32_position_ids=True)
 
 
 def _build(builder: StepMetadataBuilder, batch: StepBatch) -> ForwardMeta:
@@ -84,6 +84,7 @@ def test_what_the_last_step_used_becomes_padding(device: str) -> None:
     assert (padded["batch_id_per_token"][tokens:] == -1).all()
     assert (padded["slot_mapping"][tokens:] == -1).all()
     assert not padded["position_ids"][tokens:].any()
+    assert not padded["position_ids_int32"][tokens:].any()
     assert not padded["indexer_attn_mask_offsets"][2 * tokens :].any()
     assert (padded["block_tables"][rows:] == -1).all()
     assert (padded["cu_seqlens_q"][rows:] == tokens).all()
@@ -99,6 +100,17 @@ def test_windows_of_an_earlier_step_do_not_come_back_behind_a_decode_step() -> N
         _build(builder, batch)
     meta = builder.build(*SMALL.inputs(), 40)
     assert not meta.indexer_attn_mask_offsets[2 * SMALL.num_tokens :].any()
+
+
+@DEVICES
+def test_int32_positions_are_written_where_they_are_asked_for(device: str) -> None:
+    asked, plain = _builder(device), StepMetadataBuilder(5, 40, 4, 16, device=device)
+    for batch in (LARGE, SMALL, SMALL_DECODE):
+        assert _build(plain, batch).position_ids_int32 is None
+        meta = _build(asked, batch)
+        narrow = as_numpy(meta.position_ids_int32)
+        assert narrow.dtype == np.int32
+        np.testing.assert_array_equal(narrow, as_numpy(meta.position_ids))
 
 
 @DEVICES

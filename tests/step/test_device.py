@@ -83,12 +83,25 @@ def test_what_the_last_step_used_becomes_padding(kernel_memory: KernelMemory) ->
     assert (padded["batch_id_per_token"][tokens:] == -1).all()
     assert (padded["slot_mapping"][tokens:] == -1).all()
     assert not padded["position_ids"][tokens:].any()
+    assert not padded["position_ids_int32"][tokens:].any()
     assert not padded["indexer_attn_mask_offsets"][2 * tokens :].any()
     assert (padded["block_tables"][rows:] == -1).all()
     assert (padded["cu_seqlens_q"][rows:] == tokens).all()
     assert (padded["cu_seqlens_kg"][rows:] == m.get(small.cu_seqlens_kg)[-1]).all()
     for name in ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "cache_seqlens"):
         assert not padded[name][rows:].any(), name
+
+
+def test_int32_positions_are_written_where_they_are_asked_for(kernel_memory: KernelMemory) -> None:
+    m, asked = kernel_memory, _builder(kernel_memory)
+    plain = device_builder(m, LARGE, max_num_tokens=40, int32_position_ids=False)
+    for batch in (LARGE, SMALL, SMALL_DECODE):
+        meta = build_from_tensors(plain, m, batch)
+        assert meta.position_ids_int32 is None
+        assert_matches_oracle(meta, batch, m.get)
+        narrow = m.get(build_from_tensors(asked, m, batch).position_ids_int32)
+        assert narrow.dtype == np.int32
+        np.testing.assert_array_equal(narrow, m.get(meta.position_ids))
 
 
 def test_a_new_builder_holds_padding_only(kernel_memory: KernelMemory) -> None:

@@ -75,7 +75,8 @@ def _inputs(example: dict[str, Any]) -> tuple[np.ndarray, ...]:
 def _wanted(example: dict[str, Any]) -> dict[str, Any]:
     names = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time")
     lengths = dict(zip(names, np.array(example["rows"]).T.tolist(), strict=True))
-    return {**lengths, **{name: value for name, value in example.items() if name != "rows"}}
+    arrays = {name: value for name, value in example.items() if name != "rows"}
+    return {**lengths, **arrays, "position_ids_int32": example["position_ids"]}
 
 
 @EXAMPLES
@@ -89,7 +90,8 @@ def test_oracle_gives_the_numbers_worked_out_by_hand(example: dict[str, Any]) ->
 @pytest.mark.parametrize("device", ["numpy", "cpu"])
 def test_builder_gives_the_numbers_worked_out_by_hand(example: dict[str, Any], device: str) -> None:
     inputs = _inputs(example)
-    builder = StepMetadataBuilder(8, 32, inputs[3].shape[1], BLOCK_SIZE, 13, device)
+    columns = inputs[3].shape[1]
+    builder = StepMetadataBuilder(8, 32, columns, BLOCK_SIZE, 13, device, int32_position_ids=True)
     meta = builder.build(*inputs)
     found: dict[str, Any] = {n: as_numpy(getattr(meta, n)).tolist() for n in ARRAY_FIELDS}
     found |= {name: getattr(meta, name) for name in COUNT_FIELDS}
@@ -103,7 +105,7 @@ def test_kernel_gives_the_numbers_worked_out_by_hand(
 ) -> None:
     m, inputs = kernel_memory, _inputs(example)
     columns = inputs[3].shape[1]
-    builder = StepMetadataBuilder(8, 32, columns, BLOCK_SIZE, 13, "gpu", m.poisoned)
+    builder = StepMetadataBuilder(8, 32, columns, BLOCK_SIZE, 13, "gpu", m.poisoned, True)
     counts = {"num_tokens": example["num_prefill_tokens"] + example["num_decode_tokens"]}
     counts |= {name: example[name] for name in ("num_prefill_tokens", "max_seqlen_k")}
     meta = builder.build(*(inputs if on_host else map(m.put, inputs)), **counts)
