@@ -44,6 +44,20 @@ class TorchDeviceApi(DeviceApi):
         """Make `device` current in this thread."""
         torch.cuda.set_device(device)
 
+    def new_stream(self, device: int, high_priority: bool) -> torch.cuda.Stream:
+        """A stream of torch's pool."""
+        return torch.cuda.Stream(device, priority=-1 if high_priority else 0)
+
+    def stream_handle(self, stream: torch.cuda.Stream) -> int:
+        """The CUDA handle."""
+        return stream.cuda_stream
+
+    def swap_stream(self, device: int, stream: torch.cuda.Stream) -> torch.cuda.Stream:
+        """Make `stream` the current one; returns the one before."""
+        before = torch.cuda.current_stream(device)
+        torch.cuda.set_stream(stream)
+        return before
+
 
 @cache
 def register() -> None:

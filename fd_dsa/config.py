@@ -14,6 +14,9 @@ from fd_dsa.errors import ConfigError
 DEFAULT_NUM_BATCHED_TOKENS = 512
 """Tokens of a step on a CPU: enough for full-speed products, short enough for smooth streams."""
 
+DEFAULT_OVERLAP_MAX_TOKENS = 256
+"""Most tokens of a step whose indexer projections run on a second stream (docs/performance.md)."""
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 DEVICES = ("auto", "cpu", "gpu")
@@ -255,6 +258,25 @@ def step_checks_requested() -> bool:
         raise ConfigError(
             f"FD_DSA_CHECK: got {value!r}, allowed: 0, 1, false, true; leave it unset for 0"
         ) from None
+
+
+def overlap_max_tokens() -> int:
+    """Most tokens of a step whose indexer projections run on a second stream; 0 = never.
+
+    FD_DSA_OVERLAP_MAX_TOKENS, or the default, which was read from measurements.
+
+    Raises:
+        ConfigError: the variable is no number of at least 0.
+    """
+    value = os.environ.get("FD_DSA_OVERLAP_MAX_TOKENS", "").strip()
+    if not value:
+        return DEFAULT_OVERLAP_MAX_TOKENS
+    if not value.isdecimal():
+        raise ConfigError(
+            f"FD_DSA_OVERLAP_MAX_TOKENS: got {value!r}, allowed: a number of tokens, 0 for no "
+            f"second stream; leave it unset for {DEFAULT_OVERLAP_MAX_TOKENS}"
+        )
+    return int(value)
 
 
 def usable_cpus() -> int:

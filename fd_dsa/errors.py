@@ -8,6 +8,7 @@ FdDsaError
 ├── CapacityError       a ValueError: more tokens, rows or blocks than were allocated for
 ├── DeviceError         a RuntimeError: the CUDA driver reports an error
 ├── LaunchError         a ValueError: a Triton kernel cannot be launched with these arguments
+├── OverlapError        a RuntimeError: a fork and its join do not belong together
 ├── MissingStepError    a RuntimeError: a step field is read before the call that makes it
 └── BackendUnavailable  an ImportError: a device or provider cannot serve here
 
@@ -47,6 +48,10 @@ class LaunchError(FdDsaError, ValueError):
 
 class DeviceError(FdDsaError, RuntimeError):
     """The CUDA driver reports an error; its number and text are in the message."""
+
+
+class OverlapError(FdDsaError, RuntimeError):
+    """Work forked to a second stream is not joined, joined twice, or forked while another is."""
 
 
 class MissingStepError(FdDsaError, RuntimeError):

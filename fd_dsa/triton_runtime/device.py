@@ -39,6 +39,18 @@ class DeviceApi:
         """Make a device the calling thread's current one."""
         raise NotImplementedError
 
+    def new_stream(self, device: int, high_priority: bool) -> Any:
+        """A stream of the library that waits for no other one by itself; for the whole process."""
+        raise NotImplementedError
+
+    def stream_handle(self, stream: Any) -> int:
+        """The CUDA handle of a stream of the library."""
+        raise NotImplementedError
+
+    def swap_stream(self, device: int, stream: Any) -> Any:
+        """Make a stream of the library the device's current one; returns the one before."""
+        raise NotImplementedError
+
     def interpreter_argument(self, tensor: Any) -> Any:
         """What Triton's interpreter may read through `data_ptr()`; the tensor itself by default."""
         return tensor
@@ -93,6 +105,31 @@ class PaddleApi(DeviceApi):
         import paddle
 
         paddle.device.set_device(f"{self._custom_type or 'gpu'}:{device}")
+
+    def new_stream(self, device: int, high_priority: bool) -> Any:
+        """The stream as Paddle's core knows it."""
+        import paddle
+
+        # a product on the current stream first: Paddle's cuBLAS handles stay for good on the
+        # stream that is current when the first product of the process makes them
+        core, kind = self._core, self._custom_type
+        place = core.CUDAPlace(device) if kind is None else core.CustomPlace(kind, device)
+        one = paddle.ones([1, 1], "float32", device=place)
+        paddle.matmul(one, one)
+        return paddle.device.Stream(place, priority=1 if high_priority else 2).stream_base
+
+    def stream_handle(self, stream: Any) -> int:
+        """`raw_stream`, which older releases of Paddle call `cuda_stream` on a GPU."""
+        return getattr(stream, "raw_stream", None) or stream.cuda_stream
+
+    def swap_stream(self, device: int, stream: Any) -> Any:
+        """Paddle's own calls below `paddle.device.set_stream`, at a fraction of its time."""
+        core, kind = self._core, self._custom_type
+        if kind is None:
+            return core._set_current_stream(stream)
+        before = core._get_current_custom_device_stream(kind, device)
+        core._set_current_custom_device_stream(kind, device, stream)
+        return before
 
     def interpreter_argument(self, tensor: Any) -> Any:
         """The tensor, if it is in host memory."""

@@ -64,6 +64,18 @@ class Driver:
         if code:
             raise DeviceError(f"{what}: {self.error_text(code)}")
 
+    def call(self, device: int, function: str, *arguments: Any) -> None:
+        """Call the driver; a thread that has no context yet gets the device's.
+
+        Raises:
+            DeviceError: the driver reports an error; call and error are named.
+        """
+        code = getattr(self._library, function)(*arguments)
+        if code == INVALID_CONTEXT:
+            self.bind_context(device)
+            code = getattr(self._library, function)(*arguments)
+        self.check(code, function)
+
     def _integer(self, function: str, *args: Any) -> int:
         """The int that a driver function writes to its first argument."""
         value = ctypes.c_int()

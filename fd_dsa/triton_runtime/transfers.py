@@ -15,10 +15,10 @@ import numpy as np
 
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
-from fd_dsa.triton_runtime.driver import INVALID_CONTEXT, cuda
+from fd_dsa.triton_runtime.driver import cuda
 
 _PORTABLE = 1
-_NO_TIMING = 2
+NO_TIMING = 2
 
 
 class Event:
@@ -125,11 +125,7 @@ class CudaTransfers(Transfers):
         Raises:
             DeviceError: the driver reports an error; call and error are named.
         """
-        code = getattr(_library(), function)(*arguments)
-        if code == INVALID_CONTEXT:
-            cuda().bind_context(self._device)
-            code = getattr(_library(), function)(*arguments)
-        cuda().check(code, function)
+        cuda().call(self._device, function, *arguments)
 
 
 class _CudaEvent(Event):
@@ -138,7 +134,7 @@ class _CudaEvent(Event):
     def __init__(self, transfers: CudaTransfers) -> None:
         self._transfers = transfers
         self._handle = ctypes.c_void_p()
-        transfers.call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(_NO_TIMING))
+        transfers.call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(NO_TIMING))
         weakref.finalize(self, _library().cuEventDestroy_v2, self._handle)
 
     def record(self) -> None:
