@@ -1,0 +1,105 @@
+"""ForwardMeta: what a step's layers are given (`model_executor/forward_meta.py`).
+
+A new object every step, with the runner's buffers in it; attributes that no tree knows may be
+set, and in some trees one that was never set reads as None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum, auto
+from typing import Any
+
+from fastdeploy import _tree
+
+
+class ForwardMode(IntEnum):
+    """Kind of a step; the GPU runner leaves it at MIXED."""
+
+    EXTEND = auto()
+    DECODE = auto()
+    MIXED = auto()
+    NATIVE = auto()
+
+    def is_prefill(self) -> bool:
+        return self == ForwardMode.EXTEND
+
+    def is_decode(self) -> bool:
+        return self == ForwardMode.DECODE
+
+    def is_mixed(self) -> bool:
+        return self == ForwardMode.MIXED
+
+    def is_native(self) -> bool:
+        return self == ForwardMode.NATIVE
+
+
+@dataclass
+class ForwardMeta:
+    """Tensors and flags of one step. B rows, T launched tokens, S slots, M table columns."""
+
+    # int64 [T]; its length is the number of tokens that are launched
+    ids_remove_padding: Any
+    rotary_embs: Any = None
+    attn_backend: Any = None
+    forward_mode: ForwardMode = ForwardMode.MIXED
+    attn_mask: Any = None
+    attn_mask_offsets: Any = None
+    is_dummy_or_profile_run: bool = False
+    # launch buffers of get_block_shape_and_split_kv_block
+    decoder_batch_ids: Any = None
+    decoder_tile_ids_per_batch: Any = None
+    decoder_num_blocks_cpu: Any = None
+    decoder_num_blocks_device: Any = None
+    decoder_chunk_size_device: Any = None
+    # int32 on the host; the shared buffer, with the values of the step before until it is filled
+    max_len_tensor_cpu: Any = None
+    # int32 [B] or [S]; [S, 1] in old trees
+    seq_lens_encoder: Any = None
+    seq_lens_decoder: Any = None
+    seq_lens_this_time: Any = None
+    # int32 [T], -1 in the memory past it
+    batch_id_per_token: Any = None
+    # int32 [B + 1]
+    cu_seqlens_q: Any = None
+    cu_seqlens_k: Any = None
+    # int32 [B or S, M], -1 unused
+    block_tables: Any = None
+    # uint8, two a layer; None before initialize_kv_cache
+    caches: Any = None
+    encoder_batch_ids: Any = None
+    encoder_tile_ids_per_batch: Any = None
+    encoder_num_blocks_x_cpu: Any = None
+    kv_batch_ids: Any = None
+    kv_tile_ids_per_batch: Any = None
+    kv_num_blocks_x_cpu: Any = None
+    pre_caches_length: int = 0
+    position_ids: Any = None
+    step_use_cudagraph: bool = False
+    is_zero_size: bool = False
+    exist_prefill: bool = False
+
+    def clear_caches(self) -> None:
+        """Drop the caches; they are about to be freed."""
+        if self.caches is not None:
+            del self.caches[:]
+        self.caches = None
+
+    def init_forward_meta(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing on CUDA."""
+
+
+def _missing(self: ForwardMeta, name: str) -> Any:
+    # copying and pickling ask for methods that no dataclass has
+    if name.startswith("__"):
+        raise AttributeError(name)
+    setattr(self, name, None)
+    return None
+
+
+if _tree.current().forward_meta_getattr:
+    ForwardMeta.__getattr__ = _missing  # type: ignore[attr-defined]
+if _tree.current().mask_encoder_batch:
+    ForwardMeta.mask_encoder_batch = None  # type: ignore[attr-defined]
+if _tree.current().slot_mapping == "runner":
+    ForwardMeta.slot_mapping = None  # type: ignore[attr-defined]

@@ -1,0 +1,56 @@
+"""Names of attention backends, and what a platform answers (`platforms/base.py`)."""
+
+from __future__ import annotations
+
+import enum
+
+
+class _Backend(enum.Enum):
+    """The values of FD_ATTENTION_BACKEND; nothing can be added to them."""
+
+    NATIVE_ATTN = enum.auto()
+    APPEND_ATTN = enum.auto()
+    MLA_ATTN = enum.auto()
+    DSA_ATTN = enum.auto()
+    FLASH_ATTN = enum.auto()
+    BLOCK_ATTN = enum.auto()
+    PLAS_ATTN = enum.auto()
+    HPU_ATTN = enum.auto()
+    FLASH_MASK_ATTN = enum.auto()
+
+
+class Platform:
+    """A platform that is none of the known ones."""
+
+    device_name = "base"
+
+    def is_cuda(self) -> bool:
+        return self.device_name == "gpu"
+
+    def is_cpu(self) -> bool:
+        return self.device_name == "cpu"
+
+    def is_xpu(self) -> bool:
+        return self.device_name == "xpu"
+
+    def is_dcu(self) -> bool:
+        return self.device_name == "dcu"
+
+    def is_iluvatar(self) -> bool:
+        return self.device_name == "iluvatar_gpu"
+
+    def is_maca(self) -> bool:
+        return self.device_name == "metax_gpu"
+
+    def is_gcu(self) -> bool:
+        return self.device_name == "gcu"
+
+    def is_intel_hpu(self) -> bool:
+        return self.device_name == "intel_hpu"
+
+    def available(self) -> bool:
+        return True
+
+    def get_attention_backend_cls(self, selected_backend: _Backend | None) -> str:
+        """Dotted name of a backend's class."""
+        return ""
