@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
 from typing import Any
 
 from fastdeploy import _tree
@@ -41,6 +42,9 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_LAZY[name]), name)
     if name.startswith("__"):
         raise AttributeError(name)
+    # the real package has imported all its parts by now
+    if find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
     # as upstream: a wrong name is a line on the terminal and None, so hasattr is always true
     print(f"module {__name__} has no attribute {name}")
     return None

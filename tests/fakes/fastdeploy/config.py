@@ -1,0 +1,221 @@
+"""FDConfig: what every class of FastDeploy is made from (`fastdeploy/config.py`).
+
+Each part is a plain namespace with the fields that a DSA model, its runner and its backend read.
+`fd_config` fills them from a Hugging Face config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fastdeploy import _tree, envs
+
+# fields that FastDeploy's ModelConfig takes over from config.json as they are
+_FROM_CHECKPOINT = (
+    "model_type",
+    "architectures",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "index_head_dim",
+    "index_n_heads",
+    "index_topk",
+    "rms_norm_eps",
+    "vocab_size",
+    "pad_token_id",
+    "first_k_dense_replace",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "moe_intermediate_size",
+    "moe_layer_freq",
+    "intermediate_size",
+    "num_nextn_predict_layers",
+    "tie_word_embeddings",
+)
+
+
+@dataclass
+class FDConfig:
+    """The parts of the configuration; attributes are FastDeploy's names."""
+
+    model_config: Any
+    cache_config: Any
+    parallel_config: Any
+    speculative_config: Any
+    scheduler_config: Any
+    graph_opt_config: Any
+    load_config: Any
+    quant_config: Any = None
+
+    def get_max_chunk_tokens(self) -> int:
+        """Most tokens of one request in a step."""
+        if self.cache_config.enable_chunked_prefill:
+            return self.scheduler_config.max_num_batched_tokens
+        return self.model_config.max_model_len
+
+    def __getattr__(self, name: str) -> Any:
+        # a property of newer trees only
+        if name == "enable_rope_3d_runtime" and _tree.current().rope_3d_runtime:
+            return False
+        raise AttributeError(name)
+
+
+def fd_config(model_folder: str | Path, **overrides: Any) -> FDConfig:
+    """The configuration of a checkpoint's folder.
+
+    Args:
+        model_folder: has a config.json.
+        overrides: values of fields by name, in whichever part has the field;
+            `tensor_parallel_size=2`, `max_num_seqs=4`.
+
+    Raises:
+        KeyError: no part has a field of such a name.
+    """
+    checkpoint = json.loads((Path(model_folder) / "config.json").read_text("utf-8"))
+    config = FDConfig(
+        model_config=_model(checkpoint),
+        cache_config=_cache(),
+        parallel_config=_parallel(),
+        speculative_config=_speculative(),
+        scheduler_config=_scheduler(),
+        graph_opt_config=_graphs(),
+        load_config=SimpleNamespace(load_choices="default_v1", dynamic_load_weight=False),
+    )
+    config.model_config.model = str(model_folder)
+    _override(config, overrides)
+    _settle(config)
+    return config
+
+
+def _override(config: FDConfig, overrides: dict[str, Any]) -> None:
+    for name, value in overrides.items():
+        parts = [part for part in vars(config).values() if hasattr(part, name)]
+        if not parts:
+            raise KeyError(f"fd_config: no part of the configuration has a field {name!r}")
+        for part in parts:
+            setattr(part, name, value)
+
+
+def _settle(config: FDConfig) -> None:
+    """Fields that follow from others."""
+    graphs, model = config.graph_opt_config, config.model_config
+    graphs.cudagraph_capture_sizes = sorted(graphs.cudagraph_capture_sizes, reverse=True)
+    graphs.max_capture_size = graphs.cudagraph_capture_sizes[0]
+    graphs.real_shape_to_captured_size = {
+        size: min(one for one in graphs.cudagraph_capture_sizes if one >= size)
+        for size in range(graphs.max_capture_size + 1)
+    }
+    model.max_model_len = min(model.max_model_len, model.max_position_embeddings)
+    parallel = config.parallel_config
+    parallel.use_ep = parallel.expert_parallel_size > 1
+    parallel.enable_expert_parallel = parallel.use_ep
+
+
+def _model(checkpoint: dict[str, Any]) -> Any:
+    fields = {name: checkpoint.get(name) for name in _FROM_CHECKPOINT}
+    heads, hidden = checkpoint["num_attention_heads"], checkpoint["hidden_size"]
+    rope = checkpoint.get("rope_parameters")
+    model = SimpleNamespace(
+        **fields,
+        dtype=_tree.dtype(),
+        # FastDeploy's own head_dim has nothing to do with MLA's
+        head_dim=checkpoint.get("head_dim") or hidden // heads,
+        max_position_embeddings=checkpoint["max_position_embeddings"],
+        max_model_len=checkpoint["max_position_embeddings"],
+        rope_theta=checkpoint.get("rope_theta") or (rope or {}).get("rope_theta", 10000.0),
+        rope_scaling=checkpoint.get("rope_scaling"),
+        rope_parameters=rope,
+        ori_vocab_size=checkpoint["vocab_size"],
+        start_layer_index=0,
+        causal=True,
+        enable_mm=False,
+        enable_logprob=False,
+    )
+    for name in ("indexer_rope_interleave", "rope_interleave", "indexer_types"):
+        if name in checkpoint:
+            setattr(model, name, checkpoint[name])
+    if not _tree.current().rope_3d_runtime:
+        model.rope_3d = False
+    return model
+
+
+def _cache() -> Any:
+    return SimpleNamespace(
+        block_size=64,
+        total_block_num=32,
+        enc_dec_block_num=envs.FD_ENC_DEC_BLOCK_NUM,
+        kv_cache_ratio=0.75,
+        num_cpu_blocks=0,
+        kvcache_storage_backend=None,
+        gpu_memory_utilization=0.9,
+        use_mla_cache=True,
+        enable_prefix_caching=True,
+        enable_chunked_prefill=not envs.FD_DISABLE_CHUNKED_PREFILL,
+        cache_dtype="bfloat16",
+    )
+
+
+def _parallel() -> Any:
+    return SimpleNamespace(
+        tensor_parallel_size=1,
+        tensor_parallel_rank=0,
+        expert_parallel_size=1,
+        data_parallel_rank=0,
+        use_ep=False,
+        enable_expert_parallel=False,
+        pd_disaggregation_mode="None",
+        device_ids="0",
+        local_engine_worker_queue_port=0,
+        enable_chunked_moe=False,
+    )
+
+
+def _speculative() -> Any:
+    # one draft token without a method: code that adds one to it is used to that
+    return SimpleNamespace(
+        method=None,
+        num_speculative_tokens=1,
+        model_type="main",
+        num_gpu_block_expand_ratio=1,
+    )
+
+
+def _scheduler() -> Any:
+    return SimpleNamespace(
+        max_num_seqs=8,
+        max_num_batched_tokens=512,
+        splitwise_role="mixed",
+        enable_overlap_schedule=_tree.current().overlap_schedule,
+    )
+
+
+def _graphs() -> Any:
+    tree = _tree.current()
+    return SimpleNamespace(
+        use_cudagraph=False,
+        graph_opt_level=tree.graph_opt_level,
+        full_cuda_graph=True,
+        cudagraph_only_prefill=False,
+        cudagraph_capture_sizes=[8, 4, 2, 1],
+        cudagraph_capture_sizes_prefill=[64, 32] if tree.graphs == "prefill" else [],
+        cudagraph_num_of_warmups=1,
+        real_shape_to_captured_size={},
+        max_capture_size=0,
+        sot_warmup_sizes=[],
+        use_unique_memory_pool=False,
+    )
