@@ -1,0 +1,1 @@
+"""Graph dispatch of a decorated model (`model_executor/graph_optimization`)."""

@@ -1,0 +1,67 @@
+"""RMSNorm and LayerNorm with FastDeploy's signatures (`model_executor/layers/normalization.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+from paddle import nn
+
+from .utils import default_weight_loader, zeros_parameter
+
+
+class RMSNorm(nn.Layer):
+    """x * rsqrt(mean(x^2) + eps) * weight; adds a residual first where one is given."""
+
+    def __init__(
+        self,
+        fd_config: Any,
+        hidden_size: int,
+        eps: float = 1e-5,
+        prefix: str = "",
+        layer_id: int = -1,
+    ) -> None:
+        super().__init__()
+        self.fd_config, self.hidden_size, self.eps = fd_config, hidden_size, eps
+        self.prefix, self.layer_id = prefix, layer_id
+        self.weight = zeros_parameter(self, [hidden_size])
+        self.weight.weight_loader = default_weight_loader
+
+    def forward(
+        self, x: Any, residual_input: Any = None, forward_meta: Any = None
+    ) -> tuple[Any, Any]:
+        """The normed sum of `x` and the residual, and that sum: always two."""
+        total = x if residual_input is None else x + residual_input
+        mean_square = (total * total).mean(axis=-1, keepdim=True)
+        return total * paddle.rsqrt(mean_square + self.eps) * self.weight, total
+
+
+class LayerNorm(nn.Layer):
+    """(x - mean) * rsqrt(variance + eps) * weight + bias, its parameters in float32."""
+
+    def __init__(
+        self,
+        fd_config: Any,
+        hidden_size: int,
+        eps: float = 1e-5,
+        prefix: str = "",
+        with_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.fd_config, self.hidden_size, self.eps = fd_config, hidden_size, eps
+        self.prefix, self.with_bias = prefix, with_bias
+        self.weight = zeros_parameter(self, [hidden_size], "float32")
+        self.weight.weight_loader = default_weight_loader
+        self.bias = zeros_parameter(self, [hidden_size], "float32") if with_bias else None
+        if self.bias is not None:
+            self.bias.weight_loader = default_weight_loader
+
+    def forward(self, x: Any, residual_input: Any = None) -> Any:
+        """The normed tensor alone; with a residual the sum too."""
+        total = x if residual_input is None else x + residual_input
+        wide = total.astype("float32")
+        wide = wide - wide.mean(axis=-1, keepdim=True)
+        variance = (wide * wide).mean(axis=-1, keepdim=True)
+        normed = wide * paddle.rsqrt(variance + self.eps) * self.weight
+        normed = (normed if self.bias is None else normed + self.bias).astype(x.dtype)
+        return normed if residual_input is None else (normed, total)

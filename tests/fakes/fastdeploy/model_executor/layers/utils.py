@@ -1,0 +1,39 @@
+"""Parameters and how checkpoint tensors get into them (`model_executor/layers/utils.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+
+def zeros_parameter(layer: nn.Layer, shape: list[int], dtype: str | None = None) -> Any:
+    """A parameter without gradient, in the default dtype unless one is given."""
+    zero = nn.initializer.Constant(0.0)
+    parameter = layer.create_parameter(shape, dtype=dtype, default_initializer=zero)
+    parameter.stop_gradient = True
+    return parameter
+
+
+def fill(parameter: Any, array: np.ndarray) -> None:
+    """Write an array of the parameter's shape into its memory."""
+    if tuple(parameter.shape) != array.shape:
+        raise ValueError(f"weight of shape {array.shape} for a parameter of {parameter.shape}")
+    values = paddle.to_tensor(np.ascontiguousarray(array), place=parameter.place)
+    parameter.copy_(values.astype(parameter.dtype), False)
+
+
+def default_weight_loader(parameter: Any, array: np.ndarray, shard_id: str | None = None) -> None:
+    """A tensor that is stored as the layer keeps it."""
+    fill(parameter, array)
+
+
+def tp_slice(array: np.ndarray, axis: int, fd_config: Any) -> np.ndarray:
+    """This rank's share of a tensor along an axis."""
+    parallel = fd_config.parallel_config
+    size = parallel.tensor_parallel_size
+    if array.shape[axis] % size:
+        raise ValueError(f"axis {axis} of {array.shape} cannot be shared by {size} ranks")
+    return np.split(array, size, axis=axis)[parallel.tensor_parallel_rank]

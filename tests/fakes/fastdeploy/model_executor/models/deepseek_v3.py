@@ -1,0 +1,350 @@
+"""DeepSeek-V3.2 and GLM-5 as FastDeploy builds them (`model_executor/models/deepseek_v3.py`).
+
+Attribute and parameter names, the order of the layers' calls and who produces positions are
+upstream's; what the calls compute is in `layers/` and in `indexer_forward.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from fastdeploy import _counters, _tree
+from fastdeploy.model_executor.graph_optimization.decorator import support_graph_optimization
+from fastdeploy.model_executor.layers.attention import Attention
+from fastdeploy.model_executor.layers.embeddings import VocabParallelEmbedding
+from fastdeploy.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    KVBatchLinear,
+    MergedReplicatedLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from fastdeploy.model_executor.layers.lm_head import ParallelLMHead
+from fastdeploy.model_executor.layers.normalization import LayerNorm, RMSNorm
+from fastdeploy.model_executor.layers.rotary_embedding import DeepseekScalingRotaryEmbedding
+from fastdeploy.model_executor.ops import gpu
+
+from .deepseek_mlp import DeepSeekV3MLP, DeepSeekV3MoE
+from .deepseek_weights import load_into
+from .indexer_forward import upstream_indexer_forward
+from .model_base import ModelForCasualLM, ModelRegistry
+
+_TREE = _tree.current()
+_DSA_MODELS = ("deepseek_v32", "glm_moe_dsa")
+
+
+class Indexer(nn.Layer):
+    """The lightning indexer; its cache is entry 2 * layer_id + 1."""
+
+    def __init__(self, fd_config: Any, layer_id: int, prefix: str = "") -> None:
+        super().__init__()
+        config = fd_config.model_config
+        self.layer_id, self.max_model_len = layer_id, config.max_model_len
+        self.index_head_dim, self.index_n_heads = config.index_head_dim, config.index_n_heads
+        self.index_topk, self.rope_dim = config.index_topk, config.qk_rope_head_dim
+        self.q_lora_rank, self.hidden_size = config.q_lora_rank, config.hidden_size
+        sizes = {
+            "wq_b": (self.q_lora_rank, self.index_head_dim * self.index_n_heads),
+            "wk": (self.hidden_size, self.index_head_dim),
+            "weights_proj": (self.hidden_size, self.index_n_heads),
+        }
+        for name, (inputs, outputs) in sizes.items():
+            layer = ReplicatedLinear(
+                fd_config=fd_config,
+                prefix=f"{prefix}.{name}",
+                input_size=inputs,
+                output_size=outputs,
+            )
+            setattr(self, name, layer)
+        if _TREE.k_norm == "rms":
+            self.k_norm = RMSNorm(fd_config, self.index_head_dim, 1e-6, f"{prefix}.k_norm")
+        else:
+            self.k_norm = LayerNorm(
+                fd_config, self.index_head_dim, 1e-6, f"{prefix}.k_norm", with_bias=True
+            )
+        self.softmax_scale = self.index_head_dim**-0.5
+        self.scale_fmt, self.quant_block_size = "ue8m0", 128
+        # never used by what is passed on
+        self.offsets = paddle.zeros([self.max_model_len], dtype="int32")
+        self.lengths = paddle.zeros([self.max_model_len], dtype="int32")
+
+    def forward(self, forward_meta: Any, hidden_states: Any, qr: Any, rotary_emb: Any) -> Any:
+        """int32 [num_tokens, index_topk]."""
+        return upstream_indexer_forward(self, forward_meta, hidden_states, qr, rotary_emb)
+
+
+class DeepseekV32DSAAttention(nn.Layer):
+    """MLA in absorbed form over what the indexer selects."""
+
+    def __init__(self, fd_config: Any, layer_id: int, prefix: str = "") -> None:
+        super().__init__()
+        config = fd_config.model_config
+        self.layer_id, self.prefix = layer_id, prefix
+        self.num_attention_heads = config.num_attention_heads
+        tp_size = fd_config.parallel_config.tensor_parallel_size
+        self.num_attention_heads_tp = self.num_attention_heads // tp_size
+        self.hidden_size = config.hidden_size
+        self.qk_nope_head_dim, self.qk_rope_head_dim = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+        )
+        self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        self.v_head_dim, self.q_lora_rank = config.v_head_dim, config.q_lora_rank
+        self.kv_lora_rank, self.rms_norm_eps = config.kv_lora_rank, config.rms_norm_eps
+        self._make_projections(fd_config, prefix)
+        self.rotary_emb = self._rotary(config)
+        self.indexer_rotary_emb = self._rotary(config)
+        self.indexer = _indexer_class()(fd_config=fd_config, layer_id=layer_id, prefix=prefix)
+        self.dsa_attn = Attention(
+            fd_config=fd_config, layer_id=layer_id, prefix=prefix, use_neox_rotary_style=False
+        )
+
+    def _make_projections(self, fd_config: Any, prefix: str) -> None:
+        heads, rank = self.num_attention_heads, self.kv_lora_rank
+        self.qkv_a_proj_with_mqa = MergedReplicatedLinear(
+            fd_config=fd_config,
+            prefix=f"{prefix}.qkv_a_proj_with_mqa",
+            input_size=self.hidden_size,
+            output_sizes=[self.q_lora_rank, rank + self.qk_rope_head_dim],
+        )
+        eps = self.rms_norm_eps
+        self.q_a_layernorm = RMSNorm(fd_config, self.q_lora_rank, eps, f"{prefix}.q_a_layernorm")
+        self.kv_a_layernorm = RMSNorm(fd_config, rank, eps, f"{prefix}.kv_a_layernorm")
+        self.q_b_proj = ColumnParallelLinear(
+            fd_config=fd_config,
+            prefix=f"{prefix}.q_b_proj",
+            input_size=self.q_lora_rank,
+            output_size=heads * self.qk_head_dim,
+        )
+        self.kv_b_proj = ColumnParallelLinear(
+            fd_config=fd_config,
+            prefix=f"{prefix}.kv_b_proj",
+            input_size=rank,
+            output_size=heads * (self.qk_nope_head_dim + self.v_head_dim),
+        )
+        self.o_proj = RowParallelLinear(
+            fd_config=fd_config,
+            prefix=f"{prefix}.o_proj",
+            input_size=heads * self.v_head_dim,
+            output_size=self.hidden_size,
+        )
+        self.kv_b_proj_bmm = KVBatchLinear(
+            fd_config=fd_config,
+            kv_b_proj=self.kv_b_proj,
+            prefix=f"{prefix}.kv_b_proj",
+            kv_lora_rank=rank,
+            num_attention_heads=heads,
+            qk_nope_head_dim=self.qk_nope_head_dim,
+            v_head_dim=self.v_head_dim,
+        )
+
+    def _rotary(self, config: Any) -> DeepseekScalingRotaryEmbedding:
+        """YaRN where the model has a factor; GLM keeps its base in rope_parameters."""
+        base = config.rope_theta
+        if config.model_type == "glm_moe_dsa":
+            base = config.rope_parameters["rope_theta"]
+        scaling = config.rope_scaling or {}
+        if "factor" not in scaling:
+            return DeepseekScalingRotaryEmbedding(
+                self.qk_rope_head_dim, config.max_model_len, base, 1.0
+            )
+        names = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+        return DeepseekScalingRotaryEmbedding(
+            self.qk_rope_head_dim,
+            scaling["original_max_position_embeddings"],
+            base,
+            scaling["factor"],
+            **{name: scaling[name] for name in names if name in scaling},
+        )
+
+    def forward(self, forward_meta: Any, hidden_states: Any) -> Any:
+        """[num_tokens, hidden] of the same."""
+        heads, rope = self.num_attention_heads_tp, self.qk_rope_head_dim
+        query, compressed_kv, key_pe = self.qkv_a_proj_with_mqa(hidden_states).split(
+            [self.q_lora_rank, self.kv_lora_rank, rope], axis=-1
+        )
+        key_pe = key_pe.reshape([-1, 1, rope])
+        query = self.q_a_layernorm(query)[0]
+        indices = self.indexer(
+            forward_meta, hidden_states, query, rotary_emb=self.indexer_rotary_emb
+        )
+        query = self.q_b_proj(query).reshape([-1, heads, self.qk_head_dim])
+        query_nope, query_pe = query.split([self.qk_nope_head_dim, rope], axis=-1)
+        query_pe, key_pe = self.rotary_emb(forward_meta.position_ids, query_pe, key_pe)
+        absorbed = self.kv_b_proj_bmm(query_nope.transpose([1, 0, 2]), proj_type="k")
+        q_input = paddle.concat([absorbed.transpose([1, 0, 2]), query_pe], axis=-1)
+        compressed_kv = self.kv_a_layernorm(compressed_kv)[0]
+        kv = paddle.concat([compressed_kv, key_pe.squeeze(1)], axis=-1)
+        out = self.dsa_attn(
+            q=q_input.contiguous(),
+            k=kv.unsqueeze(1).contiguous(),
+            v=indices.unsqueeze(1).contiguous(),
+            qkv=None,
+            compressed_kv=compressed_kv,
+            k_pe=key_pe,
+            forward_meta=forward_meta,
+        )
+        out = out.reshape_([-1, heads, self.kv_lora_rank]).transpose([1, 0, 2])
+        merged = self.kv_b_proj_bmm(out, proj_type="v").transpose([1, 0, 2])
+        return self.o_proj(merged.reshape([-1, heads * self.v_head_dim]))
+
+
+def _indexer_class() -> type[nn.Layer]:
+    """The module's indexer at this moment, under the name that the tree has for it."""
+    return globals()["DSAIndexer" if _TREE.defect == "missing_symbol" else "Indexer"]
+
+
+class DeepSeekV3DecoderLayer(nn.Layer):
+    """Norm, attention, norm, MLP; the class of the attention is looked up when it is made."""
+
+    def __init__(self, fd_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        config = fd_config.model_config
+        layer_id = self.layer_id = int(prefix.rpartition(".")[2])
+        if not _TREE.has_dsa or config.model_type not in _DSA_MODELS:
+            raise NotImplementedError(f"the double has no layer for {config.model_type!r} here")
+        self.self_attn = DeepseekV32DSAAttention(
+            fd_config=fd_config, layer_id=layer_id, prefix=f"{prefix}.self_attn"
+        )
+        if config.n_routed_experts and layer_id >= config.first_k_dense_replace:
+            self.mlp: nn.Layer = DeepSeekV3MoE(fd_config, layer_id, f"{prefix}.mlp")
+        else:
+            self.mlp = DeepSeekV3MLP(fd_config, config.intermediate_size, f"{prefix}.mlp")
+        norms = ("input_layernorm", "post_attention_layernorm")
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(
+                fd_config, config.hidden_size, config.rms_norm_eps, f"{prefix}.{name}", layer_id
+            )
+            for name in norms
+        )
+
+    def forward(self, forward_meta: Any, hidden_states: Any, residual: Any) -> tuple[Any, Any]:
+        """The MLP's output and the sum that the next norm adds it to."""
+        if hidden_states.shape[0] > 0:
+            hidden_states, residual = self.input_layernorm(
+                hidden_states, residual_input=residual, forward_meta=forward_meta
+            )
+            hidden_states = self.self_attn(forward_meta, hidden_states)
+            hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
+        else:
+            residual = hidden_states
+        return self.mlp(hidden_states, forward_meta), residual
+
+
+@support_graph_optimization
+class DeepSeekV3Model(nn.Layer):
+    """Embedding, layers, last norm: what a graph holds."""
+
+    def __init__(self, fd_config: Any) -> None:
+        super().__init__()
+        config = fd_config.model_config
+        self.num_layers = config.num_hidden_layers
+        self.embed_tokens = VocabParallelEmbedding(
+            fd_config, config.vocab_size, config.hidden_size, "deepseek_v3.embed_tokens"
+        )
+        self.layers = nn.LayerList(
+            [
+                DeepSeekV3DecoderLayer(fd_config, f"deepseek_v3.layers.{i}")
+                for i in range(self.num_layers)
+            ]
+        )
+        self.norm = RMSNorm(fd_config, config.hidden_size, config.rms_norm_eps, "deepseek_v3.norm")
+
+    def forward(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
+        """[num_tokens, hidden] of int64 [num_tokens], normed."""
+        hidden_states = self.embed_tokens(ids_remove_padding, forward_meta)
+        residual = None
+        for layer in self.layers:
+            with _counters.layer(layer.layer_id):
+                hidden_states, residual = layer(forward_meta, hidden_states, residual)
+        return self.norm(hidden_states, residual, forward_meta=forward_meta)[0]
+
+
+@ModelRegistry.register_model_class("DeepseekV3ForCausalLM")
+class DeepseekV3ForCausalLM(ModelForCasualLM):
+    """The whole model; `forward` takes what the tree's runner gives."""
+
+    def __init__(self, fd_config: Any) -> None:
+        super().__init__(fd_config)
+        config = fd_config.model_config
+        self.model = DeepSeekV3Model(fd_config)
+        self.ori_vocab_size = config.ori_vocab_size
+        self.lm_head = ParallelLMHead(fd_config, config.vocab_size, config.hidden_size, "lm_head")
+        tokens = fd_config.get_max_chunk_tokens()
+        self.position_ids_buffer = paddle.zeros([tokens], dtype="int32")
+        self.mask_encoder_batch_buffer = paddle.zeros([tokens, 1], dtype="int32")
+        self.eval()
+
+    def load_weights(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Fill the parameters from a checkpoint's names and float32 arrays."""
+        if _TREE.k_norm == "rms":
+            weights = ((name, array) for name, array in weights if "k_norm.bias" not in name)
+        load_into(self, weights)
+
+    if _TREE.position_producer == "model":
+
+        def pre_process(self, forward_meta: Any) -> tuple[Any, Any]:
+            """Positions (int32) and `mask_encoder_batch` by the operator of early trees."""
+            count = forward_meta.ids_remove_padding.shape[0]
+            position_ids = self.position_ids_buffer[:count]
+            mask = self.mask_encoder_batch_buffer[:count]
+            outputs = (position_ids, mask) if _TREE.mask_encoder_batch else (position_ids,)
+            getattr(gpu, _TREE.position_op)(
+                forward_meta.seq_lens_encoder,
+                forward_meta.seq_lens_decoder,
+                forward_meta.seq_lens_this_time,
+                *outputs,
+            )
+            return position_ids, mask
+
+    def _run(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
+        """Positions where the model makes them, eagerly, then the graph-dispatched part."""
+        if hasattr(self, "pre_process"):
+            made = self.pre_process(forward_meta)
+            forward_meta.position_ids, forward_meta.mask_encoder_batch = made
+        return self.model(ids_remove_padding=ids_remove_padding, forward_meta=forward_meta)
+
+    if _TREE.model_call == "dict":
+
+        def forward(self, inputs: dict[str, Any], forward_meta: Any) -> Any:
+            """Hidden states of the step, [num_tokens, hidden]."""
+            return self._run(inputs["ids_remove_padding"], forward_meta)
+
+    else:
+
+        def forward(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
+            """Hidden states of the step, [num_tokens, hidden]."""
+            return self._run(ids_remove_padding, forward_meta)
+
+    def compute_logits(self, hidden_states: Any, forward_meta: Any = None) -> Any:
+        """float32 [n, ori_vocab_size] of [n, hidden]."""
+        return self.lm_head(hidden_states).astype("float32")[:, : self.ori_vocab_size]
+
+    def empty_input_forward(self, forward_meta: Any) -> None:
+        """What an idle expert-parallel rank runs: the experts, on one token of zeros."""
+        hidden = paddle.zeros([1, self.fd_config.model_config.hidden_size])
+        for layer in self.model.layers:
+            if isinstance(layer.mlp, DeepSeekV3MoE):
+                layer.mlp.experts(hidden, layer.mlp.gate, forward_meta)
+
+
+if _TREE.has_dsa:
+
+    @ModelRegistry.register_model_class("DeepseekV32ForCausalLM")
+    class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
+        """DeepSeek-V3.2."""
+
+    @ModelRegistry.register_model_class("GlmMoeDsaForCausalLM")
+    class GlmMoeDsaForCausalLM(DeepseekV32ForCausalLM):
+        """GLM-5."""
+
+else:
+    del Indexer, DeepseekV32DSAAttention
+if _TREE.defect == "missing_symbol":
+    DSAIndexer = Indexer
+    del Indexer
