@@ -86,7 +86,7 @@ def _kind_of(found: Any) -> str:
 
 
 @cache
-def _dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: Any) -> str:
     """Name of a dtype without its package; making it takes longer than a small sum."""
     return str(dtype).rpartition(".")[2]
 
@@ -94,7 +94,7 @@ def _dtype_name(dtype: Any) -> str:
 def check_dtype(operator: str, argument: str, found: Any, allowed: tuple[str, ...]) -> None:
     """Raise DtypeError unless `found` is an array whose dtype is one of `allowed`."""
     try:
-        name = _dtype_name(found.dtype)
+        name = dtype_name(found.dtype)
     except AttributeError:
         raise DtypeError(
             f"{operator}: {argument} is {_kind_of(found)}, allowed is an array of "

@@ -1,4 +1,4 @@
-"""The kernels of the write path compile for Hopper in every supported Triton, on any machine."""
+"""Kernels that write keys and queries compile for Hopper in every supported Triton, anywhere."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ SCRIPT = """
 from fd_dsa.triton_runtime import Pointer
 from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
 from fd_dsa.ops.indexer_query.triton_kernel import prepare_query_kernel
+from fd_dsa.ops.mla_query.triton_kernel import configuration, prepare_mla_query_kernel
 
 TYPES = {"position_ids_ptr": "int64", "slot_mapping_ptr": "int64", "latent_ptr": "uint8",
          "index_ptr": "uint8", "q_out_ptr": "uint8"}
 
-def compile(label, kernel, **constants):
+def compile(label, kernel, types=TYPES, num_warps=1, **constants):
     def argument(name):
         if name.endswith("_ptr"):
-            return Pointer(TYPES.get(name, "float32"))
+            return Pointer(types.get(name, "float32"))
+        if name.endswith("head_stride"):
+            return 192
         return 0.5 if name in ("kv_eps", "k_eps", "weights_scale") else 7
-    constants |= dict(HALF=32, INTERLEAVED=False, HADAMARD=False, UE8M0=True)
+    constants |= dict(HALF=32)
+    if kernel is not prepare_mla_query_kernel:
+        constants |= dict(INTERLEAVED=False, HADAMARD=False, UE8M0=True)
     arguments = {name: argument(name) for name in kernel.arg_names if name not in constants}
     kernel.warmup(
-        **arguments, **constants, num_warps=1, capability=90, enable_fp_fusion=False
+        **arguments, **constants, num_warps=num_warps, capability=90, enable_fp_fusion=False
     )
     print(label)
 
@@ -39,6 +44,12 @@ for positions in ({}, {"position_ids_ptr": None}):
     for heads in (64, 7):
         compile("query", prepare_query_kernel, HEADS=heads, QUANTIZED=True, BLOCK_ROWS=8,
                 **positions)
+    for dtype in ("float32", "bfloat16"):
+        types = TYPES | dict.fromkeys(("latent_ptr", "pe_ptr", "out_ptr"), dtype)
+        for rows in (128, 1 << 20):
+            block_rows, num_warps = configuration(rows)
+            compile("mla", prepare_mla_query_kernel, types, num_warps, HEADS=128, RANK=512,
+                    PADDED_RANK=512, BLOCK_ROWS=block_rows, **positions)
 """
 
 
@@ -51,4 +62,4 @@ def test_every_form_compiles() -> None:
         env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["write", "write", "query", "query"] * 2
+    assert done.stdout.split() == ["write", "write", "query", "query", *["mla"] * 4] * 2

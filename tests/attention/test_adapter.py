@@ -1,4 +1,4 @@
-"""A step from arrays that the caller gives, for runners whose own arrays are longer."""
+"""What an adapter to another runner asks of the backend: steps of given arrays, types, buffers."""
 
 from __future__ import annotations
 
@@ -147,3 +147,12 @@ def test_activations_are_float32_on_a_cpu_and_float32_or_bfloat16_elsewhere(
     with pytest.raises(ConfigError, match=r"dtype: got 'bfloat16', a CPU computes in float32"):
         DSAAttentionBackend(config(dtype="bfloat16"))
     assert on_device(kernel_memory, dtype="bfloat16").config.dtype == "bfloat16"
+
+
+def test_queries_have_one_buffer_on_a_device(kernel_memory: KernelMemory) -> None:
+    assert DSAAttentionBackend(config()).mla_query_buffer(3) is None
+    backend = on_device(kernel_memory, dtype="bfloat16")
+    views = [backend.mla_query_buffer(size) for size in (3, 32, 1)]
+    assert [list(view.shape) for view in views] == [[3, 2, 8], [32, 2, 8], [1, 2, 8]]
+    assert len({view.data_ptr() for view in views}) == 1
+    assert all(str(view.dtype).endswith("bfloat16") for view in views)

@@ -1,0 +1,67 @@
+"""Put the absorbed query of MLA together: latent part, then rotated part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.ops._host import check_array, check_dtype, check_rope, check_shape, dtype_name
+from fd_dsa.ops._provider import PADDLE, TRITON, provider_for
+
+__all__ = ["prepare_mla_query"]
+
+# Paddle's CPU build and NumPy do not compute in bfloat16
+_DTYPES = {PADDLE: ("float32",), TRITON: ("float32", "bfloat16")}
+_NAME = "prepare_mla_query"
+
+
+def prepare_mla_query(
+    q_latent: Any, q_pe: Any, position_ids: Any, cos_sin_cache: Any, out: Any = None
+) -> Any:
+    """Queries as sparse MLA takes them; one launch on a device, which reads both parts once.
+
+    out[t, h] = q_latent[t, h], then RoPE(q_pe[t, h]) in interleaved pairs
+
+    The rotation is float32 with each product rounded before the sum, so a CPU and a device give
+    the same bytes. The inputs stay as they are.
+
+    Args:
+        q_latent: float32, on a device also bfloat16, [num_tokens, num_heads, kv_lora_rank]; may be
+            a view of [num_heads, num_tokens, kv_lora_rank], as a product by heads gives it.
+        q_pe: of the same dtype, [num_tokens, num_heads, rope_dim]; may be the end of wider heads.
+        position_ids: int64 [num_tokens]; rows of `cos_sin_cache`. None = row t belongs to token t,
+            as where a step gathers them once for all layers. A device takes a position outside
+            the table for its nearest row.
+        cos_sin_cache: float32 [max_position, rope_dim], cos in the first half, sin in the second.
+        out: [num_tokens, num_heads, kv_lora_rank + rope_dim] of the same dtype, on a device
+            contiguous; None allocates.
+
+    Returns:
+        `out`; without one a new array, on a CPU of NumPy.
+
+    Raises:
+        ShapeError, DtypeError: before any work.
+        ValueError: on a CPU, a position outside `cos_sin_cache` or an `out` that is read-only;
+            before any work.
+        BackendUnavailable: the device has no kernel.
+        LaunchError: on a device, a tensor that must be contiguous is not.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, absorbed as in its appendix.
+    """
+    check_shape(_NAME, "q_latent", q_latent, (None, None, None))
+    chosen = provider_for("mla_query", q_latent)
+    check_dtype(_NAME, "q_latent", q_latent, _DTYPES[chosen])
+    num_tokens, num_heads, rank = q_latent.shape
+    same = (dtype_name(q_latent.dtype),)
+    check_array(_NAME, "q_pe", q_pe, (num_tokens, num_heads, None), same)
+    if position_ids is not None:
+        check_array(_NAME, "position_ids", position_ids, (num_tokens,), ("int64",))
+    rope_dim = q_pe.shape[2]
+    check_rope(_NAME, cos_sin_cache, num_tokens if position_ids is None else None, rope_dim)
+    check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, rope_dim))
+    if out is not None:
+        check_array(_NAME, "out", out, (num_tokens, num_heads, rank + rope_dim), same)
+    if chosen == TRITON:
+        from fd_dsa.ops.mla_query import triton_kernel as provider
+    else:
+        from fd_dsa.ops.mla_query import paddle_impl as provider
+    return provider.prepare_mla_query(q_latent, q_pe, position_ids, cos_sin_cache, out)
