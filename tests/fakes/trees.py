@@ -96,7 +96,7 @@ class Tree:
     k_norm: str = "layer"
     # forward_mixed makes a contiguous copy of the latent cache for FlashMLA, later a view
     latent_cache_copy: bool = False
-    # signatures of the bundled third-party kernels: "2025", "2026"
+    # signatures of the bundled third-party kernels (kernels/): "2025", "2026", and "2026_fp4"
     flash_mla: str = "2026"
     deep_gemm: str = "2025"
     # names that fastdeploy.model_executor.ops.gpu lacks

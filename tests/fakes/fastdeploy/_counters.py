@@ -8,6 +8,7 @@ that caused it, so a test can tell upstream's events from those of a plug-in.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class Event:
         step: steps begun before it.
         layer: the layer it fell into, None outside of layers.
         module: name of the module that caused it.
+        size: bytes of an allocation.
     """
 
     kind: str
@@ -43,6 +45,7 @@ class Event:
     step: int
     layer: int | None
     module: str
+    size: int = 0
 
 
 _events: list[Event] = []
@@ -97,15 +100,16 @@ def sync(name: str) -> None:
     _add("sync", name, _caller(2))
 
 
-def allocation(name: str) -> None:
-    """An operator or an expression takes fresh memory that `watch` cannot see."""
-    _add("allocation", name, _caller(2))
+def allocation(name: str, tensor: paddle.Tensor) -> paddle.Tensor:
+    """An operator or an expression takes fresh memory that `watch` cannot see; gives it back."""
+    _add("allocation", name, _caller(2), _num_bytes(tensor))
+    return tensor
 
 
 def on_host(tensor: paddle.Tensor) -> paddle.Tensor:
     """Mark memory that lies on the host in the real tree too: reading it is no wait."""
     start = tensor.data_ptr()
-    _host_memory.append((start, start + tensor.numel().item() * tensor.element_size()))
+    _host_memory.append((start, start + _num_bytes(tensor)))
     return tensor
 
 
@@ -139,9 +143,13 @@ def watch() -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def _add(kind: str, name: str, module: str) -> None:
+def _add(kind: str, name: str, module: str, size: int = 0) -> None:
     if not _quiet:
-        _events.append(Event(kind, name, _step, _layer, module))
+        _events.append(Event(kind, name, _step, _layer, module, size))
+
+
+def _num_bytes(tensor: paddle.Tensor) -> int:
+    return math.prod(tensor.shape) * tensor.element_size()
 
 
 def _caller(depth: int) -> str:
@@ -174,7 +182,7 @@ def _counted_creation(name: str, original: Callable[..., Any]) -> Callable[..., 
         module = _caller(2)
         with quiet():
             result = original(*args, **kwargs)
-        _add("allocation", name, module)
+        _add("allocation", name, module, _num_bytes(result))
         return result
 
     return function
