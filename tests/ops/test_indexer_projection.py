@@ -1,0 +1,159 @@
+"""Both projections of the indexer in one launch: the values of float64, whatever the tiles."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.errors import DtypeError, ShapeError
+from fd_dsa.ops.indexer_projection import project_indexer
+from tests.kernel_memory import KernelMemory
+from tests.reference.bfloat16 import ref_array, upper_half
+
+REPOSITORY = Path(__file__).parents[2]
+# tokens, hidden size, width of a key, heads: no tile is full, and what V3.2 and GLM-5 have
+SMALL = ((1, 40, 24, 5), (33, 72, 128, 64), (5, 96, 128, 32))
+LARGE = ((1, 7168, 128, 64), (64, 7168, 128, 64), (257, 7168, 128, 64), (130, 6144, 128, 32))
+
+
+def case(num_tokens: int, hidden: int, width: int, heads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states and the two weights side by side, sums near 1."""
+    rng = np.random.default_rng(num_tokens)
+    x = rng.standard_normal((num_tokens, hidden), np.float32)
+    weight = rng.standard_normal((hidden, width + heads), np.float32) / hidden**0.5
+    return x, weight.astype(np.float32)
+
+
+def in_kernel(
+    m: KernelMemory, x: np.ndarray, weight: np.ndarray, width: int, dtype: str = "float32"
+) -> tuple[np.ndarray, np.ndarray]:
+    """The launch over poison, on slices of one weight; keys as float32."""
+    from fd_dsa.ops.indexer_projection.triton_kernel import project_indexer as launch
+
+    if dtype == "bfloat16":
+        put = [m.put(upper_half(array).view(np.uint16), dtype) for array in (x, weight)]
+    else:
+        put = [m.put(array) for array in (x, weight)]
+    heads = weight.shape[1] - width
+    out = m.poisoned((len(x), width), dtype), m.poisoned((len(x), heads), "float32")
+    both = put[1][:, :width], put[1][:, width:]
+    assert launch(put[0], *both, out) is out
+    keys, weights = m.get(out[0]), m.get(out[1])
+    if dtype == "bfloat16":
+        keys = (keys.astype(np.uint32) << 16).view(np.float32)
+    return keys, weights
+
+
+def shapes(m: KernelMemory) -> tuple[tuple[int, int, int, int], ...]:
+    """Sizes that this memory has the time for."""
+    return SMALL + LARGE if m.large else SMALL
+
+
+def test_the_products_of_float32(kernel_memory: KernelMemory) -> None:
+    for shape in shapes(kernel_memory):
+        x, weight = case(*shape)
+        keys, weights = in_kernel(kernel_memory, x, weight, shape[2])
+        wanted = x.astype(np.float64) @ weight
+        np.testing.assert_allclose(keys, wanted[:, : shape[2]], rtol=0, atol=2e-5)
+        np.testing.assert_allclose(weights, wanted[:, shape[2] :], rtol=0, atol=2e-5)
+
+
+def test_the_products_of_bfloat16_are_summed_in_float32(kernel_memory: KernelMemory) -> None:
+    for shape in shapes(kernel_memory):
+        x, weight = (ref_array(array) for array in case(*shape))
+        keys, weights = in_kernel(kernel_memory, x, weight, shape[2], "bfloat16")
+        wanted = x.astype(np.float64) @ weight
+        # keys are rounded once, head weights not at all
+        np.testing.assert_allclose(keys, wanted[:, : shape[2]], rtol=2**-8, atol=2e-5)
+        np.testing.assert_allclose(weights, wanted[:, shape[2] :], rtol=0, atol=2e-5)
+
+
+def test_every_tiling_gives_the_same_values(kernel_memory: KernelMemory) -> None:
+    from fd_dsa.ops.indexer_projection import triton_kernel
+
+    m = kernel_memory
+    x, weight = case(*(LARGE[2] if m.large else SMALL[1]))
+    wanted = x.astype(np.float64) @ weight
+    tensors = m.put(x), m.put(weight[:, :128].copy()), m.put(weight[:, 128:].copy())
+    for tiling in triton_kernel.CANDIDATES:
+        out = m.poisoned((len(x), 128), "float32"), m.poisoned((len(x), 64), "float32")
+        arguments = triton_kernel.kernel_arguments(*tensors, out)
+        grid, options = triton_kernel.launch_options(arguments, tiling)
+        triton_kernel.project_indexer_kernel[grid](**arguments, **options)
+        found = np.concatenate([m.get(out[0]), m.get(out[1])], axis=1)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5, err_msg=str(tiling))
+
+
+def test_no_tokens(kernel_memory: KernelMemory) -> None:
+    keys, weights = in_kernel(kernel_memory, *case(0, 40, 24, 5), 24)
+    assert keys.shape == (0, 24) and weights.shape == (0, 5)
+
+
+def test_on_a_cpu_it_is_two_products() -> None:
+    x, weight = case(5, 40, 24, 5)
+    wanted = x.astype(np.float64) @ weight
+    wk, weights_proj = weight[:, :24].copy(), weight[:, 24:].copy()
+    paddle = pytest.importorskip("paddle")
+    parameters = paddle.to_tensor(wk), paddle.to_tensor(weights_proj)
+    found: Any = project_indexer(x, *parameters)
+    out = np.zeros((5, 24), np.float32), np.zeros((5, 5), np.float32)
+    assert project_indexer(x, *parameters, out) is out
+    for result in (found, out):
+        np.testing.assert_allclose(np.concatenate(result, 1), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"x": np.zeros(40, np.float32)}, ShapeError, "hidden_states has shape"),
+        ({"x": np.zeros((5, 40))}, DtypeError, "hidden_states has dtype float64"),
+        ({"wk": np.zeros((41, 24), np.float32)}, ShapeError, "wk has shape"),
+        ({"weights_proj": np.zeros((40, 5))}, DtypeError, "weights_proj has dtype"),
+        ({"out": np.zeros((5, 24), np.float32)}, ShapeError, "out is no pair"),
+        ({"out": (np.zeros((5, 24), np.float32),) * 2}, ShapeError, r"out\[1\] has shape"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    changes: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    x, weight = case(5, 40, 24, 5)
+    given: dict[str, Any] = {"x": x, "wk": weight[:, :24], "weights_proj": weight[:, 24:]}
+    given |= {"out": None} | changes
+    with pytest.raises(error, match=said):
+        project_indexer(*given.values())
+
+
+COMPILE = """
+import triton.language as tl
+from fd_dsa.ops.indexer_projection import triton_kernel as k
+from fd_dsa.triton_runtime import Pointer
+for tokens in (1, 200, 1000):
+    for dtype, wide in (("bfloat16", tl.bfloat16), ("float32", tl.float32)):
+        names = "hidden_ptr", "wk_ptr", "weights_proj_ptr", "index_k_ptr"
+        arguments = dict.fromkeys(names, Pointer(dtype)) | dict.fromkeys(
+            ("hidden_stride", "wk_stride", "weights_proj_stride"), 192)
+        arguments |= dict(weights_ptr=Pointer("float32"), num_tokens=tokens, HIDDEN=7168,
+                          WIDTH=128, HEADS=64, WIDE=wide)
+        _, options = k.launch_options(arguments, k.configuration(tokens))
+        compiled = k.project_indexer_kernel.warmup(**arguments, **options, capability=90)
+        assert compiled.shared_bytes < 227 << 10
+        print("compiled")
+"""
+
+
+@pytest.mark.triton
+def test_the_chosen_tilings_compile_for_hopper() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", "import fd_dsa.triton_runtime\n" + COMPILE],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["compiled"] * 6
