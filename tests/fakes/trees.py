@@ -96,9 +96,10 @@ class Tree:
     k_norm: str = "layer"
     # forward_mixed makes a contiguous copy of the latent cache for FlashMLA, later a view
     latent_cache_copy: bool = False
-    # signatures of the bundled third-party kernels (kernels/): "2025", "2026", and "2026_fp4"
+    # signatures of the third-party kernels: "2025" or "2026" (kernels/flash_mla.py); "2025",
+    # "bundled", "2026" or "2026_fp4" (kernels/deep_gemm.py)
     flash_mla: str = "2026"
-    deep_gemm: str = "2025"
+    deep_gemm: str = "bundled"
     # names that fastdeploy.model_executor.ops.gpu lacks
     missing_ops: tuple[str, ...] = ()
     # what no plug-in can know: see BROKEN

@@ -100,10 +100,9 @@ def sync(name: str) -> None:
     _add("sync", name, _caller(2))
 
 
-def allocation(name: str, tensor: paddle.Tensor) -> paddle.Tensor:
-    """An operator or an expression takes fresh memory that `watch` cannot see; gives it back."""
-    _add("allocation", name, _caller(2), _num_bytes(tensor))
-    return tensor
+def allocation(name: str, size: int = 0) -> None:
+    """An operator or an expression takes fresh memory, `size` bytes, that `watch` cannot see."""
+    _add("allocation", name, _caller(2), size)
 
 
 def on_host(tensor: paddle.Tensor) -> paddle.Tensor:

@@ -1,7 +1,8 @@
 """DeepGEMM's indexer kernels (csrc/apis/attention.hpp), in NumPy, on SM90.
 
-Three interfaces are public: "2025" takes one length a row; "2026" one a query, and refuses to
-clean the logits of pages; "2026_fp4" is that one under names with fp4 and with the query in a pair.
+Four interfaces are public: "2025" takes one length a row; FastDeploy's "bundled" one also gives
+logits relative to the start; "2026" takes a length a query, and refuses to clean the logits of
+pages; "2026_fp4" is that one under names with fp4 and with the query in a pair.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from fastdeploy._arrays import host, tensor_of
 
 NUM_SMS = 132
 PAGED_HEADS = (32, 64)
+ONE_LENGTH_A_ROW = ("2025", "bundled")
 _ROW_FLOATS = 256
 # a test of upstream's numbers may lift the limit; the real kernels have none to lift
 any_heads = False
@@ -42,7 +44,8 @@ def _result(logits: np.ndarray, place: Any) -> Any:
     stride = -(-max(columns, 1) // _ROW_FLOATS) * _ROW_FLOATS
     padded = np.full((rows, stride), np.nan, np.float32)
     padded[:, :columns] = logits
-    return _counters.allocation("logits", tensor_of(padded, place))[:, :columns]
+    _counters.allocation("logits", padded.nbytes)
+    return tensor_of(padded, place)[:, :columns]
 
 
 def _mqa_logits(
@@ -79,16 +82,14 @@ def _mqa_logits(
 
 def _windows(op: str, context_lens: Any, next_n: int) -> np.ndarray:
     """Keys that each query sees, [b, next_n]."""
-    ndim = 1 if _tree.current().deep_gemm == "2025" else 2
+    ndim = 1 if _tree.current().deep_gemm in ONE_LENGTH_A_ROW else 2
     if context_lens.ndim != ndim or str(context_lens.dtype) != "paddle.int32":
         raise RuntimeError(f"{op}: context_lens is {context_lens.shape}, allowed is {ndim}-D int32")
     lengths = host(context_lens)
     return lengths if ndim == 2 else lengths[:, None] - next_n + 1 + np.arange(next_n)
 
 
-def get_paged_mqa_logits_metadata(
-    context_lens: Any, block_kv: int, num_sms: int, indices: Any = None
-) -> Any:
+def get_paged_mqa_logits_metadata(context_lens: Any, block_kv: int, num_sms: int) -> Any:
     """int32 [num_sms + 1, 2]: how the pages of these lengths are shared out."""
     op = "get_paged_mqa_logits_metadata"
     _counters.launch(op)
@@ -96,8 +97,6 @@ def get_paged_mqa_logits_metadata(
     _windows(op, context_lens, next_n)
     if block_kv != _fp8.BLOCK:
         raise RuntimeError(f"{op}: block_kv is {block_kv}, SM90 takes 64")
-    if indices is not None and _tree.current().deep_gemm == "2025":
-        raise TypeError(f"{op}() takes 3 arguments")
     schedule = np.zeros((num_sms + 1, 2), np.int32)
     schedule[0] = len(host(context_lens)), int(host(context_lens).sum())
     return tensor_of(schedule, context_lens.place)
@@ -143,10 +142,34 @@ def _paged_mqa_logits(
 if _tree.current().deep_gemm == "2025":
 
     def fp8_mqa_logits(
-        q: Any, kv: Any, weights: Any, start: Any, end: Any, clean_logits: bool = True
+        q: Any,
+        kv: Any,
+        weights: Any,
+        cu_seq_len_k_start: Any,
+        cu_seq_len_k_end: Any,
+        clean_logits: bool = True,
     ) -> Any:
         """float32 [n, m]: scores of all keys; -inf outside of [start, end) if cleaned."""
-        return _mqa_logits("fp8_mqa_logits", q, kv, weights, start, end, clean_logits, 0)
+        bounds = cu_seq_len_k_start, cu_seq_len_k_end
+        return _mqa_logits("fp8_mqa_logits", q, kv, weights, *bounds, clean_logits, 0)
+
+elif _tree.current().deep_gemm != "2026_fp4":
+
+    def fp8_mqa_logits(
+        q: Any,
+        kv: Any,
+        weights: Any,
+        cu_seq_len_k_start: Any,
+        cu_seq_len_k_end: Any,
+        clean_logits: bool = True,
+        max_seqlen_k: int = 0,
+    ) -> Any:
+        """float32 [n, m]; with `max_seqlen_k` [n, max_seqlen_k], columns from the start on."""
+        bounds = cu_seq_len_k_start, cu_seq_len_k_end
+        return _mqa_logits("fp8_mqa_logits", q, kv, weights, *bounds, clean_logits, max_seqlen_k)
+
+
+if _tree.current().deep_gemm in ONE_LENGTH_A_ROW:
 
     def fp8_paged_mqa_logits(
         q: Any,
@@ -172,19 +195,6 @@ if _tree.current().deep_gemm == "2025":
         )
 
 elif _tree.current().deep_gemm == "2026":
-
-    def fp8_mqa_logits(
-        q: Any,
-        kv: Any,
-        weights: Any,
-        cu_seq_len_k_start: Any,
-        cu_seq_len_k_end: Any,
-        clean_logits: bool = True,
-        max_seqlen_k: int = 0,
-    ) -> Any:
-        """float32 [n, m]; with `max_seqlen_k` [n, max_seqlen_k], columns from the start on."""
-        bounds = cu_seq_len_k_start, cu_seq_len_k_end
-        return _mqa_logits("fp8_mqa_logits", q, kv, weights, *bounds, clean_logits, max_seqlen_k)
 
     def fp8_paged_mqa_logits(
         q: Any,

@@ -33,8 +33,8 @@ def radix_topk_ragged_transform(
 ) -> None:
     """The best columns of each row: plus `offsets[row]`, or, with tables, as physical slots.
 
-    Ragged: row t is token t's. Paged: row b belongs to batch row b, for rows with cached tokens,
-    and is stored at the row's first token. Which of equal scores win, and the order of all, is
+    Ragged: row t is token t's and `lengths` counts its columns. Paged: row b belongs to batch row
+    b, `seq_len_decoder` counts its columns, and what is found goes to the row's first token. Which of equal scores win, and the order of all, is
     the order in which threads come: another one in every launch.
     """
     global _launches
@@ -44,15 +44,17 @@ def radix_topk_ragged_transform(
     check_dtypes(op, "float32|bfloat16", input=input)
     _launches += 1
     arrival = np.random.default_rng(_launches)
-    scores, length = host(input), host(lengths).reshape(-1)
+    scores = host(input)
     with writable(output) as out:
         if block_tables is None:
+            length = host(lengths).reshape(-1)
             for row in range(min(len(scores), len(out))):
                 found = _best(scores[row], int(length[row]), top_k, arrival)
                 out[row, : len(found)] = found + int(host(offsets)[row])
             return
         tables, batch = host(block_tables), host(batch_id_per_token).reshape(-1)[: len(out)]
-        for row in np.flatnonzero(host(seq_len_decoder).reshape(-1) > 0):
+        length = host(seq_len_decoder).reshape(-1)
+        for row in np.flatnonzero(length > 0):
             tokens = np.flatnonzero(batch == row)
             if len(tokens):
                 found = _best(scores[row], int(length[row]), top_k, arrival)
