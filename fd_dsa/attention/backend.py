@@ -54,7 +54,7 @@ def _attention_on(
     return DeviceAttention(config, allocate), allocate
 
 
-def _cache(forward_meta: Any, index: int) -> Any:
+def cache_of(forward_meta: Any, index: int) -> Any:
     """Entry `index` of `forward_meta.caches`.
 
     Raises:
@@ -188,6 +188,25 @@ class DSAAttentionBackend:
         self.attention.begin_step()
         self._built_for = forward_meta
 
+    def forget_step(self) -> None:
+        """Let go of the runner's object, which holds the caches: they are about to go."""
+        self._built_for = None
+        self.attention.begin_step()
+
+    def current_step(self, forward_meta: Any) -> ForwardMeta:
+        """Metadata of `forward_meta`, which must be the step that the backend holds.
+
+        Raises:
+            MissingStepError: `init_attention_metadata` has not been called for it.
+        """
+        step = step_of(forward_meta)
+        if self._built_for is not forward_meta:
+            raise MissingStepError(
+                "the backend holds another step: "
+                "init_attention_metadata(forward_meta) must be called first for this one"
+            )
+        return step
+
     def get_attention_meta(self) -> ForwardMeta | None:
         """Metadata of the newest step, None before the first."""
         return self.attention_metadata
@@ -236,7 +255,7 @@ class DSAAttentionBackend:
             layer: object with `layer_id` and `cache_write_params(layout)`, which says once how the
                 keys are normed.
         """
-        step = self._current_step(forward_meta)
+        step = self.current_step(forward_meta)
         params = self._write_params.get(layer.layer_id)
         if params is None:
             params = layer.cache_write_params(self.config.cache_layout)
@@ -248,8 +267,8 @@ class DSAAttentionBackend:
             None,
             step.slot_mapping,
             cos_sin,
-            _cache(forward_meta, caches),
-            None if index_k is None else _cache(forward_meta, caches + 1),
+            cache_of(forward_meta, caches),
+            None if index_k is None else cache_of(forward_meta, caches + 1),
             params,
         )
 
@@ -270,8 +289,8 @@ class DSAAttentionBackend:
             up; physical slots in ascending position, -1 = none. The buffer is the backend's and
             holds until the next selection.
         """
-        step = self._current_step(forward_meta)
-        cache = _cache(forward_meta, 2 * layer_id + 1)
+        step = self.current_step(forward_meta)
+        cache = cache_of(forward_meta, 2 * layer_id + 1)
         if k is not None:
             slots = step.slot_mapping
             write_caches(None, k, None, slots, None, None, cache, self._plain_params)
@@ -320,13 +339,13 @@ class DSAAttentionBackend:
         forward_meta: Any,
     ) -> Any:
         """See `forward`; prefill and decode tokens go through it once, together."""
-        step = self._current_step(forward_meta)
+        step = self.current_step(forward_meta)
         if v is None:
             raise MissingStepError(
                 f"layer {layer.layer_id} has no selection: indexer_forward of this layer, or of "
                 "the layer it shares with, must be called first"
             )
-        cache = _cache(forward_meta, 2 * layer.layer_id)
+        cache = cache_of(forward_meta, 2 * layer.layer_id)
         if compressed_kv is not None:
             rows = self._joined(compressed_kv, k_pe, step)
             slots = step.slot_mapping
@@ -349,13 +368,3 @@ class DSAAttentionBackend:
     def forward_extend(self, *args: Any, **kwargs: Any) -> Any:
         """See `forward`: a prefill-only step is a mixed one without decode."""
         return self.forward_mixed(*args, **kwargs)
-
-    def _current_step(self, forward_meta: Any) -> ForwardMeta:
-        """Metadata of `forward_meta`, which must be the step that the backend holds."""
-        step = step_of(forward_meta)
-        if self._built_for is not forward_meta:
-            raise MissingStepError(
-                "the backend holds another step: "
-                "init_attention_metadata(forward_meta) must be called first for this one"
-            )
-        return step

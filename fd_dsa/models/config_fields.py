@@ -131,7 +131,7 @@ def read_fields(reader: FieldReader, family: int) -> dict[str, Any]:
         "mlp_bias": False,
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
         "mlp_layer_types": _read_mlp_layer_types(reader, num_layers),
-        "indexer_types": _read_indexer_types(reader, num_layers, family),
+        "indexer_types": read_indexer_types(reader, num_layers, family),
         "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
         "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
         "pad_token_id": reader.token_id("pad_token_id", vocab_size),
@@ -160,7 +160,7 @@ def _read_mlp_layer_types(reader: FieldReader, num_layers: int) -> tuple[str, ..
     return listed or ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense)
 
 
-def _read_indexer_types(reader: FieldReader, num_layers: int, family: int) -> tuple[str, ...]:
+def read_indexer_types(reader: FieldReader, num_layers: int, family: int) -> tuple[str, ...]:
     """Kind of indexer of each layer: the list, else the pattern, else the schedule.
 
     Source: Hugging Face transformers 5.23, models/glm_moe_dsa/configuration_glm_moe_dsa.py.
