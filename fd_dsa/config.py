@@ -24,7 +24,7 @@ DEVICES = ("auto", "cpu", "gpu")
 _DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
 _CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
-_SWITCH = {"": False, "0": False, "false": False, "1": True, "true": True}
+_SWITCH = {"0": False, "false": False, "1": True, "true": True}
 FP8_BLOCK_SIZE = 64
 """Tokens of a block of fp8_ds_mla caches; the kernels that read them take no other."""
 
@@ -251,12 +251,50 @@ def step_checks_requested() -> bool:
     Raises:
         ConfigError: the variable is none of 0, 1, false and true, in any case.
     """
-    value = os.environ.get("FD_DSA_CHECK", "")
+    return _switch("FD_DSA_CHECK") or False
+
+
+def fastdeploy_plugin_wanted() -> bool:
+    """True where the plug-in shall take FastDeploy's DSA path over.
+
+    That is with FD_ATTENTION_BACKEND=DSA_ATTN, FastDeploy's own switch, and without
+    FD_DSA_DISABLE=1.
+
+    Raises:
+        ConfigError: FD_DSA_DISABLE is none of 0, 1, false and true, in any case.
+    """
+    chosen = os.environ.get("FD_ATTENTION_BACKEND") == "DSA_ATTN"
+    return chosen and not _switch("FD_DSA_DISABLE")
+
+
+def fastdeploy_plugin_disabled() -> bool:
+    """True if FD_DSA_DISABLE=1 asks that FastDeploy serve by its own DSA path.
+
+    Raises:
+        ConfigError: the variable is none of 0, 1, false and true, in any case.
+    """
+    return _switch("FD_DSA_DISABLE") or False
+
+
+def indexer_rope_interleave() -> bool | None:
+    """Pairing of the indexer's RoPE that FD_DSA_INDEXER_ROPE_INTERLEAVE asks for; None = nothing.
+
+    Raises:
+        ConfigError: the variable is none of 0, 1, false and true, in any case.
+    """
+    return _switch("FD_DSA_INDEXER_ROPE_INTERLEAVE")
+
+
+def _switch(name: str) -> bool | None:
+    """Value of a variable that is 0 or 1; None where it is unset or empty."""
+    value = os.environ.get(name, "").strip()
+    if not value:
+        return None
     try:
-        return _SWITCH[value.strip().lower()]
+        return _SWITCH[value.lower()]
     except KeyError:
         raise ConfigError(
-            f"FD_DSA_CHECK: got {value!r}, allowed: 0, 1, false, true; leave it unset for 0"
+            f"{name}: got {value!r}, allowed: 0, 1, false, true, or unset"
         ) from None
 
 
@@ -277,6 +315,11 @@ def overlap_max_tokens() -> int:
             f"second stream; leave it unset for {DEFAULT_OVERLAP_MAX_TOKENS}"
         )
     return int(value)
+
+
+def process_environment() -> dict[str, str]:
+    """A copy of this process's environment, such as a child may get with changes."""
+    return dict(os.environ)
 
 
 def usable_cpus() -> int:

@@ -1,4 +1,4 @@
-"""`python -m fd_dsa.serve`: flags in, engine built, port opened, exit status out."""
+"""`python -m fd_dsa.serve`: flags in, engine built or FastDeploy started, exit status out."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
-from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
+from fd_dsa.errors import ConfigError, FdDsaError
 from fd_dsa.serve.flags import parse_args
+
+if TYPE_CHECKING:
+    from fd_dsa.fastdeploy_plugin import launch
 
 _EXIT_BAD_START = 2
 _EXIT_INTERRUPTED = 130
-# flags of the command line which are no fields of EngineConfig
-_SERVER_FLAGS = ("host", "port", "engine", "shutdown_timeout", "log_level")
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -76,24 +78,50 @@ def _set_up_logging(level: str) -> None:
     )
 
 
-def _check_engine(engine: str) -> None:
-    """Refuse an engine that cannot run here.
-
-    Raises:
-        BackendUnavailable: says what is missing and what to do.
-    """
-    if engine == "fastdeploy":
-        raise BackendUnavailable(
-            "--engine fastdeploy: missing in this release is the plug-in that registers the DSA "
-            "backend and runner with FastDeploy; use --engine embedded, which serves models that "
-            "fit one device"
-        )
-
-
 def _serve(args: argparse.Namespace) -> int:
-    """Take the address, build the engine, then serve."""
+    """Serve by the engine that the flags ask for."""
     started = time.monotonic()
-    _check_engine(args.engine)
+    # late, so that --help and errors of flags are quick
+    from fd_dsa.fastdeploy_plugin import launch
+
+    flags, passed = vars(args), launch.PassedFlags.read(args.passed)
+    engine = args.engine
+    if engine == "auto":
+        engine, why = launch.choose_engine(flags, args.given, passed)
+        logger.info("engine %s: %s", engine, why)
+    if engine == "fastdeploy":
+        return _serve_with_fastdeploy(args, passed, started)
+    launch.refuse_for_embedded(flags, args.given, passed)
+    return _serve_embedded(args, started)
+
+
+def _serve_with_fastdeploy(
+    args: argparse.Namespace, passed: launch.PassedFlags, started: float
+) -> int:
+    """Start FastDeploy's server and stay with it."""
+    from fd_dsa.fastdeploy_plugin import launch
+    from fd_dsa.serve.server import bind_socket, curl_line
+
+    plan = launch.prepare(vars(args), args.given, passed)
+    if "port" in args.given and args.port:
+        # the same refusal of a taken address as with the other engine
+        bind_socket(passed.values.get("--host", args.host), args.port).close()
+
+    def on_ready(ready: launch.Ready) -> None:
+        # folders of DeepSeek-V3.2 come without a chat template, a completion always works
+        curl = curl_line(plan.url, plan.model_name, plan.max_model_len, chat=False)
+        sys.stdout.write(
+            f"fd_dsa {__version__} serves {plan.model_name} with {ready.engine} on {plan.url} "
+            f"(ready in {ready.seconds:.1f} s, max_model_len {plan.max_model_len}, API page "
+            f"{plan.url}/docs, metrics {plan.metrics_url}, Ctrl-C stops). Try:\n{curl}\n"
+        )
+        sys.stdout.flush()
+
+    return launch.launch(plan, started, on_ready)
+
+
+def _serve_embedded(args: argparse.Namespace, started: float) -> int:
+    """Take the address, build the engine, then serve."""
     config = _engine_config(args)
     # the server's packages are imported late, so that --help and errors of flags are quick
     from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
@@ -128,6 +156,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine's configuration from the flags that were given."""
-    given: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in _SERVER_FLAGS}
+    names = {field.name for field in fields(EngineConfig)}
+    given: dict[str, Any] = {k: v for k, v in vars(args).items() if k in names}
     given["served_model_name"] = tuple(given.get("served_model_name", ()))
     return EngineConfig(**given)

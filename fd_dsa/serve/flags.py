@@ -16,13 +16,18 @@ from fd_dsa.errors import ConfigError
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """The parsed flags; those of the engine are there only when they were given.
 
+    Two names more than flags: `given`, the names of those that stand in `argv`, and `passed`, the
+    arguments after `--`, which are for FastDeploy.
+
     Raises:
         ConfigError: an unknown flag (with the nearest known one), or a value of a wrong form.
     """
+    own, passed = _split(argv)
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    args, rest = parser.parse_known_args(own)
     if rest:
         raise ConfigError(_unknown_argument(parser, rest[0]))
+    given = _given(own)
     positional = vars(args).pop("positional_model", None)
     if positional is not None:
         if getattr(args, "model", positional) != positional:
@@ -30,14 +35,32 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
                 f"--model: got {args.model!r} and the folder {positional!r}; give one of them"
             )
         args.model = positional
+    args.given = frozenset("model" if name == "positional_model" else name for name in given)
+    args.passed = tuple(passed)
     return args
+
+
+def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """What stands before and after the first `--`."""
+    if "--" not in argv:
+        return argv, ()
+    place = list(argv).index("--")
+    return argv[:place], argv[place + 1 :]
+
+
+def _given(argv: Sequence[str]) -> set[str]:
+    """Names of the flags in `argv`, their defaults left aside."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return set(vars(parser.parse_known_args(argv)[0]))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser, flags grouped as in `--help`."""
     parser = _Parser(
         prog="python -m fd_dsa.serve",
-        usage="%(prog)s [MODEL] [flags]",
+        usage="%(prog)s [MODEL] [flags] [-- flags of FastDeploy]",
         description="Serve a DeepSeek-V3.2 or GLM-5 shaped checkpoint over the OpenAI API.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -47,6 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_server_flags(parser.add_argument_group("server"))
     _add_cache_flags(parser.add_argument_group("cache"))
     _add_scheduler_flags(parser.add_argument_group("scheduler"))
+    _add_parallel_flags(parser.add_argument_group("parallel (with FastDeploy)"))
     parser.add_argument_group("logging").add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
@@ -76,7 +100,9 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         "--engine",
         choices=("auto", "embedded", "fastdeploy"),
         default="auto",
-        help="what runs the model; auto is embedded (default: auto)",
+        help="what runs the model: embedded, on one device, or fastdeploy, an installed "
+        "FastDeploy; auto is fastdeploy where it is installed and one device is not enough "
+        "(default: auto)",
     )
     group.add_argument("--seed", type=_integer, help="seed of requests without one (default: 0)")
 
@@ -132,6 +158,30 @@ def _add_scheduler_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         type=_integer,
         help="tokens in a step; longer prompts are split (default: 512 on a CPU)",
+    )
+
+
+def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--tensor-parallel-size",
+        "-tp",
+        metavar="N",
+        type=_integer,
+        default=1,
+        help="GPUs that share each layer (default: 1)",
+    )
+    group.add_argument(
+        "--data-parallel-size",
+        metavar="N",
+        type=_integer,
+        default=1,
+        help="copies of the attention layers, each with requests of its own (default: 1)",
+    )
+    group.add_argument(
+        "--enable-expert-parallel",
+        action="store_true",
+        default=False,
+        help="spread the experts over all GPUs",
     )
 
 

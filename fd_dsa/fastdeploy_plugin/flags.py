@@ -1,0 +1,246 @@
+"""From flags of `python -m fd_dsa.serve` to flags of FastDeploy's OpenAI server.
+
+Source of FastDeploy's flags: `fastdeploy/engine/args_utils.py` (`EngineArgs.add_cli_args`) and
+`fastdeploy/entrypoints/openai/{api_server,utils,multi_api_server}.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import yaml
+
+from fd_dsa.errors import ConfigError
+
+BLOCK_SIZE = 64
+_MULTI_SERVER = "python -m fastdeploy.entrypoints.openai.multi_api_server"
+
+# our flag -> FastDeploy's flag of the same meaning
+MAPPED = {
+    "model": "--model",
+    "served_model_name": "--served-model-name",
+    "host": "--host",
+    "port": "--port",
+    "tensor_parallel_size": "--tensor-parallel-size",
+    "data_parallel_size": "--data-parallel-size",
+    "enable_expert_parallel": "--enable-expert-parallel",
+    "max_model_len": "--max-model-len",
+    "max_num_seqs": "--max-num-seqs",
+    "max_num_batched_tokens": "--max-num-batched-tokens",
+    "block_size": "--block-size",
+    "num_gpu_blocks_override": "--num-gpu-blocks-override",
+    "shutdown_timeout": "--timeout-graceful-shutdown",
+}
+# our flag -> the values that say what FastDeploy does anyway, so that no flag is needed
+IMPLIED = {
+    "device": ("auto", "gpu"),
+    "dtype": ("auto",),
+    "kv_cache_dtype": ("auto", "fp8_ds_mla"),
+}
+# our flag -> why another value (None: any value) has no counterpart, and what is near to it
+NO_COUNTERPART = {
+    "device": "FastDeploy has no --device, it takes the GPUs of CUDA_VISIBLE_DEVICES and no CPU; "
+    "allowed: auto, gpu",
+    "dtype": "FastDeploy has no --dtype, it takes the type from config.json; allowed: auto",
+    "kv_cache_dtype": "FD_ATTENTION_BACKEND=DSA_ATTN has one kind of cache; allowed: auto, "
+    "fp8_ds_mla",
+    "kv_cache_memory_bytes": "FastDeploy has no size in bytes; its own flags are "
+    "--gpu-memory-utilization, to be given after --, and --num-gpu-blocks-override",
+    "seed": "FastDeploy's --seed is another thing: a request without a seed gets a random one "
+    "there; put `seed` into the request",
+}
+# flags that the launcher uses itself
+LAUNCHER = ("engine", "log_level")
+
+# flags of FastDeploy's whose values are looked at, or stand in for one of ours
+_KNOWN = (
+    *(flag for flag in MAPPED.values() if flag != "--enable-expert-parallel"),
+    "--metrics-port",
+    "--engine-worker-queue-port",
+    "--cache-queue-port",
+    "--ips",
+    "--graph-optimization-config",
+    "--config",
+    # else it would be taken for an abbreviation of --timeout-graceful-shutdown
+    "--timeout",
+)
+_OF_MULTI_SERVER = ("--num-servers", "--ports", "--metrics-ports", "--controller-ports", "--args")
+
+
+@dataclass(frozen=True)
+class PassedFlags:
+    """What the user gave after `--`.
+
+    Attributes:
+        arguments: as given; they go to FastDeploy unchanged.
+        values: FastDeploy's flag -> its last value, for the flags that matter here; those of the
+            file after `--config` too, which the command line overrides.
+    """
+
+    arguments: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, arguments: Sequence[str]) -> PassedFlags:
+        """Look at the arguments as FastDeploy's parser will, abbreviated flags included.
+
+        Raises:
+            ConfigError: a flag lacks its value, or belongs to FastDeploy's server for several
+                processes; the file after `--config` cannot be read.
+        """
+        parser = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+        for flag in _KNOWN:
+            short = ["-tp"] if flag == "--tensor-parallel-size" else []
+            parser.add_argument(flag, *short, dest=flag)
+        expert_parallel = MAPPED["enable_expert_parallel"]
+        parser.add_argument(expert_parallel, dest=expert_parallel, action="store_true")
+        known, unknown = parser.parse_known_args(arguments)
+        for argument in unknown:
+            if argument.partition("=")[0] in _OF_MULTI_SERVER:
+                raise ConfigError(
+                    f"{argument} (after --) belongs to FastDeploy's launcher of several servers; "
+                    "start it by itself, it takes the plug-in from the environment: "
+                    f"FD_ATTENTION_BACKEND=DSA_ATTN FD_PLUGINS=fd_dsa {_MULTI_SERVER} ..."
+                )
+        given = vars(known)
+        return cls(tuple(arguments), {**_config_file(given.get("--config")), **given})
+
+    def number(self, flag: str, default: int) -> int:
+        """Value of a flag as a whole number.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        value = self.values.get(flag, default)
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"{flag} (after --): got {value!r}, allowed: a whole number"
+            ) from None
+
+    @property
+    def num_nodes(self) -> int:
+        """Machines that `--ips` names, 1 without it."""
+        ips = self.values.get("--ips") or ""
+        return len(ips) if isinstance(ips, list) else ips.count(",") + 1
+
+
+def translate(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags) -> list[str]:
+    """FastDeploy's arguments for the flags that were given, ports and model left out.
+
+    Args:
+        args: parsed flags of ours, defaults included.
+        given: names of those which the user gave.
+        passed: what stands after `--`.
+
+    Returns:
+        arguments in the order of `MAPPED`, with `--block-size 64` in any case.
+
+    Raises:
+        ConfigError: a flag has no counterpart, is given on both sides of `--`, or has a value that
+            DSA cannot be served with; the message names both flags.
+    """
+    for name in given:
+        _check_counterpart(name, args[name])
+        if MAPPED.get(name, "") in passed.values:
+            flag = MAPPED[name]
+            raise ConfigError(
+                f"{_flag(name)}: got {args[name]!r}, and {flag} {passed.values[flag]!r} after --, "
+                "which is FastDeploy's flag for it; give one of them"
+            )
+    _check_model_len(args, given, passed)
+    _check_block_size(args, given, passed)
+    found: list[str] = []
+    for name, flag in MAPPED.items():
+        if name in ("model", "served_model_name", "host", "port", "block_size"):
+            continue
+        if name in given:
+            found += _argument(flag, name, args[name])
+    if "--block-size" not in passed.values:
+        found += ["--block-size", str(BLOCK_SIZE)]
+    return found
+
+
+def parallel_size(args: Mapping[str, Any], passed: PassedFlags) -> tuple[int, int]:
+    """Tensor and data parallel size, from whichever side of `--` has them."""
+    tensor = passed.number("--tensor-parallel-size", args["tensor_parallel_size"])
+    data = passed.number("--data-parallel-size", args["data_parallel_size"])
+    return tensor, data
+
+
+def _argument(flag: str, name: str, value: Any) -> list[str]:
+    """One flag of FastDeploy's with its value."""
+    if value is True:
+        return [flag]
+    if name == "shutdown_timeout":
+        if value != int(value) or value < 1:
+            raise ConfigError(
+                f"--shutdown-timeout: got {value:g}, {flag} of FastDeploy takes whole seconds and "
+                "reads 0 as no limit; give 1 or more"
+            )
+        value = int(value)
+    return [flag, str(value)]
+
+
+def _check_counterpart(name: str, value: Any) -> None:
+    """Refuse a flag, or a value of it, that FastDeploy cannot be told."""
+    if name in NO_COUNTERPART and value not in IMPLIED.get(name, ()):
+        raise ConfigError(
+            f"{_flag(name)}: got {value!r} with --engine fastdeploy: {NO_COUNTERPART[name]}"
+        )
+
+
+def _check_model_len(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags) -> None:
+    """A context must be whole blocks: FastDeploy's buffers are made for those."""
+    own = args["max_model_len"] if "max_model_len" in given else BLOCK_SIZE
+    length = passed.number("--max-model-len", own)
+    if length % BLOCK_SIZE:
+        next_length = -(-length // BLOCK_SIZE) * BLOCK_SIZE
+        raise ConfigError(
+            f"--max-model-len: got {length}, allowed with --engine fastdeploy: a multiple of "
+            f"{BLOCK_SIZE}, the tokens of a cache block; take {next_length}"
+        )
+
+
+def _check_block_size(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags) -> None:
+    """The caches of DSA_ATTN have one block size."""
+    own = args["block_size"] if "block_size" in given else BLOCK_SIZE
+    size = passed.number("--block-size", own)
+    if size != BLOCK_SIZE:
+        raise ConfigError(
+            f"--block-size: got {size}, allowed with --engine fastdeploy: {BLOCK_SIZE}; leave it "
+            "out"
+        )
+
+
+def _config_file(path: object) -> dict[str, Any]:
+    """Flags in the YAML file after `--config`, as FastDeploy reads it; {} without one."""
+    if path is None:
+        return {}
+    try:
+        with open(str(path), encoding="utf-8") as file:
+            loaded = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"--config (after --): {reason}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"--config (after --): {path} holds no names with values")
+    flags = {f"--{str(key).replace('_', '-')}": value for key, value in loaded.items()}
+    known = (*_KNOWN, *MAPPED.values())
+    return {flag: value for flag, value in flags.items() if flag in known and value is not None}
+
+
+def _flag(name: str) -> str:
+    """A flag of ours as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"after --: {message}")

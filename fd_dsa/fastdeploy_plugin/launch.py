@@ -1,0 +1,276 @@
+"""`python -m fd_dsa.serve --engine fastdeploy`: FastDeploy's own server, with our plug-in in it.
+
+Nothing here imports FastDeploy: it runs in children, the server's environment is the server's
+alone, and what a user sees of it is its own log, a ready line and its exit status.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+from fd_dsa.config import EngineConfig, fastdeploy_plugin_disabled, process_environment
+from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.fastdeploy_plugin.flags import PassedFlags, parallel_size, translate
+from fd_dsa.fastdeploy_plugin.launch_choice import (
+    INSTALL,
+    choose_engine,
+    fastdeploy_is_installed,
+    refuse_for_embedded,
+)
+from fd_dsa.fastdeploy_plugin.launch_environment import require_entry_points, server_environment
+from fd_dsa.fastdeploy_plugin.launch_ports import choose_ports
+from fd_dsa.fastdeploy_plugin.launch_probe import Probe
+from fd_dsa.fastdeploy_plugin.launch_server import ServerProcess
+
+__all__ = ["Launch", "PassedFlags", "Ready", "choose_engine", "launch", "prepare"]
+__all__ += ["refuse_for_embedded"]
+
+SERVER_MODULE = "fastdeploy.entrypoints.openai.api_server"
+# FastDeploy's default, which it applies without a word
+_FASTDEPLOY_MODEL_LEN = 2048
+# a first import fills caches of compiled Python on a cold disk
+_IMPORT_S = 600.0
+_HEALTH_EVERY_S = 0.5
+_SAY_EVERY_S = 30.0
+_HEALTH_ANSWER_S = 5.0
+_EXIT_BAD_START = 2
+
+logger = logging.getLogger("fd_dsa.serve")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server of FastDeploy's that is ready to be started.
+
+    Attributes:
+        command: program and arguments.
+        environment: of the server.
+        warnings: what the user should know first, a line each.
+        url: of the server for this machine, without a path.
+        metrics_url: the same for its metrics.
+        model_name: for the `model` field of requests.
+        max_model_len: longest prompt plus output, tokens.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    warnings: tuple[str, ...]
+    url: str
+    metrics_url: str
+    model_name: str
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What there is to tell once the server answers.
+
+    Attributes:
+        engine: FastDeploy and its version.
+        seconds: since the launch was asked for.
+    """
+
+    engine: str
+    seconds: float
+
+
+def prepare(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags) -> Launch:
+    """Command and environment of FastDeploy's server; nothing is started.
+
+    Args:
+        args: parsed flags of `python -m fd_dsa.serve`, defaults included.
+        given: names of those which the user gave.
+        passed: what stands after `--`.
+
+    Raises:
+        BackendUnavailable: FastDeploy is not installed, or fd_dsa is no installed package.
+        ConfigError: a flag or a variable cannot be honoured; names both sides.
+    """
+    if not fastdeploy_is_installed():
+        raise BackendUnavailable(
+            f"--engine fastdeploy: FastDeploy is not installed in this Python; {INSTALL}. "
+            "--engine embedded works without it, for models that fit one device"
+        )
+    require_entry_points()
+    translated = translate(args, given, passed)
+    environment, warnings = server_environment(process_environment())
+    if fastdeploy_plugin_disabled():
+        warnings.append(
+            "FD_DSA_DISABLE is set: FastDeploy serves by its own DSA path, for comparison"
+        )
+    model, name = _model_and_name(args, given, passed)
+    host = str(passed.values.get("--host", args["host"]))
+    data_parallel = parallel_size(args, passed)[1]
+    num_queues = max(1, data_parallel // passed.num_nodes)
+    ports = choose_ports(host, args["port"], "port" in given, passed, num_queues)
+    arguments = [] if "--model" in passed.values else ["--model", model]
+    arguments += [] if "--served-model-name" in passed.values else ["--served-model-name", name]
+    arguments += [] if "--host" in passed.values else ["--host", host]
+    arguments += [*ports.arguments, *translated, *passed.arguments]
+    length = passed.number("--max-model-len", args.get("max_model_len", _FASTDEPLOY_MODEL_LEN))
+    if "--max-model-len" not in passed.values and "max_model_len" not in given:
+        warnings.append(
+            f"max_model_len is {length}, FastDeploy's default; --max-model-len N changes it"
+        )
+    return Launch(
+        command=(sys.executable, "-m", SERVER_MODULE, *arguments),
+        environment=environment,
+        warnings=tuple(warnings),
+        url=_local_url(host, ports.http),
+        metrics_url=f"{_local_url(host, ports.metrics)}/metrics",
+        model_name=name,
+        max_model_len=length,
+    )
+
+
+def launch(plan: Launch, started: float, on_ready: Callable[[Ready], None]) -> int:
+    """Run FastDeploy's server until it ends; returns its exit status, 128 + n after signal n.
+
+    Its output is passed on as it comes. SIGINT and SIGTERM are forwarded to it, and its processes
+    do not outlive this one, however this one ends.
+
+    Args:
+        plan: of `prepare`.
+        started: `time.monotonic()` of the moment from which to count.
+        on_ready: called once, when GET /health of the server answers 200.
+
+    Raises:
+        BackendUnavailable: FastDeploy cannot be imported; says why.
+    """
+    for line in plan.warnings:
+        logger.warning("%s", line)
+    engine = _check_import(plan)
+    logger.info("starting %s: %s", engine, shlex.join(plan.command))
+    with ServerProcess(plan.command, plan.environment) as server:
+        if _wait_until_ready(server, plan, started):
+            on_ready(Ready(engine, time.monotonic() - started))
+            status = server.wait()
+            assert status is not None
+            logger.info("FastDeploy's server ended with %s", describe_status(status))
+            return status
+        status = server.wait()
+        assert status is not None
+        if server.signals:
+            logger.info("stopped while starting, with %s", describe_status(status))
+            return status
+        sys.stderr.write(
+            f"fd_dsa: error: FastDeploy's server ended with {describe_status(status)} before it "
+            f"was ready; its last words: {server.last_words() or 'none'}; its own logs are in "
+            f"{plan.environment.get('FD_LOG_DIR', 'log')}/\n"
+        )
+        # FastDeploy returns 0 where its engine did not come up
+        return status or _EXIT_BAD_START
+
+
+def describe_status(status: int) -> str:
+    """An exit status in words, with the name of the signal behind it."""
+    if status <= 128:
+        return f"status {status}"
+    try:
+        return f"status {status} ({Signals(status - 128).name})"
+    except ValueError:
+        return f"status {status}"
+
+
+def _check_import(plan: Launch) -> str:
+    """Import FastDeploy in a child; returns its name with its version.
+
+    Raises:
+        BackendUnavailable: it cannot be imported.
+    """
+    with Probe(plan.environment) as probe:
+        findings = probe.findings(_IMPORT_S)
+    engine = f"FastDeploy {findings.version}".rstrip()
+    if findings.error:
+        raise BackendUnavailable(
+            f"--engine fastdeploy: {engine} is installed and cannot be used: {findings.error}; "
+            "repair its installation (docs/fastdeploy.md), or take --engine embedded, which works "
+            "without it for models that fit one device"
+        )
+    return engine
+
+
+def _model_and_name(
+    args: Mapping[str, Any], given: frozenset[str], passed: PassedFlags
+) -> tuple[str, str]:
+    """The model folder, and the name under which requests ask for it.
+
+    Raises:
+        ConfigError: there is no model, or more names than FastDeploy takes; or a number or the
+            folder is none that the embedded engine would take either.
+    """
+    if "model" not in args and "--model" not in passed.values:
+        raise ConfigError(
+            "--model: got none, --engine fastdeploy needs the folder of a model; the demo model of "
+            "the package is for --engine embedded"
+        )
+    names = args.get("served_model_name", [])
+    if len(names) > 1:
+        raise ConfigError(
+            f"--served-model-name: got {len(names)} names, --served-model-name of FastDeploy takes "
+            "one; give one"
+        )
+    checked = ("model", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+    checked += ("num_gpu_blocks_override",)
+    config = EngineConfig(**{key: args[key] for key in checked if key in given and key in args})
+    model = str(passed.values.get("--model", config.model_path))
+    name = passed.values.get("--served-model-name") or (names[0] if names else Path(model).name)
+    return model, str(name)
+
+
+def _local_url(host: str, port: int) -> str:
+    """The URL under which this machine reaches the server."""
+    local = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
+
+
+def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bool:
+    """True as soon as /health answers 200, False when the server ends or is told to end before.
+
+    There is no limit: hundreds of gigabytes of weights take as long as they take. A line now and
+    then says what is waited for, and for how long.
+    """
+    # here, because a start of the embedded engine imports this module too
+    import httpx
+
+    url, say_at, answer = f"{plan.url}/health", time.monotonic() + _SAY_EVERY_S, "no answer"
+    # a proxy of the environment is for other machines
+    with httpx.Client(timeout=_HEALTH_ANSWER_S, trust_env=False) as client:
+        while server.poll() is None and not server.signals:
+            try:
+                code = client.get(url).status_code
+                if code == httpx.codes.OK:
+                    return True
+                answer = f"status {code}"
+            except httpx.TransportError as error:
+                answer = type(error).__name__
+            if time.monotonic() >= say_at:
+                say_at += _SAY_EVERY_S
+                logger.info("%s", waiting_line(plan, answer, time.monotonic() - started))
+            server.wait(_HEALTH_EVERY_S)
+    return False
+
+
+def waiting_line(plan: Launch, answer: str, seconds: float) -> str:
+    """What to say while the server is not ready yet.
+
+    Args:
+        plan: what was started.
+        answer: what came of the last GET /health.
+        seconds: since the launch was asked for.
+    """
+    logs = plan.environment.get("FD_LOG_DIR", "log")
+    return (
+        f"still starting after {math.floor(seconds)} s: GET {plan.url}/health gives {answer}. "
+        f"FastDeploy answers once its workers have loaded the model; what they do stands in "
+        f"{logs}/ (workerlog.0). Ctrl-C stops"
+    )

@@ -1,0 +1,34 @@
+"""The child of a probe: `python -m fd_dsa.fastdeploy_plugin.launch_probe_child FILE`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(file: str) -> None:
+    """Import FastDeploy, and write what came of it to a file: its own output may say anything."""
+    Path(file).write_text(json.dumps(report()), "utf-8")
+
+
+def report() -> dict[str, Any]:
+    """The fields of `launch_probe.Findings`."""
+    try:
+        import fastdeploy
+    except Exception as error:
+        return {"error": _line(error), "version": "", "status": {}}
+    found = {"error": "", "version": str(getattr(fastdeploy, "__version__", None) or "")}
+    from fd_dsa.fastdeploy_plugin.status import report as status
+
+    return {**found, "status": status()}
+
+
+def _line(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

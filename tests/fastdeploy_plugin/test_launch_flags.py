@@ -1,0 +1,215 @@
+"""Flags of ours become FastDeploy's, or an error that names both; none is forgotten."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.errors import ConfigError
+from fd_dsa.fastdeploy_plugin.flags import (
+    IMPLIED,
+    LAUNCHER,
+    MAPPED,
+    NO_COUNTERPART,
+    PassedFlags,
+    parallel_size,
+    translate,
+)
+from fd_dsa.serve.flags import build_parser, parse_args
+
+
+def translated(*argv: str) -> list[str]:
+    """What FastDeploy gets for a command line of ours."""
+    args = parse_args(argv)
+    return translate(vars(args), args.given, PassedFlags.read(args.passed))
+
+
+def refusal(*argv: str) -> str:
+    """The error of a command line."""
+    with pytest.raises(ConfigError) as caught:
+        translated(*argv)
+    return str(caught.value)
+
+
+def test_every_flag_has_a_place() -> None:
+    names = {action.dest for action in build_parser()._actions}
+    names -= {"help", "version", "positional_model"}
+    places = [set(MAPPED), set(NO_COUNTERPART), set(LAUNCHER)]
+    assert set.union(*places) == names
+    assert sum(map(len, places)) == len(names), "a flag has two places"
+    assert set(IMPLIED) <= set(NO_COUNTERPART)
+
+
+# one value for each flag, other than its default
+VALUES: dict[str, tuple[list[str], list[str]]] = {
+    "max_model_len": (["8192"], ["--max-model-len", "8192"]),
+    "max_num_seqs": (["20"], ["--max-num-seqs", "20"]),
+    "max_num_batched_tokens": (["4096"], ["--max-num-batched-tokens", "4096"]),
+    "block_size": (["64"], []),
+    "num_gpu_blocks_override": (["2048"], ["--num-gpu-blocks-override", "2048"]),
+    "tensor_parallel_size": (["8"], ["--tensor-parallel-size", "8"]),
+    "data_parallel_size": (["16"], ["--data-parallel-size", "16"]),
+    "enable_expert_parallel": ([], ["--enable-expert-parallel"]),
+    "shutdown_timeout": (["12"], ["--timeout-graceful-shutdown", "12"]),
+    "device": (["gpu"], []),
+    "dtype": (["auto"], []),
+    "kv_cache_dtype": (["fp8_ds_mla"], []),
+    "log_level": (["debug"], []),
+    "engine": (["fastdeploy"], []),
+    # these four stand in front, see test_launch_command
+    "model": (["/m"], []),
+    "served_model_name": (["name"], []),
+    "host": (["0.0.0.0"], []),
+    "port": (["9000"], []),
+}
+
+
+@pytest.mark.parametrize(
+    "name", sorted({a.dest for a in build_parser()._actions} - {"help", "version"})
+)
+def test_each_flag_is_mapped_or_refused(name: str) -> None:
+    flag = f"--{name.replace('_', '-')}"
+    if name == "positional_model":
+        assert translated("/m") == ["--block-size", "64"]
+    elif name in VALUES:
+        values, expected = VALUES[name]
+        assert translated(flag, *values) == [*expected, "--block-size", "64"]
+    else:
+        assert flag in refusal(flag, "1") and "FastDeploy" in refusal(flag, "1")
+
+
+def test_without_flags_only_the_block_size_is_told() -> None:
+    assert translated() == ["--block-size", "64"]
+
+
+def test_the_order_is_that_of_the_table() -> None:
+    argv = ["--max-num-seqs", "8", "--enable-expert-parallel", "-tp", "2"]
+    assert translated(*argv)[:5] == [
+        *("--tensor-parallel-size", "2"),
+        "--enable-expert-parallel",
+        *("--max-num-seqs", "8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "texts"),
+    [
+        (
+            ["--device", "cpu"],
+            ["--device: got 'cpu'", "CUDA_VISIBLE_DEVICES", "allowed: auto, gpu"],
+        ),
+        (["--dtype", "bfloat16"], ["--dtype: got 'bfloat16'", "config.json", "allowed: auto"]),
+        (["--kv-cache-dtype", "bfloat16"], ["got 'bfloat16'", "allowed: auto, fp8_ds_mla"]),
+        (
+            ["--kv-cache-memory-bytes", "8G"],
+            ["--kv-cache-memory-bytes", "--gpu-memory-utilization"],
+        ),
+        (["--seed", "0"], ["--seed: got 0", "FastDeploy's --seed"]),
+        (["--block-size", "32"], ["--block-size: got 32", "allowed with --engine fastdeploy: 64"]),
+        (["--max-model-len", "100"], ["--max-model-len: got 100", "multiple of 64", "take 128"]),
+        (["--shutdown-timeout", "0"], ["got 0", "--timeout-graceful-shutdown", "0 as no limit"]),
+        (["--shutdown-timeout", "1.5"], ["got 1.5", "--timeout-graceful-shutdown"]),
+    ],
+)
+def test_refusals_name_both_sides(argv: list[str], texts: list[str]) -> None:
+    said = refusal(*argv)
+    assert all(text in said for text in texts), said
+
+
+@pytest.mark.parametrize("name", ["max_model_len", "max_num_seqs", "tensor_parallel_size"])
+@pytest.mark.parametrize("form", ["two", "equals"])
+def test_a_flag_on_both_sides_is_refused(name: str, form: str) -> None:
+    flag = MAPPED[name]
+    after = [flag, "64"] if form == "two" else [f"{flag}=64"]
+    said = refusal(flag, "128", "--", *after)
+    assert f"{flag}: got 128, and {flag} '64' after --" in said
+
+
+def test_what_stands_after_the_dashes_is_not_ours() -> None:
+    argv = ["--max-num-seqs", "8", "--", "--ips", "a,b", "--engine", "x", "--", "--port", "1"]
+    passed = PassedFlags.read(parse_args(argv).passed)
+    assert passed.arguments == ("--ips", "a,b", "--engine", "x", "--", "--port", "1")
+    assert passed.num_nodes == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "flag", "value"),
+    [
+        (["--port", "8180"], "--port", "8180"),
+        (["--port=8180"], "--port", "8180"),
+        (["--port", "1", "--port", "2"], "--port", "2"),
+        # as in FastDeploy's own recipes
+        (["--max-num-seq", "20"], "--max-num-seqs", "20"),
+        (["-tp", "8"], "--tensor-parallel-size", "8"),
+        (["--enable-expert-parallel"], "--enable-expert-parallel", True),
+        (["--graph-optimization-config", '{"a": 1}'], "--graph-optimization-config", '{"a": 1}'),
+    ],
+)
+def test_flags_after_the_dashes_are_understood(
+    arguments: list[str], flag: str, value: object
+) -> None:
+    passed = PassedFlags.read(arguments)
+    assert passed.values[flag] == value
+    assert passed.arguments == tuple(arguments)
+
+
+def test_flags_that_only_look_like_ours() -> None:
+    arguments = [
+        "--timeout",
+        "5",
+        "--scheduler-host",
+        "h",
+        "--max-waiting-time",
+        "-1",
+        "--model-impl",
+        "a",
+    ]
+    values = PassedFlags.read(arguments).values
+    assert set(values) == {"--timeout"}
+
+
+def test_checks_look_after_the_dashes_too() -> None:
+    assert "--block-size: got 32" in refusal("--", "--block-size", "32")
+    assert "--max-model-len: got 100" in refusal("--", "--max-model-len", "100")
+    assert "--max-model-len (after --): got 'x'" in refusal("--", "--max-model-len", "x")
+    assert translated("--", "--block-size", "64", "--max-model-len", "128") == []
+    assert "after --: argument --port: expected one argument" in refusal("--", "--port")
+
+
+@pytest.mark.parametrize("flag", ["--num-servers", "--ports", "--ports=1,2", "--args"])
+def test_the_launcher_of_several_servers_is_pointed_to(flag: str) -> None:
+    said = refusal("--", flag, "8")
+    assert said.startswith(flag)
+    assert "FD_ATTENTION_BACKEND=DSA_ATTN FD_PLUGINS=fd_dsa python -m fastdeploy" in said
+    assert "multi_api_server" in said
+
+
+def test_a_file_of_flags_counts(tmp_path: Path) -> None:
+    file = tmp_path / "fd.yaml"
+    file.write_text("port: 9001\nmax_model_len: 100\nquantization: wint4\nhost:\n")
+    passed = PassedFlags.read(["--config", str(file), "--port", "9002"])
+    assert passed.values["--port"] == "9002"
+    assert passed.values["--max-model-len"] == 100
+    assert "--host" not in passed.values and "--quantization" not in passed.values
+    assert "--max-model-len: got 100" in refusal("--", "--config", str(file))
+
+
+@pytest.mark.parametrize("text", [None, "- a\n", "a: [\n"])
+def test_a_bad_file_of_flags_is_one_line(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "fd.yaml"
+    if text is not None:
+        file.write_text(text)
+    said = refusal("--", "--config", str(file))
+    assert said.startswith("--config (after --): ") and "\n" not in said
+
+
+def test_parallel_sizes_come_from_either_side() -> None:
+    def sizes(*argv: str) -> tuple[int, int]:
+        args: Any = parse_args(argv)
+        return parallel_size(vars(args), PassedFlags.read(args.passed))
+
+    assert sizes() == (1, 1)
+    assert sizes("-tp", "8", "--data-parallel-size", "2") == (8, 2)
+    assert sizes("--", "--tensor-parallel-size", "4", "--data-parallel-size=2") == (4, 2)
