@@ -34,8 +34,9 @@ def radix_topk_ragged_transform(
     """The best columns of each row: plus `offsets[row]`, or, with tables, as physical slots.
 
     Ragged: row t is token t's and `lengths` counts its columns. Paged: row b belongs to batch row
-    b, `seq_len_decoder` counts its columns, and what is found goes to the row's first token. Which of equal scores win, and the order of all, is
-    the order in which threads come: another one in every launch.
+    b, `seq_len_decoder` counts its columns, and what is found goes to the row's first token.
+    Which of equal scores win, and the order of all, is the order in which threads come: another
+    one in every launch.
     """
     global _launches
     op = "radix_topk_ragged_transform"

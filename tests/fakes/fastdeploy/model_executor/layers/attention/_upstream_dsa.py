@@ -1,0 +1,163 @@
+"""What `layers/attention/dsa_attention_backend.py` does in a step and in a layer.
+
+Where a read waits for the device, a row counts as decoding because it has cached tokens, a
+maximum is taken that nobody reads or all tokens go through two kernels, that is upstream's doing,
+not the double's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+
+from fastdeploy import _counters, _tree
+from fastdeploy._arrays import host
+from fastdeploy.model_executor.ops import gpu
+
+from .ops import get_block_shape_and_split_kv_block
+
+BLOCK_SIZE = 64
+
+
+def prepare_step(backend: Any, forward_meta: Any) -> None:
+    """The six maxima through a wait for the stream; with #7598 windows, fresh in every step."""
+    buffer, on_host = backend.unused, backend.unused_cpu
+    get_block_shape_and_split_kv_block(
+        forward_meta.seq_lens_encoder,
+        forward_meta.seq_lens_decoder,
+        forward_meta.seq_lens_this_time,
+        buffer,
+        buffer,
+        on_host,
+        buffer,
+        buffer,
+        forward_meta.max_len_tensor_cpu,
+        buffer,
+        buffer,
+        on_host,
+        buffer,
+        buffer,
+        on_host,
+        -1,
+        -1,
+        -1,
+        backend.block_size,
+    )
+    if _tree.current().mask_offsets:
+        forward_meta.indexer_attn_mask_offsets = _windows(forward_meta)
+
+
+def _windows(forward_meta: Any) -> Any:
+    """int32 [2T] (start, end) of #7598, whose kernel ends at once for decode rows.
+
+    The memory is taken and zeroed, and the kernel launched, in decode-only steps too; the ends
+    count this step's keys alone.
+    """
+    offsets = paddle.zeros([2 * forward_meta.ids_remove_padding.shape[0]], dtype="int32")
+    _counters.launch("indexer_attn_mask_offsets")
+    starts, prefill = host(forward_meta.cu_seqlens_q), host(forward_meta.seq_lens_encoder)
+    values = host(offsets)
+    for row, num_tokens in enumerate(prefill.reshape(-1)[: len(starts) - 1]):
+        first = int(starts[row])
+        for token in range(first, first + int(num_tokens)):
+            values[2 * token : 2 * token + 2] = first, token + 1
+    return offsets
+
+
+def compute_slot_mapping(
+    block_tables: Any, position_ids: Any, batch_id_per_token: Any, block_size: int
+) -> Any:
+    """Slots by advanced indexing (#7367's formula): a batch id of -1 takes the last row."""
+    for kernel in ("divide", "index", "modulo", "scale_add", "cast"):
+        _counters.launch(f"slot_mapping.{kernel}")
+    blocks = block_tables[batch_id_per_token, position_ids // block_size]
+    slots = (blocks * block_size + position_ids % block_size).astype("int64")
+    _counters.allocation("slot_mapping", 8 * slots.shape[0])
+    return slots
+
+
+def attend(
+    backend: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    compressed_kv: Any,
+    k_pe: Any,
+    layer: Any,
+    forward_meta: Any,
+) -> Any:
+    """Write this step's records, then run the prefill kernel, the decode kernel, or both."""
+    cache = forward_meta.caches[2 * layer.layer_id]
+    _write(compressed_kv, k_pe, cache, forward_meta)
+    maxima = host(forward_meta.max_len_tensor_cpu)
+    prefill = decode = None
+    if maxima[1]:
+        prefill = _prefill(backend, q, k, v)
+    # the largest cached length of all rows: also true for later chunks, and for idle rows' rest
+    if maxima[2]:
+        decode = _decode(backend, q, v, cache)
+    if prefill is None:
+        return decode if decode is not None else paddle.zeros([0, q.shape[1], backend.kv_lora_rank])
+    if decode is not None:
+        gpu.merge_prefill_decode_output(
+            prefill,
+            decode,
+            forward_meta.seq_lens_encoder,
+            forward_meta.seq_lens_decoder,
+            forward_meta.seq_lens_this_time,
+            forward_meta.cu_seqlens_q,
+            q.shape[1] * 4,
+            128,
+            1,
+        )
+    return prefill
+
+
+def _write(compressed_kv: Any, k_pe: Any, cache: Any, forward_meta: Any) -> None:
+    for kernel in ("abs", "max", "divide"):
+        _counters.launch(f"kv_scale.{kernel}")
+    scale = paddle.abs(compressed_kv).max() / 200
+    if _tree.current().slot_mapping == "layer":
+        slots = compute_slot_mapping(
+            forward_meta.block_tables,
+            forward_meta.position_ids,
+            forward_meta.batch_id_per_token.reshape([-1]),
+            BLOCK_SIZE,
+        )
+    else:
+        slots = forward_meta.slot_mapping
+    gpu.dsk_attn_write_cache(compressed_kv, k_pe, cache, slots, scale, "fp8_ds_mla")
+
+
+def _prefill(backend: Any, q: Any, k: Any, v: Any) -> Any:
+    """Every token of the step over this step's keys; indices are places among them."""
+    import flash_mla
+
+    return flash_mla.flash_mla_sparse_fwd(q, k, v, backend.attn_softmax_scale)[0]
+
+
+def _decode(backend: Any, q: Any, v: Any, cache: Any) -> Any:
+    """Every token of the step over the cache; indices are slots, whatever wrote them."""
+    import flash_mla
+
+    pages = cache.transpose([0, 2, 1, 3])
+    if _tree.current().latent_cache_copy:
+        _counters.launch("latent_cache_copy")
+        _counters.allocation("latent_cache_copy", cache.shape[0] * BLOCK_SIZE * cache.shape[3])
+        pages = pages.contiguous()
+    schedule, _ = flash_mla.get_mla_metadata()
+    out, _ = flash_mla.flash_mla_with_kvcache(
+        q.unsqueeze(1),
+        pages,
+        None,
+        None,
+        backend.kv_lora_rank,
+        schedule,
+        None,
+        backend.attn_softmax_scale,
+        False,
+        True,
+        v,
+    )
+    return out.reshape([q.shape[0], q.shape[1], backend.kv_lora_rank])

@@ -1,0 +1,1 @@
+"""FastDeploy's Triton kernels; the double has their wrapper alone."""
