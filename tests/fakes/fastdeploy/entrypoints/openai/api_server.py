@@ -1,103 +1,168 @@
-"""`python -m fastdeploy.entrypoints.openai.api_server`, as far as a launcher sees it.
+"""The OpenAI server as a process: arguments, health, signals and exit status, no model behind it.
 
-Says what it was started with, answers /health and /v1/models, and ends by a signal. A test steers
-it through the environment:
-
-FAKE_FASTDEPLOY_DUMP: file for {"module", "argv", "env", "pid"} as JSON.
-FAKE_FASTDEPLOY_CRASH: exit with this status at once, before anything listens.
-FAKE_FASTDEPLOY_EXIT: status after SIGTERM or SIGINT; 0 without it.
-FAKE_FASTDEPLOY_SLOW: seconds of start-up in which /health is refused with 503.
+FAKE_FASTDEPLOY_DUMP names a file for what the process was started with, FAKE_FASTDEPLOY_SERVER a
+JSON object of what it does (`Script`). After `entrypoints/openai/api_server.py`: the port opens
+when the engine has loaded, /health is 404 while the engine is not well, workers run in sessions of
+their own, and a server whose engine did not come up ends with status 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-PREFIXES = ("FD_", "FAKE_", "CUDA_", "PYTHON")
+DUMP_VARIABLE = "FAKE_FASTDEPLOY_DUMP"
+SCRIPT_VARIABLE = "FAKE_FASTDEPLOY_SERVER"
+_WORKER = "import signal, time\nsignal.signal(15, {handler})\nwhile True: time.sleep(60)"
 
 
-def dump(module: str) -> None:
-    """Write what this process was started with, whole or not at all."""
-    path = os.environ.get("FAKE_FASTDEPLOY_DUMP")
-    if path:
-        env = {name: value for name, value in os.environ.items() if name.startswith(PREFIXES)}
-        started = {"module": module, "argv": sys.argv[1:], "env": env, "pid": os.getpid()}
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            json.dump(started, file)
-        os.replace(f"{path}.part", path)
+@dataclass(frozen=True)
+class Script:
+    """What this process does.
+
+    Attributes:
+        load_s: seconds before the port opens.
+        unwell_s: seconds after that in which /health is 404.
+        say: lines for stdout and for stderr, at the start.
+        exit_with: status with which it ends instead of opening the port; negative: signal -n.
+        ignore: signals that it ignores; those it does not ignore end it with status 0.
+        counts: it ends only at the third signal.
+        workers: processes it starts, each in a session of its own.
+        stubborn: the workers ignore SIGTERM.
+        imports: modules that it imports first, and of which it tells which were there.
+        tokens: what every completion says; a request's `max_tokens` cuts it.
+        step_s: seconds between two tokens of a stream.
+    """
+
+    load_s: float = 0.0
+    unwell_s: float = 0.0
+    say: tuple[str, str] = ("", "")
+    exit_with: int | None = None
+    ignore: tuple[str, ...] = ()
+    counts: bool = False
+    workers: int = 0
+    stubborn: bool = False
+    imports: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ("a", " b", " c")
+    step_s: float = 0.0
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags that this server acts on; all others are taken as they are."""
+def main() -> None:
+    """Play the script."""
+    script = Script(**json.loads(os.environ.get(SCRIPT_VARIABLE, "{}")))
+    print(script.say[0], end="", flush=True)
+    print(script.say[1], end="", flush=True, file=sys.stderr)
+    for module in script.imports:
+        importlib.import_module(module)
+    workers = [_start_worker(script.stubborn) for _ in range(script.workers)]
+    _listen_to_signals(script)
+    _dump(workers)
+    time.sleep(script.load_s)
+    if script.exit_with is not None:
+        if script.exit_with < 0:
+            os.kill(os.getpid(), -script.exit_with)
+        sys.exit(script.exit_with)
     parser = argparse.ArgumentParser()
     parser.add_argument("--host", default="0.0.0.0")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--model", default="default")
-    parser.add_argument("--served-model-name", nargs="+")
-    return parser.parse_known_args(argv)[0]
+    parser.add_argument("--port", default=8000, type=int)
+    args, _ = parser.parse_known_args()
+    _serve(args.host, args.port, script)
 
 
-def _handler(arguments: argparse.Namespace, ready_at: float) -> type[BaseHTTPRequestHandler]:
-    names = arguments.served_model_name or [arguments.model]
+def _start_worker(stubborn: bool) -> int:
+    handler = "signal.SIG_IGN" if stubborn else "signal.SIG_DFL"
+    command = [sys.executable, "-c", _WORKER.format(handler=handler)]
+    return subprocess.Popen(command, start_new_session=True).pid
+
+
+def _listen_to_signals(script: Script) -> None:
+    received: list[int] = []
+
+    def end(number: int, _: object) -> None:
+        received.append(number)
+        print(f"signal {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        if not script.counts or len(received) == 3:
+            # as a server that lets its requests end
+            os._exit(0)
+
+    for name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN if name in script.ignore else end)
+
+
+def _dump(workers: list[int]) -> None:
+    file = os.environ.get(DUMP_VARIABLE)
+    if not file:
+        return
+    found = {
+        "argv": sys.argv[1:],
+        "environment": dict(os.environ),
+        "pid": os.getpid(),
+        "session": os.getsid(0),
+        "workers": workers,
+        "modules": [name for name in sys.modules if name.partition(".")[0] == "fastdeploy"],
+    }
+    # whole or not at all, for whoever waits for it
+    part = Path(f"{file}.part")
+    part.write_text(json.dumps(found))
+    part.rename(file)
+
+
+def _serve(host: str, port: int, script: Script) -> None:
+    well_at = time.monotonic() + script.unwell_s
 
     class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            """Say nothing: tests compare the output."""
+
         def do_GET(self) -> None:
-            if time.monotonic() < ready_at:
-                self._answer(503, {"error": "starting"})
-            elif self.path == "/health":
-                self._answer(200, {})
-            elif self.path == "/v1/models":
-                models = [{"id": name, "object": "model"} for name in names]
-                self._answer(200, {"object": "list", "data": models})
-            else:
-                self._answer(404, {"error": self.path})
+            well = time.monotonic() >= well_at
+            self._answer(200 if well and self.path == "/health" else 404, {})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            tokens = script.tokens[: body.get("max_tokens")]
+            if body.get("stream"):
+                self._stream(tokens)
+                return
+            text, usage = "".join(tokens), {"completion_tokens": len(tokens)}
+            choice = {"text": text, "message": {"content": text}, "finish_reason": "length"}
+            self._answer(200, {"choices": [choice], "usage": usage})
+
+        def _stream(self, tokens: tuple[str, ...]) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            for token in tokens:
+                time.sleep(script.step_s)
+                choice = {"text": token, "delta": {"content": token}, "finish_reason": None}
+                self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+            self.wfile.write(b"data: [DONE]\n\n")
 
         def _answer(self, status: int, body: dict[str, Any]) -> None:
-            content = json.dumps(body).encode()
+            data = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
+            self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(content)
+            self.wfile.write(data)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            print(f"api_server: {format % args}", flush=True)
-
-    return Handler
-
-
-def main() -> int:
-    """Serve until a signal; the status to exit with."""
-    dump("fastdeploy.entrypoints.openai.api_server")
-    crash = os.environ.get("FAKE_FASTDEPLOY_CRASH")
-    if crash:
-        print("api_server: failed to start the engine", flush=True)
-        return int(crash)
-    arguments = parse(sys.argv[1:])
-    ready_at = time.monotonic() + float(os.environ.get("FAKE_FASTDEPLOY_SLOW", "0"))
-    server = ThreadingHTTPServer((arguments.host, arguments.port), _handler(arguments, ready_at))
-
-    def stop(number: int, frame: Any) -> None:
-        print(f"api_server: {signal.Signals(number).name}", flush=True)
-        # the loop waits for the handler to return, so another thread ends it
-        threading.Thread(target=server.shutdown).start()
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    print(f"api_server: http://{arguments.host}:{arguments.port}", flush=True)
-    server.serve_forever(poll_interval=0.05)
-    server.server_close()
-    print("api_server: stopped", flush=True)
-    return int(os.environ.get("FAKE_FASTDEPLOY_EXIT", "0"))
+    with ThreadingHTTPServer((host, port), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        while True:
+            signal.pause()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
