@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,7 +41,7 @@ class Script:
         counts: it ends only at the third signal.
         workers: processes it starts, each in a session of its own.
         stubborn: the workers ignore SIGTERM.
-        imports: modules that it imports first, and of which it tells which were there.
+        imports: modules that it imports first.
         tokens: what every completion says; a request's `max_tokens` cuts it.
         step_s: seconds between two tokens of a stream.
     """
@@ -67,7 +68,7 @@ def main() -> None:
         importlib.import_module(module)
     workers = [_start_worker(script.stubborn) for _ in range(script.workers)]
     _listen_to_signals(script)
-    _dump(workers)
+    dump("fastdeploy.entrypoints.openai.api_server", workers)
     time.sleep(script.load_s)
     if script.exit_with is not None:
         if script.exit_with < 0:
@@ -100,21 +101,21 @@ def _listen_to_signals(script: Script) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN if name in script.ignore else end)
 
 
-def _dump(workers: list[int]) -> None:
+def dump(module: str, workers: Sequence[int] = ()) -> None:
+    """Write what this process was started with, whole or not at all."""
     file = os.environ.get(DUMP_VARIABLE)
     if not file:
         return
     found = {
+        "module": module,
         "argv": sys.argv[1:],
-        "environment": dict(os.environ),
+        "env": dict(os.environ),
         "pid": os.getpid(),
         "session": os.getsid(0),
-        "workers": workers,
-        "modules": [name for name in sys.modules if name.partition(".")[0] == "fastdeploy"],
+        "workers": list(workers),
     }
-    # whole or not at all, for whoever waits for it
     part = Path(f"{file}.part")
-    part.write_text(json.dumps(found))
+    part.write_text(json.dumps(found), "utf-8")
     part.rename(file)
 
 
@@ -127,7 +128,7 @@ def _serve(host: str, port: int, script: Script) -> None:
 
         def do_GET(self) -> None:
             well = time.monotonic() >= well_at
-            self._answer(200 if well and self.path == "/health" else 404, {})
+            self._answer(200 if well and self.path in ("/health", "/metrics") else 404, {})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -158,8 +159,8 @@ def _serve(host: str, port: int, script: Script) -> None:
             self.wfile.write(data)
 
     with ThreadingHTTPServer((host, port), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+        # signals are handled in the main thread, which must not wait in the server's loop
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         while True:
             signal.pause()
 
