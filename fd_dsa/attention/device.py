@@ -61,8 +61,8 @@ class DeviceAttention:
         """Where `prepare_indexer_query` writes: queries and head weights of a step's tokens.
 
         Returns:
-            float32, for an fp8_ds_mla cache uint8, [num_tokens, index_n_heads, index_head_dim],
-            and float32 [num_tokens, index_n_heads].
+            `config.dtype`, for an fp8_ds_mla cache uint8, [num_tokens, index_n_heads,
+            index_head_dim], and float32 [num_tokens, index_n_heads].
         """
         heads, dim = self.config.index_n_heads, self.config.cache_layout.index_head_dim
         queries = self._view("index_q", num_tokens, heads, dim)
@@ -148,15 +148,15 @@ def _buffers(config: DSABackendConfig, logits_bytes: int) -> dict[str, tuple[int
     return {
         "logits": (min(max(logits_bytes // 4, max_keys), tokens * max_keys), "float32"),
         "slots": (tokens * config.index_topk, "int32"),
-        "latents": (tokens * config.num_heads * layout.kv_lora_rank, "float32"),
-        "index_q": (index_heads * layout.index_head_dim, "uint8" if layout.is_fp8 else "float32"),
+        "latents": (tokens * config.num_heads * layout.kv_lora_rank, config.dtype),
+        "index_q": (index_heads * layout.index_head_dim, "uint8" if layout.is_fp8 else config.dtype),
         "index_weights": (index_heads, "float32"),
     }
 
 
 def workspace_bytes(config: DSABackendConfig, logits_bytes: int = LOGITS_BYTES) -> int:
     """Bytes of the buffers that a DeviceAttention of this configuration holds."""
-    widths = {"float32": 4, "int32": 4, "uint8": 1}
+    widths = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
     return sum(size * widths[dtype] for size, dtype in _buffers(config, logits_bytes).values())
 
 
