@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from paddle import nn
 
-from fd_dsa.attention.layers import LayerNorm, zeros_parameter
+from fd_dsa.attention.layers import (
+    LayerNorm,
+    WeightLoader,
+    loads,
+    loads_slice,
+    zeros_parameter,
+)
+from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear
+from fd_dsa.ops.indexer_projection import project_indexer
 from fd_dsa.ops.indexer_query import prepare_indexer_query
 
 
@@ -27,7 +36,8 @@ class Indexer(nn.Layer):
     """Scores past tokens with a few cheap heads and keeps the best `index_topk`.
 
     Its rope slice is the FIRST `qk_rope_head_dim` of each head; the key norm is a LayerNorm with
-    bias and eps 1e-6. Parameters have FastDeploy's names (docs/design.md, "FastDeploy's contract").
+    bias and eps 1e-6. Parameters have FastDeploy's names (docs/design.md, "FastDeploy's contract"),
+    but for `wk_weights_proj`: its `wk` and `weights_proj` side by side, for one product.
 
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, in the form of Hugging Face transformers 5.23
     (DeepseekV32Indexer).
@@ -39,28 +49,42 @@ class Indexer(nn.Layer):
         self.layer_id = layer_id
         heads, dim = config.index_n_heads, config.index_head_dim
         self.wq_b = zeros_parameter(self, [config.q_lora_rank, heads * dim])
-        self.wk = zeros_parameter(self, [config.hidden_size, dim])
+        self.wk_weights_proj = zeros_parameter(self, [config.hidden_size, dim + heads])
         self.k_norm = LayerNorm(dim, epsilon=1e-6)
         # both scale factors of the scores are folded in when the weight is loaded
-        self.weights_proj = zeros_parameter(self, [config.hidden_size, heads])
         self.weights_scale = heads**-0.5 * dim**-0.5
 
-    def key(self, hidden_states: Any) -> Any:
-        """Index keys as projected, float32 [num_tokens, index_head_dim]; `write_caches` norms.
+    @cached_property
+    def _halves(self) -> tuple[Any, Any]:
+        """`wk` and `weights_proj` on a device, as views of the parameter."""
+        both, dim = readable(self.wk_weights_proj), self.config.index_head_dim
+        return both[:, :dim], both[:, dim:]
+
+    def project(self, hidden_states: Any) -> tuple[Any, Any]:
+        """Index keys and head weights as projected; `write_caches` norms the keys.
+
+        They need nothing but the hidden states, so they may run beside other projections, see
+        IndexerOverlap.
 
         Args:
             hidden_states: float32 [num_tokens, hidden_size], after the input norm.
-        """
-        return linear(hidden_states, self.wk)
 
-    def forward(self, forward_meta: Any, hidden_states: Any, qr: Any, cos_sin: Any) -> Any:
+        Returns:
+            float32 [num_tokens, index_head_dim] and [num_tokens, index_n_heads].
+        """
+        if on_device(hidden_states):
+            return project_indexer(hidden_states, *self._halves)
+        both, dim = linear(hidden_states, self.wk_weights_proj), self.config.index_head_dim
+        return both[:, :dim], both[:, dim:]
+
+    def forward(self, forward_meta: Any, qr: Any, cos_sin: Any, precomputed_weights: Any) -> Any:
         """Cache slots that each token attends to; the step's keys are in the cache already.
 
         Args:
             forward_meta: the runner's object, its step metadata made.
-            hidden_states: float32 [num_tokens, hidden_size], after the input norm.
             qr: float32 [num_tokens, q_lora_rank], after its norm.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin.
+            precomputed_weights: float32 [num_tokens, index_n_heads], of `project`.
 
         Returns:
             int32 [num_tokens, topk]; see DSAAttentionBackend.indexer_forward.
@@ -69,13 +93,28 @@ class Indexer(nn.Layer):
         layout = backend.config.cache_layout
         q, weights = prepare_indexer_query(
             linear(qr, self.wq_b).reshape([-1, config.index_n_heads, config.index_head_dim]),
-            linear(hidden_states, self.weights_proj),
+            precomputed_weights,
             None,
             cos_sin,
             rope_interleave=config.rope_interleave,
             quantized=layout.is_fp8,
             hadamard=layout.index_hadamard,
             scale_fmt=layout.index_scale_fmt,
-            out=backend.query_buffers(hidden_states.shape[0]),
+            out=backend.query_buffers(qr.shape[0]),
         )
         return backend.indexer_forward(q, None, weights, self.layer_id, forward_meta)
+
+    def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
+        """Checkpoint names below `prefix` and how each fills its parameter, or its part of one."""
+        both, dim, rows = self.wk_weights_proj, self.config.index_head_dim, slice(None)
+        weights = loads_slice(
+            both, (rows, slice(dim, None)), transpose=True, scale=self.weights_scale
+        )
+        loaders = {
+            "wq_b.weight": loads(self.wq_b, transpose=True),
+            "wk.weight": loads_slice(both, (rows, slice(0, dim)), transpose=True),
+            "k_norm.weight": loads(self.k_norm.weight),
+            "k_norm.bias": loads(self.k_norm.bias),
+            "weights_proj.weight": weights,
+        }
+        return {prefix + name: loader for name, loader in loaders.items()}

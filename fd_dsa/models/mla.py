@@ -19,9 +19,9 @@ from fd_dsa.attention.layers import (
 )
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import as_numpy, readable
-from fd_dsa.ops._linear import head_linear, joined, linear
-from fd_dsa.ops._rope import rotated
+from fd_dsa.ops._linear import head_linear, linear
 from fd_dsa.ops.cache_write import CacheWriteParams
+from fd_dsa.ops.mla_query import prepare_mla_query
 
 
 class DeepseekV32DSAAttention(nn.Layer):
@@ -90,15 +90,19 @@ class DeepseekV32DSAAttention(nn.Layer):
             float32 [num_tokens, hidden_size], int32 [num_tokens, topk].
         """
         backend = forward_meta.attn_backend
-        qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self._biases[0])
-        qr = self.q_a_layernorm(qkv[:, : self.q_lora_rank])
-        index_k = None if self.indexer is None else self.indexer.key(hidden_states)
-        backend.write_caches(qkv[:, self.q_lora_rank :], index_k, cos_sin, self, forward_meta)
-        indices = shared_indices
-        if self.indexer is not None:
-            indices = self.indexer(forward_meta, hidden_states, qr, cos_sin)
+        if self.indexer is None:
+            qr, kv_a = self._down_projected(hidden_states)
+            backend.write_caches(kv_a, None, cos_sin, self, forward_meta)
+            indices = shared_indices
+        else:
+            project, num_tokens = self.indexer.project, hidden_states.shape[0]
+            with backend.overlap.fork(num_tokens, project, hidden_states) as side:
+                qr, kv_a = self._down_projected(hidden_states)
+                index_k, weights = side.join()
+            backend.write_caches(kv_a, index_k, cos_sin, self, forward_meta)
+            indices = self.indexer(forward_meta, qr, cos_sin, weights)
         latent = backend.forward(
-            q=self._absorbed_query(qr, cos_sin),
+            q=self._absorbed_query(qr, cos_sin, backend),
             k=None,
             v=indices,
             qkv=None,
@@ -130,11 +134,20 @@ class DeepseekV32DSAAttention(nn.Layer):
             **norms,
         )
 
-    def _absorbed_query(self, qr: Any, cos_sin: Any) -> Any:
+    def _down_projected(self, hidden_states: Any) -> tuple[Any, Any]:
+        """Latent of the queries, normed, and keys of `write_caches`, neither normed nor rotated."""
+        qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self._biases[0])
+        return self.q_a_layernorm(qkv[:, : self.q_lora_rank]), qkv[:, self.q_lora_rank :]
+
+    def _absorbed_query(self, qr: Any, cos_sin: Any, backend: Any) -> Any:
         """float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]."""
         q = linear(qr, self.q_b_proj).reshape([-1, self.num_heads, self.nope_dim + self.rope_dim])
-        q_pe = rotated(q[:, :, self.nope_dim :], cos_sin, interleaved=True)
-        return joined(head_linear(q[:, :, : self.nope_dim], self.k_b_proj), q_pe)
+        q_latent, q_pe = (
+            head_linear(q[:, :, : self.nope_dim], self.k_b_proj),
+            q[:, :, self.nope_dim :],
+        )
+        buffer = backend.mla_query_buffer(qr.shape[0])
+        return prepare_mla_query(q_latent, q_pe, None, cos_sin, out=buffer)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
@@ -159,16 +172,7 @@ class DeepseekV32DSAAttention(nn.Layer):
             )
             loaders["o_proj.bias"] = loads(self.o_bias)
         if self.indexer is not None:
-            indexer = self.indexer
-            loaders |= {
-                "indexer.wq_b.weight": loads(indexer.wq_b, transpose=True),
-                "indexer.wk.weight": loads(indexer.wk, transpose=True),
-                "indexer.k_norm.weight": loads(indexer.k_norm.weight),
-                "indexer.k_norm.bias": loads(indexer.k_norm.bias),
-                "indexer.weights_proj.weight": loads(
-                    indexer.weights_proj, transpose=True, scale=indexer.weights_scale
-                ),
-            }
+            loaders |= self.indexer.weight_loaders("indexer.")
         return {prefix + name: loader for name, loader in loaders.items()}
 
     def _load_kv_b(self, array: np.ndarray) -> None:
