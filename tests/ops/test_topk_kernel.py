@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from fd_dsa.errors import LaunchError
+from fd_dsa.errors import ShapeError
 from fd_dsa.ops.topk import positions_to_slots, topk_indices
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.paged_rows import LARGE_ROWS, SMALL_ROWS, PagedRows, paged_rows
@@ -161,18 +163,41 @@ def test_the_same_bits_every_time(kernel_memory: KernelMemory) -> None:
         np.testing.assert_array_equal(run(kernel_memory, step, scores, 20), first)
 
 
-def test_a_strided_view_is_refused(kernel_memory: KernelMemory) -> None:
-    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
+def choose(m: KernelMemory, step: PagedRows, scores: Any, k: int, **options: Any) -> np.ndarray:
+    """`run` with scores that are a tensor already."""
     from fd_dsa.ops.topk.triton_kernel import select_slots
 
-    scores = m.put(scores_of("normal", step))
-    with pytest.raises(LaunchError, match="logits_ptr"):
-        select_slots(
-            scores[:, :9],
-            m.put(step.position_ids),
-            m.put(step.batch_ids),
-            m.put(step.block_tables),
-            m.poisoned((step.num_tokens, 4), "int32"),
-            block_size=16,
-            num_blocks=step.num_blocks,
-        )
+    slots = m.poisoned((step.num_tokens, k), "int32")
+    arrays = (m.put(step.position_ids), m.put(step.batch_ids), m.put(step.block_tables))
+    sizes = {"block_size": 16, "num_blocks": step.num_blocks}
+    select_slots(scores, *arrays, slots, **sizes, **options)
+    return m.get(slots)
+
+
+def test_rows_of_scores_may_lie_apart(kernel_memory: KernelMemory) -> None:
+    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
+    scores = scores_of("normal", step)
+    wide = np.full((len(scores), scores.shape[1] + 37), np.inf, np.float32)
+    wide[:, : scores.shape[1]] = scores
+    found = choose(m, step, m.put(wide)[:, : scores.shape[1]], 4)
+    np.testing.assert_array_equal(found, wanted(step, scores, 4))
+
+
+def test_columns_of_scores_may_not(kernel_memory: KernelMemory) -> None:
+    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
+    scores = m.put(np.repeat(scores_of("normal", step), 2, axis=1))
+    with pytest.raises(ShapeError, match="logits has strides"):
+        choose(m, step, scores[:, ::2], 4)
+
+
+def test_only_the_rows_of_a_group_are_written(kernel_memory: KernelMemory) -> None:
+    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
+    scores = scores_of("normal", step)
+    groups = (np.arange(step.num_tokens) % 3 == 1).astype(np.int32)
+    for group in (0, 1):
+        found = choose(m, step, m.put(scores), 4, groups=m.put(groups), group=group)
+        mine = groups == group
+        np.testing.assert_array_equal(found[mine], wanted(step, scores, 4)[mine])
+        assert (found[~mine] == POISONED).all()
+    with pytest.raises(ShapeError, match="groups"):
+        choose(m, step, m.put(scores), 4, groups=m.put(groups[1:]))

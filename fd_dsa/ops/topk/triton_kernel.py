@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.errors import ShapeError
 from fd_dsa.ops._host import check_array, check_first_token, check_tokens
 from fd_dsa.ops._triton import blocks_of
 from fd_dsa.triton_runtime import paddle_jit
@@ -53,13 +54,21 @@ def _kth_best(row_ptr, window, k, BLOCK: tl.constexpr):
 
 
 @paddle_jit(
-    do_not_specialize=("k", "first_token", "table_width", "logits_width", "num_blocks"),
+    do_not_specialize=(
+        "k",
+        "first_token",
+        "table_width",
+        "logits_width",
+        "logits_stride",
+        "num_blocks",
+        "group",
+    ),
     contiguous=(
-        "logits_ptr",
         "position_ids_ptr",
         "batch_id_per_token_ptr",
         "block_tables_ptr",
         "slots_ptr",
+        "groups_ptr",
     ),
 )
 def topk_kernel(
@@ -68,22 +77,29 @@ def topk_kernel(
     batch_id_per_token_ptr,
     block_tables_ptr,
     slots_ptr,
+    groups_ptr,
     k,
     first_token,
     table_width,
     logits_width,
+    logits_stride,
     num_blocks,
+    group,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Slots of the k best keys of token `first_token + program 0`."""
     row = tl.program_id(0).to(tl.int64)
     token = first_token + row
+    # two lines: the first is decided when it is compiled
+    if groups_ptr is not None:  # noqa: SIM102
+        if tl.load(groups_ptr + token) != group:
+            return
     batch_id = tl.load(batch_id_per_token_ptr + token)
     window = tl.load(position_ids_ptr + token).to(tl.int32) + 1
     window = tl.where(batch_id < 0, 0, window)
     out_ptr = slots_ptr + token * k
-    row_ptr = logits_ptr + row * logits_width
+    row_ptr = logits_ptr + row * logits_stride
     kth = tl.full([], 0, tl.uint32)
     above = tl.full([], 0, tl.int32)
     if window > k:
@@ -127,6 +143,8 @@ def select_slots(
     num_blocks: int,
     first_token: int = 0,
     num_rows: int | None = None,
+    groups: Any = None,
+    group: int = 0,
 ) -> None:
     """Fill rows of `slots` with the cache slots of the best keys of consecutive tokens.
 
@@ -136,7 +154,8 @@ def select_slots(
 
     Args:
         logits: float32 [num_rows, width]; scores of the tokens from `first_token` on, a column a
-            position. Entries past a token's window are not looked at.
+            position, at any distance between rows. Entries past a token's window are not looked
+            at.
         position_ids: int64 [num_tokens]; a token sees the keys 0..position of its row.
         batch_id_per_token: int32 [num_tokens]; -1 = padding, whose rows become -1.
         block_tables: int32 [num_reqs, max_blocks].
@@ -144,6 +163,9 @@ def select_slots(
         num_blocks: blocks of the cache; an entry outside 0..num_blocks - 1 is no block.
         num_rows: how many tokens; None is the rows of `logits`. May be more where no token has
             more than k keys: the scores are not read then.
+        groups: int32 [num_tokens], or None; rows of tokens that are not of `group` stay as they
+            are.
+        group: whose scores these are.
 
     Raises:
         ShapeError, DtypeError: an argument is not as above; nothing is launched.
@@ -154,6 +176,13 @@ def select_slots(
     """
     name = "select_slots"
     check_array(name, "logits", logits, (None, None), ("float32",))
+    row_stride, column_stride = logits.stride()
+    if column_stride != 1 and logits.shape[1] > 1:
+        raise ShapeError(
+            f"{name}: logits has strides {[row_stride, column_stride]}, the last must be 1"
+        )
+    if groups is not None:
+        check_array(name, "groups", groups, (slots.shape[0],), ("int32",))
     check_array(name, "slots", slots, (None, None), ("int32",))
     check_tokens(name, slots.shape[0], position_ids, batch_id_per_token, block_tables)
     num_rows = logits.shape[0] if num_rows is None else num_rows
@@ -166,11 +195,14 @@ def select_slots(
         batch_id_per_token,
         block_tables,
         slots,
+        groups,
         slots.shape[1],
         first_token,
         block_tables.shape[1],
         logits.shape[1],
+        row_stride,
         num_blocks,
+        group,
         BLOCK_SIZE=block_size,
         BLOCK=_BLOCK,
         num_warps=4,
