@@ -14,20 +14,11 @@ import paddle
 
 from fastdeploy import _counters, _tree
 from fastdeploy._arrays import host, tensor_of
+from fastdeploy.model_executor.layers.attention._upstream_dsa import compute_slot_mapping
 from fastdeploy.model_executor.layers.quantization.fp8_utils import per_token_group_quant_fp8
 from fastdeploy.model_executor.ops import gpu
 
 BLOCK_SIZE = 64
-
-
-def compute_slot_mapping(
-    block_tables: Any, positions: Any, batch_id_per_token: Any, block_size: int
-) -> Any:
-    """Slots by advanced indexing: a token of padding, row -1, finds the table's last row."""
-    for kernel in ("divide", "index", "modulo", "scale_add", "cast"):
-        _counters.launch(f"slot_mapping.{kernel}")
-    block_ids = block_tables[batch_id_per_token, positions // block_size]
-    return (block_ids * block_size + positions % block_size).astype("int64")
 
 
 def slot_mapping_of(forward_meta: Any) -> Any:
@@ -58,8 +49,8 @@ def extract_decoder_token_from_q(
         for out, values in zip(found, (host(q), host(weight)), strict=True):
             # past the last token the kernel reads whatever memory lies there
             out[row] = values[starts[row]] if starts[row] < len(values) else 0
-    for _ in range(3):
-        _counters.allocation("zeros")
+    for one in (*found, lengths):
+        _counters.allocation("extracted", one.nbytes)
     out_q, out_weight = (
         tensor_of(out, one.place, one.dtype) for out, one in zip(found, (q, weight), strict=True)
     )

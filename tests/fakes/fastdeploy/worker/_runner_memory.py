@@ -1,0 +1,173 @@
+"""Caches, dummy runs, captures and weights of the runner (`worker/gpu_model_runner.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import paddle
+
+from fastdeploy import _memory, envs
+from fastdeploy._arrays import host, writable
+from fastdeploy.model_executor.pre_and_post_process import set_row
+
+
+class RunnerMemory:
+    """What happens between the model's load and the first request, and when caches change."""
+
+    fd_config: Any
+    share_inputs: Any
+    attn_backends: list[Any]
+    model: Any
+    forward_meta: Any
+    use_cudagraph: bool
+    num_draft_tokens: int
+    num_gpu_blocks: int
+
+    def initialize_kv_cache(self, profile: bool = False) -> None:
+        """Two zeroed uint8 caches a layer: latents, indexer keys; the value cache is empty."""
+        self.dsa_cache = envs.FD_ATTENTION_BACKEND == "DSA_ATTN"
+        shapes = self.attn_backends[0].get_kv_cache_shape(
+            max_num_blocks=self.num_gpu_blocks, kv_cache_quant_type="uint8"
+        )
+        key_shape, _, indexer_shape = shapes
+        caches = []
+        for _ in range(self.fd_config.model_config.num_hidden_layers):
+            caches.append(paddle.zeros(key_shape, dtype="uint8"))
+            caches.append(paddle.zeros(indexer_shape, dtype="uint8"))
+        self.share_inputs["caches"] = caches
+
+    def clear_cache(self, profile: bool = False) -> None:
+        """Give the caches up; whoever still reads them finds poison."""
+        caches = list(self.share_inputs.pop("caches"))
+        if self.forward_meta is not None:
+            self.forward_meta.clear_caches()
+        for cache in caches:
+            _memory.free(cache)
+
+    def cal_theortical_kvcache(self) -> int:
+        """Bytes of one block in all layers; spelled as upstream."""
+        if not self.dsa_cache:
+            raise NotImplementedError("the double counts DSA caches alone")
+        model, cache = self.fd_config.model_config, self.fd_config.cache_config
+        latent = model.kv_lora_rank + 4 * model.kv_lora_rank // 128 + 2 * model.qk_rope_head_dim
+        indexer = model.index_head_dim + 4 * model.index_head_dim // 128
+        return (latent + indexer) * cache.block_size * model.num_hidden_layers
+
+    def profile_run(self) -> None:
+        """The largest step on caches of the size that was asked for, then without them."""
+        self.num_gpu_blocks = self.fd_config.cache_config.total_block_num
+        self.initialize_kv_cache(profile=True)
+        scheduler = self.fd_config.scheduler_config
+        self._dummy_run(scheduler.max_num_batched_tokens, min(scheduler.max_num_seqs, 3))
+        self.clear_cache(profile=True)
+
+    def update_share_input_block_num(self, num_gpu_blocks: int) -> None:
+        """The real caches, once the memory left is known."""
+        self.fd_config.cache_config.total_block_num = num_gpu_blocks
+        self.num_gpu_blocks = num_gpu_blocks
+        self.initialize_kv_cache()
+
+    def _dummy_prefill_inputs(self, num_tokens: int, batch_size: int, expected: int) -> None:
+        """Rows 0 to batch_size - 1 as first chunks over blocks of their own."""
+        share, cache = self.share_inputs, self.fd_config.cache_config
+        length = max(1, min(num_tokens // batch_size, self.fd_config.model_config.max_model_len))
+        length = min(length, self.fd_config.model_config.max_model_len - expected - 1)
+        block_num = -(-length // cache.block_size) + cache.enc_dec_block_num
+        for row in range(batch_size):
+            with writable(share["block_tables"]) as tables:
+                tables[row] = -1
+                for column in range(min(block_num, tables.shape[1])):
+                    # a small test has fewer blocks than a dummy run asks for
+                    tables[row, column] = (row * block_num + column) % self.num_gpu_blocks
+            for name, value in (
+                ("prompt_lens", length),
+                ("step_idx", 0),
+                ("max_dec_len", expected + 1),
+                ("is_chunk_step", False),
+            ):
+                with writable(share[name]) as values:
+                    values.reshape(len(values), -1)[row, 0] = value
+            with writable(share["input_ids"]) as ids:
+                ids[row, :length] = 5
+            set_row(share, row, (length, 0, length), stopped=False)
+        share["seq_lens_this_time"] = share["seq_lens_this_time_buffer"]
+
+    def _dummy_run(
+        self,
+        num_tokens: int,
+        batch_size: int,
+        expected_decode_len: int = 1,
+        in_capturing: bool = False,
+        capture_prefill: bool = False,
+        accept_all_drafts: bool = False,
+        reject_all_drafts: bool = False,
+    ) -> None:
+        """One prefill pass, then decode passes until all rows have stopped."""
+        self._dummy_prefill_inputs(num_tokens, batch_size, expected_decode_len)
+        drafts = None
+        if accept_all_drafts or reject_all_drafts:
+            drafts = accept_all_drafts
+        while True:
+            if in_capturing:
+                # rows past the batch have no tokens: a graph holds no more than its own
+                buffer = self.share_inputs["seq_lens_this_time_buffer"]
+                self.share_inputs["seq_lens_this_time"] = buffer[:batch_size]
+            self._prepare_inputs(is_dummy_or_profile_run=True)
+            meta = self.forward_meta
+            meta.step_use_cudagraph = in_capturing and meta.step_use_cudagraph
+            self.padding_cudagraph_inputs()
+            self._post_process(self._sample(self._run_model(), drafts))
+            if not host(self.share_inputs["seq_lens_this_time_buffer"]).any():
+                break
+        self.saved_output.clear()
+        with writable(self.share_inputs["block_tables"]) as tables:
+            tables[...] = -1
+
+    def capture_model(self) -> None:
+        """Graphs of all sizes, the largest first; with drafts a row has several tokens."""
+        if not self.use_cudagraph:
+            return
+        per_row = self.num_draft_tokens + 1
+        for size in sorted(self.fd_config.graph_opt_config.cudagraph_capture_sizes, reverse=True):
+            batch_size = min(size // per_row, self.fd_config.scheduler_config.max_num_seqs)
+            if batch_size * per_row != size:
+                continue
+            # a prefill pass has more tokens than any graph
+            tokens = self.fd_config.graph_opt_config.max_capture_size + batch_size
+            self._dummy_run(
+                tokens,
+                batch_size,
+                expected_decode_len=per_row,
+                in_capturing=True,
+                accept_all_drafts=True,
+            )
+
+    def capture_model_prefill_and_mixed(self) -> None:
+        """Prefill passes of all sizes of split graphs."""
+        for size in self.fd_config.graph_opt_config.cudagraph_capture_sizes_prefill:
+            self._dummy_run(size, 1, in_capturing=True, capture_prefill=True)
+
+    def sleep(self, tags: str = "") -> None:
+        """Give up caches and graphs."""
+        self._clear_graphs()
+        self.clear_cache()
+
+    def wakeup(self, tags: str = "") -> None:
+        """New caches, new graphs."""
+        self.initialize_kv_cache()
+        self.capture_model()
+
+    def clear_parameters(self, pid: int = 0) -> None:
+        """Before reinforcement learning brings new weights."""
+        self._clear_graphs()
+        self.clear_cache()
+
+    def update_parameters(self, pid: int = 0) -> None:
+        """New weights in the parameters' memory, new caches, new graphs."""
+        self.load_weights()
+        self.initialize_kv_cache()
+        self.capture_model()
+
+    def _clear_graphs(self) -> None:
+        if self.use_cudagraph:
+            self.model.model.clear_graph_opt_backend()

@@ -1,0 +1,122 @@
+"""The runner's persistent buffers (`worker/input_batch.py`); a plain dict in early trees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import paddle
+
+from fastdeploy import _counters, _tree
+
+
+class InputBatch:
+    """Buffers as attributes and as items; an unknown name is a KeyError either way."""
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        vars(self).update(fields)
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self)[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        vars(self)[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del vars(self)[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in vars(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return vars(self).get(name, default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        return vars(self).pop(name, *default)
+
+    def update(self, fields: dict[str, Any]) -> None:
+        vars(self).update(fields)
+
+
+def make_share_inputs(fd_config: Any, num_draft_tokens: int) -> Any:
+    """All buffers of a runner in the form of the tree."""
+    fields = _rows(fd_config) | _tokens(fd_config) | _host_copies(fd_config)
+    if num_draft_tokens:
+        fields |= _speculative(fd_config, num_draft_tokens)
+    return InputBatch(fields) if _tree.current().share_inputs == "input_batch" else fields
+
+
+def _lengths(slots: int) -> Any:
+    """int32 zeros, one a slot; in early trees a column."""
+    shape = [slots, 1] if _tree.current().seq_lens_rank == 2 else [slots]
+    return paddle.zeros(shape, dtype="int32")
+
+
+def _rows(fd_config: Any) -> dict[str, Any]:
+    """What a slot of the batch has."""
+    slots, longest = fd_config.scheduler_config.max_num_seqs, fd_config.model_config.max_model_len
+    cache = fd_config.cache_config
+    columns = -(-longest // cache.block_size) + cache.enc_dec_block_num
+    lengths = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time_buffer")
+    fields = {name: _lengths(slots) for name in (*lengths, "step_seq_lens_decoder")}
+    fields["seq_lens_this_time"] = fields["seq_lens_this_time_buffer"]
+    fields |= {
+        name: paddle.zeros([slots, 1], dtype="int64")
+        for name in ("prompt_lens", "step_idx", "max_dec_len")
+    }
+    return fields | {
+        "input_ids": paddle.zeros([slots, longest], dtype="int64"),
+        "block_tables": paddle.full([slots, columns], -1, dtype="int32"),
+        "stop_flags": paddle.full([slots, 1], True, dtype="bool"),
+        "is_block_step": paddle.full([slots], False, dtype="bool"),
+        "preempted_idx": paddle.zeros([slots, 1], dtype="int32"),
+    }
+
+
+def _tokens(fd_config: Any) -> dict[str, Any]:
+    """What a token of the step has; contents come by `copy_`, which adopts their shape."""
+    slots = fd_config.scheduler_config.max_num_seqs
+    tokens = slots * fd_config.get_max_chunk_tokens()
+    fields = {
+        "ids_remove_padding": paddle.zeros([tokens], dtype="int64"),
+        "batch_id_per_token": paddle.full([tokens, 1], -1, dtype="int32"),
+        "cu_seqlens_q": paddle.zeros([slots + 1], dtype="int32"),
+        "cu_seqlens_k": paddle.zeros([slots + 1], dtype="int32"),
+    }
+    tree = _tree.current()
+    if tree.position_producer == "runner":
+        dtype = tree.position_dtype
+        fields["position_ids_buffer"] = paddle.zeros([tokens], dtype=dtype)
+        fields["slot_mapping_buffer"] = paddle.full([tokens], -1, dtype="int64")
+    return fields
+
+
+def _host_copies(fd_config: Any) -> dict[str, Any]:
+    """Page-locked copies, and flags that never leave the host."""
+    slots = fd_config.scheduler_config.max_num_seqs
+    cpu = paddle.CPUPlace()
+    fields = {
+        "seq_lens_this_time_cpu": paddle.zeros([slots], dtype="int32", device=cpu),
+        "is_block_step_cpu": paddle.zeros([slots], dtype="bool", device=cpu),
+        "is_chunk_step": paddle.zeros([slots], dtype="bool", device=cpu),
+    }
+    return {name: _counters.on_host(tensor) for name, tensor in fields.items()}
+
+
+def _speculative(fd_config: Any, num_draft_tokens: int) -> dict[str, Any]:
+    """Drafts, and what was accepted of them."""
+    slots = fd_config.scheduler_config.max_num_seqs
+    wide = [slots, num_draft_tokens + 1]
+    return {
+        "draft_tokens": paddle.full(wide, -1, dtype="int64"),
+        "accept_tokens": paddle.zeros(wide, dtype="int64"),
+        "accept_num": paddle.zeros([slots], dtype="int32"),
+        "actual_draft_token_num": paddle.zeros([slots], dtype="int32"),
+        "cu_seqlens_q_output": paddle.zeros([slots + 1], dtype="int32"),
+        "batch_id_per_token_output": paddle.full(
+            [slots * (num_draft_tokens + 1)], -1, dtype="int32"
+        ),
+    }
