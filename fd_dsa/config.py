@@ -293,9 +293,7 @@ def _switch(name: str) -> bool | None:
     try:
         return _SWITCH[value.lower()]
     except KeyError:
-        raise ConfigError(
-            f"{name}: got {value!r}, allowed: 0, 1, false, true, or unset"
-        ) from None
+        raise ConfigError(f"{name}: got {value!r}, allowed: 0, 1, false, true, or unset") from None
 
 
 def overlap_max_tokens() -> int:

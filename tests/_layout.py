@@ -21,6 +21,7 @@ ROOMS = (
     "attention",
     "models",
     "runner",
+    "fastdeploy_plugin",
     "engine",
     "serve",
     "doctor",

@@ -1,0 +1,376 @@
+"""FastDeploy's DSAAttentionBackend: its constructor, methods and caches, our work behind them.
+
+An object holds our own `fd_dsa.attention.DSAAttentionBackend`, made in the first step, since only
+the runner's block tables say where they lie and how wide they are. That step is the profile run,
+or the first one of a capture's warm-up: all buffers are there before anything is captured.
+
+Source: FastDeploy's `layers/attention/dsa_attention_backend.py` and `base_attention_backend.py`
+(#6689, #7367, #7598).
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+from fd_dsa import __version__
+from fd_dsa.attention import DSAAttentionBackend as CoreBackend
+from fd_dsa.attention import StepHints
+from fd_dsa.attention.backend import cache_of
+from fd_dsa.errors import ConfigError, MissingStepError
+from fd_dsa.fastdeploy_plugin.compat import ATTENTION, Tree, cache_shapes
+from fd_dsa.fastdeploy_plugin.projections import KeyNorms, cos_sin_table, table_key
+from fd_dsa.fastdeploy_plugin.settings import BackendSettings, rope_theta, upstream_attributes
+from fd_dsa.fastdeploy_plugin.signals import KvSignals
+from fd_dsa.fastdeploy_plugin.step_inputs import device_of, fill_max_lens, step_rows
+from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
+
+_PROPOSER = "fastdeploy.spec_decode.mtp"
+
+
+def make_backend_class(tree: Tree) -> type:
+    """Our backend as a subclass of FastDeploy's, whose `isinstance` tests it passes."""
+    return type(tree.backend_base)(
+        "DSAAttentionBackend",
+        (PluginBackend, tree.backend_base),
+        {
+            "__fd_dsa__": __version__,
+            "__module__": __name__,
+            "features": tree.features,
+            "metadata_class": getattr(tree.backend_file, "DSAAttentionMetadata", SimpleNamespace),
+        },
+    )
+
+
+class PluginBackend:
+    """The DSA backend as FastDeploy constructs and calls it; one object serves all layers.
+
+    Args:
+        fd_config: FastDeploy's configuration.
+        kv_num_heads: not used: all heads share one latent.
+        num_heads: attention heads on this rank.
+        head_dim, encoder_block_shape_q, decoder_block_shape_q: not used, as upstream.
+
+    Attributes:
+        features, metadata_class: of the tree; set by `make_backend_class`.
+        core: our backend behind it, None before the first step.
+        shared_selection: what the newest indexer chose, for layers without one of their own.
+
+    Raises:
+        ConfigError: sizes for which there are no DSA caches, or MTP in a tree whose proposer
+            cannot hold them.
+        BackendUnavailable: disaggregation without the operators that it takes.
+    """
+
+    # FastDeploy's static graphs read the types of a backend's class attributes: annotate none here
+    __infer_dynamic_dims_fields__ = ("attention_metadata",)
+
+    def __init__(
+        self,
+        fd_config: Any,
+        kv_num_heads: int,
+        num_heads: int,
+        head_dim: int,
+        encoder_block_shape_q: int = -1,
+        decoder_block_shape_q: int = -1,
+    ) -> None:
+        self.settings = BackendSettings.of(fd_config, num_heads)
+        if self.settings.is_draft:
+            _check_proposer()
+        if self.features.has_backend:
+            shapes = encoder_block_shape_q, decoder_block_shape_q
+            readable = _readable_upstream(fd_config)
+            super().__init__(readable, kv_num_heads, num_heads, head_dim, *shapes)
+        else:
+            super().__init__()
+        vars(self).update(upstream_attributes(fd_config, self.settings))
+        init_rank = import_module(f"{ATTENTION}.utils").init_rank_and_device_id
+        self.rank, self.device_id = init_rank(fd_config)
+        self.signals = KvSignals(self)
+        self.attention_metadata = None
+        self.core: CoreBackend | None = None
+        self.shared_selection: Any = None
+        self._dtype = _default_dtype()
+        self._has_prefill: bool | None = None
+        self._built_for: Any = None
+        self._transfers: Any = None
+        self._norms: dict[tuple[int, bool], KeyNorms] = {}
+        self._tables: dict[tuple[Any, ...], Any] = {}
+        self._is_told = not self.settings.weights_change
+
+    def set_step_hints(self, has_prefill: bool | None) -> None:
+        """Whether the step whose metadata is made next has a prefill row; None = not known."""
+        self._has_prefill = has_prefill
+
+    def init_attention_metadata(self, forward_meta: Any) -> None:
+        """Make the step's metadata, once per object; everything that layers share is in it.
+
+        Sets `fd_dsa_step` and, in the tree's dtypes, `position_ids`, `slot_mapping` and, where a
+        prefill row may be there, `indexer_attn_mask_offsets`. `max_len_tensor_cpu` gets upper
+        bounds; FastDeploy's operator, which waits for the device, is not called.
+
+        Raises:
+            MissingStepError: the runner has not filled the lengths or the block tables.
+            CapacityError: more tokens than FastDeploy's configuration allows a step.
+
+        Cost: one launch; no wait, no copy, and once the views of a size exist, no allocation.
+        """
+        if self._built_for is forward_meta:
+            return
+        rows = step_rows(forward_meta)
+        core = self._core_for(rows[3])
+        num_tokens = int(forward_meta.ids_remove_padding.shape[0])
+        has_prefill = self._has_prefill is not False and num_tokens > 0
+        self._has_prefill = None
+        self.shared_selection = None
+        core.build_step(forward_meta, rows, self._hints(num_tokens, has_prefill))
+        self._bound_lengths(forward_meta, num_tokens, has_prefill)
+        self.attention_metadata = self._metadata(forward_meta)
+        self.signals.begin_step(self.attention_metadata, forward_meta)
+        self._built_for = forward_meta
+
+    def restore_fields(self, forward_meta: Any) -> None:
+        """Put the step's positions and slots back where the runner has put its own since.
+
+        Trees from #7367 on make both once more after `init_attention_metadata`, without a guard
+        for unused entries and without a clean tail.
+        """
+        step = getattr(forward_meta, "fd_dsa_step", None)
+        if step is None:
+            return
+        found = getattr(forward_meta, "position_ids", None)
+        ours = step.position_ids if step.position_ids_int32 is None else step.position_ids_int32
+        if found is None or found.dtype == ours.dtype:
+            forward_meta.position_ids = ours
+        forward_meta.slot_mapping = step.slot_mapping
+
+    def norms_of(self, layer_id: int, kv_norm: Any, indexer: Any) -> KeyNorms:
+        """Norms of a layer's keys, read at its first step, when the weights are loaded.
+
+        Args:
+            layer_id: of the layer.
+            kv_norm: its RMSNorm of the latent, or None: of the index key alone.
+            indexer: its indexer, or None.
+        """
+        key = layer_id, kv_norm is None
+        norms = self._norms.get(key)
+        if norms is None:
+            k_norm = None if indexer is None else indexer.k_norm
+            pairing = indexer is not None and indexer.rope_interleave
+            norms = KeyNorms(self.settings.cache_layout, kv_norm, k_norm, pairing)
+            self._norms[key] = norms
+        elif not self._is_told:
+            norms.refresh()
+        return norms
+
+    def cos_sin_of(self, rotary_emb: Any) -> Any:
+        """Table of a layer's rotary embedding in float32; one for all layers that agree."""
+        key = table_key(rotary_emb)
+        table = self._tables.get(key)
+        if table is None:
+            table = self._tables[key] = cos_sin_table(rotary_emb)
+        return table
+
+    def tells_of_weights(self) -> None:
+        """The runner promises to call `refresh_weights` when FastDeploy has loaded others."""
+        self._is_told = True
+
+    def refresh_weights(self) -> None:
+        """Read again what is kept of weights, at the same addresses, so that graphs see it."""
+        for norms in self._norms.values():
+            norms.refresh()
+
+    def forget_step(self) -> None:
+        """Let go of the newest step: the caches that it refers to are about to go."""
+        self._built_for = self.shared_selection = None
+        if self.core is not None:
+            self.core.forget_step()
+
+    def get_attention_meta(self) -> Any:
+        """FastDeploy's own record of the newest step, None before the first."""
+        return self.attention_metadata
+
+    def get_kv_cache_shape(
+        self, max_num_blocks: int, kv_cache_quant_type: str | None = None
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Shapes of the key (latent), value (empty) and indexer cache of a layer, all bytes."""
+        return cache_shapes(self.settings.cache_layout, max_num_blocks)
+
+    def write_layer(
+        self,
+        kv_a: Any,
+        index_k: Any,
+        cos_sin_cache: Any,
+        params: CacheWriteParams,
+        layer_id: int,
+        forward_meta: Any,
+    ) -> None:
+        """Write this step's keys of a layer, latents and indexer keys in one launch.
+
+        Args:
+            kv_a: [num_tokens, kv_lora_rank + qk_rope_head_dim], as projected; None = no latents.
+            index_k: [num_tokens, index_head_dim], as projected; None = no indexer keys.
+            cos_sin_cache: float32 [max_position, qk_rope_head_dim].
+            params: how the keys of the layer are normed.
+            layer_id: of the layer.
+            forward_meta: of the step.
+        """
+        step = self.current_core().current_step(forward_meta)
+        if kv_a is not None:
+            self.signals.begin_layer(self.attention_metadata, layer_id)
+        write_caches(
+            kv_a,
+            index_k,
+            step.position_ids,
+            step.slot_mapping,
+            cos_sin_cache,
+            None if kv_a is None else cache_of(forward_meta, 2 * layer_id),
+            None if index_k is None else cache_of(forward_meta, 2 * layer_id + 1),
+            params,
+        )
+
+    def forward_mixed(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        qkv: Any,
+        compressed_kv: Any,
+        k_pe: Any,
+        layer: Any,
+        forward_meta: Any,
+    ) -> Any:
+        """Attend to the selected slots of a layer; every token goes through it once.
+
+        Args:
+            q: [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed query.
+            k, qkv: not used: keys are read from the cache.
+            v: int32 [num_tokens, 1, topk]; physical slots, -1 = none, for every kind of row.
+            compressed_kv: [num_tokens, kv_lora_rank], after its norm, which is written first; None
+                from our own layers, which have written it.
+            k_pe: [num_tokens, 1, qk_rope_head_dim], rotated; None with `compressed_kv`.
+            layer: FastDeploy's Attention; `layer_id` alone is read.
+            forward_meta: of the step.
+
+        Returns:
+            [num_tokens, num_heads, kv_lora_rank]; the buffer holds until the next layer.
+
+        Raises:
+            MissingStepError: `init_attention_metadata` has not been called for `forward_meta`.
+        """
+        core = self.current_core()
+        if compressed_kv is not None:
+            self.signals.begin_layer(self.attention_metadata, layer.layer_id)
+        return core.forward_mixed(q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta)
+
+    def forward_decode(self, *args: Any, **kwargs: Any) -> Any:
+        """See `forward_mixed`: a decode-only step is one without prefill rows."""
+        return self.forward_mixed(*args, **kwargs)
+
+    def forward_extend(self, *args: Any, **kwargs: Any) -> Any:
+        """See `forward_mixed`: a prefill-only step is one without decode rows."""
+        return self.forward_mixed(*args, **kwargs)
+
+    def current_core(self) -> CoreBackend:
+        """Our backend.
+
+        Raises:
+            MissingStepError: no step has been yet.
+        """
+        if self.core is None:
+            raise MissingStepError(
+                "there has been no step: init_attention_metadata(forward_meta) must be called first"
+            )
+        return self.core
+
+    def _core_for(self, block_tables: Any) -> CoreBackend:
+        """Our backend, made where these tables lie."""
+        if self.core is None:
+            device = device_of(block_tables)
+            int32 = self.features.position_dtype == "int32"
+            width = int(block_tables.shape[1])
+            dtype = "float32" if device == "cpu" else self._dtype
+            self.core = CoreBackend(self.settings.core_config(width, dtype, int32), device)
+            if device != "cpu":
+                # kernels and their launcher are loaded only where a device is asked for
+                from fd_dsa.triton_runtime.transfers import transfers_for
+
+                self._transfers = transfers_for(block_tables)
+        return self.core
+
+    def _max_keys(self) -> int:
+        """Most keys of a row; drafts may reach past `max_model_len`."""
+        config = self.current_core().config
+        longest = self.settings.max_model_len + self.settings.tokens_per_row - 1
+        return min(longest, config.max_blocks_per_seq * self.block_size)
+
+    def _hints(self, num_tokens: int, has_prefill: bool) -> StepHints:
+        """What the host knows: bounds for a device; a CPU reads the lengths themselves."""
+        if self._transfers is None:
+            return StepHints(num_padded_tokens=num_tokens)
+        num_prefill_tokens = num_tokens if has_prefill else 0
+        return StepHints(num_tokens, num_prefill_tokens, self._max_keys(), num_tokens)
+
+    def _bound_lengths(self, forward_meta: Any, num_tokens: int, has_prefill: bool) -> None:
+        """Fill `max_len_tensor_cpu`, which the model reads, except during a capture."""
+        target = getattr(forward_meta, "max_len_tensor_cpu", None)
+        if target is None or (self._transfers is not None and self._transfers.is_capturing()):
+            return
+        fill_max_lens(
+            target,
+            num_tokens,
+            has_prefill,
+            tokens_per_row=self.settings.tokens_per_row,
+            max_keys=self._max_keys(),
+        )
+
+    def _metadata(self, forward_meta: Any) -> Any:
+        """FastDeploy's record of a step; what only its own kernels read stays unset."""
+        metadata = self.metadata_class()
+        metadata.block_tables = forward_meta.block_tables
+        metadata.rotary_embs = getattr(forward_meta, "rotary_embs", None)
+        metadata.slot_mapping = forward_meta.slot_mapping
+        return metadata
+
+
+def _default_dtype() -> str:
+    """The dtype of activations: FastDeploy sets it before it makes a runner."""
+    import paddle
+
+    return str(paddle.get_default_dtype())
+
+
+def _readable_upstream(fd_config: Any) -> Any:
+    """`fd_config` as FastDeploy's constructor reads it: a factor in every rope_scaling.
+
+    GLM-5 has no factor, and `rope_theta` in `rope_parameters`; a copy has what is missing.
+    """
+    model = fd_config.model_config
+    scaling = getattr(model, "rope_scaling", None)
+    if (not scaling or "factor" in scaling) and hasattr(model, "rope_theta"):
+        return fd_config
+    readable = copy.copy(fd_config)
+    readable.model_config = copy.copy(model)
+    readable.model_config.rope_theta = rope_theta(model)
+    if scaling and "factor" not in scaling:
+        readable.model_config.rope_scaling = None
+    return readable
+
+
+def _check_proposer() -> None:
+    """Refuse an MTP proposer that takes two caches a layer, where DSA has three shapes.
+
+    Raises:
+        ConfigError: it would fail, later and with less to go by.
+    """
+    proposer = getattr(sys.modules.get(_PROPOSER), "MTPProposer", None)
+    code = getattr(getattr(proposer, "initialize_kv_cache", None), "__code__", None)
+    if code is not None and not any("indexer" in name for name in code.co_varnames):
+        raise ConfigError(
+            "speculative_config.method: got 'mtp', but the proposer of this FastDeploy "
+            "(spec_decode/mtp.py) unpacks two cache shapes and DSA has three; start it without "
+            "--speculative-config"
+        )

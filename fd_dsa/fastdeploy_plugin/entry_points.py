@@ -1,0 +1,104 @@
+"""What FastDeploy's plug-in loaders call: `register` in every process, `model_runner` in workers.
+
+Both leave FastDeploy as it is unless FD_ATTENTION_BACKEND=DSA_ATTN asks for DSA, FD_DSA_DISABLE is
+not set, and the installed tree has everything that `compat.py` looks for.
+
+Source of the loaders: FastDeploy's `plugins/model_register/__init__.py`,
+`plugins/model_runner/__init__.py`, `model_executor/models/__init__.py`, `worker/gpu_worker.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType
+from weakref import WeakKeyDictionary
+
+logger = logging.getLogger(__name__)
+
+# what has been said about an imported FastDeploy; it goes with the module
+_said: WeakKeyDictionary[ModuleType, str] = WeakKeyDictionary()
+
+
+def register() -> None:
+    """Bind FastDeploy's names of the DSA path to ours; once, and only in a tree that fits.
+
+    Never raises into FastDeploy, which would not survive it: whatever goes wrong leaves every name
+    as it was and is one line in the log.
+
+    Cost: host work alone; no device is touched, nothing is allocated there and no kernel module is
+    imported.
+    """
+    try:
+        from fd_dsa.config import fastdeploy_plugin_wanted
+
+        if fastdeploy_plugin_wanted():
+            _take_over()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        _say(logging.WARNING, f"fd_dsa: unsupported FastDeploy tree ({_reason(error)})")
+
+
+def model_runner() -> type:
+    """The class of FastDeploy's model runner: its own, with our hooks before it where ours serve.
+
+    Raises:
+        ImportError and whatever else FastDeploy's own runner raises when it is imported: there is
+            no class to give then, and FastDeploy goes on as without a plug-in.
+    """
+    # imports the models, and so runs `register` where nobody has yet
+    from fastdeploy.worker.gpu_model_runner import GPUModelRunner
+
+    try:
+        register()
+        from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
+
+        if not is_ours(live_backend()):
+            return GPUModelRunner
+        from fd_dsa.fastdeploy_plugin.runner import make_runner_class
+
+        return make_runner_class(GPUModelRunner)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        logger.warning("fd_dsa: FastDeploy's model runner stays as it is (%s)", _reason(error))
+        return GPUModelRunner
+
+
+def _take_over() -> None:
+    """Check the tree, then bind all names or none."""
+    from fd_dsa.fastdeploy_plugin.compat import examine, import_models
+    from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend, take_over
+
+    # importing the models for the first time runs `register` inside of this one
+    import_models()
+    if is_ours(live_backend()):
+        return
+    tree = examine()
+    take_over(tree)
+    _say(logging.INFO, f"fd_dsa: serves FastDeploy's DSA path ({tree.features.summary()})")
+
+
+def _say(level: int, text: str) -> None:
+    """Log a line once for each imported FastDeploy, where somebody sees it."""
+    fastdeploy = sys.modules.get("fastdeploy")
+    if fastdeploy is not None:
+        if _said.get(fastdeploy) == text:
+            return
+        _said[fastdeploy] = text
+    package = logging.getLogger("fd_dsa")
+    if package.level == logging.NOTSET:
+        package.setLevel(logging.INFO)
+    if not package.hasHandlers():
+        # FastDeploy keeps what its processes print in files of its own
+        package.addHandler(logging.StreamHandler())
+    logger.log(level, text)
+
+
+def _reason(error: BaseException) -> str:
+    """One line about an error; our own say all that is to be said."""
+    from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree
+
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UnsupportedTree) else f"{type(error).__name__}: {text}"

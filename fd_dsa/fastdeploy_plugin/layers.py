@@ -1,0 +1,204 @@
+"""FastDeploy's Indexer and DeepseekV32DSAAttention with their parameters, and our forward.
+
+What is the same for all layers of a step is made before the first one, by the backend. A layer
+only launches: nothing here waits for the device or looks at a value on it.
+
+Source of names, shapes and the order of calls: FastDeploy's `model_executor/models/deepseek_v3.py`;
+of the method: DeepSeek-V3.2 (arXiv 2512.02556) §2 and DeepSeek-V2 (arXiv 2405.04434) §2.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa import __version__
+from fd_dsa.errors import MissingStepError
+from fd_dsa.fastdeploy_plugin.backend import PluginBackend
+from fd_dsa.fastdeploy_plugin.projections import K_NORM_EPS, IndexerProjections
+from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
+from fd_dsa.ops._host import as_tensor
+from fd_dsa.ops.indexer_query import prepare_indexer_query
+from fd_dsa.ops.mla_query import prepare_mla_query
+
+# of FastDeploy's indexer: [max_model_len] each, on the device, and read by its own forward alone
+_UNUSED_BUFFERS = ("offsets", "lengths")
+
+
+def make_indexer_class(upstream: type, layer_norm: type) -> type:
+    """Our indexer as a subclass of FastDeploy's; `layer_norm` is FastDeploy's LayerNorm."""
+    return type(upstream)(
+        upstream.__name__,
+        (PluginIndexer, upstream),
+        {"__fd_dsa__": __version__, "__module__": __name__, "_layer_norm": layer_norm},
+    )
+
+
+def make_attention_class(upstream: type) -> type:
+    """Our attention layer as a subclass of FastDeploy's."""
+    return type(upstream)(
+        upstream.__name__,
+        (PluginAttention, upstream),
+        {"__fd_dsa__": __version__, "__module__": __name__},
+    )
+
+
+def _backend_of(forward_meta: Any) -> PluginBackend:
+    """The backend of a step.
+
+    Raises:
+        MissingStepError: it is not ours, so no step has been prepared for these layers.
+    """
+    backend = forward_meta.attn_backend
+    if not isinstance(backend, PluginBackend):
+        raise MissingStepError(
+            f"forward_meta.attn_backend is a {type(backend).__name__}, allowed is fd_dsa's own: "
+            "the runner was made before the plug-in was registered; register it first"
+        )
+    return backend
+
+
+class PluginIndexer:
+    """The lightning indexer: which past tokens a query attends to.
+
+    Parameters are those of the checkpoint. In the first trees the key norm is an RMSNorm without
+    bias; the checkpoint has a LayerNorm's weight and bias, which then take its place.
+    """
+
+    def __init__(self, fd_config: Any, layer_id: int, prefix: str = "") -> None:
+        super().__init__(fd_config, layer_id, prefix)
+        if getattr(self.k_norm, "bias", None) is None:
+            self.k_norm = self._layer_norm(
+                fd_config,
+                hidden_size=self.index_head_dim,
+                eps=K_NORM_EPS,
+                prefix=f"{prefix}.k_norm",
+                with_bias=True,
+            )
+        for name in _UNUSED_BUFFERS:
+            if hasattr(self, name):
+                delattr(self, name)
+        self.rope_interleave = interleaves_indexer_rope(fd_config.model_config)
+        self.weights_scale = self.index_n_heads**-0.5 * self.index_head_dim**-0.5
+        self.projections = IndexerProjections(self.wk, self.weights_proj)
+
+    def forward(
+        self,
+        forward_meta: Any,
+        hidden_states: Any,
+        qr: Any,
+        rotary_emb: Any,
+        precomputed_weights: Any = None,
+    ) -> Any:
+        """Cache slots that each token attends to.
+
+        Args:
+            forward_meta: of the step.
+            hidden_states: [num_tokens, hidden_size], after the input norm.
+            qr: [num_tokens, q_lora_rank], after its norm.
+            rotary_emb: FastDeploy's, of which the table is read.
+            precomputed_weights: [num_tokens, index_n_heads], as projected, where the keys of the
+                step are in the cache already; None = both are made here.
+
+        Returns:
+            int32 [num_tokens, topk]; physical slots in ascending position, -1 = none.
+        """
+        backend = _backend_of(forward_meta)
+        core, weights = backend.current_core(), precomputed_weights
+        step, table = core.current_step(forward_meta), backend.cos_sin_of(rotary_emb)
+        if weights is None:
+            index_k, weights = self.projections.two_products(hidden_states)
+            params = backend.norms_of(self.layer_id, None, self).params
+            backend.write_layer(None, index_k, table, params, self.layer_id, forward_meta)
+        layout = backend.settings.cache_layout
+        q, weights = prepare_indexer_query(
+            self.wq_b(qr).reshape([-1, self.index_n_heads, self.index_head_dim]),
+            weights,
+            step.position_ids,
+            table,
+            rope_interleave=self.rope_interleave,
+            quantized=layout.is_fp8,
+            hadamard=layout.index_hadamard,
+            scale_fmt=layout.index_scale_fmt,
+            weights_scale=self.weights_scale,
+            out=core.query_buffers(qr.shape[0]),
+        )
+        return core.indexer_forward(q, None, weights, self.layer_id, forward_meta)
+
+
+class PluginAttention:
+    """Multi-head latent attention, absorbed, over the keys that an indexer chose."""
+
+    def __init__(self, fd_config: Any, layer_id: int, prefix: str = "") -> None:
+        super().__init__(fd_config, layer_id, prefix)
+        self.layer_id = layer_id
+        self.shares_selection = shares_selection(fd_config, layer_id)
+
+    def forward(self, forward_meta: Any, hidden_states: Any) -> Any:
+        """Attention output, [num_tokens, hidden_size] like `hidden_states`, which are normed."""
+        if hidden_states.shape[0] == 0:
+            return hidden_states
+        backend = _backend_of(forward_meta)
+        if self.shares_selection:
+            qr, kv_a = self._down_projected(hidden_states)
+            self._write(backend, kv_a, None, forward_meta)
+        else:
+            qr = self._select(backend, hidden_states, forward_meta)
+        latent = self.dsa_attn(
+            q=self._absorbed_query(backend, qr, forward_meta),
+            k=None,
+            v=backend.shared_selection,
+            qkv=None,
+            compressed_kv=None,
+            k_pe=None,
+            forward_meta=forward_meta,
+        )
+        by_head = latent.reshape([-1, self.num_attention_heads_tp, self.kv_lora_rank])
+        values = self.kv_b_proj_bmm(by_head.transpose([1, 0, 2]), proj_type="v")
+        width = self.num_attention_heads_tp * self.v_head_dim
+        return self.o_proj(values.transpose([1, 0, 2]).reshape([-1, width]))
+
+    def _select(self, backend: PluginBackend, hidden_states: Any, forward_meta: Any) -> Any:
+        """Write the keys of the step and choose among all; gives the queries' latent."""
+        projections = self.indexer.projections
+        one_launch = projections.is_one_launch(hidden_states)
+        project = projections.one_launch if one_launch else projections.two_products
+        # only one launch makes nothing that would have to outlive it on a second stream
+        num_tokens = hidden_states.shape[0] if one_launch else 0
+        overlap = backend.current_core().overlap
+        with overlap.fork(num_tokens, project, hidden_states) as side:
+            qr, kv_a = self._down_projected(hidden_states)
+            index_k, weights = side.join()
+        self._write(backend, kv_a, index_k, forward_meta)
+        backend.shared_selection = self.indexer(
+            forward_meta, hidden_states, qr, self.indexer_rotary_emb, precomputed_weights=weights
+        )
+        return qr
+
+    def _down_projected(self, hidden_states: Any) -> tuple[Any, Any]:
+        """Latent of the queries, normed, and that of the keys, neither normed nor rotated."""
+        qkv = self.qkv_a_proj_with_mqa(hidden_states)
+        return self.q_a_layernorm(qkv[:, : self.q_lora_rank])[0], qkv[:, self.q_lora_rank :]
+
+    def _write(self, backend: PluginBackend, kv_a: Any, index_k: Any, forward_meta: Any) -> None:
+        """Both keys of the layer into their caches, in one launch."""
+        indexer = None if index_k is None else self.indexer
+        norms = backend.norms_of(self.layer_id, self.kv_a_layernorm, indexer)
+        table = backend.cos_sin_of(self.rotary_emb)
+        backend.write_layer(kv_a, index_k, table, norms.params, self.layer_id, forward_meta)
+
+    def _absorbed_query(self, backend: PluginBackend, qr: Any, forward_meta: Any) -> Any:
+        """[num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], rotated."""
+        core = backend.current_core()
+        q = self.q_b_proj(qr).reshape([-1, self.num_attention_heads_tp, self.qk_head_dim])
+        q_nope, q_pe = q[:, :, : self.qk_nope_head_dim], q[:, :, self.qk_nope_head_dim :]
+        q_latent = self.kv_b_proj_bmm(q_nope.transpose([1, 0, 2]), proj_type="k")
+        query = prepare_mla_query(
+            q_latent.transpose([1, 0, 2]),
+            q_pe,
+            core.current_step(forward_meta).position_ids,
+            backend.cos_sin_of(self.rotary_emb),
+            out=core.mla_query_buffer(q.shape[0]),
+        )
+        return as_tensor(query) if isinstance(query, np.ndarray) else query

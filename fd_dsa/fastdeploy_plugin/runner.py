@@ -1,0 +1,146 @@
+"""Our hooks before FastDeploy's GPUModelRunner: what only a runner knows of a step.
+
+The backend is complete without them. They add whether a step has a prefill row, keep the step's
+own positions and slots in ForwardMeta, and let go of what is derived from caches and weights when
+these are made again.
+
+The tail needs no hook: the backend leaves tokens past the step's as padding after every step, so a
+graph of a larger size finds slot -1 there (`padding_cudagraph_inputs` stays FastDeploy's).
+
+Source: FastDeploy's `worker/gpu_model_runner.py` (#7367, #3457).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from fd_dsa import __version__
+from fd_dsa.fastdeploy_plugin.backend import PluginBackend
+from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree
+from fd_dsa.runner import DSAModelRunnerMixin
+
+Method = Callable[..., Any]
+
+
+class FastDeployRunnerMixin(DSAModelRunnerMixin):
+    """Goes before GPUModelRunner; a runner whose first backend is not ours is left alone."""
+
+    # passes of the dummy run that is going on
+    _num_dummy_passes: int | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        backend = self.dsa_backend()
+        if backend is not None:
+            backend.tells_of_weights()
+
+    def dsa_backend(self) -> Any:
+        """The runner's backend where it is ours, or None."""
+        backends = getattr(self, "attn_backends", None)
+        first = backends[0] if backends else None
+        return first if isinstance(first, PluginBackend) else None
+
+    def step_hints(self) -> bool | None:
+        """Whether the coming step may have a prefill row; None where the runner cannot tell.
+
+        A dummy run is one pass over prompts in one piece, then decode passes.
+        """
+        if self._num_dummy_passes is not None:
+            self._num_dummy_passes += 1
+            if self._num_dummy_passes == 1:
+                return True
+        exists = getattr(self, "exist_prefill", None)
+        return bool(exists()) if callable(exists) else None
+
+    def forget_step(self) -> None:
+        """Have the backend let go of its newest step."""
+        backend = self.dsa_backend()
+        if backend is not None:
+            backend.forget_step()
+
+
+def make_runner_class(upstream: type) -> type:
+    """FastDeploy's runner class with our hooks before those of its methods that it has.
+
+    Raises:
+        UnsupportedTree: it has no `initialize_forward_meta`.
+    """
+    if not hasattr(upstream, "initialize_forward_meta"):
+        raise UnsupportedTree(f"{upstream.__name__} has no initialize_forward_meta")
+    hooks = {
+        name: hook(getattr(upstream, name))
+        for name, hook in _HOOKS.items()
+        if hasattr(upstream, name)
+    }
+    return type(upstream)(
+        upstream.__name__,
+        (FastDeployRunnerMixin, upstream),
+        {"__fd_dsa__": __version__, "__module__": __name__, **hooks},
+    )
+
+
+def _counting_passes(method: Method) -> Method:
+    """A dummy run whose passes `step_hints` counts."""
+
+    @wraps(method)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._num_dummy_passes = 0
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._num_dummy_passes = None
+
+    return hook
+
+
+def _restoring_fields(method: Method) -> Method:
+    """The end of a step's preparation; see `PluginBackend.restore_fields`."""
+
+    @wraps(method)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        backend, forward_meta = self.dsa_backend(), getattr(self, "forward_meta", None)
+        if backend is not None and forward_meta is not None:
+            backend.restore_fields(forward_meta)
+        return result
+
+    return hook
+
+
+def _letting_go(method: Method) -> Method:
+    """What makes or drops caches: nothing of the old ones is held."""
+
+    @wraps(method)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.forget_step()
+        return method(self, *args, **kwargs)
+
+    return hook
+
+
+def _reading_weights_again(method: Method) -> Method:
+    """What loads other weights: what is kept of them is read again, below running graphs too."""
+
+    @wraps(method)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.forget_step()
+        result = method(self, *args, **kwargs)
+        backend = self.dsa_backend()
+        if backend is not None:
+            backend.refresh_weights()
+        return result
+
+    return hook
+
+
+_HOOKS: dict[str, Callable[[Method], Method]] = {
+    "_dummy_run": _counting_passes,
+    "_prepare_inputs": _restoring_fields,
+    "initialize_kv_cache": _letting_go,
+    "clear_cache": _letting_go,
+    "update_parameters": _reading_weights_again,
+    "update_weights": _reading_weights_again,
+    "wakeup": _reading_weights_again,
+}

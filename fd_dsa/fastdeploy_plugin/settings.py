@@ -1,0 +1,208 @@
+"""What our backend and layers need of FastDeploy's `fd_config`.
+
+Source of the fields: FastDeploy's `config.py`; of the softmax scale and `rope_theta`,
+`layers/attention/dsa_attention_backend.py` and `models/deepseek_v3.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fd_dsa.attention import CacheLayout, DSABackendConfig
+from fd_dsa.config import FP8_BLOCK_SIZE, indexer_rope_interleave
+from fd_dsa.errors import ConfigError
+from fd_dsa.models.config_fields import FAMILIES, read_indexer_types
+from fd_dsa.models.config_reader import FieldReader
+from fd_dsa.models.rope_config import yarn_mscale
+
+_SCHEDULE = (
+    "indexer_types",
+    "index_topk_pattern",
+    "index_topk_freq",
+    "index_skip_topk_offset",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BackendSettings:
+    """What one backend object is made for; lengths in tokens.
+
+    Attributes:
+        num_heads: attention heads on this rank.
+        index_n_heads, index_topk: of the indexer.
+        softmax_scale: factor of the attention scores, YaRN's square included.
+        cache_layout: FastDeploy's fp8_ds_mla caches.
+        max_num_seqs: rows of a step.
+        max_num_tokens: tokens of a step, of a captured graph too.
+        max_model_len: of a row.
+        tokens_per_row: of a decode row at most: 1, and the drafts.
+        is_draft: the backend of FastDeploy's MTP proposer.
+        weights_change: FastDeploy may load other weights while it runs.
+    """
+
+    num_heads: int
+    index_n_heads: int
+    index_topk: int
+    softmax_scale: float
+    cache_layout: CacheLayout
+    max_num_seqs: int
+    max_num_tokens: int
+    max_model_len: int
+    tokens_per_row: int
+    is_draft: bool
+    weights_change: bool
+
+    @classmethod
+    def of(cls, fd_config: Any, num_heads: int) -> BackendSettings:
+        """The settings in an `fd_config`.
+
+        Raises:
+            ConfigError: a size for which there are no caches; the field and the flag are named.
+        """
+        model = fd_config.model_config
+        speculative = fd_config.speculative_config
+        drafts = speculative.num_speculative_tokens if speculative.method is not None else 0
+        tokens_per_row = 1 + int(drafts or 0)
+        max_num_seqs = int(fd_config.scheduler_config.max_num_seqs)
+        return cls(
+            num_heads=num_heads,
+            index_n_heads=model.index_n_heads,
+            index_topk=model.index_topk,
+            softmax_scale=softmax_scale(model),
+            cache_layout=_cache_layout(fd_config),
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=_max_num_tokens(fd_config, max_num_seqs * tokens_per_row),
+            max_model_len=int(model.max_model_len),
+            tokens_per_row=tokens_per_row,
+            is_draft=speculative.model_type == "mtp",
+            weights_change=bool(getattr(fd_config.load_config, "dynamic_load_weight", False)),
+        )
+
+    def core_config(
+        self, max_blocks_per_seq: int, dtype: str, int32_position_ids: bool
+    ) -> DSABackendConfig:
+        """Configuration of our backend for block tables of this width and activations of a type."""
+        return DSABackendConfig(
+            num_heads=self.num_heads,
+            index_n_heads=self.index_n_heads,
+            index_topk=self.index_topk,
+            softmax_scale=self.softmax_scale,
+            cache_layout=self.cache_layout,
+            max_num_seqs=self.max_num_seqs,
+            max_num_tokens=self.max_num_tokens,
+            max_blocks_per_seq=max_blocks_per_seq,
+            dtype=dtype,
+            int32_position_ids=int32_position_ids,
+        )
+
+
+def softmax_scale(model_config: Any) -> float:
+    """(nope + rope)**-0.5, times YaRN's square where `rope_scaling` has a factor; GLM has none."""
+    width = model_config.qk_nope_head_dim + model_config.qk_rope_head_dim
+    scaling = getattr(model_config, "rope_scaling", None) or {}
+    factor = scaling.get("factor")
+    mscale = 1.0
+    if factor is not None:
+        mscale = yarn_mscale(float(factor), float(scaling.get("mscale_all_dim") or 0.0))
+    return float(width**-0.5 * mscale * mscale)
+
+
+def rope_theta(model_config: Any) -> float:
+    """Base of the angles; GLM has it in `rope_parameters`."""
+    parameters = getattr(model_config, "rope_parameters", None) or {}
+    theta = parameters.get("rope_theta", getattr(model_config, "rope_theta", None))
+    return 10000.0 if theta is None else float(theta)
+
+
+def interleaves_indexer_rope(model_config: Any) -> bool:
+    """Pairing of the indexer's RoPE: True = (2j, 2j + 1), False = (j, j + dim / 2).
+
+    By FD_DSA_INDEXER_ROPE_INTERLEAVE, else by the model's own `indexer_rope_interleave`, else by
+    its kind: half-split for DeepSeek-V3.2, as DeepSeek's inference code has it, and interleaved for
+    GLM. FastDeploy interleaves for both (`layers/rotary_embedding.py`).
+    """
+    asked = indexer_rope_interleave()
+    if asked is not None:
+        return asked
+    by_model = getattr(model_config, "indexer_rope_interleave", None)
+    return model_config.model_type == FAMILIES[1] if by_model is None else bool(by_model)
+
+
+def shares_selection(fd_config: Any, layer_id: int) -> bool:
+    """Whether a layer attends to what the nearest indexer before it chose, as in GLM-5.2.
+
+    Raises:
+        ConfigError: a schedule of indexers that no released model has.
+    """
+    model = fd_config.model_config
+    if fd_config.speculative_config.model_type == "mtp":
+        return False
+    schedule = {name: getattr(model, name, None) for name in _SCHEDULE}
+    given = {name: value for name, value in schedule.items() if value is not None}
+    if not given:
+        return False
+    reader = FieldReader(given, "config.json")
+    family = FAMILIES.index(model.model_type)
+    types = read_indexer_types(reader, int(model.num_hidden_layers), family)
+    return types[layer_id] == "shared"
+
+
+def _cache_layout(fd_config: Any) -> CacheLayout:
+    """The layout of FastDeploy's DSA caches."""
+    model, block_size = fd_config.model_config, fd_config.cache_config.block_size
+    if block_size != FP8_BLOCK_SIZE:
+        raise ConfigError(
+            f"block_size: got {block_size}, DSA caches have blocks of {FP8_BLOCK_SIZE} tokens; "
+            f"start FastDeploy with --block-size {FP8_BLOCK_SIZE}"
+        )
+    return CacheLayout(
+        "fp8_ds_mla",
+        block_size,
+        model.kv_lora_rank,
+        model.qk_rope_head_dim,
+        model.index_head_dim,
+    )
+
+
+def _max_num_tokens(fd_config: Any, decode_tokens: int) -> int:
+    """Tokens for which buffers are made: a chunk beside decode rows, or the largest graph."""
+    graphs = fd_config.graph_opt_config
+    captured = [
+        *(getattr(graphs, "cudagraph_capture_sizes", None) or ()),
+        *(getattr(graphs, "cudagraph_capture_sizes_prefill", None) or ()),
+    ]
+    return max(int(fd_config.get_max_chunk_tokens()) + decode_tokens, *captured, 1)
+
+
+def upstream_attributes(fd_config: Any, settings: BackendSettings) -> dict[str, Any]:
+    """What FastDeploy's own backend keeps as attributes, which runners and caches may read."""
+    model, speculative = fd_config.model_config, fd_config.speculative_config
+    return {
+        "block_size": settings.cache_layout.block_size,
+        "max_seq_len": settings.max_model_len,
+        "rope_theta": rope_theta(model),
+        "rope_scaling": getattr(model, "rope_scaling", None),
+        "rope_3d": bool(
+            getattr(fd_config, "enable_rope_3d_runtime", False) or getattr(model, "rope_3d", False)
+        ),
+        "causal": getattr(model, "causal", True),
+        "speculative_method": speculative.method,
+        "use_speculate": speculative.method is not None,
+        "speculate_max_draft_token_num": speculative.num_speculative_tokens,
+        "keep_pd_step_flag": settings.is_draft,
+        "num_layers_draft_model": int(speculative.method == "mtp"),
+        "num_heads": settings.num_heads,
+        "head_dim": model.head_dim,
+        "num_layers": model.num_hidden_layers,
+        "index_head_dim": model.index_head_dim,
+        "index_n_heads": model.index_n_heads,
+        "index_topk": model.index_topk,
+        "quant_block_size": 128,
+        "kv_lora_rank": model.kv_lora_rank,
+        "qk_rope_head_dim": model.qk_rope_head_dim,
+        "qk_head_dim": model.qk_nope_head_dim + model.qk_rope_head_dim,
+        "attn_softmax_scale": settings.softmax_scale,
+        "pd_disaggregation_mode": fd_config.parallel_config.pd_disaggregation_mode,
+        "start_layer_index": getattr(model, "start_layer_index", 0),
+    }

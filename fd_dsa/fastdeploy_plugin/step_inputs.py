@@ -1,0 +1,78 @@
+"""What the backend reads of FastDeploy's ForwardMeta, and what it writes there beside the step.
+
+Source of the fields: FastDeploy's `model_executor/forward_meta.py`; of `max_len_tensor_cpu`,
+`custom_ops/gpu_ops/append_attn/get_block_shape_and_split_kv_block.cu`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.errors import MissingStepError
+from fd_dsa.ops._host import as_numpy
+
+_LENGTHS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time")
+
+
+def step_rows(forward_meta: Any) -> tuple[Any, Any, Any, Any]:
+    """Lengths int32 [B] and block tables int32 [B, M] of the rows of a step.
+
+    Trees give all slots, `[S]` or `[S, 1]`, or the running rows, `[B]`, and not the same for all
+    four: B is the smallest. Views, nothing is copied.
+
+    Raises:
+        MissingStepError: one of them is None.
+    """
+    arrays = []
+    for name in (*_LENGTHS, "block_tables"):
+        value = getattr(forward_meta, name, None)
+        if value is None:
+            raise MissingStepError(
+                f"forward_meta.{name} is None: the runner's initialize_forward_meta must fill it "
+                "before init_attention_metadata"
+            )
+        if name in _LENGTHS and len(value.shape) > 1:
+            value = value.reshape([-1])
+        arrays.append(value)
+    rows = min(int(array.shape[0]) for array in arrays)
+    encoder, decoder, this_time, tables = (
+        array if array.shape[0] == rows else array[:rows] for array in arrays
+    )
+    return encoder, decoder, this_time, tables
+
+
+def device_of(tensor: Any) -> str:
+    """Where a Paddle tensor lies, as our backend takes it: "cpu", "gpu:0" or "name:0"."""
+    place = tensor.place
+    if place.is_cpu_place():
+        return "cpu"
+    if place.is_gpu_place():
+        return f"gpu:{place.gpu_device_id()}"
+    return f"{place.custom_device_type()}:{place.custom_device_id()}"
+
+
+def fill_max_lens(
+    max_len_tensor_cpu: Any,
+    num_tokens: int,
+    has_prefill: bool,
+    *,
+    tokens_per_row: int,
+    max_keys: int,
+) -> None:
+    """Write upper bounds of a step's maxima, which the host knows, instead of reading them back.
+
+    Entries: this_time, encoder, decoder, decoder + this_time, decoder of decode rows, keys of rows
+    with cached ones. Entries past the sixth are other trees' own and stay as they are.
+
+    Args:
+        max_len_tensor_cpu: int32 [n] in host memory.
+        num_tokens: launched tokens of the step; 0 makes all entries 0.
+        has_prefill: whether a prefill row may be there; without one the second entry is 0.
+        tokens_per_row: of a decode row, at most.
+        max_keys: of a row, at most.
+    """
+    longest = num_tokens if has_prefill else min(num_tokens, tokens_per_row)
+    keys = max_keys if num_tokens else 0
+    values = (longest, num_tokens if has_prefill else 0, keys, keys, keys, keys)
+    target = as_numpy(max_len_tensor_cpu)[: len(values)]
+    target[:] = values[: len(target)]

@@ -1,0 +1,103 @@
+"""Bind FastDeploy's names of the DSA path to ours: all of them, or none.
+
+FastDeploy looks its backend class up by name whenever a runner asks for one, and its decoder layer
+finds indexer and attention as globals of their module, so names are all that has to change. A
+class of ours carries `__fd_dsa__`; nothing else remembers that we were here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fd_dsa import __version__
+from fd_dsa.fastdeploy_plugin.compat import ATTENTION, RUNNER, Tree
+
+MARK = "__fd_dsa__"
+_BACKEND = "DSAAttentionBackend"
+_MODELS = "fastdeploy.model_executor.models."
+_ABSENT: Any = object()
+
+
+def is_ours(thing: Any) -> bool:
+    """Whether a class or function of FastDeploy's was put there by us."""
+    return getattr(thing, MARK, None) is not None
+
+
+def live_backend() -> Any:
+    """What FastDeploy, as imported here, takes for DSA_ATTN; None where nothing is imported."""
+    return getattr(sys.modules.get(ATTENTION), _BACKEND, None)
+
+
+def take_over(tree: Tree) -> None:
+    """Bind the backend, the indexer and the attention layer of a tree to ours.
+
+    Raises:
+        Whatever making or binding one of them raises; every name is then as it was.
+    """
+    from fd_dsa.fastdeploy_plugin.backend import make_backend_class
+    from fd_dsa.fastdeploy_plugin.layers import make_attention_class, make_indexer_class
+
+    models = tree.models
+    backend = make_backend_class(tree)
+    indexer = make_indexer_class(models.Indexer, tree.layer_norm)
+    attention = make_attention_class(models.DeepseekV32DSAAttention)
+    with _all_or_none() as bind:
+        for module in (tree.attention, tree.backend_file, sys.modules.get(RUNNER)):
+            if module is tree.attention or hasattr(module, _BACKEND):
+                bind(module, _BACKEND, backend)
+        _bind_layer(bind, models.Indexer, indexer)
+        _bind_layer(bind, models.DeepseekV32DSAAttention, attention)
+        if tree.features.model_makes_positions:
+            model = models.DeepseekV3ForCausalLM
+            bind(model, "pre_process", _keeping_positions(model.pre_process))
+        clear = getattr(tree.select, "cache_clear", None)
+        if clear is not None:
+            clear()
+
+
+def _bind_layer(bind: Callable[[Any, str, Any], None], upstream: type, ours: type) -> None:
+    """Bind a layer's name in its module, and in those of models that have taken it from there."""
+    name = upstream.__name__
+    for module_name, module in list(sys.modules.items()):
+        holds = module_name.startswith(_MODELS) and vars(module).get(name) is upstream
+        if holds:
+            bind(module, name, ours)
+
+
+@contextmanager
+def _all_or_none() -> Iterator[Callable[[Any, str, Any], None]]:
+    """Gives a function that binds a name; after an exception all of them are as before."""
+    before: list[tuple[Any, str, Any]] = []
+
+    def bind(owner: Any, name: str, value: Any) -> None:
+        before.append((owner, name, vars(owner).get(name, _ABSENT)))
+        setattr(owner, name, value)
+
+    try:
+        yield bind
+    except BaseException:
+        for owner, name, value in reversed(before):
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+        raise
+
+
+def _keeping_positions(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`pre_process` of trees before #7367, which would replace the step's positions by its own."""
+
+    def pre_process(self: Any, forward_meta: Any) -> Any:
+        """Positions and mask of a step, as made by the backend where that has been."""
+        mask = getattr(self, "mask_encoder_batch_buffer", None)
+        if mask is None or getattr(forward_meta, "fd_dsa_step", None) is None:
+            return original(self, forward_meta)
+        # nothing of the DSA path reads the mask; the shape is what its holder expects
+        num_tokens = forward_meta.ids_remove_padding.shape[0]
+        return forward_meta.position_ids, mask[:num_tokens]
+
+    setattr(pre_process, MARK, __version__)
+    return pre_process
