@@ -20,9 +20,17 @@ def report() -> dict[str, Any]:
     except Exception as error:
         return {"error": _line(error), "version": "", "status": {}}
     found = {"error": "", "version": str(getattr(fastdeploy, "__version__", None) or "")}
-    from fd_dsa.fastdeploy_plugin.status import report as status
+    return {**found, "status": _status()}
 
-    return {**found, "status": status()}
+
+def _status() -> dict[str, Any]:
+    """Which path is live; a failure to find out is no failure of FastDeploy's."""
+    try:
+        from fd_dsa.fastdeploy_plugin.status import report as status
+
+        return status()
+    except Exception as error:
+        return {"live": False, "why": _line(error)}
 
 
 def _line(error: Exception) -> str:

@@ -37,7 +37,8 @@ class Script:
         unwell_s: seconds after that in which /health is 404.
         say: lines for stdout and for stderr, at the start.
         exit_with: status with which it ends instead of opening the port; negative: signal -n.
-        ignore: signals that it ignores; those it does not ignore end it with status 0.
+        ignore: signals that it ignores; those it does not ignore end it.
+        end_with: status after such a signal.
         counts: it ends only at the third signal.
         workers: processes it starts, each in a session of its own.
         stubborn: the workers ignore SIGTERM.
@@ -51,6 +52,7 @@ class Script:
     say: tuple[str, str] = ("", "")
     exit_with: int | None = None
     ignore: tuple[str, ...] = ()
+    end_with: int = 0
     counts: bool = False
     workers: int = 0
     stubborn: bool = False
@@ -95,7 +97,7 @@ def _listen_to_signals(script: Script) -> None:
         print(f"signal {signal.Signals(number).name}", file=sys.stderr, flush=True)
         if not script.counts or len(received) == 3:
             # as a server that lets its requests end
-            os._exit(0)
+            os._exit(script.end_with)
 
     for name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, name), signal.SIG_IGN if name in script.ignore else end)
