@@ -283,7 +283,9 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
     def load_weights(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
         """Fill the parameters from a checkpoint's names and float32 arrays."""
         if _TREE.k_norm == "rms":
-            weights = ((name, array) for name, array in weights if "k_norm.bias" not in name)
+            # upstream skips what has no parameter of its name, such as the bias of an RMSNorm
+            known = dict(self.named_parameters())
+            weights = (one for one in weights if "k_norm.bias" not in one[0] or one[0] in known)
         load_into(self, weights)
 
     if _TREE.position_producer == "model":
