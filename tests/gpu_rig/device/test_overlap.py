@@ -1,0 +1,266 @@
+"""Forks on Paddle's streams: the results of one stream, in graphs too, and nothing left behind."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.errors import OverlapError
+from fd_dsa.ops.indexer_projection import project_indexer
+from fd_dsa.triton_runtime import paddle_jit, streams
+from fd_dsa.triton_runtime.device import PaddleApi
+from tests.gpu_rig import Rig, RigError
+from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
+from tests.runner.tiny import V32, run_rows
+
+import triton.language as tl  # isort: skip
+
+pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
+
+WIDTH, HEADS, BESIDE = 128, 64, 4
+BLOCK = 256
+
+
+@paddle_jit(do_not_specialize=("n",))
+def add_kernel(x_ptr, y_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    total = tl.load(x_ptr + offsets, mask=mask) + tl.load(y_ptr + offsets, mask=mask)
+    tl.store(out_ptr + offsets, total, mask=mask)
+
+
+class Layer:
+    """Projections on two branches and a sum that needs both, in buffers that stay where they are.
+
+    Args:
+        max_tokens: threshold of the overlap; None = all of the layer's tokens fork.
+    """
+
+    def __init__(self, rig: Rig, max_tokens: int | None = None) -> None:
+        self.rig = rig
+        self.num_tokens, hidden = (64, 7168) if rig.is_real else (5, 48)
+        rng = np.random.default_rng(3)
+        weights = rng.standard_normal((2, hidden, WIDTH + HEADS)) / hidden**0.5
+        self.weights = weights.astype(np.float32)
+        both = [self.put(w) for w in self.weights]
+        self.pairs = [(w[:, :WIDTH], w[:, WIDTH:]) for w in both]
+        self.x = self.put(self.numbers(0))
+        shape = [self.num_tokens, WIDTH]
+        self.total = paddle.zeros(shape)
+        self.out = [(paddle.zeros(shape), paddle.zeros([shape[0], HEADS])) for _ in range(2)]
+        most = self.num_tokens if max_tokens is None else max_tokens
+        self.overlap = IndexerOverlap(rig.device, most)
+        self.stream_of_project: int | None = None
+
+    def put(self, array: np.ndarray) -> Any:
+        return paddle.to_tensor(array, place=self.rig.place)
+
+    def numbers(self, seed: int) -> np.ndarray:
+        """Hidden states."""
+        shape = self.num_tokens, self.weights.shape[1]
+        return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+    def project(self, x: Any) -> Any:
+        self.stream_of_project = self.rig.stream().value
+        return project_indexer(x, *self.pairs[0], out=self.out[0])
+
+    def beside(self) -> Any:
+        """Several times the work of the fork."""
+        for _ in range(BESIDE):
+            keys, _ = project_indexer(self.x, *self.pairs[1], out=self.out[1])
+        return keys
+
+    def add(self, x: Any, y: Any) -> None:
+        n = self.num_tokens * WIDTH
+        add_kernel[(-(-n // BLOCK),)](x, y, self.total, n, BLOCK=BLOCK)
+
+    def run(self) -> None:
+        with self.overlap.fork(self.num_tokens, self.project, self.x) as side:
+            beside = self.beside()
+            keys, _ = side.join()
+        self.add(keys, beside)
+
+    def check(self, x: np.ndarray) -> None:
+        """The sum, as NumPy makes it of `x`."""
+        keys = x.astype(np.float64) @ self.weights[:, :, :WIDTH].sum(0)
+        np.testing.assert_allclose(self.total.numpy(), keys, rtol=0, atol=5e-5)
+
+
+def test_the_sum_is_that_of_one_stream(rig: Rig) -> None:
+    layers = Layer(rig), Layer(rig, max_tokens=0)
+    for layer in layers:
+        layer.run()
+        layer.check(layer.numbers(0))
+    assert layers[0].total.numpy().tobytes() == layers[1].total.numpy().tobytes()
+
+
+def test_a_fork_makes_no_copy_no_wait_and_takes_no_memory(rig: Rig) -> None:
+    layer = Layer(rig)
+    # the first fork makes the stream
+    layer.run()
+    with rig.strict(), rig.counting() as counted:
+        layer.run()
+    assert counted.delta == {}
+
+
+def test_the_work_of_a_fork_is_on_a_stream_of_its_own(rig: Rig) -> None:
+    layer = Layer(rig)
+    main = rig.stream().value
+    layer.run()
+    # where kernels are interpreted there is no second stream
+    assert (layer.stream_of_project != main) == rig.is_real
+    assert rig.stream().value == main
+
+
+def test_paddle_has_the_second_stream_between_begin_and_end(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = PaddleApi()
+    assert api.device_of(paddle.ones([1])) == 0
+    if not rig.is_real:
+        monkeypatch.setattr(streams, "cuda", lambda: SimpleNamespace(call=lambda *_: None))
+    main = api.current_stream(0)
+    side = streams.SideStream(api, 0)
+    for _ in range(3):
+        side.begin()
+        assert api.current_stream(0) == api.stream_handle(side.stream) != main
+        x = paddle.full([64], 2.0)
+        side.end()
+        assert api.current_stream(0) == main
+        side.join()
+        assert (x.numpy() == 2).all()
+
+
+@pytest.mark.parametrize("where", ["project", "beside", "no join"])
+def test_whatever_goes_wrong_the_next_fork_is_right(rig: Rig, where: str) -> None:
+    layer = Layer(rig)
+    go_wrong(layer, where)
+    layer.run()
+    layer.check(layer.numbers(0))
+
+
+def go_wrong(layer: Layer, where: str) -> None:
+    """A fork that ends with an error: in the work, beside it, or for want of a join."""
+
+    def project(x: Any) -> Any:
+        layer.project(x)
+        if where == "project":
+            raise KeyError(where)
+
+    with (
+        pytest.raises(OverlapError if where == "no join" else KeyError),
+        layer.overlap.fork(layer.num_tokens, project, layer.x) as side,
+    ):
+        layer.beside()
+        if where == "beside":
+            raise KeyError(where)
+        if where == "project":
+            # where it runs in line, it runs here
+            side.join()
+
+
+def test_memory_that_comes_and_goes_around_forks(real_rig: Rig) -> None:
+    layer = Layer(real_rig)
+    zeros = paddle.zeros(layer.x.shape)
+    wanted = layer.numbers(0).astype(np.float64) @ layer.weights[0]
+    for round_ in range(200):
+        # of the size of the results, given back at once: what the fork is given next
+        paddle.full([layer.num_tokens, (WIDTH, HEADS)[round_ % 2]], float("nan"))
+        with layer.overlap.fork(
+            layer.num_tokens, project_indexer, layer.x + zeros, *layer.pairs[0]
+        ) as side:
+            paddle.full(layer.x.shape, float("nan"))
+            layer.beside()
+            keys, weights = side.join()
+        if round_ % 20 == 0:
+            found = np.concatenate([keys.numpy(), weights.numpy()], axis=1)
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=5e-5)
+
+
+@pytest.mark.own_process
+def test_a_replay_does_it_for_other_inputs(rig: Rig) -> None:
+    layer = Layer(rig)
+    replay = rig.captured(layer.run)
+    for seed in (1, 2, 3):
+        x = layer.numbers(seed)
+        layer.x.copy_(layer.put(x), False)
+        replay()
+        layer.check(x)
+
+
+@pytest.mark.own_process
+def test_a_capture_holds_both_branches(real_rig: Rig) -> None:
+    layer = Layer(real_rig)
+    layer.run()
+    with real_rig.capture() as capture:
+        layer.run()
+    assert capture.graph is not None and capture.graph.num_nodes == BESIDE + 2
+    assert layer.stream_of_project != real_rig.stream().value
+
+
+@pytest.mark.own_process
+@pytest.mark.parametrize("where", ["project", "beside", "no join"])
+def test_a_capture_ends_cleanly_after_a_failed_fork(real_rig: Rig, where: str) -> None:
+    layer = Layer(real_rig)
+    layer.run()
+    # a fork that is still open would end the capture with an error
+    with real_rig.capture() as capture:
+        go_wrong(layer, where)
+        layer.run()
+    layer.total.copy_(paddle.zeros(layer.total.shape), False)
+    capture.replay()
+    layer.check(layer.numbers(0))
+
+
+@pytest.mark.own_process
+def test_a_capture_without_the_join_fails(real_rig: Rig) -> None:
+    layer = Layer(real_rig)
+    layer.run()
+    side = streams.side_stream_for(layer.x)
+    assert side is not None
+    with pytest.raises(RigError, match="unjoined"), real_rig.capture():
+        side.begin()
+        layer.project(layer.x)
+        side.end()
+    layer.run()
+    layer.check(layer.numbers(0))
+
+
+@pytest.mark.own_process
+def test_paddles_own_graphs_hold_forks(real_rig: Rig) -> None:
+    from paddle.device.cuda.graphs import CUDAGraph
+
+    layer = Layer(real_rig)
+    layer.run()
+    graph = CUDAGraph(place=real_rig.place, mode="thread_local")
+    graph.capture_begin()
+    # results in memory of the graph
+    with layer.overlap.fork(1, project_indexer, layer.x, *layer.pairs[0]) as side:
+        beside = layer.beside()
+        keys, _ = side.join()
+    layer.add(keys, beside)
+    graph.capture_end()
+    for seed in (4, 5):
+        x = layer.numbers(seed)
+        layer.x.copy_(layer.put(x), False)
+        graph.replay()
+        layer.check(x)
+    # a graph that lives at exit ends the process
+    graph.reset()
+
+
+def test_logits_of_a_model_are_the_same_bits(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = np.random.default_rng(7).integers(2, 50, 30).tolist()
+    steps = [[(0, tokens[:20], 0, True)], [(0, tokens[20:21], 20, False)]]
+    found = []
+    for most in ("0", "64"):
+        monkeypatch.setenv("FD_DSA_OVERLAP_MAX_TOKENS", most)
+        runner = tiny_runner(V32, "float32", rig.device)
+        assert runner.attn_backends[0].overlap.max_tokens == int(most)
+        found.append([run_rows(runner, rows).tobytes() for rows in steps])
+    assert found[0] == found[1]
