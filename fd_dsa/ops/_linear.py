@@ -1,18 +1,27 @@
 """Matrix products of activations with parameters, and what stands between two of them.
 
 On a CPU the activations of a step are NumPy arrays; Paddle sees them as tensors of the same
-memory for the length of a product. On a device they are tensors there (`_dense.py`).
+memory for the length of a product. On a device they are tensors there (`_dense.py`). Paddle is
+imported by the first product: the attention serves tensors of other libraries too.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-import paddle
 
-from fd_dsa.ops import _dense
-from fd_dsa.ops._host import as_numpy, on_device, staged
+from fd_dsa.ops._host import as_numpy, matmul, on_device, staged
+
+
+@cache
+def _dense() -> ModuleType:
+    """The forms for a device."""
+    from fd_dsa.ops import _dense
+
+    return _dense
 
 
 def embedding(ids: Any, weight: Any) -> Any:
@@ -20,19 +29,19 @@ def embedding(ids: Any, weight: Any) -> Any:
 
     On a CPU `weight` is a NumPy array.
     """
-    return _dense.embedding(ids, weight) if on_device(ids) else weight[as_numpy(ids)]
+    return _dense().embedding(ids, weight) if on_device(ids) else weight[as_numpy(ids)]
 
 
 def rows_at(x: Any, index: Any) -> Any:
     """Rows `index`, integers [n], of x [num_tokens, width]."""
-    return _dense.rows_at(x, index) if on_device(x) else x[index]
+    return _dense().rows_at(x, index) if on_device(x) else x[index]
 
 
 def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     """x [num_tokens, in] times weight [in, out], plus bias [out]; float32 [num_tokens, out]."""
     if on_device(x):
-        return _dense.linear(x, weight, bias)
-    y = as_numpy(paddle.matmul(staged(x), weight))
+        return _dense().linear(x, weight, bias)
+    y = as_numpy(matmul(staged(x), weight))
     if bias is not None:
         y += bias
     return y
@@ -44,15 +53,15 @@ def head_linear(x: Any, weight: Any) -> Any:
     `x` may be a view. The result is float32 [num_tokens, num_heads, out], and not contiguous.
     """
     if on_device(x):
-        return _dense.head_linear(x, weight)
+        return _dense().head_linear(x, weight)
     by_head = as_numpy(x).transpose(1, 0, 2)
-    return as_numpy(paddle.matmul(staged(by_head), weight)).transpose(1, 0, 2)
+    return as_numpy(matmul(staged(by_head), weight)).transpose(1, 0, 2)
 
 
 def joined(left: Any, right: Any) -> Any:
     """The two side by side along the last axis, contiguous; each may be a view."""
     if on_device(left):
-        return _dense.joined(left, right)
+        return _dense().joined(left, right)
     return np.concatenate([as_numpy(left), as_numpy(right)], axis=-1)
 
 
@@ -67,7 +76,7 @@ def added(x: Any, y: Any) -> Any:
 def silu_and_mul(gate_up: Any) -> Any:
     """silu(gate) * up of float32 [num_tokens, 2 * width] whose halves are gate and up."""
     if on_device(gate_up):
-        return _dense.silu_and_mul(gate_up)
+        return _dense().silu_and_mul(gate_up)
     width = gate_up.shape[1] // 2
     gate = gate_up[:, :width]
     # exp(-x) may overflow to inf for very negative x: x / inf is the right 0
