@@ -97,6 +97,8 @@ class Engine:
         self._free: list[int] = shuffled.tolist()
         self._owners = [0] * num_gpu_blocks
         self._rows: list[Job | None] = [None] * self.config.scheduler_config.max_num_seqs
+        # the rows of the step before, whose output an overlapped step reports
+        self._ran = list(self._rows)
 
     def generate(self, jobs: Sequence[Job]) -> list[list[int]]:
         """Greedy tokens of each job."""
@@ -114,11 +116,14 @@ class Engine:
         rows = [row for row, job in enumerate(self._rows) if job is not None]
         num_running = max([task.idx for task in tasks] + rows, default=-1) + 1
         self.worker.preprocess_new_task(tasks, num_running)
-        saved = len(self.runner.saved_output)
+        saved, reported = len(self.runner.saved_output), self._ran
+        self._ran = list(self._rows)
+        if not self.config.scheduler_config.enable_overlap_schedule:
+            reported = self._ran
         self.worker.execute_model(tasks, num_running)
         self.num_steps += 1
         for row, tokens in self.runner.saved_output[saved:]:
-            self._take(self._rows[row], tokens)
+            self._take(reported[row], tokens)
 
     def _task(self, job: Job) -> list[Any]:
         """What the scheduler says about a row in this step."""
@@ -202,7 +207,7 @@ class Engine:
     def _take(self, job: Job, tokens: list[int]) -> None:
         """Output of a row has come."""
         job.output += tokens
-        if len(job.output) >= job.max_tokens:
+        if len(job.output) >= job.max_tokens and job.row >= 0:
             self._release(job)
 
     def _own(self, job: Job, num_tokens: int) -> None:

@@ -30,8 +30,6 @@ class CudaGraphPiecewiseBackend:
             self.num_replays[size] = self.num_replays.get(size, 0) + 1
             _counters.launch("graph")
             return graph.replay(kwargs)
-        for _ in range(self.config.cudagraph_num_of_warmups):
-            self.runnable(**kwargs)
-        graph = FrozenCall(self.runnable, kwargs)
+        graph = FrozenCall(self.runnable, kwargs, self.config.cudagraph_num_of_warmups)
         self.graphs[size] = graph
         return graph.output

@@ -5,6 +5,10 @@ Here the layers' Python does run, but sees only what was there at the capture: t
 their shapes of then (a buffer's shape changes with every step, its captured view's does not), the
 same ForwardMeta, and every attribute of the attention backend and of what hangs on it as it was.
 Afterwards all of that is put back, so the call leaves no trace but in memory.
+
+On a CPU the attributes are those before the warm-up: a backend's work lists, which its first layer
+makes of the step's tensors, stand for what kernels read there, and a replay reads them anew. On a
+device they are those after the warm-up, and what a layer keeps of a step then stays as it is.
 """
 
 from __future__ import annotations
@@ -27,21 +31,23 @@ class GraphError(RuntimeError):
 
 
 class FrozenCall:
-    """`runnable(**kwargs)`, captured: it runs once, and again with every replay.
+    """`runnable(**kwargs)`, captured after some warm-up calls; it runs again with every replay.
 
     Attributes:
         output: the captured result; every replay writes into it.
     """
 
-    def __init__(self, runnable: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, runnable: Callable[..., Any], kwargs: dict[str, Any], num_warmups: int
+    ) -> None:
         self._runnable, self._forward_meta = runnable, kwargs["forward_meta"]
+        state = self._frozen_state()
+        for _ in range(num_warmups):
+            runnable(**kwargs)
         self._addresses = _addresses(kwargs)
         self._kwargs = {name: _view(value) for name, value in kwargs.items()}
-        # as it is before the call: what the call sets, a replay sets again
-        self._state = [
-            (owner, {name: _view(value) for name, value in attributes.items()})
-            for owner, attributes in _state_of(self._owners())
-        ]
+        on_host = kwargs["ids_remove_padding"].place.is_cpu_place()
+        self._state = state if on_host else self._frozen_state()
         with _capturing():
             self.output = runnable(**kwargs)
 
@@ -68,6 +74,13 @@ class FrozenCall:
             if now.get(name, address) != address:
                 raise GraphError(f"{name}: lies elsewhere than at the capture, which is stale")
 
+    def _frozen_state(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Attributes as of now, their tensors in the shapes of now."""
+        return [
+            (owner, {name: _view(value) for name, value in attributes.items()})
+            for owner, attributes in _state_of(self._owners())
+        ]
+
     def _owners(self) -> list[Any]:
         """The forward_meta, its attention backend, and the objects that the backend holds."""
         found: dict[int, Any] = {}
@@ -82,7 +95,9 @@ class FrozenCall:
 
 def _is_owner(value: Any) -> bool:
     """Whether Python attributes of an object could steer the layers; a runner's do not."""
-    ours = type(value).__module__.startswith(_OWNERS)
+    module = type(value).__module__
+    # on a CPU the lists of a step's work are made where a GPU's kernels would read memory
+    ours = module.startswith(_OWNERS) and module != "fd_dsa.attention.host"
     return ours and hasattr(value, "__dict__") and not hasattr(value, "share_inputs")
 
 
