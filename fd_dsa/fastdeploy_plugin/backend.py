@@ -308,9 +308,10 @@ class PluginBackend:
         return min(longest, config.max_blocks_per_seq * self.block_size)
 
     def _hints(self, num_tokens: int, has_prefill: bool) -> StepHints:
-        """What the host knows: bounds for a device; a CPU reads the lengths themselves."""
+        """What the host knows: bounds, which hold for the replays of a graph too."""
         if self._transfers is None:
-            return StepHints(num_padded_tokens=num_tokens)
+            # a CPU reads the counts of tokens from the lengths themselves
+            return StepHints(max_seqlen_k=self._max_keys(), num_padded_tokens=num_tokens)
         num_prefill_tokens = num_tokens if has_prefill else 0
         return StepHints(num_tokens, num_prefill_tokens, self._max_keys(), num_tokens)
 

@@ -108,10 +108,6 @@ class RunnerMemory:
         if accept_all_drafts or reject_all_drafts:
             drafts = accept_all_drafts
         while True:
-            if in_capturing:
-                # rows past the batch have no tokens: a graph holds no more than its own
-                buffer = self.share_inputs["seq_lens_this_time_buffer"]
-                self.share_inputs["seq_lens_this_time"] = buffer[:batch_size]
             self._prepare_inputs(is_dummy_or_profile_run=True)
             meta = self.forward_meta
             meta.step_use_cudagraph = in_capturing and meta.step_use_cudagraph
