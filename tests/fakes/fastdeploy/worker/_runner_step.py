@@ -10,7 +10,6 @@ import paddle
 from fastdeploy import _counters, _tree
 from fastdeploy._arrays import host, writable
 from fastdeploy.model_executor.forward_meta import ForwardMeta
-from fastdeploy.model_executor.layers.attention import DSAAttentionBackend, MLAAttentionBackend
 from fastdeploy.model_executor.layers.attention._upstream_dsa import compute_slot_mapping
 from fastdeploy.model_executor.ops import gpu
 from fastdeploy.model_executor.pre_and_post_process import (
@@ -20,6 +19,11 @@ from fastdeploy.model_executor.pre_and_post_process import (
 )
 
 _TREE = _tree.current()
+if _TREE.has_dsa:
+    from fastdeploy.model_executor.layers.attention import (
+        DSAAttentionBackend,
+        MLAAttentionBackend,
+    )
 _LAUNCH_BUFFERS = (
     "decoder_batch_ids",
     "decoder_tile_ids_per_batch",
