@@ -69,15 +69,11 @@ class TreeFeatures:
 
     def summary(self) -> str:
         """The features as words for the log."""
-        return ", ".join(
-            (
-                f"FastDeploy {self.version}",
-                "derived from its DSA backend"
-                if self.has_backend
-                else "in place of a DSA backend that cannot be imported",
-                f"{self.position_dtype} positions",
-                "made by the model" if self.model_makes_positions else "not made by the model",
-            )
+        base = "derived from" if self.has_backend else "in place of"
+        maker = "model" if self.model_makes_positions else "runner"
+        return (
+            f"FastDeploy {self.version}, {base} its DSA backend, {self.position_dtype} positions "
+            f"as its {maker} makes them"
         )
 
 

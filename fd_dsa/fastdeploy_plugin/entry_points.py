@@ -96,6 +96,12 @@ def _say(level: int, text: str) -> None:
     logger.log(level, text)
 
 
+def last_said() -> str:
+    """What `register` has logged about the FastDeploy that is imported; "" = nothing."""
+    fastdeploy = sys.modules.get("fastdeploy")
+    return "" if fastdeploy is None else _said.get(fastdeploy, "")
+
+
 def _reason(error: BaseException) -> str:
     """One line about an error; our own say all that is to be said."""
     from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree

@@ -166,13 +166,16 @@ def _cache_layout(fd_config: Any) -> CacheLayout:
 
 
 def _max_num_tokens(fd_config: Any, decode_tokens: int) -> int:
-    """Tokens for which buffers are made: a chunk beside decode rows, or the largest graph."""
+    """Tokens for which buffers are made: prompts beside decode rows, or the largest graph."""
     graphs = fd_config.graph_opt_config
     captured = [
         *(getattr(graphs, "cudagraph_capture_sizes", None) or ()),
         *(getattr(graphs, "cudagraph_capture_sizes_prefill", None) or ()),
     ]
-    return max(int(fd_config.get_max_chunk_tokens()) + decode_tokens, *captured, 1)
+    scheduled = int(fd_config.scheduler_config.max_num_batched_tokens)
+    # without chunked prefill a prompt comes in one piece, whatever is scheduled
+    prompts = max(scheduled, int(fd_config.get_max_chunk_tokens()))
+    return max(prompts + decode_tokens, *captured, 1)
 
 
 def upstream_attributes(fd_config: Any, settings: BackendSettings) -> dict[str, Any]:

@@ -1,0 +1,75 @@
+"""Which DSA path is live in a process that has FastDeploy in it, and why."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from fd_dsa.config import fastdeploy_plugin_wanted, process_environment
+from fd_dsa.errors import ConfigError
+from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree, import_models
+from fd_dsa.fastdeploy_plugin.entry_points import last_said
+from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
+
+_WORKER = "fastdeploy.worker.gpu_worker"
+
+
+def report() -> dict[str, Any]:
+    """What FastDeploy would use for DSA in this process, as plain JSON values.
+
+    Imports FastDeploy with its models and its worker where they are not imported yet, so it is for
+    a process that does nothing else (`launch_probe_child.py`).
+
+    Returns:
+        `live` (our backend is bound), `why`, and, where FastDeploy's models can be imported, the
+        classes of `backend`, `indexer`, `attention` and `runner` ("" = none) by module and name,
+        and `runner_is_ours`. Without our runner the backend is complete; it only cannot tell a
+        step without prefill.
+    """
+    try:
+        models = import_models()
+    except UnsupportedTree as error:
+        return {"live": False, "why": str(error)}
+    backend, runner = live_backend(), _runner()
+    live = is_ours(backend)
+    return {
+        "live": live,
+        "why": backend.features.summary() if live else _why_not(),
+        "backend": _name(backend),
+        "indexer": _name(getattr(models, "Indexer", None)),
+        "attention": _name(getattr(models, "DeepseekV32DSAAttention", None)),
+        "runner": _name(runner),
+        "runner_is_ours": is_ours(runner),
+    }
+
+
+def _why_not() -> str:
+    """Why FastDeploy's own names are still there."""
+    environment = process_environment()
+    try:
+        if not fastdeploy_plugin_wanted():
+            backend = environment.get("FD_ATTENTION_BACKEND")
+            if backend != "DSA_ATTN":
+                return f"FD_ATTENTION_BACKEND is {backend or 'unset'}, not DSA_ATTN"
+            return "FD_DSA_DISABLE turns the plug-in off"
+    except ConfigError as error:
+        return str(error)
+    plugins = environment.get("FD_PLUGINS")
+    return last_said().removeprefix("fd_dsa: ") or (
+        f"FastDeploy has not loaded the plug-in fd_dsa: FD_PLUGINS is {plugins or 'unset'}, and "
+        "must name it"
+    )
+
+
+def _runner() -> Any:
+    """The runner class that a worker of this process would make; None where it cannot say."""
+    try:
+        return getattr(import_module(_WORKER), "ModelRunner", None)
+    except Exception:
+        # a worker's module needs the devices of a worker
+        return None
+
+
+def _name(thing: Any) -> str:
+    """Module and name of a class."""
+    return "" if thing is None else f"{thing.__module__}.{thing.__qualname__}"

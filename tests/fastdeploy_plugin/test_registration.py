@@ -1,0 +1,246 @@
+"""Registration: our classes behind FastDeploy's names, or every name exactly as it was."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from fd_dsa.fastdeploy_plugin import model_runner, register
+from fd_dsa.fastdeploy_plugin.take_over import is_ours
+from tests.fakes.trees import BROKEN, OURS_ENV, TREES, UPSTREAM_ENV, Tree, installed
+from tests.fastdeploy_plugin.names import (
+    ATTENTION,
+    MODELS,
+    RUNNER,
+    WORKER,
+    changed,
+    import_all,
+    our_lines,
+    snapshot,
+)
+
+SERVED = [TREES["early"], TREES["pr7367"], TREES["develop"]]
+REFUSED = [
+    (TREES["r24"], "has no Indexer"),
+    (BROKEN["missing_symbol"], "models/deepseek_v3.py has no Indexer"),
+    (BROKEN["constructor"], "DSAAttentionBackend.__init__ takes (fd_config, num_kv_heads"),
+    (BROKEN["forward_mixed"], "DSAAttentionBackend.forward_mixed takes (q, k, v, qkv,"),
+    (BROKEN["cache_shape"], "DSAAttentionBackend.get_kv_cache_shape"),
+]
+BACKEND_FILE = f"{ATTENTION}.dsa_attention_backend"
+BOUND = {
+    f"{ATTENTION}:DSAAttentionBackend",
+    f"{BACKEND_FILE}:DSAAttentionBackend",
+    f"{MODELS}:Indexer",
+    f"{MODELS}:DeepseekV32DSAAttention",
+}
+
+
+def ids(trees: list[Any]) -> list[str]:
+    return [(one if isinstance(one, Tree) else one[0]).name for one in trees]
+
+
+def with_upstream_imported(tree: Tree) -> Any:
+    """A tree whose loaders do not find us, all of it imported."""
+    return installed(tree, UPSTREAM_ENV)
+
+
+@pytest.mark.parametrize("tree", SERVED, ids=ids(SERVED))
+def test_register_binds_backend_indexer_and_attention(tree: Tree, caplog: Any) -> None:
+    with with_upstream_imported(tree):
+        import_all()
+        before = snapshot()
+        register()
+        found = changed(before, snapshot())
+        attention, models = sys.modules[ATTENTION], sys.modules[MODELS]
+        wrapped = {f"{MODELS}:DeepseekV3ForCausalLM.pre_process"}
+        assert found == BOUND | (wrapped if tree.position_producer == "model" else set())
+        for name in BOUND:
+            module, _, attribute = name.partition(":")
+            ours = getattr(sys.modules[module], attribute)
+            assert is_ours(ours)
+            assert issubclass(ours, before[name])
+        assert attention.get_attention_backend() is attention.DSAAttentionBackend
+        assert models.Indexer.__name__ == "Indexer"
+    lines = our_lines(caplog.records)
+    assert len(lines) == 1
+    assert f"{tree.position_dtype} positions" in lines[0]
+
+
+def test_the_second_registration_changes_and_says_nothing(caplog: Any) -> None:
+    with with_upstream_imported(TREES["develop"]):
+        import_all()
+        register()
+        before = snapshot()
+        register()
+        assert changed(before, snapshot()) == set()
+    assert len(our_lines(caplog.records)) == 1
+
+
+@pytest.mark.parametrize(("tree", "reason"), REFUSED, ids=ids(REFUSED))
+def test_a_tree_that_does_not_fit_stays_as_it_is(tree: Tree, reason: str, caplog: Any) -> None:
+    with with_upstream_imported(tree):
+        import_module(MODELS)
+        before = snapshot()
+        register()
+        register()
+        assert changed(before, snapshot()) == set()
+    (line,) = our_lines(caplog.records)
+    assert line.startswith("fd_dsa: unsupported FastDeploy tree (")
+    assert reason in line
+
+
+def test_a_backend_that_cannot_be_imported_is_replaced(caplog: Any) -> None:
+    """Without FlashMLA or operators FastDeploy has no DSA backend; ours needs neither."""
+    with with_upstream_imported(BROKEN["raising_import"]):
+        import_module(MODELS)
+        attention = sys.modules[ATTENTION]
+        assert not hasattr(attention, "DSAAttentionBackend")
+        register()
+        assert issubclass(attention.DSAAttentionBackend, attention.AttentionBackend)
+        assert attention.get_attention_backend() is attention.DSAAttentionBackend
+    (line,) = our_lines(caplog.records)
+    assert "in place of its DSA backend" in line
+
+
+SWITCHED_OFF = [
+    {"FD_ATTENTION_BACKEND": "MLA_ATTN"},
+    {"FD_ATTENTION_BACKEND": None},
+    {"FD_DSA_DISABLE": "1"},
+    {"FD_DSA_DISABLE": "true"},
+]
+
+
+@pytest.mark.parametrize("env", SWITCHED_OFF, ids=str)
+def test_without_our_backend_nothing_is_patched_and_nothing_said(env: Any, caplog: Any) -> None:
+    with installed(TREES["develop"], {**UPSTREAM_ENV, **env}):
+        import_all()
+        before = snapshot()
+        register()
+        runner = model_runner()
+        assert changed(before, snapshot()) == set()
+        assert runner is sys.modules[RUNNER].GPUModelRunner
+    assert our_lines(caplog.records) == []
+
+
+def test_a_switch_that_cannot_be_read_is_off_and_told(caplog: Any) -> None:
+    with installed(TREES["develop"], {**UPSTREAM_ENV, "FD_DSA_DISABLE": "perhaps"}):
+        import_all()
+        before = snapshot()
+        register()
+        assert changed(before, snapshot()) == set()
+    (line,) = our_lines(caplog.records)
+    assert "FD_DSA_DISABLE: got 'perhaps'" in line
+
+
+@pytest.mark.parametrize("fails", ["make_indexer_class", "cache_clear"])
+def test_a_failure_half_way_puts_all_names_back(
+    fails: str, caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("half way")
+
+    with with_upstream_imported(TREES["early"]):
+        import_all()
+        if fails == "cache_clear":
+            select = sys.modules[f"{ATTENTION}.attention_selecter"]._get_attn_backend
+            module = sys.modules[f"{ATTENTION}.attention_selecter"]
+            wrapper = lambda name: select(name)  # noqa: E731 - lru_cache objects take no attribute
+            wrapper.cache_clear = broken  # type: ignore[attr-defined]
+            monkeypatch.setattr(module, "_get_attn_backend", wrapper)
+        else:
+            monkeypatch.setattr(f"fd_dsa.fastdeploy_plugin.layers.{fails}", broken)
+        before = snapshot()
+        register()
+        assert changed(before, snapshot()) == set()
+    (line,) = our_lines(caplog.records)
+    assert "RuntimeError: half way" in line
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError, GeneratorExit, AssertionError])
+def test_register_raises_nothing_into_fastdeploy(
+    error: type[BaseException], caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Any:
+        raise error("all is lost\nin two lines")
+
+    monkeypatch.setattr("fd_dsa.fastdeploy_plugin.compat.examine", broken)
+    with installed(TREES["develop"], OURS_ENV):
+        import_module(WORKER)
+        assert sys.modules[WORKER].ModelRunner is sys.modules[RUNNER].GPUModelRunner
+    (line,) = our_lines(caplog.records)
+    assert "all is lost in two lines" in line
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_who_wants_to_stop_is_let_go(
+    stop: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Any:
+        raise stop
+
+    monkeypatch.setattr("fd_dsa.fastdeploy_plugin.compat.examine", broken)
+    with with_upstream_imported(TREES["develop"]), pytest.raises(stop):
+        register()
+
+
+def test_a_backend_asked_for_before_is_asked_for_again() -> None:
+    with with_upstream_imported(TREES["develop"]):
+        import_all()
+        attention = sys.modules[ATTENTION]
+        upstream = attention.get_attention_backend()
+        assert not is_ours(upstream)
+        register()
+        assert is_ours(attention.get_attention_backend())
+
+
+@pytest.mark.parametrize("runner_first", [True, False], ids=["runner first", "register first"])
+def test_the_runner_knows_the_backend_in_either_order(runner_first: bool) -> None:
+    with with_upstream_imported(TREES["develop"]):
+        import_module(RUNNER if runner_first else MODELS)
+        register()
+        import_module(RUNNER)
+        ours = sys.modules[ATTENTION].get_attention_backend()
+        # the runner's step after #7367 asks with isinstance
+        assert issubclass(ours, sys.modules["fastdeploy.worker._runner_step"].DSAAttentionBackend)
+
+
+def test_models_that_have_taken_a_layer_from_its_module_get_ours() -> None:
+    with with_upstream_imported(TREES["develop"]):
+        models = import_module(MODELS)
+        other = ModuleType("fastdeploy.model_executor.models.glm_moe_dsa")
+        other.Indexer = models.Indexer  # type: ignore[attr-defined]
+        other.DeepseekV32DSAAttention = object  # type: ignore[attr-defined]
+        sys.modules[other.__name__] = other
+        register()
+        assert other.Indexer is models.Indexer
+        assert is_ours(other.Indexer)
+        # a class of its own under the same name is its own
+        assert other.DeepseekV32DSAAttention is object
+
+
+def test_the_second_runner_of_later_trees_is_left_alone(caplog: Any) -> None:
+    with with_upstream_imported(TREES["develop"]):
+        import_all()
+        other = ModuleType("fastdeploy.worker.gpu.model_runner")
+        other.GPUModelRunner = type("GPUModelRunner", (), {})  # type: ignore[attr-defined]
+        sys.modules["fastdeploy.worker.gpu"] = ModuleType("fastdeploy.worker.gpu")
+        sys.modules[other.__name__] = other
+        before = dict(vars(other))
+        register()
+        assert vars(other) == before
+        assert is_ours(sys.modules[ATTENTION].get_attention_backend())
+    assert len(our_lines(caplog.records)) == 1
+
+
+def test_what_was_said_goes_with_the_modules(caplog: Any) -> None:
+    """A FastDeploy imported anew is examined anew, whatever its predecessor was."""
+    for tree in (BROKEN["constructor"], TREES["develop"], BROKEN["constructor"]):
+        with with_upstream_imported(tree):
+            register()
+            assert is_ours(sys.modules[ATTENTION].DSAAttentionBackend) is (tree.defect == "")
+    assert ["unsupported" in line for line in our_lines(caplog.records)] == [True, False, True]
