@@ -1,0 +1,153 @@
+"""What is looked for in a tree, and what is refused with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from fd_dsa.fastdeploy_plugin.compat import Tree as Found
+from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree, examine
+from tests.fakes.trees import BROKEN, TREES, UPSTREAM_ENV, installed
+from tests.fastdeploy_plugin.names import ATTENTION, MODELS, import_all
+
+
+@contextmanager
+def imported(name: str = "develop") -> Iterator[None]:
+    """A tree, all of it imported, that no plug-in has touched."""
+    with installed({**TREES, **BROKEN}[name], UPSTREAM_ENV):
+        import_all()
+        yield
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "by_model"),
+    [("early", "int32", True), ("pr7367", "int32", False), ("develop", "int64", False)],
+)
+def test_features_of_the_trees(name: str, dtype: str, by_model: bool) -> None:
+    with imported(name):
+        found = examine()
+        assert isinstance(found, Found)
+        features = found.features
+        assert found.backend_base is sys.modules[ATTENTION].DSAAttentionBackend
+    assert features.has_backend
+    assert features.version == "0.0.0+fake"
+    assert features.position_dtype == dtype
+    assert features.model_makes_positions is by_model
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        features.position_dtype = "int16"  # type: ignore[misc]
+    assert f"{dtype} positions" in features.summary()
+
+
+def test_positions_are_int32_where_the_fused_operator_is_missing() -> None:
+    tree = dataclasses.replace(
+        TREES["develop"], missing_ops=("get_position_ids_and_slot_mapping",)
+    )
+    with installed(tree, UPSTREAM_ENV):
+        import_module(MODELS)
+        assert examine().features.position_dtype == "int32"
+
+
+def test_without_the_upstream_class_the_abstract_base_serves() -> None:
+    with installed(BROKEN["raising_import"], UPSTREAM_ENV):
+        import_module(MODELS)
+        found = examine()
+        assert found.backend_base is sys.modules[ATTENTION].AttentionBackend
+        assert found.backend_file is None
+    assert not found.features.has_backend
+
+
+def another(*names: str) -> Callable[..., None]:
+    """A method with these parameters after `self`."""
+    scope: dict[str, Any] = {}
+    exec(f"def method(self, {', '.join(names)}): pass", scope)
+    return scope["method"]
+
+
+METHODS = ["q", "k", "v", "qkv", "compressed_kv", "k_pe", "layer", "forward_meta"]
+CHANGES = [
+    ("DSAAttentionBackend", "__init__", ["fd_config", "num_heads"], "__init__ takes"),
+    ("DSAAttentionBackend", "forward_mixed", METHODS[:-1], "forward_mixed takes"),
+    ("DSAAttentionBackend", "forward", [*METHODS, "sinks"], "forward takes"),
+    ("DSAAttentionBackend", "init_attention_metadata", ["forward_meta", "kind"], "takes"),
+    ("DSAAttentionBackend", "get_kv_cache_shape", ["max_num_blocks"], "get_kv_cache_shape takes"),
+    ("Indexer", "__init__", ["fd_config", "layer_id"], "Indexer.__init__ takes"),
+    ("Indexer", "forward", ["forward_meta", "hidden_states", "qr"], "Indexer.forward takes"),
+    ("DeepseekV32DSAAttention", "__init__", ["fd_config", "prefix"], "__init__ takes"),
+    ("DeepseekV32DSAAttention", "forward", ["hidden_states"], "forward takes (hidden_states)"),
+    ("DeepseekV3ForCausalLM", "pre_process", ["forward_meta", "ids"], "pre_process takes"),
+]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "parameters", "reason"), CHANGES, ids=[f"{c[0]}.{c[1]}" for c in CHANGES]
+)
+def test_another_signature_is_refused(
+    owner: str, name: str, parameters: list[str], reason: str
+) -> None:
+    with imported("early"):
+        module = sys.modules[ATTENTION if owner == "DSAAttentionBackend" else MODELS]
+        setattr(getattr(module, owner), name, another(*parameters))
+        with pytest.raises(UnsupportedTree, match=f"{owner}.*") as caught:
+            examine()
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (lambda self, max_num_blocks, kv_cache_quant_type=None: ([2, 1, 64, 656], []), "gives"),
+        (
+            lambda self, max_num_blocks, kv_cache_quant_type=None: (
+                [max_num_blocks, 1, 64, 576],
+                [],
+                [max_num_blocks, 64, 132],
+            ),
+            "576",
+        ),
+        (lambda self, max_num_blocks, kv_cache_quant_type=None: self.not_there, "not_there"),
+    ],
+    ids=["two", "another row", "another way"],
+)
+def test_other_caches_are_refused(given: Any, reason: str) -> None:
+    with imported():
+        sys.modules[ATTENTION].DSAAttentionBackend.get_kv_cache_shape = given
+        with pytest.raises(UnsupportedTree, match="get_kv_cache_shape") as caught:
+            examine()
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["Indexer", "DeepseekV32DSAAttention", "DeepseekV3ForCausalLM"])
+def test_a_missing_model_class_is_refused(name: str) -> None:
+    with imported():
+        delattr(sys.modules[MODELS], name)
+        with pytest.raises(UnsupportedTree, match=f"models/deepseek_v3.py has no {name}"):
+            examine()
+
+
+def test_a_list_of_backends_without_dsa_is_refused() -> None:
+    with imported():
+        base = sys.modules["fastdeploy.platforms.base"]
+        base._Backend = type("_Backend", (), {"__members__": {"MLA_ATTN": 0}})
+        with pytest.raises(UnsupportedTree, match="_Backend has no DSA_ATTN"):
+            examine()
+
+
+def test_a_layer_norm_without_bias_is_refused() -> None:
+    with imported():
+        normalization = sys.modules["fastdeploy.model_executor.layers.normalization"]
+        normalization.LayerNorm = normalization.RMSNorm
+        with pytest.raises(UnsupportedTree, match="RMSNorm takes no with_bias"):
+            examine()
+
+
+def test_a_module_that_cannot_be_imported_is_refused_by_name() -> None:
+    with imported():
+        sys.modules[f"{ATTENTION}.attention_selecter"] = None  # type: ignore[assignment]
+        with pytest.raises(UnsupportedTree, match="attention_selecter cannot be imported"):
+            examine()

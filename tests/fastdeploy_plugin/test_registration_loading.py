@@ -1,0 +1,186 @@
+"""FastDeploy's own loaders find and call us: in this process, in spawned ones, beside others."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.fastdeploy_plugin import model_runner, register
+from fd_dsa.fastdeploy_plugin.take_over import is_ours
+from tests.fakes.trees import (
+    BROKEN,
+    OURS_ENV,
+    TREES,
+    UPSTREAM_ENV,
+    Tree,
+    environment,
+    installed,
+    plugin_distribution,
+)
+from tests.fastdeploy_plugin.names import ATTENTION, MODELS, RUNNER, WORKER, our_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = ("fastdeploy.model_register_plugins", "fastdeploy.model_runner_plugins")
+SERVED = [TREES["early"], TREES["pr7367"], TREES["develop"]]
+
+
+def worker_module() -> Any:
+    """FastDeploy's worker, freshly imported: it loads the runner's plug-in."""
+    return import_module(WORKER)
+
+
+def live() -> Any:
+    """The class that FastDeploy takes for DSA_ATTN."""
+    return sys.modules[ATTENTION].DSAAttentionBackend
+
+
+def test_both_groups_name_us() -> None:
+    found = {group: {e.name: e.value for e in entry_points(group=group)} for group in GROUPS}
+    assert found[GROUPS[0]]["fd_dsa"] == "fd_dsa.fastdeploy_plugin:register"
+    assert found[GROUPS[1]]["fd_dsa"] == "fd_dsa.fastdeploy_plugin:model_runner"
+
+
+@pytest.mark.parametrize("tree", SERVED, ids=[tree.name for tree in SERVED])
+def test_a_worker_gets_backend_and_runner_with_one_line(tree: Tree, caplog: Any) -> None:
+    with installed(tree, OURS_ENV):
+        runner = worker_module().ModelRunner
+        assert is_ours(runner)
+        assert issubclass(runner, sys.modules[RUNNER].GPUModelRunner)
+        assert is_ours(live())
+    assert len(our_lines(caplog.records)) == 1
+
+
+@pytest.mark.parametrize(
+    ("tree", "plugins", "ours"),
+    [
+        (TREES["develop"], None, False),
+        (TREES["early"], None, True),
+        (TREES["develop"], "fd_dsa", True),
+        (TREES["develop"], "other,fd_dsa", True),
+        (TREES["early"], "other", False),
+        (TREES["develop"], "", False),
+    ],
+    ids=["unset, loads none", "unset, loads all", "us", "us too", "another", "empty"],
+)
+def test_fd_plugins(tree: Tree, plugins: str | None, ours: bool) -> None:
+    with installed(tree, {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": plugins}):
+        assert is_ours(worker_module().ModelRunner) is ours
+        assert is_ours(live()) is ours
+
+
+def test_another_runner_plugin_leaves_us_the_backend(tmp_path: Path, caplog: Any) -> None:
+    """Two runners are one too many for FastDeploy, which then takes its own."""
+    (tmp_path / "other_runner.py").write_text("def runner():\n    return object\n")
+    plugin_distribution(tmp_path, "other", runner="other_runner:runner")
+    env = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": "other,fd_dsa"}
+    with installed(TREES["develop"], env, path=[tmp_path]):
+        assert worker_module().ModelRunner is sys.modules[RUNNER].GPUModelRunner
+        assert is_ours(live())
+    assert len(our_lines(caplog.records)) == 1
+
+
+@pytest.mark.parametrize("name", ["r24", "missing_symbol", "constructor"])
+def test_in_a_tree_that_does_not_fit_the_worker_has_its_own_runner(name: str) -> None:
+    tree = {**TREES, **BROKEN}[name]
+    with installed(tree, OURS_ENV):
+        assert worker_module().ModelRunner is sys.modules[RUNNER].GPUModelRunner
+
+
+def test_a_runner_that_is_no_runner_stays_as_it_is(caplog: Any) -> None:
+    with installed(TREES["develop"], OURS_ENV):
+        runner = import_module(RUNNER)
+        runner.GPUModelRunner = type("GPUModelRunner", (), {})
+        assert model_runner() is runner.GPUModelRunner
+    assert "has no initialize_forward_meta" in our_lines(caplog.records)[-1]
+
+
+def test_the_model_loader_of_an_offline_engine_calls_us_again() -> None:
+    with installed(TREES["early"], OURS_ENV):
+        import_module(MODELS)
+        before = live()
+        # trees without a once-guard call the plug-in for every LLM(...)
+        import_module("fastdeploy.plugins.model_register").load_model_register_plugins()
+        assert live() is before
+        register()
+        assert live() is before
+
+
+# what registering adds to a process; an allocation counts wherever it lies
+_CHILD = """
+import json, sys
+from importlib import import_module
+import_module("{models}")
+import paddle
+made = []
+for name in ("zeros", "empty", "full", "to_tensor", "randn", "ones"):
+    setattr(paddle, name, lambda *a, _n=name, **k: made.append(_n))
+before = set(sys.modules)
+from fd_dsa.fastdeploy_plugin import register
+register()
+import fastdeploy
+attention = sys.modules["{attention}"]
+print(json.dumps({{
+    "ours": hasattr(attention.DSAAttentionBackend, "__fd_dsa__"),
+    "new": sorted(set(sys.modules) - before),
+    "made": made,
+}}))
+"""
+
+
+def child(env: dict[str, str | None], code: str) -> Any:
+    """The last line that a process in this environment prints, as JSON."""
+    inherited = {**os.environ, **env}
+    variables = {name: value for name, value in inherited.items() if value is not None}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_registration_loads_no_kernel_and_makes_no_tensor() -> None:
+    code = _CHILD.format(models=MODELS, attention=ATTENTION)
+    found = child(environment(TREES["develop"], UPSTREAM_ENV), code)
+    assert found["ours"]
+    assert found["made"] == []
+    roots = {name.partition(".")[0] for name in found["new"]}
+    assert roots & {"triton", "flash_mla", "deep_gemm", "torch"} == set()
+    assert [name for name in found["new"] if "kernel" in name] == []
+    assert [name for name in found["new"] if name.startswith("fd_dsa.triton_runtime")] == []
+
+
+def test_spawned_workers_are_served_too() -> None:
+    code = f"""
+import json
+from importlib import import_module
+runner = import_module("{WORKER}").ModelRunner
+backend = import_module("{ATTENTION}").get_attention_backend()
+print(json.dumps([runner.__module__, backend.__module__]))
+"""
+    found = child(environment(TREES["develop"], OURS_ENV), code)
+    assert found == ["fd_dsa.fastdeploy_plugin.runner", "fd_dsa.fastdeploy_plugin.backend"]
+
+
+def test_the_line_is_seen_where_nobody_configured_a_log() -> None:
+    code = f'import json, sys\nimport {MODELS}\nsys.stderr.flush()\nprint(json.dumps("done"))\n'
+    env = {**os.environ, **environment(TREES["develop"], OURS_ENV)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={name: value for name, value in env.items() if value is not None},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout + done.stderr).count("fd_dsa: serves FastDeploy's DSA path") == 1
