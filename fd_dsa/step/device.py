@@ -55,11 +55,13 @@ class DeviceProvider:
                 f"{', '.join(StepInputs._fields)}: got {kinds}, allowed are four NumPy arrays or "
                 "four tensors on the builder's device; do not mix them"
             )
+        is_captured = False
         if is_host.pop():
             inputs, counts = self._stage(arrays, given)
         else:
-            inputs, counts = arrays, self._check_tensors(arrays, given)
-        self._launch(inputs, counts)
+            is_captured = self._transfers.is_capturing()
+            inputs, counts = arrays, self._check_tensors(arrays, given, is_captured)
+        self._launch(inputs, counts, is_captured)
         return self._views.forward_meta(inputs, counts)
 
     def _stage(
@@ -73,7 +75,9 @@ class DeviceProvider:
             self._staging = StagedInputs(self._limits, self._allocate)
         return self._staging.upload(inputs), counts
 
-    def _check_tensors(self, tensors: tuple[Array, ...], given: GivenCounts) -> StepCounts:
+    def _check_tensors(
+        self, tensors: tuple[Array, ...], given: GivenCounts, is_captured: bool
+    ) -> StepCounts:
         """Check shapes, dtypes and counts of device tensors; their values only on request."""
         num_rows = checks.check_shapes([tuple(t.shape) for t in tensors], self._limits)
         int32 = self._buffers.cu_seqlens_q.dtype
@@ -87,7 +91,7 @@ class DeviceProvider:
                     "call .contiguous() first"
                 )
         counts = check_device_counts(self._limits, given)
-        if self._reads_back and not self._transfers.is_capturing():
+        if self._reads_back and not is_captured:
             totals = checks.check_values(read_back(tensors, self._transfers), self._limits)
             check_host_counts(totals, self._limits, given)
         return counts

@@ -32,7 +32,9 @@ class StepLaunch:
     """Launches the kernel for steps of one builder; both forms are compiled here, none later.
 
     The first launch of each form, here, writes an empty step: the buffers hold padding from the
-    beginning. A step clears all rows behind its own, and all tokens which the step before had.
+    beginning. A step clears all rows behind its own, and all tokens that a step before it may have
+    left. The host does not see the replays of a captured launch: each may come behind a step of
+    any size, so it clears everything, and any later step may come behind one of them.
 
     Args:
         limits: sizes that every step keeps to.
@@ -51,22 +53,45 @@ class StepLaunch:
             _Form(limits, buffers, False, *decode),
             _Form(limits, buffers, True, *mixed),
         )
-        self._used_tokens = self._used_windows = 0
+        self._max_num_tokens = limits.max_num_tokens
+        self._tokens, self._windows = _Extent(), _Extent()
         empty = (buffers.cu_seqlens_q,) * len(StepInputs._fields)
         for form in self._forms:
             form.launch(empty, 0, limits.max_num_tokens, 0)
 
-    def __call__(self, inputs: tuple[Array, ...], counts: StepCounts) -> None:
-        """Queue the step of four checked tensors of the same rows."""
+    def __call__(
+        self, inputs: tuple[Array, ...], counts: StepCounts, is_captured: bool = False
+    ) -> None:
+        """Queue the step of four checked tensors of the same rows, or put it into a graph."""
         padded, tables = counts.num_padded_tokens, inputs[3]
         has_prefill = counts.num_prefill_tokens > 0
-        written = max(padded, self._used_tokens, self._used_windows if has_prefill else 0)
+        extents = (self._tokens, self._windows) if has_prefill else (self._tokens,)
+        written = self._max_num_tokens
+        if not is_captured:
+            written = max(padded, *(extent.used for extent in extents))
         self._forms[has_prefill].launch(
             inputs, int(tables.shape[0]), written, int(tables.stride()[0])
         )
-        self._used_tokens = padded
-        if has_prefill:
-            self._used_windows = padded
+        for extent in extents:
+            extent.follow(padded, is_captured)
+
+
+class _Extent:
+    """How many tokens of some buffers may hold more than padding.
+
+    Attributes:
+        used: tokens that the next step must clear or write.
+    """
+
+    def __init__(self) -> None:
+        self.used = self._captured = 0
+
+    def follow(self, num_tokens: int, is_captured: bool) -> None:
+        """A step of this many tokens was launched, or captured and so not launched yet."""
+        if is_captured:
+            self._captured = max(self._captured, num_tokens)
+            num_tokens = self.used
+        self.used = max(num_tokens, self._captured)
 
 
 class _Form:

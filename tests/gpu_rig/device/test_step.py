@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from tests.gpu_rig import Rig
+from tests.kernel_memory import open_memory
 from tests.step.helpers import ARRAY_FIELDS, COUNT_FIELDS, builder_for, counts_of
+from tests.step.test_tail import check_captured_steps
 from tests.strategies import StepBatch, make_batch
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
@@ -143,3 +146,16 @@ def test_a_captured_step_follows_its_inputs(rig: Rig) -> None:
         for name in ("slot_mapping", "position_ids", "cache_seqlens", "batch_id_per_token"):
             wanted = getattr(builder_for(moved).build(*moved.inputs(), 160), name)
             np.testing.assert_array_equal(getattr(built[-1], name).numpy(), wanted, err_msg=name)
+
+
+@pytest.mark.own_process
+@pytest.mark.parametrize("has_prefill", [False, True], ids=["decode", "prefill"])
+def test_the_tail_is_padding_around_replays(rig: Rig, has_prefill: bool) -> None:
+    def capture(work: Callable[[], Any]) -> Callable[[], Any]:
+        if not rig.is_real:
+            return work
+        with rig.capture() as captured:
+            work()
+        return captured.replay
+
+    check_captured_steps(open_memory("rig"), capture, has_prefill=has_prefill)
