@@ -182,7 +182,7 @@ def describe_status(status: int) -> str:
 
 
 def _check_import(plan: Launch) -> str:
-    """Import FastDeploy in a child; returns its name with its version.
+    """Import FastDeploy in a child, and tell whose path is live; returns its name and version.
 
     Raises:
         BackendUnavailable: it cannot be imported.
@@ -196,6 +196,11 @@ def _check_import(plan: Launch) -> str:
             "repair its installation (docs/fastdeploy.md), or take --engine embedded, which works "
             "without it for models that fit one device"
         )
+    why = findings.status.get("why", "")
+    if findings.status.get("live"):
+        logger.info("fd_dsa serves its DSA path: %s", why)
+    else:
+        logger.warning("FastDeploy serves by its own DSA path, not by fd_dsa: %s", why)
     return engine
 
 

@@ -48,6 +48,7 @@ class Probe:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
+        self._findings: Findings | None = None
 
     def __enter__(self) -> Probe:
         """Start the child."""
@@ -72,11 +73,17 @@ class Probe:
         return self
 
     def findings(self, timeout_s: float) -> Findings:
-        """The report, waited for.
+        """The report, waited for; the same at every call.
 
         Args:
             timeout_s: longest wait; a child that has said nothing by then is ended.
         """
+        if self._findings is None:
+            self._findings = self._wait(timeout_s)
+        return self._findings
+
+    def _wait(self, timeout_s: float) -> Findings:
+        """The report, or why there is none."""
         try:
             status = self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -44,6 +44,8 @@ class Script:
         stubborn: the workers ignore SIGTERM.
         imports: modules that it imports first.
         tokens: what every completion says; a request's `max_tokens` cuts it.
+        tokens_upstream: the same with FD_DSA_DISABLE=1, where it is another.
+        gap: log probability of `tokens` below that of `tokens_upstream`, as the latter sees it.
         step_s: seconds between two tokens of a stream.
     """
 
@@ -58,12 +60,17 @@ class Script:
     stubborn: bool = False
     imports: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ("a", " b", " c")
+    tokens_upstream: tuple[str, ...] | None = None
+    gap: float = 0.0
     step_s: float = 0.0
 
 
 def main() -> None:
     """Play the script."""
     script = Script(**json.loads(os.environ.get(SCRIPT_VARIABLE, "{}")))
+    says = script.tokens
+    if script.tokens_upstream is not None and os.environ.get("FD_DSA_DISABLE") == "1":
+        says = script.tokens_upstream
     print(script.say[0], end="", flush=True)
     print(script.say[1], end="", flush=True, file=sys.stderr)
     for module in script.imports:
@@ -80,7 +87,7 @@ def main() -> None:
     parser.add_argument("--host", default="0.0.0.0")
     parser.add_argument("--port", default=8000, type=int)
     args, _ = parser.parse_known_args()
-    _serve(args.host, args.port, script)
+    _serve(args.host, args.port, script, says)
 
 
 def _start_worker(stubborn: bool) -> int:
@@ -121,7 +128,7 @@ def dump(module: str, workers: Sequence[int] = ()) -> None:
     part.rename(file)
 
 
-def _serve(host: str, port: int, script: Script) -> None:
+def _serve(host: str, port: int, script: Script, says: Sequence[str]) -> None:
     well_at = time.monotonic() + script.unwell_s
 
     class Handler(BaseHTTPRequestHandler):
@@ -134,15 +141,19 @@ def _serve(host: str, port: int, script: Script) -> None:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            tokens = script.tokens[: body.get("max_tokens")]
+            tokens = says[: body.get("max_tokens")]
             if body.get("stream"):
                 self._stream(tokens)
                 return
             text, usage = "".join(tokens), {"completion_tokens": len(tokens)}
-            choice = {"text": text, "message": {"content": text}, "finish_reason": "length"}
+            choice: dict[str, Any] = {"text": text, "message": {"content": text}}
+            if body.get("logprobs"):
+                pairs = zip(tokens, script.tokens, strict=False)
+                tops = [{o: -script.gap, t: 0.0} for t, o in pairs]
+                choice["logprobs"] = {"tokens": list(tokens), "top_logprobs": tops}
             self._answer(200, {"choices": [choice], "usage": usage})
 
-        def _stream(self, tokens: tuple[str, ...]) -> None:
+        def _stream(self, tokens: Sequence[str]) -> None:
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.end_headers()

@@ -1,0 +1,167 @@
+"""The tool for real installations: its rules, and a run of it over the double's server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.config import demo_model_path
+from fd_dsa.engine.llm import LLM
+from fd_dsa.models.checkpoint import Checkpoint
+from fd_dsa.models.config import ModelConfig
+from tests.fastdeploy_plugin.launcher import ROOT, environment, plugin_folder
+from tools.fastdeploy_check import parity, step_time
+from tools.fastdeploy_check.cut import main as cut
+from tools.fastdeploy_check.parity import Output
+from tools.fastdeploy_check.servers import OURS, UPSTREAM, CheckFailed
+
+OPTIONS = ("--rounds", "1", "--batches", "1,4")
+
+
+def tool(
+    folder: Path, *argv: str, script: dict[str, Any] | None = None, installed: bool = True
+) -> tuple[int, dict[str, Any], str]:
+    """Status, result file and output of a run."""
+    env = dict(os.environ)
+    if installed:
+        variables = {"FAKE_FASTDEPLOY_SERVER": json.dumps(script or {})}
+        env = environment(plugin_folder(folder / "site"), variables)
+    out = folder / "result.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.fastdeploy_check", str(folder), "--out", str(out), *argv],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    result = json.loads(out.read_text()) if out.exists() else {}
+    return done.returncode, result, done.stdout + done.stderr
+
+
+def test_without_fastdeploy_it_says_so(tmp_path: Path) -> None:
+    status, result, said = tool(tmp_path, installed=False)
+    assert (status, result) == (2, {})
+    assert said.startswith("fastdeploy_check: FastDeploy is not installed in this Python; install")
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_run(tmp_path: Path) -> None:
+    script = {"tokens": [f" {i}" for i in range(64)], "step_s": 0.002}
+    status, result, said = tool(tmp_path, *OPTIONS, "--max-num-seqs", "8", script=script)
+    assert status == 0, said
+    assert result["passed"] and "all passed" in said
+    assert result["smoke"]["completion"] == "".join(script["tokens"][:16])
+    assert [case["same"] for case in result["parity"]["cases"]] == [64] * 4
+    for entry, batch in zip(result["step_time"]["entries"], (1, 4), strict=True):
+        assert entry["case"]["batch"] == batch
+        assert entry["baseline"]["label"] == UPSTREAM and entry["candidate"]["label"] == OURS
+        assert 2000 < entry["candidate"]["us"]["p50"] < 200_000
+    env = result["env"]
+    assert env["paths"][OURS]["live"] and not env["paths"][UPSTREAM]["live"]
+    assert env["paths"][OURS]["fastdeploy"] and env["commit"] and env["command"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gap", "status"), [(0.2, 0), (0.3, 1)])
+def test_other_tokens_are_found(tmp_path: Path, gap: float, status: int) -> None:
+    script = {"tokens": ["a", "b", "c"], "tokens_upstream": ["a", "x", "c"], "gap": gap}
+    found, result, said = tool(tmp_path, "--only", "parity", script=script)
+    assert found == status, said
+    assert result["parity"]["cases"][0] == {
+        "same": 1,
+        "tokens": 3,
+        "gap": gap,
+        "passed": status == 0,
+    }
+    assert ("NOT passed" in said) == (status == 1)
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_come_up(tmp_path: Path) -> None:
+    script = {"exit_with": 3, "say": ["", "RuntimeError: no memory\n"]}
+    status, result, said = tool(tmp_path, "--only", "smoke", script=script)
+    assert status == 1
+    assert "the server ended with status 3: fd_dsa: error: FastDeploy's server ended" in said
+    assert result["error"] in said and not result["passed"]
+
+
+def output(*tokens: str, **top: float) -> Output:
+    """An answer; `top` is what its second token's candidates have."""
+    tops = [{token: 0.0} for token in tokens]
+    if len(tops) > 1:
+        tops[1] |= top
+    return Output(tokens, tuple(tops))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "passed", "gap"),
+    [
+        (output("a", "b"), output("a", "b"), True, None),
+        (output("a", "c"), output("a", "b", c=-0.25), True, 0.25),
+        (output("a", "c"), output("a", "b", c=-0.26), False, 0.26),
+        # not even among the candidates
+        (output("a", "z"), output("a", "b"), False, None),
+        # only the compared path's own opinion counts
+        (output("a", "c", b=-0.1), output("a", "b", c=-9.0), False, 9.0),
+        (output("a"), output("a", "b"), False, None),
+        (output(), output(), False, None),
+    ],
+)
+def test_the_margin_rule(ours: Output, theirs: Output, passed: bool, gap: float | None) -> None:
+    found = parity.compare(ours, theirs)
+    assert (found["passed"], found["gap"]) == (passed, gap)
+
+
+def test_prompts_are_of_several_lengths_and_begin_differently() -> None:
+    texts = parity.prompts()
+    assert len({text[:20] for text in texts}) == len(texts)
+    assert [len(text) // 1000 for text in texts] == [0, 2, 8, 24]
+
+
+def test_gaps_count_while_all_streams_run() -> None:
+    first, second = [0.0, 1.0, 2.0, 3.0, 9.0], [1.5, 2.5, 3.5]
+    assert step_time.overlapping_gaps_us([first, second]) == [1e6] * 3
+    with pytest.raises(CheckFailed, match="did not run at the same time"):
+        step_time.overlapping_gaps_us([[0.0, 1.0], [2.0, 3.0]])
+    with pytest.raises(CheckFailed, match="no token"):
+        step_time.overlapping_gaps_us([[0.0, 1.0], []])
+
+
+def test_step_times_of_all_rounds_make_one_ratio() -> None:
+    rounds = [
+        (OURS, {1: [1.0, 2.0, 3.0]}),
+        (UPSTREAM, {1: [4.0, 4.0, 4.0]}),
+        (UPSTREAM, {1: [5.0, 5.0, 5.0]}),
+        (OURS, {1: [3.0, 4.0, 5.0]}),
+    ]
+    (entry,) = step_time.report(rounds)
+    assert entry["baseline"]["p50_of_rounds"] == [4.0, 5.0]
+    assert entry["candidate"]["p50_of_rounds"] == [2.0, 4.0]
+    assert entry["ratio_p50"] == pytest.approx(3.0 / 4.5, abs=1e-4)
+
+
+def test_a_cut_is_a_model(tmp_path: Path) -> None:
+    out = tmp_path / "cut"
+    assert cut([str(demo_model_path()), str(out), "--layers", "2"]) == 0
+    assert ModelConfig.from_folder(out).num_hidden_layers == 2
+    with Checkpoint.open(out) as part, Checkpoint.open(demo_model_path()) as whole:
+        assert set(part.names()) < set(whole.names())
+        assert not any(name.startswith("model.layers.2.") for name in part.names())
+        for name in part.names():
+            assert (part.raw(name) == whole.raw(name)).all(), name
+    with LLM(model=out, max_num_seqs=1) as llm:
+        assert llm.generate(["Hello"])[0].token_ids
+
+
+def test_a_cut_leaves_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cut([str(demo_model_path()), str(tmp_path)]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert cut([str(tmp_path), str(tmp_path / "new")]) == 1

@@ -1,0 +1,153 @@
+"""FastDeploy's server with our plug-in, and the same server with FastDeploy's own DSA path."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from fd_dsa.fastdeploy_plugin.launch_environment import server_environment
+from fd_dsa.fastdeploy_plugin.launch_probe import Probe
+
+OURS, UPSTREAM = "fd_dsa", "FastDeploy"
+PATHS = (OURS, UPSTREAM)
+# FastDeploy's own backend pairs the indexer's RoPE in one way only; ours follows for a comparison
+_VARIABLES = {
+    OURS: {"FD_DSA_DISABLE": "0", "FD_DSA_INDEXER_ROPE_INTERLEAVE": "1"},
+    UPSTREAM: {"FD_DSA_DISABLE": "1"},
+}
+_NOTHING: Mapping[str, str] = {}
+_STOP_S = 120.0
+_REQUEST_S = 600.0
+
+
+class CheckFailed(Exception):
+    """A check cannot be made, or found something wrong; the text says what."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        path: OURS or UPSTREAM.
+        url: without a path.
+        name: of the model.
+        client: for requests.
+    """
+
+    path: str
+    url: str
+    name: str
+    client: httpx.Client
+
+    def complete(self, **fields: Any) -> dict[str, Any]:
+        """The answer to a completion request.
+
+        Raises:
+            CheckFailed: another status than 200.
+        """
+        return self.post("/v1/completions", **fields)
+
+    def post(self, route: str, **fields: Any) -> dict[str, Any]:
+        """The answer to a request.
+
+        Raises:
+            CheckFailed: another status than 200.
+        """
+        answer = self.client.post(f"{self.url}{route}", json={"model": self.name, **fields})
+        if answer.status_code != httpx.codes.OK:
+            raise CheckFailed(f"{route} of {self.path}: {answer.status_code} {answer.text[:300]}")
+        return answer.json()
+
+
+def environment_of(path: str) -> dict[str, str]:
+    """The launcher's environment for a path."""
+    return {**os.environ, **_VARIABLES[path]}
+
+
+def which_path(path: str) -> dict[str, Any]:
+    """What the plug-in says of itself in a process that is started for a path.
+
+    Raises:
+        CheckFailed: FastDeploy cannot be imported, or the other path would serve.
+    """
+    with Probe(server_environment(environment_of(path))[0]) as probe:
+        findings = probe.findings(_REQUEST_S)
+    if findings.error:
+        raise CheckFailed(f"FastDeploy cannot be imported: {findings.error}")
+    status = dict(findings.status)
+    if status.get("live") != (path == OURS):
+        raise CheckFailed(
+            f"{path} would not serve: {status.get('why', 'the plug-in says nothing')}"
+        )
+    return {"fastdeploy": findings.version, **status}
+
+
+@contextmanager
+def serving(
+    path: str, arguments: Sequence[str], log_folder: Path, variables: Mapping[str, str] = _NOTHING
+) -> Iterator[Server]:
+    """A server on free ports, started by the launcher that users start.
+
+    Args:
+        path: OURS or UPSTREAM.
+        arguments: of `python -m fd_dsa.serve --engine fastdeploy`.
+        log_folder: for what launcher and server write.
+        variables: further ones of the environment.
+
+    Raises:
+        CheckFailed: it did not come up.
+    """
+    log = log_folder / f"server-{path}-{time.strftime('%H%M%S')}.log"
+    own = {"FD_LOG_DIR": str(log_folder / f"log-{path}")}
+    command = [sys.executable, "-m", "fd_dsa.serve", "--engine", "fastdeploy", "--port", "0"]
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            [*command, *arguments],
+            env={**environment_of(path), **variables, **own},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    try:
+        url, name = _ready(process, log)
+        with httpx.Client(timeout=_REQUEST_S, trust_env=False) as client:
+            yield Server(path, url, name, client)
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=_STOP_S)
+        except subprocess.TimeoutExpired:
+            # the guard below the launcher ends what it started
+            process.kill()
+            process.communicate()
+
+
+def _ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
+    """Address and model of the server, from its ready line."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        found = re.match(r"fd_dsa \S+ serves (.+) with FastDeploy.* on (http://\S+) ", line)
+        if found:
+            return found[2], found[1]
+    status = process.wait()
+    last = log.read_text("utf-8", "replace").strip().rpartition("\n")[2]
+    raise CheckFailed(f"the server ended with status {status}: {last} (all of it: {log})")
+
+
+def machine(argv: Sequence[str], paths: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a result was taken: machine, versions, commit, command, and what served."""
+    from benchmarks._harness import environment
+
+    return {**environment(), "command": list(argv), "paths": dict(paths)}
