@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import paddle
@@ -13,7 +14,11 @@ class MTPProposer:
     """Has a second backend, and two caches a layer of its draft model: keys and values."""
 
     def __init__(self, fd_config: Any, main_model: Any) -> None:
+        # a configuration of its own, by which the backend knows whose it is
+        fd_config = deepcopy(fd_config)
         model = fd_config.model_config
+        fd_config.speculative_config.model_type = "mtp"
+        model.start_layer_index, model.num_hidden_layers = model.num_hidden_layers, 1
         self.fd_config = fd_config
         self.attn_backends = [
             get_attention_backend()(
