@@ -50,7 +50,7 @@ class PluginBackend:
 
     Args:
         fd_config: FastDeploy's configuration.
-        kv_num_heads: not used: all heads share one latent.
+        kv_num_heads: kept as an attribute: all heads share one latent.
         num_heads: attention heads on this rank.
         head_dim, encoder_block_shape_q, decoder_block_shape_q: not used, as upstream.
 
@@ -89,6 +89,7 @@ class PluginBackend:
         vars(self).update(upstream_attributes(fd_config, self.settings))
         init_rank = import_module(f"{ATTENTION}.utils").init_rank_and_device_id
         self.rank, self.device_id = init_rank(fd_config)
+        self.kv_num_heads = kv_num_heads
         self.signals = KvSignals(self)
         self.attention_metadata = None
         self.core: CoreBackend | None = None

@@ -1,0 +1,107 @@
+"""A backend of ours as FastDeploy would construct it, and steps for it on a CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+
+from fd_dsa.config import demo_model_path
+from tests.fakes import golden
+from tests.fakes.trees import BROKEN, OURS_ENV, TREES, installed
+from tests.fastdeploy_plugin.names import ATTENTION, MODELS
+
+NUM_BLOCKS = 16
+
+
+@contextmanager
+def registered(name: str = "develop") -> Iterator[None]:
+    """A tree with our plug-in in it."""
+    with installed({**TREES, **BROKEN}[name], OURS_ENV):
+        import_module(MODELS)
+        yield
+
+
+def config(**overrides: Any) -> Any:
+    """FastDeploy's configuration of the demo model."""
+    sizes = {"max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    make = import_module("fastdeploy.config").fd_config
+    return make(demo_model_path(), **{**sizes, **overrides})
+
+
+def construct(backend_class: type, fd_config: Any, num_heads: int = 8) -> Any:
+    """A backend as `GPUModelRunner._initialize_attn_backend` makes it, by keywords."""
+    return backend_class(
+        fd_config,
+        kv_num_heads=1,
+        num_heads=num_heads,
+        head_dim=fd_config.model_config.head_dim,
+        encoder_block_shape_q=64,
+        decoder_block_shape_q=16,
+    )
+
+
+def make_backend(fd_config: Any = None, num_heads: int = 8) -> Any:
+    """Ours, through FastDeploy's own selection."""
+    select = sys.modules[ATTENTION].get_attention_backend
+    return construct(select(), config() if fd_config is None else fd_config, num_heads)
+
+
+def caches(backend: Any, num_layers: int = 1, num_blocks: int = NUM_BLOCKS) -> list[Any]:
+    """Zeroed caches of all layers, in FastDeploy's order."""
+    key, _, index = backend.get_kv_cache_shape(
+        max_num_blocks=num_blocks, kv_cache_quant_type="uint8"
+    )
+    return [paddle.zeros(shape, dtype="uint8") for _ in range(num_layers) for shape in (key, index)]
+
+
+def forward_meta(backend: Any, num_tokens: int = golden.NUM_TOKENS, **overrides: Any) -> Any:
+    """A ForwardMeta of the worked step, or of one with other lengths or tables."""
+    module = import_module("fastdeploy.model_executor.forward_meta")
+    fields = {
+        "caches": caches(backend),
+        "max_len_tensor_cpu": paddle.zeros([6], dtype="int32"),
+        **golden.tensors(),
+        **overrides,
+    }
+    ids = paddle.zeros([num_tokens], dtype="int64")
+    return module.ForwardMeta(ids_remove_padding=ids, attn_backend=backend, **fields)
+
+
+def int32(values: Any) -> Any:
+    """An int32 tensor."""
+    return paddle.to_tensor(np.asarray(values, np.int32))
+
+
+def values(tensor: Any) -> list[Any]:
+    """A tensor's values as a list."""
+    return np.asarray(tensor).tolist()
+
+
+def decode_only() -> dict[str, Any]:
+    """Overrides for a step of three decode rows, one with drafts, and an idle one: 5 tokens."""
+    return {
+        "seq_lens_encoder": int32([0, 0, 0, 0]),
+        "seq_lens_decoder": int32([130, 3, 0, 20]),
+        "seq_lens_this_time": int32([1, 1, 0, 3]),
+        "block_tables": int32([[7, 2, 9, -1], [4, -1, -1, -1], [-1] * 4, [3, -1, -1, -1]]),
+    }
+
+
+def attend(backend: Any, meta: Any, layer_id: int = 0) -> Any:
+    """A layer of FastDeploy's own, which gives its keys with the query: the worked step."""
+    backend.init_attention_metadata(meta)
+    rng, tokens = np.random.default_rng(0), golden.NUM_TOKENS
+    q, latent, rope = (
+        paddle.to_tensor(rng.standard_normal(shape, np.float32))
+        for shape in ([tokens, backend.num_heads, 576], [tokens, 512], [tokens, 1, 64])
+    )
+    selected = int32(golden.SLOTS).reshape([tokens, 1, 1])
+    layer = SimpleNamespace(layer_id=layer_id)
+    return backend.forward_mixed(q, None, selected, None, latent, rope, layer, meta)

@@ -1,0 +1,234 @@
+"""The backend as FastDeploy constructs it: attributes, caches, refusals, disaggregation."""
+
+from __future__ import annotations
+
+import sys
+import typing
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fd_dsa.errors import BackendUnavailable, ConfigError
+from tests.fastdeploy_plugin.names import ATTENTION
+from tests.fastdeploy_plugin.steps import (
+    attend,
+    config,
+    construct,
+    forward_meta,
+    make_backend,
+    registered,
+)
+
+SERVED = ["early", "pr7367", "develop"]
+
+
+def upstream_class() -> Any:
+    """FastDeploy's own backend, from which ours derives."""
+    return sys.modules[ATTENTION].DSAAttentionBackend.__mro__[2]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_attributes_are_those_of_upstream(name: str) -> None:
+    with registered(name):
+        fd_config = config()
+        theirs, ours = construct(upstream_class(), fd_config), make_backend(fd_config)
+        assert isinstance(ours, type(theirs))
+        # the operands of an operator that is not called, and what a step sets
+        names = set(vars(theirs)) - {"unused", "unused_cpu", "attention_metadata"}
+        assert {n: getattr(ours, n) for n in names} == {n: getattr(theirs, n) for n in names}
+
+
+def test_attributes_without_an_upstream_class() -> None:
+    with registered("develop"):
+        theirs = vars(make_backend())
+    with registered("raising_import"):
+        ours = vars(make_backend())
+    missing = theirs.keys() - ours.keys()
+    assert missing == {"unused", "unused_cpu"}
+    for name in ("block_size", "num_heads", "num_layers", "rank", "device_id", "index_topk"):
+        assert ours[name] == theirs[name]
+
+
+@pytest.mark.parametrize("num_blocks", [0, 1, 7, 12345])
+def test_cache_shapes_are_those_of_upstream(num_blocks: int) -> None:
+    with registered():
+        fd_config = config()
+        for backend in (construct(upstream_class(), fd_config), make_backend(fd_config)):
+            found = backend.get_kv_cache_shape(
+                max_num_blocks=num_blocks, kv_cache_quant_type="uint8"
+            )
+            assert found == ([num_blocks, 1, 64, 656], [], [num_blocks, 64, 132])
+
+
+def test_static_graphs_can_read_the_class() -> None:
+    """FastDeploy resolves the annotations of whatever has the marker's attribute."""
+    with registered():
+        backend_class = type(make_backend())
+        assert list(backend_class.__infer_dynamic_dims_fields__) == ["attention_metadata"]
+        hints = typing.get_type_hints(backend_class)
+        assert hints.keys() == {"attention_metadata"}
+
+
+def test_the_record_of_a_step_is_upstreams_own() -> None:
+    with registered():
+        backend = make_backend()
+        meta = forward_meta(backend)
+        backend.init_attention_metadata(meta)
+        file = sys.modules[f"{ATTENTION}.dsa_attention_backend"]
+        record = backend.get_attention_meta()
+        assert isinstance(record, file.DSAAttentionMetadata)
+        assert record.block_tables is meta.block_tables
+        assert backend.attention_metadata is record
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("block_size", 16, "block_size: got 16.*--block-size 64"),
+        ("kv_lora_rank", 256, "kv_lora_rank: got 256"),
+        ("index_head_dim", 64, "index_head_dim: got 64"),
+    ],
+)
+def test_sizes_without_caches_are_refused(field: str, value: int, words: str) -> None:
+    with registered():
+        fd_config = config()
+        part = fd_config.cache_config if field == "block_size" else fd_config.model_config
+        setattr(part, field, value)
+        with pytest.raises(ConfigError, match=words):
+            make_backend(fd_config)
+
+
+V32 = {"factor": 40, "mscale_all_dim": 1.0, "type": "yarn"}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "scale"),
+    [
+        (None, 192**-0.5),
+        ({}, 192**-0.5),
+        (V32, 192**-0.5 * 1.3688879**2),
+        ({"factor": 40}, 192**-0.5),
+        ({"factor": 1.0, "mscale_all_dim": 1.0}, 192**-0.5),
+        # GLM-5 says how, and has no factor
+        ({"rope_type": "default", "rope_theta": 1e6}, 192**-0.5),
+    ],
+    ids=["none", "empty", "V3.2", "no mscale", "no extension", "GLM"],
+)
+def test_softmax_scale(scaling: Any, scale: float) -> None:
+    with registered():
+        fd_config = config()
+        model = fd_config.model_config
+        model.qk_nope_head_dim, model.qk_rope_head_dim = 128, 64
+        model.rope_scaling = scaling
+        backend = make_backend(fd_config)
+        assert backend.attn_softmax_scale == pytest.approx(scale)
+        assert backend.rope_scaling == scaling
+        meta = forward_meta(backend)
+        backend.init_attention_metadata(meta)
+        assert backend.core.config.softmax_scale == pytest.approx(scale)
+
+
+def test_glm_has_its_rope_theta_elsewhere() -> None:
+    with registered():
+        fd_config = config(model_type="glm_moe_dsa")
+        del fd_config.model_config.rope_theta
+        fd_config.model_config.rope_parameters = {"rope_theta": 8e6, "rope_type": "default"}
+        assert make_backend(fd_config).rope_theta == 8e6
+        # the configuration itself stays as it is
+        assert not hasattr(fd_config.model_config, "rope_theta")
+
+
+def test_a_proposer_that_cannot_hold_three_caches_is_told_before_it_fails() -> None:
+    with registered():
+        proposer = import_module("fastdeploy.spec_decode.mtp").MTPProposer
+        fd_config = config(method="mtp", num_speculative_tokens=1)
+        # the backend of the main model is made all the same
+        assert make_backend(fd_config).num_layers_draft_model == 1
+        with pytest.raises(ConfigError, match=r"method: got 'mtp'.*two cache"):
+            proposer(fd_config, SimpleNamespace(num_gpu_blocks=4))
+
+
+def test_a_proposer_that_knows_indexer_caches_is_served() -> None:
+    def initialize_kv_cache(self: Any, main_model_num_blocks: int) -> None:
+        shapes = self.attn_backends[0].get_kv_cache_shape(max_num_blocks=main_model_num_blocks)
+        self.key_shape, _, self.indexer_cache_shape = shapes
+        indexer_shape = self.indexer_cache_shape
+        assert indexer_shape == [4, 64, 132]
+
+    with registered():
+        proposer = import_module("fastdeploy.spec_decode.mtp").MTPProposer
+        proposer.initialize_kv_cache = initialize_kv_cache
+        fd_config = config(method="mtp", num_speculative_tokens=1)
+        made = proposer(fd_config, SimpleNamespace(num_gpu_blocks=4))
+        (draft,) = made.attn_backends
+        assert draft.keep_pd_step_flag
+        assert draft.start_layer_index == fd_config.model_config.num_hidden_layers
+
+
+class Calls:
+    """FastDeploy's operators of disaggregation, and in which order they were called."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[tuple[Any, ...]] = []
+        operators = import_module(f"{ATTENTION}.ops")
+        for name in (
+            "init_kv_signal_per_query",
+            "open_shm_and_get_meta_signal",
+            "init_signal_layerwise",
+        ):
+            monkeypatch.setattr(operators, name, self._recorder(name))
+
+    def _recorder(self, name: str) -> Any:
+        def call(*args: Any) -> str:
+            self.made.append((name, *args))
+            return f"from {name}"
+
+        return call
+
+
+def test_disaggregation_by_chunk_announces_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    with registered():
+        calls = Calls(monkeypatch)
+        fd_config = config(pd_disaggregation_mode="per_chunk")
+        backend = make_backend(fd_config)
+        meta = forward_meta(backend)
+        backend.init_attention_metadata(meta)
+        num_layers = fd_config.model_config.num_hidden_layers
+        lengths = meta.seq_lens_encoder, meta.seq_lens_this_time, meta.seq_lens_decoder
+        expected = ("init_kv_signal_per_query", *lengths, backend.rank, num_layers)
+        assert len(calls.made) == 1
+        found = zip(calls.made[0], expected, strict=True)
+        assert all(one is other or one == other for one, other in found)
+        dummy = forward_meta(backend, is_dummy_or_profile_run=True)
+        backend.init_attention_metadata(dummy)
+        assert len(calls.made) == 1
+        attend(backend, dummy)
+        assert len(calls.made) == 1
+
+
+def test_disaggregation_by_query_announces_step_and_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with registered():
+        calls = Calls(monkeypatch)
+        backend = make_backend(config(pd_disaggregation_mode="per_query", start_layer_index=3))
+        attend(backend, forward_meta(backend))
+        signal = "from open_shm_and_get_meta_signal"
+        assert calls.made == [
+            ("open_shm_and_get_meta_signal", backend.rank, int(backend.device_id), False),
+            ("init_signal_layerwise", signal, 3),
+        ]
+        record = backend.attention_metadata
+        assert record.kv_signal_metadata == signal
+        assert record.kv_signal_data_list[0] == "from init_signal_layerwise"
+        assert len(record.kv_signal_data_list) == backend.num_layers
+
+
+def test_disaggregation_without_its_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with registered():
+        monkeypatch.delattr(import_module(f"{ATTENTION}.ops"), "init_signal_layerwise")
+        with pytest.raises(BackendUnavailable, match="pd_disaggregation_mode: got 'per_query'"):
+            make_backend(config(pd_disaggregation_mode="per_query"))
+        make_backend(config())

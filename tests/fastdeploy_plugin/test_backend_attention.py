@@ -1,0 +1,158 @@
+"""forward_mixed through the caches, for our layers and for layers of FastDeploy's own code."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from fd_dsa.errors import MissingStepError
+from fd_dsa.ops.cache_write import CacheWriteParams
+from tests.fakes import golden
+from tests.fastdeploy_plugin.steps import forward_meta, int32, make_backend, registered
+from tests.reference.sparse_mla import ref_attend
+
+# of magnitude 3.5 = 448 / 128 at most, so an e4m3 cache holds them exactly
+_EXACT = np.float32([-3.5, -2, -1, -0.5, 0, 0.5, 1, 2, 3.5])
+TOKENS, LATENT, ROPE = golden.NUM_TOKENS, 512, 64
+
+
+def exact_keys(seed: int = 0) -> np.ndarray:
+    """[TOKENS, 576] float32 that the caches hold as they are."""
+    rng = np.random.default_rng(seed)
+    keys = rng.choice(_EXACT, (TOKENS, LATENT + ROPE))
+    # every tile of 128 has the largest magnitude
+    keys[:, [0, 128, 256, 384]] = 3.5
+    return keys
+
+
+def selection() -> np.ndarray:
+    """int32 [TOKENS, 1, 131]: all keys up to a token's own, cached ones too; -1 behind them."""
+    chosen = np.full((TOKENS, 1, max(golden.POSITIONS) + 1), -1, np.int32)
+    for token, (row, last) in enumerate(zip(golden.BATCH_IDS, golden.POSITIONS, strict=True)):
+        positions = np.arange(last + 1)
+        blocks = np.array(golden.TABLES[row])[positions // golden.BLOCK_SIZE]
+        slots = blocks * golden.BLOCK_SIZE + positions % golden.BLOCK_SIZE
+        chosen[token, 0, : last + 1] = slots
+    return chosen
+
+
+def query(heads: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((TOKENS, heads, 576)).astype(np.float32)
+
+
+def expected(q: np.ndarray, keys: np.ndarray, chosen: np.ndarray, scale: float) -> np.ndarray:
+    """Attention of each token over the keys it selected, in doubles."""
+    # what earlier steps have left is zero
+    by_slot = defaultdict(lambda: np.zeros(LATENT + ROPE))
+    by_slot.update(zip(golden.SLOTS, keys, strict=True))
+    rows = [
+        ref_attend(one, by_slot, [s for s in slots[0] if s >= 0], scale, LATENT)
+        for one, slots in zip(q, chosen.tolist(), strict=True)
+    ]
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("heads", [128, 64, 32, 16, 8])
+@pytest.mark.parametrize("caller", ["ours", "upstream"])
+def test_each_token_attends_once_through_the_cache(heads: int, caller: str) -> None:
+    """Prefill and decode rows in one call, on physical slots, for every share of 128 heads."""
+    keys, q, chosen = exact_keys(), query(heads), selection()
+    with registered():
+        backend = make_backend(num_heads=heads)
+        meta = forward_meta(backend)
+        backend.init_attention_metadata(meta)
+        latent, rope = keys[:, :LATENT], keys[:, LATENT:].reshape(TOKENS, 1, ROPE)
+        given: tuple[Any, Any] = (None, None)
+        if caller == "upstream":
+            given = paddle.to_tensor(latent), paddle.to_tensor(rope)
+        else:
+            # no rotation and no norm, which the layers' own tests have
+            unit = np.tile(np.float32([1, 0]).repeat(ROPE // 2), (256, 1))
+            params = CacheWriteParams("fp8_ds_mla")
+            backend.write_layer(paddle.to_tensor(keys), None, unit, params, 0, meta)
+        out = backend.forward_mixed(
+            paddle.to_tensor(q),
+            # this step's keys, as upstream's layers give them: not read
+            paddle.full([TOKENS, 1, 576], float("nan")),
+            paddle.to_tensor(chosen),
+            None,
+            *given,
+            SimpleNamespace(layer_id=0),
+            meta,
+        )
+        scale = backend.attn_softmax_scale
+        found = np.asarray(out.reshape_([-1, heads, LATENT]))
+    np.testing.assert_allclose(found, expected(q, keys, chosen, scale), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["forward", "forward_decode", "forward_extend"])
+def test_all_modes_are_the_mixed_one(method: str) -> None:
+    keys, q, chosen = exact_keys(), query(8), selection()
+    with registered():
+        backend = make_backend()
+        meta = forward_meta(backend)
+        backend.init_attention_metadata(meta)
+        arguments = [q, None, chosen, None, keys[:, :LATENT], keys[:, LATENT:].reshape(-1, 1, 64)]
+        tensors = [None if one is None else paddle.to_tensor(one) for one in arguments]
+        call = (*tensors, SimpleNamespace(layer_id=0), meta)
+        mixed = np.array(backend.forward_mixed(*call))
+        assert (np.array(getattr(backend, method)(*call)) == mixed).all()
+
+
+def test_padded_tokens_write_nothing_and_attend_to_nothing() -> None:
+    keys, q = exact_keys(), query(8)
+    with registered():
+        backend = make_backend()
+        # three rows of one token each; ten launched ones are padding
+        few = {
+            "seq_lens_encoder": int32([0, 0, 0]),
+            "seq_lens_decoder": int32([130, 3, 20]),
+            "seq_lens_this_time": int32([1, 1, 1]),
+            "block_tables": int32([[7, 2, 9, -1], [4, -1, -1, -1], [3, -1, -1, -1]]),
+        }
+        meta = forward_meta(backend, **few)
+        for cache in meta.caches:
+            cache.fill_(0xAB)
+        backend.init_attention_metadata(meta)
+        chosen = np.full((TOKENS, 1, 2), -1, np.int32)
+        chosen[:3, 0, 0] = [578, 259, 212]
+        out = backend.forward_mixed(
+            paddle.to_tensor(q),
+            None,
+            paddle.to_tensor(chosen),
+            None,
+            paddle.to_tensor(keys[:, :LATENT]),
+            paddle.to_tensor(keys[:, LATENT:].reshape(-1, 1, ROPE)),
+            SimpleNamespace(layer_id=0),
+            meta,
+        )
+        written = np.asarray(meta.caches[0]).reshape(-1, 656)
+        assert (np.asarray(out)[3:] == 0).all()
+        touched = np.flatnonzero((written != 0xAB).any(axis=1))
+        assert touched.tolist() == [212, 259, 578]
+        assert (np.asarray(meta.caches[1]) == 0xAB).all()
+
+
+def test_a_layer_without_selection_is_told_who_must_come_first() -> None:
+    with registered():
+        backend = make_backend()
+        meta = forward_meta(backend)
+        backend.init_attention_metadata(meta)
+        layer = SimpleNamespace(layer_id=3)
+        with pytest.raises(MissingStepError, match="layer 3 has no selection"):
+            backend.forward_mixed(paddle.to_tensor(query(8)), *[None] * 5, layer, meta)
+
+
+def test_caches_that_are_not_there_are_named() -> None:
+    with registered():
+        backend = make_backend()
+        meta = forward_meta(backend, caches=None)
+        backend.init_attention_metadata(meta)
+        with pytest.raises(MissingStepError, match=r"forward_meta.caches\[0\] is None"):
+            params = CacheWriteParams("fp8_ds_mla")
+            backend.write_layer(paddle.to_tensor(exact_keys()), None, None, params, 0, meta)
