@@ -36,6 +36,7 @@ BENCHMARKS = {
     "cache_write": 90,
     "indexer_query": 90,
     "indexer_gather": 60,
+    "overlap": 150,
 }
 """Module -> its time limit, seconds, in the order of their importance."""
 

@@ -17,6 +17,9 @@ from benchmarks._harness import three_digits
 _OURS = "#1f77d0"
 _OTHERS = ("#c26a12", "#8c6bb1", "#7a8793", "#b5485d", "#4d9221")
 _INK = "#7d8590"
+# parts of a layer in a timeline; what runs beside others, and what ends the begin
+_LANES = ("#c26a12", "#b5a642", "#4d9221", "#8c6bb1", "#b5485d", "#5f8f8f", "#7a8793", "#a8724a")
+_BESIDE, _BEGIN = "projections", "indexer query"
 _STYLE = {
     "svg.hashsalt": "fd_dsa",
     # text stays text: small files, and no outlines that depend on a font's version
@@ -33,8 +36,15 @@ _STYLE = {
 
 def digest(result: Mapping[str, Any]) -> str:
     """What a plot shows, as a hash; the plot holds it, so that a stale one is found."""
-    shown = [(c["case"], c["times"], c["ours"], c["floor_us"]) for c in result["cases"]]
+    shown: list[Any] = [(c["case"], c["times"], c["ours"], c["floor_us"]) for c in result["cases"]]
+    if "timeline" in result:
+        shown = [result["timeline"]]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
+def picture(result: Mapping[str, Any]) -> str:
+    """The SVG of a result: its timeline where it has one, else bars."""
+    return timeline(result) if "timeline" in result else bars(result)
 
 
 def bars(result: Mapping[str, Any]) -> str:
@@ -55,12 +65,64 @@ def bars(result: Mapping[str, Any]) -> str:
         for legend_text in axes.get_legend().get_texts():
             legend_text.set_color(_INK)
         axes.get_legend().get_frame().set_alpha(0)
-        buffer = io.StringIO()
-        metadata = {"Date": None, "Creator": None, "Description": digest(result)}
-        figure.savefig(
-            buffer, format="svg", bbox_inches="tight", transparent=True, metadata=metadata
-        )
+        return _svg(figure, result)
+
+
+def _svg(figure: Figure, result: Mapping[str, Any]) -> str:
+    """A figure as text, with the hash of what it shows."""
+    buffer = io.StringIO()
+    metadata = {"Date": None, "Creator": None, "Description": digest(result)}
+    figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata=metadata)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def timeline(result: Mapping[str, Any]) -> str:
+    """An SVG: when each kernel of a layer ran, a lane a stream; the whole layer and its begin."""
+    sides = result["timeline"]
+    lanes = [
+        (f"{label}, {'second' if stream else 'main'}", [k for k in run if k["stream"] == stream])
+        for label, run in sides.items()
+        for stream in sorted({kernel["stream"] for kernel in run})
+    ]
+    names = list(dict.fromkeys(kernel["name"] for run in sides.values() for kernel in run))
+    others = [name for name in names if name != _BESIDE]
+    colours = dict(zip(others, _LANES * 9, strict=False)) | {_BESIDE: _OURS}
+    ends = [k["start_us"] + k["us"] for run in sides.values() for k in run if k["name"] == _BEGIN]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 1.2 + 0.7 * len(lanes)))
+        for axes, end in zip(figure.subplots(2, 1), (None, max(ends, default=None)), strict=True):
+            _draw_lanes(axes, lanes, colours)
+            axes.set_xlim(0, end)
+        axes.set_xlabel("microseconds")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6), ncols=4)
+        for legend_text in axes.get_legend().get_texts():
+            legend_text.set_color(_INK)
+        axes.get_legend().get_frame().set_alpha(0)
+        figure.subplots_adjust(hspace=0.5)
+        return _svg(figure, result)
+
+
+def _draw_lanes(
+    axes: Any, lanes: list[tuple[str, list[dict[str, Any]]]], colours: Mapping[str, str]
+) -> None:
+    """One bar a kernel."""
+    told: set[str] = set()
+    for height, (_, kernels) in enumerate(lanes):
+        for kernel in kernels:
+            name = kernel["name"]
+            axes.barh(
+                height,
+                kernel["us"],
+                left=kernel["start_us"],
+                height=0.7,
+                color=colours[name],
+                label=None if name in told else name,
+            )
+            told.add(name)
+    axes.set_yticks(range(len(lanes)), [label for label, _ in lanes])
+    axes.invert_yaxis()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
 
 
 def _ours(cases: list[dict[str, Any]]) -> str:

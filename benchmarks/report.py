@@ -25,6 +25,8 @@ IMAGES = ROOT / "docs" / "img"
 _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 # whole numbers of a case which are shown beside its times
 _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
+_OVERLAP_KINDS = ("graph", "eager", "graph, k_norm beside", "eager, k_norm beside")
+_TIMELINE = "the kernels of a layer by stream; above the whole layer, below its begin"
 _PROFILE_COLUMNS = (
     "duration",
     "registers a thread",
@@ -189,7 +191,38 @@ def profiles(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_MADE_BY = {"engine_cpu": engine_cpu, "ceilings": ceilings, "profiles": profiles}
+def overlap(result: Mapping[str, Any]) -> str:
+    """Markdown of benchmarks/results/overlap.json: the times, and what the threshold comes from."""
+    text = gpu_table(result)
+    if _refusal(result):
+        return text
+    head = ["tokens", "projections alone, us", "QKV-A alone, us"]
+    for kind in _OVERLAP_KINDS:
+        head += [f"{kind}: saved", "hidden"]
+    lines = ["", _row(head), "|---" * len(head) + "|"]
+    for num_tokens in dict.fromkeys(case["num_tokens"] for case in result["cases"]):
+        own = {c["kind"]: c for c in result["cases"] if c["num_tokens"] == num_tokens}
+        parts = next(iter(own.values()))["alone_us"]
+        cells = [str(num_tokens), *(three_digits(parts[k]) for k in ("projections", "QKV-A"))]
+        for kind in _OVERLAP_KINDS:
+            case = own.get(kind)
+            cells += [f"{case['saved']:.1%}", f"{case['hidden']:.0%}"] if case else ["", ""]
+        lines.append(_row(cells))
+    if "threshold_tokens" in result:
+        lines += [
+            "",
+            f"Up to {result['threshold_tokens']} tokens no step lost more than 1% of the layer by "
+            f"its fork; the run had the default {result['default_tokens']}.",
+        ]
+    return text + "\n".join(lines) + "\n"
+
+
+_MADE_BY = {
+    "engine_cpu": engine_cpu,
+    "ceilings": ceilings,
+    "overlap": overlap,
+    "profiles": profiles,
+}
 
 
 def region(name: str, folder: Path = RESULTS) -> str:
@@ -205,7 +238,8 @@ def region(name: str, folder: Path = RESULTS) -> str:
     result = json.loads(path.read_text())
     text = _MADE_BY.get(name, gpu_table)(result)
     if plotted(name, result):
-        text += f"\n![the table above as bars](img/{name}.svg)\n"
+        caption = _TIMELINE if "timeline" in result else "the table above as bars"
+        text += f"\n![{caption}](img/{name}.svg)\n"
     return text
 
 
@@ -274,11 +308,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if find_spec("matplotlib") is None:
         print("plots left as they are: matplotlib is not installed (extra `bench`)")
         return 0
-    from benchmarks.plots import bars
+    from benchmarks.plots import picture
 
     for path, result in plots():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(bars(result), "utf-8")
+        path.write_text(picture(result), "utf-8")
         print(path.relative_to(ROOT))
     return 0
 

@@ -1,0 +1,253 @@
+"""A layer whose indexer projections run on a second stream, against the same layer on one.
+
+The layer of `_layer.py` at decode sizes and, for the threshold, prompt chunks; eager and in CUDA
+graphs, all forms in turn. "cuBLAS" projects by two products of torch as FastDeploy does, the other
+forms by the one launch of `project_indexer`; "k_norm beside" norms the index keys with them, as
+where the cache write does not. The share of the projections that is hidden is the time saved by
+the time that they take alone, their weights not in the L2.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import _gpu
+from benchmarks._layer import Both, Layer, Project, Sizes, Step, Weights
+from benchmarks._timeline import traced
+from benchmarks._torch_device import TorchDeviceApi, register
+from benchmarks.ceilings import matrix_flops_per_s
+from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.config import DEFAULT_OVERLAP_MAX_TOKENS
+from fd_dsa.ops.indexer_projection import triton_kernel
+from fd_dsa.triton_runtime.streams import SideStream
+
+SIZES = (1, 8, 32, 64, 128, 256, 512, 1024, 2048)
+NORMED = (1, 32, 128)
+TUNED = (1, 32, 64, 128, 256, 1024, 2048)
+TRACED = 32
+ONE, TWO = "one stream", "two streams"
+# a loss that the threshold allows, as a share of the layer
+_ALLOWED_LOSS = 0.01
+_CHECKED_RUNS = 50
+
+
+class Forms:
+    """The ways to run one step's projections, and the forks for them."""
+
+    def __init__(self, step: Step) -> None:
+        self._layer, self._weights = step.layer, step.layer.weights
+        s, how = step.layer.sizes, {"device": step.x.device}
+        self._out = (
+            torch.empty(step.num_tokens, s.index_dim, dtype=torch.bfloat16, **how),
+            torch.empty(step.num_tokens, s.index_heads, **how),
+        )
+        self.one, self.two, self.preferred = (
+            IndexerOverlap("gpu", n) for n in (0, 1 << 30, 1 << 30)
+        )
+        self.preferred.side_stream = SideStream(TorchDeviceApi(), 0, high_priority=True)
+
+    def ours(self, x: torch.Tensor, both: Both | None = None) -> Both:
+        """One launch; with `both` on other weights than the layer's, as in all forms."""
+        wk, weights_proj = both or (self._weights.wk, self._weights.weights_proj)
+        with self._layer.span("projections"):
+            return triton_kernel.project_indexer(x, wk, weights_proj, self._out)
+
+    def cublas(self, x: torch.Tensor, both: Both | None = None) -> Both:
+        """Two products."""
+        wk, weights_proj = both or (self._weights.wk, self._weights.weights_proj)
+        return x @ wk, x @ weights_proj
+
+    def normed(self, x: torch.Tensor, both: Both | None = None) -> Both:
+        """One launch and the norm of the keys."""
+        keys, weights = self.ours(x, both)
+        norm = keys.shape[1:], self._weights.k_norm, self._weights.k_bias, 1e-6
+        return torch.nn.functional.layer_norm(keys, *norm), weights
+
+
+def sides_of(step: Step, *, normed: bool = False) -> dict[str, list[_gpu.Call]]:
+    """Every form of a step as calls."""
+    forms = Forms(step)
+
+    def call(overlap: IndexerOverlap, project: Project) -> list[_gpu.Call]:
+        return [lambda: step.run(overlap, project, k_norm=not normed)]
+
+    if normed:
+        return {ONE: call(forms.one, forms.normed), TWO: call(forms.two, forms.normed)}
+    return {
+        "one stream, cuBLAS": call(forms.one, forms.cublas),
+        "two streams, cuBLAS": call(forms.two, forms.cublas),
+        "two streams, priority": call(forms.preferred, forms.ours),
+        ONE: call(forms.one, forms.ours),
+        TWO: call(forms.two, forms.ours),
+    }
+
+
+def check(step: Step, sides: dict[str, list[_gpu.Call]]) -> None:
+    """Compare what two streams make with what one makes, eagerly and in a graph, many times.
+
+    Raises:
+        AssertionError: a bit differs.
+    """
+    _gpu.poison(step.out)
+    sides[ONE][0]()
+    wanted = step.out.view(torch.int16).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sides[TWO][0]()
+    for kind, run in (("eager", sides[TWO][0]), ("graph", graph.replay)):
+        differing = torch.zeros((), device=step.out.device, dtype=torch.int64)
+        for _ in range(_CHECKED_RUNS):
+            _gpu.poison(step.out)
+            run()
+            differing += (step.out.view(torch.int16) != wanted).any()
+        assert int(differing) == 0, (
+            f"{step.num_tokens} tokens, {kind}: {int(differing)} runs differ"
+        )
+
+
+def copies_of(weights: Weights) -> list[Both]:
+    """Both weights of the projections again and again, together past the L2."""
+    widths = weights.wk.shape[1], weights.weights_proj.shape[1]
+    count = _gpu.num_sets(2 * weights.indexer.numel())
+    return [weights.indexer.clone().split(widths, 1) for _ in range(count)]
+
+
+def alone(step: Step) -> dict[str, float]:
+    """Median microseconds of the projections and of QKV-A with its norm, nothing in the L2."""
+    forms, copies = Forms(step), copies_of(step.layer.weights)
+    down = step.layer.weights.down
+    sides = {
+        "projections": [partial(forms.ours, step.x, both) for both in copies],
+        "projections, cuBLAS": [partial(forms.cublas, step.x, both) for both in copies],
+        "projections, k_norm": [partial(forms.normed, step.x, both) for both in copies],
+        "QKV-A": [partial(step.down, down.clone()) for _ in range(_gpu.num_sets(2 * down.numel()))],
+    }
+    return {label: t["p50"] for label, t in _gpu.interleaved(sides, mode="graph", rounds=9).items()}
+
+
+def compare(record: _gpu.Recorder, layer: Layer, num_tokens: int) -> list[dict[str, Any]]:
+    """One number of tokens: a case in a graph, an eager one, and those of keys normed beside."""
+    step = Step(layer, num_tokens)
+    parts = alone(step)
+    check(step, sides_of(step))
+    found = []
+    for normed in (False, True) if num_tokens in NORMED else (False,):
+        sides = sides_of(step, normed=normed)
+        side_us = parts["projections, k_norm" if normed else "projections"]
+        for mode, rounds in (("graph", 25), ("wall", 9)):
+            times = _gpu.interleaved(sides, mode=mode, rounds=rounds)
+            one, two = (times[label]["p50"] for label in (ONE, TWO))
+            kind = f"{'graph' if mode == 'graph' else 'eager'}{', k_norm beside' if normed else ''}"
+            notes = {
+                "num_tokens": num_tokens,
+                "kind": kind,
+                "alone_us": parts,
+                "hidden": (one - two) / side_us,
+                "saved": 1 - two / one,
+                "saved_of_best": 1 - two / best_of_one_stream(times),
+            }
+            if mode == "wall":
+                host = _gpu.interleaved({k: sides[k] for k in (ONE, TWO)}, mode="host", rounds=5)
+                notes["host_us"] = {label: time["p50"] for label, time in host.items()}
+            floor_us = 1e6 * step.floor_s(record.ceilings)
+            name = f"{num_tokens} tokens, {kind}"
+            record.case(name, times, ours=TWO, floor_us=floor_us, **notes)
+            found.append(notes)
+    return found
+
+
+def best_of_one_stream(times: _gpu.Times) -> float:
+    """Median of the faster form on one stream."""
+    return min(time["p50"] for label, time in times.items() if label.startswith(ONE))
+
+
+def threshold(cases: Sequence[dict[str, Any]]) -> int:
+    """Most tokens up to which no step loses more than 1% of the layer by its fork."""
+    allowed = 0
+    for num_tokens in sorted({case["num_tokens"] for case in cases}):
+        own = [c for c in cases if c["num_tokens"] == num_tokens]
+        if any(case["saved"] < -_ALLOWED_LOSS for case in own):
+            break
+        # up to here and no further is known
+        allowed = num_tokens
+    return allowed
+
+
+def tune(layer: Layer, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Median microseconds of every tiling of `project_indexer`: tokens -> tiling -> us."""
+    copies, table = copies_of(layer.weights), {}
+    for num_tokens in sizes:
+        x, out = inputs(num_tokens, layer.sizes)
+        sides = {
+            name_of(tiling): [launch(x, both, out, tiling) for both in copies]
+            for tiling in triton_kernel.CANDIDATES
+        }
+        times = _gpu.interleaved(sides, mode="graph", rounds=7)
+        middles = {label: t["p50"] for label, t in times.items()}
+        table[str(num_tokens)] = middles
+        best = min(middles, key=middles.__getitem__)
+        chosen = name_of(triton_kernel.configuration(num_tokens))
+        line = "  ".join(f"{label}: {us:.2f}" for label, us in middles.items())
+        print(f"{num_tokens} tokens, best {best}, chosen {chosen}:  {line}", flush=True)
+    return table
+
+
+def inputs(num_tokens: int, sizes: Sizes) -> tuple[torch.Tensor, Both]:
+    """Hidden states, and where index keys and head weights go."""
+    how: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    weights = torch.empty(num_tokens, sizes.index_heads, device="cuda")
+    keys = torch.empty(num_tokens, sizes.index_dim, **how)
+    return torch.randn(num_tokens, sizes.hidden, **how), (keys, weights)
+
+
+def name_of(tiling: tuple[int, ...]) -> str:
+    """A tiling in words."""
+    return "{} x {} x {}, {} warps, {} stages".format(*tiling)
+
+
+def launch(x: torch.Tensor, both: Both, out: Both, tiling: tuple[int, ...]) -> _gpu.Call:
+    """One launch with a tiling, its arguments checked beforehand."""
+    arguments = triton_kernel.kernel_arguments(x, *both, out)
+    grid, options = triton_kernel.launch_options(arguments, tiling)
+    return triton_kernel.project_indexer_kernel.bind(grid, **arguments, **options)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, compare, trace, tune; returns the exit status."""
+    args = _gpu.arguments(__doc__, argv)
+    register()
+    with _gpu.Recorder("overlap", args.out) as record:
+        record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
+        layer, cases = Layer(Sizes()), []
+        for num_tokens in (1, 128) if args.quick else SIZES:
+            cases += compare(record, layer, num_tokens)
+        most = threshold(cases)
+        print(f"threshold: {most} tokens; set: {DEFAULT_OVERLAP_MAX_TOKENS}", flush=True)
+        record.note(threshold_tokens=most, default_tokens=DEFAULT_OVERLAP_MAX_TOKENS)
+        step = Step(layer, TRACED)
+        sides = sides_of(step)
+        record.note(timeline={label: traced(step, sides[label][0]) for label in (ONE, TWO)})
+        record.note(configurations_us=tune(layer, (1, 128) if args.quick else TUNED))
+    return 0
+
+
+def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
+    """The launch of the projections at sizes of decode steps and of a prompt's chunk."""
+    register()
+    sizes, found = Sizes(), {}
+    weight = torch.randn(sizes.hidden, 192, device="cuda", dtype=torch.bfloat16)
+    both = weight[:, : sizes.index_dim], weight[:, sizes.index_dim :]
+    for num_tokens in (1, 128, 1024):
+        x, out = inputs(num_tokens, sizes)
+        call = launch(x, both, out, triton_kernel.configuration(num_tokens))
+        found[f"projections, {num_tokens} tokens"] = call, list(out)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

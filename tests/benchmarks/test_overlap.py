@@ -1,0 +1,140 @@
+"""How the overlap's result is shown: its table, its timeline, and where both come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks._harness import write_json
+from benchmarks.report import region
+
+
+def percentiles(p50: float) -> dict[str, float]:
+    return {"p20": p50 * 0.99, "p50": p50, "p80": p50 * 1.01}
+
+
+def case(num_tokens: int, kind: str, saved: float) -> dict[str, Any]:
+    """One case whose layer takes 200 us on one stream, and its projections 8 us."""
+    two = 200 * (1 - saved)
+    return {
+        "case": f"{num_tokens} tokens, {kind}",
+        "tier": "T1",
+        "times": {"one stream": percentiles(200), "two streams": percentiles(two)},
+        "ours": "two streams",
+        "ratios": {"one stream": 200 / two},
+        "floor_us": 100.0,
+        "percent_of_floor": 50.0,
+        "num_tokens": num_tokens,
+        "kind": kind,
+        "alone_us": {"projections": 8.0, "QKV-A": 12.5},
+        "saved": saved,
+        "hidden": (200 - two) / 8,
+    }
+
+
+def kernel(name: str, stream: int, start_us: float, us: float) -> dict[str, Any]:
+    return {"name": name, "stream": stream, "start_us": start_us, "us": us}
+
+
+def result() -> dict[str, Any]:
+    """Two sizes, one of them with the norm beside."""
+    one = [kernel("QKV-A", 0, 0, 12), kernel("projections", 0, 12.5, 8)]
+    two = [kernel("projections", 1, 0, 8), kernel("QKV-A", 0, 0.5, 12)]
+    ends = kernel("indexer query", 0, 30, 7)
+    return {
+        "name": "overlap",
+        "env": {
+            "gpu": "NVIDIA H200",
+            "driver": "580.1",
+            "python": "3.12.3",
+            "commit": "c" * 40,
+            "dirty": False,
+        },
+        "gate": "passed",
+        "clocks": [],
+        "ceilings": {"copy_bytes_per_s": 4.28e12, "node_us": 0.5},
+        "cases": [
+            case(1, "graph", 0.03),
+            case(1, "eager", 0.0),
+            case(1, "graph, k_norm beside", 0.035),
+            case(512, "graph", -0.02),
+            case(512, "eager", -0.004),
+        ],
+        "threshold_tokens": 1,
+        "default_tokens": 256,
+        "timeline": {"one stream": [*one, ends], "two streams": [*two, ends]},
+    }
+
+
+def test_the_table_says_what_is_saved_and_hidden(tmp_path: Path) -> None:
+    write_json(tmp_path / "overlap.json", result())
+    text = region("overlap", tmp_path)
+    assert "| 1 tokens, graph | 200 (1.03x) | **194** |" in text
+    assert "| 1 | 8.00 | 12.5 | 3.0% | 75% | 0.0% | 0% | 3.5% | 88% |  |  |" in text
+    assert "| 512 | 8.00 | 12.5 | -2.0% | -50% | -0.4% | -10% |  |  |  |  |" in text
+    assert "Up to 1 tokens" in text and "the default 256" in text
+    assert "by stream" in text and "img/overlap.svg" in text
+
+
+def test_no_table_without_green_tests(tmp_path: Path) -> None:
+    write_json(tmp_path / "overlap.json", result() | {"gate": "failed"})
+    text = region("overlap", tmp_path)
+    assert "tests of this run: failed" in text and "|" not in text
+
+
+def test_the_timeline_is_drawn_by_stream() -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.plots import digest, picture
+
+    svg = picture(result())
+    assert svg == picture(result()) and digest(result()) in svg
+    for text in ("one stream, main", "two streams, main", "two streams, second", "QKV-A"):
+        assert text in svg
+    assert "one stream, second" not in svg
+    changed = result()
+    changed["timeline"]["two streams"][0]["us"] = 8.5
+    assert digest(changed) not in svg
+
+
+def test_kernels_of_a_trace_by_stream_and_part() -> None:
+    pytest.importorskip("torch")
+    from benchmarks._timeline import kernels
+
+    def launched(correlation: int, ts: float) -> dict[str, Any]:
+        args = {"correlation": correlation}
+        return {"cat": "cuda_driver", "name": "cuLaunchKernelEx", "ts": ts, "args": args}
+
+    def ran(name: str, correlation: int, stream: int, ts: float, dur: float) -> dict[str, Any]:
+        args = {"correlation": correlation, "stream": stream}
+        return {"cat": "kernel", "name": name, "ts": ts, "dur": dur, "args": args}
+
+    events = [
+        {"cat": "user_annotation", "name": "QKV-A", "ts": 10, "dur": 5},
+        {"cat": "user_annotation", "name": "projections", "ts": 2, "dur": 6},
+        *(launched(1, 1), launched(2, 3), launched(3, 12), launched(4, 20)),
+        ran("of the warm-up", 9, 7, 0, 1),
+        ran("spin_kernel(long)", 1, 7, 50, 40),
+        ran("gemm", 3, 7, 91.5, 9),
+        ran("project", 2, 20, 91, 4),
+        ran("add", 4, 7, 101, 2),
+        {"cat": "ac2g", "name": "flow", "ts": 3},
+    ]
+    assert kernels(events) == [
+        {"name": "projections", "stream": 1, "start_us": 0, "us": 4},
+        {"name": "QKV-A", "stream": 0, "start_us": 0.5, "us": 9},
+        {"name": "add", "stream": 0, "start_us": 10, "us": 2},
+    ]
+
+
+def test_the_threshold_ends_before_the_first_loss() -> None:
+    pytest.importorskip("torch")
+    from benchmarks.overlap import threshold
+
+    def cases(*saved: tuple[int, float]) -> list[dict[str, Any]]:
+        return [{"num_tokens": tokens, "saved": share} for tokens, share in saved]
+
+    assert threshold(cases((1, 0.03), (8, 0.02), (64, -0.009), (128, -0.02), (256, 0.1))) == 64
+    assert threshold(cases((8, 0.02), (1, 0.03), (8, -0.02))) == 1
+    assert threshold(cases((1, -0.02))) == 0
