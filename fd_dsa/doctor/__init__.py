@@ -48,8 +48,9 @@ def examine(device: str | None = None) -> dict[str, Any]:
 
     Returns:
         `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
-        `device`, `kernels` (how Triton kernels run), `note` (what was not checked and why, or
-        ""), `checks` (a list; see `run_checks`), `healthy`.
+        `fastdeploy` (see `Fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
+        Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
+        `run_checks`), `healthy`.
 
     Raises:
         BackendUnavailable: Paddle, Triton or the device that was asked for is not there.
@@ -57,13 +58,17 @@ def examine(device: str | None = None) -> dict[str, Any]:
     facts = environment.facts()
     device = environment.device_to_check(device)
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
+    from fd_dsa.doctor.fastdeploy import examination
     from fd_dsa.doctor.self_check import run_checks
     from fd_dsa.triton_runtime import INTERPRETING
 
-    checks = run_checks(device)
+    with examination() as fastdeploy:
+        checks = run_checks(device)
+        found = fastdeploy.facts()
     return {
         "version": __version__,
         **facts,
+        "fastdeploy": found,
         "device": device,
         "kernels": "interpreted" if INTERPRETING else "compiled",
         "note": environment.not_checked(device, facts["gpu"], INTERPRETING),
@@ -74,6 +79,9 @@ def examine(device: str | None = None) -> dict[str, Any]:
 
 def as_text(found: dict[str, Any]) -> str:
     """The report for a person."""
+    # its imports read no package that may be missing; the others of this room do
+    from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
+
     packages = ", ".join(f"{name} {v or 'not installed'}" for name, v in found["packages"].items())
     gpu = found["gpu"]
     lines = [
@@ -81,6 +89,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"machine    {found['machine']}",
         f"packages   {packages}",
         f"gpu        {gpu['name'] + ', driver ' + gpu['driver'] if gpu else 'none'}",
+        *fastdeploy_lines(found["fastdeploy"]),
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
         "",
         "  operator         device    served by  check      time  why",

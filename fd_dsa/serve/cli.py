@@ -63,7 +63,7 @@ def _fail(message: str, status: int = _EXIT_BAD_START) -> int:
 
 
 def _set_up_logging(level: str) -> None:
-    """Log to stderr; uvicorn's own chatter only when debugging, no access lines for /health."""
+    """Log to stderr; uvicorn's own chatter only when debugging, no lines about /health."""
     logging.basicConfig(
         stream=sys.stderr,
         level=level.upper(),
@@ -72,7 +72,8 @@ def _set_up_logging(level: str) -> None:
     )
     if level != "debug":
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    for name in ("asyncio", "httpx", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("uvicorn.access").addFilter(
         lambda record: " /health " not in record.getMessage()
     )

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,8 +70,11 @@ def launcher(
     env: Mapping[str, str | None] | None = None,
     model: bool = True,
     whole: bool = False,
+    engine: str = "fastdeploy",
+    tree: trees.Tree = trees.DEVELOP,
+    path: Iterable[str | Path] = (),
 ) -> Iterator[Launcher]:
-    """Run the command line in a process; `--engine fastdeploy` is added.
+    """Run the command line in a process; `--engine` is added.
 
     Args:
         folder: for the model and the files of this run.
@@ -80,6 +83,9 @@ def launcher(
         script: what the double's server does (`api_server.Script`).
         env: variables of the launcher; None unsets one.
         whole: the real command line, not that of this file.
+        engine: what `--engine` says.
+        tree: which FastDeploy the double plays.
+        path: folders in front of it on sys.path.
     """
     model_folder = folder / "model"
     model_folder.mkdir(exist_ok=True)
@@ -93,10 +99,12 @@ def launcher(
             "FAKE_FASTDEPLOY_SERVER": json.dumps(script or {}),
             **(env or {}),
         },
+        tree,
+        path,
     )
     module = "fd_dsa.serve" if whole else "tests.fastdeploy_plugin.launcher"
     process = subprocess.Popen(
-        [sys.executable, "-m", module, "--engine", "fastdeploy", *given, *argv],
+        [sys.executable, "-m", module, "--engine", engine, *given, *argv],
         cwd=folder,
         env=variables,
         stdin=subprocess.DEVNULL,
@@ -123,10 +131,15 @@ def plugin_folder(folder: Path) -> Path:
     return folder
 
 
-def environment(plugin: Path, env: Mapping[str, str | None]) -> dict[str, str]:
+def environment(
+    plugin: Path,
+    env: Mapping[str, str | None],
+    tree: trees.Tree = trees.DEVELOP,
+    path: Iterable[str | Path] = (),
+) -> dict[str, str]:
     """The environment of a process in which the double can be imported, and fd_dsa."""
-    path = [str(trees.FOLDER), str(plugin), str(ROOT)]
-    changes = trees.environment(trees.DEVELOP, env=env, path=path)
+    entries = [str(entry) for entry in (*path, trees.FOLDER, plugin, ROOT)]
+    changes = trees.environment(tree, env=env, path=entries)
     found: dict[str, str | None] = {**os.environ, **changes}
     return {name: value for name, value in found.items() if value is not None}
 

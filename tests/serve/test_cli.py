@@ -112,7 +112,11 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--served-model-name", ""], "--served-model-name"),
         (["--engine", "turbo"], "--engine: invalid choice"),
         (["--device", "hopper:0"], "--device: invalid choice: 'hopper:0'"),
-        (["--engine", "fastdeploy"], "--engine fastdeploy: missing in this release"),
+        (["--", "--num-servers", "8"], "--num-servers (after --) belongs to FastDeploy's launcher"),
+        (["--", "--port"], "after --: argument --port: expected one argument"),
+        (["--engine", "embedded", "-tp", "8"], "--tensor-parallel-size is 8, and --engine embedd"),
+        (["--engine", "embedded", "--", "--ips", "a"], "--ips stands after --, and --engine em"),
+        (["--tensor-parallel-size", "two"], "--tensor-parallel-size/-tp: got 'two'"),
         (["no/such/folder"], "--model: got 'no/such/folder'"),
         (["--host", "no.such.host.invalid"], "--host: got 'no.such.host.invalid'"),
     ],
@@ -138,6 +142,34 @@ def test_missing_paddle_names_the_extra(tmp_path: Path) -> None:
     )
     done = finish(tmp_path, [sys.executable, "-c", code], status=2)
     assert "pip install 'fd_dsa[cpu]'" in error_line(done)
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (
+            ["--engine", "fastdeploy"],
+            "--engine fastdeploy: FastDeploy is not installed in this Python; install it from "
+            "Paddle's own package index (docs/fastdeploy.md has the commands), then fd_dsa beside "
+            "it. --engine embedded works without it, for models that fit one device",
+        ),
+        (
+            ["--tensor-parallel-size", "8"],
+            "--tensor-parallel-size is 8, which needs FastDeploy, and that is not installed in "
+            "this Python; install it from Paddle's own package index (docs/fastdeploy.md has the "
+            "commands), then fd_dsa beside it. --engine embedded serves on one device, without "
+            "these flags",
+        ),
+    ],
+)
+def test_missing_fastdeploy_is_one_line(tmp_path: Path, argv: list[str], text: str) -> None:
+    code = (
+        "import sys, importlib.util as u\nreal = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'fastdeploy' else real(name, *a)\n"
+        f"from fd_dsa.serve.cli import main\nsys.exit(main({argv}))"
+    )
+    done = finish(tmp_path, [sys.executable, "-c", code], status=2)
+    assert error_line(done) == text
 
 
 RAISE_CONFIG = """

@@ -1,0 +1,143 @@
+"""What the doctor says about FastDeploy: there or not, which path would serve, and why."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.doctor import fastdeploy
+from fd_dsa.doctor.fastdeploy import Fastdeploy, as_lines, examination
+from fd_dsa.fastdeploy_plugin.launch_environment import ENTRY_POINT_GROUPS
+from tests.fakes import trees
+from tests.fastdeploy_plugin.launcher import environment, plugin_folder
+
+OURS = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": "fd_dsa"}
+WAYS = {"from_here", "with_engine_fastdeploy"}
+
+
+def diagnose(folder: Path, *argv: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    """A doctor's process with the double installed."""
+    env = environment(plugin_folder(folder / "site"), **{"env": {}, **more})
+    done = subprocess.run(
+        [sys.executable, "-m", "fd_dsa.doctor", "--device", "cpu", *argv],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def paths(folder: Path, **more: Any) -> dict[str, Any]:
+    """What would serve, by the way in which FastDeploy is started."""
+    found = json.loads(diagnose(folder, "--json", **more).stdout)
+    assert found["healthy"] and set(found["fastdeploy"]["paths"]) == WAYS
+    return found["fastdeploy"]["paths"]
+
+
+@pytest.mark.slow
+def test_an_installation_in_words(tmp_path: Path) -> None:
+    text = diagnose(tmp_path).stdout
+    lines = text.partition("\ndevice ")[0].splitlines()[4:]
+    assert lines[:2] == [
+        "fastdeploy 0.0.0+fake",
+        "           FD_ATTENTION_BACKEND unset, FD_PLUGINS unset, FD_DSA_DISABLE unset (some "
+        "versions load no plug-in without FD_PLUGINS)",
+    ]
+    assert lines[2].strip() == (
+        "started from here: FastDeploy's own path serves: FD_ATTENTION_BACKEND is unset, not "
+        "DSA_ATTN"
+    )
+    assert lines[3].startswith("           --engine fastdeploy: fd_dsa serves: FastDeploy 0.0.0+fa")
+
+
+@pytest.mark.slow
+def test_an_installation_as_json(tmp_path: Path) -> None:
+    found = json.loads(diagnose(tmp_path, "--json", env=OURS).stdout)["fastdeploy"]
+    assert found["installed"] and found["version"] == "0.0.0+fake"
+    assert found["entry_points"] == list(ENTRY_POINT_GROUPS)
+    assert found["missing_entry_points"] == []
+    assert found["environment"] == {**OURS, "FD_DSA_DISABLE": None}
+    here, launched = (found["paths"][way] for way in sorted(WAYS))
+    assert here == launched and here["live"] and here["runner_is_ours"]
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("more", "here", "launched"),
+    [
+        ({"env": OURS | {"FD_DSA_DISABLE": "1"}}, "FD_DSA_DISABLE turns", "FD_DSA_DISABLE turns"),
+        ({"env": {"FD_ATTENTION_BACKEND": "DSA_ATTN"}}, "FD_PLUGINS is unset", None),
+        ({"env": {"FD_ATTENTION_BACKEND": "MLA_ATTN"}}, "is MLA_ATTN, not DSA_ATTN", "needs DSA_"),
+        ({"env": OURS, "tree": trees.R24}, "unsupported FastDeploy tree", "unsupported FastDeplo"),
+    ],
+)
+def test_why_not(tmp_path: Path, more: dict[str, Any], here: str, launched: str | None) -> None:
+    found = paths(tmp_path, **more)
+    assert not found["from_here"]["live"] and here in found["from_here"]["why"]
+    other = found["with_engine_fastdeploy"]
+    assert other["live"] == (launched is None)
+    assert launched is None or launched in other["why"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["raise OSError('no driver')", "import os; os._exit(3)"])
+def test_a_broken_installation_does_not_make_the_doctor_ill(tmp_path: Path, source: str) -> None:
+    broken = tmp_path / "broken" / "fastdeploy"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text(source)
+    for path in paths(tmp_path, path=[broken.parent]).values():
+        assert not path["live"] and path["why"].startswith("FastDeploy cannot be imported: ")
+
+
+def test_a_runner_that_is_not_ours_is_told() -> None:
+    path = {"live": True, "why": "x", "runner_is_ours": True}
+    facts = Fastdeploy({}).facts() | {"installed": True, "missing_entry_points": []}
+    told = []
+    for ours in (True, False):
+        facts["paths"] = {"from_here": path | {"runner_is_ours": ours}}
+        told.append(as_lines(facts)[-1].strip())
+    assert told[0] == "started from here: fd_dsa serves: x"
+    assert told[1] == f"{told[0]} (but the model runner is FastDeploy's own)"
+
+
+class _Silent:
+    """A probe whose child cannot be started."""
+
+    def __init__(self, environment: object) -> None:
+        raise OSError("no room for a process")
+
+
+def test_a_probe_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastdeploy, "fastdeploy_is_installed", lambda: True)
+    monkeypatch.setattr(fastdeploy, "Probe", _Silent)
+    with examination() as found:
+        for path in found.facts()["paths"].values():
+            why = "FastDeploy could not be tried: no room for a process"
+            assert path == {"live": False, "why": why}
+
+
+def test_without_fastdeploy_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastdeploy, "fastdeploy_is_installed", lambda: False)
+    with examination() as found:
+        facts = found.facts()
+    assert not facts["installed"] and facts["paths"] == {}
+    assert as_lines(facts) == ["fastdeploy not installed; --engine fastdeploy alone needs it"]
+
+
+def test_a_missing_entry_point_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastdeploy, "missing_entry_points", lambda: [ENTRY_POINT_GROUPS[1]])
+    facts = Fastdeploy({}).facts() | {"installed": True}
+    assert facts["entry_points"] == [ENTRY_POINT_GROUPS[0]]
+    said = (
+        f"           fd_dsa has no entry point in {ENTRY_POINT_GROUPS[1]}; install it as a package"
+    )
+    assert as_lines(facts)[1] == said
