@@ -1,0 +1,135 @@
+"""Attention layers of the demo model: FastDeploy's class in a tree, and the embedded engine's."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+
+from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
+from fd_dsa.config import demo_model_path
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.mla import DeepseekV32DSAAttention as EmbeddedAttention
+from fd_dsa.models.rope import RotaryEmbedding
+from fd_dsa.ops._host import as_tensor
+from tests.fastdeploy_plugin.names import MODELS
+from tests.fastdeploy_plugin.steps import NUM_BLOCKS, caches, config, int32, make_backend
+
+PREFIX = "model.layers.{}.self_attn."
+HIDDEN = 384
+
+
+def weights() -> dict[str, np.ndarray]:
+    """Tensors of the demo checkpoint by name."""
+    read = import_module("fastdeploy.worker.checkpoint").read_checkpoint
+    return dict(read(demo_model_path()))
+
+
+def make_layer(fd_config: Any = None, layer_id: int = 0, loaded: bool = True) -> Any:
+    """FastDeploy's attention layer of the tree, as its decoder layer makes it."""
+    models = sys.modules[MODELS]
+    fd_config = config() if fd_config is None else fd_config
+    prefix = PREFIX.format(layer_id)
+    layer = models.DeepseekV32DSAAttention(
+        fd_config=fd_config, layer_id=layer_id, prefix=prefix.removesuffix(".")
+    )
+    if loaded:
+        parts = {
+            name.removeprefix(prefix): array
+            for name, array in weights().items()
+            if name.startswith(prefix)
+        }
+        import_module(f"{MODELS.rpartition('.')[0]}.deepseek_weights").load_into(
+            layer, parts.items()
+        )
+    layer.eval()
+    return layer
+
+
+def hidden_states(num_tokens: int, seed: int = 0) -> Any:
+    """[num_tokens, HIDDEN], of the size of normed activations."""
+    rng = np.random.default_rng(seed)
+    return paddle.to_tensor(rng.standard_normal((num_tokens, HIDDEN), np.float32))
+
+
+class Rows:
+    """Steps of a few rows on one set of caches, in FastDeploy's form.
+
+    Args:
+        backend: ours, of a tree.
+        num_layers: for the caches.
+    """
+
+    def __init__(self, backend: Any, num_layers: int = 1) -> None:
+        self.backend, self.caches = backend, caches(backend, num_layers)
+        # rows of four blocks each, in no order
+        blocks = np.random.default_rng(5).permutation(NUM_BLOCKS).astype(np.int32)
+        self.tables = blocks.reshape(-1, 4)
+
+    def step(self, rows: list[tuple[int, int, int]], launched: int | None = None) -> Any:
+        """A prepared step of rows (encoder, decoder, this_time)."""
+        encoder, decoder, now = (list(one) for one in zip(*rows, strict=True))
+        module = import_module("fastdeploy.model_executor.forward_meta")
+        num_tokens = sum(now) if launched is None else launched
+        meta = module.ForwardMeta(
+            ids_remove_padding=paddle.zeros([num_tokens], dtype="int64"),
+            attn_backend=self.backend,
+            caches=self.caches,
+            max_len_tensor_cpu=paddle.zeros([6], dtype="int32"),
+            seq_lens_encoder=int32(encoder),
+            seq_lens_decoder=int32(decoder),
+            seq_lens_this_time=int32(now),
+            block_tables=int32(self.tables[: len(rows)]),
+        )
+        self.backend.init_attention_metadata(meta)
+        return meta
+
+
+class Embedded:
+    """The embedded engine's layer 0 of the demo model on fp8 caches of its own."""
+
+    def __init__(self, rows: Rows) -> None:
+        model = ModelConfig.from_folder(demo_model_path())
+        layout = CacheLayout("fp8_ds_mla", 64, 512, 64, 128)
+        self.backend = DSAAttentionBackend(
+            DSABackendConfig(
+                num_heads=model.num_attention_heads,
+                index_n_heads=model.index_n_heads,
+                index_topk=model.index_topk,
+                softmax_scale=model.softmax_scale,
+                cache_layout=layout,
+                max_num_seqs=4,
+                max_num_tokens=256,
+                max_blocks_per_seq=4,
+            )
+        )
+        self.rope = RotaryEmbedding(model.rope, model.qk_rope_head_dim, 256)
+        self.layer, prefix = EmbeddedAttention(model, 0), PREFIX.format(0)
+        tensors = weights()
+        for name, load in self.layer.weight_loaders(prefix).items():
+            load(tensors[name])
+        self.caches = caches(rows.backend)
+        self.tables = rows.tables
+
+    def __call__(self, rows: list[tuple[int, int, int]], hidden: Any) -> np.ndarray:
+        """Output of a step of rows (encoder, decoder, this_time)."""
+        encoder, decoder, now = (np.int32(one) for one in zip(*rows, strict=True))
+        meta = SimpleNamespace(
+            seq_lens_encoder=encoder,
+            seq_lens_decoder=decoder,
+            seq_lens_this_time=now,
+            block_tables=self.tables[: len(rows)].copy(),
+            caches=self.caches,
+            attn_backend=self.backend,
+        )
+        self.backend.init_attention_metadata(meta)
+        cos_sin = self.rope(meta.position_ids)
+        out, _ = self.layer(np.array(hidden), cos_sin, meta, None)
+        return np.array(as_tensor(out) if isinstance(out, np.ndarray) else out)
+
+
+__all__ = ["Embedded", "Rows", "hidden_states", "make_backend", "make_layer", "weights"]

@@ -1,0 +1,207 @@
+"""What the layers keep of weights, how the projections run, and what a layer does not do."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from fd_dsa.fastdeploy_plugin.projections import IndexerProjections
+from tests.fastdeploy_plugin.layers import Rows, hidden_states, make_backend, make_layer
+from tests.fastdeploy_plugin.names import MODELS
+from tests.fastdeploy_plugin.steps import config, registered
+
+STEP = [(40, 0, 40)]
+
+
+def run(rows: Rows, layer: Any, seed: int = 0) -> np.ndarray:
+    with paddle.no_grad():
+        return np.array(layer(rows.step(STEP), hidden_states(40, seed)))
+
+
+def norms_of(backend: Any, layer: Any) -> Any:
+    return backend.norms_of(layer.layer_id, layer.kv_a_layernorm, layer.indexer)
+
+
+class SimpleParameter:
+    """A parameter whose values are bfloat16, as far as our code looks at it."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values.detach().astype("bfloat16")
+
+    def detach(self) -> Any:
+        return self.values
+
+
+def test_norm_weights_are_copied_once_and_refreshed_in_place() -> None:
+    with registered():
+        backend = make_backend()
+        rows, layer = Rows(backend), make_layer()
+        norm = SimpleParameter(layer.kv_a_layernorm.weight)
+        del layer.kv_a_layernorm.weight
+        layer.kv_a_layernorm.weight = norm
+        before = run(rows, layer)
+        kept = norms_of(backend, layer).params.kv_norm_weight
+        assert kept.dtype == np.float32
+        norm.values = norm.values * 2
+        # FastDeploy loads no other weights: nothing is copied again
+        np.testing.assert_array_equal(run(rows, layer), before)
+        backend.refresh_weights()
+        assert norms_of(backend, layer).params.kv_norm_weight is kept
+        assert np.abs(run(rows, layer) - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_without_the_runner_changing_weights_are_read_every_time(told: bool) -> None:
+    """Reinforcement learning on a worker whose runner has none of our hooks."""
+    with registered():
+        backend = make_backend(config(dynamic_load_weight=True))
+        if told:
+            backend.tells_of_weights()
+        rows, layer = Rows(backend), make_layer()
+        norm = SimpleParameter(layer.kv_a_layernorm.weight)
+        del layer.kv_a_layernorm.weight
+        layer.kv_a_layernorm.weight = norm
+        before = run(rows, layer)
+        norm.values = norm.values * 2
+        changed = np.abs(run(rows, layer) - before).max() > 1e-3
+        assert bool(changed) is not told
+
+
+def test_float32_norms_are_the_parameters_themselves() -> None:
+    with registered():
+        backend = make_backend()
+        rows, layer = Rows(backend), make_layer()
+        before = run(rows, layer)
+        with paddle.no_grad():
+            layer.kv_a_layernorm.weight.set_value(layer.kv_a_layernorm.weight * 2)
+        assert np.abs(run(rows, layer) - before).max() > 1e-3
+
+
+def test_one_float32_table_for_all_layers() -> None:
+    with registered():
+        backend = make_backend()
+        layers = [make_layer(layer_id=layer_id, loaded=False) for layer_id in range(3)]
+        tables = [
+            backend.cos_sin_of(rotary)
+            for layer in layers
+            for rotary in (layer.rotary_emb, layer.indexer_rotary_emb)
+        ]
+        assert all(table is tables[0] for table in tables)
+        assert tables[0].dtype == np.float32
+        np.testing.assert_array_equal(tables[0], np.asarray(layers[0].rotary_emb.cos_sin_cache))
+        fd_config = config()
+        fd_config.model_config.rope_theta = 5e5
+        other = make_layer(fd_config, loaded=False)
+        assert backend.cos_sin_of(other.rotary_emb) is not tables[0]
+
+
+def on_a_device(shape: list[int], dtype: Any = paddle.bfloat16) -> Any:
+    """As much of a device tensor as is looked at before a launch."""
+    place = SimpleNamespace(is_cpu_place=lambda: False)
+    return SimpleNamespace(shape=shape, dtype=dtype, place=place)
+
+
+class UnquantizedLinearMethod:
+    """Named as FastDeploy's."""
+
+
+class BlockWiseFP8LinearMethod:
+    """Named as FastDeploy's."""
+
+
+def linear(shape: list[int], **fields: Any) -> Any:
+    given = {"quant_method": UnquantizedLinearMethod(), "with_bias": False, **fields}
+    return SimpleNamespace(weight=on_a_device(shape, given.pop("dtype", paddle.bfloat16)), **given)
+
+
+@pytest.mark.parametrize(
+    ("wk", "weights_proj", "one"),
+    [
+        (linear([384, 128]), linear([384, 16]), True),
+        (linear([384, 128]), SimpleNamespace(weight=on_a_device([384, 16])), True),
+        (linear([384, 128], quant_method=BlockWiseFP8LinearMethod()), linear([384, 16]), False),
+        (linear([384, 128]), linear([384, 16], dtype=paddle.float32), False),
+        (linear([384, 128], with_bias=True), linear([384, 16]), False),
+        # as a checkpoint stores it, before FastDeploy has turned it
+        (linear([128, 384]), linear([384, 16]), False),
+        (linear([384, 128]), SimpleNamespace(quant_weight=None), False),
+    ],
+    ids=["plain", "no method", "fp8", "other dtype", "bias", "transposed", "no weight"],
+)
+def test_one_launch_needs_plain_weights(wk: Any, weights_proj: Any, one: bool) -> None:
+    projections = IndexerProjections(wk, weights_proj)
+    assert projections.is_one_launch(on_a_device([5, 384])) is one
+    assert not projections.is_one_launch(hidden_states(5))
+
+
+class Recorder:
+    """An overlap that says what it was asked to fork."""
+
+    def __init__(self, overlap: Any) -> None:
+        self.overlap, self.forked = overlap, []
+
+    def fork(self, num_tokens: int, project: Any, *args: Any) -> Any:
+        self.forked.append((num_tokens, project.__name__))
+        return self.overlap.fork(0, project, *args)
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_only_one_launch_runs_beside_the_attentions_projections(
+    plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with registered():
+        backend = make_backend()
+        rows, layer = Rows(backend), make_layer()
+        if plain:
+            one = staticmethod(lambda hidden_states: True)
+            monkeypatch.setattr(IndexerProjections, "is_one_launch", one)
+        meta = rows.step(STEP)
+        backend.core.overlap = recorder = Recorder(backend.core.overlap)
+        with paddle.no_grad():
+            out = layer(meta, hidden_states(40))
+        assert recorder.forked == [(40, "one_launch") if plain else (0, "two_products")]
+        monkeypatch.undo()
+        np.testing.assert_allclose(np.asarray(out), run(rows, layer), rtol=1e-4, atol=1e-5)
+
+
+def test_upstreams_attention_may_call_our_indexer() -> None:
+    """A model that has its own attention layer and took FastDeploy's Indexer by name."""
+    with registered():
+        backend = make_backend()
+        rows, layer = Rows(backend), make_layer()
+        expected = run(rows, layer)
+        cache = rows.caches[1].clone()
+        for one in rows.caches:
+            one.fill_(0)
+        attention = type(layer).__mro__[2]
+        with paddle.no_grad():
+            found = attention.forward(layer, rows.step(STEP), hidden_states(40))
+        np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-3, atol=1e-4)
+        assert (np.asarray(cache) == np.asarray(rows.caches[1])).all()
+
+
+def test_a_step_is_prepared_once_whatever_the_number_of_layers() -> None:
+    with registered():
+        backend = make_backend()
+        rows = Rows(backend, num_layers=4)
+        layers = [make_layer(layer_id=layer_id) for layer_id in range(4)]
+        meta = rows.step(STEP)
+        hidden = hidden_states(40)
+        with paddle.no_grad():
+            for layer in layers:
+                hidden = layer(meta, hidden)
+        assert backend.core.builder.num_builds == 1
+
+
+def test_the_layers_of_a_model_are_ours_by_construction() -> None:
+    with registered():
+        models = sys.modules[MODELS]
+        decoder = models.DeepSeekV3DecoderLayer(config(), prefix="deepseek_v3.layers.2")
+        assert type(decoder.self_attn) is models.DeepseekV32DSAAttention
+        assert type(decoder.self_attn.indexer) is models.Indexer
+        assert hasattr(models.Indexer, "__fd_dsa__")
