@@ -29,7 +29,13 @@ from tests.fakes.trees import (
 
 BLOCK_SIZE = 64
 NUM_LAYERS = 6
-SMALL = {"max_model_len": 256, "max_num_batched_tokens": 128, "max_num_seqs": 4}
+# without the overlap schedule a call of the worker is a step, and none comes after the last token
+SMALL = {
+    "max_model_len": 256,
+    "max_num_batched_tokens": 128,
+    "max_num_seqs": 4,
+    "enable_overlap_schedule": False,
+}
 PLUGIN = "fd_dsa.fastdeploy_plugin"
 
 

@@ -15,16 +15,18 @@ _CODES = np.arange(127)
 _POSITIVE = np.where(
     _CODES < 8, np.ldexp(_CODES, -9), np.ldexp(1.0 + (_CODES & 7) / 8.0, (_CODES >> 3) - 7)
 )
-_HALFWAY = (_POSITIVE[:-1] + _POSITIVE[1:]) / 2
 _VALUES = np.concatenate([_POSITIVE, [np.nan], -_POSITIVE, [np.nan]]).astype(np.float32)
 
 
 def encode(x: np.ndarray) -> np.ndarray:
-    """uint8 codes: nearest, the even one of two, at most 448."""
-    size = np.minimum(np.abs(x), LARGEST).astype(np.float64)
-    below = np.searchsorted(_HALFWAY, size, side="left")
-    tie = (size == _HALFWAY[np.minimum(below, len(_HALFWAY) - 1)]) & (below & 1 == 1)
-    return (below + tie + 128 * np.signbit(x)).astype(np.uint8)
+    """uint8 codes: nearest, the even one of two, at most 448; NaN is 127."""
+    nan = np.isnan(x)
+    size = np.minimum(np.where(nan, 0, np.abs(x)), LARGEST)
+    # below 2^-6 numbers are as far apart as just above it
+    exponent = np.where(size < 2.0**-6, -6, np.frexp(size)[1] - 1)
+    eighths = np.rint(np.ldexp(size, 3 - exponent)).astype(np.int32)
+    codes = np.where(nan, 127, eighths + 8 * (exponent + 6))
+    return (codes + 128 * np.signbit(x)).astype(np.uint8)
 
 
 def decode(codes: np.ndarray) -> np.ndarray:

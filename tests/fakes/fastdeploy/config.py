@@ -80,7 +80,7 @@ def fd_config(model_folder: str | Path, **overrides: Any) -> FDConfig:
 
     Args:
         model_folder: has a config.json.
-        overrides: values of fields by name, in whichever part has the field;
+        overrides: values of fields by name, in the first part that has the field;
             `tensor_parallel_size=2`, `max_num_seqs=4`.
 
     Raises:
@@ -107,8 +107,7 @@ def _override(config: FDConfig, overrides: dict[str, Any]) -> None:
         parts = [part for part in vars(config).values() if hasattr(part, name)]
         if not parts:
             raise KeyError(f"fd_config: no part of the configuration has a field {name!r}")
-        for part in parts:
-            setattr(part, name, value)
+        setattr(parts[0], name, value)
 
 
 def _settle(config: FDConfig) -> None:
