@@ -5,12 +5,16 @@ For tests and benchmarks only: the package itself never imports torch.
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import torch
 
 from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime import DeviceApi, register_device_api
+from fd_dsa.triton_runtime.driver import cuda
+
+_NON_BLOCKING = 1
 
 
 class TorchDeviceApi(DeviceApi):
@@ -45,8 +49,11 @@ class TorchDeviceApi(DeviceApi):
         torch.cuda.set_device(device)
 
     def new_stream(self, device: int, high_priority: bool) -> torch.cuda.Stream:
-        """A stream of torch's pool."""
-        return torch.cuda.Stream(device, priority=-1 if high_priority else 0)
+        """A stream beside torch's pool, whose few streams are handed out again and again."""
+        handle, priority = ctypes.c_void_p(), ctypes.c_int(-1 if high_priority else 0)
+        arguments = ctypes.byref(handle), ctypes.c_uint(_NON_BLOCKING), priority
+        cuda().call(device, "cuStreamCreateWithPriority", *arguments)
+        return torch.cuda.ExternalStream(handle.value or 0, device)
 
     def stream_handle(self, stream: torch.cuda.Stream) -> int:
         """The CUDA handle."""

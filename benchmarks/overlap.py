@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -36,6 +36,12 @@ _ALLOWED_LOSS = 0.01
 _CHECKED_RUNS = 50
 
 
+@cache
+def preferred_stream() -> SideStream:
+    """A second stream of higher priority."""
+    return SideStream(TorchDeviceApi(), 0, high_priority=True)
+
+
 class Forms:
     """The ways to run one step's projections, and the forks for them."""
 
@@ -49,7 +55,7 @@ class Forms:
         self.one, self.two, self.preferred = (
             IndexerOverlap("gpu", n) for n in (0, 1 << 30, 1 << 30)
         )
-        self.preferred.side_stream = SideStream(TorchDeviceApi(), 0, high_priority=True)
+        self.preferred.side_stream = preferred_stream()
 
     def ours(self, x: torch.Tensor, both: Both | None = None) -> Both:
         """One launch; with `both` on other weights than the layer's, as in all forms."""
