@@ -1,0 +1,272 @@
+"""Our hooks before FastDeploy's runner: hints, fields, caches and weights that are made again."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.config import demo_model_path
+from fd_dsa.fastdeploy_plugin.backend import PluginBackend
+from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree
+from fd_dsa.fastdeploy_plugin.runner import FastDeployRunnerMixin, make_runner_class
+from fd_dsa.fastdeploy_plugin.take_over import is_ours
+from tests.fakes.driver import Engine, Job
+from tests.fakes.trees import OURS_ENV, TREES, installed, plugin_distribution
+from tests.fastdeploy_plugin.names import RUNNER
+from tests.fastdeploy_plugin.steps import values
+
+SERVED = ["early", "pr7367", "develop"]
+PROMPTS = [list(range(5, 75)), list(range(300, 311))]
+
+
+class Watched:
+    """What an engine's backend was told and what it made, step after step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hints: list[bool | None] = []
+        self.metas: list[Any] = []
+        self.forgotten = 0
+        make, hint, forget = (
+            PluginBackend.init_attention_metadata,
+            PluginBackend.set_step_hints,
+            PluginBackend.forget_step,
+        )
+
+        def init_attention_metadata(backend: Any, forward_meta: Any) -> None:
+            known = bool(self.metas) and self.metas[-1] is forward_meta
+            make(backend, forward_meta)
+            if not known:
+                self.metas.append(forward_meta)
+
+        def set_step_hints(backend: Any, has_prefill: bool | None) -> None:
+            self.hints.append(has_prefill)
+            hint(backend, has_prefill)
+
+        def forget_step(backend: Any) -> None:
+            self.forgotten += 1
+            forget(backend)
+
+        monkeypatch.setattr(PluginBackend, "init_attention_metadata", init_attention_metadata)
+        monkeypatch.setattr(PluginBackend, "set_step_hints", set_step_hints)
+        monkeypatch.setattr(PluginBackend, "forget_step", forget_step)
+
+    def clear(self) -> None:
+        self.hints.clear()
+        self.metas.clear()
+
+
+def engine(**overrides: Any) -> Engine:
+    """FastDeploy's worker on the demo model, warmed up."""
+    sizes = {"max_model_len": 256, "max_num_batched_tokens": 128, "max_num_seqs": 2}
+    return Engine(demo_model_path(), 16, **{**sizes, **overrides})
+
+
+def jobs() -> list[Job]:
+    """A prompt in chunks, and one that joins while the first decodes."""
+    return [Job(PROMPTS[0], 5, chunk=32), Job(PROMPTS[1], 3, start_at=4)]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_runner_says_whether_a_step_has_a_prompt(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with installed(TREES[name], OURS_ENV):
+        watched = Watched(monkeypatch)
+        made = engine()
+        assert is_ours(type(made.runner))
+        # the profile run: one pass over prompts, then decoding
+        assert watched.hints[0] is True
+        assert set(watched.hints[1:]) == {False}
+        watched.clear()
+        made.generate(jobs())
+        for hint, meta in zip(watched.hints, watched.metas, strict=True):
+            has_windows = getattr(meta, "indexer_attn_mask_offsets", None) is not None
+            assert hint is has_windows
+        assert True in watched.hints
+        assert False in watched.hints
+
+
+def test_a_dummy_run_begins_with_prompts_whatever_the_flag_says() -> None:
+    class Runner:
+        attn_backends: tuple[Any, ...] = ()
+
+        def __init__(self) -> None:
+            self.seen: list[bool | None] = []
+
+        def exist_prefill(self) -> bool:
+            return False
+
+        def initialize_forward_meta(self) -> None: ...
+
+        def _dummy_run(self, passes: int, fails: bool = False) -> str:
+            self.seen = [self.step_hints() for _ in range(passes)]  # type: ignore[attr-defined]
+            if fails:
+                raise RuntimeError("out of memory")
+            return "what it returns"
+
+    runner = make_runner_class(Runner)()
+    assert runner._dummy_run(3) == "what it returns"
+    assert runner.seen == [True, False, False]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        runner._dummy_run(1, fails=True)
+    # outside of a dummy run the flag alone counts
+    assert runner.step_hints() is False
+    del Runner.exist_prefill
+    assert runner.step_hints() is None
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_fields_are_the_steps_own_when_the_model_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever makes positions in a tree, runner or model, ours stand in ForwardMeta."""
+    with installed(TREES[name], OURS_ENV):
+        made = engine()
+        watched = Watched(monkeypatch)
+        seen = []
+        attention = sys.modules["fastdeploy.model_executor.models.deepseek_v3"]
+        forward = attention.DeepseekV32DSAAttention.forward
+
+        def look(layer: Any, forward_meta: Any, hidden_states: Any) -> Any:
+            step = forward_meta.fd_dsa_step
+            seen.append(
+                forward_meta.slot_mapping is step.slot_mapping
+                and forward_meta.position_ids.data_ptr()
+                in {
+                    one.data_ptr()
+                    for one in (step.position_ids, step.position_ids_int32)
+                    if one is not None
+                }
+            )
+            return forward(layer, forward_meta, hidden_states)
+
+        monkeypatch.setattr(attention.DeepseekV32DSAAttention, "forward", look)
+        made.generate(jobs())
+        assert all(seen)
+        # an overlapped schedule ends with a step that has nothing to run
+        assert len(seen) >= (len(watched.metas) - 1) * made.config.model_config.num_hidden_layers
+
+
+def test_new_caches_let_the_step_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed(TREES["develop"], OURS_ENV):
+        watched = Watched(monkeypatch)
+        made = engine()
+        # for the profile run, after it, and for the real caches
+        assert watched.forgotten == 3
+        made.generate(jobs()[:1])
+        backend = made.runner.dsa_backend()
+        for method in ("clear_cache", "initialize_kv_cache"):
+            backend.init_attention_metadata(SimpleNamespace(**vars(watched.metas[-1])))
+            getattr(made.runner, method)()
+            assert backend._built_for is None
+            assert backend.core._built_for is None
+
+
+@pytest.mark.parametrize("method", ["update_parameters", "wakeup"])
+def test_new_weights_are_read_again(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed(TREES["develop"], OURS_ENV):
+        made = engine()
+        before = made.generate(jobs())
+        refreshed = []
+        backend = made.runner.dsa_backend()
+        monkeypatch.setattr(backend, "refresh_weights", lambda: refreshed.append(True))
+        if method == "wakeup":
+            made.runner.sleep("")
+        getattr(made.runner, method)()
+        assert refreshed == [True]
+        assert made.generate(jobs()) == before
+
+
+def test_hooks_for_methods_that_a_tree_lacks_are_not_there() -> None:
+    class Runner:
+        attn_backends: tuple[Any, ...] = ()
+
+        def initialize_forward_meta(self) -> None: ...
+
+        def clear_cache(self, profile: bool = False) -> str:
+            """Its own words."""
+            return f"cleared, {profile}"
+
+    made = make_runner_class(Runner)
+    assert made.__name__ == "Runner"
+    for name in ("_dummy_run", "_prepare_inputs", "wakeup", "update_weights"):
+        assert not hasattr(made, name)
+    assert made().clear_cache(profile=True) == "cleared, True"
+    assert made.clear_cache.__doc__ == "Its own words."
+
+
+def test_a_runner_without_the_hook_of_all_steps_is_refused() -> None:
+    with pytest.raises(UnsupportedTree, match="int has no initialize_forward_meta"):
+        make_runner_class(int)
+
+
+@pytest.mark.parametrize("backends", [[], None, [None], [object()]], ids=str)
+def test_a_runner_with_another_backend_is_left_alone(backends: Any) -> None:
+    class Runner:
+        def __init__(self, *, backends: Any) -> None:
+            self.attn_backends = backends
+            self.calls: list[str] = []
+
+        def initialize_forward_meta(self, is_dummy_or_profile_run: bool = False) -> str:
+            self.calls.append(f"meta {is_dummy_or_profile_run}")
+            self.forward_meta = SimpleNamespace()
+            return "its own"
+
+        def _prepare_inputs(self, *args: Any) -> tuple[int, Any]:
+            self.initialize_forward_meta(True)
+            return len(args), None
+
+        def update_parameters(self, pid: int) -> int:
+            self.calls.append("update")
+            return pid
+
+    runner = make_runner_class(Runner)(backends=backends)
+    assert isinstance(runner, FastDeployRunnerMixin)
+    assert runner._prepare_inputs(1, 2) == (2, None)
+    assert runner.initialize_forward_meta() == "its own"
+    assert runner.update_parameters(7) == 7
+    assert vars(runner.forward_meta) == {}
+    assert runner.calls == ["meta True", "meta False", "update"]
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_backend_alone_gives_the_same_tokens(name: str, tmp_path: Any) -> None:
+    """FastDeploy falls back to its own runner when there are two plug-ins for it."""
+    (tmp_path / "other_runner.py").write_text("def runner():\n    raise RuntimeError\n")
+    plugin_distribution(tmp_path, "other", runner="other_runner:runner")
+    with installed(TREES[name], OURS_ENV):
+        expected = engine().generate(jobs())
+    both = {**OURS_ENV, "FD_PLUGINS": "fd_dsa,other"}
+    with installed(TREES[name], both, path=[tmp_path]):
+        made = engine()
+        assert type(made.runner) is import_module(RUNNER).GPUModelRunner
+        assert is_ours(type(made.runner.attn_backends[0]))
+        assert made.generate(jobs()) == expected
+
+
+def test_the_tail_is_clean_when_a_graph_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No hook pads: the memory past a step is padding already, whatever the step before was."""
+    with installed(TREES["develop"], OURS_ENV):
+        made = engine(use_cudagraph=True, max_num_seqs=4)
+        watched = Watched(monkeypatch)
+        tails = []
+        core = made.runner.dsa_backend().core
+        padding = type(made.runner).padding_cudagraph_inputs
+
+        def look(runner: Any) -> None:
+            padding(runner)
+            count = runner.forward_meta.ids_remove_padding.shape[0]
+            buffers = core.builder._provider._buffers
+            for name, clean in (("slot_mapping", -1), ("position_ids", 0)):
+                tails.append(bool((np.asarray(getattr(buffers, name))[count:] == clean).all()))
+
+        monkeypatch.setattr(type(made.runner), "padding_cudagraph_inputs", look, raising=False)
+        made.generate([*jobs(), Job(PROMPTS[0][:9], 4)])
+        assert len(tails) >= 2 * (len(watched.metas) - 1)
+        assert all(tails)
+        assert values(watched.metas[-1].max_len_tensor_cpu)[1] == 0
