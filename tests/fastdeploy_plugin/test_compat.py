@@ -45,9 +45,7 @@ def test_features_of_the_trees(name: str, dtype: str, by_model: bool) -> None:
 
 
 def test_positions_are_int32_where_the_fused_operator_is_missing() -> None:
-    tree = dataclasses.replace(
-        TREES["develop"], missing_ops=("get_position_ids_and_slot_mapping",)
-    )
+    tree = dataclasses.replace(TREES["develop"], missing_ops=("get_position_ids_and_slot_mapping",))
     with installed(tree, UPSTREAM_ENV):
         import_module(MODELS)
         assert examine().features.position_dtype == "int32"
