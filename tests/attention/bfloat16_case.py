@@ -7,7 +7,7 @@ queries must be, to the byte; selections and outputs are held against the loops 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
@@ -111,20 +111,18 @@ class Bfloat16World:
         self.wanted = [np.full(shape, 0xFF, np.uint8) for shape in shapes]
         self.write_wanted([(int(n), 0, int(n)) for n in batch.seq_lens_decoder])
         self.caches = [m.put(cache) for cache in self.wanted]
-
-    def params(self, memory: KernelMemory | None = None) -> CacheWriteParams:
-        """How the keys are normed; weights as NumPy arrays, or in a memory."""
-        norms: dict[str, Any] = self.norms
-        if memory is not None:
-            norms = {name: memory.put(value) for name, value in norms.items()}
-        return CacheWriteParams("fp8_ds_mla", **norms)
+        self.table_on_device = m.put(self.table)
+        self.device_params = CacheWriteParams(
+            "fp8_ds_mla", **{name: m.put(value) for name, value in self.norms.items()}
+        )
 
     def write_wanted(self, rows: Rows) -> None:
         """Write the keys of a step to the caches that are wanted."""
         meta = self.metadata(rows)
         cpu_cache_write(
             self.packed(rows, "kv_a"), self.packed(rows, "index_k"), meta.position_ids,
-            meta.slot_mapping, self.table, *self.wanted, self.params(),
+            meta.slot_mapping, self.table, *self.wanted,
+            CacheWriteParams("fp8_ds_mla", **self.norms),
         )  # fmt: skip
 
     @property
@@ -134,7 +132,7 @@ class Bfloat16World:
 
     def step(self, rows: Rows) -> Bfloat16Step:
         """Run a step of `(encoder, decoder, this_time)` rows through the layer."""
-        return Bfloat16Step(self, rows)
+        return Bfloat16Step(self, rows).run()
 
     def inputs(self, rows: Rows) -> list[np.ndarray]:
         """The four arrays of a step."""
@@ -161,58 +159,77 @@ class Bfloat16World:
 
 
 class Bfloat16Step:
-    """One step of a world: run at once, checked on demand."""
+    """One step of a world: `run`, or its parts in a graph; then `check`.
 
-    def __init__(self, world: Bfloat16World, rows: Rows) -> None:
-        self.world, self.rows = world, rows
+    Args:
+        world: its backend and caches.
+        rows: `(encoder, decoder, this_time)` of each row.
+        padding: tokens of the inputs behind those of the rows.
+    """
+
+    def __init__(self, world: Bfloat16World, rows: Rows, padding: int = PADDING) -> None:
+        self.world, self.rows, self.padding = world, rows, padding
         self.num_tokens = sum(new for _, _, new in rows)
         self.meta = SimpleNamespace(caches=world.caches)
-        m = world.m
-        world.backend.build_step(
-            self.meta, [m.put(array) for array in world.inputs(rows)], world.hints(rows)
-        )
-        step = self.meta.fd_dsa_step
-        params, table = world.params(m), m.put(world.table)
+        self.results: dict[str, Any] = {}
+
+    def run(self) -> Bfloat16Step:
+        """All of it."""
+        self.build(self.world.hints(self.rows, self.padding))
+        self.layer(self.meta, self.given())
+        return self
+
+    def build(self, hints: StepHints, inputs: list[Any] | None = None) -> None:
+        """The metadata, from tensors of the memory."""
+        tensors = inputs or [self.world.m.put(array) for array in self.world.inputs(self.rows)]
+        self.world.backend.build_step(self.meta, tensors, hints)
+
+    def given(self) -> dict[str, Any]:
+        """What the projections of the layer give: bfloat16 tensors, NaN behind the tokens.
+
+        Keys are columns of wider rows, as a fused projection leaves them: those are there as
+        "whole kv_a" and "whole index_k".
+        """
+        found = {}
+        for field in fields(Tokens):
+            array = self.world.packed(self.rows, field.name)
+            filler = np.full((self.padding, *array.shape[1:]), np.nan, np.float32)
+            bits = bfloat16_bits(np.concatenate([array, filler]))
+            if field.name in ("kv_a", "index_k"):
+                wide = np.concatenate([bits[:, :32], bits, bits[:, :96]], axis=1)
+                whole = self.world.m.put(wide.view(np.uint16), "bfloat16")
+                found[f"whole {field.name}"] = whole
+                found[field.name] = whole[:, 32 : 32 + array.shape[1]]
+            else:
+                found[field.name] = self.world.m.put(bits.view(np.uint16), "bfloat16")
+        return found
+
+    def layer(self, meta: Any, given: dict[str, Any]) -> None:
+        """The layer on the step that `meta` holds; results are in the backend's buffers."""
+        world, step, table = self.world, meta.fd_dsa_step, self.world.table_on_device
+        backend, num_tokens = world.backend, given["weights"].shape[0]
         write_caches(
-            self.put_rows("kv_a"), self.put_rows("index_k"), step.position_ids,
-            step.slot_mapping, table, *world.caches, params,
+            given["kv_a"], given["index_k"], step.position_ids, step.slot_mapping, table,
+            *world.caches, world.device_params,
         )  # fmt: skip
-        padded = self.num_tokens + PADDING
-        self.index_q, self.weights = prepare_indexer_query(
-            self.put("index_q"), self.put("weights"), step.position_ids, table,
+        index_q, weights = prepare_indexer_query(
+            given["index_q"], given["weights"], step.position_ids, table,
             rope_interleave=False, quantized=True, weights_scale=0.03,
-            out=world.backend.query_buffers(padded),
+            out=backend.query_buffers(num_tokens),
         )  # fmt: skip
-        self.slots = world.backend.indexer_forward(self.index_q, None, self.weights, 0, self.meta)
-        self.q = prepare_mla_query(
-            self.put("q_latent"), self.put("q_pe"), step.position_ids, table,
-            world.backend.mla_query_buffer(padded),
-        )  # fmt: skip
-        self.out = world.backend.forward(
-            self.q, None, self.slots, None, None, None, SimpleNamespace(layer_id=0), self.meta
-        )
-
-    def put(self, name: str) -> Any:
-        """A field of the tokens as a bfloat16 tensor; the padding behind them is NaN."""
-        array = self.world.packed(self.rows, name)
-        filler = np.full((PADDING, *array.shape[1:]), np.nan, np.float32)
-        bits = bfloat16_bits(np.concatenate([array, filler]))
-        return self.world.m.put(bits.view(np.uint16), "bfloat16")
-
-    def put_rows(self, name: str) -> Any:
-        """The same as columns of wider rows, as a fused projection leaves them."""
-        array = self.world.packed(self.rows, name)
-        filler = np.full((PADDING, array.shape[1]), np.nan, np.float32)
-        bits = bfloat16_bits(np.concatenate([array, filler]))
-        wide = np.concatenate([bits[:, :32], bits, bits[:, :96]], axis=1)
-        whole = self.world.m.put(wide.view(np.uint16), "bfloat16")
-        return whole[:, 32 : 32 + array.shape[1]]
+        slots = backend.indexer_forward(index_q, None, weights, 0, meta)
+        buffer = backend.mla_query_buffer(num_tokens)
+        q = prepare_mla_query(given["q_latent"], given["q_pe"], step.position_ids, table, buffer)
+        layer = SimpleNamespace(layer_id=0)
+        out = backend.forward(q, None, slots, None, None, None, layer, meta)
+        self.results = {"index_q": index_q, "weights": weights, "slots": slots, "q": q, "out": out}
 
     def check(self) -> None:
         """Caches and queries to the byte, selections by their scores, outputs within rounding."""
         self.check_bytes()
         tokens = [(r, cached + j) for r, (_, cached, n) in enumerate(self.rows) for j in range(n)]
-        slots, outputs = self.world.m.get(self.slots), self.world.m.get(self.out)
+        get = self.world.m.get
+        slots, outputs = get(self.results["slots"]), get(self.results["out"])
         assert outputs.dtype == np.uint16, "the result is bfloat16"
         assert (slots[self.num_tokens :] == -1).all()
         assert not outputs[self.num_tokens :].any()
@@ -228,9 +245,8 @@ class Bfloat16Step:
         for found, cache in zip(world.caches, world.wanted, strict=True):
             np.testing.assert_array_equal(get(found), cache)
         n = self.num_tokens
-        np.testing.assert_array_equal(get(self.index_q)[:n], given[0])
-        np.testing.assert_array_equal(get(self.weights)[:n], given[1])
-        np.testing.assert_array_equal(get(self.q)[:n], given[2])
+        for name, wanted in zip(("index_q", "weights", "q"), given, strict=True):
+            np.testing.assert_array_equal(get(self.results[name])[:n], wanted, err_msg=name)
 
     @cached_property
     def cpu_queries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
