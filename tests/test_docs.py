@@ -35,7 +35,8 @@ def _documented() -> dict[str, list[str]]:
 def _flags() -> dict[str, argparse.Action]:
     """Long flags of the server's parser, `--help` and `--version` left out."""
     actions = {flag: a for a in build_parser()._actions for flag in a.option_strings}
-    return {flag: a for flag, a in actions.items() if flag not in ("-h", "--help", "--version")}
+    others = ("--help", "--version")
+    return {f: a for f, a in actions.items() if f.startswith("--") and f not in others}
 
 
 def test_every_flag_is_documented_and_nothing_else() -> None:
@@ -46,8 +47,8 @@ def test_documented_defaults_are_the_real_ones() -> None:
     fields = {f"--{f.name.replace('_', '-')}": f.default for f in dataclasses.fields(EngineConfig)}
     for flag, action in _flags().items():
         default = fields.get(flag, action.default)
-        if default in (None, ()):
-            # resolved from the model, the device or the memory: told in words
+        if default in (None, ()) or default is False:
+            # resolved from the model, the device or the memory, or a switch: told in words
             continue
         shown = f"{default:g}" if isinstance(default, float) else str(default)
         assert f"`{shown}`" in _documented()[flag][0], flag
