@@ -185,7 +185,7 @@ class DSAAttentionBackend:
         forward_meta.slot_mapping = step.slot_mapping
         forward_meta.indexer_attn_mask_offsets = step.indexer_attn_mask_offsets
         self.attention_metadata = step
-        self.attention.begin_step()
+        self.attention.begin_step(step)
         self._built_for = forward_meta
 
     def forget_step(self) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.attention.device_logits import PageScores, padded_rows, rounded_length
+from fd_dsa.attention.third_party import ThirdPartyKernels, third_party_bytes
 from fd_dsa.ops._host import check_shape
 from fd_dsa.ops._provider import provider_for
-from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
 from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
 from fd_dsa.ops.topk.triton_kernel import select_slots
 from fd_dsa.step import ForwardMeta
@@ -28,10 +29,14 @@ LOGITS_BYTES = 512 << 20
 
 # views are small; lengths are rounded to powers of two, so a server sees few of them
 _CACHED_VIEWS = 512
+_WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
 
 
 class DeviceAttention:
     """Reads the caches that `write_caches` fills; its buffers serve every layer and step.
+
+    Scores and attention are made by our kernels, or by packages of other projects that are
+    installed and agree with them (`third_party.py`).
 
     Args:
         config: sizes and scale.
@@ -44,18 +49,25 @@ class DeviceAttention:
     ) -> None:
         self.config = config
         self.block_size = config.cache_layout.block_size
-        self._max_keys = config.max_blocks_per_seq * self.block_size
         buffers = _buffers(config, logits_bytes)
         self._buffers = {name: allocate((size,), dtype) for name, (size, dtype) in buffers.items()}
-        self._num_logits = buffers["logits"][0]
         self._view = lru_cache(maxsize=_CACHED_VIEWS)(partial(_view, self._buffers))
         self._everything: Any = None
         for operator in ("indexer_logits", "topk", "sparse_mla"):
             provider_for(operator, self._buffers["slots"])
+        self._scores = PageScores(config, self._view, buffers["logits"][0])
+        queries = self.query_buffers(padded_rows(config.max_num_tokens))
+        self._third_party = ThirdPartyKernels(config, allocate, *queries, logits_bytes)
 
-    def begin_step(self) -> None:
-        """Forget the selection that the layers of the step before shared."""
+    def begin_step(self, step: ForwardMeta | None = None) -> None:
+        """Forget what the layers of the step before shared, and prepare what those of `step` will.
+
+        Args:
+            step: None after the last step, when nothing follows.
+        """
         self._everything = None
+        if step is not None:
+            self._third_party.begin_step(step)
 
     def query_buffers(self, num_tokens: int) -> tuple[Any, Any]:
         """Where `prepare_indexer_query` writes: queries and head weights of a step's tokens.
@@ -78,31 +90,9 @@ class DeviceAttention:
             if self._everything is None:
                 self._everything = self._all_keys(step, cache)
             return self._everything
-        num_tokens = step.position_ids.shape[0]
-        slots = self._view("slots", num_tokens, self.config.index_topk)
-        width = self._rounded(step.max_seqlen_k, self._max_keys)
-        rows = max(1, self._num_logits // width)
-        tokens = step.position_ids, step.batch_id_per_token, step.block_tables
-        for first in range(0, num_tokens, rows):
-            logits = self._view("logits", min(rows, num_tokens - first), width)
-            score_pages(
-                q,
-                weights,
-                cache,
-                *tokens,
-                logits,
-                block_size=self.block_size,
-                first_token=first,
-                max_seqlen_k=step.max_seqlen_k,
-            )
-            select_slots(
-                logits,
-                *tokens,
-                slots,
-                block_size=self.block_size,
-                num_blocks=cache.shape[0],
-                first_token=first,
-            )
+        slots = self._view("slots", step.position_ids.shape[0], self.config.index_topk)
+        if not self._third_party.select(step, q, weights, cache, slots):
+            self._scores.select(step, q, weights, cache, slots)
         return slots
 
     def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
@@ -113,6 +103,9 @@ class DeviceAttention:
             selection = selection.reshape([num_tokens, -1])
         check_shape("forward_mixed", "v", selection, (num_tokens, None))
         out = self._view("latents", num_tokens, num_heads, rank)
+        theirs = self._third_party.attend(q, cache, selection, out)
+        if theirs is not None:
+            return theirs
         scale = self.config.softmax_scale
         attend_slots(q, cache, selection, out, softmax_scale=scale, kv_lora_rank=rank)
         return out
@@ -120,7 +113,7 @@ class DeviceAttention:
     def _all_keys(self, step: ForwardMeta, cache: Any) -> Any:
         """The selection of a step whose tokens see all of their keys."""
         num_tokens = step.position_ids.shape[0]
-        width = self._rounded(step.max_seqlen_k, self.config.index_topk)
+        width = rounded_length(step.max_seqlen_k, 64, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
         select_slots(
             self._view("logits", 1, 1),
@@ -134,30 +127,29 @@ class DeviceAttention:
         )
         return slots
 
-    @staticmethod
-    def _rounded(length: int, limit: int) -> int:
-        """The next power of two, at least 64, but no more than `limit`."""
-        return min(max(64, 1 << max(length - 1, 0).bit_length()), limit)
-
 
 def _buffers(config: DSABackendConfig, logits_bytes: int) -> dict[str, tuple[int, str]]:
     """Length and dtype of each buffer of a DeviceAttention."""
     layout, tokens = config.cache_layout, config.max_num_tokens
     max_keys = config.max_blocks_per_seq * layout.block_size
-    index_heads = tokens * config.index_n_heads
+    index_heads = padded_rows(tokens) * config.index_n_heads
     return {
         "logits": (min(max(logits_bytes // 4, max_keys), tokens * max_keys), "float32"),
         "slots": (tokens * config.index_topk, "int32"),
         "latents": (tokens * config.num_heads * layout.kv_lora_rank, config.dtype),
-        "index_q": (index_heads * layout.index_head_dim, "uint8" if layout.is_fp8 else config.dtype),
+        "index_q": (
+            index_heads * layout.index_head_dim,
+            "uint8" if layout.is_fp8 else config.dtype,
+        ),
         "index_weights": (index_heads, "float32"),
     }
 
 
 def workspace_bytes(config: DSABackendConfig, logits_bytes: int = LOGITS_BYTES) -> int:
-    """Bytes of the buffers that a DeviceAttention of this configuration holds."""
-    widths = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
-    return sum(size * widths[dtype] for size, dtype in _buffers(config, logits_bytes).values())
+    """Bytes that a DeviceAttention of this configuration takes, packages that serve it included."""
+    sizes = _buffers(config, logits_bytes).values()
+    ours = sum(size * _WIDTHS[dtype] for size, dtype in sizes)
+    return ours + third_party_bytes(config, logits_bytes)
 
 
 def empty_allocator(device: str) -> Allocate:

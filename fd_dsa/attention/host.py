@@ -29,7 +29,7 @@ class HostAttention:
         self._scratch = Scratch()
         self._plan: StepPlan | None = None
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: ForwardMeta | None = None) -> None:
         """Forget the plan of the step before."""
         self._plan = None
 

@@ -1,7 +1,9 @@
 """Which implementation of an operator serves a tensor: decided once, logged once.
 
 A provider is a module of the operator's folder: `paddle_impl` on a CPU, `triton_kernel` on
-any other device. Both hold the operator's function under its public name and arguments.
+any other device. Both hold the operator's function under its public name and arguments. Packages
+of other projects may serve the steps of a model instead (`_third_party`): `flash_mla` the
+attention, `deep_gemm` the indexer's scores.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 
 from fd_dsa.config import choose_triton_mode
 from fd_dsa.errors import BackendUnavailable
+from fd_dsa.ops._third_party import third_party_table
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +59,16 @@ def provider_for(operator: str, tensor: Any) -> str:
 
 
 def provider_table() -> dict[str, dict[str, str]]:
-    """Choices made so far: operator -> kind of device -> provider."""
+    """Choices made so far: operator -> kind of device -> provider.
+
+    A package that serves the steps of a model stands in the place of our kernel.
+    """
     table: dict[str, dict[str, str]] = {}
     for (operator, kind), chosen in sorted(_choices.items()):
         table.setdefault(operator, {})[kind] = chosen
+    for other in third_party_table():
+        if other.serves:
+            table.setdefault(other.operator, {})[other.kind] = other.package
     return table
 
 
@@ -67,6 +76,8 @@ def provider_reason(provider: str) -> str:
     """Why a provider serves where it does, in words."""
     if provider == PADDLE:
         return "a CPU: NumPy, and products by Paddle"
+    if provider != TRITON:
+        return "installed, and agrees with our kernel"
     # asked here, not at import: a process that stays on the CPU decides nothing about Triton
     return f"a device, {'an interpreted' if choose_triton_mode() else 'a compiled'} Triton kernel"
 

@@ -92,7 +92,7 @@ def test_scores_in_chunks_of_tokens(
 ) -> None:
     case = OnDevice(kernel_memory, Sizes(8), ROWS, logits_bytes=logits_bytes)
     rows = []
-    import fd_dsa.attention.device as module
+    import fd_dsa.attention.device_logits as module
 
     original = module.score_pages
 
@@ -111,7 +111,7 @@ def test_short_rows_are_not_scored_and_share_a_selection(
     kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = OnDevice(kernel_memory, Sizes(8, layers=2), SHORT_ROWS)
-    monkeypatch.setattr("fd_dsa.attention.device.score_pages", None)
+    monkeypatch.setattr("fd_dsa.attention.device_logits.score_pages", None)
     case.check(0)
     first = case.select(0)
     assert case.select(1) is first
