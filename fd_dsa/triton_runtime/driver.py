@@ -64,6 +64,10 @@ class Driver:
         if code:
             raise DeviceError(f"{what}: {self.error_text(code)}")
 
+    def function(self, name: str) -> Callable[..., int]:
+        """A function of the driver as it is; arguments are ready ctypes objects."""
+        return getattr(self._library, name)
+
     def call(self, device: int, function: str, *arguments: Any) -> None:
         """Call the driver; a thread that has no context yet gets the device's.
 

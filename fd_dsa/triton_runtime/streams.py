@@ -15,6 +15,9 @@ from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
 from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.transfers import NO_TIMING
 
+_RECORD, _WAIT = "cuEventRecord", "cuStreamWaitEvent"
+_NO_FLAGS = ctypes.c_uint(0)
+
 
 class SideStream:
     """A stream beside the current one of a device, with one fork at a time.
@@ -41,7 +44,9 @@ class SideStream:
         self._before: Any = None
         self._forked, self._done = ctypes.c_void_p(), ctypes.c_void_p()
         for event in (self._forked, self._done):
-            self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(NO_TIMING))
+            flags = ctypes.c_uint(NO_TIMING)
+            cuda().call(device, "cuEventCreate", ctypes.byref(event), flags)
+        self._functions = {name: cuda().function(name) for name in (_RECORD, _WAIT)}
 
     def begin(self) -> None:
         """Make this stream the current one; it waits for all work of the current one so far.
@@ -51,23 +56,24 @@ class SideStream:
         """
         api, device = self._api, self._device
         self._main = ctypes.c_void_p(api.current_stream(device))
-        self._call("cuEventRecord", self._forked, self._main)
-        self._call("cuStreamWaitEvent", self._handle, self._forked, ctypes.c_uint(0))
+        self._call(_RECORD, self._forked, self._main)
+        self._call(_WAIT, self._handle, self._forked, _NO_FLAGS)
         self._before = api.swap_stream(device, self.stream)
 
     def end(self) -> None:
         """Make the stream from before `begin` the current one again; what was queued goes on."""
         before, self._before = self._before, None
         self._api.swap_stream(self._device, before)
-        self._call("cuEventRecord", self._done, self._handle)
+        self._call(_RECORD, self._done, self._handle)
 
     def join(self) -> None:
         """The stream from before `begin` waits for all work that was queued before `end`."""
-        self._call("cuStreamWaitEvent", self._main, self._done, ctypes.c_uint(0))
+        self._call(_WAIT, self._main, self._done, _NO_FLAGS)
 
-    def _call(self, function: str, *arguments: Any) -> None:
-        """Call the driver in the device's context."""
-        cuda().call(self._device, function, *arguments)
+    def _call(self, name: str, *arguments: Any) -> None:
+        """Call the driver; where it refuses, once more with the device's context and a reason."""
+        if self._functions[name](*arguments):
+            cuda().call(self._device, name, *arguments)
 
 
 def side_stream_for(tensor: Any) -> SideStream | None:

@@ -123,7 +123,8 @@ def test_paddle_has_the_second_stream_between_begin_and_end(
     api = PaddleApi()
     assert api.device_of(paddle.ones([1])) == 0
     if not rig.is_real:
-        monkeypatch.setattr(streams, "cuda", lambda: SimpleNamespace(call=lambda *_: None))
+        silent = SimpleNamespace(call=lambda *_: None, function=lambda _: lambda *_: 0)
+        monkeypatch.setattr(streams, "cuda", lambda: silent)
     main = api.current_stream(0)
     side = streams.SideStream(api, 0)
     for _ in range(3):
