@@ -247,9 +247,9 @@ class DSAAttentionBackend:
         """Write this step's keys of a layer, latents and indexer keys together.
 
         Args:
-            kv_a: float32 [num_tokens, kv_lora_rank + qk_rope_head_dim], as projected: neither
-                normed nor rotated; a column slice of wider rows is allowed.
-            index_k: float32 [num_tokens, index_head_dim], as projected; None in a layer that
+            kv_a: of `config.dtype` [num_tokens, kv_lora_rank + qk_rope_head_dim], as projected:
+                neither normed nor rotated; a column slice of wider rows is allowed.
+            index_k: likewise [num_tokens, index_head_dim], as projected; None in a layer that
                 shares a selection.
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin, gathered once a step.
             layer: object with `layer_id` and `cache_write_params(layout)`, which says once how the
@@ -278,10 +278,10 @@ class DSAAttentionBackend:
         """Choose what this step's tokens attend to in a layer.
 
         Args:
-            q: float32 [num_tokens, index_n_heads, index_head_dim], as `prepare_indexer_query`
-                makes it for the format of the caches.
-            k: None after `write_caches`; else float32 [num_tokens, index_head_dim], normed and
-                rotated, which is written first.
+            q: [num_tokens, index_n_heads, index_head_dim], as `prepare_indexer_query` makes it for
+                the format of the caches.
+            k: None after `write_caches`; else of `config.dtype` [num_tokens, index_head_dim],
+                normed and rotated, which is written first.
             weights: float32 [num_tokens, index_n_heads]; all scale factors folded in.
 
         Returns:
@@ -310,17 +310,18 @@ class DSAAttentionBackend:
         """Attend to the selected slots of a layer.
 
         Args:
-            q: float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed query.
+            q: of `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed
+                query, as `prepare_mla_query` makes it.
             k, qkv: unused, for FastDeploy's signature (keys are read back from the cache).
             v: int32 [num_tokens, 1, topk] or [num_tokens, topk]; result of `indexer_forward`.
-            compressed_kv: None after `write_caches`; else float32 [num_tokens, kv_lora_rank],
-                after its norm, which is written first.
-            k_pe: float32 [num_tokens, 1, qk_rope_head_dim], rotated; None with `compressed_kv`.
+            compressed_kv: None after `write_caches`; else of `config.dtype` [num_tokens,
+                kv_lora_rank], after its norm, which is written first.
+            k_pe: likewise [num_tokens, 1, qk_rope_head_dim], rotated; None with `compressed_kv`.
             layer: object with `layer_id`.
 
         Returns:
-            float32 [num_tokens, num_heads, kv_lora_rank]; zeros for padded tokens. The buffer is
-            the backend's and holds until the next `forward`.
+            of `config.dtype` [num_tokens, num_heads, kv_lora_rank]; zeros for padded tokens. The
+            buffer is the backend's and holds until the next `forward`.
 
         Raises:
             MissingStepError: `init_attention_metadata` has not been called for `forward_meta`.
