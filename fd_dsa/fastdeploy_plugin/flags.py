@@ -165,6 +165,18 @@ def translate(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlag
     return found
 
 
+def without_secrets(arguments: Sequence[str]) -> list[str]:
+    """Arguments for a log: the values of keys and passwords are left out."""
+    found: list[str] = []
+    hide_next = False
+    for argument in arguments:
+        flag, equals, _ = argument.partition("=")
+        secret = flag.startswith("--") and flag.endswith(("-key", "-password"))
+        found.append("***" if hide_next else f"{flag}=***" if secret and equals else argument)
+        hide_next = secret and not equals
+    return found
+
+
 def parallel_size(args: Mapping[str, Any], passed: PassedFlags) -> tuple[int, int]:
     """Tensor and data parallel size, from whichever side of `--` has them."""
     tensor = passed.number("--tensor-parallel-size", args["tensor_parallel_size"])

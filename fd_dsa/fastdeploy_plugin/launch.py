@@ -19,7 +19,12 @@ from typing import Any
 
 from fd_dsa.config import EngineConfig, fastdeploy_plugin_disabled, process_environment
 from fd_dsa.errors import BackendUnavailable, ConfigError
-from fd_dsa.fastdeploy_plugin.flags import PassedFlags, parallel_size, translate
+from fd_dsa.fastdeploy_plugin.flags import (
+    PassedFlags,
+    parallel_size,
+    translate,
+    without_secrets,
+)
 from fd_dsa.fastdeploy_plugin.launch_choice import (
     INSTALL,
     choose_engine,
@@ -149,7 +154,7 @@ def launch(plan: Launch, started: float, on_ready: Callable[[Ready], None]) -> i
     for line in plan.warnings:
         logger.warning("%s", line)
     engine = _check_import(plan)
-    logger.info("starting %s: %s", engine, shlex.join(plan.command))
+    logger.info("starting %s: %s", engine, shlex.join(without_secrets(plan.command)))
     with ServerProcess(plan.command, plan.environment) as server:
         if _wait_until_ready(server, plan, started):
             on_ready(Ready(engine, time.monotonic() - started))

@@ -26,6 +26,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # for the server when the launcher is gone, and for its workers when the server is
 _SERVER_GRACE_S = 10.0
 _ORPHAN_GRACE_S = 5.0
+# after SIGKILL; a process that waits for a driver cannot be ended
+_GIVE_UP_S = 60.0
 _POLL_S = 0.05
 _EXIT_NO_COMMAND = 127
 
@@ -108,6 +110,9 @@ def _end_children(grace_s: float) -> None:
     deadline = time.monotonic() + grace_s
     asked: set[int] = set()
     while children := _children():
+        if time.monotonic() > deadline + _GIVE_UP_S:
+            sys.stderr.write(f"fd_dsa: error: processes that do not end: {children}\n")
+            return
         for pid in children:
             if time.monotonic() > deadline:
                 os.kill(pid, signal.SIGKILL)

@@ -43,9 +43,10 @@ def choose_ports(
         num_queues: data parallel ranks on this machine.
 
     Raises:
-        ConfigError: no such ports are free; on several machines, where all must have the same
-            ports, those above the HTTP port are taken.
+        ConfigError: the interface is none of this machine's; no such ports are free; on several
+            machines, where all must have the same ports, those above the HTTP port are taken.
     """
+    _check_host(host)
     given = passed.values
     if "--port" in given:
         port, port_is_given = passed.number("--port", port), True
@@ -64,6 +65,17 @@ def choose_ports(
     metrics = int(ports.get("--metrics-port", ["0"])[0]) or passed.number("--metrics-port", 0)
     arguments = tuple(text for flag in ports for text in (flag, ",".join(ports[flag])))
     return Ports(http, metrics, arguments)
+
+
+def _check_host(host: str) -> None:
+    """Refuse an interface on which nothing can listen."""
+    try:
+        _any_port(host)
+    except OSError as error:
+        raise ConfigError(
+            f"--host: got {host!r}, which is no address of this machine ({error.strerror}); "
+            "use 127.0.0.1, or 0.0.0.0 for all interfaces"
+        ) from error
 
 
 def _free_block(host: str, start: int, count: int, movable: bool) -> range:

@@ -16,6 +16,7 @@ from fd_dsa.fastdeploy_plugin.flags import (
     PassedFlags,
     parallel_size,
     translate,
+    without_secrets,
 )
 from fd_dsa.serve.flags import build_parser, parse_args
 
@@ -213,3 +214,9 @@ def test_parallel_sizes_come_from_either_side() -> None:
     assert sizes() == (1, 1)
     assert sizes("-tp", "8", "--data-parallel-size", "2") == (8, 2)
     assert sizes("--", "--tensor-parallel-size", "4", "--data-parallel-size=2") == (4, 2)
+
+
+def test_secrets_are_kept_out_of_the_log() -> None:
+    given = ["--api-key", "a", "--api-key=b", "--scheduler-password", "c", "--port", "1", "x-key"]
+    shown = ["--api-key", "***", "--api-key=***", "--scheduler-password", "***", "--port", "1"]
+    assert without_secrets(given) == [*shown, "x-key"]

@@ -107,3 +107,9 @@ def test_no_room_is_an_error() -> None:
 def test_a_port_that_is_no_number() -> None:
     with pytest.raises(ConfigError, match=r"--port \(after --\): got 'http'"):
         choose(8000, given=False, passed=("--port", "http"))
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1"])
+def test_an_interface_of_another_machine(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"--host: got '{host}', which is no address of this mac"):
+        choose_ports(host, 8000, False, PassedFlags(), 1)

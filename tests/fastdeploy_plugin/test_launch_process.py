@@ -205,6 +205,16 @@ def test_a_signal_while_it_starts(tmp_path: Path) -> None:
     assert "fd_dsa: error" not in log and "Traceback" not in log
 
 
+def test_a_key_is_passed_on_and_not_logged(tmp_path: Path) -> None:
+    with launcher(tmp_path, "--", "--api-key", "secret") as live:
+        live.ready_line()
+        assert live.dump()["argv"][-2:] == ["--api-key", "secret"]
+        live.process.terminate()
+        log = live.finish()[2]
+    assert "starting FastDeploy 1.2.3: " in log and "--api-key '***'" in log
+    assert "secret" not in log
+
+
 def test_a_proxy_is_not_asked_for_the_health(tmp_path: Path) -> None:
     proxy = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"}
     with launcher(tmp_path, env=proxy) as live:

@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx
 
+from benchmarks._harness import environment
+from fd_dsa.fastdeploy_plugin.flags import without_secrets
 from fd_dsa.fastdeploy_plugin.launch_environment import server_environment
 from fd_dsa.fastdeploy_plugin.launch_probe import Probe
 
@@ -148,6 +150,4 @@ def _ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
 
 def machine(argv: Sequence[str], paths: Mapping[str, Any]) -> dict[str, Any]:
     """Where a result was taken: machine, versions, commit, command, and what served."""
-    from benchmarks._harness import environment
-
-    return {**environment(), "command": list(argv), "paths": dict(paths)}
+    return {**environment(), "command": without_secrets(argv), "paths": dict(paths)}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from benchmarks._harness import percentiles
 from tools.fastdeploy_check.servers import OURS, UPSTREAM, CheckFailed, Server
 from tools.fastdeploy_check.smoke import stream
 
@@ -89,8 +90,6 @@ def report(rounds: Sequence[tuple[str, dict[int, list[float]]]]) -> list[dict[st
         entries with `baseline` (FastDeploy's path) and `candidate` (ours), each with `us` (p20,
         p50, p80), and `ratio_p50`, the candidate's time over the baseline's: below 1 is faster.
     """
-    from benchmarks._harness import percentiles
-
     found = []
     for batch in rounds[0][1]:
         sides = {}
