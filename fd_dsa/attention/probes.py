@@ -54,9 +54,10 @@ class Probe:
         ours = self._allocate((2, config.num_heads, rank), "float32")
         scale = config.softmax_scale
         attend_slots(q, cache, slots, ours, softmax_scale=scale, kv_lora_rank=rank)
+        deviation = _deviation(theirs[0], self._get(ours)[0], _ATTENTION_TOLERANCE)
         if np.any(theirs[1]):
             raise BackendUnavailable("a row without keys gives numbers other than 0")
-        return _deviation(theirs[0], self._get(ours)[0], _ATTENTION_TOLERANCE)
+        return deviation
 
     def scores(self, gemm: DeepGemm) -> float:
         """Deviation of DeepGEMM from our kernel: one token with keys in two pages.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -10,10 +11,13 @@ import numpy as np
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.ops import _third_party
 from fd_dsa.step import StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
 from tests.strategies import make_batch
 
+Install = Callable[..., None]
+BOTH = {"indexer_logits": "deep_gemm", "sparse_mla": "flash_mla"}
 PADDING = 2
 RANK, ROPE, DIM, BLOCK = 512, 64, 128, 64
 # e4m3 codes of 0, 1, 2, -1 and -2: a sum of their products is exact in every order
@@ -123,3 +127,15 @@ class KernelCase:
             latents=put(np.concatenate(latents, axis=-1).astype(np.uint8)),
             keys=put(keys.reshape(num_blocks, BLOCK, DIM + 4)),
         )
+
+
+def serving() -> dict[str, str]:
+    """operator -> package that serves it."""
+    return {x.operator: x.package for x in _third_party.third_party_table() if x.serves}
+
+
+def launches(name: str) -> int:
+    """How often the doubles launched a kernel whose name contains this."""
+    from fastdeploy import _counters
+
+    return sum(name in event.name for event in _counters._events if event.kind == "launch")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,45 +11,16 @@ import pytest
 
 pytest.importorskip("paddle", reason="the doubles compute on Paddle's tensors")
 
-from fd_dsa.ops import _third_party
-from tests.attention.kernel_case import KernelCase
-from tests.fakes.trees import DEVELOP, installed
+from tests.attention.third_party.kernel_case import BOTH, Install, KernelCase, launches, serving
 from tests.kernel_memory import KernelMemory, open_memory
+
+pytestmark = pytest.mark.triton
 
 # a first chunk below the selection of 64, decode with drafts and an idle row between chunks of
 # prompts behind a prefix
 MIXED = [(2, 0, 2), (0, 140, 1), (3, 90, 3), (0, 0, 0), (0, 70, 2), (4, 66, 4)]
 DECODE = [(0, 140, 1), (0, 0, 0), (0, 70, 2), (0, 20, 1)]
 LONG = [(33, 90, 33), (0, 100, 1)]
-Install = Callable[..., AbstractContextManager[Any]]
-
-
-@pytest.fixture(autouse=True)
-def nothing_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No package was tried before this test."""
-    monkeypatch.setattr(_third_party, "_settled", {})
-    monkeypatch.setattr(_third_party, "_told", set())
-
-
-@pytest.fixture
-def memory() -> KernelMemory:
-    """Paddle's CPU memory."""
-    return open_memory("interpreter")
-
-
-@pytest.fixture
-def doubles() -> Iterator[Install]:
-    """Makes doubles of the releases named importable, until the test ends."""
-    open_trees: list[AbstractContextManager[Any]] = []
-
-    def install(flash_mla: str = "2026", deep_gemm: str = "2026") -> None:
-        tree = replace(DEVELOP, flash_mla=flash_mla, deep_gemm=deep_gemm)
-        open_trees.append(installed(tree, dtype="bfloat16"))
-        open_trees[-1].__enter__()
-
-    yield install
-    for tree in reversed(open_trees):
-        tree.__exit__(None, None, None)
 
 
 @cache
@@ -64,21 +32,6 @@ def ours(rows: tuple[Any, ...], **options: Any) -> tuple[np.ndarray, np.ndarray]
 def same(found: np.ndarray, wanted: np.ndarray) -> bool:
     """Whether outputs agree within the rounding of bfloat16."""
     return bool(np.linalg.norm(found - wanted) <= 1e-2 * np.linalg.norm(wanted))
-
-
-def serving() -> dict[str, str]:
-    """operator -> package that serves it."""
-    return {x.operator: x.package for x in _third_party.third_party_table() if x.serves}
-
-
-BOTH = {"indexer_logits": "deep_gemm", "sparse_mla": "flash_mla"}
-
-
-def launches(name: str) -> int:
-    """How often the doubles launched a kernel whose name contains this."""
-    from fastdeploy import _counters
-
-    return sum(name in event.name for event in _counters._events if event.kind == "launch")
 
 
 @pytest.mark.parametrize(
@@ -117,8 +70,8 @@ def test_a_schedule_serves_all_layers(memory: KernelMemory, doubles: Install) ->
 
 
 def test_long_steps_in_chunks(memory: KernelMemory, doubles: Install) -> None:
-    slots = KernelCase(memory, LONG).select()
     doubles()
+    slots = KernelCase(memory, LONG).begin().select()
     case = KernelCase(memory, LONG, logits_bytes=1).begin()
     flash = case.attention._third_party.attention
     assert flash is not None
@@ -192,11 +145,14 @@ def test_long_captures_are_left_to_our_kernel(
 ) -> None:
     doubles()
     case = KernelCase(memory, LONG, logits_bytes=1).begin()
-    monkeypatch.setattr(case.attention._third_party._transfers, "is_capturing", lambda: True)
-    before = launches("paged_mqa_logits")
-    case.select()
+    kernels, given = case.attention._third_party, case.layers[0]
+    inputs = case.step, given.index_q, given.weights, given.keys
+    slots = memory.poisoned((36, 64), "int32")
+    monkeypatch.setattr(kernels._transfers, "is_capturing", lambda: True)
     # their chunks would depend on the longest row of the step
-    assert launches("paged_mqa_logits") == before
+    assert not kernels.select(*inputs, slots)
+    monkeypatch.setattr(kernels._transfers, "is_capturing", lambda: False)
+    assert kernels.select(*inputs, slots)
 
 
 def test_a_schedule_that_a_graph_holds_is_kept() -> None:
