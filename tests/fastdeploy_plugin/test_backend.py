@@ -195,6 +195,8 @@ def test_disaggregation_by_chunk_announces_a_step(monkeypatch: pytest.MonkeyPatc
         backend = make_backend(fd_config)
         meta = forward_meta(backend)
         backend.init_attention_metadata(meta)
+        # our runner's hook asks once more
+        backend.init_attention_metadata(meta)
         num_layers = fd_config.model_config.num_hidden_layers
         lengths = meta.seq_lens_encoder, meta.seq_lens_this_time, meta.seq_lens_decoder
         expected = ("init_kv_signal_per_query", *lengths, backend.rank, num_layers)

@@ -84,10 +84,19 @@ def rounded_to_bfloat16(layer: Any) -> None:
             return low if isinstance(out, tuple) else low[0]
 
         sublayer.forward = forward
-    for linear in (layer.indexer.wk, layer.indexer.weights_proj):
-        weight = linear.weight.astype("bfloat16")
-        del linear.weight
-        linear.weight = weight
+    # what our operators read themselves
+    for owner, name in (
+        (layer.indexer.wk, "weight"),
+        (layer.indexer.weights_proj, "weight"),
+        (layer.indexer.k_norm, "weight"),
+        (layer.indexer.k_norm, "bias"),
+        (layer.kv_a_layernorm, "weight"),
+        (layer.rotary_emb, "cos_sin_cache"),
+        (layer.indexer_rotary_emb, "cos_sin_cache"),
+    ):
+        low = getattr(owner, name).astype("bfloat16")
+        delattr(owner, name)
+        setattr(owner, name, low)
 
 
 def test_a_layer_gives_what_the_cpu_gives(request: pytest.FixtureRequest) -> None:
