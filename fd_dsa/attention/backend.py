@@ -7,8 +7,7 @@ layer does lies in a part behind it: `host.py` for a CPU, `device.py` for device
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig, StepHints
@@ -21,8 +20,6 @@ from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from fd_dsa.step.builder import Allocate
 
-# a server sees few token counts when decoding
-_CACHED_VIEWS = 256
 _INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
 
 
@@ -41,17 +38,14 @@ def step_of(forward_meta: Any) -> ForwardMeta:
     return step
 
 
-def _attention_on(
-    device: str, config: DSABackendConfig, allocate: Allocate | None
-) -> tuple[Any, Allocate | None]:
-    """The part of the backend that serves a device, and how buffers are made there."""
+def _attention_on(device: str, config: DSABackendConfig, allocate: Allocate | None) -> Any:
+    """The part of the backend that serves a device."""
     if device == "cpu":
-        return HostAttention(config), None
+        return HostAttention(config)
     # kernels and their launcher are loaded only where a device is asked for
     from fd_dsa.attention.device import DeviceAttention, empty_allocator
 
-    allocate = allocate or empty_allocator(device)
-    return DeviceAttention(config, allocate), allocate
+    return DeviceAttention(config, allocate or empty_allocator(device))
 
 
 def cache_of(forward_meta: Any, index: int) -> Any:
@@ -113,8 +107,7 @@ class DSAAttentionBackend:
             int32_position_ids=config.int32_position_ids,
         )
         self.attention_metadata: ForwardMeta | None = None
-        self.attention, self._allocate = _attention_on(device, config, allocate)
-        self._mla_query: Callable[[int], Any] | None = None
+        self.attention = _attention_on(device, config, allocate)
         self.overlap = IndexerOverlap(device)
         self._hints: StepHints | None = None
         self._built_for: Any = None
@@ -223,23 +216,8 @@ class DSAAttentionBackend:
         return self.attention.query_buffers(num_tokens)
 
     def mla_query_buffer(self, num_tokens: int) -> Any:
-        """Where `prepare_mla_query` should write for `forward`; None = anywhere, as on a CPU.
-
-        On a device the start of one buffer for all layers and steps. The first call makes it, so
-        that call must come before any graph capture.
-
-        Returns:
-            of `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim], or None.
-        """
-        if self._allocate is None:
-            return None
-        if self._mla_query is None:
-            layout = self.config.cache_layout
-            width = layout.kv_lora_rank + layout.qk_rope_head_dim
-            shape = (self.config.max_num_tokens, self.config.num_heads, width)
-            buffer = self._allocate(shape, self.config.dtype)
-            self._mla_query = lru_cache(maxsize=_CACHED_VIEWS)(lambda size: buffer[:size])
-        return self._mla_query(num_tokens)
+        """Where `prepare_mla_query` should write for `forward`; None = anywhere, as on a CPU."""
+        return self.attention.mla_query_buffer(num_tokens)
 
     def write_caches(
         self, kv_a: Any, index_k: Any, cos_sin: Any, layer: Any, forward_meta: Any

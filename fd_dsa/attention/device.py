@@ -80,6 +80,16 @@ class DeviceAttention:
         queries = self._view("index_q", num_tokens, heads, dim)
         return queries, self._view("index_weights", num_tokens, heads)
 
+    def mla_query_buffer(self, num_tokens: int) -> Any:
+        """Where `prepare_mla_query` writes, and what `attend` takes.
+
+        Returns:
+            `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim].
+        """
+        layout = self.config.cache_layout
+        width = layout.kv_lora_rank + layout.qk_rope_head_dim
+        return self._view("mla_q", num_tokens, self.config.num_heads, width)
+
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
         """See DSAAttentionBackend.indexer_forward; `cache` is the layer's indexer cache.
 
@@ -133,10 +143,12 @@ def _buffers(config: DSABackendConfig, logits_bytes: int) -> dict[str, tuple[int
     layout, tokens = config.cache_layout, config.max_num_tokens
     max_keys = config.max_blocks_per_seq * layout.block_size
     index_heads = padded_rows(tokens) * config.index_n_heads
+    heads, rank = tokens * config.num_heads, layout.kv_lora_rank
     return {
         "logits": (min(max(logits_bytes // 4, max_keys), tokens * max_keys), "float32"),
         "slots": (tokens * config.index_topk, "int32"),
-        "latents": (tokens * config.num_heads * layout.kv_lora_rank, config.dtype),
+        "mla_q": (heads * (rank + layout.qk_rope_head_dim), config.dtype),
+        "latents": (heads * rank, config.dtype),
         "index_q": (
             index_heads * layout.index_head_dim,
             "uint8" if layout.is_fp8 else config.dtype,

@@ -36,6 +36,9 @@ class HostAttention:
     def query_buffers(self, num_tokens: int) -> None:
         """None: on a CPU `prepare_indexer_query` works in the memory of its input."""
 
+    def mla_query_buffer(self, num_tokens: int) -> None:
+        """None: on a CPU `prepare_mla_query` makes its result."""
+
     def plan(self, step: ForwardMeta) -> StepPlan:
         """Work lists of the step, made at the first layer that asks."""
         if self._plan is None:
