@@ -111,8 +111,14 @@ class Engine:
         """One call of the worker; jobs that it admits leave `waiting`."""
         tasks = self._preemptions(waiting)
         self._admit(waiting)
+        tokens_left = self.config.scheduler_config.max_num_batched_tokens
         for job in filter(None, self._rows):
-            tasks += self._task(job)
+            if job.done >= job.target:
+                tokens_left -= 1 + self.runner.num_draft_tokens
+        for job in filter(None, self._rows):
+            done = job.done
+            tasks += self._task(job, tokens_left)
+            tokens_left -= job.done - done
         rows = [row for row, job in enumerate(self._rows) if job is not None]
         num_running = max([task.idx for task in tasks] + rows, default=-1) + 1
         self.worker.preprocess_new_task(tasks, num_running)
@@ -125,13 +131,19 @@ class Engine:
         for row, tokens in self.runner.saved_output[saved:]:
             self._take(reported[row], tokens)
 
-    def _task(self, job: Job) -> list[Any]:
-        """What the scheduler says about a row in this step."""
+    def _task(self, job: Job, tokens_left: int) -> list[Any]:
+        """What the scheduler says about a row in this step; nothing for one that waits or goes on.
+
+        Args:
+            tokens_left: that the step has for prompts.
+        """
         from fastdeploy.engine.request import Request, RequestType
 
         if job.done < job.target:
             start = job.done
-            job.done = min(job.target, start + (job.chunk or job.target))
+            job.done = min(job.target, start + min(job.chunk or job.target, tokens_left))
+            if job.done == start:
+                return []
             self._own(job, job.done)
             if job.fetch and not start:
                 start, job.done = len(job.prompt), job.target
