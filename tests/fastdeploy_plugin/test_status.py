@@ -1,0 +1,74 @@
+"""What is live in a process with FastDeploy, and why, as the doctor shows it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from fd_dsa.fastdeploy_plugin.status import report
+from tests.fakes.trees import BROKEN, OURS_ENV, TREES, UPSTREAM_ENV, installed
+from tests.fastdeploy_plugin.names import WORKER
+
+OURS = {
+    "backend": "fd_dsa.fastdeploy_plugin.backend.DSAAttentionBackend",
+    "indexer": "fd_dsa.fastdeploy_plugin.layers.Indexer",
+    "attention": "fd_dsa.fastdeploy_plugin.layers.DeepseekV32DSAAttention",
+    "runner": "fd_dsa.fastdeploy_plugin.runner.GPUModelRunner",
+}
+
+
+@pytest.mark.parametrize("name", ["early", "pr7367", "develop", "raising_import"])
+def test_our_path(name: str) -> None:
+    with installed({**TREES, **BROKEN}[name], OURS_ENV):
+        found = report()
+    assert found["live"]
+    assert found["runner_is_ours"]
+    assert {part: found[part] for part in OURS} == OURS
+    assert f"{TREES.get(name, TREES['develop']).position_dtype} positions" in found["why"]
+    assert json.loads(json.dumps(found)) == found
+
+
+WHY_NOT: list[tuple[str, dict[str, Any], str]] = [
+    ("develop", {"FD_ATTENTION_BACKEND": "MLA_ATTN"}, "FD_ATTENTION_BACKEND is MLA_ATTN, not DSA"),
+    ("develop", {"FD_ATTENTION_BACKEND": None}, "FD_ATTENTION_BACKEND is unset, not DSA_ATTN"),
+    ("develop", {"FD_DSA_DISABLE": "1"}, "FD_DSA_DISABLE turns the plug-in off"),
+    ("develop", {"FD_DSA_DISABLE": "no"}, "FD_DSA_DISABLE: got 'no'"),
+    ("develop", {"FD_PLUGINS": None}, "FD_PLUGINS is unset, and must name it"),
+    ("early", {"FD_PLUGINS": "other"}, "FD_PLUGINS is other, and must name it"),
+    ("r24", {}, "unsupported FastDeploy tree (models/deepseek_v3.py has no Indexer)"),
+    ("constructor", {}, "unsupported FastDeploy tree (DSAAttentionBackend.__init__ takes"),
+]
+
+
+@pytest.mark.parametrize(("name", "env", "why"), WHY_NOT, ids=[f"{n} {e}" for n, e, _ in WHY_NOT])
+def test_fastdeploys_own_path(name: str, env: dict[str, Any], why: str) -> None:
+    with installed({**TREES, **BROKEN}[name], {**OURS_ENV, **env}):
+        found = report()
+    assert not found["live"]
+    assert not found["runner_is_ours"]
+    assert found["why"].startswith("unsupported") is why.startswith("unsupported")
+    assert why in found["why"]
+    assert not found["backend"].startswith("fd_dsa")
+
+
+def test_models_that_cannot_be_imported() -> None:
+    with installed(TREES["develop"], UPSTREAM_ENV):
+        sys.modules["fastdeploy.model_executor"] = None  # type: ignore[assignment]
+        found = report()
+        del sys.modules["fastdeploy.model_executor"]
+    assert found == {"live": False, "why": found["why"]}
+    assert "deepseek_v3 cannot be imported" in found["why"]
+
+
+def test_a_worker_that_cannot_be_imported_has_no_runner_to_show() -> None:
+    with installed(TREES["develop"], OURS_ENV):
+        import_module("fastdeploy.worker")
+        sys.modules[WORKER] = None  # type: ignore[assignment]
+        found = report()
+    assert found["live"]
+    assert found["runner"] == ""
+    assert not found["runner_is_ours"]
