@@ -117,7 +117,7 @@ def examine() -> Tree:
     """
     attention, models = _imported(ATTENTION), import_models()
     base, backend_file = _backend_base(attention)
-    selecter = _imported(f"{ATTENTION}.attention_selecter")
+    selection = _imported(f"{ATTENTION}.attention_selecter")
     _check_selection()
     _check_models(models)
     layer_norm = _attribute(
@@ -134,7 +134,7 @@ def examine() -> Tree:
         attention,
         base,
         backend_file,
-        _attribute(selecter, "_get_attn_backend"),
+        _attribute(selection, "_get_attn_backend"),
         models,
         layer_norm,
         features,
