@@ -15,7 +15,6 @@ from fd_dsa.attention.host import HostAttention
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.ops._host import check_shape
-from fd_dsa.ops._linear import joined
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from fd_dsa.step.builder import Allocate
@@ -338,6 +337,9 @@ class DSAAttentionBackend:
         rope = k_pe.reshape([-1, layout.qk_rope_head_dim])
         check_shape("forward", "compressed_kv", compressed_kv, (num_tokens, layout.kv_lora_rank))
         check_shape("forward", "k_pe", rope, (num_tokens, layout.qk_rope_head_dim))
+        # Paddle only here: tensors of another library come with their keys joined
+        from fd_dsa.ops._linear import joined
+
         return joined(compressed_kv, rope)
 
     def forward_decode(self, *args: Any, **kwargs: Any) -> Any:

@@ -11,9 +11,8 @@ import pytest
 
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints, step_of
 from fd_dsa.errors import ConfigError
-from tests.attention.harness import Sizes
 from tests.kernel_memory import KernelMemory
-from tests.step.helpers import as_numpy, assert_matches_oracle
+from tests.step.helpers import as_numpy, assert_matches_oracle, builder_for, counts_of
 from tests.strategies import StepBatch, make_batch
 
 MIXED = make_batch([(4, 17, 4), (0, 9, 1), (0, 0, 0), (0, 30, 2)], 16, num_columns=3)
@@ -24,9 +23,8 @@ BOUNDS = StepHints(num_tokens=9, num_prefill_tokens=9, max_seqlen_k=48)
 
 def config(**changes: Any) -> DSABackendConfig:
     """Of a small backend, with some fields replaced."""
-    sizes = Sizes()
-    layout = CacheLayout("float32", sizes.block_size, 6, 2, 4)
-    plain = DSABackendConfig(2, 3, sizes.topk, 0.5, layout, 6, 32, 3)
+    layout = CacheLayout("float32", 16, 6, 2, 4)
+    plain = DSABackendConfig(2, 3, 8, 0.5, layout, 6, 32, 3)
     return dataclasses.replace(plain, **changes)
 
 
@@ -57,12 +55,8 @@ def test_the_step_has_the_rows_that_are_given() -> None:
 def test_a_step_of_device_tensors(kernel_memory: KernelMemory) -> None:
     m, backend = kernel_memory, on_device(kernel_memory)
     for batch in (MIXED, DECODE):
-        meta = longer(batch)
-        lengths = (batch.seq_lens_decoder + batch.seq_lens_this_time) * (
-            batch.seq_lens_this_time > 0
-        )
-        hints = StepHints(batch.num_tokens, int(batch.seq_lens_encoder.sum()), int(lengths.max()))
-        backend.build_step(meta, [m.put(array) for array in batch.inputs()], hints)
+        meta, tensors = longer(batch), [m.put(array) for array in batch.inputs()]
+        backend.build_step(meta, tensors, StepHints(**counts_of(batch)))
         assert_matches_oracle(step_of(meta), batch, m.get)
 
 
@@ -73,7 +67,7 @@ def test_hints_of_device_tensors_may_be_upper_bounds(kernel_memory: KernelMemory
         backend.build_step(meta, [m.put(array) for array in batch.inputs()], BOUNDS)
         step = step_of(meta)
         padding = BOUNDS.num_tokens - batch.num_tokens
-        wanted = as_numpy(DSAAttentionBackend(config()).builder.build(*batch.inputs()).slot_mapping)
+        wanted = builder_for(batch).build(*batch.inputs()).slot_mapping
         assert m.get(step.slot_mapping).tolist() == wanted.tolist() + [-1] * padding
         assert (m.get(step.batch_id_per_token)[batch.num_tokens :] == -1).all()
         assert step.max_seqlen_k == 48
@@ -149,8 +143,11 @@ def test_activations_are_float32_on_a_cpu_and_float32_or_bfloat16_elsewhere(
     assert on_device(kernel_memory, dtype="bfloat16").config.dtype == "bfloat16"
 
 
-def test_queries_have_one_buffer_on_a_device(kernel_memory: KernelMemory) -> None:
+def test_queries_have_no_buffer_on_a_cpu() -> None:
     assert DSAAttentionBackend(config()).mla_query_buffer(3) is None
+
+
+def test_queries_have_one_buffer_on_a_device(kernel_memory: KernelMemory) -> None:
     backend = on_device(kernel_memory, dtype="bfloat16")
     views = [backend.mla_query_buffer(size) for size in (3, 32, 1)]
     assert [list(view.shape) for view in views] == [[3, 2, 8], [32, 2, 8], [1, 2, 8]]

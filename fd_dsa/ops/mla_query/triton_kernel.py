@@ -17,6 +17,8 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _NAME = "prepare_mla_query"
+# (BLOCK_ROWS, num_warps) that benchmarks/mla_query.py times
+CANDIDATES = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (8, 4), (16, 4), (16, 8))
 
 
 def configuration(num_rows: int) -> tuple[int, int]:

@@ -1,0 +1,164 @@
+"""The absorbed query of MLA: RoPE, and both parts into one buffer, in one launch.
+
+    python -m benchmarks.mla_query            # compare, then time every configuration
+
+Against the operators of a plain implementation: cos and sin of each token by their positions, the
+rotation of interleaved pairs in float32, and a concatenation, which also turns the product by heads
+[num_heads, num_tokens, kv_lora_rank] round. Ours is given cos and sin gathered once for all layers
+of a step, and "by positions" looks them up itself. Bytes a head: 1,152 in and 1,152 out; a token
+reads 256 of cos and sin.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import _gpu
+from benchmarks._torch_device import register
+from fd_dsa.ops.mla_query import paddle_impl
+from fd_dsa.ops.mla_query.triton_kernel import (
+    CANDIDATES,
+    configuration,
+    kernel_arguments,
+    prepare_mla_query_kernel,
+)
+
+SHAPES = (
+    *((tokens, 128) for tokens in (1, 8, 32, 128, 512, 2048, 8192)),
+    *((tokens, heads) for heads in (64, 32, 16) for tokens in (1, 128)),
+)
+TUNED = ((1, 128), (8, 128), (32, 128), (128, 128), (1024, 128), (8192, 128), (1, 16), (128, 16))
+RANK, ROPE, NOPE = 512, 64, 128
+_MAX_POSITION = 1 << 16
+
+
+class Query:
+    """The inputs and the output of one call, as a layer has them."""
+
+    def __init__(self, num_tokens: int, heads: int) -> None:
+        make = {"device": "cuda", "dtype": torch.bfloat16}
+        self.latent = torch.randn(heads, num_tokens, RANK, **make).transpose(0, 1)
+        self.pe = torch.randn(num_tokens, heads, NOPE + ROPE, **make)[:, :, NOPE:]
+        self.positions = torch.randperm(_MAX_POSITION, device="cuda")[:num_tokens]
+        self.out = torch.empty(num_tokens, heads, RANK + ROPE, **make)
+
+    @staticmethod
+    def bytes_of(num_tokens: int, heads: int) -> int:
+        """Bytes that a call must move."""
+        return num_tokens * (heads * 4 * (RANK + ROPE) + 4 * ROPE)
+
+    def one_launch(
+        self, cos_sin: torch.Tensor, rows_and_warps: tuple[int, int], *, gathered: bool = True
+    ) -> _gpu.Call:
+        """Our launch with a configuration, arguments checked beforehand.
+
+        Args:
+            gathered: cos and sin of the tokens were gathered once for all layers of the step.
+        """
+        block_rows, num_warps = rows_and_warps
+        arguments = kernel_arguments(
+            self.latent,
+            self.pe,
+            None if gathered else self.positions,
+            cos_sin[self.positions] if gathered else cos_sin,
+            self.out,
+        )
+        launch = prepare_mla_query_kernel.bind(
+            (-(-arguments["num_rows"] // block_rows),),
+            **arguments,
+            BLOCK_ROWS=block_rows,
+            num_warps=num_warps,
+            enable_fp_fusion=False,
+        )
+        return launch
+
+    def operators(self, cos_sin: torch.Tensor) -> None:
+        """The same by operators."""
+        cos, sin = cos_sin[self.positions].unsqueeze(1).chunk(2, dim=-1)
+        first, second = self.pe.float().unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], -1)
+        self.out = torch.cat([self.latent, rotated.flatten(-2).to(self.pe.dtype)], -1)
+
+
+def angles() -> torch.Tensor:
+    """float32 [max_position, 64]; cos, then sin."""
+    angle = torch.rand(_MAX_POSITION, ROPE // 2, device="cuda") * 6
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def check_bytes(cos_sin: torch.Tensor) -> None:
+    """Compare every configuration with the CPU, byte by byte.
+
+    Raises:
+        AssertionError: they differ.
+    """
+    for rows_and_warps in CANDIDATES:
+        for gathered in (False, True):
+            query = Query(33, 7)
+            _gpu.poison(query.out)
+            query.one_launch(cos_sin, rows_and_warps, gathered=gathered)()
+            inputs = (query.latent.float(), query.pe.float(), query.positions, cos_sin)
+            wanted = paddle_impl.prepare_mla_query(*(x.cpu().numpy() for x in inputs), None)
+            same = torch.equal(query.out.cpu(), torch.from_numpy(wanted).to(torch.bfloat16))
+            assert same, f"bytes of {rows_and_warps} differ from the CPU's"
+
+
+def sets_of(num_tokens: int, heads: int) -> list[Query]:
+    """Input sets past the L2 together."""
+    count = _gpu.num_sets(Query.bytes_of(num_tokens, heads))
+    return [Query(num_tokens, heads) for _ in range(count)]
+
+
+def tune(cos_sin: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Median microseconds of every configuration: shape -> "BLOCK_ROWS x warps" -> us."""
+    table = {}
+    for num_tokens, heads in shapes:
+        sets = sets_of(num_tokens, heads)
+        sides = {f"{r} x {w}": [s.one_launch(cos_sin, (r, w)) for s in sets] for r, w in CANDIDATES}
+        times = {label: t["p50"] for label, t in _gpu.interleaved(sides, rounds=10).items()}
+        name = f"{num_tokens} tokens x {heads} heads"
+        table[name] = times
+        best = min(times, key=times.__getitem__)
+        chosen = "{} x {}".format(*configuration(num_tokens * heads))
+        line = "  ".join(f"{label}: {us:.2f}" for label, us in times.items())
+        print(f"{name}, best {best}, chosen {chosen}:  {line}", flush=True)
+    return table
+
+
+def compare(record: _gpu.Recorder, cos_sin: torch.Tensor, num_tokens: int, heads: int) -> None:
+    """One shape: operators, and ours with and without a look-up of cos and sin."""
+    sets, chosen = sets_of(num_tokens, heads), configuration(num_tokens * heads)
+    sides: dict[str, list[_gpu.Call]] = {
+        "operators": [lambda s=s: s.operators(cos_sin) for s in sets],
+        "by positions": [s.one_launch(cos_sin, chosen, gathered=False) for s in sets],
+        "one launch": [s.one_launch(cos_sin, chosen) for s in sets],
+    }
+    record.case(
+        f"{num_tokens} tokens, {heads} heads",
+        _gpu.interleaved(sides),
+        ours="one launch",
+        bytes_moved=Query.bytes_of(num_tokens, heads),
+        configuration="{} x {}".format(*chosen),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, compare, tune; returns the exit status."""
+    args = _gpu.arguments(__doc__, argv)
+    register()
+    cos_sin = angles()
+    check_bytes(cos_sin)
+    quick = ((128, 128), (8192, 128))
+    with _gpu.Recorder("mla_query", args.out) as record:
+        for shape in quick if args.quick else SHAPES:
+            compare(record, cos_sin, *shape)
+        record.note(configurations_us=tune(cos_sin, quick if args.quick else TUNED))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
