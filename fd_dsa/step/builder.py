@@ -102,9 +102,10 @@ class StepMetadataBuilder:
         for the rows and the padded tokens of the capture. Rows without tokens are idle, and
         tokens past those of the rows become padding.
 
-        After every step, built or replayed, all tokens of the buffers past the step's own hold
-        padding, so a graph of layers may read any number of them. Of the windows that is so after
-        a step that has them.
+        After every step that was built outside of a graph, all tokens of the buffers past the
+        step's own hold padding, so a graph of layers may read any number of them; a replay of a
+        captured build clears its own padded tokens alone. Of the windows that is so after a step
+        that has them.
 
         Args:
             seq_lens_encoder: int32 [B]; tokens of a prefill row, 0 for a decode or idle row.

@@ -33,8 +33,8 @@ class StepLaunch:
 
     The first launch of each form, here, writes an empty step: the buffers hold padding from the
     beginning. A step clears all rows behind its own, and all tokens that a step before it may have
-    left. The host does not see the replays of a captured launch: each may come behind a step of
-    any size, so it clears everything, and any later step may come behind one of them.
+    left. The host does not see the replays of a captured launch: each writes the tokens of its
+    capture and no others, and any later step may come behind one of them.
 
     Args:
         limits: sizes that every step keeps to.
@@ -53,7 +53,6 @@ class StepLaunch:
             _Form(limits, buffers, False, *decode),
             _Form(limits, buffers, True, *mixed),
         )
-        self._max_num_tokens = limits.max_num_tokens
         self._tokens, self._windows = _Extent(), _Extent()
         empty = (buffers.cu_seqlens_q,) * len(StepInputs._fields)
         for form in self._forms:
@@ -66,9 +65,7 @@ class StepLaunch:
         padded, tables = counts.num_padded_tokens, inputs[3]
         has_prefill = counts.num_prefill_tokens > 0
         extents = (self._tokens, self._windows) if has_prefill else (self._tokens,)
-        written = self._max_num_tokens
-        if not is_captured:
-            written = max(padded, *(extent.used for extent in extents))
+        written = padded if is_captured else max(padded, *(extent.used for extent in extents))
         self._forms[has_prefill].launch(
             inputs, int(tables.shape[0]), written, int(tables.stride()[0])
         )

@@ -1,7 +1,7 @@
 """Behind a step's own tokens the buffers hold padding, whatever steps came before it.
 
-A graph of the layers that was captured for more tokens reads exactly that tail. `Tail` holds
-views of all tokens and rows, as such a graph does.
+A graph of the layers that was captured for more tokens reads exactly that tail; a graph that builds
+its step writes all that it reads. `Tail` holds views of all tokens and rows, as such a graph does.
 """
 
 from __future__ import annotations
@@ -37,19 +37,20 @@ class Tail:
         first = make_batch(rows, builder.limits.block_size, num_columns=columns)
         self._meta, self._get = builder.build(*first.inputs(), builder.limits.max_num_tokens), get
 
-    def check(self, batch: StepBatch, has_windows: bool) -> None:
-        """Nothing but padding behind the tokens and rows of a batch."""
+    def check(self, batch: StepBatch, has_windows: bool, end: int | None = None) -> None:
+        """Nothing but padding behind the tokens, up to `end`, and behind the rows of a batch."""
         found = arrays_of(self._meta, self._get)
         tokens, rows = batch.num_tokens, batch.num_rows
         for name in ("batch_id_per_token", "slot_mapping"):
-            assert (found[name][tokens:] == -1).all(), name
+            assert (found[name][tokens:end] == -1).all(), name
         for name in ("position_ids", "position_ids_int32"):
-            assert not found[name][tokens:].any(), name
+            assert not found[name][tokens:end].any(), name
         assert (found["cu_seqlens_q"][rows:] == tokens).all()
         assert not found["cache_seqlens"][rows:].any()
         # a step without windows leaves those of a step before it, and hands out none
         if has_windows:
-            assert not found["indexer_attn_mask_offsets"][2 * tokens :].any()
+            windows = found["indexer_attn_mask_offsets"].reshape(-1, 2)
+            assert not windows[tokens:end].any()
             totals = found["cu_seqlens_kg"][rows:]
             assert (totals == totals[0]).all()
 
@@ -135,18 +136,19 @@ def check_captured_steps(m: KernelMemory, capture: Capture, *, has_prefill: bool
 
     step("prompt")
     # not run yet: the tokens of the prompt are still there
-    replay = captured(24)
+    small = captured(24)
     step("one")
     step("prompt")
     large = captured(100)
     step("decode")
-    for work, name in ((replay, "decode"), (large, "prompt" if has_prefill else "decode")):
+    last = "prompt" if has_prefill else "decode"
+    for work, name, size in ((small, "decode", 24), (large, last, 100)):
         for before in ("long", "one"):
             # behind a step that is larger than all before the capture, and behind a smaller one
             step(before)
             batch = load(name)
             work()
-            tail.check(batch, has_prefill)
+            tail.check(batch, has_prefill, size)
             step("one")
         step("prompt")
 
