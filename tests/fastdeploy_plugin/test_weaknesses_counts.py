@@ -23,6 +23,8 @@ from .side_by_side import (
     upstream,
 )
 
+# engines by the dozen
+pytestmark = pytest.mark.slow
 # a prompt of 40 tokens and two decode steps
 STEPS = 3
 PROMPT = 40

@@ -130,6 +130,7 @@ def _changed(eager: np.ndarray, graph: np.ndarray) -> np.ndarray:
     )
 
 
+@pytest.mark.slow
 def test_a_padded_graph_writes_nothing_but_its_rows() -> None:
     """Upstream: the fused operator leaves slots of longer steps past the tokens of this one."""
     with upstream():
@@ -143,6 +144,7 @@ def test_a_padded_graph_writes_nothing_but_its_rows() -> None:
         assert len(_changed(eager, graph)) == 0 and padded_tokens == tokens
 
 
+@pytest.mark.slow
 def test_graphs_find_a_step_s_tensors_where_they_were() -> None:
     """Upstream: the slots of #7367 lie elsewhere in each step, a graph reads those of its own."""
     tree = TREES["pr7367"]
@@ -248,6 +250,7 @@ def _everything(**features: Any) -> list[list[int]]:
     return make_engine(**features).generate(jobs)
 
 
+@pytest.mark.slow
 def test_all_features_together() -> None:
     """Upstream: its recipe turns graphs, prefix hits, chunks and the overlap schedule off."""
     from tests.fakes.driver import Job

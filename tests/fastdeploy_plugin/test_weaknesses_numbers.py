@@ -25,6 +25,8 @@ from .side_by_side import (
     upstream,
 )
 
+# engines by the dozen
+pytestmark = pytest.mark.slow
 CHUNK = 64
 
 
@@ -48,6 +50,13 @@ def test_later_chunks_see_the_earlier_ones(tree: str) -> None:
         assert _chunked(100, None) == whole
         assert _chunked(100, CHUNK) == whole
     assert cut != whole
+
+
+def test_chunks_choose_among_all_keys() -> None:
+    """With fewer keys chosen than there are, a chunk's tokens choose as in one piece."""
+    with ours():
+        whole = _chunked(100, None, index_topk=16)
+        assert _chunked(100, CHUNK, index_topk=16) == whole
 
 
 def test_a_cached_prefix_counts_as_seen() -> None:
@@ -112,12 +121,12 @@ def _index_keys() -> tuple[np.ndarray, dict[tuple[str, str], np.ndarray]]:
     """Layer 0's keys of a prompt from its cache, and the ways in which they may be meant."""
     engine = make_engine()
     record = record_choices(engine)
-    engine.generate([_job(prompt(30), 1)])
+    engine.generate([_job(prompt(10), 1)])
     found = record.of(0)
     from fastdeploy._fp8 import decode, index_planes
 
     codes, scales = index_planes(found.keys)
-    slots = np.arange(30)
+    slots = np.arange(10)
     block = found.tables[0][0]
     keys = decode(codes[block, slots]) * scales[block, slots][:, None]
     attention = engine.runner.model.model.layers[0].self_attn
@@ -171,6 +180,25 @@ def test_the_indexer_s_rotation_pairs_halves_for_deepseek() -> None:
     # for comparisons
     with ours(FD_DSA_INDEXER_ROPE_INTERLEAVE="1"):
         assert _closest(*_index_keys()) == ("layer", "neighbours")
+
+
+def _first_positions(**overrides: Any) -> list[list[int]]:
+    """Positions that layer 0 chooses for each token of a prompt in one piece."""
+    engine = make_engine(**overrides)
+    record = record_choices(engine)
+    engine.generate([_job(prompt(60), 1)])
+    # one block: a slot's offset is its position, as is a place among the step's keys
+    return [sorted(index % 64 for index in record.of(0).chosen(token)) for token in range(60)]
+
+
+def test_with_upstream_s_rotation_the_selection_is_upstream_s() -> None:
+    """The switch for comparisons: 12 of up to 60 keys, in their scores the same to the bit."""
+    with upstream():
+        theirs = _first_positions(index_topk=12)
+    with ours(FD_DSA_INDEXER_ROPE_INTERLEAVE="1"):
+        assert _first_positions(index_topk=12) == theirs
+    with ours():
+        assert _first_positions(index_topk=12) != theirs
 
 
 def test_the_key_norm_is_a_layer_norm_in_early_trees_too() -> None:
