@@ -22,14 +22,13 @@ class NgramProposer:
         )
 
     def run(self, share_inputs: Any, accepted: dict[int, list[int]]) -> None:
-        """Write each row's last token and its drafts; the row's next step has them all."""
-        now = host(share_inputs["seq_lens_this_time"]).reshape(-1)
+        """Write each row's last token and its drafts; a row that goes on has them all next."""
+        now = host(share_inputs["seq_lens_this_time"]).reshape(-1).copy()
         for row, tokens in accepted.items():
-            if now[row] == 0:
-                continue
             drafts = self.propose(row, tokens)[: self.num_draft_tokens]
             with writable(share_inputs["draft_tokens"]) as rows:
                 rows[row] = -1
                 rows[row, : 1 + len(drafts)] = [tokens[-1], *drafts]
-            with writable(share_inputs["seq_lens_this_time_buffer"]) as lengths:
-                lengths.reshape(-1)[row] = 1 + len(drafts)
+            if now[row]:
+                with writable(share_inputs["seq_lens_this_time_buffer"]) as lengths:
+                    lengths.reshape(-1)[row] = 1 + len(drafts)
