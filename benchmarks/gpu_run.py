@@ -37,6 +37,7 @@ BENCHMARKS = {
     "indexer_query": 90,
     "indexer_gather": 60,
     "overlap": 150,
+    "providers": 240,
 }
 """Module -> its time limit, seconds, in the order of their importance."""
 

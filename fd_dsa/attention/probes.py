@@ -18,7 +18,7 @@ from fd_dsa.triton_runtime.transfers import Transfers
 
 # relative, root mean square. FlashMLA rounds scales of the cache and weights to bfloat16; FP8
 # products on Hopper are summed with fewer bits than float32 has
-_ATTENTION_TOLERANCE, _SCORE_TOLERANCE = 1e-2, 1e-3
+_ATTENTION_TOLERANCE, _SCORE_TOLERANCE = 2e-2, 1e-3
 _BLOCKS, _KEYS, _SELECTED = 3, 100, 64
 
 
