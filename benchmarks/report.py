@@ -26,6 +26,7 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 # whole numbers of a case which are shown beside its times
 _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
 _OVERLAP_KINDS = ("graph", "eager", "graph, k_norm beside", "eager, k_norm beside")
+_MADE_BY_OTHERS = {"indexer_logits": "scores", "sparse_mla": "attention"}
 _TIMELINE = "the kernels of a layer by stream; above the whole layer, below its begin"
 _PROFILE_COLUMNS = (
     "duration",
@@ -208,6 +209,9 @@ def overlap(result: Mapping[str, Any]) -> str:
             case = own.get(kind)
             cells += [f"{case['saved']:.1%}", f"{case['hidden']:.0%}"] if case else ["", ""]
         lines.append(_row(cells))
+    serving = result.get("serving", {})
+    makers = [f"{serving.get(op, 'our kernel')} for {what}" for op, what in _MADE_BY_OTHERS.items()]
+    lines += ["", f"The layer had {' and '.join(makers)}."]
     if "threshold_tokens" in result:
         lines += [
             "",

@@ -62,6 +62,7 @@ def result() -> dict[str, Any]:
             case(512, "graph", -0.02),
             case(512, "eager", -0.004),
         ],
+        "serving": {"sparse_mla": "flash_mla"},
         "threshold_tokens": 1,
         "default_tokens": 256,
         "timeline": {"one stream": [*one, ends], "two streams": [*two, ends]},
@@ -75,6 +76,7 @@ def test_the_table_says_what_is_saved_and_hidden(tmp_path: Path) -> None:
     assert "| 1 | 8.00 | 12.5 | 3.0% | 75% | 0.0% | 0% | 3.5% | 88% |  |  |" in text
     assert "| 512 | 8.00 | 12.5 | -2.0% | -50% | -0.4% | -10% |  |  |  |  |" in text
     assert "Up to 1 tokens" in text and "the default 256" in text
+    assert "our kernel for scores and flash_mla for attention" in text
     assert "by stream" in text and "img/overlap.svg" in text
 
 
