@@ -71,9 +71,7 @@ class ThirdPartyKernels:
     def begin_step(self, step: ForwardMeta) -> None:
         """Try what has not been tried, and make what DeepGEMM needs of the step."""
         if self._pending and not self.is_capturing():
-            pending, self._pending = self._pending, []
-            for operator in pending:
-                self._try(operator)
+            self.try_packages()
         self._prepared = None
         if self._captured is not None:
             # a graph refers to these rows: there is nothing to fall back to
@@ -85,6 +83,12 @@ class ThirdPartyKernels:
                 self._prepared = step
             except Exception as error:
                 self.drop(_SCORES, error)
+
+    def try_packages(self) -> None:
+        """Import the packages that may serve and compare them with our kernels; once each."""
+        pending, self._pending = self._pending, []
+        for operator in pending:
+            self._try(operator)
 
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any, slots: Any) -> bool:
         """Fill `slots` by DeepGEMM; False if it does not serve this step."""

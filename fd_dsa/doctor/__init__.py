@@ -50,7 +50,8 @@ def examine(device: str | None = None) -> dict[str, Any]:
         `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
         `fastdeploy` (see `Fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
         Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
-        `run_checks`), `healthy`.
+        `run_checks`), `third_party` (a list; see `third_party.facts`; it has no part in `healthy`
+        either), `healthy`.
 
     Raises:
         BackendUnavailable: Paddle, Triton or the device that was asked for is not there.
@@ -58,6 +59,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
     facts = environment.facts()
     device = environment.device_to_check(device)
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
+    from fd_dsa.doctor import third_party
     from fd_dsa.doctor.fastdeploy import examination
     from fd_dsa.doctor.self_check import run_checks
     from fd_dsa.triton_runtime import INTERPRETING
@@ -73,6 +75,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "kernels": "interpreted" if INTERPRETING else "compiled",
         "note": environment.not_checked(device, facts["gpu"], INTERPRETING),
         "checks": checks,
+        "third_party": third_party.facts(device),
         "healthy": all(check["passed"] for check in checks),
     }
 
@@ -81,6 +84,7 @@ def as_text(found: dict[str, Any]) -> str:
     """The report for a person."""
     # its imports read no package that may be missing; the others of this room do
     from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
+    from fd_dsa.doctor.third_party import as_lines as third_party_lines
 
     packages = ", ".join(f"{name} {v or 'not installed'}" for name, v in found["packages"].items())
     gpu = found["gpu"]
@@ -102,6 +106,7 @@ def as_text(found: dict[str, Any]) -> str:
         )
         if check["detail"]:
             lines.append(f"    {check['detail']}")
+    lines += ["", *third_party_lines(found["third_party"])]
     if found["note"]:
         lines += ["", found["note"]]
     lines += ["", "healthy" if found["healthy"] else "NOT healthy: see what FAILED above"]
