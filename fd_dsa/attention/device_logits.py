@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops._copy import copy_rows
 from fd_dsa.ops.indexer_gather.triton_kernel import gather_indexer_keys
@@ -18,6 +20,7 @@ from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
 from fd_dsa.ops.topk.triton_kernel import select_slots
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate
+from fd_dsa.triton_runtime.transfers import Transfers
 
 _GATHERED_BYTES = 64 << 20
 """Most memory for the gathered keys of a step's prompts; longer ones are scored in their pages."""
@@ -152,6 +155,18 @@ class DeepGemmScores:
         # rows that hold something: at first anything
         self._used_rows = tokens
         self._chunks = lru_cache(maxsize=512)(self._make_chunks)
+
+    def compile(self, transfers: Transfers) -> None:
+        """Make a schedule of every number of rows, so that no step waits for the compiler."""
+        lengths, copied = self._rows.lengths, transfers.event()
+        ones = np.ones(lengths.shape[0], np.int32)
+        transfers.to_device(lengths, ones)
+        copied.record()
+        copied.wait()
+        rows, most = 1, lengths.shape[0]
+        while (padded := padded_rows(rows)) <= most:
+            self._gemm.schedule(lengths[:padded])
+            rows = padded + 1
 
     def prepare(self, step: ForwardMeta) -> None:
         """Make the rows and schedules of a step."""

@@ -146,13 +146,18 @@ class ThirdPartyKernels:
 
     def _start_scores(self, module: Any, probe: Probe) -> float:
         """DeepGEMM with its buffers, if the probe succeeds."""
+        logger.info(
+            "deep_gemm: compiling what is not in its cache, seconds for each of its kernels"
+        )
         gemm = deep_gemm.DeepGemm(module)
         deviation = probe.scores(gemm)
         if not gemm.reads_gathered:
             logger.info("deep_gemm scores prompts in their pages: it gives no relative scores")
-        self.scores = DeepGemmScores(
+        scores = DeepGemmScores(
             gemm, self._config, self._allocate, self._queries, self._weights, self._logits_bytes
         )
+        scores.compile(self._transfers)
+        self.scores = scores
         return deviation
 
 

@@ -69,6 +69,28 @@ def test_a_schedule_serves_all_layers(memory: KernelMemory, doubles: Install) ->
     assert launches("flash_mla_schedule") == before[1] + 1
 
 
+def test_schedules_of_all_sizes_are_compiled_before_a_step(
+    memory: KernelMemory, doubles: Install
+) -> None:
+    doubles()
+    import deep_gemm
+
+    sizes, make = [], deep_gemm.get_paged_mqa_logits_metadata
+
+    def recording(lengths: Any, *more: Any) -> Any:
+        sizes.append(lengths.shape[0])
+        return make(lengths, *more)
+
+    deep_gemm.get_paged_mqa_logits_metadata = recording
+    case = KernelCase(memory, DECODE, config={"max_num_tokens": 2100})
+    case.attention._third_party.try_packages()
+    assert set(sizes) - {1} == {32, 64, 128, 256, 512, 1024, 2048, 3072}
+    del sizes[:]
+    # one of them, however many tokens there are: 5 and 2 of padding
+    case.begin()
+    assert sizes == [32]
+
+
 def test_long_steps_in_chunks(memory: KernelMemory, doubles: Install) -> None:
     doubles()
     slots = KernelCase(memory, LONG).begin().select()
