@@ -1,7 +1,7 @@
 """Dense layers on tensors in device memory: plain Paddle operators, no wait, nothing in place.
 
-The host forms of the same functions lie beside their dispatch in `_linear.py`, `_norm.py` and
-`_rope.py`. All of them are float32.
+The host forms of the same functions lie beside their dispatch in `_linear.py` and `_norm.py`. All
+of them are float32.
 """
 
 from __future__ import annotations
@@ -33,21 +33,6 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
     """x * rsqrt(mean(x^2) + epsilon) * weight over the last axis."""
     mean_square = (x * x).mean(axis=-1, keepdim=True)
     return x * paddle.rsqrt(mean_square + epsilon) * weight
-
-
-def rope(x: Any, cos_sin: Any, *, interleaved: bool) -> Any:
-    """`x` [num_tokens, num_heads, rope_dim], rotated; pairs stay where they are."""
-    cos, sin = paddle.chunk(cos_sin.unsqueeze(1), 2, axis=-1)
-    half = x.shape[-1] // 2
-    if interleaved:
-        pairs = x.reshape([*x.shape[:-1], half, 2])
-        first, second = pairs[..., 0], pairs[..., 1]
-    else:
-        first, second = x[..., :half], x[..., half:]
-    rotated = first * cos - second * sin, second * cos + first * sin
-    if interleaved:
-        return paddle.stack(rotated, axis=-1).reshape(x.shape)
-    return paddle.concat(rotated, axis=-1)
 
 
 def joined(left: Any, right: Any) -> Any:

@@ -6,21 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops._host import as_numpy, check_values, on_device
-
-
-def rotated(x: Any, cos_sin: Any, *, interleaved: bool) -> Any:
-    """`x` rotated by the angles of its tokens: on a CPU itself, in place, on a device a new tensor.
-
-    Arguments as of `rotate_`.
-    """
-    if on_device(x):
-        # Paddle only here: the CPU form is the oracle of kernels where Paddle is not installed
-        from fd_dsa.ops import _dense
-
-        return _dense.rope(x, cos_sin, interleaved=interleaved)
-    rotate_(as_numpy(x), cos_sin, interleaved=interleaved)
-    return x
+from fd_dsa.ops._host import as_numpy, check_values
 
 
 def cos_sin_of(operator: str, position_ids: Any, cos_sin_cache: Any) -> np.ndarray:

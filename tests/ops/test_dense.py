@@ -9,7 +9,6 @@ import pytest
 from fd_dsa.ops import _dense
 from fd_dsa.ops._linear import embedding, head_linear, joined, linear, rows_at, silu_and_mul
 from fd_dsa.ops._norm import rms_norm
-from fd_dsa.ops._rope import rotated
 
 TOLERANCE = 1e-6
 
@@ -43,14 +42,6 @@ def test_norm_of_a_column_slice() -> None:
 def test_silu() -> None:
     x = np.concatenate([np.float32([[-300, 0, 300, -1]]), floats(1, 4)], axis=1)
     close(_dense.silu_and_mul(paddle.to_tensor(x)), silu_and_mul(x))
-
-
-@pytest.mark.parametrize("interleaved", [True, False])
-def test_rope_of_a_slice_of_heads(interleaved: bool) -> None:
-    q, cos_sin = floats(5, 3, 10), floats(5, 8)
-    on_device = paddle.to_tensor(q)[:, :, 2:], paddle.to_tensor(cos_sin)
-    found = _dense.rope(*on_device, interleaved=interleaved)
-    close(found, rotated(q[:, :, 2:], cos_sin, interleaved=interleaved))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
