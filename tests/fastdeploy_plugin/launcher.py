@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +74,7 @@ def launcher(
     engine: str = "fastdeploy",
     tree: trees.Tree = trees.DEVELOP,
     path: Iterable[str | Path] = (),
+    ignores_interrupts: bool = False,
 ) -> Iterator[Launcher]:
     """Run the command line in a process; `--engine` is added.
 
@@ -86,6 +88,7 @@ def launcher(
         engine: what `--engine` says.
         tree: which FastDeploy the double plays.
         path: folders in front of it on sys.path.
+        ignores_interrupts: start it as a shell without job control starts its background jobs.
     """
     model_folder = folder / "model"
     model_folder.mkdir(exist_ok=True)
@@ -111,6 +114,9 @@ def launcher(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a group of its own, as a shell gives each of its jobs
+        start_new_session=True,
+        preexec_fn=_ignore_interrupts if ignores_interrupts else None,
     )
     try:
         yield Launcher(process, dump)
@@ -120,6 +126,10 @@ def launcher(
         for pipe in (process.stdout, process.stderr):
             assert pipe is not None
             pipe.close()
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def plugin_folder(folder: Path) -> Path:

@@ -133,6 +133,14 @@ def test_later_signals_are_forwarded_too(tmp_path: Path) -> None:
         assert live.finish()[0] == 0
 
 
+def test_a_background_job_is_interrupted_like_any_other(tmp_path: Path) -> None:
+    with launcher(tmp_path, ignores_interrupts=True) as live:
+        live.ready_line()
+        assert live.dump()["ignored"] == []
+        live.process.send_signal(signal.SIGINT)
+        assert live.finish()[0] == 0
+
+
 def test_ctrl_c_of_a_terminal_does_not_reach_the_server_twice(tmp_path: Path) -> None:
     with launcher(tmp_path) as live:
         live.ready_line()
@@ -233,7 +241,8 @@ def test_a_killed_launcher_leaves_nothing_behind(tmp_path: Path, script: dict[st
         live.ready_line()
         processes = all_of(live)
         assert len(processes) == 3 and all(map(is_running, processes))
-        live.process.kill()
+        # with its whole group, as a job's owner or a container's stop would
+        os.killpg(live.process.pid, signal.SIGKILL)
         wait_until(lambda: not any(map(is_running, processes)), 40)
 
 

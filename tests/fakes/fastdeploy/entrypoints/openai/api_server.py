@@ -76,8 +76,9 @@ def main() -> None:
     for module in script.imports:
         importlib.import_module(module)
     workers = [_start_worker(script.stubborn) for _ in range(script.workers)]
+    found = started_with("fastdeploy.entrypoints.openai.api_server", workers)
     _listen_to_signals(script)
-    dump("fastdeploy.entrypoints.openai.api_server", workers)
+    _write(found)
     time.sleep(script.load_s)
     if script.exit_with is not None:
         if script.exit_with < 0:
@@ -110,19 +111,33 @@ def _listen_to_signals(script: Script) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN if name in script.ignore else end)
 
 
-def dump(module: str, workers: Sequence[int] = ()) -> None:
-    """Write what this process was started with, whole or not at all."""
-    file = os.environ.get(DUMP_VARIABLE)
-    if not file:
-        return
-    found = {
+def dump(module: str) -> None:
+    """Write what this process was started with."""
+    _write(started_with(module))
+
+
+def started_with(module: str, workers: Sequence[int] = ()) -> dict[str, Any]:
+    """What this process was started with; `ignored` are signals which it must not ignore."""
+    return {
         "module": module,
         "argv": sys.argv[1:],
         "env": dict(os.environ),
         "pid": os.getpid(),
         "session": os.getsid(0),
+        "ignored": [n for n in ("SIGINT", "SIGTERM") if _is_ignored(getattr(signal, n))],
         "workers": list(workers),
     }
+
+
+def _is_ignored(number: int) -> bool:
+    return signal.getsignal(number) == signal.SIG_IGN
+
+
+def _write(found: dict[str, Any]) -> None:
+    """Write the dump, whole or not at all, for whoever waits for it."""
+    file = os.environ.get(DUMP_VARIABLE)
+    if not file:
+        return
     part = Path(f"{file}.part")
     part.write_text(json.dumps(found), "utf-8")
     part.rename(file)
