@@ -162,6 +162,18 @@ def test_a_captured_graph_finds_the_rows_of_every_later_step(
     assert memory.get(lengths).max() == 31
 
 
+def test_a_step_leaves_no_rows_to_a_shorter_one(memory: KernelMemory, doubles: Install) -> None:
+    doubles()
+    case = KernelCase(memory, LONG).begin()
+    scores = case.attention._third_party.scores
+    assert scores is not None
+    lengths = memory.get(scores._rows.lengths)
+    # prompts have their keys gathered, the row behind them has 101 in its pages
+    assert lengths.tolist() == [1] * 33 + [101] + [1] * 30
+    case.attention.begin_step(KernelCase(memory, [(0, 100, 1)]).step)
+    assert memory.get(scores._rows.lengths).tolist() == [101] + [1] * 63
+
+
 def test_long_captures_are_left_to_our_kernel(
     memory: KernelMemory, doubles: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
