@@ -67,6 +67,12 @@ def test_a_default_port_moves_as_well(base: int) -> None:
         assert found.arguments == arguments(base + 4, base + 5, base + 6, base + 7)
 
 
+def test_a_port_that_is_taken_on_another_interface(base: int) -> None:
+    # FastDeploy's queues listen on all of them
+    with socket.create_server(("127.0.0.2", base + 1)):
+        assert choose(base, given=True).metrics == base + 2
+
+
 def test_any_port() -> None:
     found = choose(0, given=True)
     assert found.http > 0
