@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import _gpu, _packages
+from benchmarks._harness import ROOT
 from benchmarks._torch_device import register
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
@@ -329,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check and compare; returns the exit status."""
     args = _gpu.arguments(__doc__, argv)
     register()
-    found = _packages.register(args.peers, args.out / "deep_gemm_cache")
+    found = _packages.register(args.peers, ROOT / "build" / "deep_gemm_cache")
     if len(found) < 2:
         print(f"providers left out: only {found} in --peers")
         return 0
