@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ class Launcher:
 
     process: subprocess.Popen[str]
     dump_file: Path
-    _dump: dict[str, Any] = field(default_factory=dict)
 
     def dump(self) -> dict[str, Any]:
         """What the server was started with, waited for."""
@@ -90,22 +89,15 @@ def launcher(
         path: folders in front of it on sys.path.
         ignores_interrupts: start it as a shell without job control starts its background jobs.
     """
-    model_folder = folder / "model"
-    model_folder.mkdir(exist_ok=True)
-    given = [str(model_folder)] if model else []
-    plugin = plugin_folder(folder / "site")
+    (folder / "model").mkdir(exist_ok=True)
     dump = folder / "dump.json"
-    variables = environment(
-        plugin,
-        {
-            "FAKE_FASTDEPLOY_DUMP": str(dump),
-            "FAKE_FASTDEPLOY_SERVER": json.dumps(script or {}),
-            **(env or {}),
-        },
-        tree,
-        path,
-    )
+    double = {
+        "FAKE_FASTDEPLOY_DUMP": str(dump),
+        "FAKE_FASTDEPLOY_SERVER": json.dumps(script or {}),
+    }
+    variables = environment(plugin_folder(folder / "site"), {**double, **(env or {})}, tree, path)
     module = "fd_dsa.serve" if whole else "tests.fastdeploy_plugin.launcher"
+    given = [str(folder / "model")] if model else []
     process = subprocess.Popen(
         [sys.executable, "-m", module, "--engine", engine, *given, *argv],
         cwd=folder,
@@ -121,11 +113,16 @@ def launcher(
     try:
         yield Launcher(process, dump)
     finally:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdout, process.stderr):
-            assert pipe is not None
-            pipe.close()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a launcher, whatever its test did."""
+    process.kill()
+    process.wait()
+    for pipe in (process.stdout, process.stderr):
+        assert pipe is not None
+        pipe.close()
 
 
 def _ignore_interrupts() -> None:
