@@ -81,11 +81,22 @@ def padded_rows(num_rows: int) -> int:
     return max(_LEAST_ROWS, 1 << max(num_rows - 1, 0).bit_length())
 
 
-def _rows_within(num_rows: int) -> int:
-    """The largest such number that is not more, but always the smallest of all."""
+def rows_within(num_rows: int) -> int:
+    """The largest such number that is not more, but at least the smallest of all."""
     if num_rows > _ROW_STEP:
         return num_rows // _ROW_STEP * _ROW_STEP
     return max(_LEAST_ROWS, 1 << max(num_rows.bit_length() - 1, 0))
+
+
+def chunk_bounds(num_tokens: int, chunk_rows: int) -> list[tuple[int, int, int]]:
+    """First token, number of tokens and padded rows of each chunk of a step.
+
+    Args:
+        chunk_rows: tokens of a chunk but the last; a result of `rows_within`.
+    """
+    firsts = range(0, num_tokens, chunk_rows)
+    numbers = [min(chunk_rows, num_tokens - first) for first in firsts]
+    return [(f, n, padded_rows(n)) for f, n in zip(firsts, numbers, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -138,9 +149,10 @@ class DeepGemmScores:
         self._gemm, self._block_size = gemm, layout.block_size
         self._max_width = _columns(config.max_blocks_per_seq * layout.block_size)
         self._num_logits = logits_bytes // 4
-        self.max_captured = _rows_within(self._num_logits // self._max_width)
+        self.max_captured = rows_within(self._num_logits // self._max_width)
         num_chunks = -(-config.max_num_tokens // self.max_captured)
-        self._schedules = allocate((num_chunks, gemm.num_parts + 1, 2), "int32")
+        schedules = allocate((num_chunks, gemm.num_parts + 1, 2), "int32")
+        self._schedules = [schedules[index] for index in range(num_chunks)]
         self._rows = TokenRows(
             allocate((tokens,), "int32"),
             allocate((tokens, config.max_blocks_per_seq), "int32"),
@@ -252,15 +264,15 @@ class DeepGemmScores:
         """The chunks of a step; those of a short step do not depend on its longest row."""
         num_tokens, rows = step.position_ids.shape[0], self.max_captured
         if num_tokens > rows:
-            rows = _rows_within(self._num_logits // width)
+            rows = rows_within(self._num_logits // width)
         return self._chunks(num_tokens, rows)
 
     def _make_chunks(self, num_tokens: int, chunk_rows: int) -> tuple[_Chunk, ...]:
         """That many tokens, cut after `chunk_rows` each."""
         found = []
-        for index, first in enumerate(range(0, num_tokens, chunk_rows)):
-            number = min(chunk_rows, num_tokens - first)
-            own, padded = slice(first, first + number), slice(first, first + padded_rows(number))
+        bounds = chunk_bounds(num_tokens, chunk_rows)
+        for (first, number, rows), schedule in zip(bounds, self._schedules, strict=False):
+            own, padded = slice(first, first + number), slice(first, first + rows)
             found.append(
                 _Chunk(
                     first,
@@ -271,7 +283,7 @@ class DeepGemmScores:
                     self._rows.tables[padded],
                     self._rows.starts[own],
                     self._rows.ends[own],
-                    self._schedules[index],
+                    schedule,
                 )
             )
         return tuple(found)

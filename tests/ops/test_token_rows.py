@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from tests.kernel_memory import POISON, KernelMemory
-from tests.strategies import StepBatch, make_batch
+from tests.kernel_memory import POISON, KernelMemory, open_memory
+from tests.strategies import StepBatch, make_batch, step_batches
 
 POISONED = int(np.full(4, POISON, np.uint8).view(np.int32)[0])
 BLOCK = 16
@@ -23,11 +25,12 @@ def step_of(batch: StepBatch, gathers: bool) -> SimpleNamespace:
     from fd_dsa.step import StepMetadataBuilder
 
     rows, columns = batch.block_tables.shape
-    builder = StepMetadataBuilder(rows, 64, columns, BLOCK, device="numpy")
+    builder = StepMetadataBuilder(rows, 512, columns, BLOCK, device="numpy")
     meta = builder.build(*batch.inputs(), batch.num_padded_tokens)
     names = ("position_ids", "batch_id_per_token", "block_tables", "seq_lens_encoder")
-    found = {name: np.array(getattr(meta, name)) for name in (*names, "cu_seqlens_kg")}
-    return SimpleNamespace(**found | ({} if gathers else {"cu_seqlens_kg": None}))
+    starts = meta.cu_seqlens_kg if gathers else None
+    found = {name: np.array(getattr(meta, name)) for name in names}
+    return SimpleNamespace(**found, cu_seqlens_kg=starts if starts is None else np.array(starts))
 
 
 def wanted(step: Any, num_rows: int, max_length: int, max_gathered: int) -> list[tuple[Any, ...]]:
@@ -93,6 +96,22 @@ def test_every_token_is_a_row(
     rows = wanted(*arguments)
     assert fill(kernel_memory, *arguments) == rows
     assert sum(row[4] for row in rows) == num_gathered * gathers
+
+
+@pytest.mark.triton
+@settings(max_examples=20)
+@given(
+    batch=step_batches(min_rows=1, max_rows=5, max_len=40, block_size=BLOCK),
+    room=st.integers(0, 200),
+    most=st.integers(1, 80),
+    more=st.integers(0, 5),
+)
+def test_any_step(batch: StepBatch, room: int, most: int, more: int) -> None:
+    step = step_of(batch, gathers=True)
+    num_rows = len(step.position_ids) + more
+    most = min(most, step.block_tables.shape[1] * BLOCK)
+    found = fill(open_memory("interpreter"), step, num_rows, most, room)
+    assert found == wanted(step, num_rows, most, room)
 
 
 def test_lengths_stay_within_scores_and_tables(kernel_memory: KernelMemory) -> None:
