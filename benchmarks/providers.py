@@ -25,6 +25,7 @@ from fd_dsa.attention.device import DeviceAttention
 from fd_dsa.attention.device_logits import rounded_length
 from fd_dsa.ops._third_party import third_party_table
 from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
 from fd_dsa.step import StepMetadataBuilder
 
 Rows = list[tuple[int, int, int]]
@@ -296,6 +297,30 @@ def with_all_in_pages(
     scores._max_gathered = room
 
 
+def padded_heads(record: _gpu.Recorder, model: Model, heads: int) -> None:
+    """Attention of few heads: our kernel, and FlashMLA with heads of zeros beside them."""
+    mla = model.theirs._third_party.attention
+    assert mla is not None
+    for tokens in (1, 32, 128):
+        step = model.step(decode_rows(tokens, MAX_KEYS, 1))
+        slots = model.select(model.ours, step).clone()
+        q = model.q[:tokens, :heads].contiguous()
+        out = torch.empty(tokens, heads, 512, device=DEVICE, dtype=torch.bfloat16)
+        wide = torch.zeros(tokens, model.config.num_heads, 576, device=DEVICE).bfloat16()
+
+        def ours(q: Any = q, slots: Any = slots, out: Any = out) -> None:
+            scale = model.config.softmax_scale
+            attend_slots(q, model.latents, slots, out, softmax_scale=scale, kv_lora_rank=512)
+
+        def theirs(q: Any = q, slots: Any = slots, wide: Any = wide) -> Any:
+            wide[:, : q.shape[1]].copy_(q)
+            return mla.attend(wide, model.latents, slots, None)[:, : q.shape[1]]
+
+        sides = {OURS: ours, "FlashMLA, padded": theirs}
+        floor = 656 * TOPK * tokens + 2176 * tokens * heads
+        timed(record, f"attention, {heads} heads, {tokens} rows", sides, OURS, floor)
+
+
 def timed(
     record: _gpu.Recorder, case: str, sides: dict[str, Callable[[], Any]], ours: str, floor: float
 ) -> None:
@@ -324,6 +349,9 @@ def run(record: _gpu.Recorder, name: str, quick: bool) -> None:
     record.note(**{f"checks_{MODELS[name][0]}": checks, f"serving_{MODELS[name][0]}": serving})
     for case, rows in cases.items():
         compare(record, model, case, rows)
+    if MODELS[name][0] == 64:
+        for heads in (16, 32):
+            padded_heads(record, model, heads)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
