@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 BLOCK_SIZE = 64
+# more steps than the chunks of any prompt
+_PATIENCE = 200
 
 
 @dataclass(eq=False)
@@ -101,10 +103,19 @@ class Engine:
         self._ran = list(self._rows)
 
     def generate(self, jobs: Sequence[Job]) -> list[list[int]]:
-        """Greedy tokens of each job."""
+        """Greedy tokens of each job.
+
+        Raises:
+            RuntimeError: no token came in many steps, so none will.
+        """
         waiting = list(jobs)
+        made, idle = 0, 0
         while waiting or any(self._rows):
             self.step(waiting)
+            idle = 0 if made < sum(len(job.output) for job in jobs) else idle + 1
+            made = sum(len(job.output) for job in jobs)
+            if idle > _PATIENCE:
+                raise RuntimeError(f"no token in {idle} steps; {len(waiting)} jobs wait")
         return [job.output for job in jobs]
 
     def step(self, waiting: list[Job]) -> None:

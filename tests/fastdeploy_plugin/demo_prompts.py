@@ -1,4 +1,4 @@
-"""Prompts for the demo model, and what Hugging Face answers: tests/data/fastdeploy/demo_tokens.json.
+"""Prompts for the demo model; Hugging Face answers: tests/data/fastdeploy/demo_tokens.json.
 
 The demo model's logits leave no doubt about an answer that it knows: the best token leads by
 several units, where an fp8_ds_mla cache moves a logit by a few tenths. Answers end where the lead

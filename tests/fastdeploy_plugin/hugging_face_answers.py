@@ -50,7 +50,7 @@ def main() -> int:
         token_ids = tokenizer.apply_chat_template([{"role": "user", "content": text}])
         tokens = answer(model, token_ids)
         prompts[name] = {"token_ids": token_ids, "answer": tokens}
-        print(f"{name}: {len(token_ids)} tokens, answer {tokenizer.decode(tokens)!r}, {len(tokens)}")
+        print(f"{name}: {len(token_ids)} tokens, {len(tokens)} more: {tokenizer.decode(tokens)!r}")
     made_by = f"torch {version('torch')}, transformers {version('transformers')}"
     FILE.parent.mkdir(parents=True, exist_ok=True)
     FILE.write_text(json.dumps({"made_by": made_by, "prompts": prompts}) + "\n", "utf-8")

@@ -25,6 +25,7 @@ class Step:
     Attributes:
         launched, tokens: what the step was launched for, and what its rows hold.
         lengths: int32 [3, rows]: encoder, decoder, this_time.
+        tables: int32 [rows or more, M]; block tables.
         forward_meta: of the step.
         position_ids, slot_mapping: its fields, as they were.
         with_graph: whether it ran as a graph.
@@ -33,6 +34,7 @@ class Step:
     launched: int
     tokens: int
     lengths: np.ndarray
+    tables: np.ndarray
     forward_meta: Any
     position_ids: np.ndarray
     slot_mapping: np.ndarray
@@ -98,6 +100,7 @@ def watch_steps(engine: Any) -> Watch:
                 launched=meta.ids_remove_padding.shape[0],
                 tokens=int(lengths[2].sum()),
                 lengths=lengths,
+                tables=tables,
                 forward_meta=meta,
                 position_ids=host(meta.position_ids).copy(),
                 slot_mapping=host(meta.slot_mapping).copy(),

@@ -1,0 +1,171 @@
+"""Steps as FastDeploy's runner makes them, one after the other, with our plug-in in between."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.fakes.trees import DEVELOP, TREES
+from tests.fastdeploy_plugin.side_by_side import generate, make_engine, ours, prompt
+from tests.fastdeploy_plugin.watching import watch_steps
+
+SERVED = ["early", "pr7367", "develop"]
+
+
+def job(*args: Any, **how: Any) -> Any:
+    from tests.fakes.driver import Job
+
+    return Job(*args, **how)
+
+
+def expected_slots(step: Any) -> list[int]:
+    """Slots of a step's tokens in order."""
+    return [
+        int(step.tables[row, position // 64]) * 64 + position % 64
+        for row, (start, count) in enumerate(zip(*step.lengths[1:], strict=True))
+        for position in range(start, start + count)
+    ]
+
+
+@pytest.mark.parametrize("tree", SERVED)
+def test_a_step_is_a_new_object_over_buffers_that_stay(tree: str) -> None:
+    """A long step, a short one, a longer one: `copy_` adopts shapes, addresses stay."""
+    with ours(TREES[tree]):
+        engine = make_engine()
+        watch = watch_steps(engine)
+        shapes = []
+
+        def note(*_: Any) -> None:
+            meta = engine.runner.forward_meta
+            shapes.append([meta.batch_id_per_token.shape[0], meta.cu_seqlens_q.shape[0]])
+
+        engine.runner.model.register_forward_post_hook(note)
+        engine.generate([job(prompt(40), 3), job(prompt(9, 1), 5, start_at=2)])
+    steps = watch.steps
+    assert [step.tokens for step in steps] == [40, 1, 10, 1, 1, 1, 1]
+    assert [shape[0] for shape in shapes] == [step.launched for step in steps]
+    assert {shape[1] for shape in shapes} == {2, 3}
+    assert len({id(step.forward_meta) for step in steps}) == len(steps)
+    for name in ("position_ids", "slot_mapping", "ids_remove_padding", "block_tables"):
+        tensors = [getattr(step.forward_meta, name) for step in steps]
+        assert len({tensor.data_ptr() for tensor in tensors}) == 1, name
+    assert watch.trespasses == []
+
+
+def test_slots_follow_a_table_that_changes_under_a_decode_row() -> None:
+    """The scheduler moves a row's block: the next step reads and writes where it lies now."""
+    with ours():
+        expected = generate(job(prompt(70), 6))[0]
+        engine = make_engine()
+        watch = watch_steps(engine)
+        moving, waiting = job(prompt(70), 6), []
+        waiting.append(moving)
+        for _ in range(3):
+            engine.step(waiting)
+        _move_block(engine, moving)
+        while moving.row >= 0:
+            engine.step([])
+        assert moving.output == expected
+        assert watch.trespasses == []
+
+
+def _move_block(engine: Any, moving: Any) -> None:
+    """Put a row's first block somewhere else; what it leaves is not to be read again."""
+    from fastdeploy._arrays import writable
+    from fastdeploy.engine.request import Request, RequestType
+
+    old, new = moving.blocks[0], 23
+    assert new not in moving.blocks
+    for cache in engine.runner.share_inputs["caches"]:
+        with writable(cache) as values:
+            values[new], values[old] = values[old], 0xFF
+    moving.blocks[0] = new
+    task = Request(moving.row, RequestType.DECODE, block_tables=list(moving.blocks))
+    engine.worker.preprocess_new_task([task], 1)
+
+
+@pytest.mark.parametrize("tree", SERVED)
+def test_rows_come_and_go_around_a_row_that_stays(tree: str) -> None:
+    """Idle rows in the middle, preempted ones, and prompts beside decode rows."""
+    with ours(TREES[tree]):
+        alone = [generate(job(prompt(n, n), 8))[0] for n in (20, 33, 70)]
+        engine = make_engine()
+        watch = watch_steps(engine)
+        together = engine.generate(
+            [
+                job(prompt(20, 20), 8, preempt_at=(2, 5)),
+                job(prompt(33, 33), 8, chunk=8),
+                job(prompt(70, 70), 8, start_at=3, preempt_at=(1,)),
+            ]
+        )
+    assert together == alone
+    assert {"mixed", "later chunk", "idle row between others"} <= watch.kinds()
+    for step in watch.steps:
+        assert step.slot_mapping.tolist() == expected_slots(step)
+    assert watch.trespasses == []
+
+
+def test_more_tokens_are_launched_than_there_are() -> None:
+    """The overlap schedule predicts a decode step's tokens; a row may have stopped meanwhile."""
+    with ours():
+        jobs = [(prompt(30), 9), (prompt(21, 1), 3), (prompt(12, 2), 5)]
+        alone = [generate(job(*one))[0] for one in jobs]
+        engine = make_engine(enable_overlap_schedule=True)
+        watch = watch_steps(engine)
+        assert engine.generate([job(*one) for one in jobs]) == alone
+    surplus = [step for step in watch.steps if step.launched > step.tokens]
+    assert [step.launched - step.tokens for step in surplus] == [1, 1]
+    for step in surplus:
+        assert step.position_ids[step.tokens :].tolist() == [0]
+        assert step.slot_mapping[step.tokens :].tolist() == [-1]
+    assert watch.trespasses == []
+
+
+@pytest.mark.parametrize("expert_parallel_size", [1, 2])
+@pytest.mark.parametrize("overlap", [False, True], ids=["normal", "overlap"])
+def test_a_step_without_tokens(expert_parallel_size: int, overlap: bool) -> None:
+    """All rows wait for blocks; a rank of experts runs those of others meanwhile."""
+    with ours():
+        expected = generate(job(prompt(62), 6))[0]
+        engine = make_engine(
+            expert_parallel_size=expert_parallel_size, enable_overlap_schedule=overlap
+        )
+        empty, called = [], []
+        model = engine.runner.model
+        original = model.empty_input_forward
+        model.empty_input_forward = lambda meta: (called.append(meta), original(meta))
+        finish = engine.runner._execute
+
+        def execute() -> None:
+            if not engine.runner.not_need_stop():
+                empty.append(engine.runner.forward_meta)
+            finish()
+
+        engine.runner._execute = execute
+        assert engine.generate([job(prompt(62), 6, late_blocks=3)])[0] == expected
+    assert len(empty) >= 2
+    assert all(meta.fd_dsa_step is not None for meta in empty)
+    if not overlap:
+        assert all(meta.is_zero_size and meta.slot_mapping.shape == [0] for meta in empty)
+    assert called == (empty if expert_parallel_size > 1 else [])
+
+
+def test_both_meanings_of_key_sums_give_the_same() -> None:
+    """`cu_seqlens_k` of this step's tokens, and of all keys: we read neither."""
+    outputs, sums = [], []
+    for tree in (TREES["pr7367"], DEVELOP):
+        with ours(tree):
+            engine = make_engine()
+            mixed = []
+
+            def note(*_: Any, engine: Any = engine, mixed: Any = mixed) -> None:
+                mixed.append(engine.runner.forward_meta.cu_seqlens_k.numpy().copy())
+
+            engine.runner.model.register_forward_post_hook(note)
+            jobs = [job(prompt(40), 5), job(prompt(70, 1), 4, chunk=32, start_at=2)]
+            outputs.append(engine.generate(jobs))
+            sums.append(mixed)
+    assert outputs[0] == outputs[1]
+    assert any(not np.array_equal(a, b) for a, b in zip(*sums, strict=True))
