@@ -125,7 +125,7 @@ def test_older_names_of_the_scope(packages: None, monkeypatch: pytest.MonkeyPatc
     assert load("kernels_a", paddle.zeros([1])).relu is paddle.nn.functional.relu
     monkeypatch.delattr(paddle.compat, "enable_torch_proxy")
     monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if f not in finders()])
-    with pytest.raises(BackendUnavailable, match="kernels_b: Paddle .* cannot pose"):
+    with pytest.raises(BackendUnavailable, match=r"kernels_b: Paddle .* cannot pose"):
         load("kernels_b", paddle.zeros([1]))
 
 
