@@ -18,6 +18,7 @@ from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
 from fd_dsa.triton_runtime.driver import cuda
 
 _PORTABLE = 1
+_RELAXED = 2
 NO_TIMING = 2
 
 
@@ -80,7 +81,7 @@ class CudaTransfers(Transfers):
         size = ctypes.c_size_t(max(num_bytes, 1))
         self.call("cuMemHostAlloc", ctypes.byref(address), size, ctypes.c_uint(_PORTABLE))
         memory = (ctypes.c_uint8 * num_bytes).from_address(address.value or 0)
-        weakref.finalize(memory, _library().cuMemFreeHost, address)
+        weakref.finalize(memory, _give_back, "cuMemFreeHost", address)
         buffer = np.frombuffer(memory, np.uint8)
         buffer.fill(0)
         return buffer
@@ -135,7 +136,7 @@ class _CudaEvent(Event):
         self._transfers = transfers
         self._handle = ctypes.c_void_p()
         transfers.call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(NO_TIMING))
-        weakref.finalize(self, _library().cuEventDestroy_v2, self._handle)
+        weakref.finalize(self, _give_back, "cuEventDestroy_v2", self._handle)
 
     def record(self) -> None:
         self._transfers.call("cuEventRecord", self._handle, self._transfers.stream())
@@ -145,6 +146,15 @@ class _CudaEvent(Event):
 
     def wait(self) -> None:
         self._transfers.call("cuEventSynchronize", self._handle)
+
+
+def _give_back(function: str, handle: ctypes.c_void_p) -> None:
+    """Call what frees `handle`; the collector may do so while a graph is being captured."""
+    library, mode = _library(), ctypes.c_int(_RELAXED)
+    # in any other mode of this thread freeing would end captures, also those of other libraries
+    library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    getattr(library, function)(handle)
+    library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 def transfers_for(tensor: Any) -> Transfers:

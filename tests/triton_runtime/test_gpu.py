@@ -14,6 +14,7 @@ import pytest
 
 from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.triton_runtime.transfers import transfers_for
 
 import triton
 import triton.language as tl
@@ -154,6 +155,21 @@ def test_capture_by_torch() -> None:
         out.fill_(-1)
         graph.replay()
         assert (out[:500] == 7).all() and (out[500:] == 5).all()
+
+
+def test_what_is_given_back_during_a_capture_does_not_end_it() -> None:
+    x = torch.zeros(4, device="cuda")
+    transfers = transfers_for(x)
+    owned = [transfers.host_buffer(1 << 20), transfers.event()]
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    # the mode in which any thread's unsafe call ends the capture
+    with torch.cuda.graph(graph, capture_error_mode="global"):
+        x.add_(1)
+        owned.clear()
+        x.add_(1)
+    graph.replay()
+    assert x.tolist() == [2.0] * 4
 
 
 def test_capture_by_the_driver() -> None:
