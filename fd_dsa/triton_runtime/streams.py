@@ -13,7 +13,7 @@ from typing import Any
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
 from fd_dsa.triton_runtime.driver import cuda
-from fd_dsa.triton_runtime.transfers import NO_TIMING
+from fd_dsa.triton_runtime.transfers import NO_TIMING, transfers_for
 
 _RECORD, _WAIT = "cuEventRecord", "cuStreamWaitEvent"
 _NO_FLAGS = ctypes.c_uint(0)
@@ -90,6 +90,17 @@ def side_stream_for(tensor: Any) -> SideStream | None:
         return None
     api = api_for_type(type(tensor))
     return _side_stream(api, api.device_of(tensor))
+
+
+def is_capturing(tensor: Any) -> bool:
+    """True while the current stream of a tensor's device is captured into a graph.
+
+    One driver call. False where kernels are interpreted, of whatever the tensor is.
+
+    Raises:
+        BackendUnavailable: no library is known for its type, or no CUDA driver is found.
+    """
+    return not INTERPRETING and transfers_for(tensor).is_capturing()
 
 
 @cache

@@ -16,7 +16,12 @@ _NAME = "project_indexer"
 
 
 def project_indexer(
-    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any] | None = None
+    hidden_states: Any,
+    wk: Any,
+    weights_proj: Any,
+    out: tuple[Any, Any] | None = None,
+    *,
+    scratch: Any = None,
 ) -> tuple[Any, Any]:
     """Index keys and head weights of a step's tokens; one launch on a device.
 
@@ -24,7 +29,11 @@ def project_indexer(
 
     Sums are float32, and the head weights stay so. The launch goes to the current stream; a product
     of Paddle goes to the stream that its cuBLAS handle was made on, which a fork does not change
-    (PaddlePaddle/Paddle #79155). It makes nothing but its results.
+    (PaddlePaddle/Paddle #79155). It makes nothing but its results; the same inputs give the same bits.
+
+    Launches of few tokens share scratch memory, one a device, so one must end before the next
+    begins: on one stream, or on two with a join in between. Two at the same time, or graphs that
+    are replayed at the same time, need a `scratch` each.
 
     Args:
         hidden_states: float32, on a device also bfloat16, [num_tokens, hidden_size]; may be a
@@ -33,6 +42,8 @@ def project_indexer(
         weights_proj: of the same dtype, [hidden_size, index_n_heads]. Both may be column slices,
             as of one parameter.
         out: where to write the two results, on a device contiguous; None allocates.
+        scratch: on a device memory of `scratch.new_scratch`; None is the device's own, made by
+            the first launch outside of a capture.
 
     Returns:
         index_k [num_tokens, index_head_dim] of the dtype of the hidden states, as `write_caches`
@@ -58,7 +69,9 @@ def project_indexer(
         check_array(_NAME, "out[0]", out[0], (num_tokens, wk.shape[1]), same)
         check_array(_NAME, "out[1]", out[1], (num_tokens, weights_proj.shape[1]), ("float32",))
     if chosen == TRITON:
-        from fd_dsa.ops.indexer_projection import triton_kernel as provider
-    else:
-        from fd_dsa.ops.indexer_projection import paddle_impl as provider
-    return provider.project_indexer(hidden_states, wk, weights_proj, out)
+        from fd_dsa.ops.indexer_projection import triton_kernel
+
+        return triton_kernel.project_indexer(hidden_states, wk, weights_proj, out, scratch)
+    from fd_dsa.ops.indexer_projection import paddle_impl
+
+    return paddle_impl.project_indexer(hidden_states, wk, weights_proj, out)

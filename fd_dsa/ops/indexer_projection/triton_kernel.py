@@ -1,8 +1,11 @@
 """Projections of the indexer on a device: both products in one launch.
 
-Few tokens make this a read of the weights, 192 columns of them in V3.2. Columns are cut finely, so
-that a dozen programs read at once, and each sums over the whole hidden size: no second pass, no
-scratch memory, and the same bits every time. It leaves most of the device to a product beside it.
+Few tokens make this a read of the weights, 192 columns of them in V3.2, so the sum over the hidden
+size is split among programs until they fill the device. Each leaves its part in scratch memory,
+and the last of a tile to arrive adds all parts in the order of the hidden size: which one that is
+never changes a bit. Many tokens fill the device unsplit.
+
+Source: the count of arrivals, CUDA samples `threadFenceReduction`.
 """
 
 from __future__ import annotations
@@ -12,30 +15,44 @@ from typing import Any
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._triton import stored_values
 from fd_dsa.ops._triton_fp8 import stored
+from fd_dsa.ops.indexer_projection.scratch import NUM_COUNTERS, NUM_PARTIALS, scratch_beside
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _NAME = "project_indexer"
-# BLOCK_TOKENS, _COLUMNS and _HIDDEN, num_warps, num_stages: what benchmarks/overlap.py times
-CANDIDATES = (
-    *((16, 16, 128, 4, 4), (16, 16, 256, 4, 4), (16, 16, 256, 8, 4), (16, 16, 512, 8, 3)),
-    *((16, 32, 256, 4, 4), (32, 32, 128, 4, 4), (32, 32, 256, 8, 3), (64, 32, 128, 4, 4)),
-    *((64, 64, 64, 4, 5), (64, 64, 128, 8, 3), (128, 64, 64, 8, 4)),
+Tiling = tuple[int, int, int, int, int, int]
+# BLOCK_TOKENS, _COLUMNS and _HIDDEN, programs that share the hidden size, num_warps, num_stages:
+# what benchmarks/overlap.py times, for few tokens and for many
+SPLIT = (
+    *((16, 16, 256, 28, 4, 2), (16, 32, 256, 28, 4, 2), (16, 64, 256, 28, 4, 2)),
+    *((16, 32, 256, 14, 4, 2), (16, 32, 128, 56, 4, 2), (32, 32, 256, 28, 4, 2)),
+    *((32, 32, 256, 28, 8, 2), (32, 32, 256, 14, 4, 2), (64, 32, 256, 14, 4, 2)),
+    *((64, 32, 128, 14, 4, 4), (64, 64, 256, 28, 4, 2), (64, 64, 256, 14, 8, 2)),
+    *((64, 32, 128, 7, 4, 4), (64, 64, 128, 7, 4, 4)),
 )
+WHOLE = (64, 32, 128, 1, 4, 4), (64, 64, 64, 1, 4, 5), (128, 64, 64, 1, 8, 4)
+CANDIDATES: tuple[Tiling, ...] = (*SPLIT, *WHOLE)
+MOST_SPLIT_TOKENS = 512
 
 
-def configuration(num_tokens: int) -> tuple[int, int, int, int, int]:
+def configuration(num_tokens: int) -> Tiling:
     """One of CANDIDATES for this many tokens, in bfloat16."""
+    if num_tokens <= 16:
+        return 16, 32, 256, 28, 4, 2
     if num_tokens <= 64:
-        return 16, 16, 256, 4, 4
-    return (32, 32, 128, 4, 4) if num_tokens <= 256 else (64, 64, 64, 4, 5)
+        return (32, 32, 256, 28, 8, 2) if num_tokens <= 32 else (32, 32, 256, 14, 4, 2)
+    if num_tokens <= 256:
+        return (64, 32, 256, 14, 4, 2) if num_tokens <= 128 else (64, 32, 128, 7, 4, 4)
+    if num_tokens <= MOST_SPLIT_TOKENS:
+        return 64, 64, 128, 7, 4, 4
+    return (64, 32, 128, 1, 4, 4) if num_tokens <= 1024 else (64, 64, 64, 1, 4, 5)
 
 
 @paddle_jit(
     do_not_specialize=("num_tokens",),
-    contiguous=("index_k_ptr", "weights_ptr"),
+    contiguous=("index_k_ptr", "weights_ptr", "scratch_ptr"),
 )
 def project_indexer_kernel(
     hidden_ptr,
@@ -46,16 +63,24 @@ def project_indexer_kernel(
     weights_proj_stride,
     index_k_ptr,
     weights_ptr,
+    scratch_ptr,
     num_tokens,
     HIDDEN: tl.constexpr,
     WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
     WIDE: tl.constexpr,
+    COUNTERS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
+    STEPS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """See `project_indexer`; the second axis of the grid is the columns of wk, then the heads."""
+    """See `project_indexer`; the second axis of the grid is the columns of wk, then the heads.
+
+    The third is the parts of the hidden size, STEPS tiles each. `scratch_ptr`: one counter a tile
+    of the result, zero before and after, then SPLITS tiles of float32 sums for each.
+    """
     key_tiles: tl.constexpr = (WIDTH + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     tile = tl.program_id(1)
     is_key = tile < key_tiles
@@ -64,15 +89,17 @@ def project_indexer_kernel(
     else:
         weight_ptr, weight_stride, columns = weights_proj_ptr, weights_proj_stride, HEADS
         tile -= key_tiles
-    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    in_tile = tl.arange(0, BLOCK_TOKENS)
+    token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + in_tile
     column = tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     live, inside = (token < num_tokens)[:, None], (column < columns)[None, :]
     hidden = hidden_ptr + token[:, None] * hidden_stride
     weight = weight_ptr + column[None, :]
+    begin = tl.program_id(2) * (STEPS * BLOCK_HIDDEN)
     total = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32)
-    for first in range(0, HIDDEN, BLOCK_HIDDEN):
-        row = first + tl.arange(0, BLOCK_HIDDEN)
-        if HIDDEN % BLOCK_HIDDEN == 0:
+    for step in range(STEPS):
+        row = begin + step * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+        if HIDDEN % (SPLITS * STEPS * BLOCK_HIDDEN) == 0:
             x = tl.load(hidden + row[None, :], mask=live, other=0.0)
             w = tl.load(weight + row[:, None] * weight_stride, mask=inside, other=0.0)
         else:
@@ -83,29 +110,53 @@ def project_indexer_kernel(
         x, w = stored_values(x, WIDE), stored_values(w, WIDE)
         total = tl.dot(x, w, acc=total, input_precision="ieee")
     mask = live & inside
-    if is_key:
-        out = index_k_ptr + token[:, None] * WIDTH + column[None, :]
-        tl.store(out, stored(total, index_k_ptr), mask=mask)
-    else:
-        tl.store(weights_ptr + token[:, None] * HEADS + column[None, :], total, mask=mask)
+    last = True
+    if SPLITS > 1:
+        counter = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        size: tl.constexpr = BLOCK_TOKENS * BLOCK_COLUMNS
+        part = scratch_ptr + COUNTERS + counter * (SPLITS * size)
+        part += in_tile[:, None] * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+        tl.store(part + tl.program_id(2) * size, total, mask=mask)
+        # all threads have stored before one of them tells the other programs
+        tl.debug_barrier()
+        arrived = tl.atomic_add(scratch_ptr + counter, 1.0, sem="acq_rel")
+        last = arrived == SPLITS - 1
+        if last:
+            total = tl.zeros([BLOCK_TOKENS, BLOCK_COLUMNS], tl.float32)
+            for split in tl.static_range(SPLITS):
+                # past the L1, which other programs' stores do not reach
+                total += tl.load(part + split * size, mask=mask, other=0.0, cache_modifier=".cg")
+            tl.store(scratch_ptr + counter, 0.0)
+    if last:
+        if is_key:
+            out = index_k_ptr + token[:, None] * WIDTH + column[None, :]
+            tl.store(out, stored(total, index_k_ptr), mask=mask)
+        else:
+            tl.store(weights_ptr + token[:, None] * HEADS + column[None, :], total, mask=mask)
 
 
 def project_indexer(
-    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any] | None
+    hidden_states: Any,
+    wk: Any,
+    weights_proj: Any,
+    out: tuple[Any, Any] | None,
+    scratch: Any = None,
 ) -> tuple[Any, Any]:
     """See `fd_dsa.ops.indexer_projection.project_indexer`."""
     if out is None:
         out = _allocated(hidden_states, wk.shape[1], weights_proj.shape[1])
-    arguments = kernel_arguments(hidden_states, wk, weights_proj, out)
-    if arguments["num_tokens"]:
-        tiling = configuration(arguments["num_tokens"])
-        grid, options = launch_options(arguments, tiling)
+    num_tokens = hidden_states.shape[0]
+    if num_tokens:
+        if scratch is None and num_tokens <= MOST_SPLIT_TOKENS:
+            scratch = scratch_beside(out[1])
+        arguments = kernel_arguments(hidden_states, wk, weights_proj, out, scratch)
+        grid, options = launch_options(arguments, configuration(num_tokens))
         project_indexer_kernel[grid](**arguments, **options)
     return out
 
 
 def kernel_arguments(
-    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any]
+    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any], scratch: Any
 ) -> dict[str, Any]:
     """Arguments of `project_indexer_kernel` by name, but for its tiling.
 
@@ -128,32 +179,44 @@ def kernel_arguments(
         "weights_proj_stride": strides["weights_proj"],
         "index_k_ptr": out[0],
         "weights_ptr": out[1],
+        "scratch_ptr": scratch,
         "num_tokens": hidden_states.shape[0],
         "HIDDEN": hidden_states.shape[1],
         "WIDTH": wk.shape[1],
         "HEADS": weights_proj.shape[1],
         "WIDE": tl.bfloat16 if bfloat16 else tl.float32,
+        "COUNTERS": NUM_COUNTERS,
     }
 
 
 def launch_options(
-    arguments: dict[str, Any], tiling: tuple[int, int, int, int, int]
-) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and tile sizes of a launch with one of CANDIDATES."""
-    tokens, columns, hidden, num_warps, num_stages = tiling
+    arguments: dict[str, Any], tiling: Tiling
+) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid and tile sizes of a launch with one of CANDIDATES; without scratch memory unsplit."""
+    tokens, columns, hidden, splits, num_warps, num_stages = tiling
     if arguments["WIDE"] is tl.float32:
         # products without tensor cores keep a whole tile in registers
         tokens, columns, hidden = min(tokens, 32), min(columns, 32), 32
     hidden = min(hidden, max(16, triton.next_power_of_2(arguments["HIDDEN"])))
     tiles = -(-arguments["WIDTH"] // columns) + -(-arguments["HEADS"] // columns)
+    token_tiles = -(-arguments["num_tokens"] // tokens)
+    most = NUM_PARTIALS // (token_tiles * tiles * tokens * columns)
+    if arguments["scratch_ptr"] is None or token_tiles * tiles > NUM_COUNTERS:
+        most = 1
+    steps = -(-arguments["HIDDEN"] // hidden)
+    # every split has work
+    steps_each = -(-steps // max(1, min(splits, most)))
+    splits = -(-steps // steps_each)
     options = {
         "BLOCK_TOKENS": tokens,
         "BLOCK_COLUMNS": columns,
         "BLOCK_HIDDEN": hidden,
+        "STEPS": steps_each,
+        "SPLITS": splits,
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
-    return (-(-arguments["num_tokens"] // tokens), tiles), options
+    return (token_tiles, tiles, splits), options
 
 
 def _allocated(hidden_states: Any, width: int, heads: int) -> tuple[Any, Any]:
