@@ -90,8 +90,8 @@ def _move_block(engine: Any, moving: Any) -> None:
 def test_rows_come_and_go_around_a_row_that_stays(tree: str) -> None:
     """Idle rows in the middle, preempted ones, and prompts beside decode rows."""
     with ours(TREES[tree]):
-        alone = [generate(job(prompt(n, n), 8))[0] for n in (20, 33, 70)]
         engine = make_engine()
+        alone = [engine.generate([job(prompt(n, n), 8)])[0] for n in (20, 33, 70)]
         watch = watch_steps(engine)
         together = engine.generate(
             [
@@ -111,8 +111,8 @@ def test_more_tokens_are_launched_than_there_are() -> None:
     """The overlap schedule predicts a decode step's tokens; a row may have stopped meanwhile."""
     with ours():
         jobs = [(prompt(30), 9), (prompt(21, 1), 3), (prompt(12, 2), 5)]
-        alone = [generate(job(*one))[0] for one in jobs]
         engine = make_engine(enable_overlap_schedule=True)
+        alone = [engine.generate([job(*one)])[0] for one in jobs]
         watch = watch_steps(engine)
         assert engine.generate([job(*one) for one in jobs]) == alone
     surplus = [step for step in watch.steps if step.launched > step.tokens]

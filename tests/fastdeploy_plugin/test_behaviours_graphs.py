@@ -1,0 +1,129 @@
+"""Dummy runs, captures and padded replays in the double's runner, and what a step costs there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.fakes.trees import TREES
+from tests.fastdeploy_plugin.side_by_side import NUM_LAYERS, make_engine, ours, prompt
+from tests.fastdeploy_plugin.watching import watch_steps
+
+SERVED = ["early", "pr7367", "develop"]
+GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [6, 4, 1]}
+ROWS = {"max_num_seqs": 6, "enable_overlap_schedule": False}
+
+
+def job(*args: Any, **how: Any) -> Any:
+    from tests.fakes.driver import Job
+
+    return Job(*args, **how)
+
+
+def graphs_of(engine: Any) -> Any:
+    return engine.runner.model.model.graph_opt_backend.cudagraphs
+
+
+def jobs(count: int) -> list[Any]:
+    """Rows of other lengths, which stop after other numbers of tokens."""
+    return [job(prompt(20 + 11 * n, n), 4 + n) for n in range(count)]
+
+
+def one_by_one(several: list[Any]) -> list[list[int]]:
+    """Eager answers without any other row."""
+    engine = make_engine(**ROWS)
+    return [engine.generate([one])[0] for one in several]
+
+
+@pytest.mark.parametrize("tree", SERVED)
+def test_a_dummy_run_is_one_prompt_step_then_decode_steps(tree: str) -> None:
+    with ours(TREES[tree]):
+        engine = make_engine(**ROWS)
+        watch = watch_steps(engine)
+        engine.runner._dummy_run(num_tokens=10, batch_size=2, expected_decode_len=3)
+    assert [step.lengths[:, :2].tolist() for step in watch.steps] == [
+        [[5, 5], [0, 0], [5, 5]],
+        *([[0, 0], [5 + n, 5 + n], [1, 1]] for n in range(3)),
+    ]
+    metas = [step.forward_meta for step in watch.steps]
+    assert all(meta.is_dummy_or_profile_run and not meta.step_use_cudagraph for meta in metas)
+    # windows belong to prompts: a decode step has none
+    windows = [meta.indexer_attn_mask_offsets for meta in metas]
+    assert [one is None for one in windows] == [False, True, True, True]
+    assert windows[0].shape == [20]
+
+
+@pytest.mark.parametrize("tree", SERVED)
+def test_padded_replays_give_the_tokens_of_eager_steps(tree: str) -> None:
+    """Sizes are captured from the largest down; rows stop, so ever fewer tokens are in a graph."""
+    with ours(TREES[tree]):
+        alone = one_by_one(jobs(5))
+        engine = make_engine(**ROWS, **GRAPHS)
+        assert list(graphs_of(engine).graphs) == [6, 4, 1]
+        watch = watch_steps(engine)
+        # a long step first, whose values lie behind every later one
+        assert engine.generate(jobs(5)) == alone
+        replayed = {(step.tokens, step.launched) for step in watch.steps if step.with_graph}
+        assert replayed == {(n, n) for n in range(1, 6)}
+        assert graphs_of(engine).num_replays.keys() == {6, 4, 1}
+        assert watch.trespasses == []
+
+
+def test_padding_of_a_graph_lies_behind_surplus_tokens_too() -> None:
+    """With the overlap schedule a step's own padding comes first, then the graph's."""
+    with ours():
+        alone = one_by_one(jobs(5))
+        engine = make_engine(**{**ROWS, "enable_overlap_schedule": True}, **GRAPHS)
+        watch = watch_steps(engine)
+        assert engine.generate(jobs(5)) == alone
+        surplus = [s for s in watch.steps if s.with_graph and s.launched > s.tokens]
+        assert {step.launched for step in surplus} == {2, 3, 4, 5}
+        assert watch.trespasses == []
+
+
+@pytest.mark.parametrize("tree", SERVED)
+def test_a_step_of_graphs_makes_no_tensor_and_waits_for_nothing(tree: str) -> None:
+    with ours(TREES[tree]):
+        from fastdeploy import _counters
+
+        engine = make_engine(**ROWS, **GRAPHS)
+        waiting = jobs(3)
+        engine.step(waiting)
+        engine.step(waiting)
+        _counters.clear()
+        with _counters.watch():
+            engine.step(waiting)
+        assert len(_counters.events("launch", "graph")) == 1
+        for kind in ("allocation", "sync"):
+            assert _counters.events(kind, module="fd_dsa") == []
+
+
+@pytest.mark.parametrize("tree", SERVED)
+def test_no_kind_of_step_waits_for_the_device(tree: str) -> None:
+    """Prompts, later chunks, prefix hits and decode rows; 0 waits a layer and 0 a step."""
+    with ours(TREES[tree]):
+        from fastdeploy import _counters
+
+        engine = make_engine(**ROWS)
+        watch = watch_steps(engine)
+        with _counters.watch():
+            first = job(prompt(90), 4, chunk=64)
+            engine.generate([first, job([*prompt(70), 7], 4, after=first), job(prompt(9), 6)])
+        assert {"prefill", "mixed", "decode", "later chunk"} <= watch.kinds()
+        assert _counters.events("sync", module="fd_dsa") == []
+
+
+@pytest.mark.parametrize("num_layers", [2, NUM_LAYERS])
+def test_metadata_is_made_once_a_step_whatever_the_layers(num_layers: int) -> None:
+    with ours():
+        engine = make_engine(**ROWS, total_block_num=20)
+        model = engine.runner.model.model
+        del model.layers[num_layers:]
+        watch = watch_steps(engine)
+        builder = engine.runner.attn_backends[0].core.builder
+        before = builder.num_builds
+        engine.generate([job(prompt(90), 4, chunk=64), job(prompt(9), 6)])
+        assert builder.num_builds - before == len(watch.steps)
+        windows = [step.forward_meta.indexer_attn_mask_offsets for step in watch.steps]
+        assert [w is not None for w in windows] == [s.lengths[0].any() for s in watch.steps]
