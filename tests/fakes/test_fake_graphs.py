@@ -1,0 +1,149 @@
+"""The double's graphs: what a captured call keeps, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from tests.fakes.trees import DEVELOP, installed
+
+
+@pytest.fixture(autouse=True)
+def develop() -> Iterator[None]:
+    with installed(DEVELOP):
+        yield
+
+
+class Backend:
+    """Stands for an attention backend: something of it steers the layers."""
+
+    __module__ = "fastdeploy.model_executor.layers.attention.test"
+
+    def __init__(self) -> None:
+        self.scale, self.calls = 2, []
+
+
+class Step:
+    """A runner's buffers, and steps of them."""
+
+    def __init__(self) -> None:
+        self.backend = Backend()
+        self.ids = paddle.zeros([8], dtype="int64")
+        self.lengths = paddle.zeros([4], dtype="int32")
+
+    def kwargs(self, ids: list[int], **fields: Any) -> dict[str, Any]:
+        """A step with these tokens."""
+        self.ids.copy_(paddle.to_tensor(ids, dtype="int64"), False)
+        meta = {"attn_backend": self.backend, "lengths": self.lengths, **fields}
+        return {"ids_remove_padding": self.ids, "forward_meta": SimpleNamespace(**meta)}
+
+    def run(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
+        """What stands for the layers."""
+        self.backend.calls = [*self.backend.calls, forward_meta]
+        return ids_remove_padding * self.backend.scale + forward_meta.lengths.sum()
+
+
+def capture(step: Step, kwargs: dict[str, Any]) -> Any:
+    from fastdeploy.model_executor.graph_optimization.frozen_call import FrozenCall
+
+    return FrozenCall(step.run, kwargs, 1)
+
+
+def test_a_replay_has_the_shapes_of_the_capture_and_the_values_of_now() -> None:
+    step = Step()
+    graph = capture(step, step.kwargs([1, 2, 3, 4]))
+    address = graph.output.data_ptr()
+    kwargs = step.kwargs([5, 6])
+    assert step.ids.shape == [2]
+    output = graph.replay(kwargs)
+    # the third and fourth token are what the step before has left there
+    assert output.tolist() == [10, 12, 6, 8]
+    assert output.data_ptr() == address
+    assert step.ids.shape == [2]
+
+
+def test_a_replay_has_the_host_s_values_of_the_capture() -> None:
+    step = Step()
+    first = step.kwargs([1, 2])
+    graph = capture(step, first)
+    step.backend.scale, step.backend.calls = 100, ["of now"]
+    assert graph.replay(step.kwargs([3, 4])).tolist() == [6, 8]
+    # no trace is left of the captured call's own Python
+    assert (step.backend.scale, step.backend.calls) == (100, ["of now"])
+
+
+def test_a_replay_sees_the_captured_forward_meta() -> None:
+    step = Step()
+    other = paddle.ones([4], dtype="int32")
+    graph = capture(step, step.kwargs([1, 2]))
+    # rebinding a field is no write to the captured memory
+    kwargs = step.kwargs([1, 2])
+    graph._forward_meta.lengths = other
+    assert graph.replay(kwargs).tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("field", ["lengths", "slot_mapping"])
+def test_a_tensor_that_moved_is_refused(field: str) -> None:
+    from fastdeploy.model_executor.graph_optimization.frozen_call import GraphError
+
+    step = Step()
+    graph = capture(step, step.kwargs([1], slot_mapping=paddle.zeros([4])))
+    moved = {field: paddle.zeros([4], dtype="int32")}
+    with pytest.raises(GraphError, match=f"{field}: lies elsewhere"):
+        graph.replay(step.kwargs([1], **moved))
+
+
+def test_memory_that_was_freed_is_refused() -> None:
+    from fastdeploy import _memory
+    from fastdeploy.model_executor.graph_optimization.frozen_call import GraphError
+
+    step = Step()
+    cache = paddle.zeros([4, 1, 64, 656], dtype="uint8")
+    graph = capture(step, step.kwargs([1], caches=[cache]))
+    graph.replay(step.kwargs([1], caches=[cache]))
+    _memory.free(cache)
+    assert (cache.numpy() == 0xFF).all()
+    with pytest.raises(GraphError, match=r"caches\[0\]: its memory was freed"):
+        graph.replay(step.kwargs([1], caches=[cache]))
+
+
+def test_sizes_are_padded_up_and_captured_once() -> None:
+    from fastdeploy.model_executor.graph_optimization.graph_optimization_backend import (
+        GraphOptBackend,
+    )
+
+    step = Step()
+    calls: list[int] = []
+
+    def run(**kwargs: Any) -> Any:
+        calls.append(kwargs["ids_remove_padding"].shape[0])
+        return step.run(**kwargs)
+
+    config = SimpleNamespace(
+        use_cudagraph=True,
+        graph_opt_level=0,
+        full_cuda_graph=True,
+        max_capture_size=4,
+        cudagraph_num_of_warmups=2,
+        real_shape_to_captured_size={0: 2, 1: 2, 2: 2, 3: 4, 4: 4},
+    )
+    backend = GraphOptBackend(run, SimpleNamespace(graph_opt_config=config))
+
+    def call(count: int, graph: bool = True) -> Any:
+        return backend(**step.kwargs(np.arange(count).tolist(), step_use_cudagraph=graph))
+
+    call(4), call(2)
+    assert calls == [4, 4, 4, 2, 2, 2]
+    calls.clear()
+    assert [call(n).shape for n in (3, 1)] == [[4], [2]]
+    assert calls == [4, 2]
+    assert backend.cudagraphs.num_replays == {4: 1, 2: 1}
+    # too long, or not to be a graph
+    assert [call(5).shape, call(2, graph=False).shape] == [[5], [2]]
+    backend.clear()
+    assert backend.cudagraphs.graphs == {}

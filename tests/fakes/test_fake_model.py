@@ -1,0 +1,110 @@
+"""The double's model: FastDeploy's names, and the demo model's answers by upstream's own path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from fd_dsa.config import demo_model_path
+from tests.fakes.trees import DEVELOP, TREES, installed
+from tests.fastdeploy_plugin.demo_prompts import demo_prompts
+
+LAYER = "model.layers.1."
+NAMES = {
+    "model.embed_tokens.embeddings.weight",
+    "lm_head.linear.weight",
+    "model.norm.weight",
+    f"{LAYER}input_layernorm.weight",
+    f"{LAYER}self_attn.qkv_a_proj_with_mqa.weight",
+    f"{LAYER}self_attn.q_a_layernorm.weight",
+    f"{LAYER}self_attn.kv_b_proj.weight",
+    f"{LAYER}self_attn.kv_b_proj_bmm.k_b_proj_weight",
+    f"{LAYER}self_attn.indexer.wq_b.weight",
+    f"{LAYER}self_attn.indexer.k_norm.bias",
+    f"{LAYER}self_attn.indexer.weights_proj.weight",
+    f"{LAYER}mlp.gate.weight",
+    f"{LAYER}mlp.experts.gate_correction_bias",
+    f"{LAYER}mlp.experts.up_gate_proj_weight",
+    f"{LAYER}mlp.shared_experts.up_gate_proj.weight",
+    "model.layers.0.mlp.up_gate_proj.weight",
+}
+# one chunk each, and fewer keys than the selection
+SHORT = ["sum", "unknown", "fact", "repeat", "block"]
+
+
+@pytest.mark.parametrize("tree", ["early", "pr7367", "develop"])
+def test_upstream_s_own_path_answers_prompts_of_one_chunk(tree: str) -> None:
+    """What upstream gets wrong needs more: cached tokens in a prompt's step, drafts, padding."""
+    prompts = [demo_prompts()[name] for name in SHORT]
+    with installed(TREES[tree]):
+        import deep_gemm
+        import flash_mla
+
+        from tests.fakes.driver import Engine, Job
+
+        flash_mla.any_heads = deep_gemm.any_heads = True
+        engine = Engine(demo_model_path(), 16, max_model_len=256, max_num_batched_tokens=64)
+        jobs = [Job(one.token_ids, len(one.answer)) for one in prompts]
+        assert engine.generate(jobs) == [one.answer for one in prompts]
+
+
+def make_model(**overrides: Any) -> Any:
+    from fastdeploy.config import fd_config
+    from fastdeploy.model_executor.models import ModelRegistry
+    from fastdeploy.worker.checkpoint import read_checkpoint
+
+    paddle.set_default_dtype("float32")
+    config = fd_config(demo_model_path(), num_hidden_layers=2, **overrides)
+    model = ModelRegistry.get_class(config.model_config.architectures[0])(config)
+    kept = (
+        (name, array)
+        for name, array in read_checkpoint(demo_model_path())
+        if not name.startswith(tuple(f"model.layers.{n}." for n in range(2, 6)))
+    )
+    model.load_weights(kept)
+    return model
+
+
+def test_parameters_have_upstream_s_names_and_are_all_filled() -> None:
+    with installed(DEVELOP):
+        parameters = dict(make_model().named_parameters())
+    assert set(parameters) >= NAMES
+    empty = [n for n, parameter in parameters.items() if not np.any(parameter.numpy())]
+    assert empty == []
+
+
+def test_an_unknown_tensor_is_an_error() -> None:
+    with installed(DEVELOP):
+        from fastdeploy.model_executor.models.deepseek_weights import UnknownWeight
+
+        with pytest.raises(UnknownWeight, match="q_c_proj"):
+            make_model().load_weights([("model.layers.0.self_attn.q_c_proj.weight", np.ones(3))])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_heads_and_add_up(ranks: int) -> None:
+    """Projections of an attention layer: each rank's heads, whose outputs sum to the whole."""
+    rng = np.random.default_rng(0)
+    with installed(DEVELOP):
+        whole = make_model().model.layers[1].self_attn
+        shares = [
+            make_model(tensor_parallel_size=ranks, tensor_parallel_rank=rank)
+            .model.layers[1]
+            .self_attn
+            for rank in range(ranks)
+        ]
+        qr = paddle.to_tensor(rng.standard_normal((3, 128)).astype(np.float32))
+        latent = paddle.to_tensor(rng.standard_normal((8, 3, 512)).astype(np.float32))
+
+        def output(layer: Any, heads: slice) -> np.ndarray:
+            values = layer.kv_b_proj_bmm(latent[heads], proj_type="v").transpose([1, 0, 2])
+            return layer.o_proj(values.reshape([3, -1])).numpy()
+
+        width = 8 // ranks
+        parts = [output(one, slice(r * width, (r + 1) * width)) for r, one in enumerate(shares)]
+        np.testing.assert_allclose(sum(parts), output(whole, slice(None)), rtol=1e-4, atol=1e-5)
+        queries = np.concatenate([one.q_b_proj(qr).numpy() for one in shares], axis=1)
+        np.testing.assert_allclose(queries, whole.q_b_proj(qr).numpy(), rtol=1e-5, atol=1e-6)
