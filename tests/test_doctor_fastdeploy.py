@@ -12,7 +12,7 @@ import pytest
 
 from fd_dsa.doctor import fastdeploy
 from fd_dsa.doctor.fastdeploy import Fastdeploy, as_lines, examination
-from fd_dsa.fastdeploy_plugin.launch_environment import ENTRY_POINT_GROUPS
+from fd_dsa.fastdeploy_plugin.launch.environment import ENTRY_POINT_GROUPS
 from tests.fakes import trees
 from tests.fastdeploy_plugin.launcher import environment, plugin_folder
 

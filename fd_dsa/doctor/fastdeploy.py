@@ -11,13 +11,13 @@ from typing import Any
 
 from fd_dsa.config import process_environment
 from fd_dsa.errors import ConfigError
-from fd_dsa.fastdeploy_plugin.launch_choice import fastdeploy_is_installed, fastdeploy_version
-from fd_dsa.fastdeploy_plugin.launch_environment import (
+from fd_dsa.fastdeploy_plugin.launch.choice import fastdeploy_is_installed, fastdeploy_version
+from fd_dsa.fastdeploy_plugin.launch.environment import (
     ENTRY_POINT_GROUPS,
     missing_entry_points,
     server_environment,
 )
-from fd_dsa.fastdeploy_plugin.launch_probe import Probe
+from fd_dsa.fastdeploy_plugin.launch.probe import Probe
 
 VARIABLES = ("FD_ATTENTION_BACKEND", "FD_PLUGINS", "FD_DSA_DISABLE")
 # after the operators' checks, which take some seconds themselves

@@ -18,7 +18,7 @@ def report() -> dict[str, Any]:
     """What FastDeploy would use for DSA in this process, as plain JSON values.
 
     Imports FastDeploy with its models and its worker where they are not imported yet, so it is for
-    a process that does nothing else (`launch_probe_child.py`).
+    a process that does nothing else (`launch/probe_child.py`).
 
     Returns:
         `live` (our backend is bound), `why`, and, where FastDeploy's models can be imported, the

@@ -162,12 +162,12 @@ def is_running(pid: int) -> bool:
 
 def main() -> int:
     """The command line with short waits."""
-    from fd_dsa.fastdeploy_plugin import launch
+    from fd_dsa.fastdeploy_plugin.launch import start
     from fd_dsa.serve.cli import main as serve
 
-    launch._SAY_EVERY_S = SAY_EVERY_S
-    launch._HEALTH_EVERY_S = 0.05
-    launch._check_import = lambda plan: ENGINE
+    start._SAY_EVERY_S = SAY_EVERY_S
+    start._HEALTH_EVERY_S = 0.05
+    start._check_import = lambda plan: ENGINE
     status = serve()
     imported = sorted(name for name in sys.modules if name.partition(".")[0] == "fastdeploy")
     with suppress(BrokenPipeError):

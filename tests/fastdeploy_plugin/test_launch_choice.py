@@ -11,9 +11,9 @@ import pytest
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import BackendUnavailable, ConfigError
-from fd_dsa.fastdeploy_plugin import launch_choice
-from fd_dsa.fastdeploy_plugin.flags import PassedFlags
-from fd_dsa.fastdeploy_plugin.launch_choice import choose_engine, refuse_for_embedded
+from fd_dsa.fastdeploy_plugin.launch import choice
+from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
+from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 from fd_dsa.models import memory_plan
 from fd_dsa.serve.flags import parse_args
 
@@ -34,8 +34,8 @@ def flags(*argv: str) -> tuple[dict[str, Any], frozenset[str], PassedFlags]:
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """FastDeploy is there, on a machine without a GPU and with 64 GiB."""
-    monkeypatch.setattr(launch_choice, "find_spec", lambda name: name == "fastdeploy" or None)
-    monkeypatch.setattr(launch_choice, "has_nvidia_gpu", lambda: False)
+    monkeypatch.setattr(choice, "find_spec", lambda name: name == "fastdeploy" or None)
+    monkeypatch.setattr(choice, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(memory_plan, "available_memory_bytes", lambda: 64 * GIB)
     return monkeypatch
 
@@ -43,7 +43,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> None:
     """FastDeploy is not there."""
-    monkeypatch.setattr(launch_choice, "find_spec", lambda name: None)
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
 
 
 @pytest.fixture
@@ -128,9 +128,9 @@ class TestMemoryOfAGpu:
             calls.append(list(command))
             return subprocess.CompletedProcess(command, 0, stdout="1024\n")
 
-        installed.setattr(launch_choice, "has_nvidia_gpu", lambda: True)
-        installed.setattr(launch_choice, "version", lambda name: "3.3.1")
-        installed.setattr(launch_choice.subprocess, "run", run)
+        installed.setattr(choice, "has_nvidia_gpu", lambda: True)
+        installed.setattr(choice, "version", lambda name: "3.3.1")
+        installed.setattr(choice.subprocess, "run", run)
         return calls
 
     @pytest.mark.parametrize(("visible", "first"), [(None, "0"), ("3,1", "3"), ("GPU-a", "GPU-a")])
@@ -159,9 +159,9 @@ class TestMemoryOfAGpu:
         self, asked: list[list[str]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def none(name: str) -> str:
-            raise launch_choice.PackageNotFoundError(name)
+            raise choice.PackageNotFoundError(name)
 
-        monkeypatch.setattr(launch_choice, "version", none)
+        monkeypatch.setattr(choice, "version", none)
         assert "host memory" in choose_engine(*flags())[1]
         assert not asked
 
@@ -174,5 +174,5 @@ class TestMemoryOfAGpu:
                 raise FileNotFoundError
             return subprocess.CompletedProcess(command, 0, stdout=answer)
 
-        monkeypatch.setattr(launch_choice.subprocess, "run", run)
+        monkeypatch.setattr(choice.subprocess, "run", run)
         assert "host memory" in choose_engine(*flags())[1]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fd_dsa import config
-from fd_dsa.fastdeploy_plugin.flags import MAPPED, NO_COUNTERPART, PassedFlags, translate
-from fd_dsa.fastdeploy_plugin.launch_environment import server_environment
+from fd_dsa.fastdeploy_plugin.launch.environment import server_environment
+from fd_dsa.fastdeploy_plugin.launch.flags import MAPPED, NO_COUNTERPART, PassedFlags, translate
 from fd_dsa.serve.flags import parse_args
 from tools.fastdeploy_check.__main__ import CHECKS
 

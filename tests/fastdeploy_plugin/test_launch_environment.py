@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fd_dsa.errors import BackendUnavailable, ConfigError
-from fd_dsa.fastdeploy_plugin import launch_environment
-from fd_dsa.fastdeploy_plugin.launch_environment import (
+from fd_dsa.fastdeploy_plugin.launch import environment
+from fd_dsa.fastdeploy_plugin.launch.environment import (
     ENTRY_POINT_GROUPS,
     merged_plugins,
     require_entry_points,
@@ -21,7 +21,7 @@ SET = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": "fd_dsa"}
 @pytest.fixture(autouse=True)
 def only_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     """No other plug-in is installed, whatever this machine has."""
-    monkeypatch.setattr(launch_environment, "plugin_names", lambda: ["fd_dsa"])
+    monkeypatch.setattr(environment, "plugin_names", lambda: ["fd_dsa"])
 
 
 def test_two_variables_are_set_and_the_rest_passes_through() -> None:
@@ -63,7 +63,7 @@ def test_chunked_prefill_is_never_switched_off_here(value: str) -> None:
 
 
 def test_plugins_that_stay_out_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_environment, "plugin_names", lambda: ["fd_dsa", "other"])
+    monkeypatch.setattr(environment, "plugin_names", lambda: ["fd_dsa", "other"])
     assert "other plug-ins (other) stay out" in server_environment({})[1][0]
     assert server_environment({"FD_PLUGINS": "other"})[1] == []
     assert server_environment({"FD_PLUGINS": ""})[1] == []

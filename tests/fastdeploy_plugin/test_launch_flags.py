@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import ConfigError
-from fd_dsa.fastdeploy_plugin.flags import (
+from fd_dsa.fastdeploy_plugin.launch.flags import (
     IMPLIED,
     LAUNCHER,
     MAPPED,

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from fd_dsa.errors import ConfigError
-from fd_dsa.fastdeploy_plugin.flags import PassedFlags
-from fd_dsa.fastdeploy_plugin.launch_ports import Ports, choose_ports
+from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
+from fd_dsa.fastdeploy_plugin.launch.ports import Ports, choose_ports
 
 HOST = "127.0.0.1"
 

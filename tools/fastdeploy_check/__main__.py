@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks._harness import write_json
 from fd_dsa.errors import FdDsaError
-from fd_dsa.fastdeploy_plugin.launch_choice import INSTALL, fastdeploy_is_installed
+from fd_dsa.fastdeploy_plugin.launch.choice import INSTALL, fastdeploy_is_installed
 from tools.fastdeploy_check import parity, smoke, step_time
 from tools.fastdeploy_check.servers import (
     OURS,

@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 
 from benchmarks._harness import environment
-from fd_dsa.fastdeploy_plugin.flags import without_secrets
-from fd_dsa.fastdeploy_plugin.launch_environment import server_environment
-from fd_dsa.fastdeploy_plugin.launch_probe import Probe
+from fd_dsa.fastdeploy_plugin.launch.environment import server_environment
+from fd_dsa.fastdeploy_plugin.launch.flags import without_secrets
+from fd_dsa.fastdeploy_plugin.launch.probe import Probe
 
 OURS, UPSTREAM = "fd_dsa", "FastDeploy"
 PATHS = (OURS, UPSTREAM)

@@ -17,9 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fd_dsa.fastdeploy_plugin.launch_choice import fastdeploy_version
+from fd_dsa.fastdeploy_plugin.launch.choice import fastdeploy_version
 
-_CHILD = "fd_dsa.fastdeploy_plugin.launch_probe_child"
+_CHILD = "fd_dsa.fastdeploy_plugin.launch.probe_child"
 
 
 @dataclass(frozen=True)

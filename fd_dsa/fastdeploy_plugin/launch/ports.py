@@ -6,7 +6,7 @@ import socket
 from dataclasses import dataclass
 
 from fd_dsa.errors import ConfigError
-from fd_dsa.fastdeploy_plugin.flags import PassedFlags
+from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 
 _LAST_PORT = 65535
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fd_dsa.config import demo_model_path, has_nvidia_gpu, process_environment
 from fd_dsa.errors import BackendUnavailable, ConfigError
-from fd_dsa.fastdeploy_plugin.flags import PassedFlags
+from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 
 # the package for CUDA, and its name in a build from source
 DISTRIBUTIONS = ("fastdeploy-gpu", "fastdeploy")

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-_GUARD = Path(__file__).with_name("launch_guard.py")
+_GUARD = Path(__file__).with_name("guard.py")
 _FORWARDED = (signal.SIGINT, signal.SIGTERM)
 _READ_BYTES = 1 << 16
 _KEPT_BYTES = 4096

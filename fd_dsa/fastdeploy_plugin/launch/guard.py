@@ -1,6 +1,6 @@
 """A process between the launcher and FastDeploy's server, so that nothing outlives the launcher.
 
-Run by path (`python -I launch_guard.py FD COMMAND...`), with the standard library alone. FD is the
+Run by path (`python -I guard.py FD COMMAND...`), with the standard library alone. FD is the
 reading end of a pipe: each byte is the number of a signal for the server, and its end means that
 the launcher is gone, however it went. FastDeploy starts its workers in process groups of their own
 (`fastdeploy/engine/engine.py`), so the guard is the reaper of orphans among its descendants, and

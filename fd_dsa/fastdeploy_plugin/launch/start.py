@@ -19,25 +19,20 @@ from typing import Any
 
 from fd_dsa.config import EngineConfig, fastdeploy_plugin_disabled, process_environment
 from fd_dsa.errors import BackendUnavailable, ConfigError
-from fd_dsa.fastdeploy_plugin.flags import (
+from fd_dsa.fastdeploy_plugin.launch.choice import (
+    INSTALL,
+    fastdeploy_is_installed,
+)
+from fd_dsa.fastdeploy_plugin.launch.environment import require_entry_points, server_environment
+from fd_dsa.fastdeploy_plugin.launch.flags import (
     PassedFlags,
     parallel_size,
     translate,
     without_secrets,
 )
-from fd_dsa.fastdeploy_plugin.launch_choice import (
-    INSTALL,
-    choose_engine,
-    fastdeploy_is_installed,
-    refuse_for_embedded,
-)
-from fd_dsa.fastdeploy_plugin.launch_environment import require_entry_points, server_environment
-from fd_dsa.fastdeploy_plugin.launch_ports import choose_ports
-from fd_dsa.fastdeploy_plugin.launch_probe import Probe
-from fd_dsa.fastdeploy_plugin.launch_server import ServerProcess
-
-__all__ = ["Launch", "PassedFlags", "Ready", "choose_engine", "launch", "prepare"]
-__all__ += ["refuse_for_embedded"]
+from fd_dsa.fastdeploy_plugin.launch.ports import choose_ports
+from fd_dsa.fastdeploy_plugin.launch.probe import Probe
+from fd_dsa.fastdeploy_plugin.launch.server import ServerProcess
 
 SERVER_MODULE = "fastdeploy.entrypoints.openai.api_server"
 # FastDeploy's default, which it applies without a word

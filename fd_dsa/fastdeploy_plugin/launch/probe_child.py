@@ -1,4 +1,4 @@
-"""The child of a probe: `python -m fd_dsa.fastdeploy_plugin.launch_probe_child FILE`."""
+"""The child of a probe: `python -m fd_dsa.fastdeploy_plugin.launch.probe_child FILE`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def main(file: str) -> None:
 
 
 def report() -> dict[str, Any]:
-    """The fields of `launch_probe.Findings`."""
+    """The fields of `probe.Findings`."""
     try:
         import fastdeploy
     except Exception as error:

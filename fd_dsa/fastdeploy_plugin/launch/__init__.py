@@ -1,0 +1,18 @@
+"""FastDeploy's own server as a child process; what `fd_dsa.serve` imports of the plug-in.
+
+Nothing below imports FastDeploy.
+"""
+
+from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
+from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
+from fd_dsa.fastdeploy_plugin.launch.start import Launch, Ready, launch, prepare
+
+__all__ = [
+    "Launch",
+    "PassedFlags",
+    "Ready",
+    "choose_engine",
+    "launch",
+    "prepare",
+    "refuse_for_embedded",
+]
