@@ -29,7 +29,8 @@ def project_indexer(
 
     Sums are float32, and the head weights stay so. The launch goes to the current stream; a product
     of Paddle goes to the stream that its cuBLAS handle was made on, which a fork does not change
-    (PaddlePaddle/Paddle #79155). It makes nothing but its results; the same inputs give the same bits.
+    (PaddlePaddle/Paddle #79155). It makes nothing but its results, and the same
+    bits every time.
 
     Launches of few tokens share scratch memory, one a device, so one must end before the next
     begins: on one stream, or on two with a join in between. Two at the same time, or graphs that

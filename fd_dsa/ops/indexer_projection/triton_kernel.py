@@ -26,11 +26,10 @@ Tiling = tuple[int, int, int, int, int, int]
 # BLOCK_TOKENS, _COLUMNS and _HIDDEN, programs that share the hidden size, num_warps, num_stages:
 # what benchmarks/overlap.py times, for few tokens and for many
 SPLIT = (
-    *((16, 16, 256, 28, 4, 2), (16, 32, 256, 28, 4, 2), (16, 64, 256, 28, 4, 2)),
-    *((16, 32, 256, 14, 4, 2), (16, 32, 128, 56, 4, 2), (32, 32, 256, 28, 4, 2)),
-    *((32, 32, 256, 28, 8, 2), (32, 32, 256, 14, 4, 2), (64, 32, 256, 14, 4, 2)),
-    *((64, 32, 128, 14, 4, 4), (64, 64, 256, 28, 4, 2), (64, 64, 256, 14, 8, 2)),
-    *((64, 32, 128, 7, 4, 4), (64, 64, 128, 7, 4, 4)),
+    *((16, 16, 128, 28, 4, 3), (16, 16, 128, 14, 4, 5), (16, 16, 256, 7, 4, 5)),
+    *((16, 32, 128, 28, 4, 3), (16, 32, 128, 14, 4, 5), (16, 64, 128, 28, 4, 3)),
+    *((32, 32, 128, 28, 4, 3), (32, 32, 128, 14, 4, 5), (64, 32, 128, 14, 4, 5)),
+    *((64, 32, 128, 7, 4, 5), (64, 64, 128, 14, 8, 5), (64, 64, 128, 7, 8, 4)),
 )
 WHOLE = (64, 32, 128, 1, 4, 4), (64, 64, 64, 1, 4, 5), (128, 64, 64, 1, 8, 4)
 CANDIDATES: tuple[Tiling, ...] = (*SPLIT, *WHOLE)
@@ -39,14 +38,12 @@ MOST_SPLIT_TOKENS = 512
 
 def configuration(num_tokens: int) -> Tiling:
     """One of CANDIDATES for this many tokens, in bfloat16."""
-    if num_tokens <= 16:
-        return 16, 32, 256, 28, 4, 2
     if num_tokens <= 64:
-        return (32, 32, 256, 28, 8, 2) if num_tokens <= 32 else (32, 32, 256, 14, 4, 2)
+        return (16 if num_tokens <= 16 else 32), 32, 128, 14, 4, 5
     if num_tokens <= 256:
-        return (64, 32, 256, 14, 4, 2) if num_tokens <= 128 else (64, 32, 128, 7, 4, 4)
+        return 64, 32, 128, (14 if num_tokens <= 128 else 7), 4, 5
     if num_tokens <= MOST_SPLIT_TOKENS:
-        return 64, 64, 128, 7, 4, 4
+        return 64, 64, 128, 7, 8, 4
     return (64, 32, 128, 1, 4, 4) if num_tokens <= 1024 else (64, 64, 64, 1, 4, 5)
 
 
