@@ -15,7 +15,10 @@ DEFAULT_NUM_BATCHED_TOKENS = 512
 """Tokens of a step on a CPU: enough for full-speed products, short enough for smooth streams."""
 
 DEFAULT_OVERLAP_MAX_TOKENS = 256
-"""Most tokens of a step whose indexer projections run on a second stream (docs/performance.md)."""
+"""Most tokens of a captured step whose indexer projections run on a second stream.
+
+Read from measurements (docs/performance.md).
+"""
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
@@ -296,21 +299,21 @@ def _switch(name: str) -> bool | None:
         raise ConfigError(f"{name}: got {value!r}, allowed: 0, 1, false, true, or unset") from None
 
 
-def overlap_max_tokens() -> int:
+def overlap_max_tokens() -> int | None:
     """Most tokens of a step whose indexer projections run on a second stream; 0 = never.
 
-    FD_DSA_OVERLAP_MAX_TOKENS, or the default, which was read from measurements.
+    FD_DSA_OVERLAP_MAX_TOKENS, which holds for eager steps too; None where it is not set.
 
     Raises:
         ConfigError: the variable is no number of at least 0.
     """
     value = os.environ.get("FD_DSA_OVERLAP_MAX_TOKENS", "").strip()
     if not value:
-        return DEFAULT_OVERLAP_MAX_TOKENS
+        return None
     if not value.isdecimal():
         raise ConfigError(
             f"FD_DSA_OVERLAP_MAX_TOKENS: got {value!r}, allowed: a number of tokens, 0 for no "
-            f"second stream; leave it unset for {DEFAULT_OVERLAP_MAX_TOKENS}"
+            f"second stream; leave it unset for {DEFAULT_OVERLAP_MAX_TOKENS} in graphs alone"
         )
     return int(value)
 

@@ -6,7 +6,8 @@
 
 The projections of the indexer are small and read their weights once, so in a step of few tokens
 they cost little beside the attention's own. In a step of many tokens both fill the device, and a
-fork only costs.
+fork only costs. So it does where the host launches each kernel anew: it is the slower side, and a
+fork is more work for it. By default only captured steps fork.
 
 Source: vLLM #39943.
 """
@@ -18,7 +19,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from fd_dsa.config import overlap_max_tokens
+from fd_dsa.config import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
 from fd_dsa.errors import DeviceError, OverlapError
 
 _NOT_RUN: Any = object()
@@ -33,11 +34,19 @@ class IndexerOverlap:
     Args:
         device: of the tensors, as of DSAAttentionBackend; only "cpu" makes a difference here.
         max_tokens: a step of more tokens does not fork, 0 = none does; None asks
-            `fd_dsa.config.overlap_max_tokens`.
+            `fd_dsa.config.overlap_max_tokens`. Where that says nothing either, steps fork in a
+            capture alone, up to DEFAULT_OVERLAP_MAX_TOKENS.
+
+    Attributes:
+        max_tokens: as above, 0 on a CPU.
+        eager: steps fork outside of captures, too.
     """
 
     def __init__(self, device: str, max_tokens: int | None = None) -> None:
         most = overlap_max_tokens() if max_tokens is None else max_tokens
+        self.eager = most is not None
+        if most is None:
+            most = DEFAULT_OVERLAP_MAX_TOKENS
         self.max_tokens = 0 if device == "cpu" else most
         self.side_stream: Any = _NOT_RUN
         self.current: Fork | None = None
@@ -45,9 +54,9 @@ class IndexerOverlap:
     def fork(self, num_tokens: int, project: Callable[..., Any], *args: Any) -> Fork:
         """A `with` block during which `project(*args)` runs, begun where the block begins.
 
-        Up to `max_tokens` tokens it runs on the second stream, which first waits for all work
-        queued so far; else on the current stream when it is joined. In a capture fork and join
-        become edges of the graph.
+        In a step that forks it runs on the second stream, which first waits for all work queued so
+        far; else on the current stream when it is joined. In a capture fork and join become edges
+        of the graph.
 
         `project` and its arguments are held until the join, and so is what it returns. It must
         return every tensor that it makes, at least as the memory of what it returns: a temporary
@@ -60,16 +69,24 @@ class IndexerOverlap:
             project: makes the results; must not wait for the device.
             args: its arguments; the first is a tensor of the backend's device.
         """
-        return Fork(self, 0 < num_tokens <= self.max_tokens, project, args)
+        forks = 0 < num_tokens <= self.max_tokens and (self.eager or _is_capturing(args[0]))
+        return Fork(self, forks, project, args)
 
     def stream_for(self, tensor: Any) -> Any:
         """The second stream beside a tensor's, None where there is none."""
         if self.side_stream is _NOT_RUN:
-            # the launcher is loaded only where a device is asked for
             from fd_dsa.triton_runtime.streams import side_stream_for
 
             self.side_stream = side_stream_for(tensor)
         return self.side_stream
+
+
+def _is_capturing(tensor: Any) -> bool:
+    """True while the current stream of a tensor's device is captured."""
+    # the launcher is loaded only where a device is asked for
+    from fd_dsa.triton_runtime.streams import is_capturing
+
+    return is_capturing(tensor)
 
 
 class Fork:

@@ -200,16 +200,19 @@ def test_where_kernels_are_interpreted_nothing_forks() -> None:
 
 @pytest.mark.parametrize(
     ("value", "tokens"),
-    [("", DEFAULT_OVERLAP_MAX_TOKENS), (" 0 ", 0), ("77", 77)],
+    [("", None), (" 0 ", 0), ("77", 77)],
     ids=["default", "off", "a number"],
 )
 def test_the_threshold_comes_from_the_environment(
-    monkeypatch: pytest.MonkeyPatch, value: str, tokens: int
+    monkeypatch: pytest.MonkeyPatch, value: str, tokens: int | None
 ) -> None:
     monkeypatch.setenv("FD_DSA_OVERLAP_MAX_TOKENS", value)
     assert overlap_max_tokens() == tokens
-    assert IndexerOverlap("gpu").max_tokens == tokens
-    assert IndexerOverlap("gpu", 5).max_tokens == 5
+    overlap, given = IndexerOverlap("gpu"), IndexerOverlap("gpu", 5)
+    # without a number eager steps do not fork
+    known = DEFAULT_OVERLAP_MAX_TOKENS if tokens is None else tokens
+    assert (overlap.max_tokens, overlap.eager) == (known, tokens is not None)
+    assert (given.max_tokens, given.eager) == (5, True)
 
 
 @pytest.mark.parametrize("value", ["-1", "many", "1.5"])

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.config import DEFAULT_OVERLAP_MAX_TOKENS
 from fd_dsa.errors import DeviceError
-from fd_dsa.triton_runtime import driver, register_device_api, streams
+from fd_dsa.triton_runtime import driver, register_device_api, streams, transfers
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor
 
 pytestmark = pytest.mark.triton
@@ -45,6 +46,7 @@ class EventLibrary(FakeLibrary):
     def __init__(self, log: list[Any]) -> None:
         super().__init__(num_devices=2)
         self.log, self.refused, self.events = log, set[str](), 0
+        self.captured: set[int] = set()
 
     def _note(self, call: str, event: Any, stream: Any) -> int:
         if self.needs_context and self.context() is None:
@@ -56,6 +58,10 @@ class EventLibrary(FakeLibrary):
         self.events += 1
         event._obj.value = self.events
         assert flags.value == 2, "an event with timing costs more"
+        return 0
+
+    def cuStreamIsCapturing(self, stream: Any, status: Any) -> int:
+        status._obj.value = int(stream.value in self.captured)
         return 0
 
     def cuEventRecord(self, event: Any, stream: Any) -> int:
@@ -78,7 +84,8 @@ def library(monkeypatch: pytest.MonkeyPatch, api: StreamApi) -> Iterator[EventLi
     """The driver of one test, in a process whose kernels are compiled."""
     library = EventLibrary(api.log)
     monkeypatch.setattr(driver, "_open_library", lambda: library)
-    monkeypatch.setattr(streams, "INTERPRETING", False)
+    for module in (streams, transfers):
+        monkeypatch.setattr(module, "INTERPRETING", False)
     driver.cuda.cache_clear()
     streams._side_stream.cache_clear()
     yield library
@@ -119,6 +126,31 @@ def test_a_step_past_the_threshold_asks_nothing_of_the_driver(
         with overlap.fork(9, lambda x: api.stream, X) as side:
             assert side.join() == MAIN
     assert api.log == [] and library.events == 0 and api.priorities == []
+
+
+def test_by_default_steps_fork_in_a_capture_alone(
+    api: StreamApi, library: EventLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FD_DSA_OVERLAP_MAX_TOKENS", raising=False)
+    overlap = IndexerOverlap("gpu")
+
+    def stream_of_work(num_tokens: int) -> int:
+        with overlap.fork(num_tokens, lambda x: api.stream, X) as side:
+            return side.join()
+
+    assert stream_of_work(4) == MAIN and library.events == 0 and api.priorities == []
+    library.captured = {MAIN}
+    assert stream_of_work(4) == SIDE
+    assert stream_of_work(DEFAULT_OVERLAP_MAX_TOKENS + 1) == MAIN
+    library.captured = set()
+    assert stream_of_work(4) == MAIN
+    # whoever sets a number asks for forks of eager steps, too
+    monkeypatch.setenv("FD_DSA_OVERLAP_MAX_TOKENS", "4")
+    overlap = IndexerOverlap("gpu")
+    assert stream_of_work(4) == SIDE and stream_of_work(5) == MAIN
+    monkeypatch.setenv("FD_DSA_OVERLAP_MAX_TOKENS", "0")
+    overlap, library.captured = IndexerOverlap("gpu"), {MAIN}
+    assert stream_of_work(4) == MAIN
 
 
 def test_an_exception_of_the_work_ends_with_the_streams_joined(

@@ -12,6 +12,7 @@ import pytest
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.errors import OverlapError
 from fd_dsa.ops.indexer_projection import project_indexer
+from fd_dsa.ops.indexer_projection.scratch import new_scratch
 from fd_dsa.triton_runtime import paddle_jit, streams
 from fd_dsa.triton_runtime.device import PaddleApi
 from tests.gpu_rig import Rig, RigError
@@ -53,6 +54,8 @@ class Layer:
         shape = [self.num_tokens, WIDTH]
         self.total = paddle.zeros(shape)
         self.out = [(paddle.zeros(shape), paddle.zeros([shape[0], HEADS])) for _ in range(2)]
+        # the work beside a fork is the same launch, at the same time
+        self.scratch_beside = new_scratch(self.out[1][1])
         most = self.num_tokens if max_tokens is None else max_tokens
         self.overlap = IndexerOverlap(rig.device, most)
         self.stream_of_project: int | None = None
@@ -72,7 +75,9 @@ class Layer:
     def beside(self) -> Any:
         """Several times the work of the fork."""
         for _ in range(BESIDE):
-            keys, _ = project_indexer(self.x, *self.pairs[1], out=self.out[1])
+            keys, _ = project_indexer(
+                self.x, *self.pairs[1], out=self.out[1], scratch=self.scratch_beside
+            )
         return keys
 
     def add(self, x: Any, y: Any) -> None:
