@@ -52,7 +52,8 @@ class DeviceAttention:
         buffers = _buffers(config, logits_bytes)
         self._buffers = {name: allocate((size,), dtype) for name, (size, dtype) in buffers.items()}
         self._view = lru_cache(maxsize=_CACHED_VIEWS)(partial(_view, self._buffers))
-        self._everything: Any = None
+        # the layer that made it, as the address of its cache, and the slots
+        self._everything: tuple[int, Any] | None = None
         for operator in ("indexer_logits", "topk", "sparse_mla"):
             provider_for(operator, self._buffers["slots"])
         self._scores = PageScores(config, self._view, buffers["logits"][0])
@@ -97,9 +98,11 @@ class DeviceAttention:
         scored, and the layers of the step share one selection.
         """
         if step.max_seqlen_k <= self.config.index_topk:
-            if self._everything is None:
-                self._everything = self._all_keys(step, cache)
-            return self._everything
+            layer = cache.data_ptr()
+            # the same layer again: a capture after a warm-up, whose graph needs the launch too
+            if self._everything is None or self._everything[0] == layer:
+                self._everything = layer, self._all_keys(step, cache)
+            return self._everything[1]
         slots = self._view("slots", step.position_ids.shape[0], self.config.index_topk)
         if not self._third_party.select(step, q, weights, cache, slots):
             self._scores.select(step, q, weights, cache, slots)

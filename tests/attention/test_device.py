@@ -121,6 +121,24 @@ def test_short_rows_are_not_scored_and_share_a_selection(
     case.check(0)
 
 
+def test_a_capture_after_a_warm_up_has_the_shared_selection_in_it(
+    kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers that run again in one step launch what they launched the first time."""
+    import fd_dsa.attention.device as module
+
+    case, launches = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS), []
+    original = module.select_slots
+    monkeypatch.setattr(
+        module, "select_slots", lambda *a, **k: (launches.append(1), original(*a, **k))
+    )
+    caches = [case._cache(1), case._cache(1), case._cache(1)]
+    for run in (1, 2):
+        found = [case.attention.select(case.step, None, None, cache) for cache in caches]
+        assert found[1] is found[0] and found[2] is found[0]
+        assert len(launches) == run
+
+
 def test_every_layer_and_step_has_the_same_buffers(kernel_memory: KernelMemory) -> None:
     case = OnDevice(kernel_memory, Sizes(8, layers=2), ROWS)
     addresses = {case.select(layer).data_ptr() for layer in (0, 1)}
