@@ -132,20 +132,22 @@ class ThirdPartyKernels:
         try:
             module = _third_party.load(package, self._queries)
             probe = Probe(self._config, self._allocate, self._transfers)
-            if operator == _SCORES:
-                deviation = self._start_scores(module, probe)
-            else:
-                mla = flash_mla.FlashMla(module, self._config, self._allocate, self.is_capturing)
-                deviation = probe.attention(mla)
-                self.attention = mla
+            start = self._start_scores if operator == _SCORES else self._start_attention
+            reason = start(module, probe)
         except Exception as error:
             self.drop(operator, error)
             return
-        reason = f"agrees with our kernel to {deviation:.1e}"
         _third_party.settle(operator, self._kind, package, reason, serves=True)
 
-    def _start_scores(self, module: Any, probe: Probe) -> float:
-        """DeepGEMM with its buffers, if the probe succeeds."""
+    def _start_attention(self, module: Any, probe: Probe) -> str:
+        """FlashMLA with its buffers, if the probe succeeds; why it serves."""
+        mla = flash_mla.FlashMla(module, self._config, self._allocate, self.is_capturing)
+        reason = _agreement(probe.attention(mla))
+        self.attention, heads = mla, self._config.num_heads
+        return reason if mla.heads == heads else f"{heads} heads padded to {mla.heads}, {reason}"
+
+    def _start_scores(self, module: Any, probe: Probe) -> str:
+        """DeepGEMM with its buffers, if the probe succeeds; why it serves."""
         logger.info(
             "deep_gemm: compiling what is not in its cache, seconds for each of its kernels"
         )
@@ -158,7 +160,7 @@ class ThirdPartyKernels:
         )
         scores.compile(self._transfers)
         self.scores = scores
-        return deviation
+        return _agreement(deviation)
 
 
 def third_party_bytes(config: DSABackendConfig, logits_bytes: int) -> int:
@@ -166,14 +168,17 @@ def third_party_bytes(config: DSABackendConfig, logits_bytes: int) -> int:
 
     Scores and partial results that they allocate in a layer are counted once.
     """
-    layout = config.cache_layout
     total = 0
     if _reason_against(deep_gemm, config) is None:
         total += deep_gemm_bytes(config, logits_bytes)
     if _reason_against(flash_mla, config) is None:
-        result = 2 * config.max_num_tokens * config.num_heads * layout.kv_lora_rank
-        total += flash_mla.SCRATCH_BYTES + result
+        total += flash_mla.workspace_bytes(config)
     return total
+
+
+def _agreement(deviation: float) -> str:
+    """What a probe found, in words."""
+    return f"agrees with our kernel to {deviation:.1e}"
 
 
 def _reason_against(module: Any, config: DSABackendConfig) -> str | None:

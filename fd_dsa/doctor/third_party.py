@@ -9,14 +9,14 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops._third_party import is_installed, third_party_table
 
 _PACKAGES = {"deep_gemm": "indexer_logits", "flash_mla": "sparse_mla"}
-_HEADS, _INDEX_HEADS, _INDEX_DIM, _TOKENS, _BLOCKS = 128, 64, 128, 32, 4
+_HEADS, _INDEX_HEADS, _INDEX_DIM, _TOKENS, _BLOCKS = 16, 64, 128, 32, 4
 
 
 def facts(device: str) -> list[dict[str, Any]]:
     """`package`, `operator`, `serves` and `reason` of each, after a probe on a device.
 
-    The probe is that of the first step of an engine, with the heads of DeepSeek-V3.2 on one GPU:
-    another model, or more GPUs for a layer, may have numbers of heads that a package does not take.
+    The probe is that of the first step of an engine, with the heads that DeepSeek-V3.2 has on each
+    of eight GPUs: another model may have numbers of heads that a package does not take.
     """
     if device == "cpu":
         return [

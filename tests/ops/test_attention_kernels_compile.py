@@ -46,6 +46,10 @@ for gather in ({}, {"cu_seqlens_ptr": None, "seq_lens_encoder_ptr": None}):
     compile("rows", token_rows.token_rows_kernel, BLOCK_SIZE=64, BLOCK=token_rows._BLOCK, **gather)
 for dtype in ("int32", "bfloat16"):
     compile("copy", copy.copy_kernel, {"source_ptr": dtype, "target_ptr": dtype}, BLOCK=copy._BLOCK)
+for source, target in ((16 * 576, 64 * 576), (64 * 512, 16 * 512)):
+    compile("copy", copy.copy_heads_kernel, dict.fromkeys(("source_ptr", "target_ptr"), "bfloat16"),
+            SOURCE_ROW=source, TARGET_ROW=target, COPIED=min(source, target),
+            BLOCK=copy._HEADS_BLOCK)
 for q, cache in (("float32", "float32"), ("float32", "int16"), ("float32", "uint8"),
                  ("bfloat16", "bfloat16"), ("bfloat16", "uint8")):
     wide = tl.bfloat16 if q == "bfloat16" else tl.float32
@@ -67,6 +71,6 @@ def test_every_form_compiles() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = [line.split() for line in done.stdout.splitlines()]
     assert [name for name, _ in found] == (
-        ["logits"] * 4 + ["topk"] * 2 + ["rows"] * 2 + ["copy"] * 2 + ["mla"] * 5
+        ["logits"] * 4 + ["topk"] * 2 + ["rows"] * 2 + ["copy"] * 4 + ["mla"] * 5
     )
     assert all(int(size) <= SHARED_BYTES_OF_A_BLOCK for _, size in found)

@@ -132,7 +132,7 @@ def test_older_names_of_the_scope(packages: None, monkeypatch: pytest.MonkeyPatc
 def test_a_finding_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fd_dsa"):
         for _ in range(3):
-            settle("sparse_mla", "gpu", "flash_mla", "16 heads, it takes 64 or 128")
+            settle("sparse_mla", "gpu", "flash_mla", "144 heads, it takes up to 128")
             settle("indexer_logits", "gpu", "deep_gemm", "RuntimeError: no nvcc", failed=True)
         settle("sparse_mla", "gpu", "flash_mla", "agrees", serves=True)
     levels = [(r.levelname, r.getMessage()) for r in caplog.records]
@@ -140,7 +140,7 @@ def test_a_finding_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
         (
             "INFO",
             "sparse_mla on gpu: flash_mla is left out, our kernel serves "
-            "(16 heads, it takes 64 or 128)",
+            "(144 heads, it takes up to 128)",
         ),
         (
             "WARNING",

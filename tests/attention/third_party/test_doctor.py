@@ -41,6 +41,7 @@ def test_packages_prove_themselves(device: str, doubles: Install) -> None:
     ]
     assert all("agrees with our kernel to" in x["reason"] for x in found)
     assert lines[1].split()[:3] == ["deep_gemm", "indexer_logits", "yes"]
+    assert "16 heads padded to 64, agrees" in lines[2]
 
 
 def test_one_that_fails_is_no_illness(device: str, doubles: Install) -> None:

@@ -46,11 +46,11 @@ def latent_records(latent: np.ndarray, rope: np.ndarray) -> np.ndarray:
 
 def latent_values(records: np.ndarray) -> np.ndarray:
     """float32 [n, 576] of uint8 records [n, 656]: 512 latents, then 64 of the rotated key."""
-    tiles = decode(records[:, :LATENT]).reshape(len(records), -1, TILE)
+    tiles = decode(records[:, :LATENT]).reshape(-1, LATENT // TILE, TILE)
     scales = np.ascontiguousarray(records[:, LATENT : LATENT + 16]).view(np.float32)
     half = np.ascontiguousarray(records[:, LATENT + 16 :]).view(np.uint16)
     rope = (half.astype(np.uint32) << 16).view(np.float32)
-    return np.concatenate([(tiles * scales[..., None]).reshape(len(records), -1), rope], axis=1)
+    return np.concatenate([(tiles * scales[..., None]).reshape(-1, LATENT), rope], axis=1)
 
 
 def power_of_two_scales(absmax: np.ndarray, least: float = 1e-4) -> np.ndarray:
