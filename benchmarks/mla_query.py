@@ -21,8 +21,8 @@ from benchmarks import _gpu
 from benchmarks._torch_device import register
 from fd_dsa.ops.mla_query import paddle_impl
 from fd_dsa.ops.mla_query.triton_kernel import (
-    CANDIDATES,
-    configuration,
+    BLOCK_ROWS,
+    NUM_WARPS,
     kernel_arguments,
     prepare_mla_query_kernel,
 )
@@ -33,6 +33,8 @@ SHAPES = (
 )
 TUNED = ((1, 128), (8, 128), (32, 128), (128, 128), (1024, 128), (8192, 128), (1, 16), (128, 16))
 RANK, ROPE, NOPE = 512, 64, 128
+CHOSEN = (BLOCK_ROWS, NUM_WARPS)
+CANDIDATES = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (8, 4), (16, 4), (16, 8))
 _MAX_POSITION = 1 << 16
 
 
@@ -123,26 +125,24 @@ def tune(cos_sin: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> dict[str, 
         name = f"{num_tokens} tokens x {heads} heads"
         table[name] = times
         best = min(times, key=times.__getitem__)
-        chosen = "{} x {}".format(*configuration(num_tokens * heads))
         line = "  ".join(f"{label}: {us:.2f}" for label, us in times.items())
-        print(f"{name}, best {best}, chosen {chosen}:  {line}", flush=True)
+        print(f"{name}, best {best}:  {line}", flush=True)
     return table
 
 
 def compare(record: _gpu.Recorder, cos_sin: torch.Tensor, num_tokens: int, heads: int) -> None:
     """One shape: operators, and ours with and without a look-up of cos and sin."""
-    sets, chosen = sets_of(num_tokens, heads), configuration(num_tokens * heads)
+    sets = sets_of(num_tokens, heads)
     sides: dict[str, list[_gpu.Call]] = {
         "operators": [lambda s=s: s.operators(cos_sin) for s in sets],
-        "by positions": [s.one_launch(cos_sin, chosen, gathered=False) for s in sets],
-        "one launch": [s.one_launch(cos_sin, chosen) for s in sets],
+        "by positions": [s.one_launch(cos_sin, CHOSEN, gathered=False) for s in sets],
+        "one launch": [s.one_launch(cos_sin, CHOSEN) for s in sets],
     }
     record.case(
         f"{num_tokens} tokens, {heads} heads",
         _gpu.interleaved(sides),
         ours="one launch",
         bytes_moved=Query.bytes_of(num_tokens, heads),
-        configuration="{} x {}".format(*chosen),
     )
 
 
@@ -158,6 +158,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             compare(record, cos_sin, *shape)
         record.note(configurations_us=tune(cos_sin, quick if args.quick else TUNED))
     return 0
+
+
+def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
+    """One rank's share of the heads and all of them, warm."""
+    register()
+    cos_sin, found = angles(), {}
+    for num_tokens, heads in ((128, 16), (128, 128), (1024, 128)):
+        query = Query(num_tokens, heads)
+        call = query.one_launch(cos_sin, CHOSEN)
+        found[f"{num_tokens} tokens x {heads} heads"] = (call, [query.out])
+    return found
 
 
 if __name__ == "__main__":
