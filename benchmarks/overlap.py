@@ -1,15 +1,17 @@
 """A layer whose indexer projections run on a second stream, against the same layer on one.
 
-The layer of `_layer.py` at decode sizes and, for the threshold, prompt chunks; eager and in CUDA
+The layer of `_layer.py` at decode sizes and, for the thresholds, prompt chunks; eager and in CUDA
 graphs, all forms in turn. "cuBLAS" projects by two products of torch as FastDeploy does, the other
 forms by the one launch of `project_indexer`; "k_norm beside" norms the index keys with them, as
-where the cache write does not. The share of the projections that is hidden is the time saved by
-the time that they take alone, their weights not in the L2.
+where the cache write does not. "two streams" forks in every step, "as served" where the package
+does by default. The share of the projections that is hidden is the time saved in a graph by the
+time that they take alone, their weights not in the L2.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
@@ -25,13 +27,18 @@ from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.config import DEFAULT_OVERLAP_MAX_TOKENS
 from fd_dsa.ops._third_party import third_party_table
 from fd_dsa.ops.indexer_projection import triton_kernel
+from fd_dsa.ops.indexer_projection.scratch import new_scratch
 from fd_dsa.triton_runtime.streams import SideStream
 
 SIZES = (1, 8, 32, 64, 128, 256, 512, 1024, 2048)
 NORMED = (1, 32, 128)
-TUNED = (1, 32, 64, 128, 256, 1024, 2048)
+TUNED = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
 TRACED = 32
-ONE, TWO = "one stream", "two streams"
+ONE, TWO, SERVED = "one stream", "two streams", "as served"
+# kind of a case and how it is measured
+MODES = {"graph": "graph", "eager": "wall"}
+# up to here the host decides how long an eager step takes, which is noisier than the device
+HOST_BOUND = 256
 # a loss that the threshold allows, as a share of the layer
 _ALLOWED_LOSS = 0.01
 _CHECKED_RUNS = 50
@@ -56,6 +63,7 @@ class Forms:
         self.one, self.two, self.preferred = (
             IndexerOverlap("gpu", n) for n in (0, 1 << 30, 1 << 30)
         )
+        self.served = IndexerOverlap("gpu")
         self.preferred.side_stream = preferred_stream()
 
     def ours(self, x: torch.Tensor, both: Both | None = None) -> Both:
@@ -76,8 +84,8 @@ class Forms:
         return torch.nn.functional.layer_norm(keys, *norm), weights
 
 
-def sides_of(step: Step, *, normed: bool = False) -> dict[str, list[_gpu.Call]]:
-    """Every form of a step as calls."""
+def sides_of(step: Step, kind: str, *, normed: bool = False) -> dict[str, list[_gpu.Call]]:
+    """Every form of a step as calls; in a graph it is served as on two streams."""
     forms = Forms(step)
 
     def call(overlap: IndexerOverlap, project: Project) -> list[_gpu.Call]:
@@ -85,10 +93,14 @@ def sides_of(step: Step, *, normed: bool = False) -> dict[str, list[_gpu.Call]]:
 
     if normed:
         return {ONE: call(forms.one, forms.normed), TWO: call(forms.two, forms.normed)}
+    if kind == "eager":
+        other = {SERVED: call(forms.served, forms.ours)}
+    else:
+        other = {"two streams, priority": call(forms.preferred, forms.ours)}
     return {
         "one stream, cuBLAS": call(forms.one, forms.cublas),
         "two streams, cuBLAS": call(forms.two, forms.cublas),
-        "two streams, priority": call(forms.preferred, forms.ours),
+        **other,
         ONE: call(forms.one, forms.ours),
         TWO: call(forms.two, forms.ours),
     }
@@ -141,30 +153,31 @@ def compare(record: _gpu.Recorder, layer: Layer, num_tokens: int) -> list[dict[s
     """One number of tokens: a case in a graph, an eager one, and those of keys normed beside."""
     step = Step(layer, num_tokens)
     parts = alone(step)
-    check(step, sides_of(step))
+    check(step, sides_of(step, "graph"))
     found = []
     for normed in (False, True) if num_tokens in NORMED else (False,):
-        sides = sides_of(step, normed=normed)
         side_us = parts["projections, k_norm" if normed else "projections"]
-        for mode, rounds in (("graph", 25), ("wall", 9)):
+        for kind, mode in MODES.items():
+            sides = sides_of(step, kind, normed=normed)
+            rounds = {"graph": 25, "eager": 31 if num_tokens <= HOST_BOUND else 9}[kind]
             times = _gpu.interleaved(sides, mode=mode, rounds=rounds)
             one, two = (times[label]["p50"] for label in (ONE, TWO))
-            kind = f"{'graph' if mode == 'graph' else 'eager'}{', k_norm beside' if normed else ''}"
             notes = {
                 "num_tokens": num_tokens,
-                "kind": kind,
+                "kind": f"{kind}, k_norm beside" if normed else kind,
                 "alone_us": parts,
-                "hidden": (one - two) / side_us,
                 "saved": 1 - two / one,
                 "saved_of_best": 1 - two / best_of_one_stream(times),
             }
-            if mode == "wall":
+            if kind == "graph":
+                notes["hidden"] = (one - two) / side_us
+            else:
                 host = _gpu.interleaved({k: sides[k] for k in (ONE, TWO)}, mode="host", rounds=5)
                 notes["host_us"] = {label: time["p50"] for label, time in host.items()}
             floor_us = 1e6 * step.floor_s(record.ceilings)
-            name = f"{num_tokens} tokens, {kind}"
+            name = f"{num_tokens} tokens, {notes['kind']}"
             record.case(name, times, ours=TWO, floor_us=floor_us, **notes)
-            found.append(notes)
+            found.append(notes | {"us": {label: time["p50"] for label, time in times.items()}})
     return found
 
 
@@ -173,8 +186,13 @@ def best_of_one_stream(times: _gpu.Times) -> float:
     return min(time["p50"] for label, time in times.items() if label.startswith(ONE))
 
 
+def thresholds(cases: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """`threshold` of the steps in graphs and of the eager ones."""
+    return {kind: threshold([c for c in cases if c["kind"].startswith(kind)]) for kind in MODES}
+
+
 def threshold(cases: Sequence[dict[str, Any]]) -> int:
-    """Most tokens up to which no step loses more than 1% of the layer by its fork."""
+    """Most tokens before the first size that loses more than 1% of the layer by its fork."""
     allowed = 0
     for num_tokens in sorted({case["num_tokens"] for case in cases}):
         own = [c for c in cases if c["num_tokens"] == num_tokens]
@@ -186,22 +204,63 @@ def threshold(cases: Sequence[dict[str, Any]]) -> int:
 
 
 def tune(layer: Layer, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Median microseconds of every tiling of `project_indexer`: tokens -> tiling -> us."""
+    """Median microseconds of the tilings of `project_indexer`: tokens -> tiling -> us."""
     copies, table = copies_of(layer.weights), {}
     for num_tokens in sizes:
         x, out = inputs(num_tokens, layer.sizes)
         sides = {
             name_of(tiling): [launch(x, both, out, tiling) for both in copies]
-            for tiling in triton_kernel.CANDIDATES
+            for tiling in candidates(num_tokens)
         }
         times = _gpu.interleaved(sides, mode="graph", rounds=7)
-        middles = {label: t["p50"] for label, t in times.items()}
-        table[str(num_tokens)] = middles
-        best = min(middles, key=middles.__getitem__)
-        chosen = name_of(triton_kernel.configuration(num_tokens))
-        line = "  ".join(f"{label}: {us:.2f}" for label, us in middles.items())
-        print(f"{num_tokens} tokens, best {best}, chosen {chosen}:  {line}", flush=True)
+        table[str(num_tokens)] = {label: t["p50"] for label, t in times.items()}
     return table
+
+
+def candidates(num_tokens: int) -> Sequence[triton_kernel.Tiling]:
+    """Tilings that are worth a try; around the limit of split sums, all."""
+    limit = triton_kernel.MOST_SPLIT_TOKENS
+    if num_tokens < limit:
+        return triton_kernel.SPLIT
+    return triton_kernel.CANDIDATES if num_tokens <= 2 * limit else triton_kernel.WHOLE
+
+
+def short_table(
+    cases: Sequence[dict[str, Any]], tilings: dict[str, dict[str, float]], most: dict[str, int]
+) -> str:
+    """What decides: the times of the layer, those of the projections, and the best tilings."""
+    labels = {"one, cuBLAS": "one stream, cuBLAS", "two, cuBLAS": "two streams, cuBLAS"}
+    labels |= {"one, ours": ONE, "two, ours": TWO, SERVED: SERVED}
+    shares = "saved", "saved_of_best", "hidden"
+    lines = ["", f"{'layer, us':26}" + "".join(f"{name:>14}" for name in (*labels, *shares))]
+    for case in cases:
+        times = [case["us"].get(label) for label in labels.values()]
+        cells = [f"{'' if value is None else f'{value:.2f}':>14}" for value in times]
+        cells += [f"{f'{case[name]:.1%}' if name in case else '':>14}" for name in shares]
+        lines.append(f"{case['num_tokens']:5} {case['kind']:20}" + "".join(cells))
+    lines.append("alone, us    ours   cuBLAS    QKV-A")
+    for num_tokens, parts in {c["num_tokens"]: c["alone_us"] for c in cases}.items():
+        names = "projections", "projections, cuBLAS", "QKV-A"
+        lines.append(f"{num_tokens:8}" + "".join(f"{parts[name]:9.2f}" for name in names))
+    for num_tokens, found in tilings.items():
+        chosen = name_of(triton_kernel.configuration(int(num_tokens)))
+        best = sorted(found, key=found.__getitem__)[:3]
+        said = ", ".join(f"({label}) {found[label]:.2f}" for label in best)
+        lines.append(f"{num_tokens} tokens: chosen ({chosen}) {found[chosen]:.2f}; best {said}")
+    lines.append(
+        f"thresholds: {most['graph']} tokens in graphs, {most['eager']} eager; the default is "
+        f"{DEFAULT_OVERLAP_MAX_TOKENS} in graphs"
+    )
+    return "\n".join(lines)
+
+
+def warm_host(step: Step) -> None:
+    """A second of eager layers: the first ones of a process are slower than all others."""
+    calls, end = sides_of(step, "eager"), time.monotonic() + 1
+    while time.monotonic() < end:
+        for call in calls.values():
+            call[0]()
+        torch.cuda.synchronize()
 
 
 def inputs(num_tokens: int, sizes: Sizes) -> tuple[torch.Tensor, Both]:
@@ -212,14 +271,21 @@ def inputs(num_tokens: int, sizes: Sizes) -> tuple[torch.Tensor, Both]:
     return torch.randn(num_tokens, sizes.hidden, **how), (keys, weights)
 
 
-def name_of(tiling: tuple[int, ...]) -> str:
+def name_of(tiling: triton_kernel.Tiling) -> str:
     """A tiling in words."""
-    return "{} x {} x {}, {} warps, {} stages".format(*tiling)
+    return "{} x {} x {} / {}, {} warps, {} stages".format(*tiling)
 
 
-def launch(x: torch.Tensor, both: Both, out: Both, tiling: tuple[int, ...]) -> _gpu.Call:
+@cache
+def scratch() -> torch.Tensor:
+    """Memory of split sums."""
+    return new_scratch(torch.empty(0, device="cuda"))
+
+
+def launch(x: torch.Tensor, both: Both, out: Both, tiling: triton_kernel.Tiling) -> _gpu.Call:
     """One launch with a tiling, its arguments checked beforehand."""
-    arguments = triton_kernel.kernel_arguments(x, *both, out)
+    memory = scratch() if tiling in triton_kernel.SPLIT else None
+    arguments = triton_kernel.kernel_arguments(x, *both, out, memory)
     grid, options = triton_kernel.launch_options(arguments, tiling)
     return triton_kernel.project_indexer_kernel.bind(grid, **arguments, **options)
 
@@ -234,16 +300,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _gpu.Recorder("overlap", args.out) as record:
         record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
         layer, cases = Layer(Sizes()), []
+        warm_host(Step(layer, 1))
         for num_tokens in (1, 128) if args.quick else sizes:
             cases += compare(record, layer, num_tokens)
         record.note(serving={x.operator: x.package for x in third_party_table() if x.serves})
-        most = threshold(cases)
-        print(f"threshold: {most} tokens; set: {DEFAULT_OVERLAP_MAX_TOKENS}", flush=True)
-        record.note(threshold_tokens=most, default_tokens=DEFAULT_OVERLAP_MAX_TOKENS)
+        most = thresholds(cases)
+        record.note(thresholds_tokens=most, default_tokens=DEFAULT_OVERLAP_MAX_TOKENS)
         step = Step(layer, TRACED)
-        sides = sides_of(step)
+        sides = sides_of(step, "graph")
         record.note(timeline={label: traced(step, sides[label][0]) for label in (ONE, TWO)})
-        record.note(configurations_us=tune(layer, (1, 128) if args.quick else TUNED))
+        tilings = tune(layer, (1, 128) if args.quick else TUNED)
+        record.note(configurations_us=tilings)
+        print(short_table(cases, tilings, most), flush=True)
     return 0
 
 

@@ -199,7 +199,7 @@ def overlap(result: Mapping[str, Any]) -> str:
         return text
     head = ["tokens", "projections alone, us", "QKV-A alone, us"]
     for kind in _OVERLAP_KINDS:
-        head += [f"{kind}: saved", "hidden"]
+        head += [f"{kind}: saved", *(["hidden"] if kind.startswith("graph") else [])]
     lines = ["", _row(head), "|---" * len(head) + "|"]
     for num_tokens in dict.fromkeys(case["num_tokens"] for case in result["cases"]):
         own = {c["kind"]: c for c in result["cases"] if c["num_tokens"] == num_tokens}
@@ -207,16 +207,20 @@ def overlap(result: Mapping[str, Any]) -> str:
         cells = [str(num_tokens), *(three_digits(parts[k]) for k in ("projections", "QKV-A"))]
         for kind in _OVERLAP_KINDS:
             case = own.get(kind)
-            cells += [f"{case['saved']:.1%}", f"{case['hidden']:.0%}"] if case else ["", ""]
+            cells.append(f"{case['saved']:.1%}" if case else "")
+            if kind.startswith("graph"):
+                cells.append(f"{case['hidden']:.0%}" if case else "")
         lines.append(_row(cells))
     serving = result.get("serving", {})
     makers = [f"{serving.get(op, 'our kernel')} for {what}" for op, what in _MADE_BY_OTHERS.items()]
     lines += ["", f"The layer had {' and '.join(makers)}."]
-    if "threshold_tokens" in result:
+    if "thresholds_tokens" in result:
+        most = result["thresholds_tokens"]
         lines += [
             "",
-            f"Up to {result['threshold_tokens']} tokens no step lost more than 1% of the layer by "
-            f"its fork; the run had the default {result['default_tokens']}.",
+            f"Up to {most['graph']} tokens in graphs, and up to {most['eager']} eager, no step "
+            "lost more than 1% of the layer by its fork. By default only steps in graphs fork, in "
+            f"this run up to {result['default_tokens']} tokens.",
         ]
     return text + "\n".join(lines) + "\n"
 
