@@ -19,7 +19,7 @@ TOKENS, HIDDEN, WIDTH, HEADS, BESIDE = 64, 7168, 128, 64, 8
 class Layer:
     """Projections on two branches and a sum that needs both."""
 
-    def __init__(self, max_tokens: int = TOKENS) -> None:
+    def __init__(self, max_tokens: int | None = TOKENS) -> None:
         import torch
 
         from benchmarks._torch_device import register
@@ -77,6 +77,22 @@ def test_a_replay_does_it_for_other_inputs() -> None:
         graph.replay()
         plain.run()
         assert layer.bits() == plain.bits()
+
+
+def test_by_default_only_a_captured_step_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FD_DSA_OVERLAP_MAX_TOKENS", raising=False)
+    layer = Layer(max_tokens=None)
+    layer.run()
+    wanted, main = layer.bits(), layer.torch.cuda.current_stream()
+    assert layer.streams == [main]
+    graph = layer.torch.cuda.CUDAGraph()
+    with layer.torch.cuda.graph(graph):
+        captured = layer.torch.cuda.current_stream()
+        layer.run()
+    assert layer.streams[1] not in (main, captured)
+    layer.total.zero_()
+    graph.replay()
+    assert layer.bits() == wanted
 
 
 @pytest.mark.parametrize("where", ["project", "beside", "no join"])

@@ -38,7 +38,8 @@ def scratch_beside(like: Any) -> Any:
     its zeros would be written by a replay.
     """
     api = api_for_type(type(like))
-    key = api, None if INTERPRETING else api.device_of(like)
+    # interpreted kernels also run on what has no number, such as a CPU's memory
+    key = api, str(getattr(like, "place", "")) if INTERPRETING else api.device_of(like)
     scratch = _OF_DEVICE.get(key)
     if scratch is None:
         if is_capturing(like):
