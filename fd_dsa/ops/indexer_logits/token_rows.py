@@ -101,11 +101,12 @@ def token_rows_kernel(
     length = tl.where(in_pages, length, 1)
     tl.store(lengths_ptr + token, length)
     num_pages = (length + BLOCK_SIZE - 1) // BLOCK_SIZE
+    num_read = tl.where(in_pages, num_pages, 0)
     source = block_tables_ptr + request * row_stride
     target = tables_ptr + token * table_width
     for first in range(0, num_pages, BLOCK):
         column = first + tl.arange(0, BLOCK)
-        block = tl.load(source + column, mask=(column < num_pages) & in_pages, other=0)
+        block = tl.load(source + column, mask=column < num_read, other=0)
         # no page at all is read as block 0: its keys are refused where they are chosen
         tl.store(target + column, tl.maximum(block, 0), mask=column < num_pages)
 
