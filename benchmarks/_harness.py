@@ -116,6 +116,11 @@ def case_line(entry: Mapping[str, Any]) -> str:
     return f"{entry['case']:<34} us: {times} | {ratios} | {entry['percent_of_floor']:.0f}% of floor"
 
 
+def table_row(cells: Sequence[str]) -> str:
+    """One line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
 def random_prompts(requests: int, tokens: int, vocab_size: int, seed: int) -> list[list[int]]:
     """Token ids of `requests` prompts, past the special tokens; the same for both sides."""
     rng = np.random.default_rng(seed)

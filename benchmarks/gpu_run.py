@@ -36,6 +36,7 @@ BENCHMARKS = {
     "cache_write": 90,
     "indexer_query": 90,
     "indexer_gather": 60,
+    "mla_query": 120,
     "overlap": 150,
     "providers": 240,
 }

@@ -3,8 +3,9 @@
 Both serve through `DeviceAttention`, as in an engine: one step's metadata, schedules once a step.
 First results are compared with those of our kernels, then a graph is captured and replayed in a
 later step of other lengths, then both are timed. "scores" are those of the indexer alone,
-"selection" has the choice of the best keys behind them, which is ours on both sides. Keys lie in
-random pages, queries are random; 2048 keys are chosen.
+"selection" has the choice of the best keys behind them, which is ours on both sides. Of a share of
+the heads, as several GPUs have, attention alone is timed: the indexer is whole on each of them.
+Keys lie in random pages, queries are random; 2048 keys are chosen.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from fd_dsa.attention.device import DeviceAttention
 from fd_dsa.attention.device_logits import rounded_length
 from fd_dsa.ops._third_party import third_party_table
 from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
-from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
 from fd_dsa.step import StepMetadataBuilder
 
 Rows = list[tuple[int, int, int]]
@@ -34,8 +34,9 @@ BLOCK, TOPK, MAX_ROWS, MAX_TOKENS, MAX_KEYS = 64, 2048, 128, 2048, 1 << 15
 NUM_BLOCKS = MAX_ROWS * MAX_KEYS // BLOCK
 DEVICE = "cuda"
 OURS = "our kernel"
-# as V3.2 and GLM-5 on one device: attention heads, index heads
-MODELS = {"128 heads": (128, 64), "64 heads": (64, 32)}
+# attention heads: index heads; V3.2 and GLM-5 on one device, V3.2 on 4 and 8, GLM-5 on 8
+MODELS = {128: 64, 64: 32, 32: 64, 16: 64, 8: 32}
+_WHOLE = (128, 64)
 DECODE = [(rows, keys, 1) for keys in (4096, 32768) for rows in (1, 32, 128)]
 DECODE += [(32, 32768, 2), (128, 32768, 2)]
 # a chunk of a prompt behind a cached prefix among decoding rows; the last chunk of a long prompt
@@ -240,10 +241,24 @@ def check_graph(model: Model, name: str, new: int) -> None:
     print(f"{name}: a replay is right", flush=True)
 
 
-def compare(record: _gpu.Recorder, model: Model, name: str, rows: Rows) -> None:
-    """Time a step's scores, selection and attention by our kernels and by the packages."""
+def compare_attention(record: _gpu.Recorder, model: Model, name: str, rows: Rows) -> None:
+    """Time a step's attention by our kernel and by FlashMLA."""
     step = model.step(rows)
-    tokens, heads = step.position_ids.shape[0], model.config.num_heads
+    mla = model.theirs._third_party.attention
+    assert mla is not None, "FlashMLA does not serve"
+    slots = model.select(model.ours, step).clone()
+    sides = {OURS: lambda: model.attend(model.ours, step, slots)}
+    sides["FlashMLA"] = lambda: model.attend(model.theirs, step, slots)
+    tokens, heads = slots.shape[0], model.config.num_heads
+    floor = 656 * int((slots >= 0).sum()) + 2176 * tokens * heads
+    notes = {"heads": heads, "kernel_heads": mla.heads}
+    timed(record, "attention", name, sides, "FlashMLA", floor, **notes)
+
+
+def compare_indexer(record: _gpu.Recorder, model: Model, name: str, rows: Rows) -> None:
+    """Time a step's scores and selection by our kernels and by DeepGEMM."""
+    step = model.step(rows)
+    tokens = step.position_ids.shape[0]
     pairs = sum(n * (d + (n + 1) / 2) for _, d, n in rows)
     keys = sum(d + n for _, d, n in rows)
     floor = 132 * keys + 4 * pairs
@@ -255,17 +270,13 @@ def compare(record: _gpu.Recorder, model: Model, name: str, rows: Rows) -> None:
         sides["DeepGEMM, gathered"] = lambda: model.their_scores(step, True)
     elif rows[0][2] == 2:
         sides["DeepGEMM, rows of 2"] = rows_of_two(model, tokens, step)
-    timed(record, f"scores, {name}", sides, [*sides][1 + has_prompt], floor)
+    notes = {"heads": model.config.index_n_heads}
+    timed(record, "scores", name, sides, [*sides][1 + has_prompt], floor, **notes)
     sides = {OURS: lambda: model.select(model.ours, step)}
     sides["DeepGEMM"] = lambda: model.select(model.theirs, step)
-    timed(record, f"selection, {name}", sides, "DeepGEMM", floor + 4 * pairs)
-    slots = model.select(model.ours, step).clone()
-    sides = {OURS: lambda: model.attend(model.ours, step, slots)}
-    sides["FlashMLA"] = lambda: model.attend(model.theirs, step, slots)
-    selected = int((slots >= 0).sum())
-    timed(record, f"attention, {name}", sides, "FlashMLA", 656 * selected + 2176 * tokens * heads)
+    timed(record, "selection", name, sides, "DeepGEMM", floor + 4 * pairs, **notes)
     if has_prompt:
-        with_all_in_pages(record, model, f"scores, {name}, all in pages", step, floor)
+        with_all_in_pages(record, model, name, step, floor)
 
 
 def rows_of_two(model: Model, tokens: int, step: Any) -> Callable[[], Any]:
@@ -285,7 +296,7 @@ def rows_of_two(model: Model, tokens: int, step: Any) -> Callable[[], Any]:
 
 
 def with_all_in_pages(
-    record: _gpu.Recorder, model: Model, case: str, step: Any, floor: float
+    record: _gpu.Recorder, model: Model, name: str, step: Any, floor: float
 ) -> None:
     """Time DeepGEMM on a step with prompts none of whose keys are gathered."""
     scores = model.theirs._third_party.scores
@@ -293,48 +304,34 @@ def with_all_in_pages(
     room, scores._max_gathered = scores._max_gathered, 0
     model.theirs.begin_step(step)
     label = "DeepGEMM, pages"
-    timed(record, case, {label: lambda: model.their_scores(step, False)}, label, floor)
+    sides = {label: lambda: model.their_scores(step, False)}
+    timed(record, "scores, all in pages", name, sides, label, floor)
     scores._max_gathered = room
 
 
-def padded_heads(record: _gpu.Recorder, model: Model, heads: int) -> None:
-    """Attention of few heads: our kernel, and FlashMLA with heads of zeros beside them."""
-    mla = model.theirs._third_party.attention
-    assert mla is not None
-    for tokens in (1, 32, 128):
-        step = model.step(decode_rows(tokens, MAX_KEYS, 1))
-        slots = model.select(model.ours, step).clone()
-        q = model.q[:tokens, :heads].contiguous()
-        out = torch.empty(tokens, heads, 512, device=DEVICE, dtype=torch.bfloat16)
-        wide = torch.zeros(tokens, model.config.num_heads, 576, device=DEVICE).bfloat16()
-
-        def ours(q: Any = q, slots: Any = slots, out: Any = out) -> None:
-            scale = model.config.softmax_scale
-            attend_slots(q, model.latents, slots, out, softmax_scale=scale, kv_lora_rank=512)
-
-        def theirs(q: Any = q, slots: Any = slots, wide: Any = wide) -> Any:
-            wide[:, : q.shape[1]].copy_(q)
-            return mla.attend(wide, model.latents, slots, None)[:, : q.shape[1]]
-
-        sides = {OURS: ours, "FlashMLA, padded": theirs}
-        floor = 656 * TOPK * tokens + 2176 * tokens * heads
-        timed(record, f"attention, {heads} heads, {tokens} rows", sides, OURS, floor)
-
-
 def timed(
-    record: _gpu.Recorder, case: str, sides: dict[str, Callable[[], Any]], ours: str, floor: float
+    record: _gpu.Recorder,
+    what: str,
+    name: str,
+    sides: dict[str, Callable[[], Any]],
+    ours: str,
+    floor: float,
+    **notes: Any,
 ) -> None:
     """One case: device time in graphs, and what a call keeps the host when it is eager."""
     calls = {label: [call] for label, call in sides.items()}
     times = _gpu.interleaved(calls, rounds=15)
     host = _gpu.interleaved(calls, mode="host", rounds=5)
-    record.case(case, times, ours=ours, bytes_moved=floor, host_us=host)
+    notes |= {"what": what, "step": name.partition(", ")[2], "host_us": host}
+    record.case(f"{what}, {name}", times, ours=ours, bytes_moved=floor, **notes)
 
 
-def run(record: _gpu.Recorder, name: str, quick: bool) -> None:
+def run(record: _gpu.Recorder, heads: int, quick: bool) -> None:
     """Everything of one model."""
-    model = Model(*MODELS[name])
+    model, name = Model(heads, MODELS[heads]), f"{heads} heads"
     sizes = [(32, 32768, 1)] if quick else DECODE
+    if heads not in _WHOLE:
+        sizes = [size for size in sizes if size[1:] == (32768, 1)]
     model.step(decode_rows(1, 4096, 1))
     serving = {x.package: x.reason for x in third_party_table() if x.serves}
     assert len(serving) == 2, f"{name}: {third_party_table()}"
@@ -346,12 +343,11 @@ def run(record: _gpu.Recorder, name: str, quick: bool) -> None:
     checks = {case: check(model, case, rows) for case, rows in cases.items()}
     for new in (1, 2):
         check_graph(model, f"{name}, {new} new", new)
-    record.note(**{f"checks_{MODELS[name][0]}": checks, f"serving_{MODELS[name][0]}": serving})
+    record.note(**{f"checks_{heads}": checks, f"serving_{heads}": serving})
     for case, rows in cases.items():
-        compare(record, model, case, rows)
-    if MODELS[name][0] == 64:
-        for heads in (16, 32):
-            padded_heads(record, model, heads)
+        if heads in _WHOLE:
+            compare_indexer(record, model, case, rows)
+        compare_attention(record, model, case, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -364,8 +360,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with _gpu.Recorder("providers", args.out) as record:
         record.note(peer="FlashMLA and DeepGEMM 2.5.0 of vLLM 0.26.0")
-        for name in MODELS:
-            run(record, name, args.quick)
+        for heads in MODELS:
+            run(record, heads, args.quick)
             torch.cuda.empty_cache()
     return 0
 

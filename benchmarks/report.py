@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import RESULTS, ROOT, three_digits, write_json
+from benchmarks._harness import RESULTS, ROOT, table_row, three_digits, write_json
+from benchmarks._provider_tables import provider_tables
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "img"
@@ -27,6 +28,7 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
 _OVERLAP_KINDS = ("graph", "eager", "graph, k_norm beside", "eager, k_norm beside")
 _MADE_BY_OTHERS = {"indexer_logits": "scores", "sparse_mla": "attention"}
+_WITHOUT_PLOT = ("engine_cpu", "providers")
 _TIMELINE = "the kernels of a layer by stream; above the whole layer, below its begin"
 _PROFILE_COLUMNS = (
     "duration",
@@ -126,23 +128,18 @@ def gpu_table(result: Mapping[str, Any]) -> str:
     counts = [key for key in _COUNTS if any(key in case for case in cases)]
     head = ["case", *(f"{label}, us" for label in labels), "of the floor"]
     head += [*(_COUNTS[key] for key in counts), "tier"]
-    lines = [_machine(result["env"]), "", _row(head), "|---" * len(head) + "|"]
+    lines = [_machine(result["env"]), "", table_row(head), "|---" * len(head) + "|"]
     for case in cases:
         cells = [case["case"], *(_time_cell(case, label) for label in labels)]
         share = case["percent_of_floor"]
         cells.append(f"{share:.0f}%" if share >= 1 else "< 1%")
         cells += [str(case.get(key, "")) for key in counts]
-        lines.append(_row([*cells, case["tier"]]))
+        lines.append(table_row([*cells, case["tier"]]))
     spread = max((t["p80"] - t["p20"]) / t["p50"] for c in cases for t in c["times"].values())
     lines += ["", f"{_ceilings_line(result)} Largest spread, p20 to p80: {spread:.1%}."]
     if "error" in result:
         lines += ["", f"The run was cut off: {result['error']}."]
     return "\n".join(lines) + "\n"
-
-
-def _row(cells: list[str]) -> str:
-    """One line of a table."""
-    return f"| {' | '.join(cells)} |"
 
 
 def _time_cell(case: Mapping[str, Any], label: str) -> str:
@@ -172,7 +169,7 @@ def ceilings(result: Mapping[str, Any]) -> str:
     values = result | result["ceilings"]
     values["copy_bytes_per_s"] /= 1e12
     values["matrix_flops_per_s"] /= 1e12
-    table = [_row([name, form.format(**values)]) for name, form in rows.items()]
+    table = [table_row([name, form.format(**values)]) for name, form in rows.items()]
     lines = [_machine(result["env"]), "", "| ceiling | measured |", "|---|---|", *table]
     return "\n".join(lines) + "\n"
 
@@ -183,12 +180,12 @@ def profiles(result: Mapping[str, Any]) -> str:
     if refused:
         return refused
     head = ["kernel", *_PROFILE_COLUMNS, "waits most for"]
-    lines = [_machine(result["env"]), "", _row(head), "|---" * len(head) + "|"]
+    lines = [_machine(result["env"]), "", table_row(head), "|---" * len(head) + "|"]
     for kernel in result["kernels"]:
         cells = [f"{kernel.get('subject', '')} `{kernel['kernel']}`".strip()]
         cells += [kernel["metrics"].get(name, "") for name in _PROFILE_COLUMNS]
         cells.append(", ".join(list(kernel["stalls"])[:2]).replace("_", " "))
-        lines.append(_row(cells))
+        lines.append(table_row(cells))
     return "\n".join(lines) + "\n"
 
 
@@ -200,7 +197,7 @@ def overlap(result: Mapping[str, Any]) -> str:
     head = ["tokens", "projections alone, us", "QKV-A alone, us"]
     for kind in _OVERLAP_KINDS:
         head += [f"{kind}: saved", *(["hidden"] if kind.startswith("graph") else [])]
-    lines = ["", _row(head), "|---" * len(head) + "|"]
+    lines = ["", table_row(head), "|---" * len(head) + "|"]
     for num_tokens in dict.fromkeys(case["num_tokens"] for case in result["cases"]):
         own = {c["kind"]: c for c in result["cases"] if c["num_tokens"] == num_tokens}
         parts = next(iter(own.values()))["alone_us"]
@@ -210,7 +207,7 @@ def overlap(result: Mapping[str, Any]) -> str:
             cells.append(f"{case['saved']:.1%}" if case else "")
             if kind.startswith("graph"):
                 cells.append(f"{case['hidden']:.0%}" if case else "")
-        lines.append(_row(cells))
+        lines.append(table_row(cells))
     serving = result.get("serving", {})
     makers = [f"{serving.get(op, 'our kernel')} for {what}" for op, what in _MADE_BY_OTHERS.items()]
     lines += ["", f"The layer had {' and '.join(makers)}."]
@@ -225,11 +222,24 @@ def overlap(result: Mapping[str, Any]) -> str:
     return text + "\n".join(lines) + "\n"
 
 
+def providers(result: Mapping[str, Any]) -> str:
+    """Markdown of benchmarks/results/providers.json: the steps that every model has."""
+    refused = _refusal(result)
+    if refused:
+        return refused
+    lines = [_machine(result["env"]), "", f"Packages: {result['peer']}."]
+    lines += [*provider_tables(result), "", _ceilings_line(result)]
+    if "error" in result:
+        lines += ["", f"The run was cut off: {result['error']}."]
+    return "\n".join(lines) + "\n"
+
+
 _MADE_BY = {
     "engine_cpu": engine_cpu,
     "ceilings": ceilings,
     "overlap": overlap,
     "profiles": profiles,
+    "providers": providers,
 }
 
 
@@ -253,7 +263,7 @@ def region(name: str, folder: Path = RESULTS) -> str:
 
 def plotted(name: str, result: Mapping[str, Any]) -> bool:
     """True for a result that has a plot: cases, and nothing against showing them."""
-    return name != "engine_cpu" and bool(result.get("cases")) and not _refusal(result)
+    return name not in _WITHOUT_PLOT and bool(result.get("cases")) and not _refusal(result)
 
 
 def plots(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks._harness import RESULTS, ROOT, write_json
+from benchmarks.gpu_run import BENCHMARKS
 from benchmarks.report import PAGE, filled, plots, region, regions, take
 
 COMMITTED = sorted(RESULTS.glob("*.json"))
@@ -81,6 +82,10 @@ def test_the_page_is_made_from_the_committed_results() -> None:
 
 def test_every_result_is_on_the_page() -> None:
     assert {path.stem for path in COMMITTED} <= set(regions(PAGE.read_text("utf-8")))
+
+
+def test_every_gpu_benchmark_is_on_the_page() -> None:
+    assert set(BENCHMARKS) <= set(regions(PAGE.read_text("utf-8")))
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
