@@ -39,9 +39,9 @@ MOST_SPLIT_TOKENS = 512
 def configuration(num_tokens: int) -> Tiling:
     """One of CANDIDATES for this many tokens, in bfloat16."""
     if num_tokens <= 64:
-        return (16 if num_tokens <= 16 else 32), 32, 128, 14, 4, 5
-    if num_tokens <= 256:
-        return 64, 32, 128, (14 if num_tokens <= 128 else 7), 4, 5
+        return 16, 32, 128, 14, 4, 5
+    if num_tokens <= 128:
+        return 64, 32, 128, 7, 4, 5
     if num_tokens <= MOST_SPLIT_TOKENS:
         return 64, 64, 128, 7, 8, 4
     return (64, 32, 128, 1, 4, 4) if num_tokens <= 1024 else (64, 64, 64, 1, 4, 5)
