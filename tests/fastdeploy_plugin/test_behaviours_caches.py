@@ -10,8 +10,8 @@ import pytest
 
 from tests.fakes.trees import TREES
 from tests.fastdeploy_plugin.demo_prompts import demo_prompts
-from tests.fastdeploy_plugin.side_by_side import generate, make_engine, ours, prompt
-from tests.fastdeploy_plugin.watching import watch_steps
+from tests.fastdeploy_plugin.side_by_side import make_engine, ours, prompt
+from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [4, 2, 1]}
 SERVED = [
@@ -36,7 +36,7 @@ def two_jobs() -> list[Any]:
 def test_caches_may_be_given_up_and_made_anew(tree: str, graphs: Any) -> None:
     """Sleep and wake-up with another number of blocks; caches that were freed read as NaN."""
     with ours(TREES[tree]):
-        engine = make_engine(20, **graphs)
+        engine = small_engine(20, **graphs)
         expected = engine.generate(two_jobs())
         old = list(engine.runner.share_inputs["caches"])
         engine.runner.sleep()
@@ -88,13 +88,13 @@ def test_new_weights_count_from_the_next_step_on(
     with ours(TREES[tree]):
         # past the selection, so that the indexer's weights decide too
         small = {"index_topk": 16, **graphs}
-        engine = make_engine(**small)
+        engine = small_engine(**small)
         before = engine.generate(two_jobs())
         other_weights()
         engine.runner.clear_parameters()
         engine.runner.update_parameters()
         after = engine.generate(two_jobs())
-        assert after == make_engine(**small).generate(two_jobs())
+        assert after == small_engine(**small).generate(two_jobs())
         assert after != before
 
 
@@ -104,13 +104,13 @@ def test_a_decode_node_goes_on_with_keys_of_a_prefill_node(drafts: int) -> None:
     tokens = prompt(100)
     speculative = {"method": "ngram", "num_speculative_tokens": drafts} if drafts else {}
     with ours():
-        expected = generate(job(tokens, 6))[0]
-        first = make_engine(20)
+        expected = answers(job(tokens, 6))[0]
+        first = small_engine(20)
         source = job(tokens, 2)
         waiting = [source]
         first.step(waiting)
         blocks, token = list(source.blocks), list(source.output)
-        second = make_engine(24, **speculative)
+        second = small_engine(24, **speculative)
         watch = watch_steps(second)
 
         def fetch(to: list[int]) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.side_by_side import generate, make_engine, ours, prompt
-from tests.fastdeploy_plugin.watching import watch_steps
+from tests.fastdeploy_plugin.side_by_side import ours, prompt
+from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 NUM_DRAFTS = 3
 LENGTH = 13
@@ -44,7 +44,7 @@ def plain() -> list[list[int]]:
     """Sequences without drafts."""
     with ours():
         prompts = [prompt(30), prompt(62, 1)]
-        outputs = generate(*(job(one, LENGTH) for one in prompts), **SMALL)
+        outputs = answers(*(job(one, LENGTH) for one in prompts), **SMALL)
         return [one + output for one, output in zip(prompts, outputs, strict=True)]
 
 
@@ -58,7 +58,7 @@ def test_a_row_goes_on_where_its_drafts_failed(
 ) -> None:
     """Each step accepts the drafts that held and one token more."""
     with ours(TREES[tree]):
-        engine = make_engine(**SPECULATIVE)
+        engine = small_engine(**SPECULATIVE)
         for sequence in plain:
             tokens, watch = sequence[:-LENGTH], watch_steps(engine)
             output = engine.generate([job(tokens, LENGTH, drafts=wrong_from(sequence, held))])
@@ -78,7 +78,7 @@ def test_rows_of_one_to_four_tokens_run_together(graphs: bool, plain: list[list[
     first, second = plain
     captured = {"use_cudagraph": True, "cudagraph_capture_sizes": [16, 8, 4]} if graphs else {}
     with ours():
-        engine = make_engine(**SPECULATIVE, **captured)
+        engine = small_engine(**SPECULATIVE, **captured)
         watch = watch_steps(engine)
         output = engine.generate(
             [

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.side_by_side import NUM_LAYERS, make_engine, ours, prompt
-from tests.fastdeploy_plugin.watching import watch_steps
+from tests.fastdeploy_plugin.side_by_side import ours, prompt
+from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 SERVED = ["early", "pr7367", "develop"]
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [6, 4, 1]}
@@ -30,16 +30,10 @@ def jobs(count: int) -> list[Any]:
     return [job(prompt(20 + 11 * n, n), 4 + n) for n in range(count)]
 
 
-def one_by_one(several: list[Any]) -> list[list[int]]:
-    """Eager answers without any other row."""
-    engine = make_engine(**ROWS)
-    return [engine.generate([one])[0] for one in several]
-
-
 @pytest.mark.parametrize("tree", SERVED)
 def test_a_dummy_run_is_one_prompt_step_then_decode_steps(tree: str) -> None:
     with ours(TREES[tree]):
-        engine = make_engine(**ROWS)
+        engine = small_engine(**ROWS)
         watch = watch_steps(engine)
         engine.runner._dummy_run(num_tokens=10, batch_size=2, expected_decode_len=3)
     assert [step.lengths[:, :2].tolist() for step in watch.steps] == [
@@ -58,8 +52,8 @@ def test_a_dummy_run_is_one_prompt_step_then_decode_steps(tree: str) -> None:
 def test_padded_replays_give_the_tokens_of_eager_steps(tree: str) -> None:
     """Sizes are captured from the largest down; rows stop, so ever fewer tokens are in a graph."""
     with ours(TREES[tree]):
-        alone = one_by_one(jobs(5))
-        engine = make_engine(**ROWS, **GRAPHS)
+        alone = answers(*jobs(5), **ROWS)
+        engine = small_engine(**ROWS, **GRAPHS)
         assert list(graphs_of(engine).graphs) == [6, 4, 1]
         watch = watch_steps(engine)
         # a long step first, whose values lie behind every later one
@@ -73,8 +67,8 @@ def test_padded_replays_give_the_tokens_of_eager_steps(tree: str) -> None:
 def test_padding_of_a_graph_lies_behind_surplus_tokens_too() -> None:
     """With the overlap schedule a step's own padding comes first, then the graph's."""
     with ours():
-        alone = one_by_one(jobs(5))
-        engine = make_engine(**{**ROWS, "enable_overlap_schedule": True}, **GRAPHS)
+        alone = answers(*jobs(5), **ROWS)
+        engine = small_engine(**{**ROWS, "enable_overlap_schedule": True}, **GRAPHS)
         watch = watch_steps(engine)
         assert engine.generate(jobs(5)) == alone
         surplus = [s for s in watch.steps if s.with_graph and s.launched > s.tokens]
@@ -87,7 +81,7 @@ def test_a_step_of_graphs_makes_no_tensor_and_waits_for_nothing(tree: str) -> No
     with ours(TREES[tree]):
         from fastdeploy import _counters
 
-        engine = make_engine(**ROWS, **GRAPHS)
+        engine = small_engine(**ROWS, **GRAPHS)
         waiting = jobs(3)
         engine.step(waiting)
         engine.step(waiting)
@@ -105,7 +99,7 @@ def test_no_kind_of_step_waits_for_the_device(tree: str) -> None:
     with ours(TREES[tree]):
         from fastdeploy import _counters
 
-        engine = make_engine(**ROWS)
+        engine = small_engine(**ROWS)
         watch = watch_steps(engine)
         with _counters.watch():
             first = job(prompt(90), 4, chunk=64)
@@ -114,12 +108,10 @@ def test_no_kind_of_step_waits_for_the_device(tree: str) -> None:
         assert _counters.events("sync", module="fd_dsa") == []
 
 
-@pytest.mark.parametrize("num_layers", [2, NUM_LAYERS])
+@pytest.mark.parametrize("num_layers", [1, 6])
 def test_metadata_is_made_once_a_step_whatever_the_layers(num_layers: int) -> None:
     with ours():
-        engine = make_engine(**ROWS, total_block_num=20)
-        model = engine.runner.model.model
-        del model.layers[num_layers:]
+        engine = small_engine(**ROWS, num_hidden_layers=num_layers)
         watch = watch_steps(engine)
         builder = engine.runner.attn_backends[0].core.builder
         before = builder.num_builds

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from tests.fakes.trees import DEVELOP, TREES
-from tests.fastdeploy_plugin.side_by_side import generate, make_engine, ours, prompt
-from tests.fastdeploy_plugin.watching import watch_steps
+from tests.fastdeploy_plugin.side_by_side import ours, prompt
+from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 SERVED = ["early", "pr7367", "develop"]
 
@@ -33,7 +33,7 @@ def expected_slots(step: Any) -> list[int]:
 def test_a_step_is_a_new_object_over_buffers_that_stay(tree: str) -> None:
     """A long step, a short one, a longer one: `copy_` adopts shapes, addresses stay."""
     with ours(TREES[tree]):
-        engine = make_engine()
+        engine = small_engine()
         watch = watch_steps(engine)
         shapes = []
 
@@ -57,8 +57,8 @@ def test_a_step_is_a_new_object_over_buffers_that_stay(tree: str) -> None:
 def test_slots_follow_a_table_that_changes_under_a_decode_row() -> None:
     """The scheduler moves a row's block: the next step reads and writes where it lies now."""
     with ours():
-        expected = generate(job(prompt(70), 6))[0]
-        engine = make_engine()
+        expected = answers(job(prompt(70), 6))[0]
+        engine = small_engine()
         watch = watch_steps(engine)
         moving, waiting = job(prompt(70), 6), []
         waiting.append(moving)
@@ -90,7 +90,7 @@ def _move_block(engine: Any, moving: Any) -> None:
 def test_rows_come_and_go_around_a_row_that_stays(tree: str) -> None:
     """Idle rows in the middle, preempted ones, and prompts beside decode rows."""
     with ours(TREES[tree]):
-        engine = make_engine()
+        engine = small_engine()
         alone = [engine.generate([job(prompt(n, n), 8)])[0] for n in (20, 33, 70)]
         watch = watch_steps(engine)
         together = engine.generate(
@@ -111,7 +111,7 @@ def test_more_tokens_are_launched_than_there_are() -> None:
     """The overlap schedule predicts a decode step's tokens; a row may have stopped meanwhile."""
     with ours():
         jobs = [(prompt(30), 9), (prompt(21, 1), 3), (prompt(12, 2), 5)]
-        engine = make_engine(enable_overlap_schedule=True)
+        engine = small_engine(enable_overlap_schedule=True)
         alone = [engine.generate([job(*one)])[0] for one in jobs]
         watch = watch_steps(engine)
         assert engine.generate([job(*one) for one in jobs]) == alone
@@ -128,8 +128,8 @@ def test_more_tokens_are_launched_than_there_are() -> None:
 def test_a_step_without_tokens(expert_parallel_size: int, overlap: bool) -> None:
     """All rows wait for blocks; a rank of experts runs those of others meanwhile."""
     with ours():
-        expected = generate(job(prompt(62), 6))[0]
-        engine = make_engine(
+        expected = answers(job(prompt(62), 6))[0]
+        engine = small_engine(
             expert_parallel_size=expert_parallel_size, enable_overlap_schedule=overlap
         )
         empty, called = [], []
@@ -157,7 +157,7 @@ def test_both_meanings_of_key_sums_give_the_same() -> None:
     outputs, sums = [], []
     for tree in (TREES["pr7367"], DEVELOP):
         with ours(tree):
-            engine = make_engine()
+            engine = small_engine()
             mixed = []
 
             def note(*_: Any, engine: Any = engine, mixed: Any = mixed) -> None:

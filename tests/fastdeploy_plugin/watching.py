@@ -1,5 +1,6 @@
 """A look at every step of the double's runner: what was launched, and what it wrote.
 
+    engine = small_engine()
     watch = watch_steps(engine)
     engine.generate(jobs)
     watch.steps[3].launched
@@ -15,7 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from tests.fastdeploy_plugin.side_by_side import make_engine
+
 LATENT, INDEX, BLOCK_SIZE = 656, 132, 64
+
+
+def small_engine(num_gpu_blocks: int = 24, **overrides: Any) -> Any:
+    """An engine with the first two layers of the demo model, for steps rather than answers."""
+    return make_engine(num_gpu_blocks, **{"num_hidden_layers": 2, **overrides})
+
+
+def answers(*jobs: Any, **overrides: Any) -> list[list[int]]:
+    """Greedy tokens of jobs, one after the other in an engine of their own, eagerly."""
+    engine = small_engine(**overrides)
+    return [engine.generate([job])[0] for job in jobs]
 
 
 @dataclass(frozen=True)

@@ -43,22 +43,10 @@ COSTS = ("h2d", "d2h", "d2d", "memsets", "stream_syncs", "device_syncs", "event_
 
 @contextmanager
 def engine_on(place: str, tree: str, num_blocks: int = 6, **overrides: Any) -> Iterator[Any]:
-    """An engine whose tensors lie on a place; a model of few layers has the checkpoint's first."""
-    with installed(TREES[tree], OURS_ENV, place=place), pytest.MonkeyPatch.context() as patch:
-        from fastdeploy.worker import gpu_model_runner
-
+    """An engine whose tensors lie on a place."""
+    with installed(TREES[tree], OURS_ENV, place=place):
         from tests.fakes.driver import Engine
 
-        original = gpu_model_runner.read_checkpoint
-        kept = overrides.get("num_hidden_layers", 99)
-
-        def read(folder: Any) -> Iterator[tuple[str, np.ndarray]]:
-            for name, array in original(folder):
-                layer = name.removeprefix("model.layers.").partition(".")[0]
-                if not layer.isdigit() or int(layer) < kept:
-                    yield name, array
-
-        patch.setattr(gpu_model_runner, "read_checkpoint", read)
         yield Engine(demo_model_path(), num_blocks, **overrides)
 
 

@@ -23,6 +23,7 @@ _STACKED = (
 _EXPERT = re.compile(
     r"(?P<layer>.*\.mlp\.experts)\.(?P<id>\d+)\.(?P<part>gate|up|down)_proj\.weight"
 )
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class UnknownWeight(KeyError):
@@ -37,10 +38,15 @@ def load_into(model: Any, weights: Iterable[tuple[str, np.ndarray]]) -> None:
 
     Raises:
         UnknownWeight: a tensor has no parameter. Upstream skips any such, which would hide a wrong
-            name in a test; here only the bias goes that an RMSNorm has no place for.
+            name in a test; here only those of layers past the model's go, and the bias that an
+            RMSNorm has no place for.
     """
     parameters = dict(model.named_parameters())
+    num_layers = len(model.model.layers)
     for name, array in weights:
+        layer = _LAYER.match(name)
+        if layer and int(layer[1]) >= num_layers:
+            continue
         expert = _EXPERT.fullmatch(name)
         if expert:
             _load_expert(parameters, expert, array)
