@@ -50,6 +50,7 @@ class IndexerOverlap:
         self.max_tokens = 0 if device == "cpu" else most
         self.side_stream: Any = _NOT_RUN
         self.current: Fork | None = None
+        self._capturing: Callable[[], bool] | None = None
 
     def fork(self, num_tokens: int, project: Callable[..., Any], *args: Any) -> Fork:
         """A `with` block during which `project(*args)` runs, begun where the block begins.
@@ -69,8 +70,17 @@ class IndexerOverlap:
             project: makes the results; must not wait for the device.
             args: its arguments; the first is a tensor of the backend's device.
         """
-        forks = 0 < num_tokens <= self.max_tokens and (self.eager or _is_capturing(args[0]))
+        forks = 0 < num_tokens <= self.max_tokens and (self.eager or self._is_capturing(args[0]))
         return Fork(self, forks, project, args)
+
+    def _is_capturing(self, tensor: Any) -> bool:
+        """True while the current stream of a tensor's device is captured; asked in every layer."""
+        if self._capturing is None:
+            # the launcher is loaded only where a device is asked for
+            from fd_dsa.triton_runtime.streams import capture_query
+
+            self._capturing = capture_query(tensor)
+        return self._capturing()
 
     def stream_for(self, tensor: Any) -> Any:
         """The second stream beside a tensor's, None where there is none."""
@@ -79,14 +89,6 @@ class IndexerOverlap:
 
             self.side_stream = side_stream_for(tensor)
         return self.side_stream
-
-
-def _is_capturing(tensor: Any) -> bool:
-    """True while the current stream of a tensor's device is captured."""
-    # the launcher is loaded only where a device is asked for
-    from fd_dsa.triton_runtime.streams import is_capturing
-
-    return is_capturing(tensor)
 
 
 class Fork:

@@ -7,6 +7,7 @@ capture they become edges of the graph.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -92,15 +93,15 @@ def side_stream_for(tensor: Any) -> SideStream | None:
     return _side_stream(api, api.device_of(tensor))
 
 
-def is_capturing(tensor: Any) -> bool:
-    """True while the current stream of a tensor's device is captured into a graph.
+def capture_query(tensor: Any) -> Callable[[], bool]:
+    """What tells whether the current stream of a tensor's device is captured into a graph.
 
-    One driver call. False where kernels are interpreted, of whatever the tensor is.
+    One driver call each time. False where kernels are interpreted, of whatever the tensor is.
 
     Raises:
         BackendUnavailable: no library is known for its type, or no CUDA driver is found.
     """
-    return not INTERPRETING and transfers_for(tensor).is_capturing()
+    return (lambda: False) if INTERPRETING else transfers_for(tensor).is_capturing
 
 
 @cache

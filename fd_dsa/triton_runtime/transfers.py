@@ -19,6 +19,7 @@ from fd_dsa.triton_runtime.driver import cuda
 
 _PORTABLE = 1
 _RELAXED = 2
+_ASK = "cuStreamIsCapturing"
 NO_TIMING = 2
 
 
@@ -74,6 +75,8 @@ class CudaTransfers(Transfers):
     def __init__(self, api: DeviceApi, device: int) -> None:
         super().__init__(api)
         self._device = device
+        self._capture_status = ctypes.c_int()
+        self._ask = cuda().function(_ASK)
 
     def host_buffer(self, num_bytes: int) -> np.ndarray:
         """uint8 [num_bytes] of page-locked memory, given back with the last array on it."""
@@ -112,8 +115,10 @@ class CudaTransfers(Transfers):
 
     def is_capturing(self) -> bool:
         """True while the current stream is captured into a graph."""
-        status = ctypes.c_int()
-        self.call("cuStreamIsCapturing", self.stream(), ctypes.byref(status))
+        status, stream = self._capture_status, self.stream()
+        # asked in every step and layer: without the detour unless the driver refuses
+        if self._ask(stream, ctypes.byref(status)):
+            self.call(_ASK, stream, ctypes.byref(status))
         return status.value != 0
 
     def stream(self) -> ctypes.c_void_p:

@@ -153,7 +153,7 @@ def test_captured_before_the_first_run_it_does_without_scratch(
 ) -> None:
     from fd_dsa.ops.indexer_projection import scratch
 
-    monkeypatch.setattr(scratch, "is_capturing", lambda tensor: True)
+    monkeypatch.setattr(scratch, "capture_query", lambda tensor: lambda: True)
     monkeypatch.setattr(scratch, "_OF_DEVICE", {})
     x, weight = case(*SMALL[1])
     keys, weights = in_kernel(kernel_memory, x, weight, 128)

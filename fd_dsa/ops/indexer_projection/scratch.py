@@ -7,7 +7,7 @@ from typing import Any
 
 from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.streams import is_capturing
+from fd_dsa.triton_runtime.streams import capture_query
 
 NUM_COUNTERS = 1024
 """Tiles of a result whose sums may be split."""
@@ -42,7 +42,7 @@ def scratch_beside(like: Any) -> Any:
     key = api, str(getattr(like, "place", "")) if INTERPRETING else api.device_of(like)
     scratch = _OF_DEVICE.get(key)
     if scratch is None:
-        if is_capturing(like):
+        if capture_query(like)():
             _logger.warning(
                 "project_indexer: captured before its first run, so the graph keeps its slow form; "
                 "run a step before the capture"
