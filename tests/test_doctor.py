@@ -76,7 +76,7 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.endswith("\nhealthy\n") and "FAILED" not in text
     assert "No GPU kernel was run" in text
     assert all(name in text for name in CHECKS)
-    assert "\n  cache_write      cpu       paddle     ok" in text
+    assert "\n  cache_write        cpu       paddle     ok" in text
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,12 +96,12 @@ def as_text(found: dict[str, Any]) -> str:
         *fastdeploy_lines(found["fastdeploy"]),
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
         "",
-        "  operator         device    served by  check      time  why",
+        "  operator           device    served by  check      time  why",
     ]
     for check in found["checks"]:
         mark = "ok" if check["passed"] else "FAILED"
         lines.append(
-            f"  {check['name']:<16} {check['device']:<9} {check['provider']:<10} {mark:<7}"
+            f"  {check['name']:<18} {check['device']:<9} {check['provider']:<10} {mark:<7}"
             f"{check['ms']:>5.0f} ms  {check['reason']}".rstrip()
         )
         if check["detail"]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.doctor import attention_checks as attention
+from fd_dsa.doctor import projection_checks as projection
 from fd_dsa.doctor import write_checks as write
 from fd_dsa.doctor.case import Check, CheckFailed, Memory, Outputs, require
 from fd_dsa.ops._provider import PADDLE, TRITON, provider_reason, provider_table
@@ -51,11 +52,15 @@ def is_step_metadata(out: Outputs) -> None:
 
 CHECKS = {
     "step_metadata": Check(step_metadata, is_step_metadata),
+    "indexer_projection": Check(
+        projection.indexer_projection, projection.is_indexer_projection, same_bytes=False
+    ),
     "cache_write": Check(write.cache_write, write.is_cache_write),
     "indexer_query": Check(write.indexer_query, write.is_indexer_query),
     "indexer_gather": Check(write.indexer_gather, write.is_indexer_gather),
     "indexer_logits": Check(attention.logits, attention.is_logits, same_bytes=False),
     "topk": Check(attention.topk, attention.is_topk),
+    "mla_query": Check(projection.mla_query, projection.is_mla_query),
     "sparse_mla": Check(attention.mla, attention.is_mla, same_bytes=False),
 }
 

@@ -42,10 +42,11 @@ def load_into(model: Any, weights: Iterable[tuple[str, np.ndarray]]) -> None:
             RMSNorm has no place for.
     """
     parameters = dict(model.named_parameters())
-    num_layers = len(model.model.layers)
+    found = filter(None, map(_LAYER.match, parameters))
+    last_layer = max((int(match[1]) for match in found), default=-1)
     for name, array in weights:
         layer = _LAYER.match(name)
-        if layer and int(layer[1]) >= num_layers:
+        if layer and int(layer[1]) > last_layer:
             continue
         expert = _EXPERT.fullmatch(name)
         if expert:
