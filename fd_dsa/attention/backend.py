@@ -214,6 +214,10 @@ class DSAAttentionBackend:
         """Where `prepare_indexer_query` should write for `indexer_forward`; None = anywhere."""
         return self.attention.query_buffers(num_tokens)
 
+    def projection_buffers(self, num_tokens: int) -> tuple[Any, Any] | None:
+        """Where `project_indexer` should write; None = anywhere."""
+        return self.attention.projection_buffers(num_tokens)
+
     def mla_query_buffer(self, num_tokens: int) -> Any:
         """Where `prepare_mla_query` should write for `forward`; None = anywhere, as on a CPU."""
         return self.attention.mla_query_buffer(num_tokens)

@@ -81,6 +81,15 @@ class DeviceAttention:
         queries = self._view("index_q", num_tokens, heads, dim)
         return queries, self._view("index_weights", num_tokens, heads)
 
+    def projection_buffers(self, num_tokens: int) -> tuple[Any, Any]:
+        """Where `project_indexer` writes: index keys and head weights of a step's tokens.
+
+        Returns:
+            `config.dtype` [num_tokens, index_head_dim] and float32 [num_tokens, index_n_heads].
+        """
+        keys = self._view("index_k", num_tokens, self.config.cache_layout.index_head_dim)
+        return keys, self._view("head_weights", num_tokens, self.config.index_n_heads)
+
     def mla_query_buffer(self, num_tokens: int) -> Any:
         """Where `prepare_mla_query` writes, and what `attend` takes.
 
@@ -157,6 +166,8 @@ def _buffers(config: DSABackendConfig, logits_bytes: int) -> dict[str, tuple[int
             "uint8" if layout.is_fp8 else config.dtype,
         ),
         "index_weights": (index_heads, "float32"),
+        "index_k": (tokens * layout.index_head_dim, config.dtype),
+        "head_weights": (tokens * config.index_n_heads, "float32"),
     }
 
 

@@ -36,6 +36,9 @@ class HostAttention:
     def query_buffers(self, num_tokens: int) -> None:
         """None: on a CPU `prepare_indexer_query` works in the memory of its input."""
 
+    def projection_buffers(self, num_tokens: int) -> None:
+        """On a CPU `project_indexer` allocates."""
+
     def mla_query_buffer(self, num_tokens: int) -> None:
         """None: on a CPU `prepare_mla_query` makes its result."""
 

@@ -60,7 +60,7 @@ class Indexer(nn.Layer):
         both, dim = readable(self.wk_weights_proj), self.config.index_head_dim
         return both[:, :dim], both[:, dim:]
 
-    def project(self, hidden_states: Any) -> tuple[Any, Any]:
+    def project(self, hidden_states: Any, out: Any = None) -> tuple[Any, Any]:
         """Index keys and head weights as projected; `write_caches` norms the keys.
 
         They need nothing but the hidden states, so they may run beside other projections, see
@@ -68,12 +68,13 @@ class Indexer(nn.Layer):
 
         Args:
             hidden_states: float32 [num_tokens, hidden_size], after the input norm.
+            out: on a device, where to write the results; see DSAAttentionBackend.
 
         Returns:
             float32 [num_tokens, index_head_dim] and [num_tokens, index_n_heads].
         """
         if on_device(hidden_states):
-            return project_indexer(hidden_states, *self._halves)
+            return project_indexer(hidden_states, *self._halves, out=out)
         both, dim = linear(hidden_states, self.wk_weights_proj), self.config.index_head_dim
         return both[:, :dim], both[:, dim:]
 

@@ -161,13 +161,13 @@ class PluginAttention:
 
     def _select(self, backend: PluginBackend, hidden_states: Any, forward_meta: Any) -> Any:
         """Write the keys of the step and choose among all; gives the queries' latent."""
-        projections = self.indexer.projections
-        one_launch = projections.is_one_launch(hidden_states)
-        project = projections.one_launch if one_launch else projections.two_products
+        projections, core = self.indexer.projections, backend.current_core()
+        project, num_tokens, args = projections.two_products, 0, [hidden_states]
         # only one launch makes nothing that would have to outlive it on a second stream
-        num_tokens = hidden_states.shape[0] if one_launch else 0
-        overlap = backend.current_core().overlap
-        with overlap.fork(num_tokens, project, hidden_states) as side:
+        if projections.is_one_launch(hidden_states):
+            project, num_tokens = projections.one_launch, hidden_states.shape[0]
+            args.append(core.projection_buffers(num_tokens))
+        with core.overlap.fork(num_tokens, project, *args) as side:
             qr, kv_a = self._down_projected(hidden_states)
             index_k, weights = side.join()
         self._write(backend, kv_a, index_k, forward_meta)

@@ -41,11 +41,15 @@ class IndexerProjections:
             _is_plain(linear, hidden_states) for linear in (self._wk, self._weights_proj)
         )
 
-    def one_launch(self, hidden_states: Any) -> tuple[Any, Any]:
-        """Index keys and head weights, [num_tokens, ...], of [num_tokens, hidden_size]."""
-        return project_indexer(
-            hidden_states, self._wk.weight.detach(), self._weights_proj.weight.detach()
-        )
+    def one_launch(self, hidden_states: Any, out: Any) -> tuple[Any, Any]:
+        """Index keys and head weights, [num_tokens, ...], of [num_tokens, hidden_size].
+
+        Args:
+            hidden_states: activations on a device.
+            out: where to write the two.
+        """
+        wk, weights_proj = self._wk.weight.detach(), self._weights_proj.weight.detach()
+        return project_indexer(hidden_states, wk, weights_proj, out)
 
     def two_products(self, hidden_states: Any) -> tuple[Any, Any]:
         """The same by FastDeploy's layers."""

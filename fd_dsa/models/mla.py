@@ -96,7 +96,8 @@ class DeepseekV32DSAAttention(nn.Layer):
             indices = shared_indices
         else:
             project, num_tokens = self.indexer.project, hidden_states.shape[0]
-            with backend.overlap.fork(num_tokens, project, hidden_states) as side:
+            out = backend.projection_buffers(num_tokens)
+            with backend.overlap.fork(num_tokens, project, hidden_states, out) as side:
                 qr, kv_a = self._down_projected(hidden_states)
                 index_k, weights = side.join()
             backend.write_caches(kv_a, index_k, cos_sin, self, forward_meta)

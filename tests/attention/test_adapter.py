@@ -144,7 +144,8 @@ def test_activations_are_float32_on_a_cpu_and_float32_or_bfloat16_elsewhere(
 
 
 def test_queries_have_no_buffer_on_a_cpu() -> None:
-    assert DSAAttentionBackend(config()).mla_query_buffer(3) is None
+    backend = DSAAttentionBackend(config())
+    assert backend.mla_query_buffer(3) is None and backend.projection_buffers(3) is None
 
 
 def test_queries_have_one_buffer_on_a_device(kernel_memory: KernelMemory) -> None:
@@ -153,3 +154,13 @@ def test_queries_have_one_buffer_on_a_device(kernel_memory: KernelMemory) -> Non
     assert [list(view.shape) for view in views] == [[3, 2, 8], [32, 2, 8], [1, 2, 8]]
     assert len({view.data_ptr() for view in views}) == 1
     assert all(str(view.dtype).endswith("bfloat16") for view in views)
+
+
+def test_projections_have_buffers_on_a_device(kernel_memory: KernelMemory) -> None:
+    backend = on_device(kernel_memory, dtype="bfloat16")
+    keys, weights = backend.projection_buffers(3)
+    layout, heads = backend.config.cache_layout, backend.config.index_n_heads
+    assert [list(keys.shape), list(weights.shape)] == [[3, layout.index_head_dim], [3, heads]]
+    assert str(keys.dtype).endswith("bfloat16") and str(weights.dtype).endswith("float32")
+    again = backend.projection_buffers(1)
+    assert [view.data_ptr() for view in again] == [keys.data_ptr(), weights.data_ptr()]
