@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from fd_dsa.triton_runtime.transfers import Transfers
 # products on Hopper are summed with fewer bits than float32 has
 _ATTENTION_TOLERANCE, _SCORE_TOLERANCE = 2e-2, 1e-3
 _BLOCKS, _KEYS, _SELECTED = 3, 100, 64
+
+logger = logging.getLogger(__name__)
 
 
 class Probe:
@@ -90,8 +93,9 @@ class Probe:
         try:
             found = self._gathered(gemm, codes, weights, cache, tables)
             _deviation(found, ours, _SCORE_TOLERANCE)
-        except Exception:
+        except Exception as error:
             gemm.reads_gathered = False
+            logger.info("indexer_logits: deep_gemm scores prompts in their pages (%r)", error)
         return deviation
 
     def _gathered(

@@ -28,6 +28,14 @@ def nothing_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_provider, "_choices", {})
 
 
+class NoTorch:
+    """A machine without torch, whether it is installed or not."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
 @pytest.fixture
 def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """`kernels_a` and `kernels_b`, which import torch, in a process whose scopes are put back."""
@@ -36,11 +44,23 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(tmp_path)
     finder = paddle.compat.proxy.TORCH_PROXY_FINDER
     before = list(sys.meta_path), set(finder._local_enabled_scope), finder._globally_enabled
+    torch = imported("torch")
+    forget(torch)
+    sys.meta_path.insert(0, NoTorch())
     yield
     sys.meta_path[:], finder._local_enabled_scope, finder._globally_enabled = before
-    for name in [
-        n for n in sys.modules if n.partition(".")[0] in ("torch", "kernels_a", "kernels_b")
-    ]:
+    forget(imported("torch", "kernels_a", "kernels_b"))
+    sys.modules.update(torch)
+
+
+def imported(*packages: str) -> dict[str, Any]:
+    """The modules of these packages that this process has imported."""
+    return {n: m for n, m in sys.modules.items() if n.partition(".")[0] in packages}
+
+
+def forget(modules: dict[str, Any]) -> None:
+    """Have them imported anew by whoever asks."""
+    for name in modules:
         del sys.modules[name]
 
 
