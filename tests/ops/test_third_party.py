@@ -43,12 +43,14 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (tmp_path / f"{name}.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
     finder = paddle.compat.proxy.TORCH_PROXY_FINDER
-    before = list(sys.meta_path), set(finder._local_enabled_scope), finder._globally_enabled
+    # a test may put another list in its place, and this one comes back after the test
+    meta_path = sys.meta_path
+    before = list(meta_path), set(finder._local_enabled_scope), finder._globally_enabled
     torch = imported("torch")
     forget(torch)
-    sys.meta_path.insert(0, NoTorch())
+    meta_path.insert(0, NoTorch())
     yield
-    sys.meta_path[:], finder._local_enabled_scope, finder._globally_enabled = before
+    meta_path[:], finder._local_enabled_scope, finder._globally_enabled = before
     forget(imported("torch", "kernels_a", "kernels_b"))
     sys.modules.update(torch)
 
