@@ -267,7 +267,7 @@ def fastdeploy_plugin_wanted() -> bool:
         ConfigError: FD_DSA_DISABLE is none of 0, 1, false and true, in any case.
     """
     chosen = os.environ.get("FD_ATTENTION_BACKEND") == "DSA_ATTN"
-    return chosen and not _switch("FD_DSA_DISABLE")
+    return chosen and not fastdeploy_plugin_disabled()
 
 
 def fastdeploy_plugin_disabled() -> bool:

@@ -95,7 +95,9 @@ class Probe:
             _deviation(found, ours, _SCORE_TOLERANCE)
         except Exception as error:
             gemm.reads_gathered = False
-            logger.info("indexer_logits: deep_gemm scores prompts in their pages (%r)", error)
+            logger.info(
+                "deep_gemm scores prompts in their pages: it gives no relative scores (%r)", error
+            )
         return deviation
 
     def _gathered(

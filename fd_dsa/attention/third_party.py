@@ -153,8 +153,6 @@ class ThirdPartyKernels:
         )
         gemm = deep_gemm.DeepGemm(module)
         deviation = probe.scores(gemm)
-        if not gemm.reads_gathered:
-            logger.info("deep_gemm scores prompts in their pages: it gives no relative scores")
         scores = DeepGemmScores(
             gemm, self._config, self._allocate, self._queries, self._weights, self._logits_bytes
         )
