@@ -21,6 +21,7 @@ ROOMS = (
     "attention",
     "models",
     "runner",
+    "v4_prepare",
     "fastdeploy_plugin",
     "engine",
     "serve",
