@@ -7,6 +7,7 @@ FdDsaError
 │   └── CheckpointError a tensor or file of a checkpoint is missing, damaged or of another shape
 ├── CapacityError       a ValueError: more tokens, rows or blocks than were allocated for
 ├── DeviceError         a RuntimeError: the CUDA driver reports an error
+├── V4PrepareError      a ValueError: a V4 decode step breaks a rule; has a code and a row
 ├── LaunchError         a ValueError: a Triton kernel cannot be launched with these arguments
 ├── OverlapError        a RuntimeError: a fork and its join do not belong together
 ├── MissingStepError    a RuntimeError: a step field is read before the call that makes it
@@ -40,6 +41,25 @@ class CheckpointError(ConfigError):
 
 class CapacityError(FdDsaError, ValueError):
     """A step needs more tokens, rows or blocks than the buffers hold."""
+
+
+class V4PrepareError(FdDsaError, ValueError):
+    """A DeepSeek-V4 step (or its sizes) breaks a rule of its preparation; nothing was written.
+
+    Attributes:
+        code: one of E_SHAPE, E_DTYPE, E_BATCH, E_QLEN, E_CTX, E_SLOT, E_TABLE, E_BLOCK, E_TOKENS,
+            E_INDPTR.
+        row: the row at fault; -1 where the whole batch (or the configuration) is.
+    """
+
+    def __init__(self, code: str, row: int, text: str) -> None:
+        super().__init__(code, row, text)
+        self.code = code
+        self.row = row
+
+    def __str__(self) -> str:
+        code, row, text = self.args
+        return f"v4_prepare: {code}: {'batch' if row < 0 else f'row {row}'}: {text}"
 
 
 class LaunchError(FdDsaError, ValueError):
