@@ -57,8 +57,8 @@ class HostInputs:
 class DeviceInputs:
     """The inputs of a batch on a device: sections of one tensor, which one copy a step fills.
 
-    The copy runs from page-locked memory behind the work of the steps before, and nobody waits
-    for it.
+    The copy runs from page-locked memory on a stream of its own, beside the work of the step
+    before; see `fd_dsa.runner.staging`. Nobody waits for it, and the tensor never moves.
 
     Args:
         batch: rows that the engine fills.
@@ -66,7 +66,7 @@ class DeviceInputs:
     """
 
     def __init__(self, batch: InputBatch, allocate: Callable[[tuple[int, ...], str], Any]) -> None:
-        from fd_dsa.step.staging import StagingRing
+        from fd_dsa.runner.staging import StagedTensor
 
         self._batch = batch
         rows, columns = batch.block_tables.shape
@@ -74,8 +74,7 @@ class DeviceInputs:
         # tables come last: a copy ends with those of the rows that the step has
         ends = np.cumsum([-(-size // _SECTION) * _SECTION for size in sizes]).tolist()
         self._starts = [0, *ends]
-        self._packed = allocate((ends[-1] + rows * columns,), "int32")
-        self._ring = StagingRing(self._packed)
+        self._staged = StagedTensor(allocate, ends[-1] + rows * columns)
         self._section = lru_cache(maxsize=_CACHED_VIEWS)(self._make_section)
 
     def stage(self, logits_indices: np.ndarray) -> StepInputs:
@@ -93,10 +92,10 @@ class DeviceInputs:
             logits_indices,
             batch.block_tables[:rows].ravel(),
         )
-        slab = self._ring.slabs[self._ring.next_slab()]
+        slab = self._staged.next_slab()
         for start, array in zip(self._starts, values, strict=True):
             slab[start : start + len(array)] = array
-        self._ring.upload(self._starts[-1] + len(values[-1]))
+        self._staged.upload(self._starts[-1] + len(values[-1]))
         ids, encoder, decoder, this_time, wanted, tables = (
             self._section(index, len(array)) for index, array in enumerate(values)
         )
@@ -105,7 +104,7 @@ class DeviceInputs:
     def _make_section(self, index: int, length: int) -> Any:
         """The first values of a section; the tables as a matrix."""
         start = self._starts[index]
-        section = self._packed[start : start + length]
+        section = self._staged.tensor[start : start + length]
         if index + 1 < len(self._starts):
             return section
         return section.reshape([-1, self._batch.block_tables.shape[1]])

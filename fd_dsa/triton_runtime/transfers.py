@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,15 +19,45 @@ from fd_dsa.triton_runtime.driver import cuda
 
 _PORTABLE = 1
 _RELAXED = 2
-_ASK = "cuStreamIsCapturing"
+_NON_BLOCKING = 1
 NO_TIMING = 2
+_ASK, _RECORD, _WAIT, _QUERY = (
+    "cuStreamIsCapturing",
+    "cuEventRecord",
+    "cuStreamWaitEvent",
+    "cuEventQuery",
+)
+_SYNCHRONIZE = "cuStreamSynchronize"
+_UPLOAD, _COPY = "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoDAsync_v2"
+_NO_FLAGS = ctypes.c_uint(0)
+
+
+class RawStream:
+    """A stream beside those of the tensors' library; an interpreting process needs none.
+
+    Attributes:
+        handle: the CUDA stream, 0 in an interpreting process.
+        argument: the same for a call of the driver.
+    """
+
+    def __init__(self) -> None:
+        self.handle, self.argument = 0, ctypes.c_void_p()
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the work on it is done."""
 
 
 class Event:
     """A point in the work of a device; in an interpreting process it lies in the past."""
 
-    def record(self) -> None:
-        """Move the point behind all work queued so far on the current stream."""
+    def record(self, stream: RawStream | None = None) -> None:
+        """Move the point behind all work queued so far on a stream, None = the current one."""
+
+    def precede(self, stream: RawStream | None = None) -> None:
+        """What is queued on a stream from now on, None = the current one, runs behind the point.
+
+        The calling thread goes on at once. A point that was never set lies in the past.
+        """
 
     def done(self) -> bool:
         """True once the work before the point is done, or if the point was never set."""
@@ -35,6 +65,26 @@ class Event:
 
     def wait(self) -> None:
         """Block the calling thread until `done`."""
+
+
+class FixedCopy:
+    """A copy between two places that never move; this class serves the interpreter.
+
+    Attributes:
+        kind: "h2d" or "d2d".
+        stream: where it is queued; None = on the current stream at each time.
+    """
+
+    def __init__(self, kind: str, target: int, source: int, stream: RawStream | None) -> None:
+        self.kind, self.stream = kind, stream
+        self._places = target, source
+
+    def queue(self, num_bytes: int) -> None:
+        """Queue the copy of the first bytes; the calling thread goes on at once.
+
+        The source must stay as it is until an event recorded behind the copy is done.
+        """
+        ctypes.memmove(*self._places, num_bytes)
 
 
 class Transfers:
@@ -52,17 +102,31 @@ class Transfers:
 
         `source` must stay as it is until an event recorded behind the copy is done.
         """
-        address = self._api.interpreter_argument(target).data_ptr()
-        ctypes.memmove(address, source.ctypes.data, source.nbytes)
+        ctypes.memmove(self.address(target), source.ctypes.data, source.nbytes)
 
     def to_host(self, target: np.ndarray, source: Any) -> None:
         """Queue a copy from the start of a contiguous tensor that fills a contiguous array."""
-        address = self._api.interpreter_argument(source).data_ptr()
-        ctypes.memmove(target.ctypes.data, address, target.nbytes)
+        ctypes.memmove(target.ctypes.data, self.address(source), target.nbytes)
+
+    def address(self, tensor: Any) -> int:
+        """Where copies find the values of a tensor."""
+        return self._api.interpreter_argument(tensor).data_ptr()
+
+    def upload(self, target: int, source: np.ndarray, stream: RawStream | None) -> FixedCopy:
+        """A copy from a `host_buffer`, which must outlive it, to an address on the device."""
+        return FixedCopy("h2d", target, source.ctypes.data, stream)
+
+    def copy(self, target: int, source: int) -> FixedCopy:
+        """A copy between addresses on the device, queued on the stream that is then current."""
+        return FixedCopy("d2d", target, source, None)
 
     def event(self) -> Event:
         """A new event, not yet recorded."""
         return Event()
+
+    def new_stream(self) -> RawStream:
+        """A stream that waits for no other one by itself; it lives as long as the object."""
+        return RawStream()
 
     def is_capturing(self) -> bool:
         """True while the current stream is captured into a graph."""
@@ -77,6 +141,7 @@ class CudaTransfers(Transfers):
         self._device = device
         self._capture_status = ctypes.c_int()
         self._ask = cuda().function(_ASK)
+        self._current = 0, ctypes.c_void_p()
 
     def host_buffer(self, num_bytes: int) -> np.ndarray:
         """uint8 [num_bytes] of page-locked memory, given back with the last array on it."""
@@ -84,7 +149,7 @@ class CudaTransfers(Transfers):
         size = ctypes.c_size_t(max(num_bytes, 1))
         self.call("cuMemHostAlloc", ctypes.byref(address), size, ctypes.c_uint(_PORTABLE))
         memory = (ctypes.c_uint8 * num_bytes).from_address(address.value or 0)
-        weakref.finalize(memory, _give_back, "cuMemFreeHost", address)
+        self.give_back_with(memory, address, "cuMemFreeHost")
         buffer = np.frombuffer(memory, np.uint8)
         buffer.fill(0)
         return buffer
@@ -92,7 +157,7 @@ class CudaTransfers(Transfers):
     def to_device(self, target: Any, source: np.ndarray) -> None:
         """Queue a copy; it overlaps with the host if `source` lies in a `host_buffer`."""
         self.call(
-            "cuMemcpyHtoDAsync_v2",
+            _UPLOAD,
             ctypes.c_uint64(target.data_ptr()),
             ctypes.c_void_p(source.ctypes.data),
             ctypes.c_size_t(source.nbytes),
@@ -109,9 +174,25 @@ class CudaTransfers(Transfers):
             self.stream(),
         )
 
+    def address(self, tensor: Any) -> int:
+        """Where the tensor lies on the device."""
+        return tensor.data_ptr()
+
+    def upload(self, target: int, source: np.ndarray, stream: RawStream | None) -> FixedCopy:
+        """A copy that costs one call of the driver."""
+        return _CudaCopy(self, "h2d", target, source.ctypes.data, stream)
+
+    def copy(self, target: int, source: int) -> FixedCopy:
+        """A copy that costs one call of the driver."""
+        return _CudaCopy(self, "d2d", target, source, None)
+
     def event(self) -> Event:
         """A new event without timing."""
         return _CudaEvent(self)
+
+    def new_stream(self) -> RawStream:
+        """A stream of the driver, which other streams never wait for by themselves."""
+        return _CudaStream(self)
 
     def is_capturing(self) -> bool:
         """True while the current stream is captured into a graph."""
@@ -123,7 +204,12 @@ class CudaTransfers(Transfers):
 
     def stream(self) -> ctypes.c_void_p:
         """The stream that copies and events go to."""
-        return ctypes.c_void_p(self._api.current_stream(self._device))
+        handle = self._api.current_stream(self._device)
+        known = self._current
+        if known[0] != handle:
+            # one object, so that a thread never meets half of the change of another
+            self._current = known = handle, ctypes.c_void_p(handle)
+        return known[1]
 
     def call(self, function: str, *arguments: Any) -> None:
         """Call the driver; a thread that has no context yet gets the device's.
@@ -133,33 +219,90 @@ class CudaTransfers(Transfers):
         """
         cuda().call(self._device, function, *arguments)
 
+    def give_back_with(self, owner: Any, handle: ctypes.c_void_p, *functions: str) -> None:
+        """Call functions of the driver on `handle` when `owner` goes; their errors are dropped."""
+        exchange = cuda().function("cuThreadExchangeStreamCaptureMode")
+        weakref.finalize(
+            owner, _give_back, exchange, [cuda().function(f) for f in functions], handle
+        )
+
+
+class _CudaStream(RawStream):
+    """A stream of the CUDA driver; work on it is waited for before it goes."""
+
+    def __init__(self, transfers: CudaTransfers) -> None:
+        super().__init__()
+        self._transfers = transfers
+        flags = ctypes.c_uint(_NON_BLOCKING)
+        transfers.call("cuStreamCreate", ctypes.byref(self.argument), flags)
+        self.handle = self.argument.value or 0
+        transfers.give_back_with(self, self.argument, _SYNCHRONIZE, "cuStreamDestroy_v2")
+
+    def synchronize(self) -> None:
+        self._transfers.call(_SYNCHRONIZE, self.argument)
+
 
 class _CudaEvent(Event):
-    """An event of the CUDA driver."""
+    """An event of the CUDA driver; each call costs one of the driver's."""
 
     def __init__(self, transfers: CudaTransfers) -> None:
         self._transfers = transfers
         self._handle = ctypes.c_void_p()
         transfers.call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(NO_TIMING))
-        weakref.finalize(self, _give_back, "cuEventDestroy_v2", self._handle)
+        transfers.give_back_with(self, self._handle, "cuEventDestroy_v2")
+        self._record, self._wait, self._query = map(cuda().function, (_RECORD, _WAIT, _QUERY))
 
-    def record(self) -> None:
-        self._transfers.call("cuEventRecord", self._handle, self._transfers.stream())
+    def record(self, stream: RawStream | None = None) -> None:
+        argument = self._transfers.stream() if stream is None else stream.argument
+        if self._record(self._handle, argument):
+            self._transfers.call(_RECORD, self._handle, argument)
+
+    def precede(self, stream: RawStream | None = None) -> None:
+        argument = self._transfers.stream() if stream is None else stream.argument
+        if self._wait(argument, self._handle, _NO_FLAGS):
+            self._transfers.call(_WAIT, argument, self._handle, _NO_FLAGS)
 
     def done(self) -> bool:
-        return bool(_library().cuEventQuery(self._handle) == 0)
+        return self._query(self._handle) == 0
 
     def wait(self) -> None:
         self._transfers.call("cuEventSynchronize", self._handle)
 
 
-def _give_back(function: str, handle: ctypes.c_void_p) -> None:
-    """Call what frees `handle`; the collector may do so while a graph is being captured."""
-    library, mode = _library(), ctypes.c_int(_RELAXED)
+class _CudaCopy(FixedCopy):
+    """A copy by the CUDA driver, its arguments made beforehand. One thread at a time."""
+
+    def __init__(
+        self,
+        transfers: CudaTransfers,
+        kind: str,
+        target: int,
+        source: int,
+        stream: RawStream | None,
+    ) -> None:
+        super().__init__(kind, target, source, stream)
+        self._transfers, self._name = transfers, _UPLOAD if kind == "h2d" else _COPY
+        self._function = cuda().function(self._name)
+        self._arguments = ctypes.c_uint64(target), ctypes.c_uint64(source)
+        self._size = ctypes.c_size_t()
+
+    def queue(self, num_bytes: int) -> None:
+        self._size.value = num_bytes
+        stream = self._transfers.stream() if self.stream is None else self.stream.argument
+        if self._function(*self._arguments, self._size, stream):
+            self._transfers.call(self._name, *self._arguments, self._size, stream)
+
+
+def _give_back(
+    exchange: Callable[..., int], functions: list[Callable[..., int]], handle: ctypes.c_void_p
+) -> None:
+    """Free `handle`; the collector may do so while a graph is being captured."""
+    mode = ctypes.c_int(_RELAXED)
     # in any other mode of this thread freeing would end captures, also those of other libraries
-    library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-    getattr(library, function)(handle)
-    library.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    exchange(ctypes.byref(mode))
+    for function in functions:
+        function(handle)
+    exchange(ctypes.byref(mode))
 
 
 def transfers_for(tensor: Any) -> Transfers:
@@ -174,10 +317,3 @@ def transfers_for(tensor: Any) -> Transfers:
         api.interpreter_argument(tensor)
         return Transfers(api)
     return CudaTransfers(api, api.device_of(tensor))
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    """The driver library, started."""
-    cuda()
-    return ctypes.CDLL("libcuda.so.1")

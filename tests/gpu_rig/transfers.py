@@ -7,13 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# method -> the plug-in's names for one call, and for the bytes of the NumPy array it is given
-_COPIES = {"to_device": ("h2d_async", "h2d_bytes"), "to_host": ("d2h_async", "d2h_bytes")}
 
-
-def _family(base: type) -> list[type]:
+def family(base: type) -> list[type]:
     """A class and all that derive from it."""
-    return [base, *(child for direct in base.__subclasses__() for child in _family(direct))]
+    return [base, *(child for direct in base.__subclasses__() for child in family(direct))]
+
+
+@contextmanager
+def replaced(base: type, name: str, change: Callable[[Callable[..., Any]], Any]) -> Iterator[None]:
+    """A method is `change(method)` inside the block, wherever one of the family has it."""
+    originals = [(kind, vars(kind)[name]) for kind in family(base) if name in vars(kind)]
+    for kind, method in originals:
+        setattr(kind, name, change(method))
+    try:
+        yield
+    finally:
+        for kind, method in originals:
+            setattr(kind, name, method)
 
 
 @contextmanager
@@ -21,37 +31,48 @@ def counted_transfers() -> Iterator[Counter[str]]:
     """Count the launcher's copies and waits inside the block, under the plug-in's names."""
     import numpy as np
 
-    from fd_dsa.triton_runtime.transfers import Event, Transfers
+    from fd_dsa.triton_runtime.transfers import Event, FixedCopy, RawStream, Transfers
 
     counts: Counter[str] = Counter()
 
-    def counting_copy(original: Callable[..., Any], calls: str, size: str) -> Callable[..., Any]:
-        def copy(self: Any, *args: Any) -> Any:
-            counts[calls] += 1
-            counts[size] += sum(a.nbytes for a in args if isinstance(a, np.ndarray))
-            return original(self, *args)
+    def copies(kind: str) -> Callable[[Callable[..., Any]], Any]:
+        """Counts a method of `Transfers` that takes a tensor and an array."""
 
-        return copy
+        def counting(original: Callable[..., Any]) -> Any:
+            def copy(self: Any, *args: Any) -> Any:
+                counts[f"{kind}_async"] += 1
+                counts[f"{kind}_bytes"] += sum(a.nbytes for a in args if isinstance(a, np.ndarray))
+                return original(self, *args)
 
-    def counting_wait(original: Callable[..., Any]) -> Callable[..., Any]:
-        def wait(self: Any) -> Any:
-            counts["event_syncs"] += 1
-            return original(self)
+            return copy
 
-        return wait
+        return counting
 
-    replaced = []
-    for kind in _family(Transfers):
-        for name in vars(kind).keys() & _COPIES.keys():
-            replaced.append((kind, name, counting_copy(vars(kind)[name], *_COPIES[name])))
-    for kind in _family(Event):
-        if "wait" in vars(kind):
-            replaced.append((kind, "wait", counting_wait(vars(kind)["wait"])))
-    originals = [(kind, name, vars(kind)[name]) for kind, name, _ in replaced]
-    for kind, name, method in replaced:
-        setattr(kind, name, method)
-    try:
+    def counting_queue(original: Callable[..., Any]) -> Any:
+        def queue(self: Any, num_bytes: int) -> Any:
+            counts[f"{self.kind}_async"] += 1
+            counts[f"{self.kind}_bytes"] += num_bytes
+            return original(self, num_bytes)
+
+        return queue
+
+    def waits(counter: str) -> Callable[[Callable[..., Any]], Any]:
+        """Counts a method without arguments that blocks the host."""
+
+        def counting(original: Callable[..., Any]) -> Any:
+            def wait(self: Any) -> Any:
+                counts[counter] += 1
+                return original(self)
+
+            return wait
+
+        return counting
+
+    with (
+        replaced(Transfers, "to_device", copies("h2d")),
+        replaced(Transfers, "to_host", copies("d2h")),
+        replaced(FixedCopy, "queue", counting_queue),
+        replaced(Event, "wait", waits("event_syncs")),
+        replaced(RawStream, "synchronize", waits("stream_syncs")),
+    ):
         yield counts
-    finally:
-        for kind, name, method in originals:
-            setattr(kind, name, method)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.step.staging import NUM_SLABS, StagingRing
-from fd_dsa.triton_runtime.transfers import Event, Transfers
+from fd_dsa.triton_runtime.transfers import Event, RawStream, Transfers
 from tests.kernel_memory import KernelMemory
 
 pytestmark = pytest.mark.triton
@@ -46,7 +46,7 @@ class LateEvent(Event):
     def __init__(self, device: LateDevice) -> None:
         self._device, self._position = device, 0
 
-    def record(self) -> None:
+    def record(self, stream: RawStream | None = None) -> None:
         self._position = len(self._device.queue)
 
     def done(self) -> bool:
@@ -86,7 +86,7 @@ def test_an_engine_that_waits_for_sampled_ids_is_never_held_back(lag: int) -> No
 def test_the_late_device_shows_a_slab_that_is_not_guarded() -> None:
     device = LateDevice()
     ring = StagingRing(np.zeros(SIZE, np.int32), transfers=device)
-    ring._events = [Event() for _ in ring.slabs]
+    ring.copied = [Event() for _ in ring.slabs]
     _run_steps(ring, device, 12, lag=None)
     assert device.seen != [[step] * SIZE for step in range(12)]
 

@@ -1,0 +1,159 @@
+"""Inputs of a step on their way to the device while it still computes the step before.
+
+Three sets of slabs take turns, each a page-locked one and one on the device:
+
+    host                         prep_stream                main stream
+    next_slab: copied[i] done?
+    fill the slab
+    upload                       wait used[i]
+                                 one copy
+                                 record copied[i]
+    acquire                                                 wait copied[i]
+                                                            whatever reads slab i
+    release                                                 record used[i]
+
+`prep_stream` waits for nothing of the main stream but the readers of the slab that it overwrites,
+which ran three steps ago. So the copy for a step runs beside the work of the step before, and the
+calling thread waits for neither.
+
+Why not otherwise: a stream that first waits for the current one, as in ROCm/ATOM #728, starts each
+copy when the step before has ended. `paddle.to_tensor` waits for its copy; `Tensor.to` with
+`non_blocking` adds a host callback (PaddleFleet #1068). Operators may move page-locked tensors to
+the GPU for good (Paddle #78835), so staging memory is no tensor but a NumPy array. Page-locked
+memory that is filled again under a copy spoils it (ROCm/ATOM #817, PyTorch #130785).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.step.staging import NUM_SLABS, HostSlabs
+from fd_dsa.triton_runtime.transfers import Event, transfers_for
+
+Allocate = Callable[[tuple[int, ...], str], Any]
+
+
+class InputStaging:
+    """Rotating slabs whose copies run on a stream of their own. One thread at a time.
+
+    The order of calls for a step is `next_slab`, `upload`, `acquire`, work that reads the slab,
+    `release`; steps may be uploaded ahead, up to `num_slabs`. Cost of all four: about ten calls of
+    the driver, no memory, no wait for the device unless the caller is `num_slabs` steps ahead of
+    it. Where kernels are interpreted, a copy is done at once.
+
+    Args:
+        allocate: makes a contiguous tensor of a shape and dtype on the device.
+        num_values: int32 values of a slab.
+        num_slabs: slabs that take turns.
+
+    Attributes:
+        slabs: int32 [num_slabs, num_values] on the device, at one address for life.
+    """
+
+    def __init__(self, allocate: Allocate, num_values: int, num_slabs: int = NUM_SLABS) -> None:
+        self.slabs = allocate((num_slabs, num_values), "int32")
+        self.transfers = transfers = transfers_for(self.slabs)
+        self._host = HostSlabs(transfers, num_values, num_slabs)
+        self._stream = transfers.new_stream()
+        self._used = [transfers.event() for _ in range(num_slabs)]
+        self._is_open = [False] * num_slabs
+        start = transfers.address(self.slabs)
+        self._copies = [
+            transfers.upload(start + 4 * num_values * index, slab, self._stream)
+            for index, slab in enumerate(self._host.slabs)
+        ]
+        for used in self._used:
+            # the memory may have been another's, whose work is still queued
+            used.record()
+        # and may become another's: no copy may arrive after that
+        weakref.finalize(self, self._stream.synchronize)
+
+    def next_slab(self) -> np.ndarray:
+        """The page-locked slab to fill for the coming step, the same until `upload`.
+
+        Returns:
+            int32 [num_values]; it holds what its last turn left.
+
+        Raises:
+            RuntimeError: all slabs are uploaded and not released, or the current stream is being
+                captured; a replay would copy this step for ever.
+        """
+        if self._is_open[self._host.turn]:
+            raise RuntimeError(
+                f"input staging: {len(self._used)} steps are uploaded and none is released; read "
+                "the earliest one before another is staged"
+            )
+        return self._host.slabs[self._host.next_slab()]
+
+    def upload(self, num_values: int) -> int:
+        """Queue the copy of the first values of the slab given out last; index of the slab."""
+        index = self._host.turn
+        self._used[index].precede(self._stream)
+        self._copies[index].queue(4 * num_values)
+        self._is_open[index] = True
+        return self._host.sent(self._stream)
+
+    def acquire(self, index: int) -> None:
+        """The current stream waits for the copy of a slab; behind it the slab may be read."""
+        self._host.copied[index].precede()
+
+    def release(self, index: int) -> None:
+        """The readers of a slab are queued on the current stream; behind them it may change."""
+        self._used[index].record()
+        self._is_open[index] = False
+
+    def used(self, index: int) -> Event:
+        """The point behind the readers of a slab, to be asked whether it is done."""
+        return self._used[index]
+
+    @property
+    def prep_stream(self) -> int:
+        """Handle of the stream of the copies; 0 where kernels are interpreted."""
+        return self._stream.handle
+
+    @property
+    def num_waits(self) -> int:
+        """How often `next_slab` found its copy unfinished and blocked."""
+        return self._host.num_waits
+
+
+class StagedTensor:
+    """A tensor that never moves, filled through an `InputStaging`: for readers that keep views.
+
+    Args:
+        allocate: makes a contiguous tensor of a shape and dtype on the device.
+        num_values: int32 values of the tensor.
+
+    Attributes:
+        tensor: int32 [num_values] on the device; it changes in stream order.
+        staging: the slabs.
+    """
+
+    def __init__(self, allocate: Allocate, num_values: int) -> None:
+        self.tensor = allocate((num_values,), "int32")
+        self.staging = InputStaging(allocate, num_values)
+        transfers, slabs = self.staging.transfers, self.staging.slabs
+        target, start = transfers.address(self.tensor), transfers.address(slabs)
+        self._copies = [
+            transfers.copy(target, start + 4 * num_values * index)
+            for index in range(int(slabs.shape[0]))
+        ]
+
+    def next_slab(self) -> np.ndarray:
+        """The page-locked values to fill for the coming step; see `InputStaging.next_slab`."""
+        return self.staging.next_slab()
+
+    def upload(self, num_values: int) -> None:
+        """Queue the copy of the first values of the slab given out last.
+
+        To the device it runs on the stream of the staging; the current stream waits for it and
+        then copies from there to the tensor, behind the readers of the step before.
+        """
+        index = self.staging.upload(num_values)
+        self.staging.acquire(index)
+        self._copies[index].queue(4 * num_values)
+        self.staging.release(index)
