@@ -1,0 +1,125 @@
+"""Builds fd_dsa_ops for the Paddle that is installed: with CUDA kernels where that has CUDA.
+
+    pip install ./custom_ops                        # setuptools comes from the package index
+    pip install --no-build-isolation ./custom_ops   # needs setuptools here, and no network
+
+Source: the documentation of paddle.utils.cpp_extension.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+
+NAME = "fd_dsa_ops"
+# those that the compiler does not know are left out
+ARCHS = ("80", "90", "100")
+CXX_FLAGS = ["-O2", "-std=c++17"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "--threads", "0"]
+
+
+def import_paddle() -> tuple[Any, Any]:
+    """Paddle and its build tools.
+
+    pip builds in a folder of its own, which hides the packages beside which the result will be
+    installed; they are looked for behind its own.
+    """
+    for kind in ("purelib", "platlib"):
+        folder = sysconfig.get_path(kind)
+        if folder not in sys.path:
+            sys.path.append(folder)
+    try:
+        import paddle
+        from paddle.utils import cpp_extension
+    except ImportError as error:
+        sys.exit(
+            f"{NAME}: Paddle cannot be imported here ({error}). The operators are built for the "
+            "Paddle that is installed: install it first (pip install '.[cpu]' or '.[gpu]'), then "
+            "pip install --no-build-isolation ./custom_ops"
+        )
+    return paddle, cpp_extension
+
+
+def find_nvcc(cuda_home: str | None) -> str:
+    """The CUDA compiler that Paddle's build tools will call."""
+    nvcc = shutil.which("nvcc", path=f"{cuda_home}/bin") if cuda_home else None
+    if nvcc is None:
+        sys.exit(
+            f"{NAME}: this Paddle has CUDA, but there is no nvcc in {cuda_home}/bin. Install the "
+            "CUDA toolkit or set CUDA_HOME to it; without the operators fd_dsa works too, on its "
+            "Triton kernels"
+        )
+    return nvcc
+
+
+def known_archs(nvcc: str) -> list[str]:
+    """Those of ARCHS for which the compiler makes code."""
+    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = set(re.findall(r"compute_(\d+)", said))
+    return [arch for arch in ARCHS if arch in known]
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """Flags of nvcc: code of each architecture, and for later ones what the driver compiles."""
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def sources(*patterns: str) -> list[str]:
+    """Files of this folder, by glob: an operator is added by adding its files."""
+    return sorted(str(path) for pattern in patterns for path in Path().glob(pattern))
+
+
+def describe() -> tuple[Any, dict[str, Any]]:
+    """The extension to build, and what is remembered of the build."""
+    paddle, tools = import_paddle()
+    info: dict[str, Any] = {"paddle": paddle.__version__, "cuda": None, "archs": []}
+    name = f"{NAME}.lib{NAME}"
+    if not paddle.is_compiled_with_cuda():
+        return tools.CppExtension(
+            sources("*.cc"), name=name, extra_compile_args={"cxx": CXX_FLAGS}
+        ), info
+    nvcc = find_nvcc(tools.cpp_extension.CUDA_HOME)
+    archs = known_archs(nvcc)
+    info |= {"cuda": paddle.version.cuda(), "archs": [f"sm_{arch}" for arch in archs]}
+    flags = {"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *gencode(archs)]}
+    return tools.CUDAExtension(
+        sources("*.cc", "csrc/*.cu"), name=name, extra_compile_args=flags
+    ), info
+
+
+def build_command(info: dict[str, Any]) -> type:
+    """Paddle's build of an extension, without the Python file that it writes: ours is there."""
+    _, tools = import_paddle()
+
+    class Build(tools.BuildExtension):
+        def run(self) -> None:
+            try:
+                build_ext.run(self)
+            except Exception as error:
+                # a compiler that fails is only printed by Paddle; what fails then is the linker
+                sys.exit(
+                    f"{NAME}: not built: {error}. What the compiler said stands above. fd_dsa "
+                    "works without the operators, on its Triton kernels"
+                )
+            library = Path(self.get_ext_fullpath(self.extensions[0].name))
+            library.with_name("build.json").write_text(json.dumps(info) + "\n", "utf-8")
+            # Paddle leaves them where files to be installed are
+            for left in ("*.o", "version.txt"):
+                for path in Path(self.build_lib).rglob(left):
+                    path.unlink()
+
+    return Build
+
+
+EXTENSION, INFO = describe()
+setup(ext_modules=[EXTENSION], cmdclass={"build_ext": build_command(INFO)})
