@@ -210,6 +210,11 @@ class V4PrepareConfig:
 
     def _check_blocks(self) -> None:
         """Blocks hold whole entries; the block table holds the longest row."""
+        if self.csa_ratio == self.hca_ratio:
+            raise ValueError(
+                f"hca_ratio: got {self.hca_ratio}, must differ from csa_ratio = {self.csa_ratio}, "
+                "since entries of the two pool different numbers of tokens; correct one of them"
+            )
         for name in ("csa_ratio", "hca_ratio"):
             ratio = getattr(self, name)
             if self.block_size % ratio:
