@@ -1,0 +1,70 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""What the kernels of a step share: rows of a slab, closed sums over positions, table cells.
+
+No sum runs over tokens or programs: what a row adds to an offset is a closed form of its lengths.
+Sums are int32 and may pass 2^31 on the way. They are right modulo 2^32, as nothing is divided
+after a product, and every offset that is stored fits int32 (`V4PrepareConfig` sees to that).
+"""
+
+from __future__ import annotations
+
+from fd_dsa.triton_runtime import paddle_jit  # noqa: F401, before triton
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sum_quotients(n, RATIO: tl.constexpr):
+    """x // RATIO summed over x = 0..n, modulo 2^32; n >= 0."""
+    whole = n // RATIO
+    # whole * (whole - 1) / 2, divided before it is multiplied
+    pairs = (whole >> 1) * ((whole - 1) | 1)
+    return RATIO * pairs + whole * (n - whole * RATIO + 1)
+
+
+@triton.jit
+def sum_capped(n, RATIO: tl.constexpr, MOST: tl.constexpr):
+    """min(x // RATIO, MOST) summed over x = 0..n, modulo 2^32; n >= 0."""
+    below = tl.minimum(n, RATIO * MOST - 1)
+    return sum_quotients(below, RATIO) + MOST * (n - below)
+
+
+@triton.jit
+def load_rows(slab, rollback_ptr, rows, limit, num_rollback, ctx_at, q_at):
+    """Tokens of rows below `limit`, how many of them are sound, and effective lengths.
+
+    All or none of a row's tokens are sound: none where the rollback is negative or leaves less
+    than the step adds. Such a row has length 0; an idle row keeps its own.
+    """
+    q = tl.load(slab + q_at + rows, mask=rows < limit, other=0)
+    ctx = tl.load(slab + ctx_at + rows, mask=rows < limit, other=0)
+    kept = q
+    if rollback_ptr is not None:
+        held = rows < tl.minimum(limit, num_rollback)
+        rollback = tl.load(rollback_ptr + rows, mask=held, other=0)
+        kept = tl.where((rollback < 0) | (rollback > ctx - q), 0, q)
+        ctx = tl.where(kept > 0, ctx - rollback, tl.where(q > 0, 0, ctx))
+    return q, kept, ctx
+
+
+@triton.jit
+def load_cells(
+    block_table_ptr,
+    values_ptr,
+    row,
+    row_stride,
+    first_changed,
+    end_changed,
+    columns,
+    mask,
+):
+    """Blocks of a row's table columns: of the slab where they changed, else of the table.
+
+    `values_ptr` points to where the cell of column 0 would lie in the slab.
+    """
+    changed = (columns >= first_changed) & (columns < end_changed)
+    new = tl.load(values_ptr + columns, mask=mask & changed, other=0)
+    table = block_table_ptr + row * row_stride
+    old = tl.load(table + columns, mask=mask & (changed == 0), other=0)
+    return tl.where(changed, new, old)
