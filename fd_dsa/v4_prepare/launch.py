@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.v4_prepare.buffers import Array, V4Buffers
-from fd_dsa.v4_prepare.config import V4PrepareConfig
+from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
 from fd_dsa.v4_prepare.kernel import expand_kernel
 from fd_dsa.v4_prepare.slab import ERROR_SLOTS, ERROR_WORDS, SlabLayout
 
@@ -158,7 +158,8 @@ class ExpandLaunch:
         # the kernel knows only their address
         self._error_words = error_words
         arguments: dict[str, Any] = {
-            f"{name}_ptr": value for name, value in vars(buffers).items() if name != "host"
+            f"{name}_ptr": getattr(buffers, name)
+            for name in (*OUTPUT_SHAPES(cfg), "hca_idx", "block_table")
         }
         arguments |= expand_sizes(cfg, layout) | expand_constants(cfg, tiles)
         arguments |= {
