@@ -12,6 +12,7 @@ from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
 
 # a NumPy array, or a tensor of the library that the place belongs to
 Array = Any
+HOST_PLACES = ("numpy", "cpu")
 Allocate = Callable[[tuple[int, ...], str], Array]
 
 
@@ -63,19 +64,27 @@ class V4Buffers:
         shapes["block_table"] = (cfg.max_num_seqs, cfg.max_blocks_per_seq)
         self.hca_idx = None
         self.host: dict[str, np.ndarray] | None = None
-        if allocate is None and place in ("numpy", "cpu"):
+        if allocate is None and place in HOST_PLACES:
             view = _paddle_view() if place == "cpu" else lambda array: array
             self.host = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
             for name, array in self.host.items():
                 setattr(self, name, view(array))
             return
-        if allocate is None:
-            # the launcher is loaded only where a device is asked for
-            from fd_dsa.step.device import paddle_allocator
-
-            allocate = paddle_allocator(place)
+        allocate = allocate or device_allocator(place)
         for name, shape in shapes.items():
             setattr(self, name, allocate(shape, "int32"))
+
+
+def device_allocator(place: str) -> Allocate:
+    """Makes Paddle tensors of zeros in the memory of a device.
+
+    Raises:
+        BackendUnavailable: Paddle is missing, or serves no such place.
+    """
+    # the launcher is loaded only where a device is asked for
+    from fd_dsa.step.device import paddle_allocator
+
+    return paddle_allocator(place)
 
 
 def _paddle_view() -> Callable[[np.ndarray], Array]:

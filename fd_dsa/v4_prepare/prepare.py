@@ -1,0 +1,221 @@
+"""Steps of DeepSeek-V4: staged ahead by the host, expanded where the layers run."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+
+from fd_dsa.errors import V4PrepareError
+from fd_dsa.v4_prepare.buffers import HOST_PLACES, Allocate, Array, V4Buffers, device_allocator
+from fd_dsa.v4_prepare.checks import (
+    RowChecks,
+    StepInputs,
+    raise_first_fault,
+    rows_have_room,
+    step_inputs,
+)
+from fd_dsa.v4_prepare.config import V4PrepareConfig
+from fd_dsa.v4_prepare.host_prepare import HostSteps
+from fd_dsa.v4_prepare.slab import FAULT_ROLLBACK, MAX_STAMP, SlabLayout
+from fd_dsa.v4_prepare.table import Int32Array, TableChange, TableMirror
+from fd_dsa.v4_prepare.words import StepWords
+
+NUM_SLABS = 3
+"""Steps that may be staged and not yet expanded."""
+
+_STAMP = 4
+
+
+class _Steps(Protocol):
+    """What moves slabs and expands them in one place."""
+
+    # int32 [ERROR_SLOTS, ERROR_WORDS], host memory
+    faults: Int32Array
+
+    def next_slab(self) -> Int32Array: ...
+    def upload(self, num_words: int) -> int: ...
+    def expand(self, slab: int, rollback: Array | None) -> None: ...
+    def is_done(self, slab: int) -> bool: ...
+
+
+class V4Prepare:
+    """Builds everything that the layers of a DeepSeek-V4 step know about their tokens.
+
+    `stage` is host work: it checks a step and queues one copy. `expand` queues one launch that
+    writes all outputs. A step may be staged while the device computes the one before, up to three
+    ahead; they are expanded in the order in which they were staged.
+
+    Args:
+        cfg: sizes that every step keeps to.
+        place: "numpy" = NumPy arrays; "cpu" = Paddle CPU tensors; "gpu", "gpu:0" or a custom place
+            such as "name:0" = Paddle tensors there, filled by one Triton launch.
+        allocate: how tensors on a device are made, `(shape, dtype name) -> tensor`, for tensors of
+            another library that the launcher knows; None = Paddle's.
+
+    Attributes:
+        buffers: the outputs; before the first step they hold an empty one.
+
+    Raises:
+        BackendUnavailable: no library serves the place.
+
+    Not thread-safe: one object serves one stream of steps.
+    """
+
+    def __init__(
+        self, cfg: V4PrepareConfig, place: str = "cpu", allocate: Allocate | None = None
+    ) -> None:
+        self.cfg, self.place = cfg, place
+        if allocate is None and place not in HOST_PLACES:
+            allocate = device_allocator(place)
+        self.buffers = V4Buffers(cfg, place, allocate)
+        layout = SlabLayout(cfg)
+        self._checks = RowChecks(cfg)
+        self._table = TableMirror(cfg)
+        self._words = StepWords(layout)
+        self._steps = _steps_for(cfg, layout, self.buffers, allocate)
+        self._stamp = 0
+        # (stamp, slab) of steps to be expanded, and of those that may still be running
+        self._staged: deque[tuple[int, int]] = deque()
+        self._running: deque[tuple[int, int]] = deque(maxlen=2 * NUM_SLABS)
+        self.stage([], [], [])
+        self.expand()
+
+    def set_blocks(self, row: int, block_ids: Any, start: int = 0) -> None:
+        """Say which blocks a row has from column `start` on, from the next step with it on.
+
+        As `blocks[start:] = block_ids` does for a list: the row has no block behind them. A new
+        request in a row is `set_blocks(row, ids)`; one more block for a request that has n is
+        `set_blocks(row, [id], n)`.
+
+        Args:
+            row: row of the steps.
+            block_ids: integers in [0, num_blocks).
+            start: at most the number of blocks that the row has.
+
+        Raises:
+            ValueError: no such row or start.
+            V4PrepareError: E_DTYPE, E_TABLE or E_BLOCK; the row is as it was.
+        """
+        self._table.set_blocks(row, block_ids, start)
+
+    def stage(self, ctx: Any, q: Any, slot: Any, block_table: Any = None) -> None:
+        """Check the next step and queue its copy; the device is not waited for.
+
+        A step that is refused changes nothing. The arrays may be changed after the call.
+
+        Args:
+            ctx: [B] integers; tokens of each row after this step, all drafts of the step before
+                counted as kept where `expand` gets a rollback.
+            q: [B]; tokens of each row in this step, 0 = idle.
+            slot: [B]; state slot of each row, no two active rows alike.
+            block_table: [B, columns]; physical blocks. The first ceil(ctx / block_size) cells of
+                an active row are its blocks from now on. None = what `set_blocks` and the steps
+                before said: then the cost does not grow with ctx.
+
+        Raises:
+            V4PrepareError: the first fault, in the order E_SHAPE, E_DTYPE, E_BATCH; E_QLEN, E_CTX,
+                E_SLOT, E_TABLE, E_BLOCK row by row; E_TOKENS.
+            RuntimeError: three steps are staged and not expanded, or a graph is being captured.
+
+        Cost: a fixed number of NumPy calls, one copy; nothing that grows with ctx is allocated.
+        """
+        if len(self._staged) == NUM_SLABS:
+            raise RuntimeError(
+                f"stage: {NUM_SLABS} steps are staged and not expanded, no slab is free; "
+                "call expand() first"
+            )
+        has_table = block_table is not None
+        if not has_table:
+            block_table = np.empty((len(ctx), 0), np.int32)
+        inputs = step_inputs(self.cfg, ctx, q, slot, block_table)
+        num_tokens, change = self._check(inputs, has_table)
+        # refuses in a capture, so before anything is written
+        slab = self._steps.next_slab()
+        if change is not None:
+            self._table.apply(change, inputs.block_table)
+        stamp = self._stamp % MAX_STAMP + 1
+        num_words = self._words.write(slab, stamp, inputs[:3], num_tokens, self._table)
+        self._staged.append((stamp, self._steps.upload(num_words)))
+        self._table.mark_sent(len(inputs.ctx))
+        self._stamp = stamp
+
+    def expand(self, rollback: Array | None = None) -> V4Buffers:
+        """Queue the launch that writes the outputs of the earliest staged step.
+
+        On the current stream: work queued behind it reads the outputs of this step, and work
+        queued before it those of the step before. Not to be captured; a graph of layers reads the
+        buffers, which never move.
+
+        Args:
+            rollback: int32 [n] in the memory of the buffers, n <= max_num_seqs, or None; tokens
+                of rows 0..n-1 that the step before drafted and the sampler rejected. An active row
+                has `ctx - rollback` tokens. Where that cannot be (rollback < 0 or ctx - rollback <
+                q), the tokens of the row become padding, and `poll_error` raises.
+
+        Returns:
+            The buffers, always the same.
+
+        Raises:
+            RuntimeError: no step is staged.
+        """
+        if not self._staged:
+            raise RuntimeError("expand: no step is staged; call stage() first")
+        step = self._staged[0]
+        self._steps.expand(step[1], rollback)
+        self._running.append(self._staged.popleft())
+        return self.buffers
+
+    def poll_error(self) -> None:
+        """Raise the earliest error that only the device could see, if its step has run; once.
+
+        Called once a step, it raises one step later. Nothing is waited for. The last error of
+        every sixteenth step is kept until it is raised.
+
+        Raises:
+            V4PrepareError: E_CTX of the lowest row at fault, with the text of the host's check.
+        """
+        stamps = self._steps.faults[:, _STAMP]
+        if not stamps.any():
+            return
+        running = {stamp for stamp, slab in self._running if not self._steps.is_done(slab)}
+        seen = [(int(stamp), at) for at, stamp in enumerate(stamps) if stamp]
+        for stamp, at in sorted(seen):
+            if stamp not in running:
+                words = self._steps.faults[at].tolist()
+                self._steps.faults[at] = 0
+                _raise_fault(words)
+
+    def _check(self, inputs: StepInputs, has_table: bool) -> tuple[int, TableChange | None]:
+        """Tokens of a good step, and what its block table changes."""
+        ctx, q, slot, table = inputs
+        num_tokens = self._checks.num_tokens(ctx, q, slot)
+        if not has_table:
+            if num_tokens >= 0 and rows_have_room(ctx, q, self._table.num_tokens[: len(ctx)]):
+                return num_tokens, None
+            table = self._table.table_of(len(ctx))
+        elif num_tokens >= 0:
+            change = self._table.compare(table, ctx, q)
+            if change is not None:
+                return num_tokens, change
+        raise_first_fault(self.cfg, StepInputs(ctx, q, slot, table))
+
+
+def _steps_for(
+    cfg: V4PrepareConfig, layout: SlabLayout, buffers: V4Buffers, allocate: Allocate | None
+) -> _Steps:
+    """What serves the place of the buffers."""
+    if buffers.host is not None:
+        return HostSteps(cfg, layout, buffers.host, NUM_SLABS)
+    from fd_dsa.v4_prepare.device_prepare import DeviceSteps
+
+    assert allocate is not None
+    return DeviceSteps(cfg, layout, buffers, allocate, NUM_SLABS)
+
+
+def _raise_fault(words: list[int]) -> NoReturn:
+    """The error of a row's fault, in the words of the host's checks."""
+    fault, row, found, limit = words[:4]
+    text = f"rollback={found} < 0" if fault == FAULT_ROLLBACK else f"ctx={found} < q={limit}"
+    raise V4PrepareError("E_CTX", row, text)
