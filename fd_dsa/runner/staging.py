@@ -25,7 +25,6 @@ memory that is filled again under a copy spoils it (ROCm/ATOM #817, PyTorch #130
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +69,7 @@ class InputStaging:
             # the memory may have been another's, whose work is still queued
             used.record()
         # and may become another's: no copy may arrive after that
-        weakref.finalize(self, self._stream.synchronize)
+        self._stream.finish_before(self)
 
     def next_slab(self) -> np.ndarray:
         """The page-locked slab to fill for the coming step, the same until `upload`.

@@ -27,7 +27,6 @@ _ASK, _RECORD, _WAIT, _QUERY = (
     "cuStreamWaitEvent",
     "cuEventQuery",
 )
-_SYNCHRONIZE = "cuStreamSynchronize"
 _UPLOAD, _COPY = "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoDAsync_v2"
 _NO_FLAGS = ctypes.c_uint(0)
 
@@ -43,8 +42,8 @@ class RawStream:
     def __init__(self) -> None:
         self.handle, self.argument = 0, ctypes.c_void_p()
 
-    def synchronize(self) -> None:
-        """Block the calling thread until the work on it is done."""
+    def finish_before(self, owner: Any) -> None:
+        """When `owner` goes, before what it holds does, wait for the work on the stream."""
 
 
 class Event:
@@ -149,7 +148,7 @@ class CudaTransfers(Transfers):
         size = ctypes.c_size_t(max(num_bytes, 1))
         self.call("cuMemHostAlloc", ctypes.byref(address), size, ctypes.c_uint(_PORTABLE))
         memory = (ctypes.c_uint8 * num_bytes).from_address(address.value or 0)
-        self.give_back_with(memory, address, "cuMemFreeHost")
+        self.give_back_with(memory, "cuMemFreeHost", address)
         buffer = np.frombuffer(memory, np.uint8)
         buffer.fill(0)
         return buffer
@@ -219,16 +218,14 @@ class CudaTransfers(Transfers):
         """
         cuda().call(self._device, function, *arguments)
 
-    def give_back_with(self, owner: Any, handle: ctypes.c_void_p, *functions: str) -> None:
-        """Call functions of the driver on `handle` when `owner` goes; their errors are dropped."""
-        exchange = cuda().function("cuThreadExchangeStreamCaptureMode")
-        weakref.finalize(
-            owner, _give_back, exchange, [cuda().function(f) for f in functions], handle
-        )
+    def give_back_with(self, owner: Any, function: str, handle: ctypes.c_void_p) -> None:
+        """Call a function of the driver on `handle` when `owner` goes; its error is dropped."""
+        exchange, last = map(cuda().function, ("cuThreadExchangeStreamCaptureMode", function))
+        weakref.finalize(owner, _give_back, exchange, last, handle)
 
 
 class _CudaStream(RawStream):
-    """A stream of the CUDA driver; work on it is waited for before it goes."""
+    """A stream of the CUDA driver."""
 
     def __init__(self, transfers: CudaTransfers) -> None:
         super().__init__()
@@ -236,10 +233,10 @@ class _CudaStream(RawStream):
         flags = ctypes.c_uint(_NON_BLOCKING)
         transfers.call("cuStreamCreate", ctypes.byref(self.argument), flags)
         self.handle = self.argument.value or 0
-        transfers.give_back_with(self, self.argument, _SYNCHRONIZE, "cuStreamDestroy_v2")
+        transfers.give_back_with(self, "cuStreamDestroy_v2", self.argument)
 
-    def synchronize(self) -> None:
-        self._transfers.call(_SYNCHRONIZE, self.argument)
+    def finish_before(self, owner: Any) -> None:
+        self._transfers.give_back_with(owner, "cuStreamSynchronize", self.argument)
 
 
 class _CudaEvent(Event):
@@ -249,7 +246,7 @@ class _CudaEvent(Event):
         self._transfers = transfers
         self._handle = ctypes.c_void_p()
         transfers.call("cuEventCreate", ctypes.byref(self._handle), ctypes.c_uint(NO_TIMING))
-        transfers.give_back_with(self, self._handle, "cuEventDestroy_v2")
+        transfers.give_back_with(self, "cuEventDestroy_v2", self._handle)
         self._record, self._wait, self._query = map(cuda().function, (_RECORD, _WAIT, _QUERY))
 
     def record(self, stream: RawStream | None = None) -> None:
@@ -294,14 +291,13 @@ class _CudaCopy(FixedCopy):
 
 
 def _give_back(
-    exchange: Callable[..., int], functions: list[Callable[..., int]], handle: ctypes.c_void_p
+    exchange: Callable[..., int], function: Callable[..., int], handle: ctypes.c_void_p
 ) -> None:
-    """Free `handle`; the collector may do so while a graph is being captured."""
+    """Call what frees `handle`; the collector may do so while a graph is being captured."""
     mode = ctypes.c_int(_RELAXED)
     # in any other mode of this thread freeing would end captures, also those of other libraries
     exchange(ctypes.byref(mode))
-    for function in functions:
-        function(handle)
+    function(handle)
     exchange(ctypes.byref(mode))
 
 

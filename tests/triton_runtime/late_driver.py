@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,10 +35,10 @@ class LateLibrary(FakeLibrary):
 
     Attributes:
         log: calls in their order: ("wait", stream, event), ("record", stream, event),
-            ("h2d" or "d2d", stream, number of bytes), ("sync", event).
+            ("h2d" or "d2d", stream, number of bytes), ("sync", event), ("sync stream", stream),
+            ("free", what).
         captured: streams that are being captured.
         refused: names of functions that answer with an error.
-        max_queued: how far the queues may grow before the device does something by itself.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -45,7 +46,6 @@ class LateLibrary(FakeLibrary):
         self.log: list[tuple[Any, ...]] = []
         self.captured: set[int] = set()
         self.refused: set[str] = set()
-        self.freed: list[tuple[str, int]] = []
         self._random = random.Random(seed)
         self._queues: dict[int, deque[tuple[Callable[[], bool], Callable[[], None]]]] = {}
         # how often each event was recorded by the host, and by the device
@@ -103,7 +103,7 @@ class LateLibrary(FakeLibrary):
 
     def cuStreamDestroy_v2(self, stream: Any) -> int:
         assert not self._queues.pop(stream.value), "a stream is destroyed with work on it"
-        self.freed.append(("stream", stream.value))
+        self.log.append(("free", "stream"))
         return 0
 
     def cuStreamIsCapturing(self, stream: Any, status: Any) -> int:
@@ -121,7 +121,7 @@ class LateLibrary(FakeLibrary):
         return 0
 
     def cuEventDestroy_v2(self, event: Any) -> int:
-        self.freed.append(("event", event.value))
+        self.log.append(("free", "event"))
         return 0
 
     def cuEventRecord(self, event: Any, stream: Any) -> int:
@@ -160,7 +160,7 @@ class LateLibrary(FakeLibrary):
         return 0
 
     def cuMemFreeHost(self, address: Any) -> int:
-        self.freed.append(("host", address.value))
+        self.log.append(("free", "host"))
         return 0
 
     def _copy(self, name: str, kind: str, target: Any, source: Any, size: Any, stream: Any) -> int:
@@ -182,11 +182,15 @@ class LateTensor(FakeTensor):
 
     Attributes:
         values: what it holds now; reading it waits for nothing.
+        log: of the driver that is told when the tensor goes.
     """
+
+    log: list[tuple[Any, ...]]
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         self.values = np.full(shape, -9, dtype)
         super().__init__(self.values.ctypes.data, f"fake.{dtype}", shape)
+        weakref.finalize(self, self.log.append, ("free", "tensor"))
 
 
 @contextmanager
@@ -194,6 +198,7 @@ def late_driver(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Iterator[Late
     """The late device in the place of CUDA, in a process whose kernels are compiled."""
     library = LateLibrary(seed)
     register_device_api(LateTensor, FakeApi())
+    LateTensor.log = library.log
     with monkeypatch.context() as patch:
         patch.setattr(driver, "_open_library", lambda: library)
         patch.setattr(transfers, "INTERPRETING", False)
