@@ -23,12 +23,14 @@ constexpr int kMixedThreads = 256;
 constexpr int kMixedRows = 4;
 constexpr int kMixedTile = kMixedThreads * kMixedRows;
 
-// Division by the block size: a shift where it is a power of two, as in every server.
-struct BlockSize {
-  int32_t size, shift;
+// Division by the block size: a shift where that is a power of two, as in every server.
+template <bool kIsPower>
+struct Columns {
+  // the size, or its logarithm
+  int32_t divisor;
 
-  __device__ __forceinline__ int32_t column(int32_t position) const {
-    return shift >= 0 ? position >> shift : position / size;
+  __device__ __forceinline__ int32_t of(int32_t position) const {
+    return kIsPower ? position >> divisor : position / divisor;
   }
 };
 
@@ -83,8 +85,9 @@ struct Lengths {
 };
 
 // Rows [128 * block, 128 * (block + 1)), and padding in the tokens of that range.
+template <bool kIsPower>
 __global__ void __launch_bounds__(kDecodeThreads)
-    decode_step_kernel(const __grid_constant__ FdDsaStep s, const BlockSize block_size) {
+    decode_step_kernel(const __grid_constant__ FdDsaStep s, const Columns<kIsPower> columns) {
   constexpr int kWarps = kDecodeThreads / kWarp;
   __shared__ Pair of_rows[kWarps];
   __shared__ Pair of_tile[kWarps];
@@ -95,9 +98,9 @@ __global__ void __launch_bounds__(kDecodeThreads)
   const Lengths nearest(s, 0);
 
   const int32_t* table = s.block_tables + row * s.row_stride;
-  const int32_t column = block_size.column(cached);
+  const int32_t column = columns.of(cached);
   const int32_t last_position = wrapping_add(cached, length - 1);
-  const int32_t last_column = block_size.column(last_position);
+  const int32_t last_column = columns.of(last_position);
   const int32_t block = length > 0 ? entry_at(s, table, cached, column) : -1;
   // drafts seldom pass into the next block
   const int32_t last_block =
@@ -105,6 +108,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
 
   Pair rows = nearest.sums(0, first);
   constexpr int32_t kAtOnce = kLengthsAtOnce * kDecodeThreads;
+#pragma unroll 1
   for (int32_t base = kAtOnce; base < s.num_rows; base += kAtOnce) {
     rows = add(rows, Lengths(s, base).sums(base, first));
   }
@@ -124,10 +128,12 @@ __global__ void __launch_bounds__(kDecodeThreads)
     s.cu_seqlens_q[row + 1] = wrapping_add(start, length);
     s.cache_seqlens[row] = length > 0 ? wrapping_add(cached, length) : 0;
   }
+  // unrolled, the code would be read from memory for longer than it runs
+#pragma unroll 1
   for (int32_t draft = 0; draft < length; ++draft) {
     const int32_t token = wrapping_add(start, draft), position = wrapping_add(cached, draft);
     if (token < 0 || token >= s.num_padded_tokens) continue;
-    const int32_t own = block_size.column(position);
+    const int32_t own = columns.of(position);
     const int32_t entry = own == column        ? block
                           : own == last_column ? last_block
                                                : entry_at(s, table, position, own);
@@ -188,8 +194,9 @@ __device__ __forceinline__ Pair sum_rows(const FdDsaStep& s, int32_t tile, Pair 
 }
 
 // Tokens [256 * block, 256 * (block + 1)); the first block also writes all rows.
+template <bool kIsPower>
 __global__ void __launch_bounds__(kMixedThreads)
-    mixed_step_kernel(const __grid_constant__ FdDsaStep s, const BlockSize block_size) {
+    mixed_step_kernel(const __grid_constant__ FdDsaStep s, const Columns<kIsPower> columns) {
   __shared__ MixedRows rows;
   __shared__ Pair of_warps[kMixedThreads / kWarp];
   const bool writes_rows = blockIdx.x == 0;
@@ -220,7 +227,7 @@ __global__ void __launch_bounds__(kMixedThreads)
   if (token >= s.num_padded_tokens) return;
   int64_t slot = -1;
   if (row >= 0 && row < s.num_rows) {
-    const int32_t column = block_size.column(position);
+    const int32_t column = columns.of(position);
     const int32_t* table = s.block_tables + row * s.row_stride;
     slot = slot_in(s, position, column, entry_at(s, table, position, column));
   }
@@ -230,26 +237,29 @@ __global__ void __launch_bounds__(kMixedThreads)
       window >= 0 ? make_int2(window, end) : make_int2(0, 0);
 }
 
+template <bool kIsPower>
+int launch_step_metadata(const FdDsaStep& step, const Columns<kIsPower> columns, void* stream) {
+  const auto config = [=](int32_t count, int tile) {
+    const int64_t blocks = (static_cast<int64_t>(count) + tile - 1) / tile;
+    return launch_config(static_cast<unsigned>(blocks > 0 ? blocks : 1), tile, stream);
+  };
+  if (step.indexer_attn_mask_offsets == nullptr) {
+    const int32_t most = step.num_padded_rows > step.num_padded_tokens ? step.num_padded_rows
+                                                                       : step.num_padded_tokens;
+    return launch(config(most, kDecodeThreads), decode_step_kernel<kIsPower>, step, columns);
+  }
+  if (reinterpret_cast<uintptr_t>(step.indexer_attn_mask_offsets) % sizeof(int2) != 0) {
+    return static_cast<int>(cudaErrorMisalignedAddress);
+  }
+  const auto tokens = config(step.num_padded_tokens, kMixedThreads);
+  return launch(tokens, mixed_step_kernel<kIsPower>, step, columns);
+}
+
 inline int launch_step_metadata(const FdDsaStep& step, void* stream) {
   const int32_t size = step.block_size;
-  const bool is_power = (size & (size - 1)) == 0;
-  const BlockSize block_size = {size, is_power ? __builtin_ctz(static_cast<unsigned>(size)) : -1};
-  const auto blocks_of = [](int32_t count, int tile) {
-    return static_cast<unsigned>((static_cast<int64_t>(count) + tile - 1) / tile);
-  };
-  if (step.indexer_attn_mask_offsets != nullptr) {
-    if (reinterpret_cast<uintptr_t>(step.indexer_attn_mask_offsets) % sizeof(int2) != 0) {
-      return static_cast<int>(cudaErrorMisalignedAddress);
-    }
-    const unsigned blocks = blocks_of(step.num_padded_tokens, kMixedThreads);
-    return launch(launch_config(blocks > 0 ? blocks : 1, kMixedThreads, stream),
-                  mixed_step_kernel, step, block_size);
-  }
-  const int32_t most = step.num_padded_rows > step.num_padded_tokens ? step.num_padded_rows
-                                                                     : step.num_padded_tokens;
-  const unsigned blocks = blocks_of(most, kDecodeThreads);
-  return launch(launch_config(blocks > 0 ? blocks : 1, kDecodeThreads, stream), decode_step_kernel,
-                step, block_size);
+  if ((size & (size - 1)) != 0) return launch_step_metadata<false>(step, {size}, stream);
+  const int32_t shift = __builtin_ctz(static_cast<unsigned>(size));
+  return launch_step_metadata<true>(step, {shift}, stream);
 }
 
 }  // namespace fd_dsa
