@@ -18,14 +18,16 @@ from fd_dsa.v4_prepare.checks import (
 )
 from fd_dsa.v4_prepare.config import V4PrepareConfig
 from fd_dsa.v4_prepare.host_prepare import HostSteps
-from fd_dsa.v4_prepare.slab import FAULT_ROLLBACK, MAX_STAMP, SlabLayout
-from fd_dsa.v4_prepare.table import Int32Array, TableChange, TableMirror
+from fd_dsa.v4_prepare.slab import ERROR_SLOTS, FAULT_ROLLBACK, MAX_STAMP, SlabLayout
+from fd_dsa.v4_prepare.table import UNCHANGED, Int32Array, TableChange, TableMirror
 from fd_dsa.v4_prepare.words import StepWords
 
 NUM_SLABS = 3
 """Steps that may be staged and not yet expanded."""
 
 _STAMP = 4
+# NumPy has one object for it
+_INT32 = np.dtype(np.int32)
 
 
 class _Steps(Protocol):
@@ -75,6 +77,8 @@ class V4Prepare:
         self._table = TableMirror(cfg)
         self._words = StepWords(layout)
         self._steps = _steps_for(cfg, layout, self.buffers, allocate)
+        self._fault_stamps = self._steps.faults[:, _STAMP]
+        self._no_table = np.empty((0, 0), np.int32)
         self._stamp = 0
         # (stamp, slab) of steps to be expanded, and of those that may still be running
         self._staged: deque[tuple[int, int]] = deque()
@@ -126,15 +130,12 @@ class V4Prepare:
                 f"stage: {NUM_SLABS} steps are staged and not expanded, no slab is free; "
                 "call expand() first"
             )
-        has_table = block_table is not None
-        if not has_table:
-            block_table = np.empty((len(ctx), 0), np.int32)
-        inputs = step_inputs(self.cfg, ctx, q, slot, block_table)
-        num_tokens, change = self._check(inputs, has_table)
+        inputs = self._inputs(ctx, q, slot, block_table)
+        num_tokens, change = self._check(inputs, block_table is not None)
         # refuses in a capture, so before anything is written
         slab = self._steps.next_slab()
-        if change is not None:
-            self._table.apply(change, inputs.block_table)
+        if change is not UNCHANGED:
+            self._table.apply(change)
         stamp = self._stamp % MAX_STAMP + 1
         num_words = self._words.write(slab, stamp, inputs[:3], num_tokens, self._table)
         self._staged.append((stamp, self._steps.upload(num_words)))
@@ -176,24 +177,42 @@ class V4Prepare:
         Raises:
             V4PrepareError: E_CTX of the lowest row at fault, with the text of the host's check.
         """
-        stamps = self._steps.faults[:, _STAMP]
-        if not stamps.any():
+        if not self._fault_stamps.any():
             return
+        # a word may be seen before the others of its step
         running = {stamp for stamp, slab in self._running if not self._steps.is_done(slab)}
-        seen = [(int(stamp), at) for at, stamp in enumerate(stamps) if stamp]
-        for stamp, at in sorted(seen):
-            if stamp not in running:
+        for stamp, at in sorted(zip(self._fault_stamps.tolist(), range(ERROR_SLOTS), strict=True)):
+            if stamp and stamp not in running:
                 words = self._steps.faults[at].tolist()
                 self._steps.faults[at] = 0
                 _raise_fault(words)
 
-    def _check(self, inputs: StepInputs, has_table: bool) -> tuple[int, TableChange | None]:
+    def _inputs(self, ctx: Any, q: Any, slot: Any, block_table: Any) -> StepInputs:
+        """The inputs as arrays; a table of no columns where none is given.
+
+        Raises:
+            V4PrepareError: E_SHAPE, E_DTYPE or E_BATCH.
+        """
+        if block_table is None:
+            if (
+                type(ctx) is type(q) is type(slot) is np.ndarray
+                and ctx.dtype is q.dtype is slot.dtype is _INT32
+                and ctx.ndim == 1
+                and ctx.shape == q.shape == slot.shape
+                and len(ctx) <= self.cfg.max_num_seqs
+            ):
+                # what a scheduler passes in every step: nothing to convert
+                return StepInputs(ctx, q, slot, self._no_table)
+            block_table = np.empty((np.shape(ctx)[:1] or (0,)) + (0,), np.int32)
+        return step_inputs(self.cfg, ctx, q, slot, block_table)
+
+    def _check(self, inputs: StepInputs, has_table: bool) -> tuple[int, TableChange]:
         """Tokens of a good step, and what its block table changes."""
         ctx, q, slot, table = inputs
         num_tokens = self._checks.num_tokens(ctx, q, slot)
         if not has_table:
             if num_tokens >= 0 and rows_have_room(ctx, q, self._table.num_tokens[: len(ctx)]):
-                return num_tokens, None
+                return num_tokens, UNCHANGED
             table = self._table.table_of(len(ctx))
         elif num_tokens >= 0:
             change = self._table.compare(table, ctx, q)

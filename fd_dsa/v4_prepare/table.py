@@ -10,25 +10,31 @@ import numpy.typing as npt
 
 from fd_dsa.errors import V4PrepareError
 from fd_dsa.v4_prepare.checks import cells_are_good
-from fd_dsa.v4_prepare.config import INT32_MAX, V4PrepareConfig
+from fd_dsa.v4_prepare.config import V4PrepareConfig
 
 Int32Array = npt.NDArray[np.int32]
 
 
 class TableChange(NamedTuple):
-    """What a step's whole table changes in the rows of the step.
+    """What the table of a step changes in the rows of the step.
 
     Attributes:
-        num_set: int32 [B]; set cells of each row afterwards.
-        num_sent: int32 [B]; leading cells that the device has already.
-        rows: rows of which a cell changes.
-        width: columns that any row of the step needs.
+        is_active: bool [B]; idle rows keep their blocks.
+        num_set, num_sent: int32 [B]; set cells of the active rows afterwards, and how many of
+            them the device has already.
+        cells, blocks: [n]; which cells of the whole table change, row by row, and to what.
     """
 
+    is_active: npt.NDArray[np.bool_]
     num_set: Int32Array
     num_sent: Int32Array
-    rows: npt.NDArray[np.intp]
-    width: int
+    cells: npt.NDArray[np.int64]
+    blocks: npt.NDArray[Any]
+
+
+_NONE = np.empty(0, np.int32)
+UNCHANGED = TableChange(_NONE.astype(np.bool_), _NONE, _NONE, _NONE.astype(np.int64), _NONE)
+"""The change of a table that says what was known."""
 
 
 class TableMirror:
@@ -42,7 +48,7 @@ class TableMirror:
         cfg: sizes of the steps.
 
     Attributes:
-        num_tokens: int32 [max_num_seqs]; tokens that the set cells of each row hold.
+        num_tokens: int64 [max_num_seqs]; tokens that the set cells of each row hold.
         has_news: whether any row may have cells that the device lacks.
     """
 
@@ -55,7 +61,7 @@ class TableMirror:
         self._columns = np.arange(columns, dtype=np.int32)
         self._num_set = np.zeros(rows, np.int32)
         self._num_sent = np.zeros(rows, np.int32)
-        self.num_tokens = np.zeros(rows, np.int32)
+        self.num_tokens = np.zeros(rows, np.int64)
         self.has_news = False
 
     def set_blocks(self, row: int, block_ids: Any, start: int = 0) -> None:
@@ -64,7 +70,7 @@ class TableMirror:
         stop = start + len(ids)
         self._cells[row, start:stop] = ids
         self._num_set[row] = stop
-        self.num_tokens[row] = min(stop * self._cfg.block_size, INT32_MAX)
+        self.num_tokens[row] = stop * self._cfg.block_size
         if start < self._num_sent[row]:
             self._num_sent[row] = start
         self.has_news = True
@@ -88,41 +94,45 @@ class TableMirror:
             None if a cell that a row needs is missing or is no block.
         """
         num_rows, is_active = len(q), q > 0
-        num_needed = ((ctx.astype(np.int32) - 1) // self._cfg.block_size + 1) * is_active
-        width = int(num_needed.max(initial=0))
+        needed = (ctx.astype(np.int32, copy=False) - 1) // self._cfg.block_size + 1
+        needed *= is_active
+        width = int(needed.max(initial=0))
         if width > table.shape[1]:
             return None
-        num_set, num_sent = self._num_set[:num_rows], self._num_sent[:num_rows]
-        given = table[:, :width]
-        differs = given != self._cells[:num_rows, :width]
-        if differs.any():
-            # cells that no token needs may hold anything
-            differs &= self._columns[:width] < num_needed[:, None]
-        rows = (differs.any(axis=1) | (num_needed > num_set)).nonzero()[0]
-        kept = np.minimum(num_sent, num_needed)
-        if len(rows):
-            same = np.where(differs[rows].any(axis=1), differs[rows].argmax(axis=1), width)
-            kept[rows] = np.minimum(np.minimum(kept[rows], num_set[rows]), same)
-            is_block = cells_are_good(given[rows], self._cfg.num_blocks)
-            if not (is_block | (self._columns[:width] >= num_needed[rows, None])).all():
-                return None
-        return TableChange(
-            np.where(is_active, num_needed, num_set),
-            np.where(is_active, kept, num_sent),
-            rows,
-            width,
-        )
+        table = table[:, :width]
+        changed = np.flatnonzero(table != self._cells[:num_rows, :width])
+        if not len(changed) and (needed == self._num_set[:num_rows]).all():
+            return UNCHANGED
+        grown = np.flatnonzero(needed > self._num_set[:num_rows])
+        if len(grown) and not self._are_blocks(table[grown], needed[grown]):
+            return None
+        row, column = np.divmod(changed, max(width, 1))
+        # cells that no token needs may hold anything
+        is_needed = column < needed[row]
+        row, column = row[is_needed], column[is_needed]
+        blocks = table[row, column]
+        if not cells_are_good(blocks, self._cfg.num_blocks).all():
+            return None
+        first = needed.copy()
+        # backwards: of the changed cells of a row, the first one stays
+        first[row[::-1]] = column[::-1]
+        num_sent = np.minimum(self._num_sent[:num_rows], first)
+        cells = row * self._cells.shape[1] + column
+        return TableChange(is_active, needed, num_sent, cells, blocks)
 
-    def apply(self, change: TableChange, table: npt.NDArray[Any]) -> None:
+    def _are_blocks(self, cells: npt.NDArray[Any], needed: Int32Array) -> bool:
+        """Whether the first cells of each row are blocks; one that equals a stale cell is none."""
+        behind = self._columns[: cells.shape[1]] >= needed[:, None]
+        return bool((behind | cells_are_good(cells, self._cfg.num_blocks)).all())
+
+    def apply(self, change: TableChange) -> None:
         """Take over what `compare` found."""
-        num_rows, width = len(change.num_set), change.width
-        if len(change.rows):
-            self._cells[change.rows, :width] = table[change.rows, :width]
-        self._num_set[:num_rows] = change.num_set
-        self._num_sent[:num_rows] = change.num_sent
-        self.num_tokens[:num_rows] = np.minimum(
-            change.num_set.astype(np.int64) * self._cfg.block_size, INT32_MAX
-        )
+        is_active, num_rows = change.is_active, len(change.is_active)
+        self._flat[change.cells] = change.blocks
+        np.copyto(self._num_set[:num_rows], change.num_set, where=is_active)
+        np.copyto(self._num_sent[:num_rows], change.num_sent, where=is_active)
+        num_set, num_tokens = self._num_set[:num_rows], self.num_tokens[:num_rows]
+        np.multiply(num_set, self._cfg.block_size, out=num_tokens, dtype=np.int64)
         self.has_news = True
 
     def write_runs(
