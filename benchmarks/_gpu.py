@@ -185,7 +185,7 @@ def interleaved(
 
 
 def effects(call: Call) -> dict[str, int]:
-    """What one warm call does: device launches, waits of the host, memory allocations."""
+    """What one warm call does: launches, copies, waits of the host, memory allocations."""
     call()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -198,8 +198,11 @@ def effects(call: Call) -> dict[str, int]:
     events = list(profiler.events())
     whole = next(e for e in events if e.name == "measured call" and _on_host(e)).time_range
     inside = [e.name for e in events if whole.start <= e.time_range.start <= whole.end]
+    queued = [e.name for e in events if not _on_host(e) and e.name != "measured call"]
+    copies = sum(name.startswith("Memcpy") for name in queued)
     return {
-        "launches": sum(not _on_host(e) and e.name != "measured call" for e in events),
+        "launches": len(queued) - copies,
+        "copies": copies,
         "host_waits": sum("Synchronize" in name for name in inside),
         "allocations": after - before,
     }

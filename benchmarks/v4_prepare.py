@@ -1,0 +1,356 @@
+"""Decode steps of DeepSeek-V4 prepared in one launch, and on the host or by small operators.
+
+    python -m benchmarks.v4_prepare           # 36 sizes; --quick: two of them
+
+The sides are those of `_v4_sides.py`; what each made is compared before any is timed. Three cases a
+size. "host": what the preparation of a step keeps the host, the device not waited for. "exposed":
+the time between the work of two steps on their stream, in which nothing but preparation happens; a
+side that builds on the host starts when the first of them has ended. "device": the preparation
+alone, its inputs there, in a graph and eagerly. Of host and exposed time there are 200 steps, the
+sides in turn, twenty steps at a time; contexts grow and rows get new blocks as in serving.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import _gpu, _torch_device
+from benchmarks._harness import percentiles
+from benchmarks._v4_overlap import overlap_of
+from benchmarks._v4_sides import (
+    ArrangementSide,
+    LoopSide,
+    Operators,
+    OperatorsSide,
+    Ours,
+    Side,
+    VectorisedSide,
+    check_equal,
+    device_memory,
+    pinned,
+)
+from benchmarks._v4_steps import NUM_STEPS, Decode, Size, config_of, sizes
+from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Buffers, V4PrepareConfig
+from fd_dsa.v4_prepare.checks import RowChecks, rows_have_room
+from fd_dsa.v4_prepare.launch import ExpandLaunch
+from fd_dsa.v4_prepare.slab import ERROR_SLOTS, ERROR_WORDS, SlabLayout
+from fd_dsa.v4_prepare.table import TableMirror
+from fd_dsa.v4_prepare.words import StepWords
+
+OURS, WHOLE_TABLE = "ours", "ours, whole table"
+LOOP, VECTORISED, ARRANGEMENT = "loop", "vectorised", "vectorised, arrays ready"
+EAGER, GRAPH = "operators", "operators, graph"
+HOST = (LOOP, VECTORISED, EAGER, GRAPH, WHOLE_TABLE, OURS)
+EXPOSED = (LOOP, VECTORISED, ARRANGEMENT, EAGER, GRAPH, OURS)
+QUICK = (Size(1, 1024, 0), Size(128, 8192, 1))
+# a run that is cut off has these first
+IMPORTANCE = (128, 256, 32, 1)
+# of the sizes, where every side's launches and copies are counted
+COUNTED = Size(128, 8192, 1)
+TRACED = Size(256, 8192, 1)
+LONGEST = 1 << 20
+_TURN = 20
+_WARM_STEPS = 8
+# products of two square matrices that stand for a step's layers
+_WORK_SIZE, _WORK_PRODUCTS = 4096, 2
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Percentiles, the 99th too."""
+    return percentiles(values) | {"p99": float(np.percentile(values, 99))}
+
+
+def step_work() -> _gpu.Call:
+    """A graph of a few hundred microseconds in place of a step's layers."""
+    matrix = torch.randn(_WORK_SIZE, _WORK_SIZE, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(matrix)
+    torch.mm(matrix, matrix, out=out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_WORK_PRODUCTS):
+            torch.mm(matrix, matrix, out=out)
+    return graph.replay
+
+
+class Sides:
+    """All sides of one configuration, and what they do at one context."""
+
+    def __init__(self, config: V4PrepareConfig, work: _gpu.Call) -> None:
+        self.config, self._work = config, work
+        self.all: dict[str, Side] = {
+            LOOP: LoopSide(config),
+            VECTORISED: VectorisedSide(config),
+            ARRANGEMENT: ArrangementSide(config),
+            EAGER: OperatorsSide(config, in_graph=False),
+            GRAPH: OperatorsSide(config, in_graph=True),
+            WHOLE_TABLE: Ours(config, whole_table=True),
+            OURS: Ours(config),
+        }
+
+    def begin(self, labels: Iterable[str], context: int) -> dict[str, Decode]:
+        """Rows at a context for each side; the first steps are done and compared.
+
+        Raises:
+            AssertionError: two sides made different arrays.
+        """
+        decodes = {label: Decode(self.config, context) for label in labels}
+        for label, decode in decodes.items():
+            self.all[label].start()
+            for _ in range(_WARM_STEPS):
+                one_step(self.all[label], decode)
+                torch.cuda.synchronize()
+        # the arrays of this side stay those of the first step
+        compared = {label: self.all[label] for label in decodes if label != ARRANGEMENT}
+        check_equal(compared, OURS)
+        return decodes
+
+    def host_times(self, context: int) -> tuple[_gpu.Times, dict[str, Any]]:
+        """Host microseconds of a step by side, and the parts of some."""
+        decodes = self.begin(HOST, context)
+        samples: dict[str, list[float]] = {label: [] for label in HOST}
+        builds: dict[str, list[float]] = {LOOP: [], VECTORISED: []}
+        stages: list[float] = []
+        for label in in_turns(HOST):
+            side, decode = self.all[label], decodes[label]
+            for _ in range(_TURN):
+                stage_us, finish_us = one_step(side, decode)
+                torch.cuda.synchronize()
+                samples[label].append(stage_us + finish_us)
+                if label in builds:
+                    builds[label].append(side.build_us)
+                if label == OURS:
+                    stages.append(stage_us)
+        arrays = {label: spread(values) for label, values in builds.items()}
+        parts = {"arrays_us": arrays, "stage_us": spread(stages)}
+        return {label: spread(values) for label, values in samples.items()}, parts
+
+    def exposed_times(self, context: int) -> _gpu.Times:
+        """Microseconds between the work of two steps, by side."""
+        decodes = self.begin(EXPOSED, context)
+        samples: dict[str, list[float]] = {label: [] for label in EXPOSED}
+        for label in in_turns(EXPOSED):
+            samples[label] += self._exposed(self.all[label], decodes[label])
+        return {label: spread(values) for label, values in samples.items()}
+
+    def _exposed(self, side: Side, decode: Decode) -> list[float]:
+        """Microseconds of one turn."""
+        points = []
+        for step in range(_TURN):
+            grown = decode.advance()
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._work()
+            side.stage(decode, grown)
+            before.record()
+            if side.waits:
+                before.synchronize()
+            side.finish(decode)
+            after.record()
+            points.append((before, after))
+            if step:
+                # the host is one step ahead, no more
+                points[step - 1][1].synchronize()
+        torch.cuda.synchronize()
+        return [before.elapsed_time(after) * 1e3 for before, after in points]
+
+    def effects(self, context: int, label: str) -> dict[str, int]:
+        """What one step of a side does; see `_gpu.effects`."""
+        side, decode = self.all[label], Decode(self.config, context)
+        side.start()
+        one_step(side, decode)
+        return _gpu.effects(lambda: one_step(side, decode))
+
+
+def in_turns(labels: Sequence[str]) -> Iterable[str]:
+    """The sides in the order of their turns, until each has had all its steps."""
+    return (label for _ in range(NUM_STEPS // _TURN) for label in labels)
+
+
+def one_step(side: Side, decode: Decode) -> tuple[float, float]:
+    """Host microseconds of the two parts of a step."""
+    grown = decode.advance()
+    begin = time.perf_counter_ns()
+    side.stage(decode, grown)
+    middle = time.perf_counter_ns()
+    side.finish(decode)
+    end = time.perf_counter_ns()
+    return (middle - begin) / 1e3, (end - middle) / 1e3
+
+
+class Launches:
+    """The launch alone, over sets of buffers that together exceed the L2.
+
+    Attributes:
+        calls: one launch a set; all have the same step.
+        buffers: where each writes.
+    """
+
+    def __init__(self, config: V4PrepareConfig, decode: Decode, count: int) -> None:
+        layout = SlabLayout(config)
+        slab = pinned(layout.num_words)
+        num_tokens = int(decode.q.sum())
+        # the whole table is on the device, no cell comes with the step
+        StepWords(layout).write(slab, 1, decode.inputs(), num_tokens, TableMirror(config))
+        slabs = torch.from_numpy(slab).to("cuda")
+        # written by a step at fault; no tensor, since the device writes the host's memory
+        self._faults = pinned(ERROR_SLOTS * ERROR_WORDS).reshape(ERROR_SLOTS, ERROR_WORDS)
+        self.buffers = [V4Buffers(config, "gpu:0", device_memory) for _ in range(count)]
+        self.calls: list[Callable[[], None]] = []
+        for buffers in self.buffers:
+            buffers.block_table.copy_(torch.from_numpy(decode.block_table))
+            launch = ExpandLaunch(config, layout, buffers, slabs, self._faults)
+            self.calls.append(lambda launch=launch: launch(0))
+
+
+def least_bytes(config: V4PrepareConfig, decode: Decode) -> int:
+    """Fewest bytes of a step: lengths, slots and the table's cells in, every output out."""
+    counts = (decode.ctx - decode.q)[:, None] + np.arange(1, config.spec_tokens + 2)
+    entries = int((counts // config.hca_ratio).sum())
+    values = sum(int(np.prod(s)) for name, s in OUTPUT_SHAPES(config).items() if name != "hca_idx")
+    cells = int((-(-decode.ctx // config.block_size)).sum())
+    return 4 * (values + cells + 3 * len(decode.q) + (entries if config.hca_mode == "list" else 0))
+
+
+def device_times(config: V4PrepareConfig, decode: Decode) -> _gpu.Times:
+    """Device microseconds in a graph; those of eager calls under labels of their own."""
+    launches = Launches(config, decode, _gpu.num_sets(least_bytes(config, decode)))
+    operators = Operators(config)
+    operators.inputs.copy_(torch.from_numpy(np.stack([decode.ctx, decode.slot])))
+    sides = {"operators, graph": [operators], OURS: launches.calls}
+    times = _gpu.interleaved(sides, mode="graph", rounds=15)
+    eager = {"operators": [operators], "ours, eager": launches.calls[:1]}
+    return _gpu.interleaved(eager, mode="events", rounds=50) | times
+
+
+def measure(record: _gpu.Recorder, sides: Sides, size: Size) -> None:
+    """The three cases of one size."""
+    config, notes = (
+        sides.config,
+        {key: getattr(size, key) for key in ("batch", "context", "drafts")},
+    )
+    decode = Decode(config, size.context)
+    least = least_bytes(config, decode)
+    times, parts = sides.host_times(size.context)
+    labels = HOST if size == COUNTED else (OURS,)
+    counts = {label: sides.effects(size.context, label) for label in labels}
+    parts |= {"effects": counts} | counts[OURS]
+    name = size.label
+    record.case(f"{name}, host", times, ours=OURS, kind="host", **notes, **parts)
+    times = sides.exposed_times(size.context)
+    record.case(f"{name}, exposed", times, ours=OURS, bytes_moved=least, kind="exposed", **notes)
+    times = device_times(config, decode)
+    record.case(f"{name}, device", times, ours=OURS, bytes_moved=least, kind="device", **notes)
+
+
+def table_mode(record: _gpu.Recorder) -> None:
+    """Rows of a million tokens: no list is made, so none is allocated.
+
+    Raises:
+        AssertionError: there is a list, or offsets other than its would be.
+    """
+    config = config_of(128, 3, LONGEST, hca_mode="table")
+    before = torch.cuda.memory_allocated()
+    side, decode = Ours(config), Decode(config, LONGEST - 1024)
+    allocated = torch.cuda.memory_allocated() - before
+    samples = [sum(one_step(side, decode)) for _ in range(_WARM_STEPS + NUM_STEPS)][_WARM_STEPS:]
+    buffers = side.prepare.buffers
+    torch.cuda.synchronize()
+    side.prepare.poll_error()
+    positions = (decode.ctx - decode.q)[:, None] + np.arange(config.spec_tokens + 1)
+    wanted = np.cumsum((positions.reshape(-1) + 1) // config.hca_ratio)
+    assert buffers.hca_idx is None, "table mode made a list"
+    assert np.array_equal(buffers.hca_indptr[1:].cpu().numpy(), wanted), "table mode: hca_indptr"
+    least = least_bytes(config, decode)
+    launches = Launches(config, decode, 4)
+    times = _gpu.interleaved({OURS: launches.calls}, mode="graph", rounds=15)
+    record.case(
+        "128 x 1024k, MTP 3, table",
+        times,
+        ours=OURS,
+        bytes_moved=least,
+        kind="table",
+        host_us=spread(samples),
+        allocated_bytes=allocated,
+        list_bytes=4 * config.hca_list_length,
+    )
+
+
+def check_times(batch: int = 256, repeats: int = 2000) -> dict[str, float]:
+    """Host microseconds of all checks of a step without a block table."""
+    config = config_of(batch, 3)
+    decode, checks = Decode(config, 8192), RowChecks(config)
+    room = ((decode.block_table >= 0).sum(axis=1) * config.block_size).astype(np.int32)
+    samples = []
+    for _ in range(repeats):
+        begin = time.perf_counter_ns()
+        good = checks.num_tokens(*decode.inputs()) >= 0
+        good &= rows_have_room(decode.ctx, decode.q, room)
+        samples.append((time.perf_counter_ns() - begin) / 1e3)
+        assert good, "a good step was refused"
+    return spread(samples)
+
+
+def overlaps(work: _gpu.Call) -> dict[str, Any]:
+    """How much of the copies lies beside work, by side, and the timeline of some steps."""
+    config = config_of(TRACED.batch, TRACED.drafts)
+    found = {}
+    for label, side in {ARRANGEMENT: ArrangementSide(config), OURS: Ours(config)}.items():
+        found[label] = overlap_of(side, Decode(config, TRACED.context), work, NUM_STEPS)
+    return {
+        "timeline": {label: each.pop("timeline") for label, each in found.items()},
+        "zoom": {label: each.pop("zoom") for label, each in found.items()},
+        "overlap": found,
+        "overlap_case": TRACED.label,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure all sizes, then what holds for all; returns 0."""
+    args = _gpu.arguments(__doc__, argv)
+    _torch_device.register()
+    chosen = QUICK if args.quick else sorted(sizes(), key=lambda s: IMPORTANCE.index(s.batch))
+    gc.collect()
+    gc.freeze()
+    with _gpu.Recorder("v4_prepare", args.out) as record:
+        work = step_work()
+        once: deque[Callable[[], None]] = deque(
+            [
+                lambda: record.note(check_us=check_times()),
+                lambda: table_mode(record),
+                lambda: record.note(**overlaps(work)),
+            ]
+        )
+        for (batch, drafts), group in groupby(chosen, key=lambda s: (s.batch, s.drafts)):
+            sides = Sides(config_of(batch, drafts), work)
+            for size in group:
+                measure(record, sides, size)
+            if once:
+                once.popleft()()
+        while once:
+            once.popleft()()
+    return 0
+
+
+def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
+    """The launch at a size of real serving and at the largest, for profiles and repeats."""
+    _torch_device.register()
+    found: dict[str, tuple[_gpu.Call, list[torch.Tensor]]] = {}
+    for size in (COUNTED, Size(256, 131072, 3)):
+        config = config_of(size.batch, size.drafts)
+        launches = Launches(config, Decode(config, size.context), 1)
+        outputs = [getattr(launches.buffers[0], name) for name in OUTPUT_SHAPES(config)]
+        found[size.label] = launches.calls[0], outputs
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
