@@ -11,6 +11,9 @@ from fd_dsa.v4_prepare.config import V4PrepareConfig
 
 Int32Array = npt.NDArray[np.int32]
 
+# entries, those of the longest token for every token, up to which one gather is the faster way
+_MAX_GATHERED = 2**15
+
 
 def entry_rows(
     cfg: V4PrepareConfig,
@@ -57,39 +60,46 @@ def write_csa(
 
 def write_hca_list(
     cfg: V4PrepareConfig,
-    ctx: Int32Array,
-    q: Int32Array,
     block_table: npt.NDArray[Any],
+    row: Int32Array,
+    hca_indptr: Int32Array,
     hca_idx: Int32Array,
 ) -> None:
-    """Fill the rows of all visible HCA entries, token after token; what lies behind is kept.
+    """Fill the rows of all HCA entries that each token sees; what lies behind them is kept.
 
-    The tokens of a request see the same entries up to the last few, so the rows are computed once
-    a request and copied: one copy for all tokens that see equally many.
+    The tokens of a request see its first entries, so rows are computed once a request. Short lists
+    are made in one masked gather; long ones by a slice copy a token, which moves a row many times
+    faster once the call itself no longer counts.
+
+    Args:
+        row: [T], request of each token.
+        hca_indptr: [T + 1 or more], where the entries of each token start.
     """
-    ratio, per_block = cfg.hca_ratio, cfg.block_size // cfg.hca_ratio
-    at = 0
-    for b, (end, count) in enumerate(zip(ctx.tolist(), q.tolist(), strict=True)):
-        most, position = end // ratio, end - count
-        if count == 0 or most == 0:
-            continue
-        rows = _first_entry_rows(cfg, block_table[b], most, per_block)
-        while position < end:
-            visible = (position + 1) // ratio
-            # the tokens before the one that finishes the next entry
-            after = min(end, (visible + 1) * ratio - 1)
-            stop = at + (after - position) * visible
-            hca_idx[at:stop].reshape(after - position, visible)[:] = rows[:visible]
-            at, position = stop, after
+    offsets = hca_indptr[: len(row) + 1]
+    counts = np.diff(offsets)
+    most = int(counts.max(initial=0))
+    if most == 0:
+        return
+    entries = _first_entries(cfg, block_table, most)
+    if entries.shape[1] * len(row) <= _MAX_GATHERED:
+        seen = np.arange(entries.shape[1], dtype=np.int32) < counts[:, None]
+        hca_idx[: offsets[-1]] = entries[row][seen]
+        return
+    bounds = offsets.tolist()
+    for request, at, stop in zip(row.tolist(), bounds, bounds[1:], strict=False):
+        hca_idx[at:stop] = entries[request, : stop - at]
 
 
-def _first_entry_rows(
-    cfg: V4PrepareConfig, blocks: npt.NDArray[Any], count: int, per_block: int
+def _first_entries(
+    cfg: V4PrepareConfig, block_table: npt.NDArray[Any], count: int
 ) -> npt.NDArray[Any]:
-    """Rows of the first `count` entries of one request."""
-    used = blocks[: -(-count // per_block)].astype(np.int32)
+    """[B, count or more]: rows of the first HCA entries of every request, blocks permitting."""
+    per_block = cfg.block_size // cfg.hca_ratio
+    blocks = block_table[:, : -(-count // per_block)].astype(np.int32)
     if per_block == 1:
-        used += cfg.comp_base
-        return used
-    first = used * per_block + cfg.comp_base
-    return (first[:, None] + np.arange(per_block, dtype=np.int32)).reshape(-1)[:count]
+        blocks += cfg.comp_base
+        return blocks
+    blocks *= per_block
+    blocks += cfg.comp_base
+    inside = np.arange(per_block, dtype=np.int32)
+    return (blocks[:, :, None] + inside).reshape(len(blocks), -1)

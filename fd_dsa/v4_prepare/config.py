@@ -66,11 +66,10 @@ class V4PrepareConfig:
     hca_mode: Literal["list", "table"] = None  # type: ignore[assignment]  # likewise
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type == "int" and not (
-                field.name == "comp_base" and getattr(self, field.name) is None
-            ):
-                self._set(field.name, _size(field.name, getattr(self, field.name)))
+        for name in (field.name for field in fields(self)):
+            value = getattr(self, name)
+            if name not in ("swa", "hca_mode") and not (name == "comp_base" and value is None):
+                self._set(name, _size(name, value))
         _check_choice("swa", self.swa, ("ring", "paged"))
         _check_choice("hca_mode", self.hca_mode, ("list", "table", None))
         self._check_blocks()
@@ -142,8 +141,8 @@ class V4PrepareConfig:
             max_tokens_per_seq=max_tokens_per_seq,
             max_model_len=max_model_len,
             swa=swa,
-            comp_base=comp_base,
-            hca_mode=hca_mode,
+            comp_base=comp_base,  # type: ignore[arg-type]
+            hca_mode=hca_mode,  # type: ignore[arg-type]
         )
 
     @property

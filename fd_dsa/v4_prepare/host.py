@@ -118,9 +118,9 @@ def v4_prepare_np(
         V4PrepareError: a rule is broken; `.code` says which, `.row` where; nothing was written.
         ValueError: `out` belongs to another configuration.
 
-    Cost: a fixed number of NumPy calls, and one or two copies a decode row for the HCA list; memory
-    beside `out` only in proportion to the step's window cells.   Source: the idea is ROCm/ATOM
-    #728.
+    Cost: a fixed number of NumPy calls, and one copy a token where the HCA list is long; memory
+    beside `out` in proportion to the window cells of the step and its part of the block table.
+    Source: the idea is ROCm/ATOM #728.
     """
     inputs = step_inputs(cfg, ctx, q, slot, block_table)
     num_tokens = check_step(cfg, inputs)
@@ -152,7 +152,7 @@ def v4_prepare_np(
     )
     num_hca = write_offsets((tokens.position + 1) // cfg.hca_ratio, out.hca_indptr)
     if out.hca_idx is not None:
-        write_hca_list(cfg, rows.ctx, rows.q, rows.block_table, out.hca_idx)
+        write_hca_list(cfg, rows.block_table, tokens.row, out.hca_indptr, out.hca_idx)
     num_csa = write_csa(
         cfg, tokens.position, csa_visible=out.csa_visible, csa_indptr=out.csa_indptr
     )

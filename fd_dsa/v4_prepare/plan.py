@@ -86,7 +86,7 @@ def write_plans(
     each token that is among the last K(r) of its request and so goes into the state ring. All are
     in token order, -1 behind the last row.
     """
-    finished = np.flatnonzero((tokens.position + 1) % ratio == 0)
+    finished = ((tokens.position + 1) % ratio == 0).nonzero()[0]
     num_finished = len(finished)
     _write_work(tokens, finished, cfg.pool(ratio), plan)
     entries = tokens.position[finished] // ratio
@@ -94,7 +94,7 @@ def write_plans(
         cfg, rows.block_table, tokens.row[finished], entries, ratio
     )
     plan_dst[num_finished:] = -1
-    kept = np.flatnonzero(tokens.position >= (rows.ctx - cfg.pool(ratio))[tokens.row])
+    kept = (tokens.position >= (rows.ctx - cfg.pool(ratio))[tokens.row]).nonzero()[0]
     _write_work(tokens, kept, cfg.pool(ratio), wplan)
     return num_finished, len(kept)
 
