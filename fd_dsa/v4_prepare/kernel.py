@@ -14,10 +14,40 @@ from __future__ import annotations
 
 from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.v4_prepare.kernel_parts import write_hca_lists, write_tokens, write_windows
-from fd_dsa.v4_prepare.kernel_rows import load_rows, sum_capped, sum_quotients
+from fd_dsa.v4_prepare.kernel_rows import effective, load_rows, sum_capped, sum_quotients
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _tokens_before(slab, q_at, limit, ROW_TILE: tl.constexpr):
+    """Tokens of the rows below `limit`."""
+    tokens = tl.zeros((ROW_TILE,), tl.int32)
+    for first in range(0, limit, ROW_TILE):
+        rows = first + tl.arange(0, ROW_TILE)
+        tokens += tl.where(rows < limit, tl.load(slab + q_at + rows), 0)
+    return tl.sum(tokens)
+
+
+@triton.jit
+def _hca_before(
+    slab,
+    rollback_ptr,
+    num_rollback,
+    ctx_at,
+    q_at,
+    limit,
+    HCA_RATIO: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+):
+    """HCA entries that the tokens of the rows below `limit` list."""
+    hca = tl.zeros((ROW_TILE,), tl.int32)
+    for first in range(0, limit, ROW_TILE):
+        rows = first + tl.arange(0, ROW_TILE)
+        _, kept, ctx = load_rows(slab, rollback_ptr, rows, limit, num_rollback, ctx_at, q_at)
+        hca += sum_quotients(ctx, HCA_RATIO) - sum_quotients(ctx - kept, HCA_RATIO)
+    return tl.sum(hca)
 
 
 @triton.jit
@@ -149,12 +179,6 @@ def _write_ends(
         "csa_wplan_rows",
         "hca_plan_rows",
         "hca_wplan_rows",
-        "ctx_at",
-        "q_at",
-        "slot_at",
-        "run_column_at",
-        "run_start_at",
-        "values_at",
     ),
     do_not_specialize_on_alignment=("rollback_ptr",),
 )
@@ -222,13 +246,17 @@ def expand_kernel(
     Grid: (rows + programs for padding, parts). `slabs_ptr` holds slabs as `SlabLayout` says;
     `error_address` points to host memory of ERROR_SLOTS * ERROR_WORDS words.
     """
-    slab = slabs_ptr + tl.multiple_of(slab_offset, 16)
-    ctx_at = tl.multiple_of(ctx_at, 16)
-    q_at = tl.multiple_of(q_at, 16)
+    # slabs and their sections start at multiples of 16 words; here the compiler is told so
+    slab = slabs_ptr + slab_offset // 16 * 16
     row = tl.program_id(0)
     part = tl.program_id(1)
 
-    q, kept, ctx = load_rows(slab, rollback_ptr, row, num_rows, num_rollback, ctx_at, q_at)
+    q = tl.load(slab + q_at + row, mask=row < num_rows, other=0)
+    ctx = tl.load(slab + ctx_at + row, mask=row < num_rows, other=0)
+    kept = q
+    if rollback_ptr is not None:
+        held = row < tl.minimum(num_rows, num_rollback)
+        kept, ctx = effective(q, ctx, tl.load(rollback_ptr + row, mask=held, other=0))
     start = ctx - kept
     slot = tl.load(slab + slot_at + row, mask=row < num_rows, other=0)
     first_changed = tl.load(slab + run_column_at + row, mask=row < num_rows, other=0)
@@ -240,22 +268,22 @@ def expand_kernel(
     is_padding = row >= num_rows
     padding_program = tl.where(is_padding, row - num_rows, 0)
     num_programs = tl.where(is_padding, tl.num_programs(0) - num_rows, 1)
-    tokens, hca, csa, csa_plan, csa_wplan, hca_plan, hca_wplan = _sums_before(
-        slab,
-        rollback_ptr,
-        num_rollback,
-        ctx_at,
-        q_at,
-        tl.minimum(row, num_rows),
-        CSA_RATIO,
-        HCA_RATIO,
-        TOPK,
-        ROW_TILE,
-    )
-    # what is left behind the last row
-    q = tl.where(is_padding, num_tokens - tokens, q)
+    limit = tl.minimum(row, num_rows)
 
     if part < TOKEN_PARTS:
+        tokens, hca, csa, csa_plan, csa_wplan, hca_plan, hca_wplan = _sums_before(
+            slab,
+            rollback_ptr,
+            num_rollback,
+            ctx_at,
+            q_at,
+            limit,
+            CSA_RATIO,
+            HCA_RATIO,
+            TOPK,
+            ROW_TILE,
+        )
+        q = tl.where(is_padding, num_tokens - tokens, q)
         share = padding_program * TOKEN_PARTS + part
         num_shares = num_programs * TOKEN_PARTS
         if is_padding:
@@ -360,6 +388,8 @@ def expand_kernel(
             TOKEN_TILE,
         )
     elif part < TOKEN_PARTS + WINDOW_PARTS:
+        tokens = _tokens_before(slab, q_at, limit, ROW_TILE)
+        q = tl.where(is_padding, num_tokens - tokens, q)
         write_windows(
             win_idx_ptr,
             block_table_ptr,
@@ -383,6 +413,9 @@ def expand_kernel(
             WINDOW_ROWS,
         )
     elif hca_idx_ptr is not None:
+        hca = _hca_before(
+            slab, rollback_ptr, num_rollback, ctx_at, q_at, limit, HCA_RATIO, ROW_TILE
+        )
         write_hca_lists(
             hca_idx_ptr,
             block_table_ptr,

@@ -31,20 +31,29 @@ def sum_capped(n, RATIO: tl.constexpr, MOST: tl.constexpr):
 
 
 @triton.jit
-def load_rows(slab, rollback_ptr, rows, limit, num_rollback, ctx_at, q_at):
-    """Tokens of rows below `limit`, how many of them are sound, and effective lengths.
+def effective(q, ctx, rollback):
+    """How many of a row's tokens are sound, and its length; of one row or of many.
 
     All or none of a row's tokens are sound: none where the rollback is negative or leaves less
     than the step adds. Such a row has length 0; an idle row keeps its own.
     """
-    q = tl.load(slab + q_at + rows, mask=rows < limit, other=0)
-    ctx = tl.load(slab + ctx_at + rows, mask=rows < limit, other=0)
+    kept = tl.where((rollback < 0) | (rollback > ctx - q), 0, q)
+    return kept, tl.where(kept > 0, ctx - rollback, tl.where(q > 0, 0, ctx))
+
+
+@triton.jit
+def load_rows(slab, rollback_ptr, rows, limit, num_rollback, ctx_at, q_at):
+    """Tokens, sound tokens and length of a tile of rows; 0 from row `limit` on.
+
+    The tile may end in the sections behind: without a mask four rows are one load.
+    """
+    exists = rows < limit
+    q = tl.where(exists, tl.load(slab + q_at + rows), 0)
+    ctx = tl.where(exists, tl.load(slab + ctx_at + rows), 0)
     kept = q
     if rollback_ptr is not None:
         held = rows < tl.minimum(limit, num_rollback)
-        rollback = tl.load(rollback_ptr + rows, mask=held, other=0)
-        kept = tl.where((rollback < 0) | (rollback > ctx - q), 0, q)
-        ctx = tl.where(kept > 0, ctx - rollback, tl.where(q > 0, 0, ctx))
+        kept, ctx = effective(q, ctx, tl.load(rollback_ptr + rows, mask=held, other=0))
     return q, kept, ctx
 
 

@@ -31,6 +31,7 @@ class ExpandTiles:
         window_rows: tokens whose windows one round of the second kind writes.
         hca_tile, hca_group: entries that a round of the third kind loads, and tokens it loads
             them for.
+        row_tile: rows that a program sums at a time; at most 1024.
         num_warps: warps of a program.
     """
 
@@ -42,6 +43,7 @@ class ExpandTiles:
     window_rows: int
     hca_tile: int
     hca_group: int
+    row_tile: int
     num_warps: int
 
 
@@ -55,7 +57,11 @@ def tiles_for(cfg: V4PrepareConfig) -> ExpandTiles:
     window_rows = min(power_of_two(longest), 8)
     hca_group = min(power_of_two(longest), 8)
     entries = max(1, cfg.max_model_len // cfg.hca_ratio)
-    hca_tile = min(max(32, power_of_two(entries)), 256)
+    hca_tile = min(max(32, power_of_two(entries)), 512)
+    row_tile = min(max(32, power_of_two(cfg.max_num_seqs)), _MAX_ROW_TILE)
+    if hca_tile == row_tile:
+        # tiles of one shape get one layout, and that of the rows does not fit unaligned lists
+        hca_tile *= 2
     num_items = -(-entries // hca_tile) * -(-longest // hca_group)
     return ExpandTiles(
         token_parts=min(-(-longest // token_tile), most),
@@ -66,7 +72,8 @@ def tiles_for(cfg: V4PrepareConfig) -> ExpandTiles:
         window_rows=window_rows,
         hca_tile=hca_tile,
         hca_group=hca_group,
-        num_warps=2 if is_decode else 4,
+        row_tile=row_tile,
+        num_warps=1 if is_decode else 4,
     )
 
 
@@ -91,7 +98,7 @@ def expand_constants(cfg: V4PrepareConfig, tiles: ExpandTiles) -> dict[str, int 
         "TOKEN_PARTS": tiles.token_parts,
         "WINDOW_PARTS": tiles.window_parts,
         "HCA_PARTS": tiles.hca_parts,
-        "ROW_TILE": min(max(32, power_of_two(cfg.max_num_seqs)), _MAX_ROW_TILE),
+        "ROW_TILE": tiles.row_tile,
         "TOKEN_TILE": tiles.token_tile,
         "WINDOW_ROWS": tiles.window_rows,
         "WINDOW_TILE": power_of_two(cfg.window_size),
