@@ -35,7 +35,7 @@ bench-gpu:
 
 soak: $(VENV)/.dev
 	for round in $$(seq $(ROUNDS)); do \
-	  $(BIN)/python -m pytest -q -x tests/step tests/engine $(ARGS) || exit 1; done
+	  $(BIN)/python -m pytest -q -x tests/step tests/engine tests/v4_prepare $(ARGS) || exit 1; done
 
 gpu-rig: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu_rig $(ARGS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -46,6 +47,23 @@ class Sizes:
     hca_mode: str | None = None
 
 
+REAL = Sizes(
+    window_size=128,
+    block_size=128,
+    csa_ratio=4,
+    hca_ratio=128,
+    index_topk=512,
+    num_slots=10,
+    num_blocks=2200,
+    max_blocks_per_seq=512,
+    max_num_seqs=8,
+    max_num_tokens=1100,
+    max_tokens_per_seq=1024,
+    max_model_len=65536,
+)
+"""The window, blocks and ratios of DeepSeek-V4."""
+
+
 def simulate(
     cfg: Any,
     build: Build,
@@ -53,6 +71,7 @@ def simulate(
     num_steps: int,
     *,
     late: bool = False,
+    translate: Callable[..., Any] | None = None,
     scheduler: Callable[..., Scheduler] = Scheduler,
 ) -> Counter[str]:
     """Play one random history with the arrays of `build`.
@@ -63,6 +82,7 @@ def simulate(
         seed: of everything random.
         late: the host does not know yet which drafts were refused in the step before: `build` is
             called with the optimistic ctx and, as fifth array, the int32 [B] rollback.
+        translate: `(out of build, block_table, local_topk)` -> rows of chosen entries of ratio 1.
         scheduler: a Scheduler, or one that makes a mistake.
 
     Returns:
@@ -77,8 +97,10 @@ def simulate(
     orders = np.random.default_rng(seed)
     for number in range(num_steps):
         step = engine.next_step()
+        result = _call(build, cfg, step, late)
+        rows_of = partial(translate, result) if translate else None
         try:
-            run_layers(memory, step, Outputs(_call(build, cfg, step, late)), orders)
+            run_layers(memory, step, Outputs(result), orders, rows_of)
         except Violation as error:
             text = f"{error.text}\n{_explain(cfg, seed, number, step)}"
             raise Violation(error.kind, error.part, text) from None
@@ -89,9 +111,7 @@ def simulate(
 def _call(build: Build, cfg: Any, step: Step, late: bool) -> Any:
     """The arrays of one step."""
     if late:
-        return build(
-            cfg, step.ctx + step.rollback, step.q, step.slot, step.table, step.rollback.copy()
-        )
+        return build(cfg, step.staged_ctx, step.q, step.slot, step.table, step.rollback)
     return build(cfg, step.ctx, step.q, step.slot, step.table)
 
 

@@ -11,6 +11,7 @@ of the entries that the indexer scans.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,8 +52,18 @@ def expect(right: Any, kind: str, part: str, text: str, *values: Any) -> None:
         raise Violation(kind, part, text.format(*values))
 
 
-def run_layers(memory: Memory, step: Step, out: Outputs, rng: np.random.Generator) -> None:
-    """One step on one layer of each kind; raises Violation at the first wrong read or write."""
+def run_layers(
+    memory: Memory,
+    step: Step,
+    out: Outputs,
+    rng: np.random.Generator,
+    translate: Callable[[np.ndarray, np.ndarray], Any] | None = None,
+) -> None:
+    """One step on one layer of each kind; raises Violation at the first wrong read or write.
+
+    `translate` makes rows of the entries that an indexer chose: `(block_table, local_topk)` ->
+    rows in the order of `csa_indptr`. Without it only what the indexer scans is looked at.
+    """
     cfg = memory.cfg
     _check_layout(step, out)
     _check_padding(step, out)
@@ -71,6 +82,8 @@ def run_layers(memory: Memory, step: Step, out: Outputs, rng: np.random.Generato
     _attend_window(memory, step, out)
     _attend_entries(memory, step, out)
     _scan_entries(memory, step, out, rng)
+    if translate is not None:
+        _attend_chosen(memory, step, out, rng, translate)
     _write_window(memory, step, out, ~early)
 
 
@@ -214,6 +227,36 @@ def _scan_entries(memory: Memory, step: Step, out: Outputs, rng: np.random.Gener
     seen = entry < numbers[:, None]
     token, entry = token[seen], entry[seen]
     rows = _row_of_entry(cfg, step, token, entry, cfg.csa_ratio)
+    _check_csa(memory, step, token, entry, rows)
+
+
+def _attend_chosen(
+    memory: Memory,
+    step: Step,
+    out: Outputs,
+    rng: np.random.Generator,
+    translate: Callable[[np.ndarray, np.ndarray], Any],
+) -> None:
+    """Every token reads the entries of ratio 1 that were chosen for it, through translated rows."""
+    cfg, n = memory.cfg, step.num_tokens
+    numbers = (step.position + 1) // cfg.csa_ratio
+    offset = (rng.random(n) * numbers).astype(np.int64)[:, None]
+    column = np.arange(cfg.index_topk)
+    local = (offset + column) % np.maximum(numbers, 1)[:, None]
+    chosen = column < numbers[:, None]
+    # what stands behind the choice of a token is nobody's business
+    local[~chosen] = rng.integers(-1, 9)
+    rows = np.asarray(translate(step.table, local))
+    expect(len(rows) == chosen.sum(), "missing key", "r1", "{} translated rows", len(rows))
+    token = np.broadcast_to(np.arange(n)[:, None], local.shape)[chosen]
+    _check_csa(memory, step, token, local[chosen], rows)
+
+
+def _check_csa(
+    memory: Memory, step: Step, token: np.ndarray, entry: np.ndarray, rows: np.ndarray
+) -> None:
+    """The rows hold these entries of ratio 1."""
+    cfg = memory.cfg
     last = (entry + 1) * cfg.csa_ratio - 1
     wanted = step.contents[step.handle[token], last] + ENTRY_KIND["r1"]
     first, missing = last + 1 - 2 * cfg.csa_ratio, step.missing_below[token]

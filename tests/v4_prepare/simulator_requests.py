@@ -55,8 +55,9 @@ class Step:
     """Inputs of one step, and the truth about its tokens.
 
     Attributes:
-        ctx, q, slot, table: inputs, int32 [B], and [B, columns].
+        ctx, q, slot, table: int32 [B], and [B, columns].
         rollback: int32 [B] drafts refused in the step before; `ctx` is already without them.
+        staged_ctx: int32 [B] what a host knows that counts them as kept; an idle row keeps its ctx.
         contents: int64 [handles, Lmax] tag of every position of every request.
         row, position, handle, tag, is_prefill: of every token [T].
         missing_below: [T] positions below it are not in the ring (a step that runs again).
@@ -74,6 +75,7 @@ class Step:
     def __post_init__(self) -> None:
         self.cu_q = np.concatenate([[0], np.cumsum(self.q)]).astype(np.int64)
         self.num_tokens = int(self.cu_q[-1])
+        self.staged_ctx = self.ctx + np.where(self.q > 0, self.rollback, 0).astype(np.int32)
         row = self.row = np.repeat(np.arange(len(self.q)), self.q)
         start = (self.ctx - self.q)[row].astype(np.int64)
         self.position = start + np.arange(self.num_tokens) - self.cu_q[row]
@@ -122,7 +124,14 @@ class Blocks:
 
 
 class Scheduler:
-    """Which requests run in a step, and what becomes of them after it."""
+    """Which requests run in a step, and what becomes of them after it.
+
+    Attributes:
+        received: how often the beginning of a prompt ran elsewhere and its caches arrive filled.
+        events: how often what happened, by name.
+    """
+
+    received = 0.1
 
     def __init__(self, cfg: Any, memory: Memory, rng: Random, late: bool) -> None:
         """`late`: the host learns of refused drafts one step late and reserves for all of them."""
@@ -136,7 +145,6 @@ class Scheduler:
         self.waiting: list[Request] = []
         # token sequences that later prompts may begin with
         self.prefixes: list[np.ndarray] = []
-        # how often what happened
         self.events: Counter[str] = Counter()
         self.table = np.full((cfg.max_num_seqs, cfg.max_blocks_per_seq), -1, np.int32)
         # habits of this history
@@ -173,7 +181,7 @@ class Scheduler:
         self.memory.slot_owner[request.slot] = request.handle
         empty = [b for b, r in enumerate(self.rows) if r is None]
         self.rows[rng.choice(empty)] = request
-        if rng.random() < 0.1:
+        if rng.random() < self.received:
             self._receive(request)
         else:
             self._take_hit(request, self._hits(request))

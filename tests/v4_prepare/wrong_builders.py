@@ -148,6 +148,24 @@ def prefill_reads_own_keys_from_ring(
     return out
 
 
+class KeysAreWrittenOnce:
+    """A position that a refused draft wrote is not written again by the token that replaces it."""
+
+    def __init__(self) -> None:
+        self.written: dict[int, int] = {}
+
+    def __call__(self, cfg: Any, ctx: Any, q: Any, slot: Any, block_table: Any) -> Arrays:
+        out = naive(cfg, ctx, q, slot, block_table)
+        for b, tokens in _rows(out):
+            owner, start = int(slot[b]), int(out["positions"][tokens.start])
+            known = self.written.get(owner, 0)
+            # the next owner of a slot starts far below, a row that refused drafts does not
+            if 0 < known - start <= cfg.spec_tokens and not _is_prefill(cfg, tokens):
+                out["swa_write"][tokens][: known - start] = -1
+            self.written[owner] = int(ctx[b])
+        return out
+
+
 def drafts_finish_no_entry(cfg: Any, ctx: Any, q: Any, slot: Any, block_table: Any) -> Arrays:
     """Only the first token of a decode row finishes an entry."""
     out = naive(cfg, ctx, q, slot, block_table)
