@@ -4,48 +4,36 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks._gpu import Call
+from benchmarks._staging_timeline import events_of, summary
 from benchmarks._v4_sides import Side
 from benchmarks._v4_steps import Decode
 
-COPY, EXPAND, WORK = "copy", "expand", "a step's work"
-# steps of the picture
-_SHOWN = 3
-
 
 def overlap_of(side: Side, decode: Decode, work: Call, steps: int) -> dict[str, Any]:
-    """How much of each step's copies lies under the work of the steps.
+    """How much of each step's copies lies under the work of the steps; see `summary`.
 
     Args:
         side: its preparation of each step is queued between two steps' work.
         work: queues the work of one step on the current stream.
         steps: steps that are traced.
-
-    Returns:
-        `copies`, their number a step; `median` and `p5` of the share of a step's copies that ran
-        beside work, and `share_of_steps_above_80`; `timeline`, as `events_of` says, of three steps,
-        and `zoom`, the microseconds around the end of the second's work.
     """
     side.start()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        last = run(side, decode, work, steps + 2)
-        last.synchronize()
+        run(side, decode, work, steps)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = events_of(json.loads(path.read_text())["traceEvents"])
-    return summary(events, steps + 2)
+        return summary(events_of(json.loads(path.read_text())["traceEvents"]), steps)
 
 
-def run(side: Side, decode: Decode, work: Call, steps: int) -> torch.cuda.Event:
-    """Queue steps with the host one step ahead; the point behind the last one."""
+def run(side: Side, decode: Decode, work: Call, steps: int) -> None:
+    """Queue steps, the host one step ahead, and wait for the last one."""
     behind = torch.cuda.Event()
     behind.record()
     for _ in range(steps):
@@ -56,92 +44,4 @@ def run(side: Side, decode: Decode, work: Call, steps: int) -> torch.cuda.Event:
         behind.synchronize()
         behind = torch.cuda.Event()
         behind.record()
-    return behind
-
-
-def events_of(trace: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What ran on the device, by begin.
-
-    Returns:
-        `name` COPY, EXPAND or WORK, `stream` 1 for copies and 0 for what runs on the stream of the
-        layers, `start_us` from the first begin on, and `us`.
-    """
-    found = sorted(
-        (e for e in trace if e.get("cat") in ("kernel", "gpu_memcpy")), key=lambda e: e["ts"]
-    )
-    events = []
-    for event in found:
-        copies = event["cat"] == "gpu_memcpy"
-        name = COPY if copies else EXPAND if "expand" in event["name"] else WORK
-        events.append(
-            {
-                "name": name,
-                "stream": int(copies),
-                "start_us": round(event["ts"] - found[0]["ts"], 3),
-                "us": round(event["dur"], 3),
-            }
-        )
-    return events
-
-
-def summary(events: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
-    """What `overlap_of` returns.
-
-    The copies of the first two steps are left out: they have no step before them to hide behind,
-    or bring a whole block table.
-
-    Raises:
-        ValueError: the number of copies is no multiple of the steps.
-    """
-    copies = [event for event in events if event["name"] == COPY]
-    if not copies or len(copies) % steps:
-        raise ValueError(f"{len(copies)} copies in {steps} steps")
-    each = len(copies) // steps
-    busy = joined([e for e in events if e["name"] == WORK])
-    shares = []
-    for first in range(2 * each, len(copies), each):
-        own = copies[first : first + each]
-        hidden = sum(common(copy, busy) for copy in own)
-        shares.append(hidden / sum(copy["us"] for copy in own))
-    shown, zoom = _shown(events, busy)
-    return {
-        "copies": each,
-        "median": float(np.median(shares)),
-        "p5": float(np.percentile(shares, 5)),
-        "share_of_steps_above_80": float(np.mean(np.array(shares) >= 0.8)),
-        "timeline": shown,
-        "zoom": zoom,
-    }
-
-
-def joined(events: Sequence[Mapping[str, Any]], gap_us: float = 2.0) -> list[tuple[float, float]]:
-    """Begin and end of the stretches of work; the gaps between kernels of a step count as work."""
-    stretches: list[tuple[float, float]] = []
-    for event in sorted(events, key=lambda e: e["start_us"]):
-        begin, end = event["start_us"], event["start_us"] + event["us"]
-        if stretches and begin - stretches[-1][1] <= gap_us:
-            stretches[-1] = stretches[-1][0], max(end, stretches[-1][1])
-        else:
-            stretches.append((begin, end))
-    return stretches
-
-
-def common(event: Mapping[str, Any], stretches: Sequence[tuple[float, float]]) -> float:
-    """Microseconds of an event that lie within the stretches."""
-    begin, end = event["start_us"], event["start_us"] + event["us"]
-    return sum(max(0.0, min(end, last) - max(begin, first)) for first, last in stretches)
-
-
-def _shown(
-    events: Sequence[Mapping[str, Any]], busy: Sequence[tuple[float, float]]
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """The events of three steps from the middle on, and the time around the end of one."""
-    first = len(busy) // 2
-    begin, end = busy[first][0], busy[min(first + _SHOWN, len(busy)) - 1][1]
-    shown = [
-        {**event, "start_us": round(event["start_us"] - begin, 3)}
-        for event in events
-        if begin <= event["start_us"] < end
-    ]
-    middle = busy[min(first + 1, len(busy) - 1)][1] - begin
-    return shown, [round(middle - 30, 3), round(middle + 60, 3)]
+    torch.cuda.synchronize()
