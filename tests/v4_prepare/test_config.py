@@ -1,0 +1,249 @@
+"""Sizes of V4 steps: what follows from them, what is refused, and how a model gives them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import FrozenInstanceError, asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.errors import ConfigError, V4PrepareError
+from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4PrepareConfig
+from tests.v4_prepare.golden import CASES, config_of
+
+SIZES = {
+    "window_size": 128,
+    "spec_tokens": 3,
+    "block_size": 128,
+    "csa_ratio": 4,
+    "hca_ratio": 128,
+    "index_topk": 512,
+    "num_slots": 64,
+    "num_blocks": 1000,
+    "max_blocks_per_seq": 64,
+    "max_num_seqs": 32,
+    "max_num_tokens": 128,
+    "max_tokens_per_seq": 4,
+    "max_model_len": 8192,
+}
+# what the public configs of the two models say, as far as it matters here
+FLASH = {
+    "num_hidden_layers": 43,
+    "num_nextn_predict_layers": 1,
+    "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0],
+    "sliding_window": 128,
+    "index_topk": 512,
+    "max_position_embeddings": 1048576,
+}
+PRO = FLASH | {
+    "num_hidden_layers": 61,
+    "compress_ratios": [128, 128, *[4, 128] * 29, 4, 0],
+    "index_topk": 1024,
+}
+ROWS = {"max_rows": 32, "max_model_len": 8192, "num_slots": 64, "num_blocks": 1000}
+
+
+def sizes(**changes: Any) -> V4PrepareConfig:
+    return V4PrepareConfig(**(SIZES | changes))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_of_compressed_entries_start_behind_the_window_keys(name: str) -> None:
+    symbols = CASES[name]["config"]
+    without = {key: value for key, value in symbols.items() if key != "comp_base"}
+    assert config_of(without).comp_base == symbols["comp_base"]
+    assert config_of(without, comp_base=0).comp_base == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_shapes_are_those_of_the_examples(name: str) -> None:
+    case = CASES[name]
+    expected = case.get("out") or case["out_compact"]
+    for field, shape in OUTPUT_SHAPES(config_of(case["config"])).items():
+        value = expected[field]
+        found = value["shape"] if isinstance(value, dict) else np.shape(value)
+        if field != "hca_idx":
+            assert shape == tuple(found), field
+
+
+def test_derived_sizes() -> None:
+    cfg = sizes()
+    assert (cfg.ring_rows, cfg.csa_pool, cfg.hca_pool) == (131, 8, 128)
+    assert (cfg.csa_state_rows, cfg.hca_state_rows) == (11, 131)
+    assert cfg.hca_capacity == 128 * 64 == OUTPUT_SHAPES(cfg)["hca_idx"][0]
+    # 4 tokens finish at most one entry of ratio 4, and all of them go into the state ring
+    assert (cfg.plan_capacity(4), cfg.wplan_capacity(4)) == (32, 128)
+    # 40 tokens a row: 10 entries of 4 in one row, but not in all 32; 8 of them are kept
+    prefill = sizes(max_tokens_per_seq=40)
+    assert (prefill.plan_capacity(4), prefill.plan_capacity(128)) == (64, 32)
+    assert prefill.wplan_capacity(4) == 128
+    assert replace(prefill, max_num_tokens=1000).wplan_capacity(4) == 32 * 8
+
+
+def test_the_list_of_a_longer_context_is_left_to_the_reader() -> None:
+    tokens = 64 * 2**20 // 4 // 64
+    assert sizes(max_num_tokens=tokens).hca_mode == "list"
+    long = sizes(max_num_tokens=tokens + 1)
+    assert (long.hca_mode, long.hca_capacity) == ("table", 0)
+    assert "hca_idx" not in OUTPUT_SHAPES(long)
+    assert sizes(hca_mode="table").hca_mode == "table"
+    with pytest.raises(ValueError, match=r"hca_mode: got 'list', .* 67109120 bytes.* use 'table'"):
+        sizes(max_num_tokens=tokens + 1, hca_mode="list")
+
+
+def test_sizes_are_frozen_ints() -> None:
+    cfg = sizes(window_size=np.int64(128), max_num_seqs=np.uint8(32))
+    assert cfg == sizes() and hash(cfg) == hash(sizes())
+    assert all(type(value) in (int, str) for value in asdict(cfg).values())
+    with pytest.raises(FrozenInstanceError):
+        cfg.window_size = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("value", [-1, 0, 2**31, 1.0, "1", None, True])
+def test_sizes_that_are_none(name: str, value: Any) -> None:
+    if name == "spec_tokens" and value == 0 and value is not False:
+        assert sizes(spec_tokens=0).ring_rows == 128
+        return
+    with pytest.raises(ValueError, match=f"{name}: got {value!r}, allowed are integers in "):
+        sizes(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"swa": "rings"}, "swa: got 'rings', allowed are 'ring', 'paged'"),
+        ({"hca_mode": "lists"}, "hca_mode: got 'lists', allowed are 'list', 'table', None"),
+        ({"comp_base": -1}, "comp_base: got -1, allowed are integers in 0..2147483647"),
+        ({"block_size": 126}, "block_size: got 126, must be a multiple of csa_ratio = 4"),
+        ({"block_size": 64}, "block_size: got 64, must be a multiple of hca_ratio = 128"),
+        ({"hca_ratio": 4}, "hca_ratio: got 4, must differ from csa_ratio = 4"),
+        ({"max_model_len": 8193}, "max_blocks_per_seq: got 64, must be at least 65"),
+        ({"num_slots": 2**24}, "num_slots: got 16777216, which makes 2197815296 rows"),
+        ({"num_blocks": 2**24, "swa": "paged"}, "num_blocks: got 16777216, which makes 2147483648"),
+        ({"comp_base": 2**31 - 1}, "comp_base: got 2147483647, which makes 2147515647 rows"),
+        ({"num_blocks": 2**26}, "comp_base: got 8384, which makes 2147492032 rows"),
+        ({"max_blocks_per_seq": 2**26}, "max_blocks_per_seq: got 67108864, which makes 2147483648"),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_fit_together(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        sizes(**changes)
+    assert str(refused.value).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "product"),
+    [
+        ({"index_topk": 2**24}, 128 * 2**24),
+        ({"window_size": 2**20, "num_slots": 1, "max_num_tokens": 2**11}, 2**31),
+        ({"max_model_len": 2**20, "max_blocks_per_seq": 2**13, "max_num_tokens": 2**18}, 2**31),
+    ],
+)
+def test_offsets_that_could_exceed_int32(changes: dict[str, Any], product: int) -> None:
+    with pytest.raises(V4PrepareError) as refused:
+        sizes(**changes)
+    assert (refused.value.code, refused.value.row) == ("E_INDPTR", -1)
+    assert f"={product} > 2147483647" in str(refused.value)
+    # one token less fits
+    fewer = SIZES | changes
+    sizes(**(fewer | {"max_num_tokens": fewer["max_num_tokens"] - 1}))
+
+
+@pytest.mark.parametrize(
+    ("model", "num_csa", "num_hca"), [(FLASH, 21, 20), (PRO, 30, 31)], ids=["Flash", "Pro"]
+)
+@pytest.mark.parametrize("form", ["mapping", "object", "file", "folder", "text"])
+def test_a_model_gives_window_ratios_and_topk(
+    model: dict[str, Any], num_csa: int, num_hca: int, form: str, tmp_path: Path
+) -> None:
+    ratios = model["compress_ratios"]
+    assert (ratios.count(4), ratios.count(128)) == (num_csa, num_hca)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(model | {"model_type": "deepseek_v4", "hidden_size": 1}))
+    source = {
+        "mapping": model,
+        "object": SimpleNamespace(**model, compress_rope_theta=160000.0),
+        "file": path,
+        "folder": tmp_path,
+        "text": str(tmp_path),
+    }[form]
+    cfg = V4PrepareConfig.from_model(source, **ROWS, spec_tokens=3)
+    assert cfg == sizes(index_topk=model["index_topk"])
+
+
+def test_sizes_that_a_model_leaves_open() -> None:
+    decode = V4PrepareConfig.from_model(FLASH, **ROWS)
+    assert (decode.max_num_tokens, decode.max_tokens_per_seq) == (32, 1)
+    assert (decode.max_blocks_per_seq, decode.swa, decode.comp_base) == (64, "ring", 64 * 128)
+    mixed = V4PrepareConfig.from_model(
+        FLASH,
+        **ROWS,
+        max_num_tokens=4096,
+        max_blocks_per_seq=70,
+        block_size=256,
+        swa="paged",
+        comp_base=0,
+        hca_mode="table",
+    )
+    assert (mixed.max_num_tokens, mixed.max_tokens_per_seq) == (4096, 4096)
+    assert (mixed.max_blocks_per_seq, mixed.block_size) == (70, 256)
+    assert (mixed.swa, mixed.comp_base, mixed.hca_mode) == ("paged", 0, "table")
+    chunk = V4PrepareConfig.from_model(FLASH, **ROWS, max_num_tokens=4096, max_tokens_per_seq=512)
+    assert chunk.max_tokens_per_seq == 512
+
+
+def test_a_model_of_which_only_the_needed_fields_are_known() -> None:
+    fields = {"compress_ratios": (8, 64, 0), "sliding_window": 256, "index_topk": 7}
+    cfg = V4PrepareConfig.from_model(fields, **ROWS)
+    assert (cfg.csa_ratio, cfg.hca_ratio, cfg.window_size, cfg.index_topk) == (8, 64, 256, 7)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"compress_ratios": None}, "compress_ratios: got None, allowed: a list of one ratio"),
+        ({"compress_ratios": "4"}, "compress_ratios: got '4', allowed: a list"),
+        ({"compress_ratios": [0, 4, -128]}, "compress_ratios: got [0, 4, -128], allowed: a list"),
+        ({"compress_ratios": [True, 4, 128]}, "compress_ratios: got [True, 4, 128], allowed"),
+        ({"compress_ratios": [4.0, 128]}, "compress_ratios: got [4.0, 128], allowed: a list"),
+        ({"compress_ratios": [0, 4, 4]}, "compress_ratios: got [0, 4, 4], allowed: two ratios"),
+        ({"compress_ratios": [1, 4, 128]}, "compress_ratios: got [1, 4, 128], allowed: two"),
+        ({"compress_ratios": [4, 128]}, "compress_ratios: got [4, 128], allowed: one ratio for"),
+        ({"compress_ratios": [4, 128] * 23}, "compress_ratios: got [4, 128, 4"),
+        ({"num_hidden_layers": "43"}, "num_hidden_layers: got '43', allowed: an integer"),
+        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers: got -1, allowed"),
+        ({"sliding_window": None}, "sliding_window: got None, allowed: an integer of at least 1"),
+        ({"sliding_window": 0}, "sliding_window: got 0, allowed: an integer of at least 1"),
+        ({"index_topk": "512"}, "index_topk: got '512', allowed: an integer of at least 1"),
+        ({"max_position_embeddings": 4096}, "max_position_embeddings: got 4096, allowed: at least"),
+    ],
+    ids=str,
+)
+def test_fields_of_a_model_that_cannot_be_served(changes: dict[str, Any], text: str) -> None:
+    for source, name in (
+        (FLASH | changes, "hf_config"),
+        (SimpleNamespace(**(FLASH | changes)), "SimpleNamespace"),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            V4PrepareConfig.from_model(source, **ROWS)
+        assert str(refused.value).startswith(f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", ["max_rows", "max_model_len", "spec_tokens", "block_size"])
+def test_sizes_beside_a_model_are_named_as_they_were_given(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: got -1, allowed are integers"):
+        V4PrepareConfig.from_model(FLASH, **(ROWS | {name: -1}))
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: file not found"):
+        V4PrepareConfig.from_model(tmp_path, **ROWS)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"got a JSON list, allowed: an object"):
+        V4PrepareConfig.from_model(tmp_path, **ROWS)
