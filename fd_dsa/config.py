@@ -27,6 +27,9 @@ DEVICES = ("auto", "cpu", "gpu")
 _DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
 _CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
+OP_PROVIDERS = {"step_metadata": ("custom_op", "triton"), "topk": ("custom_op", "triton")}
+"""Operators that have more than one provider on a GPU, and those that may be asked for."""
+
 _SWITCH = {"0": False, "false": False, "1": True, "true": True}
 FP8_BLOCK_SIZE = 64
 """Tokens of a block of fp8_ds_mla caches; the kernels that read them take no other."""
@@ -316,6 +319,28 @@ def overlap_max_tokens() -> int | None:
             f"second stream; leave it unset for {DEFAULT_OVERLAP_MAX_TOKENS} in graphs alone"
         )
     return int(value)
+
+
+def op_provider(operator: str) -> str | None:
+    """Provider of an operator on a GPU that FD_DSA_OP_PROVIDER asks for; None = none.
+
+    The variable holds pairs such as `topk=triton`, separated by commas.
+
+    Raises:
+        ConfigError: a pair of another form, an unknown operator, or a provider that it has not.
+    """
+    text, wanted = os.environ.get("FD_DSA_OP_PROVIDER", ""), None
+    for pair in filter(None, map(str.strip, text.split(","))):
+        name, _, provider = pair.partition("=")
+        if provider not in OP_PROVIDERS.get(name, ()):
+            allowed = ", ".join(f"{op}={p}" for op, served in OP_PROVIDERS.items() for p in served)
+            raise ConfigError(
+                f"FD_DSA_OP_PROVIDER: got {pair!r} in {text!r}, allowed: {allowed}, separated by "
+                "commas, or unset"
+            )
+        if name == operator:
+            wanted = provider
+    return wanted
 
 
 def process_environment() -> dict[str, str]:

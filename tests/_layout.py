@@ -15,6 +15,7 @@ PACKAGE = "fd_dsa"
 ROOMS = (
     "errors",
     "config",
+    "custom_ops",
     "triton_runtime",
     "step",
     "ops",

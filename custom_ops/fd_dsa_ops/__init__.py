@@ -49,8 +49,10 @@ def _function(name: str) -> Any:
     def call(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         values = [given.get(argument) for argument in names]
-        if given.keys() - set(names) or set(names) - optional - given.keys() or len(args) > len(
-            names
+        if (
+            given.keys() - set(names)
+            or set(names) - optional - given.keys()
+            or len(args) > len(names)
         ):
             raise TypeError(f"{name} takes {', '.join(names)}; got {len(args)} and {list(kwargs)}")
         found = _C_ops._run_custom_op(name, *values)

@@ -1,0 +1,101 @@
+"""Builds of custom_ops/ for tests, kept under build/ by a hash of what they are made of."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "custom_ops"
+CACHE = ROOT / "build" / "custom_ops"
+HOST_KERNELS = Path(__file__).with_name("host_kernels.cc")
+
+
+def compiler() -> str:
+    """Path of the C++ compiler; skips the test where there is none."""
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if found is None:
+        pytest.skip("THE CUSTOM OPERATORS CANNOT BE BUILT HERE: no C++ compiler")
+    return found
+
+
+def copy_sources(folder: Path) -> Path:
+    """The sources of the package in another folder, where a build may leave its files."""
+    ignored = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    return Path(shutil.copytree(SOURCES, folder, ignore=ignored))
+
+
+def run_setup(sources: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run setup.py of a copy; the caller looks at what came of it."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "setup.py", *arguments],
+        cwd=sources,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
+def _key() -> str:
+    """Hash of everything that the package is made of."""
+    digest = hashlib.sha256(repr((sys.version_info[:2], version("paddlepaddle"))).encode())
+    paths = [p for p in SOURCES.rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    for path in sorted(paths):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build_package() -> Path:
+    """Folder that holds fd_dsa_ops as setup.py builds it beside Paddle's CPU wheel."""
+    if find_spec("paddle") is None:
+        pytest.skip("not installed: paddle")
+    compiler()
+    folder = CACHE / f"package-{_key()}"
+    if not folder.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            sources, made = copy_sources(Path(scratch) / "sources"), Path(scratch) / "made"
+            done = run_setup(sources, "build", "--build-lib", str(made))
+            assert done.returncode == 0, done.stdout + done.stderr
+            if not folder.is_dir():
+                made.rename(folder)
+    return folder
+
+
+@cache
+def load_package() -> Any:
+    """The module fd_dsa_ops, loaded once a process, as Paddle takes its operators once.
+
+    It is not put where an import would find it.
+    """
+    spec = spec_from_file_location("fd_dsa_ops", build_package() / "fd_dsa_ops" / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def host_library() -> Path:
+    """A library with the C ABI of the kernels that works in host memory."""
+    headers = sorted((SOURCES / "csrc").glob("*.h"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in [HOST_KERNELS, *headers]))
+    made = CACHE / f"host-{digest.hexdigest()[:16]}.so"
+    if not made.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        scratch = made.with_suffix(f".{os.getpid()}")
+        flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+        include = f"-I{SOURCES / 'csrc'}"
+        subprocess.run([compiler(), *flags, include, HOST_KERNELS, "-o", scratch], check=True)
+        scratch.replace(made)
+    return made
