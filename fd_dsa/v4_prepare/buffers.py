@@ -65,7 +65,7 @@ class V4Buffers:
         self.hca_idx = None
         self.host: dict[str, np.ndarray] | None = None
         if allocate is None and place in HOST_PLACES:
-            view = _paddle_view() if place == "cpu" else lambda array: array
+            view = host_view(place)
             self.host = {name: np.zeros(shape, np.int32) for name, shape in shapes.items()}
             for name, array in self.host.items():
                 setattr(self, name, view(array))
@@ -87,8 +87,14 @@ def device_allocator(place: str) -> Allocate:
     return paddle_allocator(place)
 
 
-def _paddle_view() -> Callable[[np.ndarray], Array]:
-    """How a NumPy array becomes a Paddle tensor that shares its memory."""
+def host_view(place: str) -> Callable[[np.ndarray], Array]:
+    """How a NumPy array becomes one of a place in host memory, sharing its memory.
+
+    Raises:
+        BackendUnavailable: Paddle is missing.
+    """
+    if place == "numpy":
+        return lambda array: array
     try:
         from paddle.utils.dlpack import from_dlpack
     except ImportError as error:

@@ -8,7 +8,14 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from fd_dsa.errors import V4PrepareError
-from fd_dsa.v4_prepare.buffers import HOST_PLACES, Allocate, Array, V4Buffers, device_allocator
+from fd_dsa.v4_prepare.buffers import (
+    HOST_PLACES,
+    Allocate,
+    Array,
+    V4Buffers,
+    device_allocator,
+    host_view,
+)
 from fd_dsa.v4_prepare.checks import (
     RowChecks,
     StepInputs,
@@ -17,6 +24,7 @@ from fd_dsa.v4_prepare.checks import (
     step_inputs,
 )
 from fd_dsa.v4_prepare.config import V4PrepareConfig
+from fd_dsa.v4_prepare.fixed_lists import FusedList, HostLists, Kind, check_topk
 from fd_dsa.v4_prepare.host_prepare import HostSteps
 from fd_dsa.v4_prepare.slab import ERROR_SLOTS, FAULT_ROLLBACK, MAX_STAMP, SlabLayout
 from fd_dsa.v4_prepare.table import UNCHANGED, Int32Array, TableChange, TableMirror
@@ -40,6 +48,13 @@ class _Steps(Protocol):
     def upload(self, num_words: int) -> int: ...
     def expand(self, slab: int, rollback: Array | None) -> None: ...
     def is_done(self, slab: int) -> bool: ...
+
+
+class _Lists(Protocol):
+    """What derives lists from the outputs in one place."""
+
+    def csa_translate(self, local_topk: Array) -> Array: ...
+    def fused_list(self, kind: Kind, csa_rows: Array | None) -> FusedList: ...
 
 
 class V4Prepare:
@@ -72,17 +87,16 @@ class V4Prepare:
         if allocate is None and place not in HOST_PLACES:
             allocate = device_allocator(place)
         self.buffers = V4Buffers(cfg, place, allocate)
-        layout = SlabLayout(cfg)
         self._checks = RowChecks(cfg)
         self._table = TableMirror(cfg)
-        self._words = StepWords(layout)
-        self._steps = _steps_for(cfg, layout, self.buffers, allocate)
+        self._words = StepWords(SlabLayout(cfg))
+        self._steps, self._lists = _parts_for(cfg, place, self.buffers, allocate)
         self._fault_stamps = self._steps.faults[:, _STAMP]
         self._no_table = np.empty((0, 0), np.int32)
         self._stamp = 0
-        # (stamp, slab) of steps to be expanded, and of those that may still be running
-        self._staged: deque[tuple[int, int]] = deque()
-        self._running: deque[tuple[int, int]] = deque(maxlen=2 * NUM_SLABS)
+        # stamp, slab and tokens of steps to be expanded, and of those that may still be running
+        self._staged: deque[tuple[int, int, int]] = deque()
+        self._running: deque[tuple[int, int, int]] = deque(maxlen=2 * NUM_SLABS)
         self.stage([], [], [])
         self.expand()
 
@@ -138,7 +152,7 @@ class V4Prepare:
             self._table.apply(change)
         stamp = self._stamp % MAX_STAMP + 1
         num_words = self._words.write(slab, stamp, inputs[:3], num_tokens, self._table)
-        self._staged.append((stamp, self._steps.upload(num_words)))
+        self._staged.append((stamp, self._steps.upload(num_words), num_tokens))
         self._table.mark_sent(len(inputs.ctx))
         self._stamp = stamp
 
@@ -180,12 +194,55 @@ class V4Prepare:
         if not self._fault_stamps.any():
             return
         # a word may be seen before the others of its step
-        running = {stamp for stamp, slab in self._running if not self._steps.is_done(slab)}
+        running = {stamp for stamp, slab, _ in self._running if not self._steps.is_done(slab)}
         for stamp, at in sorted(zip(self._fault_stamps.tolist(), range(ERROR_SLOTS), strict=True)):
             if stamp and stamp not in running:
                 words = self._steps.faults[at].tolist()
                 self._steps.faults[at] = 0
                 _raise_fault(words)
+
+    def csa_translate(self, local_topk: Array) -> Array:
+        """Rows of the CSA entries that the indexer chose for the tokens of the expanded step.
+
+        Queued like `expand`, once for each layer that chooses; layers that share its choice read
+        the same list. The call may be captured in a graph, but not the first one, which makes the
+        list.
+
+        Args:
+            local_topk: int32 [T or more, index_topk] in the memory of the buffers, contiguous;
+                entry numbers, of which the first min(csa_visible, index_topk) of a token are read.
+
+        Returns:
+            int32 [capacity], always the same: token t's rows lie from csa_indptr[t] to
+            csa_indptr[t + 1], -1 where a number is no entry that t sees.
+
+        Raises:
+            ShapeError: `local_topk` has another shape.
+        """
+        check_topk(self.cfg, local_topk, self._running[-1][2])
+        return self._lists.csa_translate(local_topk)
+
+    def fused_list(self, kind: Kind, csa_rows: Array | None = None) -> FusedList:
+        """One list a token of the expanded step: compressed rows first, window rows last.
+
+        Queued like `expand`; the first call with and without rows must not be captured.
+
+        Args:
+            kind: "swa" = window only, "csa" or "hca" = with the entries of that kind.
+            csa_rows: what `csa_translate` returned, for kind "csa"; None = -1 in their places.
+
+        Returns:
+            (indptr, rows), always the same for a kind.
+
+        Raises:
+            ValueError: an unknown kind, "hca" in table mode, or rows given for another kind.
+            V4PrepareError: E_INDPTR, the lists together could exceed int32.
+        """
+        if csa_rows is not None and kind != "csa":
+            raise ValueError(
+                f"csa_rows: got rows for kind {kind!r}, only 'csa' has them; pass None"
+            )
+        return self._lists.fused_list(kind, csa_rows)
 
     def _inputs(self, ctx: Any, q: Any, slot: Any, block_table: Any) -> StepInputs:
         """The inputs as arrays; a table of no columns where none is given.
@@ -221,16 +278,20 @@ class V4Prepare:
         raise_first_fault(self.cfg, StepInputs(ctx, q, slot, table))
 
 
-def _steps_for(
-    cfg: V4PrepareConfig, layout: SlabLayout, buffers: V4Buffers, allocate: Allocate | None
-) -> _Steps:
+def _parts_for(
+    cfg: V4PrepareConfig, place: str, buffers: V4Buffers, allocate: Allocate | None
+) -> tuple[_Steps, _Lists]:
     """What serves the place of the buffers."""
+    layout = SlabLayout(cfg)
     if buffers.host is not None:
-        return HostSteps(cfg, layout, buffers.host, NUM_SLABS)
+        host = HostSteps(cfg, layout, buffers.host, NUM_SLABS)
+        return host, HostLists(host.out, buffers.host["block_table"], host_view(place))
+    from fd_dsa.v4_prepare.device_lists import DeviceLists
     from fd_dsa.v4_prepare.device_prepare import DeviceSteps
 
     assert allocate is not None
-    return DeviceSteps(cfg, layout, buffers, allocate, NUM_SLABS)
+    device = DeviceSteps(cfg, layout, buffers, allocate, NUM_SLABS)
+    return device, DeviceLists(cfg, buffers, allocate)
 
 
 def _raise_fault(words: list[int]) -> NoReturn:
