@@ -1,0 +1,86 @@
+"""Where `V4Prepare` may put its outputs, each with a way to look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Prepare, V4PrepareConfig
+
+PLACES = [
+    pytest.param("numpy", id="numpy"),
+    pytest.param("cpu", id="cpu"),
+    pytest.param("interpreter", id="interpreter", marks=pytest.mark.triton),
+    pytest.param("torch", id="torch", marks=pytest.mark.gpu),
+    pytest.param("rig", id="rig", marks=pytest.mark.gpu_rig),
+]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place: how builders and arrays are made there.
+
+    Attributes:
+        name: as in `PLACES`.
+        prepare: a builder there; on a device its memory starts as garbage.
+        put: an array of the place with the values of a NumPy array.
+        get: the values of an array of the place, a copy.
+        address: where an array lies.
+    """
+
+    name: str
+    prepare: Callable[[V4PrepareConfig], V4Prepare]
+    put: Callable[[np.ndarray], Any]
+    get: Callable[[Any], np.ndarray]
+    address: Callable[[Any], int]
+
+    def outputs(self, prepare: V4Prepare) -> dict[str, np.ndarray]:
+        """Copies of all outputs that mean something, by name."""
+        found = {n: self.get(getattr(prepare.buffers, n)) for n in OUTPUT_SHAPES(prepare.cfg)}
+        if "hca_idx" in found:
+            found["hca_idx"] = found["hca_idx"][: found["counts"][2]]
+        return found
+
+
+def open_place(name: str) -> Place:
+    """The place of this name; skips the test where it is not there."""
+    if name == "numpy":
+        return Place(name, _on(name), np.copy, np.copy, lambda array: array.ctypes.data)
+    if name == "cpu":
+        if find_spec("paddle") is None:
+            pytest.skip("not installed: paddle")
+        import paddle
+
+        return Place(
+            name,
+            _on(name),
+            paddle.to_tensor,
+            lambda tensor: np.array(tensor.numpy()),
+            lambda tensor: tensor.data_ptr(),
+        )
+    from tests.kernel_memory import open_memory
+
+    memory = open_memory(name)
+    return Place(
+        name,
+        lambda cfg: V4Prepare(cfg, name, memory.poisoned),
+        memory.put,
+        memory.get,
+        lambda tensor: tensor.data_ptr(),
+    )
+
+
+def _on(place: str) -> Callable[[V4PrepareConfig], V4Prepare]:
+    return lambda cfg: V4Prepare(cfg, place)
+
+
+def assert_step(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Compare all outputs of a step with those of the loop oracle."""
+    for name, array in found.items():
+        assert array.dtype == np.int32, name
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)

@@ -1,0 +1,288 @@
+"""Steps that are staged and expanded: same outputs in every place, in order, at fixed addresses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Prepare, V4PrepareConfig, V4PrepareError
+from tests.reference.v4_prepare import naive
+from tests.v4_prepare.golden import (
+    CASES,
+    ERRORS,
+    assert_hca_tokens,
+    assert_outputs,
+    config_of,
+    error_config,
+    inputs_of,
+)
+from tests.v4_prepare.places import PLACES, Place, assert_step, open_place
+
+
+@pytest.fixture(params=PLACES)
+def place(request: pytest.FixtureRequest) -> Place:
+    return open_place(request.param)
+
+
+SIZES = dict(
+    window_size=5,
+    spec_tokens=2,
+    block_size=8,
+    csa_ratio=2,
+    hca_ratio=4,
+    index_topk=3,
+    num_slots=4,
+    num_blocks=40,
+    max_blocks_per_seq=5,
+    max_num_seqs=3,
+    max_num_tokens=16,
+    max_tokens_per_seq=12,
+    max_model_len=40,
+)
+CFG = V4PrepareConfig(**SIZES)  # type: ignore[arg-type]
+Step = tuple[list[int], list[int], list[int], list[list[int]]]
+# a decode row, a prompt and an idle row; one token more each; the rows in another order
+STEPS: list[Step] = [
+    ([17, 9, 6], [3, 9, 0], [2, 0, -1], [[7, 3, 1], [4, 5, -1], [-1, -1, -1]]),
+    ([20, 10, 6], [3, 1, 2], [2, 0, 1], [[7, 3, 1], [4, 5, -1], [9, -1, -1]]),
+    ([12, 25], [1, 1], [0, 2], [[4, 5, -1, -1], [7, 3, 1, 30]]),
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_goldens(place: Place, name: str) -> None:
+    case = CASES[name]
+    prepare = place.prepare(config_of(case["config"]))
+    prepare.stage(*inputs_of(case))
+    buffers = prepare.expand()
+    assert_outputs(case, lambda field: place.get(getattr(buffers, field)))
+    if "out_compact" in case:
+        assert_hca_tokens(case, place.get(buffers.hca_indptr), place.get(buffers.hca_idx))
+
+
+def test_an_empty_step_is_there_from_the_beginning(place: Place) -> None:
+    assert_step(place.outputs(place.prepare(CFG)), naive(CFG, [], [], [], []))
+
+
+def test_a_refused_step_changes_nothing(place: Place) -> None:
+    cfg = error_config()
+    prepare = place.prepare(cfg)
+    good: Step = ([5, 20, 33], [1, 2, 1], [0, 3, 2], [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    prepare.stage(*good)
+    prepare.expand()
+    before = place.outputs(prepare)
+    for case in ERRORS.values():
+        with pytest.raises(V4PrepareError) as caught:
+            prepare.stage(*inputs_of(case))
+        assert (caught.value.code, caught.value.row) == (case["code"], case["row"])
+        assert str(caught.value) == case["text"]
+    with pytest.raises(RuntimeError, match="no step is staged"):
+        prepare.expand()
+    assert_step(place.outputs(prepare), before)
+    # the blocks of the good step are still those of its rows
+    prepare.stage([6, 21, 33], [1, 1, 1], good[2])
+    prepare.expand()
+    assert_step(place.outputs(prepare), naive(cfg, [6, 21, 33], [1, 1, 1], *good[2:]))
+
+
+def test_steps_are_expanded_in_the_order_of_staging(place: Place) -> None:
+    prepare = place.prepare(CFG)
+    for ctx, q, slot, table in STEPS:
+        arrays = [np.array(values, np.int32) for values in (ctx, q, slot, table)]
+        prepare.stage(*arrays)
+        for array in arrays:
+            array.fill(-7)
+    with pytest.raises(RuntimeError, match="3 steps are staged"):
+        prepare.stage(*STEPS[0])
+    addresses = None
+    for step in STEPS:
+        buffers = prepare.expand()
+        assert buffers is prepare.buffers
+        assert_step(place.outputs(prepare), naive(CFG, *step))
+        found = {n: place.address(getattr(buffers, n)) for n in OUTPUT_SHAPES(CFG)}
+        assert addresses in (None, found)
+        addresses = found
+    prepare.stage(*STEPS[0])
+    prepare.expand()
+    assert_step(place.outputs(prepare), naive(CFG, *STEPS[0]))
+
+
+def test_blocks_set_row_by_row_give_the_same_as_tables(place: Place) -> None:
+    prepare = place.prepare(CFG)
+    prepare.set_blocks(0, [7, 3, 1])
+    prepare.set_blocks(1, np.array([4, 5]))
+    prepare.stage(*STEPS[0][:3])
+    # said between two steps: of no account to the one that is staged already
+    prepare.set_blocks(2, [9])
+    prepare.stage(*STEPS[1][:3])
+    prepare.set_blocks(0, [4, 5])
+    prepare.set_blocks(1, [7, 3])
+    prepare.set_blocks(1, [1, 30], start=2)
+    prepare.stage(*STEPS[2][:3])
+    for step in STEPS:
+        prepare.expand()
+        assert_step(place.outputs(prepare), naive(CFG, *step))
+
+
+def test_blocks_of_rows_that_a_step_lacks_wait(place: Place) -> None:
+    prepare = place.prepare(CFG)
+    prepare.set_blocks(2, [9])
+    for ctx in (1, 2):
+        prepare.stage([ctx], [1], [0], [[3]])
+        prepare.expand()
+    prepare.stage([3, 0, 6], [1, 0, 2], [0, 0, 1])
+    prepare.expand()
+    assert_step(
+        place.outputs(prepare), naive(CFG, [3, 0, 6], [1, 0, 2], [0, 0, 1], [[3], [-1], [9]])
+    )
+
+
+def test_drafts_that_were_rejected(place: Place) -> None:
+    prepare = place.prepare(CFG)
+    ctx, q, slot, table = STEPS[1]
+    for rollback, left in (([2, 0, 1], [18, 10, 5]), ([1], [19, 10, 6]), ([0] * 3, ctx)):
+        prepare.stage(ctx, q, slot, table)
+        prepare.expand(place.put(np.array(rollback, np.int32)))
+        assert_step(place.outputs(prepare), naive(CFG, left, q, slot, table))
+        prepare.poll_error()
+    # an idle row keeps its tokens
+    ctx, q, slot, table = STEPS[0]
+    prepare.stage(ctx, q, slot, table)
+    prepare.expand(place.put(np.array([3, 0, 100], np.int32)))
+    assert_step(place.outputs(prepare), naive(CFG, [14, 9, 6], q, slot, table))
+
+
+def as_padding(bad: list[int], step: Step) -> dict[str, np.ndarray]:
+    """What the oracle says of a step, with padding in the place of the tokens of some rows."""
+    ctx, q, slot, table = step
+    kept = [0 if b in bad else n for b, n in enumerate(q)]
+    lengths = [0 if b in bad else n for b, n in enumerate(ctx)]
+    expected = naive(CFG, lengths, kept, slot, table)
+    tokens = [b not in bad for b, n in enumerate(q) for _ in range(n)]
+    places = [t for t, good in enumerate(tokens) if good]
+    pads = {"req_of_token": -1, "win_idx": -1, "swa_write": -1}
+    for name in ("positions", "req_of_token", "win_idx", "win_len", "ext_len", "swa_write"):
+        packed = expected[name].copy()
+        expected[name].fill(pads.get(name, 0))
+        expected[name][places] = packed[: len(places)]
+    visible, expected["csa_visible"] = expected["csa_visible"], np.zeros(16, np.int32)
+    expected["csa_visible"][places] = visible[: len(places)]
+    for name in ("hca_indptr", "csa_indptr"):
+        lens = np.zeros(16, np.int32)
+        lens[places] = np.diff(expected[name])[: len(places)]
+        expected[name] = np.append(0, lens.cumsum()).astype(np.int32)
+    for name in ("plan_r1", "wplan_r1", "plan_r2", "wplan_r2"):
+        for row in expected[name]:
+            row[0] = places[row[0]] if row[0] >= 0 else -1
+    expected["cu_q"] = np.append(0, np.cumsum(q)).astype(np.int32)
+    expected["counts"][1] = sum(q)
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("rollback", "bad", "text"),
+    [
+        ([0, -4, 0], [1], "v4_prepare: E_CTX: row 1: rollback=-4 < 0"),
+        ([19, 0, 0], [0], "v4_prepare: E_CTX: row 0: ctx=1 < q=3"),
+        ([0, 10, -1], [1, 2], "v4_prepare: E_CTX: row 1: ctx=0 < q=1"),
+        ([2**31 - 1, 1, -(2**31)], [0, 2], "v4_prepare: E_CTX: row 0: ctx=-2147483627 < q=3"),
+    ],
+)
+def test_impossible_rollbacks(place: Place, rollback: list[int], bad: list[int], text: str) -> None:
+    prepare = place.prepare(CFG)
+    prepare.stage(*STEPS[1])
+    prepare.expand(place.put(np.array(rollback, np.int32)))
+    ctx, q, slot, table = STEPS[1]
+    left = [n - back for n, back in zip(ctx, rollback, strict=True)]
+    expected = as_padding(bad, (left, q, slot, table))
+    assert_step(place.outputs(prepare), expected)
+    # the step behind it is sound; the error is that of the one before, and is raised once
+    prepare.stage(*STEPS[2])
+    prepare.expand(place.put(np.zeros(2, np.int32)))
+    assert_step(place.outputs(prepare), naive(CFG, *STEPS[2]))
+    with pytest.raises(V4PrepareError) as caught:
+        prepare.poll_error()
+    assert str(caught.value) == text
+    assert (caught.value.code, caught.value.row) == ("E_CTX", bad[0])
+    prepare.poll_error()
+
+
+def test_errors_of_two_steps_are_raised_in_order() -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    # more steps than there are slots for errors, so that the later one has the lower slot
+    for number in range(40):
+        prepare.stage(*STEPS[1])
+        row = {30: 2, 33: 1}.get(number)
+        prepare.expand(None if row is None else np.array([-(r == row) for r in range(3)]))
+    for row in (2, 1):
+        with pytest.raises(V4PrepareError, match=f"row {row}: rollback=-1"):
+            prepare.poll_error()
+    prepare.poll_error()
+
+
+@pytest.mark.triton
+def test_an_error_is_raised_when_its_step_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fd_dsa.triton_runtime import transfers
+
+    place = open_place("interpreter")
+    prepare = place.prepare(CFG)
+    prepare.stage(*STEPS[1])
+    prepare.expand(place.put(np.array([-1], np.int32)))
+    with monkeypatch.context() as patch:
+        patch.setattr(transfers.Event, "done", lambda event: False)
+        prepare.poll_error()
+    with pytest.raises(V4PrepareError, match="row 0: rollback=-1 < 0"):
+        prepare.poll_error()
+
+
+def test_table_mode(place: Place) -> None:
+    cfg = V4PrepareConfig(**SIZES, hca_mode="table")  # type: ignore[arg-type]
+    prepare = place.prepare(cfg)
+    prepare.stage(*STEPS[0])
+    assert prepare.expand().hca_idx is None
+    found, expected = place.outputs(prepare), naive(cfg, *STEPS[0])
+    assert_step(found, expected)
+    # the reader takes rows from the table that the step was built from
+    table, per_block = place.get(prepare.buffers.block_table), cfg.block_size // cfg.hca_ratio
+    rows = [
+        cfg.comp_base + table[b, e // per_block] * per_block + e % per_block
+        for t, b in enumerate(found["req_of_token"][: found["counts"][1]])
+        for e in range(found["hca_indptr"][t + 1] - found["hca_indptr"][t])
+    ]
+    assert rows == expected["hca_idx"].tolist()
+    with pytest.raises(ValueError, match="'hca', but there is no list of HCA rows in table mode"):
+        prepare.fused_list("hca")
+
+
+def test_the_host_builder_needs_numpy_alone() -> None:
+    code = (
+        "import sys; from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig;"
+        f"p = V4Prepare(V4PrepareConfig(**{SIZES}), 'numpy');"
+        "p.stage([3], [1], [0], [[2]]); print(p.expand().positions[0]); p.poll_error();"
+        "print(*{'paddle', 'triton', 'torch'} & sys.modules.keys())"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "2\n\n", result.stderr
+
+
+def test_memory_of_staging_does_not_grow_with_the_rows() -> None:
+    changes: dict[str, Any] = dict(max_model_len=4096, max_blocks_per_seq=512, num_blocks=4096)
+    cfg = V4PrepareConfig(**SIZES | changes, hca_mode="table")  # type: ignore[arg-type]
+    prepare, peaks = V4Prepare(cfg, "numpy"), []
+    for num_blocks in (2, 512):
+        for row in range(3):
+            prepare.set_blocks(row, range(num_blocks))
+        ctx = np.full(3, 8 * num_blocks, np.int32)
+        for _ in range(2):
+            tracemalloc.start()
+            prepare.stage(ctx, np.ones(3, np.int32), np.arange(3, dtype=np.int32))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+            prepare.expand()
+    # the first step of a length sends its cells, the second one has nothing new
+    assert peaks[3] <= peaks[1] + 256
