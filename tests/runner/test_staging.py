@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from fd_dsa.errors import DeviceError
 from fd_dsa.runner.staging import InputStaging, StagedTensor
-from fd_dsa.triton_runtime.transfers import Event
-from tests.gpu_rig.transfers import replaced
+from tests.gpu_rig.overlap_proof import GUARDS, without_guards
 from tests.kernel_memory import KernelMemory
 from tests.triton_runtime.late_driver import MAIN, LateLibrary, LateTensor, late_driver
 
@@ -150,28 +149,13 @@ def test_every_step_arrives_whatever_the_device_does_first(seed: int, work: list
         del staging
 
 
-def without(name: str, which: Callable[[Event], bool]) -> Callable[[Callable], Callable]:
-    """Makes a method of some events do nothing: `done` says yes, `precede` lets all pass."""
-
-    def change(original: Callable) -> Callable:
-        def changed(self: Event, *args: object) -> object:
-            return name == "done" if which(self) else original(self, *args)
-
-        return changed
-
-    return change
-
-
-@pytest.mark.parametrize("guard", ["copied, host", "copied, main", "used"])
+@pytest.mark.parametrize("guard", GUARDS)
 def test_without_one_of_its_guards_steps_are_spoiled(guard: str) -> None:
-    name = "done" if guard == "copied, host" else "precede"
     spoiled = 0
     for seed in range(20):
         with pytest.MonkeyPatch.context() as patch, late_driver(patch, seed) as library:
             staging, seen = InputStaging(LateTensor, SIZE, num_slabs=1), []
-            used = staging.used(0)
-            change = without(name, lambda event, used=used: (event is used) == (guard == "used"))
-            with replaced(Event, name, change):
+            with without_guards([guard]):
                 for step in range(12):
                     run_step(library, staging, step, seen)
                     for _ in range(3):

@@ -1,0 +1,185 @@
+"""Steps whose inputs are staged, each stamped with its number, and what a reader found of them.
+
+Three ways to the device: an `InputStaging` alone, the embedded engine's `DeviceInputs`, and
+`V4Prepare`. `stage` is what the host does for a step, `expand` what the main stream does with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Protocol
+
+import numpy as np
+import paddle
+
+from fd_dsa.runner import InputBatch
+from fd_dsa.runner.staging import InputStaging
+from fd_dsa.runner.step_inputs import DeviceInputs
+from fd_dsa.step.device import paddle_allocator
+from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
+from tests.gpu_rig.rig import Rig
+
+import triton.language as tl  # isort: skip
+
+# values of a slab: 1 MiB on a GPU
+LARGE, SMALL = 1 << 18, 64
+_BLOCK_SIZE = 64
+
+
+@paddle_jit(do_not_specialize=("first", "last", "at"))
+def stamps_kernel(values_ptr, out_ptr, first, last, at):
+    tl.store(out_ptr + at, tl.load(values_ptr + first))
+    tl.store(out_ptr + at + 1, tl.load(values_ptr + last))
+
+
+class StagedSteps(Protocol):
+    """Steps of one way to the device; step numbers are 0, 1, ...
+
+    Attributes:
+        name: of the way.
+    """
+
+    name: str
+
+    def stage(self, step: int) -> None: ...
+    def expand(self, step: int) -> None: ...
+    def wrong(self, num_steps: int) -> np.ndarray: ...
+
+
+class _Stamped:
+    """Where the stamps that were found are kept."""
+
+    def __init__(self, rig: Rig, values: Any, max_steps: int) -> None:
+        zeros = np.full(2 * max_steps, -1, np.int32)
+        self.found = paddle.to_tensor(zeros, place=rig.place)
+        self.note = stamps_kernel.bind(
+            (1,), values, self.found, 0, 0, 0, scalars=("first", "last", "at"), num_warps=1
+        )
+
+    def wrong(self, num_steps: int) -> np.ndarray:
+        """Steps of which something else than their own stamps was found; waits for the device."""
+        found = self.found.numpy()[: 2 * num_steps].reshape(-1, 2)
+        return np.flatnonzero((found != self.stamps(num_steps)[:, None]).any(axis=1))
+
+    def stamps(self, num_steps: int) -> np.ndarray:
+        """The stamp of each step."""
+        return np.arange(num_steps)
+
+
+class SlabSteps(_Stamped):
+    """An `InputStaging` alone: first and last value of each slab are the number of the step."""
+
+    name = "InputStaging"
+
+    def __init__(self, rig: Rig, max_steps: int, num_slabs: int = 3) -> None:
+        self._size = LARGE if rig.is_real else SMALL
+        self.staging = InputStaging(paddle_allocator(rig.device), self._size, num_slabs)
+        self._uploaded: deque[int] = deque()
+        super().__init__(rig, self.staging.slabs, max_steps)
+
+    def stage(self, step: int) -> None:
+        """Stamp a slab and queue its copy."""
+        slab = self.staging.next_slab()
+        slab[0] = slab[-1] = step
+        self._uploaded.append(self.staging.upload(self._size))
+
+    def expand(self, step: int) -> None:
+        """Read the stamps of the earliest slab."""
+        index = self._uploaded.popleft()
+        self.staging.acquire(index)
+        first = index * self._size
+        self.note(first, first + self._size - 1, 2 * step)
+        self.staging.release(index)
+
+
+class RunnerSteps(_Stamped):
+    """The embedded engine's inputs: the first token id and the last block of the last row."""
+
+    name = "DeviceInputs"
+
+    def __init__(self, rig: Rig, max_steps: int) -> None:
+        rows, columns = (256, 1024) if rig.is_real else (4, 8)
+        self._batch = InputBatch(rows, 512, columns, _BLOCK_SIZE)
+        self._inputs = DeviceInputs(self._batch, paddle_allocator(rig.device))
+        self._wanted = np.zeros(1, np.int64)
+        self._put(0)
+        first = self._inputs.stage(self._wanted)
+        ids, tables = first.ids_remove_padding, first.block_tables
+        self._last = (tables.data_ptr() - ids.data_ptr()) // 4 + rows * columns - 1
+        super().__init__(rig, ids, max_steps)
+
+    def _put(self, step: int) -> None:
+        """A batch of two decode rows, the first and the last."""
+        batch, last = self._batch, self._batch.max_num_seqs - 1
+        batch.begin_step()
+        batch.add_row(0, [step], 1, False)
+        batch.add_row(last, [step], 1, False)
+        batch.block_tables[last, -1] = step
+
+    def stage(self, step: int) -> None:
+        """Fill the batch and queue its copies."""
+        self._put(step)
+        self._inputs.stage(self._wanted)
+
+    def expand(self, step: int) -> None:
+        """Read the stamps; the copies are queued before."""
+        self.note(0, self._last, 2 * step)
+
+
+class V4Steps(_Stamped):
+    """`V4Prepare`: the tokens of the first and of the last row are those of the step.
+
+    Args:
+        rig: where.
+        max_steps: steps that can be noted.
+        whole_tables: every step brings other blocks for all rows, about 1 MiB, instead of those
+            that a decode step needs.
+    """
+
+    def __init__(self, rig: Rig, max_steps: int, whole_tables: bool = False) -> None:
+        self.name = "V4Prepare, whole tables" if whole_tables else "V4Prepare"
+        rows, length = (256, 131_072) if rig.is_real else (2, 1024)
+        self._rows, self._first, self._num_lengths = rows, length - length // 128 + 1, length // 128
+        columns = length // 128
+        cfg = V4PrepareConfig(
+            window_size=128,
+            spec_tokens=1,
+            block_size=128,
+            csa_ratio=4,
+            hca_ratio=128,
+            index_topk=512,
+            num_slots=rows,
+            num_blocks=2 * rows * columns,
+            max_blocks_per_seq=columns,
+            max_num_seqs=rows,
+            max_num_tokens=2 * rows,
+            max_tokens_per_seq=2,
+            max_model_len=length,
+        )
+        self.prepare = V4Prepare(cfg, rig.device)
+        blocks = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
+        self._tables = (blocks, blocks + rows * columns) if whole_tables else None
+        self._q, self._slot = np.ones(rows, np.int32), np.arange(rows, dtype=np.int32)
+        for row, ids in enumerate(blocks):
+            self.prepare.set_blocks(row, ids)
+        super().__init__(rig, self.prepare.buffers.ctx, max_steps)
+        # brings all blocks that later steps lack
+        self.stage(1)
+        self.expand(0)
+        paddle.device.synchronize(rig.device)
+
+    def stamps(self, num_steps: int) -> np.ndarray:
+        """The longest lengths, which differ between steps that may be mixed up."""
+        return np.arange(num_steps) % self._num_lengths + self._first
+
+    def stage(self, step: int) -> None:
+        """Stage a decode step."""
+        ctx = np.full(self._rows, step % self._num_lengths + self._first, np.int32)
+        tables = self._tables and self._tables[step % 2]
+        self.prepare.stage(ctx, self._q, self._slot, tables)
+
+    def expand(self, step: int) -> None:
+        """Build the step and read its lengths."""
+        self.prepare.expand()
+        self.note(0, self._rows - 1, 2 * step)
