@@ -16,6 +16,34 @@ from fd_dsa.v4_prepare.slab import ERROR_SLOTS, ERROR_WORDS, SlabLayout
 from tests.kernel_memory import KernelMemory
 from tests.reference.v4_prepare import naive
 
+V4_SIZES = {
+    "window_size": 128,
+    "block_size": 128,
+    "csa_ratio": 4,
+    "hca_ratio": 128,
+    "index_topk": 512,
+}
+"""What DeepSeek-V4-Flash has."""
+
+
+def serving_config(
+    num_rows: int, max_model_len: int, spec_tokens: int, **changes: Any
+) -> V4PrepareConfig:
+    """A decode builder of real sizes with blocks for all rows at full length."""
+    columns = -(-max_model_len // V4_SIZES["block_size"])
+    sizes = {
+        "spec_tokens": spec_tokens,
+        "num_slots": num_rows,
+        "num_blocks": num_rows * columns,
+        "max_blocks_per_seq": columns,
+        "max_num_seqs": num_rows,
+        "max_num_tokens": num_rows * (spec_tokens + 1),
+        "max_tokens_per_seq": spec_tokens + 1,
+        "max_model_len": max_model_len,
+    }
+    return V4PrepareConfig(**(V4_SIZES | sizes | changes))
+
+
 _SMALL = V4PrepareConfig(
     window_size=8,
     spec_tokens=1,
@@ -135,13 +163,14 @@ class DeviceStepper:
         self.mirror = np.full((cfg.max_num_seqs, cfg.max_blocks_per_seq), -2, np.int32)
         self.stamp = 0
 
-    def write(self, step: Step) -> int:
-        """Put a step into the next slab; where it starts."""
+    def write(self, step: Step, slab: int | None = None) -> int:
+        """Put a step into slab 0 or 1, by default in turn; where it starts."""
         self.stamp += 1
+        slab = self.stamp % 2 if slab is None else slab
         self._host[:] = self.fill(step)
-        self._copies[self.stamp % 2].queue(self._host.nbytes)
+        self._copies[slab].queue(self._host.nbytes)
         self.memory.sync()
-        return self.stamp % 2 * self.layout.num_words
+        return slab * self.layout.num_words
 
     def fill(self, step: Step) -> np.ndarray:
         """The words of a step; what no launch may read is garbage."""
