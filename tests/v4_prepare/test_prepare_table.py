@@ -1,0 +1,248 @@
+"""The block table between the host and the device: what is sent is what every step needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Prepare, V4PrepareConfig, V4PrepareError
+from tests.reference.v4_prepare import naive
+from tests.v4_prepare.places import assert_step, open_place
+from tests.v4_prepare.simulator import Sizes, simulate
+
+CFG = V4PrepareConfig(
+    window_size=3,
+    spec_tokens=1,
+    block_size=4,
+    csa_ratio=2,
+    hca_ratio=4,
+    index_topk=2,
+    num_slots=4,
+    num_blocks=30,
+    max_blocks_per_seq=6,
+    max_num_seqs=3,
+    max_num_tokens=12,
+    max_tokens_per_seq=6,
+    max_model_len=22,
+)
+
+
+def lengths(draw: st.DrawFn, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """ctx and q of a step; any row may grow, shrink, change hands or idle."""
+    q = [draw(st.sampled_from([0, 1, 1, 2, 4])) for _ in range(num_rows)]
+    ctx = [draw(st.integers(n, CFG.max_model_len)) for n in q]
+    return np.array(ctx, np.int32), np.array(q, np.int32)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[tuple[Any, ...]]:
+    """Steps with whole tables, in which some cells are those of the step before."""
+    found, table = [], np.full((3, 6), -1, np.int64)
+    for _ in range(draw(st.integers(1, 8))):
+        num_rows = draw(st.integers(0, 3))
+        ctx, q = lengths(draw, num_rows)
+        rng = np.random.default_rng(draw(st.integers(0, 99)))
+        changed = rng.random(table.shape) < draw(st.sampled_from([0, 0.1, 1]))
+        needed = np.zeros(3, np.int64)
+        needed[:num_rows] = -(-ctx // 4) * (q > 0)
+        is_needed = np.arange(6) < needed[:, None]
+        is_bad = is_needed & ((table < 0) | (table >= 30))
+        table = np.where(changed | is_bad, rng.integers(0, 30, (3, 6)), table)
+        # what no token needs may be no block at all
+        garbage = ~is_needed & (rng.random(table.shape) < 0.3)
+        table[garbage] = rng.choice([-1, 77, -(2**31)], garbage.sum())
+        dtype = draw(st.sampled_from(["int32", "int64"]))
+        slot = rng.permutation(4)[:num_rows]
+        found.append((ctx, q, slot.astype(np.int32), table[:num_rows].astype(dtype)))
+    return found
+
+
+def outputs(prepare: V4Prepare) -> dict[str, np.ndarray]:
+    """The outputs of the step that was expanded last."""
+    found = {name: getattr(prepare.buffers, name) for name in OUTPUT_SHAPES(prepare.cfg)}
+    return found | {"hca_idx": found["hca_idx"][: found["counts"][2]]}
+
+
+@settings(max_examples=80)
+@given(history=histories(), ahead=st.integers(1, 3))
+def test_whole_tables(history: list[tuple[Any, ...]], ahead: int) -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    for number, step in enumerate(history):
+        prepare.stage(*step)
+        if number + 1 >= ahead:
+            prepare.expand()
+            assert_step(outputs(prepare), naive(CFG, *history[number + 1 - ahead]))
+
+
+@settings(max_examples=80)
+@given(history=histories(), data=st.data())
+def test_rows_that_are_set(history: list[tuple[Any, ...]], data: st.DataObject) -> None:
+    """A scheduler that says what changed, in one or several calls, in rows of this step or not."""
+    prepare = V4Prepare(CFG, "numpy")
+    known: list[list[int]] = [[], [], []]
+    for step in history:
+        ctx, q, slot, table = step
+        for row in range(len(q)):
+            blocks = table[row, : -(-int(ctx[row]) // 4)].tolist() if q[row] else []
+            same = 0
+            while same < min(len(blocks), len(known[row])) and blocks[same] == known[row][same]:
+                same += 1
+            start = data.draw(st.integers(0, same))
+            middle = data.draw(st.integers(start, len(blocks)))
+            prepare.set_blocks(row, blocks[start:middle], start)
+            prepare.set_blocks(row, blocks[middle:], middle)
+            known[row] = blocks
+        prepare.stage(ctx, q, slot)
+        prepare.expand()
+        assert_step(outputs(prepare), naive(CFG, *step))
+
+
+class Sender:
+    """A builder for the simulator: steps through `V4Prepare`, with whole tables or changes."""
+
+    def __init__(self, whole_tables: bool) -> None:
+        self._whole_tables = whole_tables
+        self._prepare: V4Prepare | None = None
+
+    def __call__(self, cfg: Any, ctx: Any, q: Any, slot: Any, table: Any, *late: Any) -> Any:
+        """The outputs of a step."""
+        if self._prepare is None:
+            self._prepare = V4Prepare(V4PrepareConfig(**vars(cfg)), "numpy")
+            self._known = np.full((cfg.max_num_seqs, cfg.max_blocks_per_seq), -1, np.int64)
+            self._lengths = [0] * cfg.max_num_seqs
+        prepare = self._prepare
+        if not self._whole_tables:
+            self._set_rows(np.asarray(table), np.asarray(ctx), np.asarray(q))
+        prepare.stage(ctx, q, slot, table if self._whole_tables else None)
+        prepare.expand(np.asarray(late[0], np.int32) if late else None)
+        prepare.poll_error()
+        return prepare.buffers
+
+    def _set_rows(self, table: np.ndarray, ctx: np.ndarray, q: np.ndarray) -> None:
+        """Say from where on the blocks of active rows are others."""
+        assert self._prepare is not None
+        for row in np.flatnonzero(q):
+            needed = -(-int(ctx[row]) // self._prepare.cfg.block_size)
+            blocks = table[row, :needed]
+            same = min(needed, self._lengths[row])
+            differs = np.flatnonzero(blocks[:same] != self._known[row, :same])
+            start = int(differs[0]) if len(differs) else same
+            self._prepare.set_blocks(row, blocks[start:], start)
+            self._known[row, :needed], self._lengths[row] = blocks, needed
+
+
+@pytest.mark.parametrize("whole_tables", [True, False])
+@pytest.mark.parametrize("late", [True, False])
+@pytest.mark.parametrize("swa", ["ring", "paged"])
+def test_every_token_of_a_history_reads_its_keys(whole_tables: bool, late: bool, swa: str) -> None:
+    simulate(Sizes(swa=swa), Sender(whole_tables), seed=3, num_steps=40, late=late)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        ((1, [3, 30]), "E_BLOCK", "row 1: block_table[1]=30 not in [0, 30)"),
+        ((1, [-1], 2), "E_BLOCK", "row 1: block_table[2]=-1 not in [0, 30)"),
+        ((1, np.array([2**40])), "E_BLOCK", "block_table[0]=1099511627776 not in"),
+        ((2, [5] * 7), "E_TABLE", "row 2: needs 7 blocks, table has 6 columns"),
+        ((1, [5] * 5, 2), "E_TABLE", "row 1: needs 7 blocks, table has 6 columns"),
+        ((0, [1.5]), "E_DTYPE", "row 0: block_ids of shape [1] and dtype float64"),
+        ((0, [[1]]), "E_DTYPE", "row 0: block_ids of shape [1, 1] and dtype int"),
+        ((0, 5), "E_DTYPE", "row 0: block_ids of shape [] and dtype int"),
+    ],
+)
+def test_blocks_that_cannot_be_set(arguments: Any, code: str, text: str) -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    prepare.set_blocks(1, [8, 9])
+    with pytest.raises(V4PrepareError) as caught:
+        prepare.set_blocks(*arguments)
+    assert caught.value.code == code
+    assert text in str(caught.value)
+    # the row is as it was
+    prepare.stage([0, 8], [0, 1], [0, 1])
+    prepare.expand()
+    expected = naive(CFG, [0, 8], [0, 1], [0, 1], [[-1, -1], [8, 9]])
+    assert_step(outputs(prepare), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((3, [1]), "row: got 3, allowed is 0..2"),
+        ((-1, [1]), "row: got -1, allowed is 0..2"),
+        ((1, [1], 3), "start: got 3, row 1 has 2 blocks, allowed is 0..2"),
+        ((1, [1], -1), "start: got -1, row 1 has 2 blocks"),
+    ],
+)
+def test_rows_that_cannot_be_set(arguments: Any, text: str) -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    prepare.set_blocks(1, [8, 9])
+    with pytest.raises(ValueError, match="got") as caught:
+        prepare.set_blocks(*arguments)
+    assert text in str(caught.value)
+
+
+def test_a_row_must_have_its_blocks() -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    prepare.set_blocks(0, [1, 2])
+    prepare.set_blocks(1, [3])
+    step = np.array([8, 5], np.int32), np.array([1, 1], np.int32), np.array([0, 1], np.int32)
+    with pytest.raises(V4PrepareError) as caught:
+        prepare.stage(*step)
+    assert str(caught.value) == "v4_prepare: E_BLOCK: row 1: block_table[1]=-1 not in [0, 30)"
+    prepare.set_blocks(1, [4], 1)
+    prepare.stage(*step)
+    # a new request of the row has the blocks that were set for it, not those behind them
+    prepare.set_blocks(1, [6])
+    with pytest.raises(V4PrepareError, match=r"row 1: block_table\[1\]=-1"):
+        prepare.stage(*step)
+
+
+def test_a_table_says_how_many_blocks_a_row_has() -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    prepare.stage([8], [1], [0], [[1, 2]])
+    prepare.stage([4], [1], [0], [[1, 2]])
+    with pytest.raises(V4PrepareError, match=r"row 0: block_table\[1\]=-1"):
+        prepare.stage([5], [1], [0])
+    prepare.set_blocks(0, [9], 1)
+    prepare.stage([5], [1], [0])
+    for expected in (([8], [[1, 2]]), ([4], [[1, 2]]), ([5], [[1, 9]])):
+        prepare.expand()
+        assert_step(outputs(prepare), naive(CFG, expected[0], [1], [0], expected[1]))
+
+
+@pytest.mark.parametrize("cell", [-1, 30, 2**31 - 1])
+def test_a_cell_that_was_garbage_when_nobody_needed_it(cell: int) -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    prepare.stage([4], [1], [0], [[1, cell]])
+    with pytest.raises(V4PrepareError, match=r"row 0: block_table\[1\]="):
+        prepare.stage([5], [1], [0], [[1, cell]])
+
+
+def test_only_changed_cells_travel() -> None:
+    """What a step sends, seen at the slab it fills: one run a row, and nothing twice."""
+    from fd_dsa.v4_prepare.slab import NUM_VALUES, SlabLayout
+
+    place = open_place("numpy")
+    prepare, layout, sent = place.prepare(CFG), SlabLayout(CFG), []
+    table = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    upload = prepare._steps.upload
+
+    def look(num_words: int) -> int:
+        slab = prepare._steps.next_slab()
+        assert num_words == layout.values + slab[NUM_VALUES]
+        sent.append(slab[layout.values : num_words].tolist())
+        return upload(num_words)
+
+    prepare._steps.upload = look  # type: ignore[method-assign]
+    for ctx in ([8, 8, 8], [8, 8, 8], [9, 8, 8], [9, 12, 8]):
+        prepare.stage(ctx, [1, 1, 1], [0, 1, 2], table)
+        prepare.expand()
+    table[2, 0] = 11
+    prepare.stage([9, 12, 8], [1, 1, 1], [0, 1, 2], table)
+    prepare.expand()
+    assert sent == [[1, 2, 4, 5, 7, 8], [], [3], [6], [11, 8]]
