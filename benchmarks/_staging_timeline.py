@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 COPY, EXPAND, WORK = "copy", "expand", "a step's work"
-# steps of the picture
+# steps of the picture, and microseconds around the end of one that it shows closer
 _SHOWN = 3
+ZOOM_US = (-30, 120)
 
 
 def events_of(trace: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -49,8 +50,8 @@ def summary(events: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
 
     Returns:
         `copies`, their number a step; `median` and `p5` of the share of a step's copies that ran
-        beside work, and `share_of_steps_above_80`; `timeline`, the events of three steps from a
-        begin of work on, and `zoom`, the microseconds around the end of the second's work.
+        beside work, and `share_of_steps_above_80`; `timeline`, the events of three steps, the
+        second's work ending at zero.
 
     The copies of the first two steps are left out: they have no step before them to hide behind,
     or bring a whole block table.
@@ -68,14 +69,12 @@ def summary(events: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
         own = copies[first : first + each]
         hidden = sum(common(copy, busy) for copy in own)
         shares.append(hidden / sum(copy["us"] for copy in own))
-    shown, zoom = _shown(events, busy)
     return {
         "copies": each,
         "median": float(np.median(shares)),
         "p5": float(np.percentile(shares, 5)),
         "share_of_steps_above_80": float(np.mean(np.array(shares) >= 0.8)),
-        "timeline": shown,
-        "zoom": zoom,
+        "timeline": _shown(events, busy),
     }
 
 
@@ -99,14 +98,12 @@ def common(event: Mapping[str, Any], stretches: Sequence[tuple[float, float]]) -
 
 def _shown(
     events: Sequence[Mapping[str, Any]], busy: Sequence[tuple[float, float]]
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """The events of three steps from the middle on, and the time around the end of one."""
-    first = len(busy) // 2
-    begin, end = busy[first][0], busy[min(first + _SHOWN, len(busy)) - 1][1]
-    shown = [
-        {**event, "start_us": round(event["start_us"] - begin, 3)}
+) -> list[dict[str, Any]]:
+    """The events of three steps from the middle on; the second's work ends at zero."""
+    own = busy[len(busy) // 2 :][:_SHOWN]
+    zero = own[min(1, len(own) - 1)][1]
+    return [
+        {**event, "start_us": round(event["start_us"] - zero, 3)}
         for event in events
-        if begin <= event["start_us"] < end
+        if own[0][0] <= event["start_us"] < own[-1][1]
     ]
-    middle = busy[min(first + 1, len(busy) - 1)][1] - begin
-    return shown, [round(middle - 30, 3), round(middle + 60, 3)]

@@ -2,12 +2,13 @@
 
     python -m benchmarks.gpu_run --out DIR --peers DIR --budget-s 560 --archive FILE.tar.gz
 
-Ceilings, correctness, benchmarks, profiles, memory checks, repeats, in this order. Every section
-is a process with a time limit of its own; its output is DIR/<section>.log, and after each one
-DIR/run.json and the archive are rewritten. Started again on the same DIR it goes on after the
-sections that passed. A failure of the small correctness tests ends the run. A copy of the tree
-without git is told its commit with --commit. `--dry-run` needs no GPU: it imports the benchmarks
-and collects the tests, without Paddle, as on a machine that has none.
+Ceilings, the library of custom_ops/, correctness, benchmarks, profiles, memory checks, repeats, in
+this order. Every section is a process with a time limit of its own; its output is
+DIR/<section>.log, and after each one DIR/run.json and the archive are rewritten. Started again on
+the same DIR it goes on after the sections that passed. A failure of the small correctness tests
+ends the run. A copy of the tree without git is told its commit with --commit. `--dry-run` needs no
+GPU: it imports the benchmarks and collects the tests, without Paddle, as on a machine that has
+none.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from benchmarks import _ncu
 from benchmarks._harness import ROOT, case_line, environment, write_json
 
 BENCHMARKS = {
-    "step_metadata": 110,
+    "v4_prepare": 150,
+    "topk": 150,
+    "step_metadata": 140,
     "launch_overhead": 80,
     "cache_write": 90,
     "indexer_query": 90,
@@ -97,8 +100,11 @@ def sections(args: argparse.Namespace) -> list[Section]:
     quick = (*_PYTEST, "-n", str(args.workers)) if find_spec("xdist") else _PYTEST
     subjects = (sys.executable, "-m", "benchmarks.subjects")
     ncu = ("ncu", *_ncu.FLAGS, "--log-file", str(out / "ncu.csv"))
+    # once, not by every process of tests
+    library = Section("custom_ops", (sys.executable, "-m", "custom_ops.build_library"), 240)
     return [
         module("ceilings", 90),
+        library,
         Section("tests_small", (*quick, "--maxfail=10", *tests), 150, _SMALL, True, " passed"),
         Section("tests_all", (*quick, *tests), 240, must_say=" passed"),
         *(module(name, BENCHMARKS[name]) for name in ready),

@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks._harness import three_digits
+from benchmarks._staging_timeline import COPY, WORK, ZOOM_US
 
 # ours first; readable on a light and on a dark page
 _OURS = "#1f77d0"
@@ -19,7 +20,7 @@ _OTHERS = ("#c26a12", "#8c6bb1", "#7a8793", "#b5485d", "#4d9221")
 _INK = "#7d8590"
 # parts of a layer in a timeline; what runs beside others, and what ends the begin
 _LANES = ("#c26a12", "#b5a642", "#4d9221", "#8c6bb1", "#b5485d", "#5f8f8f", "#7a8793", "#a8724a")
-_BESIDE, _BEGIN = "projections", "indexer query"
+_BESIDE, _BEGIN = ("projections", COPY), "indexer query"
 _STYLE = {
     "svg.hashsalt": "fd_dsa",
     # text stays text: small files, and no outlines that depend on a font's version
@@ -36,9 +37,10 @@ _STYLE = {
 
 def digest(result: Mapping[str, Any]) -> str:
     """What a plot shows, as a hash; the plot holds it, so that a stale one is found."""
-    shown: list[Any] = [(c["case"], c["times"], c["ours"], c["floor_us"]) for c in result["cases"]]
     if "timeline" in result:
-        shown = [result["timeline"]]
+        shown: list[Any] = [result["timeline"]]
+    else:
+        shown = [(c["case"], c["times"], c["ours"], c["floor_us"]) for c in result["cases"]]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
@@ -77,7 +79,7 @@ def _svg(figure: Figure, result: Mapping[str, Any]) -> str:
 
 
 def timeline(result: Mapping[str, Any]) -> str:
-    """An SVG: when each kernel of a layer ran, a lane a stream; the whole layer and its begin."""
+    """An SVG: when everything on the device ran, a lane a stream; all of it, and a part closer."""
     sides = result["timeline"]
     lanes = [
         (f"{label}, {'second' if stream else 'main'}", [k for k in run if k["stream"] == stream])
@@ -85,14 +87,13 @@ def timeline(result: Mapping[str, Any]) -> str:
         for stream in sorted({kernel["stream"] for kernel in run})
     ]
     names = list(dict.fromkeys(kernel["name"] for run in sides.values() for kernel in run))
-    others = [name for name in names if name != _BESIDE]
-    colours = dict(zip(others, _LANES * 9, strict=False)) | {_BESIDE: _OURS}
-    ends = [k["start_us"] + k["us"] for run in sides.values() for k in run if k["name"] == _BEGIN]
+    others = [name for name in names if name not in _BESIDE]
+    colours = dict(zip(others, _LANES * 9, strict=False)) | dict.fromkeys(_BESIDE, _OURS)
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8, 1.2 + 0.7 * len(lanes)))
-        for axes, end in zip(figure.subplots(2, 1), (None, max(ends, default=None)), strict=True):
+        for axes, limits in zip(figure.subplots(2, 1), _limits(result), strict=True):
             _draw_lanes(axes, lanes, colours)
-            axes.set_xlim(0, end)
+            axes.set_xlim(*limits)
         axes.set_xlabel("microseconds")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6), ncols=4)
         for legend_text in axes.get_legend().get_texts():
@@ -100,6 +101,18 @@ def timeline(result: Mapping[str, Any]) -> str:
         axes.get_legend().get_frame().set_alpha(0)
         figure.subplots_adjust(hspace=0.5)
         return _svg(figure, result)
+
+
+def _limits(result: Mapping[str, Any]) -> tuple[tuple[float | None, float | None], ...]:
+    """From where to where both halves of a timeline run; the second is a closer look."""
+    runs = result["timeline"].values()
+    if "zoom" in result:
+        return (None, None), tuple(result["zoom"])
+    works = [e["start_us"] + e["us"] for run in runs for e in run if e["name"] == WORK]
+    if works:
+        return (0, None), tuple(works[0] + from_end for from_end in ZOOM_US)
+    begins = [e["start_us"] + e["us"] for run in runs for e in run if e["name"] == _BEGIN]
+    return (0, None), (0, max(begins, default=None))
 
 
 def _draw_lanes(
@@ -116,6 +129,9 @@ def _draw_lanes(
                 left=kernel["start_us"],
                 height=0.7,
                 color=colours[name],
+                # a copy of microseconds between steps of hundreds would be thinner than a line
+                edgecolor=colours[name],
+                linewidth=0.5,
                 label=None if name in told else name,
             )
             told.add(name)

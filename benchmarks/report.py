@@ -20,6 +20,8 @@ from typing import Any
 
 from benchmarks._harness import RESULTS, ROOT, table_row, three_digits, write_json
 from benchmarks._provider_tables import provider_tables
+from benchmarks._staging_tables import staging_lines
+from benchmarks._v4_tables import v4_prepare_tables
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "img"
@@ -29,7 +31,14 @@ _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "a
 _OVERLAP_KINDS = ("graph", "eager", "graph, k_norm beside", "eager, k_norm beside")
 _MADE_BY_OTHERS = {"indexer_logits": "scores", "sparse_mla": "attention"}
 _WITHOUT_PLOT = ("engine_cpu", "providers")
-_TIMELINE = "the kernels of a layer by stream; above the whole layer, below its begin"
+_BARS = "the table above as bars"
+_CAPTIONS = {
+    "overlap": "the kernels of a layer by stream; above the whole layer, below its begin",
+    **dict.fromkeys(
+        ("staging", "v4_prepare"),
+        "the work of three steps and the copies between; above whole, below the end of one step",
+    ),
+}
 _PROFILE_COLUMNS = (
     "duration",
     "registers a thread",
@@ -98,6 +107,8 @@ def _refusal(result: Mapping[str, Any]) -> str | None:
     # the ceilings run no kernel of ours
     if result["gate"] != "passed" and result["name"] != "ceilings":
         return f"The correctness tests of this run: {result['gate']}. No figures.\n"
+    if result["env"].get("form", "real") != "real":
+        return "Measured without a GPU, to try the commands. No figures.\n"
     if result["env"]["dirty"]:
         return "The tree that was measured is no commit. No figures.\n"
     return None
@@ -234,12 +245,47 @@ def providers(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def step_metadata(result: Mapping[str, Any]) -> str:
+    """Markdown of benchmarks/results/step_metadata.json: the times, and the custom operator."""
+    text = gpu_table(result)
+    found = [
+        c["effects"]["custom op"] for c in result["cases"] if "custom op" in c.get("effects", {})
+    ]
+    if _refusal(result) or not found:
+        return text
+    most = {what: max(effects[key] for effects in found) for key, what in _COUNTS.items()}
+    counts = ", ".join(f"{count} {what}" for what, count in most.items())
+    return f"{text}\nThe custom operator, at most in any of these steps: {counts}.\n"
+
+
+def v4_prepare(result: Mapping[str, Any]) -> str:
+    """Markdown of benchmarks/results/v4_prepare.json: all sizes, aims, and what is faster."""
+    refused = _refusal(result)
+    if refused:
+        return refused
+    lines = [_machine(result["env"]), *v4_prepare_tables(result), "", _ceilings_line(result)]
+    if "error" in result:
+        lines += ["", f"The run was cut off: {result['error']}."]
+    return "\n".join(lines) + "\n"
+
+
+def staging(result: Mapping[str, Any]) -> str:
+    """Markdown of benchmarks/results/staging.json: how much of the copies is hidden, and races."""
+    refused = _refusal(result)
+    if refused:
+        return refused
+    return "\n".join([_machine(result["env"]), *staging_lines(result)]) + "\n"
+
+
 _MADE_BY = {
     "engine_cpu": engine_cpu,
     "ceilings": ceilings,
     "overlap": overlap,
     "profiles": profiles,
     "providers": providers,
+    "staging": staging,
+    "step_metadata": step_metadata,
+    "v4_prepare": v4_prepare,
 }
 
 
@@ -256,14 +302,15 @@ def region(name: str, folder: Path = RESULTS) -> str:
     result = json.loads(path.read_text())
     text = _MADE_BY.get(name, gpu_table)(result)
     if plotted(name, result):
-        caption = _TIMELINE if "timeline" in result else "the table above as bars"
+        caption = _CAPTIONS.get(name, _BARS)
         text += f"\n![{caption}](img/{name}.svg)\n"
     return text
 
 
 def plotted(name: str, result: Mapping[str, Any]) -> bool:
-    """True for a result that has a plot: cases, and nothing against showing them."""
-    return name not in _WITHOUT_PLOT and bool(result.get("cases")) and not _refusal(result)
+    """True for a result that has a plot: something to draw, and nothing against showing it."""
+    shows = result.get("timeline") if name in _CAPTIONS else result.get("cases")
+    return name not in _WITHOUT_PLOT and bool(shows) and not _refusal(result)
 
 
 def plots(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import _gpu, _torch_device
 from benchmarks._harness import percentiles
+from benchmarks._staging_timeline import ZOOM_US
 from benchmarks._v4_overlap import overlap_of
 from benchmarks._v4_sides import (
     ArrangementSide,
@@ -307,7 +308,7 @@ def overlaps(work: _gpu.Call) -> dict[str, Any]:
         found[label] = overlap_of(side, Decode(config, TRACED.context), work, NUM_STEPS)
     return {
         "timeline": {label: each.pop("timeline") for label, each in found.items()},
-        "zoom": {label: each.pop("zoom") for label, each in found.items()},
+        "zoom": ZOOM_US,
         "overlap": found,
         "overlap_case": TRACED.label,
     }
