@@ -158,7 +158,8 @@ class Scheduler:
     def _arrive(self) -> None:
         """A new request, often with the beginning of an earlier one."""
         cfg, rng = self.cfg, self.rng
-        longest = cfg.max_model_len - cfg.spec_tokens - 1
+        # the last step may draft beyond the end, and count on drafts that were refused
+        longest = cfg.max_model_len - cfg.spec_tokens * (2 if self.late else 1) - 1
         sizes = [cfg.spec_tokens + 2, 3 * cfg.block_size, longest, longest]
         bound = rng.choice([cfg.window_size, *sizes])
         prompt = rng.randint(1, min(bound, longest))
@@ -329,7 +330,7 @@ class Scheduler:
         self.events["steps"] += 1
         self.events["tokens"] += step.num_tokens
         self.events["empty steps"] += step.num_tokens == 0
-        self.events["mixed steps"] += step.is_prefill.any() and not step.is_prefill.all()
+        self.events["mixed steps"] += len(set(step.is_prefill.tolist())) == 2
         for request, q in zip(step.requests, step.q.tolist(), strict=True):
             if request is None:
                 continue
@@ -372,3 +373,9 @@ class Scheduler:
             if self.rng.random() < 0.8 and key not in self.blocks.cached:
                 self.blocks.cached[key] = self.blocks.share(request.blocks[n - 1])
                 self.prefixes = [*self.prefixes[-7:], tokens[: n * size].copy()]
+
+
+class LongContexts(Scheduler):
+    """Most prompts have run elsewhere."""
+
+    received = 0.7

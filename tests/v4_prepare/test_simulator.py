@@ -15,10 +15,11 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.v4_prepare import V4Arrays, V4Prepare, V4PrepareConfig, csa_translate, v4_prepare_np
+from fd_dsa.v4_prepare import V4Arrays, V4PrepareConfig, csa_translate, v4_prepare_np
 from tests.reference.v4_prepare import naive
 from tests.v4_prepare.simulator import REAL, Sizes, simulate
-from tests.v4_prepare.simulator_requests import Scheduler
+from tests.v4_prepare.simulator_prepare import PreparedSteps
+from tests.v4_prepare.simulator_requests import LongContexts
 
 # a smaller seed is no simpler history
 ONCE = (Phase.explicit, Phase.reuse, Phase.generate)
@@ -85,12 +86,6 @@ def test_sizes_of_a_decode_graph(swa: str, spec_tokens: int, seed: int) -> None:
     simulate(cfg, reusing_arrays(cfg), seed, 3 * NUM_STEPS, translate=csa_translate)
 
 
-class LongContexts(Scheduler):
-    """Most prompts have run elsewhere."""
-
-    received = 0.7
-
-
 @kinds
 @pytest.mark.parametrize("spec_tokens", [0, 3])
 @settings(max_examples=2, phases=ONCE)
@@ -101,35 +96,6 @@ def test_sizes_of_the_model(swa: str, spec_tokens: int, seed: int) -> None:
     simulate(cfg, build, seed, 20, translate=csa_translate, scheduler=LongContexts)
 
 
-class Prepared:
-    """V4Prepare in host memory as a builder; blocks go in as tables, or as what changed."""
-
-    def __init__(self, cfg: V4PrepareConfig, by_cells: bool) -> None:
-        self.prepare, self.by_cells = V4Prepare(cfg, "numpy"), by_cells
-        self.blocks: list[list[int]] = [[] for _ in range(cfg.max_num_seqs)]
-
-    def __call__(
-        self, cfg: Any, ctx: Any, q: Any, slot: Any, table: Any, rollback: Any = None
-    ) -> Any:
-        if self.by_cells:
-            for row, cells in enumerate(table.tolist()):
-                self.set_blocks(row, [block for block in cells if block >= 0])
-            table = None
-        self.prepare.stage(ctx, q, slot, table)
-        out = self.prepare.expand(rollback)
-        self.prepare.poll_error()
-        return out
-
-    def set_blocks(self, row: int, blocks: list[int]) -> None:
-        """Say what is new in a row, from the first block that differs."""
-        old = self.blocks[row]
-        shorter = min(len(old), len(blocks))
-        start = next((i for i in range(shorter) if old[i] != blocks[i]), shorter)
-        if old != blocks:
-            self.prepare.set_blocks(row, blocks[start:], start)
-        self.blocks[row] = blocks
-
-
 @kinds
 @pytest.mark.parametrize("late", [False, True], ids=["exact", "rollback"])
 @pytest.mark.parametrize("by_cells", [False, True], ids=["tables", "cells"])
@@ -137,7 +103,8 @@ class Prepared:
 @given(seed=SEEDS)
 def test_staged_steps_serve_any_history(swa: str, late: bool, by_cells: bool, seed: int) -> None:
     cfg = small(seed, swa=swa, spec_tokens=seed % 4)
-    simulate(cfg, Prepared(cfg, by_cells), seed, NUM_STEPS, late=late)
+    build = PreparedSteps(cfg, by_cells=by_cells)
+    simulate(cfg, build, seed, NUM_STEPS, late=late)
 
 
 def test_a_seed_plays_the_same_history_again() -> None:
@@ -150,10 +117,10 @@ def test_a_seed_plays_the_same_history_again() -> None:
 @kinds
 def test_histories_hold_what_an_engine_does(swa: str) -> None:
     events: Counter[str] = Counter()
-    for seed in range(30):
+    for seed in range(20):
         cfg = small(seed, swa=swa)
         events += simulate(cfg, reusing_arrays(cfg), seed, NUM_STEPS)
-    assert events["steps"] == 30 * NUM_STEPS
+    assert events["steps"] == 20 * NUM_STEPS
     wanted = ["arrivals", "caches received", "drafts refused", "empty steps", "hits"]
     wanted += ["mixed steps", "preemptions"]
     if swa == "ring":
