@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Prepare, V4PrepareConfig, V4PrepareError
 from tests.reference.v4_prepare import naive
 from tests.v4_prepare.places import assert_step, open_place
-from tests.v4_prepare.simulator import Sizes, simulate
 
 CFG = V4PrepareConfig(
     window_size=3,
@@ -99,47 +98,6 @@ def test_rows_that_are_set(history: list[tuple[Any, ...]], data: st.DataObject) 
         prepare.stage(ctx, q, slot)
         prepare.expand()
         assert_step(outputs(prepare), naive(CFG, *step))
-
-
-class Sender:
-    """A builder for the simulator: steps through `V4Prepare`, with whole tables or changes."""
-
-    def __init__(self, whole_tables: bool) -> None:
-        self._whole_tables = whole_tables
-        self._prepare: V4Prepare | None = None
-
-    def __call__(self, cfg: Any, ctx: Any, q: Any, slot: Any, table: Any, *late: Any) -> Any:
-        """The outputs of a step."""
-        if self._prepare is None:
-            self._prepare = V4Prepare(V4PrepareConfig(**vars(cfg)), "numpy")
-            self._known = np.full((cfg.max_num_seqs, cfg.max_blocks_per_seq), -1, np.int64)
-            self._lengths = [0] * cfg.max_num_seqs
-        prepare = self._prepare
-        if not self._whole_tables:
-            self._set_rows(np.asarray(table), np.asarray(ctx), np.asarray(q))
-        prepare.stage(ctx, q, slot, table if self._whole_tables else None)
-        prepare.expand(np.asarray(late[0], np.int32) if late else None)
-        prepare.poll_error()
-        return prepare.buffers
-
-    def _set_rows(self, table: np.ndarray, ctx: np.ndarray, q: np.ndarray) -> None:
-        """Say from where on the blocks of active rows are others."""
-        assert self._prepare is not None
-        for row in np.flatnonzero(q):
-            needed = -(-int(ctx[row]) // self._prepare.cfg.block_size)
-            blocks = table[row, :needed]
-            same = min(needed, self._lengths[row])
-            differs = np.flatnonzero(blocks[:same] != self._known[row, :same])
-            start = int(differs[0]) if len(differs) else same
-            self._prepare.set_blocks(row, blocks[start:], start)
-            self._known[row, :needed], self._lengths[row] = blocks, needed
-
-
-@pytest.mark.parametrize("whole_tables", [True, False])
-@pytest.mark.parametrize("late", [True, False])
-@pytest.mark.parametrize("swa", ["ring", "paged"])
-def test_every_token_of_a_history_reads_its_keys(whole_tables: bool, late: bool, swa: str) -> None:
-    simulate(Sizes(swa=swa), Sender(whole_tables), seed=3, num_steps=40, late=late)
 
 
 @pytest.mark.parametrize(
