@@ -29,7 +29,7 @@ class StepInputs(NamedTuple):
 
 
 def step_inputs(cfg: V4PrepareConfig, ctx: Any, q: Any, slot: Any, block_table: Any) -> StepInputs:
-    """The inputs as arrays whose shapes and dtypes are right; columns past MB are cut off.
+    """The inputs as arrays whose shapes and dtypes are right.
 
     Raises:
         V4PrepareError: E_SHAPE, E_DTYPE or E_BATCH.
@@ -49,8 +49,7 @@ def step_inputs(cfg: V4PrepareConfig, ctx: Any, q: Any, slot: Any, block_table: 
                 "E_DTYPE", -1, f"{name} has dtype {array.dtype}, must be an integer dtype"
             )
     check_batch(cfg, rows[0])
-    ctx, q, slot, table = arrays
-    return StepInputs(ctx, q, slot, table[:, : cfg.max_blocks_per_seq])
+    return StepInputs(*arrays)
 
 
 def check_shapes(shapes: list[tuple[int, ...]]) -> None:

@@ -150,9 +150,10 @@ def test_offsets_that_could_exceed_int32(changes: dict[str, Any], product: int) 
         sizes(**changes)
     assert (refused.value.code, refused.value.row) == ("E_INDPTR", -1)
     assert f"={product} > 2147483647" in str(refused.value)
-    # one token less fits
+    # one token less fits, and so does the largest offset that int32 holds
     fewer = SIZES | changes
     sizes(**(fewer | {"max_num_tokens": fewer["max_num_tokens"] - 1}))
+    assert sizes(index_topk=2**31 - 1, max_num_tokens=1).max_num_tokens == 1
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,17 @@ def example() -> tuple[V4Arrays, list[list[int]]]:
     return v4_prepare_np(config_of(CASES["G2"]["config"]), *inputs), inputs[3]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint64"])
+def test_rows_lie_beyond_what_a_narrow_table_holds(dtype: str) -> None:
+    case = CASES["G2"]
+    *lengths, table = inputs_of(case)
+    out = v4_prepare_np(config_of(case["config"], comp_base=500), *lengths, table)
+    narrow = np.array(table, np.int64).astype(dtype)
+    rows = csa_translate(out, narrow, case["csa_translate"]["local_topk"])
+    expected = np.array(case["csa_translate"]["rows"])
+    assert rows.tolist() == np.where(expected < 0, -1, expected - 44 + 500).tolist()
+
+
 def test_wrong_choices_are_refused(example: tuple[V4Arrays, list[list[int]]]) -> None:
     out, table = example
     for shape in ((5, 3), (6, 2), (6, 4), (18,)):

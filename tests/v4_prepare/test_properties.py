@@ -89,6 +89,23 @@ def real_step(
     return cfg, (ctx, q, slot, table)
 
 
+@pytest.mark.parametrize("swa", ["ring", "paged"])
+def test_a_window_narrower_than_a_decode_row(swa: str) -> None:
+    """A decode row keeps every key it writes, those that fall out of the window at once too."""
+    cfg = V4PrepareConfig(1, 3, 4, 2, 4, 3, 2, 9, 3, 2, 8, 4, 12, swa=swa)
+    inputs = [np.array(one) for one in ([9, 4], [4, 4], [1, 0], [[7, 2, 5], [3, -1, -1]])]
+    out = v4_prepare_np(cfg, *inputs)
+    assert (out.swa_write >= 0).all()
+    assert_same(out, naive(cfg, *inputs))
+
+
+def test_a_window_wider_than_the_blocks_of_a_row() -> None:
+    """Columns that a short row's table does not have are never looked at."""
+    cfg = V4PrepareConfig(9, 0, 4, 2, 4, 3, 2, 9, 3, 2, 8, 4, 12, swa="paged")
+    inputs = [np.array(one) for one in ([2, 4], [1, 4], [1, 0], [[7], [3]])]
+    assert_same(v4_prepare_np(cfg, *inputs), naive(cfg, *inputs))
+
+
 LONG = [(131072, 4), (100003, 4), (65537, 1), (0, 0), (128, 128), (255, 4), (9001, 270), (3, 3)]
 
 
