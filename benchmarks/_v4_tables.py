@@ -17,10 +17,10 @@ _TITLES = {
 }
 # sides that ours is compared with, as the sentences name them
 _OTHERS = {
-    "loop": "the loop takes",
-    "vectorised": "the vectorised form takes",
-    "operators": "the operators take",
-    "operators, graph": "the operators in a graph take",
+    "loop": "the loop",
+    "vectorised": "the vectorised form",
+    "operators": "the operators",
+    "operators, graph": "the operators in a graph",
 }
 
 
@@ -31,7 +31,7 @@ def v4_prepare_tables(result: Result) -> list[str]:
         cases = [case for case in result["cases"] if case.get("kind") == kind]
         if cases:
             lines += ["", f"{title}:", "", *_size_table(cases)]
-    lines += ["", *_aims_table(result)]
+    lines += ["", *_aims_table(result), "", *_faster_than_ours(_Cases(result))]
     for sentence in _sentences(result):
         lines += ["", sentence]
     return lines
@@ -49,6 +49,8 @@ def _size_table(cases: Sequence[Case]) -> list[str]:
             columns[f"{label}, arrays alone"] = _arrays_of(label)
     if "p99" in cases[0]["times"][ours]:
         columns[f"{ours}, p99"] = lambda case: case["times"][ours]["p99"]
+    if cases[0]["floor_us"]:
+        columns["of the floor, %"] = lambda case: case["percent_of_floor"]
     head = ["rows x context", *columns, "tier"]
     lines = [table_row(head), "|---" * len(head) + "|"]
     for batch, context in sorted({key[:2] for key in found}):
@@ -187,9 +189,7 @@ def _aims(cases: _Cases) -> Iterable[tuple[str, float | None, float, bool]]:
 
 
 def _sentences(result: Result) -> Iterable[str]:
-    """Where others are faster, and what the cases without a table say."""
-    cases = _Cases(result)
-    yield from _faster_than_ours(cases)
+    """What the cases without a table say."""
     counted = [case for case in result["cases"] if len(case.get("effects", ())) > 1]
     for case in counted:
         counts = ", ".join(
@@ -208,30 +208,33 @@ def _sentences(result: Result) -> Iterable[str]:
     yield from overlap_sentences(result)
 
 
-def _faster_than_ours(cases: _Cases) -> Iterable[str]:
-    """Sizes at which a side takes less time than ours, or that there is none."""
-    for kind, what in (("host", "host time"), ("exposed", "exposed time")):
+def _faster_than_ours(cases: _Cases) -> list[str]:
+    """A list of the sizes at which a side takes less time than ours."""
+    lines = ["Sizes at which another side takes less time than ours:", ""]
+    for kind in ("host", "exposed"):
+        every = list(cases.keys(kind))
         for label, name in _OTHERS.items():
-            sizes = [s for s in cases.keys(kind) if (cases.ratio(kind, s, label) or 1) < 1]
-            yield f"Sizes at which {name} less {what} than ours: {_named(sizes, cases.keys(kind))}."
-        if kind == "host":
-            for label in ("loop", "vectorised"):
-                sizes = [
-                    size
-                    for size in cases.keys(kind)
-                    if (cases.arrays(size, label) or 1e9) < (cases.time(kind, size) or 0)
-                ]
-                yield (
-                    f"Sizes at which {_OTHERS[label]} less host time than ours for the arrays "
-                    f"alone, with no copy to the device: {_named(sizes, cases.keys(kind))}."
-                )
+            sizes = [size for size in every if (cases.ratio(kind, size, label) or 1) < 1]
+            lines.append(f"- {kind} time, {name}: {_named(sizes, every)}")
+    every = list(cases.keys("host"))
+    for label in ("loop", "vectorised"):
+        sizes = [
+            size
+            for size in every
+            if (cases.arrays(size, label) or 1e9) < (cases.time("host", size) or 0)
+        ]
+        lines.append(
+            f"- {_OTHERS[label]}, its arrays alone without a copy to the device, against our host "
+            f"time: {_named(sizes, every)}"
+        )
+    return lines
 
 
-def _named(sizes: Sequence[tuple[int, int, int]], every: Iterable[tuple[int, int, int]]) -> str:
+def _named(sizes: Sequence[tuple[int, int, int]], every: Sequence[tuple[int, int, int]]) -> str:
     """Sizes in words."""
     if not sizes:
         return "none"
-    if len(sizes) == len(list(every)):
+    if len(sizes) == len(every):
         return "all"
     by_size: dict[tuple[int, int], list[str]] = {}
     for batch, context, drafts in sorted(sizes):

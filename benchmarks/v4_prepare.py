@@ -17,6 +17,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -234,12 +235,7 @@ def device_times(config: V4PrepareConfig, decode: Decode) -> _gpu.Times:
 
 def measure(record: _gpu.Recorder, sides: Sides, size: Size) -> None:
     """The three cases of one size."""
-    config, notes = (
-        sides.config,
-        {key: getattr(size, key) for key in ("batch", "context", "drafts")},
-    )
-    decode = Decode(config, size.context)
-    least = least_bytes(config, decode)
+    config, notes = sides.config, asdict(size)
     times, parts = sides.host_times(size.context)
     labels = HOST if size == COUNTED else (OURS,)
     counts = {label: sides.effects(size.context, label) for label in labels}
@@ -247,8 +243,9 @@ def measure(record: _gpu.Recorder, sides: Sides, size: Size) -> None:
     name = size.label
     record.case(f"{name}, host", times, ours=OURS, kind="host", **notes, **parts)
     times = sides.exposed_times(size.context)
-    record.case(f"{name}, exposed", times, ours=OURS, bytes_moved=least, kind="exposed", **notes)
-    times = device_times(config, decode)
+    record.case(f"{name}, exposed", times, ours=OURS, kind="exposed", **notes)
+    decode = Decode(config, size.context)
+    times, least = device_times(config, decode), least_bytes(config, decode)
     record.case(f"{name}, device", times, ours=OURS, bytes_moved=least, kind="device", **notes)
 
 
