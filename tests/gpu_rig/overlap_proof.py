@@ -35,6 +35,8 @@ Span = tuple[float, float]
 BUSY_US = 2000.0
 STEPS = 200
 RACE_STEPS = 10_000
+# without guards; enough for the host to run far ahead of what is late
+SPOILED_STEPS, _LATE_US = 200, 2000.0
 # the first steps have no work beside them, or bring whole tables
 _WARM_UP = 3
 _SHOWN = 4
@@ -208,7 +210,7 @@ def race(rig: Rig, steps: StagedSteps, num_steps: int, seed: int = 0, **held: fl
     return steps.wrong(num_steps)
 
 
-GUARDS = ("host waits for the copy", "copy waits for the reader", "reader waits for the copy")
+GUARDS = ("wait of the host for a copy", "wait of a copy for readers", "wait of readers for a copy")
 
 
 def without_guards(names: Sequence[str]) -> ExitStack:
@@ -234,6 +236,13 @@ def without_guards(names: Sequence[str]) -> ExitStack:
     return stack
 
 
+def spoiled(rig: Rig, steps: StagedSteps, names: Sequence[str]) -> np.ndarray:
+    """The wrong steps of SPOILED_STEPS without some guards, where what they wait for is late."""
+    late = "main" if list(names) == [GUARDS[1]] else "copy"
+    with without_guards(names):
+        return race(rig, steps, SPOILED_STEPS, **{late: _LATE_US})
+
+
 def all_steps(rig: Rig, max_steps: int) -> list[StagedSteps]:
     """The ways to the device, made anew."""
     from tests.gpu_rig.staged_steps import RunnerSteps, SlabSteps, V4Steps
@@ -250,6 +259,8 @@ def case_of(rig: Rig, steps: StagedSteps, num_steps: int, num_raced: int) -> dic
     """All figures of one way to the device, and two timelines."""
     from tests.gpu_rig.timing import Spin
 
+    # without a GPU nothing is ever late
+    guards = GUARDS if rig.is_real else ()
     work = Spin(rig).graph(BUSY_US)
     runs = {"overlap": overlap_run(rig, steps, num_steps, work)}
     runs["control"] = overlap_run(rig, steps, num_steps, work, control=True)
@@ -257,6 +268,7 @@ def case_of(rig: Rig, steps: StagedSteps, num_steps: int, num_raced: int) -> dic
     with rig.counting() as counted:
         # the points of the clock are not among the waits that are counted
         host_times(rig, steps, num_steps, lambda: None)
+    raced = race(rig, steps, num_raced)
     waits = sum(number for name, number in counted.delta.items() if name.endswith("_syncs"))
     return {
         "case": steps.name,
@@ -268,7 +280,9 @@ def case_of(rig: Rig, steps: StagedSteps, num_steps: int, num_raced: int) -> dic
         "copies_a_step": counted.delta["h2d_async"] / num_steps,
         "bytes_a_step": counted.delta["h2d_bytes"] / num_steps,
         "raced_steps": num_raced,
-        "wrong_steps": len(race(rig, steps, num_raced)),
+        "wrong_steps": len(raced),
+        "unguarded": {f"no {name}": len(spoiled(rig, steps, [name])) for name in guards},
+        "unguarded_steps": SPOILED_STEPS,
         "timeline": {_SIDES[name]: run.timeline() for name, run in runs.items()},
     }
 
@@ -294,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "gate": os.environ.get("FD_DSA_GATE", "not run"),
         "cases": [],
     }
-    for steps in all_steps(rig, max(args.steps, args.raced)):
+    for steps in all_steps(rig, max(args.steps, args.raced, SPOILED_STEPS)):
         case = case_of(rig, steps, args.steps, args.raced)
         result["cases"].append(case)
         result.setdefault("timeline", case["timeline"])
@@ -312,7 +326,8 @@ def line_of(case: dict[str, Any]) -> str:
         f"{ours['copy_us']:.1f} us of {case['bytes_a_step'] / 1024:.1f} KiB, work "
         f"{ours['work_us']:.0f} us; stage p50 {host['stage_p50']:.1f} p99 {host['stage_p99']:.1f} "
         f"us, expand p50 {host['expand_p50']:.1f} p99 {host['expand_p99']:.1f} us; "
-        f"{case['host_waits']} waits; {case['wrong_steps']} of {case['raced_steps']} steps wrong"
+        f"{case['host_waits']} waits; {case['wrong_steps']} of {case['raced_steps']} steps wrong; "
+        f"without guards, of {case['unguarded_steps']}: {list(case['unguarded'].values())}"
     )
 
 

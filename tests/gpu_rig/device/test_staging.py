@@ -24,11 +24,12 @@ from tests.gpu_rig.overlap_proof import (
     BUSY_US,
     GUARDS,
     RACE_STEPS,
+    SPOILED_STEPS,
     STEPS,
     engine_steps,
     overlap_run,
     race,
-    without_guards,
+    spoiled,
 )
 from tests.gpu_rig.staged_steps import RunnerSteps, SlabSteps, V4Steps
 from tests.gpu_rig.timing import Clock, HostDelay, Spin, around_copies, stream_of
@@ -41,15 +42,15 @@ WAYS: dict[str, Callable[..., Any]] = {
     "v4": V4Steps,
     "v4 whole tables": lambda *args: V4Steps(*args, whole_tables=True),
 }
-# what must be late for a guard to matter
-LATE = dict(zip(GUARDS, ("copy", "main", "copy"), strict=True))
 LONG_US = 20_000
 _HOST_MEMORY, _DEVICE_MEMORY = 1, 2
 
 
 @pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> Callable[..., Any]:
+def way(request: pytest.FixtureRequest, rig: Rig) -> Callable[..., Any]:
     """What makes the steps of one way to the device."""
+    if request.param == "v4 whole tables" and not rig.is_real:
+        pytest.skip("differs from v4 by the bytes of a copy, which is at once without a GPU")
     return WAYS[request.param]
 
 
@@ -104,19 +105,13 @@ def test_no_step_is_spoiled(rig: Rig, way: Callable[..., Any]) -> None:
 def test_without_one_guard_steps_are_spoiled(
     real_rig: Rig, way: Callable[..., Any], guard: str
 ) -> None:
-    num_steps = 200
-    steps = way(real_rig, num_steps)
-    with without_guards([guard]):
-        wrong = race(real_rig, steps, num_steps, **{LATE[guard]: 2000.0})
-    assert len(wrong) > num_steps // 2
+    steps = way(real_rig, SPOILED_STEPS)
+    assert len(spoiled(real_rig, steps, [guard])) > SPOILED_STEPS // 2
 
 
 def test_one_slab_without_events_is_spoiled(real_rig: Rig) -> None:
-    num_steps = 300
-    steps = SlabSteps(real_rig, num_steps, num_slabs=1)
-    with without_guards(GUARDS):
-        wrong = race(real_rig, steps, num_steps, copy=200.0)
-    assert len(wrong) > num_steps // 2
+    steps = SlabSteps(real_rig, SPOILED_STEPS, num_slabs=1)
+    assert len(spoiled(real_rig, steps, GUARDS)) > SPOILED_STEPS // 2
 
 
 def test_one_slab_is_right_with_its_guards(rig: Rig) -> None:
