@@ -51,13 +51,15 @@ def import_paddle() -> tuple[Any, Any]:
 
 
 def find_nvcc(cuda_home: str | None) -> str:
-    """The CUDA compiler that Paddle's build tools will call."""
+    """The CUDA compiler in the toolkit that Paddle's build tools take: where CUDA_HOME says, or
+    above the first nvcc on the path.
+    """
     nvcc = shutil.which("nvcc", path=f"{cuda_home}/bin") if cuda_home else None
-    if nvcc is None:
+    if nvcc is None or not Path(str(cuda_home), "include", "cuda_runtime.h").is_file():
         sys.exit(
-            f"{NAME}: this Paddle has CUDA, but there is no nvcc in {cuda_home}/bin. Install the "
-            "CUDA toolkit or set CUDA_HOME to it; without the operators fd_dsa works too, on its "
-            "Triton kernels"
+            f"{NAME}: this Paddle has CUDA, but {cuda_home} is no CUDA toolkit with bin/nvcc and "
+            "include/cuda_runtime.h. Install one or set CUDA_HOME to it; fd_dsa works without the "
+            "operators too, on its Triton kernels"
         )
     return nvcc
 
@@ -108,9 +110,10 @@ def build_command(info: dict[str, Any]) -> type:
                 build_ext.run(self)
             except Exception as error:
                 # a compiler that fails is only printed by Paddle; what fails then is the linker
+                said = str(error).partition("\n")[0][:200]
                 sys.exit(
-                    f"{NAME}: not built: {error}. What the compiler said stands above. fd_dsa "
-                    "works without the operators, on its Triton kernels"
+                    f"{NAME}: not built; what the compiler said stands above. fd_dsa works without "
+                    f"the operators, on its Triton kernels ({type(error).__name__}: {said})"
                 )
             library = Path(self.get_ext_fullpath(self.extensions[0].name))
             library.with_name("build.json").write_text(json.dumps(info) + "\n", "utf-8")
@@ -122,5 +125,11 @@ def build_command(info: dict[str, Any]) -> type:
     return Build
 
 
-EXTENSION, INFO = describe()
-setup(ext_modules=[EXTENSION], cmdclass={"build_ext": build_command(INFO)})
+def main() -> None:
+    """Build what setuptools was asked for."""
+    extension, info = describe()
+    setup(ext_modules=[extension], cmdclass={"build_ext": build_command(info)})
+
+
+if __name__ == "__main__":
+    main()

@@ -56,8 +56,16 @@ def _key() -> str:
     return digest.hexdigest()[:16]
 
 
+def pip_install(sources: Path, target: Path, *flags: str) -> None:
+    """Let pip build and install the package into a folder."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *flags]
+    command += ["--disable-pip-version-check", "--target", str(target), str(sources)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def build_package() -> Path:
-    """Folder that holds fd_dsa_ops as setup.py builds it beside Paddle's CPU wheel."""
+    """Folder that holds fd_dsa_ops as pip installs it beside Paddle's CPU wheel."""
     if find_spec("paddle") is None:
         pytest.skip("not installed: paddle")
     compiler()
@@ -66,8 +74,7 @@ def build_package() -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             sources, made = copy_sources(Path(scratch) / "sources"), Path(scratch) / "made"
-            done = run_setup(sources, "build", "--build-lib", str(made))
-            assert done.returncode == 0, done.stdout + done.stderr
+            pip_install(sources, made, "--no-build-isolation")
             if not folder.is_dir():
                 made.rename(folder)
     return folder

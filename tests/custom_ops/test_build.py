@@ -1,0 +1,216 @@
+"""Builds: by pip, with CUDA kernels, and those that fail, which say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from custom_ops import build_library, setup
+from fd_dsa import custom_ops
+from tests.custom_ops.building import (
+    ROOT,
+    build_package,
+    compiler,
+    copy_sources,
+    pip_install,
+    run_setup,
+)
+
+SCRIPT = """
+import sys
+from fd_dsa import custom_ops
+print(custom_ops.build().state, custom_ops.build().reason)
+import paddle, fd_dsa_ops
+lengths = [paddle.to_tensor(x, dtype="int32") for x in ([3, 0], [2, 4], [3, 1])]
+positions = paddle.zeros([4], "int32")
+fd_dsa_ops.get_position_ids_and_mask_encoder_batch(*lengths, position_ids=positions)
+print(positions.tolist())
+"""
+
+
+def run_python(folder: Path, script: str, **variables: str) -> list[str]:
+    """Lines that a script prints in a process of its own, with a folder on its path."""
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        env=os.environ | {"PYTHONPATH": path} | variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_pip_installs_a_package_that_serves() -> None:
+    folder = build_package()
+    state, positions = run_python(folder, SCRIPT)
+    assert state.startswith("built for Paddle ") and state.endswith(" without CUDA kernels")
+    assert positions == "[2, 3, 4, 4]"
+    names = {path.name for path in (folder / "fd_dsa_ops").iterdir()}
+    assert names - {"__pycache__"} == {"__init__.py", "build.json", "libfd_dsa_ops.so"}
+
+
+@pytest.mark.network
+def test_pip_finds_paddle_from_a_build_of_its_own(tmp_path: Path) -> None:
+    pip_install(copy_sources(tmp_path / "sources"), tmp_path / "made")
+    assert run_python(tmp_path / "made", SCRIPT)[1] == "[2, 3, 4, 4]"
+
+
+def test_a_source_that_does_not_compile_is_named(tmp_path: Path) -> None:
+    compiler()
+    pytest.importorskip("paddle")
+    sources = copy_sources(tmp_path / "sources")
+    for path in sources.glob("*.cc"):
+        path.write_text("this is no C++\n" if path.name == "position_ids.cc" else "")
+    done = run_setup(sources, "build", "--build-lib", str(tmp_path / "made"))
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "position_ids.cc:1:1: error:" in said
+    assert "fd_dsa_ops: not built; what the compiler said stands above" in said
+    assert not (tmp_path / "made" / "fd_dsa_ops" / "build.json").exists()
+
+
+def test_without_paddle_the_build_says_what_to_install(tmp_path: Path) -> None:
+    sources = copy_sources(tmp_path / "sources")
+    (tmp_path / "paddle.py").write_text("raise ImportError('no Paddle on this machine')\n")
+    done = run_setup(sources, "build", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "Paddle cannot be imported here (no Paddle on this machine)" in done.stderr
+    assert "pip install --no-build-isolation ./custom_ops" in done.stderr
+
+
+def test_without_a_toolkit_the_build_says_so(tmp_path: Path) -> None:
+    for home in (None, str(tmp_path)):
+        with pytest.raises(SystemExit, match=rf"{home} is no CUDA toolkit .*CUDA_HOME"):
+            setup.find_nvcc(home)
+
+
+@pytest.mark.parametrize(
+    ("listed", "archs"),
+    [
+        ("compute_75\ncompute_80\ncompute_90\ncompute_100\ncompute_120\n", ["80", "90", "100"]),
+        ("compute_70\ncompute_80\ncompute_90\n", ["80", "90"]),
+    ],
+)
+def test_code_is_made_for_those_that_the_compiler_knows(
+    tmp_path: Path, listed: str, archs: list[str]
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\nprintf '{listed}'\n".replace("\n'", "'"))
+    nvcc.chmod(0o755)
+    assert setup.known_archs(str(nvcc)) == archs
+    assert list(build_library.known_archs(str(nvcc))) == archs
+    flags = setup.gencode(archs)
+    assert flags[0] == "-gencode=arch=compute_80,code=sm_80"
+    # GPUs to come get what their driver can compile
+    assert flags[-1] == f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+
+
+def toolkit() -> str:
+    """Folder of the CUDA toolkit; skips the test where there is none."""
+    nvcc = build_library.find_nvcc()
+    home = Path(nvcc or "", "..", "..").resolve()
+    if not (home / "include" / "cuda_runtime.h").is_file():
+        home = Path(build_library.CUDA_FOLDER)
+    if nvcc is None or not (home / "lib64" / "libcudart.so").exists():
+        pytest.skip("THE CUDA KERNELS CANNOT BE COMPILED HERE: no CUDA toolkit")
+    return str(home)
+
+
+WITH_CUDA = """
+import runpy, sys
+import paddle
+paddle.is_compiled_with_cuda, paddle.version.cuda = lambda: True, lambda: "13.0"
+sys.argv = ["setup.py", "build", "--build-lib", "made"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+def test_beside_a_paddle_with_cuda_the_package_has_kernels(tmp_path: Path) -> None:
+    """The flags of such a build; a Paddle with CUDA would also have to be there to run it."""
+    compiler()
+    pytest.importorskip("paddle")
+    home, sources = toolkit(), copy_sources(tmp_path / "sources")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITH_CUDA],
+        cwd=sources,
+        env=os.environ | {"CUDA_HOME": home},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads((sources / "made" / "fd_dsa_ops" / "build.json").read_text())
+    assert made["cuda"] == "13.0" and "sm_90" in made["archs"]
+    libraries = f"{home}/lib64:{os.environ.get('LD_LIBRARY_PATH', '')}"
+    script = (
+        "from fd_dsa import custom_ops as c; b = c.build(); print(b.state, b.reason);"
+        "print(b.kernels.fd_dsa_step_bytes() > 100)"
+    )
+    found = run_python(sources / "made", script, LD_LIBRARY_PATH=libraries)
+    assert found[0].startswith("built for Paddle ") and "with kernels for sm_80" in found[0]
+    assert found[1] == "True"
+
+
+def test_the_c_library_needs_no_paddle_and_is_found_again() -> None:
+    toolkit()
+    library = build_library.build_library()
+    made = library.stat().st_mtime_ns
+    assert build_library.build_library() == library and library.stat().st_mtime_ns == made
+    custom_ops.use_library(library)
+    try:
+        assert custom_ops.build().kernels.fd_dsa_step_bytes() > 100
+    finally:
+        custom_ops.use_library(None)
+
+
+def test_without_nvcc_the_c_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_library, "find_nvcc", lambda: None)
+    with pytest.raises(build_library.BuildError, match=r"no nvcc: install .*CUDA_HOME"):
+        build_library.build_library()
+
+
+def test_a_kernel_that_does_not_compile_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    toolkit()
+    (tmp_path / "wrong.cu").write_text("this is no CUDA\n")
+    monkeypatch.setattr(build_library, "SOURCES", tmp_path)
+    monkeypatch.setattr(build_library, "CACHE", tmp_path / "cache")
+    with pytest.raises(build_library.BuildError, match=r"nvcc .*wrong\.cu(.|\n)*error"):
+        build_library.build_library(["90"])
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def installed(tmp_path: Path, **changes: Any) -> Path:
+    """A copy of the built package whose record of the build is changed."""
+    folder = tmp_path / "installed"
+    shutil.copytree(build_package() / "fd_dsa_ops", folder / "fd_dsa_ops")
+    record = folder / "fd_dsa_ops" / "build.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | changes))
+    return folder
+
+
+def test_a_package_of_another_paddle_is_refused(tmp_path: Path) -> None:
+    folder = installed(tmp_path, paddle="2.6.0")
+    script = "from fd_dsa import custom_ops as c; print(c.build().state); print(c.build().reason)"
+    state, reason = run_python(folder, script)
+    assert state == "broken"
+    assert reason.startswith("fd_dsa_ops was built beside Paddle 2.6.0, this is Paddle 3.")
+    assert reason.endswith("build it again: make custom-ops")
+
+
+def test_a_library_that_cannot_be_loaded_is_said(tmp_path: Path) -> None:
+    folder = installed(tmp_path)
+    library = folder / "fd_dsa_ops" / "libfd_dsa_ops.so"
+    library.write_bytes(b"no library")
+    script = "from fd_dsa import custom_ops as c; print(c.build().state); print(c.build().reason)"
+    state, reason = run_python(folder, script)
+    assert state == "broken"
+    assert str(library) in reason and "build it again" in reason
