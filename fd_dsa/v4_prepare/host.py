@@ -12,7 +12,7 @@ from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.v4_prepare.checks import check_step, step_inputs
 from fd_dsa.v4_prepare.compressed import write_csa, write_hca_list, write_offsets
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
-from fd_dsa.v4_prepare.plan import step_rows, step_tokens, write_layout, write_plans
+from fd_dsa.v4_prepare.plan import StepRows, step_rows, step_tokens, write_layout, write_plans
 from fd_dsa.v4_prepare.window import write_window
 
 Int32Array = npt.NDArray[np.int32]
@@ -131,7 +131,12 @@ def v4_prepare_np(
             f"out: got arrays of {out.config}, must be of {cfg}; allocate them with "
             "V4Arrays.allocate(cfg)"
         )
-    rows = step_rows(inputs)
+    _fill(cfg, step_rows(inputs), num_tokens, out)
+    return out
+
+
+def _fill(cfg: V4PrepareConfig, rows: StepRows, num_tokens: int, out: V4Arrays) -> None:
+    """Write every output of a checked step."""
     tokens = step_tokens(rows, num_tokens)
     write_layout(
         rows,
@@ -156,23 +161,15 @@ def v4_prepare_np(
     num_csa = write_csa(
         cfg, tokens.position, csa_visible=out.csa_visible, csa_indptr=out.csa_indptr
     )
-    plans_r1 = write_plans(
-        cfg,
-        rows,
-        tokens,
-        cfg.csa_ratio,
-        plan=out.plan_r1,
-        plan_dst=out.plan_dst_r1,
-        wplan=out.wplan_r1,
-    )
-    plans_r2 = write_plans(
-        cfg,
-        rows,
-        tokens,
-        cfg.hca_ratio,
-        plan=out.plan_r2,
-        plan_dst=out.plan_dst_r2,
-        wplan=out.wplan_r2,
-    )
-    out.counts[:] = (len(rows.q), num_tokens, num_hca, num_csa, *plans_r1, *plans_r2)
-    return out
+    counts = [len(rows.q), num_tokens, num_hca, num_csa]
+    for name, ratio in (("r1", cfg.csa_ratio), ("r2", cfg.hca_ratio)):
+        counts += write_plans(
+            cfg,
+            rows,
+            tokens,
+            ratio,
+            plan=getattr(out, f"plan_{name}"),
+            plan_dst=getattr(out, f"plan_dst_{name}"),
+            wplan=getattr(out, f"wplan_{name}"),
+        )
+    out.counts[:] = counts

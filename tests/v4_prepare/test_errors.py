@@ -198,7 +198,7 @@ def first_fault(
     return ("E_TOKENS", -1) if sum(q) > cfg.max_num_tokens else None
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(step=steps(), data=st.data())
 def test_any_change_is_judged_by_the_rules(step: V4Step, data: st.DataObject) -> None:
     inputs = [array.astype(np.int64) for array in step.inputs()]

@@ -24,7 +24,7 @@ def assert_same(out: V4Arrays, expected: dict[str, np.ndarray]) -> None:
         np.testing.assert_array_equal(found, expected[name], err_msg=name)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(step=steps(), garbage=st.integers(-(2**31), 2**31 - 1))
 def test_any_step_over_garbage(step: V4Step, garbage: int) -> None:
     out = V4Arrays.allocate(step.cfg)
