@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common.cuh"
-#include "topk.h"
+#include "topk_sizes.h"
 
 namespace fd_dsa::topk {
 
@@ -10,12 +10,11 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kBinBits = 11;
 constexpr int kBins = 1 << kBinBits;
-constexpr int kMaxCluster = 16;
 // candidates that are ranked by comparing each with all others
 constexpr int kSmall = 64;
 
 // Shared memory of a block, in front of the candidates and the bit map.
-struct Shared {
+struct alignas(16) Shared {
   uint32_t bins[kBins];
   uint64_t small[kSmall];
   uint64_t threshold;
@@ -27,15 +26,6 @@ struct Shared {
   uint32_t kept_of[kMaxCluster], highest_of[kMaxCluster];
   uint32_t better_of[kMaxCluster], equal_of[kMaxCluster];
 };
-
-// A score with its position: larger = better score, then lower position.
-__device__ __forceinline__ uint64_t ranked(uint32_t image, int32_t position) {
-  return static_cast<uint64_t>(image) << 32 | ~static_cast<uint32_t>(position);
-}
-
-__device__ __forceinline__ int32_t position_of(uint64_t key) {
-  return static_cast<int32_t>(~static_cast<uint32_t>(key));
-}
 
 // a > b, false for NaN; denormal numbers count whatever flags the compiler got.
 __device__ __forceinline__ uint32_t is_above(float a, float b) {
@@ -155,7 +145,10 @@ struct Cluster<true> {
   }
   static __device__ __forceinline__ uint32_t load(const uint32_t* at, uint32_t rank) {
     uint32_t value;
-    asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(there(at, rank)) : "memory");
+    asm volatile("ld.shared::cluster.u32 %0, [%1];"
+                 : "=r"(value)
+                 : "r"(there(at, rank))
+                 : "memory");
     return value;
   }
   static __device__ __forceinline__ void add(uint32_t* at, uint32_t rank, uint32_t value) {
