@@ -43,7 +43,7 @@ from benchmarks._v4_sides import (
 from benchmarks._v4_steps import NUM_STEPS, Decode, Size, config_of, sizes
 from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Buffers, V4PrepareConfig
 from fd_dsa.v4_prepare.checks import RowChecks, rows_have_room
-from fd_dsa.v4_prepare.launch import ExpandLaunch
+from fd_dsa.v4_prepare.launch import ExpandLaunch, ExpandTiles
 from fd_dsa.v4_prepare.slab import ERROR_SLOTS, ERROR_WORDS, SlabLayout
 from fd_dsa.v4_prepare.table import TableMirror
 from fd_dsa.v4_prepare.words import StepWords
@@ -191,12 +191,24 @@ def one_step(side: Side, decode: Decode) -> tuple[float, float]:
 class Launches:
     """The launch alone, over sets of buffers that together exceed the L2.
 
+    Args:
+        config: sizes of the steps.
+        decode: the step.
+        count: sets of buffers.
+        tiles: another cut into programs than the package's.
+
     Attributes:
         calls: one launch a set; all have the same step.
         buffers: where each writes.
     """
 
-    def __init__(self, config: V4PrepareConfig, decode: Decode, count: int) -> None:
+    def __init__(
+        self,
+        config: V4PrepareConfig,
+        decode: Decode,
+        count: int,
+        tiles: ExpandTiles | None = None,
+    ) -> None:
         layout = SlabLayout(config)
         slab = pinned(layout.num_words)
         num_tokens = int(decode.q.sum())
@@ -209,7 +221,7 @@ class Launches:
         self.calls: list[Callable[[], None]] = []
         for buffers in self.buffers:
             buffers.block_table.copy_(torch.from_numpy(decode.block_table))
-            launch = ExpandLaunch(config, layout, buffers, slabs, self._faults)
+            launch = ExpandLaunch(config, layout, buffers, slabs, self._faults, tiles)
             self.calls.append(lambda launch=launch: launch(0))
 
 
