@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,12 @@ def config_of(
     return V4PrepareConfig(**values | changes)
 
 
+@lru_cache(maxsize=4)
+def shuffled(count: int, seed: int) -> Array:
+    """The numbers below `count` in random order, int32; the same array every time."""
+    return np.random.default_rng(seed).permutation(count).astype(np.int32)
+
+
 class Decode:
     """Rows that decode `drafts + 1` tokens a step, all drafts kept, in blocks at random places.
 
@@ -90,18 +97,17 @@ class Decode:
     """
 
     def __init__(self, config: V4PrepareConfig, context: int, seed: int = 0) -> None:
-        rng = np.random.default_rng(seed)
         batch, columns = config.max_num_seqs, config.max_blocks_per_seq
         tokens = config.spec_tokens + 1
         self._block_size = config.block_size
-        self._blocks = rng.permutation(config.num_blocks)[: batch * columns].astype(np.int32)
-        self._blocks = self._blocks.reshape(batch, columns)
+        blocks = shuffled(config.num_blocks, seed)[: batch * columns]
+        self._blocks = blocks.reshape(batch, columns)
         # rows cross the ends of their blocks at different steps
         spread = (np.arange(batch) * 37) % self._block_size - self._block_size // 2
         first = context - NUM_STEPS // 2 * tokens + (spread if batch > 1 else 0)
         self.ctx = np.full(batch, 0, np.int32) + np.maximum(first, tokens).astype(np.int32)
         self.q = np.full(batch, tokens, np.int32)
-        self.slot = rng.permutation(config.num_slots)[:batch].astype(np.int32)
+        self.slot = shuffled(config.num_slots, seed)[:batch]
         self.block_table = np.full((batch, columns), -1, np.int32)
         for row, count in enumerate(self._num_blocks()):
             self.block_table[row, :count] = self._blocks[row, :count]
