@@ -67,6 +67,20 @@ def build() -> Build:
     return _build
 
 
+def package() -> Any:
+    """The module, whose functions are Paddle's operators.
+
+    Raises:
+        BackendUnavailable: it is missing or broken.
+    """
+    found = build()
+    if not found.operators:
+        raise BackendUnavailable(
+            f"{PACKAGE} has no operators here; it is {found.state}: {found.reason}"
+        )
+    return import_module(PACKAGE)
+
+
 def use_library(path: Path | str | None) -> None:
     """Take the kernels of a C library, as `custom_ops.build_library` makes it without Paddle.
 

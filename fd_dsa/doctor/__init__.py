@@ -50,8 +50,8 @@ def examine(device: str | None = None) -> dict[str, Any]:
         `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
         `fastdeploy` (see `Fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
         Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
-        `run_checks`), `third_party` (a list; see `third_party.facts`; it has no part in `healthy`
-        either), `healthy`.
+        `run_checks`), `custom_ops` (see `custom_ops.facts`), `third_party` (a list; see
+        `third_party.facts`; it has no part in `healthy` either), `healthy`.
 
     Raises:
         BackendUnavailable: Paddle, Triton or the device that was asked for is not there.
@@ -59,7 +59,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
     facts = environment.facts()
     device = environment.device_to_check(device)
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
-    from fd_dsa.doctor import third_party
+    from fd_dsa.doctor import custom_ops, third_party
     from fd_dsa.doctor.fastdeploy import examination
     from fd_dsa.doctor.self_check import run_checks
     from fd_dsa.triton_runtime import INTERPRETING
@@ -67,6 +67,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
     with examination() as fastdeploy:
         checks = run_checks(device)
         found = fastdeploy.facts()
+    built = custom_ops.facts(device)
     return {
         "version": __version__,
         **facts,
@@ -75,14 +76,16 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "kernels": "interpreted" if INTERPRETING else "compiled",
         "note": environment.not_checked(device, facts["gpu"], INTERPRETING),
         "checks": checks,
+        "custom_ops": built,
         "third_party": third_party.facts(device),
-        "healthy": all(check["passed"] for check in checks),
+        "healthy": all(check["passed"] for check in checks) and custom_ops.is_healthy(built),
     }
 
 
 def as_text(found: dict[str, Any]) -> str:
     """The report for a person."""
     # its imports read no package that may be missing; the others of this room do
+    from fd_dsa.doctor.custom_ops import as_lines as custom_ops_lines
     from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
     from fd_dsa.doctor.third_party import as_lines as third_party_lines
 
@@ -94,6 +97,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"packages   {packages}",
         f"gpu        {gpu['name'] + ', driver ' + gpu['driver'] if gpu else 'none'}",
         *fastdeploy_lines(found["fastdeploy"]),
+        *custom_ops_lines(found["custom_ops"]),
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
         "",
         "  operator           device    served by  check      time  why",
@@ -109,5 +113,8 @@ def as_text(found: dict[str, Any]) -> str:
     lines += ["", *third_party_lines(found["third_party"])]
     if found["note"]:
         lines += ["", found["note"]]
-    lines += ["", "healthy" if found["healthy"] else "NOT healthy: see what FAILED above"]
+    lines += [
+        "",
+        "healthy" if found["healthy"] else "NOT healthy: see what FAILED or is BROKEN above",
+    ]
     return "\n".join(lines) + "\n"

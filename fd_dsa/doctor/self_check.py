@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa import custom_ops
 from fd_dsa.doctor import attention_checks as attention
 from fd_dsa.doctor import projection_checks as projection
 from fd_dsa.doctor import write_checks as write
@@ -125,6 +126,7 @@ def _timed(name: str, device: str, check: Callable[[], None]) -> dict[str, Any]:
 def _provider(name: str, kind: str) -> str:
     """What served an operator on a kind of device; "" where the check did not come to a choice."""
     if name == "step_metadata":
-        # its builder is made for one device and has no choice to make
-        return PADDLE if kind == "cpu" else TRITON
+        chosen = {choice.operator: choice.serves for choice in custom_ops.choices()}
+        on_gpu = custom_ops.CUSTOM_OP if chosen.get(name) else TRITON
+        return PADDLE if kind == "cpu" else on_gpu
     return provider_table().get(name, {}).get(kind, "")

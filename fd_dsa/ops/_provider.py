@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.config import choose_triton_mode
+from fd_dsa.custom_ops import CUSTOM_OP
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops._third_party import third_party_table
 
@@ -76,6 +77,8 @@ def provider_reason(provider: str) -> str:
     """Why a provider serves where it does, in words."""
     if provider == PADDLE:
         return "a CPU: NumPy, and products by Paddle"
+    if provider == CUSTOM_OP:
+        return "a GPU, and agrees with the definition"
     if provider != TRITON:
         return "installed, and agrees with our kernel"
     # asked here, not at import: a process that stays on the CPU decides nothing about Triton
