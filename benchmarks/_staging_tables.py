@@ -30,7 +30,7 @@ def staging_lines(result: Mapping[str, Any]) -> Iterator[str]:
     for case in cases:
         yield table_row(_cells(case))
     for case in cases:
-        if "unguarded" in case:
+        if case.get("unguarded"):
             found = "; ".join(f"{name}: {wrong}" for name, wrong in case["unguarded"].items())
             yield ""
             yield (

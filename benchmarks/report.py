@@ -36,7 +36,7 @@ _CAPTIONS = {
     "overlap": "the kernels of a layer by stream; above the whole layer, below its begin",
     **dict.fromkeys(
         ("staging", "v4_prepare"),
-        "the work of three steps and the copies between; above whole, below the end of one step",
+        "the work of some steps and their copies, by stream; below, the end of one of them",
     ),
 }
 _PROFILE_COLUMNS = (

@@ -118,6 +118,11 @@ def test_the_command_of_every_section() -> None:
     assert sections["tests_small"].ends_run
     assert sections["ceilings"].command[-5:] == ("--out", "/o", "--peers", "/p", "--quick")
     assert "tests/test_kernel_memory.py" in sections["tests_all"].command
+    # the tests' processes find the library built
+    assert list(sections).index("custom_ops") < list(sections).index("tests_small")
+    for tool in ("memcheck", "racecheck"):
+        checked = " ".join(sections[tool].command)
+        assert "tests/v4_prepare/" in checked and "tests/custom_ops/" in checked
 
 
 def test_gpu_tests_are_collected_without_paddle() -> None:

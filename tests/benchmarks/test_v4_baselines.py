@@ -94,3 +94,21 @@ def test_every_size_of_the_comparison() -> None:
     every = list(sizes())
     assert len(set(every)) == 36 and every[0].label == "1 x 1k, MTP 0"
     assert Size(256, 131072, 3) in every and Size(256, 131072, 3).num_tokens == 1024
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_operators_make_their_part(drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr("benchmarks._v4_sides.DEVICE", "cpu")
+    from benchmarks._v4_sides import Operators
+
+    config = config_of(5, drafts, max_model_len=4096)
+    decode, run = Decode(config, 1024), Operators(config)
+    for context in (drafts + 1, 1024):
+        decode.ctx[:] = context + np.arange(5)
+        run.inputs.copy_(torch.from_numpy(np.stack([decode.ctx, decode.slot])))
+        found = run()
+        wanted = naive(config, *decode.inputs(), decode.block_table.clip(0))
+        assert len(found) == 7
+        for name, tensor in found.items():
+            np.testing.assert_array_equal(tensor.numpy(), wanted[name], name)
