@@ -38,9 +38,35 @@ def position_ids(operator: Operator, put: Put) -> None:
     require(found == [2, 3, 4, 4, -7, -7], f"positions are {found}, not 2, 3, 4, 4 and the rest")
 
 
+def topk(operator: Operator, put: Put) -> None:
+    """Ties to the lower position, NaN below every number, -1 behind a short row."""
+    scores = np.array([[1, 5, 5, np.nan], [-0.0, 0, 7, 3], [2, 1, 9, 9]], np.float32)
+    chosen = put(np.full((3, 2), -7, np.int32))
+    operator(put(scores), put(np.array([4, 3, 1], np.int32)), chosen)
+    found = chosen.tolist()
+    wanted = [[1, 2], [0, 2], [0, -1]]
+    require(found == wanted, f"positions are {found}, not {wanted}")
+
+
+def topk_slots(operator: Operator, put: Put) -> None:
+    """The same choice as slots of a cache whose blocks are shuffled; a padded token has none."""
+    scores = np.array([[1, 5, 5, 0], [4, 0, 7, 3], [9, 9, 9, 9]], np.float32)
+    positions, rows = np.array([3, 2, 0], np.int64), np.array([0, 1, -1], np.int32)
+    tables = np.array([[4, 1], [0, 3]], np.int32)
+    chosen = put(np.full((3, 2), -7, np.int32))
+    inputs = (put(array) for array in (scores, positions, rows, tables))
+    numbers = {"block_size": 2, "num_blocks": 5, "first_token": 0, "num_rows": -1, "group": 0}
+    operator(*inputs, slots=chosen, **numbers)
+    found = chosen.tolist()
+    wanted = [[9, 2], [0, 6], [-1, -1]]
+    require(found == wanted, f"slots are {found}, not {wanted}")
+
+
 CHECKS: dict[str, Callable[[Operator, Put], None]] = {
     "fd_dsa_step_metadata": step_metadata,
     "get_position_ids_and_mask_encoder_batch": position_ids,
+    "fd_dsa_topk": topk,
+    "fd_dsa_topk_slots": topk_slots,
 }
 
 

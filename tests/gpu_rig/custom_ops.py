@@ -1,0 +1,88 @@
+"""Builds fd_dsa_ops for the plug-in's device: Paddle's CPU wheel, and kernels of its own.
+
+On a GPU the kernels are those of custom_ops/, by nvcc; the form "fake", whose device memory is
+host memory, gets the host code behind the same C ABI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import tempfile
+from importlib.metadata import version
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from custom_ops import build_library
+from tests.gpu_rig.build import CUDA_LINK_FLAGS, BuildError, find_tools
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ROOT / "custom_ops"
+HOST_KERNELS = ROOT / "tests" / "custom_ops" / "host_kernels.cc"
+CACHE = ROOT / "build" / "custom_ops"
+CXX_FLAGS = ("-O1", "-std=c++17", "-fPIC", "-shared", "-DPADDLE_WITH_CUSTOM_DEVICE")
+LIBRARIES = ("libphi_core.so", "libphi.so", "libcommon.so", "libpaddle.so")
+ARCHS = ("90",)
+
+
+def _key(form: str) -> str:
+    """Hash of everything that a build of this form is made of."""
+    digest = hashlib.sha256(repr((form, version("paddlepaddle"), CXX_FLAGS, ARCHS)).encode())
+    paths = [p for p in SOURCES.rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    for path in [*sorted(paths), HOST_KERNELS]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _kernels(form: str, folder: Path) -> list[str]:
+    """What is linked for the kernels."""
+    if form == "fake":
+        return [f"-I{SOURCES / 'csrc'}", str(HOST_KERNELS)]
+    tools = find_tools("real")
+    objects = build_library.compile_units(folder, str(tools.nvcc), ARCHS)
+    return [*objects, f"-L{tools.cuda}/lib64", *CUDA_LINK_FLAGS]
+
+
+def build(form: str) -> Path:
+    """Folder of the package fd_dsa_ops for a form, built now if it is not there yet.
+
+    Args:
+        form: "fake" or "real".
+
+    Raises:
+        BuildError: a tool is missing, or a compiler refused a source.
+    """
+    folder = CACHE / f"rig-{form}-{_key(form)}" / "fd_dsa_ops"
+    if folder.is_dir():
+        return folder
+    tools = find_tools("fake")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        made = Path(shutil.copytree(SOURCES / "fd_dsa_ops", Path(scratch) / "fd_dsa_ops"))
+        paddle = [f"-L{tools.paddle / name}" for name in ("libs", "base")]
+        paddle += [f"-l:{name}" for name in LIBRARIES]
+        headers = ["-isystem", str(tools.paddle / "include")]
+        sources = sorted(str(path) for path in SOURCES.glob("*.cc"))
+        command = [tools.cxx, *CXX_FLAGS, *headers, *sources, *_kernels(form, Path(scratch))]
+        command += [*paddle, "-Wl,--allow-shlib-undefined", "-o", str(made / "libfd_dsa_ops.so")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        archs = [f"sm_{arch}" for arch in ARCHS]
+        record = {"paddle": version("paddlepaddle"), "cuda": "of the plug-in", "archs": archs}
+        (made / "build.json").write_text(json.dumps(record))
+        if not folder.is_dir():
+            made.rename(folder)
+    return folder
+
+
+def load(form: str) -> ModuleType:
+    """The package of a form; Paddle takes its operators once a process."""
+    spec = spec_from_file_location("fd_dsa_ops", build(form) / "__init__.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
