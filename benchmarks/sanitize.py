@@ -1,6 +1,6 @@
 """The GPU tests under a tool of compute-sanitizer, shared out among processes.
 
-    python -m benchmarks.sanitize memcheck --workers 8 tests/ops tests/step
+    python -m benchmarks.sanitize memcheck --workers 8 tests/ops tests/step tests/custom_ops
 
 A checked process is slow and uses one core, so each of the workers checks its own part of the
 tests. Left out are captured graphs and ten thousand repeats, which launch what was launched under
@@ -27,8 +27,10 @@ _CHOICE = ("-m", "gpu", "--hypothesis-profile=brief", "-k", "not " + " and not "
 _VARIABLES = {"FD_DSA_SMALL_TESTS": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # what a tool says at the end of a clean process
 CLEAN = {
+    "initcheck": r"ERROR SUMMARY: 0 errors",
     "memcheck": r"ERROR SUMMARY: 0 errors",
     "racecheck": r"RACECHECK SUMMARY: 0 hazards",
+    "synccheck": r"ERROR SUMMARY: 0 errors",
 }
 
 

@@ -7,8 +7,10 @@ import pytest
 from benchmarks.sanitize import verdict
 
 CLEAN = {
+    "initcheck": "3 passed in 2.1s\n========= ERROR SUMMARY: 0 errors\n",
     "memcheck": "3 passed in 2.1s\n========= ERROR SUMMARY: 0 errors\n",
     "racecheck": "3 passed in 2.1s\n===== RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n",
+    "synccheck": "3 passed in 2.1s\n========= ERROR SUMMARY: 0 errors\n",
 }
 
 
