@@ -20,7 +20,7 @@ from fd_dsa.attention.third_party import ThirdPartyKernels, third_party_bytes
 from fd_dsa.ops._host import check_shape
 from fd_dsa.ops._provider import provider_for
 from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
-from fd_dsa.ops.topk.triton_kernel import select_slots
+from fd_dsa.ops.topk.device import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate, paddle_place
 
@@ -56,7 +56,8 @@ class DeviceAttention:
         self._everything: tuple[int, Any] | None = None
         for operator in ("indexer_logits", "topk", "sparse_mla"):
             provider_for(operator, self._buffers["slots"])
-        self._scores = PageScores(config, self._view, buffers["logits"][0])
+        self._select_slots = slot_selector(allocate)
+        self._scores = PageScores(config, self._view, buffers["logits"][0], self._select_slots)
         queries = self.query_buffers(padded_rows(config.max_num_tokens))
         self._third_party = ThirdPartyKernels(config, allocate, *queries, logits_bytes)
 
@@ -137,7 +138,7 @@ class DeviceAttention:
         num_tokens = step.position_ids.shape[0]
         width = rounded_length(step.max_seqlen_k, 64, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
-        select_slots(
+        self._select_slots(
             self._view("logits", 1, 1),
             step.position_ids,
             step.batch_id_per_token,

@@ -17,7 +17,7 @@ from fd_dsa.ops.indexer_gather.triton_kernel import gather_indexer_keys
 from fd_dsa.ops.indexer_logits.deep_gemm import SCORE_TILE, DeepGemm, as_e4m3
 from fd_dsa.ops.indexer_logits.token_rows import TokenRows, fill_token_rows
 from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
-from fd_dsa.ops.topk.triton_kernel import select_slots
+from fd_dsa.ops.topk.device import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime.transfers import Transfers
@@ -39,9 +39,13 @@ class PageScores:
         config: sizes.
         view: gives the start of the named buffer of a DeviceAttention as a tensor of a shape.
         num_logits: scores that the buffer holds.
+        select_slots: as `topk.device.slot_selector` gives it.
     """
 
-    def __init__(self, config: DSABackendConfig, view: Any, num_logits: int) -> None:
+    def __init__(
+        self, config: DSABackendConfig, view: Any, num_logits: int, select_slots: Any
+    ) -> None:
+        self._select_slots = select_slots
         self._block_size = config.cache_layout.block_size
         self._max_keys = config.max_blocks_per_seq * self._block_size
         self._view, self._num_logits = view, num_logits
@@ -64,7 +68,7 @@ class PageScores:
                 first_token=first,
                 max_seqlen_k=step.max_seqlen_k,
             )
-            select_slots(
+            self._select_slots(
                 logits,
                 *tokens,
                 slots,
@@ -159,6 +163,7 @@ class DeepGemmScores:
             *(allocate((tokens,), "int32") for _ in range(3)),
         )
         self._queries, self._weights, self._e4m3 = queries, weights, as_e4m3(queries)
+        self._select_slots = slot_selector(allocate)
         self._max_gathered = gathered_keys(config) if gemm.reads_gathered else 0
         if self._max_gathered:
             self._codes = allocate((self._max_gathered, layout.index_head_dim), "uint8")
@@ -212,7 +217,7 @@ class DeepGemmScores:
         for chunk in self._chunks_of(step, width):
             # no name for the scores: those of one kind are gone before the others are made
             if keys is not None:
-                select_slots(
+                self._select_slots(
                     self._score_gathered(chunk, *keys, width),
                     *tokens,
                     slots,
@@ -220,7 +225,7 @@ class DeepGemmScores:
                     group=1,
                     **options,
                 )
-            select_slots(
+            self._select_slots(
                 self._score_pages(chunk, cache, width),
                 *tokens,
                 slots,

@@ -127,11 +127,15 @@ def test_a_capture_after_a_warm_up_has_the_shared_selection_in_it(
     """Layers that run again in one step launch what they launched the first time."""
     import fd_dsa.attention.device as module
 
-    case, launches = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS), []
-    original = module.select_slots
-    monkeypatch.setattr(
-        module, "select_slots", lambda *a, **k: (launches.append(1), original(*a, **k))
-    )
+    launches = []
+
+    def counted(allocate: Any) -> Any:
+        select_slots = slot_selector(allocate)
+        return lambda *a, **k: (launches.append(1), select_slots(*a, **k))
+
+    slot_selector = module.slot_selector
+    monkeypatch.setattr(module, "slot_selector", counted)
+    case = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS)
     caches = [case._cache(1), case._cache(1), case._cache(1)]
     for run in (1, 2):
         found = [case.attention.select(case.step, None, None, cache) for cache in caches]

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import check_array, check_first_token, check_tokens
+from fd_dsa.ops._host import check_first_token
 from fd_dsa.ops._triton import blocks_of
+from fd_dsa.ops.topk.arguments import check_logits, check_selection
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
@@ -174,19 +174,10 @@ def select_slots(
     Cost: one launch; no allocation, no wait.
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2; order: docs/concepts/dsa.md.
     """
-    name = "select_slots"
-    check_array(name, "logits", logits, (None, None), ("float32",))
-    row_stride, column_stride = logits.stride()
-    if column_stride != 1 and logits.shape[1] > 1:
-        raise ShapeError(
-            f"{name}: logits has strides {[row_stride, column_stride]}, the last must be 1"
-        )
-    if groups is not None:
-        check_array(name, "groups", groups, (slots.shape[0],), ("int32",))
-    check_array(name, "slots", slots, (None, None), ("int32",))
-    check_tokens(name, slots.shape[0], position_ids, batch_id_per_token, block_tables)
+    row_stride = check_logits(logits)
+    check_selection(position_ids, batch_id_per_token, block_tables, slots, groups)
     num_rows = logits.shape[0] if num_rows is None else num_rows
-    check_first_token(name, first_token, num_rows, slots.shape[0])
+    check_first_token("select_slots", first_token, num_rows, slots.shape[0])
     if num_rows == 0:
         return
     topk_kernel[(num_rows,)](
