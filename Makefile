@@ -2,6 +2,7 @@
 #   make serve                start the server on the demo model
 #   make test                 every test that needs no GPU
 #   make gpu-rig              Paddle tensors in CUDA memory, with Paddle's CPU wheel, g++ and nvcc
+#   make custom-ops           the operators in C++, for the Paddle of .venv; needs g++
 # Another interpreter: make PYTHON=python3.12 ...; flags of the server: make serve ARGS="--port 9000"
 PYTHON ?= python3
 ARGS ?=
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: serve test test-oracle lint bench bench-gpu soak docs
+.PHONY: serve test test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.cpu
@@ -39,6 +40,11 @@ soak: $(VENV)/.dev
 
 gpu-rig: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu_rig $(ARGS)
+
+custom-ops: $(VENV)/.cpu
+	$(PIP) --no-build-isolation ./custom_ops
+	@$(BIN)/python -W ignore -c 'from fd_dsa.custom_ops import build; \
+	  print("fd_dsa_ops is", build().state, build().reason)'
 
 docs: $(VENV)/.dev
 	$(BIN)/python tools/build_docs.py
