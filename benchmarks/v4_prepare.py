@@ -81,7 +81,11 @@ def step_work() -> _gpu.Call:
     with torch.cuda.graph(graph):
         for _ in range(_WORK_PRODUCTS):
             torch.mm(matrix, matrix, out=out)
-    return graph.replay
+
+    def work(held: Any = (matrix, out)) -> None:
+        graph.replay()
+
+    return work
 
 
 class Sides:
@@ -120,21 +124,20 @@ class Sides:
         """Host microseconds of a step by side, and the parts of some."""
         decodes = self.begin(HOST, context)
         samples: dict[str, list[float]] = {label: [] for label in HOST}
-        builds: dict[str, list[float]] = {LOOP: [], VECTORISED: []}
-        stages: list[float] = []
+        parts: dict[str, list[float]] = {label: [] for label in (LOOP, VECTORISED, OURS)}
         for label in in_turns(HOST):
             side, decode = self.all[label], decodes[label]
             for _ in range(_TURN):
-                stage_us, finish_us = one_step(side, decode)
+                samples[label].append(one_step(side, decode))
                 torch.cuda.synchronize()
-                samples[label].append(stage_us + finish_us)
-                if label in builds:
-                    builds[label].append(side.build_us)
-                if label == OURS:
-                    stages.append(stage_us)
-        arrays = {label: spread(values) for label, values in builds.items()}
-        parts = {"arrays_us": arrays, "stage_us": spread(stages)}
-        return {label: spread(values) for label, values in samples.items()}, parts
+                if label in parts:
+                    parts[label].append(side.part_us)
+        both = [whole - part for whole, part in zip(samples[OURS], parts[OURS], strict=True)]
+        notes = {
+            "arrays_us": {label: spread(parts[label]) for label in (LOOP, VECTORISED)},
+            "stage_and_expand_us": spread(both),
+        }
+        return {label: spread(values) for label, values in samples.items()}, notes
 
     def exposed_times(self, context: int) -> _gpu.Times:
         """Microseconds between the work of two steps, by side."""
@@ -177,15 +180,13 @@ def in_turns(labels: Sequence[str]) -> Iterable[str]:
     return (label for _ in range(NUM_STEPS // _TURN) for label in labels)
 
 
-def one_step(side: Side, decode: Decode) -> tuple[float, float]:
-    """Host microseconds of the two parts of a step."""
+def one_step(side: Side, decode: Decode) -> float:
+    """Host microseconds of a step."""
     grown = decode.advance()
     begin = time.perf_counter_ns()
     side.stage(decode, grown)
-    middle = time.perf_counter_ns()
     side.finish(decode)
-    end = time.perf_counter_ns()
-    return (middle - begin) / 1e3, (end - middle) / 1e3
+    return (time.perf_counter_ns() - begin) / 1e3
 
 
 class Launches:
@@ -271,7 +272,7 @@ def table_mode(record: _gpu.Recorder) -> None:
     before = torch.cuda.memory_allocated()
     side, decode = Ours(config), Decode(config, LONGEST - 1024)
     allocated = torch.cuda.memory_allocated() - before
-    samples = [sum(one_step(side, decode)) for _ in range(_WARM_STEPS + NUM_STEPS)][_WARM_STEPS:]
+    samples = [one_step(side, decode) for _ in range(_WARM_STEPS + NUM_STEPS)][_WARM_STEPS:]
     buffers = side.prepare.buffers
     torch.cuda.synchronize()
     side.prepare.poll_error()
