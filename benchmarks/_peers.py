@@ -6,6 +6,16 @@ A folder for `--peers` holds, taken out of the wheel vllm 0.26.0 (built for torc
     triton_peers/indexer_q.py      the function `_fused_indexer_q_rope_quant_kernel` of
                                    vllm/model_executor/layers/sparse_attn_indexer.py, with its
                                    imports of triton
+    fi_topk.so                     FlashInfer's top-k behind C functions of plain arguments, made
+                                   of the headers of the wheel flashinfer-python 0.6.14:
+
+    nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -shared -Xcompiler -fPIC \\
+        --expt-relaxed-constexpr -I flashinfer/data/include -o fi_topk.so fi_topk.cu
+
+    int fi_topk(in, out, offsets, lengths, states, rows, k, len, deterministic, tie, graph_safe,
+                stream): calls flashinfer::sampling::TopKRaggedTransformDispatch<float, int32_t>
+    int fi_topk_clusters(in, out, offsets, lengths, overflow, rows, k, len, clusters, num_cached,
+                stream): calls launch_fast_topk_clusters_exact_ragged_transform<float>
 
 vLLM itself is not imported: loading the library registers its operators with torch.
 """
@@ -23,19 +33,42 @@ from typing import Any
 import torch
 
 
-@cache
 def vllm_cache_ops(folder: Path | None) -> Any | None:
     """`torch.ops._C_cache_ops` of vLLM; None, said once, where the library cannot be loaded."""
+    return torch.ops._C_cache_ops if _vllm_is_loaded(folder) else None
+
+
+def vllm_ops(folder: Path | None) -> Any | None:
+    """`torch.ops._C` of vLLM; None, said once, where the library cannot be loaded."""
+    return torch.ops._C if _vllm_is_loaded(folder) else None
+
+
+@cache
+def _vllm_is_loaded(folder: Path | None) -> bool:
+    """Load vLLM's library of operators, unless it is not there."""
     path = _found(folder, "_C_stable_libtorch.abi3.so")
     if path is None:
-        return None
+        return False
     _load_cuda_libraries()
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         print(f"peer left out: {path.name}: {error}", flush=True)
+        return False
+    return True
+
+
+@cache
+def flashinfer_topk(folder: Path | None) -> Any | None:
+    """FlashInfer's top-k as a C library; None, said once, where it is absent."""
+    path = _found(folder, "fi_topk.so")
+    if path is None:
         return None
-    return torch.ops._C_cache_ops
+    library = ctypes.CDLL(str(path))
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    library.fi_topk.argtypes = (*[pointer] * 5, *[number] * 6, pointer)
+    library.fi_topk_clusters.argtypes = (*[pointer] * 5, *[number] * 5, pointer)
+    return library
 
 
 @cache

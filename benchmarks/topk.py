@@ -1,0 +1,170 @@
+"""Exact top-k of indexer scores: the kernel of custom_ops/ beside Triton's and other projects'.
+
+Every side's choice is compared before it is timed: ours with a sort of every row, position by
+position; exact peers by the scores that they chose; of the others ("~") the share that is right is
+noted. A case "warm" finds its scores in the L2, as a step does that has just written them; the
+others rotate input sets. Small shapes are warm anyway, and are timed once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks import _gpu
+from benchmarks._topk_sides import EXACT, OURS, SAME_RULE, SLOTS, TRITON, Side, Sides
+from benchmarks._torch_device import register
+from custom_ops.build_library import build_library
+from fd_dsa import custom_ops
+
+K = 2048
+SHAPES = [(rows, k << 10) for k in (4, 16, 32, 64, 128) for rows in (1, 8, 32, 64, 128)]
+SHAPES += [(2048, 8 << 10), (2048, 32 << 10), (4096, 64 << 10)]
+QUICK = [(1, 64 << 10), (64, 64 << 10)]
+# scores that are not spread as N(0, 1), of shapes that stay in the L2
+OTHERS = [(1, 64 << 10), (64, 64 << 10), (2048, 8 << 10)]
+_COMPARED_ROWS = 256
+_L2_BYTES = 50 << 20
+
+Make = Callable[[int, int], torch.Tensor]
+
+
+def normal(rows: int, width: int) -> torch.Tensor:
+    """N(0, 1)."""
+    return torch.randn(rows, width, device="cuda")
+
+
+def indexer_scores(rows: int, width: int) -> torch.Tensor:
+    """Weighted sums of the positive parts of products, as the indexer makes them; no weight < 0."""
+    keys = torch.randn(width, 128, device="cuda")
+    scores = torch.zeros(rows, width, device="cuda")
+    for _ in range(16):
+        products = (torch.randn(rows, 128, device="cuda") @ keys.T).relu_()
+        scores += products * torch.rand(rows, 1, device="cuda")
+    return scores
+
+
+def plateau(rows: int, width: int) -> torch.Tensor:
+    """One score in a hundred is positive, all others are exactly zero."""
+    return normal(rows, width) * (torch.rand(rows, width, device="cuda") > 0.98)
+
+
+def narrow(rows: int, width: int) -> torch.Tensor:
+    """100 to 100.01: a thousand values that share their upper 17 bits."""
+    return 100 + torch.rand(rows, width, device="cuda") / 100
+
+
+KINDS: dict[str, Make] = {
+    "indexer": indexer_scores,
+    "zeros": plateau,
+    "100 + U(0, .01)": narrow,
+    "ascending": lambda rows, width: normal(rows, width).sort(dim=1).values,
+}
+
+
+def reference(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """int32 [rows, k]: positions by a sort of score and position; numbers only, no NaN."""
+    bits = (scores + 0.0).view(torch.int32).long()
+    image = torch.where(bits < 0, ~bits & 0xFFFFFFFF, bits | 0x80000000)
+    column = torch.arange(scores.shape[1], device="cuda")
+    best = ((image << 31) | (0x7FFFFFFF - column)).topk(k, dim=1).values
+    return (0x7FFFFFFF - (best & 0x7FFFFFFF)).sort(dim=1).values.int()
+
+
+def share_right(sides: Sides, label: str, side: Side, scores: torch.Tensor) -> float:
+    """Call one side and compare; returns the share of scores that are among the best.
+
+    Raises:
+        AssertionError: an exact side is not.
+    """
+    _gpu.poison(sides.out)
+    side(scores)
+    part = slice(_COMPARED_ROWS)
+    found, scores = sides.out[part], scores[part]
+    wanted = reference(scores, sides.k)
+    if label in (OURS, SLOTS, TRITON):
+        # pages lie in order, so that slots are positions
+        assert torch.equal(found, wanted), f"{label}: other positions than a sort"
+        return 1.0
+    best = scores.gather(1, wanted.long()).sort(dim=1).values
+    found = found.long().sort(dim=1).values
+    chosen = scores.gather(1, found.clamp(0, scores.shape[1] - 1)).sort(dim=1).values
+    if not label.startswith("~"):
+        assert (found[:, 1:] > found[:, :-1]).all(), f"{label}: a position twice"
+        assert torch.equal(chosen, best), f"{label}: other scores than a sort"
+    return float((chosen >= best[:, :1]).float().mean())
+
+
+def compare(record: _gpu.Recorder, case: str, sides: Sides, sets: list[torch.Tensor]) -> None:
+    """Check all sides on the first set, then time them over all sets."""
+    all_sides = {**sides.exact(), **sides.inexact(), **sides.ours()}
+    share, calls = {}, {}
+    for label, side in all_sides.items():
+        try:
+            share[label] = share_right(sides, label, side, sets[0])
+        except RuntimeError as error:
+            print(f"{case}: {label} left out: {str(error)[:100]}", flush=True)
+            continue
+        calls[label] = [lambda f=side, x=scores: f(x) for scores in sets]
+    times = _gpu.interleaved(calls, rounds=15)
+    best = min((label for label in EXACT if label in times), key=lambda x: times[x]["p50"])
+    notes: dict[str, Any] = {"best_exact": best, "rows": sides.rows, "width": sides.width}
+    notes["ratio_best_exact"] = times[best]["p50"] / times[OURS]["p50"]
+    if SAME_RULE in times:
+        notes["ratio_same_rule"] = times[SAME_RULE]["p50"] / times[OURS]["p50"]
+    notes["share_right"] = {label: value for label, value in share.items() if value < 1}
+    floor = 4 * sides.rows * (sides.width + sides.k)
+    record.case(case, times, ours=OURS, bytes_moved=floor, **notes)
+
+
+def name_of(rows: int, width: int) -> str:
+    """A shape in words."""
+    return f"{rows} x {width >> 10}k"
+
+
+def run(record: _gpu.Recorder, rows: int, width: int, peers: Any) -> None:
+    """One shape of N(0, 1): in rotation, and warm where that differs and is possible."""
+    num_bytes = 4 * rows * width
+    sides = Sides(rows, width, K, peers)
+    sets = [normal(rows, width) for _ in range(_gpu.num_sets(num_bytes))]
+    compare(record, name_of(rows, width), sides, sets)
+    if num_bytes <= _L2_BYTES < num_bytes * len(sets):
+        compare(record, f"{name_of(rows, width)}, warm", sides, sets[:1])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check and compare; returns the exit status."""
+    args = _gpu.arguments(__doc__, argv)
+    register()
+    custom_ops.use_library(build_library())
+    with _gpu.Recorder("topk", args.out) as record:
+        record.note(k=K, same_rule=SAME_RULE, inexact="~")
+        for rows, width in QUICK if args.quick else SHAPES:
+            run(record, rows, width, args.peers)
+            torch.cuda.empty_cache()
+        for rows, width in [] if args.quick else OTHERS:
+            sides = Sides(rows, width, K, args.peers)
+            for kind, make in KINDS.items():
+                scores = make(rows, width)
+                compare(record, f"{name_of(rows, width)}, {kind}, warm", sides, [scores])
+    return 0
+
+
+def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
+    """A decode step and one row, whose scores have a plateau, and a chunk of a prompt."""
+    register()
+    custom_ops.use_library(build_library())
+    found: dict[str, tuple[_gpu.Call, list[torch.Tensor]]] = {}
+    for rows, width in ((64, 64 << 10), (1, 128 << 10), (2048, 8 << 10)):
+        sides, scores = Sides(rows, width, K, None), normal(rows, width).relu_()
+        scores[:, ::3] = 0.0
+        call = sides.ours()[OURS]
+        found[f"top-k, {name_of(rows, width)}"] = (lambda f=call, x=scores: f(x)), [sides.out]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
