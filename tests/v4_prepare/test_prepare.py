@@ -90,6 +90,21 @@ def test_a_refused_step_changes_nothing(place: Place) -> None:
     assert_step(place.outputs(prepare), naive(cfg, [6, 21, 33], [1, 1, 1], *good[2:]))
 
 
+@pytest.mark.parametrize("name", sorted(set(ERRORS) - {"X5", "X6"}))
+def test_arrays_without_a_table_are_checked_as_lists_are(name: str) -> None:
+    cfg, case = error_config(), ERRORS[name]
+    prepare = V4Prepare(cfg, "numpy")
+    for row in range(3):
+        prepare.set_blocks(row, [1, 2, 3])
+    before = open_place("numpy").outputs(prepare)
+    with pytest.raises(V4PrepareError) as caught:
+        prepare.stage(*(np.array(values, np.int32) for values in inputs_of(case)[:3]))
+    assert str(caught.value) == case["text"]
+    with pytest.raises(V4PrepareError, match="E_SHAPE"):
+        prepare.stage(*np.ones((3, 2, 2), np.int32))
+    assert_step(open_place("numpy").outputs(prepare), before)
+
+
 def test_steps_are_expanded_in_the_order_of_staging(place: Place) -> None:
     prepare = place.prepare(CFG)
     for ctx, q, slot, table in STEPS:
@@ -154,6 +169,7 @@ def test_drafts_that_were_rejected(place: Place) -> None:
     prepare.stage(ctx, q, slot, table)
     prepare.expand(place.put(np.array([3, 0, 100], np.int32)))
     assert_step(place.outputs(prepare), naive(CFG, [14, 9, 6], q, slot, table))
+    prepare.poll_error()
 
 
 def as_padding(bad: list[int], step: Step) -> dict[str, np.ndarray]:
@@ -178,24 +194,25 @@ def as_padding(bad: list[int], step: Step) -> dict[str, np.ndarray]:
     for name in ("plan_r1", "wplan_r1", "plan_r2", "wplan_r2"):
         for row in expected[name]:
             row[0] = places[row[0]] if row[0] >= 0 else -1
-    expected["cu_q"] = np.append(0, np.cumsum(q)).astype(np.int32)
+    expected["cu_q"] = np.cumsum([0, *q, *[0] * (3 - len(q))], dtype=np.int32)
     expected["counts"][1] = sum(q)
     return expected
 
 
 IMPOSSIBLE = [
-    ([0, -4, 0], [1], "row 1: rollback=-4 < 0"),
-    ([19, 0, 0], [0], "row 0: ctx=1 < q=3"),
-    ([0, 10, -1], [1, 2], "row 1: ctx=0 < q=1"),
-    ([2**31 - 1, 1, -(2**31)], [0, 2], "row 0: ctx=-2147483627 < q=3"),
+    (STEPS[1], [0, -4, 0], [1], "row 1: rollback=-4 < 0"),
+    (STEPS[1], [19, 0, 0], [0], "row 0: ctx=1 < q=3"),
+    (STEPS[1], [0, 10, -1], [1, 2], "row 1: ctx=0 < q=1"),
+    (STEPS[1], [2**31 - 1, 1, -(2**31)], [0, 2], "row 0: ctx=-2147483627 < q=3"),
+    (STEPS[2], [0, -1], [1], "row 1: rollback=-1 < 0"),
 ]
 
 
 def test_impossible_rollbacks(place: Place) -> None:
     prepare = place.prepare(CFG)
-    ctx, q, slot, table = STEPS[1]
-    for rollback, bad, text in IMPOSSIBLE:
-        prepare.stage(*STEPS[1])
+    for step, rollback, bad, text in IMPOSSIBLE:
+        ctx, q, slot, table = step
+        prepare.stage(*step)
         prepare.expand(place.put(np.array(rollback, np.int32)))
         left = [n - back for n, back in zip(ctx, rollback, strict=True)]
         assert_step(place.outputs(prepare), as_padding(bad, (left, q, slot, table)))
@@ -216,7 +233,7 @@ def test_errors_of_two_steps_are_raised_in_order() -> None:
     # more steps than there are slots for errors, so that the later one has the lower slot
     for number in range(40):
         prepare.stage(*STEPS[1])
-        row = {30: 2, 33: 1}.get(number)
+        row = {29: 2, 33: 1}.get(number)
         prepare.expand(None if row is None else np.array([-(r == row) for r in range(3)]))
     for row in (2, 1):
         with pytest.raises(V4PrepareError, match=f"row {row}: rollback=-1"):

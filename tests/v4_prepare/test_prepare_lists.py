@@ -98,9 +98,7 @@ def test_lists_past_int32() -> None:
     # each list fits, their sum does not; nothing so large is allocated before that is seen
     from fd_dsa.v4_prepare.fixed_lists import fused_capacity
 
-    cfg = replace(
-        CFG, max_num_tokens=2**20, window_size=2047, index_topk=2047, comp_base=0, max_model_len=2**12,
-        max_blocks_per_seq=2**9, hca_mode="table",
-    )  # fmt: skip
+    sizes = {"max_num_tokens": 2**20, "max_model_len": 2**12, "max_blocks_per_seq": 2**9}
+    cfg = replace(CFG, **sizes, window_size=2047, index_topk=2047, comp_base=0, hca_mode="table")
     with pytest.raises(V4PrepareError, match="E_INDPTR: batch: a fused list of"):
         fused_capacity(cfg, "csa")

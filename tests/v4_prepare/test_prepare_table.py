@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Prepare, V4PrepareConfig, V4PrepareError
+from fd_dsa.v4_prepare.slab import NUM_ROWS, NUM_TOKENS, NUM_VALUES, SlabLayout
 from tests.reference.v4_prepare import naive
-from tests.v4_prepare.places import assert_step, open_place
+from tests.v4_prepare.places import assert_step
 
 CFG = V4PrepareConfig(
     window_size=3,
@@ -181,26 +182,70 @@ def test_a_cell_that_was_garbage_when_nobody_needed_it(cell: int) -> None:
         prepare.stage([5], [1], [0], [[1, cell]])
 
 
+def test_cells_that_were_set_and_never_sent() -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    # the mirror has what the table says; the device has nothing of it
+    prepare.set_blocks(0, [5, 6])
+    prepare.set_blocks(0, [5])
+    step = [8], [1], [0], [[5, 6]]
+    prepare.stage(*step)
+    prepare.expand()
+    assert_step(outputs(prepare), naive(CFG, *step))
+
+
+class Slabs:
+    """Looks at the slabs that a builder fills."""
+
+    def __init__(self, prepare: V4Prepare) -> None:
+        self.layout = SlabLayout(prepare.cfg)
+        self.words = np.empty(0, np.int32)
+        self._steps = prepare._steps
+        self._upload = prepare._steps.upload
+        prepare._steps.upload = self._look  # type: ignore[method-assign]
+
+    def _look(self, num_words: int) -> int:
+        self.words = self._steps.next_slab()[:num_words].copy()
+        return self._upload(num_words)
+
+    def section(self, name: str, length: int = 3) -> list[int]:
+        """The rows of one section of the slab that was filled last."""
+        return self.words[getattr(self.layout, name) :][:length].tolist()
+
+    def values(self) -> list[int]:
+        """The cells that travel."""
+        return self.words[self.layout.values :].tolist()
+
+
 def test_only_changed_cells_travel() -> None:
-    """What a step sends, seen at the slab it fills: one run a row, and nothing twice."""
-    from fd_dsa.v4_prepare.slab import NUM_VALUES, SlabLayout
-
-    place = open_place("numpy")
-    prepare, layout, sent = place.prepare(CFG), SlabLayout(CFG), []
+    prepare = V4Prepare(CFG, "numpy")
+    slabs, sent = Slabs(prepare), []
     table = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
-    upload = prepare._steps.upload
-
-    def look(num_words: int) -> int:
-        slab = prepare._steps.next_slab()
-        assert num_words == layout.values + slab[NUM_VALUES]
-        sent.append(slab[layout.values : num_words].tolist())
-        return upload(num_words)
-
-    prepare._steps.upload = look  # type: ignore[method-assign]
-    for ctx in ([8, 8, 8], [8, 8, 8], [9, 8, 8], [9, 12, 8]):
-        prepare.stage(ctx, [1, 1, 1], [0, 1, 2], table)
+    steps = [[8, 8, 8], [8, 8, 8], [9, 8, 8], [9, 12, 8]]
+    for number, ctx in enumerate(steps):
+        # an idle row keeps its cells
+        prepare.stage(ctx, [1, 1, number != 1], [0, 1, 2], table)
         prepare.expand()
+        sent.append(slabs.values())
     table[2, 0] = 11
     prepare.stage([9, 12, 8], [1, 1, 1], [0, 1, 2], table)
-    prepare.expand()
-    assert sent == [[1, 2, 4, 5, 7, 8], [], [3], [6], [11, 8]]
+    # one run a row, from the first changed cell on
+    assert [*sent, slabs.values()] == [[1, 2, 4, 5, 7, 8], [], [3], [6], [11, 8]]
+    assert slabs.section("run_start", 4) == [0, 0, 0, 2]
+    assert slabs.section("run_column")[2] == 0
+
+
+def test_a_slab_says_nothing_of_rows_that_its_step_lacks() -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    slabs = Slabs(prepare)
+    prepare.stage([8, 8, 8], [1, 2, 1], [3, 1, 2], [[1, 2], [4, 5], [7, 8]])
+    prepare.stage([9], [2], [0], [[1, 2, 3]])
+    assert slabs.words[[NUM_ROWS, NUM_TOKENS, NUM_VALUES]].tolist() == [1, 2, 1]
+    assert slabs.section("ctx") == [9, 0, 0]
+    assert slabs.section("q") == [2, 0, 0]
+    assert slabs.section("slot") == [0, -1, -1]
+    assert slabs.section("run_start", 4) == [0, 1, 1, 1]
+    assert slabs.section("run_column")[0] == 2
+    assert slabs.values() == [3]
+    prepare.stage([9, 8], [1, 1], [0, 1])
+    assert slabs.section("q") == [1, 1, 0]
+    assert slabs.section("run_start", 4) == [0, 0, 0, 0]
