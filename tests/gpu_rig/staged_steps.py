@@ -140,7 +140,10 @@ class V4Steps(_Stamped):
     def __init__(self, rig: Rig, max_steps: int, whole_tables: bool = False) -> None:
         self.name = "V4Prepare, whole tables" if whole_tables else "V4Prepare"
         rows, length = (256, 131_072) if rig.is_real else (2, 1024)
-        self._rows, self._first, self._num_lengths = rows, length - length // 128 + 1, length // 128
+        # all need the same number of blocks: a slab of two steps, where guards are missing, then
+        # still has runs that end within their rows
+        self._num_lengths = min(128, length // 128)
+        self._rows, self._first = rows, length - self._num_lengths + 1
         columns = length // 128
         cfg = V4PrepareConfig(
             window_size=128,
