@@ -190,7 +190,7 @@ def one_step(side: Side, decode: Decode) -> float:
 
 
 class Launches:
-    """The launch alone, over sets of buffers that together exceed the L2.
+    """The launch alone, over sets of buffers in turn.
 
     Args:
         config: sizes of the steps.
