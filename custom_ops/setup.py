@@ -106,6 +106,8 @@ def build_command(info: dict[str, Any]) -> type:
 
     class Build(tools.BuildExtension):
         def run(self) -> None:
+            # what a header changed shall not be left as an earlier build made it
+            self.force = True
             try:
                 build_ext.run(self)
             except Exception as error:

@@ -47,11 +47,16 @@ def run_setup(sources: Path, *arguments: str, **variables: str) -> subprocess.Co
     )
 
 
-def _key() -> str:
-    """Hash of everything that the package is made of."""
-    digest = hashlib.sha256(repr((sys.version_info[:2], version("paddlepaddle"))).encode())
-    paths = [p for p in SOURCES.rglob("*") if p.is_file() and p.suffix != ".pyc"]
-    for path in sorted(paths):
+def sources_of_the_package() -> list[Path]:
+    """All files that a build reads; none that one left there."""
+    patterns = ("*.*", "csrc/*.*", "fd_dsa_ops/*.py")
+    return sorted(path for pattern in patterns for path in SOURCES.glob(pattern) if path.is_file())
+
+
+def key_of(*parts: object) -> str:
+    """Hash of the sources and of what else a build is made of."""
+    digest = hashlib.sha256(repr((*parts, version("paddlepaddle"))).encode())
+    for path in [*sources_of_the_package(), HOST_KERNELS]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -69,7 +74,7 @@ def build_package() -> Path:
     if find_spec("paddle") is None:
         pytest.skip("not installed: paddle")
     compiler()
-    folder = CACHE / f"package-{_key()}"
+    folder = CACHE / f"package-{key_of(sys.version_info[:2])}"
     if not folder.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:

@@ -133,11 +133,19 @@ runpy.run_path("setup.py", run_name="__main__")
 """
 
 
+def small_sources(folder: Path) -> Path:
+    """The sources without the operator whose kernels take the compiler longest."""
+    sources = copy_sources(folder)
+    for path in sources.rglob("topk*"):
+        path.unlink()
+    return sources
+
+
 def test_beside_a_paddle_with_cuda_the_package_has_kernels(tmp_path: Path) -> None:
     """The flags of such a build; a Paddle with CUDA would also have to be there to run it."""
     compiler()
     pytest.importorskip("paddle")
-    home, sources = toolkit(), copy_sources(tmp_path / "sources")
+    home, sources = toolkit(), small_sources(tmp_path / "sources")
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", WITH_CUDA],
         cwd=sources,
@@ -158,16 +166,30 @@ def test_beside_a_paddle_with_cuda_the_package_has_kernels(tmp_path: Path) -> No
     assert found[1] == "True"
 
 
-def test_the_c_library_needs_no_paddle_and_is_found_again() -> None:
+def test_the_c_library_needs_no_paddle_and_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     toolkit()
-    library = build_library.build_library()
+    monkeypatch.setattr(build_library, "SOURCES", small_sources(tmp_path / "sources") / "csrc")
+    monkeypatch.setattr(build_library, "CACHE", tmp_path / "cache")
+    library = build_library.build_library(["90"])
     made = library.stat().st_mtime_ns
-    assert build_library.build_library() == library and library.stat().st_mtime_ns == made
+    assert build_library.build_library(["90"]) == library
+    assert library.stat().st_mtime_ns == made
+    header = build_library.SOURCES / "lengths.h"
+    header.write_text(header.read_text() + "// another\n")
+    assert build_library.build_library(["90"]) != library
     custom_ops.use_library(library)
     try:
         assert custom_ops.build().kernels.fd_dsa_step_bytes() > 100
     finally:
         custom_ops.use_library(None)
+
+
+@pytest.mark.slow
+def test_all_kernels_compile_for_all_gpus_that_the_compiler_knows() -> None:
+    toolkit()
+    assert build_library.build_library().is_file()
 
 
 def test_without_nvcc_the_c_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

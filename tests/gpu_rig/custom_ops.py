@@ -6,7 +6,6 @@ host memory, gets the host code behind the same C ABI.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -17,24 +16,12 @@ from pathlib import Path
 from types import ModuleType
 
 from custom_ops import build_library
+from tests.custom_ops.building import CACHE, HOST_KERNELS, SOURCES, key_of
 from tests.gpu_rig.build import CUDA_LINK_FLAGS, BuildError, find_tools
 
-ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "custom_ops"
-HOST_KERNELS = ROOT / "tests" / "custom_ops" / "host_kernels.cc"
-CACHE = ROOT / "build" / "custom_ops"
 CXX_FLAGS = ("-O1", "-std=c++17", "-fPIC", "-shared", "-DPADDLE_WITH_CUSTOM_DEVICE")
 LIBRARIES = ("libphi_core.so", "libphi.so", "libcommon.so", "libpaddle.so")
 ARCHS = ("90",)
-
-
-def _key(form: str) -> str:
-    """Hash of everything that a build of this form is made of."""
-    digest = hashlib.sha256(repr((form, version("paddlepaddle"), CXX_FLAGS, ARCHS)).encode())
-    paths = [p for p in SOURCES.rglob("*") if p.is_file() and p.suffix != ".pyc"]
-    for path in [*sorted(paths), HOST_KERNELS]:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _kernels(form: str, folder: Path) -> list[str]:
@@ -55,7 +42,7 @@ def build(form: str) -> Path:
     Raises:
         BuildError: a tool is missing, or a compiler refused a source.
     """
-    folder = CACHE / f"rig-{form}-{_key(form)}" / "fd_dsa_ops"
+    folder = CACHE / f"rig-{form}-{key_of(form, CXX_FLAGS, ARCHS)}" / "fd_dsa_ops"
     if folder.is_dir():
         return folder
     tools = find_tools("fake")

@@ -17,7 +17,7 @@ from tests.gpu_rig.session import VARIABLE
 ROOT = Path(__file__).parents[2]
 DEVICE = "tests/gpu_rig/device"
 # the device itself; the kernels that run on it take longer
-QUICK = ("operators", "in_place", "counters", "capture", "step")
+QUICK = ("operators", "in_place", "counters", "capture", "step", "custom_ops")
 
 
 def built(form: str) -> Path:
