@@ -149,7 +149,7 @@ class TableMirror:
         counts = self._num_set[:num_rows] - num_sent
         run_column[:num_rows] = num_sent
         starts = run_start[: num_rows + 1]
-        np.cumsum(counts, out=starts[1:])
+        np.add.accumulate(counts, out=starts[1:])
         num_cells = int(starts[num_rows])
         run_start[num_rows + 1 :] = num_cells
         if num_cells:
@@ -163,7 +163,8 @@ class TableMirror:
         """The device gets the cells of these rows with a step that is on its way."""
         if self.has_news:
             self._num_sent[:num_rows] = self._num_set[:num_rows]
-            self.has_news = bool((self._num_sent != self._num_set).any())
+            waiting = self._num_sent[num_rows:] != self._num_set[num_rows:]
+            self.has_news = bool(np.logical_or.reduce(waiting))
 
     def _checked(
         self, row: int, ids: npt.NDArray[Any], start: int
