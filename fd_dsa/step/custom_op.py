@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
-from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
+from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.step.checks import INT32_MAX, StepInputs, StepLimits
 from fd_dsa.step.forward_meta import Array
 from fd_dsa.step.views import OutputBuffers
+from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.driver import cuda
 
 _OUTPUTS = (
     "batch_id_per_token",
@@ -69,14 +69,14 @@ class CustomOpForm:
             )
         self._api = api_for_type(type(buffers.cu_seqlens_q))
         self._device = self._api.device_of(buffers.cu_seqlens_q)
-        self._function, self._kernels = kernels.fd_dsa_step_metadata_cuda, kernels
         self._step = _Step(
             num_padded_rows=limits.max_num_seqs,
             num_columns=limits.max_blocks_per_seq,
             block_size=limits.block_size,
             last_block=INT32_MAX if limits.num_blocks is None else limits.num_blocks - 1,
         )
-        self._argument = ctypes.byref(self._step)
+        name = "fd_dsa_step_metadata_cuda"
+        self._launch = CLaunch(kernels, name, self._step, self._api, self._device)
         # the addresses are good for as long as these live
         self._buffers = [getattr(buffers, name) for name in (*_OUTPUTS, *_WINDOWS)]
         for name, tensor in zip((*_OUTPUTS, *_WINDOWS), self._buffers, strict=True):
@@ -84,7 +84,6 @@ class CustomOpForm:
                 setattr(self._step, name, tensor.data_ptr())
         self._inputs: tuple[Array, ...] = ()
         self._addresses: list[int] = []
-        self._stream, self._stream_argument = 0, ctypes.c_void_p()
 
     def launch(
         self, inputs: tuple[Array, ...], num_rows: int, num_padded_tokens: int, row_stride: int
@@ -101,12 +100,7 @@ class CustomOpForm:
         step = self._step
         step.num_rows, step.num_padded_tokens = num_rows, num_padded_tokens
         step.row_stride = row_stride
-        stream = self._api.current_stream(self._device)
-        if stream != self._stream:
-            self._stream, self._stream_argument = stream, ctypes.c_void_p(stream)
-        code = self._function(self._argument, self._stream_argument)
-        if code:
-            self._recover(code)
+        self._launch()
 
     def _take(self, inputs: tuple[Array, ...], addresses: list[int]) -> None:
         """Remember inputs at other addresses than those of the last step."""
@@ -119,12 +113,3 @@ class CustomOpForm:
             setattr(self._step, name, address)
         # held, so that nothing else can come to lie at these addresses
         self._inputs, self._addresses = inputs, addresses
-
-    def _recover(self, code: int) -> None:
-        """Launch once more in the device's context, which a new thread does not have."""
-        cuda().bind_context(self._device)
-        code = self._function(self._argument, self._stream_argument)
-        if code:
-            text = self._kernels.fd_dsa_cuda_error
-            text.restype = ctypes.c_char_p
-            raise DeviceError(f"step_metadata: CUDA error {code}: {text(code).decode()}")

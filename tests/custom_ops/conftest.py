@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,6 +47,8 @@ def kernel_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         library = host_library()
         monkeypatch.setattr("fd_dsa.step.probe.INTERPRETING", False)
         monkeypatch.setattr("fd_dsa.step.custom_op.api_for_type", lambda kind: HostApi())
+        driver = SimpleNamespace(num_devices=1)
+        monkeypatch.setattr("fd_dsa.triton_runtime.c_launch.cuda", lambda: driver)
     custom_ops.use_library(library)
     yield memory
     custom_ops.use_library(None)
