@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.errors import ShapeError, V4PrepareError
+from fd_dsa.step.checks import host_array
 from fd_dsa.v4_prepare.buffers import Array
 from fd_dsa.v4_prepare.config import INT32_MAX, V4PrepareConfig
 from fd_dsa.v4_prepare.host import V4Arrays
@@ -91,17 +92,15 @@ class HostLists:
 
     def csa_translate(self, local_topk: Any) -> Array:
         """See `V4Prepare.csa_translate`."""
-        topk = local_topk if isinstance(local_topk, np.ndarray) else np.from_dlpack(local_topk)
-        return self._fill(
-            "csa", csa_capacity(self._out.config), csa_translate(self._out, self._table, topk)
-        )
+        chosen = host_array("local_topk", local_topk)
+        rows = csa_translate(self._out, self._table, chosen)
+        return self._fill("csa", csa_capacity(self._out.config), rows)
 
     def fused_list(self, kind: Kind, csa_rows: Array | None) -> FusedList:
         """See `V4Prepare.fused_list`."""
         capacity = fused_capacity(self._out.config, kind)
         if csa_rows is not None:
-            rows = csa_rows if isinstance(csa_rows, np.ndarray) else np.from_dlpack(csa_rows)
-            csa_rows = rows[: int(self._out.counts[3])]
+            csa_rows = host_array("csa_rows", csa_rows)[: int(self._out.counts[3])]
         indptr, rows = fused_list(self._out, kind, csa_rows)
         return FusedList(
             self._fill(f"fused {kind} indptr", len(indptr), indptr),

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.errors import DtypeError
+from fd_dsa.step.checks import host_array
 from fd_dsa.v4_prepare.config import V4PrepareConfig
 from fd_dsa.v4_prepare.host import V4Arrays, v4_prepare_np
 from fd_dsa.v4_prepare.slab import (
@@ -105,7 +107,11 @@ class HostSteps:
         self, ctx: Int32Array, q: Int32Array, rollback: Any, stamp: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Effective lengths, 0 in the rows where there is none, and which rows these are."""
-        given = rollback if isinstance(rollback, np.ndarray) else np.from_dlpack(rollback)
+        given = host_array("rollback", rollback)
+        if given.dtype != np.int32 or given.ndim != 1:
+            raise DtypeError(
+                f"rollback: got {given.dtype} of shape {given.shape}, must be int32 [n]; convert it"
+            )
         taken = np.zeros(len(q), np.int64)
         taken[: len(given)] = given[: len(q)]
         left = ctx - taken

@@ -164,16 +164,18 @@ class V4Prepare:
         buffers, which never move.
 
         Args:
-            rollback: int32 [n] in the memory of the buffers, n <= max_num_seqs, or None; tokens
-                of rows 0..n-1 that the step before drafted and the sampler rejected. An active row
-                has `ctx - rollback` tokens. Where that cannot be (rollback < 0 or ctx - rollback <
-                q), the tokens of the row become padding, and `poll_error` raises.
+            rollback: int32 [n] in the memory of the buffers, or None; tokens of rows 0..n-1 that
+                the step before drafted and the sampler rejected. An active row has `ctx -
+                rollback` tokens; rows from n on have ctx. Where that cannot be (rollback < 0 or
+                ctx - rollback < q), the tokens of the row become padding, and `poll_error` raises.
 
         Returns:
             The buffers, always the same.
 
         Raises:
             RuntimeError: no step is staged.
+            DtypeError, LaunchError: the rollback is not int32 or lies elsewhere; the step is still
+                staged.
         """
         if not self._staged:
             raise RuntimeError("expand: no step is staged; call stage() first")

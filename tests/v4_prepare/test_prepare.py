@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fd_dsa.errors import DtypeError, LaunchError
 from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Prepare, V4PrepareConfig, V4PrepareError
 from tests.reference.v4_prepare import naive
 from tests.v4_prepare.golden import (
@@ -172,6 +173,16 @@ def test_drafts_that_were_rejected(place: Place) -> None:
     prepare.poll_error()
 
 
+def test_a_rollback_of_another_type(place: Place) -> None:
+    prepare = place.prepare(CFG)
+    prepare.stage(*STEPS[0])
+    with pytest.raises((DtypeError, LaunchError), match="rollback"):
+        prepare.expand(place.put(np.zeros(3, np.float32)))
+    # the step is still there
+    prepare.expand()
+    assert_step(place.outputs(prepare), naive(CFG, *STEPS[0]))
+
+
 def as_padding(bad: list[int], step: Step) -> dict[str, np.ndarray]:
     """What the oracle says of a step, with padding in the place of the tokens of some rows."""
     ctx, q, slot, table = step
@@ -234,7 +245,7 @@ def test_errors_of_two_steps_are_raised_in_order() -> None:
     for number in range(40):
         prepare.stage(*STEPS[1])
         row = {29: 2, 33: 1}.get(number)
-        prepare.expand(None if row is None else np.array([-(r == row) for r in range(3)]))
+        prepare.expand(None if row is None else np.array([-(r == row) for r in range(3)], np.int32))
     for row in (2, 1):
         with pytest.raises(V4PrepareError, match=f"row {row}: rollback=-1"):
             prepare.poll_error()
