@@ -22,6 +22,20 @@ def library() -> Path | None:
         return None
 
 
+def without(make: Callable[[], Any]) -> Any:
+    """What `make` sets up with Triton's kernels, whatever was taken before.
+
+    Raises:
+        RuntimeError: the package fd_dsa_ops is installed here and serves.
+    """
+    custom_ops.use_library(None)
+    made = make()
+    serving = [choice.operator for choice in custom_ops.choices() if choice.serves]
+    if serving:
+        raise RuntimeError(f"fd_dsa_ops serves {', '.join(serving)}; uninstall it to compare both")
+    return made
+
+
 def set_up(operator: str, make: Callable[[], Any]) -> Any | None:
     """What `make` sets up while the library's kernel serves `operator`; None where it does not.
 

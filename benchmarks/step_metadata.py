@@ -82,8 +82,9 @@ def make_builder() -> StepMetadataBuilder:
 
 def make_builders() -> dict[str, StepMetadataBuilder]:
     """Label -> builder: of the Triton kernel, and of the custom operator where it can be had."""
-    found = {TRITON: make_builder(), CUSTOM: _custom_ops.set_up("step_metadata", make_builder)}
-    return {label: builder for label, builder in found.items() if builder is not None}
+    found = {TRITON: _custom_ops.without(make_builder)}
+    builder = _custom_ops.set_up("step_metadata", make_builder)
+    return found if builder is None else found | {CUSTOM: builder}
 
 
 def make_step(rows: Rows, seed: int) -> Step:

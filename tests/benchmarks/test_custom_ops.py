@@ -36,6 +36,16 @@ def test_it_serves_what_is_set_up_with_it_and_nothing_after(library: None) -> No
     assert serving("") == "triton"
 
 
+def test_what_was_taken_before_does_not_serve_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    custom_ops.use_library("libc.so.6")
+    assert serving("") == "custom op"
+    assert _custom_ops.without(lambda: serving("")) == "triton"
+    installed = custom_ops.Build(custom_ops.BUILT, "for a GPU", "x.so", kernels=object())
+    monkeypatch.setattr(custom_ops, "build", lambda: installed)
+    with pytest.raises(RuntimeError, match="fd_dsa_ops serves step_metadata; uninstall it"):
+        _custom_ops.without(lambda: serving(""))
+
+
 def test_one_that_disagrees_is_left_out(library: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert _custom_ops.set_up("step_metadata", lambda: serving("slots differ")) is None
     assert "left out: step_metadata: slots differ" in capsys.readouterr().out
