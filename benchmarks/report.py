@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks._harness import RESULTS, ROOT, table_row, three_digits, write_json
 from benchmarks._provider_tables import provider_tables
 from benchmarks._staging_tables import staging_lines
+from benchmarks._topk_tables import topk_sentences
 from benchmarks._v4_tables import v4_prepare_tables
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -30,7 +31,7 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
 _OVERLAP_KINDS = ("graph", "eager", "graph, k_norm beside", "eager, k_norm beside")
 _MADE_BY_OTHERS = {"indexer_logits": "scores", "sparse_mla": "attention"}
-_WITHOUT_PLOT = ("engine_cpu", "providers")
+_WITHOUT_PLOT = ("engine_cpu", "providers", "topk")
 _BARS = "the table above as bars"
 _CAPTIONS = {
     "overlap": "the kernels of a layer by stream; above the whole layer, below its begin",
@@ -258,6 +259,12 @@ def step_metadata(result: Mapping[str, Any]) -> str:
     return f"{text}\nThe custom operator, at most in any of these steps: {counts}.\n"
 
 
+def topk(result: Mapping[str, Any]) -> str:
+    """Markdown of benchmarks/results/topk.json: the times, and the least ratios."""
+    lines = [] if _refusal(result) else [f"\n{text}\n" for text in topk_sentences(result)]
+    return "".join([gpu_table(result), *lines])
+
+
 def v4_prepare(result: Mapping[str, Any]) -> str:
     """Markdown of benchmarks/results/v4_prepare.json: all sizes, aims, and what is faster."""
     refused = _refusal(result)
@@ -285,6 +292,7 @@ _MADE_BY = {
     "providers": providers,
     "staging": staging,
     "step_metadata": step_metadata,
+    "topk": topk,
     "v4_prepare": v4_prepare,
 }
 
