@@ -14,83 +14,16 @@ from __future__ import annotations
 
 from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.v4_prepare.kernel_parts import write_hca_lists, write_tokens, write_windows
-from fd_dsa.v4_prepare.kernel_rows import effective, load_rows, sum_capped, sum_quotients
+from fd_dsa.v4_prepare.kernel_rows import (
+    effective,
+    hca_before,
+    load_rows,
+    sums_before,
+    tokens_before,
+)
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def _tokens_before(slab, q_at, limit, ROW_TILE: tl.constexpr):
-    """Tokens of the rows below `limit`."""
-    tokens = tl.zeros((ROW_TILE,), tl.int32)
-    for first in range(0, limit, ROW_TILE):
-        rows = first + tl.arange(0, ROW_TILE)
-        tokens += tl.where(rows < limit, tl.load(slab + q_at + rows), 0)
-    return tl.sum(tokens)
-
-
-@triton.jit
-def _hca_before(
-    slab,
-    rollback_ptr,
-    num_rollback,
-    ctx_at,
-    q_at,
-    limit,
-    HCA_RATIO: tl.constexpr,
-    ROW_TILE: tl.constexpr,
-):
-    """HCA entries that the tokens of the rows below `limit` list."""
-    hca = tl.zeros((ROW_TILE,), tl.int32)
-    for first in range(0, limit, ROW_TILE):
-        rows = first + tl.arange(0, ROW_TILE)
-        _, kept, ctx = load_rows(slab, rollback_ptr, rows, limit, num_rollback, ctx_at, q_at)
-        hca += sum_quotients(ctx, HCA_RATIO) - sum_quotients(ctx - kept, HCA_RATIO)
-    return tl.sum(hca)
-
-
-@triton.jit
-def _sums_before(
-    slab,
-    rollback_ptr,
-    num_rollback,
-    ctx_at,
-    q_at,
-    limit,
-    CSA_RATIO: tl.constexpr,
-    HCA_RATIO: tl.constexpr,
-    TOPK: tl.constexpr,
-    ROW_TILE: tl.constexpr,
-):
-    """Tokens, HCA and CSA entries, plan and write-plan rows of both ratios, below row `limit`."""
-    tokens = tl.zeros((ROW_TILE,), tl.int32)
-    hca = tl.zeros((ROW_TILE,), tl.int32)
-    csa = tl.zeros((ROW_TILE,), tl.int32)
-    csa_plan = tl.zeros((ROW_TILE,), tl.int32)
-    hca_plan = tl.zeros((ROW_TILE,), tl.int32)
-    csa_wplan = tl.zeros((ROW_TILE,), tl.int32)
-    hca_wplan = tl.zeros((ROW_TILE,), tl.int32)
-    for first in range(0, limit, ROW_TILE):
-        rows = first + tl.arange(0, ROW_TILE)
-        q, kept, ctx = load_rows(slab, rollback_ptr, rows, limit, num_rollback, ctx_at, q_at)
-        start = ctx - kept
-        tokens += q
-        hca += sum_quotients(ctx, HCA_RATIO) - sum_quotients(start, HCA_RATIO)
-        csa += sum_capped(ctx, CSA_RATIO, TOPK) - sum_capped(start, CSA_RATIO, TOPK)
-        csa_plan += ctx // CSA_RATIO - start // CSA_RATIO
-        hca_plan += ctx // HCA_RATIO - start // HCA_RATIO
-        csa_wplan += tl.minimum(kept, 2 * CSA_RATIO)
-        hca_wplan += tl.minimum(kept, HCA_RATIO)
-    return (
-        tl.sum(tokens),
-        tl.sum(hca),
-        tl.sum(csa),
-        tl.sum(csa_plan),
-        tl.sum(csa_wplan),
-        tl.sum(hca_plan),
-        tl.sum(hca_wplan),
-    )
 
 
 @triton.jit
@@ -271,7 +204,7 @@ def expand_kernel(
     limit = tl.minimum(row, num_rows)
 
     if part < TOKEN_PARTS:
-        tokens, hca, csa, csa_plan, csa_wplan, hca_plan, hca_wplan = _sums_before(
+        tokens, hca, csa, csa_plan, csa_wplan, hca_plan, hca_wplan = sums_before(
             slab,
             rollback_ptr,
             num_rollback,
@@ -388,7 +321,7 @@ def expand_kernel(
             TOKEN_TILE,
         )
     elif part < TOKEN_PARTS + WINDOW_PARTS:
-        tokens = _tokens_before(slab, q_at, limit, ROW_TILE)
+        tokens = tokens_before(slab, q_at, limit, ROW_TILE)
         q = tl.where(is_padding, num_tokens - tokens, q)
         write_windows(
             win_idx_ptr,
@@ -413,8 +346,16 @@ def expand_kernel(
             WINDOW_ROWS,
         )
     elif hca_idx_ptr is not None:
-        hca = _hca_before(
-            slab, rollback_ptr, num_rollback, ctx_at, q_at, limit, HCA_RATIO, ROW_TILE
+        hca = hca_before(
+            slab,
+            rollback_ptr,
+            num_rollback,
+            ctx_at,
+            q_at,
+            # a row that lists nothing needs no offset
+            tl.where(kept > 0, row, 0),
+            HCA_RATIO,
+            ROW_TILE,
         )
         write_hca_lists(
             hca_idx_ptr,

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""What the kernels of a step share: rows of a slab, closed sums over positions, table cells.
+"""What the parts of the expand kernel share: rows of a slab, sums over them, table cells.
 
 No sum runs over tokens or programs: what a row adds to an offset is a closed form of its lengths.
 Sums are int32 and may pass 2^31 on the way. They are right modulo 2^32, as nothing is divided
@@ -55,6 +55,79 @@ def load_rows(slab, rollback_ptr, rows, limit, num_rollback, ctx_at, q_at):
         held = rows < tl.minimum(limit, num_rollback)
         kept, ctx = effective(q, ctx, tl.load(rollback_ptr + rows, mask=held, other=0))
     return q, kept, ctx
+
+
+@triton.jit
+def tokens_before(slab, q_at, limit, ROW_TILE: tl.constexpr):
+    """Tokens of the rows below `limit`."""
+    tokens = tl.zeros((ROW_TILE,), tl.int32)
+    for first in range(0, limit, ROW_TILE):
+        rows = first + tl.arange(0, ROW_TILE)
+        tokens += tl.where(rows < limit, tl.load(slab + q_at + rows), 0)
+    return tl.sum(tokens)
+
+
+@triton.jit
+def hca_before(
+    slab,
+    rollback_ptr,
+    num_rollback,
+    ctx_at,
+    q_at,
+    limit,
+    HCA_RATIO: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+):
+    """HCA entries that the tokens of the rows below `limit` list."""
+    hca = tl.zeros((ROW_TILE,), tl.int32)
+    for first in range(0, limit, ROW_TILE):
+        rows = first + tl.arange(0, ROW_TILE)
+        _, kept, ctx = load_rows(slab, rollback_ptr, rows, limit, num_rollback, ctx_at, q_at)
+        hca += sum_quotients(ctx, HCA_RATIO) - sum_quotients(ctx - kept, HCA_RATIO)
+    return tl.sum(hca)
+
+
+@triton.jit
+def sums_before(
+    slab,
+    rollback_ptr,
+    num_rollback,
+    ctx_at,
+    q_at,
+    limit,
+    CSA_RATIO: tl.constexpr,
+    HCA_RATIO: tl.constexpr,
+    TOPK: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+):
+    """Tokens, HCA and CSA entries, plan and write-plan rows of both ratios, below row `limit`."""
+    tokens = tl.zeros((ROW_TILE,), tl.int32)
+    hca = tl.zeros((ROW_TILE,), tl.int32)
+    csa = tl.zeros((ROW_TILE,), tl.int32)
+    csa_plan = tl.zeros((ROW_TILE,), tl.int32)
+    hca_plan = tl.zeros((ROW_TILE,), tl.int32)
+    csa_wplan = tl.zeros((ROW_TILE,), tl.int32)
+    hca_wplan = tl.zeros((ROW_TILE,), tl.int32)
+    for first in range(0, limit, ROW_TILE):
+        rows = first + tl.arange(0, ROW_TILE)
+        q, kept, ctx = load_rows(slab, rollback_ptr, rows, limit, num_rollback, ctx_at, q_at)
+        start = ctx - kept
+        tokens += q
+        hca += sum_quotients(ctx, HCA_RATIO) - sum_quotients(start, HCA_RATIO)
+        csa += sum_capped(ctx, CSA_RATIO, TOPK) - sum_capped(start, CSA_RATIO, TOPK)
+        csa_plan += ctx // CSA_RATIO - start // CSA_RATIO
+        hca_plan += ctx // HCA_RATIO - start // HCA_RATIO
+        csa_wplan += tl.minimum(kept, 2 * CSA_RATIO)
+        hca_wplan += tl.minimum(kept, HCA_RATIO)
+    return (
+        tl.sum(tokens),
+        tl.sum(hca),
+        tl.sum(csa),
+        tl.sum(csa_plan),
+        tl.sum(csa_wplan),
+        tl.sum(hca_plan),
+        tl.sum(hca_wplan),
+    )
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from fd_dsa.v4_prepare.buffers import V4Buffers
 from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
 from fd_dsa.v4_prepare.launch import ExpandLaunch, ExpandTiles
 from fd_dsa.v4_prepare.slab import ERROR_SLOTS, ERROR_WORDS, SlabLayout
-from tests.kernel_memory import KernelMemory
+from tests.kernel_memory import POISON, KernelMemory
 from tests.reference.v4_prepare import naive
 
 V4_SIZES = {
@@ -91,6 +91,9 @@ CONFIGS = {
 }
 
 
+_POISON = np.frombuffer(bytes([POISON]) * 4, np.int32)[0]
+
+
 @dataclass
 class Step:
     """Inputs of one step: ctx, q and slot [B], block table [B, MB] with -1 in unused cells."""
@@ -162,6 +165,7 @@ class DeviceStepper:
         # cells that the device's table holds; -2 = it does not have them
         self.mirror = np.full((cfg.max_num_seqs, cfg.max_blocks_per_seq), -2, np.int32)
         self.stamp = 0
+        self._longest_list = 0
 
     def write(self, step: Step, slab: int | None = None) -> int:
         """Put a step into slab 0 or 1, by default in turn; where it starts."""
@@ -220,14 +224,17 @@ class DeviceStepper:
             name: self.memory.get(getattr(self.buffers, name)) for name in OUTPUT_SHAPES(self.cfg)
         }
         if "hca_idx" in found:
-            found["hca_idx"] = found["hca_idx"][: found["counts"][2]]
+            length = int(found["counts"][2])
+            found["hca_idx"] = found["hca_idx"][:length]
+            self._longest_list = max(self._longest_list, length)
         return found
 
-    def assert_table(self) -> None:
-        """The device's table holds every cell that was sent, and no other cell was written."""
-        poison = np.frombuffer(b"\xa5\xa5\xa5\xa5", np.int32)[0]
-        wanted = np.where(self.mirror == -2, poison, self.mirror)
+    def assert_nothing_else(self) -> None:
+        """Of the table the cells that were sent were written, of the HCA list those of a step."""
+        wanted = np.where(self.mirror == -2, _POISON, self.mirror)
         np.testing.assert_array_equal(self.memory.get(self.buffers.block_table), wanted)
+        if self.buffers.hca_idx is not None:
+            assert (self.memory.get(self.buffers.hca_idx)[self._longest_list :] == _POISON).all()
 
 
 def expected(

@@ -56,7 +56,7 @@ def test_sizes_of_real_serving(name: str) -> None:
         rollback = rng.integers(0, cfg.spec_tokens + 1, len(step.ctx))
         rollback = rollback.clip(max=step.ctx - step.q)
         assert_same(stepper.run(step, rollback), expected(cfg, step, rollback))
-    stepper.assert_table()
+    stepper.assert_nothing_else()
 
 
 def test_a_million_tokens_in_table_mode_allocate_no_list() -> None:
