@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fd_dsa import custom_ops
-from fd_dsa.triton_runtime import DeviceApi
+from tests.custom_ops.adoption import adopted
 from tests.custom_ops.building import host_library, load_package
 
 MEMORIES = {"interpreter": "triton", "torch": "gpu"}
@@ -19,16 +17,6 @@ MEMORIES = {"interpreter": "triton", "torch": "gpu"}
 def ops() -> Any:
     """The package fd_dsa_ops, built beside Paddle's CPU wheel."""
     return load_package()
-
-
-class HostApi(DeviceApi):
-    """Tensors in host memory, as device 0 of the library that works there."""
-
-    def device_of(self, tensor: Any) -> int:
-        return 0
-
-    def current_stream(self, device: int) -> int:
-        return 0
 
 
 @pytest.fixture(
@@ -45,10 +33,5 @@ def kernel_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         library = build_library()
     else:
         library = host_library()
-        monkeypatch.setattr("fd_dsa.step.probe.INTERPRETING", False)
-        monkeypatch.setattr("fd_dsa.step.custom_op.api_for_type", lambda kind: HostApi())
-        driver = SimpleNamespace(num_devices=1)
-        monkeypatch.setattr("fd_dsa.triton_runtime.c_launch.cuda", lambda: driver)
-    custom_ops.use_library(library)
-    yield memory
-    custom_ops.use_library(None)
+    with adopted(library, monkeypatch, on_gpu=memory.on_gpu):
+        yield memory
