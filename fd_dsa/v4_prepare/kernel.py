@@ -173,6 +173,7 @@ def expand_kernel(
     WINDOW_TILE: tl.constexpr,
     HCA_TILE: tl.constexpr,
     HCA_GROUP: tl.constexpr,
+    RUN_TILE: tl.constexpr,
 ):
     """All outputs of a step; names, shapes and values are those of `V4Arrays`.
 
@@ -268,14 +269,6 @@ def expand_kernel(
             if part == 0:
                 tl.store(cu_q_ptr + row + 1, tokens + q)
                 tl.store(ctx_ptr + row, ctx)
-            # no program reads these cells of the table in this launch
-            table = block_table_ptr + row * row_stride
-            num_columns = end_changed - first_changed
-            for first in range(part * TOKEN_TILE, num_columns, TOKEN_PARTS * TOKEN_TILE):
-                columns = first_changed + first + tl.arange(0, TOKEN_TILE)
-                changed = columns < end_changed
-                new = tl.load(values + columns, mask=changed, other=0)
-                tl.store(table + columns, new, mask=changed)
         write_tokens(
             positions_ptr,
             req_of_token_ptr,
@@ -376,3 +369,11 @@ def expand_kernel(
             HCA_TILE,
             HCA_GROUP,
         )
+
+    # no program reads these cells of the table in this launch
+    table = block_table_ptr + row * row_stride
+    num_parts: tl.constexpr = TOKEN_PARTS + WINDOW_PARTS + HCA_PARTS
+    for first in range(part * RUN_TILE, run_end - run_start, num_parts * RUN_TILE):
+        columns = first_changed + first + tl.arange(0, RUN_TILE)
+        new = tl.load(values + columns, mask=columns < end_changed, other=0)
+        tl.store(table + columns, new, mask=columns < end_changed)

@@ -15,8 +15,10 @@ from fd_dsa.v4_prepare.slab import ERROR_SLOTS, ERROR_WORDS, SlabLayout
 # stands for an offset or address of more than 32 bits, so that the bound scalar has 64
 _WIDE = 1 << 40
 _MAX_ROW_TILE = 1024
+# table cells that a program stores at a time; most steps change none of a row, or one
+_RUN_TILE = 128
 # programs that a launch of decode rows, and one that may hold long rows, spreads over
-_DECODE_PROGRAMS, _PREFILL_PROGRAMS = 1024, 8192
+_DECODE_PROGRAMS, _PREFILL_PROGRAMS = 512, 8192
 _LONG_ROW = 64
 
 
@@ -57,7 +59,7 @@ def tiles_for(cfg: V4PrepareConfig) -> ExpandTiles:
     window_rows = min(power_of_two(longest), 8)
     hca_group = min(power_of_two(longest), 8)
     entries = max(1, cfg.max_model_len // cfg.hca_ratio)
-    hca_tile = min(max(32, power_of_two(entries)), 512)
+    hca_tile = min(max(32, power_of_two(entries)), 128)
     row_tile = min(max(32, power_of_two(cfg.max_num_seqs)), _MAX_ROW_TILE)
     if hca_tile == row_tile:
         # tiles of one shape get one layout, and that of the rows does not fit unaligned lists
@@ -67,7 +69,7 @@ def tiles_for(cfg: V4PrepareConfig) -> ExpandTiles:
         token_parts=min(-(-longest // token_tile), most),
         window_parts=min(-(-longest // window_rows), most),
         hca_parts=0 if cfg.hca_mode == "table" else min(num_items, most),
-        padding_programs=min(-(-cfg.max_num_tokens // 32), 64),
+        padding_programs=min(-(-cfg.max_num_tokens // 16), 64),
         token_tile=token_tile,
         window_rows=window_rows,
         hca_tile=hca_tile,
@@ -104,6 +106,7 @@ def expand_constants(cfg: V4PrepareConfig, tiles: ExpandTiles) -> dict[str, int 
         "WINDOW_TILE": power_of_two(cfg.window_size),
         "HCA_TILE": tiles.hca_tile,
         "HCA_GROUP": tiles.hca_group,
+        "RUN_TILE": _RUN_TILE,
     }
 
 

@@ -140,5 +140,5 @@ def test_a_step_neither_waits_nor_allocates_nor_compiles() -> None:
         offset = stepper.write(make_step(cfg, rows, rng))
         for given in (None, rollback, rollback[:20]):
             found = _gpu.effects(lambda offset=offset, given=given: stepper.launch(offset, given))
-            assert found == {"launches": 1, "host_waits": 0, "allocations": 0}
+            assert found == {"launches": 1, "copies": 0, "host_waits": 0, "allocations": 0}
     assert num_late_compilations() == compiled
