@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import distributions
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ def sources_of_the_package() -> list[Path]:
 
 def key_of(*parts: object) -> str:
     """Hash of the sources and of what else a build is made of."""
-    digest = hashlib.sha256(repr((*parts, version("paddlepaddle"))).encode())
+    installed = [f"{d.name} {d.version}" for d in distributions() if "paddlepaddle" in d.name]
+    digest = hashlib.sha256(repr((*parts, sorted(installed))).encode())
     for path in [*sources_of_the_package(), HOST_KERNELS]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
