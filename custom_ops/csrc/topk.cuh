@@ -1,167 +1,187 @@
 // Exact top-k of rows of scores: a block or a cluster of blocks a row.
 //
-// A bound from evenly spaced samples is exceeded by little more than k scores of a row. One pass
-// over the row keeps those in shared memory, where the best are found by counting digits. A bound
-// that fails, or a plateau of equal scores at it, is seen by the number of scores kept; passes over
-// the row for each digit then serve. Counts are integers, so nothing depends on the order of
-// threads.
+// A short row stays in registers. Of a longer one a bound is taken from evenly spaced samples, which
+// little more than k scores exceed: one pass keeps those in shared memory. Among what is held the
+// k-th best is found by counting digits. A bound that fails, or a plateau of equal scores at it, is
+// seen by the number of scores kept; passes over the row for each digit then serve. Counts are
+// integers, so nothing depends on the order of threads.
 #pragma once
 
 #include <utility>
 
+#include "topk_bound.cuh"
+#include "topk_held.cuh"
 #include "topk_scan.cuh"
+#include "topk_select.cuh"
 
 namespace fd_dsa::topk {
 
-// Zeroes what a block counts in.
-template <int kThreads>
-__device__ __forceinline__ void clear(Shared& shared, uint32_t* bits, int32_t num_words) {
-  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
-  for (int32_t i = threadIdx.x; i < num_words; i += kThreads) bits[i] = 0;
-  if (threadIdx.x == 0) {
-    shared.num_small = shared.num_kept = shared.highest = 0;
-    shared.pivot = 0xffffffffu;
+// The parts of shared memory whose sizes the host chooses.
+struct Lists {
+  Shared& shared;
+  uint64_t* keys;
+  Order order;
+
+  __device__ __forceinline__ explicit Lists(const Sizes& sizes)
+      : shared(*reinterpret_cast<Shared*>(shared_memory())) {
+    keys = reinterpret_cast<uint64_t*>(shared_memory() + sizeof(Shared));
+    order.bits = reinterpret_cast<uint32_t*>(keys + sizes.capacity);
+    order.before = order.bits + sizes.num_bits / 32;
+    order.num_bits = sizes.num_bits;
+    order.chosen = reinterpret_cast<int32_t*>(order.before + sizes.num_bits / 64);
   }
-}
+
+  // Zeroes what is counted in.
+  template <int kThreads>
+  __device__ __forceinline__ void clear() const {
+    uint4* words = reinterpret_cast<uint4*>(order.bits);
+    for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
+    for (int i = threadIdx.x; i < kSampleBins; i += kThreads) {
+      shared.sample_bins[i] = 0;
+      shared.sample_low[i] = 0xffffffffu;
+    }
+    for (int32_t i = threadIdx.x; i < order.num_bits / 128; i += kThreads) {
+      words[i] = make_uint4(0, 0, 0, 0);
+    }
+    if (threadIdx.x == 0) {
+      shared.num_small = shared.num_kept = shared.num_sent = shared.highest = 0;
+    }
+  }
+};
 
 // A row with at most k positions: all of them.
 template <int kThreads, typename Blocks>
-__device__ __forceinline__ void write_all(const Rows& rows, const Row& row) {
-  int32_t* out = rows.out + row.token * rows.k;
-  for (int64_t i = Blocks::rank() * kThreads + threadIdx.x; i < rows.k;
+__device__ __forceinline__ void write_all(const Job& job, const Row& row) {
+  int32_t* out = job.rows.out + row.token * job.rows.k;
+#pragma unroll 1
+  for (int64_t i = Blocks::rank() * kThreads + threadIdx.x; i < job.rows.k;
        i += Blocks::size() * kThreads) {
-    out[i] = i < row.length ? entry_of(rows, row.token, static_cast<int32_t>(i)) : -1;
+    out[i] = i < row.length ? entry_at(job, row.token, static_cast<int32_t>(i)) : -1;
   }
 }
 
-// A short row: every score is a candidate.
-template <int kThreads>
-__device__ void choose_directly(const Rows& rows, const Row& row, uint64_t* list, uint32_t* bits,
-                                int32_t num_bits, Shared& shared) {
-  constexpr int kBatch = 4;
-  uint32_t low = 0xffffffffu, high = 0;
-  for (int32_t base = threadIdx.x; base < row.length; base += kBatch * kThreads) {
-    float score[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int32_t position = base + i * kThreads;
-      score[i] = position < row.length ? __ldg(row.scores + position) : 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int32_t position = base + i * kThreads;
-      if (position < row.length) {
-        const uint32_t image = image_of(score[i]);
-        low = min(low, image);
-        high = max(high, image);
-        list[position] = ranked(image, position);
-      }
-    }
-  }
-  block_range<kThreads>(shared, low, high);
-  const uint64_t first = static_cast<uint64_t>(low) << 32;
-  const uint64_t last = static_cast<uint64_t>(high) << 32 | 0xffffffffu;
-  const uint32_t k = static_cast<uint32_t>(rows.k);
-  const uint64_t threshold = find_threshold<kThreads>(shared, list, row.length, k, first, last);
-  write_list<kThreads>(rows, row, list, row.length, true, threshold, bits, num_bits, shared);
-}
-
-// What the blocks of a row kept, known to all of them.
-struct Kept {
-  uint32_t mine, below, all, highest;
-};
-
-template <typename Blocks>
-__device__ __forceinline__ Kept exchange_kept(Shared& shared) {
+// Brings the candidates of all blocks to that of rank 0; the list is whole there alone.
+// Returns how many there are, whether they fit or not.
+template <int kThreads, typename Blocks>
+__device__ __forceinline__ uint32_t send_kept(Shared& shared, List& list) {
   __syncthreads();
-  const uint32_t mine = shared.num_kept;
-  if (Blocks::size() == 1) return {mine, 0, mine, shared.highest};
-  // all blocks have begun, so their memory can be written
+  list.kept = shared.num_kept;
+  if (Blocks::size() == 1) return list.kept;
+  // all blocks have begun, and cleared what others count in
   Blocks::wait();
-  if (threadIdx.x < Blocks::size()) {
-    Blocks::store(&shared.kept_of[Blocks::rank()], threadIdx.x, mine);
-    Blocks::store(&shared.highest_of[Blocks::rank()], threadIdx.x, shared.highest);
+  if (Blocks::rank() > 0) {
+    if (threadIdx.x == 0) {
+      shared.sent_to = Blocks::add(&shared.num_sent, 0, list.kept);
+      Blocks::max(&shared.highest, 0, shared.highest);
+    }
+    __syncthreads();
+    const uint32_t to = shared.sent_to;
+    for (uint32_t i = threadIdx.x; i < list.kept && to + i < list.capacity; i += kThreads) {
+      Blocks::store(&list.keys[to + i], 0, list.keys[list.capacity - 1 - i]);
+    }
   }
   Blocks::sync();
-  const bool valid = lane_id() < Blocks::size();
-  const uint32_t kept = valid ? shared.kept_of[lane_id()] : 0;
-  const uint32_t highest = valid ? shared.highest_of[lane_id()] : 0;
-  const uint32_t below = __reduce_add_sync(kAllLanes, lane_id() < Blocks::rank() ? kept : 0);
-  return {mine, below, __reduce_add_sync(kAllLanes, kept), __reduce_max_sync(kAllLanes, highest)};
+  list.sent = Blocks::load(&shared.num_sent, 0);
+  return list.sent + Blocks::load(&shared.num_kept, 0);
 }
 
 // A long row: candidates are the scores above a bound.
-template <int kThreads, int kUnroll, int kLoads, typename Blocks>
-__device__ void choose_by_bound(const Rows& rows, const Row& row, Sizes sizes, uint64_t* list,
-                                uint32_t* bits, Shared& shared) {
+template <int kThreads, int kUnroll, bool kAhead, typename Blocks>
+__device__ __forceinline__ void choose_by_bound(const Job& job, const Row& row,
+                                                const Lists& lists) {
+  constexpr int kLoads = kThreads >= kMaxSamples / 4 ? 1 : kMaxSamples / 4 / kThreads;
   const int32_t num_blocks = Blocks::size(), share = (row.num_chunks - 1) / num_blocks + 1;
   const int32_t each = (share + kWarp - 1) / kWarp * kWarp;
   const int32_t begin = min(static_cast<int32_t>(Blocks::rank()) * each, row.num_chunks);
   const int32_t end = min(begin + each, row.num_chunks);
+  const uint32_t k = static_cast<uint32_t>(job.rows.k);
+  const uint32_t capacity = static_cast<uint32_t>(job.sizes.capacity);
+  Shared& shared = lists.shared;
   float4 tile[kUnroll];
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    tile[u] = load_or_none(row, begin + u * kThreads + threadIdx.x, end);
-  }
-  const uint32_t bound = choose_bound<kThreads, kLoads>(row, rows.k, shared);
-  const uint32_t capacity = static_cast<uint32_t>(sizes.capacity);
-  keep_above<kThreads, kUnroll>(row, begin, end, tile, score_of(bound), shared, list, capacity);
-  const Kept kept = exchange_kept<Blocks>(shared);
-  const uint32_t k = static_cast<uint32_t>(rows.k);
-  if (kept.all < k || kept.all > capacity) {
+  load_tile<kThreads>(row, begin + threadIdx.x, end, tile);
+  const uint32_t bound = choose_bound<kThreads, kLoads>(row, job.rows.k, shared);
+  keep_above<kThreads, kUnroll, kAhead>(row, begin, end, tile, score_of(bound), shared, lists.keys,
+                                        capacity);
+  List list = {lists.keys, 0, 0, capacity};
+  const uint32_t all = send_kept<kThreads, Blocks>(shared, list);
+  if (all < k || all > capacity) {
     const Span span = {max(row.first_of(begin), 0), min(row.first_of(end), row.length)};
-    choose_by_scans<kThreads, Blocks>(rows, row, span, kept.all < k, bound, shared,
-                                      reinterpret_cast<uint32_t*>(list));
+    choose_by_scans<kThreads, Blocks>(job, row, span, all < k, bound, shared,
+                                      reinterpret_cast<uint32_t*>(lists.keys));
     return;
   }
-  if (num_blocks > 1) {
-    if (Blocks::rank() > 0) {
-      for (uint32_t i = threadIdx.x; i < kept.mine; i += kThreads) {
-        Blocks::store(&list[kept.below + i], 0, list[i]);
-      }
-      Blocks::arrive();
-      return;
-    }
-    Blocks::sync();
+  if (Blocks::rank() > 0) {
+    Blocks::arrive();
+    return;
   }
-  const uint64_t low = static_cast<uint64_t>(bound + 1) << 32;
-  const uint64_t high = static_cast<uint64_t>(kept.highest) << 32 | 0xffffffffu;
-  const int32_t size = static_cast<int32_t>(kept.all);
-  const uint64_t threshold = find_threshold<kThreads>(shared, list, size, k, low, high);
-  write_list<kThreads>(rows, row, list, size, false, threshold, bits, sizes.num_bits, shared);
+  uint64_t threshold = 0;
+  if (all > k) {
+    const auto each_listed = [&](auto visit) { list.each<kThreads>(visit); };
+    threshold = find_threshold<kThreads>(shared, each_listed, k, bound + 1, shared.highest,
+                                         row.length);
+  }
+  write_list<kThreads>(job, row, list, lists.order, threshold, shared);
+  // others may still read how many there are
+  if (num_blocks > 1) Blocks::sync();
 }
 
-template <int kThreads, int kMinBlocks, int kUnroll, bool kCluster>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) topk_kernel(Rows rows, Sizes sizes) {
-  using Blocks = Cluster<kCluster>;
-  constexpr int kLoads = kThreads >= 1024 ? 1 : 1024 / kThreads;
-  extern __shared__ __align__(16) unsigned char memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
-  uint64_t* list = reinterpret_cast<uint64_t*>(memory + sizeof(Shared));
-  uint32_t* bits = reinterpret_cast<uint32_t*>(list + sizes.capacity);
-  const int32_t index = static_cast<int32_t>(blockIdx.x / Blocks::size());
-  const int64_t token = token_of(rows, index);
+// Whether something of a row is left out; where nothing is, it is written here.
+template <int kThreads, typename Blocks>
+__device__ __forceinline__ bool needs_choice(const Job& job, const Row& row) {
+  if (row.length > job.rows.k) return true;
+  write_all<kThreads, Blocks>(job, row);
+  return false;
+}
+
+// Rows that fit into the registers of a block.
+template <int kThreads, int kMinBlocks, int kUnroll>
+__global__ void __launch_bounds__(kThreads, kMinBlocks) held_kernel(Job job) {
+  using Blocks = Cluster<false>;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
+  if (threadIdx.x == 0) shared.num_small = 0;
+  const int32_t index = static_cast<int32_t>(blockIdx.x);
+  const int64_t token = token_of(job.rows, index);
   if (token < 0) return;
-  const Row row(rows, index, token);
-  if (row.length <= rows.k) {
-    write_all<kThreads, Blocks>(rows, row);
-    return;
-  }
-  const bool is_short = row.length <= sizes.direct;
-  if (is_short && Blocks::rank() > 0) return;
-  if (!is_short) Blocks::arrive();
-  clear<kThreads>(shared, bits, min(sizes.num_bits, row.length + kWarp) / kWarp);
-  if (is_short) {
-    choose_directly<kThreads>(rows, row, list, bits, sizes.num_bits, shared);
-  } else {
-    choose_by_bound<kThreads, kUnroll, kLoads, Blocks>(rows, row, sizes, list, bits, shared);
-  }
+  const Row row(job.rows, index, token);
+  if (!needs_choice<kThreads, Blocks>(job, row)) return;
+  choose_held<kThreads, kUnroll>(job, row, shared);
 }
 
-template <int kThreads, int kMinBlocks, int kUnroll, bool kCluster>
-int launch_variant(const Rows& rows, const Sizes& sizes, void* stream) {
-  auto* kernel = topk_kernel<kThreads, kMinBlocks, kUnroll, kCluster>;
-  const int bytes = static_cast<int>(sizeof(Shared)) + 8 * sizes.capacity + sizes.num_bits / 8;
+// Rows of any length.
+template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
+__global__ void __launch_bounds__(kThreads, kMinBlocks) bound_kernel(Job job) {
+  using Blocks = Cluster<kCluster>;
+  const Lists lists(job.sizes);
+  lists.clear<kThreads>();
+  const int32_t index = static_cast<int32_t>(blockIdx.x / Blocks::size());
+  const int64_t token = token_of(job.rows, index);
+  if (token < 0) return;
+  const Row row(job.rows, index, token);
+  if (!needs_choice<kThreads, Blocks>(job, row)) return;
+  Blocks::arrive();
+  choose_by_bound<kThreads, kUnroll, kAhead, Blocks>(job, row, lists);
+}
+
+inline Job job_of(const Rows& rows, const Sizes& sizes) {
+  Job job = {rows, sizes, -1};
+  for (int shift = 0; shift < 31; ++shift) {
+    if (rows.block_size == 1 << shift) job.block_shift = shift;
+  }
+  return job;
+}
+
+template <int kThreads, int kMinBlocks, int kUnroll>
+int launch_held(const Rows& rows, void* stream) {
+  const unsigned blocks = static_cast<unsigned>(rows.num_rows);
+  return launch(launch_config(blocks, kThreads, stream, sizeof(Shared)),
+                held_kernel<kThreads, kMinBlocks, kUnroll>, job_of(rows, {}));
+}
+
+template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
+int launch_bound(const Rows& rows, const Sizes& sizes, void* stream) {
+  auto* kernel = bound_kernel<kThreads, kMinBlocks, kUnroll, kAhead, kCluster>;
+  const int bytes = static_cast<int>(sizeof(Shared)) + sizes.list_bytes();
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess && kCluster) {
@@ -175,7 +195,7 @@ int launch_variant(const Rows& rows, const Sizes& sizes, void* stream) {
   attribute.val.clusterDim = {static_cast<unsigned>(sizes.cluster), 1, 1};
   config.attrs = &attribute;
   config.numAttrs = kCluster ? 1 : 0;
-  return launch(config, kernel, rows, sizes);
+  return launch(config, kernel, job_of(rows, sizes));
 }
 
 // The device of the calling thread.
@@ -195,13 +215,22 @@ inline cudaError_t find_gpu(Gpu& gpu) {
 
 inline int launch_topk(const Rows& rows, void* stream) {
   if (rows.num_rows <= 0 || rows.k <= 0) return 0;
+  // rows that begin off a chunk take one more
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.row_stride % 4 == 0;
+  const int64_t chunks = (static_cast<int64_t>(rows.width) + 3) / 4 + (aligned ? 0 : 1);
+  if (rows.width <= rows.k || chunks <= Held<512, 2>::kMostChunks) {
+    return launch_held<512, 2, 2>(rows, stream);
+  }
+  if (chunks <= Held<1024, 2>::kMostChunks) return launch_held<1024, 1, 2>(rows, stream);
   Gpu gpu = {};
   const cudaError_t error = find_gpu(gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
   const Sizes sizes = choose_sizes(rows, gpu, sizeof(Shared));
-  if (sizes.cluster > 1) return launch_variant<1024, 1, 2, true>(rows, sizes, stream);
-  if (rows.num_rows <= gpu.num_sms) return launch_variant<1024, 1, 2, false>(rows, sizes, stream);
-  return launch_variant<512, 3, 2, false>(rows, sizes, stream);
+  if (sizes.cluster > 1) return launch_bound<1024, 1, 2, true, true>(rows, sizes, stream);
+  if (rows.num_rows <= gpu.num_sms) {
+    return launch_bound<1024, 1, 2, true, false>(rows, sizes, stream);
+  }
+  return launch_bound<512, 3, 2, false, false>(rows, sizes, stream);
 }
 
 }  // namespace fd_dsa::topk

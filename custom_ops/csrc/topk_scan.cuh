@@ -2,7 +2,7 @@
 // positions in order. Serves where candidates do not fit, and plateaus of equal scores.
 #pragma once
 
-#include "topk_select.cuh"
+#include "topk_row.cuh"
 
 namespace fd_dsa::topk {
 
@@ -45,7 +45,8 @@ __device__ void share_bins(Shared& shared, uint32_t* sums) {
   }
   Blocks::sync();
   for (int i = threadIdx.x; i < kBins; i += kThreads) {
-    if (shared.bins[i] != 0) Blocks::add(&sums[i], 0, shared.bins[i]);
+    const uint32_t count = shared.bins[i];
+    if (count != 0) Blocks::add(&sums[i], 0, count);
   }
   Blocks::sync();
   for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = Blocks::load(&sums[i], 0);
@@ -93,11 +94,16 @@ __device__ Before count_scores(const Row& row, Span span, uint32_t threshold, Sh
   }
   better = __reduce_add_sync(kAllLanes, better);
   equal = __reduce_add_sync(kAllLanes, equal);
-  // of warps below, by lanes: sums over the block's threads of what lane 0 holds
-  const bool first = lane_id() == 0;
-  const uint32_t better_below = block_prefix<kThreads>(first ? better : 0, shared);
+  if (lane_id() == 0) {
+    shared.warp_low[warp_id()] = better;
+    shared.warp_high[warp_id()] = equal;
+  }
   __syncthreads();
-  const uint32_t equal_below = block_prefix<kThreads>(first ? equal : 0, shared);
+  const bool lower = lane_id() < warp_id();
+  const uint32_t better_below =
+      __reduce_add_sync(kAllLanes, lower ? shared.warp_low[lane_id()] : 0);
+  const uint32_t equal_below =
+      __reduce_add_sync(kAllLanes, lower ? shared.warp_high[lane_id()] : 0);
   if (threadIdx.x == kThreads - kWarp) {
     for (uint32_t rank = 0; rank < Blocks::size(); ++rank) {
       Blocks::store(&shared.better_of[Blocks::rank()], rank, better_below + better);
@@ -105,8 +111,7 @@ __device__ Before count_scores(const Row& row, Span span, uint32_t threshold, Sh
     }
   }
   Blocks::sync();
-  Before before = {__shfl_sync(kAllLanes, better_below, 0),
-                   __shfl_sync(kAllLanes, equal_below, 0), 0, 0};
+  Before before = {better_below, equal_below, 0, 0};
   for (uint32_t rank = 0; rank < Blocks::size(); ++rank) {
     const uint32_t more = shared.better_of[rank], same = shared.equal_of[rank];
     if (rank < Blocks::rank()) {
@@ -123,13 +128,13 @@ __device__ Before count_scores(const Row& row, Span span, uint32_t threshold, Sh
 
 // Writes the positions of the scores above a threshold and of the first `ties` equal to it.
 template <int kThreads>
-__device__ void write_scores(const Rows& rows, const Row& row, Span span, uint32_t threshold,
+__device__ void write_scores(const Job& job, const Row& row, Span span, uint32_t threshold,
                              uint32_t ties, Before before) {
   const Span mine = span.of_warp<kThreads>();
   uint32_t at_entry = before.better + min(before.equal, ties);
   uint32_t equal_below = before.equal;
-  int32_t* out = rows.out + row.token * rows.k;
-  const uint32_t k = static_cast<uint32_t>(rows.k);
+  int32_t* out = job.rows.out + row.token * job.rows.k;
+  const uint32_t k = static_cast<uint32_t>(job.rows.k);
   for (int32_t at = mine.begin; at < mine.end && at_entry < k; at += kWarp) {
     const int32_t position = at + lane_id();
     const bool inside = position < mine.end;
@@ -139,7 +144,7 @@ __device__ void write_scores(const Rows& rows, const Row& row, Span span, uint32
     const uint32_t rank = equal_below + __popc(equals & lanes_below());
     const bool chosen = (inside && image > threshold) || (equal && rank < ties);
     const unsigned all = __ballot_sync(kAllLanes, chosen);
-    if (chosen) out[at_entry + __popc(all & lanes_below())] = entry_of(rows, row.token, position);
+    if (chosen) out[at_entry + __popc(all & lanes_below())] = entry_at(job, row.token, position);
     at_entry += __popc(all);
     equal_below += __popc(equals);
   }
@@ -147,19 +152,19 @@ __device__ void write_scores(const Rows& rows, const Row& row, Span span, uint32
 
 // Chooses from a row with more than k scores by passes over it. `hint` may be the k-th best score.
 template <int kThreads, typename Blocks>
-__device__ void choose_by_scans(const Rows& rows, const Row& row, Span span, bool has_hint,
+__device__ __noinline__ void choose_by_scans(const Job& job, const Row& row, Span span, bool has_hint,
                                 uint32_t hint, Shared& shared, uint32_t* sums) {
-  uint32_t k = static_cast<uint32_t>(rows.k);
+  uint32_t k = static_cast<uint32_t>(job.rows.k);
   if (has_hint) {
     const Before before = count_scores<kThreads, Blocks>(row, span, hint, shared);
     if (before.all_better < k && k <= before.all_better + before.all_equal) {
-      write_scores<kThreads>(rows, row, span, hint, k - before.all_better, before);
+      write_scores<kThreads>(job, row, span, hint, k - before.all_better, before);
       return;
     }
   }
   const uint32_t threshold = find_image<kThreads, Blocks>(row, span, k, shared, sums);
   const Before before = count_scores<kThreads, Blocks>(row, span, threshold, shared);
-  write_scores<kThreads>(rows, row, span, threshold, k, before);
+  write_scores<kThreads>(job, row, span, threshold, k, before);
 }
 
 }  // namespace fd_dsa::topk

@@ -16,10 +16,15 @@ constexpr int kMaxSamples = 4096;
 constexpr int32_t kMinCapacity = 1024;
 
 struct Sizes {
-  int32_t cluster;   // blocks of a row
-  int32_t capacity;  // candidates that fit
-  int32_t direct;    // rows up to this length are candidates as they are
-  int32_t num_bits;  // positions that are put in order at once; a multiple of 32
+  int32_t cluster;     // blocks of a row
+  int32_t capacity;    // candidates that fit
+  int32_t num_bits;    // positions that are put in order at once; a multiple of 128
+  int32_t num_chosen;  // k, or 0 where k candidates never fit
+
+  // Bytes of shared memory behind a block's own.
+  int32_t list_bytes() const {
+    return 8 * capacity + num_bits / 8 + num_bits / 16 + (num_chosen + 3) / 4 * 16;
+  }
 };
 
 // What is known of a GPU.
@@ -41,28 +46,25 @@ inline int32_t rounded_up(int64_t value, int32_t step) {
   return static_cast<int32_t>((value + step - 1) / step * step);
 }
 
-// `fixed_bytes` of shared memory are a block's whatever the sizes.
+// For rows of which a choice is made; `fixed_bytes` of shared memory are a block's anyway.
 inline Sizes choose_sizes(const Rows& rows, const Gpu& gpu, int32_t fixed_bytes) {
-  constexpr int32_t kDirect = 4096, kShare = 4096, kMostBits = 1 << 19;
+  constexpr int32_t kShare = 4096, kMostBits = 1 << 19;
   Sizes sizes = {1, kMinCapacity, 0, 0};
-  const int32_t width = rows.lengths != nullptr || rows.width > rows.k ? rows.width : 0;
-  sizes.num_bits = rounded_up(std::max(std::min(width, kMostBits), 1024), 1024);
-  int32_t room = (gpu.shared_bytes - fixed_bytes - sizes.num_bits / 8) / 8;
-  if (width > kDirect) {
-    const float wanted = samples_above(kMaxSamples, width, std::min(rows.k, width));
-    const float kept = wanted / std::min(width, kMaxSamples) * width;
-    const int64_t fit = static_cast<int64_t>(std::min(1.6f * kept, 1e9f));
-    sizes.capacity = rounded_up(std::max<int64_t>(fit, kDirect), 256);
-    while (gpu.has_clusters && sizes.cluster < kMaxCluster &&
-           static_cast<int64_t>(rows.num_rows) * sizes.cluster * 2 <= gpu.num_sms &&
-           width / (sizes.cluster * 2) >= kShare) {
-      sizes.cluster *= 2;
-    }
-  } else {
-    sizes.capacity = rounded_up(std::max(width, kMinCapacity), 256);
+  const int32_t width = rows.width;
+  sizes.num_bits = rounded_up(std::min(width, kMostBits), 1024);
+  const float wanted = samples_above(kMaxSamples, width, rows.k);
+  const float kept = wanted / std::min(width, kMaxSamples) * width;
+  const int32_t room = gpu.shared_bytes - fixed_bytes - sizes.list_bytes() - 4 * kMinCapacity;
+  sizes.capacity = rounded_up(std::min(1.6f * kept, 1e8f), 256);
+  if (8LL * sizes.capacity + 4LL * rows.k > room) {
+    sizes.capacity = std::max((room - 4 * std::min(rows.k, room / 4)) / 2048 * 256, kMinCapacity);
   }
-  sizes.capacity = std::min(sizes.capacity, room / 256 * 256);
-  sizes.direct = std::min(kDirect, std::min(sizes.capacity, sizes.num_bits));
+  if (rows.k <= sizes.capacity) sizes.num_chosen = rows.k;
+  while (gpu.has_clusters && sizes.cluster < kMaxCluster &&
+         static_cast<int64_t>(rows.num_rows) * sizes.cluster * 2 <= gpu.num_sms &&
+         width / (sizes.cluster * 2) >= kShare) {
+    sizes.cluster *= 2;
+  }
   return sizes;
 }
 
