@@ -252,21 +252,6 @@ def test_errors_of_two_steps_are_raised_in_order() -> None:
     prepare.poll_error()
 
 
-@pytest.mark.triton
-def test_an_error_is_raised_when_its_step_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fd_dsa.triton_runtime import transfers
-
-    place = open_place("interpreter")
-    prepare = place.prepare(CFG)
-    prepare.stage(*STEPS[1])
-    prepare.expand(place.put(np.array([-1], np.int32)))
-    with monkeypatch.context() as patch:
-        patch.setattr(transfers.Event, "done", lambda event: False)
-        prepare.poll_error()
-    with pytest.raises(V4PrepareError, match="row 0: rollback=-1 < 0"):
-        prepare.poll_error()
-
-
 def test_table_mode(place: Place) -> None:
     cfg = V4PrepareConfig(**SIZES, hca_mode="table")  # type: ignore[arg-type]
     prepare = place.prepare(cfg)
