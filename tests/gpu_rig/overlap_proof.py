@@ -247,12 +247,7 @@ def all_steps(rig: Rig, max_steps: int) -> list[StagedSteps]:
     """The ways to the device, made anew."""
     from tests.gpu_rig.staged_steps import RunnerSteps, SlabSteps, V4Steps
 
-    return [
-        SlabSteps(rig, max_steps),
-        RunnerSteps(rig, max_steps),
-        V4Steps(rig, max_steps),
-        V4Steps(rig, max_steps, whole_tables=True),
-    ]
+    return [way(rig, max_steps) for way in (SlabSteps, RunnerSteps, V4Steps)]
 
 
 def case_of(rig: Rig, steps: StagedSteps, num_steps: int, num_raced: int) -> dict[str, Any]:

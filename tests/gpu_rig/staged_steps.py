@@ -18,6 +18,7 @@ from fd_dsa.runner.step_inputs import DeviceInputs
 from fd_dsa.step.device import paddle_allocator
 from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
+from fd_dsa.v4_prepare.prepare import NUM_SLABS
 from tests.gpu_rig.rig import Rig
 
 import triton.language as tl  # isort: skip
@@ -133,12 +134,11 @@ class V4Steps(_Stamped):
     Args:
         rig: where.
         max_steps: steps that can be noted.
-        whole_tables: every step brings other blocks for all rows, about 1 MiB, instead of those
-            that a decode step needs.
     """
 
-    def __init__(self, rig: Rig, max_steps: int, whole_tables: bool = False) -> None:
-        self.name = "V4Prepare, whole tables" if whole_tables else "V4Prepare"
+    name = "V4Prepare"
+
+    def __init__(self, rig: Rig, max_steps: int) -> None:
         rows, length = (256, 131_072) if rig.is_real else (2, 1024)
         # all need the same number of blocks: a slab of two steps, where guards are missing, then
         # still has runs that end within their rows
@@ -153,7 +153,7 @@ class V4Steps(_Stamped):
             hca_ratio=128,
             index_topk=512,
             num_slots=rows,
-            num_blocks=2 * rows * columns,
+            num_blocks=rows * columns,
             max_blocks_per_seq=columns,
             max_num_seqs=rows,
             max_num_tokens=2 * rows,
@@ -162,14 +162,13 @@ class V4Steps(_Stamped):
         )
         self.prepare = V4Prepare(cfg, rig.device)
         blocks = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
-        self._tables = (blocks, blocks + rows * columns) if whole_tables else None
         self._q, self._slot = np.ones(rows, np.int32), np.arange(rows, dtype=np.int32)
         for row, ids in enumerate(blocks):
             self.prepare.set_blocks(row, ids)
         super().__init__(rig, self.prepare.buffers.ctx, max_steps)
         # the first brings all blocks that later steps lack; the others leave no slab of it
-        for step in (1, 0, 1, 0, 1) if rig.is_real else (1,):
-            self.stage(step)
+        for _ in range(1 + NUM_SLABS if rig.is_real else 1):
+            self.stage(0)
             self.expand(0)
         paddle.device.synchronize(rig.device)
 
@@ -180,8 +179,7 @@ class V4Steps(_Stamped):
     def stage(self, step: int) -> None:
         """Stage a decode step."""
         ctx = np.full(self._rows, step % self._num_lengths + self._first, np.int32)
-        tables = self._tables and self._tables[step % 2]
-        self.prepare.stage(ctx, self._q, self._slot, tables)
+        self.prepare.stage(ctx, self._q, self._slot)
 
     def expand(self, step: int) -> None:
         """Build the step and read its lengths."""
