@@ -1,10 +1,10 @@
 // Exact top-k of rows of scores: a block or a cluster of blocks a row.
 //
-// A short row stays in registers. Of a longer one a bound is taken from evenly spaced samples, which
-// little more than k scores exceed: one pass keeps those in shared memory. Among what is held the
-// k-th best is found by counting digits. A bound that fails, or a plateau of equal scores at it, is
-// seen by the number of scores kept; passes over the row for each digit then serve. Counts are
-// integers, so nothing depends on the order of threads.
+// A short row stays in registers. Of a longer one a bound is taken from evenly spaced samples,
+// which little more than k scores exceed: one pass keeps those in shared memory. Among what is held
+// the k-th best is found by counting digits. A bound that fails, or a plateau of equal scores at
+// it, is seen by the number of scores kept; passes over the row for each digit then serve. Counts
+// are integers, so nothing depends on the order of threads.
 #pragma once
 
 #include <utility>
@@ -216,7 +216,8 @@ inline cudaError_t find_gpu(Gpu& gpu) {
 inline int launch_topk(const Rows& rows, void* stream) {
   if (rows.num_rows <= 0 || rows.k <= 0) return 0;
   // rows that begin off a chunk take one more
-  const bool aligned = reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.row_stride % 4 == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(rows.logits) % 16 == 0 && rows.row_stride % 4 == 0;
   const int64_t chunks = (static_cast<int64_t>(rows.width) + 3) / 4 + (aligned ? 0 : 1);
   if (rows.width <= rows.k || chunks <= Held<512, 2>::kMostChunks) {
     return launch_held<512, 2, 2>(rows, stream);

@@ -1,5 +1,6 @@
 // Top-k: what has no name in C++, and so is asked of the hardware in its own language.
-#pragma once
+#ifndef FD_DSA_TOPK_PTX_CUH
+#define FD_DSA_TOPK_PTX_CUH
 
 #include "common.cuh"
 
@@ -102,3 +103,5 @@ struct Cluster<true> {
 #endif
 
 }  // namespace fd_dsa::topk
+
+#endif  // FD_DSA_TOPK_PTX_CUH

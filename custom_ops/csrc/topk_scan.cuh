@@ -152,8 +152,9 @@ __device__ void write_scores(const Job& job, const Row& row, Span span, uint32_t
 
 // Chooses from a row with more than k scores by passes over it. `hint` may be the k-th best score.
 template <int kThreads, typename Blocks>
-__device__ __noinline__ void choose_by_scans(const Job& job, const Row& row, Span span, bool has_hint,
-                                uint32_t hint, Shared& shared, uint32_t* sums) {
+__device__ __noinline__ void choose_by_scans(const Job& job, const Row& row, Span span,
+                                             bool has_hint, uint32_t hint, Shared& shared,
+                                             uint32_t* sums) {
   uint32_t k = static_cast<uint32_t>(job.rows.k);
   if (has_hint) {
     const Before before = count_scores<kThreads, Blocks>(row, span, hint, shared);

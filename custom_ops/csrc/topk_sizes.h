@@ -55,7 +55,7 @@ inline Sizes choose_sizes(const Rows& rows, const Gpu& gpu, int32_t fixed_bytes)
   const float wanted = samples_above(kMaxSamples, width, rows.k);
   const float kept = wanted / std::min(width, kMaxSamples) * width;
   const int32_t room = gpu.shared_bytes - fixed_bytes - sizes.list_bytes() - 4 * kMinCapacity;
-  sizes.capacity = rounded_up(std::min(1.6f * kept, 1e8f), 256);
+  sizes.capacity = std::max(rounded_up(std::min(1.6f * kept, 1e8f), 256), kMinCapacity);
   if (8LL * sizes.capacity + 4LL * rows.k > room) {
     sizes.capacity = std::max((room - 4 * std::min(rows.k, room / 4)) / 2048 * 256, kMinCapacity);
   }

@@ -21,6 +21,8 @@ extern "C" int fd_dsa_topk_cuda(const FdDsaTopk* rows, void*) {
   return 0;
 }
 
+extern "C" int fd_dsa_topk_bytes() { return static_cast<int>(sizeof(FdDsaTopk)); }
+
 extern "C" int fd_dsa_step_bytes() { return static_cast<int>(sizeof(FdDsaStep)); }
 
 extern "C" const char* fd_dsa_cuda_error(int) { return "no CUDA here"; }

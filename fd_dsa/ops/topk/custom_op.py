@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
+from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.ops._host import check_first_token
 from fd_dsa.ops.topk.arguments import check_logits, check_selection
 from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.step.device import Allocate
+from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.transfers import transfers_for
 
 _TENSORS = ("position_ids", "batch_ids", "block_tables", "out", "groups")
@@ -61,12 +61,11 @@ class SlotSelector:
                 "fd_dsa_ops: its top-k takes another structure than this fd_dsa passes; build it "
                 "again: make custom-ops"
             )
-        self._kernels, self._function = kernels, kernels.fd_dsa_topk_cuda
-        self._rows = TopkRows()
-        self._argument = ctypes.byref(self._rows)
+        self._kernels, self._rows = kernels, TopkRows()
         self._tensors: tuple[Any, ...] = (None,) * len(_TENSORS)
         self._api: Any = None
-        self._device, self._stream = 0, ctypes.c_void_p()
+        self._launch: CLaunch | None = None
+        self._device = -1
 
     def __call__(
         self,
@@ -86,7 +85,7 @@ class SlotSelector:
         """See `triton_kernel.select_slots`: the same arguments, results and errors.
 
         Raises:
-            DeviceError: the CUDA runtime refuses the launch.
+            DeviceError: the CUDA runtime refuses the launch, or earlier work has failed.
 
         Cost: one launch; no allocation, no wait.
         """
@@ -103,21 +102,19 @@ class SlotSelector:
         check_first_token("select_slots", first_token, num_rows, slots.shape[0])
         rows.num_rows, rows.first_token, rows.group = num_rows, first_token, group
         rows.block_size, rows.num_blocks = block_size, num_blocks
-        stream = self._api.current_stream(self._device)
-        if stream != (self._stream.value or 0):
-            self._stream = ctypes.c_void_p(stream)
-        code = self._function(self._argument, self._stream)
-        if code:
-            self._recover(code)
+        assert self._launch is not None
+        self._launch()
 
     def _take(self, tensors: tuple[Any, ...]) -> None:
         """Check and remember other tensors than those of the call before."""
         self._tensors = (None,) * len(_TENSORS)
         check_selection(*tensors)
-        slots = tensors[3]
-        self._api = api_for_type(type(slots))
-        self._device = self._api.device_of(slots)
-        rows = self._rows
+        slots, rows = tensors[3], self._rows
+        api = api_for_type(type(slots))
+        device = api.device_of(slots)
+        if (api, device) != (self._api, self._device):
+            self._launch = CLaunch(self._kernels, "fd_dsa_topk_cuda", rows, api, device)
+            self._api, self._device = api, device
         for name, tensor in zip(_TENSORS, tensors, strict=True):
             if tensor is not None and not tensor.is_contiguous():
                 raise LaunchError(
@@ -138,15 +135,6 @@ class SlotSelector:
                 f"{self._device}"
             )
         return tensor.data_ptr()
-
-    def _recover(self, code: int) -> None:
-        """Launch once more in the device's context, which a new thread does not have."""
-        cuda().bind_context(self._device)
-        code = self._function(self._argument, self._stream)
-        if code:
-            text = self._kernels.fd_dsa_cuda_error
-            text.restype = ctypes.c_char_p
-            raise DeviceError(f"select_slots: CUDA error {code}: {text(code).decode()}")
 
 
 def difference(kernels: Any, allocate: Allocate) -> str:

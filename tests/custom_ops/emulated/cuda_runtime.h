@@ -1,0 +1,312 @@
+// A GPU for tests without one: blocks and clusters of threads as fibers of one thread.
+//
+// A kernel compiled as C++ against this header runs with every barrier, warp vote and atomic in
+// place. Fibers change at these, in an order that differs each time, so code that leans on one
+// order fails. What real hardware adds (caches, weak ordering, two threads at once) is not here.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float4 {
+  float x, y, z, w;
+};
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributeNonPortableClusterSizeAllowed
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  int numAttrs;
+};
+
+namespace emulated {
+
+constexpr int kLanes = 32;
+constexpr int kSharedBytes = 227 * 1024;
+constexpr size_t kStackBytes = 32 << 10;
+
+// Threads that wait for each other; those that have ended are not waited for.
+struct Barrier {
+  int members = 0, arrived = 0, turn = 0;
+  void check() {
+    if (members > 0 && arrived >= members) {
+      arrived = 0;
+      ++turn;
+    }
+  }
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t given[kLanes] = {}, taken[kLanes] = {};
+};
+
+struct Cluster;
+
+struct Block {
+  unsigned rank = 0, index = 0;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<unsigned char> memory;
+  Cluster* cluster = nullptr;
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  Barrier barrier;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  unsigned thread = 0;
+  Block* block = nullptr;
+  bool done = false;
+  // the turn of the cluster's barrier at which this thread arrived
+  int arrived_at = -1;
+};
+
+inline Fiber* current;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+
+inline void yield() { swapcontext(&current->context, &scheduler); }
+
+inline void begin() {
+  body();
+  current->done = true;
+  yield();
+}
+
+inline void wait_at(Barrier& barrier) {
+  const int turn = barrier.turn;
+  ++barrier.arrived;
+  barrier.check();
+  while (barrier.turn == turn) yield();
+}
+
+inline unsigned lane() { return current->thread % kLanes; }
+
+// What all lanes of the warp give, as an array.
+inline const uint64_t* gather(uint64_t value) {
+  Warp& warp = current->block->warps[current->thread / kLanes];
+  warp.given[lane()] = value;
+  const int turn = warp.barrier.turn;
+  ++warp.barrier.arrived;
+  if (warp.barrier.arrived == warp.barrier.members) {
+    std::copy(warp.given, warp.given + kLanes, warp.taken);
+  }
+  warp.barrier.check();
+  while (warp.barrier.turn == turn) yield();
+  return warp.taken;
+}
+
+inline void end(Fiber& fiber) {
+  Block& block = *fiber.block;
+  Barrier& cluster = block.cluster->barrier;
+  if (fiber.arrived_at == cluster.turn) --cluster.arrived;
+  for (Barrier* barrier :
+       {&block.barrier, &block.warps[fiber.thread / kLanes].barrier, &cluster}) {
+    --barrier->members;
+    barrier->check();
+  }
+}
+
+// Runs all threads of a cluster to their end.
+inline void run(std::vector<std::unique_ptr<Fiber>>& fibers) {
+  static uint32_t seed = 1;
+  size_t left = fibers.size();
+  // rounds without an end of a thread: a barrier that some never reach
+  for (int idle = 0; left > 0; ++idle) {
+    if (idle > 1000000) abort();
+    seed = seed * 1664525u + 1013904223u;
+    const size_t first = (seed >> 8) % fibers.size();
+    for (size_t i = 0; i < fibers.size(); ++i) {
+      const size_t step = seed >> 31 ? fibers.size() - 1 - i : i;
+      Fiber& fiber = *fibers[(first + step) % fibers.size()];
+      if (fiber.done) continue;
+      current = &fiber;
+      swapcontext(&scheduler, &fiber.context);
+      if (fiber.done) {
+        end(fiber);
+        --left;
+        idle = 0;
+      }
+    }
+  }
+}
+
+inline void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsigned size) {
+  const unsigned threads = config.blockDim.x;
+  Cluster cluster;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  cluster.barrier.members = static_cast<int>(threads * size);
+  for (unsigned rank = 0; rank < size; ++rank) {
+    auto block = std::make_unique<Block>();
+    block->rank = rank;
+    block->index = first + rank;
+    block->barrier.members = static_cast<int>(threads);
+    block->warps.resize(threads / kLanes);
+    for (Warp& warp : block->warps) warp.barrier.members = kLanes;
+    block->memory.assign(config.dynamicSmemBytes + 16, 0xa5);
+    block->cluster = &cluster;
+    for (unsigned thread = 0; thread < threads; ++thread) {
+      auto fiber = std::make_unique<Fiber>();
+      fiber->thread = thread;
+      fiber->block = block.get();
+      fiber->stack = std::make_unique<char[]>(kStackBytes);
+      getcontext(&fiber->context);
+      fiber->context.uc_stack.ss_sp = fiber->stack.get();
+      fiber->context.uc_stack.ss_size = kStackBytes;
+      makecontext(&fiber->context, begin, 0);
+      fibers.push_back(std::move(fiber));
+    }
+    cluster.blocks.push_back(std::move(block));
+  }
+  run(fibers);
+}
+
+struct Index {
+  unsigned x;
+};
+
+}  // namespace emulated
+
+#define threadIdx (emulated::Index{emulated::current->thread})
+#define blockIdx (emulated::Index{emulated::current->block->index})
+
+inline void __syncthreads() { emulated::wait_at(emulated::current->block->barrier); }
+
+inline void __syncwarp() { emulated::gather(0); }
+
+inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
+  return static_cast<uint32_t>(emulated::gather(value)[lane]);
+}
+inline uint32_t __shfl_up_sync(unsigned, uint32_t value, unsigned step) {
+  const unsigned lane = emulated::lane();
+  return static_cast<uint32_t>(emulated::gather(value)[lane >= step ? lane - step : lane]);
+}
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
+  return static_cast<uint32_t>(emulated::gather(value)[emulated::lane() ^ mask]);
+}
+template <typename Step>
+uint32_t reduced(uint32_t value, uint32_t start, Step step) {
+  const uint64_t* all = emulated::gather(value);
+  for (int i = 0; i < emulated::kLanes; ++i) start = step(start, static_cast<uint32_t>(all[i]));
+  return start;
+}
+inline uint32_t __reduce_add_sync(unsigned, uint32_t value) {
+  return reduced(value, 0, [](uint32_t a, uint32_t b) { return a + b; });
+}
+inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
+  return reduced(value, ~0u, [](uint32_t a, uint32_t b) { return std::min(a, b); });
+}
+inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
+  return reduced(value, 0, [](uint32_t a, uint32_t b) { return std::max(a, b); });
+}
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  return reduced(vote ? 1u << emulated::lane() : 0, 0,
+                 [](uint32_t a, uint32_t b) { return a | b; });
+}
+
+inline uint32_t atomicAdd(uint32_t* at, uint32_t value) { return std::exchange(*at, *at + value); }
+inline void atomicMin(uint32_t* at, uint32_t value) { *at = std::min(*at, value); }
+inline void atomicMax(uint32_t* at, uint32_t value) { *at = std::max(*at, value); }
+inline void atomicOr(uint32_t* at, uint32_t value) { *at |= value; }
+
+template <typename T>
+T __ldg(const T* at) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) abort();
+  return *at;
+}
+inline int __clz(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value); }
+inline int __clzll(uint64_t value) { return value == 0 ? 64 : __builtin_clzll(value); }
+inline int __popc(uint32_t value) { return __builtin_popcount(value); }
+inline int __ffs(uint32_t value) { return __builtin_ffs(static_cast<int>(value)); }
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+using std::max;
+using std::min;
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 132;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = emulated::kSharedBytes;
+  return cudaSuccess;
+}
+
+template <typename Kernel, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel,
+                               const Arguments&... arguments) {
+  const unsigned size = config->numAttrs > 0 ? config->attrs->val.clusterDim.x : 1;
+  if (config->dynamicSmemBytes > emulated::kSharedBytes || config->gridDim.x % size != 0) {
+    return cudaErrorInvalidValue;
+  }
+  emulated::body = [&] { kernel(arguments...); };
+  for (unsigned first = 0; first < config->gridDim.x; first += size) {
+    emulated::run_cluster(*config, first, size);
+  }
+  return cudaSuccess;
+}

@@ -1,0 +1,33 @@
+// The kernels of top-k on the emulated GPU, in small blocks and with sizes of the caller's choice.
+#include "topk_ptx.cuh"
+// the other comes first, so that its guard keeps the hardware's own out
+#include "topk.cuh"
+
+using namespace fd_dsa::topk;
+
+template <int kThreads, int kUnroll, bool kAhead>
+int launch_small(const Rows& rows, const Sizes& sizes) {
+  if (sizes.cluster == 0) return launch_held<kThreads, 1, kUnroll>(rows, nullptr);
+  if (sizes.cluster == 1) {
+    return launch_bound<kThreads, 1, kUnroll, kAhead, false>(rows, sizes, nullptr);
+  }
+  return launch_bound<kThreads, 1, kUnroll, kAhead, true>(rows, sizes, nullptr);
+}
+
+// `cluster` 0: rows are held in registers.
+extern "C" int topk_emulated(const FdDsaTopk* rows, int wide, int cluster, int capacity,
+                             int num_bits) {
+  const Sizes sizes = {cluster, capacity, num_bits, rows->k <= capacity ? rows->k : 0};
+  return wide ? launch_small<128, 2, true>(*rows, sizes) : launch_small<64, 1, false>(*rows, sizes);
+}
+
+// What the launcher would choose: `Sizes`, and bytes of shared memory.
+extern "C" void topk_sizes(const FdDsaTopk* rows, int num_sms, int* found) {
+  const Gpu gpu = {num_sms, emulated::kSharedBytes, true};
+  const Sizes sizes = choose_sizes(*rows, gpu, sizeof(Shared));
+  found[0] = sizes.cluster;
+  found[1] = sizes.capacity;
+  found[2] = sizes.num_bits;
+  found[3] = sizes.num_chosen;
+  found[4] = static_cast<int>(sizeof(Shared)) + sizes.list_bytes();
+}

@@ -1,0 +1,129 @@
+"""The CUDA source of top-k, its threads emulated on the CPU, against a sort.
+
+Blocks are small and memory is scarce, so that every path is taken by short rows: registers, a list,
+clusters, bounds that fail, plateaus, windows of positions.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fd_dsa.ops.topk.custom_op import TopkRows
+from tests.custom_ops.building import EMULATED, SOURCES, compile_library
+from tests.custom_ops.topk_rows import KINDS, best, rows_of, scores_of
+
+POISON = -91
+HELD = 0
+SHARED_BYTES = 227 * 1024
+EXAMPLES = settings(
+    max_examples=min(120, settings.default.max_examples),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@cache
+def library() -> Any:
+    """The kernels in blocks of 64 threads, or of 128 where they are asked to be wide."""
+    source = EMULATED / "topk_emulated.cc"
+    return ctypes.CDLL(str(compile_library(source, EMULATED, SOURCES / "csrc")))
+
+
+def choose(
+    scores: np.ndarray,
+    lengths: Any,
+    k: int,
+    *,
+    cluster: int = 1,
+    wide: bool = False,
+    capacity: int = 1024,
+    num_bits: int = 1024,
+    gap: int = 0,
+    offset: int = 0,
+) -> np.ndarray:
+    """int32 [rows, k] by the kernel; rows of scores `gap` floats apart, from `offset` floats on."""
+    rows, width = scores.shape
+    memory = np.full(rows * (width + gap) + 8, np.nan, np.float32)
+    first = (-memory.ctypes.data // 4) % 4 + offset
+    logits = memory[first : first + rows * (width + gap)].reshape(rows, width + gap)
+    logits[:, :width] = scores
+    out = np.full((rows, k), POISON, np.int32)
+    counts = np.array(lengths, np.int32)
+    arguments = rows_of(logits, counts, out, width, width + gap)
+    numbers = int(wide), cluster, capacity, num_bits
+    assert library().topk_emulated(ctypes.byref(arguments), *numbers) == 0
+    return out
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_any_row_by_any_path_equals_a_sort(data: st.DataObject) -> None:
+    draw = data.draw
+    wide = draw(st.booleans(), "wide")
+    cluster = draw(st.sampled_from([HELD, 1, 1, 2, 4, 8]), "cluster")
+    most = (1021 if wide else 253) if cluster == HELD else draw(st.sampled_from([700, 6000]))
+    width = draw(st.integers(1, most), "width")
+    kind = draw(st.sampled_from([*KINDS]), "kind")
+    scores = scores_of(kind, 2, width, draw(st.integers(0, 2**31)))
+    k = draw(st.one_of(st.integers(1, width + 3), st.sampled_from([1, 2, 100, 512])), "k")
+    number = st.one_of(st.integers(-2, width + 5), st.sampled_from([width, width, k, k + 1]))
+    lengths = draw(st.tuples(number, number), "lengths")
+    sizes = {"capacity": draw(st.sampled_from([1024, 2048])), "cluster": cluster, "wide": wide}
+    sizes |= {"num_bits": draw(st.sampled_from([1024, 8192]))}
+    sizes |= {"gap": draw(st.integers(0, 5)), "offset": draw(st.integers(0, 3))}
+    found = choose(scores, lengths, k, **sizes)
+    np.testing.assert_array_equal(found, best(scores, lengths, k))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cluster", [1, 4])
+def test_kinds_of_long_rows(kind: str, cluster: int) -> None:
+    scores, lengths = scores_of(kind, 2, 9000, seed=7), [9000, 5001]
+    found = choose(scores, lengths, 500, cluster=cluster, num_bits=4096, wide=True)
+    np.testing.assert_array_equal(found, best(scores, lengths, 500))
+
+
+@pytest.mark.parametrize("ties", [63, 64, 65, 66, 129, 2000])
+@pytest.mark.parametrize("cluster", [HELD, 1, 2])
+def test_ties_around_what_is_ranked_directly(cluster: int, ties: int) -> None:
+    width = 250 if cluster == HELD else 4000
+    ties = min(ties, width - 8)
+    scores = np.full((1, width), -1, np.float32)
+    places = np.random.default_rng(ties).permutation(width)
+    scores[0, places[:ties]], scores[0, places[ties : ties + 3]] = 0.5, 2
+    for k in (1, 3, 4, ties // 2 + 3, ties + 2, ties + 3, ties + 4):
+        found = choose(scores, [width], k, cluster=cluster)
+        np.testing.assert_array_equal(found, best(scores, [width], k))
+
+
+@pytest.mark.parametrize("length", [1020, 1021, 1022, 1023, 1024, 1025, 2047, 2049])
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_rows_around_a_tile_and_a_window(length: int, offset: int) -> None:
+    scores = scores_of("few values", 1, length, seed=length)
+    for cluster in (1, 2):
+        found = choose(scores, [length], 40, cluster=cluster, offset=offset)
+        np.testing.assert_array_equal(found, best(scores, [length], 40))
+
+
+@pytest.mark.parametrize("k", [1, 2048, 5000, 100_000])
+@pytest.mark.parametrize("width", [8193, 65536, 1 << 20, 1 << 24, (1 << 31) - 1])
+@pytest.mark.parametrize("num_rows", [1, 3, 64, 132, 133, 4096])
+def test_the_launcher_asks_for_what_a_gpu_has(num_rows: int, width: int, k: int) -> None:
+    if k >= width:
+        pytest.skip("rows of which everything is chosen have no list")
+    found = (ctypes.c_int * 5)()
+    rows = TopkRows(num_rows=num_rows, width=width, k=k)
+    library().topk_sizes(ctypes.byref(rows), 132, found)
+    cluster, capacity, num_bits, num_chosen, num_bytes = found
+    assert 0 < num_bytes <= SHARED_BYTES and num_bits % 128 == 0 and num_bits > 0
+    assert cluster in (1, 2, 4, 8, 16) and (cluster == 1 or num_rows * cluster <= 132)
+    # a list is no use without room for what is chosen of it
+    assert capacity >= 1024 and num_chosen == (k if k <= capacity else 0)
+    assert k > 5000 or width > 1 << 20 or num_chosen == k

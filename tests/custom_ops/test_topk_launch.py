@@ -1,0 +1,97 @@
+"""The tests of select_slots again, by the kernel of custom_ops/ through its C ABI.
+
+The fixture `kernel_memory` of this folder makes the difference, and the one here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa import custom_ops
+from fd_dsa.errors import BackendUnavailable, LaunchError
+from fd_dsa.ops.topk import device
+from fd_dsa.ops.topk.custom_op import SlotSelector
+from tests.custom_ops.adoption import HostApi
+from tests.kernel_memory import KernelMemory
+from tests.ops.paged_rows import SMALL_ROWS, paged_rows
+from tests.ops.test_topk_kernel import (  # noqa: F401
+    scores_of,
+    test_a_chunk_of_tokens_leaves_the_others_alone,
+    test_a_position_past_the_scores_looks_at_no_other_row,
+    test_a_position_past_the_table_has_no_slot,
+    test_a_short_window_needs_no_scores,
+    test_block_sizes,
+    test_columns_of_scores_may_not,
+    test_keys_without_a_block_have_no_slot,
+    test_only_the_rows_of_a_group_are_written,
+    test_rows_of_scores_may_lie_apart,
+    test_set_and_order,
+    test_the_choice_of_the_cpu,
+    test_the_same_bits_every_time,
+    test_windows_around_k_and_the_tile,
+    wanted,
+)
+
+
+@pytest.fixture(autouse=True)
+def selector(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> SlotSelector:
+    """What stands in the place of Triton's function."""
+    if not kernel_memory.on_gpu:
+        monkeypatch.setattr("fd_dsa.ops.topk.custom_op.api_for_type", lambda kind: HostApi())
+        monkeypatch.setattr("fd_dsa.ops.topk.device.INTERPRETING", False)
+    found = SlotSelector(custom_ops.build().kernels)
+    monkeypatch.setattr("fd_dsa.ops.topk.triton_kernel.select_slots", found)
+    return found
+
+
+def test_it_serves_where_it_agrees(kernel_memory: KernelMemory) -> None:
+    select = device.slot_selector(kernel_memory.poisoned)
+    assert isinstance(select, SlotSelector)
+    [choice] = custom_ops.choices()
+    assert (choice.operator, choice.serves) == ("topk", True), choice
+
+
+def test_a_kernel_that_chooses_others_does_not_serve(
+    kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlotSelector, "__call__", lambda *arguments, **options: None)
+    assert device.slot_selector(kernel_memory.poisoned) is device.select_slots
+    [choice] = custom_ops.choices()
+    assert not choice.serves and "selection 0 of the probe differs" in choice.reason
+
+
+def test_a_library_of_another_release_is_refused() -> None:
+    class Old:
+        @staticmethod
+        def fd_dsa_topk_bytes() -> int:
+            return 8
+
+    with pytest.raises(BackendUnavailable, match="build it again"):
+        SlotSelector(Old())
+
+
+def test_other_tensors_are_looked_at_again(
+    kernel_memory: KernelMemory, selector: SlotSelector
+) -> None:
+    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
+    tokens = m.put(step.position_ids), m.put(step.batch_ids), m.put(step.block_tables)
+    sizes = {"block_size": 16, "num_blocks": step.num_blocks}
+    slots = [m.poisoned((step.num_tokens, k), "int32") for k in (4, 9)]
+    for seed in range(2):
+        scores = scores_of("normal", step, seed)
+        for out in slots:
+            selector(m.put(scores), *tokens, out, **sizes)
+            np.testing.assert_array_equal(m.get(out), wanted(step, scores, out.shape[1]))
+
+
+def test_tensors_with_gaps_are_refused(kernel_memory: KernelMemory, selector: SlotSelector) -> None:
+    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
+    scores = m.put(scores_of("normal", step))
+    tokens: list[Any] = [m.put(step.position_ids), m.put(step.batch_ids), m.put(step.block_tables)]
+    slots = m.poisoned((step.num_tokens, 8), "int32")
+    sizes = {"block_size": 16, "num_blocks": step.num_blocks}
+    with pytest.raises(LaunchError, match=r"out of shape .* is not contiguous"):
+        selector(scores, *tokens, slots[:, ::2], **sizes)
