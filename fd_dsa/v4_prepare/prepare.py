@@ -27,6 +27,7 @@ from fd_dsa.v4_prepare.config import V4PrepareConfig
 from fd_dsa.v4_prepare.fixed_lists import FusedList, HostLists, Kind, check_topk
 from fd_dsa.v4_prepare.host_prepare import HostSteps
 from fd_dsa.v4_prepare.slab import ERROR_SLOTS, FAULT_ROLLBACK, MAX_STAMP, SlabLayout
+from fd_dsa.v4_prepare.steady import SteadyCheck
 from fd_dsa.v4_prepare.table import UNCHANGED, Int32Array, TableChange, TableMirror
 from fd_dsa.v4_prepare.words import StepWords
 
@@ -34,8 +35,7 @@ NUM_SLABS = 3
 """Steps that may be staged and not yet expanded."""
 
 _STAMP = 4
-# NumPy has one object for it
-_INT32 = np.dtype(np.int32)
+_NO_FAULTS = bytes(4 * ERROR_SLOTS)
 
 
 class _Steps(Protocol):
@@ -89,10 +89,10 @@ class V4Prepare:
         self.buffers = V4Buffers(cfg, place, allocate)
         self._checks = RowChecks(cfg)
         self._table = TableMirror(cfg)
+        self._steady = SteadyCheck(cfg, self._table)
         self._words = StepWords(SlabLayout(cfg))
         self._steps, self._lists = _parts_for(cfg, place, self.buffers, allocate)
         self._fault_stamps = self._steps.faults[:, _STAMP]
-        self._no_table = np.empty((0, 0), np.int32)
         self._stamp = 0
         # stamp, slab and tokens of steps to be expanded, and of those that may still be running
         self._staged: deque[tuple[int, int, int]] = deque()
@@ -118,6 +118,24 @@ class V4Prepare:
         """
         self._table.set_blocks(row, block_ids, start)
 
+    def append_blocks(self, rows: Any, block_ids: Any) -> None:
+        """Say that each of some rows has one more block, from the next step with it on.
+
+        As `set_blocks(row, [id], n)` for each of the rows, n the number of blocks that it has: what
+        decoding rows need when they reach the ends of their blocks. One call for all of them costs
+        about as much as one of `set_blocks`.
+
+        Args:
+            rows: [n] integers, rows of the steps, all different.
+            block_ids: [n] integers in [0, num_blocks).
+
+        Raises:
+            ValueError: no such row, or one twice.
+            V4PrepareError: E_DTYPE or E_SHAPE; E_TABLE or E_BLOCK of the first row at fault. All
+                rows are as they were.
+        """
+        self._table.append_blocks(rows, block_ids)
+
     def stage(self, ctx: Any, q: Any, slot: Any, block_table: Any = None) -> None:
         """Check the next step and queue its copy; the device is not waited for.
 
@@ -137,23 +155,32 @@ class V4Prepare:
                 E_SLOT, E_TABLE, E_BLOCK row by row; E_TOKENS.
             RuntimeError: three steps are staged and not expanded, or a graph is being captured.
 
-        Cost: a fixed number of NumPy calls, one copy; nothing that grows with ctx is allocated.
+        Cost: a fixed number of NumPy calls, one copy; nothing that grows with ctx is allocated. A
+        step whose q and slot are int32 arrays equal to those of the last one is checked in a few
+        microseconds.
         """
         if len(self._staged) == NUM_SLABS:
             raise RuntimeError(
                 f"stage: {NUM_SLABS} steps are staged and not expanded, no slab is free; "
                 "call expand() first"
             )
-        inputs = self._inputs(ctx, q, slot, block_table)
-        num_tokens, change = self._check(inputs, block_table is not None)
-        # refuses in a capture, so before anything is written
-        slab = self._steps.next_slab()
-        if change is not UNCHANGED:
-            self._table.apply(change)
+        if block_table is None and self._steady.is_good(ctx, q, slot):
+            slab = self._steps.next_slab()
+        else:
+            inputs = self._inputs(ctx, q, slot, block_table)
+            num_tokens, change = self._check(inputs, block_table is not None)
+            # refuses in a capture, so before anything is written
+            slab = self._steps.next_slab()
+            if change is not UNCHANGED:
+                self._table.apply(change)
+            ctx, q, slot, _ = inputs
+            self._words.take_rows(q, slot, num_tokens)
+            self._steady.remember(q, slot)
         stamp = self._stamp % MAX_STAMP + 1
-        num_words = self._words.write(slab, stamp, inputs[:3], num_tokens, self._table)
-        self._staged.append((stamp, self._steps.upload(num_words), num_tokens))
-        self._table.mark_sent(len(inputs.ctx))
+        num_words = self._words.write(slab, stamp, ctx, self._table)
+        self._staged.append((stamp, self._steps.upload(num_words), self._words.num_tokens))
+        if self._table.has_news:
+            self._table.mark_sent(len(ctx))
         self._stamp = stamp
 
     def expand(self, rollback: Array | None = None) -> V4Buffers:
@@ -193,7 +220,7 @@ class V4Prepare:
         Raises:
             V4PrepareError: E_CTX of the lowest row at fault, with the text of the host's check.
         """
-        if not self._fault_stamps.any():
+        if self._fault_stamps.tobytes() == _NO_FAULTS:
             return
         # a word may be seen before the others of its step
         running = {stamp for stamp, slab, _ in self._running if not self._steps.is_done(slab)}
@@ -253,15 +280,6 @@ class V4Prepare:
             V4PrepareError: E_SHAPE, E_DTYPE or E_BATCH.
         """
         if block_table is None:
-            if (
-                type(ctx) is type(q) is type(slot) is np.ndarray
-                and ctx.dtype is q.dtype is slot.dtype is _INT32
-                and ctx.ndim == 1
-                and ctx.shape == q.shape == slot.shape
-                and len(ctx) <= self.cfg.max_num_seqs
-            ):
-                # what a scheduler passes in every step: nothing to convert
-                return StepInputs(ctx, q, slot, self._no_table)
             block_table = np.empty((np.shape(ctx)[:1] or (0,)) + (0,), np.int32)
         return step_inputs(self.cfg, ctx, q, slot, block_table)
 
@@ -270,7 +288,7 @@ class V4Prepare:
         ctx, q, slot, table = inputs
         num_tokens = self._checks.num_tokens(ctx, q, slot)
         if not has_table:
-            if num_tokens >= 0 and rows_have_room(ctx, q, self._table.num_tokens[: len(ctx)]):
+            if num_tokens >= 0 and rows_have_room(ctx, q, self._table.room(len(ctx))):
                 return num_tokens, UNCHANGED
             table = self._table.table_of(len(ctx))
         elif num_tokens >= 0:

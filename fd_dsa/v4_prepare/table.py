@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +48,7 @@ class TableMirror:
         cfg: sizes of the steps.
 
     Attributes:
-        num_tokens: int64 [max_num_seqs]; tokens that the set cells of each row hold.
-        has_news: whether any row may have cells that the device lacks.
+        version: changes whenever a set cell may have; no two states of a table have the same.
     """
 
     def __init__(self, cfg: V4PrepareConfig) -> None:
@@ -61,8 +60,23 @@ class TableMirror:
         self._columns = np.arange(columns, dtype=np.int32)
         self._num_set = np.zeros(rows, np.int32)
         self._num_sent = np.zeros(rows, np.int32)
-        self.num_tokens = np.zeros(rows, np.int64)
-        self.has_news = False
+        self._counts = np.zeros(rows, np.int32)
+        # tokens in so many blocks, no more than a row may have at all
+        tokens = np.arange(columns + 1) * cfg.block_size
+        self._tokens_of = np.minimum(tokens, cfg.max_model_len).astype(np.int32)
+        self.version = 0
+        # the rows from here on have no cells that the device lacks
+        self._news_end = 0
+
+    @property
+    def has_news(self) -> bool:
+        """Whether any row may have cells that the device lacks."""
+        return self._news_end > 0
+
+    def room(self, num_rows: int, out: Int32Array | None = None) -> Int32Array:
+        """int32 [num_rows]: tokens that the set cells of each row hold, at most max_model_len."""
+        # not "raise", which would go through a copy
+        return self._tokens_of.take(self._num_set[:num_rows], out=out, mode="clip")
 
     def set_blocks(self, row: int, block_ids: Any, start: int = 0) -> None:
         """Put `block_ids` in the place of a row's cells from `start` on; see `V4Prepare`."""
@@ -70,10 +84,37 @@ class TableMirror:
         stop = start + len(ids)
         self._cells[row, start:stop] = ids
         self._num_set[row] = stop
-        self.num_tokens[row] = stop * self._cfg.block_size
         if start < self._num_sent[row]:
             self._num_sent[row] = start
-        self.has_news = True
+        self._changed(row + 1)
+
+    def append_blocks(self, rows: Any, block_ids: Any) -> None:
+        """Put one more cell behind those of each of some rows; see `V4Prepare`."""
+        rows, ids = _pairs(rows, block_ids)
+        row_list, id_list = rows.tolist(), ids.tolist()
+        if not row_list:
+            return
+        end = max(row_list) + 1
+        if (
+            min(row_list) < 0
+            or end > self._cfg.max_num_seqs
+            or len(set(row_list)) < len(row_list)
+            or min(id_list) < 0
+            or max(id_list) >= self._cfg.num_blocks
+        ):
+            self._raise_first_fault(row_list, id_list)
+        columns = self._num_set[rows]
+        if max(columns.tolist()) == self._cfg.max_blocks_per_seq:
+            self._raise_first_fault(row_list, id_list)
+        self._cells[rows, columns] = ids
+        self._num_set[rows] = columns + 1
+        self._changed(end)
+
+    def _changed(self, end: int) -> None:
+        """Cells of rows before `end` have changed."""
+        self.version += 1
+        if end > self._news_end:
+            self._news_end = end
 
     def table_of(self, num_rows: int) -> Int32Array:
         """A copy of the first rows, -1 where no cell is set."""
@@ -131,9 +172,7 @@ class TableMirror:
         self._flat[change.cells] = change.blocks
         np.copyto(self._num_set[:num_rows], change.num_set, where=is_active)
         np.copyto(self._num_sent[:num_rows], change.num_sent, where=is_active)
-        num_set, num_tokens = self._num_set[:num_rows], self.num_tokens[:num_rows]
-        np.multiply(num_set, self._cfg.block_size, out=num_tokens, dtype=np.int64)
-        self.has_news = True
+        self._changed(num_rows)
 
     def write_runs(
         self, num_rows: int, run_column: Int32Array, run_start: Int32Array, values: Int32Array
@@ -145,15 +184,14 @@ class TableMirror:
             run_start: int32 [max_num_seqs + 1], starting with 0; takes the prefix sums.
             values: int32 [max_num_seqs * max_blocks_per_seq]; takes the cells.
         """
-        num_sent = self._num_sent[:num_rows]
-        counts = self._num_set[:num_rows] - num_sent
+        num_sent, counts = self._num_sent[:num_rows], self._counts[:num_rows]
+        np.subtract(self._num_set[:num_rows], num_sent, out=counts)
         run_column[:num_rows] = num_sent
-        starts = run_start[: num_rows + 1]
-        np.add.accumulate(counts, out=starts[1:])
-        num_cells = int(starts[num_rows])
+        np.add.accumulate(counts, out=run_start[1 : num_rows + 1])
+        num_cells = int(run_start[num_rows])
         run_start[num_rows + 1 :] = num_cells
         if num_cells:
-            cells = (self._first_cells[:num_rows] + num_sent - starts[:num_rows]).repeat(counts)
+            cells = (self._first_cells[:num_rows] + num_sent - run_start[:num_rows]).repeat(counts)
             cells += np.arange(num_cells, dtype=np.int32)
             # not "raise", which would go through a copy
             self._flat.take(cells, out=values[:num_cells], mode="clip")
@@ -161,10 +199,9 @@ class TableMirror:
 
     def mark_sent(self, num_rows: int) -> None:
         """The device gets the cells of these rows with a step that is on its way."""
-        if self.has_news:
-            self._num_sent[:num_rows] = self._num_set[:num_rows]
-            waiting = self._num_sent[num_rows:] != self._num_set[num_rows:]
-            self.has_news = bool(np.logical_or.reduce(waiting))
+        self._num_sent[:num_rows] = self._num_set[:num_rows]
+        if self._news_end <= num_rows:
+            self._news_end = 0
 
     def _checked(
         self, row: int, ids: npt.NDArray[Any], start: int
@@ -202,3 +239,36 @@ class TableMirror:
                 f"block_table[{start + column}]={ids[column]} not in [0, {cfg.num_blocks})",
             )
         return row, start, ids
+
+    def _raise_first_fault(self, rows: list[int], block_ids: list[int]) -> NoReturn:
+        """The error of the first row to which its block cannot be appended."""
+        seen: set[int] = set()
+        for row, block in zip(rows, block_ids, strict=True):
+            start = int(self._num_set[row]) if 0 <= row < self._cfg.max_num_seqs else 0
+            self._checked(row, np.array([block]), start)
+            if row in seen:
+                raise ValueError(f"rows: got row {row} twice; set several blocks with set_blocks")
+            seen.add(row)
+        raise AssertionError("blocks were refused of which each may be appended")
+
+
+def _pairs(rows: Any, block_ids: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Rows and their blocks as arrays of integers [n].
+
+    Raises:
+        V4PrepareError: E_DTYPE or E_SHAPE.
+    """
+    arrays = np.asarray(rows), np.asarray(block_ids)
+    for name, array in zip(("rows", "block_ids"), arrays, strict=True):
+        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+            raise V4PrepareError(
+                "E_DTYPE",
+                -1,
+                f"{name} of shape {list(array.shape)} and dtype {array.dtype}, must be [n] "
+                "integers",
+            )
+    if len(arrays[0]) != len(arrays[1]):
+        raise V4PrepareError(
+            "E_SHAPE", -1, f"got {len(arrays[0])} rows and {len(arrays[1])} block_ids, must be [n]"
+        )
+    return arrays
