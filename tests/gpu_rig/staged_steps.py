@@ -17,9 +17,10 @@ from fd_dsa.runner.staging import InputStaging
 from fd_dsa.runner.step_inputs import DeviceInputs
 from fd_dsa.step.device import paddle_allocator
 from fd_dsa.triton_runtime import paddle_jit
-from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
+from fd_dsa.v4_prepare import V4Prepare
 from fd_dsa.v4_prepare.prepare import NUM_SLABS
 from tests.gpu_rig.rig import Rig
+from tests.v4_prepare.kernel_case import serving_config
 
 import triton.language as tl  # isort: skip
 
@@ -139,27 +140,12 @@ class V4Steps(_Stamped):
     name = "V4Prepare"
 
     def __init__(self, rig: Rig, max_steps: int) -> None:
-        rows, length = (256, 131_072) if rig.is_real else (2, 1024)
+        cfg = serving_config(*((256, 131_072, 1) if rig.is_real else (2, 256, 0)))
+        rows, columns = cfg.max_num_seqs, cfg.max_blocks_per_seq
         # all need the same number of blocks: a slab of two steps, where guards are missing, then
         # still has runs that end within their rows
-        self._num_lengths = min(128, length // 128)
-        self._rows, self._first = rows, length - self._num_lengths + 1
-        columns = length // 128
-        cfg = V4PrepareConfig(
-            window_size=128,
-            spec_tokens=1,
-            block_size=128,
-            csa_ratio=4,
-            hca_ratio=128,
-            index_topk=512,
-            num_slots=rows,
-            num_blocks=rows * columns,
-            max_blocks_per_seq=columns,
-            max_num_seqs=rows,
-            max_num_tokens=2 * rows,
-            max_tokens_per_seq=2,
-            max_model_len=length,
-        )
+        self._num_lengths = cfg.block_size
+        self._rows, self._first = rows, cfg.max_model_len - self._num_lengths + 1
         self.prepare = V4Prepare(cfg, rig.device)
         blocks = np.arange(rows * columns, dtype=np.int32).reshape(rows, columns)
         self._q, self._slot = np.ones(rows, np.int32), np.arange(rows, dtype=np.int32)

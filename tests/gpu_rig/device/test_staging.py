@@ -55,7 +55,7 @@ def way(request: pytest.FixtureRequest) -> Callable[..., Any]:
 
 def sized(rig: Rig, on_gpu: int) -> int:
     """A number of steps; a few where kernels are interpreted."""
-    return on_gpu if rig.is_real else 5
+    return on_gpu if rig.is_real else 4
 
 
 def memory_type(address: int) -> int:
