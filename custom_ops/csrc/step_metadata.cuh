@@ -16,11 +16,11 @@
 namespace fd_dsa {
 
 // rows of a block in a decode-only step, and tokens that it pads
-constexpr int kDecodeThreads = 128;
+constexpr int kDecodeThreads = 64;
 // lengths that a thread asks for before it waits
 constexpr int kLengthsAtOnce = 4;
 constexpr int kMixedThreads = 256;
-constexpr int kMixedRows = 4;
+constexpr int kMixedRows = 1;
 constexpr int kMixedTile = kMixedThreads * kMixedRows;
 
 // Division by the block size: a shift where that is a power of two, as in every server.
