@@ -57,6 +57,8 @@ STEPS: list[Step] = [
 
 @pytest.mark.parametrize("name", CASES)
 def test_goldens(place: Place, name: str) -> None:
+    if place.name == "interpreter" and name not in ("G6", "G8"):
+        pytest.skip("the kernel's own tests interpret all of them")
     case = CASES[name]
     prepare = place.prepare(config_of(case["config"]))
     prepare.stage(*inputs_of(case))

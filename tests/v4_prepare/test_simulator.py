@@ -52,7 +52,7 @@ def reusing_arrays(cfg: V4PrepareConfig) -> Callable[..., V4Arrays]:
 
 @kinds
 @drafts
-@settings(max_examples=25, phases=ONCE)
+@settings(max_examples=15, phases=ONCE)
 @given(seed=SEEDS)
 def test_the_host_builder_serves_any_history(swa: str, spec_tokens: int, seed: int) -> None:
     cfg = small(seed, swa=swa, spec_tokens=spec_tokens)
@@ -77,7 +77,7 @@ def test_rows_of_entries_come_from_the_block_table_in_table_mode(swa: str, seed:
 
 @kinds
 @drafts
-@settings(max_examples=4, phases=ONCE)
+@settings(max_examples=2, phases=ONCE)
 @given(seed=SEEDS)
 def test_sizes_of_a_decode_graph(swa: str, spec_tokens: int, seed: int) -> None:
     most = spec_tokens + 1
