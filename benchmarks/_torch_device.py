@@ -20,6 +20,10 @@ _NON_BLOCKING = 1
 class TorchDeviceApi(DeviceApi):
     """Device, stream and capability of torch tensors in CUDA memory."""
 
+    def __init__(self) -> None:
+        # what torch's own compiler calls; the Stream object costs more than the launch's own checks
+        self.current_stream = torch._C._cuda_getCurrentRawStream
+
     def device_of(self, tensor: torch.Tensor) -> int:
         """Number of the GPU that holds `tensor`.
 
@@ -33,11 +37,6 @@ class TorchDeviceApi(DeviceApi):
     def current_device(self) -> int:
         """Number of this thread's GPU."""
         return torch.cuda.current_device()
-
-    def current_stream(self, device: int) -> int:
-        """Handle of the stream that torch queues work on."""
-        # what torch's own compiler uses; the Stream object costs more than the launch's own checks
-        return torch._C._cuda_getCurrentRawStream(device)
 
     def capability(self, device: int) -> int:
         """Compute capability as one number, 90 on Hopper."""

@@ -3,9 +3,10 @@
 Three sets of slabs take turns, each a page-locked one and one on the device:
 
     host                         prep_stream                main stream
-    next_slab: copied[i] done?
+    next_slab: used[i] done?
+      if not: copied[i] done?
     fill the slab
-    upload                       wait used[i]
+    upload                       if not: wait used[i]
                                  one copy
                                  record copied[i]
     acquire                                                 wait copied[i]
@@ -40,8 +41,8 @@ class InputStaging:
     """Rotating slabs whose copies run on a stream of their own. One thread at a time.
 
     The order of calls for a step is `next_slab`, `upload`, `acquire`, work that reads the slab,
-    `release`; steps may be uploaded ahead, up to `num_slabs`. Cost of all four: about ten calls of
-    the driver, no memory, no wait for the device unless the caller is `num_slabs` steps ahead of
+    `release`; steps may be uploaded ahead, up to `num_slabs`. Cost of all four: about seven calls
+    of the driver, no memory, no wait for the device unless the caller is `num_slabs` steps ahead of
     it. Where kernels are interpreted, a copy is done at once.
 
     Args:
@@ -60,6 +61,8 @@ class InputStaging:
         self._stream = transfers.new_stream()
         self._used = [transfers.event() for _ in range(num_slabs)]
         self._is_open = [False] * num_slabs
+        # whether the readers of the slab that is filled now were seen to be done
+        self._is_read = False
         start = transfers.address(self.slabs)
         self._copies = [
             transfers.upload(start + 4 * num_values * index, slab, self._stream)
@@ -86,14 +89,21 @@ class InputStaging:
                 f"input staging: {len(self._used)} steps are uploaded and none is released; read "
                 "the earliest one before another is staged"
             )
-        return self._host.slabs[self._host.next_slab()]
+        host = self._host
+        host.refuse_capture()
+        # readers run behind the copy that they read: mostly one question answers two
+        self._is_read = self._used[host.turn].done()
+        if not self._is_read:
+            host.wait_for_copy()
+        return host.slabs[host.turn]
 
     def upload(self, num_values: int) -> int:
         """Queue the copy of the first values of the slab given out last; index of the slab."""
         index = self._host.turn
-        self._used[index].precede(self._stream)
+        if not self._is_read:
+            self._used[index].precede(self._stream)
         self._copies[index].queue(4 * num_values)
-        self._is_open[index] = True
+        self._is_open[index], self._is_read = True, False
         return self._host.sent(self._stream)
 
     def acquire(self, index: int) -> None:

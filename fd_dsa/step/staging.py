@@ -47,17 +47,28 @@ class HostSlabs:
         Raises:
             RuntimeError: the stream is being captured; a replay would copy this slab for ever.
         """
-        # asked first: to query an event would end a capture
+        self.refuse_capture()
+        self.wait_for_copy()
+        return self.turn
+
+    def refuse_capture(self) -> None:
+        """To be called before an event is asked, which would end a capture.
+
+        Raises:
+            RuntimeError: the stream is being captured.
+        """
         if self._transfers.is_capturing():
             raise RuntimeError(
                 "a step of host arrays is built during a graph capture, whose replays would copy "
                 "this step again; capture a build from device tensors"
             )
+
+    def wait_for_copy(self) -> None:
+        """Block until the last copy of the slab that has its turn is done."""
         copied = self.copied[self.turn]
         if not copied.done():
             self.num_waits += 1
             copied.wait()
-        return self.turn
 
     def sent(self, stream: RawStream | None = None) -> int:
         """Index of the slab whose copy was just queued on a stream; the next one has its turn."""

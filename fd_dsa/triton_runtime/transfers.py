@@ -139,6 +139,7 @@ class CudaTransfers(Transfers):
         super().__init__(api)
         self._device = device
         self._capture_status = ctypes.c_int()
+        self._status_place = ctypes.byref(self._capture_status)
         self._ask = cuda().function(_ASK)
         self._current = 0, ctypes.c_void_p()
 
@@ -195,11 +196,11 @@ class CudaTransfers(Transfers):
 
     def is_capturing(self) -> bool:
         """True while the current stream is captured into a graph."""
-        status, stream = self._capture_status, self.stream()
+        stream = self.stream()
         # asked in every step and layer: without the detour unless the driver refuses
-        if self._ask(stream, ctypes.byref(status)):
-            self.call(_ASK, stream, ctypes.byref(status))
-        return status.value != 0
+        if self._ask(stream, self._status_place):
+            self.call(_ASK, stream, self._status_place)
+        return self._capture_status.value != 0
 
     def stream(self) -> ctypes.c_void_p:
         """The stream that copies and events go to."""

@@ -67,6 +67,9 @@ class TableMirror:
         self.version = 0
         # the rows from here on have no cells that the device lacks
         self._news_end = 0
+        # ascending rows, columns and blocks of the last append, if the device lacks nothing else
+        self._appended: tuple[npt.NDArray[Any], Int32Array, npt.NDArray[Any]] | None = None
+        self._row_ends = np.arange(rows + 1)
 
     @property
     def has_news(self) -> bool:
@@ -90,15 +93,20 @@ class TableMirror:
 
     def append_blocks(self, rows: Any, block_ids: Any) -> None:
         """Put one more cell behind those of each of some rows; see `V4Prepare`."""
-        rows, ids = _pairs(rows, block_ids)
+        # copies: some are kept until they are sent
+        rows, ids = np.array(rows), np.array(block_ids)
+        if rows.shape != ids.shape or rows.ndim != 1:
+            _raise_pair_fault(rows, ids)
         row_list, id_list = rows.tolist(), ids.tolist()
         if not row_list:
             return
-        end = max(row_list) + 1
+        if rows.dtype.kind not in "iu" or ids.dtype.kind not in "iu":
+            _raise_pair_fault(rows, ids)
+        ordered = sorted(set(row_list))
         if (
-            min(row_list) < 0
-            or end > self._cfg.max_num_seqs
-            or len(set(row_list)) < len(row_list)
+            ordered[0] < 0
+            or ordered[-1] >= self._cfg.max_num_seqs
+            or len(ordered) < len(row_list)
             or min(id_list) < 0
             or max(id_list) >= self._cfg.num_blocks
         ):
@@ -108,11 +116,15 @@ class TableMirror:
             self._raise_first_fault(row_list, id_list)
         self._cells[rows, columns] = ids
         self._num_set[rows] = columns + 1
-        self._changed(end)
+        is_all_news = not self.has_news and ordered == row_list
+        self._changed(ordered[-1] + 1)
+        if is_all_news:
+            self._appended = rows, columns, ids
 
     def _changed(self, end: int) -> None:
         """Cells of rows before `end` have changed."""
         self.version += 1
+        self._appended = None
         if end > self._news_end:
             self._news_end = end
 
@@ -184,6 +196,13 @@ class TableMirror:
             run_start: int32 [max_num_seqs + 1], starting with 0; takes the prefix sums.
             values: int32 [max_num_seqs * max_blocks_per_seq]; takes the cells.
         """
+        if self._appended is not None and self._news_end <= num_rows:
+            rows, columns, blocks = self._appended
+            run_column[rows] = columns
+            # one cell a row: of the rows before each
+            run_start[:] = rows.searchsorted(self._row_ends)
+            values[: len(rows)] = blocks
+            return len(rows)
         num_sent, counts = self._num_sent[:num_rows], self._counts[:num_rows]
         np.subtract(self._num_set[:num_rows], num_sent, out=counts)
         run_column[:num_rows] = num_sent
@@ -200,6 +219,7 @@ class TableMirror:
     def mark_sent(self, num_rows: int) -> None:
         """The device gets the cells of these rows with a step that is on its way."""
         self._num_sent[:num_rows] = self._num_set[:num_rows]
+        self._appended = None
         if self._news_end <= num_rows:
             self._news_end = 0
 
@@ -252,23 +272,14 @@ class TableMirror:
         raise AssertionError("blocks were refused of which each may be appended")
 
 
-def _pairs(rows: Any, block_ids: Any) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Rows and their blocks as arrays of integers [n].
-
-    Raises:
-        V4PrepareError: E_DTYPE or E_SHAPE.
-    """
-    arrays = np.asarray(rows), np.asarray(block_ids)
-    for name, array in zip(("rows", "block_ids"), arrays, strict=True):
-        if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+def _raise_pair_fault(rows: npt.NDArray[Any], block_ids: npt.NDArray[Any]) -> NoReturn:
+    """The error of rows and blocks that are no arrays of integers, or not equally many."""
+    for name, array in (("rows", rows), ("block_ids", block_ids)):
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise V4PrepareError(
                 "E_DTYPE",
                 -1,
                 f"{name} of shape {list(array.shape)} and dtype {array.dtype}, must be [n] "
                 "integers",
             )
-    if len(arrays[0]) != len(arrays[1]):
-        raise V4PrepareError(
-            "E_SHAPE", -1, f"got {len(arrays[0])} rows and {len(arrays[1])} block_ids, must be [n]"
-        )
-    return arrays
+    raise V4PrepareError("E_SHAPE", -1, f"got {len(rows)} rows and {len(block_ids)} block_ids")

@@ -249,3 +249,84 @@ def test_a_slab_says_nothing_of_rows_that_its_step_lacks() -> None:
     prepare.stage([9, 8], [1, 1], [0, 1])
     assert slabs.section("q") == [1, 1, 0]
     assert slabs.section("run_start", 4) == [0, 0, 0, 0]
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 1 << 30))
+def test_appended_blocks_travel_as_those_that_are_set(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ours, other = V4Prepare(CFG, "numpy"), V4Prepare(CFG, "numpy")
+    slabs = [Slabs(ours), Slabs(other)]
+    num_blocks = [0, 0, 0]
+    for _ in range(12):
+        for _ in range(rng.integers(0, 3)):
+            rows = rng.permutation(3)[: rng.integers(0, 4)]
+            rows = rows[[num_blocks[row] < CFG.max_blocks_per_seq for row in rows]]
+            ids = rng.integers(0, 30, len(rows))
+            if rng.random() < 0.7:
+                kind = rng.choice(["i4", "u1", "i8"])
+                given = rows.astype(kind), ids.astype(kind)
+                ours.append_blocks(*given)
+                for array in given:
+                    array.fill(99)
+            else:
+                ours.append_blocks(rows.tolist(), ids.tolist())
+            for row, block in zip(rows.tolist(), ids.tolist(), strict=True):
+                other.set_blocks(row, [block], num_blocks[row])
+                num_blocks[row] += 1
+            if rng.random() < 0.3:
+                row = int(rng.integers(3))
+                num_blocks[row] = int(rng.integers(0, num_blocks[row] + 1))
+                for prepare in (ours, other):
+                    prepare.set_blocks(row, [], num_blocks[row])
+        count = int(rng.integers(0, 4))
+        q = np.array([n > 0 for n in num_blocks[:count]], np.int32)
+        ctx = q * rng.integers(1, 5, count).astype(np.int32)
+        for prepare in (ours, other):
+            prepare.stage(ctx, q, np.arange(count, dtype=np.int32))
+            prepare.expand()
+        assert slabs[0].values() == slabs[1].values()
+        assert slabs[0].section("run_start", 4) == slabs[1].section("run_start", 4)
+        for b in np.flatnonzero(np.diff(slabs[0].section("run_start", 4))):
+            assert slabs[0].section("run_column")[b] == slabs[1].section("run_column")[b]
+        assert np.array_equal(ours.buffers.block_table, other.buffers.block_table)
+
+
+@pytest.mark.parametrize(
+    ("rows", "ids", "text"),
+    [
+        ([0, 3], [1, 2], "row: got 3, allowed is 0..2 = max_num_seqs - 1; name a row"),
+        ([-1], [1], "row: got -1, allowed is 0..2"),
+        ([0, 1, 0], [1, 2, 3], "rows: got row 0 twice"),
+        ([0, 1], [1, 30], "E_BLOCK: row 1: block_table[2]=30 not in [0, 30)"),
+        ([1, 0], [-1, 30], "E_BLOCK: row 1: block_table[2]=-1 not in [0, 30)"),
+        ([0, 1], np.array([3, 2**63], np.uint64), "row 1: block_table[2]=9223372036854775808"),
+        ([0, 2], [1, 2], "E_TABLE: row 2: needs 7 blocks, table has 6 columns"),
+        ([0, 1], [1], "E_SHAPE: batch: got 2 rows and 1 block_ids"),
+        (
+            [0],
+            [1.0],
+            "E_DTYPE: batch: block_ids of shape [1] and dtype float64, must be [n] integers",
+        ),
+        ([True], [1], "E_DTYPE: batch: rows of shape [1] and dtype bool"),
+        (0, 1, "E_DTYPE: batch: rows of shape [] and dtype int"),
+        ([[0]], [[1]], "E_DTYPE: batch: rows of shape [1, 1] and dtype int"),
+    ],
+)
+def test_blocks_that_cannot_be_appended(rows: Any, ids: Any, text: str) -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    prepare.set_blocks(1, [8, 9])
+    prepare.set_blocks(2, [1] * 6)
+    slabs = Slabs(prepare)
+    with pytest.raises(ValueError, match=r"got|E_") as caught:
+        prepare.append_blocks(rows, ids)
+    assert text in str(caught.value)
+    # all rows are as they were
+    with pytest.raises(V4PrepareError, match=r"row 1: block_table\[2\]=-1"):
+        prepare.stage([0, 9, 22], [0, 1, 1], [0, 1, 2])
+    prepare.stage([0, 8, 22], [0, 1, 1], [0, 1, 2])
+    assert slabs.values() == [8, 9] + [1] * 6
+    prepare.append_blocks([], [])
+    prepare.append_blocks([1, 0], [4, 5])
+    prepare.stage([1, 9, 22], [1, 1, 1], [0, 1, 2])
+    assert slabs.values() == [5, 4]
