@@ -116,15 +116,14 @@ class Decode:
         """ctx, q and slot, int32 [B]; the same arrays in every step."""
         return self.ctx, self.q, self.slot
 
-    def advance(self) -> list[tuple[int, int, int]]:
-        """Go on to the next step; the cells of the block table that it adds: row, column, block."""
+    def advance(self) -> tuple[list[int], list[int]]:
+        """Go on to the next step; the rows that get a block more for it, and their blocks."""
         before = self._num_blocks()
         self.ctx += self.q
         rows = np.nonzero(self._num_blocks() > before)[0]
-        grown = [(int(b), int(before[b]), int(self._blocks[b, before[b]])) for b in rows]
-        for row, column, block in grown:
-            self.block_table[row, column] = block
-        return grown
+        blocks = self._blocks[rows, before[rows]]
+        self.block_table[rows, before[rows]] = blocks
+        return rows.tolist(), blocks.tolist()
 
     def _num_blocks(self) -> Array:
         """Blocks that each row's context needs."""

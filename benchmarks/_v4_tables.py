@@ -118,7 +118,7 @@ class _Cases:
         return case.get("arrays_us", {}).get(label, {}).get("p50")
 
     def stage_and_expand(self, size: tuple[int, int, int]) -> float | None:
-        """Median of our host time without `set_blocks`."""
+        """Median of our host time without `append_blocks`."""
         return self._cases.get(("host", *size), {}).get("stage_and_expand_us", {}).get("p50")
 
     def ratio(self, kind: str, size: tuple[int, int, int], label: str) -> float | None:

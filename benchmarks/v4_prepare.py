@@ -212,9 +212,10 @@ class Launches:
     ) -> None:
         layout = SlabLayout(config)
         slab = pinned(layout.num_words)
-        num_tokens = int(decode.q.sum())
+        words = StepWords(layout)
+        words.take_rows(decode.q, decode.slot, int(decode.q.sum()))
         # the whole table is on the device, no cell comes with the step
-        StepWords(layout).write(slab, 1, decode.inputs(), num_tokens, TableMirror(config))
+        words.write(slab, 1, decode.ctx, TableMirror(config))
         slabs = torch.from_numpy(slab).to("cuda")
         # written by a step at fault; no tensor, since the device writes the host's memory
         self._faults = pinned(ERROR_SLOTS * ERROR_WORDS).reshape(ERROR_SLOTS, ERROR_WORDS)
@@ -296,7 +297,7 @@ def table_mode(record: _gpu.Recorder) -> None:
 
 
 def check_times(batch: int = 256, repeats: int = 2000) -> dict[str, float]:
-    """Host microseconds of all checks of a step without a block table."""
+    """Host microseconds of all checks of a step of new rows, without a block table."""
     config = config_of(batch, 3)
     decode, checks = Decode(config, 8192), RowChecks(config)
     room = ((decode.block_table >= 0).sum(axis=1) * config.block_size).astype(np.int32)

@@ -79,10 +79,10 @@ def test_rows_grow_by_blocks_of_their_own() -> None:
     seen = decode.block_table.copy()
     grown = 0
     for _ in range(40):
-        for row, column, block in decode.advance():
-            assert seen[row, column] == -1 and decode.block_table[row, column] == block
-            seen[row, column] = block
-            grown += 1
+        rows, blocks = decode.advance()
+        for row, block in zip(rows, blocks, strict=True):
+            seen[row, (seen[row] >= 0).sum()] = block
+        grown += len(rows)
         assert ((decode.block_table >= 0).sum(axis=1) == -(-decode.ctx // 128)).all()
         np.testing.assert_array_equal(decode.block_table, seen)
     assert grown == 4 * 40 * 4 // 128
