@@ -7,6 +7,7 @@
 // are integers, so nothing depends on the order of threads.
 #pragma once
 
+#include <atomic>
 #include <utility>
 
 #include "topk_bound.cuh"
@@ -19,32 +20,37 @@ namespace fd_dsa::topk {
 // The parts of shared memory whose sizes the host chooses.
 struct Lists {
   Shared& shared;
-  uint64_t* keys;
+  Kept kept;
   Order order;
 
-  __device__ __forceinline__ explicit Lists(const Sizes& sizes)
+  __device__ __forceinline__ Lists(const Sizes& sizes, bool alone)
       : shared(*reinterpret_cast<Shared*>(shared_memory())) {
-    keys = reinterpret_cast<uint64_t*>(shared_memory() + sizeof(Shared));
-    order.bits = reinterpret_cast<uint32_t*>(keys + sizes.capacity);
+    kept.capacity = static_cast<uint32_t>(sizes.capacity);
+    kept.keys = reinterpret_cast<uint64_t*>(shared_memory() + sizeof(Shared));
+    kept.positions = reinterpret_cast<int32_t*>(kept.keys) + (alone ? 1 : 2) * sizes.capacity;
+    order.bits = reinterpret_cast<uint32_t*>(kept.positions + sizes.capacity);
     order.before = order.bits + sizes.num_bits / 32;
     order.num_bits = sizes.num_bits;
     order.chosen = reinterpret_cast<int32_t*>(order.before + sizes.num_bits / 64);
   }
 
-  // Zeroes what is counted in.
+  // Prepares what is counted in.
   template <int kThreads>
   __device__ __forceinline__ void clear() const {
-    uint4* words = reinterpret_cast<uint4*>(order.bits);
-    for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
-    for (int i = threadIdx.x; i < kSampleBins; i += kThreads) {
-      shared.sample_bins[i] = 0;
-      shared.sample_low[i] = 0xffffffffu;
-    }
-    for (int32_t i = threadIdx.x; i < order.num_bits / 128; i += kThreads) {
-      words[i] = make_uint4(0, 0, 0, 0);
-    }
+    fill<kThreads>(shared.bins, (kBins + kSampleBins) / 4, 0);
+    fill<kThreads>(shared.sample_low, kSampleBins / 4, 0xffffffffu);
+    fill<kThreads>(order.bits, order.num_bits / 128, 0);
     if (threadIdx.x == 0) {
       shared.num_small = shared.num_kept = shared.num_sent = shared.highest = 0;
+    }
+  }
+
+  template <int kThreads>
+  static __device__ __forceinline__ void fill(uint32_t* words, int32_t num_fours, uint32_t value) {
+    uint4* fours = reinterpret_cast<uint4*>(words);
+#pragma unroll 1
+    for (int32_t i = threadIdx.x; i < num_fours; i += kThreads) {
+      fours[i] = make_uint4(value, value, value, value);
     }
   }
 };
@@ -60,60 +66,40 @@ __device__ __forceinline__ void write_all(const Job& job, const Row& row) {
   }
 }
 
-// Brings the candidates of all blocks to that of rank 0; the list is whole there alone.
-// Returns how many there are, whether they fit or not.
-template <int kThreads, typename Blocks>
-__device__ __forceinline__ uint32_t send_kept(Shared& shared, List& list) {
-  __syncthreads();
-  list.kept = shared.num_kept;
-  if (Blocks::size() == 1) return list.kept;
-  // all blocks have begun, and cleared what others count in
-  Blocks::wait();
-  if (Blocks::rank() > 0) {
-    if (threadIdx.x == 0) {
-      shared.sent_to = Blocks::add(&shared.num_sent, 0, list.kept);
-      Blocks::max(&shared.highest, 0, shared.highest);
-    }
-    __syncthreads();
-    const uint32_t to = shared.sent_to;
-    for (uint32_t i = threadIdx.x; i < list.kept && to + i < list.capacity; i += kThreads) {
-      Blocks::store(&list.keys[to + i], 0, list.keys[list.capacity - 1 - i]);
-    }
-  }
-  Blocks::sync();
-  list.sent = Blocks::load(&shared.num_sent, 0);
-  return list.sent + Blocks::load(&shared.num_kept, 0);
-}
-
 // A long row: candidates are the scores above a bound.
 template <int kThreads, int kUnroll, bool kAhead, typename Blocks>
 __device__ __forceinline__ void choose_by_bound(const Job& job, const Row& row,
                                                 const Lists& lists) {
   constexpr int kLoads = kThreads >= kMaxSamples / 4 ? 1 : kMaxSamples / 4 / kThreads;
-  const int32_t num_blocks = Blocks::size(), share = (row.num_chunks - 1) / num_blocks + 1;
+  const int32_t num_blocks = Blocks::size(), rank = Blocks::rank();
+  const int32_t share = (row.num_chunks + num_blocks - 1) / num_blocks;
   const int32_t each = (share + kWarp - 1) / kWarp * kWarp;
-  const int32_t begin = min(static_cast<int32_t>(Blocks::rank()) * each, row.num_chunks);
+  const int32_t begin = min(rank * each, row.num_chunks);
   const int32_t end = min(begin + each, row.num_chunks);
   const uint32_t k = static_cast<uint32_t>(job.rows.k);
-  const uint32_t capacity = static_cast<uint32_t>(job.sizes.capacity);
+  const Kept& kept = lists.kept;
   Shared& shared = lists.shared;
-  float4 tile[kUnroll];
-  load_tile<kThreads>(row, begin + threadIdx.x, end, tile);
+  Tile<kThreads, kUnroll> tile;
+  tile.load(row, begin + threadIdx.x, end);
   const uint32_t bound = choose_bound<kThreads, kLoads>(row, job.rows.k, shared);
-  keep_above<kThreads, kUnroll, kAhead>(row, begin, end, tile, score_of(bound), shared, lists.keys,
-                                        capacity);
-  List list = {lists.keys, 0, 0, capacity};
-  const uint32_t all = send_kept<kThreads, Blocks>(shared, list);
-  if (all < k || all > capacity) {
-    const Span span = {max(row.first_of(begin), 0), min(row.first_of(end), row.length)};
+  if (rank == 0 && warp_id() == 0) {
+    keep_edges(row, score_of(bound), shared, kept.positions, kept.capacity);
+  }
+  keep_above<kThreads, kUnroll, kAhead>(row, begin, end, tile, score_of(bound), shared,
+                                        kept.positions, kept.capacity);
+  const uint32_t all = gather_kept<kThreads, Blocks>(row, kept, shared);
+  if (all < k || all > kept.capacity) {
+    const Span span = {rank == 0 ? 0 : row.first_of(begin),
+                       rank == num_blocks - 1 ? row.length : row.first_of(end)};
     choose_by_scans<kThreads, Blocks>(job, row, span, all < k, bound, shared,
-                                      reinterpret_cast<uint32_t*>(lists.keys));
+                                      reinterpret_cast<uint32_t*>(kept.keys));
     return;
   }
-  if (Blocks::rank() > 0) {
+  if (rank > 0) {
     Blocks::arrive();
     return;
   }
+  const List list = {kept.keys, all};
   uint64_t threshold = 0;
   if (all > k) {
     const auto each_listed = [&](auto visit) { list.each<kThreads>(visit); };
@@ -125,9 +111,10 @@ __device__ __forceinline__ void choose_by_bound(const Job& job, const Row& row,
   if (num_blocks > 1) Blocks::sync();
 }
 
-// Whether something of a row is left out; where nothing is, it is written here.
+// Whether something of a row is left out; where nothing is, all of it is written here.
 template <int kThreads, typename Blocks>
 __device__ __forceinline__ bool needs_choice(const Job& job, const Row& row) {
+  if (row.token < 0) return false;
   if (row.length > job.rows.k) return true;
   write_all<kThreads, Blocks>(job, row);
   return false;
@@ -135,29 +122,25 @@ __device__ __forceinline__ bool needs_choice(const Job& job, const Row& row) {
 
 // Rows that fit into the registers of a block.
 template <int kThreads, int kMinBlocks, int kUnroll>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) held_kernel(Job job) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    held_kernel(const __grid_constant__ Job job) {
   using Blocks = Cluster<false>;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  for (int i = threadIdx.x; i < kBins; i += kThreads) shared.bins[i] = 0;
+  const Row row(job.rows, static_cast<int32_t>(blockIdx.x));
+  Lists::fill<kThreads>(shared.bins, kBins / 4, 0);
   if (threadIdx.x == 0) shared.num_small = 0;
-  const int32_t index = static_cast<int32_t>(blockIdx.x);
-  const int64_t token = token_of(job.rows, index);
-  if (token < 0) return;
-  const Row row(job.rows, index, token);
   if (!needs_choice<kThreads, Blocks>(job, row)) return;
   choose_held<kThreads, kUnroll>(job, row, shared);
 }
 
 // Rows of any length.
 template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
-__global__ void __launch_bounds__(kThreads, kMinBlocks) bound_kernel(Job job) {
+__global__ void __launch_bounds__(kThreads, kMinBlocks)
+    bound_kernel(const __grid_constant__ Job job) {
   using Blocks = Cluster<kCluster>;
-  const Lists lists(job.sizes);
+  const Lists lists(job.sizes, !kCluster);
+  const Row row(job.rows, static_cast<int32_t>(blockIdx.x / Blocks::size()));
   lists.clear<kThreads>();
-  const int32_t index = static_cast<int32_t>(blockIdx.x / Blocks::size());
-  const int64_t token = token_of(job.rows, index);
-  if (token < 0) return;
-  const Row row(job.rows, index, token);
   if (!needs_choice<kThreads, Blocks>(job, row)) return;
   Blocks::arrive();
   choose_by_bound<kThreads, kUnroll, kAhead, Blocks>(job, row, lists);
@@ -178,17 +161,29 @@ int launch_held(const Rows& rows, void* stream) {
                 held_kernel<kThreads, kMinBlocks, kUnroll>, job_of(rows, {}));
 }
 
-template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
-int launch_bound(const Rows& rows, const Sizes& sizes, void* stream) {
-  auto* kernel = bound_kernel<kThreads, kMinBlocks, kUnroll, kAhead, kCluster>;
-  const int bytes = static_cast<int>(sizeof(Shared)) + sizes.list_bytes();
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess && kCluster) {
+// Lets a kernel have all shared memory of a device and clusters of any size; asked once for each
+// kernel and device, `done` has a bit for each device.
+template <typename Kernel>
+cudaError_t prepare(Kernel* kernel, const Gpu& gpu, bool clusters, std::atomic<uint64_t>& done) {
+  const uint64_t bit = uint64_t{1} << gpu.device % 64;
+  if ((done.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           gpu.shared_bytes);
+  if (error == cudaSuccess && clusters) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   }
+  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
+int launch_bound(const Rows& rows, const Sizes& sizes, const Gpu& gpu, void* stream) {
+  static std::atomic<uint64_t> prepared{0};
+  auto* kernel = bound_kernel<kThreads, kMinBlocks, kUnroll, kAhead, kCluster>;
+  const cudaError_t error = prepare(kernel, gpu, kCluster, prepared);
   if (error != cudaSuccess) return static_cast<int>(error);
   const unsigned blocks = static_cast<unsigned>(rows.num_rows) * sizes.cluster;
+  const unsigned bytes = static_cast<unsigned>(sizeof(Shared)) + sizes.list_bytes();
   cudaLaunchConfig_t config = launch_config(blocks, kThreads, stream, bytes);
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -200,14 +195,14 @@ int launch_bound(const Rows& rows, const Sizes& sizes, void* stream) {
 
 // The device of the calling thread.
 inline cudaError_t find_gpu(Gpu& gpu) {
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
+  int major = 0;
+  cudaError_t error = cudaGetDevice(&gpu.device);
   const std::pair<int*, cudaDeviceAttr> wanted[] = {
       {&major, cudaDevAttrComputeCapabilityMajor},
       {&gpu.num_sms, cudaDevAttrMultiProcessorCount},
       {&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin}};
   for (const auto& [value, attribute] : wanted) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, gpu.device);
   }
   gpu.has_clusters = major >= 9;
   return error;
@@ -227,11 +222,11 @@ inline int launch_topk(const Rows& rows, void* stream) {
   const cudaError_t error = find_gpu(gpu);
   if (error != cudaSuccess) return static_cast<int>(error);
   const Sizes sizes = choose_sizes(rows, gpu, sizeof(Shared));
-  if (sizes.cluster > 1) return launch_bound<1024, 1, 2, true, true>(rows, sizes, stream);
+  if (sizes.cluster > 1) return launch_bound<1024, 1, 2, true, true>(rows, sizes, gpu, stream);
   if (rows.num_rows <= gpu.num_sms) {
-    return launch_bound<1024, 1, 2, true, false>(rows, sizes, stream);
+    return launch_bound<1024, 1, 2, true, false>(rows, sizes, gpu, stream);
   }
-  return launch_bound<512, 3, 2, false, false>(rows, sizes, stream);
+  return launch_bound<512, 3, 2, false, false>(rows, sizes, gpu, stream);
 }
 
 }  // namespace fd_dsa::topk

@@ -73,12 +73,15 @@ FD_DSA_BOTH int64_t token_of(const Rows& rows, int32_t row) {
 }
 
 // How many positions a token may choose from.
-FD_DSA_BOTH int32_t window_of(const Rows& rows, int64_t token) {
-  if (rows.lengths != nullptr) return bounded(rows.lengths[token], rows.width);
-  if (rows.batch_ids[token] < 0) return 0;
-  const int32_t last = static_cast<int32_t>(rows.position_ids[token]);
+FD_DSA_BOTH int32_t window_at(const Rows& rows, int32_t batch_id, int32_t last) {
+  if (batch_id < 0) return 0;
   const int32_t window = bounded(wrapping_add(last, 1), 0x7fffffff);
   return window > rows.k ? bounded(window, rows.width) : window;
+}
+
+FD_DSA_BOTH int32_t window_of(const Rows& rows, int64_t token) {
+  if (rows.lengths != nullptr) return bounded(rows.lengths[token], rows.width);
+  return window_at(rows, rows.batch_ids[token], static_cast<int32_t>(rows.position_ids[token]));
 }
 
 // What stands in the output for a position.

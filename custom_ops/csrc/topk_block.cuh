@@ -27,8 +27,8 @@ struct alignas(16) Shared {
   // what find_bin found: the bin, entries above it, entries in it
   uint32_t bin, above, inside;
   uint32_t num_small, bound;
-  // candidates of this block, and in rank 0 those that other blocks sent; the best of all
-  uint32_t num_kept, num_sent, sent_to, highest;
+  // candidates of this block, and where its own begin among all; of all of them, in rank 0
+  uint32_t num_kept, sent_to, num_sent, highest;
   // of each block of the cluster
   uint32_t better_of[kMaxCluster], equal_of[kMaxCluster];
 };

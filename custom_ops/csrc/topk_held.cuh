@@ -15,11 +15,13 @@ struct Held {
   int32_t first;     // position of the first
 
   __device__ __forceinline__ explicit Held(const Row& row) : present(0) {
+    // chunks from the one that the row begins in, so that all of it is in some chunk
+    const int32_t head = row.lead == 0 ? 0 : 4 - row.lead;
     const int32_t chunk = warp_id() * kUnroll * kWarp + lane_id();
     float4 four[kUnroll];
-    first = row.first_of(chunk);
+    first = chunk * 4 - head;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) four[u] = row.load(chunk + u * kWarp, row.num_chunks);
+    for (int u = 0; u < kUnroll; ++u) four[u] = load(row, position(4 * u));
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       image[4 * u] = image_of(four[u].x);
@@ -33,6 +35,20 @@ struct Held {
         present |= 1u << i;
       }
     }
+  }
+
+  // Four scores from a position on; anything for what is not of the row.
+  static __device__ __forceinline__ float4 load(const Row& row, int32_t begin) {
+    if (begin >= 0 && begin + 4 <= row.length) {
+      return __ldg(reinterpret_cast<const float4*>(row.scores + begin));
+    }
+    float value[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const bool inside = begin + i >= 0 && begin + i < row.length;
+      value[i] = inside ? __ldg(row.scores + begin + i) : 0.0f;
+    }
+    return make_float4(value[0], value[1], value[2], value[3]);
   }
 
   // Position of an image, also of one that is not of the row.

@@ -23,34 +23,33 @@ __device__ __forceinline__ float score_of(uint32_t image) {
   return __uint_as_float((image >> 31) != 0 ? image ^ 0x80000000u : ~image);
 }
 
-// Chunks are 16 bytes at 16-byte addresses; the first `head` floats of chunk 0 lie before the row.
+// The row that a block works on. Chunks are 16 bytes at 16-byte addresses, all of them of the row;
+// up to three scores lie before the first one, and behind the last.
 struct Row {
   const float* scores;
-  int64_t token;
-  int32_t length, head, num_chunks;
+  int64_t token;  // -1 where nothing is to be done
+  int32_t length, lead, num_chunks;
 
-  __device__ __forceinline__ Row(const Rows& rows, int32_t row, int64_t token)
-      : scores(rows.logits + row * rows.row_stride), token(token), length(window_of(rows, token)) {
-    head = static_cast<int32_t>(reinterpret_cast<uintptr_t>(scores) / sizeof(float) % 4);
-    num_chunks = (head + length + 3) / 4;
+  __device__ __forceinline__ Row(const Rows& rows, int32_t row)
+      : scores(rows.logits + row * rows.row_stride), token(rows.first_token + int64_t{row}) {
+    if (rows.lengths != nullptr) {
+      length = bounded(rows.lengths[token], rows.width);
+    } else {
+      // all loads before the first decision
+      const int32_t batch_id = rows.batch_ids[token];
+      const int32_t last = static_cast<int32_t>(rows.position_ids[token]);
+      if (rows.groups != nullptr && rows.groups[token] != rows.group) token = -1;
+      length = window_at(rows, batch_id, last);
+    }
+    const auto address = reinterpret_cast<uintptr_t>(scores);
+    lead = min(static_cast<int32_t>((16 - address % 16) % 16 / sizeof(float)), length);
+    num_chunks = (length - lead) / 4;
   }
 
-  __device__ __forceinline__ int32_t first_of(int32_t chunk) const { return chunk * 4 - head; }
+  __device__ __forceinline__ int32_t first_of(int32_t chunk) const { return chunk * 4 + lead; }
 
-  // Scores of a chunk; NaN for what is not of the row, or of no chunk before `end`.
-  __device__ __forceinline__ float4 load(int32_t chunk, int32_t end) const {
-    const int32_t first = first_of(chunk);
-    if (chunk < end && first >= 0 && first + 4 <= length) {
-      return __ldg(reinterpret_cast<const float4*>(scores + first));
-    }
-    float value[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int32_t position = first + i;
-      const bool inside = chunk < end && position >= 0 && position < length;
-      value[i] = inside ? __ldg(scores + position) : no_score();
-    }
-    return make_float4(value[0], value[1], value[2], value[3]);
+  __device__ __forceinline__ float4 load(int32_t chunk) const {
+    return __ldg(reinterpret_cast<const float4*>(scores + first_of(chunk)));
   }
 };
 

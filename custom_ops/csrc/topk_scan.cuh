@@ -152,7 +152,7 @@ __device__ void write_scores(const Job& job, const Row& row, Span span, uint32_t
 
 // Chooses from a row with more than k scores by passes over it. `hint` may be the k-th best score.
 template <int kThreads, typename Blocks>
-__device__ __noinline__ void choose_by_scans(const Job& job, const Row& row, Span span,
+__device__ __noinline__ void choose_by_scans(const Job& job, Row row, Span span,
                                              bool has_hint, uint32_t hint, Shared& shared,
                                              uint32_t* sums) {
   uint32_t k = static_cast<uint32_t>(job.rows.k);

@@ -5,16 +5,16 @@
 
 namespace fd_dsa::topk {
 
-// Candidates in shared memory, in any order: `sent` from the front, `kept` from the back.
+// Candidates in shared memory, in any order.
 struct List {
-  uint64_t* keys;
-  uint32_t sent, kept, capacity;
+  const uint64_t* keys;
+  uint32_t size;
 
   template <int kThreads, typename Visit>
   __device__ __forceinline__ void each(Visit visit) const {
 #pragma unroll 1
-    for (uint32_t i = threadIdx.x; i < sent + kept; i += kThreads) {
-      const uint64_t key = keys[i < sent ? i : capacity - 1 - (i - sent)];
+    for (uint32_t i = threadIdx.x; i < size; i += kThreads) {
+      const uint64_t key = keys[i];
       visit(static_cast<uint32_t>(key >> 32), position_of(key));
     }
   }

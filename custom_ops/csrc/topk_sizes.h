@@ -23,12 +23,14 @@ struct Sizes {
 
   // Bytes of shared memory behind a block's own.
   int32_t list_bytes() const {
-    return 8 * capacity + num_bits / 8 + num_bits / 16 + (num_chosen + 3) / 4 * 16;
+    const int32_t order = num_bits / 8 + num_bits / 16 + (num_chosen + 3) / 4 * 16;
+    return (cluster > 1 ? 12 : 8) * capacity + order;
   }
 };
 
 // What is known of a GPU.
 struct Gpu {
+  int device;
   int num_sms;
   int shared_bytes;  // most that a block can have
   bool has_clusters;
@@ -51,20 +53,23 @@ inline Sizes choose_sizes(const Rows& rows, const Gpu& gpu, int32_t fixed_bytes)
   constexpr int32_t kShare = 4096, kMostBits = 1 << 19;
   Sizes sizes = {1, kMinCapacity, 0, 0};
   const int32_t width = rows.width;
-  sizes.num_bits = rounded_up(std::min(width, kMostBits), 1024);
-  const float wanted = samples_above(kMaxSamples, width, rows.k);
-  const float kept = wanted / std::min(width, kMaxSamples) * width;
-  const int32_t room = gpu.shared_bytes - fixed_bytes - sizes.list_bytes() - 4 * kMinCapacity;
-  sizes.capacity = std::max(rounded_up(std::min(1.6f * kept, 1e8f), 256), kMinCapacity);
-  if (8LL * sizes.capacity + 4LL * rows.k > room) {
-    sizes.capacity = std::max((room - 4 * std::min(rows.k, room / 4)) / 2048 * 256, kMinCapacity);
-  }
-  if (rows.k <= sizes.capacity) sizes.num_chosen = rows.k;
   while (gpu.has_clusters && sizes.cluster < kMaxCluster &&
          static_cast<int64_t>(rows.num_rows) * sizes.cluster * 2 <= gpu.num_sms &&
          width / (sizes.cluster * 2) >= kShare) {
     sizes.cluster *= 2;
   }
+  sizes.capacity = 0;
+  sizes.num_bits = rounded_up(std::min(width, kMostBits), 1024);
+  const int32_t room = gpu.shared_bytes - fixed_bytes - sizes.list_bytes() - 16;
+  const float wanted = samples_above(kMaxSamples, width, rows.k);
+  const float kept = wanted / std::min(width, kMaxSamples) * width;
+  sizes.capacity = std::max(rounded_up(std::min(1.6f * kept, 1e8f), 256), kMinCapacity);
+  const int32_t bytes = sizes.cluster > 1 ? 12 : 8;
+  if (static_cast<int64_t>(bytes) * sizes.capacity + 4LL * rows.k > room) {
+    const int32_t chosen = 4 * std::min(rows.k, room / 4);
+    sizes.capacity = std::max((room - chosen) / bytes / 256 * 256, kMinCapacity);
+  }
+  if (rows.k <= sizes.capacity) sizes.num_chosen = rows.k;
   return sizes;
 }
 

@@ -22,6 +22,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __noinline__
+#define __grid_constant__
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -270,6 +271,8 @@ inline int __clz(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value)
 inline int __clzll(uint64_t value) { return value == 0 ? 64 : __builtin_clzll(value); }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(uint32_t value) { return __builtin_ffs(static_cast<int>(value)); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frsqrt_rn(float value) { return 1 / std::sqrt(value); }
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));

@@ -7,11 +7,12 @@ using namespace fd_dsa::topk;
 
 template <int kThreads, int kUnroll, bool kAhead>
 int launch_small(const Rows& rows, const Sizes& sizes) {
+  const Gpu gpu = {0, 132, emulated::kSharedBytes, true};
   if (sizes.cluster == 0) return launch_held<kThreads, 1, kUnroll>(rows, nullptr);
   if (sizes.cluster == 1) {
-    return launch_bound<kThreads, 1, kUnroll, kAhead, false>(rows, sizes, nullptr);
+    return launch_bound<kThreads, 1, kUnroll, kAhead, false>(rows, sizes, gpu, nullptr);
   }
-  return launch_bound<kThreads, 1, kUnroll, kAhead, true>(rows, sizes, nullptr);
+  return launch_bound<kThreads, 1, kUnroll, kAhead, true>(rows, sizes, gpu, nullptr);
 }
 
 // `cluster` 0: rows are held in registers.
@@ -23,7 +24,7 @@ extern "C" int topk_emulated(const FdDsaTopk* rows, int wide, int cluster, int c
 
 // What the launcher would choose: `Sizes`, and bytes of shared memory.
 extern "C" void topk_sizes(const FdDsaTopk* rows, int num_sms, int* found) {
-  const Gpu gpu = {num_sms, emulated::kSharedBytes, true};
+  const Gpu gpu = {0, num_sms, emulated::kSharedBytes, true};
   const Sizes sizes = choose_sizes(*rows, gpu, sizeof(Shared));
   found[0] = sizes.cluster;
   found[1] = sizes.capacity;
