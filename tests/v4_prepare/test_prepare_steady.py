@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Prepare, V4PrepareConfig, V4PrepareError
-from fd_dsa.v4_prepare.checks import rows_have_room
+from fd_dsa.v4_prepare.checks import RowChecks, rows_have_room
 from fd_dsa.v4_prepare.steady import SteadyCheck
 from fd_dsa.v4_prepare.table import TableMirror
 from tests.v4_prepare.places import assert_step
@@ -153,6 +154,18 @@ def test_the_short_check_knows_every_good_step(seed: int, is_long: bool) -> None
             ctx[0] = min(int(room[0]) + int(rng.integers(-2, 3)), INT32 - 1)
         is_good = bool((ctx >= q).all() and (ctx <= cfg.max_model_len).all())
         assert check.is_good(ctx, q, slot) == (is_good and rows_have_room(ctx, q, room))
+
+
+def test_a_step_like_the_last_one_is_not_checked_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = V4Prepare(CFG, "numpy")
+    prepare.set_blocks(0, [3, 4])
+    step = [np.array([value], np.int32) for value in (4, 1, 2)]
+    prepare.stage(*step)
+    monkeypatch.delattr(RowChecks, "num_tokens")
+    step[0][0] = 8
+    prepare.stage(*step)
+    with pytest.raises(AttributeError):
+        prepare.stage(step[0], step[1], step[2] + 1)
 
 
 def test_what_is_no_array_like_the_last_ones_goes_the_long_way() -> None:
