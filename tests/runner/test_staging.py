@@ -177,6 +177,22 @@ def test_the_same_slab_until_it_is_uploaded(library: LateLibrary) -> None:
     assert staging.next_slab() is not first
 
 
+def test_what_was_seen_of_one_slab_says_nothing_of_the_next(library: LateLibrary) -> None:
+    staging = InputStaging(LateTensor, SIZE)
+    library.run()
+    for _ in range(NUM_SLABS):
+        run_step(library, staging, 0, [])
+    library.step(MAIN)
+    while not staging.used(0).done():
+        library.step()
+    staging.next_slab()
+    library.log.clear()
+    # the second slab is not asked for: it holds what it held
+    for used in USED[:2]:
+        staging.upload(SIZE)
+        assert (("wait", staging.prep_stream, used) in library.log) == (used == USED[1])
+
+
 def test_more_steps_ahead_than_slabs_are_refused(library: LateLibrary) -> None:
     staging = InputStaging(LateTensor, SIZE)
     for step in range(NUM_SLABS):
