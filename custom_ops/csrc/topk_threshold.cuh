@@ -19,7 +19,8 @@ __device__ __forceinline__ void narrow(Shared& shared, Each each, uint32_t& need
   find_bin<kThreads>(shared, need);
   need -= shared.above;
   low += shared.bin << shift;
-  high = min(high, low + ((1u << shift) - 1));
+  // the bin may reach past the largest number
+  high = low + min(high - low, (1u << shift) - 1);
 }
 
 // The `need`-th largest of at most kSmall candidates in first..last.
@@ -28,7 +29,9 @@ __device__ __forceinline__ uint64_t rank_few(Shared& shared, Each each, uint32_t
                                              uint64_t first, uint64_t last) {
   each([&](uint32_t image, int32_t position) {
     const uint64_t key = ranked(image, position);
-    if (key >= first && key <= last) shared.small[atomicAdd(&shared.num_small, 1u)] = key;
+    if (key < first || key > last) return;
+    const uint32_t at = atomicAdd(&shared.num_small, 1u);
+    if (at < kSmall) shared.small[at] = key;
   });
   __syncthreads();
   if (threadIdx.x < shared.inside) {
