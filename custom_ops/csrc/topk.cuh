@@ -176,8 +176,9 @@ cudaError_t prepare(Kernel* kernel, const Gpu& gpu, bool clusters, std::atomic<u
   return error;
 }
 
+// Static, so that two libraries in one process have flags of their own.
 template <int kThreads, int kMinBlocks, int kUnroll, bool kAhead, bool kCluster>
-int launch_bound(const Rows& rows, const Sizes& sizes, const Gpu& gpu, void* stream) {
+static int launch_bound(const Rows& rows, const Sizes& sizes, const Gpu& gpu, void* stream) {
   static std::atomic<uint64_t> prepared{0};
   auto* kernel = bound_kernel<kThreads, kMinBlocks, kUnroll, kAhead, kCluster>;
   const cudaError_t error = prepare(kernel, gpu, kCluster, prepared);

@@ -82,7 +82,9 @@ __device__ __forceinline__ void write_list(const Job& job, const Row& row, const
       const uint32_t mask = (1u << bit % kWarp) - 1;
       const bool upper = bit % 64 >= kWarp;
       const uint32_t below = upper ? __popc(word.x) + __popc(word.y & mask) : __popc(word.x & mask);
-      order.chosen[done + order.before[bit / 64] + below] = position;
+      const uint32_t at = done + order.before[bit / 64] + below;
+      // scores that change meanwhile may be chosen wrongly, but are written nowhere else
+      if (at < static_cast<uint32_t>(job.rows.k)) order.chosen[at] = position;
     });
     done += count;
     __syncthreads();

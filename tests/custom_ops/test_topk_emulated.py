@@ -21,6 +21,7 @@ from tests.custom_ops.topk_rows import KINDS, best, rows_of, scores_of
 
 POISON = -91
 HELD = 0
+MOST_HELD = (509, 8189)
 SHARED_BYTES = 227 * 1024
 EXAMPLES = settings(
     max_examples=min(120, settings.default.max_examples),
@@ -68,8 +69,8 @@ def test_any_row_by_any_path_equals_a_sort(data: st.DataObject) -> None:
     draw = data.draw
     wide = draw(st.booleans(), "wide")
     cluster = draw(st.sampled_from([HELD, 1, 1, 2, 4, 8]), "cluster")
-    most = (1021 if wide else 253) if cluster == HELD else draw(st.sampled_from([700, 6000]))
-    width = draw(st.integers(1, most), "width")
+    most = draw(st.sampled_from([700, 6000]))
+    width = draw(st.integers(1, MOST_HELD[wide] if cluster == HELD else most), "width")
     kind = draw(st.sampled_from([*KINDS]), "kind")
     scores = scores_of(kind, 2, width, draw(st.integers(0, 2**31)))
     k = draw(st.one_of(st.integers(1, width + 3), st.sampled_from([1, 2, 100, 512])), "k")
@@ -93,13 +94,33 @@ def test_kinds_of_long_rows(kind: str, cluster: int) -> None:
 @pytest.mark.parametrize("ties", [63, 64, 65, 66, 129, 2000])
 @pytest.mark.parametrize("cluster", [HELD, 1, 2])
 def test_ties_around_what_is_ranked_directly(cluster: int, ties: int) -> None:
-    width = 250 if cluster == HELD else 4000
+    width = 500 if cluster == HELD else 4000
     ties = min(ties, width - 8)
     scores = np.full((1, width), -1, np.float32)
     places = np.random.default_rng(ties).permutation(width)
     scores[0, places[:ties]], scores[0, places[ties : ties + 3]] = 0.5, 2
     for k in (1, 3, 4, ties // 2 + 3, ties + 2, ties + 3, ties + 4):
         found = choose(scores, [width], k, cluster=cluster)
+        np.testing.assert_array_equal(found, best(scores, [width], k))
+
+
+@pytest.mark.parametrize("width", [4096, 4097, 4101, 5000, 8189])
+@pytest.mark.parametrize("k", [1, 2, 8, 100])
+def test_the_first_of_many_equal_scores_in_registers(width: int, k: int) -> None:
+    found = choose(np.zeros((1, width), np.float32), [width], k, cluster=HELD, wide=True)
+    assert found[0].tolist() == [*range(k)]
+
+
+@pytest.mark.parametrize("width", [20_000, 20_010, 20_030])
+def test_the_first_of_many_equal_scores_in_a_list(width: int) -> None:
+    rng = np.random.default_rng(width)
+    scores = rng.standard_normal((1, width)).astype(np.float32) / 10
+    places = 12 + rng.permutation(width - 12)
+    # so few that the bound is below them, and more than are ranked one by one
+    scores[0, :12] = scores[0, places[:88]] = 2
+    scores[0, places[88:583]] = 3 + rng.random(495)
+    for k in (496, 497, 504, 510):
+        found = choose(scores, [width], k, wide=True, num_bits=32768)
         np.testing.assert_array_equal(found, best(scores, [width], k))
 
 

@@ -5,10 +5,10 @@
 
 using namespace fd_dsa::topk;
 
-template <int kThreads, int kUnroll, bool kAhead>
+template <int kThreads, int kUnroll, bool kAhead, int kHeldThreads>
 int launch_small(const Rows& rows, const Sizes& sizes) {
   const Gpu gpu = {0, 132, emulated::kSharedBytes, true};
-  if (sizes.cluster == 0) return launch_held<kThreads, 1, kUnroll>(rows, nullptr);
+  if (sizes.cluster == 0) return launch_held<kHeldThreads, 1, 2 * kUnroll>(rows, nullptr);
   if (sizes.cluster == 1) {
     return launch_bound<kThreads, 1, kUnroll, kAhead, false>(rows, sizes, gpu, nullptr);
   }
@@ -19,7 +19,8 @@ int launch_small(const Rows& rows, const Sizes& sizes) {
 extern "C" int topk_emulated(const FdDsaTopk* rows, int wide, int cluster, int capacity,
                              int num_bits) {
   const Sizes sizes = {cluster, capacity, num_bits, rows->k <= capacity ? rows->k : 0};
-  return wide ? launch_small<128, 2, true>(*rows, sizes) : launch_small<64, 1, false>(*rows, sizes);
+  return wide ? launch_small<128, 2, true, 512>(*rows, sizes)
+              : launch_small<64, 1, false, 64>(*rows, sizes);
 }
 
 // What the launcher would choose: `Sizes`, and bytes of shared memory.
