@@ -52,8 +52,9 @@ __device__ __forceinline__ uint32_t sum_below(const Shared& shared, int warp) {
   return __reduce_add_sync(kAllLanes, lane_id() < warp ? shared.warp_sums[lane_id()] : 0);
 }
 
-// Smallest and largest of the threads' values, in all threads.
-template <int kThreads>
+// Smallest and largest of the threads' values, in all threads; without those smallest values of
+// warps that are the `kSkipped` lowest.
+template <int kThreads, int kSkipped = 0>
 __device__ __forceinline__ void block_range(Shared& shared, uint32_t& low, uint32_t& high) {
   low = __reduce_min_sync(kAllLanes, low);
   high = __reduce_max_sync(kAllLanes, high);
@@ -63,7 +64,14 @@ __device__ __forceinline__ void block_range(Shared& shared, uint32_t& low, uint3
   }
   __syncthreads();
   const bool valid = lane_id() < kThreads / kWarp;
-  low = __reduce_min_sync(kAllLanes, valid ? shared.warp_low[lane_id()] : 0xffffffffu);
+  low = valid ? shared.warp_low[lane_id()] : 0xffffffffu;
+#pragma unroll
+  for (int i = 0; i < kSkipped; ++i) {
+    const bool least = low == __reduce_min_sync(kAllLanes, low);
+    // one of equals
+    if ((__ballot_sync(kAllLanes, least) & lanes_below()) == 0 && least) low = 0xffffffffu;
+  }
+  low = __reduce_min_sync(kAllLanes, low);
   high = __reduce_max_sync(kAllLanes, valid ? shared.warp_high[lane_id()] : 0u);
 }
 

@@ -49,9 +49,9 @@ __device__ __forceinline__ void find_sample(Shared& shared, uint32_t wanted, uin
 
 // Image of a score that a few more than k of the row's scores exceed, from evenly spaced samples.
 //
-// The lowest of the best samples of groups bounds the bins from below: so they are narrow where
-// the wanted sample is, and few samples are counted. The bound is a sample, not an edge of a bin:
-// a plateau of equal scores is then exactly at it.
+// The best samples of groups, but for the poorest ones, bound the bins from below: so they are
+// narrow where the wanted sample is, and few samples are counted. The bound is a sample, not an
+// edge of a bin: a plateau of equal scores is then exactly at it.
 template <int kThreads, int kLoads>
 __device__ __forceinline__ uint32_t choose_bound(const Row& row, int32_t k, Shared& shared) {
   constexpr uint32_t kMost = kThreads * kLoads;
@@ -80,14 +80,20 @@ __device__ __forceinline__ uint32_t choose_bound(const Row& row, int32_t k, Shar
     low = min(low, image[i] - 1);
   }
   uint32_t high = best;
-  if (group >= 4 * kLoads) {
+  const bool grouped = group >= 4 * kLoads;
+  if (grouped) {
 #pragma unroll
     for (int lanes = 1; lanes < kWarp; lanes *= 2) {
       if (group >= 8 * kLoads * lanes) best = max(best, __shfl_xor_sync(kAllLanes, best, lanes));
     }
     low = best - 1;
   }
-  block_range<kThreads>(shared, low, high);
+  // one poor group would stretch the range over zero, where numbers have most of their images
+  if (grouped) {
+    block_range<kThreads, 2>(shared, low, high);
+  } else {
+    block_range<kThreads>(shared, low, high);
+  }
   low += 1;
   const uint32_t range = high - low;
   const int shift = max(0, 32 - __clz(range) - kSampleBinBits);
