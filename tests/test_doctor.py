@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,24 @@ def test_a_missing_package_is_one_line(
     monkeypatch.setattr(environment, "find_spec", lambda name: None if name == package else 1)
     assert doctor.main([]) == 1
     assert capsys.readouterr().err.startswith(f"fd_dsa: error: {package} is not installed; pip ")
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu:3"])
+def test_the_log_of_its_caller_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str
+) -> None:
+    def run(memory: Memory) -> dict[str, np.ndarray]:
+        package.info("what the table says anyway")
+        package.warning("what it does not say")
+        return {}
+
+    package = logging.getLogger("fd_dsa")
+    monkeypatch.setattr(self_check, "CHECKS", {"topk": Check(run, lambda out: None)})
+    caplog.set_level(logging.INFO, package.name)
+    assert doctor.main(["--device", device]) == (device != "cpu")
+    package.info("after it")
+    said = ["what it does not say"] if device == "cpu" else []
+    assert caplog.messages == [*said, "after it"]
 
 
 def test_what_was_not_checked_is_said() -> None:

@@ -6,7 +6,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fd_dsa import __version__
@@ -29,15 +30,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, gpu:0 or a custom device; default: the best one")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_args(argv)
-    # its table says what the log would
-    logging.getLogger("fd_dsa").setLevel(logging.WARNING)
     try:
-        found = examine(args.device)
+        with _warnings_only():
+            found = examine(args.device)
     except FdDsaError as error:
         sys.stderr.write(f"fd_dsa: error: {error}\n")
         return _BAD
     sys.stdout.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
     return _OK if found["healthy"] else _BAD
+
+
+@contextmanager
+def _warnings_only() -> Iterator[None]:
+    """Our log says no more than warnings inside: the doctor's table says the rest."""
+    package = logging.getLogger("fd_dsa")
+    level = package.level
+    package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
 
 
 def examine(device: str | None = None) -> dict[str, Any]:
