@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -103,3 +105,14 @@ def test_ranks_share_heads_and_add_up(ranks: int) -> None:
         np.testing.assert_allclose(sum(parts), output(whole, slice(None)), rtol=1e-4, atol=1e-5)
         queries = np.concatenate([one.q_b_proj(qr).numpy() for one in shares], axis=1)
         np.testing.assert_allclose(queries, whole.q_b_proj(qr).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_goes_when_nobody_holds_it() -> None:
+    """Sessions make hundreds; what a parameter keeps is hidden from the garbage collector."""
+    with installed(DEVELOP):
+        model = make_model()
+        layers = [weakref.ref(layer) for layer in model.sublayers()]
+        del model
+        gc.collect()
+        assert len(layers) > 20
+        assert [layer() for layer in layers if layer() is not None] == []

@@ -12,7 +12,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .utils import fill, tp_slice, zeros_parameter
+from .utils import fill, loader_of, tp_slice, zeros_parameter
 
 
 class LinearBase(nn.Layer):
@@ -33,10 +33,10 @@ class LinearBase(nn.Layer):
         self.input_size, self.output_size, self.with_bias = input_size, output_size, with_bias
         self.skip_quant = skip_quant
         self.weight = zeros_parameter(self, [input_size, output_size], weight_dtype or None)
-        self.weight.weight_loader = self.weight_loader
+        self.weight.weight_loader = loader_of(self)
         self.bias = zeros_parameter(self, [output_size]) if with_bias else None
         if self.bias is not None:
-            self.bias.weight_loader = self.weight_loader
+            self.bias.weight_loader = loader_of(self)
 
     def share(self, weight: np.ndarray) -> np.ndarray:
         """What this rank keeps of a weight [in, out], or of a bias [out]."""

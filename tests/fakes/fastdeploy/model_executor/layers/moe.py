@@ -14,7 +14,7 @@ import paddle
 from paddle import nn
 from paddle.nn import functional
 
-from .utils import fill, zeros_parameter
+from .utils import fill, loader_of, zeros_parameter
 
 _UP_GATE = ("gate", "up")
 
@@ -44,8 +44,8 @@ class FusedMoE(nn.Layer):
         self.up_gate_proj_weight = zeros_parameter(self, [num_experts, hidden_size, 2 * width])
         self.down_proj_weight = zeros_parameter(self, [num_experts, width, hidden_size])
         self.gate_correction_bias = zeros_parameter(self, [1, num_experts], "float32")
-        self.up_gate_proj_weight.weight_loader = self.weight_loader
-        self.down_proj_weight.weight_loader = self.weight_loader
+        self.up_gate_proj_weight.weight_loader = loader_of(self)
+        self.down_proj_weight.weight_loader = loader_of(self)
         self.gate_correction_bias.weight_loader = lambda param, array, shard_id=None: fill(
             param, array.reshape(1, -1)
         )
