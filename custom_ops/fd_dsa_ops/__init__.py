@@ -43,11 +43,14 @@ def _check_places(name: str, names: list[str], values: list[Any]) -> None:
     The operator refuses them too, but on a custom device of Paddle in CUDA memory the process ended
     in that call.
     """
+    import paddle
+
     first: Any = None
     for argument, value in zip(names, values, strict=True):
-        place = getattr(value, "place", None)
-        if place is None:
+        # values of a static program have no place yet
+        if not isinstance(value, paddle.Tensor):
             continue
+        place = value.place
         if first is None:
             first = place
         elif place.is_cpu_place() != first.is_cpu_place():
