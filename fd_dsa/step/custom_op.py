@@ -12,19 +12,10 @@ from typing import Any
 from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.step.checks import INT32_MAX, StepInputs, StepLimits
 from fd_dsa.step.forward_meta import Array
-from fd_dsa.step.views import OutputBuffers
+from fd_dsa.step.views import OUTPUTS, WINDOWS, OutputBuffers
 from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
 
-_OUTPUTS = (
-    "batch_id_per_token",
-    "position_ids",
-    "position_ids_int32",
-    "slot_mapping",
-    "cu_seqlens_q",
-    "cache_seqlens",
-)
-_WINDOWS = ("indexer_attn_mask_offsets", "cu_seqlens_kg")
 _NUMBERS = (
     "num_rows",
     "num_padded_rows",
@@ -39,7 +30,7 @@ class _Step(ctypes.Structure):
     """FdDsaStep of custom_ops/csrc/step_metadata.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in (*StepInputs._fields, *_OUTPUTS, *_WINDOWS)),
+        *((name, ctypes.c_void_p) for name in (*StepInputs._fields, *OUTPUTS, *WINDOWS)),
         ("row_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in _NUMBERS),
     )
@@ -78,9 +69,9 @@ class CustomOpForm:
         name = "fd_dsa_step_metadata_cuda"
         self._launch = CLaunch(kernels, name, self._step, self._api, self._device)
         # the addresses are good for as long as these live
-        self._buffers = [getattr(buffers, name) for name in (*_OUTPUTS, *_WINDOWS)]
-        for name, tensor in zip((*_OUTPUTS, *_WINDOWS), self._buffers, strict=True):
-            if tensor is not None and (has_prefill or name not in _WINDOWS):
+        self._buffers = [getattr(buffers, name) for name in (*OUTPUTS, *WINDOWS)]
+        for name, tensor in zip((*OUTPUTS, *WINDOWS), self._buffers, strict=True):
+            if tensor is not None and (has_prefill or name not in WINDOWS):
                 setattr(self._step, name, tensor.data_ptr())
         self._inputs: tuple[Array, ...] = ()
         self._addresses: list[int] = []

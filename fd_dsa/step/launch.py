@@ -9,7 +9,7 @@ from fd_dsa.step.counts import StepCounts
 from fd_dsa.step.custom_op import CustomOpForm
 from fd_dsa.step.forward_meta import Array
 from fd_dsa.step.kernel import step_metadata_kernel
-from fd_dsa.step.views import OutputBuffers
+from fd_dsa.step.views import OUTPUTS, WINDOWS, OutputBuffers
 
 # lanes and warps of a program: rows of a decode-only step, tokens of any other
 DECODE_TILE, DECODE_WARPS = 32, 1
@@ -17,15 +17,6 @@ MIXED_TILE, MIXED_WARPS = 64, 8
 # rows summed at a time; from fewer than a tile's tokens Triton 3.3 cannot compile a gather
 _MIN_ROW_TILE, _MAX_ROW_TILE = MIXED_TILE, 1024
 
-_OUTPUTS = (
-    "batch_id_per_token",
-    "position_ids",
-    "position_ids_int32",
-    "slot_mapping",
-    "cu_seqlens_q",
-    "cache_seqlens",
-)
-_WINDOWS = ("indexer_attn_mask_offsets", "cu_seqlens_kg")
 _SCALARS = ("num_rows", "num_padded_tokens", "row_stride")
 
 
@@ -117,9 +108,9 @@ class _Form:
         arguments: dict[str, Any] = dict.fromkeys(self._names, buffers.cu_seqlens_q)
         if not has_prefill:
             arguments["seq_lens_encoder_ptr"] = None
-        arguments |= {f"{name}_ptr": getattr(buffers, name) for name in _OUTPUTS}
+        arguments |= {f"{name}_ptr": getattr(buffers, name) for name in OUTPUTS}
         arguments |= {
-            f"{name}_ptr": getattr(buffers, name) if has_prefill else None for name in _WINDOWS
+            f"{name}_ptr": getattr(buffers, name) if has_prefill else None for name in WINDOWS
         }
         self._bound = step_metadata_kernel.bind(
             (1,),

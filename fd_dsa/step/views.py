@@ -14,6 +14,19 @@ View = Callable[[Any], Array]
 _CACHED_VIEWS = 256
 
 
+OUTPUTS = (
+    "batch_id_per_token",
+    "position_ids",
+    "position_ids_int32",
+    "slot_mapping",
+    "cu_seqlens_q",
+    "cache_seqlens",
+)
+"""Buffers that a kernel writes in every step."""
+WINDOWS = ("indexer_attn_mask_offsets", "cu_seqlens_kg")
+"""Buffers that it writes in steps with prefill rows only."""
+
+
 class OutputBuffers(Protocol):
     """What a step computes, at full capacity; shapes and types as in `ForwardMeta`."""
 
