@@ -13,7 +13,7 @@ from fd_dsa.step.device import Allocate, DeviceProvider
 from fd_dsa.step.forward_meta import ForwardMeta
 from fd_dsa.step.host import HostProvider
 from fd_dsa.triton_runtime import INTERPRETING
-from fd_dsa.triton_runtime.transfers import transfers_for
+from fd_dsa.triton_runtime.transfers import on_host
 
 _OPERATOR = "step_metadata"
 _LIMITS = StepLimits(6, 40, 4, 8, 24)
@@ -53,19 +53,7 @@ def _difference(kernels: Any, allocate: Allocate) -> str:
         for name in _FIELDS:
             expected = getattr(wanted, name)
             if expected is not None and not np.array_equal(
-                _on_host(getattr(found, name), expected), expected
+                on_host(getattr(found, name), expected), expected
             ):
                 return f"{name} of probe {number} differs from the definition"
     return ""
-
-
-def _on_host(tensor: Any, like: np.ndarray) -> np.ndarray:
-    """The values of a device tensor, which the calling thread waits for."""
-    array = np.empty_like(like)
-    transfers = transfers_for(tensor)
-    if array.size:
-        transfers.to_host(array, tensor)
-    done = transfers.event()
-    done.record()
-    done.wait()
-    return array

@@ -314,3 +314,19 @@ def transfers_for(tensor: Any) -> Transfers:
         api.interpreter_argument(tensor)
         return Transfers(api)
     return CudaTransfers(api, api.device_of(tensor))
+
+
+def on_host(tensor: Any, like: np.ndarray) -> np.ndarray:
+    """The values of a contiguous tensor, which the calling thread waits for.
+
+    Args:
+        tensor: on a device; of the shape and dtype of `like`.
+    """
+    array = np.empty_like(like)
+    transfers = transfers_for(tensor)
+    if array.size:
+        transfers.to_host(array, tensor)
+    done = transfers.event()
+    done.record()
+    done.wait()
+    return array

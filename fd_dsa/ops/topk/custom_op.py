@@ -19,7 +19,7 @@ from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.transfers import transfers_for
+from fd_dsa.triton_runtime.transfers import on_host, transfers_for
 
 _TENSORS = ("position_ids", "batch_ids", "block_tables", "out", "groups")
 _NUMBERS = (
@@ -160,7 +160,7 @@ def difference(kernels: Any, allocate: Allocate) -> str:
         inputs = [_on_device(allocate, array) for array in arrays]
         slots = allocate((4, k), "int32")
         select(*inputs, slots, block_size=8, num_blocks=tables.size)
-        if not np.array_equal(_on_host(slots, wanted), wanted):
+        if not np.array_equal(on_host(slots, wanted), wanted):
             return f"selection {number} of the probe differs from the definition"
     return ""
 
@@ -174,14 +174,3 @@ def _on_device(allocate: Allocate, array: np.ndarray) -> Any:
     done.record()
     done.wait()
     return tensor
-
-
-def _on_host(tensor: Any, like: np.ndarray) -> np.ndarray:
-    """The values of a tensor, which the calling thread waits for."""
-    array = np.empty_like(like)
-    transfers = transfers_for(tensor)
-    transfers.to_host(array, tensor)
-    done = transfers.event()
-    done.record()
-    done.wait()
-    return array
