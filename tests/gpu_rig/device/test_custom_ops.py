@@ -15,7 +15,7 @@ import pytest
 from fd_dsa import custom_ops
 from fd_dsa.doctor import custom_ops as section
 from tests.custom_ops.position_rows import MANY, expected, lengths_of
-from tests.custom_ops.test_step_metadata import OUTPUTS, arguments_for, assert_right
+from tests.custom_ops.test_step_metadata import BATCH, OUTPUTS, REFUSED, arguments_for, assert_right
 from tests.gpu_rig import Rig
 from tests.gpu_rig import custom_ops as packages
 from tests.strategies import make_batch
@@ -77,6 +77,22 @@ def test_position_ids(rig: Rig, ops: ModuleType, name: str) -> None:
         ops.get_position_ids_and_mask_encoder_batch(*tensors, positions)
     assert counted.delta == {}
     np.testing.assert_array_equal(positions.numpy(), expected(MANY[name], size))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_named_and_nothing_is_written(
+    rig: Rig, ops: ModuleType, name: str
+) -> None:
+    given = arguments_for(BATCH)
+    spoil, words = REFUSED[name]
+    spoil(given)
+    given = on_device(rig, given)
+    with pytest.raises(OSError, match=r"^fd_dsa_step_metadata: ") as caught:
+        ops.fd_dsa_step_metadata(**given)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    for field in OUTPUTS.keys() - {"position_ids"}:
+        assert given[field] is None or (given[field].numpy() == -91).all(), field
 
 
 def test_tensors_of_two_places_are_refused(rig: Rig, ops: ModuleType) -> None:
