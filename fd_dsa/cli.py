@@ -12,6 +12,7 @@ usage: fd-dsa COMMAND [flags]
 
 commands:
   serve     serve a model over the OpenAI API (flags: fd-dsa serve --help)
+  accuracy  measure a served model: IFEval, retrieval, comparisons (flags: fd-dsa accuracy --help)
   doctor    report device, versions and providers, and check every operator (--json)
   version   print the version
 """
@@ -28,6 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fd_dsa.serve.cli import main as serve
 
         return serve(rest)
+    if command == "accuracy":
+        from fd_dsa.accuracy.cli import main as accuracy
+
+        return accuracy(rest)
     if command == "doctor":
         from fd_dsa.doctor import main as doctor
 
@@ -39,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0
     print(
-        f"fd_dsa: error: unknown command {command!r}; allowed are serve, doctor, version",
+        f"fd_dsa: error: unknown command {command!r}; allowed are serve, accuracy, doctor, version",
         file=sys.stderr,
     )
     return 2

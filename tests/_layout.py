@@ -26,6 +26,7 @@ ROOMS = (
     "fastdeploy_plugin",
     "engine",
     "serve",
+    "accuracy",
     "doctor",
     "cli",
 )
@@ -36,6 +37,10 @@ ONLY_IN = {
     "triton.compiler": ("triton_runtime",),
     "triton.runtime": ("triton_runtime",),
     "triton._C": ("triton_runtime",),
+    "lm_eval": ("accuracy",),
+    "nltk": ("accuracy",),
+    "langdetect": ("accuracy",),
+    "matplotlib": ("accuracy",),
     "torch": (),
     "transformers": (),
 }
