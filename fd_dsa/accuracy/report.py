@@ -1,0 +1,159 @@
+"""What every command of the room prints and writes: tables, Markdown pages, JSON, files.
+
+    Table(title, columns, rows, notes)     one table, for the terminal and for Markdown
+    page(title, parts)                     a Markdown page of paragraphs, tables and pictures
+    picture(name, text)                    the Markdown line that shows a picture beside the page
+    show(parts, console)                   the same parts on the terminal
+    write_files(out, {name: text})         all of them or, where one cannot be written, none
+    percent(estimate), points(estimate)    an estimate in words: `86.7 [83.6, 89.3]`
+
+Text is the same for the same figures: no date, no duration, no path of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from fd_dsa.accuracy.stats import Estimate
+from fd_dsa.errors import ConfigError
+
+# of output that goes to a file or a pipe, columns
+_PLAIN_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table; the first column stands left, the others right.
+
+    Attributes:
+        title: one line above it; empty for none.
+        columns: a heading each.
+        rows: as many cells as columns.
+        notes: lines below it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        """The table as Markdown, its title in bold."""
+        lines = [f"**{self.title}**", ""] if self.title else []
+        lines.append(_row(self.columns))
+        lines.append(_row(["---", *["---:"] * (len(self.columns) - 1)]))
+        lines += [_row(row) for row in self.rows]
+        for note in self.notes:
+            lines += ["", note]
+        return "\n".join(lines)
+
+    def rich(self) -> RichTable:
+        """The table for a terminal."""
+        table = RichTable(title=self.title or None, title_justify="left", box=box.SIMPLE_HEAD)
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def page(title: str, parts: Sequence[str | Table]) -> str:
+    """A Markdown page: a heading, then paragraphs, pictures and tables, an empty line between."""
+    texts = [part.markdown() if isinstance(part, Table) else part for part in parts]
+    return "\n\n".join([f"# {title}", *texts]) + "\n"
+
+
+def picture(name: str, text: str) -> str:
+    """The Markdown line that shows the picture `name`, a file beside the page.
+
+    Args:
+        text: what the picture shows, for those who cannot see it.
+    """
+    return f"![{text}]({name})"
+
+
+def terminal() -> Console:
+    """Standard output; as wide as the terminal, 120 columns where it is none."""
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
+
+
+def show(parts: Sequence[str | Table], console: Console | None = None) -> None:
+    """The parts of a page on a terminal; lines that show a picture are left out."""
+    out = console or terminal()
+    for part in parts:
+        if isinstance(part, Table):
+            out.print(part.rich())
+            for note in part.notes:
+                out.print(note)
+        elif not part.startswith("!["):
+            out.print(part.replace("**", "").replace("`", ""))
+
+
+def percent(estimate: Estimate) -> str:
+    """A share in percent with its interval, `86.7 [83.6, 89.3]`; a dash without data."""
+    if math.isnan(estimate.value):
+        return "-"
+    value, low, high = (100 * part for part in estimate)
+    return f"{value:.2f} [{low:.1f}, {high:.1f}]"
+
+
+def points(estimate: Estimate) -> str:
+    """A difference in points with its interval, `+1.11 [-2.89, +5.11]`; a dash without data."""
+    if math.isnan(estimate.value):
+        return "-"
+    return "{} [{}, {}]".format(*(signed(part) for part in estimate))
+
+
+def signed(difference: float) -> str:
+    """A difference in points, two decimals and its sign; nothing is `0.00`."""
+    text = f"{100 * difference:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text
+
+
+def as_json(data: Any) -> str:
+    """JSON of our files: two spaces, UTF-8, no NaN, a line break at the end."""
+    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def check_folder(out: Path) -> None:
+    """Raise ConfigError where `out` cannot become or be a folder to write to; make nothing."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out: {out} is a file; give a folder")
+    nearest = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    if not os.access(nearest, os.W_OK):
+        raise ConfigError(f"--out: {nearest} is not writable; give another folder")
+
+
+def write_files(out: Path, files: Mapping[str, str]) -> None:
+    """Write texts as files of a folder, which is made; a reader never sees half a file.
+
+    All texts are on the disk before the first takes its name.
+
+    Args:
+        files: name in the folder -> text, in UTF-8.
+    """
+    check_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text, "utf-8")
+        for name in files:
+            os.replace(Path(folder) / name, out / name)
+
+
+def _row(cells: Sequence[str]) -> str:
+    """One line of a Markdown table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
