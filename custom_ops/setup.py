@@ -25,6 +25,9 @@ NAME = "fd_dsa_ops"
 ARCHS = ("80", "90", "100")
 # Python may ask for symbols of a debugger, which take longer than the code
 CXX_FLAGS = ["-O2", "-g0", "-std=c++17"]
+# Where a compiler has libstdc++ as an archive alone, the library would get one of its own beside
+# Paddle's, and formatting the number of a line, as Paddle does for an error, ends the process
+LINK_FLAGS = ["-l:libstdc++.so.6"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "--threads", "0"]
 
 
@@ -89,14 +92,20 @@ def describe() -> tuple[Any, dict[str, Any]]:
     name = f"{NAME}.lib{NAME}"
     if not paddle.is_compiled_with_cuda():
         return tools.CppExtension(
-            sources("*.cc"), name=name, extra_compile_args={"cxx": CXX_FLAGS}
+            sources("*.cc"),
+            name=name,
+            extra_compile_args={"cxx": CXX_FLAGS},
+            extra_link_args=LINK_FLAGS,
         ), info
     nvcc = find_nvcc(tools.cpp_extension.CUDA_HOME)
     archs = known_archs(nvcc)
     info |= {"cuda": paddle.version.cuda(), "archs": [f"sm_{arch}" for arch in archs]}
     flags = {"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *gencode(archs)]}
     return tools.CUDAExtension(
-        sources("*.cc", "csrc/*.cu"), name=name, extra_compile_args=flags
+        sources("*.cc", "csrc/*.cu"),
+        name=name,
+        extra_compile_args=flags,
+        extra_link_args=LINK_FLAGS,
     ), info
 
 

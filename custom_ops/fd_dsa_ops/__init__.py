@@ -37,29 +37,6 @@ def _load() -> list[str]:
         raise ImportError(f"{LIBRARY}: {said[-1] if said else error!r}; {cure}") from error
 
 
-def _check_places(name: str, names: list[str], values: list[Any]) -> None:
-    """Refuse tensors of host memory beside tensors of a device.
-
-    The operator refuses them too, but on a custom device of Paddle in CUDA memory the process ended
-    in that call.
-    """
-    import paddle
-
-    first: Any = None
-    for argument, value in zip(names, values, strict=True):
-        # values of a static program have no place yet
-        if not isinstance(value, paddle.Tensor):
-            continue
-        place = value.place
-        if first is None:
-            first = place
-        elif place.is_cpu_place() != first.is_cpu_place():
-            raise OSError(
-                f"{name}: {argument}: lies on {place}, the first tensor on {first}; "
-                "put all of them in one place"
-            )
-
-
 def _function(name: str) -> Any:
     """A registered operator as a function."""
     from paddle import _C_ops
@@ -78,7 +55,6 @@ def _function(name: str) -> Any:
             or len(args) > len(names)
         ):
             raise TypeError(f"{name} takes {', '.join(names)}; got {len(args)} and {list(kwargs)}")
-        _check_places(name, names, values)
         found = _C_ops._run_custom_op(name, *values)
         return found[0] if len(outputs) == 1 else tuple(found)
 

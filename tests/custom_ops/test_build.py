@@ -113,6 +113,31 @@ def test_code_is_made_for_those_that_the_compiler_knows(
     assert flags[-1] == f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
 
 
+def test_no_second_standard_library_is_linked_in(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [compiler(), "-print-file-name=libstdc++.a"], capture_output=True, text=True
+    ).stdout.strip()
+    if not Path(found).is_file():
+        pytest.skip("this compiler has no libstdc++ as an archive")
+    # a compiler that has nothing else
+    (tmp_path / "libstdc++.a").symlink_to(found)
+    source = tmp_path / "says.cc"
+    source.write_text(
+        "#include <sstream>\n"
+        'extern "C" int says(int n) { std::ostringstream s; s << n; return s.str().size(); }\n'
+    )
+
+    def defined(*flags: str) -> str:
+        made = str(tmp_path / "says.so")
+        command = [compiler(), "-shared", "-fPIC", str(source), f"-L{tmp_path}", *flags]
+        subprocess.run([*command, "-o", made], check=True)
+        return subprocess.run(["nm", "-D", "--defined-only", made], capture_output=True).stdout
+
+    its_own = b"_ZNSt6locale"
+    assert its_own in defined()
+    assert its_own not in defined(*setup.LINK_FLAGS)
+
+
 def toolkit() -> str:
     """Folder of the CUDA toolkit; skips the test where there is none."""
     nvcc = build_library.find_nvcc()

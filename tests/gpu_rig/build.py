@@ -34,6 +34,8 @@ CXX_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra")
 NVCC_FLAGS = ("-O2", "-std=c++17", "-arch=sm_90", "-Xcompiler", "-fPIC,-Wall,-Wextra")
 # the C API of kernels is found only if the plug-in itself asks for the library that has it
 LINK_FLAGS = ("-l:libphi_core.so", "-l:libcommon.so", "-Wl,--allow-shlib-undefined")
+# Paddle's own, where a compiler would take an archive
+LINK_FLAGS += ("-l:libstdc++.so.6",)
 CUDA_LINK_FLAGS = ("-lcudart_static", "-lpthread", "-ldl", "-lrt")
 
 

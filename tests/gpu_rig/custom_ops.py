@@ -15,7 +15,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from custom_ops import build_library
+from custom_ops import build_library, setup
 from tests.custom_ops.building import CACHE, HOST_KERNELS, SOURCES, key_of
 from tests.gpu_rig.build import CUDA_LINK_FLAGS, BuildError, find_tools
 
@@ -42,7 +42,7 @@ def build(form: str) -> Path:
     Raises:
         BuildError: a tool is missing, or a compiler refused a source.
     """
-    folder = CACHE / f"rig-{form}-{key_of(form, CXX_FLAGS, ARCHS)}" / "fd_dsa_ops"
+    folder = CACHE / f"rig-{form}-{key_of(form, CXX_FLAGS, setup.LINK_FLAGS, ARCHS)}" / "fd_dsa_ops"
     if folder.is_dir():
         return folder
     tools = find_tools("fake")
@@ -54,7 +54,13 @@ def build(form: str) -> Path:
         headers = ["-isystem", str(tools.paddle / "include")]
         sources = sorted(str(path) for path in SOURCES.glob("*.cc"))
         command = [tools.cxx, *CXX_FLAGS, *headers, *sources, *_kernels(form, Path(scratch))]
-        command += [*paddle, "-Wl,--allow-shlib-undefined", "-o", str(made / "libfd_dsa_ops.so")]
+        command += [
+            *paddle,
+            *setup.LINK_FLAGS,
+            "-Wl,--allow-shlib-undefined",
+            "-o",
+            str(made / "libfd_dsa_ops.so"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
