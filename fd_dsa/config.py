@@ -76,6 +76,7 @@ class EngineConfig:
         block_size: tokens per cache block.
         kv_cache_memory_bytes: size of the caches, a number or a text such as `8G`.
         num_gpu_blocks_override: number of cache blocks, instead of `kv_cache_memory_bytes`.
+        enable_prefix_caching: whether requests share the cache blocks of prompts that begin alike.
         seed: seed of requests which bring none.
 
     Raises:
@@ -93,6 +94,7 @@ class EngineConfig:
     block_size: int = 64
     kv_cache_memory_bytes: int | str | None = None
     num_gpu_blocks_override: int | None = None
+    enable_prefix_caching: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -115,6 +117,8 @@ class EngineConfig:
         if isinstance(self.kv_cache_memory_bytes, str):
             self._set("kv_cache_memory_bytes", self._parsed_cache_bytes())
         self._check_numbers()
+        if not isinstance(self.enable_prefix_caching, bool):
+            raise _flag_error("enable_prefix_caching", self.enable_prefix_caching, "a bool", "")
 
     @property
     def model_path(self) -> Path:
@@ -341,6 +345,11 @@ def op_provider(operator: str) -> str | None:
         if name == operator:
             wanted = provider
     return wanted
+
+
+def openai_api_key() -> str | None:
+    """Key for servers that ask for one, OPENAI_API_KEY; None where it is unset or empty."""
+    return os.environ.get("OPENAI_API_KEY", "").strip() or None
 
 
 def process_environment() -> dict[str, str]:

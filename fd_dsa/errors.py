@@ -10,6 +10,7 @@ FdDsaError
 ├── V4PrepareError      a ValueError: a V4 decode step breaks a rule; has a code and a row
 ├── LaunchError         a ValueError: a Triton kernel cannot be launched with these arguments
 ├── OverlapError        a RuntimeError: a fork and its join do not belong together
+├── RemoteError         a RuntimeError: a server that is asked cannot be reached or refuses
 ├── MissingStepError    a RuntimeError: a step field is read before the call that makes it
 └── BackendUnavailable  an ImportError: a device or provider cannot serve here
 
@@ -72,6 +73,10 @@ class DeviceError(FdDsaError, RuntimeError):
 
 class OverlapError(FdDsaError, RuntimeError):
     """Work forked to a second stream is not joined, joined twice, or forked while another is."""
+
+
+class RemoteError(FdDsaError, RuntimeError):
+    """A server that is asked cannot be reached, goes away, or refuses every request."""
 
 
 class MissingStepError(FdDsaError, RuntimeError):

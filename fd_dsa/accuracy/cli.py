@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from fd_dsa.errors import ConfigError, FdDsaError
+from fd_dsa.errors import ConfigError, FdDsaError, RemoteError
 
 _EXIT_BAD_START = 2
 _EXIT_INTERRUPTED = 130
@@ -35,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: arguments without the program's name; None takes those of the process. What stands
-            after the first `--` is handed to the command as `args.passed`.
+            after the first `--` is handed to the command as `args.passed`, all of it as
+            `args.arguments`.
 
     Returns:
-        0 when it is done, 2 when it cannot begin (one line on stderr says why), 130 after Ctrl-C,
-        and what else the command gives.
+        0 when it is done, 1 when a server went away, 2 when it cannot begin, 130 after Ctrl-C (one
+        line on stderr says why and, for a run, how to go on), and what else the command gives.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("--help", "-h", "help"):
@@ -47,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(arguments)
-    except KeyboardInterrupt:
-        return _fail("interrupted", _EXIT_INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "interrupted", _EXIT_INTERRUPTED)
+    except RemoteError as error:
+        return _fail(str(error), 1)
     except (FdDsaError, OSError) as error:
         return _fail(str(error))
 
@@ -71,12 +74,9 @@ def _run(arguments: list[str]) -> int:
     module = import_module(COMMANDS[command][0])
     parser = Parser(prog="python -m fd_dsa.accuracy", allow_abbrev=False)
     module.add_parser(parser.add_subparsers(dest="command", parser_class=Parser))
-    passed: list[str] = []
-    if "--" in arguments:
-        place = arguments.index("--")
-        arguments, passed = arguments[:place], arguments[place + 1 :]
-    args = parser.parse_args(arguments)
-    args.passed = tuple(passed)
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    args = parser.parse_args(arguments[:place])
+    args.passed, args.arguments = tuple(arguments[place + 1 :]), tuple(arguments)
     run = getattr(args, "run", module.run)
     return int(run(args))
 

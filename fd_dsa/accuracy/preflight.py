@@ -1,0 +1,184 @@
+"""What is asked of a server before the first question: is it there, and what does it serve."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from fd_dsa.config import openai_api_key
+from fd_dsa.errors import ConfigError
+
+CONNECT_TIMEOUT_S = 10.0
+_SHOWN_CHARS = 200
+SERVER_FACTS = (
+    "engine",
+    "version",
+    "commit",
+    "device",
+    "device_name",
+    "dtype",
+    "kv_cache_dtype",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "block_size",
+    "enable_prefix_caching",
+    "sampling",
+)
+"""What is kept of all that a server says of itself at /version and /server_info."""
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """What a server says before the first question.
+
+    Attributes:
+        model: the name to send.
+        max_model_len: longest prompt plus answer, tokens; None where it does not say.
+        facts: the names of `SERVER_FACTS`, each None where it does not say.
+    """
+
+    model: str
+    max_model_len: int | None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def normal_base_url(text: str) -> str:
+    """The base URL with `/v1` where it has no path, without a slash at its end.
+
+    Raises:
+        ConfigError: it is no http or https URL.
+    """
+    try:
+        parts = urlsplit(text)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment:
+        raise ConfigError(
+            f"--base-url: got {text!r}; allowed is a URL such as http://127.0.0.1:8000/v1"
+        )
+    return text.rstrip("/") + ("" if parts.path.strip("/") else "/v1")
+
+
+def http_options(base_url: str, timeout_s: float) -> dict[str, Any]:
+    """Arguments of httpx's clients for this server: key, timeouts, proxies."""
+    key = openai_api_key()
+    host = urlsplit(base_url).hostname or ""
+    return {
+        "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        "timeout": httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
+        # a proxy of the environment does not reach a server on this machine
+        "trust_env": not (host in ("localhost", "::1") or host.startswith("127.")),
+    }
+
+
+def examine_server(base_url: str, model: str | None) -> ServerInfo:
+    """What the server says of itself.
+
+    Args:
+        base_url: as `normal_base_url` gives it.
+        model: the name to send; None = the only one that the server has.
+
+    Raises:
+        ConfigError: the server cannot be reached, is none of the kind, wants another key, or has
+            no such model (all it has are named).
+    """
+    with httpx.Client(**http_options(base_url, CONNECT_TIMEOUT_S)) as http:
+        models = _models(http, base_url, model)
+        entry = _choose(models, base_url, model)
+        facts = _facts(http, base_url, entry)
+    length = facts["max_model_len"]
+    return ServerInfo(str(entry["id"]), length if isinstance(length, int) else None, facts)
+
+
+def _models(http: httpx.Client, base_url: str, model: str | None) -> list[dict[str, Any]]:
+    """The served models; of a server without such a list, the one that is asked for."""
+    url = f"{base_url}/models"
+    try:
+        reply = http.get(url)
+    except httpx.HTTPError as error:
+        raise ConfigError(
+            f"--base-url: {base_url} cannot be reached ({transport_reason(error)}); start a "
+            "server there, or leave the flag out and one is started for the run"
+        ) from error
+    if reply.status_code in (401, 403):
+        raise ConfigError(key_refused(base_url, reply.status_code))
+    if reply.status_code in (404, 405) and model is not None:
+        return [{"id": model}]
+    try:
+        models = [dict(entry) for entry in reply.json()["data"] if entry["id"]]
+    except (ValueError, KeyError, TypeError):
+        models = []
+    if reply.status_code != 200 or not models:
+        raise ConfigError(
+            f"--base-url: {url} answers with status {reply.status_code} and no list of models; "
+            "give the base URL of an OpenAI-compatible server, which mostly ends in /v1"
+        )
+    return models
+
+
+def _choose(models: list[dict[str, Any]], base_url: str, model: str | None) -> Mapping[str, Any]:
+    """The entry of the asked model, or of the only one."""
+    if model is None and (len(models) == 1 or models[0].get("owned_by") == "fd_dsa"):
+        # several names of our server are one model
+        return models[0]
+    for entry in models:
+        if entry["id"] == model:
+            return entry
+    names = ", ".join(str(entry["id"]) for entry in models)
+    got = "name one of several" if model is None else f"got {model!r}"
+    raise ConfigError(f"--model: {got}; the server at {base_url} has {names}")
+
+
+def _facts(http: httpx.Client, base_url: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the server says of itself, as far as it does."""
+    said = {"engine": entry.get("owned_by"), "max_model_len": entry.get("max_model_len")}
+    for path in ("/version", "/server_info"):
+        with contextlib.suppress(httpx.HTTPError, ValueError):
+            reply = http.get(base_url.removesuffix("/v1") + path)
+            if reply.status_code == 200 and isinstance(found := reply.json(), dict):
+                said.update({k: v for k, v in found.items() if v is not None})
+    return {name: said.get(name) for name in SERVER_FACTS}
+
+
+def error_message(reply: httpx.Response) -> str:
+    """What a server says about a refusal, in one line."""
+    try:
+        data = reply.json()
+        error = data.get("error", data.get("detail", data))
+        text = error.get("message", error) if isinstance(error, dict) else error
+    except (ValueError, AttributeError):
+        text = reply.text
+    return one_line(str(text))
+
+
+def one_line(text: str) -> str:
+    """A text in one line of bounded length."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 3] + "..."
+
+
+def transport_reason(error: httpx.HTTPError) -> str:
+    """Why there was no reply, in words."""
+    if isinstance(error, httpx.ConnectTimeout):
+        return "no connection in time"
+    if isinstance(error, httpx.TimeoutException):
+        return "no reply in time"
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+        cause = cause.__cause__ or cause.__context__
+    return one_line(str(error)) or type(error).__name__
+
+
+def key_refused(base_url: str, status: int) -> str:
+    """The line about a missing or wrong key."""
+    state = "is not accepted" if openai_api_key() else "is not set"
+    return f"{base_url} answers with status {status}: OPENAI_API_KEY {state}"

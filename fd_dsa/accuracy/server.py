@@ -1,0 +1,146 @@
+"""A server of our own for the time of a run: `python -m fd_dsa.serve` on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from fd_dsa.errors import ConfigError
+
+_POLL_S = 0.05
+_HEALTH_TIMEOUT_S = 60.0
+# the port is any that is free, and a run that ends has no request that is worth waiting for;
+# flags of the user come later and count
+_FLAGS = ("--port", "0", "--shutdown-timeout", "1")
+_END_TIMEOUT_S = 30.0
+_READY = re.compile(rb"^fd_dsa \S+ serves .* on (http://\S+) \(ready", re.MULTILINE)
+_ERROR = re.compile(rb"^fd_dsa: error: (.*)$", re.MULTILINE)
+_PR_SET_PDEATHSIG = 1
+# loaded before the fork, after which as little as possible should happen in the child
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True)
+class OwnServer:
+    """A running server.
+
+    Attributes:
+        base_url: with `/v1`.
+        command: what it was started with, without the interpreter's path.
+        log: file with its output.
+    """
+
+    base_url: str
+    command: tuple[str, ...]
+    log: Path
+
+
+@contextlib.contextmanager
+def own_server(model: str | None, flags: Sequence[str], log: Path) -> Iterator[OwnServer]:
+    """A server that takes requests, ended with the block, and with this process however it ends.
+
+    Args:
+        model: folder of the checkpoint; None = the demo model.
+        flags: further flags of `python -m fd_dsa.serve`.
+        log: file for its output; its folder is made.
+
+    Raises:
+        ConfigError: the server does not start; its own line says why.
+    """
+    arguments = [*([model] if model else []), *flags]
+    made = _make_folder(log.parent)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fd_dsa.serve", *_FLAGS, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C is for the run, which then ends the server
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+    try:
+        try:
+            url = _wait_until_ready(process, log)
+        except ConfigError:
+            _remove_traces(log, made)
+            raise
+        yield OwnServer(f"{url}/v1", ("python", "-m", "fd_dsa.serve", *arguments), log)
+    finally:
+        _end(process)
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make the folder and its parents; returns those that were made, the innermost first."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"--out: {folder} cannot be written ({reason})") from error
+    return made
+
+
+def _remove_traces(log: Path, made: list[Path]) -> None:
+    """Leave nothing of a start that failed."""
+    log.unlink(missing_ok=True)
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
+    """URL of the server, without a path, once it says that it is healthy."""
+    while True:
+        ended = process.poll() is not None
+        said = log.read_bytes()
+        if found := _READY.search(said):
+            break
+        if ended:
+            raise ConfigError(_why_it_ended(process, said))
+        time.sleep(_POLL_S)
+    url = found[1].decode("ascii")
+    deadline = time.monotonic() + _HEALTH_TIMEOUT_S
+    with httpx.Client(timeout=5.0, trust_env=False) as http:
+        while time.monotonic() < deadline and process.poll() is None:
+            with contextlib.suppress(httpx.HTTPError):
+                if http.get(f"{url}/health").status_code == 200:
+                    return url
+            time.sleep(_POLL_S)
+    raise ConfigError(_why_it_ended(process, log.read_bytes()))
+
+
+def _why_it_ended(process: subprocess.Popen[bytes], said: bytes) -> str:
+    """The line about a server that did not start."""
+    if errors := _ERROR.findall(said):
+        return f"--serve: {errors[-1].decode('utf-8', 'replace')}"
+    lines = said.decode("utf-8", "replace").split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    status = process.poll()
+    state = "is not healthy" if status is None else f"ended with status {status}"
+    return f"--serve: the server {state}; its last line: {last.strip()}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the server: asked first, killed if it does not listen or the user is in a hurry."""
+    try:
+        process.terminate()
+        process.wait(_END_TIMEOUT_S)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        process.wait()
+
+
+def _end_with_parent() -> None:
+    """In the child, before it starts: it is to end when this process is killed."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
