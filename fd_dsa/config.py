@@ -352,6 +352,11 @@ def openai_api_key() -> str | None:
     return os.environ.get("OPENAI_API_KEY", "").strip() or None
 
 
+def told_commit() -> str | None:
+    """Commit that FD_DSA_COMMIT tells a copy of the tree without git; None where it is unset."""
+    return os.environ.get("FD_DSA_COMMIT", "").strip() or None
+
+
 def process_environment() -> dict[str, str]:
     """A copy of this process's environment, such as a child may get with changes."""
     return dict(os.environ)

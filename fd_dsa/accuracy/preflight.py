@@ -29,6 +29,7 @@ SERVER_FACTS = (
     "block_size",
     "enable_prefix_caching",
     "sampling",
+    "providers",
 )
 """What is kept of all that a server says of itself at /version and /server_info."""
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import string
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
@@ -34,6 +34,7 @@ router = APIRouter()
 def create_app(
     engine: AsyncEngine,
     served_model_names: Sequence[str],
+    info: Callable[[], dict[str, Any]] = dict,
 ) -> FastAPI:
     """The application that serves `engine` under these names.
 
@@ -42,6 +43,7 @@ def create_app(
     Args:
         engine: not started yet.
         served_model_names: names for the `model` field of requests; at least one.
+        info: what /server_info tells; called once, when it is first asked.
     """
 
     @contextlib.asynccontextmanager
@@ -59,7 +61,7 @@ def create_app(
         lifespan=lifespan,
         redoc_url=None,
     )
-    app.state.server = ServerState(engine, served_model_names)
+    app.state.server = ServerState(engine, served_model_names, info)
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     app.include_router(router)
@@ -85,6 +87,12 @@ async def health(state: State) -> Response:
     """200 only when a request sent now would be served."""
     error = state.unavailable()
     return JSONResponse({"status": "ok"}) if error is None else error.response()
+
+
+@router.get("/server_info", summary="Versions, device, types and limits of this server")
+def server_info(state: State) -> dict[str, Any]:
+    """What decides the answers of this server; null is what cannot be found out."""
+    return state.info()
 
 
 def _model(state: ServerState, name: str) -> dict[str, Any]:

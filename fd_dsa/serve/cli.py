@@ -125,6 +125,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     """Take the address, build the engine, then serve."""
     config = _engine_config(args)
     # the server's packages are imported late, so that --help and errors of flags are quick
+    from fd_dsa.serve.info import server_info
     from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
 
     with bind_socket(args.host, args.port) as sock:
@@ -152,6 +153,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
             sock,
             shutdown_timeout_s=args.shutdown_timeout,
             on_ready=on_ready,
+            info=lambda: server_info(config, engine),
         )
 
 

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -111,6 +111,7 @@ def run_server(
     *,
     shutdown_timeout_s: float,
     on_ready: Callable[[], None],
+    info: Callable[[], dict[str, Any]] = dict,
 ) -> int:
     """Serve until a signal arrives or the engine fails.
 
@@ -122,6 +123,7 @@ def run_server(
         sock: bound, not listening; closed at the end.
         shutdown_timeout_s: longest wait for running requests after the first signal.
         on_ready: called once, when requests are served.
+        info: what /server_info tells; called once, when it is first asked.
 
     Returns:
         Exit status: 0 after a drain, 1 after an engine failure.
@@ -134,7 +136,7 @@ def run_server(
     except OSError as error:
         host, port = sock.getsockname()[:2]
         raise _bind_error(host, port, error) from error
-    app = create_app(engine, served_model_names)
+    app = create_app(engine, served_model_names, info)
     config = uvicorn.Config(
         app,
         log_config=None,

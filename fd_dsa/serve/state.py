@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -24,16 +25,20 @@ class ServerState:
     Args:
         engine: the engine that generates; started and stopped by the application's lifespan.
         served_model_names: at least one; responses carry the name that the request used.
+        info: what the server tells of itself; called once, when it is first needed.
     """
 
     def __init__(
         self,
         engine: AsyncEngine,
         served_model_names: Sequence[str],
+        info: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self.engine = engine
         self.served_model_names = tuple(served_model_names)
         self.created = int(time.time())
+        # finding the commit starts processes
+        self.info = functools.cache(info)
         self.draining = False
         self.active: set[str] = set()
 

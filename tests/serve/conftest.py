@@ -43,10 +43,11 @@ class Live:
 def running(
     engine: FakeEngine | AsyncEngine,
     names: tuple[str, ...] = ("demo", "alias"),
+    info: Callable[[], dict[str, Any]] = dict,
 ) -> Iterator[Live]:
     """Serve `engine` on a free port until the block ends."""
     sock = bind_socket("127.0.0.1", 0)
-    app = create_app(engine, names)
+    app = create_app(engine, names, info)
     config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2)
     ready = threading.Event()
     server = DrainingServer(config, app.state.server, 1.0, ready.set)

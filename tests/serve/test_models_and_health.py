@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa import __version__
+from fd_dsa.config import EngineConfig
+from fd_dsa.serve.info import server_info
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import error_of
@@ -50,3 +60,59 @@ def test_health_while_draining_and_after_a_failure() -> None:
         assert "shutting down" in error["message"]
         state.draining = False
         assert live.http.get("/health").status_code == 200
+
+
+def test_server_info_is_found_out_once_and_told() -> None:
+    asked = []
+
+    def info() -> dict[str, Any]:
+        asked.append(1)
+        return {"engine": "fd_dsa", "commit": None}
+
+    with running(FakeEngine(), info=info) as live:
+        assert asked == []
+        for _ in range(2):
+            assert live.http.get("/server_info").json() == {"engine": "fd_dsa", "commit": None}
+    assert asked == [1]
+
+
+def test_server_info_names_what_decides_the_answers() -> None:
+    engine = FakeEngine(max_model_len=128)
+    told = server_info(EngineConfig(device="cpu", kv_cache_dtype="fp8_ds_mla"), engine)
+    assert told["max_model_len"] == 128
+    assert (told["device"], told["dtype"], told["kv_cache_dtype"]) == (
+        "cpu",
+        "float32",
+        "fp8_ds_mla",
+    )
+    assert (told["version"], told["max_num_batched_tokens"]) == (__version__, 512)
+    assert str(EngineConfig().model_path) not in str(told)
+
+
+@pytest.mark.parametrize("told", ["0123abc", "0123abc-dirty"])
+def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    monkeypatch.setenv("FD_DSA_COMMIT", told)
+    assert server_info(EngineConfig(device="cpu"), FakeEngine())["commit"] == told
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_commit_is_that_of_the_working_tree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("FD_DSA_COMMIT", raising=False)
+    package = tmp_path / "fd_dsa"
+    package.mkdir()
+    monkeypatch.setattr("fd_dsa.__file__", str(package / "__init__.py"))
+
+    def commit() -> str | None:
+        return server_info(EngineConfig(device="cpu"), FakeEngine())["commit"]
+
+    assert commit() is None
+    (package / "a.py").write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert commit() == head.stdout.strip()
+    (package / "a.py").write_text("2")
+    assert commit() == head.stdout.strip() + "-dirty"

@@ -1,0 +1,75 @@
+"""What decides a server's answers, for records of measurements: GET /server_info."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fd_dsa
+from fd_dsa.config import EngineConfig, told_commit
+
+if TYPE_CHECKING:
+    from fd_dsa.engine.async_engine import AsyncEngine
+
+_GIT_TIMEOUT_S = 20
+_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i")
+
+
+def server_info(config: EngineConfig, engine: AsyncEngine) -> dict[str, Any]:
+    """Versions, device, types, limits and providers; None is what cannot be found out.
+
+    Args:
+        config: what the engine was built from; no path of it is told.
+        engine: built.
+    """
+    from fd_dsa.ops._provider import provider_table
+    from fd_dsa.runner.device import resolve_device
+
+    device = resolve_device(config.device)
+    return {
+        "engine": "fd_dsa",
+        "version": fd_dsa.__version__,
+        "commit": told_commit() or _commit(),
+        "device": device,
+        "device_name": _device_name(device),
+        "dtype": config.compute_dtype,
+        "kv_cache_dtype": config.cache_dtype,
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": config.max_num_seqs,
+        "max_num_batched_tokens": config.num_batched_tokens,
+        "block_size": config.block_size,
+        "enable_prefix_caching": getattr(config, "enable_prefix_caching", False),
+        "sampling": "NumPy",
+        # on a CPU they are chosen by the first request
+        "providers": provider_table() or None,
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the working tree that the package is in, `-dirty` if it was changed since."""
+    root = Path(fd_dsa.__file__).resolve().parents[1]
+    # an installed package may lie inside a tree of something else
+    if not (root / ".git").exists():
+        return None
+    head = _output(("git", "-C", str(root), "rev-parse", "HEAD"))
+    changes = _output(("git", "-C", str(root), "status", "--porcelain", "--", "fd_dsa"))
+    return f"{head}-dirty" if head and changes else head
+
+
+def _device_name(device: str) -> str | None:
+    """The model of the GPU, or of the processor."""
+    if device == "cpu":
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(names, None)
+    return _output((*_NVIDIA_SMI, device.partition(":")[2] or "0")) or None
+
+
+def _output(command: tuple[str, ...]) -> str | None:
+    """What a command prints; None where it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
