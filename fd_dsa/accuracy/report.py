@@ -60,10 +60,11 @@ class Table:
         return "\n".join(lines)
 
     def rich(self) -> RichTable:
-        """The table for a terminal."""
-        table = RichTable(title=self.title or None, title_justify="left", box=box.SIMPLE_HEAD)
+        """The table for a terminal, without title and notes."""
+        table = RichTable(box=box.SIMPLE_HEAD, show_edge=False)
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left", overflow="fold")
+            first = i == 0
+            table.add_column(column, justify="left" if first else "right", no_wrap=first)
         for row in self.rows:
             table.add_row(*row)
         return table
@@ -95,7 +96,7 @@ def show(parts: Sequence[str | Table], console: Console | None = None) -> None:
     out = console or terminal()
     for part in parts:
         if isinstance(part, Table):
-            out.print(part.rich())
+            out.print(*([f"\n{part.title}"] if part.title else []), part.rich(), sep="\n")
             for note in part.notes:
                 out.print(note)
         elif not part.startswith("!["):

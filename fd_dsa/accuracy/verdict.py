@@ -1,0 +1,137 @@
+"""What a comparison shows and what it cannot, in words."""
+
+from __future__ import annotations
+
+from fd_dsa.accuracy.paired import Comparison, MetricChange
+from fd_dsa.accuracy.stats import (
+    ALPHA,
+    Estimate,
+    least_one_sided_flips,
+    most_unseen_share,
+    smallest_difference,
+)
+
+FLIP_RATES = (0.02, 0.05, 0.10)
+"""Shares of flipping prompts for which the smallest visible difference is told."""
+
+
+def verdict(found: Comparison) -> list[str]:
+    """Sentences, the strongest statement first."""
+    if found.same_answers == found.prompts:
+        return _equal(found)
+    change, lines = found.primary, [_answers(found)]
+    if change.worse + change.better == 0:
+        most = 100 * most_unseen_share(found.prompts)
+        lines.append(
+            f"No change: no prompt changed its strict result. At most {most:.2g} % of such "
+            "prompts change theirs (95 % confidence)."
+        )
+    else:
+        lines.append(_tested(found, change))
+        if change.p is not None and change.p > ALPHA:
+            lines.append(_not_excluded(change.difference))
+    lines += [visible(found.prompts, flip_rate(found)), *_scorer(found)]
+    return lines
+
+
+def flip_rate(found: Comparison) -> float:
+    """Share of prompts whose strict result changed."""
+    return (found.primary.worse + found.primary.better) / found.prompts
+
+
+def visible(prompts: int, observed: float) -> str:
+    """The sentence on the smallest difference that so many prompts can show.
+
+    Args:
+        prompts: in both runs.
+        observed: share of them that flipped; 0 where none did.
+    """
+    rates = {f"{100 * rate:.0f} %": rate for rate in FLIP_RATES}
+    if observed > 0:
+        rates = {f"the observed {100 * observed:.1f} %": observed, **rates}
+    shown = []
+    for text, rate in rates.items():
+        least = smallest_difference(prompts, rate)
+        size = "none at all" if least is None else f"{100 * least:.1f} points"
+        shown.append(f"{size} if {text} flip")
+    floor = 100 * least_one_sided_flips() / prompts
+    return (
+        f"The smallest difference that {counted(prompts, 'prompt')} can show with 80 % power: "
+        f"{', '.join(shown)}. Below {least_one_sided_flips()} net flips ({floor:.1f} points) "
+        "nothing can be significant."
+    )
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def p_value(p: float) -> str:
+    """`p = 0.031`; very small ones as a bound."""
+    digits = p_digits(p)
+    return f"p {digits}" if digits.startswith("<") else f"p = {digits}"
+
+
+def p_digits(p: float) -> str:
+    """`0.031`, two digits; very small ones as a bound."""
+    return "< 0.0001" if p < 0.0001 else f"{p:#.2g}"
+
+
+def _equal(found: Comparison) -> list[str]:
+    """The runs gave the same text everywhere."""
+    lines = [
+        f"Equal, answer by answer: all {counted(found.prompts, 'answer')} have the same SHA-256 in "
+        "both runs. That is the strongest statement there is: on these prompts nothing changed, "
+        "and no statistics are needed."
+    ]
+    return lines + _scorer(found)
+
+
+def _answers(found: Comparison) -> str:
+    """How many answers differ."""
+    known = found.prompts - found.unknown_answers
+    text = f"{known - found.same_answers} of {counted(known, 'answer')} differ in their text"
+    if found.unknown_answers:
+        text += f"; {counted(found.unknown_answers, 'answer')} cannot be compared, hash missing"
+    return text + "."
+
+
+def _tested(found: Comparison, change: MetricChange) -> str:
+    """What the exact test says about the primary metric."""
+    p = 1.0 if change.p is None else change.p
+    flips = (
+        f"of {counted(found.prompts, 'prompt')}, {change.worse} got worse and {change.better} got "
+        f"better ({p_value(p)}, exact McNemar); {_interval(change.difference)}"
+    )
+    if p > ALPHA:
+        return f"No difference shown: {flips}."
+    direction = "worse" if change.worse > change.better else "better"
+    return f"After is {direction}: {flips}."
+
+
+def _interval(difference: Estimate) -> str:
+    """A difference in points with its interval."""
+    value, low, high = (100 * part for part in difference)
+    return f"the difference is {value:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
+
+
+def _not_excluded(difference: Estimate) -> str:
+    """What the interval leaves possible."""
+    loss, gain = (f"{100 * max(0.0, part):.1f}" for part in (-difference.low, difference.high))
+    return (
+        f"That is no proof of equality: a loss of up to {loss} points and a gain of up to {gain} "
+        "points fit these runs."
+    )
+
+
+def _scorer(found: Comparison) -> list[str]:
+    """A warning where equal answers were scored differently."""
+    flips = {flip.key: flip for flip in (*found.strict, *found.loose)}
+    keys = [key for key, flip in flips.items() if flip.same_answer]
+    if not keys:
+        return []
+    return [
+        f"Warning: {counted(len(keys), 'prompt')} got another result for the same answer (key "
+        f"{', '.join(keys)}): the scoring differs there, not the model; score both runs again."
+    ]
