@@ -1,0 +1,51 @@
+"""What is installed and what is published holds the prompts and their notices."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fd_dsa.accuracy.prompts import OFFICIAL
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path("fd_dsa/accuracy/data")
+BUILD = "from setuptools import build_meta as b; print(b.build_{}('dist'))"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project with this room alone, so that building takes a second."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fd_dsa/__init__.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "fd_dsa/accuracy", folder / "fd_dsa/accuracy")
+    return folder
+
+
+def _build(source: Path, kind: str) -> Path:
+    """Build a `wheel` or an `sdist`."""
+    code = BUILD.format(kind)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=source, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return source / "dist" / result.stdout.split()[-1]
+
+
+def test_wheel_and_sdist_hold_the_prompts(source: Path) -> None:
+    wanted = sorted(str(DATA / path.name) for path in (ROOT / DATA).iterdir())
+    assert str(DATA / OFFICIAL.name) in wanted
+    assert str(DATA / "ifeval_prompts.NOTICE") in wanted
+    with zipfile.ZipFile(_build(source, "wheel")) as wheel:
+        assert sorted(name for name in wheel.namelist() if name.startswith(str(DATA))) == wanted
+        assert wheel.read(str(DATA / OFFICIAL.name)) == OFFICIAL.read_bytes()
+    with tarfile.open(_build(source, "sdist")) as sdist:
+        names = [name.partition("/")[2] for name in sdist.getnames()]
+    assert set(wanted) <= set(names)

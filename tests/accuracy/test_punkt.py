@@ -1,0 +1,138 @@
+"""The sentence model is found where it is installed; what is missing is said in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import nltk
+import pytest
+
+from fd_dsa.accuracy import punkt
+from fd_dsa.errors import BackendUnavailable
+
+MODEL = "tokenizers/punkt_tab/english"
+CACHE = "llama_index/core/_static/nltk_cache"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def digest() -> str:
+    return punkt.resolve()
+
+
+def _copy(target: Path, link: bool = False) -> Path:
+    """The installed model below `target`, as copies or as hard links to copies."""
+    for name in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+        text = (Path(str(nltk.data.find(f"{MODEL}/"))) / name).read_bytes()
+        file = target / MODEL / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(text)
+        if link:
+            os.link(file, target / f"second name of {name}")
+    return target
+
+
+def _carrier(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
+    """The installed carrier is in this folder and nothing else has the model."""
+
+    def distribution(name: str) -> SimpleNamespace:
+        if folder is None or name != punkt.CARRIER:
+            raise metadata.PackageNotFoundError(name)
+        return SimpleNamespace(locate_file=lambda path: folder / path)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.setattr(nltk.data, "path", [])
+
+
+def test_own_data_come_first(digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = _copy(tmp_path)
+    (own / MODEL / "abbrev_types.txt").write_text("prof\n")
+    monkeypatch.setattr(nltk.data, "path", [str(own)])
+    assert punkt.resolve() != digest
+    assert nltk.data.path == [str(own)]
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["copied", "hard-linked"])
+def test_carrier_is_read_however_it_was_installed(
+    link: bool, digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _copy(tmp_path / CACHE, link)
+    _carrier(monkeypatch, tmp_path)
+    assert punkt.resolve() == punkt.resolve() == digest
+    assert len(nltk.data.path) == 1
+    assert nltk.tokenize.PunktTokenizer().tokenize("Dr. No came. He left.") == [
+        "Dr. No came.",
+        "He left.",
+    ]
+
+
+def test_model_that_others_may_write_is_copied(
+    digest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (_copy(tmp_path / CACHE) / MODEL).chmod(0o777)
+    _carrier(monkeypatch, tmp_path)
+    assert punkt.resolve() == digest
+
+
+@pytest.mark.parametrize("installed", [False, True], ids=["no carrier", "carrier without it"])
+def test_missing_model(installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _carrier(monkeypatch, tmp_path if installed else None)
+    with pytest.raises(BackendUnavailable) as caught:
+        punkt.resolve()
+    text = str(caught.value)
+    assert "punkt_tab (English) is not there: neither on NLTK's search path nor in llama" in text
+    assert "pip install 'fd_dsa[accuracy]'" in text
+    assert "\n" not in text
+    assert nltk.data.path == []
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    own = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=own, cwd="/"
+    )
+
+
+@pytest.mark.parametrize("absent", ["nltk", "lm_eval"])
+def test_missing_package(absent: str) -> None:
+    result = _python(
+        f"import sys; sys.modules[{absent!r}] = None\n"
+        "from fd_dsa.accuracy import prompts, scorer\n"
+        "from fd_dsa.errors import BackendUnavailable\n"
+        "try: scorer.ready(prompts.read_prompts()[:1])\n"
+        "except BackendUnavailable as error: print(error)\n"
+    )
+    assert result.returncode == 0, result.stderr
+    (line,) = result.stdout.splitlines()
+    assert line.startswith("IFEval's checkers ")
+    assert absent in line
+    assert line.endswith("pip install 'fd_dsa[accuracy]'")
+
+
+def test_scores_without_a_network_and_imports_nothing_early(tmp_path: Path) -> None:
+    result = _python(
+        "import socket, sys\n"
+        "def refuse(*args, **kwargs): raise SystemExit('opened a connection')\n"
+        "socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse\n"
+        "import fd_dsa.accuracy.cli\n"
+        "from fd_dsa.accuracy import prompts, scorer\n"
+        "late = {'lm_eval', 'nltk', 'langdetect', 'matplotlib', 'llama_index'}\n"
+        "early = late & sys.modules.keys()\n"
+        "chosen = [p for p in prompts.read_prompts() if any(\n"
+        "    i == 'length_constraints:number_sentences' for i in p.instruction_ids)]\n"
+        "assert not early, early\n"
+        "scorer.ready(chosen)\n"
+        "scores = scorer.score(chosen, ['One. Two.'] * len(chosen))\n"
+        "print(len(scores), 'llama_index' in sys.modules)\n",
+        HOME=str(tmp_path),
+        NLTK_DATA="",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "52 False\n"
+    assert result.stderr == ""

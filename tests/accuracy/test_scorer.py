@@ -1,0 +1,183 @@
+"""Scores are those of the reference implementation, repeatable, and need no network."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import langdetect
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fd_dsa.accuracy.prompts import Prompt, read_prompts
+from fd_dsa.accuracy.scorer import by_type, metrics, random_keys, ready, score
+from fd_dsa.accuracy.types import INST_STRICT, METRICS, PROMPT_STRICT, Answer, PromptScore
+from fd_dsa.errors import ConfigError
+from tests.accuracy import gpt4
+
+PROMPTS = read_prompts()
+BY_KEY = {prompt.key: prompt for prompt in PROMPTS}
+
+
+@pytest.fixture(scope="module")
+def responses() -> list[str]:
+    return [row["response"] for row in gpt4.rows()]
+
+
+@pytest.fixture(scope="module")
+def scores(responses: list[str]) -> list[PromptScore]:
+    random.seed(20231107)
+    return score(PROMPTS, responses)
+
+
+def test_four_metrics_of_gpt4(scores: list[PromptScore]) -> None:
+    found = metrics(scores)
+    assert tuple(found) == METRICS
+    assert tuple(metric.passed for metric in found.values()) == gpt4.PASSED
+    assert tuple(metric.total for metric in found.values()) == (541, 834, 541, 834)
+    for metric in found.values():
+        assert metric.value == metric.passed / metric.total
+        assert metric.low < metric.value < metric.high
+
+
+def test_every_type_of_gpt4(scores: list[PromptScore]) -> None:
+    rows = {row.instruction_id: (row.strict, row.loose, row.total) for row in by_type(scores)}
+    assert rows == gpt4.BY_TYPE
+
+
+def test_score_depends_on_prompt_and_answer_alone(
+    scores: list[PromptScore], responses: list[str]
+) -> None:
+    keys = random_keys(PROMPTS)
+    some = [i for i, prompt in enumerate(PROMPTS) if prompt.key in keys or i % 25 == 0]
+    for seed, order in ((1, some), (2, some[::-1]), (3, some[-1:])):
+        random.seed(seed)
+        again = score([PROMPTS[i] for i in order], [responses[i] for i in order])
+        assert again == [scores[i] for i in order]
+
+
+def test_random_numbers_are_put_back() -> None:
+    langdetect.DetectorFactory.seed = 5
+    state = random.getstate()
+    try:
+        score([BY_KEY["1122"]], ["word"])
+        ready([BY_KEY["1122"]])
+        assert random.getstate() == state
+        assert langdetect.DetectorFactory.seed == 5
+    finally:
+        langdetect.DetectorFactory.seed = None
+
+
+def test_random_keys_are_the_prompts_whose_checkers_draw() -> None:
+    ready(PROMPTS[:1])
+    from lm_eval.tasks.ifeval.utils import process_results
+
+    assert random_keys(PROMPTS) == ("1122", "1129")
+    drawing = []
+    for prompt in PROMPTS:
+        state = random.getstate()
+        document = {
+            "key": prompt.key,
+            "prompt": prompt.text,
+            "instruction_id_list": prompt.instruction_ids,
+            "kwargs": prompt.kwargs,
+        }
+        process_results(document, [""])
+        drawing += [prompt.key] if random.getstate() != state else []
+    assert tuple(drawing) == random_keys(PROMPTS)
+
+
+@pytest.mark.parametrize("text", ["", " \n\n\t"])
+def test_empty_answer_follows_nothing(text: str) -> None:
+    scores = score(PROMPTS, [text] * len(PROMPTS))
+    assert not any(any(one.follow_strict + one.follow_loose) for one in scores)
+    assert [metric.passed for metric in metrics(scores).values()] == [0, 0, 0, 0]
+
+
+PIECES = (
+    "P.S. yes", "P.P.S none", "<<a title>>", "* item\n", "*bold* ", "[name] ", "\n\n", "\n***\n",
+    "******", "SECTION 1", "Section 2", '"', "my answer is yes.", "My answer is no.", '{"a": 1}',
+    "```json\n", "```", "ALL CAPITALS. ", "small letters. ", "Anything else?",
+    "नमस्ते दुनिया ", "привет, мир ", "\r", "\x00", "\u2028", "💡", "### ", "- point\n", "1. one\n",
+)  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(
+    prompt=st.sampled_from([one for one in PROMPTS if one.key not in random_keys(PROMPTS)]),
+    pieces=st.lists(st.sampled_from(PIECES) | st.text(max_size=12), max_size=12),
+    repeats=st.booleans(),
+)
+def test_loose_is_never_below_strict(prompt: Prompt, pieces: list[str], repeats: bool) -> None:
+    text = (prompt.text if repeats else "") + "".join(pieces)
+    (one,) = score([prompt], [text])
+    assert len(one.follow_strict) == len(one.follow_loose) == len(prompt.instruction_ids)
+    pairs = zip(one.follow_strict, one.follow_loose, strict=True)
+    assert all(loose or not strict for strict, loose in pairs)
+
+
+def test_stars_and_last_line_count_in_strict_only() -> None:
+    prompt = next(one for one in PROMPTS if one.instruction_ids == ("punctuation:no_comma",))
+    (one,) = score([prompt], ["No comma here\nbut one, there"])
+    assert (one.strict, one.loose) == (False, True)
+
+
+def test_score_keeps_what_is_known_of_the_answer() -> None:
+    answer = Answer("1000", "An ägg.", "length", 50, 1280, 2.5)
+    (one,) = score(PROMPTS[:1], [answer])
+    assert (one.key, one.finish_reason) == ("1000", "length")
+    assert (one.prompt_tokens, one.completion_tokens) == (50, 1280)
+    assert one.answer_sha256 == hashlib.sha256("An ägg.".encode()).hexdigest()
+    assert one.instruction_ids == PROMPTS[0].instruction_ids
+    assert PromptScore.from_json(one.to_json()) == one
+    failed = replace(answer, text="no comma", error="timed out")
+    assert not any(score(PROMPTS[:1], [failed])[0].follow_loose)
+
+
+def test_answers_must_fit_the_prompts() -> None:
+    with pytest.raises(ConfigError, match="1 answers for 2 prompts; one each is needed"):
+        score(PROMPTS[:2], ["a"])
+    other = Answer("1001", "text", "stop", None, None, 0.0)
+    with pytest.raises(ConfigError, match="answer to '1001' stands at the place of '1000'"):
+        score(PROMPTS[:1], [other])
+
+
+def test_ready_names_what_scores_and_refuses_what_the_checkers_cannot_read() -> None:
+    found = ready(PROMPTS)
+    assert found["lm_eval"].startswith("0.4.")
+    assert found.keys() == {"lm_eval", "nltk", "langdetect", "punkt_tab_sha256"}
+    assert len(found["punkt_tab_sha256"]) == 64
+    strange = replace(
+        PROMPTS[0],
+        instruction_ids=("language:response_language",),
+        kwargs=({"language": "klingon"},),
+    )
+    with pytest.raises(
+        ConfigError, match=r"prompt '1000': the checkers refuse it .KeyError.*kling"
+    ):
+        ready([strange])
+
+
+def _rows(follows: Sequence[tuple[bool, ...]]) -> list[PromptScore]:
+    """Scores whose strict and loose results are these."""
+    return [
+        PromptScore(str(key), ("punctuation:no_comma",) * len(each), each, each)
+        for key, each in enumerate(follows)
+    ]
+
+
+def test_intervals() -> None:
+    perfect = metrics(_rows([(True,)] * 20))[PROMPT_STRICT]
+    assert (perfect.value, perfect.high) == (1.0, 1.0)
+    assert perfect.low == pytest.approx(0.8389, abs=1e-4)
+    # three instructions that pass and fail together say no more than one
+    single = metrics(_rows([(i % 3 > 0,) for i in range(60)]))[INST_STRICT]
+    triple = metrics(_rows([(i % 3 > 0,) * 3 for i in range(60)]))[INST_STRICT]
+    assert (single.total, triple.total) == (60, 180)
+    assert (triple.value, triple.low, triple.high) == (single.value, single.low, single.high)
+    assert math.isnan(metrics([])[PROMPT_STRICT].value)
+    assert single.to_json()["interval"] == "bootstrap"
