@@ -1,0 +1,275 @@
+"""Intervals and tests against closed forms, published figures and each other."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fd_dsa.accuracy import stats
+from fd_dsa.errors import ShapeError
+
+COUNTS = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@pytest.mark.parametrize(
+    ("passed", "total", "low", "high"),
+    [
+        # closed form: at 20 of 20 the lower bound is n / (n + z²)
+        (20, 20, 20 / (20 + 1.959964**2), 1.0),
+        (0, 20, 0.0, 1.959964**2 / (20 + 1.959964**2)),
+        # published with the percentages of an IFEval run
+        (469, 541, 0.836, 0.893),
+        (475, 541, 0.848, 0.903),
+        (759, 834, 0.889, 0.928),
+        (764, 834, 0.895, 0.933),
+        (484, 541, 0.866, 0.918),
+        (492, 541, 0.882, 0.931),
+        (776, 834, 0.911, 0.946),
+        (781, 834, 0.918, 0.951),
+    ],
+)
+def test_wilson(passed: int, total: int, low: float, high: float) -> None:
+    found = stats.wilson(passed, total)
+    assert found.value == passed / total
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-4)
+
+
+@given(COUNTS)
+def test_wilson_solves_its_equation(counts: tuple[int, int]) -> None:
+    # |share - bound| = z sqrt(bound (1 - bound) / n) at both bounds
+    found = stats.wilson(*counts)
+    assert 0 <= found.low <= found.value <= found.high <= 1
+    for bound in (found.low, found.high):
+        if bound not in (0.0, 1.0):
+            distance = 1.959964 * math.sqrt(bound * (1 - bound) / counts[1])
+            assert abs(found.value - bound) == pytest.approx(distance, abs=1e-6)
+
+
+@given(COUNTS)
+def test_wilson_mirrors(counts: tuple[int, int]) -> None:
+    passed, total = counts
+    one, other = stats.wilson(passed, total), stats.wilson(total - passed, total)
+    assert (one.low, one.high) == pytest.approx((1 - other.high, 1 - other.low))
+
+
+def test_wilson_without_trials_knows_nothing() -> None:
+    found = stats.wilson(0, 0)
+    assert math.isnan(found.value) and (found.low, found.high) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize(("passed", "total"), [(3, 2), (-1, 2)])
+def test_wilson_refuses_impossible_counts(passed: int, total: int) -> None:
+    with pytest.raises(ValueError, match=f"{passed} of {total}"):
+        stats.wilson(passed, total)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "total", "normal", "p"),
+    [
+        # difference and bounds by the normal approximation, in points
+        (469, 475, 541, (1.11, -2.87, 5.08), 0.58),
+        (759, 764, 834, (0.60, -2.10, 3.30), 0.66),
+        (484, 492, 541, (1.48, -2.06, 5.02), 0.41),
+        (776, 781, 834, (0.60, -1.79, 2.99), 0.62),
+    ],
+)
+def test_two_proportions(
+    before: int, after: int, total: int, normal: tuple[float, ...], p: float
+) -> None:
+    sides = (before, total), (after, total)
+    assert [100 * part for part in stats.two_proportions(*sides)] == pytest.approx(normal, abs=0.04)
+    assert stats.two_proportions_p(*sides) == pytest.approx(p, abs=0.005)
+
+
+def test_two_proportions_published_by_newcombe() -> None:
+    # table II of Newcombe 1998, method 10: 56/70 - 48/80 and 10/10 - 0/20
+    found = stats.two_proportions((48, 80), (56, 70))
+    assert found == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    assert stats.two_proportions((0, 20), (10, 10)) == pytest.approx((1.0, 0.6791, 1.0), abs=5e-5)
+
+
+@given(COUNTS, COUNTS)
+def test_two_proportions_swap(one: tuple[int, int], other: tuple[int, int]) -> None:
+    there, back = stats.two_proportions(one, other), stats.two_proportions(other, one)
+    assert there == pytest.approx((-back.value, -back.high, -back.low))
+    assert -1 <= there.low <= there.value <= there.high <= 1
+    assert stats.two_proportions_p(one, other) == stats.two_proportions_p(other, one)
+
+
+def test_equal_shares_without_variance_do_not_differ() -> None:
+    assert stats.two_proportions_p((5, 5), (7, 7)) == 1.0
+    assert stats.two_proportions((541, 541), (541, 541)).low < -0.005
+
+
+@pytest.mark.parametrize(
+    ("worse", "better", "p"),
+    [
+        (0, 0, 1.0),
+        (0, 6, 0.03125),
+        (1, 7, 0.0703125),
+        (2, 8, 0.109375),
+        (10, 16, 0.3269),
+        (0, 8, 0.0078125),
+        (1, 9, 0.0215),
+        (2, 10, 0.0386),
+        (3, 11, 0.0574),
+        (7, 7, 1.0),
+    ],
+)
+def test_mcnemar(worse: int, better: int, p: float) -> None:
+    assert stats.mcnemar(worse, better) == pytest.approx(p, abs=5e-5)
+
+
+@pytest.mark.parametrize(("worse", "better"), list(product(range(5), range(5))))
+def test_mcnemar_is_the_share_of_all_coin_tosses(worse: int, better: int) -> None:
+    flips = worse + better
+    tosses = [abs(2 * sum(coins) - flips) for coins in product((0, 1), repeat=flips)]
+    extreme = sum(distance >= abs(worse - better) for distance in tosses)
+    assert stats.mcnemar(worse, better) == float(Fraction(extreme, len(tosses)))
+
+
+@given(st.integers(0, 2000), st.integers(0, 2000))
+def test_mcnemar_is_symmetric_and_falls_with_distance(worse: int, better: int) -> None:
+    p = stats.mcnemar(worse, better)
+    assert p == stats.mcnemar(better, worse)
+    assert 0 <= p <= 1
+    if worse < better:
+        assert stats.mcnemar(worse, better + 1) < p or p < 1e-300
+
+
+def test_mcnemar_refuses_negative_flips() -> None:
+    with pytest.raises(ValueError, match="-1"):
+        stats.mcnemar(-1, 2)
+
+
+def test_six_flips_in_one_direction_are_the_least() -> None:
+    assert stats.least_one_sided_flips() == 6
+
+
+@given(st.integers(1, 5000))
+def test_most_unseen_share_is_unseen_with_five_percent(trials: int) -> None:
+    assert (1 - stats.most_unseen_share(trials)) ** trials == pytest.approx(0.05)
+
+
+@given(st.lists(st.booleans(), min_size=40, max_size=120), st.integers(1, 4))
+@settings(max_examples=15, deadline=None)
+def test_bootstrap_of_whole_prompts_is_that_of_independent_ones(
+    passed: list[bool], size: int
+) -> None:
+    # instructions which all pass or fail together hold no more than their prompt
+    sizes = np.full(len(passed), size)
+    one = stats.bootstrap_share(np.array(passed) * size, sizes)
+    other = stats.bootstrap_share(passed, np.ones(len(passed)))
+    assert one == pytest.approx(other)
+    assert one.low <= one.value <= one.high
+
+
+def test_bootstrap_share_agrees_with_the_normal_interval() -> None:
+    passed = np.arange(541) < 469
+    found = stats.bootstrap_share(passed, np.ones(541))
+    half = 1.96 * math.sqrt(469 / 541 * 72 / 541 / 541)
+    assert found == pytest.approx((469 / 541, 469 / 541 - half, 469 / 541 + half), abs=0.003)
+
+
+def test_bootstrap_of_correlated_instructions_is_wider_than_of_independent_ones() -> None:
+    together = stats.bootstrap_share([2] * 50 + [0] * 50, [2] * 100)
+    apart = stats.bootstrap_share([1] * 100, [2] * 100)
+    mixed = stats.bootstrap_share(([2] * 25 + [1] * 50 + [0] * 25), [2] * 100)
+    widths = [found.high - found.low for found in (apart, mixed, together)]
+    assert widths[0] == 0 and widths[2] == pytest.approx(widths[1] * math.sqrt(2), rel=0.1)
+
+
+@pytest.mark.parametrize("passed", [0, 2])
+def test_bootstrap_without_variance_falls_back_to_prompts(passed: int) -> None:
+    found = stats.bootstrap_share([passed] * 30, [2] * 30)
+    assert found == stats.wilson(15 * passed, 30)
+    assert found.high - found.low > 0.1
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60),
+)
+@settings(max_examples=15, deadline=None)
+def test_bootstrap_difference_swaps_and_holds_its_value(rows: list[tuple[bool, bool]]) -> None:
+    before, after = np.array(rows).T
+    ones = np.ones(len(rows))
+    there = stats.bootstrap_difference(before, after, ones)
+    back = stats.bootstrap_difference(after, before, ones)
+    assert there == pytest.approx((-back.value, -back.high, -back.low))
+    assert there.low <= there.value <= there.high
+    assert there == stats.bootstrap_difference(before, after, ones)
+
+
+def test_bootstrap_difference_agrees_with_the_paired_normal_interval() -> None:
+    # 10 worse and 16 better of 541: variance (b + c - (c - b)²/n) / n²
+    before, after = np.zeros(541), np.zeros(541)
+    before[:10], after[10:26] = 1, 1
+    found = stats.bootstrap_difference(before, after, np.ones(541))
+    half = 1.96 * math.sqrt(26 - 36 / 541) / 541
+    assert found == pytest.approx((6 / 541, 6 / 541 - half, 6 / 541 + half), abs=0.002)
+
+
+def test_bootstrap_difference_of_equal_runs_is_nothing() -> None:
+    same = [1, 0, 2]
+    assert stats.bootstrap_difference(same, same, [2, 1, 2]) == (0.0, 0.0, 0.0)
+
+
+def test_bootstrap_does_not_touch_the_global_random_numbers() -> None:
+    np.random.seed(7)  # noqa: NPY002
+    wanted = np.random.random()
+    np.random.seed(7)
+    stats.bootstrap_difference([1, 0], [0, 0], [1, 1])
+    assert np.random.random() == wanted
+
+
+def test_columns_are_checked() -> None:
+    with pytest.raises(ShapeError, match=r"\(2,\).*\(3,\)"):
+        stats.bootstrap_share([1, 2], [1, 2, 3])
+    with pytest.raises(ValueError, match="at least 1"):
+        stats.bootstrap_share([0, 0], [1, 0])
+
+
+@pytest.mark.parametrize(("rate", "normal"), [(0.02, 1.7), (0.05, 2.7), (0.10, 3.8)])
+def test_smallest_difference_beside_the_normal_approximation(rate: float, normal: float) -> None:
+    approximate = (1.959964 + 0.841621) * math.sqrt(rate / 541)
+    assert 100 * approximate == pytest.approx(normal, abs=0.05)
+    exact = stats.smallest_difference(541, rate)
+    assert exact is not None
+    assert 0 < 100 * (exact - approximate) < 0.15
+
+
+def test_smallest_difference_has_the_power_it_says() -> None:
+    prompts, rate = 200, 0.1
+    least = stats.smallest_difference(prompts, rate)
+    assert least is not None
+    random = np.random.RandomState(1)
+    better, worse = (rate + least) / 2, (rate - least) / 2
+    draws = random.multinomial(prompts, [better, worse, 1 - rate], size=4000)
+    seen = np.mean([stats.mcnemar(int(w), int(b)) <= 0.05 for b, w, _ in draws])
+    # three standard errors of 4,000 draws
+    assert seen == pytest.approx(0.8, abs=0.019)
+
+
+@given(st.integers(100, 600), st.sampled_from((0.05, 0.1, 0.3)))
+@settings(max_examples=10, deadline=None)
+def test_smallest_difference_falls_with_prompts(prompts: int, rate: float) -> None:
+    few, many = (stats.smallest_difference(n, rate) for n in (prompts, 2 * prompts))
+    assert many is not None
+    assert few is None or many < few <= rate
+
+
+@pytest.mark.parametrize(("prompts", "rate"), [(1, 1.0), (541, 0.0), (40, 0.02)])
+def test_too_few_flips_show_nothing(prompts: int, rate: float) -> None:
+    assert stats.smallest_difference(prompts, rate) is None
+
+
+@pytest.mark.parametrize(("prompts", "rate"), [(0, 0.1), (10, 1.1), (10, -0.1)])
+def test_smallest_difference_refuses(prompts: int, rate: float) -> None:
+    with pytest.raises(ValueError, match="allowed"):
+        stats.smallest_difference(prompts, rate)
