@@ -8,15 +8,18 @@ steps that the engine would make of one request.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import Progress
 
 from fd_dsa.config import EngineConfig, prepare_cpu_runtime
 from fd_dsa.errors import ConfigError
@@ -164,6 +167,26 @@ def open_model(
         }
         engine = build_engine(EngineConfig(**fields))
     return OpenModel(OneSequence(engine.runner), engine.tokenizer, config, asked, length)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Our log says no more than warnings inside: a report says what was opened."""
+    package = logging.getLogger("fd_dsa")
+    level = package.level
+    package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error; gives the function that moves it on by one."""
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
 
 
 @contextmanager

@@ -37,6 +37,9 @@ SELECTORS = (INDEXER, LAST, RANDOM)
 ATTENDS = 0.1
 """Attention of a layer's strongest head from which on the layer counts as looking at needles."""
 
+# random sets of a query, of which the mean is told
+_DRAWS = 16
+
 
 @dataclass
 class LayerFigures:
@@ -170,7 +173,7 @@ def _compare(
     slots = sequence.block_table[positions // size].astype(np.int64) * size + positions % size
     layout, caches = watching.config.cache_layout, sequence.runner.caches
     # the same random sets for all layers
-    drawn = {p: random_keys(p + 1, topk, generator) for p in queries}
+    drawn = {p: [random_keys(p + 1, topk, generator) for _ in range(_DRAWS)] for p in queries}
     needles = dict(text.pairs)
     for figure in figures:
         trace = watching.layers[figure.layer]
@@ -183,26 +186,25 @@ def _compare(
                 trace.queries[query], latents[: query + 1], watching.config.softmax_scale
             )
             chosen = {
-                INDEXER: trace.selected[query],
-                LAST: last_keys(query + 1, topk),
+                INDEXER: [trace.selected[query]],
+                LAST: [last_keys(query + 1, topk)],
                 RANDOM: drawn[query],
             }
-            for selector, selected in chosen.items():
-                figure.mass[selector].append(mass_recall(attention, selected))
+            for selector, sets in chosen.items():
+                figure.mass[selector].append(_mean([mass_recall(attention, s) for s in sets]))
             if query in needles:
                 needle = [needles[query]]
                 figure.needle_attention.append(strongest_head(attention, needle))
-                for selector, selected in chosen.items():
-                    figure.found[selector].append(needle_recall(selected, needle))
+                for selector, sets in chosen.items():
+                    found = _mean([needle_recall(s, needle) for s in sets])
+                    figure.found[selector].append(found)
             if keys is not None:
                 figure.exact.append(_exactness(trace, query, keys, topk))
 
 
 def _exactness(trace: LayerTrace, query: int, keys: np.ndarray, topk: int) -> float:
     """See `exactness`; of one recorded query."""
-    scores = index_scores(
-        trace.index_queries[query], trace.index_weights[query], keys[: query + 1]
-    )
+    scores = index_scores(trace.index_queries[query], trace.index_weights[query], keys[: query + 1])
     return exactness(trace.selected[query], scores, topk)
 
 
