@@ -24,7 +24,6 @@ from fd_dsa.accuracy.preflight import (
 from fd_dsa.accuracy.types import Answer, Question
 from fd_dsa.errors import RemoteError
 
-_FIRST_DELAY_S = 0.5
 _LONGEST_DELAY_S = 30.0
 # with nothing answered, a server that refused so many questions refuses them all
 _FAILURES_WITHOUT_ANSWER = 8
@@ -53,6 +52,7 @@ class ChatClient:
         concurrency: requests in flight.
         retries: further attempts for a question after a failure that may pass.
         timeout_s: longest wait for an answer.
+        delay_s: wait before the second attempt, doubled before each further one, up to 30 s.
 
     Raises:
         ConfigError: `base_url` is none.
@@ -69,6 +69,7 @@ class ChatClient:
         concurrency: int = 32,
         retries: int = 5,
         timeout_s: float = 600.0,
+        delay_s: float = 0.5,
     ) -> None:
         self.base_url = normal_base_url(base_url)
         self.model = model
@@ -79,6 +80,7 @@ class ChatClient:
             self._body["chat_template_kwargs"] = switch
         self._retries = retries
         self._timeout_s = timeout_s
+        self._delay_s = delay_s
         self._random = random.Random(seed)
         self._stopped: asyncio.Event | None = None
 
@@ -148,7 +150,7 @@ class ChatClient:
                 break
             # not all at once after a common failure
             share = self._random.uniform(0.5, 1.0)
-            delay_s = share * min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2 ** (attempt - 1))
+            delay_s = share * min(_LONGEST_DELAY_S, self._delay_s * 2 ** (attempt - 1))
             await asyncio.sleep(max(delay_s, min(last.after_s, 2 * _LONGEST_DELAY_S)))
         reason = f"{last.reason} ({attempt} attempts)" if attempt > 1 else last.reason
         if last.gone:
@@ -225,4 +227,6 @@ def _read_answer(key: str, reply: httpx.Response, seconds: float) -> Answer:
         raise _FailedAttempt(f"finish_reason {reason}", again=True)
     if not isinstance(text, str):
         raise _FailedAttempt(f"the content is no text: {one_line(str(text))}", again=False)
+    # half a character of a careless server has no UTF-8 form
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Answer(key, text, reason, *tokens, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -174,7 +175,9 @@ def transport_reason(error: httpx.HTTPError) -> str:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror.lower()
+            # asyncio puts the address into its text; a name that is unknown has a negative number
+            known = cause.errno is not None and cause.errno > 0
+            return (os.strerror(cause.errno) if known else cause.strerror).lower()
         cause = cause.__cause__ or cause.__context__
     return one_line(str(error)) or type(error).__name__
 

@@ -59,7 +59,14 @@ class Answer:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Answer:
-        """The answer of a JSON object that has its fields, and possibly others."""
+        """The answer of a JSON object that has its fields, and possibly others.
+
+        Raises:
+            KeyError: a field is missing.
+            TypeError: key or text is no text.
+        """
+        if not (isinstance(data["key"], str) and isinstance(data["text"], str)):
+            raise TypeError(f"key {data['key']!r} and text have to be texts")
         return cls(**{name: data[name] for name in cls.__dataclass_fields__})
 
 

@@ -1,0 +1,184 @@
+"""The file of a run: nothing that came is lost, and two runs never mix."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.accuracy.answers import differing_setting, open_store, read_run
+from fd_dsa.accuracy.types import Answer, Question, RunSettings
+from fd_dsa.errors import ConfigError
+
+SETTINGS = RunSettings(
+    task="ifeval",
+    base_url="http://127.0.0.1:1/v1",
+    model="demo",
+    temperature=0.0,
+    max_tokens=8,
+    seed=0,
+    concurrency=4,
+    server={"version": "0.1.0", "commit": None},
+    task_settings={"prompts_sha256": "ab", "num_prompts": 3},
+)
+QUESTIONS = [
+    Question(key, ({"role": "user", "content": f"say {key} ü\n"},), 8, {"n": key}) for key in "abc"
+]
+
+
+def answer(key: str, text: str = "yes", error: str | None = None) -> Answer:
+    """An answer, or a failure."""
+    return Answer(key, text, None if error else "stop", 3, 1, 0.5, error)
+
+
+def write(path: Path, *answers: Answer, settings: RunSettings = SETTINGS) -> None:
+    """A run with these answers."""
+    by_key = {question.key: question for question in QUESTIONS}
+    with open_store(path, settings) as store:
+        for one in answers:
+            store.add(by_key[one.key], one)
+
+
+def test_what_was_added_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "new/folder/answers.jsonl"
+    odd = "a\nb\u2028c \ud83d 🙂 \x00"
+    write(path, answer("b", odd), answer("a"))
+    run = read_run(path)
+    assert run.settings == SETTINGS
+    assert list(run.answers.values()) == [answer("b", odd), answer("a")]
+    assert run.records["b"].messages == QUESTIONS[1].messages
+    assert run.records["b"].metadata == {"n": "b"}
+    assert len(path.read_bytes().splitlines()) == 3
+
+
+def test_an_answer_is_on_the_disk_before_the_next_is_asked(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with open_store(path, SETTINGS) as store:
+        assert read_run(path).records == {}
+        store.add(QUESTIONS[0], answer("a"))
+        assert read_run(path).answers == {"a": answer("a")}
+
+
+def test_a_resumed_run_asks_what_is_missing_and_what_failed(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    write(path, answer("a"), answer("b", "", error="status 500: oops"))
+    assert list(read_run(path).failures) == ["b"]
+    with open_store(path, SETTINGS) as store:
+        assert [q.key for q in store.missing(QUESTIONS)] == ["b", "c"]
+        store.add(QUESTIONS[1], answer("b", "now"))
+        assert [q.key for q in store.missing(QUESTIONS)] == ["c"]
+    run = read_run(path)
+    assert run.answers == {"a": answer("a"), "b": answer("b", "now")}
+    assert run.failures == {}
+
+
+@pytest.mark.parametrize("cut", [1, 10, 200])
+def test_a_torn_last_line_is_asked_again(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "answers.jsonl"
+    write(path, answer("a"), answer("b", "x" * 300))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    assert list(read_run(path).answers) == ["a"]
+    write(path, answer("b", "x" * 300))
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("kept", [0, 1, 30, 60])
+def test_a_torn_first_line_is_a_new_run(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "answers.jsonl"
+    write(path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ConfigError, match="holds no settings and no answers"):
+        read_run(path)
+    write(path, answer("a"))
+    assert list(read_run(path).answers) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"model": "other"}, "with model 'demo', this one has 'other'"),
+        ({"max_tokens": 9}, "with max_tokens 8, this one has 9"),
+        ({"temperature": 0.5}, "with temperature 0.0, this one has 0.5"),
+        ({"thinking": False}, "with thinking None, this one has False"),
+        ({"base_url": "own"}, "with base_url 'http://127.0.0.1:1/v1', this one has 'own'"),
+        ({"server": {"version": "0.2"}}, "with server.version '0.1.0', this one has '0.2'"),
+        (
+            {"task_settings": {"prompts_sha256": "ab"}},
+            "with task_settings.num_prompts 3, this one has None",
+        ),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], text: str
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    write(path, answer("a"))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError) as caught, open_store(path, replace(SETTINGS, **change)):
+        pass
+    assert text in str(caught.value)
+    assert "give another folder, or the same settings" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_what_a_server_does_not_tell_is_no_difference() -> None:
+    now = replace(SETTINGS, server={"commit": "0123", "device": "cpu"})
+    assert differing_setting(SETTINGS, now) is None
+    assert differing_setting(now, SETTINGS) is None
+
+
+def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    refused = pytest.raises(ConfigError, match="another process writes to")
+    with open_store(path, SETTINGS), refused:
+        write(path, answer("a"))
+    write(path, answer("a"))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b'{"role": "user"}\n', "line 1 is not the settings of a run"),
+        (b'{"role": "user"}', "is not the file of a run"),
+        (b"\x00\xff\n", "line 1 is not the settings of a run"),
+        (b'{"format": "fd_dsa answers 9", "settings": {}}\n', "this release reads 'fd_dsa answers"),
+    ],
+)
+def test_files_of_something_else_are_left_alone(tmp_path: Path, content: bytes, text: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=text), open_store(path, SETTINGS):
+        pass
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", '{"key": 1}', "[]", "1", '{"key": "c", "text": 1', '{"key": "c"}']
+)
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "answers.jsonl"
+    write(path, answer("a"), answer("b"))
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([*lines[:2], line, *lines[2:]]))
+    with pytest.raises(ConfigError, match=r"answers\.jsonl: line 3 is not an answer"):
+        read_run(path)
+
+
+def test_a_missing_file_and_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file or directory; give the answers"):
+        read_run(tmp_path / "answers.jsonl")
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out: .*cannot be written"):
+        write(tmp_path / "file/answers.jsonl")
+
+
+def test_lines_are_plain_json(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    write(path, answer("a"))
+    head, first = map(json.loads, path.read_text().splitlines())
+    assert head["settings"]["max_tokens"] == 8
+    assert (first["key"], first["text"], first["finish_reason"]) == ("a", "yes", "stop")
