@@ -62,7 +62,7 @@ def _warnings(found: Comparison) -> list[str]:
     for change in found.settings:
         values = f"{change.before!r} before, {change.after!r} after"
         if change.decisive:
-            lines.append(f"Warning: {change.name}: {values}; allowed, but not asked or scored alike.")
+            lines.append(f"Warning: {change.name}: {values}; allowed, but not done alike.")
         elif change.batching:
             lines.append(
                 f"Warning: {change.name}: {values}; greedy tokens may depend on the batch, so "

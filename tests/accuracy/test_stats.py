@@ -221,7 +221,7 @@ def test_bootstrap_difference_of_equal_runs_is_nothing() -> None:
 
 
 def test_bootstrap_does_not_touch_the_global_random_numbers() -> None:
-    np.random.seed(7)  # noqa: NPY002
+    np.random.seed(7)
     wanted = np.random.random()
     np.random.seed(7)
     stats.bootstrap_difference([1, 0], [0, 0], [1, 1])

@@ -1,0 +1,88 @@
+"""Tables and files that every command of the room makes."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fd_dsa.accuracy import report
+from fd_dsa.accuracy.report import Table
+from fd_dsa.accuracy.stats import Estimate
+from fd_dsa.errors import ConfigError
+
+TABLE = Table("Title", ("name", "a|b"), (("one", "1"), ("[bold]two", "2")), ("a note",))
+
+
+def _shown(*parts: str | Table) -> str:
+    """What a terminal of 60 columns shows."""
+    text = io.StringIO()
+    console = Console(file=text, width=60, markup=False, highlight=False, emoji=False)
+    report.show(parts, console)
+    return text.getvalue()
+
+
+def test_markdown() -> None:
+    assert TABLE.markdown() == (
+        "**Title**\n\n| name | a\\|b |\n| --- | ---: |\n| one | 1 |\n| [bold]two | 2 |\n\na note"
+    )
+
+
+def test_page_and_terminal_hold_the_same() -> None:
+    parts = ["**Verdict.** `x` is fine", TABLE, report.picture("p.svg", "a picture")]
+    page = report.page("Head", parts)
+    assert page.startswith("# Head\n\n**Verdict.**") and page.endswith("![a picture](p.svg)\n")
+    shown = _shown(*parts)
+    assert shown.startswith("Verdict. x is fine\n")
+    for text in ("Title", "[bold]two", "a|b", "a note"):
+        assert text in shown
+    assert "p.svg" not in shown
+
+
+@pytest.mark.parametrize(
+    ("estimate", "percent", "points"),
+    [
+        (Estimate(0.8669, 0.836, 0.893), "86.69 [83.6, 89.3]", "+86.69 [+83.60, +89.30]"),
+        (Estimate(-0.01, -0.0234, 0.000001), "-1.00 [-2.3, 0.0]", "-1.00 [-2.34, 0.00]"),
+        (Estimate(math.nan, 0, 1), "-", "-"),
+    ],
+)
+def test_estimates_in_words(estimate: Estimate, percent: str, points: str) -> None:
+    assert report.percent(estimate) == percent
+    assert report.points(estimate) == points
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b"
+    report.write_files(out, {"x.md": "ä", "y.json": report.as_json({"k": "ü"})})
+    assert (out / "x.md").read_text("utf-8") == "ä"
+    assert json.loads((out / "y.json").read_text("utf-8")) == {"k": "ü"}
+    with pytest.raises(UnicodeEncodeError):
+        report.write_files(out, {"x.md": "new", "z.md": "\ud800"})
+    assert sorted(path.name for path in out.iterdir()) == ["x.md", "y.json"]
+    assert (out / "x.md").read_text("utf-8") == "ä"
+
+
+def test_nan_is_no_json() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        report.as_json({"k": math.nan})
+
+
+def test_a_folder_is_checked_before_work_begins(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--out: .*file is a file; give a folder"):
+        report.check_folder(tmp_path / "file")
+    report.check_folder(tmp_path / "new" / "deep")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_one_clear_line(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="not writable"):
+        report.check_folder(tmp_path / "new")

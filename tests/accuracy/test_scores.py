@@ -1,0 +1,157 @@
+"""scores.json: metrics of made-up runs, and what is refused when it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+from fd_dsa.accuracy.ifeval_report import show_report, write_report
+from fd_dsa.accuracy.scores import Scores, by_type, metrics, read_scores
+from fd_dsa.accuracy.stats import wilson
+from fd_dsa.accuracy.types import (
+    INST_LOOSE,
+    INST_STRICT,
+    METRICS,
+    PROMPT_LOOSE,
+    PROMPT_STRICT,
+    PromptScore,
+)
+from fd_dsa.errors import ConfigError
+from tests.accuracy.scored import pairs, passing, prompt, run, write
+
+THREE = run(
+    [
+        prompt("1", True, True),
+        prompt("2", True, False, finish_reason="length"),
+        PromptScore("3", ("a:0",), (False,), (True,)),
+    ]
+)
+
+
+def test_metrics_count_prompts_and_instructions() -> None:
+    found = {name: (m.passed, m.total) for name, m in metrics(THREE.prompts).items()}
+    assert found == {
+        PROMPT_STRICT: (1, 3),
+        INST_STRICT: (3, 5),
+        PROMPT_LOOSE: (2, 3),
+        INST_LOOSE: (4, 5),
+    }
+    assert tuple(found) == METRICS
+
+
+def test_prompts_have_wilson_intervals_and_instructions_wider_ones() -> None:
+    # 100 prompts whose two instructions pass or fail together
+    together = [prompt(str(i), i < 70, i < 70) for i in range(100)]
+    found = metrics(together)
+    assert found[PROMPT_STRICT].share == wilson(70, 100)
+    shares = found[INST_STRICT].share, wilson(140, 200)
+    assert shares[0].value == shares[1].value
+    assert shares[0].high - shares[0].low > 1.3 * (shares[1].high - shares[1].low)
+
+
+def test_types_are_counted_by_name() -> None:
+    found = by_type(THREE.prompts)
+    assert list(found) == ["a:0", "b:1"]
+    assert (found["a:0"].total, found["a:0"].strict, found["a:0"].loose) == (3, 2, 3)
+    assert (found["b:1"].total, found["b:1"].strict, found["b:1"].loose) == (2, 1, 1)
+
+
+@given(pairs())
+@settings(max_examples=20, deadline=None)
+def test_a_run_is_read_as_written(tmp_path_factory: Any, both: tuple[Scores, Scores]) -> None:
+    folder = write(tmp_path_factory.mktemp("runs") / "run", both[0])
+    assert read_scores(folder) == both[0]
+    assert read_scores(folder / "scores.json") == both[0]
+
+
+def test_report_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a" / "run"
+    paths = write_report(out, THREE, ["Warning: partial set."])
+    assert sorted(path.name for path in out.iterdir()) == ["ifeval.svg", "report.md", "scores.json"]
+    assert sorted(paths) == sorted(out.iterdir())
+    first = [path.read_bytes() for path in paths]
+    write_report(out, THREE, ["Warning: partial set."])
+    assert [path.read_bytes() for path in paths] == first
+    page = (out / "report.md").read_text("utf-8")
+    assert "| Prompt-level-strict-accuracy | 1/3 | 33.33 [6.1, 79.2] |" in page
+    assert "| b:1 | 2 | 50.00 [9.5, 90.5] | 50.00 [9.5, 90.5] |" in page
+    assert "Warning: partial set." in page and "(ifeval.svg)" in page
+    assert "| server: kv_cache_dtype | float32 |" in page
+    assert "8000" not in page
+    data = json.loads((out / "scores.json").read_text("utf-8"))
+    assert data["metrics"][INST_LOOSE]["value"] == 80.0
+    show_report(THREE, ["Warning: partial set."])
+    shown = capsys.readouterr().out
+    assert "1/3" in shown and "Warning: partial set." in shown and "svg" not in shown
+
+
+def test_answers_cut_at_max_tokens_are_told_above_two_percent(tmp_path: Path) -> None:
+    write_report(tmp_path / "one", THREE)
+    page = (tmp_path / "one" / "report.md").read_text("utf-8")
+    assert "1 of 3 answers were cut at max_tokens 1280" in page
+    rare = [prompt(str(i), True, finish_reason="length" if i == 0 else "stop") for i in range(50)]
+    write_report(tmp_path / "two", run(rare))
+    assert "cut at max_tokens" not in (tmp_path / "two" / "report.md").read_text("utf-8")
+
+
+def _changed(path: Path, *places: Any, value: Any) -> Path:
+    """A run whose scores.json has another value at a place."""
+    folder = write(path / "run", THREE)
+    file = folder / "scores.json"
+    data = json.loads(file.read_text())
+    inner = data
+    for place in places[:-1]:
+        inner = inner[place]
+    inner[places[-1]] = value
+    file.write_text(json.dumps(data))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("places", "value", "message"),
+    [
+        (("prompts",), [], "no settings and prompts"),
+        (("settings",), None, "no settings and prompts"),
+        (("settings",), {"task": "ifeval"}, "settings: missing .* 'model'"),
+        (("prompts", 1), 7, r"prompts\[1\]: 7; a JSON object"),
+        (("prompts", 1), {"key": "2"}, "instruction_ids, follow_strict"),
+        (("prompts", 1, "key"), 2, r"prompts\[1\]: key: 2; a text"),
+        (("prompts", 1, "key"), "1", "key '1' is there twice"),
+        (("prompts", 0, "instruction_ids"), [], "instruction_ids: .* at least one"),
+        (("prompts", 0, "follow_loose"), [True], "follow_loose: .* a list of 2"),
+        (("prompts", 0, "follow_strict"), [1, 0], "follow_strict: .*true and false"),
+        (("prompts", 0, "answer_sha256"), "abc", "answer_sha256: 'abc'; 64 hexadecimal"),
+    ],
+)
+def test_damaged_scores_are_one_clear_line(
+    tmp_path: Path, places: tuple[Any, ...], value: Any, message: str
+) -> None:
+    folder = _changed(tmp_path, *places, value=value)
+    with pytest.raises(ConfigError, match=message) as error:
+        read_scores(folder)
+    assert str(folder / "scores.json") in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_unreadable_files_are_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"scores\.json: no such file"):
+        read_scores(tmp_path)
+    with pytest.raises(ConfigError, match="no such file"):
+        read_scores(tmp_path / "nothing")
+    (tmp_path / "scores.json").write_bytes(b"\xff{")
+    with pytest.raises(ConfigError, match="is no JSON"):
+        read_scores(tmp_path)
+
+
+def test_hashes_may_be_unknown(tmp_path: Path) -> None:
+    folder = _changed(tmp_path, "prompts", 0, "answer_sha256", value=None)
+    assert read_scores(folder).prompts[0].answer_sha256 is None
+
+
+def test_all_passing_runs_still_have_an_interval() -> None:
+    found = metrics(passing([True] * 20).prompts)
+    assert {round(m.share.low, 3) for m in found.values()} == {0.839}
