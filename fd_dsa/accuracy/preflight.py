@@ -176,8 +176,8 @@ def transport_reason(error: httpx.HTTPError) -> str:
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
             # asyncio puts the address into its text; a name that is unknown has a negative number
-            known = cause.errno is not None and cause.errno > 0
-            return (os.strerror(cause.errno) if known else cause.strerror).lower()
+            number = cause.errno or 0
+            return (os.strerror(number) if number > 0 else cause.strerror).lower()
         cause = cause.__cause__ or cause.__context__
     return one_line(str(error)) or type(error).__name__
 

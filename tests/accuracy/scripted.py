@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = tuple[int, dict[str, str], Any]
-MODELS: Reply = (200, {}, {"data": [{"id": "demo", "max_model_len": 256}]})
+MODELS: Reply = (200, {}, {"data": [{"id": "demo", "max_model_len": 2048}]})
 
 
 def chat(text: str | None, reason: str | None = "stop", tokens: int = 3) -> Reply:

@@ -238,7 +238,7 @@ def test_preflight_tells_model_and_facts() -> None:
         client = ChatClient(server.base_url)
         found = client.preflight()
     assert client.model == found.model == "demo"
-    assert found.max_model_len == 256
+    assert found.max_model_len == 2048
     assert (found.facts["version"], found.facts["device"]) == ("1.2", "gpu:0")
     assert found.facts["dtype"] is found.facts["commit"] is None
     assert "secret" not in found.facts

@@ -1,0 +1,313 @@
+"""`ifeval` and `score`: what is asked, kept, scored and said, and how a run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.accuracy import scorer
+from fd_dsa.accuracy.answers import read_run
+from fd_dsa.accuracy.cli import main
+from fd_dsa.accuracy.prompts import OFFICIAL, read_prompts
+from fd_dsa.errors import BackendUnavailable
+from tests.accuracy.scripted import Reply, Scripted, asked, chat, scripted
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = read_prompts()
+
+
+def upper(body: dict[str, Any]) -> Reply:
+    """An answer that follows some instructions, and depends on the question."""
+    return chat(f'"{asked(body).upper()}"')
+
+
+def answers_of(out: Path) -> dict[str, str]:
+    """Key -> text of what a run has kept."""
+    return {key: answer.text for key, answer in read_run(out / "answers.jsonl").answers.items()}
+
+
+def scores_of(out: Path) -> Any:
+    """The scores of a run."""
+    return json.loads((out / "scores.json").read_text())
+
+
+def error_line(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 2) -> str:
+    """The one line of a command that fails."""
+    assert main(arguments) == status
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("fd_dsa: error: ")]
+    assert len(lines) == 1 and error.splitlines()[-1] == lines[0], error
+    return lines[0].removeprefix("fd_dsa: error: ")
+
+
+def test_the_prompts_are_asked_as_they_are_and_the_answers_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    with scripted(
+        upper, {"/server_info": (200, {}, {"version": "7", "max_model_len": 2048})}
+    ) as server:
+        flags = ["--base-url", server.base_url, "--out", str(out), "--subset", "20"]
+        assert main(["ifeval", *flags]) == 0
+    wanted = [PROMPTS[i * 541 // 20] for i in range(20)]
+    assert sorted(map(asked, server.bodies)) == sorted(prompt.text for prompt in wanted)
+    for body in server.bodies:
+        assert [message["role"] for message in body["messages"]] == ["user"]
+        assert (body["temperature"], body["max_tokens"], body["seed"]) == (0, 1280, 0)
+    assert answers_of(out) == {p.key: f'"{p.text.upper()}"' for p in wanted}
+    scores = scores_of(out)
+    assert [entry["key"] for entry in scores["prompts"]] == [prompt.key for prompt in wanted]
+    assert scores["settings"]["server"]["version"] == "7"
+    assert scores["settings"]["task_settings"]["num_prompts"] == 20
+    strict = scores["metrics"]["Prompt-level-strict-accuracy"]
+    assert 0 < strict["passed"] < strict["total"] == 20
+    printed = capsys.readouterr().out
+    assert "partial set: 20 of 541 prompts" in printed
+    assert "Prompt-level-strict-accuracy" in (out / "report.md").read_text()
+
+
+def test_a_server_that_fails_on_the_way_costs_no_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = threading.Event()
+    broken.set()
+    lock, given = threading.Lock(), []
+
+    def answer(body: dict[str, Any]) -> Reply:
+        with lock:
+            if broken.is_set() and len(given) >= 5:
+                return 400, {}, {"error": {"message": "out of order"}}
+            given.append(asked(body))
+        return upper(body)
+
+    with scripted(answer) as server:
+        flags = ["--base-url", server.base_url, "--subset", "12", "--concurrency", "3"]
+        command = ["ifeval", *flags, "--out", str(tmp_path / "a")]
+        line = error_line(capsys, command, status=1)
+        assert "status 400: out of order; 5 of 12 answers are kept in" in line
+        assert not (tmp_path / "a/scores.json").exists()
+        kept = answers_of(tmp_path / "a")
+        assert len(kept) == 5
+        broken.clear()
+        assert main(command) == 0
+        assert len(given) == len(set(given)) == 12
+        assert kept.items() <= answers_of(tmp_path / "a").items()
+        assert main(["ifeval", *flags, "--out", str(tmp_path / "b")]) == 0
+    whole, resumed = scores_of(tmp_path / "b"), scores_of(tmp_path / "a")
+    assert resumed["prompts"] == whole["prompts"]
+    assert resumed["metrics"] == whole["metrics"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    hold, held = threading.Event(), threading.Semaphore(0)
+    first: set[str] = set()
+    lock = threading.Lock()
+
+    def answer(body: dict[str, Any]) -> Reply:
+        with lock:
+            if len(first) < 4:
+                first.add(asked(body))
+        if asked(body) not in first:
+            held.release()
+            hold.wait(30)
+        return upper(body)
+
+    with scripted(answer) as server:
+        flags = ["--base-url", server.base_url, "--subset", "9", "--answers-only"]
+        command = [sys.executable, "-m", "fd_dsa.accuracy", "ifeval", *flags, "--out", "it's a run"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            for _ in range(5):
+                assert held.acquire(timeout=30)
+            process.send_signal(number)
+            error = process.communicate(timeout=30)[1]
+        finally:
+            hold.set()
+            process.kill()
+        assert process.returncode == 130
+        line = error.splitlines()[-1]
+        assert line.startswith("fd_dsa: error: interrupted; 4 of 9 answers are kept in it's a run/")
+        before = (tmp_path / "it's a run/answers.jsonl").read_bytes()
+        assert {asked_text(entry) for entry in before.splitlines()[1:]} == first
+        resume = shlex.split(line.partition("the same command asks the others: ")[2])
+        assert resume[:3] == ["python", "-m", "fd_dsa.accuracy"]
+        server.bodies.clear()
+        subprocess.run(
+            [sys.executable, *resume[1:]], cwd=tmp_path, env=environment, check=True, timeout=60
+        )
+    assert len(server.bodies) == 5
+    after = (tmp_path / "it's a run/answers.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert len(answers_of(tmp_path / "it's a run")) == 9
+
+
+def asked_text(line: bytes) -> str:
+    """The question of a line of answers.jsonl."""
+    return asked(json.loads(line))
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """A server that answers everything; a test that expects no request looks at its bodies."""
+    with scripted(upper) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--model", "demos"], "--model: got 'demos'; the server at URL has demo"),
+        (["--max-tokens", "2048"], "--max-tokens: got 2048; demo takes 2048 tokens, prompt and"),
+        (["--prompts", "no/such"], "prompts: no/such cannot be read (No such file or directory)"),
+        (["--prompts", __file__], "test_ifeval.py:1: not JSON"),
+        (["--subset", "542"], "--subset: got 542; the file has 541 prompts"),
+        (["--subset", "0"], "--subset: got '0'; allowed is a whole number from 1 on"),
+        (["--concurrency", "0"], "--concurrency: got '0'; allowed is a whole number from 1 on"),
+        (["--retries", "x"], "--retries: got 'x'; allowed is a whole number from 0 on"),
+        (["--timeout", "nan"], "--timeout: got 'nan'; allowed is a number from 0.001 on"),
+        (["--temperature", "-1"], "--temperature: got '-1'; allowed is a number from 0 on"),
+        (["--temp", "1"], "unrecognized arguments: --temp 1"),
+        (["--serve"], "--serve: not allowed with argument --base-url"),
+        (["--", "--device", "gpu"], "--device stands after --, where flags of the server stand"),
+        (["--out", __file__], f"--out: {__file__} is a file; give a folder"),
+    ],
+)
+def test_what_cannot_run_is_one_line_before_the_first_request(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    server: Scripted,
+    flags: list[str],
+    text: str,
+) -> None:
+    asked_before, out = len(server.bodies), tmp_path / "run"
+    command = ["ifeval", "--base-url", server.base_url, "--max-tokens", "8", "--out", str(out)]
+    line = error_line(capsys, [*command, *flags])
+    assert text in line.replace(server.base_url, "URL")
+    assert len(server.bodies) == asked_before
+    assert not out.exists()
+
+
+def test_missing_checkers_are_found_before_the_first_request(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    server: Scripted,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent(prompts: Any) -> dict[str, str]:
+        raise BackendUnavailable("pip install 'fd_dsa[accuracy]'")
+
+    monkeypatch.setattr(scorer, "ready", absent)
+    asked_before, out = len(server.bodies), tmp_path / "run"
+    command = ["ifeval", "--base-url", server.base_url, "--max-tokens", "8", "--out", str(out)]
+    assert error_line(capsys, command) == "pip install 'fd_dsa[accuracy]'"
+    assert len(server.bodies) == asked_before
+    assert not out.exists()
+    assert main([*command, "--subset", "3", "--answers-only"]) == 0
+    assert len(answers_of(out)) == 3
+    assert error_line(capsys, ["score", str(out)]) == "pip install 'fd_dsa[accuracy]'"
+
+
+def test_another_run_in_the_same_folder_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], server: Scripted
+) -> None:
+    command = ["ifeval", "--base-url", server.base_url, "--out", str(tmp_path), "--answers-only"]
+    assert main([*command, "--max-tokens", "8", "--subset", "3"]) == 0
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    line = error_line(capsys, [*command, "--max-tokens", "9", "--subset", "3"])
+    assert "has answers of a run with max_tokens 8, this one has 9" in line
+    assert "num_prompts 3, this one has 4" in error_line(
+        capsys, [*command, "--max-tokens", "8", "--subset", "4"]
+    )
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+def test_a_server_of_its_own_that_does_not_start_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new/run"
+    flags = ["--answers-only", "--subset", "1", "--out", str(out)]
+    line = error_line(capsys, ["ifeval", *flags, "--serve", "no/such"])
+    assert line.startswith("--serve: --model: got 'no/such'")
+    line = error_line(capsys, ["ifeval", *flags, "--", "--zzz"])
+    assert line == "--serve: unknown flag --zzz; --help lists the flags"
+    assert not (tmp_path / "new").exists()
+
+
+def write_prompts(path: Path, numbers: range) -> None:
+    """Some official prompts as a file of one's own, in another order."""
+    lines = OFFICIAL.read_text("utf-8").splitlines()
+    path.write_text("\n".join(lines[number] for number in reversed(numbers)), "utf-8")
+
+
+def test_score_gives_what_the_run_gave(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], server: Scripted
+) -> None:
+    own, run, other = tmp_path / "own.jsonl", tmp_path / "run", tmp_path / "other"
+    write_prompts(own, range(100, 110))
+    flags = ["--base-url", server.base_url, "--max-tokens", "8", "--prompts", str(own)]
+    assert main(["ifeval", *flags, "--out", str(run)]) == 0
+    # answers hold all that scoring needs
+    own.unlink()
+    assert main(["score", str(run), "--out", str(other)]) == 0
+    assert scores_of(other) == scores_of(run)
+    assert scores_of(run)["settings"]["task_settings"]["prompts"] == "own.jsonl"
+    assert main(["score", str(run / "answers.jsonl")]) == 0
+    capsys.readouterr()
+
+
+def test_reasoning_is_kept_and_not_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def thinking(body: dict[str, Any]) -> Reply:
+        return chat("<think>\nno, commas, here\n</think>\n\nfine")
+
+    with scripted(thinking) as server:
+        flags = ["--base-url", server.base_url, "--subset", "9", "--out", str(tmp_path)]
+        assert main(["ifeval", *flags]) == 0
+    assert set(answers_of(tmp_path).values()) == {"<think>\nno, commas, here\n</think>\n\nfine"}
+    hashes = {entry["answer_sha256"] for entry in scores_of(tmp_path)["prompts"]}
+    assert hashes == {hashlib.sha256(b"fine").hexdigest()}
+    assert "9 answers hold </think>" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (None, "no such file or directory; give the answers.jsonl of a run"),
+        ("{}\n", "line 1 is not the settings of a run"),
+    ],
+)
+def test_score_of_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, text: str
+) -> None:
+    if content is not None:
+        (tmp_path / "answers.jsonl").write_text(content)
+    assert text in error_line(capsys, ["score", str(tmp_path)])
+
+
+def test_score_without_answers_and_of_another_task(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with scripted(lambda body: (400, {}, {})) as refusing:
+        flags = ["--base-url", refusing.base_url, "--subset", "2", "--out", str(tmp_path)]
+        error_line(capsys, ["ifeval", *flags], status=1)
+    assert "holds no answer yet" in error_line(capsys, ["score", str(tmp_path)])
+    file = tmp_path / "answers.jsonl"
+    file.write_text(file.read_text().replace('"task": "ifeval"', '"task": "retrieval"'))
+    assert "holds a run of retrieval; score reads ifeval" in error_line(
+        capsys, ["score", str(tmp_path)]
+    )
