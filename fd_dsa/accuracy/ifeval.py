@@ -28,7 +28,7 @@ TASK = "ifeval"
 MAX_TOKENS = 1280
 """As in lm-eval's task; a lower limit fails prompts that ask for up to 1,200 words."""
 
-_OUT = "ifeval-run"
+_OUT = "ifeval"
 _END_OF_THOUGHT = "</think>"
 
 

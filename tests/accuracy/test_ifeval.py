@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.accuracy import scorer
+from fd_dsa.accuracy import ifeval, scorer
 from fd_dsa.accuracy.answers import read_run
 from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.prompts import OFFICIAL, read_prompts
@@ -311,3 +313,18 @@ def test_score_without_answers_and_of_another_task(
     assert "holds a run of retrieval; score reads ifeval" in error_line(
         capsys, ["score", str(tmp_path)]
     )
+
+
+def test_every_flag_is_documented_with_its_default() -> None:
+    page = (ROOT / "docs/accuracy.md").read_text("utf-8")
+    section = page[page.index("### Running") : page.index("### Scoring")]
+    documented = dict(re.findall(r"^\| `(--[a-z-]+)[^|]*\|([^|]*)\|", section, re.MULTILINE))
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    ifeval.add_parser(subparsers)
+    flags = {a.option_strings[-1]: a for a in subparsers.choices["ifeval"]._actions}
+    flags.pop("--help")
+    assert sorted(documented) == sorted(flags)
+    for flag, action in flags.items():
+        if isinstance(action.default, (int, float)) and action.default is not False:
+            assert documented[flag].strip() == f"{action.default:g}", flag
