@@ -111,7 +111,8 @@ def cut(
             f"--overlap: got {overlap}, allowed: 0 to {room - 1}, so that windows of {context} "
             "tokens have some of their own"
         )
-    windows, start = [], first
+    windows: list[Window] = []
+    start = first
     while start < len(token_ids):
         before = again if windows else first
         end = min(len(token_ids), start - before + room)

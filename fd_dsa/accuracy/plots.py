@@ -4,6 +4,7 @@
     bars({title: {group: {series: Estimate}}}, value_label=)
     layer_lines({series: [Estimate or float per layer]}, title=, value_label=)
     layer_map(shares [layers, bins], tokens=, marks={label: (start, end)}, title=)
+    token_map(shares [layers, tokens], tokens=[text of each], title=)
     before_after({metric: (before, after, difference)}, names=(before, after))
 
 Each returns the whole file; `report.write_files` writes it. Shares are fractions, shown in percent.
@@ -198,6 +199,37 @@ def layer_map(
         return finish()
 
 
+def token_map(
+    shares: ArrayLike, *, tokens: Sequence[str], title: str, layers: Sequence[str] | None = None
+) -> str:
+    """A cell for each layer and token of a short stretch: colour = how often it was chosen.
+
+    Args:
+        shares: float [layers, tokens] of 0 to 1.
+        tokens: their texts.
+        layers: a label for each row; 0, 1, ... without.
+    """
+    values = np.asarray(shares, dtype=np.float64)
+    if values.ndim != 2 or values.shape[1] != len(tokens):
+        raise ShapeError(
+            f"token_map: shares have shape {values.shape}; wanted [layers, {len(tokens)}]"
+        )
+    count = len(values)
+    labels = list(map(str, range(count))) if layers is None else list(layers)
+    with _figure((1.5 + 0.2 * len(tokens), 1.0 + 0.24 * count)) as (figure, finish):
+        axes = figure.subplots()
+        options = {"cmap": "viridis", "vmin": 0, "vmax": 1, "interpolation": "none"}
+        image = axes.imshow(values, aspect="auto", **options)
+        # a dollar sign would begin a formula
+        texts = [token.replace("$", r"\$") for token in tokens]
+        axes.set_xticks(range(len(tokens)), texts, rotation=90)
+        axes.set_yticks(range(0, count, max(1, count // 24)), labels[:: max(1, count // 24)])
+        axes.set(title=title, ylabel="layer")
+        bar = figure.colorbar(image, ax=axes, label="chosen, %")
+        bar.set_ticks([0, 0.5, 1], labels=["0", "50", "100"])
+        return finish()
+
+
 def before_after(
     metrics: Mapping[str, tuple[Estimate, Estimate, Estimate]], *, names: tuple[str, str]
 ) -> str:
@@ -207,7 +239,8 @@ def before_after(
         metrics: name -> before, after, after - before.
         names: of the two runs.
     """
-    labels = (f"before: {names[0]}", f"after: {names[1]}")
+    plain = names == ("before", "after")
+    labels = names if plain else (f"before: {names[0]}", f"after: {names[1]}")
     colours = _colours(list(labels))
     with _figure((9, 1.0 + 0.55 * len(metrics))) as (figure, finish):
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))

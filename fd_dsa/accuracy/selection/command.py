@@ -148,6 +148,7 @@ def _runs_here(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any
             known = {"provider": str(setting), "kv_cache_dtype": dtype}
             try:
                 lengths, model = _open(args, setting.device, dtype)
+                known["provider"] = str(Setting(model.device, setting.operators))
                 runs += [known | _measured(args, model, length) for length in lengths]
             except (ConfigError, BackendUnavailable) as error:
                 if len(args.kv_cache_dtypes) == 1:
@@ -219,7 +220,9 @@ def _runs_in_child(args: argparse.Namespace, setting: Setting) -> list[dict[str,
                 for dtype in args.kv_cache_dtypes
             ]
         runs: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))["runs"]
-    return [found | {"provider": str(setting)} for found in runs]
+    for found in runs:
+        found["provider"] = ",".join([found["provider"], *setting.operators])
+    return runs
 
 
 def _flags(args: argparse.Namespace, device: str, folder: str) -> list[str]:

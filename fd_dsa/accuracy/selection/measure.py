@@ -39,6 +39,8 @@ ATTENDS = 0.1
 
 # random sets of a query, of which the mean is told
 _DRAWS = 16
+# tokens around the hidden number that are drawn
+_BEFORE, _BEHIND = 20, 16
 
 
 @dataclass
@@ -97,17 +99,26 @@ class LayerFigures:
 
 @dataclass(frozen=True)
 class Example:
-    """What every layer chose for one query, to be drawn.
+    """What every layer chose in one text, to be drawn.
 
     Attributes:
-        num_keys: keys that the query sees.
-        needle: the position to be found.
-        selected: for each layer, the chosen positions.
+        num_keys: keys that the first query sees.
+        needle: position that it looks for, the number's first.
+        num_needle_tokens: tokens of the number.
+        selected: for each layer, the positions that the first query attends to.
+        first: position of the first token near the number.
+        near: texts of the tokens from there to some behind the number.
+        shares: for each layer and of these tokens, the share of the number's queries that
+            attend to it.
     """
 
     num_keys: int
     needle: int
+    num_needle_tokens: int
     selected: tuple[tuple[int, ...], ...]
+    first: int
+    near: tuple[str, ...]
+    shares: tuple[tuple[float, ...], ...]
 
 
 def measure(
@@ -142,7 +153,7 @@ def measure(
             watching.watch(queries)
             _run(model.sequence, text)
             _compare(model, text, queries, watching, figures, generator)
-            example = example or _example(text, watching)
+            example = example or _example(model, text, watching)
             tell()
     if example is None:
         raise ValueError("texts: none was given, at least one is needed")
@@ -208,12 +219,20 @@ def _exactness(trace: LayerTrace, query: int, keys: np.ndarray, topk: int) -> fl
     return exactness(trace.selected[query], scores, topk)
 
 
-def _example(text: NeedleText, watching: RecordingBackend) -> Example:
-    """What the layers chose where the first token of the number is due."""
+def _example(model: OpenModel, text: NeedleText, watching: RecordingBackend) -> Example:
+    """What the layers chose where the tokens of the number are due."""
     query, needle = text.pairs[0]
     layers = [watching.layers[layer] for layer in sorted(watching.layers)]
     selected = tuple(tuple(trace.selected[query].tolist()) for trace in layers)
-    return Example(query + 1, needle, selected)
+    first, end = max(0, needle - _BEFORE), min(text.pairs[-1][1] + _BEHIND, len(text.prompt))
+    positions = np.arange(first, end)
+    shares = [
+        np.mean([np.isin(positions, trace.selected[query]) for query in text.queries], axis=0)
+        for trace in layers
+    ]
+    near = tuple(model.tokenizer.decode([token]) for token in text.prompt[first:end])
+    told = tuple(tuple(row.tolist()) for row in shares)
+    return Example(query + 1, needle, len(text.pairs), selected, first, near, told)
 
 
 def _mean(values: list[float]) -> float:

@@ -10,12 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.accuracy.plots import layer_lines, layer_map
+from fd_dsa.accuracy.plots import layer_lines, layer_map, token_map
 from fd_dsa.accuracy.report import Table, as_json, page, picture
-from fd_dsa.accuracy.selection.measure import ATTENDS, INDEXER, LAST, RANDOM
+from fd_dsa.accuracy.selection.measure import ATTENDS, INDEXER, LAST, RANDOM, SELECTORS
 
-MAP_FILE, LINES_FILE, JSON_FILE = "selection.svg", "recall.svg", "selection.json"
+MAP_FILE, NEEDLE_FILE, LINES_FILE = "selection.svg", "needle.svg", "recall.svg"
+JSON_FILE = "selection.json"
 _BINS = 512
+_HEADINGS = (
+    *("recall: indexer", "last keys", "random"),
+    *("mass: indexer", "last keys", "random"),
+)
 _NAMES = {INDEXER: "indexer", LAST: "last keys", RANDOM: "random keys"}
 
 
@@ -42,12 +47,14 @@ def files(result: Mapping[str, Any]) -> dict[str, str]:
     told = parts(result)
     told[1:1] = [
         picture(MAP_FILE, "keys that each layer's indexer chose for one query"),
+        picture(NEEDLE_FILE, "tokens around the hidden number that each layer chose"),
         picture(LINES_FILE, "attention mass on the selected keys, layer by layer"),
     ]
     return {
         JSON_FILE: as_json(dict(result)),
         "report.md": page("Selection", told),
         MAP_FILE: selection_map(longest),
+        NEEDLE_FILE: needle_map(longest),
         LINES_FILE: recall_lines(longest),
     }
 
@@ -55,21 +62,35 @@ def files(result: Mapping[str, Any]) -> dict[str, str]:
 def selection_map(run: Mapping[str, Any]) -> str:
     """SVG: where the keys lie that each layer chose for the first token of the hidden number."""
     example = run["example"]
-    num_keys, bins = example["num_keys"], min(_BINS, example["num_keys"])
-    edges = np.linspace(0, num_keys, bins + 1)
-    shares = [np.histogram(chosen, edges)[0] / np.diff(edges) for chosen in example["selected"]]
-    labels = [
+    num_keys = example["num_keys"]
+    # all stretches are of so many tokens, the last one may reach past the end
+    width = -(-num_keys // _BINS)
+    edges = np.arange(0, num_keys + width, width)
+    shares = [np.histogram(chosen, edges)[0] / width for chosen in example["selected"]]
+    needle = example["needle"]
+    return layer_map(
+        shares,
+        tokens=int(edges[-1]),
+        title=f"{run['index_topk']} keys chosen of {num_keys}, for the next token of the number",
+        marks={"hidden number": (needle, needle + example["num_needle_tokens"])},
+        layers=_labels(run),
+    )
+
+
+def needle_map(run: Mapping[str, Any]) -> str:
+    """SVG: which tokens around the hidden number each layer chose for the number's queries."""
+    example = run["example"]
+    tokens = [token.replace("\n", "\\n") for token in example["near"]]
+    title = "Around the hidden number: share of its queries that chose a token"
+    return token_map(example["shares"], tokens=tokens, title=title, layers=_labels(run))
+
+
+def _labels(run: Mapping[str, Any]) -> list[str]:
+    """A label for each layer."""
+    return [
         f"{layer['layer']} (looks for it)" if layer["attends"] else str(layer["layer"])
         for layer in run["layers"]
     ]
-    needle = example["needle"]
-    return layer_map(
-        np.minimum(shares, 1.0),
-        tokens=num_keys,
-        title=f"{run['index_topk']} keys chosen of {num_keys}, for the next token of the number",
-        marks={"hidden number": (needle, needle + 1)},
-        layers=labels,
-    )
 
 
 def recall_lines(run: Mapping[str, Any]) -> str:
@@ -100,38 +121,22 @@ def _summary(runs: Sequence[Mapping[str, Any]]) -> Table:
     """A row for each run."""
     rows = []
     for run in runs:
-        looking = [layer for layer in run["layers"] if layer["attends"]]
-        exact = [layer["exactness"] for layer in run["layers"] if layer["has_indexer"]]
-        recalls = [
-            _percent(_mean([layer["needle_recall"][selector] for layer in looking]))
-            for selector in (INDEXER, LAST, RANDOM)
+        layers = run["layers"]
+        looking = [layer for layer in layers if layer["attends"]]
+        exact = [layer["exactness"] for layer in layers if layer["has_indexer"]]
+        row = [
+            f"{run['provider']}, {run['kv_cache_dtype']}",
+            str(run["length"]),
+            ", ".join(str(layer["layer"]) for layer in looking) or "none",
         ]
-        masses = [
-            _percent(_mean([layer["attention_mass_recall"][selector] for layer in run["layers"]]))
-            for selector in (INDEXER, LAST, RANDOM)
-        ]
-        rows.append(
-            (
-                f"{run['provider']}, {run['kv_cache_dtype']}",
-                str(run["length"]),
-                ", ".join(str(layer["layer"]) for layer in looking) or "none",
-                " / ".join(recalls),
-                " / ".join(masses),
-                _percent(min(exact)) if exact else "-",
-            )
-        )
-    columns = (
-        "provider, caches",
-        "tokens",
-        "layers that look",
-        "needle recall, %",
-        "attention mass, %",
-        "exact, %",
-    )
+        for found, name in ((looking, "needle_recall"), (layers, "attention_mass_recall")):
+            row += [_percent(_mean([layer[name][s] for layer in found])) for s in SELECTORS]
+        rows.append((*row, _percent(min(exact, default=None))))
+    columns = ("provider, caches", "tokens", "layers that look", *_HEADINGS, "exact")
     notes = (
-        "Recall and mass: the indexer's keys / as many last keys / random ones. Recall: mean over "
-        "the layers that look for the number. Mass: mean over all layers. Exact: share of the "
-        "best keys by scores in NumPy that were chosen, in the worst layer.",
+        "In percent. Recall: mean over the layers that look for the number. Mass: attention mass "
+        "on the chosen keys, mean over all layers. Exact: share of the best keys by scores in "
+        "NumPy that were chosen, in the worst layer.",
     )
     return Table("All runs", columns, tuple(rows), notes)
 
@@ -141,27 +146,16 @@ def _details(run: Mapping[str, Any]) -> Table:
     rows = []
     for layer in run["layers"]:
         recall, mass = layer["needle_recall"], layer["attention_mass_recall"]
-        told = " / ".join(_percent(recall[s]) for s in (INDEXER, LAST, RANDOM))
-        rows.append(
-            (
-                str(layer["layer"]) + ("" if layer["has_indexer"] else " (shared)"),
-                _percent(layer["strongest_head"]),
-                told if layer["attends"] else "no head attends",
-                " / ".join(_percent(mass[s]) for s in (INDEXER, LAST, RANDOM)),
-                _percent(layer["least_attention_mass_recall"]),
-                "-" if layer["exactness"] is None else _percent(layer["exactness"]),
-            )
-        )
+        marks = "" if layer["has_indexer"] else ", shared"
+        marks += "" if layer["attends"] else ", no head attends"
+        row = [f"{layer['layer']}{marks}", _percent(layer["strongest_head"])]
+        row += [_percent(recall[s]) if layer["attends"] else "-" for s in SELECTORS]
+        row += [_percent(mass[s]) for s in SELECTORS]
+        row += [_percent(layer["least_attention_mass_recall"]), _percent(layer["exactness"])]
+        rows.append(tuple(row))
     served = ", ".join(f"{name} by {by}" for name, by in sorted(run["served_by"].items()))
     title = f"{run['provider']}, {run['kv_cache_dtype']} caches, {run['length']} tokens"
-    columns = (
-        "layer",
-        "strongest head on the needle, %",
-        "needle recall, %",
-        "attention mass, %",
-        "worst query",
-        "exact, %",
-    )
+    columns = ("layer", "head on number", *_HEADINGS, "worst mass", "exact")
     return Table(f"{title}, {run['index_topk']} keys", columns, tuple(rows), (f"{served}.",))
 
 

@@ -1,0 +1,115 @@
+"""Figures of a selection: cases made by hand, and random ones against oracles in loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from fd_dsa.accuracy.selection.metrics import (
+    dense_attention,
+    exactness,
+    index_scores,
+    last_keys,
+    mass_recall,
+    needle_recall,
+    random_keys,
+    strongest_head,
+)
+from tests.reference.indexer import ref_score
+from tests.reference.sparse_mla import ref_softmax
+from tests.reference.topk import ref_topk
+
+# two heads, four keys
+ATTENTION = np.array([[0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.25, 0.25]], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("selected", "wanted"),
+    [([0, 1, 2, 3], 1.0), ([], 0.0), ([0], 0.35), ([1, 3], (0.2 + 0.75) / 2)],
+)
+def test_mass_recall_is_the_mean_over_heads(selected: list[int], wanted: float) -> None:
+    assert mass_recall(ATTENTION, np.array(selected, np.int64)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("selected", "needle", "wanted"),
+    [([1, 5, 9], [5], 1.0), ([1, 5, 9], [4], 0.0), ([1, 5, 9], [9, 2, 1, 3], 0.5), ([], [0], 0)],
+)
+def test_needle_recall_is_the_share_found(
+    selected: list[int], needle: list[int], wanted: float
+) -> None:
+    assert needle_recall(np.array(selected, np.int64), needle) == wanted
+
+
+def test_strongest_head_adds_up_what_one_head_gives_the_needle() -> None:
+    assert strongest_head(ATTENTION, [0]) == pytest.approx(0.7)
+    assert strongest_head(ATTENTION, [1]) == pytest.approx(0.5)
+    assert strongest_head(ATTENTION, [1, 2, 3]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("num_keys", "wanted"), [(6, [3, 4, 5]), (3, [0, 1, 2]), (2, [0, 1])])
+def test_controls_take_as_many_keys_as_there_are(num_keys: int, wanted: list[int]) -> None:
+    assert last_keys(num_keys, 3).tolist() == wanted
+    drawn = random_keys(num_keys, 3, np.random.default_rng(0)).tolist()
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == len(wanted) and max(drawn) < num_keys
+
+
+def test_random_keys_are_each_equally_likely() -> None:
+    generator = np.random.default_rng(1)
+    counts = np.zeros(5)
+    for _ in range(4000):
+        counts[random_keys(5, 2, generator)] += 1
+    # five standard deviations of a share of 2/5
+    assert np.abs(counts / 4000 - 0.4).max() < 5 * math.sqrt(0.24 / 4000)
+
+
+def test_dense_attention_is_the_softmax_of_the_oracle() -> None:
+    rng = np.random.default_rng(2)
+    query = rng.standard_normal((3, 10)).astype(np.float32)
+    keys = rng.standard_normal((17, 10)).astype(np.float32)
+    found = dense_attention(query, keys, 0.3)
+    for head, row in zip(query, found, strict=True):
+        wanted = ref_softmax([0.3 * float(head.astype(np.float64) @ key) for key in keys])
+        np.testing.assert_allclose(row, wanted, rtol=1e-5)
+
+
+def test_dense_attention_of_large_scores_is_finite() -> None:
+    found = dense_attention(np.full((1, 1), 1e4, np.float32), np.float32([[1], [-1]]), 1.0)
+    assert found.tolist() == [[1.0, 0.0]]
+
+
+def test_index_scores_are_those_of_the_oracle() -> None:
+    rng = np.random.default_rng(3)
+    query, weights = rng.standard_normal((4, 6)), rng.standard_normal(4)
+    keys = rng.standard_normal((11, 6))
+    single = [array.astype(np.float32) for array in (query, weights, keys)]
+    wanted = [ref_score(query, weights, key) for key in keys]
+    np.testing.assert_allclose(index_scores(*single), wanted, rtol=0, atol=1e-5)
+
+
+class TestExactness:
+    """How much of a selection is among the best."""
+
+    SCORES = np.array([5, 1, 4, 4, 0, 3], np.float32)
+
+    def test_the_oracle_s_choice_is_exact(self) -> None:
+        for k in range(1, 9):
+            chosen = [p for p in ref_topk(self.SCORES, 6, k) if p >= 0]
+            assert exactness(np.array(chosen), self.SCORES, k) == 1.0
+
+    @pytest.mark.parametrize(("selected", "wanted"), [([0, 3], 1.0), ([0, 1], 0.5), ([4, 1], 0.0)])
+    def test_a_tie_counts_and_a_worse_key_does_not(
+        self, selected: list[int], wanted: float
+    ) -> None:
+        assert exactness(np.array(selected), self.SCORES, 2) == wanted
+
+    def test_keys_that_are_missing_count_against_it(self) -> None:
+        assert exactness(np.array([0]), self.SCORES, 2) == 0.5
+
+    def test_scores_within_rounding_are_as_good(self) -> None:
+        scores = np.array([1.0, 1.0 - 1e-7, 0.5], np.float32)
+        assert exactness(np.array([1]), scores, 1) == 1.0
+        assert exactness(np.array([2]), scores, 1) == 0.0
