@@ -85,7 +85,7 @@ def _run_published(args: argparse.Namespace) -> int:
 
 
 def _names(before: Path, after: Path) -> tuple[str, str]:
-    """Names of the runs: their folders', or the paths as given where those are the same."""
+    """Names of the runs: their folders', or before and after where those are the same."""
     folders = [path if path.is_dir() else path.parent for path in (before, after)]
     names = [folder.resolve().name for folder in folders]
-    return (str(before), str(after)) if names[0] == names[1] else (names[0], names[1])
+    return ("before", "after") if names[0] == names[1] else (names[0], names[1])

@@ -13,7 +13,7 @@ from fd_dsa.accuracy.report import Table
 from fd_dsa.accuracy.scores import estimate_json, metric_json
 from fd_dsa.accuracy.stats import RESAMPLES, SEED, smallest_difference
 from fd_dsa.accuracy.types import PROMPT_STRICT
-from fd_dsa.accuracy.verdict import FLIP_RATES, flip_rate, p_digits, verdict
+from fd_dsa.accuracy.verdict import FLIP_RATES, counted, flip_rate, p_digits, verdict
 
 JSON_FILE, PAGE_FILE, PICTURE_FILE = "compare.json", "compare.md", "compare.svg"
 
@@ -42,7 +42,7 @@ def parts(found: Comparison, names: tuple[str, str], most: int | None = None) ->
 
     Args:
         names: of the two runs.
-        most: rows of the list of flips; None for all.
+        most: rows of the list of flips, and then only types that changed; None for all.
     """
     first, *others = verdict(found)
     return [
@@ -51,7 +51,7 @@ def parts(found: Comparison, names: tuple[str, str], most: int | None = None) ->
         *_warnings(found),
         _metric_table(found, names),
         *_flip_table(found.strict, most),
-        _type_table(found),
+        *_type_table(found, changed_only=most is not None),
         *_setting_table(found),
     ]
 
@@ -97,8 +97,10 @@ def _metric_table(found: Comparison, names: tuple[str, str]) -> Table:
     notes = (
         f"The primary metric, named before any run, is {PROMPT_STRICT}; the others are strongly "
         "correlated with it and no further evidence. Differences in points with 95 % intervals by "
-        f"bootstrap over prompts ({RESAMPLES:,} resamples, seed {SEED}); p: exact McNemar, on the "
-        "prompt level only, since instructions of one prompt are not independent.",
+        f"bootstrap over prompts ({RESAMPLES:,} resamples, seed {SEED}), which are too narrow "
+        "where only a handful of prompts flip: the verdict's interval is made from the flips. p: "
+        "exact McNemar, on the prompt level only, since instructions of one prompt are not "
+        "independent.",
     )
     heading = ("metric", names[0], names[1], "difference", "worse", "better", "p")
     return Table("Metrics, %", heading, tuple(rows), notes)
@@ -120,15 +122,23 @@ def _flip_table(flips: Sequence[Flip], most: int | None) -> list[str | Table]:
     return [Table(f"Prompts that flipped, strict: {len(flips)}", heading, rows, notes)]
 
 
-def _type_table(found: Comparison) -> Table:
-    """Types of instructions."""
+def _type_table(found: Comparison, changed_only: bool) -> list[str | Table]:
+    """Types of instructions; nothing where only changed ones are wanted and none is."""
     rows = tuple(
         (name, *map(str, (t.total, t.before, t.after, t.worse, t.better)))
         for name, t in found.types.items()
+        if t.worse or t.better or not changed_only
     )
-    note = f"Of {len(rows)} types one may stand out by chance: a place to look, not a finding."
+    if not rows:
+        return []
+    note = (
+        f"Of {counted(len(found.types), 'type')} one may stand out by chance: a place to look, "
+        "not a finding."
+    )
+    left = f"{counted(len(found.types) - len(rows), 'type')} without a change left out."
+    notes = (note, left) if len(rows) < len(found.types) else (note,)
     heading = ("type", "number", "before", "after", "worse", "better")
-    return Table("By type of instruction, followed strictly", heading, rows, (note,))
+    return [Table("By type of instruction, followed strictly", heading, rows, notes)]
 
 
 def _setting_table(found: Comparison) -> list[str | Table]:
@@ -159,6 +169,7 @@ def _json(found: Comparison, names: tuple[str, str]) -> dict[str, Any]:
                 "before": metric_json(change.before),
                 "after": metric_json(change.after),
                 "difference": estimate_json(change.difference),
+                "paired": None if change.paired is None else estimate_json(change.paired),
                 "worse": change.worse,
                 "better": change.better,
                 "p": change.p,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fd_dsa.accuracy.scores import Metric, Scores, columns, metrics
-from fd_dsa.accuracy.stats import Estimate, bootstrap_difference, mcnemar
+from fd_dsa.accuracy.stats import Estimate, bootstrap_difference, mcnemar, paired_difference
 from fd_dsa.accuracy.types import (
     METRICS,
     PROMPT_LOOSE,
@@ -66,6 +66,8 @@ class MetricChange:
         before: of the first run.
         after: of the second.
         difference: after - before, by bootstrap over prompts.
+        paired: the same from the flips alone, which holds with few of them; None on the
+            instruction level.
         worse: prompts (prompt level) or instructions that passed before only.
         better: those that passed after only.
         p: exact McNemar; None on the instruction level, where trials are not independent.
@@ -74,6 +76,7 @@ class MetricChange:
     before: Metric
     after: Metric
     difference: Estimate
+    paired: Estimate | None
     worse: int
     better: int
     p: float | None
@@ -281,6 +284,7 @@ def _metric_changes(
             before=old[name],
             after=new[name],
             difference=bootstrap_difference(first, second, sizes),
+            paired=paired_difference(worse, better, len(before)) if by_prompt else None,
             worse=worse,
             better=better,
             p=mcnemar(worse, better) if by_prompt else None,

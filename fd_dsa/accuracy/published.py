@@ -139,7 +139,7 @@ def files(table: dict[str, Row], json_file: str, page_file: str, svg_file: str) 
     return {
         json_file: report.as_json(data),
         page_file: report.page("Two published runs", shown),
-        svg_file: plots.before_after(shares, names=("published", "published")),
+        svg_file: plots.before_after(shares, names=("before", "after")),
     }
 
 

@@ -64,7 +64,8 @@ class Table:
         table = RichTable(box=box.SIMPLE_HEAD, show_edge=False)
         for i, column in enumerate(self.columns):
             first = i == 0
-            table.add_column(column, justify="left" if first else "right", no_wrap=first)
+            side: Any = "left" if first else "right"
+            table.add_column(column, justify=side, no_wrap=first, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table

@@ -113,6 +113,31 @@ def most_unseen_share(trials: int) -> float:
     return 1 - ALPHA ** (1 / trials) if trials else 1.0
 
 
+def paired_difference(worse: int, better: int, prompts: int) -> Estimate:
+    """Difference after - before of a pass rate on the same prompts, from its flips.
+
+    The shares of both kinds of flips are cells of one multinomial; their Wilson intervals are
+    combined with the correlation -sqrt(bw / ((1 - b)(1 - w))) of such cells. Unlike the bootstrap
+    it holds with few flips, and with none it is not [0, 0].
+
+    Source: the hybrid of Newcombe 1998, Statistics in Medicine 17 (paired data), in the general
+    form of Zou and Donner 2008, Statistics in Medicine 27.
+    """
+    lost, won = wilson(worse, prompts), wilson(better, prompts)
+    if not prompts:
+        return Estimate(math.nan, -1.0, 1.0)
+    rest = (1 - lost.value) * (1 - won.value)
+    related = math.sqrt(lost.value * won.value / rest) if rest else 0.0
+
+    def combined(one: float, other: float) -> float:
+        return math.sqrt(one * one + other * other + 2 * related * one * other)
+
+    difference = (better - worse) / prompts
+    below = combined(won.value - won.low, lost.high - lost.value)
+    above = combined(won.high - won.value, lost.value - lost.low)
+    return Estimate(difference, max(-1.0, difference - below), min(1.0, difference + above))
+
+
 def bootstrap_share(passed: ArrayLike, sizes: ArrayLike) -> Estimate:
     """Share of passed instructions, its interval by resampling whole prompts.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fd_dsa.accuracy.paired import Comparison, MetricChange
+from fd_dsa.accuracy.report import signed
 from fd_dsa.accuracy.stats import (
     ALPHA,
     Estimate,
@@ -16,22 +17,15 @@ FLIP_RATES = (0.02, 0.05, 0.10)
 
 
 def verdict(found: Comparison) -> list[str]:
-    """Sentences, the strongest statement first."""
+    """Sentences, the conclusion first."""
     if found.same_answers == found.prompts:
-        return _equal(found)
-    change, lines = found.primary, [_answers(found)]
-    if change.worse + change.better == 0:
-        most = 100 * most_unseen_share(found.prompts)
-        lines.append(
-            f"No change: no prompt changed its strict result. At most {most:.2g} % of such "
-            "prompts change theirs (95 % confidence)."
-        )
-    else:
-        lines.append(_tested(found, change))
-        if change.p is not None and change.p > ALPHA:
-            lines.append(_not_excluded(change.difference))
-    lines += [visible(found.prompts, flip_rate(found)), *_scorer(found)]
-    return lines
+        return [_equal(found), *_scorer(found)]
+    return [
+        *_tested(found, found.primary),
+        _answers(found),
+        visible(found.prompts, flip_rate(found)),
+        *_scorer(found),
+    ]
 
 
 def flip_rate(found: Comparison) -> float:
@@ -46,19 +40,14 @@ def visible(prompts: int, observed: float) -> str:
         prompts: in both runs.
         observed: share of them that flipped; 0 where none did.
     """
-    rates = {f"{100 * rate:.0f} %": rate for rate in FLIP_RATES}
+    sizes = [f"{_least(prompts, rate)} if {100 * rate:.0f} % flip" for rate in FLIP_RATES]
     if observed > 0:
-        rates = {f"the observed {100 * observed:.1f} %": observed, **rates}
-    shown = []
-    for text, rate in rates.items():
-        least = smallest_difference(prompts, rate)
-        size = "none at all" if least is None else f"{100 * least:.1f} points"
-        shown.append(f"{size} if {text} flip")
-    floor = 100 * least_one_sided_flips() / prompts
+        sizes.append(f"{_least(prompts, observed)} at the observed {100 * observed:.1f} %")
+    least = least_one_sided_flips()
     return (
         f"The smallest difference that {counted(prompts, 'prompt')} can show with 80 % power: "
-        f"{', '.join(shown)}. Below {least_one_sided_flips()} net flips ({floor:.1f} points) "
-        "nothing can be significant."
+        f"{', '.join(sizes)}. Fewer than {least} net flips ({100 * least / prompts:.1f} points) "
+        "are never significant."
     )
 
 
@@ -78,14 +67,19 @@ def p_digits(p: float) -> str:
     return "< 0.0001" if p < 0.0001 else f"{p:#.2g}"
 
 
-def _equal(found: Comparison) -> list[str]:
+def _least(prompts: int, rate: float) -> str:
+    """The smallest visible difference in points."""
+    least = smallest_difference(prompts, rate)
+    return "none" if least is None else f"{100 * least:.1f} points"
+
+
+def _equal(found: Comparison) -> str:
     """The runs gave the same text everywhere."""
-    lines = [
+    return (
         f"Equal, answer by answer: all {counted(found.prompts, 'answer')} have the same SHA-256 in "
         "both runs. That is the strongest statement there is: on these prompts nothing changed, "
         "and no statistics are needed."
-    ]
-    return lines + _scorer(found)
+    )
 
 
 def _answers(found: Comparison) -> str:
@@ -97,28 +91,35 @@ def _answers(found: Comparison) -> str:
     return text + "."
 
 
-def _tested(found: Comparison, change: MetricChange) -> str:
-    """What the exact test says about the primary metric."""
-    p = 1.0 if change.p is None else change.p
+def _tested(found: Comparison, change: MetricChange) -> list[str]:
+    """What flips, exact test and interval say about the primary metric."""
+    if change.paired is None or change.p is None:
+        raise ValueError("the primary metric is on the prompt level")
+    if change.worse + change.better == 0:
+        most = 100 * most_unseen_share(found.prompts)
+        return [
+            "No change: no prompt changed its strict result. At most "
+            f"{most:.2g} % of such prompts change theirs (95 % confidence)."
+        ]
+    value, low, high = map(signed, change.paired)
     flips = (
         f"of {counted(found.prompts, 'prompt')}, {change.worse} got worse and {change.better} got "
-        f"better ({p_value(p)}, exact McNemar); {_interval(change.difference)}"
+        f"better ({p_value(change.p)}, exact McNemar); the difference is {value} points, 95 % "
+        f"interval {low} to {high}"
     )
-    if p > ALPHA:
-        return f"No difference shown: {flips}."
-    direction = "worse" if change.worse > change.better else "better"
-    return f"After is {direction}: {flips}."
-
-
-def _interval(difference: Estimate) -> str:
-    """A difference in points with its interval."""
-    value, low, high = (100 * part for part in difference)
-    return f"the difference is {value:+.2f} points, 95 % interval {low:+.2f} to {high:+.2f}"
+    if change.p > ALPHA:
+        return [f"No difference shown: {flips}.", _not_excluded(change.paired)]
+    return [f"After is {'worse' if change.worse > change.better else 'better'}: {flips}."]
 
 
 def _not_excluded(difference: Estimate) -> str:
-    """What the interval leaves possible."""
-    loss, gain = (f"{100 * max(0.0, part):.1f}" for part in (-difference.low, difference.high))
+    """What the interval leaves possible where the test shows nothing."""
+    if not difference.low <= 0 <= difference.high:
+        return (
+            "Borderline: the interval leaves zero out, the exact test, which decides, does not; "
+            "only a run on other prompts could tell."
+        )
+    loss, gain = (f"{100 * part:.1f}" for part in (-difference.low, difference.high))
     return (
         f"That is no proof of equality: a loss of up to {loss} points and a gain of up to {gain} "
         "points fit these runs."

@@ -82,7 +82,7 @@ def test_other_answers_with_the_same_results_bound_what_was_not_seen() -> None:
 def test_one_other_answer_is_not_equal() -> None:
     after = passing(GOOD)
     after = replace(after, prompts=(*after.prompts[:-1], prompt("99", False, text="other")))
-    assert _told(passing(GOOD), after).startswith("1 of 100 answers differ in their text.")
+    assert "1 of 100 answers differ in their text." in _told(passing(GOOD), after)
 
 
 def test_unknown_hashes_are_never_called_equal() -> None:
@@ -99,15 +99,24 @@ def test_six_flips_in_one_direction_are_a_difference(worse: int, better: int, wo
     assert "p = 0.031, exact McNemar" in told
 
 
-@pytest.mark.parametrize(("worse", "better"), [(5, 0), (0, 5), (9, 3), (10, 10)])
+@pytest.mark.parametrize(("worse", "better"), [(5, 0), (0, 5)])
+def test_borderline_is_said(worse: int, better: int) -> None:
+    told = _told(passing(GOOD), passing(_worse(worse, better)))
+    assert "No difference shown" in told and "p = 0.062" in told
+    assert "Borderline: the interval leaves zero out" in told
+
+
+@pytest.mark.parametrize(("worse", "better"), [(2, 0), (0, 1), (9, 3), (10, 10)])
 def test_no_difference_shown_says_what_it_leaves_open(worse: int, better: int) -> None:
     found = compare(passing(GOOD), passing(_worse(worse, better)))
     told = " ".join(verdict(found))
-    loss = 100 * max(0.0, -found.primary.difference.low)
+    assert found.primary.paired is not None
+    loss, gain = -100 * found.primary.paired.low, 100 * found.primary.paired.high
+    assert loss > 0.5 and gain > 0.5
     assert f"No difference shown: of 100 prompts, {worse} got worse" in told
-    assert f"a loss of up to {loss:.1f} points" in told
-    assert f"if the observed {worse + better:.1f} % flip" in told
-    assert "Below 6 net flips (6.0 points) nothing can be significant." in told
+    assert f"a loss of up to {loss:.1f} points and a gain of up to {gain:.1f} points" in told
+    assert f"at the observed {worse + better:.1f} %" in told
+    assert "Fewer than 6 net flips (6.0 points) are never significant." in told
 
 
 @given(pairs())
@@ -228,7 +237,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert sorted(files) == ["compare.json", "compare.md", "compare.svg"]
     page = files["compare.md"].decode()
-    assert page.startswith("# float32 and fp8\n\n**Verdict.** 32 of 100 answers differ")
+    assert page.startswith("# float32 and fp8\n\n**Verdict.** After is worse: of 100")
     assert "| server.kv_cache_dtype | float32 | fp8_ds_mla |" in page
     assert "| 29 | worse | a:0 | differs |" in page and "12 more" not in page
     assert str(tmp_path) not in page
@@ -247,7 +256,7 @@ def test_command_with_equal_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert status == 0
     assert text.startswith("Verdict. Equal, answer by answer: all 100 answers have the same SHA")
     assert "All recorded settings are the same in both runs." in text
-    assert "flipped" not in text
+    assert "flipped" not in text and "By type" not in text
 
 
 def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -215,6 +215,40 @@ def test_bootstrap_difference_agrees_with_the_paired_normal_interval() -> None:
     assert found == pytest.approx((6 / 541, 6 / 541 - half, 6 / 541 + half), abs=0.002)
 
 
+@given(st.integers(0, 80), st.integers(0, 80))
+def test_paired_difference_swaps_and_holds_its_value(worse: int, better: int) -> None:
+    there = stats.paired_difference(worse, better, 160)
+    back = stats.paired_difference(better, worse, 160)
+    assert there == pytest.approx((-back.value, -back.high, -back.low))
+    assert -1 <= there.low < there.value == (better - worse) / 160 < there.high <= 1
+
+
+@pytest.mark.parametrize(("worse", "better"), [(10, 16), (200, 150)])
+def test_paired_difference_agrees_with_the_normal_interval(worse: int, better: int) -> None:
+    flips, net = worse + better, better - worse
+    half = 1.96 * math.sqrt(flips - net * net / 541) / 541
+    wanted = (net / 541, net / 541 - half, net / 541 + half)
+    assert stats.paired_difference(worse, better, 541) == pytest.approx(wanted, abs=0.002)
+
+
+@pytest.mark.parametrize(("worse", "better"), [(0.004, 0.002), (0.05, 0.02), (0.3, 0.3)])
+def test_paired_difference_covers_the_truth(worse: float, better: float) -> None:
+    cells = [worse, better, 1 - worse - better]
+    draws = np.random.RandomState(2).multinomial(300, cells, size=2000)
+    bounds = [stats.paired_difference(int(w), int(b), 300) for w, b, _ in draws]
+    covered = np.mean([found.low <= better - worse <= found.high for found in bounds])
+    # four standard errors below; small counts are covered more often
+    assert covered > 0.93
+
+
+def test_paired_difference_of_no_flips_is_not_nothing() -> None:
+    found = stats.paired_difference(0, 0, 541)
+    # both bounds are those of a share of 0: z² / (n + z²)
+    assert found == pytest.approx((0, -0.00705, 0.00705), abs=5e-5)
+    assert stats.paired_difference(0, 5, 5).high == 1.0
+    assert math.isnan(stats.paired_difference(0, 0, 0).value)
+
+
 def test_bootstrap_difference_of_equal_runs_is_nothing() -> None:
     same = [1, 0, 2]
     assert stats.bootstrap_difference(same, same, [2, 1, 2]) == (0.0, 0.0, 0.0)
