@@ -34,9 +34,9 @@ from fd_dsa.accuracy.retrieval.tokens import TokenCounter, check_lengths
 from fd_dsa.accuracy.retrieval.wordings import WORDINGS, read_wording
 from fd_dsa.accuracy.run import Target, add_run_flags, connected
 from fd_dsa.accuracy.types import Question
+from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
 
-DEMO_MODEL = Path(__file__).parents[2] / "demo_model"
 _MAX_TOKENS = 64
 _TRIALS, _CONTINUITY_TRIALS = 5, 10
 # sentences of the two prompts that show whether the server counts as we do
@@ -154,7 +154,7 @@ def _tokenizer_folder(args: argparse.Namespace) -> Path:
     """That of the flag, of the model that is served for the run, or the demo model's."""
     if args.tokenizer is not None:
         return Path(args.tokenizer)
-    return Path(args.serve) if args.serve else DEMO_MODEL
+    return Path(args.serve) if args.serve else demo_model_path()
 
 
 def _least(*values: int | None) -> int | None:

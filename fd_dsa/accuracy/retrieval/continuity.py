@@ -68,35 +68,48 @@ def _step(base: int, before: dict[str, bool], length: int, after: dict[str, bool
     return Step(base, length, passed, len(both), worse, better, mcnemar(worse, better))
 
 
-def verdict(scores: Sequence[ItemScore], index_topk: int) -> str:
-    """What the steps say, in words; lengths are tested together (Bonferroni)."""
-    found = [step for step in steps(scores) if step.length > index_topk]
+def verdict(scores: Sequence[ItemScore], index_topk: int, max_tokens: int) -> str:
+    """What the steps say, in words; lengths are tested together (Bonferroni).
+
+    Args:
+        max_tokens: of an answer; a prompt that is dense may have an answer whose end is not.
+    """
     every = steps(scores)
-    if not found or every[0].base > index_topk:
+    beyond = [step for step in every if step.length > index_topk]
+    if not beyond or every[0].base > index_topk:
         return "No lengths on both sides of index_topk: nothing can be said about it."
-    before = [step for step in every if step.length <= index_topk]
-    limit = ALPHA / max(1, len(every) - 1)
-    down = [step for step in found if step.worse > step.better and step.p < limit]
-    if not before[0].passed:
+    base, passed = every[0].base, every[0].passed
+    if not passed:
         return (
-            f"No item passes even at {before[0].length} tokens, where attention is dense: this "
-            "says nothing about selection."
+            f"No item passes even at {base} tokens, where attention is dense: this says nothing "
+            "about selection."
         )
-    if down:
-        first = down[0]
-        return (
-            f"**A step**: from {first.length} tokens on (index_topk {index_topk}) items fail that "
-            f"passed at {first.base}: {first.worse} worse, {first.better} better of {first.total} "
-            f"(p = {first.p:.2g})."
-        )
-    shown = found[0]
-    unseen = 100 * most_unseen_share(before[0].passed)
+    limit = ALPHA / (len(every) - 1)
+    fallen = [step for step in every if step.worse > step.better and step.p < limit]
+    if fallen:
+        return _fall(fallen[0], index_topk, max_tokens)
+    shown = beyond[0]
+    if shown.worse:
+        unseen = "The difference is inside the noise of so many items."
+    else:
+        share = 100 * most_unseen_share(passed)
+        unseen = f"What breaks fewer than {share:.1f} % of the items could be missed."
     return (
-        f"No step at index_topk ({index_topk}): at {shown.length} tokens {shown.worse} of "
-        f"{shown.total} items got worse and {shown.better} better. "
-        + (
-            f"A step that breaks fewer than {unseen:.1f} % of the items could be missed."
-            if not shown.worse
-            else "The difference is inside the noise of so many items."
-        )
+        f"No step at index_topk ({index_topk}): against {base} tokens, at {shown.length} "
+        f"{shown.worse} of {shown.total} items got worse and {shown.better} better. {unseen}"
+    )
+
+
+def _fall(step: Step, index_topk: int, max_tokens: int) -> str:
+    """The first length at which the model is worse than at the shortest, and what may be broken."""
+    if step.length + max_tokens <= index_topk:
+        where = "attention is dense there to the end of the answer, so it is not selection"
+    elif step.length <= index_topk:
+        where = "the prompt is dense there and the end of the answer is not: look at decoding"
+    else:
+        where = "there the prompt is sparse and below it was dense: look at selection"
+    return (
+        f"**A step** at {step.length} tokens (index_topk {index_topk}): {step.worse} of "
+        f"{step.total} items that passed at {step.base} fail, {step.better} the other way round "
+        f"(p = {step.p:.2g}); {where}."
     )

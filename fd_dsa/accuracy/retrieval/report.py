@@ -65,7 +65,8 @@ def parts(results: Results) -> list[str | Table]:
             "tokens; --max-tokens allows more."
         )
     if results.plan.paired and results.index_topk is not None:
-        found += [_continuity(results), verdict(results.scores, results.index_topk)]
+        said = verdict(results.scores, results.index_topk, results.plan.max_tokens)
+        found += [_continuity(results), said]
     return found
 
 
@@ -87,7 +88,7 @@ def _about(results: Results) -> str:
 def _by_length(results: Results) -> Table:
     """Passed items of every task at every length, over all depths; mean share where it differs."""
     plan = results.plan
-    lists = [task for task in plan.tasks if any(s.share not in (0, 1) for s in results.of(task))]
+    lists = [task for task in plan.tasks if any(s.share != s.passed for s in results.of(task))]
     columns = [text for task in plan.tasks for text in _columns(task, task in lists)]
     rows = []
     for length in plan.lengths:

@@ -1,0 +1,43 @@
+"""The real demo model: its tokens are counted right, and it finds what is out of its window."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fd_dsa.accuracy.cli import main
+from fd_dsa.config import EngineConfig, demo_model_path
+from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.engine.factory import build_engine
+from tests.serve.conftest import Live, running
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Live]:
+    """A server with the demo model."""
+    config = EngineConfig(demo_model_path(), num_gpu_blocks_override=64, max_num_seqs=8)
+    with running(AsyncEngine(build_engine(config)), ("demo_model",)) as live:
+        yield live
+
+
+@pytest.mark.slow
+def test_the_demo_model_finds_pass_keys_on_both_sides_of_index_topk(
+    demo: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--continuity", "--tasks", "passkey", "--depths", "0,0.5", "--trials", "1"]
+    flags += ["--lengths", "topk-64,topk,topk+1,2*topk", "--max-tokens", "16"]
+    assert main(["retrieval", "--base-url", demo.url, "--out", str(tmp_path), *flags]) == 0
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    topk = scores["index_topk"]
+    assert scores["length_check"] == {"compared": 8, "server_minus_ours": {"0": 8}}
+    # a needle at the start of 2 * topk tokens is found only if the indexer picks it
+    assert [(s["length"] - topk, s["passed"], s["total"]) for s in scores["continuity"]] == [
+        (-64, 2, 2),
+        (0, 2, 2),
+        (1, 2, 2),
+        (topk, 2, 2),
+    ]
+    assert "No step at index_topk" in capsys.readouterr().out
