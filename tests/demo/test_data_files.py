@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from demo_training.config import ASSISTANT, BOS, EOS, PAD, USER
-from demo_training.evalset import LENGTHS, PER_LENGTH, prompt_of, read
+from demo_training.evalset import (
+    LENGTHS,
+    PER_LENGTH,
+    PER_TASK,
+    TASK_LENGTHS,
+    TASKS,
+    prompt_of,
+    read,
+)
 from demo_training.rows import TRAINED, encode, pack
 from demo_training.sources import DATA_FILES, Sources, changed_files
 from demo_training.synth import check
@@ -50,9 +58,12 @@ def test_texts_are_read_from_a_folder(tmp_path):
 
 def test_the_evaluation_file_is_complete_and_small():
     retrieval, chat = read(EVALUATION)
-    assert EVALUATION.stat().st_size <= 300_000
+    assert EVALUATION.stat().st_size <= 600_000
     for length in LENGTHS:
-        assert sum(x["length"] == length for x in retrieval) == PER_LENGTH
+        plain = [x for x in retrieval if x["length"] == length and "task" not in x]
+        assert len(plain) == PER_LENGTH
+    for task in TASKS:
+        assert sum(x.get("task") == task for x in retrieval) == PER_TASK * len(TASK_LENGTHS)
     groups = {x["group"] for x in chat}
     assert groups >= {"fact", "reading", "unknown", "talk", "arithmetic", "memory", "copying"}
     assert len({x["id"] for x in (*retrieval, *chat)}) == len(retrieval) + len(chat)
@@ -67,7 +78,10 @@ def test_known_answers_of_the_evaluation_file_pass_their_checks():
             assert check(kind, arg, item["answer"]), item
     for item in retrieval:
         assert item["value"] in item["answer"]
-        assert sum(sentence in item["prompt"] for _, sentence in item["needles"]) >= 1
+        places = [item["prompt"].find(sentence) for _, sentence in item["needles"]]
+        assert min(places, default=0) >= 0
+        if item.get("task"):
+            assert places == sorted(places)  # a chain stands in its order
         assert item["prompt"].endswith(item["question"])
 
 

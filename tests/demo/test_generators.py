@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 from demo_training.synth import check
+from demo_training.synth.assignments import assignment
 from demo_training.synth.checks import CHECKS
+from demo_training.synth.long_essay import long_essay
+from demo_training.synth.long_tasks import many_keys, variables
+from demo_training.synth.pieces import Topic
 from demo_training.synth.questions import arithmetic
 from demo_training.synth.reading import copying, reading, same_relation
 from demo_training.synth.retrieval import key_values
@@ -21,12 +25,49 @@ from .samples import digest, draw
 
 def test_every_generated_answer_keeps_its_own_rules(generator):
     seen = set()
-    for _ in range(4000):
-        found = generator.instruction()
+    for draw_one in [generator.instruction, generator.assignment] * 2500:
+        found = draw_one()
         for kind, arg in found.checks:
             seen.add(kind)
             assert check(kind, arg, found.answer), (kind, arg, found)
     assert seen == set(CHECKS) - {"copy", "number"}  # asked for by the evaluation file alone
+
+
+def test_every_rule_of_a_request_is_said(generator):
+    for _ in range(1000):
+        found = assignment(generator.pieces)
+        for kind, arg in found.checks:
+            for said in arg if isinstance(arg, (list, tuple)) else [arg]:
+                word = str(said)
+                if isinstance(said, str) and kind not in ("equals", "letter", "fewletter"):
+                    assert word.lower() in found.request.lower(), (kind, arg, found)
+
+
+def test_a_text_of_any_length_can_be_asked_for(generator):
+    for count in (1, 5, 12, 13, 40, 80):
+        sentences = long_essay(generator.pieces, Topic("the sea"), count)
+        assert len(sentences) == len(set(sentences)) == count
+
+
+def test_the_chain_of_a_variable_leads_back_to_its_value(generator):
+    for _ in range(300):
+        (_, request), (_, answer) = variables(generator.pieces, 200)
+        names = re.findall(r"[A-Z]\d|[A-Z]{5}", answer)
+        value = re.findall(r"\d{5}", request)[-1]
+        said = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", request))
+        assert said[names[0]] == value
+        assert [said[n] for n in names[1:]] == names[:-1]
+        assert {n for n, v in said.items() if v == value} == {names[0]}
+
+
+def test_the_key_asked_for_has_the_value_of_its_line(generator):
+    for _ in range(300):
+        (_, request), (_, answer) = many_keys(generator.pieces, 200)
+        value = re.findall(r"\d{5,}", answer)[-1]
+        assert request.count(value) == 1
+        key = re.search(r"(?:for|of|number of) (\S+) is \d+\.$", answer)[1]
+        line = re.search(rf"[^.\n]*\b{key}\b[^.\n]*{value}", request)
+        assert line, (request, answer)
 
 
 def test_the_same_seed_gives_the_same_documents(sources):

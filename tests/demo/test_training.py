@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 from demo_training.config import TINY
 
@@ -88,8 +91,85 @@ def test_rows_and_phases_follow_the_time():
         "C2",
     ]
     assert phase_at(0.5, (0.0, 0.0, 0.0, 1.0)) == ("C2", 0.5)
-    long = [sum(rows_of("C2", n, through) == 4096 for n in range(60)) for through in (0.1, 0.9)]
-    assert long == [30, 10]
+    for through, each in ((0.1, 15), (0.9, 5)):
+        kinds = [rows_of("C2", n, through) for n in range(60)]
+        assert [kinds.count(k) for k in ("short", "long", "longest")] == [60 - 2 * each, each, each]
+
+
+def test_batches_keep_their_tokens_and_sparse_ones_their_memory():
+    from demo_training.config import MODEL
+    from demo_training.model import DemoModel
+    from demo_training.training import Settings, Trainer
+
+    trainer = Trainer(Settings(seconds=1), DemoModel(TINY), print)
+    trainer.lengths = {"short": 1024, "long": 4096, "longest": 8192}
+    assert MODEL["max_position_embeddings"] == 8192
+    found = [[trainer.rows(f, k) for k in trainer.lengths] for f in ("A", "C1", "C2")]
+    assert found == [[32, 8, 4], [32, 8, 2], [32, 8, 2]]
+
+
+def test_a_run_cut_into_stages_goes_on_where_it_was(trainer, tmp_path):
+    import torch
+    from demo_training.model import DemoModel
+    from demo_training.training import Settings, Trainer
+
+    for n in range(3):
+        trainer.step(batch(seed=n), "C2", 1.0)
+    trainer.tokens, trainer.spent = 777, 5.5
+    trainer.save(tmp_path / "state.pt")
+    torch.manual_seed(9)
+    later = Trainer(Settings(seconds=60, warm_up=1), DemoModel(TINY), print)
+    later.resume(tmp_path / "state.pt")
+    assert (later.steps, later.tokens, later.spent) == (3, 777, 5.5)
+    for n in range(3, 6):
+        a, b = (t.step(batch(seed=n), "C2", 0.5) for t in (trainer, later))
+        assert torch.equal(a["loss"], b["loss"])
+        assert torch.equal(a["kl"], b["kl"])
+    for p, q in zip(trainer.model.parameters(), later.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_one_command_in_stages_trains_exports_and_evaluates(tmp_path, monkeypatch):
+    """The dry configuration with prepared rows instead of data processes."""
+    import json
+
+    import numpy as np
+    from demo_training import __main__ as tool
+    from demo_training import config
+    from demo_training.rows import KINDS, TRAINED, row_lengths
+
+    out, shards = tmp_path / "out", tmp_path / "shards"
+    words = Path(__file__).resolve().parents[2] / "fd_dsa/demo_model/tokenizer.json"
+    out.mkdir()
+    shards.mkdir()
+    shutil.copy(words, out)
+    small = TINY | {"vocab_size": 4096}
+    monkeypatch.setitem(config.CONFIGS, "dry", small)
+    for kind in KINDS:
+        rows = np.random.default_rng(1).integers(6, 4096, (40, row_lengths(128)[kind] + 1))
+        np.save(shards / f"{kind}_0.npy", (rows | TRAINED).astype(np.uint16))
+    monkeypatch.setattr(tool, "_start_workers", lambda *_: [])
+    items = tmp_path / "eval.jsonl"
+    chat = {
+        "kind": "chat",
+        "id": "x",
+        "group": "fact",
+        "answer": "yes",
+        "checks": [["lower", None]],
+    }
+    items.write_text(json.dumps(chat | {"messages": [{"role": "user", "content": "Is it?"}]}))
+    command = f"all --data nowhere --out {out} --shards {shards} --device cpu --config dry"
+    command += f" --minutes 0.05 --tokens 256 --evalset {items} --parts {tmp_path}"
+    for stage in ("--stop-after 1.5", "--stop-after 60 --evaluation-seconds 99", ""):
+        tool.main(f"{command} {stage}".split())
+        left = (out / "model.safetensors").exists(), (out / "results.json").exists()
+        assert left == {"": (True, True)}.get(stage, (stage.endswith("99"), False))
+        assert (tmp_path / "model.part0").exists()
+    assert "from step 0" not in (out / "train.log").read_text().splitlines()[-5]
+    joined = tmp_path / "joined"
+    tool.main(["join", "--parts", str(tmp_path), "--out", str(joined)])
+    assert {p.name for p in joined.iterdir()} >= {"config.json", "tokenizer_config.json"}
+    assert (joined / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 def test_an_export_loads_in_hugging_face_with_the_same_logits(trainer, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 if not __package__:  # started as a folder: python tools/demo_training
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     __package__ = "demo_training"
+
+SMALL_FILES = ("config.json", "tokenizer.json", "train.log", "results.json")
 
 
 def _tokenizer(folder: str):
@@ -44,75 +47,104 @@ def tokenizer(args: argparse.Namespace) -> None:
 
 
 def evalset(args: argparse.Namespace) -> None:
-    """Writes the fixed evaluation file."""
-    from demo_training.evalset import build
+    """Writes the second edition of the evaluation file after the items of the first."""
+    from demo_training.evalset import extend
 
-    build(_sources(args.data), _tokenizer(args.tokenizer), args.out)
+    extend(_sources(args.data), _tokenizer(args.tokenizer), args.out)
     print(f"{args.out}: {Path(args.out).stat().st_size} bytes")
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Writes shards of packed rows (started by `train`)."""
+    """Writes shards of packed rows (started by `all`)."""
     from demo_training.rows import write_shards
 
-    plan = args.plan.split(",")
-    write_shards(args.data, args.tokenizer, args.shards, args.seed, plan, args.rows)
+    write_shards(args.data, args.tokenizer, args.shards, args.seed, args.context, args.shard_tokens)
 
 
-def _start_workers(args: argparse.Namespace) -> list[subprocess.Popen]:
-    """Data processes; each writes short and long shards in turn, then the rest short."""
-    plan = ["short", "long"] * args.long_shards
-    plan += ["short"] * max(0, args.short_shards - args.long_shards)
+def _start_workers(args: argparse.Namespace, context: int, stage: int) -> list[subprocess.Popen]:
+    """Data processes; each stage has seeds of its own."""
+    shards = Path(args.shards)
+    shards.mkdir(parents=True, exist_ok=True)
+    (shards / "stop").unlink(missing_ok=True)
+    for torn in shards.glob("unfinished_*"):
+        torn.unlink()
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     common = [sys.executable, str(Path(__file__).resolve().parent), "worker", "--data", args.data]
-    common += ["--tokenizer", args.tokenizer, "--shards", args.shards, "--plan", ",".join(plan)]
-    common += ["--rows", str(args.rows)]
-    return [
-        subprocess.Popen([*common, "--seed", str(args.seed + i)], env=environment)
-        for i in range(args.workers)
-    ]
+    common += ["--tokenizer", args.out, "--shards", args.shards, "--context", str(context)]
+    common += ["--shard-tokens", str(args.shard_tokens)]
+    seeds = (args.seed + 100 * stage + i for i in range(args.workers))
+    return [subprocess.Popen([*common, "--seed", str(x)], env=environment) for x in seeds]
 
 
-def train(args: argparse.Namespace) -> None:
-    """Trains, exports, and evaluates what was exported."""
-    started = time.time()
-    for folder in (args.out, args.shards):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(args.shards) / "stop").unlink(missing_ok=True)
-    processes = _start_workers(args)
-    from demo_training import checkpoint, training
-    from demo_training.rows import LONG, SHORT, Pool
-
-    log = training.open_log(Path(args.out) / "train.log")
-    model = training.new_model(args.device, args.init)
-    log(f"{sum(p.numel() for p in model.parameters())} parameters on {args.device}")
-    settings = training.Settings(
-        seconds=args.seconds,
-        phases=tuple(float(x) for x in args.phases.split(",")),
-        tokens=args.tokens,
-        decay_from=args.decay_from,
-        warm_up=args.warm_up,
-    )
-    settings.rates = {k: v * args.rate for k, v in settings.rates.items()}
-    trainer = training.Trainer(settings, model, log)
-    pools = {n: Pool(args.shards, k, args.device) for n, k in ((SHORT, "short"), (LONG, "long"))}
-    words = _tokenizer(args.tokenizer)
-    for pool in pools.values():
-        pool.batch(1)
-    log("the first shards are there")
-    if args.speed:
-        trainer.speeds(pools)
-    trainer.run(pools, words, started)
+def _stop_workers(args: argparse.Namespace, processes: list[subprocess.Popen]) -> None:
     (Path(args.shards) / "stop").touch()
     for process in processes:
         process.terminate()
         process.wait()
-    checkpoint.save(model, args.out)
+
+
+def _train(args: argparse.Namespace, words, log, stop_at: float) -> bool:
+    """Trains, or goes on with it; True when the model is exported."""
+    from demo_training import checkpoint, training
+    from demo_training.config import CONFIGS
+    from demo_training.rows import KINDS, Pool
+
+    out = Path(args.out)
+    phases = tuple(float(x) for x in args.phases.split(","))
+    settings = training.Settings(60.0 * args.minutes, phases, args.tokens)
+    settings.decay_from, settings.warm_up = args.decay_from, args.warm_up
+    settings.rates = {k: v * args.rate for k, v in settings.rates.items()}
+    model = training.new_model(args.device, args.init, CONFIGS[args.config])
+    trainer = training.Trainer(settings, model, log)
+    if (out / "state.pt").exists():
+        trainer.resume(out / "state.pt")
+    log(f"{sum(p.numel() for p in model.parameters())} parameters on {args.device}")
+    log(f"from step {trainer.steps}, {trainer.spent:.0f} of {settings.seconds:.0f} s spent")
+    processes = _start_workers(args, model.config["max_position_embeddings"], trainer.steps)
+    try:
+        pools = {k: Pool(args.shards, k, args.device) for k in KINDS}
+        if args.speed:
+            trainer.speeds(pools)
+        done = trainer.run(pools, words, stop_at)
+    finally:
+        _stop_workers(args, processes)
+    if not done:
+        trainer.save(out / "state.pt")
+        checkpoint.save(model, out / "unfinished")
+        log("saved the state; run the same command again")
+        return False
+    checkpoint.save(model, out)
+    log("exported")
+    return True
+
+
+def _copy_small_files(source, target) -> None:
+    for name in SMALL_FILES:
+        if (Path(source) / name).exists():
+            shutil.copy(Path(source) / name, target)
+
+
+def all_steps(args: argparse.Namespace) -> None:
+    """Tokenizer, training, export and evaluation; what is done already is not done again."""
+    from demo_training import checkpoint, training
+
+    started, out = time.time(), Path(args.out)
+    stop_at = started + args.stop_after if args.stop_after else float("inf")
+    out.mkdir(parents=True, exist_ok=True)
+    log = training.open_log(out / "train.log")
+    if not (out / "tokenizer.json").exists():
+        tokenizer(args)
+    words = _tokenizer(args.out)
+    exported = (out / "model.safetensors").exists() or _train(args, words, log, stop_at)
     if args.parts:
-        checkpoint.split(args.out, args.parts)
-    log("saved")
-    checkpoint.restore(model, checkpoint.export(model))  # evaluate the rounded weights
-    _evaluate(args, model, words, log)
+        checkpoint.split(out if exported else out / "unfinished", args.parts)
+    if exported and not (out / "results.json").exists():
+        if stop_at - time.time() < args.evaluation_seconds:
+            log("evaluation is left; run the same command again")
+        else:
+            _evaluate(args, checkpoint.load(out).to(args.device), words, log)
+    if args.parts:
+        _copy_small_files(out, args.parts)
 
 
 def _evaluate(args: argparse.Namespace, model, words, log) -> None:
@@ -132,7 +164,7 @@ def _evaluate(args: argparse.Namespace, model, words, log) -> None:
     precision = torch.autocast("cuda", torch.bfloat16) if gpu else contextlib.nullcontext()
     with precision, torch.no_grad():
         results = all_rates(model, words, found, chats, args.modes.split(","), log)
-    write_results(Path(args.parts or args.out) / "results.json", results)
+    write_results(Path(args.out) / "results.json", results)
     log("evaluated")
 
 
@@ -163,10 +195,15 @@ def selection(args: argparse.Namespace) -> None:
 
 
 def join(args: argparse.Namespace) -> None:
-    """Puts the parts of a checkpoint together."""
-    from demo_training.checkpoint import join as put_together
+    """Puts the parts of a checkpoint together, with all files of its folder."""
+    from demo_training import checkpoint
+    from demo_training.tokenizer import write_settings
 
-    put_together(args.parts, args.out)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    checkpoint.join(args.parts, args.out)
+    _copy_small_files(args.parts, args.out)
+    checkpoint.write_generation_settings(args.out)
+    write_settings(args.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,10 +211,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     here = Path(__file__).resolve().parent
 
-    def command(function, **flags) -> None:
-        sub = commands.add_parser(function.__name__, help=function.__doc__)
-        for name, value in flags.items():
-            flag = "--" + name.replace("_", "-")
+    def command(function, name: str = "", **flags) -> None:
+        sub = commands.add_parser(name or function.__name__, help=function.__doc__)
+        for flag_name, value in flags.items():
+            flag = "--" + flag_name.replace("_", "-")
             if value is None:
                 sub.add_argument(flag, required=True)
             elif value is False:
@@ -187,15 +224,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=function)
 
     rates = {"evalset": str(here / "demo_eval.jsonl"), "modes": "dense,top256,top64,last256"}
-    shards = {"data": None, "tokenizer": None, "shards": "/dev/shm/demo_shards", "rows": 2048}
+    shards = {"shards": "/dev/shm/demo_shards", "shard_tokens": 1 << 20, "seed": 100}
     command(tokenizer, data=None, out=None, vocabulary=4096)
     command(evalset, data=None, tokenizer=None, out=str(here / "demo_eval.jsonl"))
-    command(worker, **shards, seed=0, plan="short")
-    sizes = {"short_shards": 24, "long_shards": 8, "workers": 8, "seed": 0, "tokens": 32768}
-    times = {"seconds": 480.0, "phases": "40,15,10,35", "decay_from": 0.5, "warm_up": 100}
-    places = {"out": None, "parts": "", "init": "", "device": "cuda", "rate": 1.0, "speed": False}
-    command(train, **shards, **sizes, **times, **places, **rates)
-    command(evaluate, model=None, out=None, parts="", device="cuda", **rates)
+    command(worker, data=None, tokenizer=None, context=8192, **shards)
+    times = {"minutes": 24.0, "stop_after": 0.0, "evaluation_seconds": 150.0}
+    course = {"phases": "48,14,6,32", "decay_from": 0.45, "warm_up": 100, "rate": 1.0}
+    places = {"out": None, "parts": "", "init": "", "device": "cuda", "config": "demo"}
+    sizes = {"workers": 8, "tokens": 32768, "vocabulary": 4096, "speed": False}
+    command(all_steps, "all", data=None, **places, **times, **course, **sizes, **shards, **rates)
+    command(evaluate, model=None, out=None, device="cuda", **rates)
     command(parity, model=None)
     command(selection, model=None, data=None, texts=16)
     command(join, parts=None, out=None)

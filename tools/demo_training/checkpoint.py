@@ -13,6 +13,7 @@ from .config import BOS, EOS, FIXED_FIELDS, PAD
 from .model import DemoModel
 
 PART_BYTES = 15 << 20
+TOKENS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
 ATTENTION_NAMES = {
     "ln1": "input_layernorm.weight",
     "ln2": "post_attention_layernorm.weight",
@@ -85,18 +86,21 @@ def save(model: DemoModel, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(export(model), folder / "model.safetensors", metadata={"format": "pt"})
-    tokens = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     fields = {
         "architectures": ["DeepseekV32ForCausalLM"],
         "model_type": "deepseek_v32",
         **model.config,
         **FIXED_FIELDS,
-        **tokens,
+        **TOKENS,
     }
     _write_json(folder / "config.json", fields)
-    _write_json(
-        folder / "generation_config.json", {**tokens, "do_sample": False, "max_new_tokens": 256}
-    )
+    write_generation_settings(folder)
+
+
+def write_generation_settings(folder: str | Path) -> None:
+    """Writes generation_config.json."""
+    fields = {**TOKENS, "do_sample": False, "max_new_tokens": 256}
+    _write_json(Path(folder) / "generation_config.json", fields)
 
 
 def _write_json(path: Path, fields: dict) -> None:

@@ -31,7 +31,7 @@ MODEL = {
     "index_n_heads": 16,
     "index_head_dim": 128,
     "index_topk": 256,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
 }
@@ -67,6 +67,9 @@ TINY = MODEL | {
     "index_topk": 16,
     "max_position_embeddings": 128,
 }
+# a dry run of every stage on a CPU
+DRY = TINY | {"vocab_size": 4096, "max_position_embeddings": 1024, "index_topk": 64}
+CONFIGS = {"demo": MODEL, "dry": DRY}
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|user|>", "<|assistant|>", "<|system|>")
 BOS, EOS, PAD, USER, ASSISTANT, SYSTEM = range(6)

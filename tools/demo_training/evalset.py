@@ -3,10 +3,10 @@
 One JSON object a line, by its field "kind":
   haystack   {id, text}
   retrieval  {id, length, haystack, start, end, needles: [[offset, sentence]], intro, question,
-  answer, value}
+  answer, value, task}
              The prompt is made by `prompt_of`: haystack[start:end] with each sentence inserted at
              its offset (a sentence start inside the piece), then the question. `length` is about
-             its number of tokens.
+             its number of tokens. No "task" (a plain needle) or "keys", "variables", "after".
   chat       {id, group, messages, answer, checks: [[kind, argument]]}
              `answer` is one right answer; a model is judged by `checks` (synth.checks.check).
              Group "sample" has no checks: it is there to be read.
@@ -20,16 +20,21 @@ from pathlib import Path
 
 from .rows import encode
 from .synth import Generator
+from .synth.long_tasks import chains_of, keys_of
 from .synth.pieces import Pieces
 from .synth.prose import story
-from .synth.questions import arithmetic, fact
-from .synth.reading import copying, reading
-from .synth.retrieval import INTRODUCTIONS, REPEATED, Needle, needle
-from .synth.talk import names_chat, persona, problem, unknown
+from .synth.questions import arithmetic
+from .synth.retrieval import INTRODUCTIONS, Needle, needle
 
-LENGTHS = (256, 512, 1024, 2048, 3072, 4000)
+LENGTHS = (256, 512, 1024, 2048, 3072, 4000, 6000, 8000)
+NEW_LENGTHS = (6000, 8000)  # of the second edition, which keeps the items of the first
+TASK_LENGTHS = (257, 1024, 4000, 8000)
+TASKS = ("keys", "variables", "after")
 PER_LENGTH = 40
-HAYSTACK_CHARACTERS = 16000
+PER_TASK = 10
+ASSIGNMENTS = 150
+HAYSTACK_CHARACTERS = 33000
+LONGEST = 8100
 SAMPLES = (
     "Hello!",
     "Who are you?",
@@ -68,7 +73,7 @@ SAMPLES = (
 def prompt_of(item: dict, haystacks: dict[str, str]) -> str:
     """The user text of a retrieval item."""
     text = haystacks[item["haystack"]][item["start"] : item["end"]]
-    for offset, sentence in sorted(item["needles"], reverse=True):
+    for offset, sentence in sorted(item["needles"][::-1], key=lambda x: x[0], reverse=True):
         text = f"{text[:offset]}{sentence} {text[offset:]}"
     return f"{item['intro']}{text}\n\n{item['question']}"
 
@@ -84,48 +89,78 @@ def read(path: str | Path) -> tuple[list[dict], list[dict]]:
 
 
 def _haystacks(p: Pieces) -> dict[str, str]:
-    """Four texts of the kinds used in training."""
+    """A text that is not trained on, and stories of the kind used in training."""
     size = HAYSTACK_CHARACTERS
     stories = ""
     while len(stories) < size:
         stories += " ".join(story(p)) + " "
     return {
-        "tales": re.sub(r"\s+", " ", p.sources.tales[200_000 : 200_000 + size + 500])[:size],
-        "play": p.sources.play[300_000 : 300_000 + size],
-        "stories": stories[:size],
-        "repeated": (REPEATED[0] * (size // len(REPEATED[0]) + 1))[:size],
+        "long_tales": re.sub(r"\s+", " ", p.sources.held_out[: size + 1500])[:size],
+        "long_stories": stories[:size],
     }
 
 
-def _retrieval_item(p: Pieces, tokenizer, haystacks: dict[str, str], length: int) -> dict | None:
-    """An item of about `length` tokens, or None if the draw came out too long or too short."""
-    name = p.choice([*haystacks, "tales", "stories"])
+def _piece(p: Pieces, haystacks: dict[str, str], length: int) -> tuple[dict, list[int]]:
+    """A piece of a haystack for about `length` tokens; the sentence starts inside it."""
+    name = p.choice(list(haystacks))
     starts = [m.end() for m in re.finditer(r"[.!?:]\s+", haystacks[name])]
-    size = int(length * (3.9 if name in ("stories", "repeated") else 3.0)) - 40
+    size = int(length * (3.9 if "stories" in name else 3.2)) - 40
     begin = p.choice([0, *(x for x in starts if x + size < len(haystacks[name]))])
     end = min(begin + max(size, 120), len(haystacks[name]))
     inside = [0, *(x - begin for x in starts if begin < x < end)]
+    piece = {"kind": "retrieval", "length": length, "haystack": name, "start": begin, "end": end}
+    return piece, inside
+
+
+def _fitting(item: dict, tokenizer, haystacks: dict[str, str]) -> dict | None:
+    """The item, or None if it came out too long or too short."""
+    document = [("user", prompt_of(item, haystacks)), ("assistant", item["answer"])]
+    tokens = len(encode(tokenizer, document))
+    length = item["length"]
+    return item if length * 0.85 <= tokens <= min(length * 1.1, LONGEST) else None
+
+
+def _retrieval_item(p: Pieces, tokenizer, haystacks: dict[str, str], length: int) -> dict | None:
+    """An item of one to three plain needles."""
+    piece, inside = _piece(p, haystacks, length)
     by_subject: dict[str, Needle] = {}
     for _ in range(p.choice([1, 2, 3])):
         found = needle(p, everyday=0.0)
         by_subject.setdefault(found.subject(), found)
     hidden = list(by_subject.values())
     asked = p.choice(hidden)
-    item = {
-        "kind": "retrieval",
-        "length": length,
-        "haystack": name,
-        "start": begin,
-        "end": end,
+    item = piece | {
         "needles": [[p.choice(inside), x.sentence] for x in hidden],
         "intro": p.choice(INTRODUCTIONS),
         "question": asked.question,
         "answer": asked.answer,
         "value": asked.value,
     }
-    document = [("user", prompt_of(item, haystacks)), ("assistant", asked.answer)]
-    tokens = len(encode(tokenizer, document))
-    return item if length * 0.85 <= tokens <= min(length * 1.1, 4090) else None
+    return _fitting(item, tokenizer, haystacks)
+
+
+def _task_item(p: Pieces, tokenizer, haystacks, length: int, task: str) -> dict | None:
+    """Four keys of one form, two chains of four variables, or a sum after the text."""
+    room = {"keys": 60, "variables": 70, "after": 0}[task] if length < 600 else 0
+    piece, inside = _piece(p, haystacks, max(60, length - room))
+    piece["length"] = length
+    if task == "keys":
+        lines, question, answer, value = keys_of(p, 4, 0)
+    elif task == "variables":
+        lines, question, answer, value = chains_of(p, 2, 3, long_names=False)
+    else:
+        question, answer = arithmetic(p)
+        lines, value = [], _number(answer)
+    places = sorted(p.choice(inside) for _ in lines)
+    item = piece | {
+        "needles": [[x, line] for x, line in zip(places, lines, strict=True)],
+        "intro": "Read the text and answer the question at its end.\n\n",
+        "question": question,
+        "answer": answer,
+        "value": value,
+        "task": task,
+    }
+    return _fitting(item, tokenizer, haystacks)
 
 
 def _number(answer: str) -> str:
@@ -133,49 +168,44 @@ def _number(answer: str) -> str:
     return re.findall(r"\d+", answer)[-1]
 
 
-def _chat_items(generator: Generator, per_group: int) -> list[dict]:
-    """Chat items with checks, `per_group` of each kind of question."""
-    p, found = generator.pieces, []
-
-    def add(group: str, request: str, answer: str, checks: list, before=()) -> None:
-        turns = [*before, ("user", request)]
-        messages = [{"role": r, "content": x} for r, x in turns]
-        item = {"group": group, "messages": messages, "answer": answer, "checks": checks}
-        found.append({"kind": "chat", "id": f"{group}-{len(found):03d}"} | item)
-
-    for _ in range(per_group):
-        for group, make in (("fact", fact), ("reading", reading), ("unknown", unknown)):
-            request, answer = make(p)
-            add(group, request, answer, [["equals", answer]])
-        request, answer = p.choice([persona, problem])(p)
-        add("talk", request, answer, [["equals", answer]])
-        request, answer = arithmetic(p)
-        add("arithmetic", request, answer, [["number", _number(answer)]])
-        turns = names_chat(p, [("user", "Tell me a joke."), ("assistant", "I know only old ones.")])
-        add("memory", turns[-2][1], turns[-1][1], [["equals", turns[-1][1]]], turns[:-2])
-        (_, request), (_, answer) = copying(p)
-        add("copying", request, answer, [["copy", answer]])
-    for _ in range(per_group * 6):
-        x = generator.instruction()
-        add("instruction", x.request, x.answer, [[kind, arg] for kind, arg in x.checks])
-    for request in SAMPLES:
-        add("sample", request, "", [])
+def _assignments(generator: Generator) -> list[dict]:
+    """Long-winded requests with rules."""
+    found: list[dict] = []
+    while len(found) < ASSIGNMENTS:
+        x = generator.assignment()
+        if x.checks:
+            item = {"group": "assignment", "messages": [{"role": "user", "content": x.request}]}
+            item |= {"answer": x.answer, "checks": [[kind, arg] for kind, arg in x.checks]}
+            found.append({"kind": "chat", "id": f"assignment-{len(found):03d}"} | item)
     return found
 
 
-def build(sources, tokenizer, path: str | Path, seed: int = 77777, per_group: int = 25) -> None:
-    """Writes the evaluation file; the same sources, tokenizer and seed give the same file."""
+def extend(sources, tokenizer, path: str | Path, seed: int = 88888) -> None:
+    """Writes the second edition into a file: its items come after those of the first.
+
+    The same sources, tokenizer and seed give the same items; those of the first edition, which an
+    older generator drew, stay as they are.
+    """
     generator = Generator(seed, sources)
     p = generator.pieces
     haystacks = _haystacks(p)
     records = [{"kind": "haystack", "id": k, "text": v} for k, v in haystacks.items()]
-    for length in LENGTHS:
+    wanted = [("", n, PER_LENGTH) for n in NEW_LENGTHS]
+    wanted += [(task, n, PER_TASK) for task in TASKS for n in TASK_LENGTHS]
+    for task, length, count in wanted:
         items: list[dict] = []
-        while len(items) < PER_LENGTH:
-            item = _retrieval_item(p, tokenizer, haystacks, length)
+        while len(items) < count:
+            if task:
+                item = _task_item(p, tokenizer, haystacks, length, task)
+            else:
+                item = _retrieval_item(p, tokenizer, haystacks, length)
             if item:
-                items.append({"id": f"retrieval-{length}-{len(items):02d}"} | item)
+                items.append({"id": f"{task or 'retrieval'}-{length}-{len(items):02d}"} | item)
         records += items
-    records += _chat_items(generator, per_group)
-    lines = [json.dumps(x, ensure_ascii=False, separators=(",", ":")) for x in records]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    records += _assignments(generator)
+    new = {(r["kind"], r["id"]) for r in records}
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    named = [((r := json.loads(x))["kind"], r["id"]) for x in lines]
+    kept = [x for x, name in zip(lines, named, strict=True) if name not in new]
+    kept += [json.dumps(x, ensure_ascii=False, separators=(",", ":")) for x in records]
+    Path(path).write_text("\n".join(kept) + "\n", encoding="utf-8")

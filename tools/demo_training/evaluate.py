@@ -133,9 +133,9 @@ def chat_rates(
         passed = [check(kind, arg, text) for kind, arg in item["checks"]]
         if item["checks"]:
             _count(rates, item["group"], all(passed))
-        if item["group"] == "instruction":
+        if item["group"] in ("instruction", "assignment"):
             for (kind, _), ok in zip(item["checks"], passed, strict=True):
-                _count(rates, "instruction." + kind, ok)
+                _count(rates, f"{item['group']}.{kind}", ok)
     return dict(sorted(rates.items())), found
 
 

@@ -23,6 +23,16 @@ class Muon:
             self.groups.setdefault(tuple(p.shape[-2:]), []).append(p)
         self.state = {id(p): torch.zeros_like(p) for ps in self.groups.values() for p in ps}
 
+    def state_dict(self) -> list[torch.Tensor]:
+        """The momentum of each matrix, in the order of the groups."""
+        return list(self.state.values())
+
+    @torch.no_grad()
+    def load_state_dict(self, momenta: list[torch.Tensor]) -> None:
+        """Takes over what `state_dict` gave."""
+        for mine, given in zip(self.state.values(), momenta, strict=True):
+            mine.copy_(given)
+
     @torch.no_grad()
     def step(self, factor: float) -> None:
         """One update with learning rate `rate * factor`."""
@@ -84,3 +94,12 @@ class Optimiser:
         self.muon.step(factor)
         for p in self.model.parameters():
             p.grad = None
+
+    def state_dict(self) -> dict:
+        """The state of both optimisers."""
+        return {"adam": self.adam.state_dict(), "muon": self.muon.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over what `state_dict` gave."""
+        self.adam.load_state_dict(state["adam"])
+        self.muon.load_state_dict(state["muon"])

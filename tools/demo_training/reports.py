@@ -7,7 +7,7 @@ import torch
 from . import checkpoint
 from .attention import index_scores
 from .config import ASSISTANT, BOS, USER
-from .evalset import SAMPLES
+from .evalset import SAMPLES, TASKS
 from .evaluate import answers, chat_rates, retrieval_rates
 from .model import DemoModel
 from .sources import Sources
@@ -146,18 +146,20 @@ RETRIEVAL_MODES = {
 
 def all_rates(model: DemoModel, tokenizer, retrieval_items, chat_items, modes, log) -> dict:
     """Retrieval by mode and length, chat checks by group, and the answers that are only read."""
-    results: dict = {"retrieval": {}}
-    for name in modes:
-        rates = retrieval_rates(model, tokenizer, retrieval_items, **RETRIEVAL_MODES[name])
-        results["retrieval"][name] = rates
-        log(f"retrieval {name} {rates}")
-    rates, found = chat_rates(
+    results: dict = {}
+    for task in ("", *TASKS):
+        items = [x for x in retrieval_items if x.get("task", "") == task]
+        results[task or "retrieval"] = found = {}
+        for name in modes if items else ():
+            found[name] = retrieval_rates(model, tokenizer, items, **RETRIEVAL_MODES[name])
+            log(f"{task or 'retrieval'} {name} {found[name]}")
+    rates, said = chat_rates(
         lambda conversations: answers(model, tokenizer, conversations, 260, rows=128), chat_items
     )
     results["chat"] = rates
     log("chat " + " ".join(f"{k} {a}/{b}" for k, (a, b) in rates.items()))
-    results["answers"] = {x["id"]: a for x, a in zip(chat_items, found, strict=True)}
-    for item, text in zip(chat_items, found, strict=True):
+    results["answers"] = {x["id"]: a for x, a in zip(chat_items, said, strict=True)}
+    for item, text in zip(chat_items, said, strict=True):
         if item["messages"][-1]["content"] in SAMPLES and not item["checks"]:
             log(f"  {item['messages'][-1]['content']!r} -> {text!r}")
     return results

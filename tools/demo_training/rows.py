@@ -17,7 +17,16 @@ from .config import ASSISTANT, BOS, EOS, PAD, ROLE_TOKENS
 
 TRAINED = 0x8000
 OPEN_ROWS = 8
-SHORT, LONG = 1024, 4096
+KINDS = ("short", "long", "longest")
+UNREAD = {"short": 40, "long": 8, "longest": 8}  # shards of each kind kept ready
+LONG_SHARE = {"short": 0.0, "long": 0.12, "longest": 0.08}  # of long documents
+CHARACTERS = 3.6  # of a token, at most: documents that come out longer than a row are left out
+BLOCKS = 256  # shards of a kind kept in memory
+
+
+def row_lengths(context: int) -> dict[str, int]:
+    """Tokens of a row of each kind: an eighth, a half, the whole of the context."""
+    return {"short": context // 8, "long": context // 2, "longest": context}
 
 
 def encode(tokenizer, document) -> list[int]:
@@ -68,10 +77,19 @@ def pack(draw: Callable[[], list[int]], length: int, count: int) -> np.ndarray:
     return rows
 
 
-def write_shards(data, tokenizer_folder, shards, seed: int, plan: list[str], rows: int) -> None:
-    """Writes one .npy file per entry of the plan ("short" or "long"); ends early at a file "stop".
+def _wanted(shards: Path, worker: int) -> str | None:
+    """The kind of shard that is needed most, None if enough of all are ready."""
+    ready = {k: len(list(shards.glob(k + "_*.npy"))) / UNREAD[k] for k in KINDS}
+    if min(ready.values()) >= 1:
+        return None
+    return min(KINDS, key=lambda k: (ready[k], (KINDS.index(k) - worker) % len(KINDS)))
 
-    Long shards hold a quarter of the rows, and 12 % of their documents are long ones.
+
+def write_shards(data, tokenizer_folder, shards, seed: int, context: int, tokens: int) -> None:
+    """Writes .npy files of about `tokens` tokens, kept ready by UNREAD, until a file "stop" is there.
+
+    Raises:
+        FileNotFoundError: a text file is missing.
     """
     from tokenizers import Tokenizer
 
@@ -80,62 +98,64 @@ def write_shards(data, tokenizer_folder, shards, seed: int, plan: list[str], row
 
     tokenizer = Tokenizer.from_file(str(Path(tokenizer_folder) / "tokenizer.json"))
     generator, chance = Generator(1000 + seed, Sources.load(data)), random.Random(seed)
-    shards = Path(shards)
-    for n, kind in enumerate(plan):
+    shards, lengths, number = Path(shards), row_lengths(context), 0
+    while not (shards / "stop").exists():
+        kind = _wanted(shards, seed)
+        if kind is None:
+            time.sleep(0.3)
+            continue
 
-        def draw(long: bool = kind == "long") -> list[int]:
-            wanted = long and chance.random() < 0.12
-            document = generator.long_document() if wanted else generator.document()
-            return encode(tokenizer, document)
+        def draw(kind: str = kind) -> list[int]:
+            if chance.random() < LONG_SHARE[kind]:
+                return encode(tokenizer, generator.long_document(int(lengths[kind] * CHARACTERS)))
+            return encode(tokenizer, generator.document())
 
-        length, count = (LONG + 1, rows // 4) if kind == "long" else (SHORT + 1, rows)
-        unfinished = shards / f"unfinished_{kind}_{seed:03d}_{n:03d}.npy"
-        np.save(unfinished, pack(draw, length, count))
-        unfinished.rename(shards / f"{kind}_{seed:03d}_{n:03d}.npy")
-        if (shards / "stop").exists():
-            return
+        count = max(1, tokens // lengths[kind])
+        unfinished = shards / f"unfinished_{kind}_{seed:05d}_{number:04d}.npy"
+        np.save(unfinished, pack(draw, lengths[kind] + 1, count))
+        unfinished.rename(shards / unfinished.name.removeprefix("unfinished_"))
+        number += 1
 
 
 class Pool:
-    """Rows of one length; takes up new shards as they appear, reuses old ones when none is left."""
+    """Rows of one kind; takes each new shard once (and removes its file), then older rows again."""
 
     def __init__(self, shards: str | Path, kind: str, device: str):
         self.shards, self.kind, self.device = Path(shards), kind, device
-        self.seen: set[Path] = set()
-        self.rows: list = []
+        self.blocks: list = []
         self.queue: list[tuple[int, int]] = []
-        self.rounds = 0
+        self.taken, self.again = 0, 0
 
-    def refill(self) -> None:
-        """Loads the shards that have come since; their rows are used before older ones."""
+    def _next(self) -> bool:
+        """Queues the rows of a new shard, or of an old one; False if there is none yet."""
         import torch
 
-        for path in sorted(self.shards.glob(self.kind + "_*.npy")):
-            if path in self.seen:
-                continue
-            self.seen.add(path)
+        path = next(iter(sorted(self.shards.glob(self.kind + "_*.npy"))), None)
+        if path is not None:
             block = torch.from_numpy(np.load(path).astype(np.int32)).to(self.device)
-            new = [(len(self.rows), i) for i in range(block.shape[0])]
-            random.shuffle(new)
-            self.rows.append(block)
-            self.queue += new
+            path.unlink()
+            place = self.taken % BLOCKS
+            self.blocks[place : place + 1] = [block]
+            self.taken += 1
+        elif self.blocks:
+            place = random.randrange(len(self.blocks))
+            self.again += 1
+        else:
+            return False
+        rows = list(range(self.blocks[place].shape[0]))
+        random.shuffle(rows)
+        self.queue = [(place, i) for i in rows] + self.queue
+        return True
 
     def batch(self, count: int):
         """ids [count, T] int64, targets [count * T] int64, weights [count * T] float32."""
         import torch
 
         while len(self.queue) < count:
-            self.refill()
-            if len(self.queue) >= count:
-                break
-            if not self.rows:
+            if not self._next():
                 time.sleep(0.2)
-                continue
-            self.queue = [(b, i) for b, t in enumerate(self.rows) for i in range(t.shape[0])]
-            random.shuffle(self.queue)
-            self.rounds += 1
         taken, self.queue[-count:] = self.queue[-count:], []
-        tokens = torch.stack([self.rows[b][i] for b, i in taken])
+        tokens = torch.stack([self.blocks[b][i] for b, i in taken])
         ids = (tokens & (TRAINED - 1)).long()
         trained = (tokens[:, 1:] >= TRAINED).reshape(-1).float()
         return ids[:, :-1].contiguous(), ids[:, 1:].reshape(-1), trained

@@ -62,6 +62,12 @@ DATA_FILES = (
     ),
 )
 
+# the tales from here on are not trained on: haystacks and perplexities are taken from them
+HELD_OUT = "THE STORY OF THE YOUTH WHO WENT FORTH TO LEARN WHAT FEAR WAS"
+
+# a request of this form is also a prompt of IFEval, of which nothing may be trained on
+LEFT_OUT = "Rewrite the following sentence in a more formal"
+
 
 @dataclass
 class Sources:
@@ -71,6 +77,7 @@ class Sources:
         problems: (question, answer) of GSM8K; the answer ends with "#### number".
         instructions: (request, answer) pairs of both instruction sets.
         tales: plain English prose; sentences and words are taken from it.
+        held_out: tales that are not trained on.
         play: plain text in another style, for raw passages and haystacks.
         sentences: sentences of the tales, 30 to 220 characters.
         words: lower-case words of 4 to 10 letters that occur at least 4 times.
@@ -81,6 +88,7 @@ class Sources:
     instructions: list[tuple[str, str]]
     tales: str
     play: str
+    held_out: str = ""
     sentences: list[str] = field(init=False)
     words: list[str] = field(init=False)
     common: list[str] = field(init=False)
@@ -116,14 +124,22 @@ class Sources:
         return cls(
             problems=[(p["question"], p["answer"]) for p in problems],
             instructions=_pairs_of_instructions(json.loads(ins)) + _pairs_of_seed_tasks(seed_tasks),
-            tales=re.sub(r"[ \t]+", " ", tales),
+            tales=re.sub(r"[ \t]+", " ", tales[: _held_out(tales)]),
             play=play,
+            held_out=tales[_held_out(tales) :],
         )
 
 
+def _held_out(tales: str) -> int:
+    """Where the part that is not trained on begins."""
+    place = tales.rfind(HELD_OUT)
+    return len(tales) if place < 0 else place
+
+
 def _pairs_of_instructions(records: list[dict]) -> list[tuple[str, str]]:
-    """(request, answer) of instruction/input/output records."""
-    return [(_request(r["instruction"], r["input"]), r["output"]) for r in records]
+    """(request, answer) of instruction/input/output records, but for those of LEFT_OUT."""
+    used = (r for r in records if not r["instruction"].startswith(LEFT_OUT))
+    return [(_request(r["instruction"], r["input"]), r["output"]) for r in used]
 
 
 def _pairs_of_seed_tasks(records: list[dict]) -> list[tuple[str, str]]:

@@ -57,6 +57,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+    write_settings(folder)
+
+
+def write_settings(folder: str | Path) -> None:
+    """Writes tokenizer_config.json."""
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIAL_TOKENS[0],
@@ -67,7 +72,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         "model_max_length": MODEL["max_position_embeddings"],
         "chat_template": CHAT_TEMPLATE,
     }
-    path = folder / "tokenizer_config.json"
+    path = Path(folder) / "tokenizer_config.json"
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,8 +1,9 @@
 """Training on one GPU in four phases whose lengths are shares of the time.
 
-A dense attention on rows of 1024; B dense on 4096; C1 dense attention and the KL that trains the
-indexer; C2 sparse attention (top-k set) and the KL on the selected set. The language loss trains
-the model, the KL alone the indexer.
+A dense attention on short rows; B dense on rows of all lengths; C1 dense attention and the KL that
+trains the indexer; C2 sparse attention (top-k set) and the KL on the selected set. The language
+loss trains the model, the KL alone the indexer. A run can be cut into stages: `save` and `resume`
+carry the weights, the optimiser and the place in the schedule.
 """
 
 from __future__ import annotations
@@ -19,15 +20,23 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import checkpoint
-from .config import MODEL
 from .evalset import SAMPLES
 from .evaluate import answers
 from .model import DemoModel, token_loss
 from .optimiser import Optimiser
-from .rows import LONG, SHORT, Pool
+from .rows import KINDS, Pool, row_lengths
 
 PHASES = ("A", "B", "C1", "C2")
 MODES = {"A": "dense", "B": "dense", "C1": "kl", "C2": "sparse"}
+SCORES = 1 << 27  # rows * length² of a step that keeps attention matrices: 64 GiB of GPU memory
+# kinds of rows of a phase, in turn; C2 has a second list for its last third
+ROWS = {
+    "A": ("short",),
+    "B": ("short", "long", "longest"),
+    "C1": ("long", "short", "short", "longest", "short", "short"),
+    "C2": ("long", "short", "longest", "short"),
+    "end": ("long", *("short",) * 5, "longest", *("short",) * 5),
+}
 
 
 @dataclass
@@ -35,7 +44,7 @@ class Settings:
     """Everything a run depends on.
 
     Attributes:
-        seconds: time from the start to the end of training, seconds.
+        seconds: time of training, seconds; the first step of each shape (it compiles) is free.
         phases: shares of the time for A, B, C1, C2.
         tokens: tokens of a batch.
         rates: learning rates by group.
@@ -47,7 +56,7 @@ class Settings:
     """
 
     seconds: float
-    phases: tuple[float, ...] = (40.0, 15.0, 10.0, 35.0)
+    phases: tuple[float, ...] = (48.0, 14.0, 6.0, 32.0)
     tokens: int = 32768
     rates: dict[str, float] = field(
         default_factory=lambda: {"muon": 0.02, "adam": 3e-3, "gate": 1e-3, "indexer": 2e-3}
@@ -59,18 +68,14 @@ class Settings:
     sample_every: int = 4000
 
 
-def rows_of(phase: str, step: int, through: float) -> int:
-    """Row length of a step; `through` is how far the phase has come, 0 to 1.
+def rows_of(phase: str, step: int, through: float) -> str:
+    """Kind of rows of a step; `through` is how far the phase has come, 0 to 1.
 
-    B takes one short step in three, C1 one long step in three, C2 one in two and in its last third
-    one in six (short steps are cheap there and keep what was learned on long ones).
+    In its last third C2 takes one long row in six: short ones are cheap there and keep what was
+    learned on long ones.
     """
-    if phase == "A":
-        return SHORT
-    if phase == "B":
-        return SHORT if step % 3 == 0 else LONG
-    every = 3 if phase == "C1" else 2 if through < 2 / 3 else 6
-    return LONG if step % every == 0 else SHORT
+    kinds = ROWS["end" if phase == "C2" and through >= 2 / 3 else phase]
+    return kinds[step % len(kinds)]
 
 
 def phase_at(share: float, phases: tuple[float, ...]) -> tuple[str, float]:
@@ -94,7 +99,32 @@ class Trainer:
         self.functions = model.functions(compiled=gpu)
         self.loss = torch.compile(token_loss, dynamic=False) if gpu else token_loss
         self.optimiser = Optimiser(model, settings.rates)
-        self.steps = 0
+        self.lengths = row_lengths(model.config["max_position_embeddings"])
+        self.steps, self.tokens, self.spent = 0, 0, 0.0
+        self.seen: set[tuple[str, str]] = set()  # shapes that are compiled
+
+    def save(self, path: Path) -> None:
+        """Writes everything that `resume` needs."""
+        state = {
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "place": (self.steps, self.tokens, self.spent),
+        }
+        torch.save(state, path.with_suffix(".unfinished"))
+        path.with_suffix(".unfinished").rename(path)
+
+    def resume(self, path: Path) -> None:
+        """Goes on where `save` was called."""
+        state = torch.load(path, map_location=self.model.embed.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.steps, self.tokens, self.spent = state["place"]
+
+    def rows(self, phase: str, kind: str) -> int:
+        """Rows of a step: `tokens` of them, fewer where attention matrices are kept."""
+        length = self.lengths[kind]
+        rows = self.settings.tokens // length
+        return max(1, rows if MODES[phase] == "dense" else min(rows, SCORES // length**2))
 
     def _context(self):
         """Mixed precision and the fastest attention kernel (cuDNN takes heads of 128 and 64)."""
@@ -132,46 +162,45 @@ class Trainer:
             return warm
         return warm * max(0.03, 1 - (share - s.decay_from) / (1 - s.decay_from))
 
-    def run(self, pools: dict[int, Pool], tokenizer, started: float) -> None:
-        """Trains until `settings.seconds` after `started` (time.time())."""
-        s, begin, tokens = self.settings, time.time(), 0
-        last, last_phase = (begin, 0), ""
-        while True:
-            share = (time.time() - begin) / max(1.0, s.seconds - (begin - started))
-            if share >= 1:
-                break
+    def run(self, pools: dict[str, Pool], tokenizer, stop_at: float = float("inf")) -> bool:
+        """Trains until `settings.seconds` are spent (True) or until time.time() is `stop_at`."""
+        s, last_phase = self.settings, ""
+        last = (time.time(), self.tokens)
+        while self.spent < s.seconds:
+            if time.time() >= stop_at:
+                return False
+            began, share = time.time(), self.spent / s.seconds
             phase, through = phase_at(share, s.phases)
             if phase != last_phase:
-                shards = "/".join(str(len(p.seen)) for p in pools.values())
-                self.log(
-                    f"phase {phase} at step {self.steps}, {tokens / 1e6:.1f} M, {shards} shards"
-                )
+                self.log(f"phase {phase} at step {self.steps}, {self.tokens / 1e6:.1f} M tokens")
                 last_phase = phase
-            length, factor = rows_of(phase, self.steps, through), self.factor(share)
-            seen = self.step(pools[length].batch(s.tokens // length), phase, factor)
-            tokens += s.tokens
-            if self.steps % 20 == 0 and self.device == "cuda":
+            kind, factor = rows_of(phase, self.steps, through), self.factor(share)
+            rows, shape = self.rows(phase, kind), (MODES[phase], kind)
+            seen = self.step(pools[kind].batch(rows), phase, factor)
+            self.tokens += rows * self.lengths[kind]
+            if self.device == "cuda" and (self.steps % 20 == 0 or shape not in self.seen):
                 torch.cuda.synchronize()  # keeps the clock honest: the host runs ahead
+            self.spent += (time.time() - began) * (shape in self.seen)
+            self.seen.add(shape)
             if self.steps % 100 == 0:
-                last = self._report(phase, factor, seen, tokens, last, pools)
+                last = self._report(phase, factor, seen, last, pools)
             if self.steps % s.sample_every == 0:
                 self.samples(tokenizer, 8, "dense")
-                last = (time.time(), tokens)
-        self.log(f"training done: {self.steps} steps, {tokens / 1e6:.1f} M tokens")
+                last = (time.time(), self.tokens)
+        self.log(f"training done: {self.steps} steps, {self.tokens / 1e6:.1f} M tokens")
+        return True
 
-    def _report(self, phase, factor, seen, tokens, last, pools) -> tuple[float, int]:
+    def _report(self, phase, factor, seen, last, pools) -> tuple[float, int]:
         """One line of the log; (now, tokens)."""
         now, loads = time.time(), seen["loads"] * self.model.config["n_routed_experts"] / 2
-        for pool in pools.values():
-            pool.refill()
-        rounds = "/".join(str(p.rounds) for p in pools.values())
-        speed = (tokens - last[1]) / (now - last[0]) / 1e3
+        shards = " ".join(f"{k} {p.taken}+{p.again}" for k, p in pools.items())
+        speed = (self.tokens - last[1]) / (now - last[0]) / 1e3
         self.log(
             f"step {self.steps} {phase} loss {float(seen['loss']):.4f} kl {float(seen['kl']):.4f} "
             f"rate {factor:.3f} {speed:.0f} k tokens/s load {float(loads.max()):.2f}/"
-            f"{float(loads.min()):.2f} reuse {rounds}"
+            f"{float(loads.min()):.2f} spent {self.spent:.0f} s, shards {shards}"
         )
-        return now, tokens
+        return now, self.tokens
 
     def samples(self, tokenizer, count: int, mode: str) -> None:
         """Logs greedy answers to the first fixed prompts."""
@@ -181,46 +210,46 @@ class Trainer:
         for q, a in zip(prompts, found, strict=True):
             self.log(f"  {q!r} -> {a!r}")
 
-    def speeds(self, pools: dict[int, Pool]) -> None:
-        """Logs the first (compiling) and the later step times of every phase and row length."""
-        for phase, length in (
-            ("A", SHORT),
-            ("B", LONG),
-            *((c, n) for c in ("C1", "C2") for n in pools),
-        ):
-            times = []
-            for _ in range(7):
-                start = time.time()
-                seen = self.step(pools[length].batch(self.settings.tokens // length), phase, 0.1)
+    def speeds(self, pools: dict[str, Pool]) -> None:
+        """Logs the first (compiling) and the later step times of every phase and kind of rows."""
+        for phase, kind in [("A", "short"), *((f, k) for f in PHASES[1:] for k in KINDS)]:
+            times, rows = [], self.rows(phase, kind)
+            if self.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            for _ in range(6):
+                batch, start = pools[kind].batch(rows), time.time()
+                seen = self.step(batch, phase, 0.1)
                 loss = float(seen["loss"])  # waits for the device
                 times.append(time.time() - start)
-            rate = self.settings.tokens / min(times) / 1e3
+            peak = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else 0.0
+            rate = rows * self.lengths[kind] / min(times) / 1e3
             self.log(
-                f"speed {phase} {length}: first {times[0]:.1f} s, then {min(times) * 1e3:.1f} ms, "
-                f"{rate:.0f} k tokens/s, loss {loss:.2f}, kl {float(seen['kl']):.3f}"
+                f"speed {phase} {rows} x {self.lengths[kind]}: first {times[0]:.1f} s, then "
+                f"{min(times) * 1e3:.1f} ms, {rate:.0f} k tokens/s, {peak:.1f} GiB, loss "
+                f"{loss:.2f}, kl {float(seen['kl']):.3f}"
             )
 
 
 def open_log(path: Path) -> Callable[[str], None]:
     """A function that prints and appends timed lines."""
-    started, file = time.time(), path.open("a", encoding="utf-8")
+    started = time.time()
 
     def log(line: str) -> None:
         text = f"[{time.time() - started:6.1f}] {line}"
         print(text, flush=True)
-        file.write(text + "\n")
-        file.flush()
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
     return log
 
 
-def new_model(device: str, init: str | None, seed: int = 0) -> DemoModel:
+def new_model(device: str, init: str | None, config: dict, seed: int = 0) -> DemoModel:
     """A fresh model, or the one of an exported folder."""
     torch.manual_seed(seed)
     random.seed(seed)
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.cache_size_limit = 64
-    model = checkpoint.load(init) if init else DemoModel(MODEL)
+    model = checkpoint.load(init) if init else DemoModel(config)
     return model.to(device)
 
 

@@ -37,6 +37,16 @@ def _first_word(answer: str, arg: tuple[int, int, str]) -> bool:
     return len(parts) == arg[0] and parts[arg[1] - 1].split()[0].strip(".,") == arg[2]
 
 
+def letter_count(answer: str, letter: str) -> int:
+    """How often a letter occurs, in either case."""
+    return answer.lower().count(letter.lower())
+
+
+def count_capitals(answer: str) -> int:
+    """Words of capital letters only ("I" and "A" are such words)."""
+    return sum(w.isupper() for w in re.findall(r"[A-Za-z][A-Za-z']*", answer))
+
+
 CHOICES = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "lower": lambda a, _: a == a.lower(),
@@ -56,6 +66,11 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "keywords": lambda a, words: all(w.lower() in a.lower() for w in words),
     "forbidden": lambda a, words: not any(_word_count(a, w) for w in words),
     "frequency": lambda a, arg: _word_count(a, arg[0]) >= arg[1],
+    "rarely": lambda a, arg: len(re.findall(re.escape(arg[0]), a, re.I)) < arg[1],
+    "letter": lambda a, arg: letter_count(a, arg[0]) >= arg[1],
+    "fewletter": lambda a, arg: letter_count(a, arg[0]) < arg[1],
+    "capwords": lambda a, n: count_capitals(a) >= n,
+    "fewcaps": lambda a, n: count_capitals(a) < n,
     "two": lambda a, _: _halves(a),
     "choice": lambda a, _: a in CHOICES,
     "sections": lambda a, arg: len(re.findall(re.escape(arg[0]) + r" \d", a)) >= arg[1],

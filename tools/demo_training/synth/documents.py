@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from .assignments import assigned
 from .instructions import Instruction, instruction
+from .long_tasks import long_task, variables
 from .pieces import Document, Pieces
 from .prose import plain_request
 from .questions import arithmetic, fact, word_list
@@ -52,23 +54,26 @@ class Generator:
     def __init__(self, seed: int, sources: Sources):
         self.pieces = Pieces(seed, sources)
         self._kinds = (
-            (4.5, self._passage),
+            (3.5, self._passage),
             (3.0, lambda: copying(self.pieces)),
             (2.0, self._problem_text),
-            (3.5, self._given_instruction),
-            (11.0, lambda: self._exchange(plain_request)),
-            (24.0, self._instruction),
-            (6.0, lambda: self._exchange(arithmetic)),
-            (10.0, lambda: self._exchange(fact)),
+            (3.0, self._given_instruction),
+            (9.0, lambda: self._exchange(plain_request)),
+            (14.0, lambda: self._instruction(self.instruction())),
+            (28.0, lambda: self._instruction(self.assignment())),
+            (5.0, lambda: self._exchange(arithmetic)),
+            (8.0, lambda: self._exchange(fact)),
             (1.5, lambda: self._exchange(word_list, plainly=True)),
             (3.0, lambda: self._exchange(persona)),
             (1.5, lambda: self._exchange(problem)),
             (2.5, lambda: self._exchange(unknown)),
-            (7.0, lambda: self._exchange(reading, plainly=True)),
-            (6.0, lambda: several_questions(self.pieces)),
-            (6.0, self._chat),
-            (3.5, lambda: key_values(self.pieces, self.pieces.between(2, 30))),
-            (9.0, lambda: self.retrieval(int(60 * 40 ** self.pieces.random.random()))[0]),
+            (5.0, lambda: self._exchange(reading, plainly=True)),
+            (3.0, lambda: several_questions(self.pieces)),
+            (5.0, self._chat),
+            (2.5, lambda: key_values(self.pieces, self.pieces.between(2, 30))),
+            (5.0, lambda: self.retrieval(self._short_length())[0]),
+            (4.0, lambda: long_task(self.pieces, self._short_length())),
+            (2.0, lambda: variables(self.pieces, 0)),
         )
         self._total = sum(share for share, _ in self._kinds)
 
@@ -81,16 +86,31 @@ class Generator:
                 return make()
         return self._kinds[-1][1]()
 
-    def long_document(self) -> Document:
-        """One retrieval document of 800 to 12,500 characters, or a list of 40 to 350 pairs."""
+    def _short_length(self) -> int:
+        """60 to 2,400 characters, small ones more often."""
+        return int(60 * 40 ** self.pieces.random.random())
+
+    def long_document(self, characters: int = 12500) -> Document:
+        """A retrieval document, another task on a long text, or a list of 40 pairs and more.
+
+        Args:
+            characters: the largest length; 800 is the smallest.
+        """
         p = self.pieces
-        if p.chance(0.15):
-            return key_values(p, p.between(40, 350))
-        return self.retrieval(p.between(800, 12500))[0]
+        r, size = p.random.random(), p.between(800, characters)
+        if r < 0.1:
+            return key_values(p, p.between(40, characters // 36))
+        if r < 0.5:
+            return long_task(p, size)
+        return self.retrieval(size)[0]
 
     def instruction(self) -> Instruction:
         """One request with verifiable constraints."""
         return instruction(self.pieces)
+
+    def assignment(self) -> Instruction:
+        """One long-winded request, mostly with verifiable constraints."""
+        return assigned(self.pieces)
 
     def retrieval(
         self, characters: int, needles: int | None = None, everyday: float = 0.25
@@ -114,8 +134,7 @@ class Generator:
         request, answer = self.pieces.choice(self.pieces.sources.instructions)
         return [("user", request), ("assistant", answer)]
 
-    def _instruction(self) -> Document:
-        found = self.instruction()
+    def _instruction(self, found: Instruction) -> Document:
         return [("user", found.request), ("assistant", found.answer)]
 
     def _exchange(self, make, plainly: bool = False) -> Document:

@@ -21,7 +21,7 @@ LEADS = [
     "Hello! I hope you can help me with this. {q}",
     "My teacher gave me this task and I do not know how to begin. {q}",
     "I am working on a small website for my family. {q}",
-    "For a project at school I need your help. {q}",
+    "For a project at school I need some help. {q}",
     "You are an experienced writer. {q}",
     "I am new here and I want to try something. {q}",
     "My friend asked me for this and I want to surprise my friend. {q}",
@@ -110,8 +110,8 @@ def repeat_first(p: Pieces) -> Instruction:
         [
             "Repeat this sentence exactly as it is, and then answer it: {q}",
             "Say the question again word for word and then answer it. {q}",
-            "First repeat the request below word for word without change, then give your answer. "
-            "Do not say anything before the repeated request.\n\n{q}",
+            "First say the request below again, word for word and without a change, and answer it "
+            "after that. Nothing should stand before the repeated request.\n\n{q}",
             "{q}\n\nBefore you answer, repeat the request above word for word. Then answer.",
             "Repeat this request exactly as it is, and then answer it: {q}",
             "{q} First repeat this request word for word, then answer it.",
@@ -142,9 +142,10 @@ def choose(p: Pieces) -> Instruction:
             f"Is {p.topic().text} interesting?",
         ]
         question, answer = p.choice(yes), CHOICES[0]
-    options = "Choose from: 'My answer is yes.', 'My answer is no.', 'My answer is maybe.'"
+    yes_said, no_said, maybe_said = CHOICES
+    options = f"Choose from: '{no_said}', '{yes_said}', '{maybe_said}'"
     if p.chance(0.3):
-        options = "Answer with exactly one of: " + ", ".join(f"'{c}'" for c in CHOICES)
+        options = f"Answer with exactly one of: '{yes_said}' / '{maybe_said}' / '{no_said}'"
     return Instruction(f"{question} {options}", answer, [("choice", None), ("equals", answer)])
 
 

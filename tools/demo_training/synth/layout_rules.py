@@ -46,7 +46,7 @@ def json_format(p: Pieces, draft: Draft) -> None:
             "Give the entire output as JSON.",
             "Answer with valid JSON only.",
             "Answer in JSON format.",
-            "Wrap the entire output in JSON format. You can use markdown ticks such as ```.",
+            "Put all of the output into JSON. It may stand in markdown ticks (```).",
         ]
     )
     if p.chance(0.25):
@@ -78,8 +78,8 @@ def postscript(p: Pieces, draft: Draft) -> None:
     mark = p.choice(["P.S.", "P.P.S"])
     rule = p.choice(
         [
-            f"After your answer, add a postscript that begins with {mark}",
-            f"Add a postscript that starts with {mark} at the end.",
+            f"Below your answer, add a postscript, and begin it with {mark}",
+            f"At the bottom of it, add a postscript opened by {mark}",
             f"Close with a postscript beginning with {mark}",
         ]
     )
@@ -150,7 +150,7 @@ def paragraphs(p: Pieces, draft: Draft) -> None:
     rule = p.choice(
         [
             f"Make it {n} paragraphs with the markdown divider *** between them.",
-            f"Write exactly {n} paragraphs, separated by the markdown divider: ***",
+            f"Write exactly {n} paragraphs, separated by a markdown divider: ***",
             f"There should be {n} paragraphs. Separate them with ***.",
         ]
     )
@@ -182,8 +182,8 @@ def sections(p: Pieces, draft: Draft) -> None:
     n, mark = p.between(2, 4), p.choice(["Section", "SECTION", "Part", "PARAGRAPH"])
     rule = p.choice(
         [
-            f"Your answer must have {n} sections. Mark the beginning of each section with {mark} "
-            f"X, such as:\n{mark} 1\n[content of section 1]\n{mark} 2\n[content of section 2]",
+            f"Your answer must have {n} sections. Put {mark} X where a section begins, "
+            f"such as:\n{mark} 1\n[content of section 1]\n{mark} 2\n[content of section 2]",
             f"Use {n} sections, each starting with {mark} and its number.",
         ]
     )
@@ -199,7 +199,7 @@ def two_answers(p: Pieces, draft: Draft) -> None:
     rule = p.choice(
         [
             "Give two different answers with six asterisks ****** between them.",
-            "Write two different responses, separated by 6 asterisk symbols: ******",
+            "Write two responses that differ, and 6 asterisks between them: ******",
         ]
     )
     n, m = p.between(1, 3), p.between(1, 3)

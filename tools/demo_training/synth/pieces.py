@@ -186,7 +186,7 @@ class Pieces:
         if r < 0.75:
             return Topic("a trip to " + self._place().text, "activity")
         return Topic(
-            self.choice(["the history of ", "the future of ", "the joy of "]) + words(), "idea"
+            self.choice(["the beginnings of ", "the future of ", "the joy of "]) + words(), "idea"
         )
 
     def _words(self) -> Topic:

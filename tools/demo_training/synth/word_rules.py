@@ -55,7 +55,7 @@ def end_phrase(p: Pieces, draft: Draft) -> None:
     """The answer ends with a given phrase."""
     phrase = p.choice(
         [
-            "Is there anything else I can help with?",
+            "Can I do anything else for you?",
             "That is all you need to know.",
             "Have a nice day.",
             "I hope this helps.",
@@ -105,7 +105,7 @@ def frequency(p: Pieces, draft: Draft) -> None:
     word, n = p.word(), p.between(2, 4)
     rule = p.choice(
         [
-            f"The word {word} should appear at least {n} times.",
+            f"The word {word} has to come up at least {n} times.",
             f"Use the word {word} at least {n} times.",
         ]
     )

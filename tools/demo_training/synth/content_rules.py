@@ -1,0 +1,190 @@
+"""Rules on what an answer holds: words, letters, blanks, marks; each changes a Page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from .checks import count_capitals, letter_count
+from .page import Page
+from .pieces import Pieces
+
+KEYWORD_LINES = (
+    "This has something to do with {k}.",
+    "Here we also think of {k}.",
+    "Do not forget {k}.",
+)
+AGAIN_LINES = (
+    "This is about {k}.",
+    "I like the word {k}.",
+    "So we say {k} again.",
+    "And once more: {k}.",
+    "Some people write {k} on a wall.",
+    "Others sing of {k} in the morning.",
+    "My friend wants to hear {k} too.",
+    "In the end it is {k} that counts.",
+)
+BLANKS = (
+    "name",
+    "address",
+    "date",
+    "place",
+    "email",
+    "phone",
+    "time",
+    "city",
+    "company",
+    "title",
+)
+MARKED_WORDS = 3
+
+
+def word_list(p: Pieces, words: list[str]) -> str:
+    """Words as people list them: with commas, "and", or in quotation marks."""
+    mark = p.choice(["", "", "", "", "'", '"'])
+    quoted = [mark + w + mark for w in words]
+    if len(words) > 1 and p.chance(0.45):
+        return ", ".join(quoted[:-1]) + p.choice([" and ", ", and "]) + quoted[-1]
+    return p.choice([", ", ", ", " and ", "; "]).join(quoted)
+
+
+def quoted(p: Pieces, word: str) -> str:
+    """A word as it is, or in quotation marks."""
+    mark = p.choice(["", "", "'", '"'])
+    return mark + word + mark
+
+
+def any_word(p: Pieces) -> str:
+    """A word to be asked for; at times two words, a name, or a made-up one."""
+    r = p.random.random()
+    if r < 0.75:
+        return p.word()
+    if r < 0.85:
+        return p.word() + " " + p.word()
+    return p.name() if r < 0.92 else p.word() + p.choice(["ing", "er", "ness", "ful", "ish"])
+
+
+def keywords(p: Pieces, page: Page) -> None:
+    """One to six words, in the order asked."""
+    words = list(dict.fromkeys(any_word(p) for _ in range(p.choice([1, 2, 2, 2, 3, 3, 4, 5, 6]))))
+    lines = [KEYWORD_LINES[i % len(KEYWORD_LINES)].format(k=k) for i, k in enumerate(words)]
+    page.blocks[0][1:1] = lines
+    page.keep("keywords", words, k=word_list(p, words))
+
+
+def frequency(p: Pieces, page: Page) -> None:
+    """A word at least n times."""
+    word, n = any_word(p), p.choice([2, 2, 3, 3, 4, 5, 6, 7])
+    page.blocks[-1] += [line.format(k=word) for line in AGAIN_LINES[: n + (n < 7)]]
+    page.keep("frequency", (word, n), w=quoted(p, word), n=n)
+
+
+def rarely(p: Pieces, page: Page) -> None:
+    """A word fewer than n times: once if it was asked for, else not at all."""
+    word, n = p.word(), p.between(2, 6)
+    if p.chance(0.6):
+        page.blocks[-1].append(KEYWORD_LINES[0].format(k=word))
+    page.keep("rarely", (word, n), w=quoted(p, word), n=n)
+
+
+def forbidden(p: Pieces, page: Page) -> None:
+    """One to five words do not occur; half of the time words that the answer would have used."""
+    used = re.findall(r"[a-z]{4,}", " ".join(sum(page.blocks, [])).lower())
+    count = p.choice([1, 2, 2, 3, 3, 4, 5])
+    words = [p.choice(used) if used and p.chance(0.5) else p.word() for _ in range(count)]
+    words = list(dict.fromkeys(words))
+    found = [re.compile(rf"\b{re.escape(w)}\b", re.I) for w in words]
+    for block in page.blocks:
+        kept = [s for s in block if not any(f.search(s) for f in found)]
+        block[:] = kept or ["All right."]
+    page.avoid += words
+    page.keep("forbidden", words, k=word_list(p, words))
+
+
+def letter(p: Pieces, page: Page) -> None:
+    """A letter at least n times; the missing ones come from words that have it."""
+    sign, n = p.choice("abcdefghijklmnopqrstuvwxyz"), p.choice([2, 3, 4, 5, 6, 8, 10, 12, 15, 20])
+    has = sorted(w for w in p.sources.common if sign in w)
+    has = sorted(has, key=lambda w: (-w.count(sign), w))[:24] or [sign * 4]
+    missing = n + 2 - letter_count(page.text(), sign)
+    if missing > 0:
+        words: list[str] = []
+        while sum(w.count(sign) for w in words) < missing:
+            words.append(has[len(words) % len(has)])
+        page.blocks[-1].append(f"Words with {sign} are " + " and ".join(words) + ".")
+    page.keep("letter", (sign, n), l=quoted(p, p.choice([sign, sign.upper()])), n=n)
+
+
+def few_letters(p: Pieces, page: Page) -> None:
+    """A letter fewer than n times: sentences go until it is so."""
+    sign, n = p.choice("abcdefghijklmnopqrstuvwxyz"), p.between(2, 12)
+    kept: list[str] = []
+    for sentence in page.blocks[0]:
+        if letter_count(" ".join([*kept, sentence]), sign) < n:
+            kept.append(sentence)
+    page.blocks = [kept or ["All right." if sign not in "alright" else "Hm."]]
+    page.keep("fewletter", (sign, n), l=quoted(p, sign), n=n)
+
+
+def placeholders(p: Pieces, page: Page) -> None:
+    """At least n blanks in square brackets."""
+    n = p.choice([1, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8])
+    lines = [
+        f"Please write to [{x}]." if i % 2 else f"The {x} is [{x}]."
+        for i, x in enumerate(BLANKS[:n])
+    ]
+    page.blocks[-1] += lines
+    page.keep("placeholders", n, n=n)
+
+
+def highlight(p: Pieces, page: Page) -> None:
+    """At least n parts between asterisks: the first words of the first n sentences."""
+    n = p.choice([1, 2, 2, 3, 3, 3, 4, 5, 6, 8])
+    left = n
+    for block in page.blocks:
+        for i, sentence in enumerate(block):
+            if not left:
+                break
+            words = sentence.split(" ")
+            end = min(MARKED_WORDS, len(words))
+            block[i] = "*" + " ".join(words[:end]) + "*" + " ".join(["", *words[end:]])
+            left -= 1
+    page.keep("highlight", n, n=n)
+
+
+def capital_words(p: Pieces, page: Page) -> None:
+    """At least n words in capitals: whole sentences from the first on."""
+    n, done = p.choice([1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20]), 0
+    for block in page.blocks:
+        for i, sentence in enumerate(block):
+            if done < n + 1:
+                block[i] = sentence.upper()
+                done += count_capitals(block[i])
+    page.keep("capwords", n, n=n)
+
+
+def few_capital_words(p: Pieces, page: Page) -> None:
+    """Fewer than n words in capitals: none but "I" and "A", as few sentences as that takes."""
+    n = p.between(2, 10)
+    if p.chance(0.4):
+        words = page.blocks[0][0].split(" ")
+        words[1:2] = [w.upper() for w in words[1:2]]
+        page.blocks[0][0] = " ".join(words)
+    for block in page.blocks:
+        kept = [s for s in block if not re.search(r"\b[IA]\b", s)]
+        block[:] = kept or ["All right."]
+    page.keep("fewcaps", n, n=n)
+
+
+CONTENT: tuple[tuple[float, Callable[[Pieces, Page], None]], ...] = (
+    (8.0, keywords),
+    (5.0, frequency),
+    (1.5, rarely),
+    (6.0, forbidden),
+    (4.0, letter),
+    (1.5, few_letters),
+    (4.0, placeholders),
+    (6.0, highlight),
+    (2.5, capital_words),
+    (1.5, few_capital_words),
+)

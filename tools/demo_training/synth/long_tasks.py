@@ -1,0 +1,147 @@
+"""Tasks on long texts beside plain needles: many keys, chains of variables, a question after it."""
+
+from __future__ import annotations
+
+from . import tables as t
+from .instructions import choose
+from .pieces import Document, Pieces
+from .questions import arithmetic, fact
+from .retrieval import haystack
+from .talk import persona
+
+INTRODUCTIONS = (
+    "",
+    "",
+    "Read the text and answer the question at its end.",
+    "Read the text and answer the question.",
+    "Keep this text in mind, there is a question below it.",
+    "Some facts are hidden in the text. You will be asked for them.",
+    "Here is a text. Read it with care.",
+)
+KEY_FORMS = (
+    ("The special number for {k} is {v}.", "What is the special number for {k}?"),
+    ("The special number for {k} is {v}.", "What is the special number for {k}?"),
+    ("The special number for {k} is {v}.", "Which special number belongs to {k}?"),
+    ("Remember that the code of {k} is {v}.", "What is the code of {k}?"),
+    ("The key number of {k} is {v}.", "Tell me the key number of {k}."),
+    (
+        "A special magic number of this text, the one for {k}, is: {v}.",
+        "What is the special magic number for {k}?",
+    ),
+    ("{k} has the magic number {v}.", "Which magic number does {k} have?"),
+)
+KEY_ANSWERS = {
+    "special magic": "The special magic number for {k} is {v}.",
+    "special": "The special number for {k} is {v}.",
+    "code": "The code of {k} is {v}.",
+    "key": "The key number of {k} is {v}.",
+    "magic": "The magic number of {k} is {v}.",
+}
+VARIABLE_ASKS = (
+    "Which variables have the value {v}?",
+    "Which variables have the value {v}?",
+    "Name all variables whose value is {v}.",
+    "Find every variable that is equal to {v}.",
+)
+
+
+def with_lines(p: Pieces, characters: int, lines: list[str], question: str) -> str:
+    """A text of about this many characters with lines in it, in order, and a question below."""
+    text = haystack(p, max(60, characters)) if characters > 30 else []
+    places = sorted(p.between(0, len(text)) for _ in lines)
+    for place, line in reversed(list(zip(places, lines, strict=True))):  # keeps their order
+        text.insert(place, line)
+    body = p.choice([" ", " ", "\n"]).join(text)
+    return "\n\n".join(x for x in (p.choice(INTRODUCTIONS), body, question) if x)
+
+
+def _keys(p: Pieces, count: int) -> list[str]:
+    """Different names of cities, words, or pairs of words."""
+    r = p.random.random()
+    if r < 0.5:
+        return p.sample([x for x in t.CAPITALS.values() if " " not in x], count)
+    words = [p.word() if r < 0.75 else f"{p.word()}-{p.word()}" for _ in range(count)]
+    return list(dict.fromkeys(words))
+
+
+def _value(p: Pieces, digits: int) -> str:
+    return str(p.between(10 ** (digits - 1), 10**digits - 1))
+
+
+def keys_of(p: Pieces, count: int, form: int | None = None) -> tuple[list[str], str, str, str]:
+    """Facts of one form about `count` keys, a question for one, its answer and its value."""
+    keys = _keys(p, count)
+    says, asks = p.choice(KEY_FORMS) if form is None else KEY_FORMS[form]
+    digits = 5 if form is not None else p.choice([5, 5, 5, 7])
+    values = [_value(p, digits) for _ in keys]
+    lines = [says.format(k=k, v=v) for k, v in zip(keys, values, strict=True)]
+    i = p.between(0, len(keys) - 1)
+    name = next(n for n in KEY_ANSWERS if n in says)
+    answer = KEY_ANSWERS[name].format(k=keys[i], v=values[i])
+    return lines, asks.format(k=keys[i]), answer, values[i]
+
+
+def many_keys(p: Pieces, characters: int) -> Document:
+    """Two to 32 facts of one form, one of them asked for."""
+    lines, question, answer, _ = keys_of(p, p.choice([2, 3, 4, 4, 4, 6, 8, 12, 16, 24, 32]))
+    return [("user", with_lines(p, characters, lines, question)), ("assistant", answer)]
+
+
+def _names(p: Pieces, count: int, long: bool) -> list[str]:
+    """Different names of variables: a letter and a digit, or five letters."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    found: dict[str, None] = {}
+    while len(found) < count:
+        name = "".join(p.choice(letters) for _ in range(5 if long else 1))
+        found[name if long else name + str(p.between(1, 9))] = None
+    return list(found)
+
+
+def chains_of(
+    p: Pieces, chains: int, hops: int, long_names: bool
+) -> tuple[list[str], str, str, str]:
+    """Statements of chains of variables, a question for one value, its answer and the value."""
+    size = hops + 1
+    names = _names(p, chains * size, long_names)
+    groups = [names[i * size : (i + 1) * size] for i in range(chains)]
+    values = list(dict.fromkeys(_value(p, 5) for _ in range(chains + 5)))[:chains]
+    waiting = [
+        [f"VAR {g[0]} = {v}.", *(f"VAR {b} = VAR {a}." for a, b in zip(g, g[1:], strict=False))]
+        for g, v in zip(groups, values, strict=True)
+    ]
+    lines: list[str] = []
+    while any(waiting):
+        lines.append(p.choice([w for w in waiting if w]).pop(0))
+    i = p.between(0, chains - 1)
+    question = p.choice(VARIABLE_ASKS).format(v=values[i])
+    return lines, question, f"The variables are {', '.join(groups[i])}.", groups[i][-1]
+
+
+def variables(p: Pieces, characters: int) -> Document:
+    """Chains of variables; the names of one value, in the order of their chain."""
+    chains, hops = p.choice([1, 1, 2, 2, 2, 3, 4]), p.choice([1, 2, 3, 3, 3, 4, 5, 6])
+    lines, question, answer, _ = chains_of(p, chains, hops, p.chance(0.1))
+    return [("user", with_lines(p, characters, lines, question)), ("assistant", answer)]
+
+
+def question_after(p: Pieces, characters: int) -> Document:
+    """A short question that has nothing to do with the long text above it."""
+    r = p.random.random()
+    if r < 0.55:
+        question, answer = arithmetic(p)
+    elif r < 0.85:
+        question, answer = fact(p)
+    elif r < 0.93:
+        question, answer = persona(p)
+    else:
+        found = choose(p)
+        question, answer = found.request, found.answer
+    return [("user", with_lines(p, characters, [], question)), ("assistant", answer)]
+
+
+def long_task(p: Pieces, characters: int) -> Document:
+    """Any of these tasks."""
+    r = p.random.random()
+    if r < 0.45:
+        return many_keys(p, characters)
+    return variables(p, characters) if r < 0.78 else question_after(p, characters)
