@@ -72,7 +72,8 @@ def own_server(model: str | None, flags: Sequence[str], log: Path) -> Iterator[O
     try:
         try:
             url = _wait_until_ready(process, log)
-        except ConfigError:
+        except BaseException:
+            # Ctrl-C too
             _remove_traces(log, made)
             raise
         yield OwnServer(f"{url}/v1", ("python", "-m", "fd_dsa.serve", *arguments), log)

@@ -12,15 +12,18 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fd_dsa.accuracy import ifeval, scorer
+from fd_dsa.accuracy import ifeval, run, scorer
 from fd_dsa.accuracy.answers import read_run
 from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.prompts import OFFICIAL, read_prompts
+from fd_dsa.accuracy.server import OwnServer
 from fd_dsa.errors import BackendUnavailable
 from tests.accuracy.scripted import Reply, Scripted, asked, chat, scripted
 
@@ -83,7 +86,8 @@ def test_a_server_that_fails_on_the_way_costs_no_answer(
 ) -> None:
     broken = threading.Event()
     broken.set()
-    lock, given = threading.Lock(), []
+    lock = threading.Lock()
+    given: list[str] = []
 
     def answer(body: dict[str, Any]) -> Reply:
         with lock:
@@ -249,6 +253,26 @@ def test_a_server_of_its_own_that_does_not_start_leaves_nothing(
     assert not (tmp_path / "new").exists()
 
 
+def test_the_log_of_its_own_server_is_named_when_that_goes_away(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with scripted(lambda body: (400, {}, {"error": {"message": "gone"}})) as failing:
+
+        @contextmanager
+        def own_server(model: str | None, flags: Any, log: Path) -> Iterator[OwnServer]:
+            yield OwnServer(failing.base_url, ("python", model or "", *flags), log)
+
+        monkeypatch.setattr(run, "own_server", own_server)
+        flags = ["--answers-only", "--subset", "3", "--out", str(tmp_path)]
+        line = error_line(capsys, ["ifeval", *flags, "--serve", "m", "--", "--a", "b"], status=1)
+    assert f"status 400: gone (its log: {tmp_path}/server.log); 0 of 3 answers are kept" in line
+    assert line.endswith(f"--out {tmp_path} --serve m -- --a b")
+    settings = read_run(tmp_path / "answers.jsonl").settings
+    # the port is another one in every run
+    assert settings.base_url == "own"
+    assert settings.server["command"] == ["python", "m", "--a", "b"]
+
+
 def write_prompts(path: Path, numbers: range) -> None:
     """Some official prompts as a file of one's own, in another order."""
     lines = OFFICIAL.read_text("utf-8").splitlines()
@@ -258,16 +282,16 @@ def write_prompts(path: Path, numbers: range) -> None:
 def test_score_gives_what_the_run_gave(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], server: Scripted
 ) -> None:
-    own, run, other = tmp_path / "own.jsonl", tmp_path / "run", tmp_path / "other"
+    own, first, other = tmp_path / "own.jsonl", tmp_path / "run", tmp_path / "other"
     write_prompts(own, range(100, 110))
     flags = ["--base-url", server.base_url, "--max-tokens", "8", "--prompts", str(own)]
-    assert main(["ifeval", *flags, "--out", str(run)]) == 0
+    assert main(["ifeval", *flags, "--out", str(first)]) == 0
     # answers hold all that scoring needs
     own.unlink()
-    assert main(["score", str(run), "--out", str(other)]) == 0
-    assert scores_of(other) == scores_of(run)
-    assert scores_of(run)["settings"]["task_settings"]["prompts"] == "own.jsonl"
-    assert main(["score", str(run / "answers.jsonl")]) == 0
+    assert main(["score", str(first), "--out", str(other)]) == 0
+    assert scores_of(other) == scores_of(first)
+    assert scores_of(first)["settings"]["task_settings"]["prompts"] == "own.jsonl"
+    assert main(["score", str(first / "answers.jsonl")]) == 0
     capsys.readouterr()
 
 
