@@ -145,10 +145,14 @@ def test_one_command_in_stages_trains_exports_and_evaluates(tmp_path, monkeypatc
     shutil.copy(words, out)
     small = TINY | {"vocab_size": 4096}
     monkeypatch.setitem(config.CONFIGS, "dry", small)
-    for kind in KINDS:
-        rows = np.random.default_rng(1).integers(6, 4096, (40, row_lengths(128)[kind] + 1))
-        np.save(shards / f"{kind}_0.npy", (rows | TRAINED).astype(np.uint16))
-    monkeypatch.setattr(tool, "_start_workers", lambda *_: [])
+
+    def write_shards(*_):
+        for kind in KINDS:
+            rows = np.random.default_rng(1).integers(6, 4096, (40, row_lengths(128)[kind] + 1))
+            np.save(shards / f"{kind}_0.npy", (rows | TRAINED).astype(np.uint16))
+        return []
+
+    monkeypatch.setattr(tool, "_start_workers", write_shards)
     items = tmp_path / "eval.jsonl"
     chat = {
         "kind": "chat",

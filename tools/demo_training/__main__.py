@@ -92,6 +92,7 @@ def _train(args: argparse.Namespace, words, log, stop_at: float) -> bool:
     out = Path(args.out)
     phases = tuple(float(x) for x in args.phases.split(","))
     settings = training.Settings(60.0 * args.minutes, phases, args.tokens)
+    settings.scores = 1 << args.scores
     settings.decay_from, settings.warm_up = args.decay_from, args.warm_up
     settings.rates = {k: v * args.rate for k, v in settings.rates.items()}
     model = training.new_model(args.device, args.init, CONFIGS[args.config])
@@ -231,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     times = {"minutes": 24.0, "stop_after": 0.0, "evaluation_seconds": 150.0}
     course = {"phases": "48,14,6,32", "decay_from": 0.45, "warm_up": 100, "rate": 1.0}
     places = {"out": None, "parts": "", "init": "", "device": "cuda", "config": "demo"}
-    sizes = {"workers": 8, "tokens": 32768, "vocabulary": 4096, "speed": False}
+    sizes = {"workers": 8, "tokens": 32768, "scores": 27, "vocabulary": 4096, "speed": False}
     command(all_steps, "all", data=None, **places, **times, **course, **sizes, **shards, **rates)
     command(evaluate, model=None, out=None, device="cuda", **rates)
     command(parity, model=None)

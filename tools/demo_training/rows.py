@@ -21,6 +21,7 @@ KINDS = ("short", "long", "longest")
 UNREAD = {"short": 40, "long": 8, "longest": 8}  # shards of each kind kept ready
 LONG_SHARE = {"short": 0.0, "long": 0.12, "longest": 0.08}  # of long documents
 CHARACTERS = 3.6  # of a token, at most: documents that come out longer than a row are left out
+PATIENCE = 120  # seconds to wait for a shard
 BLOCKS = 256  # shards of a kind kept in memory
 
 
@@ -148,12 +149,23 @@ class Pool:
         return True
 
     def batch(self, count: int):
-        """ids [count, T] int64, targets [count * T] int64, weights [count * T] float32."""
+        """ids [count, T] int64, targets [count * T] int64, weights [count * T] float32.
+
+        Raises:
+            TimeoutError: no shard came for two minutes.
+        """
         import torch
 
+        began = time.time()
         while len(self.queue) < count:
-            if not self._next():
-                time.sleep(0.2)
+            if self._next():
+                continue
+            if time.time() - began > PATIENCE:
+                raise TimeoutError(
+                    f"--shards: no {self.kind}_*.npy came to {self.shards} for {PATIENCE} s; see what "
+                    "the data processes printed"
+                )
+            time.sleep(0.2)
         taken, self.queue[-count:] = self.queue[-count:], []
         tokens = torch.stack([self.blocks[b][i] for b, i in taken])
         ids = (tokens & (TRAINED - 1)).long()

@@ -28,7 +28,6 @@ from .rows import KINDS, Pool, row_lengths
 
 PHASES = ("A", "B", "C1", "C2")
 MODES = {"A": "dense", "B": "dense", "C1": "kl", "C2": "sparse"}
-SCORES = 1 << 27  # rows * length² of a step that keeps attention matrices: 64 GiB of GPU memory
 # kinds of rows of a phase, in turn; C2 has a second list for its last third
 ROWS = {
     "A": ("short",),
@@ -47,6 +46,7 @@ class Settings:
         seconds: time of training, seconds; the first step of each shape (it compiles) is free.
         phases: shares of the time for A, B, C1, C2.
         tokens: tokens of a batch.
+        scores: largest rows * length² of a step that keeps attention matrices; 64 GiB of GPU memory.
         rates: learning rates by group.
         decay_from: share of the time after which the rate falls linearly to 3 %.
         warm_up: steps over which the rate rises.
@@ -58,6 +58,7 @@ class Settings:
     seconds: float
     phases: tuple[float, ...] = (48.0, 14.0, 6.0, 32.0)
     tokens: int = 32768
+    scores: int = 1 << 27
     rates: dict[str, float] = field(
         default_factory=lambda: {"muon": 0.02, "adam": 3e-3, "gate": 1e-3, "indexer": 2e-3}
     )
@@ -124,7 +125,9 @@ class Trainer:
         """Rows of a step: `tokens` of them, fewer where attention matrices are kept."""
         length = self.lengths[kind]
         rows = self.settings.tokens // length
-        return max(1, rows if MODES[phase] == "dense" else min(rows, SCORES // length**2))
+        return max(
+            1, rows if MODES[phase] == "dense" else min(rows, self.settings.scores // length**2)
+        )
 
     def _context(self):
         """Mixed precision and the fastest attention kernel (cuDNN takes heads of 128 and 64)."""
