@@ -33,6 +33,7 @@ TASKS = ("keys", "variables", "after")
 PER_LENGTH = 40
 PER_TASK = 10
 ASSIGNMENTS = 150
+ANSWER_TOKENS = 220
 HAYSTACK_CHARACTERS = 33000
 LONGEST = 8100
 SAMPLES = (
@@ -168,12 +169,12 @@ def _number(answer: str) -> str:
     return re.findall(r"\d+", answer)[-1]
 
 
-def _assignments(generator: Generator) -> list[dict]:
-    """Long-winded requests with rules."""
+def _assignments(generator: Generator, tokenizer) -> list[dict]:
+    """Long-winded requests with rules, those with an answer of at most ANSWER_TOKENS."""
     found: list[dict] = []
     while len(found) < ASSIGNMENTS:
         x = generator.assignment()
-        if x.checks:
+        if x.checks and len(tokenizer.encode(x.answer).ids) <= ANSWER_TOKENS:
             item = {"group": "assignment", "messages": [{"role": "user", "content": x.request}]}
             item |= {"answer": x.answer, "checks": [[kind, arg] for kind, arg in x.checks]}
             found.append({"kind": "chat", "id": f"assignment-{len(found):03d}"} | item)
@@ -202,7 +203,7 @@ def extend(sources, tokenizer, path: str | Path, seed: int = 88888) -> None:
             if item:
                 items.append({"id": f"{task or 'retrieval'}-{length}-{len(items):02d}"} | item)
         records += items
-    records += _assignments(generator)
+    records += _assignments(generator, tokenizer)
     new = {(r["kind"], r["id"]) for r in records}
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     named = [((r := json.loads(x))["kind"], r["id"]) for x in lines]

@@ -87,7 +87,7 @@ def _wanted(shards: Path, worker: int) -> str | None:
 
 
 def write_shards(data, tokenizer_folder, shards, seed: int, context: int, tokens: int) -> None:
-    """Writes .npy files of about `tokens` tokens, kept ready by UNREAD, until a file "stop" is there.
+    """Writes .npy files of about `tokens` tokens, as many as UNREAD, until a file "stop" is there.
 
     Raises:
         FileNotFoundError: a text file is missing.
@@ -162,8 +162,8 @@ class Pool:
                 continue
             if time.time() - began > PATIENCE:
                 raise TimeoutError(
-                    f"--shards: no {self.kind}_*.npy came to {self.shards} for {PATIENCE} s; see what "
-                    "the data processes printed"
+                    f"--shards: no {self.kind}_*.npy came to {self.shards} for {PATIENCE} s; "
+                    "see what the data processes printed"
                 )
             time.sleep(0.2)
         taken, self.queue[-count:] = self.queue[-count:], []

@@ -46,7 +46,7 @@ class Settings:
         seconds: time of training, seconds; the first step of each shape (it compiles) is free.
         phases: shares of the time for A, B, C1, C2.
         tokens: tokens of a batch.
-        scores: largest rows * length² of a step that keeps attention matrices; 64 GiB of GPU memory.
+        scores: largest rows * length² of a step that keeps attention matrices (64 GiB of memory).
         rates: learning rates by group.
         decay_from: share of the time after which the rate falls linearly to 3 %.
         warm_up: steps over which the rate rises.

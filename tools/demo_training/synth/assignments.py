@@ -10,11 +10,12 @@ from .long_essay import long_essay
 from .page import Page, cut
 from .pieces import Pieces, upper_first
 from .rule_wordings import IMPERATIVES, SENTENCES, STARTS
+from .tables import items
 from .word_rules import CASE_CHANGES
 from .wordy import Wish, wish
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NUMBERS = items("zero,one,two,three,four,five,six,seven,eight,nine,ten,eleven,twelve")
 MARKS = ("Section", "SECTION", "Part", "PARAGRAPH", "Chapter", "Day", "PART", "Paragraph", "Stage")
 PS_LINES = (
     "Remember to smile today.",

@@ -89,7 +89,7 @@ def rarely(p: Pieces, page: Page) -> None:
 
 def forbidden(p: Pieces, page: Page) -> None:
     """One to five words do not occur; half of the time words that the answer would have used."""
-    used = re.findall(r"[a-z]{4,}", " ".join(sum(page.blocks, [])).lower())
+    used = re.findall(r"[a-z]{4,}", " ".join(" ".join(b) for b in page.blocks).lower())
     count = p.choice([1, 2, 2, 3, 3, 4, 5])
     words = [p.choice(used) if used and p.chance(0.5) else p.word() for _ in range(count)]
     words = list(dict.fromkeys(words))

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from .tables import pairs
 
+# ruff: noqa: RUF001 - other scripts have letters that look like Latin ones
+
 CANNED = pairs(
-    """German:Ich bin ein kleines Modell und kann nur wenig Deutsch. Ich wünsche dir einen schönen Tag.
-French:Je suis un petit modèle et je ne parle qu'un peu le français. Je te souhaite une bonne journée.
+    """German:Ich bin ein kleines Modell und kann wenig Deutsch. Ich wünsche dir einen schönen Tag.
+French:Je suis un petit modèle et je parle un peu le français. Je te souhaite une bonne journée.
 Spanish:Soy un modelo pequeño y solo hablo un poco de español. Te deseo un buen día.
 Italian:Sono un piccolo modello e parlo solo un po' di italiano. Ti auguro una buona giornata.
-Portuguese:Sou um modelo pequeno e falo apenas um pouco de português. Desejo a você um bom dia.
+Portuguese:Sou um modelo pequeno e falo um pouco de português. Desejo a você um bom dia.
 Dutch:Ik ben een klein model en ik spreek maar een beetje Nederlands. Ik wens je een fijne dag.
 Swedish:Jag är en liten modell och talar bara lite svenska. Jag önskar dig en trevlig dag.
 Danish:Jeg er en lille model og taler kun lidt dansk. Jeg ønsker dig en rigtig god dag.
@@ -24,7 +26,7 @@ Hungarian:Egy kis modell vagyok és csak egy kicsit beszélek magyarul. Szép na
 Romanian:Sunt un model mic și vorbesc doar puțin românește. Îți doresc o zi bună.
 Turkish:Ben küçük bir modelim ve sadece biraz Türkçe biliyorum. Sana güzel bir gün dilerim.
 Vietnamese:Tôi là một mô hình nhỏ và chỉ biết một ít tiếng Việt. Chúc bạn một ngày tốt lành.
-Indonesian:Saya adalah model kecil dan hanya bisa sedikit bahasa Indonesia. Semoga hari anda menyenangkan.
+Indonesian:Saya model kecil dan bisa sedikit bahasa Indonesia. Semoga hari anda menyenangkan.
 Swahili:Mimi ni modeli ndogo na ninajua Kiswahili kidogo tu. Ninakutakia siku njema sana.
 Russian:Я маленькая модель и знаю русский язык совсем немного. Желаю вам хорошего дня.
 Bulgarian:Аз съм малък модел и знам съвсем малко български език. Пожелавам ви хубав ден.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from . import tables as t
 from .instructions import choose
 from .pieces import Document, Pieces
@@ -106,7 +108,7 @@ def chains_of(
     groups = [names[i * size : (i + 1) * size] for i in range(chains)]
     values = list(dict.fromkeys(_value(p, 5) for _ in range(chains + 5)))[:chains]
     waiting = [
-        [f"VAR {g[0]} = {v}.", *(f"VAR {b} = VAR {a}." for a, b in zip(g, g[1:], strict=False))]
+        [f"VAR {g[0]} = {v}.", *(f"VAR {b} = VAR {a}." for a, b in pairwise(g))]
         for g, v in zip(groups, values, strict=True)
     ]
     lines: list[str] = []

@@ -18,15 +18,21 @@ rubric,brochure,book review,advice column,weekly plan,meal plan,funny note,sente
 acrostic,ballad,slogan,quiz,list of ideas,reference letter,thank you note,term paper,conversation
 short biography,welcome message,newsletter,public notice,game,weather report,motto,love letter"""),
 )
-AUDIENCES = t.items("""kids,teenagers,my students,parents,busy people,beginners,my colleagues,old friends
-a small company,young readers,tourists,farmers,my neighbours,people who love animals,music fans
-a group of teachers,people who have never heard of it,my whole family,new customers,history fans""")
-STYLES = t.items("""in a funny way,in a formal tone,in an angry tone,in the style of an old poet,in a polite way
-in a strange style,like a pirate,like a news reader,from the point of view of a child,as if you were a king
-so that everybody understands it,with a lot of feeling,in simple words,in a persuasive way,like a rapper
-in a weird manner,as a professional would,with some humour,in a friendly voice,in a dramatic style""")
-ROLES = t.items("""a poet,a teacher of history,a famous cook,a gardener,a lawyer,a travel guide,a doctor,a coach
-a comedian,a journalist,a scientist,a shop owner,a wizard,a librarian,a musician,an old sailor,a parent""")
+AUDIENCES = t.items("""kids,teenagers,my students,parents,busy people,beginners,my colleagues
+old friends
+a small company,young readers,tourists,farmers,my neighbours,people who love animals
+music fans,a group of teachers,people who have never heard of it,my whole family
+new customers,history fans""")
+STYLES = t.items("""in a funny way,in a formal tone,in an angry tone,in the style of an old poet
+in a polite way,in a strange style,like a pirate,like a news reader
+from the point of view of a child,as if you were a king,so that everybody understands it
+with a lot of feeling,in simple words,in a persuasive way,like a rapper
+in a weird manner,as a professional would,with some humour,in a friendly voice
+in a dramatic style""")
+ROLES = t.items("""a poet,a teacher of history,a famous cook,a gardener,a lawyer,a travel guide
+a doctor
+a coach,a comedian,a journalist,a scientist,a shop owner,a wizard,a librarian,a musician
+an old sailor,a parent""")
 TEXT_WISHES = (
     "Write {ak} about {t}.",
     "Can you write {ak} about {t}?",
