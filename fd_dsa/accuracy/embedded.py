@@ -127,6 +127,25 @@ class OpenModel:
         return resolve_device(self.engine_config.device)
 
 
+def read_config(model: str | os.PathLike[str] | None, index_topk: int | None = None) -> ModelConfig:
+    """What config.json says of a model, before anything of it is loaded.
+
+    Args:
+        model, index_topk: as of `open_model`.
+
+    Raises:
+        ConfigError: the folder or its config.json cannot be served, or `index_topk` is below 1.
+    """
+    if index_topk is not None and index_topk < 1:
+        raise ConfigError(f"--index-topk: got {index_topk}, allowed: a number of keys, at least 1")
+    folder = EngineConfig(model=model).model_path
+    prepare_cpu_runtime()
+    from fd_dsa.models.config import ModelConfig
+
+    with _folder_with(folder, index_topk) as changed:
+        return ModelConfig.from_folder(changed)
+
+
 def open_model(
     model: str | os.PathLike[str] | None = None,
     *,
@@ -147,17 +166,12 @@ def open_model(
         ConfigError: a field, the folder or its checkpoint cannot be served.
         BackendUnavailable: Paddle is missing, or has no such device.
     """
-    if index_topk is not None and index_topk < 1:
-        raise ConfigError(f"--index-topk: got {index_topk}, allowed: a number of keys, at least 1")
+    config = read_config(model, index_topk)
     asked = EngineConfig(model=model, max_model_len=max_model_len, **engine_config)
+    length = asked.resolve_max_model_len(config.max_position_embeddings)
     from fd_dsa.engine.factory import build_engine
 
-    prepare_cpu_runtime()
-    from fd_dsa.models.config import ModelConfig
-
     with _folder_with(asked.model_path, index_topk) as folder:
-        config = ModelConfig.from_folder(folder)
-        length = asked.resolve_max_model_len(config.max_position_embeddings)
         fields = {
             **engine_config,
             "model": folder,

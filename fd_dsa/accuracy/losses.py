@@ -106,7 +106,7 @@ def cut(
     if len(token_ids) <= first:
         raise ConfigError(f"the text has {len(token_ids)} tokens; none of them can be predicted")
     again, room = max(overlap, first), context - len(lead)
-    if not 0 <= again < room:
+    if overlap < 0 or again >= room:
         raise ConfigError(
             f"--overlap: got {overlap}, allowed: 0 to {room - 1}, so that windows of {context} "
             "tokens have some of their own"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, quiet
+from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, quiet, read_config
 from fd_dsa.accuracy.losses import Losses, measure, stretches, windows_of
 from fd_dsa.accuracy.report import Table, as_json, check_folder, page, show, write_files
 from fd_dsa.config import EngineConfig
@@ -81,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
     text = default_text() if args.text is None else _read(Path(args.text))
     if args.out is not None:
         check_folder(Path(args.out))
+    most = read_config(args.model, args.index_topk).max_position_embeddings
+    if args.context is not None and not 2 <= args.context <= most:
+        raise ConfigError(f"--context: got {args.context}, allowed: 2 to {most}, the model's own")
     sparse, model = _read_through(args, text, args.index_topk)
     length, index_topk = model.max_model_len, model.model_config.index_topk
     settings = _settings(args, model)

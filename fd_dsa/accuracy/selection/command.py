@@ -1,7 +1,7 @@
 """`selection`: recall of what the indexer chose, for every cache dtype, length and provider.
 
 Which kernel serves an operator is settled once in a process, so every setting of providers but the
-only one has a process of its own, which is this command again.
+first has a process of its own, which is this command again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.accuracy import plots
-from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, quiet
+from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, quiet, read_config
 from fd_dsa.accuracy.report import check_folder, show, write_files
 from fd_dsa.accuracy.selection.measure import measure
 from fd_dsa.accuracy.selection.needles import needle_texts
@@ -124,13 +124,14 @@ def run(args: argparse.Namespace) -> int:
     for name, least in (("texts", 1), ("queries", 1), ("seed", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name}: got {getattr(args, name)}, allowed: at least {least}")
+    args.lengths = _checked_lengths(args)
     if args.out is not None:
         plots.require()
         check_folder(Path(args.out))
     runs: list[dict[str, Any]] = []
-    alone = len(settings) == 1 and not settings[0].operators
     for setting in settings:
-        runs += _runs_here(args, setting) if alone else _runs_in_child(args, setting)
+        here = setting is settings[0] and not setting.operators
+        runs += _runs_here(args, setting) if here else _runs_in_child(args, setting)
     if not any("layers" in found for found in runs):
         raise ConfigError(runs[0]["unavailable"])
     result = {"settings": _settings(args), "runs": runs}
@@ -147,35 +148,44 @@ def _runs_here(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any
         for dtype in args.kv_cache_dtypes:
             known = {"provider": str(setting), "kv_cache_dtype": dtype}
             try:
-                lengths, model = _open(args, setting.device, dtype)
+                model = open_model(
+                    args.model,
+                    index_topk=args.index_topk,
+                    max_model_len=max(args.lengths) + _ANSWER_ROOM,
+                    device=setting.device,
+                    kv_cache_dtype=dtype,
+                    max_num_batched_tokens=args.max_num_batched_tokens,
+                )
                 known["provider"] = str(Setting(model.device, setting.operators))
-                runs += [known | _measured(args, model, length) for length in lengths]
+                runs += [known | _measured(args, model, length) for length in args.lengths]
             except (ConfigError, BackendUnavailable) as error:
-                if len(args.kv_cache_dtypes) == 1:
+                if len(args.kv_cache_dtypes) == len(args.providers) == 1:
                     raise
                 runs.append(known | {"unavailable": str(error)})
     return runs
 
 
-def _open(args: argparse.Namespace, device: str, dtype: str) -> tuple[list[int], OpenModel]:
-    """The lengths to measure at, and the model with room for them."""
-    given = args.lengths
-    model = open_model(
-        args.model,
-        index_topk=args.index_topk,
-        max_model_len=None if given is None else max(given) + _ANSWER_ROOM,
-        device=device,
-        kv_cache_dtype=dtype,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-    )
-    topk = model.model_config.index_topk
-    lengths = given or [min(_LENGTHS_OF_TOPK * topk, model.max_model_len - _ANSWER_ROOM)]
-    if min(lengths) <= topk:
-        raise ConfigError(
-            f"--lengths: got {min(lengths)}, allowed: above index_topk {topk}, since up to there "
-            "every key is chosen"
-        )
-    return lengths, model
+def _checked_lengths(args: argparse.Namespace) -> list[int]:
+    """Tokens of the prompts.
+
+    Raises:
+        ConfigError: one at which nothing is selected, or beyond the model's context.
+    """
+    config = read_config(args.model, args.index_topk)
+    topk, most = config.index_topk, config.max_position_embeddings - _ANSWER_ROOM
+    lengths = args.lengths or [min(_LENGTHS_OF_TOPK * topk, most)]
+    for length in lengths:
+        if length <= topk:
+            raise ConfigError(
+                f"--lengths: got {length}, allowed: above index_topk {topk}, since up to there "
+                "every key is chosen"
+            )
+        if length > most:
+            raise ConfigError(
+                f"--lengths: got {length}, allowed: at most {most}, since the answer needs "
+                f"{_ANSWER_ROOM} tokens of the context too"
+            )
+    return list(lengths)
 
 
 def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[str, Any]:
@@ -231,8 +241,7 @@ def _flags(args: argparse.Namespace, device: str, folder: str) -> list[str]:
     for name in ("texts", "queries", "max_num_batched_tokens", "seed", "index_topk"):
         if getattr(args, name) is not None:
             flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    if args.lengths is not None:
-        flags += ["--lengths", *map(str, args.lengths)]
+    flags += ["--lengths", *map(str, args.lengths)]
     return [
         *flags,
         "--kv-cache-dtypes",

@@ -1,0 +1,98 @@
+"""The demo model on hidden numbers: its indexer finds them, a selector of last keys does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from fd_dsa.accuracy.embedded import OpenModel, open_model
+from fd_dsa.accuracy.selection.measure import INDEXER, LAST, RANDOM, LayerFigures, measure
+from fd_dsa.accuracy.selection.needles import NeedleText, needle_texts, tokens_of
+from fd_dsa.errors import ConfigError
+from tests.accuracy.selection.backends import LastKeys
+
+LENGTH = 600
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[OpenModel]:
+    yield open_model(device="cpu", max_model_len=LENGTH + 64)
+
+
+@pytest.fixture(scope="module")
+def text(model: OpenModel) -> NeedleText:
+    (found,) = needle_texts(model, LENGTH, 1, seed=1)
+    return found
+
+
+@pytest.fixture(scope="module")
+def figures(model: OpenModel, text: NeedleText) -> list[LayerFigures]:
+    return measure(model, [text], num_queries=8)[0]
+
+
+def test_a_text_has_its_length_and_says_where_the_number_stands(
+    model: OpenModel, text: NeedleText
+) -> None:
+    assert len(text.prompt) == LENGTH
+    ids = [*text.prompt, *text.answer]
+    number = "".join(model.tokenizer.decode([text.prompt[needle]]) for _, needle in text.pairs)
+    assert len(number) == 5 and number.isdigit()
+    assert f"The pass key is {number}. Remember it." in model.tokenizer.decode(text.prompt)
+    assert model.tokenizer.decode(text.answer) == f"The pass key is {number[:-1]}"
+    # at a query the token of its needle comes next
+    follow = [*ids[1:], text.prompt[text.pairs[-1][1]]]
+    assert [follow[query] for query in text.queries] == [ids[needle] for _, needle in text.pairs]
+
+
+def test_texts_do_not_depend_on_their_number(model: OpenModel, text: NeedleText) -> None:
+    first, second = needle_texts(model, LENGTH, 2, seed=1)
+    assert first == text
+    assert second.prompt != first.prompt and second.depth != first.depth
+
+
+def test_a_text_that_is_not_there_once_is_refused(model: OpenModel) -> None:
+    ids = model.tokenizer.encode("48 and 48")
+    with pytest.raises(ConfigError, match="'48' stands 2 times in the text, not once"):
+        tokens_of(model.tokenizer, ids, "48")
+    assert model.tokenizer.decode([ids[p] for p in tokens_of(model.tokenizer, ids, "nd")]) == " and"
+
+
+def test_the_indexer_finds_the_number_where_a_head_looks_for_it(
+    figures: list[LayerFigures], model: OpenModel, text: NeedleText
+) -> None:
+    looking = [figure for figure in figures if figure.attends]
+    assert looking and len(looking) < len(figures)
+    topk = model.model_config.index_topk
+    for figure in looking:
+        assert figure.recall(INDEXER).value == 1.0
+        assert figure.recall(LAST).value == float(text.pairs[0][1] >= LENGTH - topk)
+        assert 0 < figure.recall(RANDOM).value < 0.9
+
+
+def test_mass_lies_between_chance_and_one(figures: list[LayerFigures], text: NeedleText) -> None:
+    for figure in figures:
+        assert len(figure.mass[INDEXER]) == len(text.pairs) + 8
+        for mine, chance in zip(figure.mass[INDEXER], figure.mass[RANDOM], strict=True):
+            assert chance < mine <= 1.000001
+
+
+def test_the_selection_is_the_exact_one(figures: list[LayerFigures]) -> None:
+    assert all(figure.exact and min(figure.exact) == 1.0 for figure in figures)
+
+
+def test_a_selector_of_last_keys_collapses(
+    model: OpenModel, text: NeedleText, figures: list[LayerFigures]
+) -> None:
+    spoiled, example = measure(model, [text], num_queries=8, backend=LastKeys)
+    assert text.pairs[-1][1] < LENGTH - model.model_config.index_topk
+    looking = [figure for figure in spoiled if figure.attends]
+    assert looking
+    for figure in looking:
+        assert figure.recall(INDEXER).value == 0.0
+        assert figure.mass[INDEXER] == pytest.approx(figure.mass[LAST])
+    assert min(min(figure.exact) for figure in spoiled) < 0.9
+    assert all(chosen[-1] == example.num_keys - 1 for chosen in example.selected)
+    assert all(not any(shares) for shares in example.shares)
+    best = max(figures, key=lambda figure: figure.strongest).layer
+    assert sum(spoiled[best].mass[INDEXER]) < sum(figures[best].mass[INDEXER])

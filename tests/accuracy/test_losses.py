@@ -1,0 +1,226 @@
+"""Losses of a text: windows that score every token once, and losses against naive loops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model
+from fd_dsa.accuracy.losses import (
+    Losses,
+    cut,
+    losses_of,
+    measure,
+    start_of_sequence,
+    stretches,
+    token_losses,
+)
+from fd_dsa.accuracy.selection.tap import recording
+from fd_dsa.errors import ConfigError
+from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner.model_runner import cache_layout
+from tests.accuracy.selection.backends import Collapsing
+from tests.demo.samples import PROSE
+from tests.runner.tiny import V32, run_rows, tiny_model, tiny_runner
+
+
+class TestWindows:
+    """How a text is cut."""
+
+    def test_a_text_that_fits_is_one_window(self) -> None:
+        (window,) = cut([5, 6, 7], 4, lead=[0])
+        assert (window.token_ids, window.first) == ((0, 5, 6, 7), 1)
+
+    def test_without_a_start_the_first_token_is_not_scored(self) -> None:
+        windows = cut([5, 6, 7, 8, 9], 3)
+        assert [(w.token_ids, w.first) for w in windows] == [((5, 6, 7), 1), ((7, 8, 9), 1)]
+
+    def test_an_overlap_is_read_again_and_not_scored(self) -> None:
+        windows = cut(list(range(10, 18)), 5, overlap=2, lead=[0])
+        assert [(w.token_ids, w.first) for w in windows] == [
+            ((0, 10, 11, 12, 13), 1),
+            ((0, 12, 13, 14, 15), 3),
+            ((0, 14, 15, 16, 17), 3),
+        ]
+
+    @given(
+        count=st.integers(2, 60),
+        context=st.integers(3, 20),
+        overlap=st.integers(0, 5),
+        lead=st.lists(st.just(-1), max_size=2),
+    )
+    def test_every_token_is_scored_once_in_order(
+        self, count: int, context: int, overlap: int, lead: list[int]
+    ) -> None:
+        assume(max(overlap, 0 if lead else 1) < context - len(lead))
+        ids = list(range(count))
+        windows = cut(ids, context, overlap, lead)
+        scored = [token for w in windows for token in w.token_ids[w.first :]]
+        assert scored == (ids if lead else ids[1:])
+        for window in windows:
+            assert len(window.token_ids) <= context
+            assert list(window.token_ids[: len(lead)]) == lead
+            own = window.token_ids[len(lead) :]
+            assert list(own) == list(range(own[0], own[0] + len(own)))
+
+    @pytest.mark.parametrize(
+        ("ids", "context", "overlap", "lead", "told"),
+        [
+            ([], 8, 0, [0], "has 0 tokens; none of them"),
+            ([5], 8, 0, [], "has 1 tokens; none of them"),
+            ([5, 6], 4, 3, [0], "--overlap: got 3, allowed: 0 to 2, so that windows of 4"),
+            ([5, 6], 4, -1, [0], "--overlap: got -1"),
+        ],
+    )
+    def test_what_cannot_be_cut_is_refused(
+        self, ids: list[int], context: int, overlap: int, lead: list[int], told: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=told):
+            cut(ids, context, overlap, lead)
+
+
+def test_losses_are_minus_log_softmax() -> None:
+    logits = np.array([[0.0, 0.0, 0.0, 0.0], [1000.0, 0.0, -1000.0, 999.0]], np.float32)
+    found = losses_of(logits, np.array([2, 3]))
+    assert found[0] == pytest.approx(math.log(4))
+    assert found[1] == pytest.approx(math.log(1 + math.e))
+
+
+def figures(nats: list[float], characters: int, num_bytes: int = 1) -> Losses:
+    """Losses of one window."""
+    return Losses(np.array(nats), np.arange(1, len(nats) + 1), 1, characters, num_bytes)
+
+
+def test_perplexity_and_bits() -> None:
+    # two bits, then four, for three characters of five bytes
+    losses = figures([2 * math.log(2), 4 * math.log(2)], 3, 5)
+    assert losses.perplexity == pytest.approx(8)
+    assert losses.bits_per_character == pytest.approx(2)
+    assert losses.bits_per_byte == pytest.approx(6 / 5)
+    assert figures([1e4], 1).perplexity == math.inf
+    assert figures([1e4], 1).to_json()["perplexity"] is None
+
+
+def test_stretches_part_at_the_selection_s_size() -> None:
+    losses = figures([0.0] * 100, 1)
+    found = [(first, last, int(inside.sum())) for first, last, inside in stretches(losses, 20)]
+    assert found[:3] == [(1, 12, 12), (13, 20, 8), (21, 28, 8)]
+    assert found[-1][1] >= 100
+    assert sum(count for *_, count in found) == 100
+    assert [first for first, *_ in found[1:]] == [last + 1 for _, last, _ in found[:-1]]
+
+
+def test_token_losses_of_a_tiny_model_are_those_of_its_logits() -> None:
+    tokens = np.random.default_rng(0).integers(2, 50, 50).tolist()
+    logits = run_rows(tiny_runner(tiny_model(V32)), [(0, tokens, 0, True)]).astype(np.float64)
+    wanted = [
+        math.log(sum(math.exp(v) for v in row)) - row[token]
+        for row, token in zip(logits.tolist(), tokens[1:], strict=False)
+    ]
+    sequence = OneSequence(tiny_runner(tiny_model(V32)))
+    np.testing.assert_allclose(token_losses(sequence, tokens), wanted, rtol=0, atol=1e-4)
+    # again, and after another sequence
+    token_losses(sequence, tokens[::-1])
+    np.testing.assert_allclose(token_losses(sequence, tokens), wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [7, 13, 49])
+def test_chunks_do_not_matter(chunk: int) -> None:
+    tokens = np.random.default_rng(1).integers(2, 50, 50).tolist()
+    model = tiny_model(V32)
+    wanted = token_losses(OneSequence(tiny_runner(model)), tokens)
+    layout = cache_layout(model.config, "float32", 16)
+    runner = ModelRunner(model, InputBatch(1, chunk, 4, 16), layout, 4)
+    found = token_losses(OneSequence(runner), tokens)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_sequence_longer_than_the_caches_is_refused() -> None:
+    sequence = OneSequence(tiny_runner(tiny_model(V32)))
+    with pytest.raises(ValueError, match="65 tokens, the caches have room for 64"):
+        token_losses(sequence, [3] * 65)
+
+
+def fake_tokenizer(empty: list[int], bos: int | None) -> SimpleNamespace:
+    return SimpleNamespace(encode=lambda text: list(empty), bos_token_id=bos)
+
+
+@pytest.mark.parametrize(
+    ("empty", "bos", "wanted"), [([], 7, [7]), ([], None, []), ([3, 4], 7, [3, 4])]
+)
+def test_a_sequence_begins_as_its_tokenizer_says(
+    empty: list[int], bos: int | None, wanted: list[int]
+) -> None:
+    assert start_of_sequence(fake_tokenizer(empty, bos)) == wanted
+
+
+# more than a few tokens past what the demo model selects
+TEXT = PROSE * 3
+
+
+class Demo:
+    """The demo model, and what it makes of the text."""
+
+    def __init__(self) -> None:
+        self.model = open_model(device="cpu", max_model_len=512)
+        self.topk = self.model.model_config.index_topk
+        self.losses = measure(self.model, TEXT)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Demo]:
+    yield Demo()
+
+
+def test_the_demo_model_s_losses_cover_the_text(demo: Demo) -> None:
+    tokenizer = demo.model.tokenizer
+    assert len(demo.losses.nats) == len(tokenizer.encode(TEXT)) > demo.topk + 16
+    assert demo.losses.num_keys.tolist() == list(range(1, len(demo.losses.nats) + 1))
+    assert demo.losses.characters == len(TEXT)
+    assert np.isfinite(demo.losses.nats).all()
+
+
+def test_windows_of_the_demo_model(demo: Demo) -> None:
+    ids = demo.model.tokenizer.encode(PROSE)
+    found = measure(demo.model, PROSE, context=41, overlap=10)
+    assert found.num_windows == 1 + math.ceil((len(ids) - 40) / 30)
+    assert len(found.nats) == len(ids)
+    np.testing.assert_allclose(found.nats[:40], demo.losses.nats[:40], rtol=0, atol=1e-3)
+    bos = demo.model.tokenizer.bos_token_id
+    again = token_losses(demo.model.sequence, [bos, *ids[30:70]])
+    np.testing.assert_allclose(found.nats[40:70], again[10:], rtol=0, atol=1e-3)
+    with pytest.raises(ConfigError, match="--context: got 513, allowed: 2 to 512"):
+        measure(demo.model, PROSE, context=513)
+
+
+def test_no_jump_at_the_selection_s_size(demo: Demo) -> None:
+    """Losses before, at and behind index_topk follow dense attention; a collapse would not."""
+    dense = measure(open_model(device="cpu", max_model_len=512, index_topk=512), TEXT)
+    difference = np.abs(demo.losses.nats - dense.nats)
+    border = demo.topk
+    # num_keys is the index plus one: up to here every key is chosen
+    assert difference[:border].max() < 1e-3
+    assert difference[border:].max() > 1e-5, "nothing is selected"
+    assert difference[border : border + 16].max() < 0.1
+    with recording(demo.model.sequence.runner, "cpu", Collapsing):
+        spoiled = measure(demo.model, TEXT)
+    jump = np.abs(spoiled.nats - demo.losses.nats)
+    assert jump[:border].max() == 0
+    assert jump[border : border + 16].max() > 1
+
+
+def test_open_model_refuses_a_selection_of_nothing() -> None:
+    with pytest.raises(ConfigError, match="--index-topk: got 0, allowed: a number of keys"):
+        open_model(index_topk=0)
+
+
+def test_open_model_is_used_alone(demo: Demo) -> None:
+    assert isinstance(demo.model, OpenModel)
+    assert demo.model.device == "cpu"
+    assert demo.model.sequence.capacity == 512
