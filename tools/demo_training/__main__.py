@@ -195,6 +195,13 @@ def selection(args: argparse.Namespace) -> None:
         print(name, values)
 
 
+def card(args: argparse.Namespace) -> None:
+    """Writes the model card of an exported folder; runs parity and selection (CPU, 4 min)."""
+    from demo_training.card import write_card
+
+    write_card(args.model, _tokenizer(args.model), _sources(args.data), args.out, args.texts)
+
+
 def join(args: argparse.Namespace) -> None:
     """Puts the parts of a checkpoint together, with all files of its folder."""
     from demo_training import checkpoint
@@ -237,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     command(evaluate, model=None, out=None, device="cuda", **rates)
     command(parity, model=None)
     command(selection, model=None, data=None, texts=16)
+    command(card, model=None, data=None, out=None, texts=16)
     command(join, parts=None, out=None)
     return parser
 
