@@ -142,7 +142,7 @@ def check_folder(out: Path) -> None:
 def write_files(out: Path, files: Mapping[str, str]) -> None:
     """Write texts as files of a folder, which is made; a reader never sees half a file.
 
-    All texts are on the disk before the first takes its name.
+    All texts are written before the first takes its name.
 
     Args:
         files: name in the folder -> text, in UTF-8.

@@ -68,6 +68,14 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert (out / "x.md").read_text("utf-8") == "ä"
 
 
+def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
+    report.write_files(tmp_path, {"x.md": "old"})
+    with (tmp_path / "x.md").open("rb", buffering=0) as reader:
+        report.write_files(tmp_path, {"x.md": "new text"})
+        assert reader.read() == b"old"
+    assert (tmp_path / "x.md").read_text("utf-8") == "new text"
+
+
 def test_nan_is_no_json() -> None:
     with pytest.raises(ValueError, match="JSON"):
         report.as_json({"k": math.nan})
