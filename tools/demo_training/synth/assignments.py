@@ -14,6 +14,9 @@ from .tables import items
 from .word_rules import CASE_CHANGES
 from .wordy import Wish, wish
 
+# those from 700 on only fit into long rows
+WORD_COUNTS = (20, 30, 40, 50, 60, 80, 100, 120, 150, 150, 200, 200, 250, 300, 300, 350, 400)
+WORD_COUNTS += (450, 500, 600, 600, 700, 800, 900)
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 NUMBERS = items("zero,one,two,three,four,five,six,seven,eight,nine,ten,eleven,twelve")
 MARKS = ("Section", "SECTION", "Part", "PARAGRAPH", "Chapter", "Day", "PART", "Paragraph", "Stage")
@@ -36,7 +39,7 @@ END_PHRASES = (
     "Let me know how it goes.",
 )
 FORMS = ("bullets", "paragraphs", "firstword", "sections", "two", "json")
-FORM_WEIGHTS = (6, 6, 3.5, 4, 5, 4)
+FORM_WEIGHTS = (6, 6, 3.5, 4, 5, 6)
 LENGTHS = ("manysent", "fewsent", "atleast", "fewwords")
 LENGTH_WEIGHTS = (3, 3, 5, 2.5)
 WHOLE = ("lower", "upper", "nocomma", "quote")
@@ -62,16 +65,16 @@ def number(p: Pieces, n: int) -> str:
 def _sentences(p: Pieces, page_wish: Wish, length: str) -> tuple[list[str], int]:
     """Sentences that keep a rule on length ("" = none), and its number."""
     if length == "manysent":
-        n = p.choice([2, 3, 4, 5, 5, 6, 8, 10, 12, 15, 20, 25, 30])
+        n = p.choice([2, 3, 4, 5, 5, 6, 8, 10, 12, 15, 17, 20, 25, 30, 40, 50])
         return page_wish.sentences(p, n + p.between(1, 2)), n
     if length == "fewsent":
-        n = p.choice([2, 3, 4, 5, 6, 8, 10, 15])
+        n = p.choice([2, 3, 4, 5, 6, 8, 10, 15, 20, 30])
         return page_wish.sentences(p, p.between(1, min(n - 1, 6))), n
     if length == "atleast":
-        n = p.choice([20, 30, 40, 50, 60, 80, 100, 100, 120, 150, 200, 250, 300, 350, 400, 500])
+        n = p.choice(WORD_COUNTS)
         return _until(p, page_wish, round(n * 1.12) + 5), n
     if length == "fewwords":
-        n = p.choice([10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300])
+        n = p.choice([10, 15, 20, 25, 30, 40, 50, 60, 80, 100, 150, 200, 300, 500, 600])
         kept: list[str] = []
         for line in page_wish.sentences(p, p.between(1, 6)):
             if sum(len(s.split()) for s in (*kept, line)) < n * 0.9:
@@ -127,7 +130,7 @@ def _frame(p: Pieces, page: Page) -> None:
         page.title = upper_first(page.topic.text) if p.chance(0.8) else p.phrase().title()
         page.keep("title")
     elif r < 0.65:
-        mark = p.choice(["P.S.", "P.S.", "P.P.S"])
+        mark = p.choice(["P.S.", "P.P.S"])
         page.last = f"\n\n{mark} {p.choice(PS_LINES)}"
         page.keep("ps", mark, mark=mark)
     else:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from .checks import count_capitals, letter_count
+from .long_essay import long_essay
 from .page import Page
 from .pieces import Pieces
 
@@ -23,6 +24,9 @@ AGAIN_LINES = (
     "Others sing of {k} in the morning.",
     "My friend wants to hear {k} too.",
     "In the end it is {k} that counts.",
+    "Let me write {k} one more time.",
+    "Now close your eyes and think of {k}.",
+    "That was enough about {k}.",
 )
 BLANKS = (
     "name",
@@ -35,6 +39,8 @@ BLANKS = (
     "city",
     "company",
     "title",
+    "number",
+    "price",
 )
 MARKED_WORDS = 3
 
@@ -74,8 +80,8 @@ def keywords(p: Pieces, page: Page) -> None:
 
 def frequency(p: Pieces, page: Page) -> None:
     """A word at least n times."""
-    word, n = any_word(p), p.choice([2, 2, 3, 3, 4, 5, 6, 7])
-    page.blocks[-1] += [line.format(k=word) for line in AGAIN_LINES[: n + (n < 7)]]
+    word, n = any_word(p), p.choice([1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8, 10])
+    page.blocks[-1] += [line.format(k=word) for line in AGAIN_LINES[: n + 1]]
     page.keep("frequency", (word, n), w=quoted(p, word), n=n)
 
 
@@ -103,7 +109,10 @@ def forbidden(p: Pieces, page: Page) -> None:
 
 def letter(p: Pieces, page: Page) -> None:
     """A letter at least n times; the missing ones come from words that have it."""
-    sign, n = p.choice("abcdefghijklmnopqrstuvwxyz"), p.choice([2, 3, 4, 5, 6, 8, 10, 12, 15, 20])
+    sign, n = (
+        p.choice("abcdefghijklmnopqrstuvwxyz"),
+        p.choice([1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30]),
+    )
     has = sorted(w for w in p.sources.common if sign in w)
     has = sorted(has, key=lambda w: (-w.count(sign), w))[:24] or [sign * 4]
     missing = n + 2 - letter_count(page.text(), sign)
@@ -128,7 +137,7 @@ def few_letters(p: Pieces, page: Page) -> None:
 
 def placeholders(p: Pieces, page: Page) -> None:
     """At least n blanks in square brackets."""
-    n = p.choice([1, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8])
+    n = p.choice([1, 1, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 10, 12])
     lines = [
         f"Please write to [{x}]." if i % 2 else f"The {x} is [{x}]."
         for i, x in enumerate(BLANKS[:n])
@@ -139,7 +148,9 @@ def placeholders(p: Pieces, page: Page) -> None:
 
 def highlight(p: Pieces, page: Page) -> None:
     """At least n parts between asterisks: the first words of the first n sentences."""
-    n = p.choice([1, 2, 2, 3, 3, 3, 4, 5, 6, 8])
+    n = p.choice([1, 2, 2, 3, 3, 3, 4, 5, 6, 8, 10, 15])
+    if sum(map(len, page.blocks)) < n and page.form == "plain":
+        page.blocks = [long_essay(p, page.topic, n + 1)]
     left = n
     for block in page.blocks:
         for i, sentence in enumerate(block):
@@ -182,7 +193,7 @@ CONTENT: tuple[tuple[float, Callable[[Pieces, Page], None]], ...] = (
     (1.5, rarely),
     (6.0, forbidden),
     (4.0, letter),
-    (1.5, few_letters),
+    (5.0, few_letters),
     (4.0, placeholders),
     (6.0, highlight),
     (2.5, capital_words),

@@ -14,7 +14,8 @@ KINDS = (
     *t.TEXT_TYPES,
     *t.items("""essay,blog post,email,letter,cover letter,story,short story
 article,tweet,job description,lesson plan,joke,social media post,sales pitch,fairy tale,plot
-template,rubric,brochure,book review,advice column,weekly plan,meal plan,funny note,sentence,paragraph,script
+template,rubric,brochure
+book review,advice column,weekly plan,meal plan,funny note,sentence,paragraph,script
 acrostic,ballad,slogan,quiz,list of ideas,reference letter,thank you note,term paper,conversation
 short biography,welcome message,newsletter,public notice,game,weather report,motto,love letter"""),
 )
