@@ -49,7 +49,20 @@ def add_parser(subparsers: Any) -> None:
         "retrieval", help="passkeys, needles and variables in long contexts", allow_abbrev=False
     )
     add_run_flags(parser, out="retrieval", max_tokens=_MAX_TOKENS)
-    group = parser.add_argument_group("prompts")
+    _add_prompt_flags(parser.add_argument_group("prompts"))
+    group = parser.add_argument_group("lengths")
+    group.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="folder of the served model, at least its tokenizer (default: that of --serve)",
+    )
+    group.add_argument(
+        "--index-topk", metavar="N", help="of the model (default: config.json beside the tokenizer)"
+    )
+
+
+def _add_prompt_flags(group: argparse._ArgumentGroup) -> None:
+    """Flags that decide what is hidden and asked."""
     group.add_argument(
         "--tasks",
         metavar="LIST",
@@ -83,15 +96,6 @@ def add_parser(subparsers: Any) -> None:
         "--continuity",
         action="store_true",
         help="the same items at lengths around index_topk: does anything break there?",
-    )
-    group = parser.add_argument_group("lengths")
-    group.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        help="folder of the served model, at least its tokenizer (default: that of --serve)",
-    )
-    group.add_argument(
-        "--index-topk", metavar="N", help="of the model (default: config.json beside the tokenizer)"
     )
 
 

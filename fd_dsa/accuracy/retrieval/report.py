@@ -50,7 +50,10 @@ def files(results: Results) -> dict[str, str]:
     return {
         **pictures,
         SCORES_FILE: as_json(_json(results, cells)),
-        REPORT_FILE: page("Retrieval", [*parts(results), *_pictures(results), *_details(results)]),
+        REPORT_FILE: page(
+            f"Retrieval: {results.settings.model}",
+            [*parts(results), *_pictures(results), *_details(results), _settings(results)],
+        ),
     }
 
 
@@ -166,6 +169,18 @@ def _shown(text: str) -> str:
     """The beginning of an answer in one line."""
     line = " ".join(text.split()).replace("`", "'")
     return line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 3] + "..."
+
+
+def _settings(results: Results) -> Table:
+    """The settings that decide answers; the server's address says nothing about them."""
+    known = results.settings.to_json()
+    server, task = known.pop("server"), known.pop("task_settings")
+    known.pop("base_url")
+    task["wording"] = results.plan.wording.name
+    task |= task.pop("sizes")
+    found = {**known, **task, **{f"server: {name}": value for name, value in server.items()}}
+    rows = tuple((name, "unknown" if v is None else str(v)) for name, v in found.items())
+    return Table("Settings", ("setting", "value"), rows)
 
 
 def _continuity(results: Results) -> Table:

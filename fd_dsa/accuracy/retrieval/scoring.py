@@ -2,6 +2,7 @@
 
 `passed` = it names every string that was asked for and no other that the text hides. `share` = of
 the asked strings those that it names: RULER's score (arXiv 2404.06654), which forgives others.
+What a model thinks aloud, up to `</think>`, is not scored.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fd_dsa.accuracy.answers import Record
 from fd_dsa.accuracy.retrieval.plan import Cell
 from fd_dsa.accuracy.types import Answer, PromptScore
 
+_END_OF_THOUGHT = "</think>"
 # 1,234,567 is read as 1234567
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -77,7 +79,8 @@ def named(text: str, candidates: Sequence[str]) -> tuple[str, ...]:
 def score_record(record: Record) -> ItemScore:
     """The score of a kept answer."""
     metadata = record.metadata
-    references, text = metadata["references"], record.answer.text
+    references = metadata["references"]
+    text = record.answer.text.rpartition(_END_OF_THOUGHT)[2]
     right = named(text, references)
     return ItemScore(
         record.answer.key,

@@ -30,6 +30,8 @@ def scored(text: str, references: list[str], others: list[str]) -> ItemScore:
         ("K3, B7 and Q1", False, 1.0),
         ("K31, xB7", False, 0.0),
         ("k3, b7", False, 0.0),
+        ("K3, B7, or is it Q1?</think> K3, B7", True, 1.0),
+        ("K3, B7</think>K3", False, 0.5),
         ("", False, 0.0),
     ],
 )
