@@ -66,7 +66,7 @@ class Settings:
     warm_up: int = 100
     balance: float = 0.01
     bias_rate: float = 0.01
-    sample_every: int = 4000
+    sample_every: int = 8000
 
 
 def rows_of(phase: str, step: int, through: float) -> str:
