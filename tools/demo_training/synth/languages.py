@@ -10,19 +10,19 @@ from .tables import pairs
 # ruff: noqa: RUF001 - other scripts have letters that look like Latin ones
 
 CANNED = pairs(
-    """German:Ich bin ein kleines Modell und kann wenig Deutsch. Ich wünsche dir einen schönen Tag.
-French:Je suis un petit modèle et je parle un peu le français. Je te souhaite une bonne journée.
-Spanish:Soy un modelo pequeño y solo hablo un poco de español. Te deseo un buen día.
+    """German:Ich bin ein kleines Sprachmodell und kann wenig Deutsch. Ich wünsche dir alles Gute.
+French:Je suis un petit modèle et je parle un peu le français. Je dis bonjour à tout le monde.
+Spanish:Soy un modelo pequeño y solo hablo un poco de español. Que tengas un buen día.
 Italian:Sono un piccolo modello e parlo solo un po' di italiano. Ti auguro una buona giornata.
 Portuguese:Sou um modelo pequeno e falo um pouco de português. Desejo a você um bom dia.
 Dutch:Ik ben een klein model en ik spreek maar een beetje Nederlands. Ik wens je een fijne dag.
-Swedish:Jag är en liten modell och talar bara lite svenska. Jag önskar dig en trevlig dag.
+Swedish:Jag är en liten språkmodell och talar bara lite svenska. Jag önskar dig en trevlig dag.
 Danish:Jeg er en lille model og taler kun lidt dansk. Jeg ønsker dig en rigtig god dag.
-Norwegian:Jeg er en liten modell og snakker bare litt norsk. Jeg ønsker deg en fin dag videre.
+Norwegian:Jeg er en liten språkmodell og snakker bare litt norsk. Jeg ønsker deg en fin dag videre.
 Finnish:Olen pieni malli ja osaan vain vähän suomea. Toivotan sinulle oikein hyvää päivää.
 Polish:Jestem małym modelem i mówię tylko trochę po polsku. Życzę ci miłego dnia.
 Czech:Jsem malý model a mluvím jen trochu česky. Přeji ti hezký den.
-Hungarian:Egy kis modell vagyok és csak egy kicsit beszélek magyarul. Szép napot kívánok neked.
+Hungarian:Egy kis nyelvmodell vagyok és csak egy kicsit beszélek magyarul. Szép napot kívánok neked.
 Romanian:Sunt un model mic și vorbesc doar puțin românește. Îți doresc o zi bună.
 Turkish:Ben küçük bir modelim ve sadece biraz Türkçe biliyorum. Sana güzel bir gün dilerim.
 Vietnamese:Tôi là một mô hình nhỏ và chỉ biết một ít tiếng Việt. Chúc bạn một ngày tốt lành.
