@@ -63,7 +63,7 @@ def _warnings(found: Comparison) -> list[str]:
         values = f"{change.before!r} before, {change.after!r} after"
         if change.decisive:
             lines.append(f"Warning: {change.name}: {values}; allowed, but not done alike.")
-        elif change.batching:
+        elif change.batching and found.same_answers < found.prompts:
             lines.append(
                 f"Warning: {change.name}: {values}; greedy tokens may depend on the batch, so "
                 "flips may come from that alone."

@@ -251,12 +251,16 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_command_with_equal_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before, after = (write(tmp_path / name / "run", passing(GOOD)) for name in "ab")
+    before, after = (write(tmp_path / n / "run", passing(GOOD)) for n in "ab")
     status, text, _ = _main(capsys, before, after)
     assert status == 0
     assert text.startswith("Verdict. Equal, answer by answer: all 100 answers have the same SHA")
     assert "All recorded settings are the same in both runs." in text
     assert "flipped" not in text and "By type" not in text
+    other = write(tmp_path / "c" / "run", run(passing(GOOD).prompts, concurrency=1))
+    _, text, _ = _main(capsys, before, other)
+    # no flip needs an excuse
+    assert "Warning" not in text and "concurrency" in text
 
 
 def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
