@@ -47,7 +47,7 @@ def test_documented_defaults_are_the_real_ones() -> None:
     fields = {f"--{f.name.replace('_', '-')}": f.default for f in dataclasses.fields(EngineConfig)}
     for flag, action in _flags().items():
         default = fields.get(flag, action.default)
-        if default in (None, ()) or default is False:
+        if default in (None, (), argparse.SUPPRESS) or isinstance(default, bool):
             # resolved from the model, the device or the memory, or a switch: told in words
             continue
         shown = f"{default:g}" if isinstance(default, float) else str(default)

@@ -97,6 +97,7 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"kv_cache_memory_bytes": 0}, ["--kv-cache-memory-bytes", "got 0"]),
         ({"num_gpu_blocks_override": 0}, ["--num-gpu-blocks-override"]),
         ({"seed": -1}, ["--seed", "-1"]),
+        ({"enable_prefix_caching": 1}, ["--enable-prefix-caching", "got 1", "a bool"]),
         (
             {"kv_cache_memory_bytes": "1G", "num_gpu_blocks_override": 5},
             ["--num-gpu-blocks-override", "--kv-cache-memory-bytes", "one of them"],

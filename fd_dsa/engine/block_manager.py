@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fd_dsa.engine.prefix_cache import BlockKeys, PrefixCache
+
+
+@dataclass(slots=True)
+class _Owner:
+    """Blocks of one request in the order of its tokens, and how many were offered for sharing."""
+
+    blocks: list[int] = field(default_factory=list)
+    num_offered: int = 0
+
 
 class BlockManager:
-    """Free list and owners of the cache blocks; the only place that knows either.
+    """Free list, owners and shared prefixes of the cache blocks; the only place that knows them.
 
-    A block has one owner at most. Latent cache and indexer cache use the same ids.
+    Latent cache and indexer cache use the same ids, so a block stands for its part of both, in
+    all layers: they are shared, kept and taken together.
+
+    Rules of sharing:
+        - A block can be found once it is full and the step that filled it has finished, and is
+          not written from then on. So one with several owners is never written.
+        - A prompt takes over full blocks of all its tokens but the last, whose logits it needs.
+        - Blocks that hold nothing of use are taken first, then those in the table that nobody
+          owns, the longest unowned first; of one request's blocks the last ones, since earlier
+          ones are found without later ones, but not the other way round.
 
     Args:
         num_blocks: blocks of the caches, ids 0 .. num_blocks - 1.
         block_size: tokens per block.
+        enable_prefix_caching: whether blocks are shared at all.
 
     Raises:
         ValueError: a number is below 1.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True
+    ) -> None:
         """All blocks are free at first."""
         if num_blocks < 1 or block_size < 1:
             raise ValueError(
@@ -24,19 +49,22 @@ class BlockManager:
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
         # taken from the end, so that low ids are used first
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._owned: dict[str, list[int]] = {}
+        self._prefix_cache = PrefixCache()
+        self._num_owners = [0] * num_blocks
+        self._owners: dict[str, _Owner] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks without an owner."""
-        return len(self._free)
+        """Blocks without an owner, those of the prefix cache included."""
+        return len(self._free) + self._prefix_cache.num_unowned
 
     @property
     def num_used(self) -> int:
         """Blocks with an owner."""
-        return self.num_blocks - len(self._free)
+        return self.num_blocks - self.num_free
 
     def num_needed(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` tokens."""
@@ -44,29 +72,82 @@ class BlockManager:
 
     def blocks_of(self, request_id: str) -> tuple[int, ...]:
         """Blocks of a request in the order of its tokens; empty when it owns none."""
-        return tuple(self._owned.get(request_id, ()))
+        owner = self._owners.get(request_id)
+        return tuple(owner.blocks) if owner else ()
 
-    def allocate(self, request_id: str, num_tokens: int) -> list[int] | None:
+    def find_cached_blocks(self, keys: BlockKeys, num_tokens: int) -> list[int]:
+        """Blocks that hold the first tokens of a request that has `num_tokens`, never the last.
+
+        They stay what they are until the next call of another method; `allocate` takes them over.
+        """
+        if not self.enable_prefix_caching:
+            return []
+        return self._prefix_cache.find(keys, (num_tokens - 1) // self.block_size)
+
+    def allocate(
+        self, request_id: str, num_tokens: int, cached: Sequence[int] = (), spare: int = 0
+    ) -> list[int] | None:
         """Blocks added so that the request can hold `num_tokens` tokens in all.
 
+        Args:
+            request_id: who shall own them.
+            num_tokens: tokens to hold, those of its present blocks included.
+            cached: what `find_cached_blocks` gave; only for a request that owns nothing.
+            spare: free blocks that must be left.
+
         Returns:
-            The new blocks, empty when it owns enough; None, and nothing changed, when too few
-            are free.
+            The added blocks, those of `cached` first, empty when it owns enough; None, and nothing
+            changed, when too few are free.
         """
-        owned = self._owned.get(request_id)
-        missing = self.num_needed(num_tokens) - (len(owned) if owned else 0)
-        if missing <= 0:
-            return []
-        if missing > len(self._free):
+        owner = self._owners.get(request_id)
+        missing = self.num_needed(num_tokens) - (len(owner.blocks) if owner else len(cached))
+        num_revived = sum(not self._num_owners[block] for block in cached)
+        if missing + num_revived > 0 and missing + num_revived + spare > self.num_free:
             return None
-        added = self._free[-missing:][::-1]
-        del self._free[-missing:]
-        if owned is None:
-            self._owned[request_id] = added
-            return list(added)
-        owned.extend(added)
+        if owner is None:
+            owner = self._owners[request_id] = _Owner()
+        for block in cached:
+            self._prefix_cache.claim(block)
+        added = [*cached, *(self._take_free() for _ in range(missing))]
+        for block in added:
+            self._num_owners[block] += 1
+        owner.blocks += added
+        owner.num_offered = max(owner.num_offered, len(cached))
         return added
+
+    def cache_full_blocks(self, request_id: str, keys: BlockKeys, num_tokens: int) -> None:
+        """Let others find the blocks that the first `num_tokens` tokens of a request have filled.
+
+        Call it when the step that wrote them has finished, and only for tokens that stay: never
+        for drafts that are not verified.
+        """
+        if not self.enable_prefix_caching:
+            return
+        owner = self._owners[request_id]
+        num_full = num_tokens // self.block_size
+        for index in range(owner.num_offered, num_full):
+            self._prefix_cache.put(keys[index], owner.blocks[index])
+        owner.num_offered = max(owner.num_offered, num_full)
 
     def free(self, request_id: str) -> None:
         """Take all blocks back from a request; one that owns none is fine."""
-        self._free.extend(reversed(self._owned.pop(request_id, ())))
+        owner = self._owners.pop(request_id, None)
+        if owner is None:
+            return
+        for block in reversed(owner.blocks):
+            self._num_owners[block] -= 1
+            if not self._num_owners[block] and not self._prefix_cache.keep(block):
+                self._free.append(block)
+
+    def reset_prefix_cache(self) -> None:
+        """Let nothing be found any more that was computed up to now or will be by present owners.
+
+        Owners keep their blocks.
+        """
+        self._free += self._prefix_cache.clear()
+        for owner in self._owners.values():
+            owner.num_offered = self.num_blocks
+
+    def _take_free(self) -> int:
+        """A block without an owner; there is one."""
+        return self._free.pop() if self._free else self._prefix_cache.evict()

@@ -49,7 +49,11 @@ class EngineStats:
     """Counters since the start, and the present load.
 
     Attributes:
-        kv_cache_usage: share of the cache blocks in use, 0 to 1.
+        kv_cache_usage: share of the cache blocks in use, 0 to 1; blocks that are only kept for
+            later requests are not in use.
+        prefix_cache_queries: prompt tokens looked for in the prefix cache, each request counted
+            when it first runs.
+        prefix_cache_hits: those of them that were there.
         host_time_s, runner_time_s: seconds spent in steps, outside and inside the runner.
     """
 
@@ -62,6 +66,8 @@ class EngineStats:
     num_preemptions: int
     prompt_tokens: int
     generated_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
     host_time_s: float
     runner_time_s: float
 
@@ -78,6 +84,7 @@ class LLMEngine:
         max_num_seqs: rows of a step.
         max_num_batched_tokens: tokens of a step.
         eos_token_ids: tokens that end an output.
+        enable_prefix_caching: whether requests share the blocks of prompts that begin alike.
         seed: of requests that bring none.
         sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
             them out; the engine itself does not apply them.
@@ -94,6 +101,7 @@ class LLMEngine:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         eos_token_ids: Iterable[int],
+        enable_prefix_caching: bool = True,
         seed: int = 0,
         sampling_defaults: Mapping[str, float | int] | None = None,
     ) -> None:
@@ -114,7 +122,7 @@ class LLMEngine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self._batch: StepRows = runner.input_batch
-        self._blocks = BlockManager(num_blocks, block_size)
+        self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self._scheduler = Scheduler(self._blocks, self._batch, max_num_seqs, max_num_batched_tokens)
         self._sampler = Sampler(max_num_seqs)
         # arrival number of the request whose parameters the sampler has in a slot
@@ -185,6 +193,7 @@ class LLMEngine:
             seed=seed,
             detokenizer=IncrementalDetokenizer(self.tokenizer, prompt_token_ids=prompt),
             stop_checker=StopChecker(params.stop_strings) if params.stop_strings else None,
+            block_size=self._blocks.block_size,
         )
         self._num_arrived += 1
         self._prompt_tokens += len(prompt)
@@ -226,8 +235,7 @@ class LLMEngine:
         ready = time.perf_counter()
         logits = self.runner.execute_model(logits_indices)
         done = time.perf_counter()
-        for request in scheduled:
-            request.num_computed_tokens += request.num_scheduled_tokens
+        self._scheduler.complete_step()
         outputs = self._sample(sampling, logits) if sampling else []
         self._num_steps += 1
         self._runner_time_s += done - ready
@@ -247,6 +255,8 @@ class LLMEngine:
             num_preemptions=self._scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            prefix_cache_queries=self._scheduler.prefix_cache_queries,
+            prefix_cache_hits=self._scheduler.prefix_cache_hits,
             host_time_s=self._host_time_s,
             runner_time_s=self._runner_time_s,
         )
@@ -308,7 +318,11 @@ class LLMEngine:
         return outputs
 
     def _fail(self, request: Request, now: float) -> RequestOutput:
-        """End a request whose logits are unusable; the others go on."""
+        """End a request whose logits are unusable; the others go on.
+
+        What it wrote into the caches may be unusable too, and others may have read it already.
+        """
+        self._blocks.reset_prefix_cache()
         error = RuntimeError(
             f"request {request.request_id!r}: the logits of output token "
             f"{len(request.output_token_ids)} are not finite; the model or its weights are at fault"

@@ -68,6 +68,7 @@ def build_engine(config: EngineConfig) -> LLMEngine:
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.num_batched_tokens,
         eos_token_ids=model_config.eos_token_ids,
+        enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
         sampling_defaults=defaults,
     )

@@ -22,6 +22,8 @@ class RequestOutput:
             max_tokens reached, "abort" ended from outside, "error" see `error`.
         stop_reason: the stop string or the end-of-sequence token id which ended the request.
         error: what went wrong with this request alone (its logits were not finite).
+        num_cached_tokens: leading prompt tokens that were not computed for this request, because
+            the blocks of earlier ones hold them.
         arrival_time, first_token_time, finish_time: seconds of time.monotonic(); None when
             not reached yet.
 
@@ -42,6 +44,7 @@ class RequestOutput:
         "first_token_time",
         "new_text",
         "new_token_ids",
+        "num_cached_tokens",
         "prompt_token_ids",
         "request_id",
         "stop_reason",
@@ -61,6 +64,7 @@ class RequestOutput:
         first_token_time: float | None = None,
         finish_time: float | None = None,
         error: RuntimeError | None = None,
+        num_cached_tokens: int = 0,
     ) -> None:
         """Keep the values; lists are shared, not copied."""
         self.request_id = request_id
@@ -73,6 +77,7 @@ class RequestOutput:
         self.first_token_time = first_token_time
         self.finish_time = finish_time
         self.error = error
+        self.num_cached_tokens = num_cached_tokens
         self._token_ids = token_ids
         self._num_tokens = len(token_ids)
         self._pieces = [text] if isinstance(text, str) else text

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from fd_dsa.engine.detokenizer import IncrementalDetokenizer, StopChecker
 from fd_dsa.engine.output import FinishReason, RequestOutput
+from fd_dsa.engine.prefix_cache import BlockKeys
 from fd_dsa.engine.sampling_params import SamplingParams
 
 
@@ -19,6 +20,9 @@ class Request:
         token_ids: prompt and output so far; what must be in the cache before the next token.
         num_computed_tokens: leading tokens of `token_ids` whose keys are in the cache.
         num_scheduled_tokens: tokens of the step being prepared.
+        num_cached_tokens: prompt tokens that others had computed when the request first ran;
+            None before.
+        block_keys: names of the full blocks of `token_ids` in the prefix cache.
         slot: row of the input batch; -1 while waiting.
         pieces: emitted text, one entry for each step that emitted some.
     """
@@ -32,20 +36,24 @@ class Request:
     seed: int
     detokenizer: IncrementalDetokenizer
     stop_checker: StopChecker | None
+    block_size: InitVar[int]
     token_ids: list[int] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
+    num_cached_tokens: int | None = None
+    block_keys: BlockKeys = field(init=False)
     slot: int = -1
     first_token_time: float | None = None
     finish_time: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, block_size: int) -> None:
         """Start with the prompt as the tokens to compute."""
         self.token_ids = list(self.prompt_token_ids)
+        self.block_keys = BlockKeys(self.token_ids, block_size, self.params.cache_salt)
 
     @property
     def is_decode(self) -> bool:
@@ -113,4 +121,5 @@ class Request:
             self.first_token_time,
             self.finish_time,
             error,
+            self.num_cached_tokens or 0,
         )

@@ -1,4 +1,4 @@
-"""What a caller may ask of the sampler and of the stop rules, checked when it is made."""
+"""What a caller may ask of sampler, stop rules and prefix cache, checked when it is made."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class SamplingParams:
         ignore_eos: go on after an end-of-sequence token.
         seed: draws of the request depend on it and the position in the output alone;
             None = derived from the engine's seed and the request's arrival number.
+        cache_salt: a text, not empty; the request shares cache blocks only with requests of the
+            same one. None = with all that have none.
+        skip_reading_prefix_cache: compute the whole prompt, also where earlier requests have;
+            what is computed can be found by later ones.
 
     Raises:
         ValueError: a field is out of range or of another type; names field and value.
@@ -38,6 +42,8 @@ class SamplingParams:
     stop: str | Sequence[str] | None = None
     ignore_eos: bool = False
     seed: int | None = None
+    cache_salt: str | None = None
+    skip_reading_prefix_cache: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -48,8 +54,13 @@ class SamplingParams:
             _check_int("max_tokens", self.max_tokens, 1, None)
         if self.seed is not None:
             _check_int("seed", self.seed, SEED_MIN, SEED_MAX)
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        for name in ("ignore_eos", "skip_reading_prefix_cache"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it must be true or false")
+        salt = self.cache_salt
+        if salt is not None and (not isinstance(salt, str) or not salt):
+            raise ValueError(f"cache_salt is {salt!r}; it must be a non-empty string")
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop has the entry {text!r}; it must be a non-empty string")

@@ -28,8 +28,10 @@ class Scheduler:
           token budget. There are never more decoding requests than tokens: each of them took
           part in the step before.
         - A request is admitted when a row is free and the blocks of all its known tokens are
-          free, with one block to spare for each running request; strictly in order of arrival.
-          So every running request has arrived before every waiting one.
+          free or cached, with one block to spare for each running request; strictly in order of
+          arrival. So every running request has arrived before every waiting one.
+        - Tokens whose blocks are cached count as computed when a request is admitted, for the
+          first time or after it was preempted.
         - Only decoding needs further blocks. When none is free, the latest running request is
           preempted: it gives its blocks and row back and is computed anew later. The earliest
           one can thus always go on, and since no request needs more blocks than there are (the
@@ -51,6 +53,8 @@ class Scheduler:
     ) -> None:
         """Start without requests."""
         self.num_preemptions = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
         self._blocks = blocks
         self._tables = tables
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -93,6 +97,17 @@ class Scheduler:
         self._scheduled.sort(key=_slot)
         return self._scheduled
 
+    def complete_step(self) -> None:
+        """The step that `schedule` made has run: its tokens are computed, full blocks cached."""
+        block_size = self._blocks.block_size
+        for request in self._scheduled:
+            num_new, before = request.num_scheduled_tokens, request.num_computed_tokens
+            request.num_computed_tokens = before + num_new
+            if before % block_size + num_new >= block_size:
+                self._blocks.cache_full_blocks(
+                    request.request_id, request.block_keys, before + num_new
+                )
+
     def _schedule_decode(self, budget: int) -> int:
         """Give one token to each decoding request; returns the tokens left."""
         for request in [request for request in self._running.values() if request.is_decode]:
@@ -131,17 +146,39 @@ class Scheduler:
         """Start waiting requests in order of arrival while rows, blocks and tokens last."""
         while budget > 0 and self._waiting and self._free_slots:
             request = self._waiting[0]
-            needed = self._blocks.num_needed(len(request.token_ids))
-            if self._running and needed + len(self._running) > self._blocks.num_free:
+            # the blocks of running requests; what is cached never covers all tokens
+            spare = len(self._running)
+            if spare >= self._blocks.num_free:
                 break
-            added = self._blocks.allocate(request.request_id, len(request.token_ids))
+            cached = self._find_cached_blocks(request)
+            added = self._blocks.allocate(request.request_id, len(request.token_ids), cached, spare)
             if added is None:
                 break
             self._waiting.popleft()
             request.slot = heapq.heappop(self._free_slots)
             self._tables.set_blocks(request.slot, added)
             self._running[request.arrival] = request
+            self._count_hits(request, len(cached) * self._blocks.block_size)
             budget -= self._take(request, budget)
+
+    def _find_cached_blocks(self, request: Request) -> list[int]:
+        """Blocks that a waiting request may take over.
+
+        None for one that needs the logits of its whole prompt: cached tokens have none.
+        """
+        if request.params.skip_reading_prefix_cache:
+            return []
+        return self._blocks.find_cached_blocks(request.block_keys, len(request.token_ids))
+
+    def _count_hits(self, request: Request, num_cached_tokens: int) -> None:
+        """Start a request behind its cached tokens, which are counted at its first start only."""
+        request.num_computed_tokens = num_cached_tokens
+        if request.num_cached_tokens is not None:
+            return
+        request.num_cached_tokens = num_cached_tokens
+        if self._blocks.enable_prefix_caching and not request.params.skip_reading_prefix_cache:
+            self.prefix_cache_queries += len(request.prompt_token_ids)
+            self.prefix_cache_hits += num_cached_tokens
 
     def _take(self, request: Request, budget: int) -> int:
         """Put a request into the step with at most `budget` tokens; returns how many."""

@@ -141,6 +141,11 @@ def _add_cache_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--block-size", metavar="N", type=_integer, help="tokens per cache block (default: 64)"
     )
+    prefix_caching = group.add_argument(
+        "--enable-prefix-caching", action=argparse.BooleanOptionalAction
+    )
+    # set afterwards: some versions of Python add the default, which is a marker here
+    prefix_caching.help = "share the cache blocks of prompts that begin alike (default: enabled)"
 
 
 def _add_scheduler_flags(group: argparse._ArgumentGroup) -> None:

@@ -39,7 +39,7 @@ def server_info(config: EngineConfig, engine: AsyncEngine) -> dict[str, Any]:
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.num_batched_tokens,
         "block_size": config.block_size,
-        "enable_prefix_caching": getattr(config, "enable_prefix_caching", False),
+        "enable_prefix_caching": config.enable_prefix_caching,
         "sampling": "NumPy",
         # on a CPU they are chosen by the first request
         "providers": provider_table() or None,

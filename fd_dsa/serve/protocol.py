@@ -56,7 +56,16 @@ NOT_YET: dict[str, tuple[Any, ...]] = {
     "audio": (),
 }
 _ROLES = ("system", "developer", "user", "assistant")
-_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "seed", "stop", "max_tokens", "ignore_eos")
+_SAMPLING_FIELDS = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "stop",
+    "max_tokens",
+    "ignore_eos",
+    "cache_salt",
+)
 
 
 def _refuse(message: str) -> PydanticCustomError:
@@ -174,6 +183,9 @@ class _GenerationRequest(_Body):
     seed: int | None = None
     stop: _StopField = None
     ignore_eos: bool | None = Field(None, description="Go on after an end-of-sequence token.")
+    cache_salt: str | None = Field(
+        None, description="Share cached prefixes only with requests of the same salt."
+    )
 
     @property
     def include_usage(self) -> bool:

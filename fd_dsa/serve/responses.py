@@ -16,14 +16,20 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
 
 
-def usage_of(jobs: Sequence[Job], outputs: Sequence[RequestOutput]) -> dict[str, int]:
-    """Token counts of one HTTP request: all its prompts, all its outputs."""
+def usage_of(jobs: Sequence[Job], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """Token counts of one HTTP request: all its prompts, all its outputs.
+
+    `cached_tokens` are those of the prompts that earlier requests had computed.
+    """
     prompt = sum(len(job.prompt_token_ids) for job in jobs)
     completion = sum(len(output.token_ids) for output in outputs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(output.num_cached_tokens for output in outputs)
+        },
     }
 
 

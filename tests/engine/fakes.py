@@ -20,7 +20,8 @@ class FakeRunner:
     """Keeps token ids in a paged cache, as a model would keep keys.
 
     The logits of a token follow from all tokens of its row up to it, read back through the block
-    table: a wrong block, a lost chunk or a shared block changes them.
+    table: a wrong block or a lost chunk changes them. No other row may have a block that is
+    written.
 
     Args:
         input_batch: as the engine fills it.
@@ -56,6 +57,7 @@ class FakeRunner:
             for j in range(num_new):
                 block = batch.block_tables[row, (cached + j) // self.block_size]
                 assert block >= 0, f"row {row} has no block for token {cached + j}"
+                assert (batch.block_tables == block).sum() == 1, f"block {block} is shared"
                 self.cache[block, (cached + j) % self.block_size] = batch.ids_remove_padding[
                     begin + j
                 ]
@@ -107,6 +109,7 @@ def make_engine(
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 16,
     seed: int = 0,
+    enable_prefix_caching: bool = True,
 ) -> LLMEngine:
     """Engine over a fake runner; `engine.runner` is that runner."""
     blocks_per_seq = -(-max_model_len // block_size)
@@ -120,6 +123,7 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         eos_token_ids=[EOS],
+        enable_prefix_caching=enable_prefix_caching,
         seed=seed,
     )
 

@@ -53,6 +53,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "tensor_parallel_size": (["8"], ["--tensor-parallel-size", "8"]),
     "data_parallel_size": (["16"], ["--data-parallel-size", "16"]),
     "enable_expert_parallel": ([], ["--enable-expert-parallel"]),
+    "enable_prefix_caching": ([], ["--enable-prefix-caching"]),
     "shutdown_timeout": (["12"], ["--timeout-graceful-shutdown", "12"]),
     "device": (["gpu"], []),
     "dtype": (["auto"], []),
@@ -83,6 +84,14 @@ def test_each_flag_is_mapped_or_refused(name: str) -> None:
 
 def test_without_flags_only_the_block_size_is_told() -> None:
     assert translated() == ["--block-size", "64"]
+
+
+def test_prefix_caching_can_be_switched_off_on_either_side() -> None:
+    off = "--no-enable-prefix-caching"
+    assert translated(off) == [off, "--block-size", "64"]
+    assert translated("--", off) == ["--block-size", "64"]
+    said = refusal(off, "--", off)
+    assert "--enable-prefix-caching: got False, and --enable-prefix-caching False after --" in said
 
 
 def test_the_order_is_that_of_the_table() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+from typing import Any
 
 import openai
 import pytest
@@ -49,6 +51,31 @@ def test_seed_makes_a_sampled_answer_repeatable() -> None:
         same = [complete(live, seed=3, **fields).json()["choices"][0]["text"] for _ in range(2)]
         other = complete(live, seed=4, **fields).json()["choices"][0]["text"]
         assert same[0] == same[1] != other
+
+
+def cached_tokens(answer: dict[str, Any]) -> int:
+    """`cached_tokens` of an answer's or a last chunk's usage."""
+    return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
+    prompt = [5 + i % 30 for i in range(18)]
+    with running(AsyncEngine(make_engine())) as live:
+        fields = {"prompt": prompt, "max_tokens": 4}
+        found = [
+            cached_tokens(complete(live, **fields, cache_salt=salt).json())
+            for salt in (None, None, "a", "b", "a", None)
+        ]
+        assert found == [0, 16, 0, 0, 16, 16]
+        both = complete(live, prompt=[prompt, prompt[:9], [2]], max_tokens=4).json()
+        assert cached_tokens(both) == 16 + 8
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        events = complete(live, **fields, **options).text.strip().split("\n\n")
+        assert cached_tokens(json.loads(events[-2].removeprefix("data: "))) == 16
+        assert live.engine.stats().prefix_cache_hits == 16 * 3 + 24 + 16
+        for salt in ("", 3, ["a"]):
+            error = error_of(complete(live, **fields, cache_salt=salt), 400)
+            assert error["param"] == "cache_salt"
 
 
 async def stream_some(client: openai.AsyncOpenAI, number: int) -> tuple[int, str | None]:

@@ -32,6 +32,7 @@ MAPPED = {
     "max_num_batched_tokens": "--max-num-batched-tokens",
     "block_size": "--block-size",
     "num_gpu_blocks_override": "--num-gpu-blocks-override",
+    "enable_prefix_caching": "--enable-prefix-caching",
     "shutdown_timeout": "--timeout-graceful-shutdown",
 }
 # our flag -> the values that say what FastDeploy does anyway, so that no flag is needed
@@ -55,9 +56,14 @@ NO_COUNTERPART = {
 # flags that the launcher uses itself
 LAUNCHER = ("engine", "log_level")
 
+# flags of FastDeploy's without a value -> how its parser takes them
+_SWITCHES: dict[str, Any] = {
+    "--enable-expert-parallel": "store_true",
+    "--enable-prefix-caching": argparse.BooleanOptionalAction,
+}
 # flags of FastDeploy's whose values are looked at, or stand in for one of ours
 _KNOWN = (
-    *(flag for flag in MAPPED.values() if flag != "--enable-expert-parallel"),
+    *(flag for flag in MAPPED.values() if flag not in _SWITCHES),
     "--metrics-port",
     "--engine-worker-queue-port",
     "--cache-queue-port",
@@ -95,8 +101,8 @@ class PassedFlags:
         for flag in _KNOWN:
             short = ["-tp"] if flag == "--tensor-parallel-size" else []
             parser.add_argument(flag, *short, dest=flag)
-        expert_parallel = MAPPED["enable_expert_parallel"]
-        parser.add_argument(expert_parallel, dest=expert_parallel, action="store_true")
+        for flag, action in _SWITCHES.items():
+            parser.add_argument(flag, dest=flag, action=action)
         known, unknown = parser.parse_known_args(arguments)
         for argument in unknown:
             if argument.partition("=")[0] in _OF_MULTI_SERVER:
@@ -186,8 +192,8 @@ def parallel_size(args: Mapping[str, Any], passed: PassedFlags) -> tuple[int, in
 
 def _argument(flag: str, name: str, value: Any) -> list[str]:
     """One flag of FastDeploy's with its value."""
-    if value is True:
-        return [flag]
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag.removeprefix('--')}"]
     if name == "shutdown_timeout":
         if value != int(value) or value < 1:
             raise ConfigError(

@@ -1,0 +1,284 @@
+"""Prefix caching of the engine over a fake runner; its tokens follow from what its cache holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fd_dsa.engine.sampling_params import SamplingParams
+from tests.engine.fakes import VOCAB_SIZE, expected_greedy, make_engine, run_all
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+# 18 tokens: four blocks of 4 and a half one
+PREFIX = [5, 9, 2, 31, 17, 8, 8, 20, 3, 12, 30, 6, 7, 25, 11, 4, 19, 22]
+
+
+def answer(engine, prompt, params=GREEDY, name="r"):
+    """Last output of a request that has the engine for itself."""
+    engine.add_request(name, prompt, params)
+    return run_all(engine)[name][-1]
+
+
+def first_chunk(engine):
+    """Tokens, and tokens before them, of the only row of the step just run."""
+    (row,) = engine.runner.steps[-1].values()
+    return row[:2]
+
+
+def hits(engine):
+    """Tokens that were found, of those that were looked for."""
+    stats = engine.stats()
+    return stats.prefix_cache_hits, stats.prefix_cache_queries
+
+
+def test_a_prompt_that_begins_alike_is_computed_from_where_it_differs():
+    engine = make_engine()
+    assert answer(engine, [*PREFIX, 1]).num_cached_tokens == 0
+    assert hits(engine) == (0, 19)
+    engine.add_request("r", [*PREFIX, 2, 3], GREEDY)
+    engine.step()
+    assert first_chunk(engine) == (4, 16)
+    output = run_all(engine)["r"][-1]
+    assert output.token_ids == expected_greedy([*PREFIX, 2, 3], 6, eos=None)
+    assert output.num_cached_tokens == 16
+    assert hits(engine) == (16, 19 + 20)
+    assert engine.stats().prompt_tokens == 19 + 20
+
+
+@pytest.mark.parametrize(("num_tokens", "cached"), [(18, 16), (17, 16), (16, 12), (4, 0), (5, 4)])
+def test_the_last_token_of_a_prompt_is_always_computed(num_tokens, cached):
+    engine = make_engine()
+    answer(engine, PREFIX)
+    output = answer(engine, PREFIX[:num_tokens])
+    assert output.num_cached_tokens == cached
+    assert output.token_ids == expected_greedy(PREFIX[:num_tokens], 6, eos=None)
+
+
+def test_a_conversation_hits_its_own_answers():
+    engine = make_engine()
+    prompt = PREFIX[:10]
+    for cached in (0, 12, 20):
+        output = answer(engine, prompt)
+        assert output.num_cached_tokens == cached
+        assert output.token_ids == expected_greedy(prompt, 6, eos=None)
+        prompt = [*prompt, *output.token_ids, 9, 9]
+
+
+def test_running_requests_share_what_finished_steps_have_filled():
+    engine = make_engine(max_num_batched_tokens=8)
+    engine.add_request("first", PREFIX, GREEDY)
+    engine.step()
+    engine.step()
+    # 16 tokens of `first` are computed, and its next step takes 2 of 8 tokens
+    engine.add_request("second", [*PREFIX, 3], GREEDY)
+    engine.step()
+    assert list(engine.runner.steps[-1].values()) == [(2, 16, True), (3, 16, True)]
+    # five blocks each, four of them the same
+    assert engine.stats().num_used_blocks == 6
+    outputs = run_all(engine)
+    assert outputs["first"][-1].token_ids == expected_greedy(PREFIX, 6, eos=None)
+    assert outputs["second"][-1].token_ids == expected_greedy([*PREFIX, 3], 6, eos=None)
+    assert engine.stats().num_used_blocks == 0
+
+
+def test_requests_of_one_step_share_nothing_yet():
+    engine = make_engine(max_num_batched_tokens=64)
+    for name in "ab":
+        engine.add_request(name, PREFIX, GREEDY)
+    engine.step()
+    assert [row[:2] for row in engine.runner.steps[-1].values()] == [(18, 0), (18, 0)]
+    assert hits(engine) == (0, 36)
+    assert len({tuple(outputs[-1].token_ids) for outputs in run_all(engine).values()}) == 1
+
+
+def test_salts_keep_requests_apart():
+    engine = make_engine()
+    salts = [None, "a", "b", "a", None, "b", "c"]
+    outputs = [answer(engine, PREFIX, replace(GREEDY, cache_salt=salt)) for salt in salts]
+    assert [output.num_cached_tokens for output in outputs] == [0, 0, 0, 16, 16, 16, 0]
+    assert {tuple(output.token_ids) for output in outputs} == {
+        tuple(expected_greedy(PREFIX, 6, eos=None))
+    }
+
+
+def test_a_request_may_ask_for_its_whole_prompt_to_be_computed():
+    engine = make_engine(max_num_batched_tokens=32)
+    whole = replace(GREEDY, skip_reading_prefix_cache=True)
+    for _ in range(2):
+        engine.add_request("r", PREFIX, whole)
+        engine.step()
+        assert first_chunk(engine) == (18, 0)
+        run_all(engine)
+    assert hits(engine) == (0, 0)
+    # what it computed is there for others
+    assert answer(engine, PREFIX).num_cached_tokens == 16
+
+
+def test_without_prefix_caching_all_is_computed():
+    engine = make_engine(enable_prefix_caching=False)
+    for _ in range(2):
+        output = answer(engine, PREFIX)
+        assert output.num_cached_tokens == 0
+        assert output.token_ids == expected_greedy(PREFIX, 6, eos=None)
+    assert hits(engine) == (0, 0)
+
+
+def test_a_failed_step_leaves_nothing_to_be_found():
+    engine = make_engine(max_num_batched_tokens=8)
+    engine.add_request("fails", PREFIX, GREEDY)
+    engine.step()
+    engine.runner.fail_at = 1
+    with pytest.raises(OSError, match="device is gone"):
+        engine.step()
+    engine.runner.fail_at = None
+    engine.abort_request("fails")
+    # the first step had finished
+    output = answer(engine, PREFIX)
+    assert output.num_cached_tokens == 8
+    assert output.token_ids == expected_greedy(PREFIX, 6, eos=None)
+
+
+def test_an_aborted_request_leaves_what_its_finished_steps_filled():
+    engine = make_engine(max_num_batched_tokens=8)
+    engine.add_request("leaves", PREFIX, GREEDY)
+    engine.step()
+    assert engine.abort_request("leaves").num_cached_tokens == 0
+    assert engine.stats().num_used_blocks == 0
+    output = answer(engine, PREFIX)
+    assert output.num_cached_tokens == 8
+    assert output.token_ids == expected_greedy(PREFIX, 6, eos=None)
+
+
+def test_an_abort_takes_no_block_from_those_who_share_it():
+    engine = make_engine(num_blocks=12, max_model_len=48)
+    answer(engine, PREFIX)
+    for name in ("leaves", "stays"):
+        engine.add_request(name, PREFIX, replace(GREEDY, max_tokens=20))
+    engine.step()
+    engine.abort_request("leaves")
+    # takes every free block, and would write into a shared one if that were free
+    engine.add_request("next", [7] * 20, GREEDY)
+    outputs = run_all(engine)
+    assert outputs["stays"][-1].token_ids == expected_greedy(PREFIX, 20, eos=None)
+    assert outputs["next"][-1].token_ids == expected_greedy([7] * 20, 6, eos=None)
+
+
+def test_logits_that_are_not_finite_empty_the_table():
+    engine = make_engine()
+    expected = expected_greedy(PREFIX, 6, eos=None)
+    engine.add_request("goes on", [9] * 9, replace(GREEDY, max_tokens=20))
+    engine.step()
+    engine.runner.nan_after = next(token for token in expected if token not in PREFIX)
+    engine.add_request("fails", PREFIX, GREEDY)
+    assert run_all(engine)["fails"][-1].finish_reason == "error"
+    engine.runner.nan_after = None
+    assert answer(engine, PREFIX).num_cached_tokens == 0
+    # what ran beside it may have read the same blocks
+    assert answer(engine, [9] * 9).num_cached_tokens == 0
+    assert answer(engine, PREFIX).num_cached_tokens == 16
+
+
+def test_blocks_are_kept_until_they_are_needed_and_the_oldest_go_first():
+    engine = make_engine(num_blocks=12, max_model_len=48)
+    prompts = [[token] * 13 for token in (2, 3, 4)]
+    params = replace(GREEDY, max_tokens=3)
+    for prompt in prompts:
+        answer(engine, prompt, params)
+    assert engine.stats().num_used_blocks == 0
+    # nine blocks are kept, three are free: the fourth needs four, and takes the end of the first
+    answer(engine, [5] * 13, params)
+    cached = [answer(engine, prompt, params).num_cached_tokens for prompt in reversed(prompts)]
+    assert cached == [12, 12, 8]
+
+
+def test_a_preempted_request_finds_its_own_blocks_again():
+    engine = make_engine(num_blocks=9, block_size=4, max_model_len=36)
+    prompts = {"first": [2] * 13, "second": [3] * 13}
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, replace(GREEDY, max_tokens=10))
+    while engine.stats().num_preemptions == 0:
+        engine.step()
+    num_steps = len(engine.runner.steps)
+    outputs = run_all(engine)
+    assert engine.stats().num_preemptions == 1
+    restarts = [row for step in engine.runner.steps[num_steps:] for row in step.values() if row[2]]
+    # of 16 computed tokens in four blocks, `first` needed the last block
+    assert restarts == [(5, 12, True)]
+    for name, prompt in prompts.items():
+        assert outputs[name][-1].token_ids == expected_greedy(prompt, 10, eos=None)
+        assert outputs[name][-1].num_cached_tokens == 0
+    # both looked once, and found nothing; coming back is not counted
+    assert hits(engine) == (0, 26)
+
+
+STEMS = [[2 + (7 * i + k * i * i) % 30 for i in range(24)] for k in range(3)]
+
+
+@st.composite
+def jobs(draw):
+    """A request that may begin as others do, the step it comes at, and when it is given up."""
+    stem = draw(st.sampled_from(STEMS))[: draw(st.integers(0, 24))]
+    tail = draw(st.lists(st.integers(2, VOCAB_SIZE - 1), min_size=not stem, max_size=6))
+    params = SamplingParams(
+        temperature=draw(st.sampled_from([0.0, 1.0])),
+        seed=3,
+        max_tokens=draw(st.integers(1, 14)),
+        ignore_eos=True,
+        cache_salt=draw(st.sampled_from([None, None, "a"])),
+        skip_reading_prefix_cache=draw(st.integers(0, 9)) == 9,
+    )
+    leaves = draw(st.one_of(st.none(), st.integers(0, 30)))
+    return [*stem, *tail], params, draw(st.integers(0, 15)), leaves
+
+
+def alone(prompt, params):
+    """Tokens of a request that is computed from its beginning to its end by itself."""
+    engine = make_engine(max_model_len=48, enable_prefix_caching=False)
+    return answer(engine, prompt, params).token_ids
+
+
+@settings(max_examples=100)
+@given(
+    requests=st.lists(jobs(), min_size=2, max_size=10),
+    max_num_seqs=st.integers(1, 4),
+    budget=st.integers(1, 24),
+    block_size=st.sampled_from([1, 2, 4]),
+    spare_blocks=st.integers(0, 12),
+    failing=st.sets(st.integers(0, 30), max_size=3),
+)
+def test_hits_change_no_token(requests, max_num_seqs, budget, block_size, spare_blocks, failing):
+    """Under eviction, preemption, aborts, steps that fail, salts, and any split of the prompts."""
+    longest = max(len(prompt) + params.max_tokens - 1 for prompt, params, _, _ in requests)
+    engine = make_engine(
+        num_blocks=-(-longest // block_size) + spare_blocks,
+        block_size=block_size,
+        max_model_len=48,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+    )
+    last = {}
+    for step in range(2000):
+        for index, (prompt, params, at_step, leaves) in enumerate(requests):
+            if at_step == step:
+                engine.add_request(str(index), prompt, params)
+            if leaves is not None and at_step + leaves == step:
+                last[index] = engine.abort_request(str(index)) or last[index]
+        if step in failing and engine.has_unfinished_requests():
+            engine.runner.fail_at = 0
+            with pytest.raises(OSError, match="device is gone"):
+                engine.step()
+            engine.runner.fail_at = None
+        for output in engine.step():
+            last[int(output.request_id)] = output
+        if step > 45 and not engine.has_unfinished_requests():
+            break
+    for index, (prompt, params, _, leaves) in enumerate(requests):
+        expected = alone(prompt, params)
+        found = last[index]
+        assert found.finished and (leaves is not None or found.token_ids == expected)
+        assert found.token_ids == expected[: len(found.token_ids)], f"request {index}"
+        assert found.num_cached_tokens < len(prompt)
+    assert engine.stats().num_used_blocks == 0
