@@ -19,9 +19,9 @@ from fd_dsa.errors import ConfigError
 
 _POLL_S = 0.05
 _HEALTH_TIMEOUT_S = 60.0
-# the port is any that is free, and a run that ends has no request that is worth waiting for;
-# flags of the user come later and count
-_FLAGS = ("--port", "0", "--shutdown-timeout", "1")
+# any free port; a run that ends has no request that is worth waiting for; and every prompt is
+# computed in full, whichever came before. Flags of the user come later and count
+_FLAGS = ("--port", "0", "--shutdown-timeout", "1", "--no-enable-prefix-caching")
 _END_TIMEOUT_S = 30.0
 _READY = re.compile(rb"^fd_dsa \S+ serves .* on (http://\S+) \(ready", re.MULTILINE)
 _ERROR = re.compile(rb"^fd_dsa: error: (.*)$", re.MULTILINE)
