@@ -36,18 +36,19 @@ def trainer():
 
 
 def test_the_loss_falls_in_every_phase(trainer):
-    before = float(trainer.step(batch(), "A", 1.0)["loss"])
+    before = float(trainer.step(batch(), "A", "short", 1.0)["loss"])
     for phase in ("A", "B", "C1", "C2"):
         for _ in range(6):
-            seen = trainer.step(batch(), phase, 1.0)
+            seen = trainer.step(batch(), phase, "short", 1.0)
         assert float(seen["loss"]) < before, phase
         before = float(seen["loss"])
 
 
 def test_the_indexer_learns_the_attention(trainer):
-    first = float(trainer.step(batch(), "C1", 0.0)["kl"])
+    first = float(trainer.step(batch(), "C1", "short", 0.0)["kl"])
     for _ in range(20):
-        seen = trainer.step(batch(), "C1", 0.0)  # the model stands still, the indexer moves
+        # the model stands still, the indexer moves
+        seen = trainer.step(batch(), "C1", "short", 0.0)
     assert 0 < float(seen["kl"]) < first
 
 
@@ -114,7 +115,7 @@ def test_a_run_cut_into_stages_goes_on_where_it_was(trainer, tmp_path):
     from demo_training.training import Settings, Trainer
 
     for n in range(3):
-        trainer.step(batch(seed=n), "C2", 1.0)
+        trainer.step(batch(seed=n), "C2", "short", 1.0)
     trainer.tokens, trainer.spent = 777, 5.5
     trainer.save(tmp_path / "state.pt")
     torch.manual_seed(9)
@@ -122,7 +123,7 @@ def test_a_run_cut_into_stages_goes_on_where_it_was(trainer, tmp_path):
     later.resume(tmp_path / "state.pt")
     assert (later.steps, later.tokens, later.spent) == (3, 777, 5.5)
     for n in range(3, 6):
-        a, b = (t.step(batch(seed=n), "C2", 0.5) for t in (trainer, later))
+        a, b = (t.step(batch(seed=n), "C2", "short", 0.5) for t in (trainer, later))
         assert torch.equal(a["loss"], b["loss"])
         assert torch.equal(a["kl"], b["kl"])
     for p, q in zip(trainer.model.parameters(), later.model.parameters(), strict=True):
@@ -186,7 +187,7 @@ def test_an_export_loads_in_hugging_face_with_the_same_logits(trainer, tmp_path)
         for name in ("ln1", "ln2", "q_a_ln", "kv_a_ln", "k_w", "k_b"):
             torch.nn.init.normal_(layer[name], mean=1.0, std=0.2)
     for _ in range(3):
-        trainer.step(batch(), "C2", 1.0)
+        trainer.step(batch(), "C2", "short", 1.0)
     checkpoint.save(trainer.model, tmp_path)
     rows = parity(str(tmp_path))
     assert all(r["same_argmax"] for r in rows)
@@ -219,7 +220,7 @@ def test_greedy_answers_and_retrieval_rates_of_a_model_that_learned_one_text(tra
     tokens = torch.tensor(encode(words, document)) & (TRAINED - 1)
     ids, targets = tokens[None, :-1], tokens[1:]
     for _ in range(60):
-        trainer.step((ids, targets, torch.ones(len(targets))), "A", 1.0)
+        trainer.step((ids, targets, torch.ones(len(targets))), "A", "short", 1.0)
     assert answers(trainer.model, words, [document[:1]], 20, "dense") == ["It is a fox."]
     item = {"length": 32, "prompt": "What is it?", "answer": "It is a fox."}
     wrong = {"length": 32, "prompt": "What is it?", "answer": "It is a cat."}

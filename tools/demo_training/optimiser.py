@@ -16,8 +16,8 @@ class Muon:
     bfloat16.
     """
 
-    def __init__(self, params, rate: float = 0.02, momentum: float = 0.95, decay: float = 0.02):
-        self.rate, self.momentum, self.decay = rate, momentum, decay
+    def __init__(self, params, momentum: float = 0.95, decay: float = 0.02):
+        self.momentum, self.decay = momentum, decay
         self.groups: dict[tuple[int, int], list] = {}
         for p in params:
             self.groups.setdefault(tuple(p.shape[-2:]), []).append(p)
@@ -34,16 +34,15 @@ class Muon:
             mine.copy_(given)
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """One update with learning rate `rate * factor`."""
-        rate = self.rate * factor
+    def step(self, rate: torch.Tensor) -> None:
+        """One update with a learning rate, which may lie on the GPU."""
         for (rows, cols), params in self.groups.items():
             grads, means = [p.grad for p in params], [self.state[id(p)] for p in params]
             torch._foreach_lerp_(means, grads, 1 - self.momentum)
             update = torch._foreach_lerp(grads, means, self.momentum)
             x = torch.cat([u.reshape(-1, rows, cols) for u in update]).bfloat16()
             x = _orthogonal(x.mT if rows > cols else x)
-            x = (x.mT if rows > cols else x).float() * (max(1, rows / cols) ** 0.5 * rate)
+            x = (x.mT if rows > cols else x).float() * (rate * max(1, rows / cols) ** 0.5)
             start = 0
             for p in params:
                 count = p.numel() // (rows * cols)
@@ -62,7 +61,10 @@ def _orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 class Optimiser:
-    """Both optimisers, clipping, and the groups: blocks, vocabulary and norms, router, indexer."""
+    """Both optimisers, clipping, and the groups: blocks, vocabulary and norms, router, indexer.
+
+    Learning rates are tensors beside the weights, so that a captured step reads new ones.
+    """
 
     def __init__(self, model: DemoModel, rates: dict[str, float]):
         self.indexer = [layer[k] for layer in model.layers for k in INDEXER]
@@ -72,26 +74,30 @@ class Optimiser:
         inside = {id(p) for p in (*blocks, *self.indexer, *routers)}
         self.rest = [p for p in model.parameters() if id(p) not in inside]
         self.model, self.rates = model, rates
-        self.muon = Muon(blocks, rates["muon"])
+        on_gpu = model.embed.is_cuda
+        self.current = {name: torch.zeros((), device=model.embed.device) for name in rates}
+        self.muon = Muon(blocks)
         groups = (("adam", self.rest), ("gate", routers), ("indexer", self.indexer))
         self.adam = torch.optim.AdamW(
-            [{"params": ps, "name": name} for name, ps in groups],
-            lr=1e-3,
+            [{"params": ps, "lr": self.current[name]} for name, ps in groups],
             betas=(0.9, 0.95),
             weight_decay=0.0,
-            fused=model.embed.is_cuda,
+            fused=on_gpu,
+            capturable=on_gpu,
         )
 
-    def step(self, factor: float, indexer_factor: float, with_indexer: bool) -> None:
-        """One update; `factor` scales all rates, `indexer_factor` the indexer's."""
-        for group in self.adam.param_groups:
-            scale = indexer_factor if group["name"] == "indexer" else factor
-            group["lr"] = self.rates[group["name"]] * scale
+    def set_rates(self, factor: float, indexer_factor: float) -> None:
+        """Learning rates of the next steps; `factor` scales all of them but the indexer's."""
+        for name, rate in self.rates.items():
+            self.current[name].fill_(rate * (indexer_factor if name == "indexer" else factor))
+
+    def step(self, with_indexer: bool) -> None:
+        """One update; the gradients are gone afterwards."""
         torch.nn.utils.clip_grad_norm_(self.rest, 1.0)
         if with_indexer:
             torch.nn.utils.clip_grad_norm_(self.indexer, 1.0)
         self.adam.step()
-        self.muon.step(factor)
+        self.muon.step(self.current["muon"])
         for p in self.model.parameters():
             p.grad = None
 
@@ -102,4 +108,6 @@ class Optimiser:
     def load_state_dict(self, state: dict) -> None:
         """Takes over what `state_dict` gave."""
         self.adam.load_state_dict(state["adam"])
+        for group, name in zip(self.adam.param_groups, ("adam", "gate", "indexer"), strict=True):
+            group["lr"] = self.current[name]
         self.muon.load_state_dict(state["muon"])

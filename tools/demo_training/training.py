@@ -90,6 +90,26 @@ def phase_at(share: float, phases: tuple[float, ...]) -> tuple[str, float]:
     return max(n for n, x in zip(PHASES, phases, strict=True) if x), 1.0
 
 
+class CapturedStep:
+    """An update of one shape as a CUDA graph: the host of a small model is slower than its GPU.
+
+    Capturing changes no weight; a call copies a batch to where the graph reads it, and replays.
+    """
+
+    def __init__(self, update: Callable, batch):
+        self.batch = tuple(x.clone() for x in batch)
+        self.graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph):
+            self.seen = update(self.batch)
+
+    def __call__(self, batch) -> dict[str, torch.Tensor]:
+        for mine, given in zip(self.batch, batch, strict=True):
+            mine.copy_(given)
+        self.graph.replay()
+        return self.seen
+
+
 class Trainer:
     """One run: model, optimiser, compiled parts, and the log."""
 
@@ -103,6 +123,7 @@ class Trainer:
         self.lengths = row_lengths(model.config["max_position_embeddings"])
         self.steps, self.tokens, self.spent = 0, 0, 0.0
         self.seen: set[tuple[str, str]] = set()  # shapes that are compiled
+        self.captured: dict[str, CapturedStep] = {}  # dense steps by kind of rows
 
     def save(self, path: Path) -> None:
         """Writes everything that `resume` needs."""
@@ -139,21 +160,37 @@ class Trainer:
     def _precision(self):
         return torch.autocast("cuda", torch.bfloat16) if self.device == "cuda" else nullcontext()
 
-    def step(self, batch, phase: str, factor: float) -> dict[str, torch.Tensor]:
-        """One update from (ids, targets, weights); loss, KL (mean of layers) and expert loads."""
+    def step(self, batch, phase: str, kind: str, factor: float) -> dict[str, torch.Tensor]:
+        """One update from (ids, targets, weights); loss, KL (mean of layers) and expert loads.
+
+        What it returns is overwritten by later steps of the same kind.
+        """
+        mode = MODES[phase]
+        self.optimiser.set_rates(factor, factor if phase == "C2" else 1.0)
+        self.steps += 1
+        if mode != "dense" or self.device != "cuda":
+            return self._update(batch, mode)
+        if kind not in self.captured:
+            # compiles, and makes the state of the optimisers, before the first capture
+            seen = self._update(batch, mode)
+            self.captured[kind] = CapturedStep(lambda b: self._update(b, mode), batch)
+            return seen
+        return self.captured[kind](batch)
+
+    def _update(self, batch, mode: str) -> dict[str, torch.Tensor]:
+        """Forward, backward and the optimisers; nothing of it waits for the GPU."""
         ids, targets, weights = batch
-        model, settings, mode = self.model, self.settings, MODES[phase]
+        model, settings = self.model, self.settings
         with self._context(), self._precision():
             out = model(ids, mode=mode, topk=model.config["index_topk"], functions=self.functions)
             loss = self.loss(out.hidden, model.norm, model.head, targets, weights)
             (loss + settings.balance * out.balance + out.kl).backward()
-        self.optimiser.step(factor, factor if phase == "C2" else 1.0, mode != "dense")
+        self.optimiser.step(mode != "dense")
         loads = torch.stack(out.loads)
         with torch.no_grad():
             mean = loads.mean(-1, keepdim=True)
             first = model.config["first_k_dense_replace"]
             model.bias[first:] += settings.bias_rate * ((mean - loads) / mean).clamp(-1, 1)
-        self.steps += 1
         kl = out.kl.detach() / len(model.layers) if mode != "dense" else torch.zeros(())
         return {"loss": loss.detach(), "kl": kl, "loads": loads}
 
@@ -179,7 +216,7 @@ class Trainer:
                 last_phase = phase
             kind, factor = rows_of(phase, self.steps, through), self.factor(share)
             rows, shape = self.rows(phase, kind), (MODES[phase], kind)
-            seen = self.step(pools[kind].batch(rows), phase, factor)
+            seen = self.step(pools[kind].batch(rows), phase, kind, factor)
             self.tokens += rows * self.lengths[kind]
             if self.device == "cuda" and (self.steps % 20 == 0 or shape not in self.seen):
                 torch.cuda.synchronize()  # keeps the clock honest: the host runs ahead
@@ -221,7 +258,7 @@ class Trainer:
                 torch.cuda.reset_peak_memory_stats()
             for _ in range(6):
                 batch, start = pools[kind].batch(rows), time.time()
-                seen = self.step(batch, phase, 0.1)
+                seen = self.step(batch, phase, kind, 0.1)
                 loss = float(seen["loss"])  # waits for the device
                 times.append(time.time() - start)
             peak = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else 0.0
