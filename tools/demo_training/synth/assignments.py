@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from .checks import CHOICES, check
 from .content_rules import CONTENT
 from .instructions import Instruction
@@ -9,7 +11,7 @@ from .languages import CANNED
 from .long_essay import long_essay
 from .page import Page, cut
 from .pieces import Pieces, upper_first
-from .rule_wordings import IMPERATIVES, SENTENCES, STARTS
+from .rule_wordings import EMPHASIS, IMPERATIVES, SENTENCES, STARTS, SWAPS
 from .tables import items
 from .word_rules import CASE_CHANGES
 from .wordy import Wish, wish
@@ -196,11 +198,21 @@ def _possible(page: Page, answer: str) -> bool:
     return all(check(kind, arg, answer) for kind, arg in page.checks)
 
 
+def vary(p: Pieces, wording: str) -> str:
+    """A wording of a rule with some of its words exchanged for words of one meaning."""
+    for pattern, words in SWAPS:
+        if p.chance(0.4):
+            wording = re.sub(pattern, p.choice(words), wording, count=1)
+    if p.chance(0.08):
+        wording = EMPHASIS.sub(lambda m: m[0].upper(), wording, count=1)
+    return wording
+
+
 def say(p: Pieces, kind: str, fields: dict[str, str]) -> str:
     """One wording of a rule as a sentence."""
     if p.chance(0.5):
-        return p.choice(SENTENCES[kind]).format(**fields)
-    text = p.choice(IMPERATIVES[kind]).format(**fields)
+        return vary(p, p.choice(SENTENCES[kind])).format(**fields)
+    text = vary(p, p.choice(IMPERATIVES[kind])).format(**fields)
     said = upper_first(p.choice(STARTS).format(r=text))
     return said[:-1] if said.endswith(("..", "?.", "!.")) else said
 

@@ -184,7 +184,7 @@ class Pieces:
                 "activity",
             )
         if r < 0.75:
-            return Topic("a trip to " + self._place().text, "activity")
+            return Topic("travelling to " + self._place().text, "activity")
         return Topic(
             self.choice(["the beginnings of ", "the future of ", "the joy of "]) + words(), "idea"
         )

@@ -7,6 +7,8 @@ letter, {i} an ordinal, {mark}, {phrase}.
 
 from __future__ import annotations
 
+import re
+
 STARTS = (
     "{r}.",
     "{r}.",
@@ -172,7 +174,7 @@ IMPERATIVES = {
     "json": (
         "give everything as JSON",
         "answer with valid JSON only",
-        "wrap the whole output in JSON format",
+        "put the whole output in JSON format",
         "format your entire answer as a JSON object",
         "use JSON for the complete output",
     ),
@@ -215,7 +217,7 @@ SENTENCES = {
         "Do not use any capital letters.",
         "No capital letters, please.",
         "All letters must be lowercase.",
-        "Your whole response should be in lowercase letters.",
+        "Your whole response should have lowercase letters only.",
         "The answer should be English text in lowercase.",
         "Capital letters are forbidden.",
     ),
@@ -365,3 +367,34 @@ SENTENCES = {
         "I can only read {l}, so no other language please.",
     ),
 }
+# patterns in a wording, and what may stand there instead
+SWAPS = (
+    (
+        r"\b(your|the|The|Your|whole|entire|complete) (?:answer|response|reply|output|text)\b",
+        (r"\1 answer", r"\1 response", r"\1 response", r"\1 reply", r"\1 output", r"\1 text"),
+    ),
+    (r"\b(?:whole|entire|complete)\b", ("whole", "entire", "entire", "complete", "full")),
+    (
+        r"\bat least \{n\}",
+        (
+            "{n} or more",
+            "a minimum of {n}",
+            "no fewer than {n}",
+            "at least {n}",
+            "not less than {n}",
+        ),
+    ),
+    (r"\b(?:less|fewer) than \{n\}", ("less than {n}", "fewer than {n}", "not as many as {n}")),
+    (r"\bexactly \{n\}", ("exactly {n}", "{n}", "precisely {n}", "just {n}")),
+    (
+        r"\b(?:should|must) (?=be|have|contain|stand|start)",
+        ("should ", "must ", "has to ", "needs to "),
+    ),
+    (r"\bDo not\b", ("Don't", "Do not", "You may not", "You should not", "Never")),
+    (r"\bcapital letters\b", ("capital letters", "uppercase letters", "capitals")),
+    (r"\blowercase\b", ("lowercase", "lowercase", "lower case")),
+    (r"\binclude\b", ("include", "include", "use", "add", "contain")),
+    (r"\bmarkdown\b", ("markdown", "Markdown", "markdown format")),
+    (r"\bdouble quotation marks\b", ("double quotation marks", "double quotes", "quotation marks")),
+)
+EMPHASIS = re.compile(r"\b(?:must|not|only|entire|all|no|exactly|at least|never)\b")
