@@ -1,13 +1,24 @@
-"""A recording backend on a device: the oracles hold for what it wrote down there."""
+"""What is recorded of a device, and losses there: the oracles hold, and the CPU agrees."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.accuracy.selection.test_tap import CASES, FP8, check, recorded
+from fd_dsa.accuracy.embedded import OneSequence
+from fd_dsa.accuracy.losses import token_losses
+from tests.accuracy.selection.test_tap import (
+    CASES,
+    FP8,
+    TOKENS,
+    check,
+    recorded,
+    runner_for,
+)
 from tests.gpu_rig import Rig
+from tests.runner.tiny import V32, tiny_model
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
 
@@ -25,3 +36,16 @@ def test_what_is_recorded_is_what_the_layers_did(
     device = f"{rig.place.get_device_type()}:0"
     sequence, backend, _ = recorded(fields, kv_cache_dtype, device, num_tokens)
     check(sequence, backend)
+
+
+def test_losses_are_those_of_the_cpu(rig: Rig) -> None:
+    tokens = TOKENS[: 40 if rig.is_real else 5]
+    fields = V32 | ({} if rig.is_real else {"num_hidden_layers": 1})
+    found = []
+    for device in ("cpu", f"{rig.place.get_device_type()}:0"):
+        model = tiny_model(fields)
+        if device != "cpu":
+            model.to_device(device)
+        sequence = OneSequence(runner_for(model, "float32", device))
+        found.append(token_losses(sequence, tokens))
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-3)
