@@ -83,7 +83,7 @@ def test_thinking_is_asked_of_the_template(thinking: bool) -> None:
         (429, {"Retry-After": "0"}, {}),
         (200, {}, b"not json"),
         (200, {}, {"choices": []}),
-        chat("half an ans", reason="abort"),
+        chat("half of it", reason="abort"),
     ],
 )
 def test_failures_that_pass_are_asked_again(bad: Reply) -> None:
