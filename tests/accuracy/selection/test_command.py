@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from fd_dsa.accuracy.cli import main
+from fd_dsa.accuracy.plots import token_map
 from fd_dsa.accuracy.report import Table
 from fd_dsa.accuracy.selection.report import files, parts
+from fd_dsa.errors import ShapeError
 
 SHORT = ("--lengths", "300", "--texts", "1", "--queries", "3", "--seed", "2")
 
@@ -95,6 +97,12 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith(f"fd_dsa: error: {told}")
     assert not out.exists()
+
+
+def test_a_map_needs_a_text_for_each_token() -> None:
+    assert "a$b" in token_map([[0.5, 1.0]], tokens=["a$b", "c"], title="")
+    with pytest.raises(ShapeError, match=r"shape \(1, 2\); wanted \[layers, 1\]"):
+        token_map([[0.5, 1.0]], tokens=["a"], title="")
 
 
 def test_a_file_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,10 +52,14 @@ def test_texts_do_not_depend_on_their_number(model: OpenModel, text: NeedleText)
 
 
 def test_a_text_that_is_not_there_once_is_refused(model: OpenModel) -> None:
-    ids = model.tokenizer.encode("48 and 48")
+    ids = model.tokenizer.encode("48 by the sea, 48")
     with pytest.raises(ConfigError, match="'48' stands 2 times in the text, not once"):
         tokens_of(model.tokenizer, ids, "48")
-    assert model.tokenizer.decode([ids[p] for p in tokens_of(model.tokenizer, ids, "nd")]) == " and"
+    # tokens that the text reaches into count
+    found = tokens_of(model.tokenizer, ids, "he se")
+    assert found == list(range(found[0], found[-1] + 1)) and len(found) < len(ids)
+    assert "he se" in model.tokenizer.decode([ids[place] for place in found])
+    assert "he se" not in model.tokenizer.decode([ids[place] for place in found[1:]])
 
 
 def test_the_indexer_finds_the_number_where_a_head_looks_for_it(
