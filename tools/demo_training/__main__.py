@@ -106,7 +106,7 @@ def _train(args: argparse.Namespace, words, log, stop_at: float) -> bool:
         pools = {k: Pool(args.shards, k, args.device) for k in KINDS}
         if args.speed:
             trainer.speeds(pools)
-        done = trainer.run(pools, words, stop_at)
+        done = trainer.run(pools, words, stop_at, out / "state.pt")
     finally:
         _stop_workers(args, processes)
     if not done:

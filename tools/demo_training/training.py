@@ -202,8 +202,17 @@ class Trainer:
             return warm
         return warm * max(0.03, 1 - (share - s.decay_from) / (1 - s.decay_from))
 
-    def run(self, pools: dict[str, Pool], tokenizer, stop_at: float = float("inf")) -> bool:
-        """Trains until `settings.seconds` are spent (True) or until time.time() is `stop_at`."""
+    def run(
+        self,
+        pools: dict[str, Pool],
+        tokenizer,
+        stop_at: float = float("inf"),
+        keep: Path | None = None,
+    ) -> bool:
+        """Trains until `settings.seconds` are spent (True) or until time.time() is `stop_at`.
+
+        The state is saved to `keep` where a new phase begins.
+        """
         s, last_phase = self.settings, ""
         last = (time.time(), self.tokens)
         while self.spent < s.seconds:
@@ -213,6 +222,8 @@ class Trainer:
             phase, through = phase_at(share, s.phases)
             if phase != last_phase:
                 self.log(f"phase {phase} at step {self.steps}, {self.tokens / 1e6:.1f} M tokens")
+                if last_phase and keep:
+                    self.save(keep)
                 last_phase = phase
             kind, factor = rows_of(phase, self.steps, through), self.factor(share)
             rows, shape = self.rows(phase, kind), (MODES[phase], kind)
