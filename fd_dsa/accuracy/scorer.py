@@ -2,14 +2,13 @@
 
 Strict takes the answer as it is; loose takes, for each instruction, the best of eight variants:
 whole, without its first line, without its last, without both, each as it is and without `*`.
-An empty answer follows nothing. Prompt level counts prompts whose instructions all hold,
-instruction level counts instructions.
+An empty answer follows nothing.
 
 The checkers draw from Python's global random numbers in one place (`random_keys`) and langdetect
 draws its own. Both are seeded before every prompt, so a score depends on the prompt and its answer
 alone and not on the prompts before it, and put back after it.
 
-Source: Zhou et al. 2023, arXiv 2311.07911; metric names of OpenCompass.
+Source: Zhou et al. 2023, arXiv 2311.07911.
 """
 
 from __future__ import annotations
@@ -17,24 +16,15 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from typing import Any
 
-from fd_dsa.accuracy import punkt, stats
+from fd_dsa.accuracy import punkt
 from fd_dsa.accuracy.prompts import Prompt
-from fd_dsa.accuracy.types import (
-    INST_LOOSE,
-    INST_STRICT,
-    PROMPT_LOOSE,
-    PROMPT_STRICT,
-    Answer,
-    PromptScore,
-)
+from fd_dsa.accuracy.types import Answer, PromptScore
 from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
 
 SEED = 0
@@ -42,48 +32,6 @@ _PACKAGES = ("lm-eval", "nltk", "langdetect")
 _LETTERS = "keywords:letter_frequency"
 
 _Checkers = Callable[[dict[str, Any], list[str]], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One of the four metrics.
-
-    Attributes:
-        passed: prompts or instructions that hold.
-        total: all of them.
-        value: passed / total, a fraction; NaN where total is 0.
-        low: of its 95 % interval, a fraction.
-        high: the same.
-        interval: `wilson` on prompts, or `bootstrap` of whole prompts for instructions.
-    """
-
-    passed: int
-    total: int
-    value: float
-    low: float
-    high: float
-    interval: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The metric as a JSON object of `scores.json`."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class TypeScore:
-    """How often one type of instruction was followed.
-
-    Attributes:
-        instruction_id: such as `punctuation:no_comma`.
-        strict: instructions that hold for the answer as it is.
-        loose: instructions that hold for the best variant of the answer.
-        total: all of this type.
-    """
-
-    instruction_id: str
-    strict: int
-    loose: int
-    total: int
 
 
 def ready(prompts: Sequence[Prompt]) -> dict[str, str]:
@@ -131,8 +79,8 @@ def random_keys(prompts: Sequence[Prompt]) -> tuple[str, ...]:
     """Keys of the prompts whose grade is drawn: 1122 and 1129 of the official set.
 
     They ask for a frequency of `#` and of `!`; the checker replaces what is no letter by a random
-    one. Every public scorer shares it, so unseeded passes over the same answers differ by up to a
-    prompt. Source: google-research/google-research #3427.
+    one. Every public scorer shares it, so unseeded passes over the same answers can differ.
+    Source: google-research/google-research #3427, allenai/olmo-eval #320.
     """
     return tuple(
         prompt.key
@@ -142,47 +90,6 @@ def random_keys(prompts: Sequence[Prompt]) -> tuple[str, ...]:
             for name, given in zip(prompt.instruction_ids, prompt.kwargs, strict=True)
         )
     )
-
-
-def metrics(scores: Sequence[PromptScore]) -> dict[str, Metric]:
-    """The four metrics by name, each with its 95 % interval.
-
-    Prompt level: Wilson. Instruction level: bootstrap over whole prompts, because instructions of
-    one prompt pass or fail together.
-    """
-    sizes = [len(score.instruction_ids) for score in scores]
-    strict = [score.follow_strict for score in scores]
-    loose = [score.follow_loose for score in scores]
-    return {
-        PROMPT_STRICT: _of_prompts(strict),
-        INST_STRICT: _of_instructions(strict, sizes),
-        PROMPT_LOOSE: _of_prompts(loose),
-        INST_LOOSE: _of_instructions(loose, sizes),
-    }
-
-
-def by_type(scores: Sequence[PromptScore]) -> list[TypeScore]:
-    """Counts for each type of instruction, in the order of their names."""
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
-    for score in scores:
-        rows = zip(score.instruction_ids, score.follow_strict, score.follow_loose, strict=True)
-        for name, strict, loose in rows:
-            for place, one in enumerate((strict, loose, True)):
-                counts[name][place] += one
-    return [TypeScore(name, *counts[name]) for name in sorted(counts)]
-
-
-def _of_prompts(followed: Sequence[Sequence[bool]]) -> Metric:
-    """Share of prompts whose instructions all hold."""
-    passed, total = sum(map(all, followed)), len(followed)
-    return Metric(passed, total, *stats.wilson(passed, total), interval="wilson")
-
-
-def _of_instructions(followed: Sequence[Sequence[bool]], sizes: Sequence[int]) -> Metric:
-    """Share of instructions that hold."""
-    passed = [sum(each) for each in followed]
-    estimate = stats.bootstrap_share(passed, sizes)
-    return Metric(sum(passed), sum(sizes), *estimate, interval="bootstrap")
 
 
 def _score(check: _Checkers, prompt: Prompt, answer: Answer | str) -> PromptScore:
@@ -207,7 +114,8 @@ def _score(check: _Checkers, prompt: Prompt, answer: Answer | str) -> PromptScor
         answer.finish_reason,
         answer.prompt_tokens,
         answer.completion_tokens,
-        hashlib.sha256(text.encode()).hexdigest(),
+        # a server may cut a character in two
+        hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest(),
     )
 
 
@@ -224,12 +132,16 @@ def _document(prompt: Prompt) -> dict[str, Any]:
 @cache
 def _checkers() -> _Checkers:
     """lm-eval's `process_results`: a document and its answers to lists of what holds."""
-    # before the import, which would download the model where it finds none
-    punkt.resolve()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            import lm_eval  # noqa: F401
+
+            # before the next import, which would download the model where it finds none
+            punkt.resolve()
             from lm_eval.tasks.ifeval import utils
+    except BackendUnavailable:
+        raise
     except ImportError as error:
         raise BackendUnavailable(
             f"IFEval's checkers are not installed ({error}); pip install 'fd_dsa[accuracy]'"

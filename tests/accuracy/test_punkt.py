@@ -134,5 +134,5 @@ def test_scores_without_a_network_and_imports_nothing_early(tmp_path: Path) -> N
         NLTK_DATA="",
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "52 False\n"
+    assert result.stdout == "46 False\n"
     assert result.stderr == ""
