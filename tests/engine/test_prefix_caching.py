@@ -94,6 +94,19 @@ def test_requests_of_one_step_share_nothing_yet():
     assert len({tuple(outputs[-1].token_ids) for outputs in run_all(engine).values()}) == 1
 
 
+@pytest.mark.parametrize(("num_blocks", "num_running"), [(7, 1), (8, 2)])
+def test_admission_asks_for_new_blocks_alone_and_one_to_spare(num_blocks, num_running):
+    engine = make_engine(num_blocks=num_blocks, max_num_batched_tokens=32, max_model_len=28)
+    prompts = {"first": PREFIX, "second": [*PREFIX[:16], 9, 9, 9, 9, 9]}
+    for name, prompt in prompts.items():
+        engine.add_request(name, prompt, GREEDY)
+        engine.step()
+    # `first` owns five blocks; `second` needs two of its own behind four of them
+    assert engine.stats().num_running == num_running
+    for name, outputs in run_all(engine).items():
+        assert outputs[-1].token_ids == expected_greedy(prompts[name], 6, eos=None)
+
+
 def test_salts_keep_requests_apart():
     engine = make_engine()
     salts = [None, "a", "b", "a", None, "b", "c"]
