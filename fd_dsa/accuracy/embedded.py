@@ -142,6 +142,10 @@ def read_config(model: str | os.PathLike[str] | None, index_topk: int | None = N
     prepare_cpu_runtime()
     from fd_dsa.models.config import ModelConfig
 
+    # first as it is: what is wrong with the folder is told of the folder
+    config = ModelConfig.from_folder(folder)
+    if index_topk is None:
+        return config
     with _folder_with(folder, index_topk) as changed:
         return ModelConfig.from_folder(changed)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fd_dsa.accuracy.embedded import OneSequence, OpenModel
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, FdDsaError
 
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer
@@ -174,11 +174,15 @@ def measure(
 
     Raises:
         ConfigError: see `cut`; or `context` is longer than the model's.
+        FdDsaError: a loss is no finite number.
     """
     windows = windows_of(model, text, context, overlap)
     nats, num_keys = [], []
-    for window in windows:
+    for index, window in enumerate(windows):
         losses = token_losses(model.sequence, window.token_ids)
+        if not np.isfinite(losses).all():
+            place = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
+            raise FdDsaError(f"window {index}: the loss of token {place} is not finite")
         nats.append(losses[window.first - 1 :])
         num_keys.append(np.arange(window.first, len(window.token_ids)))
         tell()

@@ -22,7 +22,7 @@ from fd_dsa.accuracy.losses import (
     token_losses,
 )
 from fd_dsa.accuracy.selection.tap import recording
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, FdDsaError
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from tests.accuracy.selection.backends import Collapsing
@@ -213,6 +213,17 @@ def test_no_jump_at_the_selection_s_size(demo: Demo) -> None:
     jump = np.abs(spoiled.nats - demo.losses.nats)
     assert jump[:border].max() == 0
     assert jump[border : border + 16].max() > 1
+
+
+def test_losses_that_are_no_numbers_are_told(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(hidden: np.ndarray) -> np.ndarray:
+        logits = np.zeros((len(hidden), demo.model.sequence.runner.vocab_size), np.float32)
+        logits[1] = np.nan
+        return logits
+
+    monkeypatch.setattr(demo.model.sequence, "logits", broken)
+    with pytest.raises(FdDsaError, match="window 0: the loss of token 2 is not finite"):
+        measure(demo.model, "One, two, three.")
 
 
 def test_open_model_refuses_a_selection_of_nothing() -> None:

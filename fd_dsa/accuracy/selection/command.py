@@ -20,7 +20,7 @@ from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, quiet, rea
 from fd_dsa.accuracy.report import check_folder, show, write_files
 from fd_dsa.accuracy.selection.measure import measure
 from fd_dsa.accuracy.selection.needles import needle_texts
-from fd_dsa.accuracy.selection.report import JSON_FILE, files, parts
+from fd_dsa.accuracy.selection.report import JSON_FILE, files, parts, pictured
 from fd_dsa.config import OP_PROVIDERS, EngineConfig, process_environment
 from fd_dsa.errors import BackendUnavailable, ConfigError
 
@@ -134,6 +134,9 @@ def run(args: argparse.Namespace) -> int:
         runs += _runs_here(args, setting) if here else _runs_in_child(args, setting)
     if not any("layers" in found for found in runs):
         raise ConfigError(runs[0]["unavailable"])
+    for found in runs:
+        if found is not pictured(runs):
+            found.pop("example", None)
     result = {"settings": _settings(args), "runs": runs}
     if args.out is not None:
         write_files(Path(args.out), files(result))
@@ -218,9 +221,9 @@ def _runs_in_child(args: argparse.Namespace, setting: Setting) -> list[dict[str,
     with tempfile.TemporaryDirectory(prefix="fd_dsa_") as folder:
         command = [sys.executable, "-m", "fd_dsa.accuracy", "selection"]
         command += _flags(args, setting.device, folder)
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        with progress(f"{setting}, in a process of its own", 1):
+            done = subprocess.run(command, env=environment, text=True, check=False, **pipes)
         file = Path(folder) / JSON_FILE
         if done.returncode or not file.is_file():
             lines = done.stderr.strip().splitlines() or ["it said nothing"]

@@ -29,6 +29,7 @@ from fd_dsa.accuracy.selection.tap import (
     recording,
 )
 from fd_dsa.accuracy.stats import Estimate, wilson
+from fd_dsa.errors import FdDsaError
 
 INDEXER, LAST, RANDOM = "indexer", "last", "random"
 SELECTORS = (INDEXER, LAST, RANDOM)
@@ -83,12 +84,14 @@ class LayerFigures:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as a JSON object."""
+        recall = self.recall(INDEXER)
         return {
             "layer": self.layer,
             "has_indexer": self.has_indexer,
             "strongest_head": self.strongest,
             "attends": self.attends,
             "needle_recall": {s: _mean(self.found[s]) for s in SELECTORS},
+            "needle_recall_interval": [recall.low, recall.high],
             "needle_queries": len(self.needle_attention),
             "attention_mass_recall": {s: _mean(self.mass[s]) for s in SELECTORS},
             "least_attention_mass_recall": min(self.mass[INDEXER], default=math.nan),
@@ -140,6 +143,10 @@ def measure(
         seed: of the random sets.
         backend: what the layers call.
         tell: called after every text.
+
+    Raises:
+        FdDsaError: attention is not finite; says where.
+        ValueError: no text.
     """
     runner, config = model.sequence.runner, model.model_config
     figures = [LayerFigures(i, kind == "full") for i, kind in enumerate(config.indexer_types)]
@@ -196,6 +203,10 @@ def _compare(
             attention = dense_attention(
                 trace.queries[query], latents[: query + 1], watching.config.softmax_scale
             )
+            if not np.isfinite(attention).all():
+                raise FdDsaError(
+                    f"layer {figure.layer}: dense attention of token {query} is not finite"
+                )
             chosen = {
                 INDEXER: [trace.selected[query]],
                 LAST: [last_keys(query + 1, topk)],

@@ -42,8 +42,7 @@ def parts(result: Mapping[str, Any]) -> list[str | Table]:
 
 def files(result: Mapping[str, Any]) -> dict[str, str]:
     """The files of a result by name: report, JSON, pictures of its first run at full length."""
-    runs = [run for run in result["runs"] if "layers" in run]
-    longest = max(runs, key=lambda run: run["length"])
+    longest = pictured(result["runs"])
     told = parts(result)
     told[1:1] = [
         picture(MAP_FILE, "keys that each layer's indexer chose for one query"),
@@ -57,6 +56,11 @@ def files(result: Mapping[str, Any]) -> dict[str, str]:
         NEEDLE_FILE: needle_map(longest),
         LINES_FILE: recall_lines(longest),
     }
+
+
+def pictured(runs: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The run that pictures are made of: the first one of full length."""
+    return max((run for run in runs if "layers" in run), key=lambda run: run["length"])
 
 
 def selection_map(run: Mapping[str, Any]) -> str:
@@ -112,8 +116,8 @@ def _preface(settings: Mapping[str, Any]) -> str:
         f"Model {settings['model']}: {settings['texts']} texts of each length with a hidden "
         f"5-digit number, {settings['queries']} further queries a text, seed {settings['seed']}. "
         f"A layer looks for the number where its strongest head gives it at least {ATTENDS:.0%} "
-        "of its dense attention; recall says nothing of the others. Random keys: the mean of 16 "
-        "sets a query."
+        "of its dense attention; recall says nothing of the others. Its interval is Wilson's of "
+        "95 %, each token of a number a trial. Random keys: the mean of 16 sets a query."
     )
 
 
@@ -149,7 +153,12 @@ def _details(run: Mapping[str, Any]) -> Table:
         marks = "" if layer["has_indexer"] else ", shared"
         marks += "" if layer["attends"] else ", no head attends"
         row = [f"{layer['layer']}{marks}", _percent(layer["strongest_head"])]
-        row += [_percent(recall[s]) if layer["attends"] else "-" for s in SELECTORS]
+        if layer["attends"]:
+            low, high = layer["needle_recall_interval"]
+            told = f"{_percent(recall[INDEXER])} [{_percent(low)}, {_percent(high)}]"
+            row += [told, _percent(recall[LAST]), _percent(recall[RANDOM])]
+        else:
+            row += ["-"] * len(SELECTORS)
         row += [_percent(mass[s]) for s in SELECTORS]
         row += [_percent(layer["least_attention_mass_recall"]), _percent(layer["exactness"])]
         rows.append(tuple(row))
