@@ -1,4 +1,4 @@
-"""What is installed and what is published holds the prompts and their notices."""
+"""What is installed and what is published holds the room's data and their notices."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ def _build(source: Path, kind: str) -> Path:
 
 
 def test_wheel_and_sdist_hold_the_prompts(source: Path) -> None:
-    wanted = sorted(str(DATA / path.name) for path in (ROOT / DATA).iterdir())
+    folders = (DATA, Path("fd_dsa/accuracy/retrieval/data"))
+    wanted = sorted(str(f / path.name) for f in folders for path in (ROOT / f).iterdir())
     assert str(DATA / OFFICIAL.name) in wanted
     assert str(DATA / "ifeval_prompts.NOTICE") in wanted
     with zipfile.ZipFile(_build(source, "wheel")) as wheel:
-        assert sorted(name for name in wheel.namelist() if name.startswith(str(DATA))) == wanted
+        assert sorted(name for name in wheel.namelist() if "/data/" in name) == wanted
         assert wheel.read(str(DATA / OFFICIAL.name)) == OFFICIAL.read_bytes()
     with tarfile.open(_build(source, "sdist")) as sdist:
         names = [name.partition("/")[2] for name in sdist.getnames()]
