@@ -16,7 +16,7 @@ from fd_dsa.accuracy.retrieval.tokens import LengthCheck
 from fd_dsa.accuracy.stats import wilson
 from fd_dsa.accuracy.types import REPORT_FILE, SCORES_FILE, RunSettings
 
-_SHOWN_FAILURES = 10
+_SHOWN_FAILURES = 5
 _SHOWN_CHARS = 80
 
 
@@ -154,15 +154,15 @@ def _pictures(results: Results) -> list[str]:
 
 
 def _details(results: Results) -> list[Table | str]:
-    """Some wrong answers, so that one sees what kind they are."""
+    """Some wrong answers of each task, so that one sees what kind they are."""
     wrong = [score for score in results.scores if not score.passed]
-    if not wrong:
-        return []
-    step = max(1, len(wrong) // _SHOWN_FAILURES)
-    shown = wrong[::step][:_SHOWN_FAILURES]
-    rows = tuple((score.key, _shown(score.answer.text)) for score in shown)
+    shown: list[ItemScore] = []
+    for task in results.plan.tasks:
+        own = [score for score in wrong if score.cell.task == task]
+        shown += own[:: max(1, -(-len(own) // _SHOWN_FAILURES))]
+    rows = tuple((s.key, ", ".join(s.wanted), _shown(s.answer.text)) for s in shown)
     title = f"{len(shown)} of the {len(wrong)} answers that did not pass"
-    return [Table(title, ("task/length/depth/trial", "answer"), rows)]
+    return [Table(title, ("task/length/depth/trial", "wanted", "answer"), rows)] if wrong else []
 
 
 def _shown(text: str) -> str:

@@ -29,13 +29,15 @@ class ItemScore:
     Attributes:
         key: of the question.
         cell: it belongs to.
-        found: for each string that was asked for, whether the answer names it.
+        wanted: the strings that were asked for.
+        found: for each of them, whether the answer names it.
         wrong: hidden strings that it names although they were not asked for.
         answer: of the server.
     """
 
     key: str
     cell: Cell
+    wanted: tuple[str, ...]
     found: tuple[bool, ...]
     wrong: tuple[str, ...]
     answer: Answer
@@ -67,7 +69,8 @@ class ItemScore:
             answer.completion_tokens,
             sha256(answer.text.encode("utf-8", "surrogatepass")).hexdigest(),
         )
-        return {**score.to_json(), **asdict(self.cell), "wrong": self.wrong, "answer": answer.text}
+        told = {"wanted": self.wanted, "wrong": self.wrong, "answer": answer.text}
+        return {**score.to_json(), **asdict(self.cell), **told}
 
 
 def named(text: str, candidates: Sequence[str]) -> tuple[str, ...]:
@@ -85,6 +88,7 @@ def score_record(record: Record) -> ItemScore:
     return ItemScore(
         record.answer.key,
         Cell(metadata["task"], metadata["length"], metadata["depth"]),
+        tuple(references),
         tuple(reference in right for reference in references),
         named(text, metadata["others"]),
         record.answer,

@@ -67,6 +67,7 @@ def series(passes: dict[int, list[bool]]) -> list[ItemScore]:
         ItemScore(
             f"passkey/{length}/0/{trial}",
             Cell("passkey", length, 0.0),
+            ("48213",),
             (passed,),
             (),
             Answer("", "", None, None, None, 0.0),
