@@ -158,9 +158,6 @@ def test_continuity_shows_a_collapse_past_index_topk(
         (257, 9),
     ]
     assert "A step at 257 tokens (index_topk 256): 9 of 9" in capsys.readouterr().out
-    with reading() as server:
-        run(server, tmp_path / "good", *flags)
-    assert "No step at index_topk (256)" in capsys.readouterr().out
 
 
 def test_the_defaults_reach_the_longest_prompt_that_the_server_takes(tmp_path: Path) -> None:
