@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops.indexer_logits import PagedUnits
 from fd_dsa.ops.topk import positions_to_slots
@@ -122,7 +123,9 @@ class StepPlan:
         self._fill_slots()
         self.score_tiles = self._prefill_tiles(index_n_heads, self.window > index_topk, None)
         limit = max(round((1 + _GATHER_COST / num_heads) * self.topk), _DENSE_KEYS)
-        self.dense_tiles = self._prefill_tiles(num_heads, self.window > 0, limit)
+        # with a fixed order of sums a token's way must not depend on the length of its row
+        dense = self.window <= index_topk if fixed_order() else self.window > 0
+        self.dense_tiles = self._prefill_tiles(num_heads, dense, limit)
         self.decode_rows = self._decode_rows()
 
     def _fill_slots(self) -> None:
@@ -180,7 +183,8 @@ class StepPlan:
         values = _SCORE_TILE_VALUES if max_keys is None else _TILE_VALUES
         fits = keys * np.arange(1, len(run) + 1) * heads <= values
         if max_keys is not None:
-            fits &= keys <= max(min(_JOINED_KEYS, max_keys), self.lengths[row[0]])
+            joined = 0 if fixed_order() else min(_JOINED_KEYS, max_keys)
+            fits &= keys <= max(joined, self.lengths[row[0]])
         # both limits grow along the run; one token is always taken
         return start + max(1, int(fits.sum()))
 

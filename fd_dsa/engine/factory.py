@@ -35,12 +35,14 @@ def build_engine(config: EngineConfig) -> LLMEngine:
     prepare_cpu_runtime()
     # these import paddle, which reads its settings from the environment when it is imported
     from fd_dsa.models.config import ModelConfig
+    from fd_dsa.ops._fixed_order import check_fixed_order
     from fd_dsa.runner.device import resolve_device
     from fd_dsa.runner.input_batch import InputBatch
     from fd_dsa.runner.model_runner import ModelRunner, backend_config, cache_layout
 
     threads = set_cpu_threads()
     device = resolve_device(config.device)
+    check_fixed_order(device)
     model_config = ModelConfig.from_folder(config.model_path)
     defaults = sampling_defaults(config, model_config)
     max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)

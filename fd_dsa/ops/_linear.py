@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.ops._fixed_order import fixed_order, two_rows
 from fd_dsa.ops._host import as_numpy, matmul, on_device, staged
 
 
@@ -55,6 +56,9 @@ def head_linear(x: Any, weight: Any) -> Any:
     if on_device(x):
         return _dense().head_linear(x, weight)
     by_head = as_numpy(x).transpose(1, 0, 2)
+    if fixed_order():
+        products = as_numpy(matmul(staged(two_rows(by_head)), weight))
+        return products.transpose(1, 0, 2)[: len(x)]
     return as_numpy(matmul(staged(by_head), weight)).transpose(1, 0, 2)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.ops._fixed_order import fixed_order, two_rows
 from fd_dsa.ops._gather import gather_index_blocks, gather_index_keys
 from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, matmul, staged
 
@@ -73,11 +74,11 @@ def weighted_scores(q: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.
     dots = matmul(staged(by_head), as_tensor(keys), transpose_y=True)
     rectified = as_numpy(dots)
     np.maximum(rectified, 0.0, out=rectified)
-    summed = matmul(
-        staged(weights.reshape(batch * queries, 1, heads)),
-        dots.reshape([batch * queries, heads, -1]),
-    )
-    return as_numpy(summed).reshape(batch, queries, -1)
+    rows = weights.reshape(batch * queries, 1, heads)
+    if fixed_order():
+        rows = two_rows(rows)
+    summed = matmul(staged(rows), dots.reshape([batch * queries, heads, -1]))
+    return as_numpy(summed)[:, 0].reshape(batch, queries, -1)
 
 
 def _scaled(scores: np.ndarray, scales: np.ndarray | None) -> np.ndarray:

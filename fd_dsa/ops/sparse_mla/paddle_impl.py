@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fd_dsa.ops._fixed_order import fixed_order, row_sums, weighted_sum
 from fd_dsa.ops._gather import gather_latents
 from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, matmul, staged
 
@@ -19,8 +20,15 @@ def _softmax(scores: np.ndarray) -> None:
         top = scores.max(axis=-1, keepdims=True)
         np.subtract(scores, np.where(np.isneginf(top), np.float32(0.0), top), out=scores)
         np.exp(scores, out=scores)
-        total = scores.sum(axis=-1, keepdims=True)
+        total = row_sums(scores) if fixed_order() else scores.sum(axis=-1, keepdims=True)
         scores /= np.where(total == 0, np.float32(1.0), total)
+
+
+def _weighted(probabilities: Any, keys: Any) -> np.ndarray:
+    """[..., rows, width]: `probabilities` [..., rows, num_keys] times `keys`, both tensors."""
+    if fixed_order():
+        return weighted_sum(as_numpy(probabilities), as_numpy(keys))
+    return as_numpy(matmul(probabilities, keys))
 
 
 def attend_gathered(
@@ -46,7 +54,7 @@ def attend_gathered(
         if hidden.any():
             np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
         _softmax(probabilities)
-        values = as_numpy(matmul(scores, keys))
+        values = _weighted(scores, keys)
         out[start : start + step] = values[:, :, :kv_lora_rank]
         out[start : start + step][hidden[:, 0]] = 0.0
     return out
@@ -73,12 +81,12 @@ def attend_dense(
     hidden = np.isneginf(as_numpy(mask))
     np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
     _softmax(probabilities)
-    values = as_numpy(matmul(scores, keys)).reshape(num_tokens, heads, width)
+    values = _weighted(scores, keys).reshape(num_tokens, heads, width)
     if np.isfinite(values).all():
         return values[:, :, :kv_lora_rank]
     # a weight of 0 times a key that is not finite is NaN: leave those keys out of the product
     spoiled = ~np.isfinite(kv).all(axis=1)
     kv[spoiled] = 0.0
-    values = as_numpy(matmul(scores, keys)).reshape(num_tokens, heads, width)
+    values = _weighted(scores, keys).reshape(num_tokens, heads, width)
     values[(~hidden[:, spoiled]).any(axis=1)] = np.nan
     return values[:, :, :kv_lora_rank]

@@ -1,0 +1,101 @@
+"""Sums on a CPU whose order does not depend on what else a step holds, where that is asked for.
+
+A float32 sum depends on its order, and a matrix library chooses the order by the sizes of both
+factors. So the last bits of a token's numbers depend on how many tokens share its step: on chunk
+sizes, prefix hits, preemption and the batch. With FD_DSA_BATCH_INVARIANT=1 they do not: MKL keeps
+one order for all numbers of rows (its "strict" reproducible mode), products over keys go chunk by
+chunk, and a token attends in the same way however long its prompt is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.config import batch_invariant
+from fd_dsa.errors import ConfigError
+from fd_dsa.ops._host import as_numpy, as_tensor, matmul, staged
+
+# keys of a chunk: the library adds so many up one after the other on every processor that was tried
+_KEYS = 256
+# rows, and (in, out) of products that are tried
+_PROBE_ROWS = (1, 2, 7, 64)
+_PROBE_SIZES = ((384, 256), (1024, 128), (64, 512))
+
+
+@cache
+def fixed_order() -> bool:
+    """True if this process keeps one order; read from the environment once."""
+    return batch_invariant()
+
+
+def two_rows(x: np.ndarray) -> np.ndarray:
+    """`x`, its only row twice: of one row the library makes another kind of product.
+
+    Args:
+        x: [..., rows, width].
+    """
+    return np.repeat(x, 2, axis=-2) if x.shape[-2] == 1 else x
+
+
+def weighted_sum(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """weights [..., rows, keys] times values [..., keys, width], chunk after chunk of the keys.
+
+    Keys of weight zero at the end change nothing, whatever their number.
+    """
+    total = None
+    for start in range(0, weights.shape[-1], _KEYS):
+        chunk = slice(start, start + _KEYS)
+        rows = np.ascontiguousarray(weights[..., chunk])
+        keys = as_tensor(np.ascontiguousarray(values[..., chunk, :]))
+        part = as_numpy(matmul(staged(two_rows(rows)), keys))[..., : rows.shape[-2], :]
+        total = part if total is None else total + part
+    assert total is not None, "weights without keys"
+    return total
+
+
+def row_sums(x: np.ndarray) -> np.ndarray:
+    """Sums of the last axis, kept as an axis; zeros at its end change nothing."""
+    total = np.zeros((*x.shape[:-1], 1), x.dtype)
+    for start in range(0, x.shape[-1], _KEYS):
+        part = x[..., start : start + _KEYS]
+        if part.shape[-1] < _KEYS:
+            missing = _KEYS - part.shape[-1]
+            part = np.pad(part, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+        total += part.sum(axis=-1, keepdims=True)
+    return total
+
+
+def check_fixed_order(device: str) -> None:
+    """Refuse to go on where one order is asked for and cannot be had.
+
+    Args:
+        device: where the model will run.
+
+    Raises:
+        ConfigError: a device, or a matrix library whose rows depend on their number.
+    """
+    if not fixed_order():
+        return
+    if device != "cpu":
+        raise ConfigError(
+            f"FD_DSA_BATCH_INVARIANT: got 1 on {device}, allowed is a CPU alone; unset it, or take "
+            "--device cpu"
+        )
+    if not all(_rows_agree(*sizes) for sizes in _PROBE_SIZES):
+        raise ConfigError(
+            "FD_DSA_BATCH_INVARIANT: got 1, but on this machine a row of a product depends on the "
+            "number of rows; set MKL_CBWR=AUTO,STRICT before the process starts, or unset it"
+        )
+
+
+def _rows_agree(width: int, out: int) -> bool:
+    """Whether rows of a product have the same bits beside any number of other rows."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((max(_PROBE_ROWS), width)).astype(np.float32)
+    weight = as_tensor(rng.standard_normal((width, out)).astype(np.float32))
+    wanted = as_numpy(matmul(staged(x), weight)).copy()
+    found: list[Any] = [as_numpy(matmul(staged(x[:rows]), weight)) for rows in _PROBE_ROWS]
+    return all(np.array_equal(part, wanted[: len(part)]) for part in found)

@@ -1,0 +1,95 @@
+"""With FD_DSA_BATCH_INVARIANT=1 the bits of a token do not depend on what else a step holds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fd_dsa.attention import step_plan
+from fd_dsa.errors import ConfigError
+from fd_dsa.ops import _fixed_order
+from fd_dsa.ops.indexer_logits import paddle_impl as scoring
+from fd_dsa.ops.sparse_mla import paddle_impl as attention
+from tests.attention.harness import Sizes, rows_of, world_of
+from tests.strategies import make_batch
+
+ROOT = Path(__file__).parents[2]
+# every logit of two prompts, read and answered by engines of many forms: all bits must be equal
+PROGRAM = """
+import numpy as np
+from tests.ops.fixed_order_engines import FORMS, logits_of
+wanted = logits_of({})
+for form in FORMS:
+    for one, other in zip(wanted, logits_of(form), strict=True):
+        assert len(one) == 6
+        np.testing.assert_array_equal(one, other, err_msg=str(form))
+print("equal")
+"""
+
+
+def run_program(**environment: str) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own: its matrix library reads the environment once."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_logits_do_not_depend_on_chunks_company_or_batch() -> None:
+    done = run_program(FD_DSA_BATCH_INVARIANT="1")
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+@pytest.fixture
+def in_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The ways of one order in this process, whose library may keep none."""
+    for module in (_fixed_order, scoring, attention, step_plan):
+        monkeypatch.setattr(module, "fixed_order", lambda: True)
+    yield
+
+
+@pytest.mark.usefixtures("in_order")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "rows",
+    [[(40, 0, 40), (3, 0, 3)], [(9, 30, 9), (0, 39, 1), (0, 2, 1)], [(0, 300, 1)]],
+    ids=["prompts", "mixed", "decode"],
+)
+def test_the_ways_of_one_order_are_right(rows: list[tuple[int, int, int]], dtype: str) -> None:
+    batch = make_batch(rows, 16)
+    world = world_of(batch, Sizes(8, 16, dtype))
+    world.check(rows_of(batch), world.run(rows_of(batch)))
+
+
+def test_sums_over_keys_do_not_see_zeros_behind_them() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.random((2, 3, 600), np.float32)
+    values = rng.standard_normal((2, 600, 5)).astype(np.float32)
+    for length in (1, 255, 256, 257, 600):
+        shorter, wide = weights[..., :length], np.zeros_like(weights)
+        wide[..., :length] = shorter
+        np.testing.assert_array_equal(_fixed_order.row_sums(shorter), _fixed_order.row_sums(wide))
+        found = _fixed_order.weighted_sum(shorter, values[:, :length])
+        np.testing.assert_allclose(found, shorter @ values[:, :length], rtol=1e-5, atol=1e-4)
+
+
+def test_a_library_whose_rows_differ_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fixed_order, "fixed_order", lambda: True)
+    monkeypatch.setattr(_fixed_order, "_rows_agree", lambda width, out: width != 1024)
+    with pytest.raises(ConfigError, match="FD_DSA_BATCH_INVARIANT: got 1, but on this machine"):
+        _fixed_order.check_fixed_order("cpu")
+
+
+def test_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fixed_order, "fixed_order", lambda: True)
+    with pytest.raises(ConfigError, match=r"FD_DSA_BATCH_INVARIANT: got 1 on gpu:0"):
+        _fixed_order.check_fixed_order("gpu:0")
