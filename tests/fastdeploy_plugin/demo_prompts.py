@@ -38,7 +38,7 @@ TEXTS = {
     "food": f"{PASSAGE}\n\nWhat is the best food for Anna?",
     "longest": f"{PASSAGE}{PROSE * 2}\n\n{NUMBER}",
     # answers that cross the end of a block
-    "edge": f"{_last_words(PASSAGE, 227)}\n\n{BELL}",
+    "edge": f"{_last_words(PASSAGE, 225)}\n\n{BELL}",
     "block": f"{_last_words(PASSAGE, 38)}\n\n{BELL}",
     "sum": "What is 12 + 30?",
     "fact": "What is the capital of France?",

@@ -25,6 +25,10 @@ def test_answers_are_worth_comparing() -> None:
         found = demo_prompts()[name]
         assert len(found.token_ids) > 256 and value in tokenizer.decode(found.answer)
     assert all(8 <= len(one.answer) < MOST_TOKENS for one in demo_prompts().values())
+    for name in ("edge", "block"):
+        found = demo_prompts()[name]
+        within_block = len(found.token_ids) % 64
+        assert 0 < within_block < 64 <= within_block + len(found.answer) - 2, name
     assert json.loads(FILE.read_text("utf-8"))["made_by"].startswith("torch ")
 
 
