@@ -29,6 +29,7 @@ SERVER_FACTS = (
     "max_num_batched_tokens",
     "block_size",
     "enable_prefix_caching",
+    "batch_invariant",
     "sampling",
     "providers",
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fd_dsa
-from fd_dsa.config import EngineConfig, told_commit
+from fd_dsa.config import EngineConfig, batch_invariant, told_commit
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -40,6 +40,7 @@ def server_info(config: EngineConfig, engine: AsyncEngine) -> dict[str, Any]:
         "max_num_batched_tokens": config.num_batched_tokens,
         "block_size": config.block_size,
         "enable_prefix_caching": config.enable_prefix_caching,
+        "batch_invariant": batch_invariant(),
         "sampling": "NumPy",
         # on a CPU they are chosen by the first request
         "providers": provider_table() or None,

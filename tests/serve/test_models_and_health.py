@@ -86,6 +86,7 @@ def test_server_info_names_what_decides_the_answers() -> None:
         "fp8_ds_mla",
     )
     assert (told["version"], told["max_num_batched_tokens"]) == (__version__, 512)
+    assert told["batch_invariant"] is False
     assert str(EngineConfig().model_path) not in str(told)
 
 
