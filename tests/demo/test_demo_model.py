@@ -33,9 +33,10 @@ def test_the_folder_is_complete_and_at_most_40_megabytes():
 
 
 def test_the_configuration_is_that_of_the_trainer():
-    found, places = fields("config.json"), "max_position_embeddings"
-    wanted = MODEL | FIXED_FIELDS | {places: min(found[places], MODEL[places])}
+    found, wanted = fields("config.json"), MODEL | FIXED_FIELDS
     assert {k: found[k] for k in wanted} == wanted
+    assert found["max_position_embeddings"] == 8192
+    assert fields("tokenizer_config.json")["model_max_length"] == 8192
 
 
 def test_the_model_card_names_the_weights_it_describes():

@@ -21,11 +21,11 @@ from fd_dsa.accuracy.retrieval.tasks import TaskSizes, check_sizes
 from fd_dsa.accuracy.retrieval.wordings import ANNOUNCED, PLAIN, read_wording
 from fd_dsa.errors import ConfigError
 
-DEMO, UNKNOWN = Limits(256, 4096), Limits(None, None)
+DEMO, UNKNOWN = Limits(256, 8192), Limits(None, None)
 
 
 def test_default_lengths_double_up_to_the_longest_prompt() -> None:
-    assert default_lengths(DEMO, 64) == (128, 256, 512, 1024, 2048, 4032)
+    assert default_lengths(DEMO, 64) == (128, 256, 512, 1024, 2048, 4096, 8128)
     assert default_lengths(Limits(2048, 65536), 64) == (1024, 2048, 4096, 8192, 16384, 32768, 65472)
     assert default_lengths(Limits(None, 1600), 0) == (50, 100, 200, 400, 800, 1600)
 
@@ -38,15 +38,15 @@ def test_continuity_begins_where_the_whole_answer_is_dense() -> None:
 
 def test_lengths_may_be_said_in_words() -> None:
     text = "topk, topk+1,2*topk, max-10,100,max"
-    assert parse_lengths(text, DEMO, 64) == (100, 256, 257, 512, 4022, 4032)
+    assert parse_lengths(text, DEMO, 64) == (100, 256, 257, 512, 8118, 8128)
     assert parse_lengths("5000,700", UNKNOWN, 64) == (700, 5000)
 
 
 @pytest.mark.parametrize(
     ("text", "limits", "message"),
     [
-        ("4033", DEMO, r"--lengths: got 4033; .* 64 .* 4096 allow 4032"),
-        ("20*topk", DEMO, "got 5120"),
+        ("8129", DEMO, r"--lengths: got 8129; .* 64 .* 8192 allow 8128"),
+        ("40*topk", DEMO, "got 10240"),
         ("0", DEMO, "--lengths: got 0; must be above 0"),
         ("1k", DEMO, "--lengths: got '1k'"),
         ("topk2", DEMO, "--lengths: got 'topk2'"),
