@@ -10,6 +10,7 @@ import pytest
 from fd_dsa import custom_ops
 from tests.custom_ops.topk_rows import KINDS, best, call, rows_of, scores_of
 from tests.kernel_memory import KernelMemory
+from tests.ops.test_many_scores import K, scored, step_for, tokens_to_look_at, wanted_positions
 
 POISON = -91
 # the edges of what registers hold, of a tile, of a window of positions, and real lengths
@@ -125,3 +126,18 @@ def test_a_graph_sees_lengths_of_its_replay(kernel_memory: KernelMemory) -> None
         out.fill_(POISON)
         graph.replay()
         np.testing.assert_array_equal(kernel_memory.get(out), best(scores, lengths, k))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_scores_than_31_bits_count(kernel_memory: KernelMemory) -> None:
+    if not kernel_memory.large:
+        pytest.skip("a size for a GPU")
+    m, step = kernel_memory, step_for(kernel_memory)
+    logits, width = scored(m, step), int(step.window.max())
+    counts = m.put(step.window.astype(np.int32))
+    out = m.put(np.full((step.num_tokens, K), POISON, np.int32))
+    call(custom_ops.build().kernels, rows_of(logits, counts, out, width, width))
+    found = m.get(out)
+    for token in tokens_to_look_at(step):
+        assert found[token].tolist() == wanted_positions(int(step.position_ids[token]))

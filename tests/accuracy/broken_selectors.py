@@ -1,0 +1,70 @@
+"""Selectors with the failures of other engines put in: what a test of them has to notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.accuracy.selection.tap import RecordingBackend
+from fd_dsa.ops._host import as_numpy
+from fd_dsa.ops.topk import positions_to_slots
+
+HUGE = 2**31 - 1
+
+
+class Broken(RecordingBackend):
+    """Lets a token that has more keys than `index_topk` attend to others than the indexer chose."""
+
+    def indexer_forward(
+        self, q: Any, k: Any, weights: Any, layer_id: int, forward_meta: Any
+    ) -> Any:
+        """See DSAAttentionBackend; then as `chosen` says."""
+        selection = super().indexer_forward(q, k, weights, layer_id, forward_meta)
+        step, topk = self.current_step(forward_meta), self.config.index_topk
+        positions = as_numpy(step.position_ids)
+        cached = int(as_numpy(step.seq_lens_decoder)[0])
+        tokens = np.flatnonzero(positions >= topk)
+        if not len(tokens):
+            return selection
+        kept = np.full((len(tokens), topk), -1, np.int32)
+        for row, token in zip(kept, tokens, strict=True):
+            found = self.chosen(int(positions[token]), cached, topk)
+            row[: len(found)] = found
+        rows, tables = as_numpy(step.batch_id_per_token)[tokens], as_numpy(step.block_tables)
+        as_numpy(selection)[tokens] = positions_to_slots(kept, rows, tables, self.block_size)
+        return selection
+
+    def chosen(self, position: int, cached: int, topk: int) -> range:
+        """Positions that the token at `position` attends to; `cached` lie in earlier steps."""
+        raise NotImplementedError
+
+
+class OwnChunkOnly(Broken):
+    """A later chunk of a prompt sees no key of the chunks before it; decoding is right.
+
+    As in mlx-lm #1189 and pypto-lib #592.
+    """
+
+    def chosen(self, position: int, cached: int, topk: int) -> range:
+        """The last keys of the chunk."""
+        return range(max(cached, position + 1 - topk), position + 1)
+
+
+class FirstKeysOnly(Broken):
+    """From `index_topk` on the sequence stands still: whatever comes later is never seen.
+
+    As a cache whose last keys are dropped: mlx-lm #1443, ik_llama.cpp #2045.
+    """
+
+    def chosen(self, position: int, cached: int, topk: int) -> range:
+        """The first keys."""
+        return range(topk)
+
+
+class TrailingKeysOnly(Broken):
+    """Scores are zero, so the choice falls to the last keys, as in mlx-lm #1454."""
+
+    def chosen(self, position: int, cached: int, topk: int) -> range:
+        """The last keys."""
+        return range(position + 1 - topk, position + 1)
