@@ -16,7 +16,13 @@ from fd_dsa.accuracy.matrix import tables
 from fd_dsa.accuracy.matrix.judging import Judgement, judge
 from fd_dsa.accuracy.matrix.machine import settings_of, why_not
 from fd_dsa.accuracy.matrix.modes import MODES, QUICK_MODES, Mode, choose
-from fd_dsa.accuracy.matrix.running import Recording, Recordings, run_elsewhere, run_mode
+from fd_dsa.accuracy.matrix.running import (
+    Recording,
+    Recordings,
+    run_elsewhere,
+    run_mode,
+    settings_kept,
+)
 from fd_dsa.accuracy.matrix.workload import FULL, QUICK, Scale, Workload, make_workload
 from fd_dsa.accuracy.prompts import set_warning
 from fd_dsa.accuracy.types import REPORT_FILE
@@ -47,6 +53,17 @@ def add_parser(subparsers: Any) -> None:
         default="matrix",
         help="folder of the run; modes that it holds are not run again (default: matrix)",
     )
+    apart = parser.add_mutually_exclusive_group()
+    apart.add_argument(
+        "--answers-only",
+        action="store_true",
+        help="keep the answers and judge them later, or on a machine that has the checkers",
+    )
+    apart.add_argument(
+        "--judge",
+        action="store_true",
+        help="judge the answers that --out holds, wherever they were made; run nothing",
+    )
     parser.add_argument("--record", metavar="MODE", help=argparse.SUPPRESS)
 
 
@@ -59,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: a flag, the model or the folder; nothing was run then.
     """
-    plots.require()
+    if not (args.answers_only or args.record):
+        plots.require()
     modes = choose(args.modes or (QUICK_MODES if args.quick else None))
     out = Path(args.out)
     report.check_folder(out)
@@ -67,8 +85,10 @@ def run(args: argparse.Namespace) -> int:
     prepare_cpu_runtime()
     from fd_dsa.runner.device import resolve_device
 
-    device = resolve_device(args.device)
     workload = _workload(config, QUICK if args.quick else FULL)
+    if args.judge:
+        return _judge_kept(out, modes, workload)
+    device = resolve_device(args.device)
     settings = settings_of(config.model_path, device) | {"workload": workload.digest}
     kept = Recordings(out / _RECORDINGS, settings)
     if args.record is not None:
@@ -77,11 +97,42 @@ def run(args: argparse.Namespace) -> int:
         return 0
     skipped = {m.name: reason for m in modes if (reason := why_not(m, device)) is not None}
     wanted = [mode for mode in modes if mode.name not in skipped]
-    scorer.ready(workload.prompts)
+    if not args.answers_only:
+        scorer.ready(workload.prompts)
     found = _record_all(wanted, kept, workload, config.model_path, device, args.arguments)
+    if args.answers_only:
+        report.show([f"Recorded in {out}: {', '.join(found)}; judge them with --judge."])
+        return 0
+    return _judge(out, modes, workload, found, skipped, settings)
+
+
+def _judge(
+    out: Path,
+    modes: Sequence[Mode],
+    workload: Workload,
+    found: dict[str, Recording],
+    skipped: dict[str, str],
+    settings: dict[str, Any],
+) -> int:
+    """Judge and report; the exit status."""
     lines = judge(modes, workload, found, skipped)
     _report(out, lines, workload, settings)
     return _BAD if any(line.failed for line in lines) else 0
+
+
+def _judge_kept(out: Path, modes: Sequence[Mode], workload: Workload) -> int:
+    """Judge the recordings of a folder; what is not there was not run.
+
+    Raises:
+        ConfigError: there is no reference, it answers other requests, or another recording was
+            made with other settings than it.
+    """
+    settings = settings_kept(out / _RECORDINGS, workload)
+    kept = Recordings(out / _RECORDINGS, settings)
+    scorer.ready(workload.prompts)
+    found = {mode.name: recording for mode in modes if (recording := kept.get(mode)) is not None}
+    skipped = {mode.name: "not recorded" for mode in modes if mode.name not in found}
+    return _judge(out, modes, workload, found, skipped, settings)
 
 
 def _workload(config: EngineConfig, scale: Scale) -> Workload:

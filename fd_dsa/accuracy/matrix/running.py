@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 from fd_dsa.accuracy.embedded import open_model, quiet
 from fd_dsa.accuracy.losses import token_losses, windows_of
 from fd_dsa.accuracy.matrix.machine import providers
-from fd_dsa.accuracy.matrix.modes import BASE_ENGINE, INVARIANT, FromWorkload, Mode
+from fd_dsa.accuracy.matrix.modes import (
+    BASE_ENGINE,
+    INVARIANT,
+    REFERENCE,
+    FromWorkload,
+    Mode,
+)
 from fd_dsa.accuracy.matrix.recording import Request, Trace, pack, record, unpack
 from fd_dsa.accuracy.matrix.workload import Workload
 from fd_dsa.accuracy.perplexity import default_text
@@ -219,6 +225,26 @@ class Recordings:
     def _path(self, mode: Mode) -> Path:
         """File of a mode."""
         return self._folder / f"{mode.name}.npz"
+
+
+def settings_kept(folder: Path, workload: Workload) -> dict[str, Any]:
+    """What the recordings of a folder were made with, as its reference says.
+
+    Raises:
+        ConfigError: there is no reference, or it answers other requests than these.
+    """
+    path = folder / f"{REFERENCE}.npz"
+    try:
+        settings = dict(unpack(path.read_bytes())[1]["settings"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"--judge: {path} is no recording ({error!r})") from error
+    if settings.get("workload") != workload.digest:
+        raise ConfigError(
+            f"--judge: {path} answers other requests than this model and these flags ask "
+            "(--model, --quick)"
+        )
+    del settings["definition"]
+    return settings
 
 
 def _definition(mode: Mode) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,46 @@ def test_what_is_recorded_is_not_run_again(
     arguments = ["matrix", "--quick", "--device", "cpu", "--modes", CHOSEN, "--out", str(folder)]
     assert main(arguments) == 0
     assert "modes that must agree to the token do" in capsys.readouterr().out
+
+
+def test_answers_made_elsewhere_are_judged(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "recordings", copy / "recordings")
+    # another machine: nothing may run, and its own settings do not count
+    monkeypatch.setattr(command, "run_mode", None)
+    monkeypatch.setattr(command, "settings_of", None)
+    (copy / "recordings/fp8.npz").unlink()
+    arguments = ["matrix", "--quick", "--judge", "--modes", CHOSEN, "--out", str(copy)]
+    assert main(arguments) == 0
+    here, there = (json.loads((one / "matrix.json").read_text("utf-8")) for one in (folder, copy))
+    assert there["settings"] == here["settings"]
+    for mine, given in zip(there["modes"], here["modes"], strict=True):
+        if mine["mode"] == "fp8":
+            assert mine["verdict"] == "skipped"
+        else:
+            assert mine["agreement"] == given["agreement"]
+    capsys.readouterr()
+    assert main(["matrix", "--judge", "--out", str(copy)]) == 2
+    assert "reference.npz answers other requests than" in capsys.readouterr().err
+    assert main(["matrix", "--judge", "--out", str(tmp_path / "none")]) == 2
+    assert "reference.npz is no recording" in capsys.readouterr().err
+
+
+def test_answers_alone_need_no_checkers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for missing in (command.scorer, command.plots):
+        monkeypatch.setattr(missing, "ready" if missing is command.scorer else "require", None)
+    out = tmp_path / "out"
+    arguments = ["matrix", "--quick", "--device", "cpu", "--modes", "reference"]
+    assert main([*arguments, "--answers-only", "--out", str(out)]) == 0
+    assert "judge them with --judge" in capsys.readouterr().out
+    assert [path.name for path in out.rglob("*") if path.is_file()] == ["reference.npz"]
 
 
 def test_recordings_of_other_settings_are_refused(
