@@ -25,6 +25,7 @@ PASSAGE = (
 )
 NUMBER = "What is the special number for Riga?"
 BELL = "Where did Ravi hide the silver bell?"
+FOOD = "What is the best food for Anna?"
 
 
 def _last_words(text: str, count: int) -> str:
@@ -35,11 +36,12 @@ TEXTS = {
     # three questions about one passage, so with a prefix in common
     "number": f"{PASSAGE}\n\n{NUMBER}",
     "bell": f"{PASSAGE}\n\n{BELL}",
-    "food": f"{PASSAGE}\n\nWhat is the best food for Anna?",
+    "food": f"{PASSAGE}\n\n{FOOD}",
     "longest": f"{PASSAGE}{PROSE * 2}\n\n{NUMBER}",
-    # answers that cross the end of a block
+    # answers that cross the end of a block: three slots are free, for a token and two drafts, so
+    # that a row whose next block is late is blocked between two steps
     "edge": f"{_last_words(PASSAGE, 225)}\n\n{BELL}",
-    "block": f"{_last_words(PASSAGE, 38)}\n\n{BELL}",
+    "block": f"{_last_words(PASSAGE, 37)}\n\n{FOOD}",
     "sum": "What is 12 + 30?",
     "fact": "What is the capital of France?",
     "unknown": "Who invented the blue telephone box?",
