@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fd_dsa.accuracy import plots, report, scorer
+from fd_dsa.accuracy.embedded import quiet
 from fd_dsa.accuracy.matrix import tables
 from fd_dsa.accuracy.matrix.judging import Judgement, judge
 from fd_dsa.accuracy.matrix.machine import settings_of, why_not
@@ -158,7 +159,7 @@ def _record_all(
     """A recording of each mode, those that are kept already among them."""
     # all are looked at before the first is run: one that does not belong here ends it at once
     found = {mode.name: recording for mode in modes if (recording := kept.get(mode)) is not None}
-    with _progress(len(modes), len(found)) as note:
+    with quiet(), _progress(len(modes), len(found)) as note:
         for mode in (mode for mode in modes if mode.name not in found):
             note(mode.name, 0)
             if mode.environment:

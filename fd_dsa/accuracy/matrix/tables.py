@@ -66,11 +66,15 @@ def _share(passed: Passed | None) -> str:
 
 
 def _change(passed: Passed | None) -> str:
-    """Difference in points with its interval, flips, exact test."""
+    """Difference in points with its interval."""
+    return _NONE if passed is None else report.points(passed.difference)
+
+
+def _flips(passed: Passed | None) -> str:
+    """What got worse and better, and the exact test."""
     if passed is None or math.isnan(passed.difference.value):
         return _NONE
-    flips = f"{passed.worse} worse, {passed.better} better, p {passed.p:.2g}"
-    return f"{report.points(passed.difference)}; {flips}"
+    return f"{passed.worse}/{passed.better}, {passed.p:.2g}"
 
 
 def _perplexity(line: Judgement) -> str:
@@ -97,8 +101,10 @@ SCORES: tuple[Column, ...] = (
     ("mode", lambda line: line.mode.name),
     ("IFEval strict", lambda line: _share(line.ifeval)),
     ("change, points", lambda line: _change(line.ifeval)),
+    ("worse/better, p", lambda line: _flips(line.ifeval)),
     ("retrieval", lambda line: _share(line.retrieval)),
     ("change, points", lambda line: _change(line.retrieval)),
+    ("worse/better, p", lambda line: _flips(line.retrieval)),
     ("perplexity", _perplexity),
     ("change", _ratio),
 )
