@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     wanted = [mode for mode in modes if mode.name not in skipped]
     if not args.answers_only:
         scorer.ready(workload.prompts)
-    found = _record_all(wanted, kept, workload, config.model_path, device, args.arguments)
+    found = _record_all(wanted, kept, workload, config.model_path, device, args.arguments, skipped)
     if args.answers_only:
         report.show([f"Recorded in {out}: {', '.join(found)}; judge them with --judge."])
         return 0
@@ -155,18 +155,26 @@ def _record_all(
     model: Path,
     device: str,
     arguments: Sequence[str],
+    skipped: dict[str, str],
 ) -> dict[str, Recording]:
-    """A recording of each mode, those that are kept already among them."""
+    """A recording of each mode, those that are kept already among them.
+
+    What turns out not to run here joins `skipped`, with the reason.
+    """
     # all are looked at before the first is run: one that does not belong here ends it at once
     found = {mode.name: recording for mode in modes if (recording := kept.get(mode)) is not None}
     with quiet(), _progress(len(modes), len(found)) as note:
         for mode in (mode for mode in modes if mode.name not in found):
             note(mode.name, 0)
             if mode.environment:
-                run_elsewhere(mode, arguments)
-                recording = kept.get(mode)
-                if recording is None:
+                refused = run_elsewhere(mode, arguments)
+                if refused is not None:
+                    skipped[mode.name] = refused
+                    continue
+                recorded = kept.get(mode)
+                if recorded is None:
                     raise FdDsaError(f"mode {mode.name}: its process has kept no recording")
+                recording = recorded
             else:
                 tell = _teller(note, mode)
                 recording = kept.keep(mode, run_mode(mode, workload, model, device, tell))

@@ -32,6 +32,8 @@ from fd_dsa.config import EngineConfig, batch_invariant, process_environment
 from fd_dsa.errors import ConfigError, FdDsaError
 
 _BLOCK_SIZE = 64
+# exit status of a command that cannot begin
+_REFUSED = 2
 # fields of EngineConfig that decide how one sequence is computed
 _ONE_SEQUENCE = {"device", "kv_cache_dtype", "max_num_batched_tokens"}
 # requests that come twice, before the next ones: their blocks must stay in the cache, here one that
@@ -257,19 +259,26 @@ def _definition(mode: Mode) -> str:
     return ", ".join([*parts, *(["warm"] if mode.warm else [])])
 
 
-def run_elsewhere(mode: Mode, arguments: Sequence[str]) -> None:
+def run_elsewhere(mode: Mode, arguments: Sequence[str]) -> str | None:
     """Record a mode in a process of its own, which has the variables that the mode asks for.
 
     Args:
         mode: with an environment.
         arguments: of the matrix command.
 
+    Returns:
+        Why this machine cannot serve in this mode; None where it has been recorded.
+
     Raises:
-        FdDsaError: the process failed; its last line says why.
+        FdDsaError: the process failed on the way; its last line says why.
     """
     command = [sys.executable, "-m", "fd_dsa.accuracy", *arguments, "--record", mode.name]
     environment = {**process_environment(), **mode.environment}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise FdDsaError(f"mode {mode.name}: {lines[-1].removeprefix('fd_dsa: error: ')}")
+    if not done.returncode:
+        return None
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    said = lines[-1].removeprefix("fd_dsa: error: ")
+    if done.returncode == _REFUSED and any(name in said for name in mode.environment):
+        return said
+    raise FdDsaError(f"mode {mode.name}: {said}")

@@ -183,3 +183,12 @@ def test_a_mode_with_variables_has_a_process_of_its_own(monkeypatch: pytest.Monk
         "invariant-fp8",
     ]
     assert seen["env"][INVARIANT] == "1"
+
+
+def test_a_machine_that_cannot_keep_one_order_skips_those_modes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = f"{INVARIANT}: got 1, but on this machine a row of a product depends on"
+    done = subprocess.CompletedProcess([], 2, "", f"fd_dsa: error: {said}\n")
+    monkeypatch.setattr(running.subprocess, "run", lambda *_, **__: done)
+    assert running.run_elsewhere(BY_NAME["invariant"], ()) == said
