@@ -6,6 +6,8 @@
 # Another interpreter: make PYTHON=python3.12 ...; flags of the server: make serve ARGS="--port 9000"
 PYTHON ?= python3
 ARGS ?=
+# processes of `make test`; each may take 5 GB
+WORKERS ?= 2
 # each round of `make soak` draws new random cases
 ROUNDS ?= 20
 VENV := .venv
@@ -19,7 +21,7 @@ serve: $(VENV)/.cpu
 	$(BIN)/python -m fd_dsa.serve $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest -m oracle $(ARGS)
