@@ -18,7 +18,7 @@ from tests.serve.conftest import Live, running
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Live]:
     """A server with the demo model."""
-    config = EngineConfig(demo_model_path(), num_gpu_blocks_override=64, max_num_seqs=8)
+    config = EngineConfig(demo_model_path(), num_gpu_blocks_override=128, max_num_seqs=8)
     with running(AsyncEngine(build_engine(config)), ("demo_model",)) as live:
         yield live
 
