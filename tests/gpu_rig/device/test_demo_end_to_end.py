@@ -26,8 +26,8 @@ SHORT_PROMPTS = ["Once upon a time", "The capital of France is"]
 PROMPTS = [
     *SHORT_PROMPTS,
     "The old miller walked slowly along the river and",
-    "Who comes there, so late in the evening?",
-    PROSE * 4,
+    "One day a fox named Ruby",
+    f"{PROSE * 4}One day a fox named Ruby",
 ]
 # On the CPU the best token of every step of these prompts leads by more than this, which is a
 # hundred times what rounding in another order changes.
