@@ -205,7 +205,9 @@ def test_a_runner_without_the_hook_of_all_steps_is_refused() -> None:
         make_runner_class(int)
 
 
-@pytest.mark.parametrize("backends", [[], None, [None], [object()]], ids=str)
+@pytest.mark.parametrize(
+    "backends", [[], None, [None], [object()]], ids=["empty", "none", "a none", "foreign"]
+)
 def test_a_runner_with_another_backend_is_left_alone(backends: Any) -> None:
     class Runner:
         def __init__(self, *, backends: Any) -> None:
