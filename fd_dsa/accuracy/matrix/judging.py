@@ -18,7 +18,13 @@ from fd_dsa.accuracy.paired import MetricChange, compare
 from fd_dsa.accuracy.retrieval.scoring import score_record
 from fd_dsa.accuracy.scorer import score
 from fd_dsa.accuracy.scores import Metric, Scores, metrics
-from fd_dsa.accuracy.stats import Estimate, bootstrap_difference, mcnemar, wilson
+from fd_dsa.accuracy.stats import (
+    Estimate,
+    bootstrap_difference,
+    mcnemar,
+    paired_difference,
+    wilson,
+)
 from fd_dsa.accuracy.types import PROMPT_STRICT, Answer, PromptScore, RunSettings
 
 REFERENCE, EXACT, DIFFERS, DEVIATION = "reference", "exact", "DIFFERS", "deviation"
@@ -36,7 +42,7 @@ class Passed:
         total: all of them.
         worse: passed in the other mode only; 0 without one.
         better: passed in this mode only.
-        difference: of the shares, by bootstrap; NaN without another mode.
+        difference: of the shares, from the flips; NaN without another mode.
         p: exact McNemar; 1 without flips.
     """
 
@@ -202,9 +208,7 @@ class _Scored:
         keys = {one.key for one in self.ifeval}
         common = tuple(one for one in other.ifeval if one.key in keys)
         change: MetricChange = compare(_run(common), _run(self.ifeval)).primary
-        return Passed(
-            own.passed, own.total, change.worse, change.better, change.difference, change.p or 1.0
-        )
+        return _paired(own.passed, own.total, change.worse, change.better)
 
     def retrieval_beside(self, other: _Scored | None) -> Passed | None:
         """Right answers, paired with those of another mode."""
@@ -216,8 +220,13 @@ class _Scored:
         before = [other.retrieval[key] for key in self.retrieval]
         worse = sum(x > y for x, y in zip(before, now, strict=True))
         better = sum(x < y for x, y in zip(before, now, strict=True))
-        difference = bootstrap_difference(before, now, [1] * len(now))
-        return Passed(sum(now), len(now), worse, better, difference, mcnemar(worse, better))
+        return _paired(sum(now), len(now), worse, better)
+
+
+def _paired(passed: int, total: int, worse: int, better: int) -> Passed:
+    """What flipped, and what that says: few questions without a flip still leave much open."""
+    difference = paired_difference(worse, better, total)
+    return Passed(passed, total, worse, better, difference, mcnemar(worse, better))
 
 
 def _answer(key: str, trace: Any) -> Answer:

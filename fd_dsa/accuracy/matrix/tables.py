@@ -65,9 +65,14 @@ def _share(passed: Passed | None) -> str:
     return _NONE if passed is None else f"{passed.passed}/{passed.total}"
 
 
-def _change(passed: Passed | None) -> str:
+def _change(line: Judgement, passed: Passed | None) -> str:
     """Difference in points with its interval."""
-    return _NONE if passed is None else report.points(passed.difference)
+    if passed is None:
+        return _NONE
+    found = line.agreement
+    if found is not None and found.equal == found.requests:
+        return "equal answers"
+    return report.points(passed.difference)
 
 
 def _flips(passed: Passed | None) -> str:
@@ -100,10 +105,10 @@ AGREEMENT: tuple[Column, ...] = (
 SCORES: tuple[Column, ...] = (
     ("mode", lambda line: line.mode.name),
     ("IFEval strict", lambda line: _share(line.ifeval)),
-    ("change, points", lambda line: _change(line.ifeval)),
+    ("change, points", lambda line: _change(line, line.ifeval)),
     ("worse/better, p", lambda line: _flips(line.ifeval)),
     ("retrieval", lambda line: _share(line.retrieval)),
-    ("change, points", lambda line: _change(line.retrieval)),
+    ("change, points", lambda line: _change(line, line.retrieval)),
     ("worse/better, p", lambda line: _flips(line.retrieval)),
     ("perplexity", _perplexity),
     ("change", _ratio),
@@ -234,9 +239,10 @@ def _agreement_notes(lines: Sequence[Judgement]) -> tuple[str, ...]:
 def _score_notes() -> tuple[str, ...]:
     """How to read the second table."""
     return (
-        "Changes are against the mode named in the first table, paired by prompt: 95 % interval by "
-        "bootstrap, exact McNemar test. Perplexity is that of one text in one pass; its change is "
-        "resampled by stretches of 64 tokens. A dash: the mode changes nothing about one sequence.",
+        "Changes are against the mode named in the first table, paired by prompt: 95 % interval "
+        "from the flips, exact McNemar test. Perplexity is that of one text in one pass; its "
+        "change is resampled by stretches of 64 tokens. A dash: the mode changes nothing about "
+        "one sequence.",
     )
 
 

@@ -89,6 +89,19 @@ def test_a_deviation_fails_nothing_and_has_its_interval() -> None:
     assert line.retrieval.difference.value == -1
 
 
+def test_few_questions_without_a_flip_leave_much_open() -> None:
+    recordings = {
+        "reference": recording("reference", answers()),
+        "fp8": recording("fp8", answers(last=9, shift=0.1)),
+    }
+    lines = lines_of(["fp8"], recordings)
+    line = lines[1]
+    assert line.retrieval is not None and line.retrieval.worse == line.retrieval.better == 0
+    assert line.retrieval.difference.low < -0.5 and line.retrieval.difference.high > 0.5
+    shown = str(tables.parts(lines, WORKLOAD.facts()))
+    assert "0.00 [-79" in shown and "equal answers" not in shown
+
+
 @pytest.mark.parametrize(
     ("name", "facts", "reason"),
     [
