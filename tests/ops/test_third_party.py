@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,9 @@ def test_a_module_of_none_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> N
 def test_torch_is_paddle_inside_the_package_and_nowhere_else(packages: None) -> None:
     module = load("kernels_a", paddle.zeros([1]))
     assert module.relu is paddle.nn.functional.relu
-    with pytest.raises(ModuleNotFoundError, match="torch"):
-        __import__("torch")
+    # where torch is installed, it is torch
+    with suppress(ModuleNotFoundError):
+        assert __import__("torch").nn.functional.relu is not paddle.nn.functional.relu
 
 
 def test_the_scope_is_set_once(packages: None) -> None:
