@@ -68,3 +68,11 @@ class TrailingKeysOnly(Broken):
     def chosen(self, position: int, cached: int, topk: int) -> range:
         """The last keys."""
         return range(position + 1 - topk, position + 1)
+
+
+class FewLastKeysOnly(Broken):
+    """Keeps a few last keys alone as soon as it has to choose: a collapse at `index_topk`."""
+
+    def chosen(self, position: int, cached: int, topk: int) -> range:
+        """The last four keys."""
+        return range(position - 3, position + 1)

@@ -25,7 +25,7 @@ from fd_dsa.accuracy.selection.tap import recording
 from fd_dsa.errors import ConfigError, FdDsaError
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
-from tests.accuracy.selection.backends import Collapsing
+from tests.accuracy.broken_selectors import FewLastKeysOnly
 from tests.demo.samples import PROSE
 from tests.runner.tiny import V32, run_rows, tiny_model, tiny_runner
 
@@ -208,7 +208,7 @@ def test_no_jump_at_the_selection_s_size(demo: Demo) -> None:
     assert difference[:border].max() < 1e-3
     assert difference[border:].max() > 1e-5, "nothing is selected"
     assert difference[border : border + 16].max() < 0.1
-    with recording(demo.model.sequence.runner, "cpu", Collapsing):
+    with recording(demo.model.sequence.runner, "cpu", FewLastKeysOnly):
         spoiled = measure(demo.model, TEXT)
     jump = np.abs(spoiled.nats - demo.losses.nats)
     assert jump[:border].max() == 0

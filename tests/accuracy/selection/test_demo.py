@@ -10,7 +10,7 @@ from fd_dsa.accuracy.embedded import OpenModel, open_model
 from fd_dsa.accuracy.selection.measure import INDEXER, LAST, RANDOM, LayerFigures, measure
 from fd_dsa.accuracy.selection.needles import NeedleText, needle_texts, tokens_of
 from fd_dsa.errors import ConfigError
-from tests.accuracy.selection.backends import LastKeys
+from tests.accuracy.broken_selectors import TrailingKeysOnly
 
 LENGTH = 600
 
@@ -88,7 +88,7 @@ def test_the_selection_is_the_exact_one(figures: list[LayerFigures]) -> None:
 def test_a_selector_of_last_keys_collapses(
     model: OpenModel, text: NeedleText, figures: list[LayerFigures]
 ) -> None:
-    spoiled, example = measure(model, [text], num_queries=8, backend=LastKeys)
+    spoiled, example = measure(model, [text], num_queries=8, backend=TrailingKeysOnly)
     assert text.pairs[-1][1] < LENGTH - model.model_config.index_topk
     looking = [figure for figure in spoiled if figure.attends]
     assert looking
