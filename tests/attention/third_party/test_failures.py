@@ -109,16 +109,17 @@ def test_a_package_that_cannot_be_used(
     doubles: Install,
     lines: Any,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     package: str,
     source: str,
     reason: str,
 ) -> None:
     doubles()
     (tmp_path / f"{package}.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    for _ in range(2):
-        KernelCase(memory, DECODE).begin().begin()
+    # undone before the doubles go: else the path that is put back would still hold theirs
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(tmp_path)
+        for _ in range(2):
+            KernelCase(memory, DECODE).begin().begin()
     sys.modules.pop(package, None)
     assert serving() == {o: p for o, p in BOTH.items() if p != package}
     (warning,) = lines("WARNING")
