@@ -21,7 +21,7 @@ serve: $(VENV)/.cpu
 	$(BIN)/python -m fd_dsa.serve $(ARGS)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest -m oracle $(ARGS)

@@ -84,7 +84,12 @@ def kernel_memory(request: pytest.FixtureRequest) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what cannot run here; `network` tests run only when they are asked for by name."""
+    """Skip what cannot run here; `network` tests run only when they are asked for by name.
+
+    Files with slow tests come first: of several processes none then works on alone at the end.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         names = {mark.name for mark in item.iter_markers()}
         reasons = [_skip_reason(name) for name in names & REQUIREMENTS.keys()]

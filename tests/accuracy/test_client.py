@@ -145,7 +145,9 @@ def test_a_server_that_refuses_everything_ends_the_run() -> None:
         client = ChatClient(server.base_url, "demo", concurrency=4)
         with pytest.raises(RemoteError, match="answers no question: status 400: chat_template_k"):
             collect(client, 100, kept)
-    assert 8 <= len(kept) == len(server.bodies) < 20
+    # eight refusals end it; of those asked at that moment, some may have reached the server
+    assert 8 <= len(kept) < 12
+    assert len(kept) <= len(server.bodies) < len(kept) + 4
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])

@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -161,6 +162,7 @@ def build(form: str) -> Path:
         work.mkdir()
         _compile(form, tools, work)
         folder.mkdir(exist_ok=True)
-        # the library moves last and at once: two processes may build the same form
-        (work / LIBRARY).replace(folder / LIBRARY)
+        # it appears last and at once; of two processes that build it, the first one's stays
+        with suppress(FileExistsError):
+            os.link(work / LIBRARY, folder / LIBRARY)
     return folder

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.gpu_rig import BuildError, RigError, current, load
+from tests.gpu_rig.build import build, find_tools
 
 VARIABLE = "FD_DSA_RIG"
 
@@ -41,3 +43,14 @@ def why_not() -> str | None:
     if not _has_gpu():
         return "no NVIDIA GPU on this machine"
     return "a session has the test plug-in from its start: make gpu-rig, or pytest -m gpu_rig"
+
+
+def built(form: str) -> Path:
+    """Folder of a form; the test is skipped, with the reason, where no compiler is."""
+    if find_spec("paddle") is None:
+        pytest.skip("not installed: paddle")
+    try:
+        find_tools(form)
+    except BuildError as error:
+        pytest.skip(f"THE TEST PLUG-IN CANNOT BE BUILT HERE: {error}")
+    return build(form)

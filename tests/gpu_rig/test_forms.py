@@ -1,66 +1,18 @@
-"""The forms that need no GPU: built here, and their tests run in sessions of their own."""
+"""The forms of the test plug-in: what builds them, and what is said where that fails."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.gpu_rig.build import LIBRARY, BuildError, build, find_tools
-from tests.gpu_rig.session import VARIABLE
+from tests.gpu_rig.session import VARIABLE, built
 
 ROOT = Path(__file__).parents[2]
-DEVICE = "tests/gpu_rig/device"
-# the device itself; the kernels that run on it take longer
-QUICK = ("operators", "in_place", "counters", "capture", "step", "custom_ops")
-
-
-def built(form: str) -> Path:
-    """Folder of a form; the test is skipped, with the reason, where no compiler is."""
-    if find_spec("paddle") is None:
-        pytest.skip("not installed: paddle")
-    try:
-        find_tools(form)
-    except BuildError as error:
-        pytest.skip(f"THE TEST PLUG-IN CANNOT BE BUILT HERE: {error}")
-    return build(form)
-
-
-def run_session(form: str, *arguments: str) -> int:
-    """Run tests on a form in a process of its own; how many passed. Fails with their report."""
-    built(form)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {VARIABLE: form}, capture_output=True, text=True
-    )
-    report = f"{done.stdout}{done.stderr}"
-    assert done.returncode == 0, report
-    passed = re.search(r"(\d+) passed", report)
-    return int(passed[1]) if passed else 0
-
-
-@pytest.mark.triton
-def test_the_device_in_host_memory() -> None:
-    files = [f"{DEVICE}/test_{name}.py" for name in QUICK]
-    assert run_session("fake", *files, "tests/test_kernel_memory.py") >= 110
-
-
-@pytest.mark.slow
-@pytest.mark.triton
-def test_the_device_where_host_access_faults() -> None:
-    files = ["tests/test_kernel_memory.py", "tests/test_doctor.py"]
-    assert run_session("guard", DEVICE, *files) >= 150
-
-
-@pytest.mark.slow
-@pytest.mark.triton
-def test_kernels_where_a_wrong_address_faults() -> None:
-    assert run_session("guard", "tests/ops", "-k", "rig and kernel") >= 100
 
 
 def test_the_form_for_a_gpu_compiles() -> None:

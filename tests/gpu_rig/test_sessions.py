@@ -1,0 +1,50 @@
+"""The forms that need no GPU: their tests run in sessions of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu_rig.session import VARIABLE, built
+
+ROOT = Path(__file__).parents[2]
+DEVICE = "tests/gpu_rig/device"
+# the device itself; the kernels that run on it take longer
+QUICK = ("operators", "in_place", "counters", "capture", "step", "custom_ops")
+
+
+def run_session(form: str, *arguments: str) -> int:
+    """Run tests on a form in a process of its own; how many passed. Fails with their report."""
+    built(form)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {VARIABLE: form}, capture_output=True, text=True
+    )
+    report = f"{done.stdout}{done.stderr}"
+    assert done.returncode == 0, report
+    passed = re.search(r"(\d+) passed", report)
+    return int(passed[1]) if passed else 0
+
+
+@pytest.mark.triton
+def test_the_device_in_host_memory() -> None:
+    files = [f"{DEVICE}/test_{name}.py" for name in QUICK]
+    assert run_session("fake", *files, "tests/test_kernel_memory.py") >= 110
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_the_device_where_host_access_faults() -> None:
+    files = ["tests/test_kernel_memory.py", "tests/test_doctor.py"]
+    assert run_session("guard", DEVICE, *files) >= 150
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+def test_kernels_where_a_wrong_address_faults() -> None:
+    assert run_session("guard", "tests/ops", "-k", "rig and kernel") >= 100
