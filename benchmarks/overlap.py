@@ -24,7 +24,7 @@ from benchmarks._timeline import traced
 from benchmarks._torch_device import TorchDeviceApi, register
 from benchmarks.ceilings import matrix_flops_per_s
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.config import DEFAULT_OVERLAP_MAX_TOKENS
+from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
 from fd_dsa.ops._third_party import third_party_table
 from fd_dsa.ops.indexer_projection import triton_kernel
 from fd_dsa.ops.indexer_projection.scratch import new_scratch

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.config import op_provider
+from fd_dsa.environment import op_provider
 from fd_dsa.errors import BackendUnavailable
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fd_dsa.config import choose_triton_mode
+from fd_dsa.environment import choose_triton_mode
 from tests.gpu_rig.session import open_session, why_not
 
 # before any test module imports Triton, alone or through torch

@@ -11,14 +11,8 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.config import (
-    EngineConfig,
-    demo_model_path,
-    parse_bytes,
-    prepare_cpu_runtime,
-    set_cpu_threads,
-    step_checks_requested,
-)
+from fd_dsa.config import EngineConfig, demo_model_path, parse_bytes
+from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads, step_checks_requested
 from fd_dsa.errors import ConfigError
 
 
@@ -134,7 +128,7 @@ def test_amd_processors_take_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> N
 def test_threads_default_to_the_usable_processors() -> None:
     pytest.importorskip("paddle", exc_type=ImportError)
     assert set_cpu_threads() == len(os.sched_getaffinity(0))
-    with pytest.raises(ConfigError, match="num-threads"):
+    with pytest.raises(ConfigError, match="num_threads: got 0"):
         set_cpu_threads(0)
 
 

@@ -41,7 +41,8 @@ def _tree(root: Path, files: dict[str, str]) -> Path:
 
 CLEAN = {
     "errors.py": "class Error(Exception): ...\n",
-    "config.py": "import os\nfrom fd_dsa.errors import Error\nHOME = os.environ.get('HOME')\n",
+    "environment.py": "import os\nfrom fd_dsa.errors import Error\nHOME = os.environ.get('HOME')\n",
+    "config.py": "from fd_dsa.environment import HOME\n",
     "step/builder.py": "import numpy\nimport triton.language\nfrom fd_dsa.step import host\n",
     "step/host.py": "from ..errors import Error\n",
     "triton_runtime/driver.py": "from triton.runtime import driver\n",

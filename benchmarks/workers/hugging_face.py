@@ -10,7 +10,8 @@ import torch
 from transformers import DeepseekV32ForCausalLM
 
 from benchmarks._harness import random_prompts, serve_requests
-from fd_dsa.config import demo_model_path, usable_cpus
+from fd_dsa.config import demo_model_path
+from fd_dsa.environment import usable_cpus
 
 
 class Model:

@@ -12,8 +12,9 @@ import numpy as np
 
 from benchmarks._harness import random_prompts, serve_requests
 from fd_dsa import LLM, SamplingParams
-from fd_dsa.config import EngineConfig, set_cpu_threads
+from fd_dsa.config import EngineConfig
 from fd_dsa.engine.factory import build_engine
+from fd_dsa.environment import set_cpu_threads
 
 # a decode step is timed this often, the scan as well
 _REPEATS = 15

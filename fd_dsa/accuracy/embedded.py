@@ -8,7 +8,6 @@ steps that the engine would make of one request.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from fd_dsa.config import EngineConfig, prepare_cpu_runtime
+from fd_dsa.config import EngineConfig
+from fd_dsa.environment import prepare_cpu_runtime
 from fd_dsa.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -185,18 +185,6 @@ def open_model(
         }
         engine = build_engine(EngineConfig(**fields))
     return OpenModel(OneSequence(engine.runner), engine.tokenizer, config, asked, length)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Our log says no more than warnings inside: a report says what was opened."""
-    package = logging.getLogger("fd_dsa")
-    level = package.level
-    package.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        package.setLevel(level)
 
 
 @contextmanager

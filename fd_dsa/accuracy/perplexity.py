@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, quiet, read_config
+from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, read_config
 from fd_dsa.accuracy.losses import Losses, measure, stretches, windows_of
 from fd_dsa.accuracy.report import Table, as_json, check_folder, page, show, write_files
 from fd_dsa.config import EngineConfig
+from fd_dsa.environment import quiet
 from fd_dsa.errors import ConfigError
 
 JSON_FILE = "perplexity.json"

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from fd_dsa.config import openai_api_key
+from fd_dsa.environment import openai_api_key
 from fd_dsa.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 10.0

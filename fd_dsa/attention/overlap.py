@@ -19,7 +19,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from fd_dsa.config import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
+from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
 from fd_dsa.errors import DeviceError, OverlapError
 
 _NOT_RUN: Any = object()
@@ -34,7 +34,7 @@ class IndexerOverlap:
     Args:
         device: of the tensors, as of DSAAttentionBackend; only "cpu" makes a difference here.
         max_tokens: a step of more tokens does not fork, 0 = none does; None asks
-            `fd_dsa.config.overlap_max_tokens`. Where that says nothing either, steps fork in a
+            `fd_dsa.environment.overlap_max_tokens`. Where that says nothing either, steps fork in a
             capture alone, up to DEFAULT_OVERLAP_MAX_TOKENS.
 
     Attributes:

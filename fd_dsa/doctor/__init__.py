@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from fd_dsa import __version__
 from fd_dsa.doctor import environment
+from fd_dsa.environment import quiet
 from fd_dsa.errors import FdDsaError
 
 _OK, _BAD = 0, 1
@@ -31,25 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     args = parser.parse_args(argv)
     try:
-        with _warnings_only():
+        with quiet():
             found = examine(args.device)
     except FdDsaError as error:
         sys.stderr.write(f"fd_dsa: error: {error}\n")
         return _BAD
     sys.stdout.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
     return _OK if found["healthy"] else _BAD
-
-
-@contextmanager
-def _warnings_only() -> Iterator[None]:
-    """Our log says no more than warnings inside: the doctor's table says the rest."""
-    package = logging.getLogger("fd_dsa")
-    level = package.level
-    package.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        package.setLevel(level)
 
 
 def examine(device: str | None = None) -> dict[str, Any]:

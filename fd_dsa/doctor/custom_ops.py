@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from fd_dsa import custom_ops
-from fd_dsa.config import OP_PROVIDERS
 from fd_dsa.doctor.case import CheckFailed, Memory, require
 from fd_dsa.doctor.self_check import is_step_metadata
+from fd_dsa.environment import OP_PROVIDERS
 
 Put = Callable[[np.ndarray], Any]
 Operator = Callable[..., Any]

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
-from fd_dsa.config import has_nvidia_gpu, prepare_cpu_runtime, usable_cpus
+from fd_dsa.environment import has_nvidia_gpu, prepare_cpu_runtime, usable_cpus
 from fd_dsa.errors import BackendUnavailable
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "triton", "numpy")

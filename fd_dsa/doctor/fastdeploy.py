@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from fd_dsa.config import process_environment
+from fd_dsa.environment import process_environment
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.launch.choice import fastdeploy_is_installed, fastdeploy_version
 from fd_dsa.fastdeploy_plugin.launch.environment import (

@@ -7,10 +7,11 @@ import time
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from fd_dsa.config import EngineConfig, prepare_cpu_runtime, set_cpu_threads
+from fd_dsa.config import EngineConfig
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads
 from fd_dsa.errors import BackendUnavailable, ConfigError
 
 if TYPE_CHECKING:

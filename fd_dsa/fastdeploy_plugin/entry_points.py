@@ -30,7 +30,7 @@ def register() -> None:
     imported.
     """
     try:
-        from fd_dsa.config import fastdeploy_plugin_wanted
+        from fd_dsa.environment import fastdeploy_plugin_wanted
 
         if fastdeploy_plugin_wanted():
             _take_over()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fd_dsa.attention import CacheLayout, DSABackendConfig
-from fd_dsa.config import FP8_BLOCK_SIZE, indexer_rope_interleave
+from fd_dsa.config import FP8_BLOCK_SIZE
+from fd_dsa.environment import indexer_rope_interleave
 from fd_dsa.errors import ConfigError
 from fd_dsa.models.config_fields import FAMILIES, read_indexer_types
 from fd_dsa.models.config_reader import FieldReader

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from fd_dsa.config import fastdeploy_plugin_wanted, process_environment
+from fd_dsa.environment import fastdeploy_plugin_wanted, process_environment
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree, import_models
 from fd_dsa.fastdeploy_plugin.entry_points import last_said

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.config import batch_invariant
+from fd_dsa.environment import batch_invariant
 from fd_dsa.errors import ConfigError
 from fd_dsa.ops._host import as_numpy, as_tensor, matmul, staged
 

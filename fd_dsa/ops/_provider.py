@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.config import choose_triton_mode
 from fd_dsa.custom_ops import CUSTOM_OP
+from fd_dsa.environment import choose_triton_mode
 from fd_dsa.errors import BackendUnavailable
 from fd_dsa.ops._third_party import third_party_table
 

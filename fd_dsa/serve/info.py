@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fd_dsa
-from fd_dsa.config import EngineConfig, batch_invariant, told_commit
+from fd_dsa.config import EngineConfig
+from fd_dsa.environment import batch_invariant, told_commit
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine

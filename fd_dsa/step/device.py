@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.config import step_checks_requested
+from fd_dsa.environment import step_checks_requested
 from fd_dsa.errors import BackendUnavailable, DtypeError, ShapeError
 from fd_dsa.step import checks
 from fd_dsa.step.checks import Int32Array, StepInputs, StepLimits

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.config import has_nvidia_gpu
+from fd_dsa.environment import has_nvidia_gpu
 from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.triton_runtime.driver import cuda
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.config import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
+from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS, overlap_max_tokens
 from fd_dsa.errors import ConfigError, DeviceError, OverlapError
 
 

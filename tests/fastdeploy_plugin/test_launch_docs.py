@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fd_dsa import config
+from fd_dsa import environment
 from fd_dsa.fastdeploy_plugin.launch.environment import server_environment
 from fd_dsa.fastdeploy_plugin.launch.flags import MAPPED, NO_COUNTERPART, PassedFlags, translate
 from fd_dsa.serve.flags import parse_args
@@ -40,12 +40,12 @@ def test_every_flag_is_there_with_its_counterpart() -> None:
 
 
 def test_every_variable_is_there() -> None:
-    read = set(re.findall(r'"(FD_[A-Z_]+)"', (ROOT / "fd_dsa/config.py").read_text("utf-8")))
+    read = set(re.findall(r'"(FD_[A-Z_]+)"', (ROOT / "fd_dsa/environment.py").read_text("utf-8")))
     ours = {name for name in read if name.startswith("FD_DSA_")} - {"FD_DSA_COMMIT"}
     documented = set(rows("Environment"))
     assert ours <= documented
     assert {"FD_ATTENTION_BACKEND", "FD_PLUGINS", "FD_DISABLE_CHUNKED_PREFILL"} <= documented
-    assert config.DEFAULT_OVERLAP_MAX_TOKENS > 0
+    assert environment.DEFAULT_OVERLAP_MAX_TOKENS > 0
 
 
 def test_the_three_lines_are_what_the_launcher_does() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 import pytest
 
-from fd_dsa.config import choose_triton_mode
+from fd_dsa.environment import choose_triton_mode
 from fd_dsa.fastdeploy_plugin import backend as backend_module
 from fd_dsa.ops import _host, _provider
 from tests.fastdeploy_plugin.layers import Rows, hidden_states, make_backend, make_layer

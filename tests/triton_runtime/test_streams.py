@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
-from fd_dsa.config import DEFAULT_OVERLAP_MAX_TOKENS
+from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
 from fd_dsa.errors import DeviceError
 from fd_dsa.triton_runtime import driver, register_device_api, streams, transfers
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor

@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fd_dsa.accuracy import plots, report, scorer
-from fd_dsa.accuracy.embedded import quiet
 from fd_dsa.accuracy.matrix import tables
 from fd_dsa.accuracy.matrix.judging import Judgement, judge
 from fd_dsa.accuracy.matrix.machine import settings_of, why_not
@@ -27,7 +26,8 @@ from fd_dsa.accuracy.matrix.running import (
 from fd_dsa.accuracy.matrix.workload import FULL, QUICK, Scale, Workload, make_workload
 from fd_dsa.accuracy.prompts import set_warning
 from fd_dsa.accuracy.types import REPORT_FILE
-from fd_dsa.config import EngineConfig, prepare_cpu_runtime
+from fd_dsa.config import EngineConfig
+from fd_dsa.environment import prepare_cpu_runtime, quiet
 from fd_dsa.errors import FdDsaError
 
 _RECORDINGS = "recordings"

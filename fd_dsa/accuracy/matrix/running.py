@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fd_dsa.accuracy.embedded import open_model, quiet
+from fd_dsa.accuracy.embedded import open_model
 from fd_dsa.accuracy.losses import token_losses, windows_of
 from fd_dsa.accuracy.matrix.machine import providers
 from fd_dsa.accuracy.matrix.modes import (
@@ -28,7 +28,8 @@ from fd_dsa.accuracy.matrix.modes import (
 from fd_dsa.accuracy.matrix.recording import Request, Trace, pack, record, unpack
 from fd_dsa.accuracy.matrix.workload import Workload
 from fd_dsa.accuracy.perplexity import default_text
-from fd_dsa.config import EngineConfig, batch_invariant, process_environment
+from fd_dsa.config import EngineConfig
+from fd_dsa.environment import batch_invariant, process_environment, quiet
 from fd_dsa.errors import ConfigError, FdDsaError
 
 _BLOCK_SIZE = 64

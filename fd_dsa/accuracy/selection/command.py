@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.accuracy import plots
-from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, quiet, read_config
+from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, read_config
 from fd_dsa.accuracy.report import check_folder, show, write_files
 from fd_dsa.accuracy.selection.measure import measure
 from fd_dsa.accuracy.selection.needles import needle_texts
 from fd_dsa.accuracy.selection.report import JSON_FILE, files, parts, pictured
-from fd_dsa.config import OP_PROVIDERS, EngineConfig, process_environment
+from fd_dsa.config import EngineConfig
+from fd_dsa.environment import OP_PROVIDERS, process_environment, quiet
 from fd_dsa.errors import BackendUnavailable, ConfigError
 
 CACHE_DTYPES = ("float32", "bfloat16", "fp8_ds_mla")

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.config import demo_model_path, has_nvidia_gpu, process_environment
+from fd_dsa.config import demo_model_path
+from fd_dsa.environment import has_nvidia_gpu, process_environment
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from signal import Signals
 from typing import Any
 
-from fd_dsa.config import EngineConfig, fastdeploy_plugin_disabled, process_environment
+from fd_dsa.config import EngineConfig
+from fd_dsa.environment import fastdeploy_plugin_disabled, process_environment
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.fastdeploy_plugin.launch.choice import (
     INSTALL,

@@ -1,0 +1,205 @@
+"""The process: its variables, processors and log; the only module that reads the environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fd_dsa.errors import ConfigError
+
+DEFAULT_OVERLAP_MAX_TOKENS = 256
+"""Most tokens of a captured step whose indexer projections run on a second stream.
+
+Read from measurements (docs/performance.md).
+"""
+
+OP_PROVIDERS = {"step_metadata": ("custom_op", "triton"), "topk": ("custom_op", "triton")}
+"""Operators that have more than one provider on a GPU, and those that may be asked for."""
+
+_SWITCH = {"0": False, "false": False, "1": True, "true": True}
+
+
+def prepare_cpu_runtime() -> None:
+    """Set what Paddle's CPU build reads from the environment; call it before importing paddle.
+
+    Its MKL takes a slow path on AMD processors unless told that AVX2 is there (2.6 times faster
+    float32 products measured), and keeps one order of sums for any number of rows if told so. A
+    value that the user has set stays. Paddle's advice to install ccache is silenced.
+    """
+    warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
+    try:
+        vendor_is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        vendor_is_amd = False
+    if vendor_is_amd:
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
+    if batch_invariant():
+        os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def has_nvidia_gpu() -> bool:
+    """True where the NVIDIA driver shows this process a device; no driver call is made."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    return any(Path("/dev").glob("nvidia[0-9]*"))
+
+
+def choose_triton_mode() -> bool:
+    """True if Triton kernels of this process run in Triton's interpreter, False if compiled.
+
+    Triton decides at its own import, for good: call this before. On a machine without a GPU it
+    sets TRITON_INTERPRET=1, unless the user has set the variable or Triton is loaded already.
+    """
+    value = os.environ.get("TRITON_INTERPRET")
+    if value is None and "triton" not in sys.modules and not has_nvidia_gpu():
+        os.environ["TRITON_INTERPRET"] = value = "1"
+    return (value or "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def step_checks_requested() -> bool:
+    """True if FD_DSA_CHECK=1 asks for checks that read device tensors back; as `_switch`."""
+    return _switch("FD_DSA_CHECK") or False
+
+
+def batch_invariant() -> bool:
+    """True if FD_DSA_BATCH_INVARIANT=1: a token's numbers depend on its row alone; as `_switch`."""
+    return _switch("FD_DSA_BATCH_INVARIANT") or False
+
+
+def fastdeploy_plugin_wanted() -> bool:
+    """True where the plug-in shall take FastDeploy's DSA path over.
+
+    That is with FD_ATTENTION_BACKEND=DSA_ATTN, FastDeploy's own switch, and without
+    FD_DSA_DISABLE=1.
+
+    Raises:
+        ConfigError: FD_DSA_DISABLE is none of 0, 1, false and true, in any case.
+    """
+    chosen = os.environ.get("FD_ATTENTION_BACKEND") == "DSA_ATTN"
+    return chosen and not fastdeploy_plugin_disabled()
+
+
+def fastdeploy_plugin_disabled() -> bool:
+    """True if FD_DSA_DISABLE=1: FastDeploy serves by its own DSA path; as `_switch`."""
+    return _switch("FD_DSA_DISABLE") or False
+
+
+def indexer_rope_interleave() -> bool | None:
+    """Pairing of the indexer's RoPE that FD_DSA_INDEXER_ROPE_INTERLEAVE asks for; None = nothing.
+
+    Raises:
+        ConfigError: the variable is none of 0, 1, false and true, in any case.
+    """
+    return _switch("FD_DSA_INDEXER_ROPE_INTERLEAVE")
+
+
+def _switch(name: str) -> bool | None:
+    """Value of a variable that is 0 or 1; None where it is unset or empty.
+
+    Raises:
+        ConfigError: it is none of 0, 1, false and true, in any case.
+    """
+    value = os.environ.get(name, "").strip()
+    if not value:
+        return None
+    try:
+        return _SWITCH[value.lower()]
+    except KeyError:
+        raise ConfigError(f"{name}: got {value!r}, allowed: 0, 1, false, true, or unset") from None
+
+
+def overlap_max_tokens() -> int | None:
+    """Most tokens of a step whose indexer projections run on a second stream; 0 = never.
+
+    FD_DSA_OVERLAP_MAX_TOKENS, which holds for eager steps too; None where it is not set.
+
+    Raises:
+        ConfigError: the variable is no number of at least 0.
+    """
+    value = os.environ.get("FD_DSA_OVERLAP_MAX_TOKENS", "").strip()
+    if not value:
+        return None
+    if not value.isdecimal():
+        raise ConfigError(
+            f"FD_DSA_OVERLAP_MAX_TOKENS: got {value!r}, allowed: a number of tokens, 0 for no "
+            f"second stream; leave it unset for {DEFAULT_OVERLAP_MAX_TOKENS} in graphs alone"
+        )
+    return int(value)
+
+
+def op_provider(operator: str) -> str | None:
+    """Provider of an operator on a GPU that FD_DSA_OP_PROVIDER asks for; None = none.
+
+    The variable holds pairs such as `topk=triton`, separated by commas.
+
+    Raises:
+        ConfigError: a pair of another form, an unknown operator, or a provider that it has not.
+    """
+    text, wanted = os.environ.get("FD_DSA_OP_PROVIDER", ""), None
+    for pair in filter(None, map(str.strip, text.split(","))):
+        name, _, provider = pair.partition("=")
+        if provider not in OP_PROVIDERS.get(name, ()):
+            allowed = ", ".join(f"{op}={p}" for op, served in OP_PROVIDERS.items() for p in served)
+            raise ConfigError(
+                f"FD_DSA_OP_PROVIDER: got {pair!r} in {text!r}, allowed: {allowed}, separated by "
+                "commas, or unset"
+            )
+        if name == operator:
+            wanted = provider
+    return wanted
+
+
+def openai_api_key() -> str | None:
+    """Key for servers that ask for one, OPENAI_API_KEY; None where it is unset or empty."""
+    return os.environ.get("OPENAI_API_KEY", "").strip() or None
+
+
+def told_commit() -> str | None:
+    """Commit that FD_DSA_COMMIT tells a copy of the tree without git; None where it is unset."""
+    return os.environ.get("FD_DSA_COMMIT", "").strip() or None
+
+
+def process_environment() -> dict[str, str]:
+    """A copy of this process's environment, such as a child may get with changes."""
+    return dict(os.environ)
+
+
+def usable_cpus() -> int:
+    """Number of processors that this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def set_cpu_threads(num_threads: int | None = None) -> int:
+    """Give Paddle's CPU kernels this many threads and return the number.
+
+    Args:
+        num_threads: threads; None is one per processor that this process may run on.
+
+    Raises:
+        ConfigError: fewer than one thread.
+    """
+    if num_threads is None:
+        num_threads = usable_cpus()
+    if num_threads < 1:
+        raise ConfigError(f"num_threads: got {num_threads}, allowed: an integer of at least 1")
+    import paddle
+
+    paddle.base.core.set_num_threads(num_threads)
+    return num_threads
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Our log says no more than warnings inside, where a report says the rest."""
+    package = logging.getLogger("fd_dsa")
+    level = package.level
+    package.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
