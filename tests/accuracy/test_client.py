@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import threading
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from fd_dsa.accuracy.preflight import normal_base_url
 from fd_dsa.accuracy.types import Answer, Question
 from fd_dsa.errors import ConfigError, RemoteError
 from tests.accuracy.scripted import MODELS, Reply, asked, chat, scripted
-from tests.serve.conftest import wait_until
+from tests.serve.conftest import held_port, wait_until
 
 
 def questions(count: int) -> list[Question]:
@@ -45,7 +44,14 @@ def echo(body: dict[str, Any]) -> Reply:
 
 
 def test_every_question_gets_its_answer_and_no_more_than_asked_are_in_flight() -> None:
+    full = threading.Event()
+
     def slow(body: dict[str, Any]) -> Reply:
+        # the first ones stay until the third is there, or is not to come
+        if server.most >= 3:
+            full.set()
+        full.wait(20)
+        full.set()
         time.sleep(0.02)
         return chat(asked(body), reason="length")
 
@@ -159,9 +165,8 @@ def test_refusals_of_key_and_model_end_the_run(status: int) -> None:
 
 
 def test_a_server_that_goes_away_ends_the_run_and_keeps_what_came() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with pytest.raises(RemoteError, match=r"any more: connection refused \(3 attempts\)"):
+    refused = pytest.raises(RemoteError, match=r"any more: connection refused \(3 attempts\)")
+    with held_port() as port, refused:
         collect(ChatClient(f"http://127.0.0.1:{port}", "demo", retries=2, delay_s=0.001), 3)
     kept: list[Answer] = []
 
@@ -290,9 +295,7 @@ def test_preflight_is_one_clear_line(
 
 
 def test_preflight_without_a_server() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with pytest.raises(ConfigError) as caught:
+    with held_port() as port, pytest.raises(ConfigError) as caught:
         ChatClient(f"http://127.0.0.1:{port}").preflight()
     assert str(caught.value) == (
         f"--base-url: http://127.0.0.1:{port}/v1 cannot be reached (connection refused); start a "

@@ -25,7 +25,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "fd_dsa/__init__.py"):
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "fd_dsa/accuracy", folder / "fd_dsa/accuracy")
+    # other processes write there
+    no_caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "fd_dsa/accuracy", folder / "fd_dsa/accuracy", ignore=no_caches)
     return folder
 
 

@@ -82,9 +82,17 @@ def build_package() -> Path:
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             sources, made = copy_sources(Path(scratch) / "sources"), Path(scratch) / "made"
             pip_install(sources, made, "--no-build-isolation")
-            if not folder.is_dir():
-                made.rename(folder)
+            keep(made, folder)
     return folder
+
+
+def keep(made: Path, folder: Path) -> None:
+    """Put a build in its place; of two processes that make it, the first one's stays."""
+    try:
+        made.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 @cache

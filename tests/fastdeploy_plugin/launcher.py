@@ -23,7 +23,7 @@ from tests.fakes import trees
 ROOT = Path(__file__).resolve().parents[2]
 SAY_EVERY_S = 0.4
 ENGINE = "FastDeploy 1.2.3"
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 
 
 @dataclass
@@ -79,7 +79,8 @@ def launcher(
 
     Args:
         folder: for the model and the files of this run.
-        argv: further arguments.
+        argv: further arguments; the server gets any free port where none is among them. From the
+            default port on, servers of tests that run at the same time would choose the same.
         model: add the folder `model` in `folder` as the model's.
         script: what the double's server does (`api_server.Script`).
         env: variables of the launcher; None unsets one.
@@ -98,8 +99,9 @@ def launcher(
     variables = environment(plugin_folder(folder / "site"), {**double, **(env or {})}, tree, path)
     module = "fd_dsa.serve" if whole else "tests.fastdeploy_plugin.launcher"
     given = [str(folder / "model")] if model else []
+    port = [] if "--port" in argv else ["--port", "0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", module, "--engine", engine, *given, *argv],
+        [sys.executable, "-m", module, "--engine", engine, *port, *given, *argv],
         cwd=folder,
         env=variables,
         stdin=subprocess.DEVNULL,

@@ -39,7 +39,7 @@ def tool(
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=540,
     )
     result = json.loads(out.read_text()) if out.exists() else {}
     return done.returncode, result, done.stdout + done.stderr
@@ -54,7 +54,8 @@ def test_without_fastdeploy_it_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run(tmp_path: Path) -> None:
-    script = {"tokens": [f" {i}" for i in range(64)], "step_s": 0.002}
+    # streams that run long enough to be there at the same time, whoever is late
+    script = {"tokens": [f" {i}" for i in range(64)], "step_s": 0.01}
     status, result, said = tool(tmp_path, *OPTIONS, "--max-num-seqs", "8", script=script)
     assert status == 0, said
     assert result["passed"] and "all passed" in said
@@ -63,7 +64,7 @@ def test_a_run(tmp_path: Path) -> None:
     for entry, batch in zip(result["step_time"]["entries"], (1, 4), strict=True):
         assert entry["case"]["batch"] == batch
         assert entry["baseline"]["label"] == UPSTREAM and entry["candidate"]["label"] == OURS
-        assert 2000 < entry["candidate"]["us"]["p50"] < 200_000
+        assert 5000 < entry["candidate"]["us"]["p50"] < 1_000_000
     env = result["env"]
     assert env["paths"][OURS]["live"] and not env["paths"][UPSTREAM]["live"]
     assert env["paths"][OURS]["fastdeploy"] and env["commit"] and env["command"]

@@ -192,12 +192,18 @@ def test_a_crash_at_the_start(tmp_path: Path, exit_with: int, status: int, words
 
 
 def test_the_wait_is_told(tmp_path: Path) -> None:
-    with launcher(tmp_path, script={"load_s": 1.2, "unwell_s": 1.2}) as live:
+    loaded = tmp_path / "loaded"
+    # the launcher asks for longer than it takes from one line to the next
+    script = {"load_until": str(loaded), "unwell": 30}
+    with launcher(tmp_path, script=script) as live:
+        assert live.process.stderr is not None
+        told = (line for line in live.process.stderr if "still starting after" in line)
+        waits = [next(told)]
+        loaded.touch()
         live.ready_line()
         live.process.terminate()
-        log = live.finish()[2]
-    waits = [line for line in log.splitlines() if "still starting after" in line]
-    assert len(waits) >= 2, log
+        waits += told
+    assert len(waits) >= 2, waits
     assert "/health gives ConnectError. FastDeploy answers once its workers" in waits[0]
     assert "/health gives status 404. " in waits[-1]
     assert "log/ (workerlog.0). Ctrl-C stops" in waits[0]

@@ -38,6 +38,7 @@ SIZES = {
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor lies on a device."""
     real, core, active = _host.on_device, backend_module.CoreBackend, [True]
+    choose = _provider._choose
 
     def everywhere(array: Any) -> bool:
         # modules that are imported meanwhile keep this function
@@ -50,7 +51,7 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if name.startswith("fd_dsa.") and getattr(module, "on_device", None) is real:
             monkeypatch.setattr(module, "on_device", everywhere)
     monkeypatch.setattr(_provider, "_choices", {})
-    monkeypatch.setattr(_provider, "device_kind", lambda tensor: "gpu")
+    monkeypatch.setattr(_provider, "_choose", lambda operator, kind: choose(operator, "gpu"))
     monkeypatch.setattr(backend_module, "device_of", lambda tensor: "gpu:0")
     monkeypatch.setattr(backend_module, "CoreBackend", on_device)
     yield

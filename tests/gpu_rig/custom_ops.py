@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from custom_ops import build_library, setup
-from tests.custom_ops.building import CACHE, HOST_KERNELS, SOURCES, key_of
+from tests.custom_ops.building import CACHE, HOST_KERNELS, SOURCES, keep, key_of
 from tests.gpu_rig.build import CUDA_LINK_FLAGS, BuildError, find_tools
 
 CXX_FLAGS = ("-O1", "-std=c++17", "-fPIC", "-shared", "-DPADDLE_WITH_CUSTOM_DEVICE")
@@ -67,8 +67,7 @@ def build(form: str) -> Path:
         archs = [f"sm_{arch}" for arch in ARCHS]
         record = {"paddle": version("paddlepaddle"), "cuda": "of the plug-in", "archs": archs}
         (made / "build.json").write_text(json.dumps(record))
-        if not folder.is_dir():
-            made.rename(folder)
+        keep(made, folder)
     return folder
 
 

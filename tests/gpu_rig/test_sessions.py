@@ -12,6 +12,9 @@ import pytest
 
 from tests.gpu_rig.session import VARIABLE, built
 
+# a test here is a whole session, each of whose tests has the usual limit
+pytestmark = pytest.mark.timeout(3600)
+
 ROOT = Path(__file__).parents[2]
 DEVICE = "tests/gpu_rig/device"
 # the device itself; the kernels that run on it take longer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +56,7 @@ def running(
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(60)
         with (
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
             httpx.Client(base_url=url, timeout=20) as http,
@@ -63,7 +64,7 @@ def running(
             yield Live(url, engine, client, http, server)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
     assert not thread.is_alive()
 
 
@@ -72,6 +73,16 @@ def live() -> Iterator[Live]:
     """A server for tests that leave it as it was; names `demo` and `alias`."""
     with running(FakeEngine()) as server:
         yield server
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port of 127.0.0.1 that nobody else is given; nobody listens there, a server still can."""
+    with socket.socket() as held:
+        # a server that sets it too may have the port as long as this one does not listen
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:

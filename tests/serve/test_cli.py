@@ -20,8 +20,10 @@ import pytest
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
+from tests.serve.conftest import held_port
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 60
 # runs the command with an engine factory whose body is put in place of {body}
 WITH_FACTORY = """
 import sys, time, types
@@ -55,7 +57,7 @@ def environment() -> dict[str, str]:
 def finish(cwd: Path, line: list[str], status: int) -> subprocess.CompletedProcess[str]:
     """Run a command line to its end, from `cwd`."""
     done = subprocess.run(
-        line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60
+        line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode == status, done.stderr
     return done
@@ -227,13 +229,13 @@ def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
         assert ready.startswith(f"fd_dsa {__version__} serves first on http://127.0.0.1:")
         url = re.search(r"http://127\.0\.0\.1:\d+", ready)
         assert url is not None
-        models = httpx.get(f"{url[0]}/v1/models").json()["data"]
+        models = httpx.get(f"{url[0]}/v1/models", timeout=TIMEOUT_S).json()["data"]
         assert [m["id"] for m in models] == ["first", "second"]
         assert curl.startswith(f"curl {url[0]}/v1/chat/completions ")
         if shutil.which("curl"):
             subprocess.run(curl.strip() + " --fail", shell=True, check=True, capture_output=True)
         process.terminate()
-        rest, log = process.communicate(timeout=10)
+        rest, log = process.communicate(timeout=TIMEOUT_S)
         assert (process.returncode, rest) == (0, "")
         # one access line per request, none of uvicorn's own lines
         assert log.count("GET /v1/models") == 1
@@ -252,7 +254,7 @@ def test_two_starts_on_one_port_leave_one_server(tmp_path: Path) -> None:
             assert process.stdout is not None
             assert process.stdout.readline() == "loading\n"
             other.listen()
-            _, log = process.communicate("go\n", timeout=10)
+            _, log = process.communicate("go\n", timeout=TIMEOUT_S)
             assert process.returncode == 2
             assert f"fd_dsa: error: 127.0.0.1:{port}: address already in use" in log
 
@@ -265,16 +267,14 @@ def test_folder_without_template_gets_a_completions_line(tmp_path: Path) -> None
 
 
 def test_nothing_listens_while_the_model_loads_and_ctrl_c_ends_it(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     body = "print('loading', flush=True)\ntime.sleep(30)"
-    with started(tmp_path, "--port", str(port), body=body) as process:
+    with held_port() as port, started(tmp_path, "--port", str(port), body=body) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://127.0.0.1:{port}/health")
         process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=10)
+        _, log = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 130
         assert log.splitlines()[-1] == "fd_dsa: error: interrupted while starting"
         assert "Traceback" not in log
@@ -295,7 +295,7 @@ def test_console_script(args: list[str], status: int, text: str) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=TIMEOUT_S,
     )
     assert done.returncode == status
     assert text in done.stdout + done.stderr

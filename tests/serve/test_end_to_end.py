@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import openai
 import pytest
 
 from fd_dsa.config import demo_model_path
+from tests.serve.conftest import held_port
 
 pytestmark = pytest.mark.slow
 
@@ -55,12 +55,6 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def wait_for_health(process: subprocess.Popen[str], url: str, log: Path) -> None:
     """Return as soon as /health is 200; fail when the process ends before."""
     deadline = time.monotonic() + READY_WITHIN_S
@@ -79,9 +73,8 @@ def wait_for_health(process: subprocess.Popen[str], url: str, log: Path) -> None
 @contextmanager
 def serving(folder: Path, *flags: str) -> Iterator[Server]:
     """A server started in `folder`, which has nothing to do with the package."""
-    port = free_port()
     log = folder / "log.txt"
-    with log.open("w") as stderr:
+    with held_port() as port, log.open("w") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "fd_dsa.serve", "--port", str(port), *flags],
             cwd=folder,
@@ -90,13 +83,13 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
             stderr=stderr,
             text=True,
         )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for_health(process, url, log)
-        yield Server(process, url, log)
-    finally:
-        process.kill()
-        process.communicate()
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_for_health(process, url, log)
+            yield Server(process, url, log)
+        finally:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +107,7 @@ def greedy(client: openai.OpenAI, **fields: Any) -> Any:
 
 def test_models_tell_the_context_of_the_config(demo: Server) -> None:
     config = json.loads((demo_model_path() / "config.json").read_text())
-    model = httpx.get(f"{demo.url}/v1/models").json()["data"][0]
+    model = httpx.get(f"{demo.url}/v1/models", timeout=60).json()["data"][0]
     assert model["id"] == "demo_model"
     assert model["max_model_len"] == config["max_position_embeddings"]
 
@@ -205,7 +198,7 @@ def test_long_prompt_is_chunked_and_a_client_may_leave(demo: Server) -> None:
         greedy(client, max_tokens=5)
         # 1000 tokens would take far longer: the first request is gone
         assert time.monotonic() - began < 20
-    assert httpx.get(f"{demo.url}/health").status_code == 200
+    assert httpx.get(f"{demo.url}/health", timeout=60).status_code == 200
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
@@ -217,11 +210,13 @@ def test_printed_curl_line_works_when_pasted(tmp_path: Path) -> None:
         done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
         assert json.loads(done.stdout)["choices"][0]["message"]["content"]
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
 
 
 def test_sigterm_lets_a_running_answer_end(tmp_path: Path) -> None:
-    with serving(tmp_path, "--max-model-len", "512") as server, server.client() as client:
+    # time enough for 100 tokens, however slow
+    flags = ("--max-model-len", "512", "--shutdown-timeout", "300")
+    with serving(tmp_path, *flags) as server, server.client() as client:
         stream = greedy(
             client,
             max_tokens=100,
@@ -234,7 +229,7 @@ def test_sigterm_lets_a_running_answer_end(tmp_path: Path) -> None:
         chunks += stream
         assert chunks[-2].choices[0].finish_reason == "length"
         assert chunks[-1].usage.completion_tokens == 100
-        assert server.process.wait(20) == 0
+        assert server.process.wait(60) == 0
         assert "Traceback" not in server.log.read_text()
 
 

@@ -23,6 +23,7 @@ from tests.serve.conftest import wait_until
 from tests.serve.fake_engine import WORDS
 
 ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 60
 
 
 @dataclass
@@ -56,13 +57,13 @@ class Background:
     def _run(self) -> None:
         body = {"prompt": "a", "max_tokens": 900, **self.fields}
         try:
-            self.answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=20)
+            self.answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=TIMEOUT_S)
         except httpx.HTTPError as error:
             self.error = error
 
     def result(self) -> httpx.Response:
         """The answer, waited for."""
-        self.thread.join(20)
+        self.thread.join(TIMEOUT_S)
         assert self.answer is not None, self.error
         return self.answer
 
@@ -95,22 +96,32 @@ def wait_for_running(live: Server, num_requests: int) -> None:
         assert live.process.stdout.readline().startswith("running ")
 
 
+def wait_until_draining(live: Server) -> None:
+    """Return when /health is 503."""
+    url = f"{live.url}/health"
+    wait_until(lambda: httpx.get(url, timeout=TIMEOUT_S).status_code == 503)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_drains(number: signal.Signals) -> None:
-    with server("0.3", "10") as live:
-        whole = Background(live.url)
-        stream = Background(live.url, {"stream": True})
-        wait_for_running(live, 2)
-        live.process.send_signal(number)
-        wait_until(lambda: httpx.get(f"{live.url}/health").status_code == 503)
-        refused = httpx.post(f"{live.url}/v1/completions", json={"prompt": "a"})
-        assert refused.status_code == 503
-        assert "shutting down" in refused.json()["error"]["message"]
-        choice = whole.result().json()["choices"][0]
-        assert (choice["text"], choice["finish_reason"]) == ("".join(WORDS), "stop")
-        assert stream.result().text.endswith("data: [DONE]\n\n")
-        assert '"finish_reason":"stop"' in stream.result().text
-        assert live.process.wait(20) == 0
+    with server("0.3", "120") as live:
+        url = f"{live.url}/v1/completions"
+        endless = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
+        # the server cannot end before this client leaves
+        with httpx.stream("POST", url, json=endless, timeout=TIMEOUT_S):
+            whole = Background(live.url)
+            stream = Background(live.url, {"stream": True})
+            wait_for_running(live, 3)
+            live.process.send_signal(number)
+            wait_until_draining(live)
+            refused = httpx.post(url, json={"prompt": "a"}, timeout=TIMEOUT_S)
+            assert refused.status_code == 503
+            assert "shutting down" in refused.json()["error"]["message"]
+            choice = whole.result().json()["choices"][0]
+            assert (choice["text"], choice["finish_reason"]) == ("".join(WORDS), "stop")
+            assert stream.result().text.endswith("data: [DONE]\n\n")
+            assert '"finish_reason":"stop"' in stream.result().text
+        assert live.process.wait(TIMEOUT_S) == 0
 
 
 def test_idle_server_ends_at_once() -> None:
@@ -143,13 +154,13 @@ def test_second_signal_ends_at_once(second: signal.Signals) -> None:
         request = Background(live.url, {"ignore_eos": True})
         wait_for_running(live, 1)
         live.process.terminate()
-        wait_until(lambda: httpx.get(f"{live.url}/health").status_code == 503)
+        wait_until_draining(live)
         assert live.process.poll() is None
         began = time.monotonic()
         live.process.send_signal(second)
         assert live.process.wait(20) == 128 + second
         assert time.monotonic() - began < 15
-        request.thread.join(5)
+        request.thread.join(TIMEOUT_S)
         assert request.error is not None
 
 

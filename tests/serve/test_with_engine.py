@@ -138,7 +138,7 @@ def test_drain_ends_running_requests_with_abort(stream: bool) -> None:
             loop = asyncio.get_running_loop()
             fields = {"prompt": [5], "max_tokens": 99_000, "ignore_eos": True, "stream": stream}
             answer = loop.run_in_executor(None, lambda: complete(live, **fields).text)
-            await loop.run_in_executor(None, wait_until, lambda: bool(state.active))
+            await loop.run_in_executor(None, wait_until, lambda: inner.stats().num_running == 1)
             await state.drain(0.2)
             return await answer
 

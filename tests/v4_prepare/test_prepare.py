@@ -292,11 +292,14 @@ def test_memory_of_staging_does_not_grow_with_the_rows() -> None:
         for row in range(3):
             prepare.set_blocks(row, range(num_blocks))
         ctx = np.full(3, 8 * num_blocks, np.int32)
-        for _ in range(2):
+        found = []
+        for _ in range(4):
             tracemalloc.start()
             prepare.stage(ctx, np.ones(3, np.int32), np.arange(3, dtype=np.int32))
-            peaks.append(tracemalloc.get_traced_memory()[1])
+            found.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
             prepare.expand()
-    # the first step of a length sends its cells, the second one has nothing new
-    assert peaks[3] <= peaks[1] + 256
+        # the first step of a length sends its cells, the others have nothing new; the memory of
+        # other threads is traced too
+        peaks.append(min(found[1:]))
+    assert peaks[1] <= peaks[0] + 256

@@ -34,7 +34,8 @@ class Script:
 
     Attributes:
         load_s: seconds before the port opens.
-        unwell_s: seconds after that in which /health is 404.
+        load_until: a file for which it waits as well.
+        unwell: GETs after that which are 404, whatever they ask for.
         say: lines for stdout and for stderr, at the start.
         exit_with: status with which it ends instead of opening the port; negative: signal -n.
         ignore: signals that it ignores; those it does not ignore end it.
@@ -50,7 +51,8 @@ class Script:
     """
 
     load_s: float = 0.0
-    unwell_s: float = 0.0
+    load_until: str = ""
+    unwell: int = 0
     say: tuple[str, str] = ("", "")
     exit_with: int | None = None
     ignore: tuple[str, ...] = ()
@@ -80,6 +82,8 @@ def main() -> None:
     _listen_to_signals(script)
     _write(found)
     time.sleep(script.load_s)
+    while script.load_until and not Path(script.load_until).exists():
+        time.sleep(0.02)
     if script.exit_with is not None:
         if script.exit_with < 0:
             os.kill(os.getpid(), -script.exit_with)
@@ -144,14 +148,16 @@ def _write(found: dict[str, Any]) -> None:
 
 
 def _serve(host: str, port: int, script: Script, says: Sequence[str]) -> None:
-    well_at = time.monotonic() + script.unwell_s
+    unwell = script.unwell
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             """Say nothing: tests compare the output."""
 
         def do_GET(self) -> None:
-            well = time.monotonic() >= well_at
+            nonlocal unwell
+            well = unwell == 0
+            unwell -= not well
             self._answer(200 if well and self.path in ("/health", "/metrics") else 404, {})
 
         def do_POST(self) -> None:
