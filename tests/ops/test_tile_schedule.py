@@ -97,9 +97,11 @@ def check(found: Any, wanted: list[Any], chunk_tokens: int, num_programs: int) -
         assert list(map(tuple, held.tolist())) == tiles
         pages = [(i, page) for i, tile in enumerate(tiles) for page in range(tile[3])]
         taken, counts = [], []
-        for tile, page, count, _ in found.programs[chunk].tolist():
+        for tile, page, count, _, *entry in found.programs[chunk].tolist():
             counts.append(count)
             tile -= first
+            if count:
+                assert tuple(entry) == tiles[tile]
             while count > 0:
                 taken.append((tile, page))
                 count, page = count - 1, page + 1

@@ -208,12 +208,11 @@ def tile_kernel(
 ):
     """The pages that the schedule gives to program 0: of one tile, or of several in a row."""
     q_ptr = q_ptr.to(tl.pointer_type(tl.float8e4nv))
-    own = programs_ptr + (chunk * tl.num_programs(0) + tl.program_id(0)) * 4
+    own = programs_ptr + (chunk * tl.num_programs(0) + tl.program_id(0)) * 8
     tile, page, left = tl.load(own), tl.load(own + 1), tl.load(own + 2)
+    token, num = tl.load(own + 4), tl.load(own + 5)
+    request, num_pages = tl.load(own + 6), tl.load(own + 7)
     while left > 0:
-        entry = tiles_ptr + tile * 4
-        token, num = tl.load(entry), tl.load(entry + 1)
-        request, num_pages = tl.load(entry + 2), tl.load(entry + 3)
         # only rows of the scores are written, whatever the schedule holds
         num = tl.where(token < first_token, 0, tl.minimum(num, first_token + num_rows - token))
         count = tl.minimum(num_pages - page, left)
@@ -233,8 +232,12 @@ def tile_kernel(
                 NUM_HEADS, HEADS, WIDTH, PAGE, FIRST, 0,
             )  # fmt: skip
         left -= count
-        tile += 1
         page = 0
+        if left > 0:
+            tile += 1
+            entry = tiles_ptr + tile * 4
+            token, num = tl.load(entry), tl.load(entry + 1)
+            request, num_pages = tl.load(entry + 2), tl.load(entry + 3)
 
 
 def score_tiles(

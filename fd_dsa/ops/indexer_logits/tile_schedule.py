@@ -20,7 +20,7 @@ import triton.language as tl  # isort: skip
 _NAME = "fill_tile_schedule"
 # tokens, and programs, that a program of the schedule's kernel takes at a time
 _LANES, _NUM_WARPS = 1024, 8
-TILE_FIELDS, PROGRAM_FIELDS = 4, 4
+TILE_FIELDS, PROGRAM_FIELDS = 4, 8
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class TileSchedule:
         tiles: int32 [max_num_tokens, 4]; first token, number of tokens, request and number of pages
             of each tile that is scored.
         page_ends: int32 [max_num_tokens]; pages of a chunk's tiles up to and with this one.
-        programs: int32 [max_num_chunks, num_programs, 4]; the entry of a program's first tile, its
-            first page there, and how many pages are its own; the last number is not used.
+        programs: int32 [max_num_chunks, num_programs, 8]; the entry of a program's first tile, its
+            first page there, how many pages are its own, nothing, then that entry itself: what a
+            program must know first it reads at once.
     """
 
     tiles: Any
@@ -138,10 +139,14 @@ def tile_schedule_kernel(
             low = tl.where(open_ & (page_end <= begin), middle + 1, low)
             high = tl.where(open_ & (page_end > begin), middle, high)
         before = tl.load(page_ends_ptr + first + low - 1, mask=exists & (low > 0), other=0)
-        entry = programs_ptr + (tl.program_id(0) * num_programs + program) * 4
+        entry = programs_ptr + (tl.program_id(0) * num_programs + program) * 8
         tl.store(entry, first + low, mask=exists)
         tl.store(entry + 1, begin - before, mask=exists)
         tl.store(entry + 2, count, mask=exists)
+        tile = tiles_ptr + (first + low) * 4
+        for field in tl.static_range(4):
+            value = tl.load(tile + field, mask=exists & (low < num_tiles), other=0)
+            tl.store(entry + 4 + field, value, mask=exists)
 
 
 def fill_tile_schedule(
