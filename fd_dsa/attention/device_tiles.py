@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from fd_dsa.ops.indexer_logits.tile_schedule import (
 )
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate
+from fd_dsa.triton_runtime.transfers import Transfers
 
 # as of a DeviceAttention
 _CACHED_VIEWS = 512
@@ -54,8 +54,7 @@ class TileScores:
         view: gives the start of the named buffer of a DeviceAttention as a tensor of a shape.
         num_logits: scores that the buffer holds; at least one token's of the longest row.
         select_slots: as `topk.device.slot_selector` gives it.
-        is_capturing: whether the current stream is captured into a graph.
-        num_processors: multiprocessors of the device.
+        transfers: what is known of the device and of its current stream.
         tokens_per_row: new tokens of most decode rows, drafts included.
 
     Attributes:
@@ -70,19 +69,19 @@ class TileScores:
         view: Any,
         num_logits: int,
         select_slots: Any,
-        is_capturing: Callable[[], bool],
-        num_processors: int,
+        transfers: Transfers,
         tokens_per_row: int = 1,
     ) -> None:
         heads = config.index_n_heads
         self._forms = decode_form(heads, tokens_per_row), prompt_form(heads)
         self._max_width = config.max_blocks_per_seq * BLOCK_SIZE
         self._index_topk, self._num_logits = config.index_topk, num_logits
-        self._select_slots, self._is_capturing = select_slots, is_capturing
+        self._select_slots, self._transfers = select_slots, transfers
         self._logits = lru_cache(maxsize=_CACHED_VIEWS)(partial(_logits, view))
         self.max_captured = num_logits // self._max_width
         max_chunks = -(-config.max_num_tokens // self.max_captured)
-        numbers = [num_processors * form.programs_per_processor for form in self._forms]
+        processors = transfers.num_processors()
+        numbers = [processors * form.programs_per_processor for form in self._forms]
         most = TileSchedule.allocate(config.max_num_tokens, max_chunks, max(numbers), allocate)
         self._schedules = [_of_programs(most, number) for number in numbers]
 
@@ -107,7 +106,7 @@ class TileScores:
         num_tokens = step.position_ids.shape[0]
         stride, rows = self._chunks(step)
         # a replay may have longer rows; without one, a choice among fewer columns is faster
-        width = stride if self._is_capturing() else self._width(step)
+        width = stride if self._transfers.is_capturing() else self._width(step)
         for chunk, first in enumerate(range(0, num_tokens, rows)):
             logits = self._logits(min(rows, num_tokens - first), stride, width)
             score_tiles(

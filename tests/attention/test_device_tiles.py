@@ -23,14 +23,17 @@ MIXED = [(2, 0, 2), (0, 140, 1), (3, 90, 3), (0, 0, 0), (0, 70, 2), (4, 66, 4)]
 DECODE = [(0, 140, 1), (0, 0, 0), (0, 70, 2), (0, 20, 1), (0, 100, 3)]
 
 
-class Captured:
-    """Stands for a stream that is captured, or not."""
+class Device:
+    """Stands for a device of some processors, whose stream is captured, or not."""
 
-    def __init__(self) -> None:
-        self.now = False
+    def __init__(self, processors: int) -> None:
+        self.processors, self.capturing = processors, False
 
-    def __call__(self) -> bool:
-        return self.now
+    def num_processors(self) -> int:
+        return self.processors
+
+    def is_capturing(self) -> bool:
+        return self.capturing
 
 
 class Tiles:
@@ -41,12 +44,18 @@ class Tiles:
     """
 
     def __init__(
-        self, m: KernelMemory, rows: list[Any], num_logits: int = 1 << 16, drafts: int = 0
+        self,
+        m: KernelMemory,
+        rows: list[Any],
+        num_logits: int = 1 << 16,
+        drafts: int = 0,
+        device: Any = None,
     ) -> None:
         from fd_dsa.attention.device_tiles import TileScores
+        from fd_dsa.triton_runtime.transfers import transfers_for
 
         self.m, self.case = m, KernelCase(m, rows)
-        self.config, self.capturing = self.case.config, Captured()
+        self.config = self.case.config
         self._buffer = m.poisoned((num_logits,), "float32")
         self.shapes: list[tuple[int, int]] = []
 
@@ -55,8 +64,9 @@ class Tiles:
             self.shapes.append(shape)
             return self._buffer[: shape[0] * shape[1]].reshape(list(shape))
 
+        device = device or transfers_for(self._buffer)
         self.scores = TileScores(
-            self.config, m.poisoned, view, num_logits, self.choose, self.capturing, 2, 1 + drafts
+            self.config, m.poisoned, view, num_logits, self.choose, device, 1 + drafts
         )
 
     def choose(
@@ -120,16 +130,17 @@ def test_a_schedule_serves_all_layers(kernel_memory: KernelMemory) -> None:
 
 
 def test_captured_scores_hold_the_longest_row(kernel_memory: KernelMemory) -> None:
-    m, tiles = kernel_memory, Tiles(kernel_memory, DECODE)
+    m, device = kernel_memory, Device(2)
+    tiles = Tiles(m, DECODE, device=device)
     wanted = tiles.select()
     # the capture believes in short rows; a replay reads what the device then has
     step = tiles.case.step
     captured = type(step)(**vars(step))
     captured.max_seqlen_k = 65
-    tiles.capturing.now = True
+    device.capturing = True
     np.testing.assert_array_equal(tiles.select(captured), wanted)
     # without a capture it is taken at its word
-    tiles.capturing.now = False
+    device.capturing = False
     assert (tiles.select(captured)[0] != wanted[0]).any()
     assert (m.get(tiles.scores._schedules[0].programs) != 0).any()
 
@@ -175,5 +186,5 @@ def test_bytes_are_those_that_are_allocated(num_logits: int, heads: int) -> None
         return np.empty(shape, np.int32)
 
     sizes = replace(config(), index_n_heads=heads)
-    TileScores(sizes, allocate, None, num_logits, None, Captured(), 132)
+    TileScores(sizes, allocate, None, num_logits, None, Device(132))
     assert total == tile_bytes(sizes, num_logits, 132)
