@@ -58,8 +58,8 @@ class TileScores:
         tokens_per_row: new tokens of most decode rows, drafts included.
 
     Attributes:
-        max_captured: tokens that a captured graph may have at most: their chunks are the same in
-            every step.
+        max_whole: tokens whose scores are held at once, however long their rows are. Steps of
+            more are cut into chunks by their longest row, unless one as long was captured.
     """
 
     def __init__(
@@ -78,8 +78,10 @@ class TileScores:
         self._index_topk, self._num_logits = config.index_topk, num_logits
         self._select_slots, self._transfers = select_slots, transfers
         self._logits = lru_cache(maxsize=_CACHED_VIEWS)(partial(_logits, view))
-        self.max_captured = num_logits // self._max_width
-        max_chunks = -(-config.max_num_tokens // self.max_captured)
+        self.max_whole = num_logits // self._max_width
+        # tokens of captured steps that are longer
+        self._captured: set[int] = set()
+        max_chunks = -(-config.max_num_tokens // self.max_whole)
         processors = transfers.num_processors()
         numbers = [processors * form.programs_per_processor for form in self._forms]
         most = TileSchedule.allocate(config.max_num_tokens, max_chunks, max(numbers), allocate)
@@ -143,8 +145,12 @@ class TileScores:
 
     def _chunks(self, step: ForwardMeta) -> tuple[int, int]:
         """Distance between a step's rows of scores, and tokens of a chunk."""
-        if step.position_ids.shape[0] <= self.max_captured:
-            return self._max_width, self.max_captured
+        num_tokens = step.position_ids.shape[0]
+        if num_tokens > self.max_whole and self._transfers.is_capturing():
+            # the graph's chunks are those of all its replays
+            self._captured.add(num_tokens)
+        if num_tokens <= self.max_whole or num_tokens in self._captured:
+            return self._max_width, self.max_whole
         width = self._width(step)
         return width, self._num_logits // width
 
@@ -167,6 +173,6 @@ def tile_bytes(config: DSABackendConfig, num_logits: int, num_processors: int) -
     """Bytes that a TileScores allocates."""
     forms = decode_form(config.index_n_heads, 1), prompt_form(config.index_n_heads)
     programs = num_processors * max(form.programs_per_processor for form in forms)
-    max_captured = num_logits // (config.max_blocks_per_seq * BLOCK_SIZE)
-    max_chunks = -(-config.max_num_tokens // max_captured)
+    max_whole = num_logits // (config.max_blocks_per_seq * BLOCK_SIZE)
+    max_chunks = -(-config.max_num_tokens // max_whole)
     return 4 * (5 * config.max_num_tokens + max_chunks * programs * PROGRAM_FIELDS)

@@ -145,6 +145,24 @@ def test_captured_scores_hold_the_longest_row(kernel_memory: KernelMemory) -> No
     assert (m.get(tiles.scores._schedules[0].programs) != 0).any()
 
 
+def test_replays_of_a_long_step_have_the_chunks_of_its_capture(
+    kernel_memory: KernelMemory,
+) -> None:
+    whole, device = Tiles(kernel_memory, MIXED), Device(2)
+    wanted, width = whole.select(), whole.scores._max_width
+    tiles = Tiles(kernel_memory, MIXED, num_logits=4 * width, device=device)
+    step = type(tiles.case.step)(**vars(tiles.case.step))
+    step.max_seqlen_k = 65
+    # the schedule is made outside of the graph, before its capture and before every replay
+    tiles.scores.prepare(step)
+    device.capturing = True
+    tiles.select(step, prepare=False)
+    device.capturing = False
+    tiles.scores.prepare(step)
+    device.capturing = True
+    np.testing.assert_array_equal(tiles.select(step, prepare=False), wanted)
+
+
 def config(**changes: Any) -> DSABackendConfig:
     from fd_dsa.attention.cache_layout import CacheLayout
 
