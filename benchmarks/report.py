@@ -31,7 +31,7 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
 _OVERLAP_KINDS = ("graph", "eager", "graph, k_norm beside", "eager, k_norm beside")
 _MADE_BY_OTHERS = {"indexer_logits": "scores", "sparse_mla": "attention"}
-_WITHOUT_PLOT = ("engine_cpu", "providers", "topk")
+_WITHOUT_PLOT = ("engine_cpu", "indexer_logits", "providers", "topk")
 _BARS = "the table above as bars"
 _CAPTIONS = {
     "overlap": "the kernels of a layer by stream; above the whole layer, below its begin",

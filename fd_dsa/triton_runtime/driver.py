@@ -18,6 +18,7 @@ from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
 INVALID_CONTEXT = 201
 _NO_CONTEXT = (3, INVALID_CONTEXT)
 _DEVICE_CAPABILITY = (75, 76)
+_DEVICE_PROCESSORS = 16
 _DEVICE_SHARED_OPTIN = 97
 _FUNCTION_SHARED_BYTES = 1
 _FUNCTION_MAX_DYNAMIC_SHARED = 8
@@ -102,6 +103,10 @@ class Driver:
             for name in _DEVICE_CAPABILITY
         )
         return major * 10 + minor
+
+    def num_processors(self, device: int) -> int:
+        """Multiprocessors of a device."""
+        return self._integer("cuDeviceGetAttribute", _DEVICE_PROCESSORS, self._device(device))
 
     def _device(self, index: int) -> int:
         """The driver's handle of a device."""

@@ -131,6 +131,10 @@ class Transfers:
         """True while the current stream is captured into a graph."""
         return False
 
+    def num_processors(self) -> int:
+        """Multiprocessors of the device, over which work is spread; the interpreter is one."""
+        return 1
+
 
 class CudaTransfers(Transfers):
     """Copies on the current stream of the tensors' library."""
@@ -201,6 +205,10 @@ class CudaTransfers(Transfers):
         if self._ask(stream, self._status_place):
             self.call(_ASK, stream, self._status_place)
         return self._capture_status.value != 0
+
+    def num_processors(self) -> int:
+        """Multiprocessors of the device."""
+        return cuda().num_processors(self._device)
 
     def stream(self) -> ctypes.c_void_p:
         """The stream that copies and events go to."""

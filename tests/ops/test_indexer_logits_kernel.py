@@ -13,6 +13,7 @@ from fd_dsa.ops.indexer_logits import indexer_logits
 from fd_dsa.ops.topk import positions_to_slots, topk_indices
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
+from tests.ops.fp8_pages import fp8_cache, random_codes
 from tests.ops.paged_rows import LARGE_ROWS, SMALL_ROWS, PagedRows, paged_rows
 
 POISONED = np.full(4, POISON, np.uint8).view(np.float32)[0]
@@ -97,21 +98,6 @@ class Case:
         return np.abs(self.weights[token].astype(np.float64)) @ dots
 
 
-def fp8_cache(rng: np.random.Generator, step: PagedRows, dim: int) -> tuple[Any, Any]:
-    """uint8 [num_blocks, block_size, dim + 4] block-planar, and its values; NaN where unseen."""
-    size = step.block_size
-    keys = rng.integers(0, 256, (step.num_blocks * size, dim)).astype(np.uint8)
-    keys[(keys & 0x7F) == 0x7F] = 0
-    scales = np.exp2(rng.integers(-3, 4, len(keys))).astype(np.float32)
-    unseen = np.setdiff1d(np.arange(len(keys)), step.seen_slots())
-    keys[unseen], scales[unseen] = 0x7F, np.nan
-    cache = np.empty((step.num_blocks, size * (dim + 4)), np.uint8)
-    cache[:, : size * dim] = keys.reshape(step.num_blocks, -1)
-    cache[:, size * dim :] = scales.view(np.uint8).reshape(step.num_blocks, -1)
-    values = E4M3_VALUES[keys].astype(np.float64) * scales[:, None]
-    return cache.reshape(step.num_blocks, size, dim + 4), values
-
-
 def make(
     step: PagedRows, q_dtype: str, cache_dtype: str, *, heads: int = 5, dim: int = 24, seed: int = 0
 ) -> Case:
@@ -120,8 +106,7 @@ def make(
     shape = (step.num_tokens, heads, dim)
     weights = rng.standard_normal(shape[:2]).astype(np.float32)
     if q_dtype in ("uint8", "float8_e4m3fn"):
-        stored = rng.integers(0, 256, shape).astype(np.uint8)
-        stored[(stored & 0x7F) == 0x7F] = 0
+        stored = random_codes(rng, shape)
         q = E4M3_VALUES[stored]
     else:
         q = stored = rng.standard_normal(shape).astype(np.float32)

@@ -102,7 +102,7 @@ class FakeLibrary:
         return 0
 
     def cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> int:
-        value._obj.value = {75: 9, 76: 0, 97: 232448}[attribute]
+        value._obj.value = {16: 132, 75: 9, 76: 0, 97: 232448}[attribute]
         return 0
 
     def cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> int:

@@ -258,6 +258,11 @@ def test_host_memory_never_reaches_the_gpu() -> None:
             fill_kernel[(8,)](torch.zeros(1000), 1000, 5.0, BLOCK=128)
 
 
+def test_processors() -> None:
+    found = transfers_for(_out()).num_processors()
+    assert found == torch.cuda.get_device_properties(0).multi_processor_count
+
+
 def test_two_devices() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -15,6 +15,7 @@ import pytest
 
 from fd_dsa.errors import DeviceError, LaunchError
 from fd_dsa.triton_runtime import INTERPRETING, Pointer, freeze, num_late_compilations
+from fd_dsa.triton_runtime.driver import cuda
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, X, Y, scale_kernel
 
 import triton
@@ -175,6 +176,10 @@ def test_tensor_on_another_device_than_the_current_one(library: FakeLibrary, api
     for _ in range(2):
         kernel[(1,)](*there, 5, 0.5, True, 7, BLOCK=64)
     assert len(library.loaded) == 2
+
+
+def test_processors_of_a_device(library: FakeLibrary) -> None:
+    assert cuda().num_processors(0) == 132
 
 
 def test_grids(library: FakeLibrary) -> None:

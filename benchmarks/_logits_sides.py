@@ -1,0 +1,145 @@
+"""A step of random queries over random pages, scored by our kernels and by DeepGEMM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks._gpu import Call
+from benchmarks._logits_shapes import PAGE, WIDTH, Shape
+from fd_dsa.ops.indexer_logits.deep_gemm import DeepGemm
+from fd_dsa.ops.indexer_logits.tile_forms import TileForm
+from fd_dsa.ops.indexer_logits.tile_kernel import score_tiles
+from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule, fill_tile_schedule
+
+DEVICE = "cuda"
+# 2.2 GB: the largest shape has as many keys
+NUM_BLOCKS = (128 << 17) // PAGE
+_CHECKED_TOKENS = 8
+
+
+def codes(*shape: int) -> torch.Tensor:
+    """uint8 bits of random e4m3 numbers, N(0, 1)."""
+    return torch.randn(shape, device=DEVICE).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def random_cache() -> torch.Tensor:
+    """uint8 [NUM_BLOCKS, 64, 132]: blocks of random keys, then their scales."""
+    cache = torch.empty(NUM_BLOCKS, PAGE * (WIDTH + 4), device=DEVICE, dtype=torch.uint8)
+    for part in cache.split(1 << 13):
+        part[:, : PAGE * WIDTH] = codes(len(part), PAGE * WIDTH)
+        scales = torch.rand(len(part), PAGE, device=DEVICE) * 0.02 + 0.005
+        part[:, PAGE * WIDTH :] = scales.view(torch.uint8)
+    return cache.view(NUM_BLOCKS, PAGE, WIDTH + 4)
+
+
+class Step:
+    """A step of a shape in random pages of a cache.
+
+    Args:
+        logits: memory for scores that all steps share, at least as many as the shape has.
+
+    Attributes:
+        logits: float32 [num_tokens, keys] in it.
+    """
+
+    def __init__(self, shape: Shape, cache: torch.Tensor, logits: torch.Tensor, seed: int) -> None:
+        self.shape, self.cache = shape, cache
+        blocks = np.random.default_rng(seed).choice(NUM_BLOCKS, shape.num_pages, replace=False)
+        self.tables = self._int32(blocks.reshape(shape.rows, -1))
+        first = shape.keys - shape.new
+        positions = np.tile(np.arange(first, shape.keys), shape.rows)
+        self.positions = torch.from_numpy(positions).to(DEVICE)
+        self.batch = self._int32(np.repeat(np.arange(shape.rows), shape.new))
+        self.cu = self._int32(np.arange(shape.rows + 1) * shape.new)
+        self.q = codes(shape.num_tokens, shape.heads, WIDTH)
+        self.weights = torch.randn(shape.num_tokens, shape.heads, device=DEVICE)
+        self.logits = logits[: shape.num_tokens * shape.keys].view(shape.num_tokens, shape.keys)
+
+    @staticmethod
+    def _int32(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(DEVICE)
+
+    def schedule(self, form: TileForm) -> tuple[TileSchedule, Call]:
+        """A filled schedule of a form, and the call that fills it."""
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+
+        def allocate(size: tuple[int, ...], dtype: str) -> torch.Tensor:
+            return torch.empty(size, device=DEVICE, dtype=getattr(torch, dtype))
+
+        programs = processors * form.programs_per_processor
+        schedule = TileSchedule.allocate(self.shape.num_tokens, 1, programs, allocate)
+
+        def fill() -> None:
+            tensors = self.positions, self.batch, self.cu
+            fill_tile_schedule(schedule, *tensors, form=form, max_keys=self.shape.keys)
+
+        fill()
+        return schedule, fill
+
+    def ours(self, form: TileForm) -> Call:
+        """Our launch, its schedule made beforehand."""
+        schedule, _ = self.schedule(form)
+        rest = (self.positions, self.tables, schedule, self.logits)
+        return lambda: score_tiles(self.q, self.weights, self.cache, *rest, form=form)
+
+    def wanted(self, token: int) -> torch.Tensor:
+        """float64 [keys]: the scores of a token, in doubles."""
+        row = token // self.shape.new
+        pages = self.cache.view(NUM_BLOCKS, -1)[self.tables[row].long()]
+        keys = pages[:, : PAGE * WIDTH].reshape(-1, WIDTH).view(torch.float8_e4m3fn).double()
+        scales = pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).double().flatten()
+        q = self.q[token].view(torch.float8_e4m3fn).double()
+        return (self.weights[token].double() @ (q @ keys.T).relu_()) * scales
+
+    def error(self, scores: torch.Tensor) -> float:
+        """Largest relative root mean square error of some tokens' scores in their windows."""
+        tokens = np.linspace(0, self.shape.num_tokens - 1, _CHECKED_TOKENS).astype(int)
+        worst = 0.0
+        for token in map(int, tokens):
+            window = int(self.positions[token]) + 1
+            wanted = self.wanted(token)[:window]
+            found = scores[token, :window].double()
+            worst = max(worst, float((found - wanted).norm() / wanted.norm()))
+        return worst
+
+
+class Peer:
+    """DeepGEMM's kernels for a step: of gathered keys for a prompt, of pages else.
+
+    Its schedule is made beforehand, as ours is, and so are gathered keys. Rows of 3 tokens, which
+    it does not take, are rows of 1 to it.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module, self._gemm = module, DeepGemm(module)
+
+    def call(self, step: Step) -> Call:
+        """A call that returns float32 [num_tokens, keys or more]."""
+        return self._of_prompt(step) if step.shape.is_prompt else self._of_pages(step)
+
+    def _of_prompt(self, step: Step) -> Call:
+        pages = step.cache.view(NUM_BLOCKS, -1)[step.tables[0].long()]
+        keys = pages[:, : PAGE * WIDTH].reshape(-1, WIDTH).view(torch.float8_e4m3fn)
+        scales = pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).flatten()
+        starts, ends = torch.zeros_like(step.batch), (step.positions + 1).int()
+        gemm, q = self._gemm, step.q.view(torch.float8_e4m3fn)
+        given = (q, None) if gemm._ragged_takes_pair else q
+        rest = ((keys, scales), step.weights, starts, ends)
+        return lambda: gemm._ragged(given, *rest, clean_logits=False)
+
+    def _of_pages(self, step: Step) -> Call:
+        shape, gemm = step.shape, self._gemm
+        new = 1 if shape.new == 3 else shape.new
+        lengths = (step.positions + 1).int().view(-1, new)
+        # two of its blocks share the keys of rows of four tokens
+        parts = gemm.num_parts // 2 if new == 4 else gemm.num_parts
+        schedule = self._module.get_paged_mqa_logits_metadata(lengths, PAGE, parts)
+        tables = step.tables.repeat_interleave(shape.new // new, 0)
+        q = step.q.view(torch.float8_e4m3fn).view(-1, new, shape.heads, WIDTH)
+        given = (q, None) if gemm._paged_takes_pair else q
+        cache = step.cache.view(NUM_BLOCKS, PAGE, 1, WIDTH + 4)
+        rest = (cache, step.weights, lengths, tables, schedule, shape.keys)
+        return lambda: gemm._paged(given, *rest, clean_logits=False)

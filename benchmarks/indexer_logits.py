@@ -1,0 +1,141 @@
+"""Indexer scores on tensor cores: our kernel beside DeepGEMM's, prompts and decode rows.
+
+Some tokens of both sides are compared with sums in doubles before they are timed. Schedules, which
+a step makes once for all layers, are made beforehand and timed by themselves; DeepGEMM also has the
+keys of prompts gathered beforehand, which ours does not need. The floor is the time of the fewest
+bytes at the copy rate or of the products at the FP8 rate of the same run, whichever is longer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks import _gpu, _packages
+from benchmarks._harness import ROOT
+from benchmarks._logits_forms import form_of
+from benchmarks._logits_shapes import Shape, shapes
+from benchmarks._logits_sides import Peer, Step, random_cache
+from benchmarks._torch_device import register
+
+OURS, THEIRS, SCHEDULE = "tiles", "DeepGEMM", "schedule"
+# of scores against doubles; FP8 products are summed with fewer bits than float32 has
+TOLERANCE = 2e-4
+_MATRIX = 8192
+_MOST_SETS = 16
+_SUBJECTS = (Shape(64, 1, 4096), Shape(64, 64, 32768), Shape(64, 1, 8192, 2048, True))
+
+
+def fp8_flops_per_s() -> float:
+    """Rate of an e4m3 product of random 8192 x 8192 matrices, accumulated fast."""
+    size = (_MATRIX, _MATRIX)
+    left, right = (torch.randn(size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+    one = torch.ones((), device="cuda")
+    product = partial(
+        torch._scaled_mm, left, right.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
+    times = _gpu.interleaved({"product": [product]}, mode="events")
+    return 2 * _MATRIX**3 / times["product"]["p50"] * 1e6
+
+
+def steps_of(shape: Shape, cache: torch.Tensor, logits: torch.Tensor) -> list[Step]:
+    """Steps in pages of their own, together past the L2."""
+    count = min(_gpu.num_sets(shape.bytes_moved), _MOST_SETS)
+    return [Step(shape, cache, logits, seed) for seed in range(count)]
+
+
+def errors(steps: list[Step], peer: Peer | None) -> dict[str, float]:
+    """Deviations of both sides from doubles.
+
+    Raises:
+        AssertionError: ours is more than rounding, or differs between two runs.
+    """
+    step = steps[0]
+    call = step.ours(form_of(step.shape))
+    _gpu.poison(step.logits)
+    call()
+    found = {OURS: step.error(step.logits)}
+    first = step.logits.clone()
+    _gpu.poison(step.logits)
+    call()
+    same = torch.equal(first.view(torch.int32), step.logits.view(torch.int32))
+    assert same, f"{step.shape.label}: differs between two runs"
+    assert found[OURS] <= TOLERANCE, f"{step.shape.label}: {found}"
+    if peer is not None:
+        found[THEIRS] = step.error(peer.call(step)())
+    return found
+
+
+def compare(
+    record: _gpu.Recorder, shape: Shape, cache: torch.Tensor, logits: torch.Tensor,
+    peer: Peer | None, rate: float,
+) -> None:  # fmt: skip
+    """Check and time one shape."""
+    steps = steps_of(shape, cache, logits)
+    found, form = errors(steps, peer), form_of(shape)
+    sides: dict[str, list[_gpu.Call]] = {}
+    if peer is not None:
+        sides[THEIRS] = [peer.call(step) for step in steps]
+    sides[OURS] = [step.ours(form) for step in steps]
+    times = _gpu.interleaved(sides, rounds=15)
+    fills = [step.schedule(form)[1] for step in steps]
+    schedule = _gpu.interleaved({SCHEDULE: fills}, mode="graph", rounds=5)
+    record.case(
+        shape.label,
+        times,
+        ours=OURS,
+        floor_us=shape.floor_us(record.ceilings["copy_bytes_per_s"], rate),
+        errors=found,
+        form=vars(form),
+        schedule_us=schedule[SCHEDULE]["p50"],
+        flops_per_s=shape.flops / times[OURS]["p50"] * 1e6,
+        clocks=_gpu.clocks(),
+    )
+
+
+def peer_of(args: Any) -> Peer | None:
+    """DeepGEMM, or None where it is not in --peers."""
+    if "deep_gemm" not in _packages.register(args.peers, ROOT / "build" / "deep_gemm_cache"):
+        return None
+    import deep_gemm
+
+    return Peer(deep_gemm)
+
+
+def scores_for(chosen: Sequence[Shape]) -> torch.Tensor:
+    """Memory for the scores of the largest of some shapes."""
+    return torch.empty(max(s.num_tokens * s.keys for s in chosen), device="cuda")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check and compare; returns the exit status."""
+    args = _gpu.arguments(__doc__, argv)
+    register()
+    peer, chosen = peer_of(args), list(shapes(args.quick))
+    cache, logits = random_cache(), scores_for(chosen)
+    with _gpu.Recorder("indexer_logits", args.out) as record:
+        rate = fp8_flops_per_s()
+        record.note(peer="DeepGEMM 2.5.0 of vLLM 0.26.0", fp8_flops_per_s=rate)
+        for shape in chosen:
+            compare(record, shape, cache, logits, peer, rate)
+            torch.cuda.empty_cache()
+    return 0
+
+
+def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
+    """One row, a decode step, and a chunk of a prompt."""
+    register()
+    cache, found = random_cache(), {}
+    for shape in _SUBJECTS:
+        step = Step(shape, cache, scores_for([shape]), 0)
+        found[shape.label] = step.ours(form_of(shape)), [step.logits]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

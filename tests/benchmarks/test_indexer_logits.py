@@ -1,0 +1,82 @@
+"""Shapes and forms of the indexer's benchmarks, and how their result is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks._harness import write_json
+from benchmarks._logits_shapes import Shape, shapes
+from benchmarks.report import plots, region
+
+DECODE, DRAFTS = Shape(64, 3, 640), Shape(32, 2, 128, 4)
+PROMPT = Shape(64, 1, 4096, 2048, is_prompt=True)
+
+
+@pytest.mark.parametrize("shape", [DECODE, DRAFTS, PROMPT])
+def test_pairs_are_counted_token_by_token(shape: Shape) -> None:
+    windows = [shape.keys - shape.new + j + 1 for j in range(shape.new)] * shape.rows
+    assert shape.num_tokens == len(windows)
+    assert shape.pairs == sum(windows)
+    assert shape.flops == sum(2 * shape.heads * 128 * window for window in windows)
+    queries = len(windows) * shape.heads * (128 + 4)
+    assert shape.bytes_moved == 132 * shape.rows * shape.keys + queries + 4 * sum(windows)
+    assert shape.num_pages * 64 == shape.rows * shape.keys
+
+
+def test_the_floor_is_the_longer_of_two() -> None:
+    # one token a row is bound by its bytes, a prompt by its products
+    assert DECODE.floor_us(4e12, 1.5e15) == pytest.approx(DECODE.bytes_moved / 4e6)
+    assert PROMPT.floor_us(4e12, 1.5e15) == pytest.approx(PROMPT.flops / 1.5e9)
+
+
+def test_every_shape_has_a_name_of_its_own() -> None:
+    labels = [shape.label for shape in shapes()]
+    assert len(set(labels)) == len(labels) > 40
+    assert {shape.label for shape in shapes(quick=True)} <= set(labels)
+    assert "decode, 64 heads, 64 x 32k, 2 tokens" in labels
+    assert "prompt, 32 heads, 2048 of 64k" in labels
+    # rows of three tokens, and one row, are what the targets name
+    assert {(s.rows, s.new) for s in shapes()} >= {(1, 1), (64, 3), (128, 1)}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("shape", [DECODE, DRAFTS, PROMPT])
+def test_forms_differ_from_the_one_that_serves(shape: Shape) -> None:
+    from benchmarks._logits_forms import CHOSEN, candidates, form_of
+
+    tried = list(candidates(shape))
+    assert tried[0] == (CHOSEN, form_of(shape))
+    assert len(dict(tried)) == len({form for _, form in tried}) == len(tried) > 8
+
+
+def test_the_table(tmp_path: Path) -> None:
+    times = {
+        "DeepGEMM": {"p20": 9, "p50": 10.0, "p80": 11},
+        "tiles": {"p20": 7, "p50": 8.0, "p80": 9},
+    }
+    case = {
+        "case": PROMPT.label,
+        "tier": "T1",
+        "times": times,
+        "ours": "tiles",
+        "ratios": {"DeepGEMM": 1.25},
+        "floor_us": 4.0,
+        "percent_of_floor": 50.0,
+        "errors": {"tiles": 1.2e-4},
+        "schedule_us": 3.0,
+    }
+    env = {"gpu": "NVIDIA H200", "driver": "580.1", "python": "3.12.3", "commit": "c" * 40}
+    result = {
+        "name": "indexer_logits",
+        "env": env | {"dirty": False},
+        "gate": "passed",
+        "clocks": [],
+        "ceilings": {"copy_bytes_per_s": 4.2e12, "node_us": 0.5},
+        "cases": [case],
+    }
+    write_json(tmp_path / "indexer_logits.json", result)
+    text = region("indexer_logits", tmp_path)
+    assert "| prompt, 64 heads, 2048 of 4k | 10.0 (1.25x) | **8.00** | 50% | T1 |" in text
+    assert list(plots(tmp_path)) == []

@@ -1,0 +1,229 @@
+"""The schedule of query tiles: every page is some program's, none is two's, none has more work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fd_dsa.errors import DtypeError, ShapeError
+from tests.kernel_memory import KernelMemory, open_memory
+
+pytestmark = pytest.mark.triton
+
+# (cached, new) tokens of each row; a row of 0 new tokens is idle
+Rows = list[tuple[int, int]]
+PAGE = 64
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step says of its tokens, padded at its end.
+
+    Attributes:
+        chunk_tokens: tokens of a chunk.
+    """
+
+    rows: Rows
+    num_padded: int
+    chunk_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(new for _, new in self.rows) + self.num_padded
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """position_ids, batch_id_per_token and cu_seqlens_q."""
+        new = [n for _, n in self.rows]
+        padding = np.zeros(self.num_padded, np.int64)
+        positions = [np.arange(cached, cached + n) for cached, n in self.rows]
+        batch = np.repeat(np.arange(len(self.rows)), new)
+        return (
+            np.concatenate([*positions, padding]).astype(np.int64),
+            np.concatenate([batch, padding - 1]).astype(np.int32),
+            np.cumsum([0, *new]).astype(np.int32),
+        )
+
+    def tiles(self, tile_tokens: int, max_keys: int, least: int) -> list[Any]:
+        """Of each chunk, the tiles by a loop over tokens: (token, number, request, pages)."""
+        positions, batch, _ = self.arrays()
+        found = []
+        for first in range(0, self.num_tokens, self.chunk_tokens):
+            end, token, tiles = min(first + self.chunk_tokens, self.num_tokens), first, []
+            while token < end:
+                stop = token + 1
+                while stop < min(token + tile_tokens, end) and batch[stop] == batch[token]:
+                    stop += 1
+                keys = min(int(positions[stop - 1]) + 1, max_keys)
+                if batch[token] >= 0 and keys > least:
+                    pages = -(-keys // PAGE)
+                    tiles.append((token, stop - token, int(batch[token]), pages))
+                token = stop if batch[token] >= 0 else token + 1
+            found.append(tiles)
+        return found
+
+
+def fill(
+    m: KernelMemory, step: Step, num_programs: int, tile_tokens: int = 2,
+    max_keys: int = 1 << 21, least: int = 0,
+) -> Any:  # fmt: skip
+    """The schedule of a step, as NumPy arrays; poison where nothing was written."""
+    from fd_dsa.ops.indexer_logits.tile_forms import TileForm
+    from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule, fill_tile_schedule
+
+    num_chunks = -(-step.num_tokens // step.chunk_tokens)
+    schedule = TileSchedule.allocate(step.num_tokens, num_chunks, num_programs, m.poisoned)
+    first = -(-tile_tokens // 2)
+    fill_tile_schedule(
+        schedule,
+        *map(m.put, step.arrays()),
+        form=TileForm(first, tile_tokens - first),
+        max_keys=max_keys,
+        chunk_tokens=step.chunk_tokens,
+        least_keys=least,
+    )
+    return TileSchedule(*map(m.get, (schedule.tiles, schedule.page_ends, schedule.programs)))
+
+
+def check(found: Any, wanted: list[Any], chunk_tokens: int, num_programs: int) -> None:
+    """Every tile of a loop is there, and its pages are shared out once and evenly."""
+    for chunk, tiles in enumerate(wanted):
+        first = chunk * chunk_tokens
+        held = found.tiles[first : first + len(tiles)]
+        assert list(map(tuple, held.tolist())) == tiles
+        pages = [(i, page) for i, tile in enumerate(tiles) for page in range(tile[3])]
+        taken, counts = [], []
+        for tile, page, count, _, *entry in found.programs[chunk].tolist():
+            counts.append(count)
+            tile -= first
+            if count:
+                assert tuple(entry) == tiles[tile]
+            while count > 0:
+                taken.append((tile, page))
+                count, page = count - 1, page + 1
+                if page == tiles[tile][3]:
+                    tile, page = tile + 1, 0
+        assert taken == pages
+        assert max(counts) - min(counts) <= 1
+
+
+ROWS = st.lists(
+    st.tuples(st.one_of(st.integers(0, 300), st.integers(0, 1 << 20)), st.integers(0, 9)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    rows=ROWS,
+    num_padded=st.integers(0, 3),
+    chunk=st.integers(1, 40),
+    num_programs=st.integers(1, 40),
+    tile_tokens=st.integers(1, 4),
+    least=st.sampled_from([0, 64, 2048]),
+)
+def test_every_page_is_taken_once(
+    rows: Rows,
+    num_padded: int,
+    chunk: int,
+    num_programs: int,
+    tile_tokens: int,
+    least: int,
+) -> None:
+    # long histories would make lists of millions of pages
+    rows = [(min(cached, 40_000 // len(rows)), new) for cached, new in rows]
+    step = Step(rows, num_padded, chunk)
+    if step.num_tokens == 0:
+        return
+    m = open_memory("interpreter")
+    found = fill(m, step, num_programs, tile_tokens, least=least)
+    wanted = step.tiles(tile_tokens, 1 << 21, least)
+    check(found, wanted, chunk, num_programs)
+
+
+def test_a_million_keys(kernel_memory: KernelMemory) -> None:
+    step = Step([(1 << 20, 1), (3, 1), ((1 << 20) - 1, 2)], 0, 4)
+    found = fill(kernel_memory, step, 132 * 4)
+    check(found, step.tiles(2, 1 << 21, 0), 4, 132 * 4)
+
+
+def test_more_tokens_and_programs_than_lanes(kernel_memory: KernelMemory) -> None:
+    step = Step([(5, 1030), (4000, 7)], 2, 2000)
+    found = fill(kernel_memory, step, 1100, 4)
+    check(found, step.tiles(4, 1 << 21, 0), 2000, 1100)
+
+
+def test_the_width_of_the_scores_bounds_the_pages(kernel_memory: KernelMemory) -> None:
+    step = Step([(1000, 3)], 0, 3)
+    found = fill(kernel_memory, step, 2, 4, max_keys=200)
+    check(found, step.tiles(4, 200, 0), 3, 2)
+    assert found.tiles[0].tolist() == [0, 3, 0, 4]
+
+
+def test_a_step_that_scores_nothing(kernel_memory: KernelMemory) -> None:
+    found = fill(kernel_memory, Step([(100, 1), (0, 0)], 3, 4), 5, least=128)
+    assert found.programs[0, :, 2].tolist() == [0] * 5
+
+
+class _Given:
+    """Arguments of a small call, each of which a test replaces."""
+
+    def __init__(self, m: KernelMemory) -> None:
+        from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule
+
+        self.schedule = TileSchedule.allocate(4, 2, 3, m.poisoned)
+        tokens = zip(("position_ids", "batch_id_per_token", "cu_seqlens_q"),
+                     map(m.put, Step([(9, 3)], 1, 4).arrays()), strict=True)  # fmt: skip
+        self.tensors = dict(tokens)
+
+    def __call__(self, **changes: Any) -> None:
+        from fd_dsa.ops.indexer_logits.tile_forms import TileForm
+        from fd_dsa.ops.indexer_logits.tile_schedule import fill_tile_schedule
+
+        numbers = {"form": TileForm(1), "max_keys": 64}
+        given = {"schedule": self.schedule} | self.tensors | numbers | changes
+        fill_tile_schedule(**given)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"max_keys": 0}, ValueError, "max_keys is 0, allowed is at least 1"),
+        ({"chunk_tokens": 0}, ValueError, "chunk_tokens is 0, allowed is at least 1"),
+        ({"least_keys": -1}, ValueError, "least_keys is -1, allowed is at least 0"),
+        ({"chunk_tokens": 1}, ValueError, "4 tokens are 4 chunks of 1, the schedule holds 2"),
+        ({"position_ids": np.zeros(4, np.int32)}, DtypeError, "position_ids has dtype int32"),
+        ({"position_ids": np.zeros(5, np.int64)}, ShapeError, r"batch_id_per_token has shape \[4"),
+        ({"cu_seqlens_q": np.zeros(0, np.int32)}, ShapeError, "cu_seqlens_q is empty"),
+    ],
+)
+def test_refusals(
+    change: dict[str, Any], error: type[Exception], said: str, kernel_memory: KernelMemory
+) -> None:
+    given = _Given(kernel_memory)
+    arrays = {k: kernel_memory.put(v) if hasattr(v, "shape") else v for k, v in change.items()}
+    with pytest.raises(error, match=f"fill_tile_schedule: {said}"):
+        given(**arrays)
+
+
+def test_a_schedule_that_is_too_small(kernel_memory: KernelMemory) -> None:
+    from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule
+
+    small = TileSchedule.allocate(3, 1, 3, kernel_memory.poisoned)
+    with pytest.raises(ShapeError, match=r"schedule.tiles has 3 entries.*4 tokens"):
+        _Given(kernel_memory)(schedule=small)
+
+
+def test_no_tokens_is_no_launch(kernel_memory: KernelMemory) -> None:
+    given = _Given(kernel_memory)
+    empty = {"position_ids": np.zeros(0, np.int64), "batch_id_per_token": np.zeros(0, np.int32)}
+    given(**{name: kernel_memory.put(array) for name, array in empty.items()})
+    poison = kernel_memory.get(given.schedule.programs)
+    assert (poison == poison.flat[0]).all()
