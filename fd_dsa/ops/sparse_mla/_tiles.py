@@ -136,14 +136,20 @@ def load_keys(cache_ptr, slot, seen, FP8: tl.constexpr):
 
 
 @triton.jit
+def _scaled_code(words, scale):
+    """float16 value of the lowest code in each word, times `scale` / 256; interpreted alone."""
+    code = (words & 0xFF).to(tl.uint8)
+    # neither a cast of the interpreter's keeps what is no number
+    value = tl.where((code & 0x7F) == 0x7F, float("nan"), e4m3_values(code, tl.float32))
+    return (value * 0.00390625).to(tl.float16) * scale
+
+
+@triton.jit
 def _scaled_codes(words, scale):
     """float16 values of the four codes in each word, times `scale` / 256; NaN stays NaN."""
     if _INTERPRETING:
-        a = e4m3_values((words & 0xFF).to(tl.uint8), tl.float16) * 0.00390625 * scale
-        b = e4m3_values(((words >> 8) & 0xFF).to(tl.uint8), tl.float16) * 0.00390625 * scale
-        c = e4m3_values(((words >> 16) & 0xFF).to(tl.uint8), tl.float16) * 0.00390625 * scale
-        d = e4m3_values(((words >> 24) & 0xFF).to(tl.uint8), tl.float16) * 0.00390625 * scale
-        return a.to(tl.float16), b.to(tl.float16), c.to(tl.float16), d.to(tl.float16)
+        a, b = _scaled_code(words, scale), _scaled_code(words >> 8, scale)
+        return a, b, _scaled_code(words >> 16, scale), _scaled_code(words >> 24, scale)
     # two codes by one conversion, two products by one instruction
     return tl.inline_asm_elementwise(
         """{
