@@ -34,6 +34,7 @@ from benchmarks._harness import ROOT, case_line, environment, write_json
 BENCHMARKS = {
     "v4_prepare": 150,
     "topk": 150,
+    "sparse_mla": 280,
     "step_metadata": 140,
     "launch_overhead": 80,
     "cache_write": 90,

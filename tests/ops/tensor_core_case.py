@@ -115,7 +115,9 @@ def make(
 ) -> Case:
     """Token t names counts[t] random slots; those that nobody may name hold NaN."""
     rng = np.random.default_rng(heads)
-    q_bits = bfloat16_bits(rng.standard_normal((len(counts), heads, RANK + ROPE)).astype(np.float32))
+    q_bits = bfloat16_bits(
+        rng.standard_normal((len(counts), heads, RANK + ROPE)).astype(np.float32)
+    )
     named = rng.permutation(num_slots)[UNNAMED:]
     chosen = [rng.choice(named, n, replace=n > len(named)).tolist() for n in counts]
     slots = np.array([c + [-1] * (topk - len(c)) for c in chosen], np.int32)

@@ -24,21 +24,13 @@ _INTERPRETING = tl.constexpr(INTERPRETING)
 @triton.jit
 def of_keys(x, SWAPPED: tl.constexpr):
     """A value a key, beside every head."""
-    if SWAPPED:
-        x = x[:, None]
-    else:
-        x = x[None, :]
-    return x
+    return x[:, None] if SWAPPED else x[None, :]
 
 
 @triton.jit
 def of_heads(x, SWAPPED: tl.constexpr):
     """A value a head, beside every key."""
-    if SWAPPED:
-        x = x[None, :]
-    else:
-        x = x[:, None]
-    return x
+    return x[None, :] if SWAPPED else x[:, None]
 
 
 @triton.jit
@@ -212,22 +204,14 @@ def bfloat16_pairs(words):
 @triton.jit
 def product(k, q, SWAPPED: tl.constexpr):
     """float32 products of keys and queries over a tile of latents."""
-    if SWAPPED:
-        x = tl.dot(k, q)
-    else:
-        x = tl.dot(q, tl.trans(k))
-    return x
+    return tl.dot(k, q) if SWAPPED else tl.dot(q, tl.trans(k))
 
 
 @triton.jit
 def weighted(k, weight, out, shrink, SWAPPED: tl.constexpr):
     """`out` times `shrink`, plus the latents of a tile times their weights."""
     out = out * of_heads(shrink, SWAPPED)
-    if SWAPPED:
-        x = tl.dot(tl.trans(k), weight, acc=out)
-    else:
-        x = tl.dot(weight, k, acc=out)
-    return x
+    return tl.dot(tl.trans(k), weight, acc=out) if SWAPPED else tl.dot(weight, k, acc=out)
 
 
 @triton.jit
@@ -242,21 +226,16 @@ def softmax_step(scores, seen, top, total, SWAPPED: tl.constexpr):
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     shrink = tl.exp2(top - base)
     weight = tl.exp2(scores - of_heads(base, SWAPPED))
-    if SWAPPED:
-        total = total * shrink[None, :] + weight
-    else:
-        total = total * shrink + tl.sum(weight, 1)
+    total = total * shrink[None, :] + weight if SWAPPED else total * shrink + tl.sum(weight, 1)
     return weight, shrink, new_top, total
 
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, BLOCK_H: tl.constexpr, SWAPPED: tl.constexpr):
     """float32 zeros: [ROWS, heads] where SWAPPED, else [heads, ROWS]."""
-    if SWAPPED:
-        x = tl.zeros([ROWS, BLOCK_H], tl.float32)
-    else:
-        x = tl.zeros([BLOCK_H, ROWS], tl.float32)
-    return x
+    return (
+        tl.zeros([ROWS, BLOCK_H], tl.float32) if SWAPPED else tl.zeros([BLOCK_H, ROWS], tl.float32)
+    )
 
 
 @triton.jit

@@ -68,11 +68,9 @@ def form_for(num_heads: int, fp8: bool) -> Form:
     """The form for a number of heads, and FP8 records or bfloat16 latents."""
     if num_heads > 32:
         return Form(False, 64, 64, False, 8, 1, 1)
-    if not fp8:
-        return Form(True, 16 if num_heads <= 16 else 32, 64, True, 4, 2, 1)
     if num_heads > 16:
-        return Form(False, 32, 128, True, 8, 1, 1)
-    return Form(False, 16, 64, True, 4, 1, 2)
+        return Form(False, 32, 128, True, 8, 1, 1) if fp8 else Form(True, 32, 64, True, 4, 2, 1)
+    return Form(False, 16 if num_heads > 8 else 8, 64, True, 4, 1, 2)
 
 
 def partial_rows(num_heads: int, fp8: bool) -> int:
@@ -225,6 +223,4 @@ def _check_partials(partials: Partials | None, rows: int) -> None:
         _NAME, "partials.values", partials.values, (partials.lse.shape[0] * RANK,), ("float32",)
     )
     if partials.lse.shape[0] < rows:
-        raise ShapeError(
-            f"{_NAME}: partials has {partials.lse.shape[0]} rows, splits need {rows}"
-        )
+        raise ShapeError(f"{_NAME}: partials has {partials.lse.shape[0]} rows, splits need {rows}")

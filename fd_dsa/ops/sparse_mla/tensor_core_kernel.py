@@ -11,6 +11,7 @@ Source: the online softmax over splits is that of Flash-Decoding (Dao et al. 202
 from __future__ import annotations
 
 from fd_dsa.ops._triton_fp8 import stored, to_bfloat16
+from fd_dsa.ops.sparse_mla._tiles import RANK as _RANK_OF_PYTHON
 from fd_dsa.ops.sparse_mla._tiles import (
     bfloat16_pairs,
     half_range,
@@ -28,7 +29,6 @@ from fd_dsa.ops.sparse_mla._tiles import (
     weighted,
     zeros,
 )
-from fd_dsa.ops.sparse_mla._tiles import RANK as _RANK_OF_PYTHON
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
@@ -43,7 +43,7 @@ _LOOK = tl.constexpr(1024)
 
 @triton.jit
 def _place(groups, splits, num_heads, BLOCK_H: tl.constexpr):
-    """Token, heads, which of them exist, and split of a program; those of a token are neighbours."""
+    """Token, heads, which of them exist, and split of a program; a token's are neighbours."""
     program = tl.program_id(0)
     split = program % splits
     program = program // splits
@@ -97,10 +97,7 @@ def _accumulate(
 ):  # fmt: skip
     """The state of the softmax after a tile."""
     weight, shrink, top, total = softmax_step(scores, seen, top, total, SWAPPED)
-    if FP8:
-        weight = weight.to(tl.float16)
-    else:
-        weight = to_bfloat16(weight)
+    weight = weight.to(tl.float16) if FP8 else to_bfloat16(weight)
     o0 = weighted(k0, weight, o0, shrink, SWAPPED)
     o1 = weighted(k1, weight, o1, shrink, SWAPPED)
     o2 = weighted(k2, weight, o2, shrink, SWAPPED)
@@ -112,10 +109,7 @@ def _accumulate(
 def _start(BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, SWAPPED: tl.constexpr):
     """The state of the softmax before the first tile."""
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    if SWAPPED:
-        total = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
-    else:
-        total = tl.zeros([BLOCK_H], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_H], tl.float32) if SWAPPED else tl.zeros([BLOCK_H], tl.float32)
     o0, o1 = zeros(128, BLOCK_H, SWAPPED), zeros(128, BLOCK_H, SWAPPED)
     return top, total, o0, o1, zeros(128, BLOCK_H, SWAPPED), zeros(128, BLOCK_H, SWAPPED)
 
