@@ -62,8 +62,8 @@ def forms(heads: int, fp8: bool) -> Iterator[Form]:
     chosen = form_for(heads, fp8)
     yield chosen
     for form in _MANY if heads > 32 else _FEW[fp8]:
-        too_wide = form.block_h >= 2 * heads and form.block_h > 16
-        if form != chosen and not too_wide and not (fp8 and form.copied):
+        fits = min(heads, 16) <= form.block_h < max(2 * heads, 17)
+        if form != chosen and fits and not (fp8 and form.copied):
             yield form
 
 

@@ -55,7 +55,7 @@ def test_least_ratios_and_errors(tmp_path: Path) -> None:
     text = rendered(tmp_path)
     assert "| decode, 16 heads | 20.0 (2.00x) | 4.00 (0.40x) | **10.0** | 40% | T1 |" in text
     assert (
-        "the fastest peer is, decode: at 128, 64 heads at least 0.800 (decode, 64 heads), wanted "
+        "the fastest peer is, decode: at 128, 64 heads at least 0.80 (decode, 64 heads), wanted "
         "0.6; at 16 heads at least 2.00 (decode, 16 heads), wanted 1.5."
     ) in text
     assert "prefill FP8: " not in text
