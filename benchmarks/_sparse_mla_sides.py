@@ -130,10 +130,10 @@ class Ours:
         out, lse: what they write.
     """
 
-    def __init__(self, tokens: int, heads: int, fp8: bool) -> None:
+    def __init__(self, tokens: int, heads: int) -> None:
         self.out = torch.empty(tokens, heads, RANK, device=DEVICE, dtype=torch.bfloat16)
         self.lse = torch.empty(tokens, heads, device=DEVICE)
-        self.partials = new_partials(heads, fp8, _allocate)
+        self.partials = new_partials(heads, _allocate)
 
     def call(
         self, inputs: Inputs, form: Form | None = None, splits: int | None = None

@@ -63,7 +63,7 @@ def compare(
 ) -> None:
     """Check all sides on the first set, then time them over all sets."""
     tokens, heads, _ = sets[0].q.shape
-    ours = Ours(tokens, heads, sets[0].fp8)
+    ours = Ours(tokens, heads)
     calls: dict[str, list[_gpu.Call]] = {}
     errors = {}
     for label, peer in peer_calls(peers, peer_sets, kind == "decode").items():
@@ -170,7 +170,7 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
         (16, 512, rows),
         (32, 512, rows),
     ):
-        ours = Ours(tokens, heads, memory.dtype == torch.uint8)
+        ours = Ours(tokens, heads)
         inputs = Inputs(memory, random_slots(tokens, len(memory)), heads)
         form = "FP8" if inputs.fp8 else "bf16"
         found[f"{tokens} x {heads} heads, {form}"] = ours.call(inputs), [ours.out, ours.lse]

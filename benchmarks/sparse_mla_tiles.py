@@ -41,6 +41,7 @@ _FEW = {
     ),
     False: (
         *(Form(False, h, 64, True, 4, 1, 2) for h in (8, 16)),
+        *(Form(False, h, 128, True, 8, 1, 1) for h in (16, 32)),
         *(Form(True, h, 64, True, 4, 2, 1) for h in (16, 32)),
         *(Form(True, h, 128, True, 8, 1, 1) for h in (16, 32)),
         *(Form(True, 16, n, False, 4, s, p) for n, s, p in ((64, 2, 2), (32, 3, 2), (32, 2, 4))),
@@ -59,7 +60,7 @@ _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 32)
 
 def forms(heads: int, fp8: bool) -> Iterator[Form]:
     """The chosen form, and others that could serve."""
-    chosen = form_for(heads, fp8)
+    chosen = form_for(heads)
     yield chosen
     for form in _MANY if heads > 32 else _FEW[fp8]:
         fits = min(heads, 16) <= form.block_h < max(2 * heads, 17)
@@ -73,9 +74,9 @@ def candidates(
     """Calls of the choice, of other forms, and of the chosen form with other splits."""
     fp8, rows = sets[0].fp8, len(ours.partials.lse)
     for form in forms(heads, fp8):
-        label = CHOSEN if form == form_for(heads, fp8) else "/".join(str(int(x)) for x in form)
+        label = CHOSEN if form == form_for(heads) else "/".join(str(int(x)) for x in form)
         yield label, [ours.call(s, form) for s in sets]
-    form = form_for(heads, fp8)
+    form = form_for(heads)
     chosen = num_splits(tokens, heads, TOPK, form, rows)
     for splits in _SPLITS:
         if splits != chosen and splits * tokens * heads <= 4 * rows:
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 fp8 = cache.dtype == torch.uint8
                 count = min(8, _gpu.num_sets(tokens * TOPK * (RECORD if fp8 else 1152)))
                 sets = [Inputs(cache, random_slots(tokens, _SLOTS), heads) for _ in range(count)]
-                ours = Ours(tokens, heads, fp8)
+                ours = Ours(tokens, heads)
                 sides = {
                     label: calls
                     for label, calls in candidates(ours, sets, heads, tokens)
@@ -116,9 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 }
                 times = _gpu.interleaved(sides, rounds=7)
                 best = sorted(times, key=lambda label: times[label]["p50"])[:3]
-                splits = num_splits(
-                    tokens, heads, TOPK, form_for(heads, fp8), len(ours.partials.lse)
-                )
+                splits = num_splits(tokens, heads, TOPK, form_for(heads), len(ours.partials.lse))
                 name = f"{heads} heads, {tokens} tokens, {'FP8' if fp8 else 'bf16'}"
                 record.case(name, times, ours=CHOSEN, best=best, splits=splits)
                 print(f"  best {best}", flush=True)

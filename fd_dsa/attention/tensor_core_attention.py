@@ -39,7 +39,7 @@ def reason_against(config: DSABackendConfig, capability: int) -> str | None:
 
 def workspace_bytes(config: DSABackendConfig) -> int:
     """Bytes that a TensorCoreAttention of this configuration takes."""
-    return 4 * (RANK + 1) * partial_rows(config.num_heads, config.cache_layout.is_fp8)
+    return 4 * (RANK + 1) * partial_rows(config.num_heads)
 
 
 class TensorCoreAttention:
@@ -52,7 +52,7 @@ class TensorCoreAttention:
 
     def __init__(self, config: DSABackendConfig, allocate: Allocate) -> None:
         self._scale = config.softmax_scale
-        self._partials = new_partials(config.num_heads, config.cache_layout.is_fp8, allocate)
+        self._partials = new_partials(config.num_heads, allocate)
 
     def attend(self, q: Any, cache: Any, slots: Any, out: Any, lse: Any = None) -> None:
         """See `attend_on_tensor_cores`, whose arguments these are."""

@@ -36,7 +36,8 @@ class Form(NamedTuple):
     """How a launch is cut; the choices are those of benchmarks/sparse_mla_tiles.py.
 
     Attributes:
-        copied: keys are copied to shared memory by the hardware; else they pass registers.
+        copied: bfloat16 latents are copied to shared memory by the hardware, `num_stages` tiles
+            ahead; else keys pass registers, as FP8 records have to.
         block_h, block_n: heads of a program, keys of a tile.
         swapped: keys are the rows of the products.
         num_warps, num_stages: as of a launch.
@@ -64,24 +65,24 @@ class Partials(NamedTuple):
     lse: Any
 
 
-def form_for(num_heads: int, fp8: bool) -> Form:
-    """The form for a number of heads, and FP8 records or bfloat16 latents."""
+def form_for(num_heads: int) -> Form:
+    """The form for a number of heads."""
     if num_heads > 32:
         return Form(False, 64, 64, False, 8, 1, 1)
     if num_heads > 16:
-        return Form(False, 32, 128, True, 8, 1, 1) if fp8 else Form(True, 32, 64, True, 4, 2, 1)
+        return Form(False, 32, 128, True, 8, 1, 1)
     return Form(False, 16 if num_heads > 8 else 8, 64, True, 4, 1, 2)
 
 
-def partial_rows(num_heads: int, fp8: bool) -> int:
+def partial_rows(num_heads: int) -> int:
     """Rows of Partials that every number of tokens can do with."""
-    form = form_for(num_heads, fp8)
+    form = form_for(num_heads)
     return 2 * _PROCESSORS * form.per_processor * min(num_heads, form.block_h)
 
 
-def new_partials(num_heads: int, fp8: bool, allocate: Allocate) -> Partials:
+def new_partials(num_heads: int, allocate: Allocate) -> Partials:
     """Memory for splits; see `partial_rows`."""
-    rows = partial_rows(num_heads, fp8)
+    rows = partial_rows(num_heads)
     return Partials(allocate((rows * RANK,), "float32"), allocate((rows,), "float32"))
 
 
@@ -152,7 +153,7 @@ def attend_on_tensor_cores(
     topk = slots.shape[1]
     if num_tokens == 0 or num_heads == 0:
         return
-    form = form or form_for(num_heads, fp8)
+    form = form or form_for(num_heads)
     rows = 0 if partials is None else partials.lse.shape[0]
     if splits is None:
         splits = num_splits(num_tokens, num_heads, topk, form, rows)
