@@ -93,9 +93,9 @@ class Case:
     def check(self, found: np.ndarray, lse: np.ndarray) -> None:
         """Every output within the bound that the kernel's roundings have, in float64.
 
-        FP8: 2^-10 for a latent and 2^-11 for a weight, or 2^-25 absolute; the error of a score
-        shifts its weight, and tensor cores add with fewer bits than float32 has. bfloat16: 2^-9 for a weight. Twice a shift, since the sum of weights has
-        it, too.
+        FP8: 2^-10 for a latent and 2^-11 for a weight, or 2^-25 absolute. bfloat16: 2^-9 for a
+        weight. The error of a score shifts its weight; twice, since the sum of weights has it, too.
+        Tensor cores add with fewer bits than float32 has.
         """
         fp8 = self.cache_dtype == "fp8_ds_mla"
         of_latents, of_weights, least = (
