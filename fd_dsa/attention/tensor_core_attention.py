@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops.sparse_mla._tiles import RANK, ROPE
+from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores, new_partials, partial_rows
 from fd_dsa.step.device import Allocate
 
@@ -29,17 +29,17 @@ def reason_against(config: DSABackendConfig, capability: int) -> str | None:
         return f"activations are {config.dtype}, it takes bfloat16"
     if not layout.is_fp8 and layout.kv_cache_dtype == "float32":
         return "the cache is float32, it takes bfloat16 and fp8_ds_mla"
-    if (layout.kv_lora_rank, layout.qk_rope_head_dim) != (RANK, ROPE):
+    if (layout.kv_lora_rank, layout.qk_rope_head_dim) != (LATENT_WIDTH, ROPE_WIDTH):
         return (
             f"latents of {layout.kv_lora_rank} and {layout.qk_rope_head_dim} values, it takes "
-            f"{RANK} and {ROPE}"
+            f"{LATENT_WIDTH} and {ROPE_WIDTH}"
         )
     return None
 
 
 def workspace_bytes(config: DSABackendConfig) -> int:
     """Bytes that a TensorCoreAttention of this configuration takes."""
-    return 4 * (RANK + 1) * partial_rows(config.num_heads)
+    return 4 * (LATENT_WIDTH + 1) * partial_rows(config.num_heads)
 
 
 class TensorCoreAttention:

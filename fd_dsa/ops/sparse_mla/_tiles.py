@@ -7,6 +7,7 @@ padding.
 
 from __future__ import annotations
 
+from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops._triton import e4m3_values
 from fd_dsa.ops._triton_fp8 import stored
 from fd_dsa.triton_runtime import INTERPRETING
@@ -14,7 +15,7 @@ from fd_dsa.triton_runtime import INTERPRETING
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-RANK, ROPE, RECORD = 512, 64, 656
+RANK, ROPE, RECORD = LATENT_WIDTH, ROPE_WIDTH, LATENT_RECORD_BYTES
 _RANK, _ROPE, _RECORD = tl.constexpr(RANK), tl.constexpr(ROPE), tl.constexpr(RECORD)
 # latents that share a scale in a record; in all forms the width of a tile of latents
 _TILE = tl.constexpr(128)

@@ -11,8 +11,9 @@ Source: the online softmax over splits is that of Flash-Decoding (Dao et al. 202
 from __future__ import annotations
 
 from fd_dsa.ops._triton_fp8 import stored, to_bfloat16
-from fd_dsa.ops.sparse_mla._tiles import RANK as _RANK_OF_PYTHON
 from fd_dsa.ops.sparse_mla._tiles import (
+    RANK,
+    ROPE,
     bfloat16_pairs,
     half_range,
     largest,
@@ -34,8 +35,7 @@ from fd_dsa.triton_runtime import paddle_jit
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-_RANK = tl.constexpr(_RANK_OF_PYTHON)
-_WIDTH = tl.constexpr(_RANK_OF_PYTHON + 64)
+_RANK, _WIDTH = tl.constexpr(RANK), tl.constexpr(RANK + ROPE)
 _LN_2 = tl.constexpr(0.6931471805599453)
 # entries of a row that are looked at at once for the last one that is a slot
 _LOOK = tl.constexpr(1024)
