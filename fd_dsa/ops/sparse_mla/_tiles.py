@@ -45,6 +45,8 @@ def latent_order(FP8: tl.constexpr):
     column = tl.arange(0, _TILE)
     if FP8:
         column = column % 64 // 8 * 16 + column // 64 * 8 + column % 8
+        # runs of 8, which the compiler does not find out
+        column = tl.max_contiguous(tl.multiple_of(column, 8), 8)
     return column
 
 
