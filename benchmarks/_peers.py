@@ -3,6 +3,10 @@
 A folder for `--peers` holds, taken out of the wheel vllm 0.26.0 (built for torch 2.11):
 
     _C_stable_libtorch.abi3.so     vllm/_C_stable_libtorch.abi3.so
+    _flashmla_C.abi3.so            vllm/_flashmla_C.abi3.so
+    sgl_flashmla_ops.abi3.so       sgl_kernel/flashmla_ops.abi3.so of the wheel sglang-kernel 0.4.4
+    triton_peers/mla_sparse.py     the function `triton_bf16_mla_sparse_interface` of vLLM and the
+                                   kernel that it launches, with their imports
     triton_peers/indexer_q.py      the function `_fused_indexer_q_rope_quant_kernel` of
                                    vllm/model_executor/layers/sparse_attn_indexer.py, with its
                                    imports of triton
@@ -77,11 +81,40 @@ def vllm_indexer_query(folder: Path | None) -> Any | None:
     path = _found(folder, "triton_peers/indexer_q.py")
     if path is None:
         return None
-    spec = importlib.util.spec_from_file_location("vllm_indexer_q", path)
+    return _module(path)._fused_indexer_q_rope_quant_kernel
+
+
+@cache
+def flash_mla_builds(folder: Path | None) -> list[tuple[str, Any, bool]]:
+    """Builds of FlashMLA: label, operators, and whether they take a result to write to."""
+    libraries = (
+        ("FlashMLA of vLLM", "_flashmla_C.abi3.so", "_flashmla_C", True),
+        ("FlashMLA of SGLang", "sgl_flashmla_ops.abi3.so", "sgl_kernel", False),
+    )
+    found = []
+    for label, name, namespace, takes_out in libraries:
+        path = _found(folder, name)
+        if path is not None:
+            _load_cuda_libraries()
+            torch.ops.load_library(str(path))
+            found.append((label, getattr(torch.ops, namespace), takes_out))
+    return found
+
+
+@cache
+def vllm_sparse_mla(folder: Path | None) -> Any | None:
+    """vLLM's sparse MLA in Triton, for bfloat16 latents; None where it is absent."""
+    path = _found(folder, "triton_peers/mla_sparse.py")
+    return None if path is None else _module(path).triton_bf16_mla_sparse_interface
+
+
+def _module(path: Path) -> Any:
+    """A Python file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module._fused_indexer_q_rope_quant_kernel
+    return module
 
 
 def _load_cuda_libraries() -> None:

@@ -35,6 +35,7 @@ BENCHMARKS = {
     "v4_prepare": 150,
     "topk": 150,
     "indexer_logits": 200,
+    "sparse_mla": 280,
     "step_metadata": 140,
     "launch_overhead": 80,
     "cache_write": 90,

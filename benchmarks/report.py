@@ -13,13 +13,15 @@ import json
 import re
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from benchmarks._harness import RESULTS, ROOT, table_row, three_digits, write_json
 from benchmarks._provider_tables import provider_tables
+from benchmarks._sparse_mla_tables import sparse_mla_sentences
 from benchmarks._staging_tables import staging_lines
 from benchmarks._topk_tables import topk_sentences
 from benchmarks._v4_tables import v4_prepare_tables
@@ -31,7 +33,7 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
 _OVERLAP_KINDS = ("graph", "eager", "graph, k_norm beside", "eager, k_norm beside")
 _MADE_BY_OTHERS = {"indexer_logits": "scores", "sparse_mla": "attention"}
-_WITHOUT_PLOT = ("engine_cpu", "indexer_logits", "providers", "topk")
+_WITHOUT_PLOT = ("engine_cpu", "indexer_logits", "providers", "sparse_mla", "topk")
 _BARS = "the table above as bars"
 _CAPTIONS = {
     "overlap": "the kernels of a layer by stream; above the whole layer, below its begin",
@@ -259,9 +261,11 @@ def step_metadata(result: Mapping[str, Any]) -> str:
     return f"{text}\nThe custom operator, at most in any of these steps: {counts}.\n"
 
 
-def topk(result: Mapping[str, Any]) -> str:
-    """Markdown of benchmarks/results/topk.json: the times, and the least ratios."""
-    lines = [] if _refusal(result) else [f"\n{text}\n" for text in topk_sentences(result)]
+def _with_sentences(
+    result: Mapping[str, Any], sentences: Callable[[Mapping[str, Any]], Iterable[str]]
+) -> str:
+    """The table of a result and what is said of it."""
+    lines = [] if _refusal(result) else [f"\n{text}\n" for text in sentences(result)]
     return "".join([gpu_table(result), *lines])
 
 
@@ -290,9 +294,10 @@ _MADE_BY = {
     "overlap": overlap,
     "profiles": profiles,
     "providers": providers,
+    "sparse_mla": partial(_with_sentences, sentences=sparse_mla_sentences),
     "staging": staging,
     "step_metadata": step_metadata,
-    "topk": topk,
+    "topk": partial(_with_sentences, sentences=topk_sentences),
     "v4_prepare": v4_prepare,
 }
 

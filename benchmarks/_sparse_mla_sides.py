@@ -1,0 +1,220 @@
+"""Sparse MLA by our kernels and by other projects', over the same random caches and selections.
+
+FlashMLA has kernels for 64 and 128 heads: fewer are copied into a query of 64, whose other heads
+are zeros, as whoever serves with it must. Its schedule is made once, before anything is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import _gpu, _peers
+from benchmarks.providers import codes
+from fd_dsa.ops.sparse_mla.tensor_core import (
+    Form,
+    Partials,
+    attend_on_tensor_cores,
+    new_partials,
+)
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+TOPK, RANK, ROPE, RECORD, BLOCK = 2048, 512, 64, 656, 64
+SCALE = 0.1352337789
+OURS, GATHER = "ours", "gather alone"
+DEVICE = "cuda"
+
+
+def record_cache(num_slots: int) -> torch.Tensor:
+    """uint8 [num_slots, 656]: records of random latents."""
+    cache = torch.empty(num_slots, RECORD, device=DEVICE, dtype=torch.uint8)
+    for part in cache.split(1 << 18):
+        part[:, :RANK] = codes(len(part), RANK)
+        scales = torch.rand(len(part), 4, device=DEVICE) * 0.5 + 0.5
+        part[:, RANK : RANK + 16] = scales.view(torch.uint8)
+        rope = torch.randn(len(part), ROPE, device=DEVICE, dtype=torch.bfloat16)
+        part[:, RANK + 16 :] = rope.view(torch.uint8)
+    return cache
+
+
+def latents_of(rows: torch.Tensor) -> torch.Tensor:
+    """float64 [n, 576]: exact values of records or bfloat16 rows."""
+    if rows.dtype != torch.uint8:
+        return rows.double()
+    values = rows[:, :RANK].contiguous().view(torch.float8_e4m3fn).float().double()
+    scales = rows[:, RANK : RANK + 16].contiguous().view(torch.float32).double()
+    rope = rows[:, RANK + 16 :].contiguous().view(torch.bfloat16).double()
+    return torch.cat([(values.view(-1, 4, 128) * scales[:, :, None]).view(-1, RANK), rope], dim=1)
+
+
+def random_slots(tokens: int, region: int) -> torch.Tensor:
+    """int32 [tokens, 2048]: distinct slots below `region` for each token, in random order."""
+    parts = [
+        torch.rand(len(part), region, device=DEVICE).topk(TOPK, dim=1, sorted=False).indices
+        for part in torch.empty(tokens, device=DEVICE).split(max(1, (1 << 28) // region))
+    ]
+    return torch.cat(parts).int()
+
+
+def overlapping_slots(tokens: int, region: int, shared: float = 0.9) -> torch.Tensor:
+    """int32 [tokens, 2048]: each token has this share of the slots of the one before."""
+    order = torch.randperm(region, device=DEVICE, dtype=torch.int32)
+    first = torch.arange(tokens, device=DEVICE)[:, None] * round(TOPK * (1 - shared))
+    return order[(first + torch.arange(TOPK, device=DEVICE)) % region].contiguous()
+
+
+@triton.jit
+def _gather_kernel(
+    cache_ptr,
+    slots_ptr,
+    out_ptr,
+    never,
+    WORDS: tl.constexpr,
+    LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Read the rows of some slots, and make nothing of them."""
+    slot = tl.load(slots_ptr + tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    row = cache_ptr + slot[:, None] * WORDS
+    total = tl.zeros([ROWS, 128], tl.int32)
+    for first in tl.static_range(0, WORDS, 128):
+        column = first + tl.arange(0, 128)
+        total ^= tl.load(row + column[None, :], mask=(column < LAST)[None, :], other=0)
+    found = tl.max(tl.max(total, 1), 0)
+    if found == never:
+        tl.store(out_ptr, found)
+
+
+class Inputs:
+    """Queries and slots of one set, with the cache that they look into."""
+
+    def __init__(self, cache: torch.Tensor, slots: torch.Tensor, heads: int) -> None:
+        self.cache, self.slots, self.heads = cache, slots.contiguous(), heads
+        shape = len(slots), heads, RANK + ROPE
+        self.q = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) * 0.1
+        self.fp8 = cache.dtype == torch.uint8
+
+    def wanted(self, token: int) -> torch.Tensor:
+        """float64 [heads, 512]: the result of a token, from exact latents."""
+        keys = latents_of(self.cache[self.slots[token].long()])
+        scores = self.q[token].double() @ keys.T * SCALE
+        return torch.softmax(scores, dim=1) @ keys[:, :RANK]
+
+    def error(self, out: torch.Tensor) -> float:
+        """Root mean square of the difference of a few tokens from the oracle, relative."""
+        tokens = sorted({0, len(self.slots) // 2, len(self.slots) - 1})
+        wanted = torch.stack([self.wanted(t) for t in tokens])
+        found = out[tokens, : self.heads].double()
+        return float((found - wanted).norm() / wanted.norm())
+
+    def gather(self) -> _gpu.Call:
+        """Reads of the selected rows alone."""
+        words = self.cache.view(torch.int32)
+        out, rows = torch.zeros(1, device=DEVICE, dtype=torch.int32), 16
+        width = words.shape[1]
+        grid = (self.slots.numel() // rows,)
+        return lambda: _gather_kernel[grid](
+            words, self.slots, out, 0x5A5A5A5A, WORDS=width, LAST=width, ROWS=rows, num_warps=4
+        )
+
+
+class Ours:
+    """Our launches over memory that all sets share.
+
+    Attributes:
+        out, lse: what they write.
+    """
+
+    def __init__(self, tokens: int, heads: int) -> None:
+        self.out = torch.empty(tokens, heads, RANK, device=DEVICE, dtype=torch.bfloat16)
+        self.lse = torch.empty(tokens, heads, device=DEVICE)
+        self.partials = new_partials(heads, _allocate)
+
+    def call(
+        self, inputs: Inputs, form: Form | None = None, splits: int | None = None
+    ) -> _gpu.Call:
+        """One call, as served or with another form."""
+        partials = self.partials
+        if splits:
+            rows = self.out.shape[0] * self.out.shape[1] * splits
+            if rows > len(partials.lse):
+                partials = Partials(
+                    _allocate((rows * RANK,), "float32"), _allocate((rows,), "float32")
+                )
+        options: dict[str, Any] = {"partials": partials, "form": form, "splits": splits}
+        options |= {"softmax_scale": SCALE, "lse": self.lse}
+        return lambda: attend_on_tensor_cores(
+            inputs.q, inputs.cache, inputs.slots, self.out, **options
+        )
+
+
+def _allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """Uninitialised memory of the GPU."""
+    return torch.empty(shape, device=DEVICE, dtype=getattr(torch, dtype))
+
+
+def peer_calls(
+    folder: Path | None, sets: list[Inputs], is_decode: bool
+) -> dict[str, list[Callable[[], torch.Tensor]]]:
+    """label -> a call a set; each returns [tokens, heads or more, 512]."""
+    found: dict[str, list[Callable[[], torch.Tensor]]] = {}
+    for label, ops, takes_out in _peers.flash_mla_builds(folder):
+        make = _decode_calls if is_decode else _prefill_calls
+        try:
+            found[label] = make(ops, takes_out, sets)
+        except RuntimeError as error:
+            print(f"{label} left out: {str(error)[:100]}", flush=True)
+    public = _peers.vllm_sparse_mla(folder)
+    if public is not None and not sets[0].fp8 and sets[0].heads <= 16:
+        found["public Triton"] = [lambda s=s: _public(public, s) for s in sets]
+    return found
+
+
+def _padded(sets: list[Inputs]) -> Callable[[Inputs], torch.Tensor]:
+    """Gives a set's queries with as many heads as FlashMLA takes; a copy where there are fewer."""
+    tokens, heads, width = sets[0].q.shape
+    if heads in (64, 128):
+        return lambda inputs: inputs.q
+    wide = torch.zeros(tokens, 64, width, device=DEVICE, dtype=torch.bfloat16)
+
+    def copied(inputs: Inputs) -> torch.Tensor:
+        wide[:, :heads].copy_(inputs.q)
+        return wide
+
+    return copied
+
+
+def _decode_calls(ops: Any, takes_out: bool, sets: list[Inputs]) -> list[Callable[[], Any]]:
+    """FlashMLA over FP8 records, each token a batch of its own."""
+    query, rest = _padded(sets), (None,) if takes_out else ()
+
+    def run(inputs: Inputs, schedule: Any) -> Any:
+        q, slots = query(inputs).unsqueeze(1), inputs.slots.unsqueeze(1)
+        pages = inputs.cache.view(-1, BLOCK, 1, RECORD)
+        return ops.sparse_decode_fwd(
+            q, pages, slots, None, None, *schedule, None, None, None, RANK, SCALE, *rest
+        )
+
+    schedule = run(sets[0], (None, None))[2:4]
+    return [lambda s=s: run(s, schedule)[0].squeeze(1) for s in sets]
+
+
+def _prefill_calls(ops: Any, takes_out: bool, sets: list[Inputs]) -> list[Callable[[], Any]]:
+    """FlashMLA over bfloat16 latents."""
+    query, rest = _padded(sets), (None,) if takes_out else ()
+
+    def run(inputs: Inputs) -> Any:
+        keys, slots = inputs.cache.unsqueeze(1), inputs.slots.unsqueeze(1)
+        return ops.sparse_prefill_fwd(query(inputs), keys, slots, SCALE, RANK, None, None, *rest)[0]
+
+    return [lambda s=s: run(s) for s in sets]
+
+
+def _public(kernel: Any, inputs: Inputs) -> torch.Tensor:
+    """vLLM's Triton kernel over bfloat16 latents."""
+    return kernel(inputs.q, inputs.cache.unsqueeze(1), inputs.slots.unsqueeze(1), SCALE)[0]

@@ -1,0 +1,252 @@
+"""Device functions of the sparse MLA kernels for tensor cores: tiles of keys, queries, softmax.
+
+A tile is [keys, heads] where SWAPPED, else [heads, keys]. Instructions of Hopper's tensor cores
+take 64 rows: heads where there are as many, and keys where there are few heads, so that no row is
+padding.
+"""
+
+from __future__ import annotations
+
+from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
+from fd_dsa.ops._triton import e4m3_values
+from fd_dsa.ops._triton_fp8 import stored
+from fd_dsa.triton_runtime import INTERPRETING
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+RANK, ROPE, RECORD = LATENT_WIDTH, ROPE_WIDTH, LATENT_RECORD_BYTES
+_RANK, _ROPE, _RECORD = tl.constexpr(RANK), tl.constexpr(ROPE), tl.constexpr(RECORD)
+# latents that share a scale in a record; in all forms the width of a tile of latents
+_TILE = tl.constexpr(128)
+_INTERPRETING = tl.constexpr(INTERPRETING)
+
+
+@triton.jit
+def of_keys(x, SWAPPED: tl.constexpr):
+    """A value a key, beside every head."""
+    return x[:, None] if SWAPPED else x[None, :]
+
+
+@triton.jit
+def of_heads(x, SWAPPED: tl.constexpr):
+    """A value a head, beside every key."""
+    return x[None, :] if SWAPPED else x[:, None]
+
+
+@triton.jit
+def latent_order(FP8: tl.constexpr):
+    """int32 [128]: which latent of a tile stands in which column.
+
+    A thread makes 16 neighbouring numbers of 16 codes and writes them to shared memory as two
+    vectors. Side by side these would meet vectors of other threads in the same banks; so the
+    second ones stand 64 columns behind the first. A sum over latents has any order.
+    """
+    column = tl.arange(0, _TILE)
+    if FP8:
+        column = column % 64 // 8 * 16 + column // 64 * 8 + column % 8
+        # runs of 8, which the compiler does not find out
+        column = tl.max_contiguous(tl.multiple_of(column, 8), 8)
+    return column
+
+
+@triton.jit
+def load_query(row, is_head, column, first: tl.constexpr, SWAPPED: tl.constexpr):
+    """bfloat16 values `first + column` of the queries at `row` [heads], as an operand."""
+    if SWAPPED:
+        x = tl.load(row[None, :] + first + column[:, None], mask=is_head[None, :], other=0.0)
+    else:
+        x = tl.load(row[:, None] + first + column[None, :], mask=is_head[:, None], other=0.0)
+    return x
+
+
+@triton.jit
+def largest(q, SWAPPED: tl.constexpr):
+    """float32 [heads]: largest magnitude of each query's values."""
+    return tl.max(tl.abs(q.to(tl.float32)), 0 if SWAPPED else 1)
+
+
+@triton.jit
+def half_range(top):
+    """Powers of two that bring numbers of at most `top` below 2^15, and back.
+
+    float16 then holds bfloat16 numbers down to 2^-29 of the largest exactly, and the others to
+    within 2^-40 of it.
+    """
+    exponent = tl.maximum((top.to(tl.uint32, bitcast=True) >> 23).to(tl.int32), 64)
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    return up, ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def slots_at(slots_ptr, entry, end, num_slots):
+    """Slots of some entries of a row, and which of them are slots."""
+    slot = tl.load(slots_ptr + entry, mask=entry < end, other=-1)
+    return slot, (slot >= 0) & (slot < num_slots)
+
+
+@triton.jit
+def last_entry(slots_ptr, begin, end, num_slots, BLOCK: tl.constexpr):
+    """The end of the entries `begin` to `end` without those behind the last slot."""
+    found = begin
+    for start in range(begin, end, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        _, seen = slots_at(slots_ptr, entry, end, num_slots)
+        found = tl.maximum(found, tl.max(tl.where(seen, entry + 1, 0), 0))
+    return found
+
+
+@triton.jit
+def _words(record, seen, first: tl.constexpr, WORDS: tl.constexpr):
+    """int32 [keys, WORDS] from byte `first` on; narrower numbers would fill a register each."""
+    pointer = (record + first).to(tl.pointer_type(tl.int32))
+    return tl.load(pointer[:, None] + tl.arange(0, WORDS)[None, :], mask=seen[:, None], other=0)
+
+
+@triton.jit
+def _scale_bits(record, seen, i: tl.constexpr):
+    """int64 [keys]: 256 times a scale of each record, in float16."""
+    scale = tl.load((record + _RANK).to(tl.pointer_type(tl.float32)) + i, mask=seen, other=0.0)
+    return (scale * 256.0).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int64) << (16 * i)
+
+
+@triton.jit
+def load_keys(cache_ptr, slot, seen, FP8: tl.constexpr):
+    """Keys as they lie: four tiles of latents, the roped values, and four scales in an int64."""
+    if FP8:
+        record = cache_ptr + slot.to(tl.int64) * _RECORD
+        low = _scale_bits(record, seen, 0) | _scale_bits(record, seen, 1)
+        scales = low | _scale_bits(record, seen, 2) | _scale_bits(record, seen, 3)
+        x0, x1 = _words(record, seen, 0, 32), _words(record, seen, 128, 32)
+        x2, x3 = _words(record, seen, 256, 32), _words(record, seen, 384, 32)
+        x_rope = _words(record, seen, 528, 32)
+    else:
+        # steps of a pointer to 16-bit numbers
+        record = cache_ptr + slot.to(tl.int64) * (_RANK + _ROPE)
+        scales = slot.to(tl.int64)
+        x0, x1 = _words(record, seen, 0, 64), _words(record, seen, 128, 64)
+        x2, x3 = _words(record, seen, 256, 64), _words(record, seen, 384, 64)
+        x_rope = _words(record, seen, 512, 32)
+    return x0, x1, x2, x3, x_rope, scales
+
+
+@triton.jit
+def _scaled_code(words, scale):
+    """float16 value of the lowest code in each word, times `scale` / 256; interpreted alone."""
+    code = (words & 0xFF).to(tl.uint8)
+    # neither a cast of the interpreter's keeps what is no number
+    value = tl.where((code & 0x7F) == 0x7F, float("nan"), e4m3_values(code, tl.float32))
+    return (value * 0.00390625).to(tl.float16) * scale
+
+
+@triton.jit
+def _scaled_codes(words, scale):
+    """float16 values of the four codes in each word, times `scale` / 256; NaN stays NaN."""
+    if _INTERPRETING:
+        a, b = _scaled_code(words, scale), _scaled_code(words >> 8, scale)
+        return a, b, _scaled_code(words >> 16, scale), _scaled_code(words >> 24, scale)
+    # two codes by one conversion, two products by one instruction
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        .reg .b32 a, b, s, t;
+        mov.b32 {low, high}, $4;
+        mov.b32 s, {$5, $5};
+        mov.b32 t, 0x1C001C00;
+        cvt.rn.f16x2.e4m3x2 a, low;
+        cvt.rn.f16x2.e4m3x2 b, high;
+        mul.rn.f16x2 a, a, t;
+        mul.rn.f16x2 b, b, t;
+        mul.rn.f16x2 a, a, s;
+        mul.rn.f16x2 b, b, s;
+        mov.b32 {$0, $1}, a;
+        mov.b32 {$2, $3}, b;
+        }""",
+        "=h,=h,=h,=h,r,h",
+        [words, scale],
+        dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def latents(words, scales, i: tl.constexpr, FP8: tl.constexpr):
+    """[keys, 128] latents of tile i, in the order of `latent_order`; float16 where FP8."""
+    if FP8:
+        # widened before the shift: one change of layout then serves all four tiles
+        bits = tl.broadcast_to(scales[:, None], words.shape) >> (16 * i)
+        scale = (bits & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        a, b, c, d = _scaled_codes(words, scale)
+        both = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [words.shape[0], 8, 2, 8])
+        x = tl.reshape(tl.permute(both, [0, 2, 1, 3]), [words.shape[0], _TILE])
+    else:
+        x = bfloat16_pairs(words)
+    return x
+
+
+@triton.jit
+def bfloat16_pairs(words):
+    """bfloat16: the two numbers of each word, lower half first."""
+    if _INTERPRETING:
+        a = (words & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        b = ((words >> 16) & 0xFFFF).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        a, b = tl.inline_asm_elementwise(
+            "mov.b32 {$0, $1}, $2;",
+            "=h,=h,r",
+            [words],
+            dtype=(tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=1,
+        )
+    columns: tl.constexpr = 2 * words.shape[1]
+    return tl.reshape(tl.join(a, b), [words.shape[0], columns])
+
+
+@triton.jit
+def product(k, q, SWAPPED: tl.constexpr):
+    """float32 products of keys and queries over a tile of latents."""
+    return tl.dot(k, q) if SWAPPED else tl.dot(q, tl.trans(k))
+
+
+@triton.jit
+def weighted(k, weight, out, shrink, SWAPPED: tl.constexpr):
+    """`out` times `shrink`, plus the latents of a tile times their weights."""
+    out = out * of_heads(shrink, SWAPPED)
+    return tl.dot(tl.trans(k), weight, acc=out) if SWAPPED else tl.dot(weight, k, acc=out)
+
+
+@triton.jit
+def softmax_step(scores, seen, top, total, SWAPPED: tl.constexpr):
+    """Weights of a tile of scores in powers of two, what to shrink older sums by, new top, sums.
+
+    Where SWAPPED, sums stay apart for each row of the tile; they are added once at the end.
+    """
+    scores = tl.where(of_keys(seen, SWAPPED), scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 0 if SWAPPED else 1))
+    # all scores so far -inf: nothing to subtract, and no difference of infinities
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = tl.exp2(top - base)
+    weight = tl.exp2(scores - of_heads(base, SWAPPED))
+    total = total * shrink[None, :] + weight if SWAPPED else total * shrink + tl.sum(weight, 1)
+    return weight, shrink, new_top, total
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, BLOCK_H: tl.constexpr, SWAPPED: tl.constexpr):
+    """float32 zeros: [ROWS, heads] where SWAPPED, else [heads, ROWS]."""
+    return (
+        tl.zeros([ROWS, BLOCK_H], tl.float32) if SWAPPED else tl.zeros([BLOCK_H, ROWS], tl.float32)
+    )
+
+
+@triton.jit
+def store_tile(row, is_head, column, first: tl.constexpr, out, factor, SWAPPED: tl.constexpr):
+    """A tile of the result times `factor` [heads], to `row` [heads] + first + column."""
+    out = out * of_heads(factor, SWAPPED)
+    if SWAPPED:
+        pointer, mask = row[None, :] + first + column[:, None], is_head[None, :]
+    else:
+        pointer, mask = row[:, None] + first + column[None, :], is_head[:, None]
+    tl.store(pointer, stored(out, row), mask=mask)

@@ -1,0 +1,87 @@
+"""Our sparse MLA on tensor cores as a DeviceAttention would hold it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.attention.cache_layout import CacheLayout
+from fd_dsa.attention.config import DSABackendConfig
+from tests.kernel_memory import KernelMemory
+from tests.ops.tensor_core_case import RANK, SCALE, make
+
+WIDTHS = {"float32": 4, "bfloat16": 2}
+
+
+def config(cache: str = "fp8_ds_mla", heads: int = 5, **changes: Any) -> DSABackendConfig:
+    found = DSABackendConfig(
+        num_heads=heads,
+        index_n_heads=32,
+        index_topk=64,
+        softmax_scale=SCALE,
+        cache_layout=CacheLayout(cache, 64, RANK, 64, 128),
+        max_num_seqs=4,
+        max_num_tokens=8,
+        max_blocks_per_seq=2,
+        dtype="bfloat16",
+    )
+    return replace(found, **changes)
+
+
+@pytest.mark.parametrize("heads", [5, 40])
+def test_layers_share_what_is_allocated_once(kernel_memory: KernelMemory, heads: int) -> None:
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention, workspace_bytes
+
+    m, made = kernel_memory, []
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
+        made.append(prod(shape) * WIDTHS[dtype])
+        return m.poisoned(shape, dtype)
+
+    attention = TensorCoreAttention(config(heads=heads), allocate)
+    assert sum(made) == workspace_bytes(config(heads=heads))
+    made.clear()
+    for counts in ([130], [3, 0]):
+        case = make("fp8_ds_mla", counts, 130, heads=heads)
+        out = m.poisoned((len(counts), heads, RANK), "float32")
+        lse = m.poisoned((len(counts), heads), "float32")
+        attention.attend(*case.inputs(m), out, lse)
+        case.check(m.get(out), m.get(lse))
+    assert not made
+
+
+@pytest.mark.parametrize(
+    ("given", "capability", "reason"),
+    [
+        (config(), 90, None),
+        (config("bfloat16"), 90, None),
+        (config(), 80, "capability 80"),
+        (config(), 100, "capability 100"),
+        (config(dtype="float32"), 90, "activations are float32"),
+        (config("float32"), 90, "the cache is float32"),
+        (config(cache_layout=CacheLayout("bfloat16", 64, 256, 64, 128)), 90, "latents of 256"),
+    ],
+)
+def test_what_it_does_not_serve(
+    given: DSABackendConfig, capability: int, reason: str | None
+) -> None:
+    from fd_dsa.attention.tensor_core_attention import reason_against
+
+    found = reason_against(given, capability)
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_a_cache_of_pages(kernel_memory: KernelMemory) -> None:
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+
+    m, case = kernel_memory, make("int16", [20], 20, heads=3)
+    attention = TensorCoreAttention(config("bfloat16", heads=3), m.poisoned)
+    q, _, slots = case.inputs(m)
+    pages = m.put(np.ascontiguousarray(case.cache).reshape(4, 1, 64, -1))
+    out, lse = m.poisoned((1, 3, RANK), "float32"), m.poisoned((1, 3), "float32")
+    attention.attend(q, pages, slots, out, lse)
+    case.check(m.get(out), m.get(lse))

@@ -1,0 +1,265 @@
+"""Sparse MLA on tensor cores against attention in doubles: every form, tile and split edges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fd_dsa.errors import DtypeError, ShapeError
+from tests.kernel_memory import KernelMemory
+from tests.ops.tensor_core_case import RANK, ROPE, Case, make, widened
+
+CACHES = ["fp8_ds_mla", "bfloat16"]
+
+
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@pytest.mark.parametrize(
+    ("heads", "counts"),
+    [
+        (1, [65, 0]),
+        (8, [64, 0]),
+        (12, [0, 1, 63, 64, 65, 130]),
+        (16, [129]),
+        (32, [127, 129, 0]),
+        (64, [0, 64, 66]),
+        (65, [70]),
+    ],
+)
+def test_heads_and_edges_of_tiles(
+    kernel_memory: KernelMemory, cache_dtype: str, heads: int, counts: list[int]
+) -> None:
+    case = make(cache_dtype, counts, max(counts) + 3, heads=heads)
+    case.check(*case.run(kernel_memory))
+
+
+@pytest.mark.parametrize(
+    ("heads", "block_h", "swapped"), [(3, 16, True), (20, 32, True), (3, 16, False)]
+)
+def test_copied_keys(kernel_memory: KernelMemory, heads: int, block_h: int, swapped: bool) -> None:
+    from fd_dsa.ops.sparse_mla.tensor_core import Form
+
+    case = make("bfloat16", [0, 65, 130], 131, heads=heads)
+    form = Form(True, block_h, 64, swapped, 4, 2, 1)
+    case.check(*case.run(kernel_memory, form=form))
+
+
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@pytest.mark.parametrize("splits", [2, 3])
+def test_edges_of_splits(kernel_memory: KernelMemory, cache_dtype: str, splits: int) -> None:
+    counts = [0, 64, 65, 128, 129, 180]
+    case = make(cache_dtype, counts, 180, heads=1)
+    found = case.run(kernel_memory, len(counts) * splits, splits=splits)
+    case.check(*found)
+    whole = case.run(kernel_memory)
+    # weights are rounded beside another largest score: no further apart than two roundings
+    np.testing.assert_allclose(found[0], whole[0], rtol=0, atol=2.0**-8 * np.abs(whole[0]).max())
+    np.testing.assert_allclose(found[1], whole[1], rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [3, 40])
+def test_more_splits_than_tiles(kernel_memory: KernelMemory, heads: int) -> None:
+    case = make("fp8_ds_mla", [66], 130, heads=heads)
+    case.check(*case.run(kernel_memory, heads * 5, splits=5))
+
+
+@pytest.mark.parametrize("cache_dtype", [*CACHES, "int16"])
+def test_slots_without_a_place_are_skipped_anywhere(
+    kernel_memory: KernelMemory, cache_dtype: str
+) -> None:
+    case = make(cache_dtype, [140, 140, 140], 140, heads=4)
+    case.slots[0, [0, 1, 63, 64, 139]] = -1
+    case.slots[1, :65] = [-1, -(2**31), 2**31 - 1, len(case.latents), -5] * 13
+    case.slots[2, 10:] = len(case.latents)
+    case.check(*case.run(kernel_memory))
+    case.check(*case.run(kernel_memory, 3 * 4 * 2, splits=2))
+
+
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@pytest.mark.parametrize("heads", [4, 40])
+def test_rounds_where_it_says(kernel_memory: KernelMemory, cache_dtype: str, heads: int) -> None:
+    case = make(cache_dtype, [50, 1], 50, heads=heads)
+    found, _ = case.run(kernel_memory)
+    rounded, exact = case.rounded(0), case.exact(0)
+    # a sum in float32 may move a weight to the neighbouring number
+    assert np.linalg.norm(found[0] - rounded) < 0.2 * np.linalg.norm(found[0] - exact)
+    # of one key the weight is 1
+    np.testing.assert_array_equal(found[1], case.rounded(1))
+
+
+@pytest.mark.parametrize("cache_dtype", CACHES)
+def test_same_bits_every_time(kernel_memory: KernelMemory, cache_dtype: str) -> None:
+    case = make(cache_dtype, [100], 100, heads=9)
+    for rows, splits in ((0, 1), (18, 2)):
+        first = case.run(kernel_memory, rows, splits=splits)
+        again = case.run(kernel_memory, rows, splits=splits)
+        for one, other in zip(first, again, strict=True):
+            np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_selected_code_that_is_no_number_spoils_its_own_rows(
+    kernel_memory: KernelMemory, code: int
+) -> None:
+    case = make("fp8_ds_mla", [5, 5], 5, heads=2)
+    case.slots[1] = np.setdiff1d(case.slots, case.slots[0])[-1]
+    case.cache[case.slots[0, 3], 400] = code
+    found, lse = case.run(kernel_memory)
+    assert np.isnan(found[0]).all() and np.isnan(lse[0]).all()
+    case.slots, case.q = case.slots[1:], case.q[1:]
+    case.check(found[1:], lse[1:])
+
+
+@pytest.mark.parametrize("power", [-60, 60])
+def test_queries_outside_the_range_of_float16(kernel_memory: KernelMemory, power: int) -> None:
+    case = make("fp8_ds_mla", [20], 20, heads=3)
+    bits = case.q_bits.view(np.uint16)
+    # one head far from the others, one of zeros
+    bits[0, 1, :RANK] += np.uint16(128 * power) if power > 0 else np.uint16(65536 + 128 * power)
+    bits[0, 2] = 0
+    case.q = widened(case.q_bits).astype(np.float64)
+    case.scale *= 2.0**-power if power > 0 else 1.0
+    case.check(*case.run(kernel_memory))
+
+
+def test_tiny_and_large_scales(kernel_memory: KernelMemory) -> None:
+    case = make("fp8_ds_mla", [12], 12, heads=2)
+    chosen = case.selected(0)
+    factors = np.float32([2.0**-8, 1, 2.0**-7, 2.0**5])
+    scales = case.cache[chosen, RANK : RANK + 16].copy().view(np.float32) * factors
+    case.cache[chosen, RANK : RANK + 16] = scales.view(np.uint8)
+    tiles = case.latents[chosen, :RANK].reshape(-1, 4, 128) * factors[None, :, None]
+    case.latents[chosen, :RANK] = tiles.reshape(-1, RANK)
+    case.q_bits.view(np.uint16)[:] &= 0xBFFF
+    case.q = widened(case.q_bits).astype(np.float64)
+    case.scale = 1e-3
+    case.check(*case.run(kernel_memory))
+
+
+def test_scores_far_from_zero(kernel_memory: KernelMemory) -> None:
+    case = make("bfloat16", [70, 3], 70, heads=2)
+    case.scale = 3.0
+    case.check(*case.run(kernel_memory))
+
+
+def test_result_in_bfloat16_and_without_logarithms(kernel_memory: KernelMemory) -> None:
+    from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores
+
+    m, case = kernel_memory, make("fp8_ds_mla", [9, 0], 9, heads=5)
+    wide, _ = case.run(m)
+    out = m.poisoned((2, 5, RANK), "bfloat16")
+    attend_on_tensor_cores(*case.inputs(m), out, softmax_scale=case.scale)
+    found = widened(m.get(out))
+    assert (np.abs(found - wide) <= 2.0**-8 * np.abs(wide)).all()
+
+
+def test_empty_shapes(kernel_memory: KernelMemory) -> None:
+    case = make("fp8_ds_mla", [0], 0, heads=2)
+    case.check(*case.run(kernel_memory))
+    none = Case(
+        case.cache_dtype, case.q_bits[:0], case.cache, case.slots[:0], case.q[:0], case.latents
+    )
+    assert none.run(kernel_memory)[0].shape == (0, 2, RANK)
+
+
+@pytest.mark.parametrize("cache_dtype", CACHES)
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
+def test_real_sizes(kernel_memory: KernelMemory, cache_dtype: str, heads: int) -> None:
+    if not kernel_memory.large:
+        pytest.skip("2,048 keys are for a GPU")
+    from fd_dsa.ops.sparse_mla.tensor_core import partial_rows
+
+    counts = [2048, 0, 1, 1999, 64, 2048, 1025]
+    case = make(cache_dtype, counts, 2048, heads=heads, num_slots=8192)
+    case.check(*case.run(kernel_memory))
+    case.check(*case.run(kernel_memory, partial_rows(heads)))
+
+
+def test_records_past_two_to_the_31_bytes(kernel_memory: KernelMemory) -> None:
+    if kernel_memory.name != "torch":
+        pytest.skip("torch alone writes into two gigabytes in place")
+    from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores
+
+    m, case = kernel_memory, make("fp8_ds_mla", [40, 17], 40, heads=3)
+    first = (2**31 + 2**24) // 656
+    cache = m.poisoned((first + len(case.latents), 656), "uint8")
+    cache[first:] = m.put(case.cache)
+    out = m.poisoned((2, 3, RANK), "float32")
+    slots = np.where(case.slots < 0, -1, case.slots + first).astype(np.int32)
+    q = m.put(case.q_bits.view(np.uint16), "bfloat16")
+    attend_on_tensor_cores(q, cache, m.put(slots), out, softmax_scale=case.scale)
+    np.testing.assert_array_equal(m.get(out), case.run(m)[0])
+
+
+class _Fake:
+    """What the checks look at of a tensor."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        self.shape, self.dtype = shape, dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "fake", "error", "message"),
+    [
+        ("q", _Fake((2, 4, 575), "bfloat16"), ShapeError, "q has shape"),
+        ("q", _Fake((2, 4, 576), "float32"), DtypeError, "q has dtype float32"),
+        ("cache", _Fake((9, 576), "uint8"), ShapeError, "cache has shape"),
+        ("cache", _Fake((9, 576), "float32"), DtypeError, "cache has dtype"),
+        ("slots", _Fake((3, 8), "int32"), ShapeError, "slots has shape"),
+        ("slots", _Fake((2, 8), "int64"), DtypeError, "slots has dtype"),
+        ("out", _Fake((2, 4, 576), "float32"), ShapeError, "out has shape"),
+        ("lse", _Fake((2, 5), "float32"), ShapeError, "lse has shape"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    name: str, fake: _Fake, error: type[Exception], message: str
+) -> None:
+    from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores
+
+    given: dict[str, Any] = {
+        "q": _Fake((2, 4, RANK + ROPE), "bfloat16"),
+        "cache": _Fake((9, 656), "uint8"),
+        "slots": _Fake((2, 8), "int32"),
+        "out": _Fake((2, 4, RANK), "float32"),
+        "lse": None,
+    } | {name: fake}
+    with pytest.raises(error, match=f"attend_on_tensor_cores: {message}"):
+        attend_on_tensor_cores(**given, softmax_scale=1.0)
+
+
+@pytest.mark.parametrize("rows", [None, 15])
+def test_splits_without_room_are_refused(kernel_memory: KernelMemory, rows: int | None) -> None:
+    case = make("fp8_ds_mla", [9, 9], 9, heads=4)
+    with pytest.raises(ShapeError, match="splits need"):
+        case.run(kernel_memory, rows or 0, splits=2)
+
+
+@given(st.integers(1, 5000), st.integers(1, 130), st.integers(0, 4096))
+def test_splits_fit_into_their_memory_and_cover_a_row(
+    num_tokens: int, num_heads: int, topk: int
+) -> None:
+    from fd_dsa.ops.sparse_mla.tensor_core import form_for, num_splits, partial_rows
+
+    form, rows = form_for(num_heads), partial_rows(num_heads)
+    splits = num_splits(num_tokens, num_heads, topk, form, rows)
+    assert splits == 1 or num_tokens * num_heads * splits <= rows
+    tiles = -(-topk // form.block_n)
+    each = -(-tiles // splits)
+    assert splits * each * form.block_n >= topk
+    assert 1 <= splits <= max(1, tiles)
+    assert num_splits(num_tokens, num_heads, topk, form, 0) == 1
+
+
+@pytest.mark.parametrize("heads", [8, 32, 64, 128])
+def test_few_tokens_fill_the_device(heads: int) -> None:
+    from fd_dsa.ops.sparse_mla.tensor_core import form_for, num_splits, partial_rows
+
+    form, rows = form_for(heads), partial_rows(heads)
+    groups = -(-heads // form.block_h)
+    programs = [n * groups * num_splits(n, heads, 2048, form, rows) for n in (8, 16, 64)]
+    assert min(programs) >= 100
+    assert num_splits(1, heads, 2048, form, rows) >= 8
+    assert num_splits(4096, heads, 2048, form, rows) == 1

@@ -1,0 +1,83 @@
+"""Every chosen form of sparse MLA on tensor cores compiles for Hopper as it was meant to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+SHARED_BYTES_OF_A_PROCESSOR = 227 << 10
+# registers that do not fit: a few that are read again outside the products cost little
+MOST_STACK_BYTES = 288
+
+SCRIPT = """
+import re, subprocess, tempfile
+from pathlib import Path
+import triton
+from fd_dsa.ops.sparse_mla import tensor_core as core, tensor_core_kernel as kernels
+from fd_dsa.triton_runtime import Pointer
+
+TYPES = {"q_ptr": "bfloat16", "slots_ptr": "int32", "out_ptr": "bfloat16", "lse_ptr": "float32",
+         "partial_ptr": "float32", "partial_lse_ptr": "float32"}
+tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+def compile(label, kernel, per_processor, num_warps, num_stages, types, **constants):
+    types = TYPES | types
+    names = [name for name in kernel.arg_names if name not in constants]
+    arguments = {n: Pointer(types[n]) if n.endswith("_ptr") else 7 for n in names}
+    if "scale_log2" in names:
+        arguments["scale_log2"] = 0.1
+    options = {"num_warps": num_warps, "num_stages": num_stages, "capability": 90}
+    found = kernel.warmup(**arguments, **constants, **options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(found.image)
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.search(r"REG:(\\d+) STACK:(\\d+)", text).groups()
+    print(label, per_processor, found.num_warps, registers, stack, found.shared_bytes,
+          found.ptx.count("wgmma.mma_async"), found.ptx.count("cp.async.cg"))
+
+COPIED = core.Form(True, 16, 64, True, 4, 2, 1)
+for heads, fp8, split, form in ((16, True, False, None), (32, True, True, None),
+                                (64, True, False, None), (8, False, True, None),
+                                (32, False, False, None), (64, False, False, None),
+                                (16, False, False, COPIED)):
+    form = form or core.form_for(heads)
+    constants = {"BLOCK_H": form.block_h, "BLOCK_N": form.block_n, "SWAPPED": form.swapped}
+    kernel = kernels.attend_copied_kernel
+    if not form.copied:
+        kernel, constants["FP8"] = kernels.attend_kernel, fp8
+    absent = ("out_ptr", "lse_ptr") if split else ("partial_ptr", "partial_lse_ptr")
+    constants |= dict.fromkeys(absent)
+    compile(f"{heads}{'f' if fp8 else 'b'}", kernel, form.per_processor, form.num_warps,
+            form.num_stages, {"cache_ptr": "uint8" if fp8 else "bfloat16"}, **constants)
+for most, columns, warps in core._COMBINE:
+    compile("combine", kernels.combine_kernel, 4, warps, 1, {}, MAX_SPLITS=most, COLUMNS=columns)
+"""
+
+
+@pytest.mark.triton
+def test_every_form_compiles() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    names = [line[0] for line in found]
+    assert names == ["16f", "32f", "64f", "8b", "32b", "64b", "16b", "combine", "combine"]
+    for name, *numbers in found:
+        programs, warps, registers, stack, shared, products, copies = map(int, numbers)
+        assert programs * (shared + 1024) <= SHARED_BYTES_OF_A_PROCESSOR, name
+        assert programs * warps * 32 * registers <= 65536, name
+        assert stack <= MOST_STACK_BYTES, name
+        # eight heads are too few for the instructions of 64 rows
+        assert (products > 0) == (name not in ("8b", "combine")), name
+        assert (copies > 0) == (name == "16b"), name
