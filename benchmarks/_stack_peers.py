@@ -100,6 +100,7 @@ class PeerStack:
         self._folded = torch.empty(rows, s.index_heads, **how)
         self._slots = torch.empty(rows, s.topk, dtype=torch.int32, **how)
         self._no_scale = torch.ones(1, **how)
+        self._kv_norm = torch.ones(RANK, dtype=torch.bfloat16, **how)
         self._wide = None
         if s.heads < _PADDED_HEADS:
             width = RANK + s.rope
@@ -135,8 +136,8 @@ class PeerStack:
 
     def _write(self, kv_a: Any, index_k: Any, weights: Weights, latents: Any, index: Any) -> None:
         """Norms and both writes."""
-        functional, ones = torch.nn.functional, weights.q_norm[:RANK]
-        latent = functional.rms_norm(kv_a[:, :RANK], (RANK,), ones)
+        functional = torch.nn.functional
+        latent = functional.rms_norm(kv_a[:, :RANK], (RANK,), self._kv_norm)
         key = functional.layer_norm(index_k, (_DIM,), weights.k_norm, weights.k_bias, 1e-6)
         records = latents.view(-1, BLOCK, LATENT_BYTES)
         k_pe, slots = kv_a[:, RANK:], self._new_slots

@@ -23,6 +23,9 @@ def layer_stack_sentences(result: Mapping[str, Any]) -> Iterator[str]:
     counted = [case for case in cases if "package_alone" in case]
     if counted:
         yield _counts(counted)
+    made_by = {f"{what} by {who}" for case in cases for what, who in case["made_by"].items()}
+    if made_by:
+        yield f"The fastest of the peers, in one case or another: {', '.join(sorted(made_by))}."
     errors: dict[str, float] = {}
     for case in cases:
         for label, found in case["errors"].items():

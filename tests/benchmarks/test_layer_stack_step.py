@@ -77,7 +77,7 @@ def test_sides_give_the_same_bytes(stack: Any) -> None:
     checked = plain_check(given, *found, backend.query_buffers(ROWS))
     assert checked["recall"] == 1 and checked["attention"] < 1e-2
     # a wrong choice is found
-    wrong = plain_check(given, found[0] + 1, *found[1:], backend.query_buffers(ROWS))
+    wrong = plain_check(given, found[0].flip(0), *found[1:], backend.query_buffers(ROWS))
     assert wrong["recall"] < 1 and wrong["attention"] > 0.1
 
     ours.step()
@@ -131,7 +131,9 @@ class Peers:
     def schedule(self, lengths: Any) -> None:
         pass
 
-    def score_pages(self, q: Any, index: Any, weights: Any, lengths: Any, tables: Any, *_: Any):
+    def score_pages(
+        self, q: Any, index: Any, weights: Any, lengths: Any, tables: Any, *_: Any
+    ) -> Any:
         found = []
         for token in range(ROWS):
             pages = index.view(len(index), -1)[tables[token].long()]
