@@ -21,6 +21,7 @@ from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.indexer_query import prepare_indexer_query
 from fd_dsa.ops.mla_query import prepare_mla_query
+from fd_dsa.step.device import Allocate
 
 BLOCK = 64
 Both = tuple[torch.Tensor, torch.Tensor]
@@ -44,6 +45,11 @@ class Sizes:
     context: int = 4096
     max_rows: int = 128
     max_tokens: int = 2048
+
+    @property
+    def scale(self) -> float:
+        """Factor of the attention scores."""
+        return (self.nope + self.rope) ** -0.5
 
 
 class Weights:
@@ -84,42 +90,142 @@ class Layer:
     def __init__(self, sizes: Sizes, device: str = "cuda") -> None:
         self.sizes, self.weights, self._device = sizes, Weights(sizes, device), device
         s, blocks = sizes, sizes.max_rows * sizes.context // BLOCK
-        layout = CacheLayout("fp8_ds_mla", BLOCK, s.rank, s.rope, s.index_dim)
-        self.latent, self.index = _caches(layout, blocks, device)
-        config = DSABackendConfig(
-            s.heads,
-            s.index_heads,
-            s.topk,
-            (s.nope + s.rope) ** -0.5,
-            layout,
-            s.max_rows,
-            s.max_tokens,
-            s.context // BLOCK,
-            blocks,
-            dtype="bfloat16",
-        )
-
-        def allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-            return torch.empty(shape, device=device, dtype=getattr(torch, dtype))
-
-        self.backend = DSAAttentionBackend(config, "gpu", allocate)
+        self.latent, self.index = _caches(layout_of(s), blocks, device)
+        self.backend = DSAAttentionBackend(config_of(s, blocks), "gpu", allocator(device))
         self.out = torch.empty(s.max_tokens, s.hidden, device=device, dtype=torch.bfloat16)
         self.span: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
 
-    def cache_write(self, layer_id: int, *, k_norm: bool) -> SimpleNamespace:
-        """What `write_caches` asks a layer; without `k_norm` index keys come normed."""
-        s, ones = self.sizes, self._ones
-        norms = {"kv_norm_weight": ones(s.rank)}
-        if k_norm:
-            norms |= {"k_norm_weight": ones(s.index_dim), "k_norm_bias": 0 * ones(s.index_dim)}
-        params = CacheWriteParams("fp8_ds_mla", **norms)
-        return SimpleNamespace(layer_id=layer_id, cache_write_params=lambda layout: params)
 
-    def _ones(self, width: int) -> torch.Tensor:
-        return torch.ones(width, device=self._device)
+def layout_of(sizes: Sizes) -> CacheLayout:
+    """The format of the caches."""
+    return CacheLayout("fp8_ds_mla", BLOCK, sizes.rank, sizes.rope, sizes.index_dim)
 
 
-class Step:
+def config_of(sizes: Sizes, blocks: int) -> DSABackendConfig:
+    """What a backend is made for whose caches have so many blocks."""
+    s = sizes
+    return DSABackendConfig(
+        s.heads,
+        s.index_heads,
+        s.topk,
+        s.scale,
+        layout_of(s),
+        s.max_rows,
+        s.max_tokens,
+        s.context // BLOCK,
+        blocks,
+        dtype="bfloat16",
+    )
+
+
+def allocator(device: str) -> Allocate:
+    """Makes uninitialised tensors."""
+    return lambda shape, dtype: torch.empty(shape, device=device, dtype=getattr(torch, dtype))
+
+
+def cache_write(sizes: Sizes, device: str, layer_id: int, *, k_norm: bool) -> SimpleNamespace:
+    """What `write_caches` asks a layer; without `k_norm` index keys come normed."""
+    norms = {"kv_norm_weight": torch.ones(sizes.rank, device=device)}
+    if k_norm:
+        ones = torch.ones(sizes.index_dim, device=device)
+        norms |= {"k_norm_weight": ones, "k_norm_bias": 0 * ones}
+    params = CacheWriteParams("fp8_ds_mla", **norms)
+    return SimpleNamespace(layer_id=layer_id, cache_write_params=lambda layout: params)
+
+
+class Work:
+    """What a layer computes for the tokens of a step.
+
+    Args:
+        layer: a Layer, or anything with its `sizes`, `weights`, `backend` and `span`.
+        x: bfloat16 [num_tokens, hidden]; hidden states.
+        cos_sin: float32 [num_tokens, rope]; cos, then sin.
+        out: bfloat16 [num_tokens, hidden]; the result.
+    """
+
+    def __init__(
+        self, layer: Any, x: torch.Tensor, cos_sin: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        self.layer, self.num_tokens = layer, len(x)
+        self.x, self.cos_sin, self.out = x, cos_sin, out
+
+    def down(self, weight: torch.Tensor) -> Both:
+        """Normed latents of the queries, and keys as projected."""
+        layer, rank = self.layer, self.layer.sizes.q_rank
+        with layer.span("QKV-A"):
+            qkv = self.x @ weight
+        with layer.span("norm"):
+            normed = torch.nn.functional.rms_norm(qkv[:, :rank], (rank,), layer.weights.q_norm)
+        return normed, qkv[:, rank:]
+
+    def layer_of(
+        self, overlap: IndexerOverlap, project: Project, write: SimpleNamespace, meta: Any
+    ) -> None:
+        """The layer; the result is in `out`.
+
+        Args:
+            overlap: forks `project`, or runs it in line.
+            project: index keys and head weights of the hidden states.
+            write: of `cache_write`.
+            meta: of the step, whose metadata the backend holds.
+        """
+        layer = self.layer
+        with overlap.fork(self.num_tokens, project, self.x) as side:
+            qr, kv_a = self.down(layer.weights.down)
+            index_k, weights = side.join()
+        with layer.span("cache write"):
+            self.write(kv_a, index_k, write, meta)
+        with layer.span("indexer query"):
+            q, folded = self.index_query(qr @ layer.weights.wq_b, weights)
+        with layer.span("scores and top-k"):
+            slots = layer.backend.indexer_forward(q, None, folded, write.layer_id, meta)
+        with layer.span("query"):
+            query = self.query(*self.absorbed(qr))
+        with layer.span("sparse MLA"):
+            latent = layer.backend.forward(query, None, slots, None, None, None, write, meta)
+        with layer.span("output"):
+            self.project_out(latent)
+
+    def write(
+        self, kv_a: torch.Tensor, index_k: torch.Tensor, write: SimpleNamespace, meta: Any
+    ) -> None:
+        """The step's keys into both caches."""
+        self.layer.backend.write_caches(kv_a, index_k, self.cos_sin, write, meta)
+
+    def index_query(self, q: torch.Tensor, weights: torch.Tensor) -> Both:
+        """Queries of the indexer as it scores with them, and their weights."""
+        s = self.layer.sizes
+        return prepare_indexer_query(
+            q.view(-1, s.index_heads, s.index_dim),
+            weights,
+            None,
+            self.cos_sin,
+            rope_interleave=False,
+            quantized=True,
+            weights_scale=s.index_heads**-0.5 * s.index_dim**-0.5,
+            out=self.layer.backend.query_buffers(self.num_tokens),
+        )
+
+    def absorbed(self, qr: torch.Tensor) -> Both:
+        """Absorbed queries [num_tokens, heads, rank], and what of them is rotated."""
+        s, weights = self.layer.sizes, self.layer.weights
+        q = (qr @ weights.q_b).view(-1, s.heads, s.nope + s.rope)
+        latent = torch.bmm(q[:, :, : s.nope].transpose(0, 1), weights.k_b)
+        return latent.transpose(0, 1), q[:, :, s.nope :]
+
+    def query(self, latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+        """Both parts side by side, the second rotated."""
+        buffer = self.layer.backend.mla_query_buffer(self.num_tokens)
+        return prepare_mla_query(latent, rope, None, self.cos_sin, out=buffer)
+
+    def project_out(self, latent: torch.Tensor) -> None:
+        """The layer's result from the attended latents."""
+        weights = self.layer.weights
+        merged = torch.bmm(latent.transpose(0, 1), weights.v_b).transpose(0, 1)
+        torch.mm(merged.reshape(self.num_tokens, -1), weights.out, out=self.out)
+
+
+class Step(Work):
     """One step of a layer: its inputs, and the metadata that the backend has made of it.
 
     Up to `max_rows` tokens are decode rows of the full context; more are a prompt's last chunk.
@@ -127,7 +233,6 @@ class Step:
     """
 
     def __init__(self, layer: Layer, num_tokens: int) -> None:
-        self.layer, self.num_tokens = layer, num_tokens
         s, device = layer.sizes, layer._device
         is_prefill = num_tokens > s.max_rows
         rows = 1 if is_prefill else num_tokens
@@ -150,79 +255,22 @@ class Step:
         layer.backend.set_step_hints(hints)
         layer.backend.init_attention_metadata(self.meta)
         angle = torch.rand(num_tokens, s.rope // 2, device=device) * 6
-        self.cos_sin = torch.cat([angle.cos(), angle.sin()], 1)
-        self.x = torch.randn(num_tokens, s.hidden, device=device, dtype=torch.bfloat16)
-        self.out = layer.out[:num_tokens]
+        x = torch.randn(num_tokens, s.hidden, device=device, dtype=torch.bfloat16)
+        super().__init__(layer, x, torch.cat([angle.cos(), angle.sin()], 1), layer.out[:num_tokens])
         # index keys that `write_caches` norms, and those that come normed
         self._writes = {
-            True: layer.cache_write(0, k_norm=True),
-            False: layer.cache_write(1, k_norm=False),
+            k_norm: cache_write(s, device, layer_id, k_norm=k_norm)
+            for layer_id, k_norm in enumerate((True, False))
         }
-
-    def down(self, weight: torch.Tensor) -> Both:
-        """Normed latents of the queries, and keys as projected."""
-        layer, rank = self.layer, self.layer.sizes.q_rank
-        with layer.span("QKV-A"):
-            qkv = self.x @ weight
-        with layer.span("norm"):
-            normed = torch.nn.functional.rms_norm(qkv[:, :rank], (rank,), layer.weights.q_norm)
-        return normed, qkv[:, rank:]
 
     def run(self, overlap: IndexerOverlap, project: Project, *, k_norm: bool = True) -> None:
         """The layer; the result is in `out`.
 
         Args:
-            overlap: forks `project`, or runs it in line.
-            project: index keys and head weights of the hidden states.
+            overlap, project: as of `layer_of`.
             k_norm: index keys are normed by the write.
         """
-        backend, span = self.layer.backend, self.layer.span
-        with overlap.fork(self.num_tokens, project, self.x) as side:
-            qr, kv_a = self.down(self.layer.weights.down)
-            index_k, weights = side.join()
-        write = self._writes[k_norm]
-        with span("cache write"):
-            backend.write_caches(kv_a, index_k, self.cos_sin, write, self.meta)
-        slots = self._select(qr, weights, write.layer_id)
-        query = self._query(qr)
-        with span("sparse MLA"):
-            latent = backend.forward(query, None, slots, None, None, None, write, self.meta)
-        with span("output"):
-            self._project_out(latent)
-
-    def _select(self, qr: torch.Tensor, weights: torch.Tensor, layer_id: int) -> torch.Tensor:
-        """Slots that each token attends to."""
-        s, layer = self.layer.sizes, self.layer
-        with layer.span("indexer query"):
-            q, folded = prepare_indexer_query(
-                (qr @ layer.weights.wq_b).view(-1, s.index_heads, s.index_dim),
-                weights,
-                None,
-                self.cos_sin,
-                rope_interleave=False,
-                quantized=True,
-                weights_scale=s.index_heads**-0.5 * s.index_dim**-0.5,
-                out=layer.backend.query_buffers(self.num_tokens),
-            )
-        with layer.span("scores and top-k"):
-            return layer.backend.indexer_forward(q, None, folded, layer_id, self.meta)
-
-    def _query(self, qr: torch.Tensor) -> torch.Tensor:
-        """Absorbed queries."""
-        s, layer = self.layer.sizes, self.layer
-        with layer.span("query"):
-            q = (qr @ layer.weights.q_b).view(-1, s.heads, s.nope + s.rope)
-            absorbed = torch.bmm(q[:, :, : s.nope].transpose(0, 1), layer.weights.k_b)
-            buffer = layer.backend.mla_query_buffer(self.num_tokens)
-            return prepare_mla_query(
-                absorbed.transpose(0, 1), q[:, :, s.nope :], None, self.cos_sin, out=buffer
-            )
-
-    def _project_out(self, latent: torch.Tensor) -> None:
-        """The layer's result from the attended latents."""
-        weights = self.layer.weights
-        merged = torch.bmm(latent.transpose(0, 1), weights.v_b).transpose(0, 1)
-        torch.mm(merged.reshape(self.num_tokens, -1), weights.out, out=self.out)
+        self.layer_of(overlap, project, self._writes[k_norm], self.meta)
 
     def floor_s(self, ceilings: Mapping[str, float]) -> float:
         """Least seconds of the layer, by what it reads or by its products.

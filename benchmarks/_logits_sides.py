@@ -25,14 +25,14 @@ def codes(*shape: int) -> torch.Tensor:
     return torch.randn(shape, device=DEVICE).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-def random_cache() -> torch.Tensor:
-    """uint8 [NUM_BLOCKS, 64, 132]: blocks of random keys, then their scales."""
-    cache = torch.empty(NUM_BLOCKS, PAGE * (WIDTH + 4), device=DEVICE, dtype=torch.uint8)
+def random_cache(num_blocks: int = NUM_BLOCKS) -> torch.Tensor:
+    """uint8 [num_blocks, 64, 132]: blocks of random keys, then their scales."""
+    cache = torch.empty(num_blocks, PAGE * (WIDTH + 4), device=DEVICE, dtype=torch.uint8)
     for part in cache.split(1 << 13):
         part[:, : PAGE * WIDTH] = codes(len(part), PAGE * WIDTH)
         scales = torch.rand(len(part), PAGE, device=DEVICE) * 0.02 + 0.005
         part[:, PAGE * WIDTH :] = scales.view(torch.uint8)
-    return cache.view(NUM_BLOCKS, PAGE, WIDTH + 4)
+    return cache.view(num_blocks, PAGE, WIDTH + 4)
 
 
 class Step:

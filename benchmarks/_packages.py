@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -45,6 +47,20 @@ def register(folder: Path | None, cache: Path) -> list[str]:
         importlib.invalidate_caches()
         found.append("deep_gemm")
     return found
+
+
+@contextmanager
+def hidden() -> Iterator[None]:
+    """Neither package is there for what is made inside."""
+    names = "flash_mla", "deep_gemm"
+    before = {name: sys.modules[name] for name in names if name in sys.modules}
+    sys.modules |= dict.fromkeys(names)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
+        sys.modules |= before
 
 
 @dataclass

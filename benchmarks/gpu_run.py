@@ -42,6 +42,7 @@ BENCHMARKS = {
     "indexer_query": 90,
     "indexer_gather": 60,
     "mla_query": 120,
+    "layer_stack": 240,
     "overlap": 150,
     "providers": 240,
 }

@@ -79,13 +79,8 @@ class Model:
         )
         limits = (MAX_ROWS, MAX_TOKENS, MAX_KEYS // BLOCK, BLOCK, NUM_BLOCKS)
         self.builder = StepMetadataBuilder(*limits, device="gpu", allocate=allocate)
-        hidden = {name: sys.modules.get(name) for name in ("flash_mla", "deep_gemm")}
-        sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]
-        self.ours = DeviceAttention(self.config, allocate)
-        for name, module in hidden.items():
-            del sys.modules[name]
-            if module is not None:
-                sys.modules[name] = module
+        with _packages.hidden():
+            self.ours = DeviceAttention(self.config, allocate)
         self.theirs = DeviceAttention(self.config, allocate)
         self.latents, self.keys = latent_cache(), index_cache()
         self.index_q, self.weights = self.theirs.query_buffers(MAX_TOKENS)

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._harness import RESULTS, ROOT, table_row, three_digits, write_json
+from benchmarks._overlap_tables import overlap_lines
 from benchmarks._provider_tables import provider_tables
 from benchmarks._sparse_mla_tables import sparse_mla_sentences
+from benchmarks._stack_tables import layer_stack_sentences
 from benchmarks._staging_tables import staging_lines
 from benchmarks._topk_tables import topk_sentences
 from benchmarks._v4_tables import v4_prepare_tables
@@ -31,9 +33,9 @@ IMAGES = ROOT / "docs" / "img"
 _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 # whole numbers of a case which are shown beside its times
 _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
-_OVERLAP_KINDS = ("graph", "eager", "graph, k_norm beside", "eager, k_norm beside")
-_MADE_BY_OTHERS = {"indexer_logits": "scores", "sparse_mla": "attention"}
-_WITHOUT_PLOT = ("engine_cpu", "indexer_logits", "providers", "sparse_mla", "topk")
+_WITHOUT_PLOT = (
+    *("engine_cpu", "indexer_logits", "layer_stack", "providers", "sparse_mla", "topk"),
+)
 _BARS = "the table above as bars"
 _CAPTIONS = {
     "overlap": "the kernels of a layer by stream; above the whole layer, below its begin",
@@ -208,32 +210,7 @@ def overlap(result: Mapping[str, Any]) -> str:
     text = gpu_table(result)
     if _refusal(result):
         return text
-    head = ["tokens", "projections alone, us", "QKV-A alone, us"]
-    for kind in _OVERLAP_KINDS:
-        head += [f"{kind}: saved", *(["hidden"] if kind.startswith("graph") else [])]
-    lines = ["", table_row(head), "|---" * len(head) + "|"]
-    for num_tokens in dict.fromkeys(case["num_tokens"] for case in result["cases"]):
-        own = {c["kind"]: c for c in result["cases"] if c["num_tokens"] == num_tokens}
-        parts = next(iter(own.values()))["alone_us"]
-        cells = [str(num_tokens), *(three_digits(parts[k]) for k in ("projections", "QKV-A"))]
-        for kind in _OVERLAP_KINDS:
-            case = own.get(kind)
-            cells.append(f"{case['saved']:.1%}" if case else "")
-            if kind.startswith("graph"):
-                cells.append(f"{case['hidden']:.0%}" if case else "")
-        lines.append(table_row(cells))
-    serving = result.get("serving", {})
-    makers = [f"{serving.get(op, 'our kernel')} for {what}" for op, what in _MADE_BY_OTHERS.items()]
-    lines += ["", f"The layer had {' and '.join(makers)}."]
-    if "thresholds_tokens" in result:
-        most = result["thresholds_tokens"]
-        lines += [
-            "",
-            f"Up to {most['graph']} tokens in graphs, and up to {most['eager']} eager, no step "
-            "lost more than 1% of the layer by its fork. By default only steps in graphs fork, in "
-            f"this run up to {result['default_tokens']} tokens.",
-        ]
-    return text + "\n".join(lines) + "\n"
+    return text + "\n".join(overlap_lines(result)) + "\n"
 
 
 def providers(result: Mapping[str, Any]) -> str:
@@ -291,6 +268,7 @@ def staging(result: Mapping[str, Any]) -> str:
 _MADE_BY = {
     "engine_cpu": engine_cpu,
     "ceilings": ceilings,
+    "layer_stack": partial(_with_sentences, sentences=layer_stack_sentences),
     "overlap": overlap,
     "profiles": profiles,
     "providers": providers,

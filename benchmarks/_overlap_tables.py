@@ -1,0 +1,41 @@
+"""What docs/performance.md shows of benchmarks/results/overlap.json below its times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks._harness import table_row, three_digits
+
+_KINDS = ("graph", "eager", "graph, k_norm beside", "eager, k_norm beside")
+_MADE_BY_OTHERS = {"indexer_logits": "scores", "sparse_mla": "attention"}
+
+
+def overlap_lines(result: Mapping[str, Any]) -> list[str]:
+    """Lines of Markdown: what is saved and hidden at each size, and the thresholds."""
+    head = ["tokens", "projections alone, us", "QKV-A alone, us"]
+    for kind in _KINDS:
+        head += [f"{kind}: saved", *(["hidden"] if kind.startswith("graph") else [])]
+    lines = ["", table_row(head), "|---" * len(head) + "|"]
+    for num_tokens in dict.fromkeys(case["num_tokens"] for case in result["cases"]):
+        own = {c["kind"]: c for c in result["cases"] if c["num_tokens"] == num_tokens}
+        parts = next(iter(own.values()))["alone_us"]
+        cells = [str(num_tokens), *(three_digits(parts[k]) for k in ("projections", "QKV-A"))]
+        for kind in _KINDS:
+            case = own.get(kind)
+            cells.append(f"{case['saved']:.1%}" if case else "")
+            if kind.startswith("graph"):
+                cells.append(f"{case['hidden']:.0%}" if case else "")
+        lines.append(table_row(cells))
+    serving = result.get("serving", {})
+    makers = [f"{serving.get(op, 'our kernel')} for {what}" for op, what in _MADE_BY_OTHERS.items()]
+    lines += ["", f"The layer had {' and '.join(makers)}."]
+    if "thresholds_tokens" in result:
+        most = result["thresholds_tokens"]
+        lines += [
+            "",
+            f"Up to {most['graph']} tokens in graphs, and up to {most['eager']} eager, no step "
+            "lost more than 1% of the layer by its fork. By default only steps in graphs fork, in "
+            f"this run up to {result['default_tokens']} tokens.",
+        ]
+    return lines

@@ -1,0 +1,74 @@
+"""Decode steps of a stack of layers: what each must read, and what is wanted of the ratios."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+LAYERS = 61
+TOPK, RANK, ROPE = 2048, 512, 64
+LATENT_BYTES, INDEX_BYTES = 656, 132
+# heads of DeepSeek-V3.2 on one device, and on each of eight
+HEADS = (128, 16)
+OURS, DEFAULTS, PEERS = "ours", "defaults", "peers"
+SLOTS, SCHEDULES, ALL = "A", "B", "B and rest"
+GRAPH, EAGER = "graph", "eager"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Decode rows that all have as many keys.
+
+    Attributes:
+        heads: attention heads on the device; the indexer is whole.
+        rows: requests, one new token each.
+        keys: of a row, the new one included.
+    """
+
+    heads: int
+    rows: int
+    keys: int
+
+    @property
+    def label(self) -> str:
+        """The shape in words."""
+        return f"{self.heads} heads, {self.rows} x {self.keys >> 10}k"
+
+    @property
+    def cache_blocks(self) -> int:
+        """Blocks of 64 keys of one layer."""
+        return self.rows * self.keys // 64
+
+    def layer_bytes(self, weight_bytes: int) -> int:
+        """Fewest bytes that a layer reads: weights, all index keys, the selected latents."""
+        selected = LATENT_BYTES * min(TOPK, self.keys)
+        return weight_bytes + self.rows * (INDEX_BYTES * self.keys + selected)
+
+    def layer_flops(self, weight_bytes: int) -> int:
+        """Operations of a layer in bfloat16: projections and attention, scores left out."""
+        attention = self.heads * min(TOPK, self.keys) * (2 * RANK + ROPE)
+        return 2 * self.rows * (weight_bytes // 2 + attention)
+
+    def floor_us(self, weight_bytes: int, ceilings: Mapping[str, float]) -> float:
+        """Least time of all layers: of the bytes or of the products, whichever takes longer."""
+        read_s = self.layer_bytes(weight_bytes) / ceilings["copy_bytes_per_s"]
+        products_s = self.layer_flops(weight_bytes) / ceilings["matrix_flops_per_s"]
+        return LAYERS * max(read_s, products_s) * 1e6
+
+    def wanted(self, side: str, kind: str) -> float:
+        """The least that the time of a baseline may be, by that of ours."""
+        if (side, kind) == (SCHEDULES, GRAPH) and self.keys == 4096 and self.rows in (1, 32):
+            return 1.13
+        if (side, kind) == (SLOTS, EAGER) and self.rows == 1:
+            return 1.5
+        return 1.0
+
+
+def shapes(heads: int, quick: bool = False) -> Iterator[Shape]:
+    """All that are timed, those first of which most is wanted."""
+    if quick:
+        yield from (Shape(heads, 1, 4096), Shape(heads, 32, 4096))
+        return
+    for keys in (4, 32, 128):
+        for rows in (1, 32, 128):
+            yield Shape(heads, rows, keys << 10)
