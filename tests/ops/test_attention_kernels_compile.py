@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.compiling import output_of
+
 SHARED_BYTES_OF_A_BLOCK = 227 << 10
 
 SCRIPT = """
@@ -62,14 +58,8 @@ for q, cache in (("float32", "float32"), ("float32", "int16"), ("float32", "uint
 
 @pytest.mark.triton
 def test_every_form_compiles() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [line.split() for line in done.stdout.splitlines()]
+    said = output_of(SCRIPT)
+    found = [line.split() for line in said.splitlines()]
     assert [name for name, _ in found] == (
         ["logits"] * 4 + ["topk"] * 2 + ["rows"] * 2 + ["copy"] * 4 + ["mla"] * 5
     )

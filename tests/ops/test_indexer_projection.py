@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +9,10 @@ import pytest
 
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.ops.indexer_projection import project_indexer
+from tests.compiling import output_of
 from tests.kernel_memory import KernelMemory
 from tests.reference.bfloat16 import ref_array, upper_half
 
-REPOSITORY = Path(__file__).parents[2]
 # tokens, hidden size, width of a key, heads: no tile is full, and what V3.2 and GLM-5 have
 SMALL = ((1, 40, 24, 5), (33, 72, 128, 64), (5, 96, 128, 32))
 LARGE = ((1, 7168, 128, 64), (64, 7168, 128, 64), (257, 7168, 128, 64), (130, 6144, 128, 32))
@@ -222,11 +218,5 @@ for tokens in (1, 200, 1000):
 
 @pytest.mark.triton
 def test_the_chosen_tilings_compile_for_hopper() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "import fd_dsa.triton_runtime\n" + COMPILE],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["compiled"] * 6
+    said = output_of("import fd_dsa.triton_runtime\n" + COMPILE)
+    assert said.split() == ["compiled"] * 6

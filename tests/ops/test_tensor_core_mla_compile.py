@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.compiling import output_of
+
 SHARED_BYTES_OF_A_PROCESSOR = 227 << 10
 # registers that do not fit: a few that are read again outside the products cost little
 MOST_STACK_BYTES = 288
@@ -63,14 +59,8 @@ for most, columns, warps in core._COMBINE:
 
 @pytest.mark.triton
 def test_every_form_compiles() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [line.split() for line in done.stdout.splitlines()]
+    said = output_of(SCRIPT)
+    found = [line.split() for line in said.splitlines()]
     names = [line[0] for line in found]
     assert names == ["16f", "32f", "64f", "8b", "32b", "64b", "16b", "combine", "combine"]
     for name, *numbers in found:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.compiling import output_of
+
 REGISTERS, SHARED_BYTES = 65536, 227 << 10
 # what a block of a processor has beside its own
 _RESERVED_BYTES = 1 << 10
@@ -59,14 +56,8 @@ for heads, tokens in json.loads(sys.argv[1]):
 def test_forms_are_what_they_are_chosen_for() -> None:
     # heads, and tokens of a decode row or 0 for a step with prompts
     forms = [(64, 0), (32, 0), (64, 1), (64, 2), (64, 3)]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(forms)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    said = output_of(SCRIPT, json.dumps(forms))
+    found = [json.loads(line) for line in said.splitlines()]
     assert len(found) == len(forms)
     for form, made in zip(forms, found, strict=True):
         # products of e4m3 numbers on tensor cores, and pages copied ahead of them

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.compiling import output_of
 
 SCRIPT = """
 from fd_dsa.triton_runtime import Pointer
@@ -53,11 +48,5 @@ for positions in ({}, {"position_ids_ptr": None}):
 
 @pytest.mark.triton
 def test_every_form_compiles() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["write", "write", "query", "query", *["mla"] * 2] * 2
+    said = output_of(SCRIPT)
+    assert said.split() == ["write", "write", "query", "query", *["mla"] * 2] * 2

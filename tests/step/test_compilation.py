@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from fd_dsa.step.launch import DECODE_TILE, DECODE_WARPS, MIXED_TILE, MIXED_WARPS, row_tile_for
+from tests.compiling import output_of
 
-REPOSITORY = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 from fd_dsa.step.kernel import step_metadata_kernel as kernel
@@ -44,13 +39,7 @@ def test_every_capacity_compiles(max_num_seqs: int, has_prefill: bool) -> None:
     tile, warps = (MIXED_TILE, MIXED_WARPS) if has_prefill else (DECODE_TILE, DECODE_WARPS)
     row_tile = row_tile_for(max_num_seqs)
     numbers = (max_num_seqs, row_tile, int(has_prefill), int(int32_positions), tile, warps)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, *map(str, numbers)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found_warps, shared_bytes = map(int, done.stdout.split())
+    said = output_of(SCRIPT, *map(str, numbers))
+    found_warps, shared_bytes = map(int, said.split())
     assert found_warps == warps
     assert shared_bytes <= 16 << 10

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.compiling import output_of
+
 SCRIPT = """
 import re, subprocess, sys, tempfile
 from pathlib import Path
@@ -64,14 +60,8 @@ for name in names:
     ],
 )
 def test_forms_compile_without_spills(capability: int, forms: list[str]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(capability), *forms],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    said = output_of(SCRIPT, str(capability), *forms)
+    found = [tuple(map(int, line.split())) for line in said.splitlines()]
     assert len(found) == len(forms)
     for registers, stack_bytes, shared_bytes in found:
         assert stack_bytes == 0

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.compiling import output_of
+
 SCRIPT = """
 from fd_dsa.triton_runtime import Pointer
 from fd_dsa.v4_prepare.list_kernel import csa_rows_kernel, fused_list_kernel
@@ -31,11 +27,5 @@ for without in (["compressed_ptr"], [], ["compressed_indptr_ptr", "compressed_pt
 
 @pytest.mark.triton
 def test_every_form_compiles() -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "TRITON_INTERPRET": "0"},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.splitlines()) == 6
+    said = output_of(SCRIPT)
+    assert len(said.splitlines()) == 6
