@@ -181,12 +181,12 @@ def set_cpu_threads(num_threads: int | None = None) -> int:
         num_threads: threads; None is one per processor that this process may run on.
 
     Raises:
-        ConfigError: fewer than one thread.
+        ConfigError: no integer, or fewer than one thread.
     """
     if num_threads is None:
         num_threads = usable_cpus()
-    if num_threads < 1:
-        raise ConfigError(f"num_threads: got {num_threads}, allowed: an integer of at least 1")
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or num_threads < 1:
+        raise ConfigError(f"num_threads: got {num_threads!r}, allowed: an integer of at least 1")
     import paddle
 
     paddle.base.core.set_num_threads(num_threads)

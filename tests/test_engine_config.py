@@ -130,6 +130,8 @@ def test_threads_default_to_the_usable_processors() -> None:
     assert set_cpu_threads() == len(os.sched_getaffinity(0))
     with pytest.raises(ConfigError, match="num_threads: got 0"):
         set_cpu_threads(0)
+    with pytest.raises(ConfigError, match=r"num_threads: got 1\.5, allowed: an integer"):
+        set_cpu_threads(1.5)  # type: ignore[arg-type]
 
 
 def test_configuration_and_checkpoint_reading_do_not_import_paddle() -> None:
