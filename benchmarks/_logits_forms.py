@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
+from benchmarks._compiling import compile_all
 from benchmarks._logits_shapes import PAGE, WIDTH, Shape
 from fd_dsa.ops.indexer_logits.tile_forms import (
     TileForm,
@@ -19,7 +17,7 @@ from fd_dsa.ops.indexer_logits.tile_forms import (
 CHOSEN = "chosen"
 # registers of a thread -> blocks of four warps that a processor then has
 _BLOCKS = {255: 2, 168: 3, 128: 4, 96: 5}
-_STAGES = (3, 5, 6)
+_STAGES = (2, 4, 5)
 _PROGRAMS = (1, 2, 8)
 
 
@@ -93,7 +91,4 @@ def compile_ahead(shapes: Iterable[Shape]) -> None:
         for shape in shapes
         for _, form in candidates(shape)
     }
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=spawn) as pool:
-        said = pool.map(compile_form, *zip(*work, strict=True))
-    print(f"compiled {len(work)} forms", *filter(None, said), sep="\n", flush=True)
+    compile_all(compile_form, work)

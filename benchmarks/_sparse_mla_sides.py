@@ -6,14 +6,16 @@ are zeros, as whoever serves with it must. Its schedule is made once, before any
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import _gpu, _peers
+from benchmarks import _custom_ops, _gpu, _peers
 from benchmarks.providers import codes
+from fd_dsa.ops.sparse_mla.custom_op import MOST_HEADS, NarrowAttention, WideAttention
 from fd_dsa.ops.sparse_mla.tensor_core import (
     Form,
     Partials,
@@ -26,7 +28,7 @@ import triton.language as tl  # isort: skip
 
 TOPK, RANK, ROPE, RECORD, BLOCK = 2048, 512, 64, 656, 64
 SCALE = 0.1352337789
-OURS, GATHER = "ours", "gather alone"
+OURS, CUDA, GATHER = "ours", "ours in CUDA C++", "gather alone"
 DEVICE = "cuda"
 
 
@@ -151,6 +153,16 @@ class Ours:
         return lambda: attend_on_tensor_cores(
             inputs.q, inputs.cache, inputs.slots, self.out, **options
         )
+
+    def cuda_call(self, inputs: Inputs) -> _gpu.Call | None:
+        """One call of the kernel of custom_ops/ for so many heads; None: there is none here."""
+        path = _custom_ops.library()
+        if path is None or (inputs.heads <= MOST_HEADS and not inputs.fp8):
+            return None
+        kernels = ctypes.CDLL(str(path))
+        attend = (WideAttention if inputs.heads > MOST_HEADS else NarrowAttention)(kernels)
+        options = {"softmax_scale": SCALE, "lse": self.lse}
+        return lambda: attend(inputs.q, inputs.cache, inputs.slots, self.out, **options)
 
 
 def _allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:

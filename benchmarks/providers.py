@@ -23,9 +23,8 @@ from benchmarks._torch_device import register
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device import DeviceAttention
-from fd_dsa.attention.device_logits import rounded_length
 from fd_dsa.ops._third_party import third_party_table
-from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+from fd_dsa.ops.indexer_logits.tile_kernel import score_tiles
 from fd_dsa.step import StepMetadataBuilder
 
 Rows = list[tuple[int, int, int]]
@@ -95,6 +94,7 @@ class Model:
         tables = rng.permutation(NUM_BLOCKS).astype(np.int32).reshape(MAX_ROWS, -1)[: len(rows)]
         arrays = [np.ascontiguousarray(column) for column in lengths.T]
         step = self.builder.build(*arrays, tables, num_padded)
+        self.ours.begin_step(step)
         self.theirs.begin_step(step)
         return step
 
@@ -109,19 +109,20 @@ class Model:
 
     def our_scores(self, step: Any) -> torch.Tensor:
         """float32 [tokens, width] of our kernel, in its buffer."""
-        tokens = step.position_ids.shape[0]
-        width = rounded_length(step.max_seqlen_k, BLOCK, MAX_KEYS)
-        logits = self.ours._view("logits", tokens, width)
-        score_pages(
+        tiles, tokens = self.ours._scores, step.position_ids.shape[0]
+        form, schedule = tiles._kind(step)
+        stride, rows = tiles._chunks(step)
+        assert tokens <= rows, "scores of one chunk are timed"
+        logits = tiles._logits(tokens, stride, tiles._width(step))
+        score_tiles(
             self.index_q[:tokens],
             self.weights[:tokens],
             self.keys,
             step.position_ids,
-            step.batch_id_per_token,
             step.block_tables,
+            schedule,
             logits,
-            block_size=BLOCK,
-            max_seqlen_k=step.max_seqlen_k,
+            form=form,
         )
         return logits
 

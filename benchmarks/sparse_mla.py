@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import _gpu
 from benchmarks._sparse_mla_sides import (
+    CUDA,
     GATHER,
     OURS,
     RANK,
@@ -75,9 +76,13 @@ def compare(
         calls[label] = list(peer)
     calls[GATHER] = [s.gather() for s in sets]
     calls[OURS] = [ours.call(s) for s in sets]
-    _gpu.poison(ours.out, ours.lse, *ours.partials)
-    calls[OURS][0]()
-    errors[OURS] = sets[0].error(ours.out)
+    in_cuda = [call for call in map(ours.cuda_call, sets) if call is not None]
+    if in_cuda:
+        calls[CUDA] = in_cuda
+    for label in (label for label in (OURS, CUDA) if label in calls):
+        _gpu.poison(ours.out, ours.lse, *ours.partials)
+        calls[label][0]()
+        errors[label] = sets[0].error(ours.out)
     assert max(errors.values()) < _TOLERANCE, f"{name}: {errors}"
     times = _gpu.interleaved(calls, rounds=15)
     pairs = tokens * heads * TOPK
@@ -90,7 +95,7 @@ def compare(
         "products": pairs * _FLOPS_PER_PAIR / flops_per_s * 1e6,
         "gather": times[GATHER]["p50"],
     }
-    others = {label: t["p50"] for label, t in times.items() if label not in (OURS, GATHER)}
+    others = {label: t["p50"] for label, t in times.items() if label not in (OURS, CUDA, GATHER)}
     gate = GATES[kind][heads not in WHOLE]
     notes = {"errors": errors, "floors_us": floors, "heads": heads, "tokens": tokens, "kind": kind}
     notes |= {"gate": gate, "ratio_best": min(others.values(), default=0) / times[OURS]["p50"]}

@@ -22,6 +22,8 @@ LIBRARY = "libfd_dsa_kernels.so"
 SOURCES = Path(__file__).parent / "csrc"
 CACHE = Path(__file__).parents[1] / "build" / "custom_ops"
 ARCHS = ("80", "90", "100")
+# of an architecture, the one that has its own instructions too; code for it runs there alone
+FEATURES = {"90": "90a"}
 NVCC_FLAGS = ("-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-Wall,-Wextra")
 CUDA_FOLDER = "/usr/local/cuda"
 
@@ -65,7 +67,8 @@ def compile_units(folder: Path, nvcc: str, archs: Sequence[str]) -> list[str]:
     Raises:
         BuildError: nvcc refuses a source.
     """
-    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    names = [FEATURES.get(arch, arch) for arch in archs]
+    code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     objects, running = [], []
     for source in sorted(SOURCES.glob("*.cu")):
         objects.append(str(folder / f"{source.stem}.o"))
@@ -95,7 +98,7 @@ def build_library(archs: Sequence[str] | None = None) -> Path:
         raise BuildError("no nvcc: install the CUDA toolkit, or set CUDA_HOME to it")
     archs = tuple(archs or known_archs(nvcc))
     compiler = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    folder = CACHE / f"kernels-{_key(archs, compiler, NVCC_FLAGS)}"
+    folder = CACHE / f"kernels-{_key(archs, FEATURES, compiler, NVCC_FLAGS)}"
     if (folder / LIBRARY).is_file():
         return folder / LIBRARY
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,8 @@ from setuptools.command.build_ext import build_ext
 NAME = "fd_dsa_ops"
 # those that the compiler does not know are left out
 ARCHS = ("80", "90", "100")
+# of an architecture, the one that has its own instructions too; code for it runs there alone
+FEATURES = {"90": "90a"}
 # Python may ask for symbols of a debugger, which take longer than the code
 CXX_FLAGS = ["-O2", "-g0", "-std=c++17"]
 # Where a compiler has libstdc++ as an archive alone, the library would get one of its own beside
@@ -76,7 +78,8 @@ def known_archs(nvcc: str) -> list[str]:
 
 def gencode(archs: list[str]) -> list[str]:
     """Flags of nvcc: code of each architecture, and for later ones what the driver compiles."""
-    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    names = [FEATURES.get(arch, arch) for arch in archs]
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
     return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 

@@ -1,9 +1,10 @@
 """Which implementation of an operator serves a tensor: decided once, logged once.
 
 A provider is a module of the operator's folder: `paddle_impl` on a CPU, `triton_kernel` on
-any other device. Both hold the operator's function under its public name and arguments. Packages
-of other projects may serve the steps of a model instead (`_third_party`): `flash_mla` the
-attention, `deep_gemm` the indexer's scores.
+any other device. Both hold the operator's function under its public name and arguments. In the
+steps of a model two operators have a second kernel, on tensor cores, which takes fewer shapes; and
+packages of other projects may serve instead (`_third_party`): `flash_mla` the attention,
+`deep_gemm` the indexer's scores.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from fd_dsa.ops._third_party import third_party_table
 
 logger = logging.getLogger(__name__)
 
-PADDLE, TRITON = "paddle", "triton"
+PADDLE, TRITON, TENSOR_CORE = "paddle", "triton", "triton_tensor_core"
 _choices: dict[tuple[str, str], str] = {}
+# of operators with two Triton kernels: why that on tensor cores does not serve, None if it does
+_against: dict[tuple[str, str], str | None] = {}
 
 
 def device_kind(tensor: Any) -> str:
@@ -65,12 +68,40 @@ def provider_table() -> dict[str, dict[str, str]]:
     A package that serves the steps of a model stands in the place of our kernel.
     """
     table: dict[str, dict[str, str]] = {}
-    for (operator, kind), chosen in sorted(_choices.items()):
+    kernels = {key: TRITON if reason else TENSOR_CORE for key, reason in _against.items()}
+    for (operator, kind), chosen in sorted({**_choices, **kernels}.items()):
         table.setdefault(operator, {})[kind] = chosen
     for other in third_party_table():
         if other.serves:
             table.setdefault(other.operator, {})[other.kind] = other.package
     return table
+
+
+def settle_kernel(operator: str, kind: str, reason: str | None) -> None:
+    """Remember which of two Triton kernels serves the steps of a model, and log it once.
+
+    Args:
+        kind: of device, as `device_kind` names it; nothing serves on "cpu".
+        reason: why the one on tensor cores does not; None if it does.
+    """
+    key = operator, kind
+    if kind == "cpu" or _against.get(key, "") == reason:
+        return
+    _against[key] = reason
+    if reason is None:
+        chosen, why = TENSOR_CORE, provider_reason(TENSOR_CORE)
+    else:
+        chosen, why = TRITON, f"not {TENSOR_CORE}: {reason}"
+    logger.info("%s on %s: %s (%s)", operator, kind, chosen, why)
+
+
+def kernel_reasons() -> dict[str, dict[str, str]]:
+    """Operator -> kind of device -> why no kernel on tensor cores serves the steps of a model."""
+    found: dict[str, dict[str, str]] = {}
+    for (operator, kind), reason in sorted(_against.items()):
+        if reason is not None:
+            found.setdefault(operator, {})[kind] = reason
+    return found
 
 
 def provider_reason(provider: str) -> str:
@@ -79,10 +110,11 @@ def provider_reason(provider: str) -> str:
         return "a CPU: NumPy, and products by Paddle"
     if provider == CUSTOM_OP:
         return "a GPU, and agrees with the definition"
-    if provider != TRITON:
+    if provider not in (TRITON, TENSOR_CORE):
         return "installed, and agrees with our kernel"
     # asked here, not at import: a process that stays on the CPU decides nothing about Triton
-    return f"a device, {'an interpreted' if choose_triton_mode() else 'a compiled'} Triton kernel"
+    kernel = f"{'an interpreted' if choose_triton_mode() else 'a compiled'} Triton kernel"
+    return f"a device, {kernel}{' for tensor cores' if provider == TENSOR_CORE else ''}"
 
 
 def _choose(operator: str, kind: str) -> str:

@@ -109,6 +109,8 @@ def test_code_is_made_for_those_that_the_compiler_knows(
     assert list(build_library.known_archs(str(nvcc))) == archs
     flags = setup.gencode(archs)
     assert flags[0] == "-gencode=arch=compute_80,code=sm_80"
+    # Hopper's own instructions
+    assert flags[1] == "-gencode=arch=compute_90a,code=sm_90a"
     # GPUs to come get what their driver can compile
     assert flags[-1] == f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"
 

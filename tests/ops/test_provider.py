@@ -35,6 +35,7 @@ class Place:
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """No choice made before this test."""
     monkeypatch.setattr(_provider, "_choices", {})
+    monkeypatch.setattr(_provider, "_against", {})
 
 
 def on(kind: str) -> Any:

@@ -237,13 +237,13 @@ def test_splits_without_room_are_refused(kernel_memory: KernelMemory, rows: int 
         case.run(kernel_memory, rows or 0, splits=2)
 
 
-@given(st.integers(1, 5000), st.integers(1, 130), st.integers(0, 4096))
+@given(st.integers(1, 5000), st.integers(1, 130), st.integers(0, 4096), st.booleans())
 def test_splits_fit_into_their_memory_and_cover_a_row(
-    num_tokens: int, num_heads: int, topk: int
+    num_tokens: int, num_heads: int, topk: int, fp8: bool
 ) -> None:
     from fd_dsa.ops.sparse_mla.tensor_core import form_for, num_splits, partial_rows
 
-    form, rows = form_for(num_heads), partial_rows(num_heads)
+    form, rows = form_for(num_heads, num_tokens, fp8), partial_rows(num_heads)
     splits = num_splits(num_tokens, num_heads, topk, form, rows)
     assert splits == 1 or num_tokens * num_heads * splits <= rows
     tiles = -(-topk // form.block_n)
@@ -253,13 +253,17 @@ def test_splits_fit_into_their_memory_and_cover_a_row(
     assert num_splits(num_tokens, num_heads, topk, form, 0) == 1
 
 
-@pytest.mark.parametrize("heads", [8, 32, 64, 128])
-def test_few_tokens_fill_the_device(heads: int) -> None:
+@pytest.mark.parametrize("fp8", [True, False])
+@pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
+def test_few_tokens_fill_the_device(heads: int, fp8: bool) -> None:
     from fd_dsa.ops.sparse_mla.tensor_core import form_for, num_splits, partial_rows
 
-    form, rows = form_for(heads), partial_rows(heads)
-    groups = -(-heads // form.block_h)
-    programs = [n * groups * num_splits(n, heads, 2048, form, rows) for n in (8, 16, 64)]
-    assert min(programs) >= 100
-    assert num_splits(1, heads, 2048, form, rows) >= 8
-    assert num_splits(4096, heads, 2048, form, rows) == 1
+    def cut(num_tokens: int) -> tuple[int, int]:
+        """Programs, and splits of a row, of a step of so many tokens."""
+        form = form_for(heads, num_tokens, fp8)
+        splits = num_splits(num_tokens, heads, 2048, form, partial_rows(heads))
+        return num_tokens * -(-heads // form.block_h) * splits, splits
+
+    assert min(cut(n)[0] for n in (8, 16, 64)) >= 100
+    assert cut(1)[1] >= 8
+    assert cut(4096)[1] == 1

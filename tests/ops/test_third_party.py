@@ -27,6 +27,7 @@ def nothing_settled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_third_party, "_settled", {})
     monkeypatch.setattr(_third_party, "_told", set())
     monkeypatch.setattr(_provider, "_choices", {})
+    monkeypatch.setattr(_provider, "_against", {})
 
 
 class NoTorch:

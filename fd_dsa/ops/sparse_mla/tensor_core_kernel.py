@@ -186,9 +186,11 @@ def attend_kernel(
     for start in range(begin, end, BLOCK_N):
         k0, k1 = latents(x0, scales, 0, FP8), latents(x1, scales, 1, FP8)
         k2, k3 = latents(x2, scales, 2, FP8), latents(x3, scales, 3, FP8)
-        k_rope = bfloat16_pairs(x_rope)
         scores = zeros(BLOCK_N, BLOCK_H, SWAPPED)
         for i in range(once):
+            # made here, it is an operand from registers: weights follow it in shared memory, and
+            # ptxas of CUDA 12.8 loses the address of what products read there in two ways
+            k_rope = bfloat16_pairs(x_rope)
             scores += _scores(
                 k0, k1, k2, k3, k_rope, q0, q1, q2, q3, q_rope, latent_factor, scale_log2, SWAPPED
             )
@@ -202,7 +204,6 @@ def attend_kernel(
                 )
                 k0, k1 = tl.zeros_like(k0), tl.zeros_like(k1)
                 k2, k3 = tl.zeros_like(k2), tl.zeros_like(k3)
-                k_rope = tl.zeros_like(k_rope)
         if not SWAPPED:
             here = start + tl.arange(0, BLOCK_N)
             _, live = slots_at(slots_ptr, here, end, num_slots)

@@ -29,6 +29,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct float2 {
+  float x, y;
+};
 struct float4 {
   float x, y, z, w;
 };
@@ -38,11 +41,13 @@ struct uint2 {
 struct uint4 {
   unsigned x, y, z, w;
 };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorNoKernelImageForDevice };
 enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize,
   cudaFuncAttributeNonPortableClusterSizeAllowed
@@ -237,6 +242,13 @@ inline uint32_t __shfl_up_sync(unsigned, uint32_t value, unsigned step) {
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
   return static_cast<uint32_t>(emulated::gather(value)[emulated::lane() ^ mask]);
 }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits = static_cast<uint32_t>(emulated::gather(bits)[emulated::lane() ^ mask]);
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
 template <typename Step>
 uint32_t reduced(uint32_t value, uint32_t start, Step step) {
   const uint64_t* all = emulated::gather(value);
@@ -252,6 +264,15 @@ inline uint32_t __reduce_min_sync(unsigned, uint32_t value) {
 inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
   return reduced(value, 0, [](uint32_t a, uint32_t b) { return std::max(a, b); });
 }
+inline int32_t __reduce_max_sync(unsigned, int32_t value) {
+  const auto larger = [](uint32_t a, uint32_t b) {
+    return static_cast<int32_t>(a) > static_cast<int32_t>(b) ? a : b;
+  };
+  return static_cast<int32_t>(reduced(static_cast<uint32_t>(value), 1u << 31, larger));
+}
+inline bool __all_sync(unsigned, bool vote) {
+  return reduced(vote ? 1 : 0, 1, [](uint32_t a, uint32_t b) { return a & b; }) != 0;
+}
 inline unsigned __ballot_sync(unsigned, bool vote) {
   return reduced(vote ? 1u << emulated::lane() : 0, 0,
                  [](uint32_t a, uint32_t b) { return a | b; });
@@ -266,6 +287,21 @@ template <typename T>
 T __ldg(const T* at) {
   if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) abort();
   return *at;
+}
+template <typename T>
+T __ldcs(const T* at) {
+  return __ldg(at);
+}
+template <typename T>
+void __stcs(T* at, T value) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) abort();
+  *at = value;
+}
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t found = 0;
+  for (int i = 0; i < 4; ++i) found |= (bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return found;
 }
 inline int __clz(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value); }
 inline int __clzll(uint64_t value) { return value == 0 ? 64 : __builtin_clzll(value); }
@@ -283,6 +319,8 @@ inline uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
+inline int32_t __float_as_int(float value) { return static_cast<int32_t>(__float_as_uint(value)); }
+inline float __int_as_float(int32_t bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 using std::max;
 using std::min;
 
@@ -299,6 +337,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = emulated::kSharedBytes;
   return cudaSuccess;
 }
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* found, Kernel, const cudaLaunchConfig_t* config) {
+  *found = 128 / static_cast<int>(config->attrs->val.clusterDim.x);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 template <typename Kernel, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel,

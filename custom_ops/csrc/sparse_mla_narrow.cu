@@ -1,0 +1,10 @@
+// The launcher of sparse MLA for few heads in a unit of its own.
+#include "sparse_mla_narrow.cuh"
+
+extern "C" int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla* job, void* stream) {
+  return fd_dsa::narrow::launch_narrow(*job, stream);
+}
+
+extern "C" int fd_dsa_sparse_mla_narrow_bytes() {
+  return static_cast<int>(sizeof(FdDsaSparseMla));
+}

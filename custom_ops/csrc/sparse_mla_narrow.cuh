@@ -1,0 +1,197 @@
+// Sparse MLA for 1 to 32 heads over FP8 records, on Hopper.
+//
+// Keys are the rows of both products, so that no row is padding: scores^T = K Q^T and
+// out^T = V^T P^T. Records lie in shared memory as they are; e4m3 codes become float16, which holds
+// them exactly, on their way into registers, once as rows and once as columns. Scales never touch
+// latents: they multiply the scores over 128 latents, and the weights of 128 latents.
+//
+// The four warps of a warpgroup have 128 latents of every key each, for both products: what they
+// exchange are parts of scores, and weights. Other warps copy tiles ahead. Blocks that share a
+// token are a cluster; they add up what they have through each other's shared memory, in a fixed
+// order.
+#ifndef FD_DSA_SPARSE_MLA_NARROW_CUH
+#define FD_DSA_SPARSE_MLA_NARROW_CUH
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+
+#include "sparse_mla_narrow_copy.cuh"
+#include "sparse_mla_narrow_results.cuh"
+#include "sparse_mla_narrow_walk.cuh"
+
+namespace fd_dsa::narrow {
+
+#if defined(FD_DSA_HOPPER)
+
+template <int kHeads, Form kForm>
+__device__ __forceinline__ void init_barriers(uint32_t base) {
+  using Shape = Layout<kHeads, kForm>;
+  for (int stage = 0; stage < Shape::kStages; ++stage) {
+    barrier_init(Shape::full(base, stage), kCopyWarps);
+    barrier_init(Shape::empty(base, stage), kForm == Form::kShareTiles ? 8 : 4);
+  }
+  barriers_ready();
+}
+
+#endif  // FD_DSA_HOPPER
+
+// A cluster of blocks for each token.
+template <int kHeads, Form kForm>
+__global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
+                                  Layout<kHeads, kForm>::kBlocksPerSm)
+    narrow_kernel(const __grid_constant__ FdDsaSparseMla job) {
+#if defined(FD_DSA_HOPPER)
+  using Shape = Layout<kHeads, kForm>;
+  const uint32_t base = shared_address(shared_memory());
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const uint32_t blocks = job.splits, rank = blockIdx.x % blocks;
+  const int64_t token = blockIdx.x / blocks;
+  const Tiles tiles = {static_cast<int32_t>(rank), static_cast<int32_t>(blocks),
+                       (job.topk + kTile - 1) / kTile};
+  const bool is_alone = Shape::kParts == 1 && blocks == 1;
+  if (threadIdx.x == 0) init_barriers<kHeads, kForm>(base);
+  __syncthreads();
+  if (warp >= 4 * Shape::kGroups) {
+    fewer_registers<Shape::kFew>();
+    copy_tiles<kHeads, kForm>(job, token, base, tiles, warp - 4 * Shape::kGroups, lane);
+    if (!is_alone) {
+      __syncwarp();
+      cluster_sync();
+      cluster_sync();
+    }
+  } else {
+    more_registers<Shape::kMany>();
+    const int group = warp / 4, member = warp % 4;
+    Queries<kHeads> queries;
+    State<kHeads> state;
+    load_queries<kHeads, kForm>(job, token, queries, state, base, group, member, lane);
+    attend_tiles<kHeads, kForm>(state, queries, base, tiles, group, member, lane);
+    put_stats<kHeads, kForm>(state, base, group, member, lane);
+    if (is_alone) {
+      store_results<kHeads, kForm>(job, token, state, base, group, member, lane);
+    } else {
+      // the ring is read to its end by all who write there
+      if (Shape::kGroups > 1) named_barrier(8, Shape::kGroups * 128);
+      const uint32_t part = base + Shape::kRing + group * Shape::kPartBytes;
+      for_each_sum<kHeads>(state, member, lane, [&](int head, int latent, float4 x) {
+        store_shared(part + (head * kPartStride + latent) * 4, x);
+      });
+      __syncwarp();
+      cluster_sync();
+      combine<kHeads, kForm>(job, token, base, rank, blocks);
+      __syncwarp();
+      cluster_sync();
+    }
+  }
+#endif
+}
+
+// ---- launches
+
+// Lets a kernel have the shared memory and the clusters that it needs; asked once for each kernel
+// and device, `done` has a bit for each device.
+template <typename Kernel>
+cudaError_t prepare(Kernel* kernel, int32_t bytes, std::atomic<uint64_t>& done) {
+  int device = 0, major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = uint64_t{1} << device % 64;
+  if (error != cudaSuccess || (done.load(std::memory_order_relaxed) & bit) != 0) return error;
+  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  // elsewhere the kernel has no body
+  if (error == cudaSuccess && major != 9) error = cudaErrorNoKernelImageForDevice;
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  }
+  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+// clusters of more than 8 blocks are slow to start unless there are few
+constexpr int kMostSplits = 16, kMostOfMany = 8, kFewTokens = 4;
+
+// [n]: clusters of n blocks that a device holds at once.
+using Room = std::array<int, kMostSplits + 1>;
+
+// Among how many blocks a token is split: the least estimate, in tiles, of rounds of clusters times
+// the tiles of a block and what it costs beside them; and of putting results together.
+inline int32_t splits_for(int32_t num_tokens, int32_t topk, const Room& room) {
+  // in tiles, as measured on an H200
+  constexpr double kStart = 3.0, kCombine = 1.0, kEach = 0.1;
+  const int32_t tiles = (topk + kTile - 1) / kTile;
+  const int32_t most = std::min(num_tokens > kFewTokens ? kMostOfMany : kMostSplits, tiles);
+  int32_t best = 1;
+  double least = 0.0;
+  for (int32_t splits = 1; splits <= most; ++splits) {
+    if (room[splits] <= 0) continue;
+    const int32_t rounds = (num_tokens - 1) / room[splits] + 1;
+    const double combine = splits > 1 ? kCombine + kEach * splits : 0.0;
+    const double cost = rounds * ((tiles - 1) / splits + 1 + kStart) + combine;
+    if (splits == 1 || cost < least) {
+      best = splits;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+// Static, so that two libraries in one process have flags of their own.
+template <int kHeads, Form kForm>
+static int launch_form(FdDsaSparseMla job, void* stream) {
+  using Shape = Layout<kHeads, kForm>;
+  static std::atomic<uint64_t> prepared{0};
+  auto* kernel = narrow_kernel<kHeads, kForm>;
+  const cudaError_t error = prepare(kernel, Shape::kBytes, prepared);
+  if (error != cudaSuccess) return static_cast<int>(error);
+  cudaLaunchConfig_t config = launch_config(1, Shape::kThreads, stream, Shape::kBytes);
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  auto set_splits = [&](unsigned splits) {
+    config.gridDim = dim3(static_cast<unsigned>(job.num_tokens) * splits);
+    attribute.val.clusterDim = {splits, 1, 1};
+  };
+  if (job.splits == 0) {
+    // of the first device: those of a machine are alike
+    static const Room room = [&] {
+      Room found = {};
+      for (unsigned splits = 1; splits <= kMostSplits; ++splits) {
+        set_splits(splits);
+        config.gridDim = dim3(splits);
+        if (cudaOccupancyMaxActiveClusters(&found[splits], kernel, &config) != cudaSuccess) {
+          found[splits] = 0;
+          cudaGetLastError();
+        }
+      }
+      return found;
+    }();
+    job.splits = splits_for(job.num_tokens, job.topk, room);
+  }
+  set_splits(static_cast<unsigned>(job.splits));
+  return launch(config, kernel, job);
+}
+
+inline int launch_narrow(const FdDsaSparseMla& job, void* stream) {
+  if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
+  if (job.num_heads > 32 || job.splits < 0 || job.splits > kMostSplits) {
+    return static_cast<int>(cudaErrorInvalidValue);
+  }
+  if (job.num_heads > 16) return launch_form<16, Form::kShareTiles>(job, stream);
+  // two blocks on a multiprocessor: where there are tokens for them, and where a block has next to
+  // nothing to do
+  constexpr int32_t kMany = 132;
+  if (job.num_tokens > kMany || job.num_tokens <= kFewTokens) {
+    return job.num_heads > 8 ? launch_form<16, Form::kOne>(job, stream)
+                             : launch_form<8, Form::kOne>(job, stream);
+  }
+  return job.num_heads > 8 ? launch_form<16, Form::kTakeTurns>(job, stream)
+                           : launch_form<8, Form::kTakeTurns>(job, stream);
+}
+
+}  // namespace fd_dsa::narrow
+
+#endif  // FD_DSA_SPARSE_MLA_NARROW_CUH

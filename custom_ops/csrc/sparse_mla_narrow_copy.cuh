@@ -1,0 +1,76 @@
+// Sparse MLA for few heads: the warps that copy records to shared memory, ahead of the others.
+#ifndef FD_DSA_SPARSE_MLA_NARROW_COPY_CUH
+#define FD_DSA_SPARSE_MLA_NARROW_COPY_CUH
+
+#include "sparse_mla_narrow_values.cuh"
+
+namespace fd_dsa::narrow {
+
+// What is copied in the place of a slot that is none.
+__device__ const uint4 kNothing[kRecord / 16] = {};
+
+#if defined(FD_DSA_HOPPER)
+
+// The tiles of a token that a block has: every `step`th from `first` on.
+struct Tiles {
+  int32_t first, step, end;
+};
+
+// Copies a quarter of each tile, as soon as there is room.
+template <int kHeads, Form kForm>
+__device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t token, uint32_t base,
+                                           const Tiles tiles, int warp, int lane) {
+  using Shape = Layout<kHeads, kForm>;
+  constexpr int kMine = kTile / kCopyWarps;
+  const int32_t* slots = job.slots + token * job.topk;
+  const unsigned char* cache = static_cast<const unsigned char*>(job.cache);
+  const uint32_t num_slots = static_cast<uint32_t>(job.num_slots);
+  auto slot_at = [&](int32_t tile, int32_t i) {
+    const int32_t entry = tile * kTile + i;
+    return tile < tiles.end && entry < job.topk ? __ldcs(slots + entry) : -1;
+  };
+  // all lanes look at the tile's slots, the first 16 copy
+  int32_t low = slot_at(tiles.first, lane), high = slot_at(tiles.first, lane + 32);
+  uint32_t stage = 0, parity = 1;
+  for (int32_t tile = tiles.first; tile < tiles.end; tile += tiles.step) {
+    const int32_t next_low = slot_at(tile + tiles.step, lane);
+    const int32_t next_high = slot_at(tile + tiles.step, lane + 32);
+    const uint32_t low_mask = __ballot_sync(~0u, static_cast<uint32_t>(low) < num_slots);
+    const uint32_t high_mask = __ballot_sync(~0u, static_cast<uint32_t>(high) < num_slots);
+    const bool any = (low_mask | high_mask) != 0;
+    const int32_t slot =
+        __shfl_sync(~0u, warp < 2 ? low : high, (warp * kMine + lane % kMine) % 32);
+    const bool is_slot = static_cast<uint32_t>(slot) < num_slots;
+    const uint32_t full = Shape::full(base, stage);
+    const uint32_t to = base + Shape::kRing + stage * kTileBytes + warp * (kMine * kRecord);
+    barrier_wait(Shape::empty(base, stage), parity);
+    // an empty tile may be passed on, and the barrier with it, as soon as lane 0 has arrived
+    __syncwarp();
+    if (lane == 0) {
+      if (warp == 0) {
+        store_shared(base + Shape::kMasks + stage * 8, low_mask);
+        store_shared(base + Shape::kMasks + stage * 8 + 4, high_mask);
+      }
+      if (any) barrier_arrive_expecting(full, kMine * kRecord);
+      else barrier_arrive(full);
+    }
+    __syncwarp();
+    if (any && lane < kMine) {
+      const void* nothing = kNothing;
+      copy_bulk(to + lane * kRecord, is_slot ? cache + slot * int64_t{kRecord} : nothing, kRecord,
+                full);
+    }
+    low = next_low;
+    high = next_high;
+    if (++stage == Shape::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+}
+
+#endif  // FD_DSA_HOPPER
+
+}  // namespace fd_dsa::narrow
+
+#endif  // FD_DSA_SPARSE_MLA_NARROW_COPY_CUH

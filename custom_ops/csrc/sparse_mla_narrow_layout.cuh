@@ -1,0 +1,62 @@
+// Sparse MLA for few heads: records, tiles, and where things lie in shared memory.
+#ifndef FD_DSA_SPARSE_MLA_NARROW_LAYOUT_CUH
+#define FD_DSA_SPARSE_MLA_NARROW_LAYOUT_CUH
+
+#include "hopper.cuh"
+#include "sparse_mla_narrow.h"
+
+namespace fd_dsa::narrow {
+
+using namespace hopper;
+
+constexpr int kRank = 512, kWidth = 576, kRecord = 656;
+constexpr int kScalesAt = 512, kRopeAt = 528;
+constexpr int kTile = 64;  // keys
+constexpr int kSixteens = kTile / 16;
+constexpr int kTileBytes = kTile * kRecord;
+constexpr int kCopyWarps = 4;
+// Strides in floats, such that threads of a warp are in different banks.
+constexpr int kSumStride = kTile + 4, kWeightStride = kTile + 16, kPartStride = kRank + 4;
+
+// How a block is made of warpgroups that compute.
+enum class Form {
+  kOne,        // one; two blocks on a multiprocessor
+  kTakeTurns,  // two, each with every other tile
+  kShareTiles  // two, each with half the heads
+};
+
+// Where things lie in shared memory, in bytes; kHeads (8 or 16) are those of a warpgroup.
+template <int kHeads, Form kForm>
+struct Layout {
+  static constexpr int kGroups = kForm == Form::kOne ? 1 : 2;
+  static constexpr int kStages = 2 * kGroups;
+  // warpgroups whose results add up
+  static constexpr int kParts = kForm == Form::kTakeTurns ? 2 : 1;
+  static constexpr int kRing = 0;
+  static constexpr int kSums = kRing + kStages * kTileBytes;
+  static constexpr int kSumBytes = 4 * kHeads * kSumStride * 4;
+  static constexpr int kWeights = kSums + kGroups * kSumBytes;
+  static constexpr int kWeightBytes = kHeads * kWeightStride * 4;
+  static constexpr int kShrinks = kWeights + kGroups * kWeightBytes;
+  static constexpr int kStats = kShrinks + kGroups * kHeads * 4;
+  static constexpr int kMasks = kStats + kGroups * kHeads * 8;
+  static constexpr int kBarriers = kMasks + kStages * 8;
+  static constexpr int kBytes = kBarriers + kStages * 16;
+  static constexpr int kThreads = (kGroups * 4 + kCopyWarps) * 32;
+  static constexpr int kBlocksPerSm = kGroups == 1 ? 2 : 1;
+  // registers of a thread that computes, and of one that copies
+  static constexpr int kMany = kGroups == 1 ? 216 : 232, kFew = 40;
+  static constexpr int kPartBytes = kStages / kGroups * kTileBytes;
+  static_assert(kHeads * kPartStride * 4 <= kPartBytes);
+
+  static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage) {
+    return base + kBarriers + stage * 16;
+  }
+  static __device__ __forceinline__ uint32_t empty(uint32_t base, uint32_t stage) {
+    return full(base, stage) + 8;
+  }
+};
+
+}  // namespace fd_dsa::narrow
+
+#endif  // FD_DSA_SPARSE_MLA_NARROW_LAYOUT_CUH

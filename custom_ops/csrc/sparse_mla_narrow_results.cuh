@@ -1,0 +1,155 @@
+// Sparse MLA for few heads: what warpgroups and blocks have of a token, put together and written.
+#ifndef FD_DSA_SPARSE_MLA_NARROW_RESULTS_CUH
+#define FD_DSA_SPARSE_MLA_NARROW_RESULTS_CUH
+
+#include "sparse_mla_narrow_tile.cuh"
+
+namespace fd_dsa::narrow {
+
+#if defined(FD_DSA_HOPPER)
+
+__device__ __forceinline__ void store_out(const FdDsaSparseMla& job, int64_t at, float4 x) {
+  if (job.out_is_bfloat16 != 0) {
+    __stcs(reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(job.out) + at),
+           make_uint2(pack_bfloat16(x.x, x.y), pack_bfloat16(x.z, x.w)));
+  } else {
+    __stcs(reinterpret_cast<float4*>(static_cast<float*>(job.out) + at), x);
+  }
+}
+
+__device__ __forceinline__ float lse_of(float top, float total) {
+  return total == 0.0f ? -INFINITY : (top + log2f(total)) * 0.6931471805599453f;
+}
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+// Puts top and sum of each head where all warps of the group, and of the cluster, find them.
+template <int kHeads, Form kForm>
+__device__ __forceinline__ void put_stats(const State<kHeads>& state, uint32_t base, int group,
+                                          int warp, int lane) {
+  using Shape = Layout<kHeads, kForm>;
+  constexpr int kMine = kHeads / 4;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const float total = sum_of_warp(state.total[i]);
+    if (lane == 0) {
+      store_shared(base + Shape::kStats + (group * kHeads + warp * kMine + i) * 8,
+                   make_float2(state.top[i], total));
+    }
+  }
+  named_barrier(1 + group, 128);
+}
+
+// Calls `put(head of the group, latent, 4 sums)` for all that a thread has.
+template <int kHeads, typename Put>
+__device__ __forceinline__ void for_each_sum(const State<kHeads>& state, int warp, int lane,
+                                             Put put) {
+  const float unit = __uint_as_float(min(state.exponent, 253u) << 23);
+#pragma unroll
+  for (int j = 0; j < kHeads / 8; ++j) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float(&x)[4] = state.out[2 * i][j];
+        const float(&y)[4] = state.out[2 * i + 1][j];
+        put(8 * j + 2 * (lane & 3) + k, warp * 128 + lane / 4 * 16 + i * 4,
+            make_float4(x[k] * unit, x[k + 2] * unit, y[k] * unit, y[k + 2] * unit));
+      }
+    }
+  }
+}
+
+// Writes the result of a warpgroup that has all keys of its heads.
+template <int kHeads, Form kForm>
+__device__ __forceinline__ void store_results(const FdDsaSparseMla& job, int64_t token,
+                                              const State<kHeads>& state, uint32_t base, int group,
+                                              int warp, int lane) {
+  using Shape = Layout<kHeads, kForm>;
+  const int first = kForm == Form::kShareTiles ? group * kHeads : 0;
+  const uint32_t stats = base + Shape::kStats + group * (kHeads * 8);
+  for_each_sum<kHeads>(state, warp, lane, [&](int head, int latent, float4 x) {
+    const int64_t row = token * job.num_heads + first + head;
+    if (first + head >= job.num_heads) return;
+    const float total = load_shared_float2(stats + head * 8).y;
+    const float factor = 1.0f / (total == 0.0f ? 1.0f : total);
+    store_out(job, row * kRank + latent,
+              make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor));
+  });
+  const int head = warp * 32 + lane;
+  if (head < kHeads && first + head < job.num_heads && job.lse != nullptr) {
+    const float2 x = load_shared_float2(stats + head * 8);
+    job.lse[token * job.num_heads + first + head] = lse_of(x.x, x.y);
+  }
+}
+
+// Adds up what warpgroups of all blocks of a token have: a block does some of the numbers.
+template <int kHeads, Form kForm>
+__device__ __forceinline__ void combine(const FdDsaSparseMla& job, int64_t token, uint32_t base,
+                                        uint32_t rank, uint32_t blocks) {
+  using Shape = Layout<kHeads, kForm>;
+  constexpr uint32_t kThreads = Shape::kGroups * 128;
+  constexpr int kParts = Shape::kParts, kAtOnce = 4 / kParts;
+  const uint32_t work = static_cast<uint32_t>(job.num_heads) * (kRank / 4);
+  for (uint32_t i = rank * kThreads + threadIdx.x; i < work; i += blocks * kThreads) {
+    const uint32_t head = i / (kRank / 4), column = i % (kRank / 4) * 4;
+    // where the heads are shared, the second half lies where the second part does else
+    const uint32_t of_group = kForm == Form::kShareTiles ? head / kHeads : 0, own = head % kHeads;
+    float top = -INFINITY, total = 0.0f;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (uint32_t first = 0; first < blocks; first += kAtOnce) {
+      float2 stats[kAtOnce][kParts];
+      float4 x[kAtOnce][kParts];
+      float now = top;
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+        // past the last block: the first one again, which then counts nothing
+        const uint32_t there = address_at_rank(base, first + r < blocks ? first + r : 0);
+#pragma unroll
+        for (int w = 0; w < kParts; ++w) {
+          stats[r][w] = load_cluster_float2(there + Shape::kStats +
+                                            ((of_group + w) * kHeads + own) * 8);
+          x[r][w] = load_cluster_float4(there + Shape::kRing + (of_group + w) * Shape::kPartBytes +
+                                        (own * kPartStride + column) * 4);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+#pragma unroll
+        for (int w = 0; w < kParts; ++w) {
+          if (first + r >= blocks) stats[r][w].x = -INFINITY;
+          now = fmaxf(now, stats[r][w].x);
+        }
+      }
+      const float from = now == -INFINITY ? 0.0f : now, less = exp2_of(top - from);
+      total *= less;
+      sum = make_float4(sum.x * less, sum.y * less, sum.z * less, sum.w * less);
+      top = now;
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+#pragma unroll
+        for (int w = 0; w < kParts; ++w) {
+          const float share = exp2_of(stats[r][w].x - from);
+          total = fmaf(stats[r][w].y, share, total);
+          sum = make_float4(fmaf(x[r][w].x, share, sum.x), fmaf(x[r][w].y, share, sum.y),
+                            fmaf(x[r][w].z, share, sum.z), fmaf(x[r][w].w, share, sum.w));
+        }
+      }
+    }
+    const float factor = 1.0f / (total == 0.0f ? 1.0f : total);
+    const int64_t row = token * job.num_heads + head;
+    store_out(job, row * kRank + column,
+              make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor));
+    if (column == 0 && job.lse != nullptr) job.lse[row] = lse_of(top, total);
+  }
+}
+
+#endif  // FD_DSA_HOPPER
+
+}  // namespace fd_dsa::narrow
+
+#endif  // FD_DSA_SPARSE_MLA_NARROW_RESULTS_CUH

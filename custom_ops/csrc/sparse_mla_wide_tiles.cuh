@@ -1,0 +1,240 @@
+// Sparse MLA for many heads: the warpgroup that brings tiles of keys to shared memory.
+#ifndef FD_DSA_SPARSE_MLA_WIDE_TILES_CUH
+#define FD_DSA_SPARSE_MLA_WIDE_TILES_CUH
+
+#include "sparse_mla_wide_shared.cuh"
+
+#if defined(FD_DSA_HOPPER)
+namespace fd_dsa::wide {
+
+// Arrivals that a half of a tile is there after: one a warp for what is stored, and one a thread
+// for what is copied.
+template <bool kFp8>
+__device__ __forceinline__ constexpr int arrivals(int half) {
+  return (kFp8 || half == 1 ? 4 : 0) + (!kFp8 || half == 1 ? 128 : 0);
+}
+
+// A thread of the warpgroup. Warp w has rows 16w to 16w + 15 of each tile: lanes 0 to 7 know the
+// slots of the first eight, lanes 16 to 23 those of the others.
+struct Copier {
+  const FdDsaSparseMlaWide& job;
+  Entries entries;
+  uint32_t base;
+  int warp, lane;
+
+  // Slot of this lane's row of a tile, -1 where there is none.
+  __device__ __forceinline__ int slot(int tile) const {
+    const int mine = unknown(lane), entry = tile * kKeys + warp * 16 + mine / 16 * 8 + mine % 16;
+    const bool is_entry = mine % 16 < 8 && entry < entries.count;
+    const int at = is_entry ? __ldg(entries.slots + entry) : -1;
+    return static_cast<uint32_t>(at) < static_cast<uint32_t>(job.num_slots) ? at : -1;
+  }
+
+  // The end of this thread's share of the entries without those behind the last slot.
+  __device__ __forceinline__ int last_entry() const {
+    int last = 0;
+#pragma unroll 4
+    for (int entry = warp * 32 + lane; entry < entries.count; entry += 128) {
+      const uint32_t at = __ldg(entries.slots + entry);
+      if (at < static_cast<uint32_t>(job.num_slots)) last = entry + 1;
+    }
+    return last;
+  }
+
+  // Tiles up to the last slot; tells the warpgroups that compute.
+  __device__ __forceinline__ int count_tiles(int last) const {
+    last = __reduce_max_sync(~0u, last);
+    if (lane == 0) store_shared(base + kLast + warp * 4, last);
+    named_barrier(kOfCopiers, 128);
+    named_barrier_arrive(kStart, kThreads);
+    return tiles_up_to_last(base);
+  }
+
+  static __device__ __forceinline__ int tiles_up_to_last(uint32_t base) {
+    uint32_t last = 0;
+    for (int i = 0; i < 4; ++i) last = max(last, load_shared_bits(base + kLast + i * 4));
+    return (last + kKeys - 1) / kKeys;
+  }
+
+  // Waits until a half of a tile's buffer is free.
+  __device__ __forceinline__ void wait(int tile, int half) const {
+    barrier_wait(is_free(base, tile & 1, half), (tile >> 1 & 1) ^ 1);
+  }
+
+  // Copies the roped values of this warp's rows.
+  __device__ __forceinline__ void copy_rope(int slot, uint32_t tile, int bytes, int first) const {
+    const int part = unknown(lane) / 8, chunk = unknown(lane) % 8;
+    const uint32_t to = tile + kRopeBlock + swizzled(warp * 16 + part, chunk);
+    const char* const cache = static_cast<const char*>(job.cache) + first + chunk * 16;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = __shfl_sync(~0u, slot, i / 2 * 16 + i % 2 * 4 + part);
+      copy_16((to ^ i % 2 << 6) + i * 512, cache + static_cast<int64_t>(max(at, 0)) * bytes,
+              at >= 0);
+    }
+  }
+
+  // Tells which rows of the tile are keys.
+  __device__ __forceinline__ void store_seen(int slot, int buffer) const {
+    const uint32_t seen = __ballot_sync(~0u, slot >= 0);
+    const uint16_t rows = seen | seen >> 8;
+    if (lane == 0) store_shared(base + kSeen + buffer * 8 + warp * 2, rows);
+  }
+};
+
+// Tiles of bfloat16 latents, copied as they are.
+__device__ __forceinline__ void bring_bfloat16(const Copier& copier) {
+  const int lane = copier.lane;
+  const char* const cache = static_cast<const char*>(copier.job.cache) + lane * 16;
+  const uint32_t first = tile_at(copier.base, 0) + lane / 8 * kBlock + copier.warp * (16 * 128) +
+                         lane % 8 * 16;
+  int next = copier.slot(0);
+  const int tiles = copier.count_tiles(copier.last_entry());
+  for (int t = 0; t < tiles; ++t) {
+    const int slot = next, buffer = t & 1;
+    next = copier.slot(t + 1);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = first + buffer * kOperand + half * 4 * kBlock;
+      copier.wait(t, half);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const int at = __shfl_sync(~0u, slot, i / 8 * 16 + i % 8);
+        const char* from = cache + static_cast<int64_t>(max(at, 0)) * (2 * kWidth) + half * 512;
+        copy_16((row ^ (i & 7) << 4) + i * 128, from, at >= 0);
+      }
+      if (half == 1) {
+        copier.copy_rope(slot, tile_at(copier.base, buffer), 2 * kWidth, 2 * kRank);
+        copier.store_seen(slot, buffer);
+        if (lane == 0) barrier_arrive(there(copier.base, buffer, half));
+      }
+      barrier_arrive_after_copies(there(copier.base, buffer, half));
+    }
+  }
+  wait_for_copies();
+}
+
+// 16 bytes that are read once by this block, zeros instead where `read` is false.
+__device__ __forceinline__ uint4 load_16(const char* from, bool read) {
+  uint4 x;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "l"(from), "r"(static_cast<int>(read)));
+  return x;
+}
+
+// float16 values of two codes in half a word, times `scale` / 256; NaN stays NaN.
+template <bool kUpper>
+__device__ __forceinline__ uint32_t scaled(uint32_t word, uint32_t scale) {
+  uint32_t x;
+  if constexpr (kUpper) {
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high;}"
+        : "=r"(x)
+        : "r"(word));
+  } else {
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low;}"
+        : "=r"(x)
+        : "r"(word));
+  }
+  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0x1c001c00u));
+  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(x) : "r"(scale));
+  return x;
+}
+
+__device__ __forceinline__ uint4 scaled(uint32_t first, uint32_t second, uint32_t scale) {
+  return {scaled<false>(first, scale), scaled<true>(first, scale), scaled<false>(second, scale),
+          scaled<true>(second, scale)};
+}
+
+// Tiles of FP8 records, in float16. A lane takes 16 codes of each of eight rows: they are loaded a
+// tile ahead, into the registers of those that were just stored.
+struct Records {
+  const Copier& copier;
+  uint4 codes[2][8];   // of each half
+  uint2 scales[2];     // of this lane's row of the next tile
+  uint32_t of_scales;  // bytes of the scale among two in float16
+  uint32_t row;        // where this lane's codes go in the first of its rows of the first tile
+  bool swapped;
+
+  __device__ __forceinline__ Records(const Copier& copier) : copier(copier) {
+    const int lane = copier.lane, column = lane % 16;
+    of_scales = column >= 8 ? 0x3232 : 0x1010;
+    // lanes of two blocks meet in the same banks, unless one begins with the second 8 values
+    swapped = column / 4 & 1;
+    row = tile_at(copier.base, 0) + column / 4 * kBlock + (copier.warp * 2 + lane / 16) * 1024 +
+          (column % 4 * 2 + swapped) * 16;
+  }
+
+  template <int kHalf>
+  __device__ __forceinline__ void load(int slot) {
+    const char* const cache =
+        static_cast<const char*>(copier.job.cache) + unknown(copier.lane) % 16 * 16 + kHalf * 256;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int at = __shfl_sync(~0u, slot, i, 16);
+      codes[kHalf][i] = load_16(cache + static_cast<int64_t>(max(at, 0)) * kRecord, at >= 0);
+    }
+    scales[kHalf] = {0, 0};
+    if (slot >= 0) {
+      scales[kHalf] = __ldg(reinterpret_cast<const uint2*>(
+          static_cast<const char*>(copier.job.cache) + static_cast<int64_t>(slot) * kRecord +
+          kScalesAt + kHalf * 8));
+    }
+  }
+
+  // Stores what was loaded.
+  template <int kHalf>
+  __device__ __forceinline__ void store(int buffer) const {
+    const uint32_t to = unknown(row) + buffer * kOperand + kHalf * 4 * kBlock;
+    const uint32_t pair = pack_half(__uint_as_float(scales[kHalf].x) * 256.0f,
+                                    __uint_as_float(scales[kHalf].y) * 256.0f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t scale = __byte_perm(__shfl_sync(~0u, pair, i, 16), 0, of_scales);
+      const uint4 x = codes[kHalf][i];
+      const uint32_t at = (to ^ i << 4) + i * 128;
+      store_shared(at, scaled(swapped ? x.z : x.x, swapped ? x.w : x.y, scale));
+      store_shared(at ^ 16, scaled(swapped ? x.x : x.z, swapped ? x.y : x.w, scale));
+    }
+  }
+
+  // Brings half a tile, and loads the same half of the next one.
+  template <int kHalf>
+  __device__ __forceinline__ void bring(int tile, int slot, int next) {
+    const int buffer = tile & 1;
+    copier.wait(tile, kHalf);
+    if constexpr (kHalf == 1) {
+      copier.copy_rope(slot, tile_at(copier.base, buffer), kRecord, kRopeAt);
+      copier.store_seen(slot, buffer);
+    }
+    store<kHalf>(buffer);
+    __syncwarp();
+    if (copier.lane == 0) barrier_arrive(there(copier.base, buffer, kHalf));
+    if constexpr (kHalf == 1) barrier_arrive_after_copies(there(copier.base, buffer, kHalf));
+    load<kHalf>(next);
+  }
+};
+
+__device__ __forceinline__ void bring_records(const Copier& copier) {
+  Records records(copier);
+  int slot = copier.slot(0), next = copier.slot(1);
+  const int last = copier.last_entry();
+  records.load<0>(slot);
+  records.load<1>(slot);
+  const int tiles = copier.count_tiles(last);
+  for (int t = 0; t < tiles; ++t) {
+    const int third = copier.slot(t + 2);
+    records.bring<0>(t, slot, next);
+    records.bring<1>(t, slot, next);
+    slot = next, next = third;
+  }
+  wait_for_copies();
+}
+
+}  // namespace fd_dsa::wide
+#endif
+
+#endif  // FD_DSA_SPARSE_MLA_WIDE_TILES_CUH

@@ -1,0 +1,27 @@
+// The kernel of sparse MLA for few heads on the emulated GPU, in a form of the caller's choice.
+#include "hopper.cuh"
+// the others come first, so that their guards keep the hardware's own out
+#include "sparse_mla_narrow_values.cuh"
+
+#include "sparse_mla_narrow.cuh"
+
+using fd_dsa::narrow::Form;
+
+// `form` 0 to 2: as the launcher has them; -1: its choice.
+extern "C" int sparse_mla_emulated(const FdDsaSparseMla* job, int form) {
+  using namespace fd_dsa::narrow;
+  if (form < 0) return launch_narrow(*job, nullptr);
+  const bool few = job->num_heads <= 8;
+  if (form == 0 && few) return launch_form<8, Form::kOne>(*job, nullptr);
+  if (form == 0) return launch_form<16, Form::kOne>(*job, nullptr);
+  if (form == 1 && few) return launch_form<8, Form::kTakeTurns>(*job, nullptr);
+  if (form == 1) return launch_form<16, Form::kTakeTurns>(*job, nullptr);
+  return launch_form<16, Form::kShareTiles>(*job, nullptr);
+}
+
+// Among how many blocks the launcher splits a token, with room for `clusters` / n clusters of n.
+extern "C" int sparse_mla_splits(int num_tokens, int topk, int clusters) {
+  fd_dsa::narrow::Room room = {};
+  for (int n = 1; n <= fd_dsa::narrow::kMostSplits; ++n) room[n] = clusters / n;
+  return fd_dsa::narrow::splits_for(num_tokens, topk, room);
+}

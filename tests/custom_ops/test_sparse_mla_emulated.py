@@ -1,0 +1,108 @@
+"""The CUDA source of sparse MLA for few heads, its threads emulated on the CPU, against doubles."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.ops.sparse_mla.custom_op import SparseMla
+from tests.custom_ops.building import EMULATED, SOURCES, compile_library
+from tests.ops.tensor_core_case import RANK, Case, make
+
+ONE, TAKE_TURNS, SHARE_TILES, CHOSEN = 0, 1, 2, -1
+
+
+@cache
+def library() -> Any:
+    """The kernel in all its forms."""
+    source = EMULATED / "sparse_mla_emulated.cc"
+    return ctypes.CDLL(str(compile_library(source, EMULATED, SOURCES / "csrc")))
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy that begins at a multiple of 16 bytes, as memory of a GPU does."""
+    memory = np.empty(array.nbytes + 16, np.uint8)
+    start = -memory.ctypes.data % 16
+    found = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    found[...] = array
+    return found
+
+
+def run(case: Case, form: int, splits: int) -> tuple[np.ndarray, np.ndarray]:
+    """float32 result and logarithms in memory that held NaN."""
+    num_tokens, num_heads, _ = case.q.shape
+    q, cache_, slots = aligned(case.q_bits), aligned(case.cache), aligned(case.slots)
+    out = aligned(np.full((num_tokens, num_heads, RANK), np.nan, np.float32))
+    lse = np.full((num_tokens, num_heads), np.nan, np.float32)
+    job = SparseMla(
+        *(x.ctypes.data for x in (q, cache_, slots, out, lse)),
+        case.scale,
+        num_tokens,
+        num_heads,
+        case.slots.shape[1],
+        len(case.latents),
+        0,
+        splits,
+    )
+    assert library().sparse_mla_emulated(ctypes.byref(job), form) == 0
+    return out, lse
+
+
+@pytest.mark.parametrize(
+    ("heads", "form", "splits", "counts"),
+    [
+        (1, ONE, 1, [65, 0]),
+        (8, ONE, 2, [300]),
+        (8, TAKE_TURNS, 1, [200]),
+        (11, ONE, 1, [63, 130, 1]),
+        (16, TAKE_TURNS, 3, [700]),
+        (16, TAKE_TURNS, 16, [1, 0, 128]),
+        (17, SHARE_TILES, 1, [129]),
+        (32, SHARE_TILES, 5, [400]),
+        (5, CHOSEN, 0, [200]),
+        (20, CHOSEN, 0, [200]),
+    ],
+)
+def test_forms(heads: int, form: int, splits: int, counts: list[int]) -> None:
+    case = make("fp8_ds_mla", counts, max(counts) + 3, heads=heads)
+    case.check(*run(case, form, splits))
+
+
+@pytest.mark.parametrize(
+    ("heads", "form", "splits"), [(3, ONE, 1), (9, TAKE_TURNS, 1), (20, SHARE_TILES, 2)]
+)
+def test_slots_without_a_place_are_skipped_anywhere(heads: int, form: int, splits: int) -> None:
+    case = make("fp8_ds_mla", [640, 640], 640, heads=heads)
+    # whole tiles of none, more than are copied ahead: behind, between and before keys
+    case.slots[0, 20:630] = -1
+    case.slots[1, :600] = [-1, -(2**31), 2**31 - 1, len(case.latents), -5] * 120
+    case.slots[1, [610, 639]] = -1
+    case.check(*run(case, form, splits))
+
+
+def test_the_same_bits_in_any_order_of_threads() -> None:
+    case = make("fp8_ds_mla", [300], 300, heads=9)
+    first, again = run(case, TAKE_TURNS, 2), run(case, TAKE_TURNS, 2)
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "topk", "splits"),
+    [
+        (1, 64, 1),
+        (1, 2048, 16),
+        (8, 2048, 8),
+        (32, 2048, 4),
+        (64, 2048, 2),
+        (128, 2048, 1),
+        (5000, 2048, 1),
+    ],
+)
+def test_few_tokens_are_split(tokens: int, topk: int, splits: int) -> None:
+    assert library().sparse_mla_splits(tokens, topk, 132) == splits
+    assert library().sparse_mla_splits(tokens, 0, 132) == 1
