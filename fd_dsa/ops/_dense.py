@@ -1,7 +1,8 @@
-"""Dense layers on tensors in device memory: plain Paddle operators, no wait, nothing in place.
+"""Dense layers on tensors in device memory: Paddle's products, and launches of our own.
 
-The host forms of the same functions lie beside their dispatch in `_linear.py` and `_norm.py`. All
-of them are float32.
+Nothing waits for the device and nothing is read back, so a step of them can be captured. The host
+forms of the same functions lie beside their dispatch in `_linear.py` and `_norm.py`. All of them
+are float32.
 """
 
 from __future__ import annotations
@@ -9,7 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import paddle
-from paddle.nn import functional
+
+from fd_dsa.ops._dense_kernels import rms_norm, rows_at, silu_and_mul
+
+__all__ = ["embedding", "head_linear", "joined", "linear", "rms_norm", "rows_at", "silu_and_mul"]
 
 
 def linear(x: Any, weight: Any, bias: Any | None) -> Any:
@@ -23,28 +27,11 @@ def head_linear(x: Any, weight: Any) -> Any:
     return paddle.matmul(x.transpose([1, 0, 2]), weight).transpose([1, 0, 2])
 
 
-def silu_and_mul(gate_up: Any) -> Any:
-    """silu(gate) * up of the two halves of the last axis."""
-    gate, up = paddle.chunk(gate_up, 2, axis=-1)
-    return functional.silu(gate) * up
-
-
-def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
-    """x * rsqrt(mean(x^2) + epsilon) * weight over the last axis."""
-    mean_square = (x * x).mean(axis=-1, keepdim=True)
-    return x * paddle.rsqrt(mean_square + epsilon) * weight
-
-
 def joined(left: Any, right: Any) -> Any:
     """The two side by side along the last axis, contiguous."""
     return paddle.concat([left, right], axis=-1)
 
 
-def rows_at(x: Any, index: Any) -> Any:
-    """Rows `index`, integers [n], of x [num_tokens, width]."""
-    return paddle.gather(x, index)
-
-
 def embedding(ids: Any, weight: Any) -> Any:
     """Rows `ids` [num_tokens] of `weight` [vocab_size, hidden_size]."""
-    return functional.embedding(ids, weight)
+    return rows_at(weight, ids)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,9 @@ def run(fn: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
         grid: one to three numbers of programs.
         arguments: value of every parameter; tensors are read and written at `data_ptr()`.
     """
-    with _LOCK:
+    with _LOCK, warnings.catch_warnings():
+        # NumPy's remark on the largest of nothing but NaN, such as padding may hold
+        warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
         repair()
         fn.run(*arguments.values(), grid=grid, warmup=False)
 

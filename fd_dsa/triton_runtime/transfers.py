@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,33 @@ _ASK, _RECORD, _WAIT, _QUERY = (
 )
 _UPLOAD, _COPY = "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoDAsync_v2"
 _NO_FLAGS = ctypes.c_uint(0)
+
+
+class GpuTraits(NamedTuple):
+    """What kernels are chosen and sized by.
+
+    Attributes:
+        capability: major * 10 + minor, 90 on Hopper.
+        num_processors: multiprocessors.
+    """
+
+    capability: int
+    num_processors: int
+
+
+INTERPRETER = GpuTraits(90, 1)
+"""What stands for a GPU in a process whose kernels are interpreted."""
+
+
+def gpu_traits(device: int) -> GpuTraits:
+    """Traits of a CUDA device, before there is a tensor on it.
+
+    Raises:
+        BackendUnavailable: no CUDA driver is found.
+    """
+    if INTERPRETING:
+        return INTERPRETER
+    return GpuTraits(cuda().capability(device), cuda().num_processors(device))
 
 
 class RawStream:
@@ -133,7 +160,11 @@ class Transfers:
 
     def num_processors(self) -> int:
         """Multiprocessors of the device, over which work is spread; the interpreter is one."""
-        return 1
+        return INTERPRETER.num_processors
+
+    def capability(self) -> int:
+        """Compute capability of the device; the interpreter runs what is made for Hopper."""
+        return INTERPRETER.capability
 
 
 class CudaTransfers(Transfers):
@@ -209,6 +240,10 @@ class CudaTransfers(Transfers):
     def num_processors(self) -> int:
         """Multiprocessors of the device."""
         return cuda().num_processors(self._device)
+
+    def capability(self) -> int:
+        """Compute capability of the device."""
+        return cuda().capability(self._device)
 
     def stream(self) -> ctypes.c_void_p:
         """The stream that copies and events go to."""

@@ -1,14 +1,21 @@
-"""The device's dense operators, run on CPU tensors, against the host's."""
+"""The device's dense operators against the host's."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-import paddle
 import pytest
 
+pytest.importorskip("paddle", reason="the operators are on Paddle's tensors")
+
+import paddle
+
 from fd_dsa.ops import _dense
+from fd_dsa.ops._host import as_tensor
 from fd_dsa.ops._linear import embedding, head_linear, joined, linear, rows_at, silu_and_mul
 from fd_dsa.ops._norm import rms_norm
+from tests.kernel_memory import KernelMemory
 
 TOLERANCE = 1e-6
 
@@ -17,42 +24,85 @@ def floats(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
-def close(found: paddle.Tensor, wanted: np.ndarray) -> None:
+def close(found: Any, wanted: np.ndarray) -> None:
     assert list(found.shape) == list(wanted.shape) and found.dtype == paddle.float32
     bound = TOLERANCE * max(1.0, float(np.abs(wanted).max(initial=0)))
     np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=bound)
 
 
+def ones(m: KernelMemory, *shape: int) -> Any:
+    return m.put(np.ones(shape, np.float32))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 7])
-def test_products(num_tokens: int) -> None:
-    x, weight, bias = floats(num_tokens, 6), paddle.to_tensor(floats(6, 4)), floats(4)
-    close(_dense.linear(paddle.to_tensor(x), weight, None), linear(x, weight))
-    found = _dense.linear(paddle.to_tensor(x), weight, paddle.to_tensor(bias))
-    close(found, linear(x, weight, bias))
-    by_head, weights = floats(num_tokens, 3, 6), paddle.to_tensor(floats(3, 6, 5))
-    close(_dense.head_linear(paddle.to_tensor(by_head), weights), head_linear(by_head, weights))
+def test_products(paddle_memory: KernelMemory, num_tokens: int) -> None:
+    m, x, weight, bias = paddle_memory, floats(num_tokens, 6), floats(6, 4), floats(4)
+    on_host = as_tensor(weight)
+    close(_dense.linear(m.put(x), m.put(weight), None), linear(x, on_host))
+    found = _dense.linear(m.put(x), m.put(weight), m.put(bias))
+    close(found, linear(x, on_host, bias))
+    by_head, weights = floats(num_tokens, 3, 6), floats(3, 6, 5)
+    found = _dense.head_linear(m.put(by_head), m.put(weights))
+    close(found, head_linear(by_head, as_tensor(weights)))
 
 
-def test_norm_of_a_column_slice() -> None:
+def test_norm_of_a_column_slice(paddle_memory: KernelMemory) -> None:
     x, weight = 5 * floats(4, 9), floats(6)
-    found = _dense.rms_norm(paddle.to_tensor(x)[:, :6], paddle.to_tensor(weight), 1e-6)
+    found = _dense.rms_norm(paddle_memory.put(x)[:, :6], paddle_memory.put(weight), 1e-6)
     close(found, rms_norm(x[:, :6], weight, 1e-6))
 
 
-def test_silu() -> None:
+def test_silu(paddle_memory: KernelMemory) -> None:
     x = np.concatenate([np.float32([[-300, 0, 300, -1]]), floats(1, 4)], axis=1)
-    close(_dense.silu_and_mul(paddle.to_tensor(x)), silu_and_mul(x))
+    close(_dense.silu_and_mul(paddle_memory.put(x)), silu_and_mul(x))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
-def test_rows(dtype: str) -> None:
+def test_rows(paddle_memory: KernelMemory, dtype: str) -> None:
     weight, ids = floats(9, 4), np.array([8, 0, 3, 3], dtype)
-    tensors = paddle.to_tensor(weight), paddle.to_tensor(ids)
+    tensors = paddle_memory.put(weight), paddle_memory.put(ids)
     close(_dense.embedding(tensors[1], tensors[0]), embedding(ids, weight))
     close(_dense.rows_at(*tensors), rows_at(weight, ids))
 
 
-def test_parts_side_by_side() -> None:
+@pytest.mark.parametrize("shape", [(0, 6), (3, 1), (2, 1025), (5, 2049)])
+def test_norms_of_other_widths(paddle_memory: KernelMemory, shape: tuple[int, int]) -> None:
+    x, weight = floats(*shape), floats(shape[1])
+    found = _dense.rms_norm(paddle_memory.put(x), paddle_memory.put(weight), 1e-5)
+    close(found, rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (2, 3, 10), (1, 2 * 1500)])
+def test_silu_of_other_shapes(paddle_memory: KernelMemory, shape: tuple[int, ...]) -> None:
+    x = floats(*shape)
+    found = _dense.silu_and_mul(paddle_memory.put(x))
+    assert list(found.shape) == [*shape[:-1], shape[-1] // 2]
+    flat = silu_and_mul(x.reshape(-1, shape[-1]))
+    close(found, flat.reshape(*shape[:-1], shape[-1] // 2))
+
+
+def test_rows_that_a_table_has_not_are_zeros(paddle_memory: KernelMemory) -> None:
+    table = paddle_memory.put(floats(3, 1100))
+    index = paddle_memory.put(np.array([2, -1, 3, 2**40], np.int64))
+    found = _dense.rows_at(table, index).numpy()
+    np.testing.assert_array_equal(found[0], table.numpy()[2])
+    assert not found[1:].any()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m: _dense.rms_norm(ones(m, 2, 3), ones(m, 4), 1e-6), "weight has shape"),
+        (lambda m: _dense.rows_at(ones(m, 2, 3), ones(m, 2)), "index has dtype"),
+        (lambda m: _dense.silu_and_mul(ones(m, 2, 4).cast("float64")), "gate_up has dtype"),
+    ],
+)
+def test_what_does_not_fit_is_named(paddle_memory: KernelMemory, call: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        call(paddle_memory)
+
+
+def test_parts_side_by_side(paddle_memory: KernelMemory) -> None:
     left, right = floats(4, 2, 3), floats(2, 4, 5).transpose(1, 0, 2)
-    found = _dense.joined(paddle.to_tensor(left), paddle.to_tensor(right))
+    found = _dense.joined(paddle_memory.put(left), paddle_memory.put(right))
     close(found, joined(left, right))

@@ -27,7 +27,7 @@ class TileForm:
     first_tokens: int
     rest_tokens: int = 0
     num_warps: int = 4
-    num_stages: int = 4
+    num_stages: int = 3
     maxnreg: int | None = None
     programs_per_processor: int = 4
 
