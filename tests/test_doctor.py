@@ -14,7 +14,7 @@ import pytest
 
 from fd_dsa import doctor
 from fd_dsa.cli import main as fd_dsa
-from fd_dsa.doctor import environment, self_check
+from fd_dsa.doctor import environment, graphs, self_check
 from fd_dsa.doctor.case import Check, CheckFailed, Memory, require
 from fd_dsa.doctor.self_check import CHECKS
 from fd_dsa.triton_runtime import INTERPRETING
@@ -76,6 +76,7 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert text.endswith("\nhealthy\n") and "FAILED" not in text
     assert "No GPU kernel was run" in text
+    assert "\ngraphs     none: a CPU has none\n" in text
     assert all(name in text for name in CHECKS)
     assert "\n  cache_write        cpu       paddle     ok" in text
 
@@ -204,6 +205,26 @@ def test_the_kernels_of_a_device(device: list[str], capsys: pytest.CaptureFixtur
     checks = [check for check in found["checks"] if check["device"] != "cpu"]
     assert [check["name"] for check in checks] == list(CHECKS)
     assert {check["provider"] for check in checks} == {"triton"}
+
+
+@pytest.mark.parametrize(
+    ("interpreting", "supported", "reason"),
+    [
+        (True, True, "Triton kernels are interpreted in this process"),
+        (False, False, "this build of Paddle has no CUDA graphs"),
+        (False, True, ""),
+    ],
+)
+def test_whether_decode_steps_are_captured(
+    interpreting: bool, supported: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from paddle.device.cuda import graphs as paddle_graphs
+
+    monkeypatch.setattr(paddle_graphs, "is_cuda_graph_supported", lambda: supported)
+    found = graphs.facts("gpu:0", interpreting)
+    assert found["reason"] == reason and bool(found["sizes"]) == (not reason)
+    line = graphs.as_line(found)
+    assert reason in line if reason else "decode steps of 1, 2, 4, 8, 16" in line
 
 
 @pytest.mark.gpu_rig

@@ -23,9 +23,10 @@ class DSABackendConfig:
         dtype: of activations and results: "float32", or on a device also "bfloat16".
         int32_position_ids: whether `forward_meta.position_ids` is int32, as older trees of
             FastDeploy take it; the operators here go on with the step's own int64.
+        tokens_per_row: new tokens that most decode rows have: 1, and the drafts.
 
     Raises:
-        ConfigError: another dtype.
+        ConfigError: another dtype, or a row without tokens.
     """
 
     num_heads: int
@@ -39,10 +40,13 @@ class DSABackendConfig:
     num_blocks: int | None = None
     dtype: str = "float32"
     int32_position_ids: bool = False
+    tokens_per_row: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ConfigError(f"dtype: got {self.dtype!r}, allowed are {', '.join(_DTYPES)}")
+        if self.tokens_per_row < 1:
+            raise ConfigError(f"tokens_per_row: got {self.tokens_per_row}, allowed is at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,22 @@ from typing import Any
 
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.device_logits import PageScores, padded_rows, rounded_length
+from fd_dsa.attention.device_kernels import (
+    ATTENTION,
+    SCORES,
+    kernel_bytes,
+    make_attention,
+    make_scores,
+    settle_kernels,
+)
+from fd_dsa.attention.device_logits import padded_rows, rounded_length
 from fd_dsa.attention.third_party import ThirdPartyKernels, third_party_bytes
 from fd_dsa.ops._host import check_shape
-from fd_dsa.ops._provider import provider_for
-from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
+from fd_dsa.ops._provider import device_kind, provider_for
 from fd_dsa.ops.topk.device import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate, paddle_place
+from fd_dsa.triton_runtime.transfers import GpuTraits, transfers_for
 
 LOGITS_BYTES = 512 << 20
 """Most memory for the scores of a layer; the tokens of a longer step are scored in chunks."""
@@ -35,8 +43,9 @@ _WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
 class DeviceAttention:
     """Reads the caches that `write_caches` fills; its buffers serve every layer and step.
 
-    Scores and attention are made by our kernels, or by packages of other projects that are
-    installed and agree with them (`third_party.py`).
+    Scores and attention are made by our kernels, on tensor cores where those can serve
+    (`device_kernels.py`), or by packages of other projects that are installed and agree with ours
+    (`third_party.py`).
 
     Args:
         config: sizes and scale.
@@ -54,22 +63,32 @@ class DeviceAttention:
         self._view = lru_cache(maxsize=_CACHED_VIEWS)(partial(_view, self._buffers))
         # the layer that made it, as the address of its cache, and the slots
         self._everything: tuple[int, Any] | None = None
-        for operator in ("indexer_logits", "topk", "sparse_mla"):
-            provider_for(operator, self._buffers["slots"])
+        logits = self._buffers["logits"]
+        provider_for("topk", logits)
         self._select_slots = slot_selector(allocate)
-        self._scores = PageScores(config, self._view, buffers["logits"][0], self._select_slots)
+        transfers = transfers_for(logits)
+        against = settle_kernels(config, device_kind(logits), transfers)
+        made = self._view, buffers["logits"][0], self._select_slots, transfers
+        self._scores = make_scores(config, against[SCORES], allocate, *made)
+        self._attention = make_attention(config, against[ATTENTION], allocate)
         queries = self.query_buffers(padded_rows(config.max_num_tokens))
         self._third_party = ThirdPartyKernels(config, allocate, *queries, logits_bytes)
 
     def begin_step(self, step: ForwardMeta | None = None) -> None:
         """Forget what the layers of the step before shared, and prepare what those of `step` will.
 
+        Before the replay of a captured step, too: what is prepared lies outside of the graph.
+
         Args:
             step: None after the last step, when nothing follows.
         """
         self._everything = None
-        if step is not None:
-            self._third_party.begin_step(step)
+        if step is None:
+            return
+        self._third_party.begin_step(step)
+        # packages that serve may fail in any layer: what ours need is there in every step
+        if step.max_seqlen_k > self.config.index_topk or self._scores.is_captured:
+            self._scores.prepare(step)
 
     def query_buffers(self, num_tokens: int) -> tuple[Any, Any]:
         """Where `prepare_indexer_query` writes: queries and head weights of a step's tokens.
@@ -129,8 +148,7 @@ class DeviceAttention:
         theirs = self._third_party.attend(q, cache, selection, out)
         if theirs is not None:
             return theirs
-        scale = self.config.softmax_scale
-        attend_slots(q, cache, selection, out, softmax_scale=scale, kv_lora_rank=rank)
+        self._attention.attend(q, cache, selection, out)
         return out
 
     def _all_keys(self, step: ForwardMeta, cache: Any) -> Any:
@@ -172,10 +190,17 @@ def _buffers(config: DSABackendConfig, logits_bytes: int) -> dict[str, tuple[int
     }
 
 
-def workspace_bytes(config: DSABackendConfig, logits_bytes: int = LOGITS_BYTES) -> int:
-    """Bytes that a DeviceAttention of this configuration takes, packages that serve it included."""
-    sizes = _buffers(config, logits_bytes).values()
-    ours = sum(size * _WIDTHS[dtype] for size, dtype in sizes)
+def workspace_bytes(
+    config: DSABackendConfig, gpu: GpuTraits, logits_bytes: int = LOGITS_BYTES
+) -> int:
+    """Bytes that a DeviceAttention of this configuration takes, packages that serve it included.
+
+    Args:
+        gpu: which kernels serve, and what they take, depends on it.
+    """
+    buffers = _buffers(config, logits_bytes)
+    ours = sum(size * _WIDTHS[dtype] for size, dtype in buffers.values())
+    ours += kernel_bytes(config, buffers["logits"][0], gpu)
     return ours + third_party_bytes(config, logits_bytes)
 
 

@@ -40,7 +40,12 @@ class PageScores:
         view: gives the start of the named buffer of a DeviceAttention as a tensor of a shape.
         num_logits: scores that the buffer holds.
         select_slots: as `topk.device.slot_selector` gives it.
+
+    Attributes:
+        is_captured: False: no captured graph refers to anything that `prepare` makes.
     """
+
+    is_captured = False
 
     def __init__(
         self, config: DSABackendConfig, view: Any, num_logits: int, select_slots: Any
@@ -49,6 +54,9 @@ class PageScores:
         self._block_size = config.cache_layout.block_size
         self._max_keys = config.max_blocks_per_seq * self._block_size
         self._view, self._num_logits = view, num_logits
+
+    def prepare(self, step: ForwardMeta) -> None:
+        """Nothing: these scores need no schedule."""
 
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any, slots: Any) -> None:
         """Fill `slots` with the best keys of every token."""

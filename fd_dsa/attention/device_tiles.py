@@ -60,6 +60,7 @@ class TileScores:
     Attributes:
         max_whole: tokens whose scores are held at once, however long their rows are. Steps of
             more are cut into chunks by their longest row, unless one as long was captured.
+        is_captured: a captured graph reads the schedule, so `prepare` must go before every replay.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class TileScores:
         self._select_slots, self._transfers = select_slots, transfers
         self._logits = lru_cache(maxsize=_CACHED_VIEWS)(partial(_logits, view))
         self.max_whole = num_logits // self._max_width
+        self.is_captured = False
         # tokens of captured steps that are longer
         self._captured: set[int] = set()
         max_chunks = -(-config.max_num_tokens // self.max_whole)
@@ -107,8 +109,10 @@ class TileScores:
         form, schedule = self._kind(step)
         num_tokens = step.position_ids.shape[0]
         stride, rows = self._chunks(step)
+        capturing = self._transfers.is_capturing()
+        self.is_captured |= capturing
         # a replay may have longer rows; without one, a choice among fewer columns is faster
-        width = stride if self._transfers.is_capturing() else self._width(step)
+        width = stride if capturing else self._width(step)
         for chunk, first in enumerate(range(0, num_tokens, rows)):
             logits = self._logits(min(rows, num_tokens - first), stride, width)
             score_tiles(

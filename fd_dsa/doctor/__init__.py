@@ -50,7 +50,8 @@ def examine(device: str | None = None) -> dict[str, Any]:
         `fastdeploy` (see `Fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
         Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
         `run_checks`), `custom_ops` (see `custom_ops.facts`), `third_party` (a list; see
-        `third_party.facts`; it has no part in `healthy` either), `healthy`.
+        `third_party.facts`), `tensor_cores` (a list; see `tensor_cores.facts`) and `graphs` (see
+        `graphs.facts`), which have no part in `healthy` either, `healthy`.
 
     Raises:
         BackendUnavailable: Paddle, Triton or the device that was asked for is not there.
@@ -58,7 +59,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
     facts = environment.facts()
     device = environment.device_to_check(device)
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
-    from fd_dsa.doctor import custom_ops, third_party
+    from fd_dsa.doctor import custom_ops, graphs, tensor_cores, third_party
     from fd_dsa.doctor.fastdeploy import examination
     from fd_dsa.doctor.self_check import run_checks
     from fd_dsa.triton_runtime import INTERPRETING
@@ -77,6 +78,8 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "checks": checks,
         "custom_ops": built,
         "third_party": third_party.facts(device),
+        "tensor_cores": tensor_cores.facts(device),
+        "graphs": graphs.facts(device, INTERPRETING),
         "healthy": all(check["passed"] for check in checks) and custom_ops.is_healthy(built),
     }
 
@@ -86,6 +89,8 @@ def as_text(found: dict[str, Any]) -> str:
     # its imports read no package that may be missing; the others of this room do
     from fd_dsa.doctor.custom_ops import as_lines as custom_ops_lines
     from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
+    from fd_dsa.doctor.graphs import as_line as graphs_line
+    from fd_dsa.doctor.tensor_cores import as_lines as tensor_cores_lines
     from fd_dsa.doctor.third_party import as_lines as third_party_lines
 
     packages = ", ".join(f"{name} {v or 'not installed'}" for name, v in found["packages"].items())
@@ -98,6 +103,7 @@ def as_text(found: dict[str, Any]) -> str:
         *fastdeploy_lines(found["fastdeploy"]),
         *custom_ops_lines(found["custom_ops"]),
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
+        graphs_line(found["graphs"]),
         "",
         "  operator           device    served by  check      time  why",
     ]
@@ -109,6 +115,7 @@ def as_text(found: dict[str, Any]) -> str:
         )
         if check["detail"]:
             lines.append(f"    {check['detail']}")
+    lines += ["", *tensor_cores_lines(found["tensor_cores"])]
     lines += ["", *third_party_lines(found["third_party"])]
     if found["note"]:
         lines += ["", found["note"]]

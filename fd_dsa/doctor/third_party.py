@@ -53,7 +53,14 @@ def _try_on(device: str) -> None:
     from fd_dsa.attention.third_party import ThirdPartyKernels
 
     allocate = empty_allocator(device)
-    config = DSABackendConfig(
+    queries = allocate((_TOKENS, _INDEX_HEADS, _INDEX_DIM), "uint8")
+    weights = allocate((_TOKENS, _INDEX_HEADS), "float32")
+    ThirdPartyKernels(one_of_eight(), allocate, queries, weights, 1 << 20).try_packages()
+
+
+def one_of_eight() -> DSABackendConfig:
+    """DeepSeek-V3.2 as each of eight GPUs has it."""
+    return DSABackendConfig(
         num_heads=_HEADS,
         index_n_heads=_INDEX_HEADS,
         index_topk=2048,
@@ -64,6 +71,3 @@ def _try_on(device: str) -> None:
         max_blocks_per_seq=_BLOCKS,
         dtype="bfloat16",
     )
-    queries = allocate((_TOKENS, _INDEX_HEADS, _INDEX_DIM), "uint8")
-    weights = allocate((_TOKENS, _INDEX_HEADS), "float32")
-    ThirdPartyKernels(config, allocate, queries, weights, 1 << 20).try_packages()

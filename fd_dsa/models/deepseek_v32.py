@@ -89,12 +89,15 @@ class DeepseekV32ForCausalLM(nn.Layer):
             ids_remove_padding: int64, on a device also int32, [num_tokens]; token ids of the step,
                 rows back to back.
             forward_meta: the runner's object; `init_attention_metadata` has been called for it.
+                Its `selections`, where there are any, are given every layer's choice.
         """
         hidden_states = embedding(ids_remove_padding, self._embedding)
         cos_sin = self.rotary_emb(forward_meta.position_ids)
-        indices = None
+        indices, selections = None, forward_meta.selections
         for layer in self.layers:
             hidden_states, indices = layer(hidden_states, cos_sin, forward_meta, indices)
+            if selections is not None:
+                selections.add(indices)
         return hidden_states
 
     def compute_logits(self, hidden_states: Any) -> Any:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import paddle
-from paddle.nn import functional
 
 from fd_dsa.ops._dense import silu_and_mul
+from fd_dsa.ops._expert_kernels import choose_experts, sum_experts
 
 EXPERT_BYTES = 256 << 20
 """Most memory for one activation of all experts; the tokens of a longer step come in chunks."""
@@ -38,44 +38,24 @@ def routed(layer: Any, x: Any) -> Any:
 def _routed_chunk(layer: Any, x: Any) -> Any:
     """See `routed`; all tokens at once."""
     weights, chosen = expert_weights(layer.gate, x)
-    hidden = silu_and_mul(paddle.matmul(x.unsqueeze(0), layer.experts_gate_up_proj))
-    out = paddle.matmul(hidden, layer.experts_down_proj)
-    # selected, not multiplied by 0: an expert may overflow on tokens that are not its own
-    share = out * weights.transpose([1, 0]).unsqueeze(2)
-    seen = chosen.transpose([1, 0]).unsqueeze(2)
-    return paddle.where(seen, share, paddle.zeros_like(share)).sum(axis=0)
+    rows = x.reshape([1, *x.shape])
+    hidden = silu_and_mul(paddle.matmul(rows, layer.experts_gate_up_proj))
+    return sum_experts(paddle.matmul(hidden, layer.experts_down_proj), weights, chosen)
 
 
 def expert_weights(gate: Any, x: Any) -> tuple[Any, Any]:
-    """float32 and bool [num_tokens, num_experts]: weight of each expert, and whether it is chosen.
+    """float32 and uint8 [num_tokens, num_experts]: weight of each expert, and whether it is chosen.
 
     Args:
         gate: a NoAuxTopkGate, whose rules are these.
         x: float32 [num_tokens, hidden_size].
     """
-    scores = functional.sigmoid(paddle.matmul(x, gate.weight))
-    choice = scores + gate.readable_bias
-    if gate.n_group > 1:
-        choice = _keep_best_groups(gate, choice)
-    chosen = best(choice, gate.top_k)
-    weights = paddle.where(chosen, scores, paddle.zeros_like(scores))
-    if gate.norm_topk_prob:
-        weights = weights / (weights.sum(axis=1, keepdim=True) + 1e-20)
-    return weights * float(gate.scaling), chosen
-
-
-def best(scores: Any, k: int) -> Any:
-    """bool like `scores` [rows, n]: the k largest of each row, ties to the lower column."""
-    order = paddle.argsort(scores, axis=1, descending=True, stable=True)
-    # the rank of a column is its place in that order
-    return paddle.argsort(order, axis=1) < k
-
-
-def _keep_best_groups(gate: Any, choice: Any) -> Any:
-    """`choice` with the experts of all but the best `topk_group` groups at -inf."""
-    num_tokens, num_experts = choice.shape
-    grouped = choice.reshape([num_tokens, gate.n_group, -1])
-    pair = paddle.sort(grouped, axis=2, descending=True)[:, :, :2].sum(axis=2)
-    kept = best(pair, gate.topk_group).unsqueeze(2)
-    lowest = paddle.full_like(grouped, float("-inf"))
-    return paddle.where(kept, grouped, lowest).reshape([num_tokens, num_experts])
+    return choose_experts(
+        paddle.matmul(x, gate.weight),
+        gate.readable_bias,
+        top_k=gate.top_k,
+        n_group=gate.n_group,
+        topk_group=gate.topk_group,
+        norm=gate.norm_topk_prob,
+        scaling=float(gate.scaling),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -13,6 +13,8 @@ from fd_dsa.models.expected_tensors import expected_tensors
 
 DEFAULT_CACHE_BYTES = 4 << 30
 _UNLIMITED = 1 << 60
+# what the driver keeps for a graph of some thousand launches
+_GRAPH_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class MemoryPlan:
     Attributes:
         weight_bytes: weights as held.
         kv_cache_bytes: all cache blocks of all layers.
+        graph_bytes: captured decode steps, their activations included; 0 without any.
         free_bytes: what the system could give when the plan was made.
         bytes_per_block: one cache block over all layers.
         num_blocks: cache blocks.
@@ -31,6 +34,7 @@ class MemoryPlan:
 
     weight_bytes: int
     kv_cache_bytes: int
+    graph_bytes: int
     free_bytes: int
     bytes_per_block: int
     num_blocks: int
@@ -40,12 +44,13 @@ class MemoryPlan:
     def summary(self) -> str:
         """One line for the log."""
         blocks_per_request = -(-self.max_model_len // self.block_size)
+        graphs = f"graphs {format_bytes(self.graph_bytes)}, " if self.graph_bytes else ""
         return (
             f"weights {format_bytes(self.weight_bytes)}, kv cache {self.num_blocks} blocks x "
             f"{self.block_size} = {self.num_blocks * self.block_size} tokens "
             f"({format_bytes(self.kv_cache_bytes)}, "
             f"{self.num_blocks // blocks_per_request} full-length requests), "
-            f"free {format_bytes(self.free_bytes)}"
+            f"{graphs}free {format_bytes(self.free_bytes)}"
         )
 
 
@@ -60,6 +65,28 @@ def format_bytes(num_bytes: float) -> str:
 def weight_bytes(config: ModelConfig) -> int:
     """Bytes of a model's weights as held, float32 on a CPU whatever the checkpoint stores."""
     return 4 * sum(tensor.num_elements for tensor in expected_tensors(config).values())
+
+
+def graph_bytes(config: ModelConfig, sizes: Sequence[int], max_model_len: int) -> int:
+    """Bytes that captured decode steps of these numbers of tokens take at most.
+
+    Each graph keeps its logits and what the driver needs for it. Activations are those of the
+    largest, which all share; those of a layer are counted as if none were given back before its
+    end.
+    """
+    if not sizes:
+        return 0
+    # one for rows of any length, one for rows that need no choice of keys
+    graphs = len(sizes) * (1 if max_model_len <= config.index_topk else 2)
+    logits = graphs // len(sizes) * sum(sizes) * config.vocab_size
+    heads, rank, hidden = config.num_attention_heads, config.kv_lora_rank, config.hidden_size
+    query = config.qk_nope_head_dim + config.qk_rope_head_dim
+    attention = 2 * (config.q_lora_rank + rank) + heads * (2 * query + 2 * rank)
+    attention += 3 * heads * config.v_head_dim + config.index_n_heads * config.index_head_dim
+    moe = config.n_routed_experts * (3 * config.moe_intermediate_size + hidden)
+    dense = 3 * max(config.intermediate_size, config.moe_intermediate_size)
+    token = attention + moe + dense + 8 * hidden
+    return 4 * (logits + max(sizes) * token) + graphs * _GRAPH_BYTES
 
 
 def available_memory_bytes(
@@ -113,22 +140,26 @@ def plan_memory(
     weight_bytes: int,
     bytes_per_block: int,
     max_model_len: int,
+    graph_bytes: int = 0,
     free_bytes: int | None = None,
     default_cache_bytes: int = DEFAULT_CACHE_BYTES,
+    default_share: float = 0.5,
 ) -> MemoryPlan:
     """Sizes of weights and caches, or an error that says which flag to change.
 
     The number of blocks is `num_gpu_blocks_override`, or what `kv_cache_memory_bytes` holds, or
     else enough for `max_num_seqs` sequences of full length, but at most `default_cache_bytes` (one
-    full-length sequence where that is more) and half of what is free beside the weights.
+    full-length sequence where that is more) and `default_share` of what is free beside the weights.
 
     Args:
         config: the flags above and `block_size`.
         weight_bytes: weights as held, not yet allocated.
         bytes_per_block: one cache block over all layers and both caches.
         max_model_len: longest sequence, tokens.
-        free_bytes: memory for both; None asks the system.
+        graph_bytes: captured decode steps.
+        free_bytes: memory for all of it; None asks the system.
         default_cache_bytes: limit of what no flag asked for.
+        default_share: likewise, of what is free beside the weights.
 
     Raises:
         ConfigError: weights and caches do not fit in the free memory, or the caches do not hold
@@ -143,11 +174,12 @@ def plan_memory(
     elif config.kv_cache_memory_bytes is not None:
         num_blocks = int(config.kv_cache_memory_bytes) // bytes_per_block
     else:
-        half = max(free_bytes - weight_bytes, 0) // 2 // bytes_per_block
+        room = max(free_bytes - weight_bytes - graph_bytes, 0)
+        share = int(default_share * room) // bytes_per_block
         cap = max(default_cache_bytes // bytes_per_block, needed_blocks)
-        num_blocks = min(config.max_num_seqs * needed_blocks, cap, half)
+        num_blocks = min(config.max_num_seqs * needed_blocks, cap, share)
     least_blocks = num_blocks if flag else max(num_blocks, needed_blocks)
-    _check_fit(weight_bytes, least_blocks * bytes_per_block, free_bytes, flag)
+    _check_fit(weight_bytes, least_blocks * bytes_per_block, graph_bytes, free_bytes, flag)
     if num_blocks < needed_blocks:
         raise ConfigError(
             f"memory: {num_blocks} cache blocks of {config.block_size} tokens "
@@ -159,6 +191,7 @@ def plan_memory(
     return MemoryPlan(
         weight_bytes=weight_bytes,
         kv_cache_bytes=num_blocks * bytes_per_block,
+        graph_bytes=graph_bytes,
         free_bytes=free_bytes,
         bytes_per_block=bytes_per_block,
         num_blocks=num_blocks,
@@ -174,17 +207,22 @@ def _size_flag(config: EngineConfig) -> str | None:
     return None if config.kv_cache_memory_bytes is None else "--kv-cache-memory-bytes"
 
 
-def _check_fit(weight_bytes: int, kv_cache_bytes: int, free_bytes: int, flag: str | None) -> None:
+def _check_fit(
+    weight_bytes: int, kv_cache_bytes: int, graph_bytes: int, free_bytes: int, flag: str | None
+) -> None:
     """Refuse what does not fit in the free memory."""
-    needed = weight_bytes + kv_cache_bytes
+    needed = weight_bytes + kv_cache_bytes + graph_bytes
     if needed <= free_bytes:
         return
     advice = f"lower {flag or '--max-model-len'}"
     if weight_bytes >= free_bytes:
         advice = "the weights alone do not fit: take a smaller model or a larger machine"
+    elif needed - graph_bytes <= free_bytes:
+        advice = "give fewer or smaller --cudagraph-capture-sizes, or take --enforce-eager"
+    graphs = f" + graphs {format_bytes(graph_bytes)}" if graph_bytes else ""
     raise ConfigError(
         f"memory: needs {format_bytes(needed)} (weights {format_bytes(weight_bytes)} + kv cache "
-        f"{format_bytes(kv_cache_bytes)}), free {format_bytes(free_bytes)}; {advice}"
+        f"{format_bytes(kv_cache_bytes)}{graphs}), free {format_bytes(free_bytes)}; {advice}"
     )
 
 

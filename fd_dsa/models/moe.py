@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 from paddle import nn
 
 from fd_dsa.attention.layers import WeightLoader, loads, loads_slice, zeros_parameter
-from fd_dsa.models import device_moe
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear, silu_and_mul
 from fd_dsa.ops.topk import topk_indices
+
+
+@cache
+def _on_device() -> Callable[[Any, Any], Any]:
+    """The routed experts on a device; its kernels are loaded only where there is one."""
+    from fd_dsa.models.device_moe import routed
+
+    return routed
 
 
 class DeepseekMLP(nn.Layer):
@@ -112,7 +120,7 @@ class DeepseekMoE(nn.Layer):
         """float32 [num_tokens, hidden_size] of the same."""
         out = self.shared_experts(x)
         if on_device(x):
-            return out + device_moe.routed(self, x)
+            return out + _on_device()(self, x)
         self._add_routed(out, x, *self.gate(x))
         return out
 

@@ -1,7 +1,8 @@
-"""Shows on stderr how far the loading of weights has come."""
+"""Shows how far the loading of weights has come."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TextIO
 
@@ -10,16 +11,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemai
 
 from fd_dsa.models.memory_plan import format_bytes
 
+logger = logging.getLogger(__name__)
+
 _LINE_PERCENT = 25
 
 
 class LoadProgress:
-    """A bar on a terminal, elsewhere one plain line for each quarter.
+    """A bar on a terminal, elsewhere one line of the log for each quarter.
 
     Use it as a context manager and pass it as `progress` to `load_weights`.
 
     Args:
-        stream: where to write; None is stderr.
+        stream: where a bar is drawn, if it is a terminal; None is stderr.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -55,7 +58,5 @@ class LoadProgress:
         percent = 100 * done_bytes // max(total_bytes, 1)
         if percent >= self._next_percent:
             self._next_percent = percent - percent % _LINE_PERCENT + _LINE_PERCENT
-            self._stream.write(
-                f"weights {percent} % {format_bytes(done_bytes)} of {format_bytes(total_bytes)}\n"
-            )
-            self._stream.flush()
+            done, total = format_bytes(done_bytes), format_bytes(total_bytes)
+            logger.info("weights %d %% %s of %s", percent, done, total)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from typing import TYPE_CHECKING
 
 from fd_dsa.errors import BackendUnavailable
+
+if TYPE_CHECKING:
+    from fd_dsa.triton_runtime.transfers import GpuTraits
 
 
 def resolve_device(name: str) -> str:
@@ -49,8 +53,12 @@ def _custom_device(name: str) -> str:
     return name
 
 
-def free_device_bytes(device: str) -> int | None:
-    """Bytes free in the memory of a device; None where that is the host's own.
+def free_device_bytes(device: str, utilization: float = 1.0) -> int | None:
+    """Bytes that may be taken of the memory of a device; None where that is the host's own.
+
+    Args:
+        device: as `resolve_device` gives it.
+        utilization: share of the whole memory that all who use it may take together.
 
     Raises:
         DeviceError: the CUDA driver does not say.
@@ -64,7 +72,19 @@ def free_device_bytes(device: str) -> int | None:
     from fd_dsa.triton_runtime.driver import cuda
 
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    with cuda().context(int(device.partition(":")[2] or 0)):
+    with cuda().context(_index_of(device)):
         code = ctypes.CDLL("libcuda.so.1").cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
         cuda().check(code, "cuMemGetInfo_v2")
-    return free.value
+    return max(free.value - int((1 - utilization) * total.value), 0)
+
+
+def traits_of(device: str) -> GpuTraits:
+    """What kernels are chosen and sized by on a device other than "cpu"."""
+    from fd_dsa.triton_runtime.transfers import gpu_traits
+
+    return gpu_traits(_index_of(device))
+
+
+def _index_of(device: str) -> int:
+    """The number in "gpu:0"; 0 without one."""
+    return int(device.partition(":")[2] or 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from fd_dsa.runner.selections import Selections
 from fd_dsa.step import ForwardMeta
 
 
@@ -23,6 +24,7 @@ class RunnerForwardMeta:
         attn_backend: the DSAAttentionBackend that all layers call.
         position_ids, slot_mapping, indexer_attn_mask_offsets: as in `fd_dsa_step`.
         fd_dsa_step: the step's metadata; None until `init_attention_metadata`.
+        selections: takes what each layer chose; None: nobody asked.
     """
 
     ids_remove_padding: Any
@@ -36,3 +38,4 @@ class RunnerForwardMeta:
     slot_mapping: Any = None
     indexer_attn_mask_offsets: Any = None
     fd_dsa_step: ForwardMeta | None = None
+    selections: Selections | None = None

@@ -95,6 +95,15 @@ class InputBatch:
         self.num_rows = row + 1
         return end - 1
 
+    def num_tokens_past(self, num_keys: int) -> int:
+        """Tokens of this step that attend to more keys than `num_keys`."""
+        if self.max_seqlen_k <= num_keys:
+            return 0
+        new = self.seq_lens_this_time[: self.num_rows]
+        past = self.seq_lens_decoder[: self.num_rows] + new - num_keys
+        # np.clip takes three times as long for so few numbers
+        return int(np.maximum(np.minimum(past, new), 0).sum())
+
     def set_blocks(self, row: int, block_ids: Sequence[int], start: int = 0) -> None:
         """Write `block_ids` into the block table of `row` from logical block `start` on.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +18,15 @@ from fd_dsa.attention import (
 )
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._linear import rows_at
+from fd_dsa.runner.counters import StepCounters
+from fd_dsa.runner.decode_graphs import Capture, CaptureRefused, DecodeGraphs, PaddedStep
 from fd_dsa.runner.forward_meta import RunnerForwardMeta
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.mixin import DSAModelRunnerMixin
+from fd_dsa.runner.selections import Selections
 from fd_dsa.runner.step_inputs import DeviceInputs, HostInputs, StepInputs
+
+logger = logging.getLogger(__name__)
 
 
 def cache_layout(config: ModelConfig, kv_cache_dtype: str, block_size: int) -> CacheLayout:
@@ -59,6 +66,9 @@ class EmbeddedRunner:
         layout: of the caches.
         num_blocks: blocks of each cache.
         device: "cpu", "gpu:0" or a custom device of Paddle, where the model already lies.
+
+    Attributes:
+        counters: of the steps that were run.
     """
 
     def __init__(
@@ -78,14 +88,20 @@ class EmbeddedRunner:
         )
         self.attn_backends: list[Any] = [backend]
         self.forward_meta: RunnerForwardMeta | None = None
+        self.counters = StepCounters()
+        self._index_topk = config.index_topk
         self._inputs: HostInputs | DeviceInputs = HostInputs(input_batch)
         self._staged: StepInputs | None = None
         allocate = layout.allocate
+        self._device = device
+        self._to_host: Callable[[Any], np.ndarray] = _plain_array
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
             from fd_dsa.attention.device import cache_allocator, empty_allocator
+            from fd_dsa.runner.host_logits import HostLogits
 
             self._inputs = DeviceInputs(input_batch, empty_allocator(device))
+            self._to_host = HostLogits(input_batch.max_num_seqs * self.vocab_size)
             allocate = cache_allocator(layout, device)
         self.caches = self._allocate_caches(backend, allocate, num_blocks)
 
@@ -100,9 +116,11 @@ class EmbeddedRunner:
             caches.append(allocate(indexer) if kind == "full" else None)
         return caches
 
-    def stage_inputs(self, logits_indices: np.ndarray) -> StepInputs:
+    def stage_inputs(
+        self, logits_indices: np.ndarray, num_padded_tokens: int | None = None
+    ) -> StepInputs:
         """The inputs of the step that the batch holds, where the model runs."""
-        self._staged = self._inputs.stage(logits_indices)
+        self._staged = self._inputs.stage(logits_indices, num_padded_tokens)
         return self._staged
 
     def initialize_forward_meta(self) -> None:
@@ -121,12 +139,27 @@ class EmbeddedRunner:
 
 
 class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
-    """The embedded engine's runner: step metadata once, one forward, logits of chosen tokens."""
+    """The embedded engine's runner: step metadata once, one forward, logits of chosen tokens.
+
+    Attributes:
+        graphs: those of decode steps; None where all steps are eager.
+    """
+
+    graphs: DecodeGraphs | None = None
+    _padded: PaddedStep | None = None
+    _selections: Selections | None = None
 
     def step_hints(self) -> StepHints:
         """Token counts and longest row, known from scheduling."""
-        batch = self.input_batch
-        return StepHints(batch.num_tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
+        batch, padded = self.input_batch, self._padded
+        if padded is None:
+            return StepHints(batch.num_tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
+        return StepHints(batch.num_tokens, 0, padded.max_seqlen_k, padded.num_tokens)
+
+    @property
+    def captured_sizes(self) -> tuple[int, ...]:
+        """Numbers of tokens of the captured decode steps, ascending."""
+        return self.graphs.sizes if self.graphs else ()
 
     def warm_up(self) -> None:
         """Run prompt chunks of all magnitudes and a decode step: no request waits for kernels.
@@ -135,18 +168,63 @@ class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
         Results are dropped; what is written to the caches is written again before it is read.
         """
         batch, config = self.input_batch, self.model.config
-        longest = batch.block_tables.shape[1] * batch.block_size
+        longest = self._longest_row()
         chunk = min(batch.max_num_tokens, longest)
         # past the selection keys are scored and chosen
         cached = min(config.index_topk, longest - 1)
         chunks = [*(1 << i for i in range((chunk - 1).bit_length())), chunk]
         for tokens, done in (*((size, 0) for size in chunks), (1, cached)):
-            batch.begin_step()
-            batch.set_blocks(0, range(-(-(done + tokens) // batch.block_size)))
-            last = batch.add_row(0, [0] * tokens, done, is_prefill=not done)
+            last = self._only_row(tokens, done, is_prefill=not done)
             self.execute_model(np.array([last]))
-        batch.begin_step()
-        batch.clear_row(0)
+        self._forget_only_row()
+        # these were no steps of requests
+        self.counters = StepCounters()
+
+    def capture_decode_graphs(
+        self, sizes: Sequence[int], capture: Callable[[Any], Capture]
+    ) -> None:
+        """Make graphs of decode steps of these numbers of tokens, padding included.
+
+        Where the first cannot be made, all steps stay eager, with one warning that says why.
+
+        Args:
+            sizes: each at most the tokens of a step.
+            capture: gives what captures on a place, such as PaddleCapture.
+
+        Raises:
+            DeviceError: a capture failed half-way, and Paddle cannot go on.
+        """
+        from fd_dsa.step.device import paddle_place
+
+        graphs = DecodeGraphs(sizes, self.model.config.index_topk, self._longest_row())
+        try:
+            with paddle.no_grad():
+                self._fill(graphs, capture(paddle_place(self._device)))
+        except CaptureRefused as error:
+            logger.warning("decode steps stay eager, they cannot be captured: %s", error)
+            return
+        finally:
+            self._padded = None
+            self._forget_only_row()
+        self.graphs = graphs
+
+    def _fill(self, graphs: DecodeGraphs, capture: Capture) -> None:
+        """Capture all steps; one row is live, the others are padding."""
+        backend = self.attn_backends[0]
+        if graphs.sizes[0] <= backend.overlap.max_tokens:
+            # a capture must not make a stream
+            backend.overlap.stream_for(self.caches[0])
+        for step in graphs.steps():
+            last = self._only_row(1, step.max_seqlen_k - 1, is_prefill=False)
+            self.stage_inputs(np.array([last]), step.num_tokens)
+            self._padded = step
+            self.initialize_forward_meta()
+            graphs.add(step, capture(self._padded_step))
+
+    def _padded_step(self) -> Any:
+        """Logits of all tokens of the step that `forward_meta` holds."""
+        hidden = self.model(self.forward_meta.ids_remove_padding, self.forward_meta)
+        return self.model.compute_logits(hidden)
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
         """Run the step in the batch.
@@ -155,19 +233,98 @@ class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
             logits_indices: int64 [n]; flat tokens whose logits are wanted, n may be 0.
 
         Returns:
-            float32 [n, vocab_size].
+            float32 [n, vocab_size]; on a device valid until the next step.
 
         Raises:
             ValueError: the batch holds no token, or lengths and tables disagree.
         """
         if self.input_batch.num_tokens == 0:
             raise ValueError("execute_model: the step has no token; call add_row first")
+        padded = self._padded = self._fitting(logits_indices)
         with paddle.no_grad():
+            if self.graphs is not None and padded is not None:
+                self.stage_inputs(logits_indices, padded.num_tokens)
+                self._prepare_step()
+                captured = self.graphs.captured(padded)
+                captured.replay()
+                return self._to_host(captured.logits[: len(logits_indices)])
             wanted = self.stage_inputs(logits_indices).logits_indices
-            self.initialize_forward_meta()
+            self._prepare_step()
+            self.forward_meta.selections = self._selections
             hidden = self.model(self.forward_meta.ids_remove_padding, self.forward_meta)
             if not len(logits_indices):
                 return np.empty((0, self.vocab_size), np.float32)
-            logits = self.model.compute_logits(rows_at(hidden, wanted))
             # on a device this is the step's one wait
-            return logits if isinstance(logits, np.ndarray) else logits.numpy()
+            return self._to_host(self.model.compute_logits(rows_at(hidden, wanted)))
+
+    def _prepare_step(self) -> None:
+        """Make the metadata of a request's step, and count it."""
+        begin = time.perf_counter()
+        self.initialize_forward_meta()
+        seconds = time.perf_counter() - begin
+        batch, step = self.input_batch, self.forward_meta.fd_dsa_step
+        self.counters.count_step(
+            seconds,
+            batch.num_tokens,
+            batch.num_prefill_tokens,
+            batch.num_tokens_past(self._index_topk),
+            step.indexer_attn_mask_offsets is not None,
+        )
+
+    @property
+    def shows_selections(self) -> bool:
+        """Whether `execute_watched` can be called: what a device chose stays in its memory."""
+        return self._device == "cpu"
+
+    def execute_watched(
+        self, logits_indices: np.ndarray, tokens: Sequence[int]
+    ) -> tuple[np.ndarray, list[list[np.ndarray]]]:
+        """`execute_model`, and what the layers chose for some of the tokens.
+
+        Args:
+            logits_indices: as of `execute_model`.
+            tokens: flat tokens of the step.
+
+        Returns:
+            The logits; and for each token and layer, int64 [n], ascending: positions in its row.
+        """
+        selections = self._selections = Selections(tokens)
+        try:
+            logits = self.execute_model(logits_indices)
+        finally:
+            self._selections = None
+        return logits, selections.positions(self.input_batch)
+
+    def _fitting(self, logits_indices: np.ndarray) -> PaddedStep | None:
+        """The graph that serves the step in the batch; None for an eager step.
+
+        It serves steps of decode rows all of whose tokens are sampled from.
+        """
+        batch = self.input_batch
+        tokens = batch.num_tokens
+        if self.graphs is None or batch.num_prefill_tokens or len(logits_indices) != tokens:
+            return None
+        if not np.array_equal(logits_indices, np.arange(tokens)):
+            return None
+        return self.graphs.fitting(tokens, batch.max_seqlen_k)
+
+    def _longest_row(self) -> int:
+        """Tokens that the table of a row reaches to."""
+        return self.input_batch.block_tables.shape[1] * self.input_batch.block_size
+
+    def _only_row(self, tokens: int, done: int, *, is_prefill: bool) -> int:
+        """Put `tokens` behind `done` cached ones into row 0 and nothing else; the last's index."""
+        batch = self.input_batch
+        batch.begin_step()
+        batch.set_blocks(0, range(-(-(done + tokens) // batch.block_size)))
+        return batch.add_row(0, [0] * tokens, done, is_prefill)
+
+    def _forget_only_row(self) -> None:
+        """Leave the batch as it was before `_only_row`."""
+        self.input_batch.begin_step()
+        self.input_batch.clear_row(0)
+
+
+def _plain_array(logits: Any) -> np.ndarray:
+    """Logits of a model on the CPU, which are an array already or a tensor there."""
+    return logits if isinstance(logits, np.ndarray) else logits.numpy()

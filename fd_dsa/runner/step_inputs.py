@@ -21,7 +21,8 @@ class StepInputs(NamedTuple):
     """Inputs of one step.
 
     Attributes:
-        ids_remove_padding: int64, on a device int32, [num_tokens]; packed token ids.
+        ids_remove_padding: int64, on a device int32, [num_tokens]; packed token ids, on a device
+            followed by zeros up to the padded number of tokens.
         seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [num_rows].
         block_tables: int32 [num_rows, max_blocks_per_seq].
         logits_indices: int64, on a device int32, [n]; flat tokens whose logits are wanted.
@@ -41,8 +42,8 @@ class HostInputs:
     def __init__(self, batch: InputBatch) -> None:
         self._batch = batch
 
-    def stage(self, logits_indices: np.ndarray) -> StepInputs:
-        """Views of the batch, valid until its next `begin_step`."""
+    def stage(self, logits_indices: np.ndarray, num_padded_tokens: int | None = None) -> StepInputs:
+        """Views of the batch, valid until its next `begin_step`; nothing is padded on a CPU."""
         batch, rows = self._batch, self._batch.num_rows
         return StepInputs(
             as_tensor(batch.ids_remove_padding[: batch.num_tokens]),
@@ -77,11 +78,12 @@ class DeviceInputs:
         self._staged = StagedTensor(allocate, ends[-1] + rows * columns)
         self._section = lru_cache(maxsize=_CACHED_VIEWS)(self._make_section)
 
-    def stage(self, logits_indices: np.ndarray) -> StepInputs:
+    def stage(self, logits_indices: np.ndarray, num_padded_tokens: int | None = None) -> StepInputs:
         """Queue the copy of the batch; the tensors that will hold it, valid until the next call.
 
         Args:
             logits_indices: int [n]; at most one a row of the batch.
+            num_padded_tokens: tokens of a captured step; the batch may have fewer.
         """
         batch, rows = self._batch, self._batch.num_rows
         values = (
@@ -95,9 +97,12 @@ class DeviceInputs:
         slab = self._staged.next_slab()
         for start, array in zip(self._starts, values, strict=True):
             slab[start : start + len(array)] = array
+        num_tokens = max(batch.num_tokens, num_padded_tokens or 0)
+        slab[batch.num_tokens : num_tokens] = 0
         self._staged.upload(self._starts[-1] + len(values[-1]))
-        ids, encoder, decoder, this_time, wanted, tables = (
-            self._section(index, len(array)) for index, array in enumerate(values)
+        lengths = num_tokens, *map(len, values[1:])
+        ids, encoder, decoder, this_time, wanted, tables = map(
+            self._section, range(len(lengths)), lengths
         )
         return StepInputs(ids, encoder, decoder, this_time, tables, wanted)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import logging
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("paddle", reason="the CPU's products are Paddle's")
 
+from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.ops._host import as_numpy
 from tests.attention.harness import FP8, Sizes, Step, World, world_of
 from tests.kernel_memory import KernelMemory
@@ -45,6 +47,7 @@ class OnDevice:
                 for name, value in arrays.items()
             }
         )
+        self.attention.begin_step(self.step)
 
     def select(self, layer: int = 0) -> Any:
         """Slots of a layer, as a tensor."""
@@ -116,7 +119,7 @@ def test_short_rows_are_not_scored_and_share_a_selection(
     first = case.select(0)
     assert case.select(1) is first
     case.check(1)
-    case.attention.begin_step()
+    case.attention.begin_step(case.step)
     assert case.select(0) is not None
     case.check(0)
 
@@ -146,7 +149,7 @@ def test_a_capture_after_a_warm_up_has_the_shared_selection_in_it(
 def test_every_layer_and_step_has_the_same_buffers(kernel_memory: KernelMemory) -> None:
     case = OnDevice(kernel_memory, Sizes(8, layers=2), ROWS)
     addresses = {case.select(layer).data_ptr() for layer in (0, 1)}
-    case.attention.begin_step()
+    case.attention.begin_step(case.step)
     addresses.add(case.select(0).data_ptr())
     assert len(addresses) == 1
 
@@ -162,13 +165,89 @@ def test_query_buffers_have_the_form_of_the_cache(kernel_memory: KernelMemory) -
 
 def test_workspace_is_the_size_of_the_buffers(kernel_memory: KernelMemory) -> None:
     from fd_dsa.attention.device import DeviceAttention, workspace_bytes
+    from fd_dsa.triton_runtime.transfers import GpuTraits, transfers_for
 
+    tiny = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
+    transfers = transfers_for(kernel_memory.poisoned((1,), "float32"))
+    gpu = GpuTraits(transfers.capability(), transfers.num_processors())
+    widths = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
+    for config in (tiny, on_tensor_cores(tiny)):
+        taken: list[int] = []
+
+        def allocate(shape: tuple[int, ...], dtype: str, taken: list[int] = taken) -> Any:
+            taken.append(int(np.prod(shape)) * widths[dtype])
+            return kernel_memory.poisoned(shape, dtype)
+
+        DeviceAttention(config, allocate, logits_bytes=1000)
+        assert sum(taken) == workspace_bytes(config, gpu, 1000)
+
+
+def on_tensor_cores(config: Any) -> Any:
+    """A configuration whose scores and attention tensor cores can make, on Hopper."""
+    layout = CacheLayout(FP8, 64, 512, 64, 128)
+    return replace(config, cache_layout=layout, dtype="bfloat16", max_blocks_per_seq=2)
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_what_serves_is_told_once_and_remembered(
+    kernel_memory: KernelMemory,
+    serves: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from fd_dsa.attention import device
+    from fd_dsa.attention.device_logits import PageScores
+    from fd_dsa.attention.device_tiles import TileScores
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+    from fd_dsa.ops import _provider
+    from fd_dsa.triton_runtime.transfers import transfers_for
+
+    monkeypatch.setattr(_provider, "_choices", {})
     config = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
-    taken: list[int] = []
+    # the interpreter's tensors lie on a CPU, where no kernel is said to serve
+    monkeypatch.setattr(device, "device_kind", lambda tensor: "gpu")
+    monkeypatch.setattr(_provider, "_against", {})
+    if serves:
+        config = on_tensor_cores(config)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="fd_dsa"):
+        made = [device.DeviceAttention(config, kernel_memory.poisoned) for _ in range(2)]
+    capability = transfers_for(kernel_memory.poisoned((1,), "float32")).capability()
+    on_hopper = serves and capability == 90
+    assert all(isinstance(x._scores, TileScores if serves else PageScores) for x in made)
+    assert all(isinstance(x._attention, TensorCoreAttention) == on_hopper for x in made)
+    said = [r.getMessage() for r in caplog.records if "ndexer_logits on gpu" in r.getMessage()]
+    if serves:
+        assert len(said) == 1 and "triton_tensor_core (a device, a" in said[0]
+        assert _provider.provider_table()["indexer_logits"] == {"gpu": "triton_tensor_core"}
+        assert "indexer_logits" not in _provider.kernel_reasons()
+    else:
+        reason = "the cache is float32, it reads fp8_ds_mla"
+        assert said == [f"indexer_logits on gpu: triton (not triton_tensor_core: {reason})"]
+        assert _provider.provider_table()["sparse_mla"] == {"gpu": "triton"}
+        assert _provider.kernel_reasons()["indexer_logits"] == {"gpu": reason}
 
-    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
-        taken.append(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        return kernel_memory.poisoned(shape, dtype)
 
-    DeviceAttention(config, allocate, logits_bytes=1000)
-    assert sum(taken) == workspace_bytes(config, 1000)
+@pytest.mark.parametrize("dtype", ["float32", FP8])
+def test_a_schedule_is_made_once_in_a_step_that_is_scored(
+    kernel_memory: KernelMemory, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fd_dsa.attention.device_tiles as module
+
+    made, fill = [], module.fill_tile_schedule
+    monkeypatch.setattr(
+        module, "fill_tile_schedule", lambda *a, **k: (made.append(1), fill(*a, **k))
+    )
+    sizes = Sizes(8, 64 if dtype == FP8 else 16, dtype, layers=2)
+    case = OnDevice(kernel_memory, sizes, ROWS)
+    assert len(made) == (dtype == FP8)
+    for layer in (0, 1):
+        case.select(layer)
+    assert len(made) == (dtype == FP8)
+    short = OnDevice(kernel_memory, sizes, SHORT_ROWS)
+    short.select()
+    assert len(made) == (dtype == FP8)
+    # a graph that reads the schedule is replayed in any step
+    monkeypatch.setattr(short.attention._scores, "is_captured", True)
+    short.attention.begin_step(short.step)
+    assert len(made) == 2 * (dtype == FP8)

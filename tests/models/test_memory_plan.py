@@ -15,6 +15,7 @@ from fd_dsa.models.memory_plan import (
     available_memory_bytes,
     check_host_room,
     format_bytes,
+    graph_bytes,
     plan_memory,
     weight_bytes,
 )
@@ -217,6 +218,28 @@ def test_weights_for_a_device_pass_through_the_host() -> None:
     check_host_room(4 << 30, free_bytes=4 << 30)
     with pytest.raises(ConfigError, match=r"loading needs 4.0 GiB of host memory.*free 3.0 GiB"):
         check_host_room(4 << 30, free_bytes=3 << 30)
+
+
+def test_graphs_take_their_share_and_are_told() -> None:
+    sizes = {"weight_bytes": 10 * GIB, "bytes_per_block": BLOCK, "max_model_len": 640}
+    config = EngineConfig(max_num_seqs=9000)
+    made = plan_memory(config, graph_bytes=4 * GIB, free_bytes=16 * GIB, **sizes)
+    assert made.num_blocks == 1024 and made.graph_bytes == 4 * GIB
+    assert "graphs 4.0 GiB, free 16.0 GiB" in made.summary()
+    assert "graphs" not in plan(16 * GIB).summary()
+    said = r"\+ graphs 7.0 GiB\), free 16.0 GiB; give fewer .*--enforce-eager"
+    with pytest.raises(ConfigError, match=said):
+        plan_memory(config, graph_bytes=7 * GIB, free_bytes=16 * GIB, **sizes)
+
+
+def test_graphs_are_counted_by_their_sizes() -> None:
+    config = ModelConfig.from_dict(TINY)
+    topk, vocab = config.index_topk, config.vocab_size
+    assert graph_bytes(config, (), 10 * topk) == 0
+    # where every row is short there is one graph a size
+    one, two = (graph_bytes(config, (1, 8), length) for length in (topk, topk + 1))
+    assert two - one == 4 * 9 * vocab + 2 * (4 << 20)
+    assert graph_bytes(config, (1, 16), topk) > one
 
 
 def test_the_limit_of_what_no_flag_asked_for() -> None:

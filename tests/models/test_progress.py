@@ -1,8 +1,10 @@
-"""Progress of loading: a bar on a terminal, plain lines elsewhere."""
+"""Progress of loading: a bar on a terminal, lines of the log elsewhere."""
 
 from __future__ import annotations
 
 import io
+
+import pytest
 
 from fd_dsa.models.progress import LoadProgress
 
@@ -14,24 +16,23 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_plain_lines_by_quarters() -> None:
+def test_plain_lines_by_quarters(caplog: pytest.LogCaptureFixture) -> None:
     stream = io.StringIO()
-    with LoadProgress(stream) as progress:
+    with caplog.at_level("INFO"), LoadProgress(stream) as progress:
         for done in range(0, 4097, 16):
             progress(done, 4096)
-    lines = stream.getvalue().splitlines()
-    assert lines == [
+    assert caplog.messages == [
         f"weights {percent} % {done}.0 KiB of 4.0 KiB"
         for percent, done in ((25, 1), (50, 2), (75, 3), (100, 4))
     ]
+    assert stream.getvalue() == ""
 
 
-def test_large_steps_make_one_line_each() -> None:
-    stream = io.StringIO()
-    with LoadProgress(stream) as progress:
+def test_large_steps_make_one_line_each(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"), LoadProgress(io.StringIO()) as progress:
         for done in (0, 80, 90, 100):
             progress(done, 100)
-    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["80", "100"]
+    assert [line.split()[1] for line in caplog.messages] == ["80", "100"]
 
 
 def test_bar_on_a_terminal() -> None:

@@ -234,3 +234,21 @@ def test_a_warm_up_scores_keys(model: Any, monkeypatch: pytest.MonkeyPatch) -> N
     powers = [size for size in (1, 2, 4, 8, 16, 32, 64, 128) if size < longest]
     assert [plan.num_tokens for plan in plans] == [*powers, longest, 1]
     assert plans[-2].needs_scores and plans[-1].needs_scores
+
+
+def test_steps_are_counted_by_kind(model: Any) -> None:
+    runner = tiny_runner(model)
+    topk = model.config.index_topk
+    run_rows(runner, [(0, PROMPT[:20], 0, True)])
+    run_rows(runner, [(0, PROMPT[20:21], 20, False)])
+    run_rows(runner, [(0, PROMPT[21:22], 21, False), (1, PROMPT[:9], 0, True)])
+    counters = runner.counters
+    assert {kind: sum(h.counts) for kind, h in counters.prepare_s.items()} == {
+        "prefill": 1,
+        "decode": 1,
+        "mixed": 1,
+    }
+    assert all(h.total > 0 for h in counters.prepare_s.values())
+    assert (counters.mask_offsets_launched, counters.mask_offsets_skipped) == (2, 1)
+    keys = [*range(1, 21), 21, 22, *range(1, 10)]
+    assert counters.sparse_tokens == sum(count > topk for count in keys) > 0

@@ -73,6 +73,14 @@ class KernelCase:
         self.attention.begin_step(self.step)
         return self
 
+    def ours(self) -> KernelCase:
+        """Begin the step without a try of any package: our kernels serve."""
+        kernels = self.attention._third_party
+        pending, kernels._pending = kernels._pending, []
+        self.begin()
+        kernels._pending = pending
+        return self
+
     def select(self, layer: int = 0) -> Any:
         """Slots of a layer, as a tensor."""
         given = self.layers[layer]

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("paddle", reason="the doubles compute on Paddle's tensors")
 
-from fd_dsa.doctor import third_party
+from fd_dsa.doctor import tensor_cores, third_party
 from tests.attention.third_party.kernel_case import Install
 from tests.kernel_memory import KernelMemory
 
@@ -53,3 +53,21 @@ def test_one_that_fails_is_no_illness(device: str, doubles: Install) -> None:
     assert [x["serves"] for x in found] == [False, True]
     (line,) = (x for x in third_party.as_lines(found) if "deep_gemm" in x)
     assert line.split()[:3] == ["deep_gemm", "indexer_logits", "no"] and "get_num_sms" in line
+
+
+def test_kernels_on_tensor_cores_are_told(device: str) -> None:
+    found = tensor_cores.facts(device)
+    assert [(x["operator"], x["serves"]) for x in found] == [
+        ("indexer_logits", True),
+        ("sparse_mla", True),
+    ]
+    assert tensor_cores.as_lines(found)[1].split()[:2] == ["indexer_logits", "yes"]
+    assert {x["reason"] for x in tensor_cores.facts("cpu")} == {"it needs a GPU"}
+
+
+def test_another_gpu_is_told_why_not(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fd_dsa.triton_runtime.transfers import Transfers
+
+    monkeypatch.setattr(Transfers, "capability", lambda self: 80)
+    lines = tensor_cores.as_lines(tensor_cores.facts(device))
+    assert lines[2].split()[:2] == ["sparse_mla", "no"] and "capability 80" in lines[2]

@@ -183,7 +183,7 @@ def test_wrong_gathered_scores_are_not_used(memory: KernelMemory, doubles: Insta
     case = KernelCase(memory, rows).begin()
     assert serving() == BOTH
     assert not case.attention._third_party.scores._gemm.reads_gathered
-    wanted = memory.get(KernelCase(memory, rows).select())
+    wanted = memory.get(KernelCase(memory, rows).ours().select())
     np.testing.assert_array_equal(memory.get(case.select()), wanted)
 
 
@@ -191,7 +191,7 @@ def test_wrong_gathered_scores_are_not_used(memory: KernelMemory, doubles: Insta
 def test_a_failure_after_the_probe(
     memory: KernelMemory, doubles: Install, lines: Any, package: str
 ) -> None:
-    wanted = KernelCase(memory, DECODE)
+    wanted = KernelCase(memory, DECODE).ours()
     doubles()
     case = KernelCase(memory, DECODE, layers=2).begin()
     kernels, calls = case.attention._third_party, []
@@ -227,6 +227,6 @@ def test_a_failure_of_the_schedule(memory: KernelMemory, doubles: Install, lines
 
     kernels.scores._gemm.schedule = failing
     case.begin()
-    wanted = memory.get(KernelCase(memory, DECODE).select())
+    wanted = memory.get(KernelCase(memory, DECODE).ours().select())
     np.testing.assert_array_equal(memory.get(case.select()), wanted)
     assert len(lines("WARNING")) == 1

@@ -26,7 +26,7 @@ LONG = [(33, 90, 33), (0, 100, 1)]
 @cache
 def ours(rows: tuple[Any, ...], **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """What our kernels give for a step; interpreted, they take seconds."""
-    return KernelCase(open_memory("interpreter"), list(rows), **options).run()
+    return KernelCase(open_memory("interpreter"), list(rows), **options).ours().run()
 
 
 def same(found: np.ndarray, wanted: np.ndarray) -> bool:
@@ -118,7 +118,7 @@ def test_prompts_without_room_are_scored_in_their_pages(
     theirs = KernelCase(memory, rows).begin()
     scores = theirs.attention._third_party.scores
     assert scores is not None
-    wanted = memory.get(KernelCase(memory, rows).select())
+    wanted = memory.get(KernelCase(memory, rows).ours().select())
     np.testing.assert_array_equal(memory.get(theirs.select()), wanted)
     flags = memory.get(scores._rows.is_gathered)[: sum(row[2] for row in rows)]
     assert flags.tolist() == [1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0]
@@ -128,7 +128,7 @@ def test_a_package_is_imported_by_the_first_step_that_is_not_captured(
     memory: KernelMemory, doubles: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     doubles()
-    case = KernelCase(memory, DECODE)
+    case = KernelCase(memory, DECODE).ours()
     ours = case.select()
     kernels = case.attention._third_party
     monkeypatch.setattr(kernels._transfers, "is_capturing", lambda: True)

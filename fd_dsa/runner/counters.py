@@ -1,0 +1,74 @@
+"""Counts of the engine's work: plain numbers, written by one thread, read by any.
+
+An observation costs a fraction of a microsecond; whoever exports the numbers makes the form that
+he needs of them, when he needs it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+_STEP_SECONDS = (
+    *(0.00001, 0.00002, 0.00005, 0.0001, 0.0002, 0.0005),
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1),
+)
+
+
+class Histogram:
+    """How many values were at most each bound, and their sum.
+
+    Attributes:
+        bounds: upper bounds of the buckets, ascending; a last bucket takes what is above.
+        counts: values of each bucket alone, len(bounds) + 1.
+        total: sum of all values.
+    """
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """Start without values."""
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count a value, `times` times."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+
+class StepCounters:
+    """What a runner did for the metadata of its steps.
+
+    Attributes:
+        prepare_s: host seconds of the metadata of a step, by its kind.
+        mask_offsets_launched, mask_offsets_skipped: steps with and without the windows of
+            prefill tokens; a step that only decodes has none.
+        sparse_tokens: tokens that had more keys than the indexer chooses.
+    """
+
+    def __init__(self) -> None:
+        self.prepare_s = {kind: Histogram(_STEP_SECONDS) for kind in ("prefill", "decode", "mixed")}
+        self.mask_offsets_launched = 0
+        self.mask_offsets_skipped = 0
+        self.sparse_tokens = 0
+
+    def count_step(
+        self,
+        prepare_s: float,
+        num_tokens: int,
+        num_prefill_tokens: int,
+        num_sparse_tokens: int,
+        has_mask_offsets: bool,
+    ) -> None:
+        """Count one step."""
+        kind = "mixed"
+        if num_prefill_tokens in (0, num_tokens):
+            kind = "prefill" if num_prefill_tokens else "decode"
+        self.prepare_s[kind].observe(prepare_s)
+        self.sparse_tokens += num_sparse_tokens
+        if has_mask_offsets:
+            self.mask_offsets_launched += 1
+        else:
+            self.mask_offsets_skipped += 1

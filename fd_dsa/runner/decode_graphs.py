@@ -1,0 +1,175 @@
+"""Decode steps as graphs: which there are, which one serves a step, and how they are captured.
+
+Two of each padded number of tokens: one for steps none of whose rows is longer than `index_topk`,
+in which nothing is scored or chosen, and one for rows of any length. Grids and buffers of both are
+those of the longest rows that they may be replayed with, and lengths are read on the device. What
+a step copies in, its metadata and what the attention prepares of it lie outside of the graph, at
+addresses that never change; so does the draw of the tokens, on the host.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fd_dsa.errors import DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_FALLBACK = "FLAGS_enable_api_kernel_fallback"
+
+
+class PaddedStep(NamedTuple):
+    """What a graph is captured for.
+
+    Attributes:
+        num_tokens: of its grids; a step may have fewer.
+        max_seqlen_k: longest row that its grids reach to, tokens.
+    """
+
+    num_tokens: int
+    max_seqlen_k: int
+
+
+class CapturedStep(NamedTuple):
+    """A graph.
+
+    Attributes:
+        logits: float32 [num_tokens, vocab_size], which every replay fills.
+        replay: queues the graph.
+    """
+
+    logits: Any
+    replay: Callable[[], None]
+
+
+Capture = Callable[[Callable[[], Any]], CapturedStep]
+
+
+class CaptureRefused(RuntimeError):
+    """No graph can be made of a step, and nothing is spoiled by the try."""
+
+
+class DecodeGraphs:
+    """The graphs of a runner.
+
+    Args:
+        sizes: numbers of tokens that steps are padded to.
+        index_topk: of the model.
+        longest: longest row that there can be, tokens.
+    """
+
+    def __init__(self, sizes: Sequence[int], index_topk: int, longest: int) -> None:
+        self.sizes = tuple(sorted(sizes))
+        self._short, self._longest = min(index_topk, longest), longest
+        self._graphs: dict[PaddedStep, CapturedStep] = {}
+
+    def steps(self) -> list[PaddedStep]:
+        """What is to be captured, the largest first: smaller ones then do with its memory."""
+        lengths = sorted({self._longest, self._short}, reverse=True)
+        return [PaddedStep(size, length) for size in reversed(self.sizes) for length in lengths]
+
+    def add(self, step: PaddedStep, captured: CapturedStep) -> None:
+        """Serve steps that fit by this graph from now on."""
+        self._graphs[step] = captured
+
+    def captured(self, step: PaddedStep) -> CapturedStep:
+        """The graph of a step that `fitting` gave."""
+        return self._graphs[step]
+
+    def fitting(self, num_tokens: int, max_seqlen_k: int) -> PaddedStep | None:
+        """What a decode step is padded to; None where no graph is as large."""
+        for size in self.sizes:
+            if size >= num_tokens:
+                short = max_seqlen_k <= self._short
+                return PaddedStep(size, self._short if short else self._longest)
+        return None
+
+
+class PaddleCapture:
+    """Captures by Paddle's CUDAGraph; all graphs share one pool of memory.
+
+    Paddle cannot go on after work that a capture refuses. So the work runs before, with everything
+    refused that Paddle would do on the host in the place of a device.
+
+    Args:
+        place: of the device.
+
+    Raises:
+        CaptureRefused: this Paddle has no graphs.
+    """
+
+    def __init__(self, place: Any) -> None:
+        from paddle.base import core
+        from paddle.device.cuda import graphs
+
+        if not graphs.is_cuda_graph_supported():
+            raise CaptureRefused("this build of Paddle has no CUDA graphs")
+        self._place, self._new = place, graphs.CUDAGraph
+        self._pool = core.CUDAGraph.gen_new_memory_pool_id()
+
+    def __call__(self, work: Callable[[], Any]) -> CapturedStep:
+        """Run `work` once, then capture it.
+
+        Args:
+            work: queues a step and returns its logits.
+
+        Raises:
+            CaptureRefused: `work` waits for the host, or the capture cannot begin.
+            DeviceError: work was refused inside of the capture; Paddle cannot go on.
+        """
+        import paddle
+
+        with _without_fallback():
+            try:
+                work()
+            except Exception as error:
+                raise CaptureRefused(_first_line(error)) from error
+        paddle.device.synchronize(self._place)
+        graph = self._new(place=self._place, mode="thread_local", pool_id=self._pool)
+        try:
+            graph.capture_begin()
+        except Exception as error:
+            raise CaptureRefused(_first_line(error)) from error
+        try:
+            logits = work()
+        except Exception as error:
+            with suppress(Exception):
+                graph.capture_end()
+            raise DeviceError(
+                f"capture of a decode step: {_first_line(error)}; start with --enforce-eager"
+            ) from error
+        graph.capture_end()
+        # a graph that lives at exit ends the process with an error
+        weakref.finalize(graph, _reset, graph._graph)
+        return CapturedStep(logits, graph.replay)
+
+
+@contextmanager
+def _without_fallback() -> Iterator[None]:
+    """Inside, Paddle raises where it would compute on the host for a device."""
+    import paddle
+
+    before = paddle.get_flags([_FALLBACK])
+    paddle.set_flags({_FALLBACK: False})
+    try:
+        yield
+    finally:
+        paddle.set_flags(before)
+
+
+def _reset(graph: Any) -> None:
+    """Free a captured graph."""
+    with suppress(Exception):
+        graph.reset()
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    # Paddle's own stack comes first, what is wrong last
+    said = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else "")
+    return f"{type(error).__name__}: {said}"

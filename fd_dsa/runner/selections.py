@@ -1,0 +1,53 @@
+"""What the layers of one step chose for some of its tokens, as positions in their sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.ops._host import as_numpy
+from fd_dsa.runner.input_batch import InputBatch
+
+
+class Selections:
+    """Takes the selection of every layer of a step on a CPU.
+
+    Args:
+        tokens: flat tokens of the step that are looked at.
+    """
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = np.asarray(tokens, np.int64)
+        self._layers: list[np.ndarray] = []
+
+    def add(self, slots: Any) -> None:
+        """Keep a copy of the tokens' rows of a layer.
+
+        Args:
+            slots: int32 [num_tokens, topk]; physical slots, -1 = none. The buffer is the
+                backend's, and the next layer writes to it.
+        """
+        array = as_numpy(slots)
+        self._layers.append(array.reshape(-1, array.shape[-1])[self._tokens].copy())
+
+    def positions(self, batch: InputBatch) -> list[list[np.ndarray]]:
+        """For each token and layer, int64 [n], ascending: the positions that were chosen.
+
+        Args:
+            batch: of the step, as it was run.
+        """
+        ends = np.cumsum(batch.seq_lens_this_time[: batch.num_rows])
+        found = []
+        for i, row in enumerate(np.searchsorted(ends, self._tokens, side="right")):
+            table = batch.block_tables[row]
+            used = table[table >= 0]
+            first = np.zeros(int(used.max()) + 1, np.int64)
+            first[used] = np.arange(len(used)) * batch.block_size
+            layers = []
+            for layer in self._layers:
+                block, offset = np.divmod(layer[i][layer[i] >= 0], batch.block_size)
+                layers.append(np.sort(first[block] + offset))
+            found.append(layers)
+        return found

@@ -1,0 +1,320 @@
+"""Decode steps of the embedded engine from graphs: tokens of eager steps, and nothing beside them.
+
+The forms without a GPU have no graphs. There a "graph" is the work itself, run again on what lies
+at the addresses of its capture, so all else of captured steps runs on them too.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+import fd_dsa.attention.device_logits as device_logits
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.memory_plan import graph_bytes
+from fd_dsa.runner import InputBatch, ModelRunner
+from fd_dsa.runner.decode_graphs import CapturedStep, CaptureRefused, PaddleCapture
+from fd_dsa.runner.model_runner import cache_layout
+from tests.demo.samples import PROSE
+from tests.gpu_rig import Rig
+from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
+from tests.runner.tiny import GLM, V32, run_rows
+
+pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton, pytest.mark.own_process]
+
+SIZES = (1, 2, 4)
+IDS = np.random.default_rng(7).integers(2, 50, (4, 40)).tolist()
+# a selection of 12: (row, length before, length after) of decode rows; short, across it, past it
+STEPS = (
+    [(0, 3)],
+    [(0, 4), (2, 10)],
+    [(0, 5), (1, 11), (2, 11)],
+    [(0, 6), (1, 12), (3, 30)],
+    [(0, 7), (1, 13), (2, 12), (3, 31)],
+    [(1, 14)],
+)
+
+
+def stand_in(place: Any) -> Callable[[Callable[[], Any]], CapturedStep]:
+    """Work that is run again and leaves its result where the capture left it."""
+
+    def capture(work: Callable[[], Any]) -> CapturedStep:
+        work()
+        logits = work()
+        return CapturedStep(logits, lambda: logits.copy_(work(), False))
+
+    return capture
+
+
+def capture_of(rig: Rig) -> Callable[[Any], Any]:
+    """What captures in this session."""
+    return PaddleCapture if rig.is_real else stand_in
+
+
+@contextmanager
+def captured(rig: Rig, runner: ModelRunner, sizes: tuple[int, ...] = SIZES) -> Iterator[Any]:
+    """The runner with graphs, which are gone before the process ends."""
+    runner.capture_decode_graphs(sizes, capture_of(rig))
+    assert runner.captured_sizes == sizes
+    try:
+        yield runner
+    finally:
+        runner.graphs = None
+        gc.collect()
+
+
+def filled(runner: ModelRunner) -> ModelRunner:
+    """The runner with keys in its caches and blocks in its tables, the same in every runner."""
+    rng, batch = np.random.default_rng(3), runner.input_batch
+    for cache in runner.caches:
+        if cache is not None:
+            values = rng.standard_normal(cache.shape).astype(np.float32)
+            if cache.dtype == paddle.bfloat16:
+                # Paddle takes unsigned 16-bit numbers for the bits
+                values = (values.view(np.uint32) >> 16).astype(np.uint16)
+            cache.copy_(paddle.to_tensor(values, place=cache.place), False)
+    blocks = rng.permutation(13)
+    for row in range(batch.max_num_seqs):
+        batch.set_blocks(row, blocks[3 * row : 3 * row + 3])
+    return runner
+
+
+def steps_of(rig: Rig) -> tuple[Any, ...]:
+    """All steps, or where kernels are interpreted a short one and one past the selection."""
+    return STEPS if rig.is_real else (STEPS[1], STEPS[3])
+
+
+def rows_of(step: list[tuple[int, int]]) -> list[tuple[int, list[int], int, bool]]:
+    """Rows of a decode step."""
+    return [(row, [IDS[row][length]], length, False) for row, length in step]
+
+
+@pytest.mark.parametrize(
+    ("fields", "kv_cache_dtype"), [(V32, "float32"), (GLM, "bfloat16")], ids=["v32", "glm"]
+)
+def test_logits_are_those_of_eager_steps(
+    rig: Rig, fields: dict[str, Any], kv_cache_dtype: str
+) -> None:
+    eager, graphs = (filled(tiny_runner(fields, kv_cache_dtype, rig.device)) for _ in range(2))
+    with captured(rig, graphs, SIZES if rig.is_real else (2, 4)):
+        # the capture took the blocks of row 0, and wrote to one
+        filled(graphs)
+        for step in steps_of(rig):
+            wanted = np.array(run_rows(eager, rows_of(step)))
+            found = run_rows(graphs, rows_of(step))
+            assert graphs._padded is not None and graphs._padded.num_tokens >= len(step)
+            # products of the padded size may round otherwise
+            bound = (1e-5 if kv_cache_dtype == "float32" else 2e-3) * np.abs(wanted).max()
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
+            assert (found.argmax(axis=1) == wanted.argmax(axis=1)).all()
+        for index, (of_eager, of_graphs) in enumerate(
+            zip(eager.caches, graphs.caches, strict=True)
+        ):
+            if of_eager is not None:
+                same = of_eager.numpy() == of_graphs.numpy()
+                assert same.mean() > 0.99, f"cache {index}"
+
+
+def test_a_size_of_its_own_gives_the_same_bits(rig: Rig) -> None:
+    eager, graphs = (filled(tiny_runner(V32, "float32", rig.device)) for _ in range(2))
+    with captured(rig, graphs, (2,)):
+        filled(graphs)
+        for step in (STEPS[1], [(1, 14), (3, 30)]):
+            wanted = np.array(run_rows(eager, rows_of(step)))
+            np.testing.assert_array_equal(run_rows(graphs, rows_of(step)), wanted)
+
+
+def test_a_replay_is_one_copy_in_one_out_one_wait_and_no_memory(rig: Rig) -> None:
+    runner = filled(tiny_runner(V32, "float32", rig.device))
+    with captured(rig, runner, SIZES if rig.is_real else (4,)):
+        filled(runner)
+        # views of these sizes are made once
+        for step in steps_of(rig):
+            run_rows(runner, rows_of(step))
+        for step in steps_of(rig):
+            with rig.strict(), rig.counting() as counted:
+                run_rows(runner, rows_of(step))
+            delta, num_bytes = counted.delta, 4 * len(step) * runner.vocab_size
+            assert delta.pop("d2h_bytes") == num_bytes
+            in_bytes = delta.pop("h2d_bytes")
+            if not rig.is_real:
+                # the "graph" is the work, and a copy of its result; but no part of it waits
+                delta["d2d_async"] -= 1
+                delta["d2d_bytes"] -= 4 * 4 * runner.vocab_size
+                for name in ("op_kernels", "peak_bytes", "allocations", "allocated_bytes"):
+                    delta.pop(name, None)
+            assert delta == {
+                "h2d_async": 1,
+                "d2d_async": 1,
+                "d2d_bytes": in_bytes,
+                "d2h_async": 1,
+                "event_syncs": 1,
+            }
+
+
+def test_steps_of_layers_wait_for_nothing_and_copy_nothing_to_the_host(rig: Rig) -> None:
+    """Eager, which is what a capture asks for; no operator goes through the host."""
+    runner = filled(tiny_runner(V32, "float32", rig.device))
+    for step in steps_of(rig):
+        run_rows(runner, rows_of(step))
+        with rig.strict(), rig.counting() as counted:
+            run_rows(runner, rows_of(step))
+        assert counted.delta["h2d_async"] == counted.delta["d2h_async"] == 1
+        assert "h2d" not in counted.delta and "d2h" not in counted.delta
+        assert "stream_syncs" not in counted.delta and "device_syncs" not in counted.delta
+
+
+def test_short_steps_score_nothing_and_long_ones_reach_the_longest_row(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths, score = [], device_logits.score_pages
+
+    def recording(*args: Any, **kwargs: Any) -> None:
+        widths.append(args[6].shape[1])
+        score(*args, **kwargs)
+
+    runner = filled(tiny_runner(V32, "float32", rig.device))
+    monkeypatch.setattr(device_logits, "score_pages", recording)
+    with captured(rig, runner, (2,)):
+        filled(runner)
+        # three blocks of 16 are all that a row has
+        assert widths and set(widths) == {48}
+        del widths[:]
+        run_rows(runner, rows_of(STEPS[0]))
+        assert widths == []
+        run_rows(runner, rows_of(STEPS[-1]))
+        # a replay launches nothing from here
+        assert bool(widths) != rig.is_real
+
+
+def test_prompts_and_steps_that_are_too_large_stay_eager(rig: Rig) -> None:
+    runner = filled(tiny_runner(V32, "float32", rig.device))
+    with captured(rig, runner, (1,)):
+        filled(runner)
+        for rows in (rows_of(STEPS[1]), [(0, IDS[0][:1], 0, True)], [(1, IDS[1][:3], 0, True)]):
+            run_rows(runner, rows)
+            assert runner._padded is None
+        # of two rows that decode, one is not sampled from
+        batch = runner.input_batch
+        batch.begin_step()
+        for row in rows_of(STEPS[1]):
+            batch.add_row(*row)
+        assert runner.execute_model(np.array([1])).shape == (1, runner.vocab_size)
+        assert runner._padded is None
+
+
+def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    runner = filled(tiny_runner(V32, "float32", rig.device))
+    wanted = np.array(run_rows(runner, rows_of(STEPS[4])))
+
+    def refusing(place: Any) -> Any:
+        def capture(work: Callable[[], Any]) -> CapturedStep:
+            work()
+            raise CaptureRefused("RuntimeError: no graphs today")
+
+        return capture
+
+    with caplog.at_level("INFO", logger="fd_dsa"):
+        runner.capture_decode_graphs(SIZES, refusing)
+    (said,) = (r for r in caplog.records if r.levelname == "WARNING")
+    assert "stay eager" in said.getMessage() and "no graphs today" in said.getMessage()
+    assert runner.captured_sizes == () and runner.graphs is None
+    filled(runner)
+    np.testing.assert_array_equal(run_rows(runner, rows_of(STEPS[4])), wanted)
+
+
+@pytest.mark.parametrize(("most", "made"), [(0, 0), (3, 0), (4, 1)])
+def test_a_second_stream_is_made_before_steps_that_fork_alone(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, most: int, made: int
+) -> None:
+    runner = tiny_runner(V32, "float32", rig.device)
+    overlap, calls = runner.attn_backends[0].overlap, []
+    monkeypatch.setattr(overlap, "max_tokens", most)
+    monkeypatch.setattr(overlap, "stream_for", calls.append)
+
+    def refusing(place: Any) -> Any:
+        def capture(work: Callable[[], Any]) -> CapturedStep:
+            raise CaptureRefused("not today")
+
+        return capture
+
+    runner.capture_decode_graphs((4, 8), refusing)
+    assert len(calls) == made
+
+
+def test_work_that_waits_for_the_host_is_refused_before_a_capture(rig: Rig) -> None:
+    capture = PaddleCapture(rig.place)
+    x = paddle.ones([4])
+    with pytest.raises(CaptureRefused, match="exp"):
+        capture(lambda: x.exp())
+    # the process goes on, with what it had before
+    assert x.exp().numpy().shape == (4,)
+
+
+@pytest.mark.slow
+def test_tokens_of_the_demo_model(rig: Rig) -> None:
+    """Rows that come and go beside padding, across the selection of 256 keys on a GPU."""
+    large = rig.is_real
+    prompts = ["Once upon a time", "The capital of France is"]
+    if large:
+        prompts += [f"{PROSE * 3}One day a fox named Ruby", "One day", "The old miller walked"]
+    sizes = (1, 2, 4, 5) if large else (2,)
+    options: dict[str, Any] = {
+        "device": rig.device,
+        "max_num_seqs": len(prompts),
+        "max_num_batched_tokens": 64 if large else 7,
+        "max_model_len": 1024 if large else 128,
+        "num_gpu_blocks_override": 40 if large else 4,
+    }
+    lengths = (64, 40, 50, 12, 31) if large else (3, 2)
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
+    for kv_cache_dtype in ("float32", "fp8_ds_mla") if large else ("float32",):
+        answers = []
+        for graphs in (False, True):
+            options |= {"kv_cache_dtype": kv_cache_dtype, "enforce_eager": True}
+            with LLM(**options) as llm:
+                runner = llm._open_engine().runner
+                if graphs:
+                    runner.capture_decode_graphs(sizes, capture_of(rig))
+                    assert runner.captured_sizes == sizes
+                answers.append([one.token_ids for one in llm.generate(prompts, params)])
+                runner.graphs = None
+            gc.collect()
+        assert answers[0] == answers[1], kv_cache_dtype
+
+
+def test_the_engine_captures_by_itself(real_rig: Rig) -> None:
+    options = {"max_model_len": 512, "max_num_seqs": 4, "num_gpu_blocks_override": 32}
+    with LLM(device=real_rig.device, cudagraph_capture_sizes=(1, 4), **options) as llm:
+        runner = llm._open_engine().runner
+        assert runner.captured_sizes == (1, 4)
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        llm.generate(["Once upon a time"], params)
+        assert runner._padded is not None and runner._padded.num_tokens == 1
+        runner.graphs = None
+    gc.collect()
+
+
+def test_memory_of_graphs_is_within_the_plan(real_rig: Rig) -> None:
+    from fd_dsa.config import demo_model_path
+    from fd_dsa.models.registry import create_model
+    from fd_dsa.runner.device import free_device_bytes
+
+    config = ModelConfig.from_folder(demo_model_path())
+    model = create_model(config)
+    model.to_device(real_rig.device)
+    batch = InputBatch(64, 64, 32, 64)
+    runner = ModelRunner(model, batch, cache_layout(config, "float32", 64), 40, real_rig.device)
+    runner.warm_up()
+    sizes = (1, 2, 4, 8, 16, 32, 64)
+    before = free_device_bytes(real_rig.device) or 0
+    with captured(real_rig, runner, sizes):
+        taken = before - (free_device_bytes(real_rig.device) or 0)
+        assert taken <= graph_bytes(config, sizes, 2048), taken

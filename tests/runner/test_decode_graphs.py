@@ -1,0 +1,140 @@
+"""Which graph serves a decode step, and what is said where none can be made."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import paddle
+import pytest
+from paddle.base import core
+from paddle.device.cuda import graphs as paddle_graphs
+
+from fd_dsa.errors import DeviceError
+from fd_dsa.runner.decode_graphs import CaptureRefused, DecodeGraphs, PaddedStep, PaddleCapture
+
+PLACE = paddle.CPUPlace()
+
+
+def test_a_step_is_padded_to_the_next_size() -> None:
+    graphs = DecodeGraphs((8, 1, 4), index_topk=100, longest=640)
+    assert graphs.sizes == (1, 4, 8)
+    found = [graphs.fitting(n, 101) for n in (1, 2, 4, 5, 8, 9)]
+    sizes = [step and step.num_tokens for step in found]
+    assert sizes == [1, 4, 4, 8, 8, None]
+
+
+@pytest.mark.parametrize(("max_seqlen_k", "reaches"), [(1, 100), (100, 100), (101, 640)])
+def test_rows_past_the_selection_have_a_graph_of_their_own(max_seqlen_k: int, reaches: int) -> None:
+    graphs = DecodeGraphs((2,), index_topk=100, longest=640)
+    assert graphs.fitting(2, max_seqlen_k) == PaddedStep(2, reaches)
+
+
+def test_the_largest_are_captured_first() -> None:
+    steps = DecodeGraphs((1, 4), index_topk=100, longest=640).steps()
+    assert steps == [(4, 640), (4, 100), (1, 640), (1, 100)]
+    # every row is short: one graph a size
+    assert DecodeGraphs((1, 4), index_topk=100, longest=64).steps() == [(4, 64), (1, 64)]
+
+
+class Graph:
+    """Stands for Paddle's CUDAGraph; `fails` is the call that it refuses."""
+
+    fails = ""
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self._graph = SimpleNamespace(reset=partial(self.log.append, "reset"))
+
+    def call(self, name: str) -> None:
+        self.log.append(name)
+        if name == self.fails:
+            raise OSError(f"stack\n\nFatalError: {name} is not permitted\n")
+
+    def capture_begin(self) -> None:
+        self.call("begin")
+
+    def capture_end(self) -> None:
+        self.call("end")
+
+    def replay(self) -> None:
+        self.call("replay")
+
+
+@pytest.fixture
+def graph(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
+    """What Paddle captures with, here without a device."""
+    kind = type("Kind", (Graph,), {"log": []})
+    monkeypatch.setattr(paddle_graphs, "is_cuda_graph_supported", lambda: True)
+    monkeypatch.setattr(paddle_graphs, "CUDAGraph", kind)
+    pools = SimpleNamespace(gen_new_memory_pool_id=lambda: 7)
+    monkeypatch.setattr(core, "CUDAGraph", pools, raising=False)
+    monkeypatch.setattr(paddle.device, "synchronize", lambda place: kind.log.append("wait"))
+    return kind
+
+
+def test_work_runs_before_its_capture_and_graphs_share_a_pool(graph: type[Graph]) -> None:
+    runs: list[bool] = []
+    flag = "FLAGS_enable_api_kernel_fallback"
+
+    def work() -> str:
+        runs.append(paddle.get_flags([flag])[flag])
+        graph.log.append("work")
+        return "logits"
+
+    captured = PaddleCapture(PLACE)(work)
+    assert graph.log == ["work", "wait", "begin", "work", "end"]
+    # outside of the capture nothing may go through the host
+    assert runs == [False, True] and paddle.get_flags([flag])[flag]
+    assert captured.logits == "logits"
+    captured.replay()
+    assert graph.log[-1] == "replay" and captured.replay.__self__.options["pool_id"] == 7
+    del captured
+    assert graph.log[-1] == "reset"
+
+
+def test_a_build_without_graphs_is_refused() -> None:
+    if paddle_graphs.is_cuda_graph_supported():
+        pytest.skip("this session has a device with graphs")
+    with pytest.raises(CaptureRefused, match="no CUDA graphs"):
+        PaddleCapture(PLACE)
+
+
+def test_a_capture_that_cannot_begin_is_refused(graph: type[Graph]) -> None:
+    graph.fails = "begin"
+    with pytest.raises(CaptureRefused, match="OSError: FatalError: begin is not permitted"):
+        PaddleCapture(PLACE)(lambda: None)
+
+
+def test_work_that_fails_is_refused_before_a_capture(graph: type[Graph]) -> None:
+    with pytest.raises(CaptureRefused, match="ZeroDivisionError"):
+        PaddleCapture(PLACE)(lambda: 1 // 0)
+    assert "begin" not in graph.log
+
+
+def test_work_that_fails_inside_of_a_capture_ends_the_start(graph: type[Graph]) -> None:
+    def work() -> None:
+        if "begin" in graph.log:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(DeviceError, match=r"not permitted .*--enforce-eager"):
+        PaddleCapture(PLACE)(work)
+    assert graph.log[-1] == "end"
+
+
+@pytest.mark.triton
+def test_logits_come_in_memory_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fd_dsa.runner.host_logits import HostLogits
+
+    to_host = HostLogits(6)
+    first = to_host(paddle.to_tensor(np.arange(6, dtype=np.float32).reshape(2, 3)))
+    assert first.tolist() == [[0, 1, 2], [3, 4, 5]]
+    second = to_host(paddle.to_tensor(np.float32([[9, 8, 7]])))
+    assert second.tolist() == [[9, 8, 7]]
+    assert second.ctypes.data == first.ctypes.data
+    # prompts all of whose logits are wanted
+    large = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    np.testing.assert_array_equal(to_host(paddle.to_tensor(large)), large)
