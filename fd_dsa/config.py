@@ -19,6 +19,10 @@ DEVICES = ("auto", "cpu", "gpu")
 _DEVICE_PATTERN = re.compile(rf"{'|'.join(DEVICES)}|[A-Za-z_]\w*:\d+")
 _DTYPES = ("auto", "float32", "bfloat16")
 _CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
+# what users of other servers write
+_CACHE_DTYPE_ALIASES = {"fp8": "fp8_ds_mla"}
+_LOAD_FORMATS = ("auto", "safetensors", "dummy")
+_MOST_CAPTURED = 512
 FP8_BLOCK_SIZE = 64
 """Tokens of a block of fp8_ds_mla caches; the kernels that read them take no other."""
 
@@ -52,20 +56,31 @@ class EngineConfig:
     Attributes:
         model: folder of a checkpoint in Hugging Face format; None is the demo model.
         served_model_name: names that requests may use; empty is the folder's name.
+        tokenizer: folder of the tokenizer and its chat template; None is the model's.
+        load_format: where weights come from: `safetensors` files, which `auto` means too, or
+            `dummy`, random numbers, for measurements without a checkpoint.
+        index_topk: keys that the indexer chooses for a token; None is the model's number.
         device: where the model runs: "cpu", "gpu" (the first that CUDA_VISIBLE_DEVICES shows), or
             "auto", a GPU where Paddle has one and the CPU otherwise: the values of the flag. In
             Python also the place of a custom device of Paddle, such as "name:0".
         dtype: type of weights and activations; `auto` is float32, the only one so far.
         kv_cache_dtype: type of the caches; `auto` is the type of the activations, `fp8_ds_mla`
-            is e4m3 with scales, 788 bytes a token and layer.
+            is e4m3 with scales, 788 bytes a token and layer; `fp8` is another name for it.
         max_model_len: longest prompt plus output, tokens; None is the model's own limit.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; None is 512, the default on a CPU.
         block_size: tokens per cache block.
         kv_cache_memory_bytes: size of the caches, a number or a text such as `8G`.
+        gpu_memory_utilization: share of a GPU's memory that weights and caches may take, 0 to 1.
         num_gpu_blocks_override: number of cache blocks, instead of `kv_cache_memory_bytes`.
         enable_prefix_caching: whether requests share the cache blocks of prompts that begin alike.
+        enable_chunked_prefill: True alone: prompts are split at `max_num_batched_tokens`.
+        enforce_eager: whether decode steps on a GPU are launched kernel by kernel, and not replayed
+            from CUDA graphs.
+        cudagraph_capture_sizes: numbers of rows for which decode steps are captured, a step of
+            fewer is padded; None is 1, 2, 4, 8, then every eighth number up to `max_num_seqs`.
         seed: seed of requests which bring none.
+        chat_template: Jinja file that renders conversations; None is what the folder has.
 
     Raises:
         ConfigError: a value is not allowed; the message names the flag.
@@ -73,6 +88,9 @@ class EngineConfig:
 
     model: str | os.PathLike[str] | None = None
     served_model_name: tuple[str, ...] = ()
+    tokenizer: str | os.PathLike[str] | None = None
+    load_format: str = "auto"
+    index_topk: int | None = None
     device: str = "auto"
     dtype: str = "auto"
     kv_cache_dtype: str = "auto"
@@ -81,12 +99,18 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     block_size: int = 64
     kv_cache_memory_bytes: int | str | None = None
+    gpu_memory_utilization: float = 0.9
     num_gpu_blocks_override: int | None = None
     enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    enforce_eager: bool = False
+    cudagraph_capture_sizes: tuple[int, ...] | None = None
     seed: int = 0
+    chat_template: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        self._set("model", self._checked_folder())
+        self._set("model", self._checked_folder("model") or demo_model_path())
+        self._set("tokenizer", self._checked_folder("tokenizer"))
         names = self.served_model_name
         names = (names,) if isinstance(names, str) else tuple(names)
         self._set("served_model_name", names or (self.model_path.name,))
@@ -105,13 +129,21 @@ class EngineConfig:
         if isinstance(self.kv_cache_memory_bytes, str):
             self._set("kv_cache_memory_bytes", self._parsed_cache_bytes())
         self._check_numbers()
-        if not isinstance(self.enable_prefix_caching, bool):
-            raise _flag_error("enable_prefix_caching", self.enable_prefix_caching, "a bool", "")
+        self._check_choices()
+        self._check_capture_sizes()
+        if self.chat_template is not None and not os.path.isfile(self.chat_template):
+            got = os.fspath(self.chat_template)
+            raise _flag_error("chat_template", got, "a file with a Jinja template", "")
 
     @property
     def model_path(self) -> Path:
         """Folder of the checkpoint, absolute."""
         return Path(self.model)  # type: ignore[arg-type]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Folder of the tokenizer, absolute."""
+        return self.model_path if self.tokenizer is None else Path(self.tokenizer)
 
     @property
     def compute_dtype(self) -> str:
@@ -127,6 +159,16 @@ class EngineConfig:
     def num_batched_tokens(self) -> int:
         """`max_num_batched_tokens`, resolved, as the plain int that it is after construction."""
         return int(self.max_num_batched_tokens)  # type: ignore[arg-type]
+
+    @property
+    def capture_sizes(self) -> tuple[int, ...]:
+        """Numbers of rows for which decode steps are captured on a GPU, ascending."""
+        if self.enforce_eager:
+            return ()
+        if self.cudagraph_capture_sizes is not None:
+            return self.cudagraph_capture_sizes
+        most = min(self.max_num_seqs, self.num_batched_tokens)
+        return default_capture_sizes(most)
 
     def resolve_max_model_len(self, max_position_embeddings: int) -> int:
         """Longest sequence that will be served, tokens.
@@ -149,16 +191,18 @@ class EngineConfig:
         """Store a normalised value in the frozen dataclass."""
         object.__setattr__(self, name, value)
 
-    def _checked_folder(self) -> Path:
-        """The model folder as an absolute path."""
-        if self.model is None:
-            return demo_model_path()
-        folder = Path(os.path.abspath(Path(self.model).expanduser()))
+    def _checked_folder(self, name: str) -> Path | None:
+        """A folder as an absolute path; None where none is given."""
+        given = getattr(self, name)
+        if given is None:
+            return None
+        folder = Path(os.path.abspath(Path(given).expanduser()))
         if not folder.is_dir():
+            file = "config.json" if name == "model" else "tokenizer.json"
             raise _flag_error(
-                "model",
-                os.fspath(self.model),
-                "a local folder in Hugging Face format with config.json",
+                name,
+                os.fspath(given),
+                f"a local folder in Hugging Face format with {file}",
                 "give an existing folder (models are not downloaded)",
             )
         return folder
@@ -175,6 +219,8 @@ class EngineConfig:
                 "kernels",
                 "bfloat16 checkpoints are converted while loading",
             )
+        dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
+        self._set("kv_cache_dtype", dtype)
         if self.kv_cache_dtype not in _CACHE_DTYPES:
             raise _flag_error("kv_cache_dtype", self.kv_cache_dtype, ", ".join(_CACHE_DTYPES), "")
         if self.kv_cache_dtype == "fp8_ds_mla" and self.block_size != FP8_BLOCK_SIZE:
@@ -184,6 +230,48 @@ class EngineConfig:
                 f"{FP8_BLOCK_SIZE} with --kv-cache-dtype fp8_ds_mla",
                 "leave it out",
             )
+
+    def _check_choices(self) -> None:
+        """Refuse switches that are none, and what has one value."""
+        for name in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager"):
+            if not isinstance(getattr(self, name), bool):
+                raise _flag_error(name, getattr(self, name), "a bool", "")
+        if not self.enable_chunked_prefill:
+            raise _flag_error(
+                "enable_chunked_prefill",
+                False,
+                "True: prompts are always split",
+                "--max-num-batched-tokens says into how many tokens",
+            )
+        if self.load_format not in _LOAD_FORMATS:
+            raise _flag_error("load_format", self.load_format, ", ".join(_LOAD_FORMATS), "")
+
+    def _check_capture_sizes(self) -> None:
+        """Refuse sizes that no step can have, and sizes where nothing is captured."""
+        sizes = self.cudagraph_capture_sizes
+        if sizes is None:
+            return
+        if isinstance(sizes, (str, int)):
+            raise _flag_error("cudagraph_capture_sizes", sizes, "several integers", "")
+        if self.enforce_eager:
+            raise ConfigError(
+                f"--cudagraph-capture-sizes: got {list(sizes)} together with --enforce-eager, "
+                "which captures nothing; give one of them"
+            )
+        most = min(self.max_num_seqs, self.num_batched_tokens)
+        for size in sizes:
+            if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
+                raise _flag_error(
+                    "cudagraph_capture_sizes",
+                    size,
+                    f"integers from 1 to {most}, the rows that a decode step can have",
+                    "leave them out, or raise --max-num-seqs",
+                )
+        if not sizes:
+            raise _flag_error(
+                "cudagraph_capture_sizes", [], "at least one integer", "or take --enforce-eager"
+            )
+        self._set("cudagraph_capture_sizes", tuple(sorted(set(sizes))))
 
     def _parsed_cache_bytes(self) -> int:
         """`kv_cache_memory_bytes` as a number."""
@@ -196,16 +284,30 @@ class EngineConfig:
         """Refuse counts and sizes out of range, and two answers to one question."""
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             _check_integer(name, getattr(self, name), minimum=1)
-        for name in ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override"):
+        optional = ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override")
+        for name in (*optional, "index_topk"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name), minimum=1)
         _check_integer("seed", self.seed, minimum=0)
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise _flag_error("gpu_memory_utilization", share, "above 0 and at most 1", "")
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError(
                 f"--num-gpu-blocks-override: got {self.num_gpu_blocks_override} together with "
                 f"--kv-cache-memory-bytes {self.kv_cache_memory_bytes}; both set the size of the "
                 "caches: give one of them"
             )
+
+
+def default_capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """1, 2, 4, then every eighth number up to 256 and every sixteenth up to 512, as vLLM has them.
+
+    The last is `max_num_seqs`, but at most 512.
+    """
+    most = min(max_num_seqs, _MOST_CAPTURED)
+    sizes = (1, 2, 4, *range(8, 256, 8), *range(256, _MOST_CAPTURED, 16))
+    return (*(size for size in sizes if size < most), most)
 
 
 def _check_integer(name: str, value: object, minimum: int) -> None:

@@ -18,7 +18,10 @@ DEFAULT_OVERLAP_MAX_TOKENS = 256
 Read from measurements (docs/performance.md).
 """
 
-OP_PROVIDERS = {"step_metadata": ("custom_op", "triton"), "topk": ("custom_op", "triton")}
+OP_PROVIDERS = {
+    operator: ("custom_op", "triton")
+    for operator in ("step_metadata", "topk", "sparse_mla", "sparse_mla_wide")
+}
 """Operators that have more than one provider on a GPU, and those that may be asked for."""
 
 _SWITCH = {"0": False, "false": False, "1": True, "true": True}
@@ -162,6 +165,11 @@ def openai_api_key() -> str | None:
 def told_commit() -> str | None:
     """Commit that FD_DSA_COMMIT tells a copy of the tree without git; None where it is unset."""
     return os.environ.get("FD_DSA_COMMIT", "").strip() or None
+
+
+def own_variables(prefix: str) -> dict[str, str]:
+    """The variables whose names begin with `prefix`."""
+    return {name: value for name, value in os.environ.items() if name.startswith(prefix)}
 
 
 def process_environment() -> dict[str, str]:

@@ -48,6 +48,43 @@ def test_defaults_serve_the_demo_on_a_cpu() -> None:
     assert config.resolve_max_model_len(4096) == 4096
 
 
+@pytest.mark.parametrize(
+    ("fields", "sizes"),
+    [
+        ({"max_num_seqs": 1}, (1,)),
+        ({"max_num_seqs": 3}, (1, 2, 3)),
+        ({"max_num_seqs": 20}, (1, 2, 4, 8, 16, 20)),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 9}, (1, 2, 4, 8, 9)),
+        ({"max_num_seqs": 9, "cudagraph_capture_sizes": [9, 3, 3]}, (3, 9)),
+        ({"enforce_eager": True}, ()),
+    ],
+)
+def test_sizes_of_captured_steps(fields: dict[str, Any], sizes: tuple[int, ...]) -> None:
+    assert EngineConfig(**fields).capture_sizes == sizes
+
+
+def test_sizes_by_default_end_at_512() -> None:
+    sizes = EngineConfig(max_num_seqs=4096, max_num_batched_tokens=8192).capture_sizes
+    assert sizes[:5] == (1, 2, 4, 8, 16) and sizes[-3:] == (480, 496, 512)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"cudagraph_capture_sizes": (0,)}, "got 0, allowed: integers from 1 to 64"),
+        ({"cudagraph_capture_sizes": (65,)}, "got 65, allowed: integers from 1 to 64"),
+        ({"cudagraph_capture_sizes": (True,)}, "got True"),
+        ({"cudagraph_capture_sizes": ()}, "at least one integer; or take --enforce-eager"),
+        ({"cudagraph_capture_sizes": 4}, "got 4, allowed: several integers"),
+        ({"cudagraph_capture_sizes": (4,), "enforce_eager": True}, "together with"),
+        ({"enforce_eager": 1}, "--enforce-eager: got 1, allowed: a bool"),
+    ],
+)
+def test_sizes_that_no_step_can_have(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        EngineConfig(**fields)
+
+
 def test_a_config_cannot_be_changed() -> None:
     with pytest.raises(FrozenInstanceError):
         EngineConfig().seed = 1  # type: ignore[misc]
@@ -166,3 +203,7 @@ def test_other_words_switch_nothing(value: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("FD_DSA_CHECK", value)
     with pytest.raises(ConfigError, match=f"FD_DSA_CHECK: got '{value}', allowed: 0, 1, false"):
         step_checks_requested()
+
+
+def test_fp8_is_another_name() -> None:
+    assert EngineConfig(kv_cache_dtype="fp8") == EngineConfig(kv_cache_dtype="fp8_ds_mla")

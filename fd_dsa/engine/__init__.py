@@ -7,6 +7,7 @@ from fd_dsa.engine.engine import EngineStats, LLMEngine
 from fd_dsa.engine.llm import LLM
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "LLMEngine",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "Tokenizer",
 ]

@@ -36,6 +36,8 @@ class AsyncEngine:
         self.tokenizer: Tokenizer = engine.tokenizer
         self.max_model_len = engine.max_model_len
         self.sampling_defaults = engine.sampling_defaults
+        self.metrics = engine.metrics
+        self.captured_sizes = engine.captured_sizes
         self._engine = engine
         self._thread = threading.Thread(target=self._run, name="fd_dsa-engine", daemon=True)
         self._wake = threading.Condition()
@@ -76,7 +78,7 @@ class AsyncEngine:
         params: SamplingParams,
         request_id: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Outputs of one request as they come; the last one is `finished`.
+        """Outputs of one request as they come; of n indices each ends with one that is `finished`.
 
         Closing or cancelling the iterator aborts the request before the next step. A request
         that fails alone ends with finish_reason "error".
@@ -90,7 +92,8 @@ class AsyncEngine:
             ValueError: the request can never run, or its id is in use.
             RuntimeError: the engine is not running or has failed.
         """
-        stream = _Stream(f"request-{next(self._ids)}" if request_id is None else request_id)
+        name = f"request-{next(self._ids)}" if request_id is None else request_id
+        stream = _Stream(name, params.n)
         self.validate(prompt_token_ids, params)
         self._open(stream, prompt_token_ids, params)
         try:
@@ -100,7 +103,7 @@ class AsyncEngine:
             self._close(stream)
 
     def abort(self, request_id: str) -> None:
-        """End a request before the next step; its iterator gets a last output "abort"."""
+        """End a request before the next step; what is unfinished of it gets an output "abort"."""
         with self._wake:
             self._push(lambda: self._abort(request_id))
 
@@ -180,9 +183,7 @@ class AsyncEngine:
 
     def _abort(self, request_id: str) -> None:
         """Command: end a request and tell its stream."""
-        output = self._engine.abort_request(request_id)
-        if output is not None:
-            self._deliver([output])
+        self._deliver(self._engine.abort_request(request_id))
 
     def _discard(self, request_id: str) -> None:
         """Command: end a request that nobody listens to."""
@@ -212,7 +213,8 @@ class AsyncEngine:
                 if stream is None or not stream.is_added:
                     continue
                 items.append((stream, output))
-                if output.finished:
+                stream.num_undelivered -= output.finished
+                if not stream.num_undelivered:
                     del self._streams[output.request_id]
         self._put(items)
 
@@ -236,9 +238,12 @@ _Item = RequestOutput | Exception
 class _Stream:
     """Outputs of one request on their way to one task."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, num_outputs: int) -> None:
         """Belongs to the running event loop."""
         self.request_id = request_id
+        # outputs whose end the thread has not sent, and the task has not read
+        self.num_undelivered = num_outputs
+        self._num_unread = num_outputs
         self.loop = asyncio.get_running_loop()
         self.is_added = False
         self.is_finished = False
@@ -260,7 +265,8 @@ class _Stream:
         if isinstance(item, Exception):
             self.is_finished = True
             raise item
-        self.is_finished = item.finished
+        self._num_unread -= item.finished
+        self.is_finished = not self._num_unread
         return item
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from functools import partial
 
 from fd_dsa.engine.tokenizer import Tokenizer
 
@@ -25,6 +26,7 @@ class IncrementalDetokenizer:
         tokenizer: of the model.
         skip_special_tokens: leave special tokens out of the text.
         prompt_token_ids: what comes before the first token; only its end is read.
+        kept_token_ids: special tokens that stay in the text nevertheless.
 
     Cost: one token costs the same however long the text is.
     """
@@ -34,19 +36,20 @@ class IncrementalDetokenizer:
         tokenizer: Tokenizer,
         skip_special_tokens: bool = True,
         prompt_token_ids: Sequence[int] = (),
+        kept_token_ids: frozenset[int] = frozenset(),
     ) -> None:
         """Choose the way and read the end of the prompt."""
-        table = tokenizer.text_token_bytes if skip_special_tokens else tokenizer.token_bytes
+        table = tokenizer.token_bytes
+        if skip_special_tokens:
+            table = tokenizer.text_token_bytes(kept_token_ids)
         context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
         self._decoder: _ByteDecoder | _WindowDecoder
         if table is None:
-            self._decoder = _WindowDecoder(tokenizer, skip_special_tokens, context)
+            self._decoder = _WindowDecoder(tokenizer, skip_special_tokens, context, kept_token_ids)
         else:
             self._decoder = _ByteDecoder(table, context)
-
-    def append(self, token_id: int) -> str:
-        """New text after this token; empty while a character is incomplete."""
-        return self._decoder.append(token_id)
+        # new text after a token; empty while a character is incomplete
+        self.append = self._decoder.append
 
     def flush(self) -> str:
         """What is held back, incomplete characters as U+FFFD; call it once, at the end."""
@@ -81,22 +84,27 @@ class _WindowDecoder:
     because a token's text may depend on its left neighbours (spaces, runs of byte tokens).
     """
 
-    __slots__ = ("_ids", "_num_read", "_prefix_text", "_skip", "_tokenizer")
+    __slots__ = ("_decode", "_ids", "_num_read", "_prefix_text")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool, context: list[int]) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        skip_special: bool,
+        context: list[int],
+        kept: frozenset[int],
+    ) -> None:
+        self._decode = partial(tokenizer.decode, skip_special_tokens=skip_special, kept=kept)
         # a context that starts inside a character would spoil the run of bytes after it
-        while context and REPLACEMENT in tokenizer.decode(context, skip_special):
+        while context and REPLACEMENT in self._decode(context):
             context.pop(0)
         self._ids = context
         self._num_read = len(context)
-        self._prefix_text = tokenizer.decode(context, skip_special)
+        self._prefix_text = self._decode(context)
 
     def append(self, token_id: int) -> str:
         """New whole characters."""
         self._ids.append(token_id)
-        text = self._tokenizer.decode(self._ids, self._skip)
+        text = self._decode(self._ids)
         held = len(self._ids) - self._num_read
         if text.endswith(REPLACEMENT) and held <= _MAX_HELD_TOKENS:
             return ""
@@ -104,7 +112,7 @@ class _WindowDecoder:
 
     def flush(self) -> str:
         """Held tokens as they decode now."""
-        return self._show(self._tokenizer.decode(self._ids, self._skip))
+        return self._show(self._decode(self._ids))
 
     def _show(self, text: str) -> str:
         """Move the window behind the shown tokens, unless they have no text yet."""
@@ -112,7 +120,7 @@ class _WindowDecoder:
         if new_text:
             del self._ids[: self._num_read]
             self._num_read = len(self._ids)
-            self._prefix_text = self._tokenizer.decode(self._ids, self._skip)
+            self._prefix_text = self._decode(self._ids)
         elif len(self._ids) - self._num_read > _MAX_HELD_TOKENS:
             # tokens without text, such as skipped special ones, must not pile up
             del self._ids[self._num_read :]
@@ -127,10 +135,12 @@ class StopChecker:
 
     Args:
         stop_strings: non-empty strings, at least one.
+        include_stop: show the completed stop string too.
     """
 
-    def __init__(self, stop_strings: Sequence[str]) -> None:
+    def __init__(self, stop_strings: Sequence[str], include_stop: bool = False) -> None:
         """Keep the strings and all their beginnings."""
+        self._include_stop = include_stop
         self._stops = tuple(stop_strings)
         self._prefixes = frozenset(stop[:n] for stop in stop_strings for n in range(1, len(stop)))
         self._max_held = max(len(stop) for stop in stop_strings) - 1
@@ -151,8 +161,8 @@ class StopChecker:
             if start >= 0:
                 ends.append((start + len(stop), start, stop))
         if ends:
-            _, start, stop = min(ends)
-            return text[:start], stop
+            end, start, stop = min(ends)
+            return text[: end if self._include_stop else start], stop
         for length in range(min(self._max_held, len(text)), 0, -1):
             if text[-length:] in self._prefixes:
                 self._held = text[-length:]

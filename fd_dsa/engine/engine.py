@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,19 +10,25 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.engine.admission import Admission
 from fd_dsa.engine.block_manager import BlockManager
-from fd_dsa.engine.detokenizer import IncrementalDetokenizer, StopChecker
-from fd_dsa.engine.output import RequestOutput
-from fd_dsa.engine.random_uniform import derive_seed
+from fd_dsa.engine.logprobs import TokenScore, score_tokens
+from fd_dsa.engine.metrics import EngineMetrics
+from fd_dsa.engine.output import ConstraintError, RequestOutput
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import NOT_FINITE, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import BlockTables, Scheduler
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.engine.topk_positions import execute
+from fd_dsa.runner.counters import StepCounters
 
 
 class StepRows(BlockTables, Protocol):
     """The input batch of a runner: what the engine writes before a step."""
+
+    num_tokens: int
+    num_prefill_tokens: int
 
     def begin_step(self) -> None:
         """Make every row idle; block tables stay."""
@@ -51,6 +56,9 @@ class EngineStats:
     Attributes:
         kv_cache_usage: share of the cache blocks in use, 0 to 1; blocks that are only kept for
             later requests are not in use.
+        prompt_tokens: of all requests that have come.
+        computed_prompt_tokens: tokens that steps computed before a request's next token was due:
+            prompts behind their cached beginnings, and what a preempted request computes anew.
         prefix_cache_queries: prompt tokens looked for in the prefix cache, each request counted
             when it first runs.
         prefix_cache_hits: those of them that were there.
@@ -65,6 +73,7 @@ class EngineStats:
     num_steps: int
     num_preemptions: int
     prompt_tokens: int
+    computed_prompt_tokens: int
     generated_tokens: int
     prefix_cache_queries: int
     prefix_cache_hits: int
@@ -88,6 +97,7 @@ class LLMEngine:
         seed: of requests that bring none.
         sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
             them out; the engine itself does not apply them.
+        step_counters: of the runner, for `metrics`.
     """
 
     def __init__(
@@ -104,6 +114,7 @@ class LLMEngine:
         enable_prefix_caching: bool = True,
         seed: int = 0,
         sampling_defaults: Mapping[str, float | int] | None = None,
+        step_counters: StepCounters | None = None,
     ) -> None:
         """Start without requests."""
         for name, value in {
@@ -116,100 +127,81 @@ class LLMEngine:
         self.runner = runner
         self.tokenizer = tokenizer
         # made now, not in the first request's step
-        _ = tokenizer.text_token_bytes
+        tokenizer.text_token_bytes()
         self.max_model_len = max_model_len
         self.sampling_defaults: dict[str, Any] = dict(sampling_defaults or {})
-        self._eos_token_ids = frozenset(eos_token_ids)
-        self._seed = seed
         self._batch: StepRows = runner.input_batch
         self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
+        self._admission = Admission(
+            tokenizer,
+            self._blocks,
+            runner.vocab_size,
+            max_model_len,
+            eos_token_ids,
+            seed,
+            shows_selections=getattr(runner, "shows_selections", False),
+        )
         self._scheduler = Scheduler(self._blocks, self._batch, max_num_seqs, max_num_batched_tokens)
         self._sampler = Sampler(max_num_seqs)
         # arrival number of the request whose parameters the sampler has in a slot
         self._slot_params = [-1] * max_num_seqs
-        self._requests: dict[str, Request] = {}
+        # what is left of each group
+        self._requests: dict[str, list[Request]] = {}
+        self.metrics = EngineMetrics(max_model_len, step_counters)
+        self.metrics.cache_config.update(
+            block_size=str(block_size),
+            num_gpu_blocks=str(num_blocks),
+            enable_prefix_caching=str(enable_prefix_caching),
+        )
         self._num_arrived = 0
         self._num_steps = 0
+        self._computed_prompt_tokens = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._host_time_s = 0.0
         self._runner_time_s = 0.0
 
+    @property
+    def captured_sizes(self) -> tuple[int, ...]:
+        """Rows of the decode steps that the runner replays from graphs, ascending."""
+        return tuple(getattr(self.runner, "captured_sizes", ()))
+
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Output tokens that a request may have; safe to call from any thread.
 
         Raises:
-            ValueError: the prompt is empty or holds no valid token ids, or the request can never
-                fit into the context or the cache; names the numbers.
+            ValueError: the request can never run; see `Admission.validate`.
         """
-        num_prompt = len(prompt_token_ids)
-        if num_prompt == 0:
-            raise ValueError("the prompt has no tokens; it must have at least 1")
-        if num_prompt >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens, max_model_len is {self.max_model_len} and "
-                "the output needs at least 1; shorten the prompt or raise max_model_len"
-            )
-        self._check_token_ids(prompt_token_ids)
-        room = self.max_model_len - num_prompt
-        max_tokens = room if params.max_tokens is None else params.max_tokens
-        if max_tokens > room:
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}, together "
-                f"{num_prompt + max_tokens}; max_model_len is {self.max_model_len}; lower "
-                "max_tokens, shorten the prompt or raise max_model_len"
-            )
-        # the last token is never fed back, so it needs no place in the cache
-        needed = self._blocks.num_needed(num_prompt + max_tokens - 1)
-        if needed > self._blocks.num_blocks:
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens and up to {max_tokens} follow, which need "
-                f"{needed} cache blocks of {self._blocks.block_size} tokens; there are "
-                f"{self._blocks.num_blocks}; lower max_tokens or give the cache more memory"
-            )
-        return max_tokens
+        return self._admission.validate(prompt_token_ids, params)
 
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        """Queue a request.
+        """Queue a request; its n outputs are told apart by `RequestOutput.index`.
 
         Raises:
             ValueError: see `validate`; or an unfinished request has the same id.
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use; choose another one")
-        max_tokens = self.validate(prompt_token_ids, params)
-        prompt = [operator.index(token_id) for token_id in prompt_token_ids]
-        arrival = self._num_arrived
-        seed = derive_seed(self._seed, arrival) if params.seed is None else params.seed
-        request = Request(
-            request_id=request_id,
-            prompt_token_ids=prompt,
-            params=params,
-            max_tokens=max_tokens,
-            arrival=arrival,
-            arrival_time=time.monotonic(),
-            seed=seed,
-            detokenizer=IncrementalDetokenizer(self.tokenizer, prompt_token_ids=prompt),
-            stop_checker=StopChecker(params.stop_strings) if params.stop_strings else None,
-            block_size=self._blocks.block_size,
+        group = self._admission.make_requests(
+            request_id, prompt_token_ids, params, self._num_arrived
         )
-        self._num_arrived += 1
-        self._prompt_tokens += len(prompt)
-        self._requests[request_id] = request
-        self._scheduler.add(request)
+        self._num_arrived += len(group)
+        self._prompt_tokens += len(prompt_token_ids)
+        self._requests[request_id] = list(group)
+        for request in group:
+            self._scheduler.add(request)
 
-    def abort_request(self, request_id: str) -> RequestOutput | None:
-        """Last output of a request, which is ended now; None when no such request is unfinished."""
-        request = self._requests.get(request_id)
-        if request is None:
-            return None
+    def abort_request(self, request_id: str) -> list[RequestOutput]:
+        """End a request now; the last state of every output of it that was unfinished."""
         now = time.monotonic()
-        request.finish("abort", now)
-        output = request.output([], request.take_text("", now))
-        self._drop(request)
-        return output
+        outputs = []
+        for request in list(self._requests.get(request_id, ())):
+            request.finish("abort", now)
+            outputs.append(request.output([], request.take_text("", now)))
+            self._drop(request)
+        return outputs
 
     def has_unfinished_requests(self) -> bool:
         """True while a request waits or runs."""
@@ -231,12 +223,21 @@ class LLMEngine:
                 f"the scheduler found nothing to run with {len(self._requests)} unfinished "
                 "requests; this is a defect of the engine"
             )
-        sampling, logits_indices = self._assemble(scheduled)
+        sampling, reading, logits_indices = self._assemble(scheduled)
         ready = time.perf_counter()
-        logits = self.runner.execute_model(logits_indices)
+        num_prefill_tokens = self._batch.num_prefill_tokens
+        num_decode_tokens = self._batch.num_tokens - num_prefill_tokens
+        resumed = [r for r in sampling if not r.is_decode] if num_prefill_tokens else []
+        logits = execute(self.runner, sampling, logits_indices)
         done = time.perf_counter()
         self._scheduler.complete_step()
-        outputs = self._sample(sampling, logits) if sampling else []
+        outputs: list[RequestOutput] = []
+        if reading:
+            outputs, logits = self._read_prompts(reading, sampling, logits)
+        if sampling:
+            outputs += self._sample(sampling, logits)
+        self.metrics.count_step(num_decode_tokens, resumed)
+        self._computed_prompt_tokens += num_prefill_tokens
         self._num_steps += 1
         self._runner_time_s += done - ready
         self._host_time_s += time.perf_counter() - done + ready - begin
@@ -254,6 +255,7 @@ class LLMEngine:
             num_steps=self._num_steps,
             num_preemptions=self._scheduler.num_preemptions,
             prompt_tokens=self._prompt_tokens,
+            computed_prompt_tokens=self._computed_prompt_tokens,
             generated_tokens=self._generated_tokens,
             prefix_cache_queries=self._scheduler.prefix_cache_queries,
             prefix_cache_hits=self._scheduler.prefix_cache_hits,
@@ -261,37 +263,61 @@ class LLMEngine:
             runner_time_s=self._runner_time_s,
         )
 
-    def _check_token_ids(self, token_ids: Sequence[int]) -> None:
-        """ValueError unless all are integers inside the vocabulary."""
-        vocab_size = self.runner.vocab_size
-        ids = np.asarray(token_ids)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ValueError(
-                f"the prompt has elements of type {ids.dtype}; it must be a flat list of integers"
-            )
-        outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-        if len(outside):
-            raise ValueError(
-                f"token {outside[0]} of the prompt is {ids[outside[0]]}; token ids of this model "
-                f"are 0 to {vocab_size - 1}"
-            )
+    def _assemble(
+        self, scheduled: list[Request]
+    ) -> tuple[list[Request], list[tuple[Request, int]], npt.NDArray[np.int64]]:
+        """Fill the input batch.
 
-    def _assemble(self, scheduled: list[Request]) -> tuple[list[Request], npt.NDArray[np.int64]]:
-        """Fill the input batch; the requests that sample, and the flat rows of their logits."""
+        Returns:
+            The requests that sample, those whose prompt is scored and of how many tokens, and the
+            flat rows of the logits of both, in this order.
+        """
         batch = self._batch
         batch.begin_step()
-        sampling = []
-        indices = []
+        sampling, sampled = [], []
+        reading, read = [], []
         for request in scheduled:
             begin = request.num_computed_tokens
             end = begin + request.num_scheduled_tokens
-            last = batch.add_row(
-                request.slot, request.token_ids[begin:end], begin, not request.is_decode
-            )
-            if end == len(request.token_ids):
+            samples = end == len(request.token_ids)
+            # as Request.is_decode, of the chunk: only the token sampled last is missing
+            is_prefill = not (samples and end - begin == 1 and request.output_token_ids)
+            last = batch.add_row(request.slot, request.token_ids[begin:end], begin, is_prefill)
+            if request.prompt_logprobs is not None:
+                wanted = request.prompt_logprobs.wanted(begin, end)
+                if wanted:
+                    reading.append((request, len(wanted)))
+                    read += [last + 1 - end + position for position in wanted]
+            if samples:
                 sampling.append(request)
-                indices.append(last)
-        return sampling, np.array(indices, np.int64)
+                sampled.append(last)
+        return sampling, reading, np.array(sampled + read, np.int64)
+
+    def _read_prompts(
+        self,
+        reading: list[tuple[Request, int]],
+        sampling: list[Request],
+        logits: npt.NDArray[np.float32],
+    ) -> tuple[list[RequestOutput], npt.NDArray[np.float32]]:
+        """Score tokens of prompts; those whose logits are unusable end, and leave `sampling`.
+
+        Returns:
+            Outputs of the ended ones, and the logits of those that still sample.
+        """
+        begin = len(sampling)
+        logits_to_sample = logits[:begin]
+        failed = []
+        for request, count in reading:
+            scores = request.prompt_logprobs
+            if scores is not None and not scores.read(logits[begin : begin + count]):
+                failed.append(request)
+            begin += count
+        if failed:
+            stay = [request not in failed for request in sampling]
+            logits_to_sample = logits_to_sample[np.array(stay, bool)]
+            sampling[:] = [request for request in sampling if request not in failed]
+        now = time.monotonic()
+        return [self._fail(request, NOT_FINITE, now) for request in failed], logits_to_sample
 
     def _sample(
         self, sampling: list[Request], logits: npt.NDArray[np.float32]
@@ -302,37 +328,60 @@ class LLMEngine:
         for request in sampling:
             if self._slot_params[request.slot] != request.arrival:
                 self._slot_params[request.slot] = request.arrival
-                self._sampler.set_slot(request.slot, request.params, request.seed)
-        token_ids = self._sampler.sample(logits, slots, positions).tolist()
+                self._sampler.set_slot(request.slot, request.params, request.seed, request.rules)
+        tokens = self._sampler.sample(logits, slots, positions)
+        scores = _score_sampled(sampling, logits, tokens)
         now = time.monotonic()
         outputs = []
-        for request, token_id in zip(sampling, token_ids, strict=True):
-            if token_id == NOT_FINITE:
-                outputs.append(self._fail(request, now))
+        for request, token_id, score in zip(sampling, tokens.tolist(), scores, strict=True):
+            if token_id < 0:
+                outputs.append(self._fail(request, token_id, now))
                 continue
-            text = request.append_token(token_id, self._eos_token_ids, now)
+            text = request.append_token(token_id, now, score)
             outputs.append(request.output([token_id], text))
             self._generated_tokens += 1
             if request.finish_reason is not None:
                 self._drop(request)
         return outputs
 
-    def _fail(self, request: Request, now: float) -> RequestOutput:
-        """End a request whose logits are unusable; the others go on.
-
-        What it wrote into the caches may be unusable too, and others may have read it already.
-        """
-        self._blocks.reset_prefix_cache()
-        error = RuntimeError(
-            f"request {request.request_id!r}: the logits of output token "
-            f"{len(request.output_token_ids)} are not finite; the model or its weights are at fault"
-        )
+    def _fail(self, request: Request, code: int, now: float) -> RequestOutput:
+        """End a request without a next token; the others go on."""
+        what = f"output token {len(request.output_token_ids)} of request {request.request_id!r}"
+        reason = "bad_words, min_tokens and the like leave no token that may come; ask for less"
+        if request.grammar is not None:
+            reason = f"{request.grammar.error or reason}; so it cannot have the form asked for"
+        error: RuntimeError = ConstraintError(f"{what}: {reason}")
+        if code == NOT_FINITE:
+            # what it wrote into the caches may be unusable too, and others may have read it already
+            self._blocks.reset_prefix_cache()
+            error = RuntimeError(
+                f"{what}: the logits are not finite; the model or its weights are at fault"
+            )
         request.finish("error", now)
         output = request.output([], request.take_text("", now), error)
         self._drop(request)
         return output
 
     def _drop(self, request: Request) -> None:
-        """Free what an ended request holds."""
+        """Count an ended request and free what it holds."""
+        self.metrics.count_end(request)
         self._scheduler.finish(request)
-        del self._requests[request.request_id]
+        unfinished = self._requests[request.request_id]
+        unfinished.remove(request)
+        if not unfinished:
+            del self._requests[request.request_id]
+
+
+def _score_sampled(
+    sampling: list[Request], logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]
+) -> list[TokenScore | None]:
+    """Scores of the sampled tokens; None for requests that want none or have got no token."""
+    scores: list[TokenScore | None] = [None] * len(sampling)
+    rows = [row for row, request in enumerate(sampling) if request.logprobs is not None]
+    if rows:
+        rows = [row for row in rows if tokens[row] >= 0]
+        num_top = [sampling[row].params.logprobs or 0 for row in rows]
+        found = score_tokens(logits[rows], tokens[rows], num_top)
+        for row, score in zip(rows, found, strict=True):
+            scores[row] = score
+    return scores

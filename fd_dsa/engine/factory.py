@@ -2,163 +2,111 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads
-from fd_dsa.errors import BackendUnavailable, ConfigError
-
-if TYPE_CHECKING:
-    from fd_dsa.attention import CacheLayout, DSABackendConfig
-    from fd_dsa.models.config import ModelConfig
-    from fd_dsa.models.memory_plan import MemoryPlan
-
-logger = logging.getLogger(__name__)
+from fd_dsa.engine.plan import EnginePlan, make_plan
+from fd_dsa.engine.startup import StartupProgress
 
 
-def build_engine(config: EngineConfig) -> LLMEngine:
+def build_engine(config: EngineConfig, progress: StartupProgress | None = None) -> LLMEngine:
     """An engine over the model of `config`, ready for requests.
 
-    Everything that can be refused is refused before memory is taken: first the folder's files
-    are read and compared, then memory is planned, and only then the weights are loaded.
+    Everything that can be refused is refused before memory is taken; then weights are loaded.
+
+    Args:
+        config: what is asked for.
+        progress: told of each phase; None keeps it to the log.
 
     Raises:
         ConfigError: a flag, the folder, its checkpoint or the memory; says which and what to do.
         BackendUnavailable: Paddle is missing, or has no such device.
     """
-    _check_paddle()
-    prepare_cpu_runtime()
-    # these import paddle, which reads its settings from the environment when it is imported
-    from fd_dsa.models.config import ModelConfig
-    from fd_dsa.ops._fixed_order import check_fixed_order
-    from fd_dsa.runner.device import resolve_device
-    from fd_dsa.runner.input_batch import InputBatch
-    from fd_dsa.runner.model_runner import ModelRunner, backend_config, cache_layout
+    progress = progress or StartupProgress()
+    plan = make_plan(config)
+    progress.done(plan.summary())
+    model = _load_model(plan, progress)
+    if plan.device != "cpu":
+        model.to_device(plan.device)
+    from fd_dsa.runner.model_runner import ModelRunner
 
-    threads = set_cpu_threads()
-    device = resolve_device(config.device)
-    check_fixed_order(device)
-    model_config = ModelConfig.from_folder(config.model_path)
-    defaults = sampling_defaults(config, model_config)
-    max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)
-    layout = cache_layout(model_config, config.cache_dtype, config.block_size)
-    tokenizer = Tokenizer.from_folder(config.model_path)
-    where = f"the CPU, {threads} threads" if device == "cpu" else device
-    logger.info("%s on %s", model_config.model_type, where)
-    max_blocks_per_seq = -(-max_model_len // config.block_size)
-    input_batch = InputBatch(
-        config.max_num_seqs, config.num_batched_tokens, max_blocks_per_seq, config.block_size
-    )
-    room = _device_room(device, backend_config(model_config, layout, input_batch))
-    model, plan = _load_model(config, model_config, layout, max_model_len, room)
-    if device != "cpu":
-        model.to_device(device)
-    runner = ModelRunner(model, input_batch, layout, plan.num_blocks, device)
-    if device != "cpu":
-        _warm_up(runner)
-    return LLMEngine(
+    runner = ModelRunner(model, plan.input_batch, plan.layout, plan.memory.num_blocks, plan.device)
+    progress.done(plan.memory.summary())
+    progress.done(_warm_up(runner, plan))
+    engine = LLMEngine(
         runner,
-        tokenizer,
-        num_blocks=plan.num_blocks,
+        plan.tokenizer,
+        num_blocks=plan.memory.num_blocks,
         block_size=config.block_size,
-        max_model_len=max_model_len,
+        max_model_len=plan.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.num_batched_tokens,
-        eos_token_ids=model_config.eos_token_ids,
+        eos_token_ids=plan.model_config.eos_token_ids,
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
-        sampling_defaults=defaults,
+        sampling_defaults=plan.sampling_defaults,
+        step_counters=runner.counters,
     )
+    engine.metrics.cache_config["cache_dtype"] = config.cache_dtype
+    return engine
 
 
-def _check_paddle() -> None:
-    """Refuse to start without Paddle, in one line that says what to install."""
-    if find_spec("paddle") is None:
-        raise BackendUnavailable(
-            "paddle is not installed; for a CPU run: pip install 'fd_dsa[cpu]' "
-            "(for a GPU install paddlepaddle-gpu from Paddle's own package index)"
-        )
-
-
-def _warm_up(runner: Any) -> None:
-    """Compile the kernels of a device; where they are interpreted there is nothing to compile."""
-    from fd_dsa.triton_runtime import INTERPRETING
-
-    if INTERPRETING:
-        return
-    start = time.perf_counter()
-    runner.warm_up()
-    logger.info("kernels ready after %.1f s", time.perf_counter() - start)
-
-
-def _device_room(device: str, backend: DSABackendConfig) -> dict[str, int]:
-    """What `plan_memory` must know of a device; nothing where its memory is the host's."""
-    from fd_dsa.runner.device import free_device_bytes
-
-    free_bytes = free_device_bytes(device)
-    if free_bytes is None:
-        return {}
-    from fd_dsa.attention.device import workspace_bytes
-
-    # no cap: memory of a device that the engine leaves is used by nobody else
-    room = max(free_bytes - workspace_bytes(backend), 0)
-    return {"free_bytes": room, "default_cache_bytes": free_bytes}
-
-
-def _load_model(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    layout: CacheLayout,
-    max_model_len: int,
-    room: dict[str, int],
-) -> tuple[Any, MemoryPlan]:
-    """The model with its weights, in host memory, and how the memory is shared out."""
+def _load_model(plan: EnginePlan, progress: StartupProgress) -> Any:
+    """The model with its weights, in host memory."""
     from fd_dsa.models.checkpoint import Checkpoint
-    from fd_dsa.models.loader import load_weights, validate
-    from fd_dsa.models.memory_plan import check_host_room, plan_memory, weight_bytes
+    from fd_dsa.models.dummy_weights import load_dummy_weights
+    from fd_dsa.models.loader import load_weights
+    from fd_dsa.models.memory_plan import format_bytes
     from fd_dsa.models.progress import LoadProgress
     from fd_dsa.models.registry import create_model
 
-    bytes_per_block = layout.bytes_per_block(
-        model_config.num_hidden_layers, model_config.num_indexer_layers
-    )
-    with Checkpoint.open(config.model_path) as checkpoint:
-        validate(checkpoint, model_config)
-        plan = plan_memory(
-            config,
-            weight_bytes=weight_bytes(model_config),
-            bytes_per_block=bytes_per_block,
-            max_model_len=max_model_len,
-            **room,
-        )
-        logger.info("%s", plan.summary())
-        if room:
-            check_host_room(plan.weight_bytes)
-        model = create_model(model_config)
-        with LoadProgress() as progress:
-            load_weights(checkpoint, model_config, model.weight_loaders(), progress)
-    return model, plan
+    model = create_model(plan.model_config)
+    begin = time.perf_counter()
+    num_bytes = 0
+    loaders = model.weight_loaders()
+    with LoadProgress() as bar:
+
+        def tell(done_bytes: int, total_bytes: int) -> None:
+            nonlocal num_bytes
+            num_bytes = total_bytes
+            progress.note(f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}")
+            bar(done_bytes, total_bytes)
+
+        if plan.config.load_format == "dummy":
+            load_dummy_weights(plan.model_config, loaders, plan.config.seed, tell)
+        else:
+            with Checkpoint.open(plan.config.model_path) as checkpoint:
+                load_weights(checkpoint, plan.model_config, loaders, tell)
+    how = "made up" if plan.config.load_format == "dummy" else "read"
+    progress.done(f"{format_bytes(num_bytes)} {how} in {time.perf_counter() - begin:.1f} s")
+    return model
 
 
-def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[str, Any]:
-    """What generation_config.json proposes for parameters that a request leaves out.
+def _warm_up(runner: Any, plan: EnginePlan) -> str:
+    """Compile the kernels of a device and capture decode steps; returns what was done.
 
-    Raises:
-        ConfigError: a proposal that no request could make; names the file.
+    Where kernels are interpreted there is nothing to compile, and nothing can be captured.
     """
-    names = ("temperature", "top_p", "top_k")
-    proposed = {name: getattr(model_config.generation, name) for name in names}
-    defaults = {name: value for name, value in proposed.items() if value is not None}
-    try:
-        SamplingParams(**defaults)
-    except ValueError as error:
-        raise ConfigError(f"{config.model_path / 'generation_config.json'}: {error}") from error
-    if defaults:
-        logger.info("sampling defaults of generation_config.json: %s", defaults)
-    return defaults
+    nothing = "not needed on this device"
+    if plan.device == "cpu":
+        return nothing
+    from fd_dsa.triton_runtime import INTERPRETING
+
+    if INTERPRETING:
+        return nothing
+    from fd_dsa.runner.decode_graphs import PaddleCapture
+
+    start = time.perf_counter()
+    runner.warm_up()
+    ready = time.perf_counter()
+    done = f"kernels ready after {ready - start:.1f} s"
+    if plan.config.enforce_eager:
+        return done
+    runner.capture_decode_graphs(plan.config.capture_sizes, PaddleCapture)
+    if not runner.captured_sizes:
+        return done
+    sizes = ", ".join(map(str, runner.captured_sizes))
+    seconds = time.perf_counter() - ready
+    return f"{done}, decode steps of {sizes} rows captured in {seconds:.1f} s"

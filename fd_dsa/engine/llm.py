@@ -80,8 +80,9 @@ class LLM:
                 index of the prompt; closing the iterator aborts what still runs.
 
         Returns:
-            The last output of every prompt, in order; `finish_reason` "error" and `error` where
-            one failed alone. With `stream`, an iterator over all outputs.
+            The last output of every prompt, in order, with n > 1 its n outputs in a row;
+            `finish_reason` "error" and `error` where one failed alone. With `stream`, an iterator
+            over all outputs.
 
         Raises:
             ValueError: a prompt can never run (then none does), or the counts differ.
@@ -134,6 +135,11 @@ class LLM:
         default = SamplingParams(**engine.sampling_defaults, max_tokens=None)
         return self._run(token_ids, _params_for(len(token_ids), sampling_params, default), stream)
 
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """Fields of SamplingParams that the model proposes to callers who give none."""
+        return dict(self._open_engine().sampling_defaults)
+
     def stats(self) -> EngineStats:
         """Counters and load of the engine."""
         return self._open_engine().stats()
@@ -178,7 +184,7 @@ class LLM:
             return outputs
         return sorted(
             (output for output in outputs if output.finished),
-            key=lambda output: int(output.request_id.rpartition("-")[2]),
+            key=lambda output: (int(output.request_id.rpartition("-")[2]), output.index),
         )
 
     def _stream(
@@ -195,7 +201,7 @@ class LLM:
                 engine.add_request(request_id, ids, one)
                 self._outbox[request_id] = queue
                 request_ids.append(request_id)
-            num_running = len(request_ids)
+            num_running = sum(one.n for one in params)
             while num_running:
                 while not queue:
                     self._step()
@@ -211,8 +217,6 @@ class LLM:
         """One step; hands the outputs to the calls they belong to."""
         for output in self._open_engine().step():
             self._outbox[output.request_id].append(output)
-            if output.finished:
-                del self._outbox[output.request_id]
 
 
 def _as_list(prompts: Prompts) -> list[Prompt]:

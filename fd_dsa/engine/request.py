@@ -1,22 +1,30 @@
-"""One request inside the engine."""
+"""One output that is to be generated, inside the engine."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 
 from fd_dsa.engine.detokenizer import IncrementalDetokenizer, StopChecker
-from fd_dsa.engine.output import FinishReason, RequestOutput
+from fd_dsa.engine.grammar import GrammarMatcher
+from fd_dsa.engine.logit_rules import LogitRules
+from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenLogprobs, TokenScore
+from fd_dsa.engine.output import FinishReason, RequestOutput, TopkPositions
 from fd_dsa.engine.prefix_cache import BlockKeys
 from fd_dsa.engine.sampling_params import SamplingParams
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A request from its arrival to its end.
+    """A request from its arrival to its end; one with n > 1 is a group of n such objects.
 
     Attributes:
-        arrival: number of the request, counted from 0; the order of service.
+        index: which output of its group.
+        group: all of the group in order, this one included.
+        arrival: number of the object, counted from 0; the order of service.
+        block_owner: its name in the block manager.
         max_tokens: output tokens allowed, already resolved against the context.
+        end_token_ids: tokens that end the output.
         token_ids: prompt and output so far; what must be in the cache before the next token.
         num_computed_tokens: leading tokens of `token_ids` whose keys are in the cache.
         num_scheduled_tokens: tokens of the step being prepared.
@@ -24,19 +32,30 @@ class Request:
             None before.
         block_keys: names of the full blocks of `token_ids` in the prefix cache.
         slot: row of the input batch; -1 while waiting.
+        scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
+            time.monotonic(), None before.
         pieces: emitted text, one entry for each step that emitted some.
+        logprobs: scores of the output; None = not asked for.
+        new_logprobs: scores shown by this step.
+        prompt_logprobs: scores of the prompt; None = not asked for.
+        topk_positions: what the indexer chose in the latest step that sampled; likewise.
+        grammar: where the output stands in its form; None = it may have any.
+        rules: what happens to the logits before a token is drawn; None = nothing.
     """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int
+    end_token_ids: frozenset[int]
     arrival: int
     arrival_time: float
     seed: int
     detokenizer: IncrementalDetokenizer
     stop_checker: StopChecker | None
     block_size: InitVar[int]
+    index: int = 0
+    group: list[Request] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     output_token_ids: list[int] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
@@ -44,7 +63,16 @@ class Request:
     num_scheduled_tokens: int = 0
     num_cached_tokens: int | None = None
     block_keys: BlockKeys = field(init=False)
+    block_owner: str = field(init=False)
+    logprobs: OutputLogprobs | None = None
+    new_logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: PromptLogprobs | None = None
+    topk_positions: TopkPositions | None = None
+    grammar: GrammarMatcher | None = None
+    rules: LogitRules | None = None
     slot: int = -1
+    scheduled_time: float | None = None
+    preempted_time: float | None = None
     first_token_time: float | None = None
     finish_time: float | None = None
     finish_reason: FinishReason | None = None
@@ -53,6 +81,7 @@ class Request:
     def __post_init__(self, block_size: int) -> None:
         """Start with the prompt as the tokens to compute."""
         self.token_ids = list(self.prompt_token_ids)
+        self.block_owner = str(self.arrival)
         self.block_keys = BlockKeys(self.token_ids, block_size, self.params.cache_salt)
 
     @property
@@ -65,19 +94,38 @@ class Request:
         """Known tokens whose keys are not in the cache yet."""
         return len(self.token_ids) - self.num_computed_tokens
 
-    def append_token(self, token_id: int, eos_token_ids: frozenset[int], now: float) -> str:
-        """Take a sampled token, decide whether it ends the request, return the new text."""
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """True while logits of prompt tokens are wanted, so that none may come from the cache."""
+        return self.prompt_logprobs is not None and not self.prompt_logprobs.is_complete
+
+    def append_token(self, token_id: int, now: float, score: TokenScore | None = None) -> str:
+        """Take a sampled token, decide whether it ends the request, return the new text.
+
+        `score` is of the token, where scores are asked for.
+        """
         if self.first_token_time is None:
             self.first_token_time = now
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
-        if token_id in eos_token_ids and not self.params.ignore_eos:
+        if token_id in self.end_token_ids and not self._must_go_on:
             self.finish("stop", now, token_id)
-            return self.take_text("", now)
-        text = self.detokenizer.append(token_id)
-        if len(self.output_token_ids) >= self.max_tokens:
-            self.finish("length", now)
+            is_shown = self.params.include_stop_str_in_output
+            text = self.detokenizer.append(token_id) if is_shown else ""
+        else:
+            text = self.detokenizer.append(token_id)
+            if self.grammar is not None and self.grammar.accept(token_id):
+                self.finish("stop", now)
+            elif len(self.output_token_ids) >= self.max_tokens:
+                self.finish("length", now)
+        if self.logprobs is not None and score is not None:
+            self.logprobs.append(token_id, score, len(text))
         return self.take_text(text, now)
+
+    @property
+    def _must_go_on(self) -> bool:
+        """True while the output is shorter than min_tokens, the token just taken included."""
+        return len(self.output_token_ids) <= self.params.min_tokens
 
     def finish(
         self, reason: FinishReason, now: float, stop_reason: str | int | None = None
@@ -94,20 +142,29 @@ class Request:
         """
         if self.finish_reason is not None:
             text += self.detokenizer.flush()
-        if self.stop_checker is not None:
+        is_cut = False
+        if self.stop_checker is not None and not self._must_go_on:
             text, matched = self.stop_checker.append(text)
             if matched is not None:
                 self.finish("stop", now, matched)
+                is_cut = True
             elif self.finish_reason is not None:
                 text += self.stop_checker.flush()
         if text:
             self.pieces.append(text)
+        if self.logprobs is not None:
+            is_finished = self.finish_reason is not None
+            self.new_logprobs = self.logprobs.show(len(text), is_finished, is_cut)
         return text
 
     def output(
         self, new_token_ids: list[int], new_text: str, error: RuntimeError | None = None
     ) -> RequestOutput:
         """The state as the caller sees it."""
+        # the first of a group reads the prompt's scores for all
+        prompt_scores = self.group[0].prompt_logprobs
+        if prompt_scores is not None and not prompt_scores.is_complete:
+            prompt_scores = None
         return RequestOutput(
             self.request_id,
             self.prompt_token_ids,
@@ -122,4 +179,9 @@ class Request:
             self.finish_time,
             error,
             self.num_cached_tokens or 0,
+            self.index,
+            self.logprobs,
+            self.new_logprobs,
+            None if prompt_scores is None else prompt_scores.entries,
+            self.topk_positions if self.finish_reason is not None else None,
         )

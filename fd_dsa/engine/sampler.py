@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.draws import UNDECIDED, Rows, Weights, draw_from_candidates
+from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.random_uniform import as_seed, uniforms
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops._host import Scratch
@@ -16,7 +17,12 @@ Int64 = npt.NDArray[np.int64]
 NOT_FINITE = -1
 """Instead of a token where the logits of a row hold NaN or +inf, or nothing but -inf."""
 
+NO_TOKEN = -2
+"""Instead of a token where the rules of a row's request leave none."""
+
 _GREEDY_BELOW = 1e-5
+# all tokens are equally likely long before; what float32 cannot hold would make NaN of -inf
+_HOTTEST = 1e30
 # candidates looked at first for top-p; a wider nucleus takes the way over all tokens
 _NARROW = 64
 # random rows are drawn in groups of so many logits, which bounds the temporaries
@@ -26,8 +32,9 @@ _GROUP_LOGITS = 2**20
 class Sampler:
     """Samples one token for each row; parameters are kept by slot.
 
-    Temperature, then top-k (the k largest logits, ties to the lower id), then top-p (the fewest
-    largest of those with at least this share of their mass), then one draw by inverse
+    The rules of the request (`logit_rules`), then temperature, then min-p (at least this share of
+    the largest probability), then top-k (the k largest logits, ties to the lower id), then top-p
+    (the fewest largest of those with at least this share of their mass), then one draw by inverse
     distribution function in the order of ids. Exact: no probability is left out or approximated
     beyond rounding. A row's token depends on its logits, parameters, seed and position only.
 
@@ -40,38 +47,64 @@ class Sampler:
         self._temperature = np.ones(max_num_seqs, np.float64)
         self._top_k = np.zeros(max_num_seqs, np.int64)
         self._top_p = np.ones(max_num_seqs, np.float64)
+        self._min_p = np.zeros(max_num_seqs, np.float64)
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._is_random = np.zeros(max_num_seqs, bool)
+        self._is_ruled = np.zeros(max_num_seqs, bool)
+        self._rules: list[LogitRules | None] = [None] * max_num_seqs
         self._scratch = Scratch()
 
-    def set_slot(self, slot: int, params: SamplingParams, seed: int) -> None:
-        """Parameters of the request that has taken a slot."""
-        self._temperature[slot] = params.temperature
+    def set_slot(
+        self, slot: int, params: SamplingParams, seed: int, rules: LogitRules | None = None
+    ) -> None:
+        """Parameters of the request that has taken a slot, and its rules if it has any."""
+        self._temperature[slot] = min(params.temperature, _HOTTEST)
         # a count beyond every vocabulary keeps everything, and so does "off"
         self._top_k[slot] = min(max(params.top_k, 0), 2**31)
         self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
         self._seeds[slot] = as_seed(seed)
         self._is_random[slot] = params.temperature >= _GREEDY_BELOW
+        self._is_ruled[slot] = rules is not None
+        self._rules[slot] = rules
 
     def sample(self, logits: Float32, slots: Int64, positions: Int64) -> Int64:
         """One token for each row.
 
         Args:
-            logits: float32 [n, vocab_size].
+            logits: float32 [n, vocab_size]; stay as they are.
             slots: int64 [n]; slot of each row.
             positions: int64 [n]; position of the token in the output of its request, from 0.
 
         Returns:
-            int64 [n]; token ids, NOT_FINITE where the logits are unusable. Greedy ties go to the
-            lowest id.
+            int64 [n]; token ids, NOT_FINITE where the logits are unusable, NO_TOKEN where the
+            rules leave nothing. Greedy ties go to the lowest id.
 
-        Cost: greedy rows one pass; others a few passes and sorts of small candidate sets.
+        Cost: greedy rows one pass; others a few passes and sorts of small candidate sets; rows
+        with rules one copy more.
         """
+        is_random, is_ruled = self._is_random[slots], self._is_ruled[slots]
+        if not is_ruled.any():
+            return self._choose(logits, slots, positions, is_random)
+        tokens = self._choose(logits, slots, positions, is_random & ~is_ruled)
+        ruled = np.flatnonzero(is_ruled & (tokens != NOT_FINITE))
+        if len(ruled):
+            adjusted = logits[ruled]
+            rules = [self._rules[slot] for slot in slots[ruled].tolist()]
+            apply_rules(adjusted, [rule for rule in rules if rule is not None])
+            chosen = self._choose(adjusted, slots[ruled], positions[ruled], is_random[ruled])
+            tokens[ruled] = np.where(chosen == NOT_FINITE, NO_TOKEN, chosen)
+        return tokens
+
+    def _choose(
+        self, logits: Float32, slots: Int64, positions: Int64, is_drawn: npt.NDArray[np.bool_]
+    ) -> Int64:
+        """Drawn tokens of some rows, the largest logit's of the others; no rules."""
         tokens = logits.argmax(axis=1)
         # argmax stops at a NaN, so the largest value tells whether the row is usable
         largest = logits[np.arange(len(tokens)), tokens]
         tokens[~np.isfinite(largest)] = NOT_FINITE
-        drawn = np.flatnonzero(self._is_random[slots] & (tokens != NOT_FINITE))
+        drawn = np.flatnonzero(is_drawn & (tokens != NOT_FINITE))
         group_size = max(1, _GROUP_LOGITS // logits.shape[1])
         for begin in range(0, len(drawn), group_size):
             group = drawn[begin : begin + group_size]
@@ -84,7 +117,10 @@ class Sampler:
         top_k = self._top_k[slots]
         top_k[top_k >= logits.shape[1]] = 0
         uniform = uniforms(self._seeds[slots], positions)
-        rows = Rows(logits, largest, self._temperature[slots], top_k, self._top_p[slots], uniform)
+        temperature, min_p = self._temperature[slots], self._min_p[slots]
+        if min_p.any():
+            logits = _keep_min_p(logits, largest, temperature, min_p)
+        rows = Rows(logits, largest, temperature, top_k, self._top_p[slots], uniform)
         tokens = np.empty(len(slots), np.int64)
         limited = np.flatnonzero(top_k > 0)
         if len(limited):
@@ -109,3 +145,15 @@ class Sampler:
             weights.keep_nucleus(chosen)
             tokens[wide] = weights.draw(chosen.uniform)
         return tokens
+
+
+def _keep_min_p(
+    logits: Float32,
+    largest: Float32,
+    temperature: npt.NDArray[np.float64],
+    min_p: npt.NDArray[np.float64],
+) -> Float32:
+    """A copy with -inf for tokens less likely than min_p times the likeliest of their row."""
+    with np.errstate(divide="ignore"):
+        lowest = largest + temperature * np.log(min_p)
+    return np.where(logits < lowest[:, None], np.float32(-np.inf), logits)

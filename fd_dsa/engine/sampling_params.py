@@ -3,78 +3,169 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+
 SEED_MIN = -(2**63)
 SEED_MAX = 2**64 - 1
+LOGIT_BIAS_MAX = 100.0
+# what one request may make the sampler look at in every step
+MAX_BAD_WORDS = 1024
+MAX_STOP_STRINGS = 64
+MAX_TEXT_CHARS = 512
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+MAX_TOKEN_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request is sampled and when it ends.
 
-    The order is temperature, then top-k, then top-p over what top-k left.
+    The order is: penalties, logit_bias, bad words and the end tokens that min_tokens forbids;
+    then temperature, min_p, top_k, and top_p over what they left. A draw depends on the logits,
+    the seed and the position in the output alone. Names and meanings are vLLM's.
 
     Args:
+        n: outputs for the prompt, 1 to 128; they share its cache blocks, and all but the first
+            have seeds derived from `seed` and their index.
         temperature: >= 0; 0 (and anything below 1e-5) is greedy, ties to the lowest id.
         top_p: in [0, 1]; the smallest set of most likely tokens with this mass. 1 = off.
         top_k: number of most likely tokens kept; -1 or 0 = off.
+        min_p: in [0, 1]; drops tokens less likely than this share of the likeliest. 0 = off.
+        presence_penalty: in [-2, 2]; taken off the logit of every token in the output.
+        frequency_penalty: in [-2, 2]; the same, times how often the token is in the output.
+        repetition_penalty: > 0; divides positive logits of every token in prompt or output, and
+            multiplies negative ones. 1 = off.
+        logit_bias: token id -> number in [-100, 100] that is added to its logit.
+        bad_words: texts whose tokens, with and without a space in front, never come in a row.
+        bad_words_token_ids: token ids that never come.
+        min_tokens: before so many output tokens nothing ends the output: end-of-sequence and
+            stop_token_ids cannot be drawn, and stop strings are looked for behind them.
         max_tokens: output tokens, >= 1; None = whatever is left of the context.
         stop: a string or several; the output ends before the first one that is completed.
+        stop_token_ids: tokens that end the output.
+        include_stop_str_in_output: keep the stop string, or the text of the stop token.
         ignore_eos: go on after an end-of-sequence token.
+        skip_special_tokens: leave special tokens out of the text.
+        logprobs: score every output token, and so many of the likeliest ones beside it, 0 to 20;
+            of the model's own distribution, before all of the above. None = off.
+        prompt_logprobs: the same for the prompt, whose prefix is then not read from the cache.
+        structured_outputs: the form that the output must have; it ends where that is complete.
         seed: draws of the request depend on it and the position in the output alone;
             None = derived from the engine's seed and the request's arrival number.
         cache_salt: a text, not empty; the request shares cache blocks only with requests of the
             same one. None = with all that have none.
         skip_reading_prefix_cache: compute the whole prompt, also where earlier requests have;
             what is computed can be found by later ones.
+        kept_special_token_ids: special tokens that stay in the text, which leaves out the others:
+            those that a parser of the caller looks for.
+        return_topk_positions: tell at the end which positions the indexer chose for the last
+            token; on a CPU alone.
 
     Raises:
         ValueError: a field is out of range or of another type; names field and value.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    bad_words_token_ids: Sequence[int] | None = None
+    min_tokens: int = 0
     max_tokens: int | None = 16
     stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     seed: int | None = None
     cache_salt: str | None = None
     skip_reading_prefix_cache: bool = False
+    kept_special_token_ids: frozenset[int] = frozenset()
+    return_topk_positions: bool = False
 
     def __post_init__(self) -> None:
         """Check every field."""
+        _check_int("n", self.n, 1, MAX_CHOICES)
         _check_float("temperature", self.temperature, 0.0, math.inf)
-        _check_float("top_p", self.top_p, 0.0, 1.0)
+        for name in ("top_p", "min_p"):
+            _check_float(name, getattr(self, name), 0.0, 1.0)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_float(name, getattr(self, name), -2.0, 2.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
+        if self.repetition_penalty == 0:
+            raise ValueError("repetition_penalty is 0; it must be a number > 0")
         _check_int("top_k", self.top_k, -1, None)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, None)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.seed is not None:
             _check_int("seed", self.seed, SEED_MIN, SEED_MAX)
-        for name in ("ignore_eos", "skip_reading_prefix_cache"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise ValueError(f"{name} is {value!r}; it must be true or false")
+        flags = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+        for name in (*flags, "skip_reading_prefix_cache", "return_topk_positions"):
+            _check_bool(name, getattr(self, name))
+        for token_id in self.kept_special_token_ids:
+            _check_int("kept_special_token_ids", token_id, 0, None)
         salt = self.cache_salt
         if salt is not None and (not isinstance(salt, str) or not salt):
             raise ValueError(f"cache_salt is {salt!r}; it must be a non-empty string")
-        for text in self.stop_strings:
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"stop has the entry {text!r}; it must be a non-empty string")
+        form = self.structured_outputs
+        if form is not None and not isinstance(form, StructuredOutputsParams):
+            raise ValueError(
+                f"structured_outputs is {form!r}; it must be a StructuredOutputsParams"
+            )
+        self._check_ends()
+        self._check_tokens()
+
+    def _check_ends(self) -> None:
+        """What ends the output."""
+        if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, None)
+        _check_int("min_tokens", self.min_tokens, 0, None)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}; it must be at most max_tokens, which is "
+                f"{self.max_tokens}"
+            )
+        if self.stop is not None and not isinstance(self.stop, (str, Sequence)):
+            raise ValueError(f"stop is {self.stop!r}; it must be a string or a list of strings")
+        _check_texts("stop", self.stop_strings, MAX_STOP_STRINGS)
+
+    def _check_tokens(self) -> None:
+        """Tokens and texts that are treated apart."""
+        for name in ("stop_token_ids", "bad_words_token_ids"):
+            _check_token_ids(name, getattr(self, name))
+        if self.bad_words is not None:
+            if isinstance(self.bad_words, str) or not isinstance(self.bad_words, Sequence):
+                raise ValueError(f"bad_words is {self.bad_words!r}; it must be a list of strings")
+            _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS)
+        if self.logit_bias is None:
+            return
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
+        _check_token_ids("logit_bias", list(self.logit_bias))
+        for token_id, bias in self.logit_bias.items():
+            _check_float(f"logit_bias of token {token_id}", bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings as a tuple, empty when there are none."""
         if self.stop is None:
             return ()
-        if isinstance(self.stop, str):
-            return (self.stop,)
-        if not isinstance(self.stop, Sequence):
-            raise ValueError(f"stop is {self.stop!r}; it must be a string or a list of strings")
-        return tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
 def _check_float(name: str, value: Any, low: float, high: float) -> None:
@@ -91,3 +182,37 @@ def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
     if not integer or value < low or (high is not None and value > high):
         allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
         raise ValueError(f"{name} is {value!r}; it must be an integer {allowed}")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    """ValueError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; it must be true or false")
+
+
+def _check_texts(name: str, texts: Sequence[Any], most: int) -> None:
+    """ValueError unless these are at most so many non-empty strings."""
+    if len(texts) > most:
+        raise ValueError(f"{name} has {len(texts)} entries; at most {most} are allowed")
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{name} has the entry {text!r}; it must be a non-empty string")
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"{name} has the entry {text!r}; it must be valid Unicode")
+        if len(text) > MAX_TEXT_CHARS:
+            raise ValueError(
+                f"{name} has an entry of {len(text)} characters; at most {MAX_TEXT_CHARS} are "
+                "allowed"
+            )
+
+
+def _check_token_ids(name: str, token_ids: Any) -> None:
+    """ValueError unless this is None or a sequence of integers that may be token ids."""
+    if token_ids is None:
+        return
+    if isinstance(token_ids, str) or not isinstance(token_ids, Sequence):
+        raise ValueError(f"{name} is {token_ids!r}; it must be a list of token ids")
+    for token_id in token_ids:
+        integer = isinstance(token_id, int) and not isinstance(token_id, bool)
+        if not integer or not 0 <= token_id <= MAX_TOKEN_ID:
+            raise ValueError(f"{name} has the entry {token_id!r}; it must be a token id, >= 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections import deque
 from typing import Protocol
 
@@ -30,8 +31,12 @@ class Scheduler:
         - A request is admitted when a row is free and the blocks of all its known tokens are
           free or cached, with one block to spare for each running request; strictly in order of
           arrival. So every running request has arrived before every waiting one.
+        - The outputs of one request arrive one behind the other. While one of them computes the
+          prompt the next ones, and all behind them, are not admitted; then they take its blocks.
         - Tokens whose blocks are cached count as computed when a request is admitted, for the
           first time or after it was preempted.
+        - A step gives at most `max_num_seqs` rows of logits: one for each row of the batch, and
+          what is left to prompts whose logits are wanted, which are read in chunks of so many.
         - Only decoding needs further blocks. When none is free, the latest running request is
           preempted: it gives its blocks and row back and is computed anew later. The earliest
           one can thus always go on, and since no request needs more blocks than there are (the
@@ -63,6 +68,7 @@ class Scheduler:
         self._running: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
         self._scheduled: list[Request] = []
+        self._spare_logits = 0
 
     @property
     def num_running(self) -> int:
@@ -91,8 +97,13 @@ class Scheduler:
         Empty only when there is no request.
         """
         self._scheduled = []
-        budget = self._schedule_decode(self._max_num_batched_tokens)
-        budget = self._schedule_prefill(budget)
+        decoding: list[Request] = []
+        prefilling: list[Request] = []
+        for request in self._running.values():
+            (decoding if request.is_decode else prefilling).append(request)
+        budget = self._schedule_decode(decoding, self._max_num_batched_tokens)
+        self._spare_logits = len(self._free_slots)
+        budget = self._schedule_prefill(prefilling, budget)
         self._admit(budget)
         self._scheduled.sort(key=_slot)
         return self._scheduled
@@ -105,12 +116,12 @@ class Scheduler:
             request.num_computed_tokens = before + num_new
             if before % block_size + num_new >= block_size:
                 self._blocks.cache_full_blocks(
-                    request.request_id, request.block_keys, before + num_new
+                    request.block_owner, request.block_keys, before + num_new
                 )
 
-    def _schedule_decode(self, budget: int) -> int:
+    def _schedule_decode(self, decoding: list[Request], budget: int) -> int:
         """Give one token to each decoding request; returns the tokens left."""
-        for request in [request for request in self._running.values() if request.is_decode]:
+        for request in decoding:
             # an earlier request may have preempted it just now
             if request.slot >= 0 and self._grow(request):
                 budget -= self._take(request, 1)
@@ -122,7 +133,7 @@ class Scheduler:
             # its last block has room
             return True
         num_tokens = len(request.token_ids)
-        while (added := self._blocks.allocate(request.request_id, num_tokens)) is None:
+        while (added := self._blocks.allocate(request.block_owner, num_tokens)) is None:
             victim = next(reversed(self._running.values()))
             self._preempt(victim)
             if victim is request:
@@ -133,42 +144,64 @@ class Scheduler:
             )
         return True
 
-    def _schedule_prefill(self, budget: int) -> int:
+    def _schedule_prefill(self, prefilling: list[Request], budget: int) -> int:
         """Continue prefills in order of arrival; returns the tokens left."""
-        for request in self._running.values():
+        for request in prefilling:
             if budget == 0:
                 break
-            if not request.is_decode:
+            # a decoding request may have preempted it just now
+            if request.slot >= 0:
                 budget -= self._take(request, budget)
         return budget
 
     def _admit(self, budget: int) -> None:
         """Start waiting requests in order of arrival while rows, blocks and tokens last."""
-        while budget > 0 and self._waiting and self._free_slots:
+        while budget > 0 and self._waiting and self._spare_logits > 0:
             request = self._waiting[0]
             # the blocks of running requests; what is cached never covers all tokens
             spare = len(self._running)
             if spare >= self._blocks.num_free:
                 break
-            cached = self._find_cached_blocks(request)
-            added = self._blocks.allocate(request.request_id, len(request.token_ids), cached, spare)
+            cached = self._find_computed_blocks(request)
+            if cached is None:
+                break
+            added = self._blocks.allocate(
+                request.block_owner, len(request.token_ids), cached, spare
+            )
             if added is None:
                 break
             self._waiting.popleft()
             request.slot = heapq.heappop(self._free_slots)
+            self._spare_logits -= 1
             self._tables.set_blocks(request.slot, added)
             self._running[request.arrival] = request
             self._count_hits(request, len(cached) * self._blocks.block_size)
             budget -= self._take(request, budget)
 
+    def _find_computed_blocks(self, request: Request) -> list[int] | None:
+        """Blocks that a waiting request may take over; None while its group computes them."""
+        found = self._find_cached_blocks(request)
+        num_shared = (len(request.prompt_token_ids) - 1) // self._blocks.block_size
+        if len(found) >= num_shared:
+            return found
+        running = [other for other in request.group if other.slot >= 0]
+        for other in running:
+            if other.num_computed_tokens >= num_shared * self._blocks.block_size:
+                return list(self._blocks.blocks_of(other.block_owner)[:num_shared])
+        return None if running else found
+
     def _find_cached_blocks(self, request: Request) -> list[int]:
-        """Blocks that a waiting request may take over.
+        """Blocks of the prefix cache that a waiting request may take over.
 
         None for one that needs the logits of its whole prompt: cached tokens have none.
         """
-        if request.params.skip_reading_prefix_cache:
+        if not self._reads_prefix_cache(request):
             return []
         return self._blocks.find_cached_blocks(request.block_keys, len(request.token_ids))
+
+    def _reads_prefix_cache(self, request: Request) -> bool:
+        """Whether a request may take over blocks of others."""
+        return not (request.params.skip_reading_prefix_cache or request.wants_prompt_logits)
 
     def _count_hits(self, request: Request, num_cached_tokens: int) -> None:
         """Start a request behind its cached tokens, which are counted at its first start only."""
@@ -176,19 +209,27 @@ class Scheduler:
         if request.num_cached_tokens is not None:
             return
         request.num_cached_tokens = num_cached_tokens
-        if self._blocks.enable_prefix_caching and not request.params.skip_reading_prefix_cache:
+        request.scheduled_time = time.monotonic()
+        # the prompt of a group is looked for once
+        is_counted = request.index == 0 and self._reads_prefix_cache(request)
+        if self._blocks.enable_prefix_caching and is_counted:
             self.prefix_cache_queries += len(request.prompt_token_ids)
             self.prefix_cache_hits += num_cached_tokens
 
     def _take(self, request: Request, budget: int) -> int:
         """Put a request into the step with at most `budget` tokens; returns how many."""
-        request.num_scheduled_tokens = min(request.num_missing_tokens, budget)
+        num_tokens = min(request.num_missing_tokens, budget)
+        if request.prompt_logprobs is not None and request.wants_prompt_logits:
+            num_tokens = min(num_tokens, 1 + self._spare_logits)
+            self._spare_logits -= num_tokens - 1
+        request.num_scheduled_tokens = num_tokens
         self._scheduled.append(request)
         return request.num_scheduled_tokens
 
     def _preempt(self, request: Request) -> None:
         """Put a running request back to the head of the queue, with nothing computed."""
         self.num_preemptions += 1
+        request.preempted_time = time.monotonic()
         self._release(request)
         request.num_computed_tokens = 0
         self._waiting.appendleft(request)
@@ -198,7 +239,7 @@ class Scheduler:
         self._tables.clear_row(request.slot)
         heapq.heappush(self._free_slots, request.slot)
         request.slot = -1
-        self._blocks.free(request.request_id)
+        self._blocks.free(request.block_owner)
         del self._running[request.arrival]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import ByteLevel
 
-from fd_dsa.engine.chat_template import ChatTemplate, read_template_source
+from fd_dsa.chat.renderers import ChatRenderer, read_renderer
 from fd_dsa.errors import ConfigError
 
 _SPECIAL_TOKEN_FIELDS = (
@@ -23,6 +25,8 @@ _SPECIAL_TOKEN_FIELDS = (
     "cls_token",
     "mask_token",
 )
+# how vocabularies with byte fallback write a byte
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
@@ -31,7 +35,7 @@ class Tokenizer:
     Args:
         backend: the tokenizer read from tokenizer.json.
         special_tokens: names such as "bos_token" -> text, as in tokenizer_config.json.
-        chat_template: compiled template, or None when the folder has none.
+        chat_renderer: what makes prompts of conversations, or None when the folder has nothing.
         add_bos_token: put bos_token before a text where the post-processor does not.
     """
 
@@ -39,24 +43,33 @@ class Tokenizer:
         self,
         backend: tokenizers.Tokenizer,
         special_tokens: dict[str, str] | None = None,
-        chat_template: ChatTemplate | None = None,
+        chat_renderer: ChatRenderer | None = None,
         add_bos_token: bool = False,
     ) -> None:
         """Keep the parts and look up the ids of the special tokens."""
         self._backend = backend
         self.special_tokens = dict(special_tokens or {})
-        self._chat_template = chat_template
+        self.chat_renderer = chat_renderer
+        # one for each set of markers that requests need; a server has one or two
+        self._text_tables: dict[frozenset[int], list[bytes] | None] = {}
         self.bos_token_id = self._id_of("bos_token")
         self.eos_token_id = self._id_of("eos_token")
         processed = backend.encode("", add_special_tokens=True).ids
         self._prepend_bos = add_bos_token and self.bos_token_id not in processed
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer:
+    def from_folder(
+        cls, path: str | Path, chat_template: str | os.PathLike[str] | None = None
+    ) -> Tokenizer:
         """Tokenizer of a folder with tokenizer.json.
 
         tokenizer_config.json (special tokens, add_bos_token, chat template) and
-        chat_template.jinja, which goes before the template of the former, are optional.
+        chat_template.jinja, which goes before the template of the former, are optional. What
+        stands in for a missing template: `fd_dsa.chat.renderers.read_renderer`.
+
+        Args:
+            path: the folder.
+            chat_template: a Jinja file instead of the folder's template.
 
         Raises:
             ConfigError: a file is missing or cannot be parsed; names the file.
@@ -73,9 +86,15 @@ class Tokenizer:
         backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
         special_tokens = _special_tokens(config)
-        source = read_template_source(folder, config)
-        template = None if source is None else ChatTemplate(source, special_tokens)
-        return cls(backend, special_tokens, template, bool(config.get("add_bos_token")))
+        renderer = read_renderer(
+            folder,
+            config,
+            special_tokens,
+            _read_json(folder / "config.json").get("model_type"),
+            lambda token: backend.token_to_id(token) is not None,
+            None if chat_template is None else Path(chat_template),
+        )
+        return cls(backend, special_tokens, renderer, bool(config.get("add_bos_token")))
 
     @property
     def vocab_size(self) -> int:
@@ -85,7 +104,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """True when `apply_chat_template` can be used."""
-        return self._chat_template is not None
+        return self.chat_renderer is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text.
@@ -105,13 +124,28 @@ class Tokenizer:
             ids.insert(0, self.bos_token_id)
         return ids
 
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that form no character become U+FFFD."""
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        skip_special_tokens: bool = True,
+        kept: frozenset[int] = frozenset(),
+    ) -> str:
+        """Text of token ids; bytes that form no character become U+FFFD.
+
+        Args:
+            token_ids: of the text.
+            skip_special_tokens: leave special tokens out.
+            kept: special tokens that stay nevertheless.
+        """
+        if skip_special_tokens and kept:
+            left_out = self._special_ids - kept
+            token_ids = [token_id for token_id in token_ids if token_id not in left_out]
+            skip_special_tokens = False
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
     def apply_chat_template(
         self,
-        messages: Sequence[dict[str, Any]],
+        messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         **kwargs: Any,
     ) -> list[int]:
@@ -120,18 +154,24 @@ class Tokenizer:
         Args:
             messages: dicts with "role" and "content".
             add_generation_prompt: end with the start of an assistant message.
-            kwargs: further variables of the template.
+            kwargs: `tools`, `continue_final_message`, and further variables of the template; see
+                `fd_dsa.chat.template.ChatTemplate.render`.
 
         Raises:
             ValueError: the folder has no template, or the template refuses the messages.
         """
-        if self._chat_template is None:
+        if self.chat_renderer is None:
             raise ValueError(
                 "the model folder has no chat template (chat_template.jinja, or chat_template in "
                 "tokenizer_config.json); send a plain prompt instead of messages"
             )
-        text = self._chat_template.render(messages, add_generation_prompt, **kwargs)
+        text = self.chat_renderer.render(messages, add_generation_prompt, **kwargs)
         return self.encode(text, add_special_tokens=False)
+
+    def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
+        """Those of the texts which are special tokens, left out of decoded text, and their ids."""
+        special = {t.content: i for i, t in self._added_tokens.items() if t.special}
+        return {text: special[text] for text in texts if text in special}
 
     @cached_property
     def token_bytes(self) -> list[bytes] | None:
@@ -152,16 +192,48 @@ class Tokenizer:
                 table[token_id] = token.encode()
         return table
 
-    @cached_property
-    def text_token_bytes(self) -> list[bytes] | None:
-        """Like `token_bytes`, with nothing for special tokens."""
+    def text_token_bytes(self, kept: frozenset[int] = frozenset()) -> list[bytes] | None:
+        """Like `token_bytes`, with nothing for special tokens but those in `kept`."""
+        if kept not in self._text_tables:
+            self._text_tables[kept] = self._text_table(kept)
+        return self._text_tables[kept]
+
+    def _text_table(self, kept: frozenset[int]) -> list[bytes] | None:
+        """A new table for `text_token_bytes`."""
         if self.token_bytes is None:
             return None
         table = list(self.token_bytes)
-        for token_id, token in self._backend.get_added_tokens_decoder().items():
-            if token.special:
-                table[token_id] = b""
+        for token_id in self._special_ids - kept:
+            table[token_id] = b""
         return table
+
+    @cached_property
+    def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
+        """Tokens beside the vocabulary, by id."""
+        return self._backend.get_added_tokens_decoder()
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        """Ids that decoded text leaves out."""
+        return frozenset(i for i, token in self._added_tokens.items() if token.special)
+
+    def to_json(self) -> str:
+        """The tokenizer as the text of a tokenizer.json."""
+        return self._backend.to_str()
+
+    def piece_bytes(self, token_id: int) -> bytes:
+        """Bytes that a token stands for by itself, special tokens included.
+
+        Empty for an id without a token. Where the decoder is not byte-level, what a token stands
+        for may depend on its neighbours; then it is the token as it is written in the vocabulary,
+        with its word mark as a space.
+        """
+        table = self.token_bytes
+        if table is not None:
+            return table[token_id] if token_id < len(table) else b""
+        piece = self._backend.id_to_token(token_id) or ""
+        byte = _BYTE_TOKEN.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else piece.replace("\u2581", " ").encode()
 
     def _id_of(self, name: str) -> int | None:
         """Id of a named special token, None when it has none."""

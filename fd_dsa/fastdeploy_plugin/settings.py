@@ -95,6 +95,7 @@ class BackendSettings:
             max_blocks_per_seq=max_blocks_per_seq,
             dtype=dtype,
             int32_position_ids=int32_position_ids,
+            tokens_per_row=self.tokens_per_row,
         )
 
 

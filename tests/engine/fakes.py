@@ -89,7 +89,17 @@ def expected_greedy(prompt: list[int], num_tokens: int, eos: int | None = EOS) -
     return tokens[len(prompt) :]
 
 
-def byte_tokenizer(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+class Conversation:
+    """A chat template that writes the texts of all messages one behind the other."""
+
+    source = "plain"
+
+    def render(self, messages: list[dict], add_generation_prompt: bool, **_: object) -> str:
+        """The prompt."""
+        return "".join(message["content"] for message in messages)
+
+
+def byte_tokenizer(vocab_size: int = VOCAB_SIZE, chats: bool = False) -> Tokenizer:
     """Byte-level tokenizer of single letters: id 0 <bos>, 1 <eos>, then a, b, c ..."""
     vocab = {"<bos>": 0, "<eos>": 1}
     vocab.update({chr(ord("a") + i): i + 2 for i in range(26)})
@@ -98,7 +108,8 @@ def byte_tokenizer(vocab_size: int = VOCAB_SIZE) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<bos>", "<eos>"])
-    return Tokenizer(backend, {"bos_token": "<bos>", "eos_token": "<eos>"})
+    special_tokens = {"bos_token": "<bos>", "eos_token": "<eos>"}
+    return Tokenizer(backend, special_tokens, Conversation() if chats else None)
 
 
 def make_engine(
@@ -110,13 +121,14 @@ def make_engine(
     max_num_batched_tokens: int = 16,
     seed: int = 0,
     enable_prefix_caching: bool = True,
+    chats: bool = False,
 ) -> LLMEngine:
     """Engine over a fake runner; `engine.runner` is that runner."""
     blocks_per_seq = -(-max_model_len // block_size)
     batch = InputBatch(max_num_seqs, max_num_batched_tokens, blocks_per_seq, block_size)
     return LLMEngine(
         FakeRunner(batch, num_blocks),
-        byte_tokenizer(),
+        byte_tokenizer(chats=chats),
         num_blocks=num_blocks,
         block_size=block_size,
         max_model_len=max_model_len,

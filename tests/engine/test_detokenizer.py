@@ -201,3 +201,27 @@ def test_a_stop_string_over_tokens_of_a_real_tokenizer():
     token_ids = tokenizer.encode("Count: one, two, three 👩‍💻 END of it")
     pieces = [detokenizer.append(token_id) for token_id in token_ids]
     assert stop_after(pieces, ["three 👩‍💻 EN"]) == ("Count: one, two, ", "three 👩‍💻 EN")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_markers_of_a_parser_stay_in_the_text(kind):
+    tokenizer = TOKENIZERS[kind]
+    # special in both vocabularies
+    first, second = 1, 2
+    words = tokenizer.encode("words", add_special_tokens=False)
+    ids = [first, *words, second, *words]
+    detokenizer = IncrementalDetokenizer(tokenizer, kept_token_ids=frozenset([second]))
+    text = "".join(detokenizer.append(token) for token in ids) + detokenizer.flush()
+    assert text == tokenizer.decode(ids, kept=frozenset([second]))
+    assert tokenizer.decode([second], skip_special_tokens=False) in text
+    assert tokenizer.decode([first], skip_special_tokens=False) not in text
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("text", ["hello world", "naïve é 🙂 日本"])
+def test_the_pieces_of_a_text_are_its_bytes(kind, text):
+    tokenizer = TOKENIZERS[kind]
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    pieces = b"".join(tokenizer.piece_bytes(token_id) for token_id in token_ids)
+    assert pieces.decode().removeprefix(" ") == text
+    assert tokenizer.piece_bytes(10**6) == b""

@@ -140,11 +140,11 @@ def test_abort_ends_a_running_and_a_waiting_request_and_frees_all():
     engine.add_request("waits", [4, 5], GREEDY)
     engine.step()
     engine.step()
-    aborted = engine.abort_request("runs")
+    (aborted,) = engine.abort_request("runs")
     assert aborted.finish_reason == "abort"
     assert aborted.token_ids == expected_greedy([2, 3], 2, eos=None)
-    assert engine.abort_request("waits").token_ids == []
-    assert engine.abort_request("runs") is None
+    assert engine.abort_request("waits")[0].token_ids == []
+    assert engine.abort_request("runs") == []
     assert engine.stats().num_used_blocks == 0
     assert not engine.has_unfinished_requests()
     assert engine.step() == []

@@ -25,12 +25,20 @@ class Arrival:
 def arrivals(draw):
     """A request that fits a context of 48 tokens."""
     prompt = draw(st.lists(st.integers(2, VOCAB_SIZE - 1), min_size=1, max_size=30))
+    max_tokens = draw(st.integers(1, 18))
     params = SamplingParams(
         temperature=draw(st.sampled_from([0.0, 0.8, 2.0])),
         top_k=draw(st.sampled_from([0, 5])),
         top_p=draw(st.sampled_from([1.0, 0.7])),
+        min_p=draw(st.sampled_from([0.0, 0.1])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.5])),
+        frequency_penalty=draw(st.sampled_from([0.0, 1.0])),
+        logit_bias=draw(st.none() | st.dictionaries(st.integers(0, 39), st.floats(-5, 5))),
+        bad_words=draw(st.none() | st.lists(st.text("abc", min_size=1, max_size=3), max_size=3)),
+        min_tokens=draw(st.integers(0, max_tokens)),
+        stop_token_ids=draw(st.none() | st.lists(st.integers(2, 39), max_size=3)),
         seed=draw(st.integers(0, 5)),
-        max_tokens=draw(st.integers(1, 18)),
+        max_tokens=max_tokens,
         ignore_eos=draw(st.booleans()),
     )
     return Arrival(tuple(prompt), params, draw(st.integers(0, 12)))

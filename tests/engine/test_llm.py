@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from fd_dsa import LLM, SamplingParams
-from fd_dsa.engine.chat_template import ChatTemplate
+from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.tokenizer import Tokenizer
 from tests.engine.fakes import byte_tokenizer, expected_greedy, make_engine
 
@@ -118,6 +120,7 @@ def test_chat_uses_the_template_and_fills_the_context():
 
 
 def test_chat_without_a_template_says_so(llm):
+    llm.tokenizer.chat_renderer = None
     with pytest.raises(ValueError, match="no chat template"):
         llm.chat([{"role": "user", "content": "ab"}])
 
@@ -138,3 +141,11 @@ def test_a_closed_llm_cannot_be_used():
 
 def test_the_tokenizer_is_at_hand(llm):
     assert llm.tokenizer.decode([2, 3]) == "ab"
+
+
+def test_signals_stay_the_callers():
+    """With the real model: nothing of ours handles signals outside of the server."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with LLM(max_model_len=64, max_num_seqs=1) as llm:
+        llm.generate([5, 6], GREEDY)
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before

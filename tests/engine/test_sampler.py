@@ -38,7 +38,7 @@ def test_greedy_is_the_largest_logit_and_ties_go_to_the_lowest_id(vocab_size):
 
 params_strategy = st.builds(
     SamplingParams,
-    temperature=st.sampled_from([0.05, 0.3, 0.7, 1.0, 1.7, 5.0, 100.0]),
+    temperature=st.sampled_from([0.05, 0.3, 0.7, 1.0, 1.7, 5.0, 100.0, 1e300]),
     top_k=st.sampled_from([-1, 0, 1, 2, 5, 40, 255, 256, 257, 700, 5000, 10**12]),
     top_p=st.sampled_from([0.0, 1e-6, 0.1, 0.5, 0.9, 0.95, 0.999, 1.0]),
 )

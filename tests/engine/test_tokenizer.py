@@ -7,6 +7,7 @@ import shutil
 from datetime import datetime
 
 import pytest
+from tokenizers import Tokenizer as Backend
 from tokenizers import processors
 
 from fd_dsa.config import demo_model_path
@@ -165,3 +166,34 @@ def test_a_template_that_fails_or_leaves_the_sandbox_is_a_value_error(folder, te
 def test_a_template_that_cannot_be_used_is_a_config_error(folder, template, message):
     with pytest.raises(ConfigError, match=message):
         with_config(folder, chat_template=template)
+
+
+def test_markers_stay_where_a_parser_needs_them(demo):
+    assert demo.special_ids_of(["<|eos|>", "<|no token|>", "a"]) == {"<|eos|>": 1}
+    kept = frozenset([1])
+    ids = [0, *demo.encode("x"), 1]
+    assert demo.decode(ids) == "x"
+    assert demo.decode(ids, kept=kept) == "x<|eos|>"
+    table = demo.text_token_bytes(kept)
+    assert (table[0], table[1]) == (b"", b"<|eos|>")
+    assert demo.text_token_bytes()[1] == b""
+
+
+def test_a_template_file_goes_before_the_folders(folder, tmp_path):
+    (folder / "chat_template.jinja").write_text("of the folder", encoding="utf-8")
+    file = tmp_path / "mine.jinja"
+    file.write_text("of the flag", encoding="utf-8")
+    tokenizer = Tokenizer.from_folder(folder, file)
+    assert tokenizer.decode(tokenizer.apply_chat_template([])) == "of the flag"
+
+
+def test_a_folder_of_deepseek_v32_needs_no_template(folder):
+    (folder / "config.json").write_text('{"model_type": "deepseek_v32"}', encoding="utf-8")
+    assert not Tokenizer.from_folder(folder).has_chat_template
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<｜User｜>", "<｜Assistant｜>"])
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(folder)
+    ids = tokenizer.apply_chat_template(MESSAGES, thinking=True)
+    text = "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Hello<｜Assistant｜><think>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text

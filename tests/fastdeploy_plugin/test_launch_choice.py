@@ -15,7 +15,7 @@ from fd_dsa.fastdeploy_plugin.launch import choice
 from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
 from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
 from fd_dsa.models import memory_plan
-from fd_dsa.serve.flags import parse_args
+from fd_dsa.serve.flag_sources import parse_args
 
 GIB = 1 << 30
 SEVERAL = [

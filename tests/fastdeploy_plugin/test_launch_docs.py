@@ -11,7 +11,7 @@ import pytest
 from fd_dsa import environment
 from fd_dsa.fastdeploy_plugin.launch.environment import server_environment
 from fd_dsa.fastdeploy_plugin.launch.flags import MAPPED, NO_COUNTERPART, PassedFlags, translate
-from fd_dsa.serve.flags import parse_args
+from fd_dsa.serve.flag_sources import parse_args
 from tools.fastdeploy_check.__main__ import CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,8 @@ from fd_dsa.fastdeploy_plugin.launch.flags import (
     translate,
     without_secrets,
 )
-from fd_dsa.serve.flags import build_parser, parse_args
+from fd_dsa.serve.flag_sources import parse_args
+from fd_dsa.serve.flags import build_parser
 
 
 def translated(*argv: str) -> list[str]:
@@ -55,11 +56,21 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "enable_expert_parallel": ([], ["--enable-expert-parallel"]),
     "enable_prefix_caching": ([], ["--enable-prefix-caching"]),
     "shutdown_timeout": (["12"], ["--timeout-graceful-shutdown", "12"]),
+    "chat_template": (["t.jinja"], ["--chat-template", "t.jinja"]),
+    "tool_call_parser": (["auto"], []),
+    "reasoning_parser": (["auto"], []),
     "device": (["gpu"], []),
     "dtype": (["auto"], []),
     "kv_cache_dtype": (["fp8_ds_mla"], []),
     "log_level": (["debug"], []),
     "engine": (["fastdeploy"], []),
+    "dry_run": ([], []),
+    "tokenizer": (["/t"], ["--tokenizer", "/t"]),
+    "gpu_memory_utilization": (["0.8"], ["--gpu-memory-utilization", "0.8"]),
+    "load_format": (["safetensors"], []),
+    "enable_chunked_prefill": ([], []),
+    "api_key": (["one", "--api-key", "two"], ["--api-key", "one", "--api-key", "two"]),
+    "max_concurrency": (["9"], ["--max-concurrency", "9"]),
     # these four stand in front, see test_launch_command
     "model": (["/m"], []),
     "served_model_name": (["name"], []),
@@ -75,11 +86,16 @@ def test_each_flag_is_mapped_or_refused(name: str) -> None:
     flag = f"--{name.replace('_', '-')}"
     if name == "positional_model":
         assert translated("/m") == ["--block-size", "64"]
+    elif name == "config":
+        # its keys are flags, each of which has a place
+        assert "no such file" in refusal(flag, "no/such/file").lower()
     elif name in VALUES:
         values, expected = VALUES[name]
         assert translated(flag, *values) == [*expected, "--block-size", "64"]
     else:
-        assert flag in refusal(flag, "1") and "FastDeploy" in refusal(flag, "1")
+        is_switch = next(a.nargs == 0 for a in build_parser()._actions if a.dest == name)
+        said = refusal(flag) if is_switch else refusal(flag, "1")
+        assert flag in said and "FastDeploy" in said
 
 
 def test_without_flags_only_the_block_size_is_told() -> None:
@@ -135,6 +151,11 @@ def test_a_flag_on_both_sides_is_refused(name: str, form: str) -> None:
     after = [flag, "64"] if form == "two" else [f"{flag}=64"]
     said = refusal(flag, "128", "--", *after)
     assert f"{flag}: got 128, and {flag} '64' after --" in said
+
+
+def test_keys_on_both_sides_are_not_shown() -> None:
+    said = refusal("--api-key", "secret-a", "--", "--api-key", "secret-b")
+    assert "--api-key: got ***" in said and "secret" not in said
 
 
 def test_what_stands_after_the_dashes_is_not_ours() -> None:

@@ -278,7 +278,7 @@ def test_a_port_in_use(tmp_path: Path) -> None:
         with launcher(tmp_path, "--port", str(port)) as live:
             status, _, log = live.finish()
     assert status == 2
-    assert f"fd_dsa: error: 127.0.0.1:{port}: address already in use; stop the process" in log
+    assert f"fd_dsa: error: 127.0.0.1:{port}: address already in use by process" in log
     assert not live.dump_file.exists()
 
 

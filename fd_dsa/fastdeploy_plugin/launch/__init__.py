@@ -4,7 +4,7 @@ Nothing below imports FastDeploy.
 """
 
 from fd_dsa.fastdeploy_plugin.launch.choice import choose_engine, refuse_for_embedded
-from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
+from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags, without_secrets
 from fd_dsa.fastdeploy_plugin.launch.start import Launch, Ready, launch, prepare
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "launch",
     "prepare",
     "refuse_for_embedded",
+    "without_secrets",
 ]

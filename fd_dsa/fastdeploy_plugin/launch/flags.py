@@ -34,12 +34,24 @@ MAPPED = {
     "num_gpu_blocks_override": "--num-gpu-blocks-override",
     "enable_prefix_caching": "--enable-prefix-caching",
     "shutdown_timeout": "--timeout-graceful-shutdown",
+    "api_key": "--api-key",
+    "max_concurrency": "--max-concurrency",
+    "tokenizer": "--tokenizer",
+    "gpu_memory_utilization": "--gpu-memory-utilization",
+    "chat_template": "--chat-template",
 }
 # our flag -> the values that say what FastDeploy does anyway, so that no flag is needed
 IMPLIED = {
     "device": ("auto", "gpu"),
     "dtype": ("auto",),
-    "kv_cache_dtype": ("auto", "fp8_ds_mla"),
+    "kv_cache_dtype": ("auto", "fp8", "fp8_ds_mla"),
+    "load_format": ("auto", "safetensors"),
+    "enable_chunked_prefill": (True,),
+    "log_requests": (False,),
+    "disable_ui": (False,),
+    "log_json": (False,),
+    "tool_call_parser": ("auto",),
+    "reasoning_parser": ("auto",),
 }
 # our flag -> why another value (None: any value) has no counterpart, and what is near to it
 NO_COUNTERPART = {
@@ -48,13 +60,31 @@ NO_COUNTERPART = {
     "dtype": "FastDeploy has no --dtype, it takes the type from config.json; allowed: auto",
     "kv_cache_dtype": "FD_ATTENTION_BACKEND=DSA_ATTN has one kind of cache; allowed: auto, "
     "fp8_ds_mla",
-    "kv_cache_memory_bytes": "FastDeploy has no size in bytes; its own flags are "
-    "--gpu-memory-utilization, to be given after --, and --num-gpu-blocks-override",
+    "kv_cache_memory_bytes": "FastDeploy has no size in bytes; take --gpu-memory-utilization or "
+    "--num-gpu-blocks-override",
+    "enforce_eager": "FastDeploy's own flag is --graph-optimization-config, to be given after --, "
+    """with '{"use_cudagraph": false}'""",
+    "cudagraph_capture_sizes": "FastDeploy's own flag is --graph-optimization-config, to be given "
+    """after --, with '{"use_cudagraph": true, "cudagraph_capture_sizes": [...]}'""",
+    "tool_call_parser": "FastDeploy's parsers have names of their own; give its --tool-call-parser "
+    "after --",
+    "reasoning_parser": "FastDeploy's parsers have names of their own; give its --reasoning-parser "
+    "after --",
+    "trust_request_chat_template": "FastDeploy decides itself about templates of requests",
     "seed": "FastDeploy's --seed is another thing: a request without a seed gets a random one "
     "there; put `seed` into the request",
+    "load_format": "FastDeploy reads the weights of the folder, by its own --load-choices after "
+    "--; allowed: auto, safetensors",
+    "index_topk": "FastDeploy takes the number from config.json of the folder",
+    "enable_chunked_prefill": "FastDeploy has its own switch, FD_DISABLE_CHUNKED_PREFILL; "
+    "allowed: True",
+    "max_body_size": "FastDeploy has no limit of a body; put a proxy with one in front of it",
+    "log_requests": "FastDeploy writes its requests to log/api_server.log in any case",
+    "log_json": "FastDeploy's log has one form",
+    "disable_ui": "FastDeploy's server has no page to leave out",
 }
 # flags that the launcher uses itself
-LAUNCHER = ("engine", "log_level")
+LAUNCHER = ("config", "dry_run", "engine", "log_level")
 
 # flags of FastDeploy's without a value -> how its parser takes them
 _SWITCHES: dict[str, Any] = {
@@ -154,9 +184,12 @@ def translate(args: Mapping[str, Any], given: frozenset[str], passed: PassedFlag
         _check_counterpart(name, args[name])
         if MAPPED.get(name, "") in passed.values:
             flag = MAPPED[name]
+            ours, theirs = repr(args[name]), repr(passed.values[flag])
+            if name == "api_key":
+                ours = theirs = "***"
             raise ConfigError(
-                f"{_flag(name)}: got {args[name]!r}, and {flag} {passed.values[flag]!r} after --, "
-                "which is FastDeploy's flag for it; give one of them"
+                f"{_flag(name)}: got {ours}, and {flag} {theirs} after --, which is FastDeploy's "
+                "flag for it; give one of them"
             )
     _check_model_len(args, given, passed)
     _check_block_size(args, given, passed)
@@ -194,6 +227,8 @@ def _argument(flag: str, name: str, value: Any) -> list[str]:
     """One flag of FastDeploy's with its value."""
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag.removeprefix('--')}"]
+    if isinstance(value, list):
+        return [word for one in value for word in (flag, str(one))]
     if name == "shutdown_timeout":
         if value != int(value) or value < 1:
             raise ConfigError(

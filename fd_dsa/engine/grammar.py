@@ -1,0 +1,206 @@
+"""Grammars of structured output, compiled and followed by llguidance (extra `structured`).
+
+The rest of the engine sees three things of a matcher: a bitmask of the tokens that may come, a
+token that it takes, and whether it is at its end.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.engine.structured_outputs import Kind, StructuredOutputsParams
+from fd_dsa.engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+# compiled grammars that are kept for requests with the same one
+_NUM_KEPT = 64
+_SHOWN_ERROR_CHARS = 300
+# between two signs of JSON; without a bound a small model may write spaces until max_tokens
+_JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}"}
+
+
+class GrammarMatcher:
+    """Follows one output through its grammar.
+
+    Args:
+        matcher: of llguidance, used by no one else.
+        buffer: int32, one bit for every token that llguidance knows; shared, since a mask is
+            copied from it at once.
+        free: int32, the bits of the tokens that may come before the grammar begins.
+        after_token_id: the grammar begins behind this token; None = with the output.
+    """
+
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        buffer: npt.NDArray[np.int32],
+        free: npt.NDArray[np.int32],
+        after_token_id: int | None = None,
+    ) -> None:
+        """At the beginning of the output."""
+        self._free = free
+        self._awaited = after_token_id
+        self._matcher = matcher
+        self._buffer = buffer
+
+    @property
+    def is_finished(self) -> bool:
+        """True when nothing can follow, or the end of sequence was taken."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot be followed any more: it is too complex or has no way on."""
+        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+
+    def fill_bitmask(self, bitmask: npt.NDArray[np.int32]) -> None:
+        """Write bit i % 32 of int32 i // 32 for every token i: 1 = may come.
+
+        The end of sequence may come only where the grammar is complete. After an error nothing
+        may come.
+        """
+        if self._awaited is not None:
+            bitmask[:] = self._free[: len(bitmask)]
+            return
+        self._matcher.unsafe_compute_mask_ptr(self._buffer.ctypes.data, self._buffer.nbytes)
+        bitmask[:] = 0 if self._matcher.is_error() else self._buffer[: len(bitmask)]
+
+    def accept(self, token_id: int) -> bool:
+        """Take a token of the output; returns `is_finished`."""
+        if self._awaited is None:
+            self._matcher.consume_token(token_id)
+        elif token_id == self._awaited:
+            self._awaited = None
+        return self.is_finished
+
+
+class GrammarCompiler:
+    """Makes matchers; safe to call from any thread.
+
+    A grammar is compiled once, when a request with it is checked, and copied from then on.
+
+    Args:
+        tokenizer: of the model.
+        vocab_size: columns of the logits.
+        eos_token_ids: tokens that end an output.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        """Nothing is imported before the first grammar."""
+        self._tokenizer = tokenizer
+        self._vocab_size = max(vocab_size, tokenizer.vocab_size)
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._buffer = np.zeros(-(-self._vocab_size // 32), np.int32)
+        # all but the end of sequence, which may not come before the grammar has begun
+        self._free = np.full_like(self._buffer, -1)
+        for token_id in self._eos_token_ids:
+            self._free.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+        self._lock = threading.Lock()
+        self._tokenizer_lock = threading.Lock()
+        self._compiled: OrderedDict[tuple[Kind, str], LLMatcher] = OrderedDict()
+        self._ll_tokenizer: LLTokenizer | None = None
+
+    def check(self, params: StructuredOutputsParams) -> None:
+        """Compile a grammar unless it is known.
+
+        Raises:
+            ValueError: it is wrong or too large, or llguidance is missing; begins with the name
+                of the field.
+        """
+        self._find(params)
+
+    def new_matcher(self, params: StructuredOutputsParams) -> GrammarMatcher:
+        """A matcher at the beginning of the grammar.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        matcher = self._find(params).deep_copy()
+        return GrammarMatcher(matcher, self._buffer, self._free, params.after_token_id)
+
+    def _find(self, params: StructuredOutputsParams) -> LLMatcher:
+        """The compiled grammar."""
+        if find_spec("llguidance") is None:
+            raise ValueError(
+                f"{params.source} needs llguidance, which is not installed here; pip install "
+                "'fd_dsa[structured]'"
+            )
+        key = params.definition()
+        with self._lock:
+            found = self._compiled.get(key)
+            if found is not None:
+                self._compiled.move_to_end(key)
+                return found
+        # not under the lock, which the engine's thread takes too
+        compiled = self._compile(*key)
+        if isinstance(compiled, str):
+            raise ValueError(f"{params.source} cannot be used: {compiled}")
+        with self._lock:
+            self._compiled[key] = compiled
+            if len(self._compiled) > _NUM_KEPT:
+                self._compiled.popitem(last=False)
+        return compiled
+
+    def _compile(self, kind: Kind, text: str) -> LLMatcher | str:
+        """A compiled grammar, or what is wrong with it."""
+        from llguidance import LLMatcher, grammar_from
+
+        try:
+            if kind == "json_schema":
+                grammar = LLMatcher.grammar_from_json_schema(text, defaults=_JSON_OPTIONS)
+            else:
+                grammar = grammar_from(kind, text)
+        except (ValueError, RecursionError) as error:
+            return _first_line(str(error))
+        matcher = LLMatcher(self._llguidance_tokenizer(), grammar, log_level=0, limits=_limits())
+        if not matcher.is_error():
+            # what is too complex shows in the first mask at the latest
+            buffer = np.zeros_like(self._buffer)
+            matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
+        if matcher.is_error():
+            return _first_line(matcher.get_error())
+        return matcher
+
+    def _llguidance_tokenizer(self) -> LLTokenizer:
+        """The tokenizer as llguidance wants it; made once, which takes a second for a large one."""
+        from llguidance import LLTokenizer
+
+        with self._tokenizer_lock:
+            if self._ll_tokenizer is None:
+                self._ll_tokenizer = LLTokenizer(
+                    self._tokenizer.to_json(),
+                    n_vocab=self._vocab_size,
+                    eos_token=self._eos_token_ids or None,
+                )
+            return self._ll_tokenizer
+
+
+def _limits() -> LLParserLimits:
+    """Bounds of time and memory: about 20 ms and 50 MB for a grammar, 15 ms for a step."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_items_in_row=2_000,
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        step_max_items=50_000,
+        max_lexer_states=25_000,
+        max_grammar_size=100_000,
+        verbose_errors=False,
+    )
+
+
+def _first_line(error: str) -> str:
+    """An error of llguidance without the quotation of the grammar behind it."""
+    text = " ".join(error.replace("<non-verbose/>", "").split())
+    return text if len(text) <= _SHOWN_ERROR_CHARS else text[:_SHOWN_ERROR_CHARS] + "..."

@@ -1,0 +1,198 @@
+"""What a request does to its logits before a token is drawn: penalties, bias and bans.
+
+The rules of one request live as long as it does, so preemption does not touch them. Applying
+them is vectorised over all rows of a step that have any; rows without cost nothing.
+
+Source of the meanings: the documentation of vLLM's SamplingParams and of the OpenAI API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.engine.sampling_params import SamplingParams
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+_LARGEST = float(np.finfo(np.float32).max)
+_NO_IDS = np.empty(0, np.int64)
+
+
+class Grammar(Protocol):
+    """Which tokens may come next; the part of a matcher that the rules read."""
+
+    @property
+    def is_finished(self) -> bool:
+        """True when only an end may come."""
+
+    def fill_bitmask(self, bitmask: Int32) -> None:
+        """Write bit i % 32 of int32 i // 32 for every token i: 1 = may come."""
+
+
+class TokenCounts:
+    """How often each token stands in a growing output; tokens of the prompt have a place too.
+
+    Args:
+        prompt_token_ids: tokens that are listed from the start, with count 0.
+        output_token_ids: the list that grows; `update` reads what is new in it.
+    """
+
+    def __init__(self, prompt_token_ids: Sequence[int], output_token_ids: list[int]) -> None:
+        """List the prompt's tokens."""
+        listed = np.unique(np.array(prompt_token_ids, np.int64))
+        self._place_of = {token_id: place for place, token_id in enumerate(listed.tolist())}
+        self._ids = listed
+        self._counts = np.zeros(len(listed), np.float64)
+        self._output = output_token_ids
+        self._num_read = 0
+
+    def update(self) -> tuple[Int64, Float64]:
+        """Token ids, distinct, and how often each stands in the output now."""
+        for token_id in self._output[self._num_read :]:
+            place = self._place_of.setdefault(token_id, len(self._place_of))
+            if place >= len(self._ids):
+                self._grow()
+            self._ids[place] = token_id
+            self._counts[place] += 1
+        self._num_read = len(self._output)
+        num_listed = len(self._place_of)
+        return self._ids[:num_listed], self._counts[:num_listed]
+
+    def _grow(self) -> None:
+        """Double the room."""
+        size = max(2 * len(self._ids), 64)
+        self._ids = np.resize(self._ids, size)
+        counts = np.zeros(size, np.float64)
+        counts[: len(self._counts)] = self._counts
+        self._counts = counts
+
+
+class LogitRules:
+    """The rules of one request.
+
+    Args:
+        params: of the request.
+        prompt_token_ids: its prompt.
+        output_token_ids: its output, a list that grows.
+        bad_sequences: token ids of every bad word, each not empty.
+        end_token_ids: what min_tokens forbids.
+        grammar: which tokens may come at all; None = all.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        output_token_ids: list[int],
+        bad_sequences: Iterable[Sequence[int]] = (),
+        end_token_ids: Iterable[int] = (),
+        grammar: Grammar | None = None,
+    ) -> None:
+        """Sort the rules by what they need in a step."""
+        self.grammar = grammar
+        self.penalties = (
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
+        self.counts: TokenCounts | None = None
+        if self.penalties != (1, 0, 0):
+            listed = prompt_token_ids if params.repetition_penalty != 1 else ()
+            self.counts = TokenCounts(listed, output_token_ids)
+        bias = params.logit_bias or {}
+        self.bias_ids = np.array(list(bias), np.int64)
+        self.bias = np.array(list(bias.values()), np.float64)
+        sequences = [tuple(sequence) for sequence in bad_sequences]
+        single = [sequence[0] for sequence in sequences if len(sequence) == 1]
+        self._banned = np.array([*single, *(params.bad_words_token_ids or ())], np.int64)
+        self._bad_sequences = [sequence for sequence in sequences if len(sequence) > 1]
+        self._output = output_token_ids
+        self._min_tokens = params.min_tokens
+        self._end_ids = np.array(sorted(end_token_ids), np.int64)
+
+    def banned_ids(self) -> Int64:
+        """Tokens that may not come next."""
+        output = self._output
+        banned = [self._banned]
+        # a form that is complete ends the output, however short it is
+        is_complete = self.grammar is not None and self.grammar.is_finished
+        if len(output) < self._min_tokens and not is_complete:
+            banned.append(self._end_ids)
+        last = [
+            sequence[-1]
+            for sequence in self._bad_sequences
+            if tuple(output[1 - len(sequence) :]) == sequence[:-1]
+        ]
+        if last:
+            banned.append(np.array(last, np.int64))
+        return banned[0] if len(banned) == 1 else np.concatenate(banned)
+
+
+def apply_rules(logits: Float32, rules: Sequence[LogitRules]) -> None:
+    """Change logits in place: penalties, then bias, then grammars and bans.
+
+        l = l / r if l > 0 else l * r       tokens of prompt and output, r = repetition_penalty
+        l = l - f * count - p * (count > 0)                tokens of the output
+        l = l + bias;   l = -inf where banned
+
+    Args:
+        logits: float32 [n, vocab_size], no NaN, no +inf.
+        rules: of the n rows.
+    """
+    _apply_penalties(logits, rules)
+    rows, ids = _flat([rule.bias_ids for rule in rules])
+    if len(ids):
+        bias = np.concatenate([rule.bias for rule in rules])
+        _store(logits, rows, ids, logits[rows, ids] + bias)
+    constrained = [row for row, rule in enumerate(rules) if rule.grammar is not None]
+    if constrained:
+        _apply_grammars(logits, rules, np.array(constrained))
+    # behind the masks, which may find that a grammar is complete
+    rows, ids = _flat([rule.banned_ids() for rule in rules])
+    logits[rows, ids] = -np.inf
+
+
+def _apply_penalties(logits: Float32, rules: Sequence[LogitRules]) -> None:
+    """Repetition, frequency and presence penalty of all rows that have one."""
+    listed = [(_NO_IDS, _NO_IDS) if r.counts is None else r.counts.update() for r in rules]
+    rows, ids = _flat([ids for ids, _ in listed])
+    if not len(ids):
+        return
+    counts = np.concatenate([count for _, count in listed])
+    repetition, frequency, presence = np.array([r.penalties for r in rules])[rows].T
+    values = logits[rows, ids].astype(np.float64)
+    with np.errstate(over="ignore"):
+        values = np.where(values > 0, values / repetition, values * repetition)
+    values -= frequency * counts + presence * (counts > 0)
+    _store(logits, rows, ids, values)
+
+
+def _apply_grammars(logits: Float32, rules: Sequence[LogitRules], rows: Int64) -> None:
+    """-inf for every token that a row's grammar does not allow."""
+    vocab_size = logits.shape[1]
+    bitmask = np.zeros((len(rows), -(-vocab_size // 32)), np.int32)
+    for mask, row in zip(bitmask, rows.tolist(), strict=True):
+        grammar = rules[row].grammar
+        if grammar is not None:
+            grammar.fill_bitmask(mask)
+    allowed = np.unpackbits(bitmask.view(np.uint8), axis=1, bitorder="little")
+    logits[rows] = np.where(allowed[:, :vocab_size], logits[rows], np.float32(-np.inf))
+
+
+def _flat(ids: list[Int64]) -> tuple[Int64, Int64]:
+    """Row and token of every entry of one list for each row."""
+    rows = np.repeat(np.arange(len(ids)), [len(entry) for entry in ids])
+    return rows, np.concatenate(ids)
+
+
+def _store(logits: Float32, rows: Int64, ids: Int64, values: Float64) -> None:
+    """Write values; what is too large for float32 becomes its largest number, not +inf."""
+    with np.errstate(over="ignore"):
+        logits[rows, ids] = np.minimum(values, _LARGEST)

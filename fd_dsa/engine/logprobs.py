@@ -1,0 +1,197 @@
+"""Log-probabilities of tokens, and when those of an output may be shown.
+
+They are of the model's own distribution: before penalties, bias, bans, grammar and temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.engine.detokenizer import IncrementalDetokenizer
+from fd_dsa.engine.top_candidates import candidate_keys, key_ids, key_logits
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+# rows are taken in groups of so many logits, which bounds the temporaries
+_GROUP_LOGITS = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """What the model thought of one token.
+
+    Attributes:
+        logprob: natural logarithm of its probability; -inf where the model excludes it.
+        rank: 1 for the likeliest token.
+        top: the likeliest tokens and their logarithms, in that order, ties to the lower id.
+    """
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token of a prompt or an output with its score.
+
+    Attributes:
+        token_id: the token.
+        score: what the model thought of it.
+        text_offset: characters of the prompt's or the output's text in front of the token's own.
+    """
+
+    token_id: int
+    score: TokenScore
+    text_offset: int
+
+
+def score_tokens(
+    logits: Float32, token_ids: Int64, num_top: Sequence[int]
+) -> list[TokenScore | None]:
+    """Scores of one token in each row.
+
+    Args:
+        logits: float32 [n, vocab_size].
+        token_ids: int64 [n].
+        num_top: how many of the likeliest tokens each row is to have, >= 0.
+
+    Returns:
+        One score for each row, None where the logits hold NaN or +inf, or nothing but -inf.
+    """
+    group_size = max(1, _GROUP_LOGITS // logits.shape[1])
+    scores: list[TokenScore | None] = []
+    for begin in range(0, len(logits), group_size):
+        group = slice(begin, begin + group_size)
+        scores += _score_group(logits[group], token_ids[group], num_top[group])
+    return scores
+
+
+def _score_group(
+    logits: Float32, token_ids: Int64, num_top: Sequence[int]
+) -> list[TokenScore | None]:
+    """Scores of so few rows that temporaries of their size do not matter."""
+    largest = logits.max(axis=1)
+    usable = np.flatnonzero(np.isfinite(largest))
+    scores: list[TokenScore | None] = [None] * len(logits)
+    if not len(usable):
+        return scores
+    if len(usable) < len(logits):
+        logits, token_ids, largest = logits[usable], token_ids[usable], largest[usable]
+    with np.errstate(over="ignore"):
+        weights = np.exp(logits - largest[:, None])
+    norm = largest + np.log(weights.sum(axis=1, dtype=np.float64))
+    chosen = logits[np.arange(len(logits)), token_ids]
+    ranks = (logits > chosen[:, None]).sum(axis=1) + 1
+    logprobs = chosen - norm
+    wanted = [num_top[row] for row in usable.tolist()]
+    top_ids, top_logprobs = _likeliest(logits, norm, max(wanted))
+    for i, row in enumerate(usable.tolist()):
+        k = wanted[i]
+        top = tuple(zip(top_ids[i, :k].tolist(), top_logprobs[i, :k].tolist(), strict=True))
+        scores[row] = TokenScore(float(logprobs[i]), int(ranks[i]), top)
+    return scores
+
+
+def _likeliest(
+    logits: Float32, norm: npt.NDArray[np.float64], width: int
+) -> tuple[Int64, npt.NDArray[np.float64]]:
+    """The `width` likeliest tokens of each row, or all, and their log-probabilities."""
+    if width == 0:
+        return np.empty((len(logits), 0), np.int64), np.empty((len(logits), 0))
+    keys, _ = candidate_keys(logits, width)
+    best = np.sort(keys, axis=1)[:, : min(width, logits.shape[1])]
+    return key_ids(best), key_logits(best) - norm[:, None]
+
+
+class OutputLogprobs:
+    """Log-probabilities of a growing output; each is shown with the text that its token ends.
+
+    While text is held back (half a character, what may become a stop string), so are they; those
+    of a stop string that is cut off are never shown.
+    """
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.shown: list[TokenLogprobs] = []
+        self._held: list[TokenLogprobs] = []
+        # ends, in characters, of the text of the first held tokens; the others have none yet
+        self._ends: list[int] = []
+        self._num_decoded = 0
+        self._num_shown_chars = 0
+
+    def append(self, token_id: int, score: TokenScore, num_chars: int) -> None:
+        """Take a token which has brought so many characters of text."""
+        self._held.append(TokenLogprobs(token_id, score, self._num_decoded))
+        self._num_decoded += num_chars
+        if num_chars:
+            missing = len(self._held) - len(self._ends)
+            self._ends += [self._num_decoded] * missing
+
+    def show(self, num_chars: int, is_finished: bool, is_cut: bool) -> list[TokenLogprobs]:
+        """What may be shown now that so many more characters are.
+
+        Args:
+            num_chars: of the text shown by this step.
+            is_finished: nothing comes any more.
+            is_cut: what is not shown of the text belongs to a stop string.
+        """
+        self._num_shown_chars += num_chars
+        visible = self._num_shown_chars
+        if is_cut:
+            count = sum(entry.text_offset < visible for entry in self._held)
+        elif is_finished:
+            count = len(self._held)
+        else:
+            count = sum(end <= visible for end in self._ends)
+        new, self._held = self._held[:count], self._held[count:]
+        del self._ends[:count]
+        self.shown += new
+        return new
+
+
+class PromptLogprobs:
+    """Log-probabilities of a prompt, read chunk by chunk; the first token has none.
+
+    Args:
+        token_ids: the prompt.
+        num_top: likeliest tokens at each position.
+        detokenizer: for the offsets; used by nobody else, and at the start of the prompt.
+    """
+
+    def __init__(
+        self, token_ids: list[int], num_top: int, detokenizer: IncrementalDetokenizer
+    ) -> None:
+        """The entry of the first token is there from the start."""
+        self.entries: list[TokenLogprobs | None] = [None]
+        self._token_ids = token_ids
+        self._num_top = num_top
+        self._detokenizer = detokenizer
+        self._num_decoded = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """True when no logits of the prompt are wanted any more."""
+        return len(self.entries) == len(self._token_ids)
+
+    def wanted(self, begin: int, end: int) -> range:
+        """Tokens of [begin, end) whose logits are wanted; they score the token behind."""
+        return range(max(begin, len(self.entries) - 1), min(end, len(self._token_ids) - 1))
+
+    def read(self, logits: Float32) -> bool:
+        """Take the logits of the wanted tokens, float32 [n, vocab_size]; False: not finite."""
+        begin = len(self.entries)
+        following = self._token_ids[begin : begin + len(logits)]
+        ids = np.array(following, np.int64)
+        scores = score_tokens(logits, ids, [self._num_top] * len(ids))
+        for position, (token_id, score) in enumerate(zip(following, scores, strict=True), begin):
+            if score is None:
+                return False
+            self._num_decoded += len(self._detokenizer.append(self._token_ids[position - 1]))
+            self.entries.append(TokenLogprobs(token_id, score, self._num_decoded))
+        return True

@@ -1,0 +1,99 @@
+"""What happened to requests: counts and times, for whoever watches the engine.
+
+Nothing is done for each token: requests that decode have all got their token at the end of the
+step before, so one interval stands for all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import takewhile
+
+from fd_dsa.engine.request import Request
+from fd_dsa.runner.counters import Histogram, StepCounters
+
+# bounds of vLLM's histograms of the same names, so that dashboards can be used again
+_FIRST_TOKEN_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_TOKEN_S = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST_S = (
+    *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0),
+    *(60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+
+
+class EngineMetrics:
+    """Counts of one engine since its start; written by the engine's thread.
+
+    Times are seconds of time.monotonic(). A request counts where it belongs as soon as it is
+    known: its first token when that is there, all else when it has ended.
+
+    Args:
+        max_model_len: longest request, tokens.
+        steps: counts of the runner; None where it keeps none.
+
+    Attributes:
+        finished: ended requests by finish_reason.
+        cache_config: what is told of the caches, by name.
+    """
+
+    def __init__(self, max_model_len: int, steps: StepCounters | None = None) -> None:
+        """Start without requests."""
+        self.steps = steps or StepCounters()
+        self.cache_config: dict[str, str] = {}
+        self.finished = dict.fromkeys(("stop", "length", "abort", "error"), 0)
+        self.time_to_first_token = Histogram(_FIRST_TOKEN_S)
+        self.inter_token_latency = Histogram(_TOKEN_S)
+        self.e2e_request_latency = Histogram(_REQUEST_S)
+        self.request_queue_time = Histogram(_REQUEST_S)
+        self.request_prefill_time = Histogram(_REQUEST_S)
+        self.request_decode_time = Histogram(_REQUEST_S)
+        bounds = tuple(takewhile(lambda bound: bound < max_model_len, _one_two_five()))
+        self.request_prompt_tokens = Histogram((*bounds, max_model_len))
+        self.request_generation_tokens = Histogram((*bounds, max_model_len))
+        self._last_step_time = 0.0
+
+    def count_step(self, num_decode_tokens: int, resumed: Sequence[Request]) -> None:
+        """Count the tokens of a step that has just ended.
+
+        Args:
+            num_decode_tokens: requests that got a token after that of the step before.
+            resumed: requests that got theirs at the end of a prompt, the first one or, after a
+                preemption, a later one.
+        """
+        now = time.monotonic()
+        if num_decode_tokens:
+            self.inter_token_latency.observe(now - self._last_step_time, num_decode_tokens)
+        for request in resumed:
+            if request.preempted_time is not None and len(request.output_token_ids) > 1:
+                self.inter_token_latency.observe(now - request.preempted_time)
+            elif request.first_token_time is not None:
+                self.time_to_first_token.observe(request.first_token_time - request.arrival_time)
+        self._last_step_time = now
+
+    def count_end(self, request: Request) -> None:
+        """Count a request that has ended, for whatever reason."""
+        if request.finish_reason is None or request.finish_time is None:
+            raise ValueError(f"request {request.request_id!r} has not ended")
+        arrival, end = request.arrival_time, request.finish_time
+        started = end if request.scheduled_time is None else request.scheduled_time
+        first = request.first_token_time
+        self.finished[request.finish_reason] += 1
+        self.e2e_request_latency.observe(end - arrival)
+        self.request_queue_time.observe(started - arrival)
+        self.request_prompt_tokens.observe(len(request.prompt_token_ids))
+        self.request_generation_tokens.observe(len(request.output_token_ids))
+        if first is not None:
+            self.request_prefill_time.observe(first - started)
+            self.request_decode_time.observe(end - first)
+
+
+def _one_two_five() -> Sequence[int]:
+    """1, 2, 5, 10, 20 ... up to ten millions."""
+    return [digit * 10**power for power in range(8) for digit in (1, 2, 5)]

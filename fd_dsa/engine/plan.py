@@ -1,0 +1,271 @@
+"""What an engine will be, before memory is taken: device, folder, limits, sizes.
+
+Everything that can be refused is refused here.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from fd_dsa.config import EngineConfig
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.environment import prepare_cpu_runtime, set_cpu_threads
+from fd_dsa.errors import BackendUnavailable, ConfigError
+
+if TYPE_CHECKING:
+    from fd_dsa.attention import CacheLayout, DSABackendConfig
+    from fd_dsa.models.config import ModelConfig
+    from fd_dsa.models.memory_plan import MemoryPlan
+    from fd_dsa.runner.input_batch import InputBatch
+
+logger = logging.getLogger(__name__)
+
+# distribution of Paddle -> the oldest release whose tensors NumPy may write through
+_OLDEST_PADDLE = {"paddlepaddle": (3, 3), "paddlepaddle-gpu": (3, 2)}
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """All that is decided before weights are loaded.
+
+    Attributes:
+        config: as asked for.
+        model_config: of the folder.
+        device: "cpu", "gpu:0" or a custom device of Paddle.
+        num_threads: of Paddle's CPU kernels.
+        max_model_len: longest prompt plus output, tokens.
+        layout: of the caches.
+        tokenizer: of the folder.
+        input_batch: rows of a step, empty.
+        sampling_defaults: what the folder proposes.
+        memory: sizes of weights and caches, bytes.
+    """
+
+    config: EngineConfig
+    model_config: ModelConfig
+    device: str
+    num_threads: int
+    max_model_len: int
+    layout: CacheLayout
+    tokenizer: Tokenizer
+    input_batch: InputBatch
+    sampling_defaults: dict[str, Any]
+    memory: MemoryPlan
+
+    def summary(self) -> str:
+        """Model, device and limits in one line."""
+        where = f"the CPU, {self.num_threads} threads" if self.device == "cpu" else self.device
+        model = self.model_config
+        return (
+            f"{model.model_type} on {where}: {model.num_hidden_layers} layers, "
+            f"{self.config.compute_dtype}, caches in {self.config.cache_dtype}, "
+            f"index_topk {model.index_topk}, max_model_len {self.max_model_len}"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Every value that was chosen or resolved, for people and programs."""
+        config = self.config
+        return {
+            "model": str(config.model_path),
+            "model_type": self.model_config.model_type,
+            "tokenizer": str(config.tokenizer_path),
+            "load_format": config.load_format,
+            "served_model_name": list(config.served_model_name),
+            "device": self.device,
+            "dtype": config.compute_dtype,
+            "kv_cache_dtype": config.cache_dtype,
+            "block_size": config.block_size,
+            "enable_prefix_caching": config.enable_prefix_caching,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": config.max_num_seqs,
+            "max_num_batched_tokens": config.num_batched_tokens,
+            "index_topk": self.model_config.index_topk,
+            "seed": config.seed,
+            "sampling_defaults": self.sampling_defaults,
+            "memory": {
+                "weight_bytes": self.memory.weight_bytes,
+                "kv_cache_bytes": self.memory.kv_cache_bytes,
+                "bytes_per_block": self.memory.bytes_per_block,
+                "num_blocks": self.memory.num_blocks,
+                "num_tokens": self.memory.num_blocks * self.memory.block_size,
+                "free_bytes": self.memory.free_bytes,
+            },
+        }
+
+
+def make_plan(config: EngineConfig) -> EnginePlan:
+    """What an engine of `config` will be.
+
+    First the folder's files are read and compared, then memory is planned; none is taken. Call it
+    before anything that imports paddle: that reads its settings from the environment.
+
+    Raises:
+        ConfigError: a flag, the folder, its checkpoint or the memory; says which and what to do.
+        BackendUnavailable: Paddle is missing or too old, or has no such device.
+    """
+    _prepare_paddle()
+    # these import paddle
+    from fd_dsa.models.config import ModelConfig
+    from fd_dsa.ops._fixed_order import check_fixed_order
+    from fd_dsa.runner.device import resolve_device
+    from fd_dsa.runner.input_batch import InputBatch
+    from fd_dsa.runner.model_runner import backend_config, cache_layout
+
+    threads = set_cpu_threads()
+    device = resolve_device(config.device)
+    check_fixed_order(device)
+    model_config = ModelConfig.from_folder(config.model_path)
+    if config.index_topk is not None:
+        model_config = replace(model_config, index_topk=config.index_topk)
+    defaults = sampling_defaults(config, model_config)
+    max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)
+    layout = cache_layout(model_config, config.cache_dtype, config.block_size)
+    tokenizer = Tokenizer.from_folder(config.tokenizer_path, config.chat_template)
+    _check_vocabulary(config, model_config, tokenizer)
+    blocks_per_seq = -(-max_model_len // config.block_size)
+    input_batch = InputBatch(
+        config.max_num_seqs, config.num_batched_tokens, blocks_per_seq, config.block_size
+    )
+    _check_weights(config, model_config)
+    backend = backend_config(model_config, layout, input_batch)
+    memory = _plan_memory(config, model_config, layout, max_model_len, device, backend)
+    return EnginePlan(
+        config=config,
+        model_config=model_config,
+        device=device,
+        num_threads=threads,
+        max_model_len=max_model_len,
+        layout=layout,
+        tokenizer=tokenizer,
+        input_batch=input_batch,
+        sampling_defaults=defaults,
+        memory=memory,
+    )
+
+
+def _prepare_paddle() -> None:
+    """Make Paddle ready to be imported.
+
+    Raises:
+        BackendUnavailable: it is missing or too old; the line says what to install.
+    """
+    if find_spec("paddle") is None:
+        raise BackendUnavailable(
+            "paddle is not installed; for a CPU run: pip install 'fd_dsa[cpu]' "
+            "(for a GPU install paddlepaddle-gpu from Paddle's own package index)"
+        )
+    for name, oldest in _OLDEST_PADDLE.items():
+        _check_version(name, oldest)
+    prepare_cpu_runtime()
+
+
+def _check_version(name: str, oldest: tuple[int, int]) -> None:
+    """Refuse a release of Paddle that is too old; builds from source, 0.0.0, pass."""
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return
+    numbers = tuple(int(word) for word in found.split(".")[:2] if word.isdigit())
+    if numbers != (0, 0) and numbers < oldest:
+        wanted = ".".join(map(str, oldest))
+        raise BackendUnavailable(
+            f"{name} {found} is too old, fd_dsa needs {wanted} or newer; "
+            f"pip install --upgrade '{name}>={wanted}' (for a GPU from Paddle's own package index)"
+        )
+
+
+def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[str, Any]:
+    """What generation_config.json proposes for parameters that a request leaves out.
+
+    Raises:
+        ConfigError: a proposal that no request could make; names the file.
+    """
+    names = ("temperature", "top_p", "top_k")
+    proposed = {name: getattr(model_config.generation, name) for name in names}
+    defaults = {name: value for name, value in proposed.items() if value is not None}
+    try:
+        SamplingParams(**defaults)
+    except ValueError as error:
+        raise ConfigError(f"{config.model_path / 'generation_config.json'}: {error}") from error
+    if defaults:
+        logger.info("sampling defaults of generation_config.json: %s", defaults)
+    return defaults
+
+
+def _check_vocabulary(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Refuse another folder's tokenizer with more tokens than the model has embeddings."""
+    if config.tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"--tokenizer: {config.tokenizer_path} has {tokenizer.vocab_size} tokens, the model's "
+            f"vocab_size is {model.vocab_size}; take the model's own tokenizer"
+        )
+
+
+def _check_weights(config: EngineConfig, model_config: ModelConfig) -> None:
+    """Refuse a checkpoint that does not hold the model; only headers are read."""
+    if config.load_format == "dummy":
+        return
+    from fd_dsa.models.checkpoint import Checkpoint
+    from fd_dsa.models.loader import validate
+
+    with Checkpoint.open(config.model_path) as checkpoint:
+        validate(checkpoint, model_config)
+
+
+def _plan_memory(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    layout: CacheLayout,
+    max_model_len: int,
+    device: str,
+    backend: DSABackendConfig,
+) -> MemoryPlan:
+    """How the memory is shared out between weights and caches."""
+    from fd_dsa.models.memory_plan import (
+        check_host_room,
+        graph_bytes,
+        plan_memory,
+        weight_bytes,
+    )
+
+    room = _device_room(config, device, backend)
+    if room:
+        room["graph_bytes"] = graph_bytes(model_config, config.capture_sizes, max_model_len)
+    plan = plan_memory(
+        config,
+        weight_bytes=weight_bytes(model_config),
+        bytes_per_block=layout.bytes_per_block(
+            model_config.num_hidden_layers, model_config.num_indexer_layers
+        ),
+        max_model_len=max_model_len,
+        **room,
+    )
+    if room:
+        check_host_room(plan.weight_bytes)
+    return plan
+
+
+def _device_room(config: EngineConfig, device: str, backend: DSABackendConfig) -> dict[str, Any]:
+    """What `plan_memory` must know of a device; nothing where its memory is the host's."""
+    from fd_dsa.runner.device import free_device_bytes
+
+    free_bytes = free_device_bytes(device, config.gpu_memory_utilization)
+    if free_bytes is None:
+        if config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
+            logger.warning(
+                "--gpu-memory-utilization has no effect on %s; --kv-cache-memory-bytes sets the "
+                "size of the caches",
+                device,
+            )
+        return {}
+    from fd_dsa.attention.device import workspace_bytes
+    from fd_dsa.runner.device import traits_of
+
+    # no cap: memory of a device that the engine leaves is used by nobody else
+    room = max(free_bytes - workspace_bytes(backend, traits_of(device)), 0)
+    return {"free_bytes": room, "default_cache_bytes": free_bytes, "default_share": 1.0}

@@ -1,0 +1,97 @@
+"""What form an output must have: a JSON schema, a regular expression, choices or a grammar."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["json_schema", "regex", "lark", "grammar"]
+
+# what one request may have compiled, in characters; a literal of that size takes 10 ms a step
+MAX_GRAMMAR_CHARS = 32_768
+_FORMS = ("json", "json_object", "regex", "choice", "grammar")
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """The form of an output, exactly one; names and meanings are vLLM's.
+
+    Args:
+        json: a JSON schema, as an object or as its text.
+        json_object: any JSON object.
+        regex: a regular expression that the whole output matches; Rust's syntax, which has no
+            look-around.
+        choice: the output is one of these texts.
+        grammar: a context-free grammar in Lark's notation, or in GBNF.
+        after_token_id: the form begins behind the first such token, as the one that ends the
+            reasoning of a model that thinks first; None = with the output.
+        source: what messages call the object; the field of a request that it came from.
+
+    Raises:
+        ValueError: not exactly one form is given, or it has another type or is too large; begins
+            with `source`.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    after_token_id: int | None = None
+    source: str = "structured_outputs"
+
+    def __post_init__(self) -> None:
+        """Check that there is one form, of the right type."""
+        given = [name for name in _FORMS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            found = " and ".join(given) or "nothing"
+            raise ValueError(f"{self.source} has {found}; give one of {', '.join(_FORMS)}")
+        # fails where the type is wrong
+        _, text = self.definition()
+        if len(text) > MAX_GRAMMAR_CHARS:
+            raise ValueError(
+                f"{self.source} has {len(text)} characters; at most {MAX_GRAMMAR_CHARS} are allowed"
+            )
+
+    def definition(self) -> tuple[Kind, str]:
+        """How the form is written, and its text."""
+        if self.json_object:
+            return "json_schema", '{"type": "object"}'
+        if self.json is not None:
+            return "json_schema", self._schema_text(self.json)
+        if self.choice is not None:
+            return "lark", self._choice_text(self.choice)
+        kind: Kind = "grammar" if self.regex is None else "regex"
+        text = self.grammar if self.regex is None else self.regex
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"{self.source} is {text!r}; it must be a non-empty string")
+        return kind, self._utf8(text)
+
+    def _schema_text(self, schema: Any) -> str:
+        """The text of a schema."""
+        if isinstance(schema, str):
+            return self._utf8(schema)
+        if not isinstance(schema, Mapping):
+            raise ValueError(f"{self.source} is {schema!r}; it must be a JSON schema, an object")
+        try:
+            return json.dumps(schema)
+        except (RecursionError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.source} cannot be written as JSON: {error}") from error
+
+    def _choice_text(self, choice: Any) -> str:
+        """A grammar of one token of its own; as rules, many choices would be slow."""
+        is_list = isinstance(choice, Sequence) and not isinstance(choice, str)
+        if not is_list or not choice or not all(isinstance(text, str) and text for text in choice):
+            raise ValueError(
+                f"{self.source} has {choice!r}; it must be a list of one or more texts, none empty"
+            )
+        quoted = (json.dumps(self._utf8(text), ensure_ascii=False) for text in choice)
+        return "start: CHOICE\nCHOICE: " + " | ".join(quoted)
+
+    def _utf8(self, text: str) -> str:
+        """The text, which must be valid Unicode."""
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"{self.source} has the text {text!r}; it must be valid Unicode")
+        return text

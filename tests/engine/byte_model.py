@@ -1,0 +1,48 @@
+"""A model that knows nothing, over a tokenizer that can write everything."""
+
+from __future__ import annotations
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.runner.input_batch import InputBatch
+from tests.engine.fakes import Conversation, FakeRunner
+
+VOCAB_SIZE = 300
+EOS = 1
+
+
+def all_bytes_tokenizer():
+    """Byte-level, one token for each byte behind <bos> and <eos>, and a few of several."""
+    vocab = {"<bos>": 0, "<eos>": EOS}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab.update({char: 2 + i for i, char in enumerate(alphabet)})
+    merges = [("a", "b"), ("t", "r"), ("u", "e"), ("tr", "ue"), ('"', ":"), ("1", "2")]
+    vocab.update({left + right: len(vocab) + i for i, (left, right) in enumerate(merges)})
+    backend = Backend(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<eos>"])
+    backend.add_tokens(["<think>", "</think>"])
+    return Tokenizer(backend, {"bos_token": "<bos>", "eos_token": "<eos>"}, Conversation())
+
+
+TOKENIZER = all_bytes_tokenizer()
+
+
+def make_engine(num_blocks=512, max_num_seqs=4, budget=16, caching=True):
+    """An engine whose model knows nothing, over all bytes; the vocabulary has unused ids."""
+    batch = InputBatch(max_num_seqs, budget, 128, 4)
+    return LLMEngine(
+        FakeRunner(batch, num_blocks, VOCAB_SIZE),
+        TOKENIZER,
+        num_blocks=num_blocks,
+        block_size=4,
+        max_model_len=512,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        eos_token_ids=[EOS],
+        enable_prefix_caching=caching,
+    )

@@ -1,0 +1,182 @@
+"""n > 1: several outputs of one prompt, which is computed once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.engine.llm import LLM
+from fd_dsa.engine.random_uniform import derive_seed
+from fd_dsa.engine.sampling_params import SamplingParams
+from tests.engine.fakes import VOCAB_SIZE, make_engine, run_all
+
+PROMPT = [2 + i % 30 for i in range(18)]
+
+
+def params(**fields):
+    """Random draws that do not end early."""
+    return SamplingParams(**{"max_tokens": 6, "ignore_eos": True, "seed": 5, **fields})
+
+
+def by_index(outputs):
+    """The last state of each output, by index."""
+    return {output.index: output for output in outputs if output.finished}
+
+
+def tokens_of_seed(prompt, seed, **fields):
+    """What a request of its own generates."""
+    engine = make_engine(max_num_batched_tokens=64)
+    engine.add_request("r", prompt, params(seed=seed, **fields))
+    return run_all(engine)["r"][-1].token_ids
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_each_output_has_its_own_seed_and_the_prompt_is_computed_once(caching):
+    engine = make_engine(enable_prefix_caching=caching)
+    engine.add_request("r", PROMPT, params(n=4))
+    outputs = by_index(run_all(engine)["r"])
+    assert sorted(outputs) == [0, 1, 2, 3]
+    seeds = [5, *(derive_seed(5, index) for index in (1, 2, 3))]
+    for index, seed in enumerate(seeds):
+        assert outputs[index].token_ids == tokens_of_seed(PROMPT, seed)
+    assert len({tuple(output.token_ids) for output in outputs.values()}) == 4
+    # 18 tokens once, then what does not fill a block of 4 for each of the others
+    prefill = [
+        new for step in engine.runner.steps for new, _, is_prefill in step.values() if is_prefill
+    ]
+    assert sum(prefill) == 18 + 3 * 2
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.generated_tokens) == (18, 24)
+    assert stats.prefix_cache_queries == (18 if caching else 0)
+    assert stats.prefix_cache_hits == 0
+    assert stats.num_used_blocks == 0
+
+
+def test_blocks_of_the_prompt_are_shared_while_they_run():
+    engine = make_engine(enable_prefix_caching=False, max_num_batched_tokens=64)
+    engine.add_request("r", PROMPT, params(n=4))
+    engine.step()
+    engine.step()
+    # four full blocks in common; the fifth and later ones are each one's own
+    assert engine.stats().num_used_blocks == 4 + 4
+    run_all(engine)
+    assert engine.stats().num_used_blocks == 0
+
+
+def test_unseeded_outputs_differ_and_later_requests_have_seeds_of_their_own():
+    engine = make_engine()
+    for name in "ab":
+        engine.add_request(name, PROMPT, params(n=3, seed=None))
+    outputs = run_all(engine)
+    texts = {out.text for name in "ab" for out in by_index(outputs[name]).values()}
+    assert len(texts) == 6
+
+
+@settings(max_examples=80)
+@given(
+    requests=st.lists(
+        st.tuples(
+            st.lists(st.integers(2, VOCAB_SIZE - 1), min_size=1, max_size=24),
+            st.integers(1, 6),
+            st.integers(1, 12),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    max_num_seqs=st.integers(1, 5),
+    budget=st.integers(1, 24),
+    block_size=st.sampled_from([1, 4]),
+    spare_blocks=st.integers(0, 12),
+    caching=st.booleans(),
+)
+def test_outputs_are_those_of_requests_of_their_own(
+    requests, max_num_seqs, budget, block_size, spare_blocks, caching
+):
+    longest = max(len(prompt) + num_tokens for prompt, _, num_tokens, _ in requests)
+    engine = make_engine(
+        num_blocks=-(-longest // block_size) + spare_blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=caching,
+    )
+    for i, (prompt, n, num_tokens, scored) in enumerate(requests):
+        one = params(n=n, max_tokens=num_tokens, prompt_logprobs=0 if scored else None)
+        engine.add_request(str(i), prompt, one)
+    results = run_all(engine)
+    for i, (prompt, n, num_tokens, scored) in enumerate(requests):
+        outputs = by_index(results[str(i)])
+        assert sorted(outputs) == list(range(n))
+        for index, output in outputs.items():
+            seed = derive_seed(5, index) if index else 5
+            assert output.token_ids == tokens_of_seed(prompt, seed, max_tokens=num_tokens)
+            assert (output.prompt_logprobs is not None) == scored
+    assert engine.stats().num_used_blocks == 0
+    assert (engine.runner.input_batch.block_tables == -1).all()
+
+
+def test_abort_ends_what_is_left_of_a_request():
+    engine = make_engine(max_num_seqs=3)
+    engine.add_request("r", PROMPT, params(n=5, max_tokens=3))
+    seen = []
+    while len([output for output in seen if output.finished]) < 2:
+        seen += engine.step()
+    aborted = engine.abort_request("r")
+    assert all(output.finish_reason == "abort" for output in aborted)
+    ended = [output.index for output in seen if output.finished]
+    assert sorted([*ended, *(output.index for output in aborted)]) == [0, 1, 2, 3, 4]
+    assert not engine.has_unfinished_requests()
+    assert engine.stats().num_used_blocks == 0
+    assert engine.abort_request("r") == []
+
+
+def test_logits_that_are_not_finite_end_all_outputs():
+    engine = make_engine()
+    engine.runner.nan_after = PROMPT[-1]
+    engine.add_request("r", PROMPT, params(n=3))
+    outputs = by_index(run_all(engine)["r"])
+    assert [outputs[index].finish_reason for index in range(3)] == ["error"] * 3
+
+
+def test_llm_gives_the_outputs_of_a_prompt_in_a_row():
+    with LLM.from_engine(make_engine()) as llm:
+        outputs = llm.generate([PROMPT, [5, 6]], [params(n=3), params(n=2)])
+        assert [(len(out.prompt_token_ids), out.index) for out in outputs] == [
+            (18, 0),
+            (18, 1),
+            (18, 2),
+            (2, 0),
+            (2, 1),
+        ]
+        assert outputs[1].token_ids == tokens_of_seed(PROMPT, derive_seed(5, 1))
+        streamed = llm.generate([PROMPT], params(n=2), stream=True)
+        next(streamed)
+        streamed.close()
+        assert llm.stats().num_used_blocks == 0
+
+
+def test_the_async_engine_ends_an_iterator_after_the_last_output():
+    async def collect(engine):
+        return [output async for output in engine.generate(PROMPT, params(n=3))]
+
+    async def leave(engine):
+        async for output in engine.generate(PROMPT, params(n=3, max_tokens=20)):
+            if output.index == 1:
+                return
+
+    async def main(engine):
+        outputs, _ = await asyncio.gather(collect(engine), leave(engine))
+        return outputs
+
+    engine = AsyncEngine(make_engine())
+    engine.start()
+    outputs = asyncio.run(main(engine))
+    assert sorted(by_index(outputs)) == [0, 1, 2]
+    assert len(outputs) == 18
+    engine.stop()
+    assert engine.stats().num_used_blocks == 0

@@ -1,0 +1,362 @@
+"""Structured output: what comes out has the form asked for, whatever else is asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fd_dsa.config import demo_model_path
+from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.output import ConstraintError
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.structured_outputs import MAX_GRAMMAR_CHARS, StructuredOutputsParams
+from fd_dsa.engine.tokenizer import Tokenizer
+from tests.engine.byte_model import EOS, TOKENIZER, VOCAB_SIZE, make_engine
+from tests.engine.fakes import run_all
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "size": {"type": "integer", "minimum": -5, "maximum": 300},
+        "tags": {"type": "array", "items": {"enum": ["a", "bb", "ü"]}, "maxItems": 3},
+        "on": {"type": "boolean"},
+    },
+    "required": ["name", "size", "tags"],
+    "additionalProperties": False,
+}
+
+
+def params(form, **fields):
+    """A request for a form."""
+    return SamplingParams(**{"max_tokens": 400, "structured_outputs": form, **fields})
+
+
+def answers(form, engine=None, **fields):
+    """All outputs of one request."""
+    engine = engine or make_engine()
+    engine.add_request("r", [5, 6, 7], params(form, **fields))
+    return [output for output in run_all(engine)["r"] if output.finished]
+
+
+FORMS = {
+    "schema": StructuredOutputsParams(json=SCHEMA),
+    "schema text": StructuredOutputsParams(json=json.dumps(SCHEMA)),
+    "object": StructuredOutputsParams(json_object=True),
+    "regex": StructuredOutputsParams(regex=r"[a-c]{2,4}(é|🙂)?-[0-9]+"),
+    "choice": StructuredOutputsParams(choice=["yes", "no", 'may "be"', "n\n", "ü🙂", "a/b|c"]),
+    "lark": StructuredOutputsParams(grammar='start: "(" start ")" | /[xy]/'),
+    "gbnf": StructuredOutputsParams(grammar='root ::= "<" [0-9]+ ">" | "none"'),
+}
+
+
+def has_form(name, text):
+    """Whether a text has one of the forms; by other means than the grammar."""
+    if name.startswith("schema"):
+        jsonschema.validate(json.loads(text), SCHEMA)
+        return True
+    if name == "object":
+        return isinstance(json.loads(text), dict)
+    if name == "choice":
+        return text in FORMS["choice"].choice
+    if name == "lark":
+        depth = text.count("(")
+        return text in ("(" * depth + letter + ")" * depth for letter in "xy")
+    pattern = FORMS["regex"].regex if name == "regex" else "<[0-9]+>|none"
+    return re.fullmatch(pattern, text) is not None
+
+
+@pytest.mark.parametrize("name", FORMS)
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.sampled_from([0.0, 1.0, 3.0]),
+    min_tokens=st.sampled_from([0, 30]),
+    ignore_eos=st.booleans(),
+    top_p=st.sampled_from([1.0, 0.9]),
+)
+def test_a_finished_output_has_its_form(name, seed, temperature, min_tokens, ignore_eos, top_p):
+    fields = {"seed": seed, "temperature": temperature, "top_p": top_p, "min_tokens": min_tokens}
+    (output,) = answers(FORMS[name], ignore_eos=ignore_eos, **fields)
+    assert output.finish_reason in ("stop", "length"), output.error
+    if output.finish_reason == "stop":
+        assert has_form(name, output.text)
+    else:
+        assert len(output.token_ids) == 400
+
+
+def test_most_outputs_finish():
+    for name, form in FORMS.items():
+        ends = [answers(form, seed=seed)[0].finish_reason for seed in range(10)]
+        assert ends.count("stop") > 5, name
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(st.sampled_from(sorted(FORMS)), st.integers(1, 3), st.integers(0, 50)),
+        min_size=1,
+        max_size=6,
+    ),
+    max_num_seqs=st.integers(1, 4),
+    budget=st.integers(1, 16),
+    spare_blocks=st.integers(0, 20),
+)
+def test_preemption_and_batches_change_no_output(requests, max_num_seqs, budget, spare_blocks):
+    engine = make_engine(13 + spare_blocks, max_num_seqs, budget)
+    for i, (name, n, seed) in enumerate(requests):
+        one = params(FORMS[name], n=n, seed=seed, max_tokens=50)
+        engine.add_request(str(i), [5, 6, 7], one)
+    results = run_all(engine)
+    for i, (name, n, seed) in enumerate(requests):
+        expected = {out.index: out for out in answers(FORMS[name], n=n, seed=seed, max_tokens=50)}
+        found = {out.index: out for out in results[str(i)] if out.finished}
+        assert sorted(found) == list(range(n))
+        for index, output in found.items():
+            assert output.token_ids == expected[index].token_ids
+            assert output.finish_reason == expected[index].finish_reason
+    assert engine.stats().num_used_blocks == 0
+
+
+def test_preemption_really_happens_in_the_test_above():
+    engine = make_engine(14)
+    for i in range(4):
+        engine.add_request(str(i), [5, 6, 7], params(FORMS["lark"], seed=i, max_tokens=50))
+        engine.add_request(f"s{i}", [5, 6, 7], params(FORMS["schema"], seed=i, max_tokens=50))
+    run_all(engine)
+    assert engine.stats().num_preemptions > 0
+
+
+def test_a_stop_string_cuts_a_form_and_other_rules_hold_inside():
+    (output,) = answers(StructuredOutputsParams(regex="[ab]{40}"), stop="bb", seed=1)
+    assert output.finish_reason == "stop" and "bb" not in output.text
+    ab, a = TOKENIZER.encode("ab", add_special_tokens=False), TOKENIZER.encode("a")
+    bans = [*ab, *a]
+    (output,) = answers(StructuredOutputsParams(regex="[abc]{20}"), bad_words_token_ids=bans)
+    assert re.fullmatch("[bc]{20}", output.text)
+
+
+def test_a_model_that_loves_spaces_gets_on():
+    space = TOKENIZER.encode(" ", add_special_tokens=False)[0]
+    form = StructuredOutputsParams(json={"type": "array", "items": {"const": 1}, "maxItems": 2})
+    (output,) = answers(form, logit_bias={space: 100.0})
+    assert output.finish_reason == "stop"
+    assert " " * 40 in output.text and " " * 41 not in output.text
+    assert json.loads(output.text) in ([], [1], [1, 1])
+
+
+def test_rules_that_exclude_a_form_end_the_request():
+    form = StructuredOutputsParams(choice=["a", "ab"])
+    bans = [TOKENIZER.encode(text, add_special_tokens=False)[0] for text in ("a", "ab")]
+    (output,) = answers(form, bad_words_token_ids=bans)
+    assert output.finish_reason == "error"
+    assert isinstance(output.error, ConstraintError)
+
+
+def test_a_finite_form_ends_the_output_without_an_end_of_sequence():
+    (output,) = answers(StructuredOutputsParams(choice=["true"]), ignore_eos=True, min_tokens=50)
+    assert (output.text, output.finish_reason, output.stop_reason) == ("true", "stop", None)
+    assert EOS not in output.token_ids
+
+
+def test_the_end_of_sequence_comes_only_where_the_form_is_complete():
+    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
+    matcher = compiler.new_matcher(StructuredOutputsParams(regex="xy*"))
+    mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+
+    def allowed():
+        matcher.fill_bitmask(mask)
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        return {int(token) for token in np.flatnonzero(bits)}
+
+    x, y = (TOKENIZER.encode(text, add_special_tokens=False)[0] for text in "xy")
+    assert allowed() == {x}
+    matcher.accept(x)
+    assert allowed() == {y, EOS}
+    assert not matcher.is_finished
+    matcher.accept(EOS)
+    assert matcher.is_finished
+    assert matcher.error is None
+
+
+def test_a_form_may_begin_behind_a_token():
+    end = TOKENIZER.encode("!", add_special_tokens=False)[0]
+    form = StructuredOutputsParams(regex="[ab]{3}", after_token_id=end)
+    num_cut = 0
+    for seed in range(10):
+        (output,) = answers(form, seed=seed, logit_bias={end: 3.0, EOS: 3.0})
+        assert EOS not in output.token_ids
+        before, mark, behind = output.text.partition("!")
+        if mark:
+            assert re.fullmatch("[ab]{3}", behind)
+            assert output.finish_reason == "stop"
+            num_cut += re.fullmatch("[ab]*", before) is None
+    assert num_cut > 5
+    late = StructuredOutputsParams(regex="a", after_token_id=VOCAB_SIZE, source="guided_it")
+    with pytest.raises(ValueError, match="guided_it has the token id 300"):
+        make_engine().validate([5], params(late))
+
+
+def test_threads_that_ask_for_grammars_at_once_get_their_own():
+    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
+    forms = [StructuredOutputsParams(regex=f"x{{{1 + i % 100}}}") for i in range(300)]
+
+    def length(form):
+        matcher = compiler.new_matcher(form)
+        x = TOKENIZER.encode("x", add_special_tokens=False)[0]
+        return next(i for i in range(1, 200) if matcher.accept(x))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(length, forms)) == [1 + i % 100 for i in range(300)]
+
+
+def test_matchers_of_one_grammar_do_not_disturb_each_other():
+    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
+    form = StructuredOutputsParams(regex="ax|bx")
+    first, second = compiler.new_matcher(form), compiler.new_matcher(form)
+    first.accept(TOKENIZER.encode("a", add_special_tokens=False)[0])
+    mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+    second.fill_bitmask(mask)
+    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    texts = {TOKENIZER.decode([token]) for token in np.flatnonzero(bits)}
+    assert texts == {"a", "b"}
+
+
+BROKEN = {
+    "regex": ["(", "(?=a)b", "a{2,1}", "(" * 9000 + ")" * 9000, "[z-a]"],
+    "grammar": ["start: foo", "root ::= (", "start: " + "(" * 5000, "x", "root ::= root"],
+    "json": [
+        "{",
+        "[]",
+        {"type": 5},
+        {"$ref": "http://example.org/x"},
+        {"$ref": "#/nowhere"},
+        {"type": "string", "pattern": "("},
+        {"enum": []},
+        {"not": {"type": "string"}},
+        {"allOf": [{"type": "string"}, {"type": "number"}]},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "value"), [(form, value) for form, values in BROKEN.items() for value in values]
+)
+def test_a_wrong_form_is_refused_at_once_and_by_name(form, value):
+    engine = make_engine()
+    asked = StructuredOutputsParams(**{form: value}, source="guided_it")
+    with pytest.raises(ValueError, match=r"^guided_it cannot be used: .{3,}") as caught:
+        engine.validate([5], params(asked))
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+    assert not engine.has_unfinished_requests()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"regex": "a", "choice": ["b"]},
+        {"json_object": True, "json": {}},
+        {"regex": ""},
+        {"regex": 5},
+        {"json": 5},
+        {"json": {"a": {1, 2}}},
+        {"choice": []},
+        {"choice": "yes"},
+        {"choice": [""]},
+        {"choice": [1]},
+        {"grammar": ["a"]},
+        {"regex": "\ud800"},
+        {"choice": ["a" * MAX_GRAMMAR_CHARS]},
+        {"regex": "a" * (MAX_GRAMMAR_CHARS + 1)},
+        {"json": {"description": "a" * MAX_GRAMMAR_CHARS}},
+    ],
+)
+def test_what_is_no_form_is_refused(fields):
+    with pytest.raises(ValueError, match=r"^guided_it "):
+        StructuredOutputsParams(**fields, source="guided_it")
+
+
+def test_a_form_too_deep_for_json_is_refused():
+    schema = {}
+    for _ in range(5000):
+        schema = {"items": schema}
+    with pytest.raises(ValueError, match="structured_outputs cannot be written as JSON"):
+        StructuredOutputsParams(json=schema)
+
+
+HOSTILE = {
+    "powers": StructuredOutputsParams(regex="((a{1,1000}){1,1000}){1,1000}"),
+    "states": StructuredOutputsParams(regex="(a|b)*a(a|b){300}"),
+    "letters": StructuredOutputsParams(regex=r"(\p{L}|\w){1,5000}"),
+    "choices": StructuredOutputsParams(choice=[f"x{i}" for i in range(3000)]),
+    "left": StructuredOutputsParams(grammar='start: start start | "a"'),
+    "empty": StructuredOutputsParams(grammar='start: x*\nx: y*\ny: "a"*'),
+    "repeat": StructuredOutputsParams(grammar='start: x{1000000}\nx: "a" | "b"'),
+    "properties": StructuredOutputsParams(
+        json={"properties": {f"p{i}": {"pattern": f"^[a-z]{{1,{i + 1}}}$"} for i in range(600)}}
+    ),
+    "circles": StructuredOutputsParams(
+        json={
+            "$defs": {
+                f"d{i}": {"anyOf": [{"$ref": f"#/$defs/d{i * 7 % 200}"}]} for i in range(200)
+            },
+            "$ref": "#/$defs/d1",
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_form_is_refused_or_served_and_harms_nobody(name):
+    engine = make_engine()
+    begin = time.perf_counter()
+    engine.add_request("good", [5, 6], SamplingParams(max_tokens=60, ignore_eos=True))
+    try:
+        engine.add_request("bad", [5, 6, 7], params(HOSTILE[name], max_tokens=60))
+    except ValueError as error:
+        assert str(error).startswith("structured_outputs cannot be used")
+    results = run_all(engine)
+    assert len(results["good"][-1].token_ids) == 60
+    if "bad" in results:
+        last = results["bad"][-1]
+        assert last.finish_reason != "error" or isinstance(last.error, ConstraintError)
+    # without limits some of these take minutes; the bound is far from what they take with them
+    assert time.perf_counter() - begin < 60
+
+
+def test_a_missing_library_is_told_with_the_cure(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "fd_dsa.engine.grammar.find_spec",
+        lambda name: None if name == "llguidance" else find_spec(name),
+    )
+    with pytest.raises(ValueError, match=r"pip install 'fd_dsa\[structured\]'"):
+        make_engine().validate([5], params(FORMS["regex"]))
+
+
+def test_the_tokenizer_of_a_model_folder():
+    tokenizer = Tokenizer.from_folder(demo_model_path())
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, [tokenizer.eos_token_id])
+    matcher = compiler.new_matcher(FORMS["schema"])
+    mask = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
+    rng = np.random.default_rng(0)
+    token_ids = []
+    while not matcher.is_finished and len(token_ids) < 500:
+        matcher.fill_bitmask(mask)
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        token_ids.append(int(rng.choice(np.flatnonzero(bits))))
+        matcher.accept(token_ids[-1])
+    assert matcher.error is None
+    if matcher.is_finished:
+        jsonschema.validate(json.loads(tokenizer.decode(token_ids)), SCHEMA)

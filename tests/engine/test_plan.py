@@ -1,0 +1,159 @@
+"""What is decided before weights are loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import models
+
+from fd_dsa import LLM, SamplingParams
+from fd_dsa.config import EngineConfig, demo_model_path
+from fd_dsa.engine import plan as plan_module
+from fd_dsa.engine.factory import build_engine
+from fd_dsa.engine.plan import make_plan
+from fd_dsa.engine.startup import PHASES, StartupProgress
+from fd_dsa.errors import BackendUnavailable, ConfigError
+
+
+def test_a_plan_has_every_value_resolved() -> None:
+    told = make_plan(EngineConfig(device="cpu", num_gpu_blocks_override=200)).describe()
+    assert (told["device"], told["dtype"], told["kv_cache_dtype"]) == ("cpu", "float32", "float32")
+    assert (told["max_model_len"], told["max_num_batched_tokens"]) == (8192, 512)
+    assert told["served_model_name"] == ["demo_model"]
+    memory = told["memory"]
+    assert (memory["num_blocks"], memory["num_tokens"]) == (200, 200 * 64)
+    assert memory["kv_cache_bytes"] == 200 * memory["bytes_per_block"]
+    assert memory["weight_bytes"] > 1 << 20
+
+
+def folder_without(tmp_path: Path, *names: str) -> Path:
+    """The demo model with some files left out."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in demo_model_path().iterdir():
+        if file.name not in names:
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def test_dummy_weights_need_no_checkpoint_and_depend_on_the_seed(tmp_path: Path) -> None:
+    folder = folder_without(tmp_path, "model.safetensors")
+    with pytest.raises(ConfigError, match="safetensors"):
+        make_plan(EngineConfig(model=folder, device="cpu"))
+    answers = []
+    for seed in (1, 1, 2):
+        config = {"load_format": "dummy", "seed": seed, "max_model_len": 64, "max_num_seqs": 1}
+        with LLM(folder, **config) as llm:
+            params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+            answers.append(llm.generate([[5, 6, 7]], params)[0].token_ids)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_tokenizer_of_another_folder(tmp_path: Path) -> None:
+    folder = folder_without(tmp_path, "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is missing"):
+        make_plan(EngineConfig(model=folder, device="cpu"))
+    config = EngineConfig(model=folder, device="cpu", tokenizer=demo_model_path())
+    plan = make_plan(config)
+    assert plan.tokenizer.encode("Hello") and plan.describe()["tokenizer"] == str(demo_model_path())
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(tmp_path: Path) -> None:
+    vocab = {f"t{i}": i for i in range(40_000)}
+    tokenizers.Tokenizer(models.WordLevel(vocab, "t0")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"--tokenizer: .* has 40000 tokens, .*vocab_size is"):
+        make_plan(EngineConfig(device="cpu", tokenizer=tmp_path))
+
+
+def test_fewer_chosen_keys_make_more_tokens_sparse() -> None:
+    prompt = list(range(5, 69))
+    sparse = []
+    for topk in (None, 16):
+        config = EngineConfig(device="cpu", index_topk=topk, max_model_len=128, max_num_seqs=1)
+        assert make_plan(config).model_config.index_topk == (topk or 256)
+        engine = build_engine(config)
+        engine.add_request("a", prompt, SamplingParams(temperature=0, max_tokens=1))
+        engine.step()
+        sparse.append(engine.metrics.steps.sparse_tokens)
+    assert sparse == [0, 64 - 16]
+
+
+def test_the_share_of_a_device_that_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def free_device_bytes(device: str, utilization: float) -> int:
+        asked.append(utilization)
+        return int(utilization * (8 << 30))
+
+    monkeypatch.setattr("fd_dsa.runner.device.free_device_bytes", free_device_bytes)
+    monkeypatch.setattr("fd_dsa.runner.device.traits_of", lambda device: None)
+    monkeypatch.setattr("fd_dsa.attention.device.workspace_bytes", lambda *_: 1 << 30)
+    blocks = []
+    for share in (0.5, 1.0):
+        config = EngineConfig(
+            device="cpu", gpu_memory_utilization=share, max_num_seqs=9000, enforce_eager=True
+        )
+        plan = make_plan(config).memory
+        blocks.append(plan.num_blocks)
+        room = int(share * (8 << 30)) - (1 << 30) - plan.weight_bytes
+        assert plan.num_blocks == room // plan.bytes_per_block
+    assert asked == [0.5, 1.0] and blocks[0] < blocks[1]
+
+
+def test_the_share_means_nothing_on_a_cpu_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    make_plan(EngineConfig(device="cpu"))
+    assert caplog.messages == []
+    make_plan(EngineConfig(device="cpu", gpu_memory_utilization=0.5))
+    assert "--gpu-memory-utilization has no effect on cpu" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "refused"),
+    [
+        ("paddlepaddle", "3.2.2", True),
+        ("paddlepaddle", "3.3.0", False),
+        ("paddlepaddle", "3.10.0", False),
+        ("paddlepaddle", "0.0.0", False),
+        ("paddlepaddle-gpu", "3.1.0", True),
+        ("paddlepaddle-gpu", "3.2.0.dev20260101", False),
+        ("paddlepaddle-gpu", "2.6.2", True),
+    ],
+)
+def test_releases_of_paddle_that_are_too_old(
+    monkeypatch: pytest.MonkeyPatch, name: str, found: str, refused: bool
+) -> None:
+    def version(asked: str) -> str:
+        if asked == name:
+            return found
+        raise importlib.metadata.PackageNotFoundError(asked)
+
+    monkeypatch.setattr(plan_module, "version", version)
+    config = EngineConfig(device="cpu", max_model_len=256, max_num_seqs=1)
+    if not refused:
+        assert make_plan(config).max_model_len == 256
+        return
+    with pytest.raises(BackendUnavailable) as caught:
+        make_plan(config)
+    said = str(caught.value)
+    assert said.startswith(f"{name} {found} is too old") and "pip install --upgrade" in said
+
+
+def test_phases_are_told_one_after_the_other(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    progress = StartupProgress()
+    told: list[Any] = []
+    for number, name in enumerate(PHASES, 1):
+        assert progress.phase == name
+        progress.note("half")
+        told.append(progress.describe())
+        assert told[-1].startswith(f"{name} (phase {number} of 5, half), ")
+        progress.done(f"text {number}")
+    assert caplog.messages == [
+        f"[{number}/5] {name:<8} text {number}" for number, name in enumerate(PHASES, 1)
+    ]
+    # the last phase goes on as long as the server runs
+    assert progress.phase == PHASES[-1]
