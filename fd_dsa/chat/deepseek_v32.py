@@ -1,0 +1,212 @@
+"""DeepSeek-V3.2's own encoding of messages, for folders without a chat template.
+
+Source of the format: `encoding/encoding_dsv32.py`, which comes with the model. A user's message
+ends with the start of the answer: <think> where the model is to reason, </think> where not. Of
+reasoning in the history only what follows the last message of the user is shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fd_dsa.chat.deepseek_v32_tools import (
+    INVOKE_BEGIN,
+    INVOKE_END,
+    PARAMETER_BEGIN,
+    PARAMETER_END,
+    SECTION_BEGIN,
+    SECTION_END,
+)
+from fd_dsa.chat.history import Arguments, is_reasoning_only
+from fd_dsa.chat.parser import THINK_BEGIN, THINK_END
+from fd_dsa.chat.tool_instructions import OWN_INSTRUCTIONS
+
+BEGIN = "<｜begin▁of▁sentence｜>"
+END = "<｜end▁of▁sentence｜>"
+USER = "<｜User｜>"
+ASSISTANT = "<｜Assistant｜>"
+_SWITCHES = ("thinking", "enable_thinking")
+
+
+class DeepseekV32Encoding:
+    """Renders conversations as DeepSeek-V3.2 was trained on them.
+
+    Args:
+        instructions: text that offers tools, with the fields of `tool_instructions`.
+    """
+
+    # for the choice of parsers, as the source of a template is
+    source = f"{THINK_BEGIN} {THINK_END} {SECTION_BEGIN}"
+
+    def __init__(self, instructions: str = OWN_INSTRUCTIONS) -> None:
+        """Keep the instructions."""
+        self._instructions = instructions
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Text of a conversation; the arguments are those of `ChatTemplate.render`.
+
+        Of `kwargs` it knows `thinking` and `enable_thinking`, two names of one switch (default:
+        off). Results of tools are shown in the order of the calls they name.
+
+        Raises:
+            ValueError: the order of roles is not one that the model knows; an unknown variable.
+        """
+        thinking = _thinking(kwargs)
+        roles = [message["role"] for message in messages]
+        last_user = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
+        offer = self._offer(tools) if tools else ""
+        parts = [BEGIN] if roles[:1] == ["system"] else [BEGIN, offer]
+        index = 0
+        while index < len(messages):
+            message, role = messages[index], roles[index]
+            opening = THINK_BEGIN if thinking and index >= last_user else THINK_END
+            if role == "system":
+                parts += [_text(message), offer if index == 0 else ""]
+            elif role == "user":
+                parts += [USER, _text(message), ASSISTANT, opening]
+            elif role == "assistant":
+                parts.append(_assistant(message, thinking and index > last_user))
+                results = _results(messages, index + 1)
+                if results:
+                    parts.append(_render_results(message, results, index + 1) + opening)
+                    index += len(results)
+            else:
+                raise ValueError(
+                    f"messages[{index}] is of role {role!r}; results of tools follow the "
+                    "assistant's message that calls them"
+                )
+            index += 1
+        return _end(parts, messages, thinking, add_generation_prompt, continue_final_message)
+
+    def _offer(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """The text that offers tools, with the empty line before it."""
+        schemas = "\n".join(_json(tool["function"]) for tool in tools)
+        return "\n\n" + self._instructions.replace("{tool_schemas}", schemas)
+
+
+def _thinking(kwargs: Mapping[str, Any]) -> bool:
+    """Whether the model is to reason."""
+    unknown = [name for name in kwargs if name not in _SWITCHES]
+    if unknown:
+        raise ValueError(
+            f"chat_template_kwargs: has {unknown[0]!r}; DeepSeek-V3.2's encoding knows "
+            f"{' and '.join(_SWITCHES)}"
+        )
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"chat_template_kwargs: {name} is {value!r}; it must be true or false")
+    if len(set(given.values())) > 1:
+        raise ValueError(
+            "chat_template_kwargs: thinking and enable_thinking differ; they are two names of one "
+            "switch"
+        )
+    return any(given.values())
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """Content of a message, empty where it has none."""
+    return str(message.get("content") or "")
+
+
+def _json(value: Any) -> str:
+    """JSON as the model knows it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _assistant(message: Mapping[str, Any], shows_reasoning: bool) -> str:
+    """A message of the assistant, from behind the opening of its turn to its end."""
+    reasoning = f"{message.get('reasoning_content') or ''}{THINK_END}" if shows_reasoning else ""
+    calls = "\n".join(_call(call["function"]) for call in message.get("tool_calls") or ())
+    section = f"\n\n{SECTION_BEGIN}\n{calls}\n{SECTION_END}" if calls else ""
+    return f"{reasoning}{_text(message)}{section}{END}"
+
+
+def _call(function: Mapping[str, Any]) -> str:
+    """One call in DSML."""
+    lines = [f'{INVOKE_BEGIN} name="{function["name"]}">']
+    arguments = Arguments.read(function["arguments"])
+    lines += [_parameter(name, value) for name, value in arguments.items()] or [""]
+    return "\n".join([*lines, INVOKE_END])
+
+
+def _parameter(name: str, value: Any) -> str:
+    """One argument in DSML."""
+    is_text = isinstance(value, str)
+    kind = "true" if is_text else "false"
+    text = value if is_text else _json(value)
+    return f'{PARAMETER_BEGIN} name="{name}" string="{kind}">{text}{PARAMETER_END}'
+
+
+def _results(messages: Sequence[Mapping[str, Any]], start: int) -> list[Mapping[str, Any]]:
+    """The results of tools from `start` on."""
+    end = start
+    while end < len(messages) and messages[end]["role"] == "tool":
+        end += 1
+    return list(messages[start:end])
+
+
+def _render_results(
+    message: Mapping[str, Any], results: Sequence[Mapping[str, Any]], start: int
+) -> str:
+    """Results in the order of the calls of `message`, up to the opening of the next turn."""
+    calls = message.get("tool_calls") or ()
+    if len(results) > len(calls):
+        raise ValueError(
+            f"messages[{start + len(calls)}] is a result of a tool, but the assistant's message "
+            f"before it has {len(calls)} calls; send one result for each call"
+        )
+    order = {call.get("id"): place for place, call in enumerate(calls) if call.get("id")}
+    named = [order.get(result.get("tool_call_id"), -1) for result in results]
+    if -1 not in named and len(set(named)) == len(named):
+        results = [result for _, result in sorted(zip(named, results, strict=True), key=_first)]
+    lines = "".join(f"\n<result>{_text(result)}</result>" for result in results)
+    return f"\n\n<function_results>{lines}\n</function_results>\n\n"
+
+
+def _first(pair: tuple[int, Any]) -> int:
+    """Key to sort by."""
+    return pair[0]
+
+
+def _end(
+    parts: Sequence[str],
+    messages: Sequence[Mapping[str, Any]],
+    thinking: bool,
+    add_generation_prompt: bool,
+    continue_final_message: bool,
+) -> str:
+    """The prompt, ended as it was asked for."""
+    text = "".join(parts)
+    last = messages[-1] if messages else {"role": "system"}
+    opening = THINK_BEGIN if thinking else THINK_END
+    if continue_final_message:
+        if last["role"] != "assistant" or last.get("tool_calls"):
+            raise ValueError(
+                "the last message is not the text of an assistant; continue_final_message goes on "
+                "with that"
+            )
+        text = text[: -len(END)]
+        in_reasoning = thinking and is_reasoning_only(last)
+        return text.removesuffix(THINK_END) if in_reasoning else text
+    if last["role"] == "assistant":
+        if add_generation_prompt:
+            raise ValueError(
+                "the last message is the assistant's; set continue_final_message to go on with it, "
+                "or add_generation_prompt to false"
+            )
+        return text
+    if last["role"] == "system":
+        return text + ASSISTANT + opening if add_generation_prompt else text
+    ending = (ASSISTANT if last["role"] == "user" else "") + opening
+    return text if add_generation_prompt else text.removesuffix(ending)

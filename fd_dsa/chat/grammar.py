@@ -1,0 +1,229 @@
+"""Grammars that force tool calls, in llguidance's variant of Lark.
+
+`tool_choice` "required", or the name of a tool, is kept by decoding under a grammar of the model's
+own format, so that the same parser reads forced and free calls.
+
+Source of the syntax: `docs/syntax.md` of guidance-ai/llguidance.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fd_dsa.chat import deepseek_v31_tools as v31
+from fd_dsa.chat import deepseek_v32_tools as v32
+from fd_dsa.chat import glm_tools as glm
+from fd_dsa.chat.json_types import types_of
+from fd_dsa.chat.parser import THINK_END
+
+_ANY_TEXT = "(?s:.*)"
+# between two signs of JSON; without a bound a small model may write spaces until max_tokens
+_JSON_OPTIONS = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}"}
+
+
+def forced_calls_grammar(
+    tool_format: str,
+    schemas: Mapping[str, Any],
+    *,
+    several: bool,
+    in_reasoning: bool,
+    special_ids: Mapping[str, int],
+) -> str:
+    """A grammar of answers that call at least one of the tools and say nothing else.
+
+    Args:
+        tool_format: name of the format, as `ToolFormat.name`.
+        schemas: name of each tool that may be called -> JSON schema of its arguments.
+        several: whether more than one call may be made.
+        in_reasoning: the prompt has opened the reasoning; the answer then begins with its rest.
+        special_ids: ids of markers which are special tokens of the vocabulary; a grammar must
+            name those by id.
+
+    Returns:
+        Lark text with the rule `start`.
+    """
+    lark = _Lark(special_ids)
+    calls = _FORMS[tool_format](lark, schemas, several)
+    reasoning = f"{lark.text_until(THINK_END)} " if in_reasoning else ""
+    return lark.grammar(reasoning + calls)
+
+
+def json_behind_reasoning_grammar(schema: Any, special_ids: Mapping[str, int]) -> str:
+    """A grammar of answers that are JSON, behind the rest of a reasoning that the prompt opened.
+
+    Args:
+        schema: of the JSON.
+        special_ids: as in `forced_calls_grammar`.
+    """
+    lark = _Lark(special_ids)
+    reasoning = lark.text_until(THINK_END)
+    return lark.grammar(f"{reasoning} {lark.json(schema)}")
+
+
+class _Lark:
+    """Rules of a grammar while it is made."""
+
+    def __init__(self, special_ids: Mapping[str, int]) -> None:
+        self._special_ids = special_ids
+        self._rules: list[str] = []
+
+    def grammar(self, start: str) -> str:
+        """The whole text."""
+        return "\n".join([f"start: {start}", *self._rules, ""])
+
+    def rule(self, body: str, options: str = "") -> str:
+        """Name of a new rule."""
+        name = f"r{len(self._rules)}"
+        self._rules.append(f"{name}{options}: {body}")
+        return name
+
+    def literal(self, text: str) -> str:
+        """An expression for a text; special tokens in it by their ids."""
+        pieces = [text]
+        if self._special_ids:
+            marks = sorted(self._special_ids, key=len, reverse=True)
+            pieces = re.split(f"({'|'.join(map(re.escape, marks))})", text)
+        return " ".join(self._piece(piece) for piece in pieces if piece)
+
+    def one_of(self, choices: Iterable[str]) -> str:
+        """Name of a rule for one of several expressions."""
+        return self.rule(" | ".join(choices))
+
+    def json(self, schema: Any, root: Any = None) -> str:
+        """Name of a rule for a JSON value.
+
+        Args:
+            schema: of the value.
+            root: the schema that holds the definitions which `schema` refers to.
+        """
+        body = dict(schema) if isinstance(schema, dict) else {}
+        for key in ("$defs", "definitions"):
+            if isinstance(root, dict) and key in root:
+                body.setdefault(key, root[key])
+        body.setdefault("x-guidance", _JSON_OPTIONS)
+        return self.rule(f"%json {json.dumps(body, ensure_ascii=False)}")
+
+    def text_until(self, end: str) -> str:
+        """Name of a rule for any text up to the first `end`, and that."""
+        special = [mark for mark in self._special_ids if mark in end]
+        if not special:
+            return self.rule(f"/{_ANY_TEXT}/", f"[suffix={self._piece(end)}]")
+        # no text can hold a special token, so the text may be greedy
+        mark = min(special, key=end.index)
+        head = re.escape(end[: end.index(mark)]).replace("/", "\\/")
+        return self.rule(f"/{_ANY_TEXT}{head}/ {self.literal(end[end.index(mark) :])}")
+
+    def _piece(self, text: str) -> str:
+        """A special token or a string."""
+        if text in self._special_ids:
+            return f"<[{self._special_ids[text]}]>"
+        return json.dumps(text, ensure_ascii=False)
+
+
+def _v31_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
+    """Calls of DeepSeek-V3.1."""
+    calls = [
+        f"{lark.literal(v31.CALL_BEGIN + name + v31.SEPARATOR)} "
+        f"{lark.json(_object(schema))} {lark.literal(v31.CALL_END)}"
+        for name, schema in schemas.items()
+    ]
+    call = lark.one_of(calls)
+    many = f"{call}+" if several else call
+    return f"{lark.literal(v31.CALLS_BEGIN)} {many} {lark.literal(v31.CALLS_END)}"
+
+
+def _v32_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
+    """Calls of DeepSeek-V3.2."""
+    calls = []
+    for name, schema in schemas.items():
+        head = lark.literal(f'{v32.INVOKE_BEGIN} name="{name}">\n')
+        empty = [] if _required(schema) else [lark.literal("\n")]
+        body = lark.one_of([_arguments(lark, schema, _v32_argument), *empty])
+        calls.append(f"{head} {body} {lark.literal(v32.INVOKE_END)}")
+    call = lark.rule(f"{lark.one_of(calls)} {lark.literal(chr(10))}")
+    many = f"{call}+" if several else call
+    head, tail = lark.literal(f"\n\n{v32.SECTION_BEGIN}\n"), lark.literal(v32.SECTION_END)
+    return f"{head} {many} {tail}"
+
+
+def _v32_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
+    """One argument of a call of DeepSeek-V3.2; of any name where that is None."""
+    head = lark.literal(f'{v32.PARAMETER_BEGIN} name="')
+    key = r'/[^"<>\n]+/' if name is None else lark.literal(name)
+    types = types_of(schema, root)
+    forms = []
+    if not types or "string" in types:
+        text = _text(lark, schema, f"{v32.PARAMETER_END}\n")
+        forms.append(f"{lark.literal(_quoted('true'))} {text}")
+    if types != {"string"}:
+        end = lark.literal(f"{v32.PARAMETER_END}\n")
+        forms.append(f"{lark.literal(_quoted('false'))} {lark.json(schema, root)} {end}")
+    return f"{head} {key} {lark.one_of(forms)}"
+
+
+def _quoted(is_string: str) -> str:
+    """What stands between the name of an argument and its value."""
+    return f'" string="{is_string}">'
+
+
+def _glm_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
+    """Calls of GLM."""
+    calls = [
+        f"{lark.literal(glm.CALL_BEGIN + name)} {_arguments(lark, schema, _glm_argument)} "
+        f"{lark.literal(glm.CALL_END)}"
+        for name, schema in schemas.items()
+    ]
+    call = lark.one_of(calls)
+    return f"{call}+" if several else call
+
+
+def _glm_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
+    """One argument of a call of GLM; of any name where that is None."""
+    head = lark.literal(glm.KEY_BEGIN)
+    key = r"/[^<>\n]+/" if name is None else lark.literal(name)
+    middle = lark.literal(glm.KEY_END + glm.VALUE_BEGIN)
+    types = types_of(schema, root)
+    if types and "string" not in types:
+        value = f"{lark.json(schema, root)} {lark.literal(glm.VALUE_END)}"
+    else:
+        value = _text(lark, schema if types == {"string"} else None, glm.VALUE_END)
+    return f"{head} {key} {middle} {value}"
+
+
+def _arguments(lark: _Lark, schema: Any, argument: Any) -> str:
+    """Name of a rule for the arguments of a call, in the order of the schema's properties."""
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    if not isinstance(properties, dict):
+        # an object of which nothing is known
+        return lark.rule(f"({argument(lark, None, None, None)})*")
+    required = _required(schema)
+    parts = []
+    for name, of_name in properties.items():
+        one = lark.rule(argument(lark, name, of_name, schema))
+        parts.append(one if name in required else f"{one}?")
+    return lark.rule(" ".join(parts) or '""')
+
+
+def _text(lark: _Lark, schema: Any, end: str) -> str:
+    """A text up to its end, one of the schema's where it lists them."""
+    values = schema.get("enum") if isinstance(schema, dict) else None
+    if isinstance(values, list) and values and all(isinstance(v, str) for v in values):
+        return lark.one_of(lark.literal(f"{value}{end}") for value in values)
+    return lark.text_until(end)
+
+
+def _object(schema: Any) -> dict[str, Any]:
+    """A schema of arguments, which are an object whatever it says."""
+    return {"type": "object", **schema} if isinstance(schema, dict) else {"type": "object"}
+
+
+def _required(schema: Any) -> Sequence[str]:
+    """Names of the arguments that must be there."""
+    names = schema.get("required") if isinstance(schema, dict) else None
+    return names if isinstance(names, list) else []
+
+
+_FORMS = {"deepseek_v31": _v31_calls, "deepseek_v32": _v32_calls, "glm47": _glm_calls}

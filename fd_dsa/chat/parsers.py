@@ -1,0 +1,61 @@
+"""Which parsers of answers belong to a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fd_dsa.chat.deepseek_v31_tools import CALLS_BEGIN, DeepseekV31Tools
+from fd_dsa.chat.deepseek_v32_tools import DSML, DeepseekV32Tools
+from fd_dsa.chat.glm_tools import KEY_BEGIN, GlmTools
+from fd_dsa.chat.history import is_reasoning_only
+from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, ToolFormat
+
+TOOL_FORMATS: dict[str, ToolFormat] = {
+    "deepseek_v31": DeepseekV31Tools(),
+    "deepseek_v32": DeepseekV32Tools(),
+    "glm45": GlmTools(),
+    "glm47": GlmTools(),
+}
+"""Names as of vLLM's `--tool-call-parser`; both forms of GLM are read by one parser."""
+REASONING_FORMATS = ("deepseek_v3", "glm45")
+"""Names as of vLLM's `--reasoning-parser`; all of them put <think> and </think> around it."""
+AUTO, NONE = "auto", "none"
+# in this order: what only this format's prompts show
+_SIGNS = ((DSML, "deepseek_v32"), (CALLS_BEGIN, "deepseek_v31"), (KEY_BEGIN, "glm47"))
+
+
+def find_tool_format(name: str, source: str) -> ToolFormat | None:
+    """The format of tool calls.
+
+    Args:
+        name: one of `TOOL_FORMATS`, "none", or "auto", which goes by the source.
+        source: text of the template, in which the marks of its formats stand.
+    """
+    if name == AUTO:
+        name = next((found for sign, found in _SIGNS if sign in source), NONE)
+    return None if name == NONE else TOOL_FORMATS[name]
+
+
+def has_reasoning(name: str, source: str) -> bool:
+    """Whether <think>...</think> at the beginning of an answer is reasoning.
+
+    Args:
+        name: one of `REASONING_FORMATS`, "none", or "auto", which goes by the source.
+        source: text of the template, in which the marks of its formats stand.
+    """
+    if name == AUTO:
+        return THINK_END in source
+    return name != NONE
+
+
+def opens_reasoning(prompt: str, continued: Mapping[str, Any] | None) -> bool:
+    """Whether an answer begins inside of the reasoning.
+
+    Args:
+        prompt: as rendered.
+        continued: the last message where the answer goes on with it.
+    """
+    if continued is not None and is_reasoning_only(continued):
+        return prompt.rfind(THINK_BEGIN) > prompt.rfind(THINK_END)
+    return prompt.rstrip().endswith(THINK_BEGIN)

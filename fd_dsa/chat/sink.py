@@ -1,0 +1,138 @@
+"""Where the parts of a parser put what they find."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fd_dsa.chat.events import (
+    ArgumentsDelta,
+    ContentDelta,
+    Event,
+    ReasoningDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
+from fd_dsa.chat.json_types import is_json, type_of, types_of
+
+
+class EventSink:
+    """Collects events, neighbours of one kind as one.
+
+    Args:
+        schemas: tool name -> JSON schema of its arguments.
+    """
+
+    def __init__(self, schemas: Mapping[str, Any]) -> None:
+        """No event and no call yet."""
+        self.schemas = schemas
+        self.num_calls = 0
+        self._events: list[Event] = []
+        self._held = ""
+        self._num_calls_before = 0
+
+    def take(self) -> list[Event]:
+        """The events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def content(self, text: str) -> None:
+        """More text of the answer, behind the markup that was held for it."""
+        text, self._held = self._held + text, ""
+        last = self._events[-1] if self._events else None
+        if isinstance(last, ContentDelta):
+            self._events[-1] = ContentDelta(last.text + text)
+        elif text:
+            self._events.append(ContentDelta(text))
+
+    def begin_section(self, markup: str) -> None:
+        """Hold the markup that begins some calls: it is content if no call follows."""
+        self._held = markup
+        self._num_calls_before = self.num_calls
+
+    def end_section(self, markup: str) -> None:
+        """Take the markup that ends the calls, empty where the text ended before it."""
+        if self.num_calls == self._num_calls_before:
+            self.content(markup)
+
+    def reasoning(self, text: str) -> None:
+        """More text of the reasoning."""
+        last = self._events[-1] if self._events else None
+        if isinstance(last, ReasoningDelta):
+            self._events[-1] = ReasoningDelta(last.text + text)
+        elif text:
+            self._events.append(ReasoningDelta(text))
+
+    def start_call(self, name: str) -> None:
+        """A call begins."""
+        self._held = ""
+        self._events.append(ToolCallStart(self.num_calls, name))
+        self.num_calls += 1
+
+    def arguments(self, text: str) -> None:
+        """More arguments of the latest call."""
+        index = self.num_calls - 1
+        last = self._events[-1] if self._events else None
+        if isinstance(last, ArgumentsDelta) and last.index == index:
+            self._events[-1] = ArgumentsDelta(index, last.text + text)
+        elif text:
+            self._events.append(ArgumentsDelta(index, text))
+
+    def end_call(self) -> None:
+        """The latest call is complete."""
+        self._events.append(ToolCallEnd(self.num_calls - 1))
+
+
+class ArgumentsWriter:
+    """A JSON object of arguments, written value by value while they come.
+
+    Args:
+        sink: gets the text.
+        schema: JSON schema of the arguments, whatever the client sent.
+    """
+
+    def __init__(self, sink: EventSink, schema: Any) -> None:
+        """Nothing is written yet."""
+        self._sink = sink
+        self._schema = schema
+        self._is_empty = True
+
+    def types_of(self, name: str) -> frozenset[str]:
+        """Types that the schema allows for an argument; empty where it does not say."""
+        properties = self._schema.get("properties") if isinstance(self._schema, dict) else None
+        schema = properties.get(name) if isinstance(properties, dict) else None
+        return types_of(schema, self._schema)
+
+    def begin(self, name: str) -> None:
+        """Write the key of the next value."""
+        self._sink.arguments("{" if self._is_empty else ", ")
+        self._sink.arguments(json.dumps(name, ensure_ascii=False) + ": ")
+        self._is_empty = False
+
+    def quote(self) -> None:
+        """Begin or end a string."""
+        self._sink.arguments('"')
+
+    def characters(self, text: str) -> None:
+        """More of a string."""
+        self._sink.arguments(json.dumps(text, ensure_ascii=False)[1:-1])
+
+    def value(self, text: str, types: frozenset[str] = frozenset()) -> None:
+        """A whole value: the JSON text as the model wrote it, or a string.
+
+        Args:
+            text: what stands between the tags.
+            types: those that the value may have, empty for any. With "string" among them JSON of
+                another type than these is a string; in any case a text that is no JSON is one.
+        """
+        raw = text.strip()
+        if is_json(raw) and ("string" not in types or type_of(raw) in types - {"string"}):
+            self._sink.arguments(raw)
+        else:
+            self._sink.arguments(json.dumps(text, ensure_ascii=False))
+
+    def close(self) -> None:
+        """End the object and the call."""
+        self._sink.arguments("{}" if self._is_empty else "}")
+        self._sink.end_call()

@@ -1,0 +1,189 @@
+"""Chat templates of model folders: Jinja in a sandbox, with the names that templates expect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fd_dsa.chat.history import Arguments, is_reasoning_only
+from fd_dsa.errors import ConfigError
+
+# variables of a template which are not a caller's to set
+RESERVED = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "self",
+)
+_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+# stands where a final message goes on; no text of a conversation holds it
+_CUT = "\ue000\ue001cut\ue001\ue000"
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: Jinja text.
+        special_tokens: variables such as bos_token which the template may use.
+
+    Raises:
+        ConfigError: the template does not compile.
+
+    Source: the environment is that of Hugging Face's chat templates, so that the templates of
+    model folders render alike.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        """Compile the template."""
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        try:
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise ConfigError(
+                f"chat template: line {error.lineno} is no valid Jinja: {error.message}"
+            ) from error
+        self.source = source
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+        **kwargs: Any,
+    ) -> str:
+        """Text of a conversation.
+
+        Args:
+            messages: with "role" and "content"; arguments of tool calls as JSON text or mappings.
+            add_generation_prompt: end with the start of an assistant message.
+            tools: offered to the model, in the form of the OpenAI API.
+            continue_final_message: end inside of the last message, so that the model goes on.
+            kwargs: further variables. `thinking` and `enable_thinking` are two names of one: a
+                template that knows either gets it.
+
+        Raises:
+            ValueError: the template refuses the messages, or fails on them; the last message
+                cannot be continued.
+        """
+        prepared = [_for_template(message) for message in messages]
+        if continue_final_message:
+            prepared[-1] = _with_cut(prepared[-1])
+        variables = {
+            **self._special_tokens,
+            "documents": None,
+            **_both_names_of_thinking(kwargs),
+            "tools": list(tools) if tools else None,
+            "messages": prepared,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            text = self._template.render(**variables)
+        except _FAILURES as error:
+            raise ValueError(f"chat template: {error}") from error
+        except RecursionError as error:
+            raise ValueError("chat template: nests too deeply") from error
+        if not continue_final_message:
+            return text
+        head, cut, _ = text.rpartition(_CUT)
+        if not cut:
+            raise ValueError("chat template: does not show the last message, so nothing goes on")
+        return head
+
+
+def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose arguments serve templates that want JSON text and those that want a dict."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return dict(message)
+    return {**message, "tool_calls": [_call_for_template(call) for call in calls]}
+
+
+def _call_for_template(call: Mapping[str, Any]) -> dict[str, Any]:
+    """One call of a message."""
+    function = call["function"]
+    arguments = Arguments.read(function["arguments"])
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
+    """The last message, marked where it goes on: in its reasoning if it has nothing else."""
+    if message.get("role") != "assistant":
+        raise ValueError(
+            f"the last message is of role {message.get('role')!r}; continue_final_message goes on "
+            "with a message of role assistant"
+        )
+    if message.get("tool_calls"):
+        raise ValueError("the last message ends with tool calls, so its text cannot go on")
+    name = "reasoning_content" if is_reasoning_only(message) else "content"
+    return {**message, name: f"{message.get(name) or ''}{_CUT}"}
+
+
+def _both_names_of_thinking(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables with the switch of the reasoning under both of its names."""
+    names = ("thinking", "enable_thinking")
+    given = [kwargs[name] for name in names if kwargs.get(name) is not None]
+    return {**dict.fromkeys(names[: 2 * bool(given)], given[-1] if given else None), **kwargs}
+
+
+def read_template_source(folder: Path, config: dict[str, Any]) -> str | None:
+    """Jinja text of a folder, None when it has none.
+
+    chat_template.jinja goes before `chat_template` of tokenizer_config.json; of a list of named
+    templates the one named "default" counts.
+
+    Raises:
+        ConfigError: `chat_template` is of another type.
+    """
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    value = config.get("chat_template")
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise ConfigError(
+            f"chat template: chat_template of {folder / 'tokenizer_config.json'} is a "
+            f"{type(value).__name__}; it must be a string or a list of named templates"
+        )
+    named = {entry.get("name"): entry.get("template") for entry in value}
+    return named.get("default")
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without the HTML escapes of Jinja's own filter."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    """Let a template refuse a conversation."""
+    raise TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    """Local date and time in the given form."""
+    return datetime.now().strftime(pattern)

@@ -1,0 +1,134 @@
+"""Which format a folder has; and there and back: an answer parsed, rendered, parsed again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
+from fd_dsa.chat.events import Message
+from fd_dsa.chat.parser import OutputParser
+from fd_dsa.chat.parsers import (
+    REASONING_FORMATS,
+    find_tool_format,
+    has_reasoning,
+    opens_reasoning,
+)
+from fd_dsa.chat.renderers import ChatRenderer, read_renderer
+from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.errors import ConfigError
+from tests.chat import templates
+from tests.chat.recorded import RECORDED, SCHEMAS, TOOLS
+from tests.chat.test_deepseek_v32 import HI
+
+PLAIN = ChatTemplate("{{ messages[0].content }}", {})
+V31 = ChatTemplate(templates.V31, {"bos_token": "<｜begin▁of▁sentence｜>"})
+GLM = ChatTemplate(templates.GLM, {})
+V32 = DeepseekV32Encoding()
+
+
+def renderer_of(folder: Path, **kwargs: Any) -> ChatRenderer | None:
+    """What renders the conversations of a folder of DeepSeek-V3.2's tokenizer."""
+    given: dict[str, Any] = {
+        "tokenizer_config": {},
+        "special_tokens": {},
+        "model_type": "deepseek_v32",
+        "has_token": {"<｜User｜>", "<｜Assistant｜>"}.__contains__,
+        **kwargs,
+    }
+    return read_renderer(folder, **given)
+
+
+def test_a_template_goes_before_the_models_own_encoding(tmp_path: Path) -> None:
+    assert isinstance(renderer_of(tmp_path), DeepseekV32Encoding)
+    config = {"chat_template": "of the config"}
+    named = renderer_of(tmp_path, tokenizer_config=config)
+    assert named is not None
+    assert named.source == "of the config"
+    (tmp_path / "chat_template.jinja").write_text("of the folder")
+    file = tmp_path / "other.jinja"
+    file.write_text("of the flag")
+    of_folder = renderer_of(tmp_path, tokenizer_config=config)
+    of_flag = renderer_of(tmp_path, tokenizer_config=config, template_file=file)
+    assert of_folder is not None
+    assert of_flag is not None
+    assert (of_folder.source, of_flag.source) == ("of the folder", "of the flag")
+    with pytest.raises(ConfigError, match="--chat-template: got"):
+        renderer_of(tmp_path, template_file=tmp_path / "none")
+
+
+def test_other_models_and_vocabularies_have_no_encoding(tmp_path: Path) -> None:
+    assert renderer_of(tmp_path, model_type="glm_moe_dsa") is None
+    assert renderer_of(tmp_path, has_token=lambda token: False) is None
+
+
+@pytest.mark.parametrize(
+    ("renderer", "tools", "reasoning"),
+    [
+        (PLAIN, None, False),
+        (V31, "deepseek_v31", True),
+        (V32, "deepseek_v32", True),
+        (GLM, "glm47", True),
+    ],
+    ids=["plain", "v31", "v32", "glm"],
+)
+def test_parsers_are_chosen_by_the_template(
+    renderer: ChatRenderer, tools: str | None, reasoning: bool
+) -> None:
+    found = find_tool_format("auto", renderer.source)
+    assert (found and found.name) == tools
+    assert has_reasoning("auto", renderer.source) is reasoning
+    assert find_tool_format("none", renderer.source) is None
+    assert not has_reasoning("none", renderer.source)
+    named = find_tool_format("glm45", renderer.source)
+    assert named is not None
+    assert named.name == "glm47"
+    assert all(has_reasoning(name, renderer.source) for name in REASONING_FORMATS)
+
+
+def test_where_an_answer_begins() -> None:
+    assert opens_reasoning("...<|assistant|><think>", None)
+    assert opens_reasoning("...<|assistant|><think>\n", None)
+    assert not opens_reasoning("what is <think>?<|assistant|>", None)
+    assert not opens_reasoning("...<|assistant|></think>", None)
+    message = {"role": "assistant", "content": "", "reasoning_content": "A gr"}
+    assert opens_reasoning("...<think>A gr", message)
+    assert not opens_reasoning("...</think>", message)
+    assert not opens_reasoning("...<think>A gr</think>H", {**message, "content": "H"})
+
+
+@pytest.mark.parametrize(
+    ("name", "renderer"),
+    [("v31 calls", V31), ("v32 thinking, calls", V32), ("glm thinking, calls", GLM)],
+)
+def test_there_and_back(name: str, renderer: ChatRenderer) -> None:
+    """What a client sends back renders to the tokens that the model had made."""
+    recorded = RECORDED[name]
+    thinking = recorded.in_reasoning
+    kwargs = {"tools": TOOLS, "thinking": thinking}
+    prompt = renderer.render([HI], **kwargs)
+    assert opens_reasoning(prompt, None) is thinking
+    answer = OutputParser(
+        has_reasoning("auto", renderer.source),
+        find_tool_format("auto", renderer.source),
+        SCHEMAS,
+        thinking,
+    ).parse(recorded.text)
+    assert answer == recorded.message
+    history = renderer.render([HI, _as_history(answer)], add_generation_prompt=False, **kwargs)
+    history = history.replace("[2 tools]", "")
+    assert history.startswith(prompt.replace("[2 tools]", "") + recorded.text)
+
+
+def _as_history(answer: Message) -> dict[str, Any]:
+    """An answer as a client sends it back."""
+    calls = [{"type": "function", "function": asdict(call)} for call in answer.tool_calls]
+    return {
+        "role": "assistant",
+        "content": answer.content,
+        "reasoning_content": answer.reasoning,
+        "tool_calls": calls,
+    }

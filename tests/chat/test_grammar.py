@@ -1,0 +1,167 @@
+"""Grammars of forced calls, tried on llguidance itself."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Backend
+
+from fd_dsa.chat.grammar import forced_calls_grammar, json_behind_reasoning_grammar
+from fd_dsa.chat.parser import OutputParser
+from fd_dsa.chat.parsers import TOOL_FORMATS
+from fd_dsa.config import demo_model_path
+from tests.chat.recorded import RECORDED, SCHEMAS
+
+llguidance = pytest.importorskip("llguidance", reason="the extra [structured] is not installed")
+V31, V32, GLM = "deepseek_v31", "deepseek_v32", "glm47"
+
+
+def backend(*special: str) -> Backend:
+    """The demo model's vocabulary with more special tokens."""
+    made = Backend.from_file(str(demo_model_path() / "tokenizer.json"))
+    made.add_special_tokens(list(special))
+    return made
+
+
+def accepts(grammar: str, text: str, special: tuple[str, ...] = ()) -> tuple[bool, bool]:
+    """Whether a grammar allows a text so far, and whether it may end there."""
+    made = backend(*special)
+    tokenizer = llguidance.LLTokenizer(made.to_str())
+    error = llguidance.LLMatcher.validate_grammar(grammar, tokenizer)
+    assert not error, error
+    matcher = llguidance.LLMatcher(tokenizer, grammar)
+    for token in made.encode(text, add_special_tokens=False).ids:
+        if not matcher.consume_token(token):
+            return False, False
+    assert not matcher.get_error(), matcher.get_error()
+    return True, matcher.is_accepting()
+
+
+def grammar(tool_format: str, schemas: dict[str, Any] = SCHEMAS, **kwargs: Any) -> str:
+    """A grammar of forced calls."""
+    given = {"several": True, "in_reasoning": False, "special_ids": {}, **kwargs}
+    return forced_calls_grammar(tool_format, schemas, **given)
+
+
+def calls_of(name: str) -> str:
+    """The calls of a recorded answer, without what stands before them."""
+    text = RECORDED[name].text
+    return text[text.index("I look.") + len("I look.") :]
+
+
+ANSWERS = [
+    (V31, calls_of("v31 calls")),
+    (V32, calls_of("v32 thinking, calls")),
+    (GLM, calls_of("glm thinking, calls")),
+]
+
+
+@pytest.mark.parametrize(("tool_format", "text"), ANSWERS)
+def test_calls_as_the_models_write_them(tool_format: str, text: str) -> None:
+    assert accepts(grammar(tool_format), text) == (True, True)
+    assert not accepts(grammar(tool_format), text[:-3])[1]
+    assert accepts(grammar(tool_format), "No tool is needed.") == (False, False)
+    assert accepts(grammar(tool_format), "")[1] is False
+
+
+@pytest.mark.parametrize(("tool_format", "text"), ANSWERS)
+def test_one_call_alone_and_a_named_tool(tool_format: str, text: str) -> None:
+    assert accepts(grammar(tool_format, several=False), text) == (False, False)
+    now = {"now": SCHEMAS["now"]}
+    assert accepts(grammar(tool_format, now), text) == (False, False)
+    message = OutputParser(False, TOOL_FORMATS[tool_format], SCHEMAS).parse(text)
+    assert [call.name for call in message.tool_calls] == ["get_weather", "now"]
+
+
+@pytest.mark.parametrize(("tool_format", "text"), ANSWERS)
+def test_reasoning_goes_before_the_calls(tool_format: str, text: str) -> None:
+    thinking = grammar(tool_format, in_reasoning=True)
+    assert accepts(thinking, f"Well, <so>.</think>{text}") == (True, True)
+    assert accepts(thinking, "only reasoning") == (True, False)
+    assert accepts(thinking, "Well.</think>text") == (False, False)
+
+
+@pytest.mark.parametrize(("tool_format", "text"), ANSWERS)
+def test_markers_that_are_special_tokens(tool_format: str, text: str) -> None:
+    marks = (*TOOL_FORMATS[tool_format].markers, "</think>")
+    made = backend(*marks)
+    ids = {mark: made.token_to_id(mark) for mark in marks}
+    forced = grammar(tool_format, in_reasoning=True, special_ids=ids)
+    assert accepts(forced, f"Well.</think>{text}", marks) == (True, True)
+    assert accepts(forced, f"Well.</think>x{text}", marks) == (False, False)
+
+
+def test_json_behind_reasoning() -> None:
+    schema = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}
+    behind = json_behind_reasoning_grammar(schema, {})
+    assert accepts(behind, 'Well, {.</think>{"k": 5}') == (True, True)
+    assert accepts(behind, 'Well.</think>{"k": "x"}') == (False, False)
+    assert accepts(behind, '{"k": 5}') == (True, False)
+    assert accepts(behind, "Well.</think>{" + " " * 50) == (False, False)
+
+
+_DSML = (
+    '\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n{}</｜DSML｜invoke>\n'
+    "</｜DSML｜function_calls>"
+)
+_DSML_ARGUMENT = '<｜DSML｜parameter name="k" string="{}">{}</｜DSML｜parameter>\n'
+
+
+def in_v31(value: str | None) -> str:
+    """A call of f(k=value) by DeepSeek-V3.1."""
+    body = "{}" if value is None else f'{{"k": {value}}}'
+    return (
+        f"<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{body}"
+        "<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+    )
+
+
+def in_v32(value: str | None) -> str:
+    """The same by DeepSeek-V3.2."""
+    if value is None:
+        return _DSML.format("\n")
+    is_text = value.startswith('"')
+    text = json.loads(value) if is_text else value
+    return _DSML.format(_DSML_ARGUMENT.format("true" if is_text else "false", text))
+
+
+def in_glm(value: str | None) -> str:
+    """The same by GLM."""
+    if value is None:
+        return "<tool_call>f</tool_call>"
+    text = json.loads(value) if value.startswith('"') else value
+    return f"<tool_call>f<arg_key>k</arg_key><arg_value>{text}</arg_value></tool_call>"
+
+
+@pytest.mark.parametrize(("tool_format", "write"), [(V31, in_v31), (V32, in_v32), (GLM, in_glm)])
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"properties": {"k": {"type": "integer"}}, "required": ["k"]}, ["5"], ["[5]", None]),
+        ({"properties": {"k": {"type": "integer"}}}, ["5", None], ["true"]),
+        ({"properties": {"k": {"type": "string"}}, "required": ["k"]}, ['"a b"', '""'], [None]),
+        ({"properties": {"k": {"enum": ["a", "b"]}}, "required": ["k"]}, ['"b"'], ['"c"']),
+        (
+            {
+                "properties": {"k": {"$ref": "#/$defs/pair"}},
+                "required": ["k"],
+                "$defs": {"pair": {"type": "array", "items": {"type": "integer"}, "maxItems": 2}},
+            },
+            ["[1, 2]"],
+            ["[1, 2, 3]"],
+        ),
+        ({"properties": {"k": {"type": ["string", "integer"]}}}, ['"x"', "5"], []),
+        ({"type": "object"}, [None, '"x"', "5"], []),
+        (None, [None, '"x"', "[5]"], []),
+    ],
+)
+def test_arguments_keep_to_the_schema(
+    tool_format: str, write: Any, schema: Any, good: list[str | None], bad: list[str | None]
+) -> None:
+    forced = grammar(tool_format, {"f": schema})
+    for value in good:
+        assert accepts(forced, write(value)) == (True, True), value
+    for value in bad:
+        assert accepts(forced, write(value)) == (False, False), value

@@ -1,0 +1,110 @@
+"""Jinja templates: tools, history, continued messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.errors import ConfigError
+from tests.chat import templates
+from tests.chat.recorded import TOOLS
+from tests.chat.test_deepseek_v32 import CALLING, HELLO, HI, RESULTS, SYSTEM
+
+BOS = {"bos_token": "<｜begin▁of▁sentence｜>"}
+
+
+def v31(*messages: dict[str, Any], **kwargs: Any) -> str:
+    """A prompt in the manner of DeepSeek-V3.1."""
+    return ChatTemplate(templates.V31, BOS).render(messages, **kwargs)
+
+
+def glm(*messages: dict[str, Any], **kwargs: Any) -> str:
+    """A prompt in the manner of GLM-5."""
+    return ChatTemplate(templates.GLM, {}).render(messages, **kwargs)
+
+
+def test_arguments_serve_as_text_and_as_a_mapping() -> None:
+    text = v31(HI, CALLING, *RESULTS)
+    assert '<｜tool▁sep｜>{"city":"\\"Köln\\"","days":3}<｜tool▁call▁end｜>' in text
+    assert "now<｜tool▁sep｜>{}<｜tool▁call▁end｜>" in text
+    text = glm(HI, CALLING, *RESULTS)
+    assert text == (
+        "[gMASK]<sop><|user|>Hi<|assistant|><think>Two calls.</think>I look."
+        '<tool_call>get_weather<arg_key>city</arg_key><arg_value>"Köln"</arg_value>'
+        "<arg_key>days</arg_key><arg_value>3</arg_value></tool_call><tool_call>now</tool_call>"
+        "<|observation|><tool_response>sun</tool_response><tool_response>noon</tool_response>"
+        "<|assistant|><think>"
+    )
+    template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments }}", {})
+    assert template.render([CALLING]) == '{"city":"\\"Köln\\"","days":3}'
+    template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments | tojson }}", {})
+    assert template.render([CALLING]) == '{"city": "\\"Köln\\"", "days": 3}'
+    template = ChatTemplate("{{ messages[0].tool_calls[0].function.arguments + '!' }}", {})
+    assert template.render([CALLING]) == '{"city":"\\"Köln\\"","days":3}!'
+
+
+def test_arguments_that_are_no_object() -> None:
+    for arguments in ("[1]", "{", "5"):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        with pytest.raises(ValueError, match="arguments of a tool call"):
+            glm(HI, {"role": "assistant", "content": "", "tool_calls": [call]})
+
+
+@pytest.mark.parametrize("name", ["thinking", "enable_thinking"])
+def test_both_names_switch_the_reasoning(name: str) -> None:
+    assert v31(HI, **{name: True}).endswith("<｜Assistant｜><think>")
+    assert v31(HI, **{name: False}).endswith("<｜Assistant｜></think>")
+    assert glm(HI, **{name: True}).endswith("<|assistant|><think>")
+    assert glm(HI, **{name: False}).endswith("<|assistant|></think>")
+    assert glm(HI).endswith("<|assistant|><think>")
+
+
+def test_tools_reach_the_template() -> None:
+    assert v31(HI, tools=TOOLS).endswith("[2 tools]<｜Assistant｜></think>")
+    assert '{"type": "function", "function": {"name": "get_weather"' in glm(HI, tools=TOOLS)
+
+
+def test_the_last_message_can_be_continued() -> None:
+    goes_on = {"add_generation_prompt": False, "continue_final_message": True}
+    assert v31(SYSTEM, HI, HELLO, **goes_on).endswith("<｜User｜>Hi<｜Assistant｜></think>Hello")
+    spaced = {"role": "assistant", "content": " Hello "}
+    assert glm(HI, spaced, **goes_on).endswith("<|assistant|></think>Hello ")
+    assert glm(HI, HELLO, **goes_on).endswith("<think>A greeting.</think>Hello")
+    reasoning = {"role": "assistant", "content": "", "reasoning_content": "A gr"}
+    assert glm(HI, reasoning, **goes_on).endswith("<|assistant|><think>A gr")
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (HI, "role 'user'"),
+        (CALLING, "ends with tool calls"),
+        ({"role": "assistant", "content": "", "reasoning_content": "x"}, "does not show"),
+    ],
+)
+def test_messages_that_cannot_be_continued(message: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        v31(HI, message, continue_final_message=True)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ messages[7].content }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ],
+)
+def test_failures_of_templates_are_value_errors(source: str) -> None:
+    with pytest.raises(ValueError, match=r"^chat template: "):
+        ChatTemplate(source, {}).render([HI])
+
+
+def test_a_template_that_does_not_compile() -> None:
+    with pytest.raises(ConfigError, match="line 2 is"):
+        ChatTemplate("\n{% for %}", {})
