@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 _LAZY = {
     "LLM": ("fd_dsa.engine.llm", "LLM"),
     "SamplingParams": ("fd_dsa.engine.sampling_params", "SamplingParams"),
+    "StructuredOutputsParams": ("fd_dsa.engine.structured_outputs", "StructuredOutputsParams"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import `LLM` and `SamplingParams` on first use, so that `import fd_dsa` stays light."""
+    """Import the engine's names on first use, so that `import fd_dsa` stays light."""
     if name not in _LAZY:
         raise AttributeError(f"module 'fd_dsa' has no attribute {name!r}")
     from importlib import import_module

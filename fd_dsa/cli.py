@@ -12,6 +12,8 @@ usage: fd-dsa COMMAND [flags]
 
 commands:
   serve     serve a model over the OpenAI API (flags: fd-dsa serve --help)
+  chat      talk to a model in the terminal (flags: fd-dsa chat --help)
+  bench     measure the speed of a server (flags: fd-dsa bench --help)
   accuracy  measure a served model: IFEval, retrieval, comparisons (flags: fd-dsa accuracy --help)
   doctor    report device, versions and providers, and check every operator (--json)
   version   print the version
@@ -29,6 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fd_dsa.serve.cli import main as serve
 
         return serve(rest)
+    if command == "chat":
+        from fd_dsa.client.chat import main as chat
+
+        return chat(rest)
+    if command == "bench":
+        from fd_dsa.client.bench import main as bench
+
+        return bench(rest)
     if command == "accuracy":
         from fd_dsa.accuracy.cli import main as accuracy
 
@@ -44,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE, end="")
         return 0
     print(
-        f"fd_dsa: error: unknown command {command!r}; allowed are serve, accuracy, doctor, version",
+        f"fd_dsa: error: unknown command {command!r}; allowed are serve, chat, bench, accuracy, "
+        "doctor, version",
         file=sys.stderr,
     )
     return 2

@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fd_dsa import __version__
-from fd_dsa.serve import chat, completions
-from fd_dsa.serve.errors import install_error_handlers, internal_error
+from fd_dsa.serve import chat, completions, metrics, page, status, tokenization
+from fd_dsa.serve.errors import ApiError, install_error_handlers, internal_error
 from fd_dsa.serve.generation import ClientGone
+from fd_dsa.serve.guard import GuardMiddleware
+from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
+    from fd_dsa.engine.startup import StartupProgress
 
 _MAX_REQUEST_ID_CHARS = 128
 _REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
@@ -32,27 +35,36 @@ router = APIRouter()
 
 
 def create_app(
-    engine: AsyncEngine,
+    engine: AsyncEngine | None,
     served_model_names: Sequence[str],
     info: Callable[[], dict[str, Any]] = dict,
+    options: ServerOptions | None = None,
+    startup: StartupProgress | None = None,
 ) -> FastAPI:
     """The application that serves `engine` under these names.
 
-    The engine is started when the application starts and stopped when it ends.
+    An engine that is given is started when the application starts. It is stopped when the
+    application ends, also where it was loaded in between.
 
     Args:
-        engine: not started yet.
+        engine: not started yet; None where it loads while the application runs, which then sets
+            `app.state.server.loaded_engine`.
         served_model_names: names for the `model` field of requests; at least one.
         info: what /server_info tells; called once, when it is first asked.
+        options: keys and limits.
+        startup: how far the engine is, where it loads meanwhile.
     """
+    state = ServerState(engine, served_model_names, info, options, startup)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        engine.start()
+        if engine is not None:
+            engine.start()
         try:
             yield
         finally:
-            await asyncio.to_thread(engine.stop)
+            if state.loaded_engine is not None:
+                await asyncio.to_thread(state.loaded_engine.stop)
 
     app = FastAPI(
         title="fd_dsa",
@@ -60,13 +72,19 @@ def create_app(
         version=__version__,
         lifespan=lifespan,
         redoc_url=None,
+        # a redirect would repeat the Host header, which is the client's
+        redirect_slashes=False,
     )
-    app.state.server = ServerState(engine, served_model_names, info)
+    app.state.server = state
+    app.add_middleware(GuardMiddleware, state=state)
+    # the last one added comes first
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     app.include_router(router)
-    app.include_router(completions.router)
-    app.include_router(chat.router)
+    for part in (chat, completions, tokenization, status, metrics):
+        app.include_router(part.router)
+    if state.options.serves_page:
+        app.include_router(page.router)
     return app
 
 
@@ -80,19 +98,6 @@ async def list_models(state: State) -> dict[str, Any]:
 async def get_model(name: str, state: State) -> dict[str, Any]:
     """The model of that name; 404 lists the served ones."""
     return _model(state, state.resolve_model(name))
-
-
-@router.get("/health", summary="200 when requests are served, else 503")
-async def health(state: State) -> Response:
-    """200 only when a request sent now would be served."""
-    error = state.unavailable()
-    return JSONResponse({"status": "ok"}) if error is None else error.response()
-
-
-@router.get("/server_info", summary="Versions, device, types and limits of this server")
-def server_info(state: State) -> dict[str, Any]:
-    """What decides the answers of this server; null is what cannot be found out."""
-    return state.info()
 
 
 def _model(state: ServerState, name: str) -> dict[str, Any]:
@@ -109,7 +114,8 @@ def _model(state: ServerState, name: str) -> dict[str, Any]:
 class RequestIdMiddleware:
     """Gives every response an `X-Request-Id` (the client's own if it sent one).
 
-    An exception that no handler took is logged with that id and answered with a 500.
+    An exception that no handler took is logged with that id and answered with a 500; what is cut
+    off by the end of the server with a 503.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -135,6 +141,12 @@ class RequestIdMiddleware:
         except ClientGone:
             logger.info("request %s: the client went away", request_id)
             await Response(status_code=499)(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            # of uvicorn alone, when its patience with the last requests is at its end
+            logger.warning("request %s: ended by the shutdown", request_id)
+            if not started:
+                error = ApiError(503, "the server has shut down before it came to the request")
+                await error.response()(scope, receive, send_with_id)
         except Exception:
             logger.exception("request %s failed", request_id)
             if not started:

@@ -6,23 +6,22 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from fd_dsa.serve.errors import ApiError
-from fd_dsa.serve.generation import (
-    Job,
-    check_jobs,
-    collect_outputs,
-    resolve_max_tokens,
-    stream_outputs,
-)
+from fd_dsa.serve.chat_answer import ChoiceParts
+from fd_dsa.serve.chat_prompt import AnswerFormat, make_job
+from fd_dsa.serve.generation import Job, collect_outputs, stream_outputs
+from fd_dsa.serve.logprobs import chat_logprobs
 from fd_dsa.serve.protocol import ChatCompletionRequest
-from fd_dsa.serve.responses import new_id, usage_of, with_usage
+from fd_dsa.serve.responses import new_id, prompt_fields, topk_fields, usage_of, with_usage
 from fd_dsa.serve.sse import EventStream
 from fd_dsa.serve.state import ServerState, State
+
+if TYPE_CHECKING:
+    from fd_dsa.engine.output import RequestOutput
 
 router = APIRouter()
 
@@ -31,13 +30,13 @@ router = APIRouter()
 async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, state: State
 ) -> Response:
-    """Answer the conversation, rendered by the model folder's chat template."""
+    """Answer the conversation in the chat format of the model."""
     state.check_available()
     model = state.resolve_model(body.model)
     body.check_supported()
     completion_id = new_id("chatcmpl")
-    job = await asyncio.to_thread(_make_job, state, body, completion_id)
-    check_jobs(state, [job], "messages")
+    job, answer = await asyncio.to_thread(make_job, state, body, completion_id)
+    request.state.ticket.extend(job.params.n, "n")
     head = {
         "id": completion_id,
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -45,58 +44,74 @@ async def create_chat_completion(
         "model": model,
     }
     if body.stream:
-        chunks = _chunks(state, job, head, body.include_usage)
+        chunks = _chunks(state, job, answer, head, body)
         return EventStream(chunks, request.state.request_id)
     outputs = await collect_outputs(state, [job], request)
+    choices = [_choice(state, body, answer, output) for output in outputs]
+    more = prompt_fields(state.engine.tokenizer, body, outputs[0])
+    return JSONResponse({**head, "choices": choices, "usage": usage_of([job], outputs), **more})
+
+
+def _choice(
+    state: ServerState, body: ChatCompletionRequest, answer: AnswerFormat, output: RequestOutput
+) -> dict[str, Any]:
+    """One choice of a whole answer."""
+    tokenizer, scores = state.engine.tokenizer, output.logprobs
+    parts = ChoiceParts(answer)
     choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": outputs[0].text},
-        "logprobs": None,
-        "finish_reason": outputs[0].finish_reason,
+        "index": output.index,
+        "message": parts.message(output.text),
+        "logprobs": None if scores is None else chat_logprobs(tokenizer, scores),
+        "finish_reason": parts.finish_reason(output.finish_reason),
+        **topk_fields(tokenizer, output),
     }
-    usage = usage_of([job], outputs)
-    return JSONResponse({**head, "choices": [choice], "usage": usage})
-
-
-def _make_job(state: ServerState, body: ChatCompletionRequest, completion_id: str) -> Job:
-    """Render and tokenise the conversation; runs in a thread, since that may take a while."""
-    tokenizer = state.engine.tokenizer
-    if not tokenizer.has_chat_template:
-        raise ApiError(
-            400,
-            "messages: the model folder has no chat template (neither chat_template.jinja nor "
-            "chat_template in tokenizer_config.json); use /v1/completions, or add a template",
-            param="messages",
-        )
-    try:
-        prompt = tokenizer.apply_chat_template([m.for_template() for m in body.messages])
-    except ValueError as error:
-        raise ApiError(400, f"messages: {error}", param="messages") from error
-    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    asked: int | None = getattr(body, param)
-    max_tokens = resolve_max_tokens(state, len(prompt), asked, param=param)
-    return Job(
-        completion_id, prompt, body.sampling_params(max_tokens, state.engine.sampling_defaults)
-    )
+    return {**choice, "token_ids": output.token_ids} if body.return_token_ids else choice
 
 
 async def _chunks(
-    state: ServerState, job: Job, head: dict[str, Any], include_usage: bool
+    state: ServerState,
+    job: Job,
+    answer: AnswerFormat,
+    head: dict[str, Any],
+    body: ChatCompletionRequest,
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The chunks of a streamed answer: role, texts, finish reason, and usage if asked for."""
+    """The chunks of a streamed answer: roles, parts, finish reasons, and usage if asked for."""
 
-    def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return with_usage({**head, "choices": [choice]}, include_usage)
+    def chunk(index: int, delta: dict[str, Any], **fields: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return with_usage({**head, "choices": [{**choice, **fields}]}, body.include_usage)
 
-    yield chunk({"role": "assistant", "content": ""})
-    last = []
+    more = {"prompt_token_ids": job.prompt_token_ids} if body.return_token_ids else {}
+    for index in range(job.params.n):
+        yield {**chunk(index, {"role": "assistant", "content": ""}), **more}
+    parts = [ChoiceParts(answer) for _ in range(job.params.n)]
+    last = {}
     async with contextlib.aclosing(stream_outputs(state, [job])) as outputs:
         async for _, output in outputs:
-            last = [output]
-            if output.new_text:
-                yield chunk({"content": output.new_text})
-            if output.finish_reason is not None:
-                yield chunk({}, output.finish_reason)
-    if include_usage:
-        yield {**head, "choices": [], "usage": usage_of([job], last)}
+            last[output.index] = output
+            part, reason = parts[output.index], output.finish_reason
+            deltas = list(part.deltas(output.new_text, is_last=reason is not None))
+            fields = _token_fields(state, body, output)
+            if fields and not deltas:
+                # tokens whose text is held back are scored when they come
+                deltas = [{}]
+            for delta in deltas:
+                yield chunk(output.index, delta, **fields)
+                fields = {}
+            if reason is not None:
+                shown = topk_fields(state.engine.tokenizer, output)
+                yield chunk(output.index, {}, finish_reason=part.finish_reason(reason), **shown)
+    if body.include_usage:
+        yield {**head, "choices": [], "usage": usage_of([job], list(last.values()))}
+
+
+def _token_fields(
+    state: ServerState, body: ChatCompletionRequest, output: RequestOutput
+) -> dict[str, Any]:
+    """What a chunk tells of its tokens, where asked for."""
+    fields: dict[str, Any] = {}
+    if output.new_logprobs:
+        fields["logprobs"] = chat_logprobs(state.engine.tokenizer, output.new_logprobs)
+    if body.return_token_ids:
+        fields["token_ids"] = output.new_token_ids
+    return fields

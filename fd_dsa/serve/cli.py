@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -12,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
+from fd_dsa.environment import process_environment
 from fd_dsa.errors import ConfigError, FdDsaError
-from fd_dsa.serve.flags import parse_args
+from fd_dsa.serve.flag_sources import parse_args, unused_variables
+from fd_dsa.serve.logs import set_up_logging
 
 if TYPE_CHECKING:
+    from fd_dsa.engine.async_engine import AsyncEngine
+    from fd_dsa.engine.startup import StartupProgress
     from fd_dsa.fastdeploy_plugin import launch
 
 _EXIT_BAD_START = 2
@@ -39,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return _fail(str(error))
     debug = args.log_level == "debug"
-    _set_up_logging(args.log_level)
+    set_up_logging(args.log_level, as_json=args.log_json)
+    for line in unused_variables():
+        logger.warning("%s", line)
     try:
         return _serve(args)
     except KeyboardInterrupt:
@@ -62,23 +70,6 @@ def _fail(message: str, status: int = _EXIT_BAD_START) -> int:
     return status
 
 
-def _set_up_logging(level: str) -> None:
-    """Log to stderr; uvicorn's own chatter only when debugging, no lines about /health."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=level.upper(),
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    if level != "debug":
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    for name in ("asyncio", "httpx", "httpcore"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.access").addFilter(
-        lambda record: " /health " not in record.getMessage()
-    )
-
-
 def _serve(args: argparse.Namespace) -> int:
     """Serve by the engine that the flags ask for."""
     started = time.monotonic()
@@ -93,7 +84,7 @@ def _serve(args: argparse.Namespace) -> int:
     if engine == "fastdeploy":
         return _serve_with_fastdeploy(args, passed, started)
     launch.refuse_for_embedded(flags, args.given, passed)
-    return _serve_embedded(args, started)
+    return _show_plan(args) if args.dry_run else _serve_embedded(args, started)
 
 
 def _serve_with_fastdeploy(
@@ -104,6 +95,11 @@ def _serve_with_fastdeploy(
     from fd_dsa.serve.server import bind_socket, curl_line
 
     plan = launch.prepare(vars(args), args.given, passed)
+    if args.dry_run:
+        changed = plan.environment.items() - process_environment().items()
+        words = [f"{name}={value}" for name, value in sorted(changed)]
+        _say(shlex.join([*words, *launch.without_secrets(plan.command)]))
+        return 0
     if "port" in args.given and args.port:
         # the same refusal of a taken address as with the other engine
         bind_socket(passed.values.get("--host", args.host), args.port).close()
@@ -111,50 +107,95 @@ def _serve_with_fastdeploy(
     def on_ready(ready: launch.Ready) -> None:
         # folders of DeepSeek-V3.2 come without a chat template, a completion always works
         curl = curl_line(plan.url, plan.model_name, plan.max_model_len, chat=False)
-        sys.stdout.write(
+        _say(
             f"fd_dsa {__version__} serves {plan.model_name} with {ready.engine} on {plan.url} "
             f"(ready in {ready.seconds:.1f} s, max_model_len {plan.max_model_len}, API page "
-            f"{plan.url}/docs, metrics {plan.metrics_url}, Ctrl-C stops). Try:\n{curl}\n"
+            f"{plan.url}/docs, metrics {plan.metrics_url}, Ctrl-C stops). Try:\n{curl}"
         )
-        sys.stdout.flush()
 
     return launch.launch(plan, started, on_ready)
 
 
+def _show_plan(args: argparse.Namespace) -> int:
+    """Print what would be served and how memory would be shared out."""
+    config = _engine_config(args)
+    import yaml
+
+    from fd_dsa.engine.plan import make_plan
+
+    plan = make_plan(config)
+    server = {
+        "engine": "embedded",
+        "host": args.host,
+        "port": args.port,
+        "num_api_keys": len(getattr(args, "api_key", None) or ()),
+        "max_body_bytes": args.max_body_size,
+        "max_concurrency": args.max_concurrency,
+        "shutdown_timeout": args.shutdown_timeout,
+    }
+    described = yaml.safe_dump({**server, **plan.describe()}, sort_keys=False, allow_unicode=True)
+    _say(f"# {plan.summary()}\n# {plan.memory.summary()}\n{described.rstrip()}")
+    return 0
+
+
 def _serve_embedded(args: argparse.Namespace, started: float) -> int:
-    """Take the address, build the engine, then serve."""
+    """Take the address, then listen, load the engine, and serve."""
     config = _engine_config(args)
     # the server's packages are imported late, so that --help and errors of flags are quick
     from fd_dsa.serve.info import server_info
+    from fd_dsa.serve.options import ChatSettings, ServerOptions
     from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
 
-    with bind_socket(args.host, args.port) as sock:
+    options = ServerOptions(
+        api_keys=tuple(getattr(args, "api_key", None) or ()),
+        max_body_bytes=args.max_body_size,
+        max_concurrency=args.max_concurrency,
+        log_requests=args.log_requests,
+        serves_page=not args.disable_ui,
+        chat=ChatSettings(
+            args.tool_call_parser, args.reasoning_parser, args.trust_request_chat_template
+        ),
+    )
+    loaded: list[AsyncEngine] = []
+
+    def load(progress: StartupProgress) -> AsyncEngine:
         from fd_dsa.engine.async_engine import AsyncEngine
         from fd_dsa.engine.factory import build_engine
 
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
-        engine = AsyncEngine(build_engine(config))
+        loaded.append(AsyncEngine(build_engine(config, progress)))
+        return loaded[0]
+
+    with bind_socket(args.host, args.port) as sock:
         name = config.served_model_name[0]
 
         def on_ready() -> None:
-            url = base_url(args.host, sock)
+            engine, url = loaded[0], base_url(args.host, sock)
             seconds = time.monotonic() - started
-            chat = engine.tokenizer.has_chat_template
-            sys.stdout.write(
+            curl = curl_line(url, name, engine.max_model_len, engine.tokenizer.has_chat_template)
+            page = "" if args.disable_ui else f"chat page {url}/, "
+            _say(
                 f"fd_dsa {__version__} serves {name} on {url} (ready in {seconds:.1f} s, "
-                f"max_model_len {engine.max_model_len}, API page {url}/docs, Ctrl-C stops). "
-                f"Try:\n{curl_line(url, name, engine.max_model_len, chat)}\n"
+                f"max_model_len {engine.max_model_len}, {page}API page {url}/docs, metrics "
+                f"{url}/metrics, Ctrl-C stops). Try:\n{curl}"
             )
-            sys.stdout.flush()
 
         return run_server(
-            engine,
+            load,
             config.served_model_name,
             sock,
             shutdown_timeout_s=args.shutdown_timeout,
             on_ready=on_ready,
-            info=lambda: server_info(config, engine),
+            info=lambda: server_info(config, loaded[0], options),
+            options=options,
         )
+
+
+def _say(text: str) -> None:
+    """Print something; a server goes on where stdout cannot be written, as on a full disk."""
+    with contextlib.suppress(OSError):
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -162,4 +203,6 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
     names = {field.name for field in fields(EngineConfig)}
     given: dict[str, Any] = {k: v for k, v in vars(args).items() if k in names}
     given["served_model_name"] = tuple(given.get("served_model_name", ()))
+    if "cudagraph_capture_sizes" in given:
+        given["cudagraph_capture_sizes"] = tuple(given["cudagraph_capture_sizes"])
     return EngineConfig(**given)

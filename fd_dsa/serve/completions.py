@@ -19,13 +19,16 @@ from fd_dsa.serve.generation import (
     resolve_max_tokens,
     stream_outputs,
 )
+from fd_dsa.serve.logprobs import completion_logprobs
 from fd_dsa.serve.protocol import CompletionRequest
-from fd_dsa.serve.responses import new_id, usage_of, with_usage
+from fd_dsa.serve.responses import new_id, prompt_fields, topk_fields, usage_of, with_usage
 from fd_dsa.serve.sse import EventStream
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
+    from fd_dsa.engine.logprobs import TokenLogprobs
     from fd_dsa.engine.output import RequestOutput
+    from fd_dsa.engine.tokenizer import Tokenizer
 
 # the OpenAI API's default for completions; chat has none
 _DEFAULT_MAX_TOKENS = 16
@@ -39,32 +42,34 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     state.check_available()
     model = state.resolve_model(body.model)
     body.check_supported()
+    request.state.ticket.extend(len(body.prompt))
     completion_id = new_id("cmpl")
     jobs = await asyncio.to_thread(_make_jobs, state, body, completion_id)
-    check_jobs(state, jobs, "prompt")
+    request.state.ticket.extend(sum(job.params.n for job in jobs), "n")
     head = {
         "id": completion_id,
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,
     }
+    choices = _Choices(state.engine.tokenizer, body, jobs)
     if body.stream:
-        chunks = _chunks(state, jobs, head, body.include_usage)
+        chunks = _chunks(state, jobs, head, choices)
         return EventStream(chunks, request.state.request_id)
     outputs = await collect_outputs(state, jobs, request)
-    choices = [_choice(i, out.text, out.finish_reason) for i, out in enumerate(outputs)]
-    return JSONResponse({**head, "choices": choices, "usage": usage_of(jobs, outputs)})
+    whole = [choices.whole(index, output) for index, output in enumerate(outputs)]
+    return JSONResponse({**head, "choices": whole, "usage": choices.usage(outputs)})
 
 
 def _make_jobs(state: ServerState, body: CompletionRequest, completion_id: str) -> list[Job]:
-    """Tokenise the prompts; runs in a thread, since a long text takes a while."""
+    """Tokenise and check the prompts; runs in a thread, since that may take a while."""
     jobs = []
     for index, prompt in enumerate(body.prompt):
         if isinstance(prompt, str):
             prompt = _encode(state, prompt)
-        max_tokens = resolve_max_tokens(
-            state, len(prompt), body.max_tokens, default=_DEFAULT_MAX_TOKENS
-        )
+        # a step that reads the last token of the prompt gives one of the output
+        asked = 1 if body.only_echo else body.max_tokens
+        max_tokens = resolve_max_tokens(state, len(prompt), asked, default=_DEFAULT_MAX_TOKENS)
         jobs.append(
             Job(
                 f"{completion_id}-{index}",
@@ -72,6 +77,7 @@ def _make_jobs(state: ServerState, body: CompletionRequest, completion_id: str) 
                 body.sampling_params(max_tokens, state.engine.sampling_defaults),
             )
         )
+    check_jobs(state, jobs, "prompt")
     return jobs
 
 
@@ -84,20 +90,107 @@ def _encode(state: ServerState, prompt: str) -> list[int]:
 
 
 async def _chunks(
-    state: ServerState, jobs: Sequence[Job], head: dict[str, Any], include_usage: bool
+    state: ServerState, jobs: Sequence[Job], head: dict[str, Any], choices: _Choices
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The chunks of a streamed completion, those of all prompts as they come."""
-    last: dict[int, RequestOutput] = {}
+    """The chunks of a streamed completion, those of all choices as they come."""
+    last: dict[tuple[int, int], RequestOutput] = {}
     async with contextlib.aclosing(stream_outputs(state, jobs)) as outputs:
-        async for index, output in outputs:
-            last[index] = output
-            if output.new_text or output.finish_reason is not None:
-                choice = _choice(index, output.new_text, output.finish_reason)
-                yield with_usage({**head, "choices": [choice]}, include_usage)
-    if include_usage:
-        yield {**head, "choices": [], "usage": usage_of(jobs, list(last.values()))}
+        async for job_index, output in outputs:
+            key = job_index, output.index
+            choice = choices.delta(job_index, output, is_first=key not in last)
+            last[key] = output
+            if choice is not None:
+                yield with_usage({**head, "choices": [choice]}, choices.body.include_usage)
+    if choices.body.include_usage:
+        yield {**head, "choices": [], "usage": choices.usage(list(last.values()))}
 
 
-def _choice(index: int, text: str, finish_reason: str | None) -> dict[str, Any]:
-    """One choice of a completion or of its chunk."""
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
+class _Choices:
+    """Choices of one completion in the shape of the OpenAI API, whole or in chunks.
+
+    Args:
+        tokenizer: for texts of prompts and tokens.
+        body: of the request.
+        jobs: its prompts; n choices follow each other for each of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, body: CompletionRequest, jobs: Sequence[Job]) -> None:
+        self.body = body
+        self._tokenizer = tokenizer
+        self._jobs = jobs
+        self._echoes = [
+            self._echo(job, prompt) for job, prompt in zip(jobs, body.prompt, strict=True)
+        ]
+
+    def whole(self, index: int, output: RequestOutput) -> dict[str, Any]:
+        """A finished choice."""
+        echo = self._echoes[index // self._jobs[0].params.n]
+        is_shown = not self.body.only_echo
+        choice = {
+            "index": index,
+            "text": echo + output.text * is_shown,
+            "logprobs": self._scores(output, output.logprobs, echo, is_first=True),
+            "finish_reason": output.finish_reason if is_shown else "length",
+            **prompt_fields(self._tokenizer, self.body, output),
+            **topk_fields(self._tokenizer, output),
+        }
+        if self.body.return_token_ids:
+            choice["token_ids"] = output.token_ids if is_shown else []
+        return choice
+
+    def delta(
+        self, job_index: int, output: RequestOutput, *, is_first: bool
+    ) -> dict[str, Any] | None:
+        """What one step has added to a choice; None when there is nothing to tell."""
+        echo = self._echoes[job_index] if is_first else ""
+        text = echo + output.new_text * (not self.body.only_echo)
+        if not (text or output.finish_reason or self.body.return_token_ids):
+            return None
+        scores = self._scores(output, output.new_logprobs, self._echoes[job_index], is_first)
+        choice = {
+            "index": job_index * self._jobs[0].params.n + output.index,
+            "text": text,
+            "logprobs": scores if scores and scores["tokens"] else None,
+            "finish_reason": output.finish_reason,
+            **topk_fields(self._tokenizer, output),
+        }
+        if self.body.return_token_ids:
+            choice["token_ids"] = [] if self.body.only_echo else output.new_token_ids
+            if is_first:
+                choice["prompt_token_ids"] = output.prompt_token_ids
+        return choice
+
+    def usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """Token counts; a prompt that is the whole answer has no output."""
+        usage = usage_of(self._jobs, outputs)
+        if self.body.only_echo:
+            usage.update(completion_tokens=0, total_tokens=usage["prompt_tokens"])
+        return usage
+
+    def _echo(self, job: Job, prompt: str | list[int]) -> str:
+        """The text of a prompt that its answer begins with."""
+        if not self.body.echo:
+            return ""
+        if isinstance(prompt, str):
+            return prompt
+        is_skipped = job.params.skip_special_tokens
+        return self._tokenizer.decode(prompt, skip_special_tokens=is_skipped)
+
+    def _scores(
+        self,
+        output: RequestOutput,
+        entries: Sequence[TokenLogprobs] | None,
+        echo: str,
+        is_first: bool,
+    ) -> dict[str, Any] | None:
+        """Scores of the tokens of a choice's text, those of its prompt where that is shown."""
+        if self.body.logprobs is None:
+            return None
+        shows_prompt = bool(self.body.echo) and is_first
+        return completion_logprobs(
+            self._tokenizer,
+            [] if self.body.only_echo else entries or [],
+            prompt=(output.prompt_logprobs or ()) if shows_prompt else (),
+            first_token_id=output.prompt_token_ids[0] if shows_prompt else None,
+            text_offset=len(echo),
+        )

@@ -2,8 +2,8 @@
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 
-Source: the shape that the `openai` client parses; statuses follow the OpenAI API (400, 404, 405,
-500, 503), and validation is 400, never FastAPI's 422.
+Source: the shape that the `openai` client parses; statuses follow the OpenAI API (400, 401, 404,
+405, 408, 413, 429, 500, 503), and validation is 400, never FastAPI's 422.
 """
 
 from __future__ import annotations
@@ -22,6 +22,26 @@ from fd_dsa.errors import FdDsaError
 # pydantic error type of our own validators: their message is complete as it is
 CUSTOM_ERROR = "fd_dsa"
 _SHOWN_INPUT_CHARS = 60
+_TYPES = {
+    401: "authentication_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+# endpoints of other servers that people try, and what fd_dsa is not for
+_OUT_OF_SCOPE = {
+    "/v1/embeddings": "embeddings",
+    "/v1/rerank": "reranking",
+    "/rerank": "reranking",
+    "/v1/score": "scoring of pairs",
+    "/v1/audio": "audio",
+    "/v1/images": "images",
+    "/v1/moderations": "moderation",
+    "/v1/files": "files",
+    "/v1/batches": "batches of files",
+    "/v1/fine_tuning": "training",
+    "/v1/responses": "the Responses API",
+    "/v1/messages": "the Anthropic API",
+}
 
 
 class ApiError(FdDsaError):
@@ -54,11 +74,8 @@ class ApiError(FdDsaError):
 
     def body(self) -> dict[str, Any]:
         """The error object."""
-        kind = "invalid_request_error"
-        if self.status == 503:
-            kind = "service_unavailable_error"
-        elif self.status >= 500:
-            kind = "server_error"
+        general = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = _TYPES.get(self.status, general)
         return {
             "error": {
                 "message": self.message,
@@ -113,12 +130,20 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
     headers = dict(error.headers or {})
     if error.status_code == 404:
         routes = ", ".join(sorted(request.app.openapi()["paths"]))
-        return ApiError(404, f"path {path} does not exist here; this server has {routes}")
+        return ApiError(404, f"path {path} does not exist here; {_scope(path)}it has {routes}")
     if error.status_code == 405:
         allowed = headers.get("allow") or headers.get("Allow") or "another method"
         message = f"method {request.method} is not allowed on {path}; use {allowed}"
         return ApiError(405, message, headers=headers)
     return ApiError(error.status_code, str(error.detail), headers=headers)
+
+
+def _scope(path: str) -> str:
+    """What to say of a path that servers of another purpose have."""
+    for prefix, what in _OUT_OF_SCOPE.items():
+        if path == prefix or path.startswith(f"{prefix}/"):
+            return f"this server generates text, {what} is out of its scope; "
+    return "this server generates text; "
 
 
 def _from_validation(request: Request, error: RequestValidationError) -> ApiError:

@@ -3,57 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
-from collections.abc import Sequence
 from typing import NoReturn
 
 from fd_dsa import __version__
-from fd_dsa.config import DEVICES
+from fd_dsa.chat.parsers import REASONING_FORMATS, TOOL_FORMATS
+from fd_dsa.config import DEVICES, parse_bytes
 from fd_dsa.errors import ConfigError
 
-
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """The parsed flags; those of the engine are there only when they were given.
-
-    Two names more than flags: `given`, the names of those that stand in `argv`, and `passed`, the
-    arguments after `--`, which are for FastDeploy.
-
-    Raises:
-        ConfigError: an unknown flag (with the nearest known one), or a value of a wrong form.
-    """
-    own, passed = _split(argv)
-    parser = build_parser()
-    args, rest = parser.parse_known_args(own)
-    if rest:
-        raise ConfigError(_unknown_argument(parser, rest[0]))
-    given = _given(own)
-    positional = vars(args).pop("positional_model", None)
-    if positional is not None:
-        if getattr(args, "model", positional) != positional:
-            raise ConfigError(
-                f"--model: got {args.model!r} and the folder {positional!r}; give one of them"
-            )
-        args.model = positional
-    args.given = frozenset("model" if name == "positional_model" else name for name in given)
-    args.passed = tuple(passed)
-    return args
-
-
-def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """What stands before and after the first `--`."""
-    if "--" not in argv:
-        return argv, ()
-    place = list(argv).index("--")
-    return argv[:place], argv[place + 1 :]
-
-
-def _given(argv: Sequence[str]) -> set[str]:
-    """Names of the flags in `argv`, their defaults left aside."""
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return set(vars(parser.parse_known_args(argv)[0]))
+DEFAULT_MAX_BODY_BYTES = 16 << 20
+"""Bytes of a request's body: two million token ids."""
+DEFAULT_MAX_CONCURRENCY = 512
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,21 +22,27 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m fd_dsa.serve",
         usage="%(prog)s [MODEL] [flags] [-- flags of FastDeploy]",
         description="Serve a DeepSeek-V3.2 or GLM-5 shaped checkpoint over the OpenAI API.",
+        epilog="Each flag is also a variable, FD_DSA_PORT for --port, and a key of the file of "
+        "--config; the command line goes before variables, and these before the file.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--version", action="version", version=f"fd_dsa {__version__}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with flags as its keys")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=False,
+        help="print the resolved configuration and the memory plan, load no weights, and end",
+    )
     _add_model_flags(parser.add_argument_group("model"))
+    _add_chat_flags(parser.add_argument_group("chat"))
     _add_server_flags(parser.add_argument_group("server"))
     _add_cache_flags(parser.add_argument_group("cache"))
     _add_scheduler_flags(parser.add_argument_group("scheduler"))
+    _add_graph_flags(parser.add_argument_group("CUDA graphs (on a GPU)"))
     _add_parallel_flags(parser.add_argument_group("parallel (with FastDeploy)"))
-    parser.add_argument_group("logging").add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="debug also shows tracebacks of a failed start (default: info)",
-    )
+    _add_logging_flags(parser.add_argument_group("logging"))
     return parser
 
 
@@ -89,6 +55,20 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         action="append",
         help="name for the `model` field of requests; may be repeated (default: folder name)",
+    )
+    group.add_argument(
+        "--tokenizer", metavar="DIR", help="folder of the tokenizer (default: the model's)"
+    )
+    group.add_argument(
+        "--load-format",
+        metavar="FORMAT",
+        help="auto, safetensors, or dummy for random weights (default: auto)",
+    )
+    group.add_argument(
+        "--index-topk",
+        metavar="N",
+        type=_integer,
+        help="keys that the indexer chooses for a token (default: the model's)",
     )
     group.add_argument(
         "--device",
@@ -107,6 +87,36 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--seed", type=_integer, help="seed of requests without one (default: 0)")
 
 
+def _add_chat_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja template of conversations (default: what the folder has)",
+    )
+    group.add_argument(
+        "--trust-request-chat-template",
+        action="store_true",
+        default=False,
+        help="let requests bring templates; one can keep a processor busy for ever",
+    )
+    group.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        choices=("auto", "none", *TOOL_FORMATS),
+        default="auto",
+        help=f"how answers call tools: {', '.join(TOOL_FORMATS)}, none, or auto, by the template "
+        "(default: auto)",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        metavar="NAME",
+        choices=("auto", "none", *REASONING_FORMATS),
+        default="auto",
+        help=f"how answers reason: {', '.join(REASONING_FORMATS)}, none, or auto, by the template "
+        "(default: auto)",
+    )
+
+
 def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--host", default="127.0.0.1", help="interface (default: 127.0.0.1)")
     group.add_argument(
@@ -119,18 +129,72 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
         default=30.0,
         help="seconds that running requests get after the first signal (default: 30)",
     )
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        action="append",
+        help="key that requests must bring; may be repeated, and FD_DSA_API_KEY, with commas "
+        "between keys, keeps it out of the list of processes (default: none is asked for)",
+    )
+    group.add_argument(
+        "--max-body-size",
+        metavar="BYTES",
+        type=_body_bytes,
+        default=DEFAULT_MAX_BODY_BYTES,
+        help="longest body of a request, for example 32M; longer ones are a 413 (default: 16M)",
+    )
+    group.add_argument(
+        "--max-concurrency",
+        metavar="N",
+        type=_positive,
+        default=DEFAULT_MAX_CONCURRENCY,
+        help="outputs in work and waiting at a time; more are a 429 (default: 512)",
+    )
+    group.add_argument(
+        "--disable-ui",
+        action="store_true",
+        default=False,
+        help="no page to talk to the model at /",
+    )
+
+
+def _add_logging_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="debug also shows tracebacks of a failed start (default: info)",
+    )
+    group.add_argument(
+        "--log-requests",
+        action="store_true",
+        default=False,
+        help="a line for each output that ended: counts and times, never texts",
+    )
+    group.add_argument(
+        "--log-json",
+        action="store_true",
+        default=False,
+        help="each line of the log is a JSON object",
+    )
 
 
 def _add_cache_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--kv-cache-dtype",
         metavar="DTYPE",
-        help="auto, float32, bfloat16 or fp8_ds_mla (default: auto)",
+        help="auto, float32, bfloat16 or fp8_ds_mla, also called fp8 (default: auto)",
     )
     group.add_argument(
         "--kv-cache-memory-bytes",
         metavar="BYTES",
         help="size of the caches, for example 8G (default: from free memory)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        metavar="SHARE",
+        type=_number,
+        help="share of a GPU's memory that weights and caches may take (default: 0.9)",
     )
     group.add_argument(
         "--num-gpu-blocks-override",
@@ -163,6 +227,24 @@ def _add_scheduler_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         type=_integer,
         help="tokens in a step; longer prompts are split (default: 512 on a CPU)",
+    )
+    chunked = group.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
+    chunked.help = "split prompts at --max-num-batched-tokens; always on (default: enabled)"
+
+
+def _add_graph_flags(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--enforce-eager",
+        action="store_true",
+        help="launch decode steps kernel by kernel, without CUDA graphs",
+    )
+    group.add_argument(
+        "--cudagraph-capture-sizes",
+        metavar="N",
+        nargs="+",
+        type=_integer,
+        help="rows of captured decode steps; fewer are padded (default: 1 2 4 8 16 24 ... up to "
+        "--max-num-seqs)",
     )
 
 
@@ -205,6 +287,32 @@ def _integer(text: str) -> int:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a whole number") from None
 
 
+def _number(text: str) -> float:
+    """A number; its range is checked by the engine's configuration."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a number") from None
+
+
+def _positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a whole number from 1 on")
+    return int(text)
+
+
+def _body_bytes(text: str) -> int:
+    """A size of at least one byte."""
+    try:
+        size = parse_bytes(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is 1 byte or more")
+    return size
+
+
 def _port(text: str) -> int:
     """A TCP port."""
     if not (text.isascii() and text.isdigit() and int(text) <= 65535):
@@ -221,14 +329,3 @@ def _seconds(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a number of seconds, 0 or more")
     return value
-
-
-def _unknown_argument(parser: argparse.ArgumentParser, argument: str) -> str:
-    """What to say about an argument that the parser does not know."""
-    if not argument.startswith("-"):
-        return f"unexpected argument {argument!r}; only one model folder is served at a time"
-    flag = argument.partition("=")[0]
-    known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(flag, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-    return f"unknown flag {flag}; {hint}"

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
+from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import ApiError, request_error
+from fd_dsa.serve.protocol.sampling import SAMPLING_FIELDS
+from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
+from fd_dsa.serve.request_log import RequestLog
 from fd_dsa.serve.state import ServerState
 
 if TYPE_CHECKING:
     from fd_dsa.engine.output import RequestOutput
 
 _T = TypeVar("_T")
+
+MAX_UNREAD_OUTPUTS = 2048
+"""Steps that a client may be behind, beyond what the sockets' buffers hold."""
+
+logger = logging.getLogger("fd_dsa.serve")
 
 
 class ClientGone(Exception):
@@ -86,14 +96,20 @@ def resolve_max_tokens(
 def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> None:
     """Ask the engine whether it could ever run these jobs.
 
+    Not for the event loop: a grammar that is new is compiled here.
+
     Raises:
-        ApiError: 400 with the engine's reason and the field `param` that the prompt came from.
+        ApiError: 400 with the engine's reason and the field to blame: a sampling parameter, or
+            `param`, which the prompt came from.
     """
     for job in jobs:
         try:
             state.engine.validate(job.prompt_token_ids, job.params)
         except ValueError as error:
-            raise ApiError(400, f"{param}: {error}", param=param) from error
+            refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tool_choice"))
+            if refusal.param is None:
+                refusal = ApiError(400, f"{param}: {error}", param=param)
+            raise refusal from error
 
 
 async def stream_outputs(
@@ -101,21 +117,28 @@ async def stream_outputs(
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of all jobs as they come, each with the index of its job.
 
-    Closing the iterator, or cancelling the task that reads it, aborts what is still running.
+    Closing the iterator, or cancelling the task that reads it, aborts what is still running. So
+    does a reader that stays behind for `MAX_UNREAD_OUTPUTS` outputs: buffers do not grow for ever.
 
     Raises:
-        ApiError: 503, the server takes no requests any more; 500, a job or the engine failed.
+        ApiError: 503, the server takes no requests any more; 500, a job or the engine failed;
+            408, the reader is too slow.
     """
     state.check_available()
+    log = RequestLog(jobs, state.options.log_requests)
     # None: a job has ended; an exception: it has failed
     queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
 
     async def pump(index: int, job: Job) -> None:
         try:
             generate = state.engine.generate(job.prompt_token_ids, job.params, job.request_id)
-            # awaits nothing else, so a cancellation always reaches the engine's iterator
-            async for output in generate:
-                queue.put_nowait((index, output))
+            async with contextlib.aclosing(generate):
+                # awaits nothing else, so a cancellation always reaches the engine's iterator
+                async for output in generate:
+                    if queue.qsize() >= MAX_UNREAD_OUTPUTS:
+                        raise _too_slow(job)
+                    log.note(index, output)
+                    queue.put_nowait((index, output))
             queue.put_nowait(None)
         except Exception as error:
             queue.put_nowait(error)
@@ -133,29 +156,46 @@ async def stream_outputs(
             elif isinstance(item, Exception):
                 raise _failure_of(state, item)
             elif item[1].finish_reason == "error":
-                raise ApiError(500, str(item[1].error or "the request has failed"))
+                raise _failure_alone(item[1])
             else:
                 yield item
     finally:
+        # first, since a task that is being cancelled gets no further than the next await
+        log.close()
         await _cancel(tasks)
         state.active.difference_update(job.request_id for job in jobs)
+
+
+def _too_slow(job: Job) -> ApiError:
+    """What ends a request whose client does not read; it is told if it ever reads again."""
+    logger.warning(
+        "request %s: aborted, its client has not read %d outputs",
+        job.request_id,
+        MAX_UNREAD_OUTPUTS,
+    )
+    return ApiError(
+        408,
+        f"the client has not read {MAX_UNREAD_OUTPUTS} outputs, and the request was aborted; read "
+        "streams as they come",
+        code="client_too_slow",
+    )
 
 
 async def collect_outputs(
     state: ServerState, jobs: Sequence[Job], request: Request
 ) -> list[RequestOutput]:
-    """The final output of every job, in the order of the jobs.
+    """The final outputs of every job, in the order of the jobs and of the indices in each.
 
     Raises:
         ClientGone: the client closed the connection; the jobs are aborted.
     """
 
     async def collect() -> list[RequestOutput]:
-        last: dict[int, RequestOutput] = {}
+        last: dict[tuple[int, int], RequestOutput] = {}
         async with contextlib.aclosing(stream_outputs(state, jobs)) as outputs:
-            async for index, output in outputs:
-                last[index] = output
-        return [last[index] for index in range(len(jobs))]
+            async for job_index, output in outputs:
+                last[job_index, output.index] = output
+        return [last[key] for key in sorted(last)]
 
     return await _unless_gone(request, collect())
 
@@ -183,6 +223,12 @@ def _failure_of(state: ServerState, error: Exception) -> Exception:
     if state.engine.errored is None:
         return error
     return ApiError(500, "the engine has failed while it ran the request; the server is ending")
+
+
+def _failure_alone(output: RequestOutput) -> ApiError:
+    """What ends a request that failed by itself: a 400 where its own parameters are to blame."""
+    status = 400 if isinstance(output.error, ConstraintError) else 500
+    return ApiError(status, str(output.error or "the request has failed"))
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import fd_dsa
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import batch_invariant, told_commit
+from fd_dsa.serve.options import ServerOptions
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -17,14 +18,18 @@ _GIT_TIMEOUT_S = 20
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i")
 
 
-def server_info(config: EngineConfig, engine: AsyncEngine) -> dict[str, Any]:
+def server_info(
+    config: EngineConfig, engine: AsyncEngine, options: ServerOptions | None = None
+) -> dict[str, Any]:
     """Versions, device, types, limits and providers; None is what cannot be found out.
 
     Args:
         config: what the engine was built from; no path of it is told.
         engine: built.
+        options: limits of the server; None are the default ones.
     """
-    from fd_dsa.ops._provider import provider_table
+    options = options or ServerOptions()
+    from fd_dsa.ops._provider import kernel_reasons, provider_table
     from fd_dsa.runner.device import resolve_device
 
     device = resolve_device(config.device)
@@ -40,11 +45,16 @@ def server_info(config: EngineConfig, engine: AsyncEngine) -> dict[str, Any]:
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.num_batched_tokens,
         "block_size": config.block_size,
+        "max_concurrency": options.max_concurrency,
+        "max_body_bytes": options.max_body_bytes,
+        "has_chat_template": engine.tokenizer.has_chat_template,
         "enable_prefix_caching": config.enable_prefix_caching,
         "batch_invariant": batch_invariant(),
+        "cudagraph_capture_sizes": list(engine.captured_sizes),
         "sampling": "NumPy",
         # on a CPU they are chosen by the first request
         "providers": provider_table() or None,
+        "not_on_tensor_cores": kernel_reasons() or None,
     }
 
 

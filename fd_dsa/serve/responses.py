@@ -6,9 +6,13 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fd_dsa.serve.logprobs import prompt_logprobs, token_text
+
 if TYPE_CHECKING:
     from fd_dsa.engine.output import RequestOutput
+    from fd_dsa.engine.tokenizer import Tokenizer
     from fd_dsa.serve.generation import Job
+    from fd_dsa.serve.protocol.generation import GenerationRequest
 
 
 def new_id(prefix: str) -> str:
@@ -17,7 +21,7 @@ def new_id(prefix: str) -> str:
 
 
 def usage_of(jobs: Sequence[Job], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """Token counts of one HTTP request: all its prompts, all its outputs.
+    """Token counts of one HTTP request: each of its prompts once, all its outputs.
 
     `cached_tokens` are those of the prompts that earlier requests had computed.
     """
@@ -28,7 +32,7 @@ def usage_of(jobs: Sequence[Job], outputs: Sequence[RequestOutput]) -> dict[str,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {
-            "cached_tokens": sum(output.num_cached_tokens for output in outputs)
+            "cached_tokens": sum(out.num_cached_tokens for out in outputs if out.index == 0)
         },
     }
 
@@ -36,3 +40,41 @@ def usage_of(jobs: Sequence[Job], outputs: Sequence[RequestOutput]) -> dict[str,
 def with_usage(chunk: dict[str, Any], include_usage: bool) -> dict[str, Any]:
     """A chunk before the last: with `include_usage` it says that its usage is still null."""
     return {**chunk, "usage": None} if include_usage else chunk
+
+
+def topk_fields(tokenizer: Tokenizer, output: RequestOutput) -> dict[str, Any]:
+    """`topk_positions` of a choice: at its end, where asked for.
+
+    Args:
+        tokenizer: for the texts of the tokens.
+        output: of the choice.
+    """
+    chosen = output.topk_positions
+    if chosen is None:
+        return {}
+    token_ids = [*output.prompt_token_ids, *output.token_ids][: chosen.position + 1]
+    found = {
+        "position": chosen.position,
+        "layers": [layer.tolist() for layer in chosen.layers],
+        "tokens": [token_text(tokenizer, token_id) for token_id in token_ids],
+    }
+    return {"topk_positions": found}
+
+
+def prompt_fields(
+    tokenizer: Tokenizer, body: GenerationRequest, output: RequestOutput
+) -> dict[str, Any]:
+    """What an answer tells of its prompt: `prompt_logprobs`, `prompt_token_ids`, where asked for.
+
+    Args:
+        tokenizer: for the texts of tokens.
+        body: of the request.
+        output: one of the prompt.
+    """
+    fields: dict[str, Any] = {}
+    if body.prompt_logprobs is not None:
+        scores = output.prompt_logprobs
+        fields["prompt_logprobs"] = None if scores is None else prompt_logprobs(tokenizer, scores)
+    if body.return_token_ids:
+        fields["prompt_token_ids"] = output.prompt_token_ids
+    return fields

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -12,21 +13,30 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
 
+from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
+from fd_dsa.serve.busy_line import log_while_busy
+from fd_dsa.serve.h11_protocol import StrictH11Protocol
+from fd_dsa.serve.options import ServerOptions
+from fd_dsa.serve.port_owner import describe_port_owner
 from fd_dsa.serve.state import ServerState
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
 
+Load = Callable[[StartupProgress], "AsyncEngine"]
+
 _BACKLOG = 2048
 # after the drain: time for the last bytes of aborted answers
 _LAST_RESPONSES_S = 5
+# then for all that should have ended: the step in progress has 30 s
+_FORCED_EXIT_S = 45.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 logger = logging.getLogger("fd_dsa.serve")
@@ -66,8 +76,10 @@ def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
     """Why the address cannot be had."""
     where = format_address(host, port)
     reason = (error.strerror or str(error)).lower()
+    owner = describe_port_owner(port) if error.errno == errno.EADDRINUSE else ""
+    by = f" by {owner}" if owner else ""
     return ConfigError(
-        f"{where}: {reason}; stop the process that has it or choose another --host or --port"
+        f"{where}: {reason}{by}; stop the process that has it or choose another --host or --port"
     )
 
 
@@ -105,58 +117,78 @@ def curl_line(url: str, model: str, max_model_len: int, chat: bool) -> str:
 
 
 def run_server(
-    engine: AsyncEngine,
+    load: Load,
     served_model_names: Sequence[str],
     sock: socket.socket,
     *,
     shutdown_timeout_s: float,
     on_ready: Callable[[], None],
     info: Callable[[], dict[str, Any]] = dict,
+    options: ServerOptions | None = None,
+    forced_exit_s: float = _FORCED_EXIT_S,
 ) -> int:
-    """Serve until a signal arrives or the engine fails.
+    """Listen, load the engine, and serve until a signal arrives or the engine fails.
 
-    The first SIGINT or SIGTERM drains; a second one ends the process at once.
+    While the engine loads, /health answers 503 with the phase. A signal then ends the process at
+    once. Later the first SIGINT or SIGTERM drains, and a second one ends the process at once.
 
     Args:
-        engine: not started yet.
+        load: makes the engine, not started yet, in a thread of its own.
         served_model_names: names for the `model` field of requests.
         sock: bound, not listening; closed at the end.
         shutdown_timeout_s: longest wait for running requests after the first signal.
         on_ready: called once, when requests are served.
         info: what /server_info tells; called once, when it is first asked.
+        options: keys and limits.
+        forced_exit_s: seconds after which the process ends whatever still runs, counted from the
+            end of the drain.
 
     Returns:
         Exit status: 0 after a drain, 1 after an engine failure.
 
     Raises:
         ConfigError: another process began to listen on the address in the meantime.
+        Exception: whatever `load` raises.
     """
     try:
         sock.listen(_BACKLOG)
     except OSError as error:
         host, port = sock.getsockname()[:2]
         raise _bind_error(host, port, error) from error
-    app = create_app(engine, served_model_names, info)
+    startup = StartupProgress()
+    app = create_app(None, served_model_names, info, options, startup)
     config = uvicorn.Config(
         app,
+        http=StrictH11Protocol,
+        ws="none",
         log_config=None,
         backlog=_BACKLOG,
         server_header=False,
         timeout_graceful_shutdown=_LAST_RESPONSES_S,
     )
-    server = DrainingServer(config, app.state.server, shutdown_timeout_s, on_ready)
+    server = DrainingServer(config, app.state.server, shutdown_timeout_s, on_ready, load)
+    server.forced_exit_s = forced_exit_s
     server.run(sockets=[sock])
+    if server.start_error is not None:
+        raise server.start_error
     return server.exit_status
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which drains on the first signal and watches the engine.
+    """uvicorn's server, which loads the engine, drains on the first signal, watches the engine.
 
     Args:
         config: of uvicorn.
         state: of the application.
         shutdown_timeout_s: longest wait for running requests.
         on_ready: called once, when requests are served.
+        load: makes the engine; None where the application has one from the beginning.
+
+    Attributes:
+        exit_status: of the process.
+        start_error: why there is no engine.
+        forced_exit_s: seconds that the end may take before the process is ended; None where it
+            is not this server's to end.
     """
 
     def __init__(
@@ -165,28 +197,93 @@ class DrainingServer(uvicorn.Server):
         state: ServerState,
         shutdown_timeout_s: float,
         on_ready: Callable[[], None],
+        load: Load | None = None,
     ) -> None:
         super().__init__(config)
         self.exit_status = 0
+        self.start_error: BaseException | None = None
+        self.forced_exit_s: float | None = None
         self._state = state
         self._shutdown_timeout_s = shutdown_timeout_s
         self._on_ready = on_ready
-        self._drain: asyncio.Task[None] | None = None
+        self._load = load
+        # tasks that run beside the server; the event loop itself holds them weakly
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_draining = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the port, then tell."""
+        """Open the port, then load or tell that all is ready."""
         await super().startup(sockets=sockets)
-        if self.started:
-            self._on_ready()
+        if not self.started:
+            return
+        if self._load is None:
+            self._ready()
+        else:
+            self._spawn(self._load_engine(self._load))
+
+    async def _load_engine(self, load: Load) -> None:
+        """Load in a thread, which a signal need not wait for, then serve."""
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[AsyncEngine] = loop.create_future()
+
+        def work() -> None:
+            try:
+                engine = load(self._state.startup)
+            except BaseException as error:
+                loop.call_soon_threadsafe(loaded.set_exception, _as_exception(error))
+            else:
+                loop.call_soon_threadsafe(loaded.set_result, engine)
+                # Paddle leaves its dynamic mode, in all threads, when the one that imported it ends
+                threading.Event().wait()
+
+        threading.Thread(target=work, name="fd_dsa-load", daemon=True).start()
+        try:
+            engine = await loaded
+            engine.start()
+            self._state.loaded_engine = engine
+            self._handle_signals()
+            self._ready()
+        except Exception as error:
+            self.start_error = error
+            self.should_exit = True
+
+    def _ready(self) -> None:
+        """Requests are served from now on."""
+        self._state.startup.done(f"in {self._state.startup.elapsed_s:.1f} s")
+        self._on_ready()
+        self._spawn(log_while_busy(self._state.engine))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run something beside the server."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
-        error = self._state.engine.errored
+        engine = self._state.loaded_engine
+        if engine is None:
+            # Paddle sets handlers of its own when it is imported
+            self._handle_signals()
+        error = None if engine is None else engine.errored
         if error is not None and not self.should_exit:
             logger.error("the engine has failed: %r; shutting down", error)
             self.exit_status = 1
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close, though not for ever: a thread that hangs would keep the process alive."""
+        if self.forced_exit_s is not None:
+            timer = threading.Timer(self.forced_exit_s, self._exit_in_any_case)
+            timer.daemon = True
+            timer.start()
+        await super().shutdown(sockets=sockets)
+
+    def _exit_in_any_case(self) -> None:
+        """Called in a thread of its own when the end takes too long."""
+        logger.warning("something still runs after the shutdown; ending the process all the same")
+        os._exit(self.exit_status)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -194,23 +291,33 @@ class DrainingServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self.handle_signal, number)
+        self._handle_signals()
         try:
             yield
         finally:
+            loop = asyncio.get_running_loop()
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)
 
+    def _handle_signals(self) -> None:
+        """Let signals come to the event loop."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self.handle_signal, number)
+
     def handle_signal(self, number: int) -> None:
-        """First signal: drain, then end. Second: end now, with the shell's status for it."""
-        if self._drain is not None:
-            logger.warning("second signal: stopping at once")
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(128 + number)
-        self._drain = asyncio.get_running_loop().create_task(self._drain_and_exit())
+        """First signal: drain, then end. Second, or while loading: end now.
+
+        The status is then the shell's for the signal.
+        """
+        if self._state.loaded_engine is None:
+            _exit_at_once(number, "fd_dsa: error: interrupted while starting")
+        if self._is_draining:
+            _exit_at_once(number, "fd_dsa: second signal, stopping at once")
+        self._is_draining = True
+        self._spawn(self._drain_and_exit())
 
     async def _drain_and_exit(self) -> None:
         """Drain, then let uvicorn close."""
@@ -223,3 +330,19 @@ class DrainingServer(uvicorn.Server):
             await self._state.drain(self._shutdown_timeout_s)
         finally:
             self.should_exit = True
+
+
+def _exit_at_once(number: int, text: str) -> NoReturn:
+    """End the process whatever its threads do."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
+    os._exit(128 + number)
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """What a future can carry: SystemExit and the like would end the event loop instead."""
+    if isinstance(error, Exception):
+        return error
+    return RuntimeError(f"the engine's loading ended with {type(error).__name__}: {error}")

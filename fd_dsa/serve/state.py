@@ -10,49 +10,97 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
+from fd_dsa.engine.startup import StartupProgress
+from fd_dsa.serve.concurrency import ConcurrencyLimit
 from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.options import ServerOptions
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
 
 _ALIAS = "default"
 _POLL_S = 0.02
+_RETRY_AFTER = {"Retry-After": "5"}
 
 
 class ServerState:
-    """The engine, the names it is served under, and the requests in flight.
+    """The engine, the names it is served under, what is allowed, and the requests in flight.
 
     Args:
-        engine: the engine that generates; started and stopped by the application's lifespan.
+        engine: the engine that generates; None while it loads. Started and stopped by the
+            application's lifespan.
         served_model_names: at least one; responses carry the name that the request used.
         info: what the server tells of itself; called once, when it is first needed.
+        options: keys and limits.
+        startup: how far the engine is, where it loads while the server runs.
     """
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        engine: AsyncEngine | None,
         served_model_names: Sequence[str],
         info: Callable[[], dict[str, Any]] = dict,
+        options: ServerOptions | None = None,
+        startup: StartupProgress | None = None,
     ) -> None:
-        self.engine = engine
+        self.loaded_engine = engine
+        self.chat = (options or ServerOptions()).chat
         self.served_model_names = tuple(served_model_names)
         self.created = int(time.time())
         # finding the commit starts processes
         self.info = functools.cache(info)
+        self.options = options or ServerOptions()
+        self.startup = startup or StartupProgress()
+        self.concurrency = ConcurrencyLimit(self.options.max_concurrency)
         self.draining = False
         self.active: set[str] = set()
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine.
+
+        Raises:
+            ApiError: 503, it is still loading.
+        """
+        if self.loaded_engine is None:
+            raise self._loading()
+        return self.loaded_engine
 
     def unavailable(self) -> ApiError | None:
         """Why no new request is taken: a 503, or None when the server can serve."""
         if self.draining:
             return ApiError(
-                503, "the server is shutting down; send the request to another one or retry later"
+                503,
+                "the server is shutting down; send the request to another one or retry later",
+                code="shutting_down",
+                headers=_RETRY_AFTER,
             )
-        if self.engine.errored is not None:
-            return ApiError(503, "the engine has failed; restart the server (its log says why)")
-        if not self.engine.is_running:
-            return ApiError(503, "the engine is not running yet; retry in a moment")
+        engine = self.loaded_engine
+        if engine is None:
+            return self._loading()
+        if engine.errored is not None:
+            return ApiError(
+                503,
+                "the engine has failed; restart the server (its log says why)",
+                code="engine_failed",
+            )
+        if not engine.is_running:
+            return ApiError(
+                503,
+                "the engine is not running yet; retry in a moment",
+                code="loading",
+                headers=_RETRY_AFTER,
+            )
         return None
+
+    def _loading(self) -> ApiError:
+        """The 503 of a server whose model is not there yet."""
+        return ApiError(
+            503,
+            f"the model is loading: {self.startup.describe()}; retry later",
+            code="loading",
+            headers=_RETRY_AFTER,
+        )
 
     def check_available(self) -> None:
         """Raise the 503 of `unavailable`, if there is one."""
@@ -85,7 +133,10 @@ class ServerState:
         """
         self.draining = True
         deadline = time.monotonic() + timeout_s
-        while self.active and time.monotonic() < deadline and self.engine.errored is None:
+        engine = self.loaded_engine
+        while self.active and time.monotonic() < deadline:
+            if engine is not None and engine.errored is not None:
+                break
             await asyncio.sleep(_POLL_S)
         for request_id in tuple(self.active):
             self.engine.abort(request_id)

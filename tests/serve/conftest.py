@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -17,6 +17,8 @@ import uvicorn
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.serve.app import create_app
+from fd_dsa.serve.h11_protocol import StrictH11Protocol
+from fd_dsa.serve.options import ChatSettings, ServerOptions
 from fd_dsa.serve.server import DrainingServer, bind_socket
 from tests.serve.fake_engine import FakeEngine
 
@@ -45,11 +47,16 @@ def running(
     engine: FakeEngine | AsyncEngine,
     names: tuple[str, ...] = ("demo", "alias"),
     info: Callable[[], dict[str, Any]] = dict,
+    options: ServerOptions | None = None,
+    chat_settings: ChatSettings | None = None,
 ) -> Iterator[Live]:
     """Serve `engine` on a free port until the block ends."""
     sock = bind_socket("127.0.0.1", 0)
-    app = create_app(engine, names, info)
-    config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2)
+    options = replace(options or ServerOptions(), chat=chat_settings or ChatSettings())
+    app = create_app(engine, names, info, options)
+    config = uvicorn.Config(
+        app, http=StrictH11Protocol, log_config=None, timeout_graceful_shutdown=2
+    )
     ready = threading.Event()
     server = DrainingServer(config, app.state.server, 1.0, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)

@@ -3,37 +3,71 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
+from fd_dsa.chat.renderers import ChatRenderer
+from fd_dsa.engine.engine import EngineStats
+from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import FinishReason, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 
 
-class FakeTokenizer:
-    """One token per byte; the template refuses a conversation that ends with the assistant."""
+class FakeRenderer:
+    """`role:content` of every message, a line each; refuses to end with the assistant."""
 
-    def __init__(self, has_chat_template: bool = True) -> None:
-        self.has_chat_template = has_chat_template
+    source = "plain"
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **kwargs: Any
+    ) -> str:
+        """The text of a conversation, `>` at its end."""
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("chat template: the last message must be the user's")
+        lines = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
+        return lines + ">" * add_generation_prompt
+
+
+class FakeTokenizer:
+    """One token per byte, and 256 for a special one.
+
+    Args:
+        chat_renderer: of conversations; None: there is no chat.
+        special_ids: special tokens and their ids.
+    """
+
+    vocab_size = 257
+
+    def __init__(
+        self,
+        chat_renderer: ChatRenderer | None,
+        special_ids: Mapping[str, int] | None = None,
+    ) -> None:
+        self.chat_renderer = chat_renderer
+        self.has_chat_template = chat_renderer is not None
+        self.special_tokens = {"bos_token": "<bos>"}
+        self._special_ids = dict(special_ids or {})
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """UTF-8 bytes, after a 256 for a special token; nothing for an empty text."""
         return [256] * (add_special_tokens and text != "") + list(text.encode())
 
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
-    ) -> list[int]:
-        """`role:content` of every message, a line each."""
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("chat template: the last message must be the user's")
-        text = "".join(f"{m['role']}:{m['content']}\n" for m in messages)
-        return self.encode(text + ">" * add_generation_prompt, add_special_tokens=False)
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The bytes as a text; 256 is `<s>`."""
+        special = b"" if skip_special_tokens else b"<s>"
+        raw = b"".join(special if token == 256 else bytes([token]) for token in token_ids)
+        return raw.decode("utf-8", "replace")
+
+    def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
+        """Those of the texts that are special tokens."""
+        return {text: self._special_ids[text] for text in texts if text in self._special_ids}
 
 
 class FakeEngine:
-    """Replies WORDS, one a step of `step_s` seconds, then ends with "stop".
+    """Replies `words`, one a step of `step_s` seconds, then ends with "stop".
 
     With `ignore_eos` the words go round until max_tokens. Every request is kept in `requests`
     (id -> prompt and parameters); ids whose generator was closed early are in `closed`.
@@ -41,10 +75,22 @@ class FakeEngine:
     the engine fails (with `fails_alone`: raises an exception nobody expects, and goes on).
     """
 
-    def __init__(self, *, max_model_len: int = 256, step_s: float = 0.0, chat: bool = True) -> None:
-        self.tokenizer = FakeTokenizer(chat)
+    def __init__(
+        self,
+        *,
+        max_model_len: int = 256,
+        step_s: float = 0.0,
+        chat: bool = True,
+        words: Sequence[str] = WORDS,
+        renderer: ChatRenderer | None = None,
+        special_ids: Mapping[str, int] | None = None,
+    ) -> None:
+        self.tokenizer = FakeTokenizer((renderer or FakeRenderer()) if chat else None, special_ids)
+        self.words = tuple(words)
         self.max_model_len = max_model_len
         self.sampling_defaults: dict[str, float] = {}
+        self.metrics = EngineMetrics(max_model_len)
+        self.captured_sizes: tuple[int, ...] = ()
         self.step_s = step_s
         self.is_running = False
         self.errored: BaseException | None = None
@@ -64,6 +110,10 @@ class FakeEngine:
         """End; nothing runs afterwards."""
         self.is_running = False
         self.stopped = True
+
+    def stats(self) -> EngineStats:
+        """Nothing is counted."""
+        return EngineStats(*(0 for _ in fields(EngineStats)))
 
     def abort(self, request_id: str) -> None:
         """Let the request end with finish_reason "abort" at its next step."""
@@ -91,7 +141,11 @@ class FakeEngine:
                     self.errored = None if self.fails_alone else error
                     raise error
                 reason = self._next(tokens, pieces, params, request_id)
-                yield self._output(prompt_token_ids, request_id, tokens, pieces, reason)
+                # all choices say the same, in step
+                for choice in range(params.n):
+                    output = self._output(prompt_token_ids, request_id, tokens, pieces, reason)
+                    output.index = choice
+                    yield output
         finally:
             if reason is None:
                 self.closed.append(request_id)
@@ -104,14 +158,14 @@ class FakeEngine:
             return "abort"
         if self.nan_after is not None and len(tokens) >= self.nan_after:
             return "error"
-        word = WORDS[len(tokens) % len(WORDS)]
+        word = self.words[len(tokens) % len(self.words)]
         if params.stop_strings and word.strip() in params.stop_strings:
             return "stop"
         tokens.append(len(tokens))
         pieces.append(word)
         if len(tokens) == params.max_tokens:
             return "length"
-        return "stop" if len(tokens) == len(WORDS) and not params.ignore_eos else None
+        return "stop" if len(tokens) == len(self.words) and not params.ignore_eos else None
 
     def _output(
         self,

@@ -1,21 +1,33 @@
 """A server process over the fake engine: python -m tests.serve.fake_server STEP_S TIMEOUT_S.
 
 Prints its curl line when it serves, then a line for each request that reaches the engine. A third
-argument is the number of words after which the engine fails.
+argument is the number of words after which the engine fails. The text "stall" is never tokenized.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import AsyncGenerator
 
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
-from tests.serve.fake_engine import FakeEngine
+from tests.serve.fake_engine import FakeEngine, FakeRenderer, FakeTokenizer
 
 NAME = 'it\'s a "model" ü'
+
+
+class StallingTokenizer(FakeTokenizer):
+    """Does not come to an end with one text."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """As the fake one, after an hour."""
+        if text == "stall":
+            print("stalled", flush=True)
+            time.sleep(3600)
+        return super().encode(text, add_special_tokens)
 
 
 class AnnouncingEngine(FakeEngine):
@@ -34,6 +46,7 @@ def main() -> int:
     """Serve until a signal."""
     logging.basicConfig(stream=sys.stderr, level="INFO")
     engine = AnnouncingEngine(step_s=float(sys.argv[1]), max_model_len=1000)
+    engine.tokenizer = StallingTokenizer(FakeRenderer())
     if len(sys.argv) > 3:
         engine.fail_after = int(sys.argv[3])
     with bind_socket("127.0.0.1", 0) as sock:
@@ -43,7 +56,12 @@ def main() -> int:
             print(curl_line(url, NAME, engine.max_model_len, chat=True), flush=True)
 
         return run_server(
-            engine, [NAME], sock, shutdown_timeout_s=float(sys.argv[2]), on_ready=on_ready
+            lambda _: engine,
+            [NAME],
+            sock,
+            shutdown_timeout_s=float(sys.argv[2]),
+            on_ready=on_ready,
+            forced_exit_s=10,
         )
 
 

@@ -106,7 +106,6 @@ def test_refusal_of_the_template_is_a_bad_request(live: Live) -> None:
         ({"role": "user"}, "messages[0].content", "is missing"),
         ({"content": "x"}, "messages[0].role", "is missing"),
         ({"role": "robot", "content": "x"}, "messages[0].role", "allowed are system, developer"),
-        ({"role": "tool", "content": "x"}, "messages[0].role", "not supported yet"),
         ({"role": "user", "content": None}, "messages[0].content", "got null"),
         ({"role": "user", "content": []}, "messages[0].content", "got []"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[0].content", "no text"),

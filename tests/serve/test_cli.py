@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -17,20 +18,24 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
 from tests.serve.conftest import held_port
+from tests.serve.test_errors import error_of
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 60
+# body of an engine factory
+FAKE = "return FakeEngine()"
 # runs the command with an engine factory whose body is put in place of {body}
 WITH_FACTORY = """
 import sys, time, types
 from tests.serve.fake_engine import FakeEngine
 import fd_dsa.engine.async_engine as async_engine
 factory = types.ModuleType("fd_dsa.engine.factory")
-def build_engine(config):
+def build_engine(config, progress=None):
 {body}
 factory.build_engine = build_engine
 sys.modules["fd_dsa.engine.factory"] = factory
@@ -110,7 +115,15 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--max-num-seqs", "0"], "--max-num-seqs: got 0"),
         (["--kv-cache-memory-bytes", "8X"], "--kv-cache-memory-bytes"),
         (["--dtype", "bfloat16"], "--dtype: got 'bfloat16'"),
-        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype: got 'fp8'"),
+        (["--kv-cache-dtype", "int8"], "--kv-cache-dtype: got 'int8'"),
+        (["--tokenizer", "no/such"], "--tokenizer: got 'no/such', allowed: a local folder"),
+        (["--load-format", "pt"], "--load-format: got 'pt', allowed: auto, safetensors, dummy"),
+        (["--index-topk", "0"], "--index-topk: got 0, allowed: an integer of at least 1"),
+        (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization: got 1.5, allowed: above"),
+        (["--no-enable-chunked-prefill"], "--enable-chunked-prefill: got False, allowed: True"),
+        (["--cudagraph-capture-sizes", "2", "65"], "--cudagraph-capture-sizes: got 65, allowed"),
+        (["--cudagraph-capture-sizes", "2", "x"], "--cudagraph-capture-sizes: got 'x'"),
+        (["--cudagraph-capture-sizes", "2", "--enforce-eager"], "got [2] together with --enforce"),
         (["--served-model-name", ""], "--served-model-name"),
         (["--engine", "turbo"], "--engine: invalid choice"),
         (["--device", "hopper:0"], "--device: invalid choice: 'hopper:0'"),
@@ -132,7 +145,9 @@ def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None
         port = taken.getsockname()[1]
         body = "raise SystemExit('the model was loaded')"
         line = error_line(run(tmp_path, "--port", str(port), body=body))
-    assert line.startswith(f"127.0.0.1:{port}: address already in use; ")
+    # the process that has it is this one, and may be looked at
+    owner = f"by process {os.getpid()} ("
+    assert line.startswith(f"127.0.0.1:{port}: address already in use {owner}")
     assert "--port" in line
 
 
@@ -202,12 +217,14 @@ def test_debug_shows_the_traceback(tmp_path: Path, body: str, status: int) -> No
 
 
 @contextmanager
-def started(cwd: Path, *args: str, body: str) -> Iterator[subprocess.Popen[str]]:
-    """The command as a running process."""
+def started(
+    cwd: Path, *args: str, body: str, env: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """The command as a running process, with further variables."""
     process = subprocess.Popen(
         command(*args, body=body),
         cwd=cwd,
-        env=environment(),
+        env={**environment(), **(env or {})},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -243,20 +260,51 @@ def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
 
 
 def test_two_starts_on_one_port_leave_one_server(tmp_path: Path) -> None:
-    """The second one bound the port while the first was loading too."""
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        other.bind(("127.0.0.1", 0))
-        port = other.getsockname()[1]
-        body = "print('loading', flush=True)\nsys.stdin.readline()\nreturn FakeEngine()"
-        with started(tmp_path, "--port", str(port), body=body) as process:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            assert process.stdout.readline() == "loading\n"
-            other.listen()
-            _, log = process.communicate("go\n", timeout=TIMEOUT_S)
-            assert process.returncode == 2
-            assert f"fd_dsa: error: 127.0.0.1:{port}: address already in use" in log
+    """The second one comes while the first is loading."""
+    body = "print('loading', flush=True)\nsys.stdin.readline()\nreturn FakeEngine()"
+    with held_port() as port, started(tmp_path, "--port", str(port), body=body) as first:
+        assert first.stdin is not None and first.stdout is not None
+        assert first.stdout.readline() == "loading\n"
+        line = error_line(run(tmp_path, "--port", str(port), body=body))
+        assert line.startswith(f"127.0.0.1:{port}: address already in use by process {first.pid} (")
+        first.stdin.write("go\n")
+        first.stdin.flush()
+        assert f"serves demo_model on http://127.0.0.1:{port}" in first.stdout.readline()
+
+
+def test_dry_run_prints_the_plan_and_loads_nothing(tmp_path: Path) -> None:
+    flags = ("--dry-run", "--device", "cpu", "--max-model-len", "512", "--api-key", "the-key")
+    done = run(tmp_path, *flags, body="raise SystemExit('it was loaded')", status=0)
+    told = yaml.safe_load(done.stdout)
+    assert (told["max_model_len"], told["num_api_keys"], told["port"]) == (512, 1, 8000)
+    assert told["memory"]["num_blocks"] > 0
+    assert "the-key" not in done.stdout + done.stderr
+    assert done.stdout.startswith("# deepseek_v32 on the CPU")
+
+
+def test_dry_run_refuses_what_a_start_refuses(tmp_path: Path) -> None:
+    line = error_line(run(tmp_path, "--dry-run", "--kv-cache-memory-bytes", "900T"))
+    assert "--kv-cache-memory-bytes" in line
+
+
+def test_flags_of_a_file_and_of_variables_are_served(tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text("served-model-name: [of-the-file]\nmax-concurrency: 7\n")
+    with started(
+        tmp_path, "--config", "serve.yaml", body=FAKE, env={"FD_DSA_PORT": "0"}
+    ) as process:
+        assert process.stdout is not None
+        assert " serves of-the-file on http://127.0.0.1:" in process.stdout.readline()
+
+
+def test_a_misspelt_variable_is_a_warning(tmp_path: Path) -> None:
+    with started(
+        tmp_path, "--port", "0", body=FAKE, env={"FD_DSA_MAX_MODEL_LENGTH": "5"}
+    ) as process:
+        assert process.stdout is not None
+        assert " serves demo_model on " in process.stdout.readline()
+        process.terminate()
+        _, log = process.communicate(timeout=TIMEOUT_S)
+        assert "WARNING the variable FD_DSA_MAX_MODEL_LENGTH is none of fd_dsa's; did you" in log
 
 
 def test_folder_without_template_gets_a_completions_line(tmp_path: Path) -> None:
@@ -266,16 +314,38 @@ def test_folder_without_template_gets_a_completions_line(tmp_path: Path) -> None
         assert "/v1/completions " in process.stdout.readline()
 
 
-def test_nothing_listens_while_the_model_loads_and_ctrl_c_ends_it(tmp_path: Path) -> None:
-    body = "print('loading', flush=True)\ntime.sleep(30)"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_health_tells_the_phase_while_the_model_loads(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    body = """
+        # it has handlers for signals of its own
+        import paddle
+        progress.done("read")
+        progress.note("3 of 8 GiB")
+        print("loading", flush=True)
+        time.sleep(60)
+    """
     with held_port() as port, started(tmp_path, "--port", str(port), body=body) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"http://127.0.0.1:{port}/health")
-        process.send_signal(signal.SIGINT)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as http:
+            for path in ("/health", "/readyz", "/startupz", "/v1/models", "/server_info"):
+                error = error_of(http.get(path), 503)
+                assert (error["code"], error["type"]) == ("loading", "service_unavailable_error")
+                assert "weights (phase 2 of 5, 3 of 8 GiB), " in error["message"]
+                assert re.search(r"\d s since the start", error["message"])
+            answer = http.post("/v1/completions", json={"prompt": "a"})
+            assert error_of(answer, 503)["code"] == "loading"
+            assert int(answer.headers["retry-after"]) > 0
+            assert http.get("/livez").status_code == 200
+            assert http.get("/version").json() == {"version": __version__}
+            assert "fd_dsa:" not in http.get("/metrics").text
+        # ours are back after a tenth of a second
+        time.sleep(1)
+        process.send_signal(number)
         _, log = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 130
+        assert process.returncode == 128 + number
         assert log.splitlines()[-1] == "fd_dsa: error: interrupted while starting"
         assert "Traceback" not in log
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fd_dsa.engine.sampling_params import SamplingParams
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import WORDS, FakeEngine
 
@@ -94,12 +95,47 @@ def test_sampling_parameters_reach_the_engine(live: Live) -> None:
         top_p=0.25,
         seed=7,
         stop=["of", "never"],
-        extra_body={"top_k": 3, "ignore_eos": True, "unknown_field": {"x": 1}},
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        logit_bias={"3": 5, "4": -0.5},
+        user="somebody",
+        extra_body={
+            "top_k": 3,
+            "min_p": 0.1,
+            "repetition_penalty": 1.2,
+            "bad_words": ["bad"],
+            "bad_words_token_ids": [5],
+            "min_tokens": 2,
+            "stop_token_ids": [6],
+            "include_stop_str_in_output": True,
+            "skip_special_tokens": False,
+            "ignore_eos": True,
+            "metadata": {"a": "b"},
+            "store": True,
+            "unknown_field": {"x": 1},
+        },
     )
     ((_, params),) = live.engine.requests.values()
-    assert (params.temperature, params.top_p, params.top_k) == (0.5, 0.25, 3)
-    assert (params.seed, params.max_tokens, params.ignore_eos) == (7, 9, True)
-    assert params.stop_strings == ("of", "never")
+    assert params == SamplingParams(
+        temperature=0.5,
+        top_p=0.25,
+        top_k=3,
+        min_p=0.1,
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        repetition_penalty=1.2,
+        logit_bias={3: 5, 4: -0.5},
+        bad_words=["bad"],
+        bad_words_token_ids=[5],
+        min_tokens=2,
+        max_tokens=9,
+        stop=["of", "never"],
+        stop_token_ids=[6],
+        include_stop_str_in_output=True,
+        ignore_eos=True,
+        skip_special_tokens=False,
+        seed=7,
+    )
 
 
 def test_defaults_of_the_model_folder_fill_what_a_request_leaves_out() -> None:

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from fd_dsa.config import demo_model_path
 from tests.serve.conftest import held_port
@@ -105,6 +106,32 @@ def greedy(client: openai.OpenAI, **fields: Any) -> Any:
     return client.chat.completions.create(model="demo_model", **fields)
 
 
+class Reply(BaseModel):
+    """What `parse` is to return."""
+
+    mood: Literal["good", "bad"]
+    words: list[Literal["yes", "no", "perhaps"]] = Field(max_length=4)
+
+
+def test_structured_output_and_scores_of_the_demo_model(demo: Server) -> None:
+    with demo.client() as client:
+        answer = client.beta.chat.completions.parse(
+            model="demo_model", messages=HELLO, response_format=Reply, max_tokens=200, seed=1
+        )
+        assert isinstance(answer.choices[0].message.parsed, Reply)
+        scored = greedy(client, max_tokens=12, logprobs=True, top_logprobs=2)
+        entries = scored.choices[0].logprobs.content
+        assert [entry.top_logprobs[0].token for entry in entries] == [e.token for e in entries]
+        # the same tokens, now as a prompt that is read in chunks
+        ids = greedy(client, max_tokens=12, extra_body={"return_token_ids": True})
+        prompt = [*ids.prompt_token_ids, *ids.choices[0].token_ids]
+        echo = client.completions.create(
+            model="demo_model", prompt=prompt, echo=True, max_tokens=1, logprobs=0
+        )
+        logprobs = echo.choices[0].logprobs.token_logprobs[len(ids.prompt_token_ids) : -1]
+        assert logprobs == pytest.approx([entry.logprob for entry in entries], abs=1e-3)
+
+
 def test_models_tell_the_context_of_the_config(demo: Server) -> None:
     config = json.loads((demo_model_path() / "config.json").read_text())
     model = httpx.get(f"{demo.url}/v1/models", timeout=60).json()["data"][0]
@@ -171,7 +198,7 @@ def test_stop_string_and_seed(demo: Server) -> None:
 
 def test_refusals(demo: Server) -> None:
     with demo.client() as client:
-        for fields in ({"max_tokens": 10**6}, {"temperature": -1}, {"logprobs": True}):
+        for fields in ({"max_tokens": 10**6}, {"temperature": -1}, {"top_logprobs": 3}):
             with pytest.raises(openai.BadRequestError):
                 greedy(client, **fields)
         with pytest.raises(openai.BadRequestError, match="token id"):
@@ -273,6 +300,38 @@ def test_damaged_folders_are_one_line(tmp_path: Path) -> None:
     with (demo_model_path() / "model.safetensors").open("rb") as whole:
         (folder / "model.safetensors").write_bytes(whole.read(1 << 20))
     assert "model.safetensors" in failed_start(tmp_path, str(folder))
+
+
+def test_what_this_machine_or_release_cannot_serve_is_one_line(tmp_path: Path) -> None:
+    folder = link_demo(tmp_path / "llama", "config.json")
+    config = json.loads((demo_model_path() / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    line = failed_start(tmp_path, str(folder))
+    assert all(word in line for word in ("model_type", "'llama'", "deepseek_v32", "glm_moe_dsa"))
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        line = failed_start(tmp_path, "--device", "gpu")
+        assert "--device: got 'gpu'" in line and "--device cpu" in line
+
+
+def test_metrics_count_what_the_model_did(tmp_path: Path) -> None:
+    with serving(tmp_path, "--index-topk", "16") as server, server.client() as client:
+        for _ in range(2):
+            answer = greedy(client, max_tokens=30, extra_body={"ignore_eos": True})
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
+    counts = dict(re.findall(r'^fd_dsa:(\w+)\{model_name="demo_model"\} (\S+)$', text, re.M))
+    assert float(counts["generation_tokens_total"]) == 60
+    # the first token of each answer comes from a step with its prompt
+    assert float(counts["mask_offsets_launched_total"]) == 2
+    assert float(counts["mask_offsets_skipped_total"]) == 58
+    # all but the last token of an answer are computed
+    num_tokens = answer.usage.total_tokens - 1
+    assert float(counts["sparse_tokens_total"]) == 2 * (num_tokens - 16)
+    pattern = r'^fd_dsa:step_prepare_seconds_count\{kind="(\w+)",model_name="demo_model"\} (\S+)$'
+    assert dict(re.findall(pattern, text, re.M)) == {
+        "prefill": "2.0",
+        "decode": "58.0",
+        "mixed": "0.0",
+    }
 
 
 def test_limits_that_do_not_fit_are_one_line(tmp_path: Path) -> None:

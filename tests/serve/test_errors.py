@@ -13,38 +13,11 @@ from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 
 REFUSED: dict[str, Any] = {
-    "n": 2,
-    "best_of": 3,
-    "logprobs": True,
-    "top_logprobs": 5,
-    "prompt_logprobs": 0,
-    "echo": True,
     "suffix": "end",
-    "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "required",
+    "structural_tag": {},
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
-    "response_format": {"type": "json_object"},
-    "structured_outputs": {"regex": "a"},
-    "guided_json": {},
-    "guided_regex": "a",
-    "guided_choice": ["a"],
-    "guided_grammar": "a",
-    "presence_penalty": 0.5,
-    "frequency_penalty": -1,
-    "repetition_penalty": 1.1,
-    "logit_bias": {"1": 5},
-    "bad_words": ["a"],
-    "min_p": 0.1,
-    "min_tokens": 1,
-    "stop_token_ids": [1],
-    "include_stop_str_in_output": True,
-    "skip_special_tokens": False,
     "add_special_tokens": False,
-    "chat_template": "x",
-    "chat_template_kwargs": {"thinking": True},
-    "add_generation_prompt": False,
-    "continue_final_message": True,
     "modalities": ["audio"],
     "audio": {"voice": "x"},
 }
@@ -77,11 +50,6 @@ def test_every_field_of_later_releases_is_refused(live: Live) -> None:
         assert error["type"] == "invalid_request_error"
 
 
-def test_logprobs_zero_is_a_wish_too(live: Live) -> None:
-    """In completions 0 asks for the log-probability of the sampled token."""
-    assert error_of(complete(live, logprobs=0), 400)["param"] == "logprobs"
-
-
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -101,6 +69,57 @@ def test_logprobs_zero_is_a_wish_too(live: Live) -> None:
         ({"stream": "yes"}, "stream"),
         ({"stream_options": 5}, "stream_options"),
         ({"ignore_eos": 1}, "ignore_eos"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": ["text"]}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        ({"structured_outputs": []}, "structured_outputs"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"xml": "a"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+        ({"guided_choice": "a"}, "guided_choice"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_regex": ""}, "guided_regex"),
+        ({"guided_regex": "a" * 40_000}, "guided_regex"),
+        ({"guided_json": {"a": "a" * 40_000}}, "guided_json"),
+        ({"guided_regex": "\ud800"}, "guided_regex"),
+        ({"guided_json_object": True, "guided_regex": "a"}, "guided_regex"),
+        ({"response_format": {"type": "json_object"}, "guided_json": "{}"}, "guided_json"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": 10**40}, "n"),
+        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"best_of": 0}, "best_of"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1, "echo": True}, "logprobs"),
+        ({"prompt_logprobs": 21, "stream": False}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"echo": "yes"}, "echo"),
+        ({"return_token_ids": 1}, "return_token_ids"),
+        ({"min_p": 2}, "min_p"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": "1"}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": {"1": True}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"logit_bias": {"\ud800": 1}}, "logit_bias"),
+        ({"stop": ["\ud800", ""]}, "stop"),
+        ({"stop": "\ud800"}, "stop"),
+        ({"bad_words": ["\ud800"]}, "bad_words"),
+        ({"bad_words": "a"}, "bad_words"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words_token_ids": ["a"]}, "bad_words_token_ids[0]"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": 5}, "stop_token_ids"),
+        ({"stop": ["a"] * 65}, "stop"),
+        ({"include_stop_str_in_output": 1}, "include_stop_str_in_output"),
+        ({"skip_special_tokens": "no"}, "skip_special_tokens"),
         ({"model": 3}, "model"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
@@ -237,3 +256,11 @@ def test_engine_failure_inside_a_stream() -> None:
     assert text.endswith("data: [DONE]\n\n")
     assert "the engine has failed" in text
     assert "secret" not in text
+
+
+@pytest.mark.parametrize("host", ["elsewhere.example", "[::1", ""])
+def test_a_trailing_slash_is_no_way_to_another_host(live: Live, host: str) -> None:
+    """A redirect would be made of the Host header, which anybody may have written."""
+    answer = live.http.post("/v1/completions/", json={"prompt": "a"}, headers={"Host": host})
+    assert "/v1/completions," in error_of(answer, 404)["message"]
+    assert "location" not in answer.headers

@@ -87,6 +87,7 @@ def test_server_info_names_what_decides_the_answers() -> None:
     )
     assert (told["version"], told["max_num_batched_tokens"]) == (__version__, 512)
     assert told["batch_invariant"] is False
+    assert "not_on_tensor_cores" in told and told["cudagraph_capture_sizes"] == []
     assert str(EngineConfig().model_path) not in str(told)
 
 

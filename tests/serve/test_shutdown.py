@@ -164,6 +164,25 @@ def test_second_signal_ends_at_once(second: signal.Signals) -> None:
         assert request.error is not None
 
 
+def test_a_tokenizer_that_stalls_holds_up_nothing_else() -> None:
+    """As many requests hang in it as there are threads for it, and more."""
+    with server("0", "0.5") as live:
+        stalled = [Background(live.url, {"prompt": "stall"}) for _ in range(40)]
+        assert live.process.stdout is not None
+        assert live.process.stdout.readline() == "stalled\n"
+        for path in ("/health", "/metrics", "/v1/models"):
+            assert httpx.get(f"{live.url}{path}", timeout=TIMEOUT_S).status_code == 200
+        live.process.terminate()
+        assert live.process.wait(TIMEOUT_S) == 0
+        for request in stalled:
+            assert request.result().status_code == 503
+            assert "shut down" in request.result().json()["error"]["message"]
+        assert live.process.stderr is not None
+        log = live.process.stderr.read()
+        assert "something still runs after the shutdown" in log
+        assert "Traceback" not in log
+
+
 def test_engine_failure_ends_the_process_with_status_one() -> None:
     with server("0.05", "30", "2") as live:
         answer = Background(live.url).result()

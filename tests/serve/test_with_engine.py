@@ -53,6 +53,22 @@ def test_seed_makes_a_sampled_answer_repeatable() -> None:
         assert same[0] == same[1] != other
 
 
+def test_parameters_that_exclude_every_token_are_bad_requests() -> None:
+    with running(AsyncEngine(make_engine())) as live:
+        fields = {"prompt": [5], "bad_words_token_ids": list(range(40))}
+        assert "bad_words" in error_of(complete(live, **fields), 400)["message"]
+        with pytest.raises(openai.APIError, match="bad_words"):
+            list(
+                live.client.completions.create(
+                    model="demo", prompt=[5], stream=True, extra_body=fields
+                )
+            )
+        for name in ("stop_token_ids", "bad_words_token_ids"):
+            assert error_of(complete(live, prompt=[5], **{name: [40]}), 400)["param"] == name
+        assert error_of(complete(live, logit_bias={"40": 1}), 400)["param"] == "logit_bias"
+        assert complete(live, prompt=[5]).status_code == 200
+
+
 def cached_tokens(answer: dict[str, Any]) -> int:
     """`cached_tokens` of an answer's or a last chunk's usage."""
     return answer["usage"]["prompt_tokens_details"]["cached_tokens"]

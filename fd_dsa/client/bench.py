@@ -1,0 +1,195 @@
+"""`fd-dsa bench`: random prompts to a server, and how long its answers took."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import math
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fd_dsa import __version__
+from fd_dsa.accuracy.preflight import ServerInfo, examine_server, normal_base_url
+from fd_dsa.accuracy.report import as_json, show
+from fd_dsa.accuracy.server import own_server
+from fd_dsa.client.figures import plot, summarise, tables
+from fd_dsa.client.flags import Parser, exit_status, number
+from fd_dsa.client.load import Load, Timing
+from fd_dsa.client.workload import random_prompts, start_times
+from fd_dsa.errors import ConfigError, RemoteError
+
+_WARM_UP = 2
+
+
+def build_parser() -> Parser:
+    """The flags; names are those of `vllm bench serve`."""
+    parser = Parser(
+        prog="fd-dsa bench",
+        usage="%(prog)s [flags] [-- flags of the server that is started]",
+        description="Measure an OpenAI-compatible server with random prompts of equal length.",
+        allow_abbrev=False,
+    )
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")
+    either.add_argument(
+        "--serve",
+        metavar="MODEL",
+        nargs="?",
+        const="",
+        help="start a server on MODEL, on the demo model without one (the default)",
+    )
+    parser.add_argument("--model", metavar="NAME", help="name to send (default: the only one)")
+    whole = number(int, 1)
+    for flag, default, text in (
+        ("--num-prompts", 64, "requests"),
+        ("--random-input-len", 256, "tokens of each prompt"),
+        ("--random-output-len", 64, "tokens of each answer"),
+    ):
+        parser.add_argument(
+            flag, metavar="N", type=whole, default=default, help=f"{text} (default: {default})"
+        )
+    parser.add_argument(
+        "--request-rate",
+        metavar="R",
+        type=_rate,
+        default=math.inf,
+        help="requests a second, at random intervals (default: inf, all at once)",
+    )
+    parser.add_argument(
+        "--max-concurrency", metavar="N", type=whole, help="requests in flight (default: no limit)"
+    )
+    parser.add_argument(
+        "--retries", metavar="N", type=number(int, 0), default=3, help="per request (default: 3)"
+    )
+    parser.add_argument("--seed", metavar="N", type=number(int, 0), default=0, help="default: 0")
+    parser.add_argument("--output", metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--plot", metavar="FILE", help="write their distributions as SVG")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a benchmark; returns the exit status.
+
+    Args:
+        argv: arguments without the command's name; what stands behind `--` is for the server
+            that is started.
+
+    Returns:
+        0 when every request was answered, 1 when some failed or the server went away, 2 when it
+        cannot begin, 130 after Ctrl-C.
+    """
+    return exit_status(lambda: _main(list(sys.argv[1:] if argv is None else argv)))
+
+
+def _main(arguments: list[str]) -> int:
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    args, passed = build_parser().parse_args(arguments[:place]), arguments[place + 1 :]
+    if args.base_url is not None and passed:
+        raise ConfigError("flags after --: they are for a server of our own; leave --base-url out")
+    for path in (args.output, args.plot):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ConfigError(f"{path}: the folder does not exist; make it first")
+    if args.plot is not None:
+        # before an hour of measuring, not behind it
+        plot([], "")
+    with _server(args, passed) as base_url:
+        info = examine_server(base_url, args.model)
+        _check_lengths(args, info)
+        timings, duration_s = asyncio.run(_measure(args, base_url, info.model))
+    return _report(args, info, timings, duration_s)
+
+
+@contextlib.contextmanager
+def _server(args: argparse.Namespace, passed: Sequence[str]) -> Iterator[str]:
+    """The base URL of the server that is asked for, started if need be."""
+    if args.base_url is not None:
+        yield normal_base_url(args.base_url)
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        own_server(args.serve or None, passed, Path(folder) / "server.log") as server,
+    ):
+        yield server.base_url
+
+
+def _check_lengths(args: argparse.Namespace, info: ServerInfo) -> None:
+    """Raise ConfigError where prompt and answer do not fit."""
+    total = args.random_input_len + args.random_output_len
+    if info.max_model_len is not None and total > info.max_model_len:
+        raise ConfigError(
+            f"--random-input-len and --random-output-len: got {total} together, the server's "
+            f"max_model_len is {info.max_model_len}"
+        )
+
+
+async def _measure(
+    args: argparse.Namespace, base_url: str, model: str
+) -> tuple[list[Timing], float]:
+    """Warm up, then measure."""
+    load = Load(base_url, model, args.random_output_len, args.max_concurrency, retries=args.retries)
+    # of another seed, so that what is measured is new to the server
+    warm_up = random_prompts(_WARM_UP, args.random_input_len, args.seed + 1)
+    warmed, _ = await load.run(warm_up, [0.0] * _WARM_UP)
+    for timing in warmed:
+        if timing.error is not None:
+            raise RemoteError(f"{base_url} does not answer: {timing.error}")
+    prompts = random_prompts(args.num_prompts, args.random_input_len, args.seed)
+    return await load.run(prompts, start_times(args.num_prompts, args.request_rate, args.seed))
+
+
+def _report(
+    args: argparse.Namespace, info: ServerInfo, timings: list[Timing], duration_s: float
+) -> int:
+    """Print and write what was measured."""
+    result = summarise(timings, duration_s)
+    rate = None if math.isinf(args.request_rate) else args.request_rate
+    settings = {
+        "num_prompts": args.num_prompts,
+        "random_input_len": args.random_input_len,
+        "random_output_len": args.random_output_len,
+        "request_rate": rate,
+        "max_concurrency": args.max_concurrency,
+        "retries": args.retries,
+        "seed": args.seed,
+    }
+    show(tables(result))
+    for reason in sorted({timing.error for timing in timings if timing.error is not None}):
+        sys.stderr.write(f"failed: {reason}\n")
+    if args.output is not None:
+        report: dict[str, Any] = {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "model": info.model,
+            "settings": settings,
+            "server": info.facts,
+            "client": {
+                "fd_dsa": __version__,
+                "python": platform.python_version(),
+                "machine": platform.platform(),
+            },
+            "result": result,
+            "requests": [asdict(timing) for timing in timings],
+        }
+        Path(args.output).write_text(as_json(report), "utf-8")
+    if args.plot is not None:
+        lengths = f"{args.random_input_len} + {args.random_output_len} tokens"
+        title = f"{info.model}: {args.num_prompts} requests of {lengths}"
+        Path(args.plot).write_text(plot(timings, title), "utf-8")
+    return 0 if result["failed"] == 0 else 1
+
+
+def _rate(text: str) -> float:
+    """A rate above 0, or inf."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a number above 0, or inf")
+    return value

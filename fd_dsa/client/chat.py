@@ -1,0 +1,240 @@
+"""`fd-dsa chat`: a conversation in the terminal, with a server or with a model in this process."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, Protocol
+
+import httpx
+
+from fd_dsa.accuracy.preflight import (
+    error_message,
+    examine_server,
+    http_options,
+    normal_base_url,
+    transport_reason,
+)
+from fd_dsa.client.events import read_event
+from fd_dsa.client.flags import Parser, exit_status, number
+from fd_dsa.errors import RemoteError
+
+Message = dict[str, str]
+_COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt, /exit ends"
+_TIMEOUT_S = 600.0
+
+
+class Partner(Protocol):
+    """Whoever answers."""
+
+    name: str
+
+    def answer(self, messages: Sequence[Message]) -> Generator[str, None, None]:
+        """The next message of the assistant, in pieces.
+
+        Raises:
+            RemoteError: there is none, or no more of it; says why.
+        """
+
+
+class ServerPartner:
+    """A model behind an OpenAI-compatible server.
+
+    Args:
+        base_url: with or without `/v1`.
+        model: name to send; None: the only one of the server.
+        fields: further fields of every request.
+
+    Raises:
+        ConfigError: the server cannot be reached or has no such model.
+    """
+
+    def __init__(self, base_url: str, model: str | None, fields: dict[str, Any]) -> None:
+        self._base_url = normal_base_url(base_url)
+        self.name = examine_server(self._base_url, model).model
+        self._fields = fields
+
+    def answer(self, messages: Sequence[Message]) -> Generator[str, None, None]:
+        """See Partner."""
+        body = {"model": self.name, "messages": list(messages), "stream": True, **self._fields}
+        url = f"{self._base_url}/chat/completions"
+        try:
+            with (
+                httpx.Client(**http_options(self._base_url, _TIMEOUT_S)) as http,
+                http.stream("POST", url, json=body) as reply,
+            ):
+                if reply.status_code != 200:
+                    reply.read()
+                    raise RemoteError(f"status {reply.status_code}: {error_message(reply)}")
+                for line in reply.iter_lines():
+                    chunk = read_event(line)
+                    for choice in (chunk or {}).get("choices", ()):
+                        yield choice["delta"].get("content") or ""
+        except httpx.HTTPError as error:
+            raise RemoteError(transport_reason(error)) from error
+
+
+class OwnPartner:
+    """A model in this process.
+
+    Args:
+        model: folder; None: the demo model.
+        fields: of SamplingParams, beside the model's own proposals.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+
+    def __init__(self, model: str | None, fields: dict[str, Any]) -> None:
+        # what is loaded, and how, stands between nobody's questions
+        logging.getLogger("fd_dsa").setLevel(logging.WARNING)
+        from fd_dsa.config import EngineConfig
+        from fd_dsa.engine.llm import LLM
+
+        self.name = EngineConfig(model=model).served_model_name[0]
+        self._llm = LLM(model, max_num_seqs=1)
+        self._fields = fields
+
+    def answer(self, messages: Sequence[Message]) -> Generator[str, None, None]:
+        """See Partner."""
+        from fd_dsa.engine.sampling_params import SamplingParams
+
+        proposed = {"max_tokens": None, **self._llm.sampling_defaults, **self._fields}
+        try:
+            params = SamplingParams(**proposed)
+            outputs: Any = self._llm.chat(list(messages), params, stream=True)
+            with contextlib.closing(outputs):
+                for output in outputs:
+                    yield output.new_text
+        except (ValueError, RuntimeError) as error:
+            raise RemoteError(str(error)) from error
+
+
+def build_parser() -> Parser:
+    """The flags."""
+    parser = Parser(
+        prog="fd-dsa chat",
+        description="Talk to a model, line by line; of a pipe every line is a message.",
+        epilog=_COMMANDS,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="with --base-url a served name, else a folder to load (default: the demo model)",
+    )
+    parser.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--temperature", metavar="T", type=number(float, 0))
+    parser.add_argument("--max-tokens", metavar="N", type=number(int, 1), help="of each answer")
+    parser.add_argument("--seed", metavar="N", type=number(int, 0))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Talk until /exit or the end of the input; returns the exit status.
+
+    Args:
+        argv: arguments without the command's name.
+
+    Returns:
+        0; of a pipe 1 when a message was not answered; 2 when it cannot begin; 130 after Ctrl-C
+        that no answer was there to take.
+    """
+    return exit_status(lambda: _main(build_parser().parse_args(argv)))
+
+
+def _main(args: argparse.Namespace) -> int:
+    names = ("temperature", "max_tokens", "seed")
+    fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    partner: Partner
+    if args.base_url is not None:
+        partner = ServerPartner(args.base_url, args.model, fields)
+    else:
+        partner = OwnPartner(args.model, fields)
+    return Conversation(partner, args.system, is_terminal=sys.stdin.isatty()).run()
+
+
+class Conversation:
+    """Reads messages from stdin and writes answers to stdout.
+
+    Args:
+        partner: who answers.
+        system: system prompt; None or empty: none.
+        is_terminal: somebody types: prompts are shown, and a failed answer is no end.
+    """
+
+    def __init__(self, partner: Partner, system: str | None, *, is_terminal: bool) -> None:
+        self._partner = partner
+        self._system = system
+        self._is_terminal = is_terminal
+        self._messages: list[Message] = []
+
+    def run(self) -> int:
+        """Talk; returns the exit status."""
+        if self._is_terminal:
+            with contextlib.suppress(ImportError):
+                # input() then has a history and can be edited
+                import readline  # noqa: F401
+            self._tell(f"{self._partner.name}; {_COMMANDS}, Ctrl-C stops an answer")
+        status = 0
+        for text in self._lines():
+            if text.startswith("/"):
+                if text == "/exit":
+                    break
+                self._command(text)
+            elif text and not self._ask(text):
+                status = 1
+                if not self._is_terminal:
+                    break
+        return 0 if self._is_terminal else status
+
+    def _lines(self) -> Iterator[str]:
+        """Lines of the input."""
+        while True:
+            try:
+                yield input("> " if self._is_terminal else "").strip()
+            except EOFError:
+                return
+
+    def _command(self, text: str) -> None:
+        """Do what a line with a slash says."""
+        command, _, rest = text.partition(" ")
+        if command == "/reset":
+            self._messages = []
+        elif command == "/system":
+            self._system, self._messages = rest.strip(), []
+        else:
+            self._tell(f"unknown command {command!r}; {_COMMANDS}")
+
+    def _ask(self, text: str) -> bool:
+        """Print the answer to a message; False where it failed, and then it was never said."""
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        asked = [*self._messages, {"role": "user", "content": text}]
+        pieces = []
+        try:
+            with contextlib.closing(self._partner.answer([*system, *asked])) as answer:
+                for piece in answer:
+                    pieces.append(piece)
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+        except RemoteError as error:
+            self._tell(f"fd_dsa: error: {error}")
+            return False
+        except KeyboardInterrupt:
+            if not self._is_terminal:
+                raise
+        finally:
+            if pieces:
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+        self._messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+        return True
+
+    def _tell(self, text: str) -> None:
+        """A line that is no part of an answer."""
+        sys.stderr.write(f"{text}\n")

@@ -1,0 +1,266 @@
+"""From the body of a chat completion to the job of the engine and the parser of its answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fd_dsa.chat.grammar import forced_calls_grammar, json_behind_reasoning_grammar
+from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, OutputParser, ToolFormat
+from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning, opens_reasoning
+from fd_dsa.chat.renderers import ChatRenderer
+from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.errors import ConfigError
+from fd_dsa.serve.errors import ApiError, request_error
+from fd_dsa.serve.generation import Job, check_jobs, resolve_max_tokens
+from fd_dsa.serve.protocol import ChatCompletionRequest
+from fd_dsa.serve.state import ServerState
+
+_CACHED_TEMPLATES = 16
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How answers to one request are read.
+
+    Attributes:
+        has_reasoning: whether <think>...</think> is split off.
+        in_reasoning: the prompt has opened the reasoning.
+        tool_format: how calls are written; None where none are looked for.
+        schemas: name of each tool -> JSON schema of its arguments.
+        one_call: whether an answer shows one call at most.
+    """
+
+    has_reasoning: bool
+    in_reasoning: bool
+    tool_format: ToolFormat | None
+    schemas: dict[str, Any]
+    one_call: bool
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that the parser must see."""
+        thinking = (THINK_BEGIN, THINK_END) if self.has_reasoning else ()
+        return (*thinking, *(self.tool_format.markers if self.tool_format else ()))
+
+    def new_parser(self) -> OutputParser:
+        """A parser for one answer."""
+        return OutputParser(self.has_reasoning, self.tool_format, self.schemas, self.in_reasoning)
+
+
+def make_job(
+    state: ServerState, body: ChatCompletionRequest, request_id: str
+) -> tuple[Job, AnswerFormat]:
+    """Render and tokenise the conversation; takes a while, so it belongs into a thread.
+
+    Raises:
+        ApiError: 400, the conversation cannot be rendered or does not fit, the model has no
+            format for what is asked, or the engine could never run it.
+    """
+    tokenizer = state.engine.tokenizer
+    renderer = _renderer(state, body)
+    tool_format = _tool_format(state, body, renderer)
+    text = _render(renderer, body)
+    answer = AnswerFormat(
+        has_reasoning=has_reasoning(state.chat.reasoning_parser, renderer.source),
+        in_reasoning=opens_reasoning(
+            text, body.messages[-1].for_template() if body.continue_final_message else None
+        ),
+        tool_format=tool_format,
+        schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
+        one_call=body.parallel_tool_calls is False or body.choice.mode == "named",
+    )
+    prompt = _encode(state, text)
+    param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    asked: int | None = getattr(body, param)
+    max_tokens = resolve_max_tokens(state, len(prompt), asked, param=param)
+    params = body.sampling_params(max_tokens, state.engine.sampling_defaults)
+    special_ids = tokenizer.special_ids_of(answer.markers)
+    params = dataclasses.replace(
+        params,
+        kept_special_token_ids=frozenset(special_ids.values()),
+        structured_outputs=_form(
+            params.structured_outputs, body, answer, special_ids, _only_id(tokenizer, THINK_END)
+        ),
+    )
+    job = Job(request_id, prompt, params)
+    check_jobs(state, [job], "messages")
+    return job, answer
+
+
+def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list[int]:
+    """Token ids of the prompt that `make_job` would make.
+
+    Raises:
+        ApiError: 400, the conversation cannot be rendered, or the model has no format for it.
+    """
+    renderer = _renderer(state, body)
+    _tool_format(state, body, renderer)
+    return _encode(state, _render(renderer, body))
+
+
+def _encode(state: ServerState, text: str) -> list[int]:
+    """Token ids of a rendered conversation."""
+    try:
+        return state.engine.tokenizer.encode(text, add_special_tokens=False)
+    except ValueError as error:
+        raise ApiError(400, f"messages: {error}", param="messages") from error
+
+
+def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatRenderer:
+    """The request's own template, or that of the model."""
+    tokenizer = state.engine.tokenizer
+    if body.chat_template is not None:
+        if not state.chat.trust_request_chat_template:
+            raise ApiError(
+                400,
+                "chat_template: a template can keep a processor busy for ever, so this server "
+                "takes none from requests; start it with --trust-request-chat-template, or with "
+                "--chat-template",
+                param="chat_template",
+            )
+        try:
+            return _compiled(body.chat_template, tuple(tokenizer.special_tokens.items()))
+        except ConfigError as error:
+            raise ApiError(400, f"chat_template: {error}", param="chat_template") from error
+    if tokenizer.chat_renderer is None:
+        raise ApiError(
+            400,
+            "messages: the model folder has no chat template (neither chat_template.jinja nor "
+            "chat_template in tokenizer_config.json); use /v1/completions, or start with "
+            "--chat-template",
+            param="messages",
+        )
+    return tokenizer.chat_renderer
+
+
+@functools.lru_cache(_CACHED_TEMPLATES)
+def _compiled(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
+    """A template of requests; clients send the same one again and again."""
+    return ChatTemplate(source, dict(special_tokens))
+
+
+def _tool_format(
+    state: ServerState, body: ChatCompletionRequest, renderer: ChatRenderer
+) -> ToolFormat | None:
+    """How calls of this answer are written; None where none are asked for."""
+    if not body.tools or body.choice.mode == "none":
+        return None
+    name = state.chat.tool_call_parser
+    found = find_tool_format(name, renderer.source)
+    if found is None:
+        why = "the model's chat template has no form of tool calls that this server knows"
+        if name != AUTO:
+            why = "the server was started with --tool-call-parser none"
+        raise ApiError(
+            400,
+            f"tools: {why}; leave them out, or start it with --tool-call-parser",
+            param="tools",
+        )
+    return found
+
+
+def _render(renderer: ChatRenderer, body: ChatCompletionRequest) -> str:
+    """The prompt's text; with `tool_choice` none the model is not told of tools."""
+    offered = body.tools if body.tools and body.choice.mode != "none" else []
+    goes_on = bool(body.continue_final_message)
+    begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
+    try:
+        return renderer.render(
+            [message.for_template() for message in body.messages],
+            begins,
+            tools=[tool.model_dump(exclude_unset=True) for tool in offered],
+            continue_final_message=goes_on,
+            **(body.chat_template_kwargs or {}),
+        )
+    except ValueError as error:
+        of_kwargs = request_error(error, ("chat_template_kwargs",))
+        if of_kwargs.param is not None:
+            raise of_kwargs from error
+        raise ApiError(400, f"messages: {error}", param="messages") from error
+
+
+def _form(
+    asked: StructuredOutputsParams | None,
+    body: ChatCompletionRequest,
+    answer: AnswerFormat,
+    special_ids: Mapping[str, int],
+    think_end_id: int | None,
+) -> StructuredOutputsParams | None:
+    """The form of the whole answer: that of forced calls, or the one asked for.
+
+    The model reasons freely before either.
+
+    Args:
+        asked: as the request has it.
+        body: of the request.
+        answer: how it is read.
+        special_ids: of markers.
+        think_end_id: of the end of reasoning where that is one token.
+    """
+    in_reasoning = answer.has_reasoning and answer.in_reasoning
+    if body.choice.mode in ("required", "named"):
+        if asked is not None:
+            raise ApiError(
+                400,
+                f"{asked.source}: given beside a tool_choice that forces calls; an answer has one "
+                "form",
+                param=asked.source,
+            )
+        return _forced_calls(body, answer, special_ids)
+    if asked is None or not in_reasoning:
+        return asked
+    if think_end_id is not None:
+        return dataclasses.replace(asked, after_token_id=think_end_id)
+    schema = {"type": "object"} if asked.json_object else asked.json
+    if schema is None:
+        raise ApiError(
+            400,
+            f"{asked.source}: the model reasons before its answer, the end of which is no token of "
+            "its own, so of all forms only JSON can stand behind that; switch the reasoning off by "
+            "chat_template_kwargs",
+            param=asked.source,
+        )
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+    except (ValueError, RecursionError) as error:
+        raise ApiError(
+            400, f"{asked.source}: is not valid JSON: {error}", param=asked.source
+        ) from error
+    return _grammar(json_behind_reasoning_grammar(parsed, special_ids), asked.source)
+
+
+def _only_id(tokenizer: Tokenizer, text: str) -> int | None:
+    """The token of a text that is a single one."""
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    return token_ids[0] if len(token_ids) == 1 else None
+
+
+def _forced_calls(
+    body: ChatCompletionRequest, answer: AnswerFormat, special_ids: Mapping[str, int]
+) -> StructuredOutputsParams:
+    """The form of answers that call what `tool_choice` asks for."""
+    assert answer.tool_format is not None, "checked: calls are forced only where there are tools"
+    name = body.choice.name
+    grammar = forced_calls_grammar(
+        answer.tool_format.name,
+        answer.schemas if name is None else {name: answer.schemas[name]},
+        several=not answer.one_call,
+        in_reasoning=answer.has_reasoning and answer.in_reasoning,
+        special_ids=special_ids,
+    )
+    return _grammar(grammar, "tool_choice")
+
+
+def _grammar(text: str, source: str) -> StructuredOutputsParams:
+    """A form by its grammar."""
+    try:
+        return StructuredOutputsParams(grammar=text, source=source)
+    except ValueError as error:
+        raise ApiError(400, str(error), param=source) from error

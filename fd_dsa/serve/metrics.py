@@ -1,0 +1,145 @@
+"""GET /metrics: the engine's counts in the text format of Prometheus, by vLLM's names.
+
+Names are vLLM's with our prefix, so that its dashboards can be used again. The numbers are made
+into families when they are asked for; a step of the engine knows nothing of Prometheus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import Any
+
+from fastapi import APIRouter
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    PROCESS_COLLECTOR,
+    CollectorRegistry,
+    generate_latest,
+)
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from starlette.responses import Response
+
+from fd_dsa.runner.counters import Histogram
+from fd_dsa.serve.state import ServerState, State
+
+PREFIX = "fd_dsa:"
+
+router = APIRouter()
+
+# attribute of EngineMetrics and name of the metric -> help
+_HISTOGRAMS = {
+    "time_to_first_token": ("time_to_first_token_seconds", "arrival to first token"),
+    "inter_token_latency": ("inter_token_latency_seconds", "token to next token of a request"),
+    "e2e_request_latency": ("e2e_request_latency_seconds", "arrival to end"),
+    "request_queue_time": ("request_queue_time_seconds", "arrival to first step"),
+    "request_prefill_time": ("request_prefill_time_seconds", "first step to first token"),
+    "request_decode_time": ("request_decode_time_seconds", "first token to end"),
+    "request_prompt_tokens": ("request_prompt_tokens", "prompt tokens of an ended request"),
+    "request_generation_tokens": ("request_generation_tokens", "output tokens of an ended request"),
+}
+# attribute of EngineStats -> name of the metric, help
+_GAUGES = {
+    "num_running": ("num_requests_running", "requests that take part in steps"),
+    "num_waiting": ("num_requests_waiting", "requests that wait for a row or for cache blocks"),
+    "kv_cache_usage": ("kv_cache_usage_perc", "share of the cache blocks in use, 0 to 1"),
+}
+_COUNTERS = {
+    "prompt_tokens": ("prompt_tokens", "prompt tokens of the requests that have come"),
+    "generated_tokens": ("generation_tokens", "tokens generated"),
+    "num_preemptions": ("num_preemptions", "requests that gave up their cache blocks"),
+    "prefix_cache_queries": ("prefix_cache_queries", "prompt tokens looked for in the cache"),
+    "prefix_cache_hits": ("prefix_cache_hits", "prompt tokens found in the cache"),
+}
+_STEP_COUNTERS = {
+    "mask_offsets_launched": "steps with prefill tokens, whose windows were computed",
+    "mask_offsets_skipped": "steps that only decoded, without windows",
+    "sparse_tokens": "tokens that had more keys than the indexer chooses",
+}
+
+
+@router.get("/metrics", summary="Counters and histograms for Prometheus")
+def metrics(state: State) -> Response:
+    """The engine's metrics and the process's memory and files; the latter alone while it loads."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(EngineCollector(state))
+    registry.register(PROCESS_COLLECTOR)
+    return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class EngineCollector(Collector):
+    """Makes the families of one scrape.
+
+    Args:
+        state: of the server.
+    """
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._labels = {"model_name": state.served_model_names[0]}
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric; nothing while the engine loads."""
+        engine = self._state.loaded_engine
+        if engine is None:
+            return
+        stats, counts = engine.stats(), engine.metrics
+        for attribute, (name, text) in _GAUGES.items():
+            yield self._one(GaugeMetricFamily, name, text, getattr(stats, attribute))
+        for attribute, (name, text) in _COUNTERS.items():
+            yield self._one(CounterMetricFamily, name, text, getattr(stats, attribute))
+        for attribute, text in _STEP_COUNTERS.items():
+            yield self._one(CounterMetricFamily, attribute, text, getattr(counts.steps, attribute))
+        yield self._finished(counts.finished)
+        for attribute, (name, text) in _HISTOGRAMS.items():
+            family = self._histograms(name, text)
+            _add(family, [*self._labels.values()], getattr(counts, attribute))
+            yield family
+        family = self._histograms(
+            "step_prepare_seconds", "host time of a step's metadata", ("kind",)
+        )
+        for kind, histogram in counts.steps.prepare_s.items():
+            _add(family, [*self._labels.values(), kind], histogram)
+        yield family
+        info = InfoMetricFamily(f"{PREFIX}cache_config", "the caches", labels=list(self._labels))
+        info.add_metric(list(self._labels.values()), counts.cache_config)
+        yield info
+
+    def _one(self, kind: Any, name: str, text: str, value: float) -> Metric:
+        """A family with one number."""
+        family = kind(f"{PREFIX}{name}", text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), value)
+        return family
+
+    def _finished(self, finished: dict[str, int]) -> Metric:
+        """Ended requests by the way they ended."""
+        family = CounterMetricFamily(
+            f"{PREFIX}request_success",
+            "ended requests",
+            labels=[*self._labels, "finished_reason"],
+        )
+        for reason, count in finished.items():
+            family.add_metric([*self._labels.values(), reason], count)
+        return family
+
+    def _histograms(
+        self, name: str, text: str, labels: tuple[str, ...] = ()
+    ) -> HistogramMetricFamily:
+        """An empty family of histograms."""
+        return HistogramMetricFamily(f"{PREFIX}{name}", text, labels=[*self._labels, *labels])
+
+
+def _add(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
+    """Add a histogram in Prometheus' form, whose buckets hold what is below them too."""
+    total = histogram.total
+    # one copy: the engine goes on counting
+    counts = accumulate(tuple(histogram.counts))
+    bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
+    family.add_metric(labels, list(zip(bounds, counts, strict=True)), total)

@@ -1,0 +1,46 @@
+"""What an operator allows, beside what the engine is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fd_dsa.chat.parsers import AUTO
+from fd_dsa.serve.flags import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_CONCURRENCY
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What the flags say of chat.
+
+    Attributes:
+        tool_call_parser: a name of `fd_dsa.chat.parsers.TOOL_FORMATS`, "auto" or "none".
+        reasoning_parser: a name of `fd_dsa.chat.parsers.REASONING_FORMATS`, "auto" or "none".
+        trust_request_chat_template: whether requests may bring templates.
+    """
+
+    tool_call_parser: str = AUTO
+    reasoning_parser: str = AUTO
+    trust_request_chat_template: bool = False
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Access, limits and log of a server.
+
+    Attributes:
+        api_keys: keys of which a request must bring one; empty asks for none.
+        max_body_bytes: longest body of a request.
+        max_concurrency: outputs in work and waiting at a time.
+        body_timeout_s: seconds that a client has for sending a body.
+        log_requests: whether each output's end is a line of the log.
+        serves_page: whether there is a page to talk to the model at /.
+        chat: how conversations are rendered and answers read.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    max_concurrency: int = DEFAULT_MAX_CONCURRENCY
+    body_timeout_s: float = 60.0
+    log_requests: bool = False
+    serves_page: bool = True
+    chat: ChatSettings = field(default_factory=ChatSettings)

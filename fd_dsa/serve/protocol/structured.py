@@ -1,0 +1,136 @@
+"""The fields of a request that give its output a form."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator, WithJsonSchema
+
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.protocol.fields import TEXT, TEXTS, Body, refuse
+
+# field of FastDeploy and older vLLM -> form of StructuredOutputsParams
+_GUIDED = {
+    "guided_json": "json",
+    "guided_json_object": "json_object",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
+_FORMS = tuple(_GUIDED.values())
+_TYPES = ("text", "json_object", "json_schema")
+
+
+def _response_format(value: Any) -> dict[str, Any] | None:
+    """The form that a `response_format` asks for; None for any text."""
+    if value is None:
+        return None
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind not in _TYPES:
+        raise refuse(f"got {show(value)}; allowed is an object of type {', '.join(_TYPES)}")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    wrapper = value.get("json_schema")
+    schema = wrapper.get("schema") if isinstance(wrapper, dict) else None
+    if not isinstance(schema, dict):
+        raise refuse(
+            f"got {show(value)}; json_schema must be an object with a schema, which is an object"
+        )
+    return {"json": schema}
+
+
+def _structured_outputs(value: Any) -> dict[str, Any] | None:
+    """The form that vLLM's `structured_outputs` asks for."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise refuse(f"got {show(value)}; allowed is an object with one of {', '.join(_FORMS)}")
+    given = {name: form for name, form in value.items() if form not in (None, False)}
+    unknown = [name for name in given if name not in _FORMS]
+    if unknown:
+        raise refuse(f"has {show(unknown[0])}; allowed is one of {', '.join(_FORMS)}")
+    if not given:
+        raise refuse(f"asks for nothing; give one of {', '.join(_FORMS)}")
+    return given
+
+
+_OBJECT: dict[str, Any] = {"type": "object"}
+_ResponseFormat = Annotated[
+    dict[str, Any] | None,
+    PlainValidator(_response_format),
+    WithJsonSchema(
+        {
+            **_OBJECT,
+            "properties": {
+                "type": {"type": "string", "enum": list(_TYPES)},
+                "json_schema": {**_OBJECT, "properties": {"schema": _OBJECT}},
+            },
+            "required": ["type"],
+        }
+    ),
+]
+_StructuredOutputs = Annotated[
+    dict[str, Any] | None,
+    PlainValidator(_structured_outputs),
+    WithJsonSchema(
+        {
+            **_OBJECT,
+            "properties": {
+                "json": {"anyOf": [_OBJECT, TEXT]},
+                "json_object": {"type": "boolean"},
+                "regex": TEXT,
+                "choice": TEXTS,
+                "grammar": TEXT,
+            },
+        }
+    ),
+]
+
+
+class StructuredFields(Body):
+    """At most one of these; what is wrong with a form is told with the name of its field."""
+
+    response_format: _ResponseFormat = Field(
+        None, description="Of type text, json_object, or json_schema with the schema."
+    )
+    structured_outputs: _StructuredOutputs = Field(
+        None, description="One of json, json_object, regex, choice, grammar, as in vLLM."
+    )
+    guided_json: dict[str, Any] | str | None = Field(None, description="A JSON schema.")
+    guided_json_object: bool | None = Field(None, description="Any JSON object.")
+    guided_regex: str | None = Field(None, description="A regular expression, in Rust's syntax.")
+    guided_choice: list[str] | None = Field(None, description="The answer is one of these.")
+    guided_grammar: str | None = Field(None, description="A grammar in Lark's notation or GBNF.")
+
+    def structured_params(self) -> StructuredOutputsParams | None:
+        """The form of the output, None for any text.
+
+        Raises:
+            ApiError: 400, there are two of them, or one is of another type or too large.
+        """
+        forms = {
+            "response_format": self.response_format,
+            "structured_outputs": self.structured_outputs,
+        }
+        for field, kind in _GUIDED.items():
+            value = getattr(self, field)
+            forms[field] = {kind: value} if value not in (None, False) else None
+        given = {name: form for name, form in forms.items() if form is not None}
+        if not given:
+            return None
+        if len(given) > 1:
+            first, second, *_ = given
+            raise ApiError(
+                400, f"{second}: given beside {first}; an answer has one form", param=second
+            )
+        ((name, form),) = given.items()
+        try:
+            return StructuredOutputsParams(**form, source=name)
+        except ValueError as error:
+            raise ApiError(400, str(error), param=name) from error
+
+
+STRUCTURED_FIELDS = tuple(StructuredFields.model_fields)

@@ -1,0 +1,45 @@
+"""Bodies of POST /tokenize and POST /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator, WithJsonSchema
+
+from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.protocol.chat import ChatCompletionRequest
+from fd_dsa.serve.protocol.fields import IDS, Body, refuse
+from fd_dsa.serve.protocol.messages import ChatMessage
+
+
+class TokenizeRequest(ChatCompletionRequest):
+    """Body of POST /tokenize: a text, or a conversation with all that its prompt depends on."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] = Field(default_factory=list)
+    add_special_tokens: bool | None = Field(
+        None, description="Begin as a completion does; true for a prompt, never for messages."
+    )
+    return_token_strs: bool | None = Field(None, description="Add each token as a text.")
+
+    def check_supported(self) -> None:
+        """Raise ApiError 400 unless there is a prompt or there are messages, and not both."""
+        if (self.prompt is None) == (not self.messages):
+            got = "neither" if self.prompt is None else "both"
+            message = f"prompt: got {got} of prompt and messages; send one of them"
+            raise ApiError(400, message, param="prompt")
+        super().check_supported()
+
+
+def _tokens(value: Any) -> list[int]:
+    """A list of integers, which may be empty."""
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        return value
+    raise refuse(f"got {show(value)}; allowed is a list of token ids")
+
+
+class DetokenizeRequest(Body):
+    """Body of POST /detokenize."""
+
+    model: str | None = Field(None, description="A served name; the first one by default.")
+    tokens: Annotated[list[int], PlainValidator(_tokens), WithJsonSchema(IDS)]

@@ -1,0 +1,63 @@
+"""Endpoints that tell how the server is; those of `guard.OPEN_PATHS` need no key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from fd_dsa import __version__
+from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.state import ServerState, State
+
+router = APIRouter()
+
+
+@router.get("/health", summary="200 when requests are served, else 503")
+async def health(state: State) -> Response:
+    """200 only when a request sent now would be served; the 503 says why not."""
+    return _ok_unless(state.unavailable())
+
+
+@router.get("/readyz", summary="The same as /health, by Kubernetes' name")
+async def readyz(state: State) -> Response:
+    """Whether requests should be sent here."""
+    return _ok_unless(state.unavailable())
+
+
+@router.get("/startupz", summary="503 with phase and seconds while the model loads, then 200")
+async def startupz(state: State) -> Response:
+    """200 from the end of the start on, whatever comes later."""
+    return _ok_unless(state.unavailable() if state.loaded_engine is None else None)
+
+
+@router.get("/livez", summary="503 when only a restart helps, else 200")
+async def livez(state: State) -> Response:
+    """200 while loading, serving and draining; 503 after a failure of the engine."""
+    return _ok_unless(state.unavailable() if _has_failed(state) else None)
+
+
+@router.get("/version", summary="Version of fd_dsa")
+async def version() -> dict[str, str]:
+    """The version alone; /server_info says more."""
+    return {"version": __version__}
+
+
+@router.get("/server_info", summary="Versions, device, types and limits of this server")
+def server_info(state: State) -> dict[str, Any]:
+    """What decides the answers of this server; null is what cannot be found out."""
+    # loading: there is little to tell yet
+    _ = state.engine
+    return state.info()
+
+
+def _ok_unless(error: ApiError | None) -> Response:
+    """200, or the error."""
+    return JSONResponse({"status": "ok"}) if error is None else error.response()
+
+
+def _has_failed(state: ServerState) -> bool:
+    """Whether the engine has failed."""
+    engine = state.loaded_engine
+    return engine is not None and engine.errored is not None

@@ -1,0 +1,172 @@
+"""`fd-dsa bench`: its load, its figures, and a run against a server that it starts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa.client.figures import LATENCIES, summarise
+from fd_dsa.client.load import Load, Timing
+from fd_dsa.client.workload import random_prompts, start_times
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.errors import RemoteError
+from fd_dsa.serve.options import ServerOptions
+from tests.client.command import run
+from tests.serve.conftest import running
+from tests.serve.fake_engine import FakeEngine
+
+
+class AnyTokens(FakeEngine):
+    """Takes every token id."""
+
+    def validate(self, prompt_token_ids: object, params: object) -> None:
+        """Nothing is wrong."""
+
+
+def test_prompts_have_the_length_asked_for_and_begin_differently() -> None:
+    prompts = random_prompts(50, 7, seed=1)
+    assert {len(prompt) for prompt in prompts} == {7}
+    assert len({tuple(prompt[:3]) for prompt in prompts}) == 50
+    assert prompts == random_prompts(50, 7, seed=1) != random_prompts(50, 7, seed=2)
+
+
+def test_requests_come_at_once_or_as_a_poisson_process() -> None:
+    assert start_times(3, math.inf, seed=0) == [0.0, 0.0, 0.0]
+    times = start_times(20_000, 4.0, seed=0)
+    gaps = np.diff(times)
+    assert times[0] == 0.0
+    # the mean is 1/4, and of an exponential distribution so is the deviation
+    assert gaps.mean() == pytest.approx(0.25, rel=0.03)
+    assert gaps.std() == pytest.approx(0.25, rel=0.03)
+
+
+def test_figures_are_those_of_the_timings() -> None:
+    timings = [
+        Timing(0.0, 0.1, [0.02, 0.04], 0.16, 10, 3, attempts=1),
+        Timing(0.5, 0.3, [0.06], 0.36, 20, 2, attempts=3),
+        Timing(0.5, 0.2, [9.0], 9.0, 99, 99, attempts=4, error="lost"),
+    ]
+    found = summarise(timings, 2.0)
+    assert (found["completed"], found["failed"], found["retries"]) == (2, 1, 5)
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (30, 5)
+    assert found["request_throughput"] == 1.0
+    assert found["output_throughput"] == 2.5
+    assert found["total_token_throughput"] == 17.5
+    assert found["ttft_ms"]["p50"] == pytest.approx(200)
+    assert found["itl_ms"]["mean"] == pytest.approx(40)
+    assert found["tpot_ms"]["mean"] == pytest.approx((30 + 60) / 2)
+    assert found["e2e_ms"]["p99"] == pytest.approx(160 + 0.99 * 200)
+    assert [summarise([], 1.0)[name] for name in LATENCIES] == [None] * 4
+
+
+def test_refused_requests_are_sent_again_but_not_for_ever() -> None:
+    prompts = random_prompts(4, 5, seed=0)
+    options = ServerOptions(max_concurrency=1)
+    with running(AnyTokens(step_s=0.02), options=options) as live:
+        load = Load(f"{live.url}/v1", "demo", 4, retries=8)
+        timings, _ = asyncio.run(load.run(prompts, [0.0] * 4))
+        assert [timing.error for timing in timings] == [None] * 4
+        assert [timing.output_tokens for timing in timings] == [4] * 4
+        assert [timing.prompt_tokens for timing in timings] == [5] * 4
+        assert [len(timing.itl_s) for timing in timings] == [3] * 4
+        assert max(timing.attempts for timing in timings) > 1
+        once = Load(f"{live.url}/v1", "demo", 4, retries=0)
+        timings, _ = asyncio.run(once.run(prompts, [0.0] * 4))
+        errors = [timing.error for timing in timings if timing.error is not None]
+        assert 1 <= len(errors) <= 3
+        assert all(error.startswith("status 429: ") for error in errors)
+
+
+class Counting(AnyTokens):
+    """Keeps the largest number of requests that ran at a time in `most`."""
+
+    running = most = 0
+
+    async def generate(self, *args: Any) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs of one request."""
+        self.running += 1
+        self.most = max(self.most, self.running)
+        async for output in super().generate(*args):
+            if output.finished:
+                # the client may send the next one as soon as it has this
+                self.running -= 1
+            yield output
+
+
+def test_no_more_requests_at_a_time_than_asked_for() -> None:
+    engine = Counting(step_s=0.03)
+    with running(engine) as live:
+        load = Load(f"{live.url}/v1", "demo", 3, max_concurrency=2, retries=0)
+        timings, _ = asyncio.run(load.run(random_prompts(6, 5, seed=0), [0.0] * 6))
+        assert [timing.error for timing in timings] == [None] * 6
+        assert len(engine.requests) == 6
+        assert engine.most <= 2
+
+
+def test_failures_inside_a_stream_are_told() -> None:
+    engine = AnyTokens()
+    engine.nan_after = 2
+    with running(engine) as live:
+        load = Load(f"{live.url}/v1", "demo", 5, retries=0)
+        timings, _ = asyncio.run(load.run([[101]], [0.0]))
+        assert timings[0].error is not None
+    with pytest.raises(RemoteError, match="404"), running(AnyTokens()) as live:
+        asyncio.run(Load(f"{live.url}/v1", "other", 5).run([[101]], [0.0]))
+
+
+def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
+    with running(AnyTokens(max_model_len=100)) as live:
+        cases = {
+            ("--request-rate", "0"): "--request-rate: got '0'",
+            ("--num-prompts", "none"): "--num-prompts: got 'none'",
+            ("--output", "no/such/file"): "no/such/file: the folder does not exist",
+            ("--base-url", live.url, "--", "--seed", "1"): "flags after --",
+            ("--base-url", live.url): "got 320 together, the server's max_model_len is 100",
+            ("--base-url", live.url, "--model", "other"): "--model: got 'other'",
+        }
+        for arguments, reason in cases.items():
+            done = run(tmp_path, "bench", *arguments)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert reason in done.stderr
+            assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_against_a_server_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    sizes = ("--num-prompts", "6", "--random-input-len", "40", "--random-output-len", "8")
+    load = ("--request-rate", "20", "--max-concurrency", "4", "--seed", "5")
+    files = ("--output", "found.json", "--plot", "found.svg")
+    done = run(tmp_path, "bench", *sizes, *load, *files, "--", "--max-model-len", "128")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "found.json").read_text("utf-8"))
+    assert report["settings"] == {
+        "num_prompts": 6,
+        "random_input_len": 40,
+        "random_output_len": 8,
+        "request_rate": 20.0,
+        "max_concurrency": 4,
+        "retries": 3,
+        "seed": 5,
+    }
+    assert report["server"]["max_model_len"] == 128
+    assert report["server"]["version"] == report["client"]["fd_dsa"]
+    result = report["result"]
+    assert (result["completed"], result["failed"]) == (6, 0)
+    assert (result["total_input_tokens"], result["total_output_tokens"]) == (6 * 40, 6 * 8)
+    first = [1000 * request["ttft_s"] for request in report["requests"]]
+    assert result["ttft_ms"]["p90"] == pytest.approx(float(np.percentile(first, 90)))
+    for name, label in LATENCIES.items():
+        figures = result[name]
+        assert 0 < figures["p50"] <= figures["p90"] <= figures["p99"]
+        assert label in done.stdout
+    assert f"{result['output_throughput']:.1f}" in done.stdout
+    picture = (tmp_path / "found.svg").read_text("utf-8")
+    assert "demo_model: 6 requests of 40 + 8 tokens" in picture

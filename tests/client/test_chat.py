@@ -1,0 +1,135 @@
+"""`fd-dsa chat` in a process, with real servers and with the demo model in it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from fd_dsa.serve.options import ServerOptions
+from tests.client.command import command, run
+from tests.serve.conftest import Live, running, wait_until
+from tests.serve.fake_engine import WORDS, FakeEngine
+from tests.serve.test_end_to_end import environment
+
+ANSWER = "".join(WORDS)
+
+
+def prompts(live: Live) -> list[str]:
+    """Texts of the prompts so far."""
+    return [bytes(prompt).decode() for prompt, _ in live.engine.requests.values()]
+
+
+def test_lines_of_a_pipe_are_messages(tmp_path: Path) -> None:
+    said = "Hi\n\nAnd?\n/reset\n/what\nAgain\n/system Be brief.\nOnce more\n/exit\nnever\n"
+    with running(FakeEngine()) as live:
+        flags = ("--base-url", live.url, "--temperature", "0.5", "--seed", "3")
+        done = run(tmp_path, "chat", *flags, "--max-tokens", "50", said=said)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{ANSWER}\n" * 4
+        assert done.stderr.startswith("unknown command '/what'; /reset forgets")
+        assert prompts(live) == [
+            "user:Hi\n>",
+            f"user:Hi\nassistant:{ANSWER}\nuser:And?\n>",
+            "user:Again\n>",
+            "system:Be brief.\nuser:Once more\n>",
+        ]
+        _, params = list(live.engine.requests.values())[-1]
+        assert (params.temperature, params.seed, params.max_tokens) == (0.5, 3, 50)
+
+
+def test_the_system_prompt_may_be_a_flag(tmp_path: Path) -> None:
+    with running(FakeEngine()) as live:
+        run(tmp_path, "chat", "--base-url", live.url, "--system", "Be kind.", said="Hi\n")
+        assert prompts(live) == ["system:Be kind.\nuser:Hi\n>"]
+
+
+def test_a_failed_answer_ends_a_pipe_with_status_one(tmp_path: Path) -> None:
+    with running(FakeEngine(max_model_len=20)) as live:
+        done = run(tmp_path, "chat", "--base-url", live.url, said=f"{'long ' * 20}\nHi\n")
+        assert done.returncode == 1
+        assert done.stdout == ""
+        assert "fd_dsa: error: status 400: prompt has" in done.stderr
+
+
+def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
+    with running(FakeEngine(), options=ServerOptions(api_keys=("secret",))) as live:
+        cases = {
+            ("--base-url", live.url): "OPENAI_API_KEY",
+            ("--base-url", "nowhere"): "--base-url: got 'nowhere'",
+            ("--temperature", "hot"): "--temperature: got 'hot'",
+            ("no/such/folder",): "no/such/folder",
+        }
+        for arguments, reason in cases.items():
+            done = run(tmp_path, "chat", *arguments)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert reason in done.stderr
+            assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_stops_an_answer_on_a_terminal(tmp_path: Path) -> None:
+    # longer than any machine needs to stop it
+    endless = FakeEngine(words=WORDS * 1000, step_s=0.1, max_model_len=10_000)
+    with running(endless) as live:
+        terminal, inside = pty.openpty()
+        process = subprocess.Popen(
+            command("chat", "--base-url", live.url),
+            cwd=tmp_path,
+            env={**environment(), "TERM": "dumb"},
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+            start_new_session=True,
+            preexec_fn=own_terminal,
+        )
+        os.close(inside)
+        try:
+            wait_for(terminal, "> ")
+            os.write(terminal, b"Hi\r")
+            wait_for(terminal, WORDS[0])
+            os.write(terminal, b"\x03")
+            wait_for(terminal, "> ")
+            wait_until(lambda: len(live.engine.closed) == 1)
+            # what came of the answer is a part of the conversation
+            os.write(terminal, b"Go on\r")
+            wait_until(lambda: len(live.engine.requests) == 2)
+            assert prompts(live)[1].startswith(f"user:Hi\nassistant:{WORDS[0]}")
+            wait_for(terminal, WORDS[0])
+            os.write(terminal, b"\x03")
+            wait_for(terminal, "> ")
+            os.write(terminal, b"/exit\r")
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+            process.wait()
+            os.close(terminal)
+
+
+def own_terminal() -> None:
+    """In the child: Ctrl-C of the terminal on stdin reaches it, also where the tests ignore it."""
+    os.close(os.open(os.ttyname(0), os.O_RDWR))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def wait_for(terminal: int, text: str) -> None:
+    """Read what a terminal shows until the text has come; fail after a minute."""
+    deadline = time.monotonic() + 60
+    seen = b""
+    while text.encode() not in seen:
+        assert select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0], seen
+        seen += os.read(terminal, 4096)
+
+
+@pytest.mark.slow
+def test_the_demo_model_in_the_same_process(tmp_path: Path) -> None:
+    said = "What is the capital of France?\n"
+    done = run(tmp_path, "chat", "--max-tokens", "20", said=said)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert done.stderr == ""

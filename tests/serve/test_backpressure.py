@@ -1,0 +1,116 @@
+"""Clients that do not read: buffers stay bounded, and what they held is given back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fd_dsa.serve import generation
+from fd_dsa.serve.h11_protocol import StrictH11Protocol
+from tests.serve.conftest import Live, running, wait_until
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.test_errors import complete
+
+LONG = ("x" * 20_000,)
+ENDLESS = {"prompt": "a", "max_tokens": 900_000, "ignore_eos": True, "stream": True}
+
+
+@contextmanager
+def silent_client(url: str) -> Iterator[socket.socket]:
+    """A client that has asked for a stream without an end and reads nothing of it."""
+    parts = httpx.URL(url)
+    body = json.dumps(ENDLESS)
+    with socket.socket() as connection:
+        # else the kernels would hold megabytes
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        connection.connect((parts.host, parts.port))
+        connection.sendall(
+            (
+                "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}"
+            ).encode()
+        )
+        yield connection
+
+
+def resident_bytes() -> int:
+    """Memory of this process, in which the server runs."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def in_flight(live: Live) -> int:
+    """Outputs that hold a place."""
+    state: Any = live.server.config.app.state.server  # type: ignore[union-attr]
+    return int(state.concurrency.num_admitted)
+
+
+def test_a_client_that_never_reads_is_aborted_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(generation, "MAX_UNREAD_OUTPUTS", 50)
+    with running(FakeEngine(max_model_len=1_000_000, words=LONG)) as live:
+        before = resident_bytes()
+        with silent_client(live.url):
+            wait_until(lambda: len(live.engine.closed) == 1)
+            assert "its client has not read 50 outputs" in caplog.text
+            # without a bound it would have gone on
+            assert resident_bytes() - before < 100 << 20
+            assert complete(live, max_tokens=2).status_code == 200
+        wait_until(lambda: in_flight(live) == 0)
+
+
+def test_a_client_that_reads_late_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "MAX_UNREAD_OUTPUTS", 50)
+    with (
+        running(FakeEngine(max_model_len=1_000_000, words=LONG)) as live,
+        silent_client(live.url) as client,
+    ):
+        wait_until(lambda: len(live.engine.closed) == 1)
+        text = b""
+        while not text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+            part = client.recv(1 << 20)
+            assert part, "the stream has no end"
+            text = text[-2000:] + part
+        assert b'"code":"client_too_slow"' in text
+
+
+def test_a_stalled_connection_is_closed_and_its_place_given_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(StrictH11Protocol, "stalled_s", 0.5)
+    engine = FakeEngine(step_s=0.001, max_model_len=1_000_000, words=LONG)
+    with running(engine) as live, silent_client(live.url) as client:
+        wait_until(lambda: in_flight(live) == 1)
+        wait_until(lambda: in_flight(live) == 0)
+        assert "has read nothing for 0.5 s" in caplog.text
+        assert len(live.engine.closed) == 1
+        text = b""
+        with contextlib.suppress(ConnectionResetError):
+            while part := client.recv(1 << 20):
+                text = text[-100:] + part
+        assert not text.endswith(b"\r\n0\r\n\r\n")
+
+
+def test_a_slow_but_steady_reader_is_served_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StrictH11Protocol, "stalled_s", 1.0)
+    fields = {**ENDLESS, "max_tokens": 60}
+    with running(FakeEngine(max_model_len=1_000_000, words=LONG)) as live:
+        with live.http.stream("POST", "/v1/completions", json=fields) as answer:
+            lines = []
+            for line in answer.iter_lines():
+                time.sleep(0.005)
+                lines.append(line)
+        assert lines[-2] == "data: [DONE]"
+        assert threading.active_count() < 50

@@ -1,0 +1,152 @@
+"""Flags of the command line, of variables and of a file, and which of them goes first."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.errors import ConfigError
+from fd_dsa.serve.flag_sources import parse_args, unused_variables
+
+
+@pytest.fixture(autouse=True)
+def _without_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("FD_DSA_"):
+            monkeypatch.delenv(name)
+
+
+def file(tmp_path: Path, text: str) -> str:
+    """Path of a YAML file."""
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_command_line_goes_before_variables_before_the_file_before_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file(tmp_path, "port: 1\nhost: file\nmax_num_seqs: 7\nserved-model-name: [a, b]\n")
+    monkeypatch.setenv("FD_DSA_PORT", "2")
+    monkeypatch.setenv("FD_DSA_HOST", "variable")
+    args = parse_args(["--config", path, "--port", "3"])
+    assert (args.port, args.host, args.max_num_seqs) == (3, "variable", 7)
+    assert args.served_model_name == ["a", "b"]
+    assert args.shutdown_timeout == 30
+    assert args.given == {"config", "port", "host", "max_num_seqs", "served_model_name"}
+
+
+def test_the_file_can_be_named_by_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FD_DSA_CONFIG", file(tmp_path, "port: 9000"))
+    assert parse_args([]).port == 9000
+    other = tmp_path / "other.yaml"
+    other.write_text("port: 9001")
+    assert parse_args(["--config", str(other)]).port == 9001
+
+
+def test_lists_replace_and_do_not_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = file(tmp_path, "api-key: [one]\nserved_model_name: single")
+    assert parse_args(["--config", path]).api_key == ["one"]
+    assert parse_args(["--config", path]).served_model_name == ["single"]
+    monkeypatch.setenv("FD_DSA_API_KEY", "two, three,")
+    assert parse_args(["--config", path]).api_key == ["two", "three"]
+    assert parse_args(["--config", path, "--api-key", "four"]).api_key == ["four"]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1", True), ("true", True), ("0", False), ("False", False)]
+)
+def test_switches_of_variables(monkeypatch: pytest.MonkeyPatch, text: str, value: bool) -> None:
+    monkeypatch.setenv("FD_DSA_ENABLE_PREFIX_CACHING", text)
+    monkeypatch.setenv("FD_DSA_LOG_JSON", text)
+    args = parse_args([])
+    assert (args.enable_prefix_caching, args.log_json) == (value, value)
+
+
+def test_a_switch_of_the_file_can_be_turned_back_on_the_command_line(tmp_path: Path) -> None:
+    path = file(tmp_path, "enable-prefix-caching: false\nlog-requests: true\nseed: null")
+    args = parse_args(["--config", path])
+    assert (args.enable_prefix_caching, args.log_requests, hasattr(args, "seed")) == (
+        False,
+        True,
+        False,
+    )
+    assert parse_args(["--config", path, "--enable-prefix-caching"]).enable_prefix_caching is True
+
+
+def test_an_empty_variable_and_an_empty_file_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FD_DSA_API_KEY", "")
+    args = parse_args(["--config", file(tmp_path, "# nothing\n")])
+    assert not hasattr(args, "api_key") and args.given == {"config"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("max-model-length: 5", ["unknown key 'max-model-length'; did you mean max-model-len?"]),
+        ("max_modle_len: 5", ["unknown key 'max_modle_len'; did you mean max-model-len?"]),
+        ("zzzz: 5", ["unknown key 'zzzz'; keys are flags"]),
+        ("config: other.yaml", ["unknown key 'config'"]),
+        ("port: http", ["--port: got 'http'; allowed is 0..65535"]),
+        ("port: [1, 2]", ["--port: got a list, allowed: one value"]),
+        ("port: true", ["--port: got True"]),
+        ("host: {a: b}", ["--host: allowed: a text"]),
+        ("log-json: maybe", ["--log-json: got 'maybe', allowed: true, false"]),
+        ("max-num-seqs: 1\nmax_num_seqs: 2", ["is there twice"]),
+        ("[1, 2]", ["holds a list"]),
+        ("a: [", ["cannot be read"]),
+        ("port: 80\n\tx: 1", ["cannot be read"]),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = file(tmp_path, text)
+    with pytest.raises(ConfigError) as caught:
+        parse_args(["--config", path])
+    said = str(caught.value)
+    assert said.startswith("--config: ") and path in said and "\n" not in said
+    assert all(word in said for word in words), said
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--config: .*none\.yaml.*No such file"):
+        parse_args(["--config", str(tmp_path / "none.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("FD_DSA_PORT", "http", "FD_DSA_PORT: --port: got 'http'; allowed is 0..65535"),
+        ("FD_DSA_LOG_JSON", "maybe", "FD_DSA_LOG_JSON: got 'maybe', allowed: 0, 1"),
+        ("FD_DSA_MAX_BODY_SIZE", "huge", "FD_DSA_MAX_BODY_SIZE: --max-body-size: size 'huge'"),
+        ("FD_DSA_MAX_CONCURRENCY", "0", "--max-concurrency: got '0'; allowed is a whole number"),
+    ],
+)
+def test_variables_that_are_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, text: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        parse_args([])
+    assert text in str(caught.value)
+
+
+def test_a_variable_that_is_nearly_a_flag_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FD_DSA_MAX_MODEL_LENGTH", "5")
+    monkeypatch.setenv("FD_DSA_CHECK", "1")
+    assert unused_variables() == [
+        "the variable FD_DSA_MAX_MODEL_LENGTH is none of fd_dsa's; did you mean "
+        "FD_DSA_MAX_MODEL_LEN?"
+    ]
+
+
+@pytest.mark.parametrize(("text", "size"), [("32M", 32 << 20), ("4096", 4096), ("1GiB", 1 << 30)])
+def test_sizes(text: str, size: int) -> None:
+    args: Any = parse_args(["--max-body-size", text])
+    assert args.max_body_size == size

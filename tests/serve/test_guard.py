@@ -1,0 +1,286 @@
+"""Keys, limits of bodies and of concurrency: what is refused before a route is reached."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from fd_dsa.serve.guard import OPEN_PATHS
+from fd_dsa.serve.options import ServerOptions
+from tests.serve.conftest import Live, running, wait_until
+from tests.serve.fake_engine import WORDS, FakeEngine
+from tests.serve.test_errors import complete, error_of
+from tests.serve.test_shutdown import server
+
+KEYS = ("first-key", "zweiter-schlüssel")
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Live]:
+    """A server with two keys."""
+    with running(FakeEngine(), options=ServerOptions(api_keys=KEYS)) as live:
+        yield live
+
+
+def every_route(live: Live) -> list[tuple[str, str]]:
+    """Method and path of every route that the application has, hidden ones included."""
+    routes = live.server.config.app.routes  # type: ignore[union-attr]
+    found = [(m, r.path) for r in _flat(routes) for m in (getattr(r, "methods", None) or ())]
+    assert len(found) > 12
+    return [(method, path.replace("{name:path}", "demo")) for method, path in found]
+
+
+def _flat(routes: Any) -> Iterator[Any]:
+    """Routes, those of included routers too."""
+    for route in routes:
+        inner = getattr(route, "routes", None) or getattr(
+            getattr(route, "original_router", None), "routes", None
+        )
+        if inner:
+            yield from _flat(inner)
+        else:
+            yield route
+
+
+def test_every_route_but_the_open_ones_asks_for_a_key(guarded: Live) -> None:
+    paths = set()
+    for method, path in every_route(guarded):
+        answer = guarded.http.request(method, path)
+        paths.add(path)
+        if path in OPEN_PATHS:
+            assert answer.status_code == 200, path
+        elif method != "HEAD":
+            error = error_of(answer, 401)
+            assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+            assert answer.headers["www-authenticate"] == "Bearer"
+    assert {"/v1/completions", "/tokenize", "/server_info", "/v1/models/demo"} <= paths
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/embeddings", "/nothing", "//v1/models", "/v1/completions/", "/metrics/", "/HEALTH"],
+)
+def test_paths_that_are_no_routes_ask_too(guarded: Live, path: str) -> None:
+    error_of(guarded.http.post(path), 401)
+    error_of(guarded.http.get(path), 401)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Bearer wrong",
+        "Bearer",
+        "Bearer first-ke",
+        "Bearer first-key2",
+        "Basic first-key",
+        "first-key",
+        "Bearer first-key,zweiter-schlüssel",
+    ],
+)
+def test_wrong_keys_are_refused(guarded: Live, header: str) -> None:
+    body = {"prompt": "a"}
+    headers = {"Authorization": header.encode()}
+    answer = guarded.http.post("/v1/completions", json=body, headers=headers)
+    assert "Bearer KEY" in error_of(answer, 401)["message"]
+    assert "first-key" not in answer.text
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+def test_each_key_opens(guarded: Live, key: str, scheme: str) -> None:
+    headers = {"Authorization": f"{scheme} {key}".encode()}
+    answer = guarded.http.post("/v1/completions", json={"prompt": "a"}, headers=headers)
+    assert answer.status_code == 200
+
+
+def test_the_openai_client_with_a_key_and_without(guarded: Live) -> None:
+    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=KEYS[0], max_retries=0) as client:
+        assert client.completions.create(model="demo", prompt="a").choices[0].text
+    with pytest.raises(openai.AuthenticationError):
+        guarded.client.completions.create(model="demo", prompt="a")
+
+
+def test_a_request_without_a_key_reaches_no_engine() -> None:
+    with running(FakeEngine(), options=ServerOptions(api_keys=KEYS)) as live:
+        error_of(complete(live), 401)
+        assert live.engine.requests == {}
+
+
+@contextmanager
+def small_bodies(**fields: Any) -> Iterator[Live]:
+    """A server that takes bodies of up to 1000 bytes."""
+    with running(FakeEngine(), options=ServerOptions(max_body_bytes=1000, **fields)) as live:
+        yield live
+
+
+def body_of(num_bytes: int) -> bytes:
+    """A completion of so many bytes."""
+    head = b'{"prompt": "a", "user": "'
+    return head + b"x" * (num_bytes - len(head) - 2) + b'"}'
+
+
+def test_long_bodies_are_refused_with_and_without_a_length() -> None:
+    with small_bodies() as live:
+        for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+            for content in (body_of(1001), iter([body_of(700), b" " * 700])):
+                answer = live.http.post(path, content=content, headers=JSON)
+                error = error_of(answer, 413)
+                assert "1000 bytes, the --max-body-size" in error["message"]
+                assert error["type"] == "invalid_request_error"
+        for content in (body_of(1000), iter([body_of(900), b" " * 100])):
+            answer = live.http.post("/v1/completions", content=content, headers=JSON)
+            assert answer.status_code == 200
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_a_body_that_does_not_end_is_a_408() -> None:
+    with small_bodies(body_timeout_s=0.3) as live:
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+            b"Content-Length: 50\r\n\r\n{"
+        )
+        answer = exchange(live.url, head)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert (
+            "did not come within 0.3 s"
+            in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+        )
+        # what it held is given back
+        state = live.server.config.app.state.server  # type: ignore[union-attr]
+        wait_until(lambda: state.concurrency.num_admitted == 0)
+
+
+def exchange(url: str, data: bytes) -> bytes:
+    """What a server answers to bytes, until it closes the connection."""
+    parts = httpx.URL(url)
+    with socket.create_connection((parts.host, parts.port or 80), timeout=20) as connection:
+        connection.sendall(data)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return answer
+
+
+NO_HTTP = (
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+    b"nonsense\r\n\r\n",
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nno colon\r\n\r\n",
+    b"GET /health HTTP/1.1\r\nA: " + b"x" * 100_000 + b"\r\n\r\n",
+)
+
+
+def test_what_is_no_http_is_an_error_object_too() -> None:
+    with server("0", "1") as live:
+        for data in NO_HTTP:
+            answer = exchange(live.url, data)
+            assert answer.startswith(b"HTTP/1.1 400 "), data
+            error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+            assert "no valid HTTP" in error["message"]
+            assert httpx.get(f"{live.url}/health", timeout=20).status_code == 200
+
+
+def test_more_than_the_limit_is_a_429_and_then_served_again() -> None:
+    options = ServerOptions(max_concurrency=2)
+    with running(FakeEngine(step_s=0.05, max_model_len=10_000), options=options) as live:
+        endless = {"prompt": "a", "max_tokens": 5000, "ignore_eos": True, "stream": True}
+        with live.http.stream("POST", "/v1/completions", json=endless):
+            with live.http.stream("POST", "/v1/completions", json=endless):
+                for path in ("/v1/completions", "/v1/chat/completions"):
+                    body = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+                    answer = live.http.post(path, json=body)
+                    error = error_of(answer, 429)
+                    assert (error["type"], error["code"]) == (
+                        "rate_limit_error",
+                        "too_many_requests",
+                    )
+                    assert "--max-concurrency is 2" in error["message"]
+                    assert int(answer.headers["retry-after"]) >= 1
+                with pytest.raises(openai.RateLimitError):
+                    live.client.completions.create(model="demo", prompt="a")
+                # what computes nothing is served all the time
+                assert live.http.get("/health").status_code == 200
+                assert live.http.get("/v1/models").status_code == 200
+            wait_until(lambda: complete(live).status_code == 200)
+
+
+def test_every_prompt_of_a_request_counts() -> None:
+    with running(FakeEngine(), options=ServerOptions(max_concurrency=3)) as live:
+        assert len(complete(live, prompt=["a", "b", "c"]).json()["choices"]) == 3
+        error = error_of(complete(live, prompt=["a", "b", "c", "d"]), 400)
+        assert error["param"] == "prompt"
+        assert "4 outputs, --max-concurrency is 3" in error["message"]
+        assert error_of(complete(live, prompt=["a", "b"], n=2), 400)["param"] == "n"
+        chat = {"messages": [{"role": "user", "content": "a"}], "n": 4}
+        assert error_of(live.http.post("/v1/chat/completions", json=chat), 400)["param"] == "n"
+        # refused and failed ones hold nothing
+        for fields in ({"temperature": -1}, {"prompt": [999]}, {"model": "other"}, {"prompt": []}):
+            for _ in range(4):
+                assert complete(live, **fields).status_code in (400, 404)
+        state = live.server.config.app.state.server  # type: ignore[union-attr]
+        assert state.concurrency.num_admitted == 0
+
+
+def test_clients_that_are_killed_give_back_what_they_held() -> None:
+    """Processes that end without a word while they stream."""
+    code = (
+        "import httpx, sys\n"
+        "body = {'prompt': 'a', 'max_tokens': 9000, 'ignore_eos': True, 'stream': True}\n"
+        "with httpx.stream('POST', sys.argv[1], json=body, timeout=60) as answer:\n"
+        "    for line in answer.iter_lines():\n"
+        "        print('got', flush=True)\n"
+    )
+    options = ServerOptions(max_concurrency=2)
+    with running(FakeEngine(step_s=0.02, max_model_len=10_000), options=options) as live:
+        clients = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, f"{live.url}/v1/completions"],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+        try:
+            for client in clients:
+                assert client.stdout is not None
+                assert client.stdout.readline() == "got\n"
+            assert complete(live).status_code == 429
+        finally:
+            for client in clients:
+                client.kill()
+                client.communicate()
+        wait_until(lambda: complete(live).status_code == 200)
+        wait_until(lambda: len(live.engine.closed) == 2)
+
+
+def test_a_full_server_answers_at_once_and_keeps_its_promises() -> None:
+    """Ten times the limit at once: each is served whole or refused, none is lost."""
+    options = ServerOptions(max_concurrency=4)
+    with running(FakeEngine(step_s=0.01), options=options) as live:
+        answers: list[httpx.Response] = []
+
+        def ask() -> None:
+            answers.append(httpx.post(f"{live.url}/v1/completions", json={"prompt": "a"}))
+
+        threads = [threading.Thread(target=ask) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(answers) == 40
+        assert {answer.status_code for answer in answers} == {200, 429}
+        for answer in answers:
+            if answer.status_code == 200:
+                assert answer.json()["choices"][0]["text"] == "".join(WORDS)

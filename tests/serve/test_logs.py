@@ -1,0 +1,171 @@
+"""What a server process writes: requests, JSON, the busy line, and nothing on a full disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.serve import server as server_module
+from fd_dsa.serve.busy_line import log_while_busy
+from fd_dsa.serve.logs import JsonFormatter
+from fd_dsa.serve.options import ServerOptions
+from tests.engine.fakes import make_engine
+from tests.serve.conftest import held_port, running, wait_until
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.test_cli import FAKE, TIMEOUT_S, command, environment, started
+from tests.serve.test_errors import complete
+
+
+def request_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """Fields of the lines about requests."""
+    return [vars(r)["fields"] for r in caplog.records if r.name == "fd_dsa.requests"]
+
+
+def test_each_output_that_ends_is_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    options = ServerOptions(log_requests=True)
+    with running(AsyncEngine(make_engine()), options=options) as live:
+        fields = {"max_tokens": 4, "ignore_eos": True}
+        complete(live, prompt=[[5, 6, 7], [8]], **fields)
+        lines = request_lines(caplog)
+        told = ("prompt_tokens", "completion_tokens", "finish_reason")
+        assert sorted(tuple(line[name] for name in told) for line in lines) == [
+            (1, 4, "length"),
+            (3, 4, "length"),
+        ]
+        assert all(0 <= line["first_token_s"] <= line["total_s"] for line in lines)
+        assert len({line["request_id"] for line in lines}) == 2
+        caplog.clear()
+        body = {"prompt": [5], "stream": True, "max_tokens": 60, "ignore_eos": True}
+        with live.http.stream("POST", "/v1/completions", json=body) as answer:
+            next(answer.iter_lines())
+        wait_until(lambda: len(request_lines(caplog)) == 1)
+        assert request_lines(caplog)[0]["finish_reason"] in ("abort", "length")
+
+
+def test_texts_and_keys_are_in_no_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    options = ServerOptions(log_requests=True, api_keys=("the-key",))
+    with running(FakeEngine(), options=options) as live:
+        headers = {"Authorization": "Bearer the-key"}
+        body = {"prompt": "a secret text"}
+        assert live.http.post("/v1/completions", json=body, headers=headers).status_code == 200
+        live.http.post("/v1/completions", json=body, headers={"Authorization": "Bearer guess"})
+    assert request_lines(caplog)
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith(("fd_dsa", "uvicorn"))]
+    for word in ("the-key", "guess", "secret text", "sparse attention"):
+        assert not any(word in line for line in ours)
+
+
+def test_no_line_unless_asked(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with running(FakeEngine()) as live:
+        complete(live)
+    assert request_lines(caplog) == []
+
+
+def test_a_json_log_has_one_object_a_line(tmp_path: Path) -> None:
+    flags = ("--port", "0", "--log-json", "--log-requests")
+    with started(tmp_path, *flags, body=FAKE) as process:
+        assert process.stdout is not None
+        url = re.search(r"http://[\d.:]+", process.stdout.readline())
+        assert url is not None
+        for path in ("/health", "/metrics", "/livez", "/readyz", "/startupz", "/v1/models"):
+            httpx.get(f"{url[0]}{path}", timeout=TIMEOUT_S)
+        httpx.post(f"{url[0]}/v1/completions", json={"prompt": "a"}, timeout=TIMEOUT_S)
+        process.terminate()
+        _, log = process.communicate(timeout=TIMEOUT_S)
+    lines = [json.loads(line) for line in log.splitlines()]
+    for line in lines:
+        assert {"time", "level", "logger", "message"} <= line.keys()
+    ended = [line for line in lines if line["logger"] == "fd_dsa.requests"]
+    assert [(line["finish_reason"], line["completion_tokens"]) for line in ended] == [("stop", 7)]
+    access = [line["message"] for line in lines if line["logger"] == "uvicorn.access"]
+    assert [re.search(r"/\S+", line)[0] for line in access] == [  # type: ignore[index]
+        "/v1/models",
+        "/v1/completions",
+    ]
+
+
+def test_json_of_exceptions_and_of_what_is_no_text() -> None:
+    try:
+        raise ValueError("\ud800 is no text")
+    except ValueError:
+        record = logging.LogRecord("a", 40, "f", 1, "%s", ("\ud800\n",), sys.exc_info())
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    told = json.loads(line)
+    assert told["message"] == "\ud800\n" and told["level"] == "error"
+    assert "ValueError" in told["exception"]
+
+
+def test_a_line_while_busy_and_none_while_idle(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(
+        server_module, "log_while_busy", lambda engine: log_while_busy(engine, interval_s=0.05)
+    )
+
+    def lines() -> list[str]:
+        return [line for line in caplog.messages if line.startswith("running ")]
+
+    with running(AsyncEngine(make_engine())) as live:
+        assert lines() == []
+        complete(live, prompt=[5 + i % 30 for i in range(18)], max_tokens=8, ignore_eos=True)
+        wait_until(lambda: len(lines()) > 0)
+        pattern = (
+            r"running \d+, waiting \d+, prefill [\d,]+ tok/s, decode [\d,]+ tok/s, "
+            r"kv \d+ %, prefix hits (\d+ %|none asked)"
+        )
+        assert all(re.fullmatch(pattern, line) for line in lines())
+        rates = [re.findall(r"([\d,]+) tok/s", line) for line in lines()]
+        assert any(rate != ["0", "0"] for rate in rates)
+        # the interval in which the last step ended has its line; then there are no more
+        time.sleep(0.2)
+        told = len(lines())
+        time.sleep(0.3)
+        assert len(lines()) == told
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_under_the_log_stops_nothing(tmp_path: Path) -> None:
+    """Both outputs fail to be written, from the first line on."""
+    with held_port() as port:
+        with open("/dev/full", "w") as full:
+            process = subprocess.Popen(
+                command("--port", str(port), "--log-requests", body=FAKE),
+                cwd=tmp_path,
+                env=environment(),
+                stdout=full,
+                stderr=full,
+            )
+        try:
+            url = f"http://127.0.0.1:{port}"
+
+            def serves() -> bool:
+                try:
+                    return httpx.get(f"{url}/health", timeout=5).status_code == 200
+                except httpx.TransportError:
+                    assert process.poll() is None
+                    return False
+
+            wait_until(serves, TIMEOUT_S)
+            for _ in range(3):
+                answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=20)
+                assert answer.status_code == 200
+            process.terminate()
+            assert process.wait(TIMEOUT_S) == 0
+        finally:
+            process.kill()
+            process.wait()

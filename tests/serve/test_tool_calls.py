@@ -1,0 +1,367 @@
+"""Tools, reasoning and templates over HTTP; the engine says what models have been recorded to."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
+from fd_dsa.chat.renderers import ChatRenderer
+from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.serve.options import ChatSettings
+from tests.chat import templates
+from tests.chat.recorded import RECORDED, TOOLS, Recorded
+from tests.serve.conftest import Live, running
+from tests.serve.fake_engine import FakeEngine
+
+HI = [{"role": "user", "content": "Hi"}]
+RENDERERS: dict[str, ChatRenderer] = {
+    "deepseek_v31": ChatTemplate(templates.V31, {"bos_token": "<｜begin▁of▁sentence｜>"}),
+    "deepseek_v32": DeepseekV32Encoding("TOOLS\n{tool_schemas}\n"),
+    "glm47": ChatTemplate(templates.GLM, {}),
+    "glm45": ChatTemplate(templates.GLM, {}),
+}
+V32 = RECORDED["v32 thinking, calls"]
+
+
+def engine_of(recorded: Recorded, **kwargs: Any) -> FakeEngine:
+    """An engine that says what was recorded, behind the template of its model."""
+    renderer = RENDERERS[recorded.tool_format]
+    return FakeEngine(words=recorded.tokens, renderer=renderer, max_model_len=4096, **kwargs)
+
+
+def asked(recorded: Recorded, **fields: Any) -> dict[str, Any]:
+    """A request for that answer."""
+    thinking = {"chat_template_kwargs": {"thinking": recorded.in_reasoning}}
+    return {"model": "demo", "messages": HI, "tools": TOOLS, "extra_body": thinking, **fields}
+
+
+def prompt_of(live: Live) -> str:
+    """The text of the latest prompt."""
+    prompt, _ = list(live.engine.requests.values())[-1]
+    return bytes(prompt).decode()
+
+
+@pytest.fixture(params=RECORDED.values(), ids=RECORDED)
+def recorded(request: pytest.FixtureRequest) -> Recorded:
+    """Each recorded answer."""
+    return request.param
+
+
+def test_whole_and_streamed_answers(recorded: Recorded) -> None:
+    expected = recorded.message
+    calls = [(call.name, call.arguments) for call in expected.tool_calls]
+    reason = "tool_calls" if calls else "stop"
+    with running(engine_of(recorded)) as live:
+        choice = live.client.chat.completions.create(**asked(recorded)).choices[0]
+        assert choice.message.content == (expected.content or None)
+        assert getattr(choice.message, "reasoning_content", "") == expected.reasoning
+        found = choice.message.tool_calls or []
+        assert [(c.function.name, c.function.arguments) for c in found] == calls
+        assert len({call.id for call in found}) == len(calls)
+        assert choice.finish_reason == reason
+
+        stream = live.client.chat.completions.create(**asked(recorded), stream=True)
+        deltas = [chunk.choices[0] for chunk in stream]
+        assert "".join(d.delta.content or "" for d in deltas) == expected.content
+        said = "".join(getattr(d.delta, "reasoning_content", None) or "" for d in deltas)
+        assert said == expected.reasoning
+        joined: list[list[str]] = []
+        for delta in (call for d in deltas for call in d.delta.tool_calls or []):
+            if delta.id is not None:
+                assert delta.index == len(joined)
+                assert delta.type == "function"
+                joined.append([delta.function.name, ""])
+            joined[delta.index][1] += delta.function.arguments
+        assert joined == [list(call) for call in calls]
+        reasons = [d.finish_reason for d in deltas]
+        assert reasons == [None] * (len(reasons) - 1) + [reason]
+
+
+def test_the_real_client_joins_the_stream(recorded: Recorded) -> None:
+    """The helper of the openai package, which agents use, gets the same message."""
+    with (
+        running(engine_of(recorded)) as live,
+        live.client.chat.completions.stream(**asked(recorded)) as stream,
+    ):
+        message = stream.get_final_completion().choices[0].message
+    calls = [(c.function.name, c.function.arguments) for c in message.tool_calls or []]
+    assert calls == [(call.name, call.arguments) for call in recorded.message.tool_calls]
+
+
+def test_a_conversation_with_tools_goes_round() -> None:
+    """The answer, sent back as the client got it, renders to what the model had written."""
+    with running(engine_of(V32)) as live:
+        answer = live.client.chat.completions.create(**asked(V32)).choices[0].message
+        first = prompt_of(live)
+        results = [
+            {"role": "tool", "tool_call_id": call.id, "content": call.function.name}
+            for call in answer.tool_calls or []
+        ]
+        history = [*HI, answer.model_dump(exclude_none=True), *reversed(results)]
+        live.client.chat.completions.create(**asked(V32, messages=history))
+        second = prompt_of(live)
+        dumped = answer.model_dump(exclude_none=True)
+        dumped["reasoning"] = dumped.pop("reasoning_content")
+        live.client.chat.completions.create(
+            **asked(V32, messages=[HI[0], dumped, *reversed(results)])
+        )
+        assert prompt_of(live) == second
+    assert second.startswith(first + V32.text)
+    assert second.endswith(
+        "\n\n<function_results>\n<result>get_weather</result>\n<result>now</result>\n"
+        "</function_results>\n\n<think>"
+    )
+
+
+def test_each_choice_has_a_parser_of_its_own() -> None:
+    expected = [(call.name, call.arguments) for call in V32.message.tool_calls]
+    with running(engine_of(V32)) as live:
+        fields = asked(V32, n=2)
+        fields["extra_body"]["return_token_ids"] = True
+        choices = live.client.chat.completions.create(**fields).choices
+        for choice in choices:
+            calls = choice.message.tool_calls or []
+            assert [(call.function.name, call.function.arguments) for call in calls] == expected
+        ids = {call.id for choice in choices for call in choice.message.tool_calls or []}
+        assert len(ids) == 4
+        joined: dict[int, list[list[str]]] = {0: [], 1: []}
+        tokens: dict[int, list[int]] = {0: [], 1: []}
+        for chunk in live.client.chat.completions.create(**fields, stream=True):
+            (part,) = chunk.choices
+            # tokens come with their chunk, also where the parser holds their text
+            tokens[part.index] += getattr(part, "token_ids", None) or []
+            for call in part.delta.tool_calls or []:
+                if call.id is not None:
+                    joined[part.index].append([call.function.name, ""])
+                joined[part.index][call.index][1] += call.function.arguments
+        assert joined == {index: [list(call) for call in expected] for index in (0, 1)}
+        assert tokens == {index: list(range(len(V32.tokens))) for index in (0, 1)}
+
+
+def test_one_call_alone() -> None:
+    with running(engine_of(V32)) as live:
+        fields = asked(V32, parallel_tool_calls=False)
+        message = live.client.chat.completions.create(**fields).choices[0].message
+        assert [call.function.name for call in message.tool_calls or []] == ["get_weather"]
+        stream = live.client.chat.completions.create(**fields, stream=True)
+        calls = [c for chunk in stream for c in chunk.choices[0].delta.tool_calls or []]
+        assert {call.index for call in calls} == {0}
+        arguments = "".join(call.function.arguments for call in calls)
+        assert arguments == V32.message.tool_calls[0].arguments
+
+
+def test_without_tools_or_with_choice_none_calls_are_text() -> None:
+    with running(engine_of(V32)) as live:
+        for fields in ({"tools": openai.NOT_GIVEN}, {"tools": []}, {"tool_choice": "none"}):
+            choice = live.client.chat.completions.create(**asked(V32, **fields)).choices[0]
+            assert choice.message.tool_calls is None
+            assert choice.message.content == V32.text.partition("</think>")[2]
+            assert choice.finish_reason == "stop"
+            assert "TOOLS" not in prompt_of(live)
+        live.client.chat.completions.create(**asked(V32, tool_choice="auto"))
+        assert "TOOLS" in prompt_of(live)
+
+
+def test_an_answer_cut_off_inside_of_a_call() -> None:
+    with running(engine_of(V32)) as live:
+        fields = asked(V32, max_tokens=len(V32.tokens) - 25)
+        choice = live.client.chat.completions.create(**fields).choices[0]
+        assert choice.finish_reason == "length"
+        (call,) = choice.message.tool_calls or []
+        assert V32.message.tool_calls[0].arguments.startswith(call.function.arguments)
+
+
+def test_special_markers_are_kept_for_the_parser_alone() -> None:
+    special = {"｜DSML｜": 7, "</think>": 8, "<｜User｜>": 9}
+    engine = engine_of(V32, special_ids=special)
+    with running(engine) as live:
+        live.client.chat.completions.create(**asked(V32))
+        live.client.chat.completions.create(**asked(V32, tools=[]))
+        live.client.completions.create(model="demo", prompt="x")
+    kept = [params.kept_special_token_ids for _, params in engine.requests.values()]
+    assert kept == [{7, 8}, {8}, set()]
+
+
+def test_parsers_can_be_named_and_switched_off() -> None:
+    off = ChatSettings(tool_call_parser="none", reasoning_parser="none")
+    with running(engine_of(V32), chat_settings=off) as live:
+        message = live.client.chat.completions.create(**asked(V32, tools=[])).choices[0].message
+        assert message.content == V32.text
+        with pytest.raises(openai.BadRequestError, match="--tool-call-parser none") as caught:
+            live.client.chat.completions.create(**asked(V32))
+        assert caught.value.param == "tools"
+    glm = RECORDED["glm thinking, calls"]
+    named = ChatSettings(tool_call_parser="glm45", reasoning_parser="glm45")
+    with running(FakeEngine(words=("<think>", *glm.tokens)), chat_settings=named) as live:
+        message = live.client.chat.completions.create(**asked(glm)).choices[0].message
+        assert len(message.tool_calls or []) == 2
+        assert message.reasoning_content == "Two calls."
+
+
+def test_the_last_message_goes_on() -> None:
+    text = {"role": "assistant", "content": "I lo"}
+    thought = {"role": "assistant", "reasoning_content": "Two ca"}
+    with running(engine_of(V32)) as live:
+        body = {"continue_final_message": True, "add_generation_prompt": False}
+
+        def answer(message: dict[str, Any], thinking: bool) -> Any:
+            extra = {**body, "chat_template_kwargs": {"thinking": thinking}}
+            return (
+                live.client.chat.completions.create(
+                    model="demo", messages=[*HI, message], extra_body=extra
+                )
+                .choices[0]
+                .message
+            )
+
+        assert answer(text, False).content == V32.text
+        assert prompt_of(live).endswith("</think>I lo")
+        assert answer(thought, True).reasoning_content == "Two calls <."
+        assert prompt_of(live).endswith("<think>Two ca")
+
+
+def test_a_template_of_the_request_needs_trust() -> None:
+    body = {"messages": HI, "chat_template": "{{ bos_token }}{{ messages[0].content }}!{{ k }}"}
+    kwargs = {"chat_template_kwargs": {"k": 3}}
+    with running(FakeEngine()) as live:
+        error = live.http.post("/v1/chat/completions", json=body).json()["error"]
+        assert error["param"] == "chat_template"
+        assert "--trust-request-chat-template" in error["message"]
+    trusting = ChatSettings(trust_request_chat_template=True)
+    with running(FakeEngine(), chat_settings=trusting) as live:
+        assert live.http.post("/v1/chat/completions", json={**body, **kwargs}).status_code == 200
+        assert prompt_of(live) == "<bos>Hi!3"
+        broken = {**body, "chat_template": "{% for %}"}
+        error = live.http.post("/v1/chat/completions", json=broken).json()["error"]
+        assert error["param"] == "chat_template"
+
+
+def tool(**function: Any) -> dict[str, Any]:
+    """A tool with these fields."""
+    return {"type": "function", "function": function}
+
+
+def call(arguments: Any) -> dict[str, Any]:
+    """A message that calls f."""
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"id": "a", "function": function}]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "text"),
+    [
+        ({"tools": "x"}, "tools", "valid list"),
+        ({"tools": [{}]}, "tools[0].type", "is missing"),
+        ({"tools": [{"type": "web", "function": {"name": "f"}}]}, "tools[0].type", "'function'"),
+        ({"tools": [tool()]}, "tools[0].function.name", "is missing"),
+        ({"tools": [tool(name="a b")]}, "tools[0].function.name", 'got "a b"; allowed'),
+        ({"tools": [tool(name="")]}, "tools[0].function.name", "allowed is a name"),
+        ({"tools": [tool(name="f"), tool(name="f")]}, "tools[1].function.name", "a second time"),
+        ({"tools": [tool(name="f", parameters=[])]}, "tools[0].function.parameters", "dictionary"),
+        ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice", "none, auto, required"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice", "allowed are"),
+        (
+            {"tools": TOOLS, "tool_choice": tool(name="f")},
+            "tool_choice",
+            'got the tool "f"; allowed are get_weather, now',
+        ),
+        ({"tool_choice": "required"}, "tools", "no tools"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls", "boolean"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs", "dictionary"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "not a variable"),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "not a variable"),
+        ({"chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs", "true or false"),
+        (
+            {"continue_final_message": True, "add_generation_prompt": True},
+            "continue_final_message",
+            "either",
+        ),
+        ({"continue_final_message": True}, "messages", "not the text of an assistant"),
+        ({"messages": [*HI, call(5)]}, "messages[1].tool_calls[0].function.arguments", "got 5"),
+        ({"messages": [*HI, call("[")]}, "messages[1].tool_calls[0].function.arguments", "JSON"),
+        ({"messages": [*HI, call("[]")]}, "messages[1].tool_calls[0].function.arguments", "object"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content", "is missing"),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": call("")["tool_calls"]}]},
+            "messages[0].tool_calls",
+            "role user",
+        ),
+        ({"messages": [*HI, {"role": "tool", "content": "x"}]}, "messages", "role 'tool'"),
+    ],
+)
+def test_bad_requests(fields: dict[str, Any], param: str, text: str, v32: Live) -> None:
+    answer = v32.http.post("/v1/chat/completions", json={"messages": HI, **fields})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert error["message"].startswith((f"{param}: ", "tool_choice: "))
+    assert text in error["message"]
+
+
+@pytest.fixture(scope="module")
+def v32() -> Any:
+    """A server of DeepSeek-V3.2's format."""
+    with running(engine_of(V32)) as server:
+        yield server
+
+
+@pytest.mark.parametrize("choice", ["required", tool(name="now")])
+def test_forced_calls_have_a_grammar(choice: Any, v32: Live) -> None:
+    v32.client.chat.completions.create(**asked(V32, tool_choice=choice))
+    _, params = list(v32.engine.requests.values())[-1]
+    form = params.structured_outputs
+    assert form.source == "tool_choice"
+    assert ("get_weather" in form.grammar) is (choice == "required")
+    assert '[suffix="</think>"]' in form.grammar
+    with pytest.raises(openai.BadRequestError, match="an answer has one form") as caught:
+        v32.client.chat.completions.create(
+            **asked(V32, tool_choice=choice, response_format={"type": "json_object"})
+        )
+    assert caught.value.param == "response_format"
+
+
+def test_json_stands_behind_the_reasoning(v32: Live) -> None:
+    schema = {"type": "object", "properties": {"k": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    for thinking in (True, False):
+        v32.client.chat.completions.create(
+            model="demo",
+            messages=HI,
+            response_format=wanted,
+            extra_body={"chat_template_kwargs": {"thinking": thinking}},
+        )
+        _, params = list(v32.engine.requests.values())[-1]
+        form = params.structured_outputs
+        assert (form.grammar is not None) is thinking
+        assert form.json == (None if thinking else schema)
+    with pytest.raises(openai.BadRequestError, match="switch the reasoning off") as caught:
+        v32.client.chat.completions.create(
+            model="demo",
+            messages=HI,
+            extra_body={"guided_regex": "a", "chat_template_kwargs": {"thinking": True}},
+        )
+    assert caught.value.param == "guided_regex"
+
+
+def test_a_model_without_a_form_of_tool_calls_refuses_tools() -> None:
+    with running(FakeEngine()) as live:
+        body = {"messages": HI, "tools": TOOLS}
+        error = live.http.post("/v1/chat/completions", json=body).json()["error"]
+        assert error["param"] == "tools"
+        assert "--tool-call-parser" in error["message"]
+        fine = {**body, "tool_choice": "none"}
+        assert live.http.post("/v1/chat/completions", json=fine).status_code == 200
+
+
+def test_arguments_are_answered_as_json_text() -> None:
+    with running(engine_of(V32)) as live:
+        body = {"messages": HI, "tools": TOOLS, "chat_template_kwargs": {"thinking": True}}
+        message = live.http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    (first, _) = message["tool_calls"]
+    assert json.loads(first["function"]["arguments"])["days"] == 3
+    assert set(first) == {"id", "type", "function"}
+    assert message["role"] == "assistant"
