@@ -8,8 +8,11 @@ PYTHON ?= python3
 ARGS ?=
 # processes of `make test`; each may take 5 GB
 WORKERS ?= 2
-# each round of `make soak` draws new random cases
+# each round of `make soak` draws new random cases; its other parts take the seed, so that another
+# one gives others
 ROUNDS ?= 20
+SEED ?= 0
+SECONDS ?= 600
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
@@ -39,6 +42,12 @@ bench-gpu:
 soak: $(VENV)/.dev
 	for round in $$(seq $(ROUNDS)); do \
 	  $(BIN)/python -m pytest -q -x tests/step tests/engine tests/v4_prepare $(ARGS) || exit 1; done
+	$(BIN)/python -m tests.soak.histories --first $(SEED)0000 --histories 10000
+	$(BIN)/python -m tests.soak.fuzz --first $(SEED)00000 --requests 100000
+	$(BIN)/python -m tests.soak.openapi_cases --examples 500 --seed $(SEED)
+	$(BIN)/python -m tests.soak.wire --first $(SEED)0000 --requests 10000
+	$(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
+	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
 
 gpu-rig: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu_rig $(ARGS)

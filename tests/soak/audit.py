@@ -1,0 +1,77 @@
+"""What must hold in scheduler and block manager after every step, counted anew from the owners.
+
+The only test that looks inside them: an invariant that their own figures showed would be worth
+no more than the figures.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.request import Request
+
+
+def running_requests(engine: LLMEngine) -> dict[int, Request]:
+    """Requests with a row, by row."""
+    return {request.slot: request for request in engine._scheduler._running.values()}
+
+
+def waiting_requests(engine: LLMEngine) -> list[Request]:
+    """Requests without a row, in the order in which they will get one."""
+    return list(engine._scheduler._waiting)
+
+
+def evictable_keys(engine: LLMEngine) -> set[bytes]:
+    """Keys by which blocks can be found."""
+    return set(engine._blocks._prefix_cache._block_of)
+
+
+def audit(engine: LLMEngine) -> None:
+    """AssertionError naming the block or request that breaks a rule."""
+    _audit_blocks(engine)
+    _audit_rows(engine)
+
+
+def _audit_blocks(engine: LLMEngine) -> None:
+    """Each block is free, kept or owned, and owners are counted right."""
+    blocks = engine._blocks
+    cache = blocks._prefix_cache
+    owners: Counter[int] = Counter()
+    for name, owner in blocks._owners.items():
+        assert len(set(owner.blocks)) == len(owner.blocks), f"{name} owns a block twice"
+        owners.update(owner.blocks)
+    for block, count in enumerate(blocks._num_owners):
+        assert count == owners[block], f"block {block} has {owners[block]} owners, counted {count}"
+    free, kept = blocks._free, cache._unowned
+    assert len(set(free)) == len(free), "a block is free twice"
+    parts = (set(free), set(kept), set(owners))
+    assert sum(map(len, parts)) == blocks.num_blocks, f"blocks are lost or in two places: {parts}"
+    assert set().union(*parts) == set(range(blocks.num_blocks))
+    assert {block: key for key, block in cache._block_of.items()} == cache._key_of
+    assert kept.keys() <= cache._key_of.keys(), "a kept block cannot be found"
+    assert not parts[0] & cache._key_of.keys(), "a free block can be found"
+    salts: dict[int, str | None] = {}
+    for request in running_requests(engine).values():
+        for block in blocks.blocks_of(request.block_owner):
+            salt = request.params.cache_salt
+            assert salts.setdefault(block, salt) == salt, f"block {block} crosses cache salts"
+
+
+def _audit_rows(engine: LLMEngine) -> None:
+    """Rows are those of the running requests, which own what their tokens need."""
+    blocks, batch = engine._blocks, engine.runner.input_batch
+    running = running_requests(engine)
+    assert len(running) == engine._scheduler.num_running <= batch.max_num_seqs
+    free = engine._scheduler._free_slots
+    assert sorted([*free, *running]) == list(range(batch.max_num_seqs)), "a row is lost"
+    for row in range(batch.max_num_seqs):
+        owned = blocks.blocks_of(running[row].block_owner) if row in running else ()
+        table = batch.block_tables[row]
+        assert tuple(table[: len(owned)].tolist()) == owned, f"row {row} shows other blocks"
+        assert (table[len(owned) :] == -1).all(), f"row {row} shows blocks it does not own"
+    names = {request.block_owner for request in running.values()}
+    assert blocks._owners.keys() <= names, "a request without a row owns blocks"
+    arrivals = [request.arrival for request in engine._scheduler._running.values()]
+    arrivals += [request.arrival for request in waiting_requests(engine)]
+    assert arrivals == sorted(set(arrivals)), f"served out of order: {arrivals}"

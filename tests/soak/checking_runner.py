@@ -1,0 +1,136 @@
+"""A runner without a model whose cache remembers what each slot was computed from."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from fd_dsa.engine.request import Request
+from fd_dsa.runner.input_batch import InputBatch
+
+VOCAB_SIZE = 12
+EOS = 1
+NUM_CANDIDATES = 3
+# what a step leaves behind that was broken off
+GARBAGE = -7
+
+
+class DeviceGone(Exception):
+    """A step that failed on purpose."""
+
+
+class CheckingRunner:
+    """Each slot of the cache holds a hash of the salt and of all tokens up to its own.
+
+    So a slot of another request, of another position, of another salt or from before an eviction
+    is found when it is read. The logits of a token are a function of that hash: what is generated
+    depends on the tokens in front alone.
+
+    Args:
+        input_batch: as the engine fills it.
+        num_blocks: blocks of the cache.
+        running: the requests by row, to know what the rows must hold.
+        nan_share: one of so many histories has logits that are not finite; 0 = none.
+        vocab_size: columns of the logits.
+    """
+
+    def __init__(
+        self,
+        input_batch: InputBatch,
+        num_blocks: int,
+        running: Callable[[], Mapping[int, Request]],
+        nan_share: int = 0,
+        vocab_size: int = VOCAB_SIZE,
+    ) -> None:
+        self.input_batch = input_batch
+        self.vocab_size = vocab_size
+        self.block_size = input_batch.block_size
+        self.cache = np.full((num_blocks, self.block_size), -1, np.int64)
+        self.fails = False
+        self.written: set[int] = set()
+        self.num_tokens = 0
+        self._running = running
+        self._nan_share = nan_share
+        self._hashes: dict[Request, list[int]] = {}
+
+    def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
+        """Write the step's tokens, check all that its rows read, answer by what they hold."""
+        batch = self.input_batch
+        running = self._running()
+        self._hashes = {r: self._hashes[r] for r in running.values() if r in self._hashes}
+        self.written = set()
+        self.num_tokens = batch.num_tokens
+        seen: list[int] = []
+        for row in range(batch.num_rows):
+            if batch.seq_lens_this_time[row]:
+                seen += self._run_row(row, running[row], len(seen))
+        assert len(seen) == batch.num_tokens
+        if self.fails:
+            self.cache[sorted(self.written), :] = self._half_done(sorted(self.written))
+            raise DeviceGone("the device is gone")
+        logits = np.full((len(logits_indices), self.vocab_size), -30.0, np.float32)
+        for row, index in zip(logits, logits_indices, strict=True):
+            _set_logits(row, seen[index], self._nan_share)
+        return logits
+
+    def _run_row(self, row: int, request: Request, begin: int) -> list[int]:
+        """Write and read one row; the hashes of its new tokens."""
+        batch, size = self.input_batch, self.block_size
+        cached = int(batch.seq_lens_decoder[row])
+        num_new = int(batch.seq_lens_this_time[row])
+        given = batch.ids_remove_padding[begin : begin + num_new].tolist()
+        end = cached + num_new
+        assert given == request.token_ids[cached:end], f"row {row} got other tokens"
+        hashes = self._hashes.setdefault(request, [])
+        extend_hashes(hashes, request.token_ids[:end], request.params.cache_salt)
+        expected = np.array(hashes[:end], np.int64)
+        table = batch.block_tables[row, : -(-end // size)]
+        assert (table >= 0).all(), f"row {row} has no block for one of its {end} tokens"
+        assert len(set(table.tolist())) == len(table), f"row {row} has a block twice"
+        for block in set(table[cached // size :].tolist()):
+            assert (batch.block_tables == block).sum() == 1, f"shared block {block} is written"
+            assert block not in self.written, f"block {block} is written by two rows"
+            self.written.add(block)
+        positions = np.arange(end)
+        blocks, offsets = table[positions // size], positions % size
+        self.cache[blocks[cached:], offsets[cached:]] = expected[cached:]
+        read = self.cache[blocks, offsets]
+        wrong = np.flatnonzero(read != expected)
+        assert not len(wrong), (
+            f"request {request.block_owner} reads a wrong slot at token {wrong[0]} of {end}, "
+            f"{cached} of them from the cache"
+        )
+        return hashes[cached:end]
+
+    def _half_done(self, blocks: list[int]) -> np.ndarray:
+        """What the blocks hold after a step broke off: what it had written is garbage."""
+        batch, size = self.input_batch, self.block_size
+        content = self.cache[blocks].copy()
+        for row in np.flatnonzero(batch.seq_lens_this_time):
+            cached = int(batch.seq_lens_decoder[row])
+            for position in range(cached, cached + int(batch.seq_lens_this_time[row])):
+                block = int(batch.block_tables[row, position // size])
+                content[blocks.index(block), position % size] = GARBAGE
+        return content
+
+
+def extend_hashes(hashes: list[int], token_ids: Sequence[int], salt: str | None) -> None:
+    """Bring `hashes` to one entry a token: of the salt and all tokens up to it."""
+    last = hashes[-1] if hashes else zlib.crc32((salt or "").encode("utf-8", "surrogatepass"))
+    for token in token_ids[len(hashes) :]:
+        # two rounds of 32 bits: a collision in a run would hide nothing but itself
+        low = zlib.crc32(token.to_bytes(4, "little"), last & 0xFFFFFFFF)
+        last = low | (zlib.crc32(low.to_bytes(4, "little"), last >> 32) & 0x3FFFFFFF) << 32
+        hashes.append(last)
+
+
+def _set_logits(row: np.ndarray, history: int, nan_share: int) -> None:
+    """Lift three tokens to about the same weight; NaN for some histories."""
+    draw = random.Random(history)
+    for token in draw.sample(range(len(row)), NUM_CANDIDATES):
+        row[token] = draw.random()
+    if nan_share and history % nan_share == 0:
+        row[0] = np.nan

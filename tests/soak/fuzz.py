@@ -1,0 +1,214 @@
+"""Hostile requests against the server: never a 5xx, always an error object, memory bounded.
+
+    python -m tests.soak.fuzz --requests 100000
+    python -m tests.soak.fuzz --first 4711 --requests 1
+
+The application runs in this process, with the demo model's tokenizer and chat template, the real
+engine, and the runner that checks what its slots hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import gc
+import itertools
+import json
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+
+from fd_dsa.config import demo_model_path
+from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.serve.app import create_app
+from tests.soak.audit import audit, running_requests
+from tests.soak.checking_runner import EOS, CheckingRunner
+from tests.soak.hostile import POSTS, HostileRequest, draw_request
+
+NUM_BLOCKS = 96
+BLOCK_SIZE = 8
+MAX_MODEL_LEN = 160
+MAX_NUM_SEQS = 16
+NUM_CLIENTS = 16
+ANSWER_WITHIN_S = 120.0
+WARM_UP_REQUESTS = 2000
+MAX_FAILURES = 10
+MAX_GROWTH_MIB = 100
+HELD_WARM = f"MiB held after {WARM_UP_REQUESTS} requests"
+PAGE_BYTES = resource.getpagesize()
+
+
+def make_engine() -> LLMEngine:
+    """The engine over a checking runner, with the tokenizer of the demo model."""
+    tokenizer = Tokenizer.from_folder(demo_model_path())
+    batch = InputBatch(MAX_NUM_SEQS, 64, MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE)
+    runner = CheckingRunner(
+        batch, NUM_BLOCKS, lambda: running_requests(engine), vocab_size=tokenizer.vocab_size
+    )
+    engine = LLMEngine(
+        runner,
+        tokenizer,
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=64,
+        eos_token_ids=[EOS],
+    )
+    return engine
+
+
+def body_fields(openapi: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of the fields of each body, from the OpenAPI document."""
+    fields = {}
+    for path in POSTS:
+        content = openapi["paths"][path]["post"]["requestBody"]["content"]
+        name = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        fields[path] = sorted(openapi["components"]["schemas"][name]["properties"])
+    return fields
+
+
+def check_answer(method: str, path: str, answer: httpx.Response) -> None:
+    """AssertionError unless an answer is what a client may rely on."""
+    assert answer.status_code < 500, f"{answer.status_code}: {answer.text}"
+    assert answer.headers.get("x-request-id")
+    if answer.status_code >= 400:
+        if method != "HEAD":
+            check_error(answer.json())
+    elif answer.headers.get("content-type", "").startswith("text/event-stream"):
+        events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+        assert events[-1] == "[DONE]", f"a stream without an end: {events[-1]}"
+        for event in map(json.loads, events[:-1]):
+            if "error" in event:
+                check_error(event)
+    elif method == "POST" and path in POSTS:
+        assert "error" not in answer.json()
+
+
+def check_error(content: Any) -> None:
+    """AssertionError unless it is an error object of the OpenAI API, without an inner detail."""
+    assert list(content) == ["error"], content
+    error = content["error"]
+    assert set(error) == {"message", "type", "param", "code"}, content
+    assert isinstance(error["message"], str) and error["message"]
+    assert error["type"] != "server_error", content
+    for word in ("pydantic", "Traceback", 'File "'):
+        assert word not in error["message"], content
+
+
+def held_mib() -> int:
+    """Memory of this process without what its allocator keeps for later."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return round(int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES / 2**20)
+
+
+async def send(
+    client: httpx.AsyncClient, hostile: HostileRequest, url: str = "http://server"
+) -> httpx.Response:
+    """Send a hostile request as it is."""
+    request = client.build_request(
+        hostile.method, url, headers=list(hostile.headers), content=hostile.body
+    )
+    # what httpx would tidy up is part of the request
+    request.url = request.url.copy_with(raw_path=hostile.path.encode("ascii"))
+    return await asyncio.wait_for(client.send(request), ANSWER_WITHIN_S)
+
+
+async def fuzz(app: FastAPI, first: int, count: int) -> Counter[str]:
+    """Send the hostile requests `first` .. `first + count - 1` from some clients at a time.
+
+    Returns:
+        How many answers had which status, and the memory held in MiB, with the most it ever was.
+    """
+    names = body_fields(app.openapi())
+    numbers = iter(range(first, first + count))
+    counts: Counter[str] = Counter()
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport) as client:
+        done = itertools.count(1)
+        await asyncio.gather(
+            *(_client(client, names, numbers, counts, done) for _ in range(NUM_CLIENTS))
+        )
+        assert (await client.get("http://server/health")).status_code == 200
+    counts["MiB held at the end"] = held_mib()
+    counts["MiB at most"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return counts
+
+
+async def _client(
+    client: httpx.AsyncClient,
+    names: dict[str, list[str]],
+    numbers: Iterator[int],
+    counts: Counter[str],
+    done: Iterator[int],
+) -> None:
+    """One client: the next number, until there is none."""
+    for number in numbers:
+        hostile = draw_request(number, names)
+        try:
+            answer = await send(client, hostile)
+            check_answer(hostile.method, hostile.path, answer)
+        except Exception as error:
+            what = f"{hostile.method} {hostile.path} {hostile.headers} {hostile.body!r:.400}"
+            again = f"python -m tests.soak.fuzz --first {number} --requests 1"
+            print(f"request {number}: {error!r:.600}\n  {what}\n  again: {again}", flush=True)
+            counts["failures"] += 1
+            assert counts["failures"] < MAX_FAILURES, "too many requests were answered wrongly"
+            continue
+        counts[f"status {answer.status_code}"] += 1
+        if next(done) == WARM_UP_REQUESTS:
+            counts[HELD_WARM] = held_mib()
+
+
+def run(first: int, count: int) -> Counter[str]:
+    """Start an application, send the requests, and see that nothing is left over."""
+    engine = make_engine()
+    app = create_app(AsyncEngine(engine), ["demo"])
+
+    async def serve() -> Counter[str]:
+        async with app.router.lifespan_context(app):
+            counts = await fuzz(app, first, count)
+            deadline = time.monotonic() + ANSWER_WITHIN_S
+            while engine.has_unfinished_requests() and time.monotonic() < deadline:
+                await asyncio.sleep(0.05)
+            assert not engine.has_unfinished_requests(), "a request is stuck"
+            assert app.state.server.engine.errored is None
+            assert app.state.server.concurrency.num_admitted == 0
+        return counts
+
+    counts = asyncio.run(serve())
+    audit(engine)
+    assert engine.stats().num_used_blocks == 0
+    assert counts["failures"] == 0, "the requests above were answered wrongly"
+    if counts[HELD_WARM]:
+        assert counts["MiB held at the end"] < counts[HELD_WARM] + MAX_GROWTH_MIB, counts
+    return counts
+
+
+def main() -> None:
+    """Run what the command line asks for and print what was answered."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--first", type=int, default=0, help="number of the first request")
+    parser.add_argument("--requests", type=int, default=100_000)
+    args = parser.parse_args()
+    begin = time.monotonic()
+    counts = run(args.first, args.requests)
+    print(f"{args.requests} hostile requests from {args.first} on:")
+    for name, count in sorted(counts.items()):
+        print(f"  {name:45} {count:>12,}")
+    print(f"  {'seconds':45} {time.monotonic() - begin:>12.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""Random request histories against the engine's scheduler and block manager, without a model.
+
+    python -m tests.soak.histories --histories 10000
+    python -m tests.soak.histories --first 4711 --histories 1
+
+A history is a function of its number, so a failure is repeated by the second form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.runner.input_batch import InputBatch
+from tests.engine.fakes import byte_tokenizer
+from tests.soak.audit import audit, evictable_keys, running_requests, waiting_requests
+from tests.soak.checking_runner import EOS, VOCAB_SIZE, CheckingRunner, DeviceGone
+
+MAX_MODEL_LEN = 48
+MAX_STEPS = 20_000
+TOKENIZER = byte_tokenizer()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, the step before which it comes, and the one before which it is given up."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    at_step: int
+    abort_at: int | None
+
+
+@dataclass(frozen=True)
+class History:
+    """One engine and what is asked of it."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_prefix_caching: bool
+    nan_share: int
+    fail_share: float
+    arrivals: tuple[Arrival, ...]
+
+
+@dataclass
+class Run:
+    """A history on its way.
+
+    Attributes:
+        counts: what has happened, for the report.
+        last: newest state of each output, by request and index.
+    """
+
+    engine: LLMEngine
+    counts: Counter[str] = field(default_factory=Counter)
+    last: dict[tuple[int, int], RequestOutput] = field(default_factory=dict)
+
+
+def draw_history(number: int) -> History:
+    """The history of that number."""
+    draw = random.Random(number)
+    block_size = draw.choice([1, 2, 4, 8])
+    stem = [draw.randrange(2, VOCAB_SIZE) for _ in range(40)]
+    arrivals = tuple(_draw_arrival(draw, stem) for _ in range(draw.randint(1, 14)))
+    longest = max(len(one.prompt) + (one.params.max_tokens or 0) - 1 for one in arrivals)
+    return History(
+        num_blocks=-(-longest // block_size) + draw.choice([0, 1, 3, 10, 40]),
+        block_size=block_size,
+        max_num_seqs=draw.randint(1, 6),
+        max_num_batched_tokens=draw.choice([1, 2, 3, 5, 8, 13, 24]),
+        enable_prefix_caching=draw.random() < 0.9,
+        nan_share=draw.choice([0, 0, 0, 300]),
+        fail_share=draw.choice([0, 0, 0, 0.1]),
+        arrivals=arrivals,
+    )
+
+
+def _draw_arrival(draw: random.Random, stem: list[int]) -> Arrival:
+    """A request whose prompt mostly begins as others do."""
+    begin = stem[: draw.randint(0, 30)]
+    prompt = begin + [draw.randrange(2, VOCAB_SIZE) for _ in range(draw.randint(1, 5))]
+    at_step = draw.randint(0, 30)
+    params = SamplingParams(
+        n=draw.choice([1, 1, 1, 2, 3]),
+        temperature=draw.choice([0.0, 1.0]),
+        seed=draw.randint(0, 3),
+        max_tokens=draw.randint(1, MAX_MODEL_LEN - len(prompt)),
+        ignore_eos=draw.random() < 0.7,
+        cache_salt=draw.choice([None, None, None, "a", "b"]),
+        skip_reading_prefix_cache=draw.random() < 0.1,
+        prompt_logprobs=0 if draw.random() < 0.1 else None,
+    )
+    abort_at = at_step + draw.randint(0, 25) if draw.random() < 0.25 else None
+    return Arrival(tuple(prompt), params, at_step, abort_at)
+
+
+def make_engine(history: History) -> LLMEngine:
+    """The engine of a history over a checking runner."""
+    batch = InputBatch(
+        history.max_num_seqs,
+        history.max_num_batched_tokens,
+        -(-MAX_MODEL_LEN // history.block_size),
+        history.block_size,
+    )
+    runner = CheckingRunner(
+        batch, history.num_blocks, lambda: running_requests(engine), history.nan_share
+    )
+    engine = LLMEngine(
+        runner,
+        TOKENIZER,
+        num_blocks=history.num_blocks,
+        block_size=history.block_size,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=history.max_num_seqs,
+        max_num_batched_tokens=history.max_num_batched_tokens,
+        eos_token_ids=[EOS],
+        enable_prefix_caching=history.enable_prefix_caching,
+    )
+    return engine
+
+
+def run_history(history: History, seed: int = 0) -> Counter[str]:
+    """Run a history to its end.
+
+    Args:
+        history: what is asked.
+        seed: of the steps that fail.
+
+    Returns:
+        How often what happened.
+
+    Raises:
+        AssertionError: an invariant does not hold.
+    """
+    run = Run(make_engine(history))
+    draw = random.Random(seed)
+    for step in range(MAX_STEPS):
+        _arrive_and_abort(run, history, step)
+        if run.engine.has_unfinished_requests():
+            _step(run, history, draw.random() < history.fail_share)
+        elif step > max(one.at_step for one in history.arrivals):
+            break
+    else:
+        raise AssertionError(f"not finished after {MAX_STEPS} steps")
+    stats = run.engine.stats()
+    assert (stats.num_used_blocks, stats.num_running, stats.num_waiting) == (0, 0, 0)
+    assert (run.engine.runner.input_batch.block_tables == -1).all()
+    _check_outputs(run, history)
+    run.counts["preemptions"] += stats.num_preemptions
+    run.counts["prompt tokens from the prefix cache"] += stats.prefix_cache_hits
+    run.counts["tokens generated"] += stats.generated_tokens
+    return run.counts
+
+
+def _arrive_and_abort(run: Run, history: History, step: int) -> None:
+    """What comes before this step."""
+    for index, one in enumerate(history.arrivals):
+        if one.at_step == step:
+            run.counts["requests"] += 1
+            run.counts["outputs"] += one.params.n
+            run.engine.add_request(str(index), one.prompt, one.params)
+        if one.abort_at == step:
+            aborted = run.engine.abort_request(str(index))
+            run.counts["aborted outputs"] += len(aborted)
+            _keep(run, aborted)
+            audit(run.engine)
+
+
+def _step(run: Run, history: History, fails: bool) -> None:
+    """One step, and all that must hold behind it."""
+    engine = run.engine
+    keys = evictable_keys(engine)
+    everyone = [*running_requests(engine).values(), *waiting_requests(engine)]
+    earliest = min(everyone, key=lambda request: request.arrival)
+    before = (earliest.num_computed_tokens, len(earliest.token_ids))
+    engine.runner.fails = fails
+    run.counts["steps"] += 1
+    try:
+        outputs = engine.step()
+    except DeviceGone:
+        run.counts["failed steps"] += 1
+        audit(engine)
+        return
+    assert 0 < engine.runner.num_tokens <= history.max_num_batched_tokens
+    after = (earliest.num_computed_tokens, len(earliest.token_ids))
+    # so nobody waits for more steps than those in front of it have tokens
+    assert earliest.finish_reason or before < after, f"request {earliest.arrival} was left out"
+    if all(output.finish_reason != "error" for output in outputs):
+        run.counts["evicted blocks"] += len(keys - evictable_keys(engine))
+    _keep(run, outputs)
+    audit(engine)
+
+
+def _keep(run: Run, outputs: list[RequestOutput]) -> None:
+    """Remember the newest state of every output; tokens only ever grow."""
+    for output in outputs:
+        name = int(output.request_id), output.index
+        if name in run.last:
+            assert not run.last[name].finished, f"output {name} goes on behind its end"
+        run.last[name] = output
+        run.counts["outputs with an error"] += output.finish_reason == "error"
+
+
+def _check_outputs(run: Run, history: History) -> None:
+    """Every output is what the request gets alone, or the beginning of it."""
+    assert sum(one.params.n for one in history.arrivals) == len(run.last)
+    for index, one in enumerate(history.arrivals):
+        alone = run_alone(one, history)
+        for choice in range(one.params.n):
+            output = run.last[index, choice]
+            tokens, reason = alone[choice]
+            assert output.finished, f"request {index} has no end"
+            if output.finish_reason == "abort":
+                assert tokens[: len(output.token_ids)] == output.token_ids, f"request {index}"
+            else:
+                assert (output.token_ids, output.finish_reason) == (tokens, reason), (
+                    f"request {index}, choice {choice}: {output.token_ids}, alone {tokens}"
+                )
+
+
+def run_alone(one: Arrival, history: History) -> list[tuple[list[int], str | None]]:
+    """Tokens and finish reason of each output of a request with an ample engine for itself."""
+    ample = replace(
+        history,
+        num_blocks=64 * one.params.n,
+        block_size=8,
+        max_num_seqs=MAX_MODEL_LEN,
+        max_num_batched_tokens=2 * MAX_MODEL_LEN,
+    )
+    engine = make_engine(ample)
+    engine.add_request("alone", one.prompt, one.params)
+    ends: dict[int, RequestOutput] = {}
+    while engine.has_unfinished_requests():
+        ends.update({output.index: output for output in engine.step()})
+    return [(list(ends[i].token_ids), ends[i].finish_reason) for i in range(one.params.n)]
+
+
+def run_histories(first: int, count: int) -> Counter[str]:
+    """Run the histories `first` .. `first + count - 1`; what happened in all of them."""
+    total: Counter[str] = Counter()
+    for number in range(first, first + count):
+        try:
+            total += run_history(draw_history(number), number)
+        except BaseException:
+            again = f"python -m tests.soak.histories --first {number} --histories 1"
+            print(f"history {number} failed; again: {again}", flush=True)
+            raise
+    return total
+
+
+def main() -> None:
+    """Run what the command line asks for and print what happened."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--first", type=int, default=0, help="number of the first history")
+    parser.add_argument("--histories", type=int, default=10_000)
+    args = parser.parse_args()
+    begin = time.monotonic()
+    total = run_histories(args.first, args.histories)
+    print(f"{args.histories} histories from {args.first} on, every invariant after every step:")
+    for name, count in sorted(total.items()):
+        print(f"  {name:45} {count:>12,}")
+    print(f"  {'seconds':45} {time.monotonic() - begin:>12.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""Many clients at once against a real server process: streams, disconnects, bad requests.
+
+    python -m tests.soak.streams --seconds 600
+    FD_DSA_BATCH_INVARIANT=1 python -m tests.soak.streams --seconds 600
+
+An answer that is read to its end must be that of the request alone. Where products of another
+number of rows round otherwise, another token may come only where it is as likely, within rounding,
+as the best one; with FD_DSA_BATCH_INVARIANT=1 nothing may differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.serve.test_end_to_end import serving
+from tests.soak.fuzz import body_fields, check_answer, send
+from tests.soak.hostile import draw_request
+
+NUM_CLIENTS = 64
+NUM_QUESTIONS = 32
+# few blocks, so that requests are preempted and cached prefixes evicted
+FLAGS = (
+    *("--max-model-len", "256", "--max-num-seqs", "24", "--block-size", "8"),
+    *("--max-num-batched-tokens", "64", "--num-gpu-blocks-override", "80"),
+)
+ANSWER_WITHIN_S = 240.0
+# of log-probabilities in float32, between batches of another size
+ROUNDING = 1e-3
+KINDS = ("whole", "stream", "disconnect", "give up", "bad")
+SHARES = (3, 4, 3, 1, 3)
+STEM = "Once upon a time there was a small boat on a wide river and it could not float. " * 2
+INVARIANT = "FD_DSA_BATCH_INVARIANT"
+
+
+@dataclass
+class Answer:
+    """Tokens of one choice and what they could have been.
+
+    Attributes:
+        token_ids: of the output.
+        text: of the output.
+        tokens: text of each token.
+        top: log-probability of the likeliest tokens at each position, by their text.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    tokens: list[str] = field(default_factory=list)
+    top: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, choice: Mapping[str, Any]) -> None:
+        """Take a choice, or a chunk of it."""
+        self.text += choice["text"]
+        self.token_ids += choice.get("token_ids") or []
+        if choice["logprobs"]:
+            self.tokens += choice["logprobs"]["tokens"]
+            self.top += choice["logprobs"]["top_logprobs"]
+
+
+@dataclass
+class Load:
+    """What the clients share.
+
+    Attributes:
+        url: of the server.
+        questions: bodies, and the answers that they get alone.
+        names: fields of the bodies, for bad requests.
+        is_exact: nothing may differ.
+        ends_at: when clients stop, of the monotonic clock.
+        counts: what has happened.
+        longest_s: the longest that an answer took.
+    """
+
+    url: str
+    questions: list[tuple[dict[str, Any], list[Answer]]]
+    names: dict[str, list[str]]
+    is_exact: bool
+    ends_at: float
+    counts: Counter[str] = field(default_factory=Counter)
+    longest_s: float = 0.0
+
+
+def draw_question(draw: random.Random, is_exact: bool) -> dict[str, Any]:
+    """A completion whose prompt mostly begins as others do; sampled only where that is exact."""
+    prompt = STEM[: draw.randint(0, len(STEM))] + f"{draw.randrange(1000)} boats"
+    body = {
+        "prompt": prompt,
+        "max_tokens": draw.randint(1, 64),
+        "temperature": draw.choice([0, 1]) if is_exact else 0,
+        "seed": draw.randint(0, 9),
+        "n": draw.choice([1, 1, 1, 2]),
+        "logprobs": 5,
+        "return_token_ids": True,
+        "ignore_eos": draw.random() < 0.5,
+    }
+    salt = draw.choice([None, None, "a", "b"])
+    return body if salt is None else {**body, "cache_salt": salt}
+
+
+async def ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> list[Answer]:
+    """The whole answer, in the order of its choices."""
+    answer = await client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    choices = answer.json()["choices"]
+    answers = [Answer() for _ in choices]
+    for choice in choices:
+        answers[choice["index"]].add(choice)
+    return answers
+
+
+async def read_stream(
+    client: httpx.AsyncClient, body: Mapping[str, Any], leave_after: int | None = None
+) -> list[Answer] | None:
+    """The answer out of its chunks; None where the client leaves before the end."""
+    answers = [Answer() for _ in range(int(body["n"]))]
+    num_read = 0
+    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            if num_read == leave_after:
+                return None
+            if line == "data: [DONE]":
+                return answers
+            if line.startswith("data: "):
+                chunk = json.loads(line[6:])
+                assert "error" not in chunk, chunk
+                num_read += 1
+                for choice in chunk["choices"]:
+                    answers[choice["index"]].add(choice)
+    raise AssertionError("a stream ended without [DONE]")
+
+
+def compare(alone: Sequence[Answer], found: Sequence[Answer], is_exact: bool) -> bool:
+    """Whether the answers are the same; AssertionError where they must not differ as they do."""
+    same = True
+    for one, other in zip(alone, found, strict=True):
+        if one.token_ids == other.token_ids:
+            assert one.text == other.text, f"alone {one.text!r}, in company {other.text!r}"
+            continue
+        same = False
+        both = zip(one.token_ids, other.token_ids, strict=False)
+        at = next(i for i, (a, b) in enumerate(both) if a != b)
+        top = one.top[at]
+        gap = max(top.values()) - top.get(other.tokens[at], float("-inf"))
+        assert not is_exact and gap <= ROUNDING, (
+            f"token {at} alone {one.tokens[at]!r}, in company {other.tokens[at]!r}, "
+            f"{gap} less likely"
+        )
+    return same
+
+
+async def _client(load: Load, number: int) -> None:
+    """One client: one request after the other, of a random kind, until the time is over."""
+    draw = random.Random(number)
+    limits = httpx.Limits(max_keepalive_connections=1)
+    async with httpx.AsyncClient(
+        base_url=load.url, timeout=ANSWER_WITHIN_S, limits=limits
+    ) as client:
+        while time.monotonic() < load.ends_at:
+            kind = draw.choices(KINDS, SHARES)[0]
+            begin = time.monotonic()
+            await asyncio.wait_for(_request(client, load, kind, draw), ANSWER_WITHIN_S)
+            load.counts[kind] += 1
+            load.longest_s = max(load.longest_s, time.monotonic() - begin)
+
+
+async def _request(client: httpx.AsyncClient, load: Load, kind: str, draw: random.Random) -> None:
+    """One request of that kind."""
+    body, alone = draw.choice(load.questions)
+    if kind == "bad":
+        hostile = draw_request(draw.randrange(10**9), load.names)
+        check_answer(hostile.method, hostile.path, await send(client, hostile, load.url))
+    elif kind == "disconnect":
+        await read_stream(client, {**body, "max_tokens": 64}, leave_after=draw.randint(0, 8))
+    elif kind == "give up":
+        try:
+            await asyncio.wait_for(ask(client, body), draw.uniform(0.01, 2))
+        except (asyncio.TimeoutError, httpx.TimeoutException):
+            load.counts["given up before the answer"] += 1
+    else:
+        found = await (ask if kind == "whole" else read_stream)(client, body)
+        assert found is not None
+        same = compare(alone, found, load.is_exact)
+        load.counts["survivors equal" if same else "survivors apart within rounding"] += 1
+
+
+def metric(text: str, name: str) -> float:
+    """One figure of /metrics."""
+    found = re.search(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.MULTILINE)
+    assert found is not None, name
+    return float(found[1])
+
+
+async def _wait_until_idle(client: httpx.AsyncClient) -> str:
+    """The metrics when nothing runs, waits or holds a block any more."""
+    deadline = time.monotonic() + ANSWER_WITHIN_S
+    names = ("fd_dsa:num_requests_running", "fd_dsa:num_requests_waiting")
+    while time.monotonic() < deadline:
+        text = (await client.get("/metrics")).text
+        if not any(metric(text, name) for name in (*names, "fd_dsa:kv_cache_usage_perc")):
+            return text
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"still at work or blocks leaked: {text}")
+
+
+async def _run(
+    url: str, seconds: float, num_clients: int, num_questions: int, seed: int
+) -> Counter[str]:
+    """Ask alone, then all at once, then see that nothing is left."""
+    draw = random.Random(seed)
+    is_exact = os.environ.get(INVARIANT) == "1"
+    async with httpx.AsyncClient(base_url=url, timeout=ANSWER_WITHIN_S) as client:
+        names = body_fields((await client.get("/openapi.json")).json())
+        bodies = [draw_question(draw, is_exact) for _ in range(num_questions)]
+        questions = [(body, await ask(client, body)) for body in bodies]
+        before = await _wait_until_idle(client)
+        load = Load(url, questions, names, is_exact, time.monotonic() + seconds)
+        await asyncio.gather(*(_client(load, seed * 1000 + i) for i in range(num_clients)))
+        after = await _wait_until_idle(client)
+        # what was computed meanwhile is still right
+        for body, alone in questions:
+            compare(alone, await ask(client, body), is_exact)
+        assert (await client.get("/health")).status_code == 200
+    memory = "process_resident_memory_bytes"
+    load.counts["MiB before"] = round(metric(before, memory) / 2**20)
+    load.counts["MiB after"] = round(metric(after, memory) / 2**20)
+    for name in ("num_preemptions_total", "prefix_cache_hits_total", "generation_tokens_total"):
+        load.counts[name] = round(metric(after, f"fd_dsa:{name}"))
+    load.counts["longest answer, s"] = round(load.longest_s)
+    return load.counts
+
+
+def run(
+    seconds: float,
+    num_clients: int = NUM_CLIENTS,
+    num_questions: int = NUM_QUESTIONS,
+    seed: int = 0,
+) -> Counter[str]:
+    """Start a server on the demo model and let the clients at it.
+
+    Args:
+        seconds: for which clients begin new requests.
+        num_clients: at a time.
+        num_questions: different ones, whose answers are compared.
+        seed: of what they ask.
+
+    Returns:
+        What has happened, how often.
+
+    Raises:
+        AssertionError: what must not be.
+    """
+    with tempfile.TemporaryDirectory() as folder, serving(Path(folder), *FLAGS) as server:
+        counts = asyncio.run(_run(server.url, seconds, num_clients, num_questions, seed))
+        assert server.process.poll() is None
+        log = server.log.read_text()
+        assert "Traceback" not in log, log
+    return counts
+
+
+def main() -> None:
+    """Run what the command line asks for and print what happened."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--clients", type=int, default=NUM_CLIENTS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    counts = run(args.seconds, args.clients, seed=args.seed)
+    mode = "exactly" if os.environ.get(INVARIANT) == "1" else "within rounding"
+    print(f"{args.clients} clients for {args.seconds:g} s, answers compared {mode}:")
+    for name, count in sorted(counts.items()):
+        print(f"  {name:45} {count:>12,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What breaks around the engine: its thread, its clients, the disk.
+
+More of it, with a scripted engine: tests/serve/test_shutdown.py (a stalled tokenizer),
+test_backpressure.py (slow readers), test_guard.py (killed clients), test_logs.py (a full disk under
+the log), test_status.py (probes after a failure).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+
+from fd_dsa.accuracy.answers import read_run
+from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.serve.app import create_app
+from tests.accuracy.test_answers import answer, write
+from tests.engine.fakes import make_engine
+from tests.serve.conftest import running, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+ENDLESS = {"prompt": [5, 6], "max_tokens": 60, "ignore_eos": True}
+HOURS = {**ENDLESS, "max_tokens": 90_000, "stream": True}
+
+
+def test_a_crash_in_the_engines_thread_ends_the_process_with_status_one() -> None:
+    """Requests that run, stream and wait all get an error; nothing hangs."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.soak.failing_server", "12"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        url = f"{process.stdout.readline().strip()}/v1/completions"
+
+        def ask(is_stream: bool) -> httpx.Response:
+            return httpx.post(url, json={**ENDLESS, "stream": is_stream}, timeout=60)
+
+        # more than the engine has rows
+        with ThreadPoolExecutor(8) as clients:
+            answers = list(clients.map(ask, [True, False] * 4))
+        assert process.wait(60) == 1
+        assert process.stderr is not None
+        assert "the device is gone" in process.stderr.read()
+    finally:
+        process.kill()
+        process.communicate()
+    for found in answers:
+        # one that came behind the crash is refused
+        assert found.status_code in (200, 500, 503)
+        lines = [line for line in found.text.splitlines() if line.startswith("data: {")]
+        error = json.loads(lines[-1][6:] if lines else found.text)
+        assert set(error["error"]) == {"message", "type", "param", "code"}
+        assert "device" not in error["error"]["message"]
+
+
+def test_health_is_503_after_a_crash_in_the_engines_thread() -> None:
+    engine = make_engine()
+    engine.runner.fail_at = 3
+    app = create_app(AsyncEngine(engine), ["demo"])
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=transport, base_url="http://server") as client,
+        ):
+            return [
+                await client.get("/health"),
+                await client.post("/v1/completions", json=ENDLESS),
+                await client.get("/health"),
+                await client.post("/v1/completions", json=ENDLESS),
+            ]
+
+    answers = asyncio.run(ask())
+    assert [found.status_code for found in answers] == [200, 500, 503, 503]
+    assert answers[2].json()["error"]["code"] == "engine_failed"
+
+
+def test_a_killed_client_leaves_no_block_behind() -> None:
+    code = (
+        "import httpx, sys\n"
+        f"with httpx.stream('POST', sys.argv[1], json={HOURS!r}) as a:\n"
+        "    for line in a.iter_lines():\n"
+        "        print('got', flush=True)\n"
+        "        sys.stdin.read()\n"
+    )
+    engine = make_engine(max_model_len=100_000, num_blocks=40_000)
+    with running(AsyncEngine(engine)) as live:
+        client = subprocess.Popen(
+            [sys.executable, "-c", code, f"{live.url}/v1/completions"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert client.stdout is not None
+            assert client.stdout.readline() == b"got\n"
+            assert engine.stats().num_used_blocks > 0
+        finally:
+            client.kill()
+            client.communicate()
+        wait_until(lambda: engine.stats().num_used_blocks == 0)
+        assert engine.stats().num_running == 0
+
+
+def test_a_disk_that_fills_up_costs_no_answer_that_was_kept(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk; the run goes on where it broke off."""
+    path = tmp_path / "answers.jsonl"
+    write(path, answer("a"))
+    code = (
+        "import pathlib, resource, sys\n"
+        "from tests.accuracy.test_answers import answer, write\n"
+        "path = pathlib.Path(sys.argv[1])\n"
+        "limit = path.stat().st_size + 400\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "write(path, answer('b'), answer('c', 'x' * 5000))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "OSError" in done.stderr
+    assert read_run(path).answers.keys() == {"a", "b"}
+    write(path, answer("c"))
+    assert read_run(path).answers.keys() == {"a", "b", "c"}
