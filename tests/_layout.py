@@ -25,9 +25,11 @@ ROOMS = (
     "runner",
     "v4_prepare",
     "fastdeploy_plugin",
+    "chat",
     "engine",
     "serve",
     "accuracy",
+    "client",
     "doctor",
     "cli",
 )
@@ -41,7 +43,8 @@ ONLY_IN = {
     "lm_eval": ("accuracy",),
     "nltk": ("accuracy",),
     "langdetect": ("accuracy",),
-    "matplotlib": ("accuracy",),
+    "llguidance": ("engine",),
+    "matplotlib": ("accuracy", "client"),
     "torch": (),
     "transformers": (),
 }

@@ -83,6 +83,18 @@ def kernel_memory(request: pytest.FixtureRequest) -> Any:
     return open_memory(request.param)
 
 
+@pytest.fixture(
+    params=[
+        pytest.param(m, marks=getattr(pytest.mark, MEMORIES[m])) for m in ("interpreter", "rig")
+    ]
+)
+def paddle_memory(request: pytest.FixtureRequest) -> Any:
+    """As `kernel_memory`, for operators that make their results by Paddle."""
+    from tests.kernel_memory import open_memory
+
+    return open_memory(request.param)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what cannot run here; `network` tests run only when they are asked for by name.
 

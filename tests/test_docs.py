@@ -165,3 +165,19 @@ def test_curl_examples_run(source: str, server_url: str) -> None:
 @pytest.mark.parametrize("source", [s for s in _examples("python") if "base_url" in s])
 def test_client_examples_run(source: str, server_url: str) -> None:
     assert _run([sys.executable, "-c", source.replace(DOCUMENTED, server_url)]).strip()
+
+
+def test_the_tests_that_ux_names_exist() -> None:
+    page = (ROOT / "docs/ux.md").read_text("utf-8")
+    named = 0
+    for line in page.splitlines():
+        file = ""
+        for name in re.findall(r"`([\w/]*(?:test_\w+\.py)?(?:::\w+)?)`", line):
+            path, _, test = name.partition("::")
+            if not path.endswith(".py") and not name.startswith("::"):
+                continue
+            file = path or file
+            text = (ROOT / "tests" / file).read_text("utf-8")
+            assert not test or f"def {test}(" in text, name
+            named += 1
+    assert named > 50

@@ -211,7 +211,8 @@ def test_no_jump_at_the_selection_s_size(demo: Demo) -> None:
     with recording(demo.model.sequence.runner, "cpu", FewLastKeysOnly):
         spoiled = measure(demo.model, TEXT)
     jump = np.abs(spoiled.nats - demo.losses.nats)
-    assert jump[:border].max() == 0
+    # rounding alone: on some processors a product's sums hang on where its memory lies
+    assert jump[:border].max() < 1e-4
     assert jump[border : border + 16].max() > 1
 
 

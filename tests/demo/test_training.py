@@ -139,7 +139,8 @@ def test_one_command_in_stages_trains_exports_and_evaluates(tmp_path, monkeypatc
     from demo_training import config
     from demo_training.rows import KINDS, TRAINED, row_lengths
 
-    out, shards = tmp_path / "out", tmp_path / "shards"
+    # no folder of parts is there: the command makes it
+    out, shards, parts = tmp_path / "out", tmp_path / "shards", tmp_path / "new" / "parts"
     words = Path(__file__).resolve().parents[2] / "fd_dsa/demo_model/tokenizer.json"
     out.mkdir()
     shards.mkdir()
@@ -160,17 +161,17 @@ def test_one_command_in_stages_trains_exports_and_evaluates(tmp_path, monkeypatc
     item |= {"needles": [], "intro": "", "question": "Is it warm?", "answer": "No.", "value": "No"}
     items.write_text(json.dumps(hay) + "\n" + json.dumps(item))
     command = f"all --data nowhere --out {out} --shards {shards} --device cpu --config dry"
-    command += f" --minutes 0.03 --tokens 256 --evalset {items} --parts {tmp_path}"
+    command += f" --minutes 0.03 --tokens 256 --evalset {items} --parts {parts}"
     for stage in ("--stop-after 1.5", "--stop-after 60 --evaluation-seconds 99", ""):
         tool.main(f"{command} {stage}".split())
         left = (out / "model.safetensors").exists(), (out / "results.json").exists()
         assert left == {"": (True, True)}.get(stage, (stage.endswith("99"), False))
-        assert (tmp_path / "model.part0").exists()
+        assert (parts / "model.part0").exists()
     assert "from step 0" not in (out / "train.log").read_text().splitlines()[-5]
     found = json.loads((out / "results.json").read_text())["retrieval"]
     assert found["top256"] in ({"32": 0.0}, {"32": 1.0})
     joined = tmp_path / "joined"
-    tool.main(["join", "--parts", str(tmp_path), "--out", str(joined)])
+    tool.main(["join", "--parts", str(parts), "--out", str(joined)])
     assert {p.name for p in joined.iterdir()} >= {"config.json", "tokenizer_config.json"}
     assert (joined / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 

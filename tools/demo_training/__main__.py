@@ -132,6 +132,9 @@ def all_steps(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
     stop_at = started + args.stop_after if args.stop_after else float("inf")
     out.mkdir(parents=True, exist_ok=True)
+    if args.parts:
+        # before the training: a path that cannot be a folder would end a finished run
+        Path(args.parts).mkdir(parents=True, exist_ok=True)
     log = training.open_log(out / "train.log")
     if not (out / "tokenizer.json").exists():
         tokenizer(args)
