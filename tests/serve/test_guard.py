@@ -230,7 +230,8 @@ def test_every_prompt_of_a_request_counts() -> None:
             for _ in range(4):
                 assert complete(live, **fields).status_code in (400, 404)
         state = live.server.config.app.state.server  # type: ignore[union-attr]
-        assert state.concurrency.num_admitted == 0
+        # an answer may arrive a moment before its place is given back
+        wait_until(lambda: state.concurrency.num_admitted == 0)
 
 
 def test_clients_that_are_killed_give_back_what_they_held() -> None:
