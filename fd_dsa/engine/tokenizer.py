@@ -101,6 +101,13 @@ class Tokenizer:
         """Number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def highest_token_id(self) -> int:
+        """Highest id of a token, added ones included; -1 where there is none."""
+        if self.token_bytes is not None:
+            return len(self.token_bytes) - 1
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
     @property
     def has_chat_template(self) -> bool:
         """True when `apply_chat_template` can be used."""
