@@ -45,6 +45,9 @@ class OutputParser:
         tool_format: how calls are written; None: a call is text like any other.
         schemas: tool name -> JSON schema of its arguments.
         in_reasoning: the prompt has opened the reasoning already.
+
+    Attributes:
+        is_reasoning: what was read last is reasoning that has not ended.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class OutputParser:
         self._feed = TextFeed()
         self._sink = EventSink(schemas or {})
         self._tools = tool_format
+        self.is_reasoning = has_reasoning and in_reasoning
         self._steps: Steps[None] | None = self._parse(has_reasoning, in_reasoning)
 
     @property
@@ -95,11 +99,13 @@ class OutputParser:
         starts = self._tools.starts if self._tools is not None else ()
         marker: str | None = None
         if has_reasoning and (in_reasoning or (yield from self._feed.opens_with(THINK_BEGIN))):
+            self.is_reasoning = True
             # a call inside of the reasoning ends it: models forget the end marker
             ends = (THINK_END, *starts)
             marker = yield from self._feed.stream_until(ends, self._sink.reasoning)
             if marker is None:
                 return
+            self.is_reasoning = False
         while True:
             if self._tools is not None and marker is not None and marker in starts:
                 before = self._sink.num_calls

@@ -197,11 +197,15 @@ async def collect_outputs(
                 last[job_index, output.index] = output
         return [last[key] for key in sorted(last)]
 
-    return await _unless_gone(request, collect())
+    return await unless_gone(request, collect())
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of `work`, which is cancelled when the client goes away."""
+async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is cancelled when the client goes away.
+
+    Raises:
+        ClientGone: the client closed the connection.
+    """
 
     async def wait_until_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

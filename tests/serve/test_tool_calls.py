@@ -142,16 +142,103 @@ def test_each_choice_has_a_parser_of_its_own() -> None:
         assert tokens == {index: list(range(len(V32.tokens))) for index in (0, 1)}
 
 
-def test_one_call_alone() -> None:
-    with running(engine_of(V32)) as live:
-        fields = asked(V32, parallel_tool_calls=False)
-        message = live.client.chat.completions.create(**fields).choices[0].message
-        assert [call.function.name for call in message.tool_calls or []] == ["get_weather"]
-        stream = live.client.chat.completions.create(**fields, stream=True)
-        calls = [c for chunk in stream for c in chunk.choices[0].delta.tool_calls or []]
-        assert {call.index for call in calls} == {0}
-        arguments = "".join(call.function.arguments for call in calls)
-        assert arguments == V32.message.tool_calls[0].arguments
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_answer_with_one_call_ends_behind_it(recorded: Recorded, n: int) -> None:
+    calls = recorded.message.tool_calls
+    # more than a cut answer takes, and endless: only the server can end it
+    fields = asked(
+        recorded,
+        parallel_tool_calls=False,
+        n=n,
+        extra_body={
+            "chat_template_kwargs": {"thinking": recorded.in_reasoning},
+            "return_token_ids": True,
+        },
+    )
+    with running(engine_of(recorded)) as live:
+        whole = live.client.chat.completions.create(**fields)
+        for choice in whole.choices:
+            found = choice.message.tool_calls or []
+            assert [(c.function.name, c.function.arguments) for c in found] == [
+                (c.name, c.arguments) for c in calls[:1]
+            ]
+            assert choice.finish_reason == ("tool_calls" if calls else "stop")
+        usage = whole.usage
+        assert usage is not None
+        assert usage.completion_tokens == sum(len(c.token_ids) for c in whole.choices)
+        is_cut = bool(calls)
+        assert (usage.completion_tokens < n * len(recorded.tokens)) is is_cut
+        assert {index for _, index in live.engine.finished} == set(range(n) if is_cut else ())
+        chunks = list(live.client.chat.completions.create(**fields, stream=True))
+        for index in range(n):
+            parts = [c.choices[0] for c in chunks if c.choices[0].index == index]
+            deltas = [call for part in parts for call in part.delta.tool_calls or []]
+            assert "".join(d.function.arguments for d in deltas) == "".join(
+                call.arguments for call in calls[:1]
+            )
+            tokens = [t for part in parts for t in getattr(part, "token_ids", [])]
+            assert tokens == whole.choices[index].token_ids
+            assert parts[-1].finish_reason == whole.choices[index].finish_reason
+
+
+def test_reasoning_effort_switches_the_reasoning(v32: Live) -> None:
+    def ending(**fields: Any) -> str:
+        body = {"messages": HI, "max_tokens": 1, **fields}
+        assert v32.http.post("/v1/chat/completions", json=body).status_code == 200
+        return prompt_of(v32).removeprefix("<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>")
+
+    assert ending() == ending(reasoning_effort="none") == "</think>"
+    for effort in ("minimal", "low", "medium", "high", "xhigh", "max"):
+        assert ending(reasoning_effort=effort) == "<think>"
+    # what the template is told goes first, under either name
+    for name in ("thinking", "enable_thinking"):
+        assert ending(reasoning_effort="high", chat_template_kwargs={name: False}) == "</think>"
+    given = {"messages": HI, "reasoning_effort": "high"}
+    tokens = v32.http.post("/tokenize", json=given).json()["tokens"]
+    assert bytes(tokens).decode().endswith("<think>")
+
+
+def test_reasoning_effort_is_a_variable_of_templates() -> None:
+    template = ChatTemplate("{{ reasoning_effort }} {{ enable_thinking }} {{ thinking }}", {})
+    with running(FakeEngine(renderer=template)) as live:
+        body = {"messages": HI, "reasoning_effort": "low", "max_tokens": 1}
+        assert live.http.post("/v1/chat/completions", json=body).status_code == 200
+        assert prompt_of(live) == "low True True"
+
+
+def test_reasoning_is_left_out_with_its_tokens(recorded: Recorded) -> None:
+    switches = {
+        "chat_template_kwargs": {"thinking": recorded.in_reasoning},
+        "return_token_ids": True,
+        "include_reasoning": False,
+    }
+    fields = asked(recorded, extra_body=switches)
+    with running(engine_of(recorded)) as live:
+        whole = live.client.chat.completions.create(**fields)
+        (choice,) = whole.choices
+        assert choice.message.content == (recorded.message.content or None)
+        assert not hasattr(choice.message, "reasoning_content")
+        assert len(choice.message.tool_calls or []) == len(recorded.message.tool_calls)
+        thought = 0
+        if recorded.message.reasoning:
+            thought = recorded.tokens.index("</think>") + 1
+        assert choice.token_ids == list(range(thought, len(recorded.tokens)))
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == len(recorded.tokens)
+        parts = [c.choices[0] for c in live.client.chat.completions.create(**fields, stream=True)]
+        assert [t for part in parts for t in getattr(part, "token_ids", [])] == choice.token_ids
+        assert not any(hasattr(part.delta, "reasoning_content") for part in parts)
+
+
+def test_reasoning_that_is_not_told_apart_cannot_be_left_out() -> None:
+    body = {"messages": HI, "include_reasoning": False}
+    off = ChatSettings(reasoning_parser="none")
+    with running(engine_of(V32), chat_settings=off) as live:
+        assert live.http.post("/v1/chat/completions", json=body).status_code == 200
+        body["reasoning_effort"] = "high"
+        answer = live.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "include_reasoning"
 
 
 def test_without_tools_or_with_choice_none_calls_are_text() -> None:
@@ -254,14 +341,14 @@ def call(arguments: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "param", "text"),
     [
-        ({"tools": "x"}, "tools", "valid list"),
+        ({"tools": "x"}, "tools", "allowed is a list"),
         ({"tools": [{}]}, "tools[0].type", "is missing"),
         ({"tools": [{"type": "web", "function": {"name": "f"}}]}, "tools[0].type", "'function'"),
         ({"tools": [tool()]}, "tools[0].function.name", "is missing"),
         ({"tools": [tool(name="a b")]}, "tools[0].function.name", 'got "a b"; allowed'),
         ({"tools": [tool(name="")]}, "tools[0].function.name", "allowed is a name"),
         ({"tools": [tool(name="f"), tool(name="f")]}, "tools[1].function.name", "a second time"),
-        ({"tools": [tool(name="f", parameters=[])]}, "tools[0].function.parameters", "dictionary"),
+        ({"tools": [tool(name="f", parameters=[])]}, "tools[0].function.parameters", "an object"),
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice", "none, auto, required"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice", "allowed are"),
         (
@@ -270,8 +357,8 @@ def call(arguments: Any) -> dict[str, Any]:
             'got the tool "f"; allowed are get_weather, now',
         ),
         ({"tool_choice": "required"}, "tools", "no tools"),
-        ({"parallel_tool_calls": 1}, "parallel_tool_calls", "boolean"),
-        ({"chat_template_kwargs": []}, "chat_template_kwargs", "dictionary"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls", "true or false"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs", "an object"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "not a variable"),
         ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "not a variable"),
         ({"chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs", "true or false"),
@@ -281,6 +368,8 @@ def call(arguments: Any) -> dict[str, Any]:
             "either",
         ),
         ({"continue_final_message": True}, "messages", "not the text of an assistant"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort", "'none', 'minimal', 'low'"),
+        ({"include_reasoning": "no"}, "include_reasoning", "true or false"),
         ({"messages": [*HI, call(5)]}, "messages[1].tool_calls[0].function.arguments", "got 5"),
         ({"messages": [*HI, call("[")]}, "messages[1].tool_calls[0].function.arguments", "JSON"),
         ({"messages": [*HI, call("[]")]}, "messages[1].tool_calls[0].function.arguments", "object"),
