@@ -150,6 +150,20 @@ class Tokenizer:
             skip_special_tokens = False
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Text of a conversation; arguments and errors are those of `apply_chat_template`."""
+        if self.chat_renderer is None:
+            raise ValueError(
+                "the model folder has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json); send a plain prompt instead of messages"
+            )
+        return self.chat_renderer.render(messages, add_generation_prompt, **kwargs)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -167,12 +181,7 @@ class Tokenizer:
         Raises:
             ValueError: the folder has no template, or the template refuses the messages.
         """
-        if self.chat_renderer is None:
-            raise ValueError(
-                "the model folder has no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json); send a plain prompt instead of messages"
-            )
-        text = self.chat_renderer.render(messages, add_generation_prompt, **kwargs)
+        text = self.render_chat(messages, add_generation_prompt, **kwargs)
         return self.encode(text, add_special_tokens=False)
 
     def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:

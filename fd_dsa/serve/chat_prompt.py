@@ -49,7 +49,7 @@ def make_job(
     prompt = _encode(state, text)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
-    max_tokens = resolve_max_tokens(state, len(prompt), asked, param=param)
+    max_tokens = resolve_max_tokens(state, len(prompt), asked, param=param, source="messages")
     params = body.sampling_params(max_tokens, state.engine.sampling_defaults)
     special_ids = tokenizer.special_ids_of(answer.markers)
     params = dataclasses.replace(

@@ -224,7 +224,7 @@ def test_nan_is_refused(live: Live) -> None:
 def test_prompt_beyond_the_context_names_the_numbers(live: Live) -> None:
     for fields in ({}, {"max_tokens": 5}, {"stream": True}):
         error = error_of(complete(live, prompt=[1] * 256, **fields), 400)
-        assert error["code"] == "context_length_exceeded"
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
         assert "256 tokens" in error["message"]
         assert "--max-model-len" in error["message"]
     error = error_of(complete(live, prompt=[1] * 200, max_tokens=57), 400)
@@ -232,6 +232,9 @@ def test_prompt_beyond_the_context_names_the_numbers(live: Live) -> None:
     for number in ("57", "200", "256", "56"):
         assert number in error["message"]
     assert complete(live, prompt=[1] * 200, max_tokens=56).status_code == 200
+    body = {"messages": [{"role": "user", "content": "x" * 300}]}
+    error = error_of(live.http.post("/v1/chat/completions", json=body), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
 
 def test_unknown_model_lists_the_served_ones(live: Live) -> None:
