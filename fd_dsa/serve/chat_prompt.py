@@ -235,7 +235,7 @@ def _forced_calls(
         in_reasoning=answer.begins_in_reasoning,
         special_ids=special_ids,
     )
-    return _grammar(grammar, "tool_choice")
+    return _grammar(grammar, "tools")
 
 
 def _grammar(text: str, source: str) -> StructuredOutputsParams:

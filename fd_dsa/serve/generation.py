@@ -109,7 +109,7 @@ def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> None:
         try:
             state.engine.validate(job.prompt_token_ids, job.params)
         except ValueError as error:
-            refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tool_choice"))
+            refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tools"))
             if refusal.param is None:
                 refusal = ApiError(400, f"{param}: {error}", param=param)
             raise refusal from error
