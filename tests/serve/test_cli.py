@@ -256,6 +256,7 @@ def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
         # one access line per request, none of uvicorn's own lines
         assert log.count("GET /v1/models") == 1
         assert "Uvicorn" not in log
+        assert log.count("INFO chat: prompts by a script, tool calls none, reasoning none") == 1
 
 
 def test_two_starts_on_one_port_leave_one_server(tmp_path: Path) -> None:
@@ -277,6 +278,7 @@ def test_dry_run_prints_the_plan_and_loads_nothing(tmp_path: Path) -> None:
     told = yaml.safe_load(done.stdout)
     assert (told["max_model_len"], told["num_api_keys"], told["port"]) == (512, 1, 8000)
     assert told["memory"]["num_blocks"] > 0
+    assert (told["chat_template"], told["tool_call_parser"]) == ("tokenizer_config.json", "none")
     assert "the-key" not in done.stdout + done.stderr
     assert done.stdout.startswith("# deepseek_v32 on the CPU")
 
@@ -311,6 +313,9 @@ def test_folder_without_template_gets_a_completions_line(tmp_path: Path) -> None
         assert process.stdout is not None
         process.stdout.readline()
         assert "/v1/completions " in process.stdout.readline()
+        process.terminate()
+        _, log = process.communicate(timeout=TIMEOUT_S)
+        assert "chat: none, the folder has no template; --chat-template FILE gives it one" in log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
