@@ -126,7 +126,9 @@ class Tokenizer:
         try:
             ids = list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except (TypeError, UnicodeEncodeError) as error:
-            raise ValueError(f"the text cannot be encoded as UTF-8: {error}") from error
+            raise ValueError(
+                "the text holds half of a surrogate pair, which is no valid Unicode"
+            ) from error
         if add_special_tokens and self._prepend_bos and self.bos_token_id is not None:
             ids.insert(0, self.bos_token_id)
         return ids

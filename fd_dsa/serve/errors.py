@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -58,6 +59,27 @@ _OUT_OF_SCOPE = {
     "/v1/responses": "the Responses API",
     "/v1/messages": "the Anthropic API",
 }
+
+
+class ErrorObject(BaseModel):
+    """What went wrong, as the OpenAI API tells it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorObject
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {"model": ErrorResponse, "description": "400 and above: an error object"}
+}
+"""Of every route, for the OpenAPI document; in the place of FastAPI's 422, which is never sent."""
 
 
 class ApiError(FdDsaError):
@@ -151,7 +173,21 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
         allowed = headers.get("allow") or headers.get("Allow") or "another method"
         message = f"method {request.method} is not allowed on {path}; use {allowed}"
         return ApiError(405, message, headers=headers)
+    if error.status_code == 400 and error.__cause__ is not None:
+        return ApiError(400, _unreadable(error.__cause__))
     return ApiError(error.status_code, str(error.detail), headers=headers)
+
+
+def _unreadable(error: BaseException) -> str:
+    """Why FastAPI could not make anything of a body."""
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            f"body is not text: byte {error.start} is no {error.encoding}; send JSON in UTF-8, and "
+            "without a Content-Encoding"
+        )
+    if isinstance(error, RecursionError):
+        return "body nests too deeply; send a request that is flatter"
+    return f"body cannot be read: {str(error).partition(';')[0].lower()}"
 
 
 def _scope(path: str) -> str:

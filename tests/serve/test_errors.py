@@ -262,8 +262,10 @@ def test_unknown_path_and_method(live: Live) -> None:
         ("", "application/json", "empty"),
         ("[]", "application/json", "JSON object"),
         ('{"prompt": "a"}', "application/x-www-form-urlencoded", "Content-Type"),
-        ("\xff", "application/json", "body"),
-        ("[" * 100_000, "application/json", "body"),
+        ("\xff", "application/json", "byte 0 is no utf-8"),
+        ("\x1f\x8b\x08", "application/json", "without a Content-Encoding"),
+        ("[" * 100_000, "application/json", "body nests too deeply"),
+        ('{"seed": ' + "9" * 5000, "application/json", "body cannot be read: exceeds the limit"),
     ],
 )
 def test_bad_bodies(live: Live, content: str, kind: str, text: str) -> None:
