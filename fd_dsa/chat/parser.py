@@ -79,11 +79,15 @@ class OutputParser:
         self._feed.end()
         return self._advance()
 
-    def parse(self, text: str) -> Message:
-        """The parts of a whole answer; for a parser that has read nothing."""
+    def read(self, text: str) -> list[Event]:
+        """Events of a whole answer; for a parser that has read nothing."""
         # in pieces, so that the cost stays linear: reading a marker copies what is behind it
         pieces = (text[i : i + _PIECE_CHARS] for i in range(0, len(text), _PIECE_CHARS))
-        return join_events([*(e for piece in pieces for e in self.feed(piece)), *self.finish()])
+        return [*(event for piece in pieces for event in self.feed(piece)), *self.finish()]
+
+    def parse(self, text: str) -> Message:
+        """The parts of a whole answer; for a parser that has read nothing."""
+        return join_events(self.read(text))
 
     def _advance(self) -> list[Event]:
         """Read as far as the text goes."""

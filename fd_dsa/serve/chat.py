@@ -77,6 +77,7 @@ class _Answer:
                 answer_format,
                 one_call=body.one_call,
                 shows_reasoning=body.include_reasoning is not False,
+                at_once=not body.stream,
             )
             for _ in range(job.params.n)
         ]
