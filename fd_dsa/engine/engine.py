@@ -38,6 +38,11 @@ class StepRows(BlockTables, Protocol):
     ) -> int:
         """Flat index of the row's last token; rows come in ascending order."""
 
+    def add_decode_rows(
+        self, rows: Sequence[int], token_ids: Sequence[int], num_computed_tokens: Sequence[int]
+    ) -> npt.NDArray[np.int64]:
+        """Flat indices of the tokens of rows that decode one each, in ascending order."""
+
 
 class RunnerProtocol(Protocol):
     """What the engine asks of a runner."""
@@ -274,6 +279,11 @@ class LLMEngine:
         """
         batch = self._batch
         batch.begin_step()
+        if self._scheduler.is_decode_only:
+            slots = [request.slot for request in scheduled]
+            token_ids = [request.token_ids[-1] for request in scheduled]
+            computed = [request.num_computed_tokens for request in scheduled]
+            return scheduled, [], batch.add_decode_rows(slots, token_ids, computed)
         sampling, sampled = [], []
         reading, read = [], []
         for request in scheduled:
