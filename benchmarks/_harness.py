@@ -192,8 +192,10 @@ class Worker:
             RuntimeError: the worker ended.
         """
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        # a worker that has ended gives no line
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"worker ended with status {self._process.wait()}")
@@ -201,9 +203,11 @@ class Worker:
 
     def close(self) -> None:
         """Let the worker end."""
-        if self._process.stdin:
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def serve_requests(handlers: dict[str, Any]) -> None:

@@ -37,7 +37,9 @@ ARRANGEMENTS: dict[str, tuple[set[int] | None, set[int] | None]] = {
 
 
 @contextlib.contextmanager
-def sides_of(arrangement: str, checkouts: dict[str, Path]) -> Iterator[tuple[Worker, dict[str, Served]]]:
+def sides_of(
+    arrangement: str, checkouts: dict[str, Path]
+) -> Iterator[tuple[Worker, dict[str, Served]]]:
     """The engine, and a server of each checkout."""
     cpus, client_cpus = ARRANGEMENTS[arrangement]
     with contextlib.ExitStack() as stack:
@@ -85,7 +87,9 @@ def _against(alone: list[float], answers: list[dict[str, Any]]) -> dict[str, Any
     per_token = {
         name: 1e6 * float(np.median([a[key] / a["tokens"] for a in answers]))
         for name, key in (
-            ("serve_us", "serve_cpu_s"), ("client_us", "client_cpu_s"), ("all_us", "cpu_s"),
+            ("serve_us", "serve_cpu_s"),
+            ("client_us", "client_cpu_s"),
+            ("all_us", "cpu_s"),
         )
     }
     return {

@@ -28,9 +28,7 @@ class IdleRunner:
         from fd_dsa.runner.input_batch import InputBatch
 
         columns = _MAX_MODEL_LEN // _BLOCK_SIZE
-        self.input_batch = InputBatch(
-            num_rows, max(num_rows, 2048), columns, _BLOCK_SIZE
-        )
+        self.input_batch = InputBatch(num_rows, max(num_rows, 2048), columns, _BLOCK_SIZE)
         self.vocab_size = vocab_size
         rng = np.random.default_rng(0)
         # Zipf's law, in an order of its own for each row

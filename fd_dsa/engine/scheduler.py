@@ -251,5 +251,3 @@ class Scheduler:
         request.slot = -1
         self._blocks.free(request.block_owner)
         del self._running[request.arrival]
-
-
