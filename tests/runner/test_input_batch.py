@@ -126,7 +126,7 @@ def test_rows_that_decode_are_those_of_add_row() -> None:
         ([3, 2], [3, 3], ValueError, r"rows: \[3, 2\] must ascend"),
         ([2, 2], [3, 3], ValueError, r"rows: \[2, 2\] must ascend"),
         ([2, 4], [3, 3], ValueError, "stay below max_num_seqs 4"),
-        ([2, 3], [3, -1], ValueError, "row 3 has the id -1; ids are at least 0"),
+        ([3], [-1], ValueError, "row 3 has the id -1; ids are at least 0"),
         ([2, 3], [3, 3], CapacityError, "rows 2 to 3 bring the step to 4 tokens.*is 3"),
     ],
 )
