@@ -39,6 +39,7 @@ class DeepseekV32Encoding:
 
     # for the choice of parsers, as the source of a template is
     source = f"{THINK_BEGIN} {THINK_END} {SECTION_BEGIN}"
+    origin = "DeepSeek-V3.2's own encoding"
 
     def __init__(self, instructions: str = OWN_INSTRUCTIONS) -> None:
         """Keep the instructions."""

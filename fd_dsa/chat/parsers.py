@@ -32,9 +32,15 @@ def find_tool_format(name: str, source: str) -> ToolFormat | None:
         name: one of `TOOL_FORMATS`, "none", or "auto", which goes by the source.
         source: text of the template, in which the marks of its formats stand.
     """
-    if name == AUTO:
-        name = next((found for sign, found in _SIGNS if sign in source), NONE)
-    return None if name == NONE else TOOL_FORMATS[name]
+    found = tool_format_name(name, source)
+    return None if found == NONE else TOOL_FORMATS[found]
+
+
+def tool_format_name(name: str, source: str) -> str:
+    """The name of what `find_tool_format` finds; "none" for nothing."""
+    if name != AUTO:
+        return name
+    return next((found for sign, found in _SIGNS if sign in source), NONE)
 
 
 def has_reasoning(name: str, source: str) -> bool:
@@ -44,9 +50,16 @@ def has_reasoning(name: str, source: str) -> bool:
         name: one of `REASONING_FORMATS`, "none", or "auto", which goes by the source.
         source: text of the template, in which the marks of its formats stand.
     """
-    if name == AUTO:
-        return THINK_END in source
-    return name != NONE
+    return reasoning_format_name(name, source) != NONE
+
+
+def reasoning_format_name(name: str, source: str) -> str:
+    """The name of the form that reasoning has; "none" where nothing is looked for."""
+    if name != AUTO:
+        return name
+    if THINK_END not in source:
+        return NONE
+    return "glm45" if KEY_BEGIN in source else "deepseek_v3"
 
 
 def opens_reasoning(prompt: str, continued: Mapping[str, Any] | None) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fd_dsa.chat.deepseek_v32 import ASSISTANT, USER, DeepseekV32Encoding
-from fd_dsa.chat.template import ChatTemplate, read_template_source
+from fd_dsa.chat.template import ChatTemplate, read_template
 from fd_dsa.chat.tool_instructions import read_instructions
 from fd_dsa.errors import ConfigError
 
@@ -18,6 +18,10 @@ class ChatRenderer(Protocol):
     @property
     def source(self) -> str:
         """Text in which the marks of the model's formats stand."""
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, for people; no path."""
 
     def render(
         self,
@@ -56,10 +60,11 @@ def read_renderer(
         ConfigError: a template cannot be read or compiled.
     """
     if template_file is not None:
-        return ChatTemplate(_read_template_file(template_file), special_tokens)
-    source = read_template_source(folder, dict(tokenizer_config))
-    if source is not None:
-        return ChatTemplate(source, special_tokens)
+        origin = f"--chat-template {template_file.name}"
+        return ChatTemplate(_read_template_file(template_file), special_tokens, origin)
+    template = read_template(folder, dict(tokenizer_config), special_tokens)
+    if template is not None:
+        return template
     if model_type == "deepseek_v32" and has_token(USER) and has_token(ASSISTANT):
         return DeepseekV32Encoding(read_instructions(folder))
     return None

@@ -34,15 +34,18 @@ class ChatTemplate:
     Args:
         source: Jinja text.
         special_tokens: variables such as bos_token which the template may use.
+        origin: where it comes from, for people.
 
     Raises:
-        ConfigError: the template does not compile.
+        ConfigError: the template does not compile; names the origin.
 
     Source: the environment is that of Hugging Face's chat templates, so that the templates of
     model folders render alike.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], origin: str = "the request"
+    ) -> None:
         """Compile the template."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -54,9 +57,10 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise ConfigError(
-                f"chat template: line {error.lineno} is no valid Jinja: {error.message}"
+                f"chat template of {origin}: line {error.lineno} is no valid Jinja: {error.message}"
             ) from error
         self.source = source
+        self.origin = origin
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -142,28 +146,40 @@ def _both_names_of_thinking(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**dict.fromkeys(names[: 2 * bool(given)], given[-1] if given else None), **kwargs}
 
 
-def read_template_source(folder: Path, config: dict[str, Any]) -> str | None:
-    """Jinja text of a folder, None when it has none.
+def read_template(
+    folder: Path, config: dict[str, Any], special_tokens: Mapping[str, str]
+) -> ChatTemplate | None:
+    """The template of a folder, None when it has none.
 
     chat_template.jinja goes before `chat_template` of tokenizer_config.json; of a list of named
     templates the one named "default" counts.
 
     Raises:
-        ConfigError: `chat_template` is of another type.
+        ConfigError: a file cannot be read, `chat_template` is of another type, or the template
+            does not compile; names the file.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, file.name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat template: {file} cannot be read: {error}") from error
+    value = _template_text(folder, config)
+    return None if value is None else ChatTemplate(value, special_tokens, "tokenizer_config.json")
+
+
+def _template_text(folder: Path, config: dict[str, Any]) -> str | None:
+    """Jinja text of tokenizer_config.json."""
     value = config.get("chat_template")
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        named = {entry.get("name"): entry.get("template") for entry in value}
+        value = named.get("default")
     if value is None or isinstance(value, str):
         return value
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise ConfigError(
-            f"chat template: chat_template of {folder / 'tokenizer_config.json'} is a "
-            f"{type(value).__name__}; it must be a string or a list of named templates"
-        )
-    named = {entry.get("name"): entry.get("template") for entry in value}
-    return named.get("default")
+    raise ConfigError(
+        f"chat template: chat_template of {folder / 'tokenizer_config.json'} is a "
+        f"{type(value).__name__}; it must be a string or a list of named templates"
+    )
 
 
 def _to_json(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
     from llguidance._lib import JsonCompileOptions
 
-# compiled grammars that are kept for requests with the same one
-_NUM_KEPT = 64
+# compiled grammars that are kept for requests with the same one, each of up to 30 MB
+_NUM_KEPT = 32
+_MAX_LEXER_STATES = 25_000
+# what llguidance says of a lexer that has come to its limits
+_WORN_OUT = ("LexerTooComplex", "InternalError")
 _SHOWN_ERROR_CHARS = 300
 # between two signs of JSON; without a bound a small model may write spaces until max_tokens
 _JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}"}
@@ -33,7 +36,9 @@ class GrammarMatcher:
     """Follows one output through its grammar.
 
     Args:
-        matcher: of llguidance, used by no one else.
+        begin: gives a matcher of llguidance at the beginning of the grammar, used by no one else;
+            given True, one that shares no states with those before. Called when the first mask is
+            asked for, so that requests which wait hold nothing.
         buffer: int32, one bit for every token that llguidance knows; shared, since a mask is
             copied from it at once.
         free: int32, the bits of the tokens that may come before the grammar begins.
@@ -42,7 +47,7 @@ class GrammarMatcher:
 
     def __init__(
         self,
-        matcher: LLMatcher,
+        begin: Callable[[bool], LLMatcher],
         buffer: npt.NDArray[np.int32],
         free: npt.NDArray[np.int32],
         after_token_id: int | None = None,
@@ -50,8 +55,18 @@ class GrammarMatcher:
         """At the beginning of the output."""
         self._free = free
         self._awaited = after_token_id
-        self._matcher = matcher
+        self._begin = begin
+        self._begun: LLMatcher | None = None
+        self._taken: list[int] = []
+        self._is_renewed = False
         self._buffer = buffer
+
+    @property
+    def _matcher(self) -> LLMatcher:
+        """Of llguidance."""
+        if self._begun is None:
+            self._begun = self._begin(False)
+        return self._begun
 
     @property
     def is_finished(self) -> bool:
@@ -72,22 +87,42 @@ class GrammarMatcher:
         if self._awaited is not None:
             bitmask[:] = self._free[: len(bitmask)]
             return
-        self._matcher.unsafe_compute_mask_ptr(self._buffer.ctypes.data, self._buffer.nbytes)
+        self._compute_mask()
+        if self._matcher.is_error() and not self._is_renewed:
+            self._renew()
+            self._compute_mask()
         bitmask[:] = 0 if self._matcher.is_error() else self._buffer[: len(bitmask)]
 
     def accept(self, token_id: int) -> bool:
         """Take a token of the output; returns `is_finished`."""
         if self._awaited is None:
+            self._taken.append(token_id)
             self._matcher.consume_token(token_id)
         elif token_id == self._awaited:
             self._awaited = None
         return self.is_finished
 
+    def _compute_mask(self) -> None:
+        """Let llguidance write the mask into the buffer."""
+        self._matcher.unsafe_compute_mask_ptr(self._buffer.ctypes.data, self._buffer.nbytes)
+
+    def _renew(self) -> None:
+        """Begin anew where the states that outputs of one grammar share have come to their limit.
+
+        That says nothing of this output, which reached few of them itself.
+        """
+        if self._matcher.stop_reason() not in _WORN_OUT:
+            return
+        self._is_renewed = True
+        self._begun = self._begin(True)
+        self._begun.consume_tokens(self._taken)
+
 
 class GrammarCompiler:
     """Makes matchers; safe to call from any thread.
 
-    A grammar is compiled once, when a request with it is checked, and copied from then on.
+    A grammar is compiled once, when a request with it is checked, and copied from then on. Copies
+    share the states that their outputs have reached, the most of what a grammar takes of memory.
 
     Args:
         tokenizer: of the model.
@@ -120,16 +155,15 @@ class GrammarCompiler:
         self._find(params)
 
     def new_matcher(self, params: StructuredOutputsParams) -> GrammarMatcher:
-        """A matcher at the beginning of the grammar.
+        """A matcher at the beginning of the grammar, which `check` has taken."""
 
-        Raises:
-            ValueError: see `check`.
-        """
-        matcher = self._find(params).deep_copy()
-        return GrammarMatcher(matcher, self._buffer, self._free, params.after_token_id)
+        def begin(anew: bool) -> LLMatcher:
+            return self._find(params, anew).deep_copy()
 
-    def _find(self, params: StructuredOutputsParams) -> LLMatcher:
-        """The compiled grammar."""
+        return GrammarMatcher(begin, self._buffer, self._free, params.after_token_id)
+
+    def _find(self, params: StructuredOutputsParams, anew: bool = False) -> LLMatcher:
+        """The compiled grammar; `anew` compiles it in any case."""
         if find_spec("llguidance") is None:
             raise ValueError(
                 f"{params.source} needs llguidance, which is not installed here; pip install "
@@ -137,7 +171,7 @@ class GrammarCompiler:
             )
         key = params.definition()
         with self._lock:
-            found = self._compiled.get(key)
+            found = None if anew else self._compiled.get(key)
             if found is not None:
                 self._compiled.move_to_end(key)
                 return found
@@ -186,15 +220,19 @@ class GrammarCompiler:
 
 
 def _limits() -> LLParserLimits:
-    """Bounds of time and memory: about 20 ms and 50 MB for a grammar, 15 ms for a step."""
+    """Bounds of time and memory: 0.2 s and 30 MB for a grammar, 15 ms for a step.
+
+    With a million units of initial fuel a letter that is repeated a million times takes 125 MB;
+    with these, 600 fields of most formats still fit into a schema.
+    """
     from llguidance import LLParserLimits
 
     return LLParserLimits(
         max_items_in_row=2_000,
-        initial_lexer_fuel=1_000_000,
+        initial_lexer_fuel=300_000,
         step_lexer_fuel=200_000,
         step_max_items=50_000,
-        max_lexer_states=25_000,
+        max_lexer_states=_MAX_LEXER_STATES,
         max_grammar_size=100_000,
         verbose_errors=False,
     )

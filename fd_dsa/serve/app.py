@@ -16,8 +16,13 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fd_dsa import __version__
-from fd_dsa.serve import chat, completions, metrics, page, status, tokenization
-from fd_dsa.serve.errors import ApiError, install_error_handlers, internal_error
+from fd_dsa.serve import api_page, chat, completions, metrics, page, status, tokenization
+from fd_dsa.serve.errors import (
+    ERROR_RESPONSES,
+    ApiError,
+    install_error_handlers,
+    internal_error,
+)
 from fd_dsa.serve.generation import ClientGone
 from fd_dsa.serve.guard import GuardMiddleware
 from fd_dsa.serve.options import ServerOptions
@@ -71,6 +76,9 @@ def create_app(
         summary="DeepSeek Sparse Attention on PaddlePaddle, over the OpenAI API",
         version=__version__,
         lifespan=lifespan,
+        responses=ERROR_RESPONSES,
+        # FastAPI's pages load scripts from other servers
+        docs_url=None,
         redoc_url=None,
         # a redirect would repeat the Host header, which is the client's
         redirect_slashes=False,
@@ -81,7 +89,7 @@ def create_app(
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     app.include_router(router)
-    for part in (chat, completions, tokenization, status, metrics):
+    for part in (chat, completions, tokenization, status, metrics, api_page):
         app.include_router(part.router)
     if state.options.serves_page:
         app.include_router(page.router)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.engine.startup import StartupProgress
     from fd_dsa.fastdeploy_plugin import launch
+    from fd_dsa.serve.options import ChatSettings
 
 _EXIT_BAD_START = 2
 _EXIT_INTERRUPTED = 130
@@ -122,6 +123,7 @@ def _show_plan(args: argparse.Namespace) -> int:
     import yaml
 
     from fd_dsa.engine.plan import make_plan
+    from fd_dsa.serve.chat_formats import chat_formats
 
     plan = make_plan(config)
     server = {
@@ -132,6 +134,7 @@ def _show_plan(args: argparse.Namespace) -> int:
         "max_body_bytes": args.max_body_size,
         "max_concurrency": args.max_concurrency,
         "shutdown_timeout": args.shutdown_timeout,
+        **chat_formats(plan.tokenizer, _chat_settings(args)),
     }
     described = yaml.safe_dump({**server, **plan.describe()}, sort_keys=False, allow_unicode=True)
     _say(f"# {plan.summary()}\n# {plan.memory.summary()}\n{described.rstrip()}")
@@ -142,8 +145,9 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     """Take the address, then listen, load the engine, and serve."""
     config = _engine_config(args)
     # the server's packages are imported late, so that --help and errors of flags are quick
+    from fd_dsa.serve.chat_formats import chat_formats, chat_line
     from fd_dsa.serve.info import server_info
-    from fd_dsa.serve.options import ChatSettings, ServerOptions
+    from fd_dsa.serve.options import ServerOptions
     from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
 
     options = ServerOptions(
@@ -152,9 +156,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         max_concurrency=args.max_concurrency,
         log_requests=args.log_requests,
         serves_page=not args.disable_ui,
-        chat=ChatSettings(
-            args.tool_call_parser, args.reasoning_parser, args.trust_request_chat_template
-        ),
+        chat=_chat_settings(args),
     )
     loaded: list[AsyncEngine] = []
 
@@ -164,6 +166,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
 
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
         loaded.append(AsyncEngine(build_engine(config, progress)))
+        logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, options.chat)))
         return loaded[0]
 
     with bind_socket(args.host, args.port) as sock:
@@ -189,6 +192,15 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
             info=lambda: server_info(config, loaded[0], options),
             options=options,
         )
+
+
+def _chat_settings(args: argparse.Namespace) -> ChatSettings:
+    """What the flags say of chat."""
+    from fd_dsa.serve.options import ChatSettings
+
+    return ChatSettings(
+        args.tool_call_parser, args.reasoning_parser, args.trust_request_chat_template
+    )
 
 
 def _say(text: str) -> None:

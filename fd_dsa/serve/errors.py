@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -42,6 +43,27 @@ _OUT_OF_SCOPE = {
     "/v1/responses": "the Responses API",
     "/v1/messages": "the Anthropic API",
 }
+
+
+class ErrorObject(BaseModel):
+    """What went wrong, as the OpenAI API tells it."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorObject
+
+
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "default": {"model": ErrorResponse, "description": "400 and above: an error object"}
+}
+"""Of every route, for the OpenAPI document; in the place of FastAPI's 422, which is never sent."""
 
 
 class ApiError(FdDsaError):

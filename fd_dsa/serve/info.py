@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import fd_dsa
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import batch_invariant, told_commit
+from fd_dsa.serve.chat_formats import chat_formats
 from fd_dsa.serve.options import ServerOptions
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def server_info(
         "max_concurrency": options.max_concurrency,
         "max_body_bytes": options.max_body_bytes,
         "has_chat_template": engine.tokenizer.has_chat_template,
+        **chat_formats(engine.tokenizer, options.chat),
         "enable_prefix_caching": config.enable_prefix_caching,
         "batch_invariant": batch_invariant(),
         "cudagraph_capture_sizes": list(engine.captured_sizes),

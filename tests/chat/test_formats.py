@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from fd_dsa.chat.parsers import (
     find_tool_format,
     has_reasoning,
     opens_reasoning,
+    reasoning_format_name,
+    tool_format_name,
 )
 from fd_dsa.chat.renderers import ChatRenderer, read_renderer
 from fd_dsa.chat.template import ChatTemplate
@@ -56,8 +59,36 @@ def test_a_template_goes_before_the_models_own_encoding(tmp_path: Path) -> None:
     assert of_folder is not None
     assert of_flag is not None
     assert (of_folder.source, of_flag.source) == ("of the folder", "of the flag")
+    assert [r.origin for r in (named, of_folder, of_flag)] == [
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "--chat-template other.jinja",
+    ]
     with pytest.raises(ConfigError, match="--chat-template: got"):
         renderer_of(tmp_path, template_file=tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("files", "config", "text"),
+    [
+        (
+            {"chat_template.jinja": b"{% for %}"},
+            {},
+            "template of chat_template.jinja: line 1 is no",
+        ),
+        ({"chat_template.jinja": b"\xff"}, {}, "chat_template.jinja cannot be read"),
+        ({}, {"chat_template": "{% if %}"}, "of tokenizer_config.json: line 1 is no valid Jinja"),
+        ({}, {"chat_template": 5}, "tokenizer_config.json is a int"),
+        ({}, {"chat_template": [{"name": "default", "template": 5}]}, "is a int; it must be"),
+    ],
+)
+def test_a_template_that_is_none_names_its_file(
+    tmp_path: Path, files: dict[str, bytes], config: dict[str, Any], text: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        renderer_of(tmp_path, tokenizer_config=config)
 
 
 def test_other_models_and_vocabularies_have_no_encoding(tmp_path: Path) -> None:
@@ -68,19 +99,22 @@ def test_other_models_and_vocabularies_have_no_encoding(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("renderer", "tools", "reasoning"),
     [
-        (PLAIN, None, False),
-        (V31, "deepseek_v31", True),
-        (V32, "deepseek_v32", True),
-        (GLM, "glm47", True),
+        (PLAIN, None, "none"),
+        (V31, "deepseek_v31", "deepseek_v3"),
+        (V32, "deepseek_v32", "deepseek_v3"),
+        (GLM, "glm47", "glm45"),
     ],
     ids=["plain", "v31", "v32", "glm"],
 )
 def test_parsers_are_chosen_by_the_template(
-    renderer: ChatRenderer, tools: str | None, reasoning: bool
+    renderer: ChatRenderer, tools: str | None, reasoning: str
 ) -> None:
     found = find_tool_format("auto", renderer.source)
     assert (found and found.name) == tools
-    assert has_reasoning("auto", renderer.source) is reasoning
+    assert has_reasoning("auto", renderer.source) is (reasoning != "none")
+    assert reasoning_format_name("auto", renderer.source) == reasoning
+    assert tool_format_name("auto", renderer.source) == (tools or "none")
+    assert tool_format_name("glm45", renderer.source) == "glm45"
     assert find_tool_format("none", renderer.source) is None
     assert not has_reasoning("none", renderer.source)
     named = find_tool_format("glm45", renderer.source)

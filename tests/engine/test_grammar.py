@@ -231,6 +231,34 @@ def test_matchers_of_one_grammar_do_not_disturb_each_other():
     assert texts == {"a", "b"}
 
 
+def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):
+    """Outputs of one form share the states that they reach, of which there may be so many."""
+    monkeypatch.setattr("fd_dsa.engine.grammar._MAX_LEXER_STATES", 400)
+    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
+    form = StructuredOutputsParams(regex="(a|b)*a(a|b){10}x")
+    letters = [TOKENIZER.encode(text, add_special_tokens=False)[0] for text in "ab"]
+    mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+    rng = np.random.default_rng(0)
+    errors = []
+
+    def follow(num_tokens):
+        matcher = compiler.new_matcher(form)
+        for token in rng.choice(letters, num_tokens).tolist():
+            matcher.fill_bitmask(mask)
+            errors.append(matcher.error)
+            matcher.accept(token)
+
+    for _ in range(40):
+        follow(60)
+    assert not any(errors)
+    # all 2048 states are too many for one
+    follow(5000)
+    assert "too many states" in errors[-1]
+    errors.clear()
+    follow(60)
+    assert not any(errors)
+
+
 BROKEN = {
     "regex": ["(", "(?=a)b", "a{2,1}", "(" * 9000 + ")" * 9000, "[z-a]"],
     "grammar": ["start: foo", "root ::= (", "start: " + "(" * 5000, "x", "root ::= root"],

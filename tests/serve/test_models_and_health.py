@@ -31,12 +31,6 @@ def test_names_with_a_slash() -> None:
         assert live.client.completions.create(model="org/model", prompt="a").model == "org/model"
 
 
-def test_api_page_describes_the_routes(live: Live) -> None:
-    assert live.http.get("/docs").status_code == 200
-    paths = live.http.get("/openapi.json").json()["paths"]
-    assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health"} <= set(paths)
-
-
 def test_health_follows_the_engine() -> None:
     with running(FakeEngine()) as live:
         answer = live.http.get("/health")
@@ -87,6 +81,8 @@ def test_server_info_names_what_decides_the_answers() -> None:
     )
     assert (told["version"], told["max_num_batched_tokens"]) == (__version__, 512)
     assert told["batch_invariant"] is False
+    names = ("chat_template", "tool_call_parser", "reasoning_parser")
+    assert [told[name] for name in names] == ["a script", "none", "none"]
     assert "not_on_tensor_cores" in told and told["cudagraph_capture_sizes"] == []
     assert str(EngineConfig().model_path) not in str(told)
 
