@@ -107,6 +107,11 @@ class AsyncEngine:
         with self._wake:
             self._push(lambda: self._abort(request_id))
 
+    def finish_output(self, request_id: str, index: int) -> None:
+        """End one of a request's n outputs before the next step, as if the model had ("stop")."""
+        with self._wake:
+            self._push(lambda: self._deliver(self._engine.finish_output(request_id, index)))
+
     def stop(self) -> None:
         """End all requests with finish_reason "abort", then the thread. May be called twice.
 

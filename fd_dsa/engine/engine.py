@@ -14,7 +14,7 @@ from fd_dsa.engine.admission import Admission
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.metrics import EngineMetrics
-from fd_dsa.engine.output import ConstraintError, RequestOutput
+from fd_dsa.engine.output import ConstraintError, FinishReason, RequestOutput
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import NOT_FINITE, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -200,13 +200,12 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> list[RequestOutput]:
         """End a request now; the last state of every output of it that was unfinished."""
-        now = time.monotonic()
-        outputs = []
-        for request in list(self._requests.get(request_id, ())):
-            request.finish("abort", now)
-            outputs.append(request.output([], request.take_text("", now)))
-            self._drop(request)
-        return outputs
+        return [self._end(r, "abort") for r in list(self._requests.get(request_id, ()))]
+
+    def finish_output(self, request_id: str, index: int) -> list[RequestOutput]:
+        """End one of a request's n outputs now, as if the model had; its last state, if it ran."""
+        unfinished = self._requests.get(request_id, ())
+        return [self._end(r, "stop") for r in list(unfinished) if r.index == index]
 
     def has_unfinished_requests(self) -> bool:
         """True while a request waits or runs."""
@@ -353,6 +352,14 @@ class LLMEngine:
             if request.finish_reason is not None:
                 self._drop(request)
         return outputs
+
+    def _end(self, request: Request, reason: FinishReason) -> RequestOutput:
+        """End a request between two steps."""
+        now = time.monotonic()
+        request.finish(reason, now)
+        output = request.output([], request.take_text("", now))
+        self._drop(request)
+        return output
 
     def _fail(self, request: Request, code: int, now: float) -> RequestOutput:
         """End a request without a next token; the others go on."""

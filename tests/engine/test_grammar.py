@@ -286,6 +286,8 @@ def test_a_wrong_form_is_refused_at_once_and_by_name(form, value):
         engine.validate([5], params(asked))
     assert len(str(caught.value)) < 400
     assert "\n" not in str(caught.value)
+    # the grammar that a form becomes is nobody's but ours
+    assert " | start:" not in str(caught.value)
     assert not engine.has_unfinished_requests()
 
 
