@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import process_environment
-from fd_dsa.errors import ConfigError, FdDsaError
+from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.logs import set_up_logging
 
@@ -53,16 +53,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(args)
     except KeyboardInterrupt:
         return _fail("interrupted while starting", _EXIT_INTERRUPTED)
-    except (FdDsaError, OSError) as error:
-        if debug:
-            logger.debug("the start failed", exc_info=True)
-        return _fail(str(error))
     except Exception as error:
         if debug:
             logger.debug("the start failed", exc_info=True)
-        hint = "" if debug else " (--log-level debug shows the traceback)"
-        first_line = str(error).strip().partition("\n")[0]
-        return _fail(f"unexpected {type(error).__name__}: {first_line}{hint}", 1)
+        return _fail(*_why_not_started(error, debug))
+
+
+def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
+    """The line and the status of a start that failed."""
+    if isinstance(error, FdDsaError) or (isinstance(error, OSError) and error.errno is not None):
+        return str(error), _EXIT_BAD_START
+    said = describe_error(error)
+    # Paddle has errors of its own for a full device; those of CUDA are an OSError without a number
+    if isinstance(error, MemoryError) or "out of memory" in said.lower():
+        return (
+            f"not enough memory ({said}); lower --gpu-memory-utilization, --kv-cache-memory-bytes, "
+            "--max-num-seqs or --max-num-batched-tokens",
+            _EXIT_BAD_START,
+        )
+    hint = "" if debug else " (--log-level debug shows the traceback)"
+    return f"unexpected {said}{hint}", 1
 
 
 def _fail(message: str, status: int = _EXIT_BAD_START) -> int:

@@ -207,6 +207,19 @@ def test_unexpected_error_points_to_debug(tmp_path: Path) -> None:
     assert "--log-level debug" in line
 
 
+RAISE_FULL = (
+    r"raise MemoryError('\n---\nC++ Traceback\n0 f()\n\nResourceExhaustedError: Out of memory.')"
+)
+RAISE_CUDA = r"raise OSError('\n---\nExternalError: CUDA error(2), out of memory.\n  [x]')"
+
+
+@pytest.mark.parametrize("body", [RAISE_FULL, RAISE_CUDA])
+def test_a_full_device_is_one_line_with_the_flags_to_lower(tmp_path: Path, body: str) -> None:
+    line = error_line(run(tmp_path, "--port", "0", body=body))
+    assert line.startswith("not enough memory (") and "ut of memory" in line
+    assert "lower --gpu-memory-utilization, --kv-cache-memory-bytes" in line
+
+
 @pytest.mark.parametrize(("body", "status"), [(RAISE_CONFIG, 2), (RAISE_BUG, 1)])
 def test_debug_shows_the_traceback(tmp_path: Path, body: str, status: int) -> None:
     args = ("--port", "0", "--log-level", "debug")
