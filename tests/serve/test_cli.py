@@ -119,6 +119,10 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--tokenizer", "no/such"], "--tokenizer: got 'no/such', allowed: a local folder"),
         (["--load-format", "pt"], "--load-format: got 'pt', allowed: auto, safetensors, dummy"),
         (["--index-topk", "0"], "--index-topk: got 0, allowed: an integer of at least 1"),
+        (
+            ["--index-topk", "8193", "--device", "cpu", "--dry-run"],
+            "got 8193, allowed: at most 8192",
+        ),
         (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization: got 1.5, allowed: above"),
         (["--no-enable-chunked-prefill"], "--enable-chunked-prefill: got False, allowed: True"),
         (["--cudagraph-capture-sizes", "2", "65"], "--cudagraph-capture-sizes: got 65, allowed"),

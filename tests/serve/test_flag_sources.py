@@ -126,6 +126,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("FD_DSA_LOG_JSON", "maybe", "FD_DSA_LOG_JSON: got 'maybe', allowed: 0, 1"),
         ("FD_DSA_MAX_BODY_SIZE", "huge", "FD_DSA_MAX_BODY_SIZE: --max-body-size: size 'huge'"),
         ("FD_DSA_MAX_CONCURRENCY", "0", "--max-concurrency: got '0'; allowed is a whole number"),
+        ("FD_DSA_API_KEY", "one,two three", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
     ],
 )
 def test_variables_that_are_refused(
@@ -144,6 +145,23 @@ def test_a_variable_that_is_nearly_a_flag_is_told(monkeypatch: pytest.MonkeyPatc
         "the variable FD_DSA_MAX_MODEL_LENGTH is none of fd_dsa's; did you mean "
         "FD_DSA_MAX_MODEL_LEN?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # of a script whose variable is not set
+        (["--api-key", ""], "--api-key: allowed is a text of one character or more"),
+        (["--api-key", "secret\n"], "--api-key: allowed is a text of one character or more"),
+        (["--host", ""], "--host: got ''; allowed is a name or an address, 0.0.0.0 for all"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size/-tp: got '0'; allowed is a who"),
+        (["--data-parallel-size", "-1"], "--data-parallel-size: got '-1'; allowed is a whole num"),
+    ],
+)
+def test_values_that_are_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(arguments)
+    assert words in str(caught.value) and "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "size"), [("32M", 32 << 20), ("4096", 4096), ("1GiB", 1 << 30)])
