@@ -138,16 +138,19 @@ class Load:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        failure = ""
         begin = last = time.perf_counter()
         async with http.stream("POST", f"{self.base_url}/completions", json=body) as reply:
             if reply.status_code != 200:
                 await reply.aread()
                 self._refuse(reply)
+            # to the end, also behind an error: who leaves a stream leaves its generators open
             async for line in reply.aiter_lines():
                 try:
                     chunk = read_event(line)
                 except RemoteError as error:
-                    raise _Again(str(error)) from error
+                    failure = failure or str(error)
+                    continue
                 if chunk is None:
                     continue
                 now = time.perf_counter()
@@ -162,8 +165,8 @@ class Load:
                     timing.itl_s.append(now - last)
                 last = now
         timing.e2e_s = last - begin
-        if timing.ttft_s is None:
-            raise _Again("the answer is empty")
+        if failure or timing.ttft_s is None:
+            raise _Again(failure or "the answer is empty")
 
     def _refuse(self, reply: httpx.Response) -> None:
         """Raise what a status other than 200 means."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import orjson
@@ -18,9 +18,9 @@ logger = logging.getLogger("fd_dsa.serve")
 
 
 class EventStream(StreamingResponse):
-    """Streams chunks, and closes their generator however the response ends.
+    """Streams chunks, and closes their generators however the response ends.
 
-    A client that goes away therefore aborts its requests at once, not when the generator happens
+    A client that goes away therefore aborts its requests at once, not when a generator happens
     to be collected. An exception inside the stream becomes one error event before `[DONE]`.
 
     Args:
@@ -29,9 +29,9 @@ class EventStream(StreamingResponse):
     """
 
     def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], request_id: str) -> None:
-        self._chunks = chunks
+        self._chunks, self._events = chunks, _events(chunks, request_id)
         super().__init__(
-            _events(chunks, request_id),
+            self._events,
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
@@ -40,12 +40,13 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._chunks.aclose()
+            for generator in (self._events, self._chunks):
+                await generator.aclose()
 
 
 async def _events(
     chunks: AsyncGenerator[dict[str, Any], None], request_id: str
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """The bytes of the stream."""
     try:
         async for chunk in chunks:

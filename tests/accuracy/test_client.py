@@ -15,7 +15,7 @@ from fd_dsa.accuracy.preflight import normal_base_url
 from fd_dsa.accuracy.types import Answer, Question
 from fd_dsa.errors import ConfigError, RemoteError
 from tests.accuracy.scripted import MODELS, Reply, asked, chat, scripted
-from tests.serve.conftest import held_port, wait_until
+from tests.serve.conftest import TIMEOUT_S, held_port, wait_until
 
 
 def questions(count: int) -> list[Question]:
@@ -50,7 +50,7 @@ def test_every_question_gets_its_answer_and_no_more_than_asked_are_in_flight() -
         # the first ones stay until the third is there, or is not to come
         if server.most >= 3:
             full.set()
-        full.wait(20)
+        full.wait(TIMEOUT_S)
         full.set()
         time.sleep(0.02)
         return chat(asked(body), reason="length")
@@ -185,7 +185,7 @@ def test_no_reply_in_time() -> None:
     release = threading.Event()
 
     def answer(body: dict[str, Any]) -> Reply:
-        release.wait(10)
+        release.wait(TIMEOUT_S)
         return echo(body)
 
     with scripted(answer) as server:
@@ -201,7 +201,7 @@ def test_stop_drops_what_is_in_flight_and_nothing_else() -> None:
 
     def answer(body: dict[str, Any]) -> Reply:
         if asked(body) == "q1":
-            release.wait(10)
+            release.wait(TIMEOUT_S)
         return echo(body)
 
     async def run(client: ChatClient) -> list[str]:

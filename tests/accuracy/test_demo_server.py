@@ -19,6 +19,7 @@ from fd_dsa.accuracy.scores import read_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_PROMPTS = 16
+TIMEOUT_S = 250
 COMMAND = [
     *(sys.executable, "-m", "fd_dsa.accuracy", "ifeval", "--out", "run"),
     *("--subset", str(NUM_PROMPTS), "--max-tokens", "32", "--concurrency", "4"),
@@ -49,7 +50,7 @@ def test_a_killed_run_goes_on_and_loses_no_answer(tmp_path: Path) -> None:
     out = tmp_path / "run"
     answers = out / "answers.jsonl"
     run = subprocess.Popen(COMMAND, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + TIMEOUT_S
     while len(lines_of(answers)) < 5:
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
@@ -68,7 +69,7 @@ def test_a_killed_run_goes_on_and_loses_no_answer(tmp_path: Path) -> None:
     with answers.open("ab") as file:
         file.write(b'{"key": "1000", "te')
     done = subprocess.run(
-        COMMAND, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        COMMAND, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
     )
     assert done.returncode == 0, done.stderr
     after = lines_of(answers)

@@ -30,6 +30,8 @@ from tests.accuracy.scripted import Reply, Scripted, asked, chat, scripted
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = read_prompts()
+# for a process to start and to ask, on a machine that starves it
+TIMEOUT_S = 180
 
 
 def upper(body: dict[str, Any]) -> Reply:
@@ -127,7 +129,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, number: signal.S
                 first.add(asked(body))
         if asked(body) not in first:
             held.release()
-            hold.wait(30)
+            hold.wait(TIMEOUT_S)
         return upper(body)
 
     with scripted(answer) as server:
@@ -139,10 +141,10 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, number: signal.S
         )
         try:
             for _ in range(5):
-                assert held.acquire(timeout=30)
+                assert held.acquire(timeout=TIMEOUT_S)
             wait_for_lines(tmp_path / "it's a run/answers.jsonl", 5)
             process.send_signal(number)
-            error = process.communicate(timeout=30)[1]
+            error = process.communicate(timeout=TIMEOUT_S)[1]
         finally:
             hold.set()
             process.kill()
@@ -157,7 +159,11 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, number: signal.S
             return
         server.bodies.clear()
         subprocess.run(
-            [sys.executable, *resume[1:]], cwd=tmp_path, env=environment, check=True, timeout=60
+            [sys.executable, *resume[1:]],
+            cwd=tmp_path,
+            env=environment,
+            check=True,
+            timeout=TIMEOUT_S,
         )
     assert len(server.bodies) == 5
     after = (tmp_path / "it's a run/answers.jsonl").read_bytes()
@@ -167,7 +173,7 @@ def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, number: signal.S
 
 def wait_for_lines(path: Path, count: int) -> None:
     """Return once a file has so many whole lines."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + TIMEOUT_S
     while not path.exists() or path.read_bytes().count(b"\n") < count:
         assert time.monotonic() < deadline
         time.sleep(0.01)

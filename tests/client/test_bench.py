@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from fd_dsa.client.load import Load, Timing
 from fd_dsa.client.workload import random_prompts, start_times
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.errors import RemoteError
+from fd_dsa.serve import concurrency
+from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.options import ServerOptions
 from tests.client.command import run
 from tests.serve.conftest import running
@@ -66,22 +69,34 @@ def test_figures_are_those_of_the_timings() -> None:
     assert [summarise([], 1.0)[name] for name in LATENCIES] == [None] * 4
 
 
-def test_refused_requests_are_sent_again_but_not_for_ever() -> None:
+def test_refused_requests_are_sent_again_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     prompts = random_prompts(4, 5, seed=0)
     options = ServerOptions(max_concurrency=1)
-    with running(AnyTokens(step_s=0.02), options=options) as live:
-        load = Load(f"{live.url}/v1", "demo", 4, retries=8)
-        timings, _ = asyncio.run(load.run(prompts, [0.0] * 4))
-        assert [timing.error for timing in timings] == [None] * 4
-        assert [timing.output_tokens for timing in timings] == [4] * 4
-        assert [timing.prompt_tokens for timing in timings] == [5] * 4
-        assert [len(timing.itl_s) for timing in timings] == [3] * 4
-        assert max(timing.attempts for timing in timings) > 1
-        once = Load(f"{live.url}/v1", "demo", 4, retries=0)
-        timings, _ = asyncio.run(once.run(prompts, [0.0] * 4))
-        errors = [timing.error for timing in timings if timing.error is not None]
-        assert 1 <= len(errors) <= 3
-        assert all(error.startswith("status 429: ") for error in errors)
+    with running(AnyTokens(), options=options) as live:
+        num_refused = 0
+
+        def refusal(*args: Any, **fields: Any) -> ApiError:
+            """The first request ends once the three others were refused."""
+            nonlocal num_refused
+            num_refused += 1
+            live.engine.is_held = num_refused < 3
+            return ApiError(*args, **fields)
+
+        monkeypatch.setattr(concurrency, "ApiError", refusal)
+        for retries in (9, 0):
+            num_refused, live.engine.is_held = 0, True
+            load = Load(f"{live.url}/v1", "demo", 4, retries=retries)
+            timings, _ = asyncio.run(load.run(prompts, [0.0] * 4))
+            served = [timing for timing in timings if timing.error is None]
+            assert len(served) == (4 if retries else 1)
+            assert {timing.output_tokens for timing in served} == {4}
+            assert {timing.prompt_tokens for timing in served} == {5}
+            assert {len(timing.itl_s) for timing in served} == {3}
+            assert (max(timing.attempts for timing in timings) > 1) == bool(retries)
+            errors = [timing.error for timing in timings if timing.error is not None]
+            assert all(error.startswith("status 429: ") for error in errors)
 
 
 class Counting(AnyTokens):
@@ -93,11 +108,12 @@ class Counting(AnyTokens):
         """The outputs of one request."""
         self.running += 1
         self.most = max(self.most, self.running)
-        async for output in super().generate(*args):
-            if output.finished:
-                # the client may send the next one as soon as it has this
-                self.running -= 1
-            yield output
+        async with aclosing(super().generate(*args)) as outputs:
+            async for output in outputs:
+                if output.finished:
+                    # the client may send the next one as soon as it has this
+                    self.running -= 1
+                yield output
 
 
 def test_no_more_requests_at_a_time_than_asked_for() -> None:

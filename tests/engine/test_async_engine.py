@@ -13,8 +13,9 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from tests.engine.fakes import expected_greedy, make_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-ENDLESS = SamplingParams(temperature=0, max_tokens=3000, ignore_eos=True)
-TIMEOUT_S = 20
+# more than is computed before a starved test comes to end it
+ENDLESS = SamplingParams(temperature=0, max_tokens=90_000, ignore_eos=True)
+TIMEOUT_S = 60
 
 
 class GatedRunner:
@@ -38,7 +39,7 @@ class GatedRunner:
 @pytest.fixture
 def engine():
     """A started AsyncEngine with room for long requests; stopped after the test."""
-    inner = make_engine(max_model_len=4096, num_blocks=2048)
+    inner = make_engine(max_model_len=100_000, num_blocks=30_000)
     inner.runner = GatedRunner(inner.runner)
     engine = AsyncEngine(inner)
     engine.start()
@@ -169,7 +170,7 @@ def test_abort_ends_the_iterator_with_an_output(engine):
 def test_requests_that_cannot_run_raise_and_leave_nothing(engine):
     async def main():
         with pytest.raises(ValueError, match="max_model_len"):
-            await collect(engine, [2] * 5000, GREEDY)
+            await collect(engine, [2] * 200_000, GREEDY)
         stream = engine.generate([2], ENDLESS, "same")
         await anext(stream)
         with pytest.raises(ValueError, match="'same' is in use"):
@@ -179,7 +180,7 @@ def test_requests_that_cannot_run_raise_and_leave_nothing(engine):
     run(main())
     with pytest.raises(ValueError, match="no tokens"):
         engine.validate([], GREEDY)
-    assert engine.validate([2] * 96, SamplingParams(max_tokens=None)) == 4000
+    assert engine.validate([2] * 96, SamplingParams(max_tokens=None)) == 99_904
     wait_until_empty(engine)
 
 

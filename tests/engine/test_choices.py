@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 from hypothesis import given, settings
@@ -165,9 +166,10 @@ def test_the_async_engine_ends_an_iterator_after_the_last_output():
         return [output async for output in engine.generate(PROMPT, params(n=3))]
 
     async def leave(engine):
-        async for output in engine.generate(PROMPT, params(n=3, max_tokens=20)):
-            if output.index == 1:
-                return
+        async with aclosing(engine.generate(PROMPT, params(n=3, max_tokens=20))) as outputs:
+            async for output in outputs:
+                if output.index == 1:
+                    return
 
     async def main(engine):
         outputs, _ = await asyncio.gather(collect(engine), leave(engine))

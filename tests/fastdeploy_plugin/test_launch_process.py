@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from fd_dsa import __version__
-from tests.fastdeploy_plugin.launcher import Launcher, is_running, launcher
+from tests.fastdeploy_plugin.launcher import TIMEOUT_S, Launcher, is_running, launcher
 from tests.serve.conftest import wait_until
 
 pytestmark = pytest.mark.slow
@@ -210,7 +210,7 @@ def test_the_wait_is_told(tmp_path: Path) -> None:
 
 
 def test_a_signal_while_it_starts(tmp_path: Path) -> None:
-    with launcher(tmp_path, script={"load_s": 60}) as live:
+    with launcher(tmp_path, script={"load_s": 3600}) as live:
         live.dump()
         live.process.send_signal(signal.SIGINT)
         status, out, log = live.finish()
@@ -249,7 +249,7 @@ def test_a_killed_launcher_leaves_nothing_behind(tmp_path: Path, script: dict[st
         assert len(processes) == 3 and all(map(is_running, processes))
         # with its whole group, as a job's owner or a container's stop would
         os.killpg(live.process.pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(is_running, processes)), 40)
+        wait_until(lambda: not any(map(is_running, processes)), TIMEOUT_S)
 
 
 def test_workers_of_a_dead_server_are_ended_before_the_launcher_is(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_a_killed_guard_ends_the_server(tmp_path: Path) -> None:
         guard = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
         assert guard != live.process.pid
         os.kill(guard, signal.SIGKILL)
-        wait_until(lambda: not is_running(server))
+        wait_until(lambda: not is_running(server), TIMEOUT_S)
         assert live.finish()[0] == 137
 
 
@@ -290,5 +290,5 @@ def test_the_readers_of_its_output_may_go(tmp_path: Path) -> None:
         live.process.stderr.close()
         assert httpx.get(f"{url}/health", trust_env=False).status_code == 200
         live.process.terminate()
-        assert live.process.wait(20) == 0
+        assert live.process.wait(TIMEOUT_S) == 0
         assert not is_running(live.dump()["pid"])

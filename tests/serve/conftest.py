@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +23,9 @@ from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.options import ChatSettings, ServerOptions
 from fd_dsa.serve.server import DrainingServer, bind_socket
 from tests.serve.fake_engine import FakeEngine
+
+# far longer than anything takes that a test waits for, also on a machine that starves it
+TIMEOUT_S = 60.0
 
 
 @dataclass
@@ -63,16 +68,38 @@ def running(
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     thread.start()
     try:
-        assert ready.wait(60)
+        assert ready.wait(TIMEOUT_S)
         with (
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
-            httpx.Client(base_url=url, timeout=20) as http,
+            httpx.Client(base_url=url, timeout=TIMEOUT_S) as http,
         ):
             yield Live(url, engine, client, http, server)
     finally:
         server.should_exit = True
-        thread.join(60)
+        thread.join(TIMEOUT_S)
     assert not thread.is_alive()
+
+
+async def leave_stream(url: str, body: Mapping[str, Any], leave_after: int) -> None:
+    """Ask for a stream, and hang up after so many of its lines, or at its end.
+
+    By a bare connection: generators of a client library that are left in the middle wait for the
+    garbage collector, which may run in another thread.
+    """
+    content = json.dumps({**body, "stream": True}).encode()
+    reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+    try:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        line = await reader.readline()
+        assert line.startswith(b"HTTP/1.1 200 "), line
+        while leave_after and line != b"data: [DONE]\n":
+            line = await reader.readline()
+            assert line, "a stream ended without [DONE]"
+            leave_after -= line.startswith(b"data: ")
+    finally:
+        writer.transport.abort()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +119,19 @@ def held_port() -> Iterator[int]:
         yield int(held.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+def active(live: Live) -> set[str]:
+    """Ids of the requests that the server counts as running."""
+    ids: set[str] = live.server.config.app.state.server.active  # type: ignore[union-attr]
+    return ids
+
+
+def num_admitted(live: Live) -> int:
+    """Outputs that hold a place of --max-concurrency; given back a moment after the answer."""
+    state: Any = live.server.config.app.state.server  # type: ignore[union-attr]
+    return int(state.concurrency.num_admitted)
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
     """Return as soon as the condition holds; fail after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():

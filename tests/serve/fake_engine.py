@@ -71,8 +71,9 @@ class FakeEngine:
 
     With `ignore_eos` the words go round until max_tokens. Every request is kept in `requests`
     (id -> prompt and parameters); ids whose generator was closed early are in `closed`.
-    `nan_after` and `fail_after` are numbers of words after which a request ends with an error, or
-    the engine fails (with `fails_alone`: raises an exception nobody expects, and goes on).
+    While `is_held` nobody gets a word. `nan_after` and `fail_after` are numbers of words after
+    which a request ends with an error, or the engine fails (with `fails_alone`: raises an exception
+    nobody expects, and goes on).
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class FakeEngine:
         self.metrics = EngineMetrics(max_model_len)
         self.captured_sizes: tuple[int, ...] = ()
         self.step_s = step_s
-        self.is_running = False
+        self.is_running = self.is_held = False
         self.errored: BaseException | None = None
         self.fail_after: int | None = None
         self.fails_alone = False
@@ -136,6 +137,8 @@ class FakeEngine:
         try:
             while reason is None:
                 await asyncio.sleep(self.step_s)
+                while self.is_held:
+                    await asyncio.sleep(0.005)
                 if self.fail_after is not None and len(tokens) >= self.fail_after:
                     error = RuntimeError("secret detail of the failure")
                     self.errored = None if self.fails_alone else error

@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -38,8 +39,9 @@ class AnnouncingEngine(FakeEngine):
     ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one request."""
         print("running", request_id, flush=True)
-        async for output in super().generate(prompt_token_ids, params, request_id):
-            yield output
+        async with aclosing(super().generate(prompt_token_ids, params, request_id)) as outputs:
+            async for output in outputs:
+                yield output
 
 
 def main() -> int:

@@ -10,14 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
 from fd_dsa.serve import generation
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
-from tests.serve.conftest import Live, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, num_admitted, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete
 
@@ -33,7 +32,7 @@ def silent_client(url: str) -> Iterator[socket.socket]:
     with socket.socket() as connection:
         # else the kernels would hold megabytes
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(20)
+        connection.settimeout(TIMEOUT_S)
         connection.connect((parts.host, parts.port))
         connection.sendall(
             (
@@ -50,12 +49,6 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
-def in_flight(live: Live) -> int:
-    """Outputs that hold a place."""
-    state: Any = live.server.config.app.state.server  # type: ignore[union-attr]
-    return int(state.concurrency.num_admitted)
-
-
 def test_a_client_that_never_reads_is_aborted_with_a_line(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -68,7 +61,7 @@ def test_a_client_that_never_reads_is_aborted_with_a_line(
             # without a bound it would have gone on
             assert resident_bytes() - before < 100 << 20
             assert complete(live, max_tokens=2).status_code == 200
-        wait_until(lambda: in_flight(live) == 0)
+        wait_until(lambda: num_admitted(live) == 0)
 
 
 def test_a_client_that_reads_late_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,10 +85,10 @@ def test_a_stalled_connection_is_closed_and_its_place_given_back(
     monkeypatch.setattr(StrictH11Protocol, "stalled_s", 0.5)
     engine = FakeEngine(step_s=0.001, max_model_len=1_000_000, words=LONG)
     with running(engine) as live, silent_client(live.url) as client:
-        wait_until(lambda: in_flight(live) == 1)
-        wait_until(lambda: in_flight(live) == 0)
+        wait_until(lambda: len(live.engine.requests) == 1)
+        wait_until(lambda: num_admitted(live) == 0)
         assert "has read nothing for 0.5 s" in caplog.text
-        assert len(live.engine.closed) == 1
+        wait_until(lambda: len(live.engine.closed) == 1)
         text = b""
         with contextlib.suppress(ConnectionResetError):
             while part := client.recv(1 << 20):

@@ -10,23 +10,18 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.serve.conftest import Live, running, wait_until
+from tests.serve.conftest import Live, active, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 
-ENDLESS = {"ignore_eos": True, "max_tokens": 250, "prompt": ["a", "b"]}
+# longer than any machine needs to leave
+ENDLESS = {"ignore_eos": True, "max_tokens": 9000, "prompt": ["a", "b"]}
 
 
 @pytest.fixture
 def slow() -> Iterator[Live]:
-    """A server whose replies take seconds."""
-    with running(FakeEngine(step_s=0.02)) as live:
+    """A server whose replies take minutes."""
+    with running(FakeEngine(step_s=0.02, max_model_len=10_000)) as live:
         yield live
-
-
-def active(live: Live) -> set[str]:
-    """Ids of the requests that the server counts as running."""
-    ids: set[str] = live.server.config.app.state.server.active  # type: ignore[union-attr]
-    return ids
 
 
 def test_closing_a_stream_aborts_all_its_prompts(slow: Live) -> None:

@@ -6,8 +6,9 @@ import json
 import socket
 import subprocess
 import sys
-import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 
 from fd_dsa.serve.guard import OPEN_PATHS
 from fd_dsa.serve.options import ServerOptions
-from tests.serve.conftest import Live, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, Live, num_admitted, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
 from tests.serve.test_errors import complete, error_of
 from tests.serve.test_shutdown import server
@@ -158,14 +159,13 @@ def test_a_body_that_does_not_end_is_a_408() -> None:
             in json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
         )
         # what it held is given back
-        state = live.server.config.app.state.server  # type: ignore[union-attr]
-        wait_until(lambda: state.concurrency.num_admitted == 0)
+        wait_until(lambda: num_admitted(live) == 0)
 
 
 def exchange(url: str, data: bytes) -> bytes:
     """What a server answers to bytes, until it closes the connection."""
     parts = httpx.URL(url)
-    with socket.create_connection((parts.host, parts.port or 80), timeout=20) as connection:
+    with socket.create_connection((parts.host, parts.port or 80), TIMEOUT_S) as connection:
         connection.sendall(data)
         answer = b""
         while part := connection.recv(65536):
@@ -189,12 +189,13 @@ def test_what_is_no_http_is_an_error_object_too() -> None:
             assert answer.startswith(b"HTTP/1.1 400 "), data
             error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
             assert "no valid HTTP" in error["message"]
-            assert httpx.get(f"{live.url}/health", timeout=20).status_code == 200
+            assert httpx.get(f"{live.url}/health", timeout=TIMEOUT_S).status_code == 200
 
 
 def test_more_than_the_limit_is_a_429_and_then_served_again() -> None:
     options = ServerOptions(max_concurrency=2)
     with running(FakeEngine(step_s=0.05, max_model_len=10_000), options=options) as live:
+        # minutes: both are there until their clients leave
         endless = {"prompt": "a", "max_tokens": 5000, "ignore_eos": True, "stream": True}
         with live.http.stream("POST", "/v1/completions", json=endless):
             with live.http.stream("POST", "/v1/completions", json=endless):
@@ -229,9 +230,7 @@ def test_every_prompt_of_a_request_counts() -> None:
         for fields in ({"temperature": -1}, {"prompt": [999]}, {"model": "other"}, {"prompt": []}):
             for _ in range(4):
                 assert complete(live, **fields).status_code in (400, 404)
-        state = live.server.config.app.state.server  # type: ignore[union-attr]
-        # an answer may arrive a moment before its place is given back
-        wait_until(lambda: state.concurrency.num_admitted == 0)
+        wait_until(lambda: num_admitted(live) == 0)
 
 
 def test_clients_that_are_killed_give_back_what_they_held() -> None:
@@ -257,6 +256,7 @@ def test_clients_that_are_killed_give_back_what_they_held() -> None:
             for client in clients:
                 assert client.stdout is not None
                 assert client.stdout.readline() == "got\n"
+            # minutes: both still stream
             assert complete(live).status_code == 429
         finally:
             for client in clients:
@@ -269,19 +269,14 @@ def test_clients_that_are_killed_give_back_what_they_held() -> None:
 def test_a_full_server_answers_at_once_and_keeps_its_promises() -> None:
     """Ten times the limit at once: each is served whole or refused, none is lost."""
     options = ServerOptions(max_concurrency=4)
-    with running(FakeEngine(step_s=0.01), options=options) as live:
-        answers: list[httpx.Response] = []
-
-        def ask() -> None:
-            answers.append(httpx.post(f"{live.url}/v1/completions", json={"prompt": "a"}))
-
-        threads = [threading.Thread(target=ask) for _ in range(40)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(answers) == 40
-        assert {answer.status_code for answer in answers} == {200, 429}
+    with running(FakeEngine(), options=options) as live, ThreadPoolExecutor(40) as clients:
+        # none of those that are served ends before the others have come
+        live.engine.is_held = True
+        asked = [clients.submit(complete, live) for _ in range(40)]
+        wait_until(lambda: sum(answer.done() for answer in asked) == 36)
+        live.engine.is_held = False
+        answers = [answer.result() for answer in asked]
+        assert Counter(answer.status_code for answer in answers) == {200: 4, 429: 36}
         for answer in answers:
             if answer.status_code == 200:
                 assert answer.json()["choices"][0]["text"] == "".join(WORDS)

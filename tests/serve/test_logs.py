@@ -7,14 +7,15 @@ import logging
 import re
 import subprocess
 import sys
-import time
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.engine.engine import EngineStats
 from fd_dsa.serve import server as server_module
 from fd_dsa.serve.busy_line import log_while_busy
 from fd_dsa.serve.logs import JsonFormatter
@@ -113,9 +114,27 @@ def test_a_line_while_busy_and_none_while_idle(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(
-        server_module, "log_while_busy", lambda engine: log_while_busy(engine, interval_s=0.05)
-    )
+    looks: list[EngineStats] = []
+
+    class Watched:
+        """The engine, with a note of every look at it."""
+
+        def __init__(self, engine: AsyncEngine) -> None:
+            self.engine = engine
+
+        def stats(self) -> EngineStats:
+            looks.append(self.engine.stats())
+            return looks[-1]
+
+    def watch(engine: AsyncEngine) -> Coroutine[Any, Any, None]:
+        return log_while_busy(cast("AsyncEngine", Watched(engine)), interval_s=0.05)
+
+    def wait_for_looks(count: int) -> None:
+        """Return after so many more looks, and what all but the last of them wrote."""
+        wanted = len(looks) + count
+        wait_until(lambda: len(looks) >= wanted)
+
+    monkeypatch.setattr(server_module, "log_while_busy", watch)
 
     def lines() -> list[str]:
         return [line for line in caplog.messages if line.startswith("running ")]
@@ -132,9 +151,9 @@ def test_a_line_while_busy_and_none_while_idle(
         rates = [re.findall(r"([\d,]+) tok/s", line) for line in lines()]
         assert any(rate != ["0", "0"] for rate in rates)
         # the interval in which the last step ended has its line; then there are no more
-        time.sleep(0.2)
+        wait_for_looks(3)
         told = len(lines())
-        time.sleep(0.3)
+        wait_for_looks(4)
         assert len(lines()) == told
 
 
@@ -155,14 +174,16 @@ def test_a_full_disk_under_the_log_stops_nothing(tmp_path: Path) -> None:
 
             def serves() -> bool:
                 try:
-                    return httpx.get(f"{url}/health", timeout=5).status_code == 200
+                    return httpx.get(f"{url}/health", timeout=TIMEOUT_S).status_code == 200
                 except httpx.TransportError:
                     assert process.poll() is None
                     return False
 
             wait_until(serves, TIMEOUT_S)
             for _ in range(3):
-                answer = httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=20)
+                answer = httpx.post(
+                    f"{url}/v1/completions", json={"prompt": "a"}, timeout=TIMEOUT_S
+                )
                 assert answer.status_code == 200
             process.terminate()
             assert process.wait(TIMEOUT_S) == 0

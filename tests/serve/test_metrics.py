@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.runner.counters import Histogram
 from tests.engine.fakes import make_engine
-from tests.serve.conftest import Live, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, Live, active, running, wait_until
 from tests.serve.test_errors import complete
 
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
@@ -127,6 +127,8 @@ def test_prefix_hits_and_load() -> None:
             samples = scrape(live)
             assert value(samples, "num_requests_running") == 1
             assert 0 < value(samples, "kv_cache_usage_perc") <= 1
+        # else the request might come to its end before the server knows that nobody listens
+        wait_until(lambda: not active(live))
         gate.open()
         ended = 'finished_reason="abort",model_name="demo"} 1.0'
         wait_until(lambda: ended in live.http.get("/metrics").text)
@@ -143,12 +145,12 @@ class Gate:
     def execute_model(self, logits_indices: Any) -> Any:
         """Wait, then run."""
         self._inside.set()
-        assert self._open.wait(60)
+        assert self._open.wait(TIMEOUT_S)
         return self._run(logits_indices)
 
     def wait_until_in_a_step(self) -> None:
         """Return when the engine waits."""
-        assert self._inside.wait(60)
+        assert self._inside.wait(TIMEOUT_S)
 
     def open(self) -> None:
         """Let it run from now on."""
@@ -156,7 +158,9 @@ class Gate:
 
 
 def test_preempted_requests_have_an_interval_for_each_token_too() -> None:
-    with running(AsyncEngine(make_engine(num_blocks=16))) as live:
+    engine = make_engine(num_blocks=16)
+    gate = Gate(engine)
+    with running(AsyncEngine(engine)) as live:
         threads = [
             threading.Thread(
                 target=complete,
@@ -167,6 +171,9 @@ def test_preempted_requests_have_an_interval_for_each_token_too() -> None:
         ]
         for thread in threads:
             thread.start()
+        # all at once, however late they come
+        wait_until(lambda: len(active(live)) == 4)
+        gate.open()
         for thread in threads:
             thread.join()
         samples = scrape(live)

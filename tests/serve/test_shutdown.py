@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -125,11 +124,10 @@ def test_first_signal_drains(number: signal.Signals) -> None:
 
 
 def test_idle_server_ends_at_once() -> None:
-    with server("0", "30") as live:
-        began = time.monotonic()
+    # a drain that waits for nobody would take longer than the test has
+    with server("0", "3600") as live:
         live.process.terminate()
-        assert live.process.wait(20) == 0
-        assert time.monotonic() - began < 15
+        assert live.process.wait(TIMEOUT_S) == 0
 
 
 def test_after_the_timeout_the_rest_is_aborted_but_answered() -> None:
@@ -137,29 +135,27 @@ def test_after_the_timeout_the_rest_is_aborted_but_answered() -> None:
         whole = Background(live.url, {"ignore_eos": True})
         stream = Background(live.url, {"ignore_eos": True, "stream": True})
         wait_for_running(live, 2)
-        time.sleep(0.3)
         live.process.terminate()
         answer = whole.result().json()
         assert answer["choices"][0]["finish_reason"] == "abort"
         assert answer["choices"][0]["text"].startswith("Hello")
-        assert answer["usage"]["completion_tokens"] < 300
+        assert answer["usage"]["completion_tokens"] < 900
         assert '"finish_reason":"abort"' in stream.result().text
         assert stream.result().text.endswith("data: [DONE]\n\n")
-        assert live.process.wait(20) == 0
+        assert live.process.wait(TIMEOUT_S) == 0
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_second_signal_ends_at_once(second: signal.Signals) -> None:
-    with server("0.1", "30") as live:
+    # without the second signal it would take longer than the test has
+    with server("0.1", "3600") as live:
         request = Background(live.url, {"ignore_eos": True})
         wait_for_running(live, 1)
         live.process.terminate()
         wait_until_draining(live)
         assert live.process.poll() is None
-        began = time.monotonic()
         live.process.send_signal(second)
-        assert live.process.wait(20) == 128 + second
-        assert time.monotonic() - began < 15
+        assert live.process.wait(TIMEOUT_S) == 128 + second
         request.thread.join(TIMEOUT_S)
         assert request.error is not None
 
@@ -187,7 +183,7 @@ def test_engine_failure_ends_the_process_with_status_one() -> None:
     with server("0.05", "30", "2") as live:
         answer = Background(live.url).result()
         assert answer.status_code == 500
-        assert live.process.wait(20) == 1
+        assert live.process.wait(TIMEOUT_S) == 1
         assert live.process.stderr is not None
         assert "the engine has failed" in live.process.stderr.read()
 
@@ -196,7 +192,7 @@ def test_engine_failure_ends_the_process_with_status_one() -> None:
 def test_printed_curl_line_works_when_pasted() -> None:
     with server("0", "1") as live:
         done = subprocess.run(
-            live.curl, shell=True, capture_output=True, text=True, timeout=20, check=True
+            live.curl, shell=True, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
         )
         assert "".join(WORDS) in done.stdout
 

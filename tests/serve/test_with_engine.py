@@ -7,12 +7,13 @@ import json
 import random
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from tests.engine.fakes import byte_tokenizer, expected_greedy, make_engine
-from tests.serve.conftest import Live, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, Live, leave_stream, running, wait_until
 from tests.serve.test_errors import complete, error_of
 
 NUM_CLIENTS = 64
@@ -94,30 +95,12 @@ def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
             assert error["param"] == "cache_salt"
 
 
-async def stream_to_the_end(client: openai.AsyncOpenAI, number: int) -> tuple[int, str]:
+async def stream_to_the_end(client: httpx.AsyncClient, number: int) -> tuple[int, str]:
     """The text of a streamed completion."""
-    stream = await client.completions.create(**stream_of(number))  # type: ignore[call-overload]
-    return number, "".join([chunk.choices[0].text async for chunk in stream])
-
-
-async def stream_and_leave(live: Live, number: int) -> None:
-    """Ask for a stream and hang up after some of its lines.
-
-    By a bare connection: a client library left in the middle of its generators leaves them to
-    the garbage collector, which may run in the thread of the engine.
-    """
-    host, port = live.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    body = json.dumps(stream_of(number)).encode()
-    head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    leaves_after = random.Random(number).randrange(1, 10)
-    line = b""
-    while leaves_after and line != b"data: [DONE]\n":
-        line = await reader.readline()
-        leaves_after -= line.startswith(b"data: ")
-    writer.transport.abort()
-    await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+    answer = await client.post("/v1/completions", json=stream_of(number))
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    return number, "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
 
 
 def stream_of(number: int) -> dict[str, Any]:
@@ -129,11 +112,13 @@ def stream_of(number: int) -> dict[str, Any]:
 
 async def many_clients(live: Live) -> list[tuple[int, str]]:
     """All clients at once, every second of which leaves; the texts of the others."""
-    async with openai.AsyncOpenAI(
-        base_url=f"{live.url}/v1", api_key="none", max_retries=0, timeout=60
-    ) as client:
+    leaves_after = random.Random(0)
+    async with httpx.AsyncClient(base_url=live.url, timeout=TIMEOUT_S) as client:
         staying = [stream_to_the_end(client, number) for number in range(0, NUM_CLIENTS, 2)]
-        leaving = [stream_and_leave(live, number) for number in range(1, NUM_CLIENTS, 2)]
+        leaving = [
+            leave_stream(live.url, stream_of(number), leaves_after.randrange(1, 10))
+            for number in range(1, NUM_CLIENTS, 2)
+        ]
         texts, _ = await asyncio.gather(asyncio.gather(*staying), asyncio.gather(*leaving))
         return texts
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import httpx
 
+from tests.serve.conftest import leave_stream
 from tests.serve.test_end_to_end import serving
 from tests.soak.fuzz import body_fields, check_answer, send
 from tests.soak.hostile import draw_request
@@ -122,26 +123,18 @@ async def ask(client: httpx.AsyncClient, body: Mapping[str, Any]) -> list[Answer
     return answers
 
 
-async def read_stream(
-    client: httpx.AsyncClient, body: Mapping[str, Any], leave_after: int | None = None
-) -> list[Answer] | None:
-    """The answer out of its chunks; None where the client leaves before the end."""
+async def read_stream(client: httpx.AsyncClient, body: Mapping[str, Any]) -> list[Answer]:
+    """The answer out of its chunks."""
     answers = [Answer() for _ in range(int(body["n"]))]
-    num_read = 0
     async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
         assert answer.status_code == 200, await answer.aread()
-        async for line in answer.aiter_lines():
-            if num_read == leave_after:
-                return None
-            if line == "data: [DONE]":
-                return answers
-            if line.startswith("data: "):
-                chunk = json.loads(line[6:])
-                assert "error" not in chunk, chunk
-                num_read += 1
-                for choice in chunk["choices"]:
-                    answers[choice["index"]].add(choice)
-    raise AssertionError("a stream ended without [DONE]")
+        events = [line[6:] async for line in answer.aiter_lines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]", f"a stream ended with {events[-1]}"
+    for chunk in map(json.loads, events[:-1]):
+        assert "error" not in chunk, chunk
+        for choice in chunk["choices"]:
+            answers[choice["index"]].add(choice)
+    return answers
 
 
 def compare(alone: Sequence[Answer], found: Sequence[Answer], is_exact: bool) -> bool:
@@ -185,7 +178,7 @@ async def _request(client: httpx.AsyncClient, load: Load, kind: str, draw: rando
         hostile = draw_request(draw.randrange(10**9), load.names)
         check_answer(hostile.method, hostile.path, await send(client, hostile, load.url))
     elif kind == "disconnect":
-        await read_stream(client, {**body, "max_tokens": 64}, leave_after=draw.randint(0, 8))
+        await leave_stream(load.url, {**body, "max_tokens": 64}, draw.randint(0, 8))
     elif kind == "give up":
         try:
             await asyncio.wait_for(ask(client, body), draw.uniform(0.01, 2))
@@ -193,7 +186,6 @@ async def _request(client: httpx.AsyncClient, load: Load, kind: str, draw: rando
             load.counts["given up before the answer"] += 1
     else:
         found = await (ask if kind == "whole" else read_stream)(client, body)
-        assert found is not None
         same = compare(alone, found, load.is_exact)
         load.counts["survivors equal" if same else "survivors apart within rounding"] += 1
 

@@ -35,7 +35,7 @@ HOURS = {**ENDLESS, "max_tokens": 90_000, "stream": True}
 def test_a_crash_in_the_engines_thread_ends_the_process_with_status_one() -> None:
     """Requests that run, stream and wait all get an error; nothing hangs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.soak.failing_server", "12"],
+        [sys.executable, "-m", "tests.soak.failing_server", "12", "8"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -111,8 +111,7 @@ def test_a_killed_client_leaves_no_block_behind() -> None:
         finally:
             client.kill()
             client.communicate()
-        wait_until(lambda: engine.stats().num_used_blocks == 0)
-        assert engine.stats().num_running == 0
+        wait_until(lambda: engine.stats().num_used_blocks + engine.stats().num_running == 0)
 
 
 def test_a_disk_that_is_full_under_the_log_of_a_server_of_our_own_is_told(
