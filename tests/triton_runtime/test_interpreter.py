@@ -113,12 +113,13 @@ def test_a_launch_prepares_the_language_once(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(triton_interpreter, "_patch_builtin", patch_builtin)
     x, out, counts = np.arange(1, 9, dtype=np.float32), paddle.zeros([8]), []
-    for n in (1, 9):
+    # the first launch rewrites the functions that it calls
+    for n in (2, 1, 9):
         packages.clear()
         many_calls_kernel[(2,)](paddle.to_tensor(x), out, n, BLOCK=8)
         np.testing.assert_allclose(out.numpy(), n * x / x.sum(), rtol=1e-6)
         counts.append(len(packages))
-    assert counts[0] == counts[1] > 0
+    assert counts[1] == counts[2] > 0
 
 
 def test_bfloat16_product() -> None:
