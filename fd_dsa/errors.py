@@ -85,3 +85,17 @@ class MissingStepError(FdDsaError, RuntimeError):
 
 class BackendUnavailable(FdDsaError, ImportError):
     """A device, provider or package that was asked for cannot serve on this machine."""
+
+
+def describe_error(error: BaseException) -> str:
+    """Type and text of an error in a line; of Paddle's, the last line that names an error."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    # Paddle's own stack comes first, what is wrong last
+    said = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else "")
+    return f"{type(error).__name__}: {said}"
+
+
+def unwritable(flag: str, path: object, error: OSError) -> ConfigError:
+    """What to say where an output cannot be written: the flag, the file, the reason."""
+    reason = (error.strerror or str(error)).lower()
+    return ConfigError(f"{flag}: {path} cannot be written ({reason})")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fd_dsa.accuracy.types import Answer, Question, RunSettings
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, unwritable
 
 _FORMAT = "fd_dsa answers 1"
 # what even a torn first line begins with
@@ -153,9 +153,19 @@ class AnswerStore:
         return [question for question in questions if question.key not in answered]
 
     def add(self, question: Question, answer: Answer) -> None:
-        """Keep one answer; it is on the disk when this returns."""
+        """Keep one answer; it is on the disk when this returns.
+
+        Raises:
+            ConfigError: it cannot be written, as on a full disk; names the file.
+        """
         entry = {**asdict(answer), "messages": question.messages, "metadata": question.metadata}
-        _append(self._file, entry)
+        try:
+            _append(self._file, entry)
+        except OSError as error:
+            raise ConfigError(
+                f"{unwritable('--out', self.path, error)}; the answers before are kept, the same "
+                "command goes on with them"
+            ) from error
         self.run.records[answer.key] = Record(answer, question.messages, question.metadata)
 
 
@@ -175,8 +185,7 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[AnswerStore]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+b")
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"--out: {path} cannot be written ({reason})") from error
+        raise unwritable("--out", path, error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,12 +197,22 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[AnswerStore]:
         run, whole = _parse(path, file.read())
         if run is not None:
             _refuse_other_settings(path, run.settings, settings)
-        file.truncate(whole)
         if run is None:
-            _append(file, {"format": _FORMAT, "settings": settings.to_json()})
-            _sync_folder(path.parent)
+            _begin(path, file, settings)
             run = Run(settings, {})
+        else:
+            file.truncate(whole)
         yield AnswerStore(path, file, run)
+
+
+def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
+    """Write the first line in the place of what there is of one."""
+    try:
+        file.truncate(0)
+        _append(file, {"format": _FORMAT, "settings": settings.to_json()})
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise unwritable("--out", path, error) from error
 
 
 def _refuse_other_settings(path: Path, kept: RunSettings, now: RunSettings) -> None:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from fd_dsa.accuracy.stats import Estimate
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, unwritable
 
 # of output that goes to a file or a pipe, columns
 _PLAIN_WIDTH = 120
@@ -146,14 +146,20 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
 
     Args:
         files: name in the folder -> text, in UTF-8.
+
+    Raises:
+        ConfigError: the folder cannot be written, as on a full disk; names it.
     """
     check_folder(out)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
-        for name, text in files.items():
-            (Path(folder) / name).write_text(text, "utf-8")
-        for name in files:
-            os.replace(Path(folder) / name, out / name)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
+            for name, text in files.items():
+                (Path(folder) / name).write_text(text, "utf-8")
+            for name in files:
+                os.replace(Path(folder) / name, out / name)
+    except OSError as error:
+        raise unwritable("--out", out, error) from error
 
 
 def _row(cells: Sequence[str]) -> str:

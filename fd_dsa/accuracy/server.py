@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import httpx
 
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, unwritable
 
 _POLL_S = 0.05
 _HEALTH_TIMEOUT_S = 60.0
@@ -38,11 +39,13 @@ class OwnServer:
         base_url: with `/v1`.
         command: what it was started with, without the interpreter's path.
         log: file with its output.
+        pid: of the process.
     """
 
     base_url: str
     command: tuple[str, ...]
     log: Path
+    pid: int
 
 
 @contextlib.contextmanager
@@ -76,7 +79,7 @@ def own_server(model: str | None, flags: Sequence[str], log: Path) -> Iterator[O
             # Ctrl-C too
             _remove_traces(log, made)
             raise
-        yield OwnServer(f"{url}/v1", ("python", "-m", "fd_dsa.serve", *arguments), log)
+        yield OwnServer(f"{url}/v1", ("python", "-m", "fd_dsa.serve", *arguments), log, process.pid)
     finally:
         _end(process)
 
@@ -87,8 +90,7 @@ def _make_folder(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(f"--out: {folder} cannot be written ({reason})") from error
+        raise unwritable("--out", folder, error) from error
     return made
 
 
@@ -109,6 +111,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
             break
         if ended:
             raise ConfigError(_why_it_ended(process, said))
+        # what is lost to a full disk may be the line that is waited for
+        if shutil.disk_usage(log.parent).free == 0:
+            raise ConfigError(f"--serve: no space left on the disk for {log}, the server's log")
         time.sleep(_POLL_S)
     url = found[1].decode("ascii")
     deadline = time.monotonic() + _HEALTH_TIMEOUT_S

@@ -23,7 +23,7 @@ from fd_dsa.client.figures import plot, summarise, tables
 from fd_dsa.client.flags import Parser, exit_status, number
 from fd_dsa.client.load import Load, Timing
 from fd_dsa.client.workload import random_prompts, start_times
-from fd_dsa.errors import ConfigError, RemoteError
+from fd_dsa.errors import ConfigError, RemoteError, unwritable
 
 _WARM_UP = 2
 
@@ -176,12 +176,20 @@ def _report(
             "result": result,
             "requests": [asdict(timing) for timing in timings],
         }
-        Path(args.output).write_text(as_json(report), "utf-8")
+        _write("--output", args.output, as_json(report))
     if args.plot is not None:
         lengths = f"{args.random_input_len} + {args.random_output_len} tokens"
         title = f"{info.model}: {args.num_prompts} requests of {lengths}"
-        Path(args.plot).write_text(plot(timings, title), "utf-8")
+        _write("--plot", args.plot, plot(timings, title))
     return 0 if result["failed"] == 0 else 1
+
+
+def _write(flag: str, path: str, text: str) -> None:
+    """Write a file that a flag names."""
+    try:
+        Path(path).write_text(text, "utf-8")
+    except OSError as error:
+        raise unwritable(flag, path, error) from error
 
 
 def _rate(text: str) -> float:

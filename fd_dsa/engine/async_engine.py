@@ -9,9 +9,10 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from fd_dsa.engine.engine import EngineStats, LLMEngine
+from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,10 @@ from typing import Any, Literal, overload
 from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning
 from fd_dsa.chat.template import RESERVED
-from fd_dsa.engine.engine import EngineStats, LLMEngine
+from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]

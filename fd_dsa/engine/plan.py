@@ -120,8 +120,7 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     device = resolve_device(config.device)
     check_fixed_order(device)
     model_config = ModelConfig.from_folder(config.model_path)
-    if config.index_topk is not None:
-        model_config = replace(model_config, index_topk=config.index_topk)
+    model_config = _with_index_topk(model_config, config.index_topk)
     defaults = sampling_defaults(config, model_config)
     max_model_len = config.resolve_max_model_len(model_config.max_position_embeddings)
     layout = cache_layout(model_config, config.cache_dtype, config.block_size)
@@ -146,6 +145,19 @@ def make_plan(config: EngineConfig) -> EnginePlan:
         sampling_defaults=defaults,
         memory=memory,
     )
+
+
+def _with_index_topk(model_config: ModelConfig, index_topk: int | None) -> ModelConfig:
+    """The model's configuration with another number of chosen keys, where one is asked for."""
+    if index_topk is None:
+        return model_config
+    most = model_config.max_position_embeddings
+    if index_topk > most:
+        raise ConfigError(
+            f"--index-topk: got {index_topk}, allowed: at most {most}, the model's "
+            "max_position_embeddings, with which every key is chosen; lower it"
+        )
+    return replace(model_config, index_topk=index_topk)
 
 
 def _prepare_paddle() -> None:

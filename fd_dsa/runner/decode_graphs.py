@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fd_dsa.errors import DeviceError
+from fd_dsa.errors import DeviceError, describe_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -119,7 +119,8 @@ class PaddleCapture:
 
         Raises:
             CaptureRefused: `work` waits for the host, or the capture cannot begin.
-            DeviceError: work was refused inside of the capture; Paddle cannot go on.
+            DeviceError: work was refused inside of the capture, or no graph came of it; Paddle
+                cannot go on.
         """
         import paddle
 
@@ -127,25 +128,33 @@ class PaddleCapture:
             try:
                 work()
             except Exception as error:
-                raise CaptureRefused(_first_line(error)) from error
+                raise CaptureRefused(describe_error(error)) from error
         paddle.device.synchronize(self._place)
         graph = self._new(place=self._place, mode="thread_local", pool_id=self._pool)
         try:
             graph.capture_begin()
         except Exception as error:
-            raise CaptureRefused(_first_line(error)) from error
+            raise CaptureRefused(describe_error(error)) from error
         try:
             logits = work()
         except Exception as error:
             with suppress(Exception):
                 graph.capture_end()
-            raise DeviceError(
-                f"capture of a decode step: {_first_line(error)}; start with --enforce-eager"
-            ) from error
-        graph.capture_end()
+            raise capture_failed(error) from error
+        try:
+            graph.capture_end()
+        except Exception as error:
+            raise capture_failed(error) from error
         # a graph that lives at exit ends the process with an error
         weakref.finalize(graph, _reset, graph._graph)
         return CapturedStep(logits, graph.replay)
+
+
+def capture_failed(error: Exception) -> DeviceError:
+    """What ends a start whose captures fail, with the cure."""
+    return DeviceError(
+        f"capture of a decode step: {describe_error(error)}; start with --enforce-eager"
+    )
 
 
 @contextmanager
@@ -165,11 +174,3 @@ def _reset(graph: Any) -> None:
     """Free a captured graph."""
     with suppress(Exception):
         graph.reset()
-
-
-def _first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    # Paddle's own stack comes first, what is wrong last
-    said = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else "")
-    return f"{type(error).__name__}: {said}"

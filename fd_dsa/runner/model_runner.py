@@ -16,10 +16,17 @@ from fd_dsa.attention import (
     DSABackendConfig,
     StepHints,
 )
+from fd_dsa.errors import FdDsaError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._linear import rows_at
 from fd_dsa.runner.counters import StepCounters
-from fd_dsa.runner.decode_graphs import Capture, CaptureRefused, DecodeGraphs, PaddedStep
+from fd_dsa.runner.decode_graphs import (
+    Capture,
+    CaptureRefused,
+    DecodeGraphs,
+    PaddedStep,
+    capture_failed,
+)
 from fd_dsa.runner.forward_meta import RunnerForwardMeta
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.mixin import DSAModelRunnerMixin
@@ -192,7 +199,7 @@ class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
             capture: gives what captures on a place, such as PaddleCapture.
 
         Raises:
-            DeviceError: a capture failed half-way, and Paddle cannot go on.
+            DeviceError: a capture failed half-way, and Paddle cannot go on; has the cure.
         """
         from fd_dsa.step.device import paddle_place
 
@@ -201,8 +208,16 @@ class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
             with paddle.no_grad():
                 self._fill(graphs, capture(paddle_place(self._device)))
         except CaptureRefused as error:
-            logger.warning("decode steps stay eager, they cannot be captured: %s", error)
+            logger.warning(
+                "decode steps stay eager, they cannot be captured: %s; with --enforce-eager "
+                "nothing is captured",
+                error,
+            )
             return
+        except FdDsaError:
+            raise
+        except Exception as error:
+            raise capture_failed(error) from error
         finally:
             self._padded = None
             self._forget_only_row()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import shlex
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import process_environment
-from fd_dsa.errors import ConfigError, FdDsaError
+from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.logs import set_up_logging
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 after a drained shutdown, 1 after a failure while serving, 2 when the start fails (one
         line on stderr says why), 130 when interrupted while loading.
     """
+    _open_missing_streams()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
@@ -53,16 +55,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(args)
     except KeyboardInterrupt:
         return _fail("interrupted while starting", _EXIT_INTERRUPTED)
-    except (FdDsaError, OSError) as error:
-        if debug:
-            logger.debug("the start failed", exc_info=True)
-        return _fail(str(error))
     except Exception as error:
         if debug:
             logger.debug("the start failed", exc_info=True)
-        hint = "" if debug else " (--log-level debug shows the traceback)"
-        first_line = str(error).strip().partition("\n")[0]
-        return _fail(f"unexpected {type(error).__name__}: {first_line}{hint}", 1)
+        return _fail(*_why_not_started(error, debug))
+
+
+def _open_missing_streams() -> None:
+    """Where the process was started without stdout or stderr, nobody reads, but all may write.
+
+    Their numbers would go to the next files that are opened, such as a client's connection.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
+    """The line and the status of a start that failed."""
+    if isinstance(error, FdDsaError) or (isinstance(error, OSError) and error.errno is not None):
+        return str(error), _EXIT_BAD_START
+    said = describe_error(error)
+    # Paddle has errors of its own for a full device; those of CUDA are an OSError without a number
+    if isinstance(error, MemoryError) or "out of memory" in said.lower():
+        return (
+            f"not enough memory ({said}); lower --gpu-memory-utilization, --kv-cache-memory-bytes, "
+            "--max-num-seqs or --max-num-batched-tokens",
+            _EXIT_BAD_START,
+        )
+    hint = "" if debug else " (--log-level debug shows the traceback)"
+    return f"unexpected {said}{hint}", 1
 
 
 def _fail(message: str, status: int = _EXIT_BAD_START) -> int:

@@ -118,7 +118,9 @@ def _add_chat_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_server_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--host", default="127.0.0.1", help="interface (default: 127.0.0.1)")
+    group.add_argument(
+        "--host", type=_host, default="127.0.0.1", help="interface (default: 127.0.0.1)"
+    )
     group.add_argument(
         "--port", type=_port, default=8000, help="0 takes any free port (default: 8000)"
     )
@@ -132,6 +134,7 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--api-key",
         metavar="KEY",
+        type=_key,
         action="append",
         help="key that requests must bring; may be repeated, and FD_DSA_API_KEY, with commas "
         "between keys, keeps it out of the list of processes (default: none is asked for)",
@@ -253,14 +256,14 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
         "--tensor-parallel-size",
         "-tp",
         metavar="N",
-        type=_integer,
+        type=_positive,
         default=1,
         help="GPUs that share each layer (default: 1)",
     )
     group.add_argument(
         "--data-parallel-size",
         metavar="N",
-        type=_integer,
+        type=_positive,
         default=1,
         help="copies of the attention layers, each with requests of its own (default: 1)",
     )
@@ -311,6 +314,22 @@ def _body_bytes(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; allowed is 1 byte or more")
     return size
+
+
+def _host(text: str) -> str:
+    """A name or an address; for the system an empty one, as of an unset variable, is every one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}; allowed is a name or an address, 0.0.0.0 for all interfaces"
+        )
+    return text
+
+
+def _key(text: str) -> str:
+    """A key that a header can carry; an empty one, as of an unset variable, would be no secret."""
+    if not text or any(char.isspace() or not char.isprintable() for char in text):
+        raise argparse.ArgumentTypeError("allowed is a text of one character or more, none a space")
+    return text
 
 
 def _port(text: str) -> int:

@@ -154,6 +154,15 @@ def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
             assert done.stderr.count("\n") == 1
 
 
+def test_a_full_disk_names_the_file_behind_the_table(tmp_path: Path) -> None:
+    sizes = ("--num-prompts", "2", "--random-input-len", "4", "--random-output-len", "3")
+    with running(AnyTokens()) as live:
+        done = run(tmp_path, "bench", "--base-url", live.url, *sizes, "--output", "/dev/full")
+    assert done.returncode == 2 and LATENCIES["ttft_ms"] in done.stdout
+    line = "fd_dsa: error: --output: /dev/full cannot be written (no space left on device)\n"
+    assert done.stderr == line
+
+
 @pytest.mark.slow
 def test_a_run_against_a_server_of_its_own(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

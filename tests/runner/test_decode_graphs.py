@@ -125,6 +125,12 @@ def test_work_that_fails_inside_of_a_capture_ends_the_start(graph: type[Graph]) 
     assert graph.log[-1] == "end"
 
 
+def test_a_capture_that_cannot_end_ends_the_start(graph: type[Graph]) -> None:
+    graph.fails = "end"
+    with pytest.raises(DeviceError, match=r"FatalError: end is not permitted; .*--enforce-eager"):
+        PaddleCapture(PLACE)(lambda: None)
+
+
 @pytest.mark.triton
 def test_logits_come_in_memory_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     from fd_dsa.runner.host_logits import HostLogits

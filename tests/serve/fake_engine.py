@@ -8,10 +8,10 @@ from dataclasses import fields
 from typing import Any
 
 from fd_dsa.chat.renderers import ChatRenderer
-from fd_dsa.engine.engine import EngineStats
 from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import FinishReason, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.stats import EngineStats
 
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 

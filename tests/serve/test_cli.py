@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ import yaml
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
 from tests.serve.conftest import held_port, wait_until
+from tests.serve.test_end_to_end import wait_for_health
 from tests.serve.test_errors import error_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +120,10 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--tokenizer", "no/such"], "--tokenizer: got 'no/such', allowed: a local folder"),
         (["--load-format", "pt"], "--load-format: got 'pt', allowed: auto, safetensors, dummy"),
         (["--index-topk", "0"], "--index-topk: got 0, allowed: an integer of at least 1"),
+        (
+            ["--index-topk", "8193", "--device", "cpu", "--dry-run"],
+            "got 8193, allowed: at most 8192",
+        ),
         (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization: got 1.5, allowed: above"),
         (["--no-enable-chunked-prefill"], "--enable-chunked-prefill: got False, allowed: True"),
         (["--cudagraph-capture-sizes", "2", "65"], "--cudagraph-capture-sizes: got 65, allowed"),
@@ -148,71 +154,6 @@ def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None
     owner = f"by process {os.getpid()} ("
     assert line.startswith(f"127.0.0.1:{port}: address already in use {owner}")
     assert "--port" in line
-
-
-def test_missing_paddle_names_the_extra(tmp_path: Path) -> None:
-    code = (
-        "import sys, importlib.util as u\nreal = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'paddle' else real(name, *a)\n"
-        "from fd_dsa.serve.cli import main\nsys.exit(main(['--port', '0']))"
-    )
-    done = finish(tmp_path, [sys.executable, "-c", code], status=2)
-    assert "pip install 'fd_dsa[cpu]'" in error_line(done)
-
-
-@pytest.mark.parametrize(
-    ("argv", "text"),
-    [
-        (
-            ["--engine", "fastdeploy"],
-            "--engine fastdeploy: FastDeploy is not installed in this Python; install it from "
-            "Paddle's own package index (docs/fastdeploy.md has the commands), then fd_dsa beside "
-            "it. --engine embedded works without it, for models that fit one device",
-        ),
-        (
-            ["--tensor-parallel-size", "8"],
-            "--tensor-parallel-size is 8, which needs FastDeploy, and that is not installed in "
-            "this Python; install it from Paddle's own package index (docs/fastdeploy.md has the "
-            "commands), then fd_dsa beside it. --engine embedded serves on one device, without "
-            "these flags",
-        ),
-    ],
-)
-def test_missing_fastdeploy_is_one_line(tmp_path: Path, argv: list[str], text: str) -> None:
-    code = (
-        "import sys, importlib.util as u\nreal = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'fastdeploy' else real(name, *a)\n"
-        f"from fd_dsa.serve.cli import main\nsys.exit(main({argv}))"
-    )
-    done = finish(tmp_path, [sys.executable, "-c", code], status=2)
-    assert error_line(done) == text
-
-
-RAISE_CONFIG = """
-from fd_dsa.errors import CheckpointError
-raise CheckpointError("model.safetensors: tensor x has shape [1], expected [2]")
-"""
-RAISE_BUG = "raise KeyError('surprise')"
-
-
-def test_error_of_the_model_folder_is_one_line(tmp_path: Path) -> None:
-    line = error_line(run(tmp_path, "--port", "0", body=RAISE_CONFIG))
-    assert line == "model.safetensors: tensor x has shape [1], expected [2]"
-
-
-def test_unexpected_error_points_to_debug(tmp_path: Path) -> None:
-    line = error_line(run(tmp_path, "--port", "0", body=RAISE_BUG, status=1))
-    assert "unexpected KeyError: 'surprise'" in line
-    assert "--log-level debug" in line
-
-
-@pytest.mark.parametrize(("body", "status"), [(RAISE_CONFIG, 2), (RAISE_BUG, 1)])
-def test_debug_shows_the_traceback(tmp_path: Path, body: str, status: int) -> None:
-    args = ("--port", "0", "--log-level", "debug")
-    done = run(tmp_path, *args, body=body, status=status)
-    assert "Traceback" in done.stderr
-    assert "build_engine" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("fd_dsa: error: ")
 
 
 @contextmanager
@@ -257,6 +198,24 @@ def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
         assert log.count("GET /v1/models") == 1
         assert "Uvicorn" not in log
         assert log.count("INFO chat: prompts by a script, tool calls none, reasoning none") == 1
+
+
+def test_a_server_needs_no_open_streams(tmp_path: Path) -> None:
+    """As some start a daemon: the next files get the numbers of the closed ones."""
+    with held_port() as port:
+        words = shlex.join(command("--port", str(port), body=FAKE))
+        process = subprocess.Popen(
+            ["sh", "-c", f"exec {words} <&- >&- 2>&-"], cwd=tmp_path, env=environment()
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for_health(process, url, tmp_path / "none")
+            assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 200
+            process.terminate()
+            assert process.wait(TIMEOUT_S) == 0
+        finally:
+            process.kill()
+            process.wait()
 
 
 def test_two_starts_on_one_port_leave_one_server(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
+from fd_dsa.serve.flags import build_parser
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +39,58 @@ def test_the_command_line_goes_before_variables_before_the_file_before_defaults(
     assert args.served_model_name == ["a", "b"]
     assert args.shutdown_timeout == 30
     assert args.given == {"config", "port", "host", "max_num_seqs", "served_model_name"}
+
+
+SWITCHES = (
+    *("dry-run", "trust-request-chat-template", "disable-ui", "enable-prefix-caching"),
+    *("enable-chunked-prefill", "enforce-eager", "enable-expert-parallel", "log-requests"),
+    "log-json",
+)
+VALUES: dict[str, Any] = {
+    **dict.fromkeys(("model", "tokenizer", "chat-template", "kv-cache-dtype"), "a/name"),
+    **dict.fromkeys(("index-topk", "seed", "port", "max-concurrency", "block-size"), 3),
+    **dict.fromkeys(("num-gpu-blocks-override", "max-model-len", "max-num-seqs"), 4),
+    **dict.fromkeys(("max-num-batched-tokens", "tensor-parallel-size"), 5),
+    **dict.fromkeys(("shutdown-timeout", "gpu-memory-utilization"), 2.5),
+    **{key: ["one", "two"] for key in ("served-model-name", "api-key")},
+    "cudagraph-capture-sizes": [1, 8],
+    "data-parallel-size": 2,
+    "load-format": "dummy",
+    "max-body-size": "2M",
+    "kv-cache-memory-bytes": "8G",
+    "host": "0.0.0.0",
+    "device": "cpu",
+    "dtype": "float32",
+    "engine": "embedded",
+    "log-level": "debug",
+    "tool-call-parser": "glm47",
+    "reasoning-parser": "none",
+    **dict.fromkeys(SWITCHES, True),
+}
+
+
+def test_every_flag_has_one_value_from_all_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {option for action in build_parser()._actions for option in action.option_strings}
+    flags = {option.removeprefix("--") for option in options if option.startswith("--")}
+    negated = {"no-enable-prefix-caching", "no-enable-chunked-prefill"}
+    assert flags - negated - {"help", "version", "config"} == VALUES.keys()
+    for name, value in VALUES.items():
+        values = value if isinstance(value, list) else [] if value is True else [value]
+        words = [f"--{name}", *map(str, values)]
+        if name in ("served-model-name", "api-key"):
+            words = [f"--{name}={one}" for one in values]
+        on_line = vars(parse_args(words))
+        with monkeypatch.context() as patch:
+            text = "1" if value is True else ",".join(map(str, values))
+            patch.setenv(f"FD_DSA_{name.upper().replace('-', '_')}", text)
+            assert vars(parse_args([])) == on_line, name
+        path = file(tmp_path, json.dumps({name: value}))
+        in_file = vars(parse_args(["--config", path]))
+        assert in_file.pop("config") == path
+        assert in_file.pop("given") - {"config"} == on_line.pop("given") != set()
+        assert in_file == on_line, name
 
 
 def test_the_file_can_be_named_by_a_variable(
@@ -126,6 +180,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("FD_DSA_LOG_JSON", "maybe", "FD_DSA_LOG_JSON: got 'maybe', allowed: 0, 1"),
         ("FD_DSA_MAX_BODY_SIZE", "huge", "FD_DSA_MAX_BODY_SIZE: --max-body-size: size 'huge'"),
         ("FD_DSA_MAX_CONCURRENCY", "0", "--max-concurrency: got '0'; allowed is a whole number"),
+        ("FD_DSA_API_KEY", "one,two three", "FD_DSA_API_KEY: --api-key: allowed is a text of one"),
     ],
 )
 def test_variables_that_are_refused(
@@ -144,6 +199,23 @@ def test_a_variable_that_is_nearly_a_flag_is_told(monkeypatch: pytest.MonkeyPatc
         "the variable FD_DSA_MAX_MODEL_LENGTH is none of fd_dsa's; did you mean "
         "FD_DSA_MAX_MODEL_LEN?"
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        # of a script whose variable is not set
+        (["--api-key", ""], "--api-key: allowed is a text of one character or more"),
+        (["--api-key", "secret\n"], "--api-key: allowed is a text of one character or more"),
+        (["--host", ""], "--host: got ''; allowed is a name or an address, 0.0.0.0 for all"),
+        (["--tensor-parallel-size", "0"], "--tensor-parallel-size/-tp: got '0'; allowed is a who"),
+        (["--data-parallel-size", "-1"], "--data-parallel-size: got '-1'; allowed is a whole num"),
+    ],
+)
+def test_values_that_are_refused(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(arguments)
+    assert words in str(caught.value) and "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("text", "size"), [("32M", 32 << 20), ("4096", 4096), ("1GiB", 1 << 30)])

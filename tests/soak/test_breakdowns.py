@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
 
 from fd_dsa.accuracy.answers import read_run
+from fd_dsa.accuracy.server import own_server
 from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
 from tests.accuracy.test_answers import answer, write
 from tests.engine.fakes import make_engine
@@ -110,6 +114,18 @@ def test_a_killed_client_leaves_no_block_behind() -> None:
         wait_until(lambda: engine.stats().num_used_blocks + engine.stats().num_running == 0)
 
 
+def test_a_disk_that_is_full_under_the_log_of_a_server_of_our_own_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line that says where it listens would be waited for in vain."""
+    full = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    log = tmp_path / "run/server.log"
+    reason = f"no space left on the disk for {log}"
+    with pytest.raises(ConfigError, match=reason), own_server(None, [], log):
+        raise AssertionError("it has no room for its log")
+
+
 def test_a_disk_that_fills_up_costs_no_answer_that_was_kept(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk; the run goes on where it broke off."""
     path = tmp_path / "answers.jsonl"
@@ -126,6 +142,8 @@ def test_a_disk_that_fills_up_costs_no_answer_that_was_kept(tmp_path: Path) -> N
         [sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1 and "OSError" in done.stderr
+    assert f"ConfigError: --out: {path} cannot be written (file too large)" in done.stderr
+    assert "the same command goes on with them" in done.stderr
     assert read_run(path).answers.keys() == {"a", "b"}
     write(path, answer("c"))
     assert read_run(path).answers.keys() == {"a", "b", "c"}

@@ -17,6 +17,7 @@ import pytest
 
 import fd_dsa.attention.device_logits as device_logits
 from fd_dsa import LLM, SamplingParams
+from fd_dsa.errors import DeviceError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.memory_plan import graph_bytes
 from fd_dsa.runner import InputBatch, ModelRunner
@@ -214,10 +215,12 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
     runner = filled(tiny_runner(V32, "float32", rig.device))
     wanted = np.array(run_rows(runner, rows_of(STEPS[4])))
 
+    error: Exception = CaptureRefused("RuntimeError: no graphs today")
+
     def refusing(place: Any) -> Any:
         def capture(work: Callable[[], Any]) -> CapturedStep:
             work()
-            raise CaptureRefused("RuntimeError: no graphs today")
+            raise error
 
         return capture
 
@@ -228,6 +231,10 @@ def test_what_cannot_be_captured_is_one_warning(rig: Rig, caplog: pytest.LogCapt
     assert runner.captured_sizes == () and runner.graphs is None
     filled(runner)
     np.testing.assert_array_equal(run_rows(runner, rows_of(STEPS[4])), wanted)
+    # what nobody foresaw ends the start, with the cure
+    error = SystemError("stack\n\nFatalError: the graph is gone\n")
+    with pytest.raises(DeviceError, match=r"FatalError: the graph is gone; .*--enforce-eager"):
+        runner.capture_decode_graphs(SIZES, refusing)
 
 
 @pytest.mark.parametrize(("most", "made"), [(0, 0), (3, 0), (4, 1)])
