@@ -234,6 +234,7 @@ def test_matchers_of_one_grammar_do_not_disturb_each_other():
 def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):
     """Outputs of one form share the states that they reach, of which there may be so many."""
     monkeypatch.setattr("fd_dsa.engine.grammar._MAX_LEXER_STATES", 400)
+    monkeypatch.setattr("fd_dsa.engine.grammar._RENEWED_AFTER_TOKENS", 80)
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
     form = StructuredOutputsParams(regex="(a|b)*a(a|b){10}x")
     letters = [TOKENIZER.encode(text, add_special_tokens=False)[0] for text in "ab"]
@@ -246,6 +247,8 @@ def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):
         for token in rng.choice(letters, num_tokens).tolist():
             matcher.fill_bitmask(mask)
             errors.append(matcher.error)
+            if matcher.error:
+                break
             matcher.accept(token)
 
     for _ in range(40):
@@ -254,9 +257,29 @@ def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):
     # all 2048 states are too many for one
     follow(5000)
     assert "too many states" in errors[-1]
-    errors.clear()
-    follow(60)
-    assert not any(errors)
+
+
+def test_a_form_that_is_too_complex_is_not_compiled_for_every_output(monkeypatch):
+    monkeypatch.setattr("fd_dsa.engine.grammar._MAX_LEXER_STATES", 20)
+    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
+    form = StructuredOutputsParams(regex="(a|b)*a(a|b){10}x")
+    compiled = []
+    compile_once = compiler._compile
+    monkeypatch.setattr(
+        compiler, "_compile", lambda *key: compiled.append(key) or compile_once(*key)
+    )
+    a = TOKENIZER.encode("a", add_special_tokens=False)[0]
+    mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+    for _ in range(10):
+        matcher = compiler.new_matcher(form)
+        for _ in range(50):
+            matcher.fill_bitmask(mask)
+            matcher.accept(a)
+        assert "too many states" in matcher.error
+    assert len(compiled) == 1
+    monkeypatch.setattr("fd_dsa.engine.grammar._RENEWED_AFTER_S", 0.0)
+    compiler.new_matcher(form).fill_bitmask(mask)
+    assert len(compiled) == 2
 
 
 BROKEN = {
