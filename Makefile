@@ -9,8 +9,9 @@ ARGS ?=
 # processes of `make test`; each may take 5 GB
 WORKERS ?= 2
 # each round of `make soak` draws new random cases; its other parts take the seed, so that another
-# one gives others
+# one gives others. All of it in some minutes: make soak ROUNDS=1 CASES=200 SECONDS=10
 ROUNDS ?= 20
+CASES ?= 10000
 SEED ?= 0
 SECONDS ?= 600
 VENV := .venv
@@ -44,10 +45,11 @@ bench-gpu:
 soak: $(VENV)/.dev
 	for round in $$(seq $(ROUNDS)); do \
 	  $(BIN)/python -m pytest -q -x tests/step tests/engine tests/v4_prepare $(ARGS) || exit 1; done
-	$(BIN)/python -m tests.soak.histories --first $(SEED)0000 --histories 10000
-	$(BIN)/python -m tests.soak.fuzz --first $(SEED)00000 --requests 100000
-	$(BIN)/python -m tests.soak.openapi_cases --examples 500 --seed $(SEED)
-	$(BIN)/python -m tests.soak.wire --first $(SEED)0000 --requests 10000
+	$(BIN)/python -m tests.soak.histories --first $(SEED)0000 --histories $(CASES)
+	$(BIN)/python -m tests.soak.fuzz --first $(SEED)00000 --requests $(CASES)0
+	$(BIN)/python -m tests.soak.forms
+	$(BIN)/python -m tests.soak.openapi_cases --examples $$(($(CASES) / 20)) --seed $(SEED)
+	$(BIN)/python -m tests.soak.wire --first $(SEED)0000 --requests $(CASES)
 	$(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
 	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -28,19 +31,42 @@ _NUM_KEPT = 32
 _MAX_LEXER_STATES = 25_000
 # what llguidance says of a lexer that has come to its limits
 _WORN_OUT = ("LexerTooComplex", "InternalError")
+# a grammar that was worn out sooner by fewer tokens is too complex, and compiling it costs others
+_RENEWED_AFTER_TOKENS = 1000
+_RENEWED_AFTER_S = 60.0
 _SHOWN_ERROR_CHARS = 300
 _QUOTATION = re.compile(r"^ *\d+ \| ", re.MULTILINE)
 # between two signs of JSON; without a bound a small model may write spaces until max_tokens
 _JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}"}
 
 
+@dataclass
+class CompiledGrammar:
+    """What outputs of one grammar share: the states that they have reached.
+
+    Attributes:
+        matcher: at the beginning of the grammar, to be copied.
+        num_tokens: that its outputs have taken.
+        since: `time.monotonic()` of its compilation.
+    """
+
+    matcher: LLMatcher
+    num_tokens: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def may_be_renewed(self) -> bool:
+        """Whether it has served for long enough to be compiled anew."""
+        age_s = time.monotonic() - self.since
+        return self.num_tokens >= _RENEWED_AFTER_TOKENS or age_s >= _RENEWED_AFTER_S
+
+
 class GrammarMatcher:
     """Follows one output through its grammar.
 
     Args:
-        begin: gives a matcher of llguidance at the beginning of the grammar, used by no one else;
-            given True, one that shares no states with those before. Called when the first mask is
-            asked for, so that requests which wait hold nothing.
+        find: gives the compiled grammar; given True, one that no output has used. Called when the
+            first mask is asked for, so that requests which wait hold nothing.
         buffer: int32, one bit for every token that llguidance knows; shared, since a mask is
             copied from it at once.
         free: int32, the bits of the tokens that may come before the grammar begins.
@@ -49,7 +75,7 @@ class GrammarMatcher:
 
     def __init__(
         self,
-        begin: Callable[[bool], LLMatcher],
+        find: Callable[[bool], CompiledGrammar],
         buffer: npt.NDArray[np.int32],
         free: npt.NDArray[np.int32],
         after_token_id: int | None = None,
@@ -57,18 +83,22 @@ class GrammarMatcher:
         """At the beginning of the output."""
         self._free = free
         self._awaited = after_token_id
-        self._begin = begin
-        self._begun: LLMatcher | None = None
+        self._find = find
+        self._compiled: CompiledGrammar | None = None
+        self._copy: LLMatcher | None = None
         self._taken: list[int] = []
-        self._is_renewed = False
         self._buffer = buffer
 
     @property
     def _matcher(self) -> LLMatcher:
-        """Of llguidance."""
-        if self._begun is None:
-            self._begun = self._begin(False)
-        return self._begun
+        """Of llguidance, where the output stands."""
+        return self._begin(False) if self._copy is None else self._copy
+
+    def _begin(self, anew: bool) -> LLMatcher:
+        """A copy of the compiled grammar for this output alone."""
+        self._compiled = self._find(anew)
+        self._copy = self._compiled.matcher.deep_copy()
+        return self._copy
 
     @property
     def is_finished(self) -> bool:
@@ -90,16 +120,17 @@ class GrammarMatcher:
             bitmask[:] = self._free[: len(bitmask)]
             return
         self._compute_mask()
-        if self._matcher.is_error() and not self._is_renewed:
-            self._renew()
+        if self._matcher.is_error() and self._is_renewed():
             self._compute_mask()
         bitmask[:] = 0 if self._matcher.is_error() else self._buffer[: len(bitmask)]
 
     def accept(self, token_id: int) -> bool:
         """Take a token of the output; returns `is_finished`."""
         if self._awaited is None:
-            self._taken.append(token_id)
             self._matcher.consume_token(token_id)
+            self._taken.append(token_id)
+            if self._compiled is not None:
+                self._compiled.num_tokens += 1
         elif token_id == self._awaited:
             self._awaited = None
         return self.is_finished
@@ -108,16 +139,16 @@ class GrammarMatcher:
         """Let llguidance write the mask into the buffer."""
         self._matcher.unsafe_compute_mask_ptr(self._buffer.ctypes.data, self._buffer.nbytes)
 
-    def _renew(self) -> None:
+    def _is_renewed(self) -> bool:
         """Begin anew where the states that outputs of one grammar share have come to their limit.
 
-        That says nothing of this output, which reached few of them itself.
+        That says nothing of this output, which may have reached few of them itself.
         """
-        if self._matcher.stop_reason() not in _WORN_OUT:
-            return
-        self._is_renewed = True
-        self._begun = self._begin(True)
-        self._begun.consume_tokens(self._taken)
+        worn = self._matcher.stop_reason() in _WORN_OUT
+        if not worn or self._compiled is None or not self._compiled.may_be_renewed:
+            return False
+        self._begin(True).consume_tokens(self._taken)
+        return True
 
 
 class GrammarCompiler:
@@ -144,7 +175,7 @@ class GrammarCompiler:
             self._free.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
         self._lock = threading.Lock()
         self._tokenizer_lock = threading.Lock()
-        self._compiled: OrderedDict[tuple[Kind, str], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[Kind, str], CompiledGrammar] = OrderedDict()
         self._ll_tokenizer: LLTokenizer | None = None
 
     def check(self, params: StructuredOutputsParams) -> None:
@@ -158,13 +189,10 @@ class GrammarCompiler:
 
     def new_matcher(self, params: StructuredOutputsParams) -> GrammarMatcher:
         """A matcher at the beginning of the grammar, which `check` has taken."""
+        find = partial(self._find, params)
+        return GrammarMatcher(find, self._buffer, self._free, params.after_token_id)
 
-        def begin(anew: bool) -> LLMatcher:
-            return self._find(params, anew).deep_copy()
-
-        return GrammarMatcher(begin, self._buffer, self._free, params.after_token_id)
-
-    def _find(self, params: StructuredOutputsParams, anew: bool = False) -> LLMatcher:
+    def _find(self, params: StructuredOutputsParams, anew: bool = False) -> CompiledGrammar:
         """The compiled grammar; `anew` compiles it in any case."""
         if find_spec("llguidance") is None:
             raise ValueError(
@@ -178,9 +206,10 @@ class GrammarCompiler:
                 self._compiled.move_to_end(key)
                 return found
         # not under the lock, which the engine's thread takes too
-        compiled = self._compile(*key)
-        if isinstance(compiled, str):
-            raise ValueError(f"{params.source} cannot be used: {compiled}")
+        matcher = self._compile(*key)
+        if isinstance(matcher, str):
+            raise ValueError(f"{params.source} cannot be used: {matcher}")
+        compiled = CompiledGrammar(matcher)
         with self._lock:
             self._compiled[key] = compiled
             if len(self._compiled) > _NUM_KEPT:
