@@ -23,6 +23,9 @@ from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.engine.topk_positions import execute
 from fd_dsa.runner.counters import StepCounters
 
+# decode rows up to which writing each of them takes less time than arrays of them
+_FEW_ROWS = 32
+
 
 class StepRows(BlockTables, Protocol):
     """The input batch of a runner: what the engine writes before a step."""
@@ -246,7 +249,7 @@ class LLMEngine:
         """
         batch = self._batch
         batch.begin_step()
-        if self._scheduler.is_decode_only:
+        if self._scheduler.is_decode_only and len(scheduled) > _FEW_ROWS:
             slots = [request.slot for request in scheduled]
             token_ids = [request.token_ids[-1] for request in scheduled]
             computed = [request.num_computed_tokens for request in scheduled]
