@@ -12,7 +12,6 @@ from fd_dsa.engine.structured_outputs import MAX_GRAMMAR_CHARS, StructuredOutput
 from tests.engine.byte_model import make_engine
 from tests.engine.fakes import run_all
 
-
 BROKEN = {
     "regex": ["(", "(?=a)b", "a{2,1}", "(" * 9000 + ")" * 9000, "[z-a]"],
     "grammar": ["start: foo", "root ::= (", "start: " + "(" * 5000, "x", "root ::= root"],
