@@ -35,6 +35,8 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.oracle
 	$(BIN)/python -m benchmarks.engine_cpu $(ARGS)
+	for name in server_overhead growth memory_use step_profile; do \
+	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # with the Python that holds torch for CUDA, not that of .venv
 bench-gpu:

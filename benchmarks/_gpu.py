@@ -255,6 +255,7 @@ class Recorder:
 
     Attributes:
         ceilings: those of this run, as `ceilings` returns them.
+        cases: entries of the cases so far.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -271,6 +272,7 @@ class Recorder:
             "ceilings": self.ceilings,
             "cases": [],
         }
+        self.cases = self._result["cases"]
         self._flush()
 
     def __enter__(self) -> Recorder:
@@ -322,7 +324,7 @@ class Recorder:
             "floor_us": floor_us,
             "percent_of_floor": 100 * floor_us / middle,
         }
-        self._result["cases"].append(entry | notes)
+        self.cases.append(entry | notes)
         self._flush()
         print(case_line(entry), flush=True)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ _MEASURED = ("fd_dsa", "benchmarks", ":!benchmarks/results")
 _PACKAGES = ("paddlepaddle", "triton", "numpy", "torch", "transformers")
 
 
-def _git(*args: str) -> str:
-    """Output of a git command in the repository; empty without git."""
-    done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True)
+def _git(*args: str, root: Path = ROOT) -> str:
+    """Output of a git command in a repository; empty without git."""
+    done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
@@ -66,6 +67,13 @@ def _revision() -> dict[str, Any]:
         return {"commit": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--", *_MEASURED)
+    return {"commit": commit, "dirty": bool(changed) or not commit}
+
+
+def revision_of(checkout: Path) -> dict[str, Any]:
+    """Commit of another checkout, and whether its package differs from it."""
+    commit = _git("rev-parse", "HEAD", root=checkout)
+    changed = _git("status", "--porcelain", "--", "fd_dsa", root=checkout)
     return {"commit": commit, "dirty": bool(changed) or not commit}
 
 
@@ -127,20 +135,55 @@ def random_prompts(requests: int, tokens: int, vocab_size: int, seed: int) -> li
     return rng.integers(10, vocab_size, (requests, tokens)).tolist()
 
 
+@contextlib.contextmanager
+def on_cpus(cpus: Iterable[int]) -> Iterator[None]:
+    """Processes that are started inside run on these processors alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 class Worker:
     """A process that answers one JSON line with one JSON line; idle between calls.
 
     Candidate and baseline each get one, so that their thread pools never meet in a process.
+
+    Args:
+        module: what runs, a module of `benchmarks.workers`.
+        args: its arguments.
+        checkout: whose `fd_dsa` it imports; the worker itself is always the one of this tree.
+        cpus: processors that it runs on; None = all.
     """
 
-    def __init__(self, module: str, *args: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", module, *args],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
+    def __init__(
+        self,
+        module: str,
+        *args: str,
+        checkout: Path = ROOT,
+        cpus: Iterable[int] | None = None,
+    ) -> None:
+        with on_cpus(os.sched_getaffinity(0) if cpus is None else cpus):
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-W", "ignore", "-m", "benchmarks.workers"),
+                    *(str(checkout.resolve()), module, *args),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
+
+    def __enter__(self) -> Worker:
+        """For `with`."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
 
     def call(self, **request: Any) -> Any:
         """Send a request and wait for its answer.
@@ -149,8 +192,10 @@ class Worker:
             RuntimeError: the worker ended.
         """
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        # a worker that has ended gives no line
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"worker ended with status {self._process.wait()}")
@@ -158,9 +203,11 @@ class Worker:
 
     def close(self) -> None:
         """Let the worker end."""
-        if self._process.stdin:
+        assert self._process.stdin and self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def serve_requests(handlers: dict[str, Any]) -> None:

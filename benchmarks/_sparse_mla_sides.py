@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import _custom_ops, _gpu, _peers
 from benchmarks.providers import codes
-from fd_dsa.ops.sparse_mla.custom_op import MOST_HEADS, NarrowAttention, WideAttention
+from fd_dsa.ops.sparse_mla.device import kind_for
 from fd_dsa.ops.sparse_mla.tensor_core import (
     Form,
     Partials,
@@ -156,11 +156,10 @@ class Ours:
 
     def cuda_call(self, inputs: Inputs) -> _gpu.Call | None:
         """One call of the kernel of custom_ops/ for so many heads; None: there is none here."""
-        path = _custom_ops.library()
-        if path is None or (inputs.heads <= MOST_HEADS and not inputs.fp8):
+        kind, path = kind_for(inputs.heads, inputs.fp8), _custom_ops.library()
+        if kind is None or path is None:
             return None
-        kernels = ctypes.CDLL(str(path))
-        attend = (WideAttention if inputs.heads > MOST_HEADS else NarrowAttention)(kernels)
+        attend = kind(ctypes.CDLL(str(path)))
         options = {"softmax_scale": SCALE, "lse": self.lse}
         return lambda: attend(inputs.q, inputs.cache, inputs.slots, self.out, **options)
 

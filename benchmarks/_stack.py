@@ -18,8 +18,17 @@ from typing import Any
 
 import torch
 
-from benchmarks import _gpu, _logits_sides, _sparse_mla_sides
-from benchmarks._layer import BLOCK, Both, Sizes, Weights, Work, cache_write
+from benchmarks import _gpu, _logits_sides, _packages, _sparse_mla_sides
+from benchmarks._layer import (
+    BLOCK,
+    Both,
+    Sizes,
+    Weights,
+    Work,
+    allocator,
+    cache_write,
+    config_of,
+)
 from benchmarks._stack_shapes import LATENT_BYTES, LAYERS, RANK, Shape
 from fd_dsa.attention import DSAAttentionBackend, StepHints
 from fd_dsa.ops.cache_write import write_caches
@@ -273,3 +282,10 @@ def weights_of(sizes: Sizes, device: str) -> list[Weights]:
     """Weights of as many layers as lie past the L2 together."""
     first = Weights(sizes, device)
     return [first, *(Weights(sizes, device) for _ in range(_gpu.num_sets(first.num_bytes()) - 1))]
+
+
+def backend_of(sizes: Sizes, device: str) -> DSAAttentionBackend:
+    """Serves rows of `sizes.context` keys; no package of another project does."""
+    config = config_of(sizes, sizes.max_rows * sizes.context // BLOCK)
+    with _packages.hidden():
+        return DSAAttentionBackend(config, "gpu", allocator(device))

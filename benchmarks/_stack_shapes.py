@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 LAYERS = 61
@@ -10,7 +10,7 @@ TOPK, RANK, ROPE = 2048, 512, 64
 LATENT_BYTES, INDEX_BYTES = 656, 132
 # heads of DeepSeek-V3.2 on one device, and on each of eight
 HEADS = (128, 16)
-OURS, DEFAULTS, PEERS = "ours", "defaults", "peers"
+OURS, PEERS = "ours", "peers"
 SLOTS, SCHEDULES, ALL = "A", "B", "B and rest"
 GRAPH, EAGER = "graph", "eager"
 
@@ -64,11 +64,12 @@ class Shape:
         return 1.0
 
 
-def shapes(heads: int, quick: bool = False) -> Iterator[Shape]:
+def shapes(heads: Sequence[int], quick: bool = False) -> Iterator[Shape]:
     """All that are timed, those first of which most is wanted."""
     if quick:
-        yield from (Shape(heads, 1, 4096), Shape(heads, 32, 4096))
+        yield from (Shape(n, rows, 4096) for n in heads for rows in (1, 32))
         return
     for keys in (4, 32, 128):
-        for rows in (1, 32, 128):
-            yield Shape(heads, rows, keys << 10)
+        for n in heads:
+            for rows in (1, 32, 128):
+                yield Shape(n, rows, keys << 10)

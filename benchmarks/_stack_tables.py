@@ -36,6 +36,11 @@ def layer_stack_sentences(result: Mapping[str, Any]) -> Iterator[str]:
     left = {f"{label} ({why})" for case in cases for label, why in case["left_out"].items()}
     if left:
         yield f"Left out: {', '.join(sorted(left))}."
+    others = [name for name, serves in result.get("custom_ops", {}).items() if serves is not True]
+    if others:
+        yield f"Of custom_ops/ did not serve: {', '.join(others)}."
+    if result.get("failed"):
+        yield f"Failed: {', '.join(result['failed'])}."
     if result.get("not_run"):
         yield f"Not run, for want of time: {', '.join(result['not_run'])}."
 

@@ -5,12 +5,11 @@ sizes of DeepSeek-V3.2 and either all attention heads or those of one device of 
 metadata and schedules once a step. "A" computes `slot_mapping` twice in every layer, as FastDeploy
 before #7367; "B" also makes the schedule in every layer and, where the host launches, waits for the
 device once a layer; "B and rest" launches what FastDeploy's layers of a decode step do besides. All
-three run the same kernels as ours and give the same bytes. "defaults" is ours with the kernels that
-the package serves with by default, as long as these are not those of ours; "peers" is a layer of
-other projects' kernels (`_stack_peers.py`).
+three run the same kernels as ours and give the same bytes. Ours are those that the package serves
+with where custom_ops/ is built; "peers" is a layer of other projects' kernels (`_stack_peers.py`).
 
-Before a shape is timed, ours, defaults and peers are compared with sums in doubles, and ours with
-A, B and a replay of its graph, byte by byte.
+Before a shape is timed, ours and peers are compared with sums in doubles, and ours with A, B and a
+replay of its graph, byte by byte. A shape that fails is named, and the others go on.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import _gpu
+from benchmarks import _custom_ops, _gpu
 from benchmarks._layer import Sizes, Weights
 from benchmarks._stack import (
     Chained,
@@ -32,14 +31,13 @@ from benchmarks._stack import (
     Pool,
     Scheduled,
     Stack,
+    backend_of,
     plain_check,
     weights_of,
 )
-from benchmarks._stack_backends import backends
 from benchmarks._stack_peers import PeerStack
 from benchmarks._stack_shapes import (
     ALL,
-    DEFAULTS,
     EAGER,
     GRAPH,
     HEADS,
@@ -53,6 +51,7 @@ from benchmarks._stack_shapes import (
 )
 from benchmarks._torch_device import register
 from benchmarks.ceilings import matrix_flops_per_s
+from fd_dsa import custom_ops
 
 MODES = {GRAPH: "graph", EAGER: "wall"}
 DEVICE = "cuda"
@@ -79,29 +78,17 @@ class Case:
     ) -> None:
         self.shape = shape
         sizes = Sizes(heads=shape.heads, context=shape.keys, max_rows=MAX_ROWS, max_tokens=MAX_ROWS)
-        self.given, own = Given(shape, sizes, pool, DEVICE), backends(sizes, DEVICE)
+        self.given = Given(shape, sizes, pool, DEVICE)
         self.left_out: dict[str, str] = {}
         self.errors: dict[str, dict[str, float]] = {}
         self.sides: dict[str, Any] = {}
         self.made_by: dict[str, str] = {}
-        ours = self._ours(own, weights)
+        ours = self._checked(OURS, Stack(self.given, weights, backend_of(sizes, DEVICE)))
         baselines = {SLOTS: Chained, SCHEDULES: Scheduled, ALL: Everything}
         for label, kind in baselines.items():
             self.sides[label] = kind(self.given, weights, ours.backend)
         self._add_peers(weights, ours, peers)
-        if DEFAULTS in own and ours.backend is not own[DEFAULTS]:
-            self._add_defaults(Stack(self.given, weights, own[DEFAULTS]))
         self.sides[OURS] = ours
-
-    def _ours(self, own: Any, weights: Sequence[Weights]) -> Stack:
-        """Ours; where the kernels on tensor cores fail, with the defaults."""
-        try:
-            return self._checked(OURS, Stack(self.given, weights, own[OURS]))
-        except Exception as error:
-            if DEFAULTS not in own:
-                raise
-            self._leave_out("kernels on tensor cores", error)
-            return self._checked(OURS, Stack(self.given, weights, own[DEFAULTS]))
 
     def _add_peers(self, weights: Sequence[Weights], ours: Stack, peers: Path | None) -> None:
         """The peers' stack, unless something of it is missing or wrong."""
@@ -112,13 +99,6 @@ class Case:
             self._leave_out(PEERS, error)
             return
         self.sides[PEERS], self.made_by = stack, stack.made_by
-
-    def _add_defaults(self, stack: Stack) -> None:
-        """The defaults, unless they are wrong."""
-        try:
-            self.sides[DEFAULTS] = self._checked(DEFAULTS, stack)
-        except AssertionError as error:
-            self._leave_out(DEFAULTS, error)
 
     def _leave_out(self, label: str, error: Exception) -> None:
         """Go on without a side, and say why."""
@@ -184,9 +164,9 @@ def compare(record: _gpu.Recorder, case: Case, weights: Weights, all_effects: bo
     shape = case.shape
     rounds = ROUNDS_OF_LONG if shape.rows * shape.keys >= _LONG_KEYS else ROUNDS
     for kind, mode in MODES.items():
-        # eager, the host decides: the kernels of defaults change little
-        labels = [label for label in case.sides if (kind, label) != (EAGER, DEFAULTS)]
-        calls: dict[str, list[_gpu.Call]] = {label: [case.sides[label].step] for label in labels}
+        calls: dict[str, list[_gpu.Call]] = {
+            label: [side.step] for label, side in case.sides.items()
+        }
         times = _gpu.interleaved(calls, mode=mode, rounds=rounds)
         ours = times[OURS]["p50"]
         notes: dict[str, Any] = {"kind": kind, **vars(shape), "errors": case.errors}
@@ -209,29 +189,42 @@ def warm_host(stack: Stack) -> None:
         torch.cuda.synchronize()
 
 
+def run(
+    record: _gpu.Recorder, shape: Shape, weights: Sequence[Weights], pool: Pool, peers: Path | None
+) -> str:
+    """Check and time one shape; what is wrong with it, or ""."""
+    is_first = not record.cases
+    try:
+        case = Case(shape, weights, pool, peers)
+        if is_first:
+            warm_host(case.sides[OURS])
+        compare(record, case, weights[0], is_first)
+    except Exception as error:
+        print(f"{shape.label} failed: {error}", flush=True)
+        return f"{type(error).__name__}: {error}"[:300]
+    return ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Check and compare; returns the exit status."""
     args = _gpu.arguments(__doc__, argv)
     register()
+    custom_ops.use_library(_custom_ops.library())
     end = time.monotonic() + TIME_S
     with _gpu.Recorder("layer_stack", args.out) as record:
         record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
-        pool, left, is_first = Pool(MAX_ROWS * MAX_KEYS // 64), [], True
-        for heads in HEADS[:1] if args.quick else HEADS:
-            weights = weights_of(Sizes(heads=heads), DEVICE)
-            for shape in shapes(heads, args.quick):
-                if time.monotonic() > end:
-                    left.append(shape.label)
-                    continue
-                case = Case(shape, weights, pool, args.peers)
-                if is_first:
-                    warm_host(case.sides[OURS])
-                compare(record, case, weights[0], is_first)
-                is_first = False
-                del case
-                torch.cuda.empty_cache()
-        record.note(layers=LAYERS, not_run=left)
-    return 0
+        pool, not_run, failed = Pool(MAX_ROWS * MAX_KEYS // 64), [], {}
+        heads = HEADS[:1] if args.quick else HEADS
+        weights = {n: weights_of(Sizes(heads=n), DEVICE) for n in heads}
+        for shape in shapes(heads, args.quick):
+            if time.monotonic() > end:
+                not_run.append(shape.label)
+            elif wrong := run(record, shape, weights[shape.heads], pool, args.peers):
+                failed[shape.label] = wrong
+            torch.cuda.empty_cache()
+            serving = {c.operator: c.serves or c.reason for c in custom_ops.choices()}
+            record.note(layers=LAYERS, not_run=not_run, failed=failed, custom_ops=serving)
+    return int(bool(failed))
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:

@@ -22,6 +22,7 @@ from typing import Any
 from benchmarks._harness import RESULTS, ROOT, table_row, three_digits, write_json
 from benchmarks._overlap_tables import overlap_lines
 from benchmarks._provider_tables import provider_tables
+from benchmarks._serving_tables import growth, memory_use, server_overhead, step_profile
 from benchmarks._sparse_mla_tables import sparse_mla_sentences
 from benchmarks._stack_tables import layer_stack_sentences
 from benchmarks._staging_tables import staging_lines
@@ -34,7 +35,8 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 # whole numbers of a case which are shown beside its times
 _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
 _WITHOUT_PLOT = (
-    *("engine_cpu", "indexer_logits", "layer_stack", "providers", "sparse_mla", "topk"),
+    *("engine_cpu", "growth", "memory_use", "server_overhead", "step_profile"),
+    *("indexer_logits", "layer_stack", "providers", "sparse_mla", "topk"),
 )
 _BARS = "the table above as bars"
 _CAPTIONS = {
@@ -267,6 +269,10 @@ def staging(result: Mapping[str, Any]) -> str:
 
 _MADE_BY = {
     "engine_cpu": engine_cpu,
+    "growth": growth,
+    "memory_use": memory_use,
+    "server_overhead": server_overhead,
+    "step_profile": step_profile,
     "ceilings": ceilings,
     "layer_stack": partial(_with_sentences, sentences=layer_stack_sentences),
     "overlap": overlap,

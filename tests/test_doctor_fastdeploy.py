@@ -29,7 +29,7 @@ def diagnose(folder: Path, *argv: str, **more: Any) -> subprocess.CompletedProce
         env=env,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done

@@ -1,5 +1,6 @@
 // The launchers of the C ABI. A file of its own for each large operator keeps builds parallel.
 #include "position_ids.cuh"
+#include "sparse_mla.h"
 #include "step_metadata.cuh"
 
 extern "C" int fd_dsa_position_ids_cuda(const int32_t* seq_lens_decoder,
@@ -18,5 +19,6 @@ extern "C" int fd_dsa_step_metadata_cuda(const FdDsaStep* step, void* stream) {
   return fd_dsa::launch_step_metadata(*step, stream);
 }
 
-// Size of the structure, which a caller in another language compares with its own.
+// Sizes of structures, which a caller in another language compares with its own.
 extern "C" int fd_dsa_step_bytes() { return static_cast<int>(sizeof(FdDsaStep)); }
+extern "C" int fd_dsa_sparse_mla_bytes() { return static_cast<int>(sizeof(FdDsaSparseMla)); }

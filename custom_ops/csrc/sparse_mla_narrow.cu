@@ -4,7 +4,3 @@
 extern "C" int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla* job, void* stream) {
   return fd_dsa::narrow::launch_narrow(*job, stream);
 }
-
-extern "C" int fd_dsa_sparse_mla_narrow_bytes() {
-  return static_cast<int>(sizeof(FdDsaSparseMla));
-}

@@ -14,8 +14,8 @@
 
 #include <algorithm>
 #include <array>
-#include <atomic>
 
+#include "sparse_mla_launch.cuh"
 #include "sparse_mla_narrow_copy.cuh"
 #include "sparse_mla_narrow_results.cuh"
 #include "sparse_mla_narrow_walk.cuh"
@@ -89,29 +89,10 @@ __global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
 
 // ---- launches
 
-// Lets a kernel have the shared memory and the clusters that it needs; asked once for each kernel
-// and device, `done` has a bit for each device.
-template <typename Kernel>
-cudaError_t prepare(Kernel* kernel, int32_t bytes, std::atomic<uint64_t>& done) {
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  const uint64_t bit = uint64_t{1} << device % 64;
-  if (error != cudaSuccess || (done.load(std::memory_order_relaxed) & bit) != 0) return error;
-  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  // elsewhere the kernel has no body
-  if (error == cudaSuccess && major != 9) error = cudaErrorNoKernelImageForDevice;
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
-  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
-  return error;
-}
+using sparse_mla::kMostSplits;
 
 // clusters of more than 8 blocks are slow to start unless there are few
-constexpr int kMostSplits = 16, kMostOfMany = 8, kFewTokens = 4;
+constexpr int kMostOfMany = 8, kFewTokens = 4;
 
 // [n]: clusters of n blocks that a device holds at once.
 using Room = std::array<int, kMostSplits + 1>;
@@ -144,7 +125,7 @@ static int launch_form(FdDsaSparseMla job, void* stream) {
   using Shape = Layout<kHeads, kForm>;
   static std::atomic<uint64_t> prepared{0};
   auto* kernel = narrow_kernel<kHeads, kForm>;
-  const cudaError_t error = prepare(kernel, Shape::kBytes, prepared);
+  const cudaError_t error = sparse_mla::prepare(kernel, Shape::kBytes, prepared);
   if (error != cudaSuccess) return static_cast<int>(error);
   cudaLaunchConfig_t config = launch_config(1, Shape::kThreads, stream, Shape::kBytes);
   cudaLaunchAttribute attribute = {};
@@ -177,7 +158,7 @@ static int launch_form(FdDsaSparseMla job, void* stream) {
 
 inline int launch_narrow(const FdDsaSparseMla& job, void* stream) {
   if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
-  if (job.num_heads > 32 || job.splits < 0 || job.splits > kMostSplits) {
+  if (job.num_heads > 32 || job.is_fp8 == 0 || job.splits < 0 || job.splits > kMostSplits) {
     return static_cast<int>(cudaErrorInvalidValue);
   }
   if (job.num_heads > 16) return launch_form<16, Form::kShareTiles>(job, stream);

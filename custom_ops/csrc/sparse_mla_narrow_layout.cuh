@@ -3,7 +3,7 @@
 #define FD_DSA_SPARSE_MLA_NARROW_LAYOUT_CUH
 
 #include "hopper.cuh"
-#include "sparse_mla_narrow.h"
+#include "sparse_mla.h"
 
 namespace fd_dsa::narrow {
 

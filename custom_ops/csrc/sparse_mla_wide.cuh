@@ -13,9 +13,9 @@
 #ifndef FD_DSA_SPARSE_MLA_WIDE_CUH
 #define FD_DSA_SPARSE_MLA_WIDE_CUH
 
-#include <atomic>
 #include <cmath>
 
+#include "sparse_mla_launch.cuh"
 #include "sparse_mla_wide_heads.cuh"
 #include "sparse_mla_wide_shared.cuh"
 #include "sparse_mla_wide_tiles.cuh"
@@ -30,7 +30,7 @@ struct Place {
   int first_head, heads, rank;
 };
 
-__device__ __forceinline__ Place place_of(const FdDsaSparseMlaWide& job, int splits) {
+__device__ __forceinline__ Place place_of(const FdDsaSparseMla& job, int splits) {
   const int groups = (job.num_heads + kHeads - 1) / kHeads, item = blockIdx.x / splits;
   const int first_head = item % groups * kHeads;
   return {item / groups, first_head, min(job.num_heads - first_head, kHeads),
@@ -52,7 +52,7 @@ __device__ __forceinline__ Place kept_place(uint32_t base) {
   return {kept(0), kept(1), kept(2), kept(3)};
 }
 
-__device__ __forceinline__ void store_out(const FdDsaSparseMlaWide& job, const Place& place,
+__device__ __forceinline__ void store_out(const FdDsaSparseMla& job, const Place& place,
                                           int row, int column, float4 x) {
   const int64_t at =
       ((place.token * job.num_heads + place.first_head + row) * kRank + column) / 4;
@@ -63,7 +63,7 @@ __device__ __forceinline__ void store_out(const FdDsaSparseMlaWide& job, const P
   }
 }
 
-__device__ __forceinline__ void store_lse(const FdDsaSparseMlaWide& job, const Place& place,
+__device__ __forceinline__ void store_lse(const FdDsaSparseMla& job, const Place& place,
                                           int row, float top, float total) {
   if (job.lse == nullptr || row >= place.heads) return;
   job.lse[place.token * job.num_heads + place.first_head + row] =
@@ -111,7 +111,7 @@ __device__ __forceinline__ void leave_share(const Computing<kFp8, kGroup>& my) {
 }
 
 // Puts the shares of a cluster together: each block has some of the heads. 256 threads.
-__device__ __forceinline__ void combine(const FdDsaSparseMlaWide& job, const Place& place,
+__device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& place,
                                         uint32_t base, int splits, int thread) {
   const int rows = kHeads / splits, first = place.rank * rows;
   if (thread < kHeads) {
@@ -166,7 +166,7 @@ struct Registers {
 
 template <bool kFp8>
 __global__ void __launch_bounds__(kThreads, 1)
-    attend(const __grid_constant__ FdDsaSparseMlaWide job, int splits) {
+    attend(const __grid_constant__ FdDsaSparseMla job, int splits) {
 #if defined(FD_DSA_HOPPER)
   extern __shared__ __align__(1024) unsigned char memory[];
   const uint32_t base = shared_address(memory);
@@ -214,7 +214,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-using Kernel = void (*)(FdDsaSparseMlaWide, int);
+using sparse_mla::kMostSplits;
+
+using Kernel = void(FdDsaSparseMla, int);
 
 inline cudaLaunchConfig_t config_for(unsigned blocks, int splits, cudaLaunchAttribute& cluster,
                                      void* stream) {
@@ -228,9 +230,9 @@ inline cudaLaunchConfig_t config_for(unsigned blocks, int splits, cudaLaunchAttr
 }
 
 // How many clusters of a size the device holds at once.
-inline cudaError_t clusters_at_once(Kernel kernel, int splits, int& clusters) {
+inline cudaError_t clusters_at_once(Kernel* kernel, int splits, int& clusters) {
   // asked once for each size: GPUs of a process are of one kind
-  static std::atomic<int> known[kMaxSplits + 1];
+  static std::atomic<int> known[kMostSplits + 1];
   clusters = known[splits];
   if (clusters > 0) return cudaSuccess;
   cudaError_t error;
@@ -251,13 +253,13 @@ inline cudaError_t clusters_at_once(Kernel kernel, int splits, int& clusters) {
 
 // In how many blocks the entries of a token are cut: the least estimate of rounds of blocks on the
 // device, times the tiles of a block and what it costs beside them.
-inline cudaError_t choose_splits(const FdDsaSparseMlaWide& job, Kernel kernel, int& best) {
+inline cudaError_t choose_splits(const FdDsaSparseMla& job, Kernel* kernel, int& best) {
   constexpr float kStartTiles = 4.0f, kCombineTiles = 1.0f;
   const int64_t items =
       static_cast<int64_t>(job.num_tokens) * ((job.num_heads + kHeads - 1) / kHeads);
   const int tiles = (job.topk + kKeys - 1) / kKeys;
   float least = INFINITY;
-  for (int splits = 1; splits <= kMaxSplits && (splits == 1 || splits <= tiles); splits *= 2) {
+  for (int splits = 1; splits <= kMostSplits && (splits == 1 || splits <= tiles); splits *= 2) {
     int at_once = 0;
     const cudaError_t error = clusters_at_once(kernel, splits, at_once);
     if (error != cudaSuccess) return error;
@@ -270,22 +272,17 @@ inline cudaError_t choose_splits(const FdDsaSparseMlaWide& job, Kernel kernel, i
   return cudaSuccess;
 }
 
-inline int launch_sparse_mla(const FdDsaSparseMlaWide& job, void* stream) {
+// Static, so that two libraries in one process have flags of their own.
+static int launch_wide(const FdDsaSparseMla& job, void* stream) {
   if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
-  int device = 0, major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  // a power of two: the blocks of a cluster share 64 heads when they put results together
+  const bool is_power = (job.splits & (job.splits - 1)) == 0;
+  if (job.splits < 0 || job.splits > kMostSplits || !is_power) {
+    return static_cast<int>(cudaErrorInvalidValue);
   }
-  // code for other architectures has no body
-  if (error == cudaSuccess && major != 9) error = cudaErrorNotSupported;
-  const Kernel kernel = job.is_fp8 ? attend<true> : attend<false>;
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-  }
+  static std::atomic<uint64_t> prepared[2] = {};
+  Kernel* const kernel = job.is_fp8 ? attend<true> : attend<false>;
+  cudaError_t error = sparse_mla::prepare(kernel, kBytes, prepared[job.is_fp8 ? 1 : 0]);
   int splits = job.splits > 0 ? job.splits : 1;
   if (error == cudaSuccess && job.splits == 0) error = choose_splits(job, kernel, splits);
   if (error != cudaSuccess) return static_cast<int>(error);

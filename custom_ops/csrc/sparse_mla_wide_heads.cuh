@@ -41,7 +41,7 @@ __device__ __forceinline__ uint4 times(uint4 x, float factor) {
 // with. For FP8 records latents are float16, and queries are brought into its range by a power of
 // two a head, which leaves the roped values bfloat16.
 template <bool kFp8>
-__device__ __forceinline__ void put_queries(const FdDsaSparseMlaWide& job, int64_t token,
+__device__ __forceinline__ void put_queries(const FdDsaSparseMla& job, int64_t token,
                                             int first_head, uint32_t base, int warp, int lane) {
   constexpr int kEach = 4;
 #pragma unroll 1

@@ -3,7 +3,7 @@
 #define FD_DSA_SPARSE_MLA_WIDE_SHARED_CUH
 
 #include "hopper.cuh"
-#include "sparse_mla_wide.h"
+#include "sparse_mla.h"
 #include "wgmma_wide.cuh"
 
 namespace fd_dsa::wide {
@@ -13,7 +13,6 @@ using namespace hopper;
 constexpr int kRank = 512, kWidth = 576;
 constexpr int kRecord = 656, kScalesAt = 512, kRopeAt = 528;
 constexpr int kHeads = 64, kKeys = 64;  // of a block, of a tile
-constexpr int kMaxSplits = 16;
 constexpr int kThreads = 384;  // two warpgroups that compute, one that brings tiles
 
 // An operand is nine blocks of 64 columns, 64 rows each, swizzled; the ninth holds what is roped.
@@ -65,7 +64,7 @@ struct Entries {
   int count;
 };
 
-__device__ __forceinline__ Entries entries_of(const FdDsaSparseMlaWide& job, int64_t token,
+__device__ __forceinline__ Entries entries_of(const FdDsaSparseMla& job, int64_t token,
                                               int split, int splits) {
   const int tiles = (job.topk + kKeys - 1) / kKeys;
   const int each = (tiles + splits - 1) / splits * kKeys;

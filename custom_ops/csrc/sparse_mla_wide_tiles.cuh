@@ -17,7 +17,7 @@ __device__ __forceinline__ constexpr int arrivals(int half) {
 // A thread of the warpgroup. Warp w has rows 16w to 16w + 15 of each tile: lanes 0 to 7 know the
 // slots of the first eight, lanes 16 to 23 those of the others.
 struct Copier {
-  const FdDsaSparseMlaWide& job;
+  const FdDsaSparseMla& job;
   Entries entries;
   uint32_t base;
   int warp, lane;

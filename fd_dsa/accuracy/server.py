@@ -39,11 +39,13 @@ class OwnServer:
         base_url: with `/v1`.
         command: what it was started with, without the interpreter's path.
         log: file with its output.
+        pid: of the process.
     """
 
     base_url: str
     command: tuple[str, ...]
     log: Path
+    pid: int
 
 
 @contextlib.contextmanager
@@ -77,7 +79,7 @@ def own_server(model: str | None, flags: Sequence[str], log: Path) -> Iterator[O
             # Ctrl-C too
             _remove_traces(log, made)
             raise
-        yield OwnServer(f"{url}/v1", ("python", "-m", "fd_dsa.serve", *arguments), log)
+        yield OwnServer(f"{url}/v1", ("python", "-m", "fd_dsa.serve", *arguments), log, process.pid)
     finally:
         _end(process)
 

@@ -120,6 +120,7 @@ class StepPlan:
         num_padded_tokens = meta.position_ids.shape[0]
         self.slots = slots[: num_padded_tokens * self.topk].reshape(-1, self.topk)
         self.needs_scores = bool((self.window > index_topk).any())
+        self._keys: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
         self._fill_slots()
         self.score_tiles = self._prefill_tiles(index_n_heads, self.window > index_topk, None)
         limit = max(round((1 + _GATHER_COST / num_heads) * self.topk), _DENSE_KEYS)
@@ -192,17 +193,23 @@ class StepPlan:
         """The tile of the flat tokens [first, last)."""
         token_rows = self.batch_ids[first:last]
         rows = np.unique(token_rows)
-        lengths = self.lengths[rows]
-        ends = np.cumsum(lengths)
-        key_row = np.repeat(np.arange(len(rows)), lengths)
-        position = np.arange(int(ends[-1])) - (ends - lengths)[key_row]
-        key_slots = positions_to_slots(
-            position[:, None], rows[key_row], self.block_tables, self.block_size
-        )
-        key_start = (ends - lengths)[np.searchsorted(rows, token_rows)]
-        window = self.window[first:last]
-        slots = key_slots.ravel().astype(np.int64)
-        return Tile(slice(first, last), slots, position, key_start, window)
+        ends = np.cumsum(self.lengths[rows])
+        key_start = (ends - self.lengths[rows])[np.searchsorted(rows, token_rows)]
+        slots, position = self._keys_of(tuple(rows.tolist()))
+        return Tile(slice(first, last), slots, position, key_start, self.window[first:last])
+
+    def _keys_of(self, rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Slots and positions of all keys of some rows, int64, one row behind the other.
+
+        Tiles of the same rows share them: a long prompt has a tile for every few tokens.
+        """
+        if rows not in self._keys:
+            lengths = self.lengths[list(rows)]
+            row = np.repeat(rows, lengths)
+            position = np.concatenate([np.arange(length) for length in lengths.tolist()])
+            slots = positions_to_slots(position[:, None], row, self.block_tables, self.block_size)
+            self._keys[rows] = slots.ravel().astype(np.int64), position
+        return self._keys[rows]
 
     @cached_property
     def gathered_tokens(self) -> np.ndarray:

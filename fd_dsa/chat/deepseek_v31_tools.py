@@ -33,12 +33,16 @@ class DeepseekV31Tools:
                 marker = yield from self._call(feed, sink)
             if marker != CALLS_END:
                 yield from feed.skip_space()
-                marker = yield from feed.stream_until((CALL_BEGIN, CALLS_END), sink.content)
+                marker = yield from feed.stream_until(
+                    (CALL_BEGIN, CALLS_END), sink.content, keeps_half=not sink.has_calls
+                )
         sink.end_section(marker or "")
 
     def _call(self, feed: TextFeed, sink: EventSink) -> Steps[str | None]:
         """Read one call; returns the marker that ended it."""
         name, marker = yield from feed.until((SEPARATOR, CALL_END, CALLS_END))
+        if marker is None and sink.has_calls:
+            return None
         if marker != SEPARATOR or not name.strip():
             sink.content(CALL_BEGIN + name + (marker if marker and marker != CALLS_END else ""))
             return marker
@@ -50,7 +54,7 @@ class DeepseekV31Tools:
             sink.arguments(text)
 
         yield from feed.skip_space()
-        marker = yield from feed.stream_until((CALL_END, CALLS_END), write)
+        marker = yield from feed.stream_until((CALL_END, CALLS_END), write, keeps_half=False)
         if marker is not None:
             if not pieces:
                 sink.arguments("{}")

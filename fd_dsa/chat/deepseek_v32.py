@@ -28,6 +28,8 @@ END = "<｜end▁of▁sentence｜>"
 USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 _SWITCHES = ("thinking", "enable_thinking")
+# the model reasons or does not: the switch says which, and levels are all the same to it
+_WITHOUT_EFFECT = ("reasoning_effort",)
 
 
 class DeepseekV32Encoding:
@@ -57,7 +59,8 @@ class DeepseekV32Encoding:
         """Text of a conversation; the arguments are those of `ChatTemplate.render`.
 
         Of `kwargs` it knows `thinking` and `enable_thinking`, two names of one switch (default:
-        off). Results of tools are shown in the order of the calls they name.
+        off), and `reasoning_effort`, which changes nothing. Results of tools are shown in the
+        order of the calls they name.
 
         Raises:
             ValueError: the order of roles is not one that the model knows; an unknown variable.
@@ -97,13 +100,13 @@ class DeepseekV32Encoding:
 
 def _thinking(kwargs: Mapping[str, Any]) -> bool:
     """Whether the model is to reason."""
-    unknown = [name for name in kwargs if name not in _SWITCHES]
+    unknown = [name for name in kwargs if name not in (*_SWITCHES, *_WITHOUT_EFFECT)]
     if unknown:
         raise ValueError(
             f"chat_template_kwargs: has {unknown[0]!r}; DeepSeek-V3.2's encoding knows "
             f"{' and '.join(_SWITCHES)}"
         )
-    given = {name: value for name, value in kwargs.items() if value is not None}
+    given = {name: kwargs[name] for name in _SWITCHES if kwargs.get(name) is not None}
     for name, value in given.items():
         if not isinstance(value, bool):
             raise ValueError(f"chat_template_kwargs: {name} is {value!r}; it must be true or false")

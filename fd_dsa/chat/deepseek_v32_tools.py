@@ -44,7 +44,9 @@ class DeepseekV32Tools:
         marker: str | None = INVOKE_END
         while marker == INVOKE_END:
             yield from feed.skip_space()
-            marker = yield from feed.stream_until((INVOKE_BEGIN, SECTION_END), sink.content)
+            marker = yield from feed.stream_until(
+                (INVOKE_BEGIN, SECTION_END), sink.content, keeps_half=not sink.has_calls
+            )
             if marker == INVOKE_BEGIN:
                 marker = yield from self._invoke(feed, sink)
         sink.end_section(marker or "")
@@ -53,6 +55,8 @@ class DeepseekV32Tools:
         """Read one call; returns the marker that ended it."""
         attributes, close = yield from feed.until((">",))
         match = _INVOKE.fullmatch(attributes)
+        if close is None and sink.has_calls:
+            return None
         if match is None or close is None:
             sink.content(INVOKE_BEGIN + attributes + (close or ""))
             return INVOKE_END
@@ -62,14 +66,16 @@ class DeepseekV32Tools:
     def _body(self, feed: TextFeed, sink: EventSink, name: str) -> Steps[str | None]:
         """Read the arguments of one call; returns the marker that ended it."""
         if (yield from feed.skip_space()) == "{":
-            marker = yield from feed.stream_until((INVOKE_END, SECTION_END), sink.arguments)
+            marker = yield from feed.stream_until(
+                (INVOKE_END, SECTION_END), sink.arguments, keeps_half=False
+            )
             if marker is not None:
                 sink.end_call()
             return marker
         writer = ArgumentsWriter(sink, sink.schemas.get(name))
         ends = (PARAMETER_BEGIN, INVOKE_END, SECTION_END)
         while True:
-            marker = yield from feed.stream_until(ends, sink.content)
+            marker = yield from feed.stream_until(ends, sink.content, keeps_half=False)
             if marker != PARAMETER_BEGIN:
                 break
             yield from self._parameter(feed, sink, writer)
@@ -81,14 +87,20 @@ class DeepseekV32Tools:
     def _parameter(self, feed: TextFeed, sink: EventSink, writer: ArgumentsWriter) -> Steps[None]:
         """Read one parameter."""
         attributes, close = yield from feed.until((">",))
+        if close is None:
+            # cut off inside of a call, which has what came before
+            return
         match = _PARAMETER.fullmatch(attributes)
-        if match is None or close is None:
-            sink.content(PARAMETER_BEGIN + attributes + (close or ""))
+        if match is None:
+            sink.content(PARAMETER_BEGIN + attributes + close)
             return
         writer.begin(match[1])
         if match[2] == "true":
             writer.quote()
-            if (yield from feed.stream_until((PARAMETER_END,), writer.characters)) is not None:
+            end = yield from feed.stream_until(
+                (PARAMETER_END,), writer.characters, keeps_half=False
+            )
+            if end is not None:
                 writer.quote()
             return
         value, end = yield from feed.until((PARAMETER_END,))

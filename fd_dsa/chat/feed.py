@@ -35,18 +35,25 @@ class TextFeed:
         self._ended = True
 
     def stream_until(
-        self, markers: Sequence[str], emit: Callable[[str], None]
+        self, markers: Sequence[str], emit: Callable[[str], None], *, keeps_half: bool = True
     ) -> Steps[str | None]:
         """Hand out the text before the first marker as soon as it is certain, and read the marker.
 
         Of markers that begin at one place the longest counts.
+
+        Args:
+            markers: that end the text.
+            emit: takes the text.
+            keeps_half: whether what begins like a marker where the text ends is text; else the
+                text was cut off inside of a marker.
 
         Returns:
             The marker, None where the text ended before one.
         """
         while True:
             found = _first_of(self._text, markers)
-            sure = len(self._text) if self._ended else _begin_of_unsure(self._text, markers)
+            is_sure = self._ended and keeps_half
+            sure = len(self._text) if is_sure else _begin_of_unsure(self._text, markers)
             if found is not None and found[0] < sure:
                 start, marker = found
                 self._emit(start, emit)
@@ -54,6 +61,7 @@ class TextFeed:
                 return marker
             self._emit(sure, emit)
             if self._ended:
+                self._text = ""
                 return None
             yield
 
@@ -83,6 +91,13 @@ class TextFeed:
             if self._ended or not marker.startswith(text):
                 return False
             yield
+
+    def is_cut_off_in(self, marker: str) -> bool:
+        """Whether the text has ended before a marker or inside of it; then its rest is read."""
+        is_cut = self._ended and marker.startswith(self._text.lstrip())
+        if is_cut:
+            self._text = ""
+        return is_cut
 
     def _emit(self, end: int, emit: Callable[[str], None]) -> None:
         """Hand out the text up to `end`."""

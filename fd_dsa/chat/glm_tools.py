@@ -34,6 +34,9 @@ class GlmTools:
         """Read one call from behind `start`, one of `starts`."""
         text, marker = yield from feed.until((KEY_BEGIN, CALL_END))
         name = text.strip()
+        if marker is None and sink.num_calls:
+            # cut off behind another call
+            return
         if marker is None or not _NAME.fullmatch(name):
             sink.content(start + text + (marker or ""))
             return
@@ -42,21 +45,28 @@ class GlmTools:
         while marker == KEY_BEGIN:
             yield from self._argument(feed, sink, writer)
             yield from feed.skip_space()
-            marker = yield from feed.stream_until((KEY_BEGIN, CALL_END), sink.content)
+            marker = yield from feed.stream_until(
+                (KEY_BEGIN, CALL_END), sink.content, keeps_half=False
+            )
         if marker is not None:
             writer.close()
 
     def _argument(self, feed: TextFeed, sink: EventSink, writer: ArgumentsWriter) -> Steps[None]:
         """Read one key and its value."""
         key, marker = yield from feed.until((KEY_END,))
-        if marker is None or not (yield from feed.opens_with(VALUE_BEGIN)):
-            sink.content(KEY_BEGIN + key + (marker or ""))
+        if marker is None:
+            # cut off inside of a call, which has what came before
+            return
+        if not (yield from feed.opens_with(VALUE_BEGIN)):
+            if not feed.is_cut_off_in(VALUE_BEGIN):
+                sink.content(KEY_BEGIN + key + marker)
             return
         types = writer.types_of(key.strip())
         if types == {"string"}:
             writer.begin(key.strip())
             writer.quote()
-            if (yield from feed.stream_until((VALUE_END,), writer.characters)) is not None:
+            end = yield from feed.stream_until((VALUE_END,), writer.characters, keeps_half=False)
+            if end is not None:
                 writer.quote()
             return
         writer.begin(key.strip())

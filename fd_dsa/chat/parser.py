@@ -45,6 +45,9 @@ class OutputParser:
         tool_format: how calls are written; None: a call is text like any other.
         schemas: tool name -> JSON schema of its arguments.
         in_reasoning: the prompt has opened the reasoning already.
+
+    Attributes:
+        is_reasoning: what was read last is reasoning that has not ended.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class OutputParser:
         self._feed = TextFeed()
         self._sink = EventSink(schemas or {})
         self._tools = tool_format
+        self.is_reasoning = has_reasoning and in_reasoning
         self._steps: Steps[None] | None = self._parse(has_reasoning, in_reasoning)
 
     @property
@@ -75,11 +79,15 @@ class OutputParser:
         self._feed.end()
         return self._advance()
 
-    def parse(self, text: str) -> Message:
-        """The parts of a whole answer; for a parser that has read nothing."""
+    def read(self, text: str) -> list[Event]:
+        """Events of a whole answer; for a parser that has read nothing."""
         # in pieces, so that the cost stays linear: reading a marker copies what is behind it
         pieces = (text[i : i + _PIECE_CHARS] for i in range(0, len(text), _PIECE_CHARS))
-        return join_events([*(e for piece in pieces for e in self.feed(piece)), *self.finish()])
+        return [*(event for piece in pieces for event in self.feed(piece)), *self.finish()]
+
+    def parse(self, text: str) -> Message:
+        """The parts of a whole answer; for a parser that has read nothing."""
+        return join_events(self.read(text))
 
     def _advance(self) -> list[Event]:
         """Read as far as the text goes."""
@@ -95,11 +103,13 @@ class OutputParser:
         starts = self._tools.starts if self._tools is not None else ()
         marker: str | None = None
         if has_reasoning and (in_reasoning or (yield from self._feed.opens_with(THINK_BEGIN))):
+            self.is_reasoning = True
             # a call inside of the reasoning ends it: models forget the end marker
             ends = (THINK_END, *starts)
             marker = yield from self._feed.stream_until(ends, self._sink.reasoning)
             if marker is None:
                 return
+            self.is_reasoning = False
         while True:
             if self._tools is not None and marker is not None and marker in starts:
                 before = self._sink.num_calls

@@ -46,6 +46,11 @@ class EventSink:
         elif text:
             self._events.append(ContentDelta(text))
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether the section has made a call: what is cut off behind it is markup, no content."""
+        return self.num_calls > self._num_calls_before
+
     def begin_section(self, markup: str) -> None:
         """Hold the markup that begins some calls: it is content if no call follows."""
         self._held = markup
@@ -53,7 +58,7 @@ class EventSink:
 
     def end_section(self, markup: str) -> None:
         """Take the markup that ends the calls, empty where the text ended before it."""
-        if self.num_calls == self._num_calls_before:
+        if not self.has_calls:
             self.content(markup)
 
     def reasoning(self, text: str) -> None:

@@ -6,8 +6,8 @@ import argparse
 import contextlib
 import logging
 import sys
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TextIO
 
 import httpx
 
@@ -18,6 +18,10 @@ from fd_dsa.accuracy.preflight import (
     normal_base_url,
     transport_reason,
 )
+from fd_dsa.chat.answer import AnswerFormat
+from fd_dsa.chat.events import ContentDelta, Event, ReasoningDelta
+from fd_dsa.chat.parser import OutputParser
+from fd_dsa.chat.parsers import AUTO, has_reasoning, opens_reasoning
 from fd_dsa.client.events import read_event
 from fd_dsa.client.flags import Parser, exit_status, number
 from fd_dsa.errors import RemoteError
@@ -32,8 +36,8 @@ class Partner(Protocol):
 
     name: str
 
-    def answer(self, messages: Sequence[Message]) -> Generator[str, None, None]:
-        """The next message of the assistant, in pieces.
+    def answer(self, messages: Sequence[Message]) -> Generator[Event, None, None]:
+        """The next message of the assistant, its reasoning and its content, in pieces.
 
         Raises:
             RemoteError: there is none, or no more of it; says why.
@@ -57,7 +61,7 @@ class ServerPartner:
         self.name = examine_server(self._base_url, model).model
         self._fields = fields
 
-    def answer(self, messages: Sequence[Message]) -> Generator[str, None, None]:
+    def answer(self, messages: Sequence[Message]) -> Generator[Event, None, None]:
         """See Partner."""
         body = {"model": self.name, "messages": list(messages), "stream": True, **self._fields}
         url = f"{self._base_url}/chat/completions"
@@ -72,7 +76,7 @@ class ServerPartner:
                 for line in reply.iter_lines():
                     chunk = read_event(line)
                     for choice in (chunk or {}).get("choices", ()):
-                        yield choice["delta"].get("content") or ""
+                        yield from _events_of(choice["delta"])
         except httpx.HTTPError as error:
             raise RemoteError(transport_reason(error)) from error
 
@@ -98,19 +102,40 @@ class OwnPartner:
         self._llm = LLM(model, max_num_seqs=1)
         self._fields = fields
 
-    def answer(self, messages: Sequence[Message]) -> Generator[str, None, None]:
+    def answer(self, messages: Sequence[Message]) -> Generator[Event, None, None]:
         """See Partner."""
         from fd_dsa.engine.sampling_params import SamplingParams
 
         proposed = {"max_tokens": None, **self._llm.sampling_defaults, **self._fields}
         try:
+            parser = self._parser_for(messages)
             params = SamplingParams(**proposed)
             outputs: Any = self._llm.chat(list(messages), params, stream=True)
             with contextlib.closing(outputs):
                 for output in outputs:
-                    yield output.new_text
+                    yield from parser.feed(output.new_text)
+            yield from parser.finish()
         except (ValueError, RuntimeError) as error:
             raise RemoteError(str(error)) from error
+
+    def _parser_for(self, messages: Sequence[Message]) -> OutputParser:
+        """What reads the answer to these messages."""
+        tokenizer = self._llm.tokenizer
+        prompt = tokenizer.render_chat(messages)
+        renderer = tokenizer.chat_renderer
+        assert renderer is not None, "it has rendered the prompt"
+        is_split = has_reasoning(AUTO, renderer.source)
+        return AnswerFormat(is_split, opens_reasoning(prompt, None)).new_parser()
+
+
+def _events_of(delta: Mapping[str, Any]) -> Iterator[Event]:
+    """Reasoning and content in a delta of a stream."""
+    # vLLM has a shorter name for the reasoning
+    reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+    if reasoning:
+        yield ReasoningDelta(reasoning)
+    if delta.get("content"):
+        yield ContentDelta(delta["content"])
 
 
 def build_parser() -> Parser:
@@ -172,6 +197,7 @@ class Conversation:
         self._partner = partner
         self._system = system
         self._is_terminal = is_terminal
+        self._screen = _Screen(shows_reasoning=is_terminal)
         self._messages: list[Message] = []
 
     def run(self) -> int:
@@ -218,10 +244,10 @@ class Conversation:
         pieces = []
         try:
             with contextlib.closing(self._partner.answer([*system, *asked])) as answer:
-                for piece in answer:
-                    pieces.append(piece)
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                for event in answer:
+                    if isinstance(event, ContentDelta):
+                        pieces.append(event.text)
+                    self._screen.show(event)
         except RemoteError as error:
             self._tell(f"fd_dsa: error: {error}")
             return False
@@ -229,12 +255,45 @@ class Conversation:
             if not self._is_terminal:
                 raise
         finally:
-            if pieces:
-                sys.stdout.write("\n")
-                sys.stdout.flush()
+            self._screen.end_line()
         self._messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         return True
 
     def _tell(self, text: str) -> None:
         """A line that is no part of an answer."""
         sys.stderr.write(f"{text}\n")
+
+
+class _Screen:
+    """Where answers are shown: content on stdout, reasoning on stderr.
+
+    Args:
+        shows_reasoning: whether there is somebody to read it.
+    """
+
+    def __init__(self, *, shows_reasoning: bool) -> None:
+        self._shows_reasoning = shows_reasoning
+        self._open: TextIO | None = None
+
+    def show(self, event: Event) -> None:
+        """Print a piece of an answer."""
+        if isinstance(event, ContentDelta):
+            self._write(sys.stdout, event.text)
+        elif isinstance(event, ReasoningDelta) and self._shows_reasoning:
+            self._write(sys.stderr, event.text, label="[reasoning] ")
+
+    def end_line(self) -> None:
+        """End the line of what was printed last."""
+        if self._open is not None:
+            self._open.write("\n")
+            self._open.flush()
+            self._open = None
+
+    def _write(self, stream: TextIO, text: str, label: str = "") -> None:
+        """Print more of what is open, or begin with it."""
+        if self._open is not stream:
+            self.end_line()
+            stream.write(label)
+        stream.write(text)
+        stream.flush()
+        self._open = stream

@@ -9,9 +9,10 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 
-from fd_dsa.engine.engine import EngineStats, LLMEngine
+from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -106,6 +107,11 @@ class AsyncEngine:
         """End a request before the next step; what is unfinished of it gets an output "abort"."""
         with self._wake:
             self._push(lambda: self._abort(request_id))
+
+    def finish_output(self, request_id: str, index: int) -> None:
+        """End one of a request's n outputs before the next step, as if the model had ("stop")."""
+        with self._wake:
+            self._push(lambda: self._deliver(self._engine.finish_output(request_id, index)))
 
     def stop(self) -> None:
         """End all requests with finish_reason "abort", then the thread. May be called twice.

@@ -59,18 +59,29 @@ class IncrementalDetokenizer:
 class _ByteDecoder:
     """Concatenated bytes of the tokens, decoded as UTF-8."""
 
-    __slots__ = ("_table", "_utf8")
+    __slots__ = ("_holds_bytes", "_table", "_utf8")
 
     def __init__(self, table: list[bytes], context: list[int]) -> None:
         self._table = table
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._holds_bytes = False
         for token_id in context:
             self.append(token_id)
 
     def append(self, token_id: int) -> str:
         """New whole characters."""
         table = self._table
-        return self._utf8.decode(table[token_id]) if token_id < len(table) else ""
+        new = table[token_id] if token_id < len(table) else b""
+        if not self._holds_bytes:
+            # nearly every token is whole characters; the incremental decoder takes three times
+            # as long
+            try:
+                return new.decode()
+            except UnicodeDecodeError:
+                pass
+        text = self._utf8.decode(new)
+        self._holds_bytes = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """Held bytes as U+FFFD."""

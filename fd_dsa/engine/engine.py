@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +13,12 @@ from fd_dsa.engine.admission import Admission
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.metrics import EngineMetrics
-from fd_dsa.engine.output import ConstraintError, RequestOutput
+from fd_dsa.engine.output import ConstraintError, FinishReason, RequestOutput
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampler import NOT_FINITE, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import BlockTables, Scheduler
+from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.engine.topk_positions import execute
 from fd_dsa.runner.counters import StepCounters
@@ -38,6 +38,11 @@ class StepRows(BlockTables, Protocol):
     ) -> int:
         """Flat index of the row's last token; rows come in ascending order."""
 
+    def add_decode_rows(
+        self, rows: Sequence[int], token_ids: Sequence[int], num_computed_tokens: Sequence[int]
+    ) -> npt.NDArray[np.int64]:
+        """Flat indices of the tokens of rows that decode one each, in ascending order."""
+
 
 class RunnerProtocol(Protocol):
     """What the engine asks of a runner."""
@@ -47,38 +52,6 @@ class RunnerProtocol(Protocol):
 
     def execute_model(self, logits_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Logits float32 [n, vocab_size] of n flat token rows of the step just assembled."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counters since the start, and the present load.
-
-    Attributes:
-        kv_cache_usage: share of the cache blocks in use, 0 to 1; blocks that are only kept for
-            later requests are not in use.
-        prompt_tokens: of all requests that have come.
-        computed_prompt_tokens: tokens that steps computed before a request's next token was due:
-            prompts behind their cached beginnings, and what a preempted request computes anew.
-        prefix_cache_queries: prompt tokens looked for in the prefix cache, each request counted
-            when it first runs.
-        prefix_cache_hits: those of them that were there.
-        host_time_s, runner_time_s: seconds spent in steps, outside and inside the runner.
-    """
-
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_used_blocks: int
-    kv_cache_usage: float
-    num_steps: int
-    num_preemptions: int
-    prompt_tokens: int
-    computed_prompt_tokens: int
-    generated_tokens: int
-    prefix_cache_queries: int
-    prefix_cache_hits: int
-    host_time_s: float
-    runner_time_s: float
 
 
 class LLMEngine:
@@ -195,13 +168,12 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> list[RequestOutput]:
         """End a request now; the last state of every output of it that was unfinished."""
-        now = time.monotonic()
-        outputs = []
-        for request in list(self._requests.get(request_id, ())):
-            request.finish("abort", now)
-            outputs.append(request.output([], request.take_text("", now)))
-            self._drop(request)
-        return outputs
+        return [self._end(r, "abort") for r in list(self._requests.get(request_id, ()))]
+
+    def finish_output(self, request_id: str, index: int) -> list[RequestOutput]:
+        """End one of a request's n outputs now, as if the model had; its last state, if it ran."""
+        unfinished = self._requests.get(request_id, ())
+        return [self._end(r, "stop") for r in list(unfinished) if r.index == index]
 
     def has_unfinished_requests(self) -> bool:
         """True while a request waits or runs."""
@@ -274,6 +246,11 @@ class LLMEngine:
         """
         batch = self._batch
         batch.begin_step()
+        if self._scheduler.is_decode_only:
+            slots = [request.slot for request in scheduled]
+            token_ids = [request.token_ids[-1] for request in scheduled]
+            computed = [request.num_computed_tokens for request in scheduled]
+            return scheduled, [], batch.add_decode_rows(slots, token_ids, computed)
         sampling, sampled = [], []
         reading, read = [], []
         for request in scheduled:
@@ -343,6 +320,14 @@ class LLMEngine:
             if request.finish_reason is not None:
                 self._drop(request)
         return outputs
+
+    def _end(self, request: Request, reason: FinishReason) -> RequestOutput:
+        """End a request between two steps."""
+        now = time.monotonic()
+        request.finish(reason, now)
+        output = request.output([], request.take_text("", now))
+        self._drop(request)
+        return output
 
     def _fail(self, request: Request, code: int, now: float) -> RequestOutput:
         """End a request without a next token; the others go on."""

@@ -6,6 +6,7 @@ token that it takes, and whether it is at its end.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -34,6 +35,7 @@ _WORN_OUT = ("LexerTooComplex", "InternalError")
 _RENEWED_AFTER_TOKENS = 1000
 _RENEWED_AFTER_S = 60.0
 _SHOWN_ERROR_CHARS = 300
+_QUOTATION = re.compile(r"^ *\d+ \| ", re.MULTILINE)
 # between two signs of JSON; without a bound a small model may write spaces until max_tokens
 _JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}"}
 
@@ -106,7 +108,7 @@ class GrammarMatcher:
     @property
     def error(self) -> str | None:
         """Why the grammar cannot be followed any more: it is too complex or has no way on."""
-        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+        return _told(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def fill_bitmask(self, bitmask: npt.NDArray[np.int32]) -> None:
         """Write bit i % 32 of int32 i // 32 for every token i: 1 = may come.
@@ -224,14 +226,14 @@ class GrammarCompiler:
             else:
                 grammar = grammar_from(kind, text)
         except (ValueError, RecursionError) as error:
-            return _first_line(str(error))
+            return _told(str(error))
         matcher = LLMatcher(self._llguidance_tokenizer(), grammar, log_level=0, limits=_limits())
         if not matcher.is_error():
             # what is too complex shows in the first mask at the latest
             buffer = np.zeros_like(self._buffer)
             matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
         if matcher.is_error():
-            return _first_line(matcher.get_error())
+            return _told(matcher.get_error())
         return matcher
 
     def _llguidance_tokenizer(self) -> LLTokenizer:
@@ -267,7 +269,8 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _first_line(error: str) -> str:
-    """An error of llguidance without the quotation of the grammar behind it."""
-    text = " ".join(error.replace("<non-verbose/>", "").split())
+def _told(error: str) -> str:
+    """An error of llguidance in one line, without the quotation of the grammar behind it."""
+    own = _QUOTATION.split(error.replace("<non-verbose/>", ""))[0]
+    text = " ".join(own.split())
     return text if len(text) <= _SHOWN_ERROR_CHARS else text[:_SHOWN_ERROR_CHARS] + "..."

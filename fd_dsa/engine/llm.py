@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, overload
 
-from fd_dsa.engine.engine import EngineStats, LLMEngine
+from fd_dsa.chat.answer import AnswerFormat
+from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning
+from fd_dsa.chat.template import RESERVED
+from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 Message = dict[str, Any]
+Conversations = Sequence[Message] | Sequence[Sequence[Message]]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -96,33 +102,50 @@ class LLM:
     @overload
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Conversations,
         sampling_params: Params = None,
         stream: Literal[False] = False,
+        *,
+        tools: Sequence[Message] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]: ...
 
     @overload
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Conversations,
         sampling_params: Params = None,
         *,
         stream: Literal[True],
+        tools: Sequence[Message] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[RequestOutput]: ...
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Conversations,
         sampling_params: Params = None,
         stream: bool = False,
+        *,
+        tools: Sequence[Message] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Answer one conversation or several, through the model's chat template.
+
+        The text of an answer is what the model writes: reasoning and calls stand in it with their
+        markers, and `fd_dsa.chat.parser.OutputParser` takes them apart.
 
         Args:
             messages: a list of {"role", "content"}, or a list of such lists.
             sampling_params: as in `generate`; None = the default, until the model ends or the
                 context is full.
             stream: as in `generate`.
+            tools: offered to the model, in the form of the OpenAI API.
+            continue_final_message: the answer goes on with the last message, the assistant's.
+            chat_template_kwargs: variables of the template, such as `thinking`.
 
         Raises:
             ValueError: as in `generate`; or the folder has no chat template, or it refuses.
@@ -131,9 +154,26 @@ class LLM:
         conversations: list[Any] = list(messages)
         if conversations and isinstance(conversations[0], dict):
             conversations = [conversations]
-        token_ids = [engine.tokenizer.apply_chat_template(entry) for entry in conversations]
+        variables = _checked_variables(chat_template_kwargs or {})
+        token_ids = [
+            engine.tokenizer.apply_chat_template(
+                entry,
+                not continue_final_message,
+                tools=tools,
+                continue_final_message=continue_final_message,
+                **variables,
+            )
+            for entry in conversations
+        ]
         default = SamplingParams(**engine.sampling_defaults, max_tokens=None)
-        return self._run(token_ids, _params_for(len(token_ids), sampling_params, default), stream)
+        params = _params_for(len(token_ids), sampling_params, default)
+        kept = _special_markers(engine.tokenizer, bool(tools))
+        if kept:
+            params = [
+                replace(one, kept_special_token_ids=one.kept_special_token_ids | kept)
+                for one in params
+            ]
+        return self._run(token_ids, params, stream)
 
     @property
     def sampling_defaults(self) -> dict[str, Any]:
@@ -217,6 +257,26 @@ class LLM:
         """One step; hands the outputs to the calls they belong to."""
         for output in self._open_engine().step():
             self._outbox[output.request_id].append(output)
+
+
+def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Variables of a template, refused where they are arguments of `chat`."""
+    for name in variables:
+        if name in RESERVED:
+            raise ValueError(
+                f"chat_template_kwargs has {name!r}, which is not a variable of the caller's; "
+                "leave it out"
+            )
+    return variables
+
+
+def _special_markers(tokenizer: Tokenizer, has_tools: bool) -> frozenset[int]:
+    """Special tokens that the parts of an answer are told apart by."""
+    renderer = tokenizer.chat_renderer
+    source = "" if renderer is None else renderer.source
+    tool_format = find_tool_format(AUTO, source) if has_tools else None
+    answer = AnswerFormat(has_reasoning(AUTO, source), tool_format=tool_format)
+    return frozenset(tokenizer.special_ids_of(answer.markers).values())
 
 
 def _as_list(prompts: Prompts) -> list[Prompt]:

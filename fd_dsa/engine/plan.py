@@ -197,7 +197,7 @@ def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[s
     Raises:
         ConfigError: a proposal that no request could make; names the file.
     """
-    names = ("temperature", "top_p", "top_k")
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     proposed = {name: getattr(model_config.generation, name) for name in names}
     defaults = {name: value for name, value in proposed.items() if value is not None}
     try:
@@ -210,12 +210,17 @@ def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[s
 
 
 def _check_vocabulary(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Refuse another folder's tokenizer with more tokens than the model has embeddings."""
-    if config.tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
-        raise ConfigError(
-            f"--tokenizer: {config.tokenizer_path} has {tokenizer.vocab_size} tokens, the model's "
-            f"vocab_size is {model.vocab_size}; take the model's own tokenizer"
-        )
+    """Refuse a tokenizer that makes ids for which there is no embedding."""
+    if tokenizer.highest_token_id < model.vocab_size:
+        return
+    file = config.tokenizer_path / "tokenizer.json"
+    cure = "it does not belong to this model"
+    if config.tokenizer is not None:
+        cure = "leave out --tokenizer, which takes the model's own"
+    raise ConfigError(
+        f"tokenizer: {file} has token ids up to {tokenizer.highest_token_id}, vocab_size of the "
+        f"model's config.json is {model.vocab_size}; {cure}"
+    )
 
 
 def _check_weights(config: EngineConfig, model_config: ModelConfig) -> None:

@@ -87,7 +87,8 @@ class Request:
     @property
     def is_decode(self) -> bool:
         """True when only the token sampled last is missing in the cache."""
-        return bool(self.output_token_ids) and (self.num_computed_tokens == len(self.token_ids) - 1)
+        # an output comes after the prompt: with one token missing there is one or the prompt is
+        return self.num_computed_tokens == len(self.token_ids) - 1 and bool(self.output_token_ids)
 
     @property
     def num_missing_tokens(self) -> int:

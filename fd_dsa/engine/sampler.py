@@ -137,11 +137,13 @@ class Sampler:
 
     def _draw_nucleus(self, rows: Rows) -> Int64:
         """Tokens of rows with top-p alone."""
-        tokens = draw_from_candidates(rows, Weights(rows, self._scratch).mass(), _NARROW)
+        weights = Weights(rows, self._scratch)
+        tokens = draw_from_candidates(rows, weights.mass(), _NARROW)
         wide = np.flatnonzero(tokens == UNDECIDED)
         if len(wide):
             chosen = rows.take(wide)
-            weights = Weights(chosen, self._scratch)
+            if len(wide) < len(tokens):
+                weights = Weights(chosen, self._scratch)
             weights.keep_nucleus(chosen)
             tokens[wide] = weights.draw(chosen.uniform)
         return tokens

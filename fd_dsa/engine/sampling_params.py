@@ -172,8 +172,10 @@ def _check_float(name: str, value: Any, low: float, high: float) -> None:
     """ValueError unless `value` is a finite number in [low, high]."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
-        allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"finite and >= {low:g}"
-        raise ValueError(f"{name} is {value!r}; it must be a number {allowed}")
+        allowed = f"number in [{low:g}, {high:g}]"
+        if math.isinf(high):
+            allowed = f"finite number >= {low:g}"
+        raise ValueError(f"{name} is {value!r}; it must be a {allowed}")
 
 
 def _check_int(name: str, value: Any, low: int, high: int | None) -> None:

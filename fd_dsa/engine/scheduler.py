@@ -5,10 +5,13 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
+from operator import attrgetter
 from typing import Protocol
 
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.request import Request
+
+_slot = attrgetter("slot")
 
 
 class BlockTables(Protocol):
@@ -47,6 +50,9 @@ class Scheduler:
         tables: block tables by row, kept in step with the owners.
         max_num_seqs: rows.
         max_num_batched_tokens: tokens in one step.
+
+    Attributes:
+        is_decode_only: whether all requests of the step scheduled last decode.
     """
 
     def __init__(
@@ -58,6 +64,7 @@ class Scheduler:
     ) -> None:
         """Start without requests."""
         self.num_preemptions = 0
+        self.is_decode_only = False
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self._blocks = blocks
@@ -102,9 +109,11 @@ class Scheduler:
         for request in self._running.values():
             (decoding if request.is_decode else prefilling).append(request)
         budget = self._schedule_decode(decoding, self._max_num_batched_tokens)
+        num_decoding = len(self._scheduled)
         self._spare_logits = len(self._free_slots)
         budget = self._schedule_prefill(prefilling, budget)
         self._admit(budget)
+        self.is_decode_only = len(self._scheduled) == num_decoding
         self._scheduled.sort(key=_slot)
         return self._scheduled
 
@@ -121,17 +130,18 @@ class Scheduler:
 
     def _schedule_decode(self, decoding: list[Request], budget: int) -> int:
         """Give one token to each decoding request; returns the tokens left."""
+        block_size, taken = self._blocks.block_size, self._scheduled
         for request in decoding:
-            # an earlier request may have preempted it just now
-            if request.slot >= 0 and self._grow(request):
-                budget -= self._take(request, 1)
-        return budget
+            # an earlier request may have preempted it just now; most last blocks have room
+            if request.slot >= 0 and (
+                request.num_computed_tokens % block_size or self._grow(request)
+            ):
+                request.num_scheduled_tokens = 1
+                taken.append(request)
+        return budget - len(taken)
 
     def _grow(self, request: Request) -> bool:
         """Get the block for the next token, if need be from later requests; False: preempted."""
-        if request.num_computed_tokens % self._blocks.block_size:
-            # its last block has room
-            return True
         num_tokens = len(request.token_ids)
         while (added := self._blocks.allocate(request.block_owner, num_tokens)) is None:
             victim = next(reversed(self._running.values()))
@@ -241,8 +251,3 @@ class Scheduler:
         request.slot = -1
         self._blocks.free(request.block_owner)
         del self._running[request.arrival]
-
-
-def _slot(request: Request) -> int:
-    """Sort key: row of the input batch."""
-    return request.slot

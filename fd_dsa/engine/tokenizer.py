@@ -101,6 +101,13 @@ class Tokenizer:
         """Number of tokens, added ones included."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def highest_token_id(self) -> int:
+        """Highest id of a token, added ones included; -1 where there is none."""
+        if self.token_bytes is not None:
+            return len(self.token_bytes) - 1
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
     @property
     def has_chat_template(self) -> bool:
         """True when `apply_chat_template` can be used."""
@@ -119,7 +126,9 @@ class Tokenizer:
         try:
             ids = list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
         except (TypeError, UnicodeEncodeError) as error:
-            raise ValueError(f"the text cannot be encoded as UTF-8: {error}") from error
+            raise ValueError(
+                "the text holds half of a surrogate pair, which is no valid Unicode"
+            ) from error
         if add_special_tokens and self._prepend_bos and self.bos_token_id is not None:
             ids.insert(0, self.bos_token_id)
         return ids
@@ -143,6 +152,20 @@ class Tokenizer:
             skip_special_tokens = False
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Text of a conversation; arguments and errors are those of `apply_chat_template`."""
+        if self.chat_renderer is None:
+            raise ValueError(
+                "the model folder has no chat template (chat_template.jinja, or chat_template in "
+                "tokenizer_config.json); send a plain prompt instead of messages"
+            )
+        return self.chat_renderer.render(messages, add_generation_prompt, **kwargs)
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -160,12 +183,7 @@ class Tokenizer:
         Raises:
             ValueError: the folder has no template, or the template refuses the messages.
         """
-        if self.chat_renderer is None:
-            raise ValueError(
-                "the model folder has no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json); send a plain prompt instead of messages"
-            )
-        text = self.chat_renderer.render(messages, add_generation_prompt, **kwargs)
+        text = self.render_chat(messages, add_generation_prompt, **kwargs)
         return self.encode(text, add_special_tokens=False)
 
     def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:

@@ -106,6 +106,8 @@ class GenerationDefaults:
     top_p: float | None = None
     top_k: int | None = None
     max_new_tokens: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 def read_fields(reader: FieldReader, family: int) -> dict[str, Any]:
@@ -220,7 +222,7 @@ def read_generation(
     eos_token_ids = reader.token_ids("eos_token_id", vocab_size)
     numbers = {
         name: reader.number(name, None)
-        for name in ("temperature", "top_p")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty")
         if reader.raw(name) is not None
     }
     counts = {

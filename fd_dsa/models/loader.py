@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.config_reader import read_json_object
 from fd_dsa.models.dequantize import FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
 from fd_dsa.models.expected_tensors import EMBEDDING, LM_HEAD, ExpectedTensor, expected_tensors
 
@@ -31,8 +29,7 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape or of an unsupported
-            dtype, FP8 scales do not fit, or the vocabularies of weights, tokenizer and
-            config.json differ; the message names file, tensor, expected and found.
+            dtype, or FP8 scales do not fit; the message names file, tensor, expected and found.
 
     Cost: headers only; a tied head that is stored all the same is compared with the embedding.
     """
@@ -53,7 +50,6 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
             f"{info.file}: tensor {name!r}: unexpected, found {info.dtype} {list(info.shape)}"
         )
     problems += _tied_head_problems(checkpoint, config)
-    problems += _tokenizer_problems(checkpoint, config)
     if problems:
         more = len(problems) - _MAX_PROBLEMS
         text = "; ".join(problems[:_MAX_PROBLEMS])
@@ -174,27 +170,3 @@ def _tied_head_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator
         )
     checkpoint.release(LM_HEAD)
     checkpoint.release(EMBEDDING)
-
-
-def _tokenizer_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator[str]:
-    """A tokenizer that makes ids for which there is no embedding."""
-    path = checkpoint.folder / "tokenizer.json"
-    if not path.exists():
-        return
-    highest = _highest_token_id(read_json_object(path))
-    if highest >= config.vocab_size:
-        yield (
-            f"{path}: expected token ids below vocab_size {config.vocab_size} of config.json, "
-            f"found {highest}"
-        )
-
-
-def _highest_token_id(tokenizer: dict[str, Any]) -> int:
-    """Highest id in a tokenizer.json; -1 where it has none in the usual places."""
-    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    # most models map tokens to ids, Unigram lists them in the order of their ids
-    ids = list(vocab.values()) if isinstance(vocab, dict) else [*range(len(vocab or []))]
-    if isinstance(added, list):
-        ids += [token.get("id") for token in added if isinstance(token, dict)]
-    return max((one for one in ids if isinstance(one, int)), default=-1)

@@ -95,6 +95,51 @@ class InputBatch:
         self.num_rows = row + 1
         return end - 1
 
+    def add_decode_rows(
+        self, rows: Sequence[int], token_ids: Sequence[int], num_computed_tokens: Sequence[int]
+    ) -> np.ndarray:
+        """Flat indices of one token of each of several rows; `add_row` for all of them at once.
+
+        Args:
+            rows: ascending, and behind the rows that the step has.
+            token_ids: the token of each row.
+            num_computed_tokens: tokens of each row whose keys are in the cache already.
+
+        Returns:
+            int64 [len(rows)].
+
+        Raises:
+            ValueError: rows out of order, or a negative token id.
+            CapacityError: more tokens than `max_num_tokens`.
+        """
+        index, ids = np.array(rows, np.int64), np.array(token_ids, np.int64)
+        begin, end = self.num_tokens, self.num_tokens + len(index)
+        if not len(index):
+            return index
+        if index[0] < self.num_rows or index[-1] >= self.max_num_seqs or (np.diff(index) < 1).any():
+            raise ValueError(
+                f"rows: {list(rows)} must ascend from {self.num_rows} on and stay below "
+                f"max_num_seqs {self.max_num_seqs}"
+            )
+        if end > self.max_num_tokens:
+            raise CapacityError(
+                f"token_ids: rows {rows[0]} to {rows[-1]} bring the step to {end} tokens, "
+                f"max_num_tokens is {self.max_num_tokens}"
+            )
+        if ids.min() < 0:
+            raise ValueError(
+                f"token_ids: row {rows[int(ids.argmin())]} has the id {ids.min()}; ids are at "
+                "least 0"
+            )
+        self.ids_remove_padding[begin:end] = ids
+        self.seq_lens_encoder[index] = 0
+        self.seq_lens_decoder[index] = num_computed_tokens
+        self.seq_lens_this_time[index] = 1
+        self.num_tokens = end
+        self.max_seqlen_k = max(self.max_seqlen_k, max(num_computed_tokens) + 1)
+        self.num_rows = rows[-1] + 1
+        return np.arange(begin, end)
+
     def num_tokens_past(self, num_keys: int) -> int:
         """Tokens of this step that attend to more keys than `num_keys`."""
         if self.max_seqlen_k <= num_keys:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
-    from fd_dsa.engine.engine import EngineStats
+    from fd_dsa.engine.stats import EngineStats
 
 logger = logging.getLogger("fd_dsa.serve")
 

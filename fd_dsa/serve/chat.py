@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from fd_dsa.serve.chat_answer import ChoiceParts
-from fd_dsa.serve.chat_prompt import AnswerFormat, make_job
-from fd_dsa.serve.generation import Job, collect_outputs, stream_outputs
+from fd_dsa.chat.answer import AnswerFormat
+from fd_dsa.serve.chat_answer import Choice, deltas_of, message_of
+from fd_dsa.serve.chat_prompt import make_job
+from fd_dsa.serve.generation import Job, stream_outputs, unless_gone
 from fd_dsa.serve.logprobs import chat_logprobs
 from fd_dsa.serve.protocol import ChatCompletionRequest
-from fd_dsa.serve.responses import new_id, prompt_fields, topk_fields, usage_of, with_usage
+from fd_dsa.serve.responses import end_fields, new_id, prompt_fields, usage_of, with_usage
 from fd_dsa.serve.sse import EventStream
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
+    from fd_dsa.chat.events import Event
+    from fd_dsa.engine.logprobs import TokenLogprobs
     from fd_dsa.engine.output import RequestOutput
 
 router = APIRouter()
@@ -35,7 +38,7 @@ async def create_chat_completion(
     model = state.resolve_model(body.model)
     body.check_supported()
     completion_id = new_id("chatcmpl")
-    job, answer = await asyncio.to_thread(make_job, state, body, completion_id)
+    job, answer_format = await asyncio.to_thread(make_job, state, body, completion_id)
     request.state.ticket.extend(job.params.n, "n")
     head = {
         "id": completion_id,
@@ -43,75 +46,132 @@ async def create_chat_completion(
         "created": int(time.time()),
         "model": model,
     }
+    answer = _Answer(state, body, job, answer_format)
     if body.stream:
-        chunks = _chunks(state, job, answer, head, body)
-        return EventStream(chunks, request.state.request_id)
-    outputs = await collect_outputs(state, [job], request)
-    choices = [_choice(state, body, answer, output) for output in outputs]
-    more = prompt_fields(state.engine.tokenizer, body, outputs[0])
-    return JSONResponse({**head, "choices": choices, "usage": usage_of([job], outputs), **more})
+        return EventStream(answer.chunks(head), request.state.request_id)
+    return JSONResponse({**head, **await unless_gone(request, answer.whole())})
 
 
-def _choice(
-    state: ServerState, body: ChatCompletionRequest, answer: AnswerFormat, output: RequestOutput
-) -> dict[str, Any]:
-    """One choice of a whole answer."""
-    tokenizer, scores = state.engine.tokenizer, output.logprobs
-    parts = ChoiceParts(answer)
-    choice = {
-        "index": output.index,
-        "message": parts.message(output.text),
-        "logprobs": None if scores is None else chat_logprobs(tokenizer, scores),
-        "finish_reason": parts.finish_reason(output.finish_reason),
-        **topk_fields(tokenizer, output),
-    }
-    return {**choice, "token_ids": output.token_ids} if body.return_token_ids else choice
+class _Answer:
+    """The answer to one request, whole or in chunks.
 
+    Args:
+        state: of the server.
+        body: of the request.
+        job: its prompt.
+        answer_format: how its choices are read.
+    """
 
-async def _chunks(
-    state: ServerState,
-    job: Job,
-    answer: AnswerFormat,
-    head: dict[str, Any],
-    body: ChatCompletionRequest,
-) -> AsyncGenerator[dict[str, Any], None]:
-    """The chunks of a streamed answer: roles, parts, finish reasons, and usage if asked for."""
+    def __init__(
+        self,
+        state: ServerState,
+        body: ChatCompletionRequest,
+        job: Job,
+        answer_format: AnswerFormat,
+    ) -> None:
+        self._state = state
+        self._body = body
+        self._job = job
+        self._choices = [
+            Choice(
+                answer_format,
+                one_call=body.one_call,
+                shows_reasoning=body.include_reasoning is not False,
+                at_once=not body.stream,
+            )
+            for _ in range(job.params.n)
+        ]
 
-    def chunk(index: int, delta: dict[str, Any], **fields: Any) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return with_usage({**head, "choices": [{**choice, **fields}]}, body.include_usage)
+    async def whole(self) -> dict[str, Any]:
+        """Choices, usage and what is told of the prompt."""
+        events: list[list[Event]] = [[] for _ in self._choices]
+        token_ids: list[list[int]] = [[] for _ in self._choices]
+        scores: list[list[TokenLogprobs]] = [[] for _ in self._choices]
+        last: dict[int, RequestOutput] = {}
+        async with contextlib.aclosing(self._steps()) as steps:
+            async for output, new_events in steps:
+                choice, index = self._choices[output.index], output.index
+                events[index] += new_events
+                token_ids[index] += choice.new_token_ids
+                scores[index] += choice.new_scores
+                last[index] = output
+        shown = []
+        for index, choice in enumerate(self._choices):
+            fields = {
+                "index": index,
+                "message": message_of(events[index]),
+                "logprobs": self._scores(scores[index]),
+                **self._end(choice, last[index]),
+            }
+            if self._body.return_token_ids:
+                fields["token_ids"] = token_ids[index]
+            shown.append(fields)
+        more = prompt_fields(self._state.engine.tokenizer, self._body, last[0])
+        return {"choices": shown, "usage": self._usage(), **more}
 
-    more = {"prompt_token_ids": job.prompt_token_ids} if body.return_token_ids else {}
-    for index in range(job.params.n):
-        yield {**chunk(index, {"role": "assistant", "content": ""}), **more}
-    parts = [ChoiceParts(answer) for _ in range(job.params.n)]
-    last = {}
-    async with contextlib.aclosing(stream_outputs(state, [job])) as outputs:
-        async for _, output in outputs:
-            last[output.index] = output
-            part, reason = parts[output.index], output.finish_reason
-            deltas = list(part.deltas(output.new_text, is_last=reason is not None))
-            fields = _token_fields(state, body, output)
-            if fields and not deltas:
-                # tokens whose text is held back are scored when they come
-                deltas = [{}]
-            for delta in deltas:
-                yield chunk(output.index, delta, **fields)
-                fields = {}
-            if reason is not None:
-                shown = topk_fields(state.engine.tokenizer, output)
-                yield chunk(output.index, {}, finish_reason=part.finish_reason(reason), **shown)
-    if body.include_usage:
-        yield {**head, "choices": [], "usage": usage_of([job], list(last.values()))}
+    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Roles, parts, finish reasons, and usage if asked for."""
+        body = self._body
 
+        def chunk(index: int, delta: dict[str, Any], **fields: Any) -> dict[str, Any]:
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            return with_usage({**head, "choices": [{**choice, **fields}]}, body.include_usage)
 
-def _token_fields(
-    state: ServerState, body: ChatCompletionRequest, output: RequestOutput
-) -> dict[str, Any]:
-    """What a chunk tells of its tokens, where asked for."""
-    fields: dict[str, Any] = {}
-    if output.new_logprobs:
-        fields["logprobs"] = chat_logprobs(state.engine.tokenizer, output.new_logprobs)
-    if body.return_token_ids:
-        fields["token_ids"] = output.new_token_ids
-    return fields
+        more = {"prompt_token_ids": self._job.prompt_token_ids} if body.return_token_ids else {}
+        for index in range(len(self._choices)):
+            yield {**chunk(index, {"role": "assistant", "content": ""}), **more}
+        async with contextlib.aclosing(self._steps()) as steps:
+            async for output, events in steps:
+                choice, index = self._choices[output.index], output.index
+                fields = self._token_fields(choice)
+                deltas = list(deltas_of(events))
+                if fields and not deltas:
+                    # tokens whose text is held back are scored when they come
+                    deltas = [{}]
+                for delta in deltas:
+                    yield chunk(index, delta, **fields)
+                    fields = {}
+                if output.finished:
+                    yield chunk(index, {}, **self._end(choice, output))
+        if body.include_usage:
+            yield {**head, "choices": [], "usage": self._usage()}
+
+    async def _steps(self) -> AsyncGenerator[tuple[RequestOutput, list[Event]], None]:
+        """Each output of the engine, and what it adds; complete choices are ended."""
+        engine = self._state.engine
+        async with contextlib.aclosing(stream_outputs(self._state, [self._job])) as outputs:
+            async for _, output in outputs:
+                choice = self._choices[output.index]
+                was_complete = choice.is_complete
+                events = choice.add(output)
+                if choice.is_complete and not (was_complete or output.finished):
+                    engine.finish_output(self._job.request_id, output.index)
+                yield output, events
+
+    def _end(self, choice: Choice, output: RequestOutput) -> dict[str, Any]:
+        """Why a choice has ended, and what is told with it."""
+        reason = choice.finish_reason(output.finish_reason)
+        return {
+            "finish_reason": reason,
+            **end_fields(self._state.engine.tokenizer, self._job, output),
+        }
+
+    def _token_fields(self, choice: Choice) -> dict[str, Any]:
+        """What a chunk tells of its tokens, where asked for."""
+        fields: dict[str, Any] = {}
+        if choice.new_scores:
+            fields["logprobs"] = self._scores(choice.new_scores)
+        if self._body.return_token_ids and choice.new_token_ids:
+            fields["token_ids"] = choice.new_token_ids
+        return fields
+
+    def _scores(self, entries: Any) -> dict[str, Any] | None:
+        """`logprobs` of a choice, None where they are not asked for."""
+        if self._job.params.logprobs is None:
+            return None
+        return chat_logprobs(self._state.engine.tokenizer, entries)
+
+    def _usage(self) -> dict[str, Any]:
+        """Token counts; of a choice that was complete before its end, those up to there."""
+        outputs = [choice.output for choice in self._choices if choice.output is not None]
+        return usage_of([self._job], outputs)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.chat.events import (
     ArgumentsDelta,
     ContentDelta,
@@ -13,58 +14,110 @@ from fd_dsa.chat.events import (
     ReasoningDelta,
     ToolCallEnd,
     ToolCallStart,
+    join_events,
 )
-from fd_dsa.serve.chat_prompt import AnswerFormat
+
+if TYPE_CHECKING:
+    from fd_dsa.engine.logprobs import TokenLogprobs
+    from fd_dsa.engine.output import RequestOutput
 
 
-class ChoiceParts:
-    """The parts of one choice, as they come.
+class Choice:
+    """One choice of an answer, while it comes.
 
     Args:
-        answer: how the answer is read.
+        answer: how it is read.
+        one_call: whether it ends behind its first call.
+        shows_reasoning: whether the reasoning is a part of the answer; its tokens and scores go
+            with it.
+        at_once: whether it may be read when it has ended, which costs less than step by step.
+
+    Attributes:
+        is_complete: nothing that the engine adds is shown any more.
+        output: the last one that is shown.
+        new_token_ids, new_scores: what the last step has shown.
     """
 
-    def __init__(self, answer: AnswerFormat) -> None:
+    def __init__(
+        self, answer: AnswerFormat, *, one_call: bool, shows_reasoning: bool, at_once: bool
+    ) -> None:
+        self.is_complete = False
+        self.output: RequestOutput | None = None
+        self.new_token_ids: Sequence[int] = ()
+        self.new_scores: Sequence[TokenLogprobs] = ()
         self._parser = answer.new_parser()
-        self._one_call = answer.one_call
+        self._one_call = one_call
+        self._shows_reasoning = shows_reasoning
+        self._at_once = at_once and shows_reasoning and not one_call
         self._has_calls = False
 
-    def deltas(self, text: str, *, is_last: bool) -> Iterator[dict[str, Any]]:
-        """Deltas that more text brings; at the end those of what was held back."""
-        events = self._parser.feed(text)
-        if is_last:
+    def add(self, output: RequestOutput) -> list[Event]:
+        """What a step adds to the answer."""
+        if self._at_once:
+            return self._add_whole(output) if output.finished else []
+        self.new_token_ids, self.new_scores = (), ()
+        if self.is_complete:
+            return []
+        self.output = output
+        was_reasoning = self._parser.is_reasoning
+        events = self._parser.feed(output.new_text)
+        if output.finished:
             events += self._parser.finish()
-        return self._deltas(events)
+        if self._shows_reasoning or not (was_reasoning or self._parser.is_reasoning):
+            self.new_token_ids, self.new_scores = output.new_token_ids, output.new_logprobs
+        return list(self._shown(events))
 
-    def message(self, text: str) -> dict[str, Any]:
-        """The message of a whole answer."""
-        message: dict[str, Any] = {"role": "assistant", "content": None}
-        for delta in self.deltas(text, is_last=True):
-            for name in ("content", "reasoning_content"):
-                if name in delta:
-                    message[name] = (message.get(name) or "") + delta[name]
-            for call in delta.get("tool_calls", ()):
-                _add_call(message.setdefault("tool_calls", []), call)
-        if message["content"] is None and not self._has_calls:
-            message["content"] = ""
-        return message
+    def _add_whole(self, output: RequestOutput) -> list[Event]:
+        """The answer in its last state."""
+        self.output = output
+        self.new_token_ids, self.new_scores = output.token_ids, output.logprobs or ()
+        return list(self._shown(self._parser.read(output.text)))
 
     def finish_reason(self, reason: str | None) -> str | None:
         """The engine's reason, "tool_calls" where a model that stopped had called."""
-        return "tool_calls" if reason == "stop" and self._has_calls else reason
+        is_called = self._has_calls and reason == "stop"
+        return "tool_calls" if is_called or self.is_complete else reason
 
-    def _deltas(self, events: Iterable[Event]) -> Iterator[dict[str, Any]]:
-        """Events in the form of the API."""
+    def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
+        """The events that belong to the answer."""
         for event in events:
-            if isinstance(event, ContentDelta):
-                yield {"content": event.text}
-            elif isinstance(event, ReasoningDelta):
-                yield {"reasoning_content": event.text}
-            elif isinstance(event, ToolCallEnd) or (event.index and self._one_call):
-                continue
-            else:
-                self._has_calls = True
-                yield {"tool_calls": [_call_delta(event)]}
+            self._has_calls = self._has_calls or isinstance(event, ToolCallStart)
+            if self._shows_reasoning or not isinstance(event, ReasoningDelta):
+                yield event
+            if self._one_call and isinstance(event, ToolCallEnd):
+                self.is_complete = True
+                return
+
+
+def message_of(events: Iterable[Event]) -> dict[str, Any]:
+    """The message of a whole answer."""
+    joined = join_events(events)
+    message: dict[str, Any] = {"role": "assistant", "content": joined.content or None}
+    if joined.reasoning:
+        message["reasoning_content"] = joined.reasoning
+    if joined.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": _new_call_id(),
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in joined.tool_calls
+        ]
+    elif not joined.content:
+        message["content"] = ""
+    return message
+
+
+def deltas_of(events: Iterable[Event]) -> Iterator[dict[str, Any]]:
+    """The deltas of a streamed answer."""
+    for event in events:
+        if isinstance(event, ContentDelta):
+            yield {"content": event.text}
+        elif isinstance(event, ReasoningDelta):
+            yield {"reasoning_content": event.text}
+        elif not isinstance(event, ToolCallEnd):
+            yield {"tool_calls": [_call_delta(event)]}
 
 
 def _call_delta(event: ToolCallStart | ArgumentsDelta) -> dict[str, Any]:
@@ -73,15 +126,12 @@ def _call_delta(event: ToolCallStart | ArgumentsDelta) -> dict[str, Any]:
         return {"index": event.index, "function": {"arguments": event.text}}
     return {
         "index": event.index,
-        "id": f"call_{uuid.uuid4().hex[:24]}",
+        "id": _new_call_id(),
         "type": "function",
         "function": {"name": event.name, "arguments": ""},
     }
 
 
-def _add_call(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
-    """Add a delta to the calls of a whole message."""
-    if "id" in delta:
-        calls.append({key: value for key, value in delta.items() if key != "index"})
-    else:
-        calls[delta["index"]]["function"]["arguments"] += delta["function"]["arguments"]
+def _new_call_id() -> str:
+    """An id as `call_3f2a...`, new in every call."""
+    return f"call_{uuid.uuid4().hex[:24]}"

@@ -6,11 +6,10 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
+from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.chat.grammar import forced_calls_grammar, json_behind_reasoning_grammar
-from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, OutputParser, ToolFormat
+from fd_dsa.chat.parser import THINK_END, ToolFormat
 from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning, opens_reasoning
 from fd_dsa.chat.renderers import ChatRenderer
 from fd_dsa.chat.template import ChatTemplate
@@ -23,35 +22,6 @@ from fd_dsa.serve.protocol import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
 _CACHED_TEMPLATES = 16
-
-
-@dataclass(frozen=True)
-class AnswerFormat:
-    """How answers to one request are read.
-
-    Attributes:
-        has_reasoning: whether <think>...</think> is split off.
-        in_reasoning: the prompt has opened the reasoning.
-        tool_format: how calls are written; None where none are looked for.
-        schemas: name of each tool -> JSON schema of its arguments.
-        one_call: whether an answer shows one call at most.
-    """
-
-    has_reasoning: bool
-    in_reasoning: bool
-    tool_format: ToolFormat | None
-    schemas: dict[str, Any]
-    one_call: bool
-
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """Texts that the parser must see."""
-        thinking = (THINK_BEGIN, THINK_END) if self.has_reasoning else ()
-        return (*thinking, *(self.tool_format.markers if self.tool_format else ()))
-
-    def new_parser(self) -> OutputParser:
-        """A parser for one answer."""
-        return OutputParser(self.has_reasoning, self.tool_format, self.schemas, self.in_reasoning)
 
 
 def make_job(
@@ -74,12 +44,12 @@ def make_job(
         ),
         tool_format=tool_format,
         schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
-        one_call=body.parallel_tool_calls is False or body.choice.mode == "named",
     )
+    _check_reasoning(body, answer)
     prompt = _encode(state, text)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
-    max_tokens = resolve_max_tokens(state, len(prompt), asked, param=param)
+    max_tokens = resolve_max_tokens(state, len(prompt), asked, param=param, source="messages")
     params = body.sampling_params(max_tokens, state.engine.sampling_defaults)
     special_ids = tokenizer.special_ids_of(answer.markers)
     params = dataclasses.replace(
@@ -92,6 +62,17 @@ def make_job(
     job = Job(request_id, prompt, params)
     check_jobs(state, [job], "messages")
     return job, answer
+
+
+def _check_reasoning(body: ChatCompletionRequest, answer: AnswerFormat) -> None:
+    """Refuse to leave out a reasoning that is not told from the content."""
+    if body.include_reasoning is False and answer.in_reasoning and not answer.has_reasoning:
+        raise ApiError(
+            400,
+            "include_reasoning: false, but the server was started with --reasoning-parser none and "
+            "cannot tell the reasoning; switch it off by reasoning_effort",
+            param="include_reasoning",
+        )
 
 
 def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list[int]:
@@ -177,7 +158,7 @@ def _render(renderer: ChatRenderer, body: ChatCompletionRequest) -> str:
             begins,
             tools=[tool.model_dump(exclude_unset=True) for tool in offered],
             continue_final_message=goes_on,
-            **(body.chat_template_kwargs or {}),
+            **body.template_variables,
         )
     except ValueError as error:
         of_kwargs = request_error(error, ("chat_template_kwargs",))
@@ -204,7 +185,6 @@ def _form(
         special_ids: of markers.
         think_end_id: of the end of reasoning where that is one token.
     """
-    in_reasoning = answer.has_reasoning and answer.in_reasoning
     if body.choice.mode in ("required", "named"):
         if asked is not None:
             raise ApiError(
@@ -214,7 +194,7 @@ def _form(
                 param=asked.source,
             )
         return _forced_calls(body, answer, special_ids)
-    if asked is None or not in_reasoning:
+    if asked is None or not answer.begins_in_reasoning:
         return asked
     if think_end_id is not None:
         return dataclasses.replace(asked, after_token_id=think_end_id)
@@ -251,11 +231,11 @@ def _forced_calls(
     grammar = forced_calls_grammar(
         answer.tool_format.name,
         answer.schemas if name is None else {name: answer.schemas[name]},
-        several=not answer.one_call,
-        in_reasoning=answer.has_reasoning and answer.in_reasoning,
+        several=not body.one_call,
+        in_reasoning=answer.begins_in_reasoning,
         special_ids=special_ids,
     )
-    return _grammar(grammar, "tool_choice")
+    return _grammar(grammar, "tools")
 
 
 def _grammar(text: str, source: str) -> StructuredOutputsParams:

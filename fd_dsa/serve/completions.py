@@ -21,7 +21,7 @@ from fd_dsa.serve.generation import (
 )
 from fd_dsa.serve.logprobs import completion_logprobs
 from fd_dsa.serve.protocol import CompletionRequest
-from fd_dsa.serve.responses import new_id, prompt_fields, topk_fields, usage_of, with_usage
+from fd_dsa.serve.responses import end_fields, new_id, prompt_fields, usage_of, with_usage
 from fd_dsa.serve.sse import EventStream
 from fd_dsa.serve.state import ServerState, State
 
@@ -124,15 +124,15 @@ class _Choices:
 
     def whole(self, index: int, output: RequestOutput) -> dict[str, Any]:
         """A finished choice."""
-        echo = self._echoes[index // self._jobs[0].params.n]
+        job_index = index // self._jobs[0].params.n
+        echo = self._echoes[job_index]
         is_shown = not self.body.only_echo
         choice = {
             "index": index,
             "text": echo + output.text * is_shown,
             "logprobs": self._scores(output, output.logprobs, echo, is_first=True),
-            "finish_reason": output.finish_reason if is_shown else "length",
+            **self._end(job_index, output),
             **prompt_fields(self._tokenizer, self.body, output),
-            **topk_fields(self._tokenizer, output),
         }
         if self.body.return_token_ids:
             choice["token_ids"] = output.token_ids if is_shown else []
@@ -151,14 +151,22 @@ class _Choices:
             "index": job_index * self._jobs[0].params.n + output.index,
             "text": text,
             "logprobs": scores if scores and scores["tokens"] else None,
-            "finish_reason": output.finish_reason,
-            **topk_fields(self._tokenizer, output),
+            **self._end(job_index, output),
         }
         if self.body.return_token_ids:
             choice["token_ids"] = [] if self.body.only_echo else output.new_token_ids
             if is_first:
                 choice["prompt_token_ids"] = output.prompt_token_ids
         return choice
+
+    def _end(self, job_index: int, output: RequestOutput) -> dict[str, Any]:
+        """Why a choice has ended, None while it has not, and what is told with it."""
+        if not output.finished:
+            return {"finish_reason": None}
+        if self.body.only_echo:
+            return {"finish_reason": "length", "stop_reason": None}
+        more = end_fields(self._tokenizer, self._jobs[job_index], output)
+        return {"finish_reason": output.finish_reason, **more}
 
     def usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """Token counts; a prompt that is the whole answer has no output."""

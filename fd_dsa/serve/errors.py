@@ -23,6 +23,22 @@ from fd_dsa.errors import FdDsaError
 # pydantic error type of our own validators: their message is complete as it is
 CUSTOM_ERROR = "fd_dsa"
 _SHOWN_INPUT_CHARS = 60
+# pydantic's types of errors in our words: its own tell of classes and of validation
+_RULES = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_type": "an integer",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_attributes_type": "an object",
+    "model_type": "an object",
+    "string_too_short": "a text of {min_length} characters or more",
+    "string_type": "a string",
+    "string_unicode": "valid Unicode",
+    "too_short": "a list with {min_length} entry or more",
+}
 _TYPES = {
     401: "authentication_error",
     429: "rate_limit_error",
@@ -157,7 +173,21 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
         allowed = headers.get("allow") or headers.get("Allow") or "another method"
         message = f"method {request.method} is not allowed on {path}; use {allowed}"
         return ApiError(405, message, headers=headers)
+    if error.status_code == 400 and error.__cause__ is not None:
+        return ApiError(400, _unreadable(error.__cause__))
     return ApiError(error.status_code, str(error.detail), headers=headers)
+
+
+def _unreadable(error: BaseException) -> str:
+    """Why FastAPI could not make anything of a body."""
+    if isinstance(error, UnicodeDecodeError):
+        return (
+            f"body is not text: byte {error.start} is no {error.encoding}; send JSON in UTF-8, and "
+            "without a Content-Encoding"
+        )
+    if isinstance(error, RecursionError):
+        return "body nests too deeply; send a request that is flatter"
+    return f"body cannot be read: {str(error).partition(';')[0].lower()}"
 
 
 def _scope(path: str) -> str:
@@ -182,8 +212,8 @@ def _from_validation(request: Request, error: RequestValidationError) -> ApiErro
         return ApiError(400, f"{param}: {first['msg']}", param=param)
     if first["type"] == "missing":
         return ApiError(400, f"{param}: is missing; the field is required", param=param)
-    rule = first["msg"][:1].lower() + first["msg"][1:]
-    return ApiError(400, f"{param}: got {show(first.get('input'))}; {rule}", param=param)
+    rule = _RULES.get(first["type"], "another value").format_map(first.get("ctx", {}))
+    return ApiError(400, f"{param}: got {show(first.get('input'))}; allowed is {rule}", param=param)
 
 
 def _not_an_object(request: Request, first: Mapping[str, Any]) -> str:

@@ -56,6 +56,7 @@ def resolve_max_tokens(
     *,
     default: int | None = None,
     param: str = "max_tokens",
+    source: str = "prompt",
 ) -> int:
     """Most tokens to generate: what was asked for, or what the context has left.
 
@@ -65,19 +66,21 @@ def resolve_max_tokens(
         asked: as requested, or None.
         default: upper bound where nothing was asked for.
         param: name of the request's field, for the message.
+        source: the field that the prompt comes from.
 
     Raises:
         ApiError: 400, the prompt is empty, or it does not fit together with its output.
     """
     limit = state.engine.max_model_len
     if num_prompt_tokens == 0:
-        raise ApiError(400, "prompt: has no tokens; send at least one", param="prompt")
+        raise ApiError(400, f"{source}: has no tokens; send at least one", param=source)
     longest = limit - num_prompt_tokens
     if longest < 1:
         raise ApiError(
             400,
             f"prompt has {num_prompt_tokens} tokens, max_model_len is {limit} and the output "
             "needs at least 1; shorten the prompt or start with a larger --max-model-len",
+            param=source,
             code="context_length_exceeded",
         )
     if asked is None:
@@ -106,7 +109,7 @@ def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> None:
         try:
             state.engine.validate(job.prompt_token_ids, job.params)
         except ValueError as error:
-            refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tool_choice"))
+            refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tools"))
             if refusal.param is None:
                 refusal = ApiError(400, f"{param}: {error}", param=param)
             raise refusal from error
@@ -197,11 +200,15 @@ async def collect_outputs(
                 last[job_index, output.index] = output
         return [last[key] for key in sorted(last)]
 
-    return await _unless_gone(request, collect())
+    return await unless_gone(request, collect())
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of `work`, which is cancelled when the client goes away."""
+async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is cancelled when the client goes away.
+
+    Raises:
+        ClientGone: the client closed the connection.
+    """
 
     async def wait_until_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

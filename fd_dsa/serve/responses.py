@@ -42,13 +42,23 @@ def with_usage(chunk: dict[str, Any], include_usage: bool) -> dict[str, Any]:
     return {**chunk, "usage": None} if include_usage else chunk
 
 
-def topk_fields(tokenizer: Tokenizer, output: RequestOutput) -> dict[str, Any]:
-    """`topk_positions` of a choice: at its end, where asked for.
+def end_fields(tokenizer: Tokenizer, job: Job, output: RequestOutput) -> dict[str, Any]:
+    """What a choice tells at its end beside its reason: `stop_reason`, `topk_positions`.
 
     Args:
-        tokenizer: for the texts of the tokens.
-        output: of the choice.
+        tokenizer: for the texts of tokens.
+        job: that the choice belongs to.
+        output: its last one.
     """
+    stop: str | int | None = output.stop_reason
+    # as in vLLM: an end of sequence that nobody asked to stop at is no reason to name
+    if isinstance(stop, int) and stop not in (job.params.stop_token_ids or ()):
+        stop = None
+    return {"stop_reason": stop, **_topk_fields(tokenizer, output)}
+
+
+def _topk_fields(tokenizer: Tokenizer, output: RequestOutput) -> dict[str, Any]:
+    """`topk_positions` of a choice, where asked for."""
     chosen = output.topk_positions
     if chosen is None:
         return {}

@@ -3,13 +3,19 @@
 * its host copy of the arguments uses torch's storages: other tensors are taken as they are;
 * `range` with a bound known only at run time fails from NumPy 2.4 on (Triton up to 3.8);
 * `tl.dot` multiplies the raw 16-bit patterns of bfloat16 operands.
+
+It also puts its own functions in the place of the language's at every call of a device function,
+of which `tl.sum` and `tl.zeros` are two: most of the time of many kernels. Here a launch does that
+once.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +25,8 @@ import triton.language as tl
 # the interpreter keeps its state (program ids, patched language) in module globals
 _LOCK = threading.RLock()
 _repaired = False
+# modules of the language that the launch in progress has made the interpreter's; None between two
+_patched: set[str] | None = None
 
 
 def run(fn: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
@@ -29,15 +37,20 @@ def run(fn: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
         grid: one to three numbers of programs.
         arguments: value of every parameter; tensors are read and written at `data_ptr()`.
     """
+    global _patched
     with _LOCK, warnings.catch_warnings():
         # NumPy's remark on the largest of nothing but NaN, such as padding may hold
         warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
         repair()
-        fn.run(*arguments.values(), grid=grid, warmup=False)
+        _patched = set()
+        try:
+            fn.run(*arguments.values(), grid=grid, warmup=False)
+        finally:
+            _patched = None
 
 
 def repair() -> None:
-    """Make the three repairs, once a process."""
+    """Make the three repairs and spare the repeated work, once a process."""
     global _repaired
     with _LOCK:
         if _repaired:
@@ -51,7 +64,31 @@ def repair() -> None:
         ):
             if fails(interpreter):
                 patch(interpreter)
+        _patch_once_a_launch(interpreter)
         _repaired = True
+
+
+def _patch_once_a_launch(interpreter: Any) -> None:
+    """Leave out what a launch has already put in place of the language's functions."""
+    original = interpreter._patch_lang
+
+    @cache
+    def languages(fn: Any) -> frozenset[str]:
+        """Modules of the language that a function sees, which are what is patched for it."""
+        seen = (value for value in fn.__globals__.values() if inspect.ismodule(value))
+        return frozenset(module.__name__ for module in seen if module in (tl, tl.core))
+
+    def patch_lang(fn: Any) -> Any:
+        if _patched is None:
+            return original(fn)
+        wanted = languages(fn)
+        # a function that sees none is refused by the original
+        if wanted and wanted <= _patched:
+            return None
+        _patched.update(wanted)
+        return original(fn)
+
+    interpreter._patch_lang = patch_lang
 
 
 class _PlainTensor:

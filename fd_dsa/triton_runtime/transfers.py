@@ -373,3 +373,20 @@ def on_host(tensor: Any, like: np.ndarray) -> np.ndarray:
     done.record()
     done.wait()
     return array
+
+
+def uploaded(allocate: Callable[..., Any], array: np.ndarray, dtype: str = "") -> Any:
+    """A tensor with the values of an array, which are there when this returns.
+
+    Args:
+        allocate: makes a tensor of a shape and dtype on a device.
+        array: contiguous or not.
+        dtype: of the tensor, as wide as that of the array; "": the same.
+    """
+    tensor = allocate(array.shape, dtype or str(array.dtype))
+    transfers = transfers_for(tensor)
+    transfers.to_device(tensor, np.ascontiguousarray(array))
+    done = transfers.event()
+    done.record()
+    done.wait()
+    return tensor

@@ -278,7 +278,7 @@ def test_the_log_of_its_own_server_is_named_when_that_goes_away(
 
         @contextmanager
         def own_server(model: str | None, flags: Any, log: Path) -> Iterator[OwnServer]:
-            yield OwnServer(failing.base_url, ("python", model or "", *flags), log)
+            yield OwnServer(failing.base_url, ("python", model or "", *flags), log, 0)
 
         monkeypatch.setattr(run, "own_server", own_server)
         flags = ["--answers-only", "--subset", "3", "--out", str(tmp_path)]

@@ -167,3 +167,14 @@ def test_budgets_as_shipped(dtype: str) -> None:
     edges = {t for start, end in spans(plan.score_tiles) for t in (start, end - 1)}
     sample = sorted(edges | set(range(0, batch.num_tokens, 97)))
     world.check(rows, world.run(rows), only=sample)
+
+
+def test_tiles_of_a_long_prompt_share_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets(monkeypatch, _SCORE_TILE_VALUES=1)
+    plan = plan_of([(20, 0, 20), (20, 50, 20)], 8, 3, 2)
+    for start, length in ((0, 20), (20, 70)):
+        tiles = [t for t in plan.score_tiles if start <= t.tokens.start < start + 20]
+        assert len(tiles) > 2
+        for tile in tiles:
+            assert tile.key_slots is tiles[0].key_slots and len(tile.key_slots) == length
+            assert tile.key_position is tiles[0].key_position

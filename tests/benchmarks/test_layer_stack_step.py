@@ -34,7 +34,7 @@ class HostMemory:
 
 @pytest.fixture
 def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Inputs, weights and backends of two layers."""
+    """Inputs, weights and the backend of two layers."""
     from fd_dsa.ops import _provider, _third_party
     from fd_dsa.triton_runtime import INTERPRETING, device
 
@@ -48,7 +48,6 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(_third_party, "_told", set())
     from benchmarks import _gpu, _logits_sides, _sparse_mla_sides, _stack, _stack_peers, providers
     from benchmarks._layer import Sizes
-    from benchmarks._stack_backends import backends
     from benchmarks._stack_shapes import Shape
 
     for module in (_logits_sides, _sparse_mla_sides, providers):
@@ -64,14 +63,14 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     pool = _stack.Pool(3 * shape.cache_blocks)
     given = _stack.Given(shape, sizes, pool, "cpu")
     weights = _stack.weights_of(sizes, "cpu")
-    return SimpleNamespace(given=given, weights=weights, backends=backends(sizes, "cpu"))
+    backend = _stack.backend_of(sizes, "cpu")
+    return SimpleNamespace(given=given, weights=weights, backend=backend)
 
 
 def test_sides_give_the_same_bytes(stack: Any) -> None:
     from benchmarks._stack import Everything, Stack, plain_check
-    from benchmarks._stack_shapes import OURS
 
-    given, backend = stack.given, stack.backends[OURS]
+    given, backend = stack.given, stack.backend
     ours = Stack(given, stack.weights, backend)
     found = ours.package_alone(ours.products(), layers=1)
     checked = plain_check(given, *found, backend.query_buffers(ROWS))
@@ -86,19 +85,6 @@ def test_sides_give_the_same_bytes(stack: Any) -> None:
     Everything(given, stack.weights, backend).step()
     assert torch.equal(given.out, wanted) and wanted.abs().max() > 0
     assert backend.builder.num_builds == steps + 1
-
-
-def test_the_package_serves_with_one_of_two_backends(stack: Any) -> None:
-    from benchmarks._stack_backends import OnTensorCores, holds
-    from benchmarks._stack_shapes import DEFAULTS, OURS
-    from fd_dsa.attention.device_tiles import TileScores
-    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
-
-    kinds = TileScores, TensorCoreAttention
-    assert all(holds(stack.backends[OURS].attention, kind) for kind in kinds)
-    if DEFAULTS in stack.backends:
-        assert isinstance(stack.backends[OURS].attention, OnTensorCores)
-        assert not all(holds(stack.backends[DEFAULTS].attention, kind) for kind in kinds)
 
 
 class Peers:
@@ -171,7 +157,6 @@ class TopK:
 def test_peers_fit_together(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import _peers, _stack_peers
     from benchmarks._stack import plain_check
-    from benchmarks._stack_shapes import OURS
 
     peers, given = Peers(), stack.given
     monkeypatch.setattr(_peers, "vllm_cache_ops", lambda folder: peers)
@@ -180,7 +165,7 @@ def test_peers_fit_together(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_stack_peers, "_deep_gemm", lambda folder: peers)
     monkeypatch.setattr(_stack_peers, "Sides", TopK)
     monkeypatch.setattr(_stack_peers, "fastest", lambda sides: next(iter(sides)))
-    side = _stack_peers.PeerStack(given, stack.weights, stack.backends[OURS], None)
+    side = _stack_peers.PeerStack(given, stack.weights, stack.backend, None)
     assert side.made_by == {"top-k": "some", "attention": "a build"}
     checked = plain_check(given, *side.first_layer())
     assert checked["recall"] > 0.99 and checked["attention"] < 1e-2
@@ -194,7 +179,6 @@ def test_peers_fit_together(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_peers_that_are_not_there(stack: Any) -> None:
     from benchmarks._stack_peers import PeerStack
-    from benchmarks._stack_shapes import OURS
 
     with pytest.raises(LookupError, match="vLLM"):
-        PeerStack(stack.given, stack.weights, stack.backends[OURS], None)
+        PeerStack(stack.given, stack.weights, stack.backend, None)

@@ -117,7 +117,7 @@ def test_the_last_message_can_be_continued() -> None:
         ((HI, CALLING, *RESULTS, RESULTS[0]), {}, r"messages\[4\] .* has 2 calls"),
         ((HI,), {"thinking": True, "enable_thinking": False}, "differ"),
         ((HI,), {"thinking": "yes"}, "thinking is 'yes'"),
-        ((HI,), {"reasoning_effort": "high"}, "chat_template_kwargs: has 'reasoning_effort'"),
+        ((HI,), {"effort": "high"}, "chat_template_kwargs: has 'effort'"),
     ],
 )
 def test_conversations_that_the_model_does_not_know(

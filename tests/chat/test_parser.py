@@ -88,10 +88,11 @@ def test_cut_off_at_every_character(recorded: Recorded) -> None:
         assert in_pieces(one, list(text)) == whole
         for call, full in zip(whole.tool_calls, recorded.message.tool_calls, strict=False):
             assert call.name == full.name
-            # half a marker may hang behind
-            said = call.arguments if full.arguments.startswith(call.arguments) else None
-            said = call.arguments.rpartition("<")[0] if said is None else said
-            assert full.arguments.startswith(said)
+            assert full.arguments.startswith(call.arguments)
+        if whole.tool_calls:
+            # GLM's calls stand alone, so half a marker behind one may still be text
+            behind = whole.content.removeprefix(recorded.message.content)
+            assert "<tool_call>".startswith(behind)
 
 
 @settings(max_examples=300, deadline=None)
@@ -162,6 +163,7 @@ def test_without_a_format_markup_is_text() -> None:
 
 _INVOKE = '<｜DSML｜invoke name="f">'
 _PARAMETER = '<｜DSML｜parameter name="k" string="false">'
+_V31_CALL = "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
 _DSML_END = "</｜DSML｜invoke></｜DSML｜function_calls>"
 
 
@@ -203,7 +205,14 @@ _DSML_END = "</｜DSML｜invoke></｜DSML｜function_calls>"
         ),
         (V32, f"<｜DSML｜function_calls>{_INVOKE}</｜DSML｜function_calls>", "", "{}"),
         (GLM, "<tool_call>f<arg_key>k</arg_key>v</tool_call>", "<arg_key>k</arg_key>v", "{}"),
-        (GLM, "<tool_call>f<arg_key>k", "<arg_key>k", ""),
+        # cut off inside of a call, or inside of a further one: no markup is content
+        (V32, f'<｜DSML｜function_calls>{_INVOKE}<｜DSML｜parameter name="k', "", ""),
+        (V32, f"<｜DSML｜function_calls>{_INVOKE}</｜DSML｜invoke>\n<｜DSML｜inv", "", "{}"),
+        (V32, f'<｜DSML｜function_calls>{_INVOKE}</｜DSML｜invoke>{_INVOKE[:-3]}', "", "{}"),
+        (V31, f"{_V31_CALL}<｜tool▁ca", "", "{}"),
+        (V31, f"{_V31_CALL}<｜tool▁call▁begin｜>g", "", "{}"),
+        (GLM, "<tool_call>f<arg_key>k", "", ""),
+        (GLM, "<tool_call>f</tool_call>\n<tool_call>g", "", "{}"),
         (GLM, "<tool_call>f</tool_call> \n then", "then", "{}"),
     ],
 )  # fmt: skip

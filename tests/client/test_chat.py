@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pty
 import select
 import signal
 import subprocess
 import time
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import pytest
 
+from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
+from fd_dsa.chat.events import ContentDelta, Event, ReasoningDelta
+from fd_dsa.client.chat import Conversation, OwnPartner, ServerPartner
+from fd_dsa.config import demo_model_path
 from fd_dsa.serve.options import ServerOptions
 from tests.client.command import command, run
 from tests.serve.conftest import Live, running, wait_until
@@ -42,6 +48,57 @@ def test_lines_of_a_pipe_are_messages(tmp_path: Path) -> None:
         ]
         _, params = list(live.engine.requests.values())[-1]
         assert (params.temperature, params.seed, params.max_tokens) == (0.5, 3, 50)
+
+
+class Thinker:
+    """Reasons before it answers."""
+
+    name = "thinker"
+
+    def answer(self, messages: Sequence[dict[str, str]]) -> Generator[Event, None, None]:
+        """See Partner."""
+        yield from (ReasoningDelta("Let "), ReasoningDelta("me."), ContentDelta(str(len(messages))))
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_reasoning_is_shown_to_somebody_who_types_and_not_said_again(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["Hi", "And?", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    conversation = Conversation(Thinker(), None, is_terminal=is_terminal)
+    assert conversation.run() == 0
+    shown = capsys.readouterr()
+    assert shown.out == "1\n3\n"
+    assert shown.err.count("[reasoning] Let me.\n") == 2 * is_terminal
+    assert all(set(message) == {"role", "content"} for message in conversation._messages)
+
+
+def test_reasoning_of_a_server_is_told_from_the_content() -> None:
+    words = ("hm", "</think>", "Hello")
+    with running(FakeEngine(words=words, renderer=DeepseekV32Encoding())) as live:
+        fields = {"reasoning_effort": "high"}
+        partner = ServerPartner(live.url, None, fields)
+        hello = [{"role": "user", "content": "Hi"}]
+        assert list(partner.answer(hello)) == [ReasoningDelta("hm"), ContentDelta("Hello")]
+
+
+@pytest.mark.slow
+def test_reasoning_of_a_model_in_the_process_is_told_from_the_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in demo_model_path().iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    template = (
+        "{{ messages[-1].content }}{{ '<think>' if messages[0].content == 'a' }}{# </think> #}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    # it quiets the log of the process
+    monkeypatch.setattr(logging.getLogger("fd_dsa"), "level", logging.NOTSET)
+    partner = OwnPartner(str(tmp_path), {"max_tokens": 4})
+    for said, kind in (("a", ReasoningDelta), ("b", ContentDelta)):
+        events = list(partner.answer([{"role": "user", "content": said}]))
+        assert {type(event) for event in events} == {kind}
 
 
 def test_the_system_prompt_may_be_a_flag(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 // The C ABI of the kernels with host code behind it: what calls them is tested without a GPU.
 #include "position_ids.h"
-#include "sparse_mla_narrow.h"
-#include "sparse_mla_wide.h"
+#include "sparse_mla.h"
 #include "step_metadata.h"
 #include "topk.h"
 
@@ -27,32 +26,21 @@ extern "C" int fd_dsa_topk_bytes() { return static_cast<int>(sizeof(FdDsaTopk));
 
 extern "C" int fd_dsa_step_bytes() { return static_cast<int>(sizeof(FdDsaStep)); }
 
-extern "C" int fd_dsa_sparse_mla_narrow_bytes() {
-  return static_cast<int>(sizeof(FdDsaSparseMla));
+extern "C" int fd_dsa_sparse_mla_bytes() { return static_cast<int>(sizeof(FdDsaSparseMla)); }
+
+// Say what they were given by their answer: the caller's numbers are tested, not their result.
+extern "C" int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla* job, void*) {
+  const int32_t numbers[] = {job->num_tokens, job->num_heads, job->topk,
+                             job->num_slots,  job->is_fp8,    job->out_is_bfloat16,
+                             job->splits,     job->lse != nullptr};
+  auto* out = static_cast<float*>(job->out);
+  *out = job->softmax_scale;
+  for (int32_t number : numbers) *++out = static_cast<float>(number);
+  return 0;
 }
 
-// Says what it was given by its answer: the caller's numbers are tested, not their result.
-extern "C" int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla* job, void*) {
-  auto* out = static_cast<float*>(job->out);
-  out[0] = job->softmax_scale;
-  const int32_t numbers[] = {job->num_tokens, job->num_heads,       job->topk,
-                             job->num_slots,  job->out_is_bfloat16, job->splits};
-  for (int i = 0; i < 6; ++i) out[i + 1] = static_cast<float>(numbers[i]);
-  out[7] = job->lse == nullptr ? 0.0f : 1.0f;
-  return 0;
+extern "C" int fd_dsa_sparse_mla_wide_cuda(const FdDsaSparseMla* job, void* stream) {
+  return fd_dsa_sparse_mla_narrow_cuda(job, stream);
 }
 
 extern "C" const char* fd_dsa_cuda_error(int) { return "no CUDA here"; }
-
-extern "C" int fd_dsa_sparse_mla_wide_bytes() {
-  return static_cast<int>(sizeof(FdDsaSparseMlaWide));
-}
-
-extern "C" int fd_dsa_sparse_mla_wide_cuda(const FdDsaSparseMlaWide* job, void*) {
-  auto* out = static_cast<float*>(job->out);
-  out[0] = job->softmax_scale;
-  const int32_t numbers[] = {job->num_tokens, job->num_heads,       job->topk,  job->num_slots,
-                             job->is_fp8,     job->out_is_bfloat16, job->splits};
-  for (int i = 0; i < 7; ++i) out[i + 1] = static_cast<float>(numbers[i]);
-  return 0;
-}

@@ -47,6 +47,7 @@ def run(case: Case, form: int, splits: int) -> tuple[np.ndarray, np.ndarray]:
         len(case.latents),
         0,
         splits,
+        1,
     )
     assert library().sparse_mla_emulated(ctypes.byref(job), form) == 0
     return out, lse
@@ -106,3 +107,11 @@ def test_the_same_bits_in_any_order_of_threads() -> None:
 def test_few_tokens_are_split(tokens: int, topk: int, splits: int) -> None:
     assert library().sparse_mla_splits(tokens, topk, 132) == splits
     assert library().sparse_mla_splits(tokens, 0, 132) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_heads": 33}, {"is_fp8": 0}, {"splits": 17}, {"splits": -1}]
+)
+def test_what_the_launcher_refuses(change: dict[str, int]) -> None:
+    given = {"num_tokens": 1, "num_heads": 8, "is_fp8": 1} | change
+    assert library().sparse_mla_emulated(ctypes.byref(SparseMla(**given)), CHOSEN) != 0

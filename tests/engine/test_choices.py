@@ -136,6 +136,25 @@ def test_abort_ends_what_is_left_of_a_request():
     assert engine.abort_request("r") == []
 
 
+def test_one_output_is_ended_and_the_others_are_as_they_would_be():
+    engine = make_engine()
+    engine.add_request("r", PROMPT, params(n=3))
+    seen = []
+    while not any(output.index == 1 and len(output.token_ids) == 2 for output in seen):
+        seen += engine.step()
+    (ended,) = engine.finish_output("r", 1)
+    assert (ended.index, ended.finish_reason, ended.stop_reason) == (1, "stop", None)
+    assert ended.token_ids == tokens_of_seed(PROMPT, derive_seed(5, 1))[:2]
+    assert engine.finish_output("r", 1) == []
+    outputs = by_index(run_all(engine)["r"])
+    assert sorted(outputs) == [0, 2]
+    for index in (0, 2):
+        seed = derive_seed(5, index) if index else 5
+        assert outputs[index].token_ids == tokens_of_seed(PROMPT, seed)
+    assert engine.stats().num_used_blocks == 0
+    assert engine.finish_output("r", 0) == engine.finish_output("unknown", 0) == []
+
+
 def test_logits_that_are_not_finite_end_all_outputs():
     engine = make_engine()
     engine.runner.nan_after = PROMPT[-1]
@@ -159,6 +178,24 @@ def test_llm_gives_the_outputs_of_a_prompt_in_a_row():
         next(streamed)
         streamed.close()
         assert llm.stats().num_used_blocks == 0
+
+
+def test_the_async_engine_ends_one_output_and_its_iterator_goes_on():
+    async def collect(engine):
+        outputs = []
+        # long enough to be still running when the command comes
+        async for output in engine.generate(PROMPT, params(n=2, max_tokens=400), "r"):
+            if output.index == 1 and len(output.token_ids) == 3:
+                engine.finish_output("r", 1)
+            outputs.append(output)
+        return by_index(outputs)
+
+    engine = AsyncEngine(make_engine(max_model_len=512, num_blocks=256))
+    engine.start()
+    outputs = asyncio.run(collect(engine))
+    engine.stop()
+    assert [outputs[index].finish_reason for index in (0, 1)] == ["length", "stop"]
+    assert len(outputs[0].token_ids) == 400 > len(outputs[1].token_ids)
 
 
 def test_the_async_engine_ends_an_iterator_after_the_last_output():

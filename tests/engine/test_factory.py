@@ -38,9 +38,10 @@ def test_the_demo_model_proposes_greedy_decoding() -> None:
 
 
 def test_proposals_of_the_folder(tmp_path: Path) -> None:
-    folder = demo_folder(tmp_path / "model", temperature=0.6, top_p=0.95)
+    proposed = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1}
+    folder = demo_folder(tmp_path / "model", **proposed)
     engine = build_engine(EngineConfig(model=folder, max_model_len=256, max_num_seqs=2))
-    assert engine.sampling_defaults == {"temperature": 0.6, "top_p": 0.95}
+    assert engine.sampling_defaults == proposed
 
 
 def test_a_proposal_that_no_request_could_make(tmp_path: Path) -> None:

@@ -119,6 +119,45 @@ def test_chat_uses_the_template_and_fills_the_context():
     assert [*llm.chat(messages, GREEDY, stream=True)][-1].token_ids == several[0].token_ids
 
 
+def test_chat_hands_tools_and_variables_to_the_template():
+    source = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{{ letters }}"
+    source += "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'L' * add_generation_prompt }}"
+    plain = byte_tokenizer()
+    engine = make_engine()
+    engine.tokenizer = Tokenizer(plain._backend, plain.special_tokens, ChatTemplate(source, {}))
+    llm = LLM.from_engine(engine)
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+
+    def prompt(**kwargs):
+        return llm.chat(messages, GREEDY, **kwargs)[0].prompt_token_ids
+
+    tools = [{"type": "function", "function": {"name": "d"}}]
+    assert prompt(tools=tools) == plain.encode("dabcL")
+    assert prompt(chat_template_kwargs={"letters": "ee"}) == plain.encode("eeabcL")
+    assert prompt(continue_final_message=True) == plain.encode("abc")
+    with pytest.raises(ValueError, match="chat_template_kwargs has 'tools'"):
+        prompt(chat_template_kwargs={"tools": []})
+
+
+def test_special_marks_of_the_parts_of_an_answer_stay_in_its_text(monkeypatch):
+    backend = byte_tokenizer()._backend
+    call, end = "<｜tool▁calls▁begin｜>", "</think>"
+    backend.add_special_tokens([call, end, "<other>"])
+    ids = {text: backend.token_to_id(text) for text in (call, end)}
+    source = f"{{{{ messages[0].content }}}}{{# {call} {end} #}}"
+    engine = make_engine()
+    engine.tokenizer = Tokenizer(backend, {}, ChatTemplate(source, {}))
+    asked = []
+    monkeypatch.setattr(engine, "validate", lambda _, params: asked.append(params))
+    llm = LLM.from_engine(engine)
+    messages = [{"role": "user", "content": "ab"}]
+    given = SamplingParams(max_tokens=1, kept_special_token_ids=frozenset({7}))
+    llm.chat(messages, given)
+    llm.chat(messages, given, tools=[{"type": "function", "function": {"name": "d"}}])
+    kept = [params.kept_special_token_ids for params in asked]
+    assert kept == [{7, ids[end]}, {7, ids[end], ids[call]}]
+
+
 def test_chat_without_a_template_says_so(llm):
     llm.tokenizer.chat_renderer = None
     with pytest.raises(ValueError, match="no chat template"):

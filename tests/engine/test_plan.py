@@ -62,11 +62,16 @@ def test_a_tokenizer_of_another_folder(tmp_path: Path) -> None:
     assert plan.tokenizer.encode("Hello") and plan.describe()["tokenizer"] == str(demo_model_path())
 
 
-def test_a_tokenizer_with_more_tokens_than_embeddings(tmp_path: Path) -> None:
-    vocab = {f"t{i}": i for i in range(40_000)}
-    tokenizers.Tokenizer(models.WordLevel(vocab, "t0")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ConfigError, match=r"--tokenizer: .* has 40000 tokens, .*vocab_size is"):
-        make_plan(EngineConfig(device="cpu", tokenizer=tmp_path))
+def test_a_tokenizer_with_ids_beyond_the_embeddings(tmp_path: Path) -> None:
+    folder = folder_without(tmp_path, "tokenizer.json")
+    # two tokens, and a hole between them
+    foreign = tokenizers.Tokenizer(models.WordLevel({"t0": 0, "t1": 4096}, "t0"))
+    foreign.save(str(folder / "tokenizer.json"))
+    found = r"up to 4096, vocab_size of the model's config\.json is 4096; "
+    with pytest.raises(ConfigError, match=f"{found}it does not belong to this model"):
+        make_plan(EngineConfig(model=folder, device="cpu"))
+    with pytest.raises(ConfigError, match=f"{found}leave out --tokenizer"):
+        make_plan(EngineConfig(device="cpu", tokenizer=folder))
 
 
 def test_fewer_chosen_keys_make_more_tokens_sparse() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -247,30 +246,6 @@ def test_vocabulary_of_the_weights_does_not_fit(tmp_path: Path) -> None:
     tensors = random_tensors(TINY | {"vocab_size": 49})
     message = refusal(tmp_path, TINY, tensors)
     assert "expected shape [50, 32] (vocab_size is 50), found [49, 32]" in message
-
-
-@pytest.mark.parametrize(
-    "tokenizer",
-    [
-        {"model": {"vocab": {"a": 3, "b": 50}}},
-        {"model": {"vocab": [["a", -1.0]] * 51}},
-        {"model": {"vocab": {"a": 3}}, "added_tokens": [{"id": 50, "content": "<x>"}]},
-    ],
-)
-def test_vocabulary_of_the_tokenizer_does_not_fit(
-    tmp_path: Path, tokenizer: dict[str, Any]
-) -> None:
-    write_folder(tmp_path, TINY)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: .* vocab_size 50 .* found 50"):
-        check(tmp_path)
-
-
-@pytest.mark.parametrize("tokenizer", [{}, {"model": {"vocab": {"a": 49}}, "added_tokens": []}])
-def test_vocabulary_of_the_tokenizer_fits(tmp_path: Path, tokenizer: dict[str, Any]) -> None:
-    write_folder(tmp_path, TINY)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    check(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["F64", "I32", "F8_E5M2"])

@@ -10,7 +10,12 @@ import pytest
 
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.ops._host import Scratch
-from fd_dsa.ops.indexer_logits import PagedUnits, indexer_logits, paged_indexer_logits
+from fd_dsa.ops.indexer_logits import (
+    PagedUnits,
+    indexer_logits,
+    paddle_impl,
+    paged_indexer_logits,
+)
 from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.indexer import ref_score
 from tests.reference.topk import ref_slot
@@ -50,6 +55,23 @@ def test_scores_of_gathered_keys(dtype: str) -> None:
     found = indexer_logits(paddle.to_tensor(q), paddle.to_tensor(weights), cache, slots)
     wanted = [[ref_score(q[t], weights[t], key) for key in seen] for t in range(5)]
     assert_scores(found, np.array(wanted))
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 4 * 15 * 4, 1 << 20])
+def test_memory_for_scores_is_bounded_and_changes_none(
+    monkeypatch: pytest.MonkeyPatch, tile_bytes: int
+) -> None:
+    rng = np.random.default_rng(2)
+    q = paddle.to_tensor(rng.standard_normal((5, 3, 8)).astype(np.float32))
+    weights = paddle.to_tensor(rng.standard_normal((5, 3)).astype(np.float32))
+    cache = rng.standard_normal((4, 5, 8)).astype(np.float32)
+    slots = rng.permutation(20).astype(np.int64)
+    wanted = indexer_logits(q, weights, cache, slots).copy()
+    monkeypatch.setattr(paddle_impl, "_TILE_BYTES", tile_bytes)
+    scratch = Scratch()
+    assert_scores(indexer_logits(q, weights, cache, slots, scratch), wanted)
+    keys_at_once = scratch.take("indexer_keys", (0,)).base.size // 8
+    assert keys_at_once == {1: 1, 240: 4, 1 << 20: 20}[tile_bytes]
 
 
 def test_a_key_that_no_head_likes_scores_exactly_zero() -> None:

@@ -100,3 +100,40 @@ def test_more_blocks_than_a_row_holds() -> None:
     with pytest.raises(CapacityError, match="row 1 needs 4 blocks, a row holds 3"):
         batch.set_blocks(1, [7, 8], start=2)
     assert (batch.block_tables == -1).all()
+
+
+def test_rows_that_decode_are_those_of_add_row() -> None:
+    both = [InputBatch(6, 5, 4, 16) for _ in range(2)]
+    rows, ids, cached = [1, 2, 5], [7, 0, 9], [16, 3, 40]
+    for batch in both:
+        batch.begin_step()
+        batch.add_row(0, [4, 4], 8, is_prefill=True)
+    found = both[0].add_decode_rows(rows, ids, cached)
+    one_by_one = [
+        both[1].add_row(*row, is_prefill=False)
+        for row in zip(rows, ([token_id] for token_id in ids), cached, strict=True)
+    ]
+    assert found.tolist() == one_by_one
+    assert state(both[0]) == state(both[1])
+    before = state(both[0])
+    assert both[0].add_decode_rows([], [], []).tolist() == [] and state(both[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "ids", "error", "said"),
+    [
+        ([1, 3], [3, 3], ValueError, r"rows: \[1, 3\] must ascend from 2 on"),
+        ([3, 2], [3, 3], ValueError, r"rows: \[3, 2\] must ascend"),
+        ([2, 2], [3, 3], ValueError, r"rows: \[2, 2\] must ascend"),
+        ([2, 4], [3, 3], ValueError, "stay below max_num_seqs 4"),
+        ([3], [-1], ValueError, "row 3 has the id -1; ids are at least 0"),
+        ([2, 3], [3, 3], CapacityError, "rows 2 to 3 bring the step to 4 tokens.*is 3"),
+    ],
+)
+def test_refused_rows_that_decode_change_nothing(rows, ids, error, said) -> None:
+    batch = InputBatch(4, 3, 2, 16)
+    batch.add_row(1, [6, 7], 3, is_prefill=True)
+    before = state(batch)
+    with pytest.raises(error, match=said):
+        batch.add_decode_rows(rows, ids, [5] * len(rows))
+    assert state(batch) == before

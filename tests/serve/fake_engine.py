@@ -8,10 +8,10 @@ from dataclasses import fields
 from typing import Any
 
 from fd_dsa.chat.renderers import ChatRenderer
-from fd_dsa.engine.engine import EngineStats
 from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import FinishReason, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.stats import EngineStats
 
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 
@@ -70,10 +70,10 @@ class FakeEngine:
     """Replies `words`, one a step of `step_s` seconds, then ends with "stop".
 
     With `ignore_eos` the words go round until max_tokens. Every request is kept in `requests`
-    (id -> prompt and parameters); ids whose generator was closed early are in `closed`.
-    While `is_held` nobody gets a word. `nan_after` and `fail_after` are numbers of words after
-    which a request ends with an error, or the engine fails (with `fails_alone`: raises an exception
-    nobody expects, and goes on).
+    (id -> prompt and parameters); ids whose generator was closed early are in `closed`, outputs
+    that were to end in `finished`. While `is_held` nobody gets a word. `nan_after` and
+    `fail_after` are numbers of words after which a request ends with an error, or the engine fails
+    (with `fails_alone`: raises an exception nobody expects, and goes on).
     """
 
     def __init__(
@@ -101,6 +101,7 @@ class FakeEngine:
         self.stopped = False
         self.requests: dict[str, tuple[list[int], SamplingParams]] = {}
         self.closed: list[str] = []
+        self.finished: list[tuple[str, int]] = []
         self._aborted: set[str] = set()
 
     def start(self) -> None:
@@ -120,6 +121,10 @@ class FakeEngine:
         """Let the request end with finish_reason "abort" at its next step."""
         self._aborted.add(request_id)
 
+    def finish_output(self, request_id: str, index: int) -> None:
+        """Let an output end with finish_reason "stop" at its next step."""
+        self.finished.append((request_id, index))
+
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse token ids that the vocabulary of 257 lacks."""
         for token in prompt_token_ids:
@@ -133,9 +138,9 @@ class FakeEngine:
         self.requests[request_id] = (prompt_token_ids, params)
         tokens: list[int] = []
         pieces: list[str] = []
-        reason: FinishReason | None = None
+        running = set(range(params.n))
         try:
-            while reason is None:
+            while running:
                 await asyncio.sleep(self.step_s)
                 while self.is_held:
                     await asyncio.sleep(0.005)
@@ -145,12 +150,15 @@ class FakeEngine:
                     raise error
                 reason = self._next(tokens, pieces, params, request_id)
                 # all choices say the same, in step
-                for choice in range(params.n):
-                    output = self._output(prompt_token_ids, request_id, tokens, pieces, reason)
+                for choice in sorted(running):
+                    is_ended = (request_id, choice) in self.finished
+                    why = reason or ("stop" if is_ended else None)
+                    output = self._output(prompt_token_ids, request_id, tokens, pieces, why)
                     output.index = choice
+                    running -= {choice} if output.finished else set()
                     yield output
         finally:
-            if reason is None:
+            if running:
                 self.closed.append(request_id)
 
     def _next(

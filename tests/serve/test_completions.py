@@ -179,7 +179,14 @@ def test_neutral_values_of_unsupported_fields_are_accepted(live: Live) -> None:
         presence_penalty=0,
         frequency_penalty=0.0,
         logit_bias={},
-        extra_body={"repetition_penalty": 1.0, "min_p": 0},
+        user="somebody",
+        extra_body={
+            "repetition_penalty": 1.0,
+            "min_p": 0,
+            "metadata": {"a": "b"},
+            "store": True,
+            "of_another_server": [1],
+        },
     )
     assert answer.model == "demo"
 

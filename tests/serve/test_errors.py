@@ -7,19 +7,52 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 
-from fd_dsa.serve.protocol import NOT_YET
+from fd_dsa.serve.protocol import (
+    IN_CHAT,
+    IN_COMPLETIONS,
+    ChatCompletionRequest,
+    CompletionRequest,
+)
+from fd_dsa.serve.protocol.tokenization import DetokenizeRequest, TokenizeRequest
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 
+HI = [{"role": "user", "content": "Hi"}]
 REFUSED: dict[str, Any] = {
-    "suffix": "end",
-    "structural_tag": {},
-    "functions": [{"name": "f"}],
-    "function_call": {"name": "f"},
-    "add_special_tokens": False,
-    "modalities": ["audio"],
+    "add_special_tokens": 0,
+    "allowed_token_ids": [1],
     "audio": {"voice": "x"},
+    "disable_chat_template": True,
+    "documents": [{"text": "x"}],
+    "ebnf": "root ::= x",
+    "function_call": {"name": "f"},
+    "functions": [{"name": "f"}],
+    "grammar": "root ::= x",
+    "json_schema": {},
+    "length_penalty": 2,
+    "logits_processors": ["x"],
+    "lora_path": "x",
+    "modalities": ["audio"],
+    "priority": 1,
+    "prompt_embeds": "x",
+    "prompt_token_ids": [1],
+    "reasoning_max_tokens": 5,
+    "regex": "a",
+    "return_hidden_states": True,
+    "return_tokens_as_token_ids": True,
+    "separate_reasoning": False,
+    "stop_regex": "a",
+    "structural_tag": {},
+    "suffix": "end",
+    "temp_scaled_logprobs": True,
+    "thinking": {"type": "enabled"},
+    "thinking_token_budget": 5,
+    "top_p_normalized_logprobs": True,
+    "truncate_prompt_tokens": 5,
+    "use_beam_search": True,
+    "web_search_options": {},
 }
 
 
@@ -41,13 +74,44 @@ def complete(live: Live, **fields: Any) -> Any:
     return live.http.post("/v1/completions", json={"prompt": "a", **fields})
 
 
-def test_every_field_of_later_releases_is_refused(live: Live) -> None:
-    assert REFUSED.keys() == NOT_YET.keys()
-    for name, value in REFUSED.items():
-        error = error_of(complete(live, **{name: value}), 400)
-        assert error["param"] == name
+def test_fields_of_other_servers_are_refused_unless_they_change_nothing(live: Live) -> None:
+    assert REFUSED.keys() == IN_COMPLETIONS.keys() == IN_CHAT.keys() - {"echo"}
+    chats = {**REFUSED, "echo": True}
+    bodies = [
+        *(("/v1/completions", {"prompt": "a", name: value}) for name, value in REFUSED.items()),
+        *(("/v1/chat/completions", {"messages": HI, name: v}) for name, v in chats.items()),
+    ]
+    for path, body in bodies:
+        error = error_of(live.http.post(path, json=body), 400)
+        assert error["param"] == list(body)[1]
         assert "not supported yet" in error["message"]
         assert error["type"] == "invalid_request_error"
+    neutral = {name: values[0] for name, values in IN_COMPLETIONS.items() if values}
+    assert complete(live, **neutral).status_code == 200
+    neutral = {name: values[0] for name, values in IN_CHAT.items() if values}
+    answer = live.http.post("/v1/chat/completions", json={"messages": HI, **neutral})
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "model", "needed"),
+    [
+        ("/v1/completions", CompletionRequest, {"prompt": "a"}),
+        ("/v1/chat/completions", ChatCompletionRequest, {"messages": HI}),
+        ("/tokenize", TokenizeRequest, {"prompt": "a"}),
+        ("/detokenize", DetokenizeRequest, {"tokens": [1]}),
+    ],
+)
+def test_wrong_types_are_told_in_our_words(
+    live: Live, path: str, model: type[BaseModel], needed: dict[str, Any]
+) -> None:
+    for name in model.model_fields:
+        error = error_of(live.http.post(path, json={**needed, name: [[]]}), 400)
+        assert error["message"].startswith(error["param"])
+        assert error["param"].split("[")[0] == name
+        assert "allowed" in error["message"]
+        for word in ("nput", "nstance", "alidation", "ictionary", "another value"):
+            assert word not in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +147,7 @@ def test_every_field_of_later_releases_is_refused(live: Live) -> None:
         ({"guided_regex": ""}, "guided_regex"),
         ({"guided_regex": "a" * 40_000}, "guided_regex"),
         ({"guided_json": {"a": "a" * 40_000}}, "guided_json"),
+        ({"guided_json": 5}, "guided_json"),
         ({"guided_regex": "\ud800"}, "guided_regex"),
         ({"guided_json_object": True, "guided_regex": "a"}, "guided_regex"),
         ({"response_format": {"type": "json_object"}, "guided_json": "{}"}, "guided_json"),
@@ -159,7 +224,7 @@ def test_nan_is_refused(live: Live) -> None:
 def test_prompt_beyond_the_context_names_the_numbers(live: Live) -> None:
     for fields in ({}, {"max_tokens": 5}, {"stream": True}):
         error = error_of(complete(live, prompt=[1] * 256, **fields), 400)
-        assert error["code"] == "context_length_exceeded"
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
         assert "256 tokens" in error["message"]
         assert "--max-model-len" in error["message"]
     error = error_of(complete(live, prompt=[1] * 200, max_tokens=57), 400)
@@ -167,6 +232,9 @@ def test_prompt_beyond_the_context_names_the_numbers(live: Live) -> None:
     for number in ("57", "200", "256", "56"):
         assert number in error["message"]
     assert complete(live, prompt=[1] * 200, max_tokens=56).status_code == 200
+    body = {"messages": [{"role": "user", "content": "x" * 300}]}
+    error = error_of(live.http.post("/v1/chat/completions", json=body), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
 
 
 def test_unknown_model_lists_the_served_ones(live: Live) -> None:
@@ -194,8 +262,10 @@ def test_unknown_path_and_method(live: Live) -> None:
         ("", "application/json", "empty"),
         ("[]", "application/json", "JSON object"),
         ('{"prompt": "a"}', "application/x-www-form-urlencoded", "Content-Type"),
-        ("\xff", "application/json", "body"),
-        ("[" * 100_000, "application/json", "body"),
+        ("\xff", "application/json", "byte 0 is no utf-8"),
+        ("\x1f\x8b\x08", "application/json", "without a Content-Encoding"),
+        ("[" * 100_000, "application/json", "body nests too deeply"),
+        ('{"seed": ' + "9" * 5000, "application/json", "body cannot be read: exceeds the limit"),
     ],
 )
 def test_bad_bodies(live: Live, content: str, kind: str, text: str) -> None:

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
-from fd_dsa.engine.engine import EngineStats
+from fd_dsa.engine.stats import EngineStats
 from fd_dsa.serve import server as server_module
 from fd_dsa.serve.busy_line import log_while_busy
 from fd_dsa.serve.logs import JsonFormatter

@@ -105,7 +105,10 @@ def test_a_conversation_with_tools_goes_round() -> None:
         live.client.chat.completions.create(**asked(V32, messages=history))
         second = prompt_of(live)
         dumped = answer.model_dump(exclude_none=True)
+        # other names and forms that clients send the same in
         dumped["reasoning"] = dumped.pop("reasoning_content")
+        for made in dumped["tool_calls"]:
+            made["function"]["arguments"] = json.loads(made["function"]["arguments"])
         live.client.chat.completions.create(
             **asked(V32, messages=[HI[0], dumped, *reversed(results)])
         )
@@ -142,16 +145,43 @@ def test_each_choice_has_a_parser_of_its_own() -> None:
         assert tokens == {index: list(range(len(V32.tokens))) for index in (0, 1)}
 
 
-def test_one_call_alone() -> None:
-    with running(engine_of(V32)) as live:
-        fields = asked(V32, parallel_tool_calls=False)
-        message = live.client.chat.completions.create(**fields).choices[0].message
-        assert [call.function.name for call in message.tool_calls or []] == ["get_weather"]
-        stream = live.client.chat.completions.create(**fields, stream=True)
-        calls = [c for chunk in stream for c in chunk.choices[0].delta.tool_calls or []]
-        assert {call.index for call in calls} == {0}
-        arguments = "".join(call.function.arguments for call in calls)
-        assert arguments == V32.message.tool_calls[0].arguments
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_answer_with_one_call_ends_behind_it(recorded: Recorded, n: int) -> None:
+    calls = recorded.message.tool_calls
+    # more than a cut answer takes, and endless: only the server can end it
+    fields = asked(
+        recorded,
+        parallel_tool_calls=False,
+        n=n,
+        extra_body={
+            "chat_template_kwargs": {"thinking": recorded.in_reasoning},
+            "return_token_ids": True,
+        },
+    )
+    with running(engine_of(recorded)) as live:
+        whole = live.client.chat.completions.create(**fields)
+        for choice in whole.choices:
+            found = choice.message.tool_calls or []
+            assert [(c.function.name, c.function.arguments) for c in found] == [
+                (c.name, c.arguments) for c in calls[:1]
+            ]
+            assert choice.finish_reason == ("tool_calls" if calls else "stop")
+        usage = whole.usage
+        assert usage is not None
+        assert usage.completion_tokens == sum(len(c.token_ids) for c in whole.choices)
+        is_cut = bool(calls)
+        assert (usage.completion_tokens < n * len(recorded.tokens)) is is_cut
+        assert {index for _, index in live.engine.finished} == set(range(n) if is_cut else ())
+        chunks = list(live.client.chat.completions.create(**fields, stream=True))
+        for index in range(n):
+            parts = [c.choices[0] for c in chunks if c.choices[0].index == index]
+            deltas = [call for part in parts for call in part.delta.tool_calls or []]
+            assert "".join(d.function.arguments for d in deltas) == "".join(
+                call.arguments for call in calls[:1]
+            )
+            tokens = [t for part in parts for t in getattr(part, "token_ids", [])]
+            assert tokens == whole.choices[index].token_ids
+            assert parts[-1].finish_reason == whole.choices[index].finish_reason
 
 
 def test_without_tools_or_with_choice_none_calls_are_text() -> None:
@@ -254,14 +284,14 @@ def call(arguments: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "param", "text"),
     [
-        ({"tools": "x"}, "tools", "valid list"),
+        ({"tools": "x"}, "tools", "allowed is a list"),
         ({"tools": [{}]}, "tools[0].type", "is missing"),
         ({"tools": [{"type": "web", "function": {"name": "f"}}]}, "tools[0].type", "'function'"),
         ({"tools": [tool()]}, "tools[0].function.name", "is missing"),
         ({"tools": [tool(name="a b")]}, "tools[0].function.name", 'got "a b"; allowed'),
         ({"tools": [tool(name="")]}, "tools[0].function.name", "allowed is a name"),
         ({"tools": [tool(name="f"), tool(name="f")]}, "tools[1].function.name", "a second time"),
-        ({"tools": [tool(name="f", parameters=[])]}, "tools[0].function.parameters", "dictionary"),
+        ({"tools": [tool(name="f", parameters=[])]}, "tools[0].function.parameters", "an object"),
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice", "none, auto, required"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice", "allowed are"),
         (
@@ -270,8 +300,8 @@ def call(arguments: Any) -> dict[str, Any]:
             'got the tool "f"; allowed are get_weather, now',
         ),
         ({"tool_choice": "required"}, "tools", "no tools"),
-        ({"parallel_tool_calls": 1}, "parallel_tool_calls", "boolean"),
-        ({"chat_template_kwargs": []}, "chat_template_kwargs", "dictionary"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls", "true or false"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs", "an object"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "not a variable"),
         ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs", "not a variable"),
         ({"chat_template_kwargs": {"thinking": 1}}, "chat_template_kwargs", "true or false"),
@@ -281,6 +311,8 @@ def call(arguments: Any) -> dict[str, Any]:
             "either",
         ),
         ({"continue_final_message": True}, "messages", "not the text of an assistant"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort", "'none', 'minimal', 'low'"),
+        ({"include_reasoning": "no"}, "include_reasoning", "true or false"),
         ({"messages": [*HI, call(5)]}, "messages[1].tool_calls[0].function.arguments", "got 5"),
         ({"messages": [*HI, call("[")]}, "messages[1].tool_calls[0].function.arguments", "JSON"),
         ({"messages": [*HI, call("[]")]}, "messages[1].tool_calls[0].function.arguments", "object"),
@@ -314,7 +346,7 @@ def test_forced_calls_have_a_grammar(choice: Any, v32: Live) -> None:
     v32.client.chat.completions.create(**asked(V32, tool_choice=choice))
     _, params = list(v32.engine.requests.values())[-1]
     form = params.structured_outputs
-    assert form.source == "tool_choice"
+    assert form.source == "tools"
     assert ("get_weather" in form.grammar) is (choice == "required")
     assert '[suffix="</think>"]' in form.grammar
     with pytest.raises(openai.BadRequestError, match="an answer has one form") as caught:

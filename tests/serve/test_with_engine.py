@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
-from tests.engine.fakes import byte_tokenizer, expected_greedy, make_engine
+from tests.engine.fakes import EOS, byte_tokenizer, expected_greedy, make_engine
 from tests.serve.conftest import TIMEOUT_S, Live, leave_stream, running, wait_until
 from tests.serve.test_errors import complete, error_of
 
@@ -52,6 +52,28 @@ def test_seed_makes_a_sampled_answer_repeatable() -> None:
         same = [complete(live, seed=3, **fields).json()["choices"][0]["text"] for _ in range(2)]
         other = complete(live, seed=4, **fields).json()["choices"][0]["text"]
         assert same[0] == same[1] != other
+
+
+def test_the_reason_to_stop_is_named_as_in_vllm() -> None:
+    tokens = expected_greedy([5, 6, 7], 12)
+    text = byte_tokenizer().decode(tokens[:3])
+    with running(AsyncEngine(make_engine())) as live:
+        fields = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 12}
+        for more, reason in (
+            ({"stop": [text]}, text),
+            ({"stop_token_ids": [tokens[4]]}, tokens[4]),
+            ({"ignore_eos": True}, None),
+        ):
+            (choice,) = complete(live, **fields, **more).json()["choices"]
+            assert choice["stop_reason"] == reason
+            events = complete(live, **fields, **more, stream=True).text.strip().split("\n\n")
+            parts = [json.loads(e.removeprefix("data: "))["choices"][0] for e in events[:-1]]
+            assert "stop_reason" not in parts[0] or len(parts) == 1
+            assert parts[-1]["stop_reason"] == reason
+        # the end of sequence, which nobody has asked for
+        bias = {"logit_bias": {str(EOS): 100}}
+        (choice,) = complete(live, **fields, **bias).json()["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None)
 
 
 def test_parameters_that_exclude_every_token_are_bad_requests() -> None:

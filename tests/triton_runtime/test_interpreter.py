@@ -14,6 +14,7 @@ from fd_dsa.triton_runtime import INTERPRETING, paddle_jit
 
 import triton
 import triton.language as tl
+import triton.runtime.interpreter as triton_interpreter
 
 try:
     import paddle
@@ -58,6 +59,15 @@ def dot_kernel(a_ptr, b_ptr, out_ptr, SIZE: tl.constexpr):
     tl.store(_matrix(out_ptr, SIZE), product)
 
 
+@paddle_jit
+def many_calls_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, BLOCK))
+    total = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(n):
+        total += x / tl.sum(x, axis=0)
+    tl.store(out_ptr + tl.arange(0, BLOCK), total)
+
+
 def _added(n: int) -> tuple[np.ndarray, paddle.Tensor, paddle.Tensor, paddle.Tensor]:
     """The expected sum, two operands and an output full of NaN."""
     x, y = np.arange(n, dtype=np.float32), np.full(n, 0.5, np.float32)
@@ -91,6 +101,25 @@ def test_range_with_a_run_time_bound(n: int) -> None:
     out = paddle.zeros([1])
     sum_kernel[(1,)](paddle.to_tensor(x), out, n, BLOCK=16)
     assert out.item() == x.sum()
+
+
+def test_a_launch_prepares_the_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = triton_interpreter._patch_builtin
+    packages: list[object] = []
+
+    def patch_builtin(package: object, *rest: object) -> None:
+        packages.append(package)
+        original(package, *rest)
+
+    monkeypatch.setattr(triton_interpreter, "_patch_builtin", patch_builtin)
+    x, out, counts = np.arange(1, 9, dtype=np.float32), paddle.zeros([8]), []
+    # the first launch rewrites the functions that it calls
+    for n in (2, 1, 9):
+        packages.clear()
+        many_calls_kernel[(2,)](paddle.to_tensor(x), out, n, BLOCK=8)
+        np.testing.assert_allclose(out.numpy(), n * x / x.sum(), rtol=1e-6)
+        counts.append(len(packages))
+    assert counts[1] == counts[2] > 0
 
 
 def test_bfloat16_product() -> None:

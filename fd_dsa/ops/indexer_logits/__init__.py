@@ -38,7 +38,8 @@ def indexer_logits(
         scratch: buffers to reuse between calls.
 
     Returns:
-        float32 [num_queries, num_keys], a NumPy array. Windows are applied by the reader.
+        float32 [num_queries, num_keys], a NumPy array, valid until the next call with `scratch`.
+        Windows are applied by the reader.
 
     Raises:
         ShapeError, DtypeError, ValueError (a slot outside the cache): before any work.

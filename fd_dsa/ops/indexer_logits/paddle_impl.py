@@ -93,11 +93,19 @@ def _scaled(scores: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
 def score_gathered(
     q: Any, weights: Any, cache: Any, key_slots: Any, scratch: Scratch
 ) -> np.ndarray:
-    """See `indexer_logits`."""
-    keys = scratch.take("indexer_keys", (len(key_slots), q.shape[2]))
-    scales = gather_index_keys(as_numpy(cache), key_slots, keys, scratch)
-    scores = weighted_scores(as_numpy(q)[None], as_numpy(weights)[None], keys[None])[0]
-    return _scaled(scores, scales)
+    """See `indexer_logits`; keys come in tiles, so that memory does not grow with their number."""
+    queries, heads, dim = q.shape
+    q_rows, w_rows, blocks = as_numpy(q)[None], as_numpy(weights)[None], as_numpy(cache)
+    logits = scratch.take("gathered_logits", (queries, len(key_slots)))
+    step = max(1, _TILE_BYTES // (4 * max(dim, queries * heads)))
+    for start in range(0, len(key_slots), step):
+        tile = slice(start, start + step)
+        slots = key_slots[tile]
+        keys = scratch.take("indexer_keys", (len(slots), dim))
+        scales = gather_index_keys(blocks, slots, keys, scratch)
+        scores = weighted_scores(q_rows, w_rows, keys[None])[0]
+        logits[:, tile] = _scaled(scores, scales)
+    return logits
 
 
 def score_paged(

@@ -19,7 +19,7 @@ from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.transfers import on_host, transfers_for
+from fd_dsa.triton_runtime.transfers import on_host, uploaded
 
 _TENSORS = ("position_ids", "batch_ids", "block_tables", "out", "groups")
 _NUMBERS = (
@@ -157,20 +157,9 @@ def difference(kernels: Any, allocate: Allocate) -> str:
         chosen = select_positions(scores, lengths, k)
         wanted = positions_to_slots(chosen, np.maximum(batch_ids, 0), tables, 8)
         arrays = scores, positions, batch_ids, tables
-        inputs = [_on_device(allocate, array) for array in arrays]
+        inputs = [uploaded(allocate, array) for array in arrays]
         slots = allocate((4, k), "int32")
         select(*inputs, slots, block_size=8, num_blocks=tables.size)
         if not np.array_equal(on_host(slots, wanted), wanted):
             return f"selection {number} of the probe differs from the definition"
     return ""
-
-
-def _on_device(allocate: Allocate, array: np.ndarray) -> Any:
-    """A tensor with the values of an array, which are there when this returns."""
-    tensor = allocate(array.shape, str(array.dtype))
-    transfers = transfers_for(tensor)
-    transfers.to_device(tensor, np.ascontiguousarray(array))
-    done = transfers.event()
-    done.record()
-    done.wait()
-    return tensor

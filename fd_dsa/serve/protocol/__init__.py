@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.protocol.completion import CompletionRequest
-from fd_dsa.serve.protocol.unsupported import NOT_YET
+from fd_dsa.serve.protocol.unsupported import IN_CHAT, IN_COMPLETIONS
 
-__all__ = ["NOT_YET", "ChatCompletionRequest", "CompletionRequest"]
+__all__ = ["IN_CHAT", "IN_COMPLETIONS", "ChatCompletionRequest", "CompletionRequest"]

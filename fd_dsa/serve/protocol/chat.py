@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -12,10 +12,16 @@ from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.protocol.generation import GenerationRequest
 from fd_dsa.serve.protocol.messages import ChatMessage
 from fd_dsa.serve.protocol.tools import ChoiceField, Tool, ToolChoice, check_tools
+from fd_dsa.serve.protocol.unsupported import IN_CHAT
+
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+_SWITCHES = ("thinking", "enable_thinking")
 
 
 class ChatCompletionRequest(GenerationRequest):
     """Body of POST /v1/chat/completions."""
+
+    unsupported_fields = IN_CHAT
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, description="Newer name of max_tokens.")
@@ -28,7 +34,13 @@ class ChatCompletionRequest(GenerationRequest):
         None, description="none, auto (with tools the default), required, or a tool by its name."
     )
     parallel_tool_calls: bool | None = Field(
-        None, description="false: an answer has one call at most."
+        None, description="false: an answer ends behind its first call."
+    )
+    reasoning_effort: ReasoningEffort | None = Field(
+        None, description="none switches the reasoning off, anything else on."
+    )
+    include_reasoning: bool | None = Field(
+        None, description="false: the model reasons, and the answer does not show it."
     )
     chat_template: str | None = Field(
         None, description="A Jinja template; needs --trust-request-chat-template."
@@ -47,6 +59,21 @@ class ChatCompletionRequest(GenerationRequest):
     def choice(self) -> ToolChoice:
         """`tool_choice` with its default."""
         return self.tool_choice or ToolChoice("auto" if self.tools else "none")
+
+    @property
+    def one_call(self) -> bool:
+        """Whether an answer has one call at most."""
+        return self.parallel_tool_calls is False or self.choice.mode == "named"
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """`chat_template_kwargs`, and what `reasoning_effort` adds to them, as in vLLM."""
+        given = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is None:
+            return given
+        if not any(name in given for name in _SWITCHES):
+            given["enable_thinking"] = self.reasoning_effort != "none"
+        return {"reasoning_effort": self.reasoning_effort, **given}
 
     def check_supported(self) -> None:
         """Raise ApiError 400 for fields that cannot be honoured, or not together."""

@@ -9,6 +9,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from fd_dsa.serve.errors import show
 from fd_dsa.serve.protocol.fields import IDS, TEXT, TEXTS, is_token_ids, refuse
 from fd_dsa.serve.protocol.generation import GenerationRequest
+from fd_dsa.serve.protocol.unsupported import IN_COMPLETIONS
 
 
 def _prompt(value: Any) -> list[str | list[int]]:
@@ -35,6 +36,8 @@ _PromptField = Annotated[
 
 class CompletionRequest(GenerationRequest):
     """Body of POST /v1/completions."""
+
+    unsupported_fields = IN_COMPLETIONS
 
     prompt: _PromptField
     echo: bool | None = Field(None, description="Put the prompt in front of its answer.")

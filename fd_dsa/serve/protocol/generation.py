@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 from pydantic import Field
 
 from fd_dsa.serve.errors import ApiError
@@ -19,6 +21,8 @@ class StreamOptions(Body):
 class GenerationRequest(SamplingFields):
     """Model, stream, sampling and structured output."""
 
+    unsupported_fields: ClassVar[dict[str, tuple[Any, ...]]]
+
     model: str | None = Field(None, description="A served name; the first one by default.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -30,7 +34,7 @@ class GenerationRequest(SamplingFields):
 
     def check_supported(self) -> None:
         """Raise ApiError 400 for a field that cannot be honoured; see `unsupported`."""
-        check_extra_fields(self.model_extra or {})
+        check_extra_fields(self.model_extra or {}, self.unsupported_fields)
         if self.stream_options is not None and not self.stream:
             raise ApiError(
                 400,

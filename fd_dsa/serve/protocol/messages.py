@@ -38,7 +38,12 @@ def _content(value: Any) -> str | None:
 
 
 def _arguments(value: Any) -> str:
-    """Arguments of a call, as the JSON text that they were answered as; empty: none."""
+    """Arguments of a call, as the JSON text that they were answered as; empty: none.
+
+    An object is taken too, as other servers do.
+    """
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
     try:
         parsed = json.loads(value) if isinstance(value, str) and value.strip() else {}
     except (ValueError, RecursionError) as error:

@@ -57,7 +57,19 @@ def _structured_outputs(value: Any) -> dict[str, Any] | None:
     return given
 
 
+def _json_schema(value: Any) -> dict[str, Any] | str | None:
+    """A JSON schema, as an object or as its text."""
+    if value is None or isinstance(value, (dict, str)):
+        return value
+    raise refuse(f"got {show(value)}; allowed is a JSON schema, an object or its text")
+
+
 _OBJECT: dict[str, Any] = {"type": "object"}
+_JsonSchema = Annotated[
+    dict[str, Any] | str | None,
+    PlainValidator(_json_schema),
+    WithJsonSchema({"anyOf": [_OBJECT, TEXT]}),
+]
 _ResponseFormat = Annotated[
     dict[str, Any] | None,
     PlainValidator(_response_format),
@@ -99,7 +111,7 @@ class StructuredFields(Body):
     structured_outputs: _StructuredOutputs = Field(
         None, description="One of json, json_object, regex, choice, grammar, as in vLLM."
     )
-    guided_json: dict[str, Any] | str | None = Field(None, description="A JSON schema.")
+    guided_json: _JsonSchema = Field(None, description="A JSON schema.")
     guided_json_object: bool | None = Field(None, description="Any JSON object.")
     guided_regex: str | None = Field(None, description="A regular expression, in Rust's syntax.")
     guided_choice: list[str] | None = Field(None, description="The answer is one of these.")

@@ -1,4 +1,4 @@
-// Sparse MLA for few heads over FP8 records: the C ABI of the launcher.
+// Sparse MLA over selected cache slots: the C ABI of its launchers.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 extern "C" struct FdDsaSparseMla {
   // bfloat16 [num_tokens, num_heads, 576]; absorbed, 16-byte aligned
   const void* q;
-  // fp8_ds_mla records of 656 bytes, [num_slots, 656], 16-byte aligned
+  // fp8_ds_mla records [num_slots, 656], or bfloat16 [num_slots, 576]; 16-byte aligned
   const void* cache;
   // int32 [num_tokens, topk]; outside 0..num_slots - 1 = none, at any place; never read
   const int32_t* slots;
@@ -19,16 +19,27 @@ extern "C" struct FdDsaSparseMla {
   float* lse;
   float softmax_scale;
   int32_t num_tokens;
-  // 1 to 32
   int32_t num_heads;
   int32_t topk;
   int32_t num_slots;
   // 1: out is bfloat16
   int32_t out_is_bfloat16;
-  // blocks that share a token, 1 to 16; 0: as suits the device
+  // blocks that share a token, and its 64 heads where there are more; 0: as suits the device
   int32_t splits;
+  // 1: the cache holds records
+  int32_t is_fp8;
 };
 
-// Fills `out` and `lse` in one launch, on Hopper alone (sm_90). Returns a cudaError_t, 0 = success.
-// Allocates nothing, waits for nothing; the same input gives the same bits.
+static_assert(sizeof(FdDsaSparseMla) == 72, "fd_dsa.ops.sparse_mla.custom_op has the same");
+
+// Both fill `out` and `lse` in one launch, on Hopper alone (sm_90). They return a cudaError_t,
+// 0 = success. They allocate nothing, wait for nothing; the same input gives the same bits.
+
+// 1 to 32 heads over records; 1 to 16 splits.
 extern "C" int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla* job, void* stream);
+
+// Blocks of 64 heads over either cache; 1, 2, 4, 8 or 16 splits.
+extern "C" int fd_dsa_sparse_mla_wide_cuda(const FdDsaSparseMla* job, void* stream);
+
+// Size of the structure, which a caller in another language compares with its own.
+extern "C" int fd_dsa_sparse_mla_bytes();

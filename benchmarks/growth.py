@@ -1,0 +1,130 @@
+"""What grows when requests, layers and contexts do: host time, metadata and launches of a step.
+
+    python -m benchmarks.growth                         # about three minutes on 2 cores
+    python -m benchmarks.growth --baseline CHECKOUT     # and the package of another checkout
+
+Host time is that of `LLMEngine.step` over a runner that does nothing: scheduling, the input batch,
+sampling, text and outputs of decode steps, as a + b * requests. With a baseline the two packages
+take turns. Metadata and launches are counted on tiny models whose layers, rows and contexts double.
+Writes benchmarks/results/growth.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import ROOT, Worker, percentiles, revision_of, save
+
+REQUESTS = (1, 8, 32, 64, 128, 256)
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "temperature 1": {"temperature": 1},
+    "top-p 0.95": {"temperature": 1, "top_p": 0.95},
+    "top-k 50": {"temperature": 1, "top_k": 50},
+}
+ROUNDS, STEPS = 6, 25
+# what doubles, from a step of 2 layers, 1 row and 30 tokens of context
+STEP = {"layers": 2, "rows": 1, "context": 30}
+LAYERS = (2, 4, 8, 16)
+ROWS = (1, 2, 4)
+CONTEXTS = (30, 60, 120)
+
+
+def host_times(sides: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
+    """Microseconds of a step's host work for each way of sampling, the sides in turn."""
+    found = []
+    for name, sampling in SAMPLING.items():
+        times: dict[str, dict[int, list[float]]] = {
+            label: {n: [] for n in REQUESTS} for label in sides
+        }
+        for _ in range(rounds):
+            for requests in REQUESTS:
+                case = {"requests": requests, "sampling": sampling, "steps": STEPS}
+                for label, worker in sides.items():
+                    times[label][requests] += worker.call(op="host_us", **case)["us"]
+        entry = {"sampling": name, "sides": {label: _fitted(t) for label, t in times.items()}}
+        found.append(entry)
+        for label, side in entry["sides"].items():
+            print(f"{name:14} {label:8} {_line(side)}", flush=True)
+    return found
+
+
+def _fitted(times: dict[int, list[float]]) -> dict[str, Any]:
+    """Percentiles by requests, and their medians as a + b * requests."""
+    us = {n: percentiles(values) for n, values in times.items()}
+    # relative errors count alike: a step of one request is no outlier beside one of 256
+    medians = np.array([us[n]["p50"] for n in REQUESTS])
+    b, a = np.polyfit(REQUESTS, medians, 1, w=1 / medians)
+    return {"us": {str(n): value for n, value in us.items()}, "a_us": float(a), "b_us": float(b)}
+
+
+def _line(side: dict[str, Any]) -> str:
+    """A side in a line."""
+    points = ", ".join(f"{n}: {value['p50']:.0f}" for n, value in side["us"].items())
+    return f"{side['a_us']:.0f} us + {side['b_us']:.2f} us a request ({points})"
+
+
+def step_growth() -> dict[str, Any]:
+    """Metadata and launches of a decode step whose layers, rows and contexts double."""
+    cases = [
+        *({**STEP, "layers": n} for n in LAYERS),
+        *({**STEP, "rows": n} for n in ROWS[1:]),
+        *({**STEP, "context": n} for n in CONTEXTS[1:]),
+    ]
+    with Worker("benchmarks.workers.step_growth") as worker:
+        found = []
+        for case in cases:
+            metadata = worker.call(op="metadata", **case)
+            entry = {"case": case, "metadata": metadata, **worker.call(op="launches", **case)}
+            print(
+                f"{case}: metadata {metadata['builds']:.0f} x {metadata['us']:.0f} us, "
+                f"{metadata['bytes']} bytes; {entry['launches']} launches",
+                flush=True,
+            )
+            found.append(entry)
+    by_layers = {e["case"]["layers"]: e["launches"] for e in found[: len(LAYERS)]}
+    a_layer = (by_layers[LAYERS[-1]] - by_layers[LAYERS[0]]) / (LAYERS[-1] - LAYERS[0])
+    return {
+        "cases": found,
+        "launches_a_layer": a_layer,
+        "launches_are_linear": all(
+            count - by_layers[LAYERS[0]] == a_layer * (layers - LAYERS[0])
+            for layers, count in by_layers.items()
+        ),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--baseline", type=Path, help="checkout whose package is measured as well")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    args = parser.parse_args(argv)
+    result: dict[str, Any] = {"tier": "T0"}
+    checkouts = {"fd_dsa": ROOT}
+    if args.baseline:
+        checkouts["before"] = args.baseline.resolve()
+        result["baseline"] = revision_of(args.baseline)
+    sides = {
+        label: Worker("benchmarks.workers.engine_host", checkout=path)
+        for label, path in checkouts.items()
+    }
+    try:
+        result["host_time"] = host_times(sides, args.rounds)
+        passes = sides["fd_dsa"].call(op="pass_us", requests=REQUESTS[-1], steps=STEPS)["us"]
+        result["pass_us"] = percentiles(passes)
+    finally:
+        for worker in sides.values():
+            worker.close()
+    result["growth"] = step_growth()
+    print(f"written: {save('growth', result)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

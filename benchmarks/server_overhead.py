@@ -1,0 +1,139 @@
+"""The server against the engine called in its process: throughput, and milliseconds a token.
+
+    python -m benchmarks.server_overhead                        # about four minutes on 2 cores
+    python -m benchmarks.server_overhead --baseline CHECKOUT    # and the server of another checkout
+
+A real server process on the loopback, streams, against `LLM.generate` in a process of its own:
+the same model, prompts and flags, by turns. Two arrangements of the processors:
+
+    apart     the server, or the engine, has processor 0, its client processor 1: what serving
+              costs stands in line with the model's work, and the client costs nothing
+    together  all have all processors, as on a machine that someone tries the package on
+
+tokens/s counts new tokens over the whole call, prompts and the reading of requests included.
+Writes benchmarks/results/server_overhead.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import ROOT, Worker, percentiles, revision_of, save
+from benchmarks._serving import Served, served
+
+STREAMS = (1, 8, 32)
+PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 128, 5
+ARRANGEMENTS: dict[str, tuple[set[int] | None, set[int] | None]] = {
+    "apart": ({0}, {1}),
+    "together": (None, None),
+}
+
+
+@contextlib.contextmanager
+def sides_of(
+    arrangement: str, checkouts: dict[str, Path]
+) -> Iterator[tuple[Worker, dict[str, Served]]]:
+    """The engine, and a server of each checkout."""
+    cpus, client_cpus = ARRANGEMENTS[arrangement]
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(Worker("benchmarks.workers.ours", cpus=cpus))
+        servers = {
+            label: stack.enter_context(served(path, cpus, client_cpus))
+            for label, path in checkouts.items()
+        }
+        yield engine, servers
+
+
+def compare(arrangement: str, checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
+    """Every number of streams; the first round warms up."""
+    rows = []
+    with sides_of(arrangement, checkouts) as (engine, servers):
+        for streams in STREAMS:
+            case = {"requests": streams, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+            alone: list[float] = []
+            answers: dict[str, list[dict[str, Any]]] = {label: [] for label in servers}
+            for seed in range(rounds + 1):
+                seconds = engine.call(op="generate", seed=seed, **case)["seconds"]
+                got = {label: s.generate(seed=seed, **case) for label, s in servers.items()}
+                if seed:
+                    alone.append(seconds)
+                    for label, answer in got.items():
+                        answers[label].append(answer)
+            row: dict[str, Any] = {
+                "arrangement": arrangement,
+                "streams": streams,
+                "engine_tokens_per_s": streams * NEW_TOKENS / float(np.median(alone)),
+                "engine_seconds": percentiles(alone),
+                "servers": {label: _against(alone, a) for label, a in answers.items()},
+            }
+            rows.append(row)
+            for label, side in row["servers"].items():
+                print(f"{arrangement:9} {streams:3} {label:7} {_line(row, side)}", flush=True)
+    return rows
+
+
+def _against(alone: list[float], answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """A server beside the engine, pair by pair."""
+    seconds = [answer["seconds"] for answer in answers]
+    shares = [s / e for s, e in zip(seconds, alone, strict=True)]
+    added = [1e3 * (s - e) / NEW_TOKENS for s, e in zip(seconds, alone, strict=True)]
+    per_token = {
+        name: 1e6 * float(np.median([a[key] / a["tokens"] for a in answers]))
+        for name, key in (
+            ("serve_us", "serve_cpu_s"),
+            ("client_us", "client_cpu_s"),
+            ("all_us", "cpu_s"),
+        )
+    }
+    return {
+        "tokens_per_s": answers[0]["tokens"] / float(np.median(seconds)),
+        "seconds": percentiles(seconds),
+        "loss": 1 - 1 / float(np.median(shares)),
+        "loss_spread": [1 - 1 / min(shares), 1 - 1 / max(shares)],
+        "added_ms_a_token": percentiles(added),
+        "cpu_per_token": per_token,
+    }
+
+
+def _line(row: dict[str, Any], side: dict[str, Any]) -> str:
+    """A case in a line."""
+    return (
+        f"engine {row['engine_tokens_per_s']:7.1f} tok/s, server {side['tokens_per_s']:7.1f}, "
+        f"loss {side['loss']:6.1%}, added {side['added_ms_a_token']['p50']:5.2f} ms a token; "
+        f"event loop {side['cpu_per_token']['serve_us']:.0f} us a token, client "
+        f"{side['cpu_per_token']['client_us']:.0f} us"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--baseline", type=Path, help="checkout whose server is measured as well")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    args = parser.parse_args(argv)
+    result: dict[str, Any] = {
+        "tier": "T0",
+        "prompt_tokens": PROMPT_TOKENS,
+        "new_tokens": NEW_TOKENS,
+        "rounds": args.rounds,
+    }
+    checkouts = {"fd_dsa": ROOT}
+    if args.baseline:
+        checkouts["before"] = args.baseline.resolve()
+        result["baseline"] = revision_of(args.baseline)
+    result["cases"] = [
+        row for name in ARRANGEMENTS for row in compare(name, checkouts, args.rounds)
+    ]
+    print(f"written: {save('server_overhead', result)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

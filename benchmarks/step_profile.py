@@ -1,0 +1,98 @@
+"""Where a decode step spends its time, part by part, before and after a change.
+
+    python -m benchmarks.step_profile                        # about two minutes on 2 cores
+    python -m benchmarks.step_profile --baseline CHECKOUT    # the package of another checkout first
+
+The embedded engine on the demo model, its parts timed where they are called; the two packages take
+turns. What serving adds is the processor time of the event loop's thread in a real server, its
+streams read by a client that does nothing else, per step of all streams.
+Writes benchmarks/results/step_profile.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import ROOT, Worker, revision_of, save
+from benchmarks._serving import served
+
+# requests, tokens of context, how they are sampled
+CASES: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
+    (1, 512, "greedy", {"temperature": 0}),
+    (32, 256, "greedy", {"temperature": 0}),
+    (32, 256, "temperature 1", {"temperature": 1}),
+    (32, 256, "top-p 0.95", {"temperature": 1, "top_p": 0.95}),
+)
+ROUNDS, STEPS, SERVED_TOKENS = 4, 25, 96
+
+
+def profile(workers: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
+    """Median microseconds of every part of each case, the packages in turn."""
+    found = []
+    for requests, context, name, sampling in CASES:
+        steps: dict[str, list[dict[str, float]]] = {label: [] for label in workers}
+        call = {"requests": requests, "context": context, "sampling": sampling, "steps": STEPS}
+        for _ in range(rounds):
+            for label, worker in workers.items():
+                steps[label] += worker.call(op="decode", **call)["us"]
+        sides = {
+            label: {part: float(np.median([us[part] for us in all_us])) for part in all_us[0]}
+            for label, all_us in steps.items()
+        }
+        found.append({"requests": requests, "context": context, "sampling": name, "us": sides})
+        for label, us in sides.items():
+            parts = ", ".join(f"{part} {value:.0f}" for part, value in us.items())
+            print(f"{requests:3} x {context} {name:14} {label:7} us: {parts}", flush=True)
+    return found
+
+
+def serving(checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
+    """Microseconds of the event loop's thread a step, for one stream and for 32."""
+    found = []
+    with contextlib.ExitStack() as stack:
+        servers = {label: stack.enter_context(served(path)) for label, path in checkouts.items()}
+        for requests in (1, 32):
+            times: dict[str, list[float]] = {label: [] for label in servers}
+            for seed in range(rounds + 1):
+                for label, server in servers.items():
+                    answer = server.generate(
+                        requests=requests, prompt_tokens=64, new_tokens=SERVED_TOKENS, seed=seed
+                    )
+                    if seed:
+                        times[label].append(1e6 * answer["serve_cpu_s"] / SERVED_TOKENS)
+            us = {label: float(np.median(values)) for label, values in times.items()}
+            found.append({"requests": requests, "us": us})
+            print(f"{requests:3} streams, event loop, us a step: {us}", flush=True)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--baseline", type=Path, help="checkout that was before")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    args = parser.parse_args(argv)
+    result: dict[str, Any] = {"tier": "T0", "rounds": args.rounds, "steps": STEPS}
+    checkouts = {"fd_dsa": ROOT}
+    if args.baseline:
+        checkouts = {"before": args.baseline.resolve(), **checkouts}
+        result["baseline"] = revision_of(args.baseline)
+    with contextlib.ExitStack() as stack:
+        workers = {
+            label: stack.enter_context(Worker("benchmarks.workers.step_parts", checkout=path))
+            for label, path in checkouts.items()
+        }
+        result["cases"] = profile(workers, args.rounds)
+    result["serving"] = serving(checkouts, args.rounds)
+    print(f"written: {save('step_profile', result)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Worker: the engine without a model, to time what the host does in a decode step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import serve_requests
+
+_BLOCK_SIZE = 64
+_MAX_MODEL_LEN = 1024
+_PROMPT_TOKENS = 100
+_WARM_UP = 5
+# steps until the last of many prompts is read, and those of the warm-up
+_SPARE = 64
+
+
+class IdleRunner:
+    """A runner whose steps cost nothing: the same logits for every step, no copy.
+
+    A row's logits fall off as those of language models do: few tokens hold most of the mass.
+    """
+
+    def __init__(self, num_rows: int, vocab_size: int) -> None:
+        from fd_dsa.runner.input_batch import InputBatch
+
+        columns = _MAX_MODEL_LEN // _BLOCK_SIZE
+        self.input_batch = InputBatch(num_rows, max(num_rows, 2048), columns, _BLOCK_SIZE)
+        self.vocab_size = vocab_size
+        rng = np.random.default_rng(0)
+        # Zipf's law, in an order of its own for each row
+        falling = -1.2 * np.log1p(np.arange(vocab_size))
+        rows = [rng.permutation(falling) for _ in range(num_rows)]
+        self._logits = np.array(rows, np.float32)
+
+    def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
+        """The first rows of the logits."""
+        return self._logits[: len(logits_indices)]
+
+
+class Engines:
+    """An engine for each number of requests and way of sampling."""
+
+    def __init__(self) -> None:
+        from fd_dsa.config import demo_model_path
+        from fd_dsa.engine.tokenizer import Tokenizer
+
+        self._tokenizer = Tokenizer.from_folder(demo_model_path(), None)
+
+    def _decoding(self, requests: int, sampling: dict[str, Any], steps: int) -> Any:
+        """An engine whose requests all decode, and go on for so many steps."""
+        from fd_dsa import SamplingParams
+        from fd_dsa.engine.engine import LLMEngine
+
+        engine = LLMEngine(
+            IdleRunner(requests, self._tokenizer.vocab_size),
+            self._tokenizer,
+            num_blocks=requests * _MAX_MODEL_LEN // _BLOCK_SIZE,
+            block_size=_BLOCK_SIZE,
+            max_model_len=_MAX_MODEL_LEN,
+            max_num_seqs=requests,
+            max_num_batched_tokens=max(requests, 2048),
+            eos_token_ids=(1,),
+        )
+        params = SamplingParams(**sampling, max_tokens=steps + _SPARE, ignore_eos=True)
+        for index in range(requests):
+            tokens = [10 + (7 * index + place) % 1000 for place in range(_PROMPT_TOKENS)]
+            engine.add_request(str(index), tokens, params)
+        while engine.stats().computed_prompt_tokens < requests * _PROMPT_TOKENS:
+            engine.step()
+        for _ in range(_WARM_UP):
+            engine.step()
+        return engine
+
+    def host_us(self, requests: int, sampling: dict[str, Any], steps: int) -> dict[str, Any]:
+        """Microseconds of each of `steps` decode steps of so many requests."""
+        engine = self._decoding(requests, sampling, steps)
+        times = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            outputs = engine.step()
+            times.append(1e6 * (time.perf_counter() - begin))
+            if len(outputs) != requests:
+                raise RuntimeError(f"a step gave {len(outputs)} of {requests} outputs")
+        return {"us": times}
+
+    def pass_us(self, requests: int, steps: int) -> dict[str, Any]:
+        """Microseconds of a pass over the logits alone, which no sampler can do without."""
+        logits = IdleRunner(requests, self._tokenizer.vocab_size).execute_model(np.arange(requests))
+        times = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            logits.argmax(axis=1)
+            times.append(1e6 * (time.perf_counter() - begin))
+        return {"us": times}
+
+
+def handlers() -> dict[str, Callable[..., Any]]:
+    """What the worker answers."""
+    engines = Engines()
+    return {"host_us": engines.host_us, "pass_us": engines.pass_us}
+
+
+if __name__ == "__main__":
+    serve_requests(handlers())

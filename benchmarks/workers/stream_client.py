@@ -1,0 +1,90 @@
+"""Worker: a client of streamed completions that does as little as a client can.
+
+It counts events and the times between them, and parses nothing but the last one.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import random_prompts, serve_requests
+
+_VOCAB_SIZE = 4096
+_EVENT = b"data: {"
+
+
+class _Stream:
+    """One request and what has come of its answer."""
+
+    def __init__(self, host: str, port: int, body: dict[str, Any]) -> None:
+        """Connect; nothing is sent yet."""
+        data = json.dumps(body).encode()
+        self.request = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: benchmark\r\nConnection: close\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
+        )
+        self.socket = socket.create_connection((host, port))
+        self.times: list[float] = []
+        self.tail = b""
+
+    def read(self) -> bool:
+        """Take what has come; False at the end of the answer."""
+        data = self.socket.recv(1 << 16)
+        self.times += [time.perf_counter()] * data.count(_EVENT)
+        self.tail = (self.tail + data)[-4096:]
+        return bool(data)
+
+    def num_tokens(self) -> int:
+        """Tokens of the answer, as the server counts them in its last event.
+
+        Raises:
+            RuntimeError: the answer has no usage.
+        """
+        for line in reversed(self.tail.splitlines()):
+            if line.startswith(_EVENT) and b'"usage":{' in line:
+                return int(json.loads(line[len(b"data: ") :])["usage"]["completion_tokens"])
+        raise RuntimeError(f"no usage at the end of an answer: {self.tail[-300:]!r}")
+
+
+def streams(
+    host: str, port: int, requests: int, prompt_tokens: int, new_tokens: int, seed: int
+) -> dict[str, Any]:
+    """Seconds for `requests` streams that are asked for at the same time."""
+    options = {"temperature": 0, "ignore_eos": True, "stream": True, "return_token_ids": True}
+    options |= {"max_tokens": new_tokens, "stream_options": {"include_usage": True}}
+    prompts = random_prompts(requests, prompt_tokens, _VOCAB_SIZE, seed)
+    open_streams = [_Stream(host, port, {"prompt": p, **options}) for p in prompts]
+    with selectors.DefaultSelector() as selector:
+        for stream in open_streams:
+            selector.register(stream.socket, selectors.EVENT_READ, stream)
+        cpu, begin = time.process_time(), time.perf_counter()
+        for stream in open_streams:
+            stream.socket.sendall(stream.request)
+        while selector.get_map():
+            for key, _ in selector.select():
+                if not key.data.read():
+                    selector.unregister(key.fileobj)
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    for stream in open_streams:
+        stream.socket.close()
+    tokens = sum(stream.num_tokens() for stream in open_streams)
+    if tokens != requests * new_tokens:
+        raise RuntimeError(f"the server returned {tokens} tokens, wanted {requests * new_tokens}")
+    # the last two events of a stream are its end and its usage
+    gaps = np.concatenate([np.diff(stream.times[:-1]) for stream in open_streams])
+    return {
+        "seconds": seconds,
+        "client_cpu_s": cpu,
+        "tokens": tokens,
+        "step_ms": float(1e3 * np.median(gaps)),
+    }
+
+
+if __name__ == "__main__":
+    serve_requests({"streams": streams})

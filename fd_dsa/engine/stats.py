@@ -1,0 +1,37 @@
+"""What an engine has done and holds, as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start, and the present load.
+
+    Attributes:
+        kv_cache_usage: share of the cache blocks in use, 0 to 1; blocks that are only kept for
+            later requests are not in use.
+        prompt_tokens: of all requests that have come.
+        computed_prompt_tokens: tokens that steps computed before a request's next token was due:
+            prompts behind their cached beginnings, and what a preempted request computes anew.
+        prefix_cache_queries: prompt tokens looked for in the prefix cache, each request counted
+            when it first runs.
+        prefix_cache_hits: those of them that were there.
+        host_time_s, runner_time_s: seconds spent in steps, outside and inside the runner.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_used_blocks: int
+    kv_cache_usage: float
+    num_steps: int
+    num_preemptions: int
+    prompt_tokens: int
+    computed_prompt_tokens: int
+    generated_tokens: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
+    host_time_s: float
+    runner_time_s: float

@@ -1,0 +1,154 @@
+"""What calls the kernels of sparse MLA: its arguments, what it refuses, the probe before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa import custom_ops
+from fd_dsa.errors import BackendUnavailable, DtypeError, LaunchError, ShapeError
+from fd_dsa.ops.sparse_mla.custom_op import CustomAttention, NarrowAttention, WideAttention
+from fd_dsa.ops.sparse_mla.device import custom_attention, kind_for
+from tests.custom_ops.adoption import HostApi, adopted
+from tests.custom_ops.building import host_library
+from tests.kernel_memory import KernelMemory, open_memory
+from tests.ops.tensor_core_case import RANK, make
+
+FP8 = "fp8_ds_mla"
+KINDS = [NarrowAttention, WideAttention]
+HEADS = {NarrowAttention: 5, WideAttention: 70}
+
+
+@pytest.fixture(params=[pytest.param("interpreter", marks=pytest.mark.triton)])
+def kernel_memory(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KernelMemory]:
+    """Host memory, and host code behind the C ABI that answers with the numbers it was given."""
+    memory = open_memory(request.param)
+    monkeypatch.setattr("fd_dsa.ops.sparse_mla.custom_op.api_for_type", lambda kind: HostApi())
+    monkeypatch.setattr("fd_dsa.ops.sparse_mla.device.INTERPRETING", False)
+    with adopted(host_library(), monkeypatch, on_gpu=False):
+        yield memory
+
+
+@pytest.mark.parametrize(
+    ("kind", "operator", "heads"),
+    [(NarrowAttention, "sparse_mla", 7), (WideAttention, "sparse_mla_wide", 64)],
+)
+def test_a_kernel_that_computes_something_else_does_not_serve(
+    kernel_memory: KernelMemory,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[CustomAttention],
+    operator: str,
+    heads: int,
+) -> None:
+    monkeypatch.setattr(kind, "__call__", lambda *arguments, **options: None)
+    assert custom_attention(kind, kernel_memory.poisoned) is None
+    [choice] = custom_ops.choices()
+    assert choice.operator == operator
+    assert not choice.serves and f"{heads} heads of the probe are off by" in choice.reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_probe_knows_what_is_right(
+    kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, kind: type[CustomAttention]
+) -> None:
+    from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores
+
+    def triton(self: Any, *arguments: Any, **options: Any) -> None:
+        attend_on_tensor_cores(*arguments, **options)
+
+    monkeypatch.setattr(kind, "__call__", triton)
+    assert isinstance(custom_attention(kind, kernel_memory.poisoned), kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_library_of_another_release_is_refused(kind: type[CustomAttention]) -> None:
+    class Old:
+        @staticmethod
+        def fd_dsa_sparse_mla_bytes() -> int:
+            return 8
+
+    with pytest.raises(BackendUnavailable, match="build it again"):
+        kind(Old())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_kernel_is_given(kernel_memory: KernelMemory, kind: type[CustomAttention]) -> None:
+    m, heads, attend = kernel_memory, HEADS[kind], kind(custom_ops.build().kernels)
+    case = make(FP8, [9, 3], 11, heads=heads)
+    q, cache, slots = case.inputs(m)
+    pages = m.put(case.cache.reshape(4, 1, 64, -1))
+    out, lse = m.poisoned((2, heads, RANK), "float32"), m.poisoned((2, heads), "float32")
+    attend(q, pages, slots, out, softmax_scale=0.5, lse=lse, splits=4)
+    assert m.get(out).reshape(-1)[:9].tolist() == [0.5, 2, heads, 11, 256, 1, 0, 4, 1]
+    attend(q, cache, slots, out, softmax_scale=0.25)
+    assert m.get(out).reshape(-1)[:9].tolist() == [0.25, 2, heads, 11, 256, 1, 0, 0, 0]
+
+
+def test_latents_of_many_heads_may_be_bfloat16(kernel_memory: KernelMemory) -> None:
+    m, attend = kernel_memory, WideAttention(custom_ops.build().kernels)
+    case, out = make("bfloat16", [5], 6, heads=70), m.poisoned((1, 70, RANK), "float32")
+    attend(*case.inputs(m), out, softmax_scale=0.25)
+    assert m.get(out).reshape(-1)[:9].tolist() == [0.25, 1, 70, 6, 256, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kinds"),
+    [(1, (NarrowAttention, None)), (32, (NarrowAttention, None)), (33, (WideAttention,) * 2)],
+)
+def test_which_kernel_is_for_so_many_heads(heads: int, kinds: tuple[Any, ...]) -> None:
+    assert (kind_for(heads, True), kind_for(heads, False)) == kinds
+
+
+@pytest.mark.parametrize(
+    ("heads", "faster", "slower"),
+    [
+        (16, (1, 7, 8192), ()),
+        (32, (8, 8192), (1, 7)),
+        (64, (8, 16, 33, 128, 8192), (1, 7, 17, 32)),
+        (128, (4, 8, 17, 32, 1024), (1, 3, 9, 16)),
+    ],
+)
+def test_where_it_is_faster(heads: int, faster: tuple[int, ...], slower: tuple[int, ...]) -> None:
+    kind = kind_for(heads, True)
+    assert kind is not None
+    assert all(kind.is_faster(tokens, heads) for tokens in faster)
+    assert not any(kind.is_faster(tokens, heads) for tokens in slower)
+    assert (heads <= kind.always_heads) == (not slower)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "error", "text"),
+    [
+        (NarrowAttention, {"heads": 33}, ShapeError, "33 heads, allowed are 1 to 32"),
+        (NarrowAttention, {"cache": "bfloat16"}, DtypeError, "got dtype .*allowed is uint8"),
+        (NarrowAttention, {"splits": 17}, ShapeError, "splits: got 17, allowed are 0, .*, 16$"),
+        (WideAttention, {"splits": 3}, ShapeError, "got 3, allowed are 0, 1, 2, 4, 8, 16$"),
+        *((kind, {"topk": 4}, ShapeError, "slots") for kind in KINDS),
+        *((kind, {"transposed": True}, LaunchError, "out of shape .*contiguous") for kind in KINDS),
+    ],
+)
+def test_what_it_refuses(
+    kernel_memory: KernelMemory,
+    kind: type[CustomAttention],
+    change: dict[str, Any],
+    error: type[Exception],
+    text: str,
+) -> None:
+    m, heads = kernel_memory, change.get("heads", HEADS[kind])
+    case = make(change.get("cache", FP8), [6, 2], 6, heads=heads)
+    q, cache, slots = case.inputs(m)
+    out = m.poisoned((2, heads, RANK), "float32")
+    before = m.get(out)
+    if "topk" in change:
+        slots = m.put(case.slots[:1])
+    if "transposed" in change:
+        out = m.poisoned((2, RANK, heads), "float32").transpose([0, 2, 1])
+    attend = kind(custom_ops.build().kernels)
+    with pytest.raises(error, match=text):
+        attend(q, cache, slots, out, softmax_scale=1.0, splits=change.get("splits", 0))
+    assert "transposed" in change or np.array_equal(m.get(out), before)
