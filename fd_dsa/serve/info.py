@@ -30,6 +30,8 @@ def server_info(
         options: limits of the server; None are the default ones.
     """
     options = options or ServerOptions()
+    import paddle
+
     from fd_dsa.ops._provider import kernel_reasons, provider_table
     from fd_dsa.runner.device import resolve_device
 
@@ -38,6 +40,7 @@ def server_info(
         "engine": "fd_dsa",
         "version": fd_dsa.__version__,
         "commit": told_commit() or _commit(),
+        "paddle": paddle.__version__,
         "device": device,
         "device_name": _device_name(device),
         "dtype": config.compute_dtype,

@@ -38,6 +38,11 @@ _LAST_RESPONSES_S = 5
 # then for all that should have ended: the step in progress has 30 s
 _FORCED_EXIT_S = 45.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_BIND_CURES = {
+    errno.EADDRINUSE: "stop the process that has it or choose another --host or --port",
+    errno.EADDRNOTAVAIL: "no interface of this machine has it; choose another --host",
+    errno.EACCES: "ports below 1024 need the right to it; choose another --port",
+}
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -78,9 +83,8 @@ def _bind_error(host: str, port: int, error: OSError) -> ConfigError:
     reason = (error.strerror or str(error)).lower()
     owner = describe_port_owner(port) if error.errno == errno.EADDRINUSE else ""
     by = f" by {owner}" if owner else ""
-    return ConfigError(
-        f"{where}: {reason}{by}; stop the process that has it or choose another --host or --port"
-    )
+    cure = _BIND_CURES.get(error.errno or 0, "choose another --host or --port")
+    return ConfigError(f"{where}: {reason}{by}; {cure}")
 
 
 def format_address(host: str, port: int) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import shlex
+import socket
 
 import pytest
 
+from fd_dsa.errors import ConfigError
 from fd_dsa.serve.server import base_url, bind_socket, curl_line, format_address
 
 
@@ -36,3 +41,24 @@ def test_curl_line_is_quoted_for_a_shell(name: str, chat: bool) -> None:
     assert body["model"] == name
     assert body["max_tokens"] == 1
     assert ("messages" in body) is chat
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.EADDRINUSE, "stop the process that has it"),
+        (errno.EADDRNOTAVAIL, "no interface of this machine has it; choose another --host"),
+        (errno.EACCES, "ports below 1024 need the right to it; choose another --port"),
+        (errno.EPERM, "choose another --host or --port"),
+    ],
+)
+def test_an_address_that_cannot_be_had_is_told_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, number: int, cure: str
+) -> None:
+    def bind(self: socket.socket, address: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fd_dsa.serve.server.socket.socket.bind", bind)
+    with pytest.raises(ConfigError, match=re.escape(cure)) as caught:
+        bind_socket("127.0.0.1", 80)
+    assert str(caught.value).startswith(f"127.0.0.1:80: {os.strerror(number).lower()}")

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import paddle
 import pytest
 
 from fd_dsa import __version__
@@ -80,6 +81,7 @@ def test_server_info_names_what_decides_the_answers() -> None:
         "fp8_ds_mla",
     )
     assert (told["version"], told["max_num_batched_tokens"]) == (__version__, 512)
+    assert told["paddle"] == paddle.__version__
     assert told["batch_invariant"] is False
     names = ("chat_template", "tool_call_parser", "reasoning_parser")
     assert [told[name] for name in names] == ["a script", "none", "none"]
