@@ -19,6 +19,10 @@ The protocol of a benchmark module, which `gpu_run` and the report rely on:
                 "ours": label, "ratios": {other label: its p50 / that of ours},
                 "floor_us", "percent_of_floor", ...notes of the module}]}
 
+A benchmark of many shapes begins each by `record.attempt(name, case)`: one that fails is named in
+"failed", none is begun when the time of the section is up ("not_run"), and a run that was cut off
+goes on where it ended. Its `main` returns `record.status()`.
+
 The order of `times` is that of the columns in docs/performance.md; the first label that is not
 ours is the baseline. `--quick` means one or two shapes. `--peers` is a folder as `_peers` says; a
 peer that is absent leaves its label out. The file is rewritten after every case, so that a run
@@ -31,28 +35,36 @@ with random data, so that a replay does not find its inputs in the L2.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from benchmarks._harness import RESULTS, case_line, environment, percentiles, write_json
+from benchmarks._harness import (
+    LIMIT_VARIABLE,
+    OUT_OF_TIME,
+    RESULTS,
+    case_line,
+    environment,
+    write_json,
+)
+from benchmarks._timers import Call, Times, interleaved
 
 import triton
 
-Call = Callable[[], Any]
-Times = dict[str, dict[str, float]]
-
 POISON = 0xA5
-# replays of short calls and event pairs of long ones
-_GRAPH_BELOW_US = 400.0
-_REPLAY_US = 2000.0
 _MAX_SETS = 48
+
+# share of the time at whose end no case is begun
+_RESERVE = 0.2
 
 
 def arguments(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,114 +86,6 @@ def poison(*tensors: torch.Tensor) -> None:
     """Fill outputs with bytes that no kernel writes by chance."""
     for tensor in tensors:
         tensor.view(torch.uint8).fill_(POISON)
-
-
-class _Replay:
-    """Microseconds a call of a captured graph of many calls."""
-
-    def __init__(self, calls: Sequence[Call], rough_us: float) -> None:
-        rounds = max(1, round(_REPLAY_US / max(rough_us, 2.0) / len(calls)))
-        self._num_calls = rounds * len(calls)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for index in range(self._num_calls):
-                calls[index % len(calls)]()
-        self()
-
-    def __call__(self) -> float:
-        return _between_events(self._graph.replay) / self._num_calls
-
-
-class _Events:
-    """Microseconds of one call, each time of the next input set."""
-
-    def __init__(self, calls: Sequence[Call], rough_us: float) -> None:
-        self._calls, self._next = calls, 0
-
-    def __call__(self) -> float:
-        self._next += 1
-        return _between_events(self._calls[self._next % len(self._calls)])
-
-
-class _Wall:
-    """Microseconds a call on the host's clock, the device's work included."""
-
-    wait_inside = True
-
-    def __init__(self, calls: Sequence[Call], rough_us: float) -> None:
-        self._calls = calls
-        self._num_calls = max(len(calls), min(200, round(10_000 / rough_us)))
-
-    def __call__(self) -> float:
-        torch.cuda.synchronize()
-        begin = time.perf_counter_ns()
-        for index in range(self._num_calls):
-            self._calls[index % len(self._calls)]()
-        if self.wait_inside:
-            torch.cuda.synchronize()
-        elapsed = time.perf_counter_ns() - begin
-        torch.cuda.synchronize()
-        return elapsed / 1e3 / self._num_calls
-
-
-class _Host(_Wall):
-    """Microseconds a call keeps the host; the device's work is waited for outside the clock."""
-
-    wait_inside = False
-
-
-_MODES = {"graph": _Replay, "events": _Events, "wall": _Wall, "host": _Host}
-
-
-def _between_events(call: Call) -> float:
-    """Microseconds of device time of one call."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e3
-
-
-def _rough(calls: Sequence[Call]) -> float:
-    """Warm up every call on a side stream, as a capture asks, and time three roughly."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    return _between_events(lambda: [calls[i % len(calls)]() for i in range(3)]) / 3
-
-
-def interleaved(
-    sides: Mapping[str, Sequence[Call]], *, mode: str = "auto", rounds: int = 30
-) -> Times:
-    """Percentiles of every side, measured in turn within one loop.
-
-    Args:
-        sides: label -> calls, each over its own input set.
-        mode: "graph" replays a captured graph, "events" times one call between two events, "wall"
-            is host time until the device is done, "host" without waiting for it; "auto" is
-            "graph" for calls that are short on the device (below 400 us), else "events".
-        rounds: samples of each side.
-
-    Returns:
-        label -> p20, p50, p80 in microseconds a call.
-    """
-    timers = {}
-    for label, calls in sides.items():
-        rough_us = _rough(calls)
-        chosen = mode
-        if mode == "auto":
-            chosen = "graph" if rough_us < _GRAPH_BELOW_US else "events"
-        timers[label] = _MODES[chosen](calls, rough_us)
-    samples: dict[str, list[float]] = {label: [] for label in timers}
-    for _ in range(rounds):
-        for label, timer in timers.items():
-            samples[label].append(timer())
-    return {label: percentiles(values) for label, values in samples.items()}
 
 
 def effects(call: Call) -> dict[str, int]:
@@ -262,18 +166,33 @@ class Recorder:
         torch.manual_seed(1234)
         self._path = Path(folder) / f"{name}.json"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self.ceilings = ceilings()
-        self._result: dict[str, Any] = {
+        limit_s = float(os.environ.get(LIMIT_VARIABLE, "inf"))
+        # a case that was begun shall end
+        self._end = time.monotonic() + (1 - _RESERVE) * limit_s
+        env = environment()
+        self._result = self._cut_off(env) or {
             "name": name,
-            "env": environment(),
-            # whoever ran the tests before says so; without them a figure is not published
-            "gate": os.environ.get("FD_DSA_GATE", "not run"),
+            "env": env,
             "clocks": [clocks()],
-            "ceilings": self.ceilings,
+            "ceilings": ceilings(),
             "cases": [],
         }
-        self.cases = self._result["cases"]
+        # whoever ran the tests before says so; without them a figure is not published
+        self._result["gate"] = os.environ.get("FD_DSA_GATE", "not run")
+        self.ceilings, self.cases = self._result["ceilings"], self._result["cases"]
+        self._attempt: dict[str, str] = {}
         self._flush()
+
+    def _cut_off(self, env: dict[str, Any]) -> dict[str, Any] | None:
+        """What a run of the same tree on the same machine left when it was cut off."""
+        if not self._path.exists():
+            return None
+        found = json.loads(self._path.read_text())
+        if found.get("complete", True) or found["env"] != env:
+            return None
+        cases = [case for case in found["cases"] if case["attempt"] in found["done"]]
+        again: dict[str, Any] = {"clocks": found["clocks"][:1], "failed": {}, "not_run": []}
+        return found | again | {"cases": cases}
 
     def __enter__(self) -> Recorder:
         return self
@@ -287,7 +206,46 @@ class Recorder:
         self._result["clocks"].append(clocks())
         if error is not None:
             self._result["error"] = f"{type(error).__name__}: {error}"[:500]
+        elif "complete" in self._result:
+            self._result["complete"] = not self._result["not_run"]
         self._flush()
+
+    def attempt(self, name: str, case: Callable[[], bool | None]) -> None:
+        """Run a case, or several that belong together, unless it has run or there is no time.
+
+        One that raises, or says False, is noted as failed.
+
+        Args:
+            name: none of another attempt.
+            case: adds its cases to this record.
+        """
+        result = self._result
+        for key, empty in (("done", []), ("failed", {}), ("not_run", []), ("complete", False)):
+            result.setdefault(key, empty)
+        if name in result["done"]:
+            return
+        if time.monotonic() > self._end:
+            result["not_run"].append(name)
+            self._flush()
+            return
+        self._attempt = {"attempt": name}
+        try:
+            wrong = "a side is wrong" if case() is False else ""
+        except Exception as error:
+            traceback.print_exc(file=sys.stdout)
+            wrong = f"{type(error).__name__}: {error}"[:300]
+        if wrong:
+            result["failed"][name] = wrong
+            print(f"failed: {name}: {wrong}", flush=True)
+        else:
+            result["done"].append(name)
+        self._flush()
+
+    def status(self) -> int:
+        """Exit status of a benchmark that makes attempts."""
+        if self._result["failed"]:
+            return 1
+        return OUT_OF_TIME if self._result["not_run"] else 0
 
     def case(
         self,
@@ -324,7 +282,7 @@ class Recorder:
             "floor_us": floor_us,
             "percent_of_floor": 100 * floor_us / middle,
         }
-        self.cases.append(entry | notes)
+        self.cases.append(entry | notes | self._attempt)
         self._flush()
         print(case_line(entry), flush=True)
 

@@ -18,6 +18,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+LIMIT_VARIABLE = "FD_DSA_LIMIT_S"
+"""Names the seconds that `gpu_run` gives a section."""
+OUT_OF_TIME = 75
+"""Exit status of a section that ended itself with work left; EX_TEMPFAIL of sysexits.h."""
 # what a result depends on; results themselves do not count
 _MEASURED = ("fd_dsa", "benchmarks", ":!benchmarks/results")
 _PACKAGES = ("paddlepaddle", "triton", "numpy", "torch", "transformers")

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._peers import _found, _load_cuda_libraries
+from benchmarks._peers import _found, _is_loaded
 
 
 def register(folder: Path | None, cache: Path) -> list[str]:
@@ -35,10 +35,8 @@ def register(folder: Path | None, cache: Path) -> list[str]:
         cache: where DeepGEMM keeps what it compiled.
     """
     found = []
-    _load_cuda_libraries()
     library = _found(folder, "_flashmla_C.abi3.so")
-    if library is not None:
-        torch.ops.load_library(str(library))
+    if library is not None and _is_loaded(library):
         sys.modules["flash_mla"] = _flash_mla()
         found.append("flash_mla")
     if _found(folder, "deep_gemm/__init__.py") is not None:

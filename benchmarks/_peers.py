@@ -11,15 +11,12 @@ A folder for `--peers` holds, taken out of the wheel vllm 0.26.0 (built for torc
                                    vllm/model_executor/layers/sparse_attn_indexer.py, with its
                                    imports of triton
     fi_topk.so                     FlashInfer's top-k behind C functions of plain arguments, made
-                                   of the headers of the wheel flashinfer-python 0.6.14:
+                                   of the headers of the wheel flashinfer-python 0.6.14 by
 
     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -shared -Xcompiler -fPIC \\
-        --expt-relaxed-constexpr -I flashinfer/data/include -o fi_topk.so fi_topk.cu
+        --expt-relaxed-constexpr -I flashinfer/data/include -I EMPTY -o fi_topk.so fi_topk.cu
 
-    int fi_topk(in, out, offsets, lengths, states, rows, k, len, deterministic, tie, graph_safe,
-                stream): calls flashinfer::sampling::TopKRaggedTransformDispatch<float, int32_t>
-    int fi_topk_clusters(in, out, offsets, lengths, overflow, rows, k, len, clusters, num_cached,
-                stream): calls launch_fast_topk_clusters_exact_ragged_transform<float>
+The source is benchmarks/fi_topk.cu. EMPTY holds tvm/ffi/error.h, which may be an empty file.
 
 vLLM itself is not imported: loading the library registers its operators with torch.
 """
@@ -53,6 +50,11 @@ def _vllm_is_loaded(folder: Path | None) -> bool:
     path = _found(folder, "_C_stable_libtorch.abi3.so")
     if path is None:
         return False
+    return _is_loaded(path)
+
+
+def _is_loaded(path: Path) -> bool:
+    """Load a library of operators; False, said, where that fails."""
     _load_cuda_libraries()
     try:
         torch.ops.load_library(str(path))
@@ -71,7 +73,10 @@ def flashinfer_topk(folder: Path | None) -> Any | None:
     library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.fi_topk.argtypes = (*[pointer] * 5, *[number] * 6, pointer)
-    library.fi_topk_clusters.argtypes = (*[pointer] * 5, *[number] * 5, pointer)
+    if hasattr(library, "fi_topk_clusters"):
+        library.fi_topk_clusters.argtypes = (*[pointer] * 5, *[number] * 5, pointer)
+    else:
+        print("peer left out: fi_topk_clusters: not in fi_topk.so", flush=True)
     return library
 
 
@@ -94,9 +99,7 @@ def flash_mla_builds(folder: Path | None) -> list[tuple[str, Any, bool]]:
     found = []
     for label, name, namespace, takes_out in libraries:
         path = _found(folder, name)
-        if path is not None:
-            _load_cuda_libraries()
-            torch.ops.load_library(str(path))
+        if path is not None and _is_loaded(path):
             found.append((label, getattr(torch.ops, namespace), takes_out))
     return found
 

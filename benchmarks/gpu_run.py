@@ -5,10 +5,10 @@
 Ceilings, the library of custom_ops/, correctness, benchmarks, profiles, memory checks, repeats, in
 this order. Every section is a process with a time limit of its own; its output is
 DIR/<section>.log, and after each one DIR/run.json and the archive are rewritten. Started again on
-the same DIR it goes on after the sections that passed. A failure of the small correctness tests
-ends the run. A copy of the tree without git is told its commit with --commit. `--dry-run` needs no
-GPU: it imports the benchmarks and collects the tests, without Paddle, as on a machine that has
-none.
+the same DIR it goes on after the sections that passed, and inside those that had no time for all of
+their shapes or tests. A failure of the small correctness tests ends the run. A copy of the tree
+without git is told its commit with --commit. `--dry-run` needs no GPU: it imports the benchmarks
+and collects the tests, without Paddle, as on a machine that has none.
 """
 
 from __future__ import annotations
@@ -29,7 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _ncu
-from benchmarks._harness import ROOT, case_line, environment, write_json
+from benchmarks._harness import (
+    LIMIT_VARIABLE,
+    OUT_OF_TIME,
+    ROOT,
+    case_line,
+    environment,
+    write_json,
+)
 
 BENCHMARKS = {
     "v4_prepare": 150,
@@ -56,6 +63,7 @@ _PYTEST = (
 )
 _SMALL = {"FD_DSA_SMALL_TESTS": "1"}
 _LEAST_S = 10
+_STATUS = {0: "passed", -1: "out of time", OUT_OF_TIME: "out of time", None: "not installed"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +105,8 @@ def sections(args: argparse.Namespace) -> list[Section]:
 
     def checker(tool: str, paths: Sequence[str]) -> Section:
         command = (sys.executable, "-m", "benchmarks.sanitize", tool)
-        return Section(tool, (*command, "--workers", str(args.workers), *paths), 280)
+        options = ("--workers", str(args.workers), "--done", str(out / f"{tool}.done"))
+        return Section(tool, (*command, *options, *paths), 280)
 
     # most of a test's time is the compiler's, on one core
     quick = (*_PYTEST, "-n", str(args.workers)) if find_spec("xdist") else _PYTEST
@@ -108,7 +117,7 @@ def sections(args: argparse.Namespace) -> list[Section]:
     return [
         module("ceilings", 90),
         library,
-        Section("tests_small", (*quick, "--maxfail=10", *tests), 150, _SMALL, True, " passed"),
+        Section("tests_small", (*quick, "--maxfail=10", *tests), 200, _SMALL, True, " passed"),
         Section("tests_all", (*quick, *tests), 240, must_say=" passed"),
         *(module(name, BENCHMARKS[name]) for name in ready),
         Section("ncu", (*ncu, *subjects, "profile", *ready), 150),
@@ -116,7 +125,7 @@ def sections(args: argparse.Namespace) -> list[Section]:
         checker("racecheck", kernels),
         # barriers written by hand are those of custom_ops/
         checker("synccheck", [p for p in kernels if "custom_ops" in p] or kernels),
-        Section("repeats", (*subjects, "repeat", *ready), 90),
+        Section("repeats", (*subjects, "repeat", *ready), 150),
     ]
 
 
@@ -132,15 +141,17 @@ class Run:
 
     def gate(self) -> str:
         """What the correctness sections said: passed, failed or not run."""
-        found = {self.done.get(name, {}).get("status") for name in ("tests_small", "tests_all")}
-        if found == {"passed"}:
+        found = [self.done.get(name, {}).get("status") for name in ("tests_small", "tests_all")]
+        if found[0] != "failed" and found[1] == "passed":
+            # all tests are the small ones and more
             return "passed"
-        return "failed" if found & {"failed", "out of time"} else "not run"
+        return "failed" if {*found} & {"failed", "out of time"} else "not run"
 
     def execute(self, section: Section, limit_s: float) -> dict[str, Any]:
         """Run a section; its entry of run.json."""
         begin = time.monotonic()
-        variables = os.environ | {"FD_DSA_GATE": self.gate()} | section.environment
+        told = {"FD_DSA_GATE": self.gate(), LIMIT_VARIABLE: f"{limit_s:.0f}"}
+        variables = os.environ | told | section.environment
         log = self.out / f"{section.name}.log"
         with log.open("w") as file:
             try:
@@ -152,7 +163,7 @@ class Run:
         if status == 0 and section.must_say not in text:
             status = 1
         entry: dict[str, Any] = {
-            "status": {0: "passed", -1: "out of time", None: "not installed"}.get(status, "failed"),
+            "status": _STATUS.get(status, "failed"),
             "exit": status,
             "seconds": round(time.monotonic() - begin, 1),
             "last": _last_line(text),
@@ -237,9 +248,12 @@ def table(run: Run) -> str:
     ]
     for path in sorted(run.out.glob("*.json")):
         result = json.loads(path.read_text())
-        if result.get("cases") or result.get("kernels"):
+        if result.get("cases") or result.get("kernels") or result.get("failed"):
             lines.append(f"-- {path.stem} (gate {result['gate']}) {result.get('error', '')}")
-        lines += [case_line(entry) for entry in result.get("cases", ())]
+        lines += [f"failed: {name}: {why}" for name, why in result.get("failed", {}).items()]
+        lines += [f"not run: {', '.join(result['not_run'])}"] if result.get("not_run") else []
+        # other programs than the sections may leave results there
+        lines += [case_line(e) for e in result.get("cases", ()) if "percent_of_floor" in e]
         lines += [_ncu.text(kernel) for kernel in result.get("kernels", ())]
     return "\n".join(lines)
 
@@ -293,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         entry = run.execute(section, min(section.limit_s, left))
         print(f"{section.name:<16} {entry['status']:<13} {entry['seconds']:>6.1f} s", flush=True)
-        if section.ends_run and entry["status"] != "passed":
+        if section.ends_run and entry["status"] == "failed":
             print((args.out / f"{section.name}.log").read_text(errors="replace")[-6000:])
             break
     print(table(run), flush=True)

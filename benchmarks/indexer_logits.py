@@ -49,25 +49,22 @@ def steps_of(shape: Shape, cache: torch.Tensor, logits: torch.Tensor) -> list[St
     return [Step(shape, cache, logits, seed) for seed in range(count)]
 
 
-def errors(steps: list[Step], peer: Peer | None) -> dict[str, float]:
-    """Deviations of both sides from doubles.
+def error_of_ours(step: Step) -> float:
+    """Deviation of our scores from doubles.
 
     Raises:
-        AssertionError: ours is more than rounding, or differs between two runs.
+        AssertionError: it is more than rounding, or two runs differ.
     """
-    step = steps[0]
     call = step.ours(form_of(step.shape))
     _gpu.poison(step.logits)
     call()
-    found = {OURS: step.error(step.logits)}
+    found = step.error(step.logits)
     first = step.logits.clone()
     _gpu.poison(step.logits)
     call()
     same = torch.equal(first.view(torch.int32), step.logits.view(torch.int32))
     assert same, f"{step.shape.label}: differs between two runs"
-    assert found[OURS] <= TOLERANCE, f"{step.shape.label}: {found}"
-    if peer is not None:
-        found[THEIRS] = step.error(peer.call(step)())
+    assert found <= TOLERANCE, f"{step.shape.label}: off by {found:.1e}"
     return found
 
 
@@ -75,12 +72,18 @@ def compare(
     record: _gpu.Recorder, shape: Shape, cache: torch.Tensor, logits: torch.Tensor,
     peer: Peer | None, rate: float,
 ) -> None:  # fmt: skip
-    """Check and time one shape."""
-    steps = steps_of(shape, cache, logits)
-    found, form = errors(steps, peer), form_of(shape)
+    """Check and time one shape; without DeepGEMM where it refuses it."""
+    steps, form = steps_of(shape, cache, logits), form_of(shape)
+    found, left_out = {OURS: error_of_ours(steps[0])}, {}
     sides: dict[str, list[_gpu.Call]] = {}
     if peer is not None:
-        sides[THEIRS] = [peer.call(step) for step in steps]
+        try:
+            theirs = [peer.call(step) for step in steps]
+            found[THEIRS] = steps[0].error(theirs[0]())
+            sides[THEIRS] = theirs
+        except RuntimeError as error:
+            left_out[THEIRS] = str(error)[:200]
+            print(f"{shape.label}: {THEIRS} left out: {left_out[THEIRS]}", flush=True)
     sides[OURS] = [step.ours(form) for step in steps]
     times = _gpu.interleaved(sides, rounds=15)
     fills = [step.schedule(form)[1] for step in steps]
@@ -91,6 +94,7 @@ def compare(
         ours=OURS,
         floor_us=shape.floor_us(record.ceilings["copy_bytes_per_s"], rate),
         errors=found,
+        left_out=left_out,
         form=vars(form),
         schedule_us=schedule[SCHEDULE]["p50"],
         flops_per_s=shape.flops / times[OURS]["p50"] * 1e6,
@@ -122,9 +126,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         rate = fp8_flops_per_s()
         record.note(peer="DeepGEMM 2.5.0 of vLLM 0.26.0", fp8_flops_per_s=rate)
         for shape in chosen:
-            compare(record, shape, cache, logits, peer, rate)
+            case = partial(compare, record, shape, cache, logits, peer, rate)
+            record.attempt(shape.label, case)
             torch.cuda.empty_cache()
-    return 0
+    return record.status()
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,6 @@ from fd_dsa import custom_ops
 MODES = {GRAPH: "graph", EAGER: "wall"}
 DEVICE = "cuda"
 MAX_ROWS, MAX_KEYS = 128, 128 << 10
-# no shape is begun after this long
-TIME_S = 150.0
 ROUNDS, ROUNDS_OF_LONG = 9, 5
 _LONG_KEYS = 4 << 20
 # FlashMLA rounds latents, their scales and weights to bfloat16
@@ -191,18 +190,13 @@ def warm_host(stack: Stack) -> None:
 
 def run(
     record: _gpu.Recorder, shape: Shape, weights: Sequence[Weights], pool: Pool, peers: Path | None
-) -> str:
-    """Check and time one shape; what is wrong with it, or ""."""
+) -> None:
+    """Check and time one shape."""
     is_first = not record.cases
-    try:
-        case = Case(shape, weights, pool, peers)
-        if is_first:
-            warm_host(case.sides[OURS])
-        compare(record, case, weights[0], is_first)
-    except Exception as error:
-        print(f"{shape.label} failed: {error}", flush=True)
-        return f"{type(error).__name__}: {error}"[:300]
-    return ""
+    case = Case(shape, weights, pool, peers)
+    if is_first:
+        warm_host(case.sides[OURS])
+    compare(record, case, weights[0], is_first)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,21 +204,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _gpu.arguments(__doc__, argv)
     register()
     custom_ops.use_library(_custom_ops.library())
-    end = time.monotonic() + TIME_S
     with _gpu.Recorder("layer_stack", args.out) as record:
         record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
-        pool, not_run, failed = Pool(MAX_ROWS * MAX_KEYS // 64), [], {}
-        heads = HEADS[:1] if args.quick else HEADS
+        pool, heads = Pool(MAX_ROWS * MAX_KEYS // 64), HEADS[:1] if args.quick else HEADS
         weights = {n: weights_of(Sizes(heads=n), DEVICE) for n in heads}
         for shape in shapes(heads, args.quick):
-            if time.monotonic() > end:
-                not_run.append(shape.label)
-            elif wrong := run(record, shape, weights[shape.heads], pool, args.peers):
-                failed[shape.label] = wrong
+            case = partial(run, record, shape, weights[shape.heads], pool, args.peers)
+            record.attempt(shape.label, case)
             torch.cuda.empty_cache()
             serving = {c.operator: c.serves or c.reason for c in custom_ops.choices()}
-            record.note(layers=LAYERS, not_run=not_run, failed=failed, custom_ops=serving)
-    return int(bool(failed))
+            record.note(layers=LAYERS, custom_ops=serving)
+    return record.status()
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:

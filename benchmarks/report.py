@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks._decode_tables import decode_lines
 from benchmarks._harness import RESULTS, ROOT, table_row, three_digits, write_json
 from benchmarks._overlap_tables import overlap_lines
 from benchmarks._provider_tables import provider_tables
@@ -35,7 +36,7 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 # whole numbers of a case which are shown beside its times
 _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
 _WITHOUT_PLOT = (
-    *("engine_cpu", "growth", "memory_use", "server_overhead", "step_profile"),
+    *("decode_steps", "engine_cpu", "growth", "memory_use", "server_overhead", "step_profile"),
     *("indexer_logits", "layer_stack", "providers", "sparse_mla", "topk"),
 )
 _BARS = "the table above as bars"
@@ -142,6 +143,8 @@ def gpu_table(result: Mapping[str, Any]) -> str:
     if refused:
         return refused
     cases = result["cases"]
+    if not cases:
+        return "\n".join(["No case was timed.", *_gaps(result)]) + "\n"
     labels = list(dict.fromkeys(label for case in cases for label in case["times"]))
     counts = [key for key in _COUNTS if any(key in case for case in cases)]
     head = ["case", *(f"{label}, us" for label in labels), "of the floor"]
@@ -155,9 +158,17 @@ def gpu_table(result: Mapping[str, Any]) -> str:
         lines.append(table_row([*cells, case["tier"]]))
     spread = max((t["p80"] - t["p20"]) / t["p50"] for c in cases for t in c["times"].values())
     lines += ["", f"{_ceilings_line(result)} Largest spread, p20 to p80: {spread:.1%}."]
+    return "\n".join([*lines, *_gaps(result)]) + "\n"
+
+
+def _gaps(result: Mapping[str, Any]) -> Iterator[str]:
+    """Paragraphs about cases that are not in a table."""
+    if result.get("failed"):
+        yield f"\nFailed: {', '.join(result['failed'])}."
+    if result.get("not_run"):
+        yield f"\nNot run, for want of time: {', '.join(result['not_run'])}."
     if "error" in result:
-        lines += ["", f"The run was cut off: {result['error']}."]
-    return "\n".join(lines) + "\n"
+        yield f"\nThe run was cut off: {result['error']}."
 
 
 def _time_cell(case: Mapping[str, Any], label: str) -> str:
@@ -259,15 +270,18 @@ def v4_prepare(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def staging(result: Mapping[str, Any]) -> str:
-    """Markdown of benchmarks/results/staging.json: how much of the copies is hidden, and races."""
+def _only_lines(
+    result: Mapping[str, Any], lines: Callable[[Mapping[str, Any]], Iterable[str]]
+) -> str:
+    """A result that has a table of its own."""
     refused = _refusal(result)
     if refused:
         return refused
-    return "\n".join([_machine(result["env"]), *staging_lines(result)]) + "\n"
+    return "\n".join([_machine(result["env"]), *lines(result)]) + "\n"
 
 
 _MADE_BY = {
+    "decode_steps": partial(_only_lines, lines=decode_lines),
     "engine_cpu": engine_cpu,
     "growth": growth,
     "memory_use": memory_use,
@@ -279,7 +293,7 @@ _MADE_BY = {
     "profiles": profiles,
     "providers": providers,
     "sparse_mla": partial(_with_sentences, sentences=sparse_mla_sentences),
-    "staging": staging,
+    "staging": partial(_only_lines, lines=staging_lines),
     "step_metadata": step_metadata,
     "topk": partial(_with_sentences, sentences=topk_sentences),
     "v4_prepare": v4_prepare,

@@ -9,25 +9,42 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from benchmarks._gpu import Call, poison
+from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME
 
 
-def subjects_of(modules: Sequence[str]) -> Iterator[tuple[str, Call, list[torch.Tensor]]]:
-    """Label, call and outputs of every subject of these benchmark modules."""
+def subjects_of(
+    modules: Sequence[str], failed: list[str]
+) -> Iterator[tuple[str, Call, list[torch.Tensor]]]:
+    """Label, call and outputs of every subject of these benchmark modules.
+
+    Args:
+        modules: of which one that cannot make its subjects is passed over.
+        failed: their names are added here.
+    """
     for name in modules:
-        module = importlib.import_module(f"benchmarks.{name}")
-        for label, (call, outputs) in module.subjects().items():
+        try:
+            found = importlib.import_module(f"benchmarks.{name}").subjects()
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            failed.append(name)
+            continue
+        for label, (call, outputs) in found.items():
             yield f"{name}: {label}", call, outputs
 
 
 def profile(modules: Sequence[str]) -> int:
     """Make every call once between the profiler's marks; prints the labels in that order."""
-    for label, call, _ in subjects_of(modules):
+    failed: list[str] = []
+    for label, call, _ in subjects_of(modules, failed):
         # the second call is warm: compiled and loaded
         call()
         torch.cuda.synchronize()
@@ -38,26 +55,56 @@ def profile(modules: Sequence[str]) -> int:
         torch.cuda.nvtx.range_pop()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
-    return 0
+    return int(bool(failed))
 
 
 def repeat(modules: Sequence[str], times: int) -> int:
-    """Repeat every call; returns 1 if any output ever differs from the first one."""
-    status = 0
-    for label, call, outputs in subjects_of(modules):
+    """Repeat every call.
+
+    Returns:
+        1 if any output ever differs from the first one, or a call fails; 75 if there was no time
+        for all of them; else 0.
+    """
+    failed: list[str] = []
+    not_run: list[str] = []
+    end = time.monotonic() + 0.9 * float(os.environ.get(LIMIT_VARIABLE, "inf"))
+    for label, call, outputs in subjects_of(modules, failed):
+        if time.monotonic() > end:
+            not_run.append(label)
+            continue
+        try:
+            count = differing(call, outputs, times, end)
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            failed.append(label)
+            continue
+        if count is None:
+            not_run.append(label)
+            continue
+        print(f"repeated {times} times, {count} outputs differ: {label}", flush=True)
+        if count:
+            failed.append(label)
+    print(f"failed: {failed}, no time for: {not_run}", flush=True)
+    if failed:
+        return 1
+    return OUT_OF_TIME if not_run else 0
+
+
+def differing(call: Call, outputs: list[torch.Tensor], times: int, end: float) -> int | None:
+    """How many outputs of so many calls differ from those of the first; None: time was up."""
+    poison(*outputs)
+    call()
+    first = [out.view(torch.uint8).clone() for out in outputs]
+    count = torch.zeros((), device="cuda", dtype=torch.int64)
+    for n in range(times):
         poison(*outputs)
         call()
-        first = [out.view(torch.uint8).clone() for out in outputs]
-        differing = torch.zeros((), device="cuda", dtype=torch.int64)
-        for _ in range(times):
-            poison(*outputs)
-            call()
-            for out, want in zip(outputs, first, strict=True):
-                differing += (out.view(torch.uint8) != want).any()
-        count = int(differing)
-        print(f"repeated {times} times, {count} outputs differ: {label}", flush=True)
-        status |= count > 0
-    return int(status)
+        for out, want in zip(outputs, first, strict=True):
+            count += (out.view(torch.uint8) != want).any()
+        # the host is ahead of the device by what a queue holds
+        if n % 256 == 0 and time.monotonic() > end:
+            return None
+    return int(count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

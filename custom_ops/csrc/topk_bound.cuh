@@ -50,17 +50,21 @@ __device__ __forceinline__ void find_sample(Shared& shared, uint32_t wanted, uin
 // Image of a score that a few more than k of the row's scores exceed, from evenly spaced samples.
 //
 // The best samples of groups, but for the poorest ones, bound the bins from below: so they are
-// narrow where the wanted sample is, and few samples are counted. The bound is a sample, not an
-// edge of a bin: a plateau of equal scores is then exactly at it.
+// narrow where the wanted sample is, and few samples are counted. The samples of a group come from
+// all over the row: no group is poor because scores rise or fall with the position. The bound is a
+// sample, not an edge of a bin: a plateau of equal scores is then exactly at it.
 template <int kThreads, int kLoads>
 __device__ __forceinline__ uint32_t choose_bound(const Row& row, int32_t k, Shared& shared) {
   constexpr uint32_t kMost = kThreads * kLoads;
   const uint32_t all = static_cast<uint32_t>(row.num_chunks);
   const uint32_t step = all > kMost ? all / kMost : 1, rest = all > kMost ? all % kMost : 0;
+  // neighbouring lanes far apart in the row; where samples are all there is, they lie side by side
+  const uint32_t spread = (__brev(lane_id()) >> 27) * (kThreads / kWarp) + warp_id();
+  const uint32_t first = step > 1 ? spread : threadIdx.x;
   float4 four[kLoads];
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
-    const uint32_t index = i * kThreads + threadIdx.x;
+    const uint32_t index = i * kThreads + first;
     const float none = no_score();
     four[i] = make_float4(none, none, none, none);
     if (index < all) four[i] = row.load(static_cast<int32_t>(index * step + index * rest / kMost));

@@ -88,6 +88,16 @@ def test_red_tests_end_the_run(run: Runner, tmp_path: Path) -> None:
     assert "later" not in state(tmp_path)
 
 
+def test_small_tests_without_time_do_not_end_the_run(run: Runner, tmp_path: Path) -> None:
+    small = Section("tests_small", python("raise SystemExit(75)"), 60, ends_run=True)
+    show = "import os; print(os.environ['FD_DSA_GATE'], os.environ['FD_DSA_LIMIT_S'])"
+    sections = [small, Section("tests_all", python(""), 60), Section("figures", python(show), 60)]
+    assert run(sections) == 1
+    assert state(tmp_path)["tests_small"]["status"] == "out of time"
+    # all tests are the small ones and more
+    assert state(tmp_path)["figures"]["last"] == "passed 60"
+
+
 @pytest.mark.parametrize(("code", "told"), [("", "passed"), ("raise SystemExit(1)", "failed")])
 def test_benchmarks_are_told_what_the_tests_said(
     run: Runner, tmp_path: Path, code: str, told: str

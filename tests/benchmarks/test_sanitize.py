@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
+from benchmarks import sanitize
+from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, ROOT
 from benchmarks.sanitize import verdict
 
 CLEAN = {
@@ -32,3 +37,42 @@ def test_clean(tool: str) -> None:
 def test_not_clean(tool: str, status: int, old: str, new: str, says: str) -> None:
     text = CLEAN[tool].replace(old, new) if old else CLEAN[tool]
     assert says in verdict(tool, status, text)
+
+
+@pytest.fixture
+def checked_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tree with two tests, and a tool that finds nothing wrong."""
+    tests, tools = tmp_path / "tests", tmp_path / "bin"
+    tests.mkdir()
+    (tests / "test_it.py").write_text("def test_one(): pass\ndef test_two(): pass\n")
+    tools.mkdir()
+    tool = tools / "compute-sanitizer"
+    # what comes before the interpreter is for the tool
+    tool.write_text(
+        '#!/bin/sh\nwhile [ "$1" != application-only ]; do shift; done; shift\n'
+        '"$@"; code=$?\necho "RACECHECK SUMMARY: 0 hazards"; exit $code\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(sanitize, "ROOT", tmp_path)
+    monkeypatch.setattr(sanitize, "choice", lambda tool: ())
+    names = [f"tests/test_it.py::test_{name}" for name in ("one", "two")]
+    monkeypatch.setattr(sanitize, "collect", lambda tool, paths: names)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    return tmp_path
+
+
+def test_a_second_run_checks_what_there_was_no_time_for(
+    checked_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = checked_tree / "done"
+    command = ["racecheck", "--workers", "1", "--done", str(done), "tests"]
+    monkeypatch.setenv(LIMIT_VARIABLE, "0")
+    assert sanitize.main(command) == OUT_OF_TIME
+    assert done.read_text().split() == [] and "0 of 2 tests" in capsys.readouterr().out
+    monkeypatch.delenv(LIMIT_VARIABLE)
+    assert sanitize.main(command) == 0
+    assert done.read_text().split() == ["tests/test_it.py::test_one", "tests/test_it.py::test_two"]
+    assert sanitize.main(command) == 0
+    assert "2 of 2 tests passed and clean, in 0 of 0 processes" in capsys.readouterr().out

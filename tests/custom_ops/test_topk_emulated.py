@@ -148,3 +148,21 @@ def test_the_launcher_asks_for_what_a_gpu_has(num_rows: int, width: int, k: int)
     # a list is no use without room for what is chosen of it
     assert capacity >= 1024 and num_chosen == (k if k <= capacity else 0)
     assert k > 5000 or width > 1 << 20 or num_chosen == k
+
+
+@pytest.mark.parametrize("kind", ["normal", "ascending", "descending", "recent"])
+@pytest.mark.parametrize("num_rows", [64, 132])
+def test_one_pass_over_long_rows_in_any_order(kind: str, num_rows: int) -> None:
+    width, k = 32 << 10, 2048
+    scores, out = scores_of(kind, 1, width, seed=1), np.full((1, k), POISON, np.int32)
+    memory = np.empty(width + 4, np.float32)
+    start = -memory.ctypes.data // 4 % 4
+    logits, lengths = memory[start : start + width].reshape(1, width), np.array([width], np.int32)
+    logits[:] = scores
+    rows, num_bytes = rows_of(logits, lengths, out, width, width), ctypes.c_uint64()
+    # blocks as a GPU has them for so many rows
+    code = library().topk_emulated_among(ctypes.byref(rows), num_rows, ctypes.byref(num_bytes))
+    assert code == 0
+    np.testing.assert_array_equal(out, best(scores, [width], k))
+    # the samples of each block, the row, and what is above the bound once more
+    assert num_bytes.value < 1.5 * 4 * width

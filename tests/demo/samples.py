@@ -11,6 +11,15 @@ PROSE = (
     "The boy laughed, put the bucket down and pointed at the tall tree behind the house. "
     "There sat the girl on a strong branch, eating green apples and singing a quiet song. "
 )
+SHORT_PROMPTS = ["Once upon a time", "The capital of France is"]
+# the last one has more tokens than the demo model selects
+LEADING_PROMPTS = [
+    *SHORT_PROMPTS,
+    "The old miller walked slowly along the river and",
+    "One day a fox named Ruby",
+    f"{PROSE * 4}One day a fox named Ruby",
+]
+"""Prompts after which the best token always leads by so much that rounding changes none."""
 
 
 def sample_sources():

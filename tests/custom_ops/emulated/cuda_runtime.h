@@ -119,6 +119,9 @@ struct Fiber {
   int arrived_at = -1;
 };
 
+// bytes that all threads have loaded by instructions with a hint, which rows of scores are
+inline uint64_t bytes_loaded = 0;
+
 inline Fiber* current;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
@@ -286,6 +289,7 @@ inline void atomicOr(uint32_t* at, uint32_t value) { *at |= value; }
 template <typename T>
 T __ldg(const T* at) {
   if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) abort();
+  emulated::bytes_loaded += sizeof(T);
   return *at;
 }
 template <typename T>
@@ -301,6 +305,11 @@ inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t found = 0;
   for (int i = 0; i < 4; ++i) found |= (bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+  return found;
+}
+inline uint32_t __brev(uint32_t value) {
+  uint32_t found = 0;
+  for (int i = 0; i < 32; ++i) found |= (value >> i & 1) << (31 - i);
   return found;
 }
 inline int __clz(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value); }

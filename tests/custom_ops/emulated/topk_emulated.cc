@@ -23,6 +23,26 @@ extern "C" int topk_emulated(const FdDsaTopk* rows, int wide, int cluster, int c
               : launch_small<64, 1, false, 64>(*rows, sizes);
 }
 
+// The kernel for rows that do not fit into registers, in blocks and with sizes as the launcher has
+// them for so many rows. Leaves the bytes that were loaded of the scores.
+extern "C" int topk_emulated_among(const FdDsaTopk* rows, int num_rows, uint64_t* bytes) {
+  Rows all = *rows;
+  all.num_rows = num_rows;
+  const Gpu gpu = {0, 132, emulated::kSharedBytes, true};
+  const Sizes sizes = choose_sizes(all, gpu, sizeof(Shared));
+  emulated::bytes_loaded = 0;
+  int code;
+  if (sizes.cluster > 1) {
+    code = launch_bound<1024, 1, 2, true, true>(*rows, sizes, gpu, nullptr);
+  } else if (num_rows > gpu.num_sms) {
+    code = launch_bound<512, 2, 4, false, false>(*rows, sizes, gpu, nullptr);
+  } else {
+    code = launch_bound<1024, 1, 4, false, false>(*rows, sizes, gpu, nullptr);
+  }
+  *bytes = emulated::bytes_loaded;
+  return code;
+}
+
 // What the launcher would choose: `Sizes`, and bytes of shared memory.
 extern "C" void topk_sizes(const FdDsaTopk* rows, int num_sms, int* found) {
   const Gpu gpu = {0, num_sms, emulated::kSharedBytes, true};

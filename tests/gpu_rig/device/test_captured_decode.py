@@ -25,6 +25,7 @@ from fd_dsa.runner.decode_graphs import CapturedStep, CaptureRefused, PaddleCapt
 from fd_dsa.runner.model_runner import cache_layout
 from tests.demo.samples import PROSE
 from tests.gpu_rig import Rig
+from tests.gpu_rig.captures import capture_of
 from tests.gpu_rig.device.test_demo_end_to_end import tiny_runner
 from tests.runner.tiny import GLM, V32, run_rows
 
@@ -41,22 +42,6 @@ STEPS = (
     [(0, 7), (1, 13), (2, 12), (3, 31)],
     [(1, 14)],
 )
-
-
-def stand_in(place: Any) -> Callable[[Callable[[], Any]], CapturedStep]:
-    """Work that is run again and leaves its result where the capture left it."""
-
-    def capture(work: Callable[[], Any]) -> CapturedStep:
-        work()
-        logits = work()
-        return CapturedStep(logits, lambda: logits.copy_(work(), False))
-
-    return capture
-
-
-def capture_of(rig: Rig) -> Callable[[Any], Any]:
-    """What captures in this session."""
-    return PaddleCapture if rig.is_real else stand_in
 
 
 @contextmanager

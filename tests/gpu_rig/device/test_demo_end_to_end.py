@@ -15,20 +15,12 @@ from fd_dsa import LLM, SamplingParams
 from fd_dsa.ops.cache_write import write_caches
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
-from tests.demo.samples import PROSE
+from tests.demo.samples import LEADING_PROMPTS, SHORT_PROMPTS
 from tests.gpu_rig import Rig
 from tests.runner.tiny import GLM, V32, run_rows, tiny_model
 
 pytestmark = [pytest.mark.gpu_rig, pytest.mark.triton]
 
-SHORT_PROMPTS = ["Once upon a time", "The capital of France is"]
-# the last one has more tokens than the model selects
-PROMPTS = [
-    *SHORT_PROMPTS,
-    "The old miller walked slowly along the river and",
-    "One day a fox named Ruby",
-    f"{PROSE * 4}One day a fox named Ruby",
-]
 # On the CPU the best token of every step of these prompts leads by more than this, which is a
 # hundred times what rounding in another order changes.
 LEAST_LEAD = 0.01
@@ -44,7 +36,7 @@ def demo(device: str, kv_cache_dtype: str, large: bool) -> LLM:
     return LLM(
         device=device,
         kv_cache_dtype=kv_cache_dtype,
-        max_num_seqs=len(PROMPTS) if large else 2,
+        max_num_seqs=len(LEADING_PROMPTS) if large else 2,
         max_num_batched_tokens=64 if large else 7,
         max_model_len=1024 if large else 128,
         num_gpu_blocks_override=40 if large else 4,
@@ -67,7 +59,7 @@ def watched_logits(llm: LLM, seen: Callable[[np.ndarray], None]) -> None:
 def greedy(llm: LLM, large: bool) -> list[list[int]]:
     """Token ids that follow each prompt."""
     params = SamplingParams(temperature=0, max_tokens=64 if large else 3, ignore_eos=True)
-    outputs = llm.generate(PROMPTS if large else SHORT_PROMPTS, params)
+    outputs = llm.generate(LEADING_PROMPTS if large else SHORT_PROMPTS, params)
     return [output.token_ids for output in outputs]
 
 

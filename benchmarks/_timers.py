@@ -1,0 +1,126 @@
+"""How long calls take on a GPU: replays of graphs, pairs of events, the host's clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from benchmarks._harness import percentiles
+
+Call = Callable[[], Any]
+Times = dict[str, dict[str, float]]
+
+# replays of short calls and event pairs of long ones
+_GRAPH_BELOW_US = 400.0
+_REPLAY_US = 2000.0
+
+
+class _Replay:
+    """Microseconds a call of a captured graph of many calls."""
+
+    def __init__(self, calls: Sequence[Call], rough_us: float) -> None:
+        rounds = max(1, round(_REPLAY_US / max(rough_us, 2.0) / len(calls)))
+        self._num_calls = rounds * len(calls)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for index in range(self._num_calls):
+                calls[index % len(calls)]()
+        self()
+
+    def __call__(self) -> float:
+        return _between_events(self._graph.replay) / self._num_calls
+
+
+class _Events:
+    """Microseconds of one call, each time of the next input set."""
+
+    def __init__(self, calls: Sequence[Call], rough_us: float) -> None:
+        self._calls, self._next = calls, 0
+
+    def __call__(self) -> float:
+        self._next += 1
+        return _between_events(self._calls[self._next % len(self._calls)])
+
+
+class _Wall:
+    """Microseconds a call on the host's clock, the device's work included."""
+
+    wait_inside = True
+
+    def __init__(self, calls: Sequence[Call], rough_us: float) -> None:
+        self._calls = calls
+        self._num_calls = max(len(calls), min(200, round(10_000 / rough_us)))
+
+    def __call__(self) -> float:
+        torch.cuda.synchronize()
+        begin = time.perf_counter_ns()
+        for index in range(self._num_calls):
+            self._calls[index % len(self._calls)]()
+        if self.wait_inside:
+            torch.cuda.synchronize()
+        elapsed = time.perf_counter_ns() - begin
+        torch.cuda.synchronize()
+        return elapsed / 1e3 / self._num_calls
+
+
+class _Host(_Wall):
+    """Microseconds a call keeps the host; the device's work is waited for outside the clock."""
+
+    wait_inside = False
+
+
+_MODES = {"graph": _Replay, "events": _Events, "wall": _Wall, "host": _Host}
+
+
+def _between_events(call: Call) -> float:
+    """Microseconds of device time of one call."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3
+
+
+def _rough(calls: Sequence[Call]) -> float:
+    """Warm up every call on a side stream, as a capture asks, and time three roughly."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    return _between_events(lambda: [calls[i % len(calls)]() for i in range(3)]) / 3
+
+
+def interleaved(
+    sides: Mapping[str, Sequence[Call]], *, mode: str = "auto", rounds: int = 30
+) -> Times:
+    """Percentiles of every side, measured in turn within one loop.
+
+    Args:
+        sides: label -> calls, each over its own input set.
+        mode: "graph" replays a captured graph, "events" times one call between two events, "wall"
+            is host time until the device is done, "host" without waiting for it; "auto" is
+            "graph" for calls that are short on the device (below 400 us), else "events".
+        rounds: samples of each side.
+
+    Returns:
+        label -> p20, p50, p80 in microseconds a call.
+    """
+    timers = {}
+    for label, calls in sides.items():
+        rough_us = _rough(calls)
+        chosen = mode
+        if mode == "auto":
+            chosen = "graph" if rough_us < _GRAPH_BELOW_US else "events"
+        timers[label] = _MODES[chosen](calls, rough_us)
+    samples: dict[str, list[float]] = {label: [] for label in timers}
+    for _ in range(rounds):
+        for label, timer in timers.items():
+            samples[label].append(timer())
+    return {label: percentiles(values) for label, values in samples.items()}
