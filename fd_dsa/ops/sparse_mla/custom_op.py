@@ -59,7 +59,9 @@ class CustomAttention(ABC):
     probed_heads: ClassVar[tuple[int, ...]]
 
     def __init__(self, kernels: Any) -> None:
-        if kernels.fd_dsa_sparse_mla_bytes() != ctypes.sizeof(SparseMla):
+        # a library of an earlier release has no function of this name
+        num_bytes = getattr(kernels, "fd_dsa_sparse_mla_bytes", int)()
+        if num_bytes != ctypes.sizeof(SparseMla):
             raise BackendUnavailable(
                 "fd_dsa_ops: its sparse MLA takes another structure than this fd_dsa passes; build "
                 "it again: make custom-ops"
