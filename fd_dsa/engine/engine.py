@@ -24,7 +24,7 @@ from fd_dsa.engine.topk_positions import execute
 from fd_dsa.runner.counters import StepCounters
 
 # decode rows up to which writing each of them takes less time than arrays of them
-_FEW_ROWS = 32
+_FEW_ROWS = 16
 
 
 class StepRows(BlockTables, Protocol):

@@ -5,8 +5,8 @@
 * `tl.dot` multiplies the raw 16-bit patterns of bfloat16 operands.
 
 It also puts its own functions in the place of the language's at every call of a device function,
-of which `tl.sum` and `tl.zeros` are two: most of the time of many kernels. Here a launch does that
-once.
+of which `tl.sum` and `tl.zeros` are two, and makes its table of NumPy's types anew at every look
+into it: most of the time of many kernels. Here a launch does the first once, a process the second.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def repair() -> None:
             if fails(interpreter):
                 patch(interpreter)
         _patch_once_a_launch(interpreter)
+        _patch_types(interpreter)
         _repaired = True
 
 
@@ -89,6 +90,21 @@ def _patch_once_a_launch(interpreter: Any) -> None:
         return original(fn)
 
     interpreter._patch_lang = patch_lang
+
+
+def _patch_types(interpreter: Any) -> None:
+    """Remember which type of NumPy holds a scalar, pointer or the elements of a block."""
+    original = interpreter._get_np_dtype
+    known: dict[str, np.dtype[Any]] = {}
+
+    def get_np_dtype(dtype: Any) -> np.dtype[Any]:
+        name = dtype.scalar.name
+        found = known.get(name)
+        if found is None:
+            found = known[name] = original(dtype)
+        return found
+
+    interpreter._get_np_dtype = get_np_dtype
 
 
 class _PlainTensor:

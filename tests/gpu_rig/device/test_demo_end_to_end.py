@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,9 +32,10 @@ def device_of(rig: Rig) -> str:
     return f"{rig.place.get_device_type()}:0"
 
 
-def demo(device: str, kv_cache_dtype: str, large: bool) -> LLM:
+def demo(folder: Path, device: str, kv_cache_dtype: str, large: bool) -> LLM:
     """The demo model; prompts come in chunks, and all of them in one batch."""
     return LLM(
+        str(folder),
         device=device,
         kv_cache_dtype=kv_cache_dtype,
         max_num_seqs=len(LEADING_PROMPTS) if large else 2,
@@ -64,7 +66,9 @@ def greedy(llm: LLM, large: bool) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["float32", "fp8_ds_mla"])
-def test_greedy_tokens_of_the_demo_model(rig: Rig, kv_cache_dtype: str) -> None:
+def test_greedy_tokens_of_the_demo_model(
+    rig: Rig, demo_folder: Path, kv_cache_dtype: str
+) -> None:
     leads: list[float] = []
 
     def note_lead(logits: np.ndarray) -> None:
@@ -72,11 +76,14 @@ def test_greedy_tokens_of_the_demo_model(rig: Rig, kv_cache_dtype: str) -> None:
             second, best = np.partition(row, -2)[-2:]
             leads.append(float(best - second))
 
-    with demo("cpu", kv_cache_dtype, rig.is_real) as llm:
+    with demo(demo_folder, "cpu", kv_cache_dtype, rig.is_real) as llm:
         watched_logits(llm, note_lead)
         wanted = greedy(llm, rig.is_real)
     assert min(leads) > LEAST_LEAD
-    with demo(device_of(rig), kv_cache_dtype, rig.is_real) as llm, ThreadPoolExecutor(1) as pool:
+    with (
+        demo(demo_folder, device_of(rig), kv_cache_dtype, rig.is_real) as llm,
+        ThreadPoolExecutor(1) as pool,
+    ):
         # as in a server: the thread that steps is not the one that loaded the model
         assert pool.submit(greedy, llm, rig.is_real).result() == wanted
 
@@ -116,10 +123,10 @@ class Replay:
 
 @pytest.mark.parametrize("kv_cache_dtype", ["float32", "fp8_ds_mla"])
 def test_every_write_leaves_the_bytes_of_the_cpu(
-    rig: Rig, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, demo_folder: Path, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replay, steps = Replay(), []
-    with demo(device_of(rig), kv_cache_dtype, rig.is_real) as llm:
+    with demo(demo_folder, device_of(rig), kv_cache_dtype, rig.is_real) as llm:
         num_layers = llm._open_engine().runner.model.config.num_hidden_layers
         # only now: the warm-up reads slots that nobody has written, and any NaN may come of that
         monkeypatch.setattr(backend_module, "write_caches", replay)
