@@ -208,14 +208,16 @@ def _run(code: str) -> str:
     return done.stdout
 
 
-def test_torch_is_not_imported() -> None:
+def test_torch_is_not_needed() -> None:
+    # Triton itself asks for it where it is installed
     code = """
 import sys
+sys.modules["torch"] = None
 from tests.triton_runtime.test_interpreter import test_launch
 test_launch(65)
-print("torch" in sys.modules)
+print("launched")
 """
-    assert _run(code).split()[-1] == ("False")
+    assert _run(code).split()[-1] == "launched"
 
 
 def test_triton_imported_too_early_is_explained() -> None:
