@@ -212,7 +212,11 @@ def test_torch_is_not_needed() -> None:
     # Triton itself asks for it where it is installed
     code = """
 import sys
-sys.modules["torch"] = None
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, NoTorch())
 from tests.triton_runtime.test_interpreter import test_launch
 test_launch(65)
 print("launched")

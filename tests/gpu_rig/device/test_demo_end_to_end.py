@@ -66,9 +66,7 @@ def greedy(llm: LLM, large: bool) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["float32", "fp8_ds_mla"])
-def test_greedy_tokens_of_the_demo_model(
-    rig: Rig, demo_folder: Path, kv_cache_dtype: str
-) -> None:
+def test_greedy_tokens_of_the_demo_model(rig: Rig, demo_folder: Path, kv_cache_dtype: str) -> None:
     leads: list[float] = []
 
     def note_lead(logits: np.ndarray) -> None:
