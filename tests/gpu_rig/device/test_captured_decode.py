@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -251,7 +252,7 @@ def test_work_that_waits_for_the_host_is_refused_before_a_capture(rig: Rig) -> N
 
 
 @pytest.mark.slow
-def test_tokens_of_the_demo_model(rig: Rig) -> None:
+def test_tokens_of_the_demo_model(rig: Rig, demo_folder: Path) -> None:
     """Rows that come and go beside padding, across the selection of 256 keys on a GPU."""
     large = rig.is_real
     prompts = ["Once upon a time", "The capital of France is"]
@@ -271,7 +272,7 @@ def test_tokens_of_the_demo_model(rig: Rig) -> None:
         answers = []
         for graphs in (False, True):
             options |= {"kv_cache_dtype": kv_cache_dtype, "enforce_eager": True}
-            with LLM(**options) as llm:
+            with LLM(str(demo_folder), **options) as llm:
                 runner = llm._open_engine().runner
                 if graphs:
                     runner.capture_decode_graphs(sizes, capture_of(rig))
