@@ -28,8 +28,6 @@ def memory(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> Kern
 
 @pytest.mark.parametrize("heads", [pytest.param(n, marks=SLOW) for n in (128, 64)] + [32, 16])
 def test_a_mixed_step(memory: KernelMemory, heads: int) -> None:
-    if heads == 128 and memory.name == "interpreter":
-        pytest.skip("half a minute of an interpreter; the decode step has as many heads")
     world = Bfloat16World(memory, make_batch(MIXED, 64), heads)
     world.step(world.rows).check()
 
