@@ -40,7 +40,7 @@ MAX_MODEL_LEN = 160
 MAX_NUM_SEQS = 16
 NUM_CLIENTS = 16
 ANSWER_WITHIN_S = 120.0
-WARM_UP_REQUESTS = 10_000
+WARM_UP_REQUESTS = 2000
 MAX_FAILURES = 10
 # of what is held beside compiled grammars; the allocator cannot give everything back at any time
 MAX_GROWTH_MIB = 100
