@@ -61,6 +61,8 @@ _PYTEST = (
     # another package's version is no wrong result
     *("--continue-on-collection-errors", "-W", "default"),
 )
+# the oracles of as many processes as there are cores, each with a thread for every core, are slow
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _SMALL = {"FD_DSA_SMALL_TESTS": "1"}
 _LEAST_S = 10
 _STATUS = {0: "passed", -1: "out of time", OUT_OF_TIME: "out of time", None: "not installed"}
@@ -106,10 +108,11 @@ def sections(args: argparse.Namespace) -> list[Section]:
     def checker(tool: str, paths: Sequence[str]) -> Section:
         command = (sys.executable, "-m", "benchmarks.sanitize", tool)
         options = ("--workers", str(args.workers), "--done", str(out / f"{tool}.done"))
-        return Section(tool, (*command, *options, *paths), 280)
+        return Section(tool, (*command, *options, *paths), 280, _ONE_THREAD)
 
     # most of a test's time is the compiler's, on one core
     quick = (*_PYTEST, "-n", str(args.workers)) if find_spec("xdist") else _PYTEST
+    threads = _ONE_THREAD if find_spec("xdist") else {}
     subjects = (sys.executable, "-m", "benchmarks.subjects")
     ncu = ("ncu", *_ncu.FLAGS, "--log-file", str(out / "ncu.csv"))
     # once, not by every process of tests
@@ -117,8 +120,11 @@ def sections(args: argparse.Namespace) -> list[Section]:
     return [
         module("ceilings", 90),
         library,
-        Section("tests_small", (*quick, "--maxfail=10", *tests), 200, _SMALL, True, " passed"),
-        Section("tests_all", (*quick, *tests), 240, must_say=" passed"),
+        Section(
+            *("tests_small", (*quick, "--maxfail=10", *tests), 200, threads | _SMALL, True),
+            must_say=" passed",
+        ),
+        Section("tests_all", (*quick, *tests), 400, threads, must_say=" passed"),
         *(module(name, BENCHMARKS[name]) for name in ready),
         Section("ncu", (*ncu, *subjects, "profile", *ready), 150),
         checker("memcheck", kernels),
