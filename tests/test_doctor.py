@@ -204,7 +204,9 @@ def test_the_kernels_of_a_device(device: list[str], capsys: pytest.CaptureFixtur
     assert found["kernels"] == ("interpreted" if INTERPRETING else "compiled")
     checks = [check for check in found["checks"] if check["device"] != "cpu"]
     assert [check["name"] for check in checks] == list(CHECKS)
-    assert {check["provider"] for check in checks} == {"triton"}
+    assert {check["provider"] for check in checks} == (
+        {"triton"} if INTERPRETING else {"triton", "triton_tensor_core"}
+    )
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ __device__ __forceinline__ void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// The same for warps that come to it at different places in the code.
+__device__ __forceinline__ void named_barrier_apart(int number, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // ---- copies
 
 // `bytes` (a multiple of 16) from global to shared memory, counted by a barrier.

@@ -82,7 +82,7 @@ __device__ __forceinline__ void add_totals(Computing<kFp8, kGroup>& my) {
       store_shared(my.base + kTotals + (kGroup * kHeads + my.row(r)) * 4, total);
     }
   }
-  named_barrier(kOfComputing, 256);
+  named_barrier_apart(kOfComputing, 256);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     my.total[r] = load_shared(my.base + kTotals + my.row(r) * 4) +
