@@ -33,6 +33,8 @@ _LEFT_OUT += ("gigabytes", "to_the_31", "neither_waits", "outlive")
 _WITH_PRODUCTS = ("overlap_streams",)
 # torch's own pool would hide an access past the end of a tensor
 _VARIABLES = {"FD_DSA_SMALL_TESTS": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+# racecheck does not follow the order from lanes to the one that arrives at a barrier for them
+_EVERY_LANE = {"NVCC_APPEND_FLAGS": "-DFD_DSA_EVERY_LANE_ARRIVES"}
 # share of the time for the tests that are running when it ends
 _RESERVE = 0.3
 # what a tool says at the end of a clean process
@@ -93,6 +95,7 @@ class Worker:
         self._log, self._done = folder / f"{number}.log", folder / f"{number}.done"
         self._done.touch()
         names = {END_VARIABLE: str(end), DONE_VARIABLE: str(self._done)}
+        names |= _EVERY_LANE if tool == "racecheck" else {}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | _VARIABLES | names

@@ -3,7 +3,8 @@
     python -m custom_ops.build_library      # prints the path of libfd_dsa_kernels.so
 
 Needs nvcc alone. A build lands in `build/custom_ops/<hash>`, which git ignores; the hash covers
-the sources, the compiler and the flags, so nothing is built twice and nothing stale is loaded.
+the sources, the compiler and the flags, those of NVCC_APPEND_FLAGS too, so nothing is built twice
+and nothing stale is loaded.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def build_library(archs: Sequence[str] | None = None) -> Path:
         raise BuildError("no nvcc: install the CUDA toolkit, or set CUDA_HOME to it")
     archs = tuple(archs or known_archs(nvcc))
     compiler = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    folder = CACHE / f"kernels-{_key(archs, FEATURES, compiler, NVCC_FLAGS)}"
+    flags = NVCC_FLAGS, os.environ.get("NVCC_APPEND_FLAGS", "")
+    folder = CACHE / f"kernels-{_key(archs, FEATURES, compiler, *flags)}"
     if (folder / LIBRARY).is_file():
         return folder / LIBRARY
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -204,9 +204,9 @@ def test_the_kernels_of_a_device(device: list[str], capsys: pytest.CaptureFixtur
     assert found["kernels"] == ("interpreted" if INTERPRETING else "compiled")
     checks = [check for check in found["checks"] if check["device"] != "cpu"]
     assert [check["name"] for check in checks] == list(CHECKS)
-    assert {check["provider"] for check in checks} == (
-        {"triton"} if INTERPRETING else {"triton", "triton_tensor_core"}
-    )
+    # what served in this process before is told, too
+    providers = {"triton"} if INTERPRETING else {"triton", "triton_tensor_core"}
+    assert {check["provider"] for check in checks} <= providers
 
 
 @pytest.mark.parametrize(

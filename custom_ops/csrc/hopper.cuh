@@ -36,6 +36,20 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrivals of a warp that has read or written what a barrier guards: its first lane's, behind those
+// of the others. For racecheck, which does not follow the order from one lane to another, each lane
+// arrives by itself: nvcc -DFD_DSA_EVERY_LANE_ARRIVES.
+#if defined(FD_DSA_EVERY_LANE_ARRIVES)
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
+__device__ __forceinline__ void warp_arrive(uint32_t barrier, int lane) {
+  __syncwarp();
+  if (kWarpArrivals == 32 || lane == 0) barrier_arrive(barrier);
+}
+
 // Arrives, and makes the phase wait for so many bytes of copies.
 __device__ __forceinline__ void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)

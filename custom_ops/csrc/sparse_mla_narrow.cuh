@@ -29,7 +29,7 @@ __device__ __forceinline__ void init_barriers(uint32_t base) {
   using Shape = Layout<kHeads, kForm>;
   for (int stage = 0; stage < Shape::kStages; ++stage) {
     barrier_init(Shape::full(base, stage), kCopyWarps);
-    barrier_init(Shape::empty(base, stage), kForm == Form::kShareTiles ? 8 : 4);
+    barrier_init(Shape::empty(base, stage), kWarpArrivals * (kForm == Form::kShareTiles ? 8 : 4));
   }
   barriers_ready();
 }

@@ -61,8 +61,7 @@ __device__ __forceinline__ void attend_tiles(State<kHeads>& state, const Queries
       }
     }
     // all that this warp read of the tile is in registers
-    __syncwarp();
-    if (lane == 0) barrier_arrive(Shape::empty(base, stage));
+    warp_arrive(Shape::empty(base, stage), lane);
     stage += kTurns;
     if (stage >= Shape::kStages) {
       stage -= Shape::kStages;

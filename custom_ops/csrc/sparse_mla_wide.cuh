@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int buffer = 0; buffer < 2; ++buffer) {
       for (int half = 0; half < 2; ++half) {
         barrier_init(there(base, buffer, half), arrivals<kFp8>(half));
-        barrier_init(is_free(base, buffer, half), 4);
+        barrier_init(is_free(base, buffer, half), 4 * kWarpArrivals);
       }
     }
     barriers_ready();

@@ -239,8 +239,7 @@ struct Computing {
   __device__ __forceinline__ void finish(int buffer) {
     wgmma_wait<0>();
     pin(out);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(is_free(base, buffer, kGroup));
+    warp_arrive(is_free(base, buffer, kGroup), lane);
   }
 
 };

@@ -7,11 +7,11 @@
 #if defined(FD_DSA_HOPPER)
 namespace fd_dsa::wide {
 
-// Arrivals that a half of a tile is there after: one a warp for what is stored, and one a thread
+// Arrivals that a half of a tile is there after: each warp's for what is stored, and one a thread
 // for what is copied.
 template <bool kFp8>
 __device__ __forceinline__ constexpr int arrivals(int half) {
-  return (kFp8 || half == 1 ? 4 : 0) + (!kFp8 || half == 1 ? 128 : 0);
+  return (kFp8 || half == 1 ? 4 * kWarpArrivals : 0) + (!kFp8 || half == 1 ? 128 : 0);
 }
 
 // A thread of the warpgroup. Warp w has rows 16w to 16w + 15 of each tile: lanes 0 to 7 know the
@@ -106,7 +106,7 @@ __device__ __forceinline__ void bring_bfloat16(const Copier& copier) {
       if (half == 1) {
         copier.copy_rope(slot, tile_at(copier.base, buffer), 2 * kWidth, 2 * kRank);
         copier.store_seen(slot, buffer);
-        if (lane == 0) barrier_arrive(there(copier.base, buffer, half));
+        warp_arrive(there(copier.base, buffer, half), lane);
       }
       barrier_arrive_after_copies(there(copier.base, buffer, half));
     }
@@ -211,8 +211,7 @@ struct Records {
       copier.store_seen(slot, buffer);
     }
     store<kHalf>(buffer);
-    __syncwarp();
-    if (copier.lane == 0) barrier_arrive(there(copier.base, buffer, kHalf));
+    warp_arrive(there(copier.base, buffer, kHalf), copier.lane);
     if constexpr (kHalf == 1) barrier_arrive_after_copies(there(copier.base, buffer, kHalf));
     load<kHalf>(next);
   }

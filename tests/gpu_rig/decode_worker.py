@@ -72,12 +72,19 @@ class Engine:
         serving = {c.operator: c.serves or c.reason for c in custom_ops.choices()}
         return {"captured": self.engine.runner.captured_sizes, "custom_ops": serving}
 
-    def tokens(self, prompts: list[str], max_tokens: int) -> list[list[int]]:
-        """Greedy tokens behind each prompt."""
+    def tokens(self, prompts: list[str], max_tokens: int) -> list[list[tuple[int, float]]]:
+        """Greedy tokens behind each prompt, and how far each was ahead of the next candidate.
+
+        Returns:
+            (token, difference of the two best log-probabilities) for each prompt and step.
+        """
         from fd_dsa import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-        return [output.token_ids for output in self.llm.generate(prompts, params)]
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=2)
+        return [
+            [(token, _lead(step)) for token, step in zip(out.token_ids, out.logprobs, strict=True)]
+            for out in self.llm.generate(prompts, params)
+        ]
 
     def steps(self, rows: int, context: int, steps: int) -> dict[str, Any]:
         """Times of decode steps of so many rows that have about `context` tokens.
@@ -121,6 +128,12 @@ class Engine:
         self.engine.runner.graphs = None
         self.llm.close()
         gc.collect()
+
+
+def _lead(step: Any) -> float:
+    """How far the best candidate of a step is ahead of the second, in log-probability."""
+    (_, best), (_, second) = step.score.top[:2]
+    return best - second
 
 
 def _take_custom_ops() -> None:

@@ -14,7 +14,7 @@ from tests.demo.samples import LEADING_PROMPTS
 from tests.gpu_rig import decode_steps
 from tests.gpu_rig.decode_worker import CPU, GRAPH
 
-TOKENS = [[n, n + 1, n + 2] for n in range(len(LEADING_PROMPTS))]
+TOKENS = [[[n + i, 1.0] for i in range(3)] for n in range(len(LEADING_PROMPTS))]
 
 
 class Answers:
@@ -69,7 +69,7 @@ def test_both_ways_in_turn(answers: type[Answers], tmp_path: Path) -> None:
     assert found["cases"][0]["ratios"] == {"eager": 4.0}
     assert json.loads(kept.read_text()) == TOKENS
     # what is kept is not asked for again, unless it is too short
-    write_json(kept, [[7, 8, 9] for _ in TOKENS])
+    write_json(kept, [[[7, 1.0], [8, 1.0], [9, 1.0]] for _ in TOKENS])
     status, found = measured(tmp_path, "--cpu-tokens", str(kept))
     assert status == 1 and "prompt 0: token 0 of 3 is another" in found["tokens"]["eager"]
 
@@ -86,11 +86,19 @@ def test_graphs_that_fail_leave_eager_steps(
 
 
 def test_other_tokens_are_no_result(answers: type[Answers], tmp_path: Path) -> None:
-    answers.tokens = [*TOKENS[:-1], [4, 5, 7]]
+    answers.tokens = [*TOKENS[:-1], [[4, 1.0], [5, 1.0], [7, 1.0]]]
     status, found = measured(tmp_path)
     assert status == 1 and found["gate"] == "failed"
     assert "prompt 4: token 2 of 3" in found["tokens"]["graph"]
     assert "No figures." in report.region("decode_steps", tmp_path)
+
+
+def test_a_token_that_hardly_leads_may_be_another_and_so_may_what_follows() -> None:
+    wanted = [[(3, 0.9), (4, 0.049), (5, 0.9)]]
+    assert not decode_steps.agreement([[(3, 0.9), (6, 0.02), (7, 0.9)]], wanted)
+    assert "token 0 of 3" in decode_steps.agreement([[(6, 0.01), (4, 0.1), (5, 0.9)]], wanted)
+    wanted = [[(3, 0.9), (4, 0.051), (5, 0.9)]]
+    assert "token 1 of 3" in decode_steps.agreement([[(3, 0.9), (6, 0.02), (7, 0.9)]], wanted)
 
 
 def test_how_it_is_shown(answers: type[Answers], tmp_path: Path) -> None:

@@ -63,6 +63,11 @@ inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
   found.check();
 }
 inline void barrier_arrive(uint32_t barrier) { barrier_arrive_expecting(barrier, 0); }
+constexpr int kWarpArrivals = 1;
+inline void warp_arrive(uint32_t barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) barrier_arrive(barrier);
+}
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   while (barrier_at(barrier).parity == parity) emulated::yield();
 }
