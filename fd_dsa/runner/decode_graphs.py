@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _FALLBACK = "FLAGS_enable_api_kernel_fallback"
+# place -> pool of memory of all graphs of this process, and one of them, which stays: Paddle 3.3.1
+# takes memory from a pool's allocators even after its last graph has freed them
+_pools: dict[str, int] = {}
+_lasting: dict[str, Any] = {}
 
 
 class PaddedStep(NamedTuple):
@@ -90,7 +94,7 @@ class DecodeGraphs:
 
 
 class PaddleCapture:
-    """Captures by Paddle's CUDAGraph; all graphs share one pool of memory.
+    """Captures by Paddle's CUDAGraph; all graphs of a process share one pool of memory.
 
     Paddle cannot go on after work that a capture refuses. So the work runs before, with everything
     refused that Paddle would do on the host in the place of a device.
@@ -109,7 +113,9 @@ class PaddleCapture:
         if not graphs.is_cuda_graph_supported():
             raise CaptureRefused("this build of Paddle has no CUDA graphs")
         self._place, self._new = place, graphs.CUDAGraph
-        self._pool = core.CUDAGraph.gen_new_memory_pool_id()
+        if str(place) not in _pools:
+            _pools[str(place)] = core.CUDAGraph.gen_new_memory_pool_id()
+        self._pool = _pools[str(place)]
 
     def __call__(self, work: Callable[[], Any]) -> CapturedStep:
         """Run `work` once, then capture it.
@@ -147,6 +153,7 @@ class PaddleCapture:
             raise capture_failed(error) from error
         # a graph that lives at exit ends the process with an error
         weakref.finalize(graph, _reset, graph._graph)
+        _lasting.setdefault(str(self._place), graph)
         return CapturedStep(logits, graph.replay)
 
 

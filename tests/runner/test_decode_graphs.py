@@ -13,6 +13,7 @@ from paddle.base import core
 from paddle.device.cuda import graphs as paddle_graphs
 
 from fd_dsa.errors import DeviceError
+from fd_dsa.runner import decode_graphs
 from fd_dsa.runner.decode_graphs import CaptureRefused, DecodeGraphs, PaddedStep, PaddleCapture
 
 PLACE = paddle.CPUPlace()
@@ -70,9 +71,11 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
     kind = type("Kind", (Graph,), {"log": []})
     monkeypatch.setattr(paddle_graphs, "is_cuda_graph_supported", lambda: True)
     monkeypatch.setattr(paddle_graphs, "CUDAGraph", kind)
-    pools = SimpleNamespace(gen_new_memory_pool_id=lambda: 7)
+    pools = SimpleNamespace(gen_new_memory_pool_id=iter((7, 8)).__next__)
     monkeypatch.setattr(core, "CUDAGraph", pools, raising=False)
     monkeypatch.setattr(paddle.device, "synchronize", lambda place: kind.log.append("wait"))
+    for kept in ("_pools", "_lasting"):
+        monkeypatch.setattr(decode_graphs, kept, {})
     return kind
 
 
@@ -92,8 +95,17 @@ def test_work_runs_before_its_capture_and_graphs_share_a_pool(graph: type[Graph]
     assert captured.logits == "logits"
     captured.replay()
     assert graph.log[-1] == "replay" and captured.replay.__self__.options["pool_id"] == 7
-    del captured
-    assert graph.log[-1] == "reset"
+
+
+def test_graphs_are_freed_but_for_one_that_keeps_their_pool(graph: type[Graph]) -> None:
+    first, second = PaddleCapture(PLACE)(lambda: None), PaddleCapture(PLACE)(lambda: None)
+    pools = [captured.replay.__self__.options["pool_id"] for captured in (first, second)]
+    assert pools == [7, 7]
+    before = len(graph.log)
+    del first
+    assert len(graph.log) == before
+    del second
+    assert graph.log[before:] == ["reset"]
 
 
 def test_a_build_without_graphs_is_refused() -> None:
