@@ -59,7 +59,11 @@ def matrix_rate() -> float:
 
 
 def checked(
-    name: str, sets: list[Inputs], ours: Ours, peers: dict[str, list[_gpu.Call]]
+    name: str,
+    sets: list[Inputs],
+    ours: Ours,
+    peers: dict[str, list[_gpu.Call]],
+    peer_inputs: Inputs,
 ) -> tuple[dict[str, list[_gpu.Call]], dict[str, float], dict[str, str]]:
     """Sides that give what attention in doubles gives, their errors, and why others are left out.
 
@@ -68,6 +72,7 @@ def checked(
         sets: inputs of our sides.
         ours: our launches.
         peers: calls of other projects, which return their results.
+        peer_inputs: of their first call.
     """
     own = {OURS: [ours.call(s) for s in sets]}
     in_cuda = [call for call in map(ours.cuda_call, sets) if call is not None]
@@ -81,7 +86,8 @@ def checked(
             result = side[0]()
             # what is wrong with a launch is said by the first wait
             torch.cuda.synchronize()
-            errors[label] = sets[0].error(ours.out if label in own else result)
+            is_own = label in own
+            errors[label] = sets[0].error(ours.out) if is_own else peer_inputs.error(result)
         except RuntimeError as error:
             left_out[label] = str(error)[:200]
         else:
@@ -114,7 +120,7 @@ def compare(
     """Check all sides on the first set, then time them over all sets; whether ours are right."""
     tokens, heads, _ = sets[0].q.shape
     others = peer_calls(peers, peer_sets, kind == "decode")
-    calls, errors, left_out = checked(name, sets, Ours(tokens, heads), others)
+    calls, errors, left_out = checked(name, sets, Ours(tokens, heads), others, peer_sets[0])
     own = [label for label in (OURS, CUDA) if label in calls]
     if not own:
         return False

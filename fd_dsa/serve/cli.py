@@ -18,6 +18,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.environment import process_environment
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
+from fd_dsa.serve.heaps import share_heaps
 from fd_dsa.serve.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(args.log_level, as_json=args.log_json)
     for line in unused_variables():
         logger.warning("%s", line)
+    share_heaps()
     try:
         return _serve(args)
     except KeyboardInterrupt:

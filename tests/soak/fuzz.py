@@ -30,6 +30,7 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.serve.app import create_app
+from fd_dsa.serve.heaps import share_heaps
 from tests.soak.audit import audit, running_requests
 from tests.soak.checking_runner import EOS, CheckingRunner
 from tests.soak.hostile import POSTS, HostileRequest, draw_request
@@ -41,6 +42,7 @@ MAX_NUM_SEQS = 16
 NUM_CLIENTS = 16
 ANSWER_WITHIN_S = 120.0
 WARM_UP_REQUESTS = 2000
+TOLD_EVERY = 10_000
 MAX_FAILURES = 10
 # of what is held beside compiled grammars; the allocator cannot give everything back at any time
 MAX_GROWTH_MIB = 100
@@ -180,7 +182,9 @@ def run(first: int, count: int) -> Counter[str]:
             counts["MiB held after the warm-up"] = held_mib()
             warm = held_without_grammars_mib(engine)
             counts["MiB held after the warm-up, without grammars"] = warm
-            counts += await fuzz(app, first + num_warm, count - num_warm)
+            for begin in range(num_warm, count, TOLD_EVERY):
+                counts += await fuzz(app, first + begin, min(TOLD_EVERY, count - begin))
+                print(f"{held_mib()} MiB held after {min(begin + TOLD_EVERY, count)}", flush=True)
             deadline = time.monotonic() + ANSWER_WITHIN_S
             while engine.has_unfinished_requests() and time.monotonic() < deadline:
                 await asyncio.sleep(0.05)
@@ -207,6 +211,8 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first request")
     parser.add_argument("--requests", type=int, default=100_000)
     args = parser.parse_args()
+    # as a server does
+    share_heaps()
     begin = time.monotonic()
     counts = run(args.first, args.requests)
     print(f"{args.requests} hostile requests from {args.first} on:")

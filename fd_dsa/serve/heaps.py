@@ -1,0 +1,29 @@
+"""Fewer heaps of glibc's allocator, so that a long-lived server gives freed memory back."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+# parameter of mallopt(3)
+_M_ARENA_MAX = -8
+_NUM_ARENAS = 2
+_ARENA_MAX, _TUNABLES = "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"
+
+
+def share_heaps() -> bool:
+    """Let the threads of this process share two heaps; before it starts any.
+
+    By default each thread gets a heap of its own, up to eight for each processor. Bodies are
+    parsed and grammars compiled by many threads, each of which leaves holes in its own heap.
+    `python -m tests.soak.fuzz` prints what that comes to; MALLOC_ARENA_MAX=16 shows it without.
+
+    Returns:
+        False where the environment says how many there are to be, or the allocator is not glibc's.
+
+    Source: mallopt(3), M_ARENA_MAX.
+    """
+    if _ARENA_MAX in os.environ or "glibc.malloc.arena_max" in os.environ.get(_TUNABLES, ""):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_M_ARENA_MAX, _NUM_ARENAS))

@@ -1,0 +1,57 @@
+"""How many heaps of glibc's allocator the threads of a server use."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    getattr(ctypes.CDLL(None), "malloc_info", None) is None, reason="the allocator is not glibc's"
+)
+
+# threads that take memory at the same time, then glibc's own account of its heaps
+PROGRAM = """
+import ctypes, threading
+from fd_dsa.serve.heaps import share_heaps
+print(share_heaps())
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+together = threading.Barrier(6)
+def take():
+    together.wait()
+    libc.malloc(1000)
+    together.wait()
+threads = [threading.Thread(target=take) for _ in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+libc.fdopen.restype = ctypes.c_void_p
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+"""
+
+
+def heaps_of(variables: dict[str, str]) -> tuple[str, int]:
+    """What `share_heaps` returned in a new process, and how many heaps that has afterwards."""
+    names = {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"}
+    environment = {k: v for k, v in os.environ.items() if k not in names} | variables
+    command = [sys.executable, "-u", "-c", PROGRAM]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.split("\n")[0], done.stdout.count("<heap ")
+
+
+def test_threads_share_two_heaps() -> None:
+    assert heaps_of({}) == ("True", 2)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"MALLOC_ARENA_MAX": "4"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=4"}]
+)
+def test_the_environment_decides(variables: dict[str, str]) -> None:
+    assert heaps_of(variables) == ("False", 4)
