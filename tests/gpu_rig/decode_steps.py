@@ -3,10 +3,10 @@
     python -m tests.gpu_rig.decode_steps --out DIR          # on a GPU; writes DIR/decode_steps.json
 
 The demo model with fp8_ds_mla caches, in a process for each way. First both ways must give the
-greedy tokens of the CPU, up to the first that leads by less than LEAST_LEAD; then steps of 1, 8 and 32 rows of short and long contexts take turns. A
-step is timed on the host's clock, from scheduling to its tokens: it waits for the device once.
-`--cpu-tokens FILE` keeps the tokens of the CPU, which take longest. A way that fails is named, and
-the other goes on.
+greedy tokens of the CPU, up to the first that leads by less than LEAST_LEAD; then steps of 1, 8 and
+32 rows of short and long contexts take turns. A step is timed on the host's clock, from scheduling
+to its tokens: it waits for the device once. `--cpu-tokens FILE` keeps the tokens of the CPU, which
+take longest. A way that fails is named, and the other goes on.
 """
 
 from __future__ import annotations
