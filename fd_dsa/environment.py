@@ -74,6 +74,12 @@ def batch_invariant() -> bool:
     return _switch("FD_DSA_BATCH_INVARIANT") or False
 
 
+def heaps_are_chosen() -> bool:
+    """True where the environment says how many heaps glibc's allocator is to have."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in tunables
+
+
 def fastdeploy_plugin_wanted() -> bool:
     """True where the plug-in shall take FastDeploy's DSA path over.
 

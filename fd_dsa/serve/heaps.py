@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
+
+from fd_dsa.environment import heaps_are_chosen
 
 # parameter of mallopt(3)
 _M_ARENA_MAX = -8
 _NUM_ARENAS = 2
-_ARENA_MAX, _TUNABLES = "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"
 
 
 def share_heaps() -> bool:
@@ -23,7 +23,7 @@ def share_heaps() -> bool:
 
     Source: mallopt(3), M_ARENA_MAX.
     """
-    if _ARENA_MAX in os.environ or "glibc.malloc.arena_max" in os.environ.get(_TUNABLES, ""):
+    if heaps_are_chosen():
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_M_ARENA_MAX, _NUM_ARENAS))
