@@ -5,8 +5,10 @@
 * `tl.dot` multiplies the raw 16-bit patterns of bfloat16 operands.
 
 It also puts its own functions in the place of the language's at every call of a device function,
-of which `tl.sum` and `tl.zeros` are two, and makes its table of NumPy's types anew at every look
-into it: most of the time of many kernels. Here a launch does the first once, a process the second.
+of which `tl.sum` and `tl.zeros` are two, makes its table of NumPy's types anew at every look into
+it, and looks for overflows of integers without telling: most of the time of many kernels. Here a
+launch does the first once, a process the second, and nobody the third. Shapes are remembered, see
+`interpreter_shapes`.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-import triton.language as tl
+from fd_dsa.triton_runtime.interpreter_shapes import remember_shapes
+
+import triton.language as tl  # isort: skip
 
 # the interpreter keeps its state (program ids, patched language) in module globals
 _LOCK = threading.RLock()
@@ -66,6 +71,8 @@ def repair() -> None:
                 patch(interpreter)
         _patch_once_a_launch(interpreter)
         _patch_types(interpreter)
+        _leave_out_silent_checks(interpreter.interpreter_builder)
+        remember_shapes()
         _repaired = True
 
 
@@ -105,6 +112,12 @@ def _patch_types(interpreter: Any) -> None:
         return found
 
     interpreter._get_np_dtype = get_np_dtype
+
+
+def _leave_out_silent_checks(builder: Any) -> None:
+    """Compute no overflow checks where `device_assert` does nothing, which is without `debug`."""
+    if not builder.options.debug:
+        builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 class _PlainTensor:
