@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _FALLBACK = "FLAGS_enable_api_kernel_fallback"
-# place -> pool of memory of all graphs of this process, and one of them, which stays: Paddle 3.3.1
-# takes memory from a pool's allocators even after its last graph has freed them
+# place -> pool of memory of all graphs of this process, and one of them, which stays: on an H200
+# Paddle 3.3.1 jumped to freed memory when it took some after the last graph of a pool had gone, as
+# if it still asked the pool's allocators; the cure has not run there yet
 _pools: dict[str, int] = {}
 _lasting: dict[str, Any] = {}
 
