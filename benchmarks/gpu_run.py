@@ -113,6 +113,7 @@ def sections(args: argparse.Namespace) -> list[Section]:
     # most of a test's time is the compiler's, on one core
     quick = (*_PYTEST, "-n", str(args.workers)) if find_spec("xdist") else _PYTEST
     threads = _ONE_THREAD if find_spec("xdist") else {}
+    small = threads | _SMALL
     subjects = (sys.executable, "-m", "benchmarks.subjects")
     ncu = ("ncu", *_ncu.FLAGS, "--log-file", str(out / "ncu.csv"))
     # once, not by every process of tests
@@ -120,10 +121,7 @@ def sections(args: argparse.Namespace) -> list[Section]:
     return [
         module("ceilings", 90),
         library,
-        Section(
-            *("tests_small", (*quick, "--maxfail=10", *tests), 200, threads | _SMALL, True),
-            must_say=" passed",
-        ),
+        Section("tests_small", (*quick, "--maxfail=10", *tests), 200, small, True, " passed"),
         Section("tests_all", (*quick, *tests), 400, threads, must_say=" passed"),
         *(module(name, BENCHMARKS[name]) for name in ready),
         Section("ncu", (*ncu, *subjects, "profile", *ready), 150),

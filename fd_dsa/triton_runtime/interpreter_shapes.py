@@ -18,8 +18,7 @@ _OF_A_TENSOR = {"handle", "shape", "numel", "type", "dtype"}
 
 def remember_shapes() -> None:
     """Let block types and tensors of this process share the shapes that they have in common."""
-    element = tl.float32
-    block = tl.block_type(element, [2, 4])
+    block = tl.block_type(tl.float32, [2, 4])
     if set(vars(block)) == _OF_A_TYPE:
         _remember_types()
     if set(vars(tl.tensor(None, block))) == _OF_A_TENSOR:
