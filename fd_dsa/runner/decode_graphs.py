@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _FALLBACK = "FLAGS_enable_api_kernel_fallback"
 # place -> pool of memory of all graphs of this process, and one of them, which stays: on an H200
 # Paddle 3.3.1 jumped to freed memory when it took some after the last graph of a pool had gone, as
-# if it still asked the pool's allocators; the cure has not run there yet
+# if it still asked the pool's allocators, and does not since
 _pools: dict[str, int] = {}
 _lasting: dict[str, Any] = {}
 
