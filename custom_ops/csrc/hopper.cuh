@@ -151,6 +151,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row) {
                : "memory");
 }
 
+// The same, each matrix transposed.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], uint32_t row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(row)
+               : "memory");
+}
+
 // d [16 x 8] += a [16 x 16] * b [16 x 8], in float32; a and b float16, or bfloat16.
 template <bool kBfloat16>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[4],

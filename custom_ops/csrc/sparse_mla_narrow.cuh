@@ -5,9 +5,10 @@
 // them exactly, on their way into registers, once as rows and once as columns. Scales never touch
 // latents: they multiply the scores over 128 latents, and the weights of 128 latents.
 //
-// The four warps of a warpgroup have 128 latents of every key each, for both products: what they
-// exchange are parts of scores, and weights. Other warps copy tiles ahead. Blocks that share a
-// token are a cluster; they add up what they have through each other's shared memory, in a fixed
+// Up to 8 heads: the four warps of a warpgroup have 128 latents of every key each, for both
+// products: what they exchange are parts of scores, and weights. More heads: see
+// sparse_mla_narrow_warpgroups.cuh. Either way other warps copy tiles ahead, and blocks that share
+// a token are a cluster; they add up what they have through each other's shared memory, in a fixed
 // order.
 #ifndef FD_DSA_SPARSE_MLA_NARROW_CUH
 #define FD_DSA_SPARSE_MLA_NARROW_CUH
@@ -19,22 +20,9 @@
 #include "sparse_mla_narrow_copy.cuh"
 #include "sparse_mla_narrow_results.cuh"
 #include "sparse_mla_narrow_walk.cuh"
+#include "sparse_mla_narrow_warpgroups.cuh"
 
 namespace fd_dsa::narrow {
-
-#if defined(FD_DSA_HOPPER)
-
-template <int kHeads, Form kForm>
-__device__ __forceinline__ void init_barriers(uint32_t base) {
-  using Shape = Layout<kHeads, kForm>;
-  for (int stage = 0; stage < Shape::kStages; ++stage) {
-    barrier_init(Shape::full(base, stage), kCopyWarps);
-    barrier_init(Shape::empty(base, stage), kWarpArrivals * (kForm == Form::kShareTiles ? 8 : 4));
-  }
-  barriers_ready();
-}
-
-#endif  // FD_DSA_HOPPER
 
 // A cluster of blocks for each token.
 template <int kHeads, Form kForm>
@@ -49,12 +37,13 @@ __global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
   const int64_t token = blockIdx.x / blocks;
   const Tiles tiles = {static_cast<int32_t>(rank), static_cast<int32_t>(blocks),
                        (job.topk + kTile - 1) / kTile};
-  const bool is_alone = Shape::kParts == 1 && blocks == 1;
-  if (threadIdx.x == 0) init_barriers<kHeads, kForm>(base);
+  const bool is_alone = blocks == 1;
+  if (threadIdx.x == 0) init_barriers<Shape>(base);
   __syncthreads();
   if (warp >= 4 * Shape::kGroups) {
     fewer_registers<Shape::kFew>();
-    copy_tiles<kHeads, kForm>(job, token, base, tiles, warp - 4 * Shape::kGroups, lane);
+    Ring<Shape::kStages> ring = {0, 1};
+    copy_tiles<Shape>(job, token, base, tiles, ring, warp - 4 * Shape::kGroups, lane);
     if (!is_alone) {
       __syncwarp();
       cluster_sync();
@@ -68,21 +57,21 @@ __global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
     load_queries<kHeads, kForm>(job, token, queries, state, base, group, member, lane);
     attend_tiles<kHeads, kForm>(state, queries, base, tiles, group, member, lane);
     put_stats<kHeads, kForm>(state, base, group, member, lane);
-    if (is_alone) {
+    if (Shape::kParts == 1 && is_alone) {
       store_results<kHeads, kForm>(job, token, state, base, group, member, lane);
-    } else {
-      // the ring is read to its end by all who write there
-      if (Shape::kGroups > 1) named_barrier(8, Shape::kGroups * 128);
-      const uint32_t part = base + Shape::kRing + group * Shape::kPartBytes;
-      for_each_sum<kHeads>(state, member, lane, [&](int head, int latent, float4 x) {
-        store_shared(part + (head * kPartStride + latent) * 4, x);
-      });
-      __syncwarp();
-      cluster_sync();
-      combine<kHeads, kForm>(job, token, base, rank, blocks);
-      __syncwarp();
-      cluster_sync();
+      return;
     }
+    put_part<kHeads, kForm>(state, base, group, member, lane);
+    if (is_alone) {
+      named_barrier(8, 256);
+      combine_own<kHeads, kForm>(job, token, base);
+      return;
+    }
+    __syncwarp();
+    cluster_sync();
+    combine<kHeads, kForm>(job, token, base, rank, blocks);
+    __syncwarp();
+    cluster_sync();
   }
 #endif
 }
@@ -120,11 +109,9 @@ inline int32_t splits_for(int32_t num_tokens, int32_t topk, const Room& room) {
 }
 
 // Static, so that two libraries in one process have flags of their own.
-template <int kHeads, Form kForm>
-static int launch_form(FdDsaSparseMla job, void* stream) {
-  using Shape = Layout<kHeads, kForm>;
+template <typename Shape>
+static int launch_shape(FdDsaSparseMla job, void (*kernel)(FdDsaSparseMla), void* stream) {
   static std::atomic<uint64_t> prepared{0};
-  auto* kernel = narrow_kernel<kHeads, kForm>;
   const cudaError_t error = sparse_mla::prepare(kernel, Shape::kBytes, prepared);
   if (error != cudaSuccess) return static_cast<int>(error);
   cudaLaunchConfig_t config = launch_config(1, Shape::kThreads, stream, Shape::kBytes);
@@ -156,21 +143,29 @@ static int launch_form(FdDsaSparseMla job, void* stream) {
   return launch(config, kernel, job);
 }
 
+template <Form kForm>
+static int launch_form(const FdDsaSparseMla& job, void* stream) {
+  return launch_shape<Layout<8, kForm>>(job, narrow_kernel<8, kForm>, stream);
+}
+
+template <int kHeads>
+static int launch_warpgroups(const FdDsaSparseMla& job, void* stream) {
+  return launch_shape<Layout<kHeads, Form::kWarpgroups>>(job, warpgroup_kernel<kHeads>, stream);
+}
+
 inline int launch_narrow(const FdDsaSparseMla& job, void* stream) {
   if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
   if (job.num_heads > 32 || job.is_fp8 == 0 || job.splits < 0 || job.splits > kMostSplits) {
     return static_cast<int>(cudaErrorInvalidValue);
   }
-  if (job.num_heads > 16) return launch_form<16, Form::kShareTiles>(job, stream);
+  if (job.num_heads > 16) return launch_warpgroups<32>(job, stream);
+  if (job.num_heads > 8) return launch_warpgroups<16>(job, stream);
   // two blocks on a multiprocessor: where there are tokens for them, and where a block has next to
   // nothing to do
   constexpr int32_t kMany = 132;
-  if (job.num_tokens > kMany || job.num_tokens <= kFewTokens) {
-    return job.num_heads > 8 ? launch_form<16, Form::kOne>(job, stream)
-                             : launch_form<8, Form::kOne>(job, stream);
-  }
-  return job.num_heads > 8 ? launch_form<16, Form::kTakeTurns>(job, stream)
-                           : launch_form<8, Form::kTakeTurns>(job, stream);
+  const bool is_one = job.num_tokens > kMany || job.num_tokens <= kFewTokens;
+  return is_one ? launch_form<Form::kOne>(job, stream)
+                : launch_form<Form::kTakeTurns>(job, stream);
 }
 
 }  // namespace fd_dsa::narrow

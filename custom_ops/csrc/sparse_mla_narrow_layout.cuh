@@ -22,10 +22,10 @@ constexpr int kSumStride = kTile + 4, kWeightStride = kTile + 16, kPartStride = 
 enum class Form {
   kOne,        // one; two blocks on a multiprocessor
   kTakeTurns,  // two, each with every other tile
-  kShareTiles  // two, each with half the heads
+  kWarpgroups  // two, each with every other tile, whose warps make products together
 };
 
-// Where things lie in shared memory, in bytes; kHeads (8 or 16) are those of a warpgroup.
+// Where things lie in shared memory, in bytes.
 template <int kHeads, Form kForm>
 struct Layout {
   static constexpr int kGroups = kForm == Form::kOne ? 1 : 2;
@@ -48,6 +48,45 @@ struct Layout {
   static constexpr int kMany = kGroups == 1 ? 216 : 232, kFew = 40;
   static constexpr int kPartBytes = kStages / kGroups * kTileBytes;
   static_assert(kHeads * kPartStride * 4 <= kPartBytes);
+
+  static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage) {
+    return base + kBarriers + stage * 16;
+  }
+  static __device__ __forceinline__ uint32_t empty(uint32_t base, uint32_t stage) {
+    return full(base, stage) + 8;
+  }
+};
+
+template <int kHeads>
+struct Layout<kHeads, Form::kWarpgroups> {
+  static constexpr int kGroups = 2, kParts = 1;
+  static constexpr int kStages = kHeads > 16 ? 3 : 4;
+  // 64 columns of an operand
+  static constexpr int kOperand = kHeads * 128;
+  static constexpr int kRing = 0;
+  static constexpr int kQueries = kRing + kStages * kTileBytes;
+  static constexpr int kWeights = kQueries + 9 * kOperand;
+  // for each 128 latents, with their scales in them
+  static constexpr int kWeightBytes = 4 * kOperand;
+  static constexpr int kSums = kWeights + kGroups * kWeightBytes;
+  static constexpr int kSumBytes = kHeads * kSumStride * 4;
+  static constexpr int kFactors = kSums + kGroups * kSumBytes;
+  static constexpr int kTops = kFactors + kHeads * 4;
+  static constexpr int kShrinks = kTops + kGroups * kHeads * 4;
+  static constexpr int kMoved = kShrinks + kGroups * kHeads * 4;
+  static constexpr int kOwnStats = kMoved + kGroups * 16;
+  static constexpr int kStats = kOwnStats + kGroups * kHeads * 8;
+  static constexpr int kMasks = kStats + kHeads * 8;
+  static constexpr int kBarriers = kMasks + kStages * 8;
+  static constexpr int kBytes = kBarriers + kStages * 16;
+  static constexpr int kThreads = (kGroups * 4 + kCopyWarps) * 32;
+  static constexpr int kBlocksPerSm = 1, kMany = 240, kFew = 24;
+  // After the last tile: a block's part for its cluster, in the ring; and what warpgroups tell each
+  // other, beside the ring, where the next token's tiles arrive.
+  static constexpr int kPartBytes = kHeads * kPartStride * 4, kExchange = kQueries;
+  static_assert(kPartBytes <= kExchange && kExchange + kHeads * kRank * 4 <= kSums);
+  static_assert(kBytes <= 232448);
+  static_assert(kQueries % 1024 == 0 && kWeights % 1024 == 0);
 
   static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage) {
     return base + kBarriers + stage * 16;

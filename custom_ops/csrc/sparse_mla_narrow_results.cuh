@@ -70,20 +70,58 @@ __device__ __forceinline__ void store_results(const FdDsaSparseMla& job, int64_t
                                               const State<kHeads>& state, uint32_t base, int group,
                                               int warp, int lane) {
   using Shape = Layout<kHeads, kForm>;
-  const int first = kForm == Form::kShareTiles ? group * kHeads : 0;
   const uint32_t stats = base + Shape::kStats + group * (kHeads * 8);
   for_each_sum<kHeads>(state, warp, lane, [&](int head, int latent, float4 x) {
-    const int64_t row = token * job.num_heads + first + head;
-    if (first + head >= job.num_heads) return;
+    const int64_t row = token * job.num_heads + head;
+    if (head >= job.num_heads) return;
     const float total = load_shared_float2(stats + head * 8).y;
     const float factor = 1.0f / (total == 0.0f ? 1.0f : total);
     store_out(job, row * kRank + latent,
               make_float4(x.x * factor, x.y * factor, x.z * factor, x.w * factor));
   });
   const int head = warp * 32 + lane;
-  if (head < kHeads && first + head < job.num_heads && job.lse != nullptr) {
+  if (head < job.num_heads && job.lse != nullptr) {
     const float2 x = load_shared_float2(stats + head * 8);
-    job.lse[token * job.num_heads + first + head] = lse_of(x.x, x.y);
+    job.lse[token * job.num_heads + head] = lse_of(x.x, x.y);
+  }
+}
+
+// Leaves the sums of a warpgroup where those who add them up find them.
+template <int kHeads, Form kForm>
+__device__ __forceinline__ void put_part(const State<kHeads>& state, uint32_t base, int group,
+                                         int warp, int lane) {
+  using Shape = Layout<kHeads, kForm>;
+  // the ring is read to its end by all who write there
+  if (Shape::kGroups > 1) named_barrier(8, Shape::kGroups * 128);
+  const uint32_t part = base + Shape::kRing + group * Shape::kPartBytes;
+  for_each_sum<kHeads>(state, warp, lane, [&](int head, int latent, float4 x) {
+    store_shared(part + (head * kPartStride + latent) * 4, x);
+  });
+}
+
+// Adds up what both warpgroups have, in a block that has all of a token.
+template <int kHeads, Form kForm>
+__device__ __forceinline__ void combine_own(const FdDsaSparseMla& job, int64_t token,
+                                            uint32_t base) {
+  using Shape = Layout<kHeads, kForm>;
+  const uint32_t work = static_cast<uint32_t>(job.num_heads) * (kRank / 4);
+#pragma unroll 2
+  for (uint32_t i = threadIdx.x; i < work; i += 256) {
+    const uint32_t head = i / (kRank / 4), column = i % (kRank / 4) * 4;
+    const uint32_t at = base + Shape::kRing + (head * kPartStride + column) * 4;
+    const float2 a = load_shared_float2(base + Shape::kStats + head * 8);
+    const float2 b = load_shared_float2(base + Shape::kStats + (kHeads + head) * 8);
+    const float4 x = load_shared_float4(at), y = load_shared_float4(at + Shape::kPartBytes);
+    const float top = fmaxf(a.x, b.x), from = top == -INFINITY ? 0.0f : top;
+    float mine = exp2_of(a.x - from), other = exp2_of(b.x - from);
+    const float total = fmaf(b.y, other, a.y * mine);
+    const float factor = 1.0f / (total == 0.0f ? 1.0f : total);
+    const int64_t row = token * job.num_heads + head;
+    if (column == 0 && job.lse != nullptr) job.lse[row] = lse_of(top, total);
+    mine *= factor, other *= factor;
+    store_out(job, row * kRank + column,
+              make_float4(fmaf(y.x, other, x.x * mine), fmaf(y.y, other, x.y * mine),
+                          fmaf(y.z, other, x.z * mine), fmaf(y.w, other, x.w * mine)));
   }
 }
 
@@ -97,8 +135,6 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, int64_t token
   const uint32_t work = static_cast<uint32_t>(job.num_heads) * (kRank / 4);
   for (uint32_t i = rank * kThreads + threadIdx.x; i < work; i += blocks * kThreads) {
     const uint32_t head = i / (kRank / 4), column = i % (kRank / 4) * 4;
-    // where the heads are shared, the second half lies where the second part does else
-    const uint32_t of_group = kForm == Form::kShareTiles ? head / kHeads : 0, own = head % kHeads;
     float top = -INFINITY, total = 0.0f;
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     for (uint32_t first = 0; first < blocks; first += kAtOnce) {
@@ -112,9 +148,9 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, int64_t token
 #pragma unroll
         for (int w = 0; w < kParts; ++w) {
           stats[r][w] = load_cluster_float2(there + Shape::kStats +
-                                            ((of_group + w) * kHeads + own) * 8);
-          x[r][w] = load_cluster_float4(there + Shape::kRing + (of_group + w) * Shape::kPartBytes +
-                                        (own * kPartStride + column) * 4);
+                                            (w * kHeads + head) * 8);
+          x[r][w] = load_cluster_float4(there + Shape::kRing + w * Shape::kPartBytes +
+                                        (head * kPartStride + column) * 4);
         }
       }
 #pragma unroll

@@ -40,11 +40,11 @@ __device__ __forceinline__ void load_queries(const FdDsaSparseMla& job, int64_t 
                                              uint32_t base, int group, int warp, int lane) {
   using Shape = Layout<kHeads, kForm>;
   constexpr int kEights = kHeads / 8, kMine = kHeads / 4;
-  const int first = kForm == Form::kShareTiles ? group * kHeads : 0, t = lane % 4;
+  const int t = lane % 4;
   const uint32_t tops = base + Shape::kSums + group * Shape::kSumBytes;
 #pragma unroll
   for (int j = 0; j < kEights; ++j) {
-    const int head = first + 8 * j + lane / 4;
+    const int head = 8 * j + lane / 4;
     const bool is_head = head < job.num_heads;
     const __nv_bfloat16* row = static_cast<const __nv_bfloat16*>(job.q) +
                                (token * job.num_heads + (is_head ? head : 0)) * kWidth;

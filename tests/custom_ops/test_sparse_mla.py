@@ -97,7 +97,13 @@ def test_latents_of_many_heads_may_be_bfloat16(kernel_memory: KernelMemory) -> N
 
 @pytest.mark.parametrize(
     ("heads", "kinds"),
-    [(1, (NarrowAttention, None)), (32, (NarrowAttention, None)), (33, (WideAttention,) * 2)],
+    [
+        (1, (NarrowAttention, None)),
+        (16, (NarrowAttention, None)),
+        (17, (NarrowAttention, WideAttention)),
+        (32, (NarrowAttention, WideAttention)),
+        (33, (WideAttention,) * 2),
+    ],
 )
 def test_which_kernel_is_for_so_many_heads(heads: int, kinds: tuple[Any, ...]) -> None:
     assert (kind_for(heads, True), kind_for(heads, False)) == kinds
@@ -118,6 +124,14 @@ def test_where_it_is_faster(heads: int, faster: tuple[int, ...], slower: tuple[i
     assert all(kind.is_faster(tokens, heads) for tokens in faster)
     assert not any(kind.is_faster(tokens, heads) for tokens in slower)
     assert (heads <= kind.always_heads) == (not slower)
+
+
+@pytest.mark.parametrize("heads", [17, 32])
+def test_prompts_over_bfloat16_are_padded_to_64_heads(heads: int) -> None:
+    kind = kind_for(heads, False)
+    assert kind is not None and heads > kind.always_heads
+    assert kind.is_faster(1024, heads) and not kind.is_faster(1023, heads)
+    assert not kind.is_faster(8192, 16)
 
 
 @pytest.mark.parametrize(

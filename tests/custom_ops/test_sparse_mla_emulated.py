@@ -13,7 +13,7 @@ from fd_dsa.ops.sparse_mla.custom_op import SparseMla
 from tests.custom_ops.building import EMULATED, SOURCES, compile_library
 from tests.ops.tensor_core_case import RANK, Case, make
 
-ONE, TAKE_TURNS, SHARE_TILES, CHOSEN = 0, 1, 2, -1
+ONE, TAKE_TURNS, WARPGROUPS, CHOSEN = 0, 1, 2, -1
 
 
 @cache
@@ -58,13 +58,16 @@ def run(case: Case, form: int, splits: int) -> tuple[np.ndarray, np.ndarray]:
     [
         (1, ONE, 1, [65, 0]),
         (8, ONE, 2, [300]),
-        (8, TAKE_TURNS, 1, [200]),
-        (11, ONE, 1, [63, 130, 1]),
-        (16, TAKE_TURNS, 3, [700]),
-        (16, TAKE_TURNS, 16, [1, 0, 128]),
-        (17, SHARE_TILES, 1, [129]),
-        (32, SHARE_TILES, 5, [400]),
+        (7, TAKE_TURNS, 1, [200, 63]),
+        (8, TAKE_TURNS, 3, [700]),
+        (5, TAKE_TURNS, 16, [1, 0, 128]),
+        (11, WARPGROUPS, 1, [129, 0, 1]),
+        (9, WARPGROUPS, 3, [700]),
+        (16, WARPGROUPS, 16, [1, 0, 128]),
+        (17, WARPGROUPS, 1, [63, 64, 65]),
+        (32, WARPGROUPS, 5, [450]),
         (5, CHOSEN, 0, [200]),
+        (12, CHOSEN, 0, [200]),
         (20, CHOSEN, 0, [200]),
     ],
 )
@@ -74,7 +77,8 @@ def test_forms(heads: int, form: int, splits: int, counts: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "form", "splits"), [(3, ONE, 1), (9, TAKE_TURNS, 1), (20, SHARE_TILES, 2)]
+    ("heads", "form", "splits"),
+    [(3, ONE, 1), (8, TAKE_TURNS, 1), (9, WARPGROUPS, 1), (20, WARPGROUPS, 2)],
 )
 def test_slots_without_a_place_are_skipped_anywhere(heads: int, form: int, splits: int) -> None:
     case = make("fp8_ds_mla", [640, 640], 640, heads=heads)
@@ -85,9 +89,10 @@ def test_slots_without_a_place_are_skipped_anywhere(heads: int, form: int, split
     case.check(*run(case, form, splits))
 
 
-def test_the_same_bits_in_any_order_of_threads() -> None:
-    case = make("fp8_ds_mla", [300], 300, heads=9)
-    first, again = run(case, TAKE_TURNS, 2), run(case, TAKE_TURNS, 2)
+@pytest.mark.parametrize(("heads", "form"), [(7, TAKE_TURNS), (9, WARPGROUPS)])
+def test_the_same_bits_in_any_order_of_threads(heads: int, form: int) -> None:
+    case = make("fp8_ds_mla", [300], 300, heads=heads)
+    first, again = run(case, form, 2), run(case, form, 2)
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
 

@@ -18,6 +18,9 @@ from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
 
 MOST_HEADS = 32
+"""Of the kernel for few heads over FP8 records."""
+FEW_HEADS = 16
+"""Of those that are too few to be padded to 64 over bfloat16 latents."""
 
 
 class SparseMla(ctypes.Structure):
@@ -75,7 +78,7 @@ class CustomAttention(ABC):
     @staticmethod
     @abstractmethod
     def is_faster(num_tokens: int, num_heads: int) -> bool:
-        """Whether it was at least as fast as Triton's kernel on an H200, over FP8 records."""
+        """Whether it was at least as fast as Triton's kernel on an H200; see `kind_for`."""
 
     def __call__(
         self,
@@ -190,5 +193,8 @@ class WideAttention(CustomAttention):
     @staticmethod
     def is_faster(num_tokens: int, num_heads: int) -> bool:
         """Between, Triton's splits fill the device better than clusters do."""
+        if num_heads <= MOST_HEADS:
+            # bfloat16 latents: with half of its products padding it was faster for prompts
+            return num_heads > FEW_HEADS and num_tokens >= 1024
         blocks = num_tokens * -(-num_heads // 64)
-        return num_heads > MOST_HEADS and (8 <= blocks <= 16 or blocks > 32)
+        return 8 <= blocks <= 16 or blocks > 32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fd_dsa import custom_ops
 from fd_dsa.ops.sparse_mla.custom_op import (
+    FEW_HEADS,
     MOST_HEADS,
     CustomAttention,
     NarrowAttention,
@@ -16,9 +17,9 @@ from fd_dsa.triton_runtime import INTERPRETING
 
 def kind_for(num_heads: int, is_fp8: bool) -> type[CustomAttention] | None:
     """The kernel of custom_ops/ for so many heads over a cache; None: there is none."""
-    if num_heads > MOST_HEADS:
-        return WideAttention
-    return NarrowAttention if is_fp8 else None
+    if is_fp8 and num_heads <= MOST_HEADS:
+        return NarrowAttention
+    return WideAttention if num_heads > FEW_HEADS else None
 
 
 def custom_attention(kind: type[CustomAttention], allocate: Allocate) -> CustomAttention | None:

@@ -276,6 +276,7 @@ inline int32_t __reduce_max_sync(unsigned, int32_t value) {
 inline bool __all_sync(unsigned, bool vote) {
   return reduced(vote ? 1 : 0, 1, [](uint32_t a, uint32_t b) { return a & b; }) != 0;
 }
+inline bool __any_sync(unsigned, bool vote) { return !__all_sync(0, !vote); }
 inline unsigned __ballot_sync(unsigned, bool vote) {
   return reduced(vote ? 1u << emulated::lane() : 0, 0,
                  [](uint32_t a, uint32_t b) { return a | b; });

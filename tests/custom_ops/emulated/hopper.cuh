@@ -129,6 +129,19 @@ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
   }
 }
 
+inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t row) {
+  const auto rows = all_lanes(row);
+  const unsigned lane = emulated::lane();
+  for (unsigned i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (unsigned k = 0; k < 2; ++k) {
+      const auto address = static_cast<uint32_t>(rows[8 * i + lane % 4 * 2 + k]);
+      std::memcpy(&pair[k], resolve(address, 16) + lane / 4 * 2, 2);
+    }
+    to[i] = static_cast<uint32_t>(pair[1]) << 16 | pair[0];
+  }
+}
+
 template <bool kBfloat16>
 float value_of(uint64_t bits) {
   const auto half = static_cast<uint16_t>(bits);

@@ -2,6 +2,7 @@
 #include "hopper.cuh"
 // the others come first, so that their guards keep the hardware's own out
 #include "sparse_mla_narrow_values.cuh"
+#include "wgmma_rows.cuh"
 
 #include "sparse_mla_narrow.cuh"
 
@@ -10,13 +11,13 @@ using fd_dsa::narrow::Form;
 // `form` 0 to 2: as the launcher has them; -1: its choice.
 extern "C" int sparse_mla_emulated(const FdDsaSparseMla* job, int form) {
   using namespace fd_dsa::narrow;
-  if (form < 0) return launch_narrow(*job, nullptr);
-  const bool few = job->num_heads <= 8;
-  if (form == 0 && few) return launch_form<8, Form::kOne>(*job, nullptr);
-  if (form == 0) return launch_form<16, Form::kOne>(*job, nullptr);
-  if (form == 1 && few) return launch_form<8, Form::kTakeTurns>(*job, nullptr);
-  if (form == 1) return launch_form<16, Form::kTakeTurns>(*job, nullptr);
-  return launch_form<16, Form::kShareTiles>(*job, nullptr);
+  if (form == 0) return launch_form<Form::kOne>(*job, nullptr);
+  if (form == 1) return launch_form<Form::kTakeTurns>(*job, nullptr);
+  if (form == 2) {
+    return job->num_heads > 16 ? launch_warpgroups<32>(*job, nullptr)
+                               : launch_warpgroups<16>(*job, nullptr);
+  }
+  return launch_narrow(*job, nullptr);
 }
 
 // Among how many blocks the launcher splits a token, with room for `clusters` / n clusters of n.

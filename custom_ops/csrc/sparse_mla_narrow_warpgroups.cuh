@@ -1,0 +1,100 @@
+// Sparse MLA for 9 to 32 heads: two warpgroups that take turns with tiles.
+//
+// Keys and latents are the 64 rows of a warpgroup's products, in registers, where codes become
+// float16 once for all heads; heads are the columns, in shared memory: queries once a token,
+// weights once a tile. Warps have keys in the scores and latents in the sums, so scores and weights
+// go through shared memory, where each warp makes the softmax of some heads.
+#ifndef FD_DSA_SPARSE_MLA_NARROW_WARPGROUPS_CUH
+#define FD_DSA_SPARSE_MLA_NARROW_WARPGROUPS_CUH
+
+#include "sparse_mla_narrow_copy.cuh"
+#include "sparse_mla_narrow_exchange.cuh"
+#include "sparse_mla_narrow_weights.cuh"
+
+namespace fd_dsa::narrow {
+
+#if defined(FD_DSA_HOPPER)
+
+// All tiles of a token that one warpgroup has.
+template <int kHeads>
+__device__ __forceinline__ void attend_tiles(Sums<kHeads>& my, uint32_t base, Tiles tiles,
+                                             int group, int warp, int lane) {
+  using Shape = Layout<kHeads, Form::kWarpgroups>;
+  const uint32_t sums = base + Shape::kSums + group * Shape::kSumBytes;
+  const uint32_t weights = base + Shape::kWeights + group * Shape::kWeightBytes;
+  start(my);
+  Ring<Shape::kStages> ring = {0, 0};
+  ring.advance(group);
+  for (int32_t at = tiles.first + group * tiles.step; at < tiles.end; at += 2 * tiles.step) {
+    const uint32_t tile = base + Shape::kRing + ring.stage * kTileBytes;
+    const uint32_t empty = Shape::empty(base, ring.stage);
+    barrier_wait(Shape::full(base, ring.stage), ring.parity);
+    const uint32_t masks = base + Shape::kMasks + ring.stage * 8;
+    const uint2 mask = make_uint2(load_shared(masks), load_shared(masks + 4));
+    if ((mask.x | mask.y) != 0) {
+      put_scores<kHeads>(tile, base + Shape::kQueries, sums, warp, lane);
+      named_barrier(1 + group, 128);
+      Shrinks<kHeads> shrinks;
+      put_weights<kHeads>(my, shrinks, tile, mask, base, group, warp, lane);
+      named_barrier(1 + group, 128);
+      shrink_sums<kHeads>(my, shrinks.of_unit, base, group, lane);
+      add_tile<kHeads>(my, tile, weights, empty, warp, lane);
+    } else {
+      warp_arrive(empty, lane);
+    }
+    ring.advance(2);
+  }
+}
+
+#endif  // FD_DSA_HOPPER
+
+// A cluster of blocks for each token.
+template <int kHeads>
+__global__ void __launch_bounds__(Layout<kHeads, Form::kWarpgroups>::kThreads, 1)
+    warpgroup_kernel(const __grid_constant__ FdDsaSparseMla job) {
+#if defined(FD_DSA_HOPPER)
+  using Shape = Layout<kHeads, Form::kWarpgroups>;
+  const uint32_t base = shared_address(shared_memory());
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const uint32_t blocks = job.splits, rank = blockIdx.x % blocks;
+  const int64_t token = blockIdx.x / blocks;
+  const Tiles tiles = {static_cast<int32_t>(rank), static_cast<int32_t>(blocks),
+                       (job.topk + kTile - 1) / kTile};
+  const bool is_alone = blocks == 1;
+  if (threadIdx.x == 0) init_barriers<Shape>(base);
+  __syncthreads();
+  if (warp >= 8) {
+    fewer_registers<Shape::kFew>();
+    Ring<Shape::kStages> ring = {0, 1};
+    copy_tiles<Shape>(job, token, base, tiles, ring, warp - 8, lane);
+    if (is_alone) return;
+    __syncwarp();
+    cluster_sync();
+    cluster_sync();
+  } else {
+    more_registers<Shape::kMany>();
+    const int group = warp / 4, member = warp % 4;
+    QueryRows<kHeads> rows;
+    load_queries(rows, job, token, warp, lane);
+    put_queries(rows, job.softmax_scale, base, warp, lane);
+    Sums<kHeads> sums;
+    attend_tiles<kHeads>(sums, base, tiles, group, member, lane);
+    put_stats<kHeads>(sums, base, group, member, lane);
+    if (group == 0) {
+      finish<kHeads, 0>(job, token, sums, base, is_alone, member, lane);
+    } else {
+      finish<kHeads, 1>(job, token, sums, base, is_alone, member, lane);
+    }
+    if (is_alone) return;
+    __syncwarp();
+    cluster_sync();
+    combine<kHeads, Form::kWarpgroups>(job, token, base, rank, blocks);
+    __syncwarp();
+    cluster_sync();
+  }
+#endif
+}
+
+}  // namespace fd_dsa::narrow
+
+#endif  // FD_DSA_SPARSE_MLA_NARROW_WARPGROUPS_CUH
