@@ -42,8 +42,7 @@ __global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
   __syncthreads();
   if (warp >= 4 * Shape::kGroups) {
     fewer_registers<Shape::kFew>();
-    Ring<Shape::kStages> ring = {0, 1};
-    copy_tiles<Shape>(job, token, base, tiles, ring, warp - 4 * Shape::kGroups, lane);
+    copy_tiles<Shape>(job, token, base, tiles, warp - 4 * Shape::kGroups, lane);
     if (!is_alone) {
       __syncwarp();
       cluster_sync();

@@ -15,7 +15,9 @@ __device__ const uint4 kNothing[kRecord / 16] = {};
 template <typename Shape>
 __device__ __forceinline__ void init_barriers(uint32_t base) {
   for (int stage = 0; stage < Shape::kStages; ++stage) {
-    barrier_init(Shape::full(base, stage), kCopyWarps);
+    for (int group = 0; group < Shape::kFulls; ++group) {
+      barrier_init(Shape::full(base, stage, group), kCopyWarps);
+    }
     barrier_init(Shape::empty(base, stage), kWarpArrivals * 4);
   }
   barriers_ready();
@@ -26,23 +28,10 @@ struct Tiles {
   int32_t first, step, end;
 };
 
-// A place in the ring of tiles, and the parity of the phase of its barrier.
-template <int kStages>
-struct Ring {
-  uint32_t stage, parity;
-
-  __device__ __forceinline__ void advance(uint32_t count) {
-    stage += count;
-    parity ^= stage / kStages & 1;
-    stage %= kStages;
-  }
-};
-
 // Copies a quarter of each tile of a token, as soon as there is room.
 template <typename Shape>
 __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t token, uint32_t base,
-                                           const Tiles tiles, Ring<Shape::kStages>& ring, int warp,
-                                           int lane) {
+                                           const Tiles tiles, int warp, int lane) {
   constexpr int kMine = kTile / kCopyWarps;
   const int32_t* slots = job.slots + token * job.topk;
   const unsigned char* cache = static_cast<const unsigned char*>(job.cache);
@@ -53,6 +42,8 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t to
   };
   // all lanes look at the tile's slots, the first 16 copy
   int32_t low = slot_at(tiles.first, lane), high = slot_at(tiles.first, lane + 32);
+  uint32_t stage = 0, parity = 1;
+  int group = 0;
   for (int32_t tile = tiles.first; tile < tiles.end; tile += tiles.step) {
     const int32_t next_low = slot_at(tile + tiles.step, lane);
     const int32_t next_high = slot_at(tile + tiles.step, lane + 32);
@@ -62,15 +53,15 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t to
     const int32_t slot =
         __shfl_sync(~0u, warp < 2 ? low : high, (warp * kMine + lane % kMine) % 32);
     const bool is_slot = static_cast<uint32_t>(slot) < num_slots;
-    const uint32_t full = Shape::full(base, ring.stage);
-    const uint32_t to = base + Shape::kRing + ring.stage * kTileBytes + warp * (kMine * kRecord);
-    barrier_wait(Shape::empty(base, ring.stage), ring.parity);
+    const uint32_t full = Shape::full(base, stage, group);
+    const uint32_t to = base + Shape::kRing + stage * kTileBytes + warp * (kMine * kRecord);
+    barrier_wait(Shape::empty(base, stage), parity);
     // an empty tile may be passed on, and the barrier with it, as soon as lane 0 has arrived
     __syncwarp();
     if (lane == 0) {
       if (warp == 0) {
-        store_shared(base + Shape::kMasks + ring.stage * 8, low_mask);
-        store_shared(base + Shape::kMasks + ring.stage * 8 + 4, high_mask);
+        store_shared(base + Shape::kMasks + stage * 8, low_mask);
+        store_shared(base + Shape::kMasks + stage * 8 + 4, high_mask);
       }
       if (any) barrier_arrive_expecting(full, kMine * kRecord);
       else barrier_arrive(full);
@@ -83,7 +74,11 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t to
     }
     low = next_low;
     high = next_high;
-    ring.advance(1);
+    group ^= 1;
+    if (++stage == Shape::kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
   }
 }
 

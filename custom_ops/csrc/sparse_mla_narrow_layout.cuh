@@ -49,7 +49,9 @@ struct Layout {
   static constexpr int kPartBytes = kStages / kGroups * kTileBytes;
   static_assert(kHeads * kPartStride * 4 <= kPartBytes);
 
-  static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage) {
+  // a stage is always the same warpgroup's, and one barrier tells of its tiles
+  static constexpr int kFulls = 1;
+  static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage, int = 0) {
     return base + kBarriers + stage * 16;
   }
   static __device__ __forceinline__ uint32_t empty(uint32_t base, uint32_t stage) {
@@ -61,6 +63,8 @@ template <int kHeads>
 struct Layout<kHeads, Form::kWarpgroups> {
   static constexpr int kGroups = 2, kParts = 1;
   static constexpr int kStages = kHeads > 16 ? 3 : 4;
+  // tiles of a warpgroup from one in a stage to its next one there
+  static constexpr int kVisits = kStages % 2 == 0 ? kStages / 2 : kStages;
   // 64 columns of an operand
   static constexpr int kOperand = kHeads * 128;
   static constexpr int kRing = 0;
@@ -78,7 +82,7 @@ struct Layout<kHeads, Form::kWarpgroups> {
   static constexpr int kStats = kOwnStats + kGroups * kHeads * 8;
   static constexpr int kMasks = kStats + kHeads * 8;
   static constexpr int kBarriers = kMasks + kStages * 8;
-  static constexpr int kBytes = kBarriers + kStages * 16;
+  static constexpr int kBytes = kBarriers + kStages * 24;
   static constexpr int kThreads = (kGroups * 4 + kCopyWarps) * 32;
   static constexpr int kBlocksPerSm = 1, kMany = 240, kFew = 24;
   // After the last tile: a block's part for its cluster, in the ring; and what warpgroups tell each
@@ -88,11 +92,14 @@ struct Layout<kHeads, Form::kWarpgroups> {
   static_assert(kBytes <= 232448);
   static_assert(kQueries % 1024 == 0 && kWeights % 1024 == 0);
 
-  static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage) {
-    return base + kBarriers + stage * 16;
+  // One for each warpgroup, which waits for its own tiles alone: of a barrier whose every phase it
+  // does not wait for, it could take an earlier one for its own.
+  static constexpr int kFulls = 2;
+  static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage, int group) {
+    return base + kBarriers + stage * 24 + group * 8;
   }
   static __device__ __forceinline__ uint32_t empty(uint32_t base, uint32_t stage) {
-    return full(base, stage) + 8;
+    return full(base, stage, 2);
   }
 };
 

@@ -23,13 +23,13 @@ __device__ __forceinline__ void attend_tiles(Sums<kHeads>& my, uint32_t base, Ti
   const uint32_t sums = base + Shape::kSums + group * Shape::kSumBytes;
   const uint32_t weights = base + Shape::kWeights + group * Shape::kWeightBytes;
   start(my);
-  Ring<Shape::kStages> ring = {0, 0};
-  ring.advance(group);
+  uint32_t stage = group, parity = 0;
+  int visits = 0;
   for (int32_t at = tiles.first + group * tiles.step; at < tiles.end; at += 2 * tiles.step) {
-    const uint32_t tile = base + Shape::kRing + ring.stage * kTileBytes;
-    const uint32_t empty = Shape::empty(base, ring.stage);
-    barrier_wait(Shape::full(base, ring.stage), ring.parity);
-    const uint32_t masks = base + Shape::kMasks + ring.stage * 8;
+    const uint32_t tile = base + Shape::kRing + stage * kTileBytes;
+    const uint32_t empty = Shape::empty(base, stage);
+    barrier_wait(Shape::full(base, stage, group), parity);
+    const uint32_t masks = base + Shape::kMasks + stage * 8;
     const uint2 mask = make_uint2(load_shared(masks), load_shared(masks + 4));
     if ((mask.x | mask.y) != 0) {
       put_scores<kHeads>(tile, base + Shape::kQueries, sums, warp, lane);
@@ -42,7 +42,12 @@ __device__ __forceinline__ void attend_tiles(Sums<kHeads>& my, uint32_t base, Ti
     } else {
       warp_arrive(empty, lane);
     }
-    ring.advance(2);
+    stage += 2;
+    if (stage >= Shape::kStages) stage -= Shape::kStages;
+    if (++visits == Shape::kVisits) {
+      visits = 0;
+      parity ^= 1;
+    }
   }
 }
 
@@ -65,8 +70,7 @@ __global__ void __launch_bounds__(Layout<kHeads, Form::kWarpgroups>::kThreads, 1
   __syncthreads();
   if (warp >= 8) {
     fewer_registers<Shape::kFew>();
-    Ring<Shape::kStages> ring = {0, 1};
-    copy_tiles<Shape>(job, token, base, tiles, ring, warp - 8, lane);
+    copy_tiles<Shape>(job, token, base, tiles, warp - 8, lane);
     if (is_alone) return;
     __syncwarp();
     cluster_sync();

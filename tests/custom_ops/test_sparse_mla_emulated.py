@@ -89,6 +89,15 @@ def test_slots_without_a_place_are_skipped_anywhere(heads: int, form: int, split
     case.check(*run(case, form, splits))
 
 
+@pytest.mark.parametrize(("heads", "form"), [(8, TAKE_TURNS), (16, WARPGROUPS), (32, WARPGROUPS)])
+@pytest.mark.parametrize("empty", [0, 1])
+def test_a_warpgroup_may_be_far_ahead_of_the_other(heads: int, form: int, empty: int) -> None:
+    case = make("fp8_ds_mla", [900, 900], 900, heads=heads)
+    # one of the two finds no key in any of its tiles
+    case.slots[:, np.arange(900) // 64 % 2 == empty] = -1
+    case.check(*run(case, form, 1))
+
+
 @pytest.mark.parametrize(("heads", "form"), [(7, TAKE_TURNS), (9, WARPGROUPS)])
 def test_the_same_bits_in_any_order_of_threads(heads: int, form: int) -> None:
     case = make("fp8_ds_mla", [300], 300, heads=heads)

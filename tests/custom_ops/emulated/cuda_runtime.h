@@ -126,6 +126,25 @@ inline Fiber* current;
 inline ucontext_t scheduler;
 inline std::function<void()> body;
 
+// What happens by itself after some rounds of the scheduler: copies that nobody waits for.
+struct Later {
+  int rounds;
+  std::function<void()> happen;
+};
+inline std::vector<Later> later;
+
+inline void let_time_pass() {
+  for (size_t i = 0; i < later.size();) {
+    if (--later[i].rounds > 0) {
+      ++i;
+      continue;
+    }
+    const auto happen = std::move(later[i].happen);
+    later.erase(later.begin() + static_cast<std::ptrdiff_t>(i));
+    happen();
+  }
+}
+
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
 inline void begin() {
@@ -175,6 +194,7 @@ inline void run(std::vector<std::unique_ptr<Fiber>>& fibers) {
   // rounds without an end of a thread: a barrier that some never reach
   for (int idle = 0; left > 0; ++idle) {
     if (idle > 1000000) abort();
+    let_time_pass();
     seed = seed * 1664525u + 1013904223u;
     const size_t first = (seed >> 8) % fibers.size();
     for (size_t i = 0; i < fibers.size(); ++i) {
@@ -190,6 +210,8 @@ inline void run(std::vector<std::unique_ptr<Fiber>>& fibers) {
       }
     }
   }
+  // into the memory of blocks that have ended
+  if (!later.empty()) abort();
 }
 
 inline void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsigned size) {
