@@ -222,6 +222,7 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
         (64, 1, cache),
         (16, 64, cache),
         (16, 512, cache),
+        (32, 512, cache),
         (64, 512, rows),
         (16, 512, rows),
         (32, 512, rows),
