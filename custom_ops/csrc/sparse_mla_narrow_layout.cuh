@@ -84,9 +84,9 @@ struct Layout<kHeads, Form::kWarpgroups> {
   static constexpr int kBarriers = kMasks + kStages * 8;
   static constexpr int kBytes = kBarriers + kStages * 24;
   static constexpr int kThreads = (kGroups * 4 + kCopyWarps) * 32;
-  static constexpr int kBlocksPerSm = 1, kMany = 240, kFew = 24;
+  static constexpr int kMany = 240, kFew = 24;
   // After the last tile: a block's part for its cluster, in the ring; and what warpgroups tell each
-  // other, beside the ring, where the next token's tiles arrive.
+  // other, beside it.
   static constexpr int kPartBytes = kHeads * kPartStride * 4, kExchange = kQueries;
   static_assert(kPartBytes <= kExchange && kExchange + kHeads * kRank * 4 <= kSums);
   static_assert(kBytes <= 232448);

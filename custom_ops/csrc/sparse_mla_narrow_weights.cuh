@@ -39,7 +39,8 @@ __device__ __forceinline__ void move_bases(Sums<kHeads>& my, Keys<kHeads>& keys,
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t largest = __reduce_max_sync(
-        ~0u, max(__float_as_uint(keys.first[i]), __float_as_uint(keys.second[i])) & 0x7fffffffu);
+        ~0u, max(__float_as_uint(keys.first[i]) & 0x7fffffffu,
+                 __float_as_uint(keys.second[i]) & 0x7fffffffu));
     // of the largest so far; the two last ones hold numbers below 8, and what is none
     const uint32_t before = 254 - (__float_as_uint(my.unit[i]) >> 23);
     const uint32_t after = min(max(before, largest >> 23), 253u);

@@ -11,7 +11,7 @@ import pytest
 
 from fd_dsa.ops.sparse_mla.custom_op import SparseMla
 from tests.custom_ops.building import EMULATED, SOURCES, compile_library
-from tests.ops.tensor_core_case import RANK, Case, make
+from tests.ops.tensor_core_case import RANK, Case, make, widened
 
 ONE, TAKE_TURNS, WARPGROUPS, CHOSEN = 0, 1, 2, -1
 
@@ -92,10 +92,75 @@ def test_slots_without_a_place_are_skipped_anywhere(heads: int, form: int, split
 @pytest.mark.parametrize(("heads", "form"), [(8, TAKE_TURNS), (16, WARPGROUPS), (32, WARPGROUPS)])
 @pytest.mark.parametrize("empty", [0, 1])
 def test_a_warpgroup_may_be_far_ahead_of_the_other(heads: int, form: int, empty: int) -> None:
-    case = make("fp8_ds_mla", [900, 900], 900, heads=heads)
+    case = make("fp8_ds_mla", [500], 500, heads=heads)
     # one of the two finds no key in any of its tiles
-    case.slots[:, np.arange(900) // 64 % 2 == empty] = -1
+    case.slots[:, np.arange(500) // 64 % 2 == empty] = -1
     case.check(*run(case, form, 1))
+
+
+def with_scales(case: Case, factors: np.ndarray) -> Case:
+    """The case with the scales of each record times a power of two."""
+    scales = case.cache[:, RANK : RANK + 16].copy().view(np.float32)
+    case.cache[:, RANK : RANK + 16] = (scales * factors[:, None]).astype(np.float32).view(np.uint8)
+    case.latents[:, :RANK] *= factors[:, None]
+    return case
+
+
+@pytest.mark.parametrize(("heads", "form"), [(8, TAKE_TURNS), (16, WARPGROUPS), (20, WARPGROUPS)])
+@pytest.mark.parametrize("growth", [0, 1, 3])
+def test_scores_and_scales_that_grow_from_tile_to_tile(heads: int, form: int, growth: int) -> None:
+    case = make("fp8_ds_mla", [330], 330, heads=heads, num_slots=512)
+    case.scale = 3.0 * 2.0 ** -(5 * growth)
+    slots = case.slots[0]
+    case.slots[0] = slots[np.argsort((case.q[0, 0] * case.latents[slots]).sum(axis=1))]
+    factors = np.ones(len(case.latents))
+    factors[case.slots[0]] = 2.0 ** (growth * (np.arange(330) // 64))
+    case = with_scales(case, factors)
+    found, lse = run(case, form, 1)
+    if growth == 0:
+        case.check(found, lse)
+    else:
+        # weights beside the largest scale may be too small for float16, as the bound has it not
+        exact = case.exact(0)
+        assert np.linalg.norm(found[0] - exact) < 1e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("heads", "form"), [(3, ONE), (12, WARPGROUPS), (20, WARPGROUPS)])
+@pytest.mark.parametrize("power", [-100, 30, 100])
+def test_scales_outside_the_range_of_float16(heads: int, form: int, power: int) -> None:
+    case = make("fp8_ds_mla", [200], 200, heads=heads)
+    case = with_scales(case, np.full(len(case.latents), 2.0**power))
+    case.scale *= min(1.0, 2.0**-power)
+    found, _ = run(case, form, 1)
+    exact = case.exact(0)
+    assert np.linalg.norm(found[0] - exact) < 1e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("heads", "form"), [(3, ONE), (12, WARPGROUPS), (20, WARPGROUPS)])
+@pytest.mark.parametrize("power", [-60, 60])
+def test_queries_outside_the_range_of_float16(heads: int, form: int, power: int) -> None:
+    case = make("fp8_ds_mla", [70], 70, heads=heads)
+    bits = case.q_bits.view(np.uint16)
+    # one head far from the others, one of zeros
+    bits[:, 1] += np.uint16((power % 512) << 7)
+    bits[:, 2] = 0
+    case.q = widened(bits.view(np.int16)).astype(np.float64)
+    case.scale *= 2.0**-power if power > 0 else 1.0
+    case.check(*run(case, form, 1))
+
+
+@pytest.mark.parametrize(("heads", "form"), [(2, ONE), (16, WARPGROUPS), (17, WARPGROUPS)])
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_a_selected_code_that_is_no_number_spoils_its_own_rows(
+    heads: int, form: int, code: int
+) -> None:
+    case = make("fp8_ds_mla", [5, 5], 5, heads=heads)
+    case.slots[1] = np.setdiff1d(case.slots, case.slots[0])[-1]
+    case.cache[case.slots[0, 3], 400] = code
+    found, lse = run(case, form, 1)
+    assert np.isnan(found[0]).all() and np.isnan(lse[0]).all()
+    case.slots, case.q = case.slots[1:], case.q[1:]
+    case.check(found[1:], lse[1:])
 
 
 @pytest.mark.parametrize(("heads", "form"), [(7, TAKE_TURNS), (9, WARPGROUPS)])

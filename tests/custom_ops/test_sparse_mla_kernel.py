@@ -165,7 +165,10 @@ def test_scores_far_from_zero(
     case.check(*run(kernel_memory, kind, case, splits=1))
 
 
-@pytest.mark.parametrize(("kind", "heads"), [(NarrowAttention, 2), (WideAttention, 64)])
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [*((NarrowAttention, heads) for heads in (2, 12, 20)), (WideAttention, 64)],
+)
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_a_selected_code_that_is_no_number_spoils_its_own_rows(
     kernel_memory: KernelMemory, kind: Kind, heads: int, code: int
@@ -179,7 +182,10 @@ def test_a_selected_code_that_is_no_number_spoils_its_own_rows(
     case.check(found[1:], lse[1:])
 
 
-@pytest.mark.parametrize(("kind", "heads"), [(NarrowAttention, 3), (WideAttention, 64)])
+@pytest.mark.parametrize(
+    ("kind", "heads"),
+    [*((NarrowAttention, heads) for heads in (3, 12, 20)), (WideAttention, 64)],
+)
 @pytest.mark.parametrize("power", [-60, 60])
 def test_queries_outside_the_range_of_float16(
     kernel_memory: KernelMemory, kind: Kind, heads: int, power: int
@@ -194,9 +200,12 @@ def test_queries_outside_the_range_of_float16(
     case.check(*run(kernel_memory, kind, case))
 
 
+@pytest.mark.parametrize("heads", [3, 12, 20])
 @pytest.mark.parametrize("power", [-100, 30, 100])
-def test_scales_outside_the_range_of_float16(kernel_memory: KernelMemory, power: int) -> None:
-    case = make(FP8, [200], 200, heads=3)
+def test_scales_outside_the_range_of_float16(
+    kernel_memory: KernelMemory, power: int, heads: int
+) -> None:
+    case = make(FP8, [200], 200, heads=heads)
     scales = case.cache[:, RANK : RANK + 16].copy().view(np.float32) * np.float32(2.0**power)
     case.cache[:, RANK : RANK + 16] = scales.view(np.uint8)
     case.latents[:, :RANK] *= 2.0**power
