@@ -31,15 +31,8 @@ __global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
     narrow_kernel(const __grid_constant__ FdDsaSparseMla job) {
 #if defined(FD_DSA_HOPPER)
   using Shape = Layout<kHeads, kForm>;
-  const uint32_t base = shared_address(shared_memory());
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const uint32_t blocks = job.splits, rank = blockIdx.x % blocks;
-  const int64_t token = blockIdx.x / blocks;
-  const Tiles tiles = {static_cast<int32_t>(rank), static_cast<int32_t>(blocks),
-                       (job.topk + kTile - 1) / kTile};
+  const auto [base, blocks, rank, warp, lane, token, tiles] = begin<Shape>(job);
   const bool is_alone = blocks == 1;
-  if (threadIdx.x == 0) init_barriers<Shape>(base);
-  __syncthreads();
   if (warp >= 4 * Shape::kGroups) {
     fewer_registers<Shape::kFew>();
     copy_tiles<Shape>(job, token, base, tiles, warp - 4 * Shape::kGroups, lane);

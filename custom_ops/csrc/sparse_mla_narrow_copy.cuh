@@ -28,6 +28,27 @@ struct Tiles {
   int32_t first, step, end;
 };
 
+// What a block works on, and a thread's place in it.
+struct Place {
+  uint32_t base, blocks, rank;
+  int warp, lane;
+  int64_t token;
+  Tiles tiles;
+};
+
+// All threads of a block, at its beginning.
+template <typename Shape>
+__device__ __forceinline__ Place begin(const FdDsaSparseMla& job) {
+  const uint32_t base = shared_address(shared_memory());
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const uint32_t blocks = job.splits, rank = blockIdx.x % blocks;
+  const Tiles tiles = {static_cast<int32_t>(rank), static_cast<int32_t>(blocks),
+                       (job.topk + kTile - 1) / kTile};
+  if (threadIdx.x == 0) init_barriers<Shape>(base);
+  __syncthreads();
+  return {base, blocks, rank, warp, lane, blockIdx.x / blocks, tiles};
+}
+
 // Copies a quarter of each tile of a token, as soon as there is room.
 template <typename Shape>
 __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t token, uint32_t base,

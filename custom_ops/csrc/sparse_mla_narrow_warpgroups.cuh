@@ -59,15 +59,8 @@ __global__ void __launch_bounds__(Layout<kHeads, Form::kWarpgroups>::kThreads, 1
     warpgroup_kernel(const __grid_constant__ FdDsaSparseMla job) {
 #if defined(FD_DSA_HOPPER)
   using Shape = Layout<kHeads, Form::kWarpgroups>;
-  const uint32_t base = shared_address(shared_memory());
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const uint32_t blocks = job.splits, rank = blockIdx.x % blocks;
-  const int64_t token = blockIdx.x / blocks;
-  const Tiles tiles = {static_cast<int32_t>(rank), static_cast<int32_t>(blocks),
-                       (job.topk + kTile - 1) / kTile};
+  const auto [base, blocks, rank, warp, lane, token, tiles] = begin<Shape>(job);
   const bool is_alone = blocks == 1;
-  if (threadIdx.x == 0) init_barriers<Shape>(base);
-  __syncthreads();
   if (warp >= 8) {
     fewer_registers<Shape::kFew>();
     copy_tiles<Shape>(job, token, base, tiles, warp - 8, lane);

@@ -11,7 +11,7 @@ import pytest
 
 from fd_dsa.ops.sparse_mla.custom_op import SparseMla
 from tests.custom_ops.building import EMULATED, SOURCES, compile_library
-from tests.ops.tensor_core_case import RANK, Case, make, widened
+from tests.ops.tensor_core_case import RANK, Case, make
 
 ONE, TAKE_TURNS, WARPGROUPS, CHOSEN = 0, 1, 2, -1
 
@@ -98,14 +98,6 @@ def test_a_warpgroup_may_be_far_ahead_of_the_other(heads: int, form: int, empty:
     case.check(*run(case, form, 1))
 
 
-def with_scales(case: Case, factors: np.ndarray) -> Case:
-    """The case with the scales of each record times a power of two."""
-    scales = case.cache[:, RANK : RANK + 16].copy().view(np.float32)
-    case.cache[:, RANK : RANK + 16] = (scales * factors[:, None]).astype(np.float32).view(np.uint8)
-    case.latents[:, :RANK] *= factors[:, None]
-    return case
-
-
 @pytest.mark.parametrize(("heads", "form"), [(8, TAKE_TURNS), (16, WARPGROUPS), (20, WARPGROUPS)])
 @pytest.mark.parametrize("growth", [0, 1, 3])
 def test_scores_and_scales_that_grow_from_tile_to_tile(heads: int, form: int, growth: int) -> None:
@@ -115,7 +107,7 @@ def test_scores_and_scales_that_grow_from_tile_to_tile(heads: int, form: int, gr
     case.slots[0] = slots[np.argsort((case.q[0, 0] * case.latents[slots]).sum(axis=1))]
     factors = np.ones(len(case.latents))
     factors[case.slots[0]] = 2.0 ** (growth * (np.arange(330) // 64))
-    case = with_scales(case, factors)
+    case.scale_records(factors)
     found, lse = run(case, form, 1)
     if growth == 0:
         case.check(found, lse)
@@ -129,7 +121,7 @@ def test_scores_and_scales_that_grow_from_tile_to_tile(heads: int, form: int, gr
 @pytest.mark.parametrize("power", [-100, 30, 100])
 def test_scales_outside_the_range_of_float16(heads: int, form: int, power: int) -> None:
     case = make("fp8_ds_mla", [200], 200, heads=heads)
-    case = with_scales(case, np.full(len(case.latents), 2.0**power))
+    case.scale_records(2.0**power)
     case.scale *= min(1.0, 2.0**-power)
     found, _ = run(case, form, 1)
     exact = case.exact(0)
@@ -140,11 +132,7 @@ def test_scales_outside_the_range_of_float16(heads: int, form: int, power: int) 
 @pytest.mark.parametrize("power", [-60, 60])
 def test_queries_outside_the_range_of_float16(heads: int, form: int, power: int) -> None:
     case = make("fp8_ds_mla", [70], 70, heads=heads)
-    bits = case.q_bits.view(np.uint16)
-    # one head far from the others, one of zeros
-    bits[:, 1] += np.uint16((power % 512) << 7)
-    bits[:, 2] = 0
-    case.q = widened(bits.view(np.int16)).astype(np.float64)
+    case.move_queries(power)
     case.scale *= 2.0**-power if power > 0 else 1.0
     case.check(*run(case, form, 1))
 

@@ -191,11 +191,7 @@ def test_queries_outside_the_range_of_float16(
     kernel_memory: KernelMemory, kind: Kind, heads: int, power: int
 ) -> None:
     case = make(FP8, [70], 70, heads=heads)
-    bits = case.q_bits.view(np.uint16)
-    # one head far from the others, one of zeros
-    bits[:, 1] += np.uint16((power % 512) << 7)
-    bits[:, 2] = 0
-    case.q = widened(bits.view(np.int16)).astype(np.float64)
+    case.move_queries(power)
     case.scale = 2.0**-power * SCALE if power > 0 else SCALE
     case.check(*run(kernel_memory, kind, case))
 
@@ -206,9 +202,7 @@ def test_scales_outside_the_range_of_float16(
     kernel_memory: KernelMemory, power: int, heads: int
 ) -> None:
     case = make(FP8, [200], 200, heads=heads)
-    scales = case.cache[:, RANK : RANK + 16].copy().view(np.float32) * np.float32(2.0**power)
-    case.cache[:, RANK : RANK + 16] = scales.view(np.uint8)
-    case.latents[:, :RANK] *= 2.0**power
+    case.scale_records(2.0**power)
     case.scale = SCALE * min(1.0, 2.0**-power)
     found, _ = run(kernel_memory, NarrowAttention, case)
     exact = case.exact(0)

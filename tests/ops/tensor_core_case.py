@@ -62,6 +62,20 @@ class Case:
         attend_on_tensor_cores(q, cache, slots, out, **options)
         return m.get(out), m.get(lse)
 
+    def scale_records(self, factors: np.ndarray | float) -> None:
+        """Multiply the scales of each record by a power of two, [num_slots] or one for all."""
+        factors = np.broadcast_to(factors, len(self.latents))[:, None]
+        scales = self.cache[:, RANK : RANK + 16].copy().view(np.float32) * factors
+        self.cache[:, RANK : RANK + 16] = scales.astype(np.float32).view(np.uint8)
+        self.latents[:, :RANK] *= factors
+
+    def move_queries(self, power: int) -> None:
+        """Bring head 1 far from the others, by 2^power, and make head 2 zeros."""
+        bits = self.q_bits.view(np.uint16)
+        bits[:, 1] += np.uint16((power % 512) << 7)
+        bits[:, 2] = 0
+        self.q = widened(bits.view(np.int16)).astype(np.float64)
+
     def selected(self, token: int) -> np.ndarray:
         """The slots of a row that are slots."""
         row = self.slots[token]
