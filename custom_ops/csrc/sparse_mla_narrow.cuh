@@ -31,40 +31,31 @@ __global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
     narrow_kernel(const __grid_constant__ FdDsaSparseMla job) {
 #if defined(FD_DSA_HOPPER)
   using Shape = Layout<kHeads, kForm>;
-  const auto [base, blocks, rank, warp, lane, token, tiles] = begin<Shape>(job);
-  const bool is_alone = blocks == 1;
-  if (warp >= 4 * Shape::kGroups) {
-    fewer_registers<Shape::kFew>();
-    copy_tiles<Shape>(job, token, base, tiles, warp - 4 * Shape::kGroups, lane);
-    if (!is_alone) {
-      __syncwarp();
-      cluster_sync();
-      cluster_sync();
-    }
-  } else {
-    more_registers<Shape::kMany>();
-    const int group = warp / 4, member = warp % 4;
-    Queries<kHeads> queries;
-    State<kHeads> state;
-    load_queries<kHeads, kForm>(job, token, queries, state, base, group, member, lane);
-    attend_tiles<kHeads, kForm>(state, queries, base, tiles, group, member, lane);
-    put_stats<kHeads, kForm>(state, base, group, member, lane);
-    if (Shape::kParts == 1 && is_alone) {
-      store_results<kHeads, kForm>(job, token, state, base, group, member, lane);
-      return;
-    }
-    put_part<kHeads, kForm>(state, base, group, member, lane);
-    if (is_alone) {
-      named_barrier(8, 256);
-      combine_own<kHeads, kForm>(job, token, base);
-      return;
-    }
-    __syncwarp();
-    cluster_sync();
-    combine<kHeads, kForm>(job, token, base, rank, blocks);
-    __syncwarp();
-    cluster_sync();
+  const Place my = begin<Shape>(job);
+  if (my.warp >= 4 * Shape::kGroups) {
+    copy_and_wait<Shape>(job, my, 4 * Shape::kGroups);
+    return;
   }
+  more_registers<Shape::kMany>();
+  const auto [base, blocks, rank, warp, lane, token, tiles] = my;
+  const bool is_alone = blocks == 1;
+  const int group = warp / 4, member = warp % 4;
+  Queries<kHeads> queries;
+  State<kHeads> state;
+  load_queries<kHeads, kForm>(job, token, queries, state, base, group, member, lane);
+  attend_tiles<kHeads, kForm>(state, queries, base, tiles, group, member, lane);
+  put_stats<kHeads, kForm>(state, base, group, member, lane);
+  if (Shape::kParts == 1 && is_alone) {
+    store_results<kHeads, kForm>(job, token, state, base, group, member, lane);
+    return;
+  }
+  put_part<kHeads, kForm>(state, base, group, member, lane);
+  if (is_alone) {
+    named_barrier(8, 256);
+    combine_own<kHeads, kForm>(job, token, base);
+    return;
+  }
+  combine<kHeads, kForm>(job, token, base, rank, blocks);
 #endif
 }
 

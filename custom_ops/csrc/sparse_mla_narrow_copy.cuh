@@ -103,6 +103,19 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t to
   }
 }
 
+// All that the warps which copy do; `first` is the first of them.
+template <typename Shape>
+__device__ __forceinline__ void copy_and_wait(const FdDsaSparseMla& job, const Place& my,
+                                              int first) {
+  fewer_registers<Shape::kFew>();
+  copy_tiles<Shape>(job, my.token, my.base, my.tiles, my.warp - first, my.lane);
+  if (my.blocks == 1) return;
+  // before the others of the cluster read here, and after
+  __syncwarp();
+  cluster_sync();
+  cluster_sync();
+}
+
 #endif  // FD_DSA_HOPPER
 
 }  // namespace fd_dsa::narrow

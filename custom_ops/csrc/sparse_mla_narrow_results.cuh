@@ -132,6 +132,9 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, int64_t token
   using Shape = Layout<kHeads, kForm>;
   constexpr uint32_t kThreads = Shape::kGroups * 128;
   constexpr int kParts = Shape::kParts, kAtOnce = 4 / kParts;
+  // what others read is there
+  __syncwarp();
+  cluster_sync();
   const uint32_t work = static_cast<uint32_t>(job.num_heads) * (kRank / 4);
   for (uint32_t i = rank * kThreads + threadIdx.x; i < work; i += blocks * kThreads) {
     const uint32_t head = i / (kRank / 4), column = i % (kRank / 4) * 4;
@@ -182,6 +185,9 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, int64_t token
               make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor));
     if (column == 0 && job.lse != nullptr) job.lse[row] = lse_of(top, total);
   }
+  // nobody goes while others read here
+  __syncwarp();
+  cluster_sync();
 }
 
 #endif  // FD_DSA_HOPPER

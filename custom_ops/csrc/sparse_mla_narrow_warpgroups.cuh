@@ -59,36 +59,27 @@ __global__ void __launch_bounds__(Layout<kHeads, Form::kWarpgroups>::kThreads, 1
     warpgroup_kernel(const __grid_constant__ FdDsaSparseMla job) {
 #if defined(FD_DSA_HOPPER)
   using Shape = Layout<kHeads, Form::kWarpgroups>;
-  const auto [base, blocks, rank, warp, lane, token, tiles] = begin<Shape>(job);
-  const bool is_alone = blocks == 1;
-  if (warp >= 8) {
-    fewer_registers<Shape::kFew>();
-    copy_tiles<Shape>(job, token, base, tiles, warp - 8, lane);
-    if (is_alone) return;
-    __syncwarp();
-    cluster_sync();
-    cluster_sync();
-  } else {
-    more_registers<Shape::kMany>();
-    const int group = warp / 4, member = warp % 4;
-    QueryRows<kHeads> rows;
-    load_queries(rows, job, token, warp, lane);
-    put_queries(rows, job.softmax_scale, base, warp, lane);
-    Sums<kHeads> sums;
-    attend_tiles<kHeads>(sums, base, tiles, group, member, lane);
-    put_stats<kHeads>(sums, base, group, member, lane);
-    if (group == 0) {
-      finish<kHeads, 0>(job, token, sums, base, is_alone, member, lane);
-    } else {
-      finish<kHeads, 1>(job, token, sums, base, is_alone, member, lane);
-    }
-    if (is_alone) return;
-    __syncwarp();
-    cluster_sync();
-    combine<kHeads, Form::kWarpgroups>(job, token, base, rank, blocks);
-    __syncwarp();
-    cluster_sync();
+  const Place my = begin<Shape>(job);
+  if (my.warp >= 4 * Shape::kGroups) {
+    copy_and_wait<Shape>(job, my, 4 * Shape::kGroups);
+    return;
   }
+  more_registers<Shape::kMany>();
+  const auto [base, blocks, rank, warp, lane, token, tiles] = my;
+  const bool is_alone = blocks == 1;
+  const int group = warp / 4, member = warp % 4;
+  QueryRows<kHeads> rows;
+  load_queries(rows, job, token, warp, lane);
+  put_queries(rows, job.softmax_scale, base, warp, lane);
+  Sums<kHeads> sums;
+  attend_tiles<kHeads>(sums, base, tiles, group, member, lane);
+  put_stats<kHeads>(sums, base, group, member, lane);
+  if (group == 0) {
+    finish<kHeads, 0>(job, token, sums, base, is_alone, member, lane);
+  } else {
+    finish<kHeads, 1>(job, token, sums, base, is_alone, member, lane);
+  }
+  if (!is_alone) combine<kHeads, Form::kWarpgroups>(job, token, base, rank, blocks);
 #endif
 }
 

@@ -58,6 +58,8 @@ def run(case: Case, form: int, splits: int) -> tuple[np.ndarray, np.ndarray]:
     [
         (1, ONE, 1, [65, 0]),
         (8, ONE, 2, [300]),
+        (6, ONE, 1, [63, 130, 1]),
+        (8, TAKE_TURNS, 1, [200]),
         (7, TAKE_TURNS, 1, [200, 63]),
         (8, TAKE_TURNS, 3, [700]),
         (5, TAKE_TURNS, 16, [1, 0, 128]),
