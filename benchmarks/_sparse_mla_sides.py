@@ -15,6 +15,10 @@ import torch
 
 from benchmarks import _custom_ops, _gpu, _peers
 from benchmarks.providers import codes
+from fd_dsa.attention.device import LOGITS_BYTES
+from fd_dsa.attention.tensor_core_attention import keys_per_token
+from fd_dsa.ops.sparse_mla.custom_op import CustomAttention
+from fd_dsa.ops.sparse_mla.dequantize import Dequantized, DequantizedRecords
 from fd_dsa.ops.sparse_mla.device import kind_for
 from fd_dsa.ops.sparse_mla.tensor_core import (
     Form,
@@ -29,6 +33,7 @@ import triton.language as tl  # isort: skip
 TOPK, RANK, ROPE, RECORD, BLOCK = 2048, 512, 64, 656, 64
 SCALE = 0.1352337789
 OURS, CUDA, GATHER = "ours", "ours in CUDA C++", "gather alone"
+RECORDS = "ours in CUDA C++, from records"
 DEVICE = "cuda"
 
 
@@ -93,10 +98,17 @@ def _gather_kernel(
 
 
 class Inputs:
-    """Queries and slots of one set, with the cache that they look into."""
+    """Queries and slots of one set, with the cache that they look into.
 
-    def __init__(self, cache: torch.Tensor, slots: torch.Tensor, heads: int) -> None:
+    Args:
+        is_prompt: the tokens are the last ones of a request that has the whole cache.
+    """
+
+    def __init__(
+        self, cache: torch.Tensor, slots: torch.Tensor, heads: int, is_prompt: bool = False
+    ) -> None:
         self.cache, self.slots, self.heads = cache, slots.contiguous(), heads
+        self.is_prompt = is_prompt
         shape = len(slots), heads, RANK + ROPE
         self.q = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) * 0.1
         self.fp8 = cache.dtype == torch.uint8
@@ -155,13 +167,53 @@ class Ours:
         )
 
     def cuda_call(self, inputs: Inputs) -> _gpu.Call | None:
-        """One call of the kernel of custom_ops/ for so many heads; None: there is none here."""
-        kind, path = kind_for(inputs.heads, inputs.fp8), _custom_ops.library()
-        if kind is None or path is None:
+        """One call of the kernel of custom_ops/ for so many heads; None: there is none here.
+
+        Records of a prompt are dequantized first where the package does it.
+        """
+        attend = self._kernel(inputs)
+        if attend is None or not (inputs.is_prompt and inputs.fp8 and attend.takes_dequantized):
+            return self._cuda_call(attend, inputs, lambda: None)
+        return self._cuda_call(attend, inputs, _dequantizing(inputs))
+
+    def records_call(self, inputs: Inputs) -> _gpu.Call | None:
+        """The same without, where `cuda_call` dequantizes; else None."""
+        attend = self._kernel(inputs)
+        if attend is None or not (inputs.is_prompt and inputs.fp8 and attend.takes_dequantized):
             return None
-        attend = kind(ctypes.CDLL(str(path)))
+        return self._cuda_call(attend, inputs, lambda: None)
+
+    def _kernel(self, inputs: Inputs) -> CustomAttention | None:
+        """A kernel of the library, if there is one."""
+        kind, path = kind_for(inputs.heads, inputs.fp8), _custom_ops.library()
+        return None if kind is None or path is None else kind(ctypes.CDLL(str(path)))
+
+    def _cuda_call(
+        self,
+        attend: CustomAttention | None,
+        inputs: Inputs,
+        dequantized: Callable[[], Dequantized | None],
+    ) -> _gpu.Call | None:
+        """One call over what is dequantized before."""
+        if attend is None:
+            return None
         options = {"softmax_scale": SCALE, "lse": self.lse}
-        return lambda: attend(inputs.q, inputs.cache, inputs.slots, self.out, **options)
+        return lambda: attend(
+            inputs.q, inputs.cache, inputs.slots, self.out, dequantized=dequantized(), **options
+        )
+
+
+def _dequantizing(inputs: Inputs) -> Callable[[], Dequantized | None]:
+    """Dequantizes the records of a prompt, in memory as large as a server's."""
+    tokens, keys = len(inputs.slots), len(inputs.cache)
+    records = DequantizedRecords(
+        _allocate((LOGITS_BYTES // 4,), "float32"), keys_per_token(inputs.heads)
+    )
+    table = torch.arange(keys // BLOCK, device=DEVICE, dtype=torch.int32)[None]
+    lens = [torch.tensor([n], device=DEVICE).int() for n in (tokens, keys - tokens, tokens)]
+    ids = torch.zeros(tokens, device=DEVICE, dtype=torch.int32)
+    pages = inputs.cache.view(-1, 1, BLOCK, RECORD)
+    return lambda: records.fill(pages, table, *lens, ids)
 
 
 def _allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:

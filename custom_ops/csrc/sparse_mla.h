@@ -28,9 +28,22 @@ extern "C" struct FdDsaSparseMla {
   int32_t splits;
   // 1: the cache holds records
   int32_t is_fp8;
+  // Records that were dequantized before, 16-byte aligned, or null: 16-bit [dequantized_slots, 576],
+  // float16 latents and bfloat16. The kernel for blocks of 64 heads reads them in the place of the
+  // records, and gives the same bits.
+  const void* dequantized;
+  // int32 [num_slots / block_size]: where the slots of a block lie in `dequantized`, in blocks
+  const int32_t* dequantized_blocks;
+  // int32 [num_rows]: 1 = the blocks of this row were dequantized
+  const int32_t* is_dequantized;
+  // int32 [num_tokens]: row of each token; outside 0..num_rows - 1 = none
+  const int32_t* batch_id_per_token;
+  int32_t num_rows;
+  int32_t block_size;
+  int32_t dequantized_slots;
 };
 
-static_assert(sizeof(FdDsaSparseMla) == 72, "fd_dsa.ops.sparse_mla.custom_op has the same");
+static_assert(sizeof(FdDsaSparseMla) == 120, "fd_dsa.ops.sparse_mla.custom_op has the same");
 
 // Both fill `out` and `lse` in one launch, on Hopper alone (sm_90). They return a cudaError_t,
 // 0 = success. They allocate nothing, wait for nothing; the same input gives the same bits.

@@ -1,10 +1,10 @@
 // Sparse MLA for blocks of 64 heads, over FP8 records or bfloat16 latents.
 //
 // A block attends for 64 heads of a token, and a share of the token's entries. One warpgroup brings
-// tiles of 64 keys to shared memory, in float16 (records) or bfloat16, where they are operands of
-// both products. Two warpgroups compute: each scores every other tile and turns its scores into
-// weights, and each sums up half of all latents, with weights that both read from shared
-// memory; so one has the tensor cores while the other has exponentials.
+// tiles of 64 keys to shared memory, in float16 (records, unless they were dequantized before) or
+// bfloat16, where they are operands of both products. Two warpgroups compute: each scores every
+// other tile and turns its scores into weights, and each sums up half of all latents, with weights
+// that both read from shared memory; so one has the tensor cores while the other has exponentials.
 // Blocks that share a token and its heads are a cluster, and add up what they have through each
 // other's shared memory, in a fixed order.
 //
@@ -28,13 +28,23 @@ namespace fd_dsa::wide {
 struct Place {
   int64_t token;
   int first_head, heads, rank;
+  bool is_dequantized;
 };
 
+// Whether the records of a token's row were dequantized.
+__device__ __forceinline__ bool is_dequantized(const FdDsaSparseMla& job, int64_t token) {
+  if (job.dequantized == nullptr) return false;
+  const int row = __ldg(job.batch_id_per_token + token);
+  const bool is_row = static_cast<uint32_t>(row) < static_cast<uint32_t>(job.num_rows);
+  return is_row && __ldg(job.is_dequantized + row) != 0;
+}
+
+template <bool kFp8>
 __device__ __forceinline__ Place place_of(const FdDsaSparseMla& job, int splits) {
   const int groups = (job.num_heads + kHeads - 1) / kHeads, item = blockIdx.x / splits;
-  const int first_head = item % groups * kHeads;
-  return {item / groups, first_head, min(job.num_heads - first_head, kHeads),
-          static_cast<int>(blockIdx.x % splits)};
+  const int first_head = item % groups * kHeads, token = item / groups;
+  return {token, first_head, min(job.num_heads - first_head, kHeads),
+          static_cast<int>(blockIdx.x % splits), kFp8 && is_dequantized(job, token)};
 }
 
 // Kept in memory over the loop over tiles, which has no registers for it.
@@ -43,13 +53,14 @@ __device__ __forceinline__ void keep_place(uint32_t base, const Place& place) {
   store_shared(base + kPlace + 4, place.first_head);
   store_shared(base + kPlace + 8, place.heads);
   store_shared(base + kPlace + 12, place.rank);
+  store_shared(base + kPlace + 16, static_cast<int>(place.is_dequantized));
 }
 
 __device__ __forceinline__ Place kept_place(uint32_t base) {
   const auto kept = [&](int i) {
     return static_cast<int>(load_shared_bits(base + kPlace + i * 4));
   };
-  return {kept(0), kept(1), kept(2), kept(3)};
+  return {kept(0), kept(1), kept(2), kept(3), kept(4) != 0};
 }
 
 __device__ __forceinline__ void store_out(const FdDsaSparseMla& job, const Place& place,
@@ -173,14 +184,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
+    const Place place = place_of<kFp8>(job, splits);
     for (int buffer = 0; buffer < 2; ++buffer) {
       for (int half = 0; half < 2; ++half) {
-        barrier_init(there(base, buffer, half), arrivals<kFp8>(half));
+        barrier_init(there(base, buffer, half), arrivals(kFp8 && !place.is_dequantized, half));
         barrier_init(is_free(base, buffer, half), 4 * kWarpArrivals);
       }
     }
     barriers_ready();
-    keep_place(base, place_of(job, splits));
+    keep_place(base, place);
   }
   __syncthreads();
   if (warpgroup < 2) {
@@ -196,11 +208,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     fewer_registers<Registers<kFp8>::kCopying>();
     const Place place = kept_place(base);
-    const Copier copier{job, entries_of(job, place.token, place.rank, splits), base, warp, lane};
-    if constexpr (kFp8) {
+    const Copier copier{job,  entries_of(job, place.token, place.rank, splits), base, warp,
+                        lane, place.is_dequantized};
+    if (kFp8 && !place.is_dequantized) {
       bring_records(copier);
     } else {
-      bring_bfloat16(copier);
+      bring_rows(copier);
     }
   }
   if (splits > 1) {

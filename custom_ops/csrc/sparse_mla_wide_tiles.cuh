@@ -8,10 +8,9 @@
 namespace fd_dsa::wide {
 
 // Arrivals that a half of a tile is there after: each warp's for what is stored, and one a thread
-// for what is copied.
-template <bool kFp8>
-__device__ __forceinline__ constexpr int arrivals(int half) {
-  return (kFp8 || half == 1 ? 4 * kWarpArrivals : 0) + (!kFp8 || half == 1 ? 128 : 0);
+// for what is copied. Records are stored, rows of 16-bit values copied.
+__device__ __forceinline__ int arrivals(bool of_records, int half) {
+  return (of_records || half == 1 ? 4 * kWarpArrivals : 0) + (!of_records || half == 1 ? 128 : 0);
 }
 
 // A thread of the warpgroup. Warp w has rows 16w to 16w + 15 of each tile: lanes 0 to 7 know the
@@ -21,13 +20,28 @@ struct Copier {
   Entries entries;
   uint32_t base;
   int warp, lane;
+  bool is_dequantized;
 
-  // Slot of this lane's row of a tile, -1 where there is none.
+  // What slots are places in: records, or rows of 16-bit values.
+  __device__ __forceinline__ const char* rows() const {
+    return static_cast<const char*>(is_dequantized ? job.dequantized : job.cache);
+  }
+
+  // Where the record of a slot was dequantized; -1 where it was not.
+  __device__ __forceinline__ int dequantized_slot(int slot) const {
+    const int block = slot / job.block_size;
+    const int64_t at = int64_t{__ldg(job.dequantized_blocks + block)} * job.block_size +
+                       (slot - block * job.block_size);
+    return at >= 0 && at < job.dequantized_slots ? static_cast<int>(at) : -1;
+  }
+
+  // Place of this lane's row of a tile, -1 where there is none.
   __device__ __forceinline__ int slot(int tile) const {
     const int mine = unknown(lane), entry = tile * kKeys + warp * 16 + mine / 16 * 8 + mine % 16;
     const bool is_entry = mine % 16 < 8 && entry < entries.count;
     const int at = is_entry ? __ldg(entries.slots + entry) : -1;
-    return static_cast<uint32_t>(at) < static_cast<uint32_t>(job.num_slots) ? at : -1;
+    if (static_cast<uint32_t>(at) >= static_cast<uint32_t>(job.num_slots)) return -1;
+    return is_dequantized ? dequantized_slot(at) : at;
   }
 
   // The end of this thread's share of the entries without those behind the last slot.
@@ -65,7 +79,7 @@ struct Copier {
   __device__ __forceinline__ void copy_rope(int slot, uint32_t tile, int bytes, int first) const {
     const int part = unknown(lane) / 8, chunk = unknown(lane) % 8;
     const uint32_t to = tile + kRopeBlock + swizzled(warp * 16 + part, chunk);
-    const char* const cache = static_cast<const char*>(job.cache) + first + chunk * 16;
+    const char* const cache = rows() + first + chunk * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = __shfl_sync(~0u, slot, i / 2 * 16 + i % 2 * 4 + part);
@@ -82,10 +96,10 @@ struct Copier {
   }
 };
 
-// Tiles of bfloat16 latents, copied as they are.
-__device__ __forceinline__ void bring_bfloat16(const Copier& copier) {
+// Tiles of bfloat16 latents, or of dequantized records, copied as they are.
+__device__ __forceinline__ void bring_rows(const Copier& copier) {
   const int lane = copier.lane;
-  const char* const cache = static_cast<const char*>(copier.job.cache) + lane * 16;
+  const char* const cache = copier.rows() + lane * 16;
   const uint32_t first = tile_at(copier.base, 0) + lane / 8 * kBlock + copier.warp * (16 * 128) +
                          lane % 8 * 16;
   int next = copier.slot(0);
@@ -170,8 +184,7 @@ struct Records {
 
   template <int kHalf>
   __device__ __forceinline__ void load(int slot) {
-    const char* const cache =
-        static_cast<const char*>(copier.job.cache) + unknown(copier.lane) % 16 * 16 + kHalf * 256;
+    const char* const cache = copier.rows() + unknown(copier.lane) % 16 * 16 + kHalf * 256;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int at = __shfl_sync(~0u, slot, i, 16);
@@ -180,8 +193,7 @@ struct Records {
     scales[kHalf] = {0, 0};
     if (slot >= 0) {
       scales[kHalf] = __ldg(reinterpret_cast<const uint2*>(
-          static_cast<const char*>(copier.job.cache) + static_cast<int64_t>(slot) * kRecord +
-          kScalesAt + kHalf * 8));
+          copier.rows() + static_cast<int64_t>(slot) * kRecord + kScalesAt + kHalf * 8));
     }
   }
 

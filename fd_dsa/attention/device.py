@@ -70,7 +70,8 @@ class DeviceAttention:
         against = settle_kernels(config, device_kind(logits), transfers)
         made = self._view, buffers["logits"][0], self._select_slots, transfers
         self._scores = make_scores(config, against[SCORES], allocate, *made)
-        self._attention = make_attention(config, against[ATTENTION], allocate)
+        # scores of a layer are done with when its tokens attend
+        self._attention = make_attention(config, against[ATTENTION], allocate, logits)
         queries = self.query_buffers(padded_rows(config.max_num_tokens))
         self._third_party = ThirdPartyKernels(config, allocate, *queries, logits_bytes)
 
@@ -148,7 +149,7 @@ class DeviceAttention:
         theirs = self._third_party.attend(q, cache, selection, out)
         if theirs is not None:
             return theirs
-        self._attention.attend(q, cache, selection, out)
+        self._attention.attend(q, cache, selection, out, step=step)
         return out
 
     def _all_keys(self, step: ForwardMeta, cache: Any) -> Any:

@@ -15,6 +15,7 @@ from fd_dsa.attention.device_tiles import TileScores
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.ops._provider import settle_kernel
 from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
+from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime.transfers import GpuTraits, Transfers
 
@@ -31,8 +32,8 @@ class SlotAttention:
     def __init__(self, config: DSABackendConfig) -> None:
         self._scale, self._rank = config.softmax_scale, config.cache_layout.kv_lora_rank
 
-    def attend(self, q: Any, cache: Any, slots: Any, out: Any) -> None:
-        """See `attend_slots`, whose arguments these are."""
+    def attend(self, q: Any, cache: Any, slots: Any, out: Any, *, step: ForwardMeta) -> None:
+        """See `attend_slots`, whose arguments these are but for the step."""
         attend_slots(q, cache, slots, out, softmax_scale=self._scale, kv_lora_rank=self._rank)
 
 
@@ -83,10 +84,10 @@ def make_scores(
 
 
 def make_attention(
-    config: DSABackendConfig, reason: str | None, allocate: Allocate
+    config: DSABackendConfig, reason: str | None, allocate: Allocate, scratch: Any
 ) -> SlotAttention | TensorCoreAttention:
-    """What attends: on tensor cores without a `reason` against it."""
-    return SlotAttention(config) if reason else TensorCoreAttention(config, allocate)
+    """What attends: on tensor cores without a `reason` against it; see there."""
+    return SlotAttention(config) if reason else TensorCoreAttention(config, allocate, scratch)
 
 
 def kernel_bytes(config: DSABackendConfig, num_logits: int, gpu: GpuTraits) -> int:

@@ -10,11 +10,18 @@ from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH
+from fd_dsa.ops.sparse_mla.dequantize import Dequantized, DequantizedRecords
 from fd_dsa.ops.sparse_mla.device import custom_attention, kind_for
 from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores, new_partials, partial_rows
+from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate
 
 _HOPPER = range(90, 100)
+# of a step, below which a launch costs more than it saves
+_LEAST_PREFILL_TOKENS = 128
+# what a token saves for each 64 heads where records are dequantized, over what a record costs;
+# measured on an H200
+_KEYS_PER_TOKEN = 256
 
 
 def reason_against(config: DSABackendConfig, capability: int) -> str | None:
@@ -43,33 +50,79 @@ def workspace_bytes(config: DSABackendConfig) -> int:
     return 4 * (LATENT_WIDTH + 1) * partial_rows(config.num_heads)
 
 
+def keys_per_token(num_heads: int) -> int:
+    """Most keys for each new token of a row whose records are dequantized before attention."""
+    return _KEYS_PER_TOKEN * -(-num_heads // 64)
+
+
 class TensorCoreAttention:
     """`attend_on_tensor_cores` with memory for its splits; one layer at a time may use it.
 
     Few heads over FP8 records, and more than 32 heads: a kernel of custom_ops/ instead, where it
-    serves, for the numbers of tokens that it is faster for.
+    serves, for the numbers of tokens that it is faster for. More than 32 heads over FP8 records:
+    those of prompts are dequantized first, where that is faster.
 
     Args:
         config: one that `reason_against` finds nothing against.
         allocate: as of a DeviceAttention.
+        scratch: float32 [n] that nothing else uses during `attend`, for dequantized records.
 
     Raises:
         ConfigError, BackendUnavailable: see `custom_ops.choose`.
     """
 
-    def __init__(self, config: DSABackendConfig, allocate: Allocate) -> None:
+    def __init__(self, config: DSABackendConfig, allocate: Allocate, scratch: Any = None) -> None:
         self._scale = config.softmax_scale
         kind = kind_for(config.num_heads, config.cache_layout.is_fp8)
         self._custom = None if kind is None else custom_attention(kind, allocate)
         self._partials = None
         if self._custom is None or config.num_heads > self._custom.always_heads:
             self._partials = new_partials(config.num_heads, allocate)
+        self._records: DequantizedRecords | None = None
+        takes_them = self._custom is not None and self._custom.takes_dequantized
+        if takes_them and config.cache_layout.is_fp8 and scratch is not None:
+            self._records = DequantizedRecords(scratch, keys_per_token(config.num_heads))
 
-    def attend(self, q: Any, cache: Any, slots: Any, out: Any, lse: Any = None) -> None:
-        """See `attend_on_tensor_cores`, whose arguments these are."""
+    def attend(
+        self,
+        q: Any,
+        cache: Any,
+        slots: Any,
+        out: Any,
+        lse: Any = None,
+        step: ForwardMeta | None = None,
+    ) -> None:
+        """See `attend_on_tensor_cores`, whose arguments these are.
+
+        Args:
+            step: whose tokens these are, each with slots of its own row; None: any slots.
+        """
         if self._custom is not None and self._custom.is_faster(q.shape[0], q.shape[1]):
-            self._custom(q, cache, slots, out, softmax_scale=self._scale, lse=lse)
+            self._custom(
+                q,
+                cache,
+                slots,
+                out,
+                softmax_scale=self._scale,
+                lse=lse,
+                dequantized=self._dequantized(cache, step),
+            )
         else:
             attend_on_tensor_cores(
                 q, cache, slots, out, softmax_scale=self._scale, lse=lse, partials=self._partials
             )
+
+    def _dequantized(self, cache: Any, step: ForwardMeta | None) -> Dequantized | None:
+        """Records of the step's prompts, where that may save time."""
+        if self._records is None or step is None:
+            return None
+        if step.num_prefill_tokens < _LEAST_PREFILL_TOKENS:
+            return None
+        return self._records.fill(
+            cache,
+            step.block_tables,
+            step.seq_lens_encoder,
+            step.seq_lens_decoder,
+            step.seq_lens_this_time,
+            step.batch_id_per_token,
+        )

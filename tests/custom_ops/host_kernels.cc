@@ -30,9 +30,16 @@ extern "C" int fd_dsa_sparse_mla_bytes() { return static_cast<int>(sizeof(FdDsaS
 
 // Say what they were given by their answer: the caller's numbers are tested, not their result.
 extern "C" int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla* job, void*) {
-  const int32_t numbers[] = {job->num_tokens, job->num_heads, job->topk,
-                             job->num_slots,  job->is_fp8,    job->out_is_bfloat16,
-                             job->splits,     job->lse != nullptr};
+  const bool has_rows = job->dequantized != nullptr;
+  const int32_t numbers[] = {
+      job->num_tokens,      job->num_heads,
+      job->topk,            job->num_slots,
+      job->is_fp8,          job->out_is_bfloat16,
+      job->splits,          job->lse != nullptr,
+      has_rows,             has_rows ? job->num_rows : 0,
+      has_rows ? job->block_size : 0, has_rows ? job->dequantized_slots : 0,
+      has_rows ? job->dequantized_blocks[1] : 0, has_rows ? job->is_dequantized[2] : 0,
+      has_rows ? job->batch_id_per_token[1] : 0};
   auto* out = static_cast<float*>(job->out);
   *out = job->softmax_scale;
   for (int32_t number : numbers) *++out = static_cast<float>(number);

@@ -12,6 +12,7 @@ import pytest
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable, DtypeError, LaunchError, ShapeError
 from fd_dsa.ops.sparse_mla.custom_op import CustomAttention, NarrowAttention, WideAttention
+from fd_dsa.ops.sparse_mla.dequantize import Dequantized
 from fd_dsa.ops.sparse_mla.device import custom_attention, kind_for
 from tests.custom_ops.adoption import HostApi, adopted
 from tests.custom_ops.building import host_library
@@ -86,6 +87,49 @@ def test_what_the_kernel_is_given(kernel_memory: KernelMemory, kind: type[Custom
     assert m.get(out).reshape(-1)[:9].tolist() == [0.5, 2, heads, 11, 256, 1, 0, 4, 1]
     attend(q, cache, slots, out, softmax_scale=0.25)
     assert m.get(out).reshape(-1)[:9].tolist() == [0.25, 2, heads, 11, 256, 1, 0, 0, 0]
+
+
+def test_what_it_is_given_of_dequantized_records(kernel_memory: KernelMemory) -> None:
+    m, attend = kernel_memory, WideAttention(custom_ops.build().kernels)
+    case, out = make(FP8, [5, 2], 6, heads=70), m.poisoned((2, 70, RANK), "float32")
+    given = dequantized(m)
+    attend(*case.inputs(m), out, softmax_scale=0.25, dequantized=given)
+    found = m.get(out).reshape(-1)[9:16].tolist()
+    assert found == [1, 3, 64, 128, 21, 32, 1]
+    attend(*case.inputs(m), out, softmax_scale=0.25)
+    assert m.get(out).reshape(-1)[9:16].tolist() == [0] * 7
+
+
+def dequantized(m: KernelMemory, num_tokens: int = 2) -> Dequantized:
+    """Records of two blocks, and of three rows."""
+    blocks, flags = np.array([20, 21], np.int32), np.array([30, 31, 32], np.int32)
+    ids = m.put(np.arange(num_tokens, dtype=np.int32))
+    values = m.poisoned((128 * 288,), "float32")
+    return Dequantized(values, m.put(blocks), m.put(flags), ids, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache", "tokens", "error", "text"),
+    [
+        (NarrowAttention, FP8, 2, DtypeError, "read by itself, allowed is None"),
+        (WideAttention, "bfloat16", 2, DtypeError, "read by itself, allowed is None"),
+        (WideAttention, FP8, 3, ShapeError, "dequantized.batch_id_per_token"),
+    ],
+)
+def test_dequantized_records_that_it_refuses(
+    kernel_memory: KernelMemory,
+    kind: type[CustomAttention],
+    cache: str,
+    tokens: int,
+    error: type[Exception],
+    text: str,
+) -> None:
+    m, heads, attend = kernel_memory, HEADS[kind], kind(custom_ops.build().kernels)
+    case, out = make(cache, [5, 2], 6, heads=heads), m.poisoned((2, heads, RANK), "float32")
+    before = m.get(out)
+    with pytest.raises(error, match=text):
+        attend(*case.inputs(m), out, softmax_scale=1.0, dequantized=dequantized(m, tokens))
+    assert np.array_equal(m.get(out), before)
 
 
 def test_latents_of_many_heads_may_be_bfloat16(kernel_memory: KernelMemory) -> None:

@@ -13,6 +13,8 @@ from math import prod
 from typing import Any, ClassVar
 
 from fd_dsa.errors import BackendUnavailable, DtypeError, LaunchError, ShapeError
+from fd_dsa.ops._host import check_array
+from fd_dsa.ops.sparse_mla.dequantize import Dequantized
 from fd_dsa.ops.sparse_mla.tensor_core import check_tensors
 from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
@@ -31,6 +33,9 @@ class SparseMla(ctypes.Structure):
         ("softmax_scale", ctypes.c_float),
         *((n, ctypes.c_int32) for n in ("num_tokens", "num_heads", "topk", "num_slots")),
         *((n, ctypes.c_int32) for n in ("out_is_bfloat16", "splits", "is_fp8")),
+        *((n, ctypes.c_void_p) for n in ("dequantized", "dequantized_blocks", "is_dequantized")),
+        ("batch_id_per_token", ctypes.c_void_p),
+        *((n, ctypes.c_int32) for n in ("num_rows", "block_size", "dequantized_slots")),
     )
 
 
@@ -45,6 +50,7 @@ class CustomAttention(ABC):
         launcher: name of its C function.
         most_heads: that it takes; None: any number.
         takes_bfloat16: whether the cache may hold bfloat16 latents; records it always may.
+        takes_dequantized: whether it reads records that were dequantized before.
         always_heads: up to which it was at least as fast as Triton's kernel for any tokens.
         splits: numbers of blocks among which a token may be split; 0: as suits the device.
         probed_heads: of the small cases on which it has to agree before it serves.
@@ -57,6 +63,7 @@ class CustomAttention(ABC):
     launcher: ClassVar[str]
     most_heads: ClassVar[int | None]
     takes_bfloat16: ClassVar[bool]
+    takes_dequantized: ClassVar[bool]
     always_heads: ClassVar[int]
     splits: ClassVar[tuple[int, ...]]
     probed_heads: ClassVar[tuple[int, ...]]
@@ -90,11 +97,15 @@ class CustomAttention(ABC):
         softmax_scale: float,
         lse: Any = None,
         splits: int = 0,
+        dequantized: Dequantized | None = None,
     ) -> None:
         """See `attend_on_tensor_cores`, for the heads and caches of this kernel.
 
         Args:
             splits: blocks that share a token, one of `self.splits`.
+            dequantized: records of the cache that were dequantized, for a kernel that takes them;
+                what it names gives the same bits faster. A token of a row that was dequantized
+                must name slots of that row's blocks alone; others are skipped, or are wrong.
 
         Raises:
             ShapeError, DtypeError: an argument is not as it says there; nothing is launched.
@@ -106,6 +117,8 @@ class CustomAttention(ABC):
         is_fp8 = check_tensors(self._name, q, cache, slots, out, lse)
         num_tokens, num_heads, _ = q.shape
         self._check(num_heads, cache, is_fp8, splits)
+        if dequantized is not None:
+            self._check_dequantized(dequantized, num_tokens, is_fp8)
         if num_tokens == 0 or num_heads == 0:
             return
         job = self._job
@@ -117,6 +130,7 @@ class CustomAttention(ABC):
         job.num_tokens, job.num_heads, job.topk = num_tokens, num_heads, slots.shape[1]
         job.num_slots = min(prod(cache.shape[:-1]), 2**31 - 1)
         job.out_is_bfloat16 = str(out.dtype).endswith("bfloat16")
+        self._name_dequantized(dequantized)
         assert self._launch is not None
         self._launch()
 
@@ -131,6 +145,30 @@ class CustomAttention(ABC):
         if splits not in self.splits:
             allowed = ", ".join(map(str, self.splits))
             raise ShapeError(f"{self._name}: splits: got {splits}, allowed are {allowed}")
+
+    def _check_dequantized(self, given: Dequantized, num_tokens: int, is_fp8: bool) -> None:
+        """Refuse dequantized records that do not belong to the other tensors."""
+        if not self.takes_dequantized or not is_fp8:
+            raise DtypeError(
+                f"{self._name}: dequantized: given for a cache that is read by itself, allowed is "
+                "None"
+            )
+        ids = given.batch_id_per_token
+        check_array(self._name, "dequantized.batch_id_per_token", ids, (num_tokens,), ("int32",))
+
+    def _name_dequantized(self, given: Dequantized | None) -> None:
+        """Put addresses and sizes of dequantized records into the structure."""
+        job = self._job
+        if given is None:
+            job.dequantized = None
+            return
+        job.dequantized = self._address("dequantized.values", given.values)
+        job.dequantized_blocks = self._address("dequantized.blocks", given.blocks)
+        job.is_dequantized = self._address("dequantized.is_dequantized", given.is_dequantized)
+        ids = given.batch_id_per_token
+        job.batch_id_per_token = self._address("dequantized.batch_id_per_token", ids)
+        job.num_rows = given.is_dequantized.shape[0]
+        job.block_size, job.dequantized_slots = given.block_size, given.num_slots
 
     def _take_device(self, q: Any) -> None:
         """Launch where the queries lie."""
@@ -153,7 +191,7 @@ class CustomAttention(ABC):
                 ".contiguous() first"
             )
         address = tensor.data_ptr()
-        if name in ("q", "cache", "out") and address % 16:
+        if name in ("q", "cache", "out", "dequantized.values") and address % 16:
             raise LaunchError(
                 f"{self._name}: {name} begins off a multiple of 16 bytes; copy it first"
             )
@@ -166,7 +204,7 @@ class NarrowAttention(CustomAttention):
     operator = "sparse_mla"
     launcher = "fd_dsa_sparse_mla_narrow_cuda"
     most_heads = MOST_HEADS
-    takes_bfloat16 = False
+    takes_bfloat16 = takes_dequantized = False
     always_heads = 16
     splits = tuple(range(17))
     probed_heads = (7, 20)
@@ -185,7 +223,7 @@ class WideAttention(CustomAttention):
     operator = "sparse_mla_wide"
     launcher = "fd_dsa_sparse_mla_wide_cuda"
     most_heads = None
-    takes_bfloat16 = True
+    takes_bfloat16 = takes_dequantized = True
     always_heads = 0
     splits = (0, 1, 2, 4, 8, 16)
     probed_heads = (64, 100)

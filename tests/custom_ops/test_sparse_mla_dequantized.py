@@ -1,0 +1,214 @@
+"""Sparse MLA over records that were dequantized before: the same bits, on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fd_dsa import custom_ops
+from fd_dsa.attention.cache_layout import CacheLayout
+from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.ops.sparse_mla.custom_op import WideAttention
+from fd_dsa.ops.sparse_mla.dequantize import DequantizedRecords
+from tests.custom_ops.adoption import adopted
+from tests.kernel_memory import KernelMemory, open_memory
+from tests.ops.tensor_core_case import RANK, Case, make
+
+FP8, BLOCK = "fp8_ds_mla", 64
+WORDS = 1 << 21
+
+
+@pytest.fixture(params=[pytest.param("torch", marks=pytest.mark.gpu)])
+def kernel_memory(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KernelMemory]:
+    """Memory of a GPU alone: the kernel has no form for the host's."""
+    from custom_ops.build_library import build_library
+
+    memory = open_memory(request.param)
+    with adopted(build_library(), monkeypatch, on_gpu=True):
+        yield memory
+
+
+class Step:
+    """A step of prefill and decode rows, whose tokens name slots of their own rows.
+
+    Args:
+        rows: prefill tokens, tokens before, and tokens of the step of each row.
+        topk: entries of a token; some are none, at any place.
+    """
+
+    def __init__(
+        self, m: KernelMemory, rows: list[tuple[int, int, int]], heads: int, topk: int = 150
+    ) -> None:
+        rng = np.random.default_rng(heads)
+        keys = [before + new for _, before, new in rows]
+        counts = [-(-n // BLOCK) for n in keys]
+        num_blocks, num_tokens = sum(counts) + 2, sum(new for _, _, new in rows)
+        case = make(FP8, [1] * num_tokens, topk, heads=heads, num_slots=num_blocks * BLOCK)
+        tables = np.full((len(rows), max(counts) + 1), -1, np.int32)
+        free = rng.permutation(num_blocks).astype(np.int32)
+        token = 0
+        for row, (_, _, new) in enumerate(rows):
+            tables[row, : counts[row]], free = free[: counts[row]], free[counts[row] :]
+            positions = np.arange(keys[row])
+            slots = tables[row, positions // BLOCK] * BLOCK + positions % BLOCK
+            chosen = rng.choice(slots, (new, topk))
+            case.slots[token : token + new] = np.where(rng.random(chosen.shape) < 0.1, -1, chosen)
+            token += new
+        self.memory, self.case, self.rows = m, self._named(case), rows
+        self.cache = m.put(case.cache.reshape(num_blocks, 1, BLOCK, -1))
+        encoder, decoder, this_time = (np.array(x, np.int32) for x in zip(*rows, strict=True))
+        self.meta: Any = SimpleNamespace(
+            block_tables=m.put(tables),
+            seq_lens_encoder=m.put(encoder),
+            seq_lens_decoder=m.put(decoder),
+            seq_lens_this_time=m.put(this_time),
+            batch_id_per_token=m.put(np.repeat(np.arange(len(rows), dtype=np.int32), this_time)),
+            num_prefill_tokens=int(encoder.sum()),
+        )
+
+    @staticmethod
+    def _named(case: Case) -> Case:
+        """Without the NaN of slots that were not to be named."""
+        nans = (case.cache[:, :RANK] == 0xFF).all(axis=1)
+        case.cache[nans] = case.cache[np.flatnonzero(~nans)[0]]
+        case.latents[nans] = case.latents[np.flatnonzero(~nans)[0]]
+        return case
+
+    def dequantized(self, words: int = WORDS, keys_per_token: int = 1 << 20) -> Any:
+        """Records of the prompts in memory that held something else."""
+        meta, memory = self.meta, self.memory.poisoned((words,), "float32")
+        return DequantizedRecords(memory, keys_per_token).fill(
+            self.cache,
+            meta.block_tables,
+            meta.seq_lens_encoder,
+            meta.seq_lens_decoder,
+            meta.seq_lens_this_time,
+            meta.batch_id_per_token,
+        )
+
+    def run(self, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        """What the kernel writes to poisoned memory."""
+        m, case = self.memory, self.case
+        num_tokens, num_heads, _ = case.q.shape
+        out = m.poisoned((num_tokens, num_heads, RANK), "float32")
+        lse = m.poisoned((num_tokens, num_heads), "float32")
+        q, _, slots = case.inputs(m)
+        attend = WideAttention(custom_ops.build().kernels)
+        attend(q, self.cache, slots, out, softmax_scale=case.scale, lse=lse, **options)
+        return m.get(out), m.get(lse)
+
+    def check(self, dequantized: Any, splits: int = 0) -> None:
+        """Near attention in doubles, and the bits of the kernel that reads records."""
+        found = self.run(dequantized=dequantized, splits=splits)
+        self.case.check(*found)
+        for one, other in zip(found, self.run(splits=splits), strict=True):
+            np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+MIXED = [(7, 300, 7), (0, 129, 1), (0, 0, 0), (33, 0, 33), (0, 64, 4), (5, 59, 5)]
+
+
+@pytest.mark.parametrize(("heads", "splits"), [(64, 0), (64, 1), (100, 2), (128, 0), (40, 16)])
+def test_the_bits_are_those_over_records(
+    kernel_memory: KernelMemory, heads: int, splits: int
+) -> None:
+    step = Step(kernel_memory, MIXED, heads)
+    given = step.dequantized()
+    assert kernel_memory.get(given.is_dequantized).view(np.int32).tolist() == [1, 0, 0, 1, 0, 1]
+    step.check(given, splits)
+
+
+@pytest.mark.parametrize(("blocks", "wanted"), [(1, [0, 1]), (6, [1, 0]), (7, [1, 1])])
+def test_rows_that_were_not_dequantized_are_read_as_records(
+    kernel_memory: KernelMemory, blocks: int, wanted: list[int]
+) -> None:
+    step = Step(kernel_memory, [(20, 330, 20), (9, 55, 9)], 64)
+    given = step.dequantized(32 + blocks * BLOCK * 288)
+    assert kernel_memory.get(given.is_dequantized).view(np.int32).tolist() == wanted
+    step.check(given)
+
+
+def test_records_of_a_prompt_are_what_is_read(kernel_memory: KernelMemory) -> None:
+    step = Step(kernel_memory, [(9, 55, 9), (0, 100, 1)], 64)
+    given = step.dequantized()
+    wanted = step.run()
+    step.cache[...] = 0
+    found = step.run(dequantized=given)
+    np.testing.assert_array_equal(found[0][:9], wanted[0][:9])
+    assert not found[0][9:].any() and wanted[0][9:].any()
+
+
+def test_slots_that_are_not_of_the_row_write_nothing_wrong(kernel_memory: KernelMemory) -> None:
+    step = Step(kernel_memory, [(9, 55, 9), (4, 60, 4)], 64)
+    given = step.dequantized()
+    slots = step.case.slots
+    slots[0, ::2], slots[1], slots[2, 5:] = -5, -1, 2**31 - 1
+    step.check(given)
+    # blocks that no row has: memory that held something else says where they are
+    slots[3] = np.setdiff1d(np.arange(step.cache.shape[0] * BLOCK), slots)[:150]
+    found, _ = step.run(dequantized=given)
+    wanted, _ = step.run()
+    kept = np.delete(np.arange(len(slots)), 3)
+    np.testing.assert_array_equal(found[kept], wanted[kept])
+
+
+def config(heads: int, cache: str = FP8) -> DSABackendConfig:
+    return DSABackendConfig(
+        num_heads=heads,
+        index_n_heads=32,
+        index_topk=64,
+        softmax_scale=0.05,
+        cache_layout=CacheLayout(cache, BLOCK, RANK, 64, 128),
+        max_num_seqs=4,
+        max_num_tokens=512,
+        max_blocks_per_seq=8,
+        dtype="bfloat16",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "serves"), [([(150, 90, 150), (0, 30, 1)], True), ([(100, 90, 100)], False)]
+)
+def test_prompts_of_many_tokens_take_it(
+    kernel_memory: KernelMemory,
+    monkeypatch: pytest.MonkeyPatch,
+    rows: list[tuple[int, int, int]],
+    serves: bool,
+) -> None:
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+
+    m, step, seen = kernel_memory, Step(kernel_memory, rows, 64), []
+    original = WideAttention.__call__
+
+    def recording(self: Any, *arguments: Any, **options: Any) -> None:
+        seen.append(options["dequantized"])
+        original(self, *arguments, **options)
+
+    attention = TensorCoreAttention(config(64), m.poisoned, m.poisoned((WORDS,), "float32"))
+    monkeypatch.setattr(WideAttention, "__call__", recording)
+    out = m.poisoned((len(step.case.q), 64, RANK), "float32")
+    lse = m.poisoned((len(step.case.q), 64), "float32")
+    q, _, slots = step.case.inputs(m)
+    attention.attend(q, step.cache, slots, out, lse, step.meta)
+    step.case.check(m.get(out), m.get(lse))
+    assert [found is not None for found in seen] == [serves]
+
+
+@pytest.mark.parametrize(("heads", "cache"), [(16, FP8), (64, "bfloat16")])
+def test_no_other_kernel_takes_them(kernel_memory: KernelMemory, heads: int, cache: str) -> None:
+    from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
+
+    m = kernel_memory
+    attention = TensorCoreAttention(config(heads, cache), m.poisoned, m.poisoned((9,), "float32"))
+    counts = [30] * 150
+    case = make("fp8_ds_mla" if cache == FP8 else "bfloat16", counts, 30, heads=heads)
+    out, lse = m.poisoned((150, heads, RANK), "float32"), m.poisoned((150, heads), "float32")
+    # nothing of the step is looked at but its number of prefill tokens
+    attention.attend(*case.inputs(m), out, lse, SimpleNamespace(num_prefill_tokens=150))
+    case.check(m.get(out), m.get(lse))
