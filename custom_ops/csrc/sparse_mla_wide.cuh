@@ -28,23 +28,13 @@ namespace fd_dsa::wide {
 struct Place {
   int64_t token;
   int first_head, heads, rank;
-  bool is_dequantized;
 };
 
-// Whether the records of a token's row were dequantized.
-__device__ __forceinline__ bool is_dequantized(const FdDsaSparseMla& job, int64_t token) {
-  if (job.dequantized == nullptr) return false;
-  const int row = __ldg(job.batch_id_per_token + token);
-  const bool is_row = static_cast<uint32_t>(row) < static_cast<uint32_t>(job.num_rows);
-  return is_row && __ldg(job.is_dequantized + row) != 0;
-}
-
-template <bool kFp8>
 __device__ __forceinline__ Place place_of(const FdDsaSparseMla& job, int splits) {
   const int groups = (job.num_heads + kHeads - 1) / kHeads, item = blockIdx.x / splits;
-  const int first_head = item % groups * kHeads, token = item / groups;
-  return {token, first_head, min(job.num_heads - first_head, kHeads),
-          static_cast<int>(blockIdx.x % splits), kFp8 && is_dequantized(job, token)};
+  const int first_head = item % groups * kHeads;
+  return {item / groups, first_head, min(job.num_heads - first_head, kHeads),
+          static_cast<int>(blockIdx.x % splits)};
 }
 
 // Kept in memory over the loop over tiles, which has no registers for it.
@@ -53,14 +43,13 @@ __device__ __forceinline__ void keep_place(uint32_t base, const Place& place) {
   store_shared(base + kPlace + 4, place.first_head);
   store_shared(base + kPlace + 8, place.heads);
   store_shared(base + kPlace + 12, place.rank);
-  store_shared(base + kPlace + 16, static_cast<int>(place.is_dequantized));
 }
 
 __device__ __forceinline__ Place kept_place(uint32_t base) {
   const auto kept = [&](int i) {
     return static_cast<int>(load_shared_bits(base + kPlace + i * 4));
   };
-  return {kept(0), kept(1), kept(2), kept(3), kept(4) != 0};
+  return {kept(0), kept(1), kept(2), kept(3)};
 }
 
 __device__ __forceinline__ void store_out(const FdDsaSparseMla& job, const Place& place,
@@ -157,6 +146,38 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& 
   }
 }
 
+// Whether the records of a token's row were dequantized.
+__device__ __forceinline__ bool is_dequantized(const FdDsaSparseMla& job, int64_t token) {
+  if (job.dequantized == nullptr) return false;
+  const int row = __ldg(job.batch_id_per_token + token);
+  const bool is_row = static_cast<uint32_t>(row) < static_cast<uint32_t>(job.num_rows);
+  return is_row && __ldg(job.is_dequantized + row) != 0;
+}
+
+// All that the warpgroup does which brings tiles.
+template <bool kFp8>
+__device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, const Place& place,
+                                           uint32_t base, int splits, int warp, int lane) {
+  const bool from_records = kFp8 && !is_dequantized(job, place.token);
+  if (warp == 0 && lane == 0) {
+    // behind `count_tiles` the others know of it
+    for (int buffer = 0; buffer < 2; ++buffer) {
+      for (int half = 0; half < 2; ++half) {
+        barrier_init(there(base, buffer, half), arrivals(from_records, half));
+      }
+    }
+    barriers_ready();
+  }
+  const Entries entries = entries_of(job, place.token, place.rank, splits);
+  const void* rows = kFp8 && !from_records ? job.dequantized : job.cache;
+  const Copier copier{job, entries, base, warp, lane, static_cast<const char*>(rows)};
+  if (from_records) {
+    bring_records(copier);
+  } else {
+    bring_rows<kFp8>(copier);
+  }
+}
+
 template <bool kFp8, int kGroup>
 __device__ __forceinline__ void compute(uint32_t base, int warp, int lane) {
   Computing<kFp8, kGroup> my(base, warp, lane);
@@ -184,15 +205,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
-    const Place place = place_of<kFp8>(job, splits);
     for (int buffer = 0; buffer < 2; ++buffer) {
       for (int half = 0; half < 2; ++half) {
-        barrier_init(there(base, buffer, half), arrivals(kFp8 && !place.is_dequantized, half));
         barrier_init(is_free(base, buffer, half), 4 * kWarpArrivals);
       }
     }
-    barriers_ready();
-    keep_place(base, place);
+    keep_place(base, place_of(job, splits));
   }
   __syncthreads();
   if (warpgroup < 2) {
@@ -207,14 +225,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     fewer_registers<Registers<kFp8>::kCopying>();
-    const Place place = kept_place(base);
-    const Copier copier{job,  entries_of(job, place.token, place.rank, splits), base, warp,
-                        lane, place.is_dequantized};
-    if (kFp8 && !place.is_dequantized) {
-      bring_records(copier);
-    } else {
-      bring_rows(copier);
-    }
+    copy_tiles<kFp8>(job, kept_place(base), base, splits, warp, lane);
   }
   if (splits > 1) {
     cluster_sync();

@@ -28,7 +28,7 @@ constexpr uint32_t kShares = kTotals + 2 * 4 * kHeads;     // of the blocks of a
 constexpr uint32_t kSeen = kShares + 4 * kHeads;           // 64 bits a tile
 constexpr uint32_t kLast = kSeen + 2 * 8;                  // of four warps
 constexpr uint32_t kPlace = kLast + 4 * 4;
-constexpr uint32_t kBarriers = kPlace + 6 * 4;
+constexpr uint32_t kBarriers = kPlace + 4 * 4;
 constexpr uint32_t kBytes = kBarriers + 8 * 8;
 static_assert(kBytes <= 232448 && kHeads * kPartStride * 4 <= 2 * kOperand);
 

@@ -20,28 +20,24 @@ struct Copier {
   Entries entries;
   uint32_t base;
   int warp, lane;
-  bool is_dequantized;
-
-  // What slots are places in: records, or rows of 16-bit values.
-  __device__ __forceinline__ const char* rows() const {
-    return static_cast<const char*>(is_dequantized ? job.dequantized : job.cache);
-  }
+  // What slots are rows of: records of the cache, or 16-bit values.
+  const char* rows;
 
   // Where the record of a slot was dequantized; -1 where it was not.
-  __device__ __forceinline__ int dequantized_slot(int slot) const {
+  __device__ __forceinline__ int dequantized(int slot) const {
+    if (slot < 0) return -1;
     const int block = slot / job.block_size;
     const int64_t at = int64_t{__ldg(job.dequantized_blocks + block)} * job.block_size +
                        (slot - block * job.block_size);
     return at >= 0 && at < job.dequantized_slots ? static_cast<int>(at) : -1;
   }
 
-  // Place of this lane's row of a tile, -1 where there is none.
+  // Slot of this lane's row of a tile, -1 where there is none.
   __device__ __forceinline__ int slot(int tile) const {
     const int mine = unknown(lane), entry = tile * kKeys + warp * 16 + mine / 16 * 8 + mine % 16;
     const bool is_entry = mine % 16 < 8 && entry < entries.count;
     const int at = is_entry ? __ldg(entries.slots + entry) : -1;
-    if (static_cast<uint32_t>(at) >= static_cast<uint32_t>(job.num_slots)) return -1;
-    return is_dequantized ? dequantized_slot(at) : at;
+    return static_cast<uint32_t>(at) < static_cast<uint32_t>(job.num_slots) ? at : -1;
   }
 
   // The end of this thread's share of the entries without those behind the last slot.
@@ -79,7 +75,7 @@ struct Copier {
   __device__ __forceinline__ void copy_rope(int slot, uint32_t tile, int bytes, int first) const {
     const int part = unknown(lane) / 8, chunk = unknown(lane) % 8;
     const uint32_t to = tile + kRopeBlock + swizzled(warp * 16 + part, chunk);
-    const char* const cache = rows() + first + chunk * 16;
+    const char* const cache = rows + first + chunk * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = __shfl_sync(~0u, slot, i / 2 * 16 + i % 2 * 4 + part);
@@ -97,29 +93,35 @@ struct Copier {
 };
 
 // Tiles of bfloat16 latents, or of dequantized records, copied as they are.
+template <bool kDequantized>
 __device__ __forceinline__ void bring_rows(const Copier& copier) {
   const int lane = copier.lane;
-  const char* const cache = copier.rows() + lane * 16;
+  const auto place_of = [&](int slot) { return kDequantized ? copier.dequantized(slot) : slot; };
+  const char* const cache = copier.rows + lane * 16;
   const uint32_t first = tile_at(copier.base, 0) + lane / 8 * kBlock + copier.warp * (16 * 128) +
                          lane % 8 * 16;
-  int next = copier.slot(0);
-  const int tiles = copier.count_tiles(copier.last_entry());
+  // slots are asked for two tiles ahead, their places one: nothing waits for either
+  int far = copier.slot(1), next = copier.slot(0);
+  const int last = copier.last_entry();
+  next = place_of(next);
+  const int tiles = copier.count_tiles(last);
   for (int t = 0; t < tiles; ++t) {
-    const int slot = next, buffer = t & 1;
-    next = copier.slot(t + 1);
+    const int place = next, buffer = t & 1;
+    next = place_of(far);
+    far = copier.slot(t + 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = first + buffer * kOperand + half * 4 * kBlock;
       copier.wait(t, half);
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const int at = __shfl_sync(~0u, slot, i / 8 * 16 + i % 8);
+        const int at = __shfl_sync(~0u, place, i / 8 * 16 + i % 8);
         const char* from = cache + static_cast<int64_t>(max(at, 0)) * (2 * kWidth) + half * 512;
         copy_16((row ^ (i & 7) << 4) + i * 128, from, at >= 0);
       }
       if (half == 1) {
-        copier.copy_rope(slot, tile_at(copier.base, buffer), 2 * kWidth, 2 * kRank);
-        copier.store_seen(slot, buffer);
+        copier.copy_rope(place, tile_at(copier.base, buffer), 2 * kWidth, 2 * kRank);
+        copier.store_seen(place, buffer);
         warp_arrive(there(copier.base, buffer, half), lane);
       }
       barrier_arrive_after_copies(there(copier.base, buffer, half));
@@ -184,7 +186,7 @@ struct Records {
 
   template <int kHalf>
   __device__ __forceinline__ void load(int slot) {
-    const char* const cache = copier.rows() + unknown(copier.lane) % 16 * 16 + kHalf * 256;
+    const char* const cache = copier.rows + unknown(copier.lane) % 16 * 16 + kHalf * 256;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int at = __shfl_sync(~0u, slot, i, 16);
@@ -193,7 +195,7 @@ struct Records {
     scales[kHalf] = {0, 0};
     if (slot >= 0) {
       scales[kHalf] = __ldg(reinterpret_cast<const uint2*>(
-          copier.rows() + static_cast<int64_t>(slot) * kRecord + kScalesAt + kHalf * 8));
+          copier.rows + static_cast<int64_t>(slot) * kRecord + kScalesAt + kHalf * 8));
     }
   }
 
