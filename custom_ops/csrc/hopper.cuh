@@ -91,6 +91,18 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
       : "memory");
 }
 
+// `bytes` (a multiple of 16) from shared to global memory.
+__device__ __forceinline__ void store_bulk(void* to, uint32_t from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+
+// Waits until what this thread stores in bulk has been read.
+__device__ __forceinline__ void wait_for_bulk_stores() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
 // ---- clusters
 
 __device__ __forceinline__ uint32_t cluster_rank() {

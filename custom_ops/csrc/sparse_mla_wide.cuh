@@ -17,134 +17,13 @@
 
 #include "sparse_mla_launch.cuh"
 #include "sparse_mla_wide_heads.cuh"
+#include "sparse_mla_wide_results.cuh"
 #include "sparse_mla_wide_shared.cuh"
 #include "sparse_mla_wide_tiles.cuh"
 
 namespace fd_dsa::wide {
 
 #if defined(FD_DSA_HOPPER)
-
-// What a block works on.
-struct Place {
-  int64_t token;
-  int first_head, heads, rank;
-};
-
-__device__ __forceinline__ Place place_of(const FdDsaSparseMla& job, int splits) {
-  const int groups = (job.num_heads + kHeads - 1) / kHeads, item = blockIdx.x / splits;
-  const int first_head = item % groups * kHeads;
-  return {item / groups, first_head, min(job.num_heads - first_head, kHeads),
-          static_cast<int>(blockIdx.x % splits)};
-}
-
-// Kept in memory over the loop over tiles, which has no registers for it.
-__device__ __forceinline__ void keep_place(uint32_t base, const Place& place) {
-  store_shared(base + kPlace, static_cast<int>(place.token));
-  store_shared(base + kPlace + 4, place.first_head);
-  store_shared(base + kPlace + 8, place.heads);
-  store_shared(base + kPlace + 12, place.rank);
-}
-
-__device__ __forceinline__ Place kept_place(uint32_t base) {
-  const auto kept = [&](int i) {
-    return static_cast<int>(load_shared_bits(base + kPlace + i * 4));
-  };
-  return {kept(0), kept(1), kept(2), kept(3)};
-}
-
-__device__ __forceinline__ void store_out(const FdDsaSparseMla& job, const Place& place,
-                                          int row, int column, float4 x) {
-  const int64_t at =
-      ((place.token * job.num_heads + place.first_head + row) * kRank + column) / 4;
-  if (job.out_is_bfloat16) {
-    static_cast<uint2*>(job.out)[at] = {pack_bfloat16(x.x, x.y), pack_bfloat16(x.z, x.w)};
-  } else {
-    static_cast<float4*>(job.out)[at] = x;
-  }
-}
-
-__device__ __forceinline__ void store_lse(const FdDsaSparseMla& job, const Place& place,
-                                          int row, float top, float total) {
-  if (job.lse == nullptr || row >= place.heads) return;
-  job.lse[place.token * job.num_heads + place.first_head + row] =
-      total == 0.0f ? -INFINITY : (top + log2f(total)) * kLn2;
-}
-
-// Sums of the weights of both warpgroups' tiles.
-template <bool kFp8, int kGroup>
-__device__ __forceinline__ void add_totals(Computing<kFp8, kGroup>& my) {
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float& total = my.total[r];
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
-    if (my.lane % 4 == 0) {
-      store_shared(my.base + kTotals + (kGroup * kHeads + my.row(r)) * 4, total);
-    }
-  }
-  named_barrier_apart(kOfComputing, 256);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    my.total[r] = load_shared(my.base + kTotals + my.row(r) * 4) +
-                  load_shared(my.base + kTotals + (kHeads + my.row(r)) * 4);
-  }
-}
-
-// Leaves a block's sums where it, and the other blocks of the cluster, can read them.
-template <bool kFp8, int kGroup>
-__device__ __forceinline__ void leave_share(const Computing<kFp8, kGroup>& my) {
-  const uint32_t base = my.base;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const uint32_t row =
-        base + kTiles + (my.row(r) * kPartStride + kGroup * 256 + my.lane % 4 * 2) * 4;
-#pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      store_shared(row + j * 32, my.out[j * 4 + r * 2], my.out[j * 4 + r * 2 + 1]);
-    }
-    // after the barrier of `add_totals`, so nobody reads a base or a total of a warpgroup any more
-    if (kGroup == 0 && my.lane % 4 == 0) {
-      store_shared(base + kTops + my.row(r) * 4, my.top[r]);
-      store_shared(base + kShares + my.row(r) * 4, my.total[r]);
-    }
-  }
-}
-
-// Puts the shares of a cluster together: each block has some of the heads. 256 threads.
-__device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& place,
-                                        uint32_t base, int splits, int thread) {
-  const int rows = kHeads / splits, first = place.rank * rows;
-  if (thread < kHeads) {
-    // `splits` neighbours have a head
-    const int row = first + thread / splits;
-    const uint32_t at = address_at_rank(base + row * 4, thread % splits);
-    const float top = load_cluster(at + kTops), total = load_cluster(at + kShares);
-    float highest = top, sum;
-    for (int i = 1; i < splits; i *= 2) {
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, i));
-    }
-    float weight = top == -INFINITY ? 0.0f : exp2f(top - highest);
-    sum = weight * total;
-    for (int i = 1; i < splits; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (thread % splits == 0) store_lse(job, place, row, highest, sum);
-    store_shared(base + kTotals + thread * 4, sum == 0.0f ? 0.0f : weight / sum);
-  }
-  named_barrier(kOfComputing, 256);
-  const int count = min(rows, place.heads - first) * (kRank / 4);
-#pragma unroll 4
-  for (int i = thread; i < count; i += 256) {
-    const int own = i / (kRank / 4), column = i % (kRank / 4) * 4;
-    const uint32_t at = base + kTiles + ((first + own) * kPartStride + column) * 4;
-    float4 sum = {0, 0, 0, 0};
-#pragma unroll 4
-    for (int split = 0; split < splits; ++split) {
-      const float weight = load_shared(base + kTotals + (own * splits + split) * 4);
-      const float4 x = load_cluster_float4(address_at_rank(at, split));
-      sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
-    }
-    store_out(job, place, first + own, column, sum);
-  }
-}
 
 // Whether the records of a token's row were dequantized.
 __device__ __forceinline__ bool is_dequantized(const FdDsaSparseMla& job, int64_t token) {
@@ -169,8 +48,7 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, const Plac
     barriers_ready();
   }
   const Entries entries = entries_of(job, place.token, place.rank, splits);
-  const void* rows = kFp8 && !from_records ? job.dequantized : job.cache;
-  const Copier copier{job, entries, base, warp, lane, static_cast<const char*>(rows)};
+  const Copier copier{job, entries, base, warp, lane};
   if (from_records) {
     bring_records(copier);
   } else {
@@ -179,12 +57,17 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, const Plac
 }
 
 template <bool kFp8, int kGroup>
-__device__ __forceinline__ void compute(uint32_t base, int warp, int lane) {
+__device__ __forceinline__ void compute(const FdDsaSparseMla& job, uint32_t base, int splits,
+                                        int warp, int lane) {
   Computing<kFp8, kGroup> my(base, warp, lane);
   const int tiles = Copier::tiles_up_to_last(base);
   run(my, tiles);
   add_totals(my);
-  leave_share(my);
+  if (splits == 1) {
+    store_result(job, kept_place(base), my);
+  } else {
+    leave_share(my);
+  }
 }
 
 #endif
@@ -219,22 +102,19 @@ __global__ void __launch_bounds__(kThreads, 1)
     put_queries<kFp8>(job, place.token, place.first_head, base, threadIdx.x / 32, lane);
     named_barrier(kStart, kThreads);
     if (warpgroup == 0) {
-      compute<kFp8, 0>(base, warp, lane);
+      compute<kFp8, 0>(job, base, splits, warp, lane);
     } else {
-      compute<kFp8, 1>(base, warp, lane);
+      compute<kFp8, 1>(job, base, splits, warp, lane);
     }
   } else {
     fewer_registers<Registers<kFp8>::kCopying>();
     copy_tiles<kFp8>(job, kept_place(base), base, splits, warp, lane);
   }
-  if (splits > 1) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
+  if (splits == 1) return;
+  cluster_sync();
   if (warpgroup < 2) combine(job, kept_place(base), base, splits, threadIdx.x);
   // nobody goes while others read here
-  if (splits > 1) cluster_sync();
+  cluster_sync();
 #endif
 }
 

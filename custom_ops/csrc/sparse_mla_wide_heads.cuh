@@ -43,42 +43,39 @@ __device__ __forceinline__ uint4 times(uint4 x, float factor) {
 template <bool kFp8>
 __device__ __forceinline__ void put_queries(const FdDsaSparseMla& job, int64_t token,
                                             int first_head, uint32_t base, int warp, int lane) {
-  constexpr int kEach = 4;
-#pragma unroll 1
-  for (int begin = 0; begin < 8; begin += kEach) {
-    uint4 x[kEach][3];
+  constexpr int kEach = 8;  // of a warp: all are asked for before one is waited for
+  uint4 x[kEach][3];
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int head = first_head + warp * 8 + begin + i;
-      const bool is_head = head < job.num_heads;
-      const uint4* row = static_cast<const uint4*>(job.q) +
-                         (token * job.num_heads + (is_head ? head : 0)) * (kWidth / 8) + lane;
-      const uint4 zero = {0, 0, 0, 0};
-      x[i][0] = is_head ? __ldg(row) : zero;
-      x[i][1] = is_head ? __ldg(row + 32) : zero;
-      x[i][2] = is_head && lane < 8 ? __ldg(row + 64) : zero;
-    }
+  for (int i = 0; i < kEach; ++i) {
+    const int head = first_head + warp * kEach + i;
+    const bool is_head = head < job.num_heads;
+    const uint4* row = static_cast<const uint4*>(job.q) +
+                       (token * job.num_heads + (is_head ? head : 0)) * (kWidth / 8) + lane;
+    const uint4 zero = {0, 0, 0, 0};
+    x[i][0] = is_head ? __ldg(row) : zero;
+    x[i][1] = is_head ? __ldg(row + 32) : zero;
+    x[i][2] = is_head && lane < 8 ? __ldg(row + 64) : zero;
+  }
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int row = warp * 8 + begin + i;
-      float factor = job.softmax_scale * kLog2E;
-      if constexpr (kFp8) {
-        const uint32_t top = __reduce_max_sync(
-            ~0u, max(max(largest_magnitude(x[i][0]), largest_magnitude(x[i][1])),
-                     largest_magnitude(x[i][2])));
-        const uint32_t exponent = max(top >> 7, 64u);
-        const float up = __uint_as_float((268 - exponent) << 23);
-        factor *= __uint_as_float((exponent - 14) << 23);
-        x[i][0] = times<true>(x[i][0], up);
-        x[i][1] = times<true>(x[i][1], up);
-        x[i][2] = times<false>(x[i][2], up);
-      }
-      const uint32_t to = base + kQuery + lane / 8 * kBlock + swizzled(row, lane % 8);
-      store_shared(to, x[i][0]);
-      store_shared(to + 4 * kBlock, x[i][1]);
-      if (lane < 8) store_shared(to + 8 * kBlock, x[i][2]);
-      if (lane == 0) store_shared(base + kFactors + row * 4, factor);
+  for (int i = 0; i < kEach; ++i) {
+    const int row = warp * kEach + i;
+    float factor = job.softmax_scale * kLog2E;
+    if constexpr (kFp8) {
+      const uint32_t top = __reduce_max_sync(
+          ~0u, max(max(largest_magnitude(x[i][0]), largest_magnitude(x[i][1])),
+                   largest_magnitude(x[i][2])));
+      const uint32_t exponent = max(top >> 7, 64u);
+      const float up = __uint_as_float((268 - exponent) << 23);
+      factor *= __uint_as_float((exponent - 14) << 23);
+      x[i][0] = times<true>(x[i][0], up);
+      x[i][1] = times<true>(x[i][1], up);
+      x[i][2] = times<false>(x[i][2], up);
     }
+    const uint32_t to = base + kQuery + lane / 8 * kBlock + swizzled(row, lane % 8);
+    store_shared(to, x[i][0]);
+    store_shared(to + 4 * kBlock, x[i][1]);
+    if (lane < 8) store_shared(to + 8 * kBlock, x[i][2]);
+    if (lane == 0) store_shared(base + kFactors + row * 4, factor);
   }
   publish_to_async();
 }

@@ -20,33 +20,33 @@ struct Copier {
   Entries entries;
   uint32_t base;
   int warp, lane;
-  // What slots are rows of: records of the cache, or 16-bit values.
-  const char* rows;
-
-  // Where the record of a slot was dequantized; -1 where it was not.
-  __device__ __forceinline__ int dequantized(int slot) const {
-    if (slot < 0) return -1;
-    const int block = slot / job.block_size;
-    const int64_t at = int64_t{__ldg(job.dequantized_blocks + block)} * job.block_size +
-                       (slot - block * job.block_size);
-    return at >= 0 && at < job.dequantized_slots ? static_cast<int>(at) : -1;
+  // Entry of this lane's row of a tile, -1 where there is none. Nothing waits for it here.
+  __device__ __forceinline__ int entry(int tile) const {
+    const int mine = unknown(lane), at = tile * kKeys + warp * 16 + mine / 16 * 8 + mine % 16;
+    return mine % 16 < 8 && at < entries.count ? __ldg(entries.slots + at) : -1;
   }
 
-  // Slot of this lane's row of a tile, -1 where there is none.
-  __device__ __forceinline__ int slot(int tile) const {
-    const int mine = unknown(lane), entry = tile * kKeys + warp * 16 + mine / 16 * 8 + mine % 16;
-    const bool is_entry = mine % 16 < 8 && entry < entries.count;
-    const int at = is_entry ? __ldg(entries.slots + entry) : -1;
-    return static_cast<uint32_t>(at) < static_cast<uint32_t>(job.num_slots) ? at : -1;
+  // The slot that an entry names, -1 for none.
+  __device__ __forceinline__ int slot_of(int entry) const {
+    return static_cast<uint32_t>(entry) < static_cast<uint32_t>(job.num_slots) ? entry : -1;
   }
 
   // The end of this thread's share of the entries without those behind the last slot.
   __device__ __forceinline__ int last_entry() const {
+    // asked for together: one after the other they would take longer than several tiles
+    constexpr int kTogether = 8;
     int last = 0;
-#pragma unroll 4
-    for (int entry = warp * 32 + lane; entry < entries.count; entry += 128) {
-      const uint32_t at = __ldg(entries.slots + entry);
-      if (at < static_cast<uint32_t>(job.num_slots)) last = entry + 1;
+    for (int first = warp * 32 + lane; first < entries.count; first += 128 * kTogether) {
+      int entry[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int at = first + i * 128;
+        entry[i] = at < entries.count ? __ldg(entries.slots + at) : -1;
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if (slot_of(entry[i]) >= 0) last = first + i * 128 + 1;
+      }
     }
     return last;
   }
@@ -71,11 +71,12 @@ struct Copier {
     barrier_wait(is_free(base, tile & 1, half), (tile >> 1 & 1) ^ 1);
   }
 
-  // Copies the roped values of this warp's rows.
-  __device__ __forceinline__ void copy_rope(int slot, uint32_t tile, int bytes, int first) const {
+  // Copies the roped values of this warp's rows, each `bytes` long, `first` bytes behind its start.
+  __device__ __forceinline__ void copy_rope(const void* rows, int slot, uint32_t tile, int bytes,
+                                            int first) const {
     const int part = unknown(lane) / 8, chunk = unknown(lane) % 8;
     const uint32_t to = tile + kRopeBlock + swizzled(warp * 16 + part, chunk);
-    const char* const cache = rows + first + chunk * 16;
+    const char* const cache = static_cast<const char*>(rows) + first + chunk * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int at = __shfl_sync(~0u, slot, i / 2 * 16 + i % 2 * 4 + part);
@@ -92,23 +93,43 @@ struct Copier {
   }
 };
 
+// Where the record of a slot was dequantized: asked for, and made of the answer.
+struct Dequantized {
+  const FdDsaSparseMla& job;
+  int block, offset;
+
+  __device__ __forceinline__ void ask(int slot) {
+    const uint32_t size = job.block_size, of_slot = static_cast<uint32_t>(max(slot, 0)) / size;
+    offset = slot < 0 ? -1 : slot - static_cast<int>(of_slot * size);
+    block = __ldg(job.dequantized_blocks + of_slot);
+  }
+
+  // Row of the values, -1 for none.
+  __device__ __forceinline__ int row() const {
+    const int64_t at = int64_t{block} * job.block_size + offset;
+    return offset >= 0 && block >= 0 && at < job.dequantized_slots ? static_cast<int>(at) : -1;
+  }
+};
+
 // Tiles of bfloat16 latents, or of dequantized records, copied as they are.
 template <bool kDequantized>
 __device__ __forceinline__ void bring_rows(const Copier& copier) {
   const int lane = copier.lane;
-  const auto place_of = [&](int slot) { return kDequantized ? copier.dequantized(slot) : slot; };
-  const char* const cache = copier.rows + lane * 16;
+  const void* const rows = kDequantized ? copier.job.dequantized : copier.job.cache;
+  const char* const cache = static_cast<const char*>(rows) + lane * 16;
   const uint32_t first = tile_at(copier.base, 0) + lane / 8 * kBlock + copier.warp * (16 * 128) +
                          lane % 8 * 16;
-  // slots are asked for two tiles ahead, their places one: nothing waits for either
-  int far = copier.slot(1), next = copier.slot(0);
+  // entries are asked for two tiles ahead, where they were dequantized one
+  Dequantized dequantized{copier.job};
+  int entry = copier.entry(0), next = copier.entry(1);
   const int last = copier.last_entry();
-  next = place_of(next);
+  if constexpr (kDequantized) dequantized.ask(copier.slot_of(entry));
   const int tiles = copier.count_tiles(last);
   for (int t = 0; t < tiles; ++t) {
-    const int place = next, buffer = t & 1;
-    next = place_of(far);
-    far = copier.slot(t + 2);
+    const int place = kDequantized ? dequantized.row() : copier.slot_of(entry), buffer = t & 1;
+    entry = next;
+    if constexpr (kDequantized) dequantized.ask(copier.slot_of(entry));
+    next = copier.entry(t + 2);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t row = first + buffer * kOperand + half * 4 * kBlock;
@@ -120,7 +141,7 @@ __device__ __forceinline__ void bring_rows(const Copier& copier) {
         copy_16((row ^ (i & 7) << 4) + i * 128, from, at >= 0);
       }
       if (half == 1) {
-        copier.copy_rope(place, tile_at(copier.base, buffer), 2 * kWidth, 2 * kRank);
+        copier.copy_rope(rows, place, tile_at(copier.base, buffer), 2 * kWidth, 2 * kRank);
         copier.store_seen(place, buffer);
         warp_arrive(there(copier.base, buffer, half), lane);
       }
@@ -186,7 +207,8 @@ struct Records {
 
   template <int kHalf>
   __device__ __forceinline__ void load(int slot) {
-    const char* const cache = copier.rows + unknown(copier.lane) % 16 * 16 + kHalf * 256;
+    const char* const cache =
+        static_cast<const char*>(copier.job.cache) + unknown(copier.lane) % 16 * 16 + kHalf * 256;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int at = __shfl_sync(~0u, slot, i, 16);
@@ -195,7 +217,8 @@ struct Records {
     scales[kHalf] = {0, 0};
     if (slot >= 0) {
       scales[kHalf] = __ldg(reinterpret_cast<const uint2*>(
-          copier.rows + static_cast<int64_t>(slot) * kRecord + kScalesAt + kHalf * 8));
+          static_cast<const char*>(copier.job.cache) + static_cast<int64_t>(slot) * kRecord +
+          kScalesAt + kHalf * 8));
     }
   }
 
@@ -221,7 +244,7 @@ struct Records {
     const int buffer = tile & 1;
     copier.wait(tile, kHalf);
     if constexpr (kHalf == 1) {
-      copier.copy_rope(slot, tile_at(copier.base, buffer), kRecord, kRopeAt);
+      copier.copy_rope(copier.job.cache, slot, tile_at(copier.base, buffer), kRecord, kRopeAt);
       copier.store_seen(slot, buffer);
     }
     store<kHalf>(buffer);
@@ -233,13 +256,13 @@ struct Records {
 
 __device__ __forceinline__ void bring_records(const Copier& copier) {
   Records records(copier);
-  int slot = copier.slot(0), next = copier.slot(1);
+  int slot = copier.slot_of(copier.entry(0)), next = copier.slot_of(copier.entry(1));
   const int last = copier.last_entry();
   records.load<0>(slot);
   records.load<1>(slot);
   const int tiles = copier.count_tiles(last);
   for (int t = 0; t < tiles; ++t) {
-    const int third = copier.slot(t + 2);
+    const int third = copier.slot_of(copier.entry(t + 2));
     records.bring<0>(t, slot, next);
     records.bring<1>(t, slot, next);
     slot = next, next = third;

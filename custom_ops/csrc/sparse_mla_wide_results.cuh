@@ -1,0 +1,187 @@
+// Sparse MLA for many heads: what a block, or a cluster of them, writes.
+#ifndef FD_DSA_SPARSE_MLA_WIDE_RESULTS_CUH
+#define FD_DSA_SPARSE_MLA_WIDE_RESULTS_CUH
+
+#include "sparse_mla_wide_heads.cuh"
+
+#if defined(FD_DSA_HOPPER)
+namespace fd_dsa::wide {
+
+// What a block works on.
+struct Place {
+  int64_t token;
+  int first_head, heads, rank;
+};
+
+__device__ __forceinline__ Place place_of(const FdDsaSparseMla& job, int splits) {
+  const int groups = (job.num_heads + kHeads - 1) / kHeads, item = blockIdx.x / splits;
+  const int first_head = item % groups * kHeads;
+  return {item / groups, first_head, min(job.num_heads - first_head, kHeads),
+          static_cast<int>(blockIdx.x % splits)};
+}
+
+// Kept in memory over the loop over tiles, which has no registers for it.
+__device__ __forceinline__ void keep_place(uint32_t base, const Place& place) {
+  store_shared(base + kPlace, static_cast<int>(place.token));
+  store_shared(base + kPlace + 4, place.first_head);
+  store_shared(base + kPlace + 8, place.heads);
+  store_shared(base + kPlace + 12, place.rank);
+}
+
+__device__ __forceinline__ Place kept_place(uint32_t base) {
+  const auto kept = [&](int i) {
+    return static_cast<int>(load_shared_bits(base + kPlace + i * 4));
+  };
+  return {kept(0), kept(1), kept(2), kept(3)};
+}
+
+__device__ __forceinline__ void store_out(const FdDsaSparseMla& job, const Place& place,
+                                          int row, int column, float4 x) {
+  const int64_t at =
+      ((place.token * job.num_heads + place.first_head + row) * kRank + column) / 4;
+  if (job.out_is_bfloat16) {
+    static_cast<uint2*>(job.out)[at] = {pack_bfloat16(x.x, x.y), pack_bfloat16(x.z, x.w)};
+  } else {
+    static_cast<float4*>(job.out)[at] = x;
+  }
+}
+
+__device__ __forceinline__ void store_lse(const FdDsaSparseMla& job, const Place& place,
+                                          int row, float top, float total) {
+  if (job.lse == nullptr || row >= place.heads) return;
+  job.lse[place.token * job.num_heads + place.first_head + row] =
+      total == 0.0f ? -INFINITY : (top + log2f(total)) * kLn2;
+}
+
+// Sums of the weights of both warpgroups' tiles.
+template <bool kFp8, int kGroup>
+__device__ __forceinline__ void add_totals(Computing<kFp8, kGroup>& my) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float& total = my.total[r];
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if (my.lane % 4 == 0) {
+      store_shared(my.base + kTotals + (kGroup * kHeads + my.row(r)) * 4, total);
+    }
+  }
+  named_barrier_apart(kOfComputing, 256);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    my.total[r] = load_shared(my.base + kTotals + my.row(r) * 4) +
+                  load_shared(my.base + kTotals + (kHeads + my.row(r)) * 4);
+  }
+}
+
+// Writes the results of a block that has all of a token's entries: each warp has 16 heads, and half
+// of their latents.
+template <bool kFp8, int kGroup>
+__device__ __forceinline__ void store_result(const FdDsaSparseMla& job, const Place& place,
+                                             Computing<kFp8, kGroup>& my) {
+  float factor[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    factor[r] = my.total[r] == 0.0f ? 0.0f : 1.0f / my.total[r];
+    if (kGroup == 0 && my.lane % 4 == 0) {
+      store_lse(job, place, my.row(r), my.top[r], my.total[r]);
+    }
+  }
+  const int64_t first = (place.token * job.num_heads + place.first_head) * kRank + kGroup * 256;
+  if (job.out_is_bfloat16 != 0) {
+    // rows go through shared memory, so that whole lines are written; `add_totals` has waited for
+    // all that read tiles there
+    constexpr uint32_t kRow = 512 + 16;
+    const uint32_t rows = my.base + kTiles + (kGroup * 4 + my.warp) * (16 * kRow);
+    const uint32_t to = rows + my.lane % 16 * kRow + my.lane / 16 * 16;
+#pragma unroll
+    for (int k = 0; k < 16; ++k) {
+      uint32_t pairs[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* x = my.out + k * 8 + i * 2;
+        pairs[i] = pack_bfloat16(x[0] * factor[i % 2], x[1] * factor[i % 2]);
+      }
+      store_matrices(to + k * 32, pairs);
+    }
+    publish_to_async();
+    __syncwarp();
+    const int row = my.warp * 16 + my.lane;
+    if (my.lane < 16 && row < place.heads) {
+      auto* out = static_cast<uint16_t*>(job.out) + first + row * kRank;
+      store_bulk(out, rows + my.lane * kRow, 512);
+      wait_for_bulk_stores();
+    }
+    return;
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    if (my.row(r) >= place.heads) continue;
+    float* out = static_cast<float*>(job.out) + first + my.row(r) * kRank + my.lane % 4 * 2;
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+      const float* x = my.out + j * 4 + r * 2;
+      *reinterpret_cast<float2*>(out + j * 8) = make_float2(x[0] * factor[r], x[1] * factor[r]);
+    }
+  }
+}
+
+// Leaves a block's sums where it, and the other blocks of the cluster, can read them.
+template <bool kFp8, int kGroup>
+__device__ __forceinline__ void leave_share(const Computing<kFp8, kGroup>& my) {
+  const uint32_t base = my.base;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const uint32_t row =
+        base + kTiles + (my.row(r) * kPartStride + kGroup * 256 + my.lane % 4 * 2) * 4;
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+      store_shared(row + j * 32, my.out[j * 4 + r * 2], my.out[j * 4 + r * 2 + 1]);
+    }
+    // after the barrier of `add_totals`, so nobody reads a base or a total of a warpgroup any more
+    if (kGroup == 0 && my.lane % 4 == 0) {
+      store_shared(base + kTops + my.row(r) * 4, my.top[r]);
+      store_shared(base + kShares + my.row(r) * 4, my.total[r]);
+    }
+  }
+}
+
+// Puts the shares of a cluster together: each block has some of the heads. 256 threads.
+__device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& place,
+                                        uint32_t base, int splits, int thread) {
+  const int rows = kHeads / splits, first = place.rank * rows;
+  if (thread < kHeads) {
+    // `splits` neighbours have a head
+    const int row = first + thread / splits;
+    const uint32_t at = address_at_rank(base + row * 4, thread % splits);
+    const float top = load_cluster(at + kTops), total = load_cluster(at + kShares);
+    float highest = top, sum;
+    for (int i = 1; i < splits; i *= 2) {
+      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, i));
+    }
+    float weight = top == -INFINITY ? 0.0f : exp2f(top - highest);
+    sum = weight * total;
+    for (int i = 1; i < splits; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    if (thread % splits == 0) store_lse(job, place, row, highest, sum);
+    store_shared(base + kTotals + thread * 4, sum == 0.0f ? 0.0f : weight / sum);
+  }
+  named_barrier(kOfComputing, 256);
+  const int count = min(rows, place.heads - first) * (kRank / 4);
+#pragma unroll 4
+  for (int i = thread; i < count; i += 256) {
+    const int own = i / (kRank / 4), column = i % (kRank / 4) * 4;
+    const uint32_t at = base + kTiles + ((first + own) * kPartStride + column) * 4;
+    float4 sum = {0, 0, 0, 0};
+#pragma unroll 4
+    for (int split = 0; split < splits; ++split) {
+      const float weight = load_shared(base + kTotals + (own * splits + split) * 4);
+      const float4 x = load_cluster_float4(address_at_rank(at, split));
+      sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
+    }
+    store_out(job, place, first + own, column, sum);
+  }
+}
+
+}  // namespace fd_dsa::wide
+#endif
+
+#endif  // FD_DSA_SPARSE_MLA_WIDE_RESULTS_CUH
