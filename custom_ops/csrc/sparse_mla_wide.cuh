@@ -23,21 +23,30 @@
 
 namespace fd_dsa::wide {
 
+// Where keys come from. A kernel for each, and for blocks alone or in clusters: what brings records
+// has no registers to spare, and gets fewer of them in a kernel that does more.
+enum class Source {
+  kRecords,
+  kDequantized,  // records, where those of the row were not dequantized before
+  kBfloat16
+};
+
 #if defined(FD_DSA_HOPPER)
 
 // Whether the records of a token's row were dequantized.
 __device__ __forceinline__ bool is_dequantized(const FdDsaSparseMla& job, int64_t token) {
-  if (job.dequantized == nullptr) return false;
   const int row = __ldg(job.batch_id_per_token + token);
   const bool is_row = static_cast<uint32_t>(row) < static_cast<uint32_t>(job.num_rows);
   return is_row && __ldg(job.is_dequantized + row) != 0;
 }
 
 // All that the warpgroup does which brings tiles.
-template <bool kFp8>
+template <Source kSource>
 __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, const Place& place,
                                            uint32_t base, int splits, int warp, int lane) {
-  const bool from_records = kFp8 && !is_dequantized(job, place.token);
+  const bool from_records =
+      kSource == Source::kRecords ||
+      (kSource == Source::kDequantized && !is_dequantized(job, place.token));
   if (warp == 0 && lane == 0) {
     // behind `count_tiles` the others know of it
     for (int buffer = 0; buffer < 2; ++buffer) {
@@ -52,18 +61,18 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, const Plac
   if (from_records) {
     bring_records(copier);
   } else {
-    bring_rows<kFp8>(copier);
+    bring_rows<kSource == Source::kDequantized>(copier);
   }
 }
 
-template <bool kFp8, int kGroup>
-__device__ __forceinline__ void compute(const FdDsaSparseMla& job, uint32_t base, int splits,
-                                        int warp, int lane) {
+template <bool kFp8, int kGroup, bool kAlone>
+__device__ __forceinline__ void compute(const FdDsaSparseMla& job, uint32_t base, int warp,
+                                        int lane) {
   Computing<kFp8, kGroup> my(base, warp, lane);
   const int tiles = Copier::tiles_up_to_last(base);
   run(my, tiles);
   add_totals(my);
-  if (splits == 1) {
+  if constexpr (kAlone) {
     store_result(job, kept_place(base), my);
   } else {
     leave_share(my);
@@ -79,10 +88,13 @@ struct Registers {
   static_assert(2 * kComputing + kCopying == 3 * 168);
 };
 
-template <bool kFp8>
+// A block for each token and 64 heads (kAlone), or a cluster of `splits`.
+template <Source kSource, bool kAlone>
 __global__ void __launch_bounds__(kThreads, 1)
     attend(const __grid_constant__ FdDsaSparseMla job, int splits) {
 #if defined(FD_DSA_HOPPER)
+  constexpr bool kFp8 = kSource != Source::kBfloat16;
+  if constexpr (kAlone) splits = 1;
   extern __shared__ __align__(1024) unsigned char memory[];
   const uint32_t base = shared_address(memory);
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
@@ -102,19 +114,20 @@ __global__ void __launch_bounds__(kThreads, 1)
     put_queries<kFp8>(job, place.token, place.first_head, base, threadIdx.x / 32, lane);
     named_barrier(kStart, kThreads);
     if (warpgroup == 0) {
-      compute<kFp8, 0>(job, base, splits, warp, lane);
+      compute<kFp8, 0, kAlone>(job, base, warp, lane);
     } else {
-      compute<kFp8, 1>(job, base, splits, warp, lane);
+      compute<kFp8, 1, kAlone>(job, base, warp, lane);
     }
   } else {
     fewer_registers<Registers<kFp8>::kCopying>();
-    copy_tiles<kFp8>(job, kept_place(base), base, splits, warp, lane);
+    copy_tiles<kSource>(job, kept_place(base), base, splits, warp, lane);
   }
-  if (splits == 1) return;
-  cluster_sync();
-  if (warpgroup < 2) combine(job, kept_place(base), base, splits, threadIdx.x);
-  // nobody goes while others read here
-  cluster_sync();
+  if constexpr (!kAlone) {
+    cluster_sync();
+    if (warpgroup < 2) combine(job, kept_place(base), base, splits, threadIdx.x);
+    // nobody goes while others read here
+    cluster_sync();
+  }
 #endif
 }
 
@@ -177,23 +190,41 @@ inline cudaError_t choose_splits(const FdDsaSparseMla& job, Kernel* kernel, int&
 }
 
 // Static, so that two libraries in one process have flags of their own.
-static int launch_wide(const FdDsaSparseMla& job, void* stream) {
+template <Source kSource, bool kAlone>
+static int launch_form(const FdDsaSparseMla& job, int splits, void* stream) {
+  static std::atomic<uint64_t> prepared{0};
+  Kernel* const kernel = attend<kSource, kAlone>;
+  const cudaError_t error = sparse_mla::prepare(kernel, kBytes, prepared);
+  if (error != cudaSuccess) return static_cast<int>(error);
+  const int groups = (job.num_heads + kHeads - 1) / kHeads;
+  cudaLaunchAttribute cluster;
+  return launch(config_for(job.num_tokens * groups * splits, splits, cluster, stream), kernel, job,
+                splits);
+}
+
+template <Source kSource>
+static int launch_source(const FdDsaSparseMla& job, void* stream) {
+  int splits = job.splits;
+  if (splits == 0) {
+    static std::atomic<uint64_t> prepared{0};
+    cudaError_t error = sparse_mla::prepare(attend<kSource, false>, kBytes, prepared);
+    if (error == cudaSuccess) error = choose_splits(job, attend<kSource, false>, splits);
+    if (error != cudaSuccess) return static_cast<int>(error);
+  }
+  return splits == 1 ? launch_form<kSource, true>(job, splits, stream)
+                     : launch_form<kSource, false>(job, splits, stream);
+}
+
+inline int launch_wide(const FdDsaSparseMla& job, void* stream) {
   if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
   // a power of two: the blocks of a cluster share 64 heads when they put results together
   const bool is_power = (job.splits & (job.splits - 1)) == 0;
   if (job.splits < 0 || job.splits > kMostSplits || !is_power) {
     return static_cast<int>(cudaErrorInvalidValue);
   }
-  static std::atomic<uint64_t> prepared[2] = {};
-  Kernel* const kernel = job.is_fp8 ? attend<true> : attend<false>;
-  cudaError_t error = sparse_mla::prepare(kernel, kBytes, prepared[job.is_fp8 ? 1 : 0]);
-  int splits = job.splits > 0 ? job.splits : 1;
-  if (error == cudaSuccess && job.splits == 0) error = choose_splits(job, kernel, splits);
-  if (error != cudaSuccess) return static_cast<int>(error);
-  const int groups = (job.num_heads + kHeads - 1) / kHeads;
-  cudaLaunchAttribute cluster;
-  return launch(config_for(job.num_tokens * groups * splits, splits, cluster, stream), kernel, job,
-                splits);
+  if (job.is_fp8 == 0) return launch_source<Source::kBfloat16>(job, stream);
+  return job.dequantized == nullptr ? launch_source<Source::kRecords>(job, stream)
+                                    : launch_source<Source::kDequantized>(job, stream);
 }
 
 }  // namespace fd_dsa::wide

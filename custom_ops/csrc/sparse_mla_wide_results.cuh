@@ -146,38 +146,68 @@ __device__ __forceinline__ void leave_share(const Computing<kFp8, kGroup>& my) {
 }
 
 // Puts the shares of a cluster together: each block has some of the heads. 256 threads.
+template <int kSplits>
 __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& place,
-                                        uint32_t base, int splits, int thread) {
-  const int rows = kHeads / splits, first = place.rank * rows;
+                                        uint32_t base, int thread) {
+  // rows of a thread that are on their way at once
+  constexpr int kRows = kHeads / kSplits, kTogether = kSplits < 8 ? 8 / kSplits : 1;
+  const int first = place.rank * kRows;
   if (thread < kHeads) {
-    // `splits` neighbours have a head
-    const int row = first + thread / splits;
-    const uint32_t at = address_at_rank(base + row * 4, thread % splits);
+    // `kSplits` neighbours have a head
+    const int row = first + thread / kSplits;
+    const uint32_t at = address_at_rank(base + row * 4, thread % kSplits);
     const float top = load_cluster(at + kTops), total = load_cluster(at + kShares);
     float highest = top, sum;
-    for (int i = 1; i < splits; i *= 2) {
+#pragma unroll
+    for (int i = 1; i < kSplits; i *= 2) {
       highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, i));
     }
     float weight = top == -INFINITY ? 0.0f : exp2f(top - highest);
     sum = weight * total;
-    for (int i = 1; i < splits; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (thread % splits == 0) store_lse(job, place, row, highest, sum);
+#pragma unroll
+    for (int i = 1; i < kSplits; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    if (thread % kSplits == 0) store_lse(job, place, row, highest, sum);
     store_shared(base + kTotals + thread * 4, sum == 0.0f ? 0.0f : weight / sum);
   }
   named_barrier(kOfComputing, 256);
-  const int count = min(rows, place.heads - first) * (kRank / 4);
-#pragma unroll 4
-  for (int i = thread; i < count; i += 256) {
-    const int own = i / (kRank / 4), column = i % (kRank / 4) * 4;
-    const uint32_t at = base + kTiles + ((first + own) * kPartStride + column) * 4;
-    float4 sum = {0, 0, 0, 0};
-#pragma unroll 4
-    for (int split = 0; split < splits; ++split) {
-      const float weight = load_shared(base + kTotals + (own * splits + split) * 4);
-      const float4 x = load_cluster_float4(address_at_rank(at, split));
-      sum.x += weight * x.x, sum.y += weight * x.y, sum.z += weight * x.z, sum.w += weight * x.w;
+  // a thread has four columns of every other row
+  const uint32_t from =
+      base + kTiles + ((first + thread / 128) * kPartStride + thread % 128 * 4) * 4;
+  const int end = min(kRows, place.heads - first);
+  for (int begin = thread / 128; begin < end; begin += 2 * kTogether) {
+    float4 x[kTogether][kSplits];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const uint32_t row = from + (begin - thread / 128 + 2 * k) * (kPartStride * 4);
+#pragma unroll
+      for (int split = 0; split < kSplits; ++split) {
+        if (begin + 2 * k < end) x[k][split] = load_cluster_float4(address_at_rank(row, split));
+      }
     }
-    store_out(job, place, first + own, column, sum);
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int own = begin + 2 * k;
+      if (own >= end) break;
+      float4 sum = {0, 0, 0, 0};
+#pragma unroll
+      for (int split = 0; split < kSplits; ++split) {
+        const float weight = load_shared(base + kTotals + (own * kSplits + split) * 4);
+        const float4 y = x[k][split];
+        sum.x += weight * y.x, sum.y += weight * y.y, sum.z += weight * y.z, sum.w += weight * y.w;
+      }
+      store_out(job, place, first + own, thread % 128 * 4, sum);
+    }
+  }
+}
+
+// The same for any number of blocks.
+__device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& place,
+                                        uint32_t base, int splits, int thread) {
+  switch (splits) {
+    case 2: return combine<2>(job, place, base, thread);
+    case 4: return combine<4>(job, place, base, thread);
+    case 8: return combine<8>(job, place, base, thread);
+    default: return combine<16>(job, place, base, thread);
   }
 }
 
