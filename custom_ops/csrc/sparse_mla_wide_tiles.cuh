@@ -151,13 +151,14 @@ __device__ __forceinline__ void bring_rows(const Copier& copier) {
   wait_for_copies();
 }
 
-// 16 bytes that are read once by this block, zeros instead where `read` is false.
+// 16 bytes that are read once by this block, zeros instead where `read` is false. Not as constant
+// (ld.global.nc): such loads the compiler moves behind the next wait, when they are late.
 __device__ __forceinline__ uint4 load_16(const char* from, bool read) {
   uint4 x;
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
       "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
+      "@p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
       : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
       : "l"(from), "r"(static_cast<int>(read)));
   return x;

@@ -18,10 +18,10 @@ from fd_dsa.step.device import Allocate
 
 _HOPPER = range(90, 100)
 # of a step, below which a launch costs more than it saves
-_LEAST_PREFILL_TOKENS = 128
+_LEAST_PREFILL_TOKENS = 256
 # what a token saves for each 64 heads where records are dequantized, over what a record costs;
 # measured on an H200
-_KEYS_PER_TOKEN = 256
+_KEYS_PER_TOKEN = 128
 
 
 def reason_against(config: DSABackendConfig, capability: int) -> str | None:

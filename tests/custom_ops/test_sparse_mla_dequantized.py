@@ -174,7 +174,7 @@ def config(heads: int, cache: str = FP8) -> DSABackendConfig:
 
 
 @pytest.mark.parametrize(
-    ("rows", "serves"), [([(150, 90, 150), (0, 30, 1)], True), ([(100, 90, 100)], False)]
+    ("rows", "serves"), [([(256, 90, 256), (0, 30, 1)], True), ([(255, 90, 255)], False)]
 )
 def test_prompts_of_many_tokens_take_it(
     kernel_memory: KernelMemory,
