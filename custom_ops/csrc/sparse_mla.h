@@ -51,7 +51,7 @@ static_assert(sizeof(FdDsaSparseMla) == 120, "fd_dsa.ops.sparse_mla.custom_op ha
 // 1 to 32 heads over records; 1 to 16 splits.
 extern "C" int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla* job, void* stream);
 
-// Blocks of 64 heads over either cache; 1, 2, 4, 8 or 16 splits.
+// Blocks of 64 heads over either cache; 1 to 8 or 16 splits.
 extern "C" int fd_dsa_sparse_mla_wide_cuda(const FdDsaSparseMla* job, void* stream);
 
 // Size of the structure, which a caller in another language compares with its own.

@@ -168,6 +168,11 @@ inline cudaError_t clusters_at_once(Kernel* kernel, int splits, int& clusters) {
   return error;
 }
 
+// Among how many blocks a token and 64 heads may be split.
+inline bool may_split(int splits) {
+  return (splits > 0 && splits <= 8) || splits == kMostSplits;
+}
+
 // In how many blocks the entries of a token are cut: the least estimate of rounds of blocks on the
 // device, times the tiles of a block and what it costs beside them.
 inline cudaError_t choose_splits(const FdDsaSparseMla& job, Kernel* kernel, int& best) {
@@ -176,7 +181,8 @@ inline cudaError_t choose_splits(const FdDsaSparseMla& job, Kernel* kernel, int&
       static_cast<int64_t>(job.num_tokens) * ((job.num_heads + kHeads - 1) / kHeads);
   const int tiles = (job.topk + kKeys - 1) / kKeys;
   float least = INFINITY;
-  for (int splits = 1; splits <= kMostSplits && (splits == 1 || splits <= tiles); splits *= 2) {
+  for (int splits = 1; splits <= kMostSplits && (splits == 1 || splits <= tiles); ++splits) {
+    if (!may_split(splits)) continue;
     int at_once = 0;
     const cudaError_t error = clusters_at_once(kernel, splits, at_once);
     if (error != cudaSuccess) return error;
@@ -217,11 +223,7 @@ static int launch_source(const FdDsaSparseMla& job, void* stream) {
 
 inline int launch_wide(const FdDsaSparseMla& job, void* stream) {
   if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
-  // a power of two: the blocks of a cluster share 64 heads when they put results together
-  const bool is_power = (job.splits & (job.splits - 1)) == 0;
-  if (job.splits < 0 || job.splits > kMostSplits || !is_power) {
-    return static_cast<int>(cudaErrorInvalidValue);
-  }
+  if (job.splits != 0 && !may_split(job.splits)) return static_cast<int>(cudaErrorInvalidValue);
   if (job.is_fp8 == 0) return launch_source<Source::kBfloat16>(job, stream);
   return job.dequantized == nullptr ? launch_source<Source::kRecords>(job, stream)
                                     : launch_source<Source::kDequantized>(job, stream);

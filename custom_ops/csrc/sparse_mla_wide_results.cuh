@@ -149,31 +149,36 @@ __device__ __forceinline__ void leave_share(const Computing<kFp8, kGroup>& my) {
 template <int kSplits>
 __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& place,
                                         uint32_t base, int thread) {
-  // rows of a thread that are on their way at once
-  constexpr int kRows = kHeads / kSplits, kTogether = kSplits < 8 ? 8 / kSplits : 1;
-  const int first = place.rank * kRows;
-  if (thread < kHeads) {
-    // `kSplits` neighbours have a head
-    const int row = first + thread / kSplits;
-    const uint32_t at = address_at_rank(base + row * 4, thread % kSplits);
-    const float top = load_cluster(at + kTops), total = load_cluster(at + kShares);
-    float highest = top, sum;
+  // rows of a block, and of a thread that are on their way at once
+  constexpr int kRows = (kHeads + kSplits - 1) / kSplits, kTogether = kSplits < 8 ? 8 / kSplits : 1;
+  const int first = place.rank * kRows, end = min(kRows, place.heads - first);
+  if (thread < end) {
+    const uint32_t at = base + (first + thread) * 4;
+    float weight[kSplits], total[kSplits], highest = -INFINITY, sum = 0.0f;
 #pragma unroll
-    for (int i = 1; i < kSplits; i *= 2) {
-      highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, i));
+    for (int split = 0; split < kSplits; ++split) {
+      const uint32_t there = address_at_rank(at, split);
+      weight[split] = load_cluster(there + kTops), total[split] = load_cluster(there + kShares);
     }
-    float weight = top == -INFINITY ? 0.0f : exp2f(top - highest);
-    sum = weight * total;
 #pragma unroll
-    for (int i = 1; i < kSplits; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-    if (thread % kSplits == 0) store_lse(job, place, row, highest, sum);
-    store_shared(base + kTotals + thread * 4, sum == 0.0f ? 0.0f : weight / sum);
+    for (int split = 0; split < kSplits; ++split) highest = fmaxf(highest, weight[split]);
+#pragma unroll
+    for (int split = 0; split < kSplits; ++split) {
+      const float top = weight[split];
+      weight[split] = top == -INFINITY ? 0.0f : exp2f(top - highest);
+      sum += weight[split] * total[split];
+    }
+    store_lse(job, place, first + thread, highest, sum);
+    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+#pragma unroll
+    for (int split = 0; split < kSplits; ++split) {
+      store_shared(base + kTotals + (thread * kSplits + split) * 4, weight[split] * factor);
+    }
   }
   named_barrier(kOfComputing, 256);
   // a thread has four columns of every other row
   const uint32_t from =
       base + kTiles + ((first + thread / 128) * kPartStride + thread % 128 * 4) * 4;
-  const int end = min(kRows, place.heads - first);
   for (int begin = thread / 128; begin < end; begin += 2 * kTogether) {
     float4 x[kTogether][kSplits];
 #pragma unroll
@@ -200,12 +205,16 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& 
   }
 }
 
-// The same for any number of blocks.
+// The same for any number of blocks that there may be.
 __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& place,
                                         uint32_t base, int splits, int thread) {
   switch (splits) {
     case 2: return combine<2>(job, place, base, thread);
+    case 3: return combine<3>(job, place, base, thread);
     case 4: return combine<4>(job, place, base, thread);
+    case 5: return combine<5>(job, place, base, thread);
+    case 6: return combine<6>(job, place, base, thread);
+    case 7: return combine<7>(job, place, base, thread);
     case 8: return combine<8>(job, place, base, thread);
     default: return combine<16>(job, place, base, thread);
   }

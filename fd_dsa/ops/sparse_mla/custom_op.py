@@ -225,14 +225,14 @@ class WideAttention(CustomAttention):
     most_heads = None
     takes_bfloat16 = takes_dequantized = True
     always_heads = 0
-    splits = (0, 1, 2, 4, 8, 16)
+    splits = (*range(9), 16)
     probed_heads = (64, 100)
 
     @staticmethod
     def is_faster(num_tokens: int, num_heads: int) -> bool:
-        """Between, Triton's splits fill the device better than clusters do."""
+        """For fewer blocks Triton's splits fill the device better than clusters do."""
         if num_heads <= MOST_HEADS:
             # bfloat16 latents: with half of its products padding it was faster for prompts
             return num_heads > FEW_HEADS and num_tokens >= 1024
         blocks = num_tokens * -(-num_heads // 64)
-        return 8 <= blocks <= 16 or blocks > 32
+        return blocks >= 4
