@@ -158,8 +158,8 @@ def test_which_kernel_is_for_so_many_heads(heads: int, kinds: tuple[Any, ...]) -
     [
         (16, (1, 7, 8192), ()),
         (32, (8, 8192), (1, 7)),
-        (64, (4, 8, 17, 32, 8192), (1, 3)),
-        (128, (2, 8, 17, 1024), (1,)),
+        (64, (5, 8, 17, 32, 8192), (1, 4)),
+        (128, (3, 8, 17, 1024), (1, 2)),
     ],
 )
 def test_where_it_is_faster(heads: int, faster: tuple[int, ...], slower: tuple[int, ...]) -> None:

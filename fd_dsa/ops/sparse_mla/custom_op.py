@@ -235,4 +235,4 @@ class WideAttention(CustomAttention):
             # bfloat16 latents: with half of its products padding it was faster for prompts
             return num_heads > FEW_HEADS and num_tokens >= 1024
         blocks = num_tokens * -(-num_heads // 64)
-        return blocks >= 4
+        return blocks > 4
