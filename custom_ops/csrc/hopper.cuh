@@ -133,6 +133,12 @@ __device__ __forceinline__ float4 load_cluster_float4(uint32_t address) {
   return x;
 }
 
+__device__ __forceinline__ float load_cluster_float(uint32_t address) {
+  float x;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+  return x;
+}
+
 __device__ __forceinline__ float2 load_cluster_float2(uint32_t address) {
   float2 x;
   asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"

@@ -2,7 +2,8 @@
 #ifndef FD_DSA_SPARSE_MLA_NARROW_COPY_CUH
 #define FD_DSA_SPARSE_MLA_NARROW_COPY_CUH
 
-#include "sparse_mla_narrow_values.cuh"
+#include "sparse_mla_narrow_layout.cuh"
+#include "sparse_mla_values.cuh"
 
 namespace fd_dsa::narrow {
 

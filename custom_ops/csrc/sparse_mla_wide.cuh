@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if defined(FD_DSA_HOPPER)
   constexpr bool kFp8 = kSource != Source::kBfloat16;
   if constexpr (kAlone) splits = 1;
-  extern __shared__ __align__(1024) unsigned char memory[];
-  const uint32_t base = shared_address(memory);
+  const uint32_t base = shared_address(shared_memory());
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32 % 4, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {

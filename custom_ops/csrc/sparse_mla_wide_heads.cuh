@@ -138,10 +138,10 @@ struct Computing {
   // Turns scores into weights; `shrink` is what older sums are to be multiplied with.
   __device__ __forceinline__ void weigh(float (&shrink)[2]) {
     const uint32_t seen_at = base + kSeen + kGroup * 8;
-    const uint32_t seen[2] = {load_shared_bits(seen_at), load_shared_bits(seen_at + 4)};
+    const uint32_t seen[2] = {load_shared(seen_at), load_shared(seen_at + 4)};
     const bool all = (seen[0] & seen[1]) == ~0u;
-    const float factor = load_shared(base + kFactors + row(0) * 4);
-    const float other_factor = load_shared(base + kFactors + row(1) * 4);
+    const float factor = load_shared_float(base + kFactors + row(0) * 4);
+    const float other_factor = load_shared_float(base + kFactors + row(1) * 4);
 #pragma unroll
     for (int i = 0; i < 32; ++i) scores[i] *= i >> 1 & 1 ? other_factor : factor;
     if (!all) {
@@ -166,7 +166,7 @@ struct Computing {
       for (int i = 0; i < 32; i += 4) {
 #pragma unroll
         for (int k = i + 2 * r; k < i + 2 * r + 2; ++k) {
-          asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(scores[k]) : "f"(scores[k] - from));
+          scores[k] = exp2_of(scores[k] - from);
           total[r] += scores[k];
         }
       }
@@ -175,8 +175,7 @@ struct Computing {
 
   // Takes another base of the exponentials.
   __device__ __forceinline__ float move_base(int r, float to) {
-    float shrink;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(shrink) : "f"(top[r] - to));
+    float shrink = exp2_of(top[r] - to);
     if (top[r] == to) shrink = 1.0f;
     top[r] = to;
     total[r] *= shrink;
@@ -216,7 +215,7 @@ struct Computing {
     float shrink[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      shrink[r] = move_base(r, load_shared(base + kTops + ((1 - kGroup) * kHeads + row(r)) * 4));
+      shrink[r] = move_base(r, load_shared_float(base + kTops + ((1 - kGroup) * kHeads + row(r)) * 4));
     }
     shrink_out(shrink);
   }

@@ -30,7 +30,7 @@ __device__ __forceinline__ void keep_place(uint32_t base, const Place& place) {
 
 __device__ __forceinline__ Place kept_place(uint32_t base) {
   const auto kept = [&](int i) {
-    return static_cast<int>(load_shared_bits(base + kPlace + i * 4));
+    return static_cast<int>(load_shared(base + kPlace + i * 4));
   };
   return {kept(0), kept(1), kept(2), kept(3)};
 }
@@ -68,8 +68,8 @@ __device__ __forceinline__ void add_totals(Computing<kFp8, kGroup>& my) {
   named_barrier_apart(kOfComputing, 256);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    my.total[r] = load_shared(my.base + kTotals + my.row(r) * 4) +
-                  load_shared(my.base + kTotals + (kHeads + my.row(r)) * 4);
+    my.total[r] = load_shared_float(my.base + kTotals + my.row(r) * 4) +
+                  load_shared_float(my.base + kTotals + (kHeads + my.row(r)) * 4);
   }
 }
 
@@ -135,7 +135,7 @@ __device__ __forceinline__ void leave_share(const Computing<kFp8, kGroup>& my) {
         base + kTiles + (my.row(r) * kPartStride + kGroup * 256 + my.lane % 4 * 2) * 4;
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
-      store_shared(row + j * 32, my.out[j * 4 + r * 2], my.out[j * 4 + r * 2 + 1]);
+      store_shared(row + j * 32, make_float2(my.out[j * 4 + r * 2], my.out[j * 4 + r * 2 + 1]));
     }
     // after the barrier of `add_totals`, so nobody reads a base or a total of a warpgroup any more
     if (kGroup == 0 && my.lane % 4 == 0) {
@@ -158,7 +158,7 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& 
 #pragma unroll
     for (int split = 0; split < kSplits; ++split) {
       const uint32_t there = address_at_rank(at, split);
-      weight[split] = load_cluster(there + kTops), total[split] = load_cluster(there + kShares);
+      weight[split] = load_cluster_float(there + kTops), total[split] = load_cluster_float(there + kShares);
     }
 #pragma unroll
     for (int split = 0; split < kSplits; ++split) highest = fmaxf(highest, weight[split]);
@@ -196,7 +196,7 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& 
       float4 sum = {0, 0, 0, 0};
 #pragma unroll
       for (int split = 0; split < kSplits; ++split) {
-        const float weight = load_shared(base + kTotals + (own * kSplits + split) * 4);
+        const float weight = load_shared_float(base + kTotals + (own * kSplits + split) * 4);
         const float4 y = x[k][split];
         sum.x += weight * y.x, sum.y += weight * y.y, sum.z += weight * y.z, sum.w += weight * y.w;
       }

@@ -4,6 +4,7 @@
 
 #include "hopper.cuh"
 #include "sparse_mla.h"
+#include "sparse_mla_values.cuh"
 #include "wgmma_wide.cuh"
 
 namespace fd_dsa::wide {
@@ -71,72 +72,6 @@ __device__ __forceinline__ Entries entries_of(const FdDsaSparseMla& job, int64_t
   const int begin = min(split * each, job.topk);
   return {job.slots + token * job.topk + begin, min(each, job.topk - begin)};
 }
-
-#if defined(FD_DSA_HOPPER)
-
-// The same number, of which the compiler knows nothing: what follows from it is computed where it
-// is used, and holds no registers elsewhere.
-__device__ __forceinline__ int unknown(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-
-template <typename T>
-__device__ __forceinline__ void store_shared(uint32_t at, T value) {
-  static_assert(sizeof(T) == 4);
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(*reinterpret_cast<uint32_t*>(&value))
-               : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t at, uint16_t value) {
-  asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(value) : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t at, uint4 x) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
-               "r"(x.w)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t at, float x, float y) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x), "f"(y) : "memory");
-}
-
-__device__ __forceinline__ float load_shared(uint32_t at) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ uint32_t load_shared_bits(uint32_t at) {
-  uint32_t x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ float load_cluster(uint32_t address) {
-  float x;
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
-  return x;
-}
-
-__device__ __forceinline__ uint32_t pack_half(float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-__device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
-// Half a word as a float: bfloat16 bits.
-__device__ __forceinline__ float low_of(uint32_t x) { return __uint_as_float(x << 16); }
-__device__ __forceinline__ float high_of(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
-
-#endif
 
 }  // namespace fd_dsa::wide
 

@@ -62,7 +62,7 @@ struct Copier {
 
   static __device__ __forceinline__ int tiles_up_to_last(uint32_t base) {
     uint32_t last = 0;
-    for (int i = 0; i < 4; ++i) last = max(last, load_shared_bits(base + kLast + i * 4));
+    for (int i = 0; i < 4; ++i) last = max(last, load_shared(base + kLast + i * 4));
     return (last + kKeys - 1) / kKeys;
   }
 
@@ -120,7 +120,7 @@ __device__ __forceinline__ void bring_rows(const Copier& copier) {
   const uint32_t first = tile_at(copier.base, 0) + lane / 8 * kBlock + copier.warp * (16 * 128) +
                          lane % 8 * 16;
   // entries are asked for two tiles ahead, where they were dequantized one
-  Dequantized dequantized{copier.job};
+  Dequantized dequantized{copier.job, 0, 0};
   int entry = copier.entry(0), next = copier.entry(1);
   const int last = copier.last_entry();
   if constexpr (kDequantized) dequantized.ask(copier.slot_of(entry));
@@ -151,35 +151,10 @@ __device__ __forceinline__ void bring_rows(const Copier& copier) {
   wait_for_copies();
 }
 
-// 16 bytes that are read once by this block, zeros instead where `read` is false. Not as constant
-// (ld.global.nc): such loads the compiler moves behind the next wait, when they are late.
-__device__ __forceinline__ uint4 load_16(const char* from, bool read) {
-  uint4 x;
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
-      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
-      "@p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
-      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
-      : "l"(from), "r"(static_cast<int>(read)));
-  return x;
-}
-
 // float16 values of two codes in half a word, times `scale` / 256; NaN stays NaN.
 template <bool kUpper>
 __device__ __forceinline__ uint32_t scaled(uint32_t word, uint32_t scale) {
-  uint32_t x;
-  if constexpr (kUpper) {
-    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high;}"
-        : "=r"(x)
-        : "r"(word));
-  } else {
-    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low;}"
-        : "=r"(x)
-        : "r"(word));
-  }
-  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0x1c001c00u));
-  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(x) : "r"(scale));
-  return x;
+  return times_halves(times_halves(values_of_codes<kUpper>(word), 0x1c001c00u), scale);
 }
 
 __device__ __forceinline__ uint4 scaled(uint32_t first, uint32_t second, uint32_t scale) {

@@ -108,16 +108,18 @@ def load_package() -> Any:
     return module
 
 
-def compile_library(source: Path, *folders: Path) -> Path:
-    """A library made of one file and the headers of some folders."""
+def compile_library(source: Path, *folders: Path, define: str = "") -> Path:
+    """A library made of one file and the headers of some folders, perhaps with a macro set."""
     headers = [path for folder in folders for path in sorted(folder.glob("*.*"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in [source, *headers]))
+    digest.update(define.encode())
     made = CACHE / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     if not made.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
         scratch = made.with_suffix(f".{os.getpid()}")
         flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Wextra"]
         flags += ["-Wno-unknown-pragmas", *(f"-I{folder}" for folder in folders)]
+        flags += [f"-D{define}"] if define else []
         subprocess.run([compiler(), *flags, source, "-o", scratch], check=True)
         scratch.replace(made)
     return made

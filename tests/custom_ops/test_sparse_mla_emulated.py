@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 import ctypes
-from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 
 from fd_dsa.ops.sparse_mla.custom_op import SparseMla
-from tests.custom_ops.building import EMULATED, SOURCES, compile_library
-from tests.ops.tensor_core_case import RANK, Case, make
+from tests.custom_ops.emulated_mla import EVERY_LANE, Arrays, library
+from tests.ops.tensor_core_case import Case, make
 
 ONE, TAKE_TURNS, WARPGROUPS, CHOSEN = 0, 1, 2, -1
 
 
-@cache
-def library() -> Any:
-    """The kernel in all its forms."""
-    source = EMULATED / "sparse_mla_emulated.cc"
-    return ctypes.CDLL(str(compile_library(source, EMULATED, SOURCES / "csrc")))
-
-
-def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy that begins at a multiple of 16 bytes, as memory of a GPU does."""
-    memory = np.empty(array.nbytes + 16, np.uint8)
-    start = -memory.ctypes.data % 16
-    found = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    found[...] = array
-    return found
-
-
-def run(case: Case, form: int, splits: int) -> tuple[np.ndarray, np.ndarray]:
+def run(case: Case, form: int, splits: int, define: str = "") -> tuple[np.ndarray, np.ndarray]:
     """float32 result and logarithms in memory that held NaN."""
-    num_tokens, num_heads, _ = case.q.shape
-    q, cache_, slots = aligned(case.q_bits), aligned(case.cache), aligned(case.slots)
-    out = aligned(np.full((num_tokens, num_heads, RANK), np.nan, np.float32))
-    lse = np.full((num_tokens, num_heads), np.nan, np.float32)
-    job = SparseMla(
-        *(x.ctypes.data for x in (q, cache_, slots, out, lse)),
-        case.scale,
-        num_tokens,
-        num_heads,
-        case.slots.shape[1],
-        len(case.latents),
-        0,
-        splits,
-        1,
-    )
-    assert library().sparse_mla_emulated(ctypes.byref(job), form) == 0
-    return out, lse
+    arrays = Arrays(case)
+    job = arrays.job(splits)
+    assert library(define).sparse_mla_emulated(ctypes.byref(job), form) == 0
+    return arrays.out, arrays.lse
 
 
 @pytest.mark.parametrize(
@@ -159,6 +128,12 @@ def test_the_same_bits_in_any_order_of_threads(heads: int, form: int) -> None:
     first, again = run(case, form, 2), run(case, form, 2)
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+
+
+@pytest.mark.parametrize(("heads", "form"), [(6, ONE), (8, TAKE_TURNS), (9, WARPGROUPS)])
+def test_each_lane_may_arrive_by_itself(heads: int, form: int) -> None:
+    case = make("fp8_ds_mla", [300], 300, heads=heads)
+    case.check(*run(case, form, 2, EVERY_LANE))
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,18 @@ inline void run(std::vector<std::unique_ptr<Fiber>>& fibers) {
   if (!later.empty()) abort();
 }
 
+inline std::unique_ptr<Fiber> make_fiber(Block& block, unsigned thread) {
+  auto fiber = std::make_unique<Fiber>();
+  fiber->thread = thread;
+  fiber->block = &block;
+  fiber->stack = std::make_unique<char[]>(kStackBytes);
+  getcontext(&fiber->context);
+  fiber->context.uc_stack.ss_sp = fiber->stack.get();
+  fiber->context.uc_stack.ss_size = kStackBytes;
+  makecontext(&fiber->context, begin, 0);
+  return fiber;
+}
+
 inline void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsigned size) {
   const unsigned threads = config.blockDim.x;
   Cluster cluster;
@@ -229,15 +241,7 @@ inline void run_cluster(const cudaLaunchConfig_t& config, unsigned first, unsign
     block->memory.assign(config.dynamicSmemBytes + 16, 0xa5);
     block->cluster = &cluster;
     for (unsigned thread = 0; thread < threads; ++thread) {
-      auto fiber = std::make_unique<Fiber>();
-      fiber->thread = thread;
-      fiber->block = block.get();
-      fiber->stack = std::make_unique<char[]>(kStackBytes);
-      getcontext(&fiber->context);
-      fiber->context.uc_stack.ss_sp = fiber->stack.get();
-      fiber->context.uc_stack.ss_size = kStackBytes;
-      makecontext(&fiber->context, begin, 0);
-      fibers.push_back(std::move(fiber));
+      fibers.push_back(make_fiber(*block, thread));
     }
     cluster.blocks.push_back(std::move(block));
   }
@@ -257,8 +261,9 @@ inline void __syncthreads() { emulated::wait_at(emulated::current->block->barrie
 
 inline void __syncwarp() { emulated::gather(0); }
 
-inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane) {
-  return static_cast<uint32_t>(emulated::gather(value)[lane]);
+inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane, int width = emulated::kLanes) {
+  const int first = static_cast<int>(emulated::lane()) / width * width;
+  return static_cast<uint32_t>(emulated::gather(value)[first + lane % width]);
 }
 inline uint32_t __shfl_up_sync(unsigned, uint32_t value, unsigned step) {
   const unsigned lane = emulated::lane();

@@ -63,37 +63,70 @@ inline void barrier_arrive_expecting(uint32_t barrier, uint32_t bytes) {
   found.check();
 }
 inline void barrier_arrive(uint32_t barrier) { barrier_arrive_expecting(barrier, 0); }
+#if defined(FD_DSA_EVERY_LANE_ARRIVES)
+constexpr int kWarpArrivals = 32;
+#else
 constexpr int kWarpArrivals = 1;
+#endif
 inline void warp_arrive(uint32_t barrier, int lane) {
   __syncwarp();
-  if (lane == 0) barrier_arrive(barrier);
+  if (kWarpArrivals == 32 || lane == 0) barrier_arrive(barrier);
 }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   while (barrier_at(barrier).parity == parity) emulated::yield();
 }
 
-inline void named_barrier(int number, int threads) {
+inline emulated::Barrier& named_barrier_at(int number, int threads) {
   static std::map<std::pair<emulated::Block*, int>, emulated::Barrier> all;
   emulated::Barrier& barrier = all[{&own(), number}];
   barrier.members = threads;
-  emulated::wait_at(barrier);
+  return barrier;
+}
+inline void named_barrier(int number, int threads) {
+  emulated::wait_at(named_barrier_at(number, threads));
 }
 
 inline void named_barrier_apart(int number, int threads) { named_barrier(number, threads); }
 
-// Lands soon, and sometimes long after copies that were asked for later.
-inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+// Soon, and sometimes long after what was asked for later.
+inline void happens_later(std::function<void()> what) {
   static uint32_t seed = 7;
   seed = seed * 1664525u + 1013904223u;
-  if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) abort();
   const int longer = (seed >> 20 & 63) == 0 ? 100 : 1;
+  emulated::later.push_back({1 + static_cast<int>(seed >> 29) * longer, std::move(what)});
+}
+
+inline void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) abort();
   unsigned char* there = resolve(to, bytes);
   CopyBarrier& found = barrier_at(barrier);
-  emulated::later.push_back({1 + static_cast<int>(seed >> 29) * longer, [=, &found] {
-                               std::memcpy(there, from, bytes);
-                               found.bytes -= static_cast<int>(bytes);
-                               found.check();
-                             }});
+  happens_later([=, &found] {
+    std::memcpy(there, from, bytes);
+    found.bytes -= static_cast<int>(bytes);
+    found.check();
+  });
+}
+
+// What a thread has under way of one kind.
+template <int kKind>
+int& under_way() {
+  static std::map<emulated::Fiber*, int> all;
+  return all[emulated::current];
+}
+
+inline void store_bulk(void* to, uint32_t from, uint32_t bytes) {
+  if (from % 16 != 0 || reinterpret_cast<uintptr_t>(to) % 16 != 0 || bytes % 16 != 0) abort();
+  const unsigned char* there = resolve(from, bytes);
+  int& left = under_way<0>();
+  ++left;
+  happens_later([=, &left] {
+    std::memcpy(to, there, bytes);
+    --left;
+  });
+}
+inline void wait_for_bulk_stores() {
+  const int& left = under_way<0>();
+  while (left > 0) emulated::yield();
 }
 
 inline void cluster_sync() { emulated::wait_at(own().cluster->barrier); }
@@ -102,6 +135,11 @@ inline uint32_t address_at_rank(uint32_t address, uint32_t rank) {
   return (rank + 1) * kWindow + address % kWindow;
 }
 
+inline float load_cluster_float(uint32_t address) {
+  float x;
+  std::memcpy(&x, resolve(address, sizeof(x), true), sizeof(x));
+  return x;
+}
 inline float4 load_cluster_float4(uint32_t address) {
   float4 x;
   std::memcpy(&x, resolve(address, sizeof(x), true), sizeof(x));

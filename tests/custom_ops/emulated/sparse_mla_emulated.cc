@@ -1,10 +1,12 @@
-// The kernel of sparse MLA for few heads on the emulated GPU, in a form of the caller's choice.
+// The kernels of sparse MLA on the emulated GPU, that for few heads in a form of the caller's choice.
 #include "hopper.cuh"
 // the others come first, so that their guards keep the hardware's own out
-#include "sparse_mla_narrow_values.cuh"
+#include "sparse_mla_values.cuh"
 #include "wgmma_rows.cuh"
+#include "wgmma_wide.cuh"
 
 #include "sparse_mla_narrow.cuh"
+#include "sparse_mla_wide.cuh"
 
 using fd_dsa::narrow::Form;
 
@@ -18,6 +20,10 @@ extern "C" int sparse_mla_emulated(const FdDsaSparseMla* job, int form) {
                                : launch_warpgroups<16>(*job, nullptr);
   }
   return launch_narrow(*job, nullptr);
+}
+
+extern "C" int sparse_mla_wide_emulated(const FdDsaSparseMla* job) {
+  return fd_dsa::wide::launch_wide(*job, nullptr);
 }
 
 // Among how many blocks the launcher splits a token, with room for `clusters` / n clusters of n.

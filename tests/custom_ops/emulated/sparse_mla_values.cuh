@@ -1,14 +1,16 @@
-// Stands in for custom_ops/csrc/sparse_mla_narrow_values.cuh, whose guard it takes.
-#ifndef FD_DSA_SPARSE_MLA_NARROW_VALUES_CUH
-#define FD_DSA_SPARSE_MLA_NARROW_VALUES_CUH
+// Stands in for custom_ops/csrc/sparse_mla_values.cuh, whose guard it takes.
+#ifndef FD_DSA_SPARSE_MLA_VALUES_CUH
+#define FD_DSA_SPARSE_MLA_VALUES_CUH
 
-#include "sparse_mla_narrow_layout.cuh"
+#include "hopper.cuh"
 
 struct __nv_bfloat16 {
   uint16_t bits;
 };
 
-namespace fd_dsa::narrow {
+namespace fd_dsa::hopper {
+
+inline int unknown(int x) { return x; }
 
 template <typename T>
 void store_shared(uint32_t at, T value) {
@@ -22,6 +24,7 @@ T load_shared_as(uint32_t at) {
   return value;
 }
 inline uint32_t load_shared(uint32_t at) { return load_shared_as<uint32_t>(at); }
+inline float load_shared_float(uint32_t at) { return load_shared_as<float>(at); }
 inline float2 load_shared_float2(uint32_t at) { return load_shared_as<float2>(at); }
 inline float4 load_shared_float4(uint32_t at) { return load_shared_as<float4>(at); }
 inline uint4 load_shared_uint4(uint32_t at) { return load_shared_as<uint4>(at); }
@@ -53,6 +56,19 @@ uint32_t values_of_codes(uint32_t word) {
   return half_bits(value_of_code(word & 255)) | half_bits(value_of_code(word >> 8 & 255)) << 16;
 }
 
+inline uint32_t times_halves(uint32_t x, uint32_t y) {
+  return half_bits(value_of<false>(x) * value_of<false>(y)) |
+         half_bits(value_of<false>(x >> 16) * value_of<false>(y >> 16)) << 16;
+}
+
+inline uint4 load_16(const char* from, bool read) {
+  uint4 x = {};
+  if (!read) return x;
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) abort();
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
 inline float exp2_of(float x) { return std::exp2(x); }
 inline uint32_t pack_half(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
 inline uint32_t pack_bfloat16(float low, float high) {
@@ -61,6 +77,6 @@ inline uint32_t pack_bfloat16(float low, float high) {
 inline float low_of(uint32_t x) { return __uint_as_float(x << 16); }
 inline float high_of(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 
-}  // namespace fd_dsa::narrow
+}  // namespace fd_dsa::hopper
 
-#endif  // FD_DSA_SPARSE_MLA_NARROW_VALUES_CUH
+#endif  // FD_DSA_SPARSE_MLA_VALUES_CUH
