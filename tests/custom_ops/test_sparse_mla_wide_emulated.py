@@ -25,21 +25,21 @@ def run(
     return arrays.out, arrays.lse
 
 
-@pytest.mark.parametrize("cache", [FP8, BFLOAT16])
 @pytest.mark.parametrize(
-    ("heads", "splits", "counts"),
+    ("cache", "heads", "splits", "counts"),
     [
-        (64, 1, [0, 1, 63, 64, 65]),
-        (33, 1, [127, 129]),
-        (70, 1, [192]),
-        (128, 2, [130, 0]),
-        (64, 3, [200]),
-        (48, 4, [65, 256]),
-        (17, 5, [321]),
-        (40, 7, [450]),
-        (64, 8, [1, 500]),
-        (64, 16, [1000]),
-        (64, 0, [300]),
+        (FP8, 64, 1, [0, 1, 63, 64, 65]),
+        (BFLOAT16, 33, 1, [127, 129]),
+        (FP8, 70, 1, [192]),
+        (BFLOAT16, 128, 2, [130, 0]),
+        (FP8, 64, 3, [200]),
+        (BFLOAT16, 48, 4, [65, 256]),
+        (FP8, 17, 5, [321]),
+        (BFLOAT16, 64, 6, [390]),
+        (FP8, 40, 7, [450]),
+        (BFLOAT16, 64, 8, [500]),
+        (FP8, 64, 16, [520]),
+        (BFLOAT16, 64, 0, [300]),
     ],
 )
 def test_heads_splits_and_edges_of_tiles(
@@ -58,8 +58,7 @@ def test_slots_without_a_place_are_skipped_anywhere(cache: str, splits: int) -> 
     case.check(*run(case, splits))
 
 
-@pytest.mark.parametrize("cache", [FP8, BFLOAT16])
-@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(("cache", "splits"), [(FP8, 1), (BFLOAT16, 1), (FP8, 5)])
 def test_bfloat16_is_the_float32_result_rounded(cache: str, splits: int) -> None:
     case = make(cache, [100, 0], 100, heads=41)
     (found, lse), (whole, wanted) = run(case, splits, True), run(case, splits)
@@ -104,7 +103,7 @@ def test_the_same_bits_in_any_order_of_threads(cache: str, splits: int) -> None:
 
 @pytest.mark.parametrize(("cache", "splits"), [(FP8, 1), (BFLOAT16, 2)])
 def test_each_lane_may_arrive_by_itself(cache: str, splits: int) -> None:
-    case = make(cache, [300], 300, heads=64)
+    case = make(cache, [200], 200, heads=64)
     case.check(*run(case, splits, define=EVERY_LANE))
 
 
@@ -137,10 +136,10 @@ class Prompts:
         return self.arrays.out, self.arrays.lse
 
 
-@pytest.mark.parametrize(("heads", "splits"), [(64, 1), (100, 1), (64, 2), (40, 5)])
+@pytest.mark.parametrize(("heads", "splits"), [(64, 1), (70, 1), (40, 3)])
 def test_what_was_dequantized_gives_the_same_bits(heads: int, splits: int) -> None:
-    case = make(FP8, [130, 65, 200, 0], 210, heads=heads, num_slots=256)
-    found = Prompts(case, [0, 2, 3]).run(splits)
+    case = make(FP8, [130, 65, 0], 140, heads=heads, num_slots=256)
+    found = Prompts(case, [0, 2]).run(splits)
     case.check(*found)
     for one, other in zip(found, run(case, splits), strict=True):
         np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
