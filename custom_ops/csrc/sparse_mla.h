@@ -45,13 +45,14 @@ extern "C" struct FdDsaSparseMla {
 
 static_assert(sizeof(FdDsaSparseMla) == 120, "fd_dsa.ops.sparse_mla.custom_op has the same");
 
-// Both fill `out` and `lse` in one launch, on Hopper alone (sm_90). They return a cudaError_t,
-// 0 = success. They allocate nothing, wait for nothing; the same input gives the same bits.
+// Both fill `out` and `lse`, on Hopper alone (sm_90), and return a cudaError_t, 0 = success. They
+// allocate nothing, wait for nothing; the same input gives the same bits.
 
-// 1 to 32 heads over records; 1 to 16 splits.
+// 1 to 32 heads over records; 1 to 16 splits. One launch.
 extern "C" int fd_dsa_sparse_mla_narrow_cuda(const FdDsaSparseMla* job, void* stream);
 
-// Blocks of 64 heads over either cache; 1 to 8 or 16 splits.
+// Blocks of 64 heads over either cache; 1 to 8 or 16 splits. One launch, or two where tokens do not
+// fill the device whole times.
 extern "C" int fd_dsa_sparse_mla_wide_cuda(const FdDsaSparseMla* job, void* stream);
 
 // Size of the structure, which a caller in another language compares with its own.

@@ -13,10 +13,9 @@
 #ifndef FD_DSA_SPARSE_MLA_WIDE_CUH
 #define FD_DSA_SPARSE_MLA_WIDE_CUH
 
-#include <cmath>
-
 #include "sparse_mla_launch.cuh"
 #include "sparse_mla_wide_heads.cuh"
+#include "sparse_mla_wide_plan.cuh"
 #include "sparse_mla_wide_results.cuh"
 #include "sparse_mla_wide_shared.cuh"
 #include "sparse_mla_wide_tiles.cuh"
@@ -130,8 +129,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-using sparse_mla::kMostSplits;
-
 using Kernel = void(FdDsaSparseMla, int);
 
 inline cudaLaunchConfig_t config_for(unsigned blocks, int splits, cudaLaunchAttribute& cluster,
@@ -145,52 +142,29 @@ inline cudaLaunchConfig_t config_for(unsigned blocks, int splits, cudaLaunchAttr
   return config;
 }
 
-// How many clusters of a size the device holds at once.
-inline cudaError_t clusters_at_once(Kernel* kernel, int splits, int& clusters) {
-  // asked once for each size: GPUs of a process are of one kind
-  static std::atomic<int> known[kMostSplits + 1];
-  clusters = known[splits];
-  if (clusters > 0) return cudaSuccess;
-  cudaError_t error;
-  if (splits == 1) {
-    int device = 0;
-    error = cudaGetDevice(&device);
-    if (error == cudaSuccess) {
-      error = cudaDeviceGetAttribute(&clusters, cudaDevAttrMultiProcessorCount, device);
+// What a device holds at once of clusters of each size; 0 where it cannot have them.
+inline cudaError_t find_room(Kernel* kernel, Room& room) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&room[1], cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error != cudaSuccess) return error;
+  // asked once, of the first device: those of a machine are alike
+  static const Room clusters = [&] {
+    Room found = {};
+    for (int splits = 2; splits <= kMostSplits; ++splits) {
+      if (!may_split(splits)) continue;
+      cudaLaunchAttribute cluster;
+      const cudaLaunchConfig_t config = config_for(splits * 1024, splits, cluster, nullptr);
+      if (cudaOccupancyMaxActiveClusters(&found[splits], kernel, &config) != cudaSuccess) {
+        found[splits] = 0;
+        cudaGetLastError();
+      }
     }
-  } else {
-    cudaLaunchAttribute cluster;
-    const cudaLaunchConfig_t config = config_for(splits * 1024, splits, cluster, nullptr);
-    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
-  }
-  known[splits] = clusters;
-  return error;
-}
-
-// Among how many blocks a token and 64 heads may be split.
-inline bool may_split(int splits) {
-  return (splits > 0 && splits <= 8) || splits == kMostSplits;
-}
-
-// In how many blocks the entries of a token are cut: the least estimate of rounds of blocks on the
-// device, times the tiles of a block and what it costs beside them.
-inline cudaError_t choose_splits(const FdDsaSparseMla& job, Kernel* kernel, int& best) {
-  constexpr float kStartTiles = 4.0f, kCombineTiles = 1.0f;
-  const int64_t items =
-      static_cast<int64_t>(job.num_tokens) * ((job.num_heads + kHeads - 1) / kHeads);
-  const int tiles = (job.topk + kKeys - 1) / kKeys;
-  float least = INFINITY;
-  for (int splits = 1; splits <= kMostSplits && (splits == 1 || splits <= tiles); ++splits) {
-    if (!may_split(splits)) continue;
-    int at_once = 0;
-    const cudaError_t error = clusters_at_once(kernel, splits, at_once);
-    if (error != cudaSuccess) return error;
-    if (at_once == 0) continue;
-    const int64_t rounds = (items + at_once - 1) / at_once;
-    const float cost = rounds * ((tiles + splits - 1) / splits + kStartTiles +
-                                 (splits > 1 ? kCombineTiles : 0.0f));
-    if (cost < least) least = cost, best = splits;
-  }
+    return found;
+  }();
+  std::copy(clusters.begin() + 2, clusters.end(), room.begin() + 2);
   return cudaSuccess;
 }
 
@@ -208,16 +182,31 @@ static int launch_form(const FdDsaSparseMla& job, int splits, void* stream) {
 }
 
 template <Source kSource>
+static int launch_part(const FdDsaSparseMla& job, const Part& part, int first, void* stream) {
+  if (part.tokens == 0) return 0;
+  const FdDsaSparseMla tokens = tokens_of(job, first, part.tokens);
+  return part.splits == 1 ? launch_form<kSource, true>(tokens, part.splits, stream)
+                          : launch_form<kSource, false>(tokens, part.splits, stream);
+}
+
+template <Source kSource>
+static int launch_plan(const FdDsaSparseMla& job, const Plan& plan, void* stream) {
+  const int error = launch_part<kSource>(job, plan.first, 0, stream);
+  return error != 0 ? error : launch_part<kSource>(job, plan.rest, plan.first.tokens, stream);
+}
+
+template <Source kSource>
 static int launch_source(const FdDsaSparseMla& job, void* stream) {
-  int splits = job.splits;
-  if (splits == 0) {
+  Plan plan = {{job.num_tokens, job.splits}, {0, 0}};
+  if (job.splits == 0) {
     static std::atomic<uint64_t> prepared{0};
+    Room room = {};
     cudaError_t error = sparse_mla::prepare(attend<kSource, false>, kBytes, prepared);
-    if (error == cudaSuccess) error = choose_splits(job, attend<kSource, false>, splits);
+    if (error == cudaSuccess) error = find_room(attend<kSource, false>, room);
     if (error != cudaSuccess) return static_cast<int>(error);
+    plan = plan_for(job.num_tokens, (job.num_heads + kHeads - 1) / kHeads, job.topk, room);
   }
-  return splits == 1 ? launch_form<kSource, true>(job, splits, stream)
-                     : launch_form<kSource, false>(job, splits, stream);
+  return launch_plan<kSource>(job, plan, stream);
 }
 
 inline int launch_wide(const FdDsaSparseMla& job, void* stream) {

@@ -127,13 +127,17 @@ class Prompts:
 
     def run(self, splits: int) -> tuple[np.ndarray, np.ndarray]:
         """As `run`."""
+        assert library().sparse_mla_wide_emulated(ctypes.byref(self.job(splits))) == 0
+        return self.arrays.out, self.arrays.lse
+
+    def job(self, splits: int) -> SparseMla:
+        """The structure of a launch; as long as this object lives."""
         job = self.arrays.job(splits)
         job.dequantized, job.dequantized_blocks = self.values.ctypes.data, self.blocks.ctypes.data
         job.is_dequantized, job.batch_id_per_token = self.flags.ctypes.data, self.ids.ctypes.data
         job.num_rows, job.block_size = len(self.flags), BLOCK
         job.dequantized_slots = self.values.shape[0] * BLOCK
-        assert library().sparse_mla_wide_emulated(ctypes.byref(job)) == 0
-        return self.arrays.out, self.arrays.lse
+        return job
 
 
 @pytest.mark.parametrize(("heads", "splits"), [(64, 1), (70, 1), (40, 3)])
@@ -165,6 +169,72 @@ def test_places_that_are_none_are_skipped() -> None:
     found = prompts.run(1)
     case.slots[np.isin(case.slots // BLOCK, lost)] = -1
     case.check(*found)
+
+
+@pytest.mark.parametrize(
+    ("cache", "heads", "is_bfloat16"),
+    [(FP8, 64, True), (BFLOAT16, 40, False), (BFLOAT16, 70, True)],
+)
+def test_two_launches_give_what_one_gives(cache: str, heads: int, is_bfloat16: bool) -> None:
+    case = make(cache, [70, 0, 33], 70, heads=heads)
+    arrays = Arrays(case, is_bfloat16)
+    job = arrays.job(0)
+    assert library().sparse_mla_wide_in_two(ctypes.byref(job), 2, 1, 2) == 0
+    wanted = [run(case, splits, is_bfloat16) for splits in (1, 2)]
+    for k, found in enumerate((arrays.out, arrays.lse)):
+        np.testing.assert_array_equal(found[:2], wanted[0][k][:2])
+        np.testing.assert_array_equal(found[2:], wanted[1][k][2:])
+
+
+def test_a_second_launch_knows_the_rows_of_its_tokens() -> None:
+    case = make(FP8, [30, 40], 40, heads=64, num_slots=256)
+    prompts = Prompts(case, [1])
+    # whose records are not read any more
+    broken = case.cache[case.slots[1]].copy()
+    case.cache[case.slots[1]] = 0xFF
+    prompts.arrays = Arrays(case)
+    job = prompts.job(0)
+    assert library().sparse_mla_wide_in_two(ctypes.byref(job), 1, 1, 1) == 0
+    case.cache[case.slots[1]] = broken
+    case.slots, case.q = case.slots[1:], case.q[1:]
+    case.check(prompts.arrays.out[1:], prompts.arrays.lse[1:])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "groups", "plan"),
+    [
+        (1, 1, (1, 16, 0, 0)),
+        (16, 1, (16, 8, 0, 0)),
+        (64, 1, (64, 2, 0, 0)),
+        (128, 1, (128, 1, 0, 0)),
+        (132, 1, (132, 1, 0, 0)),
+        (140, 1, (132, 1, 8, 16)),
+        (176, 1, (132, 1, 44, 3)),
+        (256, 1, (256, 1, 0, 0)),
+        (300, 1, (264, 1, 36, 3)),
+        (70, 2, (66, 1, 4, 16)),
+        (2046, 2, (2046, 1, 0, 0)),
+    ],
+)
+def test_tokens_that_do_not_fill_the_device_whole_times(
+    tokens: int, groups: int, plan: tuple[int, ...]
+) -> None:
+    found = (ctypes.c_int * 4)()
+    library().sparse_mla_wide_plan(tokens, groups, 2048, 132, found)
+    assert tuple(found) == plan
+
+
+@pytest.mark.parametrize("topk", [0, 1, 64, 65, 2048])
+def test_every_token_is_in_one_launch(topk: int) -> None:
+    found = (ctypes.c_int * 4)()
+    for tokens in range(1, 700):
+        for groups, blocks in ((1, 132), (2, 132), (3, 20), (5, 4)):
+            library().sparse_mla_wide_plan(tokens, groups, topk, blocks, found)
+            first, splits, rest, of_rest = found
+            assert first > 0 and rest >= 0 and first + rest == tokens
+            for part, number in ((first, splits), (rest, of_rest)):
+                least_tiles = max(1, -(-topk // 64))
+                assert part == 0 or 1 <= number <= min(least_tiles, blocks)
 
 
 @pytest.mark.parametrize("splits", [-1, 9, 12, 17])

@@ -112,7 +112,7 @@ class CustomAttention(ABC):
             LaunchError: a tensor is not contiguous, or not on the device of the others.
             DeviceError: the CUDA runtime refuses the launch, or earlier work has failed.
 
-        Cost: one launch; no allocation, no wait.
+        Cost: one launch, of blocks of 64 heads at most two; no allocation, no wait.
         """
         is_fp8 = check_tensors(self._name, q, cache, slots, out, lse)
         num_tokens, num_heads, _ = q.shape
