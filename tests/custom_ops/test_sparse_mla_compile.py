@@ -11,13 +11,9 @@ from custom_ops import build_library
 from tests.custom_ops.test_build import toolkit
 
 
-@pytest.mark.parametrize(
-    # of the many: a few addresses of the warps that bring records; a thread's sums are 512 bytes
-    ("name", "kernels", "most_spilled"),
-    [("wide", 2, 64), ("narrow", 4, 0)],
-)
-def test_products_are_not_serialised_and_sums_stay_in_registers(
-    tmp_path: Path, name: str, kernels: int, most_spilled: int
+@pytest.mark.parametrize(("name", "kernels"), [("wide", 6), ("narrow", 4)])
+def test_products_are_not_serialised_and_nothing_is_spilled(
+    tmp_path: Path, name: str, kernels: int
 ) -> None:
     home = toolkit()
     source = build_library.SOURCES / f"sparse_mla_{name}.cu"
@@ -32,4 +28,4 @@ def test_products_are_not_serialised_and_sums_stay_in_registers(
         for line in done.stderr.splitlines()
         if "bytes spill stores" in line
     ]
-    assert len(spilled) == kernels and max(spilled) <= most_spilled, done.stderr
+    assert spilled == [0] * kernels, done.stderr

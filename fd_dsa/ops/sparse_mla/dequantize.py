@@ -132,7 +132,9 @@ def dequantize_kernel(
             offset = first + tl.arange(0, RECORDS)
             slot = tl.where(is_block, block, 0).to(tl.int64) * BLOCK_SIZE + offset
             target = (place * BLOCK_SIZE + offset).to(tl.int64)
-            mask = is_block & (offset < left) & (offset < BLOCK_SIZE)
+            # a vector throughout: Triton 3.9 interprets no mixed masks
+            mask = (offset < tl.minimum(left, BLOCK_SIZE)) & (offset * 0 <= block)
+            mask &= offset * 0 + block < num_blocks
             _dequantize_slots(cache_ptr, values_ptr, slot, target, mask)
 
 
