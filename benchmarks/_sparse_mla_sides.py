@@ -171,36 +171,38 @@ class Ours:
 
         Records of a prompt are dequantized first where the package does it.
         """
-        attend = self._kernel(inputs)
-        if attend is None or not (inputs.is_prompt and inputs.fp8 and attend.takes_dequantized):
-            return self._cuda_call(attend, inputs, lambda: None)
-        return self._cuda_call(attend, inputs, _dequantizing(inputs))
+        attend = _kernel(inputs)
+        if attend is None:
+            return None
+        first = _dequantizing(inputs) if _is_dequantized(attend, inputs) else lambda: None
+        return self._cuda_call(attend, inputs, first)
 
     def records_call(self, inputs: Inputs) -> _gpu.Call | None:
         """The same without, where `cuda_call` dequantizes; else None."""
-        attend = self._kernel(inputs)
-        if attend is None or not (inputs.is_prompt and inputs.fp8 and attend.takes_dequantized):
+        attend = _kernel(inputs)
+        if attend is None or not _is_dequantized(attend, inputs):
             return None
         return self._cuda_call(attend, inputs, lambda: None)
 
-    def _kernel(self, inputs: Inputs) -> CustomAttention | None:
-        """A kernel of the library, if there is one."""
-        kind, path = kind_for(inputs.heads, inputs.fp8), _custom_ops.library()
-        return None if kind is None or path is None else kind(ctypes.CDLL(str(path)))
-
     def _cuda_call(
-        self,
-        attend: CustomAttention | None,
-        inputs: Inputs,
-        dequantized: Callable[[], Dequantized | None],
-    ) -> _gpu.Call | None:
-        """One call over what is dequantized before."""
-        if attend is None:
-            return None
+        self, attend: CustomAttention, inputs: Inputs, first: Callable[[], Dequantized | None]
+    ) -> _gpu.Call:
+        """One call over what is dequantized first."""
         options = {"softmax_scale": SCALE, "lse": self.lse}
         return lambda: attend(
-            inputs.q, inputs.cache, inputs.slots, self.out, dequantized=dequantized(), **options
+            inputs.q, inputs.cache, inputs.slots, self.out, dequantized=first(), **options
         )
+
+
+def _kernel(inputs: Inputs) -> CustomAttention | None:
+    """A kernel of the library for so many heads, if there is one."""
+    kind, path = kind_for(inputs.heads, inputs.fp8), _custom_ops.library()
+    return None if kind is None or path is None else kind(ctypes.CDLL(str(path)))
+
+
+def _is_dequantized(attend: CustomAttention, inputs: Inputs) -> bool:
+    """Whether the package dequantizes these records before."""
+    return inputs.is_prompt and inputs.fp8 and attend.takes_dequantized
 
 
 def _dequantizing(inputs: Inputs) -> Callable[[], Dequantized | None]:
