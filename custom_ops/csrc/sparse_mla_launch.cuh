@@ -2,6 +2,7 @@
 #ifndef FD_DSA_SPARSE_MLA_LAUNCH_CUH
 #define FD_DSA_SPARSE_MLA_LAUNCH_CUH
 
+#include <array>
 #include <atomic>
 
 #include "common.cuh"
@@ -30,6 +31,18 @@ cudaError_t prepare(Kernel* kernel, int32_t bytes, std::atomic<uint64_t>& done) 
   }
   if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
   return error;
+}
+
+// [n]: clusters of n blocks that a device holds at once.
+using Room = std::array<int, kMostSplits + 1>;
+
+// How many clusters of a launch a device holds at once; 0 where it cannot have them.
+template <typename Kernel>
+int clusters_at_once(Kernel* kernel, const cudaLaunchConfig_t& config) {
+  int found = 0;
+  if (cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess) return found;
+  cudaGetLastError();
+  return 0;
 }
 
 }  // namespace fd_dsa::sparse_mla

@@ -14,7 +14,6 @@
 #define FD_DSA_SPARSE_MLA_NARROW_CUH
 
 #include <algorithm>
-#include <array>
 
 #include "sparse_mla_launch.cuh"
 #include "sparse_mla_narrow_copy.cuh"
@@ -62,12 +61,10 @@ __global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
 // ---- launches
 
 using sparse_mla::kMostSplits;
+using sparse_mla::Room;
 
 // clusters of more than 8 blocks are slow to start unless there are few
 constexpr int kMostOfMany = 8, kFewTokens = 4;
-
-// [n]: clusters of n blocks that a device holds at once.
-using Room = std::array<int, kMostSplits + 1>;
 
 // Among how many blocks a token is split: the least estimate, in tiles, of rounds of clusters times
 // the tiles of a block and what it costs beside them; and of putting results together.
@@ -113,10 +110,7 @@ static int launch_shape(FdDsaSparseMla job, void (*kernel)(FdDsaSparseMla), void
       for (unsigned splits = 1; splits <= kMostSplits; ++splits) {
         set_splits(splits);
         config.gridDim = dim3(splits);
-        if (cudaOccupancyMaxActiveClusters(&found[splits], kernel, &config) != cudaSuccess) {
-          found[splits] = 0;
-          cudaGetLastError();
-        }
+        found[splits] = sparse_mla::clusters_at_once(kernel, config);
       }
       return found;
     }();

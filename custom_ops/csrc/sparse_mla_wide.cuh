@@ -142,32 +142,6 @@ inline cudaLaunchConfig_t config_for(unsigned blocks, int splits, cudaLaunchAttr
   return config;
 }
 
-// What a device holds at once of clusters of each size; 0 where it cannot have them.
-inline cudaError_t find_room(Kernel* kernel, Room& room) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&room[1], cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error != cudaSuccess) return error;
-  // asked once, of the first device: those of a machine are alike
-  static const Room clusters = [&] {
-    Room found = {};
-    for (int splits = 2; splits <= kMostSplits; ++splits) {
-      if (!may_split(splits)) continue;
-      cudaLaunchAttribute cluster;
-      const cudaLaunchConfig_t config = config_for(splits * 1024, splits, cluster, nullptr);
-      if (cudaOccupancyMaxActiveClusters(&found[splits], kernel, &config) != cudaSuccess) {
-        found[splits] = 0;
-        cudaGetLastError();
-      }
-    }
-    return found;
-  }();
-  std::copy(clusters.begin() + 2, clusters.end(), room.begin() + 2);
-  return cudaSuccess;
-}
-
 // Static, so that two libraries in one process have flags of their own.
 template <Source kSource, bool kAlone>
 static int launch_form(const FdDsaSparseMla& job, int splits, void* stream) {
@@ -175,10 +149,9 @@ static int launch_form(const FdDsaSparseMla& job, int splits, void* stream) {
   Kernel* const kernel = attend<kSource, kAlone>;
   const cudaError_t error = sparse_mla::prepare(kernel, kBytes, prepared);
   if (error != cudaSuccess) return static_cast<int>(error);
-  const int groups = (job.num_heads + kHeads - 1) / kHeads;
   cudaLaunchAttribute cluster;
-  return launch(config_for(job.num_tokens * groups * splits, splits, cluster, stream), kernel, job,
-                splits);
+  return launch(config_for(job.num_tokens * groups_of(job) * splits, splits, cluster, stream),
+                kernel, job, splits);
 }
 
 template <Source kSource>
@@ -195,17 +168,37 @@ static int launch_plan(const FdDsaSparseMla& job, const Plan& plan, void* stream
   return error != 0 ? error : launch_part<kSource>(job, plan.rest, plan.first.tokens, stream);
 }
 
+// What the device holds at once, a block for each multiprocessor and clusters; asked once, of the
+// first device: those of a machine are alike.
+template <Source kSource>
+static const Room& room() {
+  static const Room found = [] {
+    Kernel* const kernel = attend<kSource, false>;
+    std::atomic<uint64_t> prepared{0};
+    Room room = {};
+    int device = 0;
+    // what fails here fails again at the launch, which says so
+    if (sparse_mla::prepare(kernel, kBytes, prepared) == cudaSuccess &&
+        cudaGetDevice(&device) == cudaSuccess) {
+      cudaDeviceGetAttribute(&room[1], cudaDevAttrMultiProcessorCount, device);
+      for (int splits = 2; splits <= kMostSplits; ++splits) {
+        if (!may_split(splits)) continue;
+        cudaLaunchAttribute cluster;
+        const cudaLaunchConfig_t config = config_for(splits * 1024, splits, cluster, nullptr);
+        room[splits] = sparse_mla::clusters_at_once(kernel, config);
+      }
+    }
+    room[1] = std::max(room[1], 1);
+    return room;
+  }();
+  return found;
+}
+
 template <Source kSource>
 static int launch_source(const FdDsaSparseMla& job, void* stream) {
-  Plan plan = {{job.num_tokens, job.splits}, {0, 0}};
-  if (job.splits == 0) {
-    static std::atomic<uint64_t> prepared{0};
-    Room room = {};
-    cudaError_t error = sparse_mla::prepare(attend<kSource, false>, kBytes, prepared);
-    if (error == cudaSuccess) error = find_room(attend<kSource, false>, room);
-    if (error != cudaSuccess) return static_cast<int>(error);
-    plan = plan_for(job.num_tokens, (job.num_heads + kHeads - 1) / kHeads, job.topk, room);
-  }
+  const Plan plan = job.splits == 0
+                        ? plan_for(job.num_tokens, groups_of(job), job.topk, room<kSource>())
+                        : Plan{{job.num_tokens, job.splits}, {0, 0}};
   return launch_plan<kSource>(job, plan, stream);
 }
 

@@ -3,8 +3,6 @@
 #define FD_DSA_SPARSE_MLA_WIDE_PLAN_CUH
 
 #include <algorithm>
-#include <array>
-#include <cmath>
 
 #include "sparse_mla_launch.cuh"
 #include "sparse_mla_wide_shared.cuh"
@@ -12,14 +10,12 @@
 namespace fd_dsa::wide {
 
 using sparse_mla::kMostSplits;
+using sparse_mla::Room;
 
 // Among how many blocks a token and 64 heads may be split.
 inline bool may_split(int splits) {
   return (splits > 0 && splits <= 8) || splits == kMostSplits;
 }
-
-// [n]: clusters of n blocks that a device holds at once.
-using Room = std::array<int, kMostSplits + 1>;
 
 // Tokens of one launch.
 struct Part {

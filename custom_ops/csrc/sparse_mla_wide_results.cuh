@@ -2,6 +2,8 @@
 #ifndef FD_DSA_SPARSE_MLA_WIDE_RESULTS_CUH
 #define FD_DSA_SPARSE_MLA_WIDE_RESULTS_CUH
 
+#include <cmath>
+
 #include "sparse_mla_wide_heads.cuh"
 
 #if defined(FD_DSA_HOPPER)
@@ -14,7 +16,7 @@ struct Place {
 };
 
 __device__ __forceinline__ Place place_of(const FdDsaSparseMla& job, int splits) {
-  const int groups = (job.num_heads + kHeads - 1) / kHeads, item = blockIdx.x / splits;
+  const int groups = groups_of(job), item = blockIdx.x / splits;
   const int first_head = item % groups * kHeads;
   return {item / groups, first_head, min(job.num_heads - first_head, kHeads),
           static_cast<int>(blockIdx.x % splits)};
@@ -158,7 +160,8 @@ __device__ __forceinline__ void combine(const FdDsaSparseMla& job, const Place& 
 #pragma unroll
     for (int split = 0; split < kSplits; ++split) {
       const uint32_t there = address_at_rank(at, split);
-      weight[split] = load_cluster_float(there + kTops), total[split] = load_cluster_float(there + kShares);
+      weight[split] = load_cluster_float(there + kTops);
+      total[split] = load_cluster_float(there + kShares);
     }
 #pragma unroll
     for (int split = 0; split < kSplits; ++split) highest = fmaxf(highest, weight[split]);

@@ -59,6 +59,11 @@ enum {
   kOfComputing
 };
 
+// Blocks of 64 heads of a token; what is missing of the last is padding.
+__host__ __device__ __forceinline__ int groups_of(const FdDsaSparseMla& job) {
+  return (job.num_heads + kHeads - 1) / kHeads;
+}
+
 // The entries of a row that a block looks at.
 struct Entries {
   const int32_t* slots;

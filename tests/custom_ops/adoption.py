@@ -12,6 +12,7 @@ import pytest
 
 from fd_dsa import custom_ops
 from fd_dsa.triton_runtime import DeviceApi
+from tests.kernel_memory import KernelMemory, open_memory
 
 
 class HostApi(DeviceApi):
@@ -35,3 +36,15 @@ def adopted(library: Path, monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool) -> 
     custom_ops.use_library(library)
     yield
     custom_ops.use_library(None)
+
+
+@pytest.fixture(params=[pytest.param("torch", marks=pytest.mark.gpu)])
+def memory_of_a_gpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KernelMemory]:
+    """Memory of a GPU alone, for kernels that have no form for the host's."""
+    from custom_ops.build_library import build_library
+
+    memory = open_memory(request.param)
+    with adopted(build_library(), monkeypatch, on_gpu=True):
+        yield memory

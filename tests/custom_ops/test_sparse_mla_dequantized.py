@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,24 +13,14 @@ from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops.sparse_mla.custom_op import WideAttention
 from fd_dsa.ops.sparse_mla.dequantize import DequantizedRecords
-from tests.custom_ops.adoption import adopted
-from tests.kernel_memory import KernelMemory, open_memory
+from tests.custom_ops.adoption import memory_of_a_gpu
+from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, Case, make
 
 FP8, BLOCK = "fp8_ds_mla", 64
 WORDS = 1 << 21
 
-
-@pytest.fixture(params=[pytest.param("torch", marks=pytest.mark.gpu)])
-def kernel_memory(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KernelMemory]:
-    """Memory of a GPU alone: the kernel has no form for the host's."""
-    from custom_ops.build_library import build_library
-
-    memory = open_memory(request.param)
-    with adopted(build_library(), monkeypatch, on_gpu=True):
-        yield memory
+kernel_memory = memory_of_a_gpu
 
 
 class Step:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import pytest
 from fd_dsa import custom_ops
 from fd_dsa.ops.sparse_mla.custom_op import CustomAttention, NarrowAttention, WideAttention
 from fd_dsa.ops.sparse_mla.device import custom_attention
-from tests.custom_ops.adoption import adopted
-from tests.kernel_memory import KernelMemory, open_memory
+from tests.custom_ops.adoption import memory_of_a_gpu
+from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, SCALE, Case, make, widened
 
 FP8 = "fp8_ds_mla"
@@ -28,17 +27,7 @@ def of_both(narrow: list[tuple[Any, ...]], wide: list[tuple[Any, ...]]) -> list[
 
 FORMS = of_both([(8,), (16,), (32,)], [(64,)])
 
-
-@pytest.fixture(params=[pytest.param("torch", marks=pytest.mark.gpu)])
-def kernel_memory(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KernelMemory]:
-    """Memory of a GPU alone: the kernels have no form for the host's."""
-    from custom_ops.build_library import build_library
-
-    memory = open_memory(request.param)
-    with adopted(build_library(), monkeypatch, on_gpu=True):
-        yield memory
+kernel_memory = memory_of_a_gpu
 
 
 def run(
