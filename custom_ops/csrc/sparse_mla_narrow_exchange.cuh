@@ -23,7 +23,7 @@ __device__ __forceinline__ void put_stats(const Sums<kHeads>& my, uint32_t base,
     const float top = __uint_as_float(load_shared(base + Shape::kTops + at * 4));
     if (lane == 0) store_shared(base + Shape::kOwnStats + at * 8, make_float2(top, total));
   }
-  named_barrier(8, 256);
+  named_barrier(kOfBothNext, 256);
 }
 
 // How much what this warpgroup and the other have of a head counts.
@@ -57,7 +57,7 @@ __device__ __forceinline__ void exchange(const Sums<kHeads>& my, uint32_t base, 
                    make_float4(x[0] * by, x[1] * by, x[2] * by, x[3] * by));
     }
   }
-  named_barrier_apart(8, 256);
+  named_barrier_apart(kOfBoth, 256);
 #pragma unroll
   for (int j = 0; j < kHalf; ++j) {
     const int head = 8 * (kOwn + j) + 2 * (lane & 3);

@@ -103,7 +103,7 @@ __device__ __forceinline__ void put_queries(const QueryRows<kHeads>& rows, float
     }
   }
   publish_to_async();
-  named_barrier(8, 256);
+  named_barrier(kOfBoth, 256);
 }
 
 // Adds scores over 128 latents, times the scales of this thread's two keys.

@@ -41,7 +41,7 @@ __device__ __forceinline__ void put_stats(const State<kHeads>& state, uint32_t b
                    make_float2(state.top[i], total));
     }
   }
-  named_barrier(1 + group, 128);
+  named_barrier(kOfFirst + group, 128);
 }
 
 // Calls `put(head of the group, latent, 4 sums)` for all that a thread has.
@@ -92,7 +92,7 @@ __device__ __forceinline__ void put_part(const State<kHeads>& state, uint32_t ba
                                          int warp, int lane) {
   using Shape = Layout<kHeads, kForm>;
   // the ring is read to its end by all who write there
-  if (Shape::kGroups > 1) named_barrier(8, Shape::kGroups * 128);
+  if (Shape::kGroups > 1) named_barrier(kOfBoth, 256);
   const uint32_t part = base + Shape::kRing + group * Shape::kPartBytes;
   for_each_sum<kHeads>(state, warp, lane, [&](int head, int latent, float4 x) {
     store_shared(part + (head * kPartStride + latent) * 4, x);

@@ -69,7 +69,7 @@ __device__ __forceinline__ void load_queries(const FdDsaSparseMla& job, int64_t 
     top = max(top, __shfl_xor_sync(~0u, top, 2));
     if (t == 0) store_shared(tops + (warp * kHeads + 8 * j + lane / 4) * 4, top);
   }
-  named_barrier(1 + group, 128);
+  named_barrier(kOfFirst + group, 128);
   auto exponent_of = [&](int head) {
     uint32_t top = 0;
 #pragma unroll
@@ -96,7 +96,7 @@ __device__ __forceinline__ void load_queries(const FdDsaSparseMla& job, int64_t 
     state.factor[i] = back * job.softmax_scale * 1.4426950408889634f;
   }
   // before others write sums here
-  named_barrier(1 + group, 128);
+  named_barrier(kOfFirst + group, 128);
 }
 
 // The largest of a warp's numbers; NaN where there is one.

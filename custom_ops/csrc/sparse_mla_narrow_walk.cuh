@@ -50,9 +50,9 @@ __device__ __forceinline__ void attend_tiles(State<kHeads>& state, const Queries
 #pragma unroll
       for (int i = 0; i < 4; ++i) add_scores<kHeads>(scores, queries, tile, i, warp, lane);
       const uint32_t scale_top = put_scores<kHeads>(scores, queries, tile, sums, warp, lane);
-      named_barrier(1 + group, 128);
+      named_barrier(kOfFirst + group, 128);
       put_weights<kHeads>(state, mask, sums, weights, shrinks, warp, lane);
-      named_barrier(1 + group, 128);
+      named_barrier(kOfFirst + group, 128);
       shrink_out<kHeads>(state, scale_top, shrinks, lane);
       const float unit = __uint_as_float((254 - min(state.exponent, 253u)) << 23);
 #pragma unroll

@@ -33,10 +33,10 @@ __device__ __forceinline__ void attend_tiles(Sums<kHeads>& my, uint32_t base, Ti
     const uint2 mask = make_uint2(load_shared(masks), load_shared(masks + 4));
     if ((mask.x | mask.y) != 0) {
       put_scores<kHeads>(tile, base + Shape::kQueries, sums, warp, lane);
-      named_barrier(1 + group, 128);
+      named_barrier(kOfFirst + group, 128);
       Shrinks<kHeads> shrinks;
       put_weights<kHeads>(my, shrinks, tile, mask, base, group, warp, lane);
-      named_barrier(1 + group, 128);
+      named_barrier(kOfFirst + group, 128);
       shrink_sums<kHeads>(my, shrinks.of_unit, base, group, lane);
       add_tile<kHeads>(my, tile, weights, empty, warp, lane);
     } else {

@@ -97,6 +97,8 @@ __device__ __forceinline__ void put_weights(Sums<kHeads>& my, Shrinks<kHeads>& s
       keys.second[i] = part_of(second, i);
     }
     move_bases(my, keys, top, shrinks);
+    // before others' bases are written all lanes have read theirs
+    __syncwarp();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       keys.first[i] *= my.unit[i];
@@ -118,7 +120,6 @@ __device__ __forceinline__ void put_weights(Sums<kHeads>& my, Shrinks<kHeads>& s
                    pack_half(s.x * keys.first[k], s.y * keys.second[k]));
     }
   }
-  // behind the votes, so all lanes have read them
   if (lane == 0) {
     const float(&x)[kMine] = shrinks.of_head;
 #pragma unroll
