@@ -58,6 +58,7 @@ __device__ __forceinline__ void exchange(const Sums<kHeads>& my, uint32_t base, 
     }
   }
   named_barrier_apart(kOfBoth, 256);
+  named_barrier_apart(kOfBothNext, 256);
 #pragma unroll
   for (int j = 0; j < kHalf; ++j) {
     const int head = 8 * (kOwn + j) + 2 * (lane & 3);
