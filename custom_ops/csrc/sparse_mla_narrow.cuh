@@ -50,8 +50,7 @@ __global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
   }
   put_part<kHeads, kForm>(state, base, group, member, lane);
   if (is_alone) {
-    named_barrier(kOfBothNext, 256);
-    named_barrier(kOfBoth, 256);
+    exchange_barrier();
     combine_own<kHeads, kForm>(job, token, base);
     return;
   }

@@ -57,8 +57,7 @@ __device__ __forceinline__ void exchange(const Sums<kHeads>& my, uint32_t base, 
                    make_float4(x[0] * by, x[1] * by, x[2] * by, x[3] * by));
     }
   }
-  named_barrier_apart(kOfBoth, 256);
-  named_barrier_apart(kOfBothNext, 256);
+  exchange_barrier();
 #pragma unroll
   for (int j = 0; j < kHalf; ++j) {
     const int head = 8 * (kOwn + j) + 2 * (lane & 3);

@@ -18,8 +18,7 @@ constexpr int kCopyWarps = 4;
 // Strides in floats, such that threads of a warp are in different banks.
 constexpr int kSumStride = kTile + 4, kWeightStride = kTile + 16, kPartStride = kRank + 4;
 
-// Numbers of named barriers: of each warpgroup that computes, and of both. Two for both take turns:
-// racecheck can lose the order of one that is used again before all have left it.
+// Numbers of named barriers: of each warpgroup that computes, and of both.
 enum { kOfFirst = 1, kOfSecond, kOfBoth, kOfBothNext };
 
 // How a block is made of warpgroups that compute.
