@@ -161,10 +161,11 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 def small_sources(folder: Path) -> Path:
-    """The sources without the operator whose kernels take the compiler longest."""
+    """The sources without the kernels that take the compiler longest."""
     sources = copy_sources(folder)
-    for path in sources.rglob("topk*"):
-        path.unlink()
+    for pattern in ("topk*", "sparse_mla_*"):
+        for path in sources.rglob(pattern):
+            path.unlink()
     return sources
 
 

@@ -1,4 +1,4 @@
-"""Oracle of the FP8 cache formats: one value at a time, rounding in exact rational arithmetic.
+"""Oracle of the FP8 cache formats: one value at a time, compared with exact midpoints.
 
 Source: FP8 Formats for Deep Learning (arXiv 2209.05433) §3, without infinities as in its e4m3;
 FlashMLA's README ("FP8 KV cache") for the record of 656 bytes.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -29,9 +28,12 @@ def ref_e4m3(x: float) -> int:
     if abs(x) >= 448.0:
         return sign | _LARGEST
     above = bisect_left(_POSITIVE, abs(x))
-    near = (max(above - 1, 0), above)
-    distance = [abs(Fraction(_POSITIVE[code]) - Fraction(abs(x))) for code in near]
-    return sign | min(zip(distance, (code & 1 for code in near), near, strict=True))[2]
+    below = max(above - 1, 0)
+    # halves of sums of numbers of four bits are exact
+    middle = (_POSITIVE[below] + _POSITIVE[above]) / 2
+    if abs(x) == middle:
+        return sign | (above if above & 1 == 0 else below)
+    return sign | (above if abs(x) > middle else below)
 
 
 def ref_largest(values: Any) -> np.float32:
