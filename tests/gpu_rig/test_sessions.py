@@ -19,9 +19,8 @@ ROOT = Path(__file__).parents[2]
 DEVICE = "tests/gpu_rig/device"
 # the device itself; the kernels that run on it take longer
 QUICK = ("operators", "in_place", "counters", "capture", "step", "custom_ops")
-# the longest of those that go other tests' way with another type or FastDeploy tree; a GPU runs all
+# the longest of those that go other tests' way with another type; a GPU runs all
 TWINS = (
-    "test_fastdeploy.py::test_answers_are_those_of_the_cpu[early]",
     "test_captured_decode.py::test_logits_are_those_of_eager_steps[v32]",
     "test_demo_end_to_end.py::test_greedy_tokens_of_the_demo_model[float32]",
     "test_demo_end_to_end.py::test_every_write_leaves_the_bytes_of_the_cpu[float32]",
