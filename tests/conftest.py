@@ -67,7 +67,20 @@ _skip_reason = cache(lambda marker: REQUIREMENTS[marker]())
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the test plug-in in a session that asks for it, before anything imports Paddle."""
+    _take_a_processor(os.environ.get("PYTEST_XDIST_WORKER", ""))
     open_session(config.option.markexpr)
+
+
+def _take_a_processor(worker: str) -> None:
+    """Keep a worker of many, and what it starts, to one processor of its own.
+
+    An engine takes a thread for every processor, and its threads wait for each other by spinning:
+    two workers' engines on the same two processors take each other's time.
+    """
+    if worker:
+        processors = sorted(os.sched_getaffinity(0))
+        number = int(worker.removeprefix("gw"))
+        os.sched_setaffinity(0, {processors[number % len(processors)]})
 
 
 MEMORIES = {"interpreter": "triton", "torch": "gpu", "rig": "gpu_rig"}
