@@ -74,32 +74,12 @@ __device__ __forceinline__ void named_barrier(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
-// The same, and whether a thread of these says yes.
-__device__ __forceinline__ bool any_at_barrier(int number, int threads, bool mine) {
-  int any;
-  asm volatile(
-      "{\n.reg .pred p, q;\nsetp.ne.b32 q, %3, 0;\n"
-      "bar.red.or.pred p, %1, %2, q;\nselp.b32 %0, 1, 0, p;\n}\n"
-      : "=r"(any)
-      : "r"(number), "r"(threads), "r"(static_cast<int>(mine))
-      : "memory");
-  return any != 0;
-}
-
-// The same as the first for warps that come to it at different places in the code.
+// The same for warps that come to it at different places in the code.
 __device__ __forceinline__ void named_barrier_apart(int number, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // ---- copies
-
-// True in one lane of a whole warp, of which the compiler then knows that it is one.
-__device__ __forceinline__ bool elect_one() {
-  uint32_t is_one;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}\n"
-               : "=r"(is_one));
-  return is_one != 0;
-}
 
 // `bytes` (a multiple of 16) from global to shared memory, counted by a barrier.
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes,

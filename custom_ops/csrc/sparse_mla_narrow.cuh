@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
   }
   put_part<kHeads, kForm>(state, base, group, member, lane);
   if (is_alone) {
-    exchange_barrier<Shape>();
+    exchange_barrier();
     combine_own<kHeads, kForm>(job, token, base);
     return;
   }
@@ -125,9 +125,9 @@ static int launch_form(const FdDsaSparseMla& job, void* stream) {
   return launch_shape<Layout<8, kForm>>(job, narrow_kernel<8, kForm>, stream);
 }
 
-template <int kHeads, Form kForm = Form::kWarpgroups>
+template <int kHeads>
 static int launch_warpgroups(const FdDsaSparseMla& job, void* stream) {
-  return launch_shape<Layout<kHeads, kForm>>(job, warpgroup_kernel<kHeads, kForm>, stream);
+  return launch_shape<Layout<kHeads, Form::kWarpgroups>>(job, warpgroup_kernel<kHeads>, stream);
 }
 
 inline int launch_narrow(const FdDsaSparseMla& job, void* stream) {
@@ -135,16 +135,11 @@ inline int launch_narrow(const FdDsaSparseMla& job, void* stream) {
   if (job.num_heads > 32 || job.is_fp8 == 0 || job.splits < 0 || job.splits > kMostSplits) {
     return static_cast<int>(cudaErrorInvalidValue);
   }
-  // as many tokens as an H200 has multiprocessors
-  constexpr int32_t kMany = 132;
   if (job.num_heads > 16) return launch_warpgroups<32>(job, stream);
-  if (job.num_heads > 8) {
-    // few tokens are split into too few tiles for three
-    return job.num_tokens > kMany ? launch_warpgroups<16, Form::kThree>(job, stream)
-                                  : launch_warpgroups<16>(job, stream);
-  }
+  if (job.num_heads > 8) return launch_warpgroups<16>(job, stream);
   // two blocks on a multiprocessor: where there are tokens for them, and where a block has next to
   // nothing to do
+  constexpr int32_t kMany = 132;
   const bool is_one = job.num_tokens > kMany || job.num_tokens <= kFewTokens;
   return is_one ? launch_form<Form::kOne>(job, stream)
                 : launch_form<Form::kTakeTurns>(job, stream);

@@ -50,45 +50,19 @@ __device__ __forceinline__ Place begin(const FdDsaSparseMla& job) {
   return {base, blocks, rank, warp, lane, blockIdx.x / blocks, tiles};
 }
 
-constexpr int kCopied = kTile / kCopyWarps;  // keys of a tile that a warp copies
-
-// Copies the records whose slots some lanes have, from lane `first` on. Addresses are those of the
-// whole warp, and one lane is elected to copy: copies of different lanes would be a loop over them.
-__device__ __forceinline__ void copy_records(const FdDsaSparseMla& job, int32_t slots, int first,
-                                             uint32_t to, uint32_t barrier) {
-  // as many addresses as there are registers for
-  constexpr int kAtOnce = 4;
-  const unsigned char* cache = static_cast<const unsigned char*>(job.cache);
-  const void* nothing = kNothing;
-#pragma unroll
-  for (int i = 0; i < kCopied; i += kAtOnce) {
-    const void* from[kAtOnce];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      const int32_t slot = __shfl_sync(~0u, slots, first + i + k);
-      const bool is_slot = static_cast<uint32_t>(slot) < static_cast<uint32_t>(job.num_slots);
-      from[k] = is_slot ? cache + slot * int64_t{kRecord} : nothing;
-    }
-    if (elect_one()) {
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        copy_bulk(to + (i + k) * kRecord, from[k], kRecord, barrier);
-      }
-    }
-  }
-}
-
 // Copies a quarter of each tile of a token, as soon as there is room.
 template <typename Shape>
 __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t token, uint32_t base,
                                            const Tiles tiles, int warp, int lane) {
+  constexpr int kMine = kTile / kCopyWarps;
   const int32_t* slots = job.slots + token * job.topk;
+  const unsigned char* cache = static_cast<const unsigned char*>(job.cache);
   const uint32_t num_slots = static_cast<uint32_t>(job.num_slots);
   auto slot_at = [&](int32_t tile, int32_t i) {
     const int32_t entry = tile * kTile + i;
     return tile < tiles.end && entry < job.topk ? __ldcs(slots + entry) : -1;
   };
-  // all lanes look at the tile's slots
+  // all lanes look at the tile's slots, the first 16 copy
   int32_t low = slot_at(tiles.first, lane), high = slot_at(tiles.first, lane + 32);
   uint32_t stage = 0, parity = 1;
   int group = 0;
@@ -98,8 +72,11 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t to
     const uint32_t low_mask = __ballot_sync(~0u, static_cast<uint32_t>(low) < num_slots);
     const uint32_t high_mask = __ballot_sync(~0u, static_cast<uint32_t>(high) < num_slots);
     const bool any = (low_mask | high_mask) != 0;
+    const int32_t slot =
+        __shfl_sync(~0u, warp < 2 ? low : high, (warp * kMine + lane % kMine) % 32);
+    const bool is_slot = static_cast<uint32_t>(slot) < num_slots;
     const uint32_t full = Shape::full(base, stage, group);
-    const uint32_t to = base + Shape::kRing + stage * kTileBytes + warp * (kCopied * kRecord);
+    const uint32_t to = base + Shape::kRing + stage * kTileBytes + warp * (kMine * kRecord);
     barrier_wait(Shape::empty(base, stage), parity);
     // an empty tile may be passed on, and the barrier with it, as soon as lane 0 has arrived
     __syncwarp();
@@ -108,14 +85,18 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t to
         store_shared(base + Shape::kMasks + stage * 8, low_mask);
         store_shared(base + Shape::kMasks + stage * 8 + 4, high_mask);
       }
-      if (any) barrier_arrive_expecting(full, kCopied * kRecord);
+      if (any) barrier_arrive_expecting(full, kMine * kRecord);
       else barrier_arrive(full);
     }
     __syncwarp();
-    if (any) copy_records(job, warp < 2 ? low : high, warp % 2 * kCopied, to, full);
+    if (any && lane < kMine) {
+      const void* nothing = kNothing;
+      copy_bulk(to + lane * kRecord, is_slot ? cache + slot * int64_t{kRecord} : nothing, kRecord,
+                full);
+    }
     low = next_low;
     high = next_high;
-    if (++group == Shape::kFulls) group = 0;
+    group ^= 1;
     if (++stage == Shape::kStages) {
       stage = 0;
       parity ^= 1;

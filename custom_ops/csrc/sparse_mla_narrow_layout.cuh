@@ -2,8 +2,6 @@
 #ifndef FD_DSA_SPARSE_MLA_NARROW_LAYOUT_CUH
 #define FD_DSA_SPARSE_MLA_NARROW_LAYOUT_CUH
 
-#include <numeric>
-
 #include "hopper.cuh"
 #include "sparse_mla.h"
 
@@ -20,15 +18,14 @@ constexpr int kCopyWarps = 4;
 // Strides in floats, such that threads of a warp are in different banks.
 constexpr int kSumStride = kTile + 4, kWeightStride = kTile + 16, kPartStride = kRank + 4;
 
-// Numbers of named barriers: of each warpgroup that computes, and of all of them.
-enum { kOfFirst = 1, kOfSecond, kOfThird, kOfAll, kOfAllNext };
+// Numbers of named barriers: of each warpgroup that computes, and of both.
+enum { kOfFirst = 1, kOfSecond, kOfBoth, kOfBothNext };
 
 // How a block is made of warpgroups that compute.
 enum class Form {
   kOne,        // one; two blocks on a multiprocessor
   kTakeTurns,  // two, each with every other tile
-  kWarpgroups, // two that take turns with tiles, whose warps make products together
-  kThree       // three of these
+  kWarpgroups  // two, each with every other tile, whose warps make products together
 };
 
 // Where things lie in shared memory, in bytes.
@@ -65,14 +62,12 @@ struct Layout {
   }
 };
 
-// Of warpgroups whose warps make products together.
-template <int kHeads_, int kGroups_, Form kForm_>
-struct TogetherLayout {
-  static constexpr int kHeads = kHeads_, kGroups = kGroups_, kParts = 1;
-  static constexpr Form kForm = kForm_;
+template <int kHeads>
+struct Layout<kHeads, Form::kWarpgroups> {
+  static constexpr int kGroups = 2, kParts = 1;
   static constexpr int kStages = kHeads > 16 ? 3 : 4;
   // tiles of a warpgroup from one in a stage to its next one there
-  static constexpr int kVisits = kStages / std::gcd(kStages, kGroups);
+  static constexpr int kVisits = kStages % 2 == 0 ? kStages / 2 : kStages;
   // 64 columns of an operand
   static constexpr int kOperand = kHeads * 128;
   static constexpr int kRing = 0;
@@ -85,39 +80,31 @@ struct TogetherLayout {
   static constexpr int kFactors = kSums + kGroups * kSumBytes;
   static constexpr int kTops = kFactors + kHeads * 4;
   static constexpr int kShrinks = kTops + kGroups * kHeads * 4;
-  static constexpr int kOwnStats = kShrinks + kGroups * kHeads * 4;
+  static constexpr int kMoved = kShrinks + kGroups * kHeads * 4;
+  static constexpr int kOwnStats = kMoved + kGroups * 16;
   static constexpr int kStats = kOwnStats + kGroups * kHeads * 8;
   static constexpr int kMasks = kStats + kHeads * 8;
   static constexpr int kBarriers = kMasks + kStages * 8;
-  static constexpr int kBytes = kBarriers + kStages * (kGroups + 1) * 8;
+  static constexpr int kBytes = kBarriers + kStages * 24;
   static constexpr int kThreads = (kGroups * 4 + kCopyWarps) * 32;
-  static constexpr int kMany = kGroups == 2 ? 240 : 160, kFew = kGroups == 2 ? 24 : 32;
+  static constexpr int kMany = 240, kFew = 24;
   // After the last tile: a block's part for its cluster, in the ring; and what warpgroups tell each
   // other, beside it.
-  static constexpr int kPartBytes = kHeads * kPartStride * 4;
-  // half of the heads, of one warpgroup for another
-  static constexpr int kGiftBytes = kHeads / 2 * kRank * 4, kGifts = 2 * (kGroups - 1);
-  static constexpr int kExchange = kGroups == 2 ? kQueries : kPartBytes;
-  static_assert(kPartBytes <= kExchange && kExchange % 16 == 0);
-  static_assert(kExchange + kGifts * kGiftBytes <= (kGroups == 2 ? kSums : kQueries));
+  static constexpr int kPartBytes = kHeads * kPartStride * 4, kExchange = kQueries;
+  static_assert(kPartBytes <= kExchange && kExchange + kHeads * kRank * 4 <= kSums);
   static_assert(kBytes <= 232448);
   static_assert(kQueries % 1024 == 0 && kWeights % 1024 == 0);
 
   // One for each warpgroup, which waits for its own tiles alone: of a barrier whose every phase it
   // does not wait for, it could take an earlier one for its own.
-  static constexpr int kFulls = kGroups;
+  static constexpr int kFulls = 2;
   static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage, int group) {
-    return base + kBarriers + stage * ((kGroups + 1) * 8) + group * 8;
+    return base + kBarriers + stage * 24 + group * 8;
   }
   static __device__ __forceinline__ uint32_t empty(uint32_t base, uint32_t stage) {
-    return full(base, stage, kGroups);
+    return full(base, stage, 2);
   }
 };
-
-template <int kHeads>
-struct Layout<kHeads, Form::kWarpgroups> : TogetherLayout<kHeads, 2, Form::kWarpgroups> {};
-template <int kHeads>
-struct Layout<kHeads, Form::kThree> : TogetherLayout<kHeads, 3, Form::kThree> {};
 
 }  // namespace fd_dsa::narrow
 

@@ -38,24 +38,21 @@ struct Rows {
   }
 };
 
-// What a lane has of the queries of its warp's heads: four latents in four places, two roped. All
-// warps that compute take turns with heads.
-template <typename Shape>
+// What a lane has of the queries of its warp's heads: four latents in four places, two roped.
+template <int kHeads>
 struct QueryRows {
-  static constexpr int kWarps = 4 * Shape::kGroups;
-  static constexpr int kEach = (Shape::kHeads + kWarps - 1) / kWarps;
+  static constexpr int kEach = kHeads / 8;
   uint2 latents[kEach][4];
   uint32_t roped[kEach];
 };
 
-// Asks for a token's queries.
-template <typename Shape>
-__device__ __forceinline__ void load_queries(QueryRows<Shape>& rows, const FdDsaSparseMla& job,
+// Asks for a token's queries; 8 warps.
+template <int kHeads>
+__device__ __forceinline__ void load_queries(QueryRows<kHeads>& rows, const FdDsaSparseMla& job,
                                              int64_t token, int warp, int lane) {
 #pragma unroll
   for (int i = 0; i < rows.kEach; ++i) {
-    const int head = warp + i * rows.kWarps;
-    if (head >= Shape::kHeads) break;
+    const int head = warp * rows.kEach + i;
     const bool is_head = head < job.num_heads;
     const __nv_bfloat16* row = static_cast<const __nv_bfloat16*>(job.q) +
                                (token * job.num_heads + (is_head ? head : 0)) * kWidth;
@@ -70,15 +67,14 @@ __device__ __forceinline__ void load_queries(QueryRows<Shape>& rows, const FdDsa
 }
 
 // Writes queries as an operand: float16 latents, in the order in which scores have those of keys,
-// and roped values in bfloat16; and what each head's scores are to be multiplied with.
-template <typename Shape>
-__device__ __forceinline__ void put_queries(const QueryRows<Shape>& rows, float softmax_scale,
+// and roped values in bfloat16; and what each head's scores are to be multiplied with. 8 warps.
+template <int kHeads>
+__device__ __forceinline__ void put_queries(const QueryRows<kHeads>& rows, float softmax_scale,
                                             uint32_t base, int warp, int lane) {
-  constexpr int kHeads = Shape::kHeads;
+  using Shape = Layout<kHeads, Form::kWarpgroups>;
 #pragma unroll
   for (int i = 0; i < rows.kEach; ++i) {
-    const int head = warp + i * rows.kWarps;
-    if (head >= Shape::kHeads) break;
+    const int head = warp * rows.kEach + i;
     uint32_t top = largest_magnitude(rows.roped[i]);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
@@ -100,16 +96,14 @@ __device__ __forceinline__ void put_queries(const QueryRows<Shape>& rows, float 
     store_shared(base + Shape::kQueries + 8 * Shape::kOperand + swizzled(head, lane / 4) +
                      lane % 4 * 4,
                  pack_bfloat16(low_of(rows.roped[i]) * up, high_of(rows.roped[i]) * up));
-    if (lane < Shape::kGroups) {
-      store_shared(base + Shape::kTops + (lane * kHeads + head) * 4, -INFINITY);
-    }
+    if (lane < 2) store_shared(base + Shape::kTops + (lane * kHeads + head) * 4, -INFINITY);
     if (lane == 0) {
       const float back = __uint_as_float((exponent - 14) << 23);
       store_shared(base + Shape::kFactors + head * 4, back * softmax_scale * 1.4426950408889634f);
     }
   }
   publish_to_async();
-  named_barrier(kOfAll, Shape::kGroups * 128);
+  named_barrier(kOfBoth, 256);
 }
 
 // Adds scores over 128 latents, times the scales of this thread's two keys.
@@ -124,12 +118,11 @@ __device__ __forceinline__ float part_of(float4 x, int i) {
   return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
 }
 
-// Scores of a tile, put where their heads' warp finds them; false if it has no keys, whose `mask`
-// lies at `masks`.
+// Scores of a tile, put where their heads' warp finds them.
 template <int kHeads>
-__device__ __forceinline__ bool put_scores(uint2& mask, uint32_t masks, uint32_t tile,
-                                           uint32_t query, uint32_t sums, int warp, int lane) {
-  constexpr int kOperand = kHeads * 128;
+__device__ __forceinline__ void put_scores(uint32_t tile, uint32_t query, uint32_t sums, int warp,
+                                           int lane) {
+  constexpr int kOperand = Layout<kHeads, Form::kWarpgroups>::kOperand;
   const Operand queries = k_major(query);
   const uint32_t row = tile + (warp * 16 + (lane & 15)) * kRecord + (lane >> 4) * 16;
   const uint32_t scales = tile + (warp * 16 + lane / 4) * kRecord + kScalesAt;
@@ -142,9 +135,6 @@ __device__ __forceinline__ bool put_scores(uint2& mask, uint32_t masks, uint32_t
   load_matrices(rows.step[1][1], row + kRopeAt + 96);
   load_matrices(words[0], row);
   load_matrices(words[1], row + 32);
-  // asked for behind what the products wait for, which does no harm without keys
-  mask = make_uint2(load_shared(masks), load_shared(masks + 4));
-  if ((mask.x | mask.y) == 0) return false;
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -196,14 +186,13 @@ __device__ __forceinline__ bool put_scores(uint2& mask, uint32_t masks, uint32_t
       store_shared(to + ((8 * j + k % 2) * kSumStride + k / 2 * 8) * 4, score[4 * j + k]);
     }
   }
-  return true;
 }
 
 // Adds latents times weights; the tile is left to the copying warps.
 template <int kHeads>
 __device__ __forceinline__ void add_tile(Sums<kHeads>& my, uint32_t tile, uint32_t weight,
                                          uint32_t empty, int warp, int lane) {
-  constexpr int kOperand = kHeads * 128;
+  constexpr int kOperand = Layout<kHeads, Form::kWarpgroups>::kOperand;
   const Operand weights = k_major(weight);
   const uint32_t row = tile + (lane & 15) * kRecord + (lane >> 4) * 16 + warp * 32;
   Rows<kHeads> rows;

@@ -27,12 +27,11 @@ __device__ __forceinline__ float sum_of_warp(float x) {
   return x;
 }
 
-// Behind what all warpgroups stored, before any reads what another did. One barrier orders
+// Behind what both warpgroups stored, before either reads what the other did. One barrier orders
 // them; racecheck does not see that for some first reads behind one, and does behind two.
-template <typename Shape>
 __device__ __forceinline__ void exchange_barrier() {
-  named_barrier_apart(kOfAll, Shape::kGroups * 128);
-  named_barrier_apart(kOfAllNext, Shape::kGroups * 128);
+  named_barrier_apart(kOfBoth, 256);
+  named_barrier_apart(kOfBothNext, 256);
 }
 
 // Puts top and sum of each head where all warps of the group, and of the cluster, find them.
@@ -100,7 +99,7 @@ __device__ __forceinline__ void put_part(const State<kHeads>& state, uint32_t ba
                                          int warp, int lane) {
   using Shape = Layout<kHeads, kForm>;
   // the ring is read to its end by all who write there
-  if (Shape::kGroups > 1) named_barrier(kOfAllNext, 256);
+  if (Shape::kGroups > 1) named_barrier(kOfBothNext, 256);
   const uint32_t part = base + Shape::kRing + group * Shape::kPartBytes;
   for_each_sum<kHeads>(state, warp, lane, [&](int head, int latent, float4 x) {
     store_shared(part + (head * kPartStride + latent) * 4, x);

@@ -49,14 +49,14 @@ __device__ __forceinline__ void move_bases(Sums<kHeads>& my, Keys<kHeads>& keys,
   }
 }
 
-// Turns the scores of some heads, all 64 keys, into weights for each 128 latents; whether bases or
-// units moved. A lane has two neighbouring keys.
-template <typename Shape>
-__device__ __forceinline__ bool put_weights(Sums<Shape::kHeads>& my,
-                                            Shrinks<Shape::kHeads>& shrinks, uint32_t tile,
-                                            uint2 mask, uint32_t base, int group, int warp,
-                                            int lane) {
-  constexpr int kHeads = Shape::kHeads, kMine = kHeads / 4;
+// Turns the scores of some heads, all 64 keys, into weights for each 128 latents. A lane has two
+// neighbouring keys.
+template <int kHeads>
+__device__ __forceinline__ void put_weights(Sums<kHeads>& my, Shrinks<kHeads>& shrinks,
+                                            uint32_t tile, uint2 mask, uint32_t base, int group,
+                                            int warp, int lane) {
+  using Shape = Layout<kHeads, Form::kWarpgroups>;
+  constexpr int kMine = kHeads / 4;
   const uint32_t bits = (lane < 16 ? mask.x : mask.y) >> 2 * (lane & 15);
   const uint32_t at = (group * kHeads + warp * kMine) * 4, tops = base + Shape::kTops + at;
   const uint32_t sums = base + Shape::kSums + group * Shape::kSumBytes;
@@ -64,8 +64,7 @@ __device__ __forceinline__ bool put_weights(Sums<Shape::kHeads>& my,
   const float4 second = load_shared_float4(tile + (2 * lane + 1) * kRecord + kScalesAt);
   Keys<kHeads> keys;
   float top[kMine];
-  // how far scores are above their bases, and the largest scale in units
-  float over = -INFINITY, largest = 0.0f;
+  bool moves = false;
 #pragma unroll
   for (int i = 0; i < kMine; i += 4) {
     const float4 factor = load_shared_float4(base + Shape::kFactors + (warp * kMine + i) * 4);
@@ -78,19 +77,19 @@ __device__ __forceinline__ bool put_weights(Sums<Shape::kHeads>& my,
       s.y = (bits & 2) != 0 ? s.y * part_of(factor, k) : -INFINITY;
       top[i + k] = part_of(before, k);
       keys.score[i + k] = s;
-      over = fmaxf(over, fmaxf(s.x, s.y) - top[i + k]);
+      moves = moves || fmaxf(s.x, s.y) > top[i + k] + kSlack;
     }
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     keys.first[i] = part_of(first, i) * my.unit[i];
     keys.second[i] = part_of(second, i) * my.unit[i];
-    largest = fmaxf(largest, fmaxf(fabsf(keys.first[i]), fabsf(keys.second[i])));
+    moves = moves || fmaxf(fabsf(keys.first[i]), fabsf(keys.second[i])) >= 2.0f;
     shrinks.of_unit[i] = 1.0f;
   }
 #pragma unroll
   for (int i = 0; i < kMine; ++i) shrinks.of_head[i] = 1.0f;
-  const bool any = __any_sync(~0u, over > kSlack || largest >= 2.0f);
+  const bool any = __any_sync(~0u, moves);
   if (any) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -121,31 +120,26 @@ __device__ __forceinline__ bool put_weights(Sums<Shape::kHeads>& my,
                    pack_half(s.x * keys.first[k], s.y * keys.second[k]));
     }
   }
-  if (any && lane == 0) {
-#pragma unroll
-    for (int i = 0; i < kMine; i += 4) {
-      store_shared(tops + i * 4, make_float4(top[i], top[i + 1], top[i + 2], top[i + 3]));
-    }
-  }
-  publish_to_async();
-  return any;
-}
-
-// Brings sums to new bases and units, which the heads' warps tell the others first.
-template <typename Shape>
-__device__ __forceinline__ void shrink_sums(Sums<Shape::kHeads>& my,
-                                            const Shrinks<Shape::kHeads>& shrinks, uint32_t base,
-                                            int group, int warp, int lane) {
-  constexpr int kHeads = Shape::kHeads, kMine = kHeads / 4;
   if (lane == 0) {
     const float(&x)[kMine] = shrinks.of_head;
 #pragma unroll
     for (int i = 0; i < kMine; i += 4) {
-      store_shared(base + Shape::kShrinks + (group * kHeads + warp * kMine + i) * 4,
+      store_shared(base + Shape::kShrinks + at + i * 4,
                    make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
+      if (any) store_shared(tops + i * 4, make_float4(top[i], top[i + 1], top[i + 2], top[i + 3]));
     }
+    store_shared(base + Shape::kMoved + (group * 4 + warp) * 4, any ? 1u : 0u);
   }
-  named_barrier(kOfFirst + group, 128);
+  publish_to_async();
+}
+
+// Brings sums to new bases and units.
+template <int kHeads>
+__device__ __forceinline__ void shrink_sums(Sums<kHeads>& my, const float (&of_unit)[4],
+                                            uint32_t base, int group, int lane) {
+  using Shape = Layout<kHeads, Form::kWarpgroups>;
+  const uint4 moved = load_shared_uint4(base + Shape::kMoved + group * 16);
+  if ((moved.x | moved.y | moved.z | moved.w) == 0) return;
 #pragma unroll
   for (int j = 0; j < kHeads / 8; ++j) {
     const float2 x = load_shared_float2(base + Shape::kShrinks +
@@ -154,7 +148,7 @@ __device__ __forceinline__ void shrink_sums(Sums<Shape::kHeads>& my,
     for (int i = 0; i < 8; ++i) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        my.out[i][4 * j + k] *= ((k & 1) != 0 ? x.y : x.x) * shrinks.of_unit[i / 2];
+        my.out[i][4 * j + k] *= ((k & 1) != 0 ? x.y : x.x) * of_unit[i / 2];
       }
     }
   }

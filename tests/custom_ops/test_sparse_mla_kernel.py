@@ -71,12 +71,6 @@ def test_heads_and_edges_of_tiles(
     case.check(*run(kernel_memory, kind, case, splits=1))
 
 
-def test_more_tokens_than_blocks_at_once(kernel_memory: KernelMemory) -> None:
-    # of three warpgroups that take turns then, one has most tiles
-    case = make(FP8, [3] * 129 + [0, 64, 130, 257], 260, heads=13)
-    case.check(*run(kernel_memory, NarrowAttention, case))
-
-
 @pytest.mark.parametrize(
     ("kind", "cache_dtype", "heads", "splits"),
     of_both(

@@ -4,7 +4,6 @@
 
 #include <array>
 #include <map>
-#include <tuple>
 
 #include "common.cuh"
 
@@ -87,21 +86,7 @@ inline void named_barrier(int number, int threads) {
   emulated::wait_at(named_barrier_at(number, threads));
 }
 
-inline bool any_at_barrier(int number, int threads, bool mine) {
-  static std::map<std::tuple<emulated::Block*, int, int>, bool> all;
-  emulated::Barrier& barrier = named_barrier_at(number, threads);
-  bool& any = all[{&own(), number, barrier.turn % 2}];
-  any = mine || (barrier.arrived > 0 && any);
-  emulated::wait_at(barrier);
-  return any;
-}
-
 inline void named_barrier_apart(int number, int threads) { named_barrier(number, threads); }
-
-inline bool elect_one() {
-  __syncwarp();
-  return emulated::lane() == 0;
-}
 
 // Soon, and sometimes long after what was asked for later.
 inline void happens_later(std::function<void()> what) {

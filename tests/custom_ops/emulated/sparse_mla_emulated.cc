@@ -10,7 +10,7 @@
 
 using fd_dsa::narrow::Form;
 
-// `form` 0 to 3: as the launcher has them; -1: its choice.
+// `form` 0 to 2: as the launcher has them; -1: its choice.
 extern "C" int sparse_mla_emulated(const FdDsaSparseMla* job, int form) {
   using namespace fd_dsa::narrow;
   if (form == 0) return launch_form<Form::kOne>(*job, nullptr);
@@ -19,7 +19,6 @@ extern "C" int sparse_mla_emulated(const FdDsaSparseMla* job, int form) {
     return job->num_heads > 16 ? launch_warpgroups<32>(*job, nullptr)
                                : launch_warpgroups<16>(*job, nullptr);
   }
-  if (form == 3) return launch_warpgroups<16, Form::kThree>(*job, nullptr);
   return launch_narrow(*job, nullptr);
 }
 
