@@ -39,13 +39,14 @@ class Argument(NamedTuple):
         type: Triton's type such as "*bf16" or "i32"; "constexpr" where the value is compiled in.
         divisible: the address or the int is a multiple of 16.
         value: the constant; None for other arguments.
-        value_type: type of the constant, as True, 1 and 1.0 are equal but not the same.
+        kind: of the constant, what equality leaves out: its type, as True, 1 and 1.0 are equal, and
+            of a float its text, as 0.0 and -0.0 are.
     """
 
     type: str
     divisible: bool = False
     value: Any = None
-    value_type: type | None = None
+    kind: type | str | None = None
 
 
 @dataclass(frozen=True)
