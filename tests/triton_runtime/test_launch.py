@@ -7,7 +7,6 @@ without a GPU, in a process whose kernels are compiled.
 from __future__ import annotations
 
 import gc
-import logging
 import threading
 from itertools import combinations
 
@@ -15,13 +14,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.errors import DeviceError, LaunchError
-from fd_dsa.triton_runtime import (
-    INTERPRETING,
-    Pointer,
-    freeze,
-    num_late_compilations,
-    paddle_jit,
-)
+from fd_dsa.triton_runtime import INTERPRETING, paddle_jit
 from fd_dsa.triton_runtime.driver import cuda
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, X, Y, scale_kernel
 
@@ -329,34 +322,6 @@ def test_errors_of_the_driver(library: FakeLibrary, monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         with pytest.raises(DeviceError, match=r"launch of kernel .*scale_kernel: CUDA error 700"):
             kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
-
-
-def test_warmup_leaves_nothing_to_do(library: FakeLibrary) -> None:
-    kernel = scale_kernel()
-    pointer = Pointer("float32")
-    compiled = kernel.warmup(pointer, pointer, 5, 0.5, True, 7, BLOCK=64)
-    assert compiled is not None and compiled.name == "scale_kernel"
-    assert len(library.loaded) == 1 and library.launches == []
-    freeze(strict=True)
-    kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
-    with pytest.raises(LaunchError, match=r"no compiled variant for \(x_ptr=\*fp32, y_ptr"):
-        kernel[(1,)](FakeTensor(0x7004), Y, 5, 0.5, True, 7, BLOCK=64)
-    kernel.warmup(Pointer("float32", aligned=False), pointer, 5, 0.5, True, 7, BLOCK=64)
-    kernel[(1,)](FakeTensor(0x7004), Y, 5, 0.5, True, 7, BLOCK=64)
-    assert len(library.loaded) == 2
-
-
-def test_late_compilation_is_told_once(
-    library: FakeLibrary, caplog: pytest.LogCaptureFixture
-) -> None:
-    kernel, before = scale_kernel(), num_late_compilations()
-    freeze()
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
-    assert num_late_compilations() == before + 1
-    assert len(caplog.records) == 1
-    assert "kernel scale_kernel: no compiled variant" in caplog.text
 
 
 def test_modules_and_import_paths_are_left_alone(library: FakeLibrary) -> None:
