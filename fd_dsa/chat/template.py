@@ -32,7 +32,7 @@ _MOST_ENTRIES, _MOST_BITS = 1 << 20, 1 << 12
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, in which no single operator makes a giant text, list or number."""
+    """Jinja's sandbox, in which no product or power makes a giant text, list or number."""
 
     # what is intercepted is not computed while a template is compiled
     intercepted_binops = frozenset(("*", "**"))
