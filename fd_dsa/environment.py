@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import sys
 import tempfile
 import warnings
@@ -25,6 +26,8 @@ OP_PROVIDERS = {
 }
 """Operators that have more than one provider on a GPU, and those that may be asked for."""
 
+# with less the server of the demo model does not start
+_LEAST_ADDRESS_SPACE_BYTES = 3 << 29
 _SWITCH = {"0": False, "false": False, "1": True, "true": True}
 
 
@@ -37,8 +40,10 @@ def prepare_cpu_runtime() -> None:
     silenced.
 
     Raises:
-        ConfigError: the folder that Paddle makes when it is imported cannot be made.
+        ConfigError: the folder that Paddle makes when it is imported cannot be made, or `ulimit -v`
+            leaves no room for its libraries.
     """
+    check_address_space()
     _make_paddle_folder()
     warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
     try:
@@ -49,6 +54,21 @@ def prepare_cpu_runtime() -> None:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     if batch_invariant():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def check_address_space() -> None:
+    """Refuse a `ulimit -v` under which libraries fail to load, each with a dump of its own.
+
+    Raises:
+        ConfigError: the address space of this process is limited to less than 1.5 GiB.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE_BYTES:
+        raise ConfigError(
+            f"ulimit -v: got {limit // 1024}, allowed: at least "
+            f"{_LEAST_ADDRESS_SPACE_BYTES // 1024} (1.5 GiB), of which Paddle's libraries take "
+            "most, and more for a model; raise it, or limit memory by a control group"
+        )
 
 
 def _make_paddle_folder() -> None:
