@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import signal
 import sys
 import tempfile
 import warnings
@@ -264,3 +265,49 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         package.setLevel(level)
+
+
+def open_missing_streams() -> None:
+    """Where the process was started without stdout or stderr, nobody reads, but all may write.
+
+    Their numbers would go to the next files that are opened, such as a client's connection.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def _flush_stdout() -> None:
+    """Write what is left; raises BrokenPipeError where nobody reads it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        # the interpreter tries again at its exit, and reports that
+        return
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """Around a command: Ctrl-C is one line at any moment, a reader that goes away is none.
+
+    Raises:
+        SystemExit: 130 after Ctrl-C; the shell's status for SIGPIPE where nobody reads stdout any
+            more, as in `fd-dsa bench --help | head -1`.
+    """
+    open_missing_streams()
+    try:
+        try:
+            yield
+        finally:
+            _flush_stdout()
+    except KeyboardInterrupt:
+        sys.stderr.write("fd_dsa: error: interrupted\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # what is left in the buffers goes there at the exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import shlex
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import check_address_space, process_environment
+from fd_dsa.environment import check_address_space, open_missing_streams, process_environment
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.heaps import share_heaps
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 after a drained shutdown, 1 after a failure while serving, 2 when the start fails (one
         line on stderr says why), 130 when interrupted while loading.
     """
-    _open_missing_streams()
+    open_missing_streams()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
@@ -61,16 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             logger.debug("the start failed", exc_info=True)
         return _fail(*_why_not_started(error, debug))
-
-
-def _open_missing_streams() -> None:
-    """Where the process was started without stdout or stderr, nobody reads, but all may write.
-
-    Their numbers would go to the next files that are opened, such as a client's connection.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
