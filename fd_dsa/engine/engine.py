@@ -107,6 +107,7 @@ class LLMEngine:
         # made now, not in the first request's step
         tokenizer.text_token_bytes()
         self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
         self.sampling_defaults: dict[str, Any] = dict(sampling_defaults or {})
         self._batch: StepRows = runner.input_batch
         self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)

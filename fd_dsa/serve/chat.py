@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.serve.chat_answer import Choice, deltas_of, message_of
 from fd_dsa.serve.chat_prompt import make_job
-from fd_dsa.serve.generation import Job, stream_outputs, unless_gone
+from fd_dsa.serve.generation import Job, check_form, stream_outputs, unless_gone
 from fd_dsa.serve.logprobs import chat_logprobs
 from fd_dsa.serve.protocol import ChatCompletionRequest
 from fd_dsa.serve.responses import end_fields, new_id, prompt_fields, usage_of, with_usage
@@ -39,6 +39,7 @@ async def create_chat_completion(
     body.check_supported()
     completion_id = new_id("chatcmpl")
     job, answer_format = await asyncio.to_thread(make_job, state, body, completion_id)
+    await check_form(state, job, "messages")
     request.state.ticket.extend(job.params.n, "n")
     head = {
         "id": completion_id,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import os
 import shlex
 import sys
 import time
@@ -19,7 +18,7 @@ from fd_dsa.environment import process_environment
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.heaps import share_heaps
-from fd_dsa.serve.logs import set_up_logging
+from fd_dsa.serve.logs import open_missing_streams, set_up_logging
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 after a drained shutdown, 1 after a failure while serving, 2 when the start fails (one
         line on stderr says why), 130 when interrupted while loading.
     """
-    _open_missing_streams()
+    open_missing_streams()
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
@@ -61,16 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             logger.debug("the start failed", exc_info=True)
         return _fail(*_why_not_started(error, debug))
-
-
-def _open_missing_streams() -> None:
-    """Where the process was started without stdout or stderr, nobody reads, but all may write.
-
-    Their numbers would go to the next files that are opened, such as a client's connection.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
@@ -169,7 +158,9 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     """Take the address, then listen, load the engine, and serve."""
     config = _engine_config(args)
     # the server's packages are imported late, so that --help and errors of flags are quick
+    from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.serve.chat_formats import chat_formats, chat_line
+    from fd_dsa.serve.engine_process import EngineProcess, Settings
     from fd_dsa.serve.info import server_info
     from fd_dsa.serve.options import ServerOptions
     from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
@@ -185,11 +176,9 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     loaded: list[AsyncEngine] = []
 
     def load(progress: StartupProgress) -> AsyncEngine:
-        from fd_dsa.engine.async_engine import AsyncEngine
-        from fd_dsa.engine.factory import build_engine
-
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
-        loaded.append(AsyncEngine(build_engine(config, progress)))
+        settings = Settings(config, args.log_level, args.log_json)
+        loaded.append(AsyncEngine(EngineProcess(settings, progress)))
         logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, options.chat)))
         return loaded[0]
 

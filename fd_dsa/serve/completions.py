@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.generation import (
     Job,
+    check_form,
     check_jobs,
     collect_outputs,
     resolve_max_tokens,
@@ -45,6 +46,7 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     request.state.ticket.extend(len(body.prompt))
     completion_id = new_id("cmpl")
     jobs = await asyncio.to_thread(_make_jobs, state, body, completion_id)
+    await check_form(state, jobs[0], "prompt")
     request.state.ticket.extend(sum(job.params.n for job in jobs), "n")
     head = {
         "id": completion_id,

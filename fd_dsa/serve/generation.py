@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -97,22 +97,38 @@ def resolve_max_tokens(
 
 
 def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> None:
-    """Ask the engine whether it could ever run these jobs.
-
-    Not for the event loop: a grammar that is new is compiled here.
+    """Check that the engine could ever run these jobs; takes a while for long prompts.
 
     Raises:
         ApiError: 400 with the engine's reason and the field to blame: a sampling parameter, or
             `param`, which the prompt came from.
     """
     for job in jobs:
-        try:
+        with _refusals(param):
             state.engine.validate(job.prompt_token_ids, job.params)
-        except ValueError as error:
-            refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tools"))
-            if refusal.param is None:
-                refusal = ApiError(400, f"{param}: {error}", param=param)
-            raise refusal from error
+
+
+async def check_form(state: ServerState, job: Job, param: str) -> None:
+    """Let the engine compile the form of a job's output, if it is to have one.
+
+    Raises:
+        ApiError: as `check_jobs`.
+    """
+    if job.params.structured_outputs is not None:
+        with _refusals(param):
+            await state.engine.check_form(job.params.structured_outputs)
+
+
+@contextlib.contextmanager
+def _refusals(param: str) -> Iterator[None]:
+    """Turn the engine's refusals into a 400."""
+    try:
+        yield
+    except ValueError as error:
+        refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tools"))
+        if refusal.param is None:
+            refusal = ApiError(400, f"{param}: {error}", param=param)
+        raise refusal from error
 
 
 async def stream_outputs(

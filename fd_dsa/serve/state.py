@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
@@ -22,6 +21,14 @@ _ALIAS = "default"
 _POLL_S = 0.02
 _RETRY_AFTER = {"Retry-After": "5"}
 
+Info = Callable[[], Awaitable[dict[str, Any]]]
+"""Finds out what /server_info shows."""
+
+
+async def no_info() -> dict[str, Any]:
+    """What /server_info shows of a server that knows nothing of itself."""
+    return {}
+
 
 class ServerState:
     """The engine, the names it is served under, what is allowed, and the requests in flight.
@@ -30,7 +37,7 @@ class ServerState:
         engine: the engine that generates; None while it loads. Started and stopped by the
             application's lifespan.
         served_model_names: at least one; responses carry the name that the request used.
-        info: what the server tells of itself; called once, when it is first needed.
+        info: finds out what /server_info shows; called once, when it is first needed.
         options: keys and limits.
         startup: how far the engine is, where it loads while the server runs.
     """
@@ -39,7 +46,7 @@ class ServerState:
         self,
         engine: AsyncEngine | None,
         served_model_names: Sequence[str],
-        info: Callable[[], dict[str, Any]] = dict,
+        info: Info = no_info,
         options: ServerOptions | None = None,
         startup: StartupProgress | None = None,
     ) -> None:
@@ -47,8 +54,8 @@ class ServerState:
         self.chat = (options or ServerOptions()).chat
         self.served_model_names = tuple(served_model_names)
         self.created = int(time.time())
-        # finding the commit starts processes
-        self.info = functools.cache(info)
+        self._find_info = info
+        self._info: dict[str, Any] | None = None
         self.options = options or ServerOptions()
         self.startup = startup or StartupProgress()
         self.concurrency = ConcurrencyLimit(self.options.max_concurrency)
@@ -65,6 +72,12 @@ class ServerState:
         if self.loaded_engine is None:
             raise self._loading()
         return self.loaded_engine
+
+    async def info(self) -> dict[str, Any]:
+        """What /server_info shows."""
+        if self._info is None:
+            self._info = await self._find_info()
+        return self._info
 
     def unavailable(self) -> ApiError | None:
         """Why no new request is taken: a 503, or None when the server can serve."""

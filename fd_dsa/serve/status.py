@@ -45,11 +45,11 @@ async def version() -> dict[str, str]:
 
 
 @router.get("/server_info", summary="Versions, device, types and limits of this server")
-def server_info(state: State) -> dict[str, Any]:
+async def server_info(state: State) -> dict[str, Any]:
     """What decides the answers of this server; null is what cannot be found out."""
-    # loading: there is little to tell yet
+    # loading: there is little to show yet
     _ = state.engine
-    return state.info()
+    return await state.info()
 
 
 def _ok_unless(error: ApiError | None) -> Response:
