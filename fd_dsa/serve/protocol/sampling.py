@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -12,31 +13,6 @@ from fd_dsa.serve.errors import ApiError, request_error, show
 from fd_dsa.serve.protocol.fields import TEXT, TEXTS, refuse
 from fd_dsa.serve.protocol.structured import StructuredFields
 
-# those with the same name and meaning in SamplingParams
-SAMPLING_FIELDS = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "bad_words",
-    "bad_words_token_ids",
-    "min_tokens",
-    "max_tokens",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "skip_special_tokens",
-    "prompt_logprobs",
-    "seed",
-    "cache_salt",
-    "return_topk_positions",
-)
 _MAX_ID_DIGITS = 10
 
 
@@ -155,3 +131,11 @@ class SamplingFields(StructuredFields):
     def score_fields(self) -> dict[str, int | None]:
         """`logprobs` and `prompt_logprobs` of SamplingParams."""
         raise NotImplementedError
+
+
+SAMPLING_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(SamplingParams)
+    if field.name in SamplingFields.model_fields.keys() - StructuredFields.model_fields.keys()
+)
+"""Those with the same name and meaning in SamplingParams."""
