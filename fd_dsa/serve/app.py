@@ -17,13 +17,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fd_dsa import __version__
 from fd_dsa.serve import api_page, chat, completions, metrics, page, status, tokenization
+from fd_dsa.serve.disconnect import ClientGone
 from fd_dsa.serve.errors import (
     ERROR_RESPONSES,
     ApiError,
     install_error_handlers,
     internal_error,
 )
-from fd_dsa.serve.generation import ClientGone
 from fd_dsa.serve.guard import GuardMiddleware
 from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.state import Info, ServerState, State, no_info
@@ -68,6 +68,8 @@ def create_app(
         try:
             yield
         finally:
+            state.workers.close()
+            state.prompt_workers.close()
             if state.loaded_engine is not None:
                 await asyncio.to_thread(state.loaded_engine.stop)
 

@@ -145,6 +145,8 @@ def _show_plan(args: argparse.Namespace) -> int:
         "port": args.port,
         "num_api_keys": len(getattr(args, "api_key", None) or ()),
         "max_body_bytes": args.max_body_size,
+        "max_body_values": args.max_body_values,
+        "max_answer_scores": args.max_answer_scores,
         "max_concurrency": args.max_concurrency,
         "shutdown_timeout": args.shutdown_timeout,
         **chat_formats(plan.tokenizer, _chat_settings(args)),
@@ -168,6 +170,8 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     options = ServerOptions(
         api_keys=tuple(getattr(args, "api_key", None) or ()),
         max_body_bytes=args.max_body_size,
+        max_body_values=args.max_body_values,
+        max_answer_scores=args.max_answer_scores,
         max_concurrency=args.max_concurrency,
         log_requests=args.log_requests,
         serves_page=not args.disable_ui,

@@ -11,8 +11,9 @@ from fastapi import Depends, Request
 
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.serve.concurrency import ConcurrencyLimit
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import ApiError, show
 from fd_dsa.serve.options import ServerOptions
+from fd_dsa.serve.workers import Workers
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -59,6 +60,10 @@ class ServerState:
         self.options = options or ServerOptions()
         self.startup = startup or StartupProgress()
         self.concurrency = ConcurrencyLimit(self.options.max_concurrency)
+        # work of bounded length: bodies and answers
+        self.workers = Workers("front", 2)
+        # templates, tokenizers and grammars, which may take long
+        self.prompt_workers = Workers("prompts", 4)
         self.draining = False
         self.active: set[str] = set()
 
@@ -134,7 +139,7 @@ class ServerState:
         served = ", ".join(self.served_model_names)
         raise ApiError(
             404,
-            f"model: got {name!r}; this server has {served}",
+            f"model: got {show(name)}; this server has {served}",
             param="model",
             code="model_not_found",
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from fd_dsa import __version__
 from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.json_response import JsonResponse
 from fd_dsa.serve.state import ServerState, State
 
 router = APIRouter()
@@ -54,7 +55,7 @@ async def server_info(state: State) -> dict[str, Any]:
 
 def _ok_unless(error: ApiError | None) -> Response:
     """200, or the error."""
-    return JSONResponse({"status": "ok"}) if error is None else error.response()
+    return JsonResponse({"status": "ok"}) if error is None else error.response()
 
 
 def _has_failed(state: ServerState) -> bool:
