@@ -46,10 +46,19 @@ class Served:
         return {**answer, "serve_cpu_s": loop_s, "cpu_s": all_s}
 
     def _cpu_s(self) -> tuple[float, float]:
-        """Processor seconds of the main thread, which runs the event loop, and of all threads."""
-        threads = Path(f"/proc/{self._pid}/task").iterdir()
+        """Processor seconds of the main thread, which runs the event loop, and of the server."""
+        threads = [
+            t for pid in _with_children(self._pid) for t in Path(f"/proc/{pid}/task").iterdir()
+        ]
         times = {int(t.name): int((t / "schedstat").read_text().split()[0]) for t in threads}
         return times[self._pid] / 1e9, sum(times.values()) / 1e9
+
+
+def _with_children(pid: int) -> list[int]:
+    """A process and those that it has started."""
+    stats = [p.read_text() for p in Path("/proc").glob("[0-9]*/stat")]
+    parents = {int(s.split()[0]): int(s.rpartition(")")[2].split()[1]) for s in stats}
+    return [pid, *(child for child, parent in parents.items() if parent == pid)]
 
 
 @contextlib.contextmanager

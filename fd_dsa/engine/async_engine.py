@@ -1,77 +1,136 @@
-"""The engine in its own thread, for callers in asyncio."""
+"""The engine for callers in asyncio, in a thread or a process of its own."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
 
 from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.host import (
+    CHECK_FORM,
+    SNAPSHOT,
+    Abort,
+    Add,
+    Ask,
+    EngineLink,
+    EngineThread,
+    Event,
+    Failed,
+    FinishOutput,
+    Outputs,
+    Refused,
+    Reply,
+    Stop,
+)
+from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.stats import EngineStats
-from fd_dsa.engine.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 
 _JOIN_TIMEOUT_S = 30.0
 
 
 class AsyncEngine:
-    """Runs an engine in a thread and hands its outputs to asyncio tasks.
+    """Sends requests to an engine and hands its outputs to asyncio tasks.
 
-    The engine belongs to the thread from `start` on. Calls become commands which the thread
-    takes between two steps; outputs go back once a step and event loop. When a step fails,
-    `errored` is set and every iterator ends with the error; nothing waits for ever.
+    Calls become commands, which the engine takes between two steps; outputs come back once a step
+    and event loop. When a step fails, or the engine's process ends, `errored` is set and every
+    iterator ends with the error; nothing waits for ever.
 
     Args:
-        engine: not used by anyone else.
+        engine: an engine that no one else uses, which gets a thread of this process, or a link to
+            one in another process.
+
+    Attributes:
+        errored: why the engine serves no more requests; None while it does.
+        facts: sizes and defaults of the engine.
+        tokenizer: of the model.
+        pid: of the process that the engine has to itself; None in this one.
     """
 
-    def __init__(self, engine: LLMEngine) -> None:
-        """Keep the engine; `start` starts the thread."""
+    def __init__(self, engine: LLMEngine | EngineLink) -> None:
+        """Keep the engine; `start` lets it run."""
+        self._link = EngineThread(engine) if isinstance(engine, LLMEngine) else engine
         self.errored: BaseException | None = None
-        self.tokenizer: Tokenizer = engine.tokenizer
-        self.max_model_len = engine.max_model_len
-        self.sampling_defaults = engine.sampling_defaults
-        self.metrics = engine.metrics
-        self.captured_sizes = engine.captured_sizes
-        self._engine = engine
-        self._thread = threading.Thread(target=self._run, name="fd_dsa-engine", daemon=True)
-        self._wake = threading.Condition()
-        # guarded by _wake
-        self._commands: deque[Callable[[], None]] = deque()
-        self._streams: dict[str, _Stream] = {}
+        self.facts = self._link.facts
+        self.tokenizer = self._link.tokenizer
+        self.max_model_len = self.facts.limits.max_model_len
+        self.sampling_defaults = self.facts.sampling_defaults
+        self.captured_sizes = self.facts.captured_sizes
+        self.pid = self._link.pid
+        self._numbers = itertools.count()
+        self._is_started = False
+        # orders commands, so that one for a request never overtakes the request
+        self._lock = threading.Lock()
+        # guarded by _lock
+        self._streams: dict[int, _Stream] = {}
+        self._keys: dict[str, int] = {}
+        self._replies: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]] = {}
         self._is_stopping = False
-        self._ids = itertools.count()
 
     @property
     def is_running(self) -> bool:
-        """True while the thread serves."""
-        return self._thread.is_alive() and self.errored is None and not self._is_stopping
+        """True while the engine serves."""
+        return self._link.is_alive and self.errored is None and not self._is_stopping
 
     def start(self) -> None:
-        """Start the thread.
+        """Let the engine run.
 
         Raises:
             RuntimeError: it was started before.
         """
-        self._thread.start()
+        self._link.start(self._receive)
+        self._is_started = True
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
-        """Output tokens that a request may have.
+        """Output tokens that a request may have; its form is checked by `check_form`.
 
         Raises:
-            ValueError: the request can never run; see `LLMEngine.validate`.
+            ValueError: the request can never run; see `RequestLimits.validate`.
         """
-        return self._engine.validate(prompt_token_ids, params)
+        return self.facts.limits.validate(prompt_token_ids, params)
 
-    def stats(self) -> EngineStats:
-        """Counters and load; a figure may be one step old."""
-        return self._engine.stats()
+    async def check_form(self, form: StructuredOutputsParams) -> None:
+        """Let the engine compile the form of an output.
+
+        Raises:
+            ValueError: it cannot be compiled; begins with the name of the field.
+            RuntimeError: the engine is not running or has failed.
+        """
+        await self.ask(CHECK_FORM, form)
+
+    async def snapshot(self) -> tuple[EngineStats, EngineMetrics]:
+        """Load and counters; a figure may be one step old.
+
+        Raises:
+            RuntimeError: the engine is not running or has failed.
+        """
+        stats, metrics = await self.ask(SNAPSHOT)
+        return stats, metrics
+
+    async def ask(self, question: str, argument: Any = None) -> Any:
+        """The engine's answer to a question of its host.
+
+        Raises:
+            RuntimeError: the engine is not running or has failed.
+            Exception: what the question says.
+        """
+        loop = asyncio.get_running_loop()
+        number, reply = next(self._numbers), loop.create_future()
+        with self._lock:
+            self._check_running()
+            self._replies[number] = loop, reply
+        self._link.post(Ask(number, question, argument))
+        try:
+            return await reply
+        finally:
+            with self._lock:
+                self._replies.pop(number, None)
 
     async def generate(
         self,
@@ -85,7 +144,7 @@ class AsyncEngine:
         that fails alone ends with finish_reason "error".
 
         Args:
-            prompt_token_ids: the prompt.
+            prompt_token_ids: the prompt, which `validate` has taken.
             params: how to sample and when to end.
             request_id: unique among unfinished requests; None = made here.
 
@@ -93,10 +152,16 @@ class AsyncEngine:
             ValueError: the request can never run, or its id is in use.
             RuntimeError: the engine is not running or has failed.
         """
-        name = f"request-{next(self._ids)}" if request_id is None else request_id
-        stream = _Stream(name, params.n)
-        self.validate(prompt_token_ids, params)
-        self._open(stream, prompt_token_ids, params)
+        key = next(self._numbers)
+        name = f"request-{key}" if request_id is None else request_id
+        stream = _Stream(key, name, params.n)
+        with self._lock:
+            self._check_running()
+            if name in self._keys:
+                raise ValueError(f"request_id {name!r} is in use; choose another one")
+            self._streams[key] = stream
+            self._keys[name] = key
+            self._link.post(Add(key, name, prompt_token_ids, params))
         try:
             while not stream.is_finished:
                 yield await stream.get()
@@ -105,124 +170,105 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; what is unfinished of it gets an output "abort"."""
-        with self._wake:
-            self._push(lambda: self._abort(request_id))
+        self._post_for(request_id, Abort)
 
     def finish_output(self, request_id: str, index: int) -> None:
         """End one of a request's n outputs before the next step, as if the model had ("stop")."""
-        with self._wake:
-            self._push(lambda: self._deliver(self._engine.finish_output(request_id, index)))
+        self._post_for(request_id, FinishOutput, index)
 
     def stop(self) -> None:
-        """End all requests with finish_reason "abort", then the thread. May be called twice.
+        """End all requests with finish_reason "abort", then the engine. May be called twice.
 
         Blocks until the step in progress is over.
         """
-        with self._wake:
+        with self._lock:
             self._is_stopping = True
-            self._wake.notify()
-        if self._thread.is_alive():
-            self._thread.join(_JOIN_TIMEOUT_S)
+        if self._link.is_alive:
+            self._link.post(Stop())
+            self._link.join(_JOIN_TIMEOUT_S)
 
-    def _open(
-        self, stream: _Stream, prompt_token_ids: Sequence[int], params: SamplingParams
+    def _check_running(self) -> None:
+        """RuntimeError unless the engine takes requests; the caller holds the lock."""
+        if self.errored is not None:
+            raise _failure(self.errored)
+        if self._is_stopping:
+            raise RuntimeError("the engine is shutting down and takes no new requests")
+        if not self._is_started:
+            raise RuntimeError("the engine is not running; call start() first")
+
+    def _post_for(
+        self, request_id: str, command: type[Abort] | type[FinishOutput], *fields: Any
     ) -> None:
-        """Register a stream and queue its request."""
-        with self._wake:
-            if self.errored is not None:
-                raise _failure(self.errored)
-            if self._is_stopping:
-                raise RuntimeError("the engine is shutting down and takes no new requests")
-            if not self._thread.is_alive():
-                raise RuntimeError("the engine is not running; call start() first")
-            if stream.request_id in self._streams:
-                raise ValueError(f"request_id {stream.request_id!r} is in use; choose another one")
-            self._streams[stream.request_id] = stream
-            self._push(lambda: self._add(stream, prompt_token_ids, params))
+        """Send a command for an unfinished request."""
+        with self._lock:
+            key = self._keys.get(request_id)
+            if key is not None:
+                self._link.post(command(key, *fields))
 
     def _close(self, stream: _Stream) -> None:
         """Forget a stream; abort its request if it still runs."""
-        with self._wake:
-            if self._streams.get(stream.request_id) is stream:
-                del self._streams[stream.request_id]
-                self._push(lambda: self._discard(stream.request_id))
+        with self._lock:
+            if self._forget(stream):
+                self._link.post(Abort(stream.key, is_silent=True))
 
-    def _push(self, command: Callable[[], None]) -> None:
-        """Queue a command for the thread; the caller holds the lock."""
-        self._commands.append(command)
-        self._wake.notify()
+    def _forget(self, stream: _Stream) -> bool:
+        """Drop a stream; False where it was dropped before. The caller holds the lock."""
+        if self._streams.pop(stream.key, None) is None:
+            return False
+        del self._keys[stream.request_id]
+        return True
 
-    def _run(self) -> None:
-        """Body of the thread."""
-        try:
-            while self._take_commands():
-                if self._engine.has_unfinished_requests():
-                    self._deliver(self._engine.step())
-            self._abort_all()
-        except BaseException as error:
-            logger.error("the engine has failed", exc_info=error)
-            self._fail(error)
+    def _receive(self, event: Event) -> None:
+        """Take an event; called in a thread of the link."""
+        if isinstance(event, list):
+            self._deliver(event)
+        elif isinstance(event, Refused):
+            self._refuse(event)
+        elif isinstance(event, Reply):
+            self._reply(event)
+        else:
+            self._fail(event)
 
-    def _take_commands(self) -> bool:
-        """Wait for work and run what is queued; False when the thread is to end."""
-        with self._wake:
-            while not (
-                self._commands or self._is_stopping or self._engine.has_unfinished_requests()
-            ):
-                self._wake.wait()
-            commands = list(self._commands)
-            self._commands.clear()
-            is_stopping = self._is_stopping
-        for command in commands:
-            command()
-        return not is_stopping
-
-    def _add(
-        self, stream: _Stream, prompt_token_ids: Sequence[int], params: SamplingParams
-    ) -> None:
-        """Command: hand a request to the engine."""
-        try:
-            self._engine.add_request(stream.request_id, prompt_token_ids, params)
-            stream.is_added = True
-        except ValueError as error:
-            self._put([(stream, error)])
-
-    def _abort(self, request_id: str) -> None:
-        """Command: end a request and tell its stream."""
-        self._deliver(self._engine.abort_request(request_id))
-
-    def _discard(self, request_id: str) -> None:
-        """Command: end a request that nobody listens to."""
-        self._engine.abort_request(request_id)
-
-    def _abort_all(self) -> None:
-        """End everything that still runs."""
-        with self._wake:
-            request_ids = list(self._streams)
-        for request_id in request_ids:
-            self._abort(request_id)
-
-    def _fail(self, error: BaseException) -> None:
-        """Set `errored` and end every stream with it."""
-        with self._wake:
-            self.errored = error
-            streams = list(self._streams.values())
-        self._put([(stream, _failure(error)) for stream in streams])
-
-    def _deliver(self, outputs: list[RequestOutput]) -> None:
+    def _deliver(self, outputs: Outputs) -> None:
         """Give outputs to their streams; ended streams are forgotten."""
         items: list[tuple[_Stream, _Item]] = []
-        with self._wake:
-            for output in outputs:
-                stream = self._streams.get(output.request_id)
-                # an id may be used again before the output of its first owner gets here
-                if stream is None or not stream.is_added:
+        with self._lock:
+            for key, output in outputs:
+                stream = self._streams.get(key)
+                if stream is None:
                     continue
                 items.append((stream, output))
                 stream.num_undelivered -= output.finished
                 if not stream.num_undelivered:
-                    del self._streams[output.request_id]
+                    self._forget(stream)
         self._put(items)
+
+    def _refuse(self, event: Refused) -> None:
+        """End the stream of a request that cannot run."""
+        with self._lock:
+            stream = self._streams.get(event.key)
+            if stream is None:
+                return
+            self._forget(stream)
+        self._put([(stream, event.error)])
+
+    def _reply(self, event: Reply) -> None:
+        """Give an answer to the task that waits for it."""
+        with self._lock:
+            waiting = self._replies.get(event.number)
+        if waiting is not None:
+            _resolve(*waiting, event)
+
+    def _fail(self, event: Failed) -> None:
+        """Set `errored` and end everything with it."""
+        failure = _failure(event.error)
+        with self._lock:
+            self.errored = event.error
+            streams = list(self._streams.values())
+            replies = dict(self._replies)
+        self._put([(stream, failure) for stream in streams])
+        for number, waiting in replies.items():
+            _resolve(*waiting, Reply(number, error=failure))
 
     def _put(self, items: list[tuple[_Stream, _Item]]) -> None:
         """Send items to the event loops of their streams, one call for each loop."""
@@ -244,14 +290,14 @@ _Item = RequestOutput | Exception
 class _Stream:
     """Outputs of one request on their way to one task."""
 
-    def __init__(self, request_id: str, num_outputs: int) -> None:
+    def __init__(self, key: int, request_id: str, num_outputs: int) -> None:
         """Belongs to the running event loop."""
+        self.key = key
         self.request_id = request_id
-        # outputs whose end the thread has not sent, and the task has not read
+        # outputs whose end the engine has not sent, and the task has not read
         self.num_undelivered = num_outputs
         self._num_unread = num_outputs
         self.loop = asyncio.get_running_loop()
-        self.is_added = False
         self.is_finished = False
         self._items: deque[_Item] = deque()
         self._waiter: asyncio.Future[None] | None = None
@@ -280,6 +326,24 @@ def _put_all(items: list[tuple[_Stream, _Item]]) -> None:
     """Put items into their streams; runs in the event loop."""
     for stream, item in items:
         stream.put(item)
+
+
+def _resolve(loop: asyncio.AbstractEventLoop, reply: asyncio.Future[Any], event: Reply) -> None:
+    """Set the result of a reply in its event loop, unless nobody waits any more."""
+
+    def resolve() -> None:
+        if reply.done():
+            return
+        if event.error is None:
+            reply.set_result(event.value)
+        else:
+            reply.set_exception(event.error)
+
+    try:
+        loop.call_soon_threadsafe(resolve)
+    except RuntimeError:
+        # the loop is closed
+        return
 
 
 def _failure(error: BaseException) -> RuntimeError:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from fd_dsa.engine.admission import Admission
 from fd_dsa.engine.block_manager import BlockManager
+from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import ConstraintError, FinishReason, RequestOutput
@@ -19,6 +20,7 @@ from fd_dsa.engine.sampler import NOT_FINITE, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import BlockTables, Scheduler
 from fd_dsa.engine.stats import EngineStats
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.engine.topk_positions import execute
 from fd_dsa.runner.counters import StepCounters
@@ -105,17 +107,21 @@ class LLMEngine:
         # made now, not in the first request's step
         tokenizer.text_token_bytes()
         self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
         self.sampling_defaults: dict[str, Any] = dict(sampling_defaults or {})
         self._batch: StepRows = runner.input_batch
         self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self._admission = Admission(
             tokenizer,
-            self._blocks,
-            runner.vocab_size,
-            max_model_len,
+            RequestLimits(
+                runner.vocab_size,
+                max_model_len,
+                num_blocks,
+                block_size,
+                getattr(runner, "shows_selections", False),
+            ),
             eos_token_ids,
             seed,
-            shows_selections=getattr(runner, "shows_selections", False),
         )
         self._scheduler = Scheduler(self._blocks, self._batch, max_num_seqs, max_num_batched_tokens)
         self._sampler = Sampler(max_num_seqs)
@@ -141,6 +147,15 @@ class LLMEngine:
     def captured_sizes(self) -> tuple[int, ...]:
         """Rows of the decode steps that the runner replays from graphs, ascending."""
         return tuple(getattr(self.runner, "captured_sizes", ()))
+
+    @property
+    def limits(self) -> RequestLimits:
+        """What the engine can ever run."""
+        return self._admission.limits
+
+    def check_form(self, form: StructuredOutputsParams) -> None:
+        """Compile the form of an output unless it is known; see `Admission.check_form`."""
+        self._admission.check_form(form)
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Output tokens that a request may have; safe to call from any thread.
@@ -177,6 +192,10 @@ class LLMEngine:
         """End one of a request's n outputs now, as if the model had; its last state, if it ran."""
         unfinished = self._requests.get(request_id, ())
         return [self._end(r, "stop") for r in list(unfinished) if r.index == index]
+
+    def is_unfinished(self, request_id: str) -> bool:
+        """True while an output of the request waits or runs."""
+        return request_id in self._requests
 
     def has_unfinished_requests(self) -> bool:
         """True while a request waits or runs."""

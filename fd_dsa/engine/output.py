@@ -140,6 +140,11 @@ class RequestOutput:
         return self._token_ids[: self._num_tokens]
 
     @property
+    def num_tokens(self) -> int:
+        """Length of `token_ids`."""
+        return self._num_tokens
+
+    @property
     def text(self) -> str:
         """All output text so far."""
         return "".join(self._pieces[: self._num_pieces])
@@ -148,6 +153,11 @@ class RequestOutput:
     def logprobs(self) -> list[TokenLogprobs] | None:
         """Scores of the output tokens whose text is shown."""
         return None if self._logprobs is None else self._logprobs.shown[: self._num_logprobs]
+
+    @property
+    def has_logprobs(self) -> bool:
+        """True where scores of the output were asked for."""
+        return self._logprobs is not None
 
     @property
     def finished(self) -> bool:

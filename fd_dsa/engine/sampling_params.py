@@ -16,6 +16,8 @@ LOGIT_BIAS_MAX = 100.0
 MAX_BAD_WORDS = 1024
 MAX_STOP_STRINGS = 64
 MAX_TEXT_CHARS = 512
+MAX_STOP_CHARS = 8192
+MAX_BAD_WORD_CHARS = 32_768
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_TOKEN_ID = 2**31 - 1
@@ -122,6 +124,10 @@ class SamplingParams:
         salt = self.cache_salt
         if salt is not None and (not isinstance(salt, str) or not salt):
             raise ValueError(f"cache_salt is {salt!r}; it must be a non-empty string")
+        if salt is not None and len(salt) > MAX_TEXT_CHARS:
+            raise ValueError(
+                f"cache_salt has {len(salt)} characters; at most {MAX_TEXT_CHARS} are allowed"
+            )
         form = self.structured_outputs
         if form is not None and not isinstance(form, StructuredOutputsParams):
             raise ValueError(
@@ -142,7 +148,7 @@ class SamplingParams:
             )
         if self.stop is not None and not isinstance(self.stop, (str, Sequence)):
             raise ValueError(f"stop is {self.stop!r}; it must be a string or a list of strings")
-        _check_texts("stop", self.stop_strings, MAX_STOP_STRINGS)
+        _check_texts("stop", self.stop_strings, MAX_STOP_STRINGS, MAX_STOP_CHARS)
 
     def _check_tokens(self) -> None:
         """Tokens and texts that are treated apart."""
@@ -151,7 +157,7 @@ class SamplingParams:
         if self.bad_words is not None:
             if isinstance(self.bad_words, str) or not isinstance(self.bad_words, Sequence):
                 raise ValueError(f"bad_words is {self.bad_words!r}; it must be a list of strings")
-            _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS)
+            _check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
         if self.logit_bias is None:
             return
         if not isinstance(self.logit_bias, Mapping):
@@ -192,20 +198,26 @@ def _check_bool(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}; it must be true or false")
 
 
-def _check_texts(name: str, texts: Sequence[Any], most: int) -> None:
-    """ValueError unless these are at most so many non-empty strings."""
+def _check_texts(name: str, texts: Sequence[Any], most: int, most_chars: int) -> None:
+    """ValueError unless these are at most so many non-empty strings, of so many characters."""
     if len(texts) > most:
         raise ValueError(f"{name} has {len(texts)} entries; at most {most} are allowed")
+    num_chars = 0
     for text in texts:
         if not isinstance(text, str) or not text:
             raise ValueError(f"{name} has the entry {text!r}; it must be a non-empty string")
-        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError(f"{name} has the entry {text!r}; it must be valid Unicode")
         if len(text) > MAX_TEXT_CHARS:
             raise ValueError(
                 f"{name} has an entry of {len(text)} characters; at most {MAX_TEXT_CHARS} are "
                 "allowed"
             )
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise ValueError(f"{name} has the entry {text!r}; it must be valid Unicode")
+        num_chars += len(text)
+    if num_chars > most_chars:
+        raise ValueError(
+            f"{name} has {num_chars} characters in all; at most {most_chars} are allowed"
+        )
 
 
 def _check_token_ids(name: str, token_ids: Any) -> None:

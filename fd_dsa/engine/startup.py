@@ -23,6 +23,11 @@ class StartupProgress:
         self._detail = ""
 
     @property
+    def index(self) -> int:
+        """Number of the phase that runs, from 0."""
+        return self._index
+
+    @property
     def phase(self) -> str:
         """The phase that runs; the last one once the engine is there."""
         return PHASES[self._index]
@@ -35,6 +40,10 @@ class StartupProgress:
     def note(self, detail: str) -> None:
         """Say how far the present phase has come."""
         self._detail = detail
+
+    def follow(self, index: int, detail: str) -> None:
+        """Take over how far the same start is in another process, which logs it."""
+        self._index, self._detail = index, detail
 
     def done(self, text: str) -> None:
         """End the present phase with what there is to tell of it; the next one begins."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,10 +51,7 @@ class StructuredOutputsParams:
             raise ValueError(f"{self.source} has {found}; give one of {', '.join(_FORMS)}")
         # fails where the type is wrong
         _, text = self.definition()
-        if len(text) > MAX_GRAMMAR_CHARS:
-            raise ValueError(
-                f"{self.source} has {len(text)} characters; at most {MAX_GRAMMAR_CHARS} are allowed"
-            )
+        self._check_length(text)
 
     def definition(self) -> tuple[Kind, str]:
         """How the form is written, and its text."""
@@ -66,7 +64,9 @@ class StructuredOutputsParams:
         kind: Kind = "grammar" if self.regex is None else "regex"
         text = self.grammar if self.regex is None else self.regex
         if not isinstance(text, str) or not text:
-            raise ValueError(f"{self.source} is {text!r}; it must be a non-empty string")
+            raise ValueError(
+                f"{self.source} is {reprlib.repr(text)}; it must be a non-empty string"
+            )
         return kind, self._utf8(text)
 
     def _schema_text(self, schema: Any) -> str:
@@ -74,24 +74,46 @@ class StructuredOutputsParams:
         if isinstance(schema, str):
             return self._utf8(schema)
         if not isinstance(schema, Mapping):
-            raise ValueError(f"{self.source} is {schema!r}; it must be a JSON schema, an object")
+            raise ValueError(
+                f"{self.source} is {reprlib.repr(schema)}; it must be a JSON schema, an object"
+            )
+        parts = []
+        num_chars = 0
         try:
-            return json.dumps(schema)
+            # no further than to the first piece that is too much
+            for part in json.JSONEncoder().iterencode(schema):
+                parts.append(part)
+                num_chars += len(part)
+                if num_chars > MAX_GRAMMAR_CHARS:
+                    break
         except (RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"{self.source} cannot be written as JSON: {error}") from error
+        return "".join(parts)
 
     def _choice_text(self, choice: Any) -> str:
         """A grammar of one token of its own; as rules, many choices would be slow."""
         is_list = isinstance(choice, Sequence) and not isinstance(choice, str)
         if not is_list or not choice or not all(isinstance(text, str) and text for text in choice):
             raise ValueError(
-                f"{self.source} has {choice!r}; it must be a list of one or more texts, none empty"
+                f"{self.source} has {reprlib.repr(choice)}; it must be a list of one or more "
+                "texts, none empty"
             )
         quoted = (json.dumps(self._utf8(text), ensure_ascii=False) for text in choice)
         return "start: CHOICE\nCHOICE: " + " | ".join(quoted)
 
     def _utf8(self, text: str) -> str:
         """The text, which must be valid Unicode."""
+        self._check_length(text)
         if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-            raise ValueError(f"{self.source} has the text {text!r}; it must be valid Unicode")
+            raise ValueError(
+                f"{self.source} has the text {reprlib.repr(text)}; it must be valid Unicode"
+            )
         return text
+
+    def _check_length(self, text: str) -> None:
+        """ValueError for a text that is too long to be compiled."""
+        if len(text) > MAX_GRAMMAR_CHARS:
+            raise ValueError(
+                f"{self.source} has {len(text)} characters or more; at most {MAX_GRAMMAR_CHARS} "
+                "are allowed"
+            )

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import string
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
@@ -17,16 +17,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fd_dsa import __version__
 from fd_dsa.serve import api_page, chat, completions, metrics, page, status, tokenization
+from fd_dsa.serve.disconnect import ClientGone
 from fd_dsa.serve.errors import (
     ERROR_RESPONSES,
     ApiError,
     install_error_handlers,
     internal_error,
 )
-from fd_dsa.serve.generation import ClientGone
 from fd_dsa.serve.guard import GuardMiddleware
 from fd_dsa.serve.options import ServerOptions
-from fd_dsa.serve.state import ServerState, State
+from fd_dsa.serve.state import Info, ServerState, State, no_info
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -42,7 +42,7 @@ router = APIRouter()
 def create_app(
     engine: AsyncEngine | None,
     served_model_names: Sequence[str],
-    info: Callable[[], dict[str, Any]] = dict,
+    info: Info = no_info,
     options: ServerOptions | None = None,
     startup: StartupProgress | None = None,
 ) -> FastAPI:
@@ -55,7 +55,7 @@ def create_app(
         engine: not started yet; None where it loads while the application runs, which then sets
             `app.state.server.loaded_engine`.
         served_model_names: names for the `model` field of requests; at least one.
-        info: what /server_info tells; called once, when it is first asked.
+        info: finds out what /server_info shows; called once, when it is first asked.
         options: keys and limits.
         startup: how far the engine is, where it loads meanwhile.
     """
@@ -68,6 +68,8 @@ def create_app(
         try:
             yield
         finally:
+            state.workers.close()
+            state.prompt_workers.close()
             if state.loaded_engine is not None:
                 await asyncio.to_thread(state.loaded_engine.stop)
 

@@ -21,10 +21,10 @@ async def log_while_busy(engine: AsyncEngine, interval_s: float = 10.0) -> None:
         engine: running.
         interval_s: seconds between two looks.
     """
-    before, looked = engine.stats(), time.monotonic()
+    (before, _), looked = await engine.snapshot(), time.monotonic()
     while True:
         await asyncio.sleep(interval_s)
-        now, at = engine.stats(), time.monotonic()
+        (now, _), at = await engine.snapshot(), time.monotonic()
         if now.num_steps != before.num_steps or now.num_running or now.num_waiting:
             logger.info("%s", _line(before, now, at - looked))
         before, looked = now, at

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from fd_dsa.chat.answer import AnswerFormat
+from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_answer import Choice, deltas_of, message_of
 from fd_dsa.serve.chat_prompt import make_job
-from fd_dsa.serve.generation import Job, stream_outputs, unless_gone
+from fd_dsa.serve.disconnect import unless_gone
+from fd_dsa.serve.generation import Job, check_form, stream_outputs
+from fd_dsa.serve.json_response import JsonResponse
 from fd_dsa.serve.logprobs import chat_logprobs
 from fd_dsa.serve.protocol import ChatCompletionRequest
-from fd_dsa.serve.responses import end_fields, new_id, prompt_fields, usage_of, with_usage
+from fd_dsa.serve.responses import (
+    end_fields,
+    is_short,
+    new_id,
+    prompt_fields,
+    usage_of,
+    with_usage,
+)
 from fd_dsa.serve.sse import EventStream
 from fd_dsa.serve.state import ServerState, State
 
@@ -26,7 +35,7 @@ if TYPE_CHECKING:
     from fd_dsa.engine.logprobs import TokenLogprobs
     from fd_dsa.engine.output import RequestOutput
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions", summary="Answer a conversation")
@@ -36,9 +45,11 @@ async def create_chat_completion(
     """Answer the conversation in the chat format of the model."""
     state.check_available()
     model = state.resolve_model(body.model)
-    body.check_supported()
     completion_id = new_id("chatcmpl")
-    job, answer_format = await asyncio.to_thread(make_job, state, body, completion_id)
+    job, answer_format = await state.prompt_workers.run(
+        make_job, state, body, completion_id, request=request
+    )
+    await check_form(state, job, "messages")
     request.state.ticket.extend(job.params.n, "n")
     head = {
         "id": completion_id,
@@ -49,7 +60,10 @@ async def create_chat_completion(
     answer = _Answer(state, body, job, answer_format)
     if body.stream:
         return EventStream(answer.chunks(head), request.state.request_id)
-    return JSONResponse({**head, **await unless_gone(request, answer.whole())})
+    outputs = await unless_gone(request, answer.collect())
+    return await state.workers.run(
+        answer.whole, head, outputs, request=request, is_short=is_short([job], outputs, body)
+    )
 
 
 class _Answer:
@@ -81,33 +95,38 @@ class _Answer:
             )
             for _ in range(job.params.n)
         ]
+        # of each choice of a whole answer
+        self._events: list[list[Event]] = [[] for _ in self._choices]
+        self._token_ids: list[list[int]] = [[] for _ in self._choices]
+        self._all_scores: list[list[TokenLogprobs]] = [[] for _ in self._choices]
 
-    async def whole(self) -> dict[str, Any]:
-        """Choices, usage and what is told of the prompt."""
-        events: list[list[Event]] = [[] for _ in self._choices]
-        token_ids: list[list[int]] = [[] for _ in self._choices]
-        scores: list[list[TokenLogprobs]] = [[] for _ in self._choices]
+    async def collect(self) -> list[RequestOutput]:
+        """The last output of each choice of a whole answer."""
         last: dict[int, RequestOutput] = {}
         async with contextlib.aclosing(self._steps()) as steps:
             async for output, new_events in steps:
                 choice, index = self._choices[output.index], output.index
-                events[index] += new_events
-                token_ids[index] += choice.new_token_ids
-                scores[index] += choice.new_scores
+                self._events[index] += new_events
+                self._token_ids[index] += choice.new_token_ids
+                self._all_scores[index] += choice.new_scores
                 last[index] = output
+        return [last[index] for index in range(len(self._choices))]
+
+    def whole(self, head: dict[str, Any], outputs: Sequence[RequestOutput]) -> JsonResponse:
+        """The whole answer, after `collect`."""
         shown = []
-        for index, choice in enumerate(self._choices):
+        for index, (choice, output) in enumerate(zip(self._choices, outputs, strict=True)):
             fields = {
                 "index": index,
-                "message": message_of(events[index]),
-                "logprobs": self._scores(scores[index]),
-                **self._end(choice, last[index]),
+                "message": message_of(self._events[index] + choice.read_whole()),
+                "logprobs": self._scores(self._all_scores[index]),
+                **self._end(choice, output),
             }
             if self._body.return_token_ids:
-                fields["token_ids"] = token_ids[index]
+                fields["token_ids"] = self._token_ids[index]
             shown.append(fields)
-        more = prompt_fields(self._state.engine.tokenizer, self._body, last[0])
-        return {"choices": shown, "usage": self._usage(), **more}
+        more = prompt_fields(self._state.engine.tokenizer, self._body, outputs[0])
+        return JsonResponse({**head, "choices": shown, "usage": self._usage(), **more})
 
     async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Roles, parts, finish reasons, and usage if asked for."""
@@ -132,7 +151,11 @@ class _Answer:
                     yield chunk(index, delta, **fields)
                     fields = {}
                 if output.finished:
-                    yield chunk(index, {}, **self._end(choice, output))
+                    is_small = output.topk_positions is None
+                    end = await self._state.workers.run(
+                        self._end, choice, output, is_short=is_small
+                    )
+                    yield chunk(index, {}, **end)
         if body.include_usage:
             yield {**head, "choices": [], "usage": self._usage()}
 

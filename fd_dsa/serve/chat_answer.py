@@ -30,7 +30,8 @@ class Choice:
         one_call: whether it ends behind its first call.
         shows_reasoning: whether the reasoning is a part of the answer; its tokens and scores go
             with it.
-        at_once: whether it may be read when it has ended, which costs less than step by step.
+        at_once: whether it may be read when it has ended, by `read_whole`, which costs less than
+            step by step.
 
     Attributes:
         is_complete: nothing that the engine adds is shown any more.
@@ -54,7 +55,10 @@ class Choice:
     def add(self, output: RequestOutput) -> list[Event]:
         """What a step adds to the answer."""
         if self._at_once:
-            return self._add_whole(output) if output.finished else []
+            if output.finished:
+                self.output = output
+                self.new_token_ids, self.new_scores = output.token_ids, output.logprobs or ()
+            return []
         self.new_token_ids, self.new_scores = (), ()
         if self.is_complete:
             return []
@@ -67,11 +71,11 @@ class Choice:
             self.new_token_ids, self.new_scores = output.new_token_ids, output.new_logprobs
         return list(self._shown(events))
 
-    def _add_whole(self, output: RequestOutput) -> list[Event]:
-        """The answer in its last state."""
-        self.output = output
-        self.new_token_ids, self.new_scores = output.token_ids, output.logprobs or ()
-        return list(self._shown(self._parser.read(output.text)))
+    def read_whole(self) -> list[Event]:
+        """What has ended and was not read step by step; a long answer takes a while."""
+        if not self._at_once or self.output is None:
+            return []
+        return list(self._shown(self._parser.read(self.output.text)))
 
     def finish_reason(self, reason: str | None) -> str | None:
         """The engine's reason, "tool_calls" where a model that stopped had called."""

@@ -16,6 +16,7 @@ from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
+from fd_dsa.serve.answer_size import check_answer_size, most_scored_tokens
 from fd_dsa.serve.errors import ApiError, request_error
 from fd_dsa.serve.generation import Job, check_jobs, resolve_max_tokens
 from fd_dsa.serve.protocol import ChatCompletionRequest
@@ -49,7 +50,11 @@ def make_job(
     prompt = _encode(state, text)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
-    max_tokens = resolve_max_tokens(state, len(prompt), asked, param=param, source="messages")
+    limit = state.options.max_answer_scores
+    default = most_scored_tokens(limit, len(prompt), body)
+    max_tokens = resolve_max_tokens(
+        state, len(prompt), asked, default=default, param=param, source="messages"
+    )
     params = body.sampling_params(max_tokens, state.engine.sampling_defaults)
     special_ids = tokenizer.special_ids_of(answer.markers)
     params = dataclasses.replace(
@@ -60,6 +65,7 @@ def make_job(
         ),
     )
     job = Job(request_id, prompt, params)
+    check_answer_size(limit, [job], body, tells_prompt_once=True)
     check_jobs(state, [job], "messages")
     return job, answer
 

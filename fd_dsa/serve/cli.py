@@ -18,7 +18,7 @@ from fd_dsa.environment import check_address_space, open_missing_streams, proces
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.heaps import share_heaps
-from fd_dsa.serve.logs import set_up_logging
+from fd_dsa.serve.logs import open_missing_streams, set_up_logging
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -145,6 +145,8 @@ def _show_plan(args: argparse.Namespace) -> int:
         "port": args.port,
         "num_api_keys": len(getattr(args, "api_key", None) or ()),
         "max_body_bytes": args.max_body_size,
+        "max_body_values": args.max_body_values,
+        "max_answer_scores": args.max_answer_scores,
         "max_concurrency": args.max_concurrency,
         "shutdown_timeout": args.shutdown_timeout,
         **chat_formats(plan.tokenizer, _chat_settings(args)),
@@ -159,7 +161,9 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     check_address_space()
     config = _engine_config(args)
     # the server's packages are imported late, so that --help and errors of flags are quick
+    from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.serve.chat_formats import chat_formats, chat_line
+    from fd_dsa.serve.engine_process import EngineProcess, Settings
     from fd_dsa.serve.info import server_info
     from fd_dsa.serve.options import ServerOptions
     from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
@@ -167,6 +171,8 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     options = ServerOptions(
         api_keys=tuple(getattr(args, "api_key", None) or ()),
         max_body_bytes=args.max_body_size,
+        max_body_values=args.max_body_values,
+        max_answer_scores=args.max_answer_scores,
         max_concurrency=args.max_concurrency,
         log_requests=args.log_requests,
         serves_page=not args.disable_ui,
@@ -175,11 +181,9 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     loaded: list[AsyncEngine] = []
 
     def load(progress: StartupProgress) -> AsyncEngine:
-        from fd_dsa.engine.async_engine import AsyncEngine
-        from fd_dsa.engine.factory import build_engine
-
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
-        loaded.append(AsyncEngine(build_engine(config, progress)))
+        settings = Settings(config, args.log_level, args.log_json)
+        loaded.append(AsyncEngine(EngineProcess(settings, progress)))
         logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, options.chat)))
         return loaded[0]
 

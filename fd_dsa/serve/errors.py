@@ -8,17 +8,19 @@ Source: the shape that the `openai` client parses; statuses follow the OpenAI AP
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 
 from fd_dsa.errors import FdDsaError
+from fd_dsa.serve.json_response import JsonResponse
+
+_T = TypeVar("_T")
 
 # pydantic error type of our own validators: their message is complete as it is
 CUSTOM_ERROR = "fd_dsa"
@@ -123,9 +125,9 @@ class ApiError(FdDsaError):
             }
         }
 
-    def response(self) -> JSONResponse:
+    def response(self) -> JsonResponse:
         """The error object with its status and headers."""
-        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+        return JsonResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
 def internal_error(request_id: str) -> ApiError:
@@ -143,23 +145,18 @@ def request_error(error: ValueError, fields: Sequence[str]) -> ApiError:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Answer ApiError, HTTPException and validation errors of `app` with error objects."""
+    """Answer ApiError and HTTPException of `app` with error objects."""
 
-    async def api_error(_: Request, error: Exception) -> JSONResponse:
+    async def api_error(_: Request, error: Exception) -> JsonResponse:
         assert isinstance(error, ApiError)
         return error.response()
 
-    async def http_error(request: Request, error: Exception) -> JSONResponse:
+    async def http_error(request: Request, error: Exception) -> JsonResponse:
         assert isinstance(error, HTTPException)
         return _from_http_exception(request, error).response()
 
-    async def validation_error(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return _from_validation(request, error).response()
-
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(RequestValidationError, validation_error)
 
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
@@ -173,21 +170,23 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
         allowed = headers.get("allow") or headers.get("Allow") or "another method"
         message = f"method {request.method} is not allowed on {path}; use {allowed}"
         return ApiError(405, message, headers=headers)
-    if error.status_code == 400 and error.__cause__ is not None:
-        return ApiError(400, _unreadable(error.__cause__))
     return ApiError(error.status_code, str(error.detail), headers=headers)
 
 
-def _unreadable(error: BaseException) -> str:
-    """Why FastAPI could not make anything of a body."""
-    if isinstance(error, UnicodeDecodeError):
-        return (
-            f"body is not text: byte {error.start} is no {error.encoding}; send JSON in UTF-8, and "
+def unreadable(error: Exception) -> ApiError:
+    """A 400 from what a parser of JSON raised."""
+    if isinstance(error, json.JSONDecodeError):
+        reason = f"is not valid JSON: {error.msg} at character {error.pos}"
+    elif isinstance(error, UnicodeDecodeError):
+        reason = (
+            f"is not text: byte {error.start} is no {error.encoding}; send JSON in UTF-8, and "
             "without a Content-Encoding"
         )
-    if isinstance(error, RecursionError):
-        return "body nests too deeply; send a request that is flatter"
-    return f"body cannot be read: {str(error).partition(';')[0].lower()}"
+    elif isinstance(error, RecursionError):
+        reason = "nests too deeply; send a request that is flatter"
+    else:
+        reason = f"cannot be read: {str(error).partition(';')[0].lower()}"
+    return ApiError(400, f"body {reason}")
 
 
 def _scope(path: str) -> str:
@@ -198,32 +197,17 @@ def _scope(path: str) -> str:
     return "this server generates text; "
 
 
-def _from_validation(request: Request, error: RequestValidationError) -> ApiError:
+def validation_refusal(error: ValidationError) -> ApiError:
     """The first problem of a request body, in our words."""
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "")
-        return ApiError(400, f"body is not valid JSON: {reason} at character {location[0]}")
-    if not location:
-        return ApiError(400, _not_an_object(request, first))
-    param = _field_path(location)
+    first = error.errors(include_url=False)[0]
+    path = _field_path(first["loc"])
+    param = path or None
     if first["type"] == CUSTOM_ERROR:
-        return ApiError(400, f"{param}: {first['msg']}", param=param)
+        return ApiError(400, f"{path or 'body'}: {first['msg']}", param=param)
     if first["type"] == "missing":
-        return ApiError(400, f"{param}: is missing; the field is required", param=param)
+        return ApiError(400, f"{path}: is missing; the field is required", param=param)
     rule = _RULES.get(first["type"], "another value").format_map(first.get("ctx", {}))
-    return ApiError(400, f"{param}: got {show(first.get('input'))}; allowed is {rule}", param=param)
-
-
-def _not_an_object(request: Request, first: Mapping[str, Any]) -> str:
-    """Why the body as a whole is no request: empty, another content type, or not an object."""
-    if first["type"] == "missing":
-        return "body is empty; send a JSON object"
-    kind = request.headers.get("content-type", "")
-    if kind.split(";")[0].strip() != "application/json":
-        return f"Content-Type is {kind!r}; send JSON with Content-Type: application/json"
-    return f"body: got {show(first.get('input'))}; send a JSON object"
+    return ApiError(400, f"{path}: got {show(first.get('input'))}; allowed is {rule}", param=param)
 
 
 def _field_path(location: Sequence[str | int]) -> str:
@@ -233,14 +217,39 @@ def _field_path(location: Sequence[str | int]) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         else:
-            path += f".{part}" if path else str(part)
+            name = part[:_SHOWN_INPUT_CHARS]
+            path += f".{name}" if path else name
     return path
 
 
 def show(value: Any) -> str:
-    """A value of a request as it stood there, shortened."""
+    """A value of a request as it stood there, shortened; costs the same however large it is."""
+    head = _head(value, [_SHOWN_INPUT_CHARS])
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(head, ensure_ascii=False)
     except (TypeError, ValueError):
-        text = repr(value)
+        text = repr(head)
     return text if len(text) <= _SHOWN_INPUT_CHARS else text[:_SHOWN_INPUT_CHARS] + "..."
+
+
+def _head(value: Any, num_left: list[int]) -> Any:
+    """The first values of a value, of which each is written with one character or more.
+
+    Args:
+        value: of JSON.
+        num_left: how many of them are still needed; counted down.
+    """
+    num_left[0] -= 1
+    if isinstance(value, str):
+        return value[: _SHOWN_INPUT_CHARS + 1]
+    if isinstance(value, list):
+        return [_head(v, num_left) for v in _while_any(value, num_left)]
+    if isinstance(value, dict):
+        shown = _while_any(value, num_left)
+        return {name[: _SHOWN_INPUT_CHARS + 1]: _head(value[name], num_left) for name in shown}
+    return value
+
+
+def _while_any(entries: Iterable[_T], num_left: list[int]) -> Iterator[_T]:
+    """The entries, as long as some are needed."""
+    return itertools.takewhile(lambda _: num_left[0] > 0, entries)

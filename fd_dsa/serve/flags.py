@@ -13,6 +13,10 @@ from fd_dsa.errors import ConfigError
 
 DEFAULT_MAX_BODY_BYTES = 16 << 20
 """Bytes of a request's body: two million token ids."""
+DEFAULT_MAX_BODY_VALUES = 1 << 21
+"""What the values of a body may count: two million token ids, or a quarter of a million texts."""
+DEFAULT_MAX_ANSWER_SCORES = 1 << 19
+"""Log-probabilities of an answer; some 40 MiB of JSON."""
 DEFAULT_MAX_CONCURRENCY = 512
 
 
@@ -145,6 +149,22 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
         type=_body_bytes,
         default=DEFAULT_MAX_BODY_BYTES,
         help="longest body of a request, for example 32M; longer ones are a 413 (default: 16M)",
+    )
+    group.add_argument(
+        "--max-body-values",
+        metavar="N",
+        type=_positive,
+        default=DEFAULT_MAX_BODY_VALUES,
+        help="values in a body, each number counted once, each text, name, list and object eight "
+        "times; more are a 413 (default: 2097152)",
+    )
+    group.add_argument(
+        "--max-answer-scores",
+        metavar="N",
+        type=_positive,
+        default=DEFAULT_MAX_ANSWER_SCORES,
+        help="log-probabilities that an answer may have, over all of its choices; more are a 400 "
+        "(default: 524288)",
     )
     group.add_argument(
         "--max-concurrency",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.serve.disconnect import cancel, unless_gone
 from fd_dsa.serve.errors import ApiError, request_error
 from fd_dsa.serve.protocol.sampling import SAMPLING_FIELDS
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
@@ -22,16 +23,10 @@ from fd_dsa.serve.state import ServerState
 if TYPE_CHECKING:
     from fd_dsa.engine.output import RequestOutput
 
-_T = TypeVar("_T")
-
 MAX_UNREAD_OUTPUTS = 2048
 """Steps that a client may be behind, beyond what the sockets' buffers hold."""
 
 logger = logging.getLogger("fd_dsa.serve")
-
-
-class ClientGone(Exception):
-    """The client closed the connection before the answer was ready."""
 
 
 @dataclass(frozen=True)
@@ -97,22 +92,38 @@ def resolve_max_tokens(
 
 
 def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> None:
-    """Ask the engine whether it could ever run these jobs.
-
-    Not for the event loop: a grammar that is new is compiled here.
+    """Check that the engine could ever run these jobs; takes a while for long prompts.
 
     Raises:
         ApiError: 400 with the engine's reason and the field to blame: a sampling parameter, or
             `param`, which the prompt came from.
     """
     for job in jobs:
-        try:
+        with _refusals(param):
             state.engine.validate(job.prompt_token_ids, job.params)
-        except ValueError as error:
-            refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tools"))
-            if refusal.param is None:
-                refusal = ApiError(400, f"{param}: {error}", param=param)
-            raise refusal from error
+
+
+async def check_form(state: ServerState, job: Job, param: str) -> None:
+    """Let the engine compile the form of a job's output, if it is to have one.
+
+    Raises:
+        ApiError: as `check_jobs`.
+    """
+    if job.params.structured_outputs is not None:
+        with _refusals(param):
+            await state.engine.check_form(job.params.structured_outputs)
+
+
+@contextlib.contextmanager
+def _refusals(param: str) -> Iterator[None]:
+    """Turn the engine's refusals into a 400."""
+    try:
+        yield
+    except ValueError as error:
+        refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tools"))
+        if refusal.param is None:
+            refusal = ApiError(400, f"{param}: {error}", param=param)
+        raise refusal from error
 
 
 async def stream_outputs(
@@ -165,7 +176,7 @@ async def stream_outputs(
     finally:
         # first, since a task that is being cancelled gets no further than the next await
         log.close()
-        await _cancel(tasks)
+        await cancel(tasks)
         state.active.difference_update(job.request_id for job in jobs)
 
 
@@ -203,28 +214,6 @@ async def collect_outputs(
     return await unless_gone(request, collect())
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of `work`, which is cancelled when the client goes away.
-
-    Raises:
-        ClientGone: the client closed the connection.
-    """
-
-    async def wait_until_gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(wait_until_gone())
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        await _cancel([task, gone])
-
-
 def _failure_of(state: ServerState, error: Exception) -> Exception:
     """What ends a request: the failure of the whole engine, which logs it, or its own error."""
     if state.engine.errored is None:
@@ -236,10 +225,3 @@ def _failure_alone(output: RequestOutput) -> ApiError:
     """What ends a request that failed by itself: a 400 where its own parameters are to blame."""
     status = 400 if isinstance(output.error, ConstraintError) else 500
     return ApiError(status, str(output.error or "the request has failed"))
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel the tasks and wait until they have cleaned up."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

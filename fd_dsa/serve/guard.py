@@ -12,9 +12,9 @@ import hmac
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fd_dsa.serve.body_scan import BodyScan
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.page import PAGE_PATHS
 from fd_dsa.serve.state import ServerState
@@ -27,7 +27,7 @@ OPEN_PATHS = PAGE_PATHS | {
 
 
 class GuardMiddleware:
-    """Refuses requests before their bodies are read, and bodies that are too long or too slow.
+    """Refuses requests before their bodies are read, and bodies that are too much or too slow.
 
     A POST is counted by `ConcurrencyLimit` until its answer has been sent; routes find its ticket
     in `request.state.ticket` and extend it when they ask for several outputs.
@@ -92,29 +92,41 @@ class GuardMiddleware:
         return f"the body is longer than {limit} bytes, the --max-body-size of this server"
 
     def _limited(self, receive: Receive) -> Receive:
-        """`receive`, which refuses a body past the limit or one that does not come to its end."""
+        """`receive`, which refuses a body past a limit or one that does not come to its end."""
         options = self._state.options
         loop = asyncio.get_running_loop()
         deadline = loop.time() + options.body_timeout_s
+        scan = BodyScan(options.max_body_values)
         num_bytes = 0
         is_complete = False
 
-        async def limited() -> Message:
+        async def next_part() -> Message:
             nonlocal num_bytes, is_complete
-            if is_complete:
-                return await receive()
             try:
                 message = await asyncio.wait_for(receive(), deadline - loop.time())
             except asyncio.TimeoutError:
-                raise HTTPException(
+                raise ApiError(
                     408,
                     f"the body did not come within {options.body_timeout_s:g} s; send it at once",
-                    {"Connection": "close"},
+                    headers={"Connection": "close"},
                 ) from None
             num_bytes += len(message.get("body", b""))
             if num_bytes > options.max_body_bytes:
-                raise HTTPException(413, self._too_long(), {"Connection": "close"})
+                raise ApiError(413, self._too_long(), headers={"Connection": "close"})
             is_complete = not message.get("more_body", False)
+            return message
+
+        async def limited() -> Message:
+            if is_complete:
+                return await receive()
+            message = await next_part()
+            try:
+                scan.feed(message.get("body", b""))
+            except ApiError:
+                # most clients read an answer only when they have sent everything
+                while not is_complete:
+                    await next_part()
+                raise
             return message
 
         return limited

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +20,16 @@ _GIT_TIMEOUT_S = 20
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i")
 
 
-def server_info(
-    config: EngineConfig, engine: AsyncEngine, options: ServerOptions | None = None
-) -> dict[str, Any]:
-    """Versions, device, types, limits and providers; None is what cannot be found out.
+INFO = "info"
+"""Question to the engine's process, which `engine_info` answers."""
+
+
+def engine_info(config: EngineConfig) -> dict[str, Any]:
+    """What only the process that runs the model can find out; None is what it cannot.
 
     Args:
-        config: what the engine was built from; no path of it is told.
-        engine: built.
-        options: limits of the server; None are the default ones.
+        config: what the engine was built from.
     """
-    options = options or ServerOptions()
     import paddle
 
     from fd_dsa.ops._provider import kernel_reasons, provider_table
@@ -37,12 +37,32 @@ def server_info(
 
     device = resolve_device(config.device)
     return {
-        "engine": "fd_dsa",
-        "version": fd_dsa.__version__,
-        "commit": told_commit() or _commit(),
         "paddle": paddle.__version__,
         "device": device,
         "device_name": _device_name(device),
+        # on a CPU they are chosen by the first request
+        "providers": provider_table() or None,
+        "not_on_tensor_cores": kernel_reasons() or None,
+    }
+
+
+async def server_info(
+    config: EngineConfig, engine: AsyncEngine, options: ServerOptions
+) -> dict[str, Any]:
+    """Versions, device, types, limits and providers; None is what cannot be found out.
+
+    Args:
+        config: what the engine was built from; no path of it is shown.
+        engine: running.
+        options: limits of the server.
+    """
+    # starts processes
+    commit = told_commit() or await asyncio.to_thread(_commit)
+    return {
+        "engine": "fd_dsa",
+        "version": fd_dsa.__version__,
+        "commit": commit,
+        **await engine.ask(INFO),
         "dtype": config.compute_dtype,
         "kv_cache_dtype": config.cache_dtype,
         "max_model_len": engine.max_model_len,
@@ -57,9 +77,6 @@ def server_info(
         "batch_invariant": batch_invariant(),
         "cudagraph_capture_sizes": list(engine.captured_sizes),
         "sampling": "NumPy",
-        # on a CPU they are chosen by the first request
-        "providers": provider_table() or None,
-        "not_on_tensor_cores": kernel_reasons() or None,
     }
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from fd_dsa.serve.json_response import joined, packed, packed_list, slices
 
 if TYPE_CHECKING:
     from fd_dsa.engine.logprobs import TokenLogprobs
@@ -13,73 +17,95 @@ if TYPE_CHECKING:
 _LOWEST = -9999.0
 
 
-def chat_logprobs(tokenizer: Tokenizer, entries: Iterable[TokenLogprobs]) -> dict[str, Any]:
-    """`logprobs` of a choice of a chat completion or of its chunk."""
+def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    """`logprobs` of a choice of a chat completion or of its chunk, `content` as packed JSON."""
+    content = packed(_chat_content(tokenizer, part) for part in slices(entries))
+    return {"content": packed_list(content), "refusal": None}
+
+
+def _chat_content(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+    """What a chat completion tells of scored tokens."""
 
     def one(token_id: int, logprob: float) -> dict[str, Any]:
         piece = tokenizer.piece_bytes(token_id)
         return {"token": _text(piece), "logprob": max(logprob, _LOWEST), "bytes": list(piece)}
 
-    content = [
+    return [
         {
             **one(entry.token_id, entry.score.logprob),
             "top_logprobs": [one(*pair) for pair in entry.score.top],
         }
         for entry in entries
     ]
-    return {"content": content, "refusal": None}
 
 
-def completion_logprobs(
-    tokenizer: Tokenizer,
-    entries: Iterable[TokenLogprobs],
-    *,
-    prompt: Sequence[TokenLogprobs | None] = (),
-    first_token_id: int | None = None,
-    text_offset: int = 0,
-) -> dict[str, Any]:
-    """`logprobs` of a choice of a completion or of its chunk.
+_COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+Columns = Mapping[str, bytes]
+"""Parts of the lists that are a completion's `logprobs`, as packed JSON, by their names."""
+
+
+def completion_logprobs(*parts: Columns) -> dict[str, orjson.Fragment]:
+    """`logprobs` of a choice of a completion or of its chunk, from its parts in their order."""
+    return {name: packed_list(*(part[name] for part in parts)) for name in parts[0]}
+
+
+def output_columns(
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], text_offset: int = 0
+) -> Columns:
+    """The scores of tokens of an output.
 
     Args:
         tokenizer: for the texts of the tokens.
-        entries: of the output.
-        prompt: those of the prompt, where the answer repeats it.
-        first_token_id: of the prompt, which has no score.
+        entries: of the tokens.
         text_offset: characters in front of the output's text.
     """
-    tokens: list[str] = []
-    logprobs: list[float | None] = []
-    tops: list[dict[str, float] | None] = []
-    offsets: list[int] = []
-    if first_token_id is not None:
-        tokens.append(token_text(tokenizer, first_token_id))
-        logprobs.append(None)
-        tops.append(None)
-        offsets.append(0)
-    placed = [(entry, 0) for entry in prompt if entry is not None]
-    for entry, base in [*placed, *((entry, text_offset) for entry in entries)]:
+    parts: dict[str, list[bytes]] = {name: [] for name in _COLUMNS}
+    for some in slices(entries):
+        for name, values in _columns(tokenizer, some, text_offset).items():
+            parts[name].append(packed([values]))
+    return {name: joined(*encoded) for name, encoded in parts.items()}
+
+
+def prompt_columns(
+    tokenizer: Tokenizer, first_token_id: int, entries: Sequence[TokenLogprobs | None]
+) -> Columns:
+    """The scores of a prompt's tokens.
+
+    Args:
+        tokenizer: for the texts of the tokens.
+        first_token_id: of the prompt, which has no score.
+        entries: of all of its tokens, None for the first.
+    """
+    scored = output_columns(tokenizer, [entry for entry in entries if entry is not None])
+    first = (token_text(tokenizer, first_token_id), None, None, 0)
+    parts = zip(_COLUMNS, first, strict=True)
+    return {name: joined(packed([[value]]), scored[name]) for name, value in parts}
+
+
+def _columns(
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], text_offset: int
+) -> dict[str, list[Any]]:
+    """What is told of scored tokens, each kind in a list of its own."""
+    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+    for entry in entries:
         top = dict[str, float]()
         # the token itself is among them, in vLLM as in the OpenAI API
         for token_id, logprob in (*entry.score.top, (entry.token_id, entry.score.logprob)):
             text = token_text(tokenizer, token_id)
             top[text] = max(logprob, top.get(text, _LOWEST))
-        tokens.append(token_text(tokenizer, entry.token_id))
-        logprobs.append(max(entry.score.logprob, _LOWEST))
-        tops.append(top)
-        offsets.append(base + entry.text_offset)
-    return {
-        "tokens": tokens,
-        "token_logprobs": logprobs,
-        "top_logprobs": tops,
-        "text_offset": offsets,
-    }
+        columns["tokens"].append(token_text(tokenizer, entry.token_id))
+        columns["token_logprobs"].append(max(entry.score.logprob, _LOWEST))
+        columns["top_logprobs"].append(top)
+        columns["text_offset"].append(text_offset + entry.text_offset)
+    return columns
 
 
 def prompt_logprobs(
     tokenizer: Tokenizer, entries: Sequence[TokenLogprobs | None]
-) -> list[dict[str, Any] | None]:
+) -> orjson.Fragment:
     """vLLM's `prompt_logprobs`: token id -> score for each position, null for the first."""
-    return [None if entry is None else _by_id(tokenizer, entry) for entry in entries]
+    parts = ([entry and _by_id(tokenizer, entry) for entry in part] for part in slices(entries))
+    return packed_list(packed(parts))
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:

@@ -15,6 +15,7 @@ from prometheus_client import (
     CONTENT_TYPE_LATEST,
     PROCESS_COLLECTOR,
     CollectorRegistry,
+    ProcessCollector,
     generate_latest,
 )
 from prometheus_client.core import (
@@ -27,8 +28,10 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
+from fd_dsa.engine.metrics import EngineMetrics
+from fd_dsa.engine.stats import EngineStats
 from fd_dsa.runner.counters import Histogram
-from fd_dsa.serve.state import ServerState, State
+from fd_dsa.serve.state import State
 
 PREFIX = "fd_dsa:"
 
@@ -66,11 +69,22 @@ _STEP_COUNTERS = {
 
 
 @router.get("/metrics", summary="Counters and histograms for Prometheus")
-def metrics(state: State) -> Response:
-    """The engine's metrics and the process's memory and files; the latter alone while it loads."""
+async def metrics(state: State) -> Response:
+    """The engine's metrics and memory and files of the processes; the latter alone while it loads.
+
+    `process_*` are of the HTTP process, `fd_dsa_engine_process_*` of the engine's own.
+    """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(EngineCollector(state))
+    engine = state.loaded_engine
+    if engine is not None and engine.errored is None:
+        registry.register(EngineCollector(state.served_model_names[0], *await engine.snapshot()))
     registry.register(PROCESS_COLLECTOR)
+    pid = None if engine is None else engine.pid
+    if pid is not None:
+        registry.register(
+            ProcessCollector(namespace="fd_dsa_engine", pid=lambda: pid, registry=None)
+        )
+    # 3 ms; threads may all be busy with requests
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -78,19 +92,19 @@ class EngineCollector(Collector):
     """Makes the families of one scrape.
 
     Args:
-        state: of the server.
+        model_name: label of every metric.
+        stats: load and counters of the engine.
+        counts: histograms and further counters.
     """
 
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
-        self._labels = {"model_name": state.served_model_names[0]}
+    def __init__(self, model_name: str, stats: EngineStats, counts: EngineMetrics) -> None:
+        self._labels = {"model_name": model_name}
+        self._stats = stats
+        self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric; nothing while the engine loads."""
-        engine = self._state.loaded_engine
-        if engine is None:
-            return
-        stats, counts = engine.stats(), engine.metrics
+        """Every metric."""
+        stats, counts = self._stats, self._counts
         for attribute, (name, text) in _GAUGES.items():
             yield self._one(GaugeMetricFamily, name, text, getattr(stats, attribute))
         for attribute, (name, text) in _COUNTERS.items():

@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fd_dsa.chat.parsers import AUTO
-from fd_dsa.serve.flags import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_CONCURRENCY
+from fd_dsa.serve.flags import (
+    DEFAULT_MAX_ANSWER_SCORES,
+    DEFAULT_MAX_BODY_BYTES,
+    DEFAULT_MAX_BODY_VALUES,
+    DEFAULT_MAX_CONCURRENCY,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class ServerOptions:
     Attributes:
         api_keys: keys of which a request must bring one; empty asks for none.
         max_body_bytes: longest body of a request.
+        max_body_values: most that its values may count, see `BodyScan`.
+        max_answer_scores: most log-probabilities of an answer, see `answer_size`.
         max_concurrency: outputs in work and waiting at a time.
         body_timeout_s: seconds that a client has for sending a body.
         log_requests: whether each output's end is a line of the log.
@@ -39,6 +46,8 @@ class ServerOptions:
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    max_body_values: int = DEFAULT_MAX_BODY_VALUES
+    max_answer_scores: int = DEFAULT_MAX_ANSWER_SCORES
     max_concurrency: int = DEFAULT_MAX_CONCURRENCY
     body_timeout_s: float = 60.0
     log_requests: bool = False

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from fd_dsa.serve.json_response import packed, packed_list, slices
 from fd_dsa.serve.logprobs import prompt_logprobs, token_text
 
 if TYPE_CHECKING:
@@ -15,9 +16,30 @@ if TYPE_CHECKING:
     from fd_dsa.serve.protocol.generation import GenerationRequest
 
 
+# of a whole answer: 0.1 ms
+_SHORT_TOKENS = 4096
+
+
 def new_id(prefix: str) -> str:
     """An id as `chatcmpl-3f2a...`, new in every call."""
     return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def is_short(
+    jobs: Sequence[Job], outputs: Sequence[RequestOutput], body: GenerationRequest
+) -> bool:
+    """Whether a whole answer is written in less time than a thread takes to begin.
+
+    Args:
+        jobs: prompts of the request.
+        outputs: the last ones.
+        body: of the request.
+    """
+    params = jobs[0].params
+    is_scored = params.logprobs is not None or params.prompt_logprobs is not None
+    if is_scored or params.return_topk_positions or body.return_token_ids:
+        return False
+    return sum(output.num_tokens for output in outputs) <= _SHORT_TOKENS
 
 
 def usage_of(jobs: Sequence[Job], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -63,10 +85,11 @@ def _topk_fields(tokenizer: Tokenizer, output: RequestOutput) -> dict[str, Any]:
     if chosen is None:
         return {}
     token_ids = [*output.prompt_token_ids, *output.token_ids][: chosen.position + 1]
+    texts = ([token_text(tokenizer, token) for token in part] for part in slices(token_ids))
     found = {
         "position": chosen.position,
-        "layers": [layer.tolist() for layer in chosen.layers],
-        "tokens": [token_text(tokenizer, token_id) for token_id in token_ids],
+        "layers": [packed_list(packed([layer.tolist()])) for layer in chosen.layers],
+        "tokens": packed_list(packed(texts)),
     }
     return {"topk_positions": found}
 

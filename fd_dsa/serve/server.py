@@ -25,7 +25,7 @@ from fd_dsa.serve.busy_line import log_while_busy
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.port_owner import describe_port_owner
-from fd_dsa.serve.state import ServerState
+from fd_dsa.serve.state import Info, ServerState, no_info
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -127,7 +127,7 @@ def run_server(
     *,
     shutdown_timeout_s: float,
     on_ready: Callable[[], None],
-    info: Callable[[], dict[str, Any]] = dict,
+    info: Info = no_info,
     options: ServerOptions | None = None,
     forced_exit_s: float = _FORCED_EXIT_S,
 ) -> int:
@@ -142,7 +142,7 @@ def run_server(
         sock: bound, not listening; closed at the end.
         shutdown_timeout_s: longest wait for running requests after the first signal.
         on_ready: called once, when requests are served.
-        info: what /server_info tells; called once, when it is first asked.
+        info: finds out what /server_info shows; called once, when it is first asked.
         options: keys and limits.
         forced_exit_s: seconds after which the process ends whatever still runs, counted from the
             end of the drain.
@@ -237,15 +237,12 @@ class DrainingServer(uvicorn.Server):
                 loop.call_soon_threadsafe(loaded.set_exception, _as_exception(error))
             else:
                 loop.call_soon_threadsafe(loaded.set_result, engine)
-                # Paddle leaves its dynamic mode, in all threads, when the one that imported it ends
-                threading.Event().wait()
 
         threading.Thread(target=work, name="fd_dsa-load", daemon=True).start()
         try:
             engine = await loaded
             engine.start()
             self._state.loaded_engine = engine
-            self._handle_signals()
             self._ready()
         except Exception as error:
             self.start_error = error
@@ -266,9 +263,6 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second; True ends the server."""
         engine = self._state.loaded_engine
-        if engine is None:
-            # Paddle sets handlers of its own when it is imported
-            self._handle_signals()
         error = None if engine is None else engine.errored
         if error is not None and not self.should_exit:
             logger.error("the engine has failed: %r; shutting down", error)
@@ -295,21 +289,14 @@ class DrainingServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._handle_signals()
-        try:
-            yield
-        finally:
-            loop = asyncio.get_running_loop()
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
-
-    def _handle_signals(self) -> None:
-        """Let signals come to the event loop."""
-        if threading.current_thread() is not threading.main_thread():
-            return
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self.handle_signal, number)
+        try:
+            yield
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
 
     def handle_signal(self, number: int) -> None:
         """First signal: drain, then end. Second, or while loading: end now.

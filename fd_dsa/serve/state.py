@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.serve.concurrency import ConcurrencyLimit
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import ApiError, show
 from fd_dsa.serve.options import ServerOptions
+from fd_dsa.serve.workers import Workers
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 _ALIAS = "default"
 _POLL_S = 0.02
 _RETRY_AFTER = {"Retry-After": "5"}
+
+Info = Callable[[], Awaitable[dict[str, Any]]]
+"""Finds out what /server_info shows."""
+
+
+async def no_info() -> dict[str, Any]:
+    """What /server_info shows of a server that knows nothing of itself."""
+    return {}
 
 
 class ServerState:
@@ -30,7 +38,7 @@ class ServerState:
         engine: the engine that generates; None while it loads. Started and stopped by the
             application's lifespan.
         served_model_names: at least one; responses carry the name that the request used.
-        info: what the server tells of itself; called once, when it is first needed.
+        info: finds out what /server_info shows; called once, when it is first needed.
         options: keys and limits.
         startup: how far the engine is, where it loads while the server runs.
     """
@@ -39,7 +47,7 @@ class ServerState:
         self,
         engine: AsyncEngine | None,
         served_model_names: Sequence[str],
-        info: Callable[[], dict[str, Any]] = dict,
+        info: Info = no_info,
         options: ServerOptions | None = None,
         startup: StartupProgress | None = None,
     ) -> None:
@@ -47,11 +55,15 @@ class ServerState:
         self.chat = (options or ServerOptions()).chat
         self.served_model_names = tuple(served_model_names)
         self.created = int(time.time())
-        # finding the commit starts processes
-        self.info = functools.cache(info)
+        self._find_info = info
+        self._info: dict[str, Any] | None = None
         self.options = options or ServerOptions()
         self.startup = startup or StartupProgress()
         self.concurrency = ConcurrencyLimit(self.options.max_concurrency)
+        # work of bounded length: bodies and answers
+        self.workers = Workers("front", 2)
+        # templates, tokenizers and grammars, which may take long
+        self.prompt_workers = Workers("prompts", 4)
         self.draining = False
         self.active: set[str] = set()
 
@@ -65,6 +77,12 @@ class ServerState:
         if self.loaded_engine is None:
             raise self._loading()
         return self.loaded_engine
+
+    async def info(self) -> dict[str, Any]:
+        """What /server_info shows."""
+        if self._info is None:
+            self._info = await self._find_info()
+        return self._info
 
     def unavailable(self) -> ApiError | None:
         """Why no new request is taken: a 503, or None when the server can serve."""
@@ -121,7 +139,7 @@ class ServerState:
         served = ", ".join(self.served_model_names)
         raise ApiError(
             404,
-            f"model: got {name!r}; this server has {served}",
+            f"model: got {show(name)}; this server has {served}",
             param="model",
             code="model_not_found",
         )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from fd_dsa import __version__
 from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.json_response import JsonResponse
 from fd_dsa.serve.state import ServerState, State
 
 router = APIRouter()
@@ -45,16 +46,16 @@ async def version() -> dict[str, str]:
 
 
 @router.get("/server_info", summary="Versions, device, types and limits of this server")
-def server_info(state: State) -> dict[str, Any]:
+async def server_info(state: State) -> dict[str, Any]:
     """What decides the answers of this server; null is what cannot be found out."""
-    # loading: there is little to tell yet
+    # loading: there is little to show yet
     _ = state.engine
-    return state.info()
+    return await state.info()
 
 
 def _ok_unless(error: ApiError | None) -> Response:
     """200, or the error."""
-    return JSONResponse({"status": "ok"}) if error is None else error.response()
+    return JsonResponse({"status": "ok"}) if error is None else error.response()
 
 
 def _has_failed(state: ServerState) -> bool:

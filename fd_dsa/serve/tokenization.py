@@ -2,50 +2,57 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from starlette.responses import Response
 
+from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_prompt import encode_conversation
 from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
 from fd_dsa.serve.protocol.tokenization import DetokenizeRequest, TokenizeRequest
 from fd_dsa.serve.state import ServerState, State
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
-@router.post("/tokenize", summary="Token ids of a text or of a conversation")
-async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
+@router.post(
+    "/tokenize",
+    summary="Token ids of a text or of a conversation",
+    response_model=dict[str, Any],
+)
+async def tokenize(body: TokenizeRequest, request: Request, state: State) -> Response:
     """The ids that a completion or a chat completion of the same input would begin with."""
     state.resolve_model(body.model)
-    body.check_supported()
-    tokens = await asyncio.to_thread(_encode, state, body)
+    return await state.prompt_workers.run(_tokenize, state, body, request=request)
+
+
+@router.post("/detokenize", summary="Text of token ids", response_model=dict[str, str])
+async def detokenize(body: DetokenizeRequest, request: Request, state: State) -> Response:
+    """The text, special tokens included; bytes that form no character become U+FFFD."""
+    state.resolve_model(body.model)
+    return await state.prompt_workers.run(_detokenize, state, body.tokens, request=request)
+
+
+def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
+    """The answer to /tokenize; runs in a thread, since a long text takes a while."""
+    tokens = _encode(state, body)
     answer: dict[str, Any] = {
         "count": len(tokens),
         "max_model_len": state.engine.max_model_len,
-        "tokens": tokens,
+        "tokens": packed_list(packed(slices(tokens))),
     }
     if body.return_token_strs:
-        answer["token_strs"] = await asyncio.to_thread(_texts, state, tokens)
-    return answer
-
-
-@router.post("/detokenize", summary="Text of token ids")
-async def detokenize(body: DetokenizeRequest, state: State) -> dict[str, str]:
-    """The text, special tokens included; bytes that form no character become U+FFFD."""
-    state.resolve_model(body.model)
-    tokenizer = state.engine.tokenizer
-    highest = tokenizer.vocab_size - 1
-    outside = next((token for token in body.tokens if not 0 <= token <= highest), None)
-    if outside is not None:
-        message = f"tokens: got {show(outside)}; token ids of this model are 0 to {highest}"
-        raise ApiError(400, message, param="tokens")
-    return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, False)}
+        decode = state.engine.tokenizer.decode
+        texts = {token: decode([token], False) for token in set(tokens)}
+        strs = ([texts[token] for token in part] for part in slices(tokens))
+        answer["token_strs"] = packed_list(packed(strs))
+    return JsonResponse(answer)
 
 
 def _encode(state: ServerState, body: TokenizeRequest) -> list[int]:
-    """Token ids; runs in a thread, since a long text takes a while."""
+    """Token ids of the prompt or of the conversation."""
     if body.prompt is None:
         return encode_conversation(state, body)
     try:
@@ -54,6 +61,16 @@ def _encode(state: ServerState, body: TokenizeRequest) -> list[int]:
         raise ApiError(400, f"prompt: {error}", param="prompt") from error
 
 
-def _texts(state: ServerState, tokens: list[int]) -> list[str]:
-    """Each token alone, decoded."""
-    return [state.engine.tokenizer.decode([token], False) for token in tokens]
+def _detokenize(state: ServerState, tokens: list[int]) -> Response:
+    """The answer to /detokenize."""
+    limit = state.engine.max_model_len
+    if len(tokens) > limit:
+        message = f"tokens: has {len(tokens)} entries; at most max_model_len, {limit}, are allowed"
+        raise ApiError(400, message, param="tokens")
+    tokenizer = state.engine.tokenizer
+    highest = tokenizer.vocab_size - 1
+    outside = next((token for token in tokens if not 0 <= token <= highest), None)
+    if outside is not None:
+        message = f"tokens: got {show(outside)}; token ids of this model are 0 to {highest}"
+        raise ApiError(400, message, param="tokens")
+    return JsonResponse({"prompt": tokenizer.decode(tokens, False)})

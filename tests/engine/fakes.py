@@ -122,12 +122,13 @@ def make_engine(
     seed: int = 0,
     enable_prefix_caching: bool = True,
     chats: bool = False,
+    vocab_size: int = VOCAB_SIZE,
 ) -> LLMEngine:
     """Engine over a fake runner; `engine.runner` is that runner."""
     blocks_per_seq = -(-max_model_len // block_size)
     batch = InputBatch(max_num_seqs, max_num_batched_tokens, blocks_per_seq, block_size)
     return LLMEngine(
-        FakeRunner(batch, num_blocks),
+        FakeRunner(batch, num_blocks, vocab_size),
         byte_tokenizer(chats=chats),
         num_blocks=num_blocks,
         block_size=block_size,

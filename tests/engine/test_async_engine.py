@@ -36,18 +36,26 @@ class GatedRunner:
         return self.runner.execute_model(logits_indices)
 
 
+class StartedEngine(AsyncEngine):
+    """An AsyncEngine whose inner engine tests may look at."""
+
+    def __init__(self):
+        self.inner = make_engine(max_model_len=100_000, num_blocks=30_000)
+        self.inner.runner = GatedRunner(self.inner.runner)
+        self.stats = self.inner.stats
+        super().__init__(self.inner)
+        self.start()
+
+
 @pytest.fixture
 def engine():
     """A started AsyncEngine with room for long requests; stopped after the test."""
-    inner = make_engine(max_model_len=100_000, num_blocks=30_000)
-    inner.runner = GatedRunner(inner.runner)
-    engine = AsyncEngine(inner)
-    engine.start()
+    engine = StartedEngine()
     yield engine
-    inner.runner.gate.set()
+    engine.inner.runner.gate.set()
     engine.stop()
     assert not engine.is_running
-    assert not engine._thread.is_alive()
+    assert not [t for t in threading.enumerate() if t.name == "fd_dsa-engine"]
 
 
 def run(coroutine):
@@ -133,7 +141,7 @@ def test_an_id_used_again_at_once_gets_only_its_own_outputs(engine):
 
 
 def test_the_last_output_of_a_left_request_does_not_reach_the_next_of_its_id(engine):
-    gated = engine._engine.runner
+    gated = engine.inner.runner
     one_token = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 
     async def main():
@@ -185,7 +193,7 @@ def test_requests_that_cannot_run_raise_and_leave_nothing(engine):
 
 
 def test_a_failing_step_ends_every_iterator_with_the_error(engine, caplog):
-    inner = engine._engine.runner.runner
+    inner = engine.inner.runner.runner
 
     async def main():
         streams = [engine.generate([2 + index], ENDLESS) for index in range(6)]
@@ -213,7 +221,7 @@ def test_a_failing_step_ends_every_iterator_with_the_error(engine, caplog):
 
 
 def test_requests_queued_while_the_failing_step_runs_end_with_the_error(engine):
-    gated = engine._engine.runner
+    gated = engine.inner.runner
 
     async def main():
         gated.gate.clear()
@@ -248,7 +256,7 @@ def test_stop_aborts_what_still_runs_and_refuses_new_requests(engine):
 
 
 def test_an_event_loop_that_dies_does_not_keep_its_requests(engine):
-    gated = engine._engine.runner
+    gated = engine.inner.runner
     loop = asyncio.new_event_loop()
 
     async def first():

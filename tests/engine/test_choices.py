@@ -212,10 +212,11 @@ def test_the_async_engine_ends_an_iterator_after_the_last_output():
         outputs, _ = await asyncio.gather(collect(engine), leave(engine))
         return outputs
 
-    engine = AsyncEngine(make_engine())
+    inner = make_engine()
+    engine = AsyncEngine(inner)
     engine.start()
     outputs = asyncio.run(main(engine))
     assert sorted(by_index(outputs)) == [0, 1, 2]
     assert len(outputs) == 18
     engine.stop()
-    assert engine.stats().num_used_blocks == 0
+    assert inner.stats().num_used_blocks == 0

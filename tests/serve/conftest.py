@@ -22,6 +22,7 @@ from fd_dsa.serve.app import create_app
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.options import ChatSettings, ServerOptions
 from fd_dsa.serve.server import DrainingServer, bind_socket
+from fd_dsa.serve.state import Info, no_info
 from tests.serve.fake_engine import FakeEngine
 
 # far longer than anything takes that a test waits for, also on a machine that starves it
@@ -51,7 +52,7 @@ class Live:
 def running(
     engine: FakeEngine | AsyncEngine,
     names: tuple[str, ...] = ("demo", "alias"),
-    info: Callable[[], dict[str, Any]] = dict,
+    info: Info = no_info,
     options: ServerOptions | None = None,
     chat_settings: ChatSettings | None = None,
 ) -> Iterator[Live]:

@@ -12,6 +12,7 @@ from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import FinishReason, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.stats import EngineStats
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 
@@ -92,6 +93,7 @@ class FakeEngine:
         self.sampling_defaults: dict[str, float] = {}
         self.metrics = EngineMetrics(max_model_len)
         self.captured_sizes: tuple[int, ...] = ()
+        self.pid: int | None = None
         self.step_s = step_s
         self.is_running = self.is_held = False
         self.errored: BaseException | None = None
@@ -113,9 +115,16 @@ class FakeEngine:
         self.is_running = False
         self.stopped = True
 
-    def stats(self) -> EngineStats:
+    async def snapshot(self) -> tuple[EngineStats, EngineMetrics]:
         """Nothing is counted."""
-        return EngineStats(*(0 for _ in fields(EngineStats)))
+        return EngineStats(*(0 for _ in fields(EngineStats))), self.metrics
+
+    async def ask(self, question: str, argument: Any = None) -> Any:
+        """There is nothing to tell."""
+        return {}
+
+    async def check_form(self, form: StructuredOutputsParams) -> None:
+        """Every form is fine."""
 
     def abort(self, request_id: str) -> None:
         """Let the request end with finish_reason "abort" at its next step."""

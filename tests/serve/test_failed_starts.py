@@ -12,12 +12,14 @@ from tests.serve.test_cli import command, error_line, finish, run
 
 
 def test_missing_paddle_names_the_extra(tmp_path: Path) -> None:
-    code = (
-        "import sys, importlib.util as u\nreal = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'paddle' else real(name, *a)\n"
-        "from fd_dsa.serve.cli import main\nsys.exit(main(['--port', '0']))"
-    )
-    done = finish(tmp_path, [sys.executable, "-c", code], status=2)
+    body = """
+        import importlib.util as u
+        real = u.find_spec
+        u.find_spec = lambda name, *a: None if name == "paddle" else real(name, *a)
+        from fd_dsa.engine.plan import make_plan
+        make_plan(config)
+    """
+    done = run(tmp_path, "--port", "0", body=body)
     assert "pip install 'fd_dsa[cpu]'" in error_line(done)
 
 

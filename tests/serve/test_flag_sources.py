@@ -57,6 +57,7 @@ VALUES: dict[str, Any] = {
     "data-parallel-size": 2,
     "load-format": "dummy",
     "max-body-size": "2M",
+    **dict.fromkeys(("max-body-values", "max-answer-scores"), 6),
     "kv-cache-memory-bytes": "8G",
     "host": "0.0.0.0",
     "device": "cpu",

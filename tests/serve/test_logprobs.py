@@ -9,11 +9,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import orjson
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.random_uniform import derive_seed
-from fd_dsa.serve.logprobs import chat_logprobs, completion_logprobs
+from fd_dsa.serve.logprobs import chat_logprobs, completion_logprobs, output_columns
 from tests.engine.fakes import expected_greedy, make_engine
 from tests.engine.test_engine import find_eos_prompt, letters
 from tests.engine.test_logprobs import ref_logprobs
@@ -263,8 +264,10 @@ def test_what_json_lacks() -> None:
             return "é".encode()[token_id : token_id + 1]
 
     entry = TokenLogprobs(0, TokenScore(-math.inf, 2, ((1, 0.0),)), 0)
-    (content,) = chat_logprobs(Halves(), [entry])["content"]  # type: ignore[arg-type]
+    chat = chat_logprobs(Halves(), [entry])  # type: ignore[arg-type]
+    (content,) = json.loads(orjson.dumps(chat))["content"]
     assert (content["token"], content["bytes"]) == ("bytes:\\xc3", [0xC3])
     assert content["logprob"] == -9999.0
-    scores = completion_logprobs(Halves(), [entry])  # type: ignore[arg-type]
+    columns = output_columns(Halves(), [entry])  # type: ignore[arg-type]
+    scores = json.loads(orjson.dumps(completion_logprobs(columns)))
     assert scores["top_logprobs"] == [{"bytes:\\xa9": 0.0, "bytes:\\xc3": -9999.0}]

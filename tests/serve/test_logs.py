@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.stats import EngineStats
 from fd_dsa.serve import server as server_module
 from fd_dsa.serve.busy_line import log_while_busy
@@ -83,14 +84,18 @@ def test_a_json_log_has_one_object_a_line(tmp_path: Path) -> None:
         assert url is not None
         for path in ("/health", "/metrics", "/livez", "/readyz", "/startupz", "/v1/models"):
             httpx.get(f"{url[0]}{path}", timeout=TIMEOUT_S)
-        httpx.post(f"{url[0]}/v1/completions", json={"prompt": "a"}, timeout=TIMEOUT_S)
+        httpx.post(
+            f"{url[0]}/v1/completions", json={"prompt": "a", "ignore_eos": True}, timeout=TIMEOUT_S
+        )
         process.terminate()
         _, log = process.communicate(timeout=TIMEOUT_S)
     lines = [json.loads(line) for line in log.splitlines()]
     for line in lines:
         assert {"time", "level", "logger", "message"} <= line.keys()
     ended = [line for line in lines if line["logger"] == "fd_dsa.requests"]
-    assert [(line["finish_reason"], line["completion_tokens"]) for line in ended] == [("stop", 7)]
+    assert [(line["finish_reason"], line["completion_tokens"]) for line in ended] == [
+        ("length", 16)
+    ]
     access = [line["message"] for line in lines if line["logger"] == "uvicorn.access"]
     assert [re.search(r"/\S+", line)[0] for line in access] == [  # type: ignore[index]
         "/v1/models",
@@ -122,9 +127,10 @@ def test_a_line_while_busy_and_none_while_idle(
         def __init__(self, engine: AsyncEngine) -> None:
             self.engine = engine
 
-        def stats(self) -> EngineStats:
-            looks.append(self.engine.stats())
-            return looks[-1]
+        async def snapshot(self) -> tuple[EngineStats, EngineMetrics]:
+            stats, metrics = await self.engine.snapshot()
+            looks.append(stats)
+            return stats, metrics
 
     def watch(engine: AsyncEngine) -> Coroutine[Any, Any, None]:
         return log_while_busy(cast("AsyncEngine", Watched(engine)), interval_s=0.05)
@@ -182,7 +188,9 @@ def test_a_full_disk_under_the_log_stops_nothing(tmp_path: Path) -> None:
             wait_until(serves, TIMEOUT_S)
             for _ in range(3):
                 answer = httpx.post(
-                    f"{url}/v1/completions", json={"prompt": "a"}, timeout=TIMEOUT_S
+                    f"{url}/v1/completions",
+                    json={"prompt": "a", "ignore_eos": True},
+                    timeout=TIMEOUT_S,
                 )
                 assert answer.status_code == 200
             process.terminate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
-from fd_dsa.serve.info import server_info
+from fd_dsa.serve.info import INFO, engine_info, server_info
+from fd_dsa.serve.options import ServerOptions
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import error_of
@@ -60,7 +62,7 @@ def test_health_while_draining_and_after_a_failure() -> None:
 def test_server_info_is_found_out_once_and_told() -> None:
     asked = []
 
-    def info() -> dict[str, Any]:
+    async def info() -> dict[str, Any]:
         asked.append(1)
         return {"engine": "fd_dsa", "commit": None}
 
@@ -72,8 +74,8 @@ def test_server_info_is_found_out_once_and_told() -> None:
 
 
 def test_server_info_names_what_decides_the_answers() -> None:
-    engine = FakeEngine(max_model_len=128)
-    told = server_info(EngineConfig(device="cpu", kv_cache_dtype="fp8_ds_mla"), engine)
+    config = EngineConfig(device="cpu", kv_cache_dtype="fp8_ds_mla")
+    told = info_of(config, FakeEngine(max_model_len=128))
     assert told["max_model_len"] == 128
     assert (told["device"], told["dtype"], told["kv_cache_dtype"]) == (
         "cpu",
@@ -89,10 +91,22 @@ def test_server_info_names_what_decides_the_answers() -> None:
     assert str(EngineConfig().model_path) not in str(told)
 
 
+def info_of(config: EngineConfig, engine: FakeEngine | None = None) -> dict[str, Any]:
+    """What /server_info shows."""
+
+    async def ask(question: str) -> dict[str, Any]:
+        assert question == INFO
+        return engine_info(config)
+
+    engine = engine or FakeEngine()
+    engine.ask = ask  # type: ignore[method-assign,assignment]
+    return asyncio.run(server_info(config, engine, ServerOptions()))
+
+
 @pytest.mark.parametrize("told", ["0123abc", "0123abc-dirty"])
 def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
     monkeypatch.setenv("FD_DSA_COMMIT", told)
-    assert server_info(EngineConfig(device="cpu"), FakeEngine())["commit"] == told
+    assert info_of(EngineConfig(device="cpu"))["commit"] == told
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
@@ -105,7 +119,7 @@ def test_commit_is_that_of_the_working_tree(
     monkeypatch.setattr("fd_dsa.__file__", str(package / "__init__.py"))
 
     def commit() -> str | None:
-        return server_info(EngineConfig(device="cpu"), FakeEngine())["commit"]
+        return info_of(EngineConfig(device="cpu"))["commit"]
 
     assert commit() is None
     (package / "a.py").write_text("1")

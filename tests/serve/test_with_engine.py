@@ -99,7 +99,8 @@ def cached_tokens(answer: dict[str, Any]) -> int:
 
 def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
     prompt = [5 + i % 30 for i in range(18)]
-    with running(AsyncEngine(make_engine())) as live:
+    engine = make_engine()
+    with running(AsyncEngine(engine)) as live:
         fields = {"prompt": prompt, "max_tokens": 4}
         found = [
             cached_tokens(complete(live, **fields, cache_salt=salt).json())
@@ -111,7 +112,7 @@ def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
         options = {"stream": True, "stream_options": {"include_usage": True}}
         events = complete(live, **fields, **options).text.strip().split("\n\n")
         assert cached_tokens(json.loads(events[-2].removeprefix("data: "))) == 16
-        assert live.engine.stats().prefix_cache_hits == 16 * 3 + 24 + 16
+        assert engine.stats().prefix_cache_hits == 16 * 3 + 24 + 16
         for salt in ("", 3, ["a"]):
             error = error_of(complete(live, **fields, cache_salt=salt), 400)
             assert error["param"] == "cache_salt"
@@ -146,8 +147,8 @@ async def many_clients(live: Live) -> list[tuple[int, str]]:
 
 
 def test_many_streams_with_disconnects_leave_nothing_behind() -> None:
-    engine = AsyncEngine(make_engine(num_blocks=40))
-    with running(engine) as live:
+    engine = make_engine(num_blocks=40)
+    with running(AsyncEngine(engine)) as live:
         for number, text in asyncio.run(many_clients(live)):
             prompt = [2 + number % 26, 3 + number // 26]
             assert text == expected_text(prompt, 40)

@@ -227,9 +227,10 @@ async def _run(
         for body, alone in questions:
             compare(alone, await ask(client, body), is_exact)
         assert (await client.get("/health")).status_code == 200
-    memory = "process_resident_memory_bytes"
-    load.counts["MiB before"] = round(metric(before, memory) / 2**20)
-    load.counts["MiB after"] = round(metric(after, memory) / 2**20)
+    # of the HTTP process, and of the engine's
+    memory = [f"{prefix}process_resident_memory_bytes" for prefix in ("", "fd_dsa_engine_")]
+    load.counts["MiB before"] = round(sum(metric(before, m) for m in memory) / 2**20)
+    load.counts["MiB after"] = round(sum(metric(after, m) for m in memory) / 2**20)
     for name in ("num_preemptions_total", "prefix_cache_hits_total", "generation_tokens_total"):
         load.counts[name] = round(metric(after, f"fd_dsa:{name}"))
     load.counts["longest answer, s"] = round(load.longest_s)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import FailFast, Field
 
 from fd_dsa.chat.template import RESERVED
 from fd_dsa.engine.sampling_params import MAX_LOGPROBS
 from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, MAX_FIELDS, at_most
 from fd_dsa.serve.protocol.generation import GenerationRequest
 from fd_dsa.serve.protocol.messages import ChatMessage
-from fd_dsa.serve.protocol.tools import ChoiceField, Tool, ToolChoice, check_tools
+from fd_dsa.serve.protocol.tools import MAX_TOOLS, ChoiceField, Tool, ToolChoice, check_tools
 from fd_dsa.serve.protocol.unsupported import IN_CHAT
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -23,13 +24,15 @@ class ChatCompletionRequest(GenerationRequest):
 
     unsupported_fields = IN_CHAT
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Field(min_length=1), FailFast(), at_most(MAX_ENTRIES)]
     max_completion_tokens: int | None = Field(None, description="Newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Score every token of the answer.")
     top_logprobs: int | None = Field(
         None, description="Likeliest tokens scored beside each, 0 to 20; only with logprobs."
     )
-    tools: list[Tool] | None = Field(None, description="Functions that the model may call.")
+    tools: Annotated[list[Tool], at_most(MAX_TOOLS)] | None = Field(
+        None, description="Functions that the model may call."
+    )
     tool_choice: ChoiceField = Field(
         None, description="none, auto (with tools the default), required, or a tool by its name."
     )
@@ -45,7 +48,7 @@ class ChatCompletionRequest(GenerationRequest):
     chat_template: str | None = Field(
         None, description="A Jinja template; needs --trust-request-chat-template."
     )
-    chat_template_kwargs: dict[str, Any] | None = Field(
+    chat_template_kwargs: Annotated[dict[str, Any], at_most(MAX_FIELDS)] | None = Field(
         None, description="Variables of the template, such as thinking or enable_thinking."
     )
     add_generation_prompt: bool | None = Field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
 
 from fd_dsa.serve.errors import CUSTOM_ERROR
@@ -14,10 +14,28 @@ TEXTS: dict[str, Any] = {"type": "array", "items": TEXT}
 IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
 
 
+MAX_FIELDS = 128
+"""Of an object that the API describes, unknown ones among them."""
+
+MAX_ENTRIES = 4096
+"""Of every list of a request but those of prompts and token ids."""
+
+
 class Body(BaseModel):
     """Base of all bodies: no conversion of types, no NaN, unknown fields kept for a look."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: Any) -> Any:
+        """Refuse an object of very many fields before any of them is read."""
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise refuse(f"has {len(value)} fields; at most {MAX_FIELDS} are allowed")
+        return value
+
+    def check_supported(self) -> None:
+        """Raise ApiError 400 for fields that cannot be honoured, or not together."""
 
 
 def refuse(message: str) -> PydanticCustomError:
@@ -25,6 +43,17 @@ def refuse(message: str) -> PydanticCustomError:
     # a lone surrogate of a request has no UTF-8 form
     text = message.encode("utf-8", "backslashreplace").decode()
     return PydanticCustomError(CUSTOM_ERROR, "{message}", {"message": text})
+
+
+def at_most(num_entries: int) -> BeforeValidator:
+    """A validator that refuses a longer list or object before its entries are read."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, (list, dict)) and len(value) > num_entries:
+            raise refuse(f"has {len(value)} entries; at most {num_entries} are allowed")
+        return value
+
+    return BeforeValidator(check)
 
 
 def is_token_ids(value: Any) -> bool:

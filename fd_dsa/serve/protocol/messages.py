@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from fd_dsa.serve.errors import ApiError, show
-from fd_dsa.serve.protocol.fields import TEXT, Body, refuse
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, Body, at_most, refuse
+
+MAX_ARGUMENTS_CHARS = 1 << 20
+"""Of the arguments of one call in the history, as text."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -26,6 +29,8 @@ def _content(value: Any) -> str | None:
         return value
     if not isinstance(value, list) or not value:
         raise refuse(f"got {show(value)}; allowed is a string or a list of text parts")
+    if len(value) > MAX_ENTRIES:
+        raise refuse(f"has {len(value)} parts; at most {MAX_ENTRIES} are allowed")
     texts = []
     for index, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -44,6 +49,10 @@ def _arguments(value: Any) -> str:
     """
     if isinstance(value, dict):
         return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str) and len(value) > MAX_ARGUMENTS_CHARS:
+        raise refuse(
+            f"has {len(value)} characters; at most {MAX_ARGUMENTS_CHARS} are allowed in one call"
+        )
     try:
         parsed = json.loads(value) if isinstance(value, str) and value.strip() else {}
     except (ValueError, RecursionError) as error:
@@ -86,7 +95,7 @@ class ChatMessage(Body):
     content: _ContentField = Field(None, description="Needed, but in messages that call tools.")
     reasoning_content: str | None = Field(None, description="Reasoning of an earlier answer.")
     reasoning: str | None = Field(None, description="Another name of reasoning_content.")
-    tool_calls: list[CallInHistory] | None = None
+    tool_calls: Annotated[list[CallInHistory], at_most(MAX_ENTRIES)] | None = None
     tool_call_id: str | None = Field(None, description="The call that a tool's result is of.")
 
     def check(self, path: str) -> None:

@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRINGS, SamplingParams
 from fd_dsa.serve.errors import ApiError, request_error, show
-from fd_dsa.serve.protocol.fields import TEXT, TEXTS, refuse
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, TEXTS, at_most, refuse
 from fd_dsa.serve.protocol.structured import StructuredFields
 
-# those with the same name and meaning in SamplingParams
-SAMPLING_FIELDS = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "bad_words",
-    "bad_words_token_ids",
-    "min_tokens",
-    "max_tokens",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "skip_special_tokens",
-    "prompt_logprobs",
-    "seed",
-    "cache_salt",
-    "return_topk_positions",
-)
 _MAX_ID_DIGITS = 10
 
 
@@ -45,6 +21,8 @@ def _stop(value: Any) -> list[str] | None:
     if value is None:
         return None
     strings = [value] if isinstance(value, str) else value
+    if isinstance(strings, list) and len(strings) > MAX_STOP_STRINGS:
+        raise refuse(f"has {len(strings)} entries; at most {MAX_STOP_STRINGS} are allowed")
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
         raise refuse(f"got {show(value)}; allowed is a non-empty string or a list of them")
     return strings or None
@@ -56,6 +34,8 @@ def _logit_bias(value: Any) -> dict[int, float] | None:
         return None
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object of token ids and numbers")
+    if len(value) > MAX_ENTRIES:
+        raise refuse(f"has {len(value)} entries; at most {MAX_ENTRIES} are allowed")
     for key, bias in value.items():
         # more digits than any token id has would be slow to read
         if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
@@ -73,6 +53,9 @@ _LogitBiasField = Annotated[
     PlainValidator(_logit_bias),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
 ]
+
+
+_TokenIds = Annotated[list[int], at_most(MAX_ENTRIES)]
 
 
 class SamplingFields(StructuredFields):
@@ -98,11 +81,13 @@ class SamplingFields(StructuredFields):
     logit_bias: _LogitBiasField = Field(
         None, description="Token id to what is added to its logit, -100 to 100."
     )
-    bad_words: list[str] | None = Field(None, description="Texts that never come.")
-    bad_words_token_ids: list[int] | None = Field(None, description="Tokens that never come.")
+    bad_words: Annotated[list[str], at_most(MAX_BAD_WORDS)] | None = Field(
+        None, description="Texts that never come."
+    )
+    bad_words_token_ids: _TokenIds | None = Field(None, description="Tokens that never come.")
     seed: int | None = None
     stop: _StopField = None
-    stop_token_ids: list[int] | None = Field(None, description="Tokens that end the output.")
+    stop_token_ids: _TokenIds | None = Field(None, description="Tokens that end the output.")
     include_stop_str_in_output: bool | None = Field(
         None, description="Keep the stop string, or the text of the stop token."
     )
@@ -155,3 +140,11 @@ class SamplingFields(StructuredFields):
     def score_fields(self) -> dict[str, int | None]:
         """`logprobs` and `prompt_logprobs` of SamplingParams."""
         raise NotImplementedError
+
+
+SAMPLING_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(SamplingParams)
+    if field.name in SamplingFields.model_fields.keys() - StructuredFields.model_fields.keys()
+)
+"""Those with the same name and meaning in SamplingParams."""

@@ -8,7 +8,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.serve.errors import ApiError, show
-from fd_dsa.serve.protocol.fields import TEXT, TEXTS, Body, refuse
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, TEXTS, Body, at_most, refuse
 
 # field of FastDeploy and older vLLM -> form of StructuredOutputsParams
 _GUIDED = {
@@ -114,7 +114,9 @@ class StructuredFields(Body):
     guided_json: _JsonSchema = Field(None, description="A JSON schema.")
     guided_json_object: bool | None = Field(None, description="Any JSON object.")
     guided_regex: str | None = Field(None, description="A regular expression, in Rust's syntax.")
-    guided_choice: list[str] | None = Field(None, description="The answer is one of these.")
+    guided_choice: Annotated[list[str], at_most(MAX_ENTRIES)] | None = Field(
+        None, description="The answer is one of these."
+    )
     guided_grammar: str | None = Field(None, description="A grammar in Lark's notation or GBNF.")
 
     def structured_params(self) -> StructuredOutputsParams | None:

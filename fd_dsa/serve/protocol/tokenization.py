@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
 
 from fd_dsa.serve.errors import ApiError, show
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
-from fd_dsa.serve.protocol.fields import IDS, Body, refuse
+from fd_dsa.serve.protocol.fields import IDS, MAX_ENTRIES, Body, at_most, refuse
 from fd_dsa.serve.protocol.messages import ChatMessage
 
 
@@ -16,7 +16,9 @@ class TokenizeRequest(ChatCompletionRequest):
     """Body of POST /tokenize: a text, or a conversation with all that its prompt depends on."""
 
     prompt: str | None = None
-    messages: list[ChatMessage] = Field(default_factory=list)
+    messages: Annotated[list[ChatMessage], FailFast(), at_most(MAX_ENTRIES)] = Field(
+        default_factory=list
+    )
     add_special_tokens: bool | None = Field(
         None, description="Begin as a completion does; true for a prompt, never for messages."
     )

@@ -12,6 +12,11 @@ from pydantic import PlainValidator, WithJsonSchema
 from fd_dsa.serve.errors import ApiError, show
 from fd_dsa.serve.protocol.fields import TEXT, Body, refuse
 
+MAX_TOOLS = 1024
+"""Of a request."""
+
+# tools that a message about them names
+_SHOWN_TOOLS = 8
 # the markup of all formats can hold such a name, and no other
 _NAME = re.compile(r'[^\s"<>{}]{1,128}')
 _MODES = ("none", "auto", "required")
@@ -75,16 +80,26 @@ class Tool(Body):
 
 def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
     """Raise ApiError 400 where tools and choice do not go together."""
-    names = [tool.function.name for tool in tools]
-    for index, name in enumerate(names):
-        if name in names[:index]:
+    # in their order, which a set would lose
+    names = dict[str, None]()
+    for index, tool in enumerate(tools):
+        name = tool.function.name
+        if name in names:
             path = f"tools[{index}].function.name"
             raise ApiError(400, f"{path}: got {show(name)} a second time", param=path)
+        names[name] = None
     if choice.mode in ("required", "named") and not tools:
         raise ApiError(400, "tool_choice: asks for a call, but there are no tools", param="tools")
     if choice.name is not None and choice.name not in names:
         raise ApiError(
             400,
-            f"tool_choice: got the tool {show(choice.name)}; allowed are {', '.join(names)}",
+            f"tool_choice: got the tool {show(choice.name)}; allowed are {_listed(list(names))}",
             param="tool_choice",
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many there are beside them."""
+    more = len(names) - _SHOWN_TOOLS
+    shown = ", ".join(names[:_SHOWN_TOOLS])
+    return f"{shown} and {more} more" if more > 0 else shown

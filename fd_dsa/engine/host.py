@@ -1,0 +1,319 @@
+"""The loop that runs an engine: commands in, events out, one step after another.
+
+An `AsyncEngine` sends the commands and receives the events. Both may cross a process boundary
+(`fd_dsa.serve.engine_process`), so they are plain values.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.limits import RequestLimits
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Command: queue a request. `key` names it in all later commands and events."""
+
+    key: int
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Command: end a request; `is_silent` where nobody reads its last outputs."""
+
+    key: int
+    is_silent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FinishOutput:
+    """Command: end one of a request's n outputs as if the model had."""
+
+    key: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Command: answer a question, one of `QUESTIONS` or of the host's own, with a `Reply`."""
+
+    number: int
+    question: str
+    argument: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Command: abort everything, then end the loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Event: a request cannot run."""
+
+    key: int
+    error: ValueError
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """Event: the answer to an `Ask`; `error` where there is none."""
+
+    number: int
+    value: Any = None
+    error: Exception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Event, the last one: the engine has failed and serves no more requests."""
+
+    error: BaseException
+
+
+Command = Add | Abort | FinishOutput | Ask | Stop
+Outputs = list[tuple[int, RequestOutput]]
+"""Event: what a step has added, each output with the key of its request."""
+Event = Outputs | Refused | Reply | Failed
+
+SNAPSHOT = "snapshot"
+"""Question: `EngineStats` and `EngineMetrics` as they are now; does not wait for a step."""
+CHECK_FORM = "check_form"
+"""Question: None where the form of an output can be compiled, else a ValueError."""
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """What a server must know of its engine.
+
+    Attributes:
+        limits: what the engine can ever run.
+        max_num_seqs: rows of a step.
+        sampling_defaults: fields of SamplingParams that the model proposes.
+        captured_sizes: rows of the decode steps that are replayed from graphs.
+    """
+
+    limits: RequestLimits
+    max_num_seqs: int
+    sampling_defaults: dict[str, Any]
+    captured_sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, engine: LLMEngine) -> EngineFacts:
+        """The facts of an engine."""
+        return cls(
+            engine.limits, engine.max_num_seqs, engine.sampling_defaults, engine.captured_sizes
+        )
+
+
+class EngineLink(Protocol):
+    """Where an `AsyncEngine` finds its engine."""
+
+    facts: EngineFacts
+    tokenizer: Tokenizer
+
+    @property
+    def pid(self) -> int | None:
+        """Number of the engine's process; None where it is this one."""
+
+    @property
+    def is_alive(self) -> bool:
+        """True from `start` until the loop has ended."""
+
+    def start(self, receive: Callable[[Event], None]) -> None:
+        """Begin to run; `receive` is called in a thread of the link. At most once."""
+
+    def post(self, command: Command) -> None:
+        """Send a command; from any thread, without waiting for the engine."""
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the loop has ended."""
+
+
+class EngineHost:
+    """Runs one engine in the thread that calls `run`.
+
+    Args:
+        engine: used by no one else.
+        emit: takes the events; called in several threads, one at a time is not guaranteed.
+        answers: questions beside `SNAPSHOT` and `CHECK_FORM`, with the functions that answer them
+            from the argument; called in a thread of their own.
+    """
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        emit: Callable[[Event], None],
+        answers: Mapping[str, Callable[[Any], Any]] | None = None,
+    ) -> None:
+        """Start without requests."""
+        self._engine = engine
+        self._emit = emit
+        self._answers = {CHECK_FORM: engine.check_form, **(answers or {})}
+        # one: what is computed beside the steps takes one processor
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="fd_dsa-aside")
+        self._wake = threading.Condition()
+        # guarded by _wake
+        self._commands: deque[Add | Abort | FinishOutput] = deque()
+        self._is_stopping = False
+        # of unfinished requests; both only in the thread of `run`
+        self._keys: dict[str, int] = {}
+        self._request_ids: dict[int, str] = {}
+
+    def post(self, command: Command) -> None:
+        """Take a command; from any thread."""
+        if isinstance(command, Ask):
+            if command.question == SNAPSHOT:
+                snapshot = (self._engine.stats(), self._engine.metrics)
+                self._emit(Reply(command.number, snapshot))
+            elif not self._is_stopping:
+                self._aside.submit(self._answer, command)
+            return
+        with self._wake:
+            if isinstance(command, Stop):
+                self._is_stopping = True
+            else:
+                self._commands.append(command)
+            self._wake.notify()
+
+    def run(self) -> bool:
+        """Serve until `Stop` or a failure of the engine; False after a failure."""
+        try:
+            while self._take_commands():
+                if self._engine.has_unfinished_requests():
+                    self._deliver(self._engine.step())
+            for request_id in list(self._keys):
+                self._deliver(self._engine.abort_request(request_id))
+        except BaseException as error:
+            logger.error("the engine has failed", exc_info=error)
+            self._emit(Failed(error))
+            return False
+        finally:
+            self._aside.shutdown(wait=False, cancel_futures=True)
+        return True
+
+    def _take_commands(self) -> bool:
+        """Wait for work and run what is queued; False when the loop is to end."""
+        with self._wake:
+            while not (
+                self._commands or self._is_stopping or self._engine.has_unfinished_requests()
+            ):
+                self._wake.wait()
+            commands = list(self._commands)
+            self._commands.clear()
+            is_stopping = self._is_stopping
+        for command in commands:
+            self._obey(command)
+        return not is_stopping
+
+    def _obey(self, command: Add | Abort | FinishOutput) -> None:
+        """Run a command; those for requests that have ended do nothing."""
+        if isinstance(command, Add):
+            self._add(command)
+            return
+        request_id = self._request_ids.get(command.key)
+        if request_id is None:
+            return
+        if isinstance(command, FinishOutput):
+            self._deliver(self._engine.finish_output(request_id, command.index))
+            return
+        outputs = self._engine.abort_request(request_id)
+        if command.is_silent:
+            self._forget(request_id)
+        else:
+            self._deliver(outputs)
+
+    def _add(self, command: Add) -> None:
+        """Hand a request to the engine."""
+        request_id = command.request_id
+        try:
+            self._engine.add_request(request_id, command.prompt_token_ids, command.params)
+        except ValueError as error:
+            self._emit(Refused(command.key, error))
+            return
+        self._keys[request_id] = command.key
+        self._request_ids[command.key] = request_id
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        """Emit outputs with the keys of their requests."""
+        if not outputs:
+            return
+        self._emit([(self._keys[output.request_id], output) for output in outputs])
+        for output in outputs:
+            if output.finished and not self._engine.is_unfinished(output.request_id):
+                self._forget(output.request_id)
+
+    def _forget(self, request_id: str) -> None:
+        """Let go of a request that has ended."""
+        key = self._keys.pop(request_id, None)
+        if key is not None:
+            del self._request_ids[key]
+
+    def _answer(self, command: Ask) -> None:
+        """Emit the reply to a question."""
+        try:
+            value = self._answers[command.question](command.argument)
+        except Exception as error:
+            self._emit(Reply(command.number, error=error))
+        else:
+            self._emit(Reply(command.number, value))
+
+
+class EngineThread:
+    """A link to an engine in a thread of this process.
+
+    Args:
+        engine: used by no one else.
+    """
+
+    def __init__(self, engine: LLMEngine) -> None:
+        """Keep the engine; `start` starts the thread."""
+        self.facts = EngineFacts.of(engine)
+        self.tokenizer = engine.tokenizer
+        self._engine = engine
+        self._host: EngineHost | None = None
+        self._thread: threading.Thread | None = None
+        self.pid = None
+
+    @property
+    def is_alive(self) -> bool:
+        """True from `start` until the loop has ended."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, receive: Callable[[Event], None]) -> None:
+        """Start the thread.
+
+        Raises:
+            RuntimeError: it was started before.
+        """
+        if self._thread is not None:
+            raise RuntimeError("the engine was started before")
+        self._host = EngineHost(self._engine, receive)
+        self._thread = threading.Thread(target=self._host.run, name="fd_dsa-engine", daemon=True)
+        self._thread.start()
+
+    def post(self, command: Command) -> None:
+        """Send a command; nothing happens before `start`."""
+        if self._host is not None:
+            self._host.post(command)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the thread has ended."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)

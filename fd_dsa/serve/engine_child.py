@@ -1,0 +1,148 @@
+"""The process of the engine: `python -m fd_dsa.serve.engine_child SOCKET`, started by the server.
+
+Reads `Settings` from the socket, builds the engine, and serves it until the other end asks it to
+stop or is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any
+
+from fd_dsa.config import EngineConfig
+from fd_dsa.engine.engine import LLMEngine
+from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
+from fd_dsa.engine.startup import StartupProgress
+from fd_dsa.engine.wire import pack_outputs
+from fd_dsa.errors import describe_error
+from fd_dsa.serve.engine_process import NotStarted, Phase, Ready, Settings
+from fd_dsa.serve.heaps import share_heaps
+from fd_dsa.serve.info import INFO, engine_info
+from fd_dsa.serve.logs import open_missing_streams, set_up_logging
+
+# between two messages about the same phase
+_PHASE_INTERVAL_S = 0.1
+
+logger = logging.getLogger("fd_dsa.serve")
+
+
+class RelayedProgress(StartupProgress):
+    """Phases of a start, also sent to the other process.
+
+    Args:
+        connection: to the other process.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+        self._sent_at = 0.0
+
+    def note(self, detail: str) -> None:
+        """Show how far the present phase has come."""
+        super().note(detail)
+        now = time.monotonic()
+        if now - self._sent_at >= _PHASE_INTERVAL_S:
+            self._sent_at = now
+            self._connection.send(Phase(self.index, detail))
+
+    def done(self, text: str) -> None:
+        """End the present phase."""
+        super().done(text)
+        self._connection.send(Phase(self.index, ""))
+
+
+class _Sender:
+    """Sends the events of the host; called in several threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def emit(self, event: Event) -> None:
+        """Send an event."""
+        message: Any = event
+        if isinstance(event, list):
+            message = pack_outputs(event)
+        elif isinstance(event, Failed):
+            message = Failed(_portable(event.error))
+        # nobody may be there any more; the thread that reads ends the process then
+        with self._lock, contextlib.suppress(OSError):
+            self._connection.send(message)
+
+
+def main() -> int:
+    """Build the engine and serve it; returns the exit status."""
+    # the HTTP process drains; whoever signals both, as systemd does, means it alone. Blocked, not
+    # ignored: Paddle sets handlers of its own
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    open_missing_streams()
+    connection = Connection(int(sys.argv[1]))
+    settings: Settings = connection.recv()
+    set_up_logging(settings.log_level, as_json=settings.log_json)
+    share_heaps()
+    hosts: SimpleQueue[EngineHost] = SimpleQueue()
+    threading.Thread(
+        target=_read, args=(connection, hosts), name="fd_dsa-commands", daemon=True
+    ).start()
+    try:
+        engine = _build(settings.config, RelayedProgress(connection))
+    except Exception as error:
+        logger.debug("the start failed", exc_info=True)
+        connection.send(NotStarted(_portable(error)))
+        return 0
+    emit = _Sender(connection).emit
+    host = EngineHost(engine, emit, {INFO: lambda _: engine_info(settings.config)})
+    hosts.put(host)
+    connection.send(Ready(EngineFacts.of(engine)))
+    return 0 if host.run() else 1
+
+
+def _build(config: EngineConfig, progress: StartupProgress) -> LLMEngine:
+    """The engine; its imports take seconds."""
+    from fd_dsa.engine.factory import build_engine
+
+    return build_engine(config, progress)
+
+
+def _read(connection: Connection, hosts: SimpleQueue[EngineHost]) -> None:
+    """Body of the thread that takes commands; ends the process when nobody sends any more.
+
+    Args:
+        connection: to the other process, which sends no command before `Ready`.
+        hosts: gets the host as soon as there is one.
+    """
+    host: EngineHost | None = None
+    while True:
+        try:
+            command = connection.recv()
+        except (EOFError, OSError):
+            # in the middle of whatever is under way
+            os._exit(0)
+        host = host or hosts.get()
+        host.post(command)
+
+
+def _portable(error: BaseException) -> Exception:
+    """An exception that can be sent; others become one that names them."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        copy = None
+    return copy if isinstance(copy, Exception) else RuntimeError(describe_error(error))
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stderr.flush()
+    # Paddle's own end takes seconds, and nothing is left to be written
+    os._exit(status)

@@ -1,0 +1,214 @@
+"""The engine in a process of its own, as the HTTP process sees it.
+
+The event loop, parsing and tokenization share Python's lock among their threads. In one process
+with the engine they would take it from each step: one busy thread makes a decode step of the demo
+model four times as long. vLLM and SGLang part the two in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+
+from fd_dsa.config import EngineConfig
+from fd_dsa.engine.host import Abort, Add, Command, EngineFacts, Event, Failed, Refused, Stop
+from fd_dsa.engine.startup import StartupProgress
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.engine.wire import OutputUnpacker
+from fd_dsa.errors import FdDsaError
+
+_KILL_AFTER_S = 5.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """First message to the engine's process: what to build, and how to log.
+
+    Attributes:
+        config: of the engine.
+        log_level: debug, info, warning or error.
+        log_json: each line of the log is a JSON object.
+    """
+
+    config: EngineConfig
+    log_level: str = "info"
+    log_json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Message of a start: a phase by its number, and how far it is."""
+
+    index: int
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Message that ends a start: the engine serves."""
+
+    facts: EngineFacts
+
+
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """Message that ends a start: there is no engine."""
+
+    error: Exception
+
+
+class EngineProcess:
+    """A link to an engine in a process of its own.
+
+    The process ends when this one does, however it ends: its end of the socket is closed then.
+
+    Args:
+        settings: what to build.
+        progress: follows the phases of the start.
+
+    Raises:
+        ConfigError: as `fd_dsa.engine.factory.build_engine`; so are the others.
+        FdDsaError: the process ended before the engine was ready.
+    """
+
+    COMMAND = (sys.executable, "-m", "fd_dsa.serve.engine_child")
+    """Command line of the process, to which the number of its socket is added."""
+
+    def __init__(self, settings: Settings, progress: StartupProgress) -> None:
+        """Start the process and wait until the engine is ready."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            number = theirs.fileno()
+            self._process = subprocess.Popen(
+                (*self.COMMAND, str(number)),
+                pass_fds=(number,),
+                stdin=subprocess.DEVNULL,
+                # Ctrl-C of a terminal is for the HTTP process, which drains first
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self._is_stopping = False
+        try:
+            self._connection.send(settings)
+            # beside the other process, which reads the same files among others: its error, if
+            # there is one, names the first thing that is wrong
+            loading = ThreadPoolExecutor(1).submit(
+                Tokenizer.from_folder, settings.config.tokenizer_path, settings.config.chat_template
+            )
+            self.facts = self._wait_until_ready(progress)
+            self.tokenizer = loading.result()
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+        self._unpacker = OutputUnpacker()
+        self._commands: SimpleQueue[Command] = SimpleQueue()
+        self._reader: threading.Thread | None = None
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """True from `start` until the process has ended."""
+        return self._reader is not None and self._reader.is_alive()
+
+    def start(self, receive: Callable[[Event], None]) -> None:
+        """Begin to send commands and to receive events.
+
+        Raises:
+            RuntimeError: it was started before.
+        """
+        if self._reader is not None:
+            raise RuntimeError("the engine was started before")
+        self._reader = threading.Thread(
+            target=self._read, args=(receive,), name="fd_dsa-engine-events", daemon=True
+        )
+        self._reader.start()
+        threading.Thread(target=self._write, name="fd_dsa-engine-commands", daemon=True).start()
+
+    def post(self, command: Command) -> None:
+        """Send a command; a thread writes it, so nobody waits for a full socket."""
+        self._commands.put(command)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the process has ended; kill it after `timeout_s`."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(_KILL_AFTER_S)
+        if self._reader is not None:
+            self._reader.join(_KILL_AFTER_S)
+
+    def _wait_until_ready(self, progress: StartupProgress) -> EngineFacts:
+        """The facts of the engine, as soon as it serves."""
+        while True:
+            try:
+                message = self._connection.recv()
+            except (EOFError, OSError):
+                raise self._ended("before it was ready") from None
+            if isinstance(message, Phase):
+                progress.follow(message.index, message.detail)
+            elif isinstance(message, NotStarted):
+                raise message.error
+            else:
+                facts: EngineFacts = message.facts
+                return facts
+
+    def _ended(self, when: str) -> FdDsaError:
+        """Why the process is no more."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILL_AFTER_S)
+        status = self._process.poll()
+        how = f"with status {status}"
+        if status is None:
+            how = "its connection but not itself"
+        elif status < 0:
+            how = f"by signal {-status} ({signal.Signals(-status).name})"
+        hint = "; the system may have been out of memory" if status == -signal.SIGKILL else ""
+        return FdDsaError(f"the engine's process ended {how} {when}{hint}")
+
+    def _write(self) -> None:
+        """Body of the thread that sends commands."""
+        while True:
+            command = self._commands.get()
+            if isinstance(command, Add):
+                self._unpacker.add(command)
+            elif isinstance(command, Abort):
+                self._unpacker.abort(command)
+            elif isinstance(command, Stop):
+                self._is_stopping = True
+            try:
+                self._connection.send(command)
+            except OSError:
+                # the thread that reads says what has happened
+                return
+
+    def _read(self, receive: Callable[[Event], None]) -> None:
+        """Body of the thread that receives events."""
+        while True:
+            try:
+                event = self._connection.recv()
+            except (EOFError, OSError):
+                break
+            if isinstance(event, list):
+                event = self._unpacker.unpack(event)
+            elif isinstance(event, Refused):
+                self._unpacker.forget(event.key)
+            receive(event)
+            if isinstance(event, Failed):
+                return
+        if not self._is_stopping:
+            receive(Failed(self._ended("while it served")))

@@ -1,0 +1,353 @@
+"""Every size that a client chooses: what is at its bound is served, one more is refused."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import pytest
+
+from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.serve import body as body_module
+from fd_dsa.serve.body_scan import MAX_DEPTH
+from fd_dsa.serve.options import ServerOptions
+from tests.engine.fakes import make_engine
+from tests.serve.conftest import Live, running
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.test_errors import complete, error_of
+
+HI = {"role": "user", "content": "Hi"}
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def wide() -> Iterator[Live]:
+    """A server whose context takes every prompt of these tests."""
+    with running(FakeEngine(max_model_len=4_000_000)) as live:
+        yield live
+
+
+def chat(live: Live, **fields: Any) -> Any:
+    """POST a chat completion."""
+    return live.http.post(
+        "/v1/chat/completions", json={"messages": [HI], "max_tokens": 1, **fields}
+    )
+
+
+def tools(count: int) -> list[dict[str, Any]]:
+    """Tools with names of their own."""
+    return [{"type": "function", "function": {"name": f"f{i}"}} for i in range(count)]
+
+
+def call(arguments: str) -> dict[str, Any]:
+    """A message of the assistant that called a tool."""
+    function = {"name": "f", "arguments": arguments}
+    return {"role": "assistant", "tool_calls": [{"function": function}]}
+
+
+def text_of(num_chars: int) -> str:
+    """Arguments of a call, of so many characters."""
+    return json.dumps({"a": "x" * (num_chars - 9)})
+
+
+ENTRIES = 4096
+COMPLETION_BOUNDS: dict[str, tuple[Any, Any, str]] = {
+    "logit_bias": (
+        {str(i): 1 for i in range(ENTRIES)},
+        {str(i): 1 for i in range(ENTRIES + 1)},
+        f"has {ENTRIES + 1} entries; at most {ENTRIES}",
+    ),
+    "stop_token_ids": ([1] * ENTRIES, [1] * (ENTRIES + 1), f"at most {ENTRIES}"),
+    "bad_words_token_ids": ([1] * ENTRIES, [1] * (ENTRIES + 1), f"at most {ENTRIES}"),
+    "guided_choice": (["a"] * ENTRIES, ["a"] * (ENTRIES + 1), f"at most {ENTRIES}"),
+    "stop": (["a"] * 64, ["a"] * 65, "has 65 entries; at most 64"),
+    "stop ": (["a" * 512] * 16, ["a" * 512] * 16 + ["b"], "8193 characters in all; at most 8192"),
+    "bad_words": (["a"] * 1024, ["a"] * 1025, "has 1025 entries; at most 1024"),
+    "bad_words ": (["a" * 512] * 64, ["a" * 512] * 64 + ["b"], "32769 characters in all; at most"),
+    "cache_salt": ("a" * 512, "a" * 513, "has 513 characters; at most 512"),
+    "guided_json": (
+        {"description": "a" * (32_768 - 19)},
+        {"description": ["a"] * 10_000},
+        "characters or more; at most 32768",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPLETION_BOUNDS)
+def test_fields_of_completions(live: Live, name: str) -> None:
+    most, too_much, text = COMPLETION_BOUNDS[name]
+    field = name.strip()
+    assert complete(live, **{field: most}).status_code == 200
+    error = error_of(complete(live, **{field: too_much}), 400)
+    assert error["param"] == field
+    assert error["message"].startswith(field) and text in error["message"]
+
+
+CHAT_BOUNDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "messages": (
+        {"messages": [HI] * ENTRIES},
+        {"messages": [HI] * (ENTRIES + 1)},
+        "messages",
+        f"has {ENTRIES + 1} entries; at most {ENTRIES}",
+    ),
+    "parts": (
+        {"messages": [{**HI, "content": [{"type": "text", "text": "a"}] * ENTRIES}]},
+        {"messages": [{**HI, "content": [{"type": "text", "text": "a"}] * (ENTRIES + 1)}]},
+        "messages[0].content",
+        f"has {ENTRIES + 1} parts; at most {ENTRIES}",
+    ),
+    "calls": (
+        {"messages": [{**call("{}"), "tool_calls": call("{}")["tool_calls"] * ENTRIES}, HI]},
+        {"messages": [{**call("{}"), "tool_calls": call("{}")["tool_calls"] * (ENTRIES + 1)}, HI]},
+        "messages[0].tool_calls",
+        f"has {ENTRIES + 1} entries; at most {ENTRIES}",
+    ),
+    "arguments": (
+        {"messages": [call(text_of(1 << 20)), HI]},
+        {"messages": [call(text_of((1 << 20) + 1)), HI]},
+        "messages[0].tool_calls[0].function.arguments",
+        "has 1048577 characters; at most 1048576",
+    ),
+    "fields of a message": (
+        {"messages": [{**HI, **{f"x{i}": 1 for i in range(126)}}]},
+        {"messages": [{**HI, **{f"x{i}": 1 for i in range(127)}}]},
+        "messages[0]",
+        "has 129 fields; at most 128",
+    ),
+    "tools": (
+        {"tools": tools(1024), "tool_choice": "none"},
+        {"tools": tools(1025), "tool_choice": "none"},
+        "tools",
+        "has 1025 entries; at most 1024",
+    ),
+    "variables": (
+        {"chat_template_kwargs": {f"x{i}": 1 for i in range(128)}},
+        {"chat_template_kwargs": {f"x{i}": 1 for i in range(129)}},
+        "chat_template_kwargs",
+        "has 129 entries; at most 128",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAT_BOUNDS)
+def test_fields_of_chat(wide: Live, name: str) -> None:
+    most, too_much, param, text = CHAT_BOUNDS[name]
+    assert chat(wide, **most).status_code == 200
+    error = error_of(chat(wide, **too_much), 400)
+    assert error["param"] == param
+    assert text in error["message"]
+
+
+def test_unknown_fields_of_a_body(live: Live) -> None:
+    assert complete(live, **{f"x{i}": 1 for i in range(127)}).status_code == 200
+    error = error_of(complete(live, **{f"x{i}": 1 for i in range(128)}), 400)
+    assert error["message"] == "body: has 129 fields; at most 128 are allowed"
+
+
+def test_tokens_of_detokenize(live: Live) -> None:
+    answer = live.http.post("/detokenize", json={"tokens": [97] * 256})
+    assert answer.json() == {"prompt": "a" * 256}
+    error = error_of(live.http.post("/detokenize", json={"tokens": [97] * 257}), 400)
+    assert error["message"] == "tokens: has 257 entries; at most max_model_len, 256, are allowed"
+
+
+def test_a_name_given_twice_is_found_among_all_tools(wide: Live) -> None:
+    error = error_of(chat(wide, tools=[*tools(1000), tools(1)[0]], tool_choice="none"), 400)
+    assert error["message"] == 'tools[1000].function.name: got "f0" a second time'
+    named = {"type": "function", "function": {"name": "g"}}
+    error = error_of(chat(wide, tools=tools(20), tool_choice=named), 400)
+    assert error["message"].endswith("allowed are f0, f1, f2, f3, f4, f5, f6, f7 and 12 more")
+
+
+@pytest.fixture(scope="module")
+def counting() -> Iterator[Live]:
+    """A server that takes bodies of up to 100 values."""
+    with running(FakeEngine(), options=ServerOptions(max_body_values=100)) as live:
+        yield live
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_values_of_a_body(counting: Live, is_chunked: bool) -> None:
+    # 8 each for the object, the two names, the text and the list, 1 for each comma
+    for num_ids, status in ((60, 200), (61, 413)):
+        content = json.dumps({"prompt": "a", "x": [1] * num_ids}).encode()
+        sent: Any = iter([content[:20], content[20:]]) if is_chunked else content
+        answer = counting.http.post("/v1/completions", content=sent, headers=JSON)
+        if status == 200:
+            assert answer.status_code == 200
+        else:
+            message = error_of(answer, 413)["message"]
+            assert "more than 100 values, the --max-body-values of this server" in message
+
+
+def test_a_body_that_is_refused_in_its_middle_is_read_to_its_end(counting: Live) -> None:
+    """A client that sends all before it reads would else see a broken connection."""
+    content = b'{"prompt": [' + b"1, " * 3_000_000 + b"1]}"
+    answer = counting.http.post("/v1/completions", content=content, headers=JSON)
+    error_of(answer, 413)
+    # on the same connection
+    assert complete(counting).status_code == 200
+
+
+def test_depth_of_a_body(live: Live) -> None:
+    # the body itself is one level
+    for depth, status in ((MAX_DEPTH - 1, 200), (MAX_DEPTH, 400)):
+        content = b'{"prompt": "a", "x": ' + b"[" * depth + b"]" * depth + b"}"
+        answer = live.http.post("/v1/completions", content=content, headers=JSON)
+        assert answer.status_code == status
+    message = error_of(answer, 400)["message"]
+    assert message.startswith(f"body nests too deeply: got more than {MAX_DEPTH} lists and objects")
+
+
+ATTACKS: dict[str, tuple[str, Any, int, str]] = {
+    "200,000 tools": ("/v1/chat/completions", {"tools": tools(200_000)}, 413, "--max-body-values"),
+    "20,000 tools": ("/v1/chat/completions", {"tools": tools(20_000)}, 400, "at most 1024"),
+    "350,000 messages": (
+        "/v1/chat/completions",
+        {"messages": [HI] * 350_000},
+        413,
+        "--max-body-values",
+    ),
+    "300,000 parts": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 300_000}]},
+        413,
+        "--max-body-values",
+    ),
+    "300,000 unknown fields": (
+        "/v1/completions",
+        {f"x{i}": 1 for i in range(300_000)},
+        413,
+        "--max-body-values",
+    ),
+    "200,000 unknown fields": (
+        "/v1/completions",
+        {f"x{i}": 1 for i in range(200_000)},
+        400,
+        "at most 128",
+    ),
+    "1,000,000 entries of logit_bias": (
+        "/v1/completions",
+        {"prompt": "a", "logit_bias": {str(i): 1 for i in range(1_000_000)}},
+        413,
+        "--max-body-values",
+    ),
+    "2,500,000 ids": ("/v1/completions", {"prompt": [1] * 2_500_000}, 413, "--max-body-values"),
+    "1,000,000 ids": ("/v1/completions", {"prompt": [1] * 1_000_000}, 400, "has 1000000 tokens"),
+    "1,000,000 ids to detokenize": (
+        "/detokenize",
+        {"tokens": [1] * 1_000_000},
+        400,
+        "has 1000000 entries; at most max_model_len",
+    ),
+    "1,000,000 wrong bad words": (
+        "/v1/completions",
+        {"prompt": "a", "bad_words": [1] * 1_000_000},
+        400,
+        "has 1000000 entries; at most 1024",
+    ),
+    "a large value of a wrong type": (
+        "/v1/completions",
+        {"prompt": "a", "temperature": [[1] * 100_000] * 10},
+        400,
+        "temperature: got [[1, 1, 1",
+    ),
+    "a large name of a model": (
+        "/v1/completions",
+        {"prompt": "a", "model": "x" * 1_000_000},
+        404,
+        "model: got",
+    ),
+    "a large name of a field": (
+        "/v1/chat/completions",
+        {"messages": [{"x" * 1_000_000: 1}]},
+        400,
+        "messages[0].role: is missing",
+    ),
+    "a large regular expression of a wrong type": (
+        "/v1/completions",
+        {"prompt": "a", "structured_outputs": {"regex": [1] * 100_000}},
+        400,
+        "structured_outputs is [1, 1, 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_what_would_take_long_is_refused(live: Live, name: str) -> None:
+    path, fields, status, text = ATTACKS[name]
+    body = {"messages": [HI], **fields} if path == "/v1/chat/completions" else fields
+    error = error_of(live.http.post(path, content=orjson.dumps(body), headers=JSON), status)
+    assert text in error["message"]
+    assert len(error["message"]) < 300
+
+
+def test_large_bodies_are_read_beside_the_event_loop(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    read = body_module.read_body
+
+    def watched(*args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return read(*args)
+
+    monkeypatch.setattr(body_module, "read_body", watched)
+    for num_chars in (10, 100_000):
+        complete(live, user="x" * num_chars)
+    on_loop, beside = threads
+    assert beside.startswith("fd_dsa-front") and not on_loop.startswith("fd_dsa-front")
+
+
+SCORED: dict[str, Any] = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
+PROMPT = [5, 6, 7]
+# fields -> what an answer counts, by the rules of docs/operations.md
+COUNTED: list[tuple[str, dict[str, Any], int, str]] = [
+    ("/v1/completions", {"logprobs": 2}, 4 * 3, "logprobs"),
+    ("/v1/completions", {"logprobs": 0, "n": 3}, 3 * 4, "logprobs"),
+    ("/v1/completions", {"logprobs": 2, "n": 2, "echo": True}, 2 * 7 * 3, "logprobs"),
+    ("/v1/completions", {"prompt_logprobs": 4, "n": 2}, 2 * 3 * 5, "prompt_logprobs"),
+    ("/v1/completions", {"prompt": [PROMPT, PROMPT], "logprobs": 2}, 2 * 4 * 3, "logprobs"),
+    ("/v1/completions", {"prompt": [5] * 16, "echo": True, "n": 3}, 3 * 2, "n"),
+    ("/v1/completions", {"prompt": [5] * 16, "return_token_ids": True, "n": 3}, 3 * 2, "n"),
+    ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 1, "n": 2}, 2 * 4 * 2, "logprobs"),
+]
+
+
+@pytest.mark.parametrize(("path", "fields", "count", "param"), COUNTED)
+def test_scores_of_an_answer(path: str, fields: dict[str, Any], count: int, param: str) -> None:
+    asked = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [HI]}
+    for limit in (count, count - 1):
+        options = ServerOptions(max_answer_scores=limit)
+        with running(AsyncEngine(make_engine(chats=True)), options=options) as live:
+            answer = live.http.post(path, json={**asked, **SCORED, **fields})
+            if limit == count:
+                assert answer.status_code == 200, answer.text
+                continue
+            error = error_of(answer, 400)
+            assert error["param"] == param
+            assert f"could have {count} log-probabilities" in error["message"]
+            assert f"--max-answer-scores is {limit}" in error["message"]
+
+
+def test_a_chat_without_max_tokens_has_room_for_its_scores() -> None:
+    with running(FakeEngine(), options=ServerOptions(max_answer_scores=30)) as live:
+        fields = {"messages": [HI], "logprobs": True, "top_logprobs": 4}
+        for num_choices, max_tokens in ((1, 6), (2, 3), (7, 1)):
+            live.engine.requests.clear()
+            answer = live.http.post("/v1/chat/completions", json={**fields, "n": num_choices})
+            if num_choices < 7:
+                ((_, params),) = live.engine.requests.values()
+                assert params.max_tokens == max_tokens
+        assert error_of(answer, 400)["param"] == "logprobs"
+
+
+def test_the_answer_of_a_quarter_gigabyte_is_refused_before_the_engine_is_asked(live: Live) -> None:
+    live.engine.requests.clear()
+    fields = {"echo": True, "logprobs": 20, "prompt_logprobs": 20, "max_tokens": 1, "n": 128}
+    error = error_of(complete(live, prompt=[1] * 200, **fields), 400)
+    assert "could have 1081088 log-probabilities" in error["message"]
+    assert live.engine.requests == {}

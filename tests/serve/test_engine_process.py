@@ -1,0 +1,223 @@
+"""The engine in a process of its own: the same outputs, and an end of either process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fd_dsa.config import EngineConfig
+from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.startup import StartupProgress
+from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.errors import FdDsaError
+from fd_dsa.serve.engine_process import EngineProcess, Settings
+from tests.engine.fakes import make_engine
+from tests.serve.conftest import wait_until
+from tests.serve.test_cli import CHILD
+
+TIMEOUT_S = 60
+SIZES = {"num_blocks": 30_000, "max_model_len": 100_000}
+BODY = f"""
+from tests.engine.fakes import make_engine
+return make_engine(**{SIZES})
+"""
+ENDLESS = SamplingParams(temperature=0, max_tokens=90_000, ignore_eos=True)
+FIELDS = (
+    *("request_id", "index", "prompt_token_ids", "token_ids", "text", "new_token_ids", "new_text"),
+    *("finish_reason", "stop_reason", "num_cached_tokens", "logprobs", "new_logprobs"),
+    *("prompt_logprobs", "topk_positions"),
+)
+
+
+@contextmanager
+def process_of(body: str) -> Iterator[AsyncEngine]:
+    """An engine in a process, built by the body of a factory."""
+    child = CHILD.format(body=textwrap.indent(body, "    "))
+
+    class Process(EngineProcess):
+        COMMAND = (sys.executable, "-c", child)
+
+    engine = AsyncEngine(Process(Settings(EngineConfig(device="cpu")), StartupProgress()))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+        assert not engine.is_running
+
+
+def run(coroutine: Any) -> Any:
+    """The result of a test's coroutine, within a limit."""
+    return asyncio.run(asyncio.wait_for(coroutine, TIMEOUT_S))
+
+
+async def collect(
+    engine: AsyncEngine, prompt: list[int], params: SamplingParams, request_id: str
+) -> list[RequestOutput]:
+    """All outputs of a request."""
+    return [output async for output in engine.generate(prompt, params, request_id)]
+
+
+def shown(outputs: list[RequestOutput]) -> list[dict[str, Any]]:
+    """What callers see of outputs, but for times and the type of empty lists."""
+    return [{name: getattr(output, name) or None for name in FIELDS} for output in outputs]
+
+
+REQUESTS = [
+    SamplingParams(temperature=0, max_tokens=9, ignore_eos=True),
+    SamplingParams(temperature=0.9, seed=3, max_tokens=30, logprobs=3, prompt_logprobs=2),
+    SamplingParams(temperature=1.2, seed=4, n=3, max_tokens=12, prompt_logprobs=1, logprobs=0),
+    SamplingParams(temperature=1, seed=5, n=2, max_tokens=40, stop=["ab", "c"], logprobs=1),
+    SamplingParams(temperature=0, max_tokens=5, bad_words_token_ids=list(range(40))),
+]
+
+
+@pytest.mark.parametrize("params", REQUESTS)
+def test_outputs_are_those_of_the_same_engine_in_a_thread(params: SamplingParams) -> None:
+    prompt = [5, 9, 7, 5, 9, 7, 30]
+    inside = AsyncEngine(make_engine(**SIZES))
+    inside.start()
+    expected = run(collect(inside, prompt, params, "r"))
+    inside.stop()
+    with process_of(BODY) as engine:
+        outputs = run(collect(engine, prompt, params, "r"))
+    assert shown(outputs) == shown(expected)
+    assert outputs[-1].finished
+    for output, twin in zip(outputs, expected, strict=True):
+        assert (output.error is None) == (twin.error is None)
+        assert type(output.error) is type(twin.error) and str(output.error) == str(twin.error)
+        assert output.first_token_time is None or output.arrival_time < output.first_token_time
+
+
+def test_one_process_serves_many_and_frees_what_is_left() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        async def leave(number: int) -> None:
+            stream = engine.generate([5, number], ENDLESS)
+            await anext(stream)
+            await stream.aclose()
+
+        async def abort() -> str | None:
+            outputs = []
+            async for output in engine.generate([7], ENDLESS, "aborted"):
+                outputs.append(output)
+                if len(outputs) == 3:
+                    engine.abort("aborted")
+            return outputs[-1].finish_reason
+
+        whole = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)
+        ended = await asyncio.gather(
+            *(leave(number) for number in range(5, 25)),
+            *(collect(engine, [9, number], whole, f"r{number}") for number in range(5, 25)),
+            abort(),
+        )
+        assert ended[-1] == "abort"
+        with pytest.raises(ValueError, match="max_model_len"):
+            await collect(engine, [5] * 200_000, whole, "long")
+        with pytest.raises(ValueError, match="guided_regex cannot be used"):
+            await engine.check_form(StructuredOutputsParams(regex="(", source="guided_regex"))
+        await engine.check_form(StructuredOutputsParams(regex="(a|b)+"))
+        while (await engine.snapshot())[0].num_used_blocks:
+            await asyncio.sleep(0.01)
+        stats, metrics = await engine.snapshot()
+        assert stats.num_running == stats.num_waiting == 0
+        assert metrics.finished["length"] == 20 and metrics.finished["abort"] == 21
+
+    with process_of(BODY) as engine:
+        run(main(engine))
+
+
+def test_a_process_that_is_killed_ends_every_request_with_an_error() -> None:
+    async def main(engine: AsyncEngine) -> None:
+        stream = engine.generate([5], ENDLESS)
+        await anext(stream)
+        assert engine.pid is not None
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match=r"signal 9 \(SIGKILL\) while it served"):
+            async for _ in stream:
+                pass
+        with pytest.raises(RuntimeError, match="the engine has failed"):
+            await engine.snapshot()
+        with pytest.raises(RuntimeError, match="the engine has failed"):
+            await collect(engine, [5], ENDLESS, "later")
+
+    with process_of(BODY) as engine:
+        run(main(engine))
+        assert isinstance(engine.errored, FdDsaError)
+
+
+def test_a_failing_step_is_an_error_of_the_same_type() -> None:
+    body = "from tests.engine.fakes import make_engine\n"
+    body += "engine = make_engine()\nengine.runner.fail_at = 3\nreturn engine"
+
+    async def main(engine: AsyncEngine) -> None:
+        with pytest.raises(RuntimeError, match="OSError: the device is gone"):
+            await collect(engine, [5], SamplingParams(max_tokens=20, ignore_eos=True), "r")
+
+    with process_of(body) as engine:
+        run(main(engine))
+        assert isinstance(engine.errored, OSError)
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("os.kill(os.getpid(), 9)", r"by signal 9 \(SIGKILL\) before it was ready; the system may"),
+        ("os._exit(3)", "with status 3 before it was ready"),
+        ("from fd_dsa.errors import ConfigError\nraise ConfigError('--x: no')", "^--x: no$"),
+    ],
+)
+def test_a_process_that_does_not_come_up_is_one_error(body: str, text: str) -> None:
+    with pytest.raises(FdDsaError, match=text), process_of(body):
+        pass
+
+
+@pytest.mark.parametrize("state", ["loading", "stepping", "idle"])
+def test_the_engines_process_ends_with_the_servers(state: str, tmp_path: Path) -> None:
+    """However the server ends, and whatever the engine does."""
+    pid_file = tmp_path / "pid"
+    body = f"open({str(pid_file)!r}, 'w').write(str(os.getpid()))\n"
+    body += "time.sleep(3600)" if state == "loading" else BODY.strip()
+    code = f"""
+import asyncio, sys
+from tests.serve.test_engine_process import ENDLESS, process_of
+async def main(engine):
+    print("ready", flush=True)
+    if {state == "stepping"}:
+        async for output in engine.generate([5], ENDLESS):
+            pass
+    await asyncio.sleep(3600)
+with process_of({body!r}) as engine:
+    asyncio.run(main(engine))
+"""
+    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        wait_until(lambda: pid_file.exists() and pid_file.read_text() != "")
+        if state != "loading":
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready\n"
+            time.sleep(0.2)
+    finally:
+        server.kill()
+        server.communicate()
+    wait_until(lambda: not is_alive(int(pid_file.read_text())))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,69 @@
+"""Work of requests in few threads: in its order, and not for clients that have left."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+from fd_dsa.serve.disconnect import ClientGone
+from fd_dsa.serve.workers import Workers
+from tests.serve.conftest import TIMEOUT_S
+
+
+class Client:
+    """The part of a request that tells whether its client is there."""
+
+    def __init__(self) -> None:
+        self.left = asyncio.Event()
+
+    async def receive(self) -> dict[str, Any]:
+        """Comes back when the client has left."""
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+
+def test_work_of_clients_that_left_is_dropped_and_the_rest_is_done() -> None:
+    async def check() -> None:
+        workers = Workers("test", 1)
+        go_on, done = threading.Event(), list[str]()
+
+        def work(name: str) -> str:
+            assert go_on.wait(TIMEOUT_S)
+            done.append(name)
+            return name
+
+        client: Any = Client()
+        leaving: Any = Client()
+        first = asyncio.create_task(workers.run(work, "first", request=client))
+        await asyncio.sleep(0)
+        gone = asyncio.create_task(workers.run(work, "gone", request=leaving))
+        last = asyncio.create_task(workers.run(work, "last", request=client))
+        streamed = asyncio.create_task(workers.run(work, "streamed"))
+        # short work does not wait for a thread
+        assert await workers.run(len, "abc", is_short=True) == 3
+        leaving.left.set()
+        with pytest.raises(ClientGone):
+            await gone
+        assert done == []
+        go_on.set()
+        assert await asyncio.gather(first, last, streamed) == ["first", "last", "streamed"]
+        assert sorted(done) == ["first", "last", "streamed"]
+        workers.close()
+
+    asyncio.run(asyncio.wait_for(check(), TIMEOUT_S))
+
+
+def test_work_runs_in_its_threads_and_raises_what_it_raises() -> None:
+    async def check() -> None:
+        workers = Workers("test", 2)
+        name = await workers.run(lambda: threading.current_thread().name)
+        assert name.startswith("fd_dsa-test")
+        for _ in range(5):
+            with pytest.raises(ZeroDivisionError):
+                await workers.run(lambda: 1 // 0)
+        workers.close()
+
+    asyncio.run(asyncio.wait_for(check(), TIMEOUT_S))
