@@ -18,7 +18,7 @@ from fd_dsa.environment import check_address_space, open_missing_streams, proces
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.heaps import share_heaps
-from fd_dsa.serve.logs import open_missing_streams, set_up_logging
+from fd_dsa.serve.logs import set_up_logging
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
