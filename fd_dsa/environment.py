@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from fd_dsa.errors import ConfigError
 
@@ -277,14 +278,29 @@ def open_missing_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
-def _flush_stdout() -> None:
-    """Write what is left; raises BrokenPipeError where nobody reads it."""
+def discard(*streams: TextIO) -> None:
+    """From now on streams that cannot be written go nowhere, with what is left in their buffers."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _flush() -> None:
+    """Write what is left; raises BrokenPipeError where nobody reads stdout.
+
+    Where stdout cannot be written, the interpreter tries again at its exit and reports that.
+    """
+    try:
+        sys.stderr.flush()
+    except OSError:
+        # nobody can be told, and the exit status is the command's
+        discard(sys.stderr)
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError:
-        # the interpreter tries again at its exit, and reports that
         return
 
 
@@ -301,13 +317,10 @@ def command() -> Iterator[None]:
         try:
             yield
         finally:
-            _flush_stdout()
+            _flush()
     except KeyboardInterrupt:
         sys.stderr.write("fd_dsa: error: interrupted\n")
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # what is left in the buffers goes there at the exit
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
+        discard(sys.stdout, sys.stderr)
         raise SystemExit(128 + signal.SIGPIPE) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import shlex
 import sys
@@ -14,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import check_address_space, open_missing_streams, process_environment
+from fd_dsa.environment import (
+    check_address_space,
+    discard,
+    open_missing_streams,
+    process_environment,
+)
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.heaps import share_heaps
@@ -223,9 +227,12 @@ def _chat_settings(args: argparse.Namespace) -> ChatSettings:
 
 def _say(text: str) -> None:
     """Print something; a server goes on where stdout cannot be written, as on a full disk."""
-    with contextlib.suppress(OSError):
+    try:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
+    except OSError:
+        # or the interpreter fails to write it once more, and exits with 120
+        discard(sys.stdout)
 
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -49,8 +49,10 @@ WITH_CHILD = """
 import sys
 from fd_dsa.serve.engine_process import EngineProcess
 EngineProcess.COMMAND = (sys.executable, "-c", {child!r})
+from fd_dsa.environment import command
 from fd_dsa.serve.cli import main
-sys.exit(main())
+with command():
+    sys.exit(main())
 """
 
 

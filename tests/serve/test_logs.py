@@ -171,7 +171,8 @@ def test_a_full_disk_under_the_log_stops_nothing(tmp_path: Path) -> None:
             process = subprocess.Popen(
                 command("--port", str(port), "--log-requests", body=FAKE),
                 cwd=tmp_path,
-                env=environment(),
+                # empty: what is written waits in a buffer, as it does by default
+                env={**environment(), "PYTHONUNBUFFERED": ""},
                 stdout=full,
                 stderr=full,
             )
