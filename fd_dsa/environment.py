@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,12 +29,17 @@ _SWITCH = {"0": False, "false": False, "1": True, "true": True}
 
 
 def prepare_cpu_runtime() -> None:
-    """Set what Paddle's CPU build reads from the environment; call it before importing paddle.
+    """Set what Paddle reads from the environment; call it before importing paddle.
 
-    Its MKL takes a slow path on AMD processors unless told that AVX2 is there (2.6 times faster
-    float32 products measured), and keeps one order of sums for any number of rows if told so. A
-    value that the user has set stays. Paddle's advice to install ccache is silenced.
+    The MKL of its CPU build takes a slow path on AMD processors unless told that AVX2 is there
+    (2.6 times faster float32 products measured), and keeps one order of sums for any number of
+    rows if told so. A value that the user has set stays. Paddle's advice to install ccache is
+    silenced.
+
+    Raises:
+        ConfigError: the folder that Paddle makes when it is imported cannot be made.
     """
+    _make_paddle_folder()
     warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
     try:
         vendor_is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="ascii")
@@ -43,6 +49,27 @@ def prepare_cpu_runtime() -> None:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     if batch_invariant():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def _make_paddle_folder() -> None:
+    """Make the folder for data sets whose absence would fail the import of Paddle.
+
+    Source: paddle/dataset/common.py of Paddle 3.3.
+
+    Raises:
+        ConfigError: it cannot be made; has the variable and the cure.
+    """
+    home = os.path.expanduser("~")
+    try:
+        if not os.access(home, os.W_OK):
+            home = tempfile.gettempdir()
+        Path(home, ".cache", "paddle", "dataset").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"HOME: Paddle needs a folder .cache/paddle below it (below TMPDIR where HOME cannot "
+            f"be written to), and it cannot be made: {error}; set HOME to a folder that this "
+            "process can write to"
+        ) from error
 
 
 def has_nvidia_gpu() -> bool:

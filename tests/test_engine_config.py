@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,20 @@ def test_amd_processors_take_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> N
     prepare_cpu_runtime()
     is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     assert os.environ.pop("MKL_DEBUG_CPU_TYPE", None) == ("5" if is_amd else None)
+
+
+@pytest.mark.parametrize("home", ["a file below it", "nowhere to write"])
+def test_a_home_that_paddle_cannot_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str
+) -> None:
+    (tmp_path / ".cache").touch()
+    monkeypatch.setenv("HOME", str(tmp_path if home == "a file below it" else tmp_path / "none"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"^HOME: Paddle needs .*\.cache.*; set HOME to a"):
+        prepare_cpu_runtime()
+    (tmp_path / ".cache").unlink()
+    prepare_cpu_runtime()
+    assert (tmp_path / ".cache/paddle/dataset").is_dir()
 
 
 def test_threads_default_to_the_usable_processors() -> None:

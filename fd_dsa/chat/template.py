@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from fd_dsa.chat.history import Arguments, is_reasoning_only
@@ -26,6 +26,37 @@ RESERVED = (
 _FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 # stands where a final message goes on; no text of a conversation holds it
 _CUT = "\ue000\ue001cut\ue001\ue000"
+_NO_MEMORY = "makes more than there is memory for"
+# what one multiplication or power may make
+_MOST_ENTRIES, _MOST_BITS = 1 << 20, 1 << 12
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, in which no product or power makes a giant text, list or number."""
+
+    # what is intercepted is not computed while a template is compiled
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """The result of an operator.
+
+        Raises:
+            SecurityError: it would be too large.
+        """
+        counts = [value for value in (left, right) if isinstance(value, int)]
+        texts = [value for value in (left, right) if isinstance(value, str | bytes | list | tuple)]
+        if texts and counts and len(texts[0]) * counts[0] > _MOST_ENTRIES:
+            raise SecurityError(
+                f"'*' would make a text or list of more than {_MOST_ENTRIES} entries"
+            )
+        if len(counts) == 2:
+            bits = left.bit_length()
+            bits = bits + right.bit_length() if operator == "*" else bits * right
+            if bits > _MOST_BITS:
+                raise SecurityError(
+                    f"{operator!r} would make a number of more than {_MOST_BITS} bits"
+                )
+        return super().call_binop(context, operator, left, right)
 
 
 class ChatTemplate:
@@ -47,9 +78,11 @@ class ChatTemplate:
         self, source: str, special_tokens: Mapping[str, str], origin: str = "the request"
     ) -> None:
         """Compile the template."""
-        environment = ImmutableSandboxedEnvironment(
+        environment = _Sandbox(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
+        # placeholder text of any length
+        del environment.globals["lipsum"]
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
@@ -59,6 +92,13 @@ class ChatTemplate:
             raise ConfigError(
                 f"chat template of {origin}: line {error.lineno} is no valid Jinja: {error.message}"
             ) from error
+        except RecursionError as error:
+            raise ConfigError(f"chat template of {origin}: nests too deeply") from error
+        except MemoryError as error:
+            raise ConfigError(f"chat template of {origin}: {_NO_MEMORY}") from error
+        except (SyntaxError, ValueError) as error:
+            # of the Python code that Jinja makes: blocks or numbers beyond what Python takes
+            raise ConfigError(f"chat template of {origin}: does not compile: {error}") from error
         self.source = source
         self.origin = origin
         self._special_tokens = dict(special_tokens)
@@ -103,6 +143,8 @@ class ChatTemplate:
             raise ValueError(f"chat template: {error}") from error
         except RecursionError as error:
             raise ValueError("chat template: nests too deeply") from error
+        except MemoryError as error:
+            raise ValueError(f"chat template: {_NO_MEMORY}") from error
         if not continue_final_message:
             return text
         head, cut, _ = text.rpartition(_CUT)

@@ -87,24 +87,27 @@ def _load_model(plan: EnginePlan, progress: StartupProgress) -> Any:
 def _warm_up(runner: Any, plan: EnginePlan) -> str:
     """Compile the kernels of a device and capture decode steps; returns what was done.
 
-    Where kernels are interpreted there is nothing to compile, and nothing can be captured.
+    From then on a step that compiles is logged. Where kernels are interpreted there is nothing to
+    compile, and nothing can be captured.
     """
     nothing = "not needed on this device"
     if plan.device == "cpu":
         return nothing
-    from fd_dsa.triton_runtime import INTERPRETING
+    from fd_dsa.triton_runtime import INTERPRETING, freeze, warming
 
     if INTERPRETING:
         return nothing
     from fd_dsa.runner.decode_graphs import PaddleCapture
 
     start = time.perf_counter()
-    runner.warm_up()
-    ready = time.perf_counter()
+    # another engine of this process may have frozen it
+    with warming():
+        runner.warm_up()
+        ready = time.perf_counter()
+        if not plan.config.enforce_eager:
+            runner.capture_decode_graphs(plan.config.capture_sizes, PaddleCapture)
+    freeze()
     done = f"kernels ready after {ready - start:.1f} s"
-    if plan.config.enforce_eager:
-        return done
-    runner.capture_decode_graphs(plan.config.capture_sizes, PaddleCapture)
     if not runner.captured_sizes:
         return done
     sizes = ", ".join(map(str, runner.captured_sizes))

@@ -277,7 +277,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"tokenizer: {file} is no valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"tokenizer: {file} holds a {type(content).__name__}, not an object")

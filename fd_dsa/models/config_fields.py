@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from fd_dsa.models.config_reader import FieldReader
+from fd_dsa.models.config_reader import INT32_MAX, FieldReader
 from fd_dsa.models.rope_config import read_rope
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,10 @@ _SIZES = {
     "index_topk": (2048, 2048),
     "max_position_embeddings": (163840, 202752),
 }
+# many times what any model has; a list is made of so many layers and experts, and a table of so
+# many positions, before a weight is looked at
+_MOST = {"num_hidden_layers": 1024, "max_position_embeddings": 1 << 24}
+_MOST_EXPERTS = 1 << 18
 FAMILIES = ("deepseek_v32", "glm_moe_dsa")
 _RMS_NORM_EPS = (1e-6, 1e-5)
 
@@ -113,7 +117,8 @@ class GenerationDefaults:
 def read_fields(reader: FieldReader, family: int) -> dict[str, Any]:
     """All fields of config.json except the model's type."""
     values: dict[str, Any] = {
-        name: reader.integer(name, both[family]) for name, both in _SIZES.items()
+        name: reader.integer(name, both[family], maximum=_MOST.get(name, INT32_MAX))
+        for name, both in _SIZES.items()
     }
     values["n_routed_experts"] = _read_num_experts(reader)
     for name, value in _FIXED.items():
@@ -238,6 +243,7 @@ def read_generation(
 def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
     """Refuse fields that contradict one another."""
     heads, experts = values["num_attention_heads"], values["n_routed_experts"]
+    layers = values["num_hidden_layers"]
     groups, rope_dim = values["n_group"], values["qk_rope_head_dim"]
     reader.choice("num_key_value_heads", heads, (heads,), "MLA has one key for each query head")
     qk_head_dim = values["qk_nope_head_dim"] + rope_dim
@@ -248,6 +254,9 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
         raise reader.error(
             "index_head_dim", values["index_head_dim"], f"at least qk_rope_head_dim, {rope_dim}"
         )
+    if experts * layers > _MOST_EXPERTS:
+        most = _MOST_EXPERTS // layers
+        raise reader.error("n_routed_experts", experts, f"at most {most} in {layers} layers")
     if experts % groups or (groups > 1 and experts // groups < 2):
         raise reader.error(
             "n_group", groups, f"a divisor of n_routed_experts ({experts}), two experts a group"

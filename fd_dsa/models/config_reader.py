@@ -10,6 +10,9 @@ from typing import Any
 
 from fd_dsa.errors import ConfigError
 
+# sizes and positions are int32 in kernels
+INT32_MAX = (1 << 31) - 1
+
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
@@ -55,11 +58,15 @@ class FieldReader:
         self._read.add(name)
         return self._data.get(name, default)
 
-    def integer(self, name: str, default: int | None, minimum: int = 1) -> int:
-        """An integer of at least `minimum`."""
+    def integer(
+        self, name: str, default: int | None, minimum: int = 1, maximum: int = INT32_MAX
+    ) -> int:
+        """An integer from `minimum` to `maximum`."""
         value = self.raw(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.error(name, value, f"an integer of at least {minimum}")
+        if value > maximum:
+            raise self.error(name, value, f"at most {maximum}")
         return value
 
     def positive(self, name: str, default: float | None) -> float:

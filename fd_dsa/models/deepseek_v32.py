@@ -102,8 +102,10 @@ class DeepseekV32ForCausalLM(nn.Layer):
 
     def compute_logits(self, hidden_states: Any) -> Any:
         """float32 [n, vocab_size] of float32 [n, hidden_size]."""
-        head = self.embed_tokens.T if self.lm_head is None else self.lm_head
-        return linear(self.norm(hidden_states), head)
+        normed = self.norm(hidden_states)
+        if self.lm_head is None:
+            return linear(normed, self.embed_tokens, transpose_y=True)
+        return linear(normed, self.lm_head)
 
     def weight_loaders(self) -> dict[str, WeightLoader]:
         """How each tensor of a Hugging Face checkpoint fills its parameter."""

@@ -16,9 +16,9 @@ from fd_dsa.ops._dense_kernels import rms_norm, rows_at, silu_and_mul
 __all__ = ["embedding", "head_linear", "joined", "linear", "rms_norm", "rows_at", "silu_and_mul"]
 
 
-def linear(x: Any, weight: Any, bias: Any | None) -> Any:
-    """x [num_tokens, in] times weight [in, out], plus bias [out]."""
-    y = paddle.matmul(x, weight)
+def linear(x: Any, weight: Any, bias: Any | None, transpose_y: bool = False) -> Any:
+    """x [num_tokens, in] times weight [in, out], or its transpose [out, in], plus bias [out]."""
+    y = paddle.matmul(x, weight, transpose_y=transpose_y)
     return y if bias is None else y + bias
 
 

@@ -10,7 +10,6 @@ chunk, and a token attends in the same way however long its prompt is.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -84,18 +83,23 @@ def check_fixed_order(device: str) -> None:
             f"FD_DSA_BATCH_INVARIANT: got 1 on {device}, allowed is a CPU alone; unset it, or take "
             "--device cpu"
         )
-    if not all(_rows_agree(*sizes) for sizes in _PROBE_SIZES):
+    orders = (False, True)
+    if not all(_rows_agree(*sizes, order) for sizes in _PROBE_SIZES for order in orders):
         raise ConfigError(
             "FD_DSA_BATCH_INVARIANT: got 1, but on this machine a row of a product depends on the "
             "number of rows; set MKL_CBWR=AUTO,STRICT before the process starts, or unset it"
         )
 
 
-def _rows_agree(width: int, out: int) -> bool:
+def _rows_agree(width: int, out: int, transpose_y: bool) -> bool:
     """Whether rows of a product have the same bits beside any number of other rows."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((max(_PROBE_ROWS), width)).astype(np.float32)
-    weight = as_tensor(rng.standard_normal((width, out)).astype(np.float32))
-    wanted = as_numpy(matmul(staged(x), weight)).copy()
-    found: list[Any] = [as_numpy(matmul(staged(x[:rows]), weight)) for rows in _PROBE_ROWS]
-    return all(np.array_equal(part, wanted[: len(part)]) for part in found)
+    shape = (out, width) if transpose_y else (width, out)
+    weight = as_tensor(rng.standard_normal(shape).astype(np.float32))
+
+    def result(rows: int) -> np.ndarray:
+        return as_numpy(matmul(staged(x[:rows]), weight, transpose_y=transpose_y)).copy()
+
+    whole = result(len(x))
+    return all(np.array_equal(result(rows), whole[:rows]) for rows in _PROBE_ROWS)

@@ -38,11 +38,14 @@ def rows_at(x: Any, index: Any) -> Any:
     return _dense().rows_at(x, index) if on_device(x) else x[index]
 
 
-def linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    """x [num_tokens, in] times weight [in, out], plus bias [out]; float32 [num_tokens, out]."""
+def linear(x: Any, weight: Any, bias: Any = None, *, transpose_y: bool = False) -> Any:
+    """x [num_tokens, in] times weight [in, out], plus bias [out]; float32 [num_tokens, out].
+
+    With `transpose_y` the weight is [out, in] and is read in that order: it is not copied.
+    """
     if on_device(x):
-        return _dense().linear(x, weight, bias)
-    y = as_numpy(matmul(staged(x), weight))
+        return _dense().linear(x, weight, bias, transpose_y)
+    y = as_numpy(matmul(staged(x), weight, transpose_y=transpose_y))
     if bias is not None:
         y += bias
     return y

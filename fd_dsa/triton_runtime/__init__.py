@@ -21,8 +21,9 @@ from fd_dsa.triton_runtime.serving import (  # noqa: E402
     freeze,
     num_late_compilations,
     unfreeze,
+    warming,
 )
-from fd_dsa.triton_runtime.tuning import autotune, heuristics, warmup  # noqa: E402
+from fd_dsa.triton_runtime.tuning import autotune, heuristics  # noqa: E402
 
 __all__ = [
     "INTERPRETING",
@@ -38,5 +39,5 @@ __all__ = [
     "paddle_jit",
     "register_device_api",
     "unfreeze",
-    "warmup",
+    "warming",
 ]

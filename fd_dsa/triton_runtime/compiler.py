@@ -39,13 +39,14 @@ class Argument(NamedTuple):
         type: Triton's type such as "*bf16" or "i32"; "constexpr" where the value is compiled in.
         divisible: the address or the int is a multiple of 16.
         value: the constant; None for other arguments.
-        value_type: type of the constant, as True, 1 and 1.0 are equal but not the same.
+        kind: of the constant, what equality leaves out: its type, as True, 1 and 1.0 are equal, and
+            of a float its text, as 0.0 and -0.0 are.
     """
 
     type: str
     divisible: bool = False
     value: Any = None
-    value_type: type | None = None
+    kind: type | str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def compile_kernel(
         capability: of the GPU, 90 on Hopper.
 
     Raises:
-        BackendUnavailable: the kernel uses a feature that needs scratch memory on the host.
+        BackendUnavailable: the kernel uses a feature that needs scratch memory on the host, or
+            the cache on disk cannot be written.
         Exception: what Triton's compiler raises about the kernel.
     """
     from triton.backends.compiler import GPUTarget
@@ -103,12 +105,19 @@ def compile_kernel(
         for i, argument in enumerate(arguments.values())
     }
     given = {name: value for name, value in options.items() if value is not None}
-    with _COMPILING:
-        kernel = triton.compile(
-            ASTSource(fn, signature, constants, attributes),
-            target=GPUTarget("cuda", capability, 32),
-            options=given,
-        )
+    try:
+        with _COMPILING:
+            kernel = triton.compile(
+                ASTSource(fn, signature, constants, attributes),
+                target=GPUTarget("cuda", capability, 32),
+                options=given,
+            )
+    except OSError as error:
+        raise BackendUnavailable(
+            f"kernel {fn.__name__}: Triton cannot write what it compiles: {error}; set "
+            "TRITON_CACHE_DIR (~/.triton/cache by default) and TMPDIR to folders that this "
+            "process can write to"
+        ) from error
     return _read(kernel, arguments)
 
 

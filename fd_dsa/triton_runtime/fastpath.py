@@ -188,6 +188,11 @@ def _guard(parameter: Parameter, argument: Argument, constant: str) -> str:
     """An expression that is true where a scalar or constant selects another variant."""
     name = parameter.name
     if argument.type == "constexpr":
+        if isinstance(argument.value, float):
+            return (
+                f"{name} is not {constant} and "
+                f"({name}.__class__ is not float or repr({name}) != {argument.kind!r})"
+            )
         return (
             f"{name} is not {constant} and "
             f"({name}.__class__ is not {constant}.__class__ or {name} != {constant})"

@@ -21,8 +21,9 @@ from fd_dsa.triton_runtime.variant import Variant
 
 import triton
 
-# variants whose generated functions are tried one after the other before the table is asked
-_MAX_CHAIN = 8
+# generated functions that are tried one after the other; some twenty in vain take as long as a
+# look-up with all checks
+_MAX_CHAIN = 16
 _MAX_LAUNCHERS = 1024
 
 

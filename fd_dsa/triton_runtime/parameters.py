@@ -256,6 +256,9 @@ class Signature:
                 f"kernel {self.kernel}: argument {parameter.name!r} is a {type(value).__name__}, "
                 "but it is compiled in; allowed are numbers, text, dtypes, tuples and None"
             )
+        if isinstance(value, float):
+            # NaN equals nothing but, as an object, itself: one object finds what was compiled
+            return Argument("constexpr", False, value if value == value else _NAN, repr(value))
         return Argument("constexpr", False, value, type(value))
 
     def scalar(self, parameter: Parameter, value: Any) -> Argument:
@@ -383,6 +386,7 @@ class Signature:
 # own hash and text cost more than a launch
 _ELEMENT_OF: dict[int, tuple[Any, str]] = {}
 _MAX_DTYPES = 256
+_NAN = float("nan")
 
 _INTEGERS = (
     ("i32", -(1 << 31), 1 << 31),

@@ -1,4 +1,4 @@
-"""Arguments that are computed or measured instead of given: heuristics, autotuning, warm-up."""
+"""Arguments that are computed or measured instead of given: heuristics, autotuning."""
 
 from __future__ import annotations
 
@@ -199,20 +199,3 @@ def autotune(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[
         key: parameters whose values select another choice; dtypes always do.
     """
     return lambda kernel: TunedKernel(kernel, configs, key)
-
-
-def warmup(calls: Iterable[Callable[[], Any]]) -> int:
-    """Make calls whose compilations are announced to nobody, even after `freeze()`.
-
-    Args:
-        calls: launches on real buffers, or `Kernel.warmup` with its arguments.
-
-    Returns:
-        How many calls there were.
-    """
-    num_calls = 0
-    with serving.warming():
-        for call in calls:
-            call()
-            num_calls += 1
-    return num_calls

@@ -108,3 +108,45 @@ def test_failures_of_templates_are_value_errors(source: str) -> None:
 def test_a_template_that_does_not_compile() -> None:
     with pytest.raises(ConfigError, match="line 2 is"):
         ChatTemplate("\n{% for %}", {})
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("{{ 'a' * 10**11 }}", "'*' would make a text or list of more than 1048576 entries"),
+        ("{% set x = 10**9 * 'a' %}", "'*' would make a text or list of more than 1048576"),
+        ("{{ messages * 10**9 }}", "'*' would make a text or list of more than 1048576"),
+        ("{{ 9**(9**9) }}", "'**' would make a number of more than 4096 bits"),
+        ("{% set n = messages|length + 8 %}{{ n**(n**n) }}", "'**' would make a number of more"),
+        ("{% set n = 10**600 %}{{ n * n * n }}", "'*' would make a number of more than 4096 bits"),
+        ("{{ 'a'|center(10**17) }}", "makes more than there is memory for"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nests too deeply"),
+        ("{{ lipsum(n=10**9) }}", "'lipsum' is undefined"),
+    ],
+)
+def test_a_short_template_makes_no_giant_value(source: str, why: str) -> None:
+    with pytest.raises(ValueError, match=r"^chat template: ") as caught:
+        ChatTemplate(source, {}).render([HI])
+    assert why in str(caught.value)
+
+
+def test_products_of_everyday_size() -> None:
+    source = "{{ '-' * 1048576 == '-' * 2**20 }} {{ 2**0.5 > 1 }} {{ 3 * 2.5 }} {{ 2**64 * 2**64 }}"
+    assert ChatTemplate(source, {}).render([]) == f"True True 7.5 {2**128}"
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "nests too deeply"),
+        ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "nests too deeply"),
+        ("{{ " + "1 + " * 20000 + "1 }}", "nests too deeply"),
+        ("{% if 1 %}" * 150 + "{% endif %}" * 150, "does not compile: too many levels"),
+        ("{% for i in [1] %}" * 50 + "{% endfor %}" * 50, "does not compile: too many statically"),
+        ("{{ " + "9" * 5000 + " }}", "does not compile: Exceeds the limit"),
+    ],
+    ids=lambda value: value[:12],
+)
+def test_a_template_beyond_the_compiler_is_a_config_error(source: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"^chat template of the request: {why}"):
+        ChatTemplate(source, {})

@@ -41,6 +41,8 @@ def test_products(paddle_memory: KernelMemory, num_tokens: int) -> None:
     close(_dense.linear(m.put(x), m.put(weight), None), linear(x, on_host))
     found = _dense.linear(m.put(x), m.put(weight), m.put(bias))
     close(found, linear(x, on_host, bias))
+    found = _dense.linear(m.put(x), m.put(np.ascontiguousarray(weight.T)), None, transpose_y=True)
+    close(found, linear(x, on_host))
     by_head, weights = floats(num_tokens, 3, 6), floats(3, 6, 5)
     found = _dense.head_linear(m.put(by_head), m.put(weights))
     close(found, head_linear(by_head, as_tensor(weights)))

@@ -84,9 +84,15 @@ def test_sums_over_keys_do_not_see_zeros_behind_them() -> None:
         np.testing.assert_allclose(found, shorter @ values[:, :length], rtol=1e-5, atol=1e-4)
 
 
-def test_a_library_whose_rows_differ_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_library_whose_rows_differ_is_refused(
+    monkeypatch: pytest.MonkeyPatch, transposed: bool
+) -> None:
+    def rows_agree(width: int, out: int, transpose_y: bool) -> bool:
+        return (width, transpose_y) != (1024, transposed)
+
     monkeypatch.setattr(_fixed_order, "fixed_order", lambda: True)
-    monkeypatch.setattr(_fixed_order, "_rows_agree", lambda width, out: width != 1024)
+    monkeypatch.setattr(_fixed_order, "_rows_agree", rows_agree)
     with pytest.raises(ConfigError, match="FD_DSA_BATCH_INVARIANT: got 1, but on this machine"):
         _fixed_order.check_fixed_order("cpu")
 

@@ -134,6 +134,34 @@ def test_counters_are_zero_after_steps_of_any_length(kernel_memory: KernelMemory
         assert not m.get(shared)[:NUM_COUNTERS].any(), num_tokens
 
 
+def test_a_launch_that_ends_midway_leaves_no_counts(
+    kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel_memory.on_gpu:
+        pytest.skip("a launch on a GPU does not end midway, or its error ends the process")
+    from triton.runtime.interpreter import interpreter_builder
+
+    shape = SMALL[1]
+    x, weight = case(*shape)
+    scratch, programs = dirty_scratch(kernel_memory), 0
+    begin = interpreter_builder.set_grid_idx
+
+    def stopped(*index: int) -> None:
+        nonlocal programs
+        programs += 1
+        if programs == 2:
+            raise KeyboardInterrupt
+        begin(*index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreter_builder, "set_grid_idx", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            in_kernel(kernel_memory, x, weight, shape[2], scratch=scratch)
+    found = in_kernel(kernel_memory, x, weight, shape[2], scratch=scratch)
+    wanted = x.astype(np.float64) @ weight
+    np.testing.assert_allclose(np.concatenate(found, 1), wanted, rtol=0, atol=2e-5)
+
+
 def test_values_that_are_not_finite_stay_in_their_rows(kernel_memory: KernelMemory) -> None:
     for shape in shapes(kernel_memory)[1:4]:
         x, weight = case(*shape)

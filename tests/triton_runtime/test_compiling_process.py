@@ -21,11 +21,11 @@ def compiling_environment(cache: Path) -> dict[str, str]:
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="the tests run in this process")
-@pytest.mark.parametrize("name", ["test_launch.py", "test_bound.py", "test_tuning.py"])
+@pytest.mark.parametrize("name", ["launch", "bound", "tuning", "warm_up"])
 def test_compiled(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name(name))],
+        [*command, str(Path(__file__).with_name(f"test_{name}.py"))],
         capture_output=True,
         text=True,
         cwd=ROOT,

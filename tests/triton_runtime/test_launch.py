@@ -7,18 +7,19 @@ without a GPU, in a process whose kernels are compiled.
 from __future__ import annotations
 
 import gc
-import logging
 import threading
+from itertools import combinations
 
 import numpy as np
 import pytest
 
 from fd_dsa.errors import DeviceError, LaunchError
-from fd_dsa.triton_runtime import INTERPRETING, Pointer, freeze, num_late_compilations
+from fd_dsa.triton_runtime import INTERPRETING, paddle_jit
 from fd_dsa.triton_runtime.driver import cuda
 from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, X, Y, scale_kernel
 
 import triton
+import triton.language as tl
 
 pytestmark = [
     pytest.mark.triton,
@@ -89,6 +90,48 @@ def test_constants_of_equal_value_and_other_type(library: FakeLibrary) -> None:
         library.codes = "QQif?i" if flag is True else "QQifi"
         kernel[(1,)](X, Y, 5, 0.5, flag, 7, BLOCK=64)
     assert len(library.loaded) == 2
+
+
+@paddle_jit
+def fill_kernel(out_ptr, VALUE: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, 16), VALUE)
+
+
+def test_a_nan_constant_is_compiled_once(library: FakeLibrary, api: FakeApi) -> None:
+    library.codes = "Q"
+    for _ in range(3):
+        fill_kernel[(1,)](X, float("nan"))
+    assert (len(library.loaded), len(library.launches)) == (1, 3)
+    asked = api.asked
+    fill_kernel[(1,)](X, float("nan"))
+    assert api.asked == asked
+    fill_kernel[(1,)](X, 1.0)
+    assert len(library.loaded) == 2
+
+
+def test_constants_that_differ_in_their_sign_alone(library: FakeLibrary) -> None:
+    library.codes = "Q"
+    for _ in range(2):
+        for value in (0.0, -0.0, 0):
+            fill_kernel[(1,)](X, VALUE=value)
+    assert len(library.loaded) == 3
+    functions = [launch.function for launch in library.launches]
+    assert functions[:3] == functions[3:]
+
+
+def test_sixteen_spellings_are_found_without_checks(library: FakeLibrary, api: FakeApi) -> None:
+    # the defaults: other spellings of one variant
+    options = {"num_warps": 4, "num_stages": 3, "num_ctas": 1, "enable_fp_fusion": True}
+    spellings = [dict(part) for n in range(5) for part in combinations(options.items(), n)]
+    kernel = scale_kernel()
+    for _ in range(3):
+        asked = []
+        for spelling in [*spellings, {**options, "maxnreg": None}]:
+            before = api.asked
+            kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64, **spelling)
+            asked.append(api.asked - before)
+    assert (len(library.loaded), len(library.launches)) == (1, 3 * 17)
+    assert asked[:16] == [0] * 16 and asked[16] > 0
 
 
 def test_new_tensors_are_checked_and_known_ones_are_not(library: FakeLibrary, api: FakeApi) -> None:
@@ -279,34 +322,6 @@ def test_errors_of_the_driver(library: FakeLibrary, monkeypatch: pytest.MonkeyPa
     for _ in range(2):
         with pytest.raises(DeviceError, match=r"launch of kernel .*scale_kernel: CUDA error 700"):
             kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
-
-
-def test_warmup_leaves_nothing_to_do(library: FakeLibrary) -> None:
-    kernel = scale_kernel()
-    pointer = Pointer("float32")
-    compiled = kernel.warmup(pointer, pointer, 5, 0.5, True, 7, BLOCK=64)
-    assert compiled is not None and compiled.name == "scale_kernel"
-    assert len(library.loaded) == 1 and library.launches == []
-    freeze(strict=True)
-    kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
-    with pytest.raises(LaunchError, match=r"no compiled variant for \(x_ptr=\*fp32, y_ptr"):
-        kernel[(1,)](FakeTensor(0x7004), Y, 5, 0.5, True, 7, BLOCK=64)
-    kernel.warmup(Pointer("float32", aligned=False), pointer, 5, 0.5, True, 7, BLOCK=64)
-    kernel[(1,)](FakeTensor(0x7004), Y, 5, 0.5, True, 7, BLOCK=64)
-    assert len(library.loaded) == 2
-
-
-def test_late_compilation_is_told_once(
-    library: FakeLibrary, caplog: pytest.LogCaptureFixture
-) -> None:
-    kernel, before = scale_kernel(), num_late_compilations()
-    freeze()
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
-    assert num_late_compilations() == before + 1
-    assert len(caplog.records) == 1
-    assert "kernel scale_kernel: no compiled variant" in caplog.text
 
 
 def test_modules_and_import_paths_are_left_alone(library: FakeLibrary) -> None:

@@ -15,7 +15,12 @@ from typing import Any
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._triton import stored_values
 from fd_dsa.ops._triton_fp8 import stored
-from fd_dsa.ops.indexer_projection.scratch import NUM_COUNTERS, NUM_PARTIALS, scratch_beside
+from fd_dsa.ops.indexer_projection.scratch import (
+    NUM_COUNTERS,
+    NUM_PARTIALS,
+    clear_counters,
+    scratch_beside,
+)
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
@@ -148,7 +153,11 @@ def project_indexer(
             scratch = scratch_beside(out[1])
         arguments = kernel_arguments(hidden_states, wk, weights_proj, out, scratch)
         grid, options = launch_options(arguments, configuration(num_tokens))
-        project_indexer_kernel[grid](**arguments, **options)
+        try:
+            project_indexer_kernel[grid](**arguments, **options)
+        except BaseException:
+            clear_counters(scratch)
+            raise
     return out
 
 

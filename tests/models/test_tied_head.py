@@ -1,0 +1,34 @@
+"""A head that shares the embedding: right logits, and no copy of the embedding in a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from paddle.base import core
+
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.registry import MODELS, create_model
+from tests.models.folders import TINY, TINY_GLM
+
+FIELDS = {"deepseek_v32": TINY, "glm_moe_dsa": TINY_GLM}
+VOCAB_SIZE = 20_000
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_logits_without_a_copy_of_the_embedding(model_type: str, rows: int) -> None:
+    fields: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "tie_word_embeddings": True}
+    model = create_model(ModelConfig.from_dict(FIELDS[model_type] | fields))
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((VOCAB_SIZE, TINY["hidden_size"])).astype(np.float32)
+    model.embed_tokens.set_value(embedding)
+    hidden = rng.standard_normal((rows, TINY["hidden_size"])).astype(np.float32)
+    wanted = np.asarray(model.norm(hidden)) @ embedding.T
+    core.host_memory_stat_reset_peak_value("Allocated", 0)
+    before = core.host_memory_stat_current_value("Allocated", 0)
+    found = model.compute_logits(hidden)
+    allocated = core.host_memory_stat_peak_value("Allocated", 0) - before
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
+    assert found.nbytes <= allocated < embedding.nbytes / 2

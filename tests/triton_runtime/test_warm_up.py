@@ -1,0 +1,97 @@
+"""What compiles before and after `freeze()`, on a driver that takes notes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fd_dsa.engine import factory
+from fd_dsa.errors import BackendUnavailable, LaunchError
+from fd_dsa.triton_runtime import INTERPRETING, Pointer, freeze, num_late_compilations
+from tests.triton_runtime.fakes import FakeLibrary, FakeTensor, X, Y, scale_kernel
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(INTERPRETING, reason="kernels are interpreted in this process"),
+]
+
+
+def test_warmup_leaves_nothing_to_do(library: FakeLibrary) -> None:
+    kernel = scale_kernel()
+    pointer = Pointer("float32")
+    compiled = kernel.warmup(pointer, pointer, 5, 0.5, True, 7, BLOCK=64)
+    assert compiled is not None and compiled.name == "scale_kernel"
+    assert len(library.loaded) == 1 and library.launches == []
+    freeze(strict=True)
+    kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    with pytest.raises(LaunchError, match=r"no compiled variant for \(x_ptr=\*fp32, y_ptr"):
+        kernel[(1,)](FakeTensor(0x7004), Y, 5, 0.5, True, 7, BLOCK=64)
+    kernel.warmup(Pointer("float32", aligned=False), pointer, 5, 0.5, True, 7, BLOCK=64)
+    kernel[(1,)](FakeTensor(0x7004), Y, 5, 0.5, True, 7, BLOCK=64)
+    assert len(library.loaded) == 2
+
+
+def test_late_compilation_is_told_once(
+    library: FakeLibrary, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel, before = scale_kernel(), num_late_compilations()
+    freeze()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=64)
+    assert num_late_compilations() == before + 1
+    assert len(caplog.records) == 1
+    assert "kernel scale_kernel: no compiled variant" in caplog.text
+
+
+class Runner:
+    """A runner whose steps are one launch; every number of tokens is a variant of its own."""
+
+    captured_sizes = (256,)
+
+    def __init__(self) -> None:
+        self._kernel = scale_kernel()
+
+    def step(self, num_tokens: int) -> None:
+        self._kernel[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=num_tokens)
+
+    def warm_up(self) -> None:
+        self.step(64)
+
+    def capture_decode_graphs(self, sizes: Any, capture: Any) -> None:
+        for size in sizes:
+            self.step(size)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_engine_warns_of_what_compiles_after_its_warm_up(
+    library: FakeLibrary, caplog: pytest.LogCaptureFixture, eager: bool
+) -> None:
+    config = SimpleNamespace(enforce_eager=eager, capture_sizes=Runner.captured_sizes)
+    plan: Any = SimpleNamespace(device="gpu:0", config=config)
+    runners = [Runner(), Runner()]
+    for runner in runners:
+        factory._warm_up(runner, plan)
+    assert len(library.loaded) == (2 if eager else 4) and not caplog.records
+    runners[0].step(64)
+    assert not caplog.records
+    for _ in range(2):
+        runners[0].step(256)
+    assert len(caplog.records) == eager
+    runners[1].step(128)
+    assert "no compiled variant for (x_ptr=*fp32" in caplog.records[-1].message
+    assert len(caplog.records) == eager + 1
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(BackendUnavailable, match=r"scale_kernel: Triton cannot write.*file.*set T"):
+        scale_kernel()[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=512)
+    assert library.launches == []
