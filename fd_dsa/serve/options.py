@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fd_dsa.chat.parsers import AUTO
+from fd_dsa.serve.descriptors import DEFAULT_MAX_CONNECTIONS
 from fd_dsa.serve.flags import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_CONCURRENCY
+from fd_dsa.serve.hosts import HostRule
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class ServerOptions:
         api_keys: keys of which a request must bring one; empty asks for none.
         max_body_bytes: longest body of a request.
         max_concurrency: outputs in work and waiting at a time.
+        max_connections: connections that may have a request in work.
+        hosts: what the Host header may name; None is everything.
         body_timeout_s: seconds that a client has for sending a body.
         log_requests: whether each output's end is a line of the log.
         serves_page: whether there is a page to talk to the model at /.
@@ -40,6 +44,8 @@ class ServerOptions:
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     max_concurrency: int = DEFAULT_MAX_CONCURRENCY
+    max_connections: int = DEFAULT_MAX_CONNECTIONS
+    hosts: HostRule | None = None
     body_timeout_s: float = 60.0
     log_requests: bool = False
     serves_page: bool = True

@@ -79,6 +79,8 @@ NO_COUNTERPART = {
     "enable_chunked_prefill": "FastDeploy has its own switch, FD_DISABLE_CHUNKED_PREFILL; "
     "allowed: True",
     "max_body_size": "FastDeploy has no limit of a body; put a proxy with one in front of it",
+    "max_connections": "FastDeploy does not limit connections; put a proxy in front that does",
+    "allowed_host": "FastDeploy does not look at the Host header; put a proxy that does in front",
     "log_requests": "FastDeploy writes its requests to log/api_server.log in any case",
     "log_json": "FastDeploy's log has one form",
     "disable_ui": "FastDeploy's server has no page to leave out",

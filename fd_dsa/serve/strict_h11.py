@@ -1,0 +1,149 @@
+"""h11's connection, and the rules of RFC 9112 that h11 leaves to the server.
+
+h11 is lenient where a proxy in front of it may read the same bytes otherwise, so that one request
+could be smuggled after another: it takes Content-Length and Transfer-Encoding together, repeated
+lengths, lines that end with LF alone, folded lines and control characters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import h11
+
+from fd_dsa.serve.errors import ApiError
+
+MAX_HEAD_BYTES = 32 << 10
+"""Longest head of a request: request line and headers."""
+MAX_HEADERS = 100
+"""Header lines of a request."""
+# so many chunks may be as small as they like, all of a body must have this size on average; h11
+# takes 5 us for a chunk, and one read brings 256 KiB
+_MANY_CHUNKS = 4096
+_MIN_CHUNK_BYTES = 64
+
+# where h11 takes a head to end
+_HEAD_END = re.compile(rb"\n\r?\n")
+_BROKEN = re.compile(
+    rb"(?P<lf>(?<!\r)\n)|(?P<fold>\r\n[ \t])"
+    rb"|(?P<control>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n))"
+)
+_BROKEN_RULES = {
+    "lf": "a line of the head ends with LF alone; end lines with CR LF",
+    "fold": "a header line is folded; send each header on one line",
+    "control": "a control character stands in the head; send none",
+}
+_FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
+
+
+class StrictConnection(h11.Connection):
+    """A connection that refuses by a callback, and then wants no more data.
+
+    Args:
+        admit: called with each request; may raise ApiError.
+        refuse: called once with the reason when a request is refused; the connection has no further
+            events.
+    """
+
+    def __init__(
+        self, admit: Callable[[h11.Request], None], refuse: Callable[[ApiError], None]
+    ) -> None:
+        super().__init__(h11.SERVER, MAX_HEAD_BYTES)
+        self._admit = admit
+        self._refuse = refuse
+        self._num_chunks = self._num_chunk_bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """The next event of the client, never an exception."""
+        data = self.trailing_data[0] if self.their_state is h11.IDLE else b""
+        try:
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                self._check_request(event, data)
+            elif isinstance(event, h11.Data):
+                self._check_chunk(event)
+        except ApiError as error:
+            self._refuse(error)
+        except h11.RemoteProtocolError as error:
+            self._refuse(_as_api_error(error))
+        else:
+            return event
+        return h11.NEED_DATA
+
+    def _check_request(self, request: h11.Request, data: bytes) -> None:
+        """Refuse a request whose head, which `data` begins with, breaks a rule."""
+        end = _HEAD_END.search(data)
+        assert end is not None
+        check_head(data[: end.end()], request.http_version)
+        self._admit(request)
+        self._num_chunks = self._num_chunk_bytes = 0
+
+    def _check_chunk(self, event: h11.Data) -> None:
+        """Refuse a body that keeps the processor busy with chunks of a few bytes."""
+        self._num_chunks += event.chunk_start
+        self._num_chunk_bytes += len(event.data)
+        if self._num_chunks > max(_MANY_CHUNKS, self._num_chunk_bytes // _MIN_CHUNK_BYTES):
+            raise ApiError(
+                400,
+                f"the body comes in more than {_MANY_CHUNKS} chunks of less than "
+                f"{_MIN_CHUNK_BYTES} bytes on average; send longer ones",
+            )
+
+
+def check_head(head: bytes, http_version: bytes) -> None:
+    """Check what h11 has taken for the head of a request.
+
+    Args:
+        head: all bytes up to the empty line, which is included.
+        http_version: of the request line, such as b"1.1".
+
+    Raises:
+        ApiError: 400, or 431 where it is too long or has too many headers.
+
+    Source: RFC 9112, sections 2.2, 5.2, 6.1 and 6.3; RFC 9110, section 5.5.
+    """
+    if len(head) > MAX_HEAD_BYTES:
+        raise _too_long()
+    # without the request line and the empty line
+    num_headers = head.count(b"\n") - 2
+    if num_headers > MAX_HEADERS:
+        raise ApiError(
+            431, f"the request has {num_headers} headers, allowed: {MAX_HEADERS}; send fewer"
+        )
+    if not http_version.startswith(b"1."):
+        raise _invalid(f"HTTP/{http_version.decode()} is not spoken here; send HTTP/1.1")
+    broken = _BROKEN.search(head)
+    if broken is not None:
+        raise _invalid(_BROKEN_RULES[str(broken.lastgroup)])
+    framing = [(name.lower(), value) for name, value in _FRAMING.findall(head)]
+    if len(framing) > 1:
+        names = " and ".join(name.decode() for name, _ in framing[:2])
+        raise _invalid(f"it has the headers {names}; send one of them, once")
+    for name, value in framing:
+        if name == b"content-length" and not value.strip().isdigit():
+            raise _invalid("Content-Length is not one number")
+        if name == b"transfer-encoding" and http_version == b"1.0":
+            raise _invalid("Transfer-Encoding came with HTTP/1.0; send Content-Length")
+
+
+def _as_api_error(error: h11.RemoteProtocolError) -> ApiError:
+    """The answer to bytes that h11 does not take."""
+    if error.error_status_hint == 431:
+        return _too_long()
+    # the bytes themselves come after the colon
+    return _invalid(str(error).partition(":")[0])
+
+
+def _invalid(reason: str) -> ApiError:
+    """A 400."""
+    return ApiError(400, f"the request is no valid HTTP/1.1 ({reason})")
+
+
+def _too_long() -> ApiError:
+    """A 431."""
+    return ApiError(
+        431,
+        f"the head of the request is longer than {MAX_HEAD_BYTES} bytes; send fewer and shorter "
+        "headers, and long values in the body",
+    )
