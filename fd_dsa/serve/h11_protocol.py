@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import select
+import uuid
 from http import HTTPStatus
 from typing import Any
 
@@ -73,6 +75,16 @@ class StrictH11Protocol(H11Protocol):
         """Whether every byte of the last answer has been handed to the kernel."""
         return not self.transport.get_write_buffer_size()
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether the kernel holds bytes of the client that are read in the next turn."""
+        if self._is_refused or self.transport.is_closing():
+            return False
+        descriptor = self.transport.get_extra_info("socket").fileno()
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(0))
+
     def drop(self) -> None:
         """Close the connection at once."""
         self.transport.abort()
@@ -80,7 +92,7 @@ class StrictH11Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come: its first request is due."""
         super().connection_made(transport)
-        self._listener.waits(self)
+        self._listener.joined(self)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
@@ -124,7 +136,8 @@ class StrictH11Protocol(H11Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """Answer what never became a request, and close the connection."""
-        logger.warning("refused before it was a request, with %d: %s", error.status, error)
+        request_id = uuid.uuid4().hex
+        logger.warning("request %s refused with %d: %s", request_id, error.status, error)
         self._is_refused = True
         self._forget_head()
         self._listener.waits(self)
@@ -136,7 +149,11 @@ class StrictH11Protocol(H11Protocol):
             self.transport.close()
             return
         answer = error.response()
-        headers = [*answer.raw_headers, (b"connection", b"close")]
+        headers = [
+            *answer.raw_headers,
+            (b"x-request-id", request_id.encode()),
+            (b"connection", b"close"),
+        ]
         reason = HTTPStatus(error.status).phrase.encode()
         for event in (
             h11.Response(status_code=error.status, headers=headers, reason=reason),

@@ -17,7 +17,7 @@ from fd_dsa.serve.descriptors import PROBE_CONNECTIONS
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
 _ACCEPTS_AT_ONCE = 8
-_RETRY_S = 0.1
+_RETRY_S = 0.02
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -28,6 +28,10 @@ class Connection(Protocol):
     @property
     def is_flushed(self) -> bool:
         """Whether every byte of the last answer has been handed to the kernel."""
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether the kernel holds bytes of the client that are read in the next turn."""
 
     def drop(self) -> None:
         """Close the connection at once."""
@@ -81,8 +85,15 @@ class Listener:
             self._is_open = False
             self._loop.remove_reader(self._sock.fileno())
 
+    def joined(self, connection: Connection) -> None:
+        """Count a new connection."""
+        self._waiting[connection] = None
+        if not self._is_open:
+            # it was being opened when the server began to close
+            connection.drop()
+
     def waits(self, connection: Connection) -> None:
-        """Count a connection without a request in work; a new one reports itself by this."""
+        """Count a connection without a request in work."""
         self._working.discard(connection)
         self._waiting.setdefault(connection)
         self._resume()
@@ -101,10 +112,12 @@ class Listener:
     def _accept(self) -> None:
         """Accept some of the connections that the kernel holds."""
         for _ in range(_ACCEPTS_AT_ONCE):
-            has_room = self._num_connections < self.limit + PROBE_CONNECTIONS
-            if not has_room and not self._waiting:
-                self._pause()
-                return
+            oldest = None
+            if self._num_connections >= self.limit + PROBE_CONNECTIONS:
+                oldest = self._oldest()
+                if oldest is None:
+                    self._pause()
+                    return
             try:
                 sock, _ = self._sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -112,13 +125,11 @@ class Listener:
             except OSError as error:
                 # the kernel goes on to report the connection that could not be accepted
                 logger.warning("cannot accept connections: %s; trying again", error)
-                self._drop_oldest()
+                self._drop(self._oldest())
                 self._pause()
-                self._loop.call_later(_RETRY_S, self._resume)
                 return
             sock.setblocking(False)
-            if not has_room:
-                self._drop_oldest()
+            self._drop(oldest)
             self._open(sock)
 
     @property
@@ -140,18 +151,28 @@ class Listener:
             # else asyncio would log that nobody asked for it
             task.exception()
 
-    def _drop_oldest(self) -> None:
-        """Close the connection that has waited longest, rather one that does not send any more."""
-        oldest = next((one for one in self._waiting if one.is_flushed), None)
-        oldest = oldest or next(iter(self._waiting), None)
-        if oldest is not None:
-            del self._waiting[oldest]
-            oldest.drop()
+    def _oldest(self) -> Connection | None:
+        """The connection that has waited longest, rather one that does not send any more."""
+        sending = None
+        for connection in self._waiting:
+            if connection.has_unread:
+                continue
+            if connection.is_flushed:
+                return connection
+            sending = sending or connection
+        return sending
+
+    def _drop(self, connection: Connection | None) -> None:
+        """Close a connection that waits."""
+        if connection is not None:
+            del self._waiting[connection]
+            connection.drop()
 
     def _pause(self) -> None:
-        """Leave new connections to the kernel until one here ends or waits."""
+        """Leave new connections to the kernel for a moment, or until one here ends or waits."""
         self._is_paused = True
         self._loop.remove_reader(self._sock.fileno())
+        self._loop.call_later(_RETRY_S, self._resume)
 
     def _resume(self) -> None:
         """Accept again."""

@@ -18,8 +18,8 @@ MAX_HEAD_BYTES = 32 << 10
 """Longest head of a request: request line and headers."""
 MAX_HEADERS = 100
 """Header lines of a request."""
-# so many chunks may be as small as they like, all of a body must have this size on average; h11
-# takes 5 us for a chunk, and one read brings 256 KiB
+# so many chunks of a body may be as small as they like, the others have this size on average: a
+# chunk takes h11 as long as many bytes, and one read brings 256 KiB
 _MANY_CHUNKS = 4096
 _MIN_CHUNK_BYTES = 64
 
@@ -83,11 +83,11 @@ class StrictConnection(h11.Connection):
         """Refuse a body that keeps the processor busy with chunks of a few bytes."""
         self._num_chunks += event.chunk_start
         self._num_chunk_bytes += len(event.data)
-        if self._num_chunks > max(_MANY_CHUNKS, self._num_chunk_bytes // _MIN_CHUNK_BYTES):
+        if self._num_chunks > _MANY_CHUNKS + self._num_chunk_bytes // _MIN_CHUNK_BYTES:
             raise ApiError(
                 400,
-                f"the body comes in more than {_MANY_CHUNKS} chunks of less than "
-                f"{_MIN_CHUNK_BYTES} bytes on average; send longer ones",
+                f"the body has more than {_MANY_CHUNKS} chunks, and they are shorter than "
+                f"{_MIN_CHUNK_BYTES} bytes; send longer ones",
             )
 
 
