@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fd_dsa.serve.bodies import Body, BodyMemory, too_long
+from fd_dsa.serve.body_memory import BodyMemory, ReceivedBody, too_long
 from fd_dsa.serve.errors import ApiError, show
 from fd_dsa.serve.page import PAGE_PATHS
 from fd_dsa.serve.state import ServerState
@@ -68,13 +68,13 @@ class GuardMiddleware:
         self._check_length(headers.get("content-length", ""))
         if scope["method"] != "POST":
             return False
-        _check_encoding(headers.get("content-encoding", "identity"))
+        _check_encoding(headers.get("content-encoding", ""))
         self._state.check_available()
         return True
 
     async def _admit(self, scope: Scope, receive: Receive, held: contextlib.ExitStack) -> Receive:
         """Receive the body, then count the request; a slow client takes nobody's place."""
-        body = Body(self._bodies)
+        body = ReceivedBody(self._bodies)
         held.callback(body.release)
         await body.read(receive)
         self._state.check_available()
@@ -107,7 +107,7 @@ class GuardMiddleware:
 
 def _check_encoding(content_encoding: str) -> None:
     """415 for a compressed body; its length says nothing of what it would take unpacked."""
-    if content_encoding.strip().lower() != "identity":
+    if content_encoding.strip().lower() not in ("", "identity"):
         raise ApiError(
             415,
             f"Content-Encoding: got {show(content_encoding)}, allowed: none; send the body as it "

@@ -30,7 +30,7 @@ class BodyMemory:
         self.limit = _LONG_BODIES * options.max_body_bytes
 
 
-class Body:
+class ReceivedBody:
     """The body of one request; its bytes count until `release`."""
 
     def __init__(self, memory: BodyMemory) -> None:
