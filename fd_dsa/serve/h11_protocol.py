@@ -12,18 +12,20 @@ import asyncio
 import logging
 import select
 import uuid
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
 import h11
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.listener import Listener
 from fd_dsa.serve.status import PROBE_PATHS
-from fd_dsa.serve.strict_h11 import StrictConnection
+from fd_dsa.serve.strict_h11 import MAX_HEAD_BYTES, StrictConnection
 
 STALLED_S = 60.0
 """Seconds for which a client may read nothing while an answer waits for it."""
@@ -37,6 +39,19 @@ _CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
 _PROBES = frozenset(path.encode() for path in PROBE_PATHS)
 
 logger = logging.getLogger("fd_dsa.serve")
+
+
+class _BoundedFlow(FlowControl):
+    """uvicorn's flow control, which never reads ahead of a request that is still answered."""
+
+    def __init__(self, transport: asyncio.Transport, has_enough: Callable[[], bool]) -> None:
+        super().__init__(transport)
+        self._has_enough = has_enough
+
+    def resume_reading(self) -> None:
+        """Read on, unless the next requests wait in memory already."""
+        if not self._has_enough():
+            super().resume_reading()
 
 
 class StrictH11Protocol(H11Protocol):
@@ -92,6 +107,7 @@ class StrictH11Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come: its first request is due."""
         super().connection_made(transport)
+        self.flow = _BoundedFlow(transport, self._has_next_request)
         self._listener.joined(self)
         self._expect_head()
 
@@ -115,6 +131,13 @@ class StrictH11Protocol(H11Protocol):
         if self.conn.their_state is h11.SEND_BODY:
             self._expect_head()
         super().on_response_complete()
+        # what was in memory may have been the beginning of a request
+        self.flow.resume_reading()
+
+    def _has_next_request(self) -> bool:
+        """Whether a whole request is being answered, and enough has come after it."""
+        is_whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
+        return is_whole and len(self.conn.trailing_data[0]) > MAX_HEAD_BYTES
 
     @property
     def _is_answered(self) -> bool:

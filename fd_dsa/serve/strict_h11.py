@@ -20,8 +20,8 @@ MAX_HEADERS = 100
 """Header lines of a request."""
 # so many chunks of a body may be as small as they like, the others have this size on average: a
 # chunk takes h11 as long as many bytes, and one read brings 256 KiB
-_MANY_CHUNKS = 4096
-_MIN_CHUNK_BYTES = 64
+_MANY_CHUNKS = 1024
+_MIN_CHUNK_BYTES = 256
 
 # where h11 takes a head to end
 _HEAD_END = re.compile(rb"\n\r?\n")
@@ -41,7 +41,7 @@ class StrictConnection(h11.Connection):
     """A connection that refuses by a callback, and then wants no more data.
 
     Args:
-        admit: called with each request; may raise ApiError.
+        admit: called with each request when its head is right; may raise ApiError.
         refuse: called once with the reason when a request is refused; the connection has no further
             events.
     """
@@ -52,15 +52,16 @@ class StrictConnection(h11.Connection):
         super().__init__(h11.SERVER, MAX_HEAD_BYTES)
         self._admit = admit
         self._refuse = refuse
-        self._num_chunks = self._num_chunk_bytes = 0
+        self._num_searched = self._num_chunks = self._num_chunk_bytes = 0
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """The next event of the client, never an exception."""
-        data = self.trailing_data[0] if self.their_state is h11.IDLE else b""
         try:
+            if self.their_state is h11.IDLE:
+                self._check_head()
             event = super().next_event()
             if isinstance(event, h11.Request):
-                self._check_request(event, data)
+                self._admit(event)
             elif isinstance(event, h11.Data):
                 self._check_chunk(event)
         except ApiError as error:
@@ -71,13 +72,15 @@ class StrictConnection(h11.Connection):
             return event
         return h11.NEED_DATA
 
-    def _check_request(self, request: h11.Request, data: bytes) -> None:
-        """Refuse a request whose head, which `data` begins with, breaks a rule."""
-        end = _HEAD_END.search(data)
-        assert end is not None
-        check_head(data[: end.end()], request.http_version)
-        self._admit(request)
-        self._num_chunks = self._num_chunk_bytes = 0
+    def _check_head(self) -> None:
+        """Refuse a whole head that breaks a rule, before h11 takes time for each of its lines."""
+        data = self.trailing_data[0]
+        end = _HEAD_END.search(data, self._num_searched)
+        if end is None:
+            self._num_searched = max(0, len(data) - 2)
+        else:
+            self._num_searched = self._num_chunks = self._num_chunk_bytes = 0
+            check_head(data[: end.end()])
 
     def _check_chunk(self, event: h11.Data) -> None:
         """Refuse a body that keeps the processor busy with chunks of a few bytes."""
@@ -91,12 +94,11 @@ class StrictConnection(h11.Connection):
             )
 
 
-def check_head(head: bytes, http_version: bytes) -> None:
-    """Check what h11 has taken for the head of a request.
+def check_head(head: bytes) -> None:
+    """Check what h11 will take for the head of a request.
 
     Args:
         head: all bytes up to the empty line, which is included.
-        http_version: of the request line, such as b"1.1".
 
     Raises:
         ApiError: 400, or 431 where it is too long or has too many headers.
@@ -111,8 +113,9 @@ def check_head(head: bytes, http_version: bytes) -> None:
         raise ApiError(
             431, f"the request has {num_headers} headers, allowed: {MAX_HEADERS}; send fewer"
         )
-    if not http_version.startswith(b"1."):
-        raise _invalid(f"HTTP/{http_version.decode()} is not spoken here; send HTTP/1.1")
+    version = head.partition(b"\n")[0].rstrip(b"\r").rpartition(b" HTTP/")[2]
+    if version not in (b"1.0", b"1.1"):
+        raise _invalid("the request line ends with no HTTP/1.1 or HTTP/1.0")
     broken = _BROKEN.search(head)
     if broken is not None:
         raise _invalid(_BROKEN_RULES[str(broken.lastgroup)])
@@ -123,7 +126,7 @@ def check_head(head: bytes, http_version: bytes) -> None:
     for name, value in framing:
         if name == b"content-length" and not value.strip().isdigit():
             raise _invalid("Content-Length is not one number")
-        if name == b"transfer-encoding" and http_version == b"1.0":
+        if name == b"transfer-encoding" and version == b"1.0":
             raise _invalid("Transfer-Encoding came with HTTP/1.0; send Content-Length")
 
 
