@@ -204,7 +204,7 @@ def test_a_flood_of_hostile_requests_leaves_a_short_log(tmp_path: Path) -> None:
         process.terminate()
         _, log = process.communicate(timeout=TIMEOUT_S)
     lines = log.splitlines()
-    assert sum("finish_reason stop" in line for line in lines) == 20, log
+    assert sum("finish_reason " in line for line in lines) == 20, log
     assert sum('"POST /v1/completions HTTP/1.1" 200' in line for line in lines) == 20
     # of the 500 others four kinds are refused, and one is no POST
     assert len(lines) < 40 + 20 + 5 * (seconds + 1)
