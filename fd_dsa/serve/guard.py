@@ -1,4 +1,4 @@
-"""What stands before every route: host, key, availability, the body, concurrency.
+"""Checks before every route: host, key, availability, the body, concurrency.
 
 All paths but a few that only tell how the server is ask for the key, so a route that is added
 later is guarded without a thought (vLLM's key guards some prefixes, and lets others compute).

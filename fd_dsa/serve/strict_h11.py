@@ -2,7 +2,8 @@
 
 h11 is lenient where a proxy in front of it may read the same bytes otherwise, so that one request
 could be smuggled after another: it takes Content-Length and Transfer-Encoding together, repeated
-lengths, lines that end with LF alone, folded lines and control characters.
+lengths, lines that end with LF alone, folded lines and control characters, and the same in
+trailers.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _BROKEN = re.compile(
 _BROKEN_RULES = {
     "lf": "a line of the head ends with LF alone; end lines with CR LF",
     "fold": "a header line is folded; send each header on one line",
-    "control": "a control character stands in the head; send none",
+    "control": "the head contains a control character; send none",
 }
 _FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
 
@@ -64,6 +65,9 @@ class StrictConnection(h11.Connection):
                 self._admit(event)
             elif isinstance(event, h11.Data):
                 self._check_chunk(event)
+            elif isinstance(event, h11.EndOfMessage) and event.headers:
+                # h11 is as lenient with their lines as with those of heads, and nobody reads them
+                raise _invalid("header lines come after the body; send them before it")
         except ApiError as error:
             self._refuse(error)
         except h11.RemoteProtocolError as error:

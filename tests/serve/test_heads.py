@@ -72,6 +72,14 @@ def refusal(live: Live, sent: bytes, status: int) -> str:
             "Transfer-Encoding came with HTTP/1.0",
         ),
         (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHUNKED, "Only Transfer-Encoding"),
+        (
+            POST + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED[:-2] + b"X: a\n\n",
+            "after the body",
+        ),
+        (
+            POST + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED[:-2] + b"X: a\r\n\r\n",
+            "after the body",
+        ),
         (GET.replace(b"\r\n", b"\n") + b"\n", "LF alone"),
         (b"GET /health HTTP/1.1\nHost: a\r\n\r\n", "LF alone"),
         (GET + b"X: a\nY: b\r\n\r\n", "LF alone"),
