@@ -174,6 +174,21 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
         help="outputs in work and waiting at a time; more are a 429 (default: 512)",
     )
     group.add_argument(
+        "--max-connections",
+        metavar="N",
+        type=_positive,
+        help="connections that may have a request in work; idle ones are closed to make room, any "
+        "other request is a 503 (default: 4096, fewer where ulimit -n is lower)",
+    )
+    group.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        type=_host_name,
+        action="append",
+        help="name that the Host header of requests may have, beside localhost and --host; may be "
+        "repeated, * allows all (default: checked on loopback addresses alone)",
+    )
+    group.add_argument(
         "--disable-ui",
         action="store_true",
         default=False,
@@ -342,6 +357,13 @@ def _host(text: str) -> str:
         raise argparse.ArgumentTypeError(
             f"got {text!r}; allowed is a name or an address, 0.0.0.0 for all interfaces"
         )
+    return text
+
+
+def _host_name(text: str) -> str:
+    """A name or an address as the Host header has it, without a port."""
+    if not text or "/" in text or text.count(":") == 1 or any(char.isspace() for char in text):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a name without a port, or *")
     return text
 
 

@@ -70,6 +70,7 @@ async def server_info(
         "max_num_batched_tokens": config.num_batched_tokens,
         "block_size": config.block_size,
         "max_concurrency": options.max_concurrency,
+        "max_connections": options.max_connections,
         "max_body_bytes": options.max_body_bytes,
         "has_chat_template": engine.tokenizer.has_chat_template,
         **chat_formats(engine.tokenizer, options.chat),

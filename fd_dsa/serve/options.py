@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fd_dsa.chat.parsers import AUTO
+from fd_dsa.serve.descriptors import DEFAULT_MAX_CONNECTIONS
 from fd_dsa.serve.flags import (
     DEFAULT_MAX_ANSWER_SCORES,
     DEFAULT_MAX_BODY_BYTES,
     DEFAULT_MAX_BODY_VALUES,
     DEFAULT_MAX_CONCURRENCY,
 )
+from fd_dsa.serve.hosts import HostRule
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class ServerOptions:
         max_body_values: most that its values may count, see `BodyScan`.
         max_answer_scores: most log-probabilities of an answer, see `answer_size`.
         max_concurrency: outputs in work and waiting at a time.
+        max_connections: connections that may have a request in work.
+        hosts: what the Host header may name; None is everything.
         body_timeout_s: seconds that a client has for sending a body.
         log_requests: whether each output's end is a line of the log.
         serves_page: whether there is a page to talk to the model at /.
@@ -49,6 +53,8 @@ class ServerOptions:
     max_body_values: int = DEFAULT_MAX_BODY_VALUES
     max_answer_scores: int = DEFAULT_MAX_ANSWER_SCORES
     max_concurrency: int = DEFAULT_MAX_CONCURRENCY
+    max_connections: int = DEFAULT_MAX_CONNECTIONS
+    hosts: HostRule | None = None
     body_timeout_s: float = 60.0
     log_requests: bool = False
     serves_page: bool = True
