@@ -87,7 +87,9 @@ async def leave_stream(url: str, body: Mapping[str, Any], leave_after: int) -> N
     content = json.dumps({**body, "stream": True}).encode()
     reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
     try:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        )
         writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         line = await reader.readline()
         assert line.startswith(b"HTTP/1.1 200 "), line
