@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fd_dsa import __version__
+from fd_dsa import __version__, environment
 
 _USAGE = """\
 usage: fd-dsa COMMAND [flags]
@@ -26,7 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None takes those of the process.
     """
-    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    with environment.command():
+        return _run(*(list(sys.argv[1:] if argv is None else argv) or ["--help"]))
+
+
+def _run(command: str, *rest: str) -> int:
+    """Run one command with its flags."""
     if command == "serve":
         from fd_dsa.serve.cli import main as serve
 

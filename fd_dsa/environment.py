@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
+import signal
 import sys
 import tempfile
 import warnings
@@ -25,6 +27,8 @@ OP_PROVIDERS = {
 }
 """Operators that have more than one provider on a GPU, and those that may be asked for."""
 
+# with less the server of the demo model does not start
+_LEAST_ADDRESS_SPACE_BYTES = 3 << 29
 _SWITCH = {"0": False, "false": False, "1": True, "true": True}
 
 
@@ -37,8 +41,10 @@ def prepare_cpu_runtime() -> None:
     silenced.
 
     Raises:
-        ConfigError: the folder that Paddle makes when it is imported cannot be made.
+        ConfigError: the folder that Paddle makes when it is imported cannot be made, or `ulimit -v`
+            leaves no room for its libraries.
     """
+    check_address_space()
     _make_paddle_folder()
     warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
     try:
@@ -49,6 +55,21 @@ def prepare_cpu_runtime() -> None:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     if batch_invariant():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+
+def check_address_space() -> None:
+    """Refuse a `ulimit -v` under which libraries fail to load, each with a dump of its own.
+
+    Raises:
+        ConfigError: the address space of this process is limited to less than 1.5 GiB.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY and limit < _LEAST_ADDRESS_SPACE_BYTES:
+        raise ConfigError(
+            f"ulimit -v: got {limit // 1024}, allowed: at least "
+            f"{_LEAST_ADDRESS_SPACE_BYTES // 1024} (1.5 GiB), of which Paddle's libraries take "
+            "most, and more for a model; raise it, or limit memory by a control group"
+        )
 
 
 def _make_paddle_folder() -> None:
@@ -244,3 +265,49 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         package.setLevel(level)
+
+
+def open_missing_streams() -> None:
+    """Where the process was started without stdout or stderr, nobody reads, but all may write.
+
+    Their numbers would go to the next files that are opened, such as a client's connection.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+
+
+def _flush_stdout() -> None:
+    """Write what is left; raises BrokenPipeError where nobody reads it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        # the interpreter tries again at its exit, and reports that
+        return
+
+
+@contextmanager
+def command() -> Iterator[None]:
+    """Around a command: Ctrl-C is one line at any moment, a reader that goes away is none.
+
+    Raises:
+        SystemExit: 130 after Ctrl-C; the shell's status for SIGPIPE where nobody reads stdout any
+            more, as in `fd-dsa bench --help | head -1`.
+    """
+    open_missing_streams()
+    try:
+        try:
+            yield
+        finally:
+            _flush_stdout()
+    except KeyboardInterrupt:
+        sys.stderr.write("fd_dsa: error: interrupted\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # what is left in the buffers goes there at the exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None

@@ -82,6 +82,18 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\n  cache_write        cpu       paddle     ok" in text
 
 
+def test_it_fits_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert doctor.main(["--device", "cpu"]) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 60
+    words = " ".join(narrow.split())
+    assert words.count("a CPU: NumPy, and products by Paddle") == len(CHECKS)
+    assert "The CPU was checked alone." in words
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert fd_dsa(["doctor", "--json", "--device", "cpu"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(stop) or "interrupted", _EXIT_INTERRUPTED)
     except RemoteError as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:
+        raise
     except (FdDsaError, OSError) as error:
         return _fail(str(error))
 

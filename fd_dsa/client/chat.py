@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
+import signal
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TextIO
@@ -24,6 +26,7 @@ from fd_dsa.chat.parser import OutputParser
 from fd_dsa.chat.parsers import AUTO, has_reasoning, opens_reasoning
 from fd_dsa.client.events import read_event
 from fd_dsa.client.flags import Parser, exit_status, number
+from fd_dsa.environment import prepare_cpu_runtime
 from fd_dsa.errors import RemoteError
 
 Message = dict[str, str]
@@ -98,6 +101,10 @@ class OwnPartner:
         from fd_dsa.config import EngineConfig
         from fd_dsa.engine.llm import LLM
 
+        prepare_cpu_runtime()
+        # without Paddle the LLM has the error to show
+        with _interrupt_at_the_end(), contextlib.suppress(ImportError):
+            import paddle  # noqa: F401
         self.name = EngineConfig(model=model).served_model_name[0]
         self._llm = LLM(model, max_num_seqs=1)
         self._fields = fields
@@ -112,7 +119,7 @@ class OwnPartner:
             params = SamplingParams(**proposed)
             outputs: Any = self._llm.chat(list(messages), params, stream=True)
             with contextlib.closing(outputs):
-                for output in outputs:
+                while (output := _next_whole(outputs)) is not None:
                     yield from parser.feed(output.new_text)
             yield from parser.finish()
         except (ValueError, RuntimeError) as error:
@@ -128,6 +135,25 @@ class OwnPartner:
         return AnswerFormat(is_split, opens_reasoning(prompt, None)).new_parser()
 
 
+@contextlib.contextmanager
+def _interrupt_at_the_end() -> Iterator[None]:
+    """Ctrl-C waits for the end of what is inside, which is of no use when it is cut in two."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _next_whole(outputs: Iterator[Any]) -> Any:
+    """The next output, None at the end; no step of the engine is left half-done."""
+    with _interrupt_at_the_end():
+        return next(outputs, None)
+
+
 def _events_of(delta: Mapping[str, Any]) -> Iterator[Event]:
     """Reasoning and content in a delta of a stream."""
     # vLLM has a shorter name for the reasoning
@@ -136,6 +162,15 @@ def _events_of(delta: Mapping[str, Any]) -> Iterator[Event]:
         yield ReasoningDelta(reasoning)
     if delta.get("content"):
         yield ContentDelta(delta["content"])
+
+
+def _utf8(text: str) -> str:
+    """A text that can be sent."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is UTF-8") from None
+    return text
 
 
 def build_parser() -> Parser:
@@ -153,7 +188,7 @@ def build_parser() -> Parser:
         help="with --base-url a served name, else a folder to load (default: the demo model)",
     )
     parser.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")
-    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--system", metavar="TEXT", type=_utf8, help="system prompt")
     parser.add_argument("--temperature", metavar="T", type=number(float, 0))
     parser.add_argument("--max-tokens", metavar="N", type=number(int, 1), help="of each answer")
     parser.add_argument("--seed", metavar="N", type=number(int, 0))
@@ -181,6 +216,9 @@ def _main(args: argparse.Namespace) -> int:
         partner = ServerPartner(args.base_url, args.model, fields)
     else:
         partner = OwnPartner(args.model, fields)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # a line that is no UTF-8 is refused, not the end
+        sys.stdin.reconfigure(errors="surrogateescape")
     return Conversation(partner, args.system, is_terminal=sys.stdin.isatty()).run()
 
 
@@ -209,11 +247,9 @@ class Conversation:
             self._tell(f"{self._partner.name}; {_COMMANDS}, Ctrl-C stops an answer")
         status = 0
         for text in self._lines():
-            if text.startswith("/"):
-                if text == "/exit":
-                    break
-                self._command(text)
-            elif text and not self._ask(text):
+            if text == "/exit":
+                break
+            if not self._take(text):
                 status = 1
                 if not self._is_terminal:
                     break
@@ -226,6 +262,25 @@ class Conversation:
                 yield input("> " if self._is_terminal else "").strip()
             except EOFError:
                 return
+            except KeyboardInterrupt:
+                self._leave_line()
+                raise
+
+    def _take(self, text: str) -> bool:
+        """Do what a line asks for; False where that fails."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            byte = ord(text[error.start]) & 0xFF
+            self._tell(
+                f"fd_dsa: error: stdin: got byte 0x{byte:02x} as character {error.start + 1} of a "
+                "line, allowed is UTF-8"
+            )
+            return False
+        if text.startswith("/"):
+            self._command(text)
+            return True
+        return not text or self._ask(text)
 
     def _command(self, text: str) -> None:
         """Do what a line with a slash says."""
@@ -238,7 +293,11 @@ class Conversation:
             self._tell(f"unknown command {command!r}; {_COMMANDS}")
 
     def _ask(self, text: str) -> bool:
-        """Print the answer to a message; False where it failed, and then it was never said."""
+        """Print the answer to a message; False where it failed.
+
+        A message that was not answered, or whose answer was stopped before its first word, was
+        never said.
+        """
         system = [{"role": "system", "content": self._system}] if self._system else []
         asked = [*self._messages, {"role": "user", "content": text}]
         pieces = []
@@ -249,15 +308,24 @@ class Conversation:
                         pieces.append(event.text)
                     self._screen.show(event)
         except RemoteError as error:
+            self._screen.end_line()
             self._tell(f"fd_dsa: error: {error}")
             return False
         except KeyboardInterrupt:
             if not self._is_terminal:
                 raise
+            if not pieces:
+                self._leave_line()
+                return True
         finally:
             self._screen.end_line()
         self._messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         return True
+
+    def _leave_line(self) -> None:
+        """On a terminal, go on below the line on which Ctrl-C was typed."""
+        if self._is_terminal and not self._screen.is_open:
+            self._tell("")
 
     def _tell(self, text: str) -> None:
         """A line that is no part of an answer."""
@@ -281,6 +349,11 @@ class _Screen:
             self._write(sys.stdout, event.text)
         elif isinstance(event, ReasoningDelta) and self._shows_reasoning:
             self._write(sys.stderr, event.text, label="[reasoning] ")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a line has begun that `end_line` would end."""
+        return self._open is not None
 
     def end_line(self) -> None:
         """End the line of what was printed last."""

@@ -46,6 +46,8 @@ def exit_status(run: Callable[[], int]) -> int:
         return _fail("interrupted", _EXIT_INTERRUPTED)
     except RemoteError as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:
+        raise
     except (FdDsaError, OSError) as error:
         return _fail(str(error), _EXIT_BAD_START)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ from fd_dsa.environment import quiet
 from fd_dsa.errors import FdDsaError
 
 _OK, _BAD = 0, 1
+_NO_WIDTH = 1 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,4 +126,19 @@ def as_text(found: dict[str, Any]) -> str:
         "",
         "healthy" if found["healthy"] else "NOT healthy: see what FAILED or is BROKEN above",
     ]
-    return "\n".join(lines) + "\n"
+    # a file, and a pipe without COLUMNS, have no width
+    width = shutil.get_terminal_size((_NO_WIDTH, 24)).columns
+    return "".join(f"{_folded(line, width)}\n" for line in lines)
+
+
+def _folded(line: str, width: int) -> str:
+    """A line of the report on as many lines of the screen as it takes."""
+    indent = " " * max(4, len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(
+        line,
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )

@@ -5,5 +5,7 @@ from __future__ import annotations
 import sys
 
 from fd_dsa.doctor import main
+from fd_dsa.environment import command
 
-sys.exit(main())
+with command():
+    sys.exit(main())

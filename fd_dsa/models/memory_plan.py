@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -94,9 +95,9 @@ def available_memory_bytes(
 ) -> int:
     """Bytes that this process may still allocate without swapping.
 
-    The least of what the system has (MemAvailable) and what each control group of the process,
-    version 1 or 2, leaves: its limit less its use, where file pages that can be dropped do not
-    count as used.
+    The least of what the system has (MemAvailable), what `ulimit -v` leaves of the address space,
+    and what each control group of the process, version 1 or 2, leaves: its limit less its use,
+    where file pages that can be dropped do not count as used.
 
     Args:
         proc, cgroup: where the two file systems are mounted.
@@ -111,7 +112,7 @@ def available_memory_bytes(
             f"{proc / 'meminfo'}: found no MemAvailable; fd_dsa needs Linux 3.14 or later"
         )
     rooms = [_group_room(group) for group in _memory_groups(proc, cgroup)]
-    return min([available * 1024, *rooms])
+    return min([available * 1024, _address_room(proc / "self"), *rooms])
 
 
 def check_host_room(weight_bytes: int, free_bytes: int | None = None) -> None:
@@ -239,6 +240,13 @@ def _memory_groups(proc: Path, cgroup: Path) -> Iterator[Path]:
             yield root / part.relative_to("/")
 
 
+def _address_room(process: Path) -> int:
+    """What `ulimit -v` still allows a process, bytes; no limit is a very large number."""
+    limit = _keyed_number(_read_text(process / "limits"), "Max address space")
+    size = _keyed_number(_read_text(process / "status"), "VmSize:")
+    return _UNLIMITED if limit is None or size is None else max(limit - size * 1024, 0)
+
+
 def _group_room(folder: Path) -> int:
     """What a control group still allows, bytes; no limit is a very large number."""
     for limit_name, usage_name, prefix in (
@@ -257,12 +265,9 @@ def _group_room(folder: Path) -> int:
 
 
 def _keyed_number(text: str, key: str) -> int | None:
-    """The number that follows a key at the start of a line."""
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) >= 2 and words[0] == key:
-            return int(words[1])
-    return None
+    """The number that follows a key at the start of a line; None where there is none."""
+    found = re.search(rf"^{re.escape(key)}\s+(\d+)\b", text, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _read_text(path: Path) -> str:

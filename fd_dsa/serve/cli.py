@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import process_environment
+from fd_dsa.environment import check_address_space, open_missing_streams, process_environment
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.descriptors import connection_limit
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
@@ -160,6 +160,7 @@ def _show_plan(args: argparse.Namespace) -> int:
 
 def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     """Take the address, then listen, load the engine, and serve."""
+    check_address_space()
     config = _engine_config(args)
     # the server's packages are imported late, so that --help and errors of flags are quick
     from fd_dsa.engine.async_engine import AsyncEngine

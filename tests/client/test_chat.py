@@ -7,9 +7,11 @@ import os
 import pty
 import select
 import signal
+import socket
 import subprocess
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,7 @@ def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
             ("--base-url", live.url): "OPENAI_API_KEY",
             ("--base-url", "nowhere"): "--base-url: got 'nowhere'",
             ("--temperature", "hot"): "--temperature: got 'hot'",
+            ("--system", "\udcff"): "--system: got '\\udcff'; allowed is UTF-8",
             ("no/such/folder",): "no/such/folder",
         }
         for arguments, reason in cases.items():
@@ -130,42 +133,129 @@ def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
             assert done.stderr.count("\n") == 1
 
 
+@contextmanager
+def chat_on_terminal(
+    folder: Path, *arguments: str
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """`fd-dsa chat` on a terminal of its own, and our end of the terminal."""
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        command("chat", *arguments),
+        cwd=folder,
+        env={**environment(), "TERM": "dumb"},
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=own_terminal,
+    )
+    os.close(inside)
+    try:
+        yield process, terminal
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
 def test_ctrl_c_stops_an_answer_on_a_terminal(tmp_path: Path) -> None:
     # longer than any machine needs to stop it
     endless = FakeEngine(words=WORDS * 1000, step_s=0.1, max_model_len=10_000)
-    with running(endless) as live:
-        terminal, inside = pty.openpty()
-        process = subprocess.Popen(
+    with (
+        running(endless) as live,
+        chat_on_terminal(tmp_path, "--base-url", live.url) as (process, terminal),
+    ):
+        wait_for(terminal, "> ")
+        os.write(terminal, b"Hi\r")
+        wait_for(terminal, WORDS[0])
+        os.write(terminal, b"\x03")
+        wait_for(terminal, "\r\n> ")
+        wait_until(lambda: len(live.engine.closed) == 1)
+        # what came of the answer is a part of the conversation
+        os.write(terminal, b"Go on\r")
+        wait_until(lambda: len(live.engine.requests) == 2)
+        assert prompts(live)[1].startswith(f"user:Hi\nassistant:{WORDS[0]}")
+        wait_for(terminal, WORDS[0])
+        os.write(terminal, b"\x03")
+        wait_for(terminal, "\r\n> ")
+        os.write(terminal, b"/exit\r")
+        assert process.wait(60) == 0
+
+
+def test_ctrl_c_before_the_first_word_takes_the_question_back(tmp_path: Path) -> None:
+    silent = FakeEngine(step_s=3600)
+    with (
+        running(silent) as live,
+        chat_on_terminal(tmp_path, "--base-url", live.url) as (process, terminal),
+    ):
+        wait_for(terminal, "> ")
+        for asked in (1, 2):
+            os.write(terminal, b"Hi %d\r" % asked)
+            wait_until(lambda asked=asked: len(live.engine.requests) == asked)
+            os.write(terminal, b"\x03")
+            wait_for(terminal, "^C\r\n> ")
+        assert prompts(live) == ["user:Hi 1\n>", "user:Hi 2\n>"]
+        os.write(terminal, b"\x03")
+        wait_for(terminal, "\r\nfd_dsa: error: interrupted\r\n")
+        assert process.wait(60) == 130
+
+
+def test_ctrl_c_while_it_connects(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        with chat_on_terminal(tmp_path, "--base-url", url) as (process, terminal):
+            connection, _ = mute.accept()
+            os.write(terminal, b"\x03")
+            wait_for(terminal, "^Cfd_dsa: error: interrupted\r\n")
+            assert process.wait(60) == 130
+            connection.close()
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_step_of_the_own_engine_half_done(tmp_path: Path) -> None:
+    with chat_on_terminal(tmp_path, "--temperature", "0") as (process, terminal):
+        wait_for(terminal, "> ")
+        for delay_s in (0.0, 0.01, 0.03, 0.05):
+            os.write(terminal, b"Tell me a long story about France and its rivers.\r")
+            wait_for(terminal, "\r\n")
+            time.sleep(delay_s)
+            os.write(terminal, b"\x03")
+            wait_for(terminal, "\r\n> ")
+        os.write(terminal, b"/reset\r")
+        wait_for(terminal, "> ")
+        os.write(terminal, b"What is the capital of France?\r")
+        wait_for(terminal, "Paris")
+        wait_for(terminal, "> ")
+        os.write(terminal, b"/exit\r")
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_a_line_that_is_no_utf_8_is_refused(tmp_path: Path, locale: str) -> None:
+    with running(FakeEngine()) as live:
+        done = subprocess.run(
             command("chat", "--base-url", live.url),
             cwd=tmp_path,
-            env={**environment(), "TERM": "dumb"},
-            stdin=inside,
-            stdout=inside,
-            stderr=inside,
-            start_new_session=True,
-            preexec_fn=own_terminal,
+            env={**environment(), "LC_ALL": locale},
+            input=b"Hi\nK\xc3\xb6\xff\nAgain\n",
+            capture_output=True,
+            timeout=300,
         )
-        os.close(inside)
-        try:
-            wait_for(terminal, "> ")
-            os.write(terminal, b"Hi\r")
-            wait_for(terminal, WORDS[0])
-            os.write(terminal, b"\x03")
-            wait_for(terminal, "> ")
-            wait_until(lambda: len(live.engine.closed) == 1)
-            # what came of the answer is a part of the conversation
-            os.write(terminal, b"Go on\r")
-            wait_until(lambda: len(live.engine.requests) == 2)
-            assert prompts(live)[1].startswith(f"user:Hi\nassistant:{WORDS[0]}")
-            wait_for(terminal, WORDS[0])
-            os.write(terminal, b"\x03")
-            wait_for(terminal, "> ")
-            os.write(terminal, b"/exit\r")
-            assert process.wait(60) == 0
-        finally:
-            process.kill()
-            process.wait()
-            os.close(terminal)
+        assert done.stdout.decode() == f"{ANSWER}\n"
+        assert done.stderr.decode() == (
+            "fd_dsa: error: stdin: got byte 0xff as character 3 of a line, allowed is UTF-8\n"
+        )
+        assert done.returncode == 1
+        assert prompts(live) == ["user:Hi\n>"]
+
+
+def test_without_a_stdin_there_is_nothing_to_ask(tmp_path: Path) -> None:
+    with running(FakeEngine()) as live:
+        shell = ["bash", "-c", '"$@" <&-', "bash", *command("chat", "--base-url", live.url)]
+        done = subprocess.run(
+            shell, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def own_terminal() -> None:

@@ -155,6 +155,15 @@ def test_available_without_any_limit(tmp_path: Path) -> None:
     assert available_memory_bytes(*_system(tmp_path, "0::/\n")) == 100 * 1024
 
 
+@pytest.mark.parametrize(("limit", "free"), [("80000", 28_800), ("10", 0), ("unlimited", 102_400)])
+def test_what_is_left_of_the_address_space_counts(tmp_path: Path, limit: str, free: int) -> None:
+    proc, cgroup = _system(tmp_path, "0::/\n")
+    (proc / "self" / "status").write_text("VmPeak:\t   60 kB\nVmSize:\t   50 kB\n")
+    line = f"Max address space         {limit:<20} unlimited            bytes     \n"
+    (proc / "self" / "limits").write_text(f"Max locked memory  8 8 bytes\n{line}")
+    assert available_memory_bytes(proc, cgroup) == free
+
+
 def test_limit_of_version_2_counts_with_droppable_pages(tmp_path: Path) -> None:
     proc, cgroup = _system(tmp_path, "0::/a/b\n")
     stat = "anon 10\ninactive_file 3000\nactive_file 500\n"

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.serve.test_cli import error_line, finish, run
+from tests.serve.test_cli import command, error_line, finish, run
 
 
 def test_missing_paddle_names_the_extra(tmp_path: Path) -> None:
@@ -88,3 +89,24 @@ def test_debug_shows_the_traceback(tmp_path: Path, body: str, status: int) -> No
     assert "Traceback" in done.stderr
     assert "build_engine" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("fd_dsa: error: ")
+
+
+@pytest.mark.parametrize("kib", [100_000, 1_500_000])
+def test_too_little_address_space_is_one_line(tmp_path: Path, kib: int) -> None:
+    line = ["bash", "-c", f'ulimit -v {kib} && exec "$@"', "bash", *command("--port", "0")]
+    said = error_line(finish(tmp_path, line, status=2))
+    assert said.startswith(f"ulimit -v: got {kib}, allowed: at least 1572864 (1.5 GiB)")
+
+
+@pytest.mark.slow
+def test_the_caches_fit_into_a_limited_address_space(tmp_path: Path) -> None:
+    line = ["bash", "-c", 'ulimit -v 3000000 && exec "$@"', "bash", *command("--dry-run")]
+    plan = yaml.safe_load(finish(tmp_path, line, status=0).stdout)
+    assert 0 < plan["memory"]["kv_cache_bytes"] < plan["memory"]["free_bytes"] < 3_000_000 << 10
+
+
+def test_a_home_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / ".cache").touch()
+    line = ["env", f"HOME={tmp_path}", *command("--port", "0")]
+    said = error_line(finish(tmp_path, line, status=2))
+    assert said.startswith("HOME: Paddle needs a folder .cache/paddle below it")
