@@ -148,14 +148,17 @@ def _show_plan(args: argparse.Namespace) -> int:
 
     from fd_dsa.engine.plan import make_plan
     from fd_dsa.serve.chat_formats import chat_formats
+    from fd_dsa.serve.options import ServerOptions
 
     plan = make_plan(config)
+    options = ServerOptions(max_prompt_bytes=args.max_prompt_bytes)
     server = {
         "engine": "embedded",
         "host": args.host,
         "port": args.port,
         "num_api_keys": len(getattr(args, "api_key", None) or ()),
         "max_body_bytes": args.max_body_size,
+        "max_prompt_bytes": options.prompt_bytes(plan.max_model_len),
         "max_concurrency": args.max_concurrency,
         "shutdown_timeout": args.shutdown_timeout,
         **chat_formats(plan.tokenizer, _chat_settings(args)),
@@ -177,6 +180,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     options = ServerOptions(
         api_keys=tuple(getattr(args, "api_key", None) or ()),
         max_body_bytes=args.max_body_size,
+        max_prompt_bytes=args.max_prompt_bytes,
         max_concurrency=args.max_concurrency,
         log_requests=args.log_requests,
         serves_page=not args.disable_ui,

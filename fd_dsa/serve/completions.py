@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.generation import (
     Job,
     check_jobs,
@@ -20,6 +19,7 @@ from fd_dsa.serve.generation import (
     stream_outputs,
 )
 from fd_dsa.serve.logprobs import completion_logprobs
+from fd_dsa.serve.prompt_text import encode_prompt
 from fd_dsa.serve.protocol import CompletionRequest
 from fd_dsa.serve.responses import end_fields, new_id, prompt_fields, usage_of, with_usage
 from fd_dsa.serve.sse import EventStream
@@ -44,7 +44,7 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     body.check_supported()
     request.state.ticket.extend(len(body.prompt))
     completion_id = new_id("cmpl")
-    jobs = await asyncio.to_thread(_make_jobs, state, body, completion_id)
+    jobs, choices = await asyncio.to_thread(_prepare, state, body, completion_id)
     request.state.ticket.extend(sum(job.params.n for job in jobs), "n")
     head = {
         "id": completion_id,
@@ -52,7 +52,6 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
         "created": int(time.time()),
         "model": model,
     }
-    choices = _Choices(state.engine.tokenizer, body, jobs)
     if body.stream:
         chunks = _chunks(state, jobs, head, choices)
         return EventStream(chunks, request.state.request_id)
@@ -61,12 +60,14 @@ async def create_completion(body: CompletionRequest, request: Request, state: St
     return JSONResponse({**head, "choices": whole, "usage": choices.usage(outputs)})
 
 
-def _make_jobs(state: ServerState, body: CompletionRequest, completion_id: str) -> list[Job]:
-    """Tokenise and check the prompts; runs in a thread, since that may take a while."""
+def _prepare(
+    state: ServerState, body: CompletionRequest, completion_id: str
+) -> tuple[list[Job], _Choices]:
+    """Tokenize, check and echo the prompts; runs in a thread, since that may take a while."""
     jobs = []
     for index, prompt in enumerate(body.prompt):
         if isinstance(prompt, str):
-            prompt = _encode(state, prompt)
+            prompt = encode_prompt(state, prompt, "prompt", add_special_tokens=True)
         # a step that reads the last token of the prompt gives one of the output
         asked = 1 if body.only_echo else body.max_tokens
         max_tokens = resolve_max_tokens(state, len(prompt), asked, default=_DEFAULT_MAX_TOKENS)
@@ -78,15 +79,7 @@ def _make_jobs(state: ServerState, body: CompletionRequest, completion_id: str) 
             )
         )
     check_jobs(state, jobs, "prompt")
-    return jobs
-
-
-def _encode(state: ServerState, prompt: str) -> list[int]:
-    """Token ids of a text prompt."""
-    try:
-        return state.engine.tokenizer.encode(prompt, add_special_tokens=True)
-    except ValueError as error:
-        raise ApiError(400, f"prompt: {error}", param="prompt") from error
+    return jobs, _Choices(state.engine.tokenizer, body, jobs)
 
 
 async def _chunks(

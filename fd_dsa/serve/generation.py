@@ -14,6 +14,7 @@ from fastapi import Request
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.serve.errors import ApiError, request_error
+from fd_dsa.serve.prompt_text import too_many_tokens
 from fd_dsa.serve.protocol.sampling import SAMPLING_FIELDS
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
 from fd_dsa.serve.request_log import RequestLog
@@ -76,13 +77,7 @@ def resolve_max_tokens(
         raise ApiError(400, f"{source}: has no tokens; send at least one", param=source)
     longest = limit - num_prompt_tokens
     if longest < 1:
-        raise ApiError(
-            400,
-            f"prompt has {num_prompt_tokens} tokens, max_model_len is {limit} and the output "
-            "needs at least 1; shorten the prompt or start with a larger --max-model-len",
-            param=source,
-            code="context_length_exceeded",
-        )
+        raise too_many_tokens(state, num_prompt_tokens, source)
     if asked is None:
         return longest if default is None else min(default, longest)
     if asked > longest:

@@ -51,6 +51,7 @@ def server_info(
         "block_size": config.block_size,
         "max_concurrency": options.max_concurrency,
         "max_body_bytes": options.max_body_bytes,
+        "max_prompt_bytes": options.prompt_bytes(engine.max_model_len),
         "has_chat_template": engine.tokenizer.has_chat_template,
         **chat_formats(engine.tokenizer, options.chat),
         "enable_prefix_caching": config.enable_prefix_caching,

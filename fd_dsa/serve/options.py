@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fd_dsa.chat.parsers import AUTO
-from fd_dsa.serve.flags import DEFAULT_MAX_BODY_BYTES, DEFAULT_MAX_CONCURRENCY
+from fd_dsa.serve.flags import (
+    DEFAULT_MAX_BODY_BYTES,
+    DEFAULT_MAX_CONCURRENCY,
+    PROMPT_BYTES_PER_TOKEN,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class ServerOptions:
     Attributes:
         api_keys: keys of which a request must bring one; empty asks for none.
         max_body_bytes: longest body of a request.
+        max_prompt_bytes: UTF-8 bytes of a prompt's text; None is `PROMPT_BYTES_PER_TOKEN` for each
+            token of max_model_len.
         max_concurrency: outputs in work and waiting at a time.
         body_timeout_s: seconds that a client has for sending a body.
         log_requests: whether each output's end is a line of the log.
@@ -39,8 +45,15 @@ class ServerOptions:
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
+    max_prompt_bytes: int | None = None
     max_concurrency: int = DEFAULT_MAX_CONCURRENCY
     body_timeout_s: float = 60.0
     log_requests: bool = False
     serves_page: bool = True
     chat: ChatSettings = field(default_factory=ChatSettings)
+
+    def prompt_bytes(self, max_model_len: int) -> int:
+        """Most UTF-8 bytes of a prompt's text for a model of that context, tokens."""
+        if self.max_prompt_bytes is not None:
+            return self.max_prompt_bytes
+        return PROMPT_BYTES_PER_TOKEN * max_model_len

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 
 from fd_dsa.serve.chat_prompt import encode_conversation
 from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.prompt_text import encode_prompt
 from fd_dsa.serve.protocol.tokenization import DetokenizeRequest, TokenizeRequest
 from fd_dsa.serve.state import ServerState, State
 
@@ -27,7 +28,7 @@ async def tokenize(body: TokenizeRequest, state: State) -> dict[str, Any]:
         "tokens": tokens,
     }
     if body.return_token_strs:
-        answer["token_strs"] = await asyncio.to_thread(_texts, state, tokens)
+        answer["token_strs"] = await asyncio.to_thread(state.engine.tokenizer.decode_each, tokens)
     return answer
 
 
@@ -48,12 +49,5 @@ def _encode(state: ServerState, body: TokenizeRequest) -> list[int]:
     """Token ids; runs in a thread, since a long text takes a while."""
     if body.prompt is None:
         return encode_conversation(state, body)
-    try:
-        return state.engine.tokenizer.encode(body.prompt, body.add_special_tokens is not False)
-    except ValueError as error:
-        raise ApiError(400, f"prompt: {error}", param="prompt") from error
-
-
-def _texts(state: ServerState, tokens: list[int]) -> list[str]:
-    """Each token alone, decoded."""
-    return [state.engine.tokenizer.decode([token], False) for token in tokens]
+    special = body.add_special_tokens is not False
+    return encode_prompt(state, body.prompt, "prompt", add_special_tokens=special)

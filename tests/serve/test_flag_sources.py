@@ -56,7 +56,7 @@ VALUES: dict[str, Any] = {
     "cudagraph-capture-sizes": [1, 8],
     "data-parallel-size": 2,
     "load-format": "dummy",
-    "max-body-size": "2M",
+    **dict.fromkeys(("max-body-size", "max-prompt-bytes"), "2M"),
     "kv-cache-memory-bytes": "8G",
     "host": "0.0.0.0",
     "device": "cpu",

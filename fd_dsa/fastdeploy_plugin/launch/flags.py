@@ -79,6 +79,8 @@ NO_COUNTERPART = {
     "enable_chunked_prefill": "FastDeploy has its own switch, FD_DISABLE_CHUNKED_PREFILL; "
     "allowed: True",
     "max_body_size": "FastDeploy has no limit of a body; put a proxy with one in front of it",
+    "max_prompt_bytes": "FastDeploy tokenizes texts of any length; put a proxy with a limit of "
+    "bodies in front of it",
     "log_requests": "FastDeploy writes its requests to log/api_server.log in any case",
     "log_json": "FastDeploy's log has one form",
     "disable_ui": "FastDeploy's server has no page to leave out",
