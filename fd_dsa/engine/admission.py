@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from fd_dsa.engine.bad_words import BadSequences, BadWords
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.detokenizer import IncrementalDetokenizer, StopChecker
 from fd_dsa.engine.grammar import GrammarCompiler
@@ -98,7 +99,8 @@ class Admission:
             end_token_ids |= self._eos_token_ids
         seed = derive_seed(self._seed, arrival) if params.seed is None else params.seed
         stops, keeps_stop = params.stop_strings, params.include_stop_str_in_output
-        bad_sequences = set(self._bad_sequences(params.bad_words or ()))
+        bad_words = BadWords.of(params.bad_words, self._tokenizer)
+        bad = None if bad_words is None else bad_words.sequences
         now = time.monotonic()
         group: list[Request] = []
         for index in range(params.n):
@@ -119,7 +121,7 @@ class Admission:
             )
             if params.structured_outputs is not None:
                 request.grammar = self._grammars.new_matcher(params.structured_outputs)
-            request.rules = self._rules_of(request, bad_sequences)
+            request.rules = self._rules_of(request, bad)
             if params.logprobs is not None:
                 request.logprobs = OutputLogprobs()
             group.append(request)
@@ -134,30 +136,22 @@ class Admission:
             self._tokenizer, params.skip_special_tokens, before, params.kept_special_token_ids
         )
 
-    def _rules_of(self, request: Request, bad_sequences: set[tuple[int, ...]]) -> LogitRules | None:
+    def _rules_of(self, request: Request, bad: BadSequences | None) -> LogitRules | None:
         """The rules for a request's logits; None when its parameters change none."""
         params = request.params
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        bad = bad_sequences or params.bad_words_token_ids
-        others = params.logit_bias or bad or params.min_tokens or params.structured_outputs
+        bans = bad or params.bad_words_token_ids or params.min_tokens
+        others = params.logit_bias or bans or params.structured_outputs
         if penalties == (1, 0, 0) and not others:
             return None
         return LogitRules(
             params,
             request.prompt_token_ids,
             request.output_token_ids,
-            bad_sequences,
+            bad,
             request.end_token_ids,
             request.grammar,
         )
-
-    def _bad_sequences(self, words: Sequence[str]) -> Iterator[tuple[int, ...]]:
-        """Tokens of every bad word, as at the start of a text and as after a space."""
-        for word in words:
-            for text in (word, " " + word.lstrip()):
-                token_ids = self._tokenizer.encode(text, add_special_tokens=False)
-                if token_ids:
-                    yield tuple(token_ids)
 
     def _room(self, num_prompt: int, params: SamplingParams) -> int:
         """Output tokens that fit behind a prompt of that length."""

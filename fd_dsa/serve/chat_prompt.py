@@ -60,8 +60,7 @@ def make_job(
             params.structured_outputs, body, answer, special_ids, _only_id(tokenizer, THINK_END)
         ),
     )
-    job = Job(request_id, prompt, params)
-    check_jobs(state, [job], "messages")
+    (job,) = check_jobs(state, [Job(request_id, prompt, params)], "messages")
     return job, answer
 
 

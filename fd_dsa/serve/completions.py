@@ -78,7 +78,7 @@ def _prepare(
                 body.sampling_params(max_tokens, state.engine.sampling_defaults),
             )
         )
-    check_jobs(state, jobs, "prompt")
+    jobs = check_jobs(state, jobs, "prompt")
     return jobs, _Choices(state.engine.tokenizer, body, jobs)
 
 

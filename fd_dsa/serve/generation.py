@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
+from fd_dsa.engine.bad_words import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.serve.errors import ApiError, request_error
@@ -91,10 +92,13 @@ def resolve_max_tokens(
     return asked
 
 
-def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> None:
-    """Ask the engine whether it could ever run these jobs.
+def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]:
+    """Ask the engine whether it could ever run these jobs of one request.
 
-    Not for the event loop: a grammar that is new is compiled here.
+    Not for the event loop: a grammar that is new is compiled here, and bad words are tokenized.
+
+    Returns:
+        The jobs, with what the engine needs not do again.
 
     Raises:
         ApiError: 400 with the engine's reason and the field to blame: a sampling parameter, or
@@ -108,6 +112,10 @@ def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> None:
             if refusal.param is None:
                 refusal = ApiError(400, f"{param}: {error}", param=param)
             raise refusal from error
+    words = BadWords.of(jobs[0].params.bad_words, state.engine.tokenizer) if jobs else None
+    if words is None:
+        return list(jobs)
+    return [replace(job, params=replace(job.params, bad_words=words)) for job in jobs]
 
 
 async def stream_outputs(

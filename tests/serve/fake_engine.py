@@ -67,6 +67,10 @@ class FakeTokenizer:
         raw = b"".join(special if token == 256 else bytes([token]) for token in token_ids)
         return raw.decode("utf-8", "replace")
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """UTF-8 bytes of each."""
+        return [self.encode(text, add_special_tokens=False) for text in texts]
+
     def decode_each(self, token_ids: Sequence[int]) -> list[str]:
         """Each token alone, special ones included."""
         return [self.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
