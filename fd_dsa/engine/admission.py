@@ -31,6 +31,9 @@ class Admission:
         eos_token_ids: tokens that end an output.
         seed: of requests that bring none.
         shows_selections: whether the runner can tell what the indexer chose.
+
+    Attributes:
+        grammars: of all requests.
     """
 
     def __init__(
@@ -53,12 +56,12 @@ class Admission:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
         self._shows_selections = shows_selections
-        self._grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_token_ids)
+        self.grammars = GrammarCompiler(tokenizer, vocab_size, self._eos_token_ids)
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Output tokens that a request may have; safe to call from any thread.
 
-        A grammar is compiled here, which may take 100 ms, and found again by `make_requests`.
+        A grammar is compiled here, which may take 100 ms: not for the engine's thread.
 
         Raises:
             ValueError: the prompt is empty or holds no valid token ids, the request can never
@@ -67,6 +70,13 @@ class Admission:
                 compiled; names the numbers, and the
                 parameter in front.
         """
+        max_tokens = self._check(prompt_token_ids, params)
+        if params.structured_outputs is not None:
+            self.grammars.check(params.structured_outputs)
+        return max_tokens
+
+    def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
+        """Output tokens that a request may have; all of `validate` but the grammar."""
         max_tokens = self._room(len(prompt_token_ids), params)
         self._check_prompt(prompt_token_ids)
         self._check_token_ids("logit_bias", params.logit_bias)
@@ -81,7 +91,6 @@ class Admission:
         if form is not None:
             after = () if form.after_token_id is None else (form.after_token_id,)
             self._check_token_ids(form.source, after)
-            self._grammars.check(form)
         return max_tokens
 
     def make_requests(
@@ -89,10 +98,12 @@ class Admission:
     ) -> list[Request]:
         """The group of a request, of that arrival number and those behind it.
 
+        A grammar that cannot be compiled is not refused here; the request ends with an error.
+
         Raises:
             ValueError: see `validate`.
         """
-        max_tokens = self.validate(prompt_token_ids, params)
+        max_tokens = self._check(prompt_token_ids, params)
         prompt = [operator.index(token_id) for token_id in prompt_token_ids]
         end_token_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
@@ -120,7 +131,7 @@ class Admission:
                 group=group,
             )
             if params.structured_outputs is not None:
-                request.grammar = self._grammars.new_matcher(params.structured_outputs)
+                request.grammar = self.grammars.new_matcher(params.structured_outputs)
             request.rules = self._rules_of(request, bad)
             if params.logprobs is not None:
                 request.logprobs = OutputLogprobs()

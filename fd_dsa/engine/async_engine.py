@@ -95,7 +95,6 @@ class AsyncEngine:
         """
         name = f"request-{next(self._ids)}" if request_id is None else request_id
         stream = _Stream(name, params.n)
-        self.validate(prompt_token_ids, params)
         self._open(stream, prompt_token_ids, params)
         try:
             while not stream.is_finished:
