@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import unicodedata
 from bisect import bisect_left
+from contextlib import nullcontext
 
 import tokenizers
 
@@ -26,8 +27,9 @@ _OVERLAP_MARGINS = 12
 _AGREED_WORDS = 4
 # a window without a seam, as one without words, grows by this factor
 _GROWTH = 8
-# windows of all threads that are tokenized at once; the engine needs processors too
-_at_once = threading.BoundedSemaphore(max(1, usable_cpus() // 2))
+# pieces of long texts that all threads tokenize at once; the engine needs processors too, and a
+# text without a seam takes 200 bytes of memory a byte
+_at_once = threading.BoundedSemaphore(max(1, min(4, usable_cpus() // 2)))
 
 
 class TooManyTokens(ValueError):
@@ -115,12 +117,14 @@ def encode_text(
         TypeError: the text holds a lone surrogate.
     """
     ids: list[int] | None = None
-    if len(text) > window_chars:
+    is_long = len(text) > window_chars
+    if is_long:
         margin = _MARGIN_CHARS + 4 * longest_added_token
         ids = _encode_windows(backend, text, add_special_tokens, max_tokens, window_chars, margin)
     if ids is None:
-        # a batch of one gives up the GIL, encode() does not; without offsets it is faster too
-        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        with _at_once if is_long else nullcontext():
+            # a batch of one gives up the GIL, encode() does not; without offsets it is faster too
+            (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids = encoding.ids
     if max_tokens is not None and len(ids) > max_tokens:
         raise TooManyTokens(len(ids), is_exact=True)
