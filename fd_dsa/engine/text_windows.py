@@ -38,12 +38,15 @@ class TooManyTokens(ValueError):
     Args:
         num_tokens: counted so far.
         is_exact: whether the text was read to its end.
+
+    Attributes:
+        count: the number in words.
     """
 
     def __init__(self, num_tokens: int, is_exact: bool) -> None:
         self.num_tokens = num_tokens
-        self.is_exact = is_exact
-        super().__init__(f"the text has {num_tokens} tokens{'' if is_exact else ' or more'}")
+        self.count = f"{num_tokens}{'' if is_exact else ' or more'}"
+        super().__init__(f"the text has {self.count} tokens")
 
 
 class _Window:

@@ -27,8 +27,7 @@ def encode_prompt(
     try:
         return state.engine.tokenizer.encode(text, add_special_tokens, state.engine.max_model_len)
     except TooManyTokens as error:
-        more = "" if error.is_exact else " or more"
-        raise too_many_tokens(state, f"{error.num_tokens}{more}", field) from error
+        raise too_many_tokens(state, error.count, field) from error
     except ValueError as error:
         raise ApiError(400, f"{field}: {error}", param=field) from error
 
