@@ -165,10 +165,16 @@ class LLMEngine:
         """
         return self._admission.validate(prompt_token_ids, params)
 
+    def prepare_grammars(self) -> None:
+        """Make now what the first structured output would wait for."""
+        self._admission.grammars.prepare()
+
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> None:
         """Queue a request; its n outputs are told apart by `RequestOutput.index`.
+
+        A grammar that `validate` would refuse ends the request with an error instead.
 
         Raises:
             ValueError: see `validate`; or an unfinished request has the same id.
@@ -212,6 +218,9 @@ class LLMEngine:
             return []
         begin = time.perf_counter()
         scheduled = self._scheduler.schedule()
+        # nothing runs, so nobody waits for more than the request whose grammar it is
+        while not scheduled and self._admission.grammars.wait():
+            scheduled = self._scheduler.schedule()
         if not scheduled:
             raise RuntimeError(
                 f"the scheduler found nothing to run with {len(self._requests)} unfinished "

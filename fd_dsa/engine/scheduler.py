@@ -34,6 +34,8 @@ class Scheduler:
         - A request is admitted when a row is free and the blocks of all its known tokens are
           free or cached, with one block to spare for each running request; strictly in order of
           arrival. So every running request has arrived before every waiting one.
+        - A request whose grammar is being compiled, in another thread, is not admitted, nor are
+          those after it: within 0.2 s they are, and running ones go on.
         - The outputs of one request arrive one behind the other. While one of them computes the
           prompt the next ones, and all behind them, are not admitted; then they take its blocks.
         - Tokens whose blocks are cached count as computed when a request is admitted, for the
@@ -101,7 +103,8 @@ class Scheduler:
     def schedule(self) -> list[Request]:
         """Requests of the next step in ascending slot order, `num_scheduled_tokens` set.
 
-        Empty only when there is no request.
+        Empty only when there is no request, or the first one's grammar is being compiled and
+        nothing runs.
         """
         self._scheduled = []
         decoding: list[Request] = []
@@ -166,7 +169,8 @@ class Scheduler:
 
     def _admit(self, budget: int) -> None:
         """Start waiting requests in order of arrival while rows, blocks and tokens last."""
-        while budget > 0 and self._waiting and self._spare_logits > 0:
+        # asked first: the grammar of the next request is compiled while it waits for a row
+        while self._waiting and self._waiting[0].is_ready and budget > 0 and self._spare_logits > 0:
             request = self._waiting[0]
             # the blocks of running requests; what is cached never covers all tokens
             spare = len(self._running)

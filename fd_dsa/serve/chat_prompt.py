@@ -19,6 +19,7 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.serve.answer_size import check_answer_size, most_scored_tokens
 from fd_dsa.serve.errors import ApiError, request_error
 from fd_dsa.serve.generation import Job, check_jobs, resolve_max_tokens
+from fd_dsa.serve.prompt_text import check_bytes, encode_prompt
 from fd_dsa.serve.protocol import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
@@ -37,7 +38,7 @@ def make_job(
     tokenizer = state.engine.tokenizer
     renderer = _renderer(state, body)
     tool_format = _tool_format(state, body, renderer)
-    text = _render(renderer, body)
+    text = _render(state, renderer, body)
     answer = AnswerFormat(
         has_reasoning=has_reasoning(state.chat.reasoning_parser, renderer.source),
         in_reasoning=opens_reasoning(
@@ -47,7 +48,7 @@ def make_job(
         schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
     )
     _check_reasoning(body, answer)
-    prompt = _encode(state, text)
+    prompt = encode_prompt(state, text, "messages", add_special_tokens=False)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
@@ -66,7 +67,7 @@ def make_job(
     )
     job = Job(request_id, prompt, params)
     check_answer_size(limit, [job], body, tells_prompt_once=True)
-    check_jobs(state, [job], "messages")
+    (job,) = check_jobs(state, [job], "messages")
     return job, answer
 
 
@@ -89,15 +90,8 @@ def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list
     """
     renderer = _renderer(state, body)
     _tool_format(state, body, renderer)
-    return _encode(state, _render(renderer, body))
-
-
-def _encode(state: ServerState, text: str) -> list[int]:
-    """Token ids of a rendered conversation."""
-    try:
-        return state.engine.tokenizer.encode(text, add_special_tokens=False)
-    except ValueError as error:
-        raise ApiError(400, f"messages: {error}", param="messages") from error
+    text = _render(state, renderer, body)
+    return encode_prompt(state, text, "messages", add_special_tokens=False)
 
 
 def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatRenderer:
@@ -153,8 +147,14 @@ def _tool_format(
     return found
 
 
-def _render(renderer: ChatRenderer, body: ChatCompletionRequest) -> str:
-    """The prompt's text; with `tool_choice` none the model is not told of tools."""
+def _render(state: ServerState, renderer: ChatRenderer, body: ChatCompletionRequest) -> str:
+    """The prompt's text; with `tool_choice` none the model is not told of tools.
+
+    Raises:
+        ApiError: 400, the messages are too long for a prompt, or cannot be rendered.
+    """
+    # before the template copies them
+    check_bytes(state, (message.content or "" for message in body.messages), "messages")
     offered = body.tools if body.tools and body.choice.mode != "none" else []
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt

@@ -19,7 +19,7 @@ from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.descriptors import connection_limit
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.heaps import share_heaps
-from fd_dsa.serve.logs import open_missing_streams, set_up_logging
+from fd_dsa.serve.logs import set_up_logging
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -138,8 +138,10 @@ def _show_plan(args: argparse.Namespace) -> int:
 
     from fd_dsa.engine.plan import make_plan
     from fd_dsa.serve.chat_formats import chat_formats
+    from fd_dsa.serve.options import ServerOptions
 
     plan = make_plan(config)
+    options = ServerOptions(max_prompt_bytes=args.max_prompt_bytes)
     server = {
         "engine": "embedded",
         "host": args.host,
@@ -148,6 +150,7 @@ def _show_plan(args: argparse.Namespace) -> int:
         "max_body_bytes": args.max_body_size,
         "max_body_values": args.max_body_values,
         "max_answer_scores": args.max_answer_scores,
+        "max_prompt_bytes": options.prompt_bytes(plan.max_model_len),
         "max_concurrency": args.max_concurrency,
         "max_connections": connection_limit(getattr(args, "max_connections", None)),
         "shutdown_timeout": args.shutdown_timeout,
@@ -213,6 +216,7 @@ def _server_options(args: argparse.Namespace, bound: str) -> ServerOptions:
         api_keys=tuple(getattr(args, "api_key", None) or ()),
         max_body_bytes=args.max_body_size,
         max_body_values=args.max_body_values,
+        max_prompt_bytes=args.max_prompt_bytes,
         max_answer_scores=args.max_answer_scores,
         max_concurrency=args.max_concurrency,
         max_connections=connection_limit(getattr(args, "max_connections", None)),

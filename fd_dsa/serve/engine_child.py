@@ -23,11 +23,12 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.wire import pack_outputs
+from fd_dsa.environment import open_missing_streams
 from fd_dsa.errors import describe_error
 from fd_dsa.serve.engine_process import NotStarted, Phase, Ready, Settings
 from fd_dsa.serve.heaps import share_heaps
 from fd_dsa.serve.info import INFO, engine_info
-from fd_dsa.serve.logs import open_missing_streams, set_up_logging
+from fd_dsa.serve.logs import set_up_logging
 
 # between two messages about the same phase
 _PHASE_INTERVAL_S = 0.1

@@ -18,6 +18,8 @@ DEFAULT_MAX_BODY_VALUES = 1 << 21
 DEFAULT_MAX_ANSWER_SCORES = 1 << 19
 """Log-probabilities of an answer; some 40 MiB of JSON."""
 DEFAULT_MAX_CONCURRENCY = 512
+PROMPT_BYTES_PER_TOKEN = 16
+"""Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -146,7 +148,7 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-body-size",
         metavar="BYTES",
-        type=_body_bytes,
+        type=_size,
         default=DEFAULT_MAX_BODY_BYTES,
         help="longest body of a request, for example 32M; longer ones are a 413 (default: 16M)",
     )
@@ -165,6 +167,14 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
         default=DEFAULT_MAX_ANSWER_SCORES,
         help="log-probabilities that an answer may have, over all of its choices; more are a 400 "
         "(default: 524288)",
+    )
+    group.add_argument(
+        "--max-prompt-bytes",
+        metavar="BYTES",
+        type=_size,
+        default=None,
+        help="longest text of a prompt, in UTF-8; longer ones are a 400 before they are tokenized "
+        f"(default: {PROMPT_BYTES_PER_TOKEN} for each token of --max-model-len)",
     )
     group.add_argument(
         "--max-concurrency",
@@ -340,7 +350,7 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _body_bytes(text: str) -> int:
+def _size(text: str) -> int:
     """A size of at least one byte."""
     try:
         size = parse_bytes(text)

@@ -72,6 +72,7 @@ async def server_info(
         "max_concurrency": options.max_concurrency,
         "max_connections": options.max_connections,
         "max_body_bytes": options.max_body_bytes,
+        "max_prompt_bytes": options.prompt_bytes(engine.max_model_len),
         "has_chat_template": engine.tokenizer.has_chat_template,
         **chat_formats(engine.tokenizer, options.chat),
         "enable_prefix_caching": config.enable_prefix_caching,

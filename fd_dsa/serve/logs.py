@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,16 +17,6 @@ _ACCESS = "uvicorn.access"
 _SERVER = "fd_dsa.serve"
 _REPEAT_S = 1.0
 _MAX_KINDS = 1000
-
-
-def open_missing_streams() -> None:
-    """Where the process was started without stdout or stderr, nobody reads, but all may write.
-
-    Their numbers would go to the next files that are opened, such as a client's connection.
-    """
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
 def set_up_logging(level: str, *, as_json: bool = False) -> None:

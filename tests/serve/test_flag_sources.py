@@ -56,7 +56,7 @@ VALUES: dict[str, Any] = {
     "cudagraph-capture-sizes": [1, 8],
     "data-parallel-size": 2,
     "load-format": "dummy",
-    "max-body-size": "2M",
+    **dict.fromkeys(("max-body-size", "max-prompt-bytes"), "2M"),
     **dict.fromkeys(("max-body-values", "max-answer-scores"), 6),
     "max-connections": 9,
     "kv-cache-memory-bytes": "8G",
@@ -209,6 +209,8 @@ def test_a_variable_that_is_nearly_a_flag_is_told(monkeypatch: pytest.MonkeyPatc
         # of a script whose variable is not set
         (["--api-key", ""], "--api-key: allowed is a text of one character or more"),
         (["--api-key", "secret\n"], "--api-key: allowed is a text of one character or more"),
+        (["--max-prompt-bytes", "0"], "--max-prompt-bytes: got '0'; allowed is 1 byte or more"),
+        (["--max-prompt-bytes", "long"], "--max-prompt-bytes: size 'long': allowed are a number"),
         (["--host", ""], "--host: got ''; allowed is a name or an address, 0.0.0.0 for all"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size/-tp: got '0'; allowed is a who"),
         (["--data-parallel-size", "-1"], "--data-parallel-size: got '-1'; allowed is a whole num"),

@@ -84,6 +84,8 @@ NO_COUNTERPART = {
     "max_answer_scores": "FastDeploy has no such flag",
     "max_connections": "FastDeploy does not limit connections; put a proxy in front that does",
     "allowed_host": "FastDeploy does not look at the Host header; put a proxy that does in front",
+    "max_prompt_bytes": "FastDeploy tokenizes texts of any length; put a proxy with a limit of "
+    "bodies in front of it",
     "log_requests": "FastDeploy writes its requests to log/api_server.log in any case",
     "log_json": "FastDeploy's log has one form",
     "disable_ui": "FastDeploy's server has no page to leave out",
