@@ -297,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [name for name in (QUICK if args.quick else CASES) if args.case in name]
     if not names:
         parser.error(f"--case: no kind has {args.case!r} in its name: {', '.join(CASES)}")
+    # an end that is asked for goes through the blocks that end the processes
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     repeats = args.repeats or (1 if args.quick else 3)
     with neighbours(args.neighbour):
         records = siege(names, repeats, args.large, bounds)
