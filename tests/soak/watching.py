@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import resource
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import Any
 
 HOST = "127.0.0.1"
 EVERY_S = 0.05
+# a server that takes more is killed, so that the machine of the test lives
+MOST_BYTES = 6 * 2**30
 # of an anonymous mapping at the start: what the memory plan has, weights and caches
 PLANNED_BYTES = 100 * 2**20
 PAGE_BYTES = resource.getpagesize()
@@ -138,7 +142,7 @@ class Watch:
 
     Args:
         port: of the server, on this machine.
-        pid: of its process.
+        pid: of its process, the first of its group.
         body: of POST /v1/completions, a long stream.
 
     Attributes:
@@ -152,7 +156,8 @@ class Watch:
         self.tokens, self.probes = Spans(), Spans()
         self.faults: list[str] = []
         self.memory = Memory(pid)
-        self._port, self._body = port, json.dumps({**body, "stream": True}).encode()
+        self._port, self._pid = port, pid
+        self._body = json.dumps({**body, "stream": True}).encode()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Watch:
@@ -213,6 +218,10 @@ class Watch:
         """The memory, and now and then the processes."""
         for number in range(10**9):
             self.memory.sample(look_for_processes=number % 10 == 0)
+            if self.memory.resident() > MOST_BYTES:
+                self.faults.append(f"killed with {self.memory.peak / 2**30:.1f} GiB resident")
+                os.killpg(self._pid, signal.SIGKILL)
+                return
             await asyncio.sleep(EVERY_S)
 
 
