@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fd_dsa.engine.tokenizer import Tokenizer
 from tests.serve.test_end_to_end import Server, serving
 from tests.soak import large_model, siege
 from tests.soak.siege_cases import CASES
@@ -21,9 +22,22 @@ pytestmark = pytest.mark.slow
 STALL_S = 1.5
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the large model."""
+    return large_model.write_model(tmp_path_factory.mktemp("large"))
+
+
 @pytest.mark.parametrize("name", siege.QUICK)
 def test_no_kind_of_request_holds_the_others_up(name: str, tmp_path: Path) -> None:
     record = siege.run_case(name, tmp_path, siege.DEMO, siege.BUSY)
+    assert record.broken(siege.BUSY) == [], record
+
+
+def test_a_long_text_for_a_long_context_holds_nobody_up(large: Path, tmp_path: Path) -> None:
+    """Here 15 MB may be a prompt that fits: of tokens as long as the longest one."""
+    name = "15 MB of prose to /tokenize"
+    record = siege.run_case(name, tmp_path, siege.LARGE, siege.BUSY, str(large))
     assert record.broken(siege.BUSY) == [], record
 
 
@@ -65,12 +79,12 @@ def test_the_page_is_made_from_the_committed_results() -> None:
         assert {row["case"] for row in result["rows"]} <= CASES.keys()
 
 
-def test_the_large_tokenizer_has_the_real_size(tmp_path: Path) -> None:
-    from fd_dsa.engine.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.from_folder(large_model.write_model(tmp_path))
+def test_the_large_tokenizer_has_the_real_size(large: Path) -> None:
+    tokenizer = Tokenizer.from_folder(large)
     assert tokenizer.vocab_size == large_model.VOCAB_SIZE == tokenizer.highest_token_id + 1
     text = "The server answers 12345 requests. 服务器 <｜user｜>\n    return x  "
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert len(ids) < len(text) / 2
+    longest = max(map(len, tokenizer.token_bytes or []))
+    assert longest >= large_model.LONGEST_RUN
