@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,7 +42,7 @@ LARGE = Facts(large_model.MAX_MODEL_LEN, large_model.VOCAB_SIZE)
 STREAM = {"prompt": "Once upon a time", "temperature": 0, "ignore_eos": True}
 PROMPT_ROOM = 32
 MIB = 2**20
-FIRST_TOKEN_WITHIN_S = 60.0
+FIRST_WITHIN_S = 60.0
 # without an attack, for the gap that the machine itself makes
 ALONE_S = 3.0
 # after the last answer: what it left to do is part of it
@@ -95,7 +95,7 @@ QUICK = (
 
 @dataclass
 class Record:
-    """What one repeat has shown.
+    """What one repeat has shown; None where it did not come so far.
 
     Attributes:
         case: name of the kind.
@@ -105,23 +105,23 @@ class Record:
         alone_s: longest gap before the attack.
         growth_mib, left_mib: memory beyond that before at most, and once it has settled.
         log_kib: growth of the log.
-        drain_s: from SIGTERM to the end of the process; None where it had to be killed.
-        status: of the process, None likewise.
-        faults: probes and streams that failed.
+        drain_s: from SIGTERM to the end of the process.
+        status: of the process.
+        faults: what else was wrong, such as a probe or a stream that failed.
     """
 
     case: str
-    answers: dict[str, int]
-    attack_s: float
-    health_s: float
-    gap_s: float
-    alone_s: float
-    growth_mib: float
-    left_mib: float
-    log_kib: float = 0.0
+    answers: dict[str, int] = field(default_factory=dict)
+    attack_s: float | None = None
+    health_s: float | None = None
+    gap_s: float | None = None
+    alone_s: float | None = None
+    growth_mib: float | None = None
+    left_mib: float | None = None
+    log_kib: float | None = None
     drain_s: float | None = None
     status: int | None = None
-    faults: Sequence[str] = ()
+    faults: list[str] = field(default_factory=list)
 
     def broken(self, bounds: Bounds) -> list[str]:
         """What is out of bounds, a phrase each."""
@@ -129,7 +129,7 @@ class Record:
         for name in ("health_s", "gap_s", "growth_mib", "left_mib", "log_kib", "drain_s"):
             value, most = getattr(self, name), getattr(bounds, name)
             if value is None or value > most:
-                shown = "nothing" if value is None else f"{value:.2f}"
+                shown = "missing" if value is None else f"{value:.2f}"
                 found.append(f"{name} is {shown}, at most {most:g}")
         if self.status != 0:
             found.append(f"the process ended with status {self.status}")
@@ -182,15 +182,16 @@ async def attacking(case: str, port: int, facts: Facts, bounds: Bounds) -> Async
         await process.wait()
 
 
-async def besiege(case: str, server: Server, facts: Facts, bounds: Bounds) -> Record:
+async def besiege(record: Record, server: Server, facts: Facts, bounds: Bounds) -> None:
     """Let one kind of request at a running server, which has ended afterwards."""
     port = urlsplit(server.url).port
     assert port is not None
-    async with attacking(case, port, facts, bounds) as attacker:
+    async with attacking(record.case, port, facts, bounds) as attacker:
         body = STREAM | {"max_tokens": facts.max_model_len - PROMPT_ROOM}
         async with Watch(port, server.process.pid, body) as watch:
-            assert await watch.until(lambda: watch.tokens.begin is not None, FIRST_TOKEN_WITHIN_S)
-            record = await _attack(case, attacker, watch, server, bounds)
+            has_begun = await watch.until(lambda: watch.tokens.begin is not None, FIRST_WITHIN_S)
+            assert has_begun, "no first token"
+            await _attack(record, attacker, watch, server, bounds)
         attacker.send()
         # a server that reads slowly gets the signal before it has read all
         with contextlib.suppress(asyncio.TimeoutError):
@@ -202,42 +203,36 @@ async def besiege(case: str, server: Server, facts: Facts, bounds: Bounds) -> Re
             limit = bounds.drain_s + EXIT_MARGIN_S
             record.status = await asyncio.to_thread(server.process.wait, limit)
             record.drain_s = time.monotonic() - begin
-    return record
+            if not await watch.until(lambda: not watch.memory.resident(), AFTERWARDS_S):
+                record.faults.append("a process is left after the server's end")
 
 
 async def _attack(
-    case: str, attacker: Attacker, watch: Watch, server: Server, bounds: Bounds
-) -> Record:
+    record: Record, attacker: Attacker, watch: Watch, server: Server, bounds: Bounds
+) -> None:
     """The requests, and what the watch has seen of them."""
     begin = time.monotonic()
     await asyncio.sleep(ALONE_S)
-    alone_s = watch.tokens.longest_s(begin)
+    record.alone_s = watch.tokens.longest_s(begin)
     memory, log = watch.memory, server.log.stat().st_size
     before, planned = memory.resident(), memory.planned()
     memory.peak, begin = 0, time.monotonic()
+
+    def growth_mib(resident: int) -> float:
+        return (resident - memory.planned() - before + planned) / MIB
+
     attacker.send()
     result = await attacker.result(bounds.patience_s + MAKE_WITHIN_S)
     await asyncio.sleep(AFTERWARDS_S)
-
-    def left() -> float:
-        return (memory.resident() - memory.planned() - before + planned) / MIB
-
-    record = Record(
-        case,
-        result["answers"],
-        result["seconds"],
-        watch.probes.longest_s(begin),
-        watch.tokens.longest_s(begin),
-        alone_s,
-        growth_mib=(memory.peak - memory.planned() - before + planned) / MIB,
-        left_mib=left(),
-        log_kib=(server.log.stat().st_size - log) / 1024,
-        faults=list(watch.faults),
-    )
+    record.answers, record.attack_s = result["answers"], result["seconds"]
+    record.health_s = watch.probes.longest_s(begin)
+    record.gap_s = watch.tokens.longest_s(begin)
+    record.growth_mib = growth_mib(memory.peak)
+    record.log_kib = (server.log.stat().st_size - log) / 1024
+    record.faults += watch.faults
     if not watch.probes.has_stalled(FROZEN_S):
-        await watch.until(lambda: left() <= bounds.left_mib, bounds.settle_s)
-        record.left_mib = left()
-    return record
+        await watch.until(lambda: growth_mib(memory.resident()) <= bounds.left_mib, bounds.settle_s)
+    record.left_mib = growth_mib(memory.resident())
 
 
 def run_case(case: str, folder: Path, facts: Facts, bounds: Bounds, *flags: str) -> Record:
@@ -250,8 +245,14 @@ def run_case(case: str, folder: Path, facts: Facts, bounds: Bounds, *flags: str)
         bounds: whose patience counts.
         flags: of the server, beside the default ones.
     """
-    with serving(folder, *flags, open_files=CASES[case].open_files) as server:
-        return asyncio.run(besiege(case, server, facts, bounds))
+    record = Record(case)
+    try:
+        with serving(folder, *flags, open_files=CASES[case].open_files) as server:
+            asyncio.run(besiege(record, server, facts, bounds))
+    except (AssertionError, asyncio.TimeoutError) as error:
+        # the other kinds are still worth their time
+        record.faults.append(repr(error))
+    return record
 
 
 @contextlib.contextmanager

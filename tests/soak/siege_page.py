@@ -23,9 +23,9 @@ HEAD = (
 
 
 def _most(rows: Sequence[dict[str, Any]], name: str, digits: int) -> str:
-    """The worst of the repeats."""
+    """The worst of the repeats; one without a figure is the worst."""
     values = [row[name] for row in rows]
-    return "killed" if None in values else f"{max(values):.{digits}f}"
+    return "none" if None in values else f"{max(values):.{digits}f}"
 
 
 def _row(case: str, rows: Sequence[dict[str, Any]]) -> str:

@@ -64,10 +64,16 @@ def test_a_server_that_stands_still_is_found(tmp_path: Path) -> None:
 def test_a_record_names_what_is_out_of_bounds() -> None:
     good = siege.Record("a", {"200": 1}, 1.0, 0.1, 0.1, 0.1, 10.0, 5.0, 1.0, 2.0, 0)
     assert good.broken(siege.FULL) == []
-    bad = siege.Record("a", {"200": 1}, 1.0, 0.6, 0.7, 0.1, 300.0, 60.0, 2000.0, None, None)
-    found = bad.broken(siege.FULL)
-    names = ("health_s", "gap_s", "growth_mib", "left_mib", "log_kib", "drain_s", "status")
-    assert [name for name in names if any(name in line for line in found)] == list(names)
+    bad = siege.Record("a", {"200": 1}, 1.0, 0.6, 0.7, 0.1, 300.0, 60.0, 2000.0, 36.0, 1, ["why"])
+    names = ("why", "health_s", "gap_s", "growth_mib", "left_mib", "log_kib", "drain_s", "status")
+    for record in (bad, siege.Record("a", faults=["why"])):
+        found = record.broken(siege.FULL)
+        assert [name for name in names if any(name in line for line in found)] == list(names)
+
+
+def test_a_server_that_does_not_start_is_found(tmp_path: Path) -> None:
+    record = siege.run_case(siege.QUICK[1], tmp_path, siege.DEMO, siege.BUSY, "--no-such-flag")
+    assert "unknown flag" in record.broken(siege.BUSY)[0] and record.drain_s is None
 
 
 def test_the_page_is_made_from_the_committed_results() -> None:
