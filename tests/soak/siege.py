@@ -139,8 +139,8 @@ class Record:
 class Attacker:
     """The process that sends; see `tests.soak.attacker`."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
+    def __init__(self, process: asyncio.subprocess.Process, patience_s: float) -> None:
+        self._process, self._patience_s = process, patience_s
 
     async def line(self, seconds: float) -> str:
         """The next line that it prints."""
@@ -154,18 +154,20 @@ class Attacker:
         assert self._process.stdin is not None
         self._process.stdin.write(b"go\n")
 
-    async def result(self, seconds: float) -> dict[str, Any]:
+    async def result(self) -> dict[str, Any]:
         """What was answered."""
-        while (line := await self.line(seconds)) == "sent":
+        while (line := await self.line(self._patience_s + MAKE_WITHIN_S)) == "sent":
             pass
         result: dict[str, Any] = json.loads(line)
         return result
 
 
 @contextlib.asynccontextmanager
-async def attacking(case: str, port: int, facts: Facts, bounds: Bounds) -> AsyncIterator[Attacker]:
+async def attacking(
+    case: str, port: int, facts: Facts, patience_s: float
+) -> AsyncIterator[Attacker]:
     """An attacker that has made its requests."""
-    arguments = [case, str(port), json.dumps(asdict(facts)), str(bounds.patience_s)]
+    arguments = [case, str(port), json.dumps(asdict(facts)), str(patience_s)]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.soak.attacker", *arguments),
         stdin=subprocess.PIPE,
@@ -173,7 +175,7 @@ async def attacking(case: str, port: int, facts: Facts, bounds: Bounds) -> Async
         cwd=ROOT,
     )
     try:
-        attacker = Attacker(process)
+        attacker = Attacker(process, patience_s)
         assert await attacker.line(MAKE_WITHIN_S) == "ready"
         yield attacker
     finally:
@@ -186,7 +188,8 @@ async def besiege(record: Record, server: Server, facts: Facts, bounds: Bounds) 
     """Let one kind of request at a running server, which has ended afterwards."""
     port = urlsplit(server.url).port
     assert port is not None
-    async with attacking(record.case, port, facts, bounds) as attacker:
+    patience_s = bounds.patience_s * CASES[record.case].patience
+    async with attacking(record.case, port, facts, patience_s) as attacker:
         body = STREAM | {"max_tokens": facts.max_model_len - PROMPT_ROOM}
         async with Watch(port, server.process.pid, body) as watch:
             has_begun = await watch.until(lambda: watch.tokens.begin is not None, FIRST_WITHIN_S)
@@ -222,7 +225,7 @@ async def _attack(
         return (resident - memory.planned() - before + planned) / MIB
 
     attacker.send()
-    result = await attacker.result(bounds.patience_s + MAKE_WITHIN_S)
+    result = await attacker.result()
     await asyncio.sleep(AFTERWARDS_S)
     record.answers, record.attack_s = result["answers"], result["seconds"]
     record.health_s = watch.probes.longest_s(begin)
