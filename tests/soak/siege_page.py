@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks._harness import RESULTS, ROOT, table_row, write_json
+from tests.soak.siege_cases import CASES
 
+ORDER = {name: place for place, name in enumerate(CASES)}
 PAGE = ROOT / "docs" / "operations.md"
 FOLDER = RESULTS / "siege"
 REGION = re.compile(r"(?<=<!-- siege: )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -75,9 +77,18 @@ def filled(page: str) -> str:
 
 
 def save(name: str, result: dict[str, Any]) -> None:
-    """Keep a result by its name, and write the page anew."""
+    """Keep a result by its name, and write the page anew.
+
+    Other kinds of an earlier result by that name stay where nothing else differs.
+    """
     FOLDER.mkdir(parents=True, exist_ok=True)
-    write_json(FOLDER / f"{name}.json", {"name": name} | result)
+    path, result = FOLDER / f"{name}.json", {"name": name} | result
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if all(earlier.get(key) == value for key, value in result.items() if key != "rows"):
+        cases = {row["case"] for row in result["rows"]}
+        others = [row for row in earlier["rows"] if row["case"] not in cases]
+        result["rows"] = sorted(others + result["rows"], key=lambda row: ORDER[row["case"]])
+    write_json(path, result)
     main()
 
 
