@@ -313,10 +313,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with neighbours(args.neighbour):
         records = siege(names, repeats, args.large, bounds)
     rows = [asdict(record) for record in records]
-    print("\n".join(["", *lines_of(rows)]))
     if args.save:
         result = {"env": environment(), "large": args.large, "neighbour": args.neighbour}
         save(args.save, result | {"repeats": repeats, "bounds": asdict(bounds), "rows": rows})
+    print("\n".join(["", *lines_of(rows)]))
     broken = Counter(record.case for record in records if record.broken(bounds))
     print(f"\n{len(broken)} of {len(names)} kinds out of bounds")
     return int(bool(broken) and not args.neighbour)
