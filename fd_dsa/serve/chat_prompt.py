@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.chat.grammar import forced_calls_grammar, json_behind_reasoning_grammar
@@ -154,15 +155,19 @@ def _render(state: ServerState, renderer: ChatRenderer, body: ChatCompletionRequ
         ApiError: 400, the messages are too long for a prompt, or cannot be rendered.
     """
     # before the template copies them
-    check_bytes(state, (message.content or "" for message in body.messages), "messages")
+    messages = [message.for_template() for message in body.messages]
+    texts = [{**message, "role": None} for message in messages]
+    check_bytes(state, _texts(texts), "messages")
     offered = body.tools if body.tools and body.choice.mode != "none" else []
+    tools = [tool.model_dump(exclude_unset=True) for tool in offered]
+    check_bytes(state, _texts(tools), "tools")
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
     try:
         return renderer.render(
-            [message.for_template() for message in body.messages],
+            messages,
             begins,
-            tools=[tool.model_dump(exclude_unset=True) for tool in offered],
+            tools=tools,
             continue_final_message=goes_on,
             **body.template_variables,
         )
@@ -171,6 +176,18 @@ def _render(state: ServerState, renderer: ChatRenderer, body: ChatCompletionRequ
         if of_kwargs.param is not None:
             raise of_kwargs from error
         raise ApiError(400, f"messages: {error}", param="messages") from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value but the names of fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _texts(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def _form(

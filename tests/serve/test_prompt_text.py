@@ -15,11 +15,18 @@ from tests.engine.fakes import make_engine
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete, error_of
+from tests.serve.test_tool_calls import V32, engine_of
 
 
 def chat(*contents: str) -> dict[str, Any]:
     """A conversation of the user's."""
     return {"messages": [{"role": "user", "content": content} for content in contents]}
+
+
+def assistant(**fields: Any) -> dict[str, Any]:
+    """A conversation with further fields in a message of the assistant's."""
+    user = {"role": "user", "content": ""}
+    return {"messages": [user, {"role": "assistant", "content": "", **fields}, user]}
 
 
 @pytest.mark.parametrize(
@@ -30,6 +37,8 @@ def chat(*contents: str) -> dict[str, Any]:
         ("/tokenize", {"prompt": "漢" * 34}, "prompt", 102),
         ("/tokenize", chat("a" * 60, "b" * 60), "messages", 120),
         ("/v1/chat/completions", chat("a" * 60, "b" * 60), "messages", 120),
+        ("/v1/chat/completions", assistant(reasoning_content="a" * 101), "messages", 101),
+        ("/v1/chat/completions", assistant(name=[{"deep": "a" * 101}]), "messages", 101),
         # the messages alone would fit
         ("/v1/chat/completions", chat("a" * 50, "b" * 48), "messages", 111),
     ],
@@ -45,6 +54,18 @@ def test_a_text_of_too_many_bytes_names_both_numbers(
         assert error["message"].startswith(f"{field}: has {num_bytes} bytes of text; allowed are")
         assert "at most 100, the --max-prompt-bytes" in error["message"]
         assert live.http.post("/tokenize", json={"prompt": "a" * 100}).status_code == 200
+
+
+def test_tools_are_texts_of_the_prompt_too() -> None:
+    function = {"name": "f", "description": "a" * 4000, "parameters": {"title": "b"}}
+    body = {**chat("a"), "tools": [{"type": "function", "function": function}]}
+    options = ServerOptions(max_prompt_bytes=4000)
+    with running(engine_of(V32), options=options) as live:
+        error = error_of(live.http.post("/v1/chat/completions", json=body), 400)
+        assert error["param"] == "tools"
+        assert "tools: has 4010 bytes of text; allowed are at most 4000" in error["message"]
+        unused = {**body, "tool_choice": "none"}
+        assert live.http.post("/v1/chat/completions", json=unused).status_code == 200
 
 
 def test_messages_that_are_too_long_reach_no_template() -> None:
