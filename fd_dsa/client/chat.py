@@ -366,7 +366,8 @@ class _Screen:
         """Print more of what is open, or begin with it."""
         if self._open is not stream:
             self.end_line()
+            # first, so that Ctrl-C finds the line open as soon as it is seen
+            self._open = stream
             stream.write(label)
         stream.write(text)
         stream.flush()
-        self._open = stream
