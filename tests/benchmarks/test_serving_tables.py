@@ -61,15 +61,30 @@ def test_growth(tmp_path: Path) -> None:
     ]
     result = {
         "host_time": [
-            {"sampling": "greedy", "sides": {"fd_dsa": {"us": us, "a_us": 37, "b_us": 2.6}}}
+            {
+                "vocab_size": 129280,
+                "sampling": "greedy",
+                "sides": {"fd_dsa": {"us": us, "a_us": 37, "b_us": 2.6}},
+            }
         ],
-        "pass_us": {"p50": 110.0},
+        "pass_us": {"4096": {"p50": 110.0}, "129280": {"p50": 4321.0}},
         "growth": {"cases": cases, "launches_a_layer": 14, "launches_are_linear": True},
     }
     text = rendered(tmp_path, "growth", result)
-    assert "| greedy | fd_dsa | 37 + 2.60 | 40.0 | 700 |" in text
+    assert "| 129,280 | greedy | fd_dsa | 37 + 2.60 | 40.0 | 700 |" in text
+    assert "of 256 rows alone takes 110 us (4,096) and 4,321 us (129,280)." in text
     assert "| 4 | 1 | 30 | 1 | 1,234 | 58 |" in text
     assert "Each further layer adds 14 launches." in text
+
+
+def test_sampler(tmp_path: Path) -> None:
+    case = {"spread": "normal", "sampling": "top-p 0.95", "ratio": 4.0}
+    case |= {"ms": {"fd_dsa": {"p50": 9.5}, "before": {"p50": 38.0}}}
+    case |= {"draws": 10016, "differing": 0}
+    result = {"cases": [case], "baseline": {"commit": "b" * 40, "dirty": False}}
+    text = rendered(tmp_path, "sampler", result)
+    assert "before: bbbbbbbbbbbb." in text
+    assert "| normal | top-p 0.95 | 38.0 | 9.50 | 4.00 | 0 of 10,016 |" in text
 
 
 def test_memory(tmp_path: Path) -> None:
@@ -102,9 +117,8 @@ def test_a_profile_before_and_now(tmp_path: Path) -> None:
 def test_the_engine_is_timed_with_all_requests_decoding() -> None:
     with Worker("benchmarks.workers.engine_host") as worker:
         for requests in (1, 40):
-            answer = worker.call(
-                op="host_us", requests=requests, sampling={"temperature": 0}, steps=3
-            )
+            case = {"requests": requests, "sampling": {"temperature": 0}, "steps": 3}
+            answer = worker.call(op="host_us", **case, vocab_size=129_280)
             assert len(answer["us"]) == 3 and min(answer["us"]) > 0
 
 
@@ -113,7 +127,7 @@ def test_a_worker_of_another_checkout_is_refused_where_that_has_no_package(tmp_p
         Worker("benchmarks.workers.engine_host", checkout=tmp_path) as worker,
         pytest.raises(RuntimeError, match="worker ended with status 1"),
     ):
-        worker.call(op="pass_us", requests=1, steps=1)
+        worker.call(op="pass_us", requests=1, steps=1, vocab_size=4096)
 
 
 def test_a_line_through_the_medians() -> None:
