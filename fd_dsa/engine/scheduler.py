@@ -16,7 +16,6 @@ from fd_dsa.engine.step_times import StepTimes
 _slot = attrgetter("slot")
 
 
-
 class BlockTables(Protocol):
     """Rows of block ids; the part of the input batch that the scheduler writes."""
 
