@@ -9,11 +9,12 @@ ARGS ?=
 # processes of `make test`; each may take 5 GB
 WORKERS ?= 2
 # each round of `make soak` draws new random cases; its other parts take the seed, so that another
-# one gives others. All of it in some minutes: make soak ROUNDS=1 CASES=200 SECONDS=10
+# one gives others. All of it in some minutes: make soak ROUNDS=1 CASES=200 SECONDS=10 SIEGE=--quick
 ROUNDS ?= 20
 CASES ?= 10000
 SEED ?= 0
 SECONDS ?= 600
+SIEGE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
@@ -35,7 +36,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.oracle
 	$(BIN)/python -m benchmarks.engine_cpu $(ARGS)
-	for name in server_overhead growth memory_use step_profile; do \
+	for name in server_overhead growth memory_use step_profile stream_gaps; do \
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # with the Python that holds torch for CUDA, not that of .venv
@@ -52,6 +53,8 @@ soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak.wire --first $(SEED)0000 --requests $(CASES)
 	$(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
 	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
+	$(BIN)/python -m tests.soak.siege $(SIEGE)
+	$(BIN)/python -m tests.soak.siege --large $(SIEGE)
 
 gpu-rig: $(VENV)/.dev
 	$(BIN)/python -m pytest -m gpu_rig $(ARGS)

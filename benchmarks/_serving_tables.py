@@ -61,22 +61,44 @@ def server_overhead(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stream_gaps(result: Result) -> str:
+    """Markdown of benchmarks/results/stream_gaps.json: a row for each target."""
+    head = ["target, ms", "gap p50, ms", "p99", "max", "first prompt of a fresh engine: p99", "max"]
+    head += ["seconds of the prompt", "prompts alone, tokens/s", "of those without a target"]
+    rows = []
+    for side in result["sides"]:
+        gaps, first, low_high = side["gap_ms"], side["first_gap_ms"], side["prompts_ratio_spread"]
+        cells = [three_digits(gaps[name]) for name in ("p50", "p99", "max")]
+        cells += [three_digits(first[name]) for name in ("p99", "max")]
+        cells += [three_digits(side["prompt_s"]["p50"]), f"{side['prompt_tokens_per_s']:.0f}"]
+        cells.append(f"{side['prompts_ratio']:.3f} ({low_high[0]:.3f}, {low_high[1]:.3f})")
+        rows.append([f"{side['target_ms']:g}" if side["target_ms"] else "none", *cells])
+    clock = "processor time of one thread" if result["clock"] == "processor" else "as by a watch"
+    about = (
+        f"{_where(result)} A stream beside a prompt of {result['prompt_tokens']:,} tokens, "
+        f"rounds after the first: {result['rounds']}; prompts alone: {result['alone'][0]} of "
+        f"{result['alone'][1]:,} tokens. Times are {clock}."
+    )
+    return "\n".join([about, *_table(head, rows)]) + "\n"
+
+
 def growth(result: Result) -> str:
     """Markdown of benchmarks/results/growth.json."""
     numbers = list(result["host_time"][0]["sides"]["fd_dsa"]["us"])
-    head = ["sampling", "package", "a + b a request, us", *(f"{n}, us" for n in numbers)]
+    head = ["vocabulary", "sampling", "package", "a + b a request, us"]
+    head += [f"{n}, us" for n in numbers]
     rows = []
     for entry in result["host_time"]:
         for label, side in entry["sides"].items():
             fit = f"{side['a_us']:.0f} + {side['b_us']:.2f}"
             times = [three_digits(side["us"][n]["p50"]) for n in numbers]
-            rows.append([entry["sampling"], label, fit, *times])
+            rows.append([f"{entry['vocab_size']:,}", entry["sampling"], label, fit, *times])
     lines = [_where(result), *_table(head, rows)]
-    lines += [
-        "",
-        f"A pass over the logits of {numbers[-1]} rows alone takes "
-        f"{three_digits(result['pass_us']['p50'])} us.",
-    ]
+    passes = " and ".join(
+        f"{three_digits(us['p50'])} us ({int(vocab_size):,})"
+        for vocab_size, us in result["pass_us"].items()
+    )
+    lines += ["", f"A pass over the logits of {numbers[-1]} rows alone takes {passes}."]
     found = result["growth"]
     head = ["layers", "rows", "context", "builds of the metadata", "its bytes", "launches a step"]
     rows = [
@@ -92,6 +114,23 @@ def growth(result: Result) -> str:
     if found["launches_are_linear"]:
         lines += ["", f"Each further layer adds {found['launches_a_layer']:.0f} launches."]
     return "\n".join(lines) + "\n"
+
+
+def sampler(result: Result) -> str:
+    """Markdown of benchmarks/results/sampler.json."""
+    head = ["logits", "sampling", "before, ms", "now, ms", "ratio", "tokens that differ"]
+    rows = [
+        [
+            case["spread"],
+            case["sampling"],
+            three_digits(case["ms"]["before"]["p50"]),
+            three_digits(case["ms"]["fd_dsa"]["p50"]),
+            f"{case['ratio']:.2f}",
+            f"{case['differing']} of {case['draws']:,}",
+        ]
+        for case in result["cases"]
+    ]
+    return "\n".join([_where(result), *_table(head, rows)]) + "\n"
 
 
 def memory_use(result: Result) -> str:

@@ -1,11 +1,12 @@
 """What grows when requests, layers and contexts do: host time, metadata and launches of a step.
 
-    python -m benchmarks.growth                         # about three minutes on 2 cores
+    python -m benchmarks.growth                         # about five minutes on 2 cores
     python -m benchmarks.growth --baseline CHECKOUT     # and the package of another checkout
 
 Host time is that of `LLMEngine.step` over a runner that does nothing: scheduling, the input batch,
-sampling, text and outputs of decode steps, as a + b * requests. With a baseline the two packages
-take turns. Metadata and launches are counted on tiny models whose layers, rows and contexts double.
+sampling, text and outputs of decode steps, as a + b * requests, with the demo model's vocabulary
+and with that of DeepSeek-V3.2. With a baseline the two packages take turns. Metadata and launches
+are counted on tiny models whose layers, rows and contexts double.
 Writes benchmarks/results/growth.json.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "top-p 0.95": {"temperature": 1, "top_p": 0.95},
     "top-k 50": {"temperature": 1, "top_k": 50},
 }
-ROUNDS, STEPS = 6, 25
+# vocabulary -> steps timed in a round
+STEPS = {4096: 25, 129_280: 5}
+ROUNDS = 6
 # what doubles, from a step of 2 layers, 1 row and 30 tokens of context
 STEP = {"layers": 2, "rows": 1, "context": 30}
 LAYERS = (2, 4, 8, 16)
@@ -38,19 +42,22 @@ CONTEXTS = (30, 60, 120)
 def host_times(sides: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
     """Microseconds of a step's host work for each way of sampling, the sides in turn."""
     found = []
-    for name, sampling in SAMPLING.items():
+    for (vocab_size, steps), (name, sampling) in product(STEPS.items(), SAMPLING.items()):
         times: dict[str, dict[int, list[float]]] = {
             label: {n: [] for n in REQUESTS} for label in sides
         }
-        for _ in range(rounds):
-            for requests in REQUESTS:
-                case = {"requests": requests, "sampling": sampling, "steps": STEPS}
-                for label, worker in sides.items():
-                    times[label][requests] += worker.call(op="host_us", **case)["us"]
-        entry = {"sampling": name, "sides": {label: _fitted(t) for label, t in times.items()}}
-        found.append(entry)
-        for label, side in entry["sides"].items():
-            print(f"{name:14} {label:8} {_line(side)}", flush=True)
+        for _, requests, (label, worker) in product(range(rounds), REQUESTS, sides.items()):
+            times[label][requests] += worker.call(
+                op="host_us",
+                requests=requests,
+                sampling=sampling,
+                steps=steps,
+                vocab_size=vocab_size,
+            )["us"]
+        fitted = {label: _fitted(t) for label, t in times.items()}
+        found.append({"vocab_size": vocab_size, "sampling": name, "sides": fitted})
+        for label, side in fitted.items():
+            print(f"{vocab_size:7} {name:14} {label:8} {_line(side)}", flush=True)
     return found
 
 
@@ -116,8 +123,14 @@ def main(argv: list[str] | None = None) -> int:
     }
     try:
         result["host_time"] = host_times(sides, args.rounds)
-        passes = sides["fd_dsa"].call(op="pass_us", requests=REQUESTS[-1], steps=STEPS)["us"]
-        result["pass_us"] = percentiles(passes)
+        result["pass_us"] = {
+            str(vocab_size): percentiles(
+                sides["fd_dsa"].call(
+                    op="pass_us", requests=REQUESTS[-1], steps=steps, vocab_size=vocab_size
+                )["us"]
+            )
+            for vocab_size, steps in STEPS.items()
+        }
     finally:
         for worker in sides.values():
             worker.close()

@@ -94,6 +94,14 @@ def _make_paddle_folder() -> None:
         ) from error
 
 
+def keep_tokenizers_in_their_thread() -> None:
+    """Let `tokenizers` do all work of a call in the calling thread; the engine needs the others.
+
+    A value of its variable TOKENIZERS_PARALLELISM that the user has set stays.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def has_nvidia_gpu() -> bool:
     """True where the NVIDIA driver shows this process a device; no driver call is made."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):

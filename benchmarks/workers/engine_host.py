@@ -50,13 +50,15 @@ class Engines:
 
         self._tokenizer = Tokenizer.from_folder(demo_model_path(), None)
 
-    def _decoding(self, requests: int, sampling: dict[str, Any], steps: int) -> Any:
+    def _decoding(
+        self, requests: int, sampling: dict[str, Any], steps: int, vocab_size: int
+    ) -> Any:
         """An engine whose requests all decode, and go on for so many steps."""
         from fd_dsa import SamplingParams
         from fd_dsa.engine.engine import LLMEngine
 
         engine = LLMEngine(
-            IdleRunner(requests, self._tokenizer.vocab_size),
+            IdleRunner(requests, vocab_size),
             self._tokenizer,
             num_blocks=requests * _MAX_MODEL_LEN // _BLOCK_SIZE,
             block_size=_BLOCK_SIZE,
@@ -75,9 +77,11 @@ class Engines:
             engine.step()
         return engine
 
-    def host_us(self, requests: int, sampling: dict[str, Any], steps: int) -> dict[str, Any]:
+    def host_us(
+        self, requests: int, sampling: dict[str, Any], steps: int, vocab_size: int
+    ) -> dict[str, Any]:
         """Microseconds of each of `steps` decode steps of so many requests."""
-        engine = self._decoding(requests, sampling, steps)
+        engine = self._decoding(requests, sampling, steps, vocab_size)
         times = []
         for _ in range(steps):
             begin = time.perf_counter()
@@ -87,9 +91,9 @@ class Engines:
                 raise RuntimeError(f"a step gave {len(outputs)} of {requests} outputs")
         return {"us": times}
 
-    def pass_us(self, requests: int, steps: int) -> dict[str, Any]:
+    def pass_us(self, requests: int, steps: int, vocab_size: int) -> dict[str, Any]:
         """Microseconds of a pass over the logits alone, which no sampler can do without."""
-        logits = IdleRunner(requests, self._tokenizer.vocab_size).execute_model(np.arange(requests))
+        logits = IdleRunner(requests, vocab_size).execute_model(np.arange(requests))
         times = []
         for _ in range(steps):
             begin = time.perf_counter()

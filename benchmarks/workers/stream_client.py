@@ -26,7 +26,7 @@ class _Stream:
         """Connect; nothing is sent yet."""
         data = json.dumps(body).encode()
         self.request = (
-            b"POST /v1/completions HTTP/1.1\r\nHost: benchmark\r\nConnection: close\r\n"
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
         )
         self.socket = socket.create_connection((host, port))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
+from fd_dsa.engine.bad_words import BadSequences, BadWords
 from fd_dsa.engine.detokenizer import IncrementalDetokenizer, StopChecker
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.limits import RequestLimits
@@ -26,6 +27,10 @@ class Admission:
         limits: of the engine.
         eos_token_ids: tokens that end an output.
         seed: of requests that bring none.
+
+    Attributes:
+        limits: of the engine.
+        grammars: of all requests.
     """
 
     def __init__(
@@ -40,12 +45,12 @@ class Admission:
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
-        self._grammars = GrammarCompiler(tokenizer, limits.vocab_size, self._eos_token_ids)
+        self.grammars = GrammarCompiler(tokenizer, limits.vocab_size, self._eos_token_ids)
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Output tokens that a request may have; safe to call from any thread.
 
-        A grammar is compiled here, which may take 100 ms, and found again by `make_requests`.
+        A grammar is compiled here, which may take 100 ms: not for the engine's thread.
 
         Raises:
             ValueError: see `RequestLimits.validate` and `check_form`.
@@ -61,24 +66,27 @@ class Admission:
         Raises:
             ValueError: it cannot be compiled; begins with the name of the field.
         """
-        self._grammars.check(form)
+        self.grammars.check(form)
 
     def make_requests(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, arrival: int
     ) -> list[Request]:
         """The group of a request, of that arrival number and those behind it.
 
+        A grammar that cannot be compiled is not refused here; the request ends with an error.
+
         Raises:
             ValueError: see `validate`.
         """
-        max_tokens = self.validate(prompt_token_ids, params)
+        max_tokens = self.limits.validate(prompt_token_ids, params)
         prompt = [operator.index(token_id) for token_id in prompt_token_ids]
         end_token_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             end_token_ids |= self._eos_token_ids
         seed = derive_seed(self._seed, arrival) if params.seed is None else params.seed
         stops, keeps_stop = params.stop_strings, params.include_stop_str_in_output
-        bad_sequences = set(self._bad_sequences(params.bad_words or ()))
+        bad_words = BadWords.of(params.bad_words, self._tokenizer)
+        bad = None if bad_words is None else bad_words.sequences
         now = time.monotonic()
         group: list[Request] = []
         for index in range(params.n):
@@ -98,8 +106,8 @@ class Admission:
                 group=group,
             )
             if params.structured_outputs is not None:
-                request.grammar = self._grammars.new_matcher(params.structured_outputs)
-            request.rules = self._rules_of(request, bad_sequences)
+                request.grammar = self.grammars.new_matcher(params.structured_outputs)
+            request.rules = self._rules_of(request, bad)
             if params.logprobs is not None:
                 request.logprobs = OutputLogprobs()
             group.append(request)
@@ -114,27 +122,19 @@ class Admission:
             self._tokenizer, params.skip_special_tokens, before, params.kept_special_token_ids
         )
 
-    def _rules_of(self, request: Request, bad_sequences: set[tuple[int, ...]]) -> LogitRules | None:
+    def _rules_of(self, request: Request, bad: BadSequences | None) -> LogitRules | None:
         """The rules for a request's logits; None when its parameters change none."""
         params = request.params
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        bad = bad_sequences or params.bad_words_token_ids
-        others = params.logit_bias or bad or params.min_tokens or params.structured_outputs
+        bans = bad or params.bad_words_token_ids or params.min_tokens
+        others = params.logit_bias or bans or params.structured_outputs
         if penalties == (1, 0, 0) and not others:
             return None
         return LogitRules(
             params,
             request.prompt_token_ids,
             request.output_token_ids,
-            bad_sequences,
+            bad,
             request.end_token_ids,
             request.grammar,
         )
-
-    def _bad_sequences(self, words: Sequence[str]) -> Iterator[tuple[int, ...]]:
-        """Tokens of every bad word, as at the start of a text and as after a space."""
-        for word in words:
-            for text in (word, " " + word.lstrip()):
-                token_ids = self._tokenizer.encode(text, add_special_tokens=False)
-                if token_ids:
-                    yield tuple(token_ids)

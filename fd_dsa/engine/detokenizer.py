@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
 
@@ -147,14 +148,16 @@ class StopChecker:
     Args:
         stop_strings: non-empty strings, at least one.
         include_stop: show the completed stop string too.
+
+    Cost: new text is compared with each stop string once, whatever is held back; memory is that
+    of the strings, which all checkers share.
     """
 
     def __init__(self, stop_strings: Sequence[str], include_stop: bool = False) -> None:
-        """Keep the strings and all their beginnings."""
+        """Sort the strings, so that those with a common beginning are neighbours."""
         self._include_stop = include_stop
-        self._stops = tuple(stop_strings)
-        self._prefixes = frozenset(stop[:n] for stop in stop_strings for n in range(1, len(stop)))
-        self._max_held = max(len(stop) for stop in stop_strings) - 1
+        self._stops = sorted(stop_strings)
+        self._max_held = max(map(len, stop_strings)) - 1
         self._held = ""
 
     def append(self, text: str) -> tuple[str, str | None]:
@@ -164,19 +167,26 @@ class StopChecker:
         """
         if not text:
             return "", None
+        num_held = len(self._held)
         text = self._held + text
         self._held = ""
+        stops = self._stops
         ends = []
-        for stop in self._stops:
-            start = text.find(stop)
+        for stop in stops:
+            # what was held back has no whole stop string in it
+            first = num_held - len(stop) + 1
+            start = text.find(stop, first) if first > 0 else text.find(stop)
             if start >= 0:
                 ends.append((start + len(stop), start, stop))
         if ends:
             end, start, stop = min(ends)
             return text[: end if self._include_stop else start], stop
+        # all lengths that fail here are never tried again, as nothing held back can grow longer
         for length in range(min(self._max_held, len(text)), 0, -1):
-            if text[-length:] in self._prefixes:
-                self._held = text[-length:]
+            held = text[-length:]
+            place = bisect_left(stops, held)
+            if place < len(stops) and stops[place].startswith(held):
+                self._held = held
                 return text[:-length], None
         return text, None
 

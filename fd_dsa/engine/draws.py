@@ -1,190 +1,186 @@
-"""Draws from whole, top-k and top-p distributions, for many rows at once."""
+"""Draws of tokens from rows of logits, with or without min-p, top-k and top-p."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.top_candidates import PADDING, candidate_keys, key_ids, key_logits, marked_keys
+from fd_dsa.engine.nucleus import NucleusDraw
+from fd_dsa.engine.top_candidates import candidates, lower_bound
+from fd_dsa.engine.weights import BLOCK, weigh
 from fd_dsa.ops._host import Scratch
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
-UInt64 = npt.NDArray[np.uint64]
 
-UNDECIDED = -1
-"""Instead of a token where the nucleus of a row is wider than what was looked at."""
+UNUSABLE = -1
+"""Instead of a token where the largest logit of a row is NaN or infinite."""
 
-_BLOCK = 512
-_NUM_BUCKETS = 1024
-# e**-40 of the largest weight: what lies below shares the last bucket
-_LAST_BUCKET_AT = 40.0
+# a core's own cache holds about so many weights
+_CACHED_LOGITS = 2**18
+# bounds the temporaries where calls for each row would take longer than memory
+_GROUP_LOGITS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Logits and parameters of n rows.
+class Draws:
+    """Parameters of n draws.
 
     The weight of a token is exp((logit - largest) / temperature).
 
     Attributes:
-        logits: float32 [n, vocab_size], no NaN, no +inf.
-        largest: float32 [n], finite.
+        rows: int64 [n], ascending; row of logits of each draw.
         temperature: float64 [n], > 0.
+        min_p: float64 [n], in [0, 1]; 0 = off.
         top_k: int64 [n], below vocab_size; 0 = off.
-        top_p: float64 [n], in [0, 1].
+        top_p: float64 [n], in [0, 1]; 1 = off.
         uniform: float64 [n], in [0, 1).
     """
 
-    logits: Float32
-    largest: Float32
+    rows: Int64
     temperature: Float64
+    min_p: Float64
     top_k: Int64
     top_p: Float64
     uniform: Float64
 
-    def take(self, index: Int64) -> Rows:
-        """Some of the rows; without a copy of the logits when it is all of them."""
-        return Rows(
-            self.logits if len(index) == len(self.logits) else self.logits[index],
-            self.largest[index],
+    def take(self, index: Int64) -> Draws:
+        """Some of the draws."""
+        return Draws(
+            self.rows[index],
             self.temperature[index],
+            self.min_p[index],
             self.top_k[index],
             self.top_p[index],
             self.uniform[index],
         )
 
-    def key_weights(self, keys: UInt64) -> Float64:
-        """Weights of candidates [n, m], 0 for padding."""
-        scaled = key_logits(keys).astype(np.float64) - self.largest.astype(np.float64)[:, None]
-        weights: Float64 = np.exp(scaled / self.temperature[:, None])
-        return weights
+    def divisors(self) -> Float32 | None:
+        """Temperatures, float32 [n, 1]; None where all are 1."""
+        is_one = (self.temperature == 1).all()
+        return None if is_one else self.temperature.astype(np.float32)[:, None]
 
 
-class Weights:
-    """Weights of all tokens of n rows, in blocks so that a draw needs no running sum over all.
-
-    Args:
-        rows: whose weights.
-        scratch: where they are kept; one object at a time may use it.
-
-    Cost: three passes over the logits.
-    """
-
-    def __init__(self, rows: Rows, scratch: Scratch) -> None:
-        """Compute the weights."""
-        num_rows, vocab_size = rows.logits.shape
-        num_blocks = -(-vocab_size // _BLOCK)
-        padded = scratch.take("weights", (num_rows, num_blocks * _BLOCK), np.float32)
-        padded[:, vocab_size:] = 0
-        self._scratch = scratch
-        self._values = padded[:, :vocab_size]
-        self._blocks = padded.reshape(num_rows, num_blocks, _BLOCK)
-        with np.errstate(over="ignore"):
-            np.subtract(rows.logits, rows.largest[:, None], out=self._values)
-            np.divide(self._values, rows.temperature.astype(np.float32)[:, None], out=self._values)
-        np.exp(self._values, out=self._values)
-
-    def mass(self) -> Float64:
-        """Sum of each row; float64 [n]."""
-        total: Float64 = self._block_ends()[:, -1]
-        return total
-
-    def draw(self, uniform: Float64) -> Int64:
-        """Token of each row by inverse distribution function, first its block, then inside."""
-        ends = self._block_ends()
-        index = np.arange(len(ends))
-        target = uniform * ends[:, -1]
-        block = _first_above(ends, target)
-        begin = np.where(block > 0, ends[index, block - 1], 0.0)
-        inside = self._blocks[index, block].astype(np.float64).cumsum(axis=1)
-        return block * _BLOCK + _first_above(inside, target - begin)
-
-    def keep_nucleus(self, rows: Rows) -> None:
-        """Set the weights outside each row's top-p nucleus to 0, whatever its width.
-
-        Tokens are counted into buckets by their logit, so that only the bucket in which the mass
-        reaches its share has to be sorted.
-        """
-        index = np.arange(len(self._values))
-        shape = self._values.shape
-        buckets = self._buckets(rows)
-        values = self._scratch.take("wide", shape, np.float64)
-        values[...] = self._values
-        masses = np.bincount(buckets.ravel(), values.ravel(), len(index) * _NUM_BUCKETS)
-        ends = masses.reshape(len(index), _NUM_BUCKETS).cumsum(axis=1)
-        wanted = rows.top_p * ends[:, -1]
-        # the first bucket with which the mass is reached
-        last = (ends < wanted[:, None]).sum(axis=1)
-        above = np.where(last > 0, ends[index, last - 1], 0.0)
-        last_bucket = (last + index * _NUM_BUCKETS)[:, None]
-        marks = self._scratch.take("marks", shape, np.bool_)
-        np.equal(buckets, last_bucket, out=marks)
-        keys, counts = marked_keys(rows.logits, marks)
-        ranked = np.sort(keys, axis=1)
-        mass_to_rank = above[:, None] + rows.key_weights(ranked).cumsum(axis=1)
-        rank = np.minimum((mass_to_rank < wanted[:, None]).sum(axis=1), counts - 1)
-        # a product takes a fortieth of the time of putmask, whose branches no one can predict
-        np.less_equal(buckets, last_bucket, out=marks)
-        np.multiply(self._values, marks, out=self._values)
-        row, column = np.nonzero((keys > ranked[index, rank][:, None]) & (keys != PADDING))
-        self._values[row, key_ids(keys[row, column])] = 0
-
-    def _buckets(self, rows: Rows) -> Int64:
-        """Bucket of every token, never lower for a lower logit of the same row.
-
-        Returns:
-            int64 [n, vocab_size]; row * _NUM_BUCKETS + 0 .. _NUM_BUCKETS - 1.
-        """
-        shape = self._values.shape
-        depth = self._scratch.take("depth", shape, np.float32)
-        with np.errstate(over="ignore"):
-            np.subtract(rows.largest[:, None], rows.logits, out=depth)
-            np.divide(depth, rows.temperature.astype(np.float32)[:, None], out=depth)
-            span = np.clip(depth.max(axis=1), np.float32(1e-6), np.float32(_LAST_BUCKET_AT))
-            np.multiply(depth, (np.float32(_NUM_BUCKETS - 1) / span)[:, None], out=depth)
-        np.minimum(depth, _NUM_BUCKETS - 1, out=depth)
-        buckets = self._scratch.take("buckets", shape, np.int64)
-        np.copyto(buckets, depth, casting="unsafe")
-        buckets += np.arange(shape[0])[:, None] * _NUM_BUCKETS
-        return buckets
-
-    def _block_ends(self) -> Float64:
-        """Running sums over the blocks; float64 [n, num_blocks]."""
-        ends: Float64 = self._blocks.sum(axis=2).astype(np.float64).cumsum(axis=1)
-        return ends
-
-
-def draw_from_candidates(rows: Rows, mass: Float64, width: int) -> Int64:
-    """Tokens of rows with top-k, top-p or both, from their largest logits alone.
+def draw_tokens(logits: Float32, draws: Draws, scratch: Scratch) -> Int64:
+    """Token of each draw: min-p, then top-k, then top-p of what they left.
 
     Args:
-        rows: each with top_k > 0 or top_p < 1.
-        mass: float64 [n], sum of all weights of a row; not read where top_k > 0.
-        width: candidates looked at where top_k is 0.
+        logits: float32 [rows, vocab_size].
+        draws: n draws.
+        scratch: for temporaries as large as some rows.
 
     Returns:
-        int64 [n], UNDECIDED where top_k is 0 and the nucleus has more than the candidates.
+        int64 [n]; token ids or UNUSABLE.
     """
-    index = np.arange(len(rows.top_k))
-    has_top_k = rows.top_k > 0
-    keys, counts = candidate_keys(rows.logits, int(np.where(has_top_k, rows.top_k, width).max()))
-    ranked = np.sort(keys, axis=1)
-    mass_to_rank = rows.key_weights(ranked).cumsum(axis=1)
-    num_kept = np.where(has_top_k, rows.top_k, counts)
-    mass = np.where(has_top_k, mass_to_rank[index, num_kept - 1], mass)
-    wanted = rows.top_p * mass
-    nucleus = (mass_to_rank < wanted[:, None]).sum(axis=1) + 1
-    nucleus = np.where(rows.top_p < 1, np.minimum(nucleus, num_kept), num_kept)
-    last_key = ranked[index, nucleus - 1]
+    vocab_size = logits.shape[1]
+    is_cut = (draws.min_p > 0) | (draws.top_k > 0)
+    is_nucleus = ~is_cut & (draws.top_p < 1)
+    tokens = np.full(len(draws.rows), UNUSABLE, np.int64)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        for group in _groups(np.flatnonzero(is_cut), _GROUP_LOGITS // vocab_size):
+            tokens[group] = _draw_cut(logits, draws.take(group), scratch)
+        for index, draw in (
+            (np.flatnonzero(is_nucleus), _draw_nuclei),
+            (np.flatnonzero(~is_cut & ~is_nucleus), _draw_whole),
+        ):
+            if len(index):
+                tokens[index] = draw(logits, draws.take(index), scratch)
+    return tokens
+
+
+def rows_of(logits: Float32, rows: Int64) -> Float32:
+    """Some rows, in ascending order; a view where they are neighbours."""
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        return logits[rows[0] : rows[-1] + 1]
+    return logits[rows]
+
+
+def _groups(index: Int64, size: int) -> Iterator[Int64]:
+    """An index in parts of so many entries, at least one."""
+    size = max(size, 1)
+    return (index[begin : begin + size] for begin in range(0, len(index), size))
+
+
+def _draw_whole(logits: Float32, draws: Draws, scratch: Scratch) -> Int64:
+    """Draws from all tokens: first a block by the sums of all, then inside it."""
+    vocab_size, num_rows = logits.shape[1], len(draws.rows)
+    size = min(max(_CACHED_LOGITS // vocab_size, 1), num_rows)
+    padded = scratch.take("weights", (size, -(-vocab_size // BLOCK), BLOCK))
+    weights = padded.reshape(size, -1)
+    weights[:, vocab_size:] = 0
+    divisors, tokens = draws.divisors(), np.empty(num_rows, np.int64)
+    for begin in range(0, num_rows, size):
+        part = slice(begin, begin + size)
+        rows = rows_of(logits, draws.rows[part])
+        blocks, index = padded[: len(rows)], np.arange(len(rows))
+        largest = rows.max(axis=1)
+        divisor = None if divisors is None else divisors[part]
+        weigh(rows, largest[:, None], divisor, weights[: len(rows), :vocab_size])
+        ends = blocks.sum(axis=2).cumsum(axis=1, dtype=np.float64)
+        target = draws.uniform[part] * ends[:, -1]
+        block = _first_above(ends, target)
+        before = np.where(block > 0, ends[index, block - 1], 0.0)
+        inside = blocks[index, block].cumsum(axis=1, dtype=np.float64)
+        column = _first_above(inside, target - before)
+        tokens[part] = np.where(np.isfinite(largest), block * BLOCK + column, UNUSABLE)
+    return tokens
+
+
+def _draw_nuclei(logits: Float32, draws: Draws, scratch: Scratch) -> Int64:
+    """Draws with top-p alone."""
+    nucleus = NucleusDraw(logits.shape[1], scratch)
+    divisors = [None if t == 1 else np.float32(t) for t in draws.temperature]
+    tokens = []
+    for row, *parameters in zip(draws.rows, divisors, draws.top_p, draws.uniform, strict=True):
+        largest = np.maximum.reduce(logits[row])
+        usable = np.isfinite(largest)
+        tokens.append(nucleus.draw(logits[row], largest, *parameters) if usable else UNUSABLE)
+    return np.array(tokens)
+
+
+def _draw_cut(logits: Float32, draws: Draws, scratch: Scratch) -> Int64:
+    """Draws with min-p, top-k or both, and top-p of what they left."""
+    tokens = np.full(len(draws.rows), UNUSABLE, np.int64)
+    largest = rows_of(logits, draws.rows).max(axis=1)
+    usable = np.flatnonzero(np.isfinite(largest))
+    if not len(usable):
+        return tokens
+    draws, largest = draws.take(usable), largest[usable].astype(np.float64)
+    rows = rows_of(logits, draws.rows)
+    bounds = largest + draws.temperature * np.log(draws.min_p)
+    if draws.top_k.any():
+        few = lower_bound(rows, int(draws.top_k.max()))
+        bounds = np.maximum(bounds, np.where(draws.top_k > 0, few, -np.inf))
+    kept = candidates(rows, bounds, scratch)
+    weights = kept.logits - largest[:, None]
+    weights /= draws.temperature[:, None]
+    np.exp(weights, out=weights)
+    ranked = np.flatnonzero((draws.top_k > 0) | (draws.top_p < 1))
+    if len(ranked):
+        weights[ranked] *= _is_ranked(kept.logits[ranked], weights[ranked], draws.take(ranked))
     # in the order of ids, so that rounding in the logits moves no token's place in the sum
-    ends = np.where(keys <= last_key[:, None], rows.key_weights(keys), 0.0).cumsum(axis=1)
-    tokens = key_ids(keys[index, _first_above(ends, rows.uniform * ends[:, -1])])
-    is_too_few = ~has_top_k & (mass_to_rank[:, -1] < wanted)
-    return np.where(is_too_few, UNDECIDED, tokens)
+    ends = weights.cumsum(axis=1)
+    tokens[usable] = kept.ids(_first_above(ends, draws.uniform * ends[:, -1]))
+    return tokens
+
+
+def _is_ranked(logits: Float32, weights: Float64, draws: Draws) -> npt.NDArray[np.bool_]:
+    """Which candidates, [n, m], top-k and then top-p keep."""
+    index = np.arange(len(weights))
+    # stable, so that ties go to the lower id
+    order = np.argsort(-logits, axis=1, kind="stable")
+    mass = np.take_along_axis(weights, order, axis=1).cumsum(axis=1)
+    count = np.where(draws.top_k > 0, np.minimum(draws.top_k, mass.shape[1]), mass.shape[1])
+    wanted = draws.top_p * mass[index, count - 1]
+    nucleus = (mass < wanted[:, None]).sum(axis=1) + 1
+    count = np.where(draws.top_p < 1, np.minimum(nucleus, count), count)
+    keep = np.empty(weights.shape, np.bool_)
+    np.put_along_axis(keep, order, np.arange(mass.shape[1]) < count[:, None], axis=1)
+    return keep
 
 
 def _first_above(ends: Float64, target: Float64) -> Int64:

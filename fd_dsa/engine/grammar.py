@@ -10,17 +10,20 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.structured_outputs import Kind, StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.environment import usable_cpus
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 # compiled grammars that are kept for requests with the same one, each of up to 30 MB
 _NUM_KEPT = 32
+_Key = tuple[Kind, str]
 _MAX_LEXER_STATES = 25_000
 # what llguidance says of a lexer that has come to its limits
 _WORN_OUT = ("LexerTooComplex", "InternalError")
@@ -62,52 +66,64 @@ class CompiledGrammar:
 
 
 class GrammarMatcher:
-    """Follows one output through its grammar.
+    """Follows one output through its grammar; for the thread that steps the engine.
 
     Args:
-        find: gives the compiled grammar; given True, one that no output has used. Called when the
-            first mask is asked for, so that requests which wait hold nothing.
-        buffer: int32, one bit for every token that llguidance knows; shared, since a mask is
-            copied from it at once.
-        free: int32, the bits of the tokens that may come before the grammar begins.
-        after_token_id: the grammar begins behind this token; None = with the output.
+        compiler: has or makes the compiled grammar, when the output is about to begin: requests
+            that wait hold nothing.
+        params: the grammar.
     """
 
-    def __init__(
-        self,
-        find: Callable[[bool], CompiledGrammar],
-        buffer: npt.NDArray[np.int32],
-        free: npt.NDArray[np.int32],
-        after_token_id: int | None = None,
-    ) -> None:
+    def __init__(self, compiler: GrammarCompiler, params: StructuredOutputsParams) -> None:
         """At the beginning of the output."""
-        self._free = free
-        self._awaited = after_token_id
-        self._find = find
+        self._compiler = compiler
+        self._params = params
+        self._awaited = params.after_token_id
         self._compiled: CompiledGrammar | None = None
         self._copy: LLMatcher | None = None
+        self._failure: str | None = None
         self._taken: list[int] = []
-        self._buffer = buffer
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the output can begin; False while another thread compiles the grammar.
+
+        True also where that has failed: no token may come then, and `error` has the reason.
+        """
+        if self._copy is None and self._failure is None:
+            try:
+                compiled = self._compiler.poll(self._params)
+            except ValueError as error:
+                self._failure = str(error)
+            else:
+                if compiled is None:
+                    return False
+                self._begin(compiled)
+        return True
 
     @property
     def _matcher(self) -> LLMatcher:
         """Of llguidance, where the output stands."""
-        return self._begin(False) if self._copy is None else self._copy
+        return self._copy or self._begin(self._compiler.find(self._params))
 
-    def _begin(self, anew: bool) -> LLMatcher:
+    def _begin(self, compiled: CompiledGrammar) -> LLMatcher:
         """A copy of the compiled grammar for this output alone."""
-        self._compiled = self._find(anew)
-        self._copy = self._compiled.matcher.deep_copy()
+        self._compiled = compiled
+        self._copy = compiled.matcher.deep_copy()
         return self._copy
 
     @property
     def is_finished(self) -> bool:
         """True when nothing can follow, or the end of sequence was taken."""
+        if self._failure is not None:
+            return False
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     @property
     def error(self) -> str | None:
         """Why the grammar cannot be followed any more: it is too complex or has no way on."""
+        if self._failure is not None:
+            return self._failure
         return _told(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def fill_bitmask(self, bitmask: npt.NDArray[np.int32]) -> None:
@@ -116,13 +132,16 @@ class GrammarMatcher:
         The end of sequence may come only where the grammar is complete. After an error nothing
         may come.
         """
+        if self._failure is not None:
+            bitmask[:] = 0
+            return
         if self._awaited is not None:
-            bitmask[:] = self._free[: len(bitmask)]
+            bitmask[:] = self._compiler.free[: len(bitmask)]
             return
         self._compute_mask()
         if self._matcher.is_error() and self._is_renewed():
             self._compute_mask()
-        bitmask[:] = 0 if self._matcher.is_error() else self._buffer[: len(bitmask)]
+        bitmask[:] = 0 if self._matcher.is_error() else self._compiler.buffer[: len(bitmask)]
 
     def accept(self, token_id: int) -> bool:
         """Take a token of the output; returns `is_finished`."""
@@ -137,25 +156,29 @@ class GrammarMatcher:
 
     def _compute_mask(self) -> None:
         """Let llguidance write the mask into the buffer."""
-        self._matcher.unsafe_compute_mask_ptr(self._buffer.ctypes.data, self._buffer.nbytes)
+        buffer = self._compiler.buffer
+        self._matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
 
     def _is_renewed(self) -> bool:
         """Begin anew where the states that outputs of one grammar share have come to their limit.
 
-        That says nothing of this output, which may have reached few of them itself.
+        That says nothing of this output, which may have reached few of them itself. The step waits
+        for it, seldom and within the limits of a grammar.
         """
         worn = self._matcher.stop_reason() in _WORN_OUT
         if not worn or self._compiled is None or not self._compiled.may_be_renewed:
             return False
-        self._begin(True).consume_tokens(self._taken)
+        self._begin(self._compiler.find(self._params, anew=True)).consume_tokens(self._taken)
         return True
 
 
 class GrammarCompiler:
-    """Makes matchers; safe to call from any thread.
+    """Makes matchers, and compiles their grammars beside the thread that steps the engine.
 
     A grammar is compiled once, when a request with it is checked, and copied from then on. Copies
     share the states that their outputs have reached, the most of what a grammar takes of memory.
+    One that was dropped since, as others were asked for, is compiled anew by a thread of its own
+    when its output is the next to begin.
 
     Args:
         tokenizer: of the model.
@@ -164,57 +187,107 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
-        """Nothing is imported before the first grammar."""
+        """Nothing is imported before `prepare` or the first grammar."""
         self._tokenizer = tokenizer
         self._vocab_size = max(vocab_size, tokenizer.vocab_size)
         self._eos_token_ids = sorted(eos_token_ids)
-        self._buffer = np.zeros(-(-self._vocab_size // 32), np.int32)
+        # of all matchers, which copy their mask from it at once
+        self.buffer = np.zeros(-(-self._vocab_size // 32), np.int32)
         # all but the end of sequence, which may not come before the grammar has begun
-        self._free = np.full_like(self._buffer, -1)
+        self.free = np.full_like(self.buffer, -1)
         for token_id in self._eos_token_ids:
-            self._free.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+            self.free.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
         self._lock = threading.Lock()
         self._tokenizer_lock = threading.Lock()
-        self._compiled: OrderedDict[tuple[Kind, str], CompiledGrammar] = OrderedDict()
+        self._checks = threading.BoundedSemaphore(max(1, usable_cpus() // 2))
+        # the last ones that were asked for, and all that outputs follow
+        self._compiled: OrderedDict[_Key, CompiledGrammar] = OrderedDict()
+        self._in_use: WeakValueDictionary[_Key, CompiledGrammar] = WeakValueDictionary()
         self._ll_tokenizer: LLTokenizer | None = None
+        self._worker = ThreadPoolExecutor(1, "fd_dsa-grammar")
+        # what the worker compiles, never more than one
+        self._pending: tuple[_Key, Future[CompiledGrammar]] | None = None
+
+    def prepare(self) -> None:
+        """Make what all grammars need, where llguidance is installed.
+
+        For a vocabulary of 129,280 tokens that takes half a second, in which no other thread runs.
+        """
+        if find_spec("llguidance") is not None:
+            self._llguidance_tokenizer()
 
     def check(self, params: StructuredOutputsParams) -> None:
-        """Compile a grammar unless it is known.
+        """Compile a grammar unless it is known; for any thread but the engine's and an event loop.
 
         Raises:
             ValueError: it is wrong or too large, or llguidance is missing; begins with the name
                 of the field.
         """
-        self._find(params)
+        _check_installed(params.source)
+        if self._kept(params.definition()) is None:
+            with self._checks:
+                self.find(params)
 
     def new_matcher(self, params: StructuredOutputsParams) -> GrammarMatcher:
-        """A matcher at the beginning of the grammar, which `check` has taken."""
-        find = partial(self._find, params)
-        return GrammarMatcher(find, self._buffer, self._free, params.after_token_id)
+        """A matcher at the beginning of the grammar."""
+        return GrammarMatcher(self, params)
 
-    def _find(self, params: StructuredOutputsParams, anew: bool = False) -> CompiledGrammar:
-        """The compiled grammar; `anew` compiles it in any case."""
-        if find_spec("llguidance") is None:
-            raise ValueError(
-                f"{params.source} needs llguidance, which is not installed here; pip install "
-                "'fd_dsa[structured]'"
-            )
+    def find(self, params: StructuredOutputsParams, anew: bool = False) -> CompiledGrammar:
+        """The compiled grammar, made by this thread if need be; `anew`: in any case.
+
+        Raises:
+            ValueError: see `check`.
+        """
         key = params.definition()
-        with self._lock:
-            found = None if anew else self._compiled.get(key)
-            if found is not None:
-                self._compiled.move_to_end(key)
-                return found
+        found = None if anew else self._kept(key)
+        if found is not None:
+            return found
+        _check_installed(params.source)
         # not under the lock, which the engine's thread takes too
         matcher = self._compile(*key)
         if isinstance(matcher, str):
             raise ValueError(f"{params.source} cannot be used: {matcher}")
         compiled = CompiledGrammar(matcher)
         with self._lock:
-            self._compiled[key] = compiled
-            if len(self._compiled) > _NUM_KEPT:
-                self._compiled.popitem(last=False)
+            self._keep(key, compiled)
         return compiled
+
+    def poll(self, params: StructuredOutputsParams) -> CompiledGrammar | None:
+        """The compiled grammar, or None until the worker has made it; for the engine's thread.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        key = params.definition()
+        found = self._kept(key)
+        if found is None and self._pending is not None and self._pending[1].done():
+            (done, future), self._pending = self._pending, None
+            found = future.result() if done == key else None
+        if found is None and self._pending is None:
+            self._pending = key, self._worker.submit(self.find, params)
+        return found
+
+    def wait(self) -> bool:
+        """Block until the worker has compiled what it is at; False when it is at nothing."""
+        if self._pending is None:
+            return False
+        futures.wait([self._pending[1]])
+        return True
+
+    def _kept(self, key: _Key) -> CompiledGrammar | None:
+        """A compiled grammar that need not be made, which is now the last one asked for."""
+        with self._lock:
+            found = self._in_use.get(key)
+            if found is not None:
+                self._keep(key, found)
+            return found
+
+    def _keep(self, key: _Key, compiled: CompiledGrammar) -> None:
+        """Note the last grammar asked for, and drop one for it; the caller holds the lock."""
+        self._in_use[key] = self._compiled[key] = compiled
+        self._compiled.move_to_end(key)
+        if len(self._compiled) > _NUM_KEPT:
+            self._compiled.popitem(last=False)
 
     def _compile(self, kind: Kind, text: str) -> LLMatcher | str:
         """A compiled grammar, or what is wrong with it."""
@@ -230,7 +303,7 @@ class GrammarCompiler:
         matcher = LLMatcher(self._llguidance_tokenizer(), grammar, log_level=0, limits=_limits())
         if not matcher.is_error():
             # what is too complex shows in the first mask at the latest
-            buffer = np.zeros_like(self._buffer)
+            buffer = np.zeros_like(self.buffer)
             matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
         if matcher.is_error():
             return _told(matcher.get_error())
@@ -248,6 +321,15 @@ class GrammarCompiler:
                     eos_token=self._eos_token_ids or None,
                 )
             return self._ll_tokenizer
+
+
+def _check_installed(source: str) -> None:
+    """ValueError where llguidance is missing; `source` is the field that needs it."""
+    if find_spec("llguidance") is None:
+        raise ValueError(
+            f"{source} needs llguidance, which is not installed here; pip install "
+            "'fd_dsa[structured]'"
+        )
 
 
 def _limits() -> LLParserLimits:

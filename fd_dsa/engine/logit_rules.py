@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.engine.bad_words import BadSequences
 from fd_dsa.engine.sampling_params import SamplingParams
 
 Float32 = npt.NDArray[np.float32]
@@ -81,7 +82,7 @@ class LogitRules:
         params: of the request.
         prompt_token_ids: its prompt.
         output_token_ids: its output, a list that grows.
-        bad_sequences: token ids of every bad word, each not empty.
+        bad: what bad words forbid.
         end_token_ids: what min_tokens forbids.
         grammar: which tokens may come at all; None = all.
     """
@@ -91,7 +92,7 @@ class LogitRules:
         params: SamplingParams,
         prompt_token_ids: Sequence[int],
         output_token_ids: list[int],
-        bad_sequences: Iterable[Sequence[int]] = (),
+        bad: BadSequences | None = None,
         end_token_ids: Iterable[int] = (),
         grammar: Grammar | None = None,
     ) -> None:
@@ -109,10 +110,8 @@ class LogitRules:
         bias = params.logit_bias or {}
         self.bias_ids = np.array(list(bias), np.int64)
         self.bias = np.array(list(bias.values()), np.float64)
-        sequences = [tuple(sequence) for sequence in bad_sequences]
-        single = [sequence[0] for sequence in sequences if len(sequence) == 1]
-        self._banned = np.array([*single, *(params.bad_words_token_ids or ())], np.int64)
-        self._bad_sequences = [sequence for sequence in sequences if len(sequence) > 1]
+        self._bad = bad or BadSequences()
+        self._banned = np.array([*self._bad.single, *(params.bad_words_token_ids or ())], np.int64)
         self._output = output_token_ids
         self._min_tokens = params.min_tokens
         self._end_ids = np.array(sorted(end_token_ids), np.int64)
@@ -125,11 +124,7 @@ class LogitRules:
         is_complete = self.grammar is not None and self.grammar.is_finished
         if len(output) < self._min_tokens and not is_complete:
             banned.append(self._end_ids)
-        last = [
-            sequence[-1]
-            for sequence in self._bad_sequences
-            if tuple(output[1 - len(sequence) :]) == sequence[:-1]
-        ]
+        last = self._bad.completing(output)
         if last:
             banned.append(np.array(last, np.int64))
         return banned[0] if len(banned) == 1 else np.concatenate(banned)

@@ -96,6 +96,11 @@ class Request:
         return len(self.token_ids) - self.num_computed_tokens
 
     @property
+    def is_ready(self) -> bool:
+        """False while its grammar is being compiled; asking for it begins that."""
+        return self.grammar is None or self.grammar.is_ready
+
+    @property
     def wants_prompt_logits(self) -> bool:
         """True while logits of prompt tokens are wanted, so that none may come from the cache."""
         return self.prompt_logprobs is not None and not self.prompt_logprobs.is_complete

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draws import UNDECIDED, Rows, Weights, draw_from_candidates
+from fd_dsa.engine.draws import UNUSABLE, Draws, draw_tokens, rows_of
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.random_uniform import as_seed, uniforms
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -23,10 +23,6 @@ NO_TOKEN = -2
 _GREEDY_BELOW = 1e-5
 # all tokens are equally likely long before; what float32 cannot hold would make NaN of -inf
 _HOTTEST = 1e30
-# candidates looked at first for top-p; a wider nucleus takes the way over all tokens
-_NARROW = 64
-# random rows are drawn in groups of so many logits, which bounds the temporaries
-_GROUP_LOGITS = 2**20
 
 
 class Sampler:
@@ -80,8 +76,8 @@ class Sampler:
             int64 [n]; token ids, NOT_FINITE where the logits are unusable, NO_TOKEN where the
             rules leave nothing. Greedy ties go to the lowest id.
 
-        Cost: greedy rows one pass; others a few passes and sorts of small candidate sets; rows
-        with rules one copy more.
+        Cost: greedy rows one pass; others a few passes, most of them over what is in the
+        processor's cache, and sorts of small candidate sets; rows with rules one copy more.
         """
         is_random, is_ruled = self._is_random[slots], self._is_ruled[slots]
         if not is_ruled.any():
@@ -100,62 +96,25 @@ class Sampler:
         self, logits: Float32, slots: Int64, positions: Int64, is_drawn: npt.NDArray[np.bool_]
     ) -> Int64:
         """Drawn tokens of some rows, the largest logit's of the others; no rules."""
-        tokens = logits.argmax(axis=1)
-        # argmax stops at a NaN, so the largest value tells whether the row is usable
-        largest = logits[np.arange(len(tokens)), tokens]
-        tokens[~np.isfinite(largest)] = NOT_FINITE
-        drawn = np.flatnonzero(is_drawn & (tokens != NOT_FINITE))
-        group_size = max(1, _GROUP_LOGITS // logits.shape[1])
-        for begin in range(0, len(drawn), group_size):
-            group = drawn[begin : begin + group_size]
-            rows = logits if len(group) == len(logits) else logits[group]
-            tokens[group] = self._draw(rows, largest[group], slots[group], positions[group])
+        tokens = np.full(len(logits), NOT_FINITE, np.int64)
+        others, drawn = np.flatnonzero(~is_drawn), np.flatnonzero(is_drawn)
+        if len(others):
+            rows = rows_of(logits, others)
+            best = rows.argmax(axis=1)
+            # argmax stops at a NaN, so the largest value tells whether the row is usable
+            usable = np.isfinite(rows[np.arange(len(rows)), best])
+            tokens[others[usable]] = best[usable]
+        if len(drawn):
+            slots = slots[drawn]
+            top_k = self._top_k[slots]
+            draws = Draws(
+                rows=drawn,
+                temperature=self._temperature[slots],
+                min_p=self._min_p[slots],
+                top_k=np.where(top_k < logits.shape[1], top_k, 0),
+                top_p=self._top_p[slots],
+                uniform=uniforms(self._seeds[slots], positions[drawn]),
+            )
+            found = draw_tokens(logits, draws, self._scratch)
+            tokens[drawn] = np.where(found == UNUSABLE, NOT_FINITE, found)
         return tokens
-
-    def _draw(self, logits: Float32, largest: Float32, slots: Int64, positions: Int64) -> Int64:
-        """Tokens of rows that are not greedy; all of them are usable."""
-        top_k = self._top_k[slots]
-        top_k[top_k >= logits.shape[1]] = 0
-        uniform = uniforms(self._seeds[slots], positions)
-        temperature, min_p = self._temperature[slots], self._min_p[slots]
-        if min_p.any():
-            logits = _keep_min_p(logits, largest, temperature, min_p)
-        rows = Rows(logits, largest, temperature, top_k, self._top_p[slots], uniform)
-        tokens = np.empty(len(slots), np.int64)
-        limited = np.flatnonzero(top_k > 0)
-        if len(limited):
-            chosen = rows.take(limited)
-            tokens[limited] = draw_from_candidates(chosen, np.zeros(len(limited)), _NARROW)
-        nucleus = np.flatnonzero((top_k == 0) & (rows.top_p < 1))
-        if len(nucleus):
-            tokens[nucleus] = self._draw_nucleus(rows.take(nucleus))
-        plain = np.flatnonzero((top_k == 0) & (rows.top_p >= 1))
-        if len(plain):
-            chosen = rows.take(plain)
-            tokens[plain] = Weights(chosen, self._scratch).draw(chosen.uniform)
-        return tokens
-
-    def _draw_nucleus(self, rows: Rows) -> Int64:
-        """Tokens of rows with top-p alone."""
-        weights = Weights(rows, self._scratch)
-        tokens = draw_from_candidates(rows, weights.mass(), _NARROW)
-        wide = np.flatnonzero(tokens == UNDECIDED)
-        if len(wide):
-            chosen = rows.take(wide)
-            if len(wide) < len(tokens):
-                weights = Weights(chosen, self._scratch)
-            weights.keep_nucleus(chosen)
-            tokens[wide] = weights.draw(chosen.uniform)
-        return tokens
-
-
-def _keep_min_p(
-    logits: Float32,
-    largest: Float32,
-    temperature: npt.NDArray[np.float64],
-    min_p: npt.NDArray[np.float64],
-) -> Float32:
-    """A copy with -inf for tokens less likely than min_p times the likeliest of their row."""
-    with np.errstate(divide="ignore"):
-        lowest = largest + temperature * np.log(min_p)
-    return np.where(logits < lowest[:, None], np.float32(-np.inf), logits)

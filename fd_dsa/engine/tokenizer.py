@@ -14,6 +14,8 @@ import tokenizers
 from tokenizers.decoders import ByteLevel
 
 from fd_dsa.chat.renderers import ChatRenderer, read_renderer
+from fd_dsa.engine.text_windows import encode_text
+from fd_dsa.environment import keep_tokenizers_in_their_thread
 from fd_dsa.errors import ConfigError
 
 _SPECIAL_TOKEN_FIELDS = (
@@ -27,6 +29,11 @@ _SPECIAL_TOKEN_FIELDS = (
 )
 # how vocabularies with byte fallback write a byte
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+_SURROGATE = "the text holds half of a surrogate pair, which is no valid Unicode"
+# ids that are decoded with the GIL, which takes less time than giving it up
+_FEW_IDS = 256
+# tokens that are decoded alone in one call
+_DECODED_AT_ONCE = 8192
 
 
 class Tokenizer:
@@ -47,6 +54,7 @@ class Tokenizer:
         add_bos_token: bool = False,
     ) -> None:
         """Keep the parts and look up the ids of the special tokens."""
+        keep_tokenizers_in_their_thread()
         self._backend = backend
         self.special_tokens = dict(special_tokens or {})
         self.chat_renderer = chat_renderer
@@ -113,25 +121,45 @@ class Tokenizer:
         """True when `apply_chat_template` can be used."""
         return self.chat_renderer is not None
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text.
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
+        """Token ids of a text; other threads run meanwhile, however long it is.
 
         Args:
             text: any text; special tokens written in it become their ids.
             add_special_tokens: apply the post-processor and add_bos_token.
+            max_tokens: most ids, but for the one of add_bos_token; None = any number.
 
         Raises:
-            ValueError: the text holds a lone surrogate and is no valid Unicode.
+            ValueError: the text holds a lone surrogate and is no valid Unicode; as
+                `TooManyTokens`, it has more tokens, and what is left of it was not read.
         """
         try:
-            ids = list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+            ids = encode_text(
+                self._backend,
+                text,
+                add_special_tokens,
+                max_tokens,
+                longest_added_token=self._longest_added_token,
+            )
         except (TypeError, UnicodeEncodeError) as error:
-            raise ValueError(
-                "the text holds half of a surrogate pair, which is no valid Unicode"
-            ) from error
+            raise ValueError(_SURROGATE) from error
         if add_special_tokens and self._prepend_bos and self.bos_token_id is not None:
             ids.insert(0, self.bos_token_id)
         return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of short texts, without special tokens; one call for all of them.
+
+        Raises:
+            ValueError: a text holds a lone surrogate.
+        """
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise ValueError(_SURROGATE) from error
+        return [encoding.ids for encoding in encodings]
 
     def decode(
         self,
@@ -150,7 +178,22 @@ class Tokenizer:
             left_out = self._special_ids - kept
             token_ids = [token_id for token_id in token_ids if token_id not in left_out]
             skip_special_tokens = False
-        return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        ids = list(token_ids)
+        if len(ids) <= _FEW_IDS:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    def decode_each(self, token_ids: Sequence[int]) -> list[str]:
+        """Text of each token alone, special tokens included."""
+        distinct = list(set(token_ids))
+        texts: dict[int, str] = {}
+        for begin in range(0, len(distinct), _DECODED_AT_ONCE):
+            some = distinct[begin : begin + _DECODED_AT_ONCE]
+            alone = [[token_id] for token_id in some]
+            decoded = self._backend.decode_batch(alone, skip_special_tokens=False)
+            texts.update(zip(some, decoded, strict=True))
+        return [texts[token_id] for token_id in token_ids]
 
     def render_chat(
         self,
@@ -229,6 +272,11 @@ class Tokenizer:
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
         """Tokens beside the vocabulary, by id."""
         return self._backend.get_added_tokens_decoder()
+
+    @cached_property
+    def _longest_added_token(self) -> int:
+        """Characters of the longest token beside the vocabulary, 0 without one."""
+        return max((len(token.content) for token in self._added_tokens.values()), default=0)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

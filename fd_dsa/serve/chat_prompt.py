@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.chat.grammar import forced_calls_grammar, json_behind_reasoning_grammar
@@ -19,6 +20,7 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.serve.answer_size import check_answer_size, most_scored_tokens
 from fd_dsa.serve.errors import ApiError, request_error
 from fd_dsa.serve.generation import Job, check_jobs, resolve_max_tokens
+from fd_dsa.serve.prompt_text import check_bytes, encode_prompt
 from fd_dsa.serve.protocol import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
@@ -37,7 +39,7 @@ def make_job(
     tokenizer = state.engine.tokenizer
     renderer = _renderer(state, body)
     tool_format = _tool_format(state, body, renderer)
-    text = _render(renderer, body)
+    text = _render(state, renderer, body)
     answer = AnswerFormat(
         has_reasoning=has_reasoning(state.chat.reasoning_parser, renderer.source),
         in_reasoning=opens_reasoning(
@@ -47,7 +49,7 @@ def make_job(
         schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
     )
     _check_reasoning(body, answer)
-    prompt = _encode(state, text)
+    prompt = encode_prompt(state, text, "messages", add_special_tokens=False)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
     limit = state.options.max_answer_scores
@@ -66,7 +68,7 @@ def make_job(
     )
     job = Job(request_id, prompt, params)
     check_answer_size(limit, [job], body, tells_prompt_once=True)
-    check_jobs(state, [job], "messages")
+    (job,) = check_jobs(state, [job], "messages")
     return job, answer
 
 
@@ -89,15 +91,8 @@ def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list
     """
     renderer = _renderer(state, body)
     _tool_format(state, body, renderer)
-    return _encode(state, _render(renderer, body))
-
-
-def _encode(state: ServerState, text: str) -> list[int]:
-    """Token ids of a rendered conversation."""
-    try:
-        return state.engine.tokenizer.encode(text, add_special_tokens=False)
-    except ValueError as error:
-        raise ApiError(400, f"messages: {error}", param="messages") from error
+    text = _render(state, renderer, body)
+    return encode_prompt(state, text, "messages", add_special_tokens=False)
 
 
 def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatRenderer:
@@ -153,16 +148,26 @@ def _tool_format(
     return found
 
 
-def _render(renderer: ChatRenderer, body: ChatCompletionRequest) -> str:
-    """The prompt's text; with `tool_choice` none the model is not told of tools."""
+def _render(state: ServerState, renderer: ChatRenderer, body: ChatCompletionRequest) -> str:
+    """The prompt's text; with `tool_choice` none the model is not told of tools.
+
+    Raises:
+        ApiError: 400, the messages are too long for a prompt, or cannot be rendered.
+    """
+    # before the template copies them
+    messages = [message.for_template() for message in body.messages]
+    texts = [{**message, "role": None} for message in messages]
+    check_bytes(state, _texts(texts), "messages")
     offered = body.tools if body.tools and body.choice.mode != "none" else []
+    tools = [tool.model_dump(exclude_unset=True) for tool in offered]
+    check_bytes(state, _texts(tools), "tools")
     goes_on = bool(body.continue_final_message)
     begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
     try:
         return renderer.render(
-            [message.for_template() for message in body.messages],
+            messages,
             begins,
-            tools=[tool.model_dump(exclude_unset=True) for tool in offered],
+            tools=tools,
             continue_final_message=goes_on,
             **body.template_variables,
         )
@@ -171,6 +176,18 @@ def _render(renderer: ChatRenderer, body: ChatCompletionRequest) -> str:
         if of_kwargs.param is not None:
             raise of_kwargs from error
         raise ApiError(400, f"messages: {error}", param="messages") from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value but the names of fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _texts(entry)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def _form(

@@ -20,6 +20,7 @@ from fd_dsa.environment import (
     process_environment,
 )
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
+from fd_dsa.serve.descriptors import connection_limit
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.heaps import share_heaps
 from fd_dsa.serve.logs import set_up_logging
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.engine.startup import StartupProgress
     from fd_dsa.fastdeploy_plugin import launch
-    from fd_dsa.serve.options import ChatSettings
+    from fd_dsa.serve.options import ChatSettings, ServerOptions
 
 _EXIT_BAD_START = 2
 _EXIT_INTERRUPTED = 130
@@ -141,8 +142,10 @@ def _show_plan(args: argparse.Namespace) -> int:
 
     from fd_dsa.engine.plan import make_plan
     from fd_dsa.serve.chat_formats import chat_formats
+    from fd_dsa.serve.options import ServerOptions
 
     plan = make_plan(config)
+    options = ServerOptions(max_prompt_bytes=args.max_prompt_bytes)
     server = {
         "engine": "embedded",
         "host": args.host,
@@ -151,7 +154,9 @@ def _show_plan(args: argparse.Namespace) -> int:
         "max_body_bytes": args.max_body_size,
         "max_body_values": args.max_body_values,
         "max_answer_scores": args.max_answer_scores,
+        "max_prompt_bytes": options.prompt_bytes(plan.max_model_len),
         "max_concurrency": args.max_concurrency,
+        "max_connections": connection_limit(getattr(args, "max_connections", None)),
         "shutdown_timeout": args.shutdown_timeout,
         **chat_formats(plan.tokenizer, _chat_settings(args)),
     }
@@ -169,30 +174,20 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     from fd_dsa.serve.chat_formats import chat_formats, chat_line
     from fd_dsa.serve.engine_process import EngineProcess, Settings
     from fd_dsa.serve.info import server_info
-    from fd_dsa.serve.options import ServerOptions
     from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
 
-    options = ServerOptions(
-        api_keys=tuple(getattr(args, "api_key", None) or ()),
-        max_body_bytes=args.max_body_size,
-        max_body_values=args.max_body_values,
-        max_answer_scores=args.max_answer_scores,
-        max_concurrency=args.max_concurrency,
-        log_requests=args.log_requests,
-        serves_page=not args.disable_ui,
-        chat=_chat_settings(args),
-    )
     loaded: list[AsyncEngine] = []
 
     def load(progress: StartupProgress) -> AsyncEngine:
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
         settings = Settings(config, args.log_level, args.log_json)
         loaded.append(AsyncEngine(EngineProcess(settings, progress)))
-        logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, options.chat)))
+        logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, _chat_settings(args))))
         return loaded[0]
 
     with bind_socket(args.host, args.port) as sock:
         name = config.served_model_name[0]
+        options = _server_options(args, sock.getsockname()[0])
 
         def on_ready() -> None:
             engine, url = loaded[0], base_url(args.host, sock)
@@ -214,6 +209,26 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
             info=lambda: server_info(config, loaded[0], options),
             options=options,
         )
+
+
+def _server_options(args: argparse.Namespace, bound: str) -> ServerOptions:
+    """What the flags allow, on the address that --host resolved to."""
+    from fd_dsa.serve.hosts import host_rule
+    from fd_dsa.serve.options import ServerOptions
+
+    return ServerOptions(
+        api_keys=tuple(getattr(args, "api_key", None) or ()),
+        max_body_bytes=args.max_body_size,
+        max_body_values=args.max_body_values,
+        max_prompt_bytes=args.max_prompt_bytes,
+        max_answer_scores=args.max_answer_scores,
+        max_concurrency=args.max_concurrency,
+        max_connections=connection_limit(getattr(args, "max_connections", None)),
+        hosts=host_rule(args.host, bound, getattr(args, "allowed_host", None) or ()),
+        log_requests=args.log_requests,
+        serves_page=not args.disable_ui,
+        chat=_chat_settings(args),
+    )
 
 
 def _chat_settings(args: argparse.Namespace) -> ChatSettings:

@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from fd_dsa.serve.answer_size import check_answer_size
 from fd_dsa.serve.body import BodyRoute
-from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.generation import (
     Job,
     check_form,
@@ -23,6 +22,7 @@ from fd_dsa.serve.generation import (
 )
 from fd_dsa.serve.json_response import JsonResponse
 from fd_dsa.serve.logprobs import Columns, completion_logprobs, output_columns, prompt_columns
+from fd_dsa.serve.prompt_text import encode_prompt
 from fd_dsa.serve.protocol import CompletionRequest
 from fd_dsa.serve.responses import (
     end_fields,
@@ -82,7 +82,7 @@ def _read_prompts(state: ServerState, body: CompletionRequest, completion_id: st
     jobs = []
     for index, prompt in enumerate(body.prompt):
         if isinstance(prompt, str):
-            prompt = _encode(state, prompt)
+            prompt = encode_prompt(state, prompt, "prompt", add_special_tokens=True)
         # a step that reads the last token of the prompt gives one of the output
         asked = 1 if body.only_echo else body.max_tokens
         max_tokens = resolve_max_tokens(state, len(prompt), asked, default=_DEFAULT_MAX_TOKENS)
@@ -94,16 +94,8 @@ def _read_prompts(state: ServerState, body: CompletionRequest, completion_id: st
             )
         )
     check_answer_size(state.options.max_answer_scores, jobs, body, echo=bool(body.echo))
-    check_jobs(state, jobs, "prompt")
+    jobs = check_jobs(state, jobs, "prompt")
     return _Choices(state.engine.tokenizer, body, jobs)
-
-
-def _encode(state: ServerState, prompt: str) -> list[int]:
-    """Token ids of a text prompt."""
-    try:
-        return state.engine.tokenizer.encode(prompt, add_special_tokens=True)
-    except ValueError as error:
-        raise ApiError(400, f"prompt: {error}", param="prompt") from error
 
 
 async def _chunks(

@@ -2,8 +2,8 @@
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 
-Source: the shape that the `openai` client parses; statuses follow the OpenAI API (400, 401, 404,
-405, 408, 413, 429, 500, 503), and validation is 400, never FastAPI's 422.
+Source: the shape that the `openai` client parses; statuses follow the OpenAI API (400, 401, 403,
+404, 405, 408, 413, 415, 429, 431, 500, 503), and validation is 400, never FastAPI's 422.
 """
 
 from __future__ import annotations

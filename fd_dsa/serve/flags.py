@@ -8,8 +8,9 @@ from typing import NoReturn
 
 from fd_dsa import __version__
 from fd_dsa.chat.parsers import REASONING_FORMATS, TOOL_FORMATS
-from fd_dsa.config import DEVICES, parse_bytes
+from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES
 from fd_dsa.errors import ConfigError
+from fd_dsa.serve import flag_values as values
 
 DEFAULT_MAX_BODY_BYTES = 16 << 20
 """Bytes of a request's body: two million token ids."""
@@ -18,6 +19,8 @@ DEFAULT_MAX_BODY_VALUES = 1 << 21
 DEFAULT_MAX_ANSWER_SCORES = 1 << 19
 """Log-probabilities of an answer; some 40 MiB of JSON."""
 DEFAULT_MAX_CONCURRENCY = 512
+PROMPT_BYTES_PER_TOKEN = 16
+"""Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -71,7 +74,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--index-topk",
         metavar="N",
-        type=_integer,
+        type=values.integer,
         help="keys that the indexer chooses for a token (default: the model's)",
     )
     group.add_argument(
@@ -88,7 +91,9 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         "FastDeploy; auto is fastdeploy where it is installed and one device is not enough "
         "(default: auto)",
     )
-    group.add_argument("--seed", type=_integer, help="seed of requests without one (default: 0)")
+    group.add_argument(
+        "--seed", type=values.integer, help="seed of requests without one (default: 0)"
+    )
 
 
 def _add_chat_flags(group: argparse._ArgumentGroup) -> None:
@@ -123,22 +128,22 @@ def _add_chat_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--host", type=_host, default="127.0.0.1", help="interface (default: 127.0.0.1)"
+        "--host", type=values.host, default="127.0.0.1", help="interface (default: 127.0.0.1)"
     )
     group.add_argument(
-        "--port", type=_port, default=8000, help="0 takes any free port (default: 8000)"
+        "--port", type=values.port, default=8000, help="0 takes any free port (default: 8000)"
     )
     group.add_argument(
         "--shutdown-timeout",
         metavar="S",
-        type=_seconds,
+        type=values.seconds,
         default=30.0,
         help="seconds that running requests get after the first signal (default: 30)",
     )
     group.add_argument(
         "--api-key",
         metavar="KEY",
-        type=_key,
+        type=values.key,
         action="append",
         help="key that requests must bring; may be repeated, and FD_DSA_API_KEY, with commas "
         "between keys, keeps it out of the list of processes (default: none is asked for)",
@@ -146,14 +151,14 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-body-size",
         metavar="BYTES",
-        type=_body_bytes,
+        type=values.size,
         default=DEFAULT_MAX_BODY_BYTES,
         help="longest body of a request, for example 32M; longer ones are a 413 (default: 16M)",
     )
     group.add_argument(
         "--max-body-values",
         metavar="N",
-        type=_positive,
+        type=values.positive,
         default=DEFAULT_MAX_BODY_VALUES,
         help="values in a body, each number counted once, each text, name, list and object eight "
         "times; more are a 413 (default: 2097152)",
@@ -161,17 +166,40 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-answer-scores",
         metavar="N",
-        type=_positive,
+        type=values.positive,
         default=DEFAULT_MAX_ANSWER_SCORES,
         help="log-probabilities that an answer may have, over all of its choices; more are a 400 "
         "(default: 524288)",
     )
     group.add_argument(
+        "--max-prompt-bytes",
+        metavar="BYTES",
+        type=values.size,
+        default=None,
+        help="longest text of a prompt, in UTF-8; longer ones are a 400 before they are tokenized "
+        f"(default: {PROMPT_BYTES_PER_TOKEN} for each token of --max-model-len)",
+    )
+    group.add_argument(
         "--max-concurrency",
         metavar="N",
-        type=_positive,
+        type=values.positive,
         default=DEFAULT_MAX_CONCURRENCY,
         help="outputs in work and waiting at a time; more are a 429 (default: 512)",
+    )
+    group.add_argument(
+        "--max-connections",
+        metavar="N",
+        type=values.positive,
+        help="connections that may have a request in work; idle ones are closed to make room, any "
+        "other request is a 503 (default: 4096, fewer where ulimit -n is lower)",
+    )
+    group.add_argument(
+        "--allowed-host",
+        metavar="NAME",
+        type=values.host_name,
+        action="append",
+        help="name that the Host header of requests may have, beside localhost and --host; may be "
+        "repeated, * allows all (default: checked on loopback addresses alone)",
     )
     group.add_argument(
         "--disable-ui",
@@ -216,17 +244,20 @@ def _add_cache_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--gpu-memory-utilization",
         metavar="SHARE",
-        type=_number,
+        type=values.number,
         help="share of a GPU's memory that weights and caches may take (default: 0.9)",
     )
     group.add_argument(
         "--num-gpu-blocks-override",
         metavar="N",
-        type=_integer,
+        type=values.integer,
         help="number of cache blocks instead (on a CPU too)",
     )
     group.add_argument(
-        "--block-size", metavar="N", type=_integer, help="tokens per cache block (default: 64)"
+        "--block-size",
+        metavar="N",
+        type=values.integer,
+        help="tokens per cache block (default: 64)",
     )
     prefix_caching = group.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction
@@ -239,17 +270,28 @@ def _add_scheduler_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--max-model-len",
         metavar="N",
-        type=_integer,
+        type=values.integer,
         help="longest prompt plus output, tokens (default: the model's)",
     )
     group.add_argument(
-        "--max-num-seqs", metavar="N", type=_integer, help="sequences in a step (default: 64)"
+        "--max-num-seqs",
+        metavar="N",
+        type=values.integer,
+        help="sequences in a step (default: 64)",
     )
     group.add_argument(
         "--max-num-batched-tokens",
         metavar="N",
-        type=_integer,
+        type=values.integer,
         help="tokens in a step; longer prompts are split (default: 512 on a CPU)",
+    )
+    group.add_argument(
+        "--target-inter-token-latency-ms",
+        metavar="MS",
+        type=values.number,
+        default=DEFAULT_TARGET_MS,
+        help="most time between two tokens of an answer while prompts are computed beside it, "
+        f"0 for no target (default: {DEFAULT_TARGET_MS:g})",
     )
     chunked = group.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
     chunked.help = "split prompts at --max-num-batched-tokens; always on (default: enabled)"
@@ -265,7 +307,7 @@ def _add_graph_flags(group: argparse._ArgumentGroup) -> None:
         "--cudagraph-capture-sizes",
         metavar="N",
         nargs="+",
-        type=_integer,
+        type=values.integer,
         help="rows of captured decode steps; fewer are padded (default: 1 2 4 8 16 24 ... up to "
         "--max-num-seqs)",
     )
@@ -276,14 +318,14 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
         "--tensor-parallel-size",
         "-tp",
         metavar="N",
-        type=_positive,
+        type=values.positive,
         default=1,
         help="GPUs that share each layer (default: 1)",
     )
     group.add_argument(
         "--data-parallel-size",
         metavar="N",
-        type=_positive,
+        type=values.positive,
         default=1,
         help="copies of the attention layers, each with requests of its own (default: 1)",
     )
@@ -300,71 +342,3 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(re.sub(r"^argument ([^:]+): ", r"\1: ", message))
-
-
-def _integer(text: str) -> int:
-    """A whole number; its range is checked by the engine's configuration."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a whole number") from None
-
-
-def _number(text: str) -> float:
-    """A number; its range is checked by the engine's configuration."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a number") from None
-
-
-def _positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a whole number from 1 on")
-    return int(text)
-
-
-def _body_bytes(text: str) -> int:
-    """A size of at least one byte."""
-    try:
-        size = parse_bytes(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is 1 byte or more")
-    return size
-
-
-def _host(text: str) -> str:
-    """A name or an address; for the system an empty one, as of an unset variable, is every one."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}; allowed is a name or an address, 0.0.0.0 for all interfaces"
-        )
-    return text
-
-
-def _key(text: str) -> str:
-    """A key that a header can carry; an empty one, as of an unset variable, would be no secret."""
-    if not text or any(char.isspace() or not char.isprintable() for char in text):
-        raise argparse.ArgumentTypeError("allowed is a text of one character or more, none a space")
-    return text
-
-
-def _port(text: str) -> int:
-    """A TCP port."""
-    if not (text.isascii() and text.isdigit() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is 0..65535")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    """A duration."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a number of seconds, 0 or more")
-    return value

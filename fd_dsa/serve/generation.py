@@ -6,15 +6,17 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from fd_dsa.engine.bad_words import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.serve.disconnect import cancel, unless_gone
 from fd_dsa.serve.errors import ApiError, request_error
+from fd_dsa.serve.prompt_text import too_many_tokens
 from fd_dsa.serve.protocol.sampling import SAMPLING_FIELDS
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
 from fd_dsa.serve.request_log import RequestLog
@@ -71,13 +73,7 @@ def resolve_max_tokens(
         raise ApiError(400, f"{source}: has no tokens; send at least one", param=source)
     longest = limit - num_prompt_tokens
     if longest < 1:
-        raise ApiError(
-            400,
-            f"prompt has {num_prompt_tokens} tokens, max_model_len is {limit} and the output "
-            "needs at least 1; shorten the prompt or start with a larger --max-model-len",
-            param=source,
-            code="context_length_exceeded",
-        )
+        raise too_many_tokens(state, num_prompt_tokens, source)
     if asked is None:
         return longest if default is None else min(default, longest)
     if asked > longest:
@@ -91,8 +87,13 @@ def resolve_max_tokens(
     return asked
 
 
-def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> None:
-    """Check that the engine could ever run these jobs; takes a while for long prompts.
+def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> list[Job]:
+    """Check that the engine could ever run these jobs of one request.
+
+    Takes a while for long prompts, and tokenizes bad words.
+
+    Returns:
+        The jobs, with what the engine needs not do again.
 
     Raises:
         ApiError: 400 with the engine's reason and the field to blame: a sampling parameter, or
@@ -101,6 +102,11 @@ def check_jobs(state: ServerState, jobs: Sequence[Job], param: str) -> None:
     for job in jobs:
         with _refusals(param):
             state.engine.validate(job.prompt_token_ids, job.params)
+    with _refusals("bad_words"):
+        words = BadWords.of(jobs[0].params.bad_words, state.engine.tokenizer)
+    if words is None:
+        return list(jobs)
+    return [replace(job, params=replace(job.params, bad_words=words)) for job in jobs]
 
 
 async def check_form(state: ServerState, job: Job, param: str) -> None:

@@ -1,4 +1,4 @@
-"""What stands before every route: key, availability, concurrency, size of the body.
+"""Checks before every route: host, key, availability, the body, concurrency.
 
 All paths but a few that only tell how the server is ask for the key, so a route that is added
 later is guarded without a thought (vLLM's key guards some prefixes, and lets others compute).
@@ -6,31 +6,30 @@ later is guarded without a thought (vLLM's key guards some prefixes, and lets ot
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fd_dsa.serve.body_scan import BodyScan
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.body_memory import BodyMemory, ReceivedBody, too_long
+from fd_dsa.serve.errors import ApiError, show
 from fd_dsa.serve.page import PAGE_PATHS
 from fd_dsa.serve.state import ServerState
+from fd_dsa.serve.status import PROBE_PATHS
 
-OPEN_PATHS = PAGE_PATHS | {
-    *("/docs", "/openapi.json", "/version", "/metrics"),
-    *("/health", "/livez", "/readyz", "/startupz"),
-}
+OPEN_PATHS = PAGE_PATHS | PROBE_PATHS | {"/docs", "/openapi.json", "/version", "/metrics"}
 """Paths that need no key: they compute nothing and tell nothing of requests."""
 
 
 class GuardMiddleware:
     """Refuses requests before their bodies are read, and bodies that are too much or too slow.
 
-    A POST is counted by `ConcurrencyLimit` until its answer has been sent; routes find its ticket
-    in `request.state.ticket` and extend it when they ask for several outputs.
+    A POST is counted by `ConcurrencyLimit` from the end of its body until its answer has been sent;
+    routes find its ticket in `request.state.ticket` and extend it when they ask for several
+    outputs.
 
     Args:
         app: what comes behind.
@@ -40,29 +39,48 @@ class GuardMiddleware:
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
         self._state = state
+        self._bodies = BodyMemory(state.options)
         self._key_digests = [_digest(key.encode()) for key in state.options.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        try:
-            headers = Headers(scope=scope)
-            self._check_key(headers.get("authorization", ""))
-            self._check_length(headers.get("content-length", ""))
-            if scope["method"] != "POST":
-                await self._app(scope, receive, send)
+        with contextlib.ExitStack() as held:
+            try:
+                if self._check_head(scope):
+                    receive = await self._admit(scope, receive, held)
+            except ApiError as error:
+                await error.response()(scope, receive, send)
                 return
-            self._state.check_available()
-            ticket = self._state.concurrency.admit()
-        except ApiError as error:
-            await error.response()(scope, receive, send)
-            return
-        scope["state"]["ticket"] = ticket
-        try:
-            await self._app(scope, self._limited(receive), send)
-        finally:
-            ticket.release()
+            await self._app(scope, receive, send)
+
+    def _check_head(self, scope: Scope) -> bool:
+        """Refuse a request by its head; True for one that computes, whose body comes next."""
+        headers = Headers(scope=scope)
+        rule, host = self._state.options.hosts, headers.get("host")
+        # HTTP/1.1 has the header; older clients, which are no browsers, may not
+        if rule is not None and host is not None:
+            rule.check(host)
+        if scope["path"] in OPEN_PATHS:
+            return False
+        self._check_key(headers.get("authorization", ""))
+        self._check_length(headers.get("content-length", ""))
+        if scope["method"] != "POST":
+            return False
+        _check_encoding(headers.get("content-encoding", ""))
+        self._state.check_available()
+        return True
+
+    async def _admit(self, scope: Scope, receive: Receive, held: contextlib.ExitStack) -> Receive:
+        """Receive the body, then count the request; a slow client takes nobody's place."""
+        body = ReceivedBody(self._bodies)
+        held.callback(body.release)
+        await body.read(receive)
+        self._state.check_available()
+        ticket = scope["state"]["ticket"] = self._state.concurrency.admit()
+        held.callback(ticket.release)
+        return body.replayed(receive)
 
     def _check_key(self, authorization: str) -> None:
         """401 unless the request brings one of the keys."""
@@ -84,52 +102,17 @@ class GuardMiddleware:
     def _check_length(self, content_length: str) -> None:
         """413 for a body that says at once that it is too long."""
         if content_length.isdigit() and int(content_length) > self._state.options.max_body_bytes:
-            raise ApiError(413, self._too_long(), headers={"Connection": "close"})
+            raise too_long(self._state.options)
 
-    def _too_long(self) -> str:
-        """What is wrong with a long body."""
-        limit = self._state.options.max_body_bytes
-        return f"the body is longer than {limit} bytes, the --max-body-size of this server"
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive`, which refuses a body past a limit or one that does not come to its end."""
-        options = self._state.options
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + options.body_timeout_s
-        scan = BodyScan(options.max_body_values)
-        num_bytes = 0
-        is_complete = False
-
-        async def next_part() -> Message:
-            nonlocal num_bytes, is_complete
-            try:
-                message = await asyncio.wait_for(receive(), deadline - loop.time())
-            except asyncio.TimeoutError:
-                raise ApiError(
-                    408,
-                    f"the body did not come within {options.body_timeout_s:g} s; send it at once",
-                    headers={"Connection": "close"},
-                ) from None
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > options.max_body_bytes:
-                raise ApiError(413, self._too_long(), headers={"Connection": "close"})
-            is_complete = not message.get("more_body", False)
-            return message
-
-        async def limited() -> Message:
-            if is_complete:
-                return await receive()
-            message = await next_part()
-            try:
-                scan.feed(message.get("body", b""))
-            except ApiError:
-                # most clients read an answer only when they have sent everything
-                while not is_complete:
-                    await next_part()
-                raise
-            return message
-
-        return limited
+def _check_encoding(content_encoding: str) -> None:
+    """415 for a compressed body; its length says nothing of what it would take unpacked."""
+    if content_encoding.strip().lower() not in ("", "identity"):
+        raise ApiError(
+            415,
+            f"Content-Encoding: got {show(content_encoding)}, allowed: none; send the body as it "
+            "is",
+        )
 
 
 def _matches(digests: Sequence[bytes], key: bytes) -> bool:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 
 # asked for by machines every few seconds
 _QUIET_PATHS = ("/health", "/livez", "/metrics", "/readyz", "/startupz")
+# one line of `fd_dsa.requests` for each output is what --log-requests asks for
+_REQUESTS = "fd_dsa.requests"
+_ACCESS = "uvicorn.access"
+_SERVER = "fd_dsa.serve"
+_REPEAT_S = 1.0
+_MAX_KINDS = 1000
 
 
 def set_up_logging(level: str, *, as_json: bool = False) -> None:
@@ -22,12 +30,13 @@ def set_up_logging(level: str, *, as_json: bool = False) -> None:
     handler = logging.StreamHandler(sys.stderr)
     text = logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     handler.setFormatter(JsonFormatter() if as_json else text)
+    handler.addFilter(RepeatFilter())
     logging.basicConfig(handlers=[handler], level=level.upper())
     if level != "debug":
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     for name in ("asyncio", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("uvicorn.access").addFilter(_is_worth_a_line)
+    logging.getLogger(_ACCESS).addFilter(_is_worth_a_line)
 
 
 class JsonFormatter(logging.Formatter):
@@ -46,6 +55,54 @@ class JsonFormatter(logging.Formatter):
             told["exception"] = self.formatException(record.exc_info)
         # json escapes what has no UTF-8 form, such as a lone surrogate of a request
         return json.dumps(told, default=repr)
+
+
+class RepeatFilter:
+    """Lets one line of a kind through a second, so that a flood of requests cannot fill a disk.
+
+    The next line of the kind has the number of those that were left out. Lines of --log-requests
+    and access lines of requests that were served are all let through.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        # kind -> time of its last line, and how many were left out since
+        self._last: dict[object, tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written."""
+        kind = _kind(record)
+        if kind is None:
+            return True
+        now = self._clock()
+        written_at, left_out = self._last.get(kind, (-_REPEAT_S, 0))
+        if now - written_at < _REPEAT_S:
+            self._last[kind] = written_at, left_out + 1
+            return False
+        if len(self._last) >= _MAX_KINDS:
+            self._last.clear()
+        self._last[kind] = now, 0
+        if left_out:
+            record.msg = f"{record.getMessage()} ({left_out} lines like it were left out)"
+            record.args = None
+        return True
+
+
+def _kind(record: logging.LogRecord) -> object:
+    """What lines have in common that repeat each other; None where none does."""
+    if record.name == _REQUESTS:
+        return None
+    if record.name == _ACCESS and isinstance(record.args, tuple) and len(record.args) == 5:
+        _, method, _, _, status = record.args
+        is_served = method == "POST" and isinstance(status, int) and status < 400
+        return None if is_served else (_ACCESS, status)
+    is_whole = record.msg == "%s" or (record.levelno < logging.WARNING and record.name != _SERVER)
+    text = record.getMessage() if is_whole else str(record.msg)
+    error = record.exc_info[0] if record.exc_info else None
+    return record.name, record.levelno, text.partition("\n")[0], error
 
 
 def _is_worth_a_line(record: logging.LogRecord) -> bool:

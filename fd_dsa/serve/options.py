@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fd_dsa.chat.parsers import AUTO
+from fd_dsa.serve.descriptors import DEFAULT_MAX_CONNECTIONS
 from fd_dsa.serve.flags import (
     DEFAULT_MAX_ANSWER_SCORES,
     DEFAULT_MAX_BODY_BYTES,
     DEFAULT_MAX_BODY_VALUES,
     DEFAULT_MAX_CONCURRENCY,
+    PROMPT_BYTES_PER_TOKEN,
 )
+from fd_dsa.serve.hosts import HostRule
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,11 @@ class ServerOptions:
         max_body_bytes: longest body of a request.
         max_body_values: most that its values may count, see `BodyScan`.
         max_answer_scores: most log-probabilities of an answer, see `answer_size`.
+        max_prompt_bytes: UTF-8 bytes of a prompt's text; None is `PROMPT_BYTES_PER_TOKEN` for each
+            token of max_model_len.
         max_concurrency: outputs in work and waiting at a time.
+        max_connections: connections that may have a request in work.
+        hosts: what the Host header may name; None is everything.
         body_timeout_s: seconds that a client has for sending a body.
         log_requests: whether each output's end is a line of the log.
         serves_page: whether there is a page to talk to the model at /.
@@ -48,8 +55,17 @@ class ServerOptions:
     max_body_bytes: int = DEFAULT_MAX_BODY_BYTES
     max_body_values: int = DEFAULT_MAX_BODY_VALUES
     max_answer_scores: int = DEFAULT_MAX_ANSWER_SCORES
+    max_prompt_bytes: int | None = None
     max_concurrency: int = DEFAULT_MAX_CONCURRENCY
+    max_connections: int = DEFAULT_MAX_CONNECTIONS
+    hosts: HostRule | None = None
     body_timeout_s: float = 60.0
     log_requests: bool = False
     serves_page: bool = True
     chat: ChatSettings = field(default_factory=ChatSettings)
+
+    def prompt_bytes(self, max_model_len: int) -> int:
+        """Most UTF-8 bytes of a prompt's text for a model of that context, tokens."""
+        if self.max_prompt_bytes is not None:
+            return self.max_prompt_bytes
+        return PROMPT_BYTES_PER_TOKEN * max_model_len

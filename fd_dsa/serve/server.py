@@ -23,6 +23,7 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.busy_line import log_while_busy
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
+from fd_dsa.serve.listener import BACKLOG, Listener
 from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.port_owner import describe_port_owner
 from fd_dsa.serve.state import Info, ServerState, no_info
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 Load = Callable[[StartupProgress], "AsyncEngine"]
 
-_BACKLOG = 2048
 # after the drain: time for the last bytes of aborted answers
 _LAST_RESPONSES_S = 5
 # then for all that should have ended: the step in progress has 30 s
@@ -155,7 +155,7 @@ def run_server(
         Exception: whatever `load` raises.
     """
     try:
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except OSError as error:
         host, port = sock.getsockname()[:2]
         raise _bind_error(host, port, error) from error
@@ -163,10 +163,8 @@ def run_server(
     app = create_app(None, served_model_names, info, options, startup)
     config = uvicorn.Config(
         app,
-        http=StrictH11Protocol,
         ws="none",
         log_config=None,
-        backlog=_BACKLOG,
         server_header=False,
         timeout_graceful_shutdown=_LAST_RESPONSES_S,
     )
@@ -213,17 +211,25 @@ class DrainingServer(uvicorn.Server):
         self._load = load
         # tasks that run beside the server; the event loop itself holds them weakly
         self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: Listener | None = None
         self._is_draining = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Open the port, then load or tell that all is ready."""
-        await super().startup(sockets=sockets)
+        await super().startup(sockets=[])
         if not self.started:
             return
+        assert sockets is not None
+        self._listener = Listener(sockets[0], self._state.options.max_connections, self._connected)
+        self._listener.start()
         if self._load is None:
             self._ready()
         else:
             self._spawn(self._load_engine(self._load))
+
+    def _connected(self, listener: Listener) -> StrictH11Protocol:
+        """The protocol of a new connection."""
+        return StrictH11Protocol(self.config, self.server_state, self.lifespan.state, listener)
 
     async def _load_engine(self, load: Load) -> None:
         """Load in a thread, which a signal need not wait for, then serve."""
@@ -276,6 +282,8 @@ class DrainingServer(uvicorn.Server):
             timer = threading.Timer(self.forced_exit_s, self._exit_in_any_case)
             timer.daemon = True
             timer.start()
+        if self._listener is not None:
+            self._listener.close()
         await super().shutdown(sockets=sockets)
 
     def _exit_in_any_case(self) -> None:

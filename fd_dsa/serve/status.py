@@ -12,6 +12,9 @@ from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.json_response import JsonResponse
 from fd_dsa.serve.state import ServerState, State
 
+PROBE_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
+"""Paths that an orchestrator asks; they are answered when nothing else is."""
+
 router = APIRouter()
 
 

@@ -11,6 +11,7 @@ from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_prompt import encode_conversation
 from fd_dsa.serve.errors import ApiError, show
 from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
+from fd_dsa.serve.prompt_text import encode_prompt
 from fd_dsa.serve.protocol.tokenization import DetokenizeRequest, TokenizeRequest
 from fd_dsa.serve.state import ServerState, State
 
@@ -44,10 +45,8 @@ def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
         "tokens": packed_list(packed(slices(tokens))),
     }
     if body.return_token_strs:
-        decode = state.engine.tokenizer.decode
-        texts = {token: decode([token], False) for token in set(tokens)}
-        strs = ([texts[token] for token in part] for part in slices(tokens))
-        answer["token_strs"] = packed_list(packed(strs))
+        texts = state.engine.tokenizer.decode_each(tokens)
+        answer["token_strs"] = packed_list(packed(slices(texts)))
     return JsonResponse(answer)
 
 
@@ -55,10 +54,8 @@ def _encode(state: ServerState, body: TokenizeRequest) -> list[int]:
     """Token ids of the prompt or of the conversation."""
     if body.prompt is None:
         return encode_conversation(state, body)
-    try:
-        return state.engine.tokenizer.encode(body.prompt, body.add_special_tokens is not False)
-    except ValueError as error:
-        raise ApiError(400, f"prompt: {error}", param="prompt") from error
+    special = body.add_special_tokens is not False
+    return encode_prompt(state, body.prompt, "prompt", add_special_tokens=special)
 
 
 def _detokenize(state: ServerState, tokens: list[int]) -> Response:

@@ -49,6 +49,25 @@ def test_a_server_beside_the_engine(tmp_path: Path) -> None:
     assert "| 95.0 | 20.0% (19.0%, 21.0%) | 1.25 | 40 | 9 |" in text
 
 
+def test_gaps_of_a_stream(tmp_path: Path) -> None:
+    gaps = {"p50": 131.2, "p99": 189.4, "max": 203.0, "count": 367}
+    row = {
+        "target_ms": 200.0,
+        "first_gap_ms": gaps | {"p99": 190.6},
+        "gap_ms": gaps,
+        "round_p99_ms": [190.6, 189.4],
+        "prompt_s": {"p50": 48.8},
+        "prompt_tokens_per_s": 340.2,
+        "prompts_ratio": 0.99,
+        "prompts_ratio_spread": [0.98, 1.01],
+    }
+    result = {"prompt_tokens": 8000, "rounds": 5, "alone": [2, 2048], "clock": "processor"}
+    text = rendered(tmp_path, "stream_gaps", result | {"sides": [row | {"target_ms": 0.0}, row]})
+    figures = "131 | 189 | 203 | 191 | 203 | 48.8 | 340 | 0.990 (0.980, 1.010) |"
+    assert f"| none | {figures}" in text and f"| 200 | {figures}" in text
+    assert "processor time of one thread" in text
+
+
 def test_growth(tmp_path: Path) -> None:
     us = {"1": {"p50": 40.0}, "256": {"p50": 700.0}}
     cases = [
@@ -61,15 +80,30 @@ def test_growth(tmp_path: Path) -> None:
     ]
     result = {
         "host_time": [
-            {"sampling": "greedy", "sides": {"fd_dsa": {"us": us, "a_us": 37, "b_us": 2.6}}}
+            {
+                "vocab_size": 129280,
+                "sampling": "greedy",
+                "sides": {"fd_dsa": {"us": us, "a_us": 37, "b_us": 2.6}},
+            }
         ],
-        "pass_us": {"p50": 110.0},
+        "pass_us": {"4096": {"p50": 110.0}, "129280": {"p50": 4321.0}},
         "growth": {"cases": cases, "launches_a_layer": 14, "launches_are_linear": True},
     }
     text = rendered(tmp_path, "growth", result)
-    assert "| greedy | fd_dsa | 37 + 2.60 | 40.0 | 700 |" in text
+    assert "| 129,280 | greedy | fd_dsa | 37 + 2.60 | 40.0 | 700 |" in text
+    assert "of 256 rows alone takes 110 us (4,096) and 4,321 us (129,280)." in text
     assert "| 4 | 1 | 30 | 1 | 1,234 | 58 |" in text
     assert "Each further layer adds 14 launches." in text
+
+
+def test_sampler(tmp_path: Path) -> None:
+    case = {"spread": "normal", "sampling": "top-p 0.95", "ratio": 4.0}
+    case |= {"ms": {"fd_dsa": {"p50": 9.5}, "before": {"p50": 38.0}}}
+    case |= {"draws": 10016, "differing": 0}
+    result = {"cases": [case], "baseline": {"commit": "b" * 40, "dirty": False}}
+    text = rendered(tmp_path, "sampler", result)
+    assert "before: bbbbbbbbbbbb." in text
+    assert "| normal | top-p 0.95 | 38.0 | 9.50 | 4.00 | 0 of 10,016 |" in text
 
 
 def test_memory(tmp_path: Path) -> None:
@@ -102,9 +136,8 @@ def test_a_profile_before_and_now(tmp_path: Path) -> None:
 def test_the_engine_is_timed_with_all_requests_decoding() -> None:
     with Worker("benchmarks.workers.engine_host") as worker:
         for requests in (1, 40):
-            answer = worker.call(
-                op="host_us", requests=requests, sampling={"temperature": 0}, steps=3
-            )
+            case = {"requests": requests, "sampling": {"temperature": 0}, "steps": 3}
+            answer = worker.call(op="host_us", **case, vocab_size=129_280)
             assert len(answer["us"]) == 3 and min(answer["us"]) > 0
 
 
@@ -113,7 +146,7 @@ def test_a_worker_of_another_checkout_is_refused_where_that_has_no_package(tmp_p
         Worker("benchmarks.workers.engine_host", checkout=tmp_path) as worker,
         pytest.raises(RuntimeError, match="worker ended with status 1"),
     ):
-        worker.call(op="pass_us", requests=1, steps=1)
+        worker.call(op="pass_us", requests=1, steps=1, vocab_size=4096)
 
 
 def test_a_line_through_the_medians() -> None:

@@ -40,7 +40,8 @@ params_strategy = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.05, 0.3, 0.7, 1.0, 1.7, 5.0, 100.0, 1e300]),
     top_k=st.sampled_from([-1, 0, 1, 2, 5, 40, 255, 256, 257, 700, 5000, 10**12]),
-    top_p=st.sampled_from([0.0, 1e-6, 0.1, 0.5, 0.9, 0.95, 0.999, 1.0]),
+    top_p=st.sampled_from([0.0, 1e-6, 0.1, 0.5, 0.9, 0.95, 0.999, 1 - 1e-12, 1.0]),
+    min_p=st.sampled_from([0.0, 0.0, 1e-30, 0.01, 0.4, 1.0]),
 )
 
 
@@ -49,15 +50,23 @@ params_strategy = st.builds(
     params=st.lists(params_strategy, min_size=1, max_size=6),
     vocab_size=st.sampled_from([1, 3, 50, 512, 1000, 6000]),
     scale=st.sampled_from([0.0, 0.01, 1.0, 4.0]),
+    decimals=st.sampled_from([0, 2, 9]),
+    masked=st.sampled_from([0.0, 0.5, 1.0]),
     seed=st.integers(0, 2**32),
 )
-def test_each_row_draws_the_token_of_the_plain_rules(params, vocab_size, scale, seed):
+def test_each_row_draws_the_token_of_the_plain_rules(
+    params, vocab_size, scale, decimals, masked, seed
+):
     rng = np.random.default_rng(seed)
-    logits = random_logits(rng, len(params), vocab_size, scale)
+    logits = random_logits(rng, len(params), vocab_size, scale).round(decimals)
+    # at least one token is left
+    logits[:, 1:][rng.random((len(params), vocab_size - 1)) < masked] = -np.inf
     positions = rng.integers(0, 1000, len(params))
     tokens = sample(logits, params, range(seed, seed + len(params)), positions)
     for row, one in enumerate(params):
-        probabilities = ref_distribution(logits[row], one.temperature, one.top_k, one.top_p)
+        probabilities = ref_distribution(
+            logits[row], one.temperature, one.top_k, one.top_p, one.min_p
+        )
         token, distance = ref_token(probabilities, ref_uniform(seed + row, int(positions[row])))
         if distance > 1e-5:
             assert tokens[row] == token
@@ -65,11 +74,12 @@ def test_each_row_draws_the_token_of_the_plain_rules(params, vocab_size, scale, 
             assert probabilities[tokens[row]] > 0
 
 
-@pytest.mark.parametrize("vocab_size", [300, 512, 5000])
+@pytest.mark.parametrize(
+    ("vocab_size", "num_rows"), [(300, 30), (512, 30), (5000, 30), (60_001, 4)]
+)
 @pytest.mark.parametrize("top_p", [0.2, 0.8, 0.999])
 @pytest.mark.parametrize("scale", [0.0, 0.02, 1.5], ids=["equal", "flat", "curved"])
-def test_a_nucleus_wider_than_the_candidates_is_exact(vocab_size, top_p, scale):
-    num_rows = 30
+def test_a_wide_nucleus_is_exact(vocab_size, num_rows, top_p, scale):
     rng = np.random.default_rng(5)
     logits = random_logits(rng, num_rows, vocab_size, scale)
     logits[:, ::7] = -np.inf
@@ -79,10 +89,45 @@ def test_a_nucleus_wider_than_the_candidates_is_exact(vocab_size, top_p, scale):
     for row in range(num_rows):
         probabilities = ref_distribution(logits[row], 1.0, 0, top_p)
         token, distance = ref_token(probabilities, ref_uniform(row, 0))
-        if distance > 1e-5:
+        if distance > 1e-7:
             decided += 1
             assert tokens[row] == token
-    assert decided > 20
+    assert decided > 0.6 * num_rows
+
+
+NOT_ITS_SHARE = {
+    "light": lambda column, stride: column % stride == 0,
+    "heavy": lambda column, stride: column % stride != 0,
+}
+
+
+@pytest.mark.parametrize("lighter", NOT_ITS_SHARE.values(), ids=NOT_ITS_SHARE)
+@pytest.mark.parametrize("top_p", [0.3, 0.9])
+def test_a_nucleus_is_exact_where_every_nth_token_is_unlike_the_others(lighter, top_p):
+    vocab_size, rng = 5000, np.random.default_rng(6)
+    strides = np.arange(2, 42)
+    logits = random_logits(rng, len(strides), vocab_size, 1.0)
+    for row, stride in zip(logits, strides, strict=True):
+        row[lighter(np.arange(vocab_size), stride)] -= 3
+    tokens = sample(logits, [SamplingParams(top_p=top_p)] * len(strides))
+    for row, logit_row in enumerate(logits):
+        probabilities = ref_distribution(logit_row, 1.0, 0, top_p)
+        token, distance = ref_token(probabilities, ref_uniform(row, 0))
+        assert tokens[row] == token or distance < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1e4, 1e9, 1e300])
+def test_a_nucleus_is_of_the_largest_logits_where_their_weights_are_equal(temperature):
+    vocab_size, num_rows = 3000, 200
+    row = random_logits(np.random.default_rng(7), 1, vocab_size).round(1)
+    params = SamplingParams(temperature=temperature, top_p=0.25)
+    tokens = sample(np.repeat(row, num_rows, axis=0), [params] * num_rows)
+    probabilities = ref_distribution(row[0], temperature, 0, 0.25)
+    places = [ref_token(probabilities, ref_uniform(seed, 0)) for seed in range(num_rows)]
+    near = [token for token, (_, distance) in zip(tokens, places, strict=True) if distance < 1e-6]
+    assert len(near) < 20
+    assert (probabilities[tokens] > 0).all()
+    assert all(t == p or d < 1e-6 for t, (p, d) in zip(tokens, places, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -92,9 +137,10 @@ def test_a_nucleus_wider_than_the_candidates_is_exact(vocab_size, top_p, scale):
         SamplingParams(temperature=0.6),
         SamplingParams(top_k=5),
         SamplingParams(top_p=0.8),
-        SamplingParams(temperature=1.5, top_k=9, top_p=0.7),
+        SamplingParams(min_p=0.1),
+        SamplingParams(temperature=1.5, top_k=9, top_p=0.7, min_p=0.01),
     ],
-    ids=["plain", "temperature", "top_k", "top_p", "all"],
+    ids=["plain", "temperature", "top_k", "top_p", "min_p", "all"],
 )
 def test_frequencies_follow_the_distribution(params):
     num_draws, vocab_size = 20_000, 12
@@ -104,7 +150,9 @@ def test_frequencies_follow_the_distribution(params):
     draws = sampler.sample(
         np.repeat(row, num_draws, axis=0), np.zeros(num_draws, np.int64), np.arange(num_draws)
     )
-    expected = num_draws * ref_distribution(row[0], params.temperature, params.top_k, params.top_p)
+    expected = num_draws * ref_distribution(
+        row[0], params.temperature, params.top_k, params.top_p, params.min_p
+    )
     observed = np.bincount(draws, minlength=vocab_size)
     possible = expected > 0
     assert observed[~possible].sum() == 0
@@ -163,20 +211,32 @@ def test_a_slot_takes_the_parameters_set_last():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf], ids=["nan", "inf", "all -inf"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_unusable_row_is_reported_and_the_others_are_sampled(bad, temperature):
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0),
+        SamplingParams(),
+        SamplingParams(top_k=3),
+        SamplingParams(top_p=0.9),
+        SamplingParams(min_p=0.1),
+    ],
+    ids=["greedy", "plain", "top_k", "top_p", "min_p"],
+)
+def test_an_unusable_row_is_reported_and_the_others_are_sampled(bad, params):
     logits = random_logits(np.random.default_rng(1), 3, 600)
-    good = sample(logits, [SamplingParams(temperature=temperature)] * 3)
+    good = sample(logits, [params] * 3)
     logits[1, 17 if bad != -np.inf else slice(None)] = bad
-    tokens = sample(logits, [SamplingParams(temperature=temperature)] * 3)
+    tokens = sample(logits, [params] * 3)
     assert tokens[1] == NOT_FINITE
     assert tokens[[0, 2]].tolist() == good[[0, 2]].tolist()
+    assert sample(logits[1:2], [params]).tolist() == [NOT_FINITE]
 
 
 def test_masked_tokens_are_never_drawn():
     logits = np.full((400, 700), -np.inf, np.float32)
     logits[:, [3, 650]] = 0.0
-    for params in (SamplingParams(), SamplingParams(top_k=5), SamplingParams(top_p=0.99999)):
+    ways = ({}, {"top_k": 5}, {"top_p": 0.99999}, {"min_p": 0.5}, {"top_k": 5, "top_p": 0.9999})
+    for params in (SamplingParams(**way) for way in ways):
         assert set(sample(logits, [params] * 400).tolist()) == {3, 650}
 
 

@@ -19,7 +19,6 @@ import uvicorn
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.serve.app import create_app
-from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.options import ChatSettings, ServerOptions
 from fd_dsa.serve.server import DrainingServer, bind_socket
 from fd_dsa.serve.state import Info, no_info
@@ -60,9 +59,7 @@ def running(
     sock = bind_socket("127.0.0.1", 0)
     options = replace(options or ServerOptions(), chat=chat_settings or ChatSettings())
     app = create_app(engine, names, info, options)
-    config = uvicorn.Config(
-        app, http=StrictH11Protocol, log_config=None, timeout_graceful_shutdown=2
-    )
+    config = uvicorn.Config(app, ws="none", log_config=None, timeout_graceful_shutdown=2)
     ready = threading.Event()
     server = DrainingServer(config, app.state.server, 1.0, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
@@ -90,7 +87,9 @@ async def leave_stream(url: str, body: Mapping[str, Any], leave_after: int) -> N
     content = json.dumps({**body, "stream": True}).encode()
     reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
     try:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        )
         writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
         line = await reader.readline()
         assert line.startswith(b"HTTP/1.1 200 "), line

@@ -13,6 +13,7 @@ from fd_dsa.engine.output import FinishReason, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.engine.text_windows import TooManyTokens
 
 WORDS = ("Hello", " wörld", " 🙂", " of", " sparse", " attention", ".")
 
@@ -52,15 +53,28 @@ class FakeTokenizer:
         self.special_tokens = {"bos_token": "<bos>"}
         self._special_ids = dict(special_ids or {})
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
         """UTF-8 bytes, after a 256 for a special token; nothing for an empty text."""
-        return [256] * (add_special_tokens and text != "") + list(text.encode())
+        ids = [256] * (add_special_tokens and text != "") + list(text.encode())
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise TooManyTokens(len(ids), is_exact=True)
+        return ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The bytes as a text; 256 is `<s>`."""
         special = b"" if skip_special_tokens else b"<s>"
         raw = b"".join(special if token == 256 else bytes([token]) for token in token_ids)
         return raw.decode("utf-8", "replace")
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """UTF-8 bytes of each."""
+        return [self.encode(text, add_special_tokens=False) for text in texts]
+
+    def decode_each(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token alone, special ones included."""
+        return [self.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
 
     def special_ids_of(self, texts: Iterable[str]) -> dict[str, int]:
         """Those of the texts that are special tokens."""

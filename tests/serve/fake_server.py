@@ -23,12 +23,14 @@ NAME = 'it\'s a "model" ü'
 class StallingTokenizer(FakeTokenizer):
     """Does not come to an end with one text."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = True, max_tokens: int | None = None
+    ) -> list[int]:
         """As the fake one, after an hour."""
         if text == "stall":
             print("stalled", flush=True)
             time.sleep(3600)
-        return super().encode(text, add_special_tokens)
+        return super().encode(text, add_special_tokens, max_tokens)
 
 
 class AnnouncingEngine(FakeEngine):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,24 +72,35 @@ def wait_for_health(process: subprocess.Popen[str], url: str, log: Path) -> None
 
 
 @contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[Server]:
-    """A server started in `folder`, which has nothing to do with the package."""
+def serving(folder: Path, *flags: str, open_files: int | None = None) -> Iterator[Server]:
+    """A server started in `folder`, which has nothing to do with the package.
+
+    Args:
+        folder: for its log.
+        flags: of the command.
+        open_files: its `ulimit -n`; None leaves that of this process.
+    """
     log = folder / "log.txt"
+    limit = f"ulimit -n {open_files} && " if open_files else ""
     with held_port() as port, log.open("w") as stderr:
+        command = [sys.executable, "-m", "fd_dsa.serve", "--port", str(port), *flags]
         process = subprocess.Popen(
-            [sys.executable, "-m", "fd_dsa.serve", "--port", str(port), *flags],
+            ["sh", "-c", f'{limit}exec "$0" "$@"', *command],
             cwd=folder,
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=stderr,
             text=True,
+            start_new_session=True,
         )
         url = f"http://127.0.0.1:{port}"
         try:
             wait_for_health(process, url, log)
             yield Server(process, url, log)
         finally:
-            process.kill()
+            # with whatever it has started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
 
 

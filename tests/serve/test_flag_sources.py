@@ -52,12 +52,14 @@ VALUES: dict[str, Any] = {
     **dict.fromkeys(("num-gpu-blocks-override", "max-model-len", "max-num-seqs"), 4),
     **dict.fromkeys(("max-num-batched-tokens", "tensor-parallel-size"), 5),
     **dict.fromkeys(("shutdown-timeout", "gpu-memory-utilization"), 2.5),
-    **{key: ["one", "two"] for key in ("served-model-name", "api-key")},
+    "target-inter-token-latency-ms": 2.5,
+    **{key: ["one", "two"] for key in ("served-model-name", "api-key", "allowed-host")},
     "cudagraph-capture-sizes": [1, 8],
     "data-parallel-size": 2,
     "load-format": "dummy",
-    "max-body-size": "2M",
+    **dict.fromkeys(("max-body-size", "max-prompt-bytes"), "2M"),
     **dict.fromkeys(("max-body-values", "max-answer-scores"), 6),
+    "max-connections": 9,
     "kv-cache-memory-bytes": "8G",
     "host": "0.0.0.0",
     "device": "cpu",
@@ -80,7 +82,7 @@ def test_every_flag_has_one_value_from_all_sources(
     for name, value in VALUES.items():
         values = value if isinstance(value, list) else [] if value is True else [value]
         words = [f"--{name}", *map(str, values)]
-        if name in ("served-model-name", "api-key"):
+        if name in ("served-model-name", "api-key", "allowed-host"):
             words = [f"--{name}={one}" for one in values]
         on_line = vars(parse_args(words))
         with monkeypatch.context() as patch:
@@ -208,6 +210,8 @@ def test_a_variable_that_is_nearly_a_flag_is_told(monkeypatch: pytest.MonkeyPatc
         # of a script whose variable is not set
         (["--api-key", ""], "--api-key: allowed is a text of one character or more"),
         (["--api-key", "secret\n"], "--api-key: allowed is a text of one character or more"),
+        (["--max-prompt-bytes", "0"], "--max-prompt-bytes: got '0'; allowed is 1 byte or more"),
+        (["--max-prompt-bytes", "long"], "--max-prompt-bytes: size 'long': allowed are a number"),
         (["--host", ""], "--host: got ''; allowed is a name or an address, 0.0.0.0 for all"),
         (["--tensor-parallel-size", "0"], "--tensor-parallel-size/-tp: got '0'; allowed is a who"),
         (["--data-parallel-size", "-1"], "--data-parallel-size: got '-1'; allowed is a whole num"),

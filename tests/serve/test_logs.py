@@ -7,6 +7,7 @@ import logging
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +20,14 @@ from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.stats import EngineStats
 from fd_dsa.serve import server as server_module
 from fd_dsa.serve.busy_line import log_while_busy
-from fd_dsa.serve.logs import JsonFormatter
+from fd_dsa.serve.logs import JsonFormatter, RepeatFilter
 from fd_dsa.serve.options import ServerOptions
 from tests.engine.fakes import make_engine
 from tests.serve.conftest import held_port, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_cli import FAKE, TIMEOUT_S, command, environment, started
 from tests.serve.test_errors import complete
+from tests.serve.test_guard import exchange
 
 
 def request_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -113,6 +115,99 @@ def test_json_of_exceptions_and_of_what_is_no_text() -> None:
     told = json.loads(line)
     assert told["message"] == "\ud800\n" and told["level"] == "error"
     assert "ValueError" in told["exception"]
+
+
+class Written:
+    """A log of which each line is kept that the filter lets through; time stands still."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.filter = RepeatFilter(lambda: self.now)
+
+    def __call__(self, name: str, level: int, text: str, *args: Any, **fields: Any) -> list[str]:
+        """The line as it is written, if it is."""
+        record = logging.LogRecord(name, level, "f", 1, text, args, fields.get("exc_info"))
+        return [record.getMessage()] if self.filter.filter(record) else []
+
+
+def test_a_line_that_repeats_is_written_once_a_second_with_the_number_left_out() -> None:
+    log = Written()
+    assert log("fd_dsa.serve", 30, "request %s failed", "a") == ["request a failed"]
+    for name in range(500):
+        log.now += 0.001
+        assert log("fd_dsa.serve", 30, "request %s failed", name) == []
+    # another kind of line is not held up by it
+    assert log("fd_dsa.serve", 30, "other %s", 1) == ["other 1"]
+    assert log("fd_dsa.serve", 40, "request %s failed", "b") == ["request b failed"]
+    error = (ValueError, ValueError("x"), None)
+    assert log("fd_dsa.serve", 30, "request %s failed", "c", exc_info=error)
+    log.now = 1.0
+    assert log("fd_dsa.serve", 30, "request %s failed", "d") == [
+        "request d failed (500 lines like it were left out)"
+    ]
+    log.now = 2.0
+    assert log("fd_dsa.serve", 30, "request %s failed", "e") == ["request e failed"]
+
+
+def test_what_is_no_repetition_is_all_written() -> None:
+    log = Written()
+    for number in range(50):
+        assert log("fd_dsa.serve", 20, "%s", f"line {number}")
+        assert log("fd_dsa.serve", 30, "%s", f"line {number}")
+        assert log("fd_dsa.engine.startup", 20, "[%d/%d] %s", number, 5, "phase")
+        assert log("fd_dsa.requests", 20, "%s", "the same")
+        access = ('%s - "%s %s HTTP/%s" %d', "127.0.0.1:1", "POST", "/v1/completions", "1.1", 200)
+        assert log("uvicorn.access", 20, *access)
+    # asyncio has no arguments; its first line says what happened
+    assert log("asyncio", 40, "out of resource\nsocket 1") == ["out of resource\nsocket 1"]
+    assert log("asyncio", 40, "out of resource\nsocket 2") == []
+
+
+@pytest.mark.parametrize(("method", "status"), [("GET", 200), ("GET", 404), ("POST", 429)])
+def test_access_lines_of_requests_that_computed_nothing_are_one_a_second(
+    method: str, status: int
+) -> None:
+    log = Written()
+    text = '%s - "%s %s HTTP/%s" %d'
+    lines = [
+        log("uvicorn.access", 20, text, f"127.0.0.1:{n}", method, f"/{n}", "1.1", status)
+        for n in range(100)
+    ]
+    assert sum(map(len, lines)) == 1
+    assert log("uvicorn.access", 20, text, "127.0.0.1:1", method, "/", "1.1", status + 1)
+
+
+def test_a_filter_remembers_a_bounded_number_of_lines() -> None:
+    log = Written()
+    for number in range(5000):
+        assert log("fd_dsa.engine", 20, f"line {number}")
+    assert len(log.filter._last) <= 1000
+
+
+def test_a_flood_of_hostile_requests_leaves_a_short_log(tmp_path: Path) -> None:
+    """The lines of requests that were served are all there."""
+    with started(tmp_path, "--port", "0", "--log-requests", body=FAKE) as process:
+        assert process.stdout is not None
+        found = re.search(r"http://[\d.:]+", process.stdout.readline())
+        assert found is not None
+        url, begin = found[0], time.monotonic()
+        with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+            for number in range(100):
+                exchange(url, b"nonsense\r\n\r\n")
+                exchange(url, b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n")
+                client.get(f"/nothing/{number}")
+                client.post("/v1/completions", json={"prompt": "a", "n": -number})
+                client.get("/v1/models")
+            for _ in range(20):
+                client.post("/v1/completions", json={"prompt": "a"})
+        seconds = time.monotonic() - begin
+        process.terminate()
+        _, log = process.communicate(timeout=TIMEOUT_S)
+    lines = log.splitlines()
+    assert sum("finish_reason " in line for line in lines) == 20, log
+    assert sum('"POST /v1/completions HTTP/1.1" 200' in line for line in lines) == 20
+    # of the 500 others four kinds are refused, and one is no POST
+    assert len(lines) < 40 + 20 + 5 * (seconds + 1)
 
 
 def test_a_line_while_busy_and_none_while_idle(

@@ -31,7 +31,7 @@ PATIENCE_S = 0.3
 NUM_CLIENTS = 16
 FLAGS = ("--max-model-len", "128", "--num-gpu-blocks-override", "64")
 BODY = b'{"prompt": "a", "max_tokens": 1}'
-HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def draw_bytes(number: int) -> bytes:
@@ -57,18 +57,24 @@ def draw_bytes(number: int) -> bytes:
         lambda: HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n" + chunk,
         lambda: HEAD + b"X: " + b"a" * draw.choice([1000, 70_000, 500_000]) + b"\r\n\r\n",
         lambda: HEAD + b"X: a\r\n" * draw.choice([100, 20_000]) + b"\r\n",
+        lambda: HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 20_000 + chunk,
+        lambda: HEAD + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\n" + BODY,
+        lambda: HEAD + b"Content-Encoding: gzip\r\nContent-Length: 32\r\n\r\n" + BODY,
         lambda: HEAD + b"X\x00Y: a\r\n\r\n",
         lambda: HEAD + b" folded: a\r\n\r\n",
+        lambda: whole.replace(b"\r\n", b"\n"),
+        lambda: whole.replace(b"localhost", draw.choice([b"evil.com", b"", b"[::1", b"a b"])),
         lambda: HEAD + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n",
-        lambda: b"GET /v1/models HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n"
+        lambda: b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
         b"Connection: Upgrade\r\nSec-WebSocket-Key: a\r\nSec-WebSocket-Version: 13\r\n\r\n",
-        lambda: b"GET /" + b"a" * draw.choice([3000, 100_000]) + b" HTTP/1.1\r\nHost: a\r\n\r\n",
-        lambda: b"GET http://other/v1/models HTTP/1.1\r\nHost: a\r\n\r\n",
-        lambda: b"GET /v1/models?\xff=%zz HTTP/1.1\r\nHost: a\r\n\r\n",
+        lambda: b"GET /%s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        % (b"a" * draw.choice([3000, 100_000])),
+        lambda: b"GET http://other/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        lambda: b"GET /v1/models?\xff=%zz HTTP/1.1\r\nHost: localhost\r\n\r\n",
         lambda: b"GET /v1/models HTTP/%s\r\n\r\n" % draw.choice([b"0.9", b"1.0", b"2", b""]),
         lambda: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        lambda: b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n",
-        lambda: b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
+        lambda: b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        lambda: b"CONNECT a:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         lambda: b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + draw.randbytes(200),
         lambda: b"GET /health\r\n\r\n",
         lambda: b"\r\n" * 500,

@@ -78,10 +78,16 @@ NO_COUNTERPART = {
     "index_topk": "FastDeploy takes the number from config.json of the folder",
     "enable_chunked_prefill": "FastDeploy has its own switch, FD_DISABLE_CHUNKED_PREFILL; "
     "allowed: True",
+    "target_inter_token_latency_ms": "FastDeploy's scheduler keeps to no time; what is near to it "
+    "is --max-num-batched-tokens",
     "max_body_size": "FastDeploy has no limit of a body; put a proxy with one in front of it",
     "max_body_values": "FastDeploy has no such flag; put a proxy with a limit of bodies in front "
     "of it",
     "max_answer_scores": "FastDeploy has no such flag",
+    "max_connections": "FastDeploy does not limit connections; put a proxy in front that does",
+    "allowed_host": "FastDeploy does not look at the Host header; put a proxy that does in front",
+    "max_prompt_bytes": "FastDeploy tokenizes texts of any length; put a proxy with a limit of "
+    "bodies in front of it",
     "log_requests": "FastDeploy writes its requests to log/api_server.log in any case",
     "log_json": "FastDeploy's log has one form",
     "disable_ui": "FastDeploy's server has no page to leave out",

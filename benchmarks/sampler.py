@@ -1,0 +1,102 @@
+"""Processor time of sampling 32 rows of 129,280 logits, and whether the tokens stay the same.
+
+    python -m benchmarks.sampler --baseline CHECKOUT     # about ten minutes on 2 cores
+
+The packages of this tree and of a checkout take turns. Logits are normal, of standard deviation 3,
+or have the spread that the demo model's logits have over a text, on more ids (`workers/sampler`).
+Then each draws from fresh rows, 10,000 tokens in each way, and those that differ are counted.
+Writes benchmarks/results/sampler.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks._harness import Worker, percentiles, revision_of, save
+from benchmarks.workers.sampler import write_demo_logits
+
+SPREADS = ("normal", "demo model")
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "temperature 1": {},
+    "temperature 0.7": {"temperature": 0.7},
+    "top-k 50": {"top_k": 50},
+    "top-p 0.95": {"top_p": 0.95},
+    "top-p 0.9, temperature 0.7": {"top_p": 0.9, "temperature": 0.7},
+    "min-p 0.05": {"min_p": 0.05},
+    "min-p 0.02, top-p 0.9": {"min_p": 0.02, "top_p": 0.9},
+    "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
+}
+ROUNDS, REPEATS = 10, 3
+# steps of 32 rows: 10,016 draws
+STEPS = 313
+
+
+def measure(sides: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of processor time of each case, the sides in turn."""
+    found = []
+    for spread in SPREADS:
+        for name, sampling in SAMPLING.items():
+            times: dict[str, list[float]] = {label: [] for label in sides}
+            for _ in range(rounds):
+                for label, worker in sides.items():
+                    times[label] += worker.call(
+                        op="cpu_ms", spread=spread, sampling=sampling, repeats=REPEATS
+                    )
+            ms = {label: percentiles(values) for label, values in times.items()}
+            ratio = ms["before"]["p50"] / ms["fd_dsa"]["p50"]
+            found.append({"spread": spread, "sampling": name, "ms": ms, "ratio": ratio})
+            line = ", ".join(f"{label} {value['p50']:.2f} ms" for label, value in ms.items())
+            print(f"{spread:10} {name:28} {line}: {ratio:.2f}x", flush=True)
+    return found
+
+
+def differing(sides: dict[str, Worker], cases: list[dict[str, Any]], steps: int) -> None:
+    """Count draws and those whose tokens differ, into the cases."""
+    for spread in SPREADS:
+        counts = dict.fromkeys(SAMPLING, 0)
+        for index in range(steps):
+            ours, before = (
+                worker.call(
+                    op="tokens", spread=spread, index=index, samplings=list(SAMPLING.values())
+                )
+                for worker in sides.values()
+            )
+            for name, a, b in zip(SAMPLING, ours, before, strict=True):
+                counts[name] += sum(x != y for x, y in zip(a, b, strict=True))
+        for case in cases:
+            if case["spread"] == spread:
+                case |= {"draws": steps * len(ours[0]), "differing": counts[case["sampling"]]}
+        print(f"{spread}: of {steps * len(ours[0])} draws differ {counts}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--baseline", type=Path, required=True, help="checkout whose package it is compared with"
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of 32 draws, default: {STEPS}")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "demo_logits.npy")
+        write_demo_logits(path)
+        with (
+            Worker("benchmarks.workers.sampler", path) as ours,
+            Worker("benchmarks.workers.sampler", path, checkout=args.baseline) as before,
+        ):
+            sides = {"fd_dsa": ours, "before": before}
+            cases = measure(sides, args.rounds)
+            differing(sides, cases, args.steps)
+    result = {"tier": "T0", "baseline": revision_of(args.baseline), "cases": cases}
+    print(f"written: {save('sampler', result)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

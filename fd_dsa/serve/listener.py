@@ -1,0 +1,181 @@
+"""The listening socket: which connections are let in, and which are closed to make room.
+
+asyncio's own accept loop tries and logs as often as the backlog is long when the process runs out
+of descriptors. This one never lets it come to that: it stops accepting where nothing can be closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from fd_dsa.serve.descriptors import PROBE_CONNECTIONS
+
+BACKLOG = 2048
+"""Connections that the kernel holds until they are accepted."""
+_ACCEPTS_AT_ONCE = 8
+_RETRY_S = 0.02
+
+logger = logging.getLogger("fd_dsa.serve")
+
+
+class Connection(Protocol):
+    """A connection as the listener sees it."""
+
+    @property
+    def is_flushed(self) -> bool:
+        """Whether every byte of the last answer has been handed to the kernel."""
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether the kernel holds bytes of the client that are read in the next turn."""
+
+    def drop(self) -> None:
+        """Close the connection at once."""
+
+
+class Listener:
+    """Accepts connections and keeps count of them; used in the event loop alone.
+
+    A connection waits as long as none of its requests is in work: it is new, between two requests,
+    or its head or the rest of a refused request is on the way. `limit` connections may have a
+    request in work. `PROBE_CONNECTIONS` more are accepted; then each new one takes the place of the
+    one that has waited longest.
+
+    Args:
+        sock: bound.
+        limit: connections that may have a request in work.
+        make_protocol: the protocol of a new connection, which reports to this listener.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        limit: int,
+        make_protocol: Callable[[Listener], asyncio.Protocol],
+    ) -> None:
+        self.limit = limit
+        self._sock = sock
+        self._make_protocol = make_protocol
+        self._loop = asyncio.get_running_loop()
+        # the one that has waited longest comes first
+        self._waiting: dict[Connection, None] = {}
+        self._working: set[Connection] = set()
+        self._opening: set[asyncio.Task[object]] = set()
+        self._is_open = self._is_paused = False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many connections have a request in work as may."""
+        return len(self._working) >= self.limit
+
+    def start(self) -> None:
+        """Listen and accept."""
+        self._sock.setblocking(False)
+        self._sock.listen(BACKLOG)
+        self._loop.add_reader(self._sock.fileno(), self._accept)
+        self._is_open = True
+
+    def close(self) -> None:
+        """Accept nothing more; the socket stays the caller's to close."""
+        if self._is_open:
+            self._is_open = False
+            self._loop.remove_reader(self._sock.fileno())
+
+    def joined(self, connection: Connection) -> None:
+        """Count a new connection."""
+        self._waiting[connection] = None
+        if not self._is_open:
+            # it was being opened when the server began to close
+            connection.drop()
+
+    def waits(self, connection: Connection) -> None:
+        """Count a connection without a request in work."""
+        self._working.discard(connection)
+        self._waiting.setdefault(connection)
+        self._resume()
+
+    def works(self, connection: Connection) -> None:
+        """Count a connection with a request in work."""
+        self._waiting.pop(connection, None)
+        self._working.add(connection)
+
+    def left(self, connection: Connection) -> None:
+        """Forget a connection that is gone."""
+        self._waiting.pop(connection, None)
+        self._working.discard(connection)
+        self._resume()
+
+    def _accept(self) -> None:
+        """Accept some of the connections that the kernel holds."""
+        for _ in range(_ACCEPTS_AT_ONCE):
+            oldest = None
+            if self._num_connections >= self.limit + PROBE_CONNECTIONS:
+                oldest = self._oldest()
+                if oldest is None:
+                    self._pause()
+                    return
+            try:
+                sock, _ = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # the kernel goes on to report the connection that could not be accepted
+                logger.warning("cannot accept connections: %s; trying again", error)
+                self._drop(self._oldest())
+                self._pause()
+                return
+            sock.setblocking(False)
+            self._drop(oldest)
+            self._open(sock)
+
+    @property
+    def _num_connections(self) -> int:
+        """All connections, those included whose protocol is still to be made."""
+        return len(self._waiting) + len(self._working) + len(self._opening)
+
+    def _open(self, sock: socket.socket) -> None:
+        """Make transport and protocol of an accepted connection."""
+        opening = self._loop.connect_accepted_socket(lambda: self._make_protocol(self), sock)
+        task: asyncio.Task[object] = self._loop.create_task(opening)
+        self._opening.add(task)
+        task.add_done_callback(self._opened)
+
+    def _opened(self, task: asyncio.Task[object]) -> None:
+        """The protocol has been made and has reported itself, or the client had left before."""
+        self._opening.discard(task)
+        if not task.cancelled():
+            # else asyncio would log that nobody asked for it
+            task.exception()
+
+    def _oldest(self) -> Connection | None:
+        """The connection that has waited longest, rather one that does not send any more."""
+        sending = None
+        for connection in self._waiting:
+            if connection.has_unread:
+                continue
+            if connection.is_flushed:
+                return connection
+            sending = sending or connection
+        return sending
+
+    def _drop(self, connection: Connection | None) -> None:
+        """Close a connection that waits."""
+        if connection is not None:
+            del self._waiting[connection]
+            connection.drop()
+
+    def _pause(self) -> None:
+        """Leave new connections to the kernel for a moment, or until one here ends or waits."""
+        self._is_paused = True
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.call_later(_RETRY_S, self._resume)
+
+    def _resume(self) -> None:
+        """Accept again."""
+        if self._is_open and self._is_paused:
+            self._is_paused = False
+            self._loop.add_reader(self._sock.fileno(), self._accept)

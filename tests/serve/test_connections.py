@@ -1,0 +1,233 @@
+"""More connections than the server can hold: idle ones make room, probes are always answered."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fd_dsa.serve.descriptors import PROBE_CONNECTIONS
+from fd_dsa.serve.options import ServerOptions
+from fd_dsa.serve.status import PROBE_PATHS
+from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.test_cli import FAKE, command, environment, error_line, finish
+from tests.serve.test_errors import complete, error_of
+from tests.serve.test_guard import exchange
+from tests.serve.test_slow_heads import connected
+
+ENDLESS = {"prompt": "a", "max_tokens": 5000, "ignore_eos": True, "stream": True}
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@contextmanager
+def small(limit: int) -> Iterator[Live]:
+    """A server with so few connections, whose streams last for minutes."""
+    engine = FakeEngine(step_s=0.05, max_model_len=10_000)
+    with running(engine, options=ServerOptions(max_connections=limit)) as live:
+        yield live
+
+
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the server has closed it."""
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD])
+def test_connections_without_a_request_make_room_the_oldest_first(sent: bytes) -> None:
+    limit = 4
+    with small(limit) as live, ExitStack() as stack:
+        crowd = [stack.enter_context(connected(live)) for _ in range(60)]
+        for connection in crowd:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(sent)
+        # as many as there are places stay
+        wait_until(lambda: sum(map(is_closed, crowd)) >= 60 - limit - PROBE_CONNECTIONS)
+        closed = [is_closed(connection) for connection in crowd]
+        assert closed == sorted(closed, reverse=True)
+        assert complete(live, max_tokens=2).status_code == 200
+        assert live.http.get("/health").status_code == 200
+
+
+def test_where_all_have_requests_in_work_others_are_a_503_and_probes_are_answered() -> None:
+    with small(2) as live:
+        with (
+            live.http.stream("POST", "/v1/completions", json=ENDLESS),
+            live.http.stream("POST", "/v1/completions", json=ENDLESS) as last,
+        ):
+            # more than there are places for probes
+            for _ in range(3 * PROBE_CONNECTIONS):
+                head, _, body = exchange(live.url, HEAD + b"\r\n").partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in head
+                error = json.loads(body)["error"]
+                assert error["code"] == "too_many_connections"
+                assert "2 connections have a request in work" in error["message"]
+                assert "--max-connections" in error["message"]
+                for path in PROBE_PATHS:
+                    probe = f"GET {path}?a=b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+                    assert exchange(live.url, probe.encode()).startswith(b"HTTP/1.1 200 ")
+            with ExitStack() as stack:
+                for _ in range(40):
+                    stack.enter_context(connected(live))
+                assert httpx.get(f"{live.url}/health", timeout=TIMEOUT_S).status_code == 200
+            # those in work are not touched
+            assert next(last.iter_lines())
+        wait_until(lambda: complete(live, max_tokens=1).status_code == 200)
+
+
+def test_a_connection_is_counted_again_for_each_of_its_requests() -> None:
+    with small(1) as live, httpx.Client(base_url=live.url, timeout=TIMEOUT_S) as other:
+        for _ in range(5):
+            # the same two connections all the time
+            assert complete(live, max_tokens=1).status_code == 200
+            assert other.get("/v1/models").status_code == 200
+        with live.http.stream("POST", "/v1/completions", json=ENDLESS):
+            error_of(other.get("/v1/models"), 503)
+        wait_until(lambda: other.get("/v1/models").status_code == 200)
+
+
+def test_out_of_descriptors_the_accept_loop_rests_and_recovers(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where something else in the process holds them all."""
+    accept = socket.socket.accept
+    tries = 0
+
+    def failing(self: socket.socket) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries <= 10:
+            raise OSError(24, os.strerror(24))
+        return accept(self)
+
+    with small(4) as live, connected(live) as idle:
+        wait_until(lambda: len(live.server.server_state.connections) == 1)
+        monkeypatch.setattr(socket.socket, "accept", failing)
+        began = time.monotonic()
+        assert complete(live, max_tokens=1).status_code == 200
+        assert time.monotonic() - began >= 9 * 0.02
+        assert is_closed(idle)
+    lines = [line for line in caplog.messages if "cannot accept connections" in line]
+    assert len(lines) == 10 and "Too many open files" in lines[0]
+
+
+@contextmanager
+def limited(
+    folder: Path, num_files: int, *flags: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server process that may open so many files, and its URL; its log is in `folder`."""
+    line = command("--port", "0", *flags, body=FAKE)
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", f'ulimit -n {num_files}; exec "$@"', "-", *line],
+            cwd=folder,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            url = re.search(r"http://[\d.:]+", process.stdout.readline())
+            assert url is not None, (folder / "log").read_text()
+            yield process, url[0]
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def crowd(url: str, num: int, sent: bytes, stack: ExitStack) -> Sequence[socket.socket]:
+    """So many clients that send this and then nothing."""
+    parts = httpx.URL(url)
+    clients = []
+    for _ in range(num):
+        client = socket.create_connection((parts.host, parts.port or 80), TIMEOUT_S)
+        clients.append(stack.enter_context(client))
+        with contextlib.suppress(ConnectionError):
+            client.sendall(sent)
+    return clients
+
+
+@pytest.mark.parametrize(("num_files", "num_clients"), [(64, 300), (1024, 1100)])
+def test_idle_clients_keep_no_probe_out_and_fill_no_log(
+    tmp_path: Path, num_files: int, num_clients: int
+) -> None:
+    with limited(tmp_path, num_files) as (process, url), ExitStack() as stack:
+        for sent in (b"", HEAD, HEAD + b"Content-Length: 5\r\n\r\n"):
+            crowd(url, num_clients // 3, sent, stack)
+            for path in PROBE_PATHS:
+                assert httpx.get(f"{url}{path}", timeout=TIMEOUT_S).status_code == 200
+        process.terminate()
+        # bodies that do not come are given up after five seconds
+        assert process.wait(TIMEOUT_S) == 0
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert len(log.splitlines()) < 20, log
+
+
+def test_a_server_full_of_slow_bodies_answers_probes_and_ends_in_time(tmp_path: Path) -> None:
+    slow = HEAD + b"Content-Length: 5\r\n\r\n{"
+    flags = ("--max-connections", "100")
+    with limited(tmp_path, 256, *flags) as (process, url), ExitStack() as stack:
+        crowd(url, 100, slow, stack)
+
+        def is_full() -> bool:
+            return httpx.get(f"{url}/v1/models", timeout=TIMEOUT_S).status_code == 503
+
+        wait_until(is_full)
+        for path in PROBE_PATHS:
+            assert httpx.get(f"{url}{path}", timeout=TIMEOUT_S).status_code == 200
+        process.terminate()
+        assert process.wait(TIMEOUT_S) == 0
+
+
+def test_the_soft_limit_is_raised_and_no_more_is_promised_than_it_allows(tmp_path: Path) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    code = (
+        "import resource, sys\nfrom fd_dsa.serve.descriptors import connection_limit\n"
+        "soft, hard = map(int, sys.argv[1:])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
+        "print(connection_limit(None), *resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+
+    def limits(soft: int, hard: int) -> list[int]:
+        line = [sys.executable, "-c", code, str(soft), str(hard)]
+        return [int(word) for word in finish(tmp_path, line, 0).stdout.split()]
+
+    assert limits(30, hard)[1:] == [hard, hard]
+    few, *files = limits(20, 200)
+    assert files == [200, 200] and 100 < few < 160
+    assert limits(5000, 5000)[0] == 4096
+
+
+@pytest.mark.parametrize(
+    ("num_files", "flags", "text"),
+    [
+        (200, ("--max-connections", "190"), "--max-connections: got 190, allowed: at most 1"),
+        (30, (), "ulimit -n: the process may open 30 files, the server keeps"),
+    ],
+)
+def test_a_limit_that_the_descriptors_do_not_allow_ends_the_start(
+    tmp_path: Path, num_files: int, flags: tuple[str, ...], text: str
+) -> None:
+    line = ["bash", "-c", f'ulimit -n {num_files}; exec "$@"', "-", *command(*flags, body=FAKE)]
+    assert text in error_line(finish(tmp_path, line, status=2))

@@ -1,0 +1,202 @@
+"""Heads that a proxy could read otherwise than the server, and heads without an end."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from fd_dsa.serve.strict_h11 import MAX_HEAD_BYTES, MAX_HEADERS
+from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.test_guard import exchange
+from tests.serve.test_slow_heads import connected
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: a\r\n"
+BODY = b'{"prompt": "a"}'
+CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+# answered where the request before it was not refused
+SMUGGLED = b"GET /version HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[Live]:
+    """A server of its own: a broken head must not change what others are answered."""
+    with running(FakeEngine()) as server:
+        yield server
+
+
+def statuses(answer: bytes) -> list[int]:
+    """Statuses of all responses."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
+
+
+def refusal(live: Live, sent: bytes, status: int) -> str:
+    """The message of the only answer to these bytes; the connection is closed after it."""
+    answer = exchange(live.url, sent)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status), answer
+    assert b"connection: close" in head.lower()
+    assert len(statuses(answer)) == 1
+    error = json.loads(body)["error"]
+    assert error["type"] == "invalid_request_error"
+    return str(error["message"])
+
+
+@pytest.mark.parametrize(
+    ("sent", "reason"),
+    [
+        (
+            POST + b"Content-Length: 15\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNKED,
+            "content-length and transfer-encoding; send one",
+        ),
+        (
+            POST + b"transfer-encoding: chunked\r\nCONTENT-LENGTH:15\r\n\r\n" + CHUNKED,
+            "transfer-encoding and content-length; send one",
+        ),
+        (
+            POST + b"Content-Length: 15\r\nContent-Length: 15\r\n\r\n" + BODY,
+            "content-length and content-length; send one",
+        ),
+        (POST + b"Content-Length: 15\r\nContent-Length: 5\r\n\r\n" + BODY, "content-length and"),
+        (POST + b"Content-Length: 15, 15\r\n\r\n" + BODY, "Content-Length is not one number"),
+        (POST + b"Content-Length: +15\r\n\r\n" + BODY, "Content-Length is not one number"),
+        (POST + b"Content-Length : 15\r\n\r\n" + BODY, "illegal header line"),
+        (
+            POST.replace(b"1.1", b"1.0") + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED,
+            "Transfer-Encoding came with HTTP/1.0",
+        ),
+        (POST + b"Transfer-Encoding: gzip, chunked\r\n\r\n" + CHUNKED, "Only Transfer-Encoding"),
+        (
+            POST + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED[:-2] + b"X: a\n\n",
+            "after the body",
+        ),
+        (
+            POST + b"Transfer-Encoding: chunked\r\n\r\n" + CHUNKED[:-2] + b"X: a\r\n\r\n",
+            "after the body",
+        ),
+        (GET.replace(b"\r\n", b"\n") + b"\n", "LF alone"),
+        (b"GET /health HTTP/1.1\nHost: a\r\n\r\n", "LF alone"),
+        (GET + b"X: a\nY: b\r\n\r\n", "LF alone"),
+        (GET + b"X: a\r\n\n", "LF alone"),
+        (GET + b"X: a\r\n b\r\n\r\n", "folded"),
+        (GET + b"X: a\r\n\tTransfer-Encoding: chunked\r\n\r\n", "folded"),
+        (GET + b"X: a\rb\r\n\r\n", "control character"),
+        (GET + b"X: a\x00b\r\n\r\n", "control character"),
+        (GET + b"X\x00: a\r\n\r\n", "control character"),
+        (GET + b"X: a\x01b\r\n\r\n", "control character"),
+        (GET + b"X: a\x7fb\r\n\r\n", "control character"),
+        (GET + b"no colon\r\n\r\n", "illegal header line"),
+        (GET + b"Host: a\r\n\r\n", "multiple Host"),
+        (b"GET /health HTTP/1.1\r\n\r\n", "mandatory Host"),
+        (b"GET /health HTTP/2.0\r\nHost: a\r\n\r\n", "no HTTP/1.1 or HTTP/1.0"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "control character"),
+        (b"GET /health\r\nHost: a\r\n\r\n", "no HTTP/1.1 or HTTP/1.0"),
+    ],
+)
+def test_a_head_of_two_meanings_is_refused_with_all_after_it(
+    live: Live, sent: bytes, reason: str
+) -> None:
+    message = refusal(live, sent + SMUGGLED, 400)
+    assert "no valid HTTP/1.1" in message and reason in message
+    assert httpx.get(f"{live.url}/health").status_code == 200
+
+
+def test_a_broken_head_after_a_good_request_is_refused_too(live: Live) -> None:
+    answer = exchange(live.url, GET + b"\r\n" + GET + b"X: a\r\n b\r\n\r\n" + SMUGGLED)
+    assert statuses(answer) == [200, 400]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        POST + b"content-length:15\r\n\r\n" + BODY,
+        POST + b"Content-Length: \t15 \r\n\r\n" + BODY,
+        POST + b"Transfer-Encoding: CHUNKED\r\n\r\n" + CHUNKED,
+        GET + b"X: content-length: 5\ttransfer-encoding: \xff\r\n\r\n",
+        GET + b"Content-Length: 0\r\n\r\n",
+        # so long that it takes several reads
+        GET + b"X: %s\r\n\r\n" % (b"x" * (MAX_HEAD_BYTES - len(GET) - 7)),
+        GET + b"X: a\r\n" * (MAX_HEADERS - 2) + b"\r\n",
+    ],
+)
+def test_good_heads_are_served_and_the_next_request_with_them(live: Live, sent: bytes) -> None:
+    answer = exchange(live.url, sent + SMUGGLED)
+    assert statuses(answer) == [200, 200], answer
+
+
+@pytest.mark.parametrize("rest", [b"\r\n\r\n", b""])
+def test_long_heads_are_a_431_that_names_the_limit(live: Live, rest: bytes) -> None:
+    for size in (MAX_HEAD_BYTES, 500_000):
+        message = refusal(live, GET + b"X: " + b"x" * size + rest, 431)
+        assert f"longer than {MAX_HEAD_BYTES} bytes" in message
+    message = refusal(live, GET + b"X: a\r\n" * 3000 + b"\r\n" + SMUGGLED, 431)
+    assert message.startswith(f"the request has 3001 headers, allowed: {MAX_HEADERS}")
+    refusal(live, b"GET /" + b"a" * MAX_HEAD_BYTES + b" HTTP/1.1\r\nHost: a\r\n\r\n", 431)
+
+
+def test_a_body_in_chunks_of_a_byte_is_refused(live: Live) -> None:
+    """Each takes the server as long as a chunk of any size."""
+    head = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+    message = refusal(live, head + b"1\r\n \r\n" * 5000 + b"0\r\n\r\n", 400)
+    assert "more than 1024 chunks, and they are shorter than 256 bytes" in message
+    chunks = b"%x\r\n%s\r\n" % (1, b" ") * 1000 + CHUNKED
+    assert statuses(exchange(live.url, head + chunks + SMUGGLED)) == [200, 200]
+    chunks = b"%x\r\n%s\r\n" % (256, b" " * 256) * 5000 + CHUNKED
+    assert statuses(exchange(live.url, head + chunks + SMUGGLED)) == [200, 200]
+
+
+def test_a_refused_client_that_still_sends_reads_its_answer(live: Live) -> None:
+    """A server that closes at once makes the client's kernel throw the answer away."""
+    for _ in range(20):
+        with connected(live) as connection:
+            connection.sendall(GET + b"X: a\r\n b\r\n\r\n")
+            connection.sendall(b"x" * 300_000)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+
+
+def test_the_rest_of_an_answered_body_has_its_time_too(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read, so that the connection can be used again, but not for ever."""
+    monkeypatch.setattr("fd_dsa.serve.h11_protocol.StrictH11Protocol.head_timeout_s", 0.4)
+    head = POST.replace(b"/v1/completions", b"/health") + b"Content-Length: 1000000\r\n\r\n"
+
+    def is_closed() -> bool:
+        try:
+            connection.sendall(b"x")
+        except ConnectionError:
+            return True
+        return False
+
+    with connected(live) as connection:
+        connection.sendall(head)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 405 ")
+        wait_until(is_closed)
+
+
+def test_a_client_of_tls_is_refused_before_its_head_ends(live: Live) -> None:
+    assert "illegal request line" in refusal(live, b"\x16\x03\x01\x02\x00\x01", 400)
+
+
+def test_requests_ahead_of_an_answer_take_a_bounded_memory(live: Live) -> None:
+    """They wait in the kernels; what is served comes whole and in order."""
+    body = json.dumps({"prompt": "a", "user": "x" * 900}).encode()
+    one = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    num_requests = 1000
+    most, received = 0, b""
+    with connected(live) as connection, ThreadPoolExecutor(1) as sender:
+        sent = sender.submit(connection.sendall, one * num_requests + SMUGGLED)
+        while part := connection.recv(65536):
+            received += part
+            for protocol in tuple(live.server.server_state.connections):
+                most = max(most, len(protocol.conn.trailing_data[0]))  # type: ignore[union-attr]
+        sent.result(TIMEOUT_S)
+    assert statuses(received) == [200] * (num_requests + 1)
+    # the rest of one read of asyncio's and what may come with it
+    assert 0 < most <= 512 << 10

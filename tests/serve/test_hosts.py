@@ -1,0 +1,109 @@
+"""Host headers: what a page that resolves its name to this machine must not reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fd_dsa.serve.hosts import HostRule, host_rule
+from fd_dsa.serve.options import ServerOptions
+from tests.serve.conftest import Live, running
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.test_cli import FAKE, error_line, run
+from tests.serve.test_connections import limited
+from tests.serve.test_errors import error_of
+from tests.serve.test_guard import exchange
+
+
+def is_served(rule: HostRule | None, value: str) -> bool:
+    """Whether a server with this rule serves a Host header."""
+    with running(FakeEngine(), options=ServerOptions(hosts=rule)) as live:
+        return live.http.get("/v1/models", headers={"Host": value}).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[Live]:
+    """A server on 127.0.0.1 that was started with a name of its own."""
+    rule = host_rule("localhost", "127.0.0.1", ["Box.Example", "[fe80::1]"])
+    with running(FakeEngine(), options=ServerOptions(hosts=rule)) as live:
+        yield live
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost", "LOCALHOST:1", "localhost.", "127.0.0.1", "127.1.2.3:8000", "[::1]:80"),
+        *("box.example", "box.example.:443", "BOX.EXAMPLE:", "[fe80::1]:8000"),
+    ],
+)
+def test_names_of_this_machine_are_served_with_any_port(local: Live, host: str) -> None:
+    for path in ("/v1/models", "/health"):
+        assert local.http.get(path, headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.com", "evil.com:8000", "localhost.evil.com", "127.0.0.1.evil.com", "", ":80"),
+        *("localhost:80:80", "localhost@evil.com", "user@localhost", "a/localhost", "0.0.0.0"),
+        *("192.168.1.2", "[::2]", "::1", "[localhost]", "127.0.0.1, evil.com", "x" * 3000, "*"),
+    ],
+)
+def test_other_names_are_refused_on_every_path(local: Live, host: str) -> None:
+    for path in ("/v1/models", "/health", "/", "/metrics", "/nothing"):
+        error = error_of(local.http.get(path, headers={"Host": host}), 403)
+        assert error["code"] == "host_not_allowed"
+        assert error["message"].startswith(f'Host: got "{host[:50]}')
+        assert "--allowed-host" in error["message"]
+        assert len(error["message"]) < 250
+    assert not local.engine.requests
+
+
+def test_a_refused_name_reaches_no_engine_and_shows_no_key() -> None:
+    rule = host_rule("127.0.0.1", "127.0.0.1", [])
+    with running(FakeEngine(), options=ServerOptions(api_keys=("key",), hosts=rule)) as live:
+        headers = {"Host": "evil.com", "Authorization": "Bearer key"}
+        error_of(live.http.post("/v1/completions", json={"prompt": "a"}, headers=headers), 403)
+        assert not live.engine.requests
+
+
+@pytest.mark.parametrize(
+    ("host", "bound", "allowed", "value", "served"),
+    [
+        ("127.0.0.1", "127.0.0.1", (), "evil.com", False),
+        ("127.0.0.1", "127.0.0.1", ("*",), "evil.com", True),
+        ("::1", "::1", (), "[::1]:8000", True),
+        ("::1", "::1", (), "evil.com", False),
+        ("myhost", "127.0.1.1", (), "myhost:8000", True),
+        # on an interface that others reach there is no check unless it is asked for
+        ("0.0.0.0", "0.0.0.0", (), "evil.com", True),
+        ("0.0.0.0", "0.0.0.0", ("api.example",), "evil.com", False),
+        ("0.0.0.0", "0.0.0.0", ("api.example",), "api.example", True),
+        # as an orchestrator probes
+        ("0.0.0.0", "0.0.0.0", ("api.example",), "10.1.2.3:8000", True),
+        ("::", "::", ("api.example",), "[2001:db8::1]:8000", True),
+    ],
+)
+def test_what_is_checked_follows_the_address(
+    host: str, bound: str, allowed: tuple[str, ...], value: str, served: bool
+) -> None:
+    assert is_served(host_rule(host, bound, allowed), value) is served
+
+
+def test_a_client_of_http_1_0_needs_no_host(local: Live) -> None:
+    assert exchange(local.url, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    answer = exchange(local.url, b"GET /health HTTP/1.0\r\nHost: evil.com\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 403 ")
+
+
+def test_the_flag_of_a_process(tmp_path: Path) -> None:
+    with limited(tmp_path, 256, "--allowed-host", "box.example") as (_, url):
+        for host, status in (("evil.com", 403), ("box.example", 200), ("localhost:1", 200)):
+            answer = httpx.get(f"{url}/v1/models", headers={"Host": host}, timeout=60)
+            assert answer.status_code == status
+    for name in ("", "http://a", "a:80", "a b"):
+        line = error_line(run(tmp_path, "--allowed-host", name, body=FAKE))
+        assert line.startswith(f"--allowed-host: got {name!r}; allowed is a name without a port")

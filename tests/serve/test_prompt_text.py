@@ -1,0 +1,146 @@
+"""Texts of requests: what is too long is refused, and the rest holds nobody up."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from fd_dsa.engine.async_engine import AsyncEngine
+from fd_dsa.engine.tokenizer import Tokenizer
+from fd_dsa.serve.options import ServerOptions
+from tests.engine import byte_model
+from tests.engine.fakes import make_engine
+from tests.serve.conftest import Live, running
+from tests.serve.fake_engine import FakeEngine
+from tests.serve.test_errors import complete, error_of
+from tests.serve.test_tool_calls import V32, engine_of
+
+
+def chat(*contents: str) -> dict[str, Any]:
+    """A conversation of the user's."""
+    return {"messages": [{"role": "user", "content": content} for content in contents]}
+
+
+def assistant(**fields: Any) -> dict[str, Any]:
+    """A conversation with further fields in a message of the assistant's."""
+    user = {"role": "user", "content": ""}
+    return {"messages": [user, {"role": "assistant", "content": "", **fields}, user]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "num_bytes"),
+    [
+        ("/v1/completions", {"prompt": "a" * 101}, "prompt", 101),
+        ("/v1/completions", {"prompt": ["a", "é" * 51]}, "prompt", 102),
+        ("/tokenize", {"prompt": "漢" * 34}, "prompt", 102),
+        ("/tokenize", chat("a" * 60, "b" * 60), "messages", 120),
+        ("/v1/chat/completions", chat("a" * 60, "b" * 60), "messages", 120),
+        ("/v1/chat/completions", assistant(reasoning_content="a" * 101), "messages", 101),
+        ("/v1/chat/completions", assistant(name=[{"deep": "a" * 101}]), "messages", 101),
+        # the messages alone would fit
+        ("/v1/chat/completions", chat("a" * 50, "b" * 48), "messages", 111),
+    ],
+)
+def test_a_text_of_too_many_bytes_names_both_numbers(
+    path: str, body: dict[str, Any], field: str, num_bytes: int
+) -> None:
+    with running(
+        FakeEngine(max_model_len=4096), options=ServerOptions(max_prompt_bytes=100)
+    ) as live:
+        error = error_of(live.http.post(path, json=body), 400)
+        assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+        assert error["message"].startswith(f"{field}: has {num_bytes} bytes of text; allowed are")
+        assert "at most 100, the --max-prompt-bytes" in error["message"]
+        assert live.http.post("/tokenize", json={"prompt": "a" * 100}).status_code == 200
+
+
+def test_tools_are_texts_of_the_prompt_too() -> None:
+    function = {"name": "f", "description": "a" * 4000, "parameters": {"title": "b"}}
+    body = {**chat("a"), "tools": [{"type": "function", "function": function}]}
+    options = ServerOptions(max_prompt_bytes=4000)
+    with running(engine_of(V32), options=options) as live:
+        error = error_of(live.http.post("/v1/chat/completions", json=body), 400)
+        assert error["param"] == "tools"
+        assert "tools: has 4010 bytes of text; allowed are at most 4000" in error["message"]
+        unused = {**body, "tool_choice": "none"}
+        assert live.http.post("/v1/chat/completions", json=unused).status_code == 200
+
+
+def test_messages_that_are_too_long_reach_no_template() -> None:
+    engine = FakeEngine()
+    with running(engine, options=ServerOptions(max_prompt_bytes=100)) as live:
+        engine.tokenizer.chat_renderer = None
+        error_of(live.http.post("/v1/chat/completions", json=chat("a")), 400)
+
+        class Untouched:
+            source, origin = "plain", "a script"
+
+            def render(self, *_: object, **__: object) -> str:
+                raise AssertionError("rendered")
+
+        engine.tokenizer.chat_renderer = Untouched()
+        error = error_of(live.http.post("/v1/chat/completions", json=chat("a" * 101)), 400)
+        assert "--max-prompt-bytes" in error["message"]
+
+
+def test_by_default_a_text_has_sixteen_bytes_for_each_token(live: Live) -> None:
+    error = error_of(complete(live, prompt="a" * (16 * 256 + 1)), 400)
+    assert "has 4097 bytes of text; allowed are at most 4096" in error["message"]
+    error = error_of(complete(live, prompt="a" * 16 * 256), 400)
+    assert "prompt has 4097 tokens, max_model_len is 256" in error["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_a_text_of_too_many_tokens_is_not_counted_to_its_end(path: str) -> None:
+    with running(
+        AsyncEngine(byte_model.make_engine()), options=ServerOptions(max_prompt_bytes=10**6)
+    ) as live:
+        error = error_of(live.http.post(path, json={"prompt": "word " * 100_000}), 400)
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+        assert "or more tokens, max_model_len is 512" in error["message"]
+
+
+def test_probes_are_answered_while_a_long_text_is_tokenized() -> None:
+    """With a tokenizer that is real: only its GIL shows what a thread is worth."""
+    options = ServerOptions(max_prompt_bytes=1 << 22)
+    with running(AsyncEngine(byte_model.make_engine()), options=options) as live:
+        # one word, so that it cannot be cut
+        body = {"prompt": "a" * 3_000_000}
+        answers = []
+        thread = threading.Thread(
+            target=lambda: answers.append(live.http.post("/tokenize", json=body))
+        )
+        thread.start()
+        num_probes = 0
+        while not answers:
+            assert live.http.get("/health").status_code == 200
+            num_probes += 1
+        thread.join()
+        assert "3000000 tokens, max_model_len is 512" in error_of(answers[0], 400)["message"]
+        assert num_probes >= 5
+
+
+def test_bad_words_are_not_tokenized_by_the_engines_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    def recorded(name: str) -> Any:
+        original = getattr(Tokenizer, name)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return original(*args, **kwargs)
+
+        return record
+
+    for name in ("encode", "encode_all"):
+        monkeypatch.setattr(Tokenizer, name, recorded(name))
+    with running(AsyncEngine(make_engine())) as live:
+        fields = {"prompt": [[5, 6], [7]], "max_tokens": 30, "temperature": 0, "ignore_eos": True}
+        plain = [choice["text"] for choice in complete(live, **fields).json()["choices"]]
+        words = [plain[0][3:6], plain[1][5:6]]
+        assert not threads
+        choices = complete(live, **fields, bad_words=words).json()["choices"]
+        assert not any(word in choice["text"] for word in words for choice in choices)
+        assert len(threads) == 1 and "fd_dsa-engine" not in threads[0]

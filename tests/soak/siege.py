@@ -1,0 +1,326 @@
+"""One kind of hostile request at a time, and what the server's other clients notice of it.
+
+    python -m tests.soak.siege                       # all kinds, three times each: about an hour
+    python -m tests.soak.siege --large               # 129,280 tokens, a context of 163,840
+    python -m tests.soak.siege --case "15 MB" --repeats 1
+    python -m tests.soak.siege --neighbour --repeats 1 --save demo-neighbour
+
+Each repeat starts a server with default flags, and lets one stream run and /health be probed. Then
+the requests of one kind are sent, the memory gets 60 seconds to come back, and the requests are
+sent again, with a SIGTERM while the first is in work. Ends with status 1 where a bound is
+broken, unless a neighbour takes the processors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from benchmarks._harness import ROOT, environment
+from tests.serve.test_end_to_end import Server, serving
+from tests.soak import large_model
+from tests.soak.siege_cases import CASES, Facts
+from tests.soak.siege_page import lines_of, save
+from tests.soak.watching import Watch
+
+DEMO = Facts(max_model_len=8192, vocab_size=4096)
+LARGE = Facts(large_model.MAX_MODEL_LEN, large_model.VOCAB_SIZE)
+STREAM = {"prompt": "Once upon a time", "temperature": 0, "ignore_eos": True}
+PROMPT_ROOM = 32
+MIB = 2**20
+FIRST_WITHIN_S = 60.0
+# without an attack, for the gap that the machine itself makes
+ALONE_S = 3.0
+# after the last answer: what it left to do is part of it
+AFTERWARDS_S = 1.0
+# from the last byte to the signal, so that the request is in work
+IN_WORK_S = 0.2
+# a stall of so long is no stall any more: the memory of such a server need not be waited for
+FROZEN_S = 10.0
+MAKE_WITHIN_S = 120.0
+EXIT_MARGIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one kind of request may do to the others.
+
+    Attributes:
+        health_s: longest answer of /health.
+        gap_s: longest gap of a stream.
+        growth_mib: most memory beyond that before, without what was planned.
+        left_mib: the same once `settle_s` have gone by.
+        log_kib: growth of the log.
+        drain_s: from SIGTERM to the end of the process; --shutdown-timeout and the last answers.
+        patience_s: after which nobody waits for the hostile request's own answer any more.
+        settle_s: for which the memory is waited for.
+    """
+
+    health_s: float = 0.5
+    gap_s: float = 0.5
+    growth_mib: float = 200.0
+    left_mib: float = 50.0
+    log_kib: float = 1024.0
+    drain_s: float = 35.0
+    patience_s: float = 60.0
+    settle_s: float = 60.0
+
+
+FULL = Bounds()
+# for a machine on which other tests run
+BUSY = Bounds(5.0, 5.0, 400.0, 200.0, 1024.0, 60.0, patience_s=20.0, settle_s=20.0)
+QUICK = (
+    "15 MB of prose to /tokenize",
+    "20,000 tools",
+    "8 x 64 stops of 512, n = 32",
+    "350,000 messages",
+    "n = 128, echo, logprobs 20",
+    "1,100 idle sockets, ulimit -n 64",
+)
+
+
+@dataclass
+class Record:
+    """What one repeat has shown; None where it did not come so far.
+
+    Attributes:
+        case: name of the kind.
+        answers: how many of the hostile requests got which status.
+        attack_s: until all were answered, or the patience was over.
+        health_s, gap_s: longest answer of /health, longest gap of the stream.
+        alone_s: longest gap before the attack.
+        growth_mib, left_mib: memory beyond that before at most, and once it has settled.
+        log_kib: growth of the log.
+        drain_s: from SIGTERM to the end of the process.
+        status: of the process.
+        faults: what else was wrong, such as a probe or a stream that failed.
+    """
+
+    case: str
+    answers: dict[str, int] = field(default_factory=dict)
+    attack_s: float | None = None
+    health_s: float | None = None
+    gap_s: float | None = None
+    alone_s: float | None = None
+    growth_mib: float | None = None
+    left_mib: float | None = None
+    log_kib: float | None = None
+    drain_s: float | None = None
+    status: int | None = None
+    faults: list[str] = field(default_factory=list)
+
+    def broken(self, bounds: Bounds) -> list[str]:
+        """What is out of bounds, a phrase each."""
+        found = [f"{fault:.200}" for fault in self.faults[:3]]
+        for name in ("health_s", "gap_s", "growth_mib", "left_mib", "log_kib", "drain_s"):
+            value, most = getattr(self, name), getattr(bounds, name)
+            if value is None or value > most:
+                shown = "missing" if value is None else f"{value:.2f}"
+                found.append(f"{name} is {shown}, at most {most:g}")
+        if self.status != 0:
+            found.append(f"the process ended with status {self.status}")
+        return found
+
+
+class Attacker:
+    """The process that sends; see `tests.soak.attacker`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, patience_s: float) -> None:
+        self._process, self._patience_s = process, patience_s
+
+    async def line(self, seconds: float) -> str:
+        """The next line that it prints."""
+        assert self._process.stdout is not None
+        read = await asyncio.wait_for(self._process.stdout.readline(), seconds)
+        assert read, "the attacker has ended"
+        return read.decode().strip()
+
+    def send(self) -> None:
+        """Let it send the requests."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"go\n")
+
+    async def result(self) -> dict[str, Any]:
+        """What was answered."""
+        while (line := await self.line(self._patience_s + MAKE_WITHIN_S)) == "sent":
+            pass
+        result: dict[str, Any] = json.loads(line)
+        return result
+
+
+@contextlib.asynccontextmanager
+async def attacking(
+    case: str, port: int, facts: Facts, patience_s: float
+) -> AsyncIterator[Attacker]:
+    """An attacker that has made its requests."""
+    arguments = [case, str(port), json.dumps(asdict(facts)), str(patience_s)]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.soak.attacker", *arguments),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    try:
+        attacker = Attacker(process, patience_s)
+        assert await attacker.line(MAKE_WITHIN_S) == "ready"
+        yield attacker
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def besiege(record: Record, server: Server, facts: Facts, bounds: Bounds) -> None:
+    """Let one kind of request at a running server, which has ended afterwards."""
+    port = urlsplit(server.url).port
+    assert port is not None
+    patience_s = bounds.patience_s * CASES[record.case].patience
+    async with attacking(record.case, port, facts, patience_s) as attacker:
+        body = STREAM | {"max_tokens": facts.max_model_len - PROMPT_ROOM}
+        async with Watch(port, server.process.pid, body) as watch:
+            has_begun = await watch.until(lambda: watch.tokens.begin is not None, FIRST_WITHIN_S)
+            assert has_begun, "no first token"
+            await _attack(record, attacker, watch, server, bounds)
+        attacker.send()
+        # a server that reads slowly gets the signal before it has read all
+        with contextlib.suppress(asyncio.TimeoutError):
+            await attacker.line(1.0)
+        await asyncio.sleep(IN_WORK_S)
+        begin = time.monotonic()
+        server.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            limit = bounds.drain_s + EXIT_MARGIN_S
+            record.status = await asyncio.to_thread(server.process.wait, limit)
+            record.drain_s = time.monotonic() - begin
+            if not await watch.until(lambda: not watch.memory.resident(), AFTERWARDS_S):
+                record.faults.append("a process is left after the server's end")
+
+
+async def _attack(
+    record: Record, attacker: Attacker, watch: Watch, server: Server, bounds: Bounds
+) -> None:
+    """The requests, and what the watch has seen of them."""
+    begin = time.monotonic()
+    await asyncio.sleep(ALONE_S)
+    record.alone_s = watch.tokens.longest_s(begin)
+    memory, log = watch.memory, server.log.stat().st_size
+    before, planned = memory.resident(), memory.planned()
+    memory.peak, begin = 0, time.monotonic()
+
+    def growth_mib(resident: int) -> float:
+        return (resident - memory.planned() - before + planned) / MIB
+
+    attacker.send()
+    result = await attacker.result()
+    await asyncio.sleep(AFTERWARDS_S)
+    record.answers, record.attack_s = result["answers"], result["seconds"]
+    record.health_s = watch.probes.longest_s(begin)
+    record.gap_s = watch.tokens.longest_s(begin)
+    record.growth_mib = growth_mib(memory.peak)
+    record.log_kib = (server.log.stat().st_size - log) / 1024
+    record.faults += watch.faults
+    if not watch.probes.has_stalled(FROZEN_S):
+        await watch.until(lambda: growth_mib(memory.resident()) <= bounds.left_mib, bounds.settle_s)
+    record.left_mib = growth_mib(memory.resident())
+
+
+def run_case(case: str, folder: Path, facts: Facts, bounds: Bounds, *flags: str) -> Record:
+    """Start a server in `folder` and besiege it; every process has ended afterwards.
+
+    Args:
+        case: a name of `CASES`.
+        folder: for the log.
+        facts: of the model.
+        bounds: whose patience counts.
+        flags: of the server, beside the default ones.
+    """
+    record = Record(case)
+    try:
+        with serving(folder, *flags, open_files=CASES[case].open_files) as server:
+            asyncio.run(besiege(record, server, facts, bounds))
+    except (AssertionError, asyncio.TimeoutError) as error:
+        # the other kinds are still worth their time
+        record.faults.append(repr(error))
+    return record
+
+
+@contextlib.contextmanager
+def neighbours(wanted: bool) -> Iterator[None]:
+    """A process for each processor that takes all of it, as long as this one lives."""
+    spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n sum(range(10**6))"
+    count = len(os.sched_getaffinity(0)) if wanted else 0
+    processes = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def siege(names: Sequence[str], repeats: int, is_large: bool, bounds: Bounds) -> list[Record]:
+    """All repeats of these kinds, a line each."""
+    records = []
+    facts = LARGE if is_large else DEMO
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [str(large_model.write_model(Path(folder) / "large"))] if is_large else []
+        for name in names:
+            for _ in range(repeats):
+                record = run_case(name, Path(folder), facts, bounds, *flags)
+                records.append(record)
+                marks = "; ".join(record.broken(bounds)) or "within bounds"
+                print(f"{lines_of([asdict(record)])[-1]} {marks}", flush=True)
+    return records
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for and print a table; 1 where a bound is broken."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few kinds, once, wide bounds")
+    parser.add_argument(
+        "--case",
+        action="append",
+        metavar="TEXT",
+        help="only kinds whose name begins with this; may be given several times",
+    )
+    parser.add_argument("--repeats", type=int, help="default: 3, quick: 1")
+    parser.add_argument("--large", action="store_true", help="a large vocabulary, a long context")
+    parser.add_argument("--neighbour", action="store_true", help="others take the processors")
+    parser.add_argument("--save", metavar="NAME", help="keep the result, for the page")
+    args = parser.parse_args(argv)
+    bounds = BUSY if args.quick else FULL
+    kinds, starts = QUICK if args.quick else tuple(CASES), tuple(args.case or [""])
+    names = [name for name in kinds if name.startswith(starts)]
+    if not names:
+        parser.error(f"--case: no kind begins with {args.case}; there are {', '.join(kinds)}")
+    # an end that is asked for goes through the blocks that end the processes
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    repeats = args.repeats or (1 if args.quick else 3)
+    with neighbours(args.neighbour):
+        records = siege(names, repeats, args.large, bounds)
+    rows = [asdict(record) for record in records]
+    if args.save:
+        result = {"env": environment(), "large": args.large, "neighbour": args.neighbour}
+        save(args.save, result | {"repeats": repeats, "bounds": asdict(bounds), "rows": rows})
+    print("\n".join(["", *lines_of(rows)]))
+    broken = Counter(record.case for record in records if record.broken(bounds))
+    print(f"\n{len(broken)} of {len(names)} kinds out of bounds")
+    return int(bool(broken) and not args.neighbour)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

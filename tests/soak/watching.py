@@ -1,0 +1,235 @@
+"""What a client sees of a server from outside: gaps of a stream, time of a probe, memory.
+
+All in one event loop whose tasks do next to nothing, so that its clock is not held up; what is
+heavy must run in another process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HOST = "127.0.0.1"
+EVERY_S = 0.05
+# a server that takes more is killed, so that the machine of the test lives
+MOST_BYTES = 6 * 2**30
+# of an anonymous mapping at the start: what the memory plan has, weights and caches
+PLANNED_BYTES = 100 * 2**20
+PAGE_BYTES = resource.getpagesize()
+_EVENT = b"data: {"
+
+
+class Spans:
+    """Spans of time that have ended, and the one that has not.
+
+    Attributes:
+        ended: begin and end of each, seconds of the monotonic clock.
+        begin: of the one that has not ended; None where there is none.
+    """
+
+    def __init__(self) -> None:
+        self.ended: list[tuple[float, float]] = []
+        self.begin: float | None = None
+
+    def next(self) -> None:
+        """End the span, and begin the next one."""
+        now = time.monotonic()
+        if self.begin is not None:
+            self.ended.append((self.begin, now))
+        self.begin = now
+
+    def stop(self) -> None:
+        """End the span; no other begins."""
+        self.next()
+        self.begin = None
+
+    def longest_s(self, since: float) -> float:
+        """Seconds of the longest span that reaches past `since`, the open one as long as it is."""
+        spans = [end - begin for begin, end in self.ended if end >= since]
+        if self.begin is not None:
+            spans.append(time.monotonic() - self.begin)
+        return max(spans, default=0.0)
+
+    def has_stalled(self, seconds: float) -> bool:
+        """True where the open span is longer than that."""
+        return self.begin is not None and time.monotonic() - self.begin > seconds
+
+
+class Memory:
+    """Resident memory of a process and its descendants, and how much of it was planned.
+
+    Planned are the large mappings that the process has when it is ready: their pages become
+    resident when a cache block is first written, which is no growth.
+
+    Args:
+        pid: of the process.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._processes = _descendants(pid)
+        self._planned = {
+            (process, begin): end - begin
+            for process in self._processes
+            for begin, end, _ in _mappings(process)
+            if end - begin >= PLANNED_BYTES
+        }
+        self.peak = 0
+
+    def sample(self, look_for_processes: bool) -> None:
+        """Take the memory of now into `peak`, bytes."""
+        if look_for_processes:
+            self._processes = _descendants(self._pid)
+        self.peak = max(self.peak, self.resident())
+
+    def resident(self) -> int:
+        """Bytes of all processes."""
+        return sum(map(_resident, self._processes))
+
+    def planned(self) -> int:
+        """Those of them that are in mappings which were planned."""
+        return sum(
+            min(resident, self._planned[process, begin])
+            for process in {process for process, _ in self._planned}
+            for begin, _, resident in _mappings(process)
+            if (process, begin) in self._planned
+        )
+
+
+def _descendants(pid: int) -> list[int]:
+    """The process and all that it has started."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def _resident(pid: int) -> int:
+    """Resident bytes of a process, none where it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_BYTES
+    except OSError:
+        return 0
+
+
+def _mappings(pid: int) -> list[tuple[int, int, int]]:
+    """Begin, end and resident bytes of the anonymous mappings that can be written."""
+    found = []
+    is_anonymous = False
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            name, *rest = line.split()
+            if not name.endswith(":"):
+                is_anonymous = rest[0] == "rw-p" and len(rest) == 4
+                begin, end = (int(part, 16) for part in name.split("-"))
+            elif name == "Rss:" and is_anonymous:
+                found.append((begin, end, int(rest[0]) * 1024))
+    return found
+
+
+class Watch:
+    """Reads one stream after the other, probes /health and samples the memory, until it is left.
+
+    Args:
+        port: of the server, on this machine.
+        pid: of its process, the first of its group.
+        body: of POST /v1/completions, a long stream.
+
+    Attributes:
+        tokens: a span lasts from one piece of a stream to the next.
+        probes: a span lasts from the connection to the whole answer of /health.
+        faults: probes that were not a 200, and streams that did not come to their end.
+        memory: of the server.
+    """
+
+    def __init__(self, port: int, pid: int, body: dict[str, Any]) -> None:
+        self.tokens, self.probes = Spans(), Spans()
+        self.faults: list[str] = []
+        self.memory = Memory(pid)
+        self._port, self._pid = port, pid
+        self._body = json.dumps({**body, "stream": True}).encode()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Watch:
+        work = (self._read_streams, self._probe, self._sample)
+        self._tasks = [asyncio.create_task(one()) for one in work]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until the condition holds, at most so long; whether it does."""
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            await asyncio.sleep(EVERY_S)
+        return condition()
+
+    async def _read_streams(self) -> None:
+        """One stream after the other."""
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: %b:%d\r\nConnection: close\r\n"
+        head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+        request = head % (HOST.encode(), self._port, len(self._body), self._body)
+        while True:
+            tail = b""
+            try:
+                async with _connected(self._port) as (reader, writer):
+                    writer.write(request)
+                    while data := await reader.read(1 << 16):
+                        for _ in range((tail[1 - len(_EVENT) :] + data).count(_EVENT)):
+                            self.tokens.next()
+                        tail = (tail + data)[-500:]
+            except OSError as error:
+                tail = repr(error).encode()
+            self.tokens.stop()
+            if b"data: [DONE]" not in tail:
+                self.faults.append(f"a stream ended with {tail!r}")
+                await asyncio.sleep(EVERY_S)
+
+    async def _probe(self) -> None:
+        """One probe after the other, each on a connection of its own."""
+        request = b"GET /health HTTP/1.1\r\nHost: %b:%d\r\nConnection: close\r\n\r\n"
+        while True:
+            self.probes.next()
+            try:
+                async with _connected(self._port) as (reader, writer):
+                    writer.write(request % (HOST.encode(), self._port))
+                    answer = await reader.read()
+            except OSError as error:
+                answer = repr(error).encode()
+            self.probes.stop()
+            if not answer.startswith(b"HTTP/1.1 200 "):
+                self.faults.append(f"/health: {answer[:200]!r}")
+            await asyncio.sleep(EVERY_S)
+
+    async def _sample(self) -> None:
+        """The memory, and now and then the processes."""
+        for number in range(10**9):
+            self.memory.sample(look_for_processes=number % 10 == 0)
+            if self.memory.resident() > MOST_BYTES:
+                self.faults.append(f"killed with {self.memory.peak / 2**30:.1f} GiB resident")
+                os.killpg(self._pid, signal.SIGKILL)
+                return
+            await asyncio.sleep(EVERY_S)
+
+
+@contextlib.asynccontextmanager
+async def _connected(port: int) -> Any:
+    """A connection that is gone when the block is left."""
+    reader, writer = await asyncio.open_connection(HOST, port)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
