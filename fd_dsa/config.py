@@ -12,6 +12,9 @@ from fd_dsa.errors import ConfigError
 DEFAULT_NUM_BATCHED_TOKENS = 512
 """Tokens of a step on a CPU: enough for full-speed products, short enough for smooth streams."""
 
+DEFAULT_TARGET_MS = 200.0
+"""Milliseconds between two tokens that a server keeps to: about as fast as people read."""
+
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BYTES_PATTERN = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 DEVICES = ("auto", "cpu", "gpu")
@@ -23,6 +26,7 @@ _CACHE_DTYPES = (*_DTYPES, "fp8_ds_mla")
 _CACHE_DTYPE_ALIASES = {"fp8": "fp8_ds_mla"}
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
 _MOST_CAPTURED = 512
+_LARGEST_TARGET_MS = 60_000
 FP8_BLOCK_SIZE = 64
 """Tokens of a block of fp8_ds_mla caches; the kernels that read them take no other."""
 
@@ -69,6 +73,9 @@ class EngineConfig:
         max_model_len: longest prompt plus output, tokens; None is the model's own limit.
         max_num_seqs: most sequences in one step.
         max_num_batched_tokens: most tokens in one step; None is 512, the default on a CPU.
+        target_inter_token_latency_ms: most milliseconds between two tokens of an answer while
+            prompts are computed beside it; 0 = no target. A server's own default is
+            `DEFAULT_TARGET_MS`: nobody reads along with a program that waits for whole answers.
         block_size: tokens per cache block.
         kv_cache_memory_bytes: size of the caches, a number or a text such as `8G`.
         gpu_memory_utilization: share of a GPU's memory that weights and caches may take, 0 to 1.
@@ -97,6 +104,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
+    target_inter_token_latency_ms: float = 0.0
     block_size: int = 64
     kv_cache_memory_bytes: int | str | None = None
     gpu_memory_utilization: float = 0.9
@@ -292,6 +300,16 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise _flag_error("gpu_memory_utilization", share, "above 0 and at most 1", "")
+        target = self.target_inter_token_latency_ms
+        if isinstance(target, bool) or not isinstance(target, int | float):
+            target = -1.0
+        if target != 0 and not 1 <= target <= _LARGEST_TARGET_MS:
+            raise _flag_error(
+                "target_inter_token_latency_ms",
+                self.target_inter_token_latency_ms,
+                f"0 for no target, or milliseconds from 1 to {_LARGEST_TARGET_MS}",
+                "",
+            )
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError(
                 f"--num-gpu-blocks-override: got {self.num_gpu_blocks_override} together with "

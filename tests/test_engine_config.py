@@ -129,6 +129,13 @@ def test_values_are_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"kv_cache_memory_bytes": 0}, ["--kv-cache-memory-bytes", "got 0"]),
         ({"num_gpu_blocks_override": 0}, ["--num-gpu-blocks-override"]),
         ({"seed": -1}, ["--seed", "-1"]),
+        *(
+            (
+                {"target_inter_token_latency_ms": target},
+                ["--target-inter-token-latency-ms", f"got {target}", "0 for no", "1 to 60000"],
+            )
+            for target in (-1, 0.5, 60001, True, float("nan"), float("inf"))
+        ),
         ({"enable_prefix_caching": 1}, ["--enable-prefix-caching", "got 1", "a bool"]),
         (
             {"kv_cache_memory_bytes": "1G", "num_gpu_blocks_override": 5},

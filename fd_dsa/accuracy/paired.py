@@ -30,6 +30,7 @@ _BATCHING = (
     "concurrency",
     "server.max_num_seqs",
     "server.max_num_batched_tokens",
+    "server.target_inter_token_latency_ms",
     "server.enable_prefix_caching",
 )
 

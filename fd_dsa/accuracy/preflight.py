@@ -27,6 +27,7 @@ SERVER_FACTS = (
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "target_inter_token_latency_ms",
     "block_size",
     "enable_prefix_caching",
     "batch_invariant",

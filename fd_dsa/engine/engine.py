@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from fd_dsa.engine.sampler import NOT_FINITE, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import BlockTables, Scheduler
 from fd_dsa.engine.stats import EngineStats
+from fd_dsa.engine.step_times import StepTimes
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.engine.topk_positions import execute
@@ -71,11 +72,16 @@ class LLMEngine:
         max_num_seqs: rows of a step.
         max_num_batched_tokens: tokens of a step.
         eos_token_ids: tokens that end an output.
+        target_gap_s: seconds between two tokens of a request, which prompts computed in the same
+            steps shall not exceed; 0 = no target.
         enable_prefix_caching: whether requests share the blocks of prompts that begin alike.
         seed: of requests that bring none.
         sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
             them out; the engine itself does not apply them.
         step_counters: of the runner, for `metrics`.
+
+    Attributes:
+        clock: seconds; what steps are measured with.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class LLMEngine:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         eos_token_ids: Iterable[int],
+        target_gap_s: float = 0.0,
         enable_prefix_caching: bool = True,
         seed: int = 0,
         sampling_defaults: Mapping[str, float | int] | None = None,
@@ -107,6 +114,7 @@ class LLMEngine:
         # made now, not in the first request's step
         tokenizer.text_token_bytes()
         self.max_model_len = max_model_len
+        self.clock: Callable[[], float] = time.perf_counter
         self.max_num_seqs = max_num_seqs
         self.sampling_defaults: dict[str, Any] = dict(sampling_defaults or {})
         self._batch: StepRows = runner.input_batch
@@ -123,7 +131,15 @@ class LLMEngine:
             eos_token_ids,
             seed,
         )
-        self._scheduler = Scheduler(self._blocks, self._batch, max_num_seqs, max_num_batched_tokens)
+        self._step_times = StepTimes(max_num_seqs, max_num_batched_tokens)
+        self._scheduler = Scheduler(
+            self._blocks,
+            self._batch,
+            max_num_seqs,
+            max_num_batched_tokens,
+            self._step_times,
+            target_gap_s,
+        )
         self._sampler = Sampler(max_num_seqs)
         # arrival number of the request whose parameters the sampler has in a slot
         self._slot_params = [-1] * max_num_seqs
@@ -137,6 +153,7 @@ class LLMEngine:
         )
         self._num_arrived = 0
         self._num_steps = 0
+        self._last_end = 0.0
         self._computed_prompt_tokens = 0
         self._prompt_tokens = 0
         self._generated_tokens = 0
@@ -216,7 +233,7 @@ class LLMEngine:
         """
         if not self._requests:
             return []
-        begin = time.perf_counter()
+        begin = self.clock()
         scheduled = self._scheduler.schedule()
         # nothing runs, so nobody waits for more than the request whose grammar it is
         while not scheduled and self._admission.grammars.wait():
@@ -227,12 +244,12 @@ class LLMEngine:
                 "requests; this is a defect of the engine"
             )
         sampling, reading, logits_indices = self._assemble(scheduled)
-        ready = time.perf_counter()
+        ready = self.clock()
         num_prefill_tokens = self._batch.num_prefill_tokens
         num_decode_tokens = self._batch.num_tokens - num_prefill_tokens
         resumed = [r for r in sampling if not r.is_decode] if num_prefill_tokens else []
         logits = execute(self.runner, sampling, logits_indices)
-        done = time.perf_counter()
+        done = self.clock()
         self._scheduler.complete_step()
         outputs: list[RequestOutput] = []
         if reading:
@@ -243,7 +260,15 @@ class LLMEngine:
         self._computed_prompt_tokens += num_prefill_tokens
         self._num_steps += 1
         self._runner_time_s += done - ready
-        self._host_time_s += time.perf_counter() - done + ready - begin
+        end = self.clock()
+        self._host_time_s += end - done + ready - begin
+        # the token of a decoding request comes after the one of the step before; without such
+        # requests, a step may have waited for a grammar before it was ready
+        since = self._last_end if num_decode_tokens else ready
+        self._step_times.observe(
+            end - since, num_decode_tokens, num_prefill_tokens, self._scheduler.prefill_context
+        )
+        self._last_end = end
         return outputs
 
     def stats(self) -> EngineStats:

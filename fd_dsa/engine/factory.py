@@ -44,6 +44,7 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.num_batched_tokens,
         eos_token_ids=plan.model_config.eos_token_ids,
+        target_gap_s=config.target_inter_token_latency_ms / 1e3,
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
         sampling_defaults=plan.sampling_defaults,

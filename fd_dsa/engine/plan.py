@@ -84,6 +84,7 @@ class EnginePlan:
             "max_model_len": self.max_model_len,
             "max_num_seqs": config.max_num_seqs,
             "max_num_batched_tokens": config.num_batched_tokens,
+            "target_inter_token_latency_ms": config.target_inter_token_latency_ms,
             "index_topk": self.model_config.index_topk,
             "seed": config.seed,
             "sampling_defaults": self.sampling_defaults,

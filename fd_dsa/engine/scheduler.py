@@ -5,13 +5,16 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Protocol
 
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.step_times import StepTimes
 
 _slot = attrgetter("slot")
+
 
 
 class BlockTables(Protocol):
@@ -31,6 +34,9 @@ class Scheduler:
         - Requests that decode come first, one token each; prefill fills what is left of the
           token budget. There are never more decoding requests than tokens: each of them took
           part in the step before.
+        - With a target for the time between tokens, a step with decoding requests takes only so
+          many prompt tokens as the measured step times allow, but never fewer than the smallest
+          chunk: prompts go on too. A step without them takes all that fit.
         - A request is admitted when a row is free and the blocks of all its known tokens are
           free or cached, with one block to spare for each running request; strictly in order of
           arrival. So every running request has arrived before every waiting one.
@@ -52,9 +58,12 @@ class Scheduler:
         tables: block tables by row, kept in step with the owners.
         max_num_seqs: rows.
         max_num_batched_tokens: tokens in one step.
+        step_times: what steps have taken so far.
+        target_gap_s: seconds between two tokens of a request that decodes; 0 = no target.
 
     Attributes:
         is_decode_only: whether all requests of the step scheduled last decode.
+        prefill_context: tokens before each prompt token of that step, on average.
     """
 
     def __init__(
@@ -63,21 +72,27 @@ class Scheduler:
         tables: BlockTables,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        step_times: StepTimes,
+        target_gap_s: float = 0.0,
     ) -> None:
         """Start without requests."""
         self.num_preemptions = 0
         self.is_decode_only = False
+        self.prefill_context = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self._blocks = blocks
         self._tables = tables
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._step_times = step_times
+        self._target_gap_s = target_gap_s
         self._free_slots = list(range(max_num_seqs))
         # dicts by arrival number, in order of arrival
         self._running: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
         self._scheduled: list[Request] = []
         self._spare_logits = 0
+        self._num_decoding = 0
 
     @property
     def num_running(self) -> int:
@@ -112,11 +127,12 @@ class Scheduler:
         for request in self._running.values():
             (decoding if request.is_decode else prefilling).append(request)
         budget = self._schedule_decode(decoding, self._max_num_batched_tokens)
-        num_decoding = len(self._scheduled)
+        self._num_decoding = len(self._scheduled)
         self._spare_logits = len(self._free_slots)
         budget = self._schedule_prefill(prefilling, budget)
         self._admit(budget)
-        self.is_decode_only = len(self._scheduled) == num_decoding
+        self.is_decode_only = len(self._scheduled) == self._num_decoding
+        self.prefill_context = _mean_context(self._scheduled[self._num_decoding :])
         self._scheduled.sort(key=_slot)
         return self._scheduled
 
@@ -164,7 +180,7 @@ class Scheduler:
                 break
             # a decoding request may have preempted it just now
             if request.slot >= 0:
-                budget -= self._take(request, budget)
+                budget = self._take(request, budget)
         return budget
 
     def _admit(self, budget: int) -> None:
@@ -190,7 +206,7 @@ class Scheduler:
             self._tables.set_blocks(request.slot, added)
             self._running[request.arrival] = request
             self._count_hits(request, len(cached) * self._blocks.block_size)
-            budget -= self._take(request, budget)
+            budget = self._take(request, budget)
 
     def _find_computed_blocks(self, request: Request) -> list[int] | None:
         """Blocks that a waiting request may take over; None while its group computes them."""
@@ -231,14 +247,19 @@ class Scheduler:
             self.prefix_cache_hits += num_cached_tokens
 
     def _take(self, request: Request, budget: int) -> int:
-        """Put a request into the step with at most `budget` tokens; returns how many."""
+        """Put a request into the step with at most `budget` tokens; returns how many are left."""
+        if self._target_gap_s and self._num_decoding:
+            longest = self._step_times.longest_chunk(
+                self._num_decoding, request.num_computed_tokens, self._target_gap_s
+            )
+            budget = min(budget, longest)
         num_tokens = min(request.num_missing_tokens, budget)
         if request.prompt_logprobs is not None and request.wants_prompt_logits:
             num_tokens = min(num_tokens, 1 + self._spare_logits)
             self._spare_logits -= num_tokens - 1
         request.num_scheduled_tokens = num_tokens
         self._scheduled.append(request)
-        return request.num_scheduled_tokens
+        return budget - num_tokens
 
     def _preempt(self, request: Request) -> None:
         """Put a running request back to the head of the queue, with nothing computed."""
@@ -255,3 +276,12 @@ class Scheduler:
         request.slot = -1
         self._blocks.free(request.block_owner)
         del self._running[request.arrival]
+
+
+def _mean_context(prefilling: Sequence[Request]) -> int:
+    """Tokens before each scheduled token in its request, on average; 0 without requests."""
+    num_tokens = sum(request.num_scheduled_tokens for request in prefilling)
+    if num_tokens == 0:
+        return 0
+    before = sum(r.num_scheduled_tokens * r.num_computed_tokens for r in prefilling)
+    return before // num_tokens

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from fd_dsa import __version__
 from fd_dsa.chat.parsers import REASONING_FORMATS, TOOL_FORMATS
-from fd_dsa.config import DEVICES
+from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve import flag_values as values
 
@@ -284,6 +284,14 @@ def _add_scheduler_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         type=values.integer,
         help="tokens in a step; longer prompts are split (default: 512 on a CPU)",
+    )
+    group.add_argument(
+        "--target-inter-token-latency-ms",
+        metavar="MS",
+        type=values.number,
+        default=DEFAULT_TARGET_MS,
+        help="most time between two tokens of an answer while prompts are computed beside it, "
+        f"0 for no target (default: {DEFAULT_TARGET_MS:g})",
     )
     chunked = group.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
     chunked.help = "split prompts at --max-num-batched-tokens; always on (default: enabled)"

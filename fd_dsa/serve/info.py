@@ -68,6 +68,7 @@ async def server_info(
         "max_model_len": engine.max_model_len,
         "max_num_seqs": config.max_num_seqs,
         "max_num_batched_tokens": config.num_batched_tokens,
+        "target_inter_token_latency_ms": config.target_inter_token_latency_ms,
         "block_size": config.block_size,
         "max_concurrency": options.max_concurrency,
         "max_connections": options.max_connections,

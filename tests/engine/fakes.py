@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
@@ -121,6 +123,7 @@ def make_engine(
     max_num_batched_tokens: int = 16,
     seed: int = 0,
     enable_prefix_caching: bool = True,
+    target_gap_s: float = 0.0,
     chats: bool = False,
     vocab_size: int = VOCAB_SIZE,
 ) -> LLMEngine:
@@ -136,9 +139,23 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         eos_token_ids=[EOS],
+        target_gap_s=target_gap_s,
         enable_prefix_caching=enable_prefix_caching,
         seed=seed,
     )
+
+
+def random_clock(seed: int) -> Callable[[], float]:
+    """A clock that moves by microseconds to minutes between two calls, or not at all."""
+    draw = random.Random(seed)
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += draw.choice([0.0, 10 ** draw.uniform(-6, 2)])
+        return now
+
+    return clock
 
 
 def run_all(engine: LLMEngine, max_steps: int = 5000) -> dict[str, list]:

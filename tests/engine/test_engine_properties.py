@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.engine.sampling_params import SamplingParams
-from tests.engine.fakes import VOCAB_SIZE, make_engine, run_all
+from tests.engine.fakes import VOCAB_SIZE, make_engine, random_clock, run_all
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,14 @@ def check_step(engine, budget):
 @given(
     requests=st.lists(arrivals(), min_size=1, max_size=8),
     max_num_seqs=st.integers(1, 5),
-    budget=st.integers(1, 20),
+    budget=st.integers(1, 70),
     block_size=st.sampled_from([1, 4, 16]),
     spare_blocks=st.integers(0, 20),
+    target_gap_s=st.sampled_from([0, 1e-3, 0.1, 10]),
+    clock_seed=st.integers(0, 1000),
 )
 def test_tokens_depend_on_the_request_alone(
-    requests, max_num_seqs, budget, block_size, spare_blocks
+    requests, max_num_seqs, budget, block_size, spare_blocks, target_gap_s, clock_seed
 ):
     longest = max(len(one.prompt) + one.params.max_tokens - 1 for one in requests)
     engine = make_engine(
@@ -79,7 +81,9 @@ def test_tokens_depend_on_the_request_alone(
         max_model_len=48,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
+        target_gap_s=target_gap_s,
     )
+    engine.clock = random_clock(clock_seed)
     results = {}
     pending = sorted(enumerate(requests), key=lambda entry: entry[1].at_step)
     for step in range(20_000):

@@ -9,6 +9,7 @@ import numpy as np
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.factory import build_engine
 from fd_dsa.engine.sampling_params import SamplingParams
+from tests.engine.fakes import random_clock
 
 # of the second prompt the selection leaves keys out
 LENGTHS = (70, 330)
@@ -26,25 +27,44 @@ BASE: dict[str, Any] = {
 }
 
 
+# seeds of clocks that lie, so that chunks beside running answers come out differently
+CLOCKS = (1, 3, 5)
+PACED: dict[str, Any] = {"max_num_batched_tokens": 96, "target_inter_token_latency_ms": 50}
+
+
 class Watched:
-    """A runner that remembers the logits of its last step."""
+    """A runner that remembers the logits of its last step, and the prompt tokens of each."""
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
+        self.chunks: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
     def execute_model(self, logits_indices: np.ndarray) -> np.ndarray:
+        self.chunks.append(self._runner.input_batch.num_prefill_tokens)
         self.logits = self._runner.execute_model(logits_indices)
         return self.logits
 
 
-def logits_of(form: dict[str, Any]) -> list[np.ndarray]:
-    """float32 [6, vocab_size] for each prompt, from an engine of this form."""
+def logits_of(
+    form: dict[str, Any], clock_seed: int | None = None
+) -> tuple[list[np.ndarray], list[int]]:
+    """What an engine of this form computes.
+
+    Args:
+        form: fields of its configuration.
+        clock_seed: of a clock that lies; None = the real one.
+
+    Returns:
+        float32 [6, vocab_size] for each prompt, and the prompt tokens of each step.
+    """
     engine = build_engine(EngineConfig(**{**BASE, **form}))
     watched = Watched(engine.runner)
     engine.runner = watched
+    if clock_seed is not None:
+        engine.clock = random_clock(clock_seed)
     random = np.random.default_rng(0)
     found: dict[str, list[np.ndarray]] = {}
     for index, length in enumerate(LENGTHS):
@@ -55,4 +75,4 @@ def logits_of(form: dict[str, Any]) -> list[np.ndarray]:
     while engine.has_unfinished_requests():
         for row, output in enumerate(engine.step()):
             found[output.request_id].append(watched.logits[row].copy())
-    return [np.array(rows) for rows in found.values()]
+    return [np.array(rows) for rows in found.values()], watched.chunks

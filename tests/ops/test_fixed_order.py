@@ -20,15 +20,20 @@ from tests.attention.harness import Sizes, rows_of, world_of
 from tests.strategies import make_batch
 
 ROOT = Path(__file__).parents[2]
-# every logit of two prompts, read and answered by engines of many forms: all bits must be equal
+# every logit of two prompts, read and answered by engines of many forms and clocks: all bits are equal
 PROGRAM = """
 import numpy as np
-from tests.ops.fixed_order_engines import FORMS, logits_of
-wanted = logits_of({})
-for form in FORMS:
-    for one, other in zip(wanted, logits_of(form), strict=True):
+from tests.ops.fixed_order_engines import CLOCKS, FORMS, PACED, logits_of
+wanted, _ = logits_of({})
+sequences = set()
+for form, clock in [*((form, None) for form in FORMS), *((PACED, clock) for clock in CLOCKS)]:
+    found, chunks = logits_of(form, clock)
+    for one, other in zip(wanted, found, strict=True):
         assert len(one) == 6
-        np.testing.assert_array_equal(one, other, err_msg=str(form))
+        np.testing.assert_array_equal(one, other, err_msg=str((form, clock)))
+    if clock is not None:
+        sequences.add(tuple(chunks))
+assert len(sequences) == len(CLOCKS), sequences
 print("equal")
 """
 

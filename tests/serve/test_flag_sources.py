@@ -52,6 +52,7 @@ VALUES: dict[str, Any] = {
     **dict.fromkeys(("num-gpu-blocks-override", "max-model-len", "max-num-seqs"), 4),
     **dict.fromkeys(("max-num-batched-tokens", "tensor-parallel-size"), 5),
     **dict.fromkeys(("shutdown-timeout", "gpu-memory-utilization"), 2.5),
+    "target-inter-token-latency-ms": 2.5,
     **{key: ["one", "two"] for key in ("served-model-name", "api-key", "allowed-host")},
     "cudagraph-capture-sizes": [1, 8],
     "data-parallel-size": 2,

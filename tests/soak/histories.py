@@ -18,7 +18,7 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.runner.input_batch import InputBatch
-from tests.engine.fakes import byte_tokenizer
+from tests.engine.fakes import byte_tokenizer, random_clock
 from tests.soak.audit import audit, evictable_keys, running_requests, waiting_requests
 from tests.soak.checking_runner import EOS, VOCAB_SIZE, CheckingRunner, DeviceGone
 
@@ -48,6 +48,8 @@ class History:
     enable_prefix_caching: bool
     nan_share: int
     fail_share: float
+    target_gap_s: float
+    clock_seed: int
     arrivals: tuple[Arrival, ...]
 
 
@@ -76,10 +78,12 @@ def draw_history(number: int) -> History:
         num_blocks=-(-longest // block_size) + draw.choice([0, 1, 3, 10, 40]),
         block_size=block_size,
         max_num_seqs=draw.randint(1, 6),
-        max_num_batched_tokens=draw.choice([1, 2, 3, 5, 8, 13, 24]),
+        max_num_batched_tokens=draw.choice([1, 2, 3, 5, 8, 13, 24, 40]),
         enable_prefix_caching=draw.random() < 0.9,
         nan_share=draw.choice([0, 0, 0, 300]),
         fail_share=draw.choice([0, 0, 0, 0.1]),
+        target_gap_s=draw.choice([0, 0, 1e-3, 0.1, 10]),
+        clock_seed=draw.randrange(1 << 30),
         arrivals=arrivals,
     )
 
@@ -123,8 +127,11 @@ def make_engine(history: History) -> LLMEngine:
         max_num_seqs=history.max_num_seqs,
         max_num_batched_tokens=history.max_num_batched_tokens,
         eos_token_ids=[EOS],
+        target_gap_s=history.target_gap_s,
         enable_prefix_caching=history.enable_prefix_caching,
     )
+    # chunks follow measured times; no output may
+    engine.clock = random_clock(history.clock_seed)
     return engine
 
 

@@ -78,6 +78,8 @@ NO_COUNTERPART = {
     "index_topk": "FastDeploy takes the number from config.json of the folder",
     "enable_chunked_prefill": "FastDeploy has its own switch, FD_DISABLE_CHUNKED_PREFILL; "
     "allowed: True",
+    "target_inter_token_latency_ms": "FastDeploy's scheduler keeps to no time; what is near to it "
+    "is --max-num-batched-tokens",
     "max_body_size": "FastDeploy has no limit of a body; put a proxy with one in front of it",
     "max_body_values": "FastDeploy has no such flag; put a proxy with a limit of bodies in front "
     "of it",

@@ -1,0 +1,253 @@
+"""How long a step takes, learned from the steps that have run.
+
+One table serves every decision that depends on the time of a step: how many prompt tokens fit
+beside running streams, and whatever else has to weigh tokens against seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+
+SMALLEST_CHUNK = 16
+"""Prompt tokens that a step with decoding requests always has room for, so that prompts go on.
+
+Half as many would take nearly as long: most of such a step is its fixed cost.
+"""
+
+# share of a new measurement in a mean
+_WEIGHT = 0.25
+# a measurement above this multiple of what was expected counts as that: a pause is no trend
+_LARGEST_JUMP = 2.0
+# measurements with fewer tokens after which those with more are forgotten, since the host may have
+# been slow; trying them again may miss the limit, as one step in 100 may
+_LIFETIME = 256
+# measurements of a curve's only point before more tokens are tried
+_ENOUGH = 4
+# steps of the margin, in balance where one measurement in 100 is above it
+_MARGIN_UP, _MARGIN_DOWN = 0.099, 0.001
+_FIRST_MARGIN, _LARGEST_MARGIN = 1.3, 2.0
+# end of the first range of contexts; each further one ends at twice the number
+_FIRST_CONTEXT = 1024
+
+_tokens = attrgetter("tokens")
+
+
+class StepTimes:
+    """Seconds of a step by its shape: decode tokens, prompt tokens, and the context of these.
+
+    A step with prompt tokens takes as long as its decode tokens alone, and an addition for the
+    prompt. The addition has a curve for each range of contexts, since the indexer scores every
+    earlier key. Decode tokens have one curve: their contexts grow slowly, and means follow. The
+    time of a call does not depend on how much was measured.
+
+    Args:
+        max_num_seqs: most decode tokens of a step.
+        max_num_batched_tokens: most tokens of a step.
+
+    Attributes:
+        chunk_sizes: numbers of prompt tokens that `longest_chunk` chooses from, ascending.
+    """
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        """Start without measurements."""
+        self.chunk_sizes = _powers_of_two(SMALLEST_CHUNK, max_num_batched_tokens)
+        self._decode = _Curve(_powers_of_two(1, max_num_seqs))
+        # by range of contexts
+        self._additions: dict[int, _Curve] = {}
+        # 99th percentile of measured over expected seconds
+        self._margin = _FIRST_MARGIN
+
+    def observe(
+        self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int = 0, context: int = 0
+    ) -> None:
+        """Take in a step that has run.
+
+        Args:
+            seconds: its time, host work included.
+            num_decode_tokens: its tokens of requests that decode.
+            num_prefill_tokens: its tokens of prompts.
+            context: tokens before each of these in its prompt, on average.
+        """
+        expected = self.expected(num_decode_tokens, num_prefill_tokens, context)
+        if num_decode_tokens and num_prefill_tokens:
+            step = _MARGIN_UP if seconds > self._margin * expected else -_MARGIN_DOWN
+            self._margin = min(max(1.0, self._margin + step), _LARGEST_MARGIN)
+        seconds = min(seconds, _LARGEST_JUMP * expected)
+        if num_prefill_tokens == 0:
+            self._decode.observe(num_decode_tokens, seconds)
+            return
+        addition = max(0.0, seconds - self._fixed(num_decode_tokens))
+        place = _range_of(context)
+        if place not in self._additions:
+            self._additions[place] = self._first_curve(place, num_prefill_tokens, addition)
+        self._additions[place].observe(num_prefill_tokens, addition)
+
+    def expected(
+        self, num_decode_tokens: int, num_prefill_tokens: int = 0, context: int = 0
+    ) -> float:
+        """Seconds that a step will take on average; infinite while nothing like it has run.
+
+        Parameters as of `observe`; a step of r rows with k tokens each has r * k decode tokens.
+        """
+        if num_prefill_tokens == 0:
+            return self._decode.at_most(num_decode_tokens)
+        place = _range_of(context)
+        nearest = self._nearest(place)
+        if nearest is None:
+            return math.inf
+        addition = self._additions[nearest].at_most(num_prefill_tokens)
+        # twice the keys take at most twice the time
+        return self._fixed(num_decode_tokens) + addition * 2 ** max(0, place - nearest)
+
+    def longest_chunk(self, num_decode_tokens: int, context: int, limit_s: float) -> int:
+        """Most prompt tokens with which 99 of 100 steps take at most `limit_s` seconds.
+
+        One of `chunk_sizes`; the first one even where it takes longer.
+        """
+        limit_s /= self._margin
+        sizes = self.chunk_sizes
+        for index in reversed(range(len(sizes))):
+            if self.expected(num_decode_tokens, sizes[index], context) <= limit_s:
+                curve = self._additions.get(_range_of(context))
+                # one point does not show how seconds grow
+                tries_next = curve is not None and curve.is_single and index + 1 < len(sizes)
+                return sizes[index + tries_next]
+        return sizes[0]
+
+    def _fixed(self, num_decode_tokens: int) -> float:
+        """Seconds of a step before prompt tokens add to it, at least."""
+        # a step without decode tokens has the fixed cost of a step too
+        return self._decode.at_least(max(1, num_decode_tokens))
+
+    def _nearest(self, place: int) -> int | None:
+        """The measured range of contexts nearest to a range, shorter ones first."""
+        return min(
+            self._additions, key=lambda other: (other > place, abs(other - place)), default=None
+        )
+
+    def _first_curve(self, place: int, num_tokens: int, addition: float) -> _Curve:
+        """What a range of contexts begins with, given its first measurement."""
+        nearest = self._nearest(place)
+        if nearest is None or nearest > place:
+            return _Curve(self.chunk_sizes)
+        shorter = self._additions[nearest]
+        known = shorter.at_most(num_tokens)
+        return shorter.scaled(addition / known if addition > known > 0 else 1.0)
+
+
+@dataclass(slots=True)
+class _Point:
+    """Decayed means of the measurements of one range of token numbers.
+
+    Attributes:
+        measured_at: number of the curve's measurement that was the last of this range.
+    """
+
+    tokens: float
+    seconds: float
+    measured_at: int
+
+
+class _Curve:
+    """Mean seconds by number of tokens.
+
+    There is at most one point for each range of numbers, and a straight line between two points.
+    Outside, more tokens take longer, but not more than in proportion.
+
+    Args:
+        sizes: last number of tokens of each range, ascending.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        """Start without points."""
+        self._sizes = sizes
+        self._ranges: list[_Point | None] = [None] * len(sizes)
+        self._count = 0
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one point alone, measured several times."""
+        return self._count >= _ENOUGH and len(self._points()) == 1
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Take in a measurement."""
+        self._count += 1
+        index = bisect_left(self._sizes, num_tokens)
+        point = self._ranges[index]
+        if point is None:
+            self._ranges[index] = _Point(num_tokens, seconds, self._count)
+        else:
+            point.tokens += _WEIGHT * (num_tokens - point.tokens)
+            point.seconds += _WEIGHT * (seconds - point.seconds)
+            point.measured_at = self._count
+        for longer in range(index + 1, len(self._ranges)):
+            point = self._ranges[longer]
+            if point is not None and self._count - point.measured_at > _LIFETIME:
+                self._ranges[longer] = None
+
+    def scaled(self, factor: float) -> _Curve:
+        """A curve of the same form, with `factor` times the seconds."""
+        curve = _Curve(self._sizes)
+        curve._ranges = [
+            None if point is None else _Point(point.tokens, factor * point.seconds, 0)
+            for point in self._ranges
+        ]
+        return curve
+
+    def at_most(self, num_tokens: int) -> float:
+        """Expected seconds, where they are not known the most; infinite without a point."""
+        points = self._points()
+        if not points:
+            return math.inf
+        end = bisect_left(points, num_tokens, key=_tokens)
+        if end == 0:
+            return points[0].seconds
+        if end < len(points):
+            return _line(points[end - 1], points[end], num_tokens)
+        last = points[-1]
+        if end == 1:
+            return last.seconds * num_tokens / last.tokens
+        # two points show how seconds grow, but not far beyond them
+        near = min(float(num_tokens), 2 * last.tokens)
+        seconds = min(
+            max(last.seconds, _line(points[-2], last, near)), last.seconds * near / last.tokens
+        )
+        return seconds * num_tokens / near
+
+    def at_least(self, num_tokens: int) -> float:
+        """Expected seconds, where they are not known the least; 0 without a point."""
+        points = self._points()
+        if not points:
+            return 0.0
+        first, last = points[0], points[-1]
+        if num_tokens < first.tokens:
+            return first.seconds * num_tokens / first.tokens
+        return last.seconds if num_tokens >= last.tokens else self.at_most(num_tokens)
+
+    def _points(self) -> list[_Point]:
+        """The points in order."""
+        return [point for point in self._ranges if point is not None]
+
+
+def _line(begin: _Point, end: _Point, num_tokens: float) -> float:
+    """Seconds on the straight line through two points."""
+    share = (num_tokens - begin.tokens) / (end.tokens - begin.tokens)
+    return begin.seconds + share * (end.seconds - begin.seconds)
+
+
+def _range_of(context: int) -> int:
+    """Number of the range that a context is in."""
+    return (context // _FIRST_CONTEXT).bit_length()
+
+
+def _powers_of_two(first: int, last: int) -> tuple[int, ...]:
+    """`first` and its doubles below `last`, then `last`."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return (*sizes, last)

@@ -1,0 +1,195 @@
+"""The table of step times: cautious at first, close to what fits soon, and never astray for long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fd_dsa.engine.step_times import SMALLEST_CHUNK, StepTimes
+
+Model = Callable[[int, int, int], float]
+
+
+def small_cpu(rows: int, tokens: int, context: int) -> float:
+    """A processor: little fixed cost, tokens and keys count, long chunks a little more."""
+    prompt = 0.003 + 0.00035 * tokens * (1 + context / 4000) + 6e-7 * tokens**2
+    return 0.009 + 0.001 * rows + (prompt if tokens else 0)
+
+
+def large_gpu(rows: int, tokens: int, context: int) -> float:
+    """A device: steps with a prompt have a fixed cost of their own, tokens cost little."""
+    prompt = 0.008 + 0.00002 * tokens * (1 + context / 70_000)
+    return 0.03 + 0.0001 * rows + (prompt if tokens else 0)
+
+
+class Host:
+    """A table that is fed with the times of a model.
+
+    Args:
+        model: seconds by decode tokens, prompt tokens and context.
+        budget: most tokens of a step.
+        noise: share by which a time may be off, either way.
+    """
+
+    def __init__(self, model: Model, budget: int = 512, noise: float = 0.0) -> None:
+        self.times = StepTimes(64, budget)
+        self.model = model
+        self._budget = budget
+        self._noise = noise
+        self._random = Random(0)
+
+    def step(self, rows: int, tokens: int = 0, context: int = 0) -> float:
+        """Run a step; returns its seconds."""
+        factor = 1 + self._noise * self._random.uniform(-1, 1)
+        seconds = factor * self.model(rows, tokens, context)
+        self.times.observe(seconds, rows, tokens, context)
+        return seconds
+
+    def prompt(self, length: int, limit_s: float, rows: int = 1) -> list[tuple[int, float]]:
+        """Compute a prompt beside streams; tokens and seconds of its steps."""
+        steps, context = [], 0
+        while context < length:
+            chunk = self.times.longest_chunk(rows, context, limit_s)
+            chunk = min(chunk, length - context, self._budget - rows)
+            steps.append((chunk, self.step(rows, chunk, context)))
+            context += chunk
+        return steps
+
+
+def test_chunk_sizes() -> None:
+    assert StepTimes(8, 512).chunk_sizes == (16, 32, 64, 128, 256, 512)
+    assert StepTimes(8, 600).chunk_sizes == (16, 32, 64, 128, 256, 512, 600)
+    assert StepTimes(8, 5).chunk_sizes == (5,)
+
+
+def test_nothing_is_known_at_first() -> None:
+    times = StepTimes(8, 512)
+    assert times.expected(1) == times.expected(1, 16) == math.inf
+    assert times.longest_chunk(1, 0, 1e6) == SMALLEST_CHUNK
+
+
+@pytest.mark.parametrize("first", [0, 20, 64, 512])
+@pytest.mark.parametrize(
+    ("model", "limit_s", "length"),
+    [(small_cpu, 0.2, 8000), (small_cpu, 0.05, 2000), (large_gpu, 0.2, 60_000)],
+)
+def test_a_fresh_host_keeps_the_limit(
+    model: Model, limit_s: float, length: int, first: int
+) -> None:
+    host = Host(model, budget=8192 if model is large_gpu else 512)
+    if first:
+        host.step(0, first)
+        host.step(1)
+    steps = host.prompt(length, limit_s)
+    late = [seconds for tokens, seconds in steps if seconds > limit_s and tokens > SMALLEST_CHUNK]
+    # one of the first steps tries whether twice the tokens take twice the time
+    assert len(late) <= 1 and all(seconds < 2 * limit_s for seconds in late)
+    assert steps[0][1] <= limit_s
+
+
+@pytest.mark.parametrize(("model", "limit_s"), [(small_cpu, 0.2), (large_gpu, 0.2)])
+def test_chunks_come_close_to_the_limit(model: Model, limit_s: float) -> None:
+    budget = 8192 if model is large_gpu else 512
+    host = Host(model, budget, noise=0.03)
+    host.step(1)
+    for _ in range(4):
+        steps = host.prompt(8000, limit_s)
+    tokens, context = steps[len(steps) // 2][0], 4000
+    fits = [size for size in host.times.chunk_sizes if model(1, size, context) <= limit_s]
+    assert tokens >= max(fits) / 2
+
+
+def test_noise_keeps_99_of_100_steps_within_the_limit() -> None:
+    host = Host(small_cpu, noise=0.5)
+    host.step(1)
+    host.prompt(8000, 0.2)
+    seconds = sorted(s for _ in range(10) for _, s in host.prompt(8000, 0.2))
+    assert seconds[int(0.99 * len(seconds))] <= 0.2
+
+
+def test_where_nothing_fits_prompts_go_on() -> None:
+    host = Host(large_gpu)
+    host.step(1)
+    assert [tokens for tokens, _ in host.prompt(64, 0.01)] == [SMALLEST_CHUNK] * 4
+
+
+def test_one_pause_does_not_stay() -> None:
+    host = Host(small_cpu)
+    host.step(1)
+    before = host.prompt(8000, 0.2)
+    chunk = host.times.longest_chunk(1, 0, 0.2)
+    host.times.observe(30.0, 1, chunk, 0)
+    host.prompt(8000, 0.2)
+    after = host.prompt(8000, 0.2)
+    assert sum(s for _, s in after) < 1.1 * sum(s for _, s in before)
+
+
+def test_a_host_that_was_slow_is_tried_again() -> None:
+    host = Host(lambda *shape: 10 * small_cpu(*shape))
+    host.step(1)
+    host.prompt(4000, 0.2)
+    host.model = small_cpu
+    for _ in range(4):
+        host.prompt(8000, 0.2)
+    assert host.times.longest_chunk(1, 0, 0.2) >= 64
+
+
+def test_rows_and_contexts_that_grow_shorten_chunks() -> None:
+    host = Host(small_cpu)
+    for rows in (1, 64):
+        host.step(rows)
+        for _ in range(2):
+            host.prompt(8000, 0.2, rows)
+    chunks = [
+        host.times.longest_chunk(rows, context, 0.2)
+        for rows, context in ((1, 0), (1, 7000), (64, 7000))
+    ]
+    assert chunks[0] > chunks[1] > chunks[2]
+
+
+def test_a_long_context_that_nothing_is_known_of_counts_in_proportion() -> None:
+    host = Host(small_cpu)
+    host.step(1)
+    host.step(1, 64, 0)
+    known = host.times.expected(1, 64, 0)
+    assert host.times.expected(1, 64, 8000) >= 8 * (known - 0.01)
+    assert host.times.longest_chunk(1, 60_000, 0.2) == SMALLEST_CHUNK
+
+
+def test_steps_without_prompts_are_expected_as_drafts_need_them() -> None:
+    host = Host(lambda rows, *_: 0.01 + 0.001 * rows)
+    for tokens in (1, 4, 8, 32):
+        for _ in range(3):
+            host.step(tokens)
+    # two rows with four tokens each, and with three, between the sizes that were measured
+    assert host.times.expected(2 * 4) == pytest.approx(0.018)
+    assert host.times.expected(2 * 3) == pytest.approx(0.016)
+    assert 0.042 <= host.times.expected(64) <= 0.084
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.floats(0, 1e4),
+            st.integers(0, 6),
+            st.integers(0, 40),
+            st.integers(0, 1 << 22),
+        ),
+        max_size=60,
+    ),
+    limit_s=st.floats(1e-3, 60),
+)
+def test_any_times_give_a_chunk_of_the_list(
+    steps: list[tuple[float, int, int, int]], limit_s: float
+) -> None:
+    times = StepTimes(6, 40)
+    for seconds, rows, tokens, context in steps:
+        if rows + tokens:
+            times.observe(seconds, rows, tokens, context)
+        assert times.expected(rows, tokens or 1, context) >= 0
+        assert times.longest_chunk(rows, context, limit_s) in times.chunk_sizes
