@@ -36,7 +36,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.oracle
 	$(BIN)/python -m benchmarks.engine_cpu $(ARGS)
-	for name in server_overhead growth memory_use step_profile; do \
+	for name in server_overhead growth memory_use step_profile stream_gaps; do \
 	  $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 # with the Python that holds torch for CUDA, not that of .venv

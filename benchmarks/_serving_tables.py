@@ -61,6 +61,26 @@ def server_overhead(result: Result) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stream_gaps(result: Result) -> str:
+    """Markdown of benchmarks/results/stream_gaps.json: a row for each target."""
+    head = ["target, ms", "gap p50, ms", "p99", "max", "first prompt of a fresh engine: p99", "max"]
+    head += ["seconds of the prompt", "prompts alone, tokens/s", "of those without a target"]
+    rows = []
+    for side in result["sides"]:
+        gaps, first, low_high = side["gap_ms"], side["first_gap_ms"], side["prompts_ratio_spread"]
+        cells = [three_digits(gaps[name]) for name in ("p50", "p99", "max")]
+        cells += [three_digits(first[name]) for name in ("p99", "max")]
+        cells += [three_digits(side["prompt_s"]["p50"]), f"{side['prompt_tokens_per_s']:.0f}"]
+        cells.append(f"{side['prompts_ratio']:.3f} ({low_high[0]:.3f}, {low_high[1]:.3f})")
+        rows.append([f"{side['target_ms']:g}" if side["target_ms"] else "none", *cells])
+    about = (
+        f"{_where(result)} A stream beside a prompt of {result['prompt_tokens']:,} tokens, "
+        f"{result['rounds']} rounds after the first; prompts alone: {result['alone'][0]} of "
+        f"{result['alone'][1]:,} tokens."
+    )
+    return "\n".join([about, *_table(head, rows)]) + "\n"
+
+
 def growth(result: Result) -> str:
     """Markdown of benchmarks/results/growth.json."""
     numbers = list(result["host_time"][0]["sides"]["fd_dsa"]["us"])

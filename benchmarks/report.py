@@ -19,11 +19,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _serving_tables as serving
 from benchmarks._decode_tables import decode_lines
 from benchmarks._harness import RESULTS, ROOT, table_row, three_digits, write_json
 from benchmarks._overlap_tables import overlap_lines
 from benchmarks._provider_tables import provider_tables
-from benchmarks._serving_tables import growth, memory_use, sampler, server_overhead, step_profile
 from benchmarks._sparse_mla_tables import sparse_mla_sentences
 from benchmarks._stack_tables import layer_stack_sentences
 from benchmarks._staging_tables import staging_lines
@@ -38,6 +38,7 @@ _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "a
 _WITHOUT_PLOT = (
     *("decode_steps", "engine_cpu", "growth", "memory_use", "sampler", "server_overhead"),
     *("step_profile", "indexer_logits", "layer_stack", "providers", "sparse_mla", "topk"),
+    "stream_gaps",
 )
 _BARS = "the table above as bars"
 _CAPTIONS = {
@@ -283,11 +284,12 @@ def _only_lines(
 _MADE_BY = {
     "decode_steps": partial(_only_lines, lines=decode_lines),
     "engine_cpu": engine_cpu,
-    "growth": growth,
-    "memory_use": memory_use,
-    "sampler": sampler,
-    "server_overhead": server_overhead,
-    "step_profile": step_profile,
+    "growth": serving.growth,
+    "memory_use": serving.memory_use,
+    "sampler": serving.sampler,
+    "server_overhead": serving.server_overhead,
+    "step_profile": serving.step_profile,
+    "stream_gaps": serving.stream_gaps,
     "ceilings": ceilings,
     "layer_stack": partial(_with_sentences, sentences=layer_stack_sentences),
     "overlap": overlap,

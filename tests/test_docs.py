@@ -46,7 +46,7 @@ def test_every_flag_is_documented_and_nothing_else() -> None:
 def test_documented_defaults_are_the_real_ones() -> None:
     fields = {f"--{f.name.replace('_', '-')}": f.default for f in dataclasses.fields(EngineConfig)}
     for flag, action in _flags().items():
-        default = fields.get(flag, action.default)
+        default = fields.get(flag) if action.default is argparse.SUPPRESS else action.default
         if default in (None, (), argparse.SUPPRESS) or isinstance(default, bool):
             # resolved from the model, the device or the memory, or a switch: told in words
             continue

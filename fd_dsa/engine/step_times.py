@@ -27,6 +27,8 @@ _LARGEST_JUMP = 2.0
 _LIFETIME = 256
 # measurements of a curve's only point before more tokens are tried
 _ENOUGH = 4
+# where the smallest chunk misses the limit, longer ones may take this multiple of its time
+_PATIENCE = 1.5
 # steps of the margin, in balance where one measurement in 100 is above it
 _MARGIN_UP, _MARGIN_DOWN = 0.099, 0.001
 _FIRST_MARGIN, _LARGEST_MARGIN = 1.3, 2.0
@@ -106,17 +108,22 @@ class StepTimes:
     def longest_chunk(self, num_decode_tokens: int, context: int, limit_s: float) -> int:
         """Most prompt tokens with which 99 of 100 steps take at most `limit_s` seconds.
 
-        One of `chunk_sizes`; the first one even where it takes longer.
+        One of `chunk_sizes`. Where even the first takes longer, the limit is missed anyway: then
+        prompts may make the step half as long again, since little of it may be due to them.
         """
-        limit_s /= self._margin
-        sizes = self.chunk_sizes
-        for index in reversed(range(len(sizes))):
-            if self.expected(num_decode_tokens, sizes[index], context) <= limit_s:
-                curve = self._additions.get(_range_of(context))
-                # one point does not show how seconds grow
-                tries_next = curve is not None and curve.is_single and index + 1 < len(sizes)
-                return sizes[index + tries_next]
-        return sizes[0]
+        sizes, curve = self.chunk_sizes, self._additions.get(_range_of(context))
+        seconds = [self.expected(num_decode_tokens, size, context) for size in sizes]
+        if seconds[0] > limit_s and curve is not None and curve.is_measured(sizes[0]):
+            limit_s = _PATIENCE * seconds[0]
+        else:
+            limit_s /= self._margin
+        fitting = (index for index, expected in enumerate(seconds) if expected <= limit_s)
+        longest = max(fitting, default=None)
+        if longest is None:
+            return sizes[0]
+        # one point does not show how seconds grow
+        tries_next = curve is not None and curve.is_single and longest + 1 < len(sizes)
+        return sizes[longest + tries_next]
 
     def _fixed(self, num_decode_tokens: int) -> float:
         """Seconds of a step before prompt tokens add to it, at least."""
@@ -172,6 +179,11 @@ class _Curve:
     def is_single(self) -> bool:
         """Whether there is one point alone, measured several times."""
         return self._count >= _ENOUGH and len(self._points()) == 1
+
+    def is_measured(self, num_tokens: int) -> bool:
+        """Whether there was a measurement in the range of a number."""
+        point = self._ranges[bisect_left(self._sizes, num_tokens)]
+        return point is not None and point.measured_at > 0
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Take in a measurement."""

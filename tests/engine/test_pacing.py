@@ -93,7 +93,7 @@ def test_prompts_alone_take_all_that_fits_however_long_it_takes(seconds: float) 
 def test_a_target_that_no_step_keeps_stops_no_prompt() -> None:
     steps = steps_of(timed_engine(target_gap_s=1e-3))
     chunks = [prompt_tokens(step) for step in steps if prompt_tokens(step)]
-    assert set(chunks[:-1]) == {16} and sum(chunks) == 1500
+    assert max(chunks) <= 64 and sum(chunks) == 1500
 
 
 def test_several_prompts_share_what_a_step_has_room_for() -> None:

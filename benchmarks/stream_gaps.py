@@ -1,0 +1,109 @@
+"""A stream beside a long prompt: the time between its tokens, by target; and prompts alone.
+
+    python -m benchmarks.stream_gaps                    # about ten minutes on 2 cores
+    python -m benchmarks.stream_gaps --targets 0 200    # others; 0, no target, is always first
+
+Each target has an engine in a process of its own, and they take turns. A gap is the time from the
+end of a step to the end of the next one. Prompts alone are computed in steps without a request that
+decodes, for which a target changes nothing. Writes benchmarks/results/stream_gaps.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks._harness import Worker, percentiles, save
+
+TARGETS = (0.0, 100.0, 200.0, 400.0)
+PROMPT_TOKENS, ROUNDS = 8000, 5
+# prompts of the load without streams, and their tokens
+ALONE = (2, 2048)
+
+
+def measure(targets: Sequence[float], rounds: int) -> list[dict[str, Any]]:
+    """Every target; the first round, whose engines know no step times yet, counts by itself."""
+    gaps: dict[float, list[list[float]]] = {target: [] for target in targets}
+    beside: dict[float, list[float]] = {target: [] for target in targets}
+    alone: dict[float, list[float]] = {target: [] for target in targets}
+    with contextlib.ExitStack() as stack:
+        workers = {
+            target: stack.enter_context(Worker("benchmarks.workers.stream_gaps", str(target)))
+            for target in targets
+        }
+        for seed in range(rounds + 1):
+            order = list(workers.items())
+            # no side is always the one after another
+            for target, worker in order if seed % 2 else reversed(order):
+                answer = worker.call(op="beside", prompt_tokens=PROMPT_TOKENS, seed=seed)
+                gaps[target].append(answer["gaps_ms"])
+                beside[target].append(answer["seconds"])
+                print(f"round {seed}, target {target:g}: {_line(answer['gaps_ms'])}", flush=True)
+            for target, worker in order if seed % 2 else reversed(order):
+                case = {"requests": ALONE[0], "prompt_tokens": ALONE[1]}
+                alone[target].append(worker.call(op="alone", seed=seed, **case)["seconds"])
+    return [_side(t, gaps[t], beside[t], alone[t][1:], alone[targets[0]][1:]) for t in targets]
+
+
+def _side(
+    target: float,
+    gaps: list[list[float]],
+    beside: list[float],
+    alone: list[float],
+    without: list[float],
+) -> dict[str, Any]:
+    """The figures of a target; `without` are the seconds of prompts alone with no target."""
+    ratios = [w / s for w, s in zip(without, alone, strict=True)]
+    return {
+        "target_ms": target,
+        "first_gap_ms": _spread(gaps[0]),
+        "gap_ms": _spread([gap for one in gaps[1:] for gap in one]),
+        "round_p99_ms": [_spread(one)["p99"] for one in gaps],
+        "prompt_s": percentiles(beside[1:]),
+        "prompt_tokens_per_s": ALONE[0] * ALONE[1] / float(np.median(alone)),
+        "prompts_ratio": float(np.median(ratios)),
+        "prompts_ratio_spread": [min(ratios), max(ratios)],
+    }
+
+
+def _spread(gaps: Sequence[float]) -> dict[str, float]:
+    """p50, p99 and the largest."""
+    p50, p99 = np.percentile(gaps, (50, 99))
+    return {"p50": float(p50), "p99": float(p99), "max": float(max(gaps)), "count": len(gaps)}
+
+
+def _line(gaps: Sequence[float]) -> str:
+    """Gaps in a line."""
+    found = _spread(gaps)
+    return (
+        f"p50 {found['p50']:.0f} ms, p99 {found['p99']:.0f}, max {found['max']:.0f}, "
+        f"{found['count']} gaps, {sum(gaps) / 1e3:.1f} s"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--targets", type=float, nargs="+", default=TARGETS, metavar="MS")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    args = parser.parse_args(argv)
+    targets = sorted({0.0, *args.targets})
+    sides = measure(targets, args.rounds)
+    for side in sides:
+        print(
+            f"target {side['target_ms']:g} ms: gaps {side['gap_ms']}; prompt "
+            f"{side['prompt_s']['p50']:.1f} s; prompts alone {side['prompt_tokens_per_s']:.0f} "
+            f"tokens/s, {side['prompts_ratio']:.3f} of those without a target"
+        )
+    result = {"tier": "T0", "prompt_tokens": PROMPT_TOKENS, "rounds": args.rounds, "alone": ALONE}
+    print(f"written: {save('stream_gaps', result | {'sides': sides})}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
