@@ -10,6 +10,7 @@ from benchmarks._harness import random_prompts, serve_requests
 from fd_dsa import SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.factory import build_engine
+from fd_dsa.environment import set_cpu_threads
 
 _STREAM_PROMPT, _TOKENS_BEFORE = 64, 20
 
@@ -19,9 +20,11 @@ class Gaps:
 
     Args:
         target_ms: see EngineConfig.target_inter_token_latency_ms.
+        by_processor: whether times are processor seconds of one thread, also those that the
+            engine measures: what an idle machine with one processor would take.
     """
 
-    def __init__(self, target_ms: float) -> None:
+    def __init__(self, target_ms: float, by_processor: bool) -> None:
         config = EngineConfig(
             max_num_seqs=8,
             kv_cache_memory_bytes="1G",
@@ -29,6 +32,9 @@ class Gaps:
             target_inter_token_latency_ms=target_ms,
         )
         self._engine = build_engine(config)
+        if by_processor:
+            set_cpu_threads(1)
+            self._engine.clock = time.process_time
 
     def _add(self, name: str, prompt: list[int], new_tokens: int) -> None:
         """Queue a greedy request."""
@@ -46,11 +52,11 @@ class Gaps:
         for _ in range(_TOKENS_BEFORE):
             engine.step()
         self._add("prompt", self._random(1, prompt_tokens, seed + 1000)[0], 1)
-        begin = last = time.perf_counter()
+        begin = last = engine.clock()
         gaps, is_done = [], False
         while not is_done:
             names = {output.request_id for output in engine.step()}
-            now = time.perf_counter()
+            now = engine.clock()
             if "stream" not in names:
                 raise RuntimeError("the stream got no token in a step")
             gaps.append(1e3 * (now - last))
@@ -62,12 +68,12 @@ class Gaps:
         """Seconds of prompts without an answer that goes on."""
         for index, prompt in enumerate(self._random(requests, prompt_tokens, seed)):
             self._add(str(index), prompt, 1)
-        begin = time.perf_counter()
+        begin = self._engine.clock()
         while self._engine.has_unfinished_requests():
             self._engine.step()
-        return {"seconds": time.perf_counter() - begin}
+        return {"seconds": self._engine.clock() - begin}
 
 
 if __name__ == "__main__":
-    worker = Gaps(float(sys.argv[1]))
+    worker = Gaps(float(sys.argv[1]), sys.argv[2] == "processor")
     serve_requests({"beside": worker.beside, "alone": worker.alone})

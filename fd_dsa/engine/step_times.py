@@ -25,8 +25,8 @@ _LARGEST_JUMP = 2.0
 # measurements with fewer tokens after which those with more are forgotten, since the host may have
 # been slow; trying them again may miss the limit, as one step in 100 may
 _LIFETIME = 256
-# measurements of a curve's only point before more tokens are tried
-_ENOUGH = 4
+# the next size is at most this multiple of one
+_NEXT = 1.5
 # where the smallest chunk misses the limit, longer ones may take this multiple of its time
 _PATIENCE = 1.5
 # steps of the margin, in balance where one measurement in 100 is above it
@@ -56,8 +56,8 @@ class StepTimes:
 
     def __init__(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         """Start without measurements."""
-        self.chunk_sizes = _powers_of_two(SMALLEST_CHUNK, max_num_batched_tokens)
-        self._decode = _Curve(_powers_of_two(1, max_num_seqs))
+        self.chunk_sizes = _sizes(SMALLEST_CHUNK, max_num_batched_tokens)
+        self._decode = _Curve(_sizes(1, max_num_seqs))
         # by range of contexts
         self._additions: dict[int, _Curve] = {}
         # 99th percentile of measured over expected seconds
@@ -78,7 +78,7 @@ class StepTimes:
         if num_decode_tokens and num_prefill_tokens:
             step = _MARGIN_UP if seconds > self._margin * expected else -_MARGIN_DOWN
             self._margin = min(max(1.0, self._margin + step), _LARGEST_MARGIN)
-        seconds = min(seconds, _LARGEST_JUMP * expected)
+        seconds = min(seconds, _LARGEST_JUMP * expected or math.inf)
         if num_prefill_tokens == 0:
             self._decode.observe(num_decode_tokens, seconds)
             return
@@ -117,13 +117,10 @@ class StepTimes:
             limit_s = _PATIENCE * seconds[0]
         else:
             limit_s /= self._margin
-        fitting = (index for index, expected in enumerate(seconds) if expected <= limit_s)
-        longest = max(fitting, default=None)
-        if longest is None:
-            return sizes[0]
-        # one point does not show how seconds grow
-        tries_next = curve is not None and curve.is_single and longest + 1 < len(sizes)
-        return sizes[longest + tries_next]
+        fitting = (
+            size for size, expected in zip(sizes, seconds, strict=True) if expected <= limit_s
+        )
+        return max(fitting, default=sizes[0])
 
     def _fixed(self, num_decode_tokens: int) -> float:
         """Seconds of a step before prompt tokens add to it, at least."""
@@ -175,11 +172,6 @@ class _Curve:
         self._ranges: list[_Point | None] = [None] * len(sizes)
         self._count = 0
 
-    @property
-    def is_single(self) -> bool:
-        """Whether there is one point alone, measured several times."""
-        return self._count >= _ENOUGH and len(self._points()) == 1
-
     def is_measured(self, num_tokens: int) -> bool:
         """Whether there was a measurement in the range of a number."""
         point = self._ranges[bisect_left(self._sizes, num_tokens)]
@@ -193,13 +185,21 @@ class _Curve:
         if point is None:
             self._ranges[index] = _Point(num_tokens, seconds, self._count)
         else:
+            before = point.seconds
             point.tokens += _WEIGHT * (num_tokens - point.tokens)
             point.seconds += _WEIGHT * (seconds - point.seconds)
             point.measured_at = self._count
+            self._follow(point, point.seconds / before if before else 1.0)
         for longer in range(index + 1, len(self._ranges)):
             point = self._ranges[longer]
             if point is not None and self._count - point.measured_at > _LIFETIME:
                 self._ranges[longer] = None
+
+    def _follow(self, moved: _Point, factor: float) -> None:
+        """Move the other points as one has moved: a slower host is slower for all of them."""
+        for point in self._points():
+            if point is not moved:
+                point.seconds *= factor
 
     def scaled(self, factor: float) -> _Curve:
         """A curve of the same form, with `factor` times the seconds."""
@@ -211,7 +211,7 @@ class _Curve:
         return curve
 
     def at_most(self, num_tokens: int) -> float:
-        """Expected seconds, where they are not known the most; infinite without a point."""
+        """Expected seconds, rather too many than too few; infinite without a point."""
         points = self._points()
         if not points:
             return math.inf
@@ -221,17 +221,14 @@ class _Curve:
         if end < len(points):
             return _line(points[end - 1], points[end], num_tokens)
         last = points[-1]
-        if end == 1:
-            return last.seconds * num_tokens / last.tokens
-        # two points show how seconds grow, but not far beyond them
-        near = min(float(num_tokens), 2 * last.tokens)
-        seconds = min(
-            max(last.seconds, _line(points[-2], last, near)), last.seconds * near / last.tokens
-        )
-        return seconds * num_tokens / near
+        in_proportion = last.seconds * num_tokens / last.tokens
+        if num_tokens > _NEXT * last.tokens:
+            return in_proportion
+        # halfway to no growth, so that the next size is tried and the fixed part of a step found
+        return (last.seconds + in_proportion) / 2
 
     def at_least(self, num_tokens: int) -> float:
-        """Expected seconds, where they are not known the least; 0 without a point."""
+        """Expected seconds, rather too few than too many; 0 without a point."""
         points = self._points()
         if not points:
             return 0.0
@@ -256,10 +253,10 @@ def _range_of(context: int) -> int:
     return (context // _FIRST_CONTEXT).bit_length()
 
 
-def _powers_of_two(first: int, last: int) -> tuple[int, ...]:
-    """`first` and its doubles below `last`, then `last`."""
+def _sizes(first: int, last: int) -> tuple[int, ...]:
+    """Two sizes for each doubling, from `first` to below `last`, then `last`."""
     sizes = []
     while first < last:
-        sizes.append(first)
+        sizes += [size for size in (first, first + first // 2) if size < last]
         first *= 2
-    return (*sizes, last)
+    return (*sorted({*sizes}), last)

@@ -62,8 +62,8 @@ class Host:
 
 
 def test_chunk_sizes() -> None:
-    assert StepTimes(8, 512).chunk_sizes == (16, 32, 64, 128, 256, 512)
-    assert StepTimes(8, 600).chunk_sizes == (16, 32, 64, 128, 256, 512, 600)
+    assert StepTimes(8, 512).chunk_sizes == (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    assert StepTimes(8, 90).chunk_sizes == (16, 24, 32, 48, 64, 90)
     assert StepTimes(8, 5).chunk_sizes == (5,)
 
 
@@ -87,8 +87,8 @@ def test_a_fresh_host_keeps_the_limit(
         host.step(1)
     steps = host.prompt(length, limit_s)
     late = [seconds for tokens, seconds in steps if seconds > limit_s and tokens > SMALLEST_CHUNK]
-    # one of the first steps tries whether twice the tokens take twice the time
-    assert len(late) <= 1 and all(seconds < 2 * limit_s for seconds in late)
+    # one of the first steps may try the next size and find that it does not fit
+    assert len(late) <= 1 and all(seconds < 1.5 * limit_s for seconds in late)
     assert steps[0][1] <= limit_s
 
 
