@@ -24,8 +24,8 @@ from benchmarks._harness import Worker, percentiles, save
 
 TARGETS = (0.0, 100.0, 200.0, 400.0)
 PROMPT_TOKENS, ROUNDS = 8000, 5
-# prompts of the load without streams, and their tokens
-ALONE = (2, 2048)
+# prompts of the load without streams, and their tokens; how often in a round
+ALONE, ALONE_REPEATS = (2, 1024), 4
 
 
 def measure(targets: Sequence[float], rounds: int, clock: str) -> list[dict[str, Any]]:
@@ -54,10 +54,11 @@ def measure(targets: Sequence[float], rounds: int, clock: str) -> list[dict[str,
                 gaps[target].append(answer["gaps_ms"])
                 beside[target].append(answer["seconds"])
                 print(f"round {seed}, target {target:g}: {_line(answer['gaps_ms'])}", flush=True)
-            for target, worker in order if seed % 2 else reversed(order):
-                case = {"requests": ALONE[0], "prompt_tokens": ALONE[1]}
-                alone[target].append(worker.call(op="alone", seed=seed, **case)["seconds"])
-    return [_side(t, gaps[t], beside[t], alone[t][1:], alone[targets[0]][1:]) for t in targets]
+            for repeat in range(ALONE_REPEATS):
+                for target, worker in order if repeat % 2 else reversed(order):
+                    case = {"requests": ALONE[0], "prompt_tokens": ALONE[1], "seed": repeat}
+                    alone[target].append(worker.call(op="alone", **case)["seconds"])
+    return [_side(t, gaps[t], beside[t], alone[t], alone[targets[0]]) for t in targets]
 
 
 def _side(

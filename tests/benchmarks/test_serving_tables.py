@@ -49,6 +49,25 @@ def test_a_server_beside_the_engine(tmp_path: Path) -> None:
     assert "| 95.0 | 20.0% (19.0%, 21.0%) | 1.25 | 40 | 9 |" in text
 
 
+def test_gaps_of_a_stream(tmp_path: Path) -> None:
+    gaps = {"p50": 131.2, "p99": 189.4, "max": 203.0, "count": 367}
+    row = {
+        "target_ms": 200.0,
+        "first_gap_ms": gaps | {"p99": 190.6},
+        "gap_ms": gaps,
+        "round_p99_ms": [190.6, 189.4],
+        "prompt_s": {"p50": 48.8},
+        "prompt_tokens_per_s": 340.2,
+        "prompts_ratio": 0.99,
+        "prompts_ratio_spread": [0.98, 1.01],
+    }
+    result = {"prompt_tokens": 8000, "rounds": 5, "alone": [2, 2048], "clock": "processor"}
+    text = rendered(tmp_path, "stream_gaps", result | {"sides": [row | {"target_ms": 0.0}, row]})
+    figures = "131 | 189 | 203 | 191 | 203 | 48.8 | 340 | 0.990 (0.980, 1.010) |"
+    assert f"| none | {figures}" in text and f"| 200 | {figures}" in text
+    assert "processor time of one thread" in text
+
+
 def test_growth(tmp_path: Path) -> None:
     us = {"1": {"p50": 40.0}, "256": {"p50": 700.0}}
     cases = [

@@ -245,6 +245,8 @@ def test_dry_run_prints_the_plan_and_loads_nothing(tmp_path: Path) -> None:
     assert (told["max_model_len"], told["num_api_keys"], told["port"]) == (512, 1, 8000)
     assert told["max_prompt_bytes"] == 16 * 512
     assert told["memory"]["num_blocks"] > 0
+    # a server has a target where the configuration has none
+    assert told["target_inter_token_latency_ms"] == 200
     assert (told["chat_template"], told["tool_call_parser"]) == ("tokenizer_config.json", "none")
     assert "the-key" not in done.stdout + done.stderr
     assert done.stdout.startswith("# deepseek_v32 on the CPU")

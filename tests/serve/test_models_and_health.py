@@ -83,6 +83,7 @@ def test_server_info_names_what_decides_the_answers() -> None:
         "fp8_ds_mla",
     )
     assert (told["version"], told["max_num_batched_tokens"]) == (__version__, 512)
+    assert told["target_inter_token_latency_ms"] == 0
     assert told["paddle"] == paddle.__version__
     assert told["batch_invariant"] is False
     names = ("chat_template", "tool_call_parser", "reasoning_parser")
