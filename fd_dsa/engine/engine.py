@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +16,11 @@ from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import ConstraintError, FinishReason, RequestOutput
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.runner_protocol import RunnerProtocol, StepRows
 from fd_dsa.engine.sampler import NOT_FINITE, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.scheduler import BlockTables, Scheduler
+from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.stats import EngineStats
-from fd_dsa.engine.step_times import StepTimes
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.engine.topk_positions import execute
@@ -28,36 +28,6 @@ from fd_dsa.runner.counters import StepCounters
 
 # decode rows up to which writing each of them takes less time than arrays of them
 _FEW_ROWS = 16
-
-
-class StepRows(BlockTables, Protocol):
-    """The input batch of a runner: what the engine writes before a step."""
-
-    num_tokens: int
-    num_prefill_tokens: int
-
-    def begin_step(self) -> None:
-        """Make every row idle; block tables stay."""
-
-    def add_row(
-        self, row: int, token_ids: Sequence[int], num_computed_tokens: int, is_prefill: bool
-    ) -> int:
-        """Flat index of the row's last token; rows come in ascending order."""
-
-    def add_decode_rows(
-        self, rows: Sequence[int], token_ids: Sequence[int], num_computed_tokens: Sequence[int]
-    ) -> npt.NDArray[np.int64]:
-        """Flat indices of the tokens of rows that decode one each, in ascending order."""
-
-
-class RunnerProtocol(Protocol):
-    """What the engine asks of a runner."""
-
-    input_batch: Any  # a StepRows; Any lets a runner declare its own class
-    vocab_size: int
-
-    def execute_model(self, logits_indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Logits float32 [n, vocab_size] of n flat token rows of the step just assembled."""
 
 
 class LLMEngine:
@@ -131,14 +101,8 @@ class LLMEngine:
             eos_token_ids,
             seed,
         )
-        self._step_times = StepTimes(max_num_seqs, max_num_batched_tokens)
         self._scheduler = Scheduler(
-            self._blocks,
-            self._batch,
-            max_num_seqs,
-            max_num_batched_tokens,
-            self._step_times,
-            target_gap_s,
+            self._blocks, self._batch, max_num_seqs, max_num_batched_tokens, target_gap_s
         )
         self._sampler = Sampler(max_num_seqs)
         # arrival number of the request whose parameters the sampler has in a slot
@@ -265,7 +229,7 @@ class LLMEngine:
         # the token of a decoding request comes after the one of the step before; without such
         # requests, a step may have waited for a grammar before it was ready
         since = self._last_end if num_decode_tokens else ready
-        self._step_times.observe(
+        self._scheduler.step_times.observe(
             end - since, num_decode_tokens, num_prefill_tokens, self._scheduler.prefill_context
         )
         self._last_end = end
