@@ -21,7 +21,6 @@ from fd_dsa.engine.sampler import NOT_FINITE, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.stats import EngineStats
-from fd_dsa.engine.step_times import StepTimes
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.engine.topk_positions import execute
@@ -102,14 +101,8 @@ class LLMEngine:
             eos_token_ids,
             seed,
         )
-        self._step_times = StepTimes(max_num_seqs, max_num_batched_tokens)
         self._scheduler = Scheduler(
-            self._blocks,
-            self._batch,
-            max_num_seqs,
-            max_num_batched_tokens,
-            self._step_times,
-            target_gap_s,
+            self._blocks, self._batch, max_num_seqs, max_num_batched_tokens, target_gap_s
         )
         self._sampler = Sampler(max_num_seqs)
         # arrival number of the request whose parameters the sampler has in a slot
@@ -236,7 +229,7 @@ class LLMEngine:
         # the token of a decoding request comes after the one of the step before; without such
         # requests, a step may have waited for a grammar before it was ready
         since = self._last_end if num_decode_tokens else ready
-        self._step_times.observe(
+        self._scheduler.step_times.observe(
             end - since, num_decode_tokens, num_prefill_tokens, self._scheduler.prefill_context
         )
         self._last_end = end

@@ -1,4 +1,4 @@
-"""What the engine asks of a runner and of its input batch."""
+"""What the engine asks of a runner, and of the input batch that it fills."""
 
 from __future__ import annotations
 

@@ -57,11 +57,11 @@ class Scheduler:
         tables: block tables by row, kept in step with the owners.
         max_num_seqs: rows.
         max_num_batched_tokens: tokens in one step.
-        step_times: what steps have taken so far.
         target_gap_s: seconds between two tokens of a request that decodes; 0 = no target.
 
     Attributes:
         is_decode_only: whether all requests of the step scheduled last decode.
+        step_times: measured step times; the engine adds to them.
         prefill_context: tokens before each prompt token of that step, on average.
     """
 
@@ -71,19 +71,18 @@ class Scheduler:
         tables: BlockTables,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        step_times: StepTimes,
         target_gap_s: float = 0.0,
     ) -> None:
         """Start without requests."""
         self.num_preemptions = 0
         self.is_decode_only = False
         self.prefill_context = 0
+        self.step_times = StepTimes(max_num_seqs, max_num_batched_tokens)
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self._blocks = blocks
         self._tables = tables
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._step_times = step_times
         self._target_gap_s = target_gap_s
         self._free_slots = list(range(max_num_seqs))
         # dicts by arrival number, in order of arrival
@@ -248,7 +247,7 @@ class Scheduler:
     def _take(self, request: Request, budget: int) -> int:
         """Put a request into the step with at most `budget` tokens; returns how many are left."""
         if self._target_gap_s and self._num_decoding:
-            longest = self._step_times.longest_chunk(
+            longest = self.step_times.longest_chunk(
                 self._num_decoding, request.num_computed_tokens, self._target_gap_s
             )
             budget = min(budget, longest)
