@@ -73,7 +73,7 @@ def stream_gaps(result: Result) -> str:
         cells += [three_digits(side["prompt_s"]["p50"]), f"{side['prompt_tokens_per_s']:.0f}"]
         cells.append(f"{side['prompts_ratio']:.3f} ({low_high[0]:.3f}, {low_high[1]:.3f})")
         rows.append([f"{side['target_ms']:g}" if side["target_ms"] else "none", *cells])
-    clock = "processor time of one thread" if result["clock"] == "processor" else "as by a watch"
+    clock = "processor time of one thread" if result["clock"] == "processor" else "wall-clock time"
     about = (
         f"{_where(result)} A stream beside a prompt of {result['prompt_tokens']:,} tokens, "
         f"rounds after the first: {result['rounds']}; prompts alone: {result['alone'][0]} of "
