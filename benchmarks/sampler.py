@@ -13,6 +13,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +34,45 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "min-p 0.02, top-p 0.9": {"min_p": 0.02, "top_p": 0.9},
     "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
 }
-ROUNDS, REPEATS = 10, 3
+# where memory lies is chance and stays for the life of a process, so there are several
+PROCESSES, ROUNDS, REPEATS = 3, 4, 3
 # steps of 32 rows: 10,016 draws
 STEPS = 313
+Sides = dict[str, Worker]
 
 
-def measure(sides: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of processor time of each case, the sides in turn."""
+@contextmanager
+def open_sides(path: str, baseline: Path) -> Iterator[Sides]:
+    """A process of either package."""
+    with (
+        Worker("benchmarks.workers.sampler", path) as ours,
+        Worker("benchmarks.workers.sampler", path, checkout=baseline) as before,
+    ):
+        yield {"fd_dsa": ours, "before": before}
+
+
+def measure(path: str, baseline: Path, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of processor time of each case, the packages in turn."""
+    names = [(spread, name) for spread in SPREADS for name in SAMPLING]
+    times: dict[tuple[str, str], dict[str, list[float]]] = {
+        case: {"fd_dsa": [], "before": []} for case in names
+    }
+    for _ in range(PROCESSES):
+        with open_sides(path, baseline) as sides:
+            for (spread, name), _, (label, worker) in product(names, range(rounds), sides.items()):
+                case = {"spread": spread, "sampling": SAMPLING[name], "repeats": REPEATS}
+                times[spread, name][label] += worker.call(op="cpu_ms", **case)
     found = []
-    for spread in SPREADS:
-        for name, sampling in SAMPLING.items():
-            times: dict[str, list[float]] = {label: [] for label in sides}
-            for _ in range(rounds):
-                for label, worker in sides.items():
-                    times[label] += worker.call(
-                        op="cpu_ms", spread=spread, sampling=sampling, repeats=REPEATS
-                    )
-            ms = {label: percentiles(values) for label, values in times.items()}
-            ratio = ms["before"]["p50"] / ms["fd_dsa"]["p50"]
-            found.append({"spread": spread, "sampling": name, "ms": ms, "ratio": ratio})
-            line = ", ".join(f"{label} {value['p50']:.2f} ms" for label, value in ms.items())
-            print(f"{spread:10} {name:28} {line}: {ratio:.2f}x", flush=True)
+    for spread, name in names:
+        ms = {label: percentiles(values) for label, values in times[spread, name].items()}
+        ratio = ms["before"]["p50"] / ms["fd_dsa"]["p50"]
+        found.append({"spread": spread, "sampling": name, "ms": ms, "ratio": ratio})
+        line = ", ".join(f"{label} {value['p50']:.2f} ms" for label, value in ms.items())
+        print(f"{spread:10} {name:28} {line}: {ratio:.2f}x", flush=True)
     return found
 
 
-def differing(sides: dict[str, Worker], cases: list[dict[str, Any]], steps: int) -> None:
+def differing(sides: Sides, cases: list[dict[str, Any]], steps: int) -> None:
     """Count draws and those whose tokens differ, into the cases."""
     for spread in SPREADS:
         counts = dict.fromkeys(SAMPLING, 0)
@@ -80,18 +97,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--baseline", type=Path, required=True, help="checkout whose package it is compared with"
     )
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"a process, default: {ROUNDS}")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of 32 draws, default: {STEPS}")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "demo_logits.npy")
         write_demo_logits(path)
-        with (
-            Worker("benchmarks.workers.sampler", path) as ours,
-            Worker("benchmarks.workers.sampler", path, checkout=args.baseline) as before,
-        ):
-            sides = {"fd_dsa": ours, "before": before}
-            cases = measure(sides, args.rounds)
+        cases = measure(path, args.baseline, args.rounds)
+        with open_sides(path, args.baseline) as sides:
             differing(sides, cases, args.steps)
     result = {"tier": "T0", "baseline": revision_of(args.baseline), "cases": cases}
     print(f"written: {save('sampler', result)}")

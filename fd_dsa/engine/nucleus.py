@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.weights import BLOCK, BLOCK_BITS, first_above, weigh
+from fd_dsa.engine.weights import BLOCK, first_above, weigh
 from fd_dsa.ops._host import Scratch
 
 Float32 = npt.NDArray[np.float32]
@@ -35,11 +35,12 @@ class NucleusDraw:
 
     def __init__(self, vocab_size: int, scratch: Scratch) -> None:
         """Take the buffers."""
-        self._blocks, self._masks = scratch.take("nucleus", (2, -(-vocab_size // BLOCK), BLOCK))
+        # the weights of all tokens, and of those of a nucleus
+        both = scratch.take("nucleus", (2, -(-vocab_size // BLOCK), BLOCK))
         # what a row does not fill
-        self._blocks[-1] = self._masks[-1] = 0
-        self._weights = self._blocks.reshape(-1)[:vocab_size]
-        self._mask = self._masks.reshape(-1)[:vocab_size]
+        both[:, -1] = 0
+        self._blocks, self._kept_blocks = both
+        self._weights, self._kept = both.reshape(2, -1)[:, :vocab_size]
         self._marks, self._others = scratch.take("marks", (2, vocab_size), np.bool_)
         # a longer sample takes more time than it saves
         self._stride = int(2.2 * vocab_size ** (1 / 3))
@@ -104,10 +105,8 @@ class NucleusDraw:
         """Token of a nucleus that ends near sample[place]; None where it ends too far from it."""
         split = sample[place]
         np.greater_equal(self._weights, split, out=self._marks)
-        np.copyto(self._mask, self._marks)
-        # half the time of a product with the marks and its sums
-        sums = np.matmul(self._blocks[:, None, :], self._masks[:, :, None])[:, 0, 0]
-        above = _total(sums)
+        np.multiply(self._weights, self._marks, out=self._kept)
+        above = _total(np.einsum("bi->b", self._kept_blocks))
         # the end by the sample, without the error that it makes at the split
         known = below[place - 1] if place else 0.0
         end = int(below.searchsorted(known + (above - wanted) / self._stride, "right"))
@@ -125,20 +124,13 @@ class NucleusDraw:
         kept = _kept(logits, ids, weights, rest) if rest > 0 else None
         if kept is None:
             return None
-        change = kept if is_wider else kept - weights
-        ends = (sums + np.bincount(ids >> BLOCK_BITS, change, len(sums))).cumsum()
+        self._kept[ids] = kept
+        ends = self._kept_blocks.sum(axis=1).cumsum(dtype=np.float64)
         target = uniform * ends[-1]
         block = first_above(ends, target)
-        begin = block * BLOCK
-        inside = self._blocks[block] * (self._blocks[block] >= split)
-        changed = slice(ids.searchsorted(begin), ids.searchsorted(begin + BLOCK))
-        inside[ids[changed] - begin] = kept[changed]
-        inner_ends = inside.cumsum(dtype=np.float64)
-        if inner_ends[-1] == 0:
-            # all that the block has of the mass is rounding
-            return None
         before = ends[block - 1] if block else 0.0
-        return begin + first_above(inner_ends, target - before)
+        inside = self._kept_blocks[block].cumsum(dtype=np.float64)
+        return block * BLOCK + first_above(inside, target - before)
 
 
 def _kept(

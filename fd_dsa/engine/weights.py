@@ -10,8 +10,7 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
-BLOCK_BITS = 9
-BLOCK = 1 << BLOCK_BITS
+BLOCK = 512
 """Tokens of a block: a draw finds its block first, so it needs no running sum over all tokens."""
 
 

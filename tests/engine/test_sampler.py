@@ -162,6 +162,15 @@ def test_frequencies_follow_the_distribution(params):
     assert chi_square < freedom + 6 * np.sqrt(2 * freedom)
 
 
+def test_equal_logits_of_a_large_vocabulary_are_drawn_by_their_share():
+    vocab_size, num_rows = 129_280, 64
+    tokens = sample(np.zeros((num_rows, vocab_size), np.float32), [SamplingParams()] * num_rows)
+    places = np.array([ref_uniform(seed, 0) for seed in range(num_rows)]) * vocab_size
+    clear = np.abs(places - places.round()) > 1e-3
+    assert clear.sum() > 60
+    assert (tokens[clear] == places[clear].astype(int)).all()
+
+
 def test_seeds_draw_independently_of_each_other():
     num_seeds = 20_000
     sampler = Sampler(num_seeds)
