@@ -51,7 +51,7 @@ class FinishOutput:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Command: answer a question, one of `QUESTIONS` or of the host's own, with a `Reply`."""
+    """Command: answer a question with a `Reply`; `EngineHost` lists the questions."""
 
     number: int
     question: str
@@ -151,7 +151,7 @@ class EngineHost:
 
     Args:
         engine: used by no one else.
-        emit: takes the events; called in several threads, one at a time is not guaranteed.
+        emit: takes the events; called in several threads, perhaps at the same time.
         answers: questions beside `SNAPSHOT` and `CHECK_FORM`, with the functions that answer them
             from the argument; called in a thread of their own.
     """
