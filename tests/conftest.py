@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -106,6 +107,16 @@ def paddle_memory(request: pytest.FixtureRequest) -> Any:
     from tests.kernel_memory import open_memory
 
     return open_memory(request.param)
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """Our log as the test found it: `register` and `fd-dsa chat` change it for their process."""
+    package = logging.getLogger("fd_dsa")
+    level, handlers = package.level, list(package.handlers)
+    yield
+    package.setLevel(level)
+    package.handlers[:] = handlers
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

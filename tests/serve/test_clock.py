@@ -45,6 +45,7 @@ def test_only_created_follows_the_clock_on_the_wall(
     options = ServerOptions(log_requests=True)
     with running(AsyncEngine(make_engine()), options=options) as live:
         wanted, _ = answers(live)
+    caplog.clear()
     began = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", map(float, itertools.cycle(STAMPS)).__next__)
