@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from fd_dsa.doctor.case import Memory, Outputs, require
-from fd_dsa.ops._host import as_tensor
 from fd_dsa.ops.indexer_projection import project_indexer
 from fd_dsa.ops.mla_query import prepare_mla_query
+from fd_dsa.step.host_tensor import as_tensor
 
 _TOKENS, _HEADS, _RANK, _ROPE = 3, 4, 512, 64
 _POSITIONS = np.array([0, 7, 15], np.int64)

@@ -15,7 +15,8 @@ import numpy as np
 
 from fd_dsa.environment import batch_invariant
 from fd_dsa.errors import ConfigError
-from fd_dsa.ops._host import as_numpy, as_tensor, matmul, staged
+from fd_dsa.ops._host import as_numpy, matmul, staged
+from fd_dsa.step.host_tensor import as_tensor
 
 # keys of a chunk: the library adds so many up one after the other on every processor that was tried
 _KEYS = 256

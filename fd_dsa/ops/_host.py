@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.errors import DtypeError, ShapeError
+from fd_dsa.step.host_tensor import as_tensor
 
 
 def as_numpy(array: Any) -> np.ndarray:
@@ -27,19 +28,6 @@ def readable(tensor: Any) -> Any:
     """What the operators read of a parameter: a NumPy view on a CPU, on a device the tensor."""
     tensor = tensor.detach()
     return tensor if on_device(tensor) else as_numpy(tensor)
-
-
-def as_tensor(array: np.ndarray) -> Any:
-    """Paddle CPU tensor on the memory of a writable NumPy array."""
-    return _from_dlpack()(array)
-
-
-@cache
-def _from_dlpack() -> Callable[[np.ndarray], Any]:
-    """Paddle's reader; imported on first use, so that NumPy alone can read the contracts."""
-    from paddle.utils.dlpack import from_dlpack
-
-    return from_dlpack
 
 
 def matmul(x: Any, y: Any, *, transpose_y: bool = False) -> Any:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fd_dsa.ops._host import as_tensor
 from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.step.host_tensor import as_tensor
 
 # int32 values to which the sections of the packed inputs are rounded up: 256 bytes
 _SECTION = 64

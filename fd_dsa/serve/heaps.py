@@ -1,14 +1,16 @@
-"""Fewer heaps of glibc's allocator, so that a long-lived server gives freed memory back."""
+"""Heaps of glibc's allocator, so that a long-lived server gives freed memory back."""
 
 from __future__ import annotations
 
 import ctypes
+import threading
 
 from fd_dsa.environment import heaps_are_chosen
 
 # parameter of mallopt(3)
 _M_ARENA_MAX = -8
 _NUM_ARENAS = 2
+_TRIM_EVERY_S = 10.0
 
 
 def share_heaps() -> bool:
@@ -27,3 +29,23 @@ def share_heaps() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_M_ARENA_MAX, _NUM_ARENAS))
+
+
+def trim_heaps() -> None:
+    """Give free pages back every ten seconds, in a thread of its own, until the process ends.
+
+    By itself glibc gives back no more than the end of a heap: one tensor or text that lives keeps
+    what was freed before it. A call takes about 10 ms, and not the GIL.
+
+    Source: malloc_trim(3).
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        return
+    never = threading.Event()
+
+    def work() -> None:
+        while not never.wait(_TRIM_EVERY_S):
+            trim(0)
+
+    threading.Thread(target=work, name="heaps", daemon=True).start()

@@ -10,6 +10,7 @@ from fd_dsa.step.checks import StepLimits
 from fd_dsa.step.counts import GivenCounts
 from fd_dsa.step.forward_meta import Array, ForwardMeta
 from fd_dsa.step.host import HostProvider
+from fd_dsa.step.host_tensor import as_tensor
 from fd_dsa.step.views import View
 
 Allocate = Callable[[tuple[int, ...], str], Array]
@@ -167,11 +168,10 @@ def _provider_for(
 def _paddle_view() -> View:
     """How a NumPy buffer becomes a Paddle tensor that shares its memory."""
     try:
-        from paddle.utils.dlpack import from_dlpack
+        import paddle  # noqa: F401
     except ImportError as error:
         raise BackendUnavailable(
             "device: 'cpu' needs Paddle, which is not installed; install fd_dsa[cpu], or build "
             "with device='numpy'"
         ) from error
-    view: View = from_dlpack
-    return view
+    return as_tensor

@@ -15,7 +15,7 @@ from fd_dsa.config import demo_model_path
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention as EmbeddedAttention
 from fd_dsa.models.rope import RotaryEmbedding
-from fd_dsa.ops._host import as_tensor
+from fd_dsa.step.host_tensor import as_tensor
 from tests.fastdeploy_plugin.names import MODELS
 from tests.fastdeploy_plugin.steps import NUM_BLOCKS, caches, config, int32, make_backend
 

@@ -12,9 +12,9 @@ pytest.importorskip("paddle", reason="the operators are on Paddle's tensors")
 import paddle
 
 from fd_dsa.ops import _dense
-from fd_dsa.ops._host import as_tensor
 from fd_dsa.ops._linear import embedding, head_linear, joined, linear, rows_at, silu_and_mul
 from fd_dsa.ops._norm import rms_norm
+from fd_dsa.step.host_tensor import as_tensor
 from tests.kernel_memory import KernelMemory
 
 TOLERANCE = 1e-6

@@ -55,3 +55,34 @@ def test_threads_share_two_heaps() -> None:
 )
 def test_the_environment_decides(variables: dict[str, str]) -> None:
     assert heaps_of(variables) == ("False", 4)
+
+
+# pages between two blocks that stay, which glibc keeps by itself
+HOLE = """
+import ctypes, time
+from pathlib import Path
+from fd_dsa.serve import heaps
+heaps._TRIM_EVERY_S = 0.05
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+assert libc.mallopt(-3, 1 << 25)
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+blocks = [ctypes.c_void_p(libc.malloc(1 << 20)) for _ in range(65)]
+for block in blocks:
+    ctypes.memset(block, 1, 1 << 20)
+full = resident()
+for block in blocks[:-1]:
+    libc.free(block)
+assert full - resident() < 8 << 20
+heaps.trim_heaps()
+end = time.monotonic() + 30
+while full - resident() < 56 << 20 and time.monotonic() < end:
+    time.sleep(0.05)
+print(full - resident() >> 20)
+"""
+
+
+def test_holes_are_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLE], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 56

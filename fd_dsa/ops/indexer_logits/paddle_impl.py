@@ -14,7 +14,8 @@ import numpy as np
 
 from fd_dsa.ops._fixed_order import fixed_order, two_rows
 from fd_dsa.ops._gather import gather_index_blocks, gather_index_keys
-from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, matmul, staged
+from fd_dsa.ops._host import Scratch, as_numpy, matmul, staged
+from fd_dsa.step.host_tensor import as_tensor
 
 _UNIT_KEYS = 256
 _TILE_BYTES = 8 << 20

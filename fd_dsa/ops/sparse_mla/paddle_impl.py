@@ -8,7 +8,8 @@ import numpy as np
 
 from fd_dsa.ops._fixed_order import fixed_order, row_sums, weighted_sum
 from fd_dsa.ops._gather import gather_latents
-from fd_dsa.ops._host import Scratch, as_numpy, as_tensor, matmul, staged
+from fd_dsa.ops._host import Scratch, as_numpy, matmul, staged
+from fd_dsa.step.host_tensor import as_tensor
 
 _TILE_BYTES = 8 << 20
 
