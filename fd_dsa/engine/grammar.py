@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # compiled grammars that are kept for requests with the same one, each of up to 30 MB
 _NUM_KEPT = 32
+# for which one that nobody asks for is kept, at least; at most twice as long
+_KEPT_FOR_S = 20.0
 _Key = tuple[Kind, str]
 _MAX_LEXER_STATES = 25_000
 # what llguidance says of a lexer that has come to its limits
@@ -52,11 +54,13 @@ class CompiledGrammar:
         matcher: at the beginning of the grammar, to be copied.
         num_tokens: that its outputs have taken.
         since: `time.monotonic()` of its compilation.
+        asked_at: the same of the last time that it was asked for.
     """
 
     matcher: LLMatcher
     num_tokens: int = 0
     since: float = field(default_factory=time.monotonic)
+    asked_at: float = 0.0
 
     @property
     def may_be_renewed(self) -> bool:
@@ -203,6 +207,7 @@ class GrammarCompiler:
         # the last ones that were asked for, and all that outputs follow
         self._compiled: OrderedDict[_Key, CompiledGrammar] = OrderedDict()
         self._in_use: WeakValueDictionary[_Key, CompiledGrammar] = WeakValueDictionary()
+        self._is_expiring = False
         self._ll_tokenizer: LLTokenizer | None = None
         self._worker = ThreadPoolExecutor(1, "fd_dsa-grammar")
         # what the worker compiles, never more than one
@@ -286,8 +291,32 @@ class GrammarCompiler:
         """Note the last grammar asked for, and drop one for it; the caller holds the lock."""
         self._in_use[key] = self._compiled[key] = compiled
         self._compiled.move_to_end(key)
+        compiled.asked_at = time.monotonic()
         if len(self._compiled) > _NUM_KEPT:
             self._compiled.popitem(last=False)
+        if not self._is_expiring:
+            self._is_expiring = True
+            _later(self._expire)
+
+    def _expire(self) -> None:
+        """Drop what nobody has asked for in time, and look again later while one is kept."""
+        latest = time.monotonic() - _KEPT_FOR_S
+        # one at a time: freeing a large one takes milliseconds
+        while self._drop_one_asked_before(latest):
+            pass
+        with self._lock:
+            self._is_expiring = bool(self._compiled)
+            if self._is_expiring:
+                _later(self._expire)
+
+    def _drop_one_asked_before(self, latest: float) -> bool:
+        """Whether there was one."""
+        with self._lock:
+            oldest = next(iter(self._compiled), None)
+            if oldest is None or self._compiled[oldest].asked_at > latest:
+                return False
+            del self._compiled[oldest]
+            return True
 
     def _compile(self, kind: Kind, text: str) -> LLMatcher | str:
         """A compiled grammar, or what is wrong with it."""
@@ -321,6 +350,13 @@ class GrammarCompiler:
                     eos_token=self._eos_token_ids or None,
                 )
             return self._ll_tokenizer
+
+
+def _later(work: Callable[[], None]) -> None:
+    """Call `work` after `_KEPT_FOR_S`, in a thread that holds up no end of the process."""
+    timer = threading.Timer(_KEPT_FOR_S, work)
+    timer.daemon = True
+    timer.start()
 
 
 def _check_installed(source: str) -> None:

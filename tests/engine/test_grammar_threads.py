@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import threading
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 from fd_dsa.engine.grammar import GrammarCompiler
@@ -91,6 +93,25 @@ def test_a_grammar_that_outputs_follow_is_not_compiled_again(monkeypatch):
     del matcher
     compiler.check(FORMS["choice"])
     assert len(threads) == 3
+
+
+def test_a_grammar_that_nobody_asks_for_is_dropped(monkeypatch):
+    monkeypatch.setattr("fd_dsa.engine.grammar._KEPT_FOR_S", 0.2)
+    threads = record_compilers(monkeypatch)
+    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
+    followed = compiler.new_matcher(FORMS["regex"])
+    assert not followed.is_finished
+    dropped = weakref.ref(compiler.find(FORMS["choice"]))
+    kept = weakref.ref(compiler.find(FORMS["regex"]))
+    # twice, as what is kept after the first look needs another one
+    for _ in range(2):
+        end = time.monotonic() + 30
+        while dropped() is not None and time.monotonic() < end:
+            time.sleep(0.02)
+        assert dropped() is None and kept() is not None
+        dropped = weakref.ref(compiler.find(FORMS["choice"]))
+    compiler.check(FORMS["regex"])
+    assert len(threads) == 4
 
 
 def test_a_request_that_leaves_does_not_hold_up_the_next_ones_grammar(monkeypatch):
