@@ -22,7 +22,7 @@ from fd_dsa.environment import (
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.descriptors import connection_limit
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
-from fd_dsa.serve.heaps import share_heaps, trim_heaps
+from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
 from fd_dsa.serve.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in unused_variables():
         logger.warning("%s", line)
     share_heaps()
-    trim_heaps()
+    keep_heaps_trimmed()
     try:
         return _serve(args)
     except KeyboardInterrupt:

@@ -26,7 +26,7 @@ from fd_dsa.engine.wire import pack_outputs
 from fd_dsa.environment import open_missing_streams
 from fd_dsa.errors import describe_error
 from fd_dsa.serve.engine_process import NotStarted, Phase, Ready, Settings
-from fd_dsa.serve.heaps import share_heaps, trim_heaps
+from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
 from fd_dsa.serve.info import INFO, engine_info
 from fd_dsa.serve.logs import set_up_logging
 
@@ -91,7 +91,7 @@ def main() -> int:
     settings: Settings = connection.recv()
     set_up_logging(settings.log_level, as_json=settings.log_json)
     share_heaps()
-    trim_heaps()
+    keep_heaps_trimmed()
     hosts: SimpleQueue[EngineHost] = SimpleQueue()
     threading.Thread(
         target=_read, args=(connection, hosts), name="fd_dsa-commands", daemon=True
@@ -113,7 +113,10 @@ def _build(config: EngineConfig, progress: StartupProgress) -> LLMEngine:
     """The engine; its imports take seconds."""
     from fd_dsa.engine.factory import build_engine
 
-    return build_engine(config, progress)
+    engine = build_engine(config, progress)
+    # files of weights and tokenizer have been read
+    trim_heaps()
+    return engine
 
 
 def _read(connection: Connection, hosts: SimpleQueue[EngineHost]) -> None:

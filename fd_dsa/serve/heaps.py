@@ -32,20 +32,24 @@ def share_heaps() -> bool:
 
 
 def trim_heaps() -> None:
-    """Give free pages back every ten seconds, in a thread of its own, until the process ends.
+    """Give free pages back to the system.
 
     By itself glibc gives back no more than the end of a heap: one tensor or text that lives keeps
-    what was freed before it. A call takes about 10 ms, and not the GIL.
+    what was freed before it. Takes about 10 ms, and not the GIL.
 
     Source: malloc_trim(3).
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None:
-        return
+    if trim is not None:
+        trim(0)
+
+
+def keep_heaps_trimmed() -> None:
+    """`trim_heaps` every ten seconds, in a thread of its own, until the process ends."""
     never = threading.Event()
 
     def work() -> None:
         while not never.wait(_TRIM_EVERY_S):
-            trim(0)
+            trim_heaps()
 
     threading.Thread(target=work, name="heaps", daemon=True).start()
