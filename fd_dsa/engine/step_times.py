@@ -185,11 +185,14 @@ class _Curve:
         if point is None:
             self._ranges[index] = _Point(num_tokens, seconds, self._count)
         else:
-            before = point.seconds
-            point.tokens += _WEIGHT * (num_tokens - point.tokens)
-            point.seconds += _WEIGHT * (seconds - point.seconds)
+            # what another range of contexts made expect is worth nothing beside a measurement
+            was_measured, before = point.measured_at > 0, point.seconds
+            weight = _WEIGHT if was_measured else 1.0
+            point.tokens += weight * (num_tokens - point.tokens)
+            point.seconds += weight * (seconds - point.seconds)
             point.measured_at = self._count
-            self._follow(point, point.seconds / before if before else 1.0)
+            if before and (was_measured or seconds > before):
+                self._follow(point, point.seconds / before)
         for longer in range(index + 1, len(self._ranges)):
             point = self._ranges[longer]
             if point is not None and self._count - point.measured_at > _LIFETIME:
@@ -215,12 +218,13 @@ class _Curve:
         points = self._points()
         if not points:
             return math.inf
-        end = bisect_left(points, num_tokens, key=_tokens)
-        if end == 0:
-            return points[0].seconds
+        end, last = bisect_left(points, num_tokens, key=_tokens), points[-1]
         if end < len(points):
-            return _line(points[end - 1], points[end], num_tokens)
-        last = points[-1]
+            # fewer tokens are not slower, whatever a point says that was measured on a bad day
+            bound = min(point.seconds for point in points[end:])
+            return (
+                bound if end == 0 else min(bound, _line(points[end - 1], points[end], num_tokens))
+            )
         in_proportion = last.seconds * num_tokens / last.tokens
         if num_tokens > _NEXT * last.tokens:
             return in_proportion

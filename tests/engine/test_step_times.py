@@ -127,6 +127,19 @@ def test_where_nothing_fits_prompts_go_on_and_cost_streams_little(model: Model) 
         assert max(tokens for tokens, _ in steps) >= 256
 
 
+def test_a_slow_first_step_does_not_spoil_later_chunks() -> None:
+    """A server's first prompt is short and slow; where contexts grow its time was multiplied."""
+    host = Host(small_cpu)
+    host.times.observe(20 * small_cpu(0, 4, 0), 0, 4)
+    host.step(1)
+    for _ in range(2):
+        steps = host.prompt(8000, 0.2)
+        assert sum(seconds > 0.2 for _, seconds in steps) <= 1
+        for context in range(0, 8000, 500):
+            few, many = (host.times.expected(1, size, context) for size in (SMALLEST_CHUNK, 64))
+            assert few <= many
+
+
 def test_one_pause_does_not_stay() -> None:
     host = Host(small_cpu)
     host.step(1)
