@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.nucleus import NucleusDraw
 from fd_dsa.engine.top_candidates import candidates, lower_bound
-from fd_dsa.engine.weights import BLOCK, weigh
+from fd_dsa.engine.weights import BLOCK, NEAR, weigh
 from fd_dsa.ops._host import Scratch
 
 Float32 = npt.NDArray[np.float32]
@@ -20,11 +21,6 @@ Int64 = npt.NDArray[np.int64]
 UNUSABLE = -1
 """Instead of a token where the largest logit of a row is NaN or infinite."""
 
-# a core's own cache holds about so many weights
-_CACHED_LOGITS = 2**18
-# so near to another token the order of float32 sums may decide; NumPy's pairwise sums are more
-# exact than einsum's and take three times as long
-_NEAR = 3e-7
 # bounds the temporaries where calls for each row would take longer than memory
 _GROUP_LOGITS = 2**20
 
@@ -109,36 +105,53 @@ def _groups(index: Int64, size: int) -> Iterator[Int64]:
 
 
 def _draw_whole(logits: Float32, draws: Draws, scratch: Scratch) -> Int64:
-    """Draws from all tokens."""
+    """Draws from all tokens.
+
+    A row's weights are made and added up while they are in the processor's cache, and forgotten;
+    those of the block that a draw falls into are made again.
+    """
     vocab_size, num_rows = logits.shape[1], len(draws.rows)
-    size = min(max(_CACHED_LOGITS // vocab_size, 1), num_rows)
-    padded = scratch.take("weights", (size, -(-vocab_size // BLOCK), BLOCK))
-    weights = padded.reshape(size, -1)
-    weights[:, vocab_size:] = 0
-    divisors, tokens = draws.divisors(), np.empty(num_rows, np.int64)
-    for begin in range(0, num_rows, size):
-        part = slice(begin, begin + size)
-        rows = rows_of(logits, draws.rows[part])
-        blocks, uniform = padded[: len(rows)], draws.uniform[part]
-        largest = rows.max(axis=1)
-        divisor = None if divisors is None else divisors[part]
-        weigh(rows, largest[:, None], divisor, weights[: len(rows), :vocab_size])
-        found, distance = _find(blocks, np.einsum("rbi->rb", blocks), uniform)
-        near = np.flatnonzero(distance < _NEAR)
-        if len(near):
-            exact = blocks[near]
-            found[near], _ = _find(exact, exact.sum(axis=2), uniform[near])
-        tokens[part] = np.where(np.isfinite(largest), found, UNUSABLE)
-    return tokens
+    num_blocks = -(-vocab_size // BLOCK)
+    blocks = scratch.take("weights", (num_blocks, BLOCK))
+    weights = blocks.reshape(-1)
+    weights[vocab_size:] = 0
+    sums = np.empty((num_rows, num_blocks), np.float32)
+    largest = np.empty((num_rows, 1), np.float32)
+    divisors = draws.divisors()
+
+    def weigh_row(index: int) -> None:
+        divisor = None if divisors is None else divisors[index]
+        weigh(logits[draws.rows[index]], largest[index], divisor, weights[:vocab_size])
+
+    def weights_in(block: Int64, index: slice) -> Float32:
+        columns = block[:, None] * BLOCK + np.arange(BLOCK)
+        rows = draws.rows[index, None]
+        values = logits[rows, np.minimum(columns, vocab_size - 1)]
+        weigh(values, largest[index], None if divisors is None else divisors[index], values)
+        return values * (columns < vocab_size)
+
+    for index, row in enumerate(draws.rows):
+        largest[index] = np.maximum.reduce(logits[row])
+        weigh_row(index)
+        np.einsum("bi->b", blocks, out=sums[index])
+    every = slice(None)
+    found, distance = _find(sums, draws.uniform, partial(weights_in, index=every))
+    for near in np.flatnonzero(distance < NEAR).tolist():
+        weigh_row(near)
+        sums[near], one = blocks.sum(axis=1), slice(near, near + 1)
+        found[one], _ = _find(sums[one], draws.uniform[one], partial(weights_in, index=one))
+    return np.where(np.isfinite(largest[:, 0]), found, UNUSABLE)
 
 
-def _find(blocks: Float32, sums: Float32, uniform: Float64) -> tuple[Int64, Float64]:
+def _find(
+    sums: Float32, uniform: Float64, weights_in: Callable[[Int64], Float32]
+) -> tuple[Int64, Float64]:
     """Where draws fall: first their block by the sums of all, then inside it.
 
     Args:
-        blocks: float32 [n, num_blocks, BLOCK], weights.
         sums: float32 [n, num_blocks], of the blocks.
         uniform: float64 [n].
+        weights_in: float32 [n, BLOCK], of one block of each row.
 
     Returns:
         int64 [n], ids; float64 [n], distance to the next id as a share of the mass.
@@ -147,7 +160,7 @@ def _find(blocks: Float32, sums: Float32, uniform: Float64) -> tuple[Int64, Floa
     index, mass = np.arange(len(ends)), ends[:, -1]
     block = _first_above(ends, uniform * mass)
     rest = uniform * mass - np.where(block > 0, ends[index, block - 1], 0.0)
-    inside = blocks[index, block].cumsum(axis=1, dtype=np.float64)
+    inside = weights_in(block).cumsum(axis=1, dtype=np.float64)
     column = _first_above(inside, rest)
     before = np.where(column > 0, inside[index, column - 1], 0.0)
     distance = np.minimum(rest - before, inside[index, column] - rest) / mass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.weights import BLOCK, first_above, weigh
+from fd_dsa.engine.weights import BLOCK, NEAR, first_above, weigh
 from fd_dsa.ops._host import Scratch
 
 Float32 = npt.NDArray[np.float32]
@@ -43,7 +43,7 @@ class NucleusDraw:
         self._weights, self._kept = both.reshape(2, -1)[:, :vocab_size]
         self._marks, self._others = scratch.take("marks", (2, vocab_size), np.bool_)
         # a longer sample takes more time than it saves
-        self._stride = int(2.2 * vocab_size ** (1 / 3))
+        self._stride = int(1.6 * vocab_size ** (1 / 3))
 
     def draw(
         self,
@@ -106,12 +106,13 @@ class NucleusDraw:
         split = sample[place]
         np.greater_equal(self._weights, split, out=self._marks)
         np.multiply(self._weights, self._marks, out=self._kept)
-        above = _total(np.einsum("bi->b", self._kept_blocks))
+        sums = np.einsum("bi->b", self._kept_blocks).astype(np.float64)
+        above = float(sums.sum())
         # the end by the sample, without the error that it makes at the split
         known = below[place - 1] if place else 0.0
         end = int(below.searchsorted(known + (above - wanted) / self._stride, "right"))
         # so many deviations of the count of a sample between two places
-        margin = int(2.5 * abs(end - place) ** 0.5) + 2
+        margin = int(1.8 * abs(end - place) ** 0.5) + 2
         is_wider = above < wanted
         bound = end - margin if is_wider else end + margin
         if not 0 < bound < len(sample):
@@ -125,12 +126,29 @@ class NucleusDraw:
         if kept is None:
             return None
         self._kept[ids] = kept
-        ends = self._kept_blocks.sum(axis=1).cumsum(dtype=np.float64)
+        change = kept if is_wider else kept - weights
+        sums += np.bincount(ids // BLOCK, change, len(sums))
+        token, distance = self._find(sums, uniform)
+        return token if distance > NEAR else self._find(self._kept_blocks.sum(axis=1), uniform)[0]
+
+    def _find(self, sums: Float32 | Float64, uniform: float) -> tuple[int, float]:
+        """Id of a kept token, and how far the draw is from another one's, as a share of the mass.
+
+        Args:
+            sums: [num_blocks], of the kept weights of each block.
+            uniform: in [0, 1).
+        """
+        ends = sums.cumsum(dtype=np.float64)
         target = uniform * ends[-1]
         block = first_above(ends, target)
-        before = ends[block - 1] if block else 0.0
+        rest = target - (ends[block - 1] if block else 0.0)
         inside = self._kept_blocks[block].cumsum(dtype=np.float64)
-        return block * BLOCK + first_above(inside, target - before)
+        if inside[-1] == 0:
+            # what rounding left of a block
+            return 0, 0.0
+        column = first_above(inside, rest)
+        before = inside[column - 1] if column else 0.0
+        return block * BLOCK + column, min(rest - before, inside[column] - rest) / ends[-1]
 
 
 def _kept(

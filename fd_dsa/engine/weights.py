@@ -13,6 +13,12 @@ Float64 = npt.NDArray[np.float64]
 BLOCK = 512
 """Tokens of a block: a draw finds its block first, so it needs no running sum over all tokens."""
 
+NEAR = 3e-7
+"""Share of the mass: so near to another token the order of float32 sums may decide.
+
+NumPy's pairwise sums are more exact than einsum's and take more than twice as long.
+"""
+
 
 def weigh(logits: Float32, largest: Any, divisor: Any, out: Float32 | None = None) -> Float32:
     """Weights of logits in float32.
