@@ -1,6 +1,6 @@
 """A stream beside a long prompt: the time between its tokens, by target; and prompts alone.
 
-    python -m benchmarks.stream_gaps                    # about ten minutes on 2 cores
+    python -m benchmarks.stream_gaps                    # about fifteen minutes on 2 cores
     python -m benchmarks.stream_gaps --targets 0 200    # others; 0, no target, is always first
     python -m benchmarks.stream_gaps --by-processor     # on a machine that other work shares
 
