@@ -34,7 +34,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "min-p 0.02, top-p 0.9": {"min_p": 0.02, "top_p": 0.9},
     "top-k 50, top-p 0.9": {"top_k": 50, "top_p": 0.9},
 }
-# where memory lies is chance and stays for the life of a process, so there are several
+# addresses are random and fixed for the life of a process, so several processes are measured
 PROCESSES, ROUNDS, REPEATS = 3, 4, 3
 # steps of 32 rows: 10,016 draws
 STEPS = 313

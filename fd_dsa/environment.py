@@ -302,7 +302,7 @@ def _flush() -> None:
     try:
         sys.stderr.flush()
     except OSError:
-        # nobody can be told, and the exit status is the command's
+        # there is nowhere to report it; the exit status stays that of the command
         discard(sys.stderr)
     try:
         sys.stdout.flush()

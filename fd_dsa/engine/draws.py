@@ -123,7 +123,7 @@ def _draw_whole(logits: Float32, draws: Draws, scratch: Scratch) -> Int64:
         divisor = None if divisors is None else divisors[index]
         weigh(logits[draws.rows[index]], largest[index], divisor, weights[:vocab_size])
 
-    def weights_in(block: Int64, index: slice) -> Float32:
+    def weights_in(block: Int64, index: slice = slice(None)) -> Float32:
         columns = block[:, None] * BLOCK + np.arange(BLOCK)
         rows = draws.rows[index, None]
         values = logits[rows, np.minimum(columns, vocab_size - 1)]
@@ -134,11 +134,11 @@ def _draw_whole(logits: Float32, draws: Draws, scratch: Scratch) -> Int64:
         largest[index] = np.maximum.reduce(logits[row])
         weigh_row(index)
         np.einsum("bi->b", blocks, out=sums[index])
-    every = slice(None)
-    found, distance = _find(sums, draws.uniform, partial(weights_in, index=every))
+    found, distance = _find(sums, draws.uniform, weights_in)
     for near in np.flatnonzero(distance < NEAR).tolist():
+        one = slice(near, near + 1)
         weigh_row(near)
-        sums[near], one = blocks.sum(axis=1), slice(near, near + 1)
+        sums[near] = blocks.sum(axis=1)
         found[one], _ = _find(sums[one], draws.uniform[one], partial(weights_in, index=one))
     return np.where(np.isfinite(largest[:, 0]), found, UNUSABLE)
 

@@ -301,22 +301,21 @@ class GrammarCompiler:
     def _expire(self) -> None:
         """Drop what nobody has asked for in time, and look again later while one is kept."""
         latest = time.monotonic() - _KEPT_FOR_S
-        # one at a time: freeing a large one takes milliseconds
-        while self._drop_one_asked_before(latest):
+        # freed one at a time and without the lock: a large one takes milliseconds
+        while self._pop_asked_before(latest) is not None:
             pass
         with self._lock:
             self._is_expiring = bool(self._compiled)
             if self._is_expiring:
                 _later(self._expire)
 
-    def _drop_one_asked_before(self, latest: float) -> bool:
-        """Whether there was one."""
+    def _pop_asked_before(self, latest: float) -> CompiledGrammar | None:
+        """The grammar that was asked for the longest ago, kept no longer; None: all were later."""
         with self._lock:
-            oldest = next(iter(self._compiled), None)
-            if oldest is None or self._compiled[oldest].asked_at > latest:
-                return False
-            del self._compiled[oldest]
-            return True
+            oldest = next(iter(self._compiled.values()), None)
+            if oldest is not None and oldest.asked_at <= latest:
+                return self._compiled.popitem(last=False)[1]
+        return None
 
     def _compile(self, kind: Kind, text: str) -> LLMatcher | str:
         """A compiled grammar, or what is wrong with it."""
@@ -353,7 +352,7 @@ class GrammarCompiler:
 
 
 def _later(work: Callable[[], None]) -> None:
-    """Call `work` after `_KEPT_FOR_S`, in a thread that holds up no end of the process."""
+    """Call `work` after `_KEPT_FOR_S`, in a daemon thread."""
     timer = threading.Timer(_KEPT_FOR_S, work)
     timer.daemon = True
     timer.start()

@@ -222,9 +222,9 @@ class _Curve:
         if end < len(points):
             # fewer tokens are not slower, whatever a point says that was measured on a bad day
             bound = min(point.seconds for point in points[end:])
-            return (
-                bound if end == 0 else min(bound, _line(points[end - 1], points[end], num_tokens))
-            )
+            if end > 0:
+                bound = min(bound, _line(points[end - 1], points[end], num_tokens))
+            return bound
         in_proportion = last.seconds * num_tokens / last.tokens
         if num_tokens > _NEXT * last.tokens:
             return in_proportion

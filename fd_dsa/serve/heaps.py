@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 
 from fd_dsa.environment import heaps_are_chosen
 
@@ -46,10 +47,10 @@ def trim_heaps() -> None:
 
 def keep_heaps_trimmed() -> None:
     """`trim_heaps` every ten seconds, in a thread of its own, until the process ends."""
-    never = threading.Event()
 
     def work() -> None:
-        while not never.wait(_TRIM_EVERY_S):
+        while True:
+            time.sleep(_TRIM_EVERY_S)
             trim_heaps()
 
     threading.Thread(target=work, name="heaps", daemon=True).start()

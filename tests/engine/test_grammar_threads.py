@@ -30,6 +30,15 @@ def record_compilers(monkeypatch):
     return threads
 
 
+def compiler_with_a_follower(monkeypatch):
+    """The threads that compile, a compiler, and an output that follows its regular expression."""
+    threads = record_compilers(monkeypatch)
+    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
+    matcher = compiler.new_matcher(FORMS["regex"])
+    assert not matcher.is_finished
+    return threads, compiler, matcher
+
+
 def test_grammars_that_were_dropped_are_compiled_beside_the_steps(monkeypatch):
     """96 requests over 48 grammars, of which 32 are kept, and a stream that never waits."""
     threads = record_compilers(monkeypatch)
@@ -83,10 +92,7 @@ def test_a_form_that_was_never_checked_fails_its_request_alone():
 
 def test_a_grammar_that_outputs_follow_is_not_compiled_again(monkeypatch):
     monkeypatch.setattr("fd_dsa.engine.grammar._NUM_KEPT", 1)
-    threads = record_compilers(monkeypatch)
-    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
-    matcher = compiler.new_matcher(FORMS["regex"])
-    assert not matcher.is_finished
+    threads, compiler, matcher = compiler_with_a_follower(monkeypatch)
     compiler.check(FORMS["choice"])
     compiler.check(FORMS["regex"])
     assert len(threads) == 2
@@ -97,10 +103,7 @@ def test_a_grammar_that_outputs_follow_is_not_compiled_again(monkeypatch):
 
 def test_a_grammar_that_nobody_asks_for_is_dropped(monkeypatch):
     monkeypatch.setattr("fd_dsa.engine.grammar._KEPT_FOR_S", 0.2)
-    threads = record_compilers(monkeypatch)
-    compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
-    followed = compiler.new_matcher(FORMS["regex"])
-    assert not followed.is_finished
+    threads, compiler, followed = compiler_with_a_follower(monkeypatch)
     dropped = weakref.ref(compiler.find(FORMS["choice"]))
     kept = weakref.ref(compiler.find(FORMS["regex"]))
     # twice, as what is kept after the first look needs another one
@@ -112,6 +115,7 @@ def test_a_grammar_that_nobody_asks_for_is_dropped(monkeypatch):
         dropped = weakref.ref(compiler.find(FORMS["choice"]))
     compiler.check(FORMS["regex"])
     assert len(threads) == 4
+    assert not followed.is_finished
 
 
 def test_a_request_that_leaves_does_not_hold_up_the_next_ones_grammar(monkeypatch):

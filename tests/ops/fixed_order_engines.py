@@ -27,7 +27,7 @@ BASE: dict[str, Any] = {
 }
 
 
-# seeds of clocks that lie, so that chunks beside running answers come out differently
+# seeds of random clocks, so that chunks beside running answers come out differently
 CLOCKS = (1, 3, 5)
 PACED: dict[str, Any] = {"max_num_batched_tokens": 96, "target_inter_token_latency_ms": 50}
 
@@ -55,7 +55,7 @@ def logits_of(
 
     Args:
         form: fields of its configuration.
-        clock_seed: of a clock that lies; None = the real one.
+        clock_seed: of a random clock; None = the real one.
 
     Returns:
         float32 [6, vocab_size] for each prompt, and the prompt tokens of each step.

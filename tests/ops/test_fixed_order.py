@@ -21,7 +21,7 @@ from tests.strategies import make_batch
 
 ROOT = Path(__file__).parents[2]
 # every logit of two prompts, read and answered by engines of many forms: all bits must be equal;
-# clocks that lie give chunks of other sizes
+# random clocks give chunks of other sizes
 PROGRAM = """
 import numpy as np
 from tests.ops.fixed_order_engines import CLOCKS, FORMS, PACED, logits_of
