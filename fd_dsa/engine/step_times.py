@@ -27,6 +27,9 @@ _LARGEST_JUMP = 2.0
 _LIFETIME = 256
 # the next size is at most this multiple of one
 _NEXT = 1.5
+# a chunk is at most this multiple of the longest one that has run: the additions of small ones are
+# little more than noise, which an extrapolation multiplies
+_FURTHEST = 2.0
 # where the smallest chunk misses the limit, longer ones may take this multiple of its time
 _PATIENCE = 1.5
 # steps of the margin, in balance where one measurement in 100 is above it
@@ -62,6 +65,8 @@ class StepTimes:
         self._additions: dict[int, _Curve] = {}
         # 99th percentile of measured over expected seconds
         self._margin = _FIRST_MARGIN
+        # prompt tokens of the longest chunk so far
+        self._longest = 0
 
     def observe(
         self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int = 0, context: int = 0
@@ -82,6 +87,7 @@ class StepTimes:
         if num_prefill_tokens == 0:
             self._decode.observe(num_decode_tokens, seconds)
             return
+        self._longest = max(self._longest, num_prefill_tokens)
         addition = max(0.0, seconds - self._fixed(num_decode_tokens))
         place = _range_of(context)
         if place not in self._additions:
@@ -111,7 +117,8 @@ class StepTimes:
         One of `chunk_sizes`. Where even the first takes longer, the limit is missed anyway: then
         prompts may make the step half as long again, since little of it may be due to them.
         """
-        sizes, curve = self.chunk_sizes, self._additions.get(_range_of(context))
+        curve, longest = self._additions.get(_range_of(context)), _FURTHEST * self._longest
+        sizes = [size for size in self.chunk_sizes if size <= longest] or [self.chunk_sizes[0]]
         seconds = [self.expected(num_decode_tokens, size, context) for size in sizes]
         if seconds[0] > limit_s and curve is not None and curve.is_measured(sizes[0]):
             limit_s = _PATIENCE * seconds[0]

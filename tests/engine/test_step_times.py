@@ -140,6 +140,17 @@ def test_a_slow_first_step_does_not_spoil_later_chunks() -> None:
             assert few <= many
 
 
+def test_short_chunks_that_seemed_to_cost_nothing_do_not_allow_a_long_one() -> None:
+    """Steps that only decode were slow for a moment, so what prompts added was next to nothing."""
+    host = Host(small_cpu)
+    for _ in range(20):
+        host.times.observe(0.027, 1)
+    for tokens in (16, 32):
+        host.times.observe(0.028, 1, tokens)
+    assert host.times.expected(1, 512, 48) < 0.1
+    assert all(seconds <= 0.2 for _, seconds in host.prompt(8000, 0.2))
+
+
 def test_one_pause_does_not_stay() -> None:
     host = Host(small_cpu)
     host.step(1)
