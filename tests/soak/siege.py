@@ -1,6 +1,6 @@
 """One kind of hostile request at a time, and what the server's other clients notice of it.
 
-    python -m tests.soak.siege                       # all kinds, three times each: 47 minutes
+    python -m tests.soak.siege                       # all kinds, three times each: 35 minutes
     python -m tests.soak.siege --large               # 129,280 tokens, a context of 163,840
     python -m tests.soak.siege --case "15 MB" --repeats 1
     python -m tests.soak.siege --neighbour --repeats 1 --save demo-neighbour
