@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# distribution of Paddle -> the oldest release whose tensors NumPy may write through
-_OLDEST_PADDLE = {"paddlepaddle": (3, 3), "paddlepaddle-gpu": (3, 2)}
+_OLDEST_PADDLE = (3, 3)
 
 
 @dataclass(frozen=True)
@@ -172,20 +171,20 @@ def _prepare_paddle() -> None:
             "paddle is not installed; for a CPU run: pip install 'fd_dsa[cpu]' "
             "(for a GPU install paddlepaddle-gpu from Paddle's own package index)"
         )
-    for name, oldest in _OLDEST_PADDLE.items():
-        _check_version(name, oldest)
+    for name in ("paddlepaddle", "paddlepaddle-gpu"):
+        _check_version(name)
     prepare_cpu_runtime()
 
 
-def _check_version(name: str, oldest: tuple[int, int]) -> None:
+def _check_version(name: str) -> None:
     """Refuse a release of Paddle that is too old; builds from source, 0.0.0, pass."""
     try:
         found = version(name)
     except PackageNotFoundError:
         return
     numbers = tuple(int(word) for word in found.split(".")[:2] if word.isdigit())
-    if numbers != (0, 0) and numbers < oldest:
-        wanted = ".".join(map(str, oldest))
+    if numbers != (0, 0) and numbers < _OLDEST_PADDLE:
+        wanted = ".".join(map(str, _OLDEST_PADDLE))
         raise BackendUnavailable(
             f"{name} {found} is too old, fd_dsa needs {wanted} or newer; "
             f"pip install --upgrade '{name}>={wanted}' (for a GPU from Paddle's own package index)"

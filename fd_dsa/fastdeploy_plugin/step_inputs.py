@@ -6,10 +6,10 @@ Source of the fields: FastDeploy's `model_executor/forward_meta.py`; of `max_len
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 from fd_dsa.errors import MissingStepError
-from fd_dsa.ops._host import as_numpy
 
 _LENGTHS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time")
 
@@ -62,10 +62,11 @@ def fill_max_lens(
     """Write upper bounds of a step's maxima, which the host knows, instead of reading them back.
 
     Entries: this_time, encoder, decoder, decoder + this_time, decoder of decode rows, keys of rows
-    with cached ones. Entries past the sixth are other trees' own and stay as they are.
+    with cached ones. Entries past the sixth are other trees' own and stay as they are. Written at
+    the tensor's address: with NumPy before 2.2.5, or Paddle before 3.3, views are read-only.
 
     Args:
-        max_len_tensor_cpu: int32 [n] in host memory.
+        max_len_tensor_cpu: int32 [n], contiguous, in host memory, pinned or not.
         num_tokens: launched tokens of the step; 0 makes all entries 0.
         has_prefill: whether a prefill row may be there; without one the second entry is 0.
         tokens_per_row: of a decode row, at most.
@@ -74,5 +75,6 @@ def fill_max_lens(
     longest = num_tokens if has_prefill else min(num_tokens, tokens_per_row)
     keys = max_keys if num_tokens else 0
     values = (longest, num_tokens if has_prefill else 0, keys, keys, keys, keys)
-    target = as_numpy(max_len_tensor_cpu)[: len(values)]
-    target[:] = values[: len(target)]
+    count = min(len(values), int(max_len_tensor_cpu.shape[0]))
+    memory = (ctypes.c_int32 * count).from_address(max_len_tensor_cpu.data_ptr())
+    memory[:] = values[:count]

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,21 @@ from fd_dsa.step.host_tensor import as_tensor
 
 def as_numpy(array: Any) -> np.ndarray:
     """NumPy view of a NumPy array or a Paddle CPU tensor; writes go to the same memory."""
-    return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
+    if isinstance(array, np.ndarray):
+        return array
+    view = np.from_dlpack(array)
+    return view if view.flags.writeable else _writable(view)
+
+
+def _writable(view: np.ndarray) -> np.ndarray:
+    """A tensor's memory, for writing.
+
+    With NumPy before 2.2.5, or Paddle before 3.3, views of tensors are read-only.
+    """
+    address, _ = view.__array_interface__["data"]
+    interface = view.__array_interface__ | {"data": (address, False)}
+    # NumPy keeps the object that it had the interface from, and so the tensor
+    return np.asarray(SimpleNamespace(__array_interface__=interface, view=view))
 
 
 def on_device(array: Any) -> bool:

@@ -123,9 +123,8 @@ def test_the_share_means_nothing_on_a_cpu_and_says_so(caplog: pytest.LogCaptureF
         ("paddlepaddle", "3.3.0", False),
         ("paddlepaddle", "3.10.0", False),
         ("paddlepaddle", "0.0.0", False),
-        ("paddlepaddle-gpu", "3.1.0", True),
-        ("paddlepaddle-gpu", "3.2.0.dev20260101", False),
-        ("paddlepaddle-gpu", "2.6.2", True),
+        ("paddlepaddle-gpu", "3.2.0.dev20260101", True),
+        ("paddlepaddle-gpu", "3.3.1", False),
     ],
 )
 def test_releases_of_paddle_that_are_too_old(

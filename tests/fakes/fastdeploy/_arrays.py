@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,14 @@ def host(tensor: Any) -> np.ndarray:
             return (bits.astype(np.uint32) << 16).view(np.float32)
         if tensor.dtype == paddle.float8_e4m3fn:
             tensor = tensor.view("uint8")
-        return np.from_dlpack(tensor)
+        return _writable(np.from_dlpack(tensor))
+
+
+def _writable(view: np.ndarray) -> np.ndarray:
+    """The same memory, for writing: NumPy before 2.2.5 gives views of tensors that are not."""
+    address, _ = view.__array_interface__["data"]
+    interface = view.__array_interface__ | {"data": (address, False)}
+    return np.asarray(SimpleNamespace(__array_interface__=interface, view=view))
 
 
 @contextmanager
