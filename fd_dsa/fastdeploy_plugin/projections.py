@@ -77,7 +77,8 @@ class KeyNorms:
             self._sources["kv_norm_weight"] = kv_norm.weight
         if k_norm is not None:
             self._sources |= {"k_norm_weight": k_norm.weight, "k_norm_bias": k_norm.bias}
-        self._copies = {name: float32_of(source) for name, source in self._sources.items()}
+        # of their own memory, also of float32: other weights may come at another address
+        self._copies = {name: float32_of(source).clone() for name, source in self._sources.items()}
         self.params = CacheWriteParams(
             layout.kv_cache_dtype,
             kv_norm_eps=getattr(kv_norm, "eps", K_NORM_EPS),
@@ -92,9 +93,7 @@ class KeyNorms:
         """Copy the weights again, for graphs that were captured with their copies as well."""
         with paddle.no_grad():
             for name, source in self._sources.items():
-                new, kept = float32_of(source), self._copies[name]
-                if new.data_ptr() != kept.data_ptr():
-                    paddle.assign(new, output=kept)
+                paddle.assign(float32_of(source), output=self._copies[name])
 
 
 def cos_sin_table(rotary_emb: Any) -> Any:

@@ -32,17 +32,32 @@ def two_jobs() -> list[Any]:
     return [job(prompt(70), 5, chunk=40), job(prompt(9, 1), 7)]
 
 
-@pytest.mark.parametrize(("tree", "graphs"), SERVED)
-def test_caches_may_be_given_up_and_made_anew(tree: str, graphs: Any) -> None:
-    """Sleep and wake-up with another number of blocks; caches that were freed read as NaN."""
+@pytest.mark.parametrize(
+    ("tree", "graphs", "steps"),
+    [
+        # FastDeploy keeps the graphs when the caches alone sleep, so that is for eager steps
+        ("develop", {}, "kv_cache"),
+        ("develop", {}, "kv_cache,weight"),
+        ("develop", {}, "kv_cache weight"),
+        ("pr7367", GRAPHS, "kv_cache,weight"),
+        ("develop", GRAPHS, "kv_cache weight"),
+    ],
+)
+def test_what_sleeps_wakes_up_as_it_was(tree: str, graphs: Any, steps: str) -> None:
+    """Caches alone, and weights with them, in one call or in two, which begin with the caches.
+
+    Caches that were freed read as NaN, weights have no memory until they are loaded again; there
+    is another number of blocks afterwards.
+    """
     with ours(TREES[tree]):
         engine = small_engine(20, **graphs)
         expected = engine.generate(two_jobs())
         old = list(engine.runner.share_inputs["caches"])
-        engine.runner.sleep()
+        engine.runner.sleep(tags=",".join(steps.split()))
         assert all((cache.numpy() == 0xFF).all() for cache in old)
         engine.runner.num_gpu_blocks = 21
-        engine.runner.wakeup()
+        for tags in steps.split():
+            engine.runner.wakeup(tags=tags)
         new = engine.runner.share_inputs["caches"]
         assert [cache.shape[0] for cache in new] == [21] * len(old)
         assert engine.generate(two_jobs()) == expected

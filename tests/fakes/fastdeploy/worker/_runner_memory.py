@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import paddle
 
@@ -22,6 +22,9 @@ class RunnerMemory:
     use_cudagraph: bool
     num_draft_tokens: int
     num_gpu_blocks: int
+    is_weight_sleeping = False
+    is_kvcache_sleeping = False
+    _sent: ClassVar[dict[str, Any]] = {}
 
     def initialize_kv_cache(self, profile: bool = False) -> None:
         """Two zeroed uint8 caches a layer: latents, indexer keys; the value cache is empty."""
@@ -111,7 +114,7 @@ class RunnerMemory:
             self._prepare_inputs(is_dummy_or_profile_run=True)
             meta = self.forward_meta
             meta.step_use_cudagraph = in_capturing and meta.step_use_cudagraph
-            self.padding_cudagraph_inputs()
+            self._pad_and_place()
             self._post_process(self._sample(self._run_model(), drafts))
             if not host(self.share_inputs["seq_lens_this_time_buffer"]).any():
                 break
@@ -143,26 +146,64 @@ class RunnerMemory:
         for size in self.fd_config.graph_opt_config.cudagraph_capture_sizes_prefill:
             self._dummy_run(size, 1, in_capturing=True, capture_prefill=True)
 
-    def sleep(self, tags: str = "") -> None:
-        """Give up caches and graphs."""
-        self._clear_graphs()
-        self.clear_cache()
+    def sleep(self, tags: str) -> None:
+        """Give up what the comma-separated tags name; nothing where the first of it is given up.
 
-    def wakeup(self, tags: str = "") -> None:
-        """New caches, new graphs."""
-        self.initialize_kv_cache()
-        self.capture_model()
+        The order and the early ends are those of `worker/gpu_model_runner.py` at 39d329f2.
+        """
+        if "weight" in tags.split(","):
+            if self.is_weight_sleeping:
+                return
+            self._clear_graphs()
+            self._clear_model_weight()
+            self.is_weight_sleeping = True
+        if "kv_cache" in tags.split(","):
+            if self.is_kvcache_sleeping:
+                return
+            self.clear_cache()
+            self.is_kvcache_sleeping = True
+
+    def wakeup(self, tags: str) -> None:
+        """Caches first, then weights, and graphs of both."""
+        if tags == "weight" and self.use_cudagraph and self.is_kvcache_sleeping:
+            raise RuntimeError("wake up [kv_cache] first: a graph cannot be captured without it")
+        if "kv_cache" in tags.split(","):
+            if not self.is_kvcache_sleeping:
+                return
+            self.initialize_kv_cache()
+            self.is_kvcache_sleeping = False
+        if "weight" in tags.split(","):
+            if not self.is_weight_sleeping:
+                return
+            self._reload_model_weights()
+            self.capture_model()
+            self.is_weight_sleeping = False
 
     def clear_parameters(self, pid: int = 0) -> None:
         """Before reinforcement learning brings new weights."""
         self._clear_graphs()
+        self._clear_model_weight()
         self.clear_cache()
 
     def update_parameters(self, pid: int = 0) -> None:
-        """New weights in the parameters' memory, new caches, new graphs."""
-        self.load_weights()
+        """New weights, new caches, new graphs."""
+        self._reload_model_weights()
         self.initialize_kv_cache()
         self.capture_model()
+
+    def _clear_model_weight(self) -> None:
+        """Take the memory of all parameters and buffers (`rl/dynamic_weight_manager.py`)."""
+        state = self.model.state_dict()
+        self._sent = {name: tensor.clone() for name, tensor in state.items()}
+        for tensor in state.values():
+            tensor._clear_data()
+
+    def _reload_model_weights(self) -> None:
+        """Put other memory in its place, as the trainer's arrives; then what the folder has."""
+        state = self.model.state_dict()
+        for name, tensor in self._sent.items():
+            tensor._share_buffer_to(state[name])
+        self.load_weights()
 
     def _clear_graphs(self) -> None:
         if self.use_cudagraph:
