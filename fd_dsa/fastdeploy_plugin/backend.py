@@ -119,7 +119,7 @@ class PluginBackend:
 
         Cost: one launch; no wait, no copy, and once the views of a size exist, no allocation.
         """
-        if self._built_for is forward_meta:
+        if self._built_for is forward_meta or not self._serves(forward_meta):
             return
         rows = step_rows(forward_meta)
         core = self._core_for(rows[3])
@@ -132,21 +132,6 @@ class PluginBackend:
         self.attention_metadata = self._metadata(forward_meta)
         self.signals.begin_step(self.attention_metadata, forward_meta)
         self._built_for = forward_meta
-
-    def restore_fields(self, forward_meta: Any) -> None:
-        """Put the step's positions and slots back where the runner has put its own since.
-
-        Trees from #7367 on make both once more after `init_attention_metadata`, without a guard
-        for unused entries and without a clean tail.
-        """
-        step = getattr(forward_meta, "fd_dsa_step", None)
-        if step is None:
-            return
-        found = getattr(forward_meta, "position_ids", None)
-        ours = step.position_ids if step.position_ids_int32 is None else step.position_ids_int32
-        if found is None or found.dtype == ours.dtype:
-            forward_meta.position_ids = ours
-        forward_meta.slot_mapping = step.slot_mapping
 
     def norms_of(self, layer_id: int, kv_norm: Any, indexer: Any) -> KeyNorms:
         """Norms of a layer's keys, read at its first step, when the weights are loaded.
@@ -189,6 +174,14 @@ class PluginBackend:
         self._built_for = self.shared_selection = None
         if self.core is not None:
             self.core.forget_step()
+
+    def _serves(self, forward_meta: Any) -> bool:
+        """Whether the step is this object's: trees from #8041 on make one for each layer.
+
+        The first of them is in `forward_meta.attn_backend`, and all layers go through that.
+        """
+        first = getattr(forward_meta, "attn_backend", None)
+        return first is None or first is self
 
     def get_attention_meta(self) -> Any:
         """FastDeploy's own record of the newest step, None before the first."""

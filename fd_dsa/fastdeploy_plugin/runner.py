@@ -1,13 +1,13 @@
 """Our hooks before FastDeploy's GPUModelRunner: what only a runner knows of a step.
 
-The backend is complete without them. They add whether a step has a prefill row, keep the step's
-own positions and slots in ForwardMeta, and let go of what is derived from caches and weights when
-these are made again.
+The backend is complete without them. They add whether a step has a prefill row, spare FastDeploy
+its own positions and slots, and let go of what is derived from caches and weights when these are
+made again.
 
 The tail needs no hook: the backend leaves tokens past the step's as padding after every step, so a
 graph of a larger size finds slot -1 there (`padding_cudagraph_inputs` stays FastDeploy's).
 
-Source: FastDeploy's `worker/gpu_model_runner.py` (#7367, #3457).
+Source: FastDeploy's `worker/gpu_model_runner.py` (#7367, #8041), read at 39d329f2.
 """
 
 from __future__ import annotations
@@ -95,15 +95,32 @@ def _counting_passes(method: Method) -> Method:
     return hook
 
 
-def _restoring_fields(method: Method) -> Method:
-    """The end of a step's preparation; see `PluginBackend.restore_fields`."""
+def _unless_made(method: Method) -> Method:
+    """FastDeploy's positions and slots, which the backend has made already, from the same rows.
+
+    FastDeploy's would replace ours, without a guard for unused entries: slots of padding would be
+    those of the last row, which a captured graph would write to.
+    """
+
+    @wraps(method)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        step = getattr(getattr(self, "forward_meta", None), "fd_dsa_step", None)
+        if self.dsa_backend() is None or step is None:
+            return method(self, *args, **kwargs)
+        return None
+
+    return hook
+
+
+def _sharing_one(method: Method) -> Method:
+    """One backend for all layers, where FastDeploy makes one for each: they share each step."""
 
     @wraps(method)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
-        backend, forward_meta = self.dsa_backend(), getattr(self, "forward_meta", None)
-        if backend is not None and forward_meta is not None:
-            backend.restore_fields(forward_meta)
+        backend = self.dsa_backend()
+        if backend is not None:
+            self.attn_backends[:] = [backend] * len(self.attn_backends)
         return result
 
     return hook
@@ -121,14 +138,17 @@ def _letting_go(method: Method) -> Method:
 
 
 def _reading_weights_again(method: Method) -> Method:
-    """What loads other weights: what is kept of them is read again, below running graphs too."""
+    """What loads other weights: what is kept of them is read again, below running graphs too.
+
+    After a wake-up of the caches alone the weights may still have no memory.
+    """
 
     @wraps(method)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.forget_step()
         result = method(self, *args, **kwargs)
         backend = self.dsa_backend()
-        if backend is not None:
+        if backend is not None and not getattr(self, "is_weight_sleeping", False):
             backend.refresh_weights()
         return result
 
@@ -137,7 +157,8 @@ def _reading_weights_again(method: Method) -> Method:
 
 _HOOKS: dict[str, Callable[[Method], Method]] = {
     "_dummy_run": _counting_passes,
-    "_prepare_inputs": _restoring_fields,
+    "_initialize_attn_backend": _sharing_one,
+    "_compute_position_ids_and_slot_mapping": _unless_made,
     "initialize_kv_cache": _letting_go,
     "clear_cache": _letting_go,
     "update_parameters": _reading_weights_again,

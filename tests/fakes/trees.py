@@ -32,6 +32,8 @@ class Tree:
     """One FastDeploy tree; the defaults are those of develop."""
 
     name: str
+    # the runner makes a backend for each layer (#8041), the step's is the first
+    backend_per_layer: bool = True
     # layers/attention/dsa_attention_backend.py and DeepSeek-V3.2 in models/deepseek_v3.py (#6689)
     has_dsa: bool = True
     # the runner's buffers: "dict", or "input_batch" (worker/input_batch.py)
@@ -110,6 +112,7 @@ DEVELOP = Tree("develop")
 PR7367 = replace(
     DEVELOP,
     name="pr7367",
+    backend_per_layer=False,
     position_dtype="int32",
     position_op="get_position_ids_and_mask_encoder_batch",
     cu_seqlens_k="query",

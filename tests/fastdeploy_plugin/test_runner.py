@@ -153,6 +153,34 @@ def test_fields_are_the_steps_own_when_the_model_runs(
         assert len(seen) >= (len(watched.metas) - 1) * made.config.model_config.num_hidden_layers
 
 
+@pytest.mark.parametrize("name", ["pr7367", "develop"])
+def test_ours_is_the_only_position_step(name: str) -> None:
+    """FastDeploy's own would run after it, in every step, and replace what it has made."""
+    with installed(TREES[name], OURS_ENV):
+        from fastdeploy import _counters
+
+        made = engine()
+        _counters.clear()
+        with _counters.watch():
+            made.generate(jobs())
+        assert [
+            event.name for event in _counters.events("launch") if "position" in event.name
+        ] == []
+        # without a step of ours FastDeploy's own is what there is
+        made.runner.forward_meta.fd_dsa_step = None
+        with _counters.watch():
+            made.runner._compute_position_ids_and_slot_mapping()
+        assert [event.name for event in _counters.events("launch") if "position" in event.name]
+
+
+def test_layers_share_a_backend_where_fastdeploy_makes_one_for_each() -> None:
+    with installed(TREES["develop"], OURS_ENV):
+        made = engine()
+        backends = made.runner.attn_backends
+        assert len(backends) == made.config.model_config.num_hidden_layers > 1
+        assert len(set(map(id, backends))) == 1
+
+
 def test_new_caches_let_the_step_go(monkeypatch: pytest.MonkeyPatch) -> None:
     with installed(TREES["develop"], OURS_ENV):
         watched = Watched(monkeypatch)
@@ -177,8 +205,13 @@ def test_new_weights_are_read_again(method: str, monkeypatch: pytest.MonkeyPatch
         backend = made.runner.dsa_backend()
         monkeypatch.setattr(backend, "refresh_weights", lambda: refreshed.append(True))
         if method == "wakeup":
-            made.runner.sleep("")
-        getattr(made.runner, method)()
+            made.runner.sleep(tags="weight,kv_cache")
+            made.runner.wakeup(tags="kv_cache")
+            # the weights have no memory yet
+            assert refreshed == []
+            made.runner.wakeup(tags="weight")
+        else:
+            made.runner.update_parameters()
         assert refreshed == [True]
         assert made.generate(jobs()) == before
 
@@ -195,7 +228,7 @@ def test_hooks_for_methods_that_a_tree_lacks_are_not_there() -> None:
 
     made = make_runner_class(Runner)
     assert made.__name__ == "Runner"
-    for name in ("_dummy_run", "_prepare_inputs", "wakeup", "update_weights"):
+    for name in ("_dummy_run", "_initialize_attn_backend", "wakeup", "update_weights"):
         assert not hasattr(made, name)
     assert made().clear_cache(profile=True) == "cleared, True"
     assert made.clear_cache.__doc__ == "Its own words."

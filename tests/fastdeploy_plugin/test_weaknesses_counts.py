@@ -108,7 +108,7 @@ WINDOWS = replace(DEVELOP, name="windows", mask_offsets=True)
 
 
 def test_decode_steps_make_no_windows() -> None:
-    """Upstream: #7598 takes and zeroes [2T] int32 and launches in every step."""
+    """Upstream: #7598 takes and zeroes [2T] int32 and launches, since #8041 for every layer."""
 
     def of_windows() -> tuple[dict[int, int], list[int]]:
         from fastdeploy import _counters
@@ -117,7 +117,8 @@ def test_decode_steps_make_no_windows() -> None:
         return launches("indexer_attn_mask_offsets"), [event.size for event in made]
 
     with upstream(WINDOWS), _run():
-        assert of_windows() == ({1: 1, 2: 1, 3: 1}, [4 * 2 * PROMPT, 4 * 2, 4 * 2])
+        sizes = [4 * 2 * tokens for tokens in (PROMPT, 1, 1) for _ in range(NUM_LAYERS)]
+        assert of_windows() == (dict.fromkeys((1, 2, 3), NUM_LAYERS), sizes)
     with ours(WINDOWS), _run() as engine:
         assert of_windows() == ({}, [])
         # the newest step is one of decoding
@@ -259,11 +260,12 @@ def test_layers_have_no_unused_buffers() -> None:
 
 @pytest.mark.parametrize("tree", ["early", "pr7367", "develop"])
 def test_no_wait_for_six_integers(tree: str) -> None:
-    """Upstream: get_block_shape_and_split_kv_block copies them to the host in every step."""
+    """Upstream waits for a copy of them in every step, since #8041 once for each layer."""
     from fd_dsa.ops._host import as_numpy
 
     name = "get_block_shape_and_split_kv_block"
-    each = dict.fromkeys(range(1, STEPS + 1), 1)
+    count = NUM_LAYERS if TREES[tree].backend_per_layer else 1
+    each = dict.fromkeys(range(1, STEPS + 1), count)
     with upstream(TREES[tree]), _run() as engine:
         from fastdeploy import _counters
 

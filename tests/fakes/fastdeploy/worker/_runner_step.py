@@ -104,8 +104,6 @@ class RunnerStep:
             share["cu_seqlens_q"].copy_(cu_q, False)
             share["cu_seqlens_k"].copy_(cu_k, False)
         self.initialize_forward_meta(is_dummy_or_profile_run=is_dummy_or_profile_run)
-        if _TREE.position_producer == "runner":
-            self._position_ids_and_slot_mapping()
         return token_num
 
     def _resolve_current_launch_token_num(self, cached_token_num: int) -> int:
@@ -135,6 +133,7 @@ class RunnerStep:
             **{name: share[name] if rows == slots else share[name][:rows] for name in per_row},
             **{name: share[name] for name in _LAUNCH_BUFFERS if name in share},
         )
+        self.forward_meta.attn_backends = self.attn_backends
         self.collect_distributed_status()
         self.forward_meta.is_dummy_or_profile_run = is_dummy_or_profile_run
         for one in self.attn_backends:
@@ -153,8 +152,17 @@ class RunnerStep:
         """What the ranks tell each other; a dummy run's first pass, too, is none of decoding."""
         return bool((host(self.share_inputs["seq_lens_encoder"]) > 0).any())
 
-    def _position_ids_and_slot_mapping(self) -> None:
-        """Positions and slots once a step (#7367), behind the backends' back."""
+    def _pad_and_place(self) -> None:
+        """What stands between a step's preparation and its model, in `_preprocess` and dummy runs.
+
+        In this order in `worker/gpu_model_runner.py` at 39d329f2 (June 2026).
+        """
+        self.padding_cudagraph_inputs()
+        if _TREE.position_producer == "runner":
+            self._compute_position_ids_and_slot_mapping()
+
+    def _compute_position_ids_and_slot_mapping(self) -> None:
+        """Positions and slots once a step (#7367), whatever the backend has made before."""
         if not isinstance(self.attn_backends[0], (MLAAttentionBackend, DSAAttentionBackend)):
             return
         meta, share = self.forward_meta, self.share_inputs

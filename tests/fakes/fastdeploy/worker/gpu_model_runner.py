@@ -56,7 +56,7 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         self._initialize_attn_backend()
 
     def _initialize_attn_backend(self) -> None:
-        """The launch buffers, then the one backend of all layers."""
+        """The launch buffers, then the backends: one, or one for each layer (#8041)."""
         parallel, model = self.fd_config.parallel_config, self.model_config
         size = parallel.tensor_parallel_size
         num_heads = model.num_attention_heads // size
@@ -75,15 +75,16 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         )
         renamed = _tree.current().defect == "constructor"
         heads = {"num_kv_heads" if renamed else "kv_num_heads": kv_num_heads}
-        backend = get_attention_backend()(
-            self.fd_config,
-            **heads,
-            num_heads=num_heads,
-            head_dim=model.head_dim,
-            encoder_block_shape_q=_ENCODER_BLOCK,
-            decoder_block_shape_q=_DECODER_BLOCK,
-        )
-        self.attn_backends.append(backend)
+        for _ in range(model.num_hidden_layers if _tree.current().backend_per_layer else 1):
+            backend = get_attention_backend()(
+                self.fd_config,
+                **heads,
+                num_heads=num_heads,
+                head_dim=model.head_dim,
+                encoder_block_shape_q=_ENCODER_BLOCK,
+                decoder_block_shape_q=_DECODER_BLOCK,
+            )
+            self.attn_backends.append(backend)
 
     def load_model(self) -> None:
         """The model of the configured architecture, its weights, and the proposer of drafts."""
@@ -161,5 +162,5 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
             if self.fd_config.parallel_config.use_ep:
                 self.model.empty_input_forward(self.forward_meta)
             return
-        self.padding_cudagraph_inputs()
+        self._pad_and_place()
         self._post_process(self._sample(self._run_model()))
