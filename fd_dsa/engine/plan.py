@@ -112,12 +112,13 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     # these import paddle
     from fd_dsa.models.config import ModelConfig
     from fd_dsa.ops._fixed_order import check_fixed_order
-    from fd_dsa.runner.device import resolve_device
+    from fd_dsa.runner.device import keep_float32, resolve_device
     from fd_dsa.runner.input_batch import InputBatch
     from fd_dsa.runner.model_runner import backend_config, cache_layout
 
     threads = set_cpu_threads()
     device = resolve_device(config.device)
+    keep_float32(device)
     check_fixed_order(device)
     model_config = ModelConfig.from_folder(config.model_path)
     model_config = _with_index_topk(model_config, config.index_topk)

@@ -40,6 +40,17 @@ def resolve_device(name: str) -> str:
     return "gpu:0"
 
 
+def keep_float32(device: str) -> None:
+    """Have a GPU multiply float32 matrices in float32, for the whole process.
+
+    Paddle takes TF32 by default, which has 10 bits of mantissa.
+    """
+    if device.startswith("gpu"):
+        from paddle.base import core
+
+        core.set_cublas_switch(False)
+
+
 def _custom_device(name: str) -> str:
     """The name itself, if the device exists."""
     if name.startswith("gpu:"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import paddle
 import pytest
+from paddle.base import core
 
 from fd_dsa.errors import BackendUnavailable
-from fd_dsa.runner.device import free_device_bytes, resolve_device
+from fd_dsa.runner.device import free_device_bytes, keep_float32, resolve_device
 
 
 @pytest.fixture
@@ -49,6 +50,16 @@ def test_refusals_say_what_to_do(gpus, name: str, count: int | None, said: str) 
     gpus(count)
     with pytest.raises(BackendUnavailable, match=said):
         resolve_device(name)
+
+
+@pytest.mark.parametrize(("device", "allowed"), [("cpu", True), ("gpu:0", False)])
+def test_float32_is_not_tf32_on_a_gpu(device: str, allowed: bool) -> None:
+    core.set_cublas_switch(True)
+    try:
+        keep_float32(device)
+        assert core.get_cublas_switch() is allowed
+    finally:
+        core.set_cublas_switch(True)
 
 
 def test_the_memory_of_a_cpu_is_the_systems_own() -> None:
