@@ -46,6 +46,39 @@ _SIZES = {
 }
 _LAYER = ("fd_config", "layer_id", "prefix")
 
+LAYER_PARTS = {
+    "Indexer": ("index_head_dim", "index_n_heads", "wq_b", "wk", "weights_proj", "k_norm"),
+    "DeepseekV32DSAAttention": (
+        "num_attention_heads_tp",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_head_dim",
+        "v_head_dim",
+        "qkv_a_proj_with_mqa",
+        "q_a_layernorm",
+        "kv_a_layernorm",
+        "q_b_proj",
+        "kv_b_proj_bmm",
+        "o_proj",
+        "rotary_emb",
+        "indexer_rotary_emb",
+        "indexer",
+        "dsa_attn",
+    ),
+}
+"""Attributes of FastDeploy's layers that ours read."""
+
+_CALLED = (
+    ("layers.linear", "KVBatchLinear", ("x", "proj_type")),
+    (
+        "layers.attention.attention",
+        "Attention",
+        ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "forward_meta"),
+    ),
+)
+"""Module, class and parameters of `forward` of what ours call."""
+
 
 class UnsupportedTree(Exception):
     """The installed FastDeploy lacks something, or has it in another form; the text says what."""
@@ -204,6 +237,10 @@ def _check_models(models: ModuleType) -> None:
         layer = _attribute(models, name, "models/deepseek_v3.py")
         _check_parameters(layer.__init__, _LAYER, f"{name}.__init__")
         _check_parameters(layer.forward, forward, f"{name}.forward")
+        _check_parts(layer, LAYER_PARTS[name])
+    for module, name, parameters in _CALLED:
+        called = _attribute(_imported(f"fastdeploy.model_executor.{module}"), name)
+        _check_parameters(called.forward, parameters, f"{name}.forward")
     model = _attribute(models, "DeepseekV3ForCausalLM", "models/deepseek_v3.py")
     if hasattr(model, "pre_process"):
         _check_parameters(model.pre_process, ("forward_meta",), f"{model.__name__}.pre_process")
@@ -254,6 +291,19 @@ def _check_parameters(function: Any, expected: tuple[str, ...], where: str) -> N
         raise UnsupportedTree(
             f"{where} takes ({', '.join(found)}), known is ({', '.join(expected)})"
         )
+
+
+def _check_parts(layer: type, parts: tuple[str, ...]) -> None:
+    """Refuse a layer whose methods name none of these attributes: it has others in their place."""
+    named: set[str] = set()
+    for owner in layer.__mro__:
+        for method in vars(owner).values():
+            code = getattr(inspect.unwrap(method) if callable(method) else method, "__code__", None)
+            if code is not None:
+                named.update(code.co_names)
+    missing = [part for part in parts if part not in named]
+    if missing:
+        raise UnsupportedTree(f"{layer.__name__} has no {', '.join(missing)}")
 
 
 def _check_accepts(layer: Any, keywords: tuple[str, ...]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from fd_dsa.fastdeploy_plugin.compat import LAYER_PARTS, UnsupportedTree, examine
 from fd_dsa.fastdeploy_plugin.compat import Tree as Found
-from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree, examine
 from tests.fakes.trees import BROKEN, TREES, UPSTREAM_ENV, installed
 from tests.fastdeploy_plugin.names import ATTENTION, MODELS, import_all
 
@@ -118,6 +120,28 @@ def test_other_caches_are_refused(given: Any, reason: str) -> None:
         with pytest.raises(UnsupportedTree, match="get_kv_cache_shape") as caught:
             examine()
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "part"), [(layer, part) for layer, parts in LAYER_PARTS.items() for part in parts]
+)
+def test_a_layer_whose_part_has_another_name_is_refused(layer: str, part: str) -> None:
+    """It would be found in the first step, by an AttributeError."""
+    with imported():
+        models = sys.modules[MODELS]
+        source = inspect.getsource(getattr(models, layer))
+        exec(re.sub(rf"\b{part}\b", f"{part}_2", source), vars(models))
+        with pytest.raises(UnsupportedTree, match=f"{layer} has no {part}$"):
+            examine()
+
+
+def test_projections_that_are_called_otherwise_are_refused() -> None:
+    """As from #8083 on, if its helpers take the place of `proj_type`."""
+    with imported():
+        linear = import_module("fastdeploy.model_executor.layers.linear")
+        linear.KVBatchLinear.forward = another("x")
+        with pytest.raises(UnsupportedTree, match=r"KVBatchLinear.forward takes \(x\)"):
+            examine()
 
 
 @pytest.mark.parametrize("name", ["Indexer", "DeepseekV32DSAAttention", "DeepseekV3ForCausalLM"])

@@ -38,6 +38,13 @@ _TREE = _tree.current()
 _DSA_MODELS = ("deepseek_v32", "glm_moe_dsa")
 
 
+def _plain_linear(fd_config: Any, prefix: str, inputs: int, outputs: int) -> ReplicatedLinear:
+    """A linear layer that every rank has whole."""
+    return ReplicatedLinear(
+        fd_config=fd_config, prefix=prefix, input_size=inputs, output_size=outputs
+    )
+
+
 class Indexer(nn.Layer):
     """The lightning indexer; its cache is entry 2 * layer_id + 1."""
 
@@ -48,19 +55,12 @@ class Indexer(nn.Layer):
         self.index_head_dim, self.index_n_heads = config.index_head_dim, config.index_n_heads
         self.index_topk, self.rope_dim = config.index_topk, config.qk_rope_head_dim
         self.q_lora_rank, self.hidden_size = config.q_lora_rank, config.hidden_size
-        sizes = {
-            "wq_b": (self.q_lora_rank, self.index_head_dim * self.index_n_heads),
-            "wk": (self.hidden_size, self.index_head_dim),
-            "weights_proj": (self.hidden_size, self.index_n_heads),
-        }
-        for name, (inputs, outputs) in sizes.items():
-            layer = ReplicatedLinear(
-                fd_config=fd_config,
-                prefix=f"{prefix}.{name}",
-                input_size=inputs,
-                output_size=outputs,
-            )
-            setattr(self, name, layer)
+        heads_width = self.index_head_dim * self.index_n_heads
+        self.wq_b = _plain_linear(fd_config, f"{prefix}.wq_b", self.q_lora_rank, heads_width)
+        self.wk = _plain_linear(fd_config, f"{prefix}.wk", self.hidden_size, self.index_head_dim)
+        self.weights_proj = _plain_linear(
+            fd_config, f"{prefix}.weights_proj", self.hidden_size, self.index_n_heads
+        )
         if _TREE.k_norm == "rms":
             self.k_norm = RMSNorm(fd_config, self.index_head_dim, 1e-6, f"{prefix}.k_norm")
         else:
