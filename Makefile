@@ -16,10 +16,11 @@ SEED ?= 0
 SECONDS ?= 600
 SIEGE ?=
 VENV := .venv
+NUMPY1 := build/numpy1
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: serve test test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
+.PHONY: serve test test-numpy1 test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.cpu
@@ -27,6 +28,15 @@ serve: $(VENV)/.cpu
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# FastDeploy asks for no NumPy, so the plug-in is tested beside an old one too, which Python 3.13
+# has no wheel of, and with the oldest Paddle
+test-numpy1:
+	"$(PYTHON)" -m venv $(NUMPY1)
+	$(NUMPY1)/bin/python -m pip install --disable-pip-version-check --quiet --editable . \
+	  numpy==1.26.4 paddlepaddle==3.3.0 setuptools hypothesis openai pytest pytest-timeout pytest-xdist
+	$(NUMPY1)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  tests/fastdeploy_plugin tests/fakes $(ARGS)
 
 test-oracle: $(VENV)/.oracle
 	$(BIN)/python -m pytest -m oracle $(ARGS)
