@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from benchmarks._gpu import Call
 from benchmarks._logits_shapes import PAGE, WIDTH, Shape
-from fd_dsa.ops.indexer_logits.deep_gemm import DeepGemm
+from benchmarks._peers import DeepGemm
 from fd_dsa.ops.indexer_logits.tile_forms import TileForm
 from fd_dsa.ops.indexer_logits.tile_kernel import score_tiles
 from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule, fill_tile_schedule
@@ -113,8 +111,8 @@ class Peer:
     it does not take, are rows of 1 to it.
     """
 
-    def __init__(self, module: Any) -> None:
-        self._module, self._gemm = module, DeepGemm(module)
+    def __init__(self, gemm: DeepGemm) -> None:
+        self._gemm = gemm
 
     def call(self, step: Step) -> Call:
         """A call that returns float32 [num_tokens, keys or more]."""
@@ -124,22 +122,15 @@ class Peer:
         pages = step.cache.view(NUM_BLOCKS, -1)[step.tables[0].long()]
         keys = pages[:, : PAGE * WIDTH].reshape(-1, WIDTH).view(torch.float8_e4m3fn)
         scales = pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).flatten()
-        starts, ends = torch.zeros_like(step.batch), (step.positions + 1).int()
-        gemm, q = self._gemm, step.q.view(torch.float8_e4m3fn)
-        given = (q, None) if gemm._ragged_takes_pair else q
-        rest = ((keys, scales), step.weights, starts, ends)
-        return lambda: gemm._ragged(given, *rest, clean_logits=False)
+        windows = torch.zeros_like(step.batch), (step.positions + 1).int()
+        q = step.q.view(torch.float8_e4m3fn)
+        return lambda: self._gemm.score_gathered(q, (keys, scales), step.weights, *windows)
 
     def _of_pages(self, step: Step) -> Call:
-        shape, gemm = step.shape, self._gemm
+        shape = step.shape
         new = 1 if shape.new == 3 else shape.new
         lengths = (step.positions + 1).int().view(-1, new)
-        # two of its blocks share the keys of rows of four tokens
-        parts = gemm.num_parts // 2 if new == 4 else gemm.num_parts
-        schedule = self._module.get_paged_mqa_logits_metadata(lengths, PAGE, parts)
         tables = step.tables.repeat_interleave(shape.new // new, 0)
-        q = step.q.view(torch.float8_e4m3fn).view(-1, new, shape.heads, WIDTH)
-        given = (q, None) if gemm._paged_takes_pair else q
-        cache = step.cache.view(NUM_BLOCKS, PAGE, 1, WIDTH + 4)
-        rest = (cache, step.weights, lengths, tables, schedule, shape.keys)
-        return lambda: gemm._paged(given, *rest, clean_logits=False)
+        rest = step.weights, lengths, tables, self._gemm.schedule(lengths), shape.keys
+        q = step.q.view(torch.float8_e4m3fn)
+        return lambda: self._gemm.score_pages(q, step.cache, *rest)

@@ -5,6 +5,7 @@ A folder for `--peers` holds, taken out of the wheel vllm 0.26.0 (built for torc
     _C_stable_libtorch.abi3.so     vllm/_C_stable_libtorch.abi3.so
     _flashmla_C.abi3.so            vllm/_flashmla_C.abi3.so
     sgl_flashmla_ops.abi3.so       sgl_kernel/flashmla_ops.abi3.so of the wheel sglang-kernel 0.4.4
+    deep_gemm/                     vllm/third_party/deep_gemm/, with the _C of this Python alone
     triton_peers/mla_sparse.py     the function `triton_bf16_mla_sparse_interface` of vLLM and the
                                    kernel that it launches, with their imports
     triton_peers/indexer_q.py      the function `_fused_indexer_q_rope_quant_kernel` of
@@ -18,20 +19,25 @@ A folder for `--peers` holds, taken out of the wheel vllm 0.26.0 (built for torc
 
 The source is benchmarks/fi_topk.cu. EMPTY holds tvm/ffi/error.h, which may be an empty file.
 
-vLLM itself is not imported: loading the library registers its operators with torch.
+vLLM itself is not imported: loading the library registers its operators with torch. DeepGEMM
+compiles its kernels with nvcc when they are first used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
+import os
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks._harness import ROOT
 
 
 def vllm_cache_ops(folder: Path | None) -> Any | None:
@@ -109,6 +115,87 @@ def vllm_sparse_mla(folder: Path | None) -> Any | None:
     """vLLM's sparse MLA in Triton, for bfloat16 latents; None where it is absent."""
     path = _found(folder, "triton_peers/mla_sparse.py")
     return None if path is None else _module(path).triton_bf16_mla_sparse_interface
+
+
+class DeepGemm:
+    """DeepGEMM's kernels that score the keys of an fp8_ds_mla cache.
+
+    Args:
+        module: the package.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._paged, self._paged_takes_pair = _fp8_form(module, "paged_mqa_logits")
+        self._gathered, self._gathered_takes_pair = _fp8_form(module, "mqa_logits")
+
+    def schedule(self, lengths: torch.Tensor) -> torch.Tensor:
+        """How int32 [rows, tokens of a row] keys are shared out to processors."""
+        parts = int(self._module.get_num_sms())
+        # two of its blocks share the keys of rows of four tokens
+        parts = parts // 2 if lengths.shape[1] == 4 else parts
+        return self._module.get_paged_mqa_logits_metadata(lengths, 64, parts)
+
+    def score_pages(
+        self,
+        q: torch.Tensor,
+        cache: torch.Tensor,
+        weights: torch.Tensor,
+        lengths: torch.Tensor,
+        tables: torch.Tensor,
+        schedule: torch.Tensor,
+        width: int,
+    ) -> torch.Tensor:
+        """float32 [num_tokens, width]: scores of the keys in the pages of each row.
+
+        Args:
+            q: float8_e4m3fn [num_tokens, index_n_heads, 128].
+            cache: uint8 [num_blocks, 64, 132].
+            weights: float32 [num_tokens, index_n_heads].
+            lengths: int32 [rows, tokens of a row]; keys that each token sees.
+            tables: int32 [rows, max_blocks].
+            schedule: of these lengths.
+            width: keys of the longest row.
+        """
+        q = q.view(*lengths.shape, *q.shape[1:])
+        pages = cache.view(-1, 64, 1, cache.shape[-1])
+        query = (q, None) if self._paged_takes_pair else q
+        rest = weights, lengths, tables, schedule, width
+        return self._paged(query, pages, *rest, clean_logits=False)
+
+    def score_gathered(
+        self,
+        q: torch.Tensor,
+        keys: tuple[torch.Tensor, torch.Tensor],
+        weights: torch.Tensor,
+        starts: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> torch.Tensor:
+        """float32 [num_tokens, num_keys]: scores of keys that lie side by side.
+
+        Args:
+            q, weights: as in `score_pages`.
+            keys: float8_e4m3fn [num_keys, 128] and their float32 [num_keys] scales.
+            starts, ends: int32 [num_tokens]; the keys that each token sees.
+        """
+        query = (q, None) if self._gathered_takes_pair else q
+        return self._gathered(query, keys, weights, starts, ends, clean_logits=False)
+
+
+def _fp8_form(module: Any, name: str) -> tuple[Any, bool]:
+    """The function of FP8 alone, or the one whose query is a pair of values and FP4 scales."""
+    plain = getattr(module, f"fp8_{name}", None)
+    return (getattr(module, f"fp8_fp4_{name}"), True) if plain is None else (plain, False)
+
+
+@cache
+def deep_gemm(folder: Path | None) -> DeepGemm | None:
+    """DeepGEMM's kernels; None where the package is absent."""
+    if _found(folder, "deep_gemm/__init__.py") is None:
+        return None
+    os.environ.setdefault("DG_JIT_CACHE_DIR", str(ROOT / "build" / "deep_gemm_cache"))
+    sys.path.insert(0, str(folder))
+    return DeepGemm(importlib.import_module("deep_gemm"))
 
 
 def _module(path: Path) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import _custom_ops, _gpu, _peers
-from benchmarks.providers import codes
+from benchmarks._logits_sides import codes
 from fd_dsa.attention.device import LOGITS_BYTES
 from fd_dsa.attention.tensor_core_attention import keys_per_token
 from fd_dsa.ops.sparse_mla.custom_op import CustomAttention

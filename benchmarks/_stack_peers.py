@@ -9,20 +9,17 @@ and not rotated, which leaves the peers less to do than ours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import _gpu, _packages, _peers
-from benchmarks._harness import ROOT
+from benchmarks import _gpu, _peers
 from benchmarks._layer import BLOCK, Both, Weights, Work
 from benchmarks._stack import Given, OneLayer
 from benchmarks._stack_shapes import INDEX_BYTES, LATENT_BYTES, LAYERS, RANK
 from benchmarks._topk_sides import Side, Sides
 from fd_dsa.attention import DSAAttentionBackend
-from fd_dsa.ops.indexer_logits.deep_gemm import DeepGemm
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -73,7 +70,10 @@ class PeerStack:
         builds = _peers.flash_mla_builds(peers)
         if self._writes is None or self._indexer_query is None or not builds:
             raise LookupError("kernels of vLLM")
-        self._gemm = _deep_gemm(peers)
+        gemm = _peers.deep_gemm(peers)
+        if gemm is None:
+            raise LookupError("DeepGEMM")
+        self._gemm = gemm
         inputs = given.x, given.cos_sin, given.out
         self._layers = [
             (
@@ -83,7 +83,6 @@ class PeerStack:
             for n in range(LAYERS)
         ]
         self._allocate()
-        self._gemm.find_form(self._lengths)
         self.made_by: dict[str, str] = {}
         self._choose_topk(peers)
         self._choose_attention(builds)
@@ -93,8 +92,8 @@ class PeerStack:
         given, rows = self.given, self.given.shape.rows
         s, how = given.sizes, {"device": given.device}
         self._tables = given.tables
-        self._lengths = torch.full((rows,), given.shape.keys, dtype=torch.int32, **how)
-        self._positions = (self._lengths - 1).long()
+        self._lengths = torch.full((rows, 1), given.shape.keys, dtype=torch.int32, **how)
+        self._positions = (self._lengths[:, 0] - 1).long()
         self._new_slots = self._tables[:, -1].long() * BLOCK + (given.shape.keys - 1) % BLOCK
         self._codes = torch.empty(rows, s.index_heads, _DIM, dtype=torch.float8_e4m3fn, **how)
         self._folded = torch.empty(rows, s.index_heads, **how)
@@ -220,17 +219,3 @@ class PeerStack:
         best = fastest({build[0]: call(build) for build in builds})
         self.made_by["attention"] = best
         self._attention = next(build for build in builds if build[0] == best)
-
-
-@cache
-def _deep_gemm(peers: Path | None) -> DeepGemm:
-    """DeepGEMM, of `--peers`.
-
-    Raises:
-        LookupError: it is not there.
-    """
-    if "deep_gemm" not in _packages.register(peers, ROOT / "build" / "deep_gemm_cache"):
-        raise LookupError("DeepGEMM")
-    import deep_gemm
-
-    return DeepGemm(deep_gemm)

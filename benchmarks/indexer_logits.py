@@ -11,12 +11,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
-from benchmarks import _gpu, _packages
-from benchmarks._harness import ROOT
+from benchmarks import _gpu, _peers
 from benchmarks._logits_forms import form_of
 from benchmarks._logits_shapes import Shape, shapes
 from benchmarks._logits_sides import Peer, Step, random_cache
@@ -102,15 +100,6 @@ def compare(
     )
 
 
-def peer_of(args: Any) -> Peer | None:
-    """DeepGEMM, or None where it is not in --peers."""
-    if "deep_gemm" not in _packages.register(args.peers, ROOT / "build" / "deep_gemm_cache"):
-        return None
-    import deep_gemm
-
-    return Peer(deep_gemm)
-
-
 def scores_for(chosen: Sequence[Shape]) -> torch.Tensor:
     """Memory for the scores of the largest of some shapes."""
     return torch.empty(max(s.num_tokens * s.keys for s in chosen), device="cuda")
@@ -120,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check and compare; returns the exit status."""
     args = _gpu.arguments(__doc__, argv)
     register()
-    peer, chosen = peer_of(args), list(shapes(args.quick))
+    gemm, chosen = _peers.deep_gemm(args.peers), list(shapes(args.quick))
+    peer = None if gemm is None else Peer(gemm)
     cache, logits = random_cache(), scores_for(chosen)
     with _gpu.Recorder("indexer_logits", args.out) as record:
         rate = fp8_flops_per_s()

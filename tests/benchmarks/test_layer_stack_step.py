@@ -35,7 +35,7 @@ class HostMemory:
 @pytest.fixture
 def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Inputs, weights and the backend of two layers."""
-    from fd_dsa.ops import _provider, _third_party
+    from fd_dsa.ops import _provider
     from fd_dsa.triton_runtime import INTERPRETING, device
 
     if not INTERPRETING:
@@ -44,13 +44,11 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(device, "_REGISTRY", {torch.Tensor: HostMemory()})
     monkeypatch.setattr(_provider, "device_kind", lambda tensor: "gpu")
     monkeypatch.setattr(_provider, "_choices", {})
-    monkeypatch.setattr(_third_party, "_settled", {})
-    monkeypatch.setattr(_third_party, "_told", set())
-    from benchmarks import _gpu, _logits_sides, _sparse_mla_sides, _stack, _stack_peers, providers
+    from benchmarks import _gpu, _logits_sides, _sparse_mla_sides, _stack, _stack_peers
     from benchmarks._layer import Sizes
     from benchmarks._stack_shapes import Shape
 
-    for module in (_logits_sides, _sparse_mla_sides, providers):
+    for module in (_logits_sides, _sparse_mla_sides):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     for module in (_stack, _stack_peers):
         monkeypatch.setattr(module, "LAYERS", 2)
@@ -111,9 +109,6 @@ class Peers:
 
         return launch
 
-    def find_form(self, lengths: Any) -> None:
-        pass
-
     def schedule(self, lengths: Any) -> None:
         pass
 
@@ -162,7 +157,7 @@ def test_peers_fit_together(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(_peers, "vllm_cache_ops", lambda folder: peers)
     monkeypatch.setattr(_peers, "vllm_indexer_query", lambda folder: peers)
     monkeypatch.setattr(_peers, "flash_mla_builds", lambda folder: [("a build", peers, True)])
-    monkeypatch.setattr(_stack_peers, "_deep_gemm", lambda folder: peers)
+    monkeypatch.setattr(_peers, "deep_gemm", lambda folder: peers)
     monkeypatch.setattr(_stack_peers, "Sides", TopK)
     monkeypatch.setattr(_stack_peers, "fastest", lambda sides: next(iter(sides)))
     side = _stack_peers.PeerStack(given, stack.weights, stack.backend, None)
