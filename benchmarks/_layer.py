@@ -2,8 +2,8 @@
 
 Projections are bfloat16 products of torch, all else is the package's backend, as in a server: the
 write of both caches, the indexer with its selection, the query and sparse MLA over fp8_ds_mla
-caches; DeepGEMM and FlashMLA serve where they can be imported. A layer reads 400 MB of weights, so
-that nothing it needs is left in the L2 by the run before.
+caches. A layer reads 400 MB of weights, so that nothing it needs is left in the L2 by the run
+before.
 """
 
 from __future__ import annotations

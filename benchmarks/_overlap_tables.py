@@ -27,9 +27,10 @@ def overlap_lines(result: Mapping[str, Any]) -> list[str]:
             if kind.startswith("graph"):
                 cells.append(f"{case['hidden']:.0%}" if case else "")
         lines.append(table_row(cells))
-    serving = result.get("serving", {})
-    makers = [f"{serving.get(op, 'our kernel')} for {what}" for op, what in _MADE_BY_OTHERS.items()]
-    lines += ["", f"The layer had {' and '.join(makers)}."]
+    # of runs in which packages of other projects could serve
+    if "serving" in result:
+        made = [(result["serving"].get(op, "our kernel"), of) for op, of in _MADE_BY_OTHERS.items()]
+        lines += ["", f"The layer had {' and '.join(f'{who} for {of}' for who, of in made)}."]
     if "thresholds_tokens" in result:
         most = result["thresholds_tokens"]
         lines += [

@@ -155,7 +155,6 @@ def memory_use(result: Result) -> str:
     head = [
         "context",
         "device: scores",
-        "device: gathered keys",
         "CPU: tokens",
         "CPU: NumPy",
         "CPU: Paddle",
@@ -164,7 +163,6 @@ def memory_use(result: Result) -> str:
         [
             f"{entry['context']:,}",
             f"{entry['device']['scores_mib']:.0f}",
-            f"{entry['device']['gathered_mib']:.0f}",
             str(entry["cpu_tokens"]),
             f"{entry['cpu']['numpy_mib']:.0f}",
             f"{entry['cpu']['paddle_mib']:.0f}",

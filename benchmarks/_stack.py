@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import _gpu, _logits_sides, _packages, _sparse_mla_sides
+from benchmarks import _gpu, _logits_sides, _sparse_mla_sides
 from benchmarks._layer import (
     BLOCK,
     Both,
@@ -285,7 +285,6 @@ def weights_of(sizes: Sizes, device: str) -> list[Weights]:
 
 
 def backend_of(sizes: Sizes, device: str) -> DSAAttentionBackend:
-    """Serves rows of `sizes.context` keys; no package of another project does."""
+    """Serves rows of `sizes.context` keys."""
     config = config_of(sizes, sizes.max_rows * sizes.context // BLOCK)
-    with _packages.hidden():
-        return DSAAttentionBackend(config, "gpu", allocator(device))
+    return DSAAttentionBackend(config, "gpu", allocator(device))

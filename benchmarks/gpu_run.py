@@ -51,7 +51,6 @@ BENCHMARKS = {
     "mla_query": 120,
     "layer_stack": 240,
     "overlap": 150,
-    "providers": 240,
 }
 """Module -> its time limit, seconds, in the order of their importance."""
 

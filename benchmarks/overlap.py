@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks import _gpu, _packages
+from benchmarks import _gpu
 from benchmarks._layer import Both, Layer, Project, Sizes, Step, Weights
 from benchmarks._timeline import traced
 from benchmarks._torch_device import TorchDeviceApi, register
 from benchmarks.ceilings import matrix_flops_per_s
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
-from fd_dsa.ops._third_party import third_party_table
 from fd_dsa.ops.indexer_projection import triton_kernel
 from fd_dsa.ops.indexer_projection.scratch import new_scratch
 from fd_dsa.triton_runtime.streams import SideStream
@@ -294,16 +293,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check, compare, trace, tune; returns the exit status."""
     args = _gpu.arguments(__doc__, argv)
     register()
-    found = _packages.register(args.peers, args.out / "deep_gemm_cache")
-    # our own kernels, which are not tuned yet, take a prompt's chunk too long
-    sizes = SIZES if len(found) == 2 else [n for n in SIZES if n <= Sizes.max_rows]
     with _gpu.Recorder("overlap", args.out) as record:
         record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
         layer, cases = Layer(Sizes()), []
         warm_host(Step(layer, 1))
-        for num_tokens in (1, 128) if args.quick else sizes:
+        for num_tokens in (1, 128) if args.quick else SIZES:
             cases += compare(record, layer, num_tokens)
-        record.note(serving={x.operator: x.package for x in third_party_table() if x.serves})
         most = thresholds(cases)
         record.note(thresholds_tokens=most, default_tokens=DEFAULT_OVERLAP_MAX_TOKENS)
         step = Step(layer, TRACED)

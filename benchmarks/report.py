@@ -23,7 +23,6 @@ from benchmarks import _serving_tables as serving
 from benchmarks._decode_tables import decode_lines
 from benchmarks._harness import RESULTS, ROOT, table_row, three_digits, write_json
 from benchmarks._overlap_tables import overlap_lines
-from benchmarks._provider_tables import provider_tables
 from benchmarks._sparse_mla_tables import sparse_mla_sentences
 from benchmarks._stack_tables import layer_stack_sentences
 from benchmarks._staging_tables import staging_lines
@@ -37,7 +36,7 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 _COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
 _WITHOUT_PLOT = (
     *("decode_steps", "engine_cpu", "growth", "memory_use", "sampler", "server_overhead"),
-    *("step_profile", "indexer_logits", "layer_stack", "providers", "sparse_mla", "topk"),
+    *("step_profile", "indexer_logits", "layer_stack", "sparse_mla", "topk"),
     "stream_gaps",
 )
 _BARS = "the table above as bars"
@@ -227,18 +226,6 @@ def overlap(result: Mapping[str, Any]) -> str:
     return text + "\n".join(overlap_lines(result)) + "\n"
 
 
-def providers(result: Mapping[str, Any]) -> str:
-    """Markdown of benchmarks/results/providers.json: the steps that every model has."""
-    refused = _refusal(result)
-    if refused:
-        return refused
-    lines = [_machine(result["env"]), "", f"Packages: {result['peer']}."]
-    lines += [*provider_tables(result), "", _ceilings_line(result)]
-    if "error" in result:
-        lines += ["", f"The run was cut off: {result['error']}."]
-    return "\n".join(lines) + "\n"
-
-
 def step_metadata(result: Mapping[str, Any]) -> str:
     """Markdown of benchmarks/results/step_metadata.json: the times, and the custom operator."""
     text = gpu_table(result)
@@ -294,7 +281,6 @@ _MADE_BY = {
     "layer_stack": partial(_with_sentences, sentences=layer_stack_sentences),
     "overlap": overlap,
     "profiles": profiles,
-    "providers": providers,
     "sparse_mla": partial(_with_sentences, sentences=sparse_mla_sentences),
     "staging": partial(_only_lines, lines=staging_lines),
     "step_metadata": step_metadata,

@@ -14,11 +14,12 @@ import pytest
 
 from fd_dsa import doctor
 from fd_dsa.cli import main as fd_dsa
-from fd_dsa.doctor import environment, graphs, self_check
+from fd_dsa.doctor import environment, graphs, self_check, tensor_cores
 from fd_dsa.doctor.case import Check, CheckFailed, Memory, require
 from fd_dsa.doctor.self_check import CHECKS
 from fd_dsa.ops import _provider
 from fd_dsa.triton_runtime import INTERPRETING
+from tests.kernel_memory import open_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 # output -> where a wrong value has to be found: the first one, or one that only some rows have
@@ -242,6 +243,24 @@ def test_whether_decode_steps_are_captured(
     assert found["reason"] == reason and bool(found["sizes"]) == (not reason)
     line = graphs.as_line(found)
     assert reason in line if reason else "decode steps of 1, 2, 4, 8, 16" in line
+
+
+@pytest.mark.triton
+def test_kernels_on_tensor_cores_by_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fd_dsa.triton_runtime.transfers import Transfers
+
+    memory = open_memory("interpreter")
+    monkeypatch.setattr("fd_dsa.attention.device.empty_allocator", lambda device: memory.poisoned)
+    found = tensor_cores.facts("hopper:0")
+    assert [(x["operator"], x["serves"]) for x in found] == [
+        ("indexer_logits", True),
+        ("sparse_mla", True),
+    ]
+    assert tensor_cores.as_lines(found)[1].split()[:2] == ["indexer_logits", "yes"]
+    assert {x["reason"] for x in tensor_cores.facts("cpu")} == {"it needs a GPU"}
+    monkeypatch.setattr(Transfers, "capability", lambda self: 100)
+    lines = tensor_cores.as_lines(tensor_cores.facts("hopper:0"))
+    assert lines[2].split()[:2] == ["sparse_mla", "no"] and "capability 100" in lines[2]
 
 
 @pytest.mark.gpu_rig

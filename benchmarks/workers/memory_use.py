@@ -65,7 +65,6 @@ def device_buffers(max_model_len: int, max_num_tokens: int) -> dict[str, Any]:
 
     from fd_dsa.attention.config import DSABackendConfig
     from fd_dsa.attention.device import DeviceAttention, _buffers
-    from fd_dsa.attention.device_logits import gathered_keys
     from tests.kernel_memory import open_memory
 
     open_memory("interpreter")
@@ -93,7 +92,6 @@ def device_buffers(max_model_len: int, max_num_tokens: int) -> dict[str, Any]:
     return {
         "all_mib": asked / _MIB,
         "scores_mib": logits.size * logits.element_size() / _MIB,
-        "gathered_mib": gathered_keys(config) * (_WIDTHS["index"] + 4) / _MIB,
         "planned_scores_mib": 4 * _buffers(config, 512 * _MIB)["logits"][0] / _MIB,
     }
 

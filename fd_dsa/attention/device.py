@@ -23,8 +23,7 @@ from fd_dsa.attention.device_kernels import (
     make_scores,
     settle_kernels,
 )
-from fd_dsa.attention.device_logits import padded_rows, rounded_length
-from fd_dsa.attention.third_party import ThirdPartyKernels, third_party_bytes
+from fd_dsa.attention.device_logits import rounded_length
 from fd_dsa.ops._host import check_shape
 from fd_dsa.ops._provider import device_kind, provider_for
 from fd_dsa.ops.topk.device import slot_selector
@@ -43,9 +42,7 @@ _WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
 class DeviceAttention:
     """Reads the caches that `write_caches` fills; its buffers serve every layer and step.
 
-    Scores and attention are made by our kernels, on tensor cores where those can serve
-    (`device_kernels.py`), or by packages of other projects that are installed and agree with ours
-    (`third_party.py`).
+    Scores and attention run on tensor cores where those kernels can serve (`device_kernels.py`).
 
     Args:
         config: sizes and scale.
@@ -72,8 +69,6 @@ class DeviceAttention:
         self._scores = make_scores(config, against[SCORES], allocate, *made)
         # scores of a layer are done with when its tokens attend
         self._attention = make_attention(config, against[ATTENTION], allocate, logits)
-        queries = self.query_buffers(padded_rows(config.max_num_tokens))
-        self._third_party = ThirdPartyKernels(config, allocate, *queries, logits_bytes)
 
     def begin_step(self, step: ForwardMeta | None = None) -> None:
         """Forget what the layers of the step before shared, and prepare what those of `step` will.
@@ -86,8 +81,6 @@ class DeviceAttention:
         self._everything = None
         if step is None:
             return
-        self._third_party.begin_step(step)
-        # packages that serve may fail in any layer: what ours need is there in every step
         if step.max_seqlen_k > self.config.index_topk or self._scores.is_captured:
             self._scores.prepare(step)
 
@@ -134,8 +127,7 @@ class DeviceAttention:
                 self._everything = layer, self._all_keys(step, cache)
             return self._everything[1]
         slots = self._view("slots", step.position_ids.shape[0], self.config.index_topk)
-        if not self._third_party.select(step, q, weights, cache, slots):
-            self._scores.select(step, q, weights, cache, slots)
+        self._scores.select(step, q, weights, cache, slots)
         return slots
 
     def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
@@ -146,9 +138,6 @@ class DeviceAttention:
             selection = selection.reshape([num_tokens, -1])
         check_shape("forward_mixed", "v", selection, (num_tokens, None))
         out = self._view("latents", num_tokens, num_heads, rank)
-        theirs = self._third_party.attend(q, cache, selection, out)
-        if theirs is not None:
-            return theirs
         self._attention.attend(q, cache, selection, out, step=step)
         return out
 
@@ -174,7 +163,7 @@ def _buffers(config: DSABackendConfig, logits_bytes: int) -> dict[str, tuple[int
     """Length and dtype of each buffer of a DeviceAttention."""
     layout, tokens = config.cache_layout, config.max_num_tokens
     max_keys = config.max_blocks_per_seq * layout.block_size
-    index_heads = padded_rows(tokens) * config.index_n_heads
+    index_heads = tokens * config.index_n_heads
     heads, rank = tokens * config.num_heads, layout.kv_lora_rank
     return {
         "logits": (min(max(logits_bytes // 4, max_keys), tokens * max_keys), "float32"),
@@ -187,22 +176,21 @@ def _buffers(config: DSABackendConfig, logits_bytes: int) -> dict[str, tuple[int
         ),
         "index_weights": (index_heads, "float32"),
         "index_k": (tokens * layout.index_head_dim, config.dtype),
-        "head_weights": (tokens * config.index_n_heads, "float32"),
+        "head_weights": (index_heads, "float32"),
     }
 
 
 def workspace_bytes(
     config: DSABackendConfig, gpu: GpuTraits, logits_bytes: int = LOGITS_BYTES
 ) -> int:
-    """Bytes that a DeviceAttention of this configuration takes, packages that serve it included.
+    """Bytes that a DeviceAttention of this configuration takes.
 
     Args:
         gpu: which kernels serve, and what they take, depends on it.
     """
     buffers = _buffers(config, logits_bytes)
-    ours = sum(size * _WIDTHS[dtype] for size, dtype in buffers.values())
-    ours += kernel_bytes(config, buffers["logits"][0], gpu)
-    return ours + third_party_bytes(config, logits_bytes)
+    total = sum(size * _WIDTHS[dtype] for size, dtype in buffers.values())
+    return total + kernel_bytes(config, buffers["logits"][0], gpu)
 
 
 def empty_allocator(device: str) -> Allocate:

@@ -52,9 +52,9 @@ def examine(device: str | None = None) -> dict[str, Any]:
         `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
         `fastdeploy` (see `Fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
         Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
-        `run_checks`), `custom_ops` (see `custom_ops.facts`), `third_party` (a list; see
-        `third_party.facts`), `tensor_cores` (a list; see `tensor_cores.facts`) and `graphs` (see
-        `graphs.facts`), which have no part in `healthy` either, `healthy`.
+        `run_checks`), `custom_ops` (see `custom_ops.facts`), `tensor_cores` (a list; see
+        `tensor_cores.facts`) and `graphs` (see `graphs.facts`), which have no part in `healthy`
+        either, `healthy`.
 
     Raises:
         BackendUnavailable: Paddle, Triton or the device that was asked for is not there.
@@ -62,7 +62,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
     facts = environment.facts()
     device = environment.device_to_check(device)
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
-    from fd_dsa.doctor import custom_ops, graphs, tensor_cores, third_party
+    from fd_dsa.doctor import custom_ops, graphs, tensor_cores
     from fd_dsa.doctor.fastdeploy import examination
     from fd_dsa.doctor.self_check import run_checks
     from fd_dsa.triton_runtime import INTERPRETING
@@ -80,7 +80,6 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "note": environment.not_checked(device, facts["gpu"], INTERPRETING),
         "checks": checks,
         "custom_ops": built,
-        "third_party": third_party.facts(device),
         "tensor_cores": tensor_cores.facts(device),
         "graphs": graphs.facts(device, INTERPRETING),
         "healthy": all(check["passed"] for check in checks) and custom_ops.is_healthy(built),
@@ -94,7 +93,6 @@ def as_text(found: dict[str, Any]) -> str:
     from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
     from fd_dsa.doctor.graphs import as_line as graphs_line
     from fd_dsa.doctor.tensor_cores import as_lines as tensor_cores_lines
-    from fd_dsa.doctor.third_party import as_lines as third_party_lines
 
     packages = ", ".join(f"{name} {v or 'not installed'}" for name, v in found["packages"].items())
     gpu = found["gpu"]
@@ -119,7 +117,6 @@ def as_text(found: dict[str, Any]) -> str:
         if check["detail"]:
             lines.append(f"    {check['detail']}")
     lines += ["", *tensor_cores_lines(found["tensor_cores"])]
-    lines += ["", *third_party_lines(found["third_party"])]
     if found["note"]:
         lines += ["", found["note"]]
     lines += [

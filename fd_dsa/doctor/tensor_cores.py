@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.doctor.third_party import one_of_eight
+from fd_dsa.attention.cache_layout import CacheLayout
+from fd_dsa.attention.config import DSABackendConfig
 
 _OPERATORS = ("indexer_logits", "sparse_mla")
 
@@ -44,3 +45,18 @@ def as_lines(found: list[dict[str, Any]]) -> list[str]:
         serves = "yes" if entry["serves"] else "no"
         lines.append(f"  {entry['operator']:<18} {serves:<8} {entry['reason']}")
     return lines
+
+
+def one_of_eight() -> DSABackendConfig:
+    """DeepSeek-V3.2 as each of eight GPUs has it."""
+    return DSABackendConfig(
+        num_heads=16,
+        index_n_heads=64,
+        index_topk=2048,
+        softmax_scale=0.1352,
+        cache_layout=CacheLayout("fp8_ds_mla", 64, 512, 64, 128),
+        max_num_seqs=1,
+        max_num_tokens=32,
+        max_blocks_per_seq=4,
+        dtype="bfloat16",
+    )

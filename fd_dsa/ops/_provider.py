@@ -2,9 +2,7 @@
 
 A provider is a module of the operator's folder: `paddle_impl` on a CPU, `triton_kernel` on
 any other device. Both hold the operator's function under its public name and arguments. In the
-steps of a model two operators have a second kernel, on tensor cores, which takes fewer shapes; and
-packages of other projects may serve instead (`_third_party`): `flash_mla` the attention,
-`deep_gemm` the indexer's scores.
+steps of a model two operators have a second kernel, on tensor cores, which takes fewer shapes.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import numpy as np
 from fd_dsa.custom_ops import CUSTOM_OP
 from fd_dsa.environment import choose_triton_mode
 from fd_dsa.errors import BackendUnavailable
-from fd_dsa.ops._third_party import third_party_table
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +60,11 @@ def provider_for(operator: str, tensor: Any) -> str:
 
 
 def provider_table() -> dict[str, dict[str, str]]:
-    """Choices made so far: operator -> kind of device -> provider.
-
-    A package that serves the steps of a model stands in the place of our kernel.
-    """
+    """Choices made so far: operator -> kind of device -> provider."""
     table: dict[str, dict[str, str]] = {}
     kernels = {key: TRITON if reason else TENSOR_CORE for key, reason in _against.items()}
     for (operator, kind), chosen in sorted({**_choices, **kernels}.items()):
         table.setdefault(operator, {})[kind] = chosen
-    for other in third_party_table():
-        if other.serves:
-            table.setdefault(other.operator, {})[other.kind] = other.package
     return table
 
 
@@ -110,8 +101,6 @@ def provider_reason(provider: str) -> str:
         return "a CPU: NumPy, and products by Paddle"
     if provider == CUSTOM_OP:
         return "a GPU, and agrees with the definition"
-    if provider not in (TRITON, TENSOR_CORE):
-        return "installed, and agrees with our kernel"
     # asked here, not at import: a process that stays on the CPU decides nothing about Triton
     kernel = f"{'an interpreted' if choose_triton_mode() else 'a compiled'} Triton kernel"
     return f"a device, {kernel}{' for tensor cores' if provider == TENSOR_CORE else ''}"

@@ -312,7 +312,6 @@ KNOWN_FAILURES: dict[str, tuple[str, ...]] = {
         f"{ATTENTION}::test_an_unmapped_tail_that_is_read_is_noticed",
         "tests/ops/test_indexer_logits_kernel.py::test_a_key_without_a_block_scores_lowest",
         "tests/ops/test_topk_kernel.py::test_a_position_past_the_table_has_no_slot",
-        "tests/ops/test_token_rows.py::test_a_missing_page_is_block_0",
     ),
     "a prefix cache that never hits": (
         f"{HERE}::test_shared_prompts_hit",

@@ -12,7 +12,7 @@ pytest.importorskip("paddle", reason="the steps are on Paddle's tensors")
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops.topk import positions_to_slots, topk_indices
-from tests.attention.third_party.kernel_case import BLOCK, KernelCase
+from tests.attention.score_case import BLOCK, ScoreCase
 from tests.kernel_memory import KernelMemory
 
 pytestmark = pytest.mark.triton
@@ -54,7 +54,7 @@ class Tiles:
         from fd_dsa.attention.device_tiles import TileScores
         from fd_dsa.triton_runtime.transfers import transfers_for
 
-        self.m, self.case = m, KernelCase(m, rows)
+        self.m, self.case = m, ScoreCase(m, rows)
         self.config = self.case.config
         self._buffer = m.poisoned((num_logits,), "float32")
         self.shapes: list[tuple[int, int]] = []
@@ -82,7 +82,7 @@ class Tiles:
         first_token: int,
     ) -> None:
         """`select_slots` as the CPU does it; its kernel takes seconds when it is interpreted."""
-        assert num_blocks == self.case.layers[0].keys.shape[0]
+        assert num_blocks == self.case.keys.shape[0]
         rows = slice(first_token, first_token + logits.shape[0])
         batch, scores, k = self.m.get(batch)[rows], self.m.get(logits), slots.shape[1]
         lengths = np.where(batch < 0, 0, self.m.get(positions)[rows] + 1)
@@ -96,12 +96,13 @@ class Tiles:
 
     def select(self, step: Any = None, prepare: bool = True) -> np.ndarray:
         """The slots of a step, or of the case's own."""
-        step, layer = step or self.case.step, self.case.layers[0]
+        case = self.case
+        step = step or case.step
         if prepare:
             self.scores.prepare(step)
         tokens = step.position_ids.shape[0]
         slots = self.m.poisoned((tokens, self.config.index_topk), "int32")
-        self.scores.select(step, layer.index_q, layer.weights, layer.keys, slots)
+        self.scores.select(step, case.index_q, case.weights, case.keys, slots)
         return self.m.get(slots)
 
 
@@ -110,14 +111,20 @@ def test_the_choice_of_the_other_kernel(
     kernel_memory: KernelMemory, rows: list[Any], drafts: int
 ) -> None:
     from fd_dsa.attention.device_logits import PageScores
+    from fd_dsa.ops.topk.device import slot_selector
 
     tiles = Tiles(kernel_memory, rows, drafts=drafts)
-    case, layer = tiles.case, tiles.case.layers[0]
-    attention, num_logits = case.attention, 1 << 12
-    pages = PageScores(case.config, attention._view, num_logits, attention._select_slots)
+    case, num_logits = tiles.case, 1 << 12
+    logits = kernel_memory.poisoned((num_logits,), "float32")
+    pages = PageScores(
+        case.config,
+        lambda name, *shape: logits[: shape[0] * shape[1]].reshape(list(shape)),
+        num_logits,
+        slot_selector(kernel_memory.poisoned),
+    )
     wanted = kernel_memory.poisoned((case.config.max_num_tokens, 64), "int32")
     pages.prepare(case.step)
-    pages.select(case.step, layer.index_q, layer.weights, layer.keys, wanted)
+    pages.select(case.step, case.index_q, case.weights, case.keys, wanted)
     # scores of small integers are the same in every order of sums
     np.testing.assert_array_equal(tiles.select(), kernel_memory.get(wanted))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
-from tests.fakes.trees import DEVELOP, TREES
+from tests.fakes.trees import TREES
 from tests.reference.sparse_mla import ref_attend
 
 from .side_by_side import NUM_LAYERS, generate, launches, make_engine, ours, prompt, upstream
@@ -217,29 +216,6 @@ def test_any_number_of_heads_a_rank(num_heads: int) -> None:
         else:
             with pytest.raises(RuntimeError, match="Unsupported h_q"):
                 _attend(num_heads)
-
-
-def test_every_deep_gemm_serves() -> None:
-    """Upstream: 1-D lengths and `clean_logits=True`, which csrc/apis/attention.hpp now refuses."""
-    from fd_dsa.ops.indexer_logits.deep_gemm import DeepGemm, as_e4m3
-
-    random = np.random.default_rng(0)
-    q = random.integers(0, 100, (2, 32, 128)).astype(np.uint8)
-    cache = paddle.to_tensor(random.integers(0, 60, (3, 64, 132)).astype(np.uint8))
-    weights = paddle.to_tensor(random.standard_normal((2, 32)).astype(np.float32))
-    lengths, tables = (paddle.to_tensor(np.int32(x)) for x in ([70, 3], [[2, 0], [1, -1]]))
-    found = []
-    for release in ("2025", "bundled", "2026", "2026_fp4"):
-        with upstream(replace(DEVELOP, deep_gemm=release), any_heads=False):
-            import deep_gemm
-
-            served = DeepGemm(deep_gemm)
-            served.find_form(lengths)
-            schedule = served.schedule(lengths)
-            codes = as_e4m3(paddle.to_tensor(q))
-            logits = served.score_pages(codes, cache, weights, lengths, tables, schedule, 256)
-            found.append(np.concatenate([logits.numpy()[0, :70], logits.numpy()[1, :3]]))
-    assert all(np.array_equal(one, found[0]) for one in found) and np.isfinite(found[0]).all()
 
 
 def _everything(**features: Any) -> list[list[int]]:

@@ -11,17 +11,13 @@ SHARED_BYTES_OF_A_BLOCK = 227 << 10
 SCRIPT = """
 import triton.language as tl
 from fd_dsa.triton_runtime import Pointer
-from fd_dsa.ops import _copy as copy
-from fd_dsa.ops.indexer_logits import token_rows
 from fd_dsa.ops.indexer_logits import triton_kernel as logits
 from fd_dsa.ops.sparse_mla import triton_kernel as mla
 from fd_dsa.ops.topk import triton_kernel as topk
 
 TYPES = {"position_ids_ptr": "int64", "batch_id_per_token_ptr": "int32", "slots_ptr": "int32",
          "block_tables_ptr": "int32", "logits_ptr": "float32", "weights_ptr": "float32",
-         "groups_ptr": "int32", "cu_seqlens_ptr": "int32", "seq_lens_encoder_ptr": "int32",
-         "lengths_ptr": "int32", "tables_ptr": "int32", "starts_ptr": "int32",
-         "ends_ptr": "int32", "is_gathered_ptr": "int32"}
+         "groups_ptr": "int32"}
 
 def compile(label, kernel, types=None, **constants):
     types = {**TYPES, **(types or {})}
@@ -37,15 +33,6 @@ for q, cache, wide in (("float32", "float32", tl.float32), ("float32", "bfloat16
             BLOCK_SIZE=64, FP8=fp8, WIDE=wide, BLOCK_N=logits._BLOCK_N, BLOCK_H=logits._BLOCK_H,
             BLOCK_D=logits._BLOCK_D)
 compile("topk", topk.topk_kernel, BLOCK_SIZE=64, BLOCK=topk._BLOCK)
-compile("topk", topk.topk_kernel, BLOCK_SIZE=64, BLOCK=topk._BLOCK, groups_ptr=None)
-for gather in ({}, {"cu_seqlens_ptr": None, "seq_lens_encoder_ptr": None}):
-    compile("rows", token_rows.token_rows_kernel, BLOCK_SIZE=64, BLOCK=token_rows._BLOCK, **gather)
-for dtype in ("int32", "bfloat16"):
-    compile("copy", copy.copy_kernel, {"source_ptr": dtype, "target_ptr": dtype}, BLOCK=copy._BLOCK)
-for source, target in ((16 * 576, 64 * 576), (64 * 512, 16 * 512)):
-    compile("copy", copy.copy_heads_kernel, dict.fromkeys(("source_ptr", "target_ptr"), "bfloat16"),
-            SOURCE_ROW=source, TARGET_ROW=target, COPIED=min(source, target),
-            BLOCK=copy._HEADS_BLOCK)
 for q, cache in (("float32", "float32"), ("float32", "int16"), ("float32", "uint8"),
                  ("bfloat16", "bfloat16"), ("bfloat16", "uint8")):
     wide = tl.bfloat16 if q == "bfloat16" else tl.float32
@@ -60,7 +47,5 @@ for q, cache in (("float32", "float32"), ("float32", "int16"), ("float32", "uint
 def test_every_form_compiles() -> None:
     said = output_of(SCRIPT)
     found = [line.split() for line in said.splitlines()]
-    assert [name for name, _ in found] == (
-        ["logits"] * 4 + ["topk"] * 2 + ["rows"] * 2 + ["copy"] * 4 + ["mla"] * 5
-    )
+    assert [name for name, _ in found] == ["logits"] * 4 + ["topk"] + ["mla"] * 5
     assert all(int(size) <= SHARED_BYTES_OF_A_BLOCK for _, size in found)
