@@ -8,7 +8,6 @@ constexpr char kPositions[] = "fd_dsa_topk";
 constexpr char kSlots[] = "fd_dsa_topk_slots";
 constexpr auto kInt32 = paddle::DataType::INT32;
 using Tensor = paddle::Tensor;
-using MaybeTensor = paddle::optional<paddle::Tensor>;
 
 void check_matrix(const char* op, const char* name, const Tensor& tensor) {
   PD_CHECK(tensor.shape().size() == 2, op, ": ", name, ": got shape ", fd_dsa::shape_of(tensor),
@@ -62,8 +61,8 @@ void topk(const Tensor& logits, const Tensor& lengths, Tensor& positions) {
 }
 
 void topk_slots(const Tensor& logits, const Tensor& position_ids, const Tensor& batch_ids,
-                const Tensor& block_tables, const MaybeTensor& groups, Tensor& slots,
-                int block_size, int num_blocks, int first_token, int num_rows, int group) {
+                const Tensor& block_tables, Tensor& slots, int block_size, int num_blocks,
+                int first_token, int num_rows) {
   FdDsaTopk rows = take_scores(kSlots, logits);
   take_out(kSlots, rows, "slots", slots, logits);
   const int64_t tokens = slots.shape()[0];
@@ -73,11 +72,6 @@ void topk_slots(const Tensor& logits, const Tensor& position_ids, const Tensor& 
   fd_dsa::check_vector(kSlots, "batch_id_per_token", batch_ids, tokens, "tokens of slots");
   fd_dsa::check_tensor(kSlots, "block_tables", block_tables, kInt32, logits);
   check_matrix(kSlots, "block_tables", block_tables);
-  if (groups) {
-    fd_dsa::check_tensor(kSlots, "groups", *groups, kInt32, logits);
-    fd_dsa::check_vector(kSlots, "groups", *groups, tokens, "tokens of slots");
-    rows.groups = groups->data<int32_t>();
-  }
   fd_dsa::check_range(kSlots, "block_size", block_size, 1, INT32_MAX);
   fd_dsa::check_range(kSlots, "num_blocks", num_blocks, 0, INT32_MAX / block_size);
   fd_dsa::check_range(kSlots, "num_rows (-1 = those of logits)", num_rows, -1, tokens);
@@ -91,14 +85,11 @@ void topk_slots(const Tensor& logits, const Tensor& position_ids, const Tensor& 
   rows.table_width = static_cast<int32_t>(block_tables.shape()[1]);
   rows.block_size = block_size;
   rows.num_blocks = num_blocks;
-  rows.group = group;
   choose(kSlots, rows, logits);
 }
 
 using Shape = std::vector<int64_t>;
-using MaybeShape = paddle::optional<Shape>;
 using Type = paddle::DataType;
-using MaybeType = paddle::optional<paddle::DataType>;
 
 std::vector<Shape> positions_shape(const Shape&, const Shape&, const Shape& positions) {
   return {positions};
@@ -107,12 +98,11 @@ std::vector<Shape> positions_shape(const Shape&, const Shape&, const Shape& posi
 std::vector<Type> positions_dtype(const Type&, const Type&, const Type&) { return {kInt32}; }
 
 std::vector<Shape> slots_shape(const Shape&, const Shape&, const Shape&, const Shape&,
-                               const MaybeShape&, const Shape& slots) {
+                               const Shape& slots) {
   return {slots};
 }
 
-std::vector<Type> slots_dtype(const Type&, const Type&, const Type&, const Type&, const MaybeType&,
-                              const Type&) {
+std::vector<Type> slots_dtype(const Type&, const Type&, const Type&, const Type&, const Type&) {
   return {kInt32};
 }
 
@@ -127,10 +117,8 @@ PD_BUILD_OP(fd_dsa_topk)
     .SetInferDtypeFn(PD_INFER_DTYPE(positions_dtype));
 
 PD_BUILD_OP(fd_dsa_topk_slots)
-    .Inputs({"logits", "position_ids", "batch_id_per_token", "block_tables",
-             paddle::Optional("groups"), "slots"})
-    .Attrs({"block_size: int", "num_blocks: int", "first_token: int", "num_rows: int",
-            "group: int"})
+    .Inputs({"logits", "position_ids", "batch_id_per_token", "block_tables", "slots"})
+    .Attrs({"block_size: int", "num_blocks: int", "first_token: int", "num_rows: int"})
     .Outputs({"slots_out"})
     .SetInplaceMap({{"slots", "slots_out"}})
     .SetKernelFn(PD_KERNEL(topk_slots))

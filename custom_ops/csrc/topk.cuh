@@ -114,7 +114,6 @@ __device__ __forceinline__ void choose_by_bound(const Job& job, const Row& row,
 // Whether something of a row is left out; where nothing is, all of it is written here.
 template <int kThreads, typename Blocks>
 __device__ __forceinline__ bool needs_choice(const Job& job, const Row& row) {
-  if (row.token < 0) return false;
   if (row.length > job.rows.k) return true;
   write_all<kThreads, Blocks>(job, row);
   return false;

@@ -27,8 +27,6 @@ extern "C" struct FdDsaTopk {
   const int64_t* position_ids;
   const int32_t* batch_ids;
   const int32_t* block_tables;
-  // int32 [num_tokens] or null; output rows of tokens of another group stay as they are
-  const int32_t* groups;
   // int32 [num_rows or num_tokens, k]
   int32_t* out;
   int64_t row_stride;
@@ -39,7 +37,6 @@ extern "C" struct FdDsaTopk {
   int32_t table_width;
   int32_t block_size;
   int32_t num_blocks;
-  int32_t group;
 };
 
 // Fills `out` in one launch. Returns a cudaError_t, 0 = success. Allocates nothing, waits for
@@ -64,12 +61,6 @@ FD_DSA_BOTH uint64_t ranked(uint32_t image, int32_t position) {
 
 FD_DSA_BOTH int32_t position_of(uint64_t key) {
   return static_cast<int32_t>(~static_cast<uint32_t>(key));
-}
-
-// The row of the output, or -1 where it is to be left alone.
-FD_DSA_BOTH int64_t token_of(const Rows& rows, int32_t row) {
-  const int64_t token = static_cast<int64_t>(rows.first_token) + row;
-  return rows.groups != nullptr && rows.groups[token] != rows.group ? -1 : token;
 }
 
 // How many positions a token may choose from.
@@ -114,8 +105,7 @@ inline void topk_cpu(const Rows& rows) {
   std::vector<uint64_t> keys;
   std::vector<int32_t> chosen;
   for (int32_t row = 0; row < rows.num_rows; ++row) {
-    const int64_t token = token_of(rows, row);
-    if (token < 0) continue;
+    const int64_t token = static_cast<int64_t>(rows.first_token) + row;
     const int32_t window = window_of(rows, token), take = std::min(window, rows.k);
     chosen.resize(take);
     for (int32_t i = 0; i < take; ++i) chosen[i] = i;

@@ -27,7 +27,7 @@ __device__ __forceinline__ float score_of(uint32_t image) {
 // up to three scores lie before the first one, and behind the last.
 struct Row {
   const float* scores;
-  int64_t token;  // -1 where nothing is to be done
+  int64_t token;
   int32_t length, lead, num_chunks;
 
   __device__ __forceinline__ Row(const Rows& rows, int32_t row)
@@ -38,7 +38,6 @@ struct Row {
       // all loads before the first decision
       const int32_t batch_id = rows.batch_ids[token];
       const int32_t last = static_cast<int32_t>(rows.position_ids[token]);
-      if (rows.groups != nullptr && rows.groups[token] != rows.group) token = -1;
       length = window_at(rows, batch_id, last);
     }
     const auto address = reinterpret_cast<uintptr_t>(scores);

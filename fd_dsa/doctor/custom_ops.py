@@ -55,7 +55,7 @@ def topk_slots(operator: Operator, put: Put) -> None:
     tables = np.array([[4, 1], [0, 3]], np.int32)
     chosen = put(np.full((3, 2), -7, np.int32))
     inputs = (put(array) for array in (scores, positions, rows, tables))
-    numbers = {"block_size": 2, "num_blocks": 5, "first_token": 0, "num_rows": -1, "group": 0}
+    numbers = {"block_size": 2, "num_blocks": 5, "first_token": 0, "num_rows": -1}
     operator(*inputs, slots=chosen, **numbers)
     found = chosen.tolist()
     wanted = [[9, 2], [0, 6], [-1, -1]]

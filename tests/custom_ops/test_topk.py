@@ -77,7 +77,6 @@ def slot_arguments(step: PagedRows, scores: np.ndarray, k: int) -> dict[str, Any
         "num_blocks": step.num_blocks,
         "first_token": 0,
         "num_rows": -1,
-        "group": 0,
     }
 
 
@@ -99,17 +98,14 @@ def test_slots_of_a_step(ops: Any, block_size: int) -> None:
     np.testing.assert_array_equal(arguments["slots"].numpy(), slots_of(step, scores, 9))
 
 
-def test_a_group_of_a_chunk(ops: Any) -> None:
+def test_a_chunk(ops: Any) -> None:
     step = paged_rows(SMALL_ROWS, 16)
     scores = scores_of("normal", step.num_tokens, 70, seed=0)
-    groups = (np.arange(step.num_tokens) % 3 == 1).astype(np.int32)
-    arguments = slot_arguments(step, scores[6:9], 4)
-    arguments |= {"first_token": 6, "group": 1, "groups": paddle.to_tensor(groups)}
+    arguments = slot_arguments(step, scores[6:9], 4) | {"first_token": 6}
     ops.fd_dsa_topk_slots(**arguments)
-    found, mine = arguments["slots"].numpy(), groups == 1
-    mine[:6] = mine[9:] = False
-    np.testing.assert_array_equal(found[mine], slots_of(step, scores, 4)[mine])
-    assert (found[~mine] == -91).all()
+    found = arguments["slots"].numpy()
+    np.testing.assert_array_equal(found[6:9], slots_of(step, scores, 4)[6:9])
+    assert (found[:6] == -91).all() and (found[9:] == -91).all()
 
 
 def test_short_windows_need_no_scores(ops: Any) -> None:
@@ -131,7 +127,6 @@ def test_short_windows_need_no_scores(ops: Any) -> None:
         ({"position_ids": paddle.zeros([2], "int64")}, r"position_ids: got shape \[2\]"),
         ({"batch_id_per_token": paddle.zeros([4], "int32")}, r"batch_id_per_token: got shape"),
         ({"block_tables": paddle.zeros([4], "int32")}, r"block_tables: got shape \[4\]"),
-        ({"groups": paddle.zeros([5], "int32")}, r"groups: got shape \[5\]"),
         ({"block_size": 0}, "block_size: got 0, allowed are 1"),
         ({"num_blocks": -1}, "num_blocks: got -1"),
         ({"num_rows": 4}, r"num_rows \(-1 = those of logits\): got 4"),

@@ -26,7 +26,6 @@ from tests.ops.test_topk_kernel import (  # noqa: F401
     test_block_sizes,
     test_columns_of_scores_may_not,
     test_keys_without_a_block_have_no_slot,
-    test_only_the_rows_of_a_group_are_written,
     test_rows_of_scores_may_lie_apart,
     test_set_and_order,
     test_the_choice_of_the_cpu,

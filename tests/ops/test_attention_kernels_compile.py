@@ -16,8 +16,7 @@ from fd_dsa.ops.sparse_mla import triton_kernel as mla
 from fd_dsa.ops.topk import triton_kernel as topk
 
 TYPES = {"position_ids_ptr": "int64", "batch_id_per_token_ptr": "int32", "slots_ptr": "int32",
-         "block_tables_ptr": "int32", "logits_ptr": "float32", "weights_ptr": "float32",
-         "groups_ptr": "int32"}
+         "block_tables_ptr": "int32", "logits_ptr": "float32", "weights_ptr": "float32"}
 
 def compile(label, kernel, types=None, **constants):
     types = {**TYPES, **(types or {})}

@@ -188,16 +188,3 @@ def test_columns_of_scores_may_not(kernel_memory: KernelMemory) -> None:
     scores = m.put(np.repeat(scores_of("normal", step), 2, axis=1))
     with pytest.raises(ShapeError, match="logits has strides"):
         choose(m, step, scores[:, ::2], 4)
-
-
-def test_only_the_rows_of_a_group_are_written(kernel_memory: KernelMemory) -> None:
-    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
-    scores = scores_of("normal", step)
-    groups = (np.arange(step.num_tokens) % 3 == 1).astype(np.int32)
-    for group in (0, 1):
-        found = choose(m, step, m.put(scores), 4, groups=m.put(groups), group=group)
-        mine = groups == group
-        np.testing.assert_array_equal(found[mine], wanted(step, scores, 4)[mine])
-        assert (found[~mine] == POISONED).all()
-    with pytest.raises(ShapeError, match="groups"):
-        choose(m, step, m.put(scores), 4, groups=m.put(groups[1:]))

@@ -26,14 +26,12 @@ def check_logits(logits: Any) -> int:
 
 
 def check_selection(
-    position_ids: Any, batch_id_per_token: Any, block_tables: Any, slots: Any, groups: Any
+    position_ids: Any, batch_id_per_token: Any, block_tables: Any, slots: Any
 ) -> None:
     """Check the other tensors of a call.
 
     Raises:
         ShapeError, DtypeError: see `triton_kernel.select_slots`.
     """
-    if groups is not None:
-        check_array(_NAME, "groups", groups, (slots.shape[0],), ("int32",))
     check_array(_NAME, "slots", slots, (None, None), ("int32",))
     check_tokens(_NAME, slots.shape[0], position_ids, batch_id_per_token, block_tables)

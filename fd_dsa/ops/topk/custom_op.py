@@ -21,7 +21,7 @@ from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
 from fd_dsa.triton_runtime.transfers import on_host, uploaded
 
-_TENSORS = ("position_ids", "batch_ids", "block_tables", "out", "groups")
+_TENSORS = ("position_ids", "batch_ids", "block_tables", "out")
 _NUMBERS = (
     "num_rows",
     "width",
@@ -30,7 +30,6 @@ _NUMBERS = (
     "table_width",
     "block_size",
     "num_blocks",
-    "group",
 )
 
 
@@ -39,7 +38,7 @@ class TopkRows(ctypes.Structure):
 
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("logits", "lengths", "position_ids", "batch_ids")),
-        *((n, ctypes.c_void_p) for n in ("block_tables", "groups", "out")),
+        *((n, ctypes.c_void_p) for n in ("block_tables", "out")),
         ("row_stride", ctypes.c_int64),
         *((n, ctypes.c_int32) for n in _NUMBERS),
     )
@@ -79,8 +78,6 @@ class SlotSelector:
         num_blocks: int,
         first_token: int = 0,
         num_rows: int | None = None,
-        groups: Any = None,
-        group: int = 0,
     ) -> None:
         """See `triton_kernel.select_slots`: the same arguments, results and errors.
 
@@ -89,7 +86,7 @@ class SlotSelector:
 
         Cost: one launch; no allocation, no wait.
         """
-        tensors = position_ids, batch_id_per_token, block_tables, slots, groups
+        tensors = position_ids, batch_id_per_token, block_tables, slots
         for given, known in zip(tensors, self._tensors, strict=True):
             if given is not known:
                 self._take(tensors)
@@ -100,7 +97,7 @@ class SlotSelector:
         rows.logits = self._address("logits", logits)
         num_rows = logits.shape[0] if num_rows is None else num_rows
         check_first_token("select_slots", first_token, num_rows, slots.shape[0])
-        rows.num_rows, rows.first_token, rows.group = num_rows, first_token, group
+        rows.num_rows, rows.first_token = num_rows, first_token
         rows.block_size, rows.num_blocks = block_size, num_blocks
         assert self._launch is not None
         self._launch()
@@ -116,12 +113,12 @@ class SlotSelector:
             self._launch = CLaunch(self._kernels, "fd_dsa_topk_cuda", rows, api, device)
             self._api, self._device = api, device
         for name, tensor in zip(_TENSORS, tensors, strict=True):
-            if tensor is not None and not tensor.is_contiguous():
+            if not tensor.is_contiguous():
                 raise LaunchError(
                     f"select_slots: {name} of shape {list(tensor.shape)} is not contiguous; call "
                     ".contiguous() first"
                 )
-            setattr(rows, name, None if tensor is None else self._address(name, tensor))
+            setattr(rows, name, self._address(name, tensor))
         rows.k, rows.table_width = slots.shape[1], tensors[2].shape[1]
         # held, so that nothing else can come to lie at these addresses
         self._tensors = tensors

@@ -61,14 +61,12 @@ def _kth_best(row_ptr, window, k, BLOCK: tl.constexpr):
         "logits_width",
         "logits_stride",
         "num_blocks",
-        "group",
     ),
     contiguous=(
         "position_ids_ptr",
         "batch_id_per_token_ptr",
         "block_tables_ptr",
         "slots_ptr",
-        "groups_ptr",
     ),
 )
 def topk_kernel(
@@ -77,24 +75,18 @@ def topk_kernel(
     batch_id_per_token_ptr,
     block_tables_ptr,
     slots_ptr,
-    groups_ptr,
     k,
     first_token,
     table_width,
     logits_width,
     logits_stride,
     num_blocks,
-    group,
     BLOCK_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Slots of the k best keys of token `first_token + program 0`."""
     row = tl.program_id(0).to(tl.int64)
     token = first_token + row
-    # two lines: the first is decided when it is compiled
-    if groups_ptr is not None:  # noqa: SIM102
-        if tl.load(groups_ptr + token) != group:
-            return
     batch_id = tl.load(batch_id_per_token_ptr + token)
     window = tl.load(position_ids_ptr + token).to(tl.int32) + 1
     window = tl.where(batch_id < 0, 0, window)
@@ -143,8 +135,6 @@ def select_slots(
     num_blocks: int,
     first_token: int = 0,
     num_rows: int | None = None,
-    groups: Any = None,
-    group: int = 0,
 ) -> None:
     """Fill rows of `slots` with the cache slots of the best keys of consecutive tokens.
 
@@ -163,9 +153,6 @@ def select_slots(
         num_blocks: blocks of the cache; an entry outside 0..num_blocks - 1 is no block.
         num_rows: how many tokens; None is the rows of `logits`. May be more where no token has
             more than k keys: the scores are not read then.
-        groups: int32 [num_tokens], or None; rows of tokens that are not of `group` stay as they
-            are.
-        group: whose scores these are.
 
     Raises:
         ShapeError, DtypeError: an argument is not as above; nothing is launched.
@@ -175,7 +162,7 @@ def select_slots(
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2; order: docs/concepts/dsa.md.
     """
     row_stride = check_logits(logits)
-    check_selection(position_ids, batch_id_per_token, block_tables, slots, groups)
+    check_selection(position_ids, batch_id_per_token, block_tables, slots)
     num_rows = logits.shape[0] if num_rows is None else num_rows
     check_first_token("select_slots", first_token, num_rows, slots.shape[0])
     if num_rows == 0:
@@ -186,14 +173,12 @@ def select_slots(
         batch_id_per_token,
         block_tables,
         slots,
-        groups,
         slots.shape[1],
         first_token,
         block_tables.shape[1],
         logits.shape[1],
         row_stride,
         num_blocks,
-        group,
         BLOCK_SIZE=block_size,
         BLOCK=_BLOCK,
         num_warps=4,
