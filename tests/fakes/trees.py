@@ -98,9 +98,7 @@ class Tree:
     k_norm: str = "layer"
     # forward_mixed makes a contiguous copy of the latent cache for FlashMLA, later a view
     latent_cache_copy: bool = False
-    # signatures of the third-party kernels: "2025" or "2026" (kernels/flash_mla.py); "2025",
-    # "bundled", "2026" or "2026_fp4" (kernels/deep_gemm.py)
-    flash_mla: str = "2026"
+    # the release of DeepGEMM: "bundled", or "2026" (kernels/deep_gemm.py)
     deep_gemm: str = "bundled"
     # names that fastdeploy.model_executor.ops.gpu lacks
     missing_ops: tuple[str, ...] = ()
@@ -153,7 +151,6 @@ R24 = replace(
     position_producer="argument",
     split_kv_block="returns",
     max_len_entries=9,
-    flash_mla="2025",
 )
 TREES = {tree.name: tree for tree in (R24, EARLY, PR7367, DEVELOP)}
 

@@ -1,8 +1,7 @@
 """DeepGEMM's indexer kernels (csrc/apis/attention.hpp), in NumPy, on SM90.
 
-Four interfaces are public: "2025" takes one length a row; FastDeploy's "bundled" one also gives
-logits relative to the start; "2026" takes a length a query, and refuses to clean the logits of
-pages; "2026_fp4" is that one under names with fp4 and with the query in a pair.
+FastDeploy's "bundled" release takes one length a row. "2026" takes a length a query, which
+FastDeploy does not pass, so that release refuses every call.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from fastdeploy._arrays import host, tensor_of
 
 NUM_SMS = 132
 PAGED_HEADS = (32, 64)
-ONE_LENGTH_A_ROW = ("2025", "bundled")
 _ROW_FLOATS = 256
 # a test of upstream's numbers may lift the limit; the real kernels have none to lift
 any_heads = False
@@ -48,16 +46,17 @@ def _result(logits: np.ndarray, place: Any) -> Any:
     return tensor_of(padded, place)[:, :columns]
 
 
-def _mqa_logits(
-    op: str,
+def fp8_mqa_logits(
     q: Any,
     kv: tuple[Any, Any],
     weights: Any,
     starts: Any,
     ends: Any,
-    clean_logits: bool,
-    max_seqlen_k: int,
+    clean_logits: bool = True,
+    max_seqlen_k: int = 0,
 ) -> Any:
+    """float32 [n, m]; with `max_seqlen_k` [n, max_seqlen_k], columns from the start on."""
+    op = "fp8_mqa_logits"
     _counters.launch(op)
     keys, scales = kv
     _check_fp8(op, q=q, kv=keys)
@@ -80,30 +79,27 @@ def _mqa_logits(
     return _result(np.where(inside, taken, outside).astype(np.float32), q.place)
 
 
-def _windows(op: str, context_lens: Any, next_n: int) -> np.ndarray:
-    """Keys that each query sees, [b, next_n]."""
-    ndim = 1 if _tree.current().deep_gemm in ONE_LENGTH_A_ROW else 2
+def _lengths(op: str, context_lens: Any) -> np.ndarray:
+    """Keys that the last query of each row sees, [b]."""
+    ndim = 1 if _tree.current().deep_gemm == "bundled" else 2
     if context_lens.ndim != ndim or str(context_lens.dtype) != "paddle.int32":
         raise RuntimeError(f"{op}: context_lens is {context_lens.shape}, allowed is {ndim}-D int32")
-    lengths = host(context_lens)
-    return lengths if ndim == 2 else lengths[:, None] - next_n + 1 + np.arange(next_n)
+    return host(context_lens)
 
 
 def get_paged_mqa_logits_metadata(context_lens: Any, block_kv: int, num_sms: int) -> Any:
     """int32 [num_sms + 1, 2]: how the pages of these lengths are shared out."""
     op = "get_paged_mqa_logits_metadata"
     _counters.launch(op)
-    next_n = 1 if context_lens.ndim == 1 else context_lens.shape[1]
-    _windows(op, context_lens, next_n)
+    lengths = _lengths(op, context_lens)
     if block_kv != _fp8.BLOCK:
         raise RuntimeError(f"{op}: block_kv is {block_kv}, SM90 takes 64")
     schedule = np.zeros((num_sms + 1, 2), np.int32)
-    schedule[0] = len(host(context_lens)), int(host(context_lens).sum())
+    schedule[0] = len(lengths), int(lengths.sum())
     return tensor_of(schedule, context_lens.place)
 
 
-def _paged_mqa_logits(
-    op: str,
+def fp8_paged_mqa_logits(
     q: Any,
     kv_cache: Any,
     weights: Any,
@@ -111,8 +107,10 @@ def _paged_mqa_logits(
     block_table: Any,
     schedule_meta: Any,
     max_context_len: int,
-    clean_logits: bool,
+    clean_logits: bool = False,
 ) -> Any:
+    """float32 [b * next_n, max_context_len] of rows in pages."""
+    op = "fp8_paged_mqa_logits"
     _counters.launch(op)
     _check_fp8(op, q=q)
     rows, next_n, heads, width = q.shape
@@ -120,10 +118,9 @@ def _paged_mqa_logits(
         raise RuntimeError(f"{op}: {heads} heads, allowed are 32 and 64")
     if list(kv_cache.shape[1:]) != [_fp8.BLOCK, 1, _fp8.INDEX_RECORD]:
         raise RuntimeError(f"{op}: kv_cache is {kv_cache.shape}")
-    windows = _windows(op, context_lens, next_n)
-    if clean_logits and context_lens.ndim == 2:
-        raise RuntimeError(f"{op}: clean_logits is not allowed with 2-D context_lens")
-    if host(schedule_meta)[0].tolist() != [rows, int(host(context_lens).sum())]:
+    lengths = _lengths(op, context_lens)
+    windows = lengths[:, None] - next_n + 1 + np.arange(next_n)
+    if host(schedule_meta)[0].tolist() != [rows, int(lengths.sum())]:
         raise RuntimeError(f"{op}: the schedule was made for other lengths")
     codes, scales = _fp8.index_planes(host(kv_cache))
     queries, head_weights = _fp8.decode(host(q)), host(weights).reshape(rows, next_n, heads)
@@ -137,109 +134,3 @@ def _paged_mqa_logits(
         for j, seen in enumerate(window):
             logits[row, j, : max(seen, 0)] = scores[j, : max(seen, 0)]
     return _result(logits.reshape(rows * next_n, -1), q.place)
-
-
-if _tree.current().deep_gemm == "2025":
-
-    def fp8_mqa_logits(
-        q: Any,
-        kv: Any,
-        weights: Any,
-        cu_seq_len_k_start: Any,
-        cu_seq_len_k_end: Any,
-        clean_logits: bool = True,
-    ) -> Any:
-        """float32 [n, m]: scores of all keys; -inf outside of [start, end) if cleaned."""
-        bounds = cu_seq_len_k_start, cu_seq_len_k_end
-        return _mqa_logits("fp8_mqa_logits", q, kv, weights, *bounds, clean_logits, 0)
-
-elif _tree.current().deep_gemm != "2026_fp4":
-
-    def fp8_mqa_logits(
-        q: Any,
-        kv: Any,
-        weights: Any,
-        cu_seq_len_k_start: Any,
-        cu_seq_len_k_end: Any,
-        clean_logits: bool = True,
-        max_seqlen_k: int = 0,
-    ) -> Any:
-        """float32 [n, m]; with `max_seqlen_k` [n, max_seqlen_k], columns from the start on."""
-        bounds = cu_seq_len_k_start, cu_seq_len_k_end
-        return _mqa_logits("fp8_mqa_logits", q, kv, weights, *bounds, clean_logits, max_seqlen_k)
-
-
-if _tree.current().deep_gemm in ONE_LENGTH_A_ROW:
-
-    def fp8_paged_mqa_logits(
-        q: Any,
-        kv_cache: Any,
-        weights: Any,
-        context_lens: Any,
-        block_table: Any,
-        schedule_meta: Any,
-        max_context_len: int,
-        clean_logits: bool = False,
-    ) -> Any:
-        """float32 [b * next_n, max_context_len] of rows in pages; `context_lens` is [b]."""
-        return _paged_mqa_logits(
-            "fp8_paged_mqa_logits",
-            q,
-            kv_cache,
-            weights,
-            context_lens,
-            block_table,
-            schedule_meta,
-            max_context_len,
-            clean_logits,
-        )
-
-elif _tree.current().deep_gemm == "2026":
-
-    def fp8_paged_mqa_logits(
-        q: Any,
-        kv_cache: Any,
-        weights: Any,
-        context_lens: Any,
-        block_table: Any,
-        schedule_meta: Any,
-        max_context_len: int,
-        clean_logits: bool = False,
-        indices: Any = None,
-    ) -> Any:
-        """float32 [b * next_n, max_context_len] of rows in pages; `context_lens` [b, next_n]."""
-        pages = kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len
-        return _paged_mqa_logits("fp8_paged_mqa_logits", q, *pages, clean_logits)
-
-else:
-
-    def fp8_fp4_mqa_logits(
-        q: tuple[Any, None],
-        kv: Any,
-        weights: Any,
-        cu_seq_len_k_start: Any,
-        cu_seq_len_k_end: Any,
-        clean_logits: bool = True,
-        max_seqlen_k: int = 0,
-        logits_dtype: Any = None,
-    ) -> Any:
-        """See the interface of 2026; `q` is the query and, for fp4, its scales."""
-        bounds = cu_seq_len_k_start, cu_seq_len_k_end
-        name = "fp8_fp4_mqa_logits"
-        return _mqa_logits(name, q[0], kv, weights, *bounds, clean_logits, max_seqlen_k)
-
-    def fp8_fp4_paged_mqa_logits(
-        q: tuple[Any, None],
-        kv_cache: Any,
-        weights: Any,
-        context_lens: Any,
-        block_table: Any,
-        schedule_meta: Any,
-        max_context_len: int,
-        clean_logits: bool = False,
-        logits_dtype: Any = None,
-        indices: Any = None,
-    ) -> Any:
-        """See the interface of 2026; `q` is the query and, for fp4, its scales."""
-        pages = kv_cache, weights, context_lens, block_table, schedule_meta, max_context_len
-        return _paged_mqa_logits("fp8_fp4_paged_mqa_logits", q[0], *pages, clean_logits)

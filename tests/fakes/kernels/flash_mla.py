@@ -1,7 +1,7 @@
 """FlashMLA's Python interface (flash_mla/flash_mla_interface.py), in NumPy.
 
-Sparse attention only; which of two signatures there is says the tree: schedules as tensors
-("2025"), or in a holder that the first call fills and that all layers of a step can share.
+Sparse attention only. A schedule is a holder that the first call fills and that all layers of a
+step can share.
 """
 
 from __future__ import annotations
@@ -62,23 +62,11 @@ def _check_indices(op: str, indices: Any, shape: tuple[int, ...]) -> None:
         raise RuntimeError(f"{op}: indices is {indices.dtype} {indices.shape}, not int32 {shape}")
 
 
-def _limited(indices: np.ndarray, topk_length: Any) -> np.ndarray:
-    if topk_length is None:
-        return indices
-    lengths = host(topk_length).reshape(-1)
-    # one length for all queries of a row
-    lengths = np.repeat(lengths, len(indices) // max(len(lengths), 1))
-    return np.where(np.arange(indices.shape[-1]) < lengths[:, None], indices, -1)
-
-
 def flash_mla_sparse_fwd(
     q: Any,
     kv: Any,
     indices: Any,
     sm_scale: float,
-    d_v: int = LATENT,
-    attn_sink: Any = None,
-    topk_length: Any = None,
 ) -> tuple[Any, Any, Any]:
     """Attention of tokens over chosen rows of `kv`.
 
@@ -92,11 +80,10 @@ def flash_mla_sparse_fwd(
     op = "flash_mla_sparse_fwd"
     _counters.launch(op)
     _check_query(op, q, 3)
-    if list(kv.shape[1:]) != [1, WIDTH] or d_v != LATENT or attn_sink is not None:
-        raise RuntimeError(f"{op}: kv {kv.shape}, d_v {d_v}")
+    if list(kv.shape[1:]) != [1, WIDTH]:
+        raise RuntimeError(f"{op}: kv {kv.shape}")
     _check_indices(op, indices, (q.shape[0], 1))
-    chosen = _limited(host(indices)[:, 0], topk_length)
-    out, largest, lse = _attend(host(q), host(kv)[:, 0], chosen, sm_scale)
+    out, largest, lse = _attend(host(q), host(kv)[:, 0], host(indices)[:, 0], sm_scale)
     return (
         tensor_of(out, q.place, q.dtype),
         tensor_of(largest, q.place),
@@ -104,21 +91,44 @@ def flash_mla_sparse_fwd(
     )
 
 
-def _decode(
+def get_mla_metadata() -> tuple[FlashMLASchedMeta, None]:
+    """An empty holder."""
+    return FlashMLASchedMeta(), None
+
+
+def flash_mla_with_kvcache(
     q: Any,
     k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
     head_dim_v: int,
-    softmax_scale: float | None,
+    tile_scheduler_metadata: Any,
+    num_splits: Any,
+    softmax_scale: float,
     causal: bool,
     is_fp8_kvcache: bool,
     indices: Any,
-    topk_length: Any = None,
 ) -> tuple[Any, Any]:
-    op = "flash_mla_with_kvcache"
+    """Attention of [b, s_q, h_q, 576] queries over chosen slots of the cache.
+
+    Args:
+        indices: int32 [b, s_q, topk] slots, -1 = none.
+        tile_scheduler_metadata: a holder; its first call makes the schedule, all later ones
+            must be of the same sizes.
+
+    Returns:
+        output [b, s_q, h_q, 512] and log-sum-exp [b, h_q, s_q].
+    """
+    op, holder = "flash_mla_with_kvcache", tile_scheduler_metadata
+    if not isinstance(holder, FlashMLASchedMeta) or num_splits is not None:
+        raise RuntimeError(f"{op}: needs the holder of get_mla_metadata")
+    config = (*q.shape[:3], k_cache.shape[1], indices.shape[-1], is_fp8_kvcache)
+    if holder.config is None:
+        _counters.launch("flash_mla_schedule")
+        holder.config = config
+    assert holder.config == config, f"schedule of {holder.config} used for {config}"
     _counters.launch(op)
     _check_query(op, q, 4)
-    if indices is None:
-        raise NotImplementedError("the double attends to chosen keys only")
     if causal or not is_fp8_kvcache:
         raise RuntimeError(f"{op}: sparse attention is not causal and takes an fp8 cache")
     if list(k_cache.shape[1:]) != [_fp8.BLOCK, 1, _fp8.RECORD] or head_dim_v != LATENT:
@@ -127,103 +137,15 @@ def _decode(
         raise RuntimeError(f"{op}: k_cache is {k_cache.dtype}")
     rows, tokens, heads = q.shape[:3]
     _check_indices(op, indices, (rows, tokens))
-    chosen = _limited(host(indices).reshape(rows * tokens, -1), topk_length)
+    chosen = host(indices).reshape(rows * tokens, -1)
     used, place = np.unique(chosen, return_inverse=True)
     records = host(k_cache).view(np.uint8).reshape(-1, _fp8.RECORD)
     # only the records that someone chose are decoded
     keys = _fp8.latent_values(records[used[used >= 0]])
     place = place.reshape(chosen.shape) - int((used < 0).sum())
-    scale = WIDTH**-0.5 if softmax_scale is None else softmax_scale
-    out, _, lse = _attend(host(q).reshape(rows * tokens, heads, -1), keys, place, scale)
+    out, _, lse = _attend(host(q).reshape(rows * tokens, heads, -1), keys, place, softmax_scale)
     shape = (rows, tokens, heads)
     return (
         tensor_of(out.reshape(*shape, LATENT), q.place, q.dtype),
         tensor_of(lse.reshape(shape).transpose(0, 2, 1), q.place),
     )
-
-
-if _tree.current().flash_mla == "2025":
-
-    def get_mla_metadata(
-        cache_seqlens: Any,
-        num_q_tokens_per_head_k: int,
-        num_heads_k: int,
-        num_heads_q: int | None = None,
-        is_fp8_kvcache: bool = False,
-        topk: int | None = None,
-    ) -> tuple[Any, Any]:
-        """The schedule's tensors, made by a kernel."""
-        _counters.launch("flash_mla_schedule")
-        rows = cache_seqlens.shape[0]
-        place = cache_seqlens.place
-        return (
-            tensor_of(np.zeros((1, 8), np.int32), place),
-            tensor_of(np.zeros(rows + 1, np.int32), place),
-        )
-
-    def flash_mla_with_kvcache(
-        q: Any,
-        k_cache: Any,
-        block_table: Any,
-        cache_seqlens: Any,
-        head_dim_v: int,
-        tile_scheduler_metadata: Any,
-        num_splits: Any,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        is_fp8_kvcache: bool = False,
-        indices: Any = None,
-    ) -> tuple[Any, Any]:
-        """Attention of [b, s_q, h_q, 576] queries over chosen slots of the cache."""
-        if num_splits.shape[0] != q.shape[0] + 1 or tile_scheduler_metadata.ndim != 2:
-            raise RuntimeError("flash_mla_with_kvcache: the schedule is another batch's")
-        return _decode(q, k_cache, head_dim_v, softmax_scale, causal, is_fp8_kvcache, indices)
-
-else:
-
-    def get_mla_metadata(*args: Any, **kwargs: Any) -> tuple[FlashMLASchedMeta, None]:
-        """An empty holder; whatever it is given is ignored."""
-        return FlashMLASchedMeta(), None
-
-    def flash_mla_with_kvcache(
-        q: Any,
-        k_cache: Any,
-        block_table: Any = None,
-        cache_seqlens: Any = None,
-        head_dim_v: int = LATENT,
-        tile_scheduler_metadata: Any = None,
-        num_splits: Any = None,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        is_fp8_kvcache: bool = False,
-        indices: Any = None,
-        attn_sink: Any = None,
-        extra_k_cache: Any = None,
-        extra_indices_in_kvcache: Any = None,
-        topk_length: Any = None,
-        extra_topk_length: Any = None,
-    ) -> tuple[Any, Any]:
-        """Attention of [b, s_q, h_q, 576] queries over chosen slots of the cache.
-
-        Args:
-            indices: int32 [b, s_q, topk] slots, -1 = none.
-            tile_scheduler_metadata: a holder; its first call makes the schedule, all later ones
-                must be of the same sizes.
-
-        Returns:
-            output [b, s_q, h_q, 512] and log-sum-exp [b, h_q, s_q].
-        """
-        holder = tile_scheduler_metadata
-        if not isinstance(holder, FlashMLASchedMeta) or num_splits is not None:
-            raise RuntimeError("flash_mla_with_kvcache: needs the holder of get_mla_metadata")
-        if (attn_sink, extra_k_cache, extra_indices_in_kvcache, extra_topk_length) != (None,) * 4:
-            raise NotImplementedError("the double has no sinks and no second cache")
-        topk = None if indices is None else indices.shape[-1]
-        config = (*q.shape[:3], k_cache.shape[1], topk, is_fp8_kvcache)
-        if holder.config is None:
-            _counters.launch("flash_mla_schedule")
-            holder.config = config
-        assert holder.config == config, f"schedule of {holder.config} used for {config}"
-        return _decode(
-            q, k_cache, head_dim_v, softmax_scale, causal, is_fp8_kvcache, indices, topk_length
-        )
