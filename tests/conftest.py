@@ -110,13 +110,15 @@ def paddle_memory(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def log_as_before() -> Iterator[None]:
-    """Our log as the test found it: `register` and `fd-dsa chat` change it for their process."""
-    package = logging.getLogger("fd_dsa")
-    level, handlers = package.level, list(package.handlers)
+def fresh_log() -> Iterator[None]:
+    """Our log as a process has it at first: `register` and `fd-dsa chat` change it for theirs.
+
+    Not as the test found it: a fixture of a whole module may have changed it before.
+    """
     yield
-    package.setLevel(level)
-    package.handlers[:] = handlers
+    package = logging.getLogger("fd_dsa")
+    package.setLevel(logging.NOTSET)
+    package.handlers.clear()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
