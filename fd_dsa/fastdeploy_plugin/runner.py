@@ -17,8 +17,10 @@ from functools import wraps
 from typing import Any
 
 from fd_dsa import __version__
+from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree
+from fd_dsa.ops._host import dtype_name
 from fd_dsa.runner import DSAModelRunnerMixin
 
 Method = Callable[..., Any]
@@ -137,6 +139,25 @@ def _letting_go(method: Method) -> Method:
     return hook
 
 
+def _of_bytes(method: Method) -> Method:
+    """What makes caches, which must be bytes: from #8060 on FastDeploy may make them bfloat16."""
+
+    @wraps(method)
+    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.forget_step()
+        result = method(self, *args, **kwargs)
+        if self.dsa_backend() is not None:
+            for cache in self.share_inputs["caches"]:
+                if dtype_name(cache.dtype) != "uint8":
+                    raise ConfigError(
+                        f"caches: FastDeploy has made them of {dtype_name(cache.dtype)}, DSA's are "
+                        "uint8; start it with ENABLE_V1_KVCACHE_MANAGER=1, which makes such"
+                    )
+        return result
+
+    return hook
+
+
 def _reading_weights_again(method: Method) -> Method:
     """What loads other weights: what is kept of them is read again, below running graphs too.
 
@@ -159,7 +180,7 @@ _HOOKS: dict[str, Callable[[Method], Method]] = {
     "_dummy_run": _counting_passes,
     "_initialize_attn_backend": _sharing_one,
     "_compute_position_ids_and_slot_mapping": _unless_made,
-    "initialize_kv_cache": _letting_go,
+    "initialize_kv_cache": _of_bytes,
     "clear_cache": _letting_go,
     "update_parameters": _reading_weights_again,
     "update_weights": _reading_weights_again,

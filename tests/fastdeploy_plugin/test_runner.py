@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.config import demo_model_path
+from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree
 from fd_dsa.fastdeploy_plugin.runner import FastDeployRunnerMixin, make_runner_class
@@ -214,6 +215,22 @@ def test_new_weights_are_read_again(method: str, monkeypatch: pytest.MonkeyPatch
             made.runner.update_parameters()
         assert refreshed == [True]
         assert made.generate(jobs()) == before
+
+
+def test_caches_that_are_no_bytes_are_refused_when_they_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tree after #8060 makes them of the model's dtype; half of each would be read as codes."""
+    with installed(TREES["develop"], OURS_ENV):
+        memory = import_module("fastdeploy.worker._runner_memory")
+        made = memory.paddle.zeros
+
+        def of_the_models_dtype(shape: list[int], dtype: str, **kwargs: Any) -> Any:
+            return made(shape, dtype="bfloat16" if dtype == "uint8" else dtype, **kwargs)
+
+        monkeypatch.setattr(memory.paddle, "zeros", of_the_models_dtype)
+        with pytest.raises(ConfigError, match="caches: FastDeploy has made them of bfloat16"):
+            engine()
 
 
 def test_hooks_for_methods_that_a_tree_lacks_are_not_there() -> None:
