@@ -11,7 +11,10 @@ from .utils import default_weight_loader, zeros_parameter
 
 
 class RMSNorm(nn.Layer):
-    """x * rsqrt(mean(x^2) + eps) * weight; adds a residual first where one is given."""
+    """x * rsqrt(mean(x^2) + eps) * weight; adds a residual first where one is given.
+
+    The weight has the model's dtype, bfloat16, also where all else of the double is float32.
+    """
 
     def __init__(
         self,
@@ -24,7 +27,7 @@ class RMSNorm(nn.Layer):
         super().__init__()
         self.fd_config, self.hidden_size, self.eps = fd_config, hidden_size, eps
         self.prefix, self.layer_id = prefix, layer_id
-        self.weight = zeros_parameter(self, [hidden_size])
+        self.weight = zeros_parameter(self, [hidden_size], "bfloat16")
         self.weight.weight_loader = default_weight_loader
 
     def forward(
@@ -33,7 +36,8 @@ class RMSNorm(nn.Layer):
         """The normed sum of `x` and the residual, and that sum: always two."""
         total = x if residual_input is None else x + residual_input
         mean_square = (total * total).mean(axis=-1, keepdim=True)
-        return total * paddle.rsqrt(mean_square + self.eps) * self.weight, total
+        weight = self.weight.astype(total.dtype)
+        return total * paddle.rsqrt(mean_square + self.eps) * weight, total
 
 
 class LayerNorm(nn.Layer):
