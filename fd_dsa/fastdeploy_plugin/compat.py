@@ -69,7 +69,7 @@ LAYER_PARTS = {
 }
 """Attributes of FastDeploy's layers that ours read."""
 
-_CALLED = (
+CALLED = (
     ("layers.linear", "KVBatchLinear", ("x", "proj_type")),
     (
         "layers.attention.attention",
@@ -238,7 +238,7 @@ def _check_models(models: ModuleType) -> None:
         _check_parameters(layer.__init__, _LAYER, f"{name}.__init__")
         _check_parameters(layer.forward, forward, f"{name}.forward")
         _check_parts(layer, LAYER_PARTS[name])
-    for module, name, parameters in _CALLED:
+    for module, name, parameters in CALLED:
         called = _attribute(_imported(f"fastdeploy.model_executor.{module}"), name)
         _check_parameters(called.forward, parameters, f"{name}.forward")
     model = _attribute(models, "DeepseekV3ForCausalLM", "models/deepseek_v3.py")

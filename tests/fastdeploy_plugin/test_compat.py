@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fd_dsa.fastdeploy_plugin.compat import LAYER_PARTS, UnsupportedTree, examine
+from fd_dsa.fastdeploy_plugin.compat import CALLED, LAYER_PARTS, UnsupportedTree, examine
 from fd_dsa.fastdeploy_plugin.compat import Tree as Found
 from tests.fakes.trees import BROKEN, TREES, UPSTREAM_ENV, installed
 from tests.fastdeploy_plugin.names import ATTENTION, MODELS, import_all
@@ -133,6 +134,16 @@ def test_a_layer_whose_part_has_another_name_is_refused(layer: str, part: str) -
         exec(re.sub(rf"\b{part}\b", f"{part}_2", source), vars(models))
         with pytest.raises(UnsupportedTree, match=f"{layer} has no {part}$"):
             examine()
+
+
+def test_the_page_lists_what_is_looked_for() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "fastdeploy.md").read_text(encoding="utf-8")
+    section = page.partition("### What it looks for")[2].partition("\n## ")[0]
+    listed = set(re.findall(r"\w+", section))
+    for layer, parts in LAYER_PARTS.items():
+        assert {layer, *parts} <= listed
+    for _, name, parameters in CALLED:
+        assert f"`{name}`" in section and f"forward({', '.join(parameters)})" in section
 
 
 def test_projections_that_are_called_otherwise_are_refused() -> None:
