@@ -35,6 +35,8 @@ _PATIENCE = 1.5
 # steps of the margin, in balance where one measurement in 100 is above it
 _MARGIN_UP, _MARGIN_DOWN = 0.099, 0.001
 _FIRST_MARGIN, _LARGEST_MARGIN = 1.3, 2.0
+# seconds that are believed, so that no ratio of two of them overflows
+_SHORTEST, _LONGEST = 1e-9, 1e6
 # end of the first range of contexts; each further one ends at twice the number
 _FIRST_CONTEXT = 1024
 
@@ -83,12 +85,12 @@ class StepTimes:
         if num_decode_tokens and num_prefill_tokens:
             step = _MARGIN_UP if seconds > self._margin * expected else -_MARGIN_DOWN
             self._margin = min(max(1.0, self._margin + step), _LARGEST_MARGIN)
-        seconds = min(seconds, _LARGEST_JUMP * expected or math.inf)
+        seconds = _believed(min(seconds, _LARGEST_JUMP * expected))
         if num_prefill_tokens == 0:
             self._decode.observe(num_decode_tokens, seconds)
             return
         self._longest = max(self._longest, num_prefill_tokens)
-        addition = max(0.0, seconds - self._fixed(num_decode_tokens))
+        addition = _believed(seconds - self._fixed(num_decode_tokens))
         place = _range_of(context)
         if place not in self._additions:
             self._additions[place] = self._first_curve(place, num_prefill_tokens, addition)
@@ -147,7 +149,7 @@ class StepTimes:
             return _Curve(self.chunk_sizes)
         shorter = self._additions[nearest]
         known = shorter.at_most(num_tokens)
-        return shorter.scaled(addition / known if addition > known > 0 else 1.0)
+        return shorter.scaled(max(addition / known, 1.0))
 
 
 @dataclass(slots=True)
@@ -198,7 +200,7 @@ class _Curve:
             point.tokens += weight * (num_tokens - point.tokens)
             point.seconds += weight * (seconds - point.seconds)
             point.measured_at = self._count
-            if before and (was_measured or seconds > before):
+            if was_measured or seconds > before:
                 self._follow(point, point.seconds / before)
         for longer in range(index + 1, len(self._ranges)):
             point = self._ranges[longer]
@@ -209,13 +211,13 @@ class _Curve:
         """Move the other points as one has moved: a slower host is slower for all of them."""
         for point in self._points():
             if point is not moved:
-                point.seconds *= factor
+                point.seconds = _believed(factor * point.seconds)
 
     def scaled(self, factor: float) -> _Curve:
         """A curve of the same form, with `factor` times the seconds."""
         curve = _Curve(self._sizes)
         curve._ranges = [
-            None if point is None else _Point(point.tokens, factor * point.seconds, 0)
+            None if point is None else _Point(point.tokens, _believed(factor * point.seconds), 0)
             for point in self._ranges
         ]
         return curve
@@ -251,6 +253,11 @@ class _Curve:
     def _points(self) -> list[_Point]:
         """The points in order."""
         return [point for point in self._ranges if point is not None]
+
+
+def _believed(seconds: float) -> float:
+    """Seconds within what a step can take."""
+    return min(max(seconds, _SHORTEST), _LONGEST)
 
 
 def _line(begin: _Point, end: _Point, num_tokens: float) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fd_dsa.engine.step_times import SMALLEST_CHUNK, StepTimes
@@ -217,6 +217,8 @@ def test_steps_without_prompts_are_expected_as_drafts_need_them() -> None:
     ),
     limit_s=st.floats(1e-3, 60),
 )
+# a ratio of times that overflowed
+@example(steps=[(5e-324, 0, 40, 0), (1.0, 2, 0, 0), (1e4, 2, 40, 2048)], limit_s=0.2)
 def test_any_times_give_a_chunk_of_the_list(
     steps: list[tuple[float, int, int, int]], limit_s: float
 ) -> None:
