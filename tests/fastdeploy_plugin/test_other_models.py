@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
@@ -29,14 +30,14 @@ _GLM = CASES["glm"].config | _SIZES | {"mla_norm_eps": 1e-5, "indexer_rope_inter
 MODELS = {
     case.name: case
     for case in (
-        Case("glm", _GLM, seed=21),
+        Case("glm", _GLM, seed=102),
         Case(
             "glm-shared",
             _GLM,
             {"indexer_types": ["full", "shared", "shared", "full"], "num_hidden_layers": 4},
-            seed=22,
+            seed=103,
         ),
-        Case("yarn", CASES["v32-yarn"].config | _SIZES, seed=23),
+        Case("yarn", CASES["v32-yarn"].config | _SIZES, seed=101),
     )
 }
 LENGTHS, NUM_TOKENS = (90, 20, 50), 8
@@ -49,12 +50,22 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A case, its folder, and its answers."""
     case = MODELS[request.param]
     folder = case.write(tmp_path_factory.mktemp(case.name))
+    _round_norms(folder / "model.safetensors")
     batch = InputBatch(1, 256, 4, 64)
     loaded = load_model(folder)
     layout = cache_layout(loaded.config, "fp8_ds_mla", 64)
     runner = ModelRunner(loaded, batch, layout, num_blocks=4)
     batch.set_blocks(0, [2, 0, 3, 1])
     return case, folder, [greedy(runner, case.prompt(n)) for n in LENGTHS]
+
+
+def _round_norms(file: Path) -> None:
+    """Leave of the RMSNorms' weights what FastDeploy's bfloat16 holds."""
+    tensors = load_file(file)
+    for name, array in tensors.items():
+        if "norm" in name and "k_norm" not in name:
+            tensors[name] = (array.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    save_file(tensors, file)
 
 
 def greedy(runner: ModelRunner, prompt: list[int]) -> list[int]:
