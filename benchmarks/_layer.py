@@ -1,9 +1,9 @@
 """A layer of DeepSeek-V3.2 without its experts on torch tensors: projections and DSA, one rank.
 
-Projections are bfloat16 products of torch, all else is the package's backend, as in a server: the
-write of both caches, the indexer with its selection, the query and sparse MLA over fp8_ds_mla
-caches. A layer reads 400 MB of weights, so that nothing it needs is left in the L2 by the run
-before.
+Projections are bfloat16 GEMMs of torch, QKV-A in block FP8 where that is asked for. All else is the
+package's backend, as in a server: the write of both caches, the indexer with its selection, the
+query and sparse MLA over fp8_ds_mla caches. A layer reads 400 MB of weights, so that nothing it
+needs is left in the L2 by the run before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks._fp8_linear import Fp8Linear
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.ops.cache_write import CacheWriteParams
@@ -26,6 +27,8 @@ from fd_dsa.step.device import Allocate
 BLOCK = 64
 Both = tuple[torch.Tensor, torch.Tensor]
 Project = Callable[[torch.Tensor], Both]
+# a weight [in, out], or a layer that multiplies by one in another format
+Linear = torch.Tensor | Fp8Linear
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,17 @@ class Sizes:
 
 
 class Weights:
-    """Weights of the projections, as [in, out]; of the heads' own, [heads, in, out]."""
+    """Weights of the projections, as [in, out]; of the heads' own, [heads, in, out].
+
+    Attributes:
+        indexer_in_fp8: `wk` and `weights_proj` in block FP8, of a layer that has QKV-A in it.
+    """
+
+    indexer_in_fp8: tuple[Fp8Linear, Fp8Linear]
 
     def __init__(self, sizes: Sizes, device: str) -> None:
         s, self._device = sizes, device
-        self.down = self._random(s.hidden, s.q_rank + s.rank + s.rope)
+        self.down: Linear = self._random(s.hidden, s.q_rank + s.rank + s.rope)
         self.indexer = self._random(s.hidden, s.index_dim + s.index_heads)
         self.wk, self.weights_proj = self.indexer.split([s.index_dim, s.index_heads], 1)
         self.wq_b = self._random(s.q_rank, s.index_heads * s.index_dim)
@@ -76,7 +85,7 @@ class Weights:
     def num_bytes(self) -> int:
         """Bytes that a step reads of them."""
         matrices = self.down, self.indexer, self.wq_b, self.q_b, self.k_b, self.v_b, self.out
-        return sum(2 * matrix.numel() for matrix in matrices)
+        return sum(matrix.nbytes for matrix in matrices)
 
 
 class Layer:
@@ -149,11 +158,11 @@ class Work:
         self.layer, self.num_tokens = layer, len(x)
         self.x, self.cos_sin, self.out = x, cos_sin, out
 
-    def down(self, weight: torch.Tensor) -> Both:
+    def down(self, weight: Linear) -> Both:
         """Normed latents of the queries, and keys as projected."""
         layer, rank = self.layer, self.layer.sizes.q_rank
         with layer.span("QKV-A"):
-            qkv = self.x @ weight
+            qkv = weight(self.x) if isinstance(weight, Fp8Linear) else self.x @ weight
         with layer.span("norm"):
             normed = torch.nn.functional.rms_norm(qkv[:, :rank], (rank,), layer.weights.q_norm)
         return normed, qkv[:, rank:]

@@ -6,10 +6,15 @@ forms by the one launch of `project_indexer`; "k_norm beside" norms the index ke
 where the cache write does not. "two streams" forks in every step, "as served" where the package
 does by default. The share of the projections that is hidden is the time saved in a graph by the
 time that they take alone, their weights not in the L2.
+
+"FP8 QKV-A" is the layer of a block-FP8 checkpoint: QKV-A in FP8 by cuBLASLt. There "FP8 GEMMs"
+projects by two of them, each of which quantises its input, as FastDeploy does; ours multiplies by
+both weights dequantised.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks import _gpu
+from benchmarks._fp8_linear import Fp8Linear
 from benchmarks._layer import Both, Layer, Project, Sizes, Step, Weights
 from benchmarks._timeline import traced
 from benchmarks._torch_device import TorchDeviceApi, register
@@ -31,9 +37,12 @@ from fd_dsa.triton_runtime.streams import SideStream
 
 SIZES = (1, 8, 32, 64, 128, 256, 512, 1024, 2048)
 NORMED = (1, 32, 128)
+FP8_SIZES = (1, 8, 32, 64, 128, 256)
 TUNED = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
 TRACED = 32
 ONE, TWO, SERVED = "one stream", "two streams", "as served"
+# what is measured of a number of tokens, and how a case of it is called
+PLAIN, BESIDE, FP8 = "", ", k_norm beside", ", FP8 QKV-A"
 # kind of a case and how it is measured
 MODES = {"graph": "graph", "eager": "wall"}
 # up to here the host decides how long an eager step takes, which is noisier than the device
@@ -76,6 +85,11 @@ class Forms:
         wk, weights_proj = both or (self._weights.wk, self._weights.weights_proj)
         return x @ wk, x @ weights_proj
 
+    def fp8(self, x: torch.Tensor, both: tuple[Fp8Linear, Fp8Linear] | None = None) -> Both:
+        """Two FP8 GEMMs, each with its own quantisation of the input."""
+        wk, weights_proj = both or self._weights.indexer_in_fp8
+        return wk(x), weights_proj(x)
+
     def normed(self, x: torch.Tensor, both: Both | None = None) -> Both:
         """One launch and the norm of the keys."""
         keys, weights = self.ours(x, both)
@@ -83,15 +97,30 @@ class Forms:
         return torch.nn.functional.layer_norm(keys, *norm), weights
 
 
-def sides_of(step: Step, kind: str, *, normed: bool = False) -> dict[str, list[_gpu.Call]]:
+def in_fp8(layer: Layer) -> Layer:
+    """The same layer with QKV-A in FP8, and the indexer's projections in FP8 beside ours."""
+    other, weights = copy.copy(layer), copy.copy(layer.weights)
+    weights.down = Fp8Linear(weights.down)
+    weights.indexer_in_fp8 = Fp8Linear(weights.wk), Fp8Linear(weights.weights_proj)
+    other.weights = weights
+    return other
+
+
+def sides_of(step: Step, kind: str, what: str = PLAIN) -> dict[str, list[_gpu.Call]]:
     """Every form of a step as calls; in a graph it is served as on two streams."""
     forms = Forms(step)
 
     def call(overlap: IndexerOverlap, project: Project) -> list[_gpu.Call]:
-        return [lambda: step.run(overlap, project, k_norm=not normed)]
+        return [lambda: step.run(overlap, project, k_norm=what != BESIDE)]
 
-    if normed:
+    if what == BESIDE:
         return {ONE: call(forms.one, forms.normed), TWO: call(forms.two, forms.normed)}
+    if what == FP8:
+        return {
+            "one stream, FP8 GEMMs": call(forms.one, forms.fp8),
+            ONE: call(forms.one, forms.ours),
+            TWO: call(forms.two, forms.ours),
+        }
     if kind == "eager":
         other = {SERVED: call(forms.served, forms.ours)}
     else:
@@ -139,44 +168,49 @@ def alone(step: Step) -> dict[str, float]:
     """Median microseconds of the projections and of QKV-A with its norm, nothing in the L2."""
     forms, copies = Forms(step), copies_of(step.layer.weights)
     down = step.layer.weights.down
+    downs = [down.clone() for _ in range(_gpu.num_sets(down.nbytes))]
     sides = {
         "projections": [partial(forms.ours, step.x, both) for both in copies],
         "projections, cuBLAS": [partial(forms.cublas, step.x, both) for both in copies],
         "projections, k_norm": [partial(forms.normed, step.x, both) for both in copies],
-        "QKV-A": [partial(step.down, down.clone()) for _ in range(_gpu.num_sets(2 * down.numel()))],
+        "QKV-A": [partial(step.down, one) for one in downs],
     }
+    if isinstance(down, Fp8Linear):
+        both = step.layer.weights.indexer_in_fp8
+        clones = [tuple(one.clone() for one in both) for _ in copies]
+        sides["projections, FP8"] = [partial(forms.fp8, step.x, one) for one in clones]
     return {label: t["p50"] for label, t in _gpu.interleaved(sides, mode="graph", rounds=9).items()}
 
 
-def compare(record: _gpu.Recorder, layer: Layer, num_tokens: int) -> list[dict[str, Any]]:
-    """One number of tokens: a case in a graph, an eager one, and those of keys normed beside."""
+def compare(
+    record: _gpu.Recorder, layer: Layer, num_tokens: int, what: str
+) -> list[dict[str, Any]]:
+    """One number of tokens: a case in a graph, and an eager one."""
     step = Step(layer, num_tokens)
     parts = alone(step)
-    check(step, sides_of(step, "graph"))
-    found = []
-    for normed in (False, True) if num_tokens in NORMED else (False,):
-        side_us = parts["projections, k_norm" if normed else "projections"]
-        for kind, mode in MODES.items():
-            sides = sides_of(step, kind, normed=normed)
-            rounds = {"graph": 25, "eager": 31 if num_tokens <= HOST_BOUND else 9}[kind]
-            times = _gpu.interleaved(sides, mode=mode, rounds=rounds)
-            one, two = (times[label]["p50"] for label in (ONE, TWO))
-            notes = {
-                "num_tokens": num_tokens,
-                "kind": f"{kind}, k_norm beside" if normed else kind,
-                "alone_us": parts,
-                "saved": 1 - two / one,
-                "saved_of_best": 1 - two / best_of_one_stream(times),
-            }
-            if kind == "graph":
-                notes["hidden"] = (one - two) / side_us
-            else:
-                host = _gpu.interleaved({k: sides[k] for k in (ONE, TWO)}, mode="host", rounds=5)
-                notes["host_us"] = {label: time["p50"] for label, time in host.items()}
-            floor_us = 1e6 * step.floor_s(record.ceilings)
-            name = f"{num_tokens} tokens, {notes['kind']}"
-            record.case(name, times, ours=TWO, floor_us=floor_us, **notes)
-            found.append(notes | {"us": {label: time["p50"] for label, time in times.items()}})
+    check(step, sides_of(step, "graph", what))
+    side_us, found = parts["projections, k_norm" if what == BESIDE else "projections"], []
+    for kind, mode in MODES.items():
+        sides = sides_of(step, kind, what)
+        rounds = {"graph": 25, "eager": 31 if num_tokens <= HOST_BOUND else 9}[kind]
+        times = _gpu.interleaved(sides, mode=mode, rounds=rounds)
+        one, two = (times[label]["p50"] for label in (ONE, TWO))
+        notes = {
+            "num_tokens": num_tokens,
+            "kind": f"{kind}{what}",
+            "alone_us": parts,
+            "saved": 1 - two / one,
+            "saved_of_best": 1 - two / best_of_one_stream(times),
+        }
+        if kind == "graph":
+            notes["hidden"] = (one - two) / side_us
+        else:
+            host = _gpu.interleaved({k: sides[k] for k in (ONE, TWO)}, mode="host", rounds=5)
+            notes["host_us"] = {label: time["p50"] for label, time in host.items()}
+        floor_us = 1e6 * step.floor_s(record.ceilings)
+        name = f"{num_tokens} tokens, {notes['kind']}"
+        record.case(name, times, ours=TWO, floor_us=floor_us, **notes)
+        found.append(notes | {"us": {label: time["p50"] for label, time in times.items()}})
     return found
 
 
@@ -297,8 +331,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
         layer, cases = Layer(Sizes()), []
         warm_host(Step(layer, 1))
-        for num_tokens in (1, 128) if args.quick else SIZES:
-            cases += compare(record, layer, num_tokens)
+        sizes = {PLAIN: SIZES, BESIDE: NORMED, FP8: FP8_SIZES}
+        for what, all_sizes in sizes.items():
+            measured = in_fp8(layer) if what == FP8 else layer
+            for num_tokens in (1, 128) if args.quick else all_sizes:
+                cases += compare(record, measured, num_tokens, what)
         most = thresholds(cases)
         record.note(thresholds_tokens=most, default_tokens=DEFAULT_OVERLAP_MAX_TOKENS)
         step = Step(layer, TRACED)

@@ -22,7 +22,12 @@ from fd_dsa.attention import StepHints
 from fd_dsa.attention.backend import cache_of
 from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.fastdeploy_plugin.compat import ATTENTION, Tree, cache_shapes
-from fd_dsa.fastdeploy_plugin.projections import KeyNorms, cos_sin_table, table_key
+from fd_dsa.fastdeploy_plugin.projections import (
+    IndexerProjections,
+    KeyNorms,
+    cos_sin_table,
+    table_key,
+)
 from fd_dsa.fastdeploy_plugin.settings import BackendSettings, rope_theta, upstream_attributes
 from fd_dsa.fastdeploy_plugin.signals import KvSignals
 from fd_dsa.fastdeploy_plugin.step_inputs import device_of, fill_max_lens, step_rows
@@ -99,6 +104,7 @@ class PluginBackend:
         self._built_for: Any = None
         self._transfers: Any = None
         self._norms: dict[tuple[int, bool], KeyNorms] = {}
+        self._projections: dict[int, IndexerProjections] = {}
         self._tables: dict[tuple[Any, ...], Any] = {}
         self._is_told = not self.settings.weights_change
 
@@ -152,6 +158,16 @@ class PluginBackend:
             norms.refresh()
         return norms
 
+    def projections_of(self, indexer: Any, hidden_states: Any) -> IndexerProjections:
+        """Projections of a layer's indexer, made at its first step, when the weights are loaded."""
+        projections = self._projections.get(indexer.layer_id)
+        if projections is None:
+            projections = IndexerProjections(
+                indexer.wk, indexer.weights_proj, hidden_states, may_copy=self._is_told
+            )
+            self._projections[indexer.layer_id] = projections
+        return projections
+
     def cos_sin_of(self, rotary_emb: Any) -> Any:
         """Table of a layer's rotary embedding in float32; one for all layers that agree."""
         key = table_key(rotary_emb)
@@ -166,8 +182,8 @@ class PluginBackend:
 
     def refresh_weights(self) -> None:
         """Read again what is kept of weights, at the same addresses, so that graphs see it."""
-        for norms in self._norms.values():
-            norms.refresh()
+        for kept in (*self._norms.values(), *self._projections.values()):
+            kept.refresh()
 
     def forget_step(self) -> None:
         """Let go of the newest step: the caches that it refers to are about to go."""

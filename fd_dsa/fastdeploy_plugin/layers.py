@@ -16,7 +16,7 @@ import numpy as np
 from fd_dsa import __version__
 from fd_dsa.errors import MissingStepError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
-from fd_dsa.fastdeploy_plugin.projections import K_NORM_EPS, IndexerProjections
+from fd_dsa.fastdeploy_plugin.projections import K_NORM_EPS
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
 from fd_dsa.ops.indexer_query import prepare_indexer_query
 from fd_dsa.ops.mla_query import prepare_mla_query
@@ -81,7 +81,6 @@ class PluginIndexer:
                 delattr(self, name)
         self.rope_interleave = interleaves_indexer_rope(fd_config.model_config)
         self.weights_scale = self.index_n_heads**-0.5 * self.index_head_dim**-0.5
-        self.projections = IndexerProjections(self.wk, self.weights_proj)
 
     def forward(
         self,
@@ -108,7 +107,8 @@ class PluginIndexer:
         core, weights = backend.current_core(), precomputed_weights
         step, table = core.current_step(forward_meta), backend.cos_sin_of(rotary_emb)
         if weights is None:
-            index_k, weights = self.projections.two_products(hidden_states)
+            projections = backend.projections_of(self, hidden_states)
+            index_k, weights = projections.two_gemms(hidden_states)
             params = backend.norms_of(self.layer_id, None, self).params
             backend.write_layer(None, index_k, table, params, self.layer_id, forward_meta)
         layout = backend.settings.cache_layout
@@ -161,10 +161,11 @@ class PluginAttention:
 
     def _select(self, backend: PluginBackend, hidden_states: Any, forward_meta: Any) -> Any:
         """Write the keys of the step and choose among all; gives the queries' latent."""
-        projections, core = self.indexer.projections, backend.current_core()
-        project, num_tokens, args = projections.two_products, 0, [hidden_states]
+        projections = backend.projections_of(self.indexer, hidden_states)
+        core = backend.current_core()
+        project, num_tokens, args = projections.two_gemms, 0, [hidden_states]
         # only one launch makes nothing that would have to outlive it on a second stream
-        if projections.is_one_launch(hidden_states):
+        if projections.is_one_launch:
             project, num_tokens = projections.one_launch, hidden_states.shape[0]
             args.append(core.projection_buffers(num_tokens))
         with core.overlap.fork(num_tokens, project, *args) as side:

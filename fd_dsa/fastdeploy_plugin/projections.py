@@ -1,11 +1,14 @@
 """Weights of FastDeploy's layers in the form that our operators take them.
 
-Source of the layers: FastDeploy's `model_executor/layers/{linear,normalization}.py` and
-`layers/rotary_embedding.py`.
+Source of the layers: FastDeploy's `model_executor/layers/{linear,normalization}.py`,
+`layers/rotary_embedding.py` and `layers/quantization/block_wise_fp8.py` (form of block-FP8
+weights after loading).
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 
 import paddle
@@ -18,28 +21,40 @@ from fd_dsa.ops.indexer_projection import project_indexer
 K_NORM_EPS = 1e-6
 """Of the indexer's key norm, whatever the model's `rms_norm_eps`, as in DeepSeek's own code."""
 
-_PLAIN_METHOD = "UnquantizedLinearMethod"
+_PLAIN_METHOD, _BLOCK_FP8_METHOD = "UnquantizedLinearMethod", "BlockWiseFP8LinearMethod"
 _PLAIN_DTYPES = ("float32", "bfloat16")
+
+logger = logging.getLogger(__name__)
 
 
 class IndexerProjections:
-    """`wk` and `weights_proj` of an indexer: one launch where their weights are plain.
+    """`wk` and `weights_proj` of an indexer, in one launch where their weights allow it.
 
-    Quantised weights go through FastDeploy's own two products, which make temporaries of their
-    own, so these never run on a second stream.
+    Plain weights are read where FastDeploy keeps them. Block-FP8 weights are dequantised once, into
+    copies of the activations' dtype (2.75 MB a layer of V3.2 in bfloat16), and again at the same
+    addresses after FastDeploy has loaded others. All else goes through FastDeploy's two GEMMs:
+    they allocate, so they never run on a second stream.
 
     Args:
-        wk, weights_proj: FastDeploy's linear layers.
+        wk, weights_proj: FastDeploy's linear layers, loaded.
+        hidden_states: [num_tokens, hidden_size], of the dtype of all steps.
+        may_copy: whether `refresh` is called when FastDeploy has loaded other weights.
     """
 
-    def __init__(self, wk: Any, weights_proj: Any) -> None:
+    def __init__(self, wk: Any, weights_proj: Any, hidden_states: Any, may_copy: bool) -> None:
         self._wk, self._weights_proj = wk, weights_proj
-
-    def is_one_launch(self, hidden_states: Any) -> bool:
-        """Whether our operator serves: plain weights of the activations' dtype, on a device."""
-        return on_device(hidden_states) and all(
-            _is_plain(linear, hidden_states) for linear in (self._wk, self._weights_proj)
-        )
+        linears, self._copies = (wk, weights_proj), {}
+        reasons = [_why_not_one_launch(linear, hidden_states, may_copy) for linear in linears]
+        self.is_one_launch = on_device(hidden_states) and not any(reasons)
+        if self.is_one_launch:
+            dtype = dtype_name(hidden_states.dtype)
+            self._copies = {
+                index: _dequantized(linear, dtype)
+                for index, linear in enumerate(linears)
+                if _is_block_fp8(linear)
+            }
+        elif on_device(hidden_states):
+            _log_once(next(filter(None, reasons)))
 
     def one_launch(self, hidden_states: Any, out: Any) -> tuple[Any, Any]:
         """Index keys and head weights, [num_tokens, ...], of [num_tokens, hidden_size].
@@ -48,12 +63,22 @@ class IndexerProjections:
             hidden_states: activations on a device.
             out: where to write the two.
         """
-        wk, weights_proj = self._wk.weight.detach(), self._weights_proj.weight.detach()
+        wk, weights_proj = (
+            self._copies[index] if index in self._copies else linear.weight.detach()
+            for index, linear in enumerate((self._wk, self._weights_proj))
+        )
         return project_indexer(hidden_states, wk, weights_proj, out)
 
-    def two_products(self, hidden_states: Any) -> tuple[Any, Any]:
+    def two_gemms(self, hidden_states: Any) -> tuple[Any, Any]:
         """The same by FastDeploy's layers."""
         return self._wk(hidden_states), self._weights_proj(hidden_states)
+
+    def refresh(self) -> None:
+        """Dequantise the weights again, into the memory that captured graphs read."""
+        linears = self._wk, self._weights_proj
+        with paddle.no_grad():
+            for index, copy in self._copies.items():
+                paddle.assign(_dequantized(linears[index], dtype_name(copy.dtype)), output=copy)
 
 
 class KeyNorms:
@@ -114,6 +139,16 @@ def float32_of(tensor: Any) -> Any:
     return tensor if dtype_name(tensor.dtype) == "float32" else tensor.astype("float32")
 
 
+def _why_not_one_launch(linear: Any, hidden_states: Any, may_copy: bool) -> str:
+    """The reason why our operator cannot multiply by a layer's weight; "" if it can."""
+    if _is_plain(linear, hidden_states):
+        return ""
+    if not _is_block_fp8(linear):
+        method = type(getattr(linear, "quant_method", None)).__name__
+        return f"weights of {method} are neither plain nor block FP8 with float32 scales"
+    return "" if may_copy else "weights may change without notice, so none are kept dequantised"
+
+
 def _is_plain(linear: Any, hidden_states: Any) -> bool:
     """Whether a linear layer is x @ weight, weight [in, out] of the dtype of x."""
     method = getattr(linear, "quant_method", None)
@@ -126,4 +161,47 @@ def _is_plain(linear: Any, hidden_states: Any) -> bool:
         and weight.shape[0] == hidden_states.shape[1]
         and weight.dtype == hidden_states.dtype
         and dtype_name(weight.dtype) in _PLAIN_DTYPES
+    )
+
+
+def _is_block_fp8(linear: Any) -> bool:
+    """Whether a weight is float8_e4m3fn [out, in] with a float32 scale a block.
+
+    Blackwell's scales, packed into integers, are not read.
+    """
+    method = getattr(linear, "quant_method", None)
+    scale = getattr(linear, "weight_scale_inv", None)
+    return (
+        type(method).__name__ == _BLOCK_FP8_METHOD
+        and not getattr(linear, "with_bias", False)
+        and scale is not None
+        and dtype_name(linear.weight.dtype) == "float8_e4m3fn"
+        and dtype_name(scale.dtype) == "float32"
+        and list(scale.shape)
+        == [
+            -(-size // block)
+            for size, block in zip(linear.weight.shape, _block_of(linear), strict=True)
+        ]
+    )
+
+
+def _block_of(linear: Any) -> list[int]:
+    """Rows and columns of [out, in] that share a scale."""
+    return list(linear.quant_method.quant_config.weight_block_size)
+
+
+def _dequantized(linear: Any, dtype: str) -> Any:
+    """A block-FP8 weight as [in, out] of a plain dtype, rounded once."""
+    weight, scale = linear.weight.detach(), linear.weight_scale_inv.detach()
+    for axis, block in enumerate(_block_of(linear)):
+        scale = scale.repeat_interleave(block, axis)
+    values = weight.astype("float32") * scale[: weight.shape[0], : weight.shape[1]]
+    return values.transpose([1, 0]).astype(dtype).contiguous()
+
+
+@cache
+def _log_once(reason: str) -> None:
+    """Log that FastDeploy's GEMMs serve in the place of ours."""
+    logger.info(
+        "fd_dsa: FastDeploy's GEMMs make the indexer's projections, without overlap: %s", reason
     )

@@ -80,6 +80,16 @@ def test_the_table_says_what_is_saved_and_hidden(tmp_path: Path) -> None:
     assert "by stream" in text and "img/overlap.svg" in text
 
 
+def test_fp8_layers_have_a_table_of_their_own(tmp_path: Path) -> None:
+    found = result()
+    in_fp8 = case(8, "graph, FP8 QKV-A", 0.04)
+    in_fp8["alone_us"]["projections, FP8"] = 14.0
+    write_json(tmp_path / "overlap.json", found | {"cases": [*found["cases"], in_fp8]})
+    text = region("overlap", tmp_path)
+    assert "| 8 tokens, graph, FP8 QKV-A | 200 (1.04x) | **192** |" in text
+    assert "| 8 | 8.00 | 12.5 | 14.0 | 4.0% | 100% |  |" in text
+
+
 def test_no_table_without_green_tests(tmp_path: Path) -> None:
     write_json(tmp_path / "overlap.json", result() | {"gate": "failed"})
     text = region("overlap", tmp_path)

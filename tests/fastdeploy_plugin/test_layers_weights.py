@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import paddle
 import pytest
 
+from fd_dsa.fastdeploy_plugin import projections
 from fd_dsa.fastdeploy_plugin.projections import IndexerProjections
 from tests.fastdeploy_plugin.layers import Rows, hidden_states, make_backend, make_layer
 from tests.fastdeploy_plugin.names import MODELS
@@ -124,9 +126,10 @@ def linear(shape: list[int], **fields: Any) -> Any:
     ids=["plain", "no method", "fp8", "other dtype", "bias", "transposed", "no weight"],
 )
 def test_one_launch_needs_plain_weights(wk: Any, weights_proj: Any, one: bool) -> None:
-    projections = IndexerProjections(wk, weights_proj)
-    assert projections.is_one_launch(on_a_device([5, 384])) is one
-    assert not projections.is_one_launch(hidden_states(5))
+    hidden = on_a_device([5, 384])
+    assert IndexerProjections(wk, weights_proj, hidden, may_copy=True).is_one_launch is one
+    on_the_host = IndexerProjections(wk, weights_proj, hidden_states(5), may_copy=True)
+    assert not on_the_host.is_one_launch
 
 
 class Recorder:
@@ -148,15 +151,101 @@ def test_only_one_launch_runs_beside_the_attentions_projections(
         backend = make_backend()
         rows, layer = Rows(backend), make_layer()
         if plain:
-            one = staticmethod(lambda hidden_states: True)
-            monkeypatch.setattr(IndexerProjections, "is_one_launch", one)
+            monkeypatch.setattr(projections, "on_device", lambda tensor: True)
         meta = rows.step(STEP)
         backend.core.overlap = recorder = Recorder(backend.core.overlap)
         with paddle.no_grad():
             out = layer(meta, hidden_states(40))
-        assert recorder.forked == [(40, "one_launch") if plain else (0, "two_products")]
+        assert recorder.forked == [(40, "one_launch") if plain else (0, "two_gemms")]
         monkeypatch.undo()
         np.testing.assert_allclose(np.asarray(out), run(rows, layer), rtol=1e-4, atol=1e-5)
+
+
+def in_fp8(**settings: Any) -> Any:
+    """The configuration of a server with `--quantization block_wise_fp8`."""
+    fd_config = config(**settings)
+    module = import_module("fastdeploy.model_executor.layers.quantization.block_wise_fp8")
+    fd_config.quant_config = module.BlockWiseFP8Config()
+    return fd_config
+
+
+def both_of(projections: IndexerProjections, hidden: Any) -> list[np.ndarray]:
+    return [np.array(one) for one in projections.one_launch(hidden, None)]
+
+
+def test_block_fp8_weights_are_dequantised_once_and_refreshed_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(projections, "on_device", lambda tensor: True)
+    with registered():
+        backend = make_backend()
+        plain, layer = make_layer().indexer, make_layer(in_fp8()).indexer
+        hidden = hidden_states(5)
+        made = backend.projections_of(layer, hidden)
+        assert made.is_one_launch and backend.projections_of(layer, hidden) is made
+        before = both_of(made, hidden)
+        # of e4m3 weights, with a scale a block
+        for ours, linear in zip(before, (plain.wk, plain.weights_proj), strict=True):
+            exact = np.asarray(hidden) @ np.asarray(linear.weight)
+            assert np.abs(ours - exact).max() < 0.05 * np.abs(exact).max()
+        addresses = [copy.data_ptr() for copy in made._copies.values()]
+        with paddle.no_grad():
+            scale = layer.wk.weight_scale_inv
+            scale.copy_(scale * 2, False)
+        np.testing.assert_array_equal(both_of(made, hidden)[0], before[0])
+        backend.refresh_weights()
+        after = both_of(made, hidden)
+        np.testing.assert_allclose(after[0], 2 * before[0], rtol=1e-6)
+        np.testing.assert_array_equal(after[1], before[1])
+        assert [copy.data_ptr() for copy in made._copies.values()] == addresses
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_block_fp8_layer_overlaps_its_projections(
+    told: bool, monkeypatch: pytest.MonkeyPatch, fresh_log: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Unless weights may change without a word of it: copies of them would be old ones."""
+    monkeypatch.setattr(projections, "on_device", lambda tensor: True)
+    projections._log_once.cache_clear()
+    with registered(), caplog.at_level("INFO", "fd_dsa"):
+        fd_config = in_fp8(dynamic_load_weight=True)
+        backend = make_backend(fd_config)
+        if told:
+            backend.tells_of_weights()
+        rows, layer = Rows(backend), make_layer(fd_config)
+        meta = rows.step(STEP)
+        backend.core.overlap = recorder = Recorder(backend.core.overlap)
+        with paddle.no_grad():
+            for _ in range(2):
+                layer(meta, hidden_states(40))
+    assert recorder.forked == [(40, "one_launch") if told else (0, "two_gemms")] * 2
+    lines = [record.message for record in caplog.records if "GEMMs" in record.message]
+    assert len(lines) == (not told)
+    assert told or "may change without notice" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": "int32"}, "neither plain nor block FP8 with float32 scales"),
+        ({"shape": [1, 3, 1]}, "neither plain nor block FP8"),
+        ({"shape": [2, 3]}, "neither plain nor block FP8"),
+    ],
+    ids=["packed scales", "rank", "blocks"],
+)
+def test_scales_of_another_form_are_left_to_fastdeploy(
+    change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projections, "on_device", lambda tensor: True)
+    said: list[str] = []
+    monkeypatch.setattr(projections, "_log_once", said.append)
+    with registered():
+        indexer = make_layer(in_fp8()).indexer
+        form = {"shape": [1, 3], "dtype": "float32"} | change
+        del indexer.wk.weight_scale_inv
+        indexer.wk.weight_scale_inv = paddle.zeros(**form)
+        made = make_backend().projections_of(indexer, hidden_states(5))
+    assert not made.is_one_launch and reason in said[0]
 
 
 def test_upstreams_attention_may_call_our_indexer() -> None:

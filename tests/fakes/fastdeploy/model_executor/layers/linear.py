@@ -32,11 +32,18 @@ class LinearBase(nn.Layer):
         self.fd_config, self.prefix = fd_config, prefix
         self.input_size, self.output_size, self.with_bias = input_size, output_size, with_bias
         self.skip_quant = skip_quant
-        self.weight = zeros_parameter(self, [input_size, output_size], weight_dtype or None)
+        self.quant_method = self._quant_method()
+        if self.quant_method is None:
+            self.weight = zeros_parameter(self, [input_size, output_size], weight_dtype or None)
+        else:
+            self.quant_method.create_weights(self)
         self.weight.weight_loader = loader_of(self)
         self.bias = zeros_parameter(self, [output_size]) if with_bias else None
         if self.bias is not None:
             self.bias.weight_loader = loader_of(self)
+
+    def _quant_method(self) -> Any:
+        """What quantises the layer; None of the kinds that the double leaves as they are."""
 
     def share(self, weight: np.ndarray) -> np.ndarray:
         """What this rank keeps of a weight [in, out], or of a bias [out]."""
@@ -48,12 +55,24 @@ class LinearBase(nn.Layer):
 
     def forward(self, x: Any) -> Any:
         """[num_tokens, out] of [num_tokens, in]."""
+        if self.quant_method is not None:
+            return self.quant_method.apply(self, x)
         y = paddle.matmul(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 
 class ReplicatedLinear(LinearBase):
-    """The same on every rank."""
+    """The same on every rank, quantised where the configuration says so."""
+
+    def _quant_method(self) -> Any:
+        quantizes = self.fd_config.quant_config is not None and not self.skip_quant
+        return self.fd_config.quant_config.get_quant_method(self) if quantizes else None
+
+    def weight_loader(self, param: Any, array: np.ndarray, shard_id: str | None = None) -> None:
+        if self.quant_method is None:
+            super().weight_loader(param, array, shard_id)
+        else:
+            self.quant_method.load(self, array.T)
 
 
 class ColumnParallelLinear(LinearBase):
