@@ -263,7 +263,7 @@ def short_table(
 ) -> str:
     """What decides: the times of the layer, those of the projections, and the best tilings."""
     labels = {"one, cuBLAS": "one stream, cuBLAS", "two, cuBLAS": "two streams, cuBLAS"}
-    labels |= {"one, ours": ONE, "two, ours": TWO, SERVED: SERVED}
+    labels |= {"one, FP8": "one stream, FP8 GEMMs", "one, ours": ONE, "two, ours": TWO, SERVED: SERVED}
     shares = "saved", "saved_of_best", "hidden"
     lines = ["", f"{'layer, us':26}" + "".join(f"{name:>14}" for name in (*labels, *shares))]
     for case in cases:
@@ -271,10 +271,13 @@ def short_table(
         cells = [f"{'' if value is None else f'{value:.2f}':>14}" for value in times]
         cells += [f"{f'{case[name]:.1%}' if name in case else '':>14}" for name in shares]
         lines.append(f"{case['num_tokens']:5} {case['kind']:20}" + "".join(cells))
-    lines.append("alone, us    ours   cuBLAS    QKV-A")
-    for num_tokens, parts in {c["num_tokens"]: c["alone_us"] for c in cases}.items():
-        names = "projections", "projections, cuBLAS", "QKV-A"
-        lines.append(f"{num_tokens:8}" + "".join(f"{parts[name]:9.2f}" for name in names))
+    lines.append("alone, us    ours   cuBLAS    QKV-A      FP8")
+    names = "projections", "projections, cuBLAS", "QKV-A", "projections, FP8"
+    for case in cases:
+        if case["kind"] in (f"graph{PLAIN}", f"graph{FP8}"):
+            parts = [case["alone_us"][name] for name in names if name in case["alone_us"]]
+            cells = "".join(f"{part:9.2f}" for part in parts)
+            lines.append(f"{case['num_tokens']:8}{cells}")
     for num_tokens, found in tilings.items():
         chosen = name_of(triton_kernel.configuration(int(num_tokens)))
         best = sorted(found, key=found.__getitem__)[:3]
