@@ -263,7 +263,12 @@ def short_table(
 ) -> str:
     """What decides: the times of the layer, those of the projections, and the best tilings."""
     labels = {"one, cuBLAS": "one stream, cuBLAS", "two, cuBLAS": "two streams, cuBLAS"}
-    labels |= {"one, FP8": "one stream, FP8 GEMMs", "one, ours": ONE, "two, ours": TWO, SERVED: SERVED}
+    labels |= {
+        "one, FP8": "one stream, FP8 GEMMs",
+        "one, ours": ONE,
+        "two, ours": TWO,
+        SERVED: SERVED,
+    }
     shares = "saved", "saved_of_best", "hidden"
     lines = ["", f"{'layer, us':26}" + "".join(f"{name:>14}" for name in (*labels, *shares))]
     for case in cases:
