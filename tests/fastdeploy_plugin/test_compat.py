@@ -150,6 +150,15 @@ def test_a_layer_whose_part_has_another_name_is_refused(layer: str, part: str) -
             examine()
 
 
+@pytest.mark.parametrize("layer", LAYER_PARTS)
+def test_parts_that_a_base_class_makes_are_found(layer: str) -> None:
+    """As from #8042 on, where MLA's constructor makes DSA's layers."""
+    with imported():
+        models = sys.modules[MODELS]
+        setattr(models, layer, type(layer, (getattr(models, layer),), {}))
+        assert isinstance(examine(), Found)
+
+
 def test_the_page_lists_what_is_looked_for() -> None:
     page = (ROOT / "docs" / "fastdeploy.md").read_text(encoding="utf-8")
     section = page.partition("### What it looks for")[2].partition("\n## ")[0]
