@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from fd_dsa import doctor
 from fd_dsa.doctor import fastdeploy
 from fd_dsa.doctor.fastdeploy import Fastdeploy, as_lines, examination
+from fd_dsa.fastdeploy_plugin.launch import choice
 from fd_dsa.fastdeploy_plugin.launch.environment import ENTRY_POINT_GROUPS
+from fd_dsa.fastdeploy_plugin.tree_checks import CHECKS
 from tests.fakes import trees
 from tests.fastdeploy_plugin.launcher import environment, plugin_folder
 
@@ -20,7 +23,9 @@ OURS = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": "fd_dsa"}
 WAYS = {"from_here", "with_engine_fastdeploy"}
 
 
-def diagnose(folder: Path, *argv: str, **more: Any) -> subprocess.CompletedProcess[str]:
+def diagnose(
+    folder: Path, *argv: str, status: int = 0, **more: Any
+) -> subprocess.CompletedProcess[str]:
     """A doctor's process with the double installed."""
     env = environment(plugin_folder(folder / "site"), **{"env": {}, **more})
     # lines are not folded, whatever the terminal of the tests
@@ -33,7 +38,7 @@ def diagnose(folder: Path, *argv: str, **more: Any) -> subprocess.CompletedProce
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     return done
 
 
@@ -72,6 +77,17 @@ def test_an_installation_as_json(tmp_path: Path) -> None:
     assert not (tmp_path / "log").exists()
 
 
+def test_asked_for_a_fastdeploy_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(choice, "fastdeploy_is_installed", lambda: False)
+    assert doctor.main(["--fastdeploy"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("fd_dsa: error: FastDeploy is not installed in this Python; install it ")
+    assert err.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "here", "launched"),
@@ -88,6 +104,32 @@ def test_why_not(tmp_path: Path, more: dict[str, Any], here: str, launched: str 
     other = found["with_engine_fastdeploy"]
     assert other["live"] == (launched is None)
     assert launched is None or launched in other["why"]
+
+
+@pytest.mark.slow
+def test_every_check_of_a_tree_that_fits_is_listed(tmp_path: Path) -> None:
+    """The launcher's environment is enough; the report says what a start from here would do."""
+    text = diagnose(tmp_path, "--fastdeploy").stdout
+    lines = text.partition("\ndevice ")[0].splitlines()
+    first = next(i for i, line in enumerate(lines) if "--engine fastdeploy: fd_dsa serves" in line)
+    listed = [line.rsplit(maxsplit=1) for line in lines[first + 1 :][: len(CHECKS)]]
+    assert [(name.strip(), mark) for name, mark in listed] == [(one.name, "ok") for one in CHECKS]
+    assert text.endswith("fd_dsa serves in FastDeploy: see the lines below its version\n")
+
+
+@pytest.mark.slow
+def test_a_check_that_fails_leaves_the_others_listed(tmp_path: Path) -> None:
+    broken: dict[str, Any] = {"tree": trees.BROKEN["missing_symbol"], "status": 1}
+    text = diagnose(tmp_path, "--fastdeploy", **broken).stdout
+    (line,) = (x for x in text.splitlines() if x.strip().startswith("models/deepseek_v3.py: Index"))
+    assert line.endswith("  models/deepseek_v3.py has no Indexer")
+    assert "fd_dsa does NOT serve in FastDeploy" in text and "\nhealthy\n" in text
+    found = json.loads(diagnose(tmp_path, "--fastdeploy", "--json", **broken).stdout)["fastdeploy"]
+    assert not found["serves"]
+    assert [check["name"] for check in found["checks"]] == [check.name for check in CHECKS]
+    (failed,) = (check for check in found["checks"] if not check["passed"])
+    assert failed["name"] == "models/deepseek_v3.py: Indexer"
+    assert failed["reason"] in found["paths"]["with_engine_fastdeploy"]["why"]
 
 
 @pytest.mark.slow

@@ -31,15 +31,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", help="cpu, gpu:0 or a custom device; default: the best one")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--fastdeploy",
+        action="store_true",
+        help="list what the plug-in looks for in FastDeploy; status 1 unless fd_dsa serves there",
+    )
     args = parser.parse_args(argv)
     try:
+        if args.fastdeploy:
+            # late, so that --help is quick
+            from fd_dsa.fastdeploy_plugin.launch.choice import require_fastdeploy
+
+            require_fastdeploy()
         with quiet():
             found = examine(args.device)
     except FdDsaError as error:
         sys.stderr.write(f"fd_dsa: error: {error}\n")
         return _BAD
-    sys.stdout.write(json.dumps(found, indent=1) + "\n" if args.json else as_text(found))
-    return _OK if found["healthy"] else _BAD
+    text = json.dumps(found, indent=1) + "\n" if args.json else as_text(found, args.fastdeploy)
+    sys.stdout.write(text)
+    serves = found["fastdeploy"]["serves"] or not args.fastdeploy
+    return _OK if found["healthy"] and serves else _BAD
 
 
 def examine(device: str | None = None) -> dict[str, Any]:
@@ -86,8 +98,13 @@ def examine(device: str | None = None) -> dict[str, Any]:
     }
 
 
-def as_text(found: dict[str, Any]) -> str:
-    """The report for a person."""
+def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
+    """The report for a person.
+
+    Args:
+        found: of `examine`.
+        with_tree: list every check of the FastDeploy tree.
+    """
     # its imports read no package that may be missing; the others of this room do
     from fd_dsa.doctor.custom_ops import as_lines as custom_ops_lines
     from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
@@ -101,7 +118,7 @@ def as_text(found: dict[str, Any]) -> str:
         f"machine    {found['machine']}",
         f"packages   {packages}",
         f"gpu        {gpu['name'] + ', driver ' + gpu['driver'] if gpu else 'none'}",
-        *fastdeploy_lines(found["fastdeploy"]),
+        *fastdeploy_lines(found["fastdeploy"], with_tree),
         *custom_ops_lines(found["custom_ops"]),
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
         graphs_line(found["graphs"]),
@@ -123,6 +140,9 @@ def as_text(found: dict[str, Any]) -> str:
         "",
         "healthy" if found["healthy"] else "NOT healthy: see what FAILED or is BROKEN above",
     ]
+    if with_tree:
+        serves = "serves" if found["fastdeploy"]["serves"] else "does NOT serve"
+        lines.append(f"fd_dsa {serves} in FastDeploy: see the lines below its version")
     # a file, and a pipe without COLUMNS, have no width
     width = shutil.get_terminal_size((_NO_WIDTH, 24)).columns
     return "".join(f"{_folded(line, width)}\n" for line in lines)

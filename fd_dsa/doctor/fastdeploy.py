@@ -68,19 +68,24 @@ class Fastdeploy:
 
         Returns:
             `installed`, `version` ("" = unknown), `entry_points` (groups in which FastDeploy finds
-            fd_dsa), `missing_entry_points`, `environment` (variable -> value, None = unset), and
-            where FastDeploy is installed `paths`: way of starting it -> `live` (ours serves),
-            `why`, and what else the plug-in says of itself there.
+            fd_dsa), `missing_entry_points`, `environment` (variable -> value, None = unset),
+            `paths` (where FastDeploy is installed: way of starting it -> `live` (ours serves),
+            `why`, and what else the plug-in says of itself there), `serves` (ours does in one of
+            these ways) and `checks` (see `tree_checks.checks`; the same in every way of starting).
         """
         missing = missing_entry_points()
         environment = process_environment()
+        paths = {way: _path(tried) for way, tried in self._paths.items()}
+        lists = [path.pop("checks", []) for path in paths.values()]
         return {
             "installed": fastdeploy_is_installed(),
             "version": fastdeploy_version() or self._version(),
             "entry_points": [group for group in ENTRY_POINT_GROUPS if group not in missing],
             "missing_entry_points": missing,
             "environment": {name: environment.get(name) for name in VARIABLES},
-            "paths": {way: _path(tried) for way, tried in self._paths.items()},
+            "paths": paths,
+            "serves": any(path["live"] for path in paths.values()),
+            "checks": next(filter(None, lists), []),
         }
 
     def _version(self) -> str:
@@ -99,8 +104,13 @@ def _path(tried: Probe | str) -> dict[str, Any]:
     return dict(findings.status)
 
 
-def as_lines(facts: Mapping[str, Any]) -> list[str]:
-    """The facts for a person, the first line with a label of ten characters."""
+def as_lines(facts: Mapping[str, Any], with_tree: bool = False) -> list[str]:
+    """The facts for a person, the first line with a label of ten characters.
+
+    Args:
+        facts: of `Fastdeploy.facts`.
+        with_tree: list every check of the tree.
+    """
     if not facts["installed"]:
         return ["fastdeploy not installed; --engine fastdeploy alone needs it"]
     found = [f"fastdeploy {facts['version'] or 'of unknown version'}"]
@@ -118,4 +128,7 @@ def as_lines(facts: Mapping[str, Any]) -> list[str]:
             alone = path["live"] and not path.get("runner_is_ours")
             runner = " (but the model runner is FastDeploy's own)" if alone else ""
             found.append(f"{title}: {serves}: {path['why']}{runner}")
+    if with_tree:
+        width = max((len(check["name"]) for check in facts["checks"]), default=0)
+        found += [f"{c['name']:<{width}}  {c['reason'] or 'ok'}" for c in facts["checks"]]
     return [found[0], *(f"           {line}" for line in found[1:])]

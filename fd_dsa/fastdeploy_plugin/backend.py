@@ -21,7 +21,7 @@ from fd_dsa.attention import DSAAttentionBackend as CoreBackend
 from fd_dsa.attention import StepHints
 from fd_dsa.attention.backend import cache_of
 from fd_dsa.errors import ConfigError, MissingStepError
-from fd_dsa.fastdeploy_plugin.compat import ATTENTION, Tree, cache_shapes
+from fd_dsa.fastdeploy_plugin.compat import Tree
 from fd_dsa.fastdeploy_plugin.projections import (
     IndexerProjections,
     KeyNorms,
@@ -31,6 +31,7 @@ from fd_dsa.fastdeploy_plugin.projections import (
 from fd_dsa.fastdeploy_plugin.settings import BackendSettings, rope_theta, upstream_attributes
 from fd_dsa.fastdeploy_plugin.signals import KvSignals
 from fd_dsa.fastdeploy_plugin.step_inputs import device_of, fill_max_lens, step_rows
+from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 
 _PROPOSER = "fastdeploy.spec_decode.mtp"

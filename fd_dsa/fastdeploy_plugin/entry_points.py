@@ -1,7 +1,7 @@
 """What FastDeploy's plug-in loaders call: `register` in every process, `model_runner` in workers.
 
 Both leave FastDeploy as it is unless FD_ATTENTION_BACKEND=DSA_ATTN asks for DSA, FD_DSA_DISABLE is
-not set, and the installed tree has everything that `compat.py` looks for.
+not set, and the installed tree has everything that `tree_checks.py` looks for.
 
 Source of the loaders: FastDeploy's `plugins/model_register/__init__.py`,
 `plugins/model_runner/__init__.py`, `model_executor/models/__init__.py`, `worker/gpu_worker.py`.
@@ -68,8 +68,9 @@ def model_runner() -> type:
 
 def _take_over() -> None:
     """Check the tree, then bind all names or none."""
-    from fd_dsa.fastdeploy_plugin.compat import examine, import_models
+    from fd_dsa.fastdeploy_plugin.compat import examine
     from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend, take_over
+    from fd_dsa.fastdeploy_plugin.tree_checks import import_models
 
     # importing the models for the first time runs `register` inside of this one
     import_models()
@@ -104,7 +105,7 @@ def last_said() -> str:
 
 def _reason(error: BaseException) -> str:
     """One line about an error; our own say all that is to be said."""
-    from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree
+    from fd_dsa.fastdeploy_plugin.tree_checks import UnsupportedTree
 
     text = " ".join(str(error).split())
     return text if isinstance(error, UnsupportedTree) else f"{type(error).__name__}: {text}"

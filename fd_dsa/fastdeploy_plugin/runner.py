@@ -19,7 +19,7 @@ from typing import Any
 from fd_dsa import __version__
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
-from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree
+from fd_dsa.fastdeploy_plugin.tree_checks import check_runner
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.runner import DSAModelRunnerMixin
 
@@ -67,10 +67,9 @@ def make_runner_class(upstream: type) -> type:
     """FastDeploy's runner class with our hooks before those of its methods that it has.
 
     Raises:
-        UnsupportedTree: it has no `initialize_forward_meta`.
+        UnsupportedTree: it lacks one of `RUNNER_METHODS`.
     """
-    if not hasattr(upstream, "initialize_forward_meta"):
-        raise UnsupportedTree(f"{upstream.__name__} has no initialize_forward_meta")
+    check_runner(upstream)
     hooks = {
         name: hook(getattr(upstream, name))
         for name, hook in _HOOKS.items()

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from fd_dsa.errors import BackendUnavailable
-from fd_dsa.fastdeploy_plugin.compat import ATTENTION
+from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION
 
 PER_CHUNK, PER_QUERY = "per_chunk", "per_query"
 _OPERATORS = {

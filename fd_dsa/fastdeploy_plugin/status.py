@@ -7,9 +7,9 @@ from typing import Any
 
 from fd_dsa.environment import fastdeploy_plugin_wanted, process_environment
 from fd_dsa.errors import ConfigError
-from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree, import_models
 from fd_dsa.fastdeploy_plugin.entry_points import last_said
 from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
+from fd_dsa.fastdeploy_plugin.tree_checks import UnsupportedTree, checks, import_models
 
 _WORKER = "fastdeploy.worker.gpu_worker"
 
@@ -21,15 +21,15 @@ def report() -> dict[str, Any]:
     a process that does nothing else (`launch/probe_child.py`).
 
     Returns:
-        `live` (our backend is bound), `why`, and, where FastDeploy's models can be imported, the
-        classes of `backend`, `indexer`, `attention` and `runner` ("" = none) by module and name,
-        and `runner_is_ours`. Without our runner the backend is complete; it only cannot tell a
-        step without prefill.
+        `live` (our backend is bound), `why`, `checks` (the table of `tree_checks.py`), and, where
+        FastDeploy's models can be imported, the classes of `backend`, `indexer`, `attention` and
+        `runner` ("" = none) by module and name, and `runner_is_ours`. Without our runner the
+        backend is complete; it only cannot tell a step without prefill.
     """
     try:
         models = import_models()
     except UnsupportedTree as error:
-        return {"live": False, "why": str(error)}
+        return {"live": False, "why": str(error), "checks": checks()}
     backend, runner = live_backend(), _runner()
     live = is_ours(backend)
     return {
@@ -40,6 +40,7 @@ def report() -> dict[str, Any]:
         "attention": _name(getattr(models, "DeepseekV32DSAAttention", None)),
         "runner": _name(runner),
         "runner_is_ours": is_ours(runner),
+        "checks": checks(),
     }
 
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from fd_dsa import __version__
-from fd_dsa.fastdeploy_plugin.compat import ATTENTION, RUNNER, Tree
+from fd_dsa.fastdeploy_plugin.compat import Tree
+from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, RUNNER
 
 MARK = "__fd_dsa__"
 _BACKEND = "DSAAttentionBackend"

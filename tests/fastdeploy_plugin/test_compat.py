@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -14,10 +15,23 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.fastdeploy_plugin.compat import CALLED, LAYER_PARTS, UnsupportedTree, examine
 from fd_dsa.fastdeploy_plugin.compat import Tree as Found
-from tests.fakes.trees import BROKEN, TREES, UPSTREAM_ENV, installed
-from tests.fastdeploy_plugin.names import ATTENTION, MODELS, import_all
+from fd_dsa.fastdeploy_plugin.compat import examine
+from fd_dsa.fastdeploy_plugin.entry_points import register
+from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
+from fd_dsa.fastdeploy_plugin.tree_checks import (
+    CALLED,
+    CHECKS,
+    FORWARD_META,
+    LAYER_PARTS,
+    RUNNER_METHODS,
+    UnsupportedTree,
+    checks,
+)
+from tests.fakes.trees import BROKEN, OURS_ENV, TREES, UPSTREAM_ENV, installed
+from tests.fastdeploy_plugin.names import ATTENTION, MODELS, RUNNER, changed, import_all, snapshot
+
+ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
@@ -136,14 +150,118 @@ def test_a_layer_whose_part_has_another_name_is_refused(layer: str, part: str) -
             examine()
 
 
+@pytest.mark.parametrize("layer", LAYER_PARTS)
+def test_parts_that_a_base_class_makes_are_found(layer: str) -> None:
+    """As from #8042 on, where MLA's constructor makes DSA's layers."""
+    with imported():
+        models = sys.modules[MODELS]
+        setattr(models, layer, type(layer, (getattr(models, layer),), {}))
+        assert isinstance(examine(), Found)
+
+
 def test_the_page_lists_what_is_looked_for() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "fastdeploy.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "fastdeploy.md").read_text(encoding="utf-8")
     section = page.partition("### What it looks for")[2].partition("\n## ")[0]
     listed = set(re.findall(r"\w+", section))
     for layer, parts in LAYER_PARTS.items():
         assert {layer, *parts} <= listed
-    for _, name, parameters in CALLED:
+    for name, (_, parameters) in CALLED.items():
         assert f"`{name}`" in section and f"forward({', '.join(parameters)})" in section
+    assert {f"`{name}`" for name in (*FORWARD_META, *RUNNER_METHODS)} <= set(
+        re.findall(r"`\w+`", section)
+    )
+    for check in CHECKS:
+        where, _, what = check.name.partition(": ")
+        assert where in section and what in listed | {""}, check.name
+
+
+def failed() -> dict[str, str]:
+    """Name and reason of the checks that fail."""
+    return {one["name"]: one["reason"] for one in checks() if not one["passed"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("early", False),
+        ("pr7367", True),
+        ("develop", False),
+        ("develop", True),
+        ("raising_import", True),
+    ],
+)
+def test_all_checks_pass_and_change_nothing(name: str, ours: bool) -> None:
+    """FastDeploy's own classes are looked at, where ours are bound too."""
+    with installed({**TREES, **BROKEN}[name], OURS_ENV if ours else UPSTREAM_ENV):
+        import_all()
+        if ours:
+            register()
+        assert is_ours(live_backend()) is ours
+        before = snapshot()
+        found = checks()
+        assert changed(before, snapshot()) == set()
+    assert found == [{"name": one.name, "passed": True, "reason": ""} for one in CHECKS]
+
+
+def test_one_check_that_fails_hides_no_other() -> None:
+    with imported():
+        sys.modules[ATTENTION].DSAAttentionBackend.forward = another("q")
+        del sys.modules[MODELS].Indexer
+        # a form that nobody has thought of
+        sys.modules["fastdeploy.model_executor.layers.linear"].KVBatchLinear = object()
+        assert failed() == {
+            "layers/attention: DSAAttentionBackend": (
+                f"DSAAttentionBackend.forward takes (q), known is ({', '.join(METHODS)})"
+            ),
+            "models/deepseek_v3.py: Indexer": "models/deepseek_v3.py has no Indexer",
+            "layers/linear.py: KVBatchLinear": (
+                "AttributeError: 'object' object has no attribute 'forward'"
+            ),
+        }
+        # the first one is what a log says
+        with pytest.raises(UnsupportedTree, match=r"DSAAttentionBackend.forward takes"):
+            examine()
+
+
+@pytest.mark.parametrize("name", FORWARD_META)
+def test_a_field_that_ours_read_must_be_there(name: str) -> None:
+    with imported():
+        meta = sys.modules["fastdeploy.model_executor.forward_meta"].ForwardMeta
+        del meta.__annotations__[name]
+        with pytest.raises(UnsupportedTree, match=f"^ForwardMeta has no {name}$"):
+            examine()
+
+
+def test_the_fields_are_those_that_ours_read() -> None:
+    """What ours set themselves, and what they can do without, is not looked for."""
+    own = {"fd_dsa_step", "position_ids", "slot_mapping", "indexer_attn_mask_offsets"}
+    read = set()
+    for folder in ("fastdeploy_plugin", "attention"):
+        for file in (ROOT / "fd_dsa" / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "forward_meta":
+                    read.add(node.attr)
+    by_name = {"block_tables", "max_len_tensor_cpu", "seq_lens_this_time"}
+    assert read - own | by_name == set(FORWARD_META)
+
+
+def test_the_runner_is_examined_where_it_can_be_imported() -> None:
+    with imported():
+        runner = sys.modules[RUNNER].GPUModelRunner
+        missing, owner = (
+            RUNNER_METHODS[3],
+            next(one for one in runner.__mro__ if RUNNER_METHODS[3] in vars(one)),
+        )
+        delattr(owner, missing)
+        name = "worker/gpu_model_runner.py: GPUModelRunner"
+        assert failed() == {name: f"GPUModelRunner has no {missing}"}
+        # not by `register`, which runs in every process
+        examine()
+        sys.modules[RUNNER] = None  # type: ignore[assignment]
+        (found,) = (one for one in checks() if one["name"] == name)
+        examine()
+    assert found["passed"] is None
+    assert found["reason"].startswith(f"not examined here: {RUNNER} cannot be imported: ")
 
 
 def test_projections_that_are_called_otherwise_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,28 +14,45 @@ import pytest
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.engine.llm import LLM
+from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.fastdeploy_plugin.tree_checks import CHECKS
 from fd_dsa.models.checkpoint import Checkpoint
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.loader import validate
+from tests.fakes import trees
 from tests.fastdeploy_plugin.launcher import ROOT, environment, plugin_folder
 from tools.fastdeploy_check import parity, step_time
 from tools.fastdeploy_check.cut import main as cut
 from tools.fastdeploy_check.parity import Output
 from tools.fastdeploy_check.servers import OURS, UPSTREAM, CheckFailed
+from tools.fastdeploy_check.tiny import FLAGS, write_tiny_model
 
 OPTIONS = ("--rounds", "1", "--batches", "1,4")
 
 
 def tool(
-    folder: Path, *argv: str, script: dict[str, Any] | None = None, installed: bool = True
+    folder: Path,
+    *argv: str,
+    script: dict[str, Any] | None = None,
+    installed: bool = True,
+    model: bool = True,
+    tree: trees.Tree = trees.DEVELOP,
 ) -> tuple[int, dict[str, Any], str]:
-    """Status, result file and output of a run."""
+    """Status, result file and output of a run; the report is in `folder`."""
     env = dict(os.environ)
     if installed:
         variables = {"FAKE_FASTDEPLOY_SERVER": json.dumps(script or {})}
-        env = environment(plugin_folder(folder / "site"), variables)
+        env = environment(plugin_folder(folder / "site"), variables, tree)
     out = folder / "result.json"
+    files = ["--out", str(out), "--report", str(folder / "report.md")]
+    files += ["--log-folder", str(folder / "logs")]
     done = subprocess.run(
-        [sys.executable, "-m", "tools.fastdeploy_check", str(folder), "--out", str(out), *argv],
+        [
+            *(sys.executable, "-m", "tools.fastdeploy_check"),
+            *([str(folder)] if model else []),
+            *files,
+            *argv,
+        ],
         cwd=ROOT,
         env=env,
         capture_output=True,
@@ -68,6 +86,62 @@ def test_a_run(tmp_path: Path) -> None:
     env = result["env"]
     assert env["paths"][OURS]["live"] and not env["paths"][UPSTREAM]["live"]
     assert env["paths"][OURS]["fastdeploy"] and env["commit"] and env["command"]
+    assert f"for an issue: {tmp_path / 'report.md'}" in said
+    report = (tmp_path / "report.md").read_text("utf-8")
+    assert report.startswith("# fastdeploy_check: all passed\n")
+    assert "| FastDeploy | 0.0.0+fake |" in report and f"| commit | {env['commit']}" in report
+    for name in ("smoke", "parity", "step_time"):
+        assert f"\n## {name}: passed\n" in report
+    assert "| 2 | 64 | 64 | 0 | ok |" in report
+    for check in CHECKS:
+        assert f"| {check.name} | ok |" in report
+    assert "| fd_dsa | fd_dsa | FastDeploy 0.0.0+fake, derived from its DSA backend" in report
+    (ratio,) = re.findall(r"^\| 4 \| \S+ \| \S+ \| (\d\.\d{3}) \|$", report, flags=re.M)
+    assert float(ratio) == round(result["step_time"]["entries"][1]["ratio_p50"], 3)
+
+
+@pytest.mark.slow
+def test_without_a_model_it_makes_a_tiny_one(tmp_path: Path) -> None:
+    script = {"imports": ["fastdeploy.model_executor.models.deepseek_v3"]}
+    status, result, said = tool(tmp_path, "--only", "smoke", model=False, script=script)
+    assert status == 0, said
+    folder = tmp_path / "logs" / "tiny_model"
+    assert f"no MODEL: a random one of three layers, {folder}" in said
+    # what its processes log of the plug-in is in the report
+    (line,) = (line for line in result["log"] if "serves FastDeploy's DSA path" in line)
+    assert f"| `{line}` | 1 |" in (tmp_path / "report.md").read_text("utf-8")
+
+
+def test_the_tiny_model_is_one(tmp_path: Path) -> None:
+    """DSA's widths, all expected weights, and a best token that leads by more than rounding."""
+    folder = write_tiny_model(tmp_path / "tiny")
+    config = ModelConfig.from_folder(folder)
+    assert (config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim) == (512, 64, 128)
+    assert config.num_attention_heads % 64 == 0 and config.index_topk == 2048
+    with Checkpoint.open(folder) as checkpoint:
+        validate(checkpoint, config)
+        assert {checkpoint.info(name).dtype for name in checkpoint.names()} == {"BF16"}
+    flags = dict(zip(FLAGS[::2], map(int, FLAGS[1::2]), strict=True))
+    assert flags["--max-model-len"] <= flags["--max-num-batched-tokens"]
+    with LLM(model=folder, max_num_seqs=1, max_model_len=256) as llm:
+        params = SamplingParams(temperature=0, max_tokens=8, min_tokens=8, logprobs=2)
+        (answer,) = llm.generate([parity.prompts()[0]], params)
+    first, second = zip(*(one.score.top[:2] for one in answer.logprobs), strict=True)
+    leads = [a[1] - b[1] for a, b in zip(first, second, strict=True)]
+    assert sorted(leads)[4] > parity.MARGIN
+
+
+@pytest.mark.slow
+def test_a_tree_that_is_not_served_gives_its_table_and_runs_nothing(tmp_path: Path) -> None:
+    status, result, said = tool(tmp_path, tree=trees.BROKEN["missing_symbol"])
+    assert status == 2, said
+    report = (tmp_path / "report.md").read_text("utf-8")
+    reason = "models/deepseek_v3.py has no Indexer"
+    assert f"| models/deepseek_v3.py: Indexer | {reason} |" in report
+    assert "| models/deepseek_v3.py: DeepseekV32DSAAttention | ok |" in report
+    for name in ("smoke", "parity", "step_time"):
+        assert not result[name]["passed"] and result[name]["error"].startswith("not run: ")
+        assert f"## {name}: NOT passed\n\nnot run: fd_dsa would not serve: unsupported" in report
 
 
 @pytest.mark.slow
@@ -86,7 +160,20 @@ def test_a_server_that_does_not_come_up(tmp_path: Path) -> None:
     status, result, said = tool(tmp_path, "--only", "smoke", script=script)
     assert status == 1
     assert "the server ended with status 3: fd_dsa: error: FastDeploy's server ended" in said
-    assert result["error"] in said and not result["passed"]
+    assert result["smoke"]["error"] in said and not result["passed"]
+
+
+@pytest.mark.slow
+def test_a_check_that_fails_hides_no_other(tmp_path: Path) -> None:
+    # a completion without a token: smoke finds it, and parity is still run
+    script: dict[str, Any] = {"tokens": [""]}
+    options = ("--only", "smoke", "--only", "parity")
+    status, result, said = tool(tmp_path, *options, script=script)
+    assert status == 1, said
+    assert result["smoke"] == {"passed": False, "error": "/v1/completions: the text is empty"}
+    assert len(result["parity"]["cases"]) == 4
+    report = (tmp_path / "report.md").read_text("utf-8")
+    assert "## smoke: NOT passed\n\n/v1/completions: the text is empty\n" in report
 
 
 def output(*tokens: str, **top: float) -> Output:

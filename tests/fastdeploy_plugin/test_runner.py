@@ -13,9 +13,9 @@ import pytest
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
-from fd_dsa.fastdeploy_plugin.compat import UnsupportedTree
 from fd_dsa.fastdeploy_plugin.runner import FastDeployRunnerMixin, make_runner_class
 from fd_dsa.fastdeploy_plugin.take_over import is_ours
+from fd_dsa.fastdeploy_plugin.tree_checks import RUNNER_METHODS, UnsupportedTree
 from tests.fakes.driver import Engine, Job
 from tests.fakes.trees import OURS_ENV, TREES, installed, plugin_distribution
 from tests.fastdeploy_plugin.names import RUNNER
@@ -24,6 +24,20 @@ from tests.fastdeploy_plugin.steps import values
 SERVED = ["early", "pr7367", "develop"]
 # every token that follows leads by 0.3: a batch of other rows moves a logit by 0.003
 PROMPTS = [list(range(1000, 1070)), list(range(500, 511))]
+
+
+class Bare:
+    """A runner with the methods that our hooks cannot do without, and nothing else."""
+
+    attn_backends: Any = ()
+
+    def initialize_forward_meta(self) -> None: ...
+
+    def _initialize_attn_backend(self) -> None: ...
+
+    def _compute_position_ids_and_slot_mapping(self) -> None: ...
+
+    def initialize_kv_cache(self, profile: bool = False) -> None: ...
 
 
 class Watched:
@@ -94,16 +108,12 @@ def test_the_runner_says_whether_a_step_has_a_prompt(
 
 
 def test_a_dummy_run_begins_with_prompts_whatever_the_flag_says() -> None:
-    class Runner:
-        attn_backends: tuple[Any, ...] = ()
-
+    class Runner(Bare):
         def __init__(self) -> None:
             self.seen: list[bool | None] = []
 
         def exist_prefill(self) -> bool:
             return False
-
-        def initialize_forward_meta(self) -> None: ...
 
         def _dummy_run(self, passes: int, fails: bool = False) -> str:
             self.seen = [self.step_hints() for _ in range(passes)]  # type: ignore[attr-defined]
@@ -234,33 +244,31 @@ def test_caches_that_are_no_bytes_are_refused_when_they_are_made(
 
 
 def test_hooks_for_methods_that_a_tree_lacks_are_not_there() -> None:
-    class Runner:
-        attn_backends: tuple[Any, ...] = ()
-
-        def initialize_forward_meta(self) -> None: ...
-
+    class Runner(Bare):
         def clear_cache(self, profile: bool = False) -> str:
             """Its own words."""
             return f"cleared, {profile}"
 
     made = make_runner_class(Runner)
     assert made.__name__ == "Runner"
-    for name in ("_dummy_run", "_initialize_attn_backend", "wakeup", "update_weights"):
+    for name in ("_dummy_run", "wakeup", "update_weights"):
         assert not hasattr(made, name)
     assert made().clear_cache(profile=True) == "cleared, True"
     assert made.clear_cache.__doc__ == "Its own words."
 
 
-def test_a_runner_without_the_hook_of_all_steps_is_refused() -> None:
-    with pytest.raises(UnsupportedTree, match="int has no initialize_forward_meta"):
-        make_runner_class(int)
+@pytest.mark.parametrize("name", RUNNER_METHODS)
+def test_a_runner_without_a_method_that_a_hook_needs_is_refused(name: str) -> None:
+    methods = {kept: lambda self: None for kept in RUNNER_METHODS if kept != name}
+    with pytest.raises(UnsupportedTree, match=f"^Lacking has no {name}$"):
+        make_runner_class(type("Lacking", (), methods))
 
 
 @pytest.mark.parametrize(
     "backends", [[], None, [None], [object()]], ids=["empty", "none", "a none", "foreign"]
 )
 def test_a_runner_with_another_backend_is_left_alone(backends: Any) -> None:
-    class Runner:
+    class Runner(Bare):
         def __init__(self, *, backends: Any) -> None:
             self.attn_backends = backends
             self.calls: list[str] = []

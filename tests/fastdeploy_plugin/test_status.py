@@ -29,6 +29,7 @@ def test_our_path(name: str) -> None:
     assert found["runner_is_ours"]
     assert {part: found[part] for part in OURS} == OURS
     assert f"{TREES.get(name, TREES['develop']).position_dtype} positions" in found["why"]
+    assert all(check["passed"] for check in found["checks"])
     assert json.loads(json.dumps(found)) == found
 
 
@@ -53,6 +54,10 @@ def test_fastdeploys_own_path(name: str, env: dict[str, Any], why: str) -> None:
     assert found["why"].startswith("unsupported") is why.startswith("unsupported")
     assert why in found["why"]
     assert not found["backend"].startswith("fd_dsa")
+    reasons = [check["reason"] for check in found["checks"] if not check["passed"]]
+    # the first that fails is what the log says; a tree that fits is no matter of the environment
+    assert bool(reasons) is why.startswith("unsupported")
+    assert not reasons or reasons[0] in found["why"]
 
 
 def test_models_that_cannot_be_imported() -> None:
@@ -60,8 +65,9 @@ def test_models_that_cannot_be_imported() -> None:
         sys.modules["fastdeploy.model_executor"] = None  # type: ignore[assignment]
         found = report()
         del sys.modules["fastdeploy.model_executor"]
-    assert found == {"live": False, "why": found["why"]}
+    assert found.keys() == {"live", "why", "checks"} and not found["live"]
     assert "deepseek_v3 cannot be imported" in found["why"]
+    assert found["why"] in [check["reason"] for check in found["checks"]]
 
 
 def test_a_worker_that_cannot_be_imported_has_no_runner_to_show() -> None:

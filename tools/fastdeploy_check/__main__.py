@@ -1,7 +1,9 @@
-"""Check fd_dsa inside a real FastDeploy: `python -m tools.fastdeploy_check MODEL [flags]`.
+"""Check fd_dsa inside a real FastDeploy: `python -m tools.fastdeploy_check [MODEL] [flags]`.
 
-Flags that are not below, and all that stands after `--`, go to `python -m fd_dsa.serve --engine
-fastdeploy`. Three checks, each of which starts servers of its own:
+Without MODEL a tiny random one is made, which one GPU serves. Flags that are not below, and all
+that stands after `--`, go to `python -m fd_dsa.serve --engine fastdeploy`. First the versions,
+which path serves, and each thing that the plug-in looks for; then three checks, each of which
+starts servers of its own, and whose failure stops no other:
 
 smoke      one server with our plug-in answers a completion and a chat, whole and streamed
 parity     the same prompts through FastDeploy's own DSA path and ours: the same tokens
@@ -9,8 +11,9 @@ step_time  decode steps of both paths by turns in one run, as a ratio
 
 parity and step_time run both paths with what FastDeploy's own recipe needs: prompts in one piece
 (give a --max-num-batched-tokens that is not below --max-model-len), no prefix caching; ours with
-the indexer's RoPE in FastDeploy's pairing. The result is written to a
-JSON file as far as it has come. Exit status: 0 all passed, 1 something is wrong, 2 it cannot run.
+the indexer's RoPE in FastDeploy's pairing. The result is written as far as it has come: a page of
+Markdown for an issue, and a JSON file with all figures. Exit status: 0 all passed, 1 something is
+wrong, 2 it cannot run: no FastDeploy, or a path that would not serve.
 """
 
 from __future__ import annotations
@@ -24,17 +27,22 @@ from typing import Any
 
 from benchmarks._harness import write_json
 from fd_dsa.errors import FdDsaError
-from fd_dsa.fastdeploy_plugin.launch.choice import INSTALL, fastdeploy_is_installed
+from fd_dsa.fastdeploy_plugin.launch.choice import require_fastdeploy
+from fd_dsa.fastdeploy_plugin.launch.flags import PassedFlags
+from fd_dsa.serve.flag_sources import parse_args
 from tools.fastdeploy_check import parity, smoke, step_time
+from tools.fastdeploy_check.report import as_markdown
 from tools.fastdeploy_check.servers import (
     OURS,
     PATHS,
     UPSTREAM,
     CheckFailed,
+    logged,
     machine,
     serving,
     which_path,
 )
+from tools.fastdeploy_check.tiny import FLAGS, write_tiny_model
 
 CHECKS = ("smoke", "parity", "step_time")
 _PASSED, _WRONG, _IMPOSSIBLE = 0, 1, 2
@@ -47,29 +55,65 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options, serve = _parse(argv)
-    if not fastdeploy_is_installed():
-        print(
-            f"fastdeploy_check: FastDeploy is not installed in this Python; {INSTALL}",
-            file=sys.stderr,
-        )
-        return _IMPOSSIBLE
-    result: dict[str, Any] = {"name": "fastdeploy_check", "passed": False}
     try:
+        require_fastdeploy()
+        serve = _with_model(serve, options.log_folder)
         paths = {path: which_path(path) for path in PATHS}
-        result["env"] = machine(argv, paths)
-        for check in options.only:
-            print(f"{check} ...", flush=True)
-            result[check] = _RUN[check](options, serve)
-            write_json(options.out, result)
-    except (CheckFailed, FdDsaError) as error:
-        result["error"] = str(error)
-        write_json(options.out, result)
+    except FdDsaError as error:
         print(f"fastdeploy_check: {error}", file=sys.stderr)
-        return _WRONG if "env" in result else _IMPOSSIBLE
+        return _IMPOSSIBLE
+    env = machine(argv, paths)
+    result: dict[str, Any] = {"name": "fastdeploy_check", "passed": False, "env": env}
+    refusals = [found["error"] for found in paths.values() if found["error"]]
+    for check in options.only:
+        _write(options, result)
+        print(f"{check} ...", flush=True)
+        found = _failed(f"not run: {refusals[0]}") if refusals else _outcome(check, options, serve)
+        result[check] = found
     result["passed"] = all(result[check]["passed"] for check in options.only)
-    write_json(options.out, result)
-    print(f"{'all passed' if result['passed'] else 'NOT passed'}; {options.out}")
+    result["log"] = logged(options.log_folder)
+    _write(options, result)
+    words = "all passed" if result["passed"] else "NOT passed"
+    print(f"{words}; for an issue: {options.report}, all figures: {options.out}")
+    if refusals:
+        return _IMPOSSIBLE
     return _PASSED if result["passed"] else _WRONG
+
+
+def _outcome(check: str, options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
+    """What one check has found; what went wrong in it stops no other."""
+    try:
+        return _RUN[check](options, serve)
+    except (CheckFailed, FdDsaError) as error:
+        return _failed(str(error))
+    except Exception as error:
+        return _failed(f"{type(error).__name__}: {error}")
+
+
+def _failed(error: str) -> dict[str, Any]:
+    """A check that came to nothing, and why."""
+    print(f"  {error}", file=sys.stderr)
+    return {"passed": False, "error": error}
+
+
+def _write(options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Both files, as far as the result has come."""
+    write_json(options.out, result)
+    options.report.write_text(as_markdown(result, options.only), "utf-8")
+
+
+def _with_model(serve: list[str], folder: Path) -> list[str]:
+    """Server arguments with a model: without one, a tiny random one is written to `folder`.
+
+    Raises:
+        ConfigError: a flag that neither this tool nor the server has.
+    """
+    args = parse_args(serve)
+    if "model" in args.given or "--model" in PassedFlags.read(args.passed).values:
+        return serve
+    model = write_tiny_model(folder / "tiny_model")
+    print(f"no MODEL: a random one of three layers, {model}")
+    return [str(model), *FLAGS, *serve]
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -81,6 +125,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, default=Path("fastdeploy_check.json"))
+    parser.add_argument("--report", type=Path, default=Path("fastdeploy_check.md"))
     parser.add_argument("--only", action="append", choices=CHECKS, help="may be repeated")
     parser.add_argument("--rounds", type=int, default=2, help="starts of each path for step_time")
     parser.add_argument("--batches", default=",".join(map(str, step_time.BATCHES)))

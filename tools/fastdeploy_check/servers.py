@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ from typing import Any
 import httpx
 
 from benchmarks._harness import environment
+from fd_dsa import __version__
+from fd_dsa.doctor.environment import facts
 from fd_dsa.fastdeploy_plugin.launch.environment import server_environment
 from fd_dsa.fastdeploy_plugin.launch.flags import without_secrets
 from fd_dsa.fastdeploy_plugin.launch.probe import Probe
@@ -28,6 +33,7 @@ _VARIABLES = {
     UPSTREAM: {"FD_DSA_DISABLE": "1"},
 }
 _NOTHING: Mapping[str, str] = {}
+_OUR_LINE = re.compile(r"fd_dsa: .+|\b\w+ on (?:cpu|gpu)\S*: \w+ \(.+\)")
 _STOP_S = 120.0
 _REQUEST_S = 600.0
 
@@ -80,19 +86,18 @@ def environment_of(path: str) -> dict[str, str]:
 def which_path(path: str) -> dict[str, Any]:
     """What the plug-in says of itself in a process that is started for a path.
 
-    Raises:
-        CheckFailed: FastDeploy cannot be imported, or the other path would serve.
+    Returns:
+        `fastdeploy` (its version), `error` ("" where the path serves that should), and what
+        `fd_dsa.fastdeploy_plugin.status` reports there.
     """
     with Probe(server_environment(environment_of(path))[0]) as probe:
         findings = probe.findings(_REQUEST_S)
+    status, error = dict(findings.status), ""
     if findings.error:
-        raise CheckFailed(f"FastDeploy cannot be imported: {findings.error}")
-    status = dict(findings.status)
-    if status.get("live") != (path == OURS):
-        raise CheckFailed(
-            f"{path} would not serve: {status.get('why', 'the plug-in says nothing')}"
-        )
-    return {"fastdeploy": findings.version, **status}
+        error = f"FastDeploy cannot be imported: {findings.error}"
+    elif status.get("live") != (path == OURS):
+        error = f"{path} would not serve: {status.get('why', 'the plug-in says nothing')}"
+    return {"fastdeploy": findings.version, "error": error, **status}
 
 
 @contextmanager
@@ -148,6 +153,35 @@ def _ready(process: subprocess.Popen[str], log: Path) -> tuple[str, str]:
     raise CheckFailed(f"the server ended with status {status}: {last} (all of it: {log})")
 
 
+def logged(log_folder: Path) -> dict[str, int]:
+    """Lines of fd_dsa in the logs of our servers, and how often each is there.
+
+    The plug-in's own, and those that say which kernels serve an operator and why.
+    """
+    files = [*log_folder.glob(f"server-{OURS}-*"), *log_folder.glob(f"log-{OURS}/**/*")]
+    texts = [file.read_text("utf-8", "replace") for file in files if file.is_file()]
+    return dict(Counter(line for text in texts for line in _OUR_LINE.findall(text)))
+
+
 def machine(argv: Sequence[str], paths: Mapping[str, Any]) -> dict[str, Any]:
     """Where a result was taken: machine, versions, commit, command, and what served."""
-    return {**environment(), "command": without_secrets(argv), "paths": dict(paths)}
+    return {
+        **environment(),
+        "fd_dsa": __version__,
+        "fastdeploy": paths[OURS]["fastdeploy"],
+        "paddlepaddle-gpu": facts()["packages"]["paddlepaddle-gpu"],
+        "os": platform.platform(),
+        "gpus": _gpus(),
+        "command": shlex.join(["python", "-m", "tools.fastdeploy_check", *without_secrets(argv)]),
+        "paths": dict(paths),
+    }
+
+
+def _gpus() -> list[str]:
+    """Number, name and memory of each GPU; none where nvidia-smi does not answer."""
+    query = ["nvidia-smi", "--query-gpu=index,name,memory.total", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []

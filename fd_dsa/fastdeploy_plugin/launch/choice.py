@@ -29,6 +29,16 @@ def fastdeploy_is_installed() -> bool:
     return find_spec("fastdeploy") is not None
 
 
+def require_fastdeploy() -> None:
+    """Refuse what needs FastDeploy where it is not installed.
+
+    Raises:
+        BackendUnavailable: says how to install it.
+    """
+    if not fastdeploy_is_installed():
+        raise BackendUnavailable(f"FastDeploy is not installed in this Python; {INSTALL}")
+
+
 def fastdeploy_version() -> str:
     """Version of the installed package, "" where its files do not tell."""
     for name in DISTRIBUTIONS:

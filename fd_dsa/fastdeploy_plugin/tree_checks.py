@@ -1,0 +1,359 @@
+"""What is looked for in a FastDeploy tree: one table of checks, each with its reason.
+
+Trees are told apart by what they have, never by a version: names, parameter lists, and the shapes
+that the DSA backend gives its caches. What does not fit is an UnsupportedTree with its reason.
+Classes of ours that are bound already are looked through: what counts is FastDeploy's own.
+
+Source: FastDeploy's `model_executor/layers/attention/` (`dsa_attention_backend.py`,
+`base_attention_backend.py`, `attention_selecter.py`), `model_executor/models/deepseek_v3.py`,
+`model_executor/forward_meta.py`, `worker/gpu_model_runner.py` and `platforms/base.py`, of March to
+June 2026 (#6689, #7367, #7598, #8041).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from fd_dsa.attention import CacheLayout
+
+ATTENTION = "fastdeploy.model_executor.layers.attention"
+MODELS = "fastdeploy.model_executor.models.deepseek_v3"
+RUNNER = "fastdeploy.worker.gpu_model_runner"
+_BACKEND_FILE = f"{ATTENTION}.dsa_attention_backend"
+
+_CONSTRUCTOR = (
+    "fd_config",
+    "kv_num_heads",
+    "num_heads",
+    "head_dim",
+    "encoder_block_shape_q",
+    "decoder_block_shape_q",
+)
+_FORWARD = ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "layer", "forward_meta")
+# what the shapes of caches follow from
+_SIZES = {
+    "block_size": 64,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "index_head_dim": 128,
+    "quant_block_size": 128,
+}
+_LAYER = ("fd_config", "layer_id", "prefix")
+
+LAYER_PARTS = {
+    "Indexer": ("index_head_dim", "index_n_heads", "wq_b", "wk", "weights_proj", "k_norm"),
+    "DeepseekV32DSAAttention": (
+        "num_attention_heads_tp",
+        "q_lora_rank",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_head_dim",
+        "v_head_dim",
+        "qkv_a_proj_with_mqa",
+        "q_a_layernorm",
+        "kv_a_layernorm",
+        "q_b_proj",
+        "kv_b_proj_bmm",
+        "o_proj",
+        "rotary_emb",
+        "indexer_rotary_emb",
+        "indexer",
+        "dsa_attn",
+    ),
+}
+"""Attributes of FastDeploy's layers that ours read."""
+
+CALLED = {
+    "KVBatchLinear": ("layers.linear", ("x", "proj_type")),
+    "Attention": (
+        "layers.attention.attention",
+        ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "forward_meta"),
+    ),
+}
+"""Module and parameters of `forward` of the classes that ours call."""
+
+FORWARD_META = (
+    "ids_remove_padding",
+    "attn_backend",
+    "seq_lens_encoder",
+    "seq_lens_decoder",
+    "seq_lens_this_time",
+    "block_tables",
+    "caches",
+    "max_len_tensor_cpu",
+)
+"""Fields of FastDeploy's ForwardMeta that ours read and the runner fills."""
+
+RUNNER_METHODS = (
+    "initialize_forward_meta",
+    "_initialize_attn_backend",
+    "_compute_position_ids_and_slot_mapping",
+    "initialize_kv_cache",
+)
+"""Methods of FastDeploy's runner that our hooks go before."""
+
+
+class UnsupportedTree(Exception):
+    """The installed FastDeploy lacks something, or has it in another form; the text says what."""
+
+
+class NotExamined(Exception):
+    """This process cannot import what a check looks at; the text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that is looked for in a tree.
+
+    Attributes:
+        name: where it is looked for, and what.
+        run: raises UnsupportedTree where it is missing or different.
+        in_worker: a worker's process alone can be relied on to import it.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    in_worker: bool = False
+
+
+def import_models() -> ModuleType:
+    """The module of DeepSeek-V3.2, imported; FastDeploy runs its plug-ins when that is done.
+
+    Raises:
+        UnsupportedTree: there is no such module, or its import fails.
+    """
+    return imported(MODELS)
+
+
+def checks() -> list[dict[str, Any]]:
+    """Every check of the table, each by itself, for a report.
+
+    Returns:
+        for each check its `name`, `passed` (None = not examined in this process) and `reason`
+        ("" = passed).
+    """
+    return [{"name": check.name, **_outcome(check)} for check in CHECKS]
+
+
+def _outcome(check: Check) -> dict[str, Any]:
+    """`passed` and `reason` of one check."""
+    try:
+        check.run()
+    except NotExamined as error:
+        return {"passed": None, "reason": f"not examined here: {error}"}
+    except UnsupportedTree as error:
+        return {"passed": False, "reason": str(error)}
+    except Exception as error:
+        return {"passed": False, "reason": f"{type(error).__name__}: {error}"}
+    return {"passed": True, "reason": ""}
+
+
+def backend_base() -> tuple[type, ModuleType | None]:
+    """The class to derive from, and the module of FastDeploy's own backend.
+
+    Where the file of the backend is there and cannot be imported (no FlashMLA, no operators), the
+    abstract base serves: ours needs nothing of it.
+    """
+    own = _upstream(getattr(imported(ATTENTION), "DSAAttentionBackend", None))
+    if own is not None and own.__name__ != "AttentionBackend":
+        _check_backend(own)
+        return own, sys.modules.get(own.__module__)
+    if not _exists(_BACKEND_FILE):
+        raise UnsupportedTree("no DSAAttentionBackend in layers/attention: a tree before #6689")
+    base = attribute(imported(f"{ATTENTION}.base_attention_backend"), "AttentionBackend")
+    _check_parameters(base.forward, _FORWARD, "AttentionBackend.forward")
+    return base, None
+
+
+def _check_backend(own: Any) -> None:
+    """Refuse a DSA backend that is called otherwise, or whose caches look otherwise."""
+    name = "DSAAttentionBackend"
+    _check_parameters(attribute(own, "__init__", name), _CONSTRUCTOR, f"{name}.__init__")
+    for method, parameters in (
+        ("forward_mixed", _FORWARD),
+        ("forward", _FORWARD),
+        ("init_attention_metadata", ("forward_meta",)),
+        ("get_kv_cache_shape", ("max_num_blocks", "kv_cache_quant_type")),
+    ):
+        _check_parameters(attribute(own, method, name), parameters, f"{name}.{method}")
+    expected = cache_shapes(CacheLayout("fp8_ds_mla", 64, 512, 64, 128), 2)
+    try:
+        # not constructed: the constructor allocates on the device
+        probe = own.__new__(own)
+        vars(probe).update(_SIZES)
+        found = probe.get_kv_cache_shape(max_num_blocks=2, kv_cache_quant_type="uint8")
+    except Exception as error:
+        raise UnsupportedTree(f"{name}.get_kv_cache_shape fails with {error!r}") from None
+    if not isinstance(found, tuple) or [list(one) for one in found] != list(expected):
+        raise UnsupportedTree(
+            f"{name}.get_kv_cache_shape gives {found!r} for 2 blocks, known is {expected!r}"
+        )
+
+
+def cache_shapes(layout: CacheLayout, num_blocks: int) -> tuple[list[int], list[int], list[int]]:
+    """Shapes of the key (latent), value (empty) and indexer cache of a layer."""
+    return layout.latent_shape(num_blocks), [], layout.indexer_shape(num_blocks)
+
+
+def _check_selection() -> None:
+    """Refuse a tree whose list of backends has no DSA_ATTN."""
+    members = attribute(imported("fastdeploy.platforms.base"), "_Backend")
+    if "DSA_ATTN" not in getattr(members, "__members__", {}):
+        raise UnsupportedTree("platforms/base.py: _Backend has no DSA_ATTN")
+
+
+def _check_layer(name: str, forward: tuple[str, ...]) -> None:
+    """Refuse a layer of the model that is not put together and called as ours is."""
+    layer = attribute(import_models(), name, "models/deepseek_v3.py")
+    _check_parameters(layer.__init__, _LAYER, f"{name}.__init__")
+    _check_parameters(layer.forward, forward, f"{name}.forward")
+    _check_parts(layer, LAYER_PARTS[name])
+
+
+def _check_called(name: str) -> None:
+    """Refuse a class that ours call, where it is called otherwise."""
+    module, parameters = CALLED[name]
+    called = attribute(imported(f"fastdeploy.model_executor.{module}"), name)
+    _check_parameters(called.forward, parameters, f"{name}.forward")
+
+
+def _check_model() -> None:
+    """Refuse a model whose positions are made otherwise."""
+    model = attribute(import_models(), "DeepseekV3ForCausalLM", "models/deepseek_v3.py")
+    if hasattr(model, "pre_process"):
+        _check_parameters(model.pre_process, ("forward_meta",), f"{model.__name__}.pre_process")
+
+
+def _check_forward_meta() -> None:
+    """Refuse a ForwardMeta without a field that ours read; some trees answer None for any name."""
+    meta = attribute(imported("fastdeploy.model_executor.forward_meta"), "ForwardMeta")
+    fields = {name for owner in meta.__mro__ for name in inspect.get_annotations(owner)}
+    _refuse_missing(meta, [name for name in FORWARD_META if name not in fields])
+
+
+def layer_norm() -> type:
+    """FastDeploy's LayerNorm, whose constructor takes the keywords that ours gives."""
+    layer = attribute(imported("fastdeploy.model_executor.layers.normalization"), "LayerNorm")
+    _check_accepts(layer, ("fd_config", "hidden_size", "eps", "prefix", "with_bias"))
+    return layer
+
+
+def select() -> Callable[[str], type]:
+    """FastDeploy's function from the name of a backend to its class."""
+    return attribute(imported(f"{ATTENTION}.attention_selecter"), "_get_attn_backend")
+
+
+def _check_installed_runner() -> None:
+    """The methods of the runner's class, where this process can import it."""
+    try:
+        runner = import_module(RUNNER)
+    except Exception as error:
+        raise NotExamined(f"{RUNNER} cannot be imported: {error!r}") from None
+    check_runner(attribute(runner, "GPUModelRunner"))
+
+
+def check_runner(runner: type) -> None:
+    """Refuse a runner that lacks a method our hooks go before.
+
+    Raises:
+        UnsupportedTree: names what is missing.
+    """
+    _refuse_missing(runner, [name for name in RUNNER_METHODS if not hasattr(runner, name)])
+
+
+def imported(name: str) -> ModuleType:
+    """A module of FastDeploy.
+
+    Raises:
+        UnsupportedTree: it is not there, or its import fails.
+    """
+    try:
+        return import_module(name)
+    except Exception as error:
+        raise UnsupportedTree(f"{name} cannot be imported: {error!r}") from None
+
+
+def _exists(name: str) -> bool:
+    """Whether a module could be imported, as far as its file goes."""
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def attribute(owner: Any, name: str, where: str = "") -> Any:
+    """FastDeploy's own `owner.name`, which must be there."""
+    found = getattr(owner, name, None)
+    if found is None:
+        raise UnsupportedTree(f"{where or owner.__name__} has no {name}")
+    return _upstream(found)
+
+
+def _upstream(thing: Any) -> Any:
+    """FastDeploy's class, where ours is bound to its name and derives from it."""
+    return thing.__bases__[-1] if hasattr(thing, "__fd_dsa__") else thing
+
+
+def _refuse_missing(owner: type, missing: list[str]) -> None:
+    """Refuse a class that lacks these."""
+    if missing:
+        raise UnsupportedTree(f"{owner.__name__} has no {', '.join(missing)}")
+
+
+def _check_parameters(function: Any, expected: tuple[str, ...], where: str) -> None:
+    """Refuse a method whose parameters after `self` are others than these."""
+    found = tuple(inspect.signature(function).parameters)[1:]
+    if found != expected:
+        raise UnsupportedTree(
+            f"{where} takes ({', '.join(found)}), known is ({', '.join(expected)})"
+        )
+
+
+def _check_parts(layer: type, parts: tuple[str, ...]) -> None:
+    """Refuse a layer whose methods name none of these attributes: it has others in their place."""
+    named: set[str] = set()
+    for owner in layer.__mro__:
+        for method in vars(owner).values():
+            code = getattr(inspect.unwrap(method) if callable(method) else method, "__code__", None)
+            if code is not None:
+                named.update(code.co_names)
+    _refuse_missing(layer, [part for part in parts if part not in named])
+
+
+def _check_accepts(layer: Any, keywords: tuple[str, ...]) -> None:
+    """Refuse a class whose constructor lacks one of these keywords."""
+    missing = [one for one in keywords if one not in inspect.signature(layer).parameters]
+    if missing:
+        raise UnsupportedTree(f"{layer.__name__} takes no {', '.join(missing)}")
+
+
+CHECKS = (
+    Check("layers/attention", lambda: imported(ATTENTION)),
+    Check("models/deepseek_v3.py", import_models),
+    Check("layers/attention: DSAAttentionBackend", backend_base),
+    Check("platforms/base.py: _Backend", _check_selection),
+    Check(
+        "models/deepseek_v3.py: Indexer",
+        partial(_check_layer, "Indexer", ("forward_meta", "hidden_states", "qr", "rotary_emb")),
+    ),
+    Check(
+        "models/deepseek_v3.py: DeepseekV32DSAAttention",
+        partial(_check_layer, "DeepseekV32DSAAttention", ("forward_meta", "hidden_states")),
+    ),
+    Check("layers/linear.py: KVBatchLinear", partial(_check_called, "KVBatchLinear")),
+    Check("layers/attention/attention.py: Attention", partial(_check_called, "Attention")),
+    Check("models/deepseek_v3.py: DeepseekV3ForCausalLM", _check_model),
+    Check("layers/normalization.py: LayerNorm", layer_norm),
+    Check("layers/attention/attention_selecter.py: _get_attn_backend", select),
+    Check("forward_meta.py: ForwardMeta", _check_forward_meta),
+    Check("worker/gpu_model_runner.py: GPUModelRunner", _check_installed_runner, in_worker=True),
+)
+"""All that is looked for in a tree, in the order in which the first failure is told."""

@@ -1,0 +1,65 @@
+"""A random model for a FastDeploy without one: DeepSeek-V3.2's attention, three small layers.
+
+Its text means nothing. Configuration and tokenizer are those of the demo model, with the widths
+that DSA's caches and FastDeploy's own DSA kernels need; all layers are dense, since experts are
+FastDeploy's in either path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from fd_dsa.config import demo_model_path
+from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.dummy_weights import load_dummy_weights
+from fd_dsa.models.expected_tensors import LM_HEAD, expected_tensors
+from tests.models.folders import YARN, bf16, write_folder
+
+FLAGS = ("--max-model-len", "8192", "--max-num-batched-tokens", "8192", "--max-num-seqs", "32")
+"""Of the server, where the user gives no others: all prompts of the checks fit, in one piece."""
+
+_LAYERS = 3
+_FIELDS = {
+    "hidden_size": 512,
+    "num_hidden_layers": _LAYERS,
+    "first_k_dense_replace": _LAYERS,
+    # FlashMLA takes multiples of 64
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "index_topk": 2048,
+    "max_position_embeddings": 8192,
+    "rope_scaling": YARN,
+}
+# the best token leads by more than bfloat16 rounds, so that parity can fail
+_SHARPNESS = 4
+
+
+def write_tiny_model(folder: Path) -> Path:
+    """Write the model to a new folder, about 120 MB in bfloat16; the same bytes every time."""
+    demo = demo_model_path()
+    fields = json.loads((demo / "config.json").read_text("utf-8")) | _FIELDS
+    config, tensors = ModelConfig.from_dict(fields), dict[str, np.ndarray]()
+    loaders = {name: partial(tensors.__setitem__, name) for name in expected_tensors(config)}
+    load_dummy_weights(config, loaders, seed=0)
+    for name, values in tensors.items():
+        if values.ndim == 2:
+            # activations near 1 in every layer, so that tokens differ and each key counts
+            values /= values.std() * np.float32(math.sqrt(values.shape[1]))
+            values *= _SHARPNESS if name == LM_HEAD else 1
+    write_folder(folder, fields, {name: bf16(values) for name, values in tensors.items()})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(demo / name, folder / name)
+    return folder
