@@ -19,6 +19,7 @@ from fd_dsa.fastdeploy_plugin.tree_checks import CHECKS
 from tests.fakes import trees
 from tests.fastdeploy_plugin.launcher import environment, plugin_folder
 
+BEFORE_7367 = trees.BROKEN["before_7367"]
 OURS = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": "fd_dsa"}
 WAYS = {"from_here", "with_engine_fastdeploy"}
 
@@ -95,7 +96,7 @@ def test_asked_for_a_fastdeploy_that_is_not_there(
         ({"env": OURS | {"FD_DSA_DISABLE": "1"}}, "FD_DSA_DISABLE turns", "FD_DSA_DISABLE turns"),
         ({"env": {"FD_ATTENTION_BACKEND": "DSA_ATTN"}}, "FD_PLUGINS is unset", None),
         ({"env": {"FD_ATTENTION_BACKEND": "MLA_ATTN"}}, "is MLA_ATTN, not DSA_ATTN", "needs DSA_"),
-        ({"env": OURS, "tree": trees.R24}, "unsupported FastDeploy tree", "unsupported FastDeplo"),
+        ({"env": OURS, "tree": BEFORE_7367}, "unsupported FastDeploy", "unsupported FastDeploy"),
     ],
 )
 def test_why_not(tmp_path: Path, more: dict[str, Any], here: str, launched: str | None) -> None:

@@ -5,16 +5,17 @@ the runner's block tables say where they lie and how wide they are. That step is
 or the first one of a capture's warm-up: all buffers are there before anything is captured.
 
 Source: FastDeploy's `layers/attention/dsa_attention_backend.py` and `base_attention_backend.py`
-(#6689, #7367, #7598).
+(#7367, #7598, #7787, #8041, #8060).
 """
 
 from __future__ import annotations
 
 import copy
-import sys
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
+
+import paddle
 
 from fd_dsa import __version__
 from fd_dsa.attention import DSAAttentionBackend as CoreBackend
@@ -33,8 +34,6 @@ from fd_dsa.fastdeploy_plugin.signals import KvSignals
 from fd_dsa.fastdeploy_plugin.step_inputs import device_of, fill_max_lens, step_rows
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-
-_PROPOSER = "fastdeploy.spec_decode.mtp"
 
 
 def make_backend_class(tree: Tree) -> type:
@@ -66,8 +65,7 @@ class PluginBackend:
         shared_selection: what the newest indexer chose, for layers without one of their own.
 
     Raises:
-        ConfigError: sizes for which there are no DSA caches, or MTP in a tree whose proposer
-            cannot hold them.
+        ConfigError: sizes for which there are no DSA caches, or MTP's draft model.
         BackendUnavailable: disaggregation without the operators that it takes.
     """
 
@@ -85,7 +83,11 @@ class PluginBackend:
     ) -> None:
         self.settings = BackendSettings.of(fd_config, num_heads)
         if self.settings.is_draft:
-            _check_proposer()
+            raise ConfigError(
+                "speculative_config.method: got 'mtp', but FastDeploy has no draft model with DSA: "
+                "its proposer (spec_decode/mtp.py) unpacks two cache shapes of three, and gives "
+                "drafts neither positions nor slots; start it without --speculative-config"
+            )
         if self.features.has_backend:
             shapes = encoder_block_shape_q, decoder_block_shape_q
             readable = _readable_upstream(fd_config)
@@ -101,6 +103,7 @@ class PluginBackend:
         self.core: CoreBackend | None = None
         self.shared_selection: Any = None
         self._dtype = _default_dtype()
+        self._position_dtype = "int32"
         self._has_prefill: bool | None = None
         self._built_for: Any = None
         self._transfers: Any = None
@@ -108,6 +111,10 @@ class PluginBackend:
         self._projections: dict[int, IndexerProjections] = {}
         self._tables: dict[tuple[Any, ...], Any] = {}
         self._is_told = not self.settings.weights_change
+
+    def set_position_dtype(self, dtype: str) -> None:
+        """The dtype of the runner's own positions; int32 unless it says otherwise."""
+        self._position_dtype = dtype
 
     def set_step_hints(self, has_prefill: bool | None) -> None:
         """Whether the step whose metadata is made next has a prefill row; None = not known."""
@@ -210,6 +217,42 @@ class PluginBackend:
         """Shapes of the key (latent), value (empty) and indexer cache of a layer, all bytes."""
         return cache_shapes(self.settings.cache_layout, max_num_blocks)
 
+    def create_kv_cache(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        cache_dtype: str,
+        kv_cache_quant_type: str | None = None,
+        layer_offset: int = 0,
+    ) -> dict[tuple[str, int], Any]:
+        """Caches of some layers, zeroed bytes, for FastDeploy's V1 cache manager (#7787).
+
+        Args:
+            num_layers, layer_offset: which layers.
+            num_blocks: of each cache.
+            cache_dtype, kv_cache_quant_type: not used, as upstream.
+
+        Returns:
+            (role, layer) -> tensor, roles "key" and "indexer" in this order.
+        """
+        key_shape, _, indexer_shape = self.get_kv_cache_shape(num_blocks, kv_cache_quant_type)
+        return {
+            (role, layer): paddle.zeros(shape, "uint8")
+            for layer in range(layer_offset, layer_offset + num_layers)
+            for role, shape in (("key", key_shape), ("indexer", indexer_shape))
+        }
+
+    def create_host_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing: without a copy on the host no layer waits for blocks to be swapped in.
+
+        FastDeploy's cache manager catches the error and serves without one, as with its own
+        backend. `forward_meta.layer_done_counter`, whose wait blocks the host, is never needed.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("DSA caches have no copy on the host")
+
     def write_layer(
         self,
         kv_a: Any,
@@ -301,9 +344,9 @@ class PluginBackend:
         """Our backend, made where these tables lie."""
         if self.core is None:
             device = device_of(block_tables)
-            int32 = self.features.position_dtype == "int32"
             width = int(block_tables.shape[1])
             dtype = "float32" if device == "cpu" else self._dtype
+            int32 = self._position_dtype == "int32"
             self.core = CoreBackend(self.settings.core_config(width, dtype, int32), device)
             if device != "cpu":
                 # kernels and their launcher are loaded only where a device is asked for
@@ -350,8 +393,6 @@ class PluginBackend:
 
 def _default_dtype() -> str:
     """The dtype of activations: FastDeploy sets it before it makes a runner."""
-    import paddle
-
     return str(paddle.get_default_dtype())
 
 
@@ -370,19 +411,3 @@ def _readable_upstream(fd_config: Any) -> Any:
     if scaling and "factor" not in scaling:
         readable.model_config.rope_scaling = None
     return readable
-
-
-def _check_proposer() -> None:
-    """Refuse an MTP proposer that takes two caches a layer, where DSA has three shapes.
-
-    Raises:
-        ConfigError: it would fail, later and with less to go by.
-    """
-    proposer = getattr(sys.modules.get(_PROPOSER), "MTPProposer", None)
-    code = getattr(getattr(proposer, "initialize_kv_cache", None), "__code__", None)
-    if code is not None and not any("indexer" in name for name in code.co_varnames):
-        raise ConfigError(
-            "speculative_config.method: got 'mtp', but the proposer of this FastDeploy "
-            "(spec_decode/mtp.py) unpacks two cache shapes and DSA has three; start it without "
-            "--speculative-config"
-        )

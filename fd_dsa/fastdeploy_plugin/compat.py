@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 
 from fd_dsa.fastdeploy_plugin.tree_checks import (
@@ -16,11 +15,8 @@ from fd_dsa.fastdeploy_plugin.tree_checks import (
     backend_base,
     import_models,
     imported,
-    layer_norm,
     select,
 )
-
-_OPERATORS = "fastdeploy.model_executor.ops.gpu"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +26,15 @@ class TreeFeatures:
     Attributes:
         version: what the package calls itself; for logs alone.
         has_backend: its own DSA backend can be imported, so that ours derives from it.
-        position_dtype: of `forward_meta.position_ids`: "int32", or "int64" with the fused operator.
-        model_makes_positions: the model's `pre_process` makes positions, after the backend.
     """
 
     version: str
     has_backend: bool
-    position_dtype: str
-    model_makes_positions: bool
 
     def summary(self) -> str:
         """The features as words for the log."""
         base = "derived from" if self.has_backend else "in place of"
-        maker = "model" if self.model_makes_positions else "runner"
-        return (
-            f"FastDeploy {self.version}, {base} its DSA backend, {self.position_dtype} positions "
-            f"as its {maker} makes them"
-        )
+        return f"FastDeploy {self.version}, {base} its DSA backend"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +47,6 @@ class Tree:
         backend_file: the module of FastDeploy's own backend, None where it was not imported.
         select: `_get_attn_backend`, whose answers are cached.
         models: the module of DeepSeek-V3.2 and GLM-5.
-        layer_norm: FastDeploy's LayerNorm.
         features: the variants.
     """
 
@@ -68,7 +55,6 @@ class Tree:
     backend_file: ModuleType | None
     select: Callable[[str], type]
     models: ModuleType
-    layer_norm: type
     features: TreeFeatures
 
 
@@ -81,22 +67,9 @@ def examine() -> Tree:
     for check in CHECKS:
         if not check.in_worker:
             check.run()
-    models = import_models()
     base, backend_file = backend_base()
     features = TreeFeatures(
         version=str(getattr(imported("fastdeploy"), "__version__", None) or "of unknown version"),
         has_backend=backend_file is not None,
-        position_dtype=_position_dtype(),
-        model_makes_positions=hasattr(models.DeepseekV3ForCausalLM, "pre_process"),
     )
-    return Tree(imported(ATTENTION), base, backend_file, select(), models, layer_norm(), features)
-
-
-def _position_dtype() -> str:
-    """Dtype of the tree's positions: the fused operator of later trees makes int64."""
-    try:
-        operators = import_module(_OPERATORS)
-    except Exception:
-        return "int32"
-    fused = getattr(operators, "get_position_ids_and_slot_mapping", None)
-    return "int32" if fused is None else "int64"
+    return Tree(imported(ATTENTION), base, backend_file, select(), import_models(), features)

@@ -16,7 +16,6 @@ import numpy as np
 from fd_dsa import __version__
 from fd_dsa.errors import MissingStepError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
-from fd_dsa.fastdeploy_plugin.projections import K_NORM_EPS
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
 from fd_dsa.ops.indexer_query import prepare_indexer_query
 from fd_dsa.ops.mla_query import prepare_mla_query
@@ -26,22 +25,20 @@ from fd_dsa.step.host_tensor import as_tensor
 _UNUSED_BUFFERS = ("offsets", "lengths")
 
 
-def make_indexer_class(upstream: type, layer_norm: type) -> type:
-    """Our indexer as a subclass of FastDeploy's; `layer_norm` is FastDeploy's LayerNorm."""
-    return type(upstream)(
-        upstream.__name__,
-        (PluginIndexer, upstream),
-        {"__fd_dsa__": __version__, "__module__": __name__, "_layer_norm": layer_norm},
-    )
+def make_indexer_class(upstream: type) -> type:
+    """Our indexer as a subclass of FastDeploy's."""
+    return _derived(PluginIndexer, upstream)
 
 
 def make_attention_class(upstream: type) -> type:
     """Our attention layer as a subclass of FastDeploy's."""
-    return type(upstream)(
-        upstream.__name__,
-        (PluginAttention, upstream),
-        {"__fd_dsa__": __version__, "__module__": __name__},
-    )
+    return _derived(PluginAttention, upstream)
+
+
+def _derived(ours: type, upstream: type) -> type:
+    """A class with our methods before FastDeploy's."""
+    marks = {"__fd_dsa__": __version__, "__module__": __name__}
+    return type(upstream)(upstream.__name__, (ours, upstream), marks)
 
 
 def _backend_of(forward_meta: Any) -> PluginBackend:
@@ -60,22 +57,10 @@ def _backend_of(forward_meta: Any) -> PluginBackend:
 
 
 class PluginIndexer:
-    """The lightning indexer: which past tokens a query attends to.
-
-    Parameters are those of the checkpoint. In the first trees the key norm is an RMSNorm without
-    bias; the checkpoint has a LayerNorm's weight and bias, which then take its place.
-    """
+    """The lightning indexer: which past tokens a query attends to."""
 
     def __init__(self, fd_config: Any, layer_id: int, prefix: str = "") -> None:
         super().__init__(fd_config, layer_id, prefix)
-        if getattr(self.k_norm, "bias", None) is None:
-            self.k_norm = self._layer_norm(
-                fd_config,
-                hidden_size=self.index_head_dim,
-                eps=K_NORM_EPS,
-                prefix=f"{prefix}.k_norm",
-                with_bias=True,
-            )
         for name in _UNUSED_BUFFERS:
             if hasattr(self, name):
                 delattr(self, name)

@@ -114,7 +114,10 @@ def _unless_made(method: Method) -> Method:
 
 
 def _sharing_one(method: Method) -> Method:
-    """One backend for all layers, where FastDeploy makes one for each: they share each step."""
+    """One backend for all layers, where FastDeploy makes one for each: they share each step.
+
+    Its positions have the dtype of the runner's own buffer, for whatever else reads them.
+    """
 
     @wraps(method)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -122,6 +125,7 @@ def _sharing_one(method: Method) -> Method:
         backend = self.dsa_backend()
         if backend is not None:
             self.attn_backends[:] = [backend] * len(self.attn_backends)
+            backend.set_position_dtype(dtype_name(self.share_inputs["position_ids_buffer"].dtype))
         return result
 
     return hook

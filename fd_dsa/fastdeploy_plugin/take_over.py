@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fd_dsa import __version__
 from fd_dsa.fastdeploy_plugin.compat import Tree
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, RUNNER
 
@@ -43,7 +42,7 @@ def take_over(tree: Tree) -> None:
 
     models = tree.models
     backend = make_backend_class(tree)
-    indexer = make_indexer_class(models.Indexer, tree.layer_norm)
+    indexer = make_indexer_class(models.Indexer)
     attention = make_attention_class(models.DeepseekV32DSAAttention)
     with _all_or_none() as bind:
         for module in (tree.attention, tree.backend_file, sys.modules.get(RUNNER)):
@@ -51,9 +50,6 @@ def take_over(tree: Tree) -> None:
                 bind(module, _BACKEND, backend)
         _bind_layer(bind, models.Indexer, indexer)
         _bind_layer(bind, models.DeepseekV32DSAAttention, attention)
-        if tree.features.model_makes_positions:
-            model = models.DeepseekV3ForCausalLM
-            bind(model, "pre_process", _keeping_positions(model.pre_process))
         clear = getattr(tree.select, "cache_clear", None)
         if clear is not None:
             clear()
@@ -86,19 +82,3 @@ def _all_or_none() -> Iterator[Callable[[Any, str, Any], None]]:
             else:
                 setattr(owner, name, value)
         raise
-
-
-def _keeping_positions(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`pre_process` of trees before #7367, which would replace the step's positions by its own."""
-
-    def pre_process(self: Any, forward_meta: Any) -> Any:
-        """Positions and mask of a step, as made by the backend where that has been."""
-        mask = getattr(self, "mask_encoder_batch_buffer", None)
-        if mask is None or getattr(forward_meta, "fd_dsa_step", None) is None:
-            return original(self, forward_meta)
-        # nothing of the DSA path reads the mask; the shape is what its holder expects
-        num_tokens = forward_meta.ids_remove_padding.shape[0]
-        return forward_meta.position_ids, mask[:num_tokens]
-
-    setattr(pre_process, MARK, __version__)
-    return pre_process

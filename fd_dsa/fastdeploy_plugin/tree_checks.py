@@ -226,10 +226,10 @@ def _check_called(name: str) -> None:
 
 
 def _check_model() -> None:
-    """Refuse a model whose positions are made otherwise."""
+    """Refuse a model that makes positions itself, in every step after the backend has."""
     model = attribute(import_models(), "DeepseekV3ForCausalLM", "models/deepseek_v3.py")
     if hasattr(model, "pre_process"):
-        _check_parameters(model.pre_process, ("forward_meta",), f"{model.__name__}.pre_process")
+        raise UnsupportedTree(f"{model.__name__} has a pre_process: a tree before #7367")
 
 
 def _check_forward_meta() -> None:
@@ -237,13 +237,6 @@ def _check_forward_meta() -> None:
     meta = attribute(imported("fastdeploy.model_executor.forward_meta"), "ForwardMeta")
     fields = {name for owner in meta.__mro__ for name in inspect.get_annotations(owner)}
     _refuse_missing(meta, [name for name in FORWARD_META if name not in fields])
-
-
-def layer_norm() -> type:
-    """FastDeploy's LayerNorm, whose constructor takes the keywords that ours gives."""
-    layer = attribute(imported("fastdeploy.model_executor.layers.normalization"), "LayerNorm")
-    _check_accepts(layer, ("fd_config", "hidden_size", "eps", "prefix", "with_bias"))
-    return layer
 
 
 def select() -> Callable[[str], type]:
@@ -328,13 +321,6 @@ def _check_parts(layer: type, parts: tuple[str, ...]) -> None:
     _refuse_missing(layer, [part for part in parts if part not in named])
 
 
-def _check_accepts(layer: Any, keywords: tuple[str, ...]) -> None:
-    """Refuse a class whose constructor lacks one of these keywords."""
-    missing = [one for one in keywords if one not in inspect.signature(layer).parameters]
-    if missing:
-        raise UnsupportedTree(f"{layer.__name__} takes no {', '.join(missing)}")
-
-
 CHECKS = (
     Check("layers/attention", lambda: imported(ATTENTION)),
     Check("models/deepseek_v3.py", import_models),
@@ -351,7 +337,6 @@ CHECKS = (
     Check("layers/linear.py: KVBatchLinear", partial(_check_called, "KVBatchLinear")),
     Check("layers/attention/attention.py: Attention", partial(_check_called, "Attention")),
     Check("models/deepseek_v3.py: DeepseekV3ForCausalLM", _check_model),
-    Check("layers/normalization.py: LayerNorm", layer_norm),
     Check("layers/attention/attention_selecter.py: _get_attn_backend", select),
     Check("forward_meta.py: ForwardMeta", _check_forward_meta),
     Check("worker/gpu_model_runner.py: GPUModelRunner", _check_installed_runner, in_worker=True),

@@ -49,7 +49,13 @@ def _fused(step: dict[str, Any], position_ids: Any, slot_mapping: Any) -> None:
     )
 
 
-def test_the_fused_operator_gives_the_worked_step(develop: None) -> None:
+@pytest.fixture
+def fused() -> Iterator[None]:
+    with installed(TREES["fused"]):
+        yield
+
+
+def test_the_fused_operator_gives_the_worked_step(fused: None) -> None:
     positions, slots = (paddle.full([15], -7, "int64") for _ in range(2))
     _fused(golden.tensors(), positions, slots)
     # the memory past the last token stays as it was
@@ -57,7 +63,7 @@ def test_the_fused_operator_gives_the_worked_step(develop: None) -> None:
     assert slots.tolist() == [*golden.SLOTS, -7, -7]
 
 
-def test_the_fused_operator_follows_an_unused_entry(develop: None) -> None:
+def test_the_fused_operator_follows_an_unused_entry(fused: None) -> None:
     tables = [row[:] for row in golden.TABLES]
     tables[3][1] = -1
     positions, slots = (paddle.zeros([13], "int64") for _ in range(2))
@@ -66,7 +72,7 @@ def test_the_fused_operator_follows_an_unused_entry(develop: None) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1024, 1025])
-def test_position_operators_have_a_thread_a_row(develop: None, num_rows: int) -> None:
+def test_position_operators_have_a_thread_a_row(fused: None, num_rows: int) -> None:
     ones, zeros = np.ones(num_rows), np.zeros(num_rows)
     tables = np.zeros((num_rows, 1))
     step = golden.tensors(
@@ -93,21 +99,8 @@ def test_positions_of_the_runner_s_first_form() -> None:
             _gpu().get_position_ids_and_mask_encoder_batch(*_lengths(step), wrong)
 
 
-def test_positions_of_the_first_operator_are_wrong_behind_a_later_chunk() -> None:
-    with installed(TREES["early"]):
-        step = golden.tensors()
-        positions, mask = paddle.zeros([13], "int32"), paddle.zeros([13, 1], "int32")
-        _gpu().get_position_ids_and_mask_encoder_batch(*_lengths(step), positions, mask)
-        # row 3 has 4 prefill positions and 4 decode positions, row 4 is moved out of the step
-        assert positions.tolist() == [130, 0, 1, 2, 3, 4, 0, 1, 2, 3, 64, 65, 66]
-        assert mask.flatten().tolist() == [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
-        first_chunks = golden.tensors(seq_lens_decoder=[130, 0, 0, 0, 20])
-        _gpu().get_position_ids_and_mask_encoder_batch(*_lengths(first_chunks), positions, mask)
-        assert positions.tolist() == [130, 0, 1, 2, 3, 4, 0, 1, 2, 3, 20, 21, 22]
-
-
-def test_slots_of_the_layers_wrap_for_padding(develop: None) -> None:
-    from fastdeploy.model_executor.layers.attention._upstream_dsa import compute_slot_mapping
+def test_slots_of_the_runner_wrap_for_padding(develop: None) -> None:
+    from fastdeploy.worker._runner_step import compute_slot_mapping
 
     step = golden.tensors()
     positions = paddle.to_tensor([*golden.POSITIONS, 3], dtype="int32")
@@ -144,16 +137,6 @@ def test_the_launch_operator_gives_six_maxima_and_waits(develop: None) -> None:
     assert max_len.tolist() == [4, 4, 64, 68, 0, 68]
     with pytest.raises(TypeError):
         _gpu().get_block_shape_and_split_kv_block(*_lengths(golden.tensors()))
-
-
-def test_the_older_launch_operator_returns_seven_tensors() -> None:
-    with installed(TREES["r24"]):
-        unused, max_len = paddle.zeros([1], "int32"), paddle.zeros([9], "int32")
-        lengths = _lengths(golden.tensors())
-        made = _gpu().get_block_shape_and_split_kv_block(
-            *lengths, *[unused] * 3, max_len, *[unused] * 3, 64, 16, 8, 64, 1
-        )
-        assert len(made) == 7 and max_len.tolist() == [*golden.MAXIMA, 0, 0, 0]
 
 
 def test_cache_writes_are_the_records_at_their_slots(develop: None) -> None:
@@ -282,7 +265,7 @@ def test_the_merge_copies_a_few_tokens_of_rows_without_prefill(develop: None) ->
 
 
 @pytest.mark.parametrize("is_neox", [True, False])
-@pytest.mark.parametrize("tree", ["pr7367", "develop"])
+@pytest.mark.parametrize("tree", ["develop", "fused"])
 def test_rotation_is_in_place_and_takes_the_tree_s_positions(tree: str, is_neox: bool) -> None:
     with installed(TREES[tree]):
         table = random(5).standard_normal((7, 8)).astype(np.float32)
@@ -298,7 +281,7 @@ def test_rotation_is_in_place_and_takes_the_tree_s_positions(tree: str, is_neox:
                     expected = values[t, h].copy()
                     expected[:8] = _rotated(values[t, h, :8], table[position], not is_neox)
                     assert np.allclose(rotated[t, h].numpy(), expected, atol=1e-5)
-        wrong = positions.astype("int32" if tree == "develop" else "int64")
+        wrong = positions.astype("int32" if tree == "fused" else "int64")
         with pytest.raises(ValueError, match="position_ids"):
             _gpu().fused_rotary_position_encoding(query, key, wrong, cache, 8, is_neox)
 
@@ -325,14 +308,6 @@ def test_groups_are_quantised_with_powers_of_two(develop: None) -> None:
             expected, scale = ref_index_key(x[row, 128 * group : 128 * group + 128], "ue8m0")
             assert np.array_equal(host(codes)[row, 128 * group : 128 * group + 128], expected)
             assert scales[row, group].item() == scale and math.frexp(float(scale))[0] == 0.5
-
-
-def test_names_can_be_missing() -> None:
-    with installed(replace(DEVELOP, missing_ops=("dsk_attn_write_cache",))):
-        assert not hasattr(_gpu(), "dsk_attn_write_cache")
-        assert hasattr(_gpu(), "indexer_k_quant_and_cache")
-    with installed(TREES["r24"]):
-        assert not hasattr(_gpu(), "indexer_k_quant_and_cache")
 
 
 @pytest.mark.parametrize("form", ["guard", "no_torch", "driver_swap"])

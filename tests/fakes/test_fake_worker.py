@@ -11,7 +11,7 @@ import pytest
 
 from fd_dsa.config import demo_model_path
 from tests.fakes import golden
-from tests.fakes.trees import DEVELOP, TREES, installed
+from tests.fakes.trees import DEVELOP, TREES, UPSTREAM_ENV, V1_VARIABLE, installed
 
 ROWS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time_buffer")
 
@@ -162,40 +162,50 @@ def test_tokens_of_a_step_are_packed(tree: str, launched: int) -> None:
     assert cu_k.tolist() == keys
 
 
-@pytest.mark.parametrize("name", ["early", "develop"])
-def test_forward_meta_has_the_tree_s_rows(name: str) -> None:
-    tree = TREES[name]
-    with installed(tree):
-        from fastdeploy.model_executor.models import ModelRegistry
+def test_forward_meta_has_the_running_rows(develop: None) -> None:
+    runner = make_runner()
+    runner.num_gpu_blocks = 8
+    runner.initialize_kv_cache()
+    prefill = task("PREFILL", row=0, prompt_token_ids=PROMPT, prefill_end_index=9, block_tables=[5])
+    runner.insert_tasks_v1([prefill], 1)
+    runner._prepare_inputs()
+    meta = runner.forward_meta
+    for lengths in (meta.seq_lens_encoder, meta.seq_lens_this_time):
+        assert lengths.shape == [1]
+    assert meta.block_tables.shape[0] == 1
+    assert meta.max_len_tensor_cpu.tolist()[:2] == [9, 9]
+    # the runner makes them after that
+    assert meta.position_ids is None
+    runner._pad_and_place()
+    assert meta.position_ids.tolist() == list(range(9))
+    assert meta.slot_mapping.tolist() == list(range(5 * 64, 5 * 64 + 9))
 
+
+@pytest.mark.parametrize("v1", ["1", "0"])
+def test_who_makes_the_caches_decides_their_dtype(v1: str) -> None:
+    """Bytes from the V1 cache manager; of the model's dtype from the runner since #8060."""
+    with installed(DEVELOP, {**UPSTREAM_ENV, V1_VARIABLE: v1}):
         runner = make_runner()
         runner.num_gpu_blocks = 8
         runner.initialize_kv_cache()
-        prefill = task(
-            "PREFILL", row=0, prompt_token_ids=PROMPT, prefill_end_index=9, block_tables=[5]
-        )
-        runner.insert_tasks_v1([prefill], 1)
-        result = runner._prepare_inputs()
-        meta = runner.forward_meta
-        rows = 4 if tree.rows == "slots" else 1
-        width = [1] if tree.seq_lens_rank == 2 else []
-        assert meta.seq_lens_encoder.shape == [rows, *width]
-        assert meta.seq_lens_this_time.shape == [1, *width]
-        assert meta.block_tables.shape[0] == rows
-        assert (result is None) == (tree.prepare_inputs == "flag")
-        assert meta.max_len_tensor_cpu.tolist()[:2] == [9, 9]
-        # the runner makes them after that, and the model in trees before #7367
-        assert meta.position_ids is None
-        runner._pad_and_place()
-        assert (meta.position_ids is not None) == (tree.position_producer == "runner")
-        assert isinstance(runner.share_inputs, dict) == (tree.share_inputs == "dict")
-        assert ModelRegistry.get_class("DeepseekV32ForCausalLM")
+        caches = runner.share_inputs["caches"]
+        layers = runner.model_config.num_hidden_layers
+        assert len(caches) == 2 * layers
+        assert {str(cache.dtype) for cache in caches} == {
+            "paddle.uint8" if v1 == "1" else "paddle.float32"
+        }
+        assert [cache.shape[-1] for cache in caches[:2]] == [656, 132]
+        if v1 == "1":
+            runner.attn_backends.pop()
+            with pytest.raises(ValueError, match="attention backends for"):
+                runner.initialize_kv_cache()
 
 
-def test_a_proposer_with_a_model_unpacks_two_shapes(develop: None) -> None:
-    """spec_decode/mtp.py cannot start with upstream's DSA backend either."""
-    from fastdeploy.spec_decode import MTPProposer
+def test_a_proposer_with_a_model_unpacks_two_shapes() -> None:
+    """spec_decode/mtp.py cannot start with upstream's DSA backend either, without V1."""
+    with installed(DEVELOP, {**UPSTREAM_ENV, V1_VARIABLE: "0"}):
+        from fastdeploy.spec_decode import MTPProposer
 
-    runner = make_runner()
-    with pytest.raises(ValueError, match="too many values to unpack"):
-        MTPProposer(runner.fd_config, runner)
+        runner = make_runner()
+        with pytest.raises(ValueError, match="too many values to unpack"):
+            MTPProposer(runner.fd_config, runner, 0, 0, runner.share_inputs)

@@ -1,9 +1,8 @@
 """The FastDeploy trees that the double can stand for, and the way to install one for a test.
 
-A tree is a record of the variants found in FastDeploy's public branches from release/2.4 to
-develop in May 2026; a variant stands beside the file that has it. The modules of the double ask
-`fastdeploy._tree.current()` for the record. It travels in an environment variable, so processes
-that a test starts see the same tree.
+A tree is a record of the variants found in FastDeploy's public files from #7367 (April 2026) on;
+each says where it was read. The modules of the double ask `fastdeploy._tree.current()` for the
+record. It travels in an environment variable, so processes that a test starts see the same tree.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ FOLDER = Path(__file__).resolve().parent
 TREE_VARIABLE = "FAKE_FASTDEPLOY_TREE"
 PLACE_VARIABLE = "FAKE_FASTDEPLOY_PLACE"
 DTYPE_VARIABLE = "FAKE_FASTDEPLOY_DTYPE"
+V1_VARIABLE = "ENABLE_V1_KVCACHE_MANAGER"
 FAKE_MODULES = ("fastdeploy", "flash_mla", "deep_gemm", "trees")
 
 # what a test sets to drive upstream's code alone, or ours in its place
@@ -29,142 +29,80 @@ OURS_ENV = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": "fd_dsa"}
 
 @dataclass(frozen=True)
 class Tree:
-    """One FastDeploy tree; the defaults are those of develop."""
+    """One FastDeploy tree; the defaults are those of develop in June 2026.
+
+    Where nothing else is said, a variant was read in `worker/gpu_model_runner.py` and
+    `layers/attention/dsa_attention_backend.py` at 39d329f2.
+    """
 
     name: str
-    # the runner makes a backend for each layer (#8041), the step's is the first
+    # the runner makes a backend for each layer, the step's is the first (#8041)
     backend_per_layer: bool = True
-    # layers/attention/dsa_attention_backend.py and DeepSeek-V3.2 in models/deepseek_v3.py (#6689)
-    has_dsa: bool = True
-    # the runner's buffers: "dict", or "input_batch" (worker/input_batch.py)
-    share_inputs: str = "input_batch"
-    # "flag": _prepare_inputs(is_dummy_or_profile_run) -> None; "counts": (cached_token_num,
-    # cached_real_bsz, is_dummy_or_profile_run) -> (token_num, event)
-    prepare_inputs: str = "counts"
-    # the model is called with "keywords", or with ("dict", forward_meta)
-    model_call: str = "dict"
-    # ForwardMeta.__getattr__ gives None for what is missing, and sets it
-    forward_meta_getattr: bool = True
-    # "argument": the model's pre_process hands positions to the layers; "model": it stores them in
-    # ForwardMeta; "runner": the runner does, after init_attention_metadata (#7367)
-    position_producer: str = "runner"
-    # the positions' dtype: int32, int64 with the fused operator
-    position_dtype: str = "int64"
-    # ForwardMeta.mask_encoder_batch and the operator's fifth argument (dropped by #7313, #7367)
-    mask_encoder_batch: bool = False
-    # name of the operator that makes positions; with the mask it takes five tensors, else four
-    position_op: str = "get_position_ids_and_slot_mapping"
-    # slot_mapping "layer": made twice in every layer; "runner": once a step (#7367)
-    slot_mapping: str = "runner"
-    # indexer_attn_mask_offsets made by init_attention_metadata (#7598)
+    # DSAAttentionBackend.forward_static, and V0 caches of the model's dtype (#8060)
+    sliding_windows: bool = True
+    # ENABLE_V1_KVCACHE_MANAGER: caches by `create_kv_cache` of each backend (#7787)
+    v1_cache_manager: bool = True
+    # the operator that makes positions, int32 from four tensors; the fused one of a branch
+    # (custom_ops/gpu_ops, not in the runner at 39d329f2) makes int64 and the slots
+    position_op: str = "get_position_ids_and_mask_encoder_batch"
+    # indexer_attn_mask_offsets made by init_attention_metadata (#7598, 8f8e7cf6)
     mask_offsets: bool = False
     # cu_seqlens_k holds prefix sums of "query" lengths (same as cu_seqlens_q), or of "key" lengths
     cu_seqlens_k: str = "key"
-    # rows of the lengths and tables in ForwardMeta: all "slots", or the "running" ones
-    rows: str = "running"
-    # 2: lengths are [S, 1]; 1: [S]
-    seq_lens_rank: int = 1
-    # padding_cudagraph_inputs puts the full buffer in seq_lens_this_time's place (#3457)
-    padding_swaps_seq_lens: bool = False
-    # get_block_shape_and_split_kv_block "returns" seven tensors, or writes "in_place"
-    split_kv_block: str = "in_place"
-    max_len_entries: int = 6
-    # fd_config.enable_rope_3d_runtime, else model_config.rope_3d
-    rope_3d_runtime: bool = True
     # enable_compat_on_triton_kernel: "guard" a launch, "no_torch" (#6913), "driver_swap" (#6897)
     triton_wrapper: str = "driver_swap"
-    # plugins/utils.py without FD_PLUGINS loads "all" or "none"
+    # plugins/utils.py without FD_PLUGINS loads "all" (fa9f8a9b) or "none" (10d585c4)
     plugins_unset: str = "none"
-    # plugins/model_register keeps a `plugins_loaded`
-    register_once: bool = True
-    # plugins/model_runner: a second call gives None
-    runner_once: bool = True
     # plugins/model_runner asserts that there is "==1" or "<=1" plug-in
     runner_assertion: str = "<=1"
-    # further groups than the two: input processor, token processor, parsers
-    more_plugin_groups: bool = True
-    # only ENABLE_V1_KVCACHE_SCHEDULER=1 is supported
-    v1_scheduler_only: bool = True
     # kinds of steps that run as graphs: "decode", or "prefill" and mixed ones too
     graphs: str = "prefill"
-    graph_opt_level: int = 0
     # the overlap schedule launches more tokens than there are
     overlap_schedule: bool = True
-    # caches are attached from the cache manager when CPU blocks or a storage are configured
-    cache_offload: bool = True
-    # aliases paddle.compat.*_torch_proxy are used (gone from newer Paddle, #78923)
-    compat_aliases: bool = False
-    # the indexer's k_norm in models/deepseek_v3.py: "rms" in the first trees, else "layer"
-    k_norm: str = "layer"
-    # forward_mixed makes a contiguous copy of the latent cache for FlashMLA, later a view
-    latent_cache_copy: bool = False
     # the release of DeepGEMM: "bundled", or "2026" (kernels/deep_gemm.py)
     deep_gemm: str = "bundled"
-    # names that fastdeploy.model_executor.ops.gpu lacks
-    missing_ops: tuple[str, ...] = ()
     # what no plug-in can know: see BROKEN
     defect: str = ""
 
+    @property
+    def position_dtype(self) -> str:
+        """Of `position_ids_buffer`, as the operator fills it."""
+        return "int64" if self.position_op == FUSED_OP else "int32"
 
+
+FUSED_OP = "get_position_ids_and_slot_mapping"
 DEVELOP = Tree("develop")
+FUSED = replace(DEVELOP, name="fused", position_op=FUSED_OP)
+# as a release branch has it by #7638, April 2026
 PR7367 = replace(
     DEVELOP,
     name="pr7367",
     backend_per_layer=False,
-    position_dtype="int32",
-    position_op="get_position_ids_and_mask_encoder_batch",
+    sliding_windows=False,
+    v1_cache_manager=False,
     cu_seqlens_k="query",
-    rows="running",
     graphs="decode",
     overlap_schedule=False,
-    more_plugin_groups=False,
     plugins_unset="all",
-    rope_3d_runtime=False,
 )
-EARLY = replace(
-    PR7367,
-    name="early",
-    share_inputs="dict",
-    prepare_inputs="flag",
-    model_call="keywords",
-    forward_meta_getattr=False,
-    position_producer="model",
-    mask_encoder_batch=True,
-    slot_mapping="layer",
-    rows="slots",
-    seq_lens_rank=2,
-    padding_swaps_seq_lens=True,
-    triton_wrapper="guard",
-    register_once=False,
-    runner_once=False,
-    runner_assertion="==1",
-    v1_scheduler_only=False,
-    cache_offload=False,
-    compat_aliases=True,
-    k_norm="rms",
-    latent_cache_copy=True,
-)
-R24 = replace(
-    EARLY,
-    name="r24",
-    has_dsa=False,
-    position_producer="argument",
-    split_kv_block="returns",
-    max_len_entries=9,
-)
-TREES = {tree.name: tree for tree in (R24, EARLY, PR7367, DEVELOP)}
+TREES = {tree.name: tree for tree in (PR7367, DEVELOP, FUSED)}
 
 BROKEN = {
-    # models/deepseek_v3.py has no class Indexer
-    "missing_symbol": replace(DEVELOP, name="missing_symbol", defect="missing_symbol"),
-    # the backend's constructor takes num_kv_heads where all other trees take kv_num_heads
-    "constructor": replace(DEVELOP, name="constructor", defect="constructor"),
-    # forward_mixed takes one argument more
-    "forward_mixed": replace(DEVELOP, name="forward_mixed", defect="forward_mixed"),
-    # get_kv_cache_shape gives two shapes
-    "cache_shape": replace(DEVELOP, name="cache_shape", defect="cache_shape"),
-    # the import of layers/attention/dsa_attention_backend.py raises
-    "raising_import": replace(DEVELOP, name="raising_import", defect="raising_import"),
+    defect: replace(DEVELOP, name=defect, defect=defect)
+    for defect in (
+        # the model makes positions in a `pre_process` of its own, as before #7367
+        "before_7367",
+        # models/deepseek_v3.py has no class Indexer
+        "missing_symbol",
+        # the backend's constructor takes num_kv_heads where all other trees take kv_num_heads
+        "constructor",
+        # forward_mixed takes one argument more
+        "forward_mixed",
+        # get_kv_cache_shape gives two shapes
+        "cache_shape",
+        # the import of layers/attention/dsa_attention_backend.py raises
+        "raising_import",
+    )
 }
 
 
@@ -183,6 +121,8 @@ def environment(
         PLACE_VARIABLE: place,
         DTYPE_VARIABLE: dtype,
         "PYTHONPATH": os.pathsep.join(filter(None, [*path, os.environ.get("PYTHONPATH")])),
+        # V0 caches of the newest trees are none of DSA's
+        V1_VARIABLE: "1" if tree.v1_cache_manager else None,
         **(UPSTREAM_ENV if env is None else env),
     }
 

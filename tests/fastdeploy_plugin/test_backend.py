@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.errors import BackendUnavailable, ConfigError
+from tests.fakes.trees import V1_VARIABLE
 from tests.fastdeploy_plugin.names import ATTENTION
 from tests.fastdeploy_plugin.steps import (
     attend,
@@ -21,7 +22,7 @@ from tests.fastdeploy_plugin.steps import (
     registered,
 )
 
-SERVED = ["early", "pr7367", "develop"]
+SERVED = ["pr7367", "develop"]
 
 
 def upstream_class() -> Any:
@@ -140,31 +141,18 @@ def test_glm_has_its_rope_theta_elsewhere() -> None:
         assert not hasattr(fd_config.model_config, "rope_theta")
 
 
-def test_a_proposer_that_cannot_hold_three_caches_is_told_before_it_fails() -> None:
+@pytest.mark.parametrize("v1", ["1", "0"])
+def test_a_draft_model_is_refused_before_it_fails(v1: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whatever cache manager: there is no draft model with DSA that could use the caches."""
     with registered():
+        monkeypatch.setenv(V1_VARIABLE, v1)
         proposer = import_module("fastdeploy.spec_decode.mtp").MTPProposer
         fd_config = config(method="mtp", num_speculative_tokens=1)
         # the backend of the main model is made all the same
         assert make_backend(fd_config).num_layers_draft_model == 1
-        with pytest.raises(ConfigError, match=r"method: got 'mtp'.*two cache"):
-            proposer(fd_config, SimpleNamespace(num_gpu_blocks=4))
-
-
-def test_a_proposer_that_knows_indexer_caches_is_served() -> None:
-    def initialize_kv_cache(self: Any, main_model_num_blocks: int) -> None:
-        shapes = self.attn_backends[0].get_kv_cache_shape(max_num_blocks=main_model_num_blocks)
-        self.key_shape, _, self.indexer_cache_shape = shapes
-        indexer_shape = self.indexer_cache_shape
-        assert indexer_shape == [4, 64, 132]
-
-    with registered():
-        proposer = import_module("fastdeploy.spec_decode.mtp").MTPProposer
-        proposer.initialize_kv_cache = initialize_kv_cache
-        fd_config = config(method="mtp", num_speculative_tokens=1)
-        made = proposer(fd_config, SimpleNamespace(num_gpu_blocks=4))
-        (draft,) = made.attn_backends
-        assert draft.keep_pd_step_flag
-        assert draft.start_layer_index == fd_config.model_config.num_hidden_layers
+        main = SimpleNamespace(num_gpu_blocks=4, enable_cache_manager_v1=v1 == "1")
+        with pytest.raises(ConfigError, match=r"method: got 'mtp'.*two cache shapes of three"):
+            proposer(fd_config, main, 0, 0, {})
 
 
 class Calls:

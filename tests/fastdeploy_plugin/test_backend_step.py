@@ -25,7 +25,7 @@ from tests.fastdeploy_plugin.steps import (
     values,
 )
 
-TREES = ["early", "pr7367", "develop", "raising_import"]
+TREES = ["pr7367", "develop", "raising_import"]
 LENGTHS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time")
 
 
@@ -40,8 +40,7 @@ def test_the_worked_step(name: str) -> None:
         backend = make_backend()
         meta = forward_meta(backend)
         backend.init_attention_metadata(meta)
-    dtype = {"early": paddle.int32, "pr7367": paddle.int32}.get(name, paddle.int64)
-    assert meta.position_ids.dtype == dtype
+    assert meta.position_ids.dtype == paddle.int32
     assert values(meta.position_ids) == golden.POSITIONS
     assert meta.slot_mapping.dtype == paddle.int64
     assert values(meta.slot_mapping) == golden.SLOTS
@@ -66,7 +65,7 @@ def test_a_decode_only_step_has_no_windows() -> None:
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("running", ["this_time", "all but this_time", "none", "tables"])
 def test_slots_and_running_rows_are_the_same_step(rank: int, running: str) -> None:
-    """Trees give `[S]`, `[S, 1]` or `[B]`, and not the same for all four."""
+    """Runners give `[S]`, `[S, 1]` or `[B]`, and not the same for all four."""
     names = {
         "this_time": LENGTHS[2:],
         "all but this_time": (*LENGTHS[:2], "block_tables"),
@@ -88,18 +87,6 @@ def test_slots_and_running_rows_are_the_same_step(rank: int, running: str) -> No
         backend.init_attention_metadata(meta)
     assert values(meta.slot_mapping) == golden.SLOTS
     assert values(meta.fd_dsa_step.cu_seqlens_q) == golden.CU_SEQLENS_Q
-
-
-def test_a_full_buffer_put_in_afterwards_changes_nothing() -> None:
-    """`padding_cudagraph_inputs` of trees with #3457."""
-    with registered("early"):
-        backend = make_backend()
-        meta = forward_meta(backend)
-        backend.init_attention_metadata(meta)
-        step = meta.fd_dsa_step
-        meta.seq_lens_this_time = int32([9] * 8)
-        backend.init_attention_metadata(meta)
-    assert meta.fd_dsa_step is step
 
 
 def test_metadata_is_made_once_an_object() -> None:

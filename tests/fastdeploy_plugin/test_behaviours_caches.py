@@ -15,7 +15,6 @@ from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [4, 2, 1]}
 SERVED = [
-    pytest.param("early", GRAPHS, id="early-graphs"),
     pytest.param("pr7367", GRAPHS, id="pr7367-graphs"),
     pytest.param("develop", {}, id="develop-eager"),
     pytest.param("develop", GRAPHS, id="develop-graphs"),

@@ -50,7 +50,7 @@ def plain() -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("tree", "held", "num_steps"),
-    [("develop", 3, 4), ("pr7367", 2, 5), ("early", 1, 7), ("develop", 0, 13)],
+    [("develop", 3, 4), ("pr7367", 2, 5), ("fused", 1, 7), ("develop", 0, 13)],
     ids=["all", "two", "one", "none"],
 )
 def test_a_row_goes_on_where_its_drafts_failed(

@@ -10,7 +10,7 @@ from tests.fakes.trees import TREES
 from tests.fastdeploy_plugin.side_by_side import ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
-SERVED = ["early", "pr7367", "develop"]
+SERVED = ["pr7367", "develop"]
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [6, 4, 1]}
 ROWS = {"max_num_seqs": 6, "enable_overlap_schedule": False}
 

@@ -11,7 +11,7 @@ from tests.fakes.trees import DEVELOP, TREES
 from tests.fastdeploy_plugin.side_by_side import ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
-SERVED = ["early", "pr7367", "develop"]
+SERVED = ["pr7367", "develop"]
 
 
 def job(*args: Any, **how: Any) -> Any:

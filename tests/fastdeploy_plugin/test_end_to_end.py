@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from fd_dsa import LLM, SamplingParams
-from tests.fakes.trees import TREES
+from tests.fakes.trees import BROKEN, TREES
 from tests.fastdeploy_plugin.demo_prompts import demo_prompts
 from tests.fastdeploy_plugin.side_by_side import make_engine, ours
 from tests.fastdeploy_plugin.watching import Watch, watch_steps
 
-SERVED = ["early", "pr7367", "develop"]
+SERVED = ["pr7367", "develop"]
 SIZES = {"max_model_len": 1024, "max_num_seqs": 5, "max_num_batched_tokens": 200}
 NUM_BLOCKS = 40
 
@@ -114,6 +114,20 @@ def test_answers_are_those_of_hugging_face(tree: str, mode: str, prompts: Any) -
     _check_steps(watch, jobs)
     surplus = {"surplus"} if engine.config.scheduler_config.enable_overlap_schedule else set()
     assert watch.kinds() >= ALWAYS | MODES[mode].kinds | surplus
+
+
+def test_the_v1_cache_manager_gets_our_caches_where_there_are_no_others(prompts: Any) -> None:
+    """FastDeploy's abstract backend makes two caches a layer, of another dtype."""
+    wanted = prompts["fact"]
+    with ours(BROKEN["raising_import"]):
+        engine = make_engine(NUM_BLOCKS, **SIZES)
+        assert engine.runner.enable_cache_manager_v1
+        caches = engine.runner.share_inputs["caches"]
+        assert [str(cache.dtype) for cache in caches] == ["paddle.uint8"] * len(caches)
+        from tests.fakes.driver import Job
+
+        job = Job(wanted.token_ids, len(wanted.answer))
+        assert engine.generate([job]) == [wanted.answer]
 
 
 def _check_steps(watch: Watch, jobs: list[Any]) -> None:

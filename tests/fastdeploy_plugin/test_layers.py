@@ -22,7 +22,7 @@ from tests.fastdeploy_plugin.layers import (
 from tests.fastdeploy_plugin.names import MODELS
 from tests.fastdeploy_plugin.steps import config, registered
 
-TREES = ["early", "pr7367", "develop", "raising_import"]
+TREES = ["pr7367", "develop", "raising_import"]
 # prompts below and above the demo model's index_topk of 256, chunks, decoding, drafts, idle rows
 STEPS = [
     [(60, 0, 60)],
@@ -45,21 +45,6 @@ def test_parameters_are_those_of_upstream(name: str) -> None:
         upstream = ours.__mro__[2]
         theirs = parameters(upstream(fd_config, 0, "model.layers.0.self_attn"))
         assert parameters(ours(fd_config, 0, "model.layers.0.self_attn")) == theirs
-
-
-def test_the_first_trees_get_the_key_norm_of_the_checkpoint() -> None:
-    """There it is an RMSNorm; the checkpoint has a weight and a bias, which load by name."""
-    with registered("early"):
-        fd_config = config()
-        models = sys.modules[MODELS]
-        upstream = models.Indexer.__mro__[2](fd_config, 0, "layers.0.self_attn")
-        layer = make_layer(fd_config)
-        ours = layer.indexer
-        assert isinstance(ours.k_norm, type(ours)._layer_norm)
-        assert ours.k_norm.eps == 1e-6
-        added = {n for n, *_ in parameters(ours)} - {n for n, *_ in parameters(upstream)}
-        assert added == {"k_norm.bias"}
-        assert float(ours.k_norm.bias.abs().sum()) > 0
 
 
 def test_buffers_that_nothing_reads_are_gone() -> None:

@@ -23,9 +23,9 @@ from tests.fastdeploy_plugin.names import (
     snapshot,
 )
 
-SERVED = [TREES["early"], TREES["pr7367"], TREES["develop"]]
+SERVED = [TREES["pr7367"], TREES["develop"]]
 REFUSED = [
-    (TREES["r24"], "has no Indexer"),
+    (BROKEN["before_7367"], "DeepseekV3ForCausalLM has a pre_process: a tree before #7367"),
     (BROKEN["missing_symbol"], "models/deepseek_v3.py has no Indexer"),
     (BROKEN["constructor"], "DSAAttentionBackend.__init__ takes (fd_config, num_kv_heads"),
     (BROKEN["forward_mixed"], "DSAAttentionBackend.forward_mixed takes (q, k, v, qkv,"),
@@ -57,8 +57,7 @@ def test_register_binds_backend_indexer_and_attention(tree: Tree, caplog: Any) -
         register()
         found = changed(before, snapshot())
         attention, models = sys.modules[ATTENTION], sys.modules[MODELS]
-        wrapped = {f"{MODELS}:DeepseekV3ForCausalLM.pre_process"}
-        assert found == BOUND | (wrapped if tree.position_producer == "model" else set())
+        assert found == BOUND
         for name in BOUND:
             module, _, attribute = name.partition(":")
             ours = getattr(sys.modules[module], attribute)
@@ -68,7 +67,7 @@ def test_register_binds_backend_indexer_and_attention(tree: Tree, caplog: Any) -
         assert models.Indexer.__name__ == "Indexer"
     lines = our_lines(caplog.records)
     assert len(lines) == 1
-    assert f"{tree.position_dtype} positions" in lines[0]
+    assert "derived from its DSA backend" in lines[0]
 
 
 def test_the_second_registration_changes_and_says_nothing(caplog: Any) -> None:
@@ -144,7 +143,7 @@ def test_a_failure_half_way_puts_all_names_back(
     def broken(*args: Any) -> Any:
         raise RuntimeError("half way")
 
-    with with_upstream_imported(TREES["early"]):
+    with with_upstream_imported(TREES["develop"]):
         import_all()
         if fails == "cache_clear":
             select = sys.modules[f"{ATTENTION}.attention_selecter"]._get_attn_backend

@@ -29,7 +29,7 @@ from tests.fastdeploy_plugin.names import ATTENTION, MODELS, RUNNER, WORKER, our
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("fastdeploy.model_register_plugins", "fastdeploy.model_runner_plugins")
-SERVED = [TREES["early"], TREES["pr7367"], TREES["develop"]]
+SERVED = [TREES["pr7367"], TREES["develop"]]
 
 
 def worker_module() -> Any:
@@ -62,10 +62,10 @@ def test_a_worker_gets_backend_and_runner_with_one_line(tree: Tree, caplog: Any)
     ("tree", "plugins", "ours"),
     [
         (TREES["develop"], None, False),
-        (TREES["early"], None, True),
+        (TREES["pr7367"], None, True),
         (TREES["develop"], "fd_dsa", True),
         (TREES["develop"], "other,fd_dsa", True),
-        (TREES["early"], "other", False),
+        (TREES["pr7367"], "other", False),
         (TREES["develop"], "", False),
     ],
     ids=["unset, loads none", "unset, loads all", "us", "us too", "another", "empty"],
@@ -87,28 +87,27 @@ def test_another_runner_plugin_leaves_us_the_backend(tmp_path: Path, caplog: Any
     assert len(our_lines(caplog.records)) == 1
 
 
-@pytest.mark.parametrize("name", ["r24", "missing_symbol", "constructor"])
+@pytest.mark.parametrize("name", ["before_7367", "missing_symbol", "constructor"])
 def test_in_a_tree_that_does_not_fit_the_worker_has_its_own_runner(name: str) -> None:
     tree = {**TREES, **BROKEN}[name]
     with installed(tree, OURS_ENV):
         assert worker_module().ModelRunner is sys.modules[RUNNER].GPUModelRunner
 
 
-def test_a_runner_that_is_no_runner_stays_as_it_is(caplog: Any) -> None:
+def test_a_runner_of_another_kind_stays_as_it_is(caplog: Any) -> None:
+    """As the one of worker/gpu/model_runner.py (7bd5ea13), which knows FlashInfer alone."""
     with installed(TREES["develop"], OURS_ENV):
         runner = import_module(RUNNER)
-        runner.GPUModelRunner = type("GPUModelRunner", (), {})
+        runner.GPUModelRunner = type("GPUModelRunnerV1", (), {"initialize_kv_cache": print})
         assert model_runner() is runner.GPUModelRunner
-    assert "has no initialize_forward_meta" in our_lines(caplog.records)[-1]
+    missing = "initialize_forward_meta, _initialize_attn_backend, _compute_position_ids_and"
+    assert f"GPUModelRunnerV1 has no {missing}" in our_lines(caplog.records)[-1]
 
 
 def test_the_model_loader_of_an_offline_engine_calls_us_again() -> None:
-    with installed(TREES["early"], OURS_ENV):
+    with installed(TREES["develop"], OURS_ENV):
         import_module(MODELS)
         before = live()
-        # trees without a once-guard call the plug-in for every LLM(...)
-        import_module("fastdeploy.plugins.model_register").load_model_register_plugins()
-        assert live() is before
         register()
         assert live() is before
 

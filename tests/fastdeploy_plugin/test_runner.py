@@ -17,11 +17,11 @@ from fd_dsa.fastdeploy_plugin.runner import FastDeployRunnerMixin, make_runner_c
 from fd_dsa.fastdeploy_plugin.take_over import is_ours
 from fd_dsa.fastdeploy_plugin.tree_checks import RUNNER_METHODS, UnsupportedTree
 from tests.fakes.driver import Engine, Job
-from tests.fakes.trees import OURS_ENV, TREES, installed, plugin_distribution
+from tests.fakes.trees import OURS_ENV, TREES, V1_VARIABLE, installed, plugin_distribution
 from tests.fastdeploy_plugin.names import RUNNER
 from tests.fastdeploy_plugin.steps import values
 
-SERVED = ["early", "pr7367", "develop"]
+SERVED = ["pr7367", "develop"]
 # every token that follows leads by 0.3: a batch of other rows moves a logit by 0.003
 PROMPTS = [list(range(1000, 1070)), list(range(500, 511))]
 
@@ -227,20 +227,21 @@ def test_new_weights_are_read_again(method: str, monkeypatch: pytest.MonkeyPatch
         assert made.generate(jobs()) == before
 
 
-def test_caches_that_are_no_bytes_are_refused_when_they_are_made(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A tree after #8060 makes them of the model's dtype; half of each would be read as codes."""
-    with installed(TREES["develop"], OURS_ENV):
-        memory = import_module("fastdeploy.worker._runner_memory")
-        made = memory.paddle.zeros
+def test_caches_that_are_no_bytes_are_refused_when_they_are_made() -> None:
+    """Without the V1 manager #8060 makes them of the model's dtype; half would be read as codes."""
+    reason = r"made them of float32.*ENABLE_V1_KVCACHE_MANAGER=1"
+    env = {**OURS_ENV, V1_VARIABLE: "0"}
+    with installed(TREES["develop"], env), pytest.raises(ConfigError, match=reason):
+        engine()
 
-        def of_the_models_dtype(shape: list[int], dtype: str, **kwargs: Any) -> Any:
-            return made(shape, dtype="bfloat16" if dtype == "uint8" else dtype, **kwargs)
 
-        monkeypatch.setattr(memory.paddle, "zeros", of_the_models_dtype)
-        with pytest.raises(ConfigError, match="caches: FastDeploy has made them of bfloat16"):
-            engine()
+@pytest.mark.parametrize("name", TREES)
+def test_positions_have_the_dtype_of_the_runners_buffer(name: str) -> None:
+    with installed(TREES[name], OURS_ENV):
+        runner = engine().runner
+        buffer = runner.share_inputs["position_ids_buffer"]
+        assert runner.forward_meta.position_ids.dtype == buffer.dtype
+        assert str(buffer.dtype) == f"paddle.{TREES[name].position_dtype}"
 
 
 def test_hooks_for_methods_that_a_tree_lacks_are_not_there() -> None:

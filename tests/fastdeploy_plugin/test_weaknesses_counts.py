@@ -64,27 +64,25 @@ def _calls(owner: Any, name: str) -> Iterator[list[tuple[Any, ...]]]:
 
 
 def test_no_layer_waits_for_the_device() -> None:
-    """Upstream: a loop over rows and `.max().item()` in models/deepseek_v3.py, prefill branch."""
+    """Upstream: a loop over rows and `.max().item()` in the indexer, `where` in the backend."""
     with upstream(), _run():
         waits = in_layers("sync")
-        # in each layer: two bounds and a comparison of the row, and the longest window
-        assert _by_step(waits) == {1: NUM_LAYERS * 4}
+        # in each layer: two bounds and a comparison of the row, and the longest window; then which
+        # rows decode
+        assert _by_step(waits) == {1: NUM_LAYERS * 4, 2: NUM_LAYERS, 3: NUM_LAYERS}
         assert {event.layer for event in waits} == set(range(NUM_LAYERS))
-    for tree in ("early", "pr7367", "develop"):
+    for tree in ("pr7367", "develop"):
         with ours(TREES[tree]), _run():
             assert in_layers("sync") == []
 
 
-def test_slots_are_made_once_a_step() -> None:
-    """Upstream: twice a layer before #7367, with five operators of Paddle each time."""
-    with upstream(TREES["early"]), _run():
-        per_layer = 2 * 5 * NUM_LAYERS
-        assert launches("slot_mapping") == dict.fromkeys(range(1, STEPS + 1), per_layer)
-    with upstream(TREES["pr7367"]), _run():
+def test_slots_are_made_once_a_step_in_one_launch() -> None:
+    """Upstream: five operators of Paddle after the one for positions (#7367)."""
+    with upstream(), _run():
         assert launches("slot_mapping") == dict.fromkeys(range(1, STEPS + 1), 5)
     from fd_dsa.step import StepMetadataBuilder
 
-    for tree in ("early", "pr7367", "develop"):
+    for tree in ("pr7367", "develop"):
         with ours(TREES[tree]):
             engine = make_engine()
             from tests.fakes.driver import Job
@@ -92,19 +90,18 @@ def test_slots_are_made_once_a_step() -> None:
             with _calls(StepMetadataBuilder, "build") as builds:
                 engine.generate([Job(prompt(PROMPT), STEPS)])
             assert len(builds) == STEPS
-            # in #7367's tree the runner makes its own once more, whatever the backend
-            assert max(launches("slot_mapping").values(), default=0) <= 5
+            assert launches("slot_mapping") == {}
 
 
 def test_layers_launch_none_of_fastdeploy_s_operators() -> None:
     """So that no launch of metadata can grow with the number of layers."""
-    with upstream(TREES["early"]), _run():
+    with upstream(TREES["develop"]), _run():
         assert {event.layer for event in in_layers("launch")} == set(range(NUM_LAYERS))
-    with ours(TREES["early"]), _run():
+    with ours(TREES["develop"]), _run():
         assert in_layers("launch") == []
 
 
-WINDOWS = replace(DEVELOP, name="windows", mask_offsets=True)
+WINDOWS = replace(DEVELOP, name="windows", mask_offsets=True, sliding_windows=False)
 
 
 def test_decode_steps_make_no_windows() -> None:
@@ -159,9 +156,9 @@ def _attended_tokens(engine: Any, side: str) -> dict[str, int]:
 
 
 def test_each_token_is_attended_once() -> None:
-    """Upstream: forward_mixed runs both kernels over all tokens of a mixed step, then merges."""
+    """Upstream in April: both kernels run over all tokens of a mixed step; then it merges."""
     all_tokens = NUM_LAYERS * (1 + 30)
-    with upstream():
+    with upstream(TREES["pr7367"]):
         found = _attended_tokens(make_engine(), "upstream")
         assert found == {"prefill": all_tokens, "decode": all_tokens, "ours": 0}
     with ours():
@@ -170,21 +167,11 @@ def test_each_token_is_attended_once() -> None:
 
 
 def test_no_maximum_is_taken_for_a_scale_that_nobody_reads() -> None:
-    """Upstream: abs(compressed_kv).max() / 200 in a layer; ds_mla_cache_kernel.cu ignores it."""
-    with upstream(), _run():
+    """Upstream in April: abs(compressed_kv).max() / 200, which ds_mla_cache_kernel.cu ignores."""
+    with upstream(TREES["pr7367"]), _run():
         assert launches("kv_scale") == dict.fromkeys(range(1, STEPS + 1), 3 * NUM_LAYERS)
     with ours(), _run():
         assert launches("kv_scale") == {}
-
-
-def test_the_latent_cache_is_not_copied() -> None:
-    """Upstream: a transposed copy of the whole cache in a layer, in the first trees."""
-    with upstream(TREES["early"]), _run(num_gpu_blocks=24):
-        copies = in_layers("allocation", "latent_cache_copy")
-        assert _by_step(copies) == dict.fromkeys(range(2, STEPS + 1), NUM_LAYERS)
-        assert {event.size for event in copies} == {24 * 64 * 656}
-    with ours(TREES["early"]), _run(num_gpu_blocks=24):
-        assert [event for event in in_layers("allocation") if event.size >= 24 * 64 * 656] == []
 
 
 def test_logits_stay_within_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,12 +219,11 @@ def _scored_rows(side: str, **overrides: Any) -> list[int]:
     return [args[0].shape[0] for args in (theirs if side == "upstream" else mine)]
 
 
-@pytest.mark.parametrize("tree, rows", [("early", 4), ("develop", 2)])
-def test_decoding_scores_decode_rows_alone(tree: str, rows: int) -> None:
-    """Upstream: zeros([max_bsz, ...]) a layer; early trees give all slots, idle ones too."""
-    with upstream(TREES[tree]):
-        assert _scored_rows("upstream") == [rows] * NUM_LAYERS
-    with ours(TREES[tree]):
+def test_decoding_scores_decode_rows_alone() -> None:
+    """Upstream: a buffer of zeros in each layer, for rows that prefill too."""
+    with upstream():
+        assert _scored_rows("upstream") == [2] * NUM_LAYERS
+    with ours():
         assert _scored_rows("ours") == [1] * NUM_LAYERS
 
 
@@ -258,7 +244,7 @@ def test_layers_have_no_unused_buffers() -> None:
         assert of_positions(make_engine()) == 0
 
 
-@pytest.mark.parametrize("tree", ["early", "pr7367", "develop"])
+@pytest.mark.parametrize("tree", ["pr7367", "develop"])
 def test_no_wait_for_six_integers(tree: str) -> None:
     """Upstream waits for a copy of them in every step, since #8041 once for each layer."""
     from fd_dsa.ops._host import as_numpy
@@ -281,8 +267,7 @@ def test_no_wait_for_six_integers(tree: str) -> None:
 
 
 def test_a_step_s_tensors_keep_their_addresses() -> None:
-    """Upstream: the result of Paddle's indexing (#7367) and zeros(2T) (#7598) are new each step."""
-    trees = {"slot_mapping": TREES["pr7367"], "indexer_attn_mask_offsets": WINDOWS}
+    """Upstream: zeros(2T) of #7598 are new in each step."""
 
     def addresses(name: str) -> set[int]:
         from tests.fakes.driver import Job
@@ -298,10 +283,10 @@ def test_a_step_s_tensors_keep_their_addresses() -> None:
             found.append(tensor.data_ptr())
         return set(found)
 
-    for name, tree in trees.items():
-        with upstream(tree):
-            assert len(addresses(name)) == 2
-        with ours(tree):
+    with upstream(WINDOWS):
+        assert len(addresses("indexer_attn_mask_offsets")) == 2
+    with ours(WINDOWS):
+        for name in ("position_ids", "slot_mapping", "indexer_attn_mask_offsets"):
             assert len(addresses(name)) == 1
 
 
@@ -321,7 +306,7 @@ def test_the_selection_has_one_buffer() -> None:
         assert len({choice.address for choice in record.choices}) == 1
 
 
-@pytest.mark.parametrize("tree", ["early", "pr7367", "develop"])
+@pytest.mark.parametrize("tree", ["pr7367", "develop"])
 def test_layers_create_no_tensor(tree: str) -> None:
     """All that Python creates in a layer's attention; upstream's are those of the tests above."""
     with upstream(TREES[tree]), _run():

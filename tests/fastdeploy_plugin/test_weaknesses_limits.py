@@ -28,7 +28,7 @@ def _jobs() -> list[Any]:
 def test_mtp_is_refused_with_the_reason() -> None:
     """Upstream: spec_decode/mtp.py unpacks two shapes of the three."""
     drafts = {"method": "mtp", "num_speculative_tokens": 1}
-    with upstream(), pytest.raises(ValueError, match="too many values to unpack"):
+    with upstream(TREES["pr7367"]), pytest.raises(ValueError, match="too many values to unpack"):
         make_engine(**drafts)
     with ours(), pytest.raises(ConfigError, match=r"proposer.*mtp\.py.*--speculative-config"):
         make_engine(**drafts)
@@ -73,7 +73,7 @@ def test_a_step_may_have_more_rows_than_a_block_has_threads() -> None:
     """Upstream: one thread a row in get_position_ids*.cu, and one block."""
     rows = np.arange(1500)
     slots = (2 * rows + rows % 100 // 64) * 64 + rows % 100 % 64
-    with upstream():
+    with upstream(TREES["fused"]):
         meta = _prepared(1000)
         assert np.array_equal(meta.slot_mapping.numpy(), slots[:1000])
         with pytest.raises(RuntimeError, match="1500 rows"):
@@ -89,7 +89,7 @@ def test_padding_is_no_row_s_slot() -> None:
 
     tables = paddle.to_tensor([[1, -1], [3, -1]], dtype="int32")
     with upstream(TREES["pr7367"]):
-        from fastdeploy.model_executor.layers.attention._upstream_dsa import compute_slot_mapping
+        from fastdeploy.worker._runner_step import compute_slot_mapping
 
         batch_ids = paddle.to_tensor([0, 1, -1, -1], dtype="int32")
         stale = paddle.to_tensor([7, 9, 5, 64], dtype="int32")
@@ -131,7 +131,7 @@ def _changed(eager: np.ndarray, graph: np.ndarray) -> np.ndarray:
 
 @pytest.mark.slow
 def test_a_padded_graph_writes_nothing_but_its_rows() -> None:
-    """Upstream: the fused operator leaves slots of longer steps past the tokens of this one."""
+    """Upstream: its buffer keeps slots of longer steps past the tokens of this one."""
     with upstream():
         eager, slots, _ = _latents_after_decoding()
         graph, _, _ = _latents_after_decoding(**GRAPHS)
@@ -141,19 +141,6 @@ def test_a_padded_graph_writes_nothing_but_its_rows() -> None:
         eager, _, tokens = _latents_after_decoding()
         graph, _, padded_tokens = _latents_after_decoding(**GRAPHS)
         assert len(_changed(eager, graph)) == 0 and padded_tokens == tokens
-
-
-@pytest.mark.slow
-def test_graphs_find_a_step_s_tensors_where_they_were() -> None:
-    """Upstream: the slots of #7367 lie elsewhere in each step, a graph reads those of its own."""
-    tree = TREES["pr7367"]
-    with upstream(tree):
-        engine = make_engine(**GRAPHS)
-        with pytest.raises(Exception, match="slot_mapping: lies elsewhere"):
-            engine.generate(_jobs())
-    with ours(tree):
-        plain = generate(*_jobs())
-        assert generate(*_jobs(), **GRAPHS) == plain
 
 
 def _attend(num_heads: int) -> tuple[np.ndarray, np.ndarray]:
@@ -206,11 +193,11 @@ def _attend(num_heads: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("num_heads", [128, 64, 32, 16])
 def test_any_number_of_heads_a_rank(num_heads: int) -> None:
-    """Upstream: FlashMLA's sparse kernels take 64 or 128; four and eight ranks have fewer."""
+    """Upstream in April: FlashMLA takes 64 or 128; four and eight ranks have fewer."""
     with ours():
         out, expected = _attend(num_heads)
         assert np.allclose(out, expected, atol=1e-4)
-    with upstream(any_heads=False):
+    with upstream(TREES["pr7367"], any_heads=False):
         if num_heads >= 64:
             assert np.allclose(*_attend(num_heads), atol=1e-4)
         else:

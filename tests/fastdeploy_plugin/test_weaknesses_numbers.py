@@ -41,7 +41,7 @@ def _chunked(num_tokens: int, chunk: int | None, **overrides: Any) -> list[int]:
     return generate(_job(prompt(num_tokens), 6, chunk=chunk), **overrides)[0]
 
 
-@pytest.mark.parametrize("tree", ["early", "pr7367", "develop"])
+@pytest.mark.parametrize("tree", ["pr7367", "develop"])
 def test_later_chunks_see_the_earlier_ones(tree: str) -> None:
     """Upstream: models/deepseek_v3.py and flash_mla_sparse_fwd over this step's keys alone."""
     with upstream(TREES[tree]):
@@ -200,14 +200,6 @@ def test_with_upstream_s_rotation_the_selection_is_upstream_s() -> None:
         assert _first_positions(index_topk=12) == theirs
     with ours():
         assert _first_positions(index_topk=12) != theirs
-
-
-def test_the_key_norm_is_a_layer_norm_in_early_trees_too() -> None:
-    """Upstream: an RMSNorm without the bias that checkpoints have, in the first trees."""
-    with upstream(TREES["early"]):
-        assert _closest(*_index_keys()) == ("rms", "neighbours")
-    with ours(TREES["early"]):
-        assert _closest(*_index_keys()) == ("layer", "halves")
 
 
 def _choices_among_equals() -> np.ndarray:

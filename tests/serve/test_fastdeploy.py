@@ -36,7 +36,7 @@ def test_a_server_for_the_openai_client(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tree", "env", "why"),
     [
-        (trees.R24, {}, "unsupported FastDeploy tree ("),
+        (trees.BROKEN["before_7367"], {}, "unsupported FastDeploy tree ("),
         (trees.BROKEN["constructor"], {}, "unsupported FastDeploy tree (DSAAttentionBackend"),
         (trees.DEVELOP, {"FD_DSA_DISABLE": "1"}, "FD_DSA_DISABLE turns the plug-in off"),
     ],

@@ -19,8 +19,7 @@ def current() -> Tree:
 def _parsed(text: str) -> Tree:
     if not text:
         return DEVELOP
-    fields = json.loads(text)
-    return Tree(**{**fields, "missing_ops": tuple(fields["missing_ops"])})
+    return Tree(**json.loads(text))
 
 
 def place() -> str:

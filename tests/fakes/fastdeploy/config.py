@@ -68,11 +68,9 @@ class FDConfig:
             return self.scheduler_config.max_num_batched_tokens
         return self.model_config.max_model_len
 
-    def __getattr__(self, name: str) -> Any:
-        # a property of newer trees only
-        if name == "enable_rope_3d_runtime" and _tree.current().rope_3d_runtime:
-            return False
-        raise AttributeError(name)
+    @property
+    def enable_rope_3d_runtime(self) -> bool:
+        return False
 
 
 def fd_config(model_folder: str | Path, **overrides: Any) -> FDConfig:
@@ -148,8 +146,6 @@ def _model(checkpoint: dict[str, Any]) -> Any:
     for name in ("indexer_rope_interleave", "rope_interleave", "indexer_types"):
         if name in checkpoint:
             setattr(model, name, checkpoint[name])
-    if not _tree.current().rope_3d_runtime:
-        model.rope_3d = False
     return model
 
 
@@ -207,7 +203,7 @@ def _graphs() -> Any:
     tree = _tree.current()
     return SimpleNamespace(
         use_cudagraph=False,
-        graph_opt_level=tree.graph_opt_level,
+        graph_opt_level=0,
         full_cuda_graph=True,
         cudagraph_only_prefill=False,
         cudagraph_capture_sizes=[8, 4, 2, 1],

@@ -81,7 +81,7 @@ def leads_of(engine: Any) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tree", ["early", "develop"])
+@pytest.mark.parametrize("tree", ["pr7367", "develop"])
 def test_answers_are_those_of_the_cpu(rig: Rig, tree: str) -> None:
     """Chunks beside decode rows, then decode steps as graphs, one of them padded."""
     if rig.is_real:
@@ -97,7 +97,7 @@ def test_answers_are_those_of_the_cpu(rig: Rig, tree: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("tree", ["early", "pr7367", "develop"])
+@pytest.mark.parametrize("tree", ["pr7367", "develop"])
 def test_answers_are_those_of_hugging_face(real_rig: Rig, tree: str, mode: str) -> None:
     prompts = demo_prompts()
     wanted = [one.token_ids + one.answer for one in prompts.values()]

@@ -1,7 +1,8 @@
 """ForwardMeta: what a step's layers are given (`model_executor/forward_meta.py`).
 
 A new object every step, with the runner's buffers in it; attributes that no tree knows may be
-set, and in some trees one that was never set reads as None.
+set, and one that was never set reads as None. Fields as at 8f8e7cf6, `attn_backends` as the runner
+at 39d329f2 sets it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum, auto
 from typing import Any
-
-from fastdeploy import _tree
 
 
 class ForwardMode(IntEnum):
@@ -54,7 +53,7 @@ class ForwardMeta:
     decoder_chunk_size_device: Any = None
     # int32 on the host; the shared buffer, with the values of the step before until it is filled
     max_len_tensor_cpu: Any = None
-    # int32 [B] or [S]; [S, 1] in old trees
+    # int32 [B]
     seq_lens_encoder: Any = None
     seq_lens_decoder: Any = None
     seq_lens_this_time: Any = None
@@ -63,7 +62,7 @@ class ForwardMeta:
     # int32 [B + 1]
     cu_seqlens_q: Any = None
     cu_seqlens_k: Any = None
-    # int32 [B or S, M], -1 unused
+    # int32 [B, M], -1 unused
     block_tables: Any = None
     # uint8, two a layer; None before initialize_kv_cache
     caches: Any = None
@@ -75,31 +74,34 @@ class ForwardMeta:
     kv_num_blocks_x_cpu: Any = None
     pre_caches_length: int = 0
     position_ids: Any = None
+    # int64 [T]
+    slot_mapping: Any = None
+    # int32 [2T], by trees with #7598
+    indexer_attn_mask_offsets: Any = None
+    # a backend for each layer (#8041)
+    attn_backends: Any = None
+    # of the V1 cache manager; set after init_attention_metadata
+    layer_done_counter: Any = None
+    routing_replay_table: Any = None
+    moe_num_chunk: int = 1
+    max_moe_num_chunk: int = 1
+    real_bsz: int = 0
     step_use_cudagraph: bool = False
     is_zero_size: bool = False
     exist_prefill: bool = False
 
     def clear_caches(self) -> None:
         """Drop the caches; they are about to be freed."""
-        if self.caches is not None:
-            del self.caches[:]
-        self.caches = None
+        if self.caches:
+            del self.caches
+
+    def __getattr__(self, name: str) -> Any:
+        """None for what was never set, which is then set: `hasattr` is always true."""
+        # copying and pickling ask for methods that no dataclass has
+        if name.startswith("__"):
+            raise AttributeError(name)
+        setattr(self, name, None)
+        return None
 
     def init_forward_meta(self, *args: Any, **kwargs: Any) -> None:
         """Nothing on CUDA."""
-
-
-def _missing(self: ForwardMeta, name: str) -> Any:
-    # copying and pickling ask for methods that no dataclass has
-    if name.startswith("__"):
-        raise AttributeError(name)
-    setattr(self, name, None)
-    return None
-
-
-if _tree.current().forward_meta_getattr:
-    ForwardMeta.__getattr__ = _missing  # type: ignore[attr-defined]
-if _tree.current().mask_encoder_batch:
-    ForwardMeta.mask_encoder_batch = None  # type: ignore[attr-defined]
-if _tree.current().slot_mapping == "runner":
-    ForwardMeta.slot_mapping = None  # type: ignore[attr-defined]

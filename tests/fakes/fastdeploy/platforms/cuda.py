@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastdeploy import _tree
 from fastdeploy.utils import console_logger
 
 from .base import Platform, _Backend
@@ -20,9 +19,8 @@ class CUDAPlatform(Platform):
         classes = {
             _Backend.APPEND_ATTN: "AppendAttentionBackend",
             _Backend.MLA_ATTN: "MLAAttentionBackend",
+            _Backend.DSA_ATTN: "DSAAttentionBackend",
         }
-        if _tree.current().has_dsa:
-            classes[_Backend.DSA_ATTN] = "DSAAttentionBackend"
         if selected_backend not in classes:
             raise ValueError(
                 "Invalid attention backend you specified, now only support [NATIVE_ATTN, "

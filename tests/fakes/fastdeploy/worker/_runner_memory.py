@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import paddle
 
-from fastdeploy import _memory, envs
+from fastdeploy import _memory, _tree
 from fastdeploy._arrays import host, writable
 from fastdeploy.model_executor.pre_and_post_process import set_row
 
@@ -15,6 +15,9 @@ class RunnerMemory:
     """What happens between the model's load and the first request, and when caches change."""
 
     fd_config: Any
+    model_config: Any
+    enable_cache_manager_v1: bool
+    cache_controller: Any
     share_inputs: Any
     attn_backends: list[Any]
     model: Any
@@ -27,16 +30,25 @@ class RunnerMemory:
     _sent: ClassVar[dict[str, Any]] = {}
 
     def initialize_kv_cache(self, profile: bool = False) -> None:
-        """Two zeroed uint8 caches a layer: latents, indexer keys; the value cache is empty."""
-        self.dsa_cache = envs.FD_ATTENTION_BACKEND == "DSA_ATTN"
-        shapes = self.attn_backends[0].get_kv_cache_shape(
-            max_num_blocks=self.num_gpu_blocks, kv_cache_quant_type="uint8"
-        )
-        key_shape, _, indexer_shape = shapes
+        """Two zeroed caches a layer: latents, indexer keys; the value cache is empty.
+
+        Without the V1 manager those of #8060 have the model's dtype, which DSA's operators do not
+        read; trees before and the V1 manager make bytes.
+        """
+        if self.enable_cache_manager_v1:
+            self.share_inputs["caches"] = self.cache_controller.initialize_kv_cache(
+                attn_backend=self.attn_backends, num_gpu_blocks=self.num_gpu_blocks
+            )
+            return
+        dtype = self.model_config.dtype if _tree.current().sliding_windows else "uint8"
         caches = []
-        for _ in range(self.fd_config.model_config.num_hidden_layers):
-            caches.append(paddle.zeros(key_shape, dtype="uint8"))
-            caches.append(paddle.zeros(indexer_shape, dtype="uint8"))
+        for layer in range(self.model_config.num_hidden_layers):
+            backend = self.attn_backends[layer if len(self.attn_backends) > 1 else 0]
+            backend.layer_id = layer
+            key_shape, _, indexer_shape = backend.get_kv_cache_shape(
+                max_num_blocks=self.num_gpu_blocks, kv_cache_quant_type="uint8"
+            )
+            caches += [paddle.zeros(shape, dtype=dtype) for shape in (key_shape, indexer_shape)]
         self.share_inputs["caches"] = caches
 
     def clear_cache(self, profile: bool = False) -> None:
@@ -44,6 +56,9 @@ class RunnerMemory:
         caches = list(self.share_inputs.pop("caches"))
         if self.forward_meta is not None:
             self.forward_meta.clear_caches()
+        if self.enable_cache_manager_v1:
+            self.cache_controller.free_gpu_cache()
+            return
         for cache in caches:
             _memory.free(cache)
 
@@ -60,8 +75,9 @@ class RunnerMemory:
         """The largest step on caches of the size that was asked for, then without them."""
         self.num_gpu_blocks = self.fd_config.cache_config.total_block_num
         self.initialize_kv_cache(profile=True)
-        scheduler = self.fd_config.scheduler_config
-        self._dummy_run(scheduler.max_num_batched_tokens, min(scheduler.max_num_seqs, 3))
+        self._dummy_run(
+            self.fd_config.get_max_chunk_tokens(), self.fd_config.scheduler_config.max_num_seqs
+        )
         self.clear_cache(profile=True)
 
     def update_share_input_block_num(self, num_gpu_blocks: int) -> None:
@@ -207,4 +223,4 @@ class RunnerMemory:
 
     def _clear_graphs(self) -> None:
         if self.use_cudagraph:
-            self.model.model.clear_graph_opt_backend()
+            self.model.clear_graph_opt_backend()

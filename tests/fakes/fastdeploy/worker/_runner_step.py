@@ -10,7 +10,7 @@ import paddle
 from fastdeploy import _counters, _tree
 from fastdeploy._arrays import host, writable
 from fastdeploy.model_executor.forward_meta import ForwardMeta
-from fastdeploy.model_executor.layers.attention._upstream_dsa import compute_slot_mapping
+from fastdeploy.model_executor.layers.attention import DSAAttentionBackend, MLAAttentionBackend
 from fastdeploy.model_executor.ops import gpu
 from fastdeploy.model_executor.pre_and_post_process import (
     pre_process,
@@ -19,11 +19,7 @@ from fastdeploy.model_executor.pre_and_post_process import (
 )
 
 _TREE = _tree.current()
-if _TREE.has_dsa:
-    from fastdeploy.model_executor.layers.attention import (
-        DSAAttentionBackend,
-        MLAAttentionBackend,
-    )
+FUSED_OP = "get_position_ids_and_slot_mapping"
 _LAUNCH_BUFFERS = (
     "decoder_batch_ids",
     "decoder_tile_ids_per_batch",
@@ -48,6 +44,8 @@ class RunnerStep:
     """
 
     fd_config: Any
+    enable_cache_manager_v1: bool
+    cache_controller: Any
     share_inputs: Any
     attn_backends: list[Any]
     model: Any
@@ -62,23 +60,15 @@ class RunnerStep:
     def _process_reorder(self) -> None:
         """Rows stay in their order: no DSA backend has `enable_ids_reorder`."""
 
-    if _TREE.prepare_inputs == "counts":
-
-        def _prepare_inputs(
-            self,
-            cached_token_num: int = -1,
-            cached_real_bsz: int = -1,
-            is_dummy_or_profile_run: bool = False,
-        ) -> tuple[int, Any]:
-            """Everything before the model; launched tokens, and the event of the host copies."""
-            token_num = self._step_inputs(cached_token_num, is_dummy_or_profile_run)
-            return token_num, object()
-
-    else:
-
-        def _prepare_inputs(self, is_dummy_or_profile_run: bool = False) -> None:
-            """Everything before the model."""
-            self._step_inputs(-1, is_dummy_or_profile_run)
+    def _prepare_inputs(
+        self,
+        cached_token_num: int = -1,
+        cached_real_bsz: int = -1,
+        is_dummy_or_profile_run: bool = False,
+    ) -> tuple[int, Any]:
+        """Everything before the model; launched tokens, and the event of the host copies."""
+        token_num = self._step_inputs(cached_token_num, is_dummy_or_profile_run)
+        return token_num, object()
 
     def _step_inputs(self, cached_token_num: int, is_dummy_or_profile_run: bool) -> int:
         share = self.share_inputs
@@ -110,7 +100,7 @@ class RunnerStep:
         """The predicted count of a decode-only step, else the true one, for which it waits."""
         now = host(self.share_inputs["seq_lens_this_time"]).reshape(-1)
         with writable(self.share_inputs["seq_lens_this_time_cpu"]) as copy:
-            copy[: len(now)] = now
+            copy[: len(now), 0] = now
         if cached_token_num >= 0 and not self.exist_prefill():
             return cached_token_num
         return int(now.sum())
@@ -119,8 +109,7 @@ class RunnerStep:
         """A new ForwardMeta with the buffers of the step, and every backend's metadata."""
         share, backend = self.share_inputs, self.attn_backends[0]
         now = share["seq_lens_this_time"]
-        slots = share["seq_lens_encoder"].shape[0]
-        rows = slots if _TREE.rows == "slots" else now.shape[0]
+        rows = now.shape[0]
         per_row = ("seq_lens_encoder", "seq_lens_decoder", "block_tables")
         self.forward_meta = ForwardMeta(
             ids_remove_padding=share["ids_remove_padding"],
@@ -130,7 +119,7 @@ class RunnerStep:
             cu_seqlens_q=share["cu_seqlens_q"],
             cu_seqlens_k=share["cu_seqlens_k"],
             caches=share.get("caches"),
-            **{name: share[name] if rows == slots else share[name][:rows] for name in per_row},
+            **{name: share[name][:rows] for name in per_row},
             **{name: share[name] for name in _LAUNCH_BUFFERS if name in share},
         )
         self.forward_meta.attn_backends = self.attn_backends
@@ -140,6 +129,8 @@ class RunnerStep:
             one.init_attention_metadata(self.forward_meta)
         self.forward_meta.is_zero_size = self.forward_meta.ids_remove_padding.shape[0] == 0
         self.forward_meta.exist_prefill = self.exist_prefill()
+        if self.enable_cache_manager_v1:
+            self.forward_meta.layer_done_counter = self.cache_controller.layer_done_counter
 
     def collect_distributed_status(self) -> None:
         """Whether the step may be a graph: decode-only ones, with a split graph all of them."""
@@ -158,8 +149,7 @@ class RunnerStep:
         In this order in `worker/gpu_model_runner.py` at 39d329f2 (June 2026).
         """
         self.padding_cudagraph_inputs()
-        if _TREE.position_producer == "runner":
-            self._compute_position_ids_and_slot_mapping()
+        self._compute_position_ids_and_slot_mapping()
 
     def _compute_position_ids_and_slot_mapping(self) -> None:
         """Positions and slots once a step (#7367), whatever the backend has made before."""
@@ -169,32 +159,29 @@ class RunnerStep:
         count = meta.ids_remove_padding.shape[0]
         lengths = meta.seq_lens_encoder, meta.seq_lens_decoder, meta.seq_lens_this_time
         positions = share["position_ids_buffer"][:count]
+        slots = share["slot_mapping_buffer"][:count]
         block_size = self.fd_config.cache_config.block_size
-        rows = meta.batch_id_per_token.reshape([-1])
         operator = getattr(gpu, _TREE.position_op)
-        if _TREE.position_op == "get_position_ids_and_slot_mapping":
-            slots = share["slot_mapping_buffer"][:count]
+        if _TREE.position_op == FUSED_OP:
+            rows = meta.batch_id_per_token.reshape([-1])
             operator(*lengths, rows, meta.block_tables, positions, slots, block_size)
         else:
             operator(*lengths, positions)
-            slots = compute_slot_mapping(meta.block_tables, positions, rows, block_size)
+            made = compute_slot_mapping(
+                meta.block_tables, positions, meta.batch_id_per_token, block_size
+            )
+            paddle.assign(made, slots)
         meta.position_ids, meta.slot_mapping = positions, slots
 
     def padding_cudagraph_inputs(self) -> None:
         """Nothing is padded; the true count is kept, for the output to be cut to it."""
-        if self.use_cudagraph and _TREE.padding_swaps_seq_lens:
-            buffer = self.share_inputs["seq_lens_this_time_buffer"]
-            self.forward_meta.seq_lens_this_time = buffer
         self.real_token_num = self.forward_meta.ids_remove_padding.shape[0]
 
     def _run_model(self) -> Any:
         """Hidden states of the launched tokens."""
         ids = self.share_inputs["ids_remove_padding"]
         with paddle.no_grad():
-            if _TREE.model_call == "dict":
-                out = self.model({"ids_remove_padding": ids}, self.forward_meta)
-            else:
-                out = self.model(ids_remove_padding=ids, forward_meta=self.forward_meta)
+            out = self.model({"ids_remove_padding": ids}, self.forward_meta)
         return out[: self.real_token_num] if self.use_cudagraph else out
 
     def _sample(self, hidden: Any, drafts: bool | None = None) -> dict[int, list[int]]:
@@ -248,3 +235,17 @@ class RunnerStep:
         if self.speculative_decoding:
             self.proposer.run(share_inputs=share, accepted=tokens)
         self.exist_prefill_flag = False
+
+
+def compute_slot_mapping(
+    block_tables: Any, position_ids: Any, batch_id_per_token: Any, block_size: int
+) -> Any:
+    """Slots by advanced indexing (#7367): a batch id of -1, of padding, takes the last row."""
+    for kernel in ("divide", "index", "modulo", "scale_add", "cast"):
+        _counters.launch(f"slot_mapping.{kernel}")
+    block_idx = position_ids // block_size
+    assert batch_id_per_token.shape == block_idx.shape
+    blocks = block_tables[batch_id_per_token, block_idx]
+    slots = (blocks * block_size + position_ids % block_size).astype("int64")
+    _counters.allocation("slot_mapping", 8 * slots.shape[0])
+    return slots

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy import _counters, _tree
+from fastdeploy import _counters, _tree, envs
 from fastdeploy._arrays import host
+from fastdeploy.cache_manager.v1 import CacheController
 from fastdeploy.model_executor.layers.attention import get_attention_backend
 from fastdeploy.model_executor.layers.attention.append_attn_backend import (
     allocate_launch_related_buffer,
@@ -47,7 +48,11 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         self.model: Any = None
         self.proposer: Any = None
         self.exist_prefill_flag = False
-        self.dsa_cache = False
+        self.dsa_cache = envs.FD_ATTENTION_BACKEND == "DSA_ATTN"
+        v1 = _tree.current().v1_cache_manager and envs.ENABLE_V1_KVCACHE_MANAGER
+        self.enable_cache_manager_v1 = v1
+        if v1:
+            self.cache_controller = CacheController(fd_config, local_rank, device_id)
         self.real_token_num = 0
         self.saved_output: list[tuple[int, list[int]]] = []
         self._unsaved_output: list[tuple[int, list[int]]] = []
@@ -91,7 +96,9 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         self.model = ModelRegistry.get_class(self.model_config.architectures[0])(self.fd_config)
         self.load_weights()
         if self.speculative_method == "mtp":
-            self.proposer = MTPProposer(self.fd_config, self)
+            self.proposer = MTPProposer(
+                self.fd_config, self, self.local_rank, self.device_id, self.share_inputs
+            )
         elif self.speculative_decoding:
             self.proposer = NgramProposer(self.num_draft_tokens)
 

@@ -1,4 +1,4 @@
-"""The runner's persistent buffers (`worker/input_batch.py`); a plain dict in early trees."""
+"""The runner's persistent buffers (`worker/input_batch.py` at 39d329f2)."""
 
 from __future__ import annotations
 
@@ -41,18 +41,12 @@ class InputBatch:
         vars(self).update(fields)
 
 
-def make_share_inputs(fd_config: Any, num_draft_tokens: int) -> Any:
-    """All buffers of a runner in the form of the tree."""
+def make_share_inputs(fd_config: Any, num_draft_tokens: int) -> InputBatch:
+    """All buffers of a runner."""
     fields = _rows(fd_config) | _tokens(fd_config) | _host_copies(fd_config)
     if num_draft_tokens:
         fields |= _speculative(fd_config, num_draft_tokens)
-    return InputBatch(fields) if _tree.current().share_inputs == "input_batch" else fields
-
-
-def _lengths(slots: int) -> Any:
-    """int32 zeros, one a slot; in early trees a column."""
-    shape = [slots, 1] if _tree.current().seq_lens_rank == 2 else [slots]
-    return paddle.zeros(shape, dtype="int32")
+    return InputBatch(fields)
 
 
 def _rows(fd_config: Any) -> dict[str, Any]:
@@ -61,7 +55,8 @@ def _rows(fd_config: Any) -> dict[str, Any]:
     cache = fd_config.cache_config
     columns = -(-longest // cache.block_size) + cache.enc_dec_block_num
     lengths = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time_buffer")
-    fields = {name: _lengths(slots) for name in (*lengths, "step_seq_lens_decoder")}
+    fields = {name: paddle.zeros([slots], dtype="int32") for name in lengths}
+    fields["step_seq_lens_decoder"] = paddle.zeros([slots, 1], dtype="int32")
     fields["seq_lens_this_time"] = fields["seq_lens_this_time_buffer"]
     fields |= {
         name: paddle.zeros([slots, 1], dtype="int64")
@@ -86,11 +81,11 @@ def _tokens(fd_config: Any) -> dict[str, Any]:
         "cu_seqlens_q": paddle.zeros([slots + 1], dtype="int32"),
         "cu_seqlens_k": paddle.zeros([slots + 1], dtype="int32"),
     }
-    tree = _tree.current()
-    if tree.position_producer == "runner":
-        dtype = tree.position_dtype
-        fields["position_ids_buffer"] = paddle.zeros([tokens], dtype=dtype)
-        fields["slot_mapping_buffer"] = paddle.full([tokens], -1, dtype="int64")
+    # of one chunk, however many rows there are
+    chunk = [fd_config.get_max_chunk_tokens()]
+    dtype = _tree.current().position_dtype
+    fields["position_ids_buffer"] = paddle.zeros(chunk, dtype=dtype)
+    fields["slot_mapping_buffer"] = paddle.zeros(chunk, dtype="int64")
     return fields
 
 
@@ -99,7 +94,7 @@ def _host_copies(fd_config: Any) -> dict[str, Any]:
     slots = fd_config.scheduler_config.max_num_seqs
     cpu = paddle.CPUPlace()
     fields = {
-        "seq_lens_this_time_cpu": paddle.zeros([slots], dtype="int32", device=cpu),
+        "seq_lens_this_time_cpu": paddle.zeros([slots, 1], dtype="int32", device=cpu),
         "is_block_step_cpu": paddle.zeros([slots], dtype="bool", device=cpu),
         "is_chunk_step": paddle.zeros([slots], dtype="bool", device=cpu),
     }

@@ -1,7 +1,7 @@
 """DeepSeek-V3.2 and GLM-5 as FastDeploy builds them (`model_executor/models/deepseek_v3.py`).
 
-Attribute and parameter names, the order of the layers' calls and who produces positions are
-upstream's; what the calls compute is in `layers/` and in `indexer_forward.py`.
+Attribute and parameter names and the order of the layers' calls are upstream's, as at 8f8e7cf6
+(April 2026); what the calls compute is in `layers/` and in `indexer_forward.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from fastdeploy.model_executor.layers.linear import (
 from fastdeploy.model_executor.layers.lm_head import ParallelLMHead
 from fastdeploy.model_executor.layers.normalization import LayerNorm, RMSNorm
 from fastdeploy.model_executor.layers.rotary_embedding import DeepseekScalingRotaryEmbedding
-from fastdeploy.model_executor.ops import gpu
 
 from .deepseek_mlp import DeepSeekV3MLP, DeepSeekV3MoE
 from .deepseek_weights import load_into
@@ -61,12 +60,9 @@ class Indexer(nn.Layer):
         self.weights_proj = _plain_linear(
             fd_config, f"{prefix}.weights_proj", self.hidden_size, self.index_n_heads
         )
-        if _TREE.k_norm == "rms":
-            self.k_norm = RMSNorm(fd_config, self.index_head_dim, 1e-6, f"{prefix}.k_norm")
-        else:
-            self.k_norm = LayerNorm(
-                fd_config, self.index_head_dim, 1e-6, f"{prefix}.k_norm", with_bias=True
-            )
+        self.k_norm = LayerNorm(
+            fd_config, self.index_head_dim, 1e-6, f"{prefix}.k_norm", with_bias=True
+        )
         self.softmax_scale = self.index_head_dim**-0.5
         self.scale_fmt, self.quant_block_size = "ue8m0", 128
         # never used by what is passed on
@@ -206,7 +202,7 @@ class DeepSeekV3DecoderLayer(nn.Layer):
         super().__init__()
         config = fd_config.model_config
         layer_id = self.layer_id = int(prefix.rpartition(".")[2])
-        if not _TREE.has_dsa or config.model_type not in _DSA_MODELS:
+        if config.model_type not in _DSA_MODELS:
             raise NotImplementedError(f"the double has no layer for {config.model_type!r} here")
         self.self_attn = DeepseekV32DSAAttention(
             fd_config=fd_config, layer_id=layer_id, prefix=f"{prefix}.self_attn"
@@ -267,7 +263,7 @@ class DeepSeekV3Model(nn.Layer):
 
 @ModelRegistry.register_model_class("DeepseekV3ForCausalLM")
 class DeepseekV3ForCausalLM(ModelForCasualLM):
-    """The whole model; `forward` takes what the tree's runner gives."""
+    """The whole model."""
 
     def __init__(self, fd_config: Any) -> None:
         super().__init__(fd_config)
@@ -275,53 +271,25 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
         self.model = DeepSeekV3Model(fd_config)
         self.ori_vocab_size = config.ori_vocab_size
         self.lm_head = ParallelLMHead(fd_config, config.vocab_size, config.hidden_size, "lm_head")
-        tokens = fd_config.get_max_chunk_tokens()
-        self.position_ids_buffer = paddle.zeros([tokens], dtype="int32")
-        self.mask_encoder_batch_buffer = paddle.zeros([tokens, 1], dtype="int32")
         self.eval()
 
     def load_weights(self, weights: Iterable[tuple[str, np.ndarray]]) -> None:
         """Fill the parameters from a checkpoint's names and float32 arrays."""
-        if _TREE.k_norm == "rms":
-            # upstream skips what has no parameter of its name, such as the bias of an RMSNorm
-            known = dict(self.named_parameters())
-            weights = (one for one in weights if "k_norm.bias" not in one[0] or one[0] in known)
         load_into(self, weights)
 
-    if _TREE.position_producer == "model":
+    if _TREE.defect == "before_7367":
 
-        def pre_process(self, forward_meta: Any) -> tuple[Any, Any]:
-            """Positions (int32) and `mask_encoder_batch` by the operator of early trees."""
-            count = forward_meta.ids_remove_padding.shape[0]
-            position_ids = self.position_ids_buffer[:count]
-            mask = self.mask_encoder_batch_buffer[:count]
-            outputs = (position_ids, mask) if _TREE.mask_encoder_batch else (position_ids,)
-            getattr(gpu, _TREE.position_op)(
-                forward_meta.seq_lens_encoder,
-                forward_meta.seq_lens_decoder,
-                forward_meta.seq_lens_this_time,
-                *outputs,
-            )
-            return position_ids, mask
+        def pre_process(self, forward_meta: Any) -> None:
+            """Positions, which before #7367 the model makes."""
 
-    def _run(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
-        """Positions where the model makes them, eagerly, then the graph-dispatched part."""
-        if hasattr(self, "pre_process"):
-            made = self.pre_process(forward_meta)
-            forward_meta.position_ids, forward_meta.mask_encoder_batch = made
-        return self.model(ids_remove_padding=ids_remove_padding, forward_meta=forward_meta)
+    def forward(self, inputs: dict[str, Any], forward_meta: Any) -> Any:
+        """Hidden states of the step, [num_tokens, hidden]."""
+        ids = inputs["ids_remove_padding"]
+        return self.model(ids_remove_padding=ids, forward_meta=forward_meta)
 
-    if _TREE.model_call == "dict":
-
-        def forward(self, inputs: dict[str, Any], forward_meta: Any) -> Any:
-            """Hidden states of the step, [num_tokens, hidden]."""
-            return self._run(inputs["ids_remove_padding"], forward_meta)
-
-    else:
-
-        def forward(self, ids_remove_padding: Any, forward_meta: Any) -> Any:
-            """Hidden states of the step, [num_tokens, hidden]."""
-            return self._run(ids_remove_padding, forward_meta)
+    def clear_graph_opt_backend(self) -> None:
+        """Forget the graphs."""
+        self.model.clear_graph_opt_backend()
 
     def compute_logits(self, hidden_states: Any, forward_meta: Any = None) -> Any:
         """float32 [n, ori_vocab_size] of [n, hidden]."""
@@ -335,18 +303,16 @@ class DeepseekV3ForCausalLM(ModelForCasualLM):
                 layer.mlp.experts(hidden, layer.mlp.gate, forward_meta)
 
 
-if _TREE.has_dsa:
+@ModelRegistry.register_model_class("DeepseekV32ForCausalLM")
+class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
+    """DeepSeek-V3.2."""
 
-    @ModelRegistry.register_model_class("DeepseekV32ForCausalLM")
-    class DeepseekV32ForCausalLM(DeepseekV3ForCausalLM):
-        """DeepSeek-V3.2."""
 
-    @ModelRegistry.register_model_class("GlmMoeDsaForCausalLM")
-    class GlmMoeDsaForCausalLM(DeepseekV32ForCausalLM):
-        """GLM-5."""
+@ModelRegistry.register_model_class("GlmMoeDsaForCausalLM")
+class GlmMoeDsaForCausalLM(DeepseekV32ForCausalLM):
+    """GLM-5."""
 
-else:
-    del Indexer, DeepseekV32DSAAttention
+
 if _TREE.defect == "missing_symbol":
     DSAIndexer = Indexer
     del Indexer

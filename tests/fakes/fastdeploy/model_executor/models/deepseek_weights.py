@@ -38,8 +38,7 @@ def load_into(model: Any, weights: Iterable[tuple[str, np.ndarray]]) -> None:
 
     Raises:
         UnknownWeight: a tensor has no parameter. Upstream skips any such, which would hide a wrong
-            name in a test; here only those of layers past the model's go, and the bias that an
-            RMSNorm has no place for.
+            name in a test; here only those of layers past the model's go.
     """
     parameters = dict(model.named_parameters())
     found = filter(None, map(_LAYER.match, parameters))
@@ -59,8 +58,7 @@ def load_into(model: Any, weights: Iterable[tuple[str, np.ndarray]]) -> None:
                 loader(parameter, array, shard_id)
                 break
         else:
-            if not name.endswith("indexer.k_norm.bias"):
-                raise UnknownWeight(name)
+            raise UnknownWeight(name)
     for layer in model.sublayers():
         if hasattr(layer, "process_weights_after_loading"):
             layer.process_weights_after_loading()

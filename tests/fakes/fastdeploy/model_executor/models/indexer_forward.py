@@ -14,23 +14,10 @@ import paddle
 
 from fastdeploy import _counters, _tree
 from fastdeploy._arrays import host, tensor_of
-from fastdeploy.model_executor.layers.attention._upstream_dsa import compute_slot_mapping
 from fastdeploy.model_executor.layers.quantization.fp8_utils import per_token_group_quant_fp8
 from fastdeploy.model_executor.ops import gpu
 
 BLOCK_SIZE = 64
-
-
-def slot_mapping_of(forward_meta: Any) -> Any:
-    """The step's slots; trees before #7367 compute them wherever a layer needs them."""
-    if _tree.current().slot_mapping == "runner":
-        return forward_meta.slot_mapping
-    return compute_slot_mapping(
-        forward_meta.block_tables,
-        forward_meta.position_ids,
-        forward_meta.batch_id_per_token.reshape([-1]),
-        BLOCK_SIZE,
-    )
 
 
 def extract_decoder_token_from_q(
@@ -75,7 +62,7 @@ def upstream_indexer_forward(
     weights = weights * q_scale.reshape([-1, heads]) * indexer.softmax_scale * heads**-0.5
     top_k = paddle.full([q_fp8.shape[0], indexer.index_topk], -1, dtype="int32")
     gpu.indexer_k_quant_and_cache(
-        k, cache, slot_mapping_of(forward_meta), indexer.quant_block_size, indexer.scale_fmt
+        k, cache, forward_meta.slot_mapping, indexer.quant_block_size, indexer.scale_fmt
     )
     lengths = host(forward_meta.max_len_tensor_cpu)
     if lengths[1]:
@@ -92,9 +79,7 @@ def _rotated(
     parts = [indexer.rope_dim, indexer.index_head_dim - indexer.rope_dim]
     q = indexer.wq_b(qr).reshape([-1, indexer.index_n_heads, indexer.index_head_dim])
     q_pe, q_nope = q.split(parts, axis=-1)
-    k = indexer.k_norm(indexer.wk(hidden_states))
-    # an RMSNorm gives its residual too
-    k_pe, k_nope = (k[0] if isinstance(k, tuple) else k).split(parts, axis=-1)
+    k_pe, k_nope = indexer.k_norm(indexer.wk(hidden_states)).split(parts, axis=-1)
     q_pe, k_pe = rotary_emb(forward_meta.position_ids, q_pe, k_pe.unsqueeze(1))
     k_pe = k_pe.reshape([-1, indexer.rope_dim])
     return paddle.concat([q_pe, q_nope], axis=-1), paddle.concat([k_pe, k_nope], axis=-1)

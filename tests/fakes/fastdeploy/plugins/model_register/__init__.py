@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fastdeploy import _tree
 from fastdeploy.plugins.utils import PLUGINS_GROUP, load_plugins_by_group
 
 plugins_loaded = False
@@ -11,9 +10,8 @@ plugins_loaded = False
 def load_model_register_plugins() -> None:
     """Call every plug-in of the group; what one raises goes to whoever imports the models."""
     global plugins_loaded
-    if _tree.current().register_once:
-        if plugins_loaded:
-            return
-        plugins_loaded = True
+    if plugins_loaded:
+        return
+    plugins_loaded = True
     for plugin in load_plugins_by_group(PLUGINS_GROUP.format("model_register")).values():
         plugin()

@@ -14,14 +14,13 @@ def load_model_runner_plugins() -> Any:
     """The class that the one plug-in of the group gives.
 
     Raises:
-        AssertionError: there are several; in older trees also where there is none.
+        AssertionError: there are several; in some trees also where there is none.
         StopIteration: there is none.
     """
     global plugins_loaded
-    if _tree.current().runner_once:
-        if plugins_loaded:
-            return None
-        plugins_loaded = True
+    if plugins_loaded:
+        return None
+    plugins_loaded = True
     plugins = load_plugins_by_group(PLUGINS_GROUP.format("model_runner"))
     if _tree.current().runner_assertion == "==1":
         assert len(plugins) == 1, "Plugin error: exactly one model runner plugin is needed"

@@ -17,7 +17,7 @@ __all__ = [
     "get_attention_backend",
 ]
 
-if _tree.current().has_dsa and _tree.current().defect != "raising_import":
+if _tree.current().defect != "raising_import":
     from .dsa_attention_backend import DSAAttentionBackend
 
     __all__ += ["DSAAttentionBackend"]

@@ -65,18 +65,6 @@ def _windows(forward_meta: Any) -> Any:
     return offsets
 
 
-def compute_slot_mapping(
-    block_tables: Any, position_ids: Any, batch_id_per_token: Any, block_size: int
-) -> Any:
-    """Slots by advanced indexing (#7367's formula): a batch id of -1 takes the last row."""
-    for kernel in ("divide", "index", "modulo", "scale_add", "cast"):
-        _counters.launch(f"slot_mapping.{kernel}")
-    blocks = block_tables[batch_id_per_token, position_ids // block_size]
-    slots = (blocks * block_size + position_ids % block_size).astype("int64")
-    _counters.allocation("slot_mapping", 8 * slots.shape[0])
-    return slots
-
-
 def attend(
     backend: Any,
     q: Any,
@@ -93,10 +81,10 @@ def attend(
     maxima = host(forward_meta.max_len_tensor_cpu)
     prefill = decode = None
     if maxima[1]:
-        prefill = _prefill(backend, q, k, v)
+        prefill = _prefill(backend.attn_softmax_scale, q, k, v)
     # the largest cached length of all rows: also true for later chunks, and for idle rows' rest
     if maxima[2]:
-        decode = _decode(backend, q, v, cache)
+        decode = _decode(backend.attn_softmax_scale, backend.kv_lora_rank, q, v, cache)
     if prefill is None:
         return decode if decode is not None else paddle.zeros([0, q.shape[1], backend.kv_lora_rank])
     if decode is not None:
@@ -114,50 +102,71 @@ def attend(
     return prefill
 
 
+def attend_static(
+    q: Any,
+    indices: Any,
+    compressed_kv: Any,
+    k_pe: Any,
+    cache: Any,
+    forward_meta: Any,
+    softmax_scale: float,
+) -> Any:
+    """The form of June 2026: heads padded to 64, and of rows with cached tokens one token each."""
+    gpu.dsk_attn_write_cache(
+        compressed_kv, k_pe, cache, forward_meta.slot_mapping, None, "fp8_ds_mla"
+    )
+    num_tokens, heads = q.shape[:2]
+    padding = -heads % 64
+    if padding:
+        q = paddle.concat([q, paddle.zeros([num_tokens, padding, q.shape[2]], q.dtype)], axis=1)
+    maxima = host(forward_meta.max_len_tensor_cpu)
+    out = paddle.zeros([num_tokens, heads + padding, compressed_kv.shape[-1]], q.dtype)
+    if maxima[1]:
+        rope = k_pe.reshape([num_tokens, -1])
+        keys = paddle.concat([compressed_kv, rope], axis=-1).unsqueeze(1)
+        out = _prefill(softmax_scale, q, keys, indices)
+    if maxima[2]:
+        # which rows they are is read back
+        _counters.sync("where")
+        cached = host(forward_meta.seq_lens_decoder).reshape(-1) > 0
+        starts = paddle.to_tensor(host(forward_meta.cu_seqlens_q)[:-1][cached]).to(q.place)
+        out[starts] = _decode(softmax_scale, out.shape[-1], q[starts], indices[starts], cache)
+    return out[:, :heads]
+
+
 def _write(compressed_kv: Any, k_pe: Any, cache: Any, forward_meta: Any) -> None:
     for kernel in ("abs", "max", "divide"):
         _counters.launch(f"kv_scale.{kernel}")
     scale = paddle.abs(compressed_kv).max() / 200
-    if _tree.current().slot_mapping == "layer":
-        slots = compute_slot_mapping(
-            forward_meta.block_tables,
-            forward_meta.position_ids,
-            forward_meta.batch_id_per_token.reshape([-1]),
-            BLOCK_SIZE,
-        )
-    else:
-        slots = forward_meta.slot_mapping
-    gpu.dsk_attn_write_cache(compressed_kv, k_pe, cache, slots, scale, "fp8_ds_mla")
+    gpu.dsk_attn_write_cache(
+        compressed_kv, k_pe, cache, forward_meta.slot_mapping, scale, "fp8_ds_mla"
+    )
 
 
-def _prefill(backend: Any, q: Any, k: Any, v: Any) -> Any:
+def _prefill(softmax_scale: float, q: Any, k: Any, v: Any) -> Any:
     """Every token of the step over this step's keys; indices are places among them."""
     import flash_mla
 
-    return flash_mla.flash_mla_sparse_fwd(q, k, v, backend.attn_softmax_scale)[0]
+    return flash_mla.flash_mla_sparse_fwd(q, k, v, softmax_scale)[0]
 
 
-def _decode(backend: Any, q: Any, v: Any, cache: Any) -> Any:
+def _decode(softmax_scale: float, rank: int, q: Any, v: Any, cache: Any) -> Any:
     """Every token of the step over the cache; indices are slots, whatever wrote them."""
     import flash_mla
 
     pages = cache.transpose([0, 2, 1, 3])
-    if _tree.current().latent_cache_copy:
-        _counters.launch("latent_cache_copy")
-        _counters.allocation("latent_cache_copy", cache.shape[0] * BLOCK_SIZE * cache.shape[3])
-        pages = pages.contiguous()
     schedule, _ = flash_mla.get_mla_metadata()
     out, _ = flash_mla.flash_mla_with_kvcache(
         q.unsqueeze(1),
         pages,
         None,
         None,
-        backend.kv_lora_rank,
+        rank,
         schedule,
         None,
-        backend.attn_softmax_scale,
+        softmax_scale,
         False,
         True,
         v,
     )
-    return out.reshape([q.shape[0], q.shape[1], backend.kv_lora_rank])
+    return out.reshape([q.shape[0], q.shape[1], rank])

@@ -47,6 +47,6 @@ def allocate_launch_related_buffer(
     buffers.update({name: paddle.zeros([1], "int32").to(place) for name in _COUNTS_DEVICE})
     for name in _COUNTS_CPU:
         buffers[name] = _counters.on_host(paddle.zeros([1], "int32").cpu())
-    maxima = paddle.zeros([_tree.current().max_len_entries], "int32").cpu()
+    maxima = paddle.zeros([6], "int32").cpu()
     buffers["max_len_tensor_cpu"] = _counters.on_host(maxima)
     return buffers

@@ -1,7 +1,8 @@
 """DeepSeek Sparse Attention as FastDeploy has it (`layers/attention/dsa_attention_backend.py`).
 
-The class keeps the contract; what it does in a step and in a layer, costs and mistakes included,
-is in `_upstream_dsa.py`. The BROKEN trees change what a plug-in checks before it takes over.
+The class keeps the contract, of April 2026 or as at 39d329f2 (June); what it does in a step and in
+a layer, costs and mistakes included, is in `_upstream_dsa.py`. The BROKEN trees change what a
+plug-in checks before it takes over.
 """
 
 from __future__ import annotations
@@ -41,9 +42,7 @@ class _Backend(AttentionBackend):
         self.block_size = cache.block_size
         self.max_seq_len = model.max_model_len
         self.rope_theta = model.rope_theta
-        self.rope_3d = (
-            fd_config.enable_rope_3d_runtime if _tree.current().rope_3d_runtime else model.rope_3d
-        )
+        self.rope_3d = fd_config.enable_rope_3d_runtime
         self.causal = getattr(model, "causal", True)
         self.num_layers, self.start_layer_index = model.num_hidden_layers, model.start_layer_index
         self.speculative_method = fd_config.speculative_config.method
@@ -164,4 +163,54 @@ class DSAAttentionBackend(_Backend):
             forward_meta: Any,
         ) -> Any:
             """[T, H, 512] of absorbed queries [T, H, 576] and what the indexer chose."""
-            return _upstream_dsa.attend(self, q, k, v, compressed_kv, k_pe, layer, forward_meta)
+            if not _tree.current().sliding_windows:
+                return _upstream_dsa.attend(self, q, k, v, compressed_kv, k_pe, layer, forward_meta)
+            # the name in the module, which a plug-in may have bound to its own class
+            return DSAAttentionBackend.forward_static(
+                q,
+                v,
+                compressed_kv,
+                k_pe,
+                forward_meta.caches[2 * layer.layer_id],
+                forward_meta,
+                self.attn_softmax_scale,
+            )
+
+    if _tree.current().sliding_windows:
+
+        @staticmethod
+        def forward_static(
+            q: Any,
+            indexer_topk: Any,
+            compressed_kv: Any,
+            k_pe: Any,
+            latent_cache: Any,
+            forward_meta: Any,
+            attn_softmax_scale: float,
+        ) -> Any:
+            """`forward_mixed` for layers without a backend of their own (#8060, #8090)."""
+            return _upstream_dsa.attend_static(
+                q, indexer_topk, compressed_kv, k_pe, latent_cache, forward_meta, attn_softmax_scale
+            )
+
+    if _tree.current().v1_cache_manager:
+
+        def create_kv_cache(
+            self,
+            num_layers: int,
+            num_blocks: int,
+            cache_dtype: str,
+            kv_cache_quant_type: str | None = None,
+            layer_offset: int = 0,
+        ) -> dict[tuple[str, int], Any]:
+            """Bytes, whatever `cache_dtype` says (#7787)."""
+            key_shape, _, indexer_shape = self.get_kv_cache_shape(num_blocks, kv_cache_quant_type)
+            shapes = {"key": key_shape, "indexer": indexer_shape}
+            return {
+                (role, layer_offset + layer): paddle.zeros(shape, "uint8")
+                for layer in range(num_layers)
+                for role, shape in shapes.items()
+            }
+
+        def create_host_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError("DSA caches are not swapped to the host")

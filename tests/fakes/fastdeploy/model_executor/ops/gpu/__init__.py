@@ -14,6 +14,7 @@ _DSA_OPS = (
     _caches.cp_gather_indexer_k_quant_cache,
     _selection.radix_topk_ragged_transform,
     _selection.merge_prefill_decode_output,
+    _positions.get_block_shape_and_split_kv_block,
 )
 _OTHER_OPS = (
     _rope.fused_rotary_position_encoding,
@@ -25,14 +26,9 @@ _OTHER_OPS = (
 
 def _operators() -> dict[str, Any]:
     tree = _tree.current()
-    found = {op.__name__: op for op in (*_OTHER_OPS, *(_DSA_OPS if tree.has_dsa else ()))}
-    found[tree.position_op] = _positions.POSITION_OPS[tree.position_op, tree.mask_encoder_batch]
-    found["get_block_shape_and_split_kv_block"] = (
-        _positions.get_block_shape_and_split_kv_block
-        if tree.split_kv_block == "in_place"
-        else _positions.get_block_shape_and_split_kv_block_returning
-    )
-    return {name: op for name, op in found.items() if name not in tree.missing_ops}
+    found = {op.__name__: op for op in (*_OTHER_OPS, *_DSA_OPS)}
+    found[tree.position_op] = _positions.POSITION_OPS[tree.position_op]
+    return found
 
 
 globals().update(_operators())

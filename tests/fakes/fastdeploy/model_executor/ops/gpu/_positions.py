@@ -12,39 +12,11 @@ from typing import Any
 import numpy as np
 
 from fastdeploy import _counters
-from fastdeploy._arrays import host, tensor_of, writable
+from fastdeploy._arrays import host, writable
 
 from ._checks import check_dtypes
 
 THREADS_OF_A_BLOCK = 1024
-
-
-def get_position_ids_with_mask(
-    seq_lens_encoder: Any,
-    seq_lens_decoder: Any,
-    seq_lens_this_time: Any,
-    position_ids: Any,
-    mask_encoder_batch: Any,
-) -> None:
-    """The form with five tensors: prefill positions, then decode positions behind them.
-
-    A row with both lengths gets both kinds, which is wrong for it and moves the rows after it.
-    """
-    op = "get_position_ids_and_mask_encoder_batch"
-    _start(op, seq_lens_decoder)
-    check_dtypes(op, "int32", position_ids=position_ids, mask_encoder_batch=mask_encoder_batch)
-    rows = _rows(seq_lens_encoder, seq_lens_decoder, seq_lens_this_time)
-    place = 0
-    with writable(position_ids) as positions, writable(mask_encoder_batch) as mask:
-        mask = mask.reshape(-1)
-        for encoder, decoder, this_time in rows:
-            _fill(positions, place, np.arange(encoder))
-            _fill(mask, place, np.ones(encoder))
-            place += encoder
-            if decoder > 0:
-                _fill(positions, place, decoder + np.arange(this_time))
-                _fill(mask, place, np.zeros(this_time))
-                place += this_time
 
 
 def get_position_ids(
@@ -117,29 +89,6 @@ def get_block_shape_and_split_kv_block(
             values[...] = -int(host(max_len_tensor_cpu)[0])
 
 
-def get_block_shape_and_split_kv_block_returning(
-    seq_lens_encoder: Any,
-    seq_lens_decoder: Any,
-    seq_lens_this_time: Any,
-    decoder_batch_ids: Any,
-    decoder_tile_ids_per_batch: Any,
-    decoder_num_blocks_cpu: Any,
-    max_len_tensor_cpu: Any,
-    encoder_batch_ids: Any,
-    encoder_tile_ids_per_batch: Any,
-    kv_batch_ids: Any,
-    encoder_block_shape_q: int,
-    decoder_block_shape_q: int,
-    group_size: int,
-    block_size: int,
-    decoder_step_token_num: int,
-) -> list[Any]:
-    """The form of the trees before DSA: ten tensors, five integers, seven results."""
-    _fill_maxima(seq_lens_encoder, seq_lens_decoder, seq_lens_this_time, max_len_tensor_cpu)
-    place = seq_lens_decoder.place
-    return [tensor_of(np.zeros(1, np.int32), place) for _ in range(7)]
-
-
 def _fill_maxima(encoder: Any, decoder: Any, this_time: Any, max_len_tensor_cpu: Any) -> None:
     _counters.launch("get_block_shape_and_split_kv_block")
     if _counters.capturing:
@@ -180,8 +129,6 @@ def _fill(out: np.ndarray, start: int, values: np.ndarray) -> None:
 
 
 POSITION_OPS = {
-    ("get_position_ids_and_mask_encoder_batch", True): get_position_ids_with_mask,
-    ("get_position_ids_and_mask_encoder_batch", False): get_position_ids,
-    ("get_position_ids", False): get_position_ids,
-    ("get_position_ids_and_slot_mapping", False): get_position_ids_and_slot_mapping,
+    "get_position_ids_and_mask_encoder_batch": get_position_ids,
+    "get_position_ids_and_slot_mapping": get_position_ids_and_slot_mapping,
 }
