@@ -10,7 +10,6 @@ Source: FastDeploy's `layers/attention/dsa_attention_backend.py` and `base_atten
 
 from __future__ import annotations
 
-import copy
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +28,11 @@ from fd_dsa.fastdeploy_plugin.projections import (
     cos_sin_table,
     table_key,
 )
-from fd_dsa.fastdeploy_plugin.settings import BackendSettings, rope_theta, upstream_attributes
+from fd_dsa.fastdeploy_plugin.settings import (
+    BackendSettings,
+    readable_upstream,
+    upstream_attributes,
+)
 from fd_dsa.fastdeploy_plugin.signals import KvSignals
 from fd_dsa.fastdeploy_plugin.step_inputs import device_of, fill_max_lens, step_rows
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
@@ -90,7 +93,7 @@ class PluginBackend:
             )
         if self.features.has_backend:
             shapes = encoder_block_shape_q, decoder_block_shape_q
-            readable = _readable_upstream(fd_config)
+            readable = readable_upstream(fd_config)
             super().__init__(readable, kv_num_heads, num_heads, head_dim, *shapes)
         else:
             super().__init__()
@@ -394,20 +397,3 @@ class PluginBackend:
 def _default_dtype() -> str:
     """The dtype of activations: FastDeploy sets it before it makes a runner."""
     return str(paddle.get_default_dtype())
-
-
-def _readable_upstream(fd_config: Any) -> Any:
-    """`fd_config` as FastDeploy's constructor reads it: a factor in every rope_scaling.
-
-    GLM-5 has no factor, and `rope_theta` in `rope_parameters`; a copy has what is missing.
-    """
-    model = fd_config.model_config
-    scaling = getattr(model, "rope_scaling", None)
-    if (not scaling or "factor" in scaling) and hasattr(model, "rope_theta"):
-        return fd_config
-    readable = copy.copy(fd_config)
-    readable.model_config = copy.copy(model)
-    readable.model_config.rope_theta = rope_theta(model)
-    if scaling and "factor" not in scaling:
-        readable.model_config.rope_scaling = None
-    return readable

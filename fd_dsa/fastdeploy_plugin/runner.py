@@ -144,10 +144,10 @@ def _letting_go(method: Method) -> Method:
 
 def _of_bytes(method: Method) -> Method:
     """What makes caches, which must be bytes: from #8060 on FastDeploy may make them bfloat16."""
+    method = _letting_go(method)
 
     @wraps(method)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.forget_step()
         result = method(self, *args, **kwargs)
         if self.dsa_backend() is not None:
             for cache in self.share_inputs["caches"]:
@@ -166,10 +166,10 @@ def _reading_weights_again(method: Method) -> Method:
 
     After a wake-up of the caches alone the weights may still have no memory.
     """
+    method = _letting_go(method)
 
     @wraps(method)
     def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.forget_step()
         result = method(self, *args, **kwargs)
         backend = self.dsa_backend()
         if backend is not None and not getattr(self, "is_weight_sleeping", False):

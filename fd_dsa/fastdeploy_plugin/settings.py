@@ -6,6 +6,7 @@ Source of the fields: FastDeploy's `config.py`; of the softmax scale and `rope_t
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,3 +212,20 @@ def upstream_attributes(fd_config: Any, settings: BackendSettings) -> dict[str, 
         "pd_disaggregation_mode": fd_config.parallel_config.pd_disaggregation_mode,
         "start_layer_index": getattr(model, "start_layer_index", 0),
     }
+
+
+def readable_upstream(fd_config: Any) -> Any:
+    """`fd_config` as FastDeploy's constructor reads it: a factor in every rope_scaling.
+
+    GLM-5 has no factor, and `rope_theta` in `rope_parameters`; a copy has what is missing.
+    """
+    model = fd_config.model_config
+    scaling = getattr(model, "rope_scaling", None)
+    if (not scaling or "factor" in scaling) and hasattr(model, "rope_theta"):
+        return fd_config
+    readable = copy.copy(fd_config)
+    readable.model_config = copy.copy(model)
+    readable.model_config.rope_theta = rope_theta(model)
+    if scaling and "factor" not in scaling:
+        readable.model_config.rope_scaling = None
+    return readable
