@@ -1,0 +1,492 @@
+"""What docs/performance.md shows of each result in benchmarks/results/, as parts of `_render`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from benchmarks._harness import three_digits
+from benchmarks._render import (
+    COUNTS,
+    Case,
+    Column,
+    Part,
+    Result,
+    Table,
+    cpu_machine,
+    gpu_machine,
+    labels_of,
+    largest_errors,
+    left_out,
+    paragraphs,
+    time_cell,
+    times,
+)
+from benchmarks._stack_shapes import ALL, EAGER, GRAPH, PEERS
+from benchmarks._v4_shown import v4_prepare
+
+
+def _profiles_of_steps(result: Result) -> Iterator[str]:
+    columns = [
+        ("function", lambda f: f"`{f['name'].removeprefix('~:')}`"),
+        ("calls", "{calls_per_step:.0f}"),
+        ("share of the time", "{share:.1%}"),
+    ]
+    head = "Profile of a decode step of {requests} x {context}, {ms:.1f} ms without the profiler:"
+    for profile in result["profile"]:
+        yield from paragraphs(profile, [head, Table(lambda p: p["functions"][:6], columns)])
+
+
+def _server_columns(result: Result) -> list[Column]:
+    columns = [("processors", "{arrangement}"), ("streams", "{streams}")]
+    columns.append(("engine, tokens/s", "{engine_tokens_per_s:.1f}"))
+    for label in result["cases"][0]["servers"]:
+        name, side = "server" if label == "fd_dsa" else "server before", f"servers[{label}]"
+        loss = f"{{{side}[loss]:.1%}} ({{{side}[loss_spread][0]:.1%}}, "
+        columns += [
+            (f"{name}, tokens/s", f"{{{side}[tokens_per_s]:.1f}}"),
+            ("loss (least, most)", f"{loss}{{{side}[loss_spread][1]:.1%}})"),
+            ("added, ms a token", f"{{{side}[added_ms_a_token][p50]:.2f}}"),
+            ("event loop, us a token", f"{{{side}[cpu_per_token][serve_us]:.0f}}"),
+        ]
+    columns.append(("client, us a token", "{servers[fd_dsa][cpu_per_token][client_us]:.0f}"))
+    return columns
+
+
+def _server_overhead(result: Result) -> Iterator[str]:
+    about = "{prompt_tokens} + {new_tokens} tokens a stream, {rounds} rounds."
+    yield f"{next(cpu_machine(result))} {about.format_map(result)}"
+
+
+def _stream_gaps(result: Result) -> Iterator[str]:
+    about = (
+        "A stream beside a prompt of {prompt_tokens:,} tokens, rounds after the first: {rounds}; "
+        "prompts alone: {alone[0]} of {alone[1]:,} tokens. Times are "
+    ).format_map(result)
+    clock = "processor time of one thread" if result["clock"] == "processor" else "wall-clock time"
+    yield f"{next(cpu_machine(result))} {about}{clock}."
+
+
+def _host_times(result: Result) -> Iterator[Mapping[str, Any]]:
+    for entry in result["host_time"]:
+        for label, side in entry["sides"].items():
+            yield entry | side | {"label": label}
+
+
+def _numbers(result: Result) -> list[str]:
+    return list(result["host_time"][0]["sides"]["fd_dsa"]["us"])
+
+
+def _growth_columns(result: Result) -> list[Column]:
+    return [
+        ("vocabulary", "{vocab_size:,}"),
+        ("sampling", "{sampling}"),
+        ("package", "{label}"),
+        ("a + b a request, us", "{a_us:.0f} + {b_us:.2f}"),
+        *((f"{n}, us", lambda row, n=n: f"{row['us'][n]['p50']:~}") for n in _numbers(result)),
+    ]
+
+
+def _passes(result: Result) -> Iterator[str]:
+    found = [f"{us['p50']:~} us ({int(size):,})" for size, us in result["pass_us"].items()]
+    rows = _numbers(result)[-1]
+    yield f"A pass over the logits of {rows} rows alone takes {' and '.join(found)}."
+
+
+def _more_layers(result: Result) -> Iterator[str]:
+    if result["growth"]["launches_are_linear"]:
+        yield f"Each further layer adds {result['growth']['launches_a_layer']:.0f} launches."
+
+
+def _before_after(us: Mapping[str, Any]) -> str:
+    """Microseconds before and now, where both were measured."""
+    return " → ".join(three_digits(us[x]) for x in ("before", "fd_dsa") if x in us)
+
+
+def _part_columns(result: Result) -> list[Column]:
+    def column(case: Case) -> Column:
+        def cell(part: str) -> str:
+            return _before_after({label: us[part] for label, us in case["us"].items()})
+
+        return "{requests} x {context}, {sampling}".format_map(case), cell
+
+    return [("part, us", lambda part: part), *map(column, result["cases"])]
+
+
+def _serving(result: Result) -> Iterator[str]:
+    lines = []
+    for entry in result["serving"]:
+        streams = f"{entry['requests']} stream" + "s" * (entry["requests"] > 1)
+        us = _before_after(entry["us"])
+        lines.append(f"- Serving, {streams}: {us} us of the event loop a step.")
+    yield "\n".join(lines)
+
+
+def _decode_columns(result: Result) -> list[Column]:
+    ways = labels_of(result["cases"])
+
+    def in_runner(way: str) -> Callable[[Case], str]:
+        return lambda case: f"{case['runner'][way]['p50']:~}" if way in case["runner"] else ""
+
+    return [
+        ("rows x context", "{case}"),
+        *((f"{way}, us", time_cell(way)) for way in ways),
+        *((f"{way}, in the runner, us", in_runner(way)) for way in ways),
+        ("tier", "{tier}"),
+    ]
+
+
+def _decode_counts(result: Result) -> Iterator[str]:
+    cases = result["cases"]
+    for way in labels_of(cases):
+        counted = [case["counted"][way] for case in cases if way in case["counted"]]
+        names = sorted({name for found in counted for name in found if "bytes" not in name})
+        told = ", ".join(f"{max(found.get(n, 0) for found in counted)} {n}" for n in names)
+        yield f"A step, {way}, at most: {told.replace('_', ' ') or 'nothing beside launches'}."
+    for way, why in result.get("failed", {}).items():
+        yield f"Failed: {way} ({why})."
+
+
+def _stalls(kernel: Mapping[str, Any]) -> str:
+    return ", ".join(list(kernel["stalls"])[:2]).replace("_", " ")
+
+
+def _metric(name: str) -> Column:
+    return name, lambda kernel: kernel["metrics"].get(name, "")
+
+
+def _custom_operator(result: Result) -> Iterator[str]:
+    found = [case.get("effects", {}).get("custom op") for case in result["cases"]]
+    counted = [effects for effects in found if effects]
+    if counted:
+        most = (f"{max(x[key] for x in counted)} {what}" for key, what in COUNTS.items())
+        yield f"The custom operator, at most in any of these steps: {', '.join(most)}."
+
+
+_HIDDEN = "graph", "graph, k_norm beside", "graph, FP8 QKV-A"
+_KINDS = ("graph", "eager", "graph, k_norm beside", "eager, k_norm beside")
+_FP8 = "graph, FP8 QKV-A", "eager, FP8 QKV-A"
+
+
+def _overlap_table(result: Result, kinds: Sequence[str], alone: Mapping[str, str]) -> Table:
+    """A row a number of tokens: parts by themselves, then what the fork saves in each kind."""
+    rows: dict[int, dict[str, Case]] = {}
+    for case in result["cases"]:
+        if case["kind"] in kinds:
+            rows.setdefault(case["num_tokens"], {})[case["kind"]] = case
+
+    def share(kind: str, name: str, form: str) -> Callable[[dict[str, Case]], str]:
+        return lambda row: format(row[kind][name], form) if kind in row else ""
+
+    def part(name: str) -> Callable[[dict[str, Case]], str]:
+        return lambda row: three_digits(next(iter(row.values()))["alone_us"][name])
+
+    columns: list[Column] = [("tokens", lambda row: str(next(iter(row.values()))["num_tokens"]))]
+    columns += [(head, part(name)) for head, name in alone.items()]
+    for kind in kinds:
+        columns.append((f"{kind}: saved", share(kind, "saved", ".1%")))
+        if kind in _HIDDEN:
+            columns.append(("hidden", share(kind, "hidden", ".0%")))
+    return Table(lambda _: rows.values(), columns)
+
+
+def _overlap(result: Result) -> Iterator[str]:
+    """What is saved and hidden at each size, and the thresholds."""
+    alone = {"projections alone, us": "projections", "QKV-A alone, us": "QKV-A"}
+    yield from paragraphs(result, [_overlap_table(result, _KINDS, alone)])
+    if any(case["kind"] in _FP8 for case in result["cases"]):
+        alone["projections alone in FP8, us"] = "projections, FP8"
+        yield from paragraphs(result, [_overlap_table(result, _FP8, alone)])
+    # of runs in which packages of other projects could serve
+    if "serving" in result:
+        made = {"scores": "indexer_logits", "attention": "sparse_mla"}
+        said = (f"{result['serving'].get(op, 'our kernel')} for {of}" for of, op in made.items())
+        yield f"The layer had {' and '.join(said)}."
+    if "thresholds_tokens" in result:
+        yield (
+            "Up to {thresholds_tokens[graph]} tokens in graphs, and up to "
+            "{thresholds_tokens[eager]} eager, no step lost more than 1% of the layer by its fork. "
+            "By default only steps in graphs fork, in this run up to {default_tokens} tokens."
+        ).format_map(result)
+
+
+def _least(cases: Sequence[Case], note: str) -> str:
+    """The least value of a note and the case that has it."""
+    worst = min(cases, key=lambda case: case[note])
+    return f"{three_digits(worst[note])} ({worst['case']})"
+
+
+_TOPK_SIZES: dict[str, Callable[[Case], bool]] = {
+    "everywhere": lambda case: True,
+    "at 32 rows and more of 32k and more": lambda c: c["rows"] >= 32 and c["width"] >= 32 << 10,
+    "at one row of 16k and more": lambda c: c["rows"] == 1 and c["width"] >= 16 << 10,
+}
+
+
+def _topk(result: Result) -> Iterator[str]:
+    """Least ratios over all cases and over the large ones, and what inexact peers miss."""
+    peers = {
+        "ratio_same_rule": f"the peer with our rule for equal scores ({result['same_rule']})",
+        "ratio_best_exact": "the fastest exact peer of each case",
+    }
+    for note, peer in peers.items():
+        parts = [
+            f"{where} at least {_least(own, note)}"
+            for where, chosen in _TOPK_SIZES.items()
+            if (own := [case for case in result["cases"] if note in case and chosen(case)])
+        ]
+        if parts:
+            yield f"How many times ours the time of {peer} is: {', '.join(parts)}."
+    missed: dict[str, tuple[float, str]] = {}
+    for case in result["cases"]:
+        for label, right in case.get("share_right", {}).items():
+            missed[label] = max(missed.get(label, (0.0, "")), (1 - right, case["case"]))
+    if missed:
+        told = [f"{k} up to {share:.1%} ({where})" for k, (share, where) in sorted(missed.items())]
+        yield f"Scores chosen that are not among the best: {', '.join(told)}."
+
+
+def _sparse_mla(result: Result) -> Iterator[str]:
+    """Least ratios to the fastest peer of each kind of case, and the errors of all sides."""
+    groups: dict[str, dict[float, list[Case]]] = {}
+    for case in result["cases"]:
+        if case["ratio_best"]:
+            groups.setdefault(case["kind"], {}).setdefault(case["gate"], []).append(case)
+    for kind, gates in groups.items():
+        parts = []
+        for gate, own in gates.items():
+            heads = ", ".join(str(n) for n in dict.fromkeys(case["heads"] for case in own))
+            parts.append(f"at {heads} heads at least {_least(own, 'ratio_best')}, wanted {gate}")
+        yield f"How many times ours the time of the fastest peer is, {kind}: {'; '.join(parts)}."
+    if errors := largest_errors(result["cases"]):
+        yield f"Largest error against attention in doubles, relative: {errors}."
+    yield from left_out(result["cases"])
+
+
+def _wanted(cases: Sequence[Case]) -> Iterator[str]:
+    """The least ratio of A and of B for each ratio that is wanted."""
+    groups: dict[tuple[str, float], list[tuple[float, str]]] = {}
+    for case in cases:
+        for label, least in case["wanted"].items():
+            # elsewhere both baselines, in graphs and eager, are one group
+            name = "A and B elsewhere" if least == 1 else f"{label}, {case['kind']}"
+            found = case["ratios"][label], f"{label}, {case['case']}"
+            groups.setdefault((name, least), []).append(found)
+    for (name, least), every in groups.items():
+        ratio, where = min(every)
+        verdict = "reached" if ratio >= least else "missed"
+        yield f"{name}: at least {ratio:.3f}x ({where}), wanted {least:.3f}x: {verdict}."
+
+
+def _layer_stack(result: Result) -> Iterator[str]:
+    """Least ratios where some are wanted, those to the peers, counts, errors, what is missing."""
+    cases = result["cases"]
+    yield from _wanted(cases)
+    for kind in (GRAPH, EAGER):
+        for label, said in ((ALL, "of all that FastDeploy's layers launch"), (PEERS, "of peers")):
+            own = [c for c in cases if c["kind"] == kind and label in c["ratios"]]
+            if own:
+                least, *_, most = sorted((c["ratios"][label], c["case"]) for c in own * 2)
+                spread = " to ".join(f"{three_digits(x)} ({where})" for x, where in (least, most))
+                yield f"How many times ours the time {said} is, {kind}: {spread}."
+    counted = [case["package_alone"] for case in cases if "package_alone" in case]
+    if counted:
+        names = {"launches": "launches", "copies": "copies", "host_waits": "waits of the host"}
+        names["allocations"] = "allocations"
+        told = ", ".join(f"{max(c[key] for c in counted)} {name}" for key, name in names.items())
+        yield (
+            f"A step without the products of torch, which allocate their results, is at most {told}"
+            "; the columns above count whole eager steps."
+        )
+    made_by = {f"{what} by {who}" for case in cases for what, who in case["made_by"].items()}
+    if made_by:
+        yield f"The fastest of the peers, in one case or another: {', '.join(sorted(made_by))}."
+    if errors := largest_errors(cases, "attention"):
+        yield f"Largest error of a layer's attention against doubles, relative: {errors}."
+    yield from left_out(cases)
+    others = [name for name, serves in result.get("custom_ops", {}).items() if serves is not True]
+    if others:
+        yield f"Of custom_ops/ did not serve: {', '.join(others)}."
+
+
+def _unguarded(result: Result) -> Iterator[str]:
+    for case in result["cases"]:
+        if case.get("unguarded"):
+            found = "; ".join(f"{name}: {wrong}" for name, wrong in case["unguarded"].items())
+            form = "{case} without guards, steps read wrong of {unguarded_steps}: "
+            yield f"{form.format_map(case)}{found}."
+
+
+SHOWN: dict[str, tuple[Part, ...]] = {
+    "engine_cpu": (
+        "{env[cpu]}, {env[cpus]} processors; Python {env[python]}, paddlepaddle "
+        "{env[paddlepaddle]}, torch {env[torch]}, transformers {env[transformers]}; commit "
+        "{env[commit]:.12}.",
+        Table(
+            "cases",
+            [
+                (
+                    "requests x prompt + new tokens",
+                    "{case[requests]} x {case[prompt_tokens]} + {case[new_tokens]}",
+                ),
+                ("fd_dsa, tokens/s", "{candidate[tokens_per_s]:.1f}"),
+                ("transformers, tokens/s", "{baseline[tokens_per_s]:.1f}"),
+                (
+                    "ratio (least, most)",
+                    "{ratio_p50:.2f} ({ratio_spread[0]:.2f}, {ratio_spread[1]:.2f})",
+                ),
+                (
+                    "first token, fd_dsa",
+                    "{candidate[time_to_first_token_s][p50]:/1e-3:.0f} ms",
+                ),
+            ],
+        ),
+        "Decode step of one request: {growth[a_ms]:.1f} ms + {growth[b_ms_per_1k]:.2f} ms per "
+        "1,000 tokens of context. The indexer's scan alone (scores and top-k of all layers, on "
+        "the same pages): {growth[scan_b_ms_per_1k]:.2f} ms per 1,000. Ratio "
+        "{growth[b_over_scan]:.2f}.",
+        _profiles_of_steps,
+    ),
+    "server_overhead": (_server_overhead, Table("cases", _server_columns)),
+    "stream_gaps": (
+        _stream_gaps,
+        Table(
+            "sides",
+            [
+                ("target, ms", lambda s: f"{s['target_ms']:g}" if s["target_ms"] else "none"),
+                ("gap p50, ms", "{gap_ms[p50]:~}"),
+                ("p99", "{gap_ms[p99]:~}"),
+                ("max", "{gap_ms[max]:~}"),
+                ("first prompt of a fresh engine: p99", "{first_gap_ms[p99]:~}"),
+                ("max", "{first_gap_ms[max]:~}"),
+                ("seconds of the prompt", "{prompt_s[p50]:~}"),
+                ("prompts alone, tokens/s", "{prompt_tokens_per_s:.0f}"),
+                (
+                    "of those without a target",
+                    "{prompts_ratio:.3f} ({prompts_ratio_spread[0]:.3f}, "
+                    "{prompts_ratio_spread[1]:.3f})",
+                ),
+            ],
+        ),
+    ),
+    "growth": (
+        cpu_machine,
+        Table(_host_times, _growth_columns),
+        _passes,
+        Table(
+            lambda result: result["growth"]["cases"],
+            [
+                *((name, f"{{case[{name}]}}") for name in ("layers", "rows", "context")),
+                ("builds of the metadata", "{metadata[builds]:.0f}"),
+                ("its bytes", "{metadata[bytes]:,}"),
+                ("launches a step", "{launches}"),
+            ],
+        ),
+        _more_layers,
+    ),
+    "sampler": (
+        cpu_machine,
+        Table(
+            "cases",
+            [
+                ("logits", "{spread}"),
+                ("sampling", "{sampling}"),
+                ("before, ms", "{ms[before][p50]:~}"),
+                ("now, ms", "{ms[fd_dsa][p50]:~}"),
+                ("ratio", "{ratio:.2f}"),
+                ("tokens that differ", "{differing} of {draws:,}"),
+            ],
+        ),
+    ),
+    "memory_use": (
+        cpu_machine,
+        "Bytes a token and layer:",
+        Table(
+            "caches",
+            [
+                ("model", "{model}"),
+                ("layers", "{layers}"),
+                ("with an indexer", "{indexer_layers}"),
+                *((name, f"{{{name}:.2f}}") for name in ("wanted", "planned", "allocated")),
+            ],
+        ),
+        "Arrays of a running engine of the demo model, {engine[layers]} layers: "
+        "{engine[bytes_a_token_and_layer]:.2f}.",
+        "A prompt's chunk beside the caches, MiB; the budget is {budget_mib}:",
+        Table(
+            "prompts",
+            [
+                ("context", "{context:,}"),
+                ("device: scores", "{device[scores_mib]:.0f}"),
+                ("CPU: tokens", "{cpu_tokens}"),
+                ("CPU: NumPy", "{cpu[numpy_mib]:.0f}"),
+                ("CPU: Paddle", "{cpu[paddle_mib]:.0f}"),
+            ],
+        ),
+    ),
+    "step_profile": (
+        cpu_machine,
+        Table(lambda result: next(iter(result["cases"][0]["us"].values())), _part_columns),
+        _serving,
+    ),
+    "decode_steps": (gpu_machine, Table("cases", _decode_columns), _decode_counts),
+    "ceilings": (
+        gpu_machine,
+        Table(
+            lambda result: {
+                "device copy, bytes read plus written": (
+                    "{ceilings[copy_bytes_per_s]:/1e12:.2f} TB/s"
+                ),
+                "bfloat16 product, 8192 x 8192, random": "{matrix_flops_per_s:/1e12:.0f} TFLOP/s",
+                "host, raw launch with 1, 5, 18 arguments": (
+                    "{launch_1_us:.2f}, {launch_5_us:.2f}, {launch_18_us:.2f} us"
+                ),
+                "host, event record": "{event_record_us:.2f} us",
+                "from node to node of a graph, empty kernels": "{graph_node_us:.2f} us",
+            }.items(),
+            lambda result: [
+                ("ceiling", lambda row: row[0]),
+                ("measured", lambda row: row[1].format_map(result)),
+            ],
+        ),
+    ),
+    "profiles": (
+        gpu_machine,
+        Table(
+            "kernels",
+            [
+                ("kernel", lambda k: f"{k.get('subject', '')} `{k['kernel']}`".strip()),
+                *map(_metric, ("duration", "registers a thread", "occupancy reached")),
+                *map(_metric, ("DRAM, of its peak", "L2 hits")),
+                ("waits most for", _stalls),
+            ],
+        ),
+    ),
+    "step_metadata": (times, _custom_operator),
+    "overlap": (times, _overlap),
+    "topk": (times, _topk),
+    "sparse_mla": (times, _sparse_mla),
+    "layer_stack": (times, _layer_stack),
+    "staging": (
+        gpu_machine,
+        Table(
+            "cases",
+            [
+                ("way to the device", "{case}"),
+                ("copies a step, KiB", "{copies_a_step:.0f}, {bytes_a_step:/1024:.1f}"),
+                ("copy, us", "{overlap[copy_us]:~}"),
+                ("work, us", "{overlap[work_us]:~}"),
+                ("beside work (5th percentile)", "{overlap[median]:.0%} ({overlap[p5]:.0%})"),
+                ("steps with four fifths beside", "{overlap[share_of_steps_above_80]:.0%}"),
+                ("copies that wait for the work", "{control[median]:.0%}"),
+                ("`stage`, us (p99)", "{host_us[stage_p50]:~} ({host_us[stage_p99]:~})"),
+                ("`expand`, us (p99)", "{host_us[expand_p50]:~} ({host_us[expand_p99]:~})"),
+                ("host waits", "{host_waits}"),
+                ("steps read wrong", "{wrong_steps:,} of {raced_steps:,}"),
+                ("tier", "{tier}"),
+            ],
+        ),
+        _unguarded,
+    ),
+    "v4_prepare": (gpu_machine, v4_prepare),
+}
