@@ -8,7 +8,7 @@ import torch
 from benchmarks._gpu import Call
 from benchmarks._logits_shapes import PAGE, WIDTH, Shape
 from benchmarks._peers import DeepGemm
-from fd_dsa.ops.indexer_logits.tile_forms import TileForm
+from fd_dsa.ops.indexer_logits.tile_forms import TileForm, decode_form, prompt_form
 from fd_dsa.ops.indexer_logits.tile_kernel import score_tiles
 from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule, fill_tile_schedule
 
@@ -31,6 +31,11 @@ def random_cache(num_blocks: int = NUM_BLOCKS) -> torch.Tensor:
         scales = torch.rand(len(part), PAGE, device=DEVICE) * 0.02 + 0.005
         part[:, PAGE * WIDTH :] = scales.view(torch.uint8)
     return cache.view(num_blocks, PAGE, WIDTH + 4)
+
+
+def form_of(shape: Shape) -> TileForm:
+    """The form of the tile kernel that serves a shape."""
+    return prompt_form(shape.heads) if shape.is_prompt else decode_form(shape.heads, shape.new)
 
 
 class Step:

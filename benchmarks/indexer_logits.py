@@ -15,9 +15,8 @@ from functools import partial
 import torch
 
 from benchmarks import _gpu, _peers
-from benchmarks._logits_forms import form_of
 from benchmarks._logits_shapes import Shape, shapes
-from benchmarks._logits_sides import Peer, Step, random_cache
+from benchmarks._logits_sides import Peer, Step, form_of, random_cache
 from benchmarks._torch_device import register
 
 OURS, THEIRS, SCHEDULE = "tiles", "DeepGEMM", "schedule"
