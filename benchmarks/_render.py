@@ -1,7 +1,8 @@
 """Results as Markdown: templates over the JSON, tables, and the parts that GPU results share.
 
 A result is shown as paragraphs with an empty line between them. What each benchmark shows is
-described in `_shown.py`: a paragraph is a template, a Table, or a function of the result.
+described in shown.json: a paragraph is a template, a table ("rows", where they are in the result,
+and "columns", head and template of a cell), or "@" and the name of a function of the result.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,12 +27,18 @@ COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "al
 
 
 class _Number:
-    """{x:~} shows a number with three digits, {x:/1e12:.2f} shows it in units of 1e12."""
+    """A number in a template.
+
+    {x:~} has three digits, {x:/1e12:.2f} is in units of 1e12, {x:?none:g} is "none" where x is 0.
+    """
 
     def __format__(self, form: str) -> str:
         if form.startswith("/"):
             unit, _, rest = form[1:].partition(":")
             return format(Figure(self / float(unit)), rest)  # type: ignore[operator]
+        if form.startswith("?"):
+            text, _, rest = form[1:].partition(":")
+            return format(self, rest) if self else text
         return three_digits(self) if form == "~" else super().__format__(form)  # type: ignore
 
 
@@ -51,7 +60,7 @@ class Table:
     """A table of Markdown.
 
     Attributes:
-        rows: where they are in the result, or a function of the result.
+        rows: where they are in the result (a.b), or a function of the result.
         columns: of every row, or a function of the result.
     """
 
@@ -61,7 +70,10 @@ class Table:
     def lines(self, result: Result) -> list[str]:
         """The lines of the table."""
         columns = self.columns(result) if callable(self.columns) else self.columns
-        rows = result[self.rows] if isinstance(self.rows, str) else self.rows(result)
+        if isinstance(self.rows, str):
+            rows = reduce(getitem, self.rows.split("."), result)
+        else:
+            rows = self.rows(result)
         cells = [[_text(cell, row) for _, cell in columns] for row in rows]
         head = table_row([name for name, _ in columns])
         return [head, "|---" * len(columns) + "|", *map(table_row, cells)]

@@ -18,10 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks import _notes, _render, _v4_shown
 from benchmarks._harness import RESULTS, ROOT, write_json
-from benchmarks._render import Result, load, paragraphs, refusal, times
-from benchmarks._shown import SHOWN
+from benchmarks._render import Part, Result, Table, load, paragraphs, refusal
 
+_FUNCTIONS = vars(_render) | vars(_notes) | vars(_v4_shown)
+SHOWN = json.loads(Path(__file__).with_name("shown.json").read_text())
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "img"
 _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
@@ -51,10 +53,22 @@ def region(name: str, folder: Path = RESULTS) -> str:
     refused = refusal(result)
     if refused:
         return f"{refused}\n"
-    found = list(paragraphs(result, SHOWN.get(name, (times,))))
-    if plotted(name, result):
-        found.append(f"![{_PLOTS[name]}](img/{name}.svg)")
-    return "\n\n".join(found) + "\n"
+    plot = f"\n![{_PLOTS[name]}](img/{name}.svg)\n" if plotted(name, result) else ""
+    return markdown(name, result) + plot
+
+
+def markdown(name: str, result: Result) -> str:
+    """What shown.json says of a result."""
+    parts = map(part, SHOWN.get(name, ["@times"]))
+    return "\n\n".join(paragraphs(result, parts)) + "\n"
+
+
+def part(shown: str | list[str] | dict[str, Any]) -> Part:
+    """A part of shown.json for the renderer; a list is one template in pieces."""
+    if isinstance(shown, dict):
+        return Table(shown["rows"], [(head, cell) for head, cell in shown["columns"]])
+    text = shown if isinstance(shown, str) else "".join(shown)
+    return _FUNCTIONS[text[1:]] if text.startswith("@") else text
 
 
 def plotted(name: str, result: Result) -> bool:

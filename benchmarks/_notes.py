@@ -1,4 +1,7 @@
-"""What docs/performance.md shows of each result in benchmarks/results/, as parts of `_render`."""
+"""What docs/performance.md says of results that needs a comparison or a choice of columns.
+
+Each function without an underscore is a part "@NAME" of shown.json.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,19 @@ from benchmarks._render import (
     COUNTS,
     Case,
     Column,
-    Part,
     Result,
     Table,
     cpu_machine,
-    gpu_machine,
     labels_of,
     largest_errors,
     left_out,
     paragraphs,
     time_cell,
-    times,
 )
 from benchmarks._stack_shapes import ALL, EAGER, GRAPH, PEERS
-from benchmarks._v4_shown import v4_prepare
 
 
-def _profiles_of_steps(result: Result) -> Iterator[str]:
+def profiles_of_steps(result: Result) -> Iterator[str]:
     columns = [
         ("function", lambda f: f"`{f['name'].removeprefix('~:')}`"),
         ("calls", "{calls_per_step:.0f}"),
@@ -53,12 +52,20 @@ def _server_columns(result: Result) -> list[Column]:
     return columns
 
 
-def _server_overhead(result: Result) -> Iterator[str]:
+def texts(result: Result) -> Iterator[str]:
+    """Where errors of FP8 caches were measured, and on what."""
+    form = "{env[cpu]}, {env[cpus]} processors; paddlepaddle {env[paddlepaddle]}, numpy "
+    form += "{env[numpy]}; commit {env[commit]:.12}. Texts of "
+    lengths = ", ".join(map(str, result["texts"]))
+    yield f"{form.format_map(result)}{lengths} tokens, {result['index_topk']} keys selected."
+
+
+def server_about(result: Result) -> Iterator[str]:
     about = "{prompt_tokens} + {new_tokens} tokens a stream, {rounds} rounds."
     yield f"{next(cpu_machine(result))} {about.format_map(result)}"
 
 
-def _stream_gaps(result: Result) -> Iterator[str]:
+def stream_about(result: Result) -> Iterator[str]:
     about = (
         "A stream beside a prompt of {prompt_tokens:,} tokens, rounds after the first: {rounds}; "
         "prompts alone: {alone[0]} of {alone[1]:,} tokens. Times are "
@@ -87,13 +94,13 @@ def _growth_columns(result: Result) -> list[Column]:
     ]
 
 
-def _passes(result: Result) -> Iterator[str]:
+def passes(result: Result) -> Iterator[str]:
     found = [f"{us['p50']:~} us ({int(size):,})" for size, us in result["pass_us"].items()]
     rows = _numbers(result)[-1]
     yield f"A pass over the logits of {rows} rows alone takes {' and '.join(found)}."
 
 
-def _more_layers(result: Result) -> Iterator[str]:
+def more_layers(result: Result) -> Iterator[str]:
     if result["growth"]["launches_are_linear"]:
         yield f"Each further layer adds {result['growth']['launches_a_layer']:.0f} launches."
 
@@ -113,7 +120,7 @@ def _part_columns(result: Result) -> list[Column]:
     return [("part, us", lambda part: part), *map(column, result["cases"])]
 
 
-def _serving(result: Result) -> Iterator[str]:
+def serving(result: Result) -> Iterator[str]:
     lines = []
     for entry in result["serving"]:
         streams = f"{entry['requests']} stream" + "s" * (entry["requests"] > 1)
@@ -136,7 +143,7 @@ def _decode_columns(result: Result) -> list[Column]:
     ]
 
 
-def _decode_counts(result: Result) -> Iterator[str]:
+def decode_counts(result: Result) -> Iterator[str]:
     cases = result["cases"]
     for way in labels_of(cases):
         counted = [case["counted"][way] for case in cases if way in case["counted"]]
@@ -155,7 +162,7 @@ def _metric(name: str) -> Column:
     return name, lambda kernel: kernel["metrics"].get(name, "")
 
 
-def _custom_operator(result: Result) -> Iterator[str]:
+def custom_operator(result: Result) -> Iterator[str]:
     found = [case.get("effects", {}).get("custom op") for case in result["cases"]]
     counted = [effects for effects in found if effects]
     if counted:
@@ -190,7 +197,7 @@ def _overlap_table(result: Result, kinds: Sequence[str], alone: Mapping[str, str
     return Table(lambda _: rows.values(), columns)
 
 
-def _overlap(result: Result) -> Iterator[str]:
+def overlap(result: Result) -> Iterator[str]:
     """What is saved and hidden at each size, and the thresholds."""
     alone = {"projections alone, us": "projections", "QKV-A alone, us": "QKV-A"}
     yield from paragraphs(result, [_overlap_table(result, _KINDS, alone)])
@@ -223,7 +230,7 @@ _TOPK_SIZES: dict[str, Callable[[Case], bool]] = {
 }
 
 
-def _topk(result: Result) -> Iterator[str]:
+def topk(result: Result) -> Iterator[str]:
     """Least ratios over all cases and over the large ones, and what inexact peers miss."""
     peers = {
         "ratio_same_rule": f"the peer with our rule for equal scores ({result['same_rule']})",
@@ -246,7 +253,7 @@ def _topk(result: Result) -> Iterator[str]:
         yield f"Scores chosen that are not among the best: {', '.join(told)}."
 
 
-def _sparse_mla(result: Result) -> Iterator[str]:
+def sparse_mla(result: Result) -> Iterator[str]:
     """Least ratios to the fastest peer of each kind of case, and the errors of all sides."""
     groups: dict[str, dict[float, list[Case]]] = {}
     for case in result["cases"]:
@@ -278,7 +285,7 @@ def _wanted(cases: Sequence[Case]) -> Iterator[str]:
         yield f"{name}: at least {ratio:.3f}x ({where}), wanted {least:.3f}x: {verdict}."
 
 
-def _layer_stack(result: Result) -> Iterator[str]:
+def layer_stack(result: Result) -> Iterator[str]:
     """Least ratios where some are wanted, those to the peers, counts, errors, what is missing."""
     cases = result["cases"]
     yield from _wanted(cases)
@@ -309,7 +316,7 @@ def _layer_stack(result: Result) -> Iterator[str]:
         yield f"Of custom_ops/ did not serve: {', '.join(others)}."
 
 
-def _unguarded(result: Result) -> Iterator[str]:
+def unguarded(result: Result) -> Iterator[str]:
     for case in result["cases"]:
         if case.get("unguarded"):
             found = "; ".join(f"{name}: {wrong}" for name, wrong in case["unguarded"].items())
@@ -317,176 +324,36 @@ def _unguarded(result: Result) -> Iterator[str]:
             yield f"{form.format_map(case)}{found}."
 
 
-SHOWN: dict[str, tuple[Part, ...]] = {
-    "engine_cpu": (
-        "{env[cpu]}, {env[cpus]} processors; Python {env[python]}, paddlepaddle "
-        "{env[paddlepaddle]}, torch {env[torch]}, transformers {env[transformers]}; commit "
-        "{env[commit]:.12}.",
-        Table(
-            "cases",
-            [
-                (
-                    "requests x prompt + new tokens",
-                    "{case[requests]} x {case[prompt_tokens]} + {case[new_tokens]}",
-                ),
-                ("fd_dsa, tokens/s", "{candidate[tokens_per_s]:.1f}"),
-                ("transformers, tokens/s", "{baseline[tokens_per_s]:.1f}"),
-                (
-                    "ratio (least, most)",
-                    "{ratio_p50:.2f} ({ratio_spread[0]:.2f}, {ratio_spread[1]:.2f})",
-                ),
-                (
-                    "first token, fd_dsa",
-                    "{candidate[time_to_first_token_s][p50]:/1e-3:.0f} ms",
-                ),
-            ],
-        ),
-        "Decode step of one request: {growth[a_ms]:.1f} ms + {growth[b_ms_per_1k]:.2f} ms per "
-        "1,000 tokens of context. The indexer's scan alone (scores and top-k of all layers, on "
-        "the same pages): {growth[scan_b_ms_per_1k]:.2f} ms per 1,000. Ratio "
-        "{growth[b_over_scan]:.2f}.",
-        _profiles_of_steps,
-    ),
-    "server_overhead": (_server_overhead, Table("cases", _server_columns)),
-    "stream_gaps": (
-        _stream_gaps,
-        Table(
-            "sides",
-            [
-                ("target, ms", lambda s: f"{s['target_ms']:g}" if s["target_ms"] else "none"),
-                ("gap p50, ms", "{gap_ms[p50]:~}"),
-                ("p99", "{gap_ms[p99]:~}"),
-                ("max", "{gap_ms[max]:~}"),
-                ("first prompt of a fresh engine: p99", "{first_gap_ms[p99]:~}"),
-                ("max", "{first_gap_ms[max]:~}"),
-                ("seconds of the prompt", "{prompt_s[p50]:~}"),
-                ("prompts alone, tokens/s", "{prompt_tokens_per_s:.0f}"),
-                (
-                    "of those without a target",
-                    "{prompts_ratio:.3f} ({prompts_ratio_spread[0]:.3f}, "
-                    "{prompts_ratio_spread[1]:.3f})",
-                ),
-            ],
-        ),
-    ),
-    "growth": (
-        cpu_machine,
-        Table(_host_times, _growth_columns),
-        _passes,
-        Table(
-            lambda result: result["growth"]["cases"],
-            [
-                *((name, f"{{case[{name}]}}") for name in ("layers", "rows", "context")),
-                ("builds of the metadata", "{metadata[builds]:.0f}"),
-                ("its bytes", "{metadata[bytes]:,}"),
-                ("launches a step", "{launches}"),
-            ],
-        ),
-        _more_layers,
-    ),
-    "sampler": (
-        cpu_machine,
-        Table(
-            "cases",
-            [
-                ("logits", "{spread}"),
-                ("sampling", "{sampling}"),
-                ("before, ms", "{ms[before][p50]:~}"),
-                ("now, ms", "{ms[fd_dsa][p50]:~}"),
-                ("ratio", "{ratio:.2f}"),
-                ("tokens that differ", "{differing} of {draws:,}"),
-            ],
-        ),
-    ),
-    "memory_use": (
-        cpu_machine,
-        "Bytes a token and layer:",
-        Table(
-            "caches",
-            [
-                ("model", "{model}"),
-                ("layers", "{layers}"),
-                ("with an indexer", "{indexer_layers}"),
-                *((name, f"{{{name}:.2f}}") for name in ("wanted", "planned", "allocated")),
-            ],
-        ),
-        "Arrays of a running engine of the demo model, {engine[layers]} layers: "
-        "{engine[bytes_a_token_and_layer]:.2f}.",
-        "A prompt's chunk beside the caches, MiB; the budget is {budget_mib}:",
-        Table(
-            "prompts",
-            [
-                ("context", "{context:,}"),
-                ("device: scores", "{device[scores_mib]:.0f}"),
-                ("CPU: tokens", "{cpu_tokens}"),
-                ("CPU: NumPy", "{cpu[numpy_mib]:.0f}"),
-                ("CPU: Paddle", "{cpu[paddle_mib]:.0f}"),
-            ],
-        ),
-    ),
-    "step_profile": (
-        cpu_machine,
-        Table(lambda result: next(iter(result["cases"][0]["us"].values())), _part_columns),
-        _serving,
-    ),
-    "decode_steps": (gpu_machine, Table("cases", _decode_columns), _decode_counts),
-    "ceilings": (
-        gpu_machine,
-        Table(
-            lambda result: {
-                "device copy, bytes read plus written": (
-                    "{ceilings[copy_bytes_per_s]:/1e12:.2f} TB/s"
-                ),
-                "bfloat16 product, 8192 x 8192, random": "{matrix_flops_per_s:/1e12:.0f} TFLOP/s",
-                "host, raw launch with 1, 5, 18 arguments": (
-                    "{launch_1_us:.2f}, {launch_5_us:.2f}, {launch_18_us:.2f} us"
-                ),
-                "host, event record": "{event_record_us:.2f} us",
-                "from node to node of a graph, empty kernels": "{graph_node_us:.2f} us",
-            }.items(),
-            lambda result: [
-                ("ceiling", lambda row: row[0]),
-                ("measured", lambda row: row[1].format_map(result)),
-            ],
-        ),
-    ),
-    "profiles": (
-        gpu_machine,
-        Table(
-            "kernels",
-            [
-                ("kernel", lambda k: f"{k.get('subject', '')} `{k['kernel']}`".strip()),
-                *map(_metric, ("duration", "registers a thread", "occupancy reached")),
-                *map(_metric, ("DRAM, of its peak", "L2 hits")),
-                ("waits most for", _stalls),
-            ],
-        ),
-    ),
-    "step_metadata": (times, _custom_operator),
-    "overlap": (times, _overlap),
-    "topk": (times, _topk),
-    "sparse_mla": (times, _sparse_mla),
-    "layer_stack": (times, _layer_stack),
-    "staging": (
-        gpu_machine,
-        Table(
-            "cases",
-            [
-                ("way to the device", "{case}"),
-                ("copies a step, KiB", "{copies_a_step:.0f}, {bytes_a_step:/1024:.1f}"),
-                ("copy, us", "{overlap[copy_us]:~}"),
-                ("work, us", "{overlap[work_us]:~}"),
-                ("beside work (5th percentile)", "{overlap[median]:.0%} ({overlap[p5]:.0%})"),
-                ("steps with four fifths beside", "{overlap[share_of_steps_above_80]:.0%}"),
-                ("copies that wait for the work", "{control[median]:.0%}"),
-                ("`stage`, us (p99)", "{host_us[stage_p50]:~} ({host_us[stage_p99]:~})"),
-                ("`expand`, us (p99)", "{host_us[expand_p50]:~} ({host_us[expand_p99]:~})"),
-                ("host waits", "{host_waits}"),
-                ("steps read wrong", "{wrong_steps:,} of {raced_steps:,}"),
-                ("tier", "{tier}"),
-            ],
-        ),
-        _unguarded,
-    ),
-    "v4_prepare": (gpu_machine, v4_prepare),
-}
+def servers(result: Result) -> Iterator[str]:
+    """Every server beside the engine."""
+    yield from paragraphs(result, [Table("cases", _server_columns)])
+
+
+def host_times(result: Result) -> Iterator[str]:
+    """Host time by vocabulary, sampling and package."""
+    yield from paragraphs(result, [Table(_host_times, _growth_columns)])
+
+
+def step_parts(result: Result) -> Iterator[str]:
+    """Parts of a step, a column a case."""
+    yield from paragraphs(
+        result, [Table(lambda r: next(iter(r["cases"][0]["us"].values())), _part_columns)]
+    )
+
+
+def decode_steps(result: Result) -> Iterator[str]:
+    """Every case, whole and in the runner."""
+    yield from paragraphs(result, [Table("cases", _decode_columns)])
+
+
+_KERNEL_COLUMNS: list[Column] = [
+    ("kernel", lambda k: f"{k.get('subject', '')} `{k['kernel']}`".strip()),
+    *map(_metric, ("duration", "registers a thread", "occupancy reached", "DRAM, of its peak")),
+    _metric("L2 hits"),
+    ("waits most for", _stalls),
+]
+
+
+def kernels(result: Result) -> Iterator[str]:
+    """What Nsight Compute said about each kernel."""
+    yield from paragraphs(result, [Table("kernels", _KERNEL_COLUMNS)])
