@@ -38,6 +38,13 @@ def form_of(shape: Shape) -> TileForm:
     return prompt_form(shape.heads) if shape.is_prompt else decode_form(shape.heads, shape.new)
 
 
+def keys_of(cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys e4m3 [n, 128] of some blocks of a cache, and their float32 scales [n]."""
+    pages = cache.view(len(cache), -1)[blocks.long()]
+    keys = pages[:, : PAGE * WIDTH].reshape(-1, WIDTH).view(torch.float8_e4m3fn)
+    return keys, pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).flatten()
+
+
 class Step:
     """A step of a shape in random pages of a cache.
 
@@ -91,11 +98,9 @@ class Step:
     def wanted(self, token: int) -> torch.Tensor:
         """float64 [keys]: the scores of a token, in doubles."""
         row = token // self.shape.new
-        pages = self.cache.view(NUM_BLOCKS, -1)[self.tables[row].long()]
-        keys = pages[:, : PAGE * WIDTH].reshape(-1, WIDTH).view(torch.float8_e4m3fn).double()
-        scales = pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).double().flatten()
+        keys, scales = keys_of(self.cache, self.tables[row])
         q = self.q[token].view(torch.float8_e4m3fn).double()
-        return (self.weights[token].double() @ (q @ keys.T).relu_()) * scales
+        return (self.weights[token].double() @ (q @ keys.double().T).relu_()) * scales.double()
 
     def error(self, scores: torch.Tensor) -> float:
         """Largest relative root mean square error of some tokens' scores in their windows."""
@@ -124,12 +129,10 @@ class Peer:
         return self._of_prompt(step) if step.shape.is_prompt else self._of_pages(step)
 
     def _of_prompt(self, step: Step) -> Call:
-        pages = step.cache.view(NUM_BLOCKS, -1)[step.tables[0].long()]
-        keys = pages[:, : PAGE * WIDTH].reshape(-1, WIDTH).view(torch.float8_e4m3fn)
-        scales = pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).flatten()
+        keys = keys_of(step.cache, step.tables[0])
         windows = torch.zeros_like(step.batch), (step.positions + 1).int()
         q = step.q.view(torch.float8_e4m3fn)
-        return lambda: self._gemm.score_gathered(q, (keys, scales), step.weights, *windows)
+        return lambda: self._gemm.score_gathered(q, keys, step.weights, *windows)
 
     def _of_pages(self, step: Step) -> Call:
         shape = step.shape

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks._gpu import Call
+from benchmarks._gpu import Call, trace_events
 from benchmarks._layer import Step
 
 # the host queues a whole layer while this spins, so that no gap of the picture is the host's
@@ -38,10 +35,7 @@ def traced(step: Step, call: Call) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
     finally:
         step.layer.span = before
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return kernels(json.loads(path.read_text())["traceEvents"])
+    return kernels(trace_events(profiler))
 
 
 def kernels(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import _gpu
 from benchmarks._torch_device import register
+from benchmarks.indexer_query import angles
 from fd_dsa.ops.mla_query import paddle_impl
 from fd_dsa.ops.mla_query.triton_kernel import (
     BLOCK_ROWS,
@@ -80,12 +81,6 @@ class Query:
         first, second = self.pe.float().unflatten(-1, (-1, 2)).unbind(-1)
         rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], -1)
         self.out = torch.cat([self.latent, rotated.flatten(-2).to(self.pe.dtype)], -1)
-
-
-def angles() -> torch.Tensor:
-    """float32 [max_position, 64]; cos, then sin."""
-    angle = torch.rand(_MAX_POSITION, ROPE // 2, device="cuda") * 6
-    return torch.cat([angle.cos(), angle.sin()], 1)
 
 
 def check_bytes(cos_sin: torch.Tensor) -> None:

@@ -27,7 +27,6 @@ import torch
 from benchmarks import _gpu, _torch_device
 from benchmarks._harness import percentiles
 from benchmarks._staging_timeline import ZOOM_US
-from benchmarks._v4_overlap import overlap_of
 from benchmarks._v4_sides import (
     ArrangementSide,
     LoopSide,
@@ -38,6 +37,7 @@ from benchmarks._v4_sides import (
     VectorisedSide,
     check_equal,
     device_memory,
+    overlap_of,
     pinned,
 )
 from benchmarks._v4_steps import NUM_STEPS, Decode, Size, config_of, sizes
