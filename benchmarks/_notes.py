@@ -293,8 +293,10 @@ def layer_stack(result: Result) -> Iterator[str]:
         for label, said in ((ALL, "of all that FastDeploy's layers launch"), (PEERS, "of peers")):
             own = [c for c in cases if c["kind"] == kind and label in c["ratios"]]
             if own:
-                least, *_, most = sorted((c["ratios"][label], c["case"]) for c in own * 2)
-                spread = " to ".join(f"{three_digits(x)} ({where})" for x, where in (least, most))
+                found = sorted((c["ratios"][label], c["case"]) for c in own)
+                spread = " to ".join(
+                    f"{three_digits(x)} ({where})" for x, where in (found[0], found[-1])
+                )
                 yield f"How many times ours the time {said} is, {kind}: {spread}."
     counted = [case["package_alone"] for case in cases if "package_alone" in case]
     if counted:
