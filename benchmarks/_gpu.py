@@ -186,7 +186,7 @@ class Recorder:
             "ceilings": ceilings(),
             "cases": [],
         }
-        # whoever ran the tests before says so; without them a figure is not published
+        # set by the run that passed the tests; without it a figure is not published
         self._result["gate"] = os.environ.get("FD_DSA_GATE", "not run")
         self.ceilings, self.cases = self._result["ceilings"], self._result["cases"]
         self._attempt: dict[str, str] = {}

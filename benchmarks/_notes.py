@@ -304,7 +304,7 @@ def layer_stack(result: Result) -> Iterator[str]:
         names["allocations"] = "allocations"
         told = ", ".join(f"{max(c[key] for c in counted)} {name}" for key, name in names.items())
         yield (
-            f"A step without the products of torch, which allocate their results, is at most {told}"
+            f"A step without torch's GEMMs, which allocate their results, is at most {told}"
             "; the columns above count whole eager steps."
         )
     made_by = {f"{what} by {who}" for case in cases for what, who in case["made_by"].items()}
@@ -357,5 +357,5 @@ _KERNEL_COLUMNS: list[Column] = [
 
 
 def kernels(result: Result) -> Iterator[str]:
-    """What Nsight Compute said about each kernel."""
+    """What Nsight Compute measured of each kernel."""
     yield from paragraphs(result, [Table("kernels", _KERNEL_COLUMNS)])

@@ -1,8 +1,8 @@
 """A step of a stack of layers: metadata once, then 61 layers over shared buffers.
 
 The layers are those of `_layer.py`. They have the same hidden states, block tables and memory for
-results; weights and caches take turns as far as there is room, and what lies between two uses of a
-cache is always more than the L2 holds.
+results; weights and caches take turns as far as there is room, and between two uses of a cache
+more is read than the L2 holds.
 
 The other sides run the same kernels and do in every layer what FastDeploy did: see `Chained`,
 `Scheduled` and `Everything`.
@@ -273,7 +273,7 @@ def plain_check(
 
 
 def weights_of(sizes: Sizes, device: str) -> list[Weights]:
-    """Weights of as many layers as lie past the L2 together."""
+    """Weights of as many layers as exceed the L2 together."""
     first = Weights(sizes, device)
     return [first, *(Weights(sizes, device) for _ in range(_gpu.num_sets(first.num_bytes()) - 1))]
 

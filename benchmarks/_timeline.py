@@ -39,7 +39,7 @@ def traced(step: Step, call: Call) -> list[dict[str, Any]]:
 
 
 def kernels(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The kernels of a trace behind the one that spins, as `traced` returns them."""
+    """The kernels of a trace after the one that spins, as `traced` returns them."""
     spans = sorted(
         (e["ts"], e["ts"] + e["dur"], e["name"])
         for e in events

@@ -209,7 +209,7 @@ def _sentences(result: Result) -> Iterator[str]:
         plural = "copies" if found["copies"] > 1 else "copy"
         where = f" at {result['overlap_case']}" if "overlap_case" in result else ""
         yield f"{label[0].upper()}{label[1:]}{where}: of a step's {plural}, " + (
-            "{median:.0%} lay beside work (median; {p5:.0%} at the 5th percentile), at least four "
+            "{median:.0%} ran beside work (median; {p5:.0%} at the 5th percentile), at least four "
             "fifths in {share_of_steps_above_80:.0%} of steps."
         ).format_map(found)
 

@@ -192,7 +192,7 @@ class Operators:
         self._offsets = torch.zeros((2, count), dtype=torch.int32, device=DEVICE)
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        """Arrays of the step whose ctx and slots lie in `inputs`."""
+        """Arrays of the step whose ctx and slots are in `inputs`."""
         config = self._config
         ctx, slot = self.inputs
         rows, window = config.ring_rows, config.window_size
@@ -316,7 +316,7 @@ def check_equal(sides: dict[str, Side], ours: str) -> None:
 
 
 def overlap_of(side: Side, decode: Decode, work: _gpu.Call, steps: int) -> dict[str, Any]:
-    """How much of each step's copies lies under the work of the steps; see `summary`.
+    """How much of each step's copies runs beside the work of the steps; see `summary`.
 
     Args:
         side: its preparation of each step is queued between two steps' work.
@@ -331,14 +331,14 @@ def overlap_of(side: Side, decode: Decode, work: _gpu.Call, steps: int) -> dict[
 
 def _run(side: Side, decode: Decode, work: _gpu.Call, steps: int) -> None:
     """Queue steps, the host one step ahead, and wait for the last one."""
-    behind = torch.cuda.Event()
-    behind.record()
+    before = torch.cuda.Event()
+    before.record()
     for _ in range(steps):
         grown = decode.advance()
         work()
         side.stage(decode, grown)
         side.finish(decode)
-        behind.synchronize()
-        behind = torch.cuda.Event()
-        behind.record()
+        before.synchronize()
+        before = torch.cuda.Event()
+        before.record()
     torch.cuda.synchronize()

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _gpu.Recorder("indexer_gather", args.out) as record:
         for num_rows, num_keys in SHAPES[1:2] if args.quick else SHAPES:
             total = num_rows * num_keys
-            # pages of other sets lie elsewhere in the cache, outputs of their own past the L2
+            # other sets have other pages of the cache, outputs of their own past the L2
             sets = [Gather(cache, num_rows, num_keys) for _ in range(_gpu.num_sets(264 * total))]
             sets[0].check(ops)
             sides: dict[str, list[_gpu.Call]] = {}

@@ -1,8 +1,8 @@
 """The absorbed query of MLA: RoPE, and both parts into one buffer, in one launch.
 
 Against the operators of a plain implementation: cos and sin of each token by their positions, the
-rotation of interleaved pairs in float32, and a concatenation, which also turns the product by heads
-[num_heads, num_tokens, kv_lora_rank] round. Ours is given cos and sin gathered once for all layers
+rotation of interleaved pairs in float32, and a concatenation, which also transposes the heads'
+result [num_heads, num_tokens, kv_lora_rank]. Ours is given cos and sin gathered once for all layers
 of a step, and "by positions" looks them up itself. Bytes a head: 1,152 in and 1,152 out; a token
 reads 256 of cos and sin.
 """

@@ -1,7 +1,7 @@
 """A layer whose indexer projections run on a second stream, against the same layer on one.
 
 The layer of `_layer.py` at decode sizes and, for the thresholds, prompt chunks; eager and in CUDA
-graphs, all forms in turn. "cuBLAS" projects by two products of torch as FastDeploy does, the other
+graphs, all forms in turn. "cuBLAS" projects by two GEMMs of torch as FastDeploy does, the other
 forms by the one launch of `project_indexer`; "k_norm beside" norms the index keys with them, as
 where the cache write does not. "two streams" forks in every step, "as served" where the package
 does by default. The share of the projections that is hidden is the time saved in a graph by the
@@ -80,7 +80,7 @@ class Forms:
             return triton_kernel.project_indexer(x, wk, weights_proj, self._out)
 
     def cublas(self, x: torch.Tensor, both: Both | None = None) -> Both:
-        """Two products."""
+        """Two GEMMs."""
         wk, weights_proj = both or (self._weights.wk, self._weights.weights_proj)
         return x @ wk, x @ weights_proj
 

@@ -1,4 +1,4 @@
-"""Other forms of our kernels beside the ones that serve: device time of each in a graph.
+"""Other forms of our kernels beside the ones that serve: device time of each.
 
     python -m benchmarks.tune                     # all kernels of KERNELS
     python -m benchmarks.tune cache_write ...     # some of them
@@ -325,7 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     register()
     for kernel in kernels or KERNELS:
         for name, sides, chosen in KERNELS[kernel]():
-            times = _gpu.interleaved(dict(sides), mode="graph", rounds=10) if sides else {}
+            times = _gpu.interleaved(dict(sides), rounds=10) if sides else {}
             us = {label: time["p50"] for label, time in times.items()}
             best = sorted(us, key=us.__getitem__)[:3]
             line = "  ".join(f"{label}: {value:.2f}" for label, value in us.items())

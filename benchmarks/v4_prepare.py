@@ -62,7 +62,7 @@ TRACED = Size(256, 8192, 1)
 LONGEST = 1 << 20
 _TURN = 20
 _WARM_STEPS = 8
-# products of two square matrices that stand for a step's layers
+# GEMMs of two square matrices that stand for a step's layers
 _WORK_SIZE, _WORK_PRODUCTS = 4096, 2
 
 
@@ -312,7 +312,7 @@ def check_times(batch: int = 256, repeats: int = 2000) -> dict[str, float]:
 
 
 def overlaps(work: _gpu.Call) -> dict[str, Any]:
-    """How much of the copies lies beside work, by side, and the timeline of some steps."""
+    """How much of the copies runs beside work, by side, and the timeline of some steps."""
     config = config_of(TRACED.batch, TRACED.drafts)
     found = {}
     for label, side in {ARRANGEMENT: ArrangementSide(config), OURS: Ours(config)}.items():

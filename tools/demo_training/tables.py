@@ -19,4 +19,7 @@ def load(name: str) -> SimpleNamespace:
 
 words = load("words")
 WORDS = vars(words)
+WORDS["city"] = list(words.capitals.values())
+WORDS["food_or_fruit"] = words.foods + words.categories["fruit"]
+WORDS["day_or_month"] = words.days + words.months
 GRAMMAR = vars(load("grammar"))

@@ -251,7 +251,7 @@ def language_wish(p: Pieces) -> Instruction:
 
 def choice_wish(p: Pieces) -> Instruction:
     """A question for which three answers are allowed; with nothing known it is the third."""
-    fields = {"t": p.topic_text(), "w": p.word(), "n": p.name(), "d": p.choice(["soon", "today"])}
+    fields = {"t": p.draw("topic"), "w": p.word(), "n": p.name(), "d": p.choice(["soon", "today"])}
     question = p.say(requests.choice_questions, **fields)
     if p.chance(0.5):
         question = wish(p).request

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Document = list[tuple[str, str]]
-# pieces that a template may draw besides those of the tables; names of methods of Pieces
-DRAWN = {"name", "word", "phrase", "sentence", "city", "somewhere", "country_or_city"}
-DRAWN |= {"language_or_word", "food_or_fruit", "day_or_month", "topic_text"}
 # what follows from the number of a topic
 MANY = {"is": "are", "was": "were", "has": "have", "does": "do", "it": "they", "It": "They"}
 MANY |= {"them": "them", "s": "", "es": ""}
@@ -146,7 +143,7 @@ class Pieces:
     def draw(self, name: str) -> str:
         """A field that was not given: an own piece, a rule of grammar.json, a range, a table."""
         if name in DRAWN:
-            return getattr(self, name)()
+            return DRAWN[name](self)
         if name in GRAMMAR:
             return self.say(GRAMMAR[name])
         if "-" in name:
@@ -180,38 +177,23 @@ class Pieces:
         text = " ".join(found[start : start + self.between(2, 4)]).strip("' ")
         return text if len(text) > 3 else self.word()
 
-    def city(self) -> str:
-        """A capital city."""
-        return self.choice(list(words.capitals.values()))
-
-    def somewhere(self) -> str:
-        """A capital city, or a word as the name of a place."""
-        return self.choice([*words.capitals.values(), self.word().capitalize()])
-
-    def country_or_city(self) -> str:
-        """A country or a capital city."""
-        return self.item(words.capitals)[self.between(0, 1)]
-
-    def language_or_word(self) -> str:
-        """A language, or a word in its place."""
-        return self.choice([*dict.fromkeys(words.languages.values()), self.word()])
-
-    def food_or_fruit(self) -> str:
-        """Something to eat."""
-        return self.choice(words.foods + words.categories["fruit"])
-
-    def day_or_month(self) -> str:
-        """A day of the week or a month."""
-        return self.choice([*words.days, *words.months])
-
     def topic(self) -> Topic:
         """Something to write about, from tables, single words and phrases of the texts."""
         rule = self.mixed(GRAMMAR["topics"])
         return Topic(self.say(rule), rule["kind"], rule.get("plural", False))
 
-    def topic_text(self) -> str:
-        """Something to write about, its words alone."""
-        return self.topic().text
+
+# what a template may draw besides the tables and the rules of grammar.json
+DRAWN: dict[str, Callable[[Pieces], str]] = {
+    "name": Pieces.name,
+    "word": Pieces.word,
+    "sentence": Pieces.sentence,
+    "phrase": Pieces.phrase,
+    "topic": lambda p: p.topic().text,
+    "somewhere": lambda p: p.choice([*WORDS["city"], p.word().capitalize()]),
+    "country_or_city": lambda p: p.item(words.capitals)[p.between(0, 1)],
+    "language_or_word": lambda p: p.choice([*dict.fromkeys(words.languages.values()), p.word()]),
+}
 
 
 def _is_mixture(rule: Any) -> bool:
