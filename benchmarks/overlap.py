@@ -209,7 +209,7 @@ def compare(
         floor_us = 1e6 * step.floor_s(record.ceilings)
         name = f"{num_tokens} tokens, {notes['kind']}"
         record.case(name, times, ours=TWO, floor_us=floor_us, **notes)
-        found.append(notes | {"us": {label: time["p50"] for label, time in times.items()}})
+        found.append(notes)
     return found
 
 
