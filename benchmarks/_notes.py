@@ -1,6 +1,6 @@
 """What docs/performance.md says of results that needs a comparison or a choice of columns.
 
-Each function without an underscore is a part "@NAME" of shown.json.
+Each table and function without an underscore is a part "@NAME" of shown.json.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from benchmarks._stack_shapes import ALL, EAGER, GRAPH, PEERS
 
 
 def profiles_of_steps(result: Result) -> Iterator[str]:
+    """The functions with the most time of their own, of each profiled step."""
     columns = [
         ("function", lambda f: f"`{f['name'].removeprefix('~:')}`"),
         ("calls", "{calls_per_step:.0f}"),
@@ -36,20 +37,28 @@ def profiles_of_steps(result: Result) -> Iterator[str]:
         yield from paragraphs(profile, [head, Table(lambda p: p["functions"][:6], columns)])
 
 
+def _of_server(label: str, form: str) -> Callable[[Case], str]:
+    return lambda case: form.format_map(case["servers"][label])
+
+
 def _server_columns(result: Result) -> list[Column]:
-    columns = [("processors", "{arrangement}"), ("streams", "{streams}")]
+    columns: list[Column] = [("processors", "{arrangement}"), ("streams", "{streams}")]
     columns.append(("engine, tokens/s", "{engine_tokens_per_s:.1f}"))
     for label in result["cases"][0]["servers"]:
-        name, side = "server" if label == "fd_dsa" else "server before", f"servers[{label}]"
-        loss = f"{{{side}[loss]:.1%}} ({{{side}[loss_spread][0]:.1%}}, "
-        columns += [
-            (f"{name}, tokens/s", f"{{{side}[tokens_per_s]:.1f}}"),
-            ("loss (least, most)", f"{loss}{{{side}[loss_spread][1]:.1%}})"),
-            ("added, ms a token", f"{{{side}[added_ms_a_token][p50]:.2f}}"),
-            ("event loop, us a token", f"{{{side}[cpu_per_token][serve_us]:.0f}}"),
-        ]
+        forms = {
+            "server, tokens/s" if label == "fd_dsa" else "server before, tokens/s": (
+                "{tokens_per_s:.1f}"
+            ),
+            "loss (least, most)": "{loss:.1%} ({loss_spread[0]:.1%}, {loss_spread[1]:.1%})",
+            "added, ms a token": "{added_ms_a_token[p50]:.2f}",
+            "event loop, us a token": "{cpu_per_token[serve_us]:.0f}",
+        }
+        columns += [(head, _of_server(label, form)) for head, form in forms.items()]
     columns.append(("client, us a token", "{servers[fd_dsa][cpu_per_token][client_us]:.0f}"))
     return columns
+
+
+servers = Table("cases", _server_columns)
 
 
 def texts(result: Result) -> Iterator[str]:
@@ -61,11 +70,13 @@ def texts(result: Result) -> Iterator[str]:
 
 
 def server_about(result: Result) -> Iterator[str]:
+    """Where the servers were measured, and with which streams."""
     about = "{prompt_tokens} + {new_tokens} tokens a stream, {rounds} rounds."
     yield f"{next(cpu_machine(result))} {about.format_map(result)}"
 
 
 def stream_about(result: Result) -> Iterator[str]:
+    """Where the gaps were measured, beside which prompts and by which clock."""
     about = (
         "A stream beside a prompt of {prompt_tokens:,} tokens, rounds after the first: {rounds}; "
         "prompts alone: {alone[0]} of {alone[1]:,} tokens. Times are "
@@ -94,13 +105,18 @@ def _growth_columns(result: Result) -> list[Column]:
     ]
 
 
+host_times = Table(_host_times, _growth_columns)
+
+
 def passes(result: Result) -> Iterator[str]:
+    """The time of a pass over the logits alone."""
     found = [f"{us['p50']:~} us ({int(size):,})" for size, us in result["pass_us"].items()]
     rows = _numbers(result)[-1]
     yield f"A pass over the logits of {rows} rows alone takes {' and '.join(found)}."
 
 
 def more_layers(result: Result) -> Iterator[str]:
+    """How launches grow with layers, where they grow linearly."""
     if result["growth"]["launches_are_linear"]:
         yield f"Each further layer adds {result['growth']['launches_a_layer']:.0f} launches."
 
@@ -120,7 +136,11 @@ def _part_columns(result: Result) -> list[Column]:
     return [("part, us", lambda part: part), *map(column, result["cases"])]
 
 
+step_parts = Table(lambda r: next(iter(r["cases"][0]["us"].values())), _part_columns)
+
+
 def serving(result: Result) -> Iterator[str]:
+    """The event loop's time a step."""
     lines = []
     for entry in result["serving"]:
         streams = f"{entry['requests']} stream" + "s" * (entry["requests"] > 1)
@@ -143,13 +163,17 @@ def _decode_columns(result: Result) -> list[Column]:
     ]
 
 
+decode_steps = Table("cases", _decode_columns)
+
+
 def decode_counts(result: Result) -> Iterator[str]:
+    """What a step does besides launches, and the ways that failed."""
     cases = result["cases"]
     for way in labels_of(cases):
         counted = [case["counted"][way] for case in cases if way in case["counted"]]
         names = sorted({name for found in counted for name in found if "bytes" not in name})
-        told = ", ".join(f"{max(found.get(n, 0) for found in counted)} {n}" for n in names)
-        yield f"A step, {way}, at most: {told.replace('_', ' ') or 'nothing beside launches'}."
+        counts = ", ".join(f"{max(found.get(n, 0) for found in counted)} {n}" for n in names)
+        yield f"A step, {way}, at most: {counts.replace('_', ' ') or 'nothing beside launches'}."
     for way, why in result.get("failed", {}).items():
         yield f"Failed: {way} ({why})."
 
@@ -162,7 +186,19 @@ def _metric(name: str) -> Column:
     return name, lambda kernel: kernel["metrics"].get(name, "")
 
 
+kernels = Table(
+    "kernels",
+    [
+        ("kernel", lambda k: f"{k.get('subject', '')} `{k['kernel']}`".strip()),
+        *map(_metric, ("duration", "registers a thread", "occupancy reached")),
+        *map(_metric, ("DRAM, of its peak", "L2 hits")),
+        ("waits most for", _stalls),
+    ],
+)
+
+
 def custom_operator(result: Result) -> Iterator[str]:
+    """What the custom operator does at most in a step."""
     found = [case.get("effects", {}).get("custom op") for case in result["cases"]]
     counted = [effects for effects in found if effects]
     if counted:
@@ -207,8 +243,8 @@ def overlap(result: Result) -> Iterator[str]:
     # of runs in which packages of other projects could serve
     if "serving" in result:
         made = {"scores": "indexer_logits", "attention": "sparse_mla"}
-        said = (f"{result['serving'].get(op, 'our kernel')} for {of}" for of, op in made.items())
-        yield f"The layer had {' and '.join(said)}."
+        made_by = (f"{result['serving'].get(op, 'our kernel')} for {of}" for of, op in made.items())
+        yield f"The layer had {' and '.join(made_by)}."
     if "thresholds_tokens" in result:
         yield (
             "Up to {thresholds_tokens[graph]} tokens in graphs, and up to "
@@ -249,8 +285,10 @@ def topk(result: Result) -> Iterator[str]:
         for label, right in case.get("share_right", {}).items():
             missed[label] = max(missed.get(label, (0.0, "")), (1 - right, case["case"]))
     if missed:
-        told = [f"{k} up to {share:.1%} ({where})" for k, (share, where) in sorted(missed.items())]
-        yield f"Scores chosen that are not among the best: {', '.join(told)}."
+        shares = [
+            f"{k} up to {share:.1%} ({where})" for k, (share, where) in sorted(missed.items())
+        ]
+        yield f"Scores chosen that are not among the best: {', '.join(shares)}."
 
 
 def sparse_mla(result: Result) -> Iterator[str]:
@@ -290,21 +328,21 @@ def layer_stack(result: Result) -> Iterator[str]:
     cases = result["cases"]
     yield from _wanted(cases)
     for kind in (GRAPH, EAGER):
-        for label, said in ((ALL, "of all that FastDeploy's layers launch"), (PEERS, "of peers")):
+        for label, whose in ((ALL, "of all that FastDeploy's layers launch"), (PEERS, "of peers")):
             own = [c for c in cases if c["kind"] == kind and label in c["ratios"]]
             if own:
                 found = sorted((c["ratios"][label], c["case"]) for c in own)
                 spread = " to ".join(
                     f"{three_digits(x)} ({where})" for x, where in (found[0], found[-1])
                 )
-                yield f"How many times ours the time {said} is, {kind}: {spread}."
+                yield f"How many times ours the time {whose} is, {kind}: {spread}."
     counted = [case["package_alone"] for case in cases if "package_alone" in case]
     if counted:
         names = {"launches": "launches", "copies": "copies", "host_waits": "waits of the host"}
         names["allocations"] = "allocations"
-        told = ", ".join(f"{max(c[key] for c in counted)} {name}" for key, name in names.items())
+        counts = ", ".join(f"{max(c[key] for c in counted)} {name}" for key, name in names.items())
         yield (
-            f"A step without torch's GEMMs, which allocate their results, is at most {told}"
+            f"A step without torch's GEMMs, which allocate their results, is at most {counts}"
             "; the columns above count whole eager steps."
         )
     made_by = {f"{what} by {who}" for case in cases for what, who in case["made_by"].items()}
@@ -319,43 +357,9 @@ def layer_stack(result: Result) -> Iterator[str]:
 
 
 def unguarded(result: Result) -> Iterator[str]:
+    """How many steps are read wrong without guards."""
     for case in result["cases"]:
         if case.get("unguarded"):
             found = "; ".join(f"{name}: {wrong}" for name, wrong in case["unguarded"].items())
             form = "{case} without guards, steps read wrong of {unguarded_steps}: "
             yield f"{form.format_map(case)}{found}."
-
-
-def servers(result: Result) -> Iterator[str]:
-    """Every server beside the engine."""
-    yield from paragraphs(result, [Table("cases", _server_columns)])
-
-
-def host_times(result: Result) -> Iterator[str]:
-    """Host time by vocabulary, sampling and package."""
-    yield from paragraphs(result, [Table(_host_times, _growth_columns)])
-
-
-def step_parts(result: Result) -> Iterator[str]:
-    """Parts of a step, a column a case."""
-    yield from paragraphs(
-        result, [Table(lambda r: next(iter(r["cases"][0]["us"].values())), _part_columns)]
-    )
-
-
-def decode_steps(result: Result) -> Iterator[str]:
-    """Every case, whole and in the runner."""
-    yield from paragraphs(result, [Table("cases", _decode_columns)])
-
-
-_KERNEL_COLUMNS: list[Column] = [
-    ("kernel", lambda k: f"{k.get('subject', '')} `{k['kernel']}`".strip()),
-    *map(_metric, ("duration", "registers a thread", "occupancy reached", "DRAM, of its peak")),
-    _metric("L2 hits"),
-    ("waits most for", _stalls),
-]
-
-
-def kernels(result: Result) -> Iterator[str]:
-    """What Nsight Compute measured of each kernel."""
-    yield from paragraphs(result, [Table("kernels", _KERNEL_COLUMNS)])

@@ -108,7 +108,7 @@ def take(archive: Path, names: Iterable[str], folder: Path = RESULTS) -> list[st
     Returns:
         A line about each of them.
     """
-    said = []
+    lines = []
     with tarfile.open(archive) as files:
         held = set(files.getnames())
         for name in names:
@@ -121,8 +121,8 @@ def take(archive: Path, names: Iterable[str], folder: Path = RESULTS) -> list[st
             refused = refusal(result)
             if refused is None:
                 write_json(folder / f"{name}.json", result)
-            said.append(f"{name}: {refused or 'taken'}")
-    return said
+            lines.append(f"{name}: {refused or 'taken'}")
+    return lines
 
 
 def main(argv: Sequence[str] | None = None) -> int:
