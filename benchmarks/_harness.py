@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -114,6 +115,33 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
+def cpu_arguments(
+    description: str | None,
+    argv: Sequence[str] | None,
+    rounds: int,
+    *,
+    needs_baseline: bool = False,
+) -> tuple[argparse.Namespace, dict[str, Path], dict[str, Any]]:
+    """The flags of a benchmark that may compare two packages: --baseline CHECKOUT and --rounds N.
+
+    Returns:
+        The flags; label -> checkout, "fd_dsa" for this one and "before" for the other; what a
+        result says of them.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument(
+        "--baseline", type=Path, required=needs_baseline, help="checkout that is measured as well"
+    )
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
+    args = parser.parse_args(argv)
+    result: dict[str, Any] = {"tier": "T0"}
+    checkouts = {"fd_dsa": ROOT}
+    if args.baseline:
+        checkouts["before"] = args.baseline.resolve()
+        result["baseline"] = revision_of(args.baseline)
+    return args, checkouts, result
+
+
 def three_digits(value: float) -> str:
     """A figure with three significant digits, never in powers of ten."""
     if value >= 100:
@@ -212,6 +240,16 @@ class Worker:
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
+
+
+@contextlib.contextmanager
+def workers(module: str, checkouts: Mapping[str, Path], *args: str) -> Iterator[dict[str, Worker]]:
+    """A worker with the package of each checkout, by label."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            label: stack.enter_context(Worker(module, *args, checkout=path))
+            for label, path in checkouts.items()
+        }
 
 
 def serve_requests(handlers: dict[str, Any]) -> None:

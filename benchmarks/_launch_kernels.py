@@ -19,6 +19,8 @@ LAUNCHES_A_CALL = 5
 """Launches in one call of `driver_loop`: few, so that the device's queue never fills up."""
 
 BLOCK = 128
+GRID = (1,)
+Sides = dict[str, list[Any]]
 
 _LOOP = """
 typedef int (*launch_t)(void *, void *, void *, void *);
@@ -76,6 +78,45 @@ def _c_loop() -> Any:
     command = ["gcc", "-O2", "-shared", "-fPIC", "-o", str(folder / "loop.so"), "loop.c"]
     subprocess.run(command, cwd=folder, check=True)
     return ctypes.CDLL(str(folder / "loop.so")).loop
+
+
+def stock_call(count: int, tensors: list[Any]) -> Callable[[], None]:
+    """Triton's own launch of a kernel."""
+    stock, _, named = KERNELS[count]
+    numbers = tuple(named.values())
+
+    def call() -> None:
+        stock[GRID](*tensors, *numbers, BLOCK=BLOCK)
+
+    return call
+
+
+def sides_of(
+    count: int, memory: str, tensors: tuple[list[Any], list[Any]], stream: int, others: Sides
+) -> Sides:
+    """Label -> the calls of one number of arguments: the driver's, then `others`, then ours.
+
+    Args:
+        count: a key of KERNELS.
+        memory: as of `ours`.
+        tensors: two sets of inputs with an output.
+        stream: where the driver launches.
+        others: label -> calls.
+    """
+    kernel, numbers = ours(count, memory), tuple(KERNELS[count][2].values())
+    first, second = tensors
+    bound = kernel.bind(GRID, *first, *numbers, BLOCK=BLOCK)
+    values = dict(zip(kernel.arg_names, [*first, *numbers, BLOCK], strict=True))
+    return {
+        "driver": [driver_loop(bound, values, stream)],
+        **others,
+        "fd_dsa new tensors": [
+            lambda: kernel[GRID](*first, *numbers, BLOCK=BLOCK),
+            lambda: kernel[GRID](*second, *numbers, BLOCK=BLOCK),
+        ],
+        "fd_dsa unbound": [lambda: kernel[GRID](*first, *numbers, BLOCK=BLOCK)],
+        "fd_dsa bound": [bound],
+    }
 
 
 def driver_loop(bound: BoundLaunch, values: dict[str, Any], stream: int) -> Callable[[], None]:

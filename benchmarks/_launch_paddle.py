@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._launch_kernels import BLOCK, KERNELS, driver_loop, ours, swapped
+from benchmarks._launch_kernels import BLOCK, KERNELS, Sides, sides_of, stock_call, swapped
 from fd_dsa.triton_runtime.device import api_for_type
 
 import triton
-
-GRID = (1,)
 
 
 def _paddle_driver(api: Any) -> Any:
@@ -42,35 +40,25 @@ def paddle_sides(count: int) -> dict[str, list[Any]]:
     from tests.gpu_rig import load
 
     rig = load("real")
-    stock, num_tensors, named = KERNELS[count]
-    kernel, numbers = ours(count, "paddle"), tuple(named.values())
+    _, num_tensors, named = KERNELS[count]
     arrays = [np.random.default_rng(i).random(BLOCK, np.float32) for i in range(num_tensors)]
     first, second = _placed(arrays, rig.place), _placed(arrays, rig.place)
-    bound = kernel.bind(GRID, *first, *numbers, BLOCK=BLOCK)
-    values = dict(zip(kernel.arg_names, [*first, *numbers, BLOCK], strict=True))
     api = api_for_type(type(first[0]))
-    driver = _paddle_driver(api)
-
-    def stock_call() -> None:
-        stock[GRID](*first, *numbers, BLOCK=BLOCK)
+    driver, call = _paddle_driver(api), stock_call(count, first)
 
     def guarded_call() -> None:
         triton.runtime.driver.set_active(driver)
         guarded()
 
-    guarded = _guarded(stock_call)
-    sides = {
-        "driver": [driver_loop(bound, values, api.current_stream(0))],
+    guarded = _guarded(call)
+    triton_sides: Sides = {
         "triton in the torch stand-in": [guarded_call],
-        "triton, active driver swapped": [swapped(stock_call, driver)],
-        "fd_dsa new tensors": [
-            lambda: kernel[GRID](*first, *numbers, BLOCK=BLOCK),
-            lambda: kernel[GRID](*second, *numbers, BLOCK=BLOCK),
-        ],
-        "fd_dsa unbound": [lambda: kernel[GRID](*first, *numbers, BLOCK=BLOCK)],
-        "fd_dsa bound": [bound],
+        "triton, active driver swapped": [swapped(call, driver)],
     }
-    expected = sum(array.astype(np.float64) for array in arrays[:-1]) + sum(numbers[1:])
+    stream = api.current_stream(0)
+    sides = sides_of(count, "paddle", (first, second), stream, triton_sides)
+    expected = sum(array.astype(np.float64) for array in arrays[:-1])
+    expected += sum(tuple(named.values())[1:])
     for calls in sides.values():
         calls[0]()
         np.testing.assert_allclose(first[-1].numpy(), expected, rtol=1e-5, atol=1e-4)

@@ -59,11 +59,11 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions of the products alone."""
+        """Multiplications and additions of the GEMMs alone."""
         return 2 * self.heads * WIDTH * self.pairs
 
     def floor_us(self, bytes_per_s: float, flops_per_s: float) -> float:
-        """Least time: of the bytes or of the products, whichever takes longer."""
+        """Least time: of the bytes or of the GEMMs, whichever takes longer."""
         return max(self.bytes_moved / bytes_per_s, self.flops / flops_per_s) * 1e6
 
 

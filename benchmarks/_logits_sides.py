@@ -8,7 +8,7 @@ import torch
 from benchmarks._gpu import Call
 from benchmarks._logits_shapes import PAGE, WIDTH, Shape
 from benchmarks._peers import DeepGemm
-from fd_dsa.ops.indexer_logits.tile_forms import TileForm
+from fd_dsa.ops.indexer_logits.tile_forms import TileForm, decode_form, prompt_form
 from fd_dsa.ops.indexer_logits.tile_kernel import score_tiles
 from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule, fill_tile_schedule
 
@@ -31,6 +31,18 @@ def random_cache(num_blocks: int = NUM_BLOCKS) -> torch.Tensor:
         scales = torch.rand(len(part), PAGE, device=DEVICE) * 0.02 + 0.005
         part[:, PAGE * WIDTH :] = scales.view(torch.uint8)
     return cache.view(num_blocks, PAGE, WIDTH + 4)
+
+
+def form_of(shape: Shape) -> TileForm:
+    """The form of the tile kernel that serves a shape."""
+    return prompt_form(shape.heads) if shape.is_prompt else decode_form(shape.heads, shape.new)
+
+
+def keys_of(cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys e4m3 [n, 128] of some blocks of a cache, and their float32 scales [n]."""
+    pages = cache.view(len(cache), -1)[blocks.long()]
+    keys = pages[:, : PAGE * WIDTH].reshape(-1, WIDTH).view(torch.float8_e4m3fn)
+    return keys, pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).flatten()
 
 
 class Step:
@@ -86,11 +98,9 @@ class Step:
     def wanted(self, token: int) -> torch.Tensor:
         """float64 [keys]: the scores of a token, in doubles."""
         row = token // self.shape.new
-        pages = self.cache.view(NUM_BLOCKS, -1)[self.tables[row].long()]
-        keys = pages[:, : PAGE * WIDTH].reshape(-1, WIDTH).view(torch.float8_e4m3fn).double()
-        scales = pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).double().flatten()
+        keys, scales = keys_of(self.cache, self.tables[row])
         q = self.q[token].view(torch.float8_e4m3fn).double()
-        return (self.weights[token].double() @ (q @ keys.T).relu_()) * scales
+        return (self.weights[token].double() @ (q @ keys.double().T).relu_()) * scales.double()
 
     def error(self, scores: torch.Tensor) -> float:
         """Largest relative root mean square error of some tokens' scores in their windows."""
@@ -119,12 +129,10 @@ class Peer:
         return self._of_prompt(step) if step.shape.is_prompt else self._of_pages(step)
 
     def _of_prompt(self, step: Step) -> Call:
-        pages = step.cache.view(NUM_BLOCKS, -1)[step.tables[0].long()]
-        keys = pages[:, : PAGE * WIDTH].reshape(-1, WIDTH).view(torch.float8_e4m3fn)
-        scales = pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).flatten()
+        keys = keys_of(step.cache, step.tables[0])
         windows = torch.zeros_like(step.batch), (step.positions + 1).int()
         q = step.q.view(torch.float8_e4m3fn)
-        return lambda: self._gemm.score_gathered(q, (keys, scales), step.weights, *windows)
+        return lambda: self._gemm.score_gathered(q, keys, step.weights, *windows)
 
     def _of_pages(self, step: Step) -> Call:
         shape = step.shape

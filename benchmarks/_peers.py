@@ -11,7 +11,7 @@ A folder for `--peers` holds, taken out of the wheel vllm 0.26.0 (built for torc
     triton_peers/indexer_q.py      the function `_fused_indexer_q_rope_quant_kernel` of
                                    vllm/model_executor/layers/sparse_attn_indexer.py, with its
                                    imports of triton
-    fi_topk.so                     FlashInfer's top-k behind C functions of plain arguments, made
+    fi_topk.so                     FlashInfer's top-k as C functions of plain arguments, made
                                    of the headers of the wheel flashinfer-python 0.6.14 by
 
     nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -shared -Xcompiler -fPIC \\
@@ -171,7 +171,7 @@ class DeepGemm:
         starts: torch.Tensor,
         ends: torch.Tensor,
     ) -> torch.Tensor:
-        """float32 [num_tokens, num_keys]: scores of keys that lie side by side.
+        """float32 [num_tokens, num_keys]: scores of contiguous keys.
 
         Args:
             q, weights: as in `score_pages`.

@@ -1,7 +1,7 @@
 """Sparse MLA by our kernels and by other projects', over the same random caches and selections.
 
 FlashMLA has kernels for 64 and 128 heads: fewer are copied into a query of 64, whose other heads
-are zeros, as whoever serves with it must. Its schedule is made once, before anything is timed.
+are zeros, as a server must. Its schedule is made once, before anything is timed.
 """
 
 from __future__ import annotations

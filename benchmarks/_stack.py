@@ -1,8 +1,8 @@
 """A step of a stack of layers: metadata once, then 61 layers over shared buffers.
 
 The layers are those of `_layer.py`. They have the same hidden states, block tables and memory for
-results; weights and caches take turns as far as there is room, and what lies between two uses of a
-cache is always more than the L2 holds.
+results; weights and caches take turns as far as there is room, and between two uses of a cache
+more is read than the L2 holds.
 
 The other sides run the same kernels and do in every layer what FastDeploy did: see `Chained`,
 `Scheduled` and `Everything`.
@@ -256,11 +256,10 @@ def plain_check(
     scale = given.sizes.scale
     tables, recall, off, size = given.tables, 1.0, 0.0, 0.0
     for token in sorted({0, rows // 2, rows - 1}):
-        pages = index.view(len(index), -1)[tables[token].long()]
-        keys = _codes(pages[:, : BLOCK * 128].reshape(-1, 128))
-        scales = pages[:, BLOCK * 128 :].contiguous().view(torch.float32).double().flatten()
-        dots = (_codes(queries[0][token].view(torch.uint8)) @ keys.T).relu_()
-        scores = (queries[1][token].double() @ dots) * scales
+        keys, scales = _logits_sides.keys_of(index, tables[token])
+        codes = queries[0][token].view(torch.float8_e4m3fn).double()
+        dots = (codes @ keys.double().T).relu_()
+        scores = (queries[1][token].double() @ dots) * scales.double()
         best = scores.topk(min(given.sizes.topk, len(scores))).indices
         wanted = tables[token][best // BLOCK] * BLOCK + best % BLOCK
         recall = min(recall, float(torch.isin(wanted, slots[token]).double().mean()))
@@ -273,13 +272,8 @@ def plain_check(
     return {"recall": recall, "attention": (off / size) ** 0.5}
 
 
-def _codes(bits: torch.Tensor) -> torch.Tensor:
-    """float64 values of e4m3 bits."""
-    return bits.view(torch.float8_e4m3fn).double()
-
-
 def weights_of(sizes: Sizes, device: str) -> list[Weights]:
-    """Weights of as many layers as lie past the L2 together."""
+    """Weights of as many layers as exceed the L2 together."""
     first = Weights(sizes, device)
     return [first, *(Weights(sizes, device) for _ in range(_gpu.num_sets(first.num_bytes()) - 1))]
 

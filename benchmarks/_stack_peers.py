@@ -1,7 +1,7 @@
 """A step of the same stack made of other projects' kernels, as far as `--peers` has them.
 
 vLLM's writes and indexer query, DeepGEMM's scores, the fastest exact top-k of vLLM and FlashInfer,
-a conversion to slots, the faster build of FlashMLA. Schedules are made once a step. Products are
+a conversion to slots, the faster build of FlashMLA. Schedules are made once a step. GEMMs are
 torch's, as in ours, and the absorbed query is prepared by our launch. The keys are normed by torch
 and not rotated, which leaves the peers less to do than ours.
 """

@@ -50,7 +50,7 @@ class Shape:
         return 2 * self.rows * (weight_bytes // 2 + attention)
 
     def floor_us(self, weight_bytes: int, ceilings: Mapping[str, float]) -> float:
-        """Least time of all layers: of the bytes or of the products, whichever takes longer."""
+        """Least time of all layers: of the bytes or of the GEMMs, whichever takes longer."""
         read_s = self.layer_bytes(weight_bytes) / ceilings["copy_bytes_per_s"]
         products_s = self.layer_flops(weight_bytes) / ceilings["matrix_flops_per_s"]
         return LAYERS * max(read_s, products_s) * 1e6

@@ -1,4 +1,4 @@
-"""Copies of steps beside the work of the steps before: how much of them lies under it.
+"""Copies of steps beside the work of the steps before: how much of them is hidden.
 
 An event is a dict: `name` COPY, EXPAND or WORK; `stream`, 1 for the stream of the copies and 0 for
 that of the layers; `start_us` and `us`. Needs NumPy alone.
@@ -42,7 +42,7 @@ def events_of(trace: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(events: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
-    """How much of each step's copies lies under work.
+    """How much of each step's copies runs beside work.
 
     Args:
         events: of all steps, by begin.
@@ -53,7 +53,7 @@ def summary(events: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
         beside work, and `share_of_steps_above_80`; `timeline`, the events of three steps, the
         second's work ending at zero.
 
-    The copies of the first two steps are left out: they have no step before them to hide behind,
+    The copies of the first two steps are left out: no step before them can hide them,
     or bring a whole block table.
 
     Raises:
@@ -91,7 +91,7 @@ def joined(events: Sequence[Mapping[str, Any]], gap_us: float = 2.0) -> list[tup
 
 
 def common(event: Mapping[str, Any], stretches: Sequence[tuple[float, float]]) -> float:
-    """Microseconds of an event that lie within the stretches."""
+    """Microseconds of an event within the stretches."""
     begin, end = event["start_us"], event["start_us"] + event["us"]
     return sum(max(0.0, min(end, last) - max(begin, first)) for first, last in stretches)
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks._gpu import Call
+from benchmarks._gpu import Call, trace_events
 from benchmarks._layer import Step
 
 # the host queues a whole layer while this spins, so that no gap of the picture is the host's
@@ -38,14 +35,11 @@ def traced(step: Step, call: Call) -> list[dict[str, Any]]:
             torch.cuda.synchronize()
     finally:
         step.layer.span = before
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        return kernels(json.loads(path.read_text())["traceEvents"])
+    return kernels(trace_events(profiler))
 
 
 def kernels(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The kernels of a trace behind the one that spins, as `traced` returns them."""
+    """The kernels of a trace after the one that spins, as `traced` returns them."""
     spans = sorted(
         (e["ts"], e["ts"] + e["dur"], e["name"])
         for e in events

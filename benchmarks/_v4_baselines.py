@@ -130,7 +130,7 @@ class _Plan:
         self._sources: list[tuple[int, int, int, int]] = []
 
     def token(self, t: int, b: int, p: int, end: int, tokens: int) -> None:
-        """Note what token t, at position p of row b, finishes and leaves behind."""
+        """Note what token t, at position p of row b, finishes and keeps for later steps."""
         finishes, kept = (p + 1) % self._ratio == 0, p >= end - self._pooled
         if not finishes and not kept:
             return
@@ -143,7 +143,7 @@ class _Plan:
             self._sources.append(row)
 
     def write(self, out: dict[str, Array]) -> tuple[int, int]:
-        """Fill the arrays of this ratio, -1 behind the last row; rows of both plans."""
+        """Fill the arrays of this ratio, -1 after the last row; rows of both plans."""
         fill(out[f"plan_{self._name}"], self._rows, -1)
         fill(out[f"plan_dst_{self._name}"], self._places, -1)
         fill(out[f"wplan_{self._name}"], self._sources, -1)

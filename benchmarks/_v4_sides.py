@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks import _gpu
+from benchmarks._staging_timeline import events_of, summary
 from benchmarks._v4_baselines import GROUPS, NAMES, HostArrays, Loop, Vectorised
 from benchmarks._v4_steps import Decode
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
@@ -191,7 +192,7 @@ class Operators:
         self._offsets = torch.zeros((2, count), dtype=torch.int32, device=DEVICE)
 
     def __call__(self) -> dict[str, torch.Tensor]:
-        """Arrays of the step whose ctx and slots lie in `inputs`."""
+        """Arrays of the step whose ctx and slots are in `inputs`."""
         config = self._config
         ctx, slot = self.inputs
         rows, window = config.ring_rows, config.window_size
@@ -312,3 +313,32 @@ def check_equal(sides: dict[str, Side], ours: str) -> None:
         for name, array in side.outputs().items():
             end = total if name == "hca_idx" else len(array)
             assert torch.equal(array[:end], wanted[name][:end]), f"{label}: {name}"
+
+
+def overlap_of(side: Side, decode: Decode, work: _gpu.Call, steps: int) -> dict[str, Any]:
+    """How much of each step's copies runs beside the work of the steps; see `summary`.
+
+    Args:
+        side: its preparation of each step is queued between two steps' work.
+        work: queues the work of one step on the current stream.
+        steps: steps that are traced.
+    """
+    side.start()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        _run(side, decode, work, steps)
+    return summary(events_of(_gpu.trace_events(profiler)), steps)
+
+
+def _run(side: Side, decode: Decode, work: _gpu.Call, steps: int) -> None:
+    """Queue steps, the host one step ahead, and wait for the last one."""
+    before = torch.cuda.Event()
+    before.record()
+    for _ in range(steps):
+        grown = decode.advance()
+        work()
+        side.stage(decode, grown)
+        side.finish(decode)
+        before.synchronize()
+        before = torch.cuda.Event()
+        before.record()
+    torch.cuda.synchronize()

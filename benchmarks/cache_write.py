@@ -29,7 +29,6 @@ from fd_dsa.ops.cache_write.triton_kernel import (
 )
 
 SIZES = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192)
-TUNED = (1, 128, 512, 1024, 2048, 4096, 8192)
 RANK, ROPE, DIM, BLOCK = 512, 64, 128, 64
 FUSED_WIDTH = 1536 + RANK + ROPE
 BYTES_PER_TOKEN = 2 * (RANK + ROPE) + 2 * DIM + 4 * ROPE + 8 + 656 + 132
@@ -163,21 +162,6 @@ def name_of(how: tuple[int, int, int | None]) -> str:
     return f"{tokens} x {warps}" + (f" in {registers}" if registers else "")
 
 
-def tune(layer: Layer, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Median microseconds of every configuration: tokens -> name -> us."""
-    table: dict[str, dict[str, float]] = {}
-    for num_tokens in sizes:
-        sets = [layer.inputs(num_tokens) for _ in range(_gpu.num_sets(num_tokens * 1700))]
-        sides = {name_of(how): [layer.one_launch(s, how) for s in sets] for how in CANDIDATES}
-        times = {label: t["p50"] for label, t in _gpu.interleaved(sides, rounds=10).items()}
-        table[str(num_tokens)] = times
-        best = min(times, key=times.__getitem__)
-        chosen = name_of(configuration(num_tokens))
-        line = "  ".join(f"{label}: {us:.2f}" for label, us in times.items())
-        print(f"{num_tokens} tokens, best {best}, chosen {chosen}:  {line}", flush=True)
-    return table
-
-
 def compare(record: _gpu.Recorder, layer: Layer, ops: Any, num_tokens: int) -> None:
     """One size: the peers' writes, the unfused chain and our launch, in graphs."""
     # what is read: the activations, angles, positions and slots
@@ -208,7 +192,7 @@ def compare(record: _gpu.Recorder, layer: Layer, ops: Any, num_tokens: int) -> N
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, compare, tune; returns the exit status."""
+    """Check and compare; returns the exit status."""
     args = _gpu.arguments(__doc__, argv)
     register()
     check_bytes()
@@ -217,10 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         layer = Layer(num_blocks=16384)
         for num_tokens in (128, 8192) if args.quick else SIZES:
             compare(record, layer, ops, num_tokens)
-        record.note(
-            peer="vLLM 0.26.0" if ops is not None else "not run",
-            configurations_us=tune(layer, (128, 8192) if args.quick else TUNED),
-        )
+        record.note(peer="vLLM 0.26.0" if ops is not None else "not run")
     return 0
 
 

@@ -34,7 +34,7 @@ def raw_costs() -> dict[str, float]:
 
 
 def matrix_flops_per_s() -> float:
-    """Rate of a bfloat16 product of random 8192 x 8192 matrices."""
+    """Rate of a bfloat16 GEMM of random 8192 x 8192 matrices."""
     size = (_MATRIX, _MATRIX)
     left, right = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(left)

@@ -47,8 +47,6 @@ def compare(ours: Worker, baseline: Worker | None) -> list[dict[str, Any]]:
         row["candidate"] = {"label": "fd_dsa", "tokens_per_s": total / np.median(times["ours"])}
         row["candidate"]["seconds"] = percentiles(times["ours"])
         row["candidate"]["time_to_first_token_s"] = percentiles(first)
-        text = f"{requests:3} x {prompt:4} + {new:3}: fd_dsa "
-        text += f"{row['candidate']['tokens_per_s']:8.1f} tok/s"
         if times["hf"]:
             row["baseline"] = {
                 "label": "transformers generate",
@@ -58,9 +56,10 @@ def compare(ours: Worker, baseline: Worker | None) -> list[dict[str, Any]]:
             pairs = [h / o for h, o in zip(times["hf"], times["ours"], strict=True)]
             row["ratio_p50"] = float(np.median(pairs))
             row["ratio_spread"] = [min(pairs), max(pairs)]
-            text += f", transformers {row['baseline']['tokens_per_s']:8.1f} tok/s"
-            text += f", ratio {row['ratio_p50']:.2f}"
-        print(text, flush=True)
+        speeds = {
+            side: row[side]["tokens_per_s"] for side in ("candidate", "baseline") if side in row
+        }
+        print(f"{requests:3} x {prompt:4} + {new:3}, tokens/s: {speeds}", flush=True)
         rows.append(row)
     return rows
 
@@ -71,7 +70,7 @@ def growth(ours: Worker) -> dict[str, Any]:
     scan = [ours.call(op="scan_ms", context=n)["ms"] for n in CONTEXTS]
     b, a = np.polyfit(CONTEXTS, decode, 1)
     scan_b, scan_a = np.polyfit(CONTEXTS, scan, 1)
-    result = {
+    return {
         "contexts": list(CONTEXTS),
         "decode_ms": decode,
         "scan_ms": scan,
@@ -81,11 +80,6 @@ def growth(ours: Worker) -> dict[str, Any]:
         "scan_b_ms_per_1k": float(scan_b * 1000),
         "b_over_scan": float(b / scan_b),
     }
-    print(
-        f"decode step, 1 request: {a:.2f} ms + {b * 1000:.3f} ms per 1k of context; "
-        f"indexer scan {scan_b * 1000:.3f} ms per 1k; ratio {b / scan_b:.2f}"
-    )
-    return result
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,8 +103,6 @@ def main(argv: list[str] | None = None) -> int:
         ours.close()
         if baseline:
             baseline.close()
-    for profile in result["profile"]:
-        print(f"a decode step of {profile['requests']} x {profile['context']}: {profile['ms']}")
     print(f"written: {save('engine_cpu', result)}")
     return 0
 

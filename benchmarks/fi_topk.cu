@@ -1,4 +1,4 @@
-// FlashInfer's exact top-k behind C functions of plain arguments; see benchmarks/_peers.py.
+// FlashInfer's exact top-k as C functions of plain arguments; see benchmarks/_peers.py.
 #include <flashinfer/math.cuh>
 #include <flashinfer/topk.cuh>
 //

@@ -14,7 +14,6 @@ docs/concepts/fp8-cache.md from it:
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from dataclasses import replace
@@ -23,6 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks._harness import RESULTS, ROOT, environment, write_json
+from benchmarks._render import load
+from benchmarks.report import markdown
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.config import EngineConfig
@@ -223,43 +224,6 @@ def retrieval() -> list[dict[str, Any]]:
     return rows
 
 
-def table(result: dict[str, Any]) -> str:
-    """Markdown of a result."""
-    env, cost = result["env"], result["bytes_per_token"]
-    lines = [
-        f"{env['cpu']}, {env['cpus']} processors; paddlepaddle {env['paddlepaddle']}, numpy "
-        f"{env['numpy']}; commit {env['commit'][:12]}. Texts of "
-        f"{', '.join(map(str, result['texts']))} tokens, {result['index_topk']} keys selected.",
-        "",
-        "| layer | selected keys in common | output off, same selection | output off |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['layer']} | {row['recall']:.2%} | {row['output_error_same_selection']:.2%} "
-        f"| {row['output_error']:.2%} |"
-        for row in result["layers"]
-    ]
-    lines += [
-        "",
-        f"Logits of the whole model: {result['logits_error']:.2%} off; the likeliest token is the "
-        f"same at {result['same_likeliest_token']:.2%} of the positions.",
-        "",
-        "| retrieval, tokens | questions | right, float32 | right, fp8_ds_mla | same answer |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['length']} | {row['items']} | {row['right']['float32']} "
-        f"| {row['right']['fp8_ds_mla']} | {row['same']} |"
-        for row in result["retrieval"]
-    ]
-    lines += [
-        "",
-        f"Caches: {cost['float32']:,} bytes a token in float32, {cost['fp8_ds_mla']:,} in "
-        "fp8_ds_mla.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Measure, or with --page write the page anew from the committed result; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -268,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         measured = layers_and_logits() | {"retrieval": retrieval()}
         RESULT.parent.mkdir(parents=True, exist_ok=True)
         write_json(RESULT, {"name": "fp8_cache", "env": environment()} | measured)
-    text = table(json.loads(RESULT.read_text()))
+    text = markdown("fp8_cache", load(RESULT))
     PAGE.write_text(REGION.sub(lambda _: text, PAGE.read_text("utf-8")), "utf-8")
     print(text)
     return 0

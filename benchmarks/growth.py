@@ -12,15 +12,13 @@ Writes benchmarks/results/growth.json.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import ROOT, Worker, percentiles, revision_of, save
+from benchmarks._harness import Worker, cpu_arguments, percentiles, save, workers
 
 REQUESTS = (1, 8, 32, 64, 128, 256)
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -57,7 +55,8 @@ def host_times(sides: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
         fitted = {label: _fitted(t) for label, t in times.items()}
         found.append({"vocab_size": vocab_size, "sampling": name, "sides": fitted})
         for label, side in fitted.items():
-            print(f"{vocab_size:7} {name:14} {label:8} {_line(side)}", flush=True)
+            line = f"{side['a_us']:.0f} us + {side['b_us']:.2f} us a request"
+            print(f"{vocab_size:7} {name:14} {label:8} {line}", flush=True)
     return found
 
 
@@ -68,12 +67,6 @@ def _fitted(times: dict[int, list[float]]) -> dict[str, Any]:
     medians = np.array([us[n]["p50"] for n in REQUESTS])
     b, a = np.polyfit(REQUESTS, medians, 1, w=1 / medians)
     return {"us": {str(n): value for n, value in us.items()}, "a_us": float(a), "b_us": float(b)}
-
-
-def _line(side: dict[str, Any]) -> str:
-    """A side in a line."""
-    points = ", ".join(f"{n}: {value['p50']:.0f}" for n, value in side["us"].items())
-    return f"{side['a_us']:.0f} us + {side['b_us']:.2f} us a request ({points})"
 
 
 def step_growth() -> dict[str, Any]:
@@ -87,13 +80,8 @@ def step_growth() -> dict[str, Any]:
         found = []
         for case in cases:
             metadata = worker.call(op="metadata", **case)
-            entry = {"case": case, "metadata": metadata, **worker.call(op="launches", **case)}
-            print(
-                f"{case}: metadata {metadata['builds']:.0f} x {metadata['us']:.0f} us, "
-                f"{metadata['bytes']} bytes; {entry['launches']} launches",
-                flush=True,
-            )
-            found.append(entry)
+            found.append({"case": case, "metadata": metadata, **worker.call(op="launches", **case)})
+            print(f"{case}: {metadata}, {found[-1]['launches']} launches", flush=True)
     by_layers = {e["case"]["layers"]: e["launches"] for e in found[: len(LAYERS)]}
     a_layer = (by_layers[LAYERS[-1]] - by_layers[LAYERS[0]]) / (LAYERS[-1] - LAYERS[0])
     return {
@@ -108,20 +96,8 @@ def step_growth() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--baseline", type=Path, help="checkout whose package is measured as well")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
-    args = parser.parse_args(argv)
-    result: dict[str, Any] = {"tier": "T0"}
-    checkouts = {"fd_dsa": ROOT}
-    if args.baseline:
-        checkouts["before"] = args.baseline.resolve()
-        result["baseline"] = revision_of(args.baseline)
-    sides = {
-        label: Worker("benchmarks.workers.engine_host", checkout=path)
-        for label, path in checkouts.items()
-    }
-    try:
+    args, checkouts, result = cpu_arguments(__doc__, argv, ROUNDS)
+    with workers("benchmarks.workers.engine_host", checkouts) as sides:
         result["host_time"] = host_times(sides, args.rounds)
         result["pass_us"] = {
             str(vocab_size): percentiles(
@@ -131,9 +107,6 @@ def main(argv: list[str] | None = None) -> int:
             )
             for vocab_size, steps in STEPS.items()
         }
-    finally:
-        for worker in sides.values():
-            worker.close()
     result["growth"] = step_growth()
     print(f"written: {save('growth', result)}")
     return 0

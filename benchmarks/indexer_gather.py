@@ -19,7 +19,6 @@ from fd_dsa.ops.indexer_gather import triton_kernel
 # rows, keys of each
 SHAPES = ((1, 8192), (1, 65536), (8, 32768), (1, 524288))
 BLOCK, NUM_BLOCKS = 64, 16384
-CONFIGURATIONS = ((16, 1), (32, 1), (32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
 
 
 class Gather:
@@ -89,25 +88,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _gpu.arguments(__doc__, argv)
     register()
     ops, cache = vllm_cache_ops(args.peers), random_cache()
-    table: dict[str, dict[str, float]] = {}
     with _gpu.Recorder("indexer_gather", args.out) as record:
         for num_rows, num_keys in SHAPES[1:2] if args.quick else SHAPES:
             total = num_rows * num_keys
-            # pages of other sets lie elsewhere in the cache, outputs of their own past the L2
+            # other sets have other pages of the cache, outputs of their own past the L2
             sets = [Gather(cache, num_rows, num_keys) for _ in range(_gpu.num_sets(264 * total))]
             sets[0].check(ops)
             sides: dict[str, list[_gpu.Call]] = {}
             if ops is not None:
                 sides["vLLM's gather"] = [s.peer(ops) for s in sets]
             sides["one launch"] = [s.public for s in sets]
-            name = f"{num_rows} x {num_keys} keys"
             times = _gpu.interleaved(sides)
+            name = f"{num_rows} x {num_keys} keys"
             record.case(name, times, ours="one launch", bytes_moved=264 * total)
-            tried = {f"{r} x {w}": [s.ours(r, w) for s in sets] for r, w in CONFIGURATIONS}
-            times = _gpu.interleaved(tried, rounds=10)
-            table[name] = {label: t["p50"] for label, t in times.items()}
-            print(f"{name}: {table[name]}", flush=True)
-        record.note(configurations_us=table)
     return 0
 
 

@@ -3,7 +3,7 @@
 Some tokens of both sides are compared with sums in doubles before they are timed. Schedules, which
 a step makes once for all layers, are made beforehand and timed by themselves; DeepGEMM also has the
 keys of prompts gathered beforehand, which ours does not need. The floor is the time of the fewest
-bytes at the copy rate or of the products at the FP8 rate of the same run, whichever is longer.
+bytes at the copy rate or of the GEMMs at the FP8 rate of the same run, whichever is longer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from functools import partial
 import torch
 
 from benchmarks import _gpu, _peers
-from benchmarks._logits_forms import form_of
 from benchmarks._logits_shapes import Shape, shapes
-from benchmarks._logits_sides import Peer, Step, random_cache
+from benchmarks._logits_sides import Peer, Step, form_of, random_cache
 from benchmarks._torch_device import register
 
 OURS, THEIRS, SCHEDULE = "tiles", "DeepGEMM", "schedule"
-# of scores against doubles; FP8 products are summed with fewer bits than float32 has
+# of scores against doubles; FP8 GEMMs are summed with fewer bits than float32 has
 TOLERANCE = 2e-4
 _MATRIX = 8192
 _MOST_SETS = 16
@@ -29,7 +28,7 @@ _SUBJECTS = (Shape(64, 1, 4096), Shape(64, 64, 32768), Shape(64, 1, 8192, 2048, 
 
 
 def fp8_flops_per_s() -> float:
-    """Rate of an e4m3 product of random 8192 x 8192 matrices, accumulated fast."""
+    """Rate of an e4m3 GEMM of random 8192 x 8192 matrices, accumulated fast."""
     size = (_MATRIX, _MATRIX)
     left, right = (torch.randn(size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")

@@ -29,7 +29,6 @@ SHAPES = (
     *((tokens, 64) for tokens in (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192)),
     *((tokens, 32) for tokens in (128, 1024, 8192)),
 )
-TUNED = ((1, 64), (32, 64), (128, 64), (512, 64), (1024, 64), (8192, 64), (1024, 32))
 DIM, ROPE = 128, 64
 _MAX_POSITION = 1 << 16
 
@@ -138,22 +137,6 @@ def sets_of(num_tokens: int, heads: int) -> list[Query]:
     return [Query(num_tokens, heads) for _ in range(count)]
 
 
-def tune(cos_sin: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Median microseconds of every configuration: shape -> "BLOCK_ROWS x warps" -> us."""
-    table = {}
-    for num_tokens, heads in shapes:
-        sets = sets_of(num_tokens, heads)
-        sides = {f"{r} x {w}": [s.one_launch(cos_sin, (r, w)) for s in sets] for r, w in CANDIDATES}
-        times = {label: t["p50"] for label, t in _gpu.interleaved(sides, rounds=10).items()}
-        name = f"{num_tokens} tokens x {heads} heads"
-        table[name] = times
-        best = min(times, key=times.__getitem__)
-        chosen = "{} x {}".format(*configuration(num_tokens * heads))
-        line = "  ".join(f"{label}: {us:.2f}" for label, us in times.items())
-        print(f"{name}, best {best}, chosen {chosen}:  {line}", flush=True)
-    return table
-
-
 def compare(
     record: _gpu.Recorder, kernel: Any, cos_sin: torch.Tensor, num_tokens: int, heads: int
 ) -> None:
@@ -177,7 +160,7 @@ def compare(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, compare, tune; returns the exit status."""
+    """Check and compare; returns the exit status."""
     args = _gpu.arguments(__doc__, argv)
     register()
     cos_sin = angles()
@@ -186,10 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _gpu.Recorder("indexer_query", args.out) as record:
         for shape in ((128, 64), (8192, 64)) if args.quick else SHAPES:
             compare(record, kernel, cos_sin, *shape)
-        record.note(
-            peer="vLLM 0.26.0" if kernel is not None else "not run",
-            configurations_us=tune(cos_sin, ((128, 64), (8192, 64)) if args.quick else TUNED),
-        )
+        record.note(peer="vLLM 0.26.0" if kernel is not None else "not run")
     return 0
 
 

@@ -22,17 +22,18 @@ import torch
 from benchmarks import _gpu, _torch_device
 from benchmarks._launch_kernels import (
     BLOCK,
+    GRID,
     KERNELS,
     LAUNCHES_A_CALL,
-    driver_loop,
+    Sides,
     ours,
+    sides_of,
+    stock_call,
     swapped,
     triton_c_function,
 )
 
 import triton
-
-GRID = (1,)
 
 
 def _tensors(count: int) -> list[torch.Tensor]:
@@ -55,36 +56,22 @@ def _check(call: Any, inputs: list[Any], numbers: tuple[int, ...], out: Any, lab
 def _sides(count: int) -> dict[str, list[_gpu.Call]]:
     """Label -> the calls of one number of arguments on torch memory, each one checked."""
     stock, num_tensors, named = KERNELS[count]
-    kernel, numbers = ours(count, "torch"), tuple(named.values())
+    numbers = tuple(named.values())
     first, second = _tensors(num_tensors), _tensors(num_tensors)
-    bound = kernel.bind(GRID, *first, *numbers, BLOCK=BLOCK)
-    values = dict(zip(kernel.arg_names, [*first, *numbers, BLOCK], strict=True))
     stream = torch._C._cuda_getCurrentRawStream(0)
-
-    def stock_call() -> None:
-        stock[GRID](*first, *numbers, BLOCK=BLOCK)
-
-    sides: dict[str, list[Any]] = {
-        "driver": [driver_loop(bound, values, stream)],
-        "triton kernel[grid]": [stock_call],
-        "triton, active driver swapped": [swapped(stock_call, _second_driver())],
+    call = stock_call(count, first)
+    # another driver object of Triton's, as the one that upstream's wrapper makes for Paddle
+    other = type(triton.runtime.driver.active)()
+    triton_sides: Sides = {
+        "triton kernel[grid]": [call],
+        "triton, active driver swapped": [swapped(call, other)],
         "triton C function": [triton_c_function(stock, [*first, *numbers], stream)],
-        "fd_dsa new tensors": [
-            lambda: kernel[GRID](*first, *numbers, BLOCK=BLOCK),
-            lambda: kernel[GRID](*second, *numbers, BLOCK=BLOCK),
-        ],
-        "fd_dsa unbound": [lambda: kernel[GRID](*first, *numbers, BLOCK=BLOCK)],
-        "fd_dsa bound": [bound],
     }
+    sides = sides_of(count, "torch", (first, second), stream, triton_sides)
     sides = {label: calls for label, calls in sides.items() if None not in calls}
     for label, calls in sides.items():
         _check(calls[0], first[:-1], numbers, first[-1], label)
     return sides
-
-
-def _second_driver() -> Any:
-    """Another driver object of Triton's, as the one that upstream's wrapper makes for Paddle."""
-    return type(triton.runtime.driver.active)()
 
 
 def _record(record: _gpu.Recorder, count: int, sides: dict[str, list[Any]], where: str) -> None:

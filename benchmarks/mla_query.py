@@ -1,10 +1,8 @@
 """The absorbed query of MLA: RoPE, and both parts into one buffer, in one launch.
 
-    python -m benchmarks.mla_query            # compare, then time every configuration
-
 Against the operators of a plain implementation: cos and sin of each token by their positions, the
-rotation of interleaved pairs in float32, and a concatenation, which also turns the product by heads
-[num_heads, num_tokens, kv_lora_rank] round. Ours is given cos and sin gathered once for all layers
+rotation of interleaved pairs in float32, and a concatenation, which also transposes the heads'
+result [num_heads, num_tokens, kv_lora_rank]. Ours is given cos and sin gathered once for all layers
 of a step, and "by positions" looks them up itself. Bytes a head: 1,152 in and 1,152 out; a token
 reads 256 of cos and sin.
 """
@@ -13,12 +11,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from benchmarks import _gpu
 from benchmarks._torch_device import register
+from benchmarks.indexer_query import angles
 from fd_dsa.ops.mla_query import paddle_impl
 from fd_dsa.ops.mla_query.triton_kernel import (
     BLOCK_ROWS,
@@ -31,7 +29,6 @@ SHAPES = (
     *((tokens, 128) for tokens in (1, 8, 32, 128, 512, 2048, 8192)),
     *((tokens, heads) for heads in (64, 32, 16) for tokens in (1, 128)),
 )
-TUNED = ((1, 128), (8, 128), (32, 128), (128, 128), (1024, 128), (8192, 128), (1, 16), (128, 16))
 RANK, ROPE, NOPE = 512, 64, 128
 CHOSEN = (BLOCK_ROWS, NUM_WARPS)
 CANDIDATES = ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (8, 4), (16, 4), (16, 8))
@@ -86,12 +83,6 @@ class Query:
         self.out = torch.cat([self.latent, rotated.flatten(-2).to(self.pe.dtype)], -1)
 
 
-def angles() -> torch.Tensor:
-    """float32 [max_position, 64]; cos, then sin."""
-    angle = torch.rand(_MAX_POSITION, ROPE // 2, device="cuda") * 6
-    return torch.cat([angle.cos(), angle.sin()], 1)
-
-
 def check_bytes(cos_sin: torch.Tensor) -> None:
     """Compare every configuration with the CPU, byte by byte.
 
@@ -115,21 +106,6 @@ def sets_of(num_tokens: int, heads: int) -> list[Query]:
     return [Query(num_tokens, heads) for _ in range(count)]
 
 
-def tune(cos_sin: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Median microseconds of every configuration: shape -> "BLOCK_ROWS x warps" -> us."""
-    table = {}
-    for num_tokens, heads in shapes:
-        sets = sets_of(num_tokens, heads)
-        sides = {f"{r} x {w}": [s.one_launch(cos_sin, (r, w)) for s in sets] for r, w in CANDIDATES}
-        times = {label: t["p50"] for label, t in _gpu.interleaved(sides, rounds=10).items()}
-        name = f"{num_tokens} tokens x {heads} heads"
-        table[name] = times
-        best = min(times, key=times.__getitem__)
-        line = "  ".join(f"{label}: {us:.2f}" for label, us in times.items())
-        print(f"{name}, best {best}:  {line}", flush=True)
-    return table
-
-
 def compare(record: _gpu.Recorder, cos_sin: torch.Tensor, num_tokens: int, heads: int) -> None:
     """One shape: operators, and ours with and without a look-up of cos and sin."""
     sets = sets_of(num_tokens, heads)
@@ -147,7 +123,7 @@ def compare(record: _gpu.Recorder, cos_sin: torch.Tensor, num_tokens: int, heads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, compare, tune; returns the exit status."""
+    """Check and compare; returns the exit status."""
     args = _gpu.arguments(__doc__, argv)
     register()
     cos_sin = angles()
@@ -156,7 +132,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _gpu.Recorder("mla_query", args.out) as record:
         for shape in quick if args.quick else SHAPES:
             compare(record, cos_sin, *shape)
-        record.note(configurations_us=tune(cos_sin, quick if args.quick else TUNED))
     return 0
 
 

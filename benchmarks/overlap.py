@@ -1,7 +1,7 @@
 """A layer whose indexer projections run on a second stream, against the same layer on one.
 
 The layer of `_layer.py` at decode sizes and, for the thresholds, prompt chunks; eager and in CUDA
-graphs, all forms in turn. "cuBLAS" projects by two products of torch as FastDeploy does, the other
+graphs, all forms in turn. "cuBLAS" projects by two GEMMs of torch as FastDeploy does, the other
 forms by the one launch of `project_indexer`; "k_norm beside" norms the index keys with them, as
 where the cache write does not. "two streams" forks in every step, "as served" where the package
 does by default. The share of the projections that is hidden is the time saved in a graph by the
@@ -38,7 +38,6 @@ from fd_dsa.triton_runtime.streams import SideStream
 SIZES = (1, 8, 32, 64, 128, 256, 512, 1024, 2048)
 NORMED = (1, 32, 128)
 FP8_SIZES = (1, 8, 32, 64, 128, 256)
-TUNED = (1, 16, 32, 64, 128, 256, 512, 1024, 2048)
 TRACED = 32
 ONE, TWO, SERVED = "one stream", "two streams", "as served"
 # what is measured of a number of tokens, and how a case of it is called
@@ -81,7 +80,7 @@ class Forms:
             return triton_kernel.project_indexer(x, wk, weights_proj, self._out)
 
     def cublas(self, x: torch.Tensor, both: Both | None = None) -> Both:
-        """Two products."""
+        """Two GEMMs."""
         wk, weights_proj = both or (self._weights.wk, self._weights.weights_proj)
         return x @ wk, x @ weights_proj
 
@@ -210,7 +209,7 @@ def compare(
         floor_us = 1e6 * step.floor_s(record.ceilings)
         name = f"{num_tokens} tokens, {notes['kind']}"
         record.case(name, times, ours=TWO, floor_us=floor_us, **notes)
-        found.append(notes | {"us": {label: time["p50"] for label, time in times.items()}})
+        found.append(notes)
     return found
 
 
@@ -236,65 +235,6 @@ def threshold(cases: Sequence[dict[str, Any]]) -> int:
     return allowed
 
 
-def tune(layer: Layer, sizes: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Median microseconds of the tilings of `project_indexer`: tokens -> tiling -> us."""
-    copies, table = copies_of(layer.weights), {}
-    for num_tokens in sizes:
-        x, out = inputs(num_tokens, layer.sizes)
-        sides = {
-            name_of(tiling): [launch(x, both, out, tiling) for both in copies]
-            for tiling in candidates(num_tokens)
-        }
-        times = _gpu.interleaved(sides, mode="graph", rounds=7)
-        table[str(num_tokens)] = {label: t["p50"] for label, t in times.items()}
-    return table
-
-
-def candidates(num_tokens: int) -> Sequence[triton_kernel.Tiling]:
-    """Tilings that are worth a try; around the limit of split sums, all."""
-    limit = triton_kernel.MOST_SPLIT_TOKENS
-    if num_tokens < limit:
-        return triton_kernel.SPLIT
-    return triton_kernel.CANDIDATES if num_tokens <= 2 * limit else triton_kernel.WHOLE
-
-
-def short_table(
-    cases: Sequence[dict[str, Any]], tilings: dict[str, dict[str, float]], most: dict[str, int]
-) -> str:
-    """What decides: the times of the layer, those of the projections, and the best tilings."""
-    labels = {"one, cuBLAS": "one stream, cuBLAS", "two, cuBLAS": "two streams, cuBLAS"}
-    labels |= {
-        "one, FP8": "one stream, FP8 GEMMs",
-        "one, ours": ONE,
-        "two, ours": TWO,
-        SERVED: SERVED,
-    }
-    shares = "saved", "saved_of_best", "hidden"
-    lines = ["", f"{'layer, us':26}" + "".join(f"{name:>14}" for name in (*labels, *shares))]
-    for case in cases:
-        times = [case["us"].get(label) for label in labels.values()]
-        cells = [f"{'' if value is None else f'{value:.2f}':>14}" for value in times]
-        cells += [f"{f'{case[name]:.1%}' if name in case else '':>14}" for name in shares]
-        lines.append(f"{case['num_tokens']:5} {case['kind']:20}" + "".join(cells))
-    lines.append("alone, us    ours   cuBLAS    QKV-A      FP8")
-    names = "projections", "projections, cuBLAS", "QKV-A", "projections, FP8"
-    for case in cases:
-        if case["kind"] in (f"graph{PLAIN}", f"graph{FP8}"):
-            parts = [case["alone_us"][name] for name in names if name in case["alone_us"]]
-            cells = "".join(f"{part:9.2f}" for part in parts)
-            lines.append(f"{case['num_tokens']:8}{cells}")
-    for num_tokens, found in tilings.items():
-        chosen = name_of(triton_kernel.configuration(int(num_tokens)))
-        best = sorted(found, key=found.__getitem__)[:3]
-        said = ", ".join(f"({label}) {found[label]:.2f}" for label in best)
-        lines.append(f"{num_tokens} tokens: chosen ({chosen}) {found[chosen]:.2f}; best {said}")
-    lines.append(
-        f"thresholds: {most['graph']} tokens in graphs, {most['eager']} eager; the default is "
-        f"{DEFAULT_OVERLAP_MAX_TOKENS} in graphs"
-    )
-    return "\n".join(lines)
-
-
 def warm_host(step: Step) -> None:
     """A second of eager layers: the first ones of a process are slower than all others."""
     calls, end = sides_of(step, "eager"), time.monotonic() + 1
@@ -312,11 +252,6 @@ def inputs(num_tokens: int, sizes: Sizes) -> tuple[torch.Tensor, Both]:
     return torch.randn(num_tokens, sizes.hidden, **how), (keys, weights)
 
 
-def name_of(tiling: triton_kernel.Tiling) -> str:
-    """A tiling in words."""
-    return "{} x {} x {} / {}, {} warps, {} stages".format(*tiling)
-
-
 @cache
 def scratch() -> torch.Tensor:
     """Memory of split sums."""
@@ -332,7 +267,7 @@ def launch(x: torch.Tensor, both: Both, out: Both, tiling: triton_kernel.Tiling)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, compare, trace, tune; returns the exit status."""
+    """Check, compare, trace; returns the exit status."""
     args = _gpu.arguments(__doc__, argv)
     register()
     with _gpu.Recorder("overlap", args.out) as record:
@@ -349,9 +284,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         step = Step(layer, TRACED)
         sides = sides_of(step, "graph")
         record.note(timeline={label: traced(step, sides[label][0]) for label in (ONE, TWO)})
-        tilings = tune(layer, (1, 128) if args.quick else TUNED)
-        record.note(configurations_us=tilings)
-        print(short_table(cases, tilings, most), flush=True)
     return 0
 
 

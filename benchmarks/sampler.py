@@ -10,16 +10,13 @@ Writes benchmarks/results/sampler.json.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import Worker, percentiles, revision_of, save
+from benchmarks._harness import Worker, cpu_arguments, percentiles, save, workers
 from benchmarks.workers.sampler import write_demo_logits
 
 SPREADS = ("normal", "demo model")
@@ -38,27 +35,18 @@ SAMPLING: dict[str, dict[str, Any]] = {
 PROCESSES, ROUNDS, REPEATS = 3, 4, 3
 # steps of 32 rows: 10,016 draws
 STEPS = 313
+MODULE = "benchmarks.workers.sampler"
 Sides = dict[str, Worker]
 
 
-@contextmanager
-def open_sides(path: str, baseline: Path) -> Iterator[Sides]:
-    """A process of either package."""
-    with (
-        Worker("benchmarks.workers.sampler", path) as ours,
-        Worker("benchmarks.workers.sampler", path, checkout=baseline) as before,
-    ):
-        yield {"fd_dsa": ours, "before": before}
-
-
-def measure(path: str, baseline: Path, rounds: int) -> list[dict[str, Any]]:
+def measure(path: str, checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of processor time of each case, the packages in turn."""
     names = [(spread, name) for spread in SPREADS for name in SAMPLING]
     times: dict[tuple[str, str], dict[str, list[float]]] = {
         case: {"fd_dsa": [], "before": []} for case in names
     }
     for _ in range(PROCESSES):
-        with open_sides(path, baseline) as sides:
+        with workers(MODULE, checkouts, path) as sides:
             for (spread, name), _, (label, worker) in product(names, range(rounds), sides.items()):
                 case = {"spread": spread, "sampling": SAMPLING[name], "repeats": REPEATS}
                 times[spread, name][label] += worker.call(op="cpu_ms", **case)
@@ -93,21 +81,14 @@ def differing(sides: Sides, cases: list[dict[str, Any]], steps: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "--baseline", type=Path, required=True, help="checkout whose package it is compared with"
-    )
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"a process, default: {ROUNDS}")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of 32 draws, default: {STEPS}")
-    args = parser.parse_args(argv)
+    args, checkouts, result = cpu_arguments(__doc__, argv, ROUNDS, needs_baseline=True)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "demo_logits.npy")
         write_demo_logits(path)
-        cases = measure(path, args.baseline, args.rounds)
-        with open_sides(path, args.baseline) as sides:
-            differing(sides, cases, args.steps)
-    result = {"tier": "T0", "baseline": revision_of(args.baseline), "cases": cases}
-    print(f"written: {save('sampler', result)}")
+        cases = measure(path, checkouts, args.rounds)
+        with workers(MODULE, checkouts, path) as sides:
+            differing(sides, cases, STEPS)
+    print(f"written: {save('sampler', result | {'cases': cases})}")
     return 0
 
 

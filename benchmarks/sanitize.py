@@ -29,7 +29,7 @@ from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, ROOT
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
 _LEFT_OUT = ("graph", "capture", "replay", "thousand", "repeated", "every_time", "refus")
 _LEFT_OUT += ("gigabytes", "to_the_31", "neither_waits", "outlive")
-# whose products are torch's: racecheck finds races in them, or breaks on them
+# whose GEMMs are torch's: racecheck finds races in them, or breaks on them
 _WITH_PRODUCTS = ("overlap_streams",)
 # torch's own pool would hide an access past the end of a tensor
 _VARIABLES = {"FD_DSA_SMALL_TESTS": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

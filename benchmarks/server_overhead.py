@@ -16,7 +16,6 @@ Writes benchmarks/results/server_overhead.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import ROOT, Worker, percentiles, revision_of, save
+from benchmarks._harness import Worker, cpu_arguments, percentiles, save
 from benchmarks._serving import Served, served
 
 STREAMS = (1, 8, 32)
@@ -75,7 +74,8 @@ def compare(arrangement: str, checkouts: dict[str, Path], rounds: int) -> list[d
             }
             rows.append(row)
             for label, side in row["servers"].items():
-                print(f"{arrangement:9} {streams:3} {label:7} {_line(row, side)}", flush=True)
+                speed = f"{side['tokens_per_s']:.1f} tok/s, loss {side['loss']:.1%}"
+                print(f"{arrangement:9} {streams:3} {label:7} {speed}", flush=True)
     return rows
 
 
@@ -102,32 +102,10 @@ def _against(alone: list[float], answers: list[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def _line(row: dict[str, Any], side: dict[str, Any]) -> str:
-    """A case in a line."""
-    return (
-        f"engine {row['engine_tokens_per_s']:7.1f} tok/s, server {side['tokens_per_s']:7.1f}, "
-        f"loss {side['loss']:6.1%}, added {side['added_ms_a_token']['p50']:5.2f} ms a token; "
-        f"event loop {side['cpu_per_token']['serve_us']:.0f} us a token, client "
-        f"{side['cpu_per_token']['client_us']:.0f} us"
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--baseline", type=Path, help="checkout whose server is measured as well")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
-    args = parser.parse_args(argv)
-    result: dict[str, Any] = {
-        "tier": "T0",
-        "prompt_tokens": PROMPT_TOKENS,
-        "new_tokens": NEW_TOKENS,
-        "rounds": args.rounds,
-    }
-    checkouts = {"fd_dsa": ROOT}
-    if args.baseline:
-        checkouts["before"] = args.baseline.resolve()
-        result["baseline"] = revision_of(args.baseline)
+    args, checkouts, result = cpu_arguments(__doc__, argv, ROUNDS)
+    result |= {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "rounds": args.rounds}
     result["cases"] = [
         row for name in ARRANGEMENTS for row in compare(name, checkouts, args.rounds)
     ]

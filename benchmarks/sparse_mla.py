@@ -6,8 +6,8 @@ first, which is part of the time; "from records" is the same kernel without. Eve
 compared with attention in doubles before it is timed; the errors are noted. A side or a case that
 fails is named, the others go on. Slots are random: in decode within a region of 32 k for each
 request, of a cache of 2.7 GB; in prefill within 64 k or 8 k, and in one case so that neighbouring
-tokens share nine slots of ten. The floor is the longest of: bytes over the copy bandwidth, products
-over the rate of a large product, and a launch that only reads the selected rows; all of this run.
+tokens share nine slots of ten. The floor is the longest of: bytes over the copy bandwidth, GEMMs
+over the rate of a large GEMM, and a launch that only reads the selected rows; all of this run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _FLOPS_PER_PAIR = 2 * (RANK + ROPE + RANK)
 
 
 def matrix_rate() -> float:
-    """Floating-point operations a second of a large bfloat16 product."""
+    """Floating-point operations a second of a large bfloat16 GEMM."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     product = _gpu.interleaved({"product": [lambda: a @ b]}, mode="events", rounds=10)
     return 2 * 8192**3 / product["product"]["p50"] * 1e6

@@ -11,7 +11,6 @@ Writes benchmarks/results/step_profile.json.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import ROOT, Worker, revision_of, save
+from benchmarks._harness import Worker, cpu_arguments, save, workers
 from benchmarks._serving import served
 
 # requests, tokens of context, how they are sampled
@@ -32,14 +31,14 @@ CASES: tuple[tuple[int, int, str, dict[str, Any]], ...] = (
 ROUNDS, STEPS, SERVED_TOKENS = 4, 25, 96
 
 
-def profile(workers: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
+def profile(packages: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
     """Median microseconds of every part of each case, the packages in turn."""
     found = []
     for requests, context, name, sampling in CASES:
-        steps: dict[str, list[dict[str, float]]] = {label: [] for label in workers}
+        steps: dict[str, list[dict[str, float]]] = {label: [] for label in packages}
         call = {"requests": requests, "context": context, "sampling": sampling, "steps": STEPS}
         for _ in range(rounds):
-            for label, worker in workers.items():
+            for label, worker in packages.items():
                 steps[label] += worker.call(op="decode", **call)["us"]
         sides = {
             label: {part: float(np.median([us[part] for us in all_us])) for part in all_us[0]}
@@ -74,21 +73,12 @@ def serving(checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--baseline", type=Path, help="checkout that was before")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
-    args = parser.parse_args(argv)
-    result: dict[str, Any] = {"tier": "T0", "rounds": args.rounds, "steps": STEPS}
-    checkouts = {"fd_dsa": ROOT}
-    if args.baseline:
-        checkouts = {"before": args.baseline.resolve(), **checkouts}
-        result["baseline"] = revision_of(args.baseline)
-    with contextlib.ExitStack() as stack:
-        workers = {
-            label: stack.enter_context(Worker("benchmarks.workers.step_parts", checkout=path))
-            for label, path in checkouts.items()
-        }
-        result["cases"] = profile(workers, args.rounds)
+    args, checkouts, result = cpu_arguments(__doc__, argv, ROUNDS)
+    result |= {"rounds": args.rounds, "steps": STEPS}
+    # the package of before comes first
+    checkouts = dict(reversed(checkouts.items()))
+    with workers("benchmarks.workers.step_parts", checkouts) as sides:
+        result["cases"] = profile(sides, args.rounds)
     result["serving"] = serving(checkouts, args.rounds)
     print(f"written: {save('step_profile', result)}")
     return 0

@@ -53,7 +53,7 @@ def measure(targets: Sequence[float], rounds: int, clock: str) -> list[dict[str,
                 answer = worker.call(op="beside", prompt_tokens=PROMPT_TOKENS, seed=seed)
                 gaps[target].append(answer["gaps_ms"])
                 beside[target].append(answer["seconds"])
-                print(f"round {seed}, target {target:g}: {_line(answer['gaps_ms'])}", flush=True)
+                print(f"round {seed}, target {target:g}: {_spread(answer['gaps_ms'])}", flush=True)
             for repeat in range(ALONE_REPEATS):
                 for target, worker in order if repeat % 2 else reversed(order):
                     case = {"requests": ALONE[0], "prompt_tokens": ALONE[1], "seed": repeat}
@@ -88,15 +88,6 @@ def _spread(gaps: Sequence[float]) -> dict[str, float]:
     return {"p50": float(p50), "p99": float(p99), "max": float(max(gaps)), "count": len(gaps)}
 
 
-def _line(gaps: Sequence[float]) -> str:
-    """Gaps in a line."""
-    found = _spread(gaps)
-    return (
-        f"p50 {found['p50']:.0f} ms, p99 {found['p99']:.0f}, max {found['max']:.0f}, "
-        f"{found['count']} gaps, {sum(gaps) / 1e3:.1f} s"
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -107,12 +98,6 @@ def main(argv: list[str] | None = None) -> int:
     clock = "processor" if args.by_processor else "wall"
     targets = sorted({0.0, *args.targets})
     sides = measure(targets, args.rounds, clock)
-    for side in sides:
-        print(
-            f"target {side['target_ms']:g} ms: gaps {side['gap_ms']}; prompt "
-            f"{side['prompt_s']['p50']:.1f} s; prompts alone {side['prompt_tokens_per_s']:.0f} "
-            f"tokens/s, {side['prompts_ratio']:.3f} of those without a target"
-        )
     result = {"tier": "T0", "clock": clock, "prompt_tokens": PROMPT_TOKENS, "alone": ALONE}
     result["rounds"] = args.rounds
     print(f"written: {save('stream_gaps', result | {'sides': sides})}")

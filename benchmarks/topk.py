@@ -39,7 +39,7 @@ def normal(rows: int, width: int) -> torch.Tensor:
 
 
 def indexer_scores(rows: int, width: int) -> torch.Tensor:
-    """Weighted sums of the positive parts of products, as the indexer makes them; no weight < 0."""
+    """Weighted sums of the positive parts of dot products, as the indexer's; no weight < 0."""
     keys = torch.randn(width, 128, device="cuda")
     scores = torch.zeros(rows, width, device="cuda")
     for _ in range(16):
@@ -87,7 +87,7 @@ def share_right(sides: Sides, label: str, side: Side, scores: torch.Tensor) -> f
     found, scores = sides.out[part], scores[part]
     wanted = reference(scores, sides.k)
     if label in (OURS, SLOTS, TRITON):
-        # pages lie in order, so that slots are positions
+        # pages are in order, so that slots are positions
         assert torch.equal(found, wanted), f"{label}: other positions than a sort"
         return 1.0
     best = scores.gather(1, wanted.long()).sort(dim=1).values

@@ -27,7 +27,6 @@ import torch
 from benchmarks import _gpu, _torch_device
 from benchmarks._harness import percentiles
 from benchmarks._staging_timeline import ZOOM_US
-from benchmarks._v4_overlap import overlap_of
 from benchmarks._v4_sides import (
     ArrangementSide,
     LoopSide,
@@ -38,6 +37,7 @@ from benchmarks._v4_sides import (
     VectorisedSide,
     check_equal,
     device_memory,
+    overlap_of,
     pinned,
 )
 from benchmarks._v4_steps import NUM_STEPS, Decode, Size, config_of, sizes
@@ -62,7 +62,7 @@ TRACED = Size(256, 8192, 1)
 LONGEST = 1 << 20
 _TURN = 20
 _WARM_STEPS = 8
-# products of two square matrices that stand for a step's layers
+# GEMMs of two square matrices that stand for a step's layers
 _WORK_SIZE, _WORK_PRODUCTS = 4096, 2
 
 
@@ -312,7 +312,7 @@ def check_times(batch: int = 256, repeats: int = 2000) -> dict[str, float]:
 
 
 def overlaps(work: _gpu.Call) -> dict[str, Any]:
-    """How much of the copies lies beside work, by side, and the timeline of some steps."""
+    """How much of the copies runs beside work, by side, and the timeline of some steps."""
     config = config_of(TRACED.batch, TRACED.drafts)
     found = {}
     for label, side in {ARRANGEMENT: ArrangementSide(config), OURS: Ours(config)}.items():

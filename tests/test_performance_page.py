@@ -13,66 +13,21 @@ import pytest
 from benchmarks._harness import RESULTS, ROOT, write_json
 from benchmarks.gpu_run import BENCHMARKS
 from benchmarks.report import PAGE, filled, plots, region, regions, take
+from tests.benchmarks.results import ENV, case, result, shown
 
 COMMITTED = sorted(RESULTS.glob("*.json"))
-ENV = {
-    "date": "2026-01-02",
-    "gpu": "NVIDIA H200",
-    "driver": "580.1",
-    "python": "3.12.3",
-    "torch": "2.11.0",
-    "triton": "3.6.0",
-    "commit": "c" * 40,
-    "dirty": False,
-}
-
-
-def percentiles(p50: float) -> dict[str, float]:
-    return {"p20": p50 * 0.99, "p50": p50, "p80": p50 * 1.01}
 
 
 def gpu_result(**changes: Any) -> dict[str, Any]:
     """What benchmarks/_gpu.py records: two cases, one of them with another side as well."""
-    cases = [
-        {
-            "case": "128 tokens",
-            "tier": "T1",
-            "times": {"two writes": percentiles(3.9), "one launch": percentiles(2.0)},
-            "ours": "one launch",
-            "ratios": {"two writes": 1.95},
-            "floor_us": 0.5,
-            "percent_of_floor": 25.0,
-            "launches": 1,
-        },
-        {
-            "case": "8192 tokens",
-            "tier": "T1",
-            "times": {
-                "two writes": percentiles(16.0),
-                "one launch": percentiles(8.0),
-                "unfused": percentiles(1234.5),
-            },
-            "ours": "one launch",
-            "ratios": {"two writes": 2.0, "unfused": 154.3},
-            "floor_us": 7.0,
-            "percent_of_floor": 87.5,
-        },
-    ]
+    small = case("128 tokens", {"two writes": 3.9, "one launch": 2.0}, "one launch", launches=1)
+    small |= {"percent_of_floor": 25.0, "floor_us": 0.5}
+    us = {"two writes": 16.0, "one launch": 8.0, "unfused": 1234.5}
+    large = case("8192 tokens", us, "one launch") | {"percent_of_floor": 87.5, "floor_us": 7.0}
     clocks = [{"clocks.sm": "1980 MHz", "power.draw": "120 W"}, {"error": "no nvidia-smi"}]
-    result = {
-        "name": "cache_write",
-        "env": ENV,
-        "gate": "passed",
-        "clocks": clocks,
-        "ceilings": {"copy_bytes_per_s": 4.28e12, "node_us": 1.1},
-        "cases": cases,
-    }
-    return result | changes
-
-
-def rendered(folder: Path, result: dict[str, Any], name: str = "cache_write") -> str:
-    write_json(folder / f"{name}.json", result)
-    return region(name, folder)
+    ceilings = {"copy_bytes_per_s": 4.28e12, "node_us": 1.1}
+    found = result("cache_write", [small, large], clocks=clocks, ceilings=ceilings)
+    return found | changes
 
 
 def test_the_page_is_made_from_the_committed_results() -> None:
@@ -90,24 +45,24 @@ def test_every_gpu_benchmark_is_on_the_page() -> None:
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_results_name_machine_and_commit(path: Path) -> None:
-    result = json.loads(path.read_text())
-    env = result["env"]
+    found = json.loads(path.read_text())
+    env = found["env"]
     assert env["cpu"] and len(env["commit"]) == 40 and not env["dirty"]
-    if result.get("tier") != "T0":
+    if found.get("tier") != "T0":
         assert env["gpu"] and env["driver"]
-        assert result["gate"] == "passed" or path.stem == "ceilings"
+        assert found["gate"] == "passed" or path.stem == "ceilings"
 
 
 def test_plots_show_the_committed_results() -> None:
     pytest.importorskip("matplotlib")
     from benchmarks.plots import digest
 
-    for path, result in plots():
-        assert digest(result) in path.read_text("utf-8"), "run python -m benchmarks.report"
+    for path, found in plots():
+        assert digest(found) in path.read_text("utf-8"), "run python -m benchmarks.report"
 
 
 def test_a_table_of_a_gpu(tmp_path: Path) -> None:
-    text = rendered(tmp_path, gpu_result())
+    text = shown(tmp_path, gpu_result())
     assert "2026-01-02, NVIDIA H200, driver 580.1; Python 3.12.3, torch 2.11.0" in text
     assert "| case | two writes, us | one launch, us | unfused, us | of the floor |" in text
     assert "| 128 tokens | 3.90 (1.95x) | **2.00** |  | 25% | 1 | T1 |" in text
@@ -122,12 +77,13 @@ def test_a_table_of_a_gpu(tmp_path: Path) -> None:
         ({"gate": "failed"}, "correctness tests of this run: failed"),
         ({"gate": "not run"}, "correctness tests of this run: not run"),
         ({"env": ENV | {"dirty": True}}, "no commit"),
+        ({"env": ENV | {"form": "fake"}}, "without a GPU"),
     ],
 )
 def test_no_figure_without_green_tests_and_a_commit(
     tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
-    text = rendered(tmp_path, gpu_result(**changes))
+    text = shown(tmp_path, gpu_result(**changes))
     assert said in text and not re.search(r"\d", text)
 
 
@@ -136,7 +92,7 @@ def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_cut_off_says_so(tmp_path: Path) -> None:
-    text = rendered(tmp_path, gpu_result(error="RuntimeError: gone"))
+    text = shown(tmp_path, gpu_result(error="RuntimeError: gone"))
     assert "cut off: RuntimeError: gone" in text and "**2.00**" in text
 
 
@@ -149,7 +105,7 @@ def test_ceilings_and_profiles(tmp_path: Path) -> None:
     }
     # they are measured before the tests
     measured = gpu_result(name="ceilings", cases=[], gate="not run") | raw
-    text = rendered(tmp_path, measured, "ceilings")
+    text = shown(tmp_path, measured)
     assert "4.28 TB/s" in text and "790 TFLOP/s" in text and "2.80, 2.80, 2.80 us" in text
     kernel = {
         "subject": "cache_write: 128 tokens",
@@ -157,7 +113,7 @@ def test_ceilings_and_profiles(tmp_path: Path) -> None:
         "metrics": {"duration": "2.1 us", "L2 hits": "51.2 %"},
         "stalls": {"long_scoreboard": 7.0, "barrier": 2.0, "wait": 1.0},
     }
-    text = rendered(tmp_path, gpu_result(kernels=[kernel]), "profiles")
+    text = shown(tmp_path, gpu_result(name="profiles", kernels=[kernel]))
     assert "| cache_write: 128 tokens `write` | 2.1 us |  |  |  | 51.2 % |" in text
     assert "| long scoreboard, barrier |" in text
 

@@ -99,7 +99,7 @@ def device_buffers(max_model_len: int, max_num_tokens: int) -> dict[str, Any]:
 def prefill_peak(context: int, tokens: int) -> dict[str, Any]:
     """Most memory that the last chunk of a prompt takes on a CPU beside caches and weights.
 
-    One layer with V3.2's widths and 64 index heads, behind caches that hold zeros. NumPy's arrays
+    One layer with V3.2's widths and 64 index heads, after caches that hold zeros. NumPy's arrays
     are counted by tracemalloc, Paddle's by its own statistic of host memory; each is the peak over
     what there was before the chunk, so their sum is an upper bound. One chunk ran before, so what
     is kept for later steps counts only where it grows: `kept` of a first run counts it too.

@@ -1,14 +1,10 @@
-"""Shapes and forms of the indexer's benchmarks, and how their result is shown."""
+"""Shapes of the indexer's benchmark, and the forms of its kernel that are tried."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from benchmarks._harness import write_json
 from benchmarks._logits_shapes import Shape, shapes
-from benchmarks.report import plots, region
 
 DECODE, DRAFTS = Shape(64, 3, 640), Shape(32, 2, 128, 4)
 PROMPT = Shape(64, 1, 4096, 2048, is_prompt=True)
@@ -44,39 +40,10 @@ def test_every_shape_has_a_name_of_its_own() -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("shape", [DECODE, DRAFTS, PROMPT])
 def test_forms_differ_from_the_one_that_serves(shape: Shape) -> None:
-    from benchmarks._logits_forms import CHOSEN, candidates, form_of
+    pytest.importorskip("torch")
+    from benchmarks._logits_sides import form_of
+    from benchmarks.tune import CHOSEN, tile_forms
 
-    tried = list(candidates(shape))
-    assert tried[0] == (CHOSEN, form_of(shape))
-    assert len(dict(tried)) == len({form for _, form in tried}) == len(tried) > 8
-
-
-def test_the_table(tmp_path: Path) -> None:
-    times = {
-        "DeepGEMM": {"p20": 9, "p50": 10.0, "p80": 11},
-        "tiles": {"p20": 7, "p50": 8.0, "p80": 9},
-    }
-    case = {
-        "case": PROMPT.label,
-        "tier": "T1",
-        "times": times,
-        "ours": "tiles",
-        "ratios": {"DeepGEMM": 1.25},
-        "floor_us": 4.0,
-        "percent_of_floor": 50.0,
-        "errors": {"tiles": 1.2e-4},
-        "schedule_us": 3.0,
-    }
-    env = {"gpu": "NVIDIA H200", "driver": "580.1", "python": "3.12.3", "commit": "c" * 40}
-    result = {
-        "name": "indexer_logits",
-        "env": env | {"dirty": False},
-        "gate": "passed",
-        "clocks": [],
-        "ceilings": {"copy_bytes_per_s": 4.2e12, "node_us": 0.5},
-        "cases": [case],
-    }
-    write_json(tmp_path / "indexer_logits.json", result)
-    text = region("indexer_logits", tmp_path)
-    assert "| prompt, 64 heads, 2048 of 4k | 10.0 (1.25x) | **8.00** | 50% | T1 |" in text
-    assert list(plots(tmp_path)) == []
+    tried = tile_forms(shape)
+    assert next(iter(tried.items())) == (CHOSEN, form_of(shape))
+    assert len(set(tried.values())) == len(tried) > 8

@@ -7,17 +7,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks._harness import write_json
 from benchmarks._stack_shapes import HEADS, LAYERS, Shape, shapes
-from benchmarks.report import plots, region
-
-ENV: dict[str, Any] = {
-    "gpu": "NVIDIA H200",
-    "driver": "580.1",
-    "python": "3.12.3",
-    "commit": "c" * 40,
-}
-ENV |= {"dirty": False}
+from benchmarks.report import plots
+from tests.benchmarks import results
 
 
 def test_the_least_bytes_and_operations() -> None:
@@ -55,42 +47,28 @@ def test_more_is_wanted_of_some() -> None:
 
 def case(shape: Shape, kind: str, a: float, b: float, **notes: Any) -> dict[str, Any]:
     """A case of which ours takes 10 ms."""
-    times = {"A": 1e4 * a, "B": 1e4 * b, "B and rest": 1.2e4, "peers": 0.9e4, "ours": 1e4}
-    return notes | {
-        "case": f"{shape.label}, {kind}",
-        "tier": "T1",
+    us = {"A": 1e4 * a, "B": 1e4 * b, "B and rest": 1.2e4, "peers": 0.9e4, "ours": 1e4}
+    notes |= {
         "kind": kind,
-        "times": {label: {"p20": us, "p50": us, "p80": us} for label, us in times.items()},
-        "ours": "ours",
-        "ratios": {label: us / 1e4 for label, us in times.items() if label != "ours"},
-        "floor_us": 5e3,
-        "percent_of_floor": 50.0,
         "wanted": {label: shape.wanted(label, kind) for label in ("A", "B")},
         "errors": {"ours": {"recall": 1.0, "attention": 2e-3}},
         "left_out": {},
         "made_by": {"top-k": "FlashInfer"},
     }
+    return results.case(f"{shape.label}, {kind}", us, "ours", **notes)
 
 
 def rendered(folder: Path, **changes: Any) -> str:
     short, long = Shape(128, 1, 4096), Shape(128, 128, 128 << 10)
     alone = {"launches": 430, "copies": 0, "host_waits": 0, "allocations": 0}
     counts = {"launches": 1300, "host_waits": 0, "allocations": 480, "package_alone": alone}
-    result = {
-        "name": "layer_stack",
-        "env": ENV,
-        "gate": "passed",
-        "clocks": [],
-        "ceilings": {"copy_bytes_per_s": 4.2e12, "node_us": 0.5},
-        "cases": [
-            case(short, "graph", 1.08, 1.14),
-            case(short, "eager", 1.2, 1.6, **counts),
-            case(long, "graph", 0.99, 1.01),
-        ],
-        "not_run": ["16 heads, 1 x 4k"],
-    }
-    write_json(folder / "layer_stack.json", result | changes)
-    return region("layer_stack", folder)
+    cases = [
+        case(short, "graph", 1.08, 1.14),
+        case(short, "eager", 1.2, 1.6, **counts),
+        case(long, "graph", 0.99, 1.01),
+    ]
+    changes = {"not_run": ["16 heads, 1 x 4k"]} | changes
+    return results.shown(folder, results.result("layer_stack", cases) | changes)
 
 
 def test_what_is_wanted_stands_beside_what_was_found(tmp_path: Path) -> None:
@@ -120,8 +98,3 @@ def test_what_went_wrong_is_named(tmp_path: Path) -> None:
     text = rendered(tmp_path, custom_ops=serving, failed=failed)
     assert "Of custom_ops/ did not serve: sparse_mla." in text
     assert "Failed: 16 heads, 1 x 32k." in text
-
-
-def test_nothing_without_green_tests(tmp_path: Path) -> None:
-    text = rendered(tmp_path, gate="not run")
-    assert "No figures." in text and "wanted" not in text

@@ -7,31 +7,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks._harness import write_json
-from benchmarks.report import region
-
-
-def percentiles(p50: float) -> dict[str, float]:
-    return {"p20": p50 * 0.99, "p50": p50, "p80": p50 * 1.01}
+from tests.benchmarks import results
 
 
 def case(num_tokens: int, kind: str, saved: float) -> dict[str, Any]:
     """One case whose layer takes 200 us on one stream, and its projections 8 us."""
     two = 200 * (1 - saved)
     hidden = {"hidden": (200 - two) / 8} if kind.startswith("graph") else {}
-    return hidden | {
-        "case": f"{num_tokens} tokens, {kind}",
-        "tier": "T1",
-        "times": {"one stream": percentiles(200), "two streams": percentiles(two)},
-        "ours": "two streams",
-        "ratios": {"one stream": 200 / two},
-        "floor_us": 100.0,
-        "percent_of_floor": 50.0,
-        "num_tokens": num_tokens,
-        "kind": kind,
-        "alone_us": {"projections": 8.0, "QKV-A": 12.5},
-        "saved": saved,
-    }
+    notes = hidden | {"num_tokens": num_tokens, "kind": kind, "saved": saved}
+    notes["alone_us"] = {"projections": 8.0, "QKV-A": 12.5}
+    us = {"one stream": 200, "two streams": two}
+    return results.case(f"{num_tokens} tokens, {kind}", us, "two streams", **notes)
 
 
 def kernel(name: str, stream: int, start_us: float, us: float) -> dict[str, Any]:
@@ -43,35 +29,25 @@ def result() -> dict[str, Any]:
     one = [kernel("QKV-A", 0, 0, 12), kernel("projections", 0, 12.5, 8)]
     two = [kernel("projections", 1, 0, 8), kernel("QKV-A", 0, 0.5, 12)]
     ends = kernel("indexer query", 0, 30, 7)
-    return {
-        "name": "overlap",
-        "env": {
-            "gpu": "NVIDIA H200",
-            "driver": "580.1",
-            "python": "3.12.3",
-            "commit": "c" * 40,
-            "dirty": False,
-        },
-        "gate": "passed",
-        "clocks": [],
-        "ceilings": {"copy_bytes_per_s": 4.28e12, "node_us": 0.5},
-        "cases": [
-            case(1, "graph", 0.03),
-            case(1, "eager", 0.0),
-            case(1, "graph, k_norm beside", 0.035),
-            case(512, "graph", -0.02),
-            case(512, "eager", -0.004),
-        ],
-        "serving": {"sparse_mla": "flash_mla"},
-        "thresholds_tokens": {"graph": 1, "eager": 512},
-        "default_tokens": 256,
-        "timeline": {"one stream": [*one, ends], "two streams": [*two, ends]},
-    }
+    cases = [
+        case(1, "graph", 0.03),
+        case(1, "eager", 0.0),
+        case(1, "graph, k_norm beside", 0.035),
+        case(512, "graph", -0.02),
+        case(512, "eager", -0.004),
+    ]
+    return results.result(
+        "overlap",
+        cases,
+        serving={"sparse_mla": "flash_mla"},
+        thresholds_tokens={"graph": 1, "eager": 512},
+        default_tokens=256,
+        timeline={"one stream": [*one, ends], "two streams": [*two, ends]},
+    )
 
 
 def test_the_table_says_what_is_saved_and_hidden(tmp_path: Path) -> None:
-    write_json(tmp_path / "overlap.json", result())
-    text = region("overlap", tmp_path)
+    text = results.shown(tmp_path, result())
     assert "| 1 tokens, graph | 200 (1.03x) | **194** |" in text
     assert "| 1 | 8.00 | 12.5 | 3.0% | 75% | 0.0% | 3.5% | 88% |  |" in text
     assert "| 512 | 8.00 | 12.5 | -2.0% | -50% | -0.4% |  |  |  |" in text
@@ -84,16 +60,9 @@ def test_fp8_layers_have_a_table_of_their_own(tmp_path: Path) -> None:
     found = result()
     in_fp8 = case(8, "graph, FP8 QKV-A", 0.04)
     in_fp8["alone_us"]["projections, FP8"] = 14.0
-    write_json(tmp_path / "overlap.json", found | {"cases": [*found["cases"], in_fp8]})
-    text = region("overlap", tmp_path)
+    text = results.shown(tmp_path, found | {"cases": [*found["cases"], in_fp8]})
     assert "| 8 tokens, graph, FP8 QKV-A | 200 (1.04x) | **192** |" in text
     assert "| 8 | 8.00 | 12.5 | 14.0 | 4.0% | 100% |  |" in text
-
-
-def test_no_table_without_green_tests(tmp_path: Path) -> None:
-    write_json(tmp_path / "overlap.json", result() | {"gate": "failed"})
-    text = region("overlap", tmp_path)
-    assert "tests of this run: failed" in text and "|" not in text
 
 
 def test_the_timeline_is_drawn_by_stream() -> None:

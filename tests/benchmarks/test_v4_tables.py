@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks._harness import write_json
 from benchmarks._staging_timeline import COPY, EXPAND, WORK, events_of, summary
-from benchmarks.report import plots, region
+from benchmarks.report import plots
+from tests.benchmarks import results
+from tests.benchmarks.results import ENV, percentiles, shown
 
-ENV = {"gpu": "NVIDIA H200", "driver": "580.1", "python": "3.12.3", "commit": "c" * 40}
-ENV |= {"dirty": False}
 # microseconds by kind and side, for the first number of drafts; twice and four times for the others
 TIMES = {
     "host": {"loop": 700.0, "vectorised": 300.0, "operators": 150.0, "operators, graph": 40.0},
@@ -20,10 +19,6 @@ TIMES = {
     "device": {"operators": 120.0, "ours, eager": 12.0, "operators, graph": 30.0},
 }
 OURS = {"host": 50.0, "exposed": 10.0, "device": 6.0}
-
-
-def percentiles(p50: float) -> dict[str, float]:
-    return {"p20": p50 * 0.99, "p50": p50, "p80": p50 * 1.01, "p99": p50 * 1.2}
 
 
 def case(kind: str, batch: int, context: int, drafts: int, **changes: float) -> dict[str, Any]:
@@ -36,18 +31,10 @@ def case(kind: str, batch: int, context: int, drafts: int, **changes: float) -> 
         notes["stage_and_expand_us"] = percentiles(45.0)
         notes["arrays_us"] = {"loop": percentiles(factor * 500.0)}
         notes["effects"] = {"ours": {"launches": 1, "copies": 1}}
-    return notes | {
-        "case": f"{batch} x {context // 1024}k, MTP {drafts}, {kind}",
-        "tier": "T1",
-        "times": {label: percentiles(us) for label, us in values.items()},
-        "ours": "ours",
-        "floor_us": 1.0 if kind == "device" else 0.0,
-        "percent_of_floor": 16.0,
-        "kind": kind,
-        "batch": batch,
-        "context": context,
-        "drafts": drafts,
-    }
+    notes |= {"floor_us": 1.0 if kind == "device" else 0.0, "percent_of_floor": 16.0}
+    notes |= {"kind": kind, "batch": batch, "context": context, "drafts": drafts}
+    name = f"{batch} x {context // 1024}k, MTP {drafts}, {kind}"
+    return results.case(name, values, "ours", **notes)
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -57,19 +44,7 @@ def result(**changes: Any) -> dict[str, Any]:
         for context in (8192, 131072)
         for drafts in (0, 1, 3)
     ]
-    return {
-        "name": "v4_prepare",
-        "env": ENV,
-        "gate": "passed",
-        "clocks": [],
-        "ceilings": {"copy_bytes_per_s": 4.2e12, "node_us": 0.5},
-        "cases": cases,
-    } | changes
-
-
-def shown(folder: Path, result: dict[str, Any]) -> str:
-    write_json(folder / f"{result['name']}.json", result)
-    return region(result["name"], folder)
+    return results.result("v4_prepare", cases) | changes
 
 
 def rendered(folder: Path, **changes: Any) -> str:
@@ -184,13 +159,8 @@ def staged() -> dict[str, Any]:
         "raced_steps": 10000,
         "wrong_steps": 0,
     }
-    return {
-        "name": "staging",
-        "env": ENV | {"form": "real"},
-        "gate": "passed",
-        "cases": [case],
-        "timeline": {label: each["timeline"] for label, each in found.items()},
-    }
+    timeline = {label: each["timeline"] for label, each in found.items()}
+    return results.result("staging", [case], env=ENV | {"form": "real"}, timeline=timeline)
 
 
 def test_staged_copies_and_their_control(tmp_path: Path) -> None:
@@ -202,12 +172,6 @@ def test_staged_copies_and_their_control(tmp_path: Path) -> None:
     cases = [staged()["cases"][0] | {"unguarded": {"no event": 97}, "unguarded_steps": 100}]
     text = shown(tmp_path, staged() | {"cases": cases})
     assert "V4Prepare without guards, steps read wrong of 100: no event: 97." in text
-
-
-@pytest.mark.parametrize("changes", [{"gate": "failed"}, {"env": ENV | {"form": "fake"}}])
-def test_no_staging_without_a_gpu_and_green_tests(tmp_path: Path, changes: dict[str, Any]) -> None:
-    text = shown(tmp_path, staged() | changes)
-    assert "No figures." in text and "|" not in text and "svg" not in text
 
 
 def test_the_timeline_of_copies_is_drawn() -> None:

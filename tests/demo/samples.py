@@ -34,7 +34,7 @@ def sample_sources():
     )
 
 
-def draw(seed, sources, count=300):
+def draw(seed, sources, count=3000):
     """Short documents and a long one."""
     from demo_training.synth import Generator
 

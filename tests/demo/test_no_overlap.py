@@ -7,7 +7,7 @@ import re
 from importlib.resources import files
 
 import pytest
-from demo_training.synth.rule_wordings import IMPERATIVES, SENTENCES, STARTS
+from demo_training.tables import load
 
 WORDS = 8
 PROMPTS = files("fd_dsa.accuracy") / "data" / "ifeval_prompts.jsonl"
@@ -39,7 +39,8 @@ def test_generated_documents_hold_no_run_of_words_of_a_prompt(generator, prompt_
 
 def test_wordings_of_rules_hold_no_run_of_words_of_a_prompt(prompt_runs):
     fields = dict.fromkeys("lkwim", "four") | {"n": "3", "x": "2", "mark": "Part", "phrase": "Bye."}
-    for wordings in (*IMPERATIVES.values(), *SENTENCES.values(), STARTS):
+    rules = load("long_rules")
+    for wordings in (*rules.imperatives.values(), *rules.sentences.values(), rules.starts):
         for wording in wordings:
             text = wording.format(r="do it", **fields)
             assert not prompt_runs & set(runs(text)), text

@@ -10,38 +10,10 @@ from pathlib import Path
 from .evalset import LENGTHS, PER_LENGTH, PER_TASK, TASK_LENGTHS, TASKS
 from .reports import parity, selection
 from .sources import Sources
+from .tables import load
 
 TEMPLATE = Path(__file__).resolve().parent / "card_template.md"
-MODES = {
-    "dense": "dense attention",
-    "top256": "top-256",
-    "top128": "top-128",
-    "top64": "top-64",
-    "last256": "control: only the last 256 tokens",
-}
-TASK_NAMES = {
-    "keys": "four keys of one form",
-    "variables": "two chains of four variables",
-    "after": "a sum after the text",
-}
-GROUPS = {
-    "fact": "facts",
-    "arithmetic": "arithmetic",
-    "unknown": "unknown things (says so)",
-    "talk": "small talk, problems",
-    "memory": "remembering a name, a pet, a city",
-    "copying": "repeating a text",
-    "reading": "reading two to six facts",
-    "instruction": "short requests with rules, every rule kept",
-    "assignment": "long requests with rules, every rule kept",
-}
-SELECTION_ROWS = {
-    "strongest_head": "strongest head's attention on the needle digit",
-    "needle_256": "needle digit in the top-256 (random set: {random:.3f})",
-    "needle_64": "needle digit in the top-64",
-    "mass_256": "attention mass in the top-256",
-    "mass_64": "attention mass in the top-64",
-}
+names = load("card")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -52,9 +24,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def retrieval_table(rates: dict[str, dict]) -> str:
     """Plain needles by length and mode of attention."""
-    modes = [m for m in MODES if m in rates]
+    modes = [m for m in names.modes if m in rates]
     rows = [[str(n), *(f"{_rate(rates[m], n):.3f}" for m in modes)] for n in LENGTHS]
-    return table(["tokens", *(MODES[m] for m in modes)], rows)
+    return table(["tokens", *(names.modes[m] for m in modes)], rows)
 
 
 def _rate(rates: dict, length: int) -> float:
@@ -64,7 +36,7 @@ def _rate(rates: dict, length: int) -> float:
 def tasks_table(results: dict) -> str:
     """The other tasks on long texts, top-256."""
     rows = [
-        [TASK_NAMES[t], *(f"{_rate(results[t]['top256'], n):.2f}" for n in TASK_LENGTHS)]
+        [names.tasks[t], *(f"{_rate(results[t]['top256'], n):.2f}" for n in TASK_LENGTHS)]
         for t in TASKS
     ]
     return table(["task", *(f"{n} tokens" for n in TASK_LENGTHS)], rows)
@@ -74,7 +46,7 @@ def chat_table(rates: dict) -> str:
     """Right answers by group of prompts."""
     return table(
         ["prompts", "right"],
-        [[name, f"{rates[g][0]}/{rates[g][1]}"] for g, name in GROUPS.items() if g in rates],
+        [[name, f"{rates[g][0]}/{rates[g][1]}"] for g, name in names.groups.items() if g in rates],
     )
 
 
@@ -97,7 +69,7 @@ def selection_table(found: dict) -> str:
     layers = range(len(found["mass_256"]))
     rows = [
         [name.format(random=found["random_set_256"]), *(f"{found[key][i]:.3f}" for i in layers)]
-        for key, name in SELECTION_ROWS.items()
+        for key, name in names.selection.items()
     ]
     return table(["layer", *map(str, layers)], rows)
 

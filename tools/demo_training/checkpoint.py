@@ -11,37 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from .config import BOS, EOS, FIXED_FIELDS, PAD
 from .model import DemoModel
+from .tables import load as load_table
 
 PART_BYTES = 15 << 20
 TOKENS = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-ATTENTION_NAMES = {
-    "ln1": "input_layernorm.weight",
-    "ln2": "post_attention_layernorm.weight",
-    "q_a": "self_attn.q_a_proj.weight",
-    "q_a_ln": "self_attn.q_a_layernorm.weight",
-    "q_b": "self_attn.q_b_proj.weight",
-    "kv_a": "self_attn.kv_a_proj_with_mqa.weight",
-    "kv_a_ln": "self_attn.kv_a_layernorm.weight",
-    "kv_b": "self_attn.kv_b_proj.weight",
-    "o": "self_attn.o_proj.weight",
-    "wq_b": "self_attn.indexer.wq_b.weight",
-    "wk": "self_attn.indexer.wk.weight",
-    "k_w": "self_attn.indexer.k_norm.weight",
-    "k_b": "self_attn.indexer.k_norm.bias",
-    "w_proj": "self_attn.indexer.weights_proj.weight",
-}
-DENSE_NAMES = {
-    "g": "mlp.gate_proj.weight",
-    "u": "mlp.up_proj.weight",
-    "d": "mlp.down_proj.weight",
-}
-MOE_NAMES = {
-    "gate": "mlp.gate.weight",
-    "sg": "mlp.shared_experts.gate_proj.weight",
-    "su": "mlp.shared_experts.up_proj.weight",
-    "sd": "mlp.shared_experts.down_proj.weight",
-}
-EXPERT_NAMES = {"eg": "gate_proj.weight", "eu": "up_proj.weight", "ed": "down_proj.weight"}
+names = load_table("tensors")  # ours -> Hugging Face's, of a layer or an expert
 ROUTER_BIAS = "mlp.gate.e_score_correction_bias"
 
 
@@ -53,13 +27,13 @@ def named_tensors(model: DemoModel) -> Iterator[tuple[str, torch.Tensor]]:
     for i, layer in enumerate(model.layers):
         start = f"model.layers.{i}."
         dense = "g" in layer
-        for key, name in (ATTENTION_NAMES | (DENSE_NAMES if dense else MOE_NAMES)).items():
+        for key, name in (names.attention | (names.dense if dense else names.moe)).items():
             yield start + name, layer[key]
         if dense:
             continue
         yield start + ROUTER_BIAS, model.bias[i]
         for expert in range(layer["eg"].shape[0]):
-            for key, name in EXPERT_NAMES.items():
+            for key, name in names.expert.items():
                 yield f"{start}mlp.experts.{expert}.{name}", layer[key][expert]
 
 

@@ -24,7 +24,9 @@ from .synth.long_tasks import chains_of, keys_of
 from .synth.pieces import Pieces
 from .synth.prose import story
 from .synth.questions import arithmetic
-from .synth.retrieval import INTRODUCTIONS, Needle, needle
+from .synth.reading import texts
+from .synth.retrieval import Needle, needle
+from .tables import load
 
 LENGTHS = (256, 512, 1024, 2048, 3072, 4000, 6000, 8000)
 NEW_LENGTHS = (6000, 8000)  # of the second edition, which keeps the items of the first
@@ -36,39 +38,7 @@ ASSIGNMENTS = 150
 ANSWER_TOKENS = 220
 HAYSTACK_CHARACTERS = 33000
 LONGEST = 8100
-SAMPLES = (
-    "Hello!",
-    "Who are you?",
-    "What is sparse attention?",
-    "What is the capital of France?",
-    "What is the opposite of hot?",
-    "Tell me a story about a fox named Ruby.",
-    "Write a short story about a robot who wants to be a painter.",
-    "How can I sleep better?",
-    "Give me exactly 3 bullet points on how to save money.",
-    "What is 7 plus 5?",
-    "Lily has 12 apples and buys 6 more. How many apples does Lily have now?",
-    "Write about the sea. Use only lowercase letters.",
-    "Describe my grandmother's kitchen. Do not use any commas.",
-    "Tell me about trains in JSON format.",
-    "Write an email to my boss about a holiday. End your answer with the exact phrase "
-    '"See you soon."',
-    "Why is the sky blue?",
-    "Write a poem about rain.",
-    "Name three fruits.",
-    "Translate 'good morning' into French.",
-    "What does a cow eat and where does it live?",
-    "Rewrite the sentence in the past tense: I go to school every day.",
-    "Repeat this sentence exactly as it is, and then answer it: Is a lion an animal?",
-    "Tom has a red ball. Mia has a blue kite. Who has the blue kite?",
-    "Can you help me plan a trip to Rome?",
-    "My dog is ill. What should I do?",
-    "Who won the world cup in 1998?",
-    "what can you do",
-    "Write a haiku about the moon.",
-    "How do I fix a broken chair?",
-    "I am bored.",
-)
+SAMPLES = load("samples").prompts
 
 
 def prompt_of(item: dict, haystacks: dict[str, str]) -> str:
@@ -132,7 +102,7 @@ def _retrieval_item(p: Pieces, tokenizer, haystacks: dict[str, str], length: int
     asked = p.choice(hidden)
     item = piece | {
         "needles": [[p.choice(inside), x.sentence] for x in hidden],
-        "intro": p.choice(INTRODUCTIONS),
+        "intro": p.choice(texts.introductions),
         "question": asked.question,
         "answer": asked.answer,
         "value": asked.value,

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .synth.tables import SPARE_WORDS
+from .tables import load, words
 
 
 @dataclass(frozen=True)
@@ -26,41 +26,7 @@ class DataFile:
     sha256: str
 
 
-DATA_FILES = (
-    DataFile(
-        "gsm8k_train.jsonl",
-        "github.com/openai/grade-school-math, grade_school_math/data/train.jsonl (train split)",
-        "MIT",
-        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-    ),
-    DataFile(
-        "instructions_1100.json",
-        "github.com/rasbt/LLMs-from-scratch, ch07/01_main-chapter-code/instruction-data.json",
-        "Apache-2.0",
-        "7e09a9af353722ca15c18bc580f093f9c39d3178335a75177319cb1e1d163944",
-    ),
-    DataFile(
-        "self_instruct_seed_tasks.jsonl",
-        "github.com/yizhongw/self-instruct, data/seed_tasks.jsonl",
-        "Apache-2.0",
-        "7779004fa198fdf27cf70a159363879d8a26c53329e11b436af17b3941875f48",
-    ),
-    DataFile(
-        "public_domain_tales.txt",
-        "Aesop and Alice in Wonderland from github.com/duke-compsci308-spring2016/lab_wordcloud "
-        "(data/aesop.txt, data/alice.txt, front matter removed), Peter Pan from "
-        "github.com/yunhw06/tiny-GPT (data/peterpan.txt), Grimms' Fairy Tales from "
-        "github.com/alirothberg/grimmsDistantRead (grimms.txt), one after the other",
-        "public domain",
-        "eaaaa5c1c76e9d2ac85199e57b932ce546b485011509fd9b51c1eac1298034d9",
-    ),
-    DataFile(
-        "tinyshakespeare.txt",
-        "github.com/karpathy/char-rnn, data/tinyshakespeare/input.txt",
-        "public domain (text)",
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    ),
-)
+DATA_FILES = tuple(DataFile(**file) for file in load("sources").files)
 
 # the tales from here on are not trained on: haystacks and perplexities are taken from them
 HELD_OUT = "THE STORY OF THE YOUTH WHO WENT FORTH TO LEARN WHAT FEAR WAS"
@@ -98,8 +64,8 @@ class Sources:
         self.sentences = [s.strip().replace("\n", " ") for s in pieces if 30 < len(s) < 220]
         text = self.tales + " ".join(q for q, _ in self.problems[:3000])
         counts = Counter(re.findall(r"\b[a-z]{4,10}\b", text))
-        self.words = [w for w, n in counts.items() if n >= 4] or SPARE_WORDS
-        self.common = [w for w, n in counts.items() if n >= 25] or SPARE_WORDS
+        self.words = [w for w, n in counts.items() if n >= 4] or words.spare_words
+        self.common = [w for w, n in counts.items() if n >= 25] or words.spare_words
 
     @classmethod
     def load(cls, folder: str | Path) -> Sources:

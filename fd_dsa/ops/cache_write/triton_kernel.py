@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _TILE = 128
 _SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
-# BLOCK_TOKENS, num_warps, maxnreg: what benchmarks/cache_write.py times
+# BLOCK_TOKENS, num_warps, maxnreg: what benchmarks/tune.py times
 CANDIDATES = (
     *((1, 1, None), (1, 1, 64), (2, 1, None), (2, 1, 80), (4, 1, None), (4, 1, 128)),
     *((2, 2, None), (4, 4, None), (4, 4, 48), (8, 2, None), (8, 2, 128)),

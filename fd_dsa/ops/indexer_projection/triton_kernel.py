@@ -29,7 +29,7 @@ import triton.language as tl  # isort: skip
 _NAME = "project_indexer"
 Tiling = tuple[int, int, int, int, int, int]
 # BLOCK_TOKENS, _COLUMNS and _HIDDEN, programs that share the hidden size, num_warps, num_stages:
-# what benchmarks/overlap.py times, for few tokens and for many
+# what benchmarks/tune.py times, for few tokens and for many
 SPLIT = (
     *((16, 16, 128, 28, 4, 3), (16, 16, 128, 14, 4, 5), (16, 16, 256, 7, 4, 5)),
     *((16, 32, 128, 28, 4, 3), (16, 32, 128, 14, 4, 5), (16, 64, 128, 28, 4, 3)),

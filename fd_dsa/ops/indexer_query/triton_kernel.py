@@ -25,7 +25,7 @@ from fd_dsa.triton_runtime import paddle_jit
 import triton.language as tl  # isort: skip
 
 _NAME = "prepare_indexer_query"
-# (BLOCK_ROWS, num_warps) that benchmarks/indexer_query.py times
+# (BLOCK_ROWS, num_warps) that benchmarks/tune.py times
 CANDIDATES = (
     *((4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 2), (64, 2)),
     *((32, 4), (64, 4), (128, 4), (64, 8), (128, 8)),

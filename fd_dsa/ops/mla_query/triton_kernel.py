@@ -17,7 +17,7 @@ import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
 _NAME = "prepare_mla_query"
-# BLOCK_ROWS and num_warps: of those that benchmarks/mla_query.py times, the best or within 4% of it
+# BLOCK_ROWS and num_warps: of those that benchmarks/tune.py times, the best or within 4% of it
 # for every size on an H200
 BLOCK_ROWS, NUM_WARPS = 2, 1
 

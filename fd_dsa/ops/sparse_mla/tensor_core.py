@@ -33,7 +33,7 @@ _COMBINE = ((4, RANK, 4), (MAX_SPLITS, 128, 4))
 
 
 class Form(NamedTuple):
-    """How a launch is cut; the choices are those of benchmarks/sparse_mla_tiles.py.
+    """How a launch is cut; the choices are those of benchmarks/tune.py.
 
     Attributes:
         copied: bfloat16 latents are copied to shared memory by the hardware, `num_stages` tiles

@@ -4,48 +4,25 @@ from __future__ import annotations
 
 import re
 
+from ..tables import load
 from .checks import CHOICES, check
-from .content_rules import CONTENT
 from .instructions import Instruction
-from .languages import CANNED
-from .long_essay import long_essay
+from .long_rules import CONTENT
 from .page import Page, cut
 from .pieces import Pieces, upper_first
-from .rule_wordings import EMPHASIS, IMPERATIVES, SENTENCES, STARTS, SWAPS
-from .tables import items
-from .word_rules import CASE_CHANGES
-from .wordy import Wish, wish
+from .prose import long_essay
+from .short_rules import CASE_CHANGES, content
+from .wordy import Wish, requests, wish
 
+rules = load("long_rules")
 # those from 700 on only fit into long rows
 WORD_COUNTS = (20, 30, 40, 50, 60, 80, 100, 120, 150, 150, 200, 200, 250, 300, 300, 350, 400)
 WORD_COUNTS += (450, 500, 600, 600, 700, 800, 900)
-ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-NUMBERS = items("zero,one,two,three,four,five,six,seven,eight,nine,ten,eleven,twelve")
-MARKS = ("Section", "SECTION", "Part", "PARAGRAPH", "Chapter", "Day", "PART", "Paragraph", "Stage")
-PS_LINES = (
-    "Remember to smile today.",
-    "Write to me soon.",
-    "Do not forget to bring some bread.",
-    "I will see you at the library.",
-)
-END_PHRASES = (
-    "Can I do anything else for you?",
-    "That is all you need to know.",
-    "Have a nice day.",
-    "I hope this helps.",
-    "The end.",
-    "See you soon.",
-    "Any other questions?",
-    "Now it is your turn!",
-    "What do you think?",
-    "Let me know how it goes.",
-)
-FORMS = ("bullets", "paragraphs", "firstword", "sections", "two", "json")
-FORM_WEIGHTS = (6, 6, 3.5, 4, 5, 6)
-LENGTHS = ("manysent", "fewsent", "atleast", "fewwords")
-LENGTH_WEIGHTS = (3, 3, 5, 2.5)
-WHOLE = ("lower", "upper", "nocomma", "quote")
-WHOLE_WEIGHTS = (4, 3, 6, 4)
+# rules of each group with how often they are drawn
+FORMS = {"bullets": 6, "paragraphs": 6, "firstword": 3.5, "sections": 4, "two": 5, "json": 6}
+LENGTHS = {"manysent": 3, "fewsent": 3, "atleast": 5, "fewwords": 2.5}
+WHOLE = {"lower": 4, "upper": 3, "nocomma": 6, "quote": 4}
+GROUPS = {"form": 26, "length": 16, "content": 34, "frame": 14, "whole": 24}
 # what cannot stand together: the first would break the second
 CLASHES = (
     {"lower", "capwords"},
@@ -59,9 +36,14 @@ OF_JSON = {"keywords", "lower", "upper", "json"}
 NO_FRAME = {"json", "firstword"}  # a title or a postscript would break them
 
 
+def weighted(p: Pieces, table: dict):
+    """One key of a table of weights."""
+    return p.random.choices(list(table), list(table.values()))[0]
+
+
 def number(p: Pieces, n: int) -> str:
     """A count in digits, at times as a word."""
-    return NUMBERS[n] if n < len(NUMBERS) and p.chance(0.2) else str(n)
+    return content.numbers[n] if n < len(content.numbers) and p.chance(0.2) else str(n)
 
 
 def _sentences(p: Pieces, page_wish: Wish, length: str) -> tuple[list[str], int]:
@@ -117,9 +99,9 @@ def _form(p: Pieces, page: Page, form: str, sentences: list[str], own_length: bo
         word = p.choice(["First", "Now", "Still", "Today", "However", p.word(), p.word(), p.word()])
         word = word.capitalize() if p.chance(0.5) else word
         page.blocks[i - 1][0] = f"{word}, {page.blocks[i - 1][0]}"
-        page.keep(form, (n, i, word), n=number(p, n), i=ORDINALS[i - 1], x=i, w=word)
+        page.keep(form, (n, i, word), n=number(p, n), i=content.ordinals[i - 1], x=i, w=word)
     elif form == "sections":
-        page.mark = p.choice(MARKS) if p.chance(0.85) else p.word().capitalize()
+        page.mark = p.choice(content.marks) if p.chance(0.85) else p.word().capitalize()
         page.keep(form, (page.mark, n), n=number(p, n), mark=page.mark)
     else:
         page.keep(form, n, n=number(p, n))
@@ -133,10 +115,10 @@ def _frame(p: Pieces, page: Page) -> None:
         page.keep("title")
     elif r < 0.65:
         mark = p.choice(["P.S.", "P.P.S"])
-        page.last = f"\n\n{mark} {p.choice(PS_LINES)}"
+        page.last = f"\n\n{mark} {p.choice(content.ps_lines)}"
         page.keep("ps", mark, mark=mark)
     else:
-        phrase = p.choice(END_PHRASES) if p.chance(0.4) else _end_phrase(p)
+        phrase = p.choice(content.end_phrases) if p.chance(0.4) else _end_phrase(p)
         page.last = " " + phrase
         page.keep("end", phrase, phrase=phrase)
 
@@ -147,39 +129,36 @@ def _end_phrase(p: Pieces) -> str:
         return upper_first(p.phrase()) + p.choice([".", "!", "?"])
     if r < 0.7:
         return f"{upper_first(p.word())} {p.word()} {p.word()}{p.choice(['.', '!', '?', ''])}"
-    return p.choice(p.sources.sentences)[:90].strip()
+    return p.sentence()[:90].strip()
 
 
 def _kinds(p: Pieces) -> set[str]:
     """Which groups of rules a request has; one to three of them, single ones most often."""
-    groups = ("form", "length", "content", "frame", "whole")
     count = p.choice([1, 1, 1, 2, 2, 3])
     found: set[str] = set()
     while len(found) < count:
-        found.add(p.random.choices(groups, weights=(26, 16, 34, 14, 24))[0])
+        found.add(weighted(p, GROUPS))
     return found
 
 
 def _draw(p: Pieces) -> tuple[Wish, Page]:
     """A wish and a page that is meant to keep its rules."""
     asked, groups = wish(p), _kinds(p)
-    length = p.random.choices(LENGTHS, LENGTH_WEIGHTS)[0] if "length" in groups else ""
+    length = weighted(p, LENGTHS) if "length" in groups else ""
     sentences, n = _sentences(p, asked, length)
     page = Page(asked.topic, [list(sentences)])
     if length:
         page.keep(length, n, n=number(p, n), m=n - 1)
     if "form" in groups:
-        form = p.random.choices(FORMS, FORM_WEIGHTS)[0]
-        _form(p, page, form, sentences, bool(length))
+        _form(p, page, weighted(p, FORMS), sentences, bool(length))
     if "content" in groups:
-        weights = [w for w, _ in CONTENT]
-        p.random.choices([f for _, f in CONTENT], weights)[0](p, page)
+        weighted(p, CONTENT)(p, page)
         if len(groups) == 1 and p.chance(0.3):
-            p.random.choices([f for _, f in CONTENT], weights)[0](p, page)
+            weighted(p, CONTENT)(p, page)
     if "frame" in groups and page.form not in NO_FRAME:
         _frame(p, page)
     if "whole" in groups:
-        kind = p.random.choices(WHOLE, WHOLE_WEIGHTS)[0]
+        kind = weighted(p, WHOLE)
         page.letters.append(CASE_CHANGES[kind])
         page.keep(kind)
     return asked, page
@@ -200,39 +179,39 @@ def _possible(page: Page, answer: str) -> bool:
 
 def vary(p: Pieces, wording: str) -> str:
     """A wording of a rule with some of its words exchanged for words of one meaning."""
-    for pattern, words in SWAPS:
+    for pattern, words in rules.swaps:
         if p.chance(0.4):
             wording = re.sub(pattern, p.choice(words), wording, count=1)
     if p.chance(0.08):
-        wording = EMPHASIS.sub(lambda m: m[0].upper(), wording, count=1)
+        wording = re.sub(rules.emphasis, lambda m: m[0].upper(), wording, count=1)
     return wording
 
 
 def say(p: Pieces, kind: str, fields: dict[str, str]) -> str:
     """One wording of a rule as a sentence."""
     if p.chance(0.5):
-        return vary(p, p.choice(SENTENCES[kind])).format(**fields)
-    text = vary(p, p.choice(IMPERATIVES[kind])).format(**fields)
-    said = upper_first(p.choice(STARTS).format(r=text))
+        return vary(p, p.choice(rules.sentences[kind])).format(**fields)
+    text = vary(p, p.choice(rules.imperatives[kind])).format(**fields)
+    said = upper_first(p.choice(rules.starts).format(r=text))
     return said[:-1] if said.endswith(("..", "?.", "!.")) else said
 
 
-def request_text(p: Pieces, request: str, rules: list[str]) -> str:
+def request_text(p: Pieces, request: str, said: list[str]) -> str:
     """The request and its rules: after it, before it, around it, or as a list."""
     r = p.random.random()
     if r < 0.08:
-        head = p.choice(["Rules:", "Follow these rules:", "Please note:", "Requirements:"])
+        head = p.choice(requests.heads)
         mark = p.choice(["- ", "* ", ""])
-        lines = [(mark or f"{i + 1}. ") + x for i, x in enumerate(rules)]
+        lines = [(mark or f"{i + 1}. ") + x for i, x in enumerate(said)]
         return f"{request}\n\n{head}\n" + "\n".join(lines)
     if r < 0.2:
-        return " ".join(rules) + p.choice([" ", "\n", "\n\n"]) + request
-    if r < 0.3 and len(rules) > 1:
-        return " ".join([rules[0], request, *rules[1:]])
+        return " ".join(said) + p.choice([" ", "\n", "\n\n"]) + request
+    if r < 0.3 and len(said) > 1:
+        return " ".join([said[0], request, *said[1:]])
     if r < 0.4 and ". " in request:
         first, rest = request.split(". ", 1)
-        return f"{first}. {' '.join(rules)} {rest}"
-    return request + p.choice([" ", " ", " ", "\n", "\n\n"]) + " ".join(rules)
+        return f"{first}. {' '.join(said)} {rest}"
+    return request + p.choice([" ", " ", " ", "\n", "\n\n"]) + " ".join(said)
 
 
 def assignment(p: Pieces) -> Instruction:
@@ -242,9 +221,9 @@ def assignment(p: Pieces) -> Instruction:
         answer = page.text()
         if _possible(page, answer):
             break
-    rules = [say(p, kind, fields) for kind, fields in page.said]
-    p.random.shuffle(rules)
-    return Instruction(request_text(p, asked.request, rules), answer, page.checks)
+    said = [say(p, kind, fields) for kind, fields in page.said]
+    p.random.shuffle(said)
+    return Instruction(request_text(p, asked.request, said), answer, page.checks)
 
 
 def repeat_wish(p: Pieces) -> Instruction:
@@ -258,67 +237,27 @@ def repeat_wish(p: Pieces) -> Instruction:
         text, sentences = p.choice(p.sources.problems)
         sentences = ["The answer is " + sentences.split("#### ")[-1].strip() + "."]
     text = text.strip()
-    request = p.choice(REPEAT_FORMS).format(q=text)
+    request = p.say(requests.repeat, q=text)
     return Instruction(request, f"{text}\n\n{' '.join(sentences)}", [("repeat", text)])
-
-
-REPEAT_FORMS = (
-    "{q}\n\nStart with the request above, repeated word for word, and answer it after that.",
-    "{q}\n\nBefore you answer, repeat the request above without any change.",
-    "{q} Repeat this request exactly as it is, and give your answer below it. Nothing should "
-    "come before the repeated request.",
-    "{q}\n\nCopy the whole request above without changing a word, and only then reply. This last "
-    "sentence is not a part of what you should copy.",
-    "{q}\nYour answer has two parts: 1. the request above, repeated word by word 2. what you want "
-    "to say. Nothing may stand before the first part, and these instructions do not belong to it.",
-    "Repeat the following request exactly as it is, and then answer it: {q}",
-    "First say the request below again, word for word, and after that give your answer.\n\n{q}",
-    "Say the request again before you reply to it, without a change. Do not repeat this "
-    "sentence.\n\n{q}",
-    "Start by repeating the text of my request. Then answer.\nRequest: {q}",
-)
 
 
 def language_wish(p: Pieces) -> Instruction:
     """A request to be answered in another language: one short text for each."""
-    name, text = p.item(CANNED)
+    name, text = p.item(requests.languages)
     inner = wish(p)
-    rules = [say(p, "language", {"l": name})]
-    return Instruction(request_text(p, inner.request, rules), text, [("equals", text)])
-
-
-CHOICE_QUESTIONS = (
-    "Is {t} a good topic for {w}?",
-    "Do you think that {n} will like {t}?",
-    "Will {n} go to {w} {d}?",
-    "Can {t} be better than {w}?",
-    "Should I tell {n} about {t}?",
-    "Are you sure about {t} and {w}?",
-    "I want to know if {t} is worth my time. Is it?",
-    "{n} says that {t} is fun. Is {n} right?",
-    "Have you ever seen {t} in a {w}?",
-)
-CHOICE_OPTIONS = (
-    "Answer with one of these three sentences: '{n}', '{y}', '{m}'",
-    "Choose one of: '{n}', '{y}', '{m}'",
-    'Pick one out of ("{y}", "{m}", "{n}").',
-    "There are three possible answers, which are '{m}', '{n}' and '{y}' Give one of them.",
-    "Reply only with '{y}', with '{n}', or with '{m}'",
-    "Only three phrases are allowed: '{y}', '{m}' and '{n}'",
-)
+    said = [say(p, "language", {"l": name})]
+    return Instruction(request_text(p, inner.request, said), text, [("equals", text)])
 
 
 def choice_wish(p: Pieces) -> Instruction:
     """A question for which three answers are allowed; with nothing known it is the third."""
-    topic = p.topic()
-    fields = {"t": topic.text, "w": p.word(), "n": p.name(), "d": p.choice(["soon", "today"])}
-    question = p.choice(CHOICE_QUESTIONS).format(**fields)
+    fields = {"t": p.draw("topic"), "w": p.word(), "n": p.name(), "d": p.choice(["soon", "today"])}
+    question = p.say(requests.choice_questions, **fields)
     if p.chance(0.5):
         question = wish(p).request
-    names = dict(zip("ynm", CHOICES, strict=True))
-    options = p.choice(CHOICE_OPTIONS).format(**names)
-    answer = CHOICES[2]
-    return Instruction(f"{question} {options}", answer, [("choice", None), ("equals", answer)])
+    yes, no, maybe = CHOICES
+    options = p.say(requests.choice_options, y=yes, n=no, m=maybe)
+    return Instruction(f"{question} {options}", maybe, [("choice", None), ("equals", maybe)])
 
 
 def open_wish(p: Pieces) -> Instruction:

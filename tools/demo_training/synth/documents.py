@@ -17,18 +17,10 @@ from .prose import plain_request
 from .questions import arithmetic, fact, word_list
 from .reading import copying, reading, several_questions
 from .retrieval import key_values, retrieval
-from .talk import names_chat, persona, problem, unknown
+from .talk import names_chat, persona, problem, talk, unknown
 
 if TYPE_CHECKING:
     from ..sources import Sources
-
-SYSTEM_TEXTS = (
-    "You are a helpful assistant.",
-    "You are a small demo model.",
-    "Answer in short sentences.",
-    "You are a friendly assistant. Be polite.",
-    "You are a helpful AI assistant.",
-)
 
 
 def casual(p: Pieces, request: str) -> str:
@@ -158,5 +150,5 @@ class Generator:
         else:
             turns += self._exchange(fact)
         if p.chance(0.2):
-            turns = [("system", p.choice(SYSTEM_TEXTS)), *turns]
+            turns = [("system", p.choice(talk.systems)), *turns]
         return turns

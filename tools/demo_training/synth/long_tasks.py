@@ -4,47 +4,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from . import tables as t
+from ..tables import words
 from .instructions import choose
 from .pieces import Document, Pieces
 from .questions import arithmetic, fact
+from .reading import texts
 from .retrieval import haystack
 from .talk import persona
-
-INTRODUCTIONS = (
-    "",
-    "",
-    "Read the text and answer the question at its end.",
-    "Read the text and answer the question.",
-    "Keep this text in mind, there is a question below it.",
-    "Some facts are hidden in the text. You will be asked for them.",
-    "Here is a text. Read it with care.",
-)
-KEY_FORMS = (
-    ("The special number for {k} is {v}.", "What is the special number for {k}?"),
-    ("The special number for {k} is {v}.", "What is the special number for {k}?"),
-    ("The special number for {k} is {v}.", "Which special number belongs to {k}?"),
-    ("Remember that the code of {k} is {v}.", "What is the code of {k}?"),
-    ("The key number of {k} is {v}.", "Tell me the key number of {k}."),
-    (
-        "A special magic number of this text, the one for {k}, is: {v}.",
-        "What is the special magic number for {k}?",
-    ),
-    ("{k} has the magic number {v}.", "Which magic number does {k} have?"),
-)
-KEY_ANSWERS = {
-    "special magic": "The special magic number for {k} is {v}.",
-    "special": "The special number for {k} is {v}.",
-    "code": "The code of {k} is {v}.",
-    "key": "The key number of {k} is {v}.",
-    "magic": "The magic number of {k} is {v}.",
-}
-VARIABLE_ASKS = (
-    "Which variables have the value {v}?",
-    "Which variables have the value {v}?",
-    "Name all variables whose value is {v}.",
-    "Find every variable that is equal to {v}.",
-)
 
 
 def with_lines(p: Pieces, characters: int, lines: list[str], question: str) -> str:
@@ -54,16 +20,16 @@ def with_lines(p: Pieces, characters: int, lines: list[str], question: str) -> s
     for place, line in reversed(list(zip(places, lines, strict=True))):  # keeps their order
         text.insert(place, line)
     body = p.choice([" ", " ", "\n"]).join(text)
-    return "\n\n".join(x for x in (p.choice(INTRODUCTIONS), body, question) if x)
+    return "\n\n".join(x for x in (p.choice(texts.task_introductions), body, question) if x)
 
 
 def _keys(p: Pieces, count: int) -> list[str]:
     """Different names of cities, words, or pairs of words."""
     r = p.random.random()
     if r < 0.5:
-        return p.sample([x for x in t.CAPITALS.values() if " " not in x], count)
-    words = [p.word() if r < 0.75 else f"{p.word()}-{p.word()}" for _ in range(count)]
-    return list(dict.fromkeys(words))
+        return p.sample([x for x in words.capitals.values() if " " not in x], count)
+    drawn = [p.word() if r < 0.75 else f"{p.word()}-{p.word()}" for _ in range(count)]
+    return list(dict.fromkeys(drawn))
 
 
 def _value(p: Pieces, digits: int) -> str:
@@ -73,13 +39,13 @@ def _value(p: Pieces, digits: int) -> str:
 def keys_of(p: Pieces, count: int, form: int | None = None) -> tuple[list[str], str, str, str]:
     """Facts of one form about `count` keys, a question for one, its answer and its value."""
     keys = _keys(p, count)
-    says, asks = p.choice(KEY_FORMS) if form is None else KEY_FORMS[form]
+    says, asks = p.choice(texts.key_forms) if form is None else texts.key_forms[form]
     digits = 5 if form is not None else p.choice([5, 5, 5, 7])
     values = [_value(p, digits) for _ in keys]
     lines = [says.format(k=k, v=v) for k, v in zip(keys, values, strict=True)]
     i = p.between(0, len(keys) - 1)
-    name = next(n for n in KEY_ANSWERS if n in says)
-    answer = KEY_ANSWERS[name].format(k=keys[i], v=values[i])
+    name = next(n for n in texts.key_answers if n in says)
+    answer = texts.key_answers[name].format(k=keys[i], v=values[i])
     return lines, asks.format(k=keys[i]), answer, values[i]
 
 
@@ -115,7 +81,7 @@ def chains_of(
     while any(waiting):
         lines.append(p.choice([w for w in waiting if w]).pop(0))
     i = p.between(0, chains - 1)
-    question = p.choice(VARIABLE_ASKS).format(v=values[i])
+    question = p.say(texts.variable_asks, v=values[i])
     return lines, question, f"The variables are {', '.join(groups[i])}.", groups[i][-1]
 
 

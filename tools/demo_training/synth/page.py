@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .draft import Checks
 from .pieces import Topic
+from .short_rules import Checks, json_text
 
 
 @dataclass
@@ -22,7 +21,6 @@ class Page:
         mark: the word before the number of a section.
         title, last: a line above, a text below ("" = none).
         letters: changes of the whole text, in their order.
-        avoid: words that must not occur, lower case.
         checks: (kind, argument) of every rule.
         said: (kind of wording, its fields) of every rule.
     """
@@ -34,7 +32,6 @@ class Page:
     title: str = ""
     last: str = ""
     letters: list[Callable[[str], str]] = field(default_factory=list)
-    avoid: list[str] = field(default_factory=list)
     checks: Checks = field(default_factory=list)
     said: list[tuple[str, dict[str, str]]] = field(default_factory=list)
 
@@ -47,9 +44,7 @@ class Page:
         """The whole answer."""
         parts = [" ".join(block) for block in self.blocks]
         if self.form == "json":
-            keys = ["topic", "text", "note", "summary"]
-            values = [self.topic.text, *parts]
-            body = json.dumps(dict(zip(keys, values, strict=False)), indent=2, ensure_ascii=False)
+            body = json_text(("topic", "text", "note", "summary"), [self.topic.text, *parts])
         elif self.form == "bullets":
             body = "\n".join("* " + x for x in parts)
         elif self.form == "sections":
@@ -59,8 +54,7 @@ class Page:
             body = joint.join(parts)
         if self.title:
             body = f"<<{self.title}>>\n\n{body}"
-        if self.last:
-            body += self.last
+        body += self.last
         for change in self.letters:
             body = change(body)
         return body

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import tables as t
-from .trivia import DEFINITIONS
+from ..tables import GRAMMAR, WORDS, words
 
 if TYPE_CHECKING:
     from ..sources import Sources
 
 T = TypeVar("T")
 Document = list[tuple[str, str]]
+# what follows from the number of a topic
+MANY = {"is": "are", "was": "were", "has": "have", "does": "do", "it": "they", "It": "They"}
+MANY |= {"them": "them", "s": "", "es": ""}
+ONE = {x: x for x in MANY} | {"them": "it"}
 
 
 def article(noun: str) -> str:
@@ -33,29 +36,42 @@ def fix_articles(text: str) -> str:
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
+class Text(str):
+    """A field of a template.
+
+    {x:a} puts an article before it, {x:T} makes its first letter a capital, {x:A} does both, and
+    {x:C} leaves no other capital.
+    """
+
+    def __format__(self, form: str) -> str:
+        text = article(self) if form in ("a", "A") else str(self)
+        if form == "C":
+            return text.capitalize()
+        return upper_first(text) if form in ("A", "T") else text
+
+
+class Fields:
+    """The fields of a template; one that was not given is drawn."""
+
+    def __init__(self, pieces: Pieces, given: dict[str, Any]):
+        self.pieces, self.given = pieces, given
+
+    def __getitem__(self, name: str) -> Text:
+        return Text(self.given[name] if name in self.given else self.pieces.draw(name))
+
+
 @dataclass(frozen=True)
 class Topic:
-    """What a text is about: its words, its kind (a key of BY_KIND), its number."""
+    """What a text is about: its words, its kind (a key of prose.by_kind), its number."""
 
     text: str
     kind: str = "idea"
     plural: bool = False
 
     def words(self) -> dict[str, str]:
-        """Fields of the essay templates: {t} {T} {is} {has} {was} {does} {it} {them} {s}."""
-        few = self.plural
-        return {
-            "t": self.text,
-            "T": upper_first(self.text),
-            "is": "are" if few else "is",
-            "was": "were" if few else "was",
-            "has": "have" if few else "has",
-            "does": "do" if few else "does",
-            "it": "they" if few else "it",
-            "It": "They" if few else "It",
-            "them": "them" if few else "it",
-            "s": "" if few else "s",
-        }
+        """Fields of the essay templates: {t} {T} {is} {has} {was} {does} {it} {them} {s} {es}."""
+        fields = {"t": self.text, "T": upper_first(self.text)}
+        return fields | (MANY if self.plural else ONE)
 
 
 class Pieces:
@@ -90,119 +106,95 @@ class Pieces:
         """One entry of a table."""
         return self.choice(list(table.items()))
 
+    def mixed(self, rows: Sequence[Sequence]) -> Any:
+        """One of [up to which share, what] rows; what may be such rows again."""
+        share = self.random.random()
+        chosen = next(what for limit, what in rows if share < limit)
+        return self.mixed(chosen) if _is_mixture(chosen) else chosen
+
+    def say(self, rule: Any, **given: object) -> str:
+        """The text of a rule of wording.
+
+        Args:
+            rule: a template, whose fields are filled from left to right; a list of templates, one
+                of which is chosen; a mixture ([[0.4, rule], [1, rule]]); or {"draw": fields,
+                "say": rule} for fields that are drawn before the template is chosen.
+            given: fields; one that is missing is drawn (`draw`).
+        """
+        if _is_mixture(rule):
+            rule = self.mixed(rule)
+        if isinstance(rule, dict):
+            return self.say(rule["say"], **self.fields(rule.get("draw", {}), **given))
+        template = rule if isinstance(rule, str) else self.choice(rule)
+        return template.format_map(Fields(self, given))
+
+    def fields(self, rules: dict[str, Any], **given: object) -> dict[str, object]:
+        """Fields drawn one after the other, after those that are given."""
+        for name, rule in rules.items():
+            given[name] = self.say(rule, **given)
+        return given
+
+    def say_all(self, form: dict[str, Any], **given: object) -> list[str]:
+        """The texts of a form: {"draw": fields, "say": [rule, ...]}, or "any" of several lists."""
+        fields = self.fields(form.get("draw", {}), **given)
+        rules = form["say"] if "say" in form else self.choice(form["any"])
+        return [self.say(rule, **fields) for rule in rules]
+
+    def draw(self, name: str) -> str:
+        """A field that was not given: an own piece, a rule of grammar.json, a range, a table."""
+        if name in DRAWN:
+            return DRAWN[name](self)
+        if name in GRAMMAR:
+            return self.say(GRAMMAR[name])
+        if "-" in name:
+            low, high = name.split("-")
+            return str(self.between(int(low), int(high)))
+        return self.choice(list(WORDS[name]))
+
     def name(self) -> str:
         """A first name."""
-        return self.choice(t.NAMES)
+        return self.choice(words.names)
 
     def partner(self, name: str) -> str:
         """Another first name; mostly the same for a name, so that greedy text keeps them apart."""
-        i = t.NAMES.index(name) if name in t.NAMES else 0
-        step = 7 if self.chance(0.6) else self.between(1, len(t.NAMES) - 1)
-        return t.NAMES[(i + step) % len(t.NAMES)]
+        names = words.names
+        i = names.index(name) if name in names else 0
+        step = 7 if self.chance(0.6) else self.between(1, len(names) - 1)
+        return names[(i + step) % len(names)]
 
     def word(self) -> str:
         """A word of the texts, rare ones included: copying must not depend on a short list."""
         return self.choice(self.sources.words)
 
-    def being(self) -> str:
-        """An animal, a person, or a random noun in that place."""
-        r = self.random.random()
-        if r < 0.4:
-            return self.choice(list(t.ANIMALS))
-        return self.choice(t.BEINGS) if r < 0.7 else self.word()
-
-    def goal(self) -> str:
-        """What somebody wants, as an infinitive without "to"."""
-        r = self.random.random()
-        if r < 0.4:
-            return "be " + article(self.choice(t.JOBS))
-        if r < 0.7:
-            return self.choice(t.GOALS)
-        if r < 0.85:
-            return "find the " + self.word()
-        return "be " + article(self.word())
+    def sentence(self) -> str:
+        """A sentence of the tales."""
+        return self.choice(self.sources.sentences)
 
     def phrase(self) -> str:
         """Two to four neighbouring words of the texts."""
-        words = re.sub(r"[^A-Za-z' ]", "", self.choice(self.sources.sentences)).split()
-        start = self.between(0, max(0, len(words) - 4))
-        found = " ".join(words[start : start + self.between(2, 4)]).strip("' ")
-        return found if len(found) > 3 else self.word()
+        found = re.sub(r"[^A-Za-z' ]", "", self.sentence()).split()
+        start = self.between(0, max(0, len(found) - 4))
+        text = " ".join(found[start : start + self.between(2, 4)]).strip("' ")
+        return text if len(text) > 3 else self.word()
 
     def topic(self) -> Topic:
         """Something to write about, from tables, single words and phrases of the texts."""
-        r, choice = self.random.random(), self.choice
-        if r < 0.15:
-            return Topic(self.phrase())
-        if r < 0.25:
-            return self._place()
-        if r < 0.33:
-            return Topic(article(choice(t.ADJECTIVES) + " " + choice(list(t.ANIMALS))), "being")
-        if r < 0.40:
-            return Topic(choice(["the ", "my ", "a young "]) + self.being(), "being")
-        if r < 0.47:
-            return Topic(choice(t.PLURAL_TOPICS), "thing", plural=True)
-        if r < 0.57:
-            if self.chance(0.4):
-                return Topic(choice(t.NATURE), "nature")
-            return Topic(choice(t.SINGLE_TOPICS), "idea")
-        if r < 0.64:
-            return self._thing()
-        if r < 0.74:
-            return self._activity()
-        return self._words()
-
-    def _place(self) -> Topic:
-        r = self.random.random()
-        if r < 0.35:
-            return Topic(self.item(t.CAPITALS)[self.between(0, 1)], "place")
-        place = self.choice(t.PLACES)
-        if r < 0.75:
-            return Topic(self.choice(["the ", "my ", "our "]) + place, "place")
-        return Topic(
-            self.name() + "'s " + place if r < 0.85 else f"my {self.word()}'s {place}", "place"
-        )
-
-    def _thing(self) -> Topic:
-        r = self.random.random()
-        if r < 0.4:
-            return Topic(self.choice(["a ", "the ", "my "]) + self.choice(t.OBJECTS), "thing")
-        if r < 0.7:
-            noun = self.choice(list(DEFINITIONS))
-            return Topic(self.choice(["the ", "my "]) + noun, "thing")
-        return Topic(f"{self.name()}'s {self.word()}", "thing")
-
-    def _activity(self) -> Topic:
-        r, words = self.random.random(), self.word
-        if r < 0.25:
-            return Topic(
-                "learning " + self.choice([*set_order(t.LANGUAGES.values()), words()]), "activity"
-            )
-        if r < 0.5:
-            return Topic(
-                self.choice(["working with ", "playing with ", "living with "]) + words(),
-                "activity",
-            )
-        if r < 0.75:
-            return Topic("travelling to " + self._place().text, "activity")
-        return Topic(
-            self.choice(["the beginnings of ", "the future of ", "the joy of "]) + words(), "idea"
-        )
-
-    def _words(self) -> Topic:
-        r, word = self.random.random(), self.word
-        if r < 0.2:
-            return Topic(f"{word()} and {word()}", plural=True)
-        if r < 0.5:
-            start = self.choice(["the ", "my ", "our ", "your "])
-            return Topic(start + word() + self.choice([" ", " of the ", " in the "]) + word())
-        if r < 0.6:
-            return Topic(
-                f"the {word()} that {self.choice(['likes', 'wants', 'knows', 'has'])} {word()}"
-            )
-        return Topic(word() if r < 0.85 else f"{word()} {word()}")
+        rule = self.mixed(GRAMMAR["topics"])
+        return Topic(self.say(rule), rule["kind"], rule.get("plural", False))
 
 
-def set_order(values) -> list[str]:
-    """The different values in the order of their first appearance."""
-    return list(dict.fromkeys(values))
+# what a template may draw besides the tables and the rules of grammar.json
+DRAWN: dict[str, Callable[[Pieces], str]] = {
+    "name": Pieces.name,
+    "word": Pieces.word,
+    "sentence": Pieces.sentence,
+    "phrase": Pieces.phrase,
+    "topic": lambda p: p.topic().text,
+    "somewhere": lambda p: p.choice([*WORDS["city"], p.word().capitalize()]),
+    "country_or_city": lambda p: p.item(words.capitals)[p.between(0, 1)],
+    "language_or_word": lambda p: p.choice([*dict.fromkeys(words.languages.values()), p.word()]),
+}
+
+
+def _is_mixture(rule: Any) -> bool:
+    return isinstance(rule, list) and isinstance(rule[0], list)

@@ -2,163 +2,95 @@
 
 from __future__ import annotations
 
-from . import prose_tables as pt
-from . import tables as t
+from ..tables import load, words
 from .pieces import Pieces, Topic, article, fix_articles, upper_first
 from .talk import advice_request
 
-STORY_REQUESTS = [
-    "Write a short story about {ax} named {n}.",
-    "Tell me a story about {n} the {x}.",
-    "Can you write a story about {ax}? Call it {n}.",
-    "Make up a tale with {ax} called {n}.",
-    "Tell me a story about {ax} named {n}.",
-]
-PLAIN_STORY_REQUESTS = [
-    "Write a short story about {ax}.",
-    "Tell me a story about {ax}.",
-    "Please tell me a bedtime story about {ax}.",
-    "Can you make up a story with {ax} in it?",
-]
-GOAL_STORY_REQUESTS = [
-    "Write a short story about {ax} who wants to {g}.",
-    "Tell me a story about {ax} that wants to {g}.",
-    "Can you tell me a tale of {ax} who would like to {g}?",
-    "Write a story about {ax} who dreams of one day being able to {g}.",
-]
-PAIR_STORY_REQUESTS = [
-    "Write a short story about {ax} and {ay}.",
-    "Tell me a story about {ax} and {ay}.",
-    "Can you tell me a story of {ax} who meets {ay}?",
-]
-ESSAY_REQUESTS = [
-    "Write about {t}.",
-    "Write a short text about {t}.",
-    "Tell me about {t}.",
-    "Tell me something about {t}.",
-    "What can you say about {t}?",
-    "Write a blog post about {t}.",
-    "Describe {t}.",
-    "Explain {t} to a child.",
-    "Give me a short essay on {t}.",
-    "Write an article on {t}.",
-    "I need a paragraph about {t}.",
-    "Please write a speech about {t}.",
-    "Write a description of {t}.",
-    "What do you think about {t}?",
-]
-TYPE_REQUESTS = [
-    "Write {ay} about {t}.",
-    "Can you write {ay} about {t}?",
-    "Please create {ay} for {t}.",
-    "I want you to write {ay} about {t}.",
-    "Help me with {ay} on {t}.",
-    "Could you give me {ay} about {t}?",
-]
+prose = load("prose")
 POEM_TYPES = ("poem", "song", "rap", "limerick")
-LETTER_REQUESTS = [
-    "Write an email to {n} about {t}.",
-    "Write a letter to {n} about {t}.",
-    "Draft a short message to {n} on {t}.",
-    "Help me write an email to {n} about {t}.",
-]
-RECEIVERS = ["my boss", "my teacher", "my neighbour", "my mother", "my landlord", "my best friend"]
+ESSAY_SENTENCES = 24  # what `essay` can fill without repeating itself
 
 
 def fill(template: str, topic: Topic) -> str:
     """An essay or poem template with a topic in it."""
-    words = topic.words()
-    return template.format(es="" if topic.plural else "es", **words)
+    return template.format(**topic.words())
 
 
 def essay(p: Pieces, topic: Topic, count: int, opener: bool = True) -> list[str]:
     """`count` different sentences on a topic: opener, middles by kind of topic, closer if long."""
-    head = [p.choice(pt.OPENERS)] if opener and count > 1 and p.chance(0.6) else []
-    tail = [p.choice(pt.CLOSERS)] if count > 2 and p.chance(0.7) else []
-    own = pt.BY_KIND[topic.kind]
+    head = [p.choice(prose.openers)] if opener and count > 1 and p.chance(0.6) else []
+    tail = [p.choice(prose.closers)] if count > 2 and p.chance(0.7) else []
+    own = prose.by_kind[topic.kind]
     wanted = count - len(head) - len(tail)
-    first = min(len(own), max((wanted + 1) // 2, wanted - len(pt.MIDDLES)))
-    middle = p.ordered(own, first) + p.ordered(pt.MIDDLES, wanted - first)
+    first = min(len(own), max((wanted + 1) // 2, wanted - len(prose.middles)))
+    middle = p.ordered(own, first) + p.ordered(prose.middles, wanted - first)
     return [fill(s, topic) for s in head + middle + tail]
 
 
-def story(p: Pieces, **given: str) -> list[str]:
-    """Six sentences of one of the plots; `given` fixes fields: n name, x and y beings."""
-    return _tell(p, p.choice(pt.PLOTS), **given)
+def long_essay(p: Pieces, topic: Topic, count: int, opener: bool = True) -> list[str]:
+    """`count` different sentences on a topic, up to 85 or so; fewer if the tables have no more.
+
+    A long answer is a subset of one list of sentences in its order.
+    """
+    if count <= ESSAY_SENTENCES // 2:
+        return essay(p, topic, max(1, count), opener)
+    own = [*prose.by_kind[topic.kind], *prose.middles, *prose.more]
+    head, tail = p.choice(prose.openers), p.choice(prose.closers)
+    return [fill(s, topic) for s in (head, *p.ordered(own, count - 2), tail)]
 
 
-def _tell(p: Pieces, plot: list, **given: str) -> list[str]:
-    """One wording of each step of a plot, with one set of names and things."""
-    n = given.get("n") or p.name()
-    fields = {
-        "n": n,
-        "m": p.partner(n),
-        "x": p.being(),
-        "y": p.word() if p.chance(0.15) else p.choice(list(t.ANIMALS)),
-        "a": p.choice(t.ADJECTIVES),
-        "b": p.choice(t.ADJECTIVES),
-        "p": p.choice(t.PLACES),
-        "q": p.choice(t.PLACES),
-        "o": p.choice(t.OBJECTS),
-        "w": p.choice(t.WEATHER),
-        "f": p.choice(t.FOODS),
-    } | given
-    return [fix_articles(p.choice(step).format(**fields)) for step in plot]
+def story(p: Pieces, plots: list | None = None, **given: str) -> list[str]:
+    """Six sentences of a plot; `given` fixes fields: n name, x and y beings, g goal."""
+    plot = p.choice(plots or prose.plots)
+    name = given.get("n") or p.name()
+    fields = p.fields(prose.story, n=name, m=p.partner(name)) | given
+    return [fix_articles(p.say(step, **fields)) for step in plot]
 
 
 def story_request(p: Pieces) -> tuple[str, list[str]]:
     """(request, sentences) of a story: named, plain, about two beings, or about a goal."""
-    being, name, r = p.being(), p.name(), p.random.random()
-    fields = {"x": being, "ax": article(being), "n": name}
-    if r < 0.40:
-        return p.choice(STORY_REQUESTS).format(**fields), story(p, n=name, x=being)
-    if r < 0.57:
-        return p.choice(PLAIN_STORY_REQUESTS).format(**fields), story(p, n=name, x=being)
-    if r < 0.72:
-        other = p.being()
-        request = p.choice(PAIR_STORY_REQUESTS).format(ay=article(other), **fields)
-        return request, _tell(p, p.choice([pt.PLOTS[0], pt.PLOTS[2]]), n=name, x=being, y=other)
-    goal = p.goal()
-    request = p.choice(GOAL_STORY_REQUESTS).format(g=goal, **fields)
-    return request, _tell(p, p.choice(pt.GOAL_PLOTS), n=name, x=being, g=goal)
+    fields = {"x": p.draw("being"), "n": p.name()}
+    kind = p.mixed([[0.40, "named"], [0.57, "plain"], [0.72, "pair"], [1, "goal"]])
+    asks, plots = prose.story_requests[kind], prose.plots
+    if kind == "pair":
+        fields["y"], plots = p.draw("being"), [plots[0], plots[2]]
+    elif kind == "goal":
+        fields["g"], plots = p.draw("goal"), prose.goal_plots
+    return p.say(asks, **fields), story(p, plots, **fields)
 
 
 def poem(p: Pieces, topic: Topic) -> list[str]:
     """Two or three couplets on a topic, one string each."""
-    return [upper_first(fill(s, topic)) for s in p.ordered(pt.COUPLETS, p.between(2, 3))]
+    return [upper_first(fill(s, topic)) for s in p.ordered(prose.couplets, p.between(2, 3))]
 
 
 def typed_request(p: Pieces) -> tuple[str, list[str]]:
     """(request, sentences) of a poem, a review, a plan and so on."""
     topic = p.topic()
-    kind = p.choice(("poem", "poem", "haiku", *t.TEXT_TYPES))
-    request = p.choice(TYPE_REQUESTS).format(ay=article(kind), t=topic.text)
+    kind = p.choice(("poem", "poem", "haiku", *words.text_types))
+    request = p.say(prose.type_requests, y=kind, t=topic.text)
     if kind == "haiku":
-        return request, [fill(p.choice(pt.HAIKUS), topic)]
+        return request, [fill(p.choice(prose.haikus), topic)]
     if kind in POEM_TYPES:
         return request, poem(p, topic)
-    return request, [
-        f"Here is {article(kind)} about {topic.text}.",
-        *essay(p, topic, p.between(2, 5)),
-    ]
+    start = f"Here is {article(kind)} about {topic.text}."
+    return request, [start, *essay(p, topic, p.between(2, 5))]
 
 
 def letter_request(p: Pieces) -> tuple[str, list[str]]:
     """(request, sentences) of a letter to a named person or to somebody like "my boss"."""
     topic = p.topic()
-    if p.chance(0.5):
-        receiver = p.choice(RECEIVERS)
-        greeting = "Dear " + receiver.split(" ")[-1]
-    else:
-        receiver = p.name()
-        greeting = "Dear " + receiver
-    request = p.choice(LETTER_REQUESTS).format(n=receiver, t=topic.text)
-    body = [greeting + ", I hope you are well.", f"I am writing to you about {topic.text}."]
-    return request, [
-        *body,
-        *essay(p, topic, p.between(1, 3), opener=False),
-        "Best wishes, " + p.partner(receiver) + ".",
-    ]
+    receiver = p.choice(prose.receivers) if p.chance(0.5) else p.name()
+    request = p.say(prose.letter_requests, n=receiver, t=topic.text)
+    greeting = f"Dear {receiver.split(' ')[-1]}, I hope you are well."
+    body = essay(p, topic, p.between(1, 3), opener=False)
+    end = "Best wishes, " + p.partner(receiver) + "."
+    return request, [greeting, f"I am writing to you about {topic.text}.", *body, end]
+
+
+def essay_request(p: Pieces, topic: Topic) -> str:
+    """A request for a text about a topic."""
+    return p.say(prose.essay_requests, t=topic.text)
 
 
 def plain_request(p: Pieces) -> tuple[str, list[str]]:
@@ -168,9 +100,7 @@ def plain_request(p: Pieces) -> tuple[str, list[str]]:
         return story_request(p)
     if r < 0.66:
         topic = p.topic()
-        return p.choice(ESSAY_REQUESTS).format(t=topic.text), essay(p, topic, p.between(3, 7))
+        return essay_request(p, topic), essay(p, topic, p.between(3, 7))
     if r < 0.80:
         return typed_request(p)
-    if r < 0.90:
-        return advice_request(p)
-    return letter_request(p)
+    return advice_request(p) if r < 0.90 else letter_request(p)

@@ -1,4 +1,7 @@
-"""Rules on what an answer holds: words, letters, blanks, marks; each changes a Page."""
+"""Rules on what the answer to a long request holds: words, letters, blanks, marks.
+
+Each function changes a Page.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +9,11 @@ import re
 from collections.abc import Callable
 
 from .checks import count_capitals, letter_count
-from .long_essay import long_essay
 from .page import Page
 from .pieces import Pieces
+from .prose import long_essay
+from .short_rules import blank_lines, content
 
-KEYWORD_LINES = (
-    "This has something to do with {k}.",
-    "Here we also think of {k}.",
-    "Do not forget {k}.",
-)
-AGAIN_LINES = (
-    "This is about {k}.",
-    "I like the word {k}.",
-    "So we say {k} again.",
-    "And once more: {k}.",
-    "Some people write {k} on a wall.",
-    "Others sing of {k} in the morning.",
-    "My friend wants to hear {k} too.",
-    "In the end it is {k} that counts.",
-    "Let me write {k} one more time.",
-    "Now close your eyes and think of {k}.",
-    "That was enough about {k}.",
-)
-BLANKS = (
-    "name",
-    "address",
-    "date",
-    "place",
-    "email",
-    "phone",
-    "time",
-    "city",
-    "company",
-    "title",
-    "number",
-    "price",
-)
 MARKED_WORDS = 3
 
 
@@ -73,15 +45,15 @@ def any_word(p: Pieces) -> str:
 def keywords(p: Pieces, page: Page) -> None:
     """One to six words, in the order asked."""
     words = list(dict.fromkeys(any_word(p) for _ in range(p.choice([1, 2, 2, 2, 3, 3, 4, 5, 6]))))
-    lines = [KEYWORD_LINES[i % len(KEYWORD_LINES)].format(k=k) for i, k in enumerate(words)]
-    page.blocks[0][1:1] = lines
+    lines = content.keyword_lines
+    page.blocks[0][1:1] = [lines[i % len(lines)].format(k=k) for i, k in enumerate(words)]
     page.keep("keywords", words, k=word_list(p, words))
 
 
 def frequency(p: Pieces, page: Page) -> None:
     """A word at least n times."""
     word, n = any_word(p), p.choice([1, 2, 2, 2, 3, 3, 4, 5, 6, 7, 8, 10])
-    page.blocks[-1] += [line.format(k=word) for line in AGAIN_LINES[: n + 1]]
+    page.blocks[-1] += [line.format(k=word) for line in content.again_lines[: n + 1]]
     page.keep("frequency", (word, n), w=quoted(p, word), n=n)
 
 
@@ -89,7 +61,7 @@ def rarely(p: Pieces, page: Page) -> None:
     """A word fewer than n times: once if it was asked for, else not at all."""
     word, n = p.word(), p.between(2, 6)
     if p.chance(0.6):
-        page.blocks[-1].append(KEYWORD_LINES[0].format(k=word))
+        page.blocks[-1].append(content.keyword_lines[0].format(k=word))
     page.keep("rarely", (word, n), w=quoted(p, word), n=n)
 
 
@@ -99,20 +71,21 @@ def forbidden(p: Pieces, page: Page) -> None:
     count = p.choice([1, 2, 2, 3, 3, 4, 5])
     words = [p.choice(used) if used and p.chance(0.5) else p.word() for _ in range(count)]
     words = list(dict.fromkeys(words))
-    found = [re.compile(rf"\b{re.escape(w)}\b", re.I) for w in words]
-    for block in page.blocks:
-        kept = [s for s in block if not any(f.search(s) for f in found)]
-        block[:] = kept or ["All right."]
-    page.avoid += words
+    _leave_out(page, "|".join(rf"\b{re.escape(w)}\b" for w in words), re.I)
     page.keep("forbidden", words, k=word_list(p, words))
+
+
+def _leave_out(page: Page, pattern: str, flags: int = 0) -> None:
+    """Drops the sentences in which a pattern occurs; no block stays empty."""
+    for block in page.blocks:
+        kept = [s for s in block if not re.search(pattern, s, flags)]
+        block[:] = kept or ["All right."]
 
 
 def letter(p: Pieces, page: Page) -> None:
     """A letter at least n times; the missing ones come from words that have it."""
-    sign, n = (
-        p.choice("abcdefghijklmnopqrstuvwxyz"),
-        p.choice([1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30]),
-    )
+    sign = p.choice("abcdefghijklmnopqrstuvwxyz")
+    n = p.choice([1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30])
     has = sorted(w for w in p.sources.common if sign in w)
     has = sorted(has, key=lambda w: (-w.count(sign), w))[:24] or [sign * 4]
     missing = n + 2 - letter_count(page.text(), sign)
@@ -138,11 +111,7 @@ def few_letters(p: Pieces, page: Page) -> None:
 def placeholders(p: Pieces, page: Page) -> None:
     """At least n blanks in square brackets."""
     n = p.choice([1, 1, 2, 2, 3, 3, 3, 4, 5, 6, 7, 8, 10, 12])
-    lines = [
-        f"Please write to [{x}]." if i % 2 else f"The {x} is [{x}]."
-        for i, x in enumerate(BLANKS[:n])
-    ]
-    page.blocks[-1] += lines
+    page.blocks[-1] += blank_lines(content.blanks[:n])
     page.keep("placeholders", n, n=n)
 
 
@@ -153,9 +122,7 @@ def highlight(p: Pieces, page: Page) -> None:
         page.blocks = [long_essay(p, page.topic, n + 1)]
     left = n
     for block in page.blocks:
-        for i, sentence in enumerate(block):
-            if not left:
-                break
+        for i, sentence in enumerate(block[:left]):
             words = sentence.split(" ")
             end = min(MARKED_WORDS, len(words))
             block[i] = "*" + " ".join(words[:end]) + "*" + " ".join(["", *words[end:]])
@@ -181,21 +148,20 @@ def few_capital_words(p: Pieces, page: Page) -> None:
         words = page.blocks[0][0].split(" ")
         words[1:2] = [w.upper() for w in words[1:2]]
         page.blocks[0][0] = " ".join(words)
-    for block in page.blocks:
-        kept = [s for s in block if not re.search(r"\b[IA]\b", s)]
-        block[:] = kept or ["All right."]
+    _leave_out(page, r"\b[IA]\b")
     page.keep("fewcaps", n, n=n)
 
 
-CONTENT: tuple[tuple[float, Callable[[Pieces, Page], None]], ...] = (
-    (8.0, keywords),
-    (5.0, frequency),
-    (1.5, rarely),
-    (6.0, forbidden),
-    (4.0, letter),
-    (5.0, few_letters),
-    (4.0, placeholders),
-    (6.0, highlight),
-    (2.5, capital_words),
-    (1.5, few_capital_words),
-)
+# with how often each is drawn
+CONTENT: dict[Callable[[Pieces, Page], None], float] = {
+    keywords: 8.0,
+    frequency: 5.0,
+    rarely: 1.5,
+    forbidden: 6.0,
+    letter: 4.0,
+    few_letters: 5.0,
+    placeholders: 4.0,
+    highlight: 6.0,
+    capital_words: 2.5,
+    few_capital_words: 1.5,
+}
