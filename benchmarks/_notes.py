@@ -10,7 +10,6 @@ from typing import Any
 
 from benchmarks._harness import three_digits
 from benchmarks._render import (
-    COUNTS,
     Case,
     Column,
     Result,
@@ -195,15 +194,6 @@ kernels = Table(
         ("waits most for", _stalls),
     ],
 )
-
-
-def custom_operator(result: Result) -> Iterator[str]:
-    """What the custom operator does at most in a step."""
-    found = [case.get("effects", {}).get("custom op") for case in result["cases"]]
-    counted = [effects for effects in found if effects]
-    if counted:
-        most = (f"{max(x[key] for x in counted)} {what}" for key, what in COUNTS.items())
-        yield f"The custom operator, at most in any of these steps: {', '.join(most)}."
 
 
 _HIDDEN = "graph", "graph, k_norm beside", "graph, FP8 QKV-A"

@@ -5,12 +5,10 @@
 The baseline is what FastDeploy did before #7367: `slot_mapping` from the block table by division,
 gather, remainder, multiply-add and cast, twice a layer, and before #7598, in steps with prefill, a
 Python loop over the rows for `[ks, ke)` in every layer. It is given positions and rows for
-nothing, which ours computes too. "one launch" is the Triton kernel, "custom op" the CUDA kernel of
-custom_ops/ in the same builder, left out where it cannot be built. "graph" is device time of a
-captured graph, ours over up to 48 input sets in turn (those of large batches exceed the L2) and
-over one. "eager" is wall time of a step, host included, on the same inputs again and again. The
-loop reads lengths from the device, so it cannot be captured: the baseline's graph has the chains
-alone.
+nothing, which ours computes too. "graph" is device time of a captured graph, ours over up to 48
+input sets in turn (those of large batches exceed the L2) and over one. "eager" is wall time of a
+step, host included, on the same inputs again and again. The loop reads lengths from the device, so
+it cannot be captured: the baseline's graph has the chains alone.
 """
 
 from __future__ import annotations
@@ -23,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import _custom_ops, _gpu, _torch_device
+from benchmarks import _gpu, _torch_device
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from tests.strategies import StepBatch, make_batch
 
 Rows = list[tuple[int, int, int]]
 DEVICE = "cuda"
-TRITON, CUSTOM = "one launch", "custom op"
+OURS = "one launch"
 LAYERS = 61
 BLOCK_SIZE = 64
 MAX_NUM_SEQS = 256
@@ -78,13 +76,6 @@ def make_builder() -> StepMetadataBuilder:
     return StepMetadataBuilder(
         MAX_NUM_SEQS, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE, None, "gpu", allocate
     )
-
-
-def make_builders() -> dict[str, StepMetadataBuilder]:
-    """Label -> builder: of the Triton kernel, and of the custom operator where it can be had."""
-    found = {TRITON: _custom_ops.without(make_builder)}
-    builder = _custom_ops.set_up("step_metadata", make_builder)
-    return found if builder is None else found | {CUSTOM: builder}
 
 
 def make_step(rows: Rows, seed: int) -> Step:
@@ -154,47 +145,38 @@ def check_equal(meta: ForwardMeta, step: Step) -> None:
         assert torch.equal(meta.indexer_attn_mask_offsets, window_loop(step)), "windows"
 
 
-def measure(
-    record: _gpu.Recorder,
-    builders: dict[str, StepMetadataBuilder],
-    label: str,
-    rows: Rows,
-) -> None:
-    """All sides of one step: in a graph, and eagerly with the host."""
+def measure(record: _gpu.Recorder, builder: StepMetadataBuilder, label: str, rows: Rows) -> None:
+    """Both sides of one step: in a graph, and eagerly with the host."""
     first = make_step(rows, 0)
     tables_bytes = first.tensors[3].nbytes
     steps = [first] + [make_step(rows, seed) for seed in range(1, _gpu.num_sets(tables_bytes))]
 
-    def build(step: Step, side: str = TRITON) -> Callable[[], ForwardMeta]:
-        return lambda: builders[side].build(*step.tensors, **step.counts)
+    def build(step: Step) -> Callable[[], ForwardMeta]:
+        return lambda: builder.build(*step.tensors, **step.counts)
 
-    def build_from_host(side: str = TRITON) -> Callable[[], ForwardMeta]:
-        return lambda: builders[side].build(*first.batch.inputs())
+    def build_from_host() -> ForwardMeta:
+        return builder.build(*first.batch.inputs())
 
-    for side in builders:
-        for call in (build(first, side), build_from_host(side)):
-            check_equal(call(), first)
-        build(first, side)()
+    for call in (build(first), build_from_host):
+        check_equal(call(), first)
+    build(first)()
     sides = {f"{2 * LAYERS} chains": [lambda: per_layer_chains(first)]}
-    sides |= {side: [build(step, side) for step in steps] for side in builders}
+    sides |= {OURS: [build(step) for step in steps]}
     sides["one launch, inputs in the L2"] = [build(first)]
     times = _gpu.interleaved(sides, mode="graph", rounds=20)
-    record.case(f"{label}, graph", times, ours=TRITON, bytes_moved=first.num_bytes)
+    record.case(f"{label}, graph", times, ours=OURS, bytes_moved=first.num_bytes)
 
-    eager = {"every layer": [lambda: per_layer_work(first)]}
-    eager |= {side: [build(first, side)] for side in builders}
+    eager = {"every layer": [lambda: per_layer_work(first)], OURS: [build(first)]}
     has_loop = first.counts["num_prefill_tokens"] > 0
     times = _gpu.interleaved(eager, mode="wall", rounds=3 if has_loop else 15)
-    hosts = {f"{side}, tensors": [build(first, side)] for side in builders}
-    hosts |= {f"{side}, host arrays": [build_from_host(side)] for side in builders}
+    hosts = {"tensors": [build(first)], "host arrays": [build_from_host]}
     host_us = _gpu.interleaved(hosts, mode="host", rounds=15)
     record.case(
         f"{label}, eager",
         times,
-        ours=TRITON,
+        ours=OURS,
         bytes_moved=first.num_bytes,
         host_us={side: spread["p50"] for side, spread in host_us.items()},
-        effects={side: _gpu.effects(build(first, side)) for side in builders},
         **_gpu.effects(build(first)),
     )
 
@@ -205,22 +187,21 @@ def decode_rows(batch_size: int) -> Rows:
 
 
 def subjects() -> dict[str, tuple[Callable[[], Any], list[torch.Tensor]]]:
-    """Steps of real serving by both kernels, for profiles and repeats."""
+    """Steps of real serving, for profiles and repeats."""
     found = {}
     cases = {"decode 128": decode_rows(128), "128 decode + 8k": PREFILL_STEPS["128 decode + 8k"]}
     for label, rows in cases.items():
-        step = make_step(rows, 0)
-        for side, builder in make_builders().items():
-            meta = builder.build(*step.tensors, **step.counts)
-            outputs = [meta.slot_mapping, meta.position_ids, meta.batch_id_per_token]
-            outputs += [meta.cu_seqlens_q, meta.cache_seqlens]
-            if meta.indexer_attn_mask_offsets is not None:
-                outputs += [meta.indexer_attn_mask_offsets, meta.cu_seqlens_kg]
+        step, builder = make_step(rows, 0), make_builder()
+        meta = builder.build(*step.tensors, **step.counts)
+        outputs = [meta.slot_mapping, meta.position_ids, meta.batch_id_per_token]
+        outputs += [meta.cu_seqlens_q, meta.cache_seqlens]
+        if meta.indexer_attn_mask_offsets is not None:
+            outputs += [meta.indexer_attn_mask_offsets, meta.cu_seqlens_kg]
 
-            def call(builder: StepMetadataBuilder = builder, step: Step = step) -> ForwardMeta:
-                return builder.build(*step.tensors, **step.counts)
+        def call(builder: StepMetadataBuilder = builder, step: Step = step) -> ForwardMeta:
+            return builder.build(*step.tensors, **step.counts)
 
-            found[label if side == TRITON else f"{label}, {side}"] = (call, outputs)
+        found[label] = (call, outputs)
     return found
 
 
@@ -231,9 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.quick:
         cases = {label: cases[label] for label in ("decode 128", "8 x 4k")}
     with _gpu.Recorder("step_metadata", args.out) as record:
-        builders = make_builders()
+        builder = make_builder()
         for label, rows in cases.items():
-            measure(record, builders, label, rows)
+            measure(record, builder, label, rows)
     return 0
 
 

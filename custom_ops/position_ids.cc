@@ -1,55 +1,114 @@
 // Paddle operator get_position_ids_and_mask_encoder_batch, with the reduced arguments of
-// PaddlePaddle/FastDeploy #7367.
-#include "binding.h"
+// PaddlePaddle/FastDeploy #7367. It checks its arguments and calls a launcher of csrc/.
+#include <string>
+
 #include "csrc/position_ids.h"
+#include "paddle/phi/api/ext/op_meta_info.h"
+
+#if defined(PADDLE_WITH_CUSTOM_DEVICE) && !defined(PADDLE_WITH_CUDA)
+#include "paddle/phi/backends/context_pool.h"
+#endif
+
+extern "C" const char* fd_dsa_cuda_error(int error);
 
 namespace {
 
+using Tensor = paddle::Tensor;
 constexpr char kOp[] = "get_position_ids_and_mask_encoder_batch";
 
-void position_ids(const paddle::Tensor& seq_lens_encoder, const paddle::Tensor& seq_lens_decoder,
-                  const paddle::Tensor& seq_lens_this_time, paddle::Tensor& position_ids) {
+// True where this library has kernels for the memory of a GPU.
+#if defined(PADDLE_WITH_CUDA) || defined(PADDLE_WITH_CUSTOM_DEVICE)
+constexpr bool kHasCuda = true;
+#else
+constexpr bool kHasCuda = false;
+#endif
+
+// Shape of a tensor in words: [2, 3].
+std::string shape_of(const Tensor& tensor) {
+  std::string text;
+  for (const int64_t size : tensor.shape()) {
+    text += (text.empty() ? "[" : ", ") + std::to_string(size);
+  }
+  return text.empty() ? "[]" : text + "]";
+}
+
+// Refuses a tensor that is not int32, not in the memory of the first one, or too large.
+void check_tensor(const char* name, const Tensor& tensor, const Tensor& first) {
   constexpr auto kInt32 = paddle::DataType::INT32;
+  PD_CHECK(tensor.dtype() == kInt32, kOp, ": ", name, ": got dtype ", tensor.dtype(),
+           ", allowed is ", kInt32, "; convert it");
+  PD_CHECK(tensor.place() == first.place(), kOp, ": ", name, ": lies on ", tensor.place(),
+           ", the first tensor on ", first.place(), "; put all of them in one place");
+  PD_CHECK(tensor.numel() <= INT32_MAX, kOp, ": ", name, ": got ", tensor.numel(),
+           " entries, allowed are at most ", INT32_MAX);
+}
+
+// Whether a tensor is in host memory. Refuses memory that this library has no kernels for.
+bool runs_on_cpu(const Tensor& tensor) {
+  if (tensor.is_cpu()) return true;
+#if defined(PADDLE_WITH_CUDA)
+  const bool is_device = tensor.is_gpu();
+#else
+  const bool is_device = kHasCuda && tensor.is_custom_device();
+#endif
+  PD_CHECK(is_device, kOp, ": the tensors lie on ", tensor.place(),
+           ", but this build of fd_dsa_ops has kernels for ",
+           kHasCuda ? "host memory and its GPU" : "host memory alone",
+           "; build it beside a Paddle that has CUDA");
+  return false;
+}
+
+// The stream of a tensor's device on which Paddle queues its own work now.
+void* stream_of(const Tensor& tensor) {
+#if defined(PADDLE_WITH_CUDA)
+  return static_cast<void*>(tensor.stream());
+#elif defined(PADDLE_WITH_CUSTOM_DEVICE)
+  auto* context = phi::DeviceContextPool::Instance().Get(tensor.place());
+  return static_cast<phi::CustomContext*>(context)->stream();
+#else
+  return nullptr;
+#endif
+}
+
+void position_ids(const Tensor& seq_lens_encoder, const Tensor& seq_lens_decoder,
+                  const Tensor& seq_lens_this_time, Tensor& position_ids) {
   const int64_t num_rows = seq_lens_this_time.numel(), num_tokens = position_ids.numel();
-  const std::pair<const char*, const paddle::Tensor*> lengths[] = {
+  const std::pair<const char*, const Tensor*> lengths[] = {
       {"seq_lens_encoder", &seq_lens_encoder},
       {"seq_lens_decoder", &seq_lens_decoder},
       {"seq_lens_this_time", &seq_lens_this_time}};
   for (const auto& [name, tensor] : lengths) {
-    fd_dsa::check_tensor(kOp, name, *tensor, kInt32, seq_lens_encoder);
-    PD_CHECK(tensor->numel() == num_rows, kOp, ": ", name, ": got shape ",
-             fd_dsa::shape_of(*tensor), ", seq_lens_this_time has shape ",
-             fd_dsa::shape_of(seq_lens_this_time), "; pass one entry for each row in all three");
+    check_tensor(name, *tensor, seq_lens_encoder);
+    PD_CHECK(tensor->numel() == num_rows, kOp, ": ", name, ": got shape ", shape_of(*tensor),
+             ", seq_lens_this_time has shape ", shape_of(seq_lens_this_time),
+             "; pass one entry for each row in all three");
   }
-  fd_dsa::check_tensor(kOp, "position_ids", position_ids, kInt32, seq_lens_encoder);
-  fd_dsa::check_range(kOp, "number of rows", num_rows, 0, INT32_MAX);
-  fd_dsa::check_range(kOp, "number of position_ids", num_tokens, 0, INT32_MAX);
+  check_tensor("position_ids", position_ids, seq_lens_encoder);
   if (num_rows == 0 || num_tokens == 0) return;
   const auto* decoder = seq_lens_decoder.data<int32_t>();
   const auto* this_time = seq_lens_this_time.data<int32_t>();
   auto* positions = position_ids.data<int32_t>();
-  if (fd_dsa::runs_on_cpu(kOp, position_ids)) {
+  if (runs_on_cpu(position_ids)) {
     fd_dsa::position_ids_cpu(decoder, this_time, positions, num_rows, num_tokens);
     return;
   }
-  if constexpr (fd_dsa::kHasCuda) {
-    fd_dsa::check_launch(
-        kOp, fd_dsa_position_ids_cuda(decoder, this_time, positions, num_rows, num_tokens,
-                                      fd_dsa::stream_of(position_ids)));
+  if constexpr (kHasCuda) {
+    const int error = fd_dsa_position_ids_cuda(decoder, this_time, positions, num_rows,
+                                               num_tokens, stream_of(position_ids));
+    PD_CHECK(error == 0, kOp, ": the kernel cannot be launched: ", fd_dsa_cuda_error(error), " (",
+             error, ")");
   }
 }
 
-std::vector<std::vector<int64_t>> infer_shape(const std::vector<int64_t>&,
-                                              const std::vector<int64_t>&,
-                                              const std::vector<int64_t>&,
-                                              const std::vector<int64_t>& position_ids) {
-  return {position_ids};
+using Shape = std::vector<int64_t>;
+using Type = paddle::DataType;
+
+std::vector<Shape> infer_shape(const Shape&, const Shape&, const Shape&, const Shape& positions) {
+  return {positions};
 }
 
-std::vector<paddle::DataType> infer_dtype(const paddle::DataType&, const paddle::DataType&,
-                                          const paddle::DataType&,
-                                          const paddle::DataType& position_ids) {
-  return {position_ids};
+std::vector<Type> infer_dtype(const Type&, const Type&, const Type&, const Type& positions) {
+  return {positions};
 }
 
 }  // namespace

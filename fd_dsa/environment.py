@@ -23,8 +23,7 @@ Read from measurements (docs/performance.md).
 """
 
 OP_PROVIDERS = {
-    operator: ("custom_op", "triton")
-    for operator in ("step_metadata", "topk", "sparse_mla", "sparse_mla_wide")
+    operator: ("custom_op", "triton") for operator in ("topk", "sparse_mla", "sparse_mla_wide")
 }
 """Operators that have more than one provider on a GPU, and those that may be asked for."""
 

@@ -1,7 +1,6 @@
 // The launchers of the C ABI. A file of its own for each large operator keeps builds parallel.
 #include "position_ids.cuh"
 #include "sparse_mla.h"
-#include "step_metadata.cuh"
 
 extern "C" int fd_dsa_position_ids_cuda(const int32_t* seq_lens_decoder,
                                         const int32_t* seq_lens_this_time, int32_t* position_ids,
@@ -15,10 +14,5 @@ extern "C" const char* fd_dsa_cuda_error(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-extern "C" int fd_dsa_step_metadata_cuda(const FdDsaStep* step, void* stream) {
-  return fd_dsa::launch_step_metadata(*step, stream);
-}
-
-// Sizes of structures, which a caller in another language compares with its own.
-extern "C" int fd_dsa_step_bytes() { return static_cast<int>(sizeof(FdDsaStep)); }
+// Size of a structure, which a caller in another language compares with its own.
 extern "C" int fd_dsa_sparse_mla_bytes() { return static_cast<int>(sizeof(FdDsaSparseMla)); }

@@ -35,8 +35,7 @@ class StepMetadataBuilder:
         device: "cpu" = the arrays of a step are Paddle CPU tensors over the builder's memory;
             "numpy" = they are the NumPy arrays themselves, and Paddle is never imported;
             "gpu", "gpu:0" or a custom device such as "name:0" = Paddle tensors in its memory,
-            filled by one launch, of the CUDA C++ kernel of custom_ops/ where that is built and
-            agrees with our definition on small steps, else of the Triton kernel.
+            filled by one launch of a Triton kernel.
         allocate: how the buffers on a device are made, `(shape, dtype name) -> tensor`, for
             tensors of another library that the launcher knows; None = Paddle's.
         int32_position_ids: whether a step's positions are written as int32 too, for operators
@@ -48,8 +47,7 @@ class StepMetadataBuilder:
 
     Raises:
         ValueError: a size that is no integer, below 1 or past int32.
-        BackendUnavailable: no provider serves the device, or Paddle is missing, or
-            FD_DSA_OP_PROVIDER asks for a kernel that cannot be had.
+        BackendUnavailable: no provider serves the device, or Paddle is missing.
 
     Not thread-safe: one builder serves one stream of steps.
     """
@@ -159,10 +157,8 @@ def _provider_for(
         return HostProvider(limits, _paddle_view(), int32_position_ids)
     # the kernel and its launcher are loaded only where a device is asked for
     from fd_dsa.step.device import DeviceProvider, paddle_allocator
-    from fd_dsa.step.probe import kernels_that_serve
 
-    allocate = allocate or paddle_allocator(device)
-    return DeviceProvider(limits, allocate, int32_position_ids, kernels_that_serve(allocate))
+    return DeviceProvider(limits, allocate or paddle_allocator(device), int32_position_ids)
 
 
 def _paddle_view() -> View:

@@ -32,21 +32,16 @@ class DeviceProvider:
         limits: sizes that every step keeps to.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
         int32_position_ids: whether positions are written as int32 too.
-        kernels: library of custom_ops/ whose kernel serves; None = Triton's.
     """
 
     def __init__(
-        self,
-        limits: StepLimits,
-        allocate: Allocate,
-        int32_position_ids: bool = False,
-        kernels: Any = None,
+        self, limits: StepLimits, allocate: Allocate, int32_position_ids: bool = False
     ) -> None:
         self._limits = limits
         self._allocate = allocate
         self._buffers = DeviceBuffers(limits, allocate, int32_position_ids)
         self._views = StepViews(self._buffers, lambda tensor: tensor)
-        self._launch = StepLaunch(limits, self._buffers, kernels=kernels)
+        self._launch = StepLaunch(limits, self._buffers)
         self._transfers = transfers_for(self._buffers.cu_seqlens_q)
         self._staging: StagedInputs | None = None
         self._reads_back = step_checks_requested()

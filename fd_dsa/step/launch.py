@@ -6,7 +6,6 @@ from typing import Any
 
 from fd_dsa.step.checks import INT32_MAX, StepInputs, StepLimits
 from fd_dsa.step.counts import StepCounts
-from fd_dsa.step.custom_op import CustomOpForm
 from fd_dsa.step.forward_meta import Array
 from fd_dsa.step.kernel import step_metadata_kernel
 from fd_dsa.step.views import OUTPUTS, WINDOWS, OutputBuffers
@@ -31,8 +30,7 @@ class StepLaunch:
     Args:
         limits: sizes that every step keeps to.
         buffers: where the kernel writes.
-        decode, mixed: tile and warps of a Triton program in decode-only and in other steps.
-        kernels: library of custom_ops/ whose kernel serves instead of Triton's.
+        decode, mixed: tile and warps of a program in decode-only and in other steps.
     """
 
     def __init__(
@@ -41,18 +39,10 @@ class StepLaunch:
         buffers: OutputBuffers,
         decode: tuple[int, int] = (DECODE_TILE, DECODE_WARPS),
         mixed: tuple[int, int] = (MIXED_TILE, MIXED_WARPS),
-        kernels: Any = None,
     ) -> None:
-        self._forms: tuple[_Form | CustomOpForm, ...] = (
-            (
-                _Form(limits, buffers, False, *decode),
-                _Form(limits, buffers, True, *mixed),
-            )
-            if kernels is None
-            else (
-                CustomOpForm(limits, buffers, False, kernels),
-                CustomOpForm(limits, buffers, True, kernels),
-            )
+        self._forms = (
+            _Form(limits, buffers, False, *decode),
+            _Form(limits, buffers, True, *mixed),
         )
         self._tokens, self._windows = _Extent(), _Extent()
         empty = (buffers.cu_seqlens_q,) * len(StepInputs._fields)
@@ -93,7 +83,7 @@ class _Extent:
 
 
 class _Form:
-    """One compiled form of Triton's kernel, with or without the windows of prefill rows."""
+    """One compiled form of the kernel, with or without the windows of prefill rows."""
 
     def __init__(
         self, limits: StepLimits, buffers: OutputBuffers, has_prefill: bool, tile: int, warps: int

@@ -22,7 +22,7 @@ def fresh() -> Iterator[None]:
 
 def serving(reason: str) -> str:
     """What a benchmark sets up: asks which kernel serves, whose probe says `reason`."""
-    kernels = custom_ops.choose("step_metadata", lambda library: reason)
+    kernels = custom_ops.choose("topk", lambda library: reason)
     return "triton" if kernels is None else "custom op"
 
 
@@ -32,7 +32,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_serves_what_is_set_up_with_it_and_nothing_after(library: None) -> None:
-    assert _custom_ops.set_up("step_metadata", lambda: serving("")) == "custom op"
+    assert _custom_ops.set_up("topk", lambda: serving("")) == "custom op"
     assert serving("") == "triton"
 
 
@@ -42,13 +42,13 @@ def test_what_was_taken_before_does_not_serve_without(monkeypatch: pytest.Monkey
     assert _custom_ops.without(lambda: serving("")) == "triton"
     installed = custom_ops.Build(custom_ops.BUILT, "for a GPU", "x.so", kernels=object())
     monkeypatch.setattr(custom_ops, "build", lambda: installed)
-    with pytest.raises(RuntimeError, match="fd_dsa_ops serves step_metadata; uninstall it"):
+    with pytest.raises(RuntimeError, match="fd_dsa_ops serves topk; uninstall it"):
         _custom_ops.without(lambda: serving(""))
 
 
 def test_one_that_disagrees_is_left_out(library: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _custom_ops.set_up("step_metadata", lambda: serving("slots differ")) is None
-    assert "left out: step_metadata: slots differ" in capsys.readouterr().out
+    assert _custom_ops.set_up("topk", lambda: serving("slots differ")) is None
+    assert "left out: topk: slots differ" in capsys.readouterr().out
 
 
 def test_without_a_compiler_it_is_left_out(
@@ -58,7 +58,7 @@ def test_without_a_compiler_it_is_left_out(
         raise BuildError("no nvcc")
 
     monkeypatch.setattr(_custom_ops, "build_library", refuse)
-    assert _custom_ops.set_up("step_metadata", lambda: serving("")) is None
+    assert _custom_ops.set_up("topk", lambda: serving("")) is None
     assert "custom operators left out: no nvcc" in capsys.readouterr().out
 
 
@@ -66,5 +66,5 @@ def test_a_library_that_cannot_be_loaded_is_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(_custom_ops, "build_library", lambda: tmp_path / "missing.so")
-    assert _custom_ops.set_up("step_metadata", lambda: serving("")) is None
+    assert _custom_ops.set_up("topk", lambda: serving("")) is None
     assert "missing.so" in capsys.readouterr().out

@@ -29,8 +29,6 @@ class HostApi(DeviceApi):
 def adopted(library: Path, monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool) -> Iterator[None]:
     """Builders take the C ABI of a library inside; of one for host memory, unless `on_gpu`."""
     if not on_gpu:
-        monkeypatch.setattr("fd_dsa.step.probe.INTERPRETING", False)
-        monkeypatch.setattr("fd_dsa.step.custom_op.api_for_type", lambda kind: HostApi())
         driver = SimpleNamespace(num_devices=1)
         monkeypatch.setattr("fd_dsa.triton_runtime.c_launch.cuda", lambda: driver)
     custom_ops.use_library(library)

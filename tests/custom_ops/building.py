@@ -137,4 +137,4 @@ def host_library() -> Path:
 
 def emulated_library() -> Path:
     """The kernels themselves, compiled as C++, their threads run one after the other."""
-    return compile_library(EMULATED / "step_emulated.cc", EMULATED, SOURCES / "csrc")
+    return compile_library(EMULATED / "position_ids_emulated.cc", EMULATED, SOURCES / "csrc")

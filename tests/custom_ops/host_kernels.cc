@@ -1,13 +1,7 @@
 // The C ABI of the kernels with host code behind it: what calls them is tested without a GPU.
 #include "position_ids.h"
 #include "sparse_mla.h"
-#include "step_metadata.h"
 #include "topk.h"
-
-extern "C" int fd_dsa_step_metadata_cuda(const FdDsaStep* step, void*) {
-  fd_dsa::step_metadata_cpu(*step);
-  return 0;
-}
 
 extern "C" int fd_dsa_position_ids_cuda(const int32_t* seq_lens_decoder,
                                         const int32_t* seq_lens_this_time, int32_t* position_ids,
@@ -23,8 +17,6 @@ extern "C" int fd_dsa_topk_cuda(const FdDsaTopk* rows, void*) {
 }
 
 extern "C" int fd_dsa_topk_bytes() { return static_cast<int>(sizeof(FdDsaTopk)); }
-
-extern "C" int fd_dsa_step_bytes() { return static_cast<int>(sizeof(FdDsaStep)); }
 
 extern "C" int fd_dsa_sparse_mla_bytes() { return static_cast<int>(sizeof(FdDsaSparseMla)); }
 

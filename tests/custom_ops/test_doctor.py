@@ -48,7 +48,7 @@ def test_a_built_package_is_checked_operator_by_operator(installed: Any) -> None
     lines = section.as_lines(found)
     assert lines[0].startswith("custom ops built: for Paddle 3.")
     assert lines[0].endswith(f" without CUDA kernels ({installed.LIBRARY})")
-    assert "           fd_dsa_step_metadata on cpu: ok" in lines
+    assert "           get_position_ids_and_mask_encoder_batch on cpu: ok" in lines
 
 
 @pytest.mark.parametrize("name", sorted(section.CHECKS))

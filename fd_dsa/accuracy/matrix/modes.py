@@ -158,7 +158,7 @@ MODES: tuple[Mode, ...] = (
         "triton",
         "Triton's kernels in the place of the custom operators",
         REFERENCE,
-        environment={"FD_DSA_OP_PROVIDER": "step_metadata=triton,topk=triton"},
+        environment={"FD_DSA_OP_PROVIDER": "topk=triton"},
         needs=CUSTOM_OPS,
     ),
 )
