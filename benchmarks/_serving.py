@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks._harness import ROOT, Worker, on_cpus
-from fd_dsa.accuracy.server import own_server
+from fd_dsa.client.own_server import own_server
 
 # as the worker `ours` builds its engine
 _FLAGS = ("--max-num-seqs", "32", "--kv-cache-memory-bytes", "4G", "--log-level", "warning")

@@ -28,8 +28,8 @@ ROOMS = (
     "chat",
     "engine",
     "serve",
-    "accuracy",
     "client",
+    "accuracy",
     "doctor",
     "cli",
 )
@@ -44,7 +44,7 @@ ONLY_IN = {
     "nltk": ("accuracy",),
     "langdetect": ("accuracy",),
     "llguidance": ("engine",),
-    "matplotlib": ("accuracy", "client"),
+    "matplotlib": ("client",),
     "torch": (),
     "transformers": (),
 }

@@ -1,39 +1,47 @@
-"""`python -m fd_dsa.accuracy compare`: two runs, paired, or two published lines of a table."""
+"""`compare`: two runs, paired: verdict, warnings, tables, JSON."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.accuracy import plots, published, report
-from fd_dsa.accuracy.comparison_report import JSON_FILE, PAGE_FILE, PICTURE_FILE, files, parts
-from fd_dsa.accuracy.paired import PROMPTS, compare
-from fd_dsa.accuracy.scores import read_scores
-from fd_dsa.errors import ConfigError
+from fd_dsa.accuracy.paired import PROMPTS, Comparison, Flip, compare
+from fd_dsa.accuracy.scores import cut_warning, read_scores
+from fd_dsa.accuracy.stats import (
+    ALPHA,
+    RESAMPLES,
+    SEED,
+    Estimate,
+    least_one_sided_flips,
+    most_unseen_share,
+    signed,
+    smallest_difference,
+)
+from fd_dsa.accuracy.types import PROMPT_STRICT
+from fd_dsa.client import report
+from fd_dsa.client.report import Table
 
+JSON_FILE, PAGE_FILE = "compare.json", "compare.md"
 # of the list of flips on the terminal; the files hold all
 _SHOWN_FLIPS = 20
-_EPILOG = """\
-BEFORE and AFTER are folders of scored runs, or their scores.json. With --counts they are the
-published figures of two runs: percentages or counts of the four metrics, with commas between them,
-  compare --counts 86.69,91.01,89.46,93.05 87.80,91.61,90.94,93.65
-in the order prompt strict, instruction strict, prompt loose, instruction loose.
-"""
+FLIP_RATES = (0.02, 0.05, 0.10)
+"""Shares of flipping prompts for which the smallest visible difference is computed."""
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the parser of `compare`."""
     parser = subparsers.add_parser(
         "compare",
-        description="Compare two runs on the same prompts: flips, exact test, intervals, verdict.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Compare two runs on the same prompts: flips, exact test, intervals, verdict. "
+        "BEFORE and AFTER are folders of scored runs, or their scores.json.",
         allow_abbrev=False,
     )
     parser.add_argument("before", metavar="BEFORE", help="first run")
     parser.add_argument("after", metavar="AFTER", help="second run")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON, page and picture here")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON and page here")
     parser.add_argument(
         "--allow",
         action="append",
@@ -41,51 +49,216 @@ def add_parser(subparsers: Any) -> None:
         metavar="FIELD",
         help=f"compare although FIELD differs; `{PROMPTS}`: on the common ones; repeatable",
     )
-    parser.add_argument("--counts", action="store_true", help="figures of a table, not folders")
-    parser.add_argument("--prompts", type=int, metavar="N", help="of a table's runs (541)")
-    parser.add_argument("--instructions", type=int, metavar="N", help="of a table's runs (834)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare and report; 0 whatever the verdict is.
-
-    Raises:
-        ConfigError: a run cannot be read, or the two do not belong together.
-    """
+    """Compare and report; 0 whatever the verdict is."""
     if args.out is not None:
         report.check_folder(args.out)
-        plots.require()
-    if args.counts:
-        return _run_published(args)
-    for flag in ("prompts", "instructions"):
-        if getattr(args, flag) is not None:
-            raise ConfigError(f"--{flag}: only with --counts; runs know their own number")
-    before, after = read_scores(Path(args.before)), read_scores(Path(args.after))
+    paths = Path(args.before), Path(args.after)
+    before, after = map(read_scores, paths)
     found = compare(before, after, args.allow)
-    names = _names(Path(args.before), Path(args.after))
+    names = _names(*paths)
     report.show(parts(found, names, _SHOWN_FLIPS))
     if args.out is not None:
-        report.write_files(args.out, files(found, names))
-        report.show([f"Written to {args.out}: {JSON_FILE}, {PAGE_FILE}, {PICTURE_FILE}"])
-    return 0
-
-
-def _run_published(args: argparse.Namespace) -> int:
-    """The form for tables without results of each prompt."""
-    if args.allow:
-        raise ConfigError("--allow: not with --counts; a table has no settings to compare")
-    prompts = 541 if args.prompts is None else args.prompts
-    instructions = 834 if args.instructions is None else args.instructions
-    table = published.read_table(args.before, args.after, prompts, instructions)
-    report.show(published.parts(table))
-    if args.out is not None:
-        report.write_files(args.out, published.files(table, JSON_FILE, PAGE_FILE, PICTURE_FILE))
-        report.show([f"Written to {args.out}: {JSON_FILE}, {PAGE_FILE}, {PICTURE_FILE}"])
+        page = report.page(f"{names[0]} and {names[1]}", parts(found, names))
+        files = {JSON_FILE: report.as_json(_json(found, names)), PAGE_FILE: page}
+        report.write_files(args.out, files)
+        report.show([f"Written to {args.out}: {', '.join(files)}"])
     return 0
 
 
 def _names(before: Path, after: Path) -> tuple[str, str]:
     """Names of the runs: their folders', or before and after where those are the same."""
-    folders = [path if path.is_dir() else path.parent for path in (before, after)]
-    names = [folder.resolve().name for folder in folders]
-    return ("before", "after") if names[0] == names[1] else (names[0], names[1])
+    one, two = ((p if p.is_dir() else p.parent).resolve().name for p in (before, after))
+    return ("before", "after") if one == two else (one, two)
+
+
+def parts(found: Comparison, names: tuple[str, str], most: int | None = None) -> list[str | Table]:
+    """Verdict, warnings, tables."""
+    first, *others = verdict(found)
+    return [
+        f"**Verdict.** {first}",
+        *others,
+        *_warnings(found),
+        _metric_table(found, names),
+        *_flip_table(found.flips, most),
+        _setting_part(found),
+    ]
+
+
+def _warnings(found: Comparison) -> list[str]:
+    """What makes the comparison weaker than it looks."""
+    lines = []
+    for change in found.settings:
+        values = f"{change.before!r} before, {change.after!r} after"
+        if change.decisive:
+            lines.append(f"Warning: {change.name}: {values}; allowed, but not done alike.")
+        elif change.batching and found.same_answers < found.prompts:
+            lines.append(
+                f"Warning: {change.name}: {values}; greedy tokens may depend on the batch, so "
+                "flips may come from that alone."
+            )
+    if found.only_before or found.only_after:
+        lines.append(
+            f"Warning: prompts: {found.only_before} only before, {found.only_after} only after, "
+            f"left out; {found.prompts} compared."
+        )
+    if any((run.settings.temperature or 0) > 0 for run in (found.before, found.after)):
+        lines.append("Warning: temperature above 0: flips are also draws, not only the change.")
+    cuts = (cut_warning(found.before, " of before"), cut_warning(found.after, " of after"))
+    return lines + [line for line in cuts if line]
+
+
+def _metric_table(found: Comparison, names: tuple[str, str]) -> Table:
+    """The four metrics."""
+    rows = []
+    for name, change in found.metrics.items():
+        sides = [
+            f"{side.passed}/{side.total} = {100 * side.share.value:.2f}"
+            for side in (change.before, change.after)
+        ]
+        p = "-" if change.p is None else p_digits(change.p)
+        flips = str(change.worse), str(change.better)
+        rows.append((name, *sides, change.difference.points(), *flips, p))
+    notes = (
+        f"The primary metric, named before any run, is {PROMPT_STRICT}; the others are strongly "
+        "correlated with it and no further evidence. Differences in points with 95 % intervals by "
+        f"bootstrap over prompts ({RESAMPLES:,} resamples, seed {SEED}), which are too narrow "
+        "where only a handful of prompts flip: the verdict's interval is made from the flips. p: "
+        "exact McNemar, on the prompt level only, since instructions of one prompt are not "
+        "independent.",
+    )
+    heading = ("metric", names[0], names[1], "difference", "worse", "better", "p")
+    return Table("Metrics, %", heading, tuple(rows), notes)
+
+
+def _flip_table(flips: Sequence[Flip], most: int | None) -> list[Table]:
+    """Prompts whose strict result changed, those that got worse first; nothing without any."""
+    if not flips:
+        return []
+    ordered = sorted(flips, key=lambda flip: flip.better)
+    same = {True: "same", False: "differs", None: "unknown"}
+    rows = tuple(
+        (f.key, "better" if f.better else "worse", ", ".join(f.instructions), same[f.same_answer])
+        for f in ordered[:most]
+    )
+    left = len(ordered) - len(rows)
+    notes = (f"{left} more: --out writes all.",) if left else ()
+    heading = ("key", "after is", "instructions that changed", "answer")
+    return [Table(f"Prompts that flipped, strict: {len(flips)}", heading, rows, notes)]
+
+
+def _setting_part(found: Comparison) -> str | Table:
+    """Recorded settings that differ."""
+    if not found.settings:
+        return "All recorded settings are the same in both runs."
+    rows = tuple((change.name, str(change.before), str(change.after)) for change in found.settings)
+    return Table("Settings that differ", ("setting", "before", "after"), rows)
+
+
+def _json(found: Comparison, names: tuple[str, str]) -> dict[str, Any]:
+    """The comparison as a JSON object, in percent and points."""
+    return {
+        "names": {"before": names[0], "after": names[1]},
+        "verdict": verdict(found),
+        "warnings": _warnings(found),
+        "primary": PROMPT_STRICT,
+        "prompts": {
+            "common": found.prompts,
+            "only_before": found.only_before,
+            "only_after": found.only_after,
+        },
+        "answers": {"same": found.same_answers, "unknown": found.unknown_answers},
+        "metrics": {name: change.to_json() for name, change in found.metrics.items()},
+        "flips": [asdict(flip) for flip in found.flips],
+        "settings": [asdict(change) for change in found.settings],
+    }
+
+
+def verdict(found: Comparison) -> list[str]:
+    """Sentences, the conclusion first."""
+    if found.same_answers == found.prompts:
+        return [
+            f"Equal, answer by answer: all {counted(found.prompts, 'answer')} have the same "
+            "SHA-256 in both runs. That is the strongest statement there is: on these prompts "
+            "nothing changed, and no statistics are needed.",
+            *_scorer(found),
+        ]
+    known = found.prompts - found.unknown_answers
+    answers = f"{known - found.same_answers} of {counted(known, 'answer')} differ in their text"
+    if found.unknown_answers:
+        answers += f"; {counted(found.unknown_answers, 'answer')} cannot be compared, hash missing"
+    return [*_tested(found), f"{answers}.", _visible(found), *_scorer(found)]
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 prompt`, `2 prompts`."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def p_digits(p: float) -> str:
+    """`0.031`, two digits; very small ones as a bound."""
+    return "< 0.0001" if p < 0.0001 else f"{p:#.2g}"
+
+
+def _visible(found: Comparison) -> str:
+    """The sentence on the smallest difference that so many prompts can show."""
+    when = {rate: f"if {100 * rate:.0f} % flip" for rate in FLIP_RATES}
+    if found.flip_rate > 0:
+        when[found.flip_rate] = f"at the observed {100 * found.flip_rate:.1f} %"
+    sizes = []
+    for rate, words in when.items():
+        size = smallest_difference(found.prompts, rate)
+        sizes.append(f"{'none' if size is None else f'{100 * size:.1f} points'} {words}")
+    least = least_one_sided_flips()
+    return (
+        f"The smallest difference that {counted(found.prompts, 'prompt')} can show with 80 % "
+        f"power: {', '.join(sizes)}. Fewer than {least} net flips "
+        f"({100 * least / found.prompts:.1f} points) are never significant."
+    )
+
+
+def _tested(found: Comparison) -> list[str]:
+    """What flips, exact test and interval say about the primary metric."""
+    change = found.primary
+    assert change.paired is not None and change.p is not None
+    if change.worse + change.better == 0:
+        most = 100 * most_unseen_share(found.prompts)
+        return [
+            "No change: no prompt changed its strict result. At most "
+            f"{most:.2g} % of such prompts change theirs (95 % confidence)."
+        ]
+    value, low, high = map(signed, change.paired)
+    digits = p_digits(change.p)
+    p = f"p {digits}" if digits.startswith("<") else f"p = {digits}"
+    flips = (
+        f"of {counted(found.prompts, 'prompt')}, {change.worse} got worse and {change.better} got "
+        f"better ({p}, exact McNemar); the difference is {value} points, 95 % interval {low} to "
+        f"{high}"
+    )
+    if change.p > ALPHA:
+        return [f"No difference shown: {flips}.", _not_excluded(change.paired)]
+    return [f"After is {'worse' if change.worse > change.better else 'better'}: {flips}."]
+
+
+def _not_excluded(difference: Estimate) -> str:
+    """What the interval leaves possible where the test shows nothing."""
+    if not difference.low <= 0 <= difference.high:
+        return "Borderline: the interval leaves zero out, the exact test, which decides, does not."
+    loss, gain = (f"{100 * part:.1f}" for part in (-difference.low, difference.high))
+    return (
+        f"That is no proof of equality: a loss of up to {loss} points and a gain of up to {gain} "
+        "points fit these runs."
+    )
+
+
+def _scorer(found: Comparison) -> list[str]:
+    """A warning where equal answers were scored differently."""
+    keys = [flip.key for flip in found.flips if flip.same_answer]
+    if not keys:
+        return []
+    return [
+        f"Warning: {counted(len(keys), 'prompt')} got another result for the same answer (key "
+        f"{', '.join(keys)}): the scoring differs there, not the model; score both runs again."
+    ]

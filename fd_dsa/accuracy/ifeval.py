@@ -1,6 +1,6 @@
 """`ifeval`: ask a server the prompts, keep its answers, score them. `score`: score kept answers.
 
-Whatever would end a run is looked for before the first request: the prompts, the checkers and
+Whatever would end a run later is checked before the first request: the prompts, the checkers and
 their sentence model, the folder, the server and the model's name.
 """
 
@@ -9,27 +9,32 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fd_dsa.accuracy import scorer
 from fd_dsa.accuracy.answers import Run, read_run
-from fd_dsa.accuracy.ifeval_report import show_report, write_report
-from fd_dsa.accuracy.prompts import OFFICIAL, Prompt, read_prompts, set_warning
-from fd_dsa.accuracy.report import check_folder
+from fd_dsa.accuracy.prompts import (
+    OFFICIAL,
+    Prompt,
+    is_response_file,
+    read_prompts,
+    read_responses,
+    set_warning,
+)
 from fd_dsa.accuracy.run import add_run_flags, connected
-from fd_dsa.accuracy.scores import Scores
-from fd_dsa.accuracy.types import ANSWERS_FILE, Answer
+from fd_dsa.accuracy.scores import Scores, parts, write_report
+from fd_dsa.accuracy.types import ANSWERS_FILE, END_OF_THOUGHT, RunSettings, without_reasoning
+from fd_dsa.client.flags import number
+from fd_dsa.client.questions import Answer
+from fd_dsa.client.report import check_folder, show
 from fd_dsa.errors import ConfigError
 
 TASK = "ifeval"
 MAX_TOKENS = 1280
 """As in lm-eval's task; a lower limit fails prompts that ask for up to 1,200 words."""
-
-_OUT = "ifeval"
-_END_OF_THOUGHT = "</think>"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -48,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     ifeval.add_argument(
         "--subset",
         metavar="N",
-        type=_positive,
+        type=number(int, 1),
         help="N prompts only, spread evenly over the file; not comparable with the whole set",
     )
     ifeval.add_argument(
@@ -56,16 +61,22 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         action="store_true",
         help="keep the answers and score them later, or elsewhere, by `score`",
     )
-    add_run_flags(ifeval, out=_OUT, max_tokens=MAX_TOKENS)
+    add_run_flags(ifeval, out=TASK, max_tokens=MAX_TOKENS)
     ifeval.set_defaults(run=run)
     score = subparsers.add_parser(
         "score",
         allow_abbrev=False,
-        help="score the kept answers of an IFEval run again",
-        description="Score the answers that an IFEval run has kept. Asks no server.",
+        help="score kept answers, or a file of responses",
+        description="Score the answers that an IFEval run has kept, or those of an official "
+        'response file, JSON lines of {"prompt": ..., "response": ...}. Asks no server.',
     )
     score.add_argument(
-        "run_folder", metavar="RUN", help=f"folder of the run, or its {ANSWERS_FILE}"
+        "source",
+        metavar="RUN",
+        help=f"folder of a run, its {ANSWERS_FILE}, or a response file, its lines in any order",
+    )
+    score.add_argument(
+        "--prompts", metavar="FILE", help="of a response file (default: the official 541)"
     )
     score.add_argument(
         "--out", metavar="DIR", help="folder for scores and report (default: that of the answers)"
@@ -73,19 +84,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     score.set_defaults(run=run_score)
 
 
-def _positive(text: str) -> int:
-    """A number of prompts."""
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a whole number from 1 on")
-    return int(text)
-
-
 def run(args: argparse.Namespace) -> int:
     """The command `ifeval`; returns 0 when all answers are there and scored."""
     prompts = read_prompts(args.prompts)
     settings = _prompt_settings(args.prompts, prompts)
     if args.subset is not None:
-        prompts = _spread(prompts, args.subset)
+        if args.subset > len(prompts):
+            raise ConfigError(f"--subset: got {args.subset}; the file has {len(prompts)} prompts")
+        prompts = [prompts[i * len(prompts) // args.subset] for i in range(args.subset)]
     settings["num_prompts"] = len(prompts)
     if not args.answers_only:
         scorer.ready(prompts)
@@ -95,19 +101,24 @@ def run(args: argparse.Namespace) -> int:
     if args.answers_only:
         sys.stdout.write(f"{len(kept.answers)} answers are in {Path(args.out) / ANSWERS_FILE}\n")
         return 0
-    return _score(kept, Path(args.out) / ANSWERS_FILE, Path(args.out))
+    return _score(*_answered(kept, Path(args.out)), kept.settings, Path(args.out), [])
 
 
 def run_score(args: argparse.Namespace) -> int:
     """The command `score`; returns 0 when the answers are scored."""
-    path = Path(args.run_folder)
+    path = Path(args.source)
     file = path / ANSWERS_FILE if path.is_dir() else path
+    out = file.parent if args.out is None else Path(args.out)
+    if is_response_file(file):
+        check_folder(out)
+        return _score_responses(file, args.prompts, out)
+    if args.prompts is not None:
+        raise ConfigError("--prompts: only with a response file; a run keeps its prompts")
     kept = read_run(file)
     if kept.settings.task != TASK:
         raise ConfigError(f"{file}: holds a run of {kept.settings.task}; score reads ifeval")
-    out = file.parent if args.out is None else Path(args.out)
     check_folder(out)
-    return _score(kept, file, out)
+    return _score(*_answered(kept, file), kept.settings, out, [])
 
 
 def _prompt_settings(path: str | None, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -120,22 +131,13 @@ def _prompt_settings(path: str | None, prompts: Sequence[Prompt]) -> dict[str, A
     }
 
 
-def _spread(prompts: list[Prompt], count: int) -> list[Prompt]:
-    """`count` prompts, evenly spread over all of them."""
-    if count > len(prompts):
-        raise ConfigError(f"--subset: got {count}; the file has {len(prompts)} prompts")
-    return [prompts[i * len(prompts) // count] for i in range(count)]
-
-
-def _prompts_of(kept: Run, file: Path) -> list[Prompt]:
-    """The prompts of the answers, which a run keeps beside them, in the order of their keys."""
+def _answered(kept: Run, file: Path) -> tuple[list[Prompt], list[Answer]]:
+    """The prompts that a run keeps, in the order of the official set, and their answers."""
     found = []
-    for key, record in kept.records.items():
-        if record.answer.error is not None:
-            continue
+    for key in kept.answers:
+        record = kept.records[key]
         try:
-            rules: Mapping[str, Any] = record.metadata
-            text = record.messages[-1]["content"]
+            text, rules = record.messages[-1]["content"], record.metadata
             found.append(Prompt(key, text, tuple(rules["instruction_ids"]), tuple(rules["kwargs"])))
         except (LookupError, TypeError) as error:
             raise ConfigError(
@@ -144,37 +146,43 @@ def _prompts_of(kept: Run, file: Path) -> list[Prompt]:
     if not found:
         raise ConfigError(f"{file}: holds no answer yet; there is nothing to score")
     official = {prompt.key: place for place, prompt in enumerate(read_prompts())}
-    return sorted(found, key=lambda prompt: (official.get(prompt.key, len(official)), prompt.key))
+    found.sort(key=lambda prompt: (official.get(prompt.key, len(official)), prompt.key))
+    return found, [kept.answers[prompt.key] for prompt in found]
 
 
-def _score(kept: Run, file: Path, out: Path) -> int:
+def _score_responses(file: Path, prompt_file: str | None, out: Path) -> int:
+    """Score a response file; of its settings only the prompts are known."""
+    prompts = read_prompts(prompt_file)
+    found = read_responses(file, prompts)
+    known = _prompt_settings(prompt_file, prompts) | {"num_prompts": len(found.texts)}
+    settings = RunSettings(TASK, None, file.stem, None, None, None, None, task_settings=known)
+    answered = [prompt for prompt in prompts if prompt.key in found.texts]
+    answers = [Answer(prompt.key, found.texts[prompt.key]) for prompt in answered]
+    return _score(answered, answers, settings, out, found.notes())
+
+
+def _score(
+    prompts: Sequence[Prompt],
+    answers: Sequence[Answer],
+    settings: RunSettings,
+    out: Path,
+    notes: list[str],
+) -> int:
     """Score, show, write; the order of prompts, which intervals may depend on, is always one."""
-    prompts = _prompts_of(kept, file)
     versions = scorer.ready(prompts)
-    answers, stripped = _without_reasoning([kept.answers[prompt.key] for prompt in prompts])
-    settings = replace(
-        kept.settings, task_settings={**kept.settings.task_settings, "scorer": versions}
-    )
+    num_stripped = sum(END_OF_THOUGHT in answer.text for answer in answers)
+    answers = [replace(answer, text=without_reasoning(answer.text)) for answer in answers]
+    task_settings = {**settings.task_settings, "scorer": versions}
+    settings = replace(settings, task_settings=task_settings)
     scores = Scores(settings, tuple(scorer.score(prompts, answers)))
-    notes = _notes(prompts, stripped)
-    show_report(scores, notes)
+    notes += _notes(prompts, num_stripped)
+    show(parts(scores, notes))
     paths = write_report(out, scores, notes)
     sys.stdout.write(f"\nwritten: {', '.join(str(path) for path in paths)}\n")
     return 0
 
 
-def _without_reasoning(answers: Sequence[Answer]) -> tuple[list[Answer], int]:
-    """The answers without what a model thinks aloud before them, and how many did."""
-    stripped = [
-        replace(answer, text=answer.text.rpartition(_END_OF_THOUGHT)[2].lstrip())
-        if _END_OF_THOUGHT in answer.text
-        else answer
-        for answer in answers
-    ]
-    return stripped, sum(_END_OF_THOUGHT in answer.text for answer in answers)
-
-
-def _notes(prompts: Sequence[Prompt], stripped: int) -> list[str]:
+def _notes(prompts: Sequence[Prompt], num_stripped: int) -> list[str]:
     """What a reader of the figures has to know."""
     notes = []
     if warning := set_warning(prompts):
@@ -184,8 +192,8 @@ def _notes(prompts: Sequence[Prompt], stripped: int) -> list[str]:
             f"The grade of {', '.join(drawn)} is drawn by the checkers, with a fixed seed here; "
             "other scorers may differ there."
         )
-    if stripped:
+    if num_stripped:
         notes.append(
-            f"{stripped} answers hold {_END_OF_THOUGHT}; what stands before it was not scored."
+            f"{num_stripped} answers hold {END_OF_THOUGHT}; what is before it was not scored."
         )
     return notes

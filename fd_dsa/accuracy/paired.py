@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fd_dsa.accuracy.scores import Metric, Scores, columns, metrics
+from fd_dsa.accuracy.scores import Metric, Scores, columns, metric
 from fd_dsa.accuracy.stats import Estimate, bootstrap_difference, mcnemar, paired_difference
-from fd_dsa.accuracy.types import (
-    METRICS,
-    PROMPT_LOOSE,
-    PROMPT_STRICT,
-    PromptScore,
-    RunSettings,
-)
+from fd_dsa.accuracy.types import METRICS, PROMPT_LOOSE, PROMPT_STRICT, PromptScore, RunSettings
 from fd_dsa.errors import ConfigError
 
 PROMPTS = "prompts"
-"""What `allow` names to compare runs over different prompts on those that both have."""
+"""What `allow` names to compare runs on the prompts that both have."""
 
 # another value asks another question, so the runs do not belong together
 _DECISIVE = ("task", "max_tokens", "temperature", "thinking")
@@ -33,30 +27,20 @@ _BATCHING = (
     "server.target_inter_token_latency_ms",
     "server.enable_prefix_caching",
 )
+_Pair = tuple[PromptScore, PromptScore]
 
 
 @dataclass(frozen=True)
 class SettingChange:
-    """A recorded setting that differs.
-
-    Attributes:
-        name: `max_tokens`, `server.kv_cache_dtype`, ...
-        before: its value.
-        after: its value.
-        decisive: the runs do not belong together, unless allowed by name.
-        batching: changes which requests share a step.
-    """
+    """A recorded setting that differs, such as `max_tokens` or `server.kv_cache_dtype`."""
 
     name: str
     before: Any
     after: Any
+    # the runs do not belong together, unless allowed by name
     decisive: bool
+    # changes which requests share a step
     batching: bool
-
-    @property
-    def allowed_by(self) -> str:
-        """What `allow` has to name."""
-        return PROMPTS if self.name == _PROMPT_FILE else self.name
 
 
 @dataclass(frozen=True)
@@ -64,13 +48,10 @@ class MetricChange:
     """One metric in both runs.
 
     Attributes:
-        before: of the first run.
-        after: of the second.
         difference: after - before, by bootstrap over prompts.
         paired: the same from the flips alone, which holds with few of them; None on the
             instruction level.
-        worse: prompts (prompt level) or instructions that passed before only.
-        better: those that passed after only.
+        worse, better: prompts or instructions that passed before only, and after only.
         p: exact McNemar; None on the instruction level, where trials are not independent.
     """
 
@@ -82,28 +63,18 @@ class MetricChange:
     better: int
     p: float | None
 
-
-@dataclass(frozen=True)
-class TypeChange:
-    """Instructions of one type, strict: all, followed before, after, before only, after only."""
-
-    total: int
-    before: int
-    after: int
-    worse: int
-    better: int
+    def to_json(self) -> dict[str, Any]:
+        """The change as a JSON object, in percent and points."""
+        estimates = ("before", "after", "difference", "paired")
+        found = {"worse": self.worse, "better": self.better, "p": self.p}
+        return {n: v and v.to_json() for n in estimates for v in [getattr(self, n)]} | found
 
 
 @dataclass(frozen=True)
 class Flip:
-    """A prompt whose result changed.
+    """A prompt whose result changed, and those of its instructions that did.
 
-    Attributes:
-        key: of the prompt.
-        better: True if it fails before and passes after.
-        instructions: those of its instructions that changed.
-        same_answer: True if both runs gave the same text, so that only the scorer differs; None
-            where a hash is missing.
+    `same_answer`: both runs gave the same text, so only the scorer differs; None where unknown.
     """
 
     key: str
@@ -114,28 +85,12 @@ class Flip:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that two paired runs say.
-
-    Attributes:
-        before: the first run, on the common prompts.
-        after: the second, on the same prompts in the same order.
-        metrics: name -> change; the first is the primary one.
-        types: instruction type -> change, by name.
-        strict: prompts that flipped on the strict prompt level, in the order of the first run.
-        loose: the same on the loose one.
-        same_answers: prompts whose answers have the same SHA-256.
-        unknown_answers: prompts with a hash missing in a run.
-        settings: what differs in the recorded settings; addresses left out.
-        only_before: prompts that only the first run has, left out.
-        only_after: prompts that only the second run has, left out.
-    """
+    """All that two paired runs say, on the prompts that both have, in the order of the first."""
 
     before: Scores
     after: Scores
     metrics: dict[str, MetricChange]
-    types: dict[str, TypeChange]
-    strict: tuple[Flip, ...]
-    loose: tuple[Flip, ...]
+    flips: tuple[Flip, ...]
     same_answers: int
     unknown_answers: int
     settings: tuple[SettingChange, ...]
@@ -152,48 +107,39 @@ class Comparison:
         """The change of the primary metric, named before any run."""
         return self.metrics[PROMPT_STRICT]
 
+    @property
+    def flip_rate(self) -> float:
+        """Share of prompts whose strict result changed."""
+        return (self.primary.worse + self.primary.better) / self.prompts
+
 
 def compare(before: Scores, after: Scores, allow: Collection[str] = ()) -> Comparison:
-    """Pair two runs by key and count what changed.
-
-    Args:
-        before: the first run.
-        after: the second.
-        allow: decisive settings that may differ, or `prompts`: see `PROMPTS`.
-
-    Raises:
-        ConfigError: `allow` names what is no setting, a decisive setting differs, the runs are
-            over different prompts, or none is in both; one line with the field and both values.
-    """
+    """Pair two runs by key and count what changed; `allow` names what may differ."""
     changes = setting_changes(before.settings, after.settings)
-    _check_allowed(allow, {PROMPTS, *_flat(before.settings), *_flat(after.settings)})
-    for change in changes:
-        if change.decisive and change.allowed_by not in allow:
-            raise ConfigError(
-                f"{change.name}: {change.before!r} before, {change.after!r} after; the runs were "
-                f"not asked or scored alike; do one again, or --allow {change.allowed_by}"
-            )
+    _check_settings(changes, allow, {PROMPTS, *before.settings.flat(), *after.settings.flat()})
     first, second = before.by_key, after.by_key
     common = [key for key in first if key in second]
-    missing = (len(first) - len(common), len(second) - len(common))
     _check_keys(len(first), len(second), len(common), PROMPTS in allow)
     pairs = [(first[key], second[key]) for key in common]
     for old, new in pairs:
-        _check_instructions(old, new)
-    same = [_same_answer(old, new) for old, new in pairs]
+        if old.instruction_ids != new.instruction_ids:
+            raise ConfigError(
+                f"prompts: key {old.key!r} has instructions {', '.join(old.instruction_ids)} "
+                f"before, {', '.join(new.instruction_ids)} after; the runs are over different "
+                "prompt files"
+            )
+    same = [_same_answer(pair) for pair in pairs]
     old_scores, new_scores = zip(*pairs, strict=True)
     return Comparison(
         before=replace(before, prompts=old_scores),
         after=replace(after, prompts=new_scores),
-        metrics=_metric_changes(old_scores, new_scores),
-        types=_type_changes(pairs),
-        strict=_flips(pairs, lambda score: score.follow_strict),
-        loose=_flips(pairs, lambda score: score.follow_loose),
+        metrics={name: _metric_change(name, old_scores, new_scores) for name in METRICS},
+        flips=_flips(pairs),
         same_answers=same.count(True),
         unknown_answers=same.count(None),
         settings=changes,
-        only_before=missing[0],
-        only_after=missing[1],
+        only_before=len(first) - len(common),
+        only_after=len(second) - len(common),
     )
 
 
@@ -203,38 +149,30 @@ def setting_changes(before: RunSettings, after: RunSettings) -> tuple[SettingCha
     Facts of a server that one run does not know are no difference; neither is its address. The
     seed is decisive only where answers are drawn.
     """
-    old, new = _flat(before), _flat(after)
-    drawn = before.temperature > 0 or after.temperature > 0
+    drawn = any((settings.temperature or 0) > 0 for settings in (before, after))
     changes = []
-    for name in dict.fromkeys([*old, *new]):
-        one, other = old.get(name), new.get(name)
-        unknown = name.startswith("server.") and None in (one, other)
-        if one == other or unknown or name == "base_url":
-            continue
-        asked = name in _DECISIVE or (
-            name.startswith("task_settings.") and name not in _ABOUT_PROMPTS
-        )
-        decisive = asked or (name == "seed" and drawn)
-        changes.append(SettingChange(name, one, other, decisive, name in _BATCHING))
+    for name, (one, other) in before.differences(after).items():
+        asked = name.startswith("task_settings.") and name not in _ABOUT_PROMPTS
+        decisive = asked or name in _DECISIVE or (name == "seed" and drawn)
+        if name != "base_url":
+            changes.append(SettingChange(name, one, other, decisive, name in _BATCHING))
     return tuple(sorted(changes, key=lambda change: not change.decisive))
 
 
-def _flat(settings: RunSettings) -> dict[str, Any]:
-    """Settings by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in settings.to_json().items():
-        inner: Mapping[str, Any] | None = value if isinstance(value, dict) else None
-        found.update(
-            {name: value} if inner is None else {f"{name}.{k}": v for k, v in inner.items()}
-        )
-    return found
-
-
-def _check_allowed(allow: Collection[str], known: Collection[str]) -> None:
-    """Raise where `allow` names nothing."""
+def _check_settings(
+    changes: Sequence[SettingChange], allow: Collection[str], known: Collection[str]
+) -> None:
+    """Raise where `allow` names nothing, or a decisive setting differs that it does not name."""
     for name in allow:
         if name not in known:
             raise ConfigError(f"--allow: got {name!r}; allowed are {', '.join(sorted(known))}")
+    for change in changes:
+        field = PROMPTS if change.name == _PROMPT_FILE else change.name
+        if change.decisive and field not in allow:
+            raise ConfigError(
+                f"{change.name}: {change.before!r} before, {change.after!r} after; the runs were "
+                f"not asked or scored alike; do one again, or --allow {field}"
+            )
 
 
 def _check_keys(before: int, after: int, common: int, allowed: bool) -> None:
@@ -251,84 +189,43 @@ def _check_keys(before: int, after: int, common: int, allowed: bool) -> None:
         )
 
 
-def _check_instructions(old: PromptScore, new: PromptScore) -> None:
-    """Raise where one key names two prompts."""
-    if old.instruction_ids != new.instruction_ids:
-        raise ConfigError(
-            f"prompts: key {old.key!r} has instructions {', '.join(old.instruction_ids)} before, "
-            f"{', '.join(new.instruction_ids)} after; the runs are over different prompt files"
-        )
+def _same_answer(pair: _Pair) -> bool | None:
+    """Reports whether both answers are the same text; None where a hash is missing."""
+    old, new = (score.answer_sha256 for score in pair)
+    return None if None in (old, new) else old == new
 
 
-def _same_answer(old: PromptScore, new: PromptScore) -> bool | None:
-    """Whether both answers are the same text; None where a hash is missing."""
-    if old.answer_sha256 is None or new.answer_sha256 is None:
-        return None
-    return old.answer_sha256 == new.answer_sha256
-
-
-def _metric_changes(
-    before: Sequence[PromptScore], after: Sequence[PromptScore]
-) -> dict[str, MetricChange]:
-    """Name -> change, the primary metric first."""
-    old, new = metrics(before), metrics(after)
-    found = {}
-    for name in METRICS:
-        first, sizes = columns(before, name)
-        second, _ = columns(after, name)
-        by_prompt = name in (PROMPT_STRICT, PROMPT_LOOSE)
-        worse, better = _instruction_flips(before, after, name)
-        if by_prompt:
-            worse = sum(x > y for x, y in zip(first, second, strict=True))
-            better = sum(x < y for x, y in zip(first, second, strict=True))
-        found[name] = MetricChange(
-            before=old[name],
-            after=new[name],
-            difference=bootstrap_difference(first, second, sizes),
-            paired=paired_difference(worse, better, len(before)) if by_prompt else None,
-            worse=worse,
-            better=better,
-            p=mcnemar(worse, better) if by_prompt else None,
-        )
-    return found
-
-
-def _instruction_flips(
-    before: Sequence[PromptScore], after: Sequence[PromptScore], metric: str
-) -> tuple[int, int]:
-    """Instructions that passed before only, and after only."""
-    loose = "loose" in metric
+def _metric_change(
+    name: str, before: Sequence[PromptScore], after: Sequence[PromptScore]
+) -> MetricChange:
+    """The change of one metric."""
+    by_prompt, loose = name in (PROMPT_STRICT, PROMPT_LOOSE), "loose" in name
     worse = better = 0
-    for old, new in zip(before, after, strict=True):
-        first, second = (s.follow_loose if loose else s.follow_strict for s in (old, new))
-        worse += sum(x > y for x, y in zip(first, second, strict=True))
-        better += sum(x < y for x, y in zip(first, second, strict=True))
-    return worse, better
+    for pair in zip(before, after, strict=True):
+        first, second = (s.follow_loose if loose else s.follow_strict for s in pair)
+        rows = [(all(first), all(second))] if by_prompt else zip(first, second, strict=True)
+        for x, y in rows:
+            worse += x > y
+            better += x < y
+    (old, sizes), (new, _) = columns(before, name), columns(after, name)
+    return MetricChange(
+        before=metric(before, name),
+        after=metric(after, name),
+        difference=bootstrap_difference(old, new, sizes),
+        paired=paired_difference(worse, better, len(before)) if by_prompt else None,
+        worse=worse,
+        better=better,
+        p=mcnemar(worse, better) if by_prompt else None,
+    )
 
 
-def _type_changes(pairs: Sequence[tuple[PromptScore, PromptScore]]) -> dict[str, TypeChange]:
-    """Instruction type -> its strict counts."""
-    counts: dict[str, list[int]] = {}
-    for old, new in pairs:
-        rows = zip(old.instruction_ids, old.follow_strict, new.follow_strict, strict=True)
-        for name, first, second in rows:
-            row = counts.setdefault(name, [0] * 5)
-            for place, value in enumerate((1, first, second, first > second, first < second)):
-                row[place] += value
-    return {name: TypeChange(*counts[name]) for name in sorted(counts)}
-
-
-def _flips(
-    pairs: Sequence[tuple[PromptScore, PromptScore]],
-    followed: Callable[[PromptScore], tuple[bool, ...]],
-) -> tuple[Flip, ...]:
-    """Prompts whose result changed."""
+def _flips(pairs: Sequence[_Pair]) -> tuple[Flip, ...]:
+    """Prompts whose strict result changed."""
     found = []
     for old, new in pairs:
-        first, second = followed(old), followed(new)
-        if all(first) == all(second):
-            continue
-        rows = zip(old.instruction_ids, first, second, strict=True)
+        rows = zip(old.instruction_ids, old.follow_strict, new.follow_strict, strict=True)
         changed = tuple(name for name, x, y in rows if x != y)
-        found.append(Flip(old.key, all(second), changed, _same_answer(old, new)))
+        if all(old.follow_strict) != all(new.follow_strict):
+            better = all(new.follow_strict)
+            found.append(Flip(old.key, better, changed, _same_answer((old, new))))
     return tuple(found)

@@ -1,30 +1,200 @@
-"""`perplexity`: how surprised a model is by a text, told in one pass and without generating."""
+"""`perplexity`: how surprised a model is by a text: the loss of every token, none generated.
+
+The text runs through the embedded engine in chunks, as a prompt does, and the head gives the logits
+of all tokens. A text longer than the context is cut into windows.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from importlib.resources import files
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, read_config
-from fd_dsa.accuracy.losses import Losses, measure, stretches, windows_of
-from fd_dsa.accuracy.report import Table, as_json, check_folder, page, show, write_files
+from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model, progress, read_config
+from fd_dsa.accuracy.types import REPORT_FILE
+from fd_dsa.client.flags import add_numbers
+from fd_dsa.client.report import Table, as_json, check_folder, page, show, write_files
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, FdDsaError
 
+if TYPE_CHECKING:
+    from fd_dsa.engine.tokenizer import Tokenizer
+
+_LOGITS_AT_ONCE = 1 << 24
+_NEIGHBOURS = 8
 JSON_FILE = "perplexity.json"
 DEFAULT_TEXT = "wizard_in_oz.txt"
 
 
+@dataclass(frozen=True)
+class Window:
+    """One pass: what the model reads, and the index of the first token that is scored, from 1."""
+
+    token_ids: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Negative log-likelihood of every scored token, in nats.
+
+    Attributes:
+        num_keys: int64 [n]; keys that the token before it sees, which predicts it.
+        characters: of the text that the scored tokens spell.
+    """
+
+    nats: np.ndarray
+    num_keys: np.ndarray
+    num_windows: int
+    characters: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss a token; infinite where that is too large for a number."""
+        mean = float(self.nats.mean())
+        return math.exp(mean) if mean < 700 else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures; bits a character and a byte do not depend on the tokenizer."""
+        bits = float(self.nats.sum()) / math.log(2)
+        return {
+            "tokens": len(self.nats),
+            "windows": self.num_windows,
+            "characters": self.characters,
+            "bytes": self.num_bytes,
+            "nats_per_token": float(self.nats.mean()),
+            "perplexity": self.perplexity if math.isfinite(self.perplexity) else None,
+            "bits_per_character": bits / self.characters,
+            "bits_per_byte": bits / self.num_bytes,
+        }
+
+
+def cut(
+    token_ids: Sequence[int], context: int, overlap: int = 0, lead: Sequence[int] = ()
+) -> list[Window]:
+    """Windows in which every token is scored once; without `lead` all but the text's first.
+
+    Args:
+        context: most tokens of a window, `lead` included.
+        overlap: tokens that a later window reads again, unscored.
+        lead: tokens that every window begins with, such as BOS.
+    """
+    # a token is scored by what is before it
+    first = 0 if lead else 1
+    if len(token_ids) <= first:
+        raise ConfigError(f"the text has {len(token_ids)} tokens; none of them can be predicted")
+    again, room = max(overlap, first), context - len(lead)
+    if overlap < 0 or again >= room:
+        raise ConfigError(
+            f"--overlap: got {overlap}, allowed: 0 to {room - 1}, so that windows of {context} "
+            "tokens have some of their own"
+        )
+    windows: list[Window] = []
+    start = first
+    while start < len(token_ids):
+        before = again if windows else first
+        end = min(len(token_ids), start - before + room)
+        windows.append(Window((*lead, *token_ids[start - before : end]), len(lead) + before))
+        start = end
+    return windows
+
+
+def token_losses(sequence: OneSequence, token_ids: Sequence[int]) -> np.ndarray:
+    """float64 [n - 1]: -log p of every token but the first, given those before it."""
+    sequence.restart()
+    found = []
+    for start, hidden in sequence.chunks(token_ids):
+        following = np.asarray(token_ids[start + 1 : start + 1 + int(hidden.shape[0])])
+        size = max(1, _LOGITS_AT_ONCE // sequence.runner.vocab_size)
+        for first in range(0, len(following), size):
+            part = following[first : first + size]
+            logits = sequence.logits(hidden[first : first + len(part)])
+            found.append(losses_of(logits, part))
+    return np.concatenate(found) if found else np.empty(0)
+
+
+def losses_of(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """float64 [n]: -log softmax(logits)[token] of each row of float32 [n, vocab_size]."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1)[:, None]
+    chosen = wide[np.arange(len(wide)), token_ids]
+    return np.log(np.exp(wide).sum(axis=1)) - chosen
+
+
+def measure(
+    model: OpenModel,
+    text: str,
+    *,
+    context: int | None = None,
+    overlap: int = 0,
+    tell: Callable[[], None] = lambda: None,
+) -> Losses:
+    """Losses of a text, in windows of `context` tokens; None is all that the model takes."""
+    windows = windows_of(model, text, context, overlap)
+    nats, num_keys = [], []
+    for index, window in enumerate(windows):
+        losses = token_losses(model.sequence, window.token_ids)
+        if not np.isfinite(losses).all():
+            place = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
+            raise FdDsaError(f"window {index}: the loss of token {place} is not finite")
+        nats.append(losses[window.first - 1 :])
+        num_keys.append(np.arange(window.first, len(window.token_ids)))
+        tell()
+    if not start_of_sequence(model.tokenizer):
+        text = text.removeprefix(model.tokenizer.decode(windows[0].token_ids[:1]))
+    size = len(text), len(text.encode())
+    return Losses(np.concatenate(nats), np.concatenate(num_keys), len(windows), *size)
+
+
+def windows_of(
+    model: OpenModel, text: str, context: int | None = None, overlap: int = 0
+) -> list[Window]:
+    """The windows that `measure` reads."""
+    most = model.max_model_len
+    if context is not None and not 2 <= context <= most:
+        raise ConfigError(f"--context: got {context}, allowed: 2 to {most}, the model's own")
+    token_ids = model.tokenizer.encode(text, add_special_tokens=False)
+    lead = start_of_sequence(model.tokenizer)
+    return cut(token_ids, most if context is None else context, overlap, lead)
+
+
+def start_of_sequence(tokenizer: Tokenizer) -> list[int]:
+    """What a sequence begins with: what the tokenizer puts there, else BOS, else nothing."""
+    ids = tokenizer.encode("")
+    if ids or tokenizer.bos_token_id is None:
+        return ids
+    return [tokenizer.bos_token_id]
+
+
+def stretches(losses: Losses, index_topk: int) -> list[tuple[int, int, np.ndarray]]:
+    """(first, last, bool [n]) of tokens by their number of keys, stretches in order.
+
+    Up to `index_topk` keys attention is dense. The last and the first few tokens on either side of
+    that border have stretches of their own; after them each is twice as long as the one before.
+    """
+    border = index_topk + 1
+    edges = [0, max(1, border - _NEIGHBOURS), border, border + _NEIGHBOURS]
+    while edges[-1] <= losses.num_keys.max():
+        edges.append(max(edges[-1] + 1, 2 * edges[-1] // index_topk * index_topk + 1))
+    found = []
+    for first, end in pairwise(edges):
+        inside = (losses.num_keys >= first) & (losses.num_keys < end)
+        if inside.any():
+            found.append((max(first, 1), end - 1, inside))
+    return found
+
+
 def default_text() -> str:
     """Two chapters of an old book, in the public domain (`data/wizard_in_oz.NOTICE`)."""
-    file = files("fd_dsa.accuracy") / "data" / DEFAULT_TEXT
-    return file.read_text("utf-8")
+    return (Path(__file__).with_name("data") / DEFAULT_TEXT).read_text("utf-8")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -33,7 +203,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "perplexity",
         allow_abbrev=False,
         help="perplexity of a text in one pass",
-        description="Read a text through the embedded engine and tell the likelihood of its "
+        description="Read a text through the embedded engine and report the likelihood of its "
         "tokens; nothing is generated.",
     )
     parser.add_argument(
@@ -44,62 +214,53 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--kv-cache-dtype", metavar="DTYPE", default="auto", help="format of the caches"
     )
-    for flag, text in (
-        ("--context", "tokens of a window (default: the model's context)"),
-        ("--index-topk", "keys to choose (default: the model's number)"),
-    ):
-        parser.add_argument(flag, metavar="N", type=int, help=text)
-    parser.add_argument(
-        "--overlap",
-        metavar="N",
-        type=int,
-        default=0,
-        help="tokens that a window reads again, unscored, before its own (default: 0)",
-    )
-    parser.add_argument(
-        "--max-num-batched-tokens",
-        metavar="N",
-        type=int,
-        default=512,
-        help="tokens of a chunk (default: 512)",
+    add_numbers(
+        parser,
+        ("--context", int, 2, None, "tokens of a window (default: the model's context)"),
+        ("--index-topk", int, 1, None, "keys to choose (default: the model's number)"),
+        ("--overlap", int, 0, 0, "tokens that a window reads again, unscored, before its own"),
+        ("--max-num-batched-tokens", int, 1, 512, "tokens of a chunk"),
     )
     parser.add_argument(
         "--dense",
         action="store_true",
-        help="read the text again with all keys chosen, and tell what the selection costs",
+        help="read the text again with all keys chosen, and report what the selection costs",
     )
     parser.add_argument("--out", metavar="DIR", help="folder for report and JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write.
-
-    Raises:
-        ConfigError: a flag, the file or the model.
-        BackendUnavailable: Paddle is missing, or has no such device.
-    """
+    """Measure, print, write."""
     text = default_text() if args.text is None else _read(Path(args.text))
     if args.out is not None:
         check_folder(Path(args.out))
     most = read_config(args.model, args.index_topk).max_position_embeddings
-    if args.context is not None and not 2 <= args.context <= most:
+    if args.context is not None and args.context > most:
         raise ConfigError(f"--context: got {args.context}, allowed: 2 to {most}, the model's own")
     sparse, model = _read_through(args, text, args.index_topk)
-    length, index_topk = model.max_model_len, model.model_config.index_topk
-    settings = _settings(args, model)
+    settings = {
+        "model": EngineConfig(model=args.model).model_path.name,
+        "text": DEFAULT_TEXT if args.text is None else Path(args.text).name,
+        "device": model.device,
+        "kv_cache_dtype": model.engine_config.cache_dtype,
+        "context": model.max_model_len,
+        "overlap": args.overlap,
+        "index_topk": model.model_config.index_topk,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+    }
     # two models at once would need twice the memory
     del model
-    dense = _read_through(args, text, length)[0] if args.dense else None
+    dense = _read_through(args, text, settings["context"])[0] if args.dense else None
     result = {
         "settings": settings,
         "sparse": sparse.to_json(),
         "dense": None if dense is None else dense.to_json(),
-        "stretches": _stretches_json(sparse, dense, index_topk),
+        "stretches": _stretches_json(sparse, dense, settings["index_topk"]),
     }
     parts = report_parts(result)
     if args.out is not None:
-        texts = {JSON_FILE: as_json(result), "report.md": page("Perplexity", parts)}
+        texts = {JSON_FILE: as_json(result), REPORT_FILE: page("Perplexity", parts)}
         write_files(Path(args.out), texts)
     show(parts)
     return 0
@@ -132,32 +293,15 @@ def _read_through(
     return losses, model
 
 
-def _settings(args: argparse.Namespace, model: OpenModel) -> dict[str, Any]:
-    """What decides the figures."""
-    return {
-        "model": EngineConfig(model=args.model).model_path.name,
-        "text": DEFAULT_TEXT if args.text is None else Path(args.text).name,
-        "device": model.device,
-        "kv_cache_dtype": model.engine_config.cache_dtype,
-        "context": model.max_model_len,
-        "overlap": args.overlap,
-        "index_topk": model.model_config.index_topk,
-        "max_num_batched_tokens": args.max_num_batched_tokens,
-    }
-
-
 def _stretches_json(sparse: Losses, dense: Losses | None, index_topk: int) -> list[dict[str, Any]]:
     """A JSON object for each stretch."""
     found = []
     for first, last, inside in stretches(sparse, index_topk):
-        entry = {
-            "first": first,
-            "last": last,
-            "tokens": int(inside.sum()),
-            "nats_per_token": float(sparse.nats[inside].mean()),
-        }
+        nats = sparse.nats[inside]
+        entry: dict[str, Any] = {"first": first, "last": last, "tokens": len(nats)}
+        entry["nats_per_token"] = float(nats.mean())
         if dense is not None:
-            difference = sparse.nats[inside] - dense.nats[inside]
+            difference = nats - dense.nats[inside]
             entry["dense_nats_per_token"] = float(dense.nats[inside].mean())
             entry["mean_difference"] = float(difference.mean())
             entry["largest_difference"] = float(np.abs(difference).max())
@@ -168,51 +312,44 @@ def _stretches_json(sparse: Losses, dense: Losses | None, index_topk: int) -> li
 def report_parts(result: Mapping[str, Any]) -> list[str | Table]:
     """Paragraphs and tables of a result, as perplexity.json holds it."""
     settings, sparse, dense = result["settings"], result["sparse"], result["dense"]
-    windows = sparse["windows"]
-    passes = (
-        "One pass."
-        if windows == 1
-        else f"The text is longer than the context: {windows} windows, "
-        f"{settings['overlap']} tokens of each read again; tokens early in a window know less."
-    )
-    told = (
+    passes = "One pass."
+    if sparse["windows"] > 1:
+        passes = (
+            f"The text is longer than the context: {sparse['windows']} windows, "
+            f"{settings['overlap']} tokens of each read again; tokens early in a window know less."
+        )
+    about = (
         f"Model {settings['model']}, text {settings['text']}: {sparse['tokens']} tokens, "
         f"{sparse['characters']} characters, context {settings['context']}, "
         f"{settings['index_topk']} keys chosen, {settings['kv_cache_dtype']} caches. {passes}"
     )
-    rows = [_figures("the model's selection", sparse)]
-    if dense is not None:
-        rows.append(_figures("all keys", dense))
+    rows = []
+    for name, found in (("the model's selection", sparse), ("all keys", dense)):
+        if found is not None:
+            perplexity = found["perplexity"]
+            shown = "too large" if perplexity is None else f"{perplexity:.3f}"
+            fields = ("nats_per_token", "bits_per_character", "bits_per_byte")
+            rows.append((name, shown, *(f"{found[field]:.4f}" for field in fields)))
     columns = ("attention", "perplexity", "nats a token", "bits a character", "bits a byte")
-    return [told, Table("Perplexity", columns, tuple(rows)), _stretch_table(result)]
-
-
-def _figures(name: str, found: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row of the first table."""
-    perplexity = found["perplexity"]
-    return (
-        name,
-        "too large" if perplexity is None else f"{perplexity:.3f}",
-        f"{found['nats_per_token']:.4f}",
-        f"{found['bits_per_character']:.4f}",
-        f"{found['bits_per_byte']:.4f}",
-    )
+    return [about, Table("Perplexity", columns, tuple(rows)), _stretch_table(result)]
 
 
 def _stretch_table(result: Mapping[str, Any]) -> Table:
     """Losses by the number of keys before a token."""
-    columns = ["keys", "tokens", "nats a token"]
+    fields = {"nats_per_token": ("nats a token", ".4f")}
     if result["dense"] is not None:
-        columns += ["with all keys", "difference", "largest of one token"]
-    rows = []
-    for entry in result["stretches"]:
-        row = [f"{entry['first']} to {entry['last']}", str(entry["tokens"])]
-        row.append(f"{entry['nats_per_token']:.4f}")
-        if result["dense"] is not None:
-            row.append(f"{entry['dense_nats_per_token']:.4f}")
-            row.append(f"{entry['mean_difference']:+.4f}")
-            row.append(f"{entry['largest_difference']:.4f}")
-        rows.append(tuple(row))
+        fields["dense_nats_per_token"] = ("with all keys", ".4f")
+        fields["mean_difference"] = ("difference", "+.4f")
+        fields["largest_difference"] = ("largest of one token", ".4f")
+    rows = [
+        (
+            f"{entry['first']} to {entry['last']}",
+            str(entry["tokens"]),
+            *(format(entry[name], form) for name, (_, form) in fields.items()),
+        )
+        for entry in result["stretches"]
+    ]
+    columns = ("keys", "tokens", *(heading for heading, _ in fields.values()))
     topk = result["settings"]["index_topk"]
-    note = f"Up to {topk} keys all of them are chosen; no jump may stand behind that border."
-    return Table("By the number of keys that a token sees", tuple(columns), tuple(rows), (note,))
+    note = f"Up to {topk} keys all of them are chosen; after that border there must be no jump."
+    return Table("By the number of keys that a token sees", columns, tuple(rows), (note,))

@@ -1,91 +1,48 @@
-"""Prompts of IFEval: the official set, which comes in the package, or a file of the same form.
+"""Files of IFEval: prompts, the official set or others of its form, and official responses.
 
-A file holds one JSON object a line:
+A prompt file holds one JSON object a line:
 
     {"key": 1000, "prompt": "...", "instruction_id_list": ["punctuation:no_comma", ...],
      "kwargs": [{}, ...]}
 
 with one object of arguments for each instruction; arguments that are null count as left out.
-Every argument of an instruction must be there: the checkers would replace a missing one by a
-random requirement that no answer has ever seen.
+Every argument that an instruction has in the official set must be there: the checkers would replace
+a missing one by a random requirement that no answer has ever seen.
+
+A response file, as google-research/instruction_following_eval reads it, holds `{"prompt": ...,
+"response": ...}` a line, in any order. A response belongs to the prompt with the same text; the
+benchmark's own files hold one prompt in an older wording, so a response that is left over goes to a
+prompt without one if their texts are nearly the same.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from fd_dsa.accuracy.types import Question
+from fd_dsa.accuracy.types import shown
+from fd_dsa.client.questions import Question
 from fd_dsa.errors import ConfigError
 
 OFFICIAL = Path(__file__).with_name("data") / "ifeval_prompts.jsonl"
 """The prompts of google-research/google-research, unchanged; origin in the NOTICE beside it."""
 
-_COUNT, _RELATION, _TEXT, _TEXTS = "count", "relation", "text", "texts"
 _RELATIONS = ("at least", "less than")
-_ALLOWED = {
-    _COUNT: "a whole number of 1 or more",
-    _RELATION: " or ".join(repr(relation) for relation in _RELATIONS),
-    _TEXT: "a text that is not empty",
-    _TEXTS: "a list of texts, none of them empty",
-}
-
-ARGUMENTS: dict[str, dict[str, str]] = {
-    "change_case:capital_word_frequency": {
-        "capital_frequency": _COUNT,
-        "capital_relation": _RELATION,
-    },
-    "change_case:english_capital": {},
-    "change_case:english_lowercase": {},
-    "combination:repeat_prompt": {"prompt_to_repeat": _TEXT},
-    "combination:two_responses": {},
-    "detectable_content:number_placeholders": {"num_placeholders": _COUNT},
-    "detectable_content:postscript": {"postscript_marker": _TEXT},
-    "detectable_format:constrained_response": {},
-    "detectable_format:json_format": {},
-    "detectable_format:multiple_sections": {"section_spliter": _TEXT, "num_sections": _COUNT},
-    "detectable_format:number_bullet_lists": {"num_bullets": _COUNT},
-    "detectable_format:number_highlighted_sections": {"num_highlights": _COUNT},
-    "detectable_format:title": {},
-    "keywords:existence": {"keywords": _TEXTS},
-    "keywords:forbidden_words": {"forbidden_words": _TEXTS},
-    "keywords:frequency": {"keyword": _TEXT, "frequency": _COUNT, "relation": _RELATION},
-    "keywords:letter_frequency": {
-        "letter": _TEXT,
-        "let_frequency": _COUNT,
-        "let_relation": _RELATION,
-    },
-    "language:response_language": {"language": _TEXT},
-    "length_constraints:nth_paragraph_first_word": {
-        "first_word": _TEXT,
-        "num_paragraphs": _COUNT,
-        "nth_paragraph": _COUNT,
-    },
-    "length_constraints:number_paragraphs": {"num_paragraphs": _COUNT},
-    "length_constraints:number_sentences": {"num_sentences": _COUNT, "relation": _RELATION},
-    "length_constraints:number_words": {"num_words": _COUNT, "relation": _RELATION},
-    "punctuation:no_comma": {},
-    "startend:end_checker": {"end_phrase": _TEXT},
-    "startend:quotation": {},
-}
-"""Instruction -> its arguments and what each holds; these 25 are all that the official set has."""
+_TEXT_RULE = "a text that is not empty"
+# that older wording and the present one have 0.992
+_SAME_PROMPT = 0.97
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt and the rules that its answer is checked against.
-
-    Attributes:
-        key: unique in its file.
-        text: the user's turn.
-        instruction_ids: such as `punctuation:no_comma`, at least one.
-        kwargs: arguments of each instruction, none of them null.
-    """
+    """One prompt and the rules that its answer is checked against."""
 
     key: str
     text: str
@@ -99,18 +56,14 @@ class Prompt:
 
 
 def read_prompts(path: Path | str | None = None) -> list[Prompt]:
-    """The prompts of a file, in its order; None reads the official ones.
-
-    Raises:
-        ConfigError: the file cannot be read, is empty or has a line that is no prompt; the message
-            is one line with the file, the line's number, the field, its value and the rule.
-    """
-    source = OFFICIAL if path is None else Path(path)
+    """The prompts of a file, in its order; None reads the official ones."""
+    if path is None:
+        return list(_official().values())
     try:
-        lines = source.read_bytes().split(b"\n")
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise ConfigError(
-            f"prompts: {source} cannot be read ({error.strerror}); a JSONL file with one prompt "
+            f"prompts: {path} cannot be read ({error.strerror}); a JSONL file with one prompt "
             "a line is needed"
         ) from None
     prompts: list[Prompt] = []
@@ -118,16 +71,19 @@ def read_prompts(path: Path | str | None = None) -> list[Prompt]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        prompt = _parse(line, f"{source}:{number}")
-        if prompt.key in seen:
-            raise ConfigError(
-                f"{source}:{number}: key: {prompt.key!r} is also the key of line "
-                f"{seen[prompt.key]}; keys must be unique"
-            )
+        try:
+            prompt = _parse(line)
+            if prompt.key in seen:
+                first = seen[prompt.key]
+                raise ValueError(
+                    f"key: {prompt.key!r} is also the key of line {first}; keys must be unique"
+                )
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: {error}") from None
         seen[prompt.key] = number
         prompts.append(prompt)
     if not prompts:
-        raise ConfigError(f"prompts: {source} holds no prompt; at least one is needed")
+        raise ConfigError(f"prompts: {path} holds no prompt; at least one is needed")
     return prompts
 
 
@@ -147,75 +103,171 @@ def set_warning(prompts: Sequence[Prompt]) -> str | None:
 
 @cache
 def _official() -> Mapping[str, Prompt]:
-    """The official prompts by key."""
-    return {prompt.key: prompt for prompt in read_prompts()}
+    """The official prompts by key, in their order."""
+    found = {}
+    for line in OFFICIAL.read_bytes().splitlines():
+        data = orjson.loads(line)
+        kwargs = tuple(_without_nulls(given) for given in data["kwargs"])
+        names = tuple(data["instruction_id_list"])
+        found[str(data["key"])] = Prompt(str(data["key"]), data["prompt"], names, kwargs)
+    return found
 
 
-def _parse(line: bytes, where: str) -> Prompt:
-    """The prompt of one line."""
+@cache
+def arguments() -> Mapping[str, Mapping[str, type]]:
+    """Instruction -> its arguments and the type of each, as the official set has them."""
+    found: dict[str, dict[str, type]] = {}
+    for prompt in _official().values():
+        for name, given in zip(prompt.instruction_ids, prompt.kwargs, strict=True):
+            found[name] = {key: type(value) for key, value in given.items()}
+    return dict(sorted(found.items()))
+
+
+def _without_nulls(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that are not null."""
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _parse(line: bytes) -> Prompt:
+    """The prompt of one line; raises ValueError with field, value and rule."""
     try:
         data = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         reason = str(error).split(": line ")[0]
-        raise ConfigError(f"{where}: not JSON ({reason}); one JSON object a line") from None
+        raise ValueError(f"not JSON ({reason}); one JSON object a line") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: {_shown(data)} is no JSON object; one prompt a line")
+        raise ValueError(f"{shown(data)} is no JSON object; one prompt a line")
     key, text = data.get("key"), data.get("prompt")
     if isinstance(key, bool) or not isinstance(key, int | str) or key == "":
-        raise ConfigError(f"{where}: key: {_shown(key)}; a whole number or a text is needed")
+        raise ValueError(f"key: {shown(key)}; a whole number or a text is needed")
     if not isinstance(text, str) or not text.strip():
-        raise ConfigError(f"{where}: prompt: {_shown(text)}; {_ALLOWED[_TEXT]} is needed")
-    names, arguments = data.get("instruction_id_list"), data.get("kwargs")
+        raise ValueError(f"prompt: {shown(text)}; {_TEXT_RULE} is needed")
+    names, kwargs = data.get("instruction_id_list"), data.get("kwargs")
     if not isinstance(names, list) or not names:
-        raise ConfigError(
-            f"{where}: instruction_id_list: {_shown(names)}; a list of at least one instruction "
-            "is needed"
+        raise ValueError(
+            f"instruction_id_list: {shown(names)}; a list of at least one instruction is needed"
         )
-    if not isinstance(arguments, list) or len(arguments) != len(names):
-        found = f"{len(arguments)} entries" if isinstance(arguments, list) else _shown(arguments)
-        raise ConfigError(
-            f"{where}: kwargs: {found} for {len(names)} instructions; one object for each is needed"
+    if not isinstance(kwargs, list) or len(kwargs) != len(names):
+        count = f"{len(kwargs)} entries" if isinstance(kwargs, list) else shown(kwargs)
+        raise ValueError(
+            f"kwargs: {count} for {len(names)} instructions; one object for each is needed"
         )
-    pairs = zip(names, arguments, strict=True)
-    kwargs = tuple(_arguments(name, given, where) for name, given in pairs)
-    return Prompt(str(key), text, tuple(names), kwargs)
+    pairs = zip(names, kwargs, strict=True)
+    return Prompt(str(key), text, tuple(names), tuple(_checked(*pair) for pair in pairs))
 
 
-def _arguments(name: Any, given: Any, where: str) -> dict[str, Any]:
+def _checked(name: Any, given: Any) -> dict[str, Any]:
     """Arguments of one instruction without those that are null, all of them checked."""
-    if not isinstance(name, str) or name not in ARGUMENTS:
-        known = ", ".join(ARGUMENTS)
-        raise ConfigError(f"{where}: instruction_id_list: {_shown(name)}; allowed are {known}")
+    if not isinstance(name, str) or name not in arguments():
+        known = ", ".join(arguments())
+        raise ValueError(f"instruction_id_list: {shown(name)}; allowed are {known}")
     if not isinstance(given, dict):
-        raise ConfigError(f"{where}: kwargs of {name}: {_shown(given)}; an object is needed")
-    wanted = ARGUMENTS[name]
-    kept = {key: value for key, value in given.items() if value is not None}
-    unknown = [key for key in kept if key not in wanted]
-    if unknown:
-        allowed = ", ".join(wanted) or "none"
-        raise ConfigError(f"{where}: kwargs of {name}: {_shown(unknown[0])}; allowed are {allowed}")
-    for key, kind in wanted.items():
-        rule = f"{_ALLOWED[kind]} is needed"
-        if key not in kept:
-            raise ConfigError(f"{where}: kwargs of {name}: {key} is missing; {rule}")
-        if not _fits(kept[key], kind):
-            found = _shown(kept[key])
-            raise ConfigError(f"{where}: kwargs of {name}: {key}: {found}; {rule}")
+        raise ValueError(f"kwargs of {name}: {shown(given)}; an object is needed")
+    expected, kept = arguments()[name], _without_nulls(given)
+    for key in kept:
+        if key not in expected:
+            allowed = ", ".join(expected) or "none"
+            raise ValueError(f"kwargs of {name}: {shown(key)}; allowed are {allowed}")
+    for key, kind in expected.items():
+        value = kept.get(key)
+        if key.endswith("relation"):
+            good, rule = value in _RELATIONS, " or ".join(map(repr, _RELATIONS))
+        elif kind is int:
+            good, rule = type(value) is int and value > 0, "a whole number of 1 or more"
+        elif kind is str:
+            good, rule = _is_text(value), _TEXT_RULE
+        else:
+            good = isinstance(value, list) and bool(value) and all(map(_is_text, value))
+            rule = "a list of texts, none of them empty"
+        if not good:
+            found = f": {shown(value)}" if key in kept else " is missing"
+            raise ValueError(f"kwargs of {name}: {key}{found}; {rule} is needed")
     return kept
 
 
-def _fits(value: Any, kind: str) -> bool:
-    """Whether an argument holds what its checker reads."""
-    if kind == _COUNT:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
-    if kind == _RELATION:
-        return value in _RELATIONS
-    if kind == _TEXT:
-        return isinstance(value, str) and bool(value.strip())
-    return isinstance(value, list) and bool(value) and all(_fits(one, _TEXT) for one in value)
+def _is_text(value: Any) -> bool:
+    """Reports whether a value is a text that is not empty."""
+    return isinstance(value, str) and bool(value.strip())
 
 
-def _shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+@dataclass(frozen=True)
+class Responses:
+    """The responses of a file, matched to prompts."""
+
+    texts: dict[str, str]
+    missing: tuple[str, ...]
+    reworded: tuple[str, ...]
+
+    def notes(self) -> list[str]:
+        """What a reader of the scores has to know."""
+        notes = []
+        if self.missing:
+            notes.append(
+                f"Warning: {len(self.missing)} prompts have no response and are left out: key "
+                f"{', '.join(self.missing)}."
+            )
+        if self.reworded:
+            notes.append(
+                f"The file has another wording of key {', '.join(self.reworded)}; its response is "
+                "scored by the instructions of the present wording."
+            )
+        return notes
+
+
+def is_response_file(path: Path) -> bool:
+    """Reports whether the first line of a file is a response."""
+    try:
+        with path.open("rb") as file:
+            entry = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(entry, dict) and "prompt" in entry and "response" in entry
+
+
+def read_responses(path: Path, prompts: Sequence[Prompt]) -> Responses:
+    """The responses of a file to these prompts."""
+    keys = {prompt.text: prompt.key for prompt in prompts}
+    texts: dict[str, str] = {}
+    unknown: dict[int, tuple[str, str]] = {}
+    lines: dict[str, int] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        prompt, response = _response(line, f"{path}:{number}")
+        if prompt in lines:
+            raise ConfigError(
+                f"{path}:{number}: prompt: {shown(prompt)} is also the prompt of line "
+                f"{lines[prompt]}; each prompt has one response"
+            )
+        lines[prompt] = number
+        if prompt in keys:
+            texts[keys[prompt]] = response
+        else:
+            unknown[number] = prompt, response
+    reworded = []
+    for number, (prompt, response) in unknown.items():
+        free = [text for text, key in keys.items() if key not in texts]
+        near = get_close_matches(prompt, free, n=1, cutoff=_SAME_PROMPT)
+        if not near:
+            raise ConfigError(
+                f"{path}:{number}: prompt: {shown(prompt)} is none of the {len(prompts)} prompts; "
+                "--prompts names the file that it is from"
+            )
+        texts[keys[near[0]]] = response
+        reworded.append(keys[near[0]])
+    missing = tuple(prompt.key for prompt in prompts if prompt.key not in texts)
+    return Responses(texts, missing, tuple(reworded))
+
+
+def _response(line: bytes, where: str) -> tuple[str, str]:
+    """Prompt and response of a line."""
+    try:
+        entry: Any = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not JSON ({error}); one JSON object a line") from None
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: {shown(entry)} is no JSON object; one response a line")
+    for name in ("prompt", "response"):
+        if not isinstance(entry.get(name), str):
+            raise ConfigError(f"{where}: {name}: {shown(entry.get(name))}; a text is needed")
+    return entry["prompt"], entry["response"]

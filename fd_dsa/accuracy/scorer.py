@@ -5,74 +5,69 @@ whole, without its first line, without its last, without both, each as it is and
 An empty answer follows nothing.
 
 The checkers draw from Python's global random numbers in one place (`random_keys`) and langdetect
-draws its own. Both are seeded before every prompt, so a score depends on the prompt and its answer
-alone and not on the prompts before it, and put back after it.
+draws its own. Both are seeded before every prompt and put back after it, so a score depends on the
+prompt and its answer alone and not on the prompts before it.
 
 Source: Zhou et al. 2023, arXiv 2311.07911.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import random
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib import metadata
+from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
-from fd_dsa.accuracy import punkt
 from fd_dsa.accuracy.prompts import Prompt
-from fd_dsa.accuracy.types import Answer, PromptScore
+from fd_dsa.accuracy.types import PromptScore, prompt_score
+from fd_dsa.client.questions import Answer
 from fd_dsa.errors import BackendUnavailable, ConfigError, FdDsaError
 
 SEED = 0
 _PACKAGES = ("lm-eval", "nltk", "langdetect")
 _LETTERS = "keywords:letter_frequency"
-
-_Checkers = Callable[[dict[str, Any], list[str]], dict[str, Any]]
+CARRIER = "llama-index-core"
+"""The package on PyPI whose wheel carries the model; only its files are read, never its code."""
+_CACHE = "llama_index/core/_static/nltk_cache"
+_MODEL = "tokenizers/punkt_tab/english"
+_FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
+_CURE = (
+    "pip install 'fd_dsa[accuracy]', or once with a network: python -m nltk.downloader punkt_tab"
+)
 
 
 def ready(prompts: Sequence[Prompt]) -> dict[str, str]:
     """What will score these prompts: versions of the checkers and SHA-256 of the sentence model.
 
     To be called before the first request: afterwards `score` lacks nothing.
-
-    Raises:
-        BackendUnavailable: the checkers or the sentence model are not installed.
-        ConfigError: the checkers refuse the arguments of a prompt.
     """
-    check = _checkers()
     for prompt in prompts:
         try:
-            with _seeded():
-                check(_document(prompt), [""])
+            _check(prompt, "")
+        except BackendUnavailable:
+            raise
         except Exception as error:
             raise ConfigError(
                 f"prompt {prompt.key!r}: the checkers refuse it ({_cause(error)}); "
                 f"its arguments are {list(prompt.kwargs)}"
             ) from error
     versions = {name.replace("-", "_"): metadata.version(name) for name in _PACKAGES}
-    return {**versions, "punkt_tab_sha256": punkt.resolve()}
+    return {**versions, "punkt_tab_sha256": sentence_model()}
 
 
-def score(prompts: Sequence[Prompt], answers: Sequence[Answer | str]) -> list[PromptScore]:
-    """Scores of the answers, one for each prompt and in the same order.
-
-    Args:
-        prompts: any, in any order.
-        answers: one for each prompt; one with an error counts as empty.
-
-    Raises:
-        BackendUnavailable: as `ready`.
-        ConfigError: more or fewer answers than prompts, or the key of another prompt.
-        FdDsaError: a checker breaks down on an answer; the message names the prompt.
-    """
-    if len(prompts) != len(answers):
-        raise ConfigError(f"{len(answers)} answers for {len(prompts)} prompts; one each is needed")
-    check = _checkers()
-    return [_score(check, *pair) for pair in zip(prompts, answers, strict=True)]
+def score(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[PromptScore]:
+    """Scores of the answers, one for each prompt and in the same order."""
+    return [_score(*pair) for pair in zip(prompts, answers, strict=True)]
 
 
 def random_keys(prompts: Sequence[Prompt]) -> tuple[str, ...]:
@@ -86,51 +81,44 @@ def random_keys(prompts: Sequence[Prompt]) -> tuple[str, ...]:
         prompt.key
         for prompt in prompts
         if any(
-            name == _LETTERS and not _is_letter(given["letter"])
+            name == _LETTERS and given["letter"].lower() not in ascii_lowercase
             for name, given in zip(prompt.instruction_ids, prompt.kwargs, strict=True)
         )
     )
 
 
-def _score(check: _Checkers, prompt: Prompt, answer: Answer | str) -> PromptScore:
+def _score(prompt: Prompt, answer: Answer) -> PromptScore:
     """The score of one answer."""
-    if isinstance(answer, str):
-        answer = Answer(prompt.key, answer, None, None, None, 0.0)
     if answer.key != prompt.key:
-        raise ConfigError(f"the answer to {answer.key!r} stands at the place of {prompt.key!r}")
-    text = "" if answer.error else answer.text
+        raise ValueError(f"the answer to {answer.key!r} stands at the place of {prompt.key!r}")
+    answer = replace(answer, text="" if answer.error else answer.text)
     try:
-        with _seeded():
-            result = check(_document(prompt), [text])
+        result = _check(prompt, answer.text)
     except Exception as error:
         raise FdDsaError(
             f"prompt {prompt.key!r}: the checkers break down on its answer ({_cause(error)})"
         ) from error
-    return PromptScore(
-        prompt.key,
-        prompt.instruction_ids,
-        tuple(map(bool, result["inst_level_strict_acc"])),
-        tuple(map(bool, result["inst_level_loose_acc"])),
-        answer.finish_reason,
-        answer.prompt_tokens,
-        answer.completion_tokens,
-        # a server may cut a character in two
-        hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest(),
+    strict, loose = (
+        tuple(map(bool, result[name])) for name in ("inst_level_strict_acc", "inst_level_loose_acc")
     )
+    return prompt_score(answer, prompt.instruction_ids, strict, loose)
 
 
-def _document(prompt: Prompt) -> dict[str, Any]:
-    """The prompt as lm-eval's task reads it, its own copy each time."""
-    return {
+def _check(prompt: Prompt, text: str) -> dict[str, Any]:
+    """Which instructions an answer follows, as lm-eval's task says."""
+    document = {
         "key": prompt.key,
         "prompt": prompt.text,
         "instruction_id_list": list(prompt.instruction_ids),
         "kwargs": [dict(given) for given in prompt.kwargs],
     }
+    check = _checkers()
+    with _seeded():
+        return check(document, [text])
 
 
 @cache
-def _checkers() -> _Checkers:
+def _checkers() -> Callable[[dict[str, Any], list[str]], dict[str, Any]]:
     """lm-eval's `process_results`: a document and its answers to lists of what holds."""
     try:
         with warnings.catch_warnings():
@@ -138,15 +126,15 @@ def _checkers() -> _Checkers:
             import lm_eval  # noqa: F401
 
             # before the next import, which would download the model where it finds none
-            punkt.resolve()
-            from lm_eval.tasks.ifeval import utils
+            sentence_model()
+            from lm_eval.tasks.ifeval.utils import process_results
     except BackendUnavailable:
         raise
     except ImportError as error:
         raise BackendUnavailable(
             f"IFEval's checkers are not installed ({error}); pip install 'fd_dsa[accuracy]'"
         ) from None
-    process: _Checkers = utils.process_results
+    process: Callable[[dict[str, Any], list[str]], dict[str, Any]] = process_results
     return process
 
 
@@ -165,11 +153,80 @@ def _seeded() -> Iterator[None]:
         DetectorFactory.seed = seed
 
 
-def _is_letter(text: str) -> bool:
-    """Whether the letter checker counts this letter itself."""
-    return len(text) == 1 and "a" <= text.lower() <= "z"
-
-
 def _cause(error: Exception) -> str:
     """An exception of the checkers in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def sentence_model() -> str:
+    """Make NLTK able to read the model; returns the SHA-256 of its files, in hexadecimal.
+
+    A model on NLTK's own search path comes first. Otherwise a private copy of the one in the
+    installed `CARRIER` joins the path, for the life of the process: NLTK refuses files with hard
+    links, as some installers make them, and folders that others may write.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import nltk
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"IFEval's checkers need nltk ({error}); pip install 'fd_dsa[accuracy]'"
+        ) from None
+    refused = _refusal(nltk)
+    carried = _carried() if refused else None
+    if carried is not None:
+        nltk.data.path.insert(0, _private_copy(carried))
+        refused = _refusal(nltk)
+    if refused:
+        raise BackendUnavailable(
+            f"NLTK's sentence model punkt_tab (English) is not there: {refused}; {_CURE}"
+        )
+    return _digest(nltk)
+
+
+def _refusal(nltk: Any) -> str | None:
+    """Why NLTK cannot load the model, in one line; None where it can."""
+    with warnings.catch_warnings(record=True) as caught:
+        # NLTK warns of each folder on its path that it will not read
+        warnings.simplefilter("always")
+        try:
+            nltk.data.load("nltk:tokenizers/punkt/english.pickle")
+        except LookupError:
+            reasons = [str(warning.message) for warning in caught]
+            reasons.append(f"neither on NLTK's search path nor in {CARRIER}")
+            return " ".join(reasons[0].split())
+        except (OSError, ValueError) as error:
+            return " ".join(str(error).split())
+    return None
+
+
+def _carried() -> Path | None:
+    """The folder of NLTK data in the installed carrier, None where it has none."""
+    try:
+        folder = Path(str(metadata.distribution(CARRIER).locate_file(_CACHE)))
+    except metadata.PackageNotFoundError:
+        return None
+    return folder if (folder / _MODEL).is_dir() else None
+
+
+@cache
+def _private_copy(folder: Path) -> str:
+    """A folder of our own with the model's four files, removed when the process ends."""
+    own = tempfile.mkdtemp(prefix="fd_dsa_punkt_")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    model = Path(own) / _MODEL
+    model.mkdir(parents=True, mode=0o700)
+    for name in _FILES:
+        (model / name).write_bytes((folder / _MODEL / name).read_bytes())
+    return own
+
+
+def _digest(nltk: Any) -> str:
+    """SHA-256 over the model's files, in the order of their names."""
+    digest = hashlib.sha256()
+    folder = nltk.data.find(f"{_MODEL}/")
+    for name in _FILES:
+        with folder.join(name).open() as file:
+            digest.update(file.read())
+    return digest.hexdigest()

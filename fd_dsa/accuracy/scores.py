@@ -1,15 +1,15 @@
-"""`scores.json`: what a run's answers were worth, prompt by prompt, and the metrics of it."""
+"""`scores.json`: how each answer of an IFEval run was scored; the run's metrics and its report."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fd_dsa.accuracy.report import as_json
 from fd_dsa.accuracy.stats import Estimate, bootstrap_share, wilson
 from fd_dsa.accuracy.types import (
     INST_LOOSE,
@@ -17,13 +17,22 @@ from fd_dsa.accuracy.types import (
     METRICS,
     PROMPT_LOOSE,
     PROMPT_STRICT,
+    REPORT_FILE,
     SCORES_FILE,
     PromptScore,
     RunSettings,
+    shown,
 )
+from fd_dsa.client.report import Table, as_json, page, write_files
 from fd_dsa.errors import ConfigError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+MOST_CUT_SHARE = 0.02
+"""Above this share of answers cut at max_tokens, a report warns."""
+_HOW = (
+    "Intervals are of 95 %: Wilson's for prompts and types, a bootstrap over prompts for the "
+    "instruction-level metrics, since instructions of one prompt pass or fail together."
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +43,12 @@ class Metric:
     total: int
     share: Estimate
 
+    def to_json(self) -> dict[str, Any]:
+        """The metric as a JSON object, in percent."""
+        return {"passed": self.passed, "total": self.total, **self.share.to_json()}
 
-@dataclass(frozen=True)
-class TypeScore:
+
+class TypeScore(NamedTuple):
     """Instructions of one type: all, followed strictly, followed loosely."""
 
     total: int
@@ -46,12 +58,7 @@ class TypeScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """A scored run.
-
-    Attributes:
-        settings: of the run.
-        prompts: in the order in which they were scored, each key once, at least one.
-    """
+    """A scored run."""
 
     settings: RunSettings
     prompts: tuple[PromptScore, ...]
@@ -65,15 +72,15 @@ class Scores:
         """The text of `scores.json`."""
         return as_json(
             {
-                "settings": self.settings.to_json(),
-                "prompts": [score.to_json() for score in self.prompts],
-                "metrics": {name: metric_json(m) for name, m in metrics(self.prompts).items()},
+                "settings": asdict(self.settings),
+                "prompts": [asdict(score) for score in self.prompts],
+                "metrics": {name: m.to_json() for name, m in metrics(self.prompts).items()},
             }
         )
 
 
 def columns(prompts: Sequence[PromptScore], metric: str) -> tuple[list[int], list[int]]:
-    """Of each prompt, what passed and what there was, in the units of a metric.
+    """What passed of each prompt and how much it has, in the units of a metric.
 
     Args:
         metric: one of `METRICS`; a prompt counts as one in the prompt-level ones.
@@ -85,54 +92,42 @@ def columns(prompts: Sequence[PromptScore], metric: str) -> tuple[list[int], lis
     return [int(all(follow)) for follow in follows], [1] * len(follows)
 
 
-def metrics(prompts: Sequence[PromptScore]) -> dict[str, Metric]:
-    """The four metrics, the primary one first.
+def metric(prompts: Sequence[PromptScore], name: str) -> Metric:
+    """One metric: Wilson's interval for prompts, for instructions the bootstrap over prompts."""
+    passed, sizes = columns(prompts, name)
+    by_prompt, total = name in (PROMPT_STRICT, PROMPT_LOOSE), sum(sizes)
+    share = wilson(sum(passed), total) if by_prompt else bootstrap_share(passed, sizes)
+    return Metric(sum(passed), total, share)
 
-    Intervals: Wilson's for prompts, the bootstrap over prompts for instructions, since those of
-    one prompt are not independent.
-    """
-    found = {}
-    for name in METRICS:
-        passed, sizes = columns(prompts, name)
-        by_prompt = name in (PROMPT_STRICT, PROMPT_LOOSE)
-        total = sum(sizes)
-        share = wilson(sum(passed), total) if by_prompt else bootstrap_share(passed, sizes)
-        found[name] = Metric(sum(passed), total, share)
-    return found
+
+def metrics(prompts: Sequence[PromptScore]) -> dict[str, Metric]:
+    """The four metrics, the primary one first."""
+    return {name: metric(prompts, name) for name in METRICS}
 
 
 def by_type(prompts: Sequence[PromptScore]) -> dict[str, TypeScore]:
     """Instruction type -> its counts, by name."""
-    counts: dict[str, list[int]] = {}
+    found: dict[str, TypeScore] = {}
     for score in prompts:
         rows = zip(score.instruction_ids, score.follow_strict, score.follow_loose, strict=True)
         for name, strict, loose in rows:
-            row = counts.setdefault(name, [0, 0, 0])
-            for place, value in enumerate((1, strict, loose)):
-                row[place] += value
-    return {name: TypeScore(*counts[name]) for name in sorted(counts)}
+            old = found.get(name, TypeScore(0, 0, 0))
+            found[name] = TypeScore(old.total + 1, old.strict + strict, old.loose + loose)
+    return dict(sorted(found.items()))
 
 
-def metric_json(metric: Metric) -> dict[str, Any]:
-    """A metric as a JSON object, in percent."""
-    return {"passed": metric.passed, "total": metric.total, **estimate_json(metric.share)}
-
-
-def estimate_json(estimate: Estimate) -> dict[str, float | None]:
-    """An estimate as a JSON object, in percent or points to four decimals; NaN is null."""
-    parts = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    return {n: None if part != part else round(100 * part, 4) for n, part in parts.items()}
+def settings_table(settings: RunSettings) -> Table:
+    """The settings that decide answers, for reports; the server's address is left out."""
+    rows = settings.flat()
+    del rows["base_url"]
+    if settings.thinking is None:
+        rows["thinking"] = "default of the chat template"
+    texts = {name: "unknown" if value is None else str(value) for name, value in rows.items()}
+    return Table("Settings", ("setting", "value"), tuple(texts.items()))
 
 
 def read_scores(path: Path) -> Scores:
-    """The scores of a run.
-
-    Args:
-        path: a `scores.json`, or the folder of a run that holds one.
-
-    Raises:
-        ConfigError: there is none, or it is damaged; one line with file, field, value and rule.
-    """
+    """The scores of a run."""
     file = path / SCORES_FILE if path.is_dir() else path
     try:
         data = json.loads(file.read_text("utf-8"))
@@ -150,61 +145,86 @@ def read_scores(path: Path) -> Scores:
             "`python -m fd_dsa.accuracy score` made"
         )
     scores = tuple(_prompt(entry, f"{file}: prompts[{i}]") for i, entry in enumerate(prompts))
-    seen: set[str] = set()
-    for score in scores:
-        if score.key in seen:
-            raise ConfigError(f"{file}: key {score.key!r} is there twice; each may be there once")
-        seen.add(score.key)
-    return Scores(_settings(data["settings"], file), scores)
-
-
-def _settings(data: Mapping[str, Any], file: Path) -> RunSettings:
-    """The settings of a run, all that have no default present."""
+    key, count = Counter(score.key for score in scores).most_common(1)[0]
+    if count > 1:
+        raise ConfigError(f"{file}: key {key!r} is there twice; each may be there once")
     try:
-        return RunSettings.from_json(data)
+        return Scores(RunSettings.from_json(data["settings"]), scores)
     except TypeError as error:
-        raise ConfigError(
-            f"{file}: settings: {error}".replace("RunSettings.__init__() ", "")
-        ) from (error)
+        reason = str(error).replace("RunSettings.__init__() ", "")
+        raise ConfigError(f"{file}: settings: {reason}") from error
 
 
 def _prompt(entry: Any, where: str) -> PromptScore:
     """One entry of the list of prompts, each field checked."""
     if not isinstance(entry, dict):
-        raise ConfigError(f"{where}: {_shown(entry)}; a JSON object is needed")
+        raise ConfigError(f"{where}: {shown(entry)}; a JSON object is needed")
     missing = [name for name in PromptScore.__dataclass_fields__ if name not in entry]
     if missing:
         raise ConfigError(f"{where}: {', '.join(missing)} missing; score the run again")
-    names = entry["instruction_ids"]
-    checks = {
-        "key": (isinstance(entry["key"], str), "a text"),
-        "instruction_ids": (_is_list(names, str) and bool(names), "a list of at least one text"),
-        "answer_sha256": (
-            entry["answer_sha256"] is None or _is_sha256(entry["answer_sha256"]),
-            "64 hexadecimal digits or null",
-        ),
-    }
+    names, sha = entry["instruction_ids"], entry["answer_sha256"]
     count = len(names) if isinstance(names, list) else 0
-    for name in ("follow_strict", "follow_loose"):
-        good = _is_list(entry[name], bool) and len(entry[name]) == count
-        checks[name] = (good, f"a list of {count} of true and false, one for each instruction")
-    for name, (good, wanted) in checks.items():
+    follows = f"a list of {count} of true and false, one for each instruction"
+    for name, good, rule in (
+        ("key", isinstance(entry["key"], str), "a text"),
+        ("instruction_ids", _is_list(names, str, max(1, count)), "a list of at least one text"),
+        ("follow_strict", _is_list(entry["follow_strict"], bool, count), follows),
+        ("follow_loose", _is_list(entry["follow_loose"], bool, count), follows),
+        ("answer_sha256", sha is None or _SHA256.fullmatch(str(sha)), "64 hexadecimal digits"),
+    ):
         if not good:
-            raise ConfigError(f"{where}: {name}: {_shown(entry[name])}; {wanted} is needed")
+            raise ConfigError(f"{where}: {name}: {shown(entry[name])}; {rule} is needed")
     return PromptScore.from_json(entry)
 
 
-def _is_list(value: Any, kind: type) -> bool:
-    """Whether a value is a list of one kind."""
-    return isinstance(value, list) and all(type(one) is kind for one in value)
+def _is_list(value: Any, kind: type, count: int) -> bool:
+    """Reports whether a value is a list of `count` values of one kind."""
+    same = isinstance(value, list) and all(type(one) is kind for one in value)
+    return same and len(value) == count
 
 
-def _is_sha256(value: Any) -> bool:
-    """Whether a value is a SHA-256 in small hexadecimal digits."""
-    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+def write_report(out: Path, scores: Scores, notes: Sequence[str] = ()) -> list[Path]:
+    """Write `scores.json` and `report.md`, both or none; returns their paths."""
+    shown = [*parts(scores, notes), settings_table(scores.settings)]
+    files = {
+        SCORES_FILE: scores.to_json(),
+        REPORT_FILE: page(f"IFEval: {scores.settings.model}", shown),
+    }
+    write_files(out, files)
+    return [out / name for name in files]
 
 
-def _shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def cut_warning(scores: Scores, which: str = "") -> str | None:
+    """A line where more answers than `MOST_CUT_SHARE` ended at max_tokens, or None."""
+    cut = sum(score.finish_reason == "length" for score in scores.prompts)
+    if cut <= MOST_CUT_SHARE * len(scores.prompts):
+        return None
+    return (
+        f"Warning: {cut} of {len(scores.prompts)} answers{which} were cut at max_tokens "
+        f"{scores.settings.max_tokens} (finish_reason length); a cut answer often fails."
+    )
+
+
+def parts(scores: Scores, notes: Sequence[str]) -> list[str | Table]:
+    """Tables and notes, in order."""
+    rows = [
+        (name, f"{metric.passed}/{metric.total}", metric.share.percent())
+        for name, metric in metrics(scores.prompts).items()
+    ]
+    types = [
+        (
+            name,
+            str(row.total),
+            wilson(row.strict, row.total).percent(),
+            wilson(row.loose, row.total).percent(),
+        )
+        for name, row in by_type(scores.prompts).items()
+    ]
+    title = f"IFEval, {len(scores.prompts)} prompts"
+    warning = cut_warning(scores)
+    return [
+        Table(title, ("metric", "passed", "% [95 % interval]"), tuple(rows), (_HOW,)),
+        *notes,
+        *([warning] if warning else []),
+        Table("By type of instruction", ("type", "number", "strict, %", "loose, %"), tuple(types)),
+    ]

@@ -1,4 +1,4 @@
-"""What counts of passed prompts allow to say: intervals, tests, smallest visible differences.
+"""Statistics of passed prompts: intervals, tests, smallest visible differences.
 
 Shares and differences are fractions, not percent. Nothing here depends on when or where it runs:
 the resampling is seeded, and NumPy keeps the stream of `RandomState` as it is.
@@ -7,25 +7,20 @@ the resampling is seeded, and NumPy keeps the stream of `RandomState` as it is.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fd_dsa.errors import ShapeError
-
-CONFIDENCE = 0.95
-ALPHA = 1 - CONFIDENCE
+ALPHA = 0.05
 POWER = 0.8
 RESAMPLES = 10_000
 SEED = 0
 
+_Z = NormalDist().inv_cdf(1 - ALPHA / 2)
 # elements of one block of resampled indices: 32 MB
 _BLOCK_ELEMENTS = 1 << 22
-# numbers of flips less likely than this do not change a power that is wanted to three digits
-_NEGLIGIBLE = 1e-12
 
 
 class Estimate(NamedTuple):
@@ -35,54 +30,47 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    def percent(self) -> str:
+        """A share in percent, `86.69 [83.6, 89.3]`; a dash without data."""
+        if math.isnan(self.value):
+            return "-"
+        value, low, high = (100 * part for part in self)
+        return f"{value:.2f} [{low:.1f}, {high:.1f}]"
+
+    def points(self) -> str:
+        """A difference in points, `+1.11 [-2.89, +5.11]`; a dash without data."""
+        if math.isnan(self.value):
+            return "-"
+        return "{} [{}, {}]".format(*map(signed, self))
+
+    def to_json(self) -> dict[str, float | None]:
+        """The estimate in percent or points to four decimals; NaN is null."""
+        parts = self._asdict().items()
+        return {n: None if math.isnan(part) else round(100 * part, 4) for n, part in parts}
+
+
+def signed(difference: float) -> str:
+    """A difference in points, two decimals and its sign; nothing is `0.00`."""
+    text = f"{100 * difference:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text
+
 
 def wilson(passed: int, total: int) -> Estimate:
-    """A share of independent trials with its Wilson score interval.
+    """A share of independent trials with its Wilson score interval; [0, 1] without trials.
 
-    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n)
-
-    Args:
-        passed: 0 to total.
-        total: 0 gives NaN in the interval [0, 1].
-
-    Source: Wilson 1927, JASA 22.
+    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n). Source: Wilson 1927, JASA 22.
     """
     if not 0 <= passed <= total:
         raise ValueError(f"passed: {passed} of {total}; allowed is 0 to {total}")
     if total == 0:
         return Estimate(math.nan, 0.0, 1.0)
-    z = _normal_quantile()
-    share, scale = passed / total, 1 + z * z / total
-    middle = (share + z * z / (2 * total)) / scale
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
-    # at 0 and at total the bound is the share itself, but for rounding
+    share, scale = passed / total, 1 + _Z * _Z / total
+    middle = (share + _Z * _Z / (2 * total)) / scale
+    half = _Z * math.sqrt(share * (1 - share) / total + _Z * _Z / (4 * total * total)) / scale
+    # at 0 and at total the bound is the share itself, except for rounding
     low = 0.0 if passed == 0 else max(0.0, middle - half)
     high = 1.0 if passed == total else min(1.0, middle + half)
     return Estimate(share, low, high)
-
-
-def two_proportions(before: tuple[int, int], after: tuple[int, int]) -> Estimate:
-    """Difference after - before of two independent shares, each given as (passed, total).
-
-    Newcombe's hybrid of the two Wilson intervals: unlike the normal approximation it does not
-    shrink to nothing where a share is 0 or 1. Source: Newcombe 1998, Statistics in Medicine 17,
-    method 10.
-    """
-    p, q = wilson(*before), wilson(*after)
-    difference = q.value - p.value
-    below = math.hypot(q.value - q.low, p.high - p.value)
-    above = math.hypot(q.high - q.value, p.value - p.low)
-    return Estimate(difference, difference - below, difference + above)
-
-
-def two_proportions_p(before: tuple[int, int], after: tuple[int, int]) -> float:
-    """Two-sided p of the z test that two independent shares are equal, pooled variance."""
-    (x, n), (y, m) = before, after
-    pooled = (x + y) / (n + m)
-    variance = pooled * (1 - pooled) * (1 / n + 1 / m)
-    if variance == 0:
-        return 1.0
-    return 2 * NormalDist().cdf(-abs(y / m - x / n) / math.sqrt(variance))
 
 
 def mcnemar(worse: int, better: int) -> float:
@@ -102,10 +90,7 @@ def mcnemar(worse: int, better: int) -> float:
 
 def least_one_sided_flips() -> int:
     """Flips, all in one direction, from which on the exact test reaches its level: 6 at 5 %."""
-    flips = 1
-    while mcnemar(0, flips) > ALPHA:
-        flips += 1
-    return flips
+    return next(flips for flips in range(1, 100) if mcnemar(0, flips) <= ALPHA)
 
 
 def most_unseen_share(trials: int) -> float:
@@ -118,9 +103,7 @@ def paired_difference(worse: int, better: int, prompts: int) -> Estimate:
 
     The shares of both kinds of flips are cells of one multinomial; their Wilson intervals are
     combined with the correlation -sqrt(bw / ((1 - b)(1 - w))) of such cells. Unlike the bootstrap
-    it holds with few flips, and with none it is not [0, 0].
-
-    Source: the hybrid of Newcombe 1998, Statistics in Medicine 17 (paired data), in the general
+    it holds with few flips. Source: Newcombe 1998, Statistics in Medicine 17 (paired data), in the
     form of Zou and Donner 2008, Statistics in Medicine 27.
     """
     lost, won = wilson(worse, prompts), wilson(better, prompts)
@@ -139,72 +122,66 @@ def paired_difference(worse: int, better: int, prompts: int) -> Estimate:
 
 
 def bootstrap_share(passed: ArrayLike, sizes: ArrayLike) -> Estimate:
-    """Share of passed instructions, its interval by resampling whole prompts.
+    """Share of passed instructions [prompts] of so many, by resampling whole prompts.
 
     Instructions of one prompt pass or fail together, so an interval that counts them as
-    independent is too narrow. Where no resample can differ (all pass, or none), the interval is
-    Wilson's on the number of prompts.
-
-    Args:
-        passed: [prompts], passed instructions of each prompt.
-        sizes: [prompts], its instructions, at least 1.
+    independent is too narrow. Where no resample can differ, it is Wilson's for the prompts.
     """
-    numerator, denominator = _columns(passed, sizes)
-    if not len(numerator):
-        return Estimate(math.nan, 0.0, 1.0)
-    share = float(numerator.sum() / denominator.sum())
-    if share in (0.0, 1.0):
-        return wilson(len(numerator) if share else 0, len(numerator))
-    sums = _resampled_sums(np.stack([numerator, denominator], axis=1))
-    return Estimate(share, *_percentiles(sums[:, 0] / sums[:, 1]))
+    found = _bootstrap(passed, sizes)
+    if found.value in (0.0, 1.0):
+        return wilson(len(np.asarray(sizes)) if found.value else 0, len(np.asarray(sizes)))
+    return found
 
 
 def bootstrap_difference(before: ArrayLike, after: ArrayLike, sizes: ArrayLike) -> Estimate:
-    """Difference after - before of two shares of the same prompts, by resampling whole prompts.
+    """Difference after - before of two shares of the same prompts, by resampling whole prompts."""
+    return _bootstrap(np.asarray(after, np.float64) - np.asarray(before, np.float64), sizes)
 
-    10,000 resamples with a fixed seed, percentiles 2.5 and 97.5. [0, 0] where no prompt differs:
-    see `most_unseen_share` for what that proves.
 
-    Args:
-        before: [prompts], passed instructions of each prompt.
-        after: [prompts], the same prompts in the other run.
-        sizes: [prompts], instructions of each prompt, at least 1; all 1 for a prompt-level metric.
+def _bootstrap(values: ArrayLike, sizes: ArrayLike) -> Estimate:
+    """Sum of values over sum of sizes, its interval from 10,000 resamples of the prompts.
 
+    Percentiles 2.5 and 97.5, with a fixed seed.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 8 and 13.
     """
-    old, new, size = _columns(before, after, sizes)
-    if not len(size):
-        return Estimate(math.nan, -1.0, 1.0)
-    change = new - old
-    sums = _resampled_sums(np.stack([change, size], axis=1))
-    return Estimate(float(change.sum() / size.sum()), *_percentiles(sums[:, 0] / sums[:, 1]))
+    pairs = np.stack([np.asarray(values, np.float64), np.asarray(sizes, np.float64)], axis=1)
+    prompts = len(pairs)
+    # Generator may change its stream in any release of NumPy, this one never does
+    random = np.random.RandomState(SEED)
+    step = max(1, _BLOCK_ELEMENTS // prompts)
+    blocks = []
+    for start in range(0, RESAMPLES, step):
+        rows = min(step, RESAMPLES - start)
+        drawn = random.randint(prompts, size=(rows, prompts), dtype=np.int64)
+        drawn += np.arange(rows)[:, None] * prompts
+        times = np.bincount(drawn.ravel(), minlength=rows * prompts).reshape(rows, prompts)
+        blocks.append(times @ pairs)
+    sums, total = np.concatenate(blocks), pairs.sum(axis=0)
+    bounds = np.percentile(sums[:, 0] / sums[:, 1], [50 * ALPHA, 100 - 50 * ALPHA])
+    return Estimate(float(total[0] / total[1]), *map(float, bounds))
 
 
 def smallest_difference(prompts: int, flip_rate: float, power: float = POWER) -> float | None:
-    """Smallest true difference that a paired run shows with the given power.
+    """Smallest true difference d that a paired run shows with the given power.
 
     Of `prompts` pairs a share `flip_rate` is expected to flip, (flip_rate + d) / 2 of it to the
-    better; "shows" is p <= 0.05 in the exact test of `mcnemar`. The power is computed from the
-    binomial distributions themselves, not from a normal approximation, which is too hopeful by
-    up to a tenth of a point for 541 prompts.
-
-    Args:
-        prompts: at least 1.
-        flip_rate: share of prompts whose result differs between the runs, 0 to 1.
-        power: wanted probability, below 1.
-
-    Returns:
-        d, at most `flip_rate`; None where even flips all in one direction are too few.
+    better; "shows" is p <= 0.05 in the exact test of `mcnemar`, its power that of the binomial
+    distributions. None where even flips all in one direction are too few.
     """
     if prompts < 1 or not 0 <= flip_rate <= 1:
         raise ValueError(f"{prompts} prompts, flip rate {flip_rate}; allowed are >= 1 and 0 to 1")
-    counts, weights = _flip_counts(prompts, flip_rate)
-    limits = [_largest_rejected(flips) for flips in counts]
+    chances = _binomial(prompts, flip_rate)
+    # numbers of flips less likely than this change nothing in three digits
+    counts = [int(flips) for flips in np.flatnonzero(chances > 1e-12)]
+    limits = {flips: _largest_rejected(flips) for flips in counts}
 
     def reached(difference: float) -> float:
         better = (1 + difference / flip_rate) / 2
-        chances = (_rejects(n, k, better) for n, k in zip(counts, limits, strict=True))
-        return sum(w * chance for w, chance in zip(weights, chances, strict=True))
+        total = 0.0
+        for flips, limit in limits.items():
+            tails = _binomial(flips, better)
+            total += chances[flips] * (tails[: limit + 1].sum() + tails[flips - limit :].sum())
+        return float(total)
 
     if flip_rate == 0 or reached(flip_rate) < power:
         return None
@@ -215,72 +192,17 @@ def smallest_difference(prompts: int, flip_rate: float, power: float = POWER) ->
     return high
 
 
-def _normal_quantile() -> float:
-    """1.96, in full."""
-    return NormalDist().inv_cdf(1 - ALPHA / 2)
-
-
-def _columns(*columns: ArrayLike) -> list[NDArray[np.float64]]:
-    """The arrays as float64 of one length; a prompt without instructions is refused."""
-    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
-    shapes = [array.shape for array in arrays]
-    if len(set(shapes)) != 1 or len(shapes[0]) != 1:
-        raise ShapeError(f"prompts: columns of shapes {shapes}; all must be [prompts]")
-    if (arrays[-1] < 1).any():
-        raise ValueError("sizes: a prompt has no instruction; at least 1 each")
-    return arrays
-
-
-def _resampled_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """[RESAMPLES, columns]: sums of [prompts, columns] over prompts drawn with replacement."""
-    prompts = len(values)
-    # Generator may change its stream in any release of NumPy, this one never does
-    random = np.random.RandomState(SEED)
-    step = max(1, _BLOCK_ELEMENTS // prompts)
-    blocks = []
-    for start in range(0, RESAMPLES, step):
-        rows = min(step, RESAMPLES - start)
-        drawn = random.randint(prompts, size=(rows, prompts), dtype=np.int64)
-        drawn += np.arange(rows)[:, None] * prompts
-        times = np.bincount(drawn.ravel(), minlength=rows * prompts).reshape(rows, prompts)
-        blocks.append(times @ values)
-    return np.concatenate(blocks)
-
-
-def _percentiles(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The bounds of the middle 95 %."""
-    low, high = np.percentile(values, [50 * ALPHA, 100 - 50 * ALPHA])
-    return float(low), float(high)
-
-
-def _log_binomial(trials: int, share: float) -> NDArray[np.float64]:
-    """[trials + 1]: logarithm of the probability of each count."""
+def _binomial(trials: int, share: float) -> NDArray[np.float64]:
+    """[trials + 1]: probability of each count."""
     if share in (0.0, 1.0):
-        certain = np.full(trials + 1, -np.inf)
-        certain[trials if share else 0] = 0.0
-        return certain
+        return np.eye(trials + 1)[trials if share else 0]
     factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, trials + 1)))])
     counts = np.arange(trials + 1)
     ways = factorials[-1] - factorials - factorials[::-1]
-    return ways + counts * math.log(share) + counts[::-1] * math.log1p(-share)
-
-
-def _flip_counts(prompts: int, flip_rate: float) -> tuple[list[int], list[float]]:
-    """Numbers of flips that can happen, and how likely each is."""
-    chances = np.exp(_log_binomial(prompts, flip_rate))
-    counts: Sequence[int] = np.flatnonzero(chances > _NEGLIGIBLE).tolist()
-    return list(counts), [float(chances[count]) for count in counts]
+    return np.exp(ways + counts * math.log(share) + counts[::-1] * math.log1p(-share))
 
 
 def _largest_rejected(flips: int) -> int:
     """Largest smaller side at which the exact test reaches its level; -1 where none does."""
-    tail = np.cumsum(np.exp(_log_binomial(flips, 0.5)))
+    tail = np.cumsum(_binomial(flips, 0.5))
     return int(np.searchsorted(tail[: flips // 2 + 1], ALPHA / 2, side="right")) - 1
-
-
-def _rejects(flips: int, limit: int, better: float) -> float:
-    """Probability that the smaller side of so many flips is at most `limit`."""
-    if limit < 0:
-        return 0.0
-    chances = np.exp(_log_binomial(flips, better))
-    return float(chances[: limit + 1].sum() + chances[flips - limit :].sum())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from typing import Any
+
+from fd_dsa.client.questions import Answer
 
 PROMPT_STRICT = "Prompt-level-strict-accuracy"
 INST_STRICT = "Inst-level-strict-accuracy"
@@ -16,58 +19,8 @@ METRICS = (PROMPT_STRICT, INST_STRICT, PROMPT_LOOSE, INST_LOOSE)
 ANSWERS_FILE = "answers.jsonl"
 SCORES_FILE = "scores.json"
 REPORT_FILE = "report.md"
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request of a run.
-
-    Attributes:
-        key: unique in the run; answers are found again by it.
-        messages: of the chat, each with `role` and `content`.
-        max_tokens: longest answer, tokens.
-        metadata: what the task needs to score the answer; kept beside it, never sent.
-    """
-
-    key: str
-    messages: tuple[dict[str, str], ...]
-    max_tokens: int
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a server answered to one question, or why it did not.
-
-    Attributes:
-        key: of the question.
-        text: the message's content; empty with an error.
-        finish_reason: `stop`, `length`, ...; None with an error.
-        prompt_tokens: as the server counts them; None where it does not say.
-        completion_tokens: the same for the answer.
-        seconds: from the last attempt's request to its whole answer.
-        error: one line, None when the question was answered.
-    """
-
-    key: str
-    text: str
-    finish_reason: str | None
-    prompt_tokens: int | None
-    completion_tokens: int | None
-    seconds: float
-    error: str | None = None
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Answer:
-        """The answer of a JSON object that has its fields, and possibly others.
-
-        Raises:
-            KeyError: a field is missing.
-            TypeError: key or text is no text.
-        """
-        if not (isinstance(data["key"], str) and isinstance(data["text"], str)):
-            raise TypeError(f"key {data['key']!r} and text have to be texts")
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+END_OF_THOUGHT = "</think>"
+"""What an answer holds up to here is kept and not scored."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +28,6 @@ class RunSettings:
     """What decides the answers of a run; what is unknown is None.
 
     Attributes:
-        task: `ifeval`, `retrieval`, ...
-        base_url: of the server, with `/v1`.
-        model: the name that requests carry.
-        temperature: 0 is greedy.
-        max_tokens: longest answer, tokens.
-        seed: of every request, although greedy decoding draws nothing.
         concurrency: requests in flight; greedy tokens may depend on the batch.
         thinking: True and False are asked of the chat template; None leaves it its default.
         server: what the server says of itself: version, commit, device, types, limits.
@@ -88,23 +35,35 @@ class RunSettings:
     """
 
     task: str
-    base_url: str
-    model: str
-    temperature: float
-    max_tokens: int
-    seed: int
-    concurrency: int
+    base_url: str | None
+    model: str | None
+    temperature: float | None
+    max_tokens: int | None
+    seed: int | None
+    concurrency: int | None
     thinking: bool | None = None
     server: dict[str, Any] = field(default_factory=dict)
     task_settings: dict[str, Any] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """The settings as a JSON object."""
-        return asdict(self)
+    def flat(self) -> dict[str, Any]:
+        """Settings by dotted name, such as `server.dtype`."""
+        known = asdict(self)
+        inner = {name: known.pop(name) for name in ("server", "task_settings")}
+        return known | {f"{n}.{k}": v for n, value in inner.items() for k, v in value.items()}
+
+    def differences(self, other: RunSettings) -> dict[str, tuple[Any, Any]]:
+        """Name -> both values where they differ; what a server does not say is no difference."""
+        one, two = self.flat(), other.flat()
+        pairs = {name: (one.get(name), two.get(name)) for name in {**one, **two}}
+        return {
+            name: (old, new)
+            for name, (old, new) in pairs.items()
+            if old != new and not (name.startswith("server.") and None in (old, new))
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunSettings:
-        """The settings of a JSON object that `to_json` made."""
+        """The settings of a JSON object with these fields; raises TypeError without one."""
         return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
 
 
@@ -113,13 +72,9 @@ class PromptScore:
     """How one answer followed its instructions.
 
     Attributes:
-        key: of the prompt.
         instruction_ids: such as `punctuation:no_comma`, in the prompt's order.
         follow_strict: for each instruction, the answer as it is.
         follow_loose: for each instruction, the best variant of the answer.
-        finish_reason: of the answer; None where unknown.
-        prompt_tokens: None where unknown.
-        completion_tokens: None where unknown.
         answer_sha256: of the scored text in UTF-8, in hexadecimal.
     """
 
@@ -132,23 +87,31 @@ class PromptScore:
     completion_tokens: int | None = None
     answer_sha256: str | None = None
 
-    @property
-    def strict(self) -> bool:
-        """True if all instructions hold for the answer as it is."""
-        return all(self.follow_strict)
-
-    @property
-    def loose(self) -> bool:
-        """True if all instructions hold, each for its best variant of the answer."""
-        return all(self.follow_loose)
-
-    def to_json(self) -> dict[str, Any]:
-        """The score as a JSON object of `scores.json`."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PromptScore:
-        """The score of a JSON object that `to_json` made and a file may have kept."""
+        """The score of a JSON object that a file has kept."""
         lists = ("instruction_ids", "follow_strict", "follow_loose")
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         return cls(**{**known, **{name: tuple(data[name]) for name in lists}})
+
+
+def without_reasoning(text: str) -> str:
+    """What an answer says after the model has thought aloud."""
+    _, mark, rest = text.rpartition(END_OF_THOUGHT)
+    return rest.lstrip() if mark else text
+
+
+def prompt_score(
+    answer: Answer, names: tuple[str, ...], strict: tuple[bool, ...], loose: tuple[bool, ...]
+) -> PromptScore:
+    """The score of an answer from what it follows, strictly and loosely."""
+    counts = answer.prompt_tokens, answer.completion_tokens
+    # a server may cut a character in two
+    sha = sha256(answer.text.encode("utf-8", "surrogatepass")).hexdigest()
+    return PromptScore(answer.key, names, strict, loose, answer.finish_reason, *counts, sha)
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

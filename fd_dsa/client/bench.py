@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa import __version__
-from fd_dsa.accuracy.preflight import ServerInfo, examine_server, normal_base_url
-from fd_dsa.accuracy.report import as_json, show
-from fd_dsa.accuracy.server import own_server
 from fd_dsa.client.figures import plot, summarise, tables
 from fd_dsa.client.flags import Parser, exit_status, number
-from fd_dsa.client.load import Load, Timing
+from fd_dsa.client.load import Sender
+from fd_dsa.client.own_server import own_server
+from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url
+from fd_dsa.client.report import as_json, show
+from fd_dsa.client.timing import Timing, measure
 from fd_dsa.client.workload import random_prompts, start_times
 from fd_dsa.errors import ConfigError, RemoteError, unwritable
 
@@ -133,15 +134,17 @@ async def _measure(
     args: argparse.Namespace, base_url: str, model: str
 ) -> tuple[list[Timing], float]:
     """Warm up, then measure."""
-    load = Load(base_url, model, args.random_output_len, args.max_concurrency, retries=args.retries)
+    sender = Sender(base_url, concurrency=args.max_concurrency, retries=args.retries)
     # of another seed, so that what is measured is new to the server
     warm_up = random_prompts(_WARM_UP, args.random_input_len, args.seed + 1)
-    warmed, _ = await load.run(warm_up, [0.0] * _WARM_UP)
+    length = args.random_output_len
+    warmed, _ = await measure(sender, model, warm_up, [0.0] * _WARM_UP, length)
     for timing in warmed:
         if timing.error is not None:
             raise RemoteError(f"{base_url} does not answer: {timing.error}")
     prompts = random_prompts(args.num_prompts, args.random_input_len, args.seed)
-    return await load.run(prompts, start_times(args.num_prompts, args.request_rate, args.seed))
+    starts = start_times(args.num_prompts, args.request_rate, args.seed)
+    return await measure(sender, model, prompts, starts, length)
 
 
 def _report(

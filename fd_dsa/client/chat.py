@@ -13,19 +13,19 @@ from typing import Any, Protocol, TextIO
 
 import httpx
 
-from fd_dsa.accuracy.preflight import (
-    error_message,
-    examine_server,
-    http_options,
-    normal_base_url,
-    transport_reason,
-)
 from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.chat.events import ContentDelta, Event, ReasoningDelta
 from fd_dsa.chat.parser import OutputParser
 from fd_dsa.chat.parsers import AUTO, has_reasoning, opens_reasoning
 from fd_dsa.client.events import read_event
 from fd_dsa.client.flags import Parser, exit_status, number
+from fd_dsa.client.remote import (
+    error_message,
+    examine_server,
+    http_options,
+    normal_base_url,
+    transport_reason,
+)
 from fd_dsa.environment import prepare_cpu_runtime
 from fd_dsa.errors import RemoteError
 

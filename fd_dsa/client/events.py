@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fd_dsa.accuracy.preflight import one_line
+from fd_dsa.client.remote import one_line
 from fd_dsa.errors import RemoteError
 
 _DATA = "data:"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.accuracy.report import Table
-from fd_dsa.client.load import Timing
+from fd_dsa.client.report import Table
+from fd_dsa.client.timing import Timing
 from fd_dsa.errors import BackendUnavailable
 
 PERCENTILES = (50, 90, 95, 99)
@@ -32,8 +32,8 @@ def samples(timings: Sequence[Timing]) -> dict[str, list[float]]:
         found["e2e_ms"].append(1000 * timing.e2e_s)
         found["itl_ms"] += [1000 * interval for interval in timing.itl_s]
         if timing.output_tokens > 1:
-            behind = timing.e2e_s - timing.ttft_s
-            found["tpot_ms"].append(1000 * behind / (timing.output_tokens - 1))
+            rest = timing.e2e_s - timing.ttft_s
+            found["tpot_ms"].append(1000 * rest / (timing.output_tokens - 1))
     return found
 
 

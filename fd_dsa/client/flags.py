@@ -1,4 +1,4 @@
-"""What the two commands share: parsing, and the one line of a failure."""
+"""What the commands share: parsing, and the one line of a failure."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def exit_status(run: Callable[[], int]) -> int:
     """What `run` returns; 1 after a server went away, 2 for a bad start, 130 after Ctrl-C."""
     try:
         return run()
-    except KeyboardInterrupt:
-        return _fail("interrupted", _EXIT_INTERRUPTED)
+    except KeyboardInterrupt as stop:
+        return _fail(str(stop) or "interrupted", _EXIT_INTERRUPTED)
     except RemoteError as error:
         return _fail(str(error), 1)
     except BrokenPipeError:
@@ -56,3 +56,15 @@ def _fail(message: str, status: int) -> int:
     """Print the one line of a command that cannot go on."""
     sys.stderr.write(f"fd_dsa: error: {message}\n")
     return status
+
+
+def add_numbers(
+    parser: argparse._ActionsContainer, *rows: tuple[str, type, float, Any, str]
+) -> None:
+    """Add flags that take a number: name, kind, smallest value, default, help."""
+    for flag, kind, least, default, text in rows:
+        shown = text if default is None else f"{text} (default: {default:g})"
+        metavar = "N" if kind is int else "X"
+        parser.add_argument(
+            flag, metavar=metavar, type=number(kind, least), default=default, help=shown
+        )

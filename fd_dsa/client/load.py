@@ -1,180 +1,203 @@
-"""Sends the requests of a benchmark and takes the times of every token."""
+"""The client: many requests to one OpenAI-compatible server, some at a time, failures sent again.
+
+    sender = Sender("http://127.0.0.1:8000/v1", concurrency=32)
+    async for sent in sender.run(requests, read): ...
+
+`read` makes a value of a reply of status 200, whole or streamed.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NoReturn, TypeVar
 
 import httpx
 
-from fd_dsa.accuracy.preflight import error_message, http_options, key_refused, transport_reason
-from fd_dsa.client.events import read_event
+from fd_dsa.client.remote import error_message, http_options, key_refused, transport_reason
 from fd_dsa.errors import RemoteError
 
-_RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-_DELAY_S = 0.5
 _LONGEST_DELAY_S = 30.0
+_RETRIED_STATUS = frozenset({408, 409, 425, 429, *range(500, 600)})
+
+T = TypeVar("T")
+Reader = Callable[[httpx.Response, float], Awaitable[T]]
+"""Takes a reply that is open, and when its request was sent (`time.perf_counter`)."""
 
 
-@dataclass
-class Timing:
-    """One request: what came and when, in seconds.
+class FailedAttempt(Exception):
+    """One attempt without an answer: why, and whether another one makes sense, and when."""
 
-    Attributes:
-        start_s: since the beginning of the run, when the attempt that counts was sent.
-        ttft_s: from there to the first piece of the answer; None: none came.
-        itl_s: intervals between the pieces behind it.
-        e2e_s: from `start_s` to the end of the answer.
-        prompt_tokens, output_tokens: as the server counts them.
-        attempts: how often it was sent.
-        error: why there is no answer; None where there is one.
-    """
-
-    start_s: float = 0.0
-    ttft_s: float | None = None
-    itl_s: list[float] = field(default_factory=list)
-    e2e_s: float = 0.0
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    attempts: int = 0
-    error: str | None = None
-
-
-class _Again(Exception):
-    """An attempt that may succeed later."""
-
-    def __init__(self, reason: str, after_s: float = 0.0) -> None:
+    def __init__(
+        self, reason: str, *, again: bool = True, after_s: float = 0.0, gone: bool = False
+    ) -> None:
         super().__init__(reason)
-        self.after_s = after_s
+        self.again, self.after_s, self.gone = again, after_s, gone
 
 
 @dataclass(frozen=True)
-class Load:
-    """How the requests are sent.
+class Request:
+    """What is sent.
 
     Attributes:
-        base_url: with `/v1`.
-        model: name to send.
-        output_len: tokens of each answer.
-        max_concurrency: requests in flight; None: no limit.
-        retries: further attempts for a request that was refused or lost.
-        timeout_s: longest silence of the server.
+        path: after the base URL, such as `/chat/completions`.
+        body: a JSON object.
+        start_s: seconds after the beginning of the run before which it is not sent.
     """
 
-    base_url: str
-    model: str
-    output_len: int
-    max_concurrency: int | None = None
-    retries: int = 3
-    timeout_s: float = 600.0
+    path: str
+    body: dict[str, Any]
+    start_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sent(Generic[T]):
+    """What became of a request.
+
+    Attributes:
+        index: of the request in the run.
+        value: what `read` made of the reply; None with an error.
+        error: one line; None where there is a value.
+        attempts: how often it was sent.
+        start_s: when the last attempt was sent, seconds after the beginning of the run.
+        seconds: from there to the end of its reply.
+        gone: the last attempt found nobody listening.
+    """
+
+    index: int
+    value: T | None
+    error: str | None
+    attempts: int
+    start_s: float
+    seconds: float
+    gone: bool = False
+
+
+class Sender:
+    """Sends requests to one server.
+
+    Args:
+        base_url: as `normal_base_url` gives it.
+        concurrency: requests in flight; None = no limit.
+        retries: further attempts for a request after a failure that may pass.
+        timeout_s: longest silence of the server.
+        delay_s: wait before the second attempt, doubled before each further one, up to 30 s.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        concurrency: int | None = None,
+        retries: int = 3,
+        timeout_s: float = 600.0,
+        delay_s: float = 0.5,
+    ) -> None:
+        self.base_url = base_url
+        self._concurrency = concurrency
+        self._retries = retries
+        self._timeout_s = timeout_s
+        self._delay_s = delay_s
+        self._random = random.Random(0)
+        self._results: asyncio.Queue[Sent[Any] | Exception | None] = asyncio.Queue()
+
+    def stop(self) -> None:
+        """Let `run` end: results that are there are given out, requests in flight are dropped."""
+        self._results.put_nowait(None)
 
     async def run(
-        self, prompts: Sequence[Sequence[int]], starts: Sequence[float]
-    ) -> tuple[list[Timing], float]:
-        """Timings in the order of the prompts, and the seconds of the whole run.
+        self, requests: Sequence[Request], read: Reader[T]
+    ) -> AsyncGenerator[Sent[T], None]:
+        """A result for each request as it comes, in no fixed order.
 
         Raises:
-            RemoteError: the server refuses the key, or has no completions.
+            RemoteError: the server refuses the key or the path; after all results before it.
         """
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.max_concurrency)
-        options = http_options(self.base_url, self.timeout_s)
-        gate: contextlib.AbstractAsyncContextManager[Any] = contextlib.nullcontext()
-        if self.max_concurrency is not None:
-            gate = asyncio.Semaphore(self.max_concurrency)
+        results = self._results = asyncio.Queue()
+        pending = enumerate(requests)
+        limits = httpx.Limits(max_connections=self._concurrency)
+        options = http_options(self.base_url, self._timeout_s)
+        begin = time.perf_counter()
         async with httpx.AsyncClient(**options, limits=limits) as http:
-            begin = time.perf_counter()
 
-            async def one(prompt: Sequence[int], start_s: float) -> Timing:
-                await asyncio.sleep(max(0.0, begin + start_s - time.perf_counter()))
-                async with gate:
-                    return await self._request(http, prompt, begin)
+            async def work() -> None:
+                for index, request in pending:
+                    await asyncio.sleep(max(0.0, begin + request.start_s - time.perf_counter()))
+                    try:
+                        results.put_nowait(await self._send(http, index, request, read, begin))
+                    except Exception as error:
+                        # it ends the run
+                        results.put_nowait(error)
+                        return
 
-            tasks = [
-                asyncio.create_task(one(prompt, start))
-                for prompt, start in zip(prompts, starts, strict=True)
-            ]
+            count = min(len(requests), self._concurrency or len(requests))
+            workers = [asyncio.create_task(work()) for _ in range(count)]
             try:
-                timings = await asyncio.gather(*tasks)
+                for _ in requests:
+                    result = await results.get()
+                    if result is None:
+                        return
+                    if isinstance(result, Exception):
+                        raise result
+                    yield result
             finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-            return timings, time.perf_counter() - begin
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _request(
-        self, http: httpx.AsyncClient, prompt: Sequence[int], begin: float
-    ) -> Timing:
-        """One request, with its further attempts."""
-        for attempt in range(1, self.retries + 2):
-            timing = Timing(start_s=time.perf_counter() - begin, attempts=attempt)
+    async def _send(
+        self,
+        http: httpx.AsyncClient,
+        index: int,
+        request: Request,
+        read: Reader[T],
+        begin: float,
+    ) -> Sent[T]:
+        """One request with all of its attempts."""
+        for attempt in range(1, self._retries + 2):
+            started = time.perf_counter()
             try:
-                await self._attempt(http, prompt, timing)
-                return timing
-            except _Again as failure:
-                timing.error, after_s = str(failure), failure.after_s
-            except httpx.HTTPError as failure:
-                timing.error, after_s = transport_reason(failure), 0.0
-            if attempt <= self.retries:
-                delay_s = min(_LONGEST_DELAY_S, _DELAY_S * 2 ** (attempt - 1))
-                await asyncio.sleep(max(delay_s, min(after_s, _LONGEST_DELAY_S)))
-        return timing
+                value = await self._attempt(http, request, read, started)
+                seconds = time.perf_counter() - started
+                return Sent(index, value, None, attempt, started - begin, seconds)
+            except FailedAttempt as failure:
+                last = failure
+            if not last.again or attempt > self._retries:
+                break
+            # not all at once after a common failure
+            share = self._random.uniform(0.5, 1.0)
+            delay_s = share * min(_LONGEST_DELAY_S, self._delay_s * 2 ** (attempt - 1))
+            await asyncio.sleep(max(delay_s, min(last.after_s, 2 * _LONGEST_DELAY_S)))
+        reason = f"{last} ({attempt} attempts)" if attempt > 1 else str(last)
+        seconds = time.perf_counter() - started
+        return Sent(index, None, reason, attempt, started - begin, seconds, last.gone)
 
     async def _attempt(
-        self, http: httpx.AsyncClient, prompt: Sequence[int], timing: Timing
-    ) -> None:
-        """One attempt; fills `timing`."""
-        body = {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": self.output_len,
-            "temperature": 0,
-            "ignore_eos": True,
-            # a chunk for each token, also where its text is held back
-            "return_token_ids": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        failure = ""
-        begin = last = time.perf_counter()
-        async with http.stream("POST", f"{self.base_url}/completions", json=body) as reply:
-            if reply.status_code != 200:
-                await reply.aread()
-                self._refuse(reply)
-            # to the end, also behind an error: who leaves a stream leaves its generators open
-            async for line in reply.aiter_lines():
-                try:
-                    chunk = read_event(line)
-                except RemoteError as error:
-                    failure = failure or str(error)
-                    continue
-                if chunk is None:
-                    continue
-                now = time.perf_counter()
-                if usage := chunk.get("usage"):
-                    timing.prompt_tokens = usage["prompt_tokens"]
-                    timing.output_tokens = usage["completion_tokens"]
-                if not chunk.get("choices"):
-                    continue
-                if timing.ttft_s is None:
-                    timing.ttft_s = now - begin
-                else:
-                    timing.itl_s.append(now - last)
-                last = now
-        timing.e2e_s = last - begin
-        if failure or timing.ttft_s is None:
-            raise _Again(failure or "the answer is empty")
+        self, http: httpx.AsyncClient, request: Request, read: Reader[T], started: float
+    ) -> T:
+        """What `read` makes of the reply."""
+        url = self.base_url + request.path
+        try:
+            async with http.stream("POST", url, json=request.body) as reply:
+                if reply.status_code != 200:
+                    await reply.aread()
+                    self._raise_status(url, reply)
+                return await read(reply, started)
+        except httpx.HTTPError as error:
+            gone = isinstance(error, httpx.ConnectError)
+            raise FailedAttempt(transport_reason(error), gone=gone) from error
 
-    def _refuse(self, reply: httpx.Response) -> None:
+    def _raise_status(self, url: str, reply: httpx.Response) -> NoReturn:
         """Raise what a status other than 200 means."""
         status, said = reply.status_code, error_message(reply)
         if status in (401, 403):
             raise RemoteError(key_refused(self.base_url, status))
-        if status not in _RETRIED_STATUS:
-            raise RemoteError(f"{self.base_url}/completions answers {status}: {said}")
+        if status in (404, 405):
+            raise RemoteError(f"{url} answers {status}: {said}")
         after = reply.headers.get("retry-after", "")
         after_s = float(after) if after.isascii() and after.isdigit() else 0.0
-        raise _Again(f"status {status}: {said}", after_s)
+        again = status in _RETRIED_STATUS
+        raise FailedAttempt(f"status {status}: {said}", again=again, after_s=after_s)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fd_dsa.accuracy.answers import differing_setting, open_store, read_run
-from fd_dsa.accuracy.types import Answer, Question, RunSettings
+from fd_dsa.accuracy.answers import open_store, read_run
+from fd_dsa.accuracy.types import RunSettings
+from fd_dsa.client.questions import Answer, Question
 from fd_dsa.errors import ConfigError
 
 SETTINGS = RunSettings(
@@ -52,14 +52,6 @@ def test_what_was_added_is_read_again(tmp_path: Path) -> None:
     assert run.records["b"].messages == QUESTIONS[1].messages
     assert run.records["b"].metadata == {"n": "b"}
     assert len(path.read_bytes().splitlines()) == 3
-
-
-def test_an_answer_is_on_the_disk_before_the_next_is_asked(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    with open_store(path, SETTINGS) as store:
-        assert read_run(path).records == {}
-        store.add(QUESTIONS[0], answer("a"))
-        assert read_run(path).answers == {"a": answer("a")}
 
 
 def test_a_resumed_run_asks_what_is_missing_and_what_failed(tmp_path: Path) -> None:
@@ -127,8 +119,7 @@ def test_other_settings_are_refused_by_name(
 
 def test_what_a_server_does_not_tell_is_no_difference() -> None:
     now = replace(SETTINGS, server={"commit": "0123", "device": "cpu"})
-    assert differing_setting(SETTINGS, now) is None
-    assert differing_setting(now, SETTINGS) is None
+    assert SETTINGS.differences(now) == now.differences(SETTINGS) == {}
 
 
 def test_one_process_writes_at_a_time(tmp_path: Path) -> None:
@@ -174,11 +165,3 @@ def test_a_missing_file_and_a_folder_that_cannot_be_made(tmp_path: Path) -> None
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"--out: .*cannot be written"):
         write(tmp_path / "file/answers.jsonl")
-
-
-def test_lines_are_plain_json(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    write(path, answer("a"))
-    head, first = map(json.loads, path.read_text().splitlines())
-    assert head["settings"]["max_tokens"] == 8
-    assert (first["key"], first["text"], first["finish_reason"]) == ("a", "yes", "stop")

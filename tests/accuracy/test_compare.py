@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 
 from fd_dsa.accuracy.cli import main
+from fd_dsa.accuracy.compare import verdict
 from fd_dsa.accuracy.paired import compare, setting_changes
 from fd_dsa.accuracy.scores import Scores
 from fd_dsa.accuracy.types import INST_STRICT, METRICS, PROMPT_LOOSE, PROMPT_STRICT
-from fd_dsa.accuracy.verdict import verdict
 from fd_dsa.errors import ConfigError
 from tests.accuracy.scored import SETTINGS, pairs, passing, prompt, run, write
 
@@ -39,7 +39,7 @@ def test_flips_are_counted_each_way() -> None:
     assert change.p == pytest.approx(0.146, abs=5e-4)
     assert change.difference.value == pytest.approx(0.06)
     assert change.difference.low < 0.06 < change.difference.high
-    assert [flip.key for flip in found.strict if not flip.better] == ["0", "1", "2"]
+    assert [flip.key for flip in found.flips if not flip.better] == ["0", "1", "2"]
     assert found.same_answers == 88
 
 
@@ -51,12 +51,7 @@ def test_metrics_follow_strict_and_loose_and_instructions() -> None:
     assert flips == dict(zip(METRICS, [(1, 0), (1, 0), (2, 0), (2, 0)], strict=True))
     assert found.metrics[INST_STRICT].p is None
     assert found.metrics[PROMPT_LOOSE].p == 0.5
-    assert [flip.instructions for flip in found.strict] == [("a:0",)]
-    assert [flip.key for flip in found.loose] == ["1", "2"]
-    rows = {
-        name: (t.total, t.before, t.after, t.worse, t.better) for name, t in found.types.items()
-    }
-    assert rows == {"a:0": (2, 1, 0, 1, 0), "b:1": (1, 1, 1, 0, 0)}
+    assert [flip.instructions for flip in found.flips] == [("a:0",)]
 
 
 def test_equal_answers_are_the_strongest_statement() -> None:
@@ -77,12 +72,6 @@ def test_other_answers_with_the_same_results_bound_what_was_not_seen() -> None:
     assert "100 of 100 answers differ in their text." in told
     # 1 - 0.05^(1/100)
     assert "No change: no prompt changed its strict result. At most 3 % of such" in told
-
-
-def test_one_other_answer_is_not_equal() -> None:
-    after = passing(GOOD)
-    after = replace(after, prompts=(*after.prompts[:-1], prompt("99", False, text="other")))
-    assert "1 of 100 answers differ in their text." in _told(passing(GOOD), after)
 
 
 def test_unknown_hashes_are_never_called_equal() -> None:
@@ -130,25 +119,7 @@ def test_swapping_the_runs_swaps_everything(both: tuple[Scores, Scores]) -> None
         mirrored = (-other.difference.value, -other.difference.high, -other.difference.low)
         assert one.difference == pytest.approx(mirrored)
     assert there.same_answers == back.same_answers
-    assert {f.key for f in there.strict} == {f.key for f in back.strict}
-
-
-@given(pairs())
-@settings(max_examples=25, deadline=None)
-def test_flips_explain_the_difference(both: tuple[Scores, Scores]) -> None:
-    found = compare(*both)
-    for change in found.metrics.values():
-        assert change.after.passed - change.before.passed == change.better - change.worse
-    assert len(found.strict) == found.primary.worse + found.primary.better
-    strict = found.metrics[INST_STRICT]
-    assert sum(t.worse for t in found.types.values()) == strict.worse
-    assert sum(t.better for t in found.types.values()) == strict.better
-
-
-def test_order_of_prompts_does_not_matter() -> None:
-    after = passing(_worse(3, 9))
-    shuffled = replace(after, prompts=tuple(reversed(after.prompts)))
-    assert compare(passing(GOOD), shuffled) == compare(passing(GOOD), after)
+    assert {f.key for f in there.flips} == {f.key for f in back.flips}
 
 
 @pytest.mark.parametrize(
@@ -180,11 +151,6 @@ def test_the_seed_is_decisive_only_where_answers_are_drawn() -> None:
     assert setting_changes(replace(SETTINGS, **drawn), replace(SETTINGS, seed=1, **drawn))[
         0
     ].decisive
-
-
-def test_what_is_unknown_or_only_an_address_is_no_difference() -> None:
-    other = replace(SETTINGS, base_url="http://other:1/v1", server={"version": "0.1.0"})
-    assert setting_changes(SETTINGS, other) == ()
 
 
 @pytest.mark.parametrize(
@@ -235,7 +201,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Warning: concurrency: 8 before, 1 after; greedy tokens may depend" in text
     assert "12 more: --out writes all." in text
     files = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert sorted(files) == ["compare.json", "compare.md", "compare.svg"]
+    assert sorted(files) == ["compare.json", "compare.md"]
     page = files["compare.md"].decode()
     assert page.startswith("# float32 and fp8\n\n**Verdict.** After is worse: of 100")
     assert "| server.kv_cache_dtype | float32 | fp8_ds_mla |" in page
@@ -244,7 +210,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(files["compare.json"])
     assert data["metrics"][PROMPT_STRICT]["worse"] == 30
     assert data["metrics"][PROMPT_STRICT]["difference"]["value"] == -28.0
-    assert len(data["flips"]["strict"]) == 32
+    assert len(data["flips"]) == 32
     assert data["answers"] == {"same": 68, "unknown": 0}
     _main(capsys, before / "scores.json", after, "--out", out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
@@ -256,7 +222,7 @@ def test_command_with_equal_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert status == 0
     assert text.startswith("Verdict. Equal, answer by answer: all 100 answers have the same SHA")
     assert "All recorded settings are the same in both runs." in text
-    assert "flipped" not in text and "By type" not in text
+    assert "flipped" not in text
     other = write(tmp_path / "c" / "run", run(passing(GOOD).prompts, concurrency=1))
     _, text, _ = _main(capsys, before, other)
     # no flip needs an excuse
@@ -285,7 +251,6 @@ def test_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("a", "nothing"), "nothing: no such file or directory; give the folder"),
         (("a", "b"), "max_tokens: 1280 before, 512 after"),
         (("a", "a", "--allow", "max_token"), "--allow: got 'max_token'; allowed are .*max_tokens"),
-        (("a", "a", "--prompts", "7"), "--prompts: only with --counts"),
         (("a", "a", "--out", "a/scores.json"), "--out: a/scores.json is a file"),
         (("a",), "the following arguments are required: AFTER"),
     ],

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -20,13 +18,13 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.accuracy import ifeval, run, scorer
+from fd_dsa.accuracy import run, scorer
 from fd_dsa.accuracy.answers import read_run
 from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.prompts import OFFICIAL, read_prompts
-from fd_dsa.accuracy.server import OwnServer
+from fd_dsa.client.own_server import OwnServer
 from fd_dsa.errors import BackendUnavailable
-from tests.accuracy.scripted import Reply, Scripted, asked, chat, scripted
+from tests.client.scripted import Reply, Scripted, asked, chat, scripted
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = read_prompts()
@@ -206,7 +204,7 @@ def server() -> Any:
         (["--temperature", "-1"], "--temperature: got '-1'; allowed is a number from 0 on"),
         (["--temp", "1"], "unrecognized arguments: --temp 1"),
         (["--serve"], "--serve: not allowed with argument --base-url"),
-        (["--", "--device", "gpu"], "--device stands after --, where flags of the server stand"),
+        (["--", "--device", "gpu"], "--device comes after --, which is for flags of the server"),
         (["--out", __file__], f"--out: {__file__} is a file; give a folder"),
     ],
 )
@@ -327,21 +325,6 @@ def test_reasoning_is_kept_and_not_scored(
     assert "9 answers hold </think>" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (None, "no such file or directory; give the answers.jsonl of a run"),
-        ("{}\n", "line 1 is not the settings of a run"),
-    ],
-)
-def test_score_of_something_else(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, text: str
-) -> None:
-    if content is not None:
-        (tmp_path / "answers.jsonl").write_text(content)
-    assert text in error_line(capsys, ["score", str(tmp_path)])
-
-
 def test_score_without_answers_and_of_another_task(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -354,18 +337,3 @@ def test_score_without_answers_and_of_another_task(
     assert "holds a run of retrieval; score reads ifeval" in error_line(
         capsys, ["score", str(tmp_path)]
     )
-
-
-def test_every_flag_is_documented_with_its_default() -> None:
-    page = (ROOT / "docs/accuracy.md").read_text("utf-8")
-    section = page[page.index("### Running") : page.index("### Scoring")]
-    documented = dict(re.findall(r"^\| `(--[a-z-]+)[^|]*\|([^|]*)\|", section, re.MULTILINE))
-    parser = argparse.ArgumentParser()
-    subparsers = parser.add_subparsers()
-    ifeval.add_parser(subparsers)
-    flags = {a.option_strings[-1]: a for a in subparsers.choices["ifeval"]._actions}
-    flags.pop("--help")
-    assert sorted(documented) == sorted(flags)
-    for flag, action in flags.items():
-        if isinstance(action.default, (int, float)) and action.default is not False:
-            assert documented[flag].strip() == f"{action.default:g}", flag

@@ -16,9 +16,16 @@ import numpy as np
 import pytest
 
 from fd_dsa.accuracy.embedded import OpenModel, open_model
-from fd_dsa.accuracy.retrieval.haystack import sentences
-from fd_dsa.accuracy.selection.measure import INDEXER, LAST, RANDOM, LayerFigures, measure
-from fd_dsa.accuracy.selection.needles import NeedleText, needle_texts
+from fd_dsa.accuracy.retrieval.prompts import sentences
+from fd_dsa.accuracy.selection.measure import (
+    INDEXER,
+    LAST,
+    RANDOM,
+    LayerFigures,
+    NeedleText,
+    measure,
+    needle_texts,
+)
 from fd_dsa.accuracy.selection.tap import RecordingBackend, recording
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.config import EngineConfig
@@ -168,7 +175,7 @@ def other_pairing(model: OpenModel) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def figures(model: OpenModel, text: NeedleText) -> list[LayerFigures]:
     """Of every layer of the demo model, as it is."""
-    return measure(model, [text], num_queries=12)[0]
+    return measure(model, [text], num_queries=12)
 
 
 def test_the_selection_holds_the_attention(figures: list[LayerFigures]) -> None:
@@ -181,7 +188,7 @@ def test_attention_mass_shows_the_other_pairing(
     model: OpenModel, text: NeedleText, figures: list[LayerFigures]
 ) -> None:
     """Needle recall hardly does: the demo model finds a pass key by what it says, not where."""
-    spoiled = measure(model, [text], num_queries=12)[0]
+    spoiled = measure(model, [text], num_queries=12)
     pairs = list(zip(figures, spoiled, strict=True))
     lost = [np.mean(a.mass[INDEXER]) - np.mean(b.mass[INDEXER]) for a, b in pairs]
     assert max(lost) > 0.1 and np.mean(lost) > 0.05

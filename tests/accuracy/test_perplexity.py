@@ -13,9 +13,8 @@ import pytest
 
 from fd_dsa.accuracy.cli import main
 from fd_dsa.accuracy.embedded import open_model
-from fd_dsa.accuracy.losses import measure
-from fd_dsa.accuracy.perplexity import DEFAULT_TEXT, default_text, report_parts
-from fd_dsa.accuracy.report import Table
+from fd_dsa.accuracy.perplexity import DEFAULT_TEXT, default_text, measure, report_parts
+from fd_dsa.client.report import Table
 from tests.demo.samples import PROSE
 
 ON_CPU = ("--device", "cpu")
@@ -104,10 +103,10 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (str(latin),): f"{latin}: byte 2 is no UTF-8; give a text in UTF-8",
         (str(tmp_path / "none.txt"),): "[Errno 2] No such file",
         (str(empty),): "the text has 0 tokens; none of them can be predicted",
-        (str(good), "--overlap", "-1"): "--overlap: got -1, allowed: 0 to ",
-        (str(good), "--context", "1"): "--context: got 1, allowed: 2 to ",
+        (str(good), "--overlap", "-1"): "--overlap: got '-1'; allowed is a whole number from 0 on",
+        (str(good), "--context", "1"): "--context: got '1'; allowed is a whole number from 2 on",
         (str(good), "--context", "9999999"): "--context: got 9999999, allowed: 2 to ",
-        (str(good), "--index-topk", "0"): "--index-topk: got 0",
+        (str(good), "--index-topk", "0"): "--index-topk: got '0'",
         (str(good), "--kv-cache-dtype", "int4"): "--kv-cache-dtype: got 'int4'",
     }
     for flags, told in cases.items():

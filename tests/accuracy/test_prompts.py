@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pytest
 
-from fd_dsa.accuracy.prompts import ARGUMENTS, OFFICIAL, read_prompts, set_warning
+from fd_dsa.accuracy.prompts import OFFICIAL, arguments, read_prompts, set_warning
 from fd_dsa.errors import ConfigError
 from tests.accuracy import gpt4
 
@@ -41,21 +41,16 @@ def test_official_set() -> None:
     prompts = read_prompts()
     assert len(prompts) == len({prompt.key for prompt in prompts}) == 541
     assert sum(len(prompt.instruction_ids) for prompt in prompts) == 834
-    assert {name for prompt in prompts for name in prompt.instruction_ids} == set(ARGUMENTS)
+    # what one prompt gives to an instruction, all others give too
+    given = {
+        (name, frozenset((key, type(value)) for key, value in kwargs.items()))
+        for prompt in prompts
+        for name, kwargs in zip(prompt.instruction_ids, prompt.kwargs, strict=True)
+    }
+    assert given == {(name, frozenset(kinds.items())) for name, kinds in arguments().items()}
+    assert len(arguments()) == 25
     assert set_warning(prompts) is None
     assert set_warning(prompts[::-1]) is None
-
-
-def test_answers_of_gpt4_join_by_line() -> None:
-    pairs = zip(read_prompts(), gpt4.rows(), strict=True)
-    assert [prompt.key for prompt, row in pairs if row["prompt"] != prompt.text] == ["2785"]
-
-
-def test_question_is_one_turn_of_the_user() -> None:
-    prompt = read_prompts()[0]
-    question = prompt.to_question(1280)
-    assert (question.key, question.max_tokens) == ("1000", 1280)
-    assert question.messages == ({"role": "user", "content": prompt.text},)
 
 
 def test_part_of_the_set_is_said_to_be_partial(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import nltk
 import pytest
 
-from fd_dsa.accuracy import punkt
+from fd_dsa.accuracy.scorer import CARRIER, sentence_model
 from fd_dsa.errors import BackendUnavailable
 
 MODEL = "tokenizers/punkt_tab/english"
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def digest() -> str:
-    return punkt.resolve()
+    return sentence_model()
 
 
 def _copy(target: Path, link: bool = False) -> Path:
@@ -41,7 +41,7 @@ def _carrier(monkeypatch: pytest.MonkeyPatch, folder: Path | None) -> None:
     """The installed carrier is in this folder and nothing else has the model."""
 
     def distribution(name: str) -> SimpleNamespace:
-        if folder is None or name != punkt.CARRIER:
+        if folder is None or name != CARRIER:
             raise metadata.PackageNotFoundError(name)
         return SimpleNamespace(locate_file=lambda path: folder / path)
 
@@ -53,7 +53,7 @@ def test_own_data_come_first(digest: str, tmp_path: Path, monkeypatch: pytest.Mo
     own = _copy(tmp_path)
     (own / MODEL / "abbrev_types.txt").write_text("prof\n")
     monkeypatch.setattr(nltk.data, "path", [str(own)])
-    assert punkt.resolve() != digest
+    assert sentence_model() != digest
     assert nltk.data.path == [str(own)]
 
 
@@ -63,7 +63,7 @@ def test_carrier_is_read_however_it_was_installed(
 ) -> None:
     _copy(tmp_path / CACHE, link)
     _carrier(monkeypatch, tmp_path)
-    assert punkt.resolve() == punkt.resolve() == digest
+    assert sentence_model() == sentence_model() == digest
     assert len(nltk.data.path) == 1
     assert nltk.tokenize.PunktTokenizer().tokenize("Dr. No came. He left.") == [
         "Dr. No came.",
@@ -76,14 +76,14 @@ def test_model_that_others_may_write_is_copied(
 ) -> None:
     (_copy(tmp_path / CACHE) / MODEL).chmod(0o777)
     _carrier(monkeypatch, tmp_path)
-    assert punkt.resolve() == digest
+    assert sentence_model() == digest
 
 
 @pytest.mark.parametrize("installed", [False, True], ids=["no carrier", "carrier without it"])
 def test_missing_model(installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _carrier(monkeypatch, tmp_path if installed else None)
     with pytest.raises(BackendUnavailable) as caught:
-        punkt.resolve()
+        sentence_model()
     text = str(caught.value)
     assert "punkt_tab (English) is not there: neither on NLTK's search path nor in llama" in text
     assert "pip install 'fd_dsa[accuracy]'" in text
@@ -128,7 +128,8 @@ def test_scores_without_a_network_and_imports_nothing_early(tmp_path: Path) -> N
         "    i == 'length_constraints:number_sentences' for i in p.instruction_ids)]\n"
         "assert not early, early\n"
         "scorer.ready(chosen)\n"
-        "scores = scorer.score(chosen, ['One. Two.'] * len(chosen))\n"
+        "from fd_dsa.client.questions import Answer\n"
+        "scores = scorer.score(chosen, [Answer(p.key, 'One. Two.') for p in chosen])\n"
         "print(len(scores), 'llama_index' in sys.modules)\n",
         HOME=str(tmp_path),
         NLTK_DATA="",

@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from fd_dsa.accuracy.ifeval_report import show_report, write_report
-from fd_dsa.accuracy.scores import Scores, by_type, metrics, read_scores
-from fd_dsa.accuracy.stats import wilson
+from fd_dsa.accuracy.scores import Scores, by_type, metrics, parts, read_scores, write_report
 from fd_dsa.accuracy.types import (
     INST_LOOSE,
     INST_STRICT,
@@ -21,7 +19,7 @@ from fd_dsa.accuracy.types import (
     PromptScore,
 )
 from fd_dsa.errors import ConfigError
-from tests.accuracy.scored import pairs, passing, prompt, run, write
+from tests.accuracy.scored import pairs, prompt, run, write
 
 THREE = run(
     [
@@ -43,16 +41,6 @@ def test_metrics_count_prompts_and_instructions() -> None:
     assert tuple(found) == METRICS
 
 
-def test_prompts_have_wilson_intervals_and_instructions_wider_ones() -> None:
-    # 100 prompts whose two instructions pass or fail together
-    together = [prompt(str(i), i < 70, i < 70) for i in range(100)]
-    found = metrics(together)
-    assert found[PROMPT_STRICT].share == wilson(70, 100)
-    shares = found[INST_STRICT].share, wilson(140, 200)
-    assert shares[0].value == shares[1].value
-    assert shares[0].high - shares[0].low > 1.3 * (shares[1].high - shares[1].low)
-
-
 def test_types_are_counted_by_name() -> None:
     found = by_type(THREE.prompts)
     assert list(found) == ["a:0", "b:1"]
@@ -68,10 +56,10 @@ def test_a_run_is_read_as_written(tmp_path_factory: Any, both: tuple[Scores, Sco
     assert read_scores(folder / "scores.json") == both[0]
 
 
-def test_report_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_files(tmp_path: Path) -> None:
     out = tmp_path / "a" / "run"
     paths = write_report(out, THREE, ["Warning: partial set."])
-    assert sorted(path.name for path in out.iterdir()) == ["ifeval.svg", "report.md", "scores.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["report.md", "scores.json"]
     assert sorted(paths) == sorted(out.iterdir())
     first = [path.read_bytes() for path in paths]
     write_report(out, THREE, ["Warning: partial set."])
@@ -79,14 +67,12 @@ def test_report_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     page = (out / "report.md").read_text("utf-8")
     assert "| Prompt-level-strict-accuracy | 1/3 | 33.33 [6.1, 79.2] |" in page
     assert "| b:1 | 2 | 50.00 [9.5, 90.5] | 50.00 [9.5, 90.5] |" in page
-    assert "Warning: partial set." in page and "(ifeval.svg)" in page
-    assert "| server: kv_cache_dtype | float32 |" in page
+    assert "Warning: partial set." in page
+    assert "| server.kv_cache_dtype | float32 |" in page
     assert "8000" not in page
     data = json.loads((out / "scores.json").read_text("utf-8"))
     assert data["metrics"][INST_LOOSE]["value"] == 80.0
-    show_report(THREE, ["Warning: partial set."])
-    shown = capsys.readouterr().out
-    assert "1/3" in shown and "Warning: partial set." in shown and "svg" not in shown
+    assert "Warning: partial set." in parts(THREE, ["Warning: partial set."])
 
 
 def test_answers_cut_at_max_tokens_are_told_above_two_percent(tmp_path: Path) -> None:
@@ -145,13 +131,3 @@ def test_missing_and_unreadable_files_are_one_clear_line(tmp_path: Path) -> None
     (tmp_path / "scores.json").write_bytes(b"\xff{")
     with pytest.raises(ConfigError, match="is no JSON"):
         read_scores(tmp_path)
-
-
-def test_hashes_may_be_unknown(tmp_path: Path) -> None:
-    folder = _changed(tmp_path, "prompts", 0, "answer_sha256", value=None)
-    assert read_scores(folder).prompts[0].answer_sha256 is None
-
-
-def test_all_passing_runs_still_have_an_interval() -> None:
-    found = metrics(passing([True] * 20).prompts)
-    assert {round(m.share.low, 3) for m in found.values()} == {0.839}

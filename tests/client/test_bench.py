@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from fd_dsa.client.figures import LATENCIES, summarise
-from fd_dsa.client.load import Load, Timing
+from fd_dsa.client.load import Sender
+from fd_dsa.client.timing import Timing, measure
 from fd_dsa.client.workload import random_prompts, start_times
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.errors import RemoteError
@@ -87,8 +88,8 @@ def test_refused_requests_are_sent_again_but_not_for_ever(
         monkeypatch.setattr(concurrency, "ApiError", refusal)
         for retries in (9, 0):
             num_refused, live.engine.is_held = 0, True
-            load = Load(f"{live.url}/v1", "demo", 4, retries=retries)
-            timings, _ = asyncio.run(load.run(prompts, [0.0] * 4))
+            sender = Sender(f"{live.url}/v1", retries=retries)
+            timings, _ = asyncio.run(measure(sender, "demo", prompts, [0.0] * 4, 4))
             served = [timing for timing in timings if timing.error is None]
             assert len(served) == (4 if retries else 1)
             assert {timing.output_tokens for timing in served} == {4}
@@ -119,8 +120,9 @@ class Counting(AnyTokens):
 def test_no_more_requests_at_a_time_than_asked_for() -> None:
     engine = Counting(step_s=0.03)
     with running(engine) as live:
-        load = Load(f"{live.url}/v1", "demo", 3, max_concurrency=2, retries=0)
-        timings, _ = asyncio.run(load.run(random_prompts(6, 5, seed=0), [0.0] * 6))
+        sender = Sender(f"{live.url}/v1", concurrency=2, retries=0)
+        prompts = random_prompts(6, 5, seed=0)
+        timings, _ = asyncio.run(measure(sender, "demo", prompts, [0.0] * 6, 3))
         assert [timing.error for timing in timings] == [None] * 6
         assert len(engine.requests) == 6
         assert engine.most <= 2
@@ -130,11 +132,11 @@ def test_failures_inside_a_stream_are_told() -> None:
     engine = AnyTokens()
     engine.nan_after = 2
     with running(engine) as live:
-        load = Load(f"{live.url}/v1", "demo", 5, retries=0)
-        timings, _ = asyncio.run(load.run([[101]], [0.0]))
+        sender = Sender(f"{live.url}/v1", retries=0)
+        timings, _ = asyncio.run(measure(sender, "demo", [[101]], [0.0], 5))
         assert timings[0].error is not None
     with pytest.raises(RemoteError, match="404"), running(AnyTokens()) as live:
-        asyncio.run(Load(f"{live.url}/v1", "other", 5).run([[101]], [0.0]))
+        asyncio.run(measure(Sender(f"{live.url}/v1"), "other", [[101]], [0.0], 5))
 
 
 def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from fd_dsa.accuracy.answers import read_run
-from fd_dsa.accuracy.server import own_server
+from fd_dsa.client.own_server import own_server
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app

@@ -1,17 +1,22 @@
 """Prompts of an exact number of tokens: a haystack, needles at their depths, a question.
 
-The haystack is filled up by whole sentences; the last one is cut and patched with small words until
-the tokenizer counts what was asked for, chat template included.
+The haystack is sentences of old tales, carried in the package. It is filled up by whole sentences;
+the last one is cut and patched with small words until the tokenizer counts what was asked for, chat
+template included.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import islice
+from pathlib import Path
 from random import Random
-from typing import Protocol
+from typing import Any
 
-from fd_dsa.accuracy.retrieval.haystack import endless
-from fd_dsa.accuracy.retrieval.tasks import Item
+from fd_dsa.accuracy.retrieval.tasks import BEFORE, Item
+from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
 
 # a haystack's last sentence is at least so long: shorter ones can hardly be cut to size
@@ -21,39 +26,35 @@ _MAX_CORRECTIONS = 12
 _PATCHES = (" then", " now", " too", " there", " so", " a", " I", "!", ".", "?")
 
 
-class Counter(Protocol):
-    """Counts tokens as the served model does."""
+@cache
+def sentences() -> tuple[str, ...]:
+    """Sentences of public-domain tales in their order (`data/ORIGIN.md`); ASCII, no digit."""
+    file = Path(__file__).with_name("data") / "haystack.txt"
+    return tuple(file.read_text("utf-8").splitlines())
 
-    def text(self, text: str) -> int:
-        """Tokens of a text that stands inside a longer one."""
 
-    def prompt(self, content: str) -> int:
-        """Tokens of a conversation of this one user message, start of the answer included."""
+def endless(random: Random) -> Iterator[str]:
+    """The sentences from a random one on, again from the first after the last, without end."""
+    text = sentences()
+    place = random.randrange(len(text))
+    while True:
+        yield text[place]
+        place = (place + 1) % len(text)
 
 
 class PromptBuilder:
-    """Makes prompts; keeps the token counts of the sentences it has seen.
+    """Makes prompts whose lengths `counter` counts; keeps the counts of the sentences it has seen.
 
-    Args:
-        counter: of the tokenizer that lengths are counted with.
+    A length that is too short for what is hidden, or that the tokenizer never counts exactly, is a
+    ConfigError.
     """
 
-    def __init__(self, counter: Counter) -> None:
+    def __init__(self, counter: TokenCounter) -> None:
         self._counter = counter
         self._sizes: dict[str, int] = {}
 
     def build(self, item: Item, length: int, random: Random) -> str:
-        """Content of the user message.
-
-        Args:
-            item: what is hidden and asked.
-            length: tokens of the whole prompt as the model sees it.
-            random: chooses where in the tales the haystack begins.
-
-        Raises:
-            ConfigError: the needles and the question alone are longer, or the tokenizer never
-                counts `length` exactly.
-        """
+        """Content of the user message."""
         fixed = self._counter.prompt(_compose(item, []))
         room = length - fixed
         if room < _MIN_LAST_TOKENS:
@@ -81,13 +82,12 @@ class PromptBuilder:
         """Sentences of at most `room` tokens, and those that follow for the one to cut."""
         stream = endless(random)
         lines: list[str] = []
-        for sentence in stream:
-            size = self._size(sentence)
-            if size > room:
-                return lines, [sentence, *_take(stream, 8)]
+        sentence = next(stream)
+        while self._size(sentence) <= room:
             lines.append(sentence)
-            room -= size
-        raise AssertionError("the stream has no end")
+            room -= self._size(sentence)
+            sentence = next(stream)
+        return lines, [sentence, *islice(stream, 8)]
 
     def _sentence_of(self, size: int, source: Sequence[str]) -> str:
         """Words of `source` as one sentence of `size` tokens, as near as the tokenizer allows."""
@@ -115,8 +115,8 @@ class PromptBuilder:
             borders.append(borders[-1] + self._size(line))
         inserts: dict[int, list[str]] = {}
         for needle in sorted(item.needles, key=lambda needle: needle.depth):
-            wanted = needle.depth * borders[-1]
-            nearest = min(range(len(borders)), key=lambda place: abs(borders[place] - wanted))
+            target = needle.depth * borders[-1]
+            nearest = min(range(len(borders)), key=lambda place: abs(borders[place] - target))
             inserts.setdefault(nearest, []).append(needle.sentence)
         found: list[str] = []
         for place in range(len(borders)):
@@ -126,18 +126,66 @@ class PromptBuilder:
 
     def _size(self, sentence: str) -> int:
         """Tokens of a sentence with the space before it."""
-        size = self._sizes.get(sentence)
-        if size is None:
-            size = self._sizes[sentence] = self._counter.text(" " + sentence)
-        return size
+        if sentence not in self._sizes:
+            self._sizes[sentence] = self._counter.text(" " + sentence)
+        return self._sizes[sentence]
 
 
 def _compose(item: Item, lines: Sequence[str]) -> str:
-    """The message; without lines only the needles stand between the words and the question."""
+    """The message; without lines it holds the needles alone."""
     body = " ".join(lines or [needle.sentence for needle in item.needles])
-    return "\n\n".join(part for part in (item.before, body, item.question) if part)
+    return "\n\n".join((BEFORE, body, item.question))
 
 
-def _take(stream: Iterator[str], count: int) -> list[str]:
-    """The next sentences of the stream."""
-    return [next(stream) for _ in range(count)]
+class TokenCounter:
+    """Counts tokens as the model of a folder does.
+
+    Args:
+        folder: with tokenizer.json; config.json is read where it is there.
+        thinking: handed to the chat template as the client does; None leaves it its default.
+
+    Attributes:
+        index_topk, max_position_embeddings: of config.json; None where it does not say.
+    """
+
+    def __init__(self, folder: Path, thinking: bool | None = None) -> None:
+        if not folder.is_dir():
+            raise ConfigError(f"--tokenizer: {folder} is no folder")
+        self.folder = folder
+        self._tokenizer = Tokenizer.from_folder(folder)
+        switch = {} if thinking is None else {"thinking": thinking, "enable_thinking": thinking}
+        self._kwargs: dict[str, Any] = dict(switch)
+        config = folder / "config.json"
+        self.index_topk = _positive(config, "index_topk")
+        self.max_position_embeddings = _positive(config, "max_position_embeddings")
+
+    def text(self, text: str) -> int:
+        """Tokens of a text inside a longer one."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def prompt(self, content: str) -> int:
+        """Tokens of a conversation of this one user message, start of the answer included.
+
+        Without a chat template those of the text alone, with the tokenizer's own special tokens.
+        """
+        if not self._tokenizer.has_chat_template:
+            return len(self._tokenizer.encode(content))
+        messages = [{"role": "user", "content": content}]
+        try:
+            return len(self._tokenizer.apply_chat_template(messages, **self._kwargs))
+        except ValueError as error:
+            raise ConfigError(f"--tokenizer: {self.folder}: {error}") from error
+
+
+def _positive(file: Path, name: str) -> int | None:
+    """A positive integer of config.json, None without the file or the field."""
+    if not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--tokenizer: {file} is no valid JSON: {error}") from error
+    value = config.get(name) if isinstance(config, dict) else None
+    if value is not None and (type(value) is not int or value < 1):
+        raise ConfigError(f"--tokenizer: {file}: {name}: got {value!r}; must be above 0")
+    return value

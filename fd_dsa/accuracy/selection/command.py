@@ -11,60 +11,33 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.accuracy import plots
 from fd_dsa.accuracy.embedded import OpenModel, open_model, progress, read_config
-from fd_dsa.accuracy.report import check_folder, show, write_files
-from fd_dsa.accuracy.selection.measure import measure
-from fd_dsa.accuracy.selection.needles import needle_texts
-from fd_dsa.accuracy.selection.report import JSON_FILE, files, parts, pictured
+from fd_dsa.accuracy.selection.measure import (
+    ATTENDS,
+    INDEXER,
+    LAST,
+    RANDOM,
+    SELECTORS,
+    measure,
+    needle_texts,
+)
+from fd_dsa.accuracy.types import REPORT_FILE
+from fd_dsa.client.flags import add_numbers
+from fd_dsa.client.report import Table, as_json, check_folder, page, show, write_files
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import OP_PROVIDERS, process_environment, quiet
 from fd_dsa.errors import BackendUnavailable, ConfigError
 
 CACHE_DTYPES = ("float32", "bfloat16", "fp8_ds_mla")
-# the answer, and the end of the template behind it
+JSON_FILE = "selection.json"
+# the answer, and the end of the template after it
 _ANSWER_ROOM = 64
 _LENGTHS_OF_TOPK = 8
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A device, and who serves its operators where there is a choice.
-
-    Attributes:
-        device: as `--device` of the server takes it, or a custom device of Paddle.
-        operators: pairs such as `topk=triton`, as FD_DSA_OP_PROVIDER takes them; may be empty.
-    """
-
-    device: str
-    operators: tuple[str, ...]
-
-    @classmethod
-    def parse(cls, text: str) -> Setting:
-        """The setting of a text such as `gpu` or `gpu,topk=triton`.
-
-        Raises:
-            ConfigError: an operator without a choice, or a provider that it has not.
-        """
-        device, *operators = text.split(",")
-        for pair in operators:
-            name, _, provider = pair.partition("=")
-            if provider not in OP_PROVIDERS.get(name, ()):
-                allowed = ", ".join(f"{op}={p}" for op, ps in OP_PROVIDERS.items() for p in ps)
-                raise ConfigError(
-                    f"--providers: got {pair!r} in {text!r}, allowed after the device: {allowed}"
-                )
-        # checks the name of the device
-        EngineConfig(device=device)
-        return cls(device, tuple(operators))
-
-    def __str__(self) -> str:
-        """As it was written."""
-        return ",".join([self.device, *self.operators])
+_HEADINGS = tuple(f"{n}{s}" for n in ("recall: ", "mass: ") for s in ("indexer", "last", "random"))
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -73,7 +46,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "selection",
         allow_abbrev=False,
         help="what the indexer chose, layer by layer",
-        description="Hide numbers in texts, run them through the embedded engine, and tell for "
+        description="Hide numbers in texts, run them through the embedded engine, and report for "
         "every layer how much of dense attention falls on the keys that its indexer chose, and "
         "whether the hidden number is among them.",
     )
@@ -87,8 +60,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         type=int,
         help="tokens of a prompt, above index_topk (default: 8 x index_topk, or the context)",
     )
-    _number(parser, "--texts", 8, "texts of each length")
-    _number(parser, "--queries", 32, "tokens of a text, beside the answer's, to compare at")
     parser.add_argument(
         "--kv-cache-dtypes",
         nargs="+",
@@ -105,79 +76,60 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="where the model runs and whose kernels serve: cpu, gpu, gpu,topk=triton, "
         "gpu,topk=custom_op (default: auto)",
     )
-    parser.add_argument(
-        "--index-topk", metavar="K", type=int, help="keys to choose (default: the model's number)"
+    add_numbers(
+        parser,
+        ("--index-topk", int, 1, None, "keys to choose (default: the model's number)"),
+        ("--texts", int, 1, 8, "texts of each length"),
+        ("--queries", int, 1, 32, "tokens of a text to compare at, not counting the answer's"),
+        ("--max-num-batched-tokens", int, 1, 512, "tokens of a chunk of the prompt"),
+        ("--seed", int, 0, 0, "of texts and random sets"),
     )
-    _number(parser, "--max-num-batched-tokens", 512, "tokens of a chunk of the prompt")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of texts and random sets")
-    parser.add_argument("--out", metavar="DIR", help="folder for report, JSON and pictures")
+    parser.add_argument("--out", metavar="DIR", help="folder for report and JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, write; 0 when at least one setting could be measured.
-
-    Raises:
-        ConfigError: a flag, or nothing could be measured; the reason of the first failure.
-        BackendUnavailable: the same for a device or a package that is missing.
-    """
-    settings = [Setting.parse(text) for text in args.providers]
-    for name, least in (("texts", 1), ("queries", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name}: got {getattr(args, name)}, allowed: at least {least}")
+    """Measure, print, write; 0 when at least one setting could be measured."""
+    for text in args.providers:
+        _check_provider(text)
     args.lengths = _checked_lengths(args)
     if args.out is not None:
-        plots.require()
         check_folder(Path(args.out))
     runs: list[dict[str, Any]] = []
-    for setting in settings:
-        here = setting is settings[0] and not setting.operators
-        runs += _runs_here(args, setting) if here else _runs_in_child(args, setting)
+    for number, text in enumerate(args.providers):
+        here = number == 0 and "," not in text
+        runs += _runs_here(args, text) if here else _runs_in_child(args, text)
     if not any("layers" in found for found in runs):
         raise ConfigError(runs[0]["unavailable"])
-    for found in runs:
-        if found is not pictured(runs):
-            found.pop("example", None)
-    result = {"settings": _settings(args), "runs": runs}
+    decisive = {"model": EngineConfig(model=args.model).model_path.name}
+    for name in ("texts", "queries", "seed", "max_num_batched_tokens"):
+        decisive[name] = getattr(args, name)
+    result = {"settings": decisive, "runs": runs}
     if args.out is not None:
-        write_files(Path(args.out), files(result))
+        texts = {JSON_FILE: as_json(result), REPORT_FILE: page("Selection", parts(result))}
+        write_files(Path(args.out), texts)
     show(parts(result))
     return 0
 
 
-def _runs_here(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
-    """A JSON object for each cache dtype and length, or one that says why a dtype has none."""
-    runs = []
-    with quiet():
-        for dtype in args.kv_cache_dtypes:
-            known = {"provider": str(setting), "kv_cache_dtype": dtype}
-            try:
-                model = open_model(
-                    args.model,
-                    index_topk=args.index_topk,
-                    max_model_len=max(args.lengths) + _ANSWER_ROOM,
-                    device=setting.device,
-                    kv_cache_dtype=dtype,
-                    max_num_batched_tokens=args.max_num_batched_tokens,
-                )
-                known["provider"] = str(Setting(model.device, setting.operators))
-                runs += [known | _measured(args, model, length) for length in args.lengths]
-            except (ConfigError, BackendUnavailable) as error:
-                if len(args.kv_cache_dtypes) == len(args.providers) == 1:
-                    raise
-                runs.append(known | {"unavailable": str(error)})
-    return runs
+def _check_provider(text: str) -> None:
+    """Refuse an operator without a choice, or a provider or device that there is not."""
+    device, *operators = text.split(",")
+    for pair in operators:
+        name, _, provider = pair.partition("=")
+        if provider not in OP_PROVIDERS.get(name, ()):
+            allowed = ", ".join(f"{op}={p}" for op, ps in OP_PROVIDERS.items() for p in ps)
+            raise ConfigError(
+                f"--providers: got {pair!r} in {text!r}, allowed after the device: {allowed}"
+            )
+    EngineConfig(device=device)
 
 
 def _checked_lengths(args: argparse.Namespace) -> list[int]:
-    """Tokens of the prompts.
-
-    Raises:
-        ConfigError: one at which nothing is selected, or beyond the model's context.
-    """
+    """Tokens of the prompts: something is selected, and there is room for the answer."""
     config = read_config(args.model, args.index_topk)
     topk, most = config.index_topk, config.max_position_embeddings - _ANSWER_ROOM
-    lengths = args.lengths or [min(_LENGTHS_OF_TOPK * topk, most)]
+    lengths: list[int] = args.lengths or [min(_LENGTHS_OF_TOPK * topk, most)]
     for length in lengths:
         if length <= topk:
             raise ConfigError(
@@ -189,7 +141,31 @@ def _checked_lengths(args: argparse.Namespace) -> list[int]:
                 f"--lengths: got {length}, allowed: at most {most}, since the answer needs "
                 f"{_ANSWER_ROOM} tokens of the context too"
             )
-    return list(lengths)
+    return lengths
+
+
+def _runs_here(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    """A JSON object for each cache dtype and length, or one that says why a dtype has none."""
+    runs = []
+    for dtype in args.kv_cache_dtypes:
+        known = {"provider": device, "kv_cache_dtype": dtype}
+        try:
+            with quiet():
+                model = open_model(
+                    args.model,
+                    index_topk=args.index_topk,
+                    max_model_len=max(args.lengths) + _ANSWER_ROOM,
+                    device=device,
+                    kv_cache_dtype=dtype,
+                    max_num_batched_tokens=args.max_num_batched_tokens,
+                )
+                known["provider"] = model.device
+                runs += [known | _measured(args, model, length) for length in args.lengths]
+        except (ConfigError, BackendUnavailable) as error:
+            if len(args.kv_cache_dtypes) == len(args.providers) == 1:
+                raise
+            runs.append(known | {"unavailable": str(error)})
+    return runs
 
 
 def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[str, Any]:
@@ -199,77 +175,110 @@ def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[s
     what = f"{model.device}, {model.engine_config.cache_dtype} caches, {length} tokens"
     texts = needle_texts(model, length, args.texts, args.seed)
     with progress(what, args.texts) as tell:
-        figures, example = measure(
-            model, texts, num_queries=args.queries, seed=args.seed, tell=tell
-        )
+        figures = measure(model, texts, num_queries=args.queries, seed=args.seed, tell=tell)
     kind = device_kind(model.sequence.runner.caches[0])
-    served = {op: by[kind] for op, by in provider_table().items() if kind in by}
     return {
         "device": model.device,
         "length": length,
         "index_topk": model.model_config.index_topk,
-        "served_by": served,
+        "served_by": {op: by[kind] for op, by in provider_table().items() if kind in by},
         "layers": [figure.to_json() for figure in figures],
-        "example": asdict(example),
     }
 
 
-def _runs_in_child(args: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
+def _runs_in_child(args: argparse.Namespace, text: str) -> list[dict[str, Any]]:
     """`_runs_here` in a process of its own, in which the setting's providers are asked for."""
+    device, *operators = text.split(",")
     environment = process_environment()
-    if setting.operators:
-        environment["FD_DSA_OP_PROVIDER"] = ",".join(setting.operators)
+    if operators:
+        environment["FD_DSA_OP_PROVIDER"] = ",".join(operators)
     with tempfile.TemporaryDirectory(prefix="fd_dsa_") as folder:
-        command = [sys.executable, "-m", "fd_dsa.accuracy", "selection"]
-        command += _flags(args, setting.device, folder)
-        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        with progress(f"{setting}, in a process of its own", 1):
-            done = subprocess.run(command, env=environment, text=True, check=False, **pipes)
-        file = Path(folder) / JSON_FILE
-        if done.returncode or not file.is_file():
-            lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        # of a flag that is there twice the last one counts
+        command = [sys.executable, "-m", "fd_dsa.accuracy", *args.arguments]
+        command += ["--providers", device, "--out", folder]
+        with progress(f"{text}, in a process of its own", 1):
+            done = subprocess.run(
+                command, env=environment, text=True, check=False, capture_output=True
+            )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["it printed nothing"]
             reason = lines[-1].removeprefix("fd_dsa: error: ")
-            return [
-                {"provider": str(setting), "kv_cache_dtype": dtype, "unavailable": reason}
-                for dtype in args.kv_cache_dtypes
-            ]
-        runs: list[dict[str, Any]] = json.loads(file.read_text("utf-8"))["runs"]
+            known = {"provider": text, "unavailable": reason}
+            return [{**known, "kv_cache_dtype": dtype} for dtype in args.kv_cache_dtypes]
+        runs: list[dict[str, Any]] = json.loads((Path(folder) / JSON_FILE).read_text())["runs"]
     for found in runs:
-        found["provider"] = ",".join([found["provider"], *setting.operators])
+        found["provider"] = ",".join([found["provider"], *operators])
     return runs
 
 
-def _flags(args: argparse.Namespace, device: str, folder: str) -> list[str]:
-    """Arguments of the child that measures one device."""
-    flags = [] if args.model is None else [args.model]
-    for name in ("texts", "queries", "max_num_batched_tokens", "seed", "index_topk"):
-        if getattr(args, name) is not None:
-            flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    flags += ["--lengths", *map(str, args.lengths)]
-    return [
-        *flags,
-        "--kv-cache-dtypes",
-        *args.kv_cache_dtypes,
-        "--providers",
-        device,
-        "--out",
-        folder,
-    ]
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the figures, for selection.json."""
-    return {
-        "model": EngineConfig(model=args.model).model_path.name,
-        "texts": args.texts,
-        "queries": args.queries,
-        "seed": args.seed,
-        "max_num_batched_tokens": args.max_num_batched_tokens,
-    }
-
-
-def _number(parser: argparse.ArgumentParser, flag: str, default: int, text: str) -> None:
-    """A flag that takes a number."""
-    parser.add_argument(
-        flag, metavar="N", type=int, default=default, help=f"{text} (default: {default})"
+def parts(result: Mapping[str, Any]) -> list[str | Table]:
+    """Paragraphs and tables of a result, as selection.json holds it."""
+    settings = result["settings"]
+    runs = [run for run in result["runs"] if "layers" in run]
+    about = (
+        f"Model {settings['model']}: {settings['texts']} texts of each length with a hidden "
+        f"5-digit number, {settings['queries']} further queries a text, seed {settings['seed']}. "
+        f"A layer looks for the number where its strongest head gives it at least {ATTENDS:.0%} "
+        "of its dense attention; recall says nothing of the others. Its interval is Wilson's of "
+        "95 %, each token of a number a trial. Random keys: the mean of 16 sets a query."
     )
+    refused = [
+        f"Not run: {run['provider']}, {run['kv_cache_dtype']}: {run['unavailable']}"
+        for run in result["runs"]
+        if "layers" not in run
+    ]
+    return [about, _summary(runs), *refused, *map(_details, runs)]
+
+
+def _summary(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """A row for each run."""
+    rows = []
+    for run in runs:
+        layers = run["layers"]
+        looking = [layer for layer in layers if layer["attends"]]
+        exact = [layer["exactness"] for layer in layers if layer["has_indexer"]]
+        row = [
+            f"{run['provider']}, {run['kv_cache_dtype']}",
+            str(run["length"]),
+            ", ".join(str(layer["layer"]) for layer in looking) or "none",
+        ]
+        for found, name in ((looking, "needle_recall"), (layers, "attention_mass_recall")):
+            for s in SELECTORS:
+                mean = sum(layer[name][s] for layer in found) / len(found) if found else None
+                row.append(_percent(mean))
+        rows.append((*row, _percent(min(exact, default=None))))
+    columns = ("provider, caches", "tokens", "layers that look", *_HEADINGS, "exact")
+    notes = (
+        "In percent. Recall: mean over the layers that look for the number. Mass: attention mass "
+        "on the chosen keys, mean over all layers. Exact: share of the best keys by scores in "
+        "NumPy that were chosen, in the worst layer.",
+    )
+    return Table("All runs", columns, tuple(rows), notes)
+
+
+def _details(run: Mapping[str, Any]) -> Table:
+    """A row for each layer of a run."""
+    rows = []
+    for layer in run["layers"]:
+        recall, mass = layer["needle_recall"], layer["attention_mass_recall"]
+        marks = "" if layer["has_indexer"] else ", shared"
+        marks += "" if layer["attends"] else ", no head attends"
+        row = [f"{layer['layer']}{marks}", _percent(layer["strongest_head"])]
+        if layer["attends"]:
+            low, high = layer["needle_recall_interval"]
+            indexer = f"{_percent(recall[INDEXER])} [{_percent(low)}, {_percent(high)}]"
+            row += [indexer, _percent(recall[LAST]), _percent(recall[RANDOM])]
+        else:
+            row += ["-"] * len(SELECTORS)
+        row += [_percent(mass[s]) for s in SELECTORS]
+        row += [_percent(layer["least_attention_mass_recall"]), _percent(layer["exactness"])]
+        rows.append(tuple(row))
+    served = ", ".join(f"{name} by {by}" for name, by in sorted(run["served_by"].items()))
+    title = f"{run['provider']}, {run['kv_cache_dtype']} caches, {run['length']} tokens"
+    columns = ("layer", "head on number", *_HEADINGS, "worst mass", "exact")
+    return Table(f"{title}, {run['index_topk']} keys", columns, tuple(rows), (f"{served}.",))
+
+
+def _percent(share: float | None) -> str:
+    """A share in percent, a dash for none."""
+    return "-" if share is None else f"{100 * share:.1f}"

@@ -1,47 +1,49 @@
-"""Runs needle texts through a model and compares every layer's selection with dense attention."""
+"""Hides numbers in texts and compares every layer's selection with dense attention, in NumPy.
+
+The answer is given token by token, so at every token of the number the model must look up the next
+one: the token before it in the answer is a query, the same token in the text its needle. Figures
+are of one query: it sees the keys at positions 0 to n - 1, its own the last. A selection is an int
+array of distinct positions.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from random import Random
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fd_dsa.accuracy.embedded import OneSequence, OpenModel
-from fd_dsa.accuracy.selection.metrics import (
-    dense_attention,
-    exactness,
-    index_scores,
-    last_keys,
-    mass_recall,
-    needle_recall,
-    random_keys,
-    strongest_head,
-)
-from fd_dsa.accuracy.selection.needles import NeedleText
+from fd_dsa.accuracy.embedded import OpenModel
+from fd_dsa.accuracy.retrieval.prompts import PromptBuilder, TokenCounter
+from fd_dsa.accuracy.retrieval.tasks import TaskSizes, passkey
 from fd_dsa.accuracy.selection.tap import (
-    LayerTrace,
     RecordingBackend,
     read_index_keys,
     read_latents,
     recording,
 )
 from fd_dsa.accuracy.stats import Estimate, wilson
-from fd_dsa.errors import FdDsaError
+from fd_dsa.errors import ConfigError, FdDsaError
+
+if TYPE_CHECKING:
+    from fd_dsa.engine.tokenizer import Tokenizer
 
 INDEXER, LAST, RANDOM = "indexer", "last", "random"
 SELECTORS = (INDEXER, LAST, RANDOM)
-"""What is compared: the model's choice, as many last keys, as many random ones."""
+"""The model's choice, as many last keys, as many random ones."""
 
 ATTENDS = 0.1
 """Attention of a layer's strongest head from which on the layer counts as looking at needles."""
 
-# random sets of a query, of which the mean is told
+# random sets of a query, of which the mean is reported
 _DRAWS = 16
-# tokens around the hidden number that are drawn
-_BEFORE, _BEHIND = 20, 16
+# scores of two implementations of one formula in float32, relative to the largest of the row
+_SCORE_TOLERANCE = 1e-5
+# multiples of it, cut to [0, 1), are spread evenly however many they are
+_GOLDEN = 0.6180339887498949
 
 
 @dataclass
@@ -49,7 +51,6 @@ class LayerFigures:
     """One layer over all texts.
 
     Attributes:
-        layer: its index.
         has_indexer: False where it shares the selection of a layer before it.
         needle_attention: strongest head's dense attention on the needle, by needle query.
         found: selector -> share of the needle that is selected, by needle query.
@@ -67,14 +68,9 @@ class LayerFigures:
     exact: list[float] = field(default_factory=list)
 
     @property
-    def strongest(self) -> float:
-        """Mean of `needle_attention`."""
-        return _mean(self.needle_attention)
-
-    @property
     def attends(self) -> bool:
         """True if a head attends to the needles: only then recall says something."""
-        return self.strongest >= ATTENDS
+        return _mean(self.needle_attention) >= ATTENDS
 
     def recall(self, selector: str) -> Estimate:
         """Mean needle recall, a query counting as one trial."""
@@ -88,7 +84,7 @@ class LayerFigures:
         return {
             "layer": self.layer,
             "has_indexer": self.has_indexer,
-            "strongest_head": self.strongest,
+            "strongest_head": _mean(self.needle_attention),
             "attends": self.attends,
             "needle_recall": {s: _mean(self.found[s]) for s in SELECTORS},
             "needle_recall_interval": [recall.low, recall.high],
@@ -100,30 +96,6 @@ class LayerFigures:
         }
 
 
-@dataclass(frozen=True)
-class Example:
-    """What every layer chose in one text, to be drawn.
-
-    Attributes:
-        num_keys: keys that the first query sees.
-        needle: position that it looks for, the number's first.
-        num_needle_tokens: tokens of the number.
-        selected: for each layer, the positions that the first query attends to.
-        first: position of the first token near the number.
-        near: texts of the tokens from there to some behind the number.
-        shares: for each layer and of these tokens, the share of the number's queries that
-            attend to it.
-    """
-
-    num_keys: int
-    needle: int
-    num_needle_tokens: int
-    selected: tuple[tuple[int, ...], ...]
-    first: int
-    near: tuple[str, ...]
-    shares: tuple[tuple[float, ...], ...]
-
-
 def measure(
     model: OpenModel,
     texts: Iterable[NeedleText],
@@ -132,48 +104,32 @@ def measure(
     seed: int = 0,
     backend: type[RecordingBackend] = RecordingBackend,
     tell: Callable[[], None] = lambda: None,
-) -> tuple[list[LayerFigures], Example]:
-    """Figures of every layer, and the example: the first query of the first text.
+) -> list[LayerFigures]:
+    """Figures of every layer; raises FdDsaError where attention is not finite.
 
     Args:
-        model: open, and used by nobody else.
         texts: at least one, their prompts longer than `index_topk`.
-        num_queries: tokens of each prompt that attention mass is looked at for, beside the needle
-            queries; they lie evenly between `index_topk` and the prompt's end.
-        seed: of the random sets.
-        backend: what the layers call.
-        tell: called after every text.
-
-    Raises:
-        FdDsaError: attention is not finite; says where.
-        ValueError: no text.
+        num_queries: tokens of each prompt to compare at, besides the needle queries; they are
+            spread evenly between `index_topk` and the prompt's end.
     """
-    runner, config = model.sequence.runner, model.model_config
+    sequence, config = model.sequence, model.model_config
     figures = [LayerFigures(i, kind == "full") for i, kind in enumerate(config.indexer_types)]
     generator = np.random.default_rng(seed)
-    example = None
-    with recording(runner, model.device, backend) as watching:
+    with recording(sequence.runner, model.device, backend) as watching:
         for text in texts:
             first = min(config.index_topk, len(text.prompt) - 1)
             others = np.linspace(first, len(text.prompt) - 2, num_queries).astype(np.int64)
             queries = list(dict.fromkeys([*text.queries, *others.tolist()]))
             watching.watch(queries)
-            _run(model.sequence, text)
+            # the prompt in chunks, the answer token by token, as the engine runs a request
+            sequence.restart()
+            for _ in sequence.chunks(text.prompt):
+                pass
+            for token in text.answer:
+                sequence.run([token], decode=True)
             _compare(model, text, queries, watching, figures, generator)
-            example = example or _example(model, text, watching)
             tell()
-    if example is None:
-        raise ValueError("texts: none was given, at least one is needed")
-    return figures, example
-
-
-def _run(sequence: OneSequence, text: NeedleText) -> None:
-    """The prompt in chunks, the answer token by token, as the engine runs a request."""
-    sequence.restart()
-    for _ in sequence.chunks(text.prompt):
-        pass
-    for token in text.answer:
-        sequence.run([token], decode=True)
+    return figures
 
 
 def _compare(
@@ -186,7 +142,7 @@ def _compare(
 ) -> None:
     """Add what one text showed to the figures of every layer."""
     sequence, topk = model.sequence, model.model_config.index_topk
-    size = watching.block_size
+    size, scale = watching.block_size, watching.config.softmax_scale
     positions = np.arange(text.num_tokens)
     slots = sequence.block_table[positions // size].astype(np.int64) * size + positions % size
     layout, caches = watching.config.cache_layout, sequence.runner.caches
@@ -196,56 +152,171 @@ def _compare(
     for figure in figures:
         trace = watching.layers[figure.layer]
         latents = read_latents(caches[2 * figure.layer], slots, layout)
-        keys = None
-        if figure.has_indexer:
-            keys = read_index_keys(caches[2 * figure.layer + 1], slots, layout)
         for query in queries:
-            attention = dense_attention(
-                trace.queries[query], latents[: query + 1], watching.config.softmax_scale
-            )
+            keys = latents[: query + 1]
+            attention = dense_attention(trace.queries[query], keys, scale)
             if not np.isfinite(attention).all():
                 raise FdDsaError(
                     f"layer {figure.layer}: dense attention of token {query} is not finite"
                 )
-            chosen = {
-                INDEXER: [trace.selected[query]],
-                LAST: [last_keys(query + 1, topk)],
-                RANDOM: drawn[query],
-            }
+            last = last_keys(query + 1, topk)
+            chosen = {INDEXER: [trace.selected[query]], LAST: [last], RANDOM: drawn[query]}
             for selector, sets in chosen.items():
-                figure.mass[selector].append(_mean([mass_recall(attention, s) for s in sets]))
-            if query in needles:
-                needle = [needles[query]]
-                figure.needle_attention.append(strongest_head(attention, needle))
-                for selector, sets in chosen.items():
-                    found = _mean([needle_recall(s, needle) for s in sets])
+                mass = _mean([mass_recall(attention, s) for s in sets])
+                figure.mass[selector].append(mass)
+                if query in needles:
+                    found = _mean([needle_recall(s, [needles[query]]) for s in sets])
                     figure.found[selector].append(found)
-            if keys is not None:
-                figure.exact.append(_exactness(trace, query, keys, topk))
-
-
-def _exactness(trace: LayerTrace, query: int, keys: np.ndarray, topk: int) -> float:
-    """See `exactness`; of one recorded query."""
-    scores = index_scores(trace.index_queries[query], trace.index_weights[query], keys[: query + 1])
-    return exactness(trace.selected[query], scores, topk)
-
-
-def _example(model: OpenModel, text: NeedleText, watching: RecordingBackend) -> Example:
-    """What the layers chose where the tokens of the number are due."""
-    query, needle = text.pairs[0]
-    layers = [watching.layers[layer] for layer in sorted(watching.layers)]
-    selected = tuple(tuple(trace.selected[query].tolist()) for trace in layers)
-    first, end = max(0, needle - _BEFORE), min(text.pairs[-1][1] + _BEHIND, len(text.prompt))
-    positions = np.arange(first, end)
-    shares = [
-        np.mean([np.isin(positions, trace.selected[query]) for query in text.queries], axis=0)
-        for trace in layers
-    ]
-    near = tuple(model.tokenizer.decode([token]) for token in text.prompt[first:end])
-    told = tuple(tuple(row.tolist()) for row in shares)
-    return Example(query + 1, needle, len(text.pairs), selected, first, near, told)
+            if query in needles:
+                strongest = strongest_head(attention, [needles[query]])
+                figure.needle_attention.append(strongest)
+        if figure.has_indexer:
+            keys = read_index_keys(caches[2 * figure.layer + 1], slots, layout)
+            for query in queries:
+                index_query, weights = trace.index_queries[query], trace.index_weights[query]
+                scores = index_scores(index_query, weights, keys[: query + 1])
+                figure.exact.append(exactness(trace.selected[query], scores, topk))
 
 
 def _mean(values: list[float]) -> float:
     """Mean; NaN without values."""
     return sum(values) / len(values) if values else math.nan
+
+
+def dense_attention(query: np.ndarray, keys: np.ndarray, softmax_scale: float) -> np.ndarray:
+    """float32 [num_heads, n]: softmax over all keys [n, width] of a query [num_heads, width]."""
+    scores = (query @ keys.T) * np.float32(softmax_scale)
+    scores -= scores.max(axis=1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=1, keepdims=True, dtype=np.float32)
+    return scores
+
+
+def mass_recall(attention: np.ndarray, selected: np.ndarray) -> float:
+    """Share of dense attention [num_heads, n] on the selected keys, mean over heads."""
+    return float(attention[:, selected].sum(axis=1, dtype=np.float64).mean())
+
+
+def needle_recall(selected: np.ndarray, needle: Sequence[int]) -> float:
+    """Share of the needle's positions that are selected (recall@k)."""
+    return float(np.isin(np.asarray(needle), selected).mean())
+
+
+def strongest_head(attention: np.ndarray, needle: Sequence[int]) -> float:
+    """Attention that the head which looks at the needle most gives to it."""
+    return float(attention[:, np.asarray(needle)].sum(axis=1, dtype=np.float64).max())
+
+
+def last_keys(num_keys: int, k: int) -> np.ndarray:
+    """int64: the last k of `num_keys` positions, the choice of a selector blind to content."""
+    return np.arange(max(0, num_keys - k), num_keys)
+
+
+def random_keys(num_keys: int, k: int, generator: np.random.Generator) -> np.ndarray:
+    """int64, ascending: k of `num_keys` positions, each set equally likely."""
+    return np.sort(generator.permutation(num_keys)[:k])
+
+
+def index_scores(query: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """float32 [n]: sum_h weights[h] * max(query[h] . keys[s], 0), the indexer's score of each key.
+
+    All scale factors are in `weights` [index_n_heads] and in the keys [n, index_head_dim].
+    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1.
+    """
+    return weights @ np.maximum(query @ keys.T, np.float32(0))
+
+
+def exactness(selected: np.ndarray, scores: np.ndarray, k: int) -> float:
+    """Share of the k best keys by `scores` that a selection holds, or others that score as well.
+
+    A key counts if its score is within rounding of the k-th best one: where two keys are that
+    near, another order of adding chooses the other.
+    """
+    k = min(k, len(scores))
+    last = np.partition(scores, -k)[-k]
+    allowed = last - _SCORE_TOLERANCE * np.abs(scores).max()
+    good = np.count_nonzero(scores[selected] >= allowed)
+    return good / k
+
+
+@dataclass(frozen=True)
+class NeedleText:
+    """A conversation with its answer begun, up to the query for the number's last token.
+
+    `pairs` are (query, needle), positions in prompt + answer; at the query the model must give the
+    token that is at the needle.
+    """
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    pairs: tuple[tuple[int, int], ...]
+    depth: float
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """Positions of the queries."""
+        return tuple(query for query, _ in self.pairs)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the conversation."""
+        return len(self.prompt) + len(self.answer)
+
+
+def needle_texts(model: OpenModel, length: int, count: int, seed: int) -> Iterator[NeedleText]:
+    """Conversations whose prompts have exactly `length` tokens, needles at depths between 0 and 1.
+
+    The same arguments and tokenizer give the same conversations.
+    """
+    builder = PromptBuilder(TokenCounter(model.engine_config.model_path))
+    for index in range(count):
+        # a text depends on its own number alone: more texts leave the first ones as they were
+        random = Random(f"{seed}:{length}:{index}")
+        depth = (index + 0.5) * _GOLDEN % 1
+        item = passkey(random, depth, TaskSizes())
+        content = builder.build(item, length, random)
+        (value,) = item.references
+        sentence = item.needles[0].sentence
+        yield _with_answer(model.tokenizer, content, sentence, value, depth)
+
+
+def _with_answer(
+    tokenizer: Tokenizer, content: str, sentence: str, value: str, depth: float
+) -> NeedleText:
+    """The conversation of a user's message, answered by its needle's sentence up to the value."""
+    if tokenizer.has_chat_template:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": content}])
+    else:
+        prompt = tokenizer.encode(content)
+    begun = sentence[: sentence.index(value) + len(value)]
+    answer = tokenizer.encode(begun, add_special_tokens=False)
+    needle, copy = tokens_of(tokenizer, prompt, value), tokens_of(tokenizer, answer, value)
+    if [prompt[p] for p in needle] != [answer[p] for p in copy]:
+        raise ConfigError(
+            f"selection: the tokenizer cuts {value!r} otherwise in the answer than in the text"
+        )
+    start = len(prompt) - 1
+    pairs = tuple((start + place, found) for place, found in zip(copy, needle, strict=True))
+    return NeedleText(tuple(prompt), tuple(answer[: copy[-1]]), pairs, depth)
+
+
+def tokens_of(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> list[int]:
+    """Positions of the tokens that spell `text`, which is in `token_ids` once."""
+    table = tokenizer.token_bytes
+    if table is None:
+        raise ConfigError(
+            "selection: the tokenizer is not byte-level, so the needle's tokens cannot be found"
+        )
+    pieces = [table[token] for token in token_ids]
+    joined, wanted = b"".join(pieces), text.encode()
+    if joined.count(wanted) != 1:
+        raise ConfigError(
+            f"selection: {text!r} stands {joined.count(wanted)} times in the text, not once"
+        )
+    start = joined.index(wanted)
+    found, offset = [], 0
+    for place, piece in enumerate(pieces):
+        if offset < start + len(wanted) and offset + len(piece) > start:
+            found.append(place)
+        offset += len(piece)
+    return found

@@ -1,8 +1,8 @@
-"""A backend that writes down what the layers asked of it, in the place of the runner's own.
+"""A backend that records what the layers asked of it, in the place of the runner's own.
 
 The layers call their backend with all that decides a selection: queries, weights and keys of the
-indexer, absorbed queries of the attention, selections. So a subclass sees all of it, and no line
-of the engine knows that it is watched.
+indexer, absorbed queries of the attention, selections. So a subclass sees all of it, and the engine
+needs no change to be watched.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ class LayerTrace:
     Attributes:
         queries: float32 [num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed.
         selected: int64 [n], ascending; positions that the token attended to.
-        index_queries: float32 [index_n_heads, index_head_dim], of an fp8_ds_mla cache the values
-            of the codes; empty in a layer that shares the selection of another.
-        index_weights: float32 [index_n_heads]; likewise.
+        index_queries: float32 [index_n_heads, index_head_dim]; empty in a layer that shares the
+            selection of another, as are its `index_weights`, float32 [index_n_heads].
     """
 
     queries: dict[int, np.ndarray] = field(default_factory=dict)
@@ -44,13 +43,6 @@ class RecordingBackend(DSAAttentionBackend):
 
     A step holds one row, as those of OneSequence do. Reading a device back waits for it: this is
     for looking, not for timing.
-
-    Args:
-        config, device: as of DSAAttentionBackend.
-
-    Attributes:
-        watched: positions of the tokens to write down.
-        layers: what was seen, by `layer_id`.
     """
 
     def __init__(self, config: DSABackendConfig, device: str = "cpu") -> None:
@@ -60,7 +52,7 @@ class RecordingBackend(DSAAttentionBackend):
         self._seen: tuple[Any, list[tuple[int, int]], np.ndarray] | None = None
 
     def watch(self, positions: Sequence[int]) -> None:
-        """Forget what was seen, and write these positions down from now on."""
+        """Forget what was seen, and record these positions from now on."""
         self.watched = frozenset(map(int, positions))
         self.layers = {}
 
@@ -77,19 +69,10 @@ class RecordingBackend(DSAAttentionBackend):
             trace.index_weights[position] = host_copy(weights[token])
         return selection
 
-    def forward_mixed(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        qkv: Any,
-        compressed_kv: Any,
-        k_pe: Any,
-        layer: Any,
-        forward_meta: Any,
-    ) -> Any:
-        """See DSAAttentionBackend."""
-        out = super().forward_mixed(q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta)
+    def forward_mixed(self, q: Any, k: Any, v: Any, *args: Any) -> Any:
+        """See DSAAttentionBackend; the last two arguments are the layer and the step."""
+        out = super().forward_mixed(q, k, v, *args)
+        layer, forward_meta = args[-2:]
         trace = self.layers.setdefault(layer.layer_id, LayerTrace())
         tokens, position_of_block = self._tokens(forward_meta)
         for token, position in tokens:
@@ -100,11 +83,7 @@ class RecordingBackend(DSAAttentionBackend):
         return out
 
     def _tokens(self, forward_meta: Any) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """(flat token, position) of the watched tokens of a step, first position of each block.
-
-        Raises:
-            ValueError: the step has more than one row.
-        """
+        """(flat token, position) of the watched tokens of a step, first position of each block."""
         if self._seen is None or self._seen[0] is not forward_meta:
             step = self.current_step(forward_meta)
             tables = host_copy(step.block_tables)
@@ -123,13 +102,7 @@ class RecordingBackend(DSAAttentionBackend):
 def recording(
     runner: Any, device: str, backend: type[RecordingBackend] = RecordingBackend
 ) -> Iterator[RecordingBackend]:
-    """A recording backend in the place of the runner's own, for as long as the context lasts.
-
-    Args:
-        runner: a ModelRunner that is not in a step.
-        device: where its model runs.
-        backend: the class to make.
-    """
+    """A recording backend in the place of the runner's own, for as long as the context lasts."""
     own = runner.attn_backends[0]
     watching = backend(own.config, device)
     runner.attn_backends[0] = watching
@@ -140,13 +113,7 @@ def recording(
 
 
 def read_latents(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.ndarray:
-    """float32 [n, kv_lora_rank + qk_rope_head_dim]: what the layers read at these slots.
-
-    Args:
-        cache: of one layer, wherever it lies.
-        slots: int64 [n].
-        layout: of the cache.
-    """
+    """float32 [n, kv_lora_rank + qk_rope_head_dim]: what the layers read at these int64 slots."""
     out = np.empty((len(slots), layout.kv_lora_rank + layout.qk_rope_head_dim), np.float32)
     rows = _stored(cache).reshape(-1, layout.latent_row)
     gather_latents(rows, slots, out, Scratch())
@@ -161,7 +128,7 @@ def read_index_keys(cache: Any, slots: np.ndarray, layout: CacheLayout) -> np.nd
 
 
 def host_copy(array: Any) -> np.ndarray:
-    """An array of its own, of a NumPy array or of a tensor wherever it lies."""
+    """A NumPy copy of an array or of a tensor on any device."""
     if isinstance(array, np.ndarray):
         return array.copy()
     return np.array(array.numpy()) if on_device(array) else np.from_dlpack(array).copy()

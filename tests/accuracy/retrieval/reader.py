@@ -6,7 +6,7 @@ import re
 
 
 def read(prompt: str) -> str:
-    """The right answer to a prompt of the wording `plain`."""
+    """The right answer to a prompt."""
     body, question = prompt.rsplit("\n\n", 1)
     if question == "What is the pass key?":
         return "The pass key is " + ", ".join(re.findall(r"The pass key is (\d+)\.", body))
@@ -14,10 +14,7 @@ def read(prompt: str) -> str:
         return ", ".join(re.findall(rf"The special number for {found[1]} is (\d+)\.", body))
     if found := re.fullmatch(r"Which variables have the value (\d+)\?", question):
         return "The variables are " + ", ".join(holders(body, found[1])) + "."
-    found = re.fullmatch(r"What is (\d+) ([+-]) (\d+)\?", question)
-    assert found is not None, question
-    sign = 1 if found[2] == "+" else -1
-    return f"It is {int(found[1]) + sign * int(found[3])}."
+    raise ValueError(question)
 
 
 def holders(body: str, value: str) -> list[str]:

@@ -1,11 +1,6 @@
-"""Lengths, depths, tasks and wordings as flags give them."""
+"""Lengths, depths, tasks and sizes as flags give them."""
 
 from __future__ import annotations
-
-import json
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,7 +13,6 @@ from fd_dsa.accuracy.retrieval.plan import (
     parse_tasks,
 )
 from fd_dsa.accuracy.retrieval.tasks import TaskSizes, check_sizes
-from fd_dsa.accuracy.retrieval.wordings import ANNOUNCED, PLAIN, read_wording
 from fd_dsa.errors import ConfigError
 
 DEMO, UNKNOWN = Limits(256, 8192), Limits(None, None)
@@ -80,46 +74,6 @@ def test_depths_and_tasks() -> None:
     ],
 )
 def test_sizes_without_enough_names_are_refused(sizes: TaskSizes, message: str) -> None:
-    check_sizes(TaskSizes(), PLAIN)
+    check_sizes(TaskSizes())
     with pytest.raises(ConfigError, match=message):
-        check_sizes(sizes, PLAIN)
-
-
-def test_a_wording_from_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "own.json"
-    file.write_text(json.dumps({"passkey_needle": "Key: {value}!", "digits": 7, "keys": ["a b"]}))
-    wording = read_wording(str(file))
-    assert wording.passkey_needle.format(value=12) == "Key: 12!"
-    assert (wording.name, wording.digits, wording.keys) == ("own", 7, ("a b",))
-    assert wording.multikey_needle == PLAIN.multikey_needle
-    file.write_text(json.dumps(asdict(ANNOUNCED)))
-    assert read_wording(str(file)) == ANNOUNCED == read_wording("announced")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is no valid JSON"),
-        ([], "holds a list, not an object"),
-        ({"needle": "x"}, "unknown field 'needle'"),
-        ({"digits": "5"}, "digits: got '5'; must be of type int"),
-        ({"digits": 40}, "digits: got 40; allowed 4 to 12"),
-        ({"keys": ["a", "a"]}, "keys: 2 entries"),
-        ({"keys": "abc"}, "keys: got 'abc'"),
-        ({"passkey_needle": "Here it is."}, r"passkey_needle: .* needs \{value\}"),
-        ({"passkey_needle": "{value} {key}"}, r"passkey_needle: .* needs \{value\}"),
-        ({"passkey_needle": "{value"}, "passkey_needle: expected '}'"),
-        ({"passkey_question": "What is {value}?"}, "passkey_question: .* needs none"),
-        ({"letters": 1, "number_names": False}, "letters: got 1"),
-    ],
-)
-def test_a_wording_that_cannot_be(tmp_path: Path, content: Any, message: str) -> None:
-    file = tmp_path / "own.json"
-    file.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ConfigError, match=f"^--wording: .*{message}"):
-        read_wording(str(file))
-
-
-def test_a_wording_that_is_nowhere() -> None:
-    with pytest.raises(ConfigError, match="--wording: 'rulers' is neither plain nor announced"):
-        read_wording("rulers")
+        check_sizes(sizes)

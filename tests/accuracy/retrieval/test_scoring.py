@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fd_dsa.accuracy.answers import Record
-from fd_dsa.accuracy.retrieval.continuity import steps, verdict
 from fd_dsa.accuracy.retrieval.plan import Cell
-from fd_dsa.accuracy.retrieval.scoring import ItemScore, by_cell, score_record
-from fd_dsa.accuracy.types import Answer
+from fd_dsa.accuracy.retrieval.scoring import ItemScore, score_record, steps, verdict
+from fd_dsa.client.questions import Answer
 
 ASKED, OTHERS = ["K3", "B7"], ["Q1"]
 
@@ -53,12 +52,6 @@ def test_all_that_was_asked_for_and_nothing_else(text: str, passed: bool, share:
 )
 def test_numbers_are_whole(text: str, passed: bool) -> None:
     assert scored(text, ["4821377"], ["7000000"]).passed is passed
-
-
-def test_cells_sum_up() -> None:
-    scores = [scored(text, ASKED, OTHERS) for text in ("K3 B7", "K3", "K3 B7 Q1")]
-    sums = by_cell(scores)[Cell("variables", 9, 0.5)]
-    assert (sums.passed, sums.total, sums.mean_share) == (1, 3, pytest.approx(2.5 / 3))
 
 
 def series(passes: dict[int, list[bool]]) -> list[ItemScore]:

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 
 from fd_dsa.accuracy.cli import main
-from fd_dsa.accuracy.plots import token_map
-from fd_dsa.accuracy.report import Table
-from fd_dsa.accuracy.selection.report import files, parts
-from fd_dsa.errors import ShapeError
+from fd_dsa.accuracy.selection.command import parts
+from fd_dsa.client.report import Table, page
 
 SHORT = ("--lengths", "300", "--texts", "1", "--queries", "3", "--seed", "2")
 
@@ -54,11 +52,9 @@ def test_a_device_that_is_missing_is_told_and_the_others_are_measured(
     assert "Not run: nonesuch:0, float32: " in (folder / "report.md").read_text("utf-8")
 
 
-def test_the_folder_is_made_of_the_json_alone(result: dict[str, Any], folder: Path) -> None:
-    made = files(result)
-    assert sorted(file.name for file in folder.iterdir()) == sorted(made)
-    for name, text in made.items():
-        assert (folder / name).read_text("utf-8") == text
+def test_the_report_is_made_of_the_json_alone(result: dict[str, Any], folder: Path) -> None:
+    assert sorted(file.name for file in folder.iterdir()) == ["report.md", "selection.json"]
+    assert (folder / "report.md").read_text("utf-8") == page("Selection", parts(result))
 
 
 def test_tables_mark_layers_in_which_no_head_attends(result: dict[str, Any]) -> None:
@@ -79,12 +75,12 @@ def test_tables_mark_layers_in_which_no_head_attends(result: dict[str, Any]) -> 
     [
         (("--lengths", "100"), "--lengths: got 100, allowed: above index_topk "),
         (("--lengths", "999", "999999"), "--lengths: got 999999, allowed: at most "),
-        (("--texts", "0"), "--texts: got 0, allowed: at least 1"),
-        (("--queries", "0"), "--queries: got 0, allowed: at least 1"),
+        (("--texts", "0"), "--texts: got '0'; allowed is a whole number from 1 on"),
+        (("--queries", "0"), "--queries: got '0'; allowed is"),
         (("--providers", "cpu,topk=magic"), "--providers: got 'topk=magic' in 'cpu,topk=magic'"),
         (("--providers", "cpu:7x"), "--device: got 'cpu:7x'"),
         (("--kv-cache-dtypes", "int4"), "--kv-cache-dtypes: invalid choice: 'int4'"),
-        (("--index-topk", "0"), "--index-topk: got 0"),
+        (("--index-topk", "0"), "--index-topk: got '0'"),
         (("nowhere",), "--model: got 'nowhere'"),
     ],
 )
@@ -97,17 +93,3 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith(f"fd_dsa: error: {told}")
     assert not out.exists()
-
-
-def test_a_map_needs_a_text_for_each_token() -> None:
-    assert "a$b" in token_map([[0.5, 1.0]], tokens=["a$b", "c"], title="")
-    with pytest.raises(ShapeError, match=r"shape \(1, 2\); wanted \[layers, 1\]"):
-        token_map([[0.5, 1.0]], tokens=["a"], title="")
-
-
-def test_a_file_is_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "out"
-    file.write_text("mine")
-    assert main(["selection", "--out", str(file)]) == 2
-    assert capsys.readouterr().err == f"fd_dsa: error: --out: {file} is a file; give a folder\n"
-    assert file.read_text() == "mine"

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from fd_dsa.accuracy.embedded import OpenModel, open_model
-from fd_dsa.accuracy.selection.measure import INDEXER, LAST, RANDOM, LayerFigures, measure
-from fd_dsa.accuracy.selection.needles import NeedleText, needle_texts, tokens_of
+from fd_dsa.accuracy.selection.measure import (
+    INDEXER,
+    LAST,
+    RANDOM,
+    LayerFigures,
+    NeedleText,
+    measure,
+    needle_texts,
+    tokens_of,
+)
 from fd_dsa.errors import ConfigError
 from tests.accuracy.broken_selectors import TrailingKeysOnly
 
@@ -28,7 +37,7 @@ def text(model: OpenModel) -> NeedleText:
 
 @pytest.fixture(scope="module")
 def figures(model: OpenModel, text: NeedleText) -> list[LayerFigures]:
-    return measure(model, [text], num_queries=8)[0]
+    return measure(model, [text], num_queries=8)
 
 
 def test_a_text_has_its_length_and_says_where_the_number_stands(
@@ -74,13 +83,6 @@ def test_the_indexer_finds_the_number_where_a_head_looks_for_it(
         assert 0 < figure.recall(RANDOM).value < 0.9
 
 
-def test_mass_lies_between_chance_and_one(figures: list[LayerFigures], text: NeedleText) -> None:
-    for figure in figures:
-        assert len(figure.mass[INDEXER]) == len(text.pairs) + 8
-        for mine, chance in zip(figure.mass[INDEXER], figure.mass[RANDOM], strict=True):
-            assert chance < mine <= 1.000001
-
-
 def test_the_selection_is_the_exact_one(figures: list[LayerFigures]) -> None:
     assert all(figure.exact and min(figure.exact) == 1.0 for figure in figures)
 
@@ -88,7 +90,7 @@ def test_the_selection_is_the_exact_one(figures: list[LayerFigures]) -> None:
 def test_a_selector_of_last_keys_collapses(
     model: OpenModel, text: NeedleText, figures: list[LayerFigures]
 ) -> None:
-    spoiled, example = measure(model, [text], num_queries=8, backend=TrailingKeysOnly)
+    spoiled = measure(model, [text], num_queries=8, backend=TrailingKeysOnly)
     assert text.pairs[-1][1] < LENGTH - model.model_config.index_topk
     looking = [figure for figure in spoiled if figure.attends]
     assert looking
@@ -96,7 +98,5 @@ def test_a_selector_of_last_keys_collapses(
         assert figure.recall(INDEXER).value == 0.0
         assert figure.mass[INDEXER] == pytest.approx(figure.mass[LAST])
     assert min(min(figure.exact) for figure in spoiled) < 0.9
-    assert all(chosen[-1] == example.num_keys - 1 for chosen in example.selected)
-    assert all(not any(shares) for shares in example.shares)
-    best = max(figures, key=lambda figure: figure.strongest).layer
+    best = max(figures, key=lambda figure: np.mean(figure.needle_attention)).layer
     assert sum(spoiled[best].mass[INDEXER]) < sum(figures[best].mass[INDEXER])

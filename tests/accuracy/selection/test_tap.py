@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.accuracy.embedded import OneSequence
-from fd_dsa.accuracy.selection.metrics import exactness, index_scores
+from fd_dsa.accuracy.selection.measure import exactness, index_scores
 from fd_dsa.accuracy.selection.tap import (
     RecordingBackend,
     host_copy,

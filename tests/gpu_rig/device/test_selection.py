@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.accuracy.embedded import OneSequence
-from fd_dsa.accuracy.losses import token_losses
+from fd_dsa.accuracy.perplexity import token_losses
 from tests.accuracy.selection.test_tap import (
     CASES,
     FP8,

@@ -1,11 +1,9 @@
-"""What every command of the room prints and writes: tables, Markdown pages, JSON, files.
+"""What the commands print and write: tables, Markdown pages, JSON, files.
 
     Table(title, columns, rows, notes)     one table, for the terminal and for Markdown
-    page(title, parts)                     a Markdown page of paragraphs, tables and pictures
-    picture(name, text)                    the Markdown line that shows a picture beside the page
+    page(title, parts)                     a Markdown page of paragraphs and tables
     show(parts, console)                   the same parts on the terminal
     write_files(out, {name: text})         all of them or, where one cannot be written, none
-    percent(estimate), points(estimate)    an estimate in words: `86.7 [83.6, 89.3]`
 
 Text is the same for the same figures: no date, no duration, no path of this machine.
 """
@@ -13,7 +11,6 @@ Text is the same for the same figures: no date, no duration, no path of this mac
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import tempfile
@@ -26,7 +23,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from fd_dsa.accuracy.stats import Estimate
 from fd_dsa.errors import ConfigError, unwritable
 
 # of output that goes to a file or a pipe, columns
@@ -72,57 +68,24 @@ class Table:
 
 
 def page(title: str, parts: Sequence[str | Table]) -> str:
-    """A Markdown page: a heading, then paragraphs, pictures and tables, an empty line between."""
+    """A Markdown page: a heading, then paragraphs and tables, an empty line between."""
     texts = [part.markdown() if isinstance(part, Table) else part for part in parts]
     return "\n\n".join([f"# {title}", *texts]) + "\n"
 
 
-def picture(name: str, text: str) -> str:
-    """The Markdown line that shows the picture `name`, a file beside the page.
-
-    Args:
-        text: what the picture shows, for those who cannot see it.
-    """
-    return f"![{text}]({name})"
-
-
-def terminal() -> Console:
-    """Standard output; as wide as the terminal, 120 columns where it is none."""
-    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
-    return Console(file=sys.stdout, width=width, highlight=False, markup=False, emoji=False)
-
-
 def show(parts: Sequence[str | Table], console: Console | None = None) -> None:
-    """The parts of a page on a terminal; lines that show a picture are left out."""
-    out = console or terminal()
+    """The parts of a page on a terminal."""
+    width = None if sys.stdout.isatty() else _PLAIN_WIDTH
+    out = console or Console(
+        file=sys.stdout, width=width, highlight=False, markup=False, emoji=False
+    )
     for part in parts:
         if isinstance(part, Table):
             out.print(*([f"\n{part.title}"] if part.title else []), part.rich(), sep="\n")
             for note in part.notes:
                 out.print(note)
-        elif not part.startswith("!["):
+        else:
             out.print(part.replace("**", "").replace("`", ""))
-
-
-def percent(estimate: Estimate) -> str:
-    """A share in percent with its interval, `86.7 [83.6, 89.3]`; a dash without data."""
-    if math.isnan(estimate.value):
-        return "-"
-    value, low, high = (100 * part for part in estimate)
-    return f"{value:.2f} [{low:.1f}, {high:.1f}]"
-
-
-def points(estimate: Estimate) -> str:
-    """A difference in points with its interval, `+1.11 [-2.89, +5.11]`; a dash without data."""
-    if math.isnan(estimate.value):
-        return "-"
-    return "{} [{}, {}]".format(*(signed(part) for part in estimate))
-
-
-def signed(difference: float) -> str:
-    """A difference in points, two decimals and its sign; nothing is `0.00`."""
-    text = f"{100 * difference:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text
 
 
 def as_json(data: Any) -> str:

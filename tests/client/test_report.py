@@ -1,4 +1,4 @@
-"""Tables and files that every command of the room makes."""
+"""Tables and files that the commands make."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fd_dsa.accuracy import report
-from fd_dsa.accuracy.report import Table
-from fd_dsa.accuracy.stats import Estimate
+from fd_dsa.client import report
+from fd_dsa.client.report import Table
 from fd_dsa.errors import ConfigError
 
 TABLE = Table("Title", ("name", "a|b"), (("one", "1"), ("[bold]two", "2")), ("a note",))
@@ -34,27 +33,13 @@ def test_markdown() -> None:
 
 
 def test_page_and_terminal_hold_the_same() -> None:
-    parts = ["**Verdict.** `x` is fine", TABLE, report.picture("p.svg", "a picture")]
+    parts = ["**Verdict.** `x` is fine", TABLE]
     page = report.page("Head", parts)
-    assert page.startswith("# Head\n\n**Verdict.**") and page.endswith("![a picture](p.svg)\n")
+    assert page.startswith("# Head\n\n**Verdict.**") and page.endswith("a note\n")
     shown = _shown(*parts)
     assert shown.startswith("Verdict. x is fine\n")
     for text in ("Title", "[bold]two", "a|b", "a note"):
         assert text in shown
-    assert "p.svg" not in shown
-
-
-@pytest.mark.parametrize(
-    ("estimate", "percent", "points"),
-    [
-        (Estimate(0.8669, 0.836, 0.893), "86.69 [83.6, 89.3]", "+86.69 [+83.60, +89.30]"),
-        (Estimate(-0.01, -0.0234, 0.000001), "-1.00 [-2.3, 0.0]", "-1.00 [-2.34, 0.00]"),
-        (Estimate(math.nan, 0, 1), "-", "-"),
-    ],
-)
-def test_estimates_in_words(estimate: Estimate, percent: str, points: str) -> None:
-    assert report.percent(estimate) == percent
-    assert report.points(estimate) == points
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

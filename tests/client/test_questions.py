@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.accuracy.client import ChatClient
-from fd_dsa.accuracy.preflight import normal_base_url
-from fd_dsa.accuracy.types import Answer, Question
+from fd_dsa.client.questions import Answer, ChatClient, Question
+from fd_dsa.client.remote import normal_base_url
 from fd_dsa.errors import ConfigError, RemoteError
-from tests.accuracy.scripted import MODELS, Reply, asked, chat, scripted
+from tests.client.scripted import MODELS, Reply, asked, chat, scripted
 from tests.serve.conftest import TIMEOUT_S, held_port, wait_until
 
 
