@@ -9,12 +9,14 @@ ARGS ?=
 # processes of `make test`; each may take 5 GB
 WORKERS ?= 2
 # each round of `make soak` draws new random cases; its other parts take the seed, so that another
-# one gives others. All of it in some minutes: make soak ROUNDS=1 CASES=200 SECONDS=10 SIEGE=--quick
+# one gives others. All of it in some minutes: make soak ROUNDS=1 CASES=200 SECONDS=10 SIEGE=--quick \
+# MODES='--requests 8 --longest 200'
 ROUNDS ?= 20
 CASES ?= 10000
 SEED ?= 0
 SECONDS ?= 600
 SIEGE ?=
+MODES ?= --requests 32 --longest 800
 VENV := .venv
 NUMPY1 := build/numpy1
 BIN := $(VENV)/bin
@@ -61,6 +63,8 @@ soak: $(VENV)/.dev
 	$(BIN)/python -m tests.soak.forms
 	$(BIN)/python -m tests.soak.openapi_cases --examples $$(($(CASES) / 20)) --seed $(SEED)
 	$(BIN)/python -m tests.soak.wire --first $(SEED)0000 --requests $(CASES)
+	$(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
+	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.modes $(MODES) --seed $(SEED)
 	$(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
 	FD_DSA_BATCH_INVARIANT=1 $(BIN)/python -m tests.soak.streams --seconds $(SECONDS) --seed $(SEED)
 	$(BIN)/python -m tests.soak.siege $(SIEGE)

@@ -2,8 +2,8 @@
 
 So that any command, and every process that it starts, runs on Paddle tensors in device memory:
 
-    FD_DSA_RIG=real PYTHONPATH=tests/gpu_rig/startup:. python -m fd_dsa.accuracy matrix \\
-        --device hopper:0 --answers-only --out matrix
+    FD_DSA_RIG=real PYTHONPATH=tests/gpu_rig/startup:. python -m fd_dsa.accuracy selection \\
+        --providers hopper:0 --out selection
 """
 
 from __future__ import annotations
