@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import paddle
 import pytest
 
 from fd_dsa.config import demo_model_path
+from tests.fakes.sources import SOURCES, UNREAD
 from tests.fakes.trees import (
     BROKEN,
     DEVELOP,
@@ -25,6 +28,9 @@ from tests.fakes.trees import (
 )
 
 PACKAGE = FOLDER / "fastdeploy"
+
+
+OWN = ("indexer_forward.py", "sources.py")
 
 
 def _modules() -> list[str]:
@@ -275,3 +281,20 @@ def test_broken_trees_differ_from_develop_in_one_thing(name: str) -> None:
         assert broken == {"raising_import": True}
     else:
         assert [key for key in whole if whole[key] != broken[key]] == [name]
+
+
+def test_every_module_names_the_public_file_that_it_stands_for() -> None:
+    """With its commit in `sources.py`, or as one of which no newer version could be read."""
+    known = [*SOURCES, *UNREAD, "fastdeploy/model_executor/models/deepseek_v3.py"]
+    for path in sorted(PACKAGE.rglob("*.py")):
+        said = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        # parts of the double that stand for no file begin with an underscore
+        files = [one for one in re.findall(r"`([\w/]+\.py)`", said) if not _is_own(one)]
+        unknown = [f for f in files if not any(k.endswith(f) or f.endswith(k) for k in known)]
+        assert unknown == [], path
+
+
+def _is_own(file: str) -> bool:
+    """Whether a file that a docstring names is one of the double's."""
+    name = file.rpartition("/")[2]
+    return (name.startswith("_") and name != "__init__.py") or name in OWN

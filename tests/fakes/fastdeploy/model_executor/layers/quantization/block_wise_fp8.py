@@ -1,5 +1,4 @@
-"""Block FP8 of linear layers (`layers/quantization/block_wise_fp8.py`, the version stored with
-`weight_scale_inv` and `deepgemm_scale_ue8m0`, spring 2026), in the form of Hopper.
+"""Block FP8 of linear layers (`layers/quantization/block_wise_fp8.py`), in the form of Hopper.
 
 Weights are float8_e4m3fn [out, in] with a float32 scale for each block of 128 x 128, activations
 are quantised per token and 128 values by every layer. Here the loader quantises, upstream so does
