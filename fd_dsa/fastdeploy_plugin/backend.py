@@ -34,6 +34,7 @@ from fd_dsa.fastdeploy_plugin.settings import (
     upstream_attributes,
 )
 from fd_dsa.fastdeploy_plugin.signals import KvSignals
+from fd_dsa.fastdeploy_plugin.step_counts import StepCounts
 from fd_dsa.fastdeploy_plugin.step_inputs import device_of, fill_max_lens, step_rows
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
@@ -106,7 +107,7 @@ class PluginBackend:
         self.core: CoreBackend | None = None
         self.shared_selection: Any = None
         self._dtype = _default_dtype()
-        self._position_dtype = "int32"
+        self._position_dtype, self._counts = "int32", StepCounts()
         self._has_prefill: bool | None = None
         self._built_for: Any = None
         self._transfers: Any = None
@@ -134,7 +135,7 @@ class PluginBackend:
             MissingStepError: the runner has not filled the lengths or the block tables.
             CapacityError: more tokens than FastDeploy's configuration allows a step.
 
-        Cost: one launch; no wait, no copy, and once the views of a size exist, no allocation.
+        Cost: one launch; no wait, no copy; no allocation once the views of a size exist.
         """
         if self._built_for is forward_meta or not self._serves(forward_meta):
             return
@@ -149,6 +150,8 @@ class PluginBackend:
         self.attention_metadata = self._metadata(forward_meta)
         self.signals.begin_step(self.attention_metadata, forward_meta)
         self._built_for = forward_meta
+        if not getattr(forward_meta, "is_dummy_or_profile_run", False):
+            self._counts.count(num_tokens, has_prefill)
 
     def norms_of(self, layer_id: int, kv_norm: Any, indexer: Any) -> KeyNorms:
         """Norms of a layer's keys, read at its first step, when the weights are loaded.
@@ -171,13 +174,11 @@ class PluginBackend:
 
     def projections_of(self, indexer: Any, hidden_states: Any) -> IndexerProjections:
         """Projections of a layer's indexer, made at its first step, when the weights are loaded."""
-        projections = self._projections.get(indexer.layer_id)
-        if projections is None:
-            projections = IndexerProjections(
-                indexer.wk, indexer.weights_proj, hidden_states, may_copy=self._is_told
-            )
-            self._projections[indexer.layer_id] = projections
-        return projections
+        kept, layer_id = self._projections, indexer.layer_id
+        if layer_id not in kept:
+            linears = indexer.wk, indexer.weights_proj
+            kept[layer_id] = IndexerProjections(*linears, hidden_states, self._is_told)
+        return kept[layer_id]
 
     def cos_sin_of(self, rotary_emb: Any) -> Any:
         """Table of a layer's rotary embedding in float32; one for all layers that agree."""
@@ -248,8 +249,8 @@ class PluginBackend:
     def create_host_kv_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Nothing: without a copy on the host no layer waits for blocks to be swapped in.
 
-        FastDeploy's cache manager catches the error and serves without one, as with its own
-        backend. `forward_meta.layer_done_counter`, whose wait blocks the host, is never needed.
+        FastDeploy's cache manager goes on without one, as with its own backend, and
+        `forward_meta.layer_done_counter`, whose wait blocks the host, is never needed.
 
         Raises:
             NotImplementedError: always.

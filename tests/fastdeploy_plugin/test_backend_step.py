@@ -89,6 +89,24 @@ def test_slots_and_running_rows_are_the_same_step(rank: int, running: str) -> No
     assert values(meta.fd_dsa_step.cu_seqlens_q) == golden.CU_SEQLENS_Q
 
 
+def test_steps_of_requests_are_counted_in_the_log(
+    fresh_log: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with registered(), caplog.at_level("INFO", "fd_dsa"):
+        backend = make_backend()
+        for number in range(12):
+            meta = forward_meta(backend)
+            # a profile run, then requests
+            meta.is_dummy_or_profile_run = number == 0
+            backend.init_attention_metadata(meta)
+    lines = [record.message for record in caplog.records if "steps prepared" in record.message]
+    tokens = len(golden.POSITIONS)
+    assert lines == [
+        f"fd_dsa: steps prepared: {count}, with prompts: {count}, tokens: {count * tokens}"
+        for count in (1, 10)
+    ]
+
+
 def test_metadata_is_made_once_an_object() -> None:
     with registered():
         backend = make_backend()
