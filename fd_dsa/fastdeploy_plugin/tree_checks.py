@@ -71,6 +71,13 @@ LAYER_PARTS = {
 }
 """Attributes of FastDeploy's layers that ours read."""
 
+SUBLAYER_PARTS = {
+    "RMSNorm": ("normalization", ("weight", "eps")),
+    "LayerNorm": ("normalization", ("weight", "bias")),
+    "DeepseekScalingRotaryEmbedding": ("rotary_embedding", ("cos_sin_cache",)),
+}
+"""Module below `layers` and attributes of the parts of those layers that ours read."""
+
 CALLED = {
     "KVBatchLinear": ("layers.linear", ("x", "proj_type")),
     "Attention": (
@@ -218,6 +225,13 @@ def _check_layer(name: str, forward: tuple[str, ...]) -> None:
     _check_parts(layer, LAYER_PARTS[name])
 
 
+def _check_sublayer(name: str) -> None:
+    """Refuse a norm or a rotary embedding whose parameters have other names."""
+    module, parts = SUBLAYER_PARTS[name]
+    layers = imported(f"fastdeploy.model_executor.layers.{module}")
+    _check_parts(attribute(layers, name), parts)
+
+
 def _check_called(name: str) -> None:
     """Refuse a class that ours call, where it is called otherwise."""
     module, parameters = CALLED[name]
@@ -333,6 +347,10 @@ CHECKS = (
     Check(
         "models/deepseek_v3.py: DeepseekV32DSAAttention",
         partial(_check_layer, "DeepseekV32DSAAttention", ("forward_meta", "hidden_states")),
+    ),
+    *(
+        Check(f"layers/{module}.py: {name}", partial(_check_sublayer, name))
+        for name, (module, _) in SUBLAYER_PARTS.items()
     ),
     Check("layers/linear.py: KVBatchLinear", partial(_check_called, "KVBatchLinear")),
     Check("layers/attention/attention.py: Attention", partial(_check_called, "Attention")),

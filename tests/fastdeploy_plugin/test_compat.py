@@ -24,6 +24,7 @@ from fd_dsa.fastdeploy_plugin.tree_checks import (
     FORWARD_META,
     LAYER_PARTS,
     RUNNER_METHODS,
+    SUBLAYER_PARTS,
     UnsupportedTree,
     checks,
 )
@@ -142,11 +143,23 @@ def test_parts_that_a_base_class_makes_are_found(layer: str) -> None:
         assert isinstance(examine(), Found)
 
 
+@pytest.mark.parametrize(
+    ("name", "part"), [(n, part) for n, (_, parts) in SUBLAYER_PARTS.items() for part in parts]
+)
+def test_a_norm_whose_parameter_has_another_name_is_refused(name: str, part: str) -> None:
+    with imported():
+        module = import_module(f"fastdeploy.model_executor.layers.{SUBLAYER_PARTS[name][0]}")
+        source = inspect.getsource(getattr(module, name))
+        exec(re.sub(rf"\b{part}\b", f"{part}_2", source), vars(module))
+        with pytest.raises(UnsupportedTree, match=f"{name} has no {part}$"):
+            examine()
+
+
 def test_the_page_lists_what_is_looked_for() -> None:
     page = (ROOT / "docs" / "fastdeploy.md").read_text(encoding="utf-8")
     section = page.partition("### What it looks for")[2].partition("\n## ")[0]
     listed = set(re.findall(r"\w+", section))
-    for layer, parts in LAYER_PARTS.items():
+    for layer, parts in [*LAYER_PARTS.items(), *((n, p) for n, (_, p) in SUBLAYER_PARTS.items())]:
         assert {layer, *parts} <= listed
     for name, (_, parameters) in CALLED.items():
         assert f"`{name}`" in section and f"forward({', '.join(parameters)})" in section
