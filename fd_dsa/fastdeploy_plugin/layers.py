@@ -92,8 +92,7 @@ class PluginIndexer:
         core, weights = backend.current_core(), precomputed_weights
         step, table = core.current_step(forward_meta), backend.cos_sin_of(rotary_emb)
         if weights is None:
-            projections = backend.projections_of(self, hidden_states)
-            index_k, weights = projections.two_gemms(hidden_states)
+            index_k, weights = self.wk(hidden_states), self.weights_proj(hidden_states)
             params = backend.norms_of(self.layer_id, None, self).params
             backend.write_layer(None, index_k, table, params, self.layer_id, forward_meta)
         layout = backend.settings.cache_layout

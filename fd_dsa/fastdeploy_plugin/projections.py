@@ -42,17 +42,15 @@ class IndexerProjections:
     """
 
     def __init__(self, wk: Any, weights_proj: Any, hidden_states: Any, may_copy: bool) -> None:
-        self._wk, self._weights_proj = wk, weights_proj
-        linears, self._copies = (wk, weights_proj), {}
-        reasons = [_why_not_one_launch(linear, hidden_states, may_copy) for linear in linears]
+        self._linears, self._copies = (wk, weights_proj), [None, None]
+        reasons = [_why_not_one_launch(one, hidden_states, may_copy) for one in self._linears]
         self.is_one_launch = on_device(hidden_states) and not any(reasons)
         if self.is_one_launch:
             dtype = dtype_name(hidden_states.dtype)
-            self._copies = {
-                index: _dequantized(linear, dtype)
-                for index, linear in enumerate(linears)
-                if _is_block_fp8(linear)
-            }
+            self._copies = [
+                _dequantized(linear, dtype) if _is_block_fp8(linear) else None
+                for linear in self._linears
+            ]
         elif on_device(hidden_states):
             _log_once(next(filter(None, reasons)))
 
@@ -64,21 +62,22 @@ class IndexerProjections:
             out: where to write the two.
         """
         wk, weights_proj = (
-            self._copies[index] if index in self._copies else linear.weight.detach()
-            for index, linear in enumerate((self._wk, self._weights_proj))
+            linear.weight.detach() if copy is None else copy
+            for linear, copy in zip(self._linears, self._copies, strict=True)
         )
         return project_indexer(hidden_states, wk, weights_proj, out)
 
     def two_gemms(self, hidden_states: Any) -> tuple[Any, Any]:
         """The same by FastDeploy's layers."""
-        return self._wk(hidden_states), self._weights_proj(hidden_states)
+        wk, weights_proj = self._linears
+        return wk(hidden_states), weights_proj(hidden_states)
 
     def refresh(self) -> None:
         """Dequantise the weights again, into the memory that captured graphs read."""
-        linears = self._wk, self._weights_proj
         with paddle.no_grad():
-            for index, copy in self._copies.items():
-                paddle.assign(_dequantized(linears[index], dtype_name(copy.dtype)), output=copy)
+            for linear, copy in zip(self._linears, self._copies, strict=True):
+                if copy is not None:
+                    paddle.assign(_dequantized(linear, dtype_name(copy.dtype)), output=copy)
 
 
 class KeyNorms:

@@ -1,7 +1,7 @@
 """What is looked for in a FastDeploy tree: one table of checks, each with its reason.
 
-Trees are told apart by what they have, never by a version: names, parameter lists, and the shapes
-that the DSA backend gives its caches. What does not fit is an UnsupportedTree with its reason.
+What a tree has decides, never its version: names, parameter lists, and the shapes that the DSA
+backend gives its caches. What does not fit is an UnsupportedTree with its reason.
 Classes of ours that are bound already are looked through: what counts is FastDeploy's own.
 
 Source: FastDeploy's `model_executor/layers/attention/` (`dsa_attention_backend.py`,
@@ -359,4 +359,4 @@ CHECKS = (
     Check("forward_meta.py: ForwardMeta", _check_forward_meta),
     Check("worker/gpu_model_runner.py: GPUModelRunner", _check_installed_runner, in_worker=True),
 )
-"""All that is looked for in a tree, in the order in which the first failure is told."""
+"""All checks of a tree; `examine` raises the first failure in this order."""
