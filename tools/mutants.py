@@ -1,0 +1,346 @@
+"""Mutation test: small faults are put into the package, and the tests have to notice them.
+
+    python -m tools.mutants --seed 24 --count 150                      # hours on 2 cores
+    python -m tools.mutants --seed 24 --count 150 --baseline CHECKOUT  # compared with an older tree
+
+A mutant changes one operator, constant, condition, return value or call. Mutants are drawn with a
+fixed seed from lines that are in this tree and in the baseline alike, so that both suites can be
+asked about the same fault. The tests that run a line are recorded once: a copy of the tree whose
+lines report the test that reaches them, in child processes too. Each mutant then meets the quick
+tests that reach it, then the slow ones; only what both miss is put to the baseline's tests.
+
+Writes the verdicts as they come to --out; a run that was stopped goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+ROOMS = ("step", "ops", "engine", "serve", "runner")
+TREE = Path(__file__).resolve().parents[1]
+# a module of the recorded copy: `hit` adds the number of a mutant and the file of the running test
+# to a list, each pair once a process; one write, so that processes may append at the same time
+REPORTER = """
+import os
+LIST = os.path.join(os.path.dirname(os.path.dirname(__file__)), "hits.txt")
+SEEN = set()
+def hit(number):
+    line = f"{number} {os.environ.get('PYTEST_CURRENT_TEST', '').split('::')[0]}\\n"
+    if line not in SEEN:
+        SEEN.add(line)
+        file = os.open(LIST, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(file, line.encode())
+        os.close(file)
+"""
+SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.FloorDiv,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One changed line: `line` counts from 1; `kernel` marks code that Triton compiles."""
+
+    path: str
+    line: int
+    before: str
+    after: str
+    function: str
+    kernel: bool
+
+
+def mutated(node: ast.AST) -> ast.AST | None:
+    """A copy of a node with one fault in it, None where none is known."""
+    fault: Any = copy.deepcopy(node)
+    if isinstance(fault, ast.Compare) and len(fault.ops) == 1:
+        fault.ops = [SWAPPED[type(fault.ops[0])]()]
+    elif isinstance(fault, ast.BinOp | ast.BoolOp) and type(fault.op) in SWAPPED:
+        fault.op = SWAPPED[type(fault.op)]()
+    elif isinstance(fault, ast.UnaryOp) and isinstance(fault.op, ast.Not):
+        fault = fault.operand
+    elif isinstance(fault, ast.Constant) and isinstance(fault.value, bool):
+        fault.value = not fault.value
+    elif isinstance(fault, ast.Constant) and type(fault.value) is int:
+        fault.value += 1
+    elif isinstance(fault, ast.Return) and fault.value is not None:
+        fault.value = ast.Constant(None)
+    elif isinstance(fault, ast.Expr) and isinstance(fault.value, ast.Call):
+        fault = ast.Pass()
+    else:
+        return None
+    return fault
+
+
+def in_functions(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.FunctionDef]]:
+    """Every statement and expression that runs inside a function, with that function."""
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            for statement in function.body:
+                for node in ast.walk(statement):
+                    yield node, function
+
+
+def mutants_of(path: Path, text: str) -> list[Mutant]:
+    """All mutants of one file whose change stays on one line, each node once."""
+    lines = text.splitlines()
+    tree = ast.parse(text)
+    messages = {id(n) for r in ast.walk(tree) if isinstance(r, ast.Raise) for n in ast.walk(r)}
+    made: dict[tuple[int, int, str], Mutant] = {}
+    for node, function in in_functions(tree):
+        line = getattr(node, "lineno", None)
+        if line is None or node.end_lineno != line or id(node) in messages:
+            continue
+        fault = mutated(node)
+        # columns count bytes, which differ from characters outside of ASCII
+        if fault is None or not lines[line - 1].isascii():
+            continue
+        before = lines[line - 1]
+        source = ast.unparse(fault)
+        if isinstance(node, ast.expr):
+            source = f"({source})"
+        after = before[: node.col_offset] + source + before[node.end_col_offset :]
+        kernel = any("jit" in ast.unparse(d) for d in function.decorator_list)
+        key = (line, node.col_offset, type(node).__name__)
+        mutant = Mutant(str(path), line, before, after, function.name, kernel)
+        try:
+            ast.parse("\n".join([*lines[: line - 1], after, *lines[line:]]))
+        except SyntaxError:
+            continue
+        made[key] = mutant
+    return list(made.values())
+
+
+def lines_of(tree: Path) -> Counter[str]:
+    """How often each line, without its indentation, is in a tree's package."""
+    files = (tree / "fd_dsa").rglob("*.py")
+    return Counter(line.strip() for file in files for line in file.read_text().split("\n"))
+
+
+def draw(tree: Path, baseline: Path, seed: int, count: int) -> list[Mutant]:
+    """As many from each room, of lines that are once in either tree's package."""
+    of_tree, of_baseline = lines_of(tree), lines_of(baseline)
+    drawn = []
+    for index, room in enumerate(ROOMS):
+        candidates = [
+            mutant
+            for path in sorted((tree / "fd_dsa" / room).rglob("*.py"))
+            for mutant in mutants_of(path.relative_to(tree), path.read_text())
+            if of_tree[mutant.before.strip()] == of_baseline[mutant.before.strip()] == 1
+        ]
+        share = count // len(ROOMS) + (index < count % len(ROOMS))
+        drawn += random.Random(f"{seed} {room}").sample(candidates, min(share, len(candidates)))
+    return drawn
+
+
+def place_in(tree: Path, mutant: Mutant) -> tuple[Path, int]:
+    """File and line, from 0, of a mutant in another tree, where its line may have moved."""
+    for path in [tree / mutant.path, *sorted((tree / "fd_dsa").rglob("*.py"))]:
+        lines = path.read_text().split("\n") if path.exists() else []
+        numbers = [i for i, line in enumerate(lines) if line.strip() == mutant.before.strip()]
+        if len(numbers) == 1:
+            return path, numbers[0]
+    raise LookupError(f"{tree} has no line {mutant.before.strip()!r}")
+
+
+def indented_as(line: str, model: str) -> str:
+    """`line` with the indentation of `model`."""
+    return model[: len(model) - len(model.lstrip())] + line.strip()
+
+
+def copy_of(tree: Path, target: Path) -> Path:
+    """The tracked files of a checkout in a fresh folder."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=tree, capture_output=True, check=True, text=True
+    ).stdout.split("\0")
+    for name in filter(None, names):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(tree / name, target / name)
+    return target
+
+
+def run_tests(tree: Path, tests: list[str], *options: str, limit: int) -> int:
+    """Exit status of pytest on some files of a copied tree; a run that hangs counts as failed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=180"]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        return subprocess.run(
+            [*command, *options, *tests],
+            cwd=tree,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=limit,
+            check=False,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return 1
+
+
+def function_start(lines: list[str], number: int) -> tuple[int, str]:
+    """Where the body of the function around a line begins, from 0, and its indentation."""
+    tree = ast.parse("\n".join(lines))
+    around = [
+        f
+        for f in ast.walk(tree)
+        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
+        and f.lineno <= number + 1 <= (f.end_lineno or 0)
+        and not any("jit" in ast.unparse(d) for d in f.decorator_list)
+    ]
+    if not around:
+        return -1, ""
+    body = max(around, key=lambda f: f.lineno).body
+    first = body[1] if len(body) > 1 and ast.get_docstring(ast.Module(body, [])) else body[0]
+    return first.lineno - 1, " " * first.col_offset
+
+
+def record(tree: Path, mutants: list[Mutant], work: Path) -> list[list[str]]:
+    """The test files that enter each mutant's function, by one run of the whole suite."""
+    recorded = copy_of(tree, work)
+    (recorded / "fd_dsa" / "_hits.py").write_text(REPORTER)
+    inserted: dict[Path, list[tuple[int, str]]] = {}
+    for number, mutant in enumerate(mutants):
+        path, line = place_in(recorded, mutant)
+        start, indent = function_start(path.read_text().split("\n"), line)
+        if start >= 0:
+            call = f"{indent}__import__('fd_dsa._hits')._hits.hit({number})"
+            inserted.setdefault(path, []).append((start, call))
+    for path, calls in inserted.items():
+        lines = path.read_text().split("\n")
+        for start, call in sorted(calls, reverse=True):
+            lines.insert(start, call)
+        path.write_text("\n".join(lines))
+    run_tests(recorded, [], "-n2", "--dist=loadfile", limit=3 * 3600)
+    files = [str(p.relative_to(recorded)) for p in sorted((recorded / "tests").rglob("test_*.py"))]
+    reached: list[set[str]] = [set() for _ in mutants]
+    for hit in (recorded / "hits.txt").read_text().splitlines():
+        number, _, test = hit.partition(" ")
+        if test:
+            reached[int(number)].add(test)
+    for mutant, found in zip(mutants, reached, strict=True):
+        if mutant.kernel:
+            room = "/".join(Path(mutant.path).parts[1:2])
+            found.update(f for f in files if f.startswith((f"tests/{room}/", "tests/attention/")))
+    return [sorted(found) for found in reached]
+
+
+def caught(tree: Path, mutant: Mutant, tests: list[str], *options: str) -> bool:
+    """Whether some of the tests fail with the mutant in a copied tree, which is mended after."""
+    if not tests:
+        return False
+    path, number = place_in(tree, mutant)
+    text = path.read_text()
+    lines = text.split("\n")
+    lines[number] = indented_as(mutant.after, lines[number])
+    path.write_text("\n".join(lines))
+    try:
+        # 5: no test was selected
+        return run_tests(tree, tests, "-x", *options, limit=1800) not in (0, 5)
+    finally:
+        path.write_text(text)
+
+
+def by_nearness(tests: list[str], mutant: Mutant) -> list[str]:
+    """Test files, those of the mutant's own room and module first."""
+    room, name = Path(mutant.path).parts[1], Path(mutant.path).stem
+    return sorted(tests, key=lambda t: (name not in t, f"tests/{room}/" not in t, t))
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seed", type=int, default=24)
+    parser.add_argument("--count", type=int, default=150)
+    parser.add_argument("--baseline", type=Path, help="a checkout whose tests are asked, too")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants tried at the same time")
+    parser.add_argument("--work", type=Path, default=TREE / "build" / "mutants")
+    parser.add_argument("--out", type=Path, default=TREE / "build" / "mutants.json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Draw, record, try; 1 if the baseline's tests catch a mutant that this tree's miss."""
+    args = arguments()
+    baseline = args.baseline or TREE
+    mutants = draw(TREE, baseline, args.seed, args.count)
+    state = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if state.get("mutants") != [asdict(m) for m in mutants]:
+        state = {"seed": args.seed, "mutants": [asdict(m) for m in mutants], "verdicts": {}}
+    sides = {"tests": TREE} | ({"baseline": baseline} if args.baseline else {})
+
+    def save() -> None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(state, indent=1) + "\n")
+
+    for side, tree in sides.items():
+        if side not in state:
+            state[side] = record(tree, mutants, args.work / f"{side}-recorded")
+            save()
+    copies: Queue[dict[str, Path]] = Queue()
+    for job in range(args.jobs):
+        copies.put({s: copy_of(t, args.work / f"{s}-{job}") for s, t in sides.items()})
+
+    def verdict(number: int) -> None:
+        mutant, trees = mutants[number], copies.get()
+        try:
+            tests = by_nearness(state["tests"][number], mutant)
+            if caught(trees["tests"], mutant, tests, "-m", "not slow"):
+                result = "make test"
+            elif caught(trees["tests"], mutant, tests, "-m", "slow or oracle"):
+                result = "make test-all"
+            elif "baseline" in trees and caught(
+                trees["baseline"], mutant, by_nearness(state["baseline"][number], mutant)
+            ):
+                result = "baseline alone"
+            else:
+                result = "nobody"
+        finally:
+            copies.put(trees)
+        state["verdicts"][str(number)] = result
+        save()
+        change = re.sub(r"\s+", " ", f"{mutant.before.strip()}  ->  {mutant.after.strip()}")
+        print(f"{number:4} {result:14} {mutant.path}:{mutant.line}  {change}", flush=True)
+
+    left = [n for n in range(len(mutants)) if str(n) not in state["verdicts"]]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(verdict, left))
+    counts = Counter(state["verdicts"].values())
+    print(", ".join(f"{result}: {count}" for result, count in counts.most_common()))
+    return 1 if counts["baseline alone"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
