@@ -14,8 +14,9 @@ from fd_dsa.attention import CacheLayout, DSABackendConfig
 from fd_dsa.config import FP8_BLOCK_SIZE
 from fd_dsa.environment import indexer_rope_interleave
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.config_fields import FAMILIES, read_indexer_types
+from fd_dsa.models.config_fields import read_indexer_types
 from fd_dsa.models.config_reader import FieldReader
+from fd_dsa.models.families import FAMILIES
 from fd_dsa.models.rope_config import yarn_mscale
 
 _SCHEDULE = (
@@ -122,14 +123,15 @@ def interleaves_indexer_rope(model_config: Any) -> bool:
     """Pairing of the indexer's RoPE: True = (2j, 2j + 1), False = (j, j + dim / 2).
 
     By FD_DSA_INDEXER_ROPE_INTERLEAVE, else by the model's own `indexer_rope_interleave`, else by
-    its kind: half-split for DeepSeek-V3.2, as DeepSeek's inference code has it, and interleaved for
-    GLM. FastDeploy interleaves for both (`layers/rotary_embedding.py`).
+    its family. FastDeploy interleaves for both (`layers/rotary_embedding.py`).
     """
     asked = indexer_rope_interleave()
     if asked is not None:
         return asked
     by_model = getattr(model_config, "indexer_rope_interleave", None)
-    return model_config.model_type == FAMILIES[1] if by_model is None else bool(by_model)
+    if by_model is None:
+        by_model = FAMILIES[model_config.model_type].indexer_rope_interleave
+    return bool(by_model)
 
 
 def shares_selection(fd_config: Any, layer_id: int) -> bool:
@@ -146,8 +148,7 @@ def shares_selection(fd_config: Any, layer_id: int) -> bool:
     if not given:
         return False
     reader = FieldReader(given, "config.json")
-    family = FAMILIES.index(model.model_type)
-    types = read_indexer_types(reader, int(model.num_hidden_layers), family)
+    types = read_indexer_types(reader, int(model.num_hidden_layers), FAMILIES[model.model_type])
     return types[layer_id] == "shared"
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fd_dsa.models.config_fields import (
-    FAMILIES,
     Fp8BlockQuant,
     GenerationDefaults,
     read_fields,
     read_generation,
 )
 from fd_dsa.models.config_reader import FieldReader, read_json_object
+from fd_dsa.models.families import FAMILIES
 from fd_dsa.models.rope_config import RopeConfig, yarn_mscale
 
 __all__ = ["Fp8BlockQuant", "GenerationDefaults", "ModelConfig", "RopeConfig"]
@@ -112,14 +112,14 @@ class ModelConfig:
         reader = FieldReader(data, source)
         if "model_type" not in data:
             raise reader.error("model_type", None, " or ".join(FAMILIES), "is this a model's file?")
-        family = FAMILIES.index(reader.choice("model_type", None, FAMILIES))
+        family = FAMILIES[reader.choice("model_type", None, tuple(FAMILIES))]
         values = read_fields(reader, family)
         vocab_size = values["vocab_size"]
         defaults, more_eos = read_generation(
             FieldReader(generation or {}, generation_source), vocab_size
         )
         values["eos_token_ids"] = tuple(dict.fromkeys(values["eos_token_ids"] + more_eos))
-        return cls(model_type=FAMILIES[family], generation=defaults, **values)
+        return cls(model_type=family.model_type, generation=defaults, **values)
 
     @property
     def qk_head_dim(self) -> int:

@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fd_dsa.models.config_reader import INT32_MAX, FieldReader
+from fd_dsa.models.families import Family
 from fd_dsa.models.rope_config import read_rope
 
 logger = logging.getLogger(__name__)
 
-# defaults of the Hugging Face classes: (deepseek_v32, glm_moe_dsa)
-_SIZES = {
-    "vocab_size": (129280, 154880),
-    "hidden_size": (7168, 6144),
-    "intermediate_size": (18432, 12288),
-    "moe_intermediate_size": (2048, 2048),
-    "num_hidden_layers": (61, 78),
-    "num_attention_heads": (128, 64),
-    "n_shared_experts": (1, 1),
-    "num_experts_per_tok": (8, 8),
-    "n_group": (8, 1),
-    "topk_group": (4, 1),
-    "q_lora_rank": (1536, 2048),
-    "kv_lora_rank": (512, 512),
-    "qk_nope_head_dim": (128, 192),
-    "qk_rope_head_dim": (64, 64),
-    "v_head_dim": (128, 256),
-    "index_n_heads": (64, 32),
-    "index_head_dim": (128, 128),
-    "index_topk": (2048, 2048),
-    "max_position_embeddings": (163840, 202752),
-}
+# what counts something, at least one; the two others are read by functions of their own
+_SIZES = tuple(
+    one.name
+    for one in fields(Family)
+    if one.type == "int" and one.name not in ("n_routed_experts", "first_k_dense_replace")
+)
 # many times what any model has; a list is made of so many layers and experts, and a table of so
 # many positions, before a weight is looked at
 _MOST = {"num_hidden_layers": 1024, "max_position_embeddings": 1 << 24}
 _MOST_EXPERTS = 1 << 18
-FAMILIES = ("deepseek_v32", "glm_moe_dsa")
-_RMS_NORM_EPS = (1e-6, 1e-5)
 
 # fields with one supported value: any other would change the result
 _FIXED: dict[str, Any] = {
@@ -114,30 +97,33 @@ class GenerationDefaults:
     repetition_penalty: float | None = None
 
 
-def read_fields(reader: FieldReader, family: int) -> dict[str, Any]:
+def read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
     """All fields of config.json except the model's type."""
     values: dict[str, Any] = {
-        name: reader.integer(name, both[family], maximum=_MOST.get(name, INT32_MAX))
-        for name, both in _SIZES.items()
+        name: reader.integer(name, getattr(family, name), maximum=_MOST.get(name, INT32_MAX))
+        for name in _SIZES
     }
-    values["n_routed_experts"] = _read_num_experts(reader)
+    values["n_routed_experts"] = _read_num_experts(reader, family)
     for name, value in _FIXED.items():
         reader.choice(name, value, (value,))
-    eps = reader.positive("rms_norm_eps", _RMS_NORM_EPS[family])
-    rope, unread = read_rope(reader, values["max_position_embeddings"])
+    rope, unread = read_rope(reader, family.rope_theta, values["max_position_embeddings"])
     quantization, more_unread = _read_quantization(reader)
     num_layers, vocab_size = values["num_hidden_layers"], values["vocab_size"]
     values |= {
-        "routed_scaling_factor": reader.positive("routed_scaling_factor", 2.5),
-        "norm_topk_prob": reader.boolean("norm_topk_prob", True),
-        "rms_norm_eps": eps,
+        "routed_scaling_factor": reader.positive(
+            "routed_scaling_factor", family.routed_scaling_factor
+        ),
+        "norm_topk_prob": reader.boolean("norm_topk_prob", family.norm_topk_prob),
+        "rms_norm_eps": reader.positive("rms_norm_eps", family.rms_norm_eps),
         "mla_norm_eps": reader.positive("mla_norm_eps", 1e-6),
         "rope": rope,
-        "indexer_rope_interleave": reader.boolean("indexer_rope_interleave", family == 1),
+        "indexer_rope_interleave": reader.boolean(
+            "indexer_rope_interleave", family.indexer_rope_interleave
+        ),
         "attention_bias": reader.boolean("attention_bias", False),
         "mlp_bias": False,
         "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
-        "mlp_layer_types": _read_mlp_layer_types(reader, num_layers),
+        "mlp_layer_types": _read_mlp_layer_types(reader, num_layers, family),
         "indexer_types": read_indexer_types(reader, num_layers, family),
         "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
         "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
@@ -151,23 +137,24 @@ def read_fields(reader: FieldReader, family: int) -> dict[str, Any]:
     return values
 
 
-def _read_num_experts(reader: FieldReader) -> int:
+def _read_num_experts(reader: FieldReader, family: Family) -> int:
     """Number of routed experts, under any of its names."""
     names = ("n_routed_experts", "num_local_experts", "num_experts")
-    given = {name: reader.integer(name, None) for name in names if reader.raw(name) is not None}
-    if len(set(given.values())) > 1:
-        raise reader.error(names[0], given, "one number under all names")
-    return next(iter(given.values()), 256)
+    counts = {name: reader.integer(name, None) for name in names if reader.raw(name) is not None}
+    if len(set(counts.values())) > 1:
+        raise reader.error(names[0], counts, "one number under all names")
+    return next(iter(counts.values()), family.n_routed_experts)
 
 
-def _read_mlp_layer_types(reader: FieldReader, num_layers: int) -> tuple[str, ...]:
+def _read_mlp_layer_types(reader: FieldReader, num_layers: int, family: Family) -> tuple[str, ...]:
     """Kind of MLP of each layer; the list counts before `first_k_dense_replace`."""
-    num_dense = min(reader.integer("first_k_dense_replace", 3, minimum=0), num_layers)
+    num_dense = reader.integer("first_k_dense_replace", family.first_k_dense_replace, minimum=0)
+    num_dense = min(num_dense, num_layers)
     listed = reader.strings("mlp_layer_types", ("dense", "sparse"), num_layers)
     return listed or ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense)
 
 
-def read_indexer_types(reader: FieldReader, num_layers: int, family: int) -> tuple[str, ...]:
+def read_indexer_types(reader: FieldReader, num_layers: int, family: Family) -> tuple[str, ...]:
     """Kind of indexer of each layer: the list, else the pattern, else the schedule.
 
     Source: Hugging Face transformers 5.23, models/glm_moe_dsa/configuration_glm_moe_dsa.py.
@@ -194,8 +181,8 @@ def read_indexer_types(reader: FieldReader, num_layers: int, family: int) -> tup
         )
     if types[0] != "full":
         raise reader.error(name, reader.raw(name), "a schedule whose layer 0 is full")
-    if family == 0 and "shared" in types:
-        raise reader.error(name, reader.raw(name), "full layers only in deepseek_v32")
+    if not family.shares_selections and "shared" in types:
+        raise reader.error(name, reader.raw(name), f"full layers only in {family.model_type}")
     return types
 
 

@@ -6,11 +6,12 @@ import paddle
 
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.deepseek_v32 import DeepseekV32ForCausalLM
-from fd_dsa.models.glm_moe_dsa import GlmMoeDsaForCausalLM
 
 MODELS: dict[str, type[DeepseekV32ForCausalLM]] = {
     "deepseek_v32": DeepseekV32ForCausalLM,
-    "glm_moe_dsa": GlmMoeDsaForCausalLM,
+    # GLM-5's decoder has other sizes, interleaved pairs in the indexer's RoPE and, with IndexShare,
+    # layers without an indexer: all of it configuration
+    "glm_moe_dsa": DeepseekV32ForCausalLM,
 }
 
 

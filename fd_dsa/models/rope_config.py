@@ -40,12 +40,15 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def read_rope(reader: FieldReader, max_position_embeddings: int) -> tuple[RopeConfig, list[str]]:
+def read_rope(
+    reader: FieldReader, rope_theta: float, max_position_embeddings: int
+) -> tuple[RopeConfig, list[str]]:
     """RoPE of `rope_parameters`, or of `rope_theta` and `rope_scaling`.
 
     Args:
         reader: the top level of config.json.
-        max_position_embeddings: stands in where YaRN's own pre-training length is absent.
+        rope_theta: base of the frequencies where the file has none.
+        max_position_embeddings: YaRN's pre-training length where the file has none.
 
     Returns:
         The settings, and the paths of the fields that were not understood.
@@ -54,20 +57,20 @@ def read_rope(reader: FieldReader, max_position_embeddings: int) -> tuple[RopeCo
         ConfigError: an unsupported type or value, or two places that disagree.
     """
     sections = [reader.section("rope_scaling"), reader.section("rope_parameters")]
-    given = [one for one in sections if one is not None]
-    theta = _agreed([reader, *given], "rope_theta", 10000.0)
-    fraction = _agreed([reader, *given], "partial_rotary_factor", 1.0)
+    present = [one for one in sections if one is not None]
+    theta = _agreed([reader, *present], "rope_theta", rope_theta)
+    fraction = _agreed([reader, *present], "partial_rotary_factor", 1.0)
     if fraction != 1:
         raise reader.error("partial_rotary_factor", fraction, "1")
     original = _agreed(
-        [reader, *given], "original_max_position_embeddings", float(max_position_embeddings)
+        [reader, *present], "original_max_position_embeddings", float(max_position_embeddings)
     )
-    forms = [_read_section(one, theta, int(original)) for one in given]
+    forms = [_read_section(one, theta, int(original)) for one in present]
     if len(forms) == 2 and forms[0] != forms[1]:
         raise reader.error(
             "rope_scaling", forms[0], f"the same as rope_parameters, {forms[1]}", "remove one"
         )
-    unread = [name for one in given for name in one.unread()]
+    unread = [name for one in present for name in one.unread()]
     return (forms[0] if forms else RopeConfig(theta=theta)), unread
 
 

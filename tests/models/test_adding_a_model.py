@@ -1,0 +1,78 @@
+"""docs/adding-a-model.md, followed to the letter on a copy of the package."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.parity.cases import CASES, GREEDY_PROMPT
+from tests.parity.test_parity import GOLDENS
+
+TREE = Path(__file__).parents[2]
+PAGE = TREE / "docs" / "adding-a-model.md"
+STEPS = 48
+# greedy tokens of a folder, with whichever fd_dsa comes first on the path
+TOKENS = """
+import json, sys
+from pathlib import Path
+from tests.parity.engine_side import greedy, load_model, make_runner
+prompt = json.loads(sys.argv[2])
+print(greedy(make_runner(load_model(Path(sys.argv[1]))), prompt, int(sys.argv[3])).tolist())
+"""
+
+
+def insert_before_end_of(text: str, table: str, end: str, entry: str) -> str:
+    """`entry` as the last one of a table, whose closing line is `end`."""
+    start = text.index(f"\n{table}")
+    close = text.index(f"\n{end}\n", start) + 1
+    return text[:close] + entry + text[close:]
+
+
+@pytest.fixture
+def copied_tree(tmp_path: Path) -> Path:
+    """The package, and the tests that run a model, with the page's entries in their tables."""
+    ignored = shutil.ignore_patterns("__pycache__", "demo_model")
+    shutil.copytree(TREE / "fd_dsa", tmp_path / "fd_dsa", ignore=ignored)
+    (tmp_path / "tests").symlink_to(TREE / "tests")
+    family, line = re.findall(r"```python\n(.*?) *```", PAGE.read_text(), re.DOTALL)
+    families = tmp_path / "fd_dsa" / "models" / "families.py"
+    families.write_text(insert_before_end_of(families.read_text(), "FAMILIES", "    )", family))
+    registry = tmp_path / "fd_dsa" / "models" / "registry.py"
+    registry.write_text(insert_before_end_of(registry.read_text(), "MODELS", "}", line))
+    return tmp_path
+
+
+def run(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", TOKENS, *arguments], cwd=tree, capture_output=True, text=True
+    )
+
+
+def test_the_page_leads_to_hugging_faces_tokens(copied_tree: Path, tmp_path: Path) -> None:
+    case = CASES["glm"]
+    folder = case.write(tmp_path / "model")
+    # what config.json does not say has to come from the new family
+    fields = {"model_type": "my_dsa", "num_key_value_heads": 4, "first_k_dense_replace": 1}
+    (folder / "config.json").write_text(json.dumps(fields))
+    prompt = json.dumps(case.prompt(GREEDY_PROMPT))
+    done = run(copied_tree, str(folder), prompt, str(STEPS))
+    assert done.returncode == 0, done.stderr
+    with np.load(GOLDENS / "glm.npz") as golden:
+        assert json.loads(done.stdout) == golden["greedy_tokens"][:STEPS].tolist()
+
+
+def test_a_family_that_leaves_a_field_out_is_an_error(copied_tree: Path) -> None:
+    families = copied_tree / "fd_dsa" / "models" / "families.py"
+    text = families.read_text()
+    last = text.rindex("            indexer_rope_interleave")
+    families.write_text(text[:last] + text[text.index("\n", last) + 1 :])
+    done = run(copied_tree, "model", "[2]", "1")
+    assert done.returncode == 1
+    assert "'indexer_rope_interleave'" in done.stderr
