@@ -1,6 +1,7 @@
 # Needs Linux, Python 3.10 to 3.13, make, and a package index that pip can reach.
 #   make serve                start the server on the demo model
-#   make test                 every test that needs no GPU
+#   make test                 the quick tests: 7 minutes on 2 cores
+#   make test-all             the slow ones: processes, builds, long runs
 #   make gpu-rig              Paddle tensors in CUDA memory, with Paddle's CPU wheel, g++ and nvcc
 #   make custom-ops           the operators in C++, for the Paddle of .venv; needs g++
 # Another interpreter: make PYTHON=python3.12 ...; flags of the server: make serve ARGS="--port 9000"
@@ -20,16 +21,23 @@ MODES ?= --requests 32 --longest 800
 VENV := .venv
 NUMPY1 := build/numpy1
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 
-.PHONY: serve test test-numpy1 test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
+.PHONY: serve test test-all test-numpy1 test-oracle lint bench bench-gpu soak gpu-rig custom-ops docs
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.cpu
 	$(BIN)/python -m fd_dsa.serve $(ARGS)
 
+# -m in ARGS replaces the selection
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	@echo "about 7 minutes on 2 idle cores; left out: slow tests (make test-all), live parity with" \
+	  "Hugging Face (make test-oracle), what needs a GPU"
+	$(PYTEST) -m "not slow and not oracle" $(ARGS)
+
+test-all: $(VENV)/.dev
+	$(PYTEST) -m "slow and not oracle" $(ARGS)
 
 # FastDeploy asks for no NumPy, so the plug-in is tested beside an old one too, which Python 3.13
 # has no wheel of, and with the oldest Paddle

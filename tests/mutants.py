@@ -1,7 +1,7 @@
 """Mutation test: small faults are put into the package, and the tests have to notice them.
 
-    python -m tools.mutants --seed 24 --count 150                      # hours on 2 cores
-    python -m tools.mutants --seed 24 --count 150 --baseline CHECKOUT  # compared with an older tree
+    python -m tests.mutants --seed 24 --count 150                      # hours on 2 cores
+    python -m tests.mutants --seed 24 --count 150 --baseline CHECKOUT  # compared with an older tree
 
 A mutant changes one operator, constant, condition, return value or call. Mutants are drawn with a
 fixed seed from lines that are in this tree and in the baseline alike, so that both suites can be
