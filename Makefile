@@ -20,6 +20,7 @@ SIEGE ?=
 MODES ?= --requests 32 --longest 800
 VENV := .venv
 NUMPY1 := build/numpy1
+DOCS := build/docs-venv
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
@@ -86,8 +87,21 @@ custom-ops: $(VENV)/.cpu
 	@$(BIN)/python -W ignore -c 'from fd_dsa.custom_ops import build; \
 	  print("fd_dsa_ops is", build().state, build().reason)'
 
-docs: $(VENV)/.dev
-	$(BIN)/python tools/build_docs.py
+# the builder needs Python 3.11 and nothing of the package, so it has a small environment of its own
+docs: $(DOCS)/.made
+	rm -rf build/pages build/docs && mkdir -p build/pages
+	cp -r README*.md CHANGELOG.md CONTRIBUTING.md LICENSE docs build/pages
+	$(DOCS)/bin/zensical build --strict --clean
+	@echo "the pages are in build/docs: $(DOCS)/bin/python -m http.server -d build/docs"
+
+$(DOCS)/.made: pyproject.toml
+	@"$(PYTHON)" -c 'import tomllib' || { echo "make: the pages need Python 3.11 or later; name" \
+	  "one: make docs PYTHON=python3.12" >&2; exit 1; }
+	"$(PYTHON)" -m venv --clear $(DOCS)
+	"$(PYTHON)" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"] \
+	  ["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install --disable-pip-version-check --quiet -r $(DOCS)/requirements.txt
+	@touch $@
 
 # a stamp is the extras that .venv holds; a newer pyproject.toml makes pip look again
 $(VENV)/.cpu: EXTRAS := cpu

@@ -23,7 +23,7 @@ A benchmark of many shapes begins each by `record.attempt(name, case)`: one that
 "failed", none is begun when the time of the section is up ("not_run"), and a run that was cut off
 goes on where it ended. Its `main` returns `record.status()`.
 
-The order of `times` is that of the columns in docs/performance.md; the first label that is not
+The order of `times` is that of the columns in docs/results; the first label that is not
 ours is the baseline. `--quick` means one or two shapes. `--peers` is a folder as `_peers` says; a
 peer that is absent leaves its label out. The file is rewritten after every case, so that a run
 which is cut off leaves what it measured.
@@ -276,7 +276,7 @@ class Recorder:
             bytes_moved: fewest bytes that must be read and written; the floor is their time at
                 the copy bandwidth of this run.
             floor_us: another floor, in microseconds, where bytes are not the bound.
-            tier: what the figure proves (docs/performance.md).
+            tier: what the figure proves (docs/results/index.md).
             notes: further figures that belong to the case, plain JSON values.
         """
         middle = times[ours]["p50"]

@@ -1,4 +1,4 @@
-"""What docs/performance.md says of results that needs a comparison or a choice of columns.
+"""The parts of docs/results that need a comparison or a choice of columns.
 
 Each table and function without an underscore is a part "@NAME" of shown.json.
 """
@@ -269,7 +269,7 @@ def topk(result: Result) -> Iterator[str]:
             if (own := [case for case in result["cases"] if note in case and chosen(case)])
         ]
         if parts:
-            yield f"How many times ours the time of {peer} is: {', '.join(parts)}."
+            yield f"Time of {peer}, relative to ours: {', '.join(parts)}."
     missed: dict[str, tuple[float, str]] = {}
     for case in result["cases"]:
         for label, right in case.get("share_right", {}).items():
@@ -291,15 +291,15 @@ def sparse_mla(result: Result) -> Iterator[str]:
         parts = []
         for gate, own in gates.items():
             heads = ", ".join(str(n) for n in dict.fromkeys(case["heads"] for case in own))
-            parts.append(f"at {heads} heads at least {_least(own, 'ratio_best')}, wanted {gate}")
-        yield f"How many times ours the time of the fastest peer is, {kind}: {'; '.join(parts)}."
+            parts.append(f"at {heads} heads at least {_least(own, 'ratio_best')}, aim {gate}")
+        yield f"Time of the fastest peer relative to ours, {kind}: {'; '.join(parts)}."
     if errors := largest_errors(result["cases"]):
         yield f"Largest error against attention in doubles, relative: {errors}."
     yield from left_out(result["cases"])
 
 
 def _wanted(cases: Sequence[Case]) -> Iterator[str]:
-    """The least ratio of A and of B for each ratio that is wanted."""
+    """The least ratio of A and of B for each aim."""
     groups: dict[tuple[str, float], list[tuple[float, str]]] = {}
     for case in cases:
         for label, least in case["wanted"].items():
@@ -309,8 +309,8 @@ def _wanted(cases: Sequence[Case]) -> Iterator[str]:
             groups.setdefault((name, least), []).append(found)
     for (name, least), every in groups.items():
         ratio, where = min(every)
-        verdict = "reached" if ratio >= least else "missed"
-        yield f"{name}: at least {ratio:.3f}x ({where}), wanted {least:.3f}x: {verdict}."
+        verdict = "met" if ratio >= least else "missed"
+        yield f"{name}: at least {ratio:.3f}x ({where}), aim {least:.3f}x: {verdict}."
 
 
 def layer_stack(result: Result) -> Iterator[str]:
@@ -325,7 +325,7 @@ def layer_stack(result: Result) -> Iterator[str]:
                 spread = " to ".join(
                     f"{three_digits(x)} ({where})" for x, where in (found[0], found[-1])
                 )
-                yield f"How many times ours the time {whose} is, {kind}: {spread}."
+                yield f"Time {whose} relative to ours, {kind}: {spread}."
     counted = [case["package_alone"] for case in cases if "package_alone" in case]
     if counted:
         names = {"launches": "launches", "copies": "copies", "host_waits": "waits of the host"}

@@ -1,4 +1,4 @@
-"""What docs/performance.md shows of benchmarks/results/v4_prepare.json."""
+"""The tables of docs/results/v4_prepare.md."""
 
 from __future__ import annotations
 

@@ -37,15 +37,19 @@ _STYLE = {
 
 def digest(result: Mapping[str, Any]) -> str:
     """What a plot shows, as a hash; the plot holds it, so that a stale one is found."""
-    if "timeline" in result:
-        shown: list[Any] = [result["timeline"]]
+    if "groups" in result:
+        shown: list[Any] = result["groups"]
+    elif "timeline" in result:
+        shown = [result["timeline"]]
     else:
         shown = [(c["case"], c["times"], c["ours"], c["floor_us"]) for c in result["cases"]]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
 def picture(result: Mapping[str, Any]) -> str:
-    """The SVG of a result: its timeline where it has one, else bars."""
+    """The SVG of a flagship's groups, of a result's timeline, or else of its cases as bars."""
+    if "groups" in result:
+        return relative(result)
     return timeline(result) if "timeline" in result else bars(result)
 
 
@@ -63,11 +67,51 @@ def bars(result: Mapping[str, Any]) -> str:
         figure = Figure(figsize=(8, 0.9 + 0.2 * rows))
         axes = figure.subplots()
         _draw(axes, cases, colours)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45 / (0.2 * rows)), ncols=3)
-        for legend_text in axes.get_legend().get_texts():
-            legend_text.set_color(_INK)
-        axes.get_legend().get_frame().set_alpha(0)
+        _legend(axes, -0.45 / (0.2 * rows), 3)
         return _svg(figure, result)
+
+
+def relative(shown: Mapping[str, Any]) -> str:
+    """An SVG: a group of bars a case, the time of each side relative to ours.
+
+    Args:
+        shown: "groups", each with "case", "relative" (side -> time by ours, ours first) and "text"
+            (side -> label of the bar).
+    """
+    groups = shown["groups"]
+    sides = list(dict.fromkeys(side for group in groups for side in group["relative"]))
+    colours = dict(zip(sides, (_OURS, *_OTHERS), strict=False))
+    rows = sum(len(group["relative"]) + 1 for group in groups)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 0.9 + 0.2 * rows))
+        axes = figure.subplots()
+        height, middles, drawn = 0, [], set()
+        for group in groups:
+            first = height
+            for side, value in group["relative"].items():
+                name = None if side in drawn else side
+                drawn.add(side)
+                axes.barh(height, value, height=0.8, color=colours[side], label=name)
+                axes.text(value, height, f" {group['text'][side]}", va="center", fontsize=8)
+                height += 1
+            middles.append((first + height - 1) / 2)
+            height += 1
+        axes.axvline(1, linestyle=":", color=_INK, zorder=0)
+        axes.set_yticks(middles, [group["case"] for group in groups])
+        axes.invert_yaxis()
+        axes.set_xlabel("time relative to fd_dsa; a shorter bar is faster")
+        for spine in ("top", "right"):
+            axes.spines[spine].set_visible(False)
+        _legend(axes, -0.5 / (0.2 * rows), 4)
+        return _svg(figure, shown)
+
+
+def _legend(axes: Any, y: float, columns: int) -> None:
+    """The names of the colours, below the axes."""
+    legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, y), ncols=columns)
+    for text in legend.get_texts():
+        text.set_color(_INK)
+    legend.get_frame().set_alpha(0)
 
 
 def _svg(figure: Figure, result: Mapping[str, Any]) -> str:
@@ -95,10 +139,7 @@ def timeline(result: Mapping[str, Any]) -> str:
             _draw_lanes(axes, lanes, colours)
             axes.set_xlim(*limits)
         axes.set_xlabel("microseconds")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6), ncols=4)
-        for legend_text in axes.get_legend().get_texts():
-            legend_text.set_color(_INK)
-        axes.get_legend().get_frame().set_alpha(0)
+        _legend(axes, -0.6, 4)
         figure.subplots_adjust(hspace=0.5)
         return _svg(figure, result)
 
@@ -119,7 +160,7 @@ def _draw_lanes(
     axes: Any, lanes: list[tuple[str, list[dict[str, Any]]]], colours: Mapping[str, str]
 ) -> None:
     """One bar a kernel."""
-    told: set[str] = set()
+    named: set[str] = set()
     for height, (_, kernels) in enumerate(lanes):
         for kernel in kernels:
             name = kernel["name"]
@@ -132,9 +173,9 @@ def _draw_lanes(
                 # a copy of microseconds between steps of hundreds would be thinner than a line
                 edgecolor=colours[name],
                 linewidth=0.5,
-                label=None if name in told else name,
+                label=None if name in named else name,
             )
-            told.add(name)
+            named.add(name)
     axes.set_yticks(range(len(lanes)), [label for label, _ in lanes])
     axes.invert_yaxis()
     for side in ("top", "right"):
@@ -149,12 +190,12 @@ def _ours(cases: list[dict[str, Any]]) -> str:
 
 def _draw(axes: Any, cases: list[dict[str, Any]], colours: Mapping[str, str]) -> None:
     """Bars, spreads, floors and names."""
-    height, middles, told = 0.0, [], set()
+    height, middles, named = 0.0, [], set()
     for case in cases:
         first = height
         for label, time in case["times"].items():
-            name = label if label not in told else None
-            told.add(label)
+            name = label if label not in named else None
+            named.add(label)
             axes.barh(height, time["p50"], height=0.8, color=colours[label], label=name)
             axes.plot([time["p20"], time["p80"]], [height] * 2, color=_INK, linewidth=1)
             axes.text(
@@ -163,8 +204,8 @@ def _draw(axes: Any, cases: list[dict[str, Any]], colours: Mapping[str, str]) ->
             height += 1
         if case["floor_us"] > 0:
             floor = [case["floor_us"]] * 2
-            name = None if "floor" in told else "floor"
-            told.add("floor")
+            name = None if "floor" in named else "floor"
+            named.add("floor")
             axes.plot(floor, [first - 0.5, height - 0.5], linestyle=":", color=_INK, label=name)
         middles.append((first + height - 1) / 2)
         height += 1

@@ -1,9 +1,10 @@
-"""Make the tables and plots of docs/performance.md from benchmarks/results/*.json.
+"""Make the tables and plots of docs/performance.md and docs/results from benchmarks/results/*.json.
 
-    python -m benchmarks.report                  # rewrites the page between its marks, and plots
-    python -m benchmarks.report RUN.tar.gz       # first takes the results of a gpu_run archive
+    python -m benchmarks.report                  # rewrites the pages between their marks, and plots
+    python -m benchmarks.report RUN.tar.gz       # first copies the results of a gpu_run archive
 
-The page is prose by hand and one marked region a result; a region is a function of its JSON file.
+The pages are prose by hand and marked regions: one for each result in docs/results, a function of
+its JSON file, and the overviews of docs/performance.md (`_headline`).
 """
 
 from __future__ import annotations
@@ -15,21 +16,22 @@ import sys
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _notes, _render, _v4_shown
+from benchmarks import _headline, _notes, _render, _v4_shown
 from benchmarks._harness import RESULTS, ROOT, write_json
 from benchmarks._render import Part, Result, Table, load, paragraphs, refusal
 
 _FUNCTIONS = vars(_render) | vars(_notes) | vars(_v4_shown)
 SHOWN = json.loads(Path(__file__).with_name("shown.json").read_text())
-PAGE = ROOT / "docs" / "performance.md"
-IMAGES = ROOT / "docs" / "img"
+DOCS = ROOT / "docs"
+IMAGES = DOCS / "img"
 _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 _BARS = "the table above as bars"
 _STEPS = "the work of some steps and their copies, by stream; below, the end of one of them"
-# results with a plot, and its caption; the last three are timelines
+# results with a plot in docs/results, and its caption; the last three are timelines
 _PLOTS = {
     **dict.fromkeys(("step_metadata", "launch_overhead", "cache_write", "indexer_query"), _BARS),
     **dict.fromkeys(("indexer_gather", "mla_query"), _BARS),
@@ -39,13 +41,20 @@ _PLOTS = {
 }
 
 
+def pages() -> list[Path]:
+    """The pages with regions."""
+    return [DOCS / "performance.md", *sorted((DOCS / "results").glob("*.md"))]
+
+
 def region(name: str, folder: Path = RESULTS) -> str:
-    """What stands between the marks of a result.
+    """The text between the marks of a result or an overview.
 
     Args:
-        name: name of the result's file, without its ending.
+        name: name of an overview, or of the result's file without its ending.
         folder: where the results are.
     """
+    if name in _headline.REGIONS:
+        return _headline.region(name, folder)
     path = folder / f"{name}.json"
     if not path.exists():
         return "Not measured yet.\n"
@@ -53,12 +62,12 @@ def region(name: str, folder: Path = RESULTS) -> str:
     refused = refusal(result)
     if refused:
         return f"{refused}\n"
-    plot = f"\n![{_PLOTS[name]}](img/{name}.svg)\n" if plotted(name, result) else ""
+    plot = f"\n![{_PLOTS[name]}](../img/{name}.svg)\n" if plotted(name, result) else ""
     return markdown(name, result) + plot
 
 
 def markdown(name: str, result: Result) -> str:
-    """What shown.json says of a result."""
+    """A result as shown.json describes it."""
     parts = map(part, SHOWN.get(name, ["@times"]))
     return "\n\n".join(paragraphs(result, parts)) + "\n"
 
@@ -78,15 +87,17 @@ def plotted(name: str, result: Result) -> bool:
 
 
 def plots(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Every plot of the page and the result that it shows."""
+    """Every plot of the pages: its file and what it shows."""
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         if plotted(path.stem, result):
             yield IMAGES / f"{path.stem}.svg", result
+        if path.stem in _headline.PICTURED and result["cases"] and not refusal(result):
+            yield IMAGES / f"{path.stem}.svg", {"groups": _headline.drawn(path.stem, result)}
 
 
 def regions(page: str) -> dict[str, str]:
-    """Name of each marked region of a page -> what stands there."""
+    """Name of each marked region of a page -> its text."""
     return dict(_REGION.findall(page))
 
 
@@ -126,14 +137,16 @@ def take(archive: Path, names: Iterable[str], folder: Path = RESULTS) -> list[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite the page and, where matplotlib is installed, the plots; returns 0."""
+    """Rewrite the pages and, where matplotlib is installed, the plots; returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("archive", type=Path, nargs="?", help="archive of a gpu_run to take from")
     args = parser.parse_args(argv)
+    names = {page: list(regions(page.read_text("utf-8"))) for page in pages()}
     if args.archive:
-        print("\n".join(take(args.archive, regions(PAGE.read_text("utf-8")))))
-    PAGE.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
-    print(f"{PAGE.relative_to(ROOT)}: {', '.join(regions(PAGE.read_text('utf-8')))}")
+        print("\n".join(take(args.archive, chain(*names.values()))))
+    for page, held in names.items():
+        page.write_text(filled(page.read_text("utf-8")), "utf-8")
+        print(f"{page.relative_to(ROOT)}: {', '.join(held)}")
     if find_spec("matplotlib") is None:
         print("plots left as they are: matplotlib is not installed (extra `bench`)")
         return 0

@@ -1,4 +1,4 @@
-"""docs/performance.md and its plots show the committed results."""
+"""docs/performance.md, docs/results and their plots show the committed results."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from benchmarks._harness import RESULTS, ROOT, write_json
+from benchmarks._headline import FIGURES, OURS, drawn
 from benchmarks.gpu_run import BENCHMARKS
-from benchmarks.report import PAGE, filled, plots, region, regions, take
+from benchmarks.report import IMAGES, filled, pages, plots, region, regions, take
 from tests.benchmarks.results import ENV, case, result, shown
 
 COMMITTED = sorted(RESULTS.glob("*.json"))
@@ -30,17 +31,49 @@ def gpu_result(**changes: Any) -> dict[str, Any]:
     return found | changes
 
 
-def test_the_page_is_made_from_the_committed_results() -> None:
-    page = PAGE.read_text("utf-8")
-    assert page == filled(page), "run python -m benchmarks.report"
+@pytest.mark.parametrize("page", pages(), ids=lambda path: path.stem)
+def test_pages_are_made_from_the_committed_results(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert text == filled(text), "run python -m benchmarks.report"
 
 
-def test_every_result_is_on_the_page() -> None:
-    assert {path.stem for path in COMMITTED} <= set(regions(PAGE.read_text("utf-8")))
+def test_every_result_is_on_one_page() -> None:
+    shown = [name for page in pages() for name in regions(page.read_text("utf-8"))]
+    assert len(set(shown)) == len(shown)
+    assert {path.stem for path in COMMITTED} | set(BENCHMARKS) <= set(shown)
 
 
-def test_every_gpu_benchmark_is_on_the_page() -> None:
-    assert set(BENCHMARKS) <= set(regions(PAGE.read_text("utf-8")))
+def test_headline_figures_are_those_of_their_results(tmp_path: Path) -> None:
+    peers = {"torch ops + two writes": 90.0, "vLLM's two writes": 8.0}
+    slower = {"vLLM's two writes": 3.0}
+    cases = [case("8 tokens", peers | {"one launch": 4.0}, "one launch")]
+    cases += [case("9 tokens", slower | {"one launch": 6.0}, "one launch")]
+    write_json(tmp_path / "cache_write.json", result("cache_write", cases))
+    write_json(tmp_path / "topk.json", result("topk", cases, gate="failed"))
+    head, _, *rows = region("headline", tmp_path).splitlines()
+    assert head.startswith("| what | against | least | most |") and len(rows) == 1
+    assert "| vLLM's two writes alone | 0.50 (9 tokens) | 2.00 (8 tokens) | 1 of 2 |" in rows[0]
+    assert "`python -m benchmarks.cache_write`" in rows[0]
+
+
+def test_headlines_name_benchmarks_and_pages() -> None:
+    for figure in FIGURES:
+        assert (ROOT / f"benchmarks/{figure.result}.py").exists()
+        page = (ROOT / f"docs/results/{figure.page}.md").read_text("utf-8")
+        assert figure.result in regions(page)
+
+
+def test_a_flagship_picture_shows_times_relative_to_ours(tmp_path: Path) -> None:
+    us = {"DeepGEMM": 5.0, "tiles": 4.0}
+    cases = [case(f"decode, 64 heads, {size}", us, "tiles") for size in ("1 x 4k", "7 x 7k")]
+    groups = drawn("indexer_logits", result("indexer_logits", cases))
+    assert groups == [
+        {
+            "case": "decode, 64 heads, 1 x 4k",
+            "relative": {OURS: 1.0, "DeepGEMM": 1.25},
+            "text": {OURS: "4.00 us", "DeepGEMM": "5.00 us"},
+        }
+    ]
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
@@ -157,6 +190,11 @@ def test_a_plot_is_the_same_every_time() -> None:
     assert digest(changed) not in svg
 
 
-def test_pictures_of_the_page_exist() -> None:
-    pictures = re.findall(r"!\[.*?\]\((.*?)\)", PAGE.read_text("utf-8"))
-    assert all((ROOT / "docs" / picture).exists() for picture in pictures)
+def test_every_picture_is_shown() -> None:
+    shown = {
+        (page.parent / picture).resolve()
+        for page in pages()
+        for picture in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text("utf-8"))
+    }
+    assert shown == {path.resolve() for path, _ in plots()}
+    assert {path.name for path in shown} == {path.name for path in IMAGES.glob("*.svg")}
