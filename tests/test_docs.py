@@ -23,6 +23,7 @@ FLAGS_PAGE = (ROOT / "docs/flags.md").read_text("utf-8")
 ERRORS_PAGE = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
 DOCUMENTED = "http://127.0.0.1:8000"
 PAGES = [*sorted(ROOT.glob("README*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+CHINESE = [page for page in PAGES if page.name.endswith(".zh.md")]
 
 
 def _documented() -> dict[str, list[str]]:
@@ -124,10 +125,27 @@ def test_interactive_examples(page: Path) -> None:
     assert results.failed == 0
 
 
+@pytest.mark.parametrize("page", CHINESE, ids=lambda path: path.stem)
+def test_both_languages_have_the_same_commands(page: Path) -> None:
+    both = page.with_name(page.name.replace(".zh", "")), page
+    texts = [path.read_text("utf-8") for path in both]
+    blocks, links = (
+        [re.findall(pattern, text, re.M | re.S) for text in texts]
+        for pattern in (r"^```.*?^```", r"\]\(([^)]+)\)")
+    )
+    assert blocks[0] == blocks[1] and blocks[0]
+    assert {x.replace(".zh", "") for x in links[0]} == {x.replace(".zh", "") for x in links[1]}
+    # inline commands, flags and names; the Chinese page may explain the English of a block
+    inline = [set(re.findall(r"`([^`\n]+)`", re.sub(r"(?ms)^```.*?^```", "", x))) for x in texts]
+    assert inline[0] <= inline[1]
+    for pattern in (r"^#+ ", r"^\| "):
+        assert len({len(re.findall(pattern, text, re.M)) for text in texts}) == 1
+
+
 def _examples(language: str) -> list[str]:
-    """Code blocks of one language on all pages."""
+    """Code blocks of one language on the English pages."""
     pattern = rf"^```{language}\n(.*?)^```"
-    texts = [page.read_text("utf-8") for page in PAGES]
+    texts = [page.read_text("utf-8") for page in PAGES if page not in CHINESE]
     return [block for text in texts for block in re.findall(pattern, text, re.M | re.S)]
 
 
