@@ -1,4 +1,4 @@
-"""The results of `tests.soak.siege` as tables, in the file of each and in docs/operations.md.
+"""The results of `tests.soak.siege` as tables, in the file of each and in docs/results/reliability.md.
 
 python -m tests.soak.siege_page      # writes the page anew from the committed results
 """
@@ -15,7 +15,7 @@ from benchmarks._harness import RESULTS, ROOT, table_row, write_json
 from tests.soak.siege_cases import CASES
 
 ORDER = {name: place for place, name in enumerate(CASES)}
-PAGE = ROOT / "docs" / "operations.md"
+PAGE = ROOT / "docs/results/reliability.md"
 FOLDER = RESULTS / "siege"
 REGION = re.compile(r"(?<=<!-- siege: )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 HEAD = (
