@@ -13,8 +13,6 @@ from typing import Any
 from benchmarks._harness import RESULTS, three_digits
 from benchmarks._render import Case, Result, Table, load, refusal
 
-# ratio, where
-Ratio = tuple[float, str]
 OURS = "fd_dsa"
 
 
@@ -34,42 +32,37 @@ class Figure:
     page: str
     peer: str
     result: str
-    ratios: Callable[[Result], Iterable[Ratio]]
+    ratios: Callable[[Result], Iterable[float]]
 
 
 def _of(*labels: str, chosen: Callable[[Case], bool] = lambda case: True) -> Any:
     """Ratios of the fastest of some sides, in the cases of a group."""
 
-    def ratios(result: Result) -> Iterator[Ratio]:
+    def ratios(result: Result) -> Iterator[float]:
         for case in result["cases"]:
             found = [case["ratios"][label] for label in labels if label in case["ratios"]]
             if found and chosen(case):
-                yield min(found), case["case"]
+                yield min(found)
 
     return ratios
 
 
-def _engine(result: Result) -> Iterator[Ratio]:
-    for case in result["cases"]:
-        where = "{requests} x {prompt_tokens} + {new_tokens}".format_map(case["case"])
-        yield case["ratio_p50"], where
+def _engine(result: Result) -> Iterator[float]:
+    return (case["ratio_p50"] for case in result["cases"])
 
 
-def _server(result: Result) -> Iterator[Ratio]:
-    for case in result["cases"]:
-        where = "{arrangement}, {streams} streams".format_map(case)
-        yield 1 - case["servers"][OURS]["loss"], where
+def _server(result: Result) -> Iterator[float]:
+    return (1 - case["servers"][OURS]["loss"] for case in result["cases"])
 
 
-def _gaps(result: Result) -> Iterator[Ratio]:
+def _gaps(result: Result) -> Iterator[float]:
     """Gaps of a stream without a target against those with one."""
     none, *targets = result["sides"]
-    for side in targets:
-        yield none["gap_ms"]["p99"] / side["gap_ms"]["p99"], f"target {side['target_ms']:g} ms"
+    return (none["gap_ms"]["p99"] / side["gap_ms"]["p99"] for side in targets)
 
 
-def _exact(result: Result) -> Iterator[Ratio]:
-    return ((c["ratio_best_exact"], c["case"]) for c in result["cases"] if "ratio_best_exact" in c)
+def _exact(result: Result) -> Iterator[float]:
+    return (c["ratio_best_exact"] for c in result["cases"] if "ratio_best_exact" in c)
 
 
 def _mla(kind: str, *heads: int) -> Any:
@@ -82,11 +75,11 @@ def _mla(kind: str, *heads: int) -> Any:
 def _mla_triton(kind: str, *heads: int) -> Any:
     """FlashMLA against the Triton kernel, which serves where `custom_ops/` is not built."""
 
-    def ratios(result: Result) -> Iterator[Ratio]:
+    def ratios(result: Result) -> Iterator[float]:
         for case in result["cases"]:
             peers = [case["times"][x]["p50"] for x in FLASH_MLA if x in case["times"]]
             if peers and case["kind"] == kind and case["heads"] in heads:
-                yield min(peers) / case["times"]["ours"]["p50"], case["case"]
+                yield min(peers) / case["times"]["ours"]["p50"]
 
     return ratios
 
@@ -188,14 +181,13 @@ def _rows(figures: Iterable[Figure], folder: Path) -> Iterator[dict[str, Any]]:
             yield {"figure": figure, "ratios": ratios, "on": machine}
 
 
-def _cell(ratio: Ratio) -> str:
-    return f"{three_digits(ratio[0])} ({ratio[1]})"
+def _range(row: dict[str, Any]) -> str:
+    return " to ".join(three_digits(row["ratios"][index]) for index in (0, -1))
 
 
 def _slower(row: dict[str, Any]) -> str:
     ratios = row["ratios"]
-    slower = sum(ratio < 1 for ratio, _ in ratios)
-    return f"{slower} of {len(ratios)}"
+    return f"{sum(ratio < 1 for ratio in ratios)} of {len(ratios)}"
 
 
 _TABLE = Table(
@@ -203,9 +195,8 @@ _TABLE = Table(
     [
         ("what", lambda row: f"[{row['figure'].what}](results/{row['figure'].page}.md)"),
         ("against", lambda row: row["figure"].peer),
-        ("least", lambda row: _cell(row["ratios"][0])),
-        ("most", lambda row: _cell(row["ratios"][-1])),
-        ("cases in which fd_dsa is slower", _slower),
+        ("ratio", _range),
+        ("slower in", _slower),
         ("on", "{on}"),
         ("command", lambda row: f"`python -m benchmarks.{row['figure'].result}`"),
     ],

@@ -1,6 +1,6 @@
-"""The results of `tests.soak.siege` as tables, in the file of each and in docs/results/reliability.md.
+"""The results of `tests.soak.siege` as tables, in the file of each and in docs/results.
 
-python -m tests.soak.siege_page      # writes the page anew from the committed results
+python -m tests.soak.siege_page      # writes the page docs/results/reliability.md again
 """
 
 from __future__ import annotations
