@@ -12,6 +12,7 @@ from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs
+from fd_dsa.engine.output import OutputState
 from fd_dsa.engine.random_uniform import derive_seed
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
@@ -90,19 +91,17 @@ class Admission:
         now = time.monotonic()
         group: list[Request] = []
         for index in range(params.n):
+            state = OutputState(request_id, index, prompt, arrival_time=now)
             request = Request(
-                request_id=request_id,
-                prompt_token_ids=prompt,
+                state=state,
                 params=params,
                 max_tokens=max_tokens,
                 end_token_ids=end_token_ids,
                 arrival=arrival + index,
-                arrival_time=now,
                 seed=derive_seed(seed, index) if index else seed,
                 detokenizer=self._detokenizer(params, prompt),
                 stop_checker=StopChecker(stops, keeps_stop) if stops else None,
                 block_size=self.limits.block_size,
-                index=index,
                 group=group,
             )
             if params.structured_outputs is not None:
@@ -110,6 +109,7 @@ class Admission:
             request.rules = self._rules_of(request, bad)
             if params.logprobs is not None:
                 request.logprobs = OutputLogprobs()
+                state.logprobs = request.logprobs.shown
             group.append(request)
         if params.prompt_logprobs is not None:
             detokenizer = self._detokenizer(params, ())
@@ -132,7 +132,7 @@ class Admission:
             return None
         return LogitRules(
             params,
-            request.prompt_token_ids,
+            request.state.prompt_token_ids,
             request.output_token_ids,
             bad,
             request.end_token_ids,

@@ -50,7 +50,7 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
         sampling_defaults=plan.sampling_defaults,
         step_counters=runner.counters,
     )
-    engine.prepare_grammars()
+    engine.admission.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = config.cache_dtype
     return engine
 

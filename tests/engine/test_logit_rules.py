@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from fd_dsa.engine.bad_words import BadSequences
 from fd_dsa.engine.logit_rules import LogitRules, TokenCounts
-from fd_dsa.engine.sampler import NO_TOKEN, NOT_FINITE, Sampler
+from fd_dsa.engine.row_draw import NOT_FINITE
+from fd_dsa.engine.sampler import NO_TOKEN, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from tests.engine.reference_sampler import ref_adjusted, ref_distribution, ref_token, ref_uniform
 

@@ -116,7 +116,7 @@ def held_mib() -> int:
 
 def held_without_grammars_mib(engine: LLMEngine) -> int:
     """The same with the grammars let go that are kept for requests to come."""
-    engine._admission.grammars._compiled.clear()
+    engine.admission.grammars._compiled.clear()
     return held_mib()
 
 
