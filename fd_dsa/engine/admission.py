@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from fd_dsa.engine.bad_words import BadSequences, BadWords
-from fd_dsa.engine.detokenizer import IncrementalDetokenizer, StopChecker
+from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logit_rules import LogitRules
@@ -72,7 +73,7 @@ class Admission:
     def make_requests(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams, arrival: int
     ) -> list[Request]:
-        """The group of a request, of that arrival number and those behind it.
+        """The group of a request, of that arrival number and the next ones.
 
         A grammar that cannot be compiled is not refused here; the request ends with an error.
 
@@ -80,7 +81,7 @@ class Admission:
             ValueError: see `validate`.
         """
         max_tokens = self.limits.validate(prompt_token_ids, params)
-        prompt = [operator.index(token_id) for token_id in prompt_token_ids]
+        prompt: list[int] = np.asarray(prompt_token_ids).tolist()
         end_token_ids = frozenset(params.stop_token_ids or ())
         if not params.ignore_eos:
             end_token_ids |= self._eos_token_ids
@@ -116,9 +117,9 @@ class Admission:
             group[0].prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs, detokenizer)
         return group
 
-    def _detokenizer(self, params: SamplingParams, before: Sequence[int]) -> IncrementalDetokenizer:
-        """Text of tokens that stand behind others."""
-        return IncrementalDetokenizer(
+    def _detokenizer(self, params: SamplingParams, before: Sequence[int]) -> Detokenizer:
+        """A detokenizer of tokens that follow others."""
+        return new_detokenizer(
             self._tokenizer, params.skip_special_tokens, before, params.kept_special_token_ids
         )
 

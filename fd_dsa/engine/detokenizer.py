@@ -6,6 +6,7 @@ import codecs
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
+from typing import Protocol
 
 from fd_dsa.engine.tokenizer import Tokenizer
 
@@ -17,8 +18,26 @@ _CONTEXT_TOKENS = 5
 _MAX_HELD_TOKENS = 16
 
 
-class IncrementalDetokenizer:
+class Detokenizer(Protocol):
     """Text of a growing list of tokens, without ever showing half a character.
+
+    Cost: one token costs the same however long the text is.
+    """
+
+    def append(self, token_id: int) -> str:
+        """New text after a token; empty while a character is incomplete."""
+
+    def flush(self) -> str:
+        """What is held back, incomplete characters as U+FFFD; call it once, at the end."""
+
+
+def new_detokenizer(
+    tokenizer: Tokenizer,
+    skip_special_tokens: bool = True,
+    prompt_token_ids: Sequence[int] = (),
+    kept_token_ids: frozenset[int] = frozenset(),
+) -> Detokenizer:
+    """A detokenizer at the start of an output.
 
     Byte-level tokenizers take a direct way through the tokens' bytes; others decode a small
     window of tokens twice and show the difference.
@@ -28,33 +47,14 @@ class IncrementalDetokenizer:
         skip_special_tokens: leave special tokens out of the text.
         prompt_token_ids: what comes before the first token; only its end is read.
         kept_token_ids: special tokens that stay in the text nevertheless.
-
-    Cost: one token costs the same however long the text is.
     """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        skip_special_tokens: bool = True,
-        prompt_token_ids: Sequence[int] = (),
-        kept_token_ids: frozenset[int] = frozenset(),
-    ) -> None:
-        """Choose the way and read the end of the prompt."""
-        table = tokenizer.token_bytes
-        if skip_special_tokens:
-            table = tokenizer.text_token_bytes(kept_token_ids)
-        context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
-        self._decoder: _ByteDecoder | _WindowDecoder
-        if table is None:
-            self._decoder = _WindowDecoder(tokenizer, skip_special_tokens, context, kept_token_ids)
-        else:
-            self._decoder = _ByteDecoder(table, context)
-        # new text after a token; empty while a character is incomplete
-        self.append = self._decoder.append
-
-    def flush(self) -> str:
-        """What is held back, incomplete characters as U+FFFD; call it once, at the end."""
-        return self._decoder.flush()
+    table = tokenizer.token_bytes
+    if skip_special_tokens:
+        table = tokenizer.text_token_bytes(kept_token_ids)
+    context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
+    if table is None:
+        return _WindowDecoder(tokenizer, skip_special_tokens, context, kept_token_ids)
+    return _ByteDecoder(table, context)
 
 
 class _ByteDecoder:
@@ -127,7 +127,7 @@ class _WindowDecoder:
         return self._show(self._decode(self._ids))
 
     def _show(self, text: str) -> str:
-        """Move the window behind the shown tokens, unless they have no text yet."""
+        """Move the window past the shown tokens, unless they have no text yet."""
         new_text = text[len(self._prefix_text) :]
         if new_text:
             del self._ids[: self._num_read]
@@ -173,7 +173,7 @@ class StopChecker:
         stops = self._stops
         ends = []
         for stop in stops:
-            # what was held back has no whole stop string in it
+            # what was held back holds no whole stop string in it
             first = num_held - len(stop) + 1
             start = text.find(stop, first) if first > 0 else text.find(stop)
             if start >= 0:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.detokenizer import IncrementalDetokenizer
+from fd_dsa.engine.detokenizer import Detokenizer
 from fd_dsa.engine.draws import lower_bound
 
 Float32 = npt.NDArray[np.float32]
@@ -157,9 +157,7 @@ class PromptLogprobs:
         detokenizer: for the offsets; used by nobody else, and at the start of the prompt.
     """
 
-    def __init__(
-        self, token_ids: list[int], num_top: int, detokenizer: IncrementalDetokenizer
-    ) -> None:
+    def __init__(self, token_ids: list[int], num_top: int, detokenizer: Detokenizer) -> None:
         """The entry of the first token is there from the start."""
         self.entries: list[TokenLogprobs | None] = [None]
         self._token_ids = token_ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 
-from fd_dsa.engine.detokenizer import IncrementalDetokenizer, StopChecker
+from fd_dsa.engine.detokenizer import Detokenizer, StopChecker
 from fd_dsa.engine.grammar import GrammarMatcher
 from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenLogprobs, TokenScore
@@ -47,7 +47,7 @@ class Request:
     end_token_ids: frozenset[int]
     arrival: int
     seed: int
-    detokenizer: IncrementalDetokenizer
+    detokenizer: Detokenizer
     stop_checker: StopChecker | None
     block_size: InitVar[int]
     group: list[Request] = field(default_factory=list)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.engine.detokenizer import IncrementalDetokenizer, StopChecker
+from fd_dsa.engine.detokenizer import StopChecker, new_detokenizer
 from fd_dsa.engine.tokenizer import Tokenizer
 
 TEXTS = [
@@ -67,7 +67,7 @@ TOKENIZERS = {"byte-level": demo_tokenizer(), "byte-fallback": fallback_tokenize
 
 def stream(tokenizer, token_ids, **options):
     """Text of every token, then of the flush."""
-    detokenizer = IncrementalDetokenizer(tokenizer, **options)
+    detokenizer = new_detokenizer(tokenizer, **options)
     return [*(detokenizer.append(token_id) for token_id in token_ids), detokenizer.flush()]
 
 
@@ -218,7 +218,7 @@ def test_many_long_stop_strings_of_many_choices_take_little_memory():
 
 def test_a_stop_string_over_tokens_of_a_real_tokenizer():
     tokenizer = TOKENIZERS["byte-level"]
-    detokenizer = IncrementalDetokenizer(tokenizer)
+    detokenizer = new_detokenizer(tokenizer)
     token_ids = tokenizer.encode("Count: one, two, three 👩‍💻 END of it")
     pieces = [detokenizer.append(token_id) for token_id in token_ids]
     assert stop_after(pieces, ["three 👩‍💻 EN"]) == ("Count: one, two, ", "three 👩‍💻 EN")
@@ -231,7 +231,7 @@ def test_markers_of_a_parser_stay_in_the_text(kind):
     first, second = 1, 2
     words = tokenizer.encode("words", add_special_tokens=False)
     ids = [first, *words, second, *words]
-    detokenizer = IncrementalDetokenizer(tokenizer, kept_token_ids=frozenset([second]))
+    detokenizer = new_detokenizer(tokenizer, kept_token_ids=frozenset([second]))
     text = "".join(detokenizer.append(token) for token in ids) + detokenizer.flush()
     assert text == tokenizer.decode(ids, kept=frozenset([second]))
     assert tokenizer.decode([second], skip_special_tokens=False) in text
