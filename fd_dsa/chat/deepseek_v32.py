@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from fd_dsa.chat.deepseek_v32_tools import (
@@ -173,14 +174,10 @@ def _render_results(
     order = {call.get("id"): place for place, call in enumerate(calls) if call.get("id")}
     named = [order.get(result.get("tool_call_id"), -1) for result in results]
     if -1 not in named and len(set(named)) == len(named):
-        results = [result for _, result in sorted(zip(named, results, strict=True), key=_first)]
+        in_order = sorted(zip(named, results, strict=True), key=itemgetter(0))
+        results = [result for _, result in in_order]
     lines = "".join(f"\n<result>{_text(result)}</result>" for result in results)
     return f"\n\n<function_results>{lines}\n</function_results>\n\n"
-
-
-def _first(pair: tuple[int, Any]) -> int:
-    """Key to sort by."""
-    return pair[0]
 
 
 def _end(

@@ -21,7 +21,7 @@ from fd_dsa.chat.parser import THINK_END
 
 _ANY_TEXT = "(?s:.*)"
 # between two signs of JSON; without a bound a small model may write spaces until max_tokens
-_JSON_OPTIONS = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}"}
+JSON_SPACE = "[ \\t\\n\\r]{1,40}"
 
 
 def forced_calls_grammar(
@@ -103,7 +103,7 @@ class _Lark:
         for key in ("$defs", "definitions"):
             if isinstance(root, dict) and key in root:
                 body.setdefault(key, root[key])
-        body.setdefault("x-guidance", _JSON_OPTIONS)
+        body.setdefault("x-guidance", {"whitespace_pattern": JSON_SPACE})
         return self.rule(f"%json {json.dumps(body, ensure_ascii=False)}")
 
     def text_until(self, end: str) -> str:

@@ -13,9 +13,8 @@ from typing import Any, Protocol, TextIO
 
 import httpx
 
-from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.chat.events import ContentDelta, Event, ReasoningDelta
-from fd_dsa.chat.parser import OutputParser
+from fd_dsa.chat.parser import AnswerFormat, OutputParser
 from fd_dsa.chat.parsers import AUTO, has_reasoning, opens_reasoning
 from fd_dsa.client.events import read_event
 from fd_dsa.client.flags import Parser, exit_status, number
@@ -132,7 +131,7 @@ class OwnPartner:
         renderer = tokenizer.chat_renderer
         assert renderer is not None, "it has rendered the prompt"
         is_split = has_reasoning(AUTO, renderer.source)
-        return AnswerFormat(is_split, opens_reasoning(prompt, None)).new_parser()
+        return OutputParser(AnswerFormat(is_split, opens_reasoning(prompt, None)))
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.chat.grammar import JSON_SPACE
 from fd_dsa.engine.structured_outputs import Kind, StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.environment import usable_cpus
@@ -42,8 +43,7 @@ _RENEWED_AFTER_TOKENS = 1000
 _RENEWED_AFTER_S = 60.0
 _SHOWN_ERROR_CHARS = 300
 _QUOTATION = re.compile(r"^ *\d+ \| ", re.MULTILINE)
-# between two signs of JSON; without a bound a small model may write spaces until max_tokens
-_JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}"}
+_JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": JSON_SPACE}
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from fd_dsa.chat.answer import AnswerFormat
+from fd_dsa.chat.parser import AnswerFormat
 from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_answer import Choice, deltas_of, message_of
 from fd_dsa.serve.chat_prompt import make_job

@@ -6,7 +6,6 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.chat.events import (
     ArgumentsDelta,
     ContentDelta,
@@ -16,6 +15,7 @@ from fd_dsa.chat.events import (
     ToolCallStart,
     join_events,
 )
+from fd_dsa.chat.parser import AnswerFormat, OutputParser
 
 if TYPE_CHECKING:
     from fd_dsa.engine.logprobs import TokenLogprobs
@@ -46,7 +46,7 @@ class Choice:
         self.output: RequestOutput | None = None
         self.new_token_ids: Sequence[int] = ()
         self.new_scores: Sequence[TokenLogprobs] = ()
-        self._parser = answer.new_parser()
+        self._parser = OutputParser(answer)
         self._one_call = one_call
         self._shows_reasoning = shows_reasoning
         self._at_once = at_once and shows_reasoning and not one_call

@@ -8,9 +8,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.chat.grammar import forced_calls_grammar, json_behind_reasoning_grammar
-from fd_dsa.chat.parser import THINK_END, ToolFormat
+from fd_dsa.chat.parser import THINK_END, AnswerFormat, ToolFormat
 from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning, opens_reasoning
 from fd_dsa.chat.renderers import ChatRenderer
 from fd_dsa.chat.template import ChatTemplate
