@@ -16,13 +16,13 @@ import httpx
 from fd_dsa.chat.events import ContentDelta, Event, ReasoningDelta
 from fd_dsa.chat.parser import AnswerFormat, OutputParser
 from fd_dsa.chat.parsers import AUTO, has_reasoning, opens_reasoning
-from fd_dsa.client.events import read_event
 from fd_dsa.client.flags import Parser, exit_status, number
 from fd_dsa.client.remote import (
     error_message,
     examine_server,
     http_options,
     normal_base_url,
+    read_event,
     transport_reason,
 )
 from fd_dsa.environment import prepare_cpu_runtime
