@@ -112,7 +112,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(
     requests=requests,
     max_num_seqs=st.integers(1, 5),
