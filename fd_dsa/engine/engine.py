@@ -118,8 +118,8 @@ class LLMEngine:
         )
         self._stats = EngineStats(num_blocks=num_blocks)
         self._num_arrived = 0
-        # unfinished outputs that show what the indexer chose
-        self._num_watched = 0
+        # whether a request has asked for what the indexer chose
+        self._has_watched = False
         self._last_end = 0.0
 
     @property
@@ -152,7 +152,7 @@ class LLMEngine:
         )
         self._num_arrived += len(group)
         self._stats.prompt_tokens += len(prompt_token_ids)
-        self._num_watched += len(group) * params.return_topk_positions
+        self._has_watched |= params.return_topk_positions
         self._requests[request_id] = list(group)
         for request in group:
             self._scheduler.add(request)
@@ -198,7 +198,7 @@ class LLMEngine:
         num_prefill_tokens = self._batch.num_prefill_tokens
         num_decode_tokens = self._batch.num_tokens - num_prefill_tokens
         resumed = [r for r in sampling if not r.is_decode] if num_prefill_tokens else []
-        if self._num_watched:
+        if self._has_watched:
             logits = self._execute_watched(sampling, logits_indices)
         else:
             logits = self.runner.execute_model(logits_indices)
@@ -383,7 +383,6 @@ class LLMEngine:
     def _drop(self, request: Request) -> None:
         """Count an ended request and free what it holds."""
         self.metrics.count_end(request)
-        self._num_watched -= request.params.return_topk_positions
         self._scheduler.finish(request)
         request_id = request.state.request_id
         self._requests[request_id].remove(request)

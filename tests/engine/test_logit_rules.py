@@ -129,3 +129,22 @@ def test_unusable_logits_are_told_from_rules_that_leave_nothing():
     logits = np.array([[1.0, 2.0, 3.0], [1.0, np.nan, 3.0]], np.float32)
     tokens = sampler.sample(logits, np.array([0, 1]), np.array([0, 0]))
     assert tokens.tolist() == [NO_TOKEN, NOT_FINITE]
+
+
+def test_rows_without_rules_draw_the_same_beside_rows_that_have_some():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 500)).astype(np.float32)
+    plain = SamplingParams(temperature=0.9)
+    biased = SamplingParams(temperature=0.9, logit_bias={7: 3.0})
+    alone, mixed = Sampler(6), Sampler(6)
+    for slot in range(6):
+        alone.set_slot(slot, plain, slot)
+        rules = LogitRules(biased, [1], []) if slot % 2 else None
+        mixed.set_slot(slot, biased if slot % 2 else plain, slot, rules)
+    rows, zeros = np.arange(6), np.zeros(6, np.int64)
+    expected = alone.sample(logits, rows, zeros)
+    assert (mixed.sample(logits, rows, zeros)[::2] == expected[::2]).all()
+    # the slot's next request has no rules
+    for slot in range(6):
+        mixed.set_slot(slot, plain, slot)
+    assert (mixed.sample(logits, rows, zeros) == expected).all()
