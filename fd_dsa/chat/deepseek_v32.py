@@ -107,16 +107,16 @@ def _thinking(kwargs: Mapping[str, Any]) -> bool:
             f"chat_template_kwargs: has {unknown[0]!r}; DeepSeek-V3.2's encoding knows "
             f"{' and '.join(_SWITCHES)}"
         )
-    given = {name: kwargs[name] for name in _SWITCHES if kwargs.get(name) is not None}
-    for name, value in given.items():
+    switches = {name: kwargs[name] for name in _SWITCHES if kwargs.get(name) is not None}
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"chat_template_kwargs: {name} is {value!r}; it must be true or false")
-    if len(set(given.values())) > 1:
+    if len(set(switches.values())) > 1:
         raise ValueError(
             "chat_template_kwargs: thinking and enable_thinking differ; they are two names of one "
             "switch"
         )
-    return any(given.values())
+    return any(switches.values())
 
 
 def _text(message: Mapping[str, Any]) -> str:
@@ -130,7 +130,7 @@ def _json(value: Any) -> str:
 
 
 def _assistant(message: Mapping[str, Any], shows_reasoning: bool) -> str:
-    """A message of the assistant, from behind the opening of its turn to its end."""
+    """A message of the assistant, from after the opening of its turn to its end."""
     reasoning = f"{message.get('reasoning_content') or ''}{THINK_END}" if shows_reasoning else ""
     calls = "\n".join(_call(call["function"]) for call in message.get("tool_calls") or ())
     section = f"\n\n{SECTION_BEGIN}\n{calls}\n{SECTION_END}" if calls else ""

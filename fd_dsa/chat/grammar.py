@@ -51,8 +51,8 @@ def forced_calls_grammar(
     return lark.grammar(reasoning + calls)
 
 
-def json_behind_reasoning_grammar(schema: Any, special_ids: Mapping[str, int]) -> str:
-    """A grammar of answers that are JSON, behind the rest of a reasoning that the prompt opened.
+def json_after_reasoning_grammar(schema: Any, special_ids: Mapping[str, int]) -> str:
+    """A grammar of answers that are JSON, after the rest of a reasoning that the prompt opened.
 
     Args:
         schema: of the JSON.
@@ -165,7 +165,7 @@ def _v32_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
 
 
 def _quoted(is_string: str) -> str:
-    """What stands between the name of an argument and its value."""
+    """The text between the name of an argument and its value."""
     return f'" string="{is_string}">'
 
 

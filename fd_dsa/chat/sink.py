@@ -123,7 +123,7 @@ class ArgumentsWriter:
         """A whole value: the JSON text as the model wrote it, or a string.
 
         Args:
-            text: what stands between the tags.
+            text: between the tags.
             types: those that the value may have, empty for any. With "string" among them JSON of
                 another type than these is a string; in any case a text that is no JSON is one.
         """

@@ -47,7 +47,7 @@ class Partner(Protocol):
 
 
 class ServerPartner:
-    """A model behind an OpenAI-compatible server.
+    """A model of an OpenAI-compatible server.
 
     Args:
         base_url: with or without `/v1`.
@@ -95,7 +95,7 @@ class OwnPartner:
     """
 
     def __init__(self, model: str | None, fields: dict[str, Any]) -> None:
-        # what is loaded, and how, stands between nobody's questions
+        # the log of loading would stand between questions and answers
         logging.getLogger("fd_dsa").setLevel(logging.WARNING)
         from fd_dsa.config import EngineConfig
         from fd_dsa.engine.llm import LLM
@@ -294,8 +294,8 @@ class Conversation:
     def _ask(self, text: str) -> bool:
         """Print the answer to a message; False where it failed.
 
-        A message that was not answered, or whose answer was stopped before its first word, was
-        never said.
+        A message that was not answered, or whose answer was stopped before its first word, is
+        left out of the conversation.
         """
         system = [{"role": "system", "content": self._system}] if self._system else []
         asked = [*self._messages, {"role": "user", "content": text}]

@@ -38,7 +38,7 @@ class Grammar(Protocol):
 
 
 class TokenCounts:
-    """How often each token stands in a growing output; tokens of the prompt have a place too.
+    """How often each token is in a growing output; tokens of the prompt have a place too.
 
     Args:
         prompt_token_ids: tokens that are listed from the start, with count 0.
@@ -55,7 +55,7 @@ class TokenCounts:
         self._num_read = 0
 
     def update(self) -> tuple[Int64, Float64]:
-        """Token ids, distinct, and how often each stands in the output now."""
+        """Token ids, distinct, and how often each is in the output now."""
         for token_id in self._output[self._num_read :]:
             place = self._place_of.setdefault(token_id, len(self._place_of))
             if place >= len(self._ids):
@@ -149,7 +149,7 @@ def apply_rules(logits: Float32, rules: Sequence[LogitRules]) -> None:
     constrained = [row for row, rule in enumerate(rules) if rule.grammar is not None]
     if constrained:
         _apply_grammars(logits, rules, np.array(constrained))
-    # behind the masks, which may find that a grammar is complete
+    # after the masks, which may find that a grammar is complete
     rows, ids = _flat([rule.banned_ids() for rule in rules])
     logits[rows, ids] = -np.inf
 

@@ -1,7 +1,7 @@
 """What happened to requests: counts and times, for whoever watches the engine.
 
 Nothing is done for each token: requests that decode have all got their token at the end of the
-step before, so one interval stands for all of them.
+step before, so one interval counts for all of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EngineMetrics:
 
     Attributes:
         finished: ended requests by finish_reason.
-        cache_config: what is told of the caches, by name.
+        cache_config: properties of the caches, by name.
     """
 
     def __init__(self, max_model_len: int, steps: StepCounters | None = None) -> None:

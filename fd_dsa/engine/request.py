@@ -37,7 +37,7 @@ class Request:
         new_logprobs: scores shown by this step.
         prompt_logprobs: scores of the prompt; None = not asked for.
         topk_positions: what the indexer chose in the latest step that sampled; likewise.
-        grammar: where the output stands in its form; None = it may have any.
+        grammar: how far the output is in its form; None = it may have any.
         rules: what happens to the logits before a token is drawn; None = nothing.
     """
 
@@ -94,7 +94,7 @@ class Request:
 
     @property
     def wants_prompt_logits(self) -> bool:
-        """True while logits of prompt tokens are wanted, so that none may come from the cache."""
+        """True while prompt tokens are to be scored, so that none may come from the cache."""
         return self.prompt_logprobs is not None and not self.prompt_logprobs.is_complete
 
     def append_token(self, token_id: int, now: float, score: TokenScore | None = None) -> str:

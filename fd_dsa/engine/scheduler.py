@@ -41,12 +41,12 @@ class Scheduler:
           arrival. So every running request has arrived before every waiting one.
         - A request whose grammar is being compiled, in another thread, is not admitted, nor are
           those after it: within 0.2 s they are, and running ones go on.
-        - The outputs of one request arrive one behind the other. While one of them computes the
-          prompt the next ones, and all behind them, are not admitted; then they take its blocks.
+        - The outputs of one request arrive one after the other. While one of them computes the
+          prompt the next ones, and all after them, are not admitted; then they take its blocks.
         - Tokens whose blocks are cached count as computed when a request is admitted, for the
           first time or after it was preempted.
         - A step gives at most `max_num_seqs` rows of logits: one for each row of the batch, and
-          what is left to prompts whose logits are wanted, which are read in chunks of so many.
+          what is left to prompts that are scored, which are read in chunks of so many.
         - Only decoding needs further blocks. When none is free, the latest running request is
           preempted: it gives its blocks and row back and is computed anew later. The earliest
           one can thus always go on, and since no request needs more blocks than there are (the
@@ -227,7 +227,7 @@ class Scheduler:
         return not (request.params.skip_reading_prefix_cache or request.wants_prompt_logits)
 
     def _count_hits(self, request: Request, num_cached_tokens: int) -> None:
-        """Start a request behind its cached tokens, which are counted at its first start only."""
+        """Start a request after its cached tokens, which are counted at its first start only."""
         request.num_computed_tokens = num_cached_tokens
         if request.scheduled_time is not None:
             return

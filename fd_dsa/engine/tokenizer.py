@@ -288,7 +288,7 @@ class Tokenizer:
         return self._backend.to_str()
 
     def piece_bytes(self, token_id: int) -> bytes:
-        """Bytes that a token stands for by itself, special tokens included.
+        """Bytes of a token by itself, special tokens included.
 
         Empty for an id without a token. Where the decoder is not byte-level, what a token stands
         for may depend on its neighbours; then it is the token as it is written in the vocabulary,
@@ -334,11 +334,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """Special tokens of tokenizer_config.json, written as text or as an object."""
-    found = {}
+    texts = {}
     for name in _SPECIAL_TOKEN_FIELDS:
         value = config.get(name)
         if isinstance(value, dict):
             value = value.get("content")
         if isinstance(value, str):
-            found[name] = value
-    return found
+            texts[name] = value
+    return texts

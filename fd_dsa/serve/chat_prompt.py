@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fd_dsa.chat.grammar import forced_calls_grammar, json_behind_reasoning_grammar
+from fd_dsa.chat.grammar import forced_calls_grammar, json_after_reasoning_grammar
 from fd_dsa.chat.parser import THINK_END, AnswerFormat, ToolFormat
 from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning, opens_reasoning
 from fd_dsa.chat.renderers import ChatRenderer
@@ -235,7 +235,7 @@ def _form(
         raise ApiError(
             400, f"{asked.source}: is not valid JSON: {error}", param=asked.source
         ) from error
-    return _grammar(json_behind_reasoning_grammar(parsed, special_ids), asked.source)
+    return _grammar(json_after_reasoning_grammar(parsed, special_ids), asked.source)
 
 
 def _only_id(tokenizer: Tokenizer, text: str) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from fd_dsa.chat.grammar import forced_calls_grammar, json_behind_reasoning_grammar
+from fd_dsa.chat.grammar import forced_calls_grammar, json_after_reasoning_grammar
 from fd_dsa.chat.parser import AnswerFormat, OutputParser
 from fd_dsa.chat.parsers import TOOL_FORMATS
 from fd_dsa.config import demo_model_path
@@ -96,7 +96,7 @@ def test_markers_that_are_special_tokens(tool_format: str, text: str) -> None:
 
 def test_json_behind_reasoning() -> None:
     schema = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}
-    behind = json_behind_reasoning_grammar(schema, {})
+    behind = json_after_reasoning_grammar(schema, {})
     assert accepts(behind, 'Well, {.</think>{"k": 5}') == (True, True)
     assert accepts(behind, 'Well.</think>{"k": "x"}') == (False, False)
     assert accepts(behind, '{"k": 5}') == (True, False)
