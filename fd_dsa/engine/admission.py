@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fd_dsa.engine.bad_words import BadSequences, BadWords
+from fd_dsa.engine.bad_words import BadWords
 from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.limits import RequestLimits
@@ -88,7 +88,6 @@ class Admission:
         seed = derive_seed(self._seed, arrival) if params.seed is None else params.seed
         stops, keeps_stop = params.stop_strings, params.include_stop_str_in_output
         bad_words = BadWords.of(params.bad_words, self._tokenizer)
-        bad = None if bad_words is None else bad_words.sequences
         now = time.monotonic()
         group: list[Request] = []
         for index in range(params.n):
@@ -107,7 +106,7 @@ class Admission:
             )
             if params.structured_outputs is not None:
                 request.grammar = self.grammars.new_matcher(params.structured_outputs)
-            request.rules = self._rules_of(request, bad)
+            request.rules = self._rules_of(request, bad_words)
             if params.logprobs is not None:
                 request.logprobs = OutputLogprobs()
                 state.logprobs = request.logprobs.shown
@@ -123,11 +122,11 @@ class Admission:
             self._tokenizer, params.skip_special_tokens, before, params.kept_special_token_ids
         )
 
-    def _rules_of(self, request: Request, bad: BadSequences | None) -> LogitRules | None:
+    def _rules_of(self, request: Request, bad_words: BadWords | None) -> LogitRules | None:
         """The rules for a request's logits; None when its parameters change none."""
         params = request.params
         penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-        bans = bad or params.bad_words_token_ids or params.min_tokens
+        bans = bad_words or params.bad_words_token_ids or params.min_tokens
         others = params.logit_bias or bans or params.structured_outputs
         if penalties == (1, 0, 0) and not others:
             return None
@@ -135,7 +134,7 @@ class Admission:
             params,
             request.state.prompt_token_ids,
             request.output_token_ids,
-            bad,
+            bad_words,
             request.end_token_ids,
             request.grammar,
         )

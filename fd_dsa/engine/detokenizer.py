@@ -6,7 +6,6 @@ import codecs
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
 from fd_dsa.engine.tokenizer import Tokenizer
 
@@ -18,46 +17,7 @@ _CONTEXT_TOKENS = 5
 _MAX_HELD_TOKENS = 16
 
 
-class Detokenizer(Protocol):
-    """Text of a growing list of tokens, without ever showing half a character.
-
-    Cost: one token costs the same however long the text is.
-    """
-
-    def append(self, token_id: int) -> str:
-        """New text after a token; empty while a character is incomplete."""
-
-    def flush(self) -> str:
-        """What is held back, incomplete characters as U+FFFD; call it once, at the end."""
-
-
-def new_detokenizer(
-    tokenizer: Tokenizer,
-    skip_special_tokens: bool = True,
-    prompt_token_ids: Sequence[int] = (),
-    kept_token_ids: frozenset[int] = frozenset(),
-) -> Detokenizer:
-    """A detokenizer at the start of an output.
-
-    Byte-level tokenizers take a direct way through the tokens' bytes; others decode a small
-    window of tokens twice and show the difference.
-
-    Args:
-        tokenizer: of the model.
-        skip_special_tokens: leave special tokens out of the text.
-        prompt_token_ids: what comes before the first token; only its end is read.
-        kept_token_ids: special tokens that stay in the text nevertheless.
-    """
-    table = tokenizer.token_bytes
-    if skip_special_tokens:
-        table = tokenizer.text_token_bytes(kept_token_ids)
-    context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
-    if table is None:
-        return _WindowDecoder(tokenizer, skip_special_tokens, context, kept_token_ids)
-    return _ByteDecoder(table, context)
-
-
-class _ByteDecoder:
+class ByteDecoder:
     """Concatenated bytes of the tokens, decoded as UTF-8."""
 
     __slots__ = ("_holds_bytes", "_table", "_utf8")
@@ -70,7 +30,7 @@ class _ByteDecoder:
             self.append(token_id)
 
     def append(self, token_id: int) -> str:
-        """New whole characters."""
+        """New whole characters; empty while one is incomplete."""
         table = self._table
         new = table[token_id] if token_id < len(table) else b""
         if not self._holds_bytes:
@@ -85,11 +45,11 @@ class _ByteDecoder:
         return text
 
     def flush(self) -> str:
-        """Held bytes as U+FFFD."""
+        """Held bytes as U+FFFD; call it once, at the end."""
         return self._utf8.decode(b"", final=True)
 
 
-class _WindowDecoder:
+class WindowDecoder:
     """Difference between two decodings of the last tokens.
 
     tokens[:read] have been shown; tokens[prefix:read] are decoded again in front of the new ones,
@@ -137,6 +97,37 @@ class _WindowDecoder:
             # tokens without text, such as skipped special ones, must not pile up
             del self._ids[self._num_read :]
         return new_text
+
+
+Detokenizer = ByteDecoder | WindowDecoder
+
+
+def new_detokenizer(
+    tokenizer: Tokenizer,
+    skip_special_tokens: bool = True,
+    prompt_token_ids: Sequence[int] = (),
+    kept_token_ids: frozenset[int] = frozenset(),
+) -> Detokenizer:
+    """What makes text of an output token by token, without ever showing half a character.
+
+    Byte-level tokenizers take a direct way through the tokens' bytes; others decode a small
+    window of tokens twice and show the difference.
+
+    Args:
+        tokenizer: of the model.
+        skip_special_tokens: leave special tokens out of the text.
+        prompt_token_ids: what comes before the first token; only its end is read.
+        kept_token_ids: special tokens that stay in the text nevertheless.
+
+    Cost: one token costs the same however long the text is.
+    """
+    table = tokenizer.token_bytes
+    if skip_special_tokens:
+        table = tokenizer.text_token_bytes(kept_token_ids)
+    context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
+    if table is None:
+        return WindowDecoder(tokenizer, skip_special_tokens, context, kept_token_ids)
+    return ByteDecoder(table, context)
 
 
 class StopChecker:

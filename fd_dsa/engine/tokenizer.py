@@ -256,17 +256,13 @@ class Tokenizer:
     def text_token_bytes(self, kept: frozenset[int] = frozenset()) -> list[bytes] | None:
         """Like `token_bytes`, with nothing for special tokens but those in `kept`."""
         if kept not in self._text_tables:
-            self._text_tables[kept] = self._text_table(kept)
+            table = None
+            if self.token_bytes is not None:
+                table = list(self.token_bytes)
+                for token_id in self._special_ids - kept:
+                    table[token_id] = b""
+            self._text_tables[kept] = table
         return self._text_tables[kept]
-
-    def _text_table(self, kept: frozenset[int]) -> list[bytes] | None:
-        """A new table for `text_token_bytes`."""
-        if self.token_bytes is None:
-            return None
-        table = list(self.token_bytes)
-        for token_id in self._special_ids - kept:
-            table[token_id] = b""
-        return table
 
     @cached_property
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:

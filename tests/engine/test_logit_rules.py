@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.engine.bad_words import BadSequences
+from fd_dsa.engine.bad_words import BadWords
 from fd_dsa.engine.logit_rules import LogitRules, TokenCounts
 from fd_dsa.engine.row_draw import NOT_FINITE
 from fd_dsa.engine.sampler import NO_TOKEN, Sampler
@@ -89,7 +89,7 @@ def test_rows_that_mix_all_rules_draw_what_the_plain_rules_draw(batch, seed):
     sampler = Sampler(len(batch))
     for slot, (params, prompt, output, bad, allowed, has_rules) in enumerate(batch):
         grammar = None if allowed is None else AllowedTokens(allowed)
-        bans = BadSequences(bad)
+        bans = BadWords((), bad)
         rules = LogitRules(params, prompt, output, bans, END_IDS, grammar) if has_rules else None
         sampler.set_slot(slot, params, seed + slot, rules)
     positions = np.array([len(row[2]) for row in batch])
