@@ -97,7 +97,8 @@ def _score_group(
             ids = np.flatnonzero(logits[i] >= bounds[i])
             # stable, so that ties go to the lower id
             ids = ids[np.argsort(-logits[i, ids], kind="stable")[:count]]
-            top = tuple(zip(ids.tolist(), (logits[i, ids] - norm[i]).tolist(), strict=True))
+            top_logprobs = logits[i, ids].astype(np.float64) - norm[i]
+            top = tuple(zip(ids.tolist(), top_logprobs.tolist(), strict=True))
         scores[row] = TokenScore(float(logprobs[i]), int(ranks[i]), top)
     return scores
 
