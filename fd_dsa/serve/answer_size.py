@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import FieldError
 from fd_dsa.serve.generation import Job
 from fd_dsa.serve.protocol.generation import GenerationRequest
 
@@ -48,12 +48,10 @@ def check_answer_size(
     param = next((name for name, is_asked in scored.items() if is_asked), "n")
     num_choices = sum(job.params.n for job in jobs)
     num_tokens = max(len(job.prompt_token_ids) + (job.params.max_tokens or 0) for job in jobs)
-    raise ApiError(
-        400,
+    raise FieldError(
         f"{param}: the answer could have {total} log-probabilities, with {num_choices} choices of "
         f"up to {num_tokens} tokens each; --max-answer-scores is {limit}; ask for fewer choices, "
-        "tokens or log-probabilities",
-        param=param,
+        "tokens or log-probabilities"
     )
 
 

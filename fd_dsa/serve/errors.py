@@ -130,6 +130,13 @@ class ApiError(FdDsaError):
         return JsonResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
+class FieldError(ApiError):
+    """A 400 whose message begins with the field to blame, as in `messages[0].content: got null`."""
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(400, message, param=message.partition(": ")[0], code=code)
+
+
 def internal_error(request_id: str) -> ApiError:
     """A 500 that names the request in the server's log and nothing else."""
     return ApiError(

@@ -8,7 +8,7 @@ from pydantic import FailFast, Field
 
 from fd_dsa.chat.template import RESERVED
 from fd_dsa.engine.sampling_params import MAX_LOGPROBS
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import FieldError
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, MAX_FIELDS, at_most
 from fd_dsa.serve.protocol.generation import GenerationRequest
 from fd_dsa.serve.protocol.messages import ChatMessage
@@ -85,19 +85,15 @@ class ChatCompletionRequest(GenerationRequest):
             message.check(f"messages[{index}]")
         check_tools(self.tools or [], self.choice)
         if self.continue_final_message and self.add_generation_prompt:
-            raise ApiError(
-                400,
+            raise FieldError(
                 "continue_final_message: true together with add_generation_prompt; an answer "
-                "either goes on with the last message or begins a new one",
-                param="continue_final_message",
+                "either goes on with the last message or begins a new one"
             )
         for name in self.chat_template_kwargs or {}:
             if name in RESERVED:
-                raise ApiError(
-                    400,
+                raise FieldError(
                     f"chat_template_kwargs: has {name}, which is not a variable of the caller's; "
-                    "leave it out",
-                    param="chat_template_kwargs",
+                    "leave it out"
                 )
 
     def score_fields(self) -> dict[str, int | None]:
@@ -108,16 +104,10 @@ class ChatCompletionRequest(GenerationRequest):
         """
         most = self.top_logprobs or 0
         if not 0 <= most <= MAX_LOGPROBS:
-            raise ApiError(
-                400,
-                f"top_logprobs: got {most}; allowed is 0 to {MAX_LOGPROBS}",
-                param="top_logprobs",
-            )
+            raise FieldError(f"top_logprobs: got {most}; allowed is 0 to {MAX_LOGPROBS}")
         if most and not self.logprobs:
-            raise ApiError(
-                400,
-                f'top_logprobs: got {most} without logprobs; set "logprobs": true or leave it out',
-                param="top_logprobs",
+            raise FieldError(
+                f'top_logprobs: got {most} without logprobs; set "logprobs": true or leave it out'
             )
         return {
             "logprobs": most if self.logprobs else None,

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import FieldError
 from fd_dsa.serve.protocol.fields import Body
 from fd_dsa.serve.protocol.sampling import SamplingFields
 from fd_dsa.serve.protocol.unsupported import check_extra_fields
@@ -36,15 +36,11 @@ class GenerationRequest(SamplingFields):
         """Raise ApiError 400 for a field that cannot be honoured; see `unsupported`."""
         check_extra_fields(self.model_extra or {}, self.unsupported_fields)
         if self.stream_options is not None and not self.stream:
-            raise ApiError(
-                400,
-                'stream_options: given without streaming; set "stream": true or leave it out',
-                param="stream_options",
+            raise FieldError(
+                'stream_options: given without streaming; set "stream": true or leave it out'
             )
         if self.prompt_logprobs is not None and self.stream:
-            raise ApiError(
-                400,
+            raise FieldError(
                 "prompt_logprobs: cannot be streamed; leave out stream, or ask for echo with "
-                "logprobs in /v1/completions",
-                param="prompt_logprobs",
+                "logprobs in /v1/completions"
             )

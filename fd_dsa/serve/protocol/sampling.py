@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from fd_dsa.engine.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRINGS, SamplingParams
-from fd_dsa.serve.errors import ApiError, request_error, show
+from fd_dsa.serve.errors import FieldError, request_error, show
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, TEXTS, at_most, refuse
 from fd_dsa.serve.protocol.structured import StructuredFields
 
@@ -125,11 +125,9 @@ class SamplingFields(StructuredFields):
         given.update(self.score_fields(), max_tokens=max_tokens)
         given["structured_outputs"] = self.structured_params()
         if self.best_of not in (None, 1, self.n or 1):
-            raise ApiError(
-                400,
+            raise FieldError(
                 f"best_of: got {self.best_of}; allowed is 1 or the same as n, all choices are "
-                "returned",
-                param="best_of",
+                "returned"
             )
         said: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         try:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, TEXTS, Body, at_most, refuse
 
 # field of FastDeploy and older vLLM -> form of StructuredOutputsParams
@@ -137,9 +137,7 @@ class StructuredFields(Body):
             return None
         if len(given) > 1:
             first, second, *_ = given
-            raise ApiError(
-                400, f"{second}: given beside {first}; an answer has one form", param=second
-            )
+            raise FieldError(f"{second}: given beside {first}; an answer has one form")
         ((name, form),) = given.items()
         try:
             return StructuredOutputsParams(**form, source=name)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import PlainValidator, WithJsonSchema
 
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.protocol.fields import TEXT, Body, refuse
 
 MAX_TOOLS = 1024
@@ -86,15 +86,13 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
         name = tool.function.name
         if name in names:
             path = f"tools[{index}].function.name"
-            raise ApiError(400, f"{path}: got {show(name)} a second time", param=path)
+            raise FieldError(f"{path}: got {show(name)} a second time")
         names[name] = None
     if choice.mode in ("required", "named") and not tools:
         raise ApiError(400, "tool_choice: asks for a call, but there are no tools", param="tools")
     if choice.name is not None and choice.name not in names:
-        raise ApiError(
-            400,
-            f"tool_choice: got the tool {show(choice.name)}; allowed are {_listed(list(names))}",
-            param="tool_choice",
+        raise FieldError(
+            f"tool_choice: got the tool {show(choice.name)}; allowed are {_listed(list(names))}"
         )
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import FieldError, show
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -83,9 +83,7 @@ def check_extra_fields(
             continue
         allowed = " or ".join(show(v) for v in (*neutral, None))
         hint = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
-        raise ApiError(
-            400, f"{name}: got {show(value)}; not supported yet, only {allowed}{hint}", param=name
-        )
+        raise FieldError(f"{name}: got {show(value)}; not supported yet, only {allowed}{hint}")
 
 
 def _same(value: Any, neutral: Any) -> bool:
