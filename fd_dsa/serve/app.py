@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fd_dsa import __version__
-from fd_dsa.serve import api_page, chat, completions, metrics, page, status, tokenization
+from fd_dsa.serve import chat, completions, metrics, pages, status, tokenization
 from fd_dsa.serve.disconnect import ClientGone
 from fd_dsa.serve.errors import (
     ERROR_RESPONSES,
@@ -91,10 +91,11 @@ def create_app(
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     app.include_router(router)
-    for part in (chat, completions, tokenization, status, metrics, api_page):
+    for part in (chat, completions, tokenization, status, metrics):
         app.include_router(part.router)
+    app.include_router(pages.api_router)
     if state.options.serves_page:
-        app.include_router(page.router)
+        app.include_router(pages.chat_router)
     return app
 
 

@@ -1,4 +1,4 @@
-"""GET /metrics: the engine's counts in the text format of Prometheus, by vLLM's names.
+"""The engine's counts: GET /metrics for Prometheus, and a line of the log while it works.
 
 Names are vLLM's with our prefix, so that its dashboards can be used again. The numbers are made
 into families when they are asked for; a step of the engine knows nothing of Prometheus.
@@ -6,9 +6,12 @@ into families when they are asked for; a step of the engine knows nothing of Pro
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from prometheus_client import (
@@ -33,8 +36,12 @@ from fd_dsa.engine.stats import EngineStats
 from fd_dsa.runner.counters import Histogram
 from fd_dsa.serve.state import State
 
+if TYPE_CHECKING:
+    from fd_dsa.engine.async_engine import AsyncEngine
+
 PREFIX = "fd_dsa:"
 
+logger = logging.getLogger("fd_dsa.serve")
 router = APIRouter()
 
 # attribute of EngineMetrics and name of the metric -> help
@@ -157,3 +164,32 @@ def _add(family: HistogramMetricFamily, labels: list[str], histogram: Histogram)
     counts = accumulate(tuple(histogram.counts))
     bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
     family.add_metric(labels, list(zip(bounds, counts, strict=True)), total)
+
+
+async def log_while_busy(engine: AsyncEngine, interval_s: float = 10.0) -> None:
+    """Log load and throughput of each interval in which the engine worked, as vLLM does.
+
+    Args:
+        engine: running.
+        interval_s: seconds between two looks.
+    """
+    (before, _), looked = await engine.snapshot(), time.monotonic()
+    while True:
+        await asyncio.sleep(interval_s)
+        (now, _), at = await engine.snapshot(), time.monotonic()
+        if now.num_steps != before.num_steps or now.num_running or now.num_waiting:
+            logger.info("%s", _line(before, now, at - looked))
+        before, looked = now, at
+
+
+def _line(before: EngineStats, now: EngineStats, seconds: float) -> str:
+    """What happened between two looks."""
+    prefill = (now.computed_prompt_tokens - before.computed_prompt_tokens) / seconds
+    decode = (now.generated_tokens - before.generated_tokens) / seconds
+    queries = now.prefix_cache_queries - before.prefix_cache_queries
+    hits = now.prefix_cache_hits - before.prefix_cache_hits
+    share = f"{100 * hits / queries:.0f} %" if queries else "none asked"
+    return (
+        f"running {now.num_running}, waiting {now.num_waiting}, prefill {prefill:,.0f} tok/s, "
+        f"decode {decode:,.0f} tok/s, kv {100 * now.kv_cache_usage:.0f} %, prefix hits {share}"
+    )

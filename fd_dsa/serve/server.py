@@ -21,9 +21,9 @@ import uvicorn
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
-from fd_dsa.serve.busy_line import log_while_busy
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
+from fd_dsa.serve.metrics import log_while_busy
 from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.port_owner import describe_port_owner
 from fd_dsa.serve.state import Info, ServerState, no_info

@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from fd_dsa.serve.descriptors import PROBE_CONNECTIONS
+from fd_dsa.serve.listener import PROBE_CONNECTIONS
 from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.status import PROBE_PATHS
 from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
@@ -204,7 +204,7 @@ def test_a_server_full_of_slow_bodies_answers_probes_and_ends_in_time(tmp_path: 
 def test_the_soft_limit_is_raised_and_no_more_is_promised_than_it_allows(tmp_path: Path) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     code = (
-        "import resource, sys\nfrom fd_dsa.serve.descriptors import connection_limit\n"
+        "import resource, sys\nfrom fd_dsa.serve.listener import connection_limit\n"
         "soft, hard = map(int, sys.argv[1:])\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
         "print(connection_limit(None), *resource.getrlimit(resource.RLIMIT_NOFILE))"

@@ -19,8 +19,8 @@ from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.stats import EngineStats
 from fd_dsa.serve import server as server_module
-from fd_dsa.serve.busy_line import log_while_busy
 from fd_dsa.serve.logs import JsonFormatter, RepeatFilter
+from fd_dsa.serve.metrics import log_while_busy
 from fd_dsa.serve.options import ServerOptions
 from tests.engine.fakes import make_engine
 from tests.serve.conftest import held_port, running, wait_until
