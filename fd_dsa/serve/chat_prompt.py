@@ -41,7 +41,7 @@ def make_job(
     tool_format = _tool_format(state, body, renderer)
     text = _render(state, renderer, body)
     answer = AnswerFormat(
-        has_reasoning=has_reasoning(state.chat.reasoning_parser, renderer.source),
+        has_reasoning=has_reasoning(state.options.chat.reasoning_parser, renderer.source),
         in_reasoning=opens_reasoning(
             text, body.messages[-1].for_template() if body.continue_final_message else None
         ),
@@ -97,7 +97,7 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatRenderer:
     """The request's own template, or that of the model."""
     tokenizer = state.engine.tokenizer
     if body.chat_template is not None:
-        if not state.chat.trust_request_chat_template:
+        if not state.options.chat.trust_request_chat_template:
             raise FieldError(
                 "chat_template: a template can keep a processor busy for ever, so this server "
                 "takes none from requests; start it with --trust-request-chat-template, or with "
@@ -128,7 +128,7 @@ def _tool_format(
     """How calls of this answer are written; None where none are asked for."""
     if not body.tools or body.choice.mode == "none":
         return None
-    name = state.chat.tool_call_parser
+    name = state.options.chat.tool_call_parser
     found = find_tool_format(name, renderer.source)
     if found is None:
         why = "the model's chat template has no form of tool calls that this server knows"

@@ -169,6 +169,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     from fd_dsa.serve.hosts import host_rule
     from fd_dsa.serve.info import chat_formats, chat_line, server_info
     from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
+    from fd_dsa.serve.state import ServerState
 
     loaded: list[AsyncEngine] = []
     options = _server_options(args)
@@ -196,15 +197,14 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
                 f"{url}/metrics, Ctrl-C stops). Try:\n{curl}"
             )
 
-        return run_server(
-            load,
+        state = ServerState(
+            None,
             config.served_model_name,
-            sock,
-            shutdown_timeout_s=args.shutdown_timeout,
-            on_ready=on_ready,
-            info=lambda: server_info(config, loaded[0], options),
-            options=options,
+            lambda: server_info(config, loaded[0], options),
+            options,
         )
+        timeout_s = args.shutdown_timeout
+        return run_server(state, load, sock, shutdown_timeout_s=timeout_s, on_ready=on_ready)
 
 
 def _server_options(args: argparse.Namespace) -> ServerOptions:

@@ -16,7 +16,7 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.serve.disconnect import cancel
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
 from fd_dsa.serve.prompt_text import too_many_tokens
-from fd_dsa.serve.protocol.sampling import SAMPLING_FIELDS
+from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
 from fd_dsa.serve.state import ServerState
 

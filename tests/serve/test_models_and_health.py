@@ -50,7 +50,7 @@ def test_health_follows_the_engine() -> None:
 
 def test_health_while_draining_and_after_a_failure() -> None:
     with running(FakeEngine()) as live:
-        state = live.server.config.app.state.server  # type: ignore[union-attr]
+        state = live.state
         state.draining = True
         error = error_of(live.http.get("/health"), 503)
         assert error["type"] == "service_unavailable_error"

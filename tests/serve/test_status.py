@@ -29,7 +29,7 @@ def statuses(live: Live) -> dict[str, int]:
 
 def test_probes_while_draining() -> None:
     with running(FakeEngine()) as live:
-        state = live.server.config.app.state.server  # type: ignore[union-attr]
+        state = live.state
         state.draining = True
         assert statuses(live) == {"/health": 503, "/livez": 200, "/readyz": 503, "/startupz": 200}
         assert error_of(live.http.get("/readyz"), 503)["code"] == "shutting_down"

@@ -184,7 +184,7 @@ def test_failing_model_answers_then_ends_the_server() -> None:
 def test_drain_ends_running_requests_with_abort(stream: bool) -> None:
     inner = make_engine(max_model_len=100_000, num_blocks=25_001)
     with running(AsyncEngine(inner)) as live:
-        state = live.server.config.app.state.server  # type: ignore[union-attr]
+        state = live.state
 
         async def ask_and_drain() -> str:
             loop = asyncio.get_running_loop()

@@ -23,6 +23,7 @@ from fd_dsa.client.own_server import own_server
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
+from fd_dsa.serve.state import ServerState
 from tests.accuracy.test_answers import answer, write
 from tests.engine.fakes import make_engine
 from tests.serve.conftest import running, wait_until
@@ -69,7 +70,7 @@ def test_a_crash_in_the_engines_thread_ends_the_process_with_status_one() -> Non
 def test_health_is_503_after_a_crash_in_the_engines_thread() -> None:
     engine = make_engine()
     engine.runner.fail_at = 3
-    app = create_app(AsyncEngine(engine), ["demo"])
+    app = create_app(ServerState(AsyncEngine(engine), ["demo"]))
 
     async def ask() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app)

@@ -33,7 +33,7 @@ class ChatCompletionRequest(GenerationRequest):
     tools: Annotated[list[Tool], at_most(MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
     )
-    tool_choice: ChoiceField = Field(
+    tool_choice: ChoiceField | None = Field(
         None, description="none, auto (with tools the default), required, or a tool by its name."
     )
     parallel_tool_calls: bool | None = Field(

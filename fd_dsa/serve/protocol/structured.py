@@ -24,8 +24,6 @@ _TYPES = ("text", "json_object", "json_schema")
 
 def _response_format(value: Any) -> dict[str, Any] | None:
     """The form that a `response_format` asks for; None for any text."""
-    if value is None:
-        return None
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in _TYPES:
         raise refuse(f"got {show(value)}; allowed is an object of type {', '.join(_TYPES)}")
@@ -42,10 +40,8 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     return {"json": schema}
 
 
-def _structured_outputs(value: Any) -> dict[str, Any] | None:
+def _structured_outputs(value: Any) -> dict[str, Any]:
     """The form that vLLM's `structured_outputs` asks for."""
-    if value is None:
-        return None
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object with one of {', '.join(_FORMS)}")
     given = {name: form for name, form in value.items() if form not in (None, False)}
@@ -57,16 +53,16 @@ def _structured_outputs(value: Any) -> dict[str, Any] | None:
     return given
 
 
-def _json_schema(value: Any) -> dict[str, Any] | str | None:
+def _json_schema(value: Any) -> dict[str, Any] | str:
     """A JSON schema, as an object or as its text."""
-    if value is None or isinstance(value, (dict, str)):
+    if isinstance(value, (dict, str)):
         return value
     raise refuse(f"got {show(value)}; allowed is a JSON schema, an object or its text")
 
 
 _OBJECT: dict[str, Any] = {"type": "object"}
 _JsonSchema = Annotated[
-    dict[str, Any] | str | None,
+    dict[str, Any] | str,
     PlainValidator(_json_schema),
     WithJsonSchema({"anyOf": [_OBJECT, TEXT]}),
 ]
@@ -85,7 +81,7 @@ _ResponseFormat = Annotated[
     ),
 ]
 _StructuredOutputs = Annotated[
-    dict[str, Any] | None,
+    dict[str, Any],
     PlainValidator(_structured_outputs),
     WithJsonSchema(
         {
@@ -105,13 +101,13 @@ _StructuredOutputs = Annotated[
 class StructuredFields(Body):
     """At most one of these; what is wrong with a form is told with the name of its field."""
 
-    response_format: _ResponseFormat = Field(
+    response_format: _ResponseFormat | None = Field(
         None, description="Of type text, json_object, or json_schema with the schema."
     )
-    structured_outputs: _StructuredOutputs = Field(
+    structured_outputs: _StructuredOutputs | None = Field(
         None, description="One of json, json_object, regex, choice, grammar, as in vLLM."
     )
-    guided_json: _JsonSchema = Field(None, description="A JSON schema.")
+    guided_json: _JsonSchema | None = Field(None, description="A JSON schema.")
     guided_json_object: bool | None = Field(None, description="Any JSON object.")
     guided_regex: str | None = Field(None, description="A regular expression, in Rust's syntax.")
     guided_choice: Annotated[list[str], at_most(MAX_ENTRIES)] | None = Field(

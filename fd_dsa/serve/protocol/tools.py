@@ -40,10 +40,10 @@ class ToolChoice:
     name: str | None = None
 
 
-def _choice(value: Any) -> ToolChoice | None:
+def _choice(value: Any) -> ToolChoice:
     """`tool_choice` from a word or from an object that names a tool."""
-    if value is None or value in _MODES:
-        return None if value is None else ToolChoice(value)
+    if value in _MODES:
+        return ToolChoice(value)
     function = value.get("function") if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if isinstance(value, dict) and value.get("type") == "function" and isinstance(name, str):
@@ -56,7 +56,7 @@ def _choice(value: Any) -> ToolChoice | None:
 
 _NameField = Annotated[str, PlainValidator(_name), WithJsonSchema(TEXT)]
 ChoiceField = Annotated[
-    ToolChoice | None,
+    ToolChoice,
     PlainValidator(_choice),
     WithJsonSchema({"anyOf": [{"type": "string", "enum": list(_MODES)}, {"type": "object"}]}),
 ]
