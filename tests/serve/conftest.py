@@ -135,3 +135,20 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> N
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(0.01)
+
+
+def connected(live: Live) -> socket.socket:
+    """A connection to the server."""
+    url = httpx.URL(live.url)
+    return socket.create_connection((url.host, url.port or 80), timeout=TIMEOUT_S)
+
+
+def exchange(url: str, data: bytes) -> bytes:
+    """What a server answers to bytes, until it closes the connection."""
+    parts = httpx.URL(url)
+    with socket.create_connection((parts.host, parts.port or 80), TIMEOUT_S) as connection:
+        connection.sendall(data)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return answer

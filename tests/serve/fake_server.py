@@ -66,7 +66,7 @@ def main() -> int:
             sock,
             shutdown_timeout_s=float(sys.argv[2]),
             on_ready=on_ready,
-            forced_exit_s=10,
+            forced_exit_s=8,
         )
 
 

@@ -16,12 +16,11 @@ from fd_dsa.serve import body, guard
 from fd_dsa.serve.body import BodyReader
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.options import ServerOptions
-from tests.serve.conftest import Live, num_admitted, running, wait_until
+from tests.serve.conftest import Live, connected, num_admitted, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_connections import HEAD
 from tests.serve.test_errors import complete, error_of
 from tests.serve.test_guard import JSON, body_of
-from tests.serve.test_slow_heads import connected
 
 NUM_SLOW = 60
 

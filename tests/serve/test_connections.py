@@ -20,12 +20,10 @@ import pytest
 from fd_dsa.serve.listener import PROBE_CONNECTIONS
 from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.status import PROBE_PATHS
-from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, Live, connected, exchange, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import FAKE, command, error_line, finish, serving
 from tests.serve.test_errors import complete, error_of
-from tests.serve.test_guard import exchange
-from tests.serve.test_slow_heads import connected
 
 ENDLESS = {"prompt": "a", "max_tokens": 5000, "ignore_eos": True, "stream": True}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

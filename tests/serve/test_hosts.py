@@ -10,11 +10,10 @@ import pytest
 
 from fd_dsa.serve.hosts import HostRule, host_rule
 from fd_dsa.serve.options import ServerOptions
-from tests.serve.conftest import Live, running
+from tests.serve.conftest import Live, exchange, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import FAKE, serving
 from tests.serve.test_errors import error_of
-from tests.serve.test_guard import exchange
 
 
 def is_served(rule: HostRule | None, value: str) -> bool:

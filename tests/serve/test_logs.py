@@ -23,11 +23,10 @@ from fd_dsa.serve.logs import JsonFormatter, RepeatFilter
 from fd_dsa.serve.metrics import log_while_busy
 from fd_dsa.serve.options import ServerOptions
 from tests.engine.fakes import make_engine
-from tests.serve.conftest import held_port, running, wait_until
+from tests.serve.conftest import exchange, held_port, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import FAKE, TIMEOUT_S, command, environment, serving
 from tests.serve.test_errors import complete
-from tests.serve.test_guard import exchange
 
 
 def request_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:

@@ -43,25 +43,6 @@ def finished(live: Live, **fields: Any) -> list[str]:
     return texts
 
 
-def test_json_schema_with_the_openai_client(bytes_live: Live) -> None:
-    num_finished = 0
-    for seed in range(8):
-        answer = bytes_live.client.chat.completions.create(
-            model="demo",
-            messages=MESSAGES,
-            max_tokens=400,
-            seed=seed,
-            response_format={
-                "type": "json_schema",
-                "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True},
-            },
-        )
-        if answer.choices[0].finish_reason == "stop":
-            jsonschema.validate(json.loads(answer.choices[0].message.content or ""), SCHEMA)
-            num_finished += 1
-    assert num_finished > 2
-
-
 class Thing(BaseModel):
     """What `parse` is to return."""
 

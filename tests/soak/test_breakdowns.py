@@ -1,7 +1,7 @@
 """What breaks around the engine: its thread, its clients, the disk.
 
 More of it, with a scripted engine: tests/serve/test_shutdown.py (a stalled tokenizer),
-test_backpressure.py (slow readers), test_guard.py (killed clients), test_logs.py (a full disk under
+test_backpressure.py (slow readers), test_logs.py (a full disk under
 the log), test_status.py (probes after a failure).
 """
 
