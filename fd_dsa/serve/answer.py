@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from fastapi import Request
 from starlette.responses import Response
 
-from fd_dsa.serve.disconnect import unless_gone
 from fd_dsa.serve.generation import Job, check_form, stream_outputs
 from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
 from fd_dsa.serve.logprobs import prompt_logprobs, token_text
 from fd_dsa.serve.protocol.generation import GenerationRequest
 from fd_dsa.serve.sse import EventStream
 from fd_dsa.serve.state import ServerState
+from fd_dsa.serve.workers import unless_gone
 
 if TYPE_CHECKING:
     from fd_dsa.engine.output import RequestOutput

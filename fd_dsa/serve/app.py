@@ -17,7 +17,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fd_dsa import __version__
 from fd_dsa.serve import chat, completions, metrics, pages, status, tokenization
-from fd_dsa.serve.disconnect import ClientGone
 from fd_dsa.serve.errors import (
     ERROR_RESPONSES,
     ApiError,
@@ -26,6 +25,7 @@ from fd_dsa.serve.errors import (
 )
 from fd_dsa.serve.guard import GuardMiddleware
 from fd_dsa.serve.state import ServerState, State
+from fd_dsa.serve.workers import ClientGone
 
 _MAX_REQUEST_ID_CHARS = 128
 _REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")

@@ -16,11 +16,11 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from fd_dsa.serve.body_scan import BodyScan
-from fd_dsa.serve.disconnect import ClientGone
 from fd_dsa.serve.errors import ApiError, show, unreadable, validation_refusal
 from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.protocol.fields import Body
 from fd_dsa.serve.state import ServerState
+from fd_dsa.serve.workers import ClientGone
 
 # bodies of the longest allowed size that may be in memory at a time
 _LONG_BODIES = 8

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from fd_dsa.engine.bad_words import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.serve.disconnect import cancel
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
 from fd_dsa.serve.prompt_text import too_many_tokens
 from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
 from fd_dsa.serve.state import ServerState
+from fd_dsa.serve.workers import cancel
 
 if TYPE_CHECKING:
     from fd_dsa.engine.output import RequestOutput
