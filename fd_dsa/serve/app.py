@@ -145,8 +145,8 @@ class RequestIdMiddleware:
                 await error.response()(scope, receive, send_with_id)
 
 
-def _request_id(given: str | None) -> str:
+def _request_id(header: str | None) -> str:
     """The client's id where it is a plain short word, else a new one."""
-    if given and len(given) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(given):
-        return given
+    if header and len(header) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(header):
+        return header
     return uuid.uuid4().hex

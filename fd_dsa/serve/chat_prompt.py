@@ -67,13 +67,13 @@ def make_job(
         ),
     )
     job = Job(request_id, prompt, params)
-    check_answer_size(limit, [job], body, tells_prompt_once=True)
+    check_answer_size(limit, [job], body, shows_prompt_once=True)
     (job,) = check_jobs(state, [job], "messages")
     return job, answer
 
 
 def _check_reasoning(body: ChatCompletionRequest, answer: AnswerFormat) -> None:
-    """Refuse to leave out a reasoning that is not told from the content."""
+    """Refuse to leave out a reasoning that cannot be separated from the content."""
     if body.include_reasoning is False and answer.in_reasoning and not answer.has_reasoning:
         raise FieldError(
             "include_reasoning: false, but the server was started with --reasoning-parser none and "
@@ -129,17 +129,17 @@ def _tool_format(
     if not body.tools or body.choice.mode == "none":
         return None
     name = state.options.chat.tool_call_parser
-    found = find_tool_format(name, renderer.source)
-    if found is None:
+    tool_format = find_tool_format(name, renderer.source)
+    if tool_format is None:
         why = "the model's chat template has no form of tool calls that this server knows"
         if name != AUTO:
             why = "the server was started with --tool-call-parser none"
         raise FieldError(f"tools: {why}; leave them out, or start it with --tool-call-parser")
-    return found
+    return tool_format
 
 
 def _render(state: ServerState, renderer: ChatRenderer, body: ChatCompletionRequest) -> str:
-    """The prompt's text; with `tool_choice` none the model is not told of tools.
+    """The prompt's text; with `tool_choice` none it has no tools.
 
     Raises:
         ApiError: 400, the messages are too long for a prompt, or cannot be rendered.

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
@@ -72,16 +72,16 @@ def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
     """The line and the status of a start that failed."""
     if isinstance(error, FdDsaError) or (isinstance(error, OSError) and error.errno is not None):
         return str(error), _EXIT_BAD_START
-    said = describe_error(error)
+    text = describe_error(error)
     # Paddle has errors of its own for a full device; those of CUDA are an OSError without a number
-    if isinstance(error, MemoryError) or "out of memory" in said.lower():
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return (
-            f"not enough memory ({said}); lower --gpu-memory-utilization, --kv-cache-memory-bytes, "
+            f"not enough memory ({text}); lower --gpu-memory-utilization, --kv-cache-memory-bytes, "
             "--max-num-seqs or --max-num-batched-tokens",
             _EXIT_BAD_START,
         )
     hint = "" if debug else " (--log-level debug shows the traceback)"
-    return f"unexpected {said}{hint}", 1
+    return f"unexpected {text}{hint}", 1
 
 
 def _fail(message: str, status: int = _EXIT_BAD_START) -> int:
@@ -240,8 +240,4 @@ def _say(text: str) -> None:
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine's configuration from the flags that were given."""
     names = {field.name for field in fields(EngineConfig)}
-    given: dict[str, Any] = {k: v for k, v in vars(args).items() if k in names}
-    given["served_model_name"] = tuple(given.get("served_model_name", ()))
-    if "cudagraph_capture_sizes" in given:
-        given["cudagraph_capture_sizes"] = tuple(given["cudagraph_capture_sizes"])
-    return EngineConfig(**given)
+    return EngineConfig(**{k: v for k, v in vars(args).items() if k in names})

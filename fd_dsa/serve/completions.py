@@ -61,7 +61,7 @@ class CompletionAnswer(Answer[CompletionRequest]):
         self._echoes = [
             self._echo(job, prompt) for job, prompt in zip(jobs, body.prompt, strict=True)
         ]
-        # what all choices of a prompt tell of it, made for the first one
+        # scores of a prompt, which all of its choices repeat
         self._prompt_columns: dict[int, Columns] = {}
 
     @property

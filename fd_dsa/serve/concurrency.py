@@ -1,4 +1,4 @@
-"""How many outputs a server takes on at a time; the rest is told to come back."""
+"""The limit on outputs in work and waiting; requests beyond it are a 429."""
 
 from __future__ import annotations
 

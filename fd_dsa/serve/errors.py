@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 # pydantic error type of our own validators: their message is complete as it is
 CUSTOM_ERROR = "fd_dsa"
 _SHOWN_INPUT_CHARS = 60
-# pydantic's types of errors in our words: its own tell of classes and of validation
+# pydantic's types of errors in our words: its own name classes and validation
 _RULES = {
     "bool_type": "true or false",
     "dict_type": "an object",
@@ -64,7 +64,7 @@ _OUT_OF_SCOPE = {
 
 
 class ErrorObject(BaseModel):
-    """What went wrong, as the OpenAI API tells it."""
+    """What went wrong, in the shape of the OpenAI API."""
 
     message: str
     type: str
@@ -167,7 +167,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
-    """404 and 405 of the router, told with the paths and methods that exist."""
+    """404 and 405 of the router, with the paths and methods that exist."""
     path = request.url.path
     headers = dict(error.headers or {})
     if error.status_code == 404:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fd_dsa.engine.output import RequestOutput
 
 MAX_UNREAD_OUTPUTS = 2048
-"""Steps that a client may be behind, beyond what the sockets' buffers hold."""
+"""Outputs that a client may leave unread, beyond what the sockets' buffers hold."""
 
 logger = logging.getLogger("fd_dsa.serve")
 _requests_logger = logging.getLogger("fd_dsa.requests")
@@ -135,7 +135,7 @@ async def stream_outputs(
     """Outputs of all jobs as they come, each with the index of its job.
 
     Closing the iterator, or cancelling the task that reads it, aborts what is still running. So
-    does a reader that stays behind for `MAX_UNREAD_OUTPUTS` outputs: buffers do not grow for ever.
+    does a reader that is `MAX_UNREAD_OUTPUTS` outputs late: buffers do not grow without a bound.
 
     Raises:
         ApiError: 503, the server takes no requests any more; 500, a job or the engine failed;
@@ -215,7 +215,7 @@ def _log_end(job: Job, index: int, last: RequestOutput | None, began: float) -> 
 
 
 def _too_slow(job: Job) -> ApiError:
-    """What ends a request whose client does not read; it is told if it ever reads again."""
+    """The error that ends a request whose client does not read; it gets it if it reads again."""
     logger.warning(
         "request %s: aborted, its client has not read %d outputs",
         job.request_id,

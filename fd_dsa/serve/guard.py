@@ -1,7 +1,7 @@
 """Checks before every route: host, key, availability, the body, concurrency.
 
-All paths but a few that only tell how the server is ask for the key, so a route that is added
-later is guarded without a thought (vLLM's key guards some prefixes, and lets others compute).
+All paths ask for the key, except a few that only report on the server. So a route that is added
+later is guarded by default (vLLM's key guards some prefixes, and lets others compute).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
 
 OPEN_PATHS = CHAT_PATHS | PROBE_PATHS | {"/docs", "/openapi.json", "/version", "/metrics"}
-"""Paths that need no key: they compute nothing and tell nothing of requests."""
+"""Paths that need no key: they compute nothing and show nothing of requests."""
 
 
 class GuardMiddleware:
@@ -115,8 +115,8 @@ def _check_encoding(content_encoding: str) -> None:
 def _matches(digests: Sequence[bytes], key: bytes) -> bool:
     """Whether a key has one of the digests; the time it takes does not depend on which."""
     digest = _digest(key)
-    found = [hmac.compare_digest(digest, known) for known in digests]
-    return any(found)
+    matches = [hmac.compare_digest(digest, known) for known in digests]
+    return any(matches)
 
 
 def _digest(key: bytes) -> bytes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import fd_dsa
 from fd_dsa.chat.parsers import reasoning_format_name, tool_format_name
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import batch_invariant, told_commit
+from fd_dsa.environment import batch_invariant, commit_variable
 from fd_dsa.serve.options import ChatSettings, ServerOptions
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ async def server_info(
         options: limits of the server.
     """
     # starts processes
-    commit = told_commit() or await asyncio.to_thread(_commit)
+    commit = commit_variable() or await asyncio.to_thread(_commit)
     return {
         "engine": "fd_dsa",
         "version": fd_dsa.__version__,
@@ -111,7 +111,7 @@ def chat_line(formats: dict[str, str | None]) -> str:
 def _commit() -> str | None:
     """Commit of the working tree that the package is in, `-dirty` if it was changed since."""
     root = Path(fd_dsa.__file__).resolve().parents[1]
-    # an installed package may lie inside a tree of something else
+    # an installed package may be inside the tree of another project
     if not (root / ".git").exists():
         return None
     head = _output(("git", "-C", str(root), "rev-parse", "HEAD"))

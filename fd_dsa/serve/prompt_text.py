@@ -53,7 +53,7 @@ def check_bytes(state: ServerState, texts: Iterable[str], field: str) -> None:
 
 
 def too_many_tokens(state: ServerState, num_tokens: int | str, field: str) -> ApiError:
-    """The 400 of a prompt that fills the context or more; `num_tokens` is the number told."""
+    """The 400 of a prompt that leaves no room for an output; `num_tokens` is shown in it."""
     return ApiError(
         400,
         f"prompt has {num_tokens} tokens, max_model_len is {state.engine.max_model_len} and the "

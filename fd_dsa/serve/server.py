@@ -207,7 +207,7 @@ class DrainingServer(uvicorn.Server):
         self._is_draining = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the port, then load or tell that all is ready."""
+        """Open the port, then load the engine, or serve at once if it is there."""
         await super().startup(sockets=[])
         if not self.started:
             return

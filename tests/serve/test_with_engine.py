@@ -119,6 +119,8 @@ def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
         events = complete(live, **fields, **options).text.strip().split("\n\n")
         assert cached_tokens(json.loads(events[-2].removeprefix("data: "))) == 16
         assert engine.stats().prefix_cache_hits == 16 * 3 + 24 + 16
+        # the prompt counts once, whatever the number of choices
+        assert cached_tokens(complete(live, **fields, n=2).json()) == 16
         for salt in ("", 3, ["a"]):
             error = error_of(complete(live, **fields, cache_salt=salt), 400)
             assert error["param"] == "cache_salt"

@@ -37,7 +37,7 @@ class ChatCompletionRequest(GenerationRequest):
         None, description="none, auto (with tools the default), required, or a tool by its name."
     )
     parallel_tool_calls: bool | None = Field(
-        None, description="false: an answer ends behind its first call."
+        None, description="false: an answer ends after its first call."
     )
     reasoning_effort: ReasoningEffort | None = Field(
         None, description="none switches the reasoning off, anything else on."
@@ -71,12 +71,12 @@ class ChatCompletionRequest(GenerationRequest):
     @property
     def template_variables(self) -> dict[str, Any]:
         """`chat_template_kwargs`, and what `reasoning_effort` adds to them, as in vLLM."""
-        given = dict(self.chat_template_kwargs or {})
+        variables = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is None:
-            return given
-        if not any(name in given for name in _SWITCHES):
-            given["enable_thinking"] = self.reasoning_effort != "none"
-        return {"reasoning_effort": self.reasoning_effort, **given}
+            return variables
+        if not any(name in variables for name in _SWITCHES):
+            variables["enable_thinking"] = self.reasoning_effort != "none"
+        return {"reasoning_effort": self.reasoning_effort, **variables}
 
     def check_supported(self) -> None:
         """Raise ApiError 400 for fields that cannot be honoured, or not together."""

@@ -147,17 +147,17 @@ class GenerationRequest(StructuredFields):
         Raises:
             ApiError: 400, a value is out of its range.
         """
-        given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
-        given.update(self.score_fields(), max_tokens=max_tokens)
-        given["structured_outputs"] = self.structured_params()
+        fields: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        fields.update(self.score_fields(), max_tokens=max_tokens)
+        fields["structured_outputs"] = self.structured_params()
         if self.best_of not in (None, 1, self.n or 1):
             raise FieldError(
                 f"best_of: got {self.best_of}; allowed is 1 or the same as n, all choices are "
                 "returned"
             )
-        said: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        set_fields = {name: value for name, value in fields.items() if value is not None}
         try:
-            return SamplingParams(**{**defaults, **said})
+            return SamplingParams(**{**defaults, **set_fields})
         except ValueError as error:
             raise request_error(error, (*SAMPLING_FIELDS, "logprobs")) from error
 

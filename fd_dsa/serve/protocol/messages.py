@@ -110,9 +110,9 @@ class ChatMessage(Body):
         if self.content is None and not (
             self.tool_calls or self.reasoning_content or self.reasoning
         ):
-            given = "got null" if "content" in self.model_fields_set else "is missing"
+            what = "got null" if "content" in self.model_fields_set else "is missing"
             raise FieldError(
-                f"{path}.content: {given}; allowed is a string or a list of text parts, and "
+                f"{path}.content: {what}; allowed is a string or a list of text parts, and "
                 "nothing only where the assistant calls tools"
             )
 

@@ -44,13 +44,13 @@ def _structured_outputs(value: Any) -> dict[str, Any]:
     """The form that vLLM's `structured_outputs` asks for."""
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object with one of {', '.join(_FORMS)}")
-    given = {name: form for name, form in value.items() if form not in (None, False)}
-    unknown = [name for name in given if name not in _FORMS]
+    asked = {name: form for name, form in value.items() if form not in (None, False)}
+    unknown = [name for name in asked if name not in _FORMS]
     if unknown:
         raise refuse(f"has {show(unknown[0])}; allowed is one of {', '.join(_FORMS)}")
-    if not given:
+    if not asked:
         raise refuse(f"asks for nothing; give one of {', '.join(_FORMS)}")
-    return given
+    return asked
 
 
 def _json_schema(value: Any) -> dict[str, Any] | str:
@@ -99,7 +99,7 @@ _StructuredOutputs = Annotated[
 
 
 class StructuredFields(Body):
-    """At most one of these; what is wrong with a form is told with the name of its field."""
+    """Forms of an output, at most one; a refusal names the field of the form."""
 
     response_format: _ResponseFormat | None = Field(
         None, description="Of type text, json_object, or json_schema with the schema."
@@ -128,13 +128,13 @@ class StructuredFields(Body):
         for field, kind in _GUIDED.items():
             value = getattr(self, field)
             forms[field] = {kind: value} if value not in (None, False) else None
-        given = {name: form for name, form in forms.items() if form is not None}
-        if not given:
+        asked = {name: form for name, form in forms.items() if form is not None}
+        if not asked:
             return None
-        if len(given) > 1:
-            first, second, *_ = given
+        if len(asked) > 1:
+            first, second, *_ = asked
             raise FieldError(f"{second}: given beside {first}; an answer has one form")
-        ((name, form),) = given.items()
+        ((name, form),) = asked.items()
         try:
             return StructuredOutputsParams(**form, source=name)
         except ValueError as error:

@@ -87,5 +87,5 @@ def check_extra_fields(
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equality that tells false from 0: `logprobs: 0` asks for something."""
+    """Equality in which false is not 0: `logprobs: 0` asks for something."""
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
