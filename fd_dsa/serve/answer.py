@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import orjson
 from fastapi import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
+from fd_dsa.serve.errors import ApiError, internal_error
 from fd_dsa.serve.generation import Job, check_form, stream_outputs
 from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
 from fd_dsa.serve.logprobs import prompt_logprobs, token_text
 from fd_dsa.serve.protocol.generation import GenerationRequest
-from fd_dsa.serve.sse import EventStream
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.workers import unless_gone
 
@@ -27,6 +30,9 @@ _Body = TypeVar("_Body", bound=GenerationRequest)
 
 # of a whole answer: 0.1 ms
 _SHORT_TOKENS = 4096
+_DONE = b"data: [DONE]\n\n"
+
+logger = logging.getLogger("fd_dsa.serve")
 
 
 async def respond(
@@ -196,3 +202,51 @@ class Answer(ABC, Generic[_Body]):
         if self.body.return_token_ids:
             fields["prompt_token_ids"] = output.prompt_token_ids
         return fields
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events: `data: {json}` for each chunk, `data: [DONE]` at the end.
+
+    However the response ends, the generators are closed: a client that goes away aborts its
+    requests at once, not when a generator happens to be collected. An exception inside the stream
+    becomes one error event before `[DONE]`.
+
+    Args:
+        chunks: JSON-serialisable objects.
+        request_id: for the log line of a failure.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], request_id: str) -> None:
+        self._chunks, self._events = chunks, _events(chunks, request_id)
+        super().__init__(
+            self._events,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for generator in (self._events, self._chunks):
+                await generator.aclose()
+
+
+async def _events(
+    chunks: AsyncGenerator[dict[str, Any], None], request_id: str
+) -> AsyncGenerator[bytes, None]:
+    """The bytes of the stream."""
+    try:
+        async for chunk in chunks:
+            yield _event(chunk)
+    except ApiError as error:
+        yield _event(error.body())
+    except Exception:
+        logger.exception("request %s failed while streaming", request_id)
+        yield _event(internal_error(request_id).body())
+    yield _DONE
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"

@@ -152,3 +152,10 @@ def exchange(url: str, data: bytes) -> bytes:
         while part := connection.recv(65536):
             answer += part
     return answer
+
+
+def chunks_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The chunks of a stream that came to its end."""
+    events = answer.text.strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from tests.engine.fakes import EOS, byte_tokenizer, expected_greedy, make_engine
-from tests.serve.conftest import TIMEOUT_S, Live, leave_stream, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, Live, chunks_of, leave_stream, running, wait_until
 from tests.serve.test_errors import complete, error_of
 
 NUM_CLIENTS = 64
@@ -72,8 +71,8 @@ def test_the_reason_to_stop_is_named_as_in_vllm() -> None:
         ):
             (choice,) = complete(live, **fields, **more).json()["choices"]
             assert choice["stop_reason"] == reason
-            events = complete(live, **fields, **more, stream=True).text.strip().split("\n\n")
-            parts = [json.loads(e.removeprefix("data: "))["choices"][0] for e in events[:-1]]
+            stream = complete(live, **fields, **more, stream=True)
+            parts = [chunk["choices"][0] for chunk in chunks_of(stream)]
             assert "stop_reason" not in parts[0] or len(parts) == 1
             assert parts[-1]["stop_reason"] == reason
         # the end of sequence, which nobody has asked for
@@ -116,8 +115,7 @@ def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
         both = complete(live, prompt=[prompt, prompt[:9], [2]], max_tokens=4).json()
         assert cached_tokens(both) == 16 + 8
         options = {"stream": True, "stream_options": {"include_usage": True}}
-        events = complete(live, **fields, **options).text.strip().split("\n\n")
-        assert cached_tokens(json.loads(events[-2].removeprefix("data: "))) == 16
+        assert cached_tokens(chunks_of(complete(live, **fields, **options))[-1]) == 16
         assert engine.stats().prefix_cache_hits == 16 * 3 + 24 + 16
         # the prompt counts once, whatever the number of choices
         assert cached_tokens(complete(live, **fields, n=2).json()) == 16
@@ -129,9 +127,7 @@ def test_usage_tells_what_was_cached_and_salts_keep_apart() -> None:
 async def stream_to_the_end(client: httpx.AsyncClient, number: int) -> tuple[int, str]:
     """The text of a streamed completion."""
     answer = await client.post("/v1/completions", json=stream_of(number))
-    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
-    assert events[-1] == "[DONE]"
-    return number, "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+    return number, "".join(chunk["choices"][0]["text"] for chunk in chunks_of(answer))
 
 
 def stream_of(number: int) -> dict[str, Any]:
