@@ -59,7 +59,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--max-model", "5"], "unknown flag --max-model"),
         (["a", "b"], "unexpected argument 'b'"),
         (["a", "--model", "b"], "give one of them"),
-        (["--port", "99999"], "--port: got '99999'; allowed is 0..65535"),
+        (["--port", "65536"], "--port: got '65536'; allowed is 0..65535"),
         (["--port", "http"], "--port: got 'http'"),
         (["--shutdown-timeout", "-1"], "--shutdown-timeout: got '-1'"),
         (["--max-num-seqs", "many"], "--max-num-seqs: got 'many'; allowed is a whole number"),
