@@ -101,13 +101,13 @@ class CompletionAnswer(Answer[CompletionRequest]):
         if not (text or output.finish_reason or self.body.return_token_ids):
             return []
         scored = output.new_logprobs if is_shown else []
-        has_scores = scored or (is_first and self.body.echo)
+        scores = None
+        if scored or (is_first and self.body.echo):
+            scores = self._scores(job_index, output, scored, with_prompt=is_first)
         choice = {
             "index": job_index * self.jobs[0].params.n + output.index,
             "text": text,
-            "logprobs": self._scores(job_index, output, scored, with_prompt=is_first)
-            if has_scores
-            else None,
+            "logprobs": scores,
             **self._end(job_index, output),
         }
         if self.body.return_token_ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import openai
@@ -86,6 +87,7 @@ def test_wrong_types_are_told_in_our_words(
     [
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
@@ -181,13 +183,6 @@ def test_stream_options_need_a_stream(live: Live) -> None:
     assert error["param"] == "stream_options"
 
 
-def test_nan_is_refused(live: Live) -> None:
-    content = '{"prompt": "a", "temperature": NaN}'
-    headers = {"Content-Type": "application/json"}
-    answer = live.http.post("/v1/completions", content=content, headers=headers)
-    assert error_of(answer, 400)["param"] == "temperature"
-
-
 def test_prompt_beyond_the_context_names_the_numbers(live: Live) -> None:
     for fields in ({}, {"max_tokens": 5}, {"stream": True}):
         error = error_of(complete(live, prompt=[1] * 256, **fields), 400)
@@ -239,11 +234,6 @@ def test_bad_bodies(live: Live, content: str, kind: str, text: str) -> None:
     raw = content.encode("latin-1")
     answer = live.http.post("/v1/completions", content=raw, headers={"Content-Type": kind})
     assert text in error_of(answer, 400)["message"]
-
-
-def test_error_names_long_input_shortly(live: Live) -> None:
-    error = error_of(complete(live, temperature="x" * 10_000), 400)
-    assert len(error["message"]) < 200
 
 
 def test_one_failing_request_is_its_own_affair() -> None:

@@ -102,7 +102,7 @@ def wait_until_draining(live: Server) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_first_signal_drains(number: signal.Signals) -> None:
-    with server("0.3", "120") as live:
+    with server("0.1", "120") as live:
         url = f"{live.url}/v1/completions"
         endless = {"prompt": "a", "max_tokens": 900, "ignore_eos": True, "stream": True}
         # the server cannot end before this client leaves
