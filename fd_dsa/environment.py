@@ -35,10 +35,10 @@ _SWITCH = {"0": False, "false": False, "1": True, "true": True}
 def prepare_cpu_runtime() -> None:
     """Set what Paddle reads from the environment; call it before importing paddle.
 
-    The MKL of its CPU build takes a slow path on AMD processors unless told that AVX2 is there
-    (2.6 times faster float32 products measured), and keeps one order of sums for any number of
-    rows if told so. A value that the user has set stays. Paddle's advice to install ccache is
-    silenced.
+    The MKL of its CPU build takes a slow path on AMD processors unless a variable says that AVX2 is
+    there (2.6 times faster float32 GEMMs measured), and keeps one order of sums for any number of
+    rows if another one asks for it. A value that the user has set stays. Paddle's advice to
+    install ccache is silenced.
 
     Raises:
         ConfigError: the folder that Paddle makes when it is imported cannot be made, or `ulimit -v`
@@ -224,8 +224,8 @@ def openai_api_key() -> str | None:
     return os.environ.get("OPENAI_API_KEY", "").strip() or None
 
 
-def told_commit() -> str | None:
-    """Commit that FD_DSA_COMMIT tells a copy of the tree without git; None where it is unset."""
+def commit_variable() -> str | None:
+    """Commit of a copy of the tree without git, FD_DSA_COMMIT; None if unset."""
     return os.environ.get("FD_DSA_COMMIT", "").strip() or None
 
 

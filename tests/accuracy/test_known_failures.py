@@ -112,10 +112,6 @@ def test_each_architecture_has_its_pairing(fields: dict[str, Any], interleaved: 
     assert {indexer.config.rope_interleave for indexer in indexers} == {interleaved}
 
 
-def test_the_demo_model_is_half_split(model: OpenModel) -> None:
-    assert model.model_config.indexer_rope_interleave is False
-
-
 @pytest.mark.parametrize("interleaved", [False, True], ids=["half-split", "interleaved"])
 def test_needle_recall_collapses_with_the_other_pairing(interleaved: bool) -> None:
     """Queries made for their needles by the definition of a pairing find them by it alone."""

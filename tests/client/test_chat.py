@@ -24,7 +24,7 @@ from fd_dsa.serve.options import ServerOptions
 from tests.client.command import command, run
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
-from tests.serve.test_end_to_end import environment
+from tests.serve.processes import environment
 
 ANSWER = "".join(WORDS)
 

@@ -1,19 +1,28 @@
-"""GET /docs: the OpenAPI document as one page of plain HTML.
+"""Pages for people: a page to talk to the model at /, and the OpenAPI document at /docs.
 
-FastAPI's own page loads Swagger's scripts from another server; a server behind a wall shows nothing
-then, and one before it tells others who reads.
+FastAPI's own page of the document loads Swagger's scripts from another server, which a server
+without a way out cannot reach, and which would tell others who reads.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Request
 from jinja2 import Environment
-from starlette.responses import HTMLResponse
+from starlette.responses import HTMLResponse, Response
+
+_FILES = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+CHAT_PATHS = frozenset(_FILES)
+"""Paths of the page at /. They hold no secret: the page asks for the key itself."""
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -66,27 +75,48 @@ failure is an <a href="#ErrorResponse">ErrorResponse</a>.</p>
 </table>
 {% endfor %}
 """
-router = APIRouter(include_in_schema=False)
 
 
-def _headers() -> dict[str, str]:
-    """Nothing is loaded and nothing run: one style, which stands in the page."""
-    digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+def _headers(sources: str) -> dict[str, str]:
+    """Headers of a page that loads from these sources alone: no frame, form or inline script."""
     return {
-        "Content-Security-Policy": f"default-src 'none'; style-src 'sha256-{digest}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "Content-Security-Policy": f"default-src 'none'; {sources}; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
     }
 
 
-_HEADERS = _headers()
+_CHAT_HEADERS = {
+    "Cache-Control": "no-cache",
+    **_headers("script-src 'self'; style-src 'self'; connect-src 'self'"),
+}
+# the one style stands in the page
+_STYLE_SHA256 = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_API_HEADERS = _headers(f"style-src 'sha256-{_STYLE_SHA256}'")
+
+chat_router = APIRouter(include_in_schema=False)
+api_router = APIRouter(include_in_schema=False)
 
 
-@router.api_route("/docs", methods=["GET", "HEAD"])
+def _route(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
+    """A handler that gives a file of the folder `static`, which is read once."""
+    content = (files("fd_dsa.serve") / "static" / name).read_bytes()
+
+    async def give() -> Response:
+        return Response(content, media_type=media_type, headers=_CHAT_HEADERS)
+
+    return give
+
+
+for _path, _file in _FILES.items():
+    chat_router.add_api_route(_path, _route(*_file), methods=["GET", "HEAD"])
+
+
+@api_router.api_route("/docs", methods=["GET", "HEAD"])
 def api_page(request: Request) -> HTMLResponse:
-    """What the server answers to, for people."""
-    return HTMLResponse(render(request.app.openapi()), headers=_HEADERS)
+    """What the server answers to."""
+    return HTMLResponse(render(request.app.openapi()), headers=_API_HEADERS)
 
 
 def render(document: Mapping[str, Any]) -> str:
