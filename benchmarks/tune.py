@@ -38,10 +38,9 @@ from benchmarks._torch_device import register
 from fd_dsa.ops.indexer_logits.tile_forms import TileForm
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.sparse_mla.tensor_core import Form, form_for, num_splits
-from fd_dsa.step.checks import StepLimits
-from fd_dsa.step.counts import GivenCounts, check_device_counts
-from fd_dsa.step.device import DeviceBuffers
+from fd_dsa.step.checks import StepHints, StepLimits, check_device_counts
 from fd_dsa.step.launch import DECODE_TILE, DECODE_WARPS, MIXED_TILE, MIXED_WARPS, StepLaunch
+from fd_dsa.step.views import OutputBuffers
 from fd_dsa.v4_prepare import V4PrepareConfig
 from fd_dsa.v4_prepare.launch import ExpandTiles, tiles_for
 
@@ -125,7 +124,7 @@ def tune_step_metadata() -> Iterator[Case]:
     module = step_metadata
     sizes = module.MAX_NUM_SEQS, module.MAX_NUM_TOKENS, module.MAX_BLOCKS, module.BLOCK_SIZE
     limits = StepLimits(*sizes, None)
-    buffers = DeviceBuffers(limits, module.allocate)
+    buffers = OutputBuffers(limits, module.allocate, False)
     decode = {f"decode {batch}": module.decode_rows(batch) for batch in module.DECODE_BATCHES}
     forms = {
         "decode": ((32, 1), (64, 1), (64, 2), (128, 4), (256, 8)),
@@ -134,7 +133,7 @@ def tune_step_metadata() -> Iterator[Case]:
     chosen = {"decode": (DECODE_TILE, DECODE_WARPS), "mixed": (MIXED_TILE, MIXED_WARPS)}
     for label, rows in (decode | module.PREFILL_STEPS).items():
         step = module.make_step(rows, 0)
-        counts = check_device_counts(limits, GivenCounts(None, *step.counts.values()))
+        counts = check_device_counts(limits, StepHints(*step.counts.values()))
         kind = "mixed" if counts.num_prefill_tokens > 0 else "decode"
         sides = {
             "{} x {}".format(*form): [

@@ -8,12 +8,10 @@ allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
-from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_kernels import (
     ATTENTION,
@@ -26,6 +24,7 @@ from fd_dsa.attention.device_kernels import (
 from fd_dsa.attention.device_logits import rounded_length
 from fd_dsa.ops._host import check_shape
 from fd_dsa.ops._provider import device_kind, provider_for
+from fd_dsa.ops.cache_write import write_caches
 from fd_dsa.ops.topk.device import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate, paddle_place
@@ -53,7 +52,7 @@ class DeviceAttention:
     def __init__(
         self, config: DSABackendConfig, allocate: Allocate, logits_bytes: int = LOGITS_BYTES
     ) -> None:
-        self.config = config
+        self.config, self._allocate = config, allocate
         self.block_size = config.cache_layout.block_size
         buffers = _buffers(config, logits_bytes)
         self._buffers = {name: allocate((size,), dtype) for name, (size, dtype) in buffers.items()}
@@ -114,8 +113,17 @@ class DeviceAttention:
         width = layout.kv_lora_rank + layout.qk_rope_head_dim
         return self._view("mla_q", num_tokens, self.config.num_heads, width)
 
+    def allocate_cache(self, shape: list[int]) -> Any:
+        """A cache with anything in it: nothing reads what was not written."""
+        layout = self.config.cache_layout
+        return self._allocate(tuple(shape), "uint8" if layout.is_fp8 else layout.kv_cache_dtype)
+
+    def write(self, step: ForwardMeta, kv_a: Any, index_k: Any, cos_sin: Any, *caches: Any) -> None:
+        """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
+        write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
+
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
-        """See DSAAttentionBackend.indexer_forward; `cache` is the layer's indexer cache.
+        """See DSAAttentionBackend.select; `cache` is the layer's indexer cache.
 
         Where no row is longer than `index_topk`, every token sees all of its keys: nothing is
         scored, and the layers of the step share one selection.
@@ -131,12 +139,12 @@ class DeviceAttention:
         return slots
 
     def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
-        """See DSAAttentionBackend.forward; `cache` is the layer's latent cache."""
+        """See DSAAttentionBackend.attend; `cache` is the layer's latent cache."""
         num_tokens, num_heads = q.shape[0], q.shape[1]
         rank = self.config.cache_layout.kv_lora_rank
         if len(selection.shape) == 3:
             selection = selection.reshape([num_tokens, -1])
-        check_shape("forward_mixed", "v", selection, (num_tokens, None))
+        check_shape("attend", "selection", selection, (num_tokens, None))
         out = self._view("latents", num_tokens, num_heads, rank)
         self._attention.attend(q, cache, selection, out, step=step)
         return out
@@ -203,13 +211,6 @@ def empty_allocator(device: str) -> Allocate:
     import paddle
 
     return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)
-
-
-def cache_allocator(layout: CacheLayout, device: str) -> Callable[[list[int]], Any]:
-    """Makes uninitialised caches of a layout on a device: nothing reads what was not written."""
-    allocate = empty_allocator(device)
-    dtype = "uint8" if layout.is_fp8 else layout.kv_cache_dtype
-    return lambda shape: allocate(tuple(shape), dtype)
 
 
 def _view(buffers: dict[str, Any], name: str, *shape: int) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.step_plan import StepPlan, Tile
 from fd_dsa.ops._host import Scratch, as_numpy, check_shape
+from fd_dsa.ops.cache_write import write_caches
 from fd_dsa.ops.indexer_logits import indexer_logits, paged_indexer_logits
 from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
 from fd_dsa.ops.topk import positions_to_slots, topk_indices
@@ -34,6 +35,10 @@ class HostAttention:
         """Forget the plan of the step before."""
         self._plan = None
 
+    def allocate_cache(self, shape: list[int]) -> Any:
+        """A zeroed cache in host memory."""
+        return self.config.cache_layout.allocate(shape)
+
     def query_buffers(self, num_tokens: int) -> None:
         """None: on a CPU `prepare_indexer_query` works in the memory of its input."""
 
@@ -57,17 +62,21 @@ class HostAttention:
             )
         return self._plan
 
+    def write(self, step: ForwardMeta, kv_a: Any, index_k: Any, cos_sin: Any, *caches: Any) -> None:
+        """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
+        write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
+
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
-        """See DSAAttentionBackend.indexer_forward; `cache` is the layer's indexer cache."""
+        """See DSAAttentionBackend.select; `cache` is the layer's indexer cache."""
         plan = self.plan(step)
         if plan.needs_scores:
             self._score(plan, as_numpy(q), as_numpy(weights), cache)
         return as_tensor(plan.slots)
 
     def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
-        """See DSAAttentionBackend.forward; `cache` is the layer's latent cache."""
+        """See DSAAttentionBackend.attend; `cache` is the layer's latent cache."""
         slots = as_numpy(selection).reshape(-1, selection.shape[-1])
-        check_shape("forward_mixed", "v", slots, (q.shape[0], None))
+        check_shape("attend", "selection", slots, (q.shape[0], None))
         rows = cache.reshape([-1, cache.shape[-1]])
         return as_tensor(self._attend(self.plan(step), as_numpy(q), rows, slots))
 

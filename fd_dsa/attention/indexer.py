@@ -88,7 +88,7 @@ class Indexer(nn.Layer):
             precomputed_weights: float32 [num_tokens, index_n_heads], of `project`.
 
         Returns:
-            int32 [num_tokens, topk]; see DSAAttentionBackend.indexer_forward.
+            int32 [num_tokens, topk]; see DSAAttentionBackend.select.
         """
         config, backend = self.config, forward_meta.attn_backend
         layout = backend.config.cache_layout
@@ -103,7 +103,7 @@ class Indexer(nn.Layer):
             scale_fmt=layout.index_scale_fmt,
             out=backend.query_buffers(qr.shape[0]),
         )
-        return backend.indexer_forward(q, None, weights, self.layer_id, forward_meta)
+        return backend.select(q, weights, self.layer_id, forward_meta)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter, or its part of one."""

@@ -108,7 +108,7 @@ class PluginIndexer:
             weights_scale=self.weights_scale,
             out=core.query_buffers(qr.shape[0]),
         )
-        return core.indexer_forward(q, None, weights, self.layer_id, forward_meta)
+        return core.select(q, weights, self.layer_id, forward_meta)
 
 
 class PluginAttention:

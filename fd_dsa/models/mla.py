@@ -92,7 +92,7 @@ class DeepseekV32DSAAttention(nn.Layer):
         backend = forward_meta.attn_backend
         if self.indexer is None:
             qr, kv_a = self._down_projected(hidden_states)
-            backend.write_caches(kv_a, None, cos_sin, self, forward_meta)
+            backend.write(kv_a, None, cos_sin, self, forward_meta)
             indices = shared_indices
         else:
             project, num_tokens = self.indexer.project, hidden_states.shape[0]
@@ -100,18 +100,10 @@ class DeepseekV32DSAAttention(nn.Layer):
             with backend.overlap.fork(num_tokens, project, hidden_states, out) as side:
                 qr, kv_a = self._down_projected(hidden_states)
                 index_k, weights = side.join()
-            backend.write_caches(kv_a, index_k, cos_sin, self, forward_meta)
+            backend.write(kv_a, index_k, cos_sin, self, forward_meta)
             indices = self.indexer(forward_meta, qr, cos_sin, weights)
-        latent = backend.forward(
-            q=self._absorbed_query(qr, cos_sin, backend),
-            k=None,
-            v=indices,
-            qkv=None,
-            compressed_kv=None,
-            k_pe=None,
-            layer=self,
-            forward_meta=forward_meta,
-        )
+        query = self._absorbed_query(qr, cos_sin, backend)
+        latent = backend.attend(query, indices, self.layer_id, forward_meta)
         merged = head_linear(latent, self.v_b_proj).reshape([-1, self.num_heads * self.v_dim])
         return linear(merged, self.o_proj, self._biases[1]), indices
 

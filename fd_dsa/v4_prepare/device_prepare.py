@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.runner.staging import InputStaging
+from fd_dsa.step.staging import InputStaging
 from fd_dsa.v4_prepare.buffers import Allocate, Array, V4Buffers
 from fd_dsa.v4_prepare.config import V4PrepareConfig
 from fd_dsa.v4_prepare.launch import ExpandLaunch

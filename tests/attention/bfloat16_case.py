@@ -217,11 +217,10 @@ class Bfloat16Step:
             rope_interleave=False, quantized=True, weights_scale=0.03,
             out=backend.query_buffers(num_tokens),
         )  # fmt: skip
-        slots = backend.indexer_forward(index_q, None, weights, 0, meta)
+        slots = backend.select(index_q, weights, 0, meta)
         buffer = backend.mla_query_buffer(num_tokens)
         q = prepare_mla_query(given["q_latent"], given["q_pe"], step.position_ids, table, buffer)
-        layer = SimpleNamespace(layer_id=0)
-        out = backend.forward(q, None, slots, None, None, None, layer, meta)
+        out = backend.attend(q, slots, 0, meta)
         self.results = {"index_q": index_q, "weights": weights, "slots": slots, "q": q, "out": out}
 
     def check(self) -> None:

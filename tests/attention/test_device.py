@@ -39,7 +39,7 @@ class OnDevice:
         self.cpu: Step = self.world.run(rows, PADDING)
         config = self.world.backend.config
         self.attention = DeviceAttention(config, m.poisoned, **options)
-        meta = self.world.backend.get_attention_meta()
+        meta = self.world.backend.attention_metadata
         arrays = {field.name: getattr(meta, field.name) for field in fields(meta)}
         self.step: Any = SimpleNamespace(
             **{

@@ -77,8 +77,10 @@ def test_indices_are_not_all_trailing() -> None:
 def choose(world: World, rows: list[tuple[int, int, int]]) -> Any:
     """The selection of a step, in the memory that the backend uses for the next one too."""
     meta = world.begin(rows)
-    given = [world.packed(0, rows, 0, name) for name in ("index_q", "index_k", "weights")]
-    return world.backend.indexer_forward(*given, 0, meta)
+    names = ("latent", "k_pe", "index_q", "index_k", "weights")
+    given = {name: world.packed(0, rows, 0, name) for name in names}
+    world.write(given, 0, meta)
+    return world.backend.select(given["index_q"], given["weights"], 0, meta)
 
 
 def check_counts(world: World) -> None:
