@@ -29,6 +29,7 @@ OP_PROVIDERS = {
 
 # with less the server of the demo model does not start
 _LEAST_ADDRESS_SPACE_BYTES = 3 << 29
+_cpu_threads: int | None = None
 _SWITCH = {"0": False, "false": False, "1": True, "true": True}
 
 
@@ -260,7 +261,14 @@ def set_cpu_threads(num_threads: int | None = None) -> int:
     import paddle
 
     paddle.base.core.set_num_threads(num_threads)
+    global _cpu_threads
+    _cpu_threads = num_threads
     return num_threads
+
+
+def cpu_threads() -> int | None:
+    """What `set_cpu_threads` was last given; None before."""
+    return _cpu_threads
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from fd_dsa.attention.device_logits import rounded_length
 from fd_dsa.ops._host import check_shape
 from fd_dsa.ops._provider import device_kind, provider_for
 from fd_dsa.ops.cache_write import write_caches
+from fd_dsa.ops.indexer_query import prepare_indexer_query
+from fd_dsa.ops.mla_query import prepare_mla_query
 from fd_dsa.ops.topk.device import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate, paddle_place
@@ -121,6 +123,9 @@ class DeviceAttention:
     def write(self, step: ForwardMeta, kv_a: Any, index_k: Any, cos_sin: Any, *caches: Any) -> None:
         """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
         write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
+
+    prepare_indexer_query = staticmethod(prepare_indexer_query)
+    prepare_mla_query = staticmethod(prepare_mla_query)
 
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
         """See DSAAttentionBackend.select; `cache` is the layer's indexer cache.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.ops._fixed_order import fixed_order, two_rows
+from fd_dsa.ops._gemm import HostMatrix
 from fd_dsa.ops._host import as_numpy, matmul, on_device, staged
 
 
@@ -30,22 +31,28 @@ def embedding(ids: Any, weight: Any) -> Any:
 
     On a CPU `weight` is a NumPy array.
     """
+    if isinstance(ids, np.ndarray):
+        return weight[ids]
     return _dense().embedding(ids, weight) if on_device(ids) else weight[as_numpy(ids)]
 
 
 def rows_at(x: Any, index: Any) -> Any:
     """Rows `index`, integers [n], of x [num_tokens, width]."""
-    return _dense().rows_at(x, index) if on_device(x) else x[index]
+    return x[index] if isinstance(x, np.ndarray) else _dense().rows_at(x, index)
 
 
 def linear(x: Any, weight: Any, bias: Any = None, *, transpose_y: bool = False) -> Any:
     """x [num_tokens, in] times weight [in, out], plus bias [out]; float32 [num_tokens, out].
 
-    With `transpose_y` the weight is [out, in] and is read in that order: it is not copied.
+    With `transpose_y` the weight is [out, in] and is read in that order: it is not copied. On a CPU
+    the weight is a HostMatrix, which knows its order, or a Paddle tensor.
     """
-    if on_device(x):
+    if isinstance(weight, HostMatrix):
+        y = weight.times(x)
+    elif on_device(x):
         return _dense().linear(x, weight, bias, transpose_y)
-    y = as_numpy(matmul(staged(x), weight, transpose_y=transpose_y))
+    else:
+        y = as_numpy(matmul(staged(x), weight, transpose_y=transpose_y))
     if bias is not None:
         y += bias
     return y
@@ -56,6 +63,8 @@ def head_linear(x: Any, weight: Any) -> Any:
 
     `x` may be a view. The result is float32 [num_tokens, num_heads, out], and not contiguous.
     """
+    if isinstance(weight, HostMatrix):
+        return weight.times_by_head(x)
     if on_device(x):
         return _dense().head_linear(x, weight)
     by_head = as_numpy(x).transpose(1, 0, 2)
@@ -74,15 +83,15 @@ def joined(left: Any, right: Any) -> Any:
 
 def added(x: Any, y: Any) -> Any:
     """x + y; on a CPU in the memory of `x`."""
-    if on_device(x):
-        return x + y
-    x += y
-    return x
+    if isinstance(x, np.ndarray):
+        x += y
+        return x
+    return x + y
 
 
 def silu_and_mul(gate_up: Any) -> Any:
     """silu(gate) * up of float32 [num_tokens, 2 * width] whose halves are gate and up."""
-    if on_device(gate_up):
+    if not isinstance(gate_up, np.ndarray) and on_device(gate_up):
         return _dense().silu_and_mul(gate_up)
     width = gate_up.shape[1] // 2
     gate = gate_up[:, :width]

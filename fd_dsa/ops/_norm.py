@@ -24,12 +24,12 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
         weight: float32 [width].
         epsilon: added to the mean square.
     """
-    if on_device(x):
+    if not isinstance(x, np.ndarray) and on_device(x):
         # Paddle only here: the CPU form is the oracle of kernels where Paddle is not installed
         from fd_dsa.ops import _dense
 
         return _dense.rms_norm(x, weight, epsilon)
-    rows = as_numpy(x)
+    rows = x if isinstance(x, np.ndarray) else as_numpy(x)
     out = rows * _inverse_root(rows, epsilon)
     out *= weight
     return out

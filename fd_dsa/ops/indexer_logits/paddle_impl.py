@@ -14,8 +14,8 @@ import numpy as np
 
 from fd_dsa.ops._fixed_order import fixed_order, two_rows
 from fd_dsa.ops._gather import gather_index_blocks, gather_index_keys
-from fd_dsa.ops._host import Scratch, as_numpy, matmul, staged
-from fd_dsa.step.host_tensor import as_tensor
+from fd_dsa.ops._gemm import batched
+from fd_dsa.ops._host import Scratch, as_numpy
 
 _UNIT_KEYS = 256
 _TILE_BYTES = 8 << 20
@@ -71,15 +71,13 @@ def weighted_scores(q: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.
     `weights` is [batch, queries, heads].
     """
     batch, queries, heads, dim = q.shape
-    by_head = q.reshape(batch, queries * heads, dim)
-    dots = matmul(staged(by_head), as_tensor(keys), transpose_y=True)
-    rectified = as_numpy(dots)
-    np.maximum(rectified, 0.0, out=rectified)
+    dots = batched(q.reshape(batch, queries * heads, dim), keys, transpose_y=True)
+    np.maximum(dots, 0.0, out=dots)
     rows = weights.reshape(batch * queries, 1, heads)
     if fixed_order():
         rows = two_rows(rows)
-    summed = matmul(staged(rows), dots.reshape([batch * queries, heads, -1]))
-    return as_numpy(summed)[:, 0].reshape(batch, queries, -1)
+    summed = batched(rows, dots.reshape(batch * queries, heads, -1))
+    return summed[:, 0].reshape(batch, queries, -1)
 
 
 def _scaled(scores: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
@@ -124,6 +122,14 @@ def score_paged(
         row, index = units.row[tile], units.blocks[tile].ravel()
         keys = scratch.take("indexer_keys", (len(index), units.block_size, dim))
         scales = gather_index_blocks(blocks, index, keys, scratch)
+        if units.num_rows == 1 and not fixed_order():
+            # units of one row lie side by side, and are one product
+            scores = weighted_scores(q_rows, w_rows, keys.reshape(1, -1, dim))
+            if scales is not None:
+                scales = scales.reshape(1, 1, -1)
+            columns = logits.reshape(1, queries, -1)[:, :, start * units.unit_keys :]
+            columns[:, :, : scores.shape[2]] = _scaled(scores, scales)
+            continue
         unit_keys = keys.reshape(len(row), units.unit_keys, dim)
         scores = weighted_scores(q_rows[row], w_rows[row], unit_keys)
         if scales is not None:

@@ -8,8 +8,8 @@ import numpy as np
 
 from fd_dsa.ops._fixed_order import fixed_order, row_sums, weighted_sum
 from fd_dsa.ops._gather import gather_latents
-from fd_dsa.ops._host import Scratch, as_numpy, matmul, staged
-from fd_dsa.step.host_tensor import as_tensor
+from fd_dsa.ops._gemm import batched
+from fd_dsa.ops._host import Scratch, as_numpy
 
 _TILE_BYTES = 8 << 20
 
@@ -25,11 +25,9 @@ def _softmax(scores: np.ndarray) -> None:
         scores /= np.where(total == 0, np.float32(1.0), total)
 
 
-def _weighted(probabilities: Any, keys: Any) -> np.ndarray:
-    """[..., rows, width]: `probabilities` [..., rows, num_keys] times `keys`, both tensors."""
-    if fixed_order():
-        return weighted_sum(as_numpy(probabilities), as_numpy(keys))
-    return as_numpy(matmul(probabilities, keys))
+def _weighted(probabilities: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """[n, rows, width]: `probabilities` [n, rows, num_keys] times `keys`."""
+    return weighted_sum(probabilities, keys) if fixed_order() else batched(probabilities, keys)
 
 
 def attend_gathered(
@@ -48,14 +46,12 @@ def attend_gathered(
         # an unused entry reads its own row's first key: finite if the row's result is
         index = np.where(hidden, np.maximum(tile[:, :1], 0), tile).astype(np.int64)
         gather_latents(latents, index.ravel(), kv.reshape(-1, width), scratch)
-        keys = as_tensor(kv)
         scaled = query[start : start + step] * np.float32(softmax_scale)
-        scores = matmul(staged(scaled), keys, transpose_y=True)
-        probabilities = as_numpy(scores)
+        probabilities = batched(scaled, kv, transpose_y=True)
         if hidden.any():
             np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
         _softmax(probabilities)
-        values = _weighted(scores, keys)
+        values = _weighted(probabilities, kv)
         out[start : start + step] = values[:, :, :kv_lora_rank]
         out[start : start + step][hidden[:, 0]] = 0.0
     return out
@@ -75,19 +71,18 @@ def attend_dense(
     num_tokens, heads, width = query.shape
     kv = scratch.take("latents", (len(key_slots), width))
     gather_latents(latents, key_slots, kv, scratch)
-    keys = as_tensor(kv)
-    scaled = (query * np.float32(softmax_scale)).reshape(-1, width)
-    scores = matmul(staged(scaled), keys, transpose_y=True)
-    probabilities = as_numpy(scores).reshape(num_tokens, heads, -1)
+    scaled = (query * np.float32(softmax_scale)).reshape(1, -1, width)
+    scores = batched(scaled, kv[None], transpose_y=True)
+    probabilities = scores.reshape(num_tokens, heads, -1)
     hidden = np.isneginf(as_numpy(mask))
     np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
     _softmax(probabilities)
-    values = _weighted(scores, keys).reshape(num_tokens, heads, width)
+    values = _weighted(scores, kv[None]).reshape(num_tokens, heads, width)
     if np.isfinite(values).all():
         return values[:, :, :kv_lora_rank]
     # a weight of 0 times a key that is not finite is NaN: leave those keys out of the product
     spoiled = ~np.isfinite(kv).all(axis=1)
     kv[spoiled] = 0.0
-    values = _weighted(scores, keys).reshape(num_tokens, heads, width)
+    values = _weighted(scores, kv[None]).reshape(num_tokens, heads, width)
     values[(~hidden[:, spoiled]).any(axis=1)] = np.nan
     return values[:, :, :kv_lora_rank]
