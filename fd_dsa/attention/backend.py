@@ -55,8 +55,8 @@ def cache_of(forward_meta: Any, index: int) -> Any:
     caches = forward_meta.caches
     if caches is None or caches[index] is None:
         raise MissingStepError(
-            f"forward_meta.caches[{index}] is None: the runner must allocate the caches of "
-            "get_kv_cache_shape first"
+            f"forward_meta.caches[{index}] is None: the runner must allocate the caches "
+            "first, as allocate_caches does"
         )
     return caches[index]
 
@@ -89,7 +89,7 @@ class DSAAttentionBackend:
     ) -> None:
         if device == "cpu" and config.dtype != "float32":
             raise ConfigError(f"dtype: got {config.dtype!r}, a CPU computes in float32 alone")
-        self.config, self.device = config, device
+        self.config = config
         self.block_size = config.cache_layout.block_size
         self.builder = StepMetadataBuilder(
             config.max_num_seqs,

@@ -1,8 +1,8 @@
 """Float32 GEMMs on a CPU, by a plain C function that Paddle's x86 wheels bring.
 
 Paddle's own operator takes ten microseconds longer, most of it to wrap arrays as tensors, and its
-MKL is capped at AVX2 on AMD processors: for 8 rows oneDNN's function takes a third to half of the
-time. Where there is no such function, or one order of sums is asked for, Paddle's operator serves.
+MKL is capped at AVX2 on AMD processors: on one, oneDNN's function took a quarter to three quarters
+of the time for 8 rows. Without it, or where one order of sums is asked for, the operator serves.
 
 Source: oneDNN's `dnnl_sgemm` (oneapi/dnnl/dnnl.h).
 """
@@ -48,16 +48,21 @@ def _libraries() -> tuple[Any, Any] | None:
 
 
 class _Thread(threading.local):
-    """A thread's function: OpenMP counts threads for each thread that calls it."""
+    """A thread's `sgemm`, None without one: OpenMP counts threads for each thread that calls it."""
 
-    def __init__(self) -> None:
-        libraries = None if fixed_order() else _libraries()
-        self.sgemm: Callable[..., int] | None = None
+    sgemm: Callable[..., int] | None
+
+    def __getattr__(self, name: str) -> Any:
+        """Bind it in the thread's first GEMM: Paddle is imported by that, not by this module."""
+        if name != "sgemm":
+            raise AttributeError(name)
+        self.sgemm, libraries = None, None if fixed_order() else _libraries()
         if libraries is not None:
             self.sgemm, set_threads = libraries
             threads = cpu_threads()
             if threads is not None:
                 set_threads(threads)
+        return self.sgemm
 
 
 _thread = _Thread()
