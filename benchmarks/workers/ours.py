@@ -85,7 +85,7 @@ class Engine:
         import paddle
 
         from fd_dsa.ops._host import Scratch
-        from fd_dsa.ops.indexer_logits import PagedUnits, paged_indexer_logits
+        from fd_dsa.ops.logits import PagedUnits, paged_indexer_logits
         from fd_dsa.ops.topk import topk_indices
 
         runner = self.engine.runner

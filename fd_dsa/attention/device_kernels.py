@@ -14,7 +14,7 @@ from fd_dsa.attention.device_logits import PageScores
 from fd_dsa.attention.device_tiles import TileScores
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.ops._provider import settle_kernel
-from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
+from fd_dsa.ops.mla.triton_kernel import attend_slots
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime.transfers import GpuTraits, Transfers

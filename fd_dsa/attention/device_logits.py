@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+from fd_dsa.ops.logits.triton_kernel import score_pages
 from fd_dsa.step import ForwardMeta
 
 

@@ -7,15 +7,15 @@ from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_logits import rounded_length
-from fd_dsa.ops.indexer_logits.tile_forms import (
+from fd_dsa.ops.logits.tile_forms import (
     BLOCK_SIZE,
     MAX_HEADS,
     TileForm,
     decode_form,
     prompt_form,
 )
-from fd_dsa.ops.indexer_logits.tile_kernel import score_tiles
-from fd_dsa.ops.indexer_logits.tile_schedule import (
+from fd_dsa.ops.logits.tile_kernel import score_tiles
+from fd_dsa.ops.logits.tile_schedule import (
     PROGRAM_FIELDS,
     TileSchedule,
     fill_tile_schedule,

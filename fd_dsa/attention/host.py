@@ -9,8 +9,8 @@ import numpy as np
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.step_plan import StepPlan, Tile
 from fd_dsa.ops._host import Scratch, as_numpy, check_shape
-from fd_dsa.ops.indexer_logits import indexer_logits, paged_indexer_logits
-from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
+from fd_dsa.ops.logits import indexer_logits, paged_indexer_logits
+from fd_dsa.ops.mla import masked_mla, sparse_mla
 from fd_dsa.ops.topk import positions_to_slots, topk_indices
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.host_tensor import as_tensor

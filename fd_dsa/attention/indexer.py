@@ -18,7 +18,7 @@ from fd_dsa.attention.layers import (
 from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear
 from fd_dsa.ops.indexer_projection import project_indexer
-from fd_dsa.ops.indexer_query import prepare_indexer_query
+from fd_dsa.ops.query import prepare_indexer_query
 
 
 @dataclass(frozen=True, slots=True)

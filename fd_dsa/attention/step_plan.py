@@ -16,7 +16,7 @@ import numpy as np
 
 from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops.indexer_logits import PagedUnits
+from fd_dsa.ops.logits import PagedUnits
 from fd_dsa.ops.topk import positions_to_slots
 from fd_dsa.step import ForwardMeta
 

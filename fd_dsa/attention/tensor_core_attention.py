@@ -10,9 +10,9 @@ from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH
-from fd_dsa.ops.sparse_mla.dequantize import Dequantized, DequantizedRecords
-from fd_dsa.ops.sparse_mla.device import custom_attention, kind_for
-from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores, new_partials, partial_rows
+from fd_dsa.ops.mla.dequantize import Dequantized, DequantizedRecords
+from fd_dsa.ops.mla.device import custom_attention, kind_for
+from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores, new_partials, partial_rows
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from fd_dsa.doctor.case import UNTOUCHED, Memory, Outputs, require
 from fd_dsa.ops._fp8 import E4M3_VALUES
-from fd_dsa.ops.indexer_logits import PagedUnits, indexer_logits, paged_indexer_logits
-from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
+from fd_dsa.ops.logits import PagedUnits, indexer_logits, paged_indexer_logits
+from fd_dsa.ops.mla import masked_mla, sparse_mla
 from fd_dsa.ops.topk import positions_to_slots, topk_indices
 
 FORMATS = ("float32", "bfloat16", "fp8_ds_mla")
@@ -104,7 +104,7 @@ def _score_on_device(
     memory: Memory, q: np.ndarray, weights: np.ndarray, cache: np.ndarray, tables: np.ndarray
 ) -> np.ndarray:
     """float32 [5, _LONGEST]: one launch for all tokens."""
-    from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+    from fd_dsa.ops.logits.triton_kernel import score_pages
 
     out = memory.put(_unwritten())
     inputs = map(memory.put, (q, weights, cache, _POSITIONS, _ROWS, tables))
@@ -200,7 +200,7 @@ def _attend_on_device(
     memory: Memory, q: np.ndarray, cache: np.ndarray, slots: np.ndarray
 ) -> np.ndarray:
     """float32 [4, heads, rank]: one launch for all tokens."""
-    from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
+    from fd_dsa.ops.mla.triton_kernel import attend_slots
 
     out = memory.put(np.full((*q.shape[:2], _RANK), np.nan, np.float32))
     inputs = map(memory.put, (q, cache, slots))

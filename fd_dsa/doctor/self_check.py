@@ -58,7 +58,6 @@ CHECKS = {
     ),
     "cache_write": Check(write.cache_write, write.is_cache_write),
     "indexer_query": Check(write.indexer_query, write.is_indexer_query),
-    "indexer_gather": Check(write.indexer_gather, write.is_indexer_gather),
     "indexer_logits": Check(attention.logits, attention.is_logits, same_bytes=False),
     "topk": Check(attention.topk, attention.is_topk),
     "mla_query": Check(projection.mla_query, projection.is_mla_query),

@@ -1,4 +1,4 @@
-"""Checks of the operators that fill caches and prepare queries, and of the gather of keys."""
+"""Checks of the operators that fill caches and prepare queries."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import numpy as np
 from fd_dsa.doctor.case import UNTOUCHED, Memory, Outputs, require
 from fd_dsa.ops._fp8 import E4M3_VALUES, INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.ops.indexer_gather import gather_indexer_keys
-from fd_dsa.ops.indexer_query import prepare_indexer_query
+from fd_dsa.ops.query import prepare_indexer_query
 
 _BLOCK, _RANK, _ROPE, _WIDTH = 64, 512, 64, 128
 
@@ -121,31 +120,3 @@ def is_indexer_query(out: Outputs) -> None:
     scales = out["folded"].astype(np.float64) / out["weights"]
     require(np.frexp(scales)[0] == 0.5, "a scale is no power of two")
     _require_e4m3(out["codes"], scales, _rotate_halves(out["q"].astype(np.float64), cos, sin))
-
-
-def indexer_gather(memory: Memory) -> Outputs:
-    """Keys of two prefill rows, a decode row between them."""
-    rng = np.random.default_rng(4)
-    cache = rng.integers(0, 256, (6, _BLOCK, INDEX_RECORD_BYTES), np.uint8)
-    tables = rng.permutation(6).astype(np.int32).reshape(3, 2)
-    cu_seqlens, encoder = np.array([0, 70, 71, 100], np.int32), np.array([70, 0, 9], np.int32)
-    out = [np.full((100, _WIDTH), UNTOUCHED, np.uint8), np.full(100, -1, np.float32)]
-    keys, scales = (memory.put(array) for array in out)
-    gather_indexer_keys(*map(memory.put, (cache, tables, cu_seqlens, encoder)), keys, scales)
-    # scales by their bits: random bytes hold NaN
-    gathered = {"keys": memory.get(keys), "scales": memory.get(scales).view(np.uint32)}
-    return gathered | {"cache": cache, "tables": tables}
-
-
-def is_indexer_gather(out: Outputs) -> None:
-    """Each key by the definition; the row of the decode request is left as it was."""
-    blocks = out["cache"].reshape(6, -1)
-    scales = blocks[:, _BLOCK * _WIDTH :].copy().view(np.uint32)
-    for row, start, length in ((0, 0, 70), (2, 71, 29)):
-        for p in range(length):
-            block, offset = out["tables"][row, p // _BLOCK], p % _BLOCK
-            key = blocks[block, offset * _WIDTH : (offset + 1) * _WIDTH]
-            require(out["keys"][start + p] == key, f"key {p} of row {row} is another")
-            same = out["scales"][start + p] == scales[block, offset]
-            require(same, f"scale {p} of row {row} is another")
-    require(out["keys"][70] == UNTOUCHED, "the row of a decode request was written")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import fd_dsa.attention.host as host_module
-import fd_dsa.ops.indexer_logits.paddle_impl as scoring
+import fd_dsa.ops.logits.paddle_impl as scoring
 from fd_dsa.attention.step_plan import StepPlan
-from fd_dsa.ops.indexer_logits import PagedUnits
+from fd_dsa.ops.logits import PagedUnits
 from fd_dsa.ops.topk import positions_to_slots
 from tests.attention.harness import Sizes, World, rows_of, world_of
 from tests.reference.topk import ref_slot

@@ -11,9 +11,9 @@ import pytest
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable, DtypeError, LaunchError, ShapeError
-from fd_dsa.ops.sparse_mla.custom_op import CustomAttention, NarrowAttention, WideAttention
-from fd_dsa.ops.sparse_mla.dequantize import Dequantized
-from fd_dsa.ops.sparse_mla.device import custom_attention, kind_for
+from fd_dsa.ops.mla.custom_op import CustomAttention, NarrowAttention, WideAttention
+from fd_dsa.ops.mla.dequantize import Dequantized
+from fd_dsa.ops.mla.device import custom_attention, kind_for
 from tests.custom_ops.adoption import HostApi, adopted
 from tests.custom_ops.building import host_library
 from tests.kernel_memory import KernelMemory, open_memory
@@ -30,8 +30,8 @@ def kernel_memory(
 ) -> Iterator[KernelMemory]:
     """Host memory, and host code behind the C ABI that answers with the numbers it was given."""
     memory = open_memory(request.param)
-    monkeypatch.setattr("fd_dsa.ops.sparse_mla.custom_op.api_for_type", lambda kind: HostApi())
-    monkeypatch.setattr("fd_dsa.ops.sparse_mla.device.INTERPRETING", False)
+    monkeypatch.setattr("fd_dsa.ops.mla.custom_op.api_for_type", lambda kind: HostApi())
+    monkeypatch.setattr("fd_dsa.ops.mla.device.INTERPRETING", False)
     with adopted(host_library(), monkeypatch, on_gpu=False):
         yield memory
 
@@ -58,7 +58,7 @@ def test_a_kernel_that_computes_something_else_does_not_serve(
 def test_the_probe_knows_what_is_right(
     kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, kind: type[CustomAttention]
 ) -> None:
-    from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores
+    from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores
 
     def triton(self: Any, *arguments: Any, **options: Any) -> None:
         attend_on_tensor_cores(*arguments, **options)

@@ -11,8 +11,8 @@ import pytest
 from fd_dsa import custom_ops
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops.sparse_mla.custom_op import WideAttention
-from fd_dsa.ops.sparse_mla.dequantize import DequantizedRecords
+from fd_dsa.ops.mla.custom_op import WideAttention
+from fd_dsa.ops.mla.dequantize import DequantizedRecords
 from tests.custom_ops.adoption import memory_of_a_gpu
 from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, Case, make

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fd_dsa import custom_ops
-from fd_dsa.ops.sparse_mla.custom_op import CustomAttention, NarrowAttention, WideAttention
-from fd_dsa.ops.sparse_mla.device import custom_attention
+from fd_dsa.ops.mla.custom_op import CustomAttention, NarrowAttention, WideAttention
+from fd_dsa.ops.mla.device import custom_attention
 from tests.custom_ops.adoption import memory_of_a_gpu
 from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, SCALE, Case, make, widened

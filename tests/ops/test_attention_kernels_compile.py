@@ -11,8 +11,8 @@ SHARED_BYTES_OF_A_BLOCK = 227 << 10
 SCRIPT = """
 import triton.language as tl
 from fd_dsa.triton_runtime import Pointer
-from fd_dsa.ops.indexer_logits import triton_kernel as logits
-from fd_dsa.ops.sparse_mla import triton_kernel as mla
+from fd_dsa.ops.logits import triton_kernel as logits
+from fd_dsa.ops.mla import triton_kernel as mla
 from fd_dsa.ops.topk import triton_kernel as topk
 
 TYPES = {"position_ids_ptr": "int64", "batch_id_per_token_ptr": "int32", "slots_ptr": "int32",

@@ -53,7 +53,7 @@ class World:
 
     def fill(self, m: KernelMemory, capacity: int, keys_per_token: int = 1 << 20) -> Any:
         """What is there afterwards, in poisoned memory for so many blocks."""
-        from fd_dsa.ops.sparse_mla.dequantize import DequantizedRecords
+        from fd_dsa.ops.mla.dequantize import DequantizedRecords
 
         memory = m.poisoned((words(self.num_blocks, len(self.rows), capacity),), "float32")
         lens = [np.array(x, np.int32) for x in zip(*self.rows, strict=True)]
@@ -183,7 +183,7 @@ def test_any_rows(
 
 
 def test_what_it_refuses(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.ops.sparse_mla.dequantize import DequantizedRecords
+    from fd_dsa.ops.mla.dequantize import DequantizedRecords
 
     m = kernel_memory
     cache, table = m.put(np.zeros((2, BLOCK, 656), np.uint8)), m.put(np.zeros((1, 2), np.int32))

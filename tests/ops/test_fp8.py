@@ -16,9 +16,9 @@ from fd_dsa.ops._gather import gather_index_keys, gather_latents
 from fd_dsa.ops._hadamard import hadamard
 from fd_dsa.ops._host import Scratch
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.ops.indexer_logits import PagedUnits, indexer_logits, paged_indexer_logits
-from fd_dsa.ops.indexer_query import prepare_indexer_query
-from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
+from fd_dsa.ops.logits import PagedUnits, indexer_logits, paged_indexer_logits
+from fd_dsa.ops.mla import masked_mla, sparse_mla
+from fd_dsa.ops.query import prepare_indexer_query
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.fp8_goldens import NAMES, Golden
 from tests.reference.float32 import ref_hadamard

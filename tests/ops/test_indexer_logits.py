@@ -10,7 +10,7 @@ import pytest
 
 from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.ops._host import Scratch
-from fd_dsa.ops.indexer_logits import (
+from fd_dsa.ops.logits import (
     PagedUnits,
     indexer_logits,
     paddle_impl,

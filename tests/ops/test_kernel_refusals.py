@@ -128,7 +128,7 @@ CODES = {"q": zeros(TOKENS, HEADS, DIM, dtype="uint8")}
 def test_scores(
     kernel_memory: KernelMemory, changes: Arguments, error: type[Exception], said: str
 ) -> None:
-    from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+    from fd_dsa.ops.logits.triton_kernel import score_pages
 
     arguments = score_arguments()
     assert_refused(kernel_memory, score_pages, "logits", arguments, changes, error, said)
@@ -184,7 +184,7 @@ def test_selection(
 def test_attention(
     kernel_memory: KernelMemory, changes: Arguments, error: type[Exception], said: str
 ) -> None:
-    from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
+    from fd_dsa.ops.mla.triton_kernel import attend_slots
 
     arguments = attend_arguments()
     assert_refused(kernel_memory, attend_slots, "out", arguments, changes, error, said)

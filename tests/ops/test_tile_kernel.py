@@ -85,8 +85,8 @@ class Scorer:
         width: int | None = None,
         q_dtype: str = "uint8",
     ) -> None:
-        from fd_dsa.ops.indexer_logits.tile_forms import TileForm
-        from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule
+        from fd_dsa.ops.logits.tile_forms import TileForm
+        from fd_dsa.ops.logits.tile_schedule import TileSchedule
 
         step, self.m, self.least = case.step, m, least
         tokens = step.num_tokens
@@ -104,7 +104,7 @@ class Scorer:
 
     def fill(self) -> None:
         """Make the schedule."""
-        from fd_dsa.ops.indexer_logits.tile_schedule import fill_tile_schedule
+        from fd_dsa.ops.logits.tile_schedule import fill_tile_schedule
 
         fill_tile_schedule(
             self.schedule,
@@ -119,7 +119,7 @@ class Scorer:
 
     def score(self, index: int = 0, **changes: Any) -> None:
         """Launch for one chunk; `changes` stand for arguments."""
-        from fd_dsa.ops.indexer_logits.tile_kernel import score_tiles
+        from fd_dsa.ops.logits.tile_kernel import score_tiles
 
         first = index * self.chunk_tokens
         tensors = {

@@ -72,8 +72,8 @@ def fill(
     max_keys: int = 1 << 21, least: int = 0,
 ) -> Any:  # fmt: skip
     """The schedule of a step, as NumPy arrays; poison where nothing was written."""
-    from fd_dsa.ops.indexer_logits.tile_forms import TileForm
-    from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule, fill_tile_schedule
+    from fd_dsa.ops.logits.tile_forms import TileForm
+    from fd_dsa.ops.logits.tile_schedule import TileSchedule, fill_tile_schedule
 
     num_chunks = -(-step.num_tokens // step.chunk_tokens)
     schedule = TileSchedule.allocate(step.num_tokens, num_chunks, num_programs, m.poisoned)
@@ -176,7 +176,7 @@ class _Given:
     """Arguments of a small call, each of which a test replaces."""
 
     def __init__(self, m: KernelMemory) -> None:
-        from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule
+        from fd_dsa.ops.logits.tile_schedule import TileSchedule
 
         self.schedule = TileSchedule.allocate(4, 2, 3, m.poisoned)
         tokens = zip(("position_ids", "batch_id_per_token", "cu_seqlens_q"),
@@ -184,8 +184,8 @@ class _Given:
         self.tensors = dict(tokens)
 
     def __call__(self, **changes: Any) -> None:
-        from fd_dsa.ops.indexer_logits.tile_forms import TileForm
-        from fd_dsa.ops.indexer_logits.tile_schedule import fill_tile_schedule
+        from fd_dsa.ops.logits.tile_forms import TileForm
+        from fd_dsa.ops.logits.tile_schedule import fill_tile_schedule
 
         numbers = {"form": TileForm(1), "max_keys": 64}
         given = {"schedule": self.schedule} | self.tensors | numbers | changes
@@ -214,7 +214,7 @@ def test_refusals(
 
 
 def test_a_schedule_that_is_too_small(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule
+    from fd_dsa.ops.logits.tile_schedule import TileSchedule
 
     small = TileSchedule.allocate(3, 1, 3, kernel_memory.poisoned)
     with pytest.raises(ShapeError, match=r"schedule.tiles has 3 entries.*4 tokens"):

@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 import pytest
 
-from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
+from fd_dsa.ops.mla import masked_mla, sparse_mla
 from fd_dsa.ops.topk import topk_indices
 from tests.reference.sparse_mla import ref_attend
 

@@ -9,7 +9,7 @@ from tests.compiling import output_of
 SCRIPT = """
 from fd_dsa.triton_runtime import Pointer
 from fd_dsa.ops.cache_write.triton_kernel import write_caches_kernel
-from fd_dsa.ops.indexer_query.triton_kernel import prepare_query_kernel
+from fd_dsa.ops.query.triton_kernel import prepare_query_kernel
 from fd_dsa.ops.mla_query.triton_kernel import BLOCK_ROWS, NUM_WARPS, prepare_mla_query_kernel
 
 TYPES = {"position_ids_ptr": "int64", "slot_mapping_ptr": "int64", "latent_ptr": "uint8",

@@ -10,7 +10,7 @@ import pytest
 
 from fd_dsa.errors import ConfigError, DtypeError, ShapeError
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.ops.indexer_query import prepare_indexer_query
+from fd_dsa.ops.query import prepare_indexer_query
 from tests.ops.cache_write_case import BLOCK, DIM, RANK, ROPE, assert_same_bytes, make_case
 
 TOKENS, HEADS = 3, 2

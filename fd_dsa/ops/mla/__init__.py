@@ -14,7 +14,7 @@ from fd_dsa.ops._host import (
     check_shape,
     check_values,
 )
-from fd_dsa.ops.sparse_mla.paddle_impl import attend_dense, attend_gathered
+from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 
 __all__ = ["masked_mla", "sparse_mla"]
 

@@ -14,7 +14,7 @@ from fd_dsa.ops._host import (
     check_shape,
     check_values,
 )
-from fd_dsa.ops.indexer_logits.paddle_impl import (
+from fd_dsa.ops.logits.paddle_impl import (
     PagedUnits,
     score_gathered,
     score_paged,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from fd_dsa import custom_ops
-from fd_dsa.ops.sparse_mla.custom_op import (
+from fd_dsa.ops.mla.custom_op import (
     FEW_HEADS,
     MOST_HEADS,
     CustomAttention,
     NarrowAttention,
     WideAttention,
 )
-from fd_dsa.ops.sparse_mla.probe import difference
+from fd_dsa.ops.mla.probe import difference
 from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime import INTERPRETING
 

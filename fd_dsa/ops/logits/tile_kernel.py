@@ -13,8 +13,8 @@ from typing import Any
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH
 from fd_dsa.ops._host import check_array, check_first_token
-from fd_dsa.ops.indexer_logits.tile_forms import BLOCK_SIZE, MAX_HEADS, TileForm, padded_heads
-from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule, check_schedule
+from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, MAX_HEADS, TileForm, padded_heads
+from fd_dsa.ops.logits.tile_schedule import TileSchedule, check_schedule
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._host import check_array, check_dtype, check_shape
-from fd_dsa.ops.sparse_mla._tiles import RANK, RECORD, ROPE
-from fd_dsa.ops.sparse_mla.tensor_core_kernel import (
+from fd_dsa.ops.mla._tiles import RANK, RECORD, ROPE
+from fd_dsa.ops.mla.tensor_core_kernel import (
     attend_copied_kernel,
     attend_kernel,
     combine_kernel,

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 from fd_dsa.errors import BackendUnavailable, DtypeError, LaunchError, ShapeError
 from fd_dsa.ops._host import check_array
-from fd_dsa.ops.sparse_mla.dequantize import Dequantized
-from fd_dsa.ops.sparse_mla.tensor_core import check_tensors
+from fd_dsa.ops.mla.dequantize import Dequantized
+from fd_dsa.ops.mla.tensor_core import check_tensors
 from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
 

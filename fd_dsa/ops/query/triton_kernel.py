@@ -119,7 +119,7 @@ def prepare_indexer_query(
     weights_scale: float,
     out: tuple[Any, Any] | None,
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.indexer_query.prepare_indexer_query`."""
+    """See `fd_dsa.ops.query.prepare_indexer_query`."""
     if out is None:
         out = _allocated(q, quantized)
     arguments = kernel_arguments(

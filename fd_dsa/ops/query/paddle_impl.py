@@ -25,7 +25,7 @@ def prepare_indexer_query(
     weights_scale: float,
     out: tuple[Any, Any] | None,
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.indexer_query.prepare_indexer_query`."""
+    """See `fd_dsa.ops.query.prepare_indexer_query`."""
     query, head_weights = as_numpy(q), as_numpy(weights)
     name = "prepare_indexer_query"
     for argument, array in zip(("q", "out[0]", "out[1]"), (q, *(out or ())), strict=False):

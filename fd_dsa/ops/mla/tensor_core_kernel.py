@@ -11,7 +11,7 @@ Source: the online softmax over splits is that of Flash-Decoding (Dao et al. 202
 from __future__ import annotations
 
 from fd_dsa.ops._triton_fp8 import stored, to_bfloat16
-from fd_dsa.ops.sparse_mla._tiles import (
+from fd_dsa.ops.mla._tiles import (
     RANK,
     ROPE,
     bfloat16_pairs,

@@ -82,9 +82,9 @@ def prepare_indexer_query(
     if out is not None:
         _check_out(q, out, _CODE_DTYPES[chosen] if quantized else _INPUT_DTYPES[chosen])
     if chosen == TRITON:
-        from fd_dsa.ops.indexer_query import triton_kernel as provider
+        from fd_dsa.ops.query import triton_kernel as provider
     else:
-        from fd_dsa.ops.indexer_query import paddle_impl as provider
+        from fd_dsa.ops.query import paddle_impl as provider
     return provider.prepare_indexer_query(
         q,
         weights,

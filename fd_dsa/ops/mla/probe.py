@@ -14,7 +14,7 @@ from fd_dsa.ops._fp8 import (
     decode_e4m3,
 )
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
-from fd_dsa.ops.sparse_mla.custom_op import CustomAttention
+from fd_dsa.ops.mla.custom_op import CustomAttention
 from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime.transfers import on_host, uploaded
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._host import check_array
-from fd_dsa.ops.indexer_logits.tile_forms import BLOCK_SIZE, TileForm
+from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton.language as tl  # isort: skip
