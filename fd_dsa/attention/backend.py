@@ -14,6 +14,7 @@ from fd_dsa.attention.config import DSABackendConfig, StepHints
 from fd_dsa.attention.host import HostAttention
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.errors import ConfigError, MissingStepError
+from fd_dsa.ops import unchecked
 from fd_dsa.ops._host import check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
@@ -242,7 +243,7 @@ class DSAAttentionBackend:
             params = layer.cache_write_params(self.config.cache_layout)
             self._write_params[layer.layer_id] = params
         caches = 2 * layer.layer_id
-        write_caches(
+        unchecked.write_caches(
             kv_a,
             index_k,
             None,
@@ -327,7 +328,9 @@ class DSAAttentionBackend:
                 f"layer {layer.layer_id} has no selection: indexer_forward of this layer, or of "
                 "the layer it shares with, must be called first"
             )
-        cache = cache_of(forward_meta, 2 * layer.layer_id)
+        cache, layout = cache_of(forward_meta, 2 * layer.layer_id), self.config.cache_layout
+        width = layout.kv_lora_rank + layout.qk_rope_head_dim
+        check_shape("forward", "q", q, (None, None, width))
         if compressed_kv is not None:
             rows = self._joined(compressed_kv, k_pe, step)
             slots = step.slot_mapping

@@ -9,9 +9,10 @@ import numpy as np
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.step_plan import StepPlan, Tile
 from fd_dsa.ops._host import Scratch, as_numpy, check_shape
-from fd_dsa.ops.logits import indexer_logits, paged_indexer_logits
-from fd_dsa.ops.mla import masked_mla, sparse_mla
-from fd_dsa.ops.topk import positions_to_slots, topk_indices
+from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
+from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
+from fd_dsa.ops.providers import settle
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.host_tensor import as_tensor
 
@@ -29,6 +30,7 @@ class HostAttention:
         self._slots = np.full(config.max_num_tokens * config.index_topk, -1, np.int32)
         self._scratch = Scratch()
         self._plan: StepPlan | None = None
+        settle("cpu")
 
     def begin_step(self, step: ForwardMeta | None = None) -> None:
         """Forget the plan of the step before."""
@@ -74,16 +76,18 @@ class HostAttention:
     def _score(self, plan: StepPlan, q: np.ndarray, weights: np.ndarray, cache: Any) -> None:
         """Fill `plan.slots` for the tokens with more keys than `index_topk`."""
         for tile in plan.score_tiles:
-            logits = indexer_logits(
+            logits = score_gathered(
                 q[tile.tokens], weights[tile.tokens], cache, tile.key_slots, self._scratch
             )
             self._keep_best(plan, tile, logits)
         if plan.decode_rows is not None:
             group = plan.decode_rows
-            logits = paged_indexer_logits(
+            logits = score_paged(
                 q[group.tokens], weights[group.tokens], cache, group.units, self._scratch
             )
-            positions = topk_indices(logits.reshape(-1, logits.shape[2]), group.window, plan.topk)
+            positions = select_positions(
+                logits.reshape(-1, logits.shape[2]), group.window, plan.topk
+            )
             tokens = group.tokens.ravel()
             plan.slots[tokens] = positions_to_slots(
                 positions, plan.batch_ids[tokens], plan.block_tables, self.block_size
@@ -95,7 +99,7 @@ class HostAttention:
             # several rows: bring every token's own keys to column 0
             column = tile.key_start[:, None] + np.arange(int(tile.window.max()))[None, :]
             logits = np.take_along_axis(logits, np.minimum(column, logits.shape[1] - 1), axis=1)
-        positions = topk_indices(logits, tile.window, plan.topk)
+        positions = select_positions(logits, tile.window, plan.topk)
         plan.slots[tile.tokens] = positions_to_slots(
             positions, plan.batch_ids[tile.tokens], plan.block_tables, self.block_size
         )
@@ -120,10 +124,10 @@ class HostAttention:
                 mask = tile.selection_mask(slots[tile.tokens], plan.slot_position)
             else:
                 mask = plan.window_masks[i]
-            out[tile.tokens] = masked_mla(q[tile.tokens], rows, tile.key_slots, mask, **options)
+            out[tile.tokens] = attend_dense(q[tile.tokens], rows, tile.key_slots, mask, **options)
         tokens = plan.gathered_tokens
         if len(tokens) == len(q):
-            out[:] = sparse_mla(q, rows, slots, **options)
+            out[:] = attend_gathered(q, rows, slots, **options)
         elif len(tokens):
-            out[tokens] = sparse_mla(q[tokens], rows, slots[tokens], **options)
+            out[tokens] = attend_gathered(q[tokens], rows, slots[tokens], **options)
         return out

@@ -17,8 +17,7 @@ from fd_dsa.attention.layers import (
 )
 from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear
-from fd_dsa.ops.indexer_projection import project_indexer
-from fd_dsa.ops.query import prepare_indexer_query
+from fd_dsa.ops.unchecked import prepare_indexer_query, project_indexer
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class Indexer(nn.Layer):
             float32 [num_tokens, index_head_dim] and [num_tokens, index_n_heads].
         """
         if on_device(hidden_states):
-            return project_indexer(hidden_states, *self._halves, out=out)
+            return project_indexer(hidden_states, *self._halves, out)
         both, dim = linear(hidden_states, self.wk_weights_proj), self.config.index_head_dim
         return both[:, :dim], both[:, dim:]
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops.logits import PagedUnits
-from fd_dsa.ops.topk import positions_to_slots
+from fd_dsa.ops.logits.paddle_impl import PagedUnits
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 from fd_dsa.step import ForwardMeta
 
 # values of a score matrix that one tile may hold: 32 MiB of float32

@@ -21,7 +21,7 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import as_numpy, readable
 from fd_dsa.ops._linear import head_linear, linear
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.mla_query import prepare_mla_query
+from fd_dsa.ops.unchecked import prepare_mla_query
 
 
 class DeepseekV32DSAAttention(nn.Layer):
@@ -148,7 +148,7 @@ class DeepseekV32DSAAttention(nn.Layer):
             q[:, :, self.nope_dim :],
         )
         buffer = backend.mla_query_buffer(qr.shape[0])
-        return prepare_mla_query(q_latent, q_pe, None, cos_sin, out=buffer)
+        return prepare_mla_query(q_latent, q_pe, None, cos_sin, buffer)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""

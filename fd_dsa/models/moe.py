@@ -13,7 +13,7 @@ from fd_dsa.attention.layers import WeightLoader, loads, loads_slice, zeros_para
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear, silu_and_mul
-from fd_dsa.ops.topk import topk_indices
+from fd_dsa.ops.topk.paddle_impl import select_positions
 
 
 @cache
@@ -101,7 +101,7 @@ class NoAuxTopkGate(nn.Layer):
     @staticmethod
     def _best(scores: np.ndarray, k: int) -> np.ndarray:
         """Columns of the k largest scores of each row, ascending."""
-        return topk_indices(scores, np.full(len(scores), scores.shape[1], np.int32), k)
+        return select_positions(scores, np.full(len(scores), scores.shape[1], np.int32), k)
 
 
 class DeepseekMoE(nn.Layer):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
-from fd_dsa.ops.logits import indexer_logits
-from fd_dsa.ops.topk import positions_to_slots, topk_indices
+from fd_dsa.ops.logits.paddle_impl import score_gathered
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.fp8_pages import fp8_cache, random_codes
@@ -239,10 +239,10 @@ def test_the_choice_of_the_cpu(kernel_memory: KernelMemory) -> None:
     for token in range(step.num_tokens):
         one, window = slice(token, token + 1), step.window[token : token + 1]
         slots = step.key_slots(token)
-        scores = indexer_logits(case.q_stored[one], case.weights[one], case.cache_stored, slots)
+        scores = score_gathered(case.q_stored[one], case.weights[one], case.cache_stored, slots)
         table, batch = step.block_tables, step.batch_ids[one]
-        wanted = positions_to_slots(topk_indices(scores, window, k), batch, table, 64)
-        chosen = positions_to_slots(topk_indices(found[one], window, k), batch, table, 64)
+        wanted = positions_to_slots(select_positions(scores, window, k), batch, table, 64)
+        chosen = positions_to_slots(select_positions(found[one], window, k), batch, table, 64)
         np.testing.assert_array_equal(chosen, wanted)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
-from fd_dsa.ops.mla import sparse_mla
+from fd_dsa.ops.mla.paddle_impl import attend_gathered
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.sparse_mla import ref_attend
@@ -223,7 +223,7 @@ def test_scores_far_from_zero(kernel_memory: KernelMemory) -> None:
 def test_the_result_of_the_cpu(kernel_memory: KernelMemory) -> None:
     pytest.importorskip("paddle", reason="the CPU's products are Paddle's")
     case = make("float32", "float32", [24, 0, 5], 24, rank=512, rope=64)
-    cpu = sparse_mla(
+    cpu = attend_gathered(
         case.q_stored, case.cache_stored, case.slots, softmax_scale=SCALE, kv_lora_rank=512
     )
     np.testing.assert_allclose(case.run(kernel_memory), cpu, rtol=0, atol=1e-5)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fd_dsa.errors import DtypeError, ShapeError
 from tests.kernel_memory import KernelMemory
-from tests.ops.tensor_core_case import RANK, ROPE, SCALE, Case, make, widened
+from tests.ops.tensor_core_case import RANK, SCALE, Case, make, widened
 
 CACHES = ["fp8_ds_mla", "bfloat16"]
 
@@ -213,42 +210,6 @@ class _Fake:
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         self.shape, self.dtype = shape, dtype
-
-
-@pytest.mark.parametrize(
-    ("name", "fake", "error", "message"),
-    [
-        ("q", _Fake((2, 4, 575), "bfloat16"), ShapeError, "q has shape"),
-        ("q", _Fake((2, 4, 576), "float32"), DtypeError, "q has dtype float32"),
-        ("cache", _Fake((9, 576), "uint8"), ShapeError, "cache has shape"),
-        ("cache", _Fake((9, 576), "float32"), DtypeError, "cache has dtype"),
-        ("slots", _Fake((3, 8), "int32"), ShapeError, "slots has shape"),
-        ("slots", _Fake((2, 8), "int64"), DtypeError, "slots has dtype"),
-        ("out", _Fake((2, 4, 576), "float32"), ShapeError, "out has shape"),
-        ("lse", _Fake((2, 5), "float32"), ShapeError, "lse has shape"),
-    ],
-)
-def test_what_does_not_belong_together_is_refused(
-    name: str, fake: _Fake, error: type[Exception], message: str
-) -> None:
-    from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores
-
-    given: dict[str, Any] = {
-        "q": _Fake((2, 4, RANK + ROPE), "bfloat16"),
-        "cache": _Fake((9, 656), "uint8"),
-        "slots": _Fake((2, 8), "int32"),
-        "out": _Fake((2, 4, RANK), "float32"),
-        "lse": None,
-    } | {name: fake}
-    with pytest.raises(error, match=f"attend_on_tensor_cores: {message}"):
-        attend_on_tensor_cores(**given, softmax_scale=1.0)
-
-
-@pytest.mark.parametrize("rows", [None, 15])
-def test_splits_without_room_are_refused(kernel_memory: KernelMemory, rows: int | None) -> None:
-    case = make("fp8_ds_mla", [9, 9], 9, heads=4)
-    with pytest.raises(ShapeError, match="splits need"):
-        case.run(kernel_memory, rows or 0, splits=2)
 
 
 @given(st.integers(1, 5000), st.integers(1, 130), st.integers(0, 4096), st.booleans())

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.errors import ShapeError
+from fd_dsa.ops import unchecked
 from fd_dsa.ops._host import check_array, check_dtype, check_shape, dtype_name
-from fd_dsa.ops._provider import PADDLE, TRITON, provider_for
+from fd_dsa.ops.providers import activation_dtypes
 
 __all__ = ["project_indexer"]
 
-# Paddle's CPU build and NumPy do not compute in bfloat16
-_DTYPES = {PADDLE: ("float32",), TRITON: ("float32", "bfloat16")}
 _NAME = "project_indexer"
 
 
@@ -58,8 +57,7 @@ def project_indexer(
     #39943.
     """
     check_shape(_NAME, "hidden_states", hidden_states, (None, None))
-    chosen = provider_for("indexer_projection", hidden_states)
-    check_dtype(_NAME, "hidden_states", hidden_states, _DTYPES[chosen])
+    check_dtype(_NAME, "hidden_states", hidden_states, activation_dtypes(hidden_states))
     same = (dtype_name(hidden_states.dtype),)
     num_tokens, hidden_size = hidden_states.shape
     check_array(_NAME, "wk", wk, (hidden_size, None), same)
@@ -69,10 +67,4 @@ def project_indexer(
             raise ShapeError(f"{_NAME}: out is no pair, allowed are keys and weights, or None")
         check_array(_NAME, "out[0]", out[0], (num_tokens, wk.shape[1]), same)
         check_array(_NAME, "out[1]", out[1], (num_tokens, weights_proj.shape[1]), ("float32",))
-    if chosen == TRITON:
-        from fd_dsa.ops.indexer_projection import triton_kernel
-
-        return triton_kernel.project_indexer(hidden_states, wk, weights_proj, out, scratch)
-    from fd_dsa.ops.indexer_projection import paddle_impl
-
-    return paddle_impl.project_indexer(hidden_states, wk, weights_proj, out)
+    return unchecked.project_indexer(hidden_states, wk, weights_proj, out, scratch)

@@ -11,7 +11,11 @@ from fd_dsa.ops._linear import linear
 
 
 def project_indexer(
-    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any] | None
+    hidden_states: Any,
+    wk: Any,
+    weights_proj: Any,
+    out: tuple[Any, Any] | None = None,
+    scratch: None = None,
 ) -> tuple[Any, Any]:
     """See `fd_dsa.ops.indexer_projection.project_indexer`."""
     for index, result in enumerate(out or ()):

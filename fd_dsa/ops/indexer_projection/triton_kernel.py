@@ -141,7 +141,7 @@ def project_indexer(
     hidden_states: Any,
     wk: Any,
     weights_proj: Any,
-    out: tuple[Any, Any] | None,
+    out: tuple[Any, Any] | None = None,
     scratch: Any = None,
 ) -> tuple[Any, Any]:
     """See `fd_dsa.ops.indexer_projection.project_indexer`."""

@@ -4,95 +4,53 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.errors import ShapeError
 from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH
-from fd_dsa.ops._host import (
-    Scratch,
-    as_numpy,
-    check_array,
-    check_dtype,
-    check_shape,
-    check_values,
-)
-from fd_dsa.ops.logits.paddle_impl import (
-    PagedUnits,
-    score_gathered,
-    score_paged,
-)
+from fd_dsa.ops._host import CACHE_DTYPES, cache_format, check_array, check_shape, result
+from fd_dsa.ops.logits.tile_forms import why_not
+from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, choose, device_kind, function
+from fd_dsa.step import ForwardMeta
 
-__all__ = ["PagedUnits", "indexer_logits", "paged_indexer_logits"]
+__all__ = ["indexer_logits"]
+_NAME = "indexer_logits"
 
 
-def indexer_logits(
-    q: Any, weights: Any, cache: Any, key_slots: Any, scratch: Scratch | None = None
-) -> Any:
-    """Scores of every query against the keys at `key_slots`, as a dense matrix.
+def indexer_logits(q: Any, weights: Any, cache: Any, step: ForwardMeta, out: Any = None) -> Any:
+    """Scores of every token of a step against the keys of its own row, straight from the pages.
+
+    out[t, s] = scale[s] * sum_h weights[t, h] * relu(q[t, h] . k[s]), s = 0 .. position of t
 
     Args:
-        q: float32 [num_queries, index_n_heads, index_head_dim], roped; for an fp8_ds_mla cache the
-            values of `prepare_indexer_query`.
-        weights: float32 [num_queries, index_n_heads]; head weights, all scale factors folded in.
-        cache: [num_blocks, block_size, index_head_dim] float32 or int16 (bfloat16 bits), or uint8
-            [num_blocks, 64, 132], fp8_ds_mla; only there do keys have scales.
-        key_slots: int64 [num_keys]; block * block_size + offset, all in the cache.
-        scratch: buffers to reuse between calls.
+        q: [num_tokens, index_n_heads, index_head_dim], roped: float32, on a device also bfloat16;
+            for an fp8_ds_mla cache uint8, e4m3 codes as `indexer_query` makes them.
+        weights: float32 [num_tokens, index_n_heads]; all scales of the query folded in.
+        cache: the layer's indexer cache, whose keys of the step are written: float32 or bfloat16
+            (or int16, its bits) [num_blocks, block_size, index_head_dim], or uint8
+            [num_blocks, 64, 132], fp8_ds_mla.
+        step: of `step_metadata`.
+        out: float32 [num_tokens, width], contiguous, width at least `step.max_seqlen_k`; what is
+            past a token's position stays as it is. None allocates, with -inf there.
 
     Returns:
-        float32 [num_queries, num_keys], a NumPy array, valid until the next call with `scratch`.
-        Windows are applied by the reader.
+        `out`.
 
     Raises:
-        ShapeError, DtypeError, ValueError (a slot outside the cache): before any work.
+        ShapeError, DtypeError: an argument is not as above; before any work.
+        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
 
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1; the FP8 form is that of DeepGEMM's
     fp8_mqa_logits.
     """
-    name = "indexer_logits"
-    check_array(name, "q", q, (None, None, None), ("float32",))
-    check_array(name, "weights", weights, tuple(q.shape[:2]), ("float32",))
-    _check_cache(name, cache, (None, None, q.shape[2]))
-    check_array(name, "key_slots", key_slots, (None,), ("int64",))
-    slots = as_numpy(key_slots)
-    check_values(name, "key_slots", slots, 0, cache.shape[0] * cache.shape[1])
-    return score_gathered(q, weights, cache, slots, scratch or Scratch())
-
-
-def paged_indexer_logits(
-    q: Any, weights: Any, cache: Any, units: PagedUnits, scratch: Scratch | None = None
-) -> Any:
-    """Scores of the queries of decode rows against their own pages.
-
-    Args:
-        q: float32 [num_rows, queries_per_row, index_n_heads, index_head_dim].
-        weights: float32 [num_rows, queries_per_row, index_n_heads].
-        cache: as in `indexer_logits`.
-        units: which blocks belong to which row; made once per step.
-        scratch: buffers to reuse between calls.
-
-    Returns:
-        float32 [num_rows, queries_per_row, units.width], column = position in the row; columns
-        past a row's keys hold garbage. A NumPy array, valid until the next call with `scratch`.
-
-    Raises:
-        ShapeError, DtypeError, ValueError (a unit's block outside the cache): before any work.
-    """
-    name = "paged_indexer_logits"
-    check_array(name, "q", q, (units.num_rows, None, None, None), ("float32",))
-    check_array(name, "weights", weights, tuple(q.shape[:3]), ("float32",))
-    _check_cache(name, cache, (None, units.block_size, q.shape[3]))
-    check_values(name, "units.blocks", units.blocks, 0, cache.shape[0])
-    return score_paged(q, weights, cache, units, scratch or Scratch())
-
-
-def _check_cache(operator: str, cache: Any, shape: tuple[int | None, int | None, int]) -> None:
-    """Refuse a cache whose rows do not hold keys of the queries' width."""
-    check_dtype(operator, "cache", cache, ("float32", "int16", "uint8"))
-    if str(cache.dtype).endswith("uint8"):
-        if shape[2] != INDEX_WIDTH:
-            raise ShapeError(
-                f"{operator}: an fp8_ds_mla cache has keys of {INDEX_WIDTH} values, q has "
-                f"{shape[2]}"
-            )
-        # the float32 scale of each key lies in the same block
-        shape = (*shape[:2], INDEX_RECORD_BYTES)
-    check_shape(operator, "cache", cache, shape)
+    check_array(_NAME, "cache", cache, (None, None, None), CACHE_DTYPES)
+    form, num_tokens = cache_format(cache), step.position_ids.shape[0]
+    is_fp8 = form == "fp8_ds_mla"
+    dtypes = ("uint8",) if is_fp8 else activation_dtypes(q)
+    check_array(_NAME, "q", q, (num_tokens, None, INDEX_WIDTH if is_fp8 else None), dtypes)
+    check_shape(_NAME, "cache", cache, (None, None, INDEX_RECORD_BYTES if is_fp8 else q.shape[2]))
+    check_array(_NAME, "weights", weights, tuple(q.shape[:2]), ("float32",))
+    shape = num_tokens, max(step.max_seqlen_k, 1)
+    out = result(_NAME, out, q, shape, "float32", fill=float("-inf"))
+    reason = why_not(form, cache.shape[1], q.shape[1])
+    choice = choose(_NAME, device_kind(q), {TENSOR_CORE: lambda: reason})
+    if num_tokens:
+        function(_NAME, choice.provider)(q, weights, cache, step, out)
+    return out

@@ -8,13 +8,16 @@ block is too small for the matrix library, so each row is cut into units of a fe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.ops._fixed_order import fixed_order, two_rows
+from fd_dsa.ops._fp8 import decode_e4m3
 from fd_dsa.ops._gather import gather_index_blocks, gather_index_keys
 from fd_dsa.ops._host import Scratch, as_numpy, matmul, staged
+from fd_dsa.step import ForwardMeta
 from fd_dsa.step.host_tensor import as_tensor
 
 _UNIT_KEYS = 256
@@ -92,10 +95,25 @@ def _scaled(scores: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
 
 
 def score_gathered(
-    q: Any, weights: Any, cache: Any, key_slots: Any, scratch: Scratch
+    q: Any, weights: Any, cache: Any, key_slots: Any, scratch: Scratch | None = None
 ) -> np.ndarray:
-    """See `indexer_logits`; keys come in tiles, so that memory does not grow with their number."""
+    """Scores of every query against the keys at `key_slots`, in tiles of keys to bound memory.
+
+    Args:
+        q: float32 [num_queries, index_n_heads, index_head_dim], roped; for an fp8_ds_mla cache the
+            values of its codes.
+        weights: float32 [num_queries, index_n_heads]; head weights, all scale factors folded in.
+        cache: [num_blocks, block_size, index_head_dim] float32 or int16 (bfloat16 bits), or uint8
+            [num_blocks, 64, 132], fp8_ds_mla; only there do keys have scales.
+        key_slots: int64 [num_keys]; block * block_size + offset, all in the cache.
+        scratch: buffers to reuse between calls; None = new ones.
+
+    Returns:
+        float32 [num_queries, num_keys], valid until the next call with `scratch`; windows are
+        applied by the reader.
+    """
     queries, heads, dim = q.shape
+    scratch = scratch or Scratch()
     q_rows, w_rows, blocks = as_numpy(q)[None], as_numpy(weights)[None], as_numpy(cache)
     logits = scratch.take("gathered_logits", (queries, len(key_slots)))
     step = max(1, _TILE_BYTES // (4 * max(dim, queries * heads)))
@@ -110,11 +128,23 @@ def score_gathered(
 
 
 def score_paged(
-    q: Any, weights: Any, cache: Any, units: PagedUnits, scratch: Scratch
+    q: Any, weights: Any, cache: Any, units: PagedUnits, scratch: Scratch | None = None
 ) -> np.ndarray:
-    """See `paged_indexer_logits`."""
+    """Scores of the queries of decode rows against their own pages.
+
+    Args:
+        q: float32 [num_rows, queries_per_row, index_n_heads, index_head_dim].
+        weights: float32 [num_rows, queries_per_row, index_n_heads].
+        cache, scratch: as in `score_gathered`.
+        units: which blocks belong to which row; made once per step.
+
+    Returns:
+        float32 [num_rows, queries_per_row, units.width], column = position in the row; columns
+        past a row's keys hold garbage. Valid until the next call with `scratch`.
+    """
     blocks, q_rows, w_rows = as_numpy(cache), as_numpy(q), as_numpy(weights)
     _, queries, _, dim = q_rows.shape
+    scratch = scratch or Scratch()
     logits = scratch.take(
         "paged_logits", (units.num_rows, queries, units.units_per_row, units.unit_keys)
     )
@@ -130,3 +160,23 @@ def score_paged(
             scales = scales.reshape(len(row), 1, units.unit_keys)
         logits[row, :, units.column[tile]] = _scaled(scores, scales)
     return logits.reshape(units.num_rows, queries, units.width)
+
+
+def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any) -> None:
+    """See `fd_dsa.ops.logits.indexer_logits`, with a result to write."""
+    query, head_weights, blocks, out = map(as_numpy, (q, weights, cache, logits))
+    if query.dtype == np.uint8:
+        query = decode_e4m3(query)
+    positions, tables, starts = map(
+        as_numpy, (step.position_ids, step.block_tables, step.cu_seqlens_q)
+    )
+    block_size, scratch = blocks.shape[1], Scratch()
+    for row, (begin, end) in enumerate(pairwise(starts.tolist())):
+        if begin == end:
+            continue
+        keys = np.arange(positions[end - 1] + 1)
+        slots = tables[row, keys // block_size].astype(np.int64) * block_size + keys % block_size
+        tokens = slice(begin, end)
+        scores = score_gathered(query[tokens], head_weights[tokens], blocks, slots, scratch)
+        seen = keys <= positions[tokens, None]
+        np.copyto(out[tokens, : len(keys)], scores, where=seen)

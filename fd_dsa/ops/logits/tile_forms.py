@@ -37,6 +37,21 @@ class TileForm:
         return self.first_tokens + self.rest_tokens
 
 
+def why_not(cache_dtype: str, block_size: int, num_heads: int) -> str | None:
+    """Why the tile kernel cannot score; None if it can.
+
+    Args:
+        cache_dtype: "float32", "bfloat16" or "fp8_ds_mla".
+    """
+    if cache_dtype != "fp8_ds_mla":
+        return f"the cache is {cache_dtype}, it reads fp8_ds_mla"
+    if block_size != BLOCK_SIZE:
+        return f"blocks of {block_size} keys, it reads {BLOCK_SIZE}"
+    if num_heads > MAX_HEADS:
+        return f"{num_heads} index heads, it takes at most {MAX_HEADS}"
+    return None
+
+
 def padded_heads(num_heads: int) -> int:
     """Columns of a token: a power of two, at least those that a product must have."""
     return max(_LEAST_COLUMNS, _power(num_heads))

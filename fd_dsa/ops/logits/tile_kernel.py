@@ -10,17 +10,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH
-from fd_dsa.ops._host import check_array, check_first_token
-from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, MAX_HEADS, TileForm, padded_heads
-from fd_dsa.ops.logits.tile_schedule import TileSchedule, check_schedule
+from fd_dsa.ops._fp8 import INDEX_WIDTH
+from fd_dsa.ops._host import allocator_beside
+from fd_dsa.ops.logits.tile_forms import (
+    BLOCK_SIZE,
+    TileForm,
+    decode_form,
+    padded_heads,
+    prompt_form,
+)
+from fd_dsa.ops.logits.tile_schedule import TileSchedule, fill_tile_schedule
+from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import paddle_jit
+from fd_dsa.triton_runtime.transfers import transfers_for
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
-
-_NAME = "score_tiles"
 
 
 @triton.jit
@@ -276,32 +281,14 @@ def score_tiles(
         chunk: which one of the schedule's.
 
     Raises:
-        ShapeError, DtypeError: an argument is not as above; nothing is launched.
-        ValueError: the schedule has no such chunk.
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch of as many programs as the schedule has; no allocation, no wait.
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1; sharing work out to fixed programs as
     DeepGEMM's paged_mqa_logits does.
     """
-    check_array(_NAME, "q", q, (None, None, INDEX_WIDTH), ("uint8", "float8_e4m3fn"))
-    num_tokens, num_heads, _ = q.shape
-    if not 0 < num_heads <= MAX_HEADS:
-        raise ShapeError(f"{_NAME}: q has {num_heads} heads, allowed are 1 to {MAX_HEADS}")
-    check_array(_NAME, "weights", weights, (num_tokens, num_heads), ("float32",))
-    check_array(_NAME, "cache", cache, (None, BLOCK_SIZE, INDEX_RECORD_BYTES), ("uint8",))
-    if cache.shape[0] == 0:
-        raise ShapeError(f"{_NAME}: cache has no block, allowed is at least one")
-    check_array(_NAME, "position_ids", position_ids, (num_tokens,), ("int64",))
-    check_array(_NAME, "block_tables", block_tables, (None, None), ("int32",))
-    check_schedule(_NAME, schedule, num_tokens)
-    row_stride = _row_stride(logits)
+    num_heads = q.shape[1]
     num_rows, width = logits.shape
-    check_first_token(_NAME, first_token, num_rows, num_tokens)
-    if not 0 <= chunk < schedule.programs.shape[0]:
-        raise ValueError(
-            f"{_NAME}: chunk is {chunk}, allowed is 0 to {schedule.programs.shape[0] - 1}"
-        )
     if num_rows == 0 or width == 0:
         return
     tile_kernel[(schedule.programs.shape[1],)](
@@ -318,7 +305,7 @@ def score_tiles(
         num_rows,
         block_tables.shape[1],
         width,
-        row_stride,
+        logits.stride()[0],
         cache.shape[0],
         NUM_HEADS=num_heads,
         HEADS=padded_heads(num_heads),
@@ -332,12 +319,14 @@ def score_tiles(
     )
 
 
-def _row_stride(logits: Any) -> int:
-    """Check the scores of a call; returns the distance between their rows."""
-    check_array(_NAME, "logits", logits, (None, None), ("float32",))
-    row_stride, column_stride = logits.stride()
-    if column_stride != 1 and logits.shape[1] > 1:
-        raise ShapeError(
-            f"{_NAME}: logits has strides {[row_stride, column_stride]}, the last must be 1"
-        )
-    return row_stride
+def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any) -> None:
+    """See `fd_dsa.ops.logits.indexer_logits`, with a result to write; it allocates a schedule."""
+    num_tokens, heads, _ = q.shape
+    form = prompt_form(heads) if step.num_prefill_tokens else decode_form(heads, 1)
+    programs = transfers_for(q).num_processors() * form.programs_per_processor
+    schedule = TileSchedule.allocate(num_tokens, 1, programs, allocator_beside(q))
+    tokens = step.position_ids, step.batch_id_per_token, step.cu_seqlens_q
+    fill_tile_schedule(schedule, *tokens, form=form, max_keys=logits.shape[1])
+    score_tiles(
+        q, weights, cache, step.position_ids, step.block_tables, schedule, logits, form=form
+    )

@@ -10,14 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import check_array
 from fd_dsa.ops.logits.tile_forms import BLOCK_SIZE, TileForm
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton.language as tl  # isort: skip
 
-_NAME = "fill_tile_schedule"
 # tokens, and programs, that a program of the schedule's kernel takes at a time
 _LANES, _NUM_WARPS = 1024, 8
 TILE_FIELDS, PROGRAM_FIELDS = 4, 8
@@ -173,31 +170,14 @@ def fill_tile_schedule(
         least_keys: a tile none of whose tokens sees more keys is not scored: index_topk, if the
             selection then takes all keys without a look at their scores.
 
-    Raises:
-        ShapeError, DtypeError: a tensor is not as above.
-        ValueError: a number is out of its range, or the schedule is too small for the step.
-        All before anything is launched.
-
     Cost: one launch; no allocation, no wait. Lengths are read when the kernel runs: captured into a
     graph, or ahead of one, it serves any lengths of that many tokens.
     """
-    num_tokens = _check(schedule, position_ids, batch_id_per_token, cu_seqlens_q)
-    if chunk_tokens is None:
-        chunk_tokens = max(num_tokens, 1)
-    least = {"max_keys": 1, "chunk_tokens": 1, "least_keys": 0}
-    given = (max_keys, chunk_tokens, least_keys)
-    for (name, low), value in zip(least.items(), given, strict=True):
-        if value < low:
-            raise ValueError(f"{_NAME}: {name} is {value}, allowed is at least {low}")
-    num_chunks = -(-num_tokens // chunk_tokens)
-    if num_chunks == 0:
+    num_tokens = position_ids.shape[0]
+    if num_tokens == 0:
         return
-    max_num_chunks, num_programs, _ = schedule.programs.shape
-    if num_chunks > max_num_chunks:
-        raise ValueError(
-            f"{_NAME}: {num_tokens} tokens are {num_chunks} chunks of {chunk_tokens}, the schedule "
-            f"holds {max_num_chunks}"
-        )
+    chunk_tokens = chunk_tokens or num_tokens
+    num_chunks, num_programs = -(-num_tokens // chunk_tokens), schedule.programs.shape[1]
     tile_schedule_kernel[(num_chunks,)](
         position_ids,
         batch_id_per_token,
@@ -216,31 +196,3 @@ def fill_tile_schedule(
         LANES=_LANES,
         num_warps=_NUM_WARPS,
     )
-
-
-def check_schedule(operator: str, schedule: TileSchedule, num_tokens: int) -> None:
-    """Raise ShapeError or DtypeError unless the buffers fit together and hold that many tokens."""
-    check_array(operator, "schedule.tiles", schedule.tiles, (None, TILE_FIELDS), ("int32",))
-    capacity = schedule.tiles.shape[0]
-    check_array(operator, "schedule.page_ends", schedule.page_ends, (capacity,), ("int32",))
-    shape = (None, None, PROGRAM_FIELDS)
-    check_array(operator, "schedule.programs", schedule.programs, shape, ("int32",))
-    if num_tokens > capacity:
-        raise ShapeError(
-            f"{operator}: schedule.tiles has {capacity} entries, allowed are at least the "
-            f"{num_tokens} tokens"
-        )
-
-
-def _check(
-    schedule: TileSchedule, position_ids: Any, batch_id_per_token: Any, cu_seqlens_q: Any
-) -> int:
-    """Check the tensors of a call; returns the number of tokens."""
-    check_array(_NAME, "position_ids", position_ids, (None,), ("int64",))
-    num_tokens = position_ids.shape[0]
-    check_array(_NAME, "batch_id_per_token", batch_id_per_token, (num_tokens,), ("int32",))
-    check_array(_NAME, "cu_seqlens_q", cu_seqlens_q, (None,), ("int32",))
-    if cu_seqlens_q.shape[0] == 0:
-        raise ShapeError(f"{_NAME}: cu_seqlens_q is empty, allowed is an entry more than requests")
-    check_schedule(_NAME, schedule, num_tokens)
-    return num_tokens

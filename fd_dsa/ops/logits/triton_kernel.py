@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._host import check_array, check_first_token, check_shape, check_tokens
 from fd_dsa.ops._triton import blocks_of, e4m3_values, stored_values
+from fd_dsa.step import ForwardMeta
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton.language as tl  # isort: skip
@@ -18,10 +18,6 @@ import triton.language as tl  # isort: skip
 _BLOCK_N = 64
 _BLOCK_H = 16
 _BLOCK_D = 32
-_NAME = "score_pages"
-# by whether the cache holds FP8
-_QUERY_DTYPES = {False: ("float32", "bfloat16"), True: ("uint8", "float8_e4m3fn")}
-_CACHE_DTYPES = ("float32", "bfloat16", "int16", "uint8")
 
 
 @paddle_jit(
@@ -147,16 +143,12 @@ def score_pages(
             at. None is `width`.
 
     Raises:
-        ShapeError, DtypeError: an argument is not as above; nothing is launched.
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch; no allocation, no wait.
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1.
     """
-    fp8 = _check_scored(q, weights, cache, block_size)
-    check_tokens(_NAME, q.shape[0], position_ids, batch_id_per_token, block_tables)
-    check_array(_NAME, "logits", logits, (None, None), ("float32",))
-    check_first_token(_NAME, first_token, logits.shape[0], q.shape[0])
+    fp8 = str(cache.dtype).endswith("uint8")
     num_rows, width = logits.shape
     num_keys = width if max_seqlen_k is None else min(width, max_seqlen_k)
     if num_rows == 0 or num_keys == 0:
@@ -187,12 +179,8 @@ def score_pages(
     )
 
 
-def _check_scored(q: Any, weights: Any, cache: Any, block_size: int) -> bool:
-    """Refuse queries and keys that do not belong together; True for an FP8 cache."""
-    check_array(_NAME, "cache", cache, (None, block_size, None), _CACHE_DTYPES)
-    fp8 = str(cache.dtype).endswith("uint8")
-    check_array(_NAME, "q", q, (None, None, None), _QUERY_DTYPES[fp8])
-    # the float32 scale of each key lies in the same block
-    check_shape(_NAME, "cache", cache, (None, block_size, q.shape[2] + 4 * fp8))
-    check_array(_NAME, "weights", weights, tuple(q.shape[:2]), ("float32",))
-    return fp8
+def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any) -> None:
+    """See `fd_dsa.ops.logits.indexer_logits`, with a result to write."""
+    tokens = step.position_ids, step.batch_id_per_token, step.block_tables
+    options = {"block_size": cache.shape[1], "max_seqlen_k": step.max_seqlen_k}
+    score_pages(q, weights, cache, *tokens, logits, **options)

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
+from functools import cache
 from math import prod
 from typing import Any, ClassVar
 
-from fd_dsa.errors import BackendUnavailable, DtypeError, LaunchError, ShapeError
-from fd_dsa.ops._host import check_array
-from fd_dsa.ops.mla.dequantize import Dequantized
-from fd_dsa.ops.mla.tensor_core import check_tensors
+from fd_dsa import custom_ops
+from fd_dsa.errors import BackendUnavailable, LaunchError
+from fd_dsa.ops._fp8 import LATENT_WIDTH
+from fd_dsa.ops.cache_probes import TENSOR_CORE_TOLERANCE, mla_case
+from fd_dsa.ops.mla import tensor_core
+from fd_dsa.ops.mla.records import Dequantized
+from fd_dsa.ops.probes import Memory
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, Reason, choose
+from fd_dsa.ops.topk.custom_op import why_not_compiled
+from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
 
@@ -46,7 +53,6 @@ class CustomAttention(ABC):
         kernels: the library.
 
     Attributes:
-        operator: its name in FD_DSA_OP_PROVIDER.
         launcher: name of its C function.
         most_heads: that it takes; None: any number.
         takes_bfloat16: whether the cache may hold bfloat16 latents; records it always may.
@@ -59,7 +65,6 @@ class CustomAttention(ABC):
         BackendUnavailable: the library is of another release.
     """
 
-    operator: ClassVar[str]
     launcher: ClassVar[str]
     most_heads: ClassVar[int | None]
     takes_bfloat16: ClassVar[bool]
@@ -95,6 +100,7 @@ class CustomAttention(ABC):
         out: Any,
         *,
         softmax_scale: float,
+        kv_lora_rank: int = LATENT_WIDTH,
         lse: Any = None,
         splits: int = 0,
         dequantized: Dequantized | None = None,
@@ -108,17 +114,12 @@ class CustomAttention(ABC):
                 must name slots of that row's blocks alone; others are skipped, or are wrong.
 
         Raises:
-            ShapeError, DtypeError: an argument is not as it says there; nothing is launched.
             LaunchError: a tensor is not contiguous, or not on the device of the others.
             DeviceError: the CUDA runtime refuses the launch, or earlier work has failed.
 
         Cost: one launch, of blocks of 64 heads at most two; no allocation, no wait.
         """
-        is_fp8 = check_tensors(self._name, q, cache, slots, out, lse)
         num_tokens, num_heads, _ = q.shape
-        self._check(num_heads, cache, is_fp8, splits)
-        if dequantized is not None:
-            self._check_dequantized(dequantized, num_tokens, is_fp8)
         if num_tokens == 0 or num_heads == 0:
             return
         job = self._job
@@ -126,35 +127,14 @@ class CustomAttention(ABC):
         job.q, job.cache = self._address("q", q), self._address("cache", cache)
         job.slots, job.out = self._address("slots", slots), self._address("out", out)
         job.lse = None if lse is None else self._address("lse", lse)
-        job.softmax_scale, job.splits, job.is_fp8 = softmax_scale, splits, is_fp8
+        job.softmax_scale, job.splits = softmax_scale, splits
+        job.is_fp8 = str(cache.dtype).endswith("uint8")
         job.num_tokens, job.num_heads, job.topk = num_tokens, num_heads, slots.shape[1]
         job.num_slots = min(prod(cache.shape[:-1]), 2**31 - 1)
         job.out_is_bfloat16 = str(out.dtype).endswith("bfloat16")
         self._name_dequantized(dequantized)
         assert self._launch is not None
         self._launch()
-
-    def _check(self, num_heads: int, cache: Any, is_fp8: bool, splits: int) -> None:
-        """Refuse what this kernel does not take."""
-        if not is_fp8 and not self.takes_bfloat16:
-            raise DtypeError(f"{self._name}: cache: got dtype {cache.dtype}, allowed is uint8")
-        if self.most_heads is not None and num_heads > self.most_heads:
-            raise ShapeError(
-                f"{self._name}: q has {num_heads} heads, allowed are 1 to {self.most_heads}"
-            )
-        if splits not in self.splits:
-            allowed = ", ".join(map(str, self.splits))
-            raise ShapeError(f"{self._name}: splits: got {splits}, allowed are {allowed}")
-
-    def _check_dequantized(self, given: Dequantized, num_tokens: int, is_fp8: bool) -> None:
-        """Refuse dequantized records that do not belong to the other tensors."""
-        if not self.takes_dequantized or not is_fp8:
-            raise DtypeError(
-                f"{self._name}: dequantized: given for a cache that is read by itself, allowed is "
-                "None"
-            )
-        ids = given.batch_id_per_token
-        check_array(self._name, "dequantized.batch_id_per_token", ids, (num_tokens,), ("int32",))
 
     def _name_dequantized(self, given: Dequantized | None) -> None:
         """Put addresses and sizes of dequantized records into the structure."""
@@ -201,7 +181,6 @@ class CustomAttention(ABC):
 class NarrowAttention(CustomAttention):
     """The kernel for 1 to 32 heads over FP8 records."""
 
-    operator = "sparse_mla"
     launcher = "fd_dsa_sparse_mla_narrow_cuda"
     most_heads = MOST_HEADS
     takes_bfloat16 = takes_dequantized = False
@@ -220,7 +199,6 @@ class NarrowAttention(CustomAttention):
 class WideAttention(CustomAttention):
     """The kernel for blocks of 64 heads; a multiple of 64 goes without padding."""
 
-    operator = "sparse_mla_wide"
     launcher = "fd_dsa_sparse_mla_wide_cuda"
     most_heads = None
     takes_bfloat16 = takes_dequantized = True
@@ -236,3 +214,85 @@ class WideAttention(CustomAttention):
             return num_heads > FEW_HEADS and num_tokens >= 1024
         blocks = num_tokens * -(-num_heads // 64)
         return blocks > 4
+
+
+def kind_for(num_heads: int, is_fp8: bool) -> type[CustomAttention] | None:
+    """The kernel of custom_ops/ for so many heads over a cache; None: there is none."""
+    if is_fp8 and num_heads <= MOST_HEADS:
+        return NarrowAttention
+    return WideAttention if num_heads > FEW_HEADS else None
+
+
+def why_not(num_heads: int, is_fp8: bool) -> str | None:
+    """Why no kernel of custom_ops/ takes so many heads over a cache; None if one does."""
+    if kind_for(num_heads, is_fp8) is None:
+        return f"{num_heads} heads over bfloat16 latents, it takes more than {FEW_HEADS}"
+    return None
+
+
+_differences: dict[tuple[type[CustomAttention], Any], str] = {}
+
+
+def difference(kind: type[CustomAttention], kernels: Any, allocate: Allocate) -> str:
+    """How a kernel's attention differs from the definition; "" if it does not.
+
+    The thread waits for the device at the first call for a kernel and a library.
+    """
+    if (kind, kernels) not in _differences:
+        attend = kind(kernels)
+        tolerance = {
+            form: limit
+            for form, limit in TENSOR_CORE_TOLERANCE.items()
+            if kind.takes_bfloat16 or form != "bfloat16"
+        }
+        cases = (mla_case(tolerance, heads) for heads in kind.probed_heads)
+        found = (case.difference(attend, Memory(allocate)) for case in cases)
+        _differences[kind, kernels] = next(filter(None, found), "")
+    return _differences[kind, kernels]
+
+
+def choose_attention(
+    kind: str,
+    num_heads: int,
+    dtype: str,
+    cache_dtype: str,
+    rank: int,
+    rope: int,
+    capability: int,
+    allocate: Allocate,
+) -> Choice:
+    """What attends on a device, for these sizes and types.
+
+    Args:
+        kind: of device, as `providers.device_kind` names it.
+        dtype, cache_dtype, rank, rope, capability: see `tensor_core.why_not`.
+        allocate: makes tensors on the device, for the probe of a kernel of custom_ops/.
+
+    Raises:
+        ConfigError, BackendUnavailable: see `providers.choose`.
+    """
+    is_fp8 = cache_dtype == "fp8_ds_mla"
+    reason = tensor_core.why_not(capability, dtype, cache_dtype, rank, rope)
+    own = kind_for(num_heads, is_fp8)
+    conditions: dict[str, Reason] = {
+        TENSOR_CORE: lambda: reason,
+        CUSTOM_OP: lambda: reason or why_not_compiled() or why_not(num_heads, is_fp8),
+    }
+
+    def probe(kernels: Any) -> str:
+        return difference(own, kernels, allocate) if own else ""
+
+    return choose("sparse_mla", kind, conditions, probe)
+
+
+@cache
+def _attention(kind: type[CustomAttention], kernels: Any) -> CustomAttention:
+    """The one of `attend_slots`."""
+    return kind(kernels)
+
+
+def attend_slots(q: Any, cache: Any, *others: Any, **options: Any) -> None:
+    """See `CustomAttention.__call__`; one thread at a time."""
+    kind = kind_for(q.shape[1], str(cache.dtype).endswith("uint8"))
+    assert kind is not None, why_not(q.shape[1], False)
+    _attention(kind, custom_ops.build().kernels)(q, cache, *others, **options)

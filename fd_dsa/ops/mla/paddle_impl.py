@@ -33,10 +33,29 @@ def _weighted(probabilities: Any, keys: Any) -> np.ndarray:
 
 
 def attend_gathered(
-    q: Any, cache: Any, indices: Any, softmax_scale: float, kv_lora_rank: int, scratch: Scratch
+    q: Any,
+    cache: Any,
+    indices: Any,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    scratch: Scratch | None = None,
 ) -> np.ndarray:
-    """See `sparse_mla`."""
+    """Attention of each query over the cache slots that its row of `indices` names.
+
+    Args:
+        q: float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed query.
+        cache: [num_slots, row]: float32 or int16 (bfloat16 bits), or fp8_ds_mla records, uint8.
+        indices: int32 [num_tokens, topk]; slots of the cache, -1 = none, valid entries first.
+        softmax_scale: factor of the scores.
+        kv_lora_rank: width of the value part.
+        scratch: buffers to reuse between calls; None = new ones.
+
+    Returns:
+        float32 [num_tokens, num_heads, kv_lora_rank]; zeros where a row is all -1.
+    """
     latents, slots, query = as_numpy(cache), as_numpy(indices), as_numpy(q)
+    scratch = scratch or Scratch()
     num_tokens, topk = slots.shape
     width = query.shape[2]
     out = np.empty((num_tokens, query.shape[1], kv_lora_rank), np.float32)
@@ -66,12 +85,22 @@ def attend_dense(
     cache: Any,
     key_slots: Any,
     mask: Any,
+    *,
     softmax_scale: float,
     kv_lora_rank: int,
-    scratch: Scratch,
+    scratch: Scratch | None = None,
 ) -> np.ndarray:
-    """See `masked_mla`."""
-    latents, query = as_numpy(cache), as_numpy(q)
+    """The result of `attend_gathered` for neighbouring tokens that share a short list of keys.
+
+    One product of all queries with all `key_slots`, where `mask` leaves the selected ones: cheaper
+    than a gather per token while the list is not much longer than the selection.
+
+    Args:
+        key_slots: int64 [num_keys]; slots of the cache.
+        mask: float32 [num_tokens, num_keys]; 0 where selected, -inf elsewhere; no row all -inf.
+        q, cache, softmax_scale, kv_lora_rank, scratch: as in `attend_gathered`.
+    """
+    latents, query, scratch = as_numpy(cache), as_numpy(q), scratch or Scratch()
     num_tokens, heads, width = query.shape
     kv = scratch.take("latents", (len(key_slots), width))
     gather_latents(latents, key_slots, kv, scratch)
@@ -91,3 +120,15 @@ def attend_dense(
     values = _weighted(scores, keys).reshape(num_tokens, heads, width)
     values[(~hidden[:, spoiled]).any(axis=1)] = np.nan
     return values[:, :, :kv_lora_rank]
+
+
+def attend_slots(q: Any, cache: Any, slots: Any, out: Any, **options: Any) -> None:
+    """See `fd_dsa.ops.mla.sparse_mla`, with a result to write; valid slots come first."""
+    rows = as_numpy(cache)
+    rows = rows.reshape(-1, rows.shape[-1])
+    as_numpy(out)[...] = attend_gathered(q, rows, slots, **options)
+
+
+def dequantize(cache: Any, slots: Any, out: Any) -> None:
+    """See `fd_dsa.ops.mla.dequantize`, with a result to write."""
+    gather_latents(as_numpy(cache), as_numpy(slots), as_numpy(out), Scratch())

@@ -12,9 +12,8 @@ from functools import lru_cache
 from math import e, log2, prod
 from typing import Any, NamedTuple
 
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import check_array, check_dtype, check_shape
-from fd_dsa.ops.mla._tiles import RANK, RECORD, ROPE
+from fd_dsa.ops._host import allocator_beside
+from fd_dsa.ops.mla._tiles import RANK, ROPE
 from fd_dsa.ops.mla.tensor_core_kernel import (
     attend_copied_kernel,
     attend_kernel,
@@ -22,8 +21,8 @@ from fd_dsa.ops.mla.tensor_core_kernel import (
 )
 from fd_dsa.step.device import Allocate
 
-_NAME = "attend_on_tensor_cores"
 MAX_SPLITS = 32
+_HOPPER = range(90, 100)
 # multiprocessors of an H100 or H200; elsewhere the splits fit less well
 _PROCESSORS = 132
 # what a program costs beside its tiles, and a second launch, in tiles
@@ -145,13 +144,12 @@ def attend_on_tensor_cores(
     Sums are float32.
 
     Raises:
-        ShapeError, DtypeError: an argument is not as above; nothing is launched.
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch, with splits two; no allocation, no wait.
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, over the keys chosen as in arXiv 2512.02556.
     """
-    fp8 = check_tensors(_NAME, q, cache, slots, out, lse)
+    fp8 = str(cache.dtype).endswith("uint8")
     num_tokens, num_heads, _ = q.shape
     topk = slots.shape[1]
     if num_tokens == 0 or num_heads == 0:
@@ -161,8 +159,6 @@ def attend_on_tensor_cores(
     if splits is None:
         splits = num_splits(num_tokens, num_heads, topk, form, rows)
     is_split = splits > 1
-    if is_split:
-        _check_partials(partials, num_tokens * num_heads * splits)
     values, partial_lse = partials if is_split and partials else (None, None)
     groups = -(-num_heads // form.block_h)
     tiles = -(-topk // form.block_n)
@@ -203,36 +199,28 @@ def attend_on_tensor_cores(
         )
 
 
-def check_tensors(name: str, q: Any, cache: Any, slots: Any, out: Any, lse: Any) -> bool:
-    """Refuse tensors that do not belong together; whether the cache holds FP8 records.
+def why_not(capability: int, dtype: str, cache_dtype: str, rank: int, rope: int) -> str | None:
+    """Why attention on tensor cores cannot serve; None if it can.
 
     Args:
-        name: of the operator, for errors.
-        q, cache, slots, out, lse: see `attend_on_tensor_cores`.
-
-    Raises:
-        ShapeError, DtypeError: one of them is not as it says there.
+        capability: of the GPU, 90 on Hopper.
+        dtype, cache_dtype: of activations, and "float32", "bfloat16" or "fp8_ds_mla".
+        rank, rope: values of a latent and of its rotated part.
     """
-    check_array(name, "q", q, (None, None, RANK + ROPE), ("bfloat16",))
-    num_tokens, num_heads, _ = q.shape
-    check_dtype(name, "cache", cache, ("bfloat16", "int16", "uint8"))
-    fp8 = str(cache.dtype).endswith("uint8")
-    width = RECORD if fp8 else RANK + ROPE
-    check_shape(name, "cache", cache, (*(None,) * (len(cache.shape) - 1), width))
-    check_array(name, "slots", slots, (num_tokens, None), ("int32",))
-    check_array(name, "out", out, (num_tokens, num_heads, RANK), ("float32", "bfloat16"))
-    if lse is not None:
-        check_array(name, "lse", lse, (num_tokens, num_heads), ("float32",))
-    return fp8
+    if capability not in _HOPPER:
+        return f"the GPU is of capability {capability}, tiles are made for 90"
+    if dtype != "bfloat16":
+        return f"activations are {dtype}, it takes bfloat16"
+    if cache_dtype == "float32":
+        return "the cache is float32, it takes bfloat16 and fp8_ds_mla"
+    if (rank, rope) != (RANK, ROPE):
+        return f"latents of {rank} and {rope} values, it takes {RANK} and {ROPE}"
+    return None
 
 
-def _check_partials(partials: Partials | None, rows: int) -> None:
-    """Refuse memory that splits would write past."""
-    if partials is None:
-        raise ShapeError(f"{_NAME}: partials is None, splits need rows for {rows} results")
-    check_array(_NAME, "partials.lse", partials.lse, (None,), ("float32",))
-    check_array(
-        _NAME, "partials.values", partials.values, (partials.lse.shape[0] * RANK,), ("float32",)
-    )
-    if partials.lse.shape[0] < rows:
-        raise ShapeError(f"{_NAME}: partials has {partials.lse.shape[0]} rows, splits need {rows}")
+def attend_slots(
+    q: Any, cache: Any, slots: Any, out: Any, *, softmax_scale: float, kv_lora_rank: int = RANK
+) -> None:
+    """`attend_on_tensor_cores` with memory for splits of its own."""
+    partials = new_partials(q.shape[1], allocator_beside(q))
+    attend_on_tensor_cores(q, cache, slots, out, softmax_scale=softmax_scale, partials=partials)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops._host import check_array, check_dtype, check_shape
+from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops._triton import e4m3_values, stored_values
 from fd_dsa.triton_runtime import paddle_jit
 
@@ -22,8 +21,6 @@ _BLOCK_N = 16
 _BLOCK_D = 64
 _QUANT_TILE = 128
 """Latents that share a scale in an FP8 record."""
-_FLOATS = ("float32", "bfloat16")
-_CACHE_DTYPES = (*_FLOATS, "int16", "uint8")
 
 
 @triton.jit
@@ -156,13 +153,11 @@ def attend_slots(
     rounded to it, and in float32 (no TF32) otherwise; sums are float32.
 
     Raises:
-        ShapeError, DtypeError: an argument is not as above; nothing is launched.
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch; no allocation, no wait.
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, over the keys chosen as in arXiv 2512.02556.
     """
-    _check(q, cache, slots, out, kv_lora_rank)
     num_tokens, num_heads, width = q.shape
     if num_tokens == 0:
         return
@@ -195,23 +190,58 @@ def attend_slots(
     )
 
 
-def _check(q: Any, cache: Any, slots: Any, out: Any, kv_lora_rank: int) -> None:
-    """Refuse tensors that do not belong together."""
-    name = "attend_slots"
-    check_array(name, "q", q, (None, None, None), _FLOATS)
-    num_tokens, num_heads, width = q.shape
-    if not 0 < kv_lora_rank <= width:
-        raise ShapeError(
-            f"{name}: kv_lora_rank is {kv_lora_rank}, allowed is 1 to {width}, the width of q"
+@paddle_jit(
+    do_not_specialize=("num_keys", "num_slots"), contiguous=("cache_ptr", "slots_ptr", "out_ptr")
+)
+def dequantize_kernel(
+    cache_ptr,
+    slots_ptr,
+    out_ptr,
+    num_keys,
+    num_slots,
+    RANK: tl.constexpr,
+    ROPE: tl.constexpr,
+    FP8: tl.constexpr,
+    QUANT_TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """See `dequantize`; a program takes BLOCK_N keys."""
+    key = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = tl.load(slots_ptr + key, mask=key < num_keys, other=-1)[:, None]
+    held = (slot >= 0) & (slot < num_slots)
+    dim = tl.arange(0, WIDTH)[None, :]
+    is_latent, is_rope = dim < RANK, (dim >= RANK) & (dim < RANK + ROPE)
+    values = _latents(
+        cache_ptr, slot, dim, held & is_latent, RANK, ROPE, FP8, tl.float32, QUANT_TILE
+    )
+    if FP8:
+        rope = dim - RANK
+        values += _roped(
+            cache_ptr, slot, rope, held & is_rope, RANK, ROPE, FP8, tl.float32, QUANT_TILE
         )
-    check_dtype(name, "cache", cache, _CACHE_DTYPES)
-    if str(cache.dtype).endswith("uint8"):
-        if kv_lora_rank % _QUANT_TILE:
-            raise ShapeError(
-                f"{name}: kv_lora_rank is {kv_lora_rank}, an FP8 cache allows multiples of "
-                f"{_QUANT_TILE}"
-            )
-        width = kv_lora_rank + 4 * (kv_lora_rank // _QUANT_TILE) + 2 * (width - kv_lora_rank)
-    check_shape(name, "cache", cache, (*(None,) * (len(cache.shape) - 1), width))
-    check_array(name, "slots", slots, (num_tokens, None), ("int32",))
-    check_array(name, "out", out, (num_tokens, num_heads, kv_lora_rank), _FLOATS)
+    out = out_ptr + key.to(tl.int64)[:, None] * (RANK + ROPE) + dim
+    tl.store(out, values, mask=(key < num_keys)[:, None] & (is_latent | is_rope))
+
+
+def dequantize(cache: Any, slots: Any, out: Any) -> None:
+    """See `fd_dsa.ops.mla.dequantize`, with a result to write."""
+    num_keys, width = out.shape
+    if num_keys == 0:
+        return
+    fp8 = str(cache.dtype).endswith("uint8")
+    dequantize_kernel[(-(-num_keys // _BLOCK_N),)](
+        cache,
+        slots,
+        out,
+        num_keys,
+        cache.shape[0],
+        # the parts of other caches are alike
+        RANK=LATENT_WIDTH if fp8 else width,
+        ROPE=ROPE_WIDTH if fp8 else 0,
+        FP8=fp8,
+        QUANT_TILE=_QUANT_TILE,
+        WIDTH=triton.next_power_of_2(width),
+        BLOCK_N=_BLOCK_N,
+        num_warps=4,
+    )

@@ -6,15 +6,21 @@ from numbers import Real
 from typing import Any
 
 from fd_dsa.errors import ShapeError
+from fd_dsa.ops import unchecked
 from fd_dsa.ops._fp8 import INDEX_WIDTH, check_scale_fmt
-from fd_dsa.ops._host import check_array, check_dtype, check_rope, check_shape
-from fd_dsa.ops._provider import PADDLE, TRITON, provider_for
+from fd_dsa.ops._host import (
+    as_numpy,
+    check_array,
+    check_dtype,
+    check_rope,
+    check_shape,
+    dtype_name,
+    result,
+)
+from fd_dsa.ops.providers import activation_dtypes, device_kind
 
-__all__ = ["prepare_indexer_query"]
+__all__ = ["indexer_query", "prepare_indexer_query"]
 
-# Paddle's CPU build and NumPy do not compute in bfloat16
-_INPUT_DTYPES = {PADDLE: ("float32",), TRITON: ("float32", "bfloat16")}
-_CODE_DTYPES = {PADDLE: ("float32", "uint8"), TRITON: ("uint8", "float8_e4m3fn")}
 _NAME = "prepare_indexer_query"
 
 
@@ -70,9 +76,9 @@ def prepare_indexer_query(
     Source: DeepSeek-V3.2-Exp, inference/model.py (Indexer).
     """
     check_shape(_NAME, "q", q, (None, None, INDEX_WIDTH if quantized or hadamard else None))
-    chosen = provider_for("indexer_query", q)
-    check_dtype(_NAME, "q", q, _INPUT_DTYPES[chosen])
-    check_array(_NAME, "weights", weights, tuple(q.shape[:2]), _INPUT_DTYPES[chosen])
+    dtypes = activation_dtypes(q)
+    check_dtype(_NAME, "q", q, dtypes)
+    check_array(_NAME, "weights", weights, tuple(q.shape[:2]), dtypes)
     if position_ids is not None:
         check_array(_NAME, "position_ids", position_ids, (q.shape[0],), ("int64",))
     check_rope(_NAME, cos_sin_cache, q.shape[0] if position_ids is None else None, q.shape[2])
@@ -80,12 +86,9 @@ def prepare_indexer_query(
     if isinstance(weights_scale, bool) or not isinstance(weights_scale, Real):
         raise ValueError(f"{_NAME}: weights_scale is {weights_scale!r}, allowed is a number")
     if out is not None:
-        _check_out(q, out, _CODE_DTYPES[chosen] if quantized else _INPUT_DTYPES[chosen])
-    if chosen == TRITON:
-        from fd_dsa.ops.query import triton_kernel as provider
-    else:
-        from fd_dsa.ops.query import paddle_impl as provider
-    return provider.prepare_indexer_query(
+        codes = ("float32", "uint8") if len(dtypes) == 1 else ("uint8", "float8_e4m3fn")
+        _check_out(q, out, codes if quantized else dtypes)
+    return unchecked.prepare_indexer_query(
         q,
         weights,
         position_ids,
@@ -105,3 +108,48 @@ def _check_out(q: Any, out: Any, dtypes: tuple[str, ...]) -> None:
         raise ShapeError(f"{_NAME}: out is no pair, allowed are queries and head weights, or None")
     check_array(_NAME, "out[0]", out[0], tuple(q.shape), dtypes)
     check_array(_NAME, "out[1]", out[1], tuple(q.shape[:2]), ("float32",))
+
+
+def indexer_query(
+    q: Any,
+    weights: Any,
+    position_ids: Any,
+    cos_sin_cache: Any,
+    *,
+    rope_interleave: bool = False,
+    quantized: bool = True,
+    hadamard: bool = False,
+    scale_fmt: str | None = "ue8m0",
+    weights_scale: float = 1.0,
+    out: tuple[Any, Any] | None = None,
+) -> tuple[Any, Any]:
+    """`prepare_indexer_query` whose `q` stays as it is and whose results are `out` or new tensors.
+
+    Args:
+        rope_interleave: pairing of the RoPE, False for DeepSeek-V3.2.
+        quantized: for e4m3 keys: the query is e4m3 codes, uint8. False only rotates.
+        q, weights, position_ids, cos_sin_cache, hadamard, scale_fmt, weights_scale, out: see
+            `prepare_indexer_query`.
+
+    Returns:
+        (q', w'): uint8, or of the dtype of `q`, of its shape; float32 [num_tokens, index_n_heads].
+
+    Raises:
+        ShapeError, DtypeError, ConfigError, ValueError, BackendUnavailable: see there.
+    """
+    check_shape("indexer_query", "q", q, (None, None, None))
+    if out is None:
+        dtype, shape = "uint8" if quantized else dtype_name(q.dtype), tuple(q.shape)
+        out = result(_NAME, None, q, shape, dtype), result(_NAME, None, q, shape[:2], "float32")
+    return prepare_indexer_query(
+        as_numpy(q).copy() if device_kind(q) == "cpu" else q,
+        weights,
+        position_ids,
+        cos_sin_cache,
+        rope_interleave=rope_interleave,
+        quantized=quantized,
+        hadamard=hadamard,
+        scale_fmt=scale_fmt,
+        weights_scale=weights_scale,
+        out=out,
+    )

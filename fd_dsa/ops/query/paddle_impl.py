@@ -20,10 +20,10 @@ def prepare_indexer_query(
     *,
     rope_interleave: bool,
     quantized: bool,
-    hadamard: bool,
-    scale_fmt: str | None,
-    weights_scale: float,
-    out: tuple[Any, Any] | None,
+    hadamard: bool = False,
+    scale_fmt: str | None = "ue8m0",
+    weights_scale: float = 1.0,
+    out: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
     """See `fd_dsa.ops.query.prepare_indexer_query`."""
     query, head_weights = as_numpy(q), as_numpy(weights)

@@ -11,16 +11,13 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
-from fd_dsa.ops._host import check_array, check_dtype, check_shape
+from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops._triton import e4m3_values
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-_NAME = "dequantize_records"
 # float32 numbers that hold a row of 16-bit values, and a line of the L2
 _ROW_WORDS, _LINE_WORDS = (LATENT_WIDTH + ROPE_WIDTH) // 2, 32
 _PROGRAMS, _NUM_WARPS, _RECORDS = 528, 8, 16
@@ -149,7 +146,6 @@ class DequantizedRecords:
     """
 
     def __init__(self, memory: Any, keys_per_token: int) -> None:
-        check_array(_NAME, "memory", memory, (None,), ("float32",))
         self._memory, self._keys_per_token = memory, keys_per_token
         self._layout = lru_cache(maxsize=_CACHED_LAYOUTS)(self._laid_out)
 
@@ -179,22 +175,11 @@ class DequantizedRecords:
         Returns:
             Views of the memory; valid until the next call. None if not one block would fit.
 
-        Raises:
-            ShapeError, DtypeError: an argument is not as above; nothing is launched.
-
         Cost: one launch; no wait, and no allocation once the views of a number of rows exist.
         Source: vLLM's cp_gather_and_upconvert_fp8_kv_cache does it for bfloat16 rows.
         """
-        num_blocks, block_size = _check_cache(cache)
-        check_array(_NAME, "block_tables", block_tables, (None, None), ("int32",))
+        num_blocks, block_size = cache.shape[0], prod(cache.shape[1:-1])
         num_rows = block_tables.shape[0]
-        for argument, found in (
-            ("seq_lens_encoder", seq_lens_encoder),
-            ("seq_lens_decoder", seq_lens_decoder),
-            ("seq_lens_this_time", seq_lens_this_time),
-        ):
-            check_array(_NAME, argument, found, (num_rows,), ("int32",))
-        check_array(_NAME, "batch_id_per_token", batch_id_per_token, (None,), ("int32",))
         values, blocks, flags, capacity = self._layout(num_blocks, num_rows, block_size)
         if capacity == 0 or num_rows == 0:
             return None
@@ -232,16 +217,3 @@ class DequantizedRecords:
         flags = self._memory[num_blocks : num_blocks + num_rows]
         values = self._memory[first : first + capacity * block_size * _ROW_WORDS]
         return values, self._memory[:num_blocks], flags, capacity
-
-
-def _check_cache(cache: Any) -> tuple[int, int]:
-    """Blocks of a cache, and slots of a block."""
-    shape = tuple(cache.shape)
-    check_shape(_NAME, "cache", cache, (*(None,) * (len(shape) - 1), LATENT_RECORD_BYTES))
-    check_dtype(_NAME, "cache", cache, ("uint8",))
-    if len(shape) < 3:
-        raise ShapeError(
-            f"{_NAME}: cache has shape {list(shape)}, allowed is [num_blocks, ..., block_size, "
-            f"{LATENT_RECORD_BYTES}]"
-        )
-    return int(shape[0]), int(prod(shape[1:-1]))
