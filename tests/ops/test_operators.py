@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -306,6 +308,28 @@ def test_refusals(call: str, error: type[Exception], message: str, changes: dict
         arguments |= {"step": make_step()}
     with pytest.raises(error, match=rf"^{call}: {message}"):
         getattr(ops, call)(**arguments)
+
+
+PAGE = (Path(__file__).parents[2] / "docs/operators.md").read_text("utf-8")
+EXAMPLES = dict(re.findall(r"^## (\w+)\n.*?^```py\n(.*?)^```", PAGE, re.M | re.S))
+
+
+@pytest.mark.parametrize("name", [n for n in ops.__all__ if n != "CacheWriteParams"])
+def test_the_example_of_the_page_runs(name: str) -> None:
+    assert f"| [`{name}`](#{name}) |" in PAGE
+    exec(EXAMPLES[name], {})
+
+
+def test_the_table_of_the_page_is_that_of_the_code() -> None:
+    rows = re.findall(r"^\| (`[a-z_`, ]+) \| ([a-z_`, ]+) \| ([a-z_`, ]+) \|$", PAGE, re.M)
+    told = {
+        op: [cell.split(", ") for cell in cells] for ops_, *cells in rows for op in ops_.split(", ")
+    }
+    served = {
+        f"`{op}`": [[f"`{p}`" for p in providers.on(op, kind)] for kind in ("cpu", "gpu")]
+        for op in providers.OPERATORS
+    }
+    assert told == served
 
 
 @pytest.mark.gpu_rig
