@@ -21,7 +21,7 @@ from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig,
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.mla_query import prepare_mla_query
-from fd_dsa.ops.query import prepare_indexer_query
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from fd_dsa.step.device import Allocate
 
 BLOCK = 64

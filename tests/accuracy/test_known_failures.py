@@ -35,7 +35,7 @@ from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.registry import create_model
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.ops.query import prepare_indexer_query
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from tests.accuracy.broken_selectors import FirstKeysOnly, OwnChunkOnly, TrailingKeysOnly
 from tests.models.folders import TINY, TINY_GLM
 from tests.reference.rope import ref_frequencies, ref_rotate

@@ -8,7 +8,6 @@ within 2^-11. Blocks of 64 heads: rounded where `attend_on_tensor_cores` says.
 from __future__ import annotations
 
 import ctypes
-from abc import ABC, abstractmethod
 from functools import cache
 from math import prod
 from typing import Any, ClassVar
@@ -46,7 +45,7 @@ class SparseMla(ctypes.Structure):
     )
 
 
-class CustomAttention(ABC):
+class CustomAttention:
     """A kernel of a loaded library; one of these serves one thread at a time.
 
     Args:
@@ -54,23 +53,20 @@ class CustomAttention(ABC):
 
     Attributes:
         launcher: name of its C function.
-        most_heads: that it takes; None: any number.
         takes_bfloat16: whether the cache may hold bfloat16 latents; records it always may.
         takes_dequantized: whether it reads records that were dequantized before.
         always_heads: up to which it was at least as fast as Triton's kernel for any tokens.
-        splits: numbers of blocks among which a token may be split; 0: as suits the device.
         probed_heads: of the small cases on which it has to agree before it serves.
+        is_faster: of tokens and heads, whether it was at least as fast on an H200.
 
     Raises:
         BackendUnavailable: the library is of another release.
     """
 
     launcher: ClassVar[str]
-    most_heads: ClassVar[int | None]
     takes_bfloat16: ClassVar[bool]
     takes_dequantized: ClassVar[bool]
     always_heads: ClassVar[int]
-    splits: ClassVar[tuple[int, ...]]
     probed_heads: ClassVar[tuple[int, ...]]
 
     def __init__(self, kernels: Any) -> None:
@@ -86,11 +82,6 @@ class CustomAttention(ABC):
         self._launch: CLaunch | None = None
         self._api: Any = None
         self._device = -1
-
-    @staticmethod
-    @abstractmethod
-    def is_faster(num_tokens: int, num_heads: int) -> bool:
-        """Whether it was at least as fast as Triton's kernel on an H200; see `kind_for`."""
 
     def __call__(
         self,
@@ -108,7 +99,7 @@ class CustomAttention(ABC):
         """See `attend_on_tensor_cores`, for the heads and caches of this kernel.
 
         Args:
-            splits: blocks that share a token, one of `self.splits`.
+            splits: blocks that share a token, see csrc/sparse_mla.h; 0: as suits the device.
             dequantized: records of the cache that were dequantized, for a kernel that takes them;
                 what it names gives the same bits faster. A token of a row that was dequantized
                 must name slots of that row's blocks alone; others are skipped, or are wrong.
@@ -182,10 +173,8 @@ class NarrowAttention(CustomAttention):
     """The kernel for 1 to 32 heads over FP8 records."""
 
     launcher = "fd_dsa_sparse_mla_narrow_cuda"
-    most_heads = MOST_HEADS
     takes_bfloat16 = takes_dequantized = False
     always_heads = 16
-    splits = tuple(range(17))
     probed_heads = (7, 20)
 
     @staticmethod
@@ -200,10 +189,8 @@ class WideAttention(CustomAttention):
     """The kernel for blocks of 64 heads; a multiple of 64 goes without padding."""
 
     launcher = "fd_dsa_sparse_mla_wide_cuda"
-    most_heads = None
     takes_bfloat16 = takes_dequantized = True
     always_heads = 0
-    splits = (*range(9), 16)
     probed_heads = (64, 100)
 
     @staticmethod

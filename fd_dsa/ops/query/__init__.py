@@ -19,19 +19,19 @@ from fd_dsa.ops._host import (
 )
 from fd_dsa.ops.providers import activation_dtypes, device_kind
 
-__all__ = ["indexer_query", "prepare_indexer_query"]
+__all__ = ["indexer_query"]
 
-_NAME = "prepare_indexer_query"
+_NAME = "indexer_query"
 
 
-def prepare_indexer_query(
+def indexer_query(
     q: Any,
     weights: Any,
     position_ids: Any,
     cos_sin_cache: Any,
     *,
-    rope_interleave: bool,
-    quantized: bool,
+    rope_interleave: bool = False,
+    quantized: bool = True,
     hadamard: bool = False,
     scale_fmt: str | None = "ue8m0",
     weights_scale: float = 1.0,
@@ -47,8 +47,7 @@ def prepare_indexer_query(
     k_scale[s] * sum_h w'[t, h] * relu(q8[t, h] . k8[s]).
 
     Args:
-        q: float32 or bfloat16 [num_tokens, index_n_heads, index_head_dim]; float32 on a CPU, which
-            may overwrite it.
+        q: float32 or bfloat16 [num_tokens, index_n_heads, index_head_dim]; float32 on a CPU.
         weights: float32 or bfloat16 [num_tokens, index_n_heads].
         position_ids: int64 [num_tokens]; rows of `cos_sin_cache`. None = row t belongs to token t,
             as where a step gathers them once for all layers. A device takes a position outside
@@ -59,13 +58,12 @@ def prepare_indexer_query(
         hadamard, scale_fmt: those of the keys in the cache.
         weights_scale: a number, index_n_heads**-0.5 * index_head_dim**-0.5; 1 where the weights
             have it.
-        out: where to write the two results, of their shapes and types; None allocates.
+        out: where to write the two results, of their shapes and types, on a CPU also float32,
+            the values of the codes; None allocates.
 
     Returns:
-        (q', w'). Quantised: q' is e4m3, [num_tokens, index_n_heads, 128], w' float32
-        [num_tokens, index_n_heads]. On a CPU q' is float32 with the values of the codes, which
-        its products need; an `out` of uint8 gets the codes. Else q' is float32 (bfloat16 where a
-        device's `q` is) and w' float32.
+        (q', w'): quantised uint8, e4m3 codes, else of the dtype of `q`; of its shape. And float32
+        [num_tokens, index_n_heads].
 
     Raises:
         ShapeError, DtypeError, ConfigError (an unknown scale_fmt): before any work.
@@ -88,8 +86,12 @@ def prepare_indexer_query(
     if out is not None:
         codes = ("float32", "uint8") if len(dtypes) == 1 else ("uint8", "float8_e4m3fn")
         _check_out(q, out, codes if quantized else dtypes)
+    if out is None:
+        dtype, shape = "uint8" if quantized else dtype_name(q.dtype), tuple(q.shape)
+        out = result(_NAME, None, q, shape, dtype), result(_NAME, None, q, shape[:2], "float32")
     return unchecked.prepare_indexer_query(
-        q,
+        # NumPy's form works in the memory of the query
+        as_numpy(q).copy() if device_kind(q) == "cpu" else q,
         weights,
         position_ids,
         cos_sin_cache,
@@ -108,48 +110,3 @@ def _check_out(q: Any, out: Any, dtypes: tuple[str, ...]) -> None:
         raise ShapeError(f"{_NAME}: out is no pair, allowed are queries and head weights, or None")
     check_array(_NAME, "out[0]", out[0], tuple(q.shape), dtypes)
     check_array(_NAME, "out[1]", out[1], tuple(q.shape[:2]), ("float32",))
-
-
-def indexer_query(
-    q: Any,
-    weights: Any,
-    position_ids: Any,
-    cos_sin_cache: Any,
-    *,
-    rope_interleave: bool = False,
-    quantized: bool = True,
-    hadamard: bool = False,
-    scale_fmt: str | None = "ue8m0",
-    weights_scale: float = 1.0,
-    out: tuple[Any, Any] | None = None,
-) -> tuple[Any, Any]:
-    """`prepare_indexer_query` whose `q` stays as it is and whose results are `out` or new tensors.
-
-    Args:
-        rope_interleave: pairing of the RoPE, False for DeepSeek-V3.2.
-        quantized: for e4m3 keys: the query is e4m3 codes, uint8. False only rotates.
-        q, weights, position_ids, cos_sin_cache, hadamard, scale_fmt, weights_scale, out: see
-            `prepare_indexer_query`.
-
-    Returns:
-        (q', w'): uint8, or of the dtype of `q`, of its shape; float32 [num_tokens, index_n_heads].
-
-    Raises:
-        ShapeError, DtypeError, ConfigError, ValueError, BackendUnavailable: see there.
-    """
-    check_shape("indexer_query", "q", q, (None, None, None))
-    if out is None:
-        dtype, shape = "uint8" if quantized else dtype_name(q.dtype), tuple(q.shape)
-        out = result(_NAME, None, q, shape, dtype), result(_NAME, None, q, shape[:2], "float32")
-    return prepare_indexer_query(
-        as_numpy(q).copy() if device_kind(q) == "cpu" else q,
-        weights,
-        position_ids,
-        cos_sin_cache,
-        rope_interleave=rope_interleave,
-        quantized=quantized,
-        hadamard=hadamard,
-        scale_fmt=scale_fmt,
-        weights_scale=weights_scale,
-        out=out,
-    )

@@ -25,9 +25,9 @@ def prepare_indexer_query(
     weights_scale: float = 1.0,
     out: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.query.prepare_indexer_query`."""
+    """See `fd_dsa.ops.query.indexer_query`."""
     query, head_weights = as_numpy(q), as_numpy(weights)
-    name = "prepare_indexer_query"
+    name = "indexer_query"
     for argument, array in zip(("q", "out[0]", "out[1]"), (q, *(out or ())), strict=False):
         check_writable(name, argument, array)
     cos_sin = cos_sin_of(name, position_ids, cos_sin_cache)

@@ -24,7 +24,7 @@ from fd_dsa.triton_runtime import paddle_jit
 
 import triton.language as tl  # isort: skip
 
-_NAME = "prepare_indexer_query"
+_NAME = "indexer_query"
 # (BLOCK_ROWS, num_warps) that benchmarks/tune.py times
 CANDIDATES = (
     *((4, 1), (8, 1), (16, 1), (8, 2), (16, 2), (32, 2), (64, 2)),
@@ -119,7 +119,7 @@ def prepare_indexer_query(
     weights_scale: float = 1.0,
     out: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.query.prepare_indexer_query`."""
+    """See `fd_dsa.ops.query.indexer_query`."""
     if out is None:
         out = _allocated(q, quantized)
     arguments = kernel_arguments(

@@ -12,8 +12,8 @@ import pytest
 from fd_dsa.ops.cache_write import write_caches
 from fd_dsa.ops.logits.triton_kernel import score_pages
 from fd_dsa.ops.mla.triton_kernel import attend_slots
-from fd_dsa.ops.query import prepare_indexer_query
 from fd_dsa.ops.topk.triton_kernel import select_slots
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from tests.gpu_rig import Rig
 from tests.kernel_memory import POISON, KernelMemory, open_memory
 from tests.ops.cache_write_case import BITS, BLOCK, DIM, RANK, ROPE, arguments, make_case, on_cpu
