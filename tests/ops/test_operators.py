@@ -142,6 +142,14 @@ def test_metadata_in_the_buffers_of_a_builder() -> None:
     assert (step.max_seqlen_k, step.num_prefill_tokens) == (71, 3)
 
 
+def test_keys_without_a_block_have_no_slot() -> None:
+    tables = paddle.to_tensor(np.array([[3, 4, -1]], np.int32))
+    pages = {"batch_ids": ints(0, -1), "block_tables": tables, "block_size": 2, "num_blocks": 4}
+    logits = paddle.to_tensor(np.arange(16, dtype=np.float32).reshape(2, 8))
+    slots = ops.topk_indices(logits, ints(8, 8), 8, **pages)
+    assert slots.tolist() == [[6, 7, *[-1] * 6], [-1] * 8]
+
+
 def test_results_are_written_where_they_are_asked_for() -> None:
     x, step = attention_inputs(False), make_step()
     out = paddle.full([T, 80], 5.0)
