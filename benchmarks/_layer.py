@@ -20,8 +20,8 @@ from benchmarks._fp8_linear import Fp8Linear
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.indexer_query import prepare_indexer_query
 from fd_dsa.ops.mla_query import prepare_mla_query
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from fd_dsa.step.device import Allocate
 
 BLOCK = 64

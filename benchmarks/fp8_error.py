@@ -29,7 +29,7 @@ from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.factory import build_engine
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops.indexer_query import prepare_indexer_query
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from tools.demo_training.evalset import read
 
 RESULT = RESULTS / "accuracy" / "fp8_cache.json"

@@ -22,11 +22,6 @@ DEFAULT_OVERLAP_MAX_TOKENS = 256
 Read from measurements (docs/performance.md).
 """
 
-OP_PROVIDERS = {
-    operator: ("custom_op", "triton") for operator in ("topk", "sparse_mla", "sparse_mla_wide")
-}
-"""Operators that have more than one provider on a GPU, and those that may be asked for."""
-
 # with less the server of the demo model does not start
 _LEAST_ADDRESS_SPACE_BYTES = 3 << 29
 _cpu_threads: int | None = None
@@ -198,26 +193,9 @@ def overlap_max_tokens() -> int | None:
     return int(value)
 
 
-def op_provider(operator: str) -> str | None:
-    """Provider of an operator on a GPU that FD_DSA_OP_PROVIDER asks for; None = none.
-
-    The variable holds pairs such as `topk=triton`, separated by commas.
-
-    Raises:
-        ConfigError: a pair of another form, an unknown operator, or a provider that it has not.
-    """
-    text, wanted = os.environ.get("FD_DSA_OP_PROVIDER", ""), None
-    for pair in filter(None, map(str.strip, text.split(","))):
-        name, _, provider = pair.partition("=")
-        if provider not in OP_PROVIDERS.get(name, ()):
-            allowed = ", ".join(f"{op}={p}" for op, served in OP_PROVIDERS.items() for p in served)
-            raise ConfigError(
-                f"FD_DSA_OP_PROVIDER: got {pair!r} in {text!r}, allowed: {allowed}, separated by "
-                "commas, or unset"
-            )
-        if name == operator:
-            wanted = provider
-    return wanted
+def op_provider_variable() -> str:
+    """FD_DSA_OP_PROVIDER as it is, such as `topk=triton,cache_write=triton`; "" where unset."""
+    return os.environ.get("FD_DSA_OP_PROVIDER", "")
 
 
 def openai_api_key() -> str | None:

@@ -14,6 +14,7 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.host import HostAttention
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.errors import ConfigError, MissingStepError
+from fd_dsa.ops._host import check_shape
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.step import ForwardMeta, StepHints, StepMetadataBuilder
 from fd_dsa.step.views import Allocate
@@ -280,4 +281,8 @@ class DSAAttentionBackend:
                 f"layer {layer_id} has no selection: select of this layer, or of the layer it "
                 "shares with, must be called first"
             )
+        layout = self.config.cache_layout
+        width = layout.kv_lora_rank + layout.qk_rope_head_dim
+        if q.shape[-1] != width:
+            check_shape("attend", "q", q, (None, None, width))
         return self.attention.attend(step, q, cache_of(forward_meta, 2 * layer_id), selection)

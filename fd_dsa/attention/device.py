@@ -13,21 +13,12 @@ from math import prod
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.device_kernels import (
-    ATTENTION,
-    SCORES,
-    kernel_bytes,
-    make_attention,
-    make_scores,
-    settle_kernels,
-)
+from fd_dsa.attention.device_kernels import kernel_bytes, make_attention, make_scores
 from fd_dsa.attention.device_logits import rounded_length
+from fd_dsa.ops import unchecked
 from fd_dsa.ops._host import check_shape
-from fd_dsa.ops._provider import device_kind, provider_for
-from fd_dsa.ops.cache_write import write_caches
-from fd_dsa.ops.indexer_query import prepare_indexer_query
-from fd_dsa.ops.mla_query import prepare_mla_query
-from fd_dsa.ops.topk.device import slot_selector
+from fd_dsa.ops.providers import device_kind, settle
+from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate, paddle_place
 from fd_dsa.triton_runtime.transfers import GpuTraits, transfers_for
@@ -62,14 +53,15 @@ class DeviceAttention:
         # the layer that made it, as the address of its cache, and the slots
         self._everything: tuple[int, Any] | None = None
         logits = self._buffers["logits"]
-        provider_for("topk", logits)
-        self._select_slots = slot_selector(allocate)
-        transfers = transfers_for(logits)
-        against = settle_kernels(config, device_kind(logits), transfers)
+        kind, transfers = device_kind(logits), transfers_for(logits)
+        # the interpreter's tensors are in host memory
+        kind = "interpreter" if kind == "cpu" else kind
+        settle(kind)
+        self._select_slots = slot_selector(kind, allocate)
         made = self._view, buffers["logits"][0], self._select_slots, transfers
-        self._scores = make_scores(config, against[SCORES], allocate, *made)
+        self._scores = make_scores(config, kind, allocate, *made)
         # scores of a layer are done with when its tokens attend
-        self._attention = make_attention(config, against[ATTENTION], allocate, logits)
+        self._attention = make_attention(config, kind, allocate, logits, transfers)
 
     def begin_step(self, step: ForwardMeta | None = None) -> None:
         """Forget what the layers of the step before shared, and prepare what those of `step` will.
@@ -122,10 +114,10 @@ class DeviceAttention:
 
     def write(self, step: ForwardMeta, kv_a: Any, index_k: Any, cos_sin: Any, *caches: Any) -> None:
         """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
-        write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
+        unchecked.write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
 
-    prepare_indexer_query = staticmethod(prepare_indexer_query)
-    prepare_mla_query = staticmethod(prepare_mla_query)
+    prepare_indexer_query = staticmethod(unchecked.prepare_indexer_query)
+    prepare_mla_query = staticmethod(unchecked.prepare_mla_query)
 
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
         """See DSAAttentionBackend.select; `cache` is the layer's indexer cache.

@@ -12,11 +12,11 @@ from fd_dsa.ops._host import Scratch, as_numpy, check_shape
 from fd_dsa.ops._rope import rotate_
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.cache_write.paddle_impl import store_keys
-from fd_dsa.ops.indexer_logits import indexer_logits, paged_indexer_logits
-from fd_dsa.ops.indexer_query import prepare_indexer_query
-from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
-from fd_dsa.ops.sparse_mla.paddle_impl import attend_gathered
-from fd_dsa.ops.topk import positions_to_slots, topk_indices
+from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
+from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
+from fd_dsa.ops.providers import settle
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.host_tensor import as_tensor
 
@@ -40,6 +40,7 @@ class HostAttention:
         # address of a cache's tensor object -> the tensor, and an array over its memory
         self._views: dict[int, tuple[Any, np.ndarray]] = {}
         self._checked: set[tuple[Any, ...]] = set()
+        settle("cpu")
 
     def begin_step(self, step: ForwardMeta | None = None) -> None:
         """Forget the plan of the step before; without a next step the caches, too."""
@@ -159,16 +160,18 @@ class HostAttention:
     def _score(self, plan: StepPlan, q: np.ndarray, weights: np.ndarray, cache: Any) -> None:
         """Fill `plan.slots` for the tokens with more keys than `index_topk`."""
         for tile in plan.score_tiles:
-            logits = indexer_logits(
+            logits = score_gathered(
                 q[tile.tokens], weights[tile.tokens], cache, tile.key_slots, self._scratch
             )
             self._keep_best(plan, tile, logits)
         if plan.decode_rows is not None:
             group = plan.decode_rows
-            logits = paged_indexer_logits(
+            logits = score_paged(
                 q[group.tokens], weights[group.tokens], cache, group.units, self._scratch
             )
-            positions = topk_indices(logits.reshape(-1, logits.shape[2]), group.window, plan.topk)
+            positions = select_positions(
+                logits.reshape(-1, logits.shape[2]), group.window, plan.topk
+            )
             tokens = group.tokens.ravel()
             plan.slots[tokens] = positions_to_slots(
                 positions, plan.batch_ids[tokens], plan.block_tables, self.block_size
@@ -180,7 +183,7 @@ class HostAttention:
             # several rows: bring every token's own keys to column 0
             column = tile.key_start[:, None] + np.arange(int(tile.window.max()))[None, :]
             logits = np.take_along_axis(logits, np.minimum(column, logits.shape[1] - 1), axis=1)
-        positions = topk_indices(logits, tile.window, plan.topk)
+        positions = select_positions(logits, tile.window, plan.topk)
         plan.slots[tile.tokens] = positions_to_slots(
             positions, plan.batch_ids[tile.tokens], plan.block_tables, self.block_size
         )
@@ -194,10 +197,10 @@ class HostAttention:
         """
         config, scratch = self.config, self._scratch
         scale, rank = config.softmax_scale, config.cache_layout.kv_lora_rank
-        tokens = plan.gathered_tokens
-        if slots is plan.slots and len(tokens) == len(q) and q.shape[2] == rows.shape[1]:
-            return attend_gathered(q, rows, slots, scale, rank, scratch)
         options = {"softmax_scale": scale, "kv_lora_rank": rank, "scratch": scratch}
+        tokens = plan.gathered_tokens
+        if slots is plan.slots and len(tokens) == len(q):
+            return attend_gathered(q, rows, slots, **options)
         out = scratch.take("attention", (q.shape[0], q.shape[1], rank))
         out[plan.num_tokens :] = 0.0
         for i, tile in enumerate(plan.dense_tiles):
@@ -205,9 +208,9 @@ class HostAttention:
                 mask = tile.selection_mask(slots[tile.tokens], plan.slot_position)
             else:
                 mask = plan.window_masks[i]
-            out[tile.tokens] = masked_mla(q[tile.tokens], rows, tile.key_slots, mask, **options)
+            out[tile.tokens] = attend_dense(q[tile.tokens], rows, tile.key_slots, mask, **options)
         if len(tokens) == len(q):
-            out[:] = sparse_mla(q, rows, slots, **options)
+            out[:] = attend_gathered(q, rows, slots, **options)
         elif len(tokens):
-            out[tokens] = sparse_mla(q[tokens], rows, slots[tokens], **options)
+            out[tokens] = attend_gathered(q[tokens], rows, slots[tokens], **options)
         return out

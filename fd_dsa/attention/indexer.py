@@ -17,7 +17,7 @@ from fd_dsa.attention.layers import (
 )
 from fd_dsa.ops._gemm import HostMatrix, matrix
 from fd_dsa.ops._linear import linear
-from fd_dsa.ops.indexer_projection import project_indexer
+from fd_dsa.ops.unchecked import project_indexer
 
 
 @dataclass(frozen=True, slots=True)

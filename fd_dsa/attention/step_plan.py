@@ -18,8 +18,8 @@ import numpy as np
 from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops.cache_write.paddle_impl import places
-from fd_dsa.ops.indexer_logits import PagedUnits
-from fd_dsa.ops.topk import positions_to_slots
+from fd_dsa.ops.logits.paddle_impl import PagedUnits
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.host_tensor import as_tensor
 

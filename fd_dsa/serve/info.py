@@ -33,17 +33,21 @@ def engine_info(config: EngineConfig) -> dict[str, Any]:
     """
     import paddle
 
-    from fd_dsa.ops._provider import kernel_reasons, provider_table
+    from fd_dsa.ops.providers import table
     from fd_dsa.runner.device import resolve_device
 
-    device = resolve_device(config.device)
+    device, choices = resolve_device(config.device), table()
     return {
         "paddle": paddle.__version__,
         "device": device,
         "device_name": _device_name(device),
-        # on a CPU they are chosen by the first request
-        "providers": provider_table() or None,
-        "not_on_tensor_cores": kernel_reasons() or None,
+        "providers": {
+            op: {kind: c.provider for kind, c in by.items()} for op, by in choices.items()
+        },
+        "provider_reasons": {
+            op: {kind: c.against for kind, c in by.items() if c.against}
+            for op, by in choices.items()
+        },
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fd_dsa.accuracy.selection.tap import RecordingBackend
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops.topk import positions_to_slots
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 
 HUGE = 2**31 - 1
 

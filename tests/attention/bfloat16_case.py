@@ -18,10 +18,10 @@ from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig,
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
 from fd_dsa.ops.cache_write.paddle_impl import write_caches as cpu_cache_write
-from fd_dsa.ops.indexer_query import prepare_indexer_query
-from fd_dsa.ops.indexer_query.paddle_impl import prepare_indexer_query as cpu_indexer_query
 from fd_dsa.ops.mla_query import prepare_mla_query
 from fd_dsa.ops.mla_query.paddle_impl import prepare_mla_query as cpu_mla_query
+from fd_dsa.ops.query.paddle_impl import prepare_indexer_query as cpu_indexer_query
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa.ops.sparse_mla.custom_op import SparseMla
+from fd_dsa.ops.mla.custom_op import SparseMla
 from tests.custom_ops.building import EMULATED, SOURCES, compile_library
 from tests.ops.tensor_core_case import RANK, Case
 

@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 
 from fd_dsa import custom_ops
-from fd_dsa.errors import BackendUnavailable, DtypeError, LaunchError, ShapeError
-from fd_dsa.ops.sparse_mla.custom_op import CustomAttention, NarrowAttention, WideAttention
-from fd_dsa.ops.sparse_mla.dequantize import Dequantized
-from fd_dsa.ops.sparse_mla.device import custom_attention, kind_for
+from fd_dsa.errors import BackendUnavailable, LaunchError
+from fd_dsa.ops.mla.custom_op import (
+    CustomAttention,
+    NarrowAttention,
+    WideAttention,
+    choose_attention,
+    kind_for,
+)
+from fd_dsa.ops.mla.records import Dequantized
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice
 from tests.custom_ops.adoption import HostApi, adopted
 from tests.custom_ops.building import host_library
 from tests.kernel_memory import KernelMemory, open_memory
@@ -30,41 +36,32 @@ def kernel_memory(
 ) -> Iterator[KernelMemory]:
     """Host memory, and host code behind the C ABI that answers with the numbers it was given."""
     memory = open_memory(request.param)
-    monkeypatch.setattr("fd_dsa.ops.sparse_mla.custom_op.api_for_type", lambda kind: HostApi())
-    monkeypatch.setattr("fd_dsa.ops.sparse_mla.device.INTERPRETING", False)
+    monkeypatch.setattr("fd_dsa.ops.mla.custom_op.api_for_type", lambda kind: HostApi())
+    monkeypatch.setattr("fd_dsa.ops.topk.custom_op.INTERPRETING", False)
     with adopted(host_library(), monkeypatch, on_gpu=False):
         yield memory
 
 
-@pytest.mark.parametrize(
-    ("kind", "operator", "heads"),
-    [(NarrowAttention, "sparse_mla", 7), (WideAttention, "sparse_mla_wide", 64)],
-)
-def test_a_kernel_that_computes_something_else_does_not_serve(
-    kernel_memory: KernelMemory,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: type[CustomAttention],
-    operator: str,
-    heads: int,
-) -> None:
-    monkeypatch.setattr(kind, "__call__", lambda *arguments, **options: None)
-    assert custom_attention(kind, kernel_memory.poisoned) is None
-    [choice] = custom_ops.choices()
-    assert choice.operator == operator
-    assert not choice.serves and f"{heads} heads of the probe are off by" in choice.reason
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_probe_knows_what_is_right(
+def test_a_kernel_serves_where_its_probe_agrees(
     kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, kind: type[CustomAttention]
 ) -> None:
-    from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores
+    from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores
 
-    def triton(self: Any, *arguments: Any, **options: Any) -> None:
+    def triton(self: Any, *arguments: Any, kv_lora_rank: int, **options: Any) -> None:
         attend_on_tensor_cores(*arguments, **options)
 
+    def choose() -> Choice:
+        types = "bfloat16", FP8, 512, 64, 90
+        return choose_attention("gpu", HEADS[kind], *types, kernel_memory.poisoned)
+
+    monkeypatch.setattr(kind, "__call__", lambda *arguments, **options: None)
+    choice, heads = choose(), kind.probed_heads[0]
+    assert choice.provider == TENSOR_CORE
+    assert f"fp8_ds_mla, {heads} heads: outputs of token 0 are off by" in choice.against[CUSTOM_OP]
     monkeypatch.setattr(kind, "__call__", triton)
-    assert isinstance(custom_attention(kind, kernel_memory.poisoned), kind)
+    monkeypatch.setattr("fd_dsa.ops.mla.custom_op._differences", {})
+    assert choose().provider == CUSTOM_OP
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,30 +103,6 @@ def dequantized(m: KernelMemory, num_tokens: int = 2) -> Dequantized:
     ids = m.put(np.arange(num_tokens, dtype=np.int32))
     values = m.poisoned((128 * 288,), "float32")
     return Dequantized(values, m.put(blocks), m.put(flags), ids, 64, 128)
-
-
-@pytest.mark.parametrize(
-    ("kind", "cache", "tokens", "error", "text"),
-    [
-        (NarrowAttention, FP8, 2, DtypeError, "read by itself, allowed is None"),
-        (WideAttention, "bfloat16", 2, DtypeError, "read by itself, allowed is None"),
-        (WideAttention, FP8, 3, ShapeError, "dequantized.batch_id_per_token"),
-    ],
-)
-def test_dequantized_records_that_it_refuses(
-    kernel_memory: KernelMemory,
-    kind: type[CustomAttention],
-    cache: str,
-    tokens: int,
-    error: type[Exception],
-    text: str,
-) -> None:
-    m, heads, attend = kernel_memory, HEADS[kind], kind(custom_ops.build().kernels)
-    case, out = make(cache, [5, 2], 6, heads=heads), m.poisoned((2, heads, RANK), "float32")
-    before = m.get(out)
-    with pytest.raises(error, match=text):
-        attend(*case.inputs(m), out, softmax_scale=1.0, dequantized=dequantized(m, tokens))
-    assert np.array_equal(m.get(out), before)
 
 
 def test_latents_of_many_heads_may_be_bfloat16(kernel_memory: KernelMemory) -> None:
@@ -178,34 +151,12 @@ def test_prompts_over_bfloat16_are_padded_to_64_heads(heads: int) -> None:
     assert not kind.is_faster(8192, 16)
 
 
-@pytest.mark.parametrize(
-    ("kind", "change", "error", "text"),
-    [
-        (NarrowAttention, {"heads": 33}, ShapeError, "33 heads, allowed are 1 to 32"),
-        (NarrowAttention, {"cache": "bfloat16"}, DtypeError, "got dtype .*allowed is uint8"),
-        (NarrowAttention, {"splits": 17}, ShapeError, "splits: got 17, allowed are 0, .*, 16$"),
-        (WideAttention, {"splits": 9}, ShapeError, "got 9, allowed are 0, 1, .*, 8, 16$"),
-        *((kind, {"topk": 4}, ShapeError, "slots") for kind in KINDS),
-        *((kind, {"transposed": True}, LaunchError, "out of shape .*contiguous") for kind in KINDS),
-    ],
-)
-def test_what_it_refuses(
-    kernel_memory: KernelMemory,
-    kind: type[CustomAttention],
-    change: dict[str, Any],
-    error: type[Exception],
-    text: str,
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_result_with_gaps_is_refused(
+    kernel_memory: KernelMemory, kind: type[CustomAttention]
 ) -> None:
-    m, heads = kernel_memory, change.get("heads", HEADS[kind])
-    case = make(change.get("cache", FP8), [6, 2], 6, heads=heads)
-    q, cache, slots = case.inputs(m)
-    out = m.poisoned((2, heads, RANK), "float32")
-    before = m.get(out)
-    if "topk" in change:
-        slots = m.put(case.slots[:1])
-    if "transposed" in change:
-        out = m.poisoned((2, RANK, heads), "float32").transpose([0, 2, 1])
+    m, heads = kernel_memory, HEADS[kind]
+    out = m.poisoned((2, RANK, heads), "float32").transpose([0, 2, 1])
     attend = kind(custom_ops.build().kernels)
-    with pytest.raises(error, match=text):
-        attend(q, cache, slots, out, softmax_scale=1.0, splits=change.get("splits", 0))
-    assert "transposed" in change or np.array_equal(m.get(out), before)
+    with pytest.raises(LaunchError, match=r"out of shape .*contiguous"):
+        attend(*make(FP8, [6, 2], 6, heads=heads).inputs(m), out, softmax_scale=1.0)

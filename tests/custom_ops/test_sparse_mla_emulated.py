@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from fd_dsa.ops.sparse_mla.custom_op import SparseMla
+from fd_dsa.ops.mla.custom_op import SparseMla
 from tests.custom_ops.emulated_mla import EVERY_LANE, Arrays, library
 from tests.ops.tensor_core_case import Case, make
 

@@ -77,7 +77,7 @@ def test_server_info_names_what_decides_the_answers() -> None:
     assert told["batch_invariant"] is False
     names = ("chat_template", "tool_call_parser", "reasoning_parser")
     assert [told[name] for name in names] == ["a script", "none", "none"]
-    assert "not_on_tensor_cores" in told and told["cudagraph_capture_sizes"] == []
+    assert "provider_reasons" in told and told["cudagraph_capture_sizes"] == []
     assert str(EngineConfig().model_path) not in str(told)
 
 
