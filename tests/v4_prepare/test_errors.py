@@ -22,7 +22,7 @@ FIELD = {"ctx": 0, "q": 1, "slot": 2, "block_table": 3}
 
 def refuse(cfg: V4PrepareConfig, *inputs: Any) -> V4PrepareError:
     """The error of a step, after a look at all outputs: none may have changed."""
-    out = V4Arrays.allocate(cfg)
+    out = V4Arrays(cfg)
     rng = np.random.default_rng(0)
     before = {}
     for name, shape in OUTPUT_SHAPES(cfg).items():
@@ -169,7 +169,7 @@ def test_what_idle_rows_hold_is_ignored() -> None:
 
 def test_arrays_of_another_configuration_are_refused() -> None:
     cfg = config_of(CASES["G1"]["config"])
-    other = V4Arrays.allocate(replace(cfg, index_topk=2))
+    other = V4Arrays(replace(cfg, index_topk=2))
     with pytest.raises(ValueError, match=r"out: got arrays of .*index_topk=2"):
         v4_prepare_np(cfg, *inputs_of(CASES["G1"]), other)
 

@@ -43,10 +43,7 @@ def small(seed: int, **changes: Any) -> V4PrepareConfig:
 
 def reusing_arrays(cfg: V4PrepareConfig) -> Callable[..., V4Arrays]:
     """The host builder over arrays that are full of garbage at first and used again."""
-    out = V4Arrays.allocate(cfg)
-    for array in vars(out).values():
-        if isinstance(array, np.ndarray):
-            array.fill(0x5A5A5A5A)
+    out = V4Arrays(cfg, lambda shape, dtype: np.full(shape, 0x5A5A5A5A, dtype))
     return lambda *step: v4_prepare_np(*step, out=out)
 
 
