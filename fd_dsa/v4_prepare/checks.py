@@ -222,16 +222,15 @@ def raise_first_fault(cfg: V4PrepareConfig, inputs: StepInputs) -> NoReturn:
 
 def _check_lengths(cfg: V4PrepareConfig, row: int, ctx: int, q: int) -> None:
     """Refuse the lengths of one row."""
-    if q < 0:
-        raise V4PrepareError("E_QLEN", row, f"q={q} < 0")
-    if q > cfg.max_tokens_per_seq:
-        raise V4PrepareError("E_QLEN", row, f"q={q} > Qcap={cfg.max_tokens_per_seq}")
-    if ctx < 0:
-        raise V4PrepareError("E_CTX", row, f"ctx={ctx} < 0")
-    if ctx < q:
-        raise V4PrepareError("E_CTX", row, f"ctx={ctx} < q={q}")
-    if ctx > cfg.max_model_len:
-        raise V4PrepareError("E_CTX", row, f"ctx={ctx} > Lmax={cfg.max_model_len}")
+    for is_bad, code, text in (
+        (q < 0, "E_QLEN", f"q={q} < 0"),
+        (q > cfg.max_tokens_per_seq, "E_QLEN", f"q={q} > Qcap={cfg.max_tokens_per_seq}"),
+        (ctx < 0, "E_CTX", f"ctx={ctx} < 0"),
+        (ctx < q, "E_CTX", f"ctx={ctx} < q={q}"),
+        (ctx > cfg.max_model_len, "E_CTX", f"ctx={ctx} > Lmax={cfg.max_model_len}"),
+    ):
+        if is_bad:
+            raise V4PrepareError(code, row, text)
 
 
 def check_cells(

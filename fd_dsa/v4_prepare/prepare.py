@@ -63,9 +63,9 @@ class V4Prepare:
         self.expand()
 
     def set_blocks(self, row: int, block_ids: Any, start: int = 0) -> None:
-        """Say which blocks a row has from column `start` on, from the next step with it on.
+        """Set the blocks that a row has from column `start` on, for its next step.
 
-        As `blocks[start:] = block_ids` does for a list: the row has no block behind them. A new
+        As `blocks[start:] = block_ids` does for a list: the row has no block after them. A new
         request in a row is `set_blocks(row, ids)`; one more block for a request that has n is
         `set_blocks(row, [id], n)`.
 
@@ -81,7 +81,7 @@ class V4Prepare:
         self._table.set_blocks(row, block_ids, start)
 
     def append_blocks(self, rows: Any, block_ids: Any) -> None:
-        """Say that each of some rows has one more block, from the next step with it on.
+        """Give each of some rows one more block, for its next step.
 
         As `set_blocks(row, [id], n)` for each of the rows, n the number of blocks that it has: what
         decoding rows need when they reach the ends of their blocks. One call for all of them costs
@@ -109,8 +109,8 @@ class V4Prepare:
             q: [B]; tokens of each row in this step, 0 = idle.
             slot: [B]; state slot of each row, no two active rows alike.
             block_table: [B, columns]; physical blocks. The first ceil(ctx / block_size) cells of
-                an active row are its blocks from now on. None = what `set_blocks` and the steps
-                before said: then the cost does not grow with ctx.
+                an active row are its blocks from now on. None = those of `set_blocks` and of
+                the steps before: then the cost does not grow with ctx.
 
         Raises:
             V4PrepareError: the first fault, in the order E_SHAPE, E_DTYPE, E_BATCH; E_QLEN, E_CTX,
@@ -146,7 +146,7 @@ class V4Prepare:
     def expand(self, rollback: Array | None = None) -> V4Arrays:
         """Queue the launch that writes the outputs of the earliest staged step.
 
-        On the current stream: work queued behind it reads the outputs of this step, and work
+        On the current stream: work queued after it reads the outputs of this step, and work
         queued before it those of the step before. Not to be captured; a graph of layers reads the
         buffers, which never move.
 
@@ -154,15 +154,17 @@ class V4Prepare:
             rollback: int32 [n] in the memory of the buffers, or None; tokens of rows 0..n-1 that
                 the step before drafted and the sampler rejected. An active row has `ctx -
                 rollback` tokens; rows from n on have ctx. Where that cannot be (rollback < 0 or
-                ctx - rollback < q), the tokens of the row become padding, and `poll_error` raises.
+                ctx - rollback < q), on a device, the tokens of the row become padding, and
+                `poll_error` raises.
 
         Returns:
             The buffers, always the same.
 
         Raises:
             RuntimeError: no step is staged.
-            DtypeError, LaunchError: the rollback is not int32 or lies elsewhere; the step is still
+            DtypeError, LaunchError: the rollback is not int32 or is elsewhere; the step is still
                 staged.
+            V4PrepareError: E_CTX, in host memory: a row cannot be rolled back so far; likewise.
         """
         if not self._steps.staged:
             raise RuntimeError("expand: no step is staged; call stage() first")
@@ -192,7 +194,7 @@ class V4Prepare:
                 entry numbers, of which the first min(csa_visible, index_topk) of a token are read.
 
         Returns:
-            int32 [capacity], always the same: token t's rows lie from csa_indptr[t] to
+            int32 [capacity], always the same: token t's rows go from csa_indptr[t] to
             csa_indptr[t + 1], -1 where a number is no entry that t sees.
 
         Raises:
@@ -231,13 +233,14 @@ class HostSteps:
     def __init__(
         self, cfg: V4PrepareConfig, table: TableMirror, view: Callable[[np.ndarray], Array]
     ) -> None:
-        self._cfg, self._table, self._view = cfg, table, view
+        self._cfg, self._table = cfg, table
         self._out = V4Arrays(cfg)
         self.buffers = V4Arrays.__new__(V4Arrays)
         for name, value in vars(self._out).items():
             is_array = isinstance(value, np.ndarray)
             setattr(self.buffers, name, view(value) if is_array else value)
-        self._csa: tuple[np.ndarray, Array] | None = None
+        self._csa = np.zeros(max(cfg.csa_list_length, 1), np.int32)
+        self._csa_view = view(self._csa)
         self._q, self._slot = np.empty((2, 0), np.int32)
         self.staged: deque[tuple[np.ndarray, ...]] = deque()
 
@@ -275,11 +278,8 @@ class HostSteps:
         """The rows of chosen entries, at one address; see `V4Prepare`."""
         chosen = host_array("local_topk", local_topk)
         rows = csa_translate(self._out, self._out.block_table, chosen)
-        if self._csa is None:
-            memory = np.zeros(max(self._cfg.csa_list_length, 1), np.int32)
-            self._csa = memory, self._view(memory)
-        self._csa[0][: len(rows)] = rows
-        return self._csa[1]
+        self._csa[: len(rows)] = rows
+        return self._csa_view
 
 
 def _rolled_back(

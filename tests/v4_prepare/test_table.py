@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 
 from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig, V4PrepareError
 from fd_dsa.v4_prepare.checks import StepChecks, rows_have_room
-from fd_dsa.v4_prepare.prepare import HostSteps
-from fd_dsa.v4_prepare.slab import HEADER_WORDS, StepWords, section_words, slab_words
 from fd_dsa.v4_prepare.table import TableMirror
 from tests.reference.v4_prepare import naive
 from tests.v4_prepare.golden import ERRORS, error_config, inputs_of
 from tests.v4_prepare.kernel_case import assert_same, outputs_of
+from tests.v4_prepare.slab_steps import by_slabs
 
 SIZES: dict[str, Any] = dict(
     window_size=3,
@@ -39,60 +38,6 @@ SIZES: dict[str, Any] = dict(
 CFG = V4PrepareConfig(**SIZES)
 INT32 = 2**31
 EXTREMES = [-INT32, -INT32 + 1, -INT32 + 4, -4, -1, INT32 - 5, INT32 - 4, INT32 - 1]
-
-
-class SlabSteps(HostSteps):
-    """Steps that are read out of slabs full of garbage, over a table that only slabs fill.
-
-    Attributes:
-        words: those that count of the slab filled last.
-    """
-
-    def __init__(self, cfg: V4PrepareConfig, table: TableMirror) -> None:
-        super().__init__(cfg, table, lambda array: array)
-        self._sent = np.full((cfg.max_num_seqs, cfg.max_blocks_per_seq), -77, np.int32)
-        self._step_words, self._cfg, self._num_steps = StepWords(cfg), cfg, 0
-
-    def take_rows(self, q: np.ndarray, slot: np.ndarray, num_tokens: int) -> None:
-        self._step_words.take_rows(q, slot, num_tokens)
-
-    def stage(self, ctx: np.ndarray) -> None:
-        slab = np.full(slab_words(self._cfg), 0x5A5A5A5A, np.int32)
-        self._num_steps += 1
-        end = self._step_words.write(slab, self._num_steps, ctx, self._table)
-        self.words = slab[:end].copy()
-        stamp, num_rows, num_tokens, num_values = self.words[:4]
-        ctx, q, slot, run_column, run_start = self.sections()
-        assert (stamp, num_rows, num_tokens) == (self._num_steps, len(ctx), q.sum())
-        assert run_start[0] == 0 and run_start[-1] == num_values == len(self.values())
-        for row, (column, begin, stop) in enumerate(
-            zip(run_column, run_start[:-1], run_start[1:], strict=True)
-        ):
-            self._sent[row, column : column + stop - begin] = self.values()[begin:stop]
-        rows = self._cfg.max_num_seqs
-        raw = self.words[HEADER_WORDS:].tolist()[: 3 * section_words(self._cfg)]
-        for section, empty in enumerate((0, 0, -1)):
-            first = section * section_words(self._cfg)
-            assert raw[first + num_rows : first + rows] == [empty] * (rows - num_rows)
-        self.staged.append((ctx, q, slot, self._sent[:num_rows].copy()))
-
-    def sections(self) -> list[np.ndarray]:
-        """ctx, q, slot of the rows; first changed column and starts of the runs of all rows."""
-        num_rows, rows, size = int(self.words[1]), CFG.max_num_seqs, section_words(self._cfg)
-        sections = self.words[HEADER_WORDS : HEADER_WORDS + 5 * size].reshape(5, size)
-        return [*sections[:3, :num_rows], sections[3, :rows], sections[4, : rows + 1]]
-
-    def values(self) -> list[int]:
-        """The cells that travel."""
-        return self.words[HEADER_WORDS + 5 * section_words(self._cfg) :].tolist()
-
-
-def by_slabs(cfg: V4PrepareConfig = CFG) -> V4Prepare:
-    """A builder whose steps travel in slabs."""
-    prepare = V4Prepare(cfg, "numpy")
-    prepare._steps = SlabSteps(cfg, prepare._table)
-    prepare.buffers = prepare._steps.buffers
-    return prepare
 
 
 def assert_step(prepare: V4Prepare, *step: Any) -> None:
@@ -128,7 +73,7 @@ def histories(draw: st.DrawFn) -> list[tuple[Any, ...]]:
 @settings(max_examples=80)
 @given(history=histories(), ahead=st.integers(1, 3))
 def test_whole_tables(history: list[tuple[Any, ...]], ahead: int) -> None:
-    prepare = by_slabs()
+    prepare = by_slabs(CFG)
     for number, step in enumerate(history):
         prepare.stage(*step)
         if number + 1 >= ahead:
@@ -139,7 +84,7 @@ def test_whole_tables(history: list[tuple[Any, ...]], ahead: int) -> None:
 @given(history=histories(), data=st.data())
 def test_rows_that_are_set(history: list[tuple[Any, ...]], data: st.DataObject) -> None:
     """A scheduler that says what changed, in one or several calls, in rows of this step or not."""
-    prepare = by_slabs()
+    prepare = by_slabs(CFG)
     known: list[list[int]] = [[], [], []]
     for step in history:
         ctx, q, slot, table = step
@@ -186,7 +131,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("arguments", "text"), REFUSED)
 def test_blocks_that_cannot_be_set_or_appended(arguments: Any, text: str) -> None:
-    prepare = by_slabs()
+    prepare = by_slabs(CFG)
     prepare.set_blocks(1, [8, 9])
     prepare.set_blocks(2, [1] * 6)
     call = prepare.set_blocks if isinstance(arguments[0], int) else prepare.append_blocks
@@ -205,7 +150,7 @@ def test_blocks_that_cannot_be_set_or_appended(arguments: Any, text: str) -> Non
 
 
 def test_a_row_has_the_blocks_that_were_said_last() -> None:
-    prepare = by_slabs()
+    prepare = by_slabs(CFG)
     prepare.set_blocks(0, [1, 2])
     prepare.set_blocks(1, [3])
     step = np.array([8, 5], np.int32), np.array([1, 1], np.int32), np.array([0, 1], np.int32)
@@ -220,7 +165,7 @@ def test_a_row_has_the_blocks_that_were_said_last() -> None:
         prepare.stage(*step)
     # cells that no token needed may have been garbage, and are not the row's
     for cell in (-1, 30, 2**31 - 1, 2):
-        prepare = by_slabs()
+        prepare = by_slabs(CFG)
         prepare.stage([8], [1], [0], [[1, 2]])
         prepare.stage([4], [1], [0], [[1, cell]])
         with pytest.raises(V4PrepareError, match=r"row 0: block_table\[1\]=-1"):
@@ -235,7 +180,7 @@ def test_a_row_has_the_blocks_that_were_said_last() -> None:
 
 
 def test_cells_that_were_set_and_never_sent() -> None:
-    prepare = by_slabs()
+    prepare = by_slabs(CFG)
     # the mirror has what the table says; the device has nothing of it
     prepare.set_blocks(0, [5, 6])
     prepare.set_blocks(0, [5])
@@ -244,7 +189,7 @@ def test_cells_that_were_set_and_never_sent() -> None:
 
 
 def test_only_changed_cells_travel() -> None:
-    prepare, sent = by_slabs(), []
+    prepare, sent = by_slabs(CFG), []
     table = np.array([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
     for number, ctx in enumerate([[8, 8, 8], [8, 8, 8], [9, 8, 8], [9, 12, 8]]):
         # an idle row keeps its cells
@@ -268,7 +213,11 @@ def test_only_changed_cells_travel() -> None:
 @given(seed=st.integers(0, 1 << 30))
 def test_appended_blocks_are_those_set_one_by_one(seed: int) -> None:
     """One call for several rows says what one call of `set_blocks` for each of them says."""
-    rng, (ours, other), lengths = np.random.default_rng(seed), (by_slabs(), by_slabs()), [0, 0, 0]
+    rng, (ours, other), lengths = (
+        np.random.default_rng(seed),
+        (by_slabs(CFG), by_slabs(CFG)),
+        [0, 0, 0],
+    )
     for _ in range(12):
         rows = rng.permutation([row for row in range(3) if lengths[row] < 6])
         rows = rows[: rng.integers(0, len(rows) + 1)].astype(rng.choice(["i4", "u1", "i8"]))
@@ -331,7 +280,7 @@ def verdict(call: Any, *arguments: Any) -> str:
 @given(seed=st.integers(0, 1 << 30), dtype=st.sampled_from(["int32"] * 3 + ["int64", "uint32"]))
 def test_arrays_are_checked_as_lists_are(seed: int, dtype: str) -> None:
     """A builder that gets arrays agrees on everything with one that gets lists."""
-    rng, ours, full = np.random.default_rng(seed), by_slabs(), by_slabs()
+    rng, ours, full = np.random.default_rng(seed), by_slabs(CFG), by_slabs(CFG)
     known = [some_rows(rng, n) for n in (3, 3, rng.integers(0, 3))]
     q, slot = known[0]
     for number in range(20):
@@ -416,14 +365,3 @@ def test_what_is_no_array_like_the_last_ones_goes_the_long_way() -> None:
         (None, q, slot),
     ):
         assert not checks.is_repeat(*others, table)
-
-
-def test_checks_keep_nothing_of_an_earlier_step() -> None:
-    """One object judges step after step; rows after a short step do not count."""
-    checks = StepChecks(CFG)
-    bad = [np.array(one) for one in ([5, 5, 23], [1, 1, 1], [0, 1, 2])]
-    assert checks.num_tokens(*bad) == -1
-    assert checks.num_tokens(*(one[:2] for one in bad)) == 2
-    assert checks.num_tokens(*(one[:0] for one in bad)) == 0
-    for wrong in ([1, 1], [0, 4], [-1, 0]):
-        assert checks.num_tokens(bad[0][:2], bad[1][:2], np.array(wrong)) == -1
