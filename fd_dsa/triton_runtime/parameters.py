@@ -82,11 +82,6 @@ class Parameter:
     contiguous: bool
     default: Any
 
-    @property
-    def has_default(self) -> bool:
-        """True if callers may leave it out."""
-        return self.default is not MISSING
-
 
 class Signature:
     """The parameters of one kernel, and how call arguments are laid on them."""
@@ -111,9 +106,7 @@ class Signature:
                 specialize=name not in plain,
                 specialize_alignment=name not in plain | unaligned,
                 contiguous=name in dense,
-                default=(
-                    MISSING if parameter.default is inspect.Parameter.empty else parameter.default
-                ),
+                default=MISSING if parameter.default is parameter.empty else parameter.default,
             )
             for name, parameter in parameters.items()
         )
@@ -148,7 +141,14 @@ class Signature:
                     f"{', '.join(self.names)}, options {', '.join(OPTIONS)}"
                 )
         self._check_options(options)
-        return {p.name: self._value(p, given) for p in self.parameters}, OPTIONS | options
+        values = {}
+        for parameter in self.parameters:
+            value = given.get(parameter.name, parameter.default)
+            if value is MISSING:
+                raise LaunchError(f"kernel {self.kernel}: argument {parameter.name!r} is missing")
+            # NumPy's scalars become Python's
+            values[parameter.name] = value.item() if isinstance(value, np.generic) else value
+        return values, OPTIONS | options
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse numbers of warps and blocks that Triton's compiler cannot take.
@@ -163,13 +163,6 @@ class Signature:
                     f"kernel {self.kernel}: option {name} is {value!r}, allowed are the powers of "
                     f"two from 1 to {most}"
                 )
-
-    def _value(self, parameter: Parameter, given: Mapping[str, Any]) -> Any:
-        """The value of one parameter: given, or its default; NumPy scalars become Python's."""
-        value = given.get(parameter.name, parameter.default)
-        if value is MISSING:
-            raise LaunchError(f"kernel {self.kernel}: argument {parameter.name!r} is missing")
-        return value.item() if isinstance(value, np.generic) else value
 
     def check_tensor(self, parameter: Parameter, tensor: Any) -> str:
         """Element type of a tensor given for a parameter.
@@ -298,16 +291,12 @@ class Signature:
         Raises:
             LaunchError: no parameter, a constant, a tensor, or an int that is specialised.
         """
-        parameters = {parameter.name: parameter for parameter in self.parameters}
         for name in scalars:
-            if name not in parameters:
+            if name not in self.names:
                 raise LaunchError(f"kernel {self.kernel}: scalar {name!r} is no parameter")
-            value, parameter = values[name], parameters[name]
-            if (
-                parameter.is_constexpr
-                or isinstance(value, bool | None)
-                or not isinstance(value, int | float)
-            ):
+            value, parameter = values[name], self.parameters[self.names.index(name)]
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if parameter.is_constexpr or not is_number:
                 raise LaunchError(
                     f"kernel {self.kernel}: scalar {name!r} is {value!r}; a number that is passed "
                     "at run time is wanted"
@@ -333,21 +322,20 @@ class Signature:
             )
         return {**values, **dict(zip(names, scalars, strict=False))}
 
-    def check_tensor_name(self, name: str, values: Mapping[str, Any], tensor: Any) -> Parameter:
-        """The parameter of a bound tensor that is to be exchanged.
+    def check_exchange(self, name: str, values: Mapping[str, Any], tensor: Any) -> Parameter:
+        """The parameter of a bound tensor that is to be exchanged for another one.
 
         Raises:
             LaunchError: the parameter is none, or one of the two is no tensor.
         """
-        for parameter in self.parameters:
-            if parameter.name == name and hasattr(values[name], "data_ptr"):
-                if hasattr(tensor, "data_ptr"):
-                    return parameter
-                raise LaunchError(
-                    f"kernel {self.kernel}: argument {name!r} is a {type(tensor).__name__}; "
-                    "a tensor is bound there"
-                )
-        raise LaunchError(f"kernel {self.kernel}: no tensor is bound to {name!r}")
+        if not hasattr(values.get(name), "data_ptr"):
+            raise LaunchError(f"kernel {self.kernel}: no tensor is bound to {name!r}")
+        if not hasattr(tensor, "data_ptr"):
+            raise LaunchError(
+                f"kernel {self.kernel}: argument {name!r} is a {type(tensor).__name__}; "
+                "a tensor is bound there"
+            )
+        return self.parameters[self.names.index(name)]
 
     def describe(self, values: Mapping[str, Any]) -> tuple[DeviceApi, int, dict[str, Argument]]:
         """Tensor library, device, and what the compiler is told about each argument.
@@ -356,30 +344,26 @@ class Signature:
             LaunchError: an argument cannot be passed, tensors of two libraries or devices meet, or
                 there is no tensor.
         """
-        api, device, found = None, 0, {}
-        first = ""
+        api, device, first = None, 0, ""
+        arguments = self.describe_ahead(values)
         for parameter in self.parameters:
             value = values[parameter.name]
-            if parameter.is_constexpr:
-                found[parameter.name] = self.constant(parameter, value)
-            elif not hasattr(value, "data_ptr"):
-                found[parameter.name] = self.scalar(parameter, value)
-            else:
-                found[parameter.name] = self.describe_tensor(parameter, value)
-                own = api_for_type(type(value))
-                on = self.device_of(parameter, value, own)
-                if api is None:
-                    api, device, first = own, on, parameter.name
-                if own is not api or on != device:
-                    raise LaunchError(
-                        f"kernel {self.kernel}: argument {parameter.name!r} is a "
-                        f"{type(value).__module__} tensor on device {on}, but {first!r} is a "
-                        f"{type(values[first]).__module__} tensor on device {device}; put all on "
-                        "one device"
-                    )
+            if arguments[parameter.name].type[0] != "*":
+                continue
+            own = api_for_type(type(value))
+            on = self.device_of(parameter, value, own)
+            if api is None:
+                api, device, first = own, on, parameter.name
+            if own is not api or on != device:
+                raise LaunchError(
+                    f"kernel {self.kernel}: argument {parameter.name!r} is a "
+                    f"{type(value).__module__} tensor on device {on}, but {first!r} is a "
+                    f"{type(values[first]).__module__} tensor on device {device}; put all on "
+                    "one device"
+                )
         if api is None:
             raise LaunchError(f"kernel {self.kernel}: no argument is a tensor")
-        return api, device, found
+        return api, device, arguments
 
 
 # id of a dtype object -> the object, which keeps the id its own, and Triton's name; the objects'
