@@ -70,13 +70,13 @@ class InterpretedLaunch:
     def _check_scalar(self, parameter: Parameter, value: Any) -> None:
         """Refuse a value that a compiled launch could not write where the bound one stands."""
         signature = self._kernel.signature
-        wanted = signature.scalar_type(parameter, self._arguments[parameter.name])
+        bound = signature.scalar_type(parameter, self._arguments[parameter.name])
         try:
-            struct.pack(f"={CODES[wanted]}", value)
+            struct.pack(f"={CODES[bound]}", value)
         except struct.error as error:
             raise LaunchError(
                 f"kernel {signature.kernel}: {value!r} does not fit the scalar {parameter.name!r} "
-                f"of the bound launch, {wanted}: {error}"
+                f"of the bound launch, {bound}: {error}"
             ) from None
 
     def exchange(self, **tensors: Any) -> None:

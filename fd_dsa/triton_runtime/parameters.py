@@ -69,8 +69,8 @@ class Parameter:
     Attributes:
         name: as in the kernel's signature.
         is_constexpr: its value is compiled in.
-        specialize: an int of value 1 is compiled in, one divisible by 16 is told to the compiler.
-        specialize_alignment: a pointer or int divisible by 16 is told to the compiler.
+        specialize: an int of value 1 is compiled in, one divisible by 16 is known to the compiler.
+        specialize_alignment: a pointer or int divisible by 16 is known to the compiler.
         contiguous: only contiguous tensors are accepted.
         default: value if none is given; `MISSING` where one must be.
     """
@@ -126,13 +126,13 @@ class Signature:
                 f"{len(self.names)} parameters ({', '.join(self.names)})"
             )
         pairs = zip(self.names, args, strict=False)
-        given = {name: value for name, value in pairs if value is not MISSING}
+        values = {name: value for name, value in pairs if value is not MISSING}
         options = {}
         for name, value in kwargs.items():
-            if name in given:
+            if name in values:
                 raise LaunchError(f"kernel {self.kernel}: argument {name!r} is given twice")
             if name in self.names:
-                given[name] = value
+                values[name] = value
             elif name in OPTIONS:
                 options[name] = value
             else:
@@ -141,14 +141,14 @@ class Signature:
                     f"{', '.join(self.names)}, options {', '.join(OPTIONS)}"
                 )
         self._check_options(options)
-        values = {}
+        arguments = {}
         for parameter in self.parameters:
-            value = given.get(parameter.name, parameter.default)
+            value = values.get(parameter.name, parameter.default)
             if value is MISSING:
                 raise LaunchError(f"kernel {self.kernel}: argument {parameter.name!r} is missing")
             # NumPy's scalars become Python's
-            values[parameter.name] = value.item() if isinstance(value, np.generic) else value
-        return values, OPTIONS | options
+            arguments[parameter.name] = value.item() if isinstance(value, np.generic) else value
+        return arguments, OPTIONS | options
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse numbers of warps and blocks that Triton's compiler cannot take.
@@ -234,7 +234,7 @@ class Signature:
         return "constexpr" if value is None else "fp32"
 
     def constant(self, parameter: Parameter, value: Any) -> Argument:
-        """What the compiler is told about the value of a `tl.constexpr` parameter.
+        """What the compiler knows of the value of a `tl.constexpr` parameter.
 
         Raises:
             LaunchError: it is a tensor, or cannot be a key of the launch cache.
@@ -255,7 +255,7 @@ class Signature:
         return Argument("constexpr", False, value, type(value))
 
     def scalar(self, parameter: Parameter, value: Any) -> Argument:
-        """What the compiler is told about a number given for a parameter."""
+        """What the compiler knows of a number given for a parameter."""
         kind = self.scalar_type(parameter, value)
         is_integer = kind in ("i32", "i64", "u64")
         if kind == "constexpr" or (is_integer and parameter.specialize and value == 1):
@@ -264,24 +264,24 @@ class Signature:
         return Argument(kind, divisible)
 
     def describe_ahead(self, values: Mapping[str, Any]) -> dict[str, Argument]:
-        """What the compiler is told about arguments of which tensors may be `Pointer`."""
-        found = {}
+        """What the compiler knows of arguments of which tensors may be `Pointer`."""
+        arguments = {}
         for parameter in self.parameters:
             value = values[parameter.name]
             if parameter.is_constexpr:
-                found[parameter.name] = self.constant(parameter, value)
+                arguments[parameter.name] = self.constant(parameter, value)
             elif isinstance(value, Pointer):
                 aligned = parameter.specialize_alignment and value.aligned
                 kind = "*" + self._element_type(parameter, value.dtype)
-                found[parameter.name] = Argument(kind, aligned)
+                arguments[parameter.name] = Argument(kind, aligned)
             elif hasattr(value, "data_ptr"):
-                found[parameter.name] = self.describe_tensor(parameter, value)
+                arguments[parameter.name] = self.describe_tensor(parameter, value)
             else:
-                found[parameter.name] = self.scalar(parameter, value)
-        return found
+                arguments[parameter.name] = self.scalar(parameter, value)
+        return arguments
 
     def describe_tensor(self, parameter: Parameter, value: Any) -> Argument:
-        """What the compiler is told about a tensor."""
+        """What the compiler knows of a tensor."""
         kind = "*" + self.check_tensor(parameter, value)
         return Argument(kind, parameter.specialize_alignment and value.data_ptr() % 16 == 0)
 
@@ -338,7 +338,7 @@ class Signature:
         return self.parameters[self.names.index(name)]
 
     def describe(self, values: Mapping[str, Any]) -> tuple[DeviceApi, int, dict[str, Argument]]:
-        """Tensor library, device, and what the compiler is told about each argument.
+        """Tensor library, device, and what the compiler knows of each argument.
 
         Raises:
             LaunchError: an argument cannot be passed, tensors of two libraries or devices meet, or

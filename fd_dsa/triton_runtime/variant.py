@@ -1,7 +1,7 @@
-"""One compiled and loaded form of a kernel: its launch, and the memory behind a launch.
+"""One compiled and loaded form of a kernel: its launch, and the memory of a launch.
 
-A frame holds the arguments, the configuration and the pointers to them. It is filled and given to
-the driver, which copies it during the call. Frames are used again; a thread takes one out of the
+A frame holds the arguments, the configuration and the pointers to them. It is filled and passed
+to the driver, which copies it during the call. Frames are used again; a thread takes one out of the
 list while it launches, so no two share one.
 """
 

@@ -61,7 +61,7 @@ class StepChecks:
     """Finds out in few NumPy calls whether a step is good.
 
     Decode steps mostly differ from the step before in `ctx` alone. Their slots and numbers of
-    tokens are good again, and what is left is that each row's context lies between two bounds:
+    tokens are good again, and what is left is that each row's context is between two bounds:
     `is_repeat` takes one subtraction and one comparison. It owns scratch memory, so one object
     serves one thread.
     """
@@ -245,9 +245,9 @@ def check_cells(
             raise V4PrepareError("E_BLOCK", row, text)
 
 
-def rollback_error(row: int, is_negative: bool, found: int, limit: int) -> V4PrepareError:
+def rollback_error(row: int, is_negative: bool, value: int, limit: int) -> V4PrepareError:
     """The error of a row that cannot be rolled back, in the words of the other checks."""
-    text = f"rollback={found} < 0" if is_negative else f"ctx={found} < q={limit}"
+    text = f"rollback={value} < 0" if is_negative else f"ctx={value} < q={limit}"
     return V4PrepareError("E_CTX", row, text)
 
 

@@ -27,6 +27,8 @@ from fd_dsa.v4_prepare.slab import (
 )
 from fd_dsa.v4_prepare.table import TableMirror
 
+import triton
+
 # stands for an offset or address of more than 32 bits, so that the bound scalar has 64
 _WIDE = 1 << 40
 _MAX_ROW_TILE = 1024
@@ -74,12 +76,12 @@ def tiles_for(cfg: V4PrepareConfig) -> ExpandTiles:
     is_decode = longest <= _LONG_ROW
     programs = _DECODE_PROGRAMS if is_decode else _PREFILL_PROGRAMS
     most = max(1, programs // cfg.max_num_seqs)
-    token_tile = min(max(32, power_of_two(longest)), 128)
-    window_rows = min(power_of_two(longest), 8)
-    hca_group = min(power_of_two(longest), 8)
+    token_tile = min(max(32, triton.next_power_of_2(longest)), 128)
+    window_rows = min(triton.next_power_of_2(longest), 8)
+    hca_group = min(triton.next_power_of_2(longest), 8)
     entries = max(1, cfg.max_model_len // cfg.hca_ratio)
-    hca_tile = min(max(32, power_of_two(entries)), 128)
-    row_tile = min(max(32, power_of_two(cfg.max_num_seqs)), _MAX_ROW_TILE)
+    hca_tile = min(max(32, triton.next_power_of_2(entries)), 128)
+    row_tile = min(max(32, triton.next_power_of_2(cfg.max_num_seqs)), _MAX_ROW_TILE)
     if hca_tile == row_tile:
         # tiles of one shape get one layout, and that of the rows does not fit unaligned lists
         hca_tile *= 2
@@ -98,14 +100,18 @@ def tiles_for(cfg: V4PrepareConfig) -> ExpandTiles:
     )
 
 
-def power_of_two(number: int) -> int:
-    """The lowest power of two that is not below a positive number."""
-    return 1 << (number - 1).bit_length()
-
-
-def expand_constants(cfg: V4PrepareConfig, tiles: ExpandTiles) -> dict[str, int | bool]:
-    """What is compiled into the kernel; sizes of buffers are not among it."""
+def expand_arguments(cfg: V4PrepareConfig, tiles: ExpandTiles) -> dict[str, int | bool]:
+    """What is bound beside the tensors: numbers that select no other kernel, then constants."""
     return {
+        "num_rows": cfg.max_num_seqs,
+        "num_tokens": cfg.max_num_tokens,
+        "row_stride": cfg.max_blocks_per_seq,
+        "comp_base": cfg.comp_base,
+        "csa_plan_rows": cfg.plan_capacity(cfg.csa_ratio),
+        "csa_wplan_rows": cfg.wplan_capacity(cfg.csa_ratio),
+        "hca_plan_rows": cfg.plan_capacity(cfg.hca_ratio),
+        "hca_wplan_rows": cfg.wplan_capacity(cfg.hca_ratio),
+        "section": section_words(cfg),
         "WINDOW": cfg.window_size,
         "DRAFTS": cfg.spec_tokens,
         "BLOCK_SIZE": cfg.block_size,
@@ -120,25 +126,10 @@ def expand_constants(cfg: V4PrepareConfig, tiles: ExpandTiles) -> dict[str, int 
         "ROW_TILE": tiles.row_tile,
         "TOKEN_TILE": tiles.token_tile,
         "WINDOW_ROWS": tiles.window_rows,
-        "WINDOW_TILE": power_of_two(cfg.window_size),
+        "WINDOW_TILE": triton.next_power_of_2(cfg.window_size),
         "HCA_TILE": tiles.hca_tile,
         "HCA_GROUP": tiles.hca_group,
         "RUN_TILE": _RUN_TILE,
-    }
-
-
-def expand_sizes(cfg: V4PrepareConfig) -> dict[str, int]:
-    """The numbers that are bound once and select no other kernel."""
-    return {
-        "num_rows": cfg.max_num_seqs,
-        "num_tokens": cfg.max_num_tokens,
-        "row_stride": cfg.max_blocks_per_seq,
-        "comp_base": cfg.comp_base,
-        "csa_plan_rows": cfg.plan_capacity(cfg.csa_ratio),
-        "csa_wplan_rows": cfg.wplan_capacity(cfg.csa_ratio),
-        "hca_plan_rows": cfg.plan_capacity(cfg.hca_ratio),
-        "hca_wplan_rows": cfg.wplan_capacity(cfg.hca_ratio),
-        "section": section_words(cfg),
     }
 
 
@@ -178,8 +169,7 @@ class ExpandLaunch:
         self._error_words = error_words
         names = (*OUTPUT_SHAPES(cfg), "hca_idx", "block_table")
         arguments: dict[str, Any] = {f"{name}_ptr": getattr(buffers, name) for name in names}
-        arguments |= expand_sizes(cfg) | expand_constants(cfg, tiles)
-        arguments |= {
+        arguments |= expand_arguments(cfg, tiles) | {
             "slabs_ptr": slabs,
             "slab_offset": _WIDE,
             "error_address": error_words.ctypes.data,
@@ -287,9 +277,9 @@ class DeviceSteps:
         running = {stamp for stamp, slab, _ in self._expanded if not used(slab).done()}
         for stamp, at in sorted(zip(self._fault_stamps.tolist(), range(ERROR_SLOTS), strict=True)):
             if stamp and stamp not in running:
-                fault, row, found, limit = self._faults[at, :4].tolist()
+                fault, row, value, limit = self._faults[at, :4].tolist()
                 self._faults[at] = 0
-                raise rollback_error(row, fault == FAULT_ROLLBACK, found, limit)
+                raise rollback_error(row, fault == FAULT_ROLLBACK, value, limit)
 
     def csa_translate(self, local_topk: Array) -> Array:
         """Queue the launch that turns chosen entries into rows; see `V4Prepare`."""
@@ -310,7 +300,7 @@ class DeviceSteps:
                 comp_base=cfg.comp_base,
                 TOPK=cfg.index_topk,
                 ENTRIES_PER_BLOCK=cfg.block_size // cfg.csa_ratio,
-                TILE=min(power_of_two(cfg.index_topk), _CSA_TILE),
+                TILE=min(triton.next_power_of_2(cfg.index_topk), _CSA_TILE),
                 scalars=("num_given",),
             )
             self._csa = launch, rows

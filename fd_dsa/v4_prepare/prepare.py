@@ -299,8 +299,8 @@ def _rolled_back(
     if is_bad.any():
         row = int(is_bad.argmax())
         is_negative = bool(taken[row] < 0)
-        found = taken[row] if is_negative else left[row]
-        raise rollback_error(row, is_negative, int(found), int(q[row]))
+        value = taken[row] if is_negative else left[row]
+        raise rollback_error(row, is_negative, int(value), int(q[row]))
     return left
 
 

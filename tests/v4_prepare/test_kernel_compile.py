@@ -11,7 +11,7 @@ import re, subprocess, sys, tempfile
 from pathlib import Path
 from fd_dsa.triton_runtime import Pointer
 from fd_dsa.v4_prepare.kernel import csa_rows_kernel, expand_kernel as kernel
-from fd_dsa.v4_prepare.launch import expand_constants, expand_sizes, tiles_for
+from fd_dsa.v4_prepare.launch import expand_arguments, tiles_for
 from tests.v4_prepare.kernel_case import serving_config
 import triton
 
@@ -35,7 +35,7 @@ for name in names:
         given["rollback_ptr"] = None
     if cfg.hca_mode == "table":
         given["hca_idx_ptr"] = None
-    given |= expand_sizes(cfg) | expand_constants(cfg, tiles)
+    given |= expand_arguments(cfg, tiles)
     given |= {"slab_offset": 1 << 40, "error_address": 1 << 40, "num_rollback": 7}
     compiled = kernel.warmup(
         **given, num_warps=tiles.num_warps, capability=int(capability)
