@@ -104,8 +104,8 @@ def test_grid() -> None:
 
 @pytest.mark.parametrize("stages", [1, 3])
 def test_large_shared_memory(stages: int) -> None:
-    a = torch.randn(128, 1024, device="cuda").bfloat16()
-    b = torch.randn(1024, 128, device="cuda").bfloat16()
+    # drawn on the host: a capture that failed earlier leaves torch's generator of the GPU useless
+    a, b = (torch.randn(shape).bfloat16().cuda() for shape in ((128, 1024), (1024, 128)))
     out = torch.empty(128, 128, device="cuda")
     dot_kernel[(1,)](a, b, out, 1024, TILE=128, num_stages=stages, num_warps=8)
     torch.testing.assert_close(out, a.float() @ b.float(), atol=1e-2, rtol=1e-3)
