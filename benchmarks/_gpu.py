@@ -2,13 +2,15 @@
 
 The protocol of a benchmark module, which `gpu_run` and the report rely on:
 
-    def main(argv=None) -> int:
-        args = _gpu.arguments(__doc__, argv)         # --out DIR, --quick, --peers DIR
-        with _gpu.Recorder("cache_write", args.out) as record:   # writes DIR/cache_write.json
-            for shape in ...:                        # compare the outputs of both sides first
-                times = _gpu.interleaved({"two writes": [f, ...], "one launch": [g, ...]})
-                record.case("128 tokens", times, ours="one launch", bytes_moved=...)
-        return 0
+    def cases(record, args):                     # name and function of each case
+        for shape in ...:
+            yield "128 tokens", partial(compare, record, shape)
+
+    def compare(record, shape):                  # compares the outputs of both sides first
+        times = _gpu.interleaved({"two writes": [f, ...], "one launch": [g, ...]})
+        record.case("128 tokens", times, ours="one launch", bytes_moved=...)
+
+    main = partial(_gpu.main, "cache_write", __doc__, cases)
 
     def subjects() -> dict[str, tuple[Call, list[torch.Tensor]]]:
         # by label: one call of ours at a size of real serving and the tensors it writes;
@@ -19,9 +21,8 @@ The protocol of a benchmark module, which `gpu_run` and the report rely on:
                 "ours": label, "ratios": {other label: its p50 / that of ours},
                 "floor_us", "percent_of_floor", ...notes of the module}]}
 
-A benchmark of many shapes begins each by `record.attempt(name, case)`: one that fails is named in
-"failed", none is begun when the time of the section is up ("not_run"), and a run that was cut off
-goes on where it ended. Its `main` returns `record.status()`.
+A case that fails is named in "failed". None is begun when the time of the section is up; those are
+in "not_run", and a run that was cut off goes on where it ended.
 
 The order of `times` is that of the columns in docs/results; the first label that is not
 ours is the baseline. `--quick` means one or two shapes. `--peers` is a folder as `_peers` says; a
@@ -42,7 +43,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,9 +59,12 @@ from benchmarks._harness import (
     write_json,
 )
 from benchmarks._timers import Call, Times, interleaved
+from benchmarks._torch_device import register
 
 import triton
 
+# what measures and records a case; False where a side is wrong
+Case = Callable[[], "bool | None"]
 POISON = 0xA5
 _MAX_SETS = 48
 
@@ -75,6 +79,28 @@ def arguments(description: str | None, argv: Sequence[str] | None) -> argparse.N
     parser.add_argument("--quick", action="store_true", help="one or two shapes")
     parser.add_argument("--peers", type=Path, help="folder with other projects' kernels")
     return parser.parse_args(argv)
+
+
+def main(
+    name: str,
+    description: str | None,
+    cases: Callable[[Recorder, argparse.Namespace], Iterable[tuple[str, Case]]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run the cases of a benchmark that have not run yet; returns the exit status.
+
+    Args:
+        name: of its result.
+        description: its module's docstring.
+        cases: name and function of each; a generator that sets up what several of them share.
+    """
+    args = arguments(description, argv)
+    register()
+    with Recorder(name, args.out) as record:
+        for case, run in cases(record, args):
+            record.attempt(case, run)
+            torch.cuda.empty_cache()
+    return record.status()
 
 
 def num_sets(bytes_per_set: int) -> int:
@@ -219,7 +245,7 @@ class Recorder:
             self._result["complete"] = not self._result["not_run"]
         self._flush()
 
-    def attempt(self, name: str, case: Callable[[], bool | None]) -> None:
+    def attempt(self, name: str, case: Case) -> None:
         """Run a case, or several that belong together, unless it has run or there is no time.
 
         One that raises, or says False, is noted as failed.

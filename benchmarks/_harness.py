@@ -10,13 +10,14 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+Key = TypeVar("Key", bound=Hashable)
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LIMIT_VARIABLE = "FD_DSA_LIMIT_S"
@@ -188,6 +189,7 @@ class Worker:
         args: its arguments.
         checkout: whose `fd_dsa` it imports; the worker itself is always the one of this tree.
         cpus: processors that it runs on; None = all.
+        options: a further argument, as JSON.
     """
 
     def __init__(
@@ -196,12 +198,19 @@ class Worker:
         *args: str,
         checkout: Path = ROOT,
         cpus: Iterable[int] | None = None,
+        **options: Any,
     ) -> None:
+        args += (json.dumps(options),) if options else ()
         with on_cpus(os.sched_getaffinity(0) if cpus is None else cpus):
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-W", "ignore", "-m", "benchmarks.workers"),
-                    *(str(checkout.resolve()), module, *args),
+                    *(
+                        str(checkout.resolve()),
+                        module,
+                        *args,
+                        *([json.dumps(options)] if options else []),
+                    ),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -243,13 +252,33 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(module: str, checkouts: Mapping[str, Path], *args: str) -> Iterator[dict[str, Worker]]:
+def workers(
+    module: str, checkouts: Mapping[str, Path], **options: Any
+) -> Iterator[dict[str, Worker]]:
     """A worker with the package of each checkout, by label."""
     with contextlib.ExitStack() as stack:
         yield {
-            label: stack.enter_context(Worker(module, *args, checkout=path))
+            label: stack.enter_context(Worker(module, checkout=path, **options))
             for label, path in checkouts.items()
         }
+
+
+def in_turns(
+    calls: Mapping[Key, Callable[..., Any]], rounds: int, *, seeded: bool = False
+) -> dict[Key, list[Any]]:
+    """What each of some calls returns in every round; they take turns.
+
+    Args:
+        seeded: every call gets the number of its round as `seed`, and a further round, number 0,
+            warms up.
+    """
+    results: dict[Key, list[Any]] = {key: [] for key in calls}
+    for number in range(1 - seeded, rounds + 1):
+        for key, call in calls.items():
+            result = call(seed=number) if seeded else call()
+            if number:
+                results[key].append(result)
+    return results
 
 
 def serve_requests(handlers: dict[str, Any]) -> None:

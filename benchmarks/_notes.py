@@ -72,7 +72,7 @@ def missed(result: Result) -> Iterator[str]:
 
 
 def stack_counts(result: Result) -> Iterator[str]:
-    """What the package's part of a step does, the peers that were chosen, and what did not serve."""
+    """Effects of the package's part of a step, the peers chosen, and what did not serve."""
     cases = result["cases"]
     counted = [case["package_alone"] for case in cases if "package_alone" in case]
     if counted:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,17 +256,13 @@ def _padded(sets: list[Inputs]) -> Callable[[Inputs], torch.Tensor]:
 
 def _decode_calls(ops: Any, takes_out: bool, sets: list[Inputs]) -> list[Callable[[], Any]]:
     """FlashMLA over FP8 records, each token a batch of its own."""
-    query, rest = _padded(sets), (None,) if takes_out else ()
+    query, decode = _padded(sets), partial(_peers.flash_mla_decode, ops, takes_out)
 
-    def run(inputs: Inputs, schedule: Any) -> Any:
-        q, slots = query(inputs).unsqueeze(1), inputs.slots.unsqueeze(1)
-        pages = inputs.cache.view(-1, BLOCK, 1, RECORD)
-        return ops.sparse_decode_fwd(
-            q, pages, slots, None, None, *schedule, None, None, None, RANK, SCALE, *rest
-        )
+    def run(s: Inputs, schedule: Any) -> Any:
+        return decode(query(s), s.cache, s.slots, schedule, SCALE)
 
-    schedule = run(sets[0], (None, None))[2:4]
-    return [lambda s=s: run(s, schedule)[0].squeeze(1) for s in sets]
+    schedule = run(sets[0], (None, None))[1]
+    return [lambda s=s: run(s, schedule)[0] for s in sets]
 
 
 def _prefill_calls(ops: Any, takes_out: bool, sets: list[Inputs]) -> list[Callable[[], Any]]:

@@ -22,15 +22,6 @@ Side = Callable[[torch.Tensor], Any]
 
 OURS, SLOTS, TRITON = "custom op", "slots", "Triton, slots"
 SAME_RULE = "FlashInfer low"
-EXACT = (
-    SAME_RULE,
-    "FlashInfer det",
-    "FlashInfer",
-    "FlashInfer cl.",
-    "torch",
-    "vLLM pre.",
-    "vLLM dec.",
-)
 BLOCK = 64
 _WORKSPACE = 1 << 20
 # what FlashInfer asks of its cluster kernel: clusters by rows, and half the shared memory

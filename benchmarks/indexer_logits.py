@@ -9,7 +9,8 @@ bytes at the copy rate or of the GEMMs at the FP8 rate of the same run, whicheve
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +18,6 @@ import torch
 from benchmarks import _gpu, _peers
 from benchmarks._logits_shapes import Shape, shapes
 from benchmarks._logits_sides import Peer, Step, form_of, random_cache
-from benchmarks._torch_device import register
 
 OURS, THEIRS, SCHEDULE = "tiles", "DeepGEMM", "schedule"
 # of scores against doubles; FP8 GEMMs are summed with fewer bits than float32 has
@@ -104,32 +104,27 @@ def scores_for(chosen: Sequence[Shape]) -> torch.Tensor:
     return torch.empty(max(s.num_tokens * s.keys for s in chosen), device="cuda")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check and compare; returns the exit status."""
-    args = _gpu.arguments(__doc__, argv)
-    register()
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """One for each shape."""
     gemm, chosen = _peers.deep_gemm(args.peers), list(shapes(args.quick))
     peer = None if gemm is None else Peer(gemm)
     cache, logits = random_cache(), scores_for(chosen)
-    with _gpu.Recorder("indexer_logits", args.out) as record:
-        rate = fp8_flops_per_s()
-        record.note(peer="DeepGEMM 2.5.0 of vLLM 0.26.0", fp8_flops_per_s=rate)
-        for shape in chosen:
-            case = partial(compare, record, shape, cache, logits, peer, rate)
-            record.attempt(shape.label, case)
-            torch.cuda.empty_cache()
-    return record.status()
+    rate = fp8_flops_per_s()
+    record.note(peer="DeepGEMM 2.5.0 of vLLM 0.26.0", fp8_flops_per_s=rate)
+    for shape in chosen:
+        yield shape.label, partial(compare, record, shape, cache, logits, peer, rate)
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """One row, a decode step, and a chunk of a prompt."""
-    register()
     cache, found = random_cache(), {}
     for shape in _SUBJECTS:
         step = Step(shape, cache, scores_for([shape]), 0)
         found[shape.label] = step.ours(form_of(shape)), [step.logits]
     return found
 
+
+main = partial(_gpu.main, "indexer_logits", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

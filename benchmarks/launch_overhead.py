@@ -13,13 +13,15 @@ and against Triton with Paddle's torch stand-in switched on and off around every
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from benchmarks import _gpu, _torch_device
+from benchmarks import _gpu
 from benchmarks._launch_kernels import (
     BLOCK,
     GRID,
@@ -117,7 +119,6 @@ def _paddle_rows(record: _gpu.Recorder) -> None:
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """A bound and an unbound launch of the kernel with 18 arguments."""
-    _torch_device.register()
     _, num_tensors, named = KERNELS[18]
     kernel, numbers = ours(18, "torch"), tuple(named.values())
     tensors = _tensors(num_tensors)
@@ -128,16 +129,15 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write launch_overhead.json."""
-    args = _gpu.arguments(__doc__, argv)
-    _torch_device.register()
-    with _gpu.Recorder("launch_overhead", args.out) as record:
-        for count in KERNELS:
-            _record(record, count, _sides(count), "torch tensors")
-        _paddle_rows(record)
-    return 0
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """Two for each kernel on torch tensors, and where Paddle is, on Paddle's."""
+    for count in KERNELS:
+        name = f"{count} arguments"
+        yield name, lambda count=count: _record(record, count, _sides(count), "torch tensors")
+    yield "Paddle tensors", partial(_paddle_rows, record)
 
+
+main = partial(_gpu.main, "launch_overhead", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())
