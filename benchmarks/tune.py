@@ -13,21 +13,17 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 
 from benchmarks import (
     _gpu,
-    _v4_steps,
     cache_write,
     indexer_logits,
     indexer_query,
     mla_query,
     overlap,
-    step_metadata,
-    v4_prepare,
 )
 from benchmarks import _sparse_mla_sides as sparse
 from benchmarks._logits_shapes import Shape
@@ -37,11 +33,6 @@ from benchmarks._torch_device import register
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import TileForm
 from fd_dsa.ops.mla.tensor_core import Form, form_for, num_splits
-from fd_dsa.step.checks import StepHints, StepLimits, check_device_counts
-from fd_dsa.step.launch import DECODE_TILE, DECODE_WARPS, MIXED_TILE, MIXED_WARPS, StepLaunch
-from fd_dsa.step.views import OutputBuffers
-from fd_dsa.v4_prepare import V4PrepareConfig
-from fd_dsa.v4_prepare.launch import ExpandTiles, tiles_for
 
 CHOSEN = "chosen"
 # name, calls by form, the form that serves ("" = several or none)
@@ -102,71 +93,6 @@ def tune_projections() -> Iterator[Case]:
             for tiling in (projection.SPLIT if tokens < limit else tried)
         }
         yield f"{tokens} tokens", sides, _tiling(projection.configuration(tokens))
-
-
-def tune_step_metadata() -> Iterator[Case]:
-    """Lanes and warps of a program of the step kernel."""
-    module = step_metadata
-    sizes = module.MAX_NUM_SEQS, module.MAX_NUM_TOKENS, module.MAX_BLOCKS, module.BLOCK_SIZE
-    limits = StepLimits(*sizes, None)
-    buffers = OutputBuffers(limits, module.allocate, False)
-    decode = {f"decode {batch}": module.decode_rows(batch) for batch in module.DECODE_BATCHES}
-    forms = {
-        "decode": ((32, 1), (64, 1), (64, 2), (128, 4), (256, 8)),
-        "mixed": ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8), (256, 8)),
-    }
-    chosen = {"decode": (DECODE_TILE, DECODE_WARPS), "mixed": (MIXED_TILE, MIXED_WARPS)}
-    for label, rows in (decode | module.PREFILL_STEPS).items():
-        step = module.make_step(rows, 0)
-        counts = check_device_counts(limits, StepHints(*step.counts.values()))
-        kind = "mixed" if counts.num_prefill_tokens > 0 else "decode"
-        sides = {
-            "{} x {}".format(*form): [
-                partial(StepLaunch(limits, buffers, **{kind: form}), step.tensors, counts)
-            ]
-            for form in forms[kind]
-        }
-        yield label, sides, "{} x {}".format(*chosen[kind])
-
-
-# of the V4 expansion; each is tried with the others as chosen
-_V4_TRIED = {
-    "num_warps": (1, 2, 4, 8),
-    "hca_tile": (128, 256, 512, 1024, 2048),
-    "window_rows": (1, 2, 4),
-    "hca_group": (1, 2, 4),
-    "row_tile": (32, 64, 128, 256, 512),
-}
-
-
-def _v4_tiles(config: V4PrepareConfig) -> Iterator[tuple[str, ExpandTiles]]:
-    """The cut into programs that the package chooses, and cuts that differ in one number."""
-    chosen = tiles_for(config)
-    yield CHOSEN, chosen
-    entries, tokens = config.max_model_len // config.hca_ratio, config.max_tokens_per_seq
-    for name, value in ((name, value) for name, values in _V4_TRIED.items() for value in values):
-        tiles = replace(chosen, **{name: value})
-        # tiles of one shape get one layout, and that of the rows does not fit unaligned lists
-        if tiles == chosen or tiles.row_tile == tiles.hca_tile:
-            continue
-        # as many programs as there are rounds
-        items = -(-entries // tiles.hca_tile) * -(-tokens // tiles.hca_group)
-        windows = -(-tokens // tiles.window_rows)
-        yield f"{name} {value}", replace(tiles, hca_parts=min(items, 8), window_parts=windows)
-
-
-def tune_v4_prepare() -> Iterator[Case]:
-    """How the V4 expansion is cut into programs."""
-    for sizes in ((1, 8192, 1), (32, 8192, 3), (128, 8192, 1), (256, 131072, 3)):
-        size = _v4_steps.Size(*sizes)
-        config = _v4_steps.config_of(size.batch, size.drafts)
-        decode = _v4_steps.Decode(config, size.context)
-        count = min(8, _gpu.num_sets(v4_prepare.least_bytes(config, decode)))
-        sides = {
-            label: v4_prepare.Launches(config, decode, count, tiles).calls
-            for label, tiles in _v4_tiles(config)
-        }
-        yield size.label, sides, CHOSEN
 
 
 # registers of a thread -> blocks of four warps that a processor then has
@@ -290,8 +216,6 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "indexer_query": tune_indexer_query,
     "mla_query": tune_mla_query,
     "projections": tune_projections,
-    "step_metadata": tune_step_metadata,
-    "v4_prepare": tune_v4_prepare,
     "indexer_logits": tune_indexer_logits,
     "sparse_mla": tune_sparse_mla,
 }
