@@ -43,7 +43,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -107,6 +108,59 @@ def num_sets(bytes_per_set: int) -> int:
     """How many input sets to rotate: together four times the L2, at least one."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     return max(1, min(_MAX_SETS, -(-4 * l2_bytes // max(bytes_per_set, 1))))
+
+
+def warm_host(call: Call) -> None:
+    """A second of a call: the first eager ones of a process are slower than all others."""
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        call()
+        torch.cuda.synchronize()
+
+
+def gemm_flops_per_s(kind: torch.dtype, product: Callable[[Any, Any], Any]) -> float:
+    """Rate of a GEMM of random 8192 x 8192 matrices.
+
+    Args:
+        kind: of the matrices' numbers.
+        product: multiplies two of them.
+    """
+    size = 8192
+    left, right = (torch.randn(size, size, device="cuda").to(kind) for _ in range(2))
+    times = interleaved({"product": [partial(product, left, right)]}, mode="events")
+    return 2 * size**3 / times["product"]["p50"] * 1e6
+
+
+def checked(
+    case: str, sides: Mapping[str, Sequence[Call]], check: Callable[[str], float], most: float
+) -> tuple[dict[str, Sequence[Call]], dict[str, float], dict[str, str]]:
+    """The sides that run and are right, the error of each, and why others are left out.
+
+    Args:
+        case: its name.
+        sides: label -> calls.
+        check: makes the first call of a label and returns its error; an assertion fails the
+            case.
+        most: the largest error that rounding explains.
+    """
+    errors: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for label in sides:
+        try:
+            error = check(label)
+            # what is wrong with a launch is raised by the first wait
+            torch.cuda.synchronize()
+        except AssertionError:
+            raise
+        except Exception as problem:
+            left_out[label] = str(problem)[:200]
+            continue
+        errors[label] = error
+        if not error < most:
+            left_out[label] = f"off by {error:.1e} of sums in doubles"
+    for label, why in left_out.items():
+        print(f"{case}: {label} left out: {why}", flush=True)
+    return {k: calls for k, calls in sides.items() if k not in left_out}, errors, left_out
 
 
 def poison(*tensors: torch.Tensor) -> None:

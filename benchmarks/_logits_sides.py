@@ -45,6 +45,20 @@ def keys_of(cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, to
     return keys, pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).flatten()
 
 
+def exact_scores(
+    q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor
+) -> torch.Tensor:
+    """float64 [n]: the scores of a token over the keys of some blocks, in doubles.
+
+    Args:
+        q: e4m3 bits [heads, 128].
+        weights: float32 [heads].
+    """
+    keys, scales = keys_of(cache, blocks)
+    products = (q.view(torch.float8_e4m3fn).double() @ keys.double().T).relu_()
+    return (weights.double() @ products) * scales.double()
+
+
 class Step:
     """A step of a shape in random pages of a cache.
 
@@ -95,20 +109,14 @@ class Step:
         rest = (self.positions, self.tables, schedule, self.logits)
         return lambda: score_tiles(self.q, self.weights, self.cache, *rest, form=form)
 
-    def wanted(self, token: int) -> torch.Tensor:
-        """float64 [keys]: the scores of a token, in doubles."""
-        row = token // self.shape.new
-        keys, scales = keys_of(self.cache, self.tables[row])
-        q = self.q[token].view(torch.float8_e4m3fn).double()
-        return (self.weights[token].double() @ (q @ keys.double().T).relu_()) * scales.double()
-
     def error(self, scores: torch.Tensor) -> float:
         """Largest relative root mean square error of some tokens' scores in their windows."""
         tokens = np.linspace(0, self.shape.num_tokens - 1, _CHECKED_TOKENS).astype(int)
         worst = 0.0
         for token in map(int, tokens):
             window = int(self.positions[token]) + 1
-            wanted = self.wanted(token)[:window]
+            table = self.tables[token // self.shape.new]
+            wanted = exact_scores(self.q[token], self.weights[token], self.cache, table)[:window]
             found = scores[token, :window].double()
             worst = max(worst, float((found - wanted).norm() / wanted.norm()))
         return worst

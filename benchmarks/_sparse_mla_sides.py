@@ -59,6 +59,11 @@ def latents_of(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([(values.view(-1, 4, 128) * scales[:, :, None]).view(-1, RANK), rope], dim=1)
 
 
+def exact_attention(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """float64 [heads, 512]: attention of a token's heads over exact latents [n, 576]."""
+    return torch.softmax(query.double() @ keys.T * scale, dim=1) @ keys[:, :RANK]
+
+
 def random_slots(tokens: int, region: int) -> torch.Tensor:
     """int32 [tokens, 2048]: distinct slots below `region` for each token, in random order."""
     parts = [
@@ -116,8 +121,7 @@ class Inputs:
     def wanted(self, token: int) -> torch.Tensor:
         """float64 [heads, 512]: the result of a token, from exact latents."""
         keys = latents_of(self.cache[self.slots[token].long()])
-        scores = self.q[token].double() @ keys.T * SCALE
-        return torch.softmax(scores, dim=1) @ keys[:, :RANK]
+        return exact_attention(self.q[token], keys, SCALE)
 
     def error(self, out: torch.Tensor) -> float:
         """Root mean square of the difference of a few tokens from the oracle, relative."""

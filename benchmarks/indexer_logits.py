@@ -22,22 +22,17 @@ from benchmarks._logits_sides import Peer, Step, form_of, random_cache
 OURS, THEIRS, SCHEDULE = "tiles", "DeepGEMM", "schedule"
 # of scores against doubles; FP8 GEMMs are summed with fewer bits than float32 has
 TOLERANCE = 2e-4
-_MATRIX = 8192
 _MOST_SETS = 16
 _SUBJECTS = (Shape(64, 1, 4096), Shape(64, 64, 32768), Shape(64, 1, 8192, 2048, True))
 
 
 def fp8_flops_per_s() -> float:
     """Rate of an e4m3 GEMM of random 8192 x 8192 matrices, accumulated fast."""
-    size = (_MATRIX, _MATRIX)
-    left, right = (torch.randn(size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")
-    product = partial(
-        torch._scaled_mm, left, right.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )  # fmt: skip
-    times = _gpu.interleaved({"product": [product]}, mode="events")
-    return 2 * _MATRIX**3 / times["product"]["p50"] * 1e6
+    options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return _gpu.gemm_flops_per_s(
+        torch.float8_e4m3fn, lambda left, right: torch._scaled_mm(left, right.T, **options)
+    )
 
 
 def steps_of(shape: Shape, cache: torch.Tensor, logits: torch.Tensor) -> list[Step]:

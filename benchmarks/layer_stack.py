@@ -15,7 +15,6 @@ replay of its graph, byte by byte. A shape that fails is named, and the others g
 from __future__ import annotations
 
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -179,14 +178,6 @@ def compare(record: _gpu.Recorder, case: Case, weights: Weights, all_effects: bo
         record.case(f"{shape.label}, {kind}", times, ours=OURS, floor_us=floor_us, **notes)
 
 
-def warm_host(stack: Stack) -> None:
-    """A second of eager steps: the first ones of a process are slower than all others."""
-    end = time.monotonic() + 1
-    while time.monotonic() < end:
-        stack.step()
-        torch.cuda.synchronize()
-
-
 def run(
     record: _gpu.Recorder, shape: Shape, weights: Sequence[Weights], pool: Pool, peers: Path | None
 ) -> None:
@@ -194,7 +185,7 @@ def run(
     is_first = not record.cases
     case = Case(shape, weights, pool, peers)
     if is_first:
-        warm_host(case.sides[OURS])
+        _gpu.warm_host(case.sides[OURS].step)
     compare(record, case, weights[0], is_first)
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
@@ -226,15 +225,6 @@ def threshold(cases: Sequence[dict[str, Any]]) -> int:
     return allowed
 
 
-def warm_host(step: Step) -> None:
-    """A second of eager layers: the first ones of a process are slower than all others."""
-    calls, end = sides_of(step, "eager"), time.monotonic() + 1
-    while time.monotonic() < end:
-        for call in calls.values():
-            call[0]()
-        torch.cuda.synchronize()
-
-
 def inputs(num_tokens: int, sizes: Sizes) -> tuple[torch.Tensor, Both]:
     """Hidden states, and where index keys and head weights go."""
     how: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
@@ -261,7 +251,8 @@ def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Ca
     """One for each number of tokens of each layer; then the thresholds and a timeline."""
     record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
     layer = Layer(Sizes())
-    warm_host(Step(layer, 1))
+    eager = sides_of(Step(layer, 1), "eager").values()
+    _gpu.warm_host(lambda: [calls[0]() for calls in eager])
     for what, sizes in {PLAIN: SIZES, BESIDE: NORMED, FP8: FP8_SIZES}.items():
         measured = in_fp8(layer) if what == FP8 else layer
         for num_tokens in (1, 128) if args.quick else sizes:

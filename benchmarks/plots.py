@@ -31,6 +31,8 @@ _STYLE = {
     "axes.edgecolor": _INK,
     "xtick.color": _INK,
     "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
 }
 
 
@@ -59,13 +61,11 @@ def relative(shown: Mapping[str, Any]) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8, 0.9 + 0.2 * rows))
         axes = figure.subplots()
-        height, middles, drawn = 0, [], set()
+        height, middles = 0, []
         for group in groups:
             first = height
             for side, value in group["relative"].items():
-                name = None if side in drawn else side
-                drawn.add(side)
-                axes.barh(height, value, height=0.8, color=colours[side], label=name)
+                axes.barh(height, value, height=0.8, color=colours[side], label=side)
                 axes.text(value, height, f" {group['text'][side]}", va="center", fontsize=8)
                 height += 1
             middles.append((first + height - 1) / 2)
@@ -74,15 +74,17 @@ def relative(shown: Mapping[str, Any]) -> str:
         axes.set_yticks(middles, [group["case"] for group in groups])
         axes.invert_yaxis()
         axes.set_xlabel("time relative to fd_dsa; a shorter bar is faster")
-        for spine in ("top", "right"):
-            axes.spines[spine].set_visible(False)
         _legend(axes, -0.5 / (0.2 * rows), 4)
         return _svg(figure, shown)
 
 
 def _legend(axes: Any, y: float, columns: int) -> None:
-    """The names of the colours, below the axes."""
-    legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, y), ncols=columns)
+    """The names of the colours, each once, below the axes."""
+    handles, labels = axes.get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    legend = axes.legend(
+        by_label.values(), by_label, loc="upper center", bbox_to_anchor=(0.5, y), ncols=columns
+    )
     for text in legend.get_texts():
         text.set_color(_INK)
     legend.get_frame().set_alpha(0)
@@ -134,7 +136,6 @@ def _draw_lanes(
     axes: Any, lanes: list[tuple[str, list[dict[str, Any]]]], colours: Mapping[str, str]
 ) -> None:
     """One bar a kernel."""
-    named: set[str] = set()
     for height, (_, kernels) in enumerate(lanes):
         for kernel in kernels:
             name = kernel["name"]
@@ -147,10 +148,7 @@ def _draw_lanes(
                 # a copy of microseconds between steps of hundreds would be thinner than a line
                 edgecolor=colours[name],
                 linewidth=0.5,
-                label=None if name in named else name,
+                label=name,
             )
-            named.add(name)
     axes.set_yticks(range(len(lanes)), [label for label, _ in lanes])
     axes.invert_yaxis()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -56,8 +56,8 @@ def checked(
     ours: Ours,
     peers: dict[str, list[_gpu.Call]],
     peer_inputs: Inputs,
-) -> tuple[dict[str, list[_gpu.Call]], dict[str, float], dict[str, str]]:
-    """Sides that give what attention in doubles gives, their errors, and why others are left out.
+) -> tuple[dict[str, Sequence[_gpu.Call]], dict[str, float], dict[str, str]]:
+    """`_gpu.checked` of all sides.
 
     Args:
         name: of the case.
@@ -73,26 +73,14 @@ def checked(
     from_records = [call for call in map(ours.records_call, sets) if call is not None]
     if from_records:
         own[RECORDS] = from_records
-    calls: dict[str, list[_gpu.Call]] = {}
-    errors, left_out = {}, {}
-    for label, side in (peers | own).items():
+    sides = peers | own
+
+    def error(label: str) -> float:
         _gpu.poison(ours.out, ours.lse, *ours.partials)
-        try:
-            result = side[0]()
-            # what is wrong with a launch is said by the first wait
-            torch.cuda.synchronize()
-            is_own = label in own
-            errors[label] = sets[0].error(ours.out) if is_own else peer_inputs.error(result)
-        except RuntimeError as error:
-            left_out[label] = str(error)[:200]
-        else:
-            if errors[label] < _TOLERANCE:
-                calls[label] = side
-            else:
-                left_out[label] = f"off by {errors[label]:.1e} of attention in doubles"
-    for label, why in left_out.items():
-        print(f"{name}: {label} left out: {why}", flush=True)
-    return calls, errors, left_out
+        result = sides[label][0]()
+        return sets[0].error(ours.out) if label in own else peer_inputs.error(result)
+
+    return _gpu.checked(name, sides, error, _TOLERANCE)
 
 
 def served_by(sets: list[Inputs], calls: Collection[str]) -> str:

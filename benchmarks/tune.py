@@ -36,7 +36,7 @@ from fd_dsa.ops.mla.tensor_core import Form, form_for, num_splits
 
 CHOSEN = "chosen"
 # name, calls by form, the form that serves ("" = several or none)
-Case: TypeAlias = tuple[str, Mapping[str, list[_gpu.Call]], str]
+Case: TypeAlias = tuple[str, Mapping[str, Sequence[_gpu.Call]], str]
 
 
 def tune_cache_write() -> Iterator[Case]:
@@ -125,37 +125,23 @@ def tune_indexer_logits() -> Iterator[Case]:
     cache, logits = random_keys(), indexer_logits.scores_for(chosen)
     for shape in chosen:
         steps = indexer_logits.steps_of(shape, cache, logits)
-        first, sides = steps[0], {}
-        for label, form in tile_forms(shape).items():
-            if _is_right(label, first.ours(form), first, first.logits, indexer_logits.TOLERANCE):
-                sides[label] = [step.ours(form) for step in steps]
-        yield shape.label, sides, CHOSEN
+        sides = {
+            label: [step.ours(form) for step in steps] for label, form in tile_forms(shape).items()
+        }
+        right = _right(shape.label, sides, steps[0], steps[0].logits, indexer_logits.TOLERANCE)
+        yield shape.label, right, CHOSEN
 
 
-_FEW_HEADS = {
-    True: (
-        *(Form(False, h, 64, True, 4, 1, 2) for h in (8, 16)),
-        *(Form(False, h, 128, True, 8, 1, 1) for h in (8, 16, 32)),
-        *(Form(False, h, 64, True, 8, 1, 1) for h in (16, 32)),
-        *(Form(False, 16, n, False, 4, 1, p) for n, p in ((32, 2), (64, 1))),
-        Form(False, 32, 64, True, 4, 1, 2),
-    ),
-    False: (
-        *(Form(False, h, 64, True, 4, 1, 2) for h in (8, 16)),
-        *(Form(False, h, 128, True, 8, 1, 1) for h in (16, 32)),
-        *(Form(True, h, 64, True, 4, 2, 1) for h in (16, 32)),
-        *(Form(True, h, 128, True, 8, 1, 1) for h in (16, 32)),
-        *(Form(True, 16, n, False, 4, s, p) for n, s, p in ((64, 2, 2), (32, 3, 2), (32, 2, 4))),
-        Form(False, 32, 64, True, 8, 1, 1),
-    ),
-}
-_MANY_HEADS = (
-    Form(True, 16, 64, False, 4, 2, 2),
+_FORMS = (
+    *(Form(False, h, 64, True, 4, 1, 2) for h in (8, 16, 32)),
+    *(Form(False, h, 128, True, 8, 1, 1) for h in (8, 16, 32)),
+    *(Form(False, h, 64, True, 8, 1, 1) for h in (16, 32)),
+    *(Form(False, 16, n, False, 4, 1, p) for n, p in ((32, 2), (64, 1))),
     *(Form(False, 64, n, False, 8, 1, 1) for n in (32, 64)),
+    *(Form(True, h, 64, True, 4, 2, 1) for h in (16, 32)),
+    *(Form(True, h, 128, True, 8, 1, 1) for h in (16, 32)),
+    *(Form(True, 16, n, False, 4, s, p) for n, s, p in ((64, 2, 2), (32, 3, 2), (32, 2, 4))),
     *(Form(True, 64, n, False, 8, s, 1) for n, s in ((64, 2), (32, 3))),
-    Form(False, 32, 128, True, 8, 1, 1),
-    Form(True, 32, 64, True, 4, 2, 1),
-    Form(False, 16, 64, True, 4, 1, 2),
 )
 
 
@@ -166,7 +152,7 @@ def _sparse_mla_sides(
     fp8, rows = sets[0].fp8, len(ours.partials.lse)
     chosen = form_for(heads, tokens, fp8)
     yield CHOSEN, [ours.call(s, chosen) for s in sets]
-    for form in _MANY_HEADS if heads > 32 else _FEW_HEADS[fp8]:
+    for form in _FORMS:
         fits = min(heads, 16) <= form.block_h < max(2 * heads, 17)
         if form != chosen and fits and not (fp8 and form.copied):
             yield "/".join(str(int(x)) for x in form), [ours.call(s, form) for s in sets]
@@ -187,28 +173,22 @@ def tune_sparse_mla() -> Iterator[Case]:
             slots = [sparse.random_slots(tokens, len(cache)) for _ in range(count)]
             sets = [sparse.Inputs(cache, s, heads) for s in slots]
             ours = sparse.Ours(tokens, heads)
-            sides = {
-                label: calls
-                for label, calls in _sparse_mla_sides(ours, sets, heads, tokens)
-                if _is_right(label, calls[0], sets[0], ours.out, 1e-2)
-            }
-            kind = "FP8" if sets[0].fp8 else "bf16"
-            yield f"{heads} heads, {tokens} tokens, {kind}", sides, CHOSEN
+            sides = dict(_sparse_mla_sides(ours, sets, heads, tokens))
+            name = f"{heads} heads, {tokens} tokens, {'FP8' if sets[0].fp8 else 'bf16'}"
+            yield name, _right(name, sides, sets[0], ours.out, 1e-2), CHOSEN
 
 
-def _is_right(label: str, call: _gpu.Call, inputs: Any, out: torch.Tensor, most: float) -> bool:
-    """Whether a form runs and its error is at most `most`; says why not."""
-    _gpu.poison(out)
-    try:
-        call()
-        torch.cuda.synchronize()
-    except Exception as error:
-        print(f"{label} left out: {str(error).strip().splitlines()[-1][:100]}", flush=True)
-        return False
-    error = inputs.error(out)
-    if not error <= most:
-        print(f"{label} is WRONG and left out: error {error:.3g}", flush=True)
-    return error <= most
+def _right(
+    case: str, sides: Mapping[str, Sequence[_gpu.Call]], inputs: Any, out: Any, most: float
+) -> Mapping[str, Sequence[_gpu.Call]]:
+    """The forms that run and whose error is at most `most`."""
+
+    def error(label: str) -> float:
+        _gpu.poison(out)
+        sides[label][0]()
+        return inputs.error(out)
+
+    return _gpu.checked(case, sides, error, most)[0]
 
 
 KERNELS: dict[str, Callable[[], Iterator[Case]]] = {

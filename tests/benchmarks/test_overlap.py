@@ -6,16 +6,6 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import results
-
-
-def case(num_tokens: int, kind: str, saved: float) -> dict[str, Any]:
-    """One case whose layer takes 200 us on one stream, and its projections 8 us."""
-    two = 200 * (1 - saved)
-    notes = {"num_tokens": num_tokens, "kind": kind, "saved": saved}
-    us = {"one stream": 200, "two streams": two}
-    return results.case(f"{num_tokens} tokens, {kind}", us, "two streams", **notes)
-
 
 def kernel(name: str, stream: int, start_us: float, us: float) -> dict[str, Any]:
     return {"name": name, "stream": stream, "start_us": start_us, "us": us}
@@ -73,24 +63,15 @@ def test_kernels_of_a_trace_by_stream_and_part() -> None:
     ]
 
 
-def test_the_threshold_ends_before_the_first_loss() -> None:
-    pytest.importorskip("torch")
-    from benchmarks.overlap import threshold
-
-    def cases(*saved: tuple[int, float]) -> list[dict[str, Any]]:
-        return [{"num_tokens": tokens, "saved": share} for tokens, share in saved]
-
-    assert threshold(cases((1, 0.03), (8, 0.02), (64, -0.009), (128, -0.02), (256, 0.1))) == 64
-    assert threshold(cases((8, 0.02), (1, 0.03), (8, -0.02))) == 1
-    assert threshold(cases((1, -0.02))) == 0
-
-
-def test_graphs_and_eager_steps_have_thresholds_of_their_own() -> None:
+def test_thresholds_end_before_the_first_loss() -> None:
     pytest.importorskip("torch")
     from benchmarks.overlap import thresholds
 
-    cases = [
-        *(case(1, "graph", 0.03), case(8, "graph", 0.02), case(64, "graph", -0.02)),
-        *(case(1, "eager", -0.05), case(8, "graph, k_norm beside", 0.01), case(8, "eager", 0.1)),
-    ]
-    assert thresholds(cases) == {"graph": 8, "eager": 0}
+    def measured(kind: str, *saved: tuple[int, float]) -> list[dict[str, Any]]:
+        return [{"num_tokens": tokens, "saved": share, "kind": kind} for tokens, share in saved]
+
+    graph = measured("graph", (256, 0.1), (1, 0.03), (8, 0.02), (64, -0.009), (128, -0.02))
+    beside = measured("graph, k_norm beside", (64, -0.02))
+    eager = measured("eager", (1, -0.02), (8, 0.1))
+    assert thresholds(graph + eager) == {"graph": 64, "eager": 0}
+    assert thresholds(graph + beside + eager) == {"graph": 8, "eager": 0}
