@@ -29,7 +29,7 @@ _MEASURED = ("fd_dsa", "benchmarks", ":!benchmarks/results")
 _PACKAGES = ("paddlepaddle", "triton", "numpy", "torch", "transformers")
 
 
-def _git(*args: str, root: Path = ROOT) -> str:
+def _git(*args: str, root: Path) -> str:
     """Output of a git command in a repository; empty without git."""
     done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -62,25 +62,22 @@ def _gpu() -> dict[str, str]:
     return {"gpu": name, "driver": driver} if done.returncode == 0 else {"gpu": "", "driver": ""}
 
 
-def _revision() -> dict[str, Any]:
-    """Commit, and whether what is measured differs from it.
+def revision_of(checkout: Path = ROOT, paths: Sequence[str] = ("fd_dsa",)) -> dict[str, Any]:
+    """Commit of a checkout, and whether what is measured of it differs from the commit.
 
-    A copy of the tree without git is told its commit by FD_DSA_COMMIT, the full hash, followed by
-    `-dirty` where the copy was not clean. A copy that knows neither counts as dirty.
+    A copy without git counts as dirty.
     """
-    told = os.environ.get("FD_DSA_COMMIT", "")
-    if told:
-        return {"commit": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--", *_MEASURED)
-    return {"commit": commit, "dirty": bool(changed) or not commit}
-
-
-def revision_of(checkout: Path) -> dict[str, Any]:
-    """Commit of another checkout, and whether its package differs from it."""
     commit = _git("rev-parse", "HEAD", root=checkout)
-    changed = _git("status", "--porcelain", "--", "fd_dsa", root=checkout)
+    changed = _git("status", "--porcelain", "--", *paths, root=checkout)
     return {"commit": commit, "dirty": bool(changed) or not commit}
+
+
+def _own_revision() -> dict[str, Any]:
+    """That of this tree; a copy without git has it in FD_DSA_COMMIT: the hash, -dirty if it is."""
+    commit = os.environ.get("FD_DSA_COMMIT", "")
+    if commit:
+        return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
+    return revision_of(paths=_MEASURED)
 
 
 def environment() -> dict[str, Any]:
@@ -92,7 +89,7 @@ def environment() -> dict[str, Any]:
         **_gpu(),
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
-        **_revision(),
+        **_own_revision(),
     }
 
 

@@ -122,31 +122,19 @@ class Step:
         return worst
 
 
-class Peer:
-    """DeepGEMM's kernels for a step: of gathered keys for a prompt, of pages else.
+def peer_call(gemm: DeepGemm, step: Step) -> Call:
+    """DeepGEMM's call for a step, which returns float32 [num_tokens, keys or more].
 
-    Its schedule is made beforehand, as ours is, and so are gathered keys. Rows of 3 tokens, which
-    it does not take, are rows of 1 to it.
+    It scores gathered keys for a prompt, pages else. Its schedule is made beforehand, as ours is,
+    and so are gathered keys. Rows of 3 tokens, which it does not take, are rows of 1 to it.
     """
-
-    def __init__(self, gemm: DeepGemm) -> None:
-        self._gemm = gemm
-
-    def call(self, step: Step) -> Call:
-        """A call that returns float32 [num_tokens, keys or more]."""
-        return self._of_prompt(step) if step.shape.is_prompt else self._of_pages(step)
-
-    def _of_prompt(self, step: Step) -> Call:
+    shape, q = step.shape, step.q.view(torch.float8_e4m3fn)
+    if shape.is_prompt:
         keys = keys_of(step.cache, step.tables[0])
         windows = torch.zeros_like(step.batch), (step.positions + 1).int()
-        q = step.q.view(torch.float8_e4m3fn)
-        return lambda: self._gemm.score_gathered(q, keys, step.weights, *windows)
-
-    def _of_pages(self, step: Step) -> Call:
-        shape = step.shape
-        new = 1 if shape.new == 3 else shape.new
-        lengths = (step.positions + 1).int().view(-1, new)
-        tables = step.tables.repeat_interleave(shape.new // new, 0)
-        rest = step.weights, lengths, tables, self._gemm.schedule(lengths), shape.keys
-        q = step.q.view(torch.float8_e4m3fn)
-        return lambda: self._gemm.score_pages(q, step.cache, *rest)
+        return lambda: gemm.score_gathered(q, keys, step.weights, *windows)
+    new = 1 if shape.new == 3 else shape.new
+    lengths = (step.positions + 1).int().view(-1, new)
+    tables = step.tables.repeat_interleave(shape.new // new, 0)
+    rest = step.weights, lengths, tables, gemm.schedule(lengths), shape.keys
+    return lambda: gemm.score_pages(q, step.cache, *rest)

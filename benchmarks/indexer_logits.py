@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import _gpu, _peers
 from benchmarks._logits_shapes import Shape, shapes
-from benchmarks._logits_sides import Peer, Step, form_of, random_cache
+from benchmarks._logits_sides import Step, form_of, peer_call, random_cache
 
 OURS, THEIRS, SCHEDULE = "tiles", "DeepGEMM", "schedule"
 # of scores against doubles; FP8 GEMMs are summed with fewer bits than float32 has
@@ -62,15 +62,15 @@ def error_of_ours(step: Step) -> float:
 
 def compare(
     record: _gpu.Recorder, shape: Shape, cache: torch.Tensor, logits: torch.Tensor,
-    peer: Peer | None, rate: float,
+    gemm: _peers.DeepGemm | None, rate: float,
 ) -> None:  # fmt: skip
     """Check and time one shape; without DeepGEMM where it refuses it."""
     steps, form = steps_of(shape, cache, logits), form_of(shape)
     found, left_out = {OURS: error_of_ours(steps[0])}, {}
     sides: dict[str, list[_gpu.Call]] = {}
-    if peer is not None:
+    if gemm is not None:
         try:
-            theirs = [peer.call(step) for step in steps]
+            theirs = [peer_call(gemm, step) for step in steps]
             found[THEIRS] = steps[0].error(theirs[0]())
             sides[THEIRS] = theirs
         except RuntimeError as error:
@@ -102,12 +102,11 @@ def scores_for(chosen: Sequence[Shape]) -> torch.Tensor:
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
     """One for each shape."""
     gemm, chosen = _peers.deep_gemm(args.peers), list(shapes(args.quick))
-    peer = None if gemm is None else Peer(gemm)
     cache, logits = random_cache(), scores_for(chosen)
     rate = fp8_flops_per_s()
     record.note(peer="DeepGEMM 2.5.0 of vLLM 0.26.0", fp8_flops_per_s=rate)
     for shape in chosen:
-        yield shape.label, partial(compare, record, shape, cache, logits, peer, rate)
+        yield shape.label, partial(compare, record, shape, cache, logits, gemm, rate)
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:

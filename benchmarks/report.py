@@ -33,7 +33,8 @@ _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
 
 def pages() -> list[Path]:
     """The pages with regions."""
-    return [DOCS / "performance.md", *sorted((DOCS / "results").glob("*.md"))]
+    concepts = DOCS / "concepts" / "fp8-cache.md"
+    return [DOCS / "performance.md", concepts, *sorted((DOCS / "results").glob("*.md"))]
 
 
 def region(name: str, folder: Path = RESULTS) -> str:
@@ -45,8 +46,8 @@ def region(name: str, folder: Path = RESULTS) -> str:
     """
     if name in _ratios.TABLES:
         return _ratios.region(name, folder)
-    path = folder / f"{name}.json"
-    if not path.exists():
+    path = next(folder.rglob(f"{name}.json"), None)
+    if path is None:
         return "Not measured yet.\n"
     result = load(path)
     refused = refusal(result)

@@ -13,6 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -50,23 +51,10 @@ def tune_cache_write() -> Iterator[Case]:
         yield f"{num_tokens} tokens", sides, name_of(cache_write.configuration(num_tokens))
 
 
-def tune_indexer_query() -> Iterator[Case]:
-    """Rows of a program and warps."""
-    yield from _queries(
-        indexer_query,
-        ((1, 64), (32, 64), (128, 64), (512, 64), (1024, 64), (8192, 64), (1024, 32)),
-        lambda tokens, heads: indexer_query.configuration(tokens * heads),
-    )
-
-
-def tune_mla_query() -> Iterator[Case]:
-    """Rows of a program and warps."""
-    shapes = ((1, 128), (8, 128), (32, 128), (128, 128), (1024, 128), (8192, 128), (1, 16))
-    yield from _queries(mla_query, (*shapes, (128, 16)), lambda *_: mla_query.CHOSEN)
-
-
-def _queries(module: Any, shapes: Any, chosen: Callable[[int, int], tuple[int, int]]) -> Any:
-    """Cases of a kernel that prepares queries."""
+def _tune_queries(
+    module: Any, shapes: Any, chosen: Callable[[int, int], tuple[int, int]]
+) -> Iterator[Case]:
+    """Rows of a program and warps of a kernel that prepares queries."""
     cos_sin = module.angles()
     for tokens, heads in shapes:
         sets = module.sets_of(tokens, heads)
@@ -193,8 +181,18 @@ def _right(
 
 KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "cache_write": tune_cache_write,
-    "indexer_query": tune_indexer_query,
-    "mla_query": tune_mla_query,
+    "indexer_query": partial(
+        _tune_queries,
+        indexer_query,
+        ((1, 64), (32, 64), (128, 64), (512, 64), (1024, 64), (8192, 64), (1024, 32)),
+        lambda tokens, heads: indexer_query.configuration(tokens * heads),
+    ),
+    "mla_query": partial(
+        _tune_queries,
+        mla_query,
+        ((1, 128), (8, 128), (32, 128), (128, 128), (1024, 128), (8192, 128), (1, 16), (128, 16)),
+        lambda *_: mla_query.CHOSEN,
+    ),
     "projections": tune_projections,
     "indexer_logits": tune_indexer_logits,
     "sparse_mla": tune_sparse_mla,
