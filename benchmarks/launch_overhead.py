@@ -84,19 +84,13 @@ def _record(record: _gpu.Recorder, count: int, sides: dict[str, list[Any]], wher
         label: {name: value * scale.get(label, 1) for name, value in found.items()}
         for label, found in times.items()
     }
-    floor = times["driver"]["p50"] if "driver" in times else 0.0
-    for kind, without in (("unbound", "fd_dsa bound"), ("bound", "fd_dsa unbound")):
-        chosen = {
-            label: found
-            for label, found in times.items()
-            if label != without and not (kind == "bound" and label == "fd_dsa new tensors")
-        }
-        label = f"fd_dsa {kind}"
+    others = {"unbound": {"fd_dsa bound"}, "bound": {"fd_dsa unbound", "fd_dsa new tensors"}}
+    for kind, left_out in others.items():
         record.case(
             f"{count} arguments, {kind}, {where}",
-            chosen,
-            ours=label,
-            floor_us=floor,
+            {label: time for label, time in times.items() if label not in left_out},
+            ours=f"fd_dsa {kind}",
+            floor_us=times["driver"]["p50"],
             tier="T1p" if where.startswith("Paddle") else "T1",
         )
 
