@@ -2,13 +2,15 @@
 
 The protocol of a benchmark module, which `gpu_run` and the report rely on:
 
-    def main(argv=None) -> int:
-        args = _gpu.arguments(__doc__, argv)         # --out DIR, --quick, --peers DIR
-        with _gpu.Recorder("cache_write", args.out) as record:   # writes DIR/cache_write.json
-            for shape in ...:                        # compare the outputs of both sides first
-                times = _gpu.interleaved({"two writes": [f, ...], "one launch": [g, ...]})
-                record.case("128 tokens", times, ours="one launch", bytes_moved=...)
-        return 0
+    def cases(record, args):                     # name and function of each case
+        for shape in ...:
+            yield "128 tokens", partial(compare, record, shape)
+
+    def compare(record, shape):                  # compares the outputs of both sides first
+        times = _gpu.interleaved({"two writes": [f, ...], "one launch": [g, ...]})
+        record.case("128 tokens", times, ours="one launch", bytes_moved=...)
+
+    main = partial(_gpu.main, "cache_write", __doc__, cases)
 
     def subjects() -> dict[str, tuple[Call, list[torch.Tensor]]]:
         # by label: one call of ours at a size of real serving and the tensors it writes;
@@ -19,9 +21,8 @@ The protocol of a benchmark module, which `gpu_run` and the report rely on:
                 "ours": label, "ratios": {other label: its p50 / that of ours},
                 "floor_us", "percent_of_floor", ...notes of the module}]}
 
-A benchmark of many shapes begins each by `record.attempt(name, case)`: one that fails is named in
-"failed", none is begun when the time of the section is up ("not_run"), and a run that was cut off
-goes on where it ended. Its `main` returns `record.status()`.
+A case that fails is named in "failed". None is begun when the time of the section is up; those are
+in "not_run", and a run that was cut off goes on where it ended.
 
 The order of `times` is that of the columns in docs/results; the first label that is not
 ours is the baseline. `--quick` means one or two shapes. `--peers` is a folder as `_peers` says; a
@@ -42,7 +43,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,9 +60,12 @@ from benchmarks._harness import (
     write_json,
 )
 from benchmarks._timers import Call, Times, interleaved
+from benchmarks._torch_device import register
 
 import triton
 
+# what measures and records a case; False where a side is wrong
+Case = Callable[[], "bool | None"]
 POISON = 0xA5
 _MAX_SETS = 48
 
@@ -77,10 +82,85 @@ def arguments(description: str | None, argv: Sequence[str] | None) -> argparse.N
     return parser.parse_args(argv)
 
 
+def main(
+    name: str,
+    description: str | None,
+    cases: Callable[[Recorder, argparse.Namespace], Iterable[tuple[str, Case]]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run the cases of a benchmark that have not run yet; returns the exit status.
+
+    Args:
+        name: of its result.
+        description: its module's docstring.
+        cases: name and function of each; a generator that sets up what several of them share.
+    """
+    args = arguments(description, argv)
+    register()
+    with Recorder(name, args.out) as record:
+        for case, run in cases(record, args):
+            record.attempt(case, run)
+            torch.cuda.empty_cache()
+    return record.status()
+
+
 def num_sets(bytes_per_set: int) -> int:
     """How many input sets to rotate: together four times the L2, at least one."""
     l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     return max(1, min(_MAX_SETS, -(-4 * l2_bytes // max(bytes_per_set, 1))))
+
+
+def warm_host(call: Call) -> None:
+    """A second of a call: the first eager ones of a process are slower than all others."""
+    end = time.monotonic() + 1
+    while time.monotonic() < end:
+        call()
+        torch.cuda.synchronize()
+
+
+def gemm_flops_per_s(kind: torch.dtype, product: Callable[[Any, Any], Any]) -> float:
+    """Rate of a GEMM of random 8192 x 8192 matrices.
+
+    Args:
+        kind: of the matrices' numbers.
+        product: multiplies two of them.
+    """
+    size = 8192
+    left, right = (torch.randn(size, size, device="cuda").to(kind) for _ in range(2))
+    times = interleaved({"product": [partial(product, left, right)]}, mode="events")
+    return 2 * size**3 / times["product"]["p50"] * 1e6
+
+
+def checked(
+    case: str, sides: Mapping[str, Sequence[Call]], check: Callable[[str], float], most: float
+) -> tuple[dict[str, Sequence[Call]], dict[str, float], dict[str, str]]:
+    """The sides that run and are right, the error of each, and why others are left out.
+
+    Args:
+        case: its name.
+        sides: label -> calls.
+        check: makes the first call of a label and returns its error; an assertion fails the
+            case.
+        most: the largest error that rounding explains.
+    """
+    errors: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    for label in sides:
+        try:
+            error = check(label)
+            # what is wrong with a launch is raised by the first wait
+            torch.cuda.synchronize()
+        except AssertionError:
+            raise
+        except Exception as problem:
+            left_out[label] = str(problem)[:200]
+            continue
+        errors[label] = error
+        if not error < most:
+            left_out[label] = f"off by {error:.1e} of sums in doubles"
+    for label, why in left_out.items():
+        print(f"{case}: {label} left out: {why}", flush=True)
+    return {k: calls for k, calls in sides.items() if k not in left_out}, errors, left_out
 
 
 def poison(*tensors: torch.Tensor) -> None:
@@ -219,7 +299,7 @@ class Recorder:
             self._result["complete"] = not self._result["not_run"]
         self._flush()
 
-    def attempt(self, name: str, case: Callable[[], bool | None]) -> None:
+    def attempt(self, name: str, case: Case) -> None:
         """Run a case, or several that belong together, unless it has run or there is no time.
 
         One that raises, or says False, is noted as failed.

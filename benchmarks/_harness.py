@@ -10,13 +10,14 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+Key = TypeVar("Key", bound=Hashable)
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 LIMIT_VARIABLE = "FD_DSA_LIMIT_S"
@@ -28,7 +29,7 @@ _MEASURED = ("fd_dsa", "benchmarks", ":!benchmarks/results")
 _PACKAGES = ("paddlepaddle", "triton", "numpy", "torch", "transformers")
 
 
-def _git(*args: str, root: Path = ROOT) -> str:
+def _git(*args: str, root: Path) -> str:
     """Output of a git command in a repository; empty without git."""
     done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -61,25 +62,22 @@ def _gpu() -> dict[str, str]:
     return {"gpu": name, "driver": driver} if done.returncode == 0 else {"gpu": "", "driver": ""}
 
 
-def _revision() -> dict[str, Any]:
-    """Commit, and whether what is measured differs from it.
+def revision_of(checkout: Path = ROOT, paths: Sequence[str] = ("fd_dsa",)) -> dict[str, Any]:
+    """Commit of a checkout, and whether what is measured of it differs from the commit.
 
-    A copy of the tree without git is told its commit by FD_DSA_COMMIT, the full hash, followed by
-    `-dirty` where the copy was not clean. A copy that knows neither counts as dirty.
+    A copy without git counts as dirty.
     """
-    told = os.environ.get("FD_DSA_COMMIT", "")
-    if told:
-        return {"commit": told.removesuffix("-dirty"), "dirty": told.endswith("-dirty")}
-    commit = _git("rev-parse", "HEAD")
-    changed = _git("status", "--porcelain", "--", *_MEASURED)
-    return {"commit": commit, "dirty": bool(changed) or not commit}
-
-
-def revision_of(checkout: Path) -> dict[str, Any]:
-    """Commit of another checkout, and whether its package differs from it."""
     commit = _git("rev-parse", "HEAD", root=checkout)
-    changed = _git("status", "--porcelain", "--", "fd_dsa", root=checkout)
+    changed = _git("status", "--porcelain", "--", *paths, root=checkout)
     return {"commit": commit, "dirty": bool(changed) or not commit}
+
+
+def _own_revision() -> dict[str, Any]:
+    """That of this tree; a copy without git has it in FD_DSA_COMMIT: the hash, -dirty if it is."""
+    commit = os.environ.get("FD_DSA_COMMIT", "")
+    if commit:
+        return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
+    return revision_of(paths=_MEASURED)
 
 
 def environment() -> dict[str, Any]:
@@ -91,7 +89,7 @@ def environment() -> dict[str, Any]:
         **_gpu(),
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
-        **_revision(),
+        **_own_revision(),
     }
 
 
@@ -188,6 +186,7 @@ class Worker:
         args: its arguments.
         checkout: whose `fd_dsa` it imports; the worker itself is always the one of this tree.
         cpus: processors that it runs on; None = all.
+        options: a further argument, as JSON.
     """
 
     def __init__(
@@ -196,12 +195,19 @@ class Worker:
         *args: str,
         checkout: Path = ROOT,
         cpus: Iterable[int] | None = None,
+        **options: Any,
     ) -> None:
+        args += (json.dumps(options),) if options else ()
         with on_cpus(os.sched_getaffinity(0) if cpus is None else cpus):
             self._process = subprocess.Popen(
                 [
                     *(sys.executable, "-W", "ignore", "-m", "benchmarks.workers"),
-                    *(str(checkout.resolve()), module, *args),
+                    *(
+                        str(checkout.resolve()),
+                        module,
+                        *args,
+                        *([json.dumps(options)] if options else []),
+                    ),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -243,13 +249,33 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(module: str, checkouts: Mapping[str, Path], *args: str) -> Iterator[dict[str, Worker]]:
+def workers(
+    module: str, checkouts: Mapping[str, Path], **options: Any
+) -> Iterator[dict[str, Worker]]:
     """A worker with the package of each checkout, by label."""
     with contextlib.ExitStack() as stack:
         yield {
-            label: stack.enter_context(Worker(module, *args, checkout=path))
+            label: stack.enter_context(Worker(module, checkout=path, **options))
             for label, path in checkouts.items()
         }
+
+
+def in_turns(
+    calls: Mapping[Key, Callable[..., Any]], rounds: int, *, seeded: bool = False
+) -> dict[Key, list[Any]]:
+    """What each of some calls returns in every round; they take turns.
+
+    Args:
+        seeded: every call gets the number of its round as `seed`, and a further round, number 0,
+            warms up.
+    """
+    results: dict[Key, list[Any]] = {key: [] for key in calls}
+    for number in range(1 - seeded, rounds + 1):
+        for key, call in calls.items():
+            result = call(seed=number) if seeded else call()
+            if number:
+                results[key].append(result)
+    return results
 
 
 def serve_requests(handlers: dict[str, Any]) -> None:

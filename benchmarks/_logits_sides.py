@@ -45,6 +45,20 @@ def keys_of(cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, to
     return keys, pages[:, PAGE * WIDTH :].contiguous().view(torch.float32).flatten()
 
 
+def exact_scores(
+    q: torch.Tensor, weights: torch.Tensor, cache: torch.Tensor, blocks: torch.Tensor
+) -> torch.Tensor:
+    """float64 [n]: the scores of a token over the keys of some blocks, in doubles.
+
+    Args:
+        q: e4m3 bits [heads, 128].
+        weights: float32 [heads].
+    """
+    keys, scales = keys_of(cache, blocks)
+    products = (q.view(torch.float8_e4m3fn).double() @ keys.double().T).relu_()
+    return (weights.double() @ products) * scales.double()
+
+
 class Step:
     """A step of a shape in random pages of a cache.
 
@@ -95,50 +109,32 @@ class Step:
         rest = (self.positions, self.tables, schedule, self.logits)
         return lambda: score_tiles(self.q, self.weights, self.cache, *rest, form=form)
 
-    def wanted(self, token: int) -> torch.Tensor:
-        """float64 [keys]: the scores of a token, in doubles."""
-        row = token // self.shape.new
-        keys, scales = keys_of(self.cache, self.tables[row])
-        q = self.q[token].view(torch.float8_e4m3fn).double()
-        return (self.weights[token].double() @ (q @ keys.double().T).relu_()) * scales.double()
-
     def error(self, scores: torch.Tensor) -> float:
         """Largest relative root mean square error of some tokens' scores in their windows."""
         tokens = np.linspace(0, self.shape.num_tokens - 1, _CHECKED_TOKENS).astype(int)
         worst = 0.0
         for token in map(int, tokens):
             window = int(self.positions[token]) + 1
-            wanted = self.wanted(token)[:window]
+            table = self.tables[token // self.shape.new]
+            wanted = exact_scores(self.q[token], self.weights[token], self.cache, table)[:window]
             found = scores[token, :window].double()
             worst = max(worst, float((found - wanted).norm() / wanted.norm()))
         return worst
 
 
-class Peer:
-    """DeepGEMM's kernels for a step: of gathered keys for a prompt, of pages else.
+def peer_call(gemm: DeepGemm, step: Step) -> Call:
+    """DeepGEMM's call for a step, which returns float32 [num_tokens, keys or more].
 
-    Its schedule is made beforehand, as ours is, and so are gathered keys. Rows of 3 tokens, which
-    it does not take, are rows of 1 to it.
+    It scores gathered keys for a prompt, pages else. Its schedule is made beforehand, as ours is,
+    and so are gathered keys. Rows of 3 tokens, which it does not take, are rows of 1 to it.
     """
-
-    def __init__(self, gemm: DeepGemm) -> None:
-        self._gemm = gemm
-
-    def call(self, step: Step) -> Call:
-        """A call that returns float32 [num_tokens, keys or more]."""
-        return self._of_prompt(step) if step.shape.is_prompt else self._of_pages(step)
-
-    def _of_prompt(self, step: Step) -> Call:
+    shape, q = step.shape, step.q.view(torch.float8_e4m3fn)
+    if shape.is_prompt:
         keys = keys_of(step.cache, step.tables[0])
         windows = torch.zeros_like(step.batch), (step.positions + 1).int()
-        q = step.q.view(torch.float8_e4m3fn)
-        return lambda: self._gemm.score_gathered(q, keys, step.weights, *windows)
-
-    def _of_pages(self, step: Step) -> Call:
-        shape = step.shape
-        new = 1 if shape.new == 3 else shape.new
-        lengths = (step.positions + 1).int().view(-1, new)
-        tables = step.tables.repeat_interleave(shape.new // new, 0)
-        rest = step.weights, lengths, tables, self._gemm.schedule(lengths), shape.keys
-        q = step.q.view(torch.float8_e4m3fn)
-        return lambda: self._gemm.score_pages(q, step.cache, *rest)
+        return lambda: gemm.score_gathered(q, keys, step.weights, *windows)
+    new = 1 if shape.new == 3 else shape.new
+    lengths = (step.positions + 1).int().view(-1, new)
+    tables = step.tables.repeat_interleave(shape.new // new, 0)
+    rest = step.weights, lengths, tables, gemm.schedule(lengths), shape.keys
+    return lambda: gemm.score_pages(q, step.cache, *rest)

@@ -26,15 +26,15 @@ _SHOWN = {
 }
 # clocks stay as they are; subjects.py marks the calls; L2 bytes are in no set
 FLAGS = (
-    *(
+    *[
         "--clock-control",
         "none",
         "--profile-from-start",
         "off",
         "--target-processes",
         "application-only",
-    ),
-    *("--set", "full", "--metrics", "lts__t_bytes.sum", "--csv", "--page", "raw"),
+    ],
+    *["--set", "full", "--metrics", "lts__t_bytes.sum", "--csv", "--page", "raw"],
 )
 _STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 _STALLS_SHOWN = 4

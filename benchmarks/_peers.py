@@ -50,6 +50,22 @@ def vllm_ops(folder: Path | None) -> Any | None:
     return torch.ops._C if _vllm_is_loaded(folder) else None
 
 
+def vllm_writes(
+    ops: Any,
+    latent: torch.Tensor,
+    k_pe: torch.Tensor,
+    key: torch.Tensor,
+    latents: torch.Tensor,
+    index: torch.Tensor,
+    slots: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    """vLLM's writes of finished keys into both caches; `scale` is any number, and is not read."""
+    records = latents.view(-1, 64, 656)
+    ops.concat_and_cache_mla(latent, k_pe, records, slots, "fp8_ds_mla", scale)
+    ops.indexer_k_quant_and_cache(key, index.view(-1, 64, 132), slots, 128, "ue8m0")
+
+
 @cache
 def _vllm_is_loaded(folder: Path | None) -> bool:
     """Load vLLM's library of operators, unless it is not there."""
@@ -95,6 +111,28 @@ def vllm_indexer_query(folder: Path | None) -> Any | None:
     return _module(path)._fused_indexer_q_rope_quant_kernel
 
 
+def prepare_indexer_query(
+    kernel: Any,
+    positions: torch.Tensor,
+    q: torch.Tensor,
+    cos_sin: torch.Tensor,
+    weights: torch.Tensor,
+    codes: torch.Tensor,
+    folded: torch.Tensor,
+) -> None:
+    """Launch vLLM's kernel as vLLM does; the result is in `codes` and `folded`."""
+    num_tokens, heads, dim = q.shape
+    kernel[num_tokens, heads](
+        *(positions, q, q.stride(0), q.stride(1), cos_sin, cos_sin.stride(0)),
+        *(codes, codes.stride(0), codes.stride(1), weights, weights.stride(0), weights.stride(1)),
+        *(folded, folded.stride(0), folded.stride(1), dim**-0.5, heads**-0.5),
+        fp8_min=-448.0,
+        fp8_max=448.0,
+        is_neox=True,
+        num_warps=1,
+    )
+
+
 @cache
 def flash_mla_builds(folder: Path | None) -> list[tuple[str, Any, bool]]:
     """Builds of FlashMLA: label, operators, and whether they take a result to write to."""
@@ -108,6 +146,33 @@ def flash_mla_builds(folder: Path | None) -> list[tuple[str, Any, bool]]:
         if path is not None and _is_loaded(path):
             found.append((label, getattr(torch.ops, namespace), takes_out))
     return found
+
+
+def flash_mla_decode(
+    ops: Any,
+    takes_out: bool,
+    q: torch.Tensor,
+    latents: torch.Tensor,
+    slots: torch.Tensor,
+    schedule: Any,
+    scale: float,
+) -> tuple[torch.Tensor, Any]:
+    """FlashMLA over FP8 records, each token a batch of its own.
+
+    Args:
+        q: bfloat16 [num_tokens, 64 or 128, 576].
+        latents: uint8, records of 656 bytes in pages of 64.
+        slots: int32 [num_tokens, topk].
+        schedule: what an earlier call returned, or (None, None).
+
+    Returns:
+        bfloat16 [num_tokens, heads, 512], and the schedule.
+    """
+    out, _, *made = ops.sparse_decode_fwd(
+        *(q.unsqueeze(1), latents.view(-1, 64, 1, 656), slots.unsqueeze(1), None, None, *schedule),
+        *(None, None, None, 512, scale, *((None,) if takes_out else ())),
+    )
+    return out.squeeze(1), made
 
 
 @cache

@@ -1,8 +1,16 @@
 """Results as Markdown: templates over the JSON, tables, and the parts that GPU results share.
 
-A result is shown as paragraphs with an empty line between them. What each benchmark shows is
-described in shown.json: a paragraph is a template, a table ("rows", where they are in the result,
-and "columns", head and template of a cell), or "@" and the name of a function of the result.
+shown.json lists the parts of each result, with an empty line between them:
+
+    "text {a[b]:~}"       a template over the result; numbers are formatted as _Number says
+    ["piece", "piece"]    pieces of one paragraph
+    "@NAME"               a function of the result in this module, _notes or _v4_shown
+    {"rows": PATH, "columns": [[HEAD, CELL], ...]}    a table
+
+A PATH is "a.b.*": "*" takes every item, with its name as "key" and the fields of what holds it. A
+CELL is a template of the row, or "@NAME"; it is empty where the row has no such figure, and a
+column without any figure is left out. {"each": PATH, "columns": [...]} makes columns for every name
+at PATH, which replaces "$"; "@NAME" makes columns of the whole result.
 """
 
 from __future__ import annotations
@@ -10,8 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
-from operator import getitem
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,8 +29,6 @@ Case: TypeAlias = Mapping[str, Any]
 # head and cell of a column; a cell is a template of the row, or a function of it
 Column: TypeAlias = tuple[str, "str | Callable[[Any], str]"]
 Part: TypeAlias = "str | Table | Callable[[Result], Iterable[str]]"
-# whole numbers of a case which are shown beside its times
-COUNTS = {"launches": "launches", "host_waits": "host waits", "allocations": "allocations"}
 
 
 class _Number:
@@ -50,9 +55,33 @@ class Count(_Number, int):
     """A whole number of a result."""
 
 
+class _Fields(dict[Any, Any]):
+    """An object of a result; a template looks up "1" as the number 1."""
+
+    def __missing__(self, key: Any) -> Any:
+        if isinstance(key, int):
+            return self[str(key)]
+        raise KeyError(key)
+
+
 def load(path: Path) -> dict[str, Any]:
     """A result, its numbers ready for templates."""
-    return json.loads(path.read_text(), parse_float=Figure, parse_int=Count)
+    options: dict[str, Any] = {"parse_float": Figure, "parse_int": Count, "object_hook": _Fields}
+    return json.loads(path.read_text(), **options)
+
+
+def rows_at(value: Any, path: str, held: Mapping[str, Any] | None = None) -> Iterator[Any]:
+    """The items at a path of a result, as the module's docstring describes it."""
+    first, _, rest = path.partition(".")
+    if not path:
+        yield from [held] if held is not None else value
+    elif first == "*":
+        items = enumerate(value) if isinstance(value, Sequence) else value.items()
+        for key, item in items:
+            fields = item if isinstance(item, Mapping) else {}
+            yield from rows_at(item, rest, {**(held or {}), "key": key, **fields})
+    else:
+        yield from rows_at(value[int(first) if first.isdigit() else first], rest, held)
 
 
 @dataclass(frozen=True)
@@ -60,7 +89,7 @@ class Table:
     """A table of Markdown.
 
     Attributes:
-        rows: where they are in the result (a.b), or a function of the result.
+        rows: their path in the result, or a function of the result.
         columns: of every row, or a function of the result.
     """
 
@@ -70,17 +99,20 @@ class Table:
     def lines(self, result: Result) -> list[str]:
         """The lines of the table."""
         columns = self.columns(result) if callable(self.columns) else self.columns
-        if isinstance(self.rows, str):
-            rows = reduce(getitem, self.rows.split("."), result)
-        else:
-            rows = self.rows(result)
+        rows = rows_at(result, self.rows) if isinstance(self.rows, str) else self.rows(result)
         cells = [[_text(cell, row) for _, cell in columns] for row in rows]
-        head = table_row([name for name, _ in columns])
-        return [head, "|---" * len(columns) + "|", *map(table_row, cells)]
+        held = [n for n in range(len(columns)) if any(row[n] for row in cells)]
+        table = [[name for name, _ in columns], *cells]
+        head, *lines = (table_row([row[n] for n in held]) for row in table)
+        return [head, "|---" * len(held) + "|", *lines]
 
 
 def _text(cell: str | Callable[[Any], str], row: Any) -> str:
-    return cell(row) if callable(cell) else cell.format_map(row)
+    """A cell; empty where the row has no such figure."""
+    try:
+        return cell(row) if callable(cell) else cell.format_map(row)
+    except KeyError:
+        return ""
 
 
 def paragraphs(result: Result, parts: Iterable[Part]) -> Iterator[str]:
@@ -144,18 +176,15 @@ def labels_of(cases: Iterable[Case]) -> list[str]:
     return list(dict.fromkeys(label for case in cases for label in case["times"]))
 
 
-def time_cell(label: str) -> Callable[[Case], str]:
-    """A side's median in microseconds; for another side also how many times ours it is."""
+def sides(result: Result) -> list[Column]:
+    """A column a side: its median in microseconds, and how many times ours another side takes."""
 
-    def cell(case: Case) -> str:
-        if label not in case["times"]:
-            return ""
+    def cell(case: Case, label: str) -> str:
         time = three_digits(case["times"][label]["p50"])
-        if label == case["ours"]:
-            return f"**{time}**"
-        return f"{time} ({three_digits(case['ratios'][label])}x)"
+        ours = label == case["ours"]
+        return f"**{time}**" if ours else f"{time} ({three_digits(case['ratios'][label])}x)"
 
-    return cell
+    return [(f"{label}, us", partial(cell, label=label)) for label in labels_of(result["cases"])]
 
 
 def _floor_cell(case: Case) -> str:
@@ -164,19 +193,19 @@ def _floor_cell(case: Case) -> str:
 
 
 def _times_columns(result: Result) -> list[Column]:
-    cases = result["cases"]
-    counts = [key for key in COUNTS if any(key in case for case in cases)]
     return [
         ("case", "{case}"),
-        *((f"{label}, us", time_cell(label)) for label in labels_of(cases)),
+        *sides(result),
         ("of the floor", _floor_cell),
-        *((COUNTS[key], lambda case, key=key: str(case.get(key, ""))) for key in counts),
+        ("launches", "{launches}"),
+        ("host waits", "{host_waits}"),
+        ("allocations", "{allocations}"),
         ("tier", "{tier}"),
     ]
 
 
 def times(result: Result) -> Iterator[str]:
-    """All cases and sides of a GPU result, with what was not measured."""
+    """All cases and sides of a GPU result, the errors, and what was not measured."""
     cases = result["cases"]
     if cases:
         yield from paragraphs(result, [gpu_machine, Table("cases", _times_columns)])
@@ -185,30 +214,21 @@ def times(result: Result) -> Iterator[str]:
         yield f"{next(ceilings_line(result))} Largest spread, p20 to p80: {spread:.1%}."
     else:
         yield "No case was timed."
-    yield from gaps(result)
-
-
-def gaps(result: Result) -> Iterator[str]:
-    """The cases that are not in a table, and why."""
+    errors: dict[str, float] = {}
+    left_out = {}
+    for case in cases:
+        for label, found in case.get("errors", {}).items():
+            error = found["attention"] if isinstance(found, Mapping) else found
+            errors[label] = max(errors.get(label, 0.0), error)
+        left_out |= case.get("left_out", {})
+    if errors:
+        largest = ", ".join(f"{label} {error:.1e}" for label, error in errors.items())
+        yield f"Largest error against sums in doubles, relative: {largest}."
+    if left_out:
+        yield f"Left out: {', '.join(f'{k} ({why})' for k, why in sorted(left_out.items()))}."
     if result.get("failed"):
         yield f"Failed: {', '.join(result['failed'])}."
     if result.get("not_run"):
         yield f"Not run, for want of time: {', '.join(result['not_run'])}."
     if "error" in result:
         yield f"The run was cut off: {result['error']}."
-
-
-def largest_errors(cases: Iterable[Case], name: str = "") -> str:
-    """The largest error of each side, "" if none was measured."""
-    errors: dict[str, float] = {}
-    for case in cases:
-        for label, found in case["errors"].items():
-            errors[label] = max(errors.get(label, 0.0), found[name] if name else found)
-    return ", ".join(f"{label} {error:.1e}" for label, error in errors.items())
-
-
-def left_out(cases: Iterable[Case]) -> Iterator[str]:
-    """The sides that could not be measured, and why."""
-    found = {f"{k} ({why})" for case in cases for k, why in case.get("left_out", {}).items()}
-    if found:
-        yield f"Left out: {', '.join(sorted(found))}."

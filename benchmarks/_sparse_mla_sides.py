@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ def latents_of(rows: torch.Tensor) -> torch.Tensor:
     scales = rows[:, RANK : RANK + 16].contiguous().view(torch.float32).double()
     rope = rows[:, RANK + 16 :].contiguous().view(torch.bfloat16).double()
     return torch.cat([(values.view(-1, 4, 128) * scales[:, :, None]).view(-1, RANK), rope], dim=1)
+
+
+def exact_attention(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """float64 [heads, 512]: attention of a token's heads over exact latents [n, 576]."""
+    return torch.softmax(query.double() @ keys.T * scale, dim=1) @ keys[:, :RANK]
 
 
 def random_slots(tokens: int, region: int) -> torch.Tensor:
@@ -112,18 +118,13 @@ class Inputs:
         self.q = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) * 0.1
         self.fp8 = cache.dtype == torch.uint8
 
-    def wanted(self, token: int) -> torch.Tensor:
-        """float64 [heads, 512]: the result of a token, from exact latents."""
-        keys = latents_of(self.cache[self.slots[token].long()])
-        scores = self.q[token].double() @ keys.T * SCALE
-        return torch.softmax(scores, dim=1) @ keys[:, :RANK]
-
     def error(self, out: torch.Tensor) -> float:
         """Root mean square of the difference of a few tokens from the oracle, relative."""
         tokens = sorted({0, len(self.slots) // 2, len(self.slots) - 1})
-        wanted = torch.stack([self.wanted(t) for t in tokens])
-        found = out[tokens, : self.heads].double()
-        return float((found - wanted).norm() / wanted.norm())
+        keys = [latents_of(self.cache[self.slots[t].long()]) for t in tokens]
+        pairs = zip(tokens, keys, strict=True)
+        exact = torch.stack([exact_attention(self.q[t], k, SCALE) for t, k in pairs])
+        return float((out[tokens, : self.heads].double() - exact).norm() / exact.norm())
 
     def gather(self) -> _gpu.Call:
         """Reads of the selected rows alone."""
@@ -255,17 +256,13 @@ def _padded(sets: list[Inputs]) -> Callable[[Inputs], torch.Tensor]:
 
 def _decode_calls(ops: Any, takes_out: bool, sets: list[Inputs]) -> list[Callable[[], Any]]:
     """FlashMLA over FP8 records, each token a batch of its own."""
-    query, rest = _padded(sets), (None,) if takes_out else ()
+    query, decode = _padded(sets), partial(_peers.flash_mla_decode, ops, takes_out)
 
-    def run(inputs: Inputs, schedule: Any) -> Any:
-        q, slots = query(inputs).unsqueeze(1), inputs.slots.unsqueeze(1)
-        pages = inputs.cache.view(-1, BLOCK, 1, RECORD)
-        return ops.sparse_decode_fwd(
-            q, pages, slots, None, None, *schedule, None, None, None, RANK, SCALE, *rest
-        )
+    def run(s: Inputs, schedule: Any) -> Any:
+        return decode(query(s), s.cache, s.slots, schedule, SCALE)
 
-    schedule = run(sets[0], (None, None))[2:4]
-    return [lambda s=s: run(s, schedule)[0].squeeze(1) for s in sets]
+    schedule = run(sets[0], (None, None))[1]
+    return [lambda s=s: run(s, schedule)[0] for s in sets]
 
 
 def _prefill_calls(ops: Any, takes_out: bool, sets: list[Inputs]) -> list[Callable[[], Any]]:

@@ -256,17 +256,15 @@ def plain_check(
     scale = given.sizes.scale
     tables, recall, off, size = given.tables, 1.0, 0.0, 0.0
     for token in sorted({0, rows // 2, rows - 1}):
-        keys, scales = _logits_sides.keys_of(index, tables[token])
-        codes = queries[0][token].view(torch.float8_e4m3fn).double()
-        dots = (codes @ keys.double().T).relu_()
-        scores = (queries[1][token].double() @ dots) * scales.double()
+        scores = _logits_sides.exact_scores(
+            queries[0][token], queries[1][token], index, tables[token]
+        )
         best = scores.topk(min(given.sizes.topk, len(scores))).indices
         wanted = tables[token][best // BLOCK] * BLOCK + best % BLOCK
         recall = min(recall, float(torch.isin(wanted, slots[token]).double().mean()))
         chosen = slots[token][slots[token] >= 0].long()
         rows_of = _sparse_mla_sides.latents_of(latents.view(-1, LATENT_BYTES)[chosen])
-        weights = torch.softmax(query[token].double() @ rows_of.T * scale, dim=1)
-        exact = weights @ rows_of[:, :RANK]
+        exact = _sparse_mla_sides.exact_attention(query[token], rows_of, scale)
         off += float((out[token].double() - exact).square().sum())
         size += float(exact.square().sum())
     return {"recall": recall, "attention": (off / size) ** 0.5}

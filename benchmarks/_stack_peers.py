@@ -17,7 +17,7 @@ import torch
 from benchmarks import _gpu, _peers
 from benchmarks._layer import BLOCK, Both, Weights, Work
 from benchmarks._stack import Given, OneLayer
-from benchmarks._stack_shapes import INDEX_BYTES, LATENT_BYTES, LAYERS, RANK
+from benchmarks._stack_shapes import LAYERS, RANK
 from benchmarks._topk_sides import Side, Sides
 from fd_dsa.attention import DSAAttentionBackend
 
@@ -138,28 +138,14 @@ class PeerStack:
         functional = torch.nn.functional
         latent = functional.rms_norm(kv_a[:, :RANK], (RANK,), self._kv_norm)
         key = functional.layer_norm(index_k, (_DIM,), weights.k_norm, weights.k_bias, 1e-6)
-        records = latents.view(-1, BLOCK, LATENT_BYTES)
-        k_pe, slots = kv_a[:, RANK:], self._new_slots
-        self._writes.concat_and_cache_mla(
-            latent, k_pe, records, slots, "fp8_ds_mla", self._no_scale
-        )
-        keys = index.view(-1, BLOCK, INDEX_BYTES)
-        self._writes.indexer_k_quant_and_cache(key, keys, slots, _DIM, "ue8m0")
+        finished = latent, kv_a[:, RANK:], key
+        _peers.vllm_writes(self._writes, *finished, latents, index, self._new_slots, self._no_scale)
 
     def _prepare(self, q: torch.Tensor, weights: torch.Tensor) -> None:
         """The indexer's queries."""
-        q, angles = q.view(self._codes.shape), self.given.angles
-        codes, folded, heads = self._codes, self._folded, weights.shape[1]
-        self._indexer_query[q.shape[:2]](
-            *(self._positions, q, q.stride(0), q.stride(1), angles, angles.stride(0)),
-            *(codes, codes.stride(0), codes.stride(1)),
-            *(weights, weights.stride(0), weights.stride(1)),
-            *(folded, folded.stride(0), folded.stride(1), _DIM**-0.5, heads**-0.5),
-            fp8_min=-448.0,
-            fp8_max=448.0,
-            is_neox=True,
-            num_warps=1,
-        )
+        rest = self.given.angles, weights, self._codes, self._folded
+        q = q.view(self._codes.shape)
+        _peers.prepare_indexer_query(self._indexer_query, self._positions, q, *rest)
 
     def _scores(self, index: torch.Tensor, schedule: Any) -> torch.Tensor:
         """DeepGEMM's, of all keys."""
@@ -179,13 +165,11 @@ class PeerStack:
         if self._wide is not None:
             self._wide[:, :heads].copy_(query)
             query = self._wide
-        pages = latents.view(-1, BLOCK, 1, LATENT_BYTES)
-        rest = (None,) if takes_out else ()
-        out, _, *schedule = ops.sparse_decode_fwd(
-            *(query.unsqueeze(1), pages, self._slots.unsqueeze(1), None, None, *schedule),
-            *(None, None, None, RANK, self.given.sizes.scale, *rest),
+        scale = self.given.sizes.scale
+        out, schedule = _peers.flash_mla_decode(
+            ops, takes_out, query, latents, self._slots, schedule, scale
         )
-        return out.squeeze(1)[:, :heads], schedule
+        return out[:, :heads], schedule
 
     def _choose_topk(self, peers: Path | None) -> None:
         """The fastest exact top-k, on scores as the layers have them."""

@@ -1,4 +1,4 @@
-"""Decode steps of a stack of layers: what each must read, and what is wanted of the ratios."""
+"""Decode steps of a stack of layers, and what each must read and compute."""
 
 from __future__ import annotations
 
@@ -55,17 +55,9 @@ class Shape:
         products_s = self.layer_flops(weight_bytes) / ceilings["matrix_flops_per_s"]
         return LAYERS * max(read_s, products_s) * 1e6
 
-    def wanted(self, side: str, kind: str) -> float:
-        """The least that the time of a baseline may be, by that of ours."""
-        if (side, kind) == (SCHEDULES, GRAPH) and self.keys == 4096 and self.rows in (1, 32):
-            return 1.13
-        if (side, kind) == (SLOTS, EAGER) and self.rows == 1:
-            return 1.5
-        return 1.0
-
 
 def shapes(heads: Sequence[int], quick: bool = False) -> Iterator[Shape]:
-    """All that are timed, those first of which most is wanted."""
+    """All that are timed, the shortest contexts first."""
     if quick:
         yield from (Shape(n, rows, 4096) for n in heads for rows in (1, 32))
         return

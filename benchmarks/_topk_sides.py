@@ -22,15 +22,6 @@ Side = Callable[[torch.Tensor], Any]
 
 OURS, SLOTS, TRITON = "custom op", "slots", "Triton, slots"
 SAME_RULE = "FlashInfer low"
-EXACT = (
-    SAME_RULE,
-    "FlashInfer det",
-    "FlashInfer",
-    "FlashInfer cl.",
-    "torch",
-    "vLLM pre.",
-    "vLLM dec.",
-)
 BLOCK = 64
 _WORKSPACE = 1 << 20
 # what FlashInfer asks of its cluster kernel: clusters by rows, and half the shared memory
@@ -163,12 +154,11 @@ class Sides:
         if ops is None:
             return {}
 
-        def prefill(scores: torch.Tensor) -> None:
-            rest = self.out, self.rows, scores.stride(0), scores.stride(1), self.k
-            ops.top_k_per_row_prefill(scores, self.zeros, self.lengths, *rest)
+        def of(op: Callable[..., Any], *before: Any) -> Side:
+            after = self.lengths, self.out, self.rows
+            return lambda scores: op(scores, *before, *after, *scores.stride(), self.k)
 
-        def decode(scores: torch.Tensor) -> None:
-            rest = self.out, self.rows, scores.stride(0), scores.stride(1), self.k
-            ops.top_k_per_row_decode(scores, 1, self.lengths, *rest)
-
-        return {"vLLM pre.": prefill, "vLLM dec.": decode}
+        return {
+            "vLLM pre.": of(ops.top_k_per_row_prefill, self.zeros),
+            "vLLM dec.": of(ops.top_k_per_row_decode, 1),
+        }

@@ -11,14 +11,15 @@ sin, 8 of the slot, 788 written.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import _gpu
-from benchmarks._peers import vllm_cache_ops
-from benchmarks._torch_device import register
+from benchmarks._peers import vllm_cache_ops, vllm_writes
 from fd_dsa.ops.cache_write import CacheWriteParams, paddle_impl
 from fd_dsa.ops.cache_write.triton_kernel import (
     CANDIDATES,
@@ -101,7 +102,8 @@ class Layer:
         """vLLM's two writes of finished keys."""
         kv_a, index_k, _, slots = inputs
         latent, k_pe = kv_a[:, :RANK].contiguous(), kv_a[:, RANK:].contiguous()
-        return lambda: self._write(ops, latent, k_pe, index_k, slots)
+        caches = self.latent, self.index, slots, self.cos_sin[0, :1]
+        return lambda: vllm_writes(ops, latent, k_pe, index_k, *caches)
 
     def unfused(self, ops: Any, inputs: tuple[Any, ...]) -> _gpu.Call:
         """Norms and rotations by torch, then vLLM's two writes."""
@@ -121,14 +123,10 @@ class Layer:
             first, second = key[:, :32].float(), key[:, 32:64].float()
             halves = first * cos - second * sin, second * cos + first * sin
             key = torch.cat([*(x.bfloat16() for x in halves), key[:, 64:]], 1)
-            self._write(ops, latent, k_pe, key, slots)
+            scale = self.cos_sin[0, :1]
+            vllm_writes(ops, latent, k_pe, key, self.latent, self.index, slots, scale)
 
         return call
-
-    def _write(self, ops: Any, latent: Any, k_pe: Any, key: Any, slots: Any) -> None:
-        cache = self.latent.view(-1, BLOCK, 656)
-        ops.concat_and_cache_mla(latent, k_pe, cache, slots, "fp8_ds_mla", self.cos_sin[0, :1])
-        ops.indexer_k_quant_and_cache(key, self.index, slots, DIM, "ue8m0")
 
 
 def check_bytes() -> None:
@@ -175,10 +173,7 @@ def compare(record: _gpu.Recorder, layer: Layer, ops: Any, num_tokens: int) -> N
     chosen = configuration(num_tokens)
     sides["by positions"] = [layer.one_launch(s, chosen, gathered=False) for s in sets]
     sides["one launch"] = [layer.one_launch(s, chosen) for s in sets]
-    eager["one launch"] = [
-        lambda s=s: write_caches(*layer.arguments(s))  # type: ignore[misc]
-        for s in sets
-    ]
+    eager["one launch"] = [partial(write_caches, *layer.arguments(s)) for s in sets]
     times = _gpu.interleaved(sides)
     wall = _gpu.interleaved(eager, mode="wall", rounds=9)
     record.case(
@@ -191,23 +186,17 @@ def compare(record: _gpu.Recorder, layer: Layer, ops: Any, num_tokens: int) -> N
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check and compare; returns the exit status."""
-    args = _gpu.arguments(__doc__, argv)
-    register()
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """One for each number of tokens."""
     check_bytes()
-    ops = vllm_cache_ops(args.peers)
-    with _gpu.Recorder("cache_write", args.out) as record:
-        layer = Layer(num_blocks=16384)
-        for num_tokens in (128, 8192) if args.quick else SIZES:
-            compare(record, layer, ops, num_tokens)
-        record.note(peer="vLLM 0.26.0" if ops is not None else "not run")
-    return 0
+    ops, layer = vllm_cache_ops(args.peers), Layer(num_blocks=16384)
+    record.note(peer="vLLM 0.26.0" if ops is not None else "not run")
+    for num_tokens in (128, 8192) if args.quick else SIZES:
+        yield f"{num_tokens} tokens", partial(compare, record, layer, ops, num_tokens)
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """Our launch at sizes of a decode step and of a prefill chunk, on small caches."""
-    register()
     found = {}
     for num_tokens in (128, 8192):
         layer = Layer(num_blocks=num_tokens // BLOCK + 2)
@@ -215,6 +204,8 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
         found[f"{num_tokens} tokens"] = call, [layer.latent, layer.index]
     return found
 
+
+main = partial(_gpu.main, "cache_write", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

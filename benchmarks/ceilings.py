@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,6 @@ import torch
 from benchmarks import _gpu
 
 _SOURCE = Path(__file__).with_suffix(".cu")
-_MATRIX = 8192
 
 
 def raw_costs() -> dict[str, float]:
@@ -35,11 +35,8 @@ def raw_costs() -> dict[str, float]:
 
 def matrix_flops_per_s() -> float:
     """Rate of a bfloat16 GEMM of random 8192 x 8192 matrices."""
-    size = (_MATRIX, _MATRIX)
-    left, right = (torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(left)
-    times = _gpu.interleaved({"product": [lambda: torch.mm(left, right, out=out)]}, mode="events")
-    return 2 * _MATRIX**3 / times["product"]["p50"] * 1e6
+    out = torch.empty(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return _gpu.gemm_flops_per_s(torch.bfloat16, partial(torch.mm, out=out))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

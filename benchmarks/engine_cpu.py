@@ -14,52 +14,41 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, percentiles, save
+from benchmarks._harness import Worker, in_turns, percentiles, save
 
 # (concurrent requests, prompt tokens, new tokens, runs)
 CASES = ((1, 64, 64, 5), (1, 2048, 32, 3), (32, 64, 64, 3), (32, 256, 16, 2))
+LABELS = {"candidate": "fd_dsa", "baseline": "transformers generate"}
 CONTEXTS = (512, 1024, 1536, 2048, 2560, 3072, 3584, 4000)
 
 
-def compare(ours: Worker, baseline: Worker | None) -> list[dict[str, Any]]:
-    """tokens/s of each case, the two sides in turn."""
+def compare(sides: Mapping[str, Worker]) -> list[dict[str, Any]]:
+    """tokens/s of each case, the two sides in turn; the first run warms both up."""
     rows = []
     for requests, prompt, new, runs in CASES:
         case = {"requests": requests, "prompt_tokens": prompt, "new_tokens": new}
-        times: dict[str, list[float]] = {"ours": [], "hf": []}
-        first: list[float] = []
-        for run in range(runs + 1):
-            seed = run
-            answer = ours.call(op="generate", seed=seed, **case)
-            hf = baseline.call(op="generate", seed=seed, **case) if baseline else None
-            # the first run warms both sides up
-            if run:
-                times["ours"].append(answer["seconds"])
-                first.append(answer["first_token_s"])
-                if hf:
-                    times["hf"].append(hf["seconds"])
-        total = requests * new
         row: dict[str, Any] = {"case": case, "runs": runs, "warmup": 1}
-        row["candidate"] = {"label": "fd_dsa", "tokens_per_s": total / np.median(times["ours"])}
-        row["candidate"]["seconds"] = percentiles(times["ours"])
+        calls = {k: partial(worker.call, op="generate", **case) for k, worker in sides.items()}
+        answers = in_turns(calls, runs, seeded=True)
+        seconds = {side: [a["seconds"] for a in found] for side, found in answers.items()}
+        for side, times in seconds.items():
+            speed = requests * new / np.median(times)
+            row[side] = {"label": LABELS[side], "tokens_per_s": speed}
+            row[side]["seconds"] = percentiles(times)
+            print(f"{requests:3} x {prompt:4} + {new:3}, {side}: {speed:.1f} tokens/s", flush=True)
+        first = [answer["first_token_s"] for answer in answers["candidate"]]
         row["candidate"]["time_to_first_token_s"] = percentiles(first)
-        if times["hf"]:
-            row["baseline"] = {
-                "label": "transformers generate",
-                "tokens_per_s": total / np.median(times["hf"]),
-                "seconds": percentiles(times["hf"]),
-            }
-            pairs = [h / o for h, o in zip(times["hf"], times["ours"], strict=True)]
+        if "baseline" in seconds:
+            pairs = [h / o for o, h in zip(*seconds.values(), strict=True)]
             row["ratio_p50"] = float(np.median(pairs))
             row["ratio_spread"] = [min(pairs), max(pairs)]
-        speeds = {
-            side: row[side]["tokens_per_s"] for side in ("candidate", "baseline") if side in row
-        }
-        print(f"{requests:3} x {prompt:4} + {new:3}, tokens/s: {speeds}", flush=True)
         rows.append(row)
     return rows
 
@@ -88,21 +77,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip-hf", action="store_true", help="leave the baseline out")
     parser.add_argument("--threads", type=int, default=None, help="default: all processors")
     args = parser.parse_args(argv)
-    threads = [] if args.threads is None else [str(args.threads)]
-    ours = Worker("benchmarks.workers.ours", *threads)
-    baseline = None if args.skip_hf else Worker("benchmarks.workers.hugging_face", *threads)
-    try:
-        result: dict[str, Any] = {"tier": "T0", "model": "demo model", "threads": args.threads}
-        result["cases"] = compare(ours, baseline)
+    result: dict[str, Any] = {"tier": "T0", "model": "demo model", "threads": args.threads}
+    with ExitStack() as stack:
+        ours = stack.enter_context(Worker("benchmarks.workers.ours", threads=args.threads))
+        sides = {"candidate": ours}
+        if not args.skip_hf:
+            baseline = Worker("benchmarks.workers.hugging_face", threads=args.threads)
+            sides["baseline"] = stack.enter_context(baseline)
+        result["cases"] = compare(sides)
         result["growth"] = growth(ours)
         result["profile"] = [
             ours.call(op="profile", requests=1, context=2048),
             ours.call(op="profile", requests=32, context=512),
         ]
-    finally:
-        ours.close()
-        if baseline:
-            baseline.close()
     print(f"written: {save('engine_cpu', result)}")
     return 0
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.fp8_error             # about ten minutes on 2 cores
 
-Prints and writes benchmarks/results/accuracy/fp8_cache.json, and the table of
-docs/concepts/fp8-cache.md from it:
+Prints and writes benchmarks/results/accuracy/fp8_cache.json, from which `benchmarks.report` makes
+the tables of docs/concepts/fp8-cache.md:
 
 - of each layer, given the same inputs: how many of the selected keys are the same, and how far the
   attention output is off, with the same selection and with its own;
@@ -14,7 +14,6 @@ docs/concepts/fp8-cache.md from it:
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from dataclasses import replace
 from typing import Any
@@ -33,8 +32,6 @@ from fd_dsa.ops.unchecked import prepare_indexer_query
 from tools.demo_training.evalset import read
 
 RESULT = RESULTS / "accuracy" / "fp8_cache.json"
-PAGE = ROOT / "docs" / "concepts" / "fp8-cache.md"
-REGION = re.compile(r"(?<=<!-- result: fp8_cache -->\n).*?(?=<!-- end -->)", re.DOTALL)
 EVALUATION = ROOT / "tools" / "demo_training" / "demo_eval.jsonl"
 CHUNK = 512
 # about tokens of a text -> texts of it
@@ -217,16 +214,12 @@ def retrieval() -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, or with --page write the page anew from the committed result; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--page", action="store_true", help="only rewrite the page")
-    if not parser.parse_args(argv).page:
-        measured = layers_and_logits() | {"retrieval": retrieval()}
-        RESULT.parent.mkdir(parents=True, exist_ok=True)
-        write_json(RESULT, {"name": "fp8_cache", "env": environment()} | measured)
-    text = markdown("fp8_cache", load(RESULT))
-    PAGE.write_text(REGION.sub(lambda _: text, PAGE.read_text("utf-8")), "utf-8")
-    print(text)
+    """Measure and write the result; returns 0."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args(argv)
+    measured = layers_and_logits() | {"retrieval": retrieval()}
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    write_json(RESULT, {"name": "fp8_cache", "env": environment()} | measured)
+    print(markdown("fp8_cache", load(RESULT)))
     return 0
 
 

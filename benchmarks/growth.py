@@ -13,12 +13,14 @@ Writes benchmarks/results/growth.json.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, cpu_arguments, percentiles, save, workers
+from benchmarks._harness import Worker, cpu_arguments, in_turns, percentiles, save, workers
 
 REQUESTS = (1, 8, 32, 64, 128, 256)
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -41,18 +43,14 @@ def host_times(sides: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
     """Microseconds of a step's host work for each way of sampling, the sides in turn."""
     found = []
     for (vocab_size, steps), (name, sampling) in product(STEPS.items(), SAMPLING.items()):
-        times: dict[str, dict[int, list[float]]] = {
-            label: {n: [] for n in REQUESTS} for label in sides
+        case = {"op": "host_us", "sampling": sampling, "steps": steps, "vocab_size": vocab_size}
+        calls = {
+            (label, n): partial(worker.call, requests=n, **case)
+            for n, (label, worker) in product(REQUESTS, sides.items())
         }
-        for _, requests, (label, worker) in product(range(rounds), REQUESTS, sides.items()):
-            times[label][requests] += worker.call(
-                op="host_us",
-                requests=requests,
-                sampling=sampling,
-                steps=steps,
-                vocab_size=vocab_size,
-            )["us"]
-        fitted = {label: _fitted(t) for label, t in times.items()}
+        answers = in_turns(calls, rounds)
+        us = {key: [x for a in found for x in a["us"]] for key, found in answers.items()}
+        fitted = {label: _fitted({n: us[label, n] for n in REQUESTS}) for label in sides}
         found.append({"vocab_size": vocab_size, "sampling": name, "sides": fitted})
         for label, side in fitted.items():
             line = f"{side['a_us']:.0f} us + {side['b_us']:.2f} us a request"
@@ -60,7 +58,7 @@ def host_times(sides: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def _fitted(times: dict[int, list[float]]) -> dict[str, Any]:
+def _fitted(times: Mapping[int, Sequence[float]]) -> dict[str, Any]:
     """Percentiles by requests, and their medians as a + b * requests."""
     us = {n: percentiles(values) for n, values in times.items()}
     # relative errors count alike: a step of one request is no outlier beside one of 256

@@ -9,35 +9,30 @@ bytes at the copy rate or of the GEMMs at the FP8 rate of the same run, whicheve
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
 
 from benchmarks import _gpu, _peers
 from benchmarks._logits_shapes import Shape, shapes
-from benchmarks._logits_sides import Peer, Step, form_of, random_cache
-from benchmarks._torch_device import register
+from benchmarks._logits_sides import Step, form_of, peer_call, random_cache
 
 OURS, THEIRS, SCHEDULE = "tiles", "DeepGEMM", "schedule"
 # of scores against doubles; FP8 GEMMs are summed with fewer bits than float32 has
 TOLERANCE = 2e-4
-_MATRIX = 8192
 _MOST_SETS = 16
 _SUBJECTS = (Shape(64, 1, 4096), Shape(64, 64, 32768), Shape(64, 1, 8192, 2048, True))
 
 
 def fp8_flops_per_s() -> float:
     """Rate of an e4m3 GEMM of random 8192 x 8192 matrices, accumulated fast."""
-    size = (_MATRIX, _MATRIX)
-    left, right = (torch.randn(size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
     one = torch.ones((), device="cuda")
-    product = partial(
-        torch._scaled_mm, left, right.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )  # fmt: skip
-    times = _gpu.interleaved({"product": [product]}, mode="events")
-    return 2 * _MATRIX**3 / times["product"]["p50"] * 1e6
+    options = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return _gpu.gemm_flops_per_s(
+        torch.float8_e4m3fn, lambda left, right: torch._scaled_mm(left, right.T, **options)
+    )
 
 
 def steps_of(shape: Shape, cache: torch.Tensor, logits: torch.Tensor) -> list[Step]:
@@ -67,15 +62,15 @@ def error_of_ours(step: Step) -> float:
 
 def compare(
     record: _gpu.Recorder, shape: Shape, cache: torch.Tensor, logits: torch.Tensor,
-    peer: Peer | None, rate: float,
+    gemm: _peers.DeepGemm | None, rate: float,
 ) -> None:  # fmt: skip
     """Check and time one shape; without DeepGEMM where it refuses it."""
     steps, form = steps_of(shape, cache, logits), form_of(shape)
     found, left_out = {OURS: error_of_ours(steps[0])}, {}
     sides: dict[str, list[_gpu.Call]] = {}
-    if peer is not None:
+    if gemm is not None:
         try:
-            theirs = [peer.call(step) for step in steps]
+            theirs = [peer_call(gemm, step) for step in steps]
             found[THEIRS] = steps[0].error(theirs[0]())
             sides[THEIRS] = theirs
         except RuntimeError as error:
@@ -104,32 +99,26 @@ def scores_for(chosen: Sequence[Shape]) -> torch.Tensor:
     return torch.empty(max(s.num_tokens * s.keys for s in chosen), device="cuda")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check and compare; returns the exit status."""
-    args = _gpu.arguments(__doc__, argv)
-    register()
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """One for each shape."""
     gemm, chosen = _peers.deep_gemm(args.peers), list(shapes(args.quick))
-    peer = None if gemm is None else Peer(gemm)
     cache, logits = random_cache(), scores_for(chosen)
-    with _gpu.Recorder("indexer_logits", args.out) as record:
-        rate = fp8_flops_per_s()
-        record.note(peer="DeepGEMM 2.5.0 of vLLM 0.26.0", fp8_flops_per_s=rate)
-        for shape in chosen:
-            case = partial(compare, record, shape, cache, logits, peer, rate)
-            record.attempt(shape.label, case)
-            torch.cuda.empty_cache()
-    return record.status()
+    rate = fp8_flops_per_s()
+    record.note(peer="DeepGEMM 2.5.0 of vLLM 0.26.0", fp8_flops_per_s=rate)
+    for shape in chosen:
+        yield shape.label, partial(compare, record, shape, cache, logits, gemm, rate)
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """One row, a decode step, and a chunk of a prompt."""
-    register()
     cache, found = random_cache(), {}
     for shape in _SUBJECTS:
         step = Step(shape, cache, scores_for([shape]), 0)
         found[shape.label] = step.ours(form_of(shape)), [step.logits]
     return found
 
+
+main = partial(_gpu.main, "indexer_logits", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,14 +9,14 @@ sin.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks import _gpu
-from benchmarks._peers import vllm_indexer_query
-from benchmarks._torch_device import register
+from benchmarks import _gpu, _peers
 from fd_dsa.ops.query import paddle_impl
 from fd_dsa.ops.query.triton_kernel import (
     CANDIDATES,
@@ -62,7 +62,6 @@ class Query:
         Args:
             gathered: cos and sin of the tokens were gathered once for all layers of the step.
         """
-        block_rows, num_warps = rows_and_warps
         arguments = kernel_arguments(
             self.q,
             self.weights,
@@ -75,27 +74,24 @@ class Query:
             scale_fmt="ue8m0",
             weights_scale=DIM**-0.5 * self.heads**-0.5,
         )
-        launch = prepare_query_kernel.bind(
-            (-(-arguments["num_rows"] // block_rows),),
-            **arguments,
-            BLOCK_ROWS=block_rows,
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-        )
-        return launch
+        return bound(prepare_query_kernel, arguments, rows_and_warps)
 
     def peer(self, kernel: Any, cos_sin: torch.Tensor) -> _gpu.Call:
         """vLLM's launch as vLLM makes it."""
-        q, w, codes, folded = self.q, self.weights, self.codes, self.folded
-        arguments = (
-            *(self.positions, q, q.stride(0), q.stride(1), cos_sin, cos_sin.stride(0)),
-            *(codes, codes.stride(0), codes.stride(1), w, w.stride(0), w.stride(1)),
-            *(folded, folded.stride(0), folded.stride(1), DIM**-0.5, self.heads**-0.5),
-        )
-        grid = q.shape[:2]
-        return lambda: kernel[grid](
-            *arguments, fp8_min=-448.0, fp8_max=448.0, is_neox=True, num_warps=1
-        )
+        arguments = self.positions, self.q, cos_sin, self.weights, self.codes, self.folded
+        return partial(_peers.prepare_indexer_query, kernel, *arguments)
+
+
+def bound(kernel: Any, arguments: dict[str, Any], rows_and_warps: tuple[int, int]) -> _gpu.Call:
+    """A launch over the rows of checked arguments."""
+    block_rows, num_warps = rows_and_warps
+    return kernel.bind(
+        (-(-arguments["num_rows"] // block_rows),),
+        **arguments,
+        BLOCK_ROWS=block_rows,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
 
 
 def angles() -> torch.Tensor:
@@ -159,23 +155,18 @@ def compare(
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check and compare; returns the exit status."""
-    args = _gpu.arguments(__doc__, argv)
-    register()
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """One for each shape."""
     cos_sin = angles()
     check_bytes(cos_sin)
-    kernel = vllm_indexer_query(args.peers)
-    with _gpu.Recorder("indexer_query", args.out) as record:
-        for shape in ((128, 64), (8192, 64)) if args.quick else SHAPES:
-            compare(record, kernel, cos_sin, *shape)
-        record.note(peer="vLLM 0.26.0" if kernel is not None else "not run")
-    return 0
+    kernel = _peers.vllm_indexer_query(args.peers)
+    record.note(peer="vLLM 0.26.0" if kernel is not None else "not run")
+    for tokens, heads in ((128, 64), (8192, 64)) if args.quick else SHAPES:
+        yield f"{tokens} x {heads}", partial(compare, record, kernel, cos_sin, tokens, heads)
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """Our launch at sizes of a decode step and of a prefill chunk, both pairings."""
-    register()
     cos_sin, found = angles(), {}
     for num_tokens, interleaved in ((128, False), (1024, False), (1024, True)):
         query = Query(num_tokens, 64)
@@ -185,6 +176,8 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
         found[name] = call, [query.codes, query.folded]
     return found
 
+
+main = partial(_gpu.main, "indexer_query", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,13 +13,15 @@ and against Triton with Paddle's torch stand-in switched on and off around every
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from benchmarks import _gpu, _torch_device
+from benchmarks import _gpu
 from benchmarks._launch_kernels import (
     BLOCK,
     GRID,
@@ -82,19 +84,13 @@ def _record(record: _gpu.Recorder, count: int, sides: dict[str, list[Any]], wher
         label: {name: value * scale.get(label, 1) for name, value in found.items()}
         for label, found in times.items()
     }
-    floor = times["driver"]["p50"] if "driver" in times else 0.0
-    for kind, without in (("unbound", "fd_dsa bound"), ("bound", "fd_dsa unbound")):
-        chosen = {
-            label: found
-            for label, found in times.items()
-            if label != without and not (kind == "bound" and label == "fd_dsa new tensors")
-        }
-        label = f"fd_dsa {kind}"
+    others = {"unbound": {"fd_dsa bound"}, "bound": {"fd_dsa unbound", "fd_dsa new tensors"}}
+    for kind, left_out in others.items():
         record.case(
             f"{count} arguments, {kind}, {where}",
-            chosen,
-            ours=label,
-            floor_us=floor,
+            {label: time for label, time in times.items() if label not in left_out},
+            ours=f"fd_dsa {kind}",
+            floor_us=times["driver"]["p50"],
             tier="T1p" if where.startswith("Paddle") else "T1",
         )
 
@@ -117,7 +113,6 @@ def _paddle_rows(record: _gpu.Recorder) -> None:
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """A bound and an unbound launch of the kernel with 18 arguments."""
-    _torch_device.register()
     _, num_tensors, named = KERNELS[18]
     kernel, numbers = ours(18, "torch"), tuple(named.values())
     tensors = _tensors(num_tensors)
@@ -128,16 +123,15 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write launch_overhead.json."""
-    args = _gpu.arguments(__doc__, argv)
-    _torch_device.register()
-    with _gpu.Recorder("launch_overhead", args.out) as record:
-        for count in KERNELS:
-            _record(record, count, _sides(count), "torch tensors")
-        _paddle_rows(record)
-    return 0
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """Two for each kernel on torch tensors, and where Paddle is, on Paddle's."""
+    for count in KERNELS:
+        name = f"{count} arguments"
+        yield name, lambda count=count: _record(record, count, _sides(count), "torch tensors")
+    yield "Paddle tensors", partial(_paddle_rows, record)
 
+
+main = partial(_gpu.main, "launch_overhead", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

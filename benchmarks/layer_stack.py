@@ -15,8 +15,8 @@ replay of its graph, byte by byte. A shape that fails is named, and the others g
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,6 @@ from benchmarks._stack_shapes import (
     Shape,
     shapes,
 )
-from benchmarks._torch_device import register
 from benchmarks.ceilings import matrix_flops_per_s
 from fd_dsa import custom_ops
 
@@ -170,7 +169,6 @@ def compare(record: _gpu.Recorder, case: Case, weights: Weights, all_effects: bo
         ours = times[OURS]["p50"]
         notes: dict[str, Any] = {"kind": kind, **vars(shape), "errors": case.errors}
         notes |= {"made_by": case.made_by, "left_out": case.left_out}
-        notes["wanted"] = {label: shape.wanted(label, kind) for label in (SLOTS, SCHEDULES)}
         notes["layer_us"] = ours / LAYERS
         notes["caches"] = len(case.given.caches)
         if kind == EAGER:
@@ -180,14 +178,6 @@ def compare(record: _gpu.Recorder, case: Case, weights: Weights, all_effects: bo
         record.case(f"{shape.label}, {kind}", times, ours=OURS, floor_us=floor_us, **notes)
 
 
-def warm_host(stack: Stack) -> None:
-    """A second of eager steps: the first ones of a process are slower than all others."""
-    end = time.monotonic() + 1
-    while time.monotonic() < end:
-        stack.step()
-        torch.cuda.synchronize()
-
-
 def run(
     record: _gpu.Recorder, shape: Shape, weights: Sequence[Weights], pool: Pool, peers: Path | None
 ) -> None:
@@ -195,31 +185,27 @@ def run(
     is_first = not record.cases
     case = Case(shape, weights, pool, peers)
     if is_first:
-        warm_host(case.sides[OURS])
+        _gpu.warm_host(case.sides[OURS].step)
     compare(record, case, weights[0], is_first)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check and compare; returns the exit status."""
-    args = _gpu.arguments(__doc__, argv)
-    register()
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """One for each shape."""
     custom_ops.use_library(_custom_ops.library())
-    with _gpu.Recorder("layer_stack", args.out) as record:
-        record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
-        pool, heads = Pool(MAX_ROWS * MAX_KEYS // 64), HEADS[:1] if args.quick else HEADS
-        weights = {n: weights_of(Sizes(heads=n), DEVICE) for n in heads}
-        for shape in shapes(heads, args.quick):
-            case = partial(run, record, shape, weights[shape.heads], pool, args.peers)
-            record.attempt(shape.label, case)
-            torch.cuda.empty_cache()
-            record.note(layers=LAYERS, custom_ops=_custom_ops.serving())
-    return record.status()
+    record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
+    pool, heads = Pool(MAX_ROWS * MAX_KEYS // 64), HEADS[:1] if args.quick else HEADS
+    weights = {n: weights_of(Sizes(heads=n), DEVICE) for n in heads}
+    for shape in shapes(heads, args.quick):
+        yield shape.label, partial(run, record, shape, weights[shape.heads], pool, args.peers)
+        record.note(layers=LAYERS, custom_ops=_custom_ops.serving())
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """None: its kernels are subjects of their own benchmarks."""
     return {}
 
+
+main = partial(_gpu.main, "layer_stack", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

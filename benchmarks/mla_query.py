@@ -10,13 +10,14 @@ reads 256 of cos and sin.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from benchmarks import _gpu
-from benchmarks._torch_device import register
-from benchmarks.indexer_query import angles
+from benchmarks.indexer_query import angles, bound
 from fd_dsa.ops.mla_query import paddle_impl
 from fd_dsa.ops.mla_query.triton_kernel import (
     BLOCK_ROWS,
@@ -58,7 +59,6 @@ class Query:
         Args:
             gathered: cos and sin of the tokens were gathered once for all layers of the step.
         """
-        block_rows, num_warps = rows_and_warps
         arguments = kernel_arguments(
             self.latent,
             self.pe,
@@ -66,14 +66,7 @@ class Query:
             cos_sin[self.positions] if gathered else cos_sin,
             self.out,
         )
-        launch = prepare_mla_query_kernel.bind(
-            (-(-arguments["num_rows"] // block_rows),),
-            **arguments,
-            BLOCK_ROWS=block_rows,
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-        )
-        return launch
+        return bound(prepare_mla_query_kernel, arguments, rows_and_warps)
 
     def operators(self, cos_sin: torch.Tensor) -> None:
         """The same by operators."""
@@ -122,22 +115,16 @@ def compare(record: _gpu.Recorder, cos_sin: torch.Tensor, num_tokens: int, heads
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check and compare; returns the exit status."""
-    args = _gpu.arguments(__doc__, argv)
-    register()
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """One for each shape."""
     cos_sin = angles()
     check_bytes(cos_sin)
-    quick = ((128, 128), (8192, 128))
-    with _gpu.Recorder("mla_query", args.out) as record:
-        for shape in quick if args.quick else SHAPES:
-            compare(record, cos_sin, *shape)
-    return 0
+    for tokens, heads in ((128, 128), (8192, 128)) if args.quick else SHAPES:
+        yield f"{tokens} x {heads}", partial(compare, record, cos_sin, tokens, heads)
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """One rank's share of the heads and all of them, warm."""
-    register()
     cos_sin, found = angles(), {}
     for num_tokens, heads in ((128, 16), (128, 128), (1024, 128)):
         query = Query(num_tokens, heads)
@@ -145,6 +132,8 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
         found[f"{num_tokens} tokens x {heads} heads"] = (call, [query.out])
     return found
 
+
+main = partial(_gpu.main, "mla_query", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

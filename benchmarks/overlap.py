@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import copy
 import sys
-import time
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from benchmarks import _gpu
 from benchmarks._fp8_linear import Fp8Linear
 from benchmarks._layer import Both, Layer, Project, Sizes, Step, Weights
 from benchmarks._timeline import traced
-from benchmarks._torch_device import TorchDeviceApi, register
+from benchmarks._torch_device import TorchDeviceApi
 from benchmarks.ceilings import matrix_flops_per_s
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.environment import DEFAULT_OVERLAP_MAX_TOKENS
@@ -181,14 +181,12 @@ def alone(step: Step) -> dict[str, float]:
     return {label: t["p50"] for label, t in _gpu.interleaved(sides, mode="graph", rounds=9).items()}
 
 
-def compare(
-    record: _gpu.Recorder, layer: Layer, num_tokens: int, what: str
-) -> list[dict[str, Any]]:
+def compare(record: _gpu.Recorder, layer: Layer, num_tokens: int, what: str) -> None:
     """One number of tokens: a case in a graph, and an eager one."""
     step = Step(layer, num_tokens)
     parts = alone(step)
     check(step, sides_of(step, "graph", what))
-    side_us, found = parts["projections, k_norm" if what == BESIDE else "projections"], []
+    side_us = parts["projections, k_norm" if what == BESIDE else "projections"]
     for kind, mode in MODES.items():
         sides = sides_of(step, kind, what)
         rounds = {"graph": 25, "eager": 31 if num_tokens <= HOST_BOUND else 9}[kind]
@@ -199,7 +197,6 @@ def compare(
             "kind": f"{kind}{what}",
             "alone_us": parts,
             "saved": 1 - two / one,
-            "saved_of_best": 1 - two / best_of_one_stream(times),
         }
         if kind == "graph":
             notes["hidden"] = (one - two) / side_us
@@ -209,13 +206,6 @@ def compare(
         floor_us = 1e6 * step.floor_s(record.ceilings)
         name = f"{num_tokens} tokens, {notes['kind']}"
         record.case(name, times, ours=TWO, floor_us=floor_us, **notes)
-        found.append(notes)
-    return found
-
-
-def best_of_one_stream(times: _gpu.Times) -> float:
-    """Median of the faster form on one stream."""
-    return min(time["p50"] for label, time in times.items() if label.startswith(ONE))
 
 
 def thresholds(cases: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -233,15 +223,6 @@ def threshold(cases: Sequence[dict[str, Any]]) -> int:
         # up to here and no further is known
         allowed = num_tokens
     return allowed
-
-
-def warm_host(step: Step) -> None:
-    """A second of eager layers: the first ones of a process are slower than all others."""
-    calls, end = sides_of(step, "eager"), time.monotonic() + 1
-    while time.monotonic() < end:
-        for call in calls.values():
-            call[0]()
-        torch.cuda.synchronize()
 
 
 def inputs(num_tokens: int, sizes: Sizes) -> tuple[torch.Tensor, Both]:
@@ -266,30 +247,26 @@ def launch(x: torch.Tensor, both: Both, out: Both, tiling: triton_kernel.Tiling)
     return triton_kernel.project_indexer_kernel.bind(grid, **arguments, **options)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check, compare, trace; returns the exit status."""
-    args = _gpu.arguments(__doc__, argv)
-    register()
-    with _gpu.Recorder("overlap", args.out) as record:
-        record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
-        layer, cases = Layer(Sizes()), []
-        warm_host(Step(layer, 1))
-        sizes = {PLAIN: SIZES, BESIDE: NORMED, FP8: FP8_SIZES}
-        for what, all_sizes in sizes.items():
-            measured = in_fp8(layer) if what == FP8 else layer
-            for num_tokens in (1, 128) if args.quick else all_sizes:
-                cases += compare(record, measured, num_tokens, what)
-        most = thresholds(cases)
-        record.note(thresholds_tokens=most, default_tokens=DEFAULT_OVERLAP_MAX_TOKENS)
-        step = Step(layer, TRACED)
-        sides = sides_of(step, "graph")
-        record.note(timeline={label: traced(step, sides[label][0]) for label in (ONE, TWO)})
-    return 0
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """One for each number of tokens of each layer; then the thresholds and a timeline."""
+    record.ceilings["matrix_flops_per_s"] = matrix_flops_per_s()
+    layer = Layer(Sizes())
+    eager = sides_of(Step(layer, 1), "eager").values()
+    _gpu.warm_host(lambda: [calls[0]() for calls in eager])
+    for what, sizes in {PLAIN: SIZES, BESIDE: NORMED, FP8: FP8_SIZES}.items():
+        measured = in_fp8(layer) if what == FP8 else layer
+        for num_tokens in (1, 128) if args.quick else sizes:
+            name = f"{num_tokens} tokens{what}"
+            yield name, partial(compare, record, measured, num_tokens, what)
+    most = thresholds(record.cases)
+    record.note(thresholds_tokens=most, default_tokens=DEFAULT_OVERLAP_MAX_TOKENS)
+    step = Step(layer, TRACED)
+    sides = sides_of(step, "graph")
+    record.note(timeline={label: traced(step, sides[label][0]) for label in (ONE, TWO)})
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """The launch of the projections at sizes of decode steps and of a prompt's chunk."""
-    register()
     sizes, found = Sizes(), {}
     weight = torch.randn(sizes.hidden, 192, device="cuda", dtype=torch.bfloat16)
     both = weight[:, : sizes.index_dim], weight[:, sizes.index_dim :]
@@ -299,6 +276,8 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
         found[f"projections, {num_tokens} tokens"] = call, list(out)
     return found
 
+
+main = partial(_gpu.main, "overlap", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

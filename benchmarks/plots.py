@@ -1,4 +1,4 @@
-"""Plots of the GPU results, from the JSON alone and the same bytes every time."""
+"""Pictures of results, from the JSON alone and the same bytes every time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks._harness import three_digits
 from benchmarks._staging_timeline import COPY, WORK, ZOOM_US
 
 # ours first; readable on a light and on a dark page
@@ -32,43 +31,20 @@ _STYLE = {
     "axes.edgecolor": _INK,
     "xtick.color": _INK,
     "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
 }
 
 
 def digest(result: Mapping[str, Any]) -> str:
     """What a plot shows, as a hash; the plot holds it, so that a stale one is found."""
-    if "groups" in result:
-        shown: list[Any] = result["groups"]
-    elif "timeline" in result:
-        shown = [result["timeline"]]
-    else:
-        shown = [(c["case"], c["times"], c["ours"], c["floor_us"]) for c in result["cases"]]
+    shown = result["groups"] if "groups" in result else [result["timeline"]]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
 def picture(result: Mapping[str, Any]) -> str:
-    """The SVG of a flagship's groups, of a result's timeline, or else of its cases as bars."""
-    if "groups" in result:
-        return relative(result)
-    return timeline(result) if "timeline" in result else bars(result)
-
-
-def bars(result: Mapping[str, Any]) -> str:
-    """An SVG: a group of bars a case, median microseconds on a logarithmic axis.
-
-    Thin lines run from p20 to p80; a tick marks the floor.
-    """
-    cases = result["cases"]
-    labels = list(dict.fromkeys(label for case in cases for label in case["times"]))
-    colours = dict(zip([x for x in labels if x != _ours(cases)], _OTHERS * 9, strict=False))
-    colours[_ours(cases)] = _OURS
-    with matplotlib.rc_context(_STYLE):
-        rows = sum(len(case["times"]) + 1 for case in cases)
-        figure = Figure(figsize=(8, 0.9 + 0.2 * rows))
-        axes = figure.subplots()
-        _draw(axes, cases, colours)
-        _legend(axes, -0.45 / (0.2 * rows), 3)
-        return _svg(figure, result)
+    """The SVG of a flagship's groups, or of a result's timeline."""
+    return relative(result) if "groups" in result else timeline(result)
 
 
 def relative(shown: Mapping[str, Any]) -> str:
@@ -85,13 +61,11 @@ def relative(shown: Mapping[str, Any]) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8, 0.9 + 0.2 * rows))
         axes = figure.subplots()
-        height, middles, drawn = 0, [], set()
+        height, middles = 0, []
         for group in groups:
             first = height
             for side, value in group["relative"].items():
-                name = None if side in drawn else side
-                drawn.add(side)
-                axes.barh(height, value, height=0.8, color=colours[side], label=name)
+                axes.barh(height, value, height=0.8, color=colours[side], label=side)
                 axes.text(value, height, f" {group['text'][side]}", va="center", fontsize=8)
                 height += 1
             middles.append((first + height - 1) / 2)
@@ -100,15 +74,17 @@ def relative(shown: Mapping[str, Any]) -> str:
         axes.set_yticks(middles, [group["case"] for group in groups])
         axes.invert_yaxis()
         axes.set_xlabel("time relative to fd_dsa; a shorter bar is faster")
-        for spine in ("top", "right"):
-            axes.spines[spine].set_visible(False)
         _legend(axes, -0.5 / (0.2 * rows), 4)
         return _svg(figure, shown)
 
 
 def _legend(axes: Any, y: float, columns: int) -> None:
-    """The names of the colours, below the axes."""
-    legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, y), ncols=columns)
+    """The names of the colours, each once, below the axes."""
+    handles, labels = axes.get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    legend = axes.legend(
+        by_label.values(), by_label, loc="upper center", bbox_to_anchor=(0.5, y), ncols=columns
+    )
     for text in legend.get_texts():
         text.set_color(_INK)
     legend.get_frame().set_alpha(0)
@@ -160,7 +136,6 @@ def _draw_lanes(
     axes: Any, lanes: list[tuple[str, list[dict[str, Any]]]], colours: Mapping[str, str]
 ) -> None:
     """One bar a kernel."""
-    named: set[str] = set()
     for height, (_, kernels) in enumerate(lanes):
         for kernel in kernels:
             name = kernel["name"]
@@ -173,46 +148,7 @@ def _draw_lanes(
                 # a copy of microseconds between steps of hundreds would be thinner than a line
                 edgecolor=colours[name],
                 linewidth=0.5,
-                label=None if name in named else name,
+                label=name,
             )
-            named.add(name)
     axes.set_yticks(range(len(lanes)), [label for label, _ in lanes])
     axes.invert_yaxis()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _ours(cases: list[dict[str, Any]]) -> str:
-    """The label of our side that most cases name."""
-    names = [case["ours"] for case in cases]
-    return max(dict.fromkeys(names), key=names.count)
-
-
-def _draw(axes: Any, cases: list[dict[str, Any]], colours: Mapping[str, str]) -> None:
-    """Bars, spreads, floors and names."""
-    height, middles, named = 0.0, [], set()
-    for case in cases:
-        first = height
-        for label, time in case["times"].items():
-            name = label if label not in named else None
-            named.add(label)
-            axes.barh(height, time["p50"], height=0.8, color=colours[label], label=name)
-            axes.plot([time["p20"], time["p80"]], [height] * 2, color=_INK, linewidth=1)
-            axes.text(
-                time["p50"] * 1.05, height, three_digits(time["p50"]), va="center", fontsize=8
-            )
-            height += 1
-        if case["floor_us"] > 0:
-            floor = [case["floor_us"]] * 2
-            name = None if "floor" in named else "floor"
-            named.add("floor")
-            axes.plot(floor, [first - 0.5, height - 0.5], linestyle=":", color=_INK, label=name)
-        middles.append((first + height - 1) / 2)
-        height += 1
-    axes.set_yticks(middles, [case["case"] for case in cases])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel("microseconds, median")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

@@ -4,7 +4,7 @@
     python -m benchmarks.report RUN.tar.gz       # first copies the results of a gpu_run archive
 
 The pages are prose by hand and marked regions: one for each result in docs/results, a function of
-its JSON file, and the overviews of docs/performance.md (`_headline`).
+its JSON file as shown.json describes it, and the tables of docs/performance.md (`_ratios`).
 """
 
 from __future__ import annotations
@@ -20,30 +20,21 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _headline, _notes, _render, _v4_shown
+from benchmarks import _notes, _ratios, _render, _v4_shown
 from benchmarks._harness import RESULTS, ROOT, write_json
-from benchmarks._render import Part, Result, Table, load, paragraphs, refusal
+from benchmarks._ratios import SHOWN
+from benchmarks._render import Column, Part, Result, Table, load, paragraphs, refusal, rows_at
 
-_FUNCTIONS = vars(_render) | vars(_notes) | vars(_v4_shown)
-SHOWN = json.loads(Path(__file__).with_name("shown.json").read_text())
+_FUNCTIONS = vars(_render) | vars(_notes) | vars(_ratios) | vars(_v4_shown)
 DOCS = ROOT / "docs"
 IMAGES = DOCS / "img"
 _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
-_BARS = "the table above as bars"
-_STEPS = "the work of some steps and their copies, by stream; below, the end of one of them"
-# results with a plot in docs/results, and its caption; the last three are timelines
-_PLOTS = {
-    **dict.fromkeys(("step_metadata", "launch_overhead", "cache_write"), _BARS),
-    **dict.fromkeys(("indexer_query", "mla_query"), _BARS),
-    "overlap": "the kernels of a layer by stream; above the whole layer, below its begin",
-    "staging": _STEPS,
-    "v4_prepare": _STEPS,
-}
 
 
 def pages() -> list[Path]:
     """The pages with regions."""
-    return [DOCS / "performance.md", *sorted((DOCS / "results").glob("*.md"))]
+    concepts = DOCS / "concepts" / "fp8-cache.md"
+    return [DOCS / "performance.md", concepts, *sorted((DOCS / "results").glob("*.md"))]
 
 
 def region(name: str, folder: Path = RESULTS) -> str:
@@ -53,47 +44,56 @@ def region(name: str, folder: Path = RESULTS) -> str:
         name: name of an overview, or of the result's file without its ending.
         folder: where the results are.
     """
-    if name in _headline.REGIONS:
-        return _headline.region(name, folder)
-    path = folder / f"{name}.json"
-    if not path.exists():
+    if name in _ratios.TABLES:
+        return _ratios.region(name, folder)
+    path = next(folder.rglob(f"{name}.json"), None)
+    if path is None:
         return "Not measured yet.\n"
     result = load(path)
     refused = refusal(result)
-    if refused:
-        return f"{refused}\n"
-    plot = f"\n![{_PLOTS[name]}](../img/{name}.svg)\n" if plotted(name, result) else ""
-    return markdown(name, result) + plot
+    return f"{refused}\n" if refused else markdown(name, result)
 
 
 def markdown(name: str, result: Result) -> str:
     """A result as shown.json describes it."""
-    parts = map(part, SHOWN.get(name, ["@times"]))
+    parts = map(part, SHOWN["results"].get(name, ["@times"]))
     return "\n\n".join(paragraphs(result, parts)) + "\n"
 
 
-def part(shown: str | list[str] | dict[str, Any]) -> Part:
-    """A part of shown.json for the renderer; a list is one template in pieces."""
+def part(shown: str | list[Any] | dict[str, Any]) -> Part:
+    """A part of shown.json for the renderer."""
     if isinstance(shown, dict):
-        return Table(shown["rows"], [(head, cell) for head, cell in shown["columns"]])
-    text = shown if isinstance(shown, str) else "".join(shown)
-    return _FUNCTIONS[text[1:]] if text.startswith("@") else text
+        return Table(shown["rows"], lambda result: list(_columns(shown["columns"], result)))
+    if isinstance(shown, list):
+        pieces = [part(piece) for piece in shown]
+        return lambda result: ["".join(paragraphs(result, pieces))]
+    return _FUNCTIONS[shown[1:]] if shown.startswith("@") else shown
 
 
-def plotted(name: str, result: Result) -> bool:
-    """True for a result that has a plot: something to draw, and nothing against showing it."""
-    shows = result.get("cases" if _PLOTS.get(name) == _BARS else "timeline")
-    return name in _PLOTS and bool(shows) and not refusal(result)
+def _columns(shown: Iterable[Any], result: Result) -> Iterator[Column]:
+    """The columns of a table, those made for every name among them."""
+    for column in shown:
+        if isinstance(column, str):
+            yield from _FUNCTIONS[column[1:]](result)
+        elif isinstance(column, dict):
+            for row in rows_at(result, f"{column['each']}.*"):
+                for head, cell in column["columns"]:
+                    yield head.replace("$", row["key"]), cell.replace("$", row["key"])
+        else:
+            head, cell = column
+            yield head, _FUNCTIONS[cell[1:]] if cell.startswith("@") else cell
 
 
 def plots(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Every plot of the pages: its file and what it shows."""
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        if plotted(path.stem, result):
+        if refusal(result):
+            continue
+        if "timeline" in result:
             yield IMAGES / f"{path.stem}.svg", result
-        if path.stem in _headline.PICTURED and result["cases"] and not refusal(result):
-            yield IMAGES / f"{path.stem}.svg", {"groups": _headline.drawn(path.stem, result)}
+        if path.stem in _ratios.PICTURED and result["cases"]:
+            yield IMAGES / f"{path.stem}.svg", {"groups": _ratios.drawn(path.stem, result)}
 
 
 def regions(page: str) -> dict[str, str]:

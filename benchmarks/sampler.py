@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from itertools import product
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import Worker, cpu_arguments, percentiles, save, workers
+from benchmarks._harness import Worker, cpu_arguments, in_turns, percentiles, save, workers
 from benchmarks.workers.sampler import write_demo_logits
 
 SPREADS = ("normal", "demo model")
@@ -41,15 +42,15 @@ Sides = dict[str, Worker]
 
 def measure(path: str, checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of processor time of each case, the packages in turn."""
-    names = [(spread, name) for spread in SPREADS for name in SAMPLING]
-    times: dict[tuple[str, str], dict[str, list[float]]] = {
-        case: {"fd_dsa": [], "before": []} for case in names
-    }
+    names = list(product(SPREADS, SAMPLING))
+    times: dict[Any, dict[str, list[float]]] = {case: {} for case in names}
     for _ in range(PROCESSES):
-        with workers(MODULE, checkouts, path) as sides:
-            for (spread, name), _, (label, worker) in product(names, range(rounds), sides.items()):
+        with workers(MODULE, checkouts, path=path) as sides:
+            for spread, name in names:
                 case = {"spread": spread, "sampling": SAMPLING[name], "repeats": REPEATS}
-                times[spread, name][label] += worker.call(op="cpu_ms", **case)
+                calls = {k: partial(side.call, op="cpu_ms", **case) for k, side in sides.items()}
+                for label, answers in in_turns(calls, rounds).items():
+                    times[spread, name].setdefault(label, []).extend(chain(*answers))
     found = []
     for spread, name in names:
         ms = {label: percentiles(values) for label, values in times[spread, name].items()}
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         path = str(Path(folder) / "demo_logits.npy")
         write_demo_logits(path)
         cases = measure(path, checkouts, args.rounds)
-        with workers(MODULE, checkouts, path) as sides:
+        with workers(MODULE, checkouts, path=path) as sides:
             differing(sides, cases, STEPS)
     print(f"written: {save('sampler', result | {'cases': cases})}")
     return 0

@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, cpu_arguments, percentiles, save
-from benchmarks._serving import Served, served
+from benchmarks._harness import Worker, cpu_arguments, in_turns, percentiles, save
+from benchmarks._serving import served
 
 STREAMS = (1, 8, 32)
 PROMPT_TOKENS, NEW_TOKENS, ROUNDS = 64, 128, 5
@@ -35,36 +36,20 @@ ARRANGEMENTS: dict[str, tuple[set[int] | None, set[int] | None]] = {
 }
 
 
-@contextlib.contextmanager
-def sides_of(
-    arrangement: str, checkouts: dict[str, Path]
-) -> Iterator[tuple[Worker, dict[str, Served]]]:
-    """The engine, and a server of each checkout."""
+def compare(arrangement: str, checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
+    """The engine and a server of each checkout, every number of streams; one round warms up."""
     cpus, client_cpus = ARRANGEMENTS[arrangement]
+    rows = []
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(Worker("benchmarks.workers.ours", cpus=cpus))
-        servers = {
-            label: stack.enter_context(served(path, cpus, client_cpus))
-            for label, path in checkouts.items()
-        }
-        yield engine, servers
-
-
-def compare(arrangement: str, checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
-    """Every number of streams; the first round warms up."""
-    rows = []
-    with sides_of(arrangement, checkouts) as (engine, servers):
+        calls: dict[str, Callable[..., Any]] = {"engine": partial(engine.call, op="generate")}
+        for label, path in checkouts.items():
+            calls[label] = stack.enter_context(served(path, cpus, client_cpus)).generate
         for streams in STREAMS:
             case = {"requests": streams, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
-            alone: list[float] = []
-            answers: dict[str, list[dict[str, Any]]] = {label: [] for label in servers}
-            for seed in range(rounds + 1):
-                seconds = engine.call(op="generate", seed=seed, **case)["seconds"]
-                got = {label: s.generate(seed=seed, **case) for label, s in servers.items()}
-                if seed:
-                    alone.append(seconds)
-                    for label, answer in got.items():
-                        answers[label].append(answer)
+            turns = {label: partial(call, **case) for label, call in calls.items()}
+            answers = in_turns(turns, rounds, seeded=True)
+            alone = [answer["seconds"] for answer in answers.pop("engine")]
             row: dict[str, Any] = {
                 "arrangement": arrangement,
                 "streams": streams,

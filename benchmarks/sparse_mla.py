@@ -13,10 +13,10 @@ over the rate of a large GEMM, and a launch that only reads the selected rows; a
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,27 +37,17 @@ from benchmarks._sparse_mla_sides import (
     random_slots,
     record_cache,
 )
-from benchmarks._torch_device import register
+from benchmarks.ceilings import matrix_flops_per_s
 from fd_dsa.ops.mla.custom_op import kind_for
 
 HEADS = (128, 64, 32, 16, 8)
-WHOLE = (128, 64)
 BATCHES = (1, 8, 32, 64, 128)
 CACHE_SLOTS, REGION = 1 << 22, 1 << 15
 PREFILL_TOKENS, POOLS = 4096, (64 << 10, 8 << 10)
-# FlashMLA's time over ours: for all heads of a model, and for a share of them, padded to 64
-GATES = {"decode": (0.6, 1.5), "prefill bf16": (0.5, 1.2), "prefill FP8": (0.5, 1.5)}
 _MOST_SETS = 8
 # FlashMLA rounds latents, their scales and weights to bfloat16
 _TOLERANCE = 1e-2
 _FLOPS_PER_PAIR = 2 * (RANK + ROPE + RANK)
-
-
-def matrix_rate() -> float:
-    """Floating-point operations a second of a large bfloat16 GEMM."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = _gpu.interleaved({"product": [lambda: a @ b]}, mode="events", rounds=10)
-    return 2 * 8192**3 / product["product"]["p50"] * 1e6
 
 
 def checked(
@@ -66,8 +56,8 @@ def checked(
     ours: Ours,
     peers: dict[str, list[_gpu.Call]],
     peer_inputs: Inputs,
-) -> tuple[dict[str, list[_gpu.Call]], dict[str, float], dict[str, str]]:
-    """Sides that give what attention in doubles gives, their errors, and why others are left out.
+) -> tuple[dict[str, Sequence[_gpu.Call]], dict[str, float], dict[str, str]]:
+    """`_gpu.checked` of all sides.
 
     Args:
         name: of the case.
@@ -83,26 +73,14 @@ def checked(
     from_records = [call for call in map(ours.records_call, sets) if call is not None]
     if from_records:
         own[RECORDS] = from_records
-    calls: dict[str, list[_gpu.Call]] = {}
-    errors, left_out = {}, {}
-    for label, side in (peers | own).items():
+    sides = peers | own
+
+    def error(label: str) -> float:
         _gpu.poison(ours.out, ours.lse, *ours.partials)
-        try:
-            result = side[0]()
-            # what is wrong with a launch is said by the first wait
-            torch.cuda.synchronize()
-            is_own = label in own
-            errors[label] = sets[0].error(ours.out) if is_own else peer_inputs.error(result)
-        except RuntimeError as error:
-            left_out[label] = str(error)[:200]
-        else:
-            if errors[label] < _TOLERANCE:
-                calls[label] = side
-            else:
-                left_out[label] = f"off by {errors[label]:.1e} of attention in doubles"
-    for label, why in left_out.items():
-        print(f"{name}: {label} left out: {why}", flush=True)
-    return calls, errors, left_out
+        result = sides[label][0]()
+        return sets[0].error(ours.out) if label in own else peer_inputs.error(result)
+
+    return _gpu.checked(name, sides, error, _TOLERANCE)
 
 
 def served_by(sets: list[Inputs], calls: Collection[str]) -> str:
@@ -116,11 +94,11 @@ def served_by(sets: list[Inputs], calls: Collection[str]) -> str:
 def compare(
     record: _gpu.Recorder,
     peers: Path | None,
+    flops_per_s: float,
     name: str,
     kind: str,
     sets: list[Inputs],
     peer_sets: list[Inputs],
-    flops_per_s: float,
 ) -> bool:
     """Check all sides on the first set, then time them over all sets; whether ours are right."""
     tokens, heads, _ = sets[0].q.shape
@@ -141,27 +119,22 @@ def compare(
         "gather": times[GATHER]["p50"],
     }
     served = served_by(sets, own)
-    of_peers = [
-        t["p50"] for label, t in times.items() if label not in (OURS, CUDA, RECORDS, GATHER)
-    ]
-    gate = GATES[kind][heads not in WHOLE]
     notes = {"errors": errors, "floors_us": floors, "heads": heads, "tokens": tokens, "kind": kind}
-    notes |= {"gate": gate, "ratio_best": min(of_peers, default=0) / times[served]["p50"]}
     notes["tflops"] = pairs * _FLOPS_PER_PAIR / times[served]["p50"] / 1e6
     notes["left_out"] = left_out
     record.case(name, times, ours=served, floor_us=max(floors.values()), **notes)
     said = ", ".join(f"{label} {error:.1e}" for label, error in errors.items())
-    print(f"  errors {said}; {notes['tflops']:.0f} TFLOP/s; gate {gate}x", flush=True)
+    print(f"  errors {said}; {notes['tflops']:.0f} TFLOP/s", flush=True)
     return not {OURS, CUDA, RECORDS} & left_out.keys()
 
 
 def decode(
     record: _gpu.Recorder,
     peers: Path | None,
+    rate: float,
     cache: torch.Tensor,
     heads: int,
     batch: int,
-    rate: float,
 ) -> bool:
     """One decode step on FP8 records."""
     count = min(_MOST_SETS, _gpu.num_sets(batch * TOPK * RECORD))
@@ -171,16 +144,16 @@ def decode(
         slots = random_slots(batch, REGION) + (first % (CACHE_SLOTS - REGION))[:, None].int()
         sets.append(Inputs(cache, slots, heads))
     name = f"decode, {heads} heads, batch {batch}"
-    return compare(record, peers, name, "decode", sets, sets, rate)
+    return compare(record, peers, rate, name, "decode", sets, sets)
 
 
 def prefill(
     record: _gpu.Recorder,
     peers: Path | None,
+    rate: float,
     cache: torch.Tensor,
     heads: int,
     what: str,
-    rate: float,
 ) -> bool:
     """A chunk of a prompt, once on bfloat16 latents and once on FP8 records."""
     pool = POOLS[1] if what == "8 k" else POOLS[0]
@@ -189,38 +162,26 @@ def prefill(
     rows = torch.randn(pool, RANK + ROPE, device="cuda", dtype=torch.bfloat16)
     wide = [Inputs(rows, slots, heads)]
     name = f"prefill, {heads} heads, {what}"
-    good = compare(record, peers, f"{name}, bf16", "prefill bf16", wide, wide, rate)
+    good = compare(record, peers, rate, f"{name}, bf16", "prefill bf16", wide, wide)
     narrow = [Inputs(cache[:pool], slots, heads, is_prompt=True)]
-    return compare(record, peers, f"{name}, FP8", "prefill FP8", narrow, wide, rate) and good
+    return compare(record, peers, rate, f"{name}, FP8", "prefill FP8", narrow, wide) and good
 
 
-def cases(quick: bool) -> Iterator[tuple[str, Callable[..., bool], int, Any]]:
-    """Name, function, heads and what else it takes of each case or pair of cases."""
-    for heads in (64, 16) if quick else HEADS:
-        for batch in (64,) if quick else BATCHES:
-            yield f"decode, {heads} heads, batch {batch}", decode, heads, batch
-        for what in ("64 k",) if quick else ("64 k", "8 k", "overlapping"):
-            yield f"prefill, {heads} heads, {what}", prefill, heads, what
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check and compare; returns the exit status."""
-    args = _gpu.arguments(__doc__, argv)
-    register()
-    cache = record_cache(CACHE_SLOTS)
-    with _gpu.Recorder("sparse_mla", args.out) as record:
-        rate = matrix_rate()
-        record.note(matrix_flops_per_s=rate, topk=TOPK)
-        for name, run, heads, what in cases(args.quick):
-            case = partial(run, record, args.peers, cache, heads, what, rate)
-            record.attempt(name, case)
-            torch.cuda.empty_cache()
-    return record.status()
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """One decode step each, and pairs of a prompt's chunks."""
+    cache, rate = record_cache(CACHE_SLOTS), matrix_flops_per_s()
+    record.note(matrix_flops_per_s=rate, topk=TOPK)
+    for heads in (64, 16) if args.quick else HEADS:
+        shared = record, args.peers, rate, cache, heads
+        for batch in (64,) if args.quick else BATCHES:
+            name = f"decode, {heads} heads, batch {batch}"
+            yield name, partial(decode, *shared, batch)
+        for what in ("64 k",) if args.quick else ("64 k", "8 k", "overlapping"):
+            yield f"prefill, {heads} heads, {what}", partial(prefill, *shared, what)
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """Decode steps with and without splits, and chunks of a prompt over both caches."""
-    register()
     cache = record_cache(1 << 18)
     rows, prompt = torch.randn(1 << 16, RANK + ROPE, device="cuda").bfloat16(), cache[: 1 << 16]
     found: dict[str, tuple[_gpu.Call, list[torch.Tensor]]] = {}
@@ -245,6 +206,8 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
             found[f"{label}, CUDA C++"] = in_cuda, [ours.out, ours.lse]
     return found
 
+
+main = partial(_gpu.main, "sparse_mla", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -14,14 +14,16 @@ it cannot be captured: the baseline's graph has the chains alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import _gpu, _torch_device
+from benchmarks import _gpu
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from tests.strategies import StepBatch, make_batch
 
@@ -72,7 +74,6 @@ def allocate(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 
 def make_builder() -> StepMetadataBuilder:
     """A builder on torch memory, of a server's size."""
-    _torch_device.register()
     return StepMetadataBuilder(
         MAX_NUM_SEQS, MAX_NUM_TOKENS, MAX_BLOCKS, BLOCK_SIZE, None, "gpu", allocate
     )
@@ -197,26 +198,19 @@ def subjects() -> dict[str, tuple[Callable[[], Any], list[torch.Tensor]]]:
         outputs += [meta.cu_seqlens_q, meta.cache_seqlens]
         if meta.indexer_attn_mask_offsets is not None:
             outputs += [meta.indexer_attn_mask_offsets, meta.cu_seqlens_kg]
-
-        def call(builder: StepMetadataBuilder = builder, step: Step = step) -> ForwardMeta:
-            return builder.build(*step.tensors, **step.counts)
-
-        found[label] = (call, outputs)
+        found[label] = partial(builder.build, *step.tensors, **step.counts), outputs
     return found
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all cases; returns 0."""
-    args = _gpu.arguments(__doc__, argv)
-    cases = {f"decode {batch}": decode_rows(batch) for batch in DECODE_BATCHES} | PREFILL_STEPS
-    if args.quick:
-        cases = {label: cases[label] for label in ("decode 128", "8 x 4k")}
-    with _gpu.Recorder("step_metadata", args.out) as record:
-        builder = make_builder()
-        for label, rows in cases.items():
-            measure(record, builder, label, rows)
-    return 0
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """One in a graph and one eager for each step."""
+    steps = {f"decode {batch}": decode_rows(batch) for batch in DECODE_BATCHES} | PREFILL_STEPS
+    builder = make_builder()
+    for label in ("decode 128", "8 x 4k") if args.quick else steps:
+        yield label, partial(measure, record, builder, label, steps[label])
 
+
+main = partial(_gpu.main, "step_metadata", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

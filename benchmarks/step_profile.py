@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, cpu_arguments, save, workers
+from benchmarks._harness import Worker, cpu_arguments, in_turns, save, workers
 from benchmarks._serving import served
 
 # requests, tokens of context, how they are sampled
@@ -35,19 +36,16 @@ def profile(packages: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
     """Median microseconds of every part of each case, the packages in turn."""
     found = []
     for requests, context, name, sampling in CASES:
-        steps: dict[str, list[dict[str, float]]] = {label: [] for label in packages}
-        call = {"requests": requests, "context": context, "sampling": sampling, "steps": STEPS}
-        for _ in range(rounds):
-            for label, worker in packages.items():
-                steps[label] += worker.call(op="decode", **call)["us"]
-        sides = {
-            label: {part: float(np.median([us[part] for us in all_us])) for part in all_us[0]}
-            for label, all_us in steps.items()
-        }
-        found.append({"requests": requests, "context": context, "sampling": name, "us": sides})
-        for label, us in sides.items():
+        case = {"requests": requests, "context": context, "sampling": sampling, "steps": STEPS}
+        calls = {k: partial(worker.call, op="parts_us", **case) for k, worker in packages.items()}
+        sides = {}
+        for label, answers in in_turns(calls, rounds).items():
+            steps = [us for answer in answers for us in answer]
+            us = {part: float(np.median([step[part] for step in steps])) for part in steps[0]}
+            sides[label] = us
             parts = ", ".join(f"{part} {value:.0f}" for part, value in us.items())
             print(f"{requests:3} x {context} {name:14} {label:7} us: {parts}", flush=True)
+        found.append({"requests": requests, "context": context, "sampling": name, "us": sides})
     return found
 
 
@@ -57,15 +55,12 @@ def serving(checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         servers = {label: stack.enter_context(served(path)) for label, path in checkouts.items()}
         for requests in (1, 32):
-            times: dict[str, list[float]] = {label: [] for label in servers}
-            for seed in range(rounds + 1):
-                for label, server in servers.items():
-                    answer = server.generate(
-                        requests=requests, prompt_tokens=64, new_tokens=SERVED_TOKENS, seed=seed
-                    )
-                    if seed:
-                        times[label].append(1e6 * answer["serve_cpu_s"] / SERVED_TOKENS)
-            us = {label: float(np.median(values)) for label, values in times.items()}
+            case = {"requests": requests, "prompt_tokens": 64, "new_tokens": SERVED_TOKENS}
+            calls = {label: partial(server.generate, **case) for label, server in servers.items()}
+            us = {
+                label: 1e6 * float(np.median([a["serve_cpu_s"] for a in answers])) / SERVED_TOKENS
+                for label, answers in in_turns(calls, rounds, seeded=True).items()
+            }
             found.append({"requests": requests, "us": us})
             print(f"{requests:3} streams, event loop, us a step: {us}", flush=True)
     return found
@@ -77,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     result |= {"rounds": args.rounds, "steps": STEPS}
     # the package of before comes first
     checkouts = dict(reversed(checkouts.items()))
-    with workers("benchmarks.workers.step_parts", checkouts) as sides:
+    with workers("benchmarks.workers.ours", checkouts) as sides:
         result["cases"] = profile(sides, args.rounds)
     result["serving"] = serving(checkouts, args.rounds)
     print(f"written: {save('step_profile', result)}")

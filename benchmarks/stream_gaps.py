@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks._harness import Worker, percentiles, save
 
+MODULE = "benchmarks.workers.ours"
 TARGETS = (0.0, 100.0, 200.0, 400.0)
 PROMPT_TOKENS, ROUNDS = 8000, 5
 # prompts of the load without streams, and their tokens; how often in a round
@@ -36,46 +37,42 @@ def measure(targets: Sequence[float], rounds: int, clock: str) -> list[dict[str,
         rounds: after the first.
         clock: `wall`, or `processor` for one thread's processor time.
     """
-    gaps: dict[float, list[list[float]]] = {target: [] for target in targets}
-    beside: dict[float, list[float]] = {target: [] for target in targets}
+    fields = {"max_num_seqs": 8, "kv_cache_memory_bytes": "1G"}
+    fields |= {"threads": 1, "by_processor": True} if clock == "processor" else {}
+    # no side is always the one after another
+    turns = [*targets, *reversed(targets)]
+    beside: dict[float, list[dict[str, Any]]] = {target: [] for target in targets}
     alone: dict[float, list[float]] = {target: [] for target in targets}
     with contextlib.ExitStack() as stack:
-        workers = {
-            target: stack.enter_context(
-                Worker("benchmarks.workers.stream_gaps", str(target), clock)
-            )
-            for target in targets
-        }
+        workers = {}
+        for target in targets:
+            engine = Worker(MODULE, target_inter_token_latency_ms=target, **fields)
+            workers[target] = stack.enter_context(engine)
         for seed in range(rounds + 1):
-            order = list(workers.items())
-            # no side is always the one after another
-            for target, worker in order if seed % 2 else reversed(order):
-                answer = worker.call(op="beside", prompt_tokens=PROMPT_TOKENS, seed=seed)
-                gaps[target].append(answer["gaps_ms"])
-                beside[target].append(answer["seconds"])
+            for target in targets if seed % 2 else reversed(targets):
+                answer = workers[target].call(op="beside", prompt_tokens=PROMPT_TOKENS, seed=seed)
+                beside[target].append(answer)
                 print(f"round {seed}, target {target:g}: {_spread(answer['gaps_ms'])}", flush=True)
-            for repeat in range(ALONE_REPEATS):
-                for target, worker in order if repeat % 2 else reversed(order):
-                    case = {"requests": ALONE[0], "prompt_tokens": ALONE[1], "seed": repeat}
-                    alone[target].append(worker.call(op="alone", **case)["seconds"])
-    return [_side(t, gaps[t], beside[t], alone[t], alone[targets[0]]) for t in targets]
+            for repeat in range(ALONE_REPEATS // 2):
+                for n, target in enumerate(turns):
+                    case = {"requests": ALONE[0], "prompt_tokens": ALONE[1]}
+                    case["seed"] = 2 * repeat + n // len(targets)
+                    alone[target].append(workers[target].call(op="alone", **case))
+    return [_side(t, beside[t], alone[t], alone[targets[0]]) for t in targets]
 
 
 def _side(
-    target: float,
-    gaps: list[list[float]],
-    beside: list[float],
-    alone: list[float],
-    without: list[float],
+    target: float, beside: list[dict[str, Any]], alone: list[float], without: list[float]
 ) -> dict[str, Any]:
     """The figures of a target; `without` are the seconds of prompts alone with no target."""
+    gaps = [answer["gaps_ms"] for answer in beside]
     ratios = [w / s for w, s in zip(without, alone, strict=True)]
     return {
         "target_ms": target,
         "first_gap_ms": _spread(gaps[0]),
         "gap_ms": _spread([gap for one in gaps[1:] for gap in one]),
         "round_p99_ms": [_spread(one)["p99"] for one in gaps],
-        "prompt_s": percentiles(beside[1:]),
+        "prompt_s": percentiles([answer["seconds"] for answer in beside[1:]]),
         "prompt_tokens_per_s": ALONE[0] * ALONE[1] / float(np.median(alone)),
         "prompts_ratio": float(np.median(ratios)),
         "prompts_ratio_spread": [min(ratios), max(ratios)],

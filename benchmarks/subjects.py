@@ -19,6 +19,7 @@ import torch
 
 from benchmarks._gpu import Call, poison
 from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME
+from benchmarks._torch_device import register
 
 
 def subjects_of(
@@ -30,6 +31,7 @@ def subjects_of(
         modules: of which one that cannot make its subjects is passed over.
         failed: their names are added here.
     """
+    register()
     for name in modules:
         try:
             found = importlib.import_module(f"benchmarks.{name}").subjects()

@@ -9,15 +9,15 @@ others rotate input sets. Small shapes are warm anyway, and are timed once.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks import _gpu
-from benchmarks._topk_sides import EXACT, OURS, SAME_RULE, SLOTS, TRITON, Side, Sides
-from benchmarks._torch_device import register
+from benchmarks._topk_sides import OURS, SAME_RULE, SLOTS, TRITON, Side, Sides
 from custom_ops.build_library import build_library
 from fd_dsa import custom_ops
 
@@ -102,21 +102,13 @@ def share_right(sides: Sides, label: str, side: Side, scores: torch.Tensor) -> f
 def compare(record: _gpu.Recorder, case: str, sides: Sides, sets: list[torch.Tensor]) -> None:
     """Check all sides on the first set, then time them over all sets."""
     all_sides = {**sides.exact(), **sides.inexact(), **sides.ours()}
-    share, calls = {}, {}
-    for label, side in all_sides.items():
-        try:
-            share[label] = share_right(sides, label, side, sets[0])
-        except RuntimeError as error:
-            print(f"{case}: {label} left out: {str(error)[:100]}", flush=True)
-            continue
-        calls[label] = [lambda f=side, x=scores: f(x) for scores in sets]
+    calls = {k: [partial(side, scores) for scores in sets] for k, side in all_sides.items()}
+    calls, missed, _ = _gpu.checked(
+        case, calls, lambda k: 1 - share_right(sides, k, all_sides[k], sets[0]), most=2
+    )
     times = _gpu.interleaved(calls, rounds=15)
-    best = min((label for label in EXACT if label in times), key=lambda x: times[x]["p50"])
-    notes: dict[str, Any] = {"best_exact": best, "rows": sides.rows, "width": sides.width}
-    notes["ratio_best_exact"] = times[best]["p50"] / times[OURS]["p50"]
-    if SAME_RULE in times:
-        notes["ratio_same_rule"] = times[SAME_RULE]["p50"] / times[OURS]["p50"]
-    notes["share_right"] = {label: value for label, value in share.items() if value < 1}
+    notes: dict[str, Any] = {"rows": sides.rows, "width": sides.width}
+    notes["share_right"] = {label: 1 - share for label, share in missed.items() if share}
     floor = 4 * sides.rows * (sides.width + sides.k)
     record.case(case, times, ours=OURS, bytes_moved=floor, **notes)
 
@@ -136,27 +128,25 @@ def run(record: _gpu.Recorder, rows: int, width: int, peers: Any) -> None:
         compare(record, f"{name_of(rows, width)}, warm", sides, sets[:1])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check and compare; returns the exit status."""
-    args = _gpu.arguments(__doc__, argv)
-    register()
+def run_others(record: _gpu.Recorder, rows: int, width: int, peers: Any) -> None:
+    """Scores that are spread otherwise, warm."""
+    sides = Sides(rows, width, K, peers)
+    for kind, make in KINDS.items():
+        compare(record, f"{name_of(rows, width)}, {kind}, warm", sides, [make(rows, width)])
+
+
+def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+    """One or several for each shape."""
     custom_ops.use_library(build_library())
-    with _gpu.Recorder("topk", args.out) as record:
-        record.note(k=K, same_rule=SAME_RULE, inexact="~")
-        for rows, width in QUICK if args.quick else SHAPES:
-            run(record, rows, width, args.peers)
-            torch.cuda.empty_cache()
-        for rows, width in [] if args.quick else OTHERS:
-            sides = Sides(rows, width, K, args.peers)
-            for kind, make in KINDS.items():
-                scores = make(rows, width)
-                compare(record, f"{name_of(rows, width)}, {kind}, warm", sides, [scores])
-    return 0
+    record.note(k=K, same_rule=SAME_RULE, inexact="~")
+    for shape in QUICK if args.quick else SHAPES:
+        yield name_of(*shape), partial(run, record, *shape, args.peers)
+    for shape in [] if args.quick else OTHERS:
+        yield f"{name_of(*shape)}, others", partial(run_others, record, *shape, args.peers)
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """A decode step and one row, whose scores have a plateau, and a chunk of a prompt."""
-    register()
     custom_ops.use_library(build_library())
     found: dict[str, tuple[_gpu.Call, list[torch.Tensor]]] = {}
     for rows, width in ((64, 64 << 10), (1, 128 << 10), (2048, 8 << 10)):
@@ -168,6 +158,8 @@ def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
         found[f"top-k, {name_of(rows, width)}"] = held, [sides.out]
     return found
 
+
+main = partial(_gpu.main, "topk", __doc__, cases)
 
 if __name__ == "__main__":
     sys.exit(main())

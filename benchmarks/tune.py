@@ -20,14 +20,11 @@ import torch
 
 from benchmarks import (
     _gpu,
-    _v4_steps,
     cache_write,
     indexer_logits,
     indexer_query,
     mla_query,
     overlap,
-    step_metadata,
-    v4_prepare,
 )
 from benchmarks import _sparse_mla_sides as sparse
 from benchmarks._logits_shapes import Shape
@@ -37,15 +34,10 @@ from benchmarks._torch_device import register
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import TileForm
 from fd_dsa.ops.mla.tensor_core import Form, form_for, num_splits
-from fd_dsa.step.checks import StepHints, StepLimits, check_device_counts
-from fd_dsa.step.launch import DECODE_TILE, DECODE_WARPS, MIXED_TILE, MIXED_WARPS, StepLaunch
-from fd_dsa.step.views import OutputBuffers
-from fd_dsa.v4_prepare import V4PrepareConfig
-from fd_dsa.v4_prepare.launch import ExpandTiles, tiles_for
 
 CHOSEN = "chosen"
 # name, calls by form, the form that serves ("" = several or none)
-Case: TypeAlias = tuple[str, Mapping[str, list[_gpu.Call]], str]
+Case: TypeAlias = tuple[str, Mapping[str, Sequence[_gpu.Call]], str]
 
 
 def tune_cache_write() -> Iterator[Case]:
@@ -59,23 +51,10 @@ def tune_cache_write() -> Iterator[Case]:
         yield f"{num_tokens} tokens", sides, name_of(cache_write.configuration(num_tokens))
 
 
-def tune_indexer_query() -> Iterator[Case]:
-    """Rows of a program and warps."""
-    yield from _queries(
-        indexer_query,
-        ((1, 64), (32, 64), (128, 64), (512, 64), (1024, 64), (8192, 64), (1024, 32)),
-        lambda tokens, heads: indexer_query.configuration(tokens * heads),
-    )
-
-
-def tune_mla_query() -> Iterator[Case]:
-    """Rows of a program and warps."""
-    shapes = ((1, 128), (8, 128), (32, 128), (128, 128), (1024, 128), (8192, 128), (1, 16))
-    yield from _queries(mla_query, (*shapes, (128, 16)), lambda *_: mla_query.CHOSEN)
-
-
-def _queries(module: Any, shapes: Any, chosen: Callable[[int, int], tuple[int, int]]) -> Any:
-    """Cases of a kernel that prepares queries."""
+def _tune_queries(
+    module: Any, shapes: Any, chosen: Callable[[int, int], tuple[int, int]]
+) -> Iterator[Case]:
+    """Rows of a program and warps of a kernel that prepares queries."""
     cos_sin = module.angles()
     for tokens, heads in shapes:
         sets = module.sets_of(tokens, heads)
@@ -102,71 +81,6 @@ def tune_projections() -> Iterator[Case]:
             for tiling in (projection.SPLIT if tokens < limit else tried)
         }
         yield f"{tokens} tokens", sides, _tiling(projection.configuration(tokens))
-
-
-def tune_step_metadata() -> Iterator[Case]:
-    """Lanes and warps of a program of the step kernel."""
-    module = step_metadata
-    sizes = module.MAX_NUM_SEQS, module.MAX_NUM_TOKENS, module.MAX_BLOCKS, module.BLOCK_SIZE
-    limits = StepLimits(*sizes, None)
-    buffers = OutputBuffers(limits, module.allocate, False)
-    decode = {f"decode {batch}": module.decode_rows(batch) for batch in module.DECODE_BATCHES}
-    forms = {
-        "decode": ((32, 1), (64, 1), (64, 2), (128, 4), (256, 8)),
-        "mixed": ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8), (256, 8)),
-    }
-    chosen = {"decode": (DECODE_TILE, DECODE_WARPS), "mixed": (MIXED_TILE, MIXED_WARPS)}
-    for label, rows in (decode | module.PREFILL_STEPS).items():
-        step = module.make_step(rows, 0)
-        counts = check_device_counts(limits, StepHints(*step.counts.values()))
-        kind = "mixed" if counts.num_prefill_tokens > 0 else "decode"
-        sides = {
-            "{} x {}".format(*form): [
-                partial(StepLaunch(limits, buffers, **{kind: form}), step.tensors, counts)
-            ]
-            for form in forms[kind]
-        }
-        yield label, sides, "{} x {}".format(*chosen[kind])
-
-
-# of the V4 expansion; each is tried with the others as chosen
-_V4_TRIED = {
-    "num_warps": (1, 2, 4, 8),
-    "hca_tile": (128, 256, 512, 1024, 2048),
-    "window_rows": (1, 2, 4),
-    "hca_group": (1, 2, 4),
-    "row_tile": (32, 64, 128, 256, 512),
-}
-
-
-def _v4_tiles(config: V4PrepareConfig) -> Iterator[tuple[str, ExpandTiles]]:
-    """The cut into programs that the package chooses, and cuts that differ in one number."""
-    chosen = tiles_for(config)
-    yield CHOSEN, chosen
-    entries, tokens = config.max_model_len // config.hca_ratio, config.max_tokens_per_seq
-    for name, value in ((name, value) for name, values in _V4_TRIED.items() for value in values):
-        tiles = replace(chosen, **{name: value})
-        # tiles of one shape get one layout, and that of the rows does not fit unaligned lists
-        if tiles == chosen or tiles.row_tile == tiles.hca_tile:
-            continue
-        # as many programs as there are rounds
-        items = -(-entries // tiles.hca_tile) * -(-tokens // tiles.hca_group)
-        windows = -(-tokens // tiles.window_rows)
-        yield f"{name} {value}", replace(tiles, hca_parts=min(items, 8), window_parts=windows)
-
-
-def tune_v4_prepare() -> Iterator[Case]:
-    """How the V4 expansion is cut into programs."""
-    for sizes in ((1, 8192, 1), (32, 8192, 3), (128, 8192, 1), (256, 131072, 3)):
-        size = _v4_steps.Size(*sizes)
-        config = _v4_steps.config_of(size.batch, size.drafts)
-        decode = _v4_steps.Decode(config, size.context)
-        count = min(8, _gpu.num_sets(v4_prepare.least_bytes(config, decode)))
-        sides = {
-            label: v4_prepare.Launches(config, decode, count, tiles).calls
-            for label, tiles in _v4_tiles(config)
-        }
-        yield size.label, sides, CHOSEN
 
 
 # registers of a thread -> blocks of four warps that a processor then has
@@ -199,37 +113,23 @@ def tune_indexer_logits() -> Iterator[Case]:
     cache, logits = random_keys(), indexer_logits.scores_for(chosen)
     for shape in chosen:
         steps = indexer_logits.steps_of(shape, cache, logits)
-        first, sides = steps[0], {}
-        for label, form in tile_forms(shape).items():
-            if _is_right(label, first.ours(form), first, first.logits, indexer_logits.TOLERANCE):
-                sides[label] = [step.ours(form) for step in steps]
-        yield shape.label, sides, CHOSEN
+        sides = {
+            label: [step.ours(form) for step in steps] for label, form in tile_forms(shape).items()
+        }
+        right = _right(shape.label, sides, steps[0], steps[0].logits, indexer_logits.TOLERANCE)
+        yield shape.label, right, CHOSEN
 
 
-_FEW_HEADS = {
-    True: (
-        *(Form(False, h, 64, True, 4, 1, 2) for h in (8, 16)),
-        *(Form(False, h, 128, True, 8, 1, 1) for h in (8, 16, 32)),
-        *(Form(False, h, 64, True, 8, 1, 1) for h in (16, 32)),
-        *(Form(False, 16, n, False, 4, 1, p) for n, p in ((32, 2), (64, 1))),
-        Form(False, 32, 64, True, 4, 1, 2),
-    ),
-    False: (
-        *(Form(False, h, 64, True, 4, 1, 2) for h in (8, 16)),
-        *(Form(False, h, 128, True, 8, 1, 1) for h in (16, 32)),
-        *(Form(True, h, 64, True, 4, 2, 1) for h in (16, 32)),
-        *(Form(True, h, 128, True, 8, 1, 1) for h in (16, 32)),
-        *(Form(True, 16, n, False, 4, s, p) for n, s, p in ((64, 2, 2), (32, 3, 2), (32, 2, 4))),
-        Form(False, 32, 64, True, 8, 1, 1),
-    ),
-}
-_MANY_HEADS = (
-    Form(True, 16, 64, False, 4, 2, 2),
+_FORMS = (
+    *(Form(False, h, 64, True, 4, 1, 2) for h in (8, 16, 32)),
+    *(Form(False, h, 128, True, 8, 1, 1) for h in (8, 16, 32)),
+    *(Form(False, h, 64, True, 8, 1, 1) for h in (16, 32)),
+    *(Form(False, 16, n, False, 4, 1, p) for n, p in ((32, 2), (64, 1))),
     *(Form(False, 64, n, False, 8, 1, 1) for n in (32, 64)),
+    *(Form(True, h, 64, True, 4, 2, 1) for h in (16, 32)),
+    *(Form(True, h, 128, True, 8, 1, 1) for h in (16, 32)),
+    *(Form(True, 16, n, False, 4, s, p) for n, s, p in ((64, 2, 2), (32, 3, 2), (32, 2, 4))),
     *(Form(True, 64, n, False, 8, s, 1) for n, s in ((64, 2), (32, 3))),
-    Form(False, 32, 128, True, 8, 1, 1),
-    Form(True, 32, 64, True, 4, 2, 1),
-    Form(False, 16, 64, True, 4, 1, 2),
 )
 
 
@@ -240,7 +140,7 @@ def _sparse_mla_sides(
     fp8, rows = sets[0].fp8, len(ours.partials.lse)
     chosen = form_for(heads, tokens, fp8)
     yield CHOSEN, [ours.call(s, chosen) for s in sets]
-    for form in _MANY_HEADS if heads > 32 else _FEW_HEADS[fp8]:
+    for form in _FORMS:
         fits = min(heads, 16) <= form.block_h < max(2 * heads, 17)
         if form != chosen and fits and not (fp8 and form.copied):
             yield "/".join(str(int(x)) for x in form), [ours.call(s, form) for s in sets]
@@ -261,37 +161,39 @@ def tune_sparse_mla() -> Iterator[Case]:
             slots = [sparse.random_slots(tokens, len(cache)) for _ in range(count)]
             sets = [sparse.Inputs(cache, s, heads) for s in slots]
             ours = sparse.Ours(tokens, heads)
-            sides = {
-                label: calls
-                for label, calls in _sparse_mla_sides(ours, sets, heads, tokens)
-                if _is_right(label, calls[0], sets[0], ours.out, 1e-2)
-            }
-            kind = "FP8" if sets[0].fp8 else "bf16"
-            yield f"{heads} heads, {tokens} tokens, {kind}", sides, CHOSEN
+            sides = dict(_sparse_mla_sides(ours, sets, heads, tokens))
+            name = f"{heads} heads, {tokens} tokens, {'FP8' if sets[0].fp8 else 'bf16'}"
+            yield name, _right(name, sides, sets[0], ours.out, 1e-2), CHOSEN
 
 
-def _is_right(label: str, call: _gpu.Call, inputs: Any, out: torch.Tensor, most: float) -> bool:
-    """Whether a form runs and its error is at most `most`; says why not."""
-    _gpu.poison(out)
-    try:
-        call()
-        torch.cuda.synchronize()
-    except Exception as error:
-        print(f"{label} left out: {str(error).strip().splitlines()[-1][:100]}", flush=True)
-        return False
-    error = inputs.error(out)
-    if not error <= most:
-        print(f"{label} is WRONG and left out: error {error:.3g}", flush=True)
-    return error <= most
+def _right(
+    case: str, sides: Mapping[str, Sequence[_gpu.Call]], inputs: Any, out: Any, most: float
+) -> Mapping[str, Sequence[_gpu.Call]]:
+    """The forms that run and whose error is at most `most`."""
+
+    def error(label: str) -> float:
+        _gpu.poison(out)
+        sides[label][0]()
+        return inputs.error(out)
+
+    return _gpu.checked(case, sides, error, most)[0]
 
 
 KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "cache_write": tune_cache_write,
-    "indexer_query": tune_indexer_query,
-    "mla_query": tune_mla_query,
+    "indexer_query": partial(
+        _tune_queries,
+        indexer_query,
+        ((1, 64), (32, 64), (128, 64), (512, 64), (1024, 64), (8192, 64), (1024, 32)),
+        lambda tokens, heads: indexer_query.configuration(tokens * heads),
+    ),
+    "mla_query": partial(
+        _tune_queries,
+        mla_query,
+        ((1, 128), (8, 128), (32, 128), (128, 128), (1024, 128), (8192, 128), (1, 16), (128, 16)),
+        lambda *_: mla_query.CHOSEN,
+    ),
     "projections": tune_projections,
-    "step_metadata": tune_step_metadata,
-    "v4_prepare": tune_v4_prepare,
     "indexer_logits": tune_indexer_logits,
     "sparse_mla": tune_sparse_mla,
 }

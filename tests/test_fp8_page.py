@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from benchmarks._render import load
-from benchmarks.fp8_error import PAGE, REGION, RESULT
-from benchmarks.report import markdown
+from benchmarks.fp8_error import RESULT
 
 MEASURED = load(RESULT)
-
-
-def test_the_page_is_made_from_the_committed_result() -> None:
-    found = REGION.findall(PAGE.read_text("utf-8"))
-    assert found == [markdown("fp8_cache", MEASURED)], "run python -m benchmarks.fp8_error --page"
 
 
 def test_the_result_names_machine_and_commit() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -41,72 +42,65 @@ class IdleRunner:
         return self._logits[: len(logits_indices)]
 
 
-class Engines:
-    """An engine for each number of requests and way of sampling."""
+@cache
+def _tokenizer() -> Any:
+    from fd_dsa.config import demo_model_path
+    from fd_dsa.engine.tokenizer import Tokenizer
 
-    def __init__(self) -> None:
-        from fd_dsa.config import demo_model_path
-        from fd_dsa.engine.tokenizer import Tokenizer
-
-        self._tokenizer = Tokenizer.from_folder(demo_model_path(), None)
-
-    def _decoding(
-        self, requests: int, sampling: dict[str, Any], steps: int, vocab_size: int
-    ) -> Any:
-        """An engine whose requests all decode, and go on for so many steps."""
-        from fd_dsa import SamplingParams
-        from fd_dsa.engine.engine import LLMEngine
-
-        engine = LLMEngine(
-            IdleRunner(requests, vocab_size),
-            self._tokenizer,
-            num_blocks=requests * _MAX_MODEL_LEN // _BLOCK_SIZE,
-            block_size=_BLOCK_SIZE,
-            max_model_len=_MAX_MODEL_LEN,
-            max_num_seqs=requests,
-            max_num_batched_tokens=max(requests, 2048),
-            eos_token_ids=(1,),
-        )
-        params = SamplingParams(**sampling, max_tokens=steps + _SPARE, ignore_eos=True)
-        for index in range(requests):
-            tokens = [10 + (7 * index + place) % 1000 for place in range(_PROMPT_TOKENS)]
-            engine.add_request(str(index), tokens, params)
-        while engine.stats().computed_prompt_tokens < requests * _PROMPT_TOKENS:
-            engine.step()
-        for _ in range(_WARM_UP):
-            engine.step()
-        return engine
-
-    def host_us(
-        self, requests: int, sampling: dict[str, Any], steps: int, vocab_size: int
-    ) -> dict[str, Any]:
-        """Microseconds of each of `steps` decode steps of so many requests."""
-        engine = self._decoding(requests, sampling, steps, vocab_size)
-        times = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            outputs = engine.step()
-            times.append(1e6 * (time.perf_counter() - begin))
-            if len(outputs) != requests:
-                raise RuntimeError(f"a step gave {len(outputs)} of {requests} outputs")
-        return {"us": times}
-
-    def pass_us(self, requests: int, steps: int, vocab_size: int) -> dict[str, Any]:
-        """Microseconds of a pass over the logits alone, which no sampler can do without."""
-        logits = IdleRunner(requests, vocab_size).execute_model(np.arange(requests))
-        times = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            logits.argmax(axis=1)
-            times.append(1e6 * (time.perf_counter() - begin))
-        return {"us": times}
+    return Tokenizer.from_folder(demo_model_path(), None)
 
 
-def handlers() -> dict[str, Callable[..., Any]]:
-    """What the worker answers."""
-    engines = Engines()
-    return {"host_us": engines.host_us, "pass_us": engines.pass_us}
+def _decoding(requests: int, sampling: dict[str, Any], steps: int, vocab_size: int) -> Any:
+    """An engine whose requests all decode, and go on for so many steps."""
+    from fd_dsa import SamplingParams
+    from fd_dsa.engine.engine import LLMEngine
+
+    engine = LLMEngine(
+        IdleRunner(requests, vocab_size),
+        _tokenizer(),
+        num_blocks=requests * _MAX_MODEL_LEN // _BLOCK_SIZE,
+        block_size=_BLOCK_SIZE,
+        max_model_len=_MAX_MODEL_LEN,
+        max_num_seqs=requests,
+        max_num_batched_tokens=max(requests, 2048),
+        eos_token_ids=(1,),
+    )
+    params = SamplingParams(**sampling, max_tokens=steps + _SPARE, ignore_eos=True)
+    for index in range(requests):
+        tokens = [10 + (7 * index + place) % 1000 for place in range(_PROMPT_TOKENS)]
+        engine.add_request(str(index), tokens, params)
+    while engine.stats().computed_prompt_tokens < requests * _PROMPT_TOKENS:
+        engine.step()
+    for _ in range(_WARM_UP):
+        engine.step()
+    return engine
+
+
+def _timed_us(call: Callable[[], Any], steps: int) -> list[float]:
+    """Microseconds of each of some calls."""
+    times = []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        call()
+        times.append(1e6 * (time.perf_counter() - begin))
+    return times
+
+
+def host_us(requests: int, sampling: dict[str, Any], steps: int, vocab_size: int) -> dict[str, Any]:
+    """Microseconds of each of `steps` decode steps of so many requests."""
+    engine = _decoding(requests, sampling, steps, vocab_size)
+    outputs: list[int] = []
+    times = _timed_us(lambda: outputs.append(len(engine.step())), steps)
+    if set(outputs) != {requests}:
+        raise RuntimeError(f"steps gave {outputs} outputs, not {requests}")
+    return {"us": times}
+
+
+def pass_us(requests: int, steps: int, vocab_size: int) -> dict[str, Any]:
+    """Microseconds of a pass over the logits alone, which no sampler can do without."""
+    logits = IdleRunner(requests, vocab_size).execute_model(np.arange(requests))
+    return {"us": _timed_us(lambda: logits.argmax(axis=1), steps)}
 
 
 if __name__ == "__main__":
-    serve_requests(handlers())
+    serve_requests({"host_us": host_us, "pass_us": pass_us})

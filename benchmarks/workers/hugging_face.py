@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from typing import Any
@@ -17,8 +18,8 @@ from fd_dsa.environment import usable_cpus
 class Model:
     """The model, loaded once."""
 
-    def __init__(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def __init__(self, threads: int | None) -> None:
+        torch.set_num_threads(threads or usable_cpus())
         self.model = DeepseekV32ForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
         self.model.eval()
 
@@ -44,5 +45,5 @@ class Model:
 
 
 if __name__ == "__main__":
-    model = Model(int(sys.argv[1]) if len(sys.argv) > 1 else usable_cpus())
+    model = Model(**json.loads(sys.argv[1]))
     serve_requests({"generate": model.generate})

@@ -39,7 +39,6 @@ def cache_bytes(layers: int, indexer_layers: int, num_blocks: int) -> dict[str, 
     return {
         "planned": planned / cells,
         "allocated": allocated / cells,
-        "latent": sum(cache.numpy().nbytes for cache in latents) / cells,
     }
 
 
@@ -64,7 +63,7 @@ def device_buffers(max_model_len: int, max_num_tokens: int) -> dict[str, Any]:
     import paddle
 
     from fd_dsa.attention.config import DSABackendConfig
-    from fd_dsa.attention.device import DeviceAttention, _buffers
+    from fd_dsa.attention.device import DeviceAttention
     from tests.kernel_memory import open_memory
 
     open_memory("interpreter")
@@ -92,7 +91,6 @@ def device_buffers(max_model_len: int, max_num_tokens: int) -> dict[str, Any]:
     return {
         "all_mib": asked / _MIB,
         "scores_mib": logits.size * logits.element_size() / _MIB,
-        "planned_scores_mib": 4 * _buffers(config, 512 * _MIB)["logits"][0] / _MIB,
     }
 
 

@@ -1,11 +1,18 @@
-"""Worker: the demo model in the embedded engine."""
+"""Worker: the demo model in the embedded engine.
+
+Its argument is those of `Engine` as JSON.
+"""
 
 from __future__ import annotations
 
 import cProfile
+import json
 import pstats
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,19 +25,43 @@ from fd_dsa.environment import set_cpu_threads
 
 # a decode step is timed this often, the scan as well
 _REPEATS = 15
+_STREAM_PROMPT, _TOKENS_BEFORE = 64, 20
+# part of a step -> where it is called, from the engine on
+_PARTS = {
+    "schedule": "_scheduler.schedule",
+    "complete": "_scheduler.complete_step",
+    "batch": "_assemble",
+    "runner": "runner.execute_model",
+    "metadata": "runner.initialize_forward_meta",
+    "sampling and outputs": "_sample",
+    "sampling": "_sampler.sample",
+    "metrics": "metrics.count_step",
+}
 
 
 class Engine:
-    """The engine, built once, and the parts that are timed on their own."""
+    """The engine, built once, and the parts that are timed on their own.
 
-    def __init__(self, threads: int | None) -> None:
+    Args:
+        threads: of the processor; None = all.
+        by_processor: whether gaps are processor seconds of one thread, also for the engine: what
+            an idle machine with one processor would take.
+        fields: of EngineConfig.
+    """
+
+    def __init__(
+        self, threads: int | None = None, by_processor: bool = False, **fields: Any
+    ) -> None:
         # the baseline computes every prompt, and prompts come again in later runs
-        self.engine = build_engine(
-            EngineConfig(max_num_seqs=32, kv_cache_memory_bytes="4G", enable_prefix_caching=False)
-        )
+        defaults = {"max_num_seqs": 32, "kv_cache_memory_bytes": "4G"}
+        config = EngineConfig(**(defaults | fields), enable_prefix_caching=False)
+        self.engine = build_engine(config)
         self.llm = LLM.from_engine(self.engine)
         if threads is not None:
             set_cpu_threads(threads)
+        if by_processor:
+            self.engine.clock = time.process_time
+        self._seconds: Counter[str] | None = None
 
     def _prompts(self, requests: int, tokens: int, seed: int) -> list[list[int]]:
         """Random prompts, the same as the baseline's."""
@@ -54,31 +85,63 @@ class Engine:
             raise RuntimeError(f"the engine returned {counts} new tokens")
         return {"seconds": seconds, "first_token_s": first}
 
-    def _decode_steps(self, requests: int, context: int, steps: int, profiler: Any = None):
-        """Seconds of each of `steps` decode steps at about `context` tokens."""
-        params = SamplingParams(temperature=0, max_tokens=steps + 2, ignore_eos=True)
-        length = min(context, self.engine.max_model_len - steps - 2)
-        for i, prompt in enumerate(self._prompts(requests, length, seed=9)):
-            self.engine.add_request(f"decode-{i}", prompt, params)
-        times: list[float] = []
-        started: set[str] = set()
-        while self.engine.has_unfinished_requests():
-            decoding = len(started) == requests
-            if profiler and decoding:
-                profiler.enable()
-            start = time.perf_counter()
-            outputs = self.engine.step()
-            seconds = time.perf_counter() - start
-            if profiler and decoding:
-                profiler.disable()
-            if decoding:
-                times.append(seconds)
-            started.update(output.request_id for output in outputs)
-        return times
+    @contextmanager
+    def _decoding(
+        self, requests: int, context: int, steps: int, sampling: dict[str, Any] | None = None
+    ) -> Iterator[None]:
+        """Inside, requests of about `context` tokens decode for so many steps."""
+        # with steps until the last of many prompts is read
+        tokens = steps + 64
+        sampling = sampling or {"temperature": 0}
+        params = SamplingParams(**sampling, max_tokens=tokens, ignore_eos=True)
+        length = min(context, self.engine.max_model_len - tokens)
+        for index, prompt in enumerate(self._prompts(requests, length, seed=9)):
+            self.engine.add_request(str(index), prompt, params)
+        while len(self.engine.step()) < requests:
+            pass
+        yield
+        for index in range(requests):
+            self.engine.abort_request(str(index))
+
+    def _step_s(self) -> float:
+        """Seconds of a step."""
+        begin = time.perf_counter()
+        self.engine.step()
+        return time.perf_counter() - begin
 
     def decode_ms(self, context: int) -> dict[str, Any]:
         """Median milliseconds of a decode step of one request."""
-        return {"ms": float(np.median(self._decode_steps(1, context, _REPEATS)) * 1e3)}
+        with self._decoding(1, context, _REPEATS):
+            return {"ms": 1e3 * float(np.median([self._step_s() for _ in range(_REPEATS)]))}
+
+    def parts_us(
+        self, requests: int, context: int, sampling: dict[str, Any], steps: int
+    ) -> list[dict[str, float]]:
+        """Microseconds of each part in each of `steps` decode steps."""
+        found = []
+        with self._decoding(requests, context, steps, sampling):
+            for _ in range(steps):
+                seconds = self._timed_parts()
+                seconds.clear()
+                whole = self._step_s()
+                found.append({part: 1e6 * s for part, s in _apart(seconds, whole).items()})
+        return found
+
+    def _timed_parts(self) -> Counter[str]:
+        """Seconds by part, added up where the parts are called.
+
+        The clock costs two tenths of a microsecond a call, and no part is called more than once a
+        step.
+        """
+        if self._seconds is None:
+            self._seconds = Counter()
+            for part, path in _PARTS.items():
+                owner: Any = self.engine
+                *names, last = path.split(".")
+                for name in names:
+                    owner = getattr(owner, name)
+                setattr(owner, last, _timed(self._seconds, part, getattr(owner, last)))
+        return self._seconds
 
     def scan_ms(self, context: int) -> dict[str, Any]:
         """Median milliseconds of scoring and selecting alone, all layers, one query."""
@@ -108,9 +171,12 @@ class Engine:
 
     def profile(self, requests: int, context: int) -> dict[str, Any]:
         """Where a decode step spends its time: the functions with the most time of their own."""
-        times = self._decode_steps(requests, context, 5)
-        profiler = cProfile.Profile()
-        steps = len(self._decode_steps(requests, context, 10, profiler))
+        profiler, steps = cProfile.Profile(), 10
+        with self._decoding(requests, context, 5 + steps):
+            times = [self._step_s() for _ in range(5)]
+            with profiler:
+                for _ in range(steps):
+                    self.engine.step()
         stats: Any = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
         total = sum(entry[2] for entry in stats.values())
         busiest = sorted(stats.items(), key=lambda item: -item[1][2])[:15]
@@ -128,8 +194,68 @@ class Engine:
             ],
         }
 
+    def _add(self, name: str, prompt: list[int], new_tokens: int) -> None:
+        """Queue a greedy request."""
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        self.engine.add_request(name, prompt, params)
+
+    def beside(self, prompt_tokens: int, seed: int) -> dict[str, Any]:
+        """Milliseconds between a stream's tokens while a prompt is computed, and its seconds."""
+        engine = self.engine
+        self._add("stream", self._prompts(1, _STREAM_PROMPT, seed)[0], 4096)
+        for _ in range(_TOKENS_BEFORE):
+            engine.step()
+        self._add("prompt", self._prompts(1, prompt_tokens, seed + 1000)[0], 1)
+        begin = last = engine.clock()
+        gaps, is_done = [], False
+        while not is_done:
+            names = {output.request_id for output in engine.step()}
+            now = engine.clock()
+            if "stream" not in names:
+                raise RuntimeError("the stream got no token in a step")
+            gaps.append(1e3 * (now - last))
+            last, is_done = now, "prompt" in names
+        engine.abort_request("stream")
+        return {"gaps_ms": gaps, "seconds": last - begin}
+
+    def alone(self, requests: int, prompt_tokens: int, seed: int) -> float:
+        """Seconds of prompts without an answer that goes on."""
+        for index, prompt in enumerate(self._prompts(requests, prompt_tokens, seed)):
+            self._add(str(index), prompt, 1)
+        begin = self.engine.clock()
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+        return self.engine.clock() - begin
+
+
+def _timed(seconds: Counter[str], part: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, whose seconds are added up."""
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            seconds[part] += time.perf_counter() - begin
+
+    return timed
+
+
+def _apart(seconds: Counter[str], whole: float) -> dict[str, float]:
+    """Seconds of parts that do not overlap, and the whole step."""
+    own = {
+        "schedule": seconds["schedule"] + seconds["complete"],
+        "input batch": seconds["batch"],
+        "step metadata": seconds["metadata"],
+        "forward": seconds["runner"] - seconds["metadata"],
+        "sampling": seconds["sampling"],
+        "text and outputs": seconds["sampling and outputs"] - seconds["sampling"],
+        "metrics": seconds["metrics"],
+    }
+    return {**own, "rest": whole - sum(own.values()), "whole step": whole}
+
 
 if __name__ == "__main__":
-    engine = Engine(int(sys.argv[1]) if len(sys.argv) > 1 else None)
-    names = ("generate", "decode_ms", "scan_ms", "profile")
+    engine = Engine(**json.loads(sys.argv[1] if len(sys.argv) > 1 else "{}"))
+    names = ("generate", "decode_ms", "parts_us", "scan_ms", "profile", "beside", "alone")
     serve_requests({name: getattr(engine, name) for name in names})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -103,5 +104,5 @@ class Sampling:
 
 
 if __name__ == "__main__":
-    sampling = Sampling(sys.argv[1])
+    sampling = Sampling(**json.loads(sys.argv[1]))
     serve_requests({"cpu_ms": sampling.cpu_ms, "tokens": sampling.tokens})

@@ -64,7 +64,7 @@ def metadata(layers: int, rows: int, context: int) -> dict[str, Any]:
         begin = time.perf_counter()
         runner.initialize_forward_meta()
         times.append(1e6 * (time.perf_counter() - begin))
-    meta = backend.get_attention_meta()
+    meta = backend.attention_metadata
     values = [getattr(meta, field.name) for field in fields(meta)]
     arrays = [as_numpy(value) for value in values if hasattr(value, "shape")]
     return {

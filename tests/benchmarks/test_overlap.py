@@ -1,23 +1,10 @@
-"""How the overlap's result is shown: its table, its timeline, and where both come from."""
+"""The timeline of the overlap's result, where it comes from, and the thresholds."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.benchmarks import results
-
-
-def case(num_tokens: int, kind: str, saved: float) -> dict[str, Any]:
-    """One case whose layer takes 200 us on one stream, and its projections 8 us."""
-    two = 200 * (1 - saved)
-    hidden = {"hidden": (200 - two) / 8} if kind.startswith("graph") else {}
-    notes = hidden | {"num_tokens": num_tokens, "kind": kind, "saved": saved}
-    notes["alone_us"] = {"projections": 8.0, "QKV-A": 12.5}
-    us = {"one stream": 200, "two streams": two}
-    return results.case(f"{num_tokens} tokens, {kind}", us, "two streams", **notes)
 
 
 def kernel(name: str, stream: int, start_us: float, us: float) -> dict[str, Any]:
@@ -25,44 +12,11 @@ def kernel(name: str, stream: int, start_us: float, us: float) -> dict[str, Any]
 
 
 def result() -> dict[str, Any]:
-    """Two sizes, one of them with the norm beside."""
+    """A layer on one stream, and on two."""
     one = [kernel("QKV-A", 0, 0, 12), kernel("projections", 0, 12.5, 8)]
     two = [kernel("projections", 1, 0, 8), kernel("QKV-A", 0, 0.5, 12)]
     ends = kernel("indexer query", 0, 30, 7)
-    cases = [
-        case(1, "graph", 0.03),
-        case(1, "eager", 0.0),
-        case(1, "graph, k_norm beside", 0.035),
-        case(512, "graph", -0.02),
-        case(512, "eager", -0.004),
-    ]
-    return results.result(
-        "overlap",
-        cases,
-        serving={"sparse_mla": "flash_mla"},
-        thresholds_tokens={"graph": 1, "eager": 512},
-        default_tokens=256,
-        timeline={"one stream": [*one, ends], "two streams": [*two, ends]},
-    )
-
-
-def test_the_table_says_what_is_saved_and_hidden(tmp_path: Path) -> None:
-    text = results.shown(tmp_path, result())
-    assert "| 1 tokens, graph | 200 (1.03x) | **194** |" in text
-    assert "| 1 | 8.00 | 12.5 | 3.0% | 75% | 0.0% | 3.5% | 88% |  |" in text
-    assert "| 512 | 8.00 | 12.5 | -2.0% | -50% | -0.4% |  |  |  |" in text
-    assert "Up to 1 tokens in graphs, and up to 512 eager" in text and "up to 256 tokens" in text
-    assert "our kernel for scores and flash_mla for attention" in text
-    assert "by stream" in text and "img/overlap.svg" in text
-
-
-def test_fp8_layers_have_a_table_of_their_own(tmp_path: Path) -> None:
-    found = result()
-    in_fp8 = case(8, "graph, FP8 QKV-A", 0.04)
-    in_fp8["alone_us"]["projections, FP8"] = 14.0
-    text = results.shown(tmp_path, found | {"cases": [*found["cases"], in_fp8]})
-    assert "| 8 tokens, graph, FP8 QKV-A | 200 (1.04x) | **192** |" in text
-    assert "| 8 | 8.00 | 12.5 | 14.0 | 4.0% | 100% |  |" in text
+    return {"timeline": {"one stream": [*one, ends], "two streams": [*two, ends]}}
 
 
 def test_the_timeline_is_drawn_by_stream() -> None:
@@ -109,24 +63,15 @@ def test_kernels_of_a_trace_by_stream_and_part() -> None:
     ]
 
 
-def test_the_threshold_ends_before_the_first_loss() -> None:
-    pytest.importorskip("torch")
-    from benchmarks.overlap import threshold
-
-    def cases(*saved: tuple[int, float]) -> list[dict[str, Any]]:
-        return [{"num_tokens": tokens, "saved": share} for tokens, share in saved]
-
-    assert threshold(cases((1, 0.03), (8, 0.02), (64, -0.009), (128, -0.02), (256, 0.1))) == 64
-    assert threshold(cases((8, 0.02), (1, 0.03), (8, -0.02))) == 1
-    assert threshold(cases((1, -0.02))) == 0
-
-
-def test_graphs_and_eager_steps_have_thresholds_of_their_own() -> None:
+def test_thresholds_end_before_the_first_loss() -> None:
     pytest.importorskip("torch")
     from benchmarks.overlap import thresholds
 
-    cases = [
-        *(case(1, "graph", 0.03), case(8, "graph", 0.02), case(64, "graph", -0.02)),
-        *(case(1, "eager", -0.05), case(8, "graph, k_norm beside", 0.01), case(8, "eager", 0.1)),
-    ]
-    assert thresholds(cases) == {"graph": 8, "eager": 0}
+    def measured(kind: str, *saved: tuple[int, float]) -> list[dict[str, Any]]:
+        return [{"num_tokens": tokens, "saved": share, "kind": kind} for tokens, share in saved]
+
+    graph = measured("graph", (256, 0.1), (1, 0.03), (8, 0.02), (64, -0.009), (128, -0.02))
+    beside = measured("graph, k_norm beside", (64, -0.02))
+    eager = measured("eager", (1, -0.02), (8, 0.1))
+    assert thresholds(graph + eager) == {"graph": 64, "eager": 0}
+    assert thresholds(graph + beside + eager) == {"graph": 8, "eager": 0}

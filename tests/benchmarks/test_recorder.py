@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +24,23 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of a GPU is measured."""
     monkeypatch.setattr(_gpu, "ceilings", lambda: {"copy_bytes_per_s": 4e12, "node_us": 0.5})
     monkeypatch.setattr(_gpu, "clocks", dict)
+    monkeypatch.setattr(_gpu, "register", lambda: None)
 
 
 def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "it.json").read_text())
 
 
+def timed(record: _gpu.Recorder, name: str) -> None:
+    """One case; "bad" fails after it."""
+    record.case(f"{name}, timed", TIMES, ours="ours")
+    if name == "bad":
+        raise RuntimeError("no such kernel")
+
+
 def add(record: _gpu.Recorder, name: str) -> None:
     """An attempt of one case."""
-
-    def case() -> None:
-        record.case(f"{name}, timed", TIMES, ours="ours")
-        if name == "bad":
-            raise RuntimeError("no such kernel")
-
-    record.attempt(name, case)
+    record.attempt(name, partial(timed, record, name))
 
 
 def test_a_shape_that_fails_leaves_the_others(tmp_path: Path) -> None:
@@ -83,3 +88,39 @@ def test_what_another_tree_left_is_not_gone_on_with(
     monkeypatch.setenv("FD_DSA_COMMIT", "2" * 40)
     with _gpu.Recorder("it", tmp_path):
         assert "not_run" not in result(tmp_path)
+
+
+def test_the_driver_runs_every_case_and_what_follows_them(tmp_path: Path) -> None:
+    def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
+        for name in ("first", "bad", "last")[: 2 if args.quick else 3]:
+            yield name, partial(timed, record, name)
+        record.note(count=len(record.cases))
+
+    command = ["--out", str(tmp_path)]
+    assert _gpu.main("it", "A benchmark.", cases, [*command, "--quick"]) == 1
+    assert result(tmp_path)["done"] == ["first"] and result(tmp_path)["count"] == 2
+    assert _gpu.main("it", "A benchmark.", cases, command) == 1
+    assert result(tmp_path)["done"] == ["first", "last"] and list(result(tmp_path)["failed"]) == [
+        "bad"
+    ]
+
+
+def test_sides_that_fail_or_are_wrong_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu.torch.cuda, "synchronize", lambda: None)
+    errors: dict[str, Any] = {"right": 0.1, "wrong": 0.3, "none": float("nan")}
+
+    def check(label: str) -> float:
+        if label == "refuses":
+            raise RuntimeError("no such shape")
+        return errors[label]
+
+    sides: dict[str, list[Any]] = {label: [label] for label in (*errors, "refuses")}
+    good, found, left_out = _gpu.checked("a case", sides, check, most=0.2)
+    assert good == {"right": ["right"]} and list(found) == list(errors)
+    assert left_out["refuses"] == "no such shape" and set(left_out) == {"wrong", "none", "refuses"}
+
+    def assert_fails(label: str) -> float:
+        raise AssertionError("a position twice")
+
+    with pytest.raises(AssertionError, match="twice"):
+        _gpu.checked("a case", sides, assert_fails, most=0.2)

@@ -11,32 +11,23 @@ from benchmarks import sanitize
 from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, ROOT
 from benchmarks.sanitize import verdict
 
-CLEAN = {
-    "initcheck": "3 passed in 2.1s\n========= ERROR SUMMARY: 0 errors\n",
-    "memcheck": "3 passed in 2.1s\n========= ERROR SUMMARY: 0 errors\n",
-    "racecheck": "3 passed in 2.1s\n===== RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n",
-    "synccheck": "3 passed in 2.1s\n========= ERROR SUMMARY: 0 errors\n",
-}
 
-
-@pytest.mark.parametrize("tool", CLEAN)
-def test_clean(tool: str) -> None:
-    assert verdict(tool, 0, CLEAN[tool]) == ""
-
-
-@pytest.mark.parametrize("tool", CLEAN)
+@pytest.mark.parametrize("tool", ["initcheck", "memcheck", "racecheck", "synccheck"])
 @pytest.mark.parametrize(
     ("status", "old", "new", "says"),
     [
+        (0, "", "", ""),
         (9, "", "", "exit status 9"),
         (0, "3 passed", "3 skipped", "no test ran"),
         (0, ": 0 ", ": 1 ", "found errors"),
         (0, "SUMMARY", "", "said nothing"),
     ],
 )
-def test_not_clean(tool: str, status: int, old: str, new: str, says: str) -> None:
-    text = CLEAN[tool].replace(old, new) if old else CLEAN[tool]
-    assert says in verdict(tool, status, text)
+def test_verdicts(tool: str, status: int, old: str, new: str, says: str) -> None:
+    summary = "RACECHECK SUMMARY: 0 hazards" if tool == "racecheck" else "ERROR SUMMARY: 0 errors"
+    text = f"3 passed in 2.1s\n========= {summary}\n"
+    found = verdict(tool, status, text.replace(old, new) if old else text)
+    assert says in found and bool(found) == bool(says)
 
 
 @pytest.fixture

@@ -1,0 +1,166 @@
+"""Ratios of groups of cases, and what the pictures of docs/performance.md show of them.
+
+Every ratio is the time of the other side divided by ours: above 1 fd_dsa is faster. shown.json
+lists them by result under "ratios": "against" names the other side, "labels" are those of which the
+fastest counts (or "cases" is a function here), "ours" is our side where that is not the one that
+serves. The tables "headline" and "without_custom_ops" are those of docs/performance.md, "page" is
+for the result's own page, which has the headlines too. Their rows are [what, where, aim]: a case
+belongs to the group if it has the numbers of "where" from the first to the last of two, and texts
+that begin as there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks._harness import RESULTS, ROOT, three_digits
+from benchmarks._render import Case, Result, Table, load, refusal
+
+OURS = "fd_dsa"
+SHOWN = json.loads(Path(__file__).with_name("shown.json").read_text())
+RATIOS, PICTURES = SHOWN["ratios"], SHOWN["pictures"]
+TABLES = "headline", "without_custom_ops"
+PICTURED = ("engine_cpu", *PICTURES)
+Ratio = tuple[float, str]
+
+
+def engine(result: Result) -> Iterator[Ratio]:
+    """Tokens per second, by those of Hugging Face."""
+    return ((case["ratio_p50"], "") for case in result["cases"])
+
+
+def server(result: Result) -> Iterator[Ratio]:
+    """The share of the engine's tokens per second that the server keeps."""
+    return ((1 - case["servers"][OURS]["loss"], "") for case in result["cases"])
+
+
+def gaps_with_target(result: Result) -> Iterator[Ratio]:
+    """Gaps of a stream without a target against those with one."""
+    none, *targets = result["sides"]
+    return ((none["gap_ms"]["p99"] / side["gap_ms"]["p99"], "") for side in targets)
+
+
+def _of_group(entry: Mapping[str, Any], where: Mapping[str, Any], result: Result) -> list[Ratio]:
+    """The ratio and name of every case of a group that has one of the other sides."""
+    if "cases" in entry:
+        return sorted(globals()[entry["cases"][1:]](result))
+    found = []
+    for case in result["cases"]:
+        us = {label: time["p50"] for label, time in case["times"].items()}
+        others = [us[label] for label in entry["labels"] if label in us]
+        if others and all(_fits(case[key], wanted) for key, wanted in where.items()):
+            found.append((min(others) / us[entry.get("ours", case["ours"])], case["case"]))
+    return sorted(found)
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    if isinstance(wanted, str):
+        return value.startswith(wanted)
+    return wanted[0] <= value <= wanted[1]
+
+
+def _rows(table: str, result: Result) -> Iterator[dict[str, Any]]:
+    """The rows that a table has of a result; those without a case are left out."""
+    for entry in RATIOS:
+        if entry["result"] == result["name"]:
+            for what, where, *aim in entry.get(table, ()):
+                ratios = _of_group(entry, where, result)
+                if ratios:
+                    yield {"what": what, "against": entry["against"], "aim": aim, "ratios": ratios}
+
+
+def _slower(row: Mapping[str, Any]) -> str:
+    return f"{sum(ratio < 1 for ratio, _ in row['ratios'])} of {len(row['ratios'])}"
+
+
+def _end(index: int) -> Any:
+    """A cell: the least or the largest ratio and its case."""
+    return lambda row: "{} ({})".format(
+        three_digits(row["ratios"][index][0]), row["ratios"][index][1]
+    )
+
+
+_OF_PAGE = [
+    *(("what", "{what}"), ("against", "{against}")),
+    *(("least ratio", _end(0)), ("largest", _end(-1)), ("slower in", _slower)),
+    ("aim", lambda row: "".join(f"{aim:g}" for aim in row["aim"])),
+]
+
+
+def ratios(result: Result) -> Iterator[str]:
+    """The table of a result's own page."""
+    rows = [row for table in ("headline", "page") for row in _rows(table, result)]
+    if rows:
+        yield "Time of the other side divided by ours:"
+        yield "\n".join(Table(lambda _: rows, _OF_PAGE).lines(result))
+
+
+@cache
+def page_of(name: str) -> str:
+    """The page in docs/results that shows a result."""
+    mark = f"<!-- result: {name} -->"
+    pages = sorted((ROOT / "docs" / "results").glob("*.md"))
+    return next(page.name for page in pages if mark in page.read_text("utf-8"))
+
+
+def _range(row: Mapping[str, Any]) -> str:
+    return " to ".join(three_digits(row["ratios"][index][0]) for index in (0, -1))
+
+
+_OF_PERFORMANCE = [
+    ("what", "[{what}](results/{page})"),
+    *(("against", "{against}"), ("ratio", _range), ("slower in", _slower), ("on", "{on}")),
+    ("command", "`python -m benchmarks.{result}`"),
+]
+
+
+def region(table: str, folder: Path = RESULTS) -> str:
+    """A table of docs/performance.md, of all results that may be shown."""
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys(entry["result"] for entry in RATIOS):
+        path = folder / f"{name}.json"
+        result = load(path) if path.exists() else {}
+        if result and not refusal(result):
+            env = result["env"]
+            on = env.get("gpu") or f"{env['cpu']}, {env['cpus']} cores"
+            about = {"result": name, "on": on, "page": page_of(name)}
+            rows += [row | about for row in _rows(table, result)]
+    return "\n".join(Table(lambda _: rows, _OF_PERFORMANCE).lines({})) + "\n"
+
+
+def drawn(name: str, result: Result) -> list[dict[str, Any]]:
+    """What a flagship's picture shows, a group a case: times relative to ours and their labels."""
+    if name == "engine_cpu":
+        return [_engine_group(case) for case in result["cases"]]
+    sides, names = PICTURES[name]["sides"], PICTURES[name]["cases"]
+    by_name = {case["case"]: case for case in result["cases"]}
+    return [_group(sides, by_name[name]) for name in names if name in by_name]
+
+
+def _group(sides: Mapping[str, Iterable[str]], case: Case) -> dict[str, Any]:
+    """A case: ours, and for each other side the fastest of its labels."""
+    times = {label: time["p50"] for label, time in case["times"].items()}
+    us = {OURS: times[case["ours"]]}
+    for side, labels in sides.items():
+        own = [times[label] for label in labels if label in times]
+        if own:
+            us[side] = min(own)
+    return {
+        "case": case["case"],
+        "relative": {side: x / us[OURS] for side, x in us.items()},
+        "text": {side: f"{three_digits(x)} us" for side, x in us.items()},
+    }
+
+
+def _engine_group(case: Case) -> dict[str, Any]:
+    sides = {OURS: case["candidate"], "Hugging Face": case["baseline"]}
+    rate = {name: side["tokens_per_s"] for name, side in sides.items()}
+    return {
+        "case": "{requests} x {prompt_tokens} + {new_tokens} tokens".format_map(case["case"]),
+        "relative": dict(zip(sides, (1, case["ratio_p50"]), strict=True)),
+        "text": {name: f"{three_digits(x)} tokens/s" for name, x in rate.items()},
+    }
