@@ -125,7 +125,7 @@ def compile_library(source: Path, *folders: Path, define: str = "") -> Path:
             *(f"-I{folder}" for folder in folders),
         ]
         flags += [f"-D{define}"] if define else []
-        subprocess.run([compiler(), *flags, source, "-o", scratch], check=True)
+        subprocess.run([compiler(), *flags, "-x", "c++", source, "-o", scratch], check=True)
         scratch.replace(made)
     return made
 
@@ -137,4 +137,4 @@ def host_library() -> Path:
 
 def emulated_library() -> Path:
     """The kernels themselves, compiled as C++, their threads run one after the other."""
-    return compile_library(EMULATED / "position_ids_emulated.cc", EMULATED, SOURCES / "csrc")
+    return compile_library(SOURCES / "csrc" / "position_ids.cu", EMULATED, SOURCES / "csrc")

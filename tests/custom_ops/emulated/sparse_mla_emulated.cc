@@ -1,24 +1,18 @@
 // The kernels of sparse MLA on the emulated GPU, that for few heads in a form of the caller's choice.
 #include "hopper.cuh"
-// the others come first, so that their guards keep the hardware's own out
-#include "sparse_mla_values.cuh"
-#include "wgmma_rows.cuh"
-#include "wgmma_wide.cuh"
+// the other comes first, so that its guard keeps the hardware's own out
+#include "sparse_mla_narrow.cu"
+#include "sparse_mla_wide.cu"
 
-#include "sparse_mla_narrow.cuh"
-#include "sparse_mla_wide.cuh"
-
-using fd_dsa::narrow::Form;
-
-// `form` 0 to 2: as the launcher has them; -1: its choice.
+// `form` 0 and 1: one warpgroup or two, of warps; 2: products of warpgroups; -1: the launcher's choice.
 extern "C" int sparse_mla_emulated(const FdDsaSparseMla* job, int form) {
   using namespace fd_dsa::narrow;
-  if (form == 0) return launch_form<Form::kOne>(*job, nullptr);
-  if (form == 1) return launch_form<Form::kTakeTurns>(*job, nullptr);
-  if (form == 2) {
-    return job->num_heads > 16 ? launch_warpgroups<32>(*job, nullptr)
-                               : launch_warpgroups<16>(*job, nullptr);
+  if (form == 0) return launch_shape<warps::Layout<1>>(*job, warps::kernel<1>, nullptr);
+  if (form == 1) return launch_shape<warps::Layout<2>>(*job, warps::kernel<2>, nullptr);
+  if (form == 2 && job->num_heads > 16) {
+    return launch_shape<warpgroups::Layout<32>>(*job, warpgroups::kernel<32>, nullptr);
   }
+  if (form == 2) return launch_shape<warpgroups::Layout<16>>(*job, warpgroups::kernel<16>, nullptr);
   return launch_narrow(*job, nullptr);
 }
 
