@@ -19,9 +19,11 @@ from typing import Any
 from setuptools import setup
 from setuptools.command.build_ext import build_ext
 
-# pip runs this file from elsewhere
+# pip runs this file from elsewhere; on the path, the sources of the package would hide a built one
 sys.path.insert(0, str(Path(__file__).parent))
 import build_library as kernels
+
+sys.path.pop(0)
 
 NAME = "fd_dsa_ops"
 # Python may ask for symbols of a debugger, which take longer than the code

@@ -14,7 +14,7 @@ import pytest
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable, ConfigError
-from tests.custom_ops.building import host_library
+from tests.custom_ops.building import emulated_library
 
 
 @pytest.fixture(autouse=True)
@@ -76,12 +76,12 @@ def test_a_package_that_breaks_is_a_warning(
 
 
 def test_kernels_that_agree_serve(caplog: pytest.LogCaptureFixture) -> None:
-    custom_ops.use_library(host_library())
+    custom_ops.use_library(emulated_library("position_ids"))
     asked = []
     with caplog.at_level(logging.INFO, "fd_dsa"):
         for _ in range(2):
             kernels = custom_ops.choose("topk", lambda found: asked.append(found) or "")
-    assert asked == [kernels] and kernels.fd_dsa_sparse_mla_bytes() > 100
+    assert asked == [kernels] and hasattr(kernels, "fd_dsa_position_ids_cuda")
     assert caplog.text.count("topk on a GPU: custom_op serves") == 1
     assert custom_ops.choices() == [custom_ops.Choice("topk", True, "agrees with the definition")]
 
@@ -93,7 +93,7 @@ def test_kernels_that_do_not_agree_are_a_warning(
     def fails(kernels: Any) -> str:
         raise AttributeError("no such symbol")
 
-    custom_ops.use_library(host_library())
+    custom_ops.use_library(emulated_library("position_ids"))
     with caplog.at_level(logging.INFO, "fd_dsa"):
         assert custom_ops.choose("topk", fails if raises else wrong) is None
     said = "its probe failed: AttributeError: no such symbol" if raises else "slot_mapping differs"
@@ -103,7 +103,7 @@ def test_kernels_that_do_not_agree_are_a_warning(
 
 def test_the_variable_keeps_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FD_DSA_OP_PROVIDER", "sparse_mla=custom_op, topk=triton")
-    custom_ops.use_library(host_library())
+    custom_ops.use_library(emulated_library("position_ids"))
     assert custom_ops.choose("topk", right) is None
     assert custom_ops.choose("sparse_mla", right) is not None
     assert custom_ops.choices()[1].reason == "FD_DSA_OP_PROVIDER asks for Triton"
@@ -115,7 +115,7 @@ def test_what_the_variable_asks_for_in_vain_is_an_error(monkeypatch: pytest.Monk
         BackendUnavailable, match="topk=custom_op cannot be had: fd_dsa_ops is miss"
     ):
         custom_ops.choose("topk", right)
-    custom_ops.use_library(host_library())
+    custom_ops.use_library(emulated_library("position_ids"))
     with pytest.raises(BackendUnavailable, match="cannot be had: slot_mapping differs"):
         custom_ops.choose("topk", wrong)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,29 +11,44 @@ import pytest
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable, DtypeError, LaunchError, ShapeError
-from fd_dsa.ops.sparse_mla.custom_op import CustomAttention, NarrowAttention, WideAttention
+from fd_dsa.ops.sparse_mla.custom_op import (
+    CustomAttention,
+    NarrowAttention,
+    SparseMla,
+    WideAttention,
+)
 from fd_dsa.ops.sparse_mla.dequantize import Dequantized
 from fd_dsa.ops.sparse_mla.device import custom_attention, kind_for
-from tests.custom_ops.adoption import HostApi, adopted
-from tests.custom_ops.building import host_library
-from tests.kernel_memory import KernelMemory, open_memory
+from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, make
 
+KERNELS = "sparse_mla"
 FP8 = "fp8_ds_mla"
 KINDS = [NarrowAttention, WideAttention]
 HEADS = {NarrowAttention: 5, WideAttention: 70}
 
 
-@pytest.fixture(params=[pytest.param("interpreter", marks=pytest.mark.triton)])
-def kernel_memory(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KernelMemory]:
-    """Host memory, and host code behind the C ABI that answers with the numbers it was given."""
-    memory = open_memory(request.param)
-    monkeypatch.setattr("fd_dsa.ops.sparse_mla.custom_op.api_for_type", lambda kind: HostApi())
-    monkeypatch.setattr("fd_dsa.ops.sparse_mla.device.INTERPRETING", False)
-    with adopted(host_library(), monkeypatch, on_gpu=False):
-        yield memory
+class Recording:
+    """A library whose launchers keep the structures that they are called with."""
+
+    fd_dsa_sparse_mla_bytes = staticmethod(lambda: ctypes.sizeof(SparseMla))
+
+    def __init__(self) -> None:
+        self.jobs: list[SparseMla] = []
+
+    def launch(self, job: Any, stream: Any) -> int:
+        self.jobs.append(SparseMla.from_buffer_copy(job._obj))
+        return 0
+
+    fd_dsa_sparse_mla_narrow_cuda = fd_dsa_sparse_mla_wide_cuda = launch
+
+    def numbers(self, *names: str) -> list[float]:
+        """Fields of the last structure."""
+        return [getattr(self.jobs[-1], name) for name in names]
+
+
+GIVEN = ("softmax_scale", "num_tokens", "num_heads", "topk", "num_slots", "is_fp8")
+GIVEN += ("out_is_bfloat16", "splits")
 
 
 @pytest.mark.parametrize(
@@ -41,30 +56,17 @@ def kernel_memory(
     [(NarrowAttention, "sparse_mla", 7), (WideAttention, "sparse_mla_wide", 64)],
 )
 def test_a_kernel_that_computes_something_else_does_not_serve(
-    kernel_memory: KernelMemory,
+    emulated_memory: KernelMemory,
     monkeypatch: pytest.MonkeyPatch,
     kind: type[CustomAttention],
     operator: str,
     heads: int,
 ) -> None:
     monkeypatch.setattr(kind, "__call__", lambda *arguments, **options: None)
-    assert custom_attention(kind, kernel_memory.poisoned) is None
+    assert custom_attention(kind, emulated_memory.poisoned) is None
     [choice] = custom_ops.choices()
     assert choice.operator == operator
     assert not choice.serves and f"{heads} heads of the probe are off by" in choice.reason
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_probe_knows_what_is_right(
-    kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, kind: type[CustomAttention]
-) -> None:
-    from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores
-
-    def triton(self: Any, *arguments: Any, **options: Any) -> None:
-        attend_on_tensor_cores(*arguments, **options)
-
-    monkeypatch.setattr(kind, "__call__", triton)
-    assert isinstance(custom_attention(kind, kernel_memory.poisoned), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -76,28 +78,40 @@ def test_a_library_of_another_release_is_refused(
         kind(SimpleNamespace(**old))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_the_kernel_is_given(kernel_memory: KernelMemory, kind: type[CustomAttention]) -> None:
-    m, heads, attend = kernel_memory, HEADS[kind], kind(custom_ops.build().kernels)
-    case = make(FP8, [9, 3], 11, heads=heads)
+@pytest.mark.parametrize(
+    ("kind", "cache_dtype"),
+    [(NarrowAttention, FP8), (WideAttention, FP8), (WideAttention, "bfloat16")],
+)
+def test_what_the_kernel_is_given(
+    emulated_memory: KernelMemory, kind: type[CustomAttention], cache_dtype: str
+) -> None:
+    m, heads, kernels = emulated_memory, HEADS[kind], Recording()
+    attend, is_fp8 = kind(kernels), cache_dtype == FP8
+    case = make(cache_dtype, [9, 3], 11, heads=heads)
     q, cache, slots = case.inputs(m)
-    pages = m.put(case.cache.reshape(4, 1, 64, -1))
+    pages = cache.reshape([4, 1, 64, -1])
     out, lse = m.poisoned((2, heads, RANK), "float32"), m.poisoned((2, heads), "float32")
     attend(q, pages, slots, out, softmax_scale=0.5, lse=lse, splits=4)
-    assert m.get(out).reshape(-1)[:9].tolist() == [0.5, 2, heads, 11, 256, 1, 0, 4, 1]
-    attend(q, cache, slots, out, softmax_scale=0.25)
-    assert m.get(out).reshape(-1)[:9].tolist() == [0.25, 2, heads, 11, 256, 1, 0, 0, 0]
+    assert kernels.numbers(*GIVEN) == [0.5, 2, heads, 11, 256, is_fp8, 0, 4]
+    tensors = {"q": q, "cache": pages, "slots": slots, "out": out, "lse": lse}
+    assert kernels.numbers(*tensors) == [tensor.data_ptr() for tensor in tensors.values()]
+    narrow = m.poisoned((2, heads, RANK), "bfloat16")
+    attend(q, cache, slots, narrow, softmax_scale=0.25)
+    assert kernels.numbers(*GIVEN) == [0.25, 2, heads, 11, 256, is_fp8, 1, 0]
+    assert kernels.numbers("lse", "dequantized") == [None, None]
 
 
-def test_what_it_is_given_of_dequantized_records(kernel_memory: KernelMemory) -> None:
-    m, attend = kernel_memory, WideAttention(custom_ops.build().kernels)
+def test_what_it_is_given_of_dequantized_records(emulated_memory: KernelMemory) -> None:
+    m, kernels = emulated_memory, Recording()
     case, out = make(FP8, [5, 2], 6, heads=70), m.poisoned((2, 70, RANK), "float32")
     given = dequantized(m)
+    attend = WideAttention(kernels)
     attend(*case.inputs(m), out, softmax_scale=0.25, dequantized=given)
-    found = m.get(out).reshape(-1)[9:16].tolist()
-    assert found == [1, 3, 64, 128, 21, 32, 1]
+    assert kernels.numbers("num_rows", "block_size", "dequantized_slots") == [3, 64, 128]
+    names = "dequantized", "dequantized_blocks", "is_dequantized", "batch_id_per_token"
+    assert kernels.numbers(*names) == [tensor.data_ptr() for tensor in given[:4]]
     attend(*case.inputs(m), out, softmax_scale=0.25)
-    assert m.get(out).reshape(-1)[9:16].tolist() == [0] * 7
+    assert kernels.numbers("dequantized") == [None]
 
 
 def dequantized(m: KernelMemory, num_tokens: int = 2) -> Dequantized:
@@ -117,26 +131,19 @@ def dequantized(m: KernelMemory, num_tokens: int = 2) -> Dequantized:
     ],
 )
 def test_dequantized_records_that_it_refuses(
-    kernel_memory: KernelMemory,
+    emulated_memory: KernelMemory,
     kind: type[CustomAttention],
     cache: str,
     tokens: int,
     error: type[Exception],
     text: str,
 ) -> None:
-    m, heads, attend = kernel_memory, HEADS[kind], kind(custom_ops.build().kernels)
+    m, heads, attend = emulated_memory, HEADS[kind], kind(custom_ops.build().kernels)
     case, out = make(cache, [5, 2], 6, heads=heads), m.poisoned((2, heads, RANK), "float32")
     before = m.get(out)
     with pytest.raises(error, match=text):
         attend(*case.inputs(m), out, softmax_scale=1.0, dequantized=dequantized(m, tokens))
     assert np.array_equal(m.get(out), before)
-
-
-def test_latents_of_many_heads_may_be_bfloat16(kernel_memory: KernelMemory) -> None:
-    m, attend = kernel_memory, WideAttention(custom_ops.build().kernels)
-    case, out = make("bfloat16", [5], 6, heads=70), m.poisoned((1, 70, RANK), "float32")
-    attend(*case.inputs(m), out, softmax_scale=0.25)
-    assert m.get(out).reshape(-1)[:9].tolist() == [0.25, 1, 70, 6, 256, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -190,13 +197,13 @@ def test_prompts_over_bfloat16_are_padded_to_64_heads(heads: int) -> None:
     ],
 )
 def test_what_it_refuses(
-    kernel_memory: KernelMemory,
+    emulated_memory: KernelMemory,
     kind: type[CustomAttention],
     change: dict[str, Any],
     error: type[Exception],
     text: str,
 ) -> None:
-    m, heads = kernel_memory, change.get("heads", HEADS[kind])
+    m, heads = emulated_memory, change.get("heads", HEADS[kind])
     case = make(change.get("cache", FP8), [6, 2], 6, heads=heads)
     q, cache, slots = case.inputs(m)
     out = m.poisoned((2, heads, RANK), "float32")

@@ -1,24 +1,8 @@
-// The kernels of sparse MLA on the emulated GPU, that for few heads in a form of the caller's choice.
+// The kernels of sparse MLA on the emulated GPU, and what their launchers decide.
 #include "hopper.cuh"
 // the other comes first, so that its guard keeps the hardware's own out
 #include "sparse_mla_narrow.cu"
 #include "sparse_mla_wide.cu"
-
-// `form` 0 and 1: one warpgroup or two, of warps; 2: products of warpgroups; -1: the launcher's choice.
-extern "C" int sparse_mla_emulated(const FdDsaSparseMla* job, int form) {
-  using namespace fd_dsa::narrow;
-  if (form == 0) return launch_shape<warps::Layout<1>>(*job, warps::kernel<1>, nullptr);
-  if (form == 1) return launch_shape<warps::Layout<2>>(*job, warps::kernel<2>, nullptr);
-  if (form == 2 && job->num_heads > 16) {
-    return launch_shape<warpgroups::Layout<32>>(*job, warpgroups::kernel<32>, nullptr);
-  }
-  if (form == 2) return launch_shape<warpgroups::Layout<16>>(*job, warpgroups::kernel<16>, nullptr);
-  return launch_narrow(*job, nullptr);
-}
-
-extern "C" int sparse_mla_wide_emulated(const FdDsaSparseMla* job) {
-  return fd_dsa::wide::launch_wide(*job, nullptr);
-}
 
 // Among how many blocks the launcher splits a token, with room for `clusters` / n clusters of n.
 extern "C" int sparse_mla_splits(int num_tokens, int topk, int clusters) {
