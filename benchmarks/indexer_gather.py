@@ -14,6 +14,7 @@ import torch
 from benchmarks import _gpu
 from benchmarks._peers import vllm_cache_ops
 from benchmarks._torch_device import register
+from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES
 from fd_dsa.ops.indexer_gather import triton_kernel
 
 # rows, keys of each
@@ -79,7 +80,7 @@ class Gather:
 
 def random_cache() -> torch.Tensor:
     """uint8 [blocks, 64, 132], 138 MB: larger than the L2."""
-    shape = NUM_BLOCKS, BLOCK, 132
+    shape = NUM_BLOCKS, BLOCK, INDEX_RECORD_BYTES
     return torch.randint(0, 120, shape, device="cuda", dtype=torch.uint8)
 
 

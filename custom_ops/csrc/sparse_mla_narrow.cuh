@@ -9,6 +9,7 @@
 // fixed order.
 #pragma once
 
+#include "cache_record.h"
 #include "hopper.cuh"
 #include "sparse_mla.h"
 
@@ -16,8 +17,6 @@ namespace fd_dsa::narrow {
 
 using namespace hopper;
 
-constexpr int kRank = 512, kWidth = 576, kRecord = 656;
-constexpr int kScalesAt = 512, kRopeAt = 528;
 constexpr int kTile = 64;  // keys
 constexpr int kSixteens = kTile / 16;
 constexpr int kTileBytes = kTile * kRecord;

@@ -2,6 +2,7 @@
 // brings tiles of keys there.
 #pragma once
 
+#include "cache_record.h"
 #include "hopper.cuh"
 #include "sparse_mla.h"
 
@@ -9,8 +10,6 @@ namespace fd_dsa::wide {
 
 using namespace hopper;
 
-constexpr int kRank = 512, kWidth = 576;
-constexpr int kRecord = 656, kScalesAt = 512, kRopeAt = 528;
 constexpr int kHeads = 64, kKeys = 64;  // of a block, of a tile
 constexpr int kThreads = 384;  // two warpgroups that compute, one that brings tiles
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from fd_dsa.ops._fp8 import (
     LATENT_RECORD_BYTES,
+    LATENT_ROPE_AT,
+    LATENT_SCALES_AT,
     LATENT_TILES,
     LATENT_WIDTH,
     ROPE_WIDTH,
@@ -41,10 +43,10 @@ def difference(kind: type[CustomAttention], kernels: Any, allocate: Allocate) ->
 def _records(rng: np.random.Generator) -> np.ndarray:
     """uint8 [num_slots, 656] fp8_ds_mla records."""
     cache = rng.integers(0, 120, (_SLOTS, LATENT_RECORD_BYTES)).astype(np.uint8)
-    scales = rng.uniform(0.001, 0.01, (_SLOTS, 4)).astype(np.float32)
+    scales = rng.uniform(0.001, 0.01, (_SLOTS, LATENT_TILES)).astype(np.float32)
     roped = bfloat16_bits(rng.standard_normal((_SLOTS, ROPE_WIDTH)).astype(np.float32))
-    cache[:, LATENT_WIDTH : LATENT_WIDTH + 16] = scales.view(np.uint8)
-    cache[:, LATENT_WIDTH + 16 :] = roped.view(np.uint8)
+    cache[:, LATENT_SCALES_AT:LATENT_ROPE_AT] = scales.view(np.uint8)
+    cache[:, LATENT_ROPE_AT:] = roped.view(np.uint8)
     return cache
 
 
@@ -83,12 +85,11 @@ def _attended(q: np.ndarray, keys: np.ndarray, slots: np.ndarray) -> np.ndarray:
 
 def _keys_of(records: np.ndarray) -> np.ndarray:
     """float32 [num_slots, 576] of fp8_ds_mla records."""
-    end = LATENT_WIDTH + 4 * LATENT_TILES
-    scales = np.ascontiguousarray(records[:, LATENT_WIDTH:end]).view(np.float32)
+    scales = np.ascontiguousarray(records[:, LATENT_SCALES_AT:LATENT_ROPE_AT]).view(np.float32)
     latents = decode_e4m3(records[:, :LATENT_WIDTH]) * np.repeat(
         scales, LATENT_WIDTH // LATENT_TILES, axis=1
     )
-    roped = np.ascontiguousarray(records[:, end:]).view(np.uint16)
+    roped = np.ascontiguousarray(records[:, LATENT_ROPE_AT:]).view(np.uint16)
     return np.concatenate([latents, _widened(roped)], axis=1)
 
 
