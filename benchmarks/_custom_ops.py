@@ -10,6 +10,8 @@ from typing import Any
 from custom_ops.build_library import BuildError, build_library
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable
+from fd_dsa.ops import providers
+from fd_dsa.ops.providers import CUSTOM_OP
 
 
 @cache
@@ -22,6 +24,18 @@ def library() -> Path | None:
         return None
 
 
+def serving() -> dict[str, bool | str]:
+    """Operator with a kernel of custom_ops/ -> whether that serves, or why not."""
+    choices = {
+        operator: choice for operator, by in providers.table().items() for choice in by.values()
+    }
+    return {
+        operator: choice.provider == CUSTOM_OP or choice.against[CUSTOM_OP]
+        for operator, choice in choices.items()
+        if choice.provider == CUSTOM_OP or CUSTOM_OP in choice.against
+    }
+
+
 def without(make: Callable[[], Any]) -> Any:
     """What `make` sets up with Triton's kernels, whatever was taken before.
 
@@ -29,10 +43,11 @@ def without(make: Callable[[], Any]) -> Any:
         RuntimeError: the package fd_dsa_ops is installed here and serves.
     """
     custom_ops.use_library(None)
+    providers.forget()
     made = make()
-    serving = [choice.operator for choice in custom_ops.choices() if choice.serves]
-    if serving:
-        raise RuntimeError(f"fd_dsa_ops serves {', '.join(serving)}; uninstall it to compare both")
+    names = [operator for operator, reason in serving().items() if reason is True]
+    if names:
+        raise RuntimeError(f"fd_dsa_ops serves {', '.join(names)}; uninstall it to compare both")
     return made
 
 
@@ -46,15 +61,15 @@ def set_up(operator: str, make: Callable[[], Any]) -> Any | None:
         return None
     try:
         custom_ops.use_library(path)
+        providers.forget()
         made = make()
-        choices = [choice for choice in custom_ops.choices() if choice.operator == operator]
+        reason = serving().get(operator, "nothing asked for it")
     except BackendUnavailable as error:
         print(f"custom operator left out: {error}", flush=True)
         return None
     finally:
         custom_ops.use_library(None)
-    if any(choice.serves for choice in choices):
+    if reason is True:
         return made
-    reason = choices[0].reason if choices else "nothing asked for it"
     print(f"custom operator left out: {operator}: {reason}", flush=True)
     return None

@@ -128,7 +128,7 @@ def driver_loop(bound: BoundLaunch, values: dict[str, Any], stream: int) -> Call
         stream: where to launch.
     """
     variant = bound.variant
-    frame = variant.layout.frame()
+    frame = variant.frame()
     variant.pack(frame, values, bound.grid)
     frame.set_stream(stream)
     config, function, arguments, _ = frame.call

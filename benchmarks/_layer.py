@@ -20,8 +20,8 @@ from benchmarks._fp8_linear import Fp8Linear
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.indexer_query import prepare_indexer_query
 from fd_dsa.ops.mla_query import prepare_mla_query
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from fd_dsa.step.device import Allocate
 
 BLOCK = 64
@@ -187,11 +187,11 @@ class Work:
         with layer.span("indexer query"):
             q, folded = self.index_query(qr @ layer.weights.wq_b, weights)
         with layer.span("scores and top-k"):
-            slots = layer.backend.indexer_forward(q, None, folded, write.layer_id, meta)
+            slots = layer.backend.select(q, folded, write.layer_id, meta)
         with layer.span("query"):
             query = self.query(*self.absorbed(qr))
         with layer.span("sparse MLA"):
-            latent = layer.backend.forward(query, None, slots, None, None, None, write, meta)
+            latent = layer.backend.attend(query, slots, write.layer_id, meta)
         with layer.span("output"):
             self.project_out(latent)
 
@@ -199,7 +199,7 @@ class Work:
         self, kv_a: torch.Tensor, index_k: torch.Tensor, write: SimpleNamespace, meta: Any
     ) -> None:
         """The step's keys into both caches."""
-        self.layer.backend.write_caches(kv_a, index_k, self.cos_sin, write, meta)
+        self.layer.backend.write(kv_a, index_k, self.cos_sin, write, meta)
 
     def index_query(self, q: torch.Tensor, weights: torch.Tensor) -> Both:
         """Queries of the indexer as it scores with them, and their weights."""

@@ -8,9 +8,9 @@ import torch
 from benchmarks._gpu import Call
 from benchmarks._logits_shapes import PAGE, WIDTH, Shape
 from benchmarks._peers import DeepGemm
-from fd_dsa.ops.indexer_logits.tile_forms import TileForm, decode_form, prompt_form
-from fd_dsa.ops.indexer_logits.tile_kernel import score_tiles
-from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule, fill_tile_schedule
+from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
+from fd_dsa.ops.logits.tile_kernel import score_tiles
+from fd_dsa.ops.logits.tile_schedule import TileSchedule, fill_tile_schedule
 
 DEVICE = "cuda"
 # 2.2 GB: the largest shape has as many keys

@@ -18,10 +18,9 @@ from benchmarks._logits_sides import codes
 from fd_dsa.attention.device import LOGITS_BYTES
 from fd_dsa.attention.tensor_core_attention import keys_per_token
 from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
-from fd_dsa.ops.sparse_mla.custom_op import CustomAttention
-from fd_dsa.ops.sparse_mla.dequantize import Dequantized, DequantizedRecords
-from fd_dsa.ops.sparse_mla.device import kind_for
-from fd_dsa.ops.sparse_mla.tensor_core import (
+from fd_dsa.ops.mla.custom_op import CustomAttention, kind_for
+from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
+from fd_dsa.ops.mla.tensor_core import (
     Form,
     Partials,
     attend_on_tensor_cores,

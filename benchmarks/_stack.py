@@ -166,9 +166,9 @@ class Stack:
             index_k, heads = self._project(self.given.x, (weights.wk, weights.weights_proj))
             work.write(products.kv_a, index_k, write, meta)
             q, folded = work.index_query(products.index_q, heads)
-            slots = self.backend.indexer_forward(q, None, folded, write.layer_id, meta)
+            slots = self.backend.select(q, folded, write.layer_id, meta)
             query = work.query(products.latent, products.rope)
-            out = self.backend.forward(query, None, slots, None, None, None, write, meta)
+            out = self.backend.attend(query, slots, write.layer_id, meta)
             found = slots, query, out
         assert found is not None
         return found

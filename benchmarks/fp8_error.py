@@ -29,7 +29,7 @@ from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.factory import build_engine
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops.indexer_query import prepare_indexer_query
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from tools.demo_training.evalset import read
 
 RESULT = RESULTS / "accuracy" / "fp8_cache.json"
@@ -62,11 +62,7 @@ class Shadowed(DSAAttentionBackend):
     ) -> None:
         super().__init__(config)
         self.other = DSAAttentionBackend(replace(config, cache_layout=layout))
-        latent, _, indexer = self.other.get_kv_cache_shape(int(config.num_blocks or 0))
-        self.other_caches: list[Any] = []
-        for has_indexer in indexer_layers:
-            self.other_caches.append(layout.allocate(latent))
-            self.other_caches.append(layout.allocate(indexer) if has_indexer else None)
+        self.other_caches = self.other.allocate_caches(indexer_layers)
         layers = len(indexer_layers)
         self.shared, self.chosen = np.zeros(layers), np.zeros(layers)
         # [layer, same or own selection, difference or reference]
@@ -82,14 +78,12 @@ class Shadowed(DSAAttentionBackend):
         )
         self.other.init_attention_metadata(self._shadow)
 
-    def write_caches(self, *args: Any) -> None:
+    def write(self, *args: Any) -> None:
         """Into both."""
-        super().write_caches(*args)
-        self.other.write_caches(*args[:-1], self._shadow)
+        super().write(*args)
+        self.other.write(*args[:-1], self._shadow)
 
-    def indexer_forward(
-        self, q: Any, k: Any, weights: Any, layer_id: int, forward_meta: Any
-    ) -> Any:
+    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
         """The float32 selection; counts how much of it the other one has."""
         layout = self.other.config.cache_layout
         # rotated already: a table of angles 0 leaves q as it is
@@ -106,8 +100,8 @@ class Shadowed(DSAAttentionBackend):
             scale_fmt=layout.index_scale_fmt,
         )
         other_q, other_weights = quantised
-        theirs = self.other.indexer_forward(other_q, None, other_weights, layer_id, self._shadow)
-        ours = super().indexer_forward(q, k, weights, layer_id, forward_meta)
+        theirs = self.other.select(other_q, other_weights, layer_id, self._shadow)
+        ours = super().select(q, weights, layer_id, forward_meta)
         self._selections = ours, theirs
         positions = as_numpy(forward_meta.position_ids)
         for row in np.flatnonzero(positions >= self.config.index_topk):
@@ -115,15 +109,13 @@ class Shadowed(DSAAttentionBackend):
             self.chosen[layer_id] += self.config.index_topk
         return ours
 
-    def forward(self, **arguments: Any) -> Any:
+    def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
         """The float32 output; adds up how far the other one is off."""
-        result = super().forward(**arguments)
+        result = super().attend(q, selection, layer_id, forward_meta)
         out = as_numpy(result)
-        layer = arguments["layer"].layer_id
-        for i, selection in enumerate(self._selections):
-            changed = {"v": selection, "forward_meta": self._shadow}
-            found = as_numpy(self.other.forward(**(arguments | changed)))
-            self.errors[layer, i] += relative_l2(found, out)
+        for i, slots in enumerate(self._selections):
+            found = as_numpy(self.other.attend(q, slots, layer_id, self._shadow))
+            self.errors[layer_id, i] += relative_l2(found, out)
         return result
 
 

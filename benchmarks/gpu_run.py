@@ -47,7 +47,6 @@ BENCHMARKS = {
     "launch_overhead": 80,
     "cache_write": 90,
     "indexer_query": 90,
-    "indexer_gather": 60,
     "mla_query": 120,
     "layer_stack": 240,
     "overlap": 150,

@@ -17,8 +17,8 @@ import torch
 from benchmarks import _gpu
 from benchmarks._peers import vllm_indexer_query
 from benchmarks._torch_device import register
-from fd_dsa.ops.indexer_query import paddle_impl
-from fd_dsa.ops.indexer_query.triton_kernel import (
+from fd_dsa.ops.query import paddle_impl
+from fd_dsa.ops.query.triton_kernel import (
     CANDIDATES,
     configuration,
     kernel_arguments,

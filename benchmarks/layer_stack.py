@@ -212,8 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case = partial(run, record, shape, weights[shape.heads], pool, args.peers)
             record.attempt(shape.label, case)
             torch.cuda.empty_cache()
-            serving = {c.operator: c.serves or c.reason for c in custom_ops.choices()}
-            record.note(layers=LAYERS, custom_ops=serving)
+            record.note(layers=LAYERS, custom_ops=_custom_ops.serving())
     return record.status()
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from statistics import median
 
 from fd_dsa.engine.metrics import EngineMetrics
+from fd_dsa.engine.output import OutputState
 from fd_dsa.engine.request import Request
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.runner.input_batch import InputBatch
@@ -44,18 +45,17 @@ def decode_batch(num_rows: int) -> InputBatch:
 def ended_request() -> Request:
     """A request that is over."""
     request = Request(
-        request_id="a",
-        prompt_token_ids=[1] * 100,
+        state=OutputState("a", 0, [1] * 100, arrival_time=1.0),
         params=SamplingParams(),
         max_tokens=10,
+        end_token_ids=frozenset(),
         arrival=0,
-        arrival_time=1.0,
         seed=0,
         detokenizer=None,  # type: ignore[arg-type]
         stop_checker=None,
         block_size=64,
     )
-    request.scheduled_time, request.first_token_time = 1.1, 1.2
+    request.scheduled_time, request.state.first_token_time = 1.1, 1.2
     request.finish("length", 2.0)
     return request
 

@@ -33,8 +33,8 @@ _BARS = "the table above as bars"
 _STEPS = "the work of some steps and their copies, by stream; below, the end of one of them"
 # results with a plot in docs/results, and its caption; the last three are timelines
 _PLOTS = {
-    **dict.fromkeys(("step_metadata", "launch_overhead", "cache_write", "indexer_query"), _BARS),
-    **dict.fromkeys(("indexer_gather", "mla_query"), _BARS),
+    **dict.fromkeys(("step_metadata", "launch_overhead", "cache_write"), _BARS),
+    **dict.fromkeys(("indexer_query", "mla_query"), _BARS),
     "overlap": "the kernels of a layer by stream; above the whole layer, below its begin",
     "staging": _STEPS,
     "v4_prepare": _STEPS,

@@ -38,7 +38,7 @@ from benchmarks._sparse_mla_sides import (
     record_cache,
 )
 from benchmarks._torch_device import register
-from fd_dsa.ops.sparse_mla.device import kind_for
+from fd_dsa.ops.mla.custom_op import kind_for
 
 HEADS = (128, 64, 32, 16, 8)
 WHOLE = (128, 64)

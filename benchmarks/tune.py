@@ -22,7 +22,6 @@ from benchmarks import (
     _gpu,
     _v4_steps,
     cache_write,
-    indexer_gather,
     indexer_logits,
     indexer_query,
     mla_query,
@@ -35,13 +34,12 @@ from benchmarks._logits_shapes import Shape
 from benchmarks._logits_sides import form_of
 from benchmarks._logits_sides import random_cache as random_keys
 from benchmarks._torch_device import register
-from fd_dsa.ops.indexer_logits.tile_forms import TileForm
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
-from fd_dsa.ops.sparse_mla.tensor_core import Form, form_for, num_splits
-from fd_dsa.step.checks import StepLimits
-from fd_dsa.step.counts import GivenCounts, check_device_counts
-from fd_dsa.step.device import DeviceBuffers
+from fd_dsa.ops.logits.tile_forms import TileForm
+from fd_dsa.ops.mla.tensor_core import Form, form_for, num_splits
+from fd_dsa.step.checks import StepHints, StepLimits, check_device_counts
 from fd_dsa.step.launch import DECODE_TILE, DECODE_WARPS, MIXED_TILE, MIXED_WARPS, StepLaunch
+from fd_dsa.step.views import OutputBuffers
 from fd_dsa.v4_prepare import V4PrepareConfig
 from fd_dsa.v4_prepare.launch import ExpandTiles, tiles_for
 
@@ -88,20 +86,6 @@ def _queries(module: Any, shapes: Any, chosen: Callable[[int, int], tuple[int, i
         yield f"{tokens} tokens x {heads} heads", sides, "{} x {}".format(*chosen(tokens, heads))
 
 
-def tune_indexer_gather() -> Iterator[Case]:
-    """Rows of a program and warps."""
-    cache = indexer_gather.random_cache()
-    forms = ((16, 1), (32, 1), (32, 2), (32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
-    for rows, keys in indexer_gather.SHAPES:
-        count = _gpu.num_sets(264 * rows * keys)
-        sets = [indexer_gather.Gather(cache, rows, keys) for _ in range(count)]
-        yield (
-            f"{rows} x {keys} keys",
-            {f"{r} x {w}": [s.ours(r, w) for s in sets] for r, w in forms},
-            "",
-        )
-
-
 def _tiling(tiling: projection.Tiling) -> str:
     return "{} x {} x {} / {}, {} warps, {} stages".format(*tiling)
 
@@ -125,7 +109,7 @@ def tune_step_metadata() -> Iterator[Case]:
     module = step_metadata
     sizes = module.MAX_NUM_SEQS, module.MAX_NUM_TOKENS, module.MAX_BLOCKS, module.BLOCK_SIZE
     limits = StepLimits(*sizes, None)
-    buffers = DeviceBuffers(limits, module.allocate)
+    buffers = OutputBuffers(limits, module.allocate, False)
     decode = {f"decode {batch}": module.decode_rows(batch) for batch in module.DECODE_BATCHES}
     forms = {
         "decode": ((32, 1), (64, 1), (64, 2), (128, 4), (256, 8)),
@@ -134,7 +118,7 @@ def tune_step_metadata() -> Iterator[Case]:
     chosen = {"decode": (DECODE_TILE, DECODE_WARPS), "mixed": (MIXED_TILE, MIXED_WARPS)}
     for label, rows in (decode | module.PREFILL_STEPS).items():
         step = module.make_step(rows, 0)
-        counts = check_device_counts(limits, GivenCounts(None, *step.counts.values()))
+        counts = check_device_counts(limits, StepHints(*step.counts.values()))
         kind = "mixed" if counts.num_prefill_tokens > 0 else "decode"
         sides = {
             "{} x {}".format(*form): [
@@ -305,7 +289,6 @@ KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
     "cache_write": tune_cache_write,
     "indexer_query": tune_indexer_query,
     "mla_query": tune_mla_query,
-    "indexer_gather": tune_indexer_gather,
     "projections": tune_projections,
     "step_metadata": tune_step_metadata,
     "v4_prepare": tune_v4_prepare,

@@ -41,12 +41,11 @@ from benchmarks._v4_sides import (
     pinned,
 )
 from benchmarks._v4_steps import NUM_STEPS, Decode, Size, config_of, sizes
-from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Buffers, V4PrepareConfig
-from fd_dsa.v4_prepare.checks import RowChecks, rows_have_room
+from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Arrays, V4PrepareConfig
+from fd_dsa.v4_prepare.checks import StepChecks, rows_have_room
 from fd_dsa.v4_prepare.launch import ExpandLaunch, ExpandTiles
-from fd_dsa.v4_prepare.slab import ERROR_SLOTS, ERROR_WORDS, SlabLayout
+from fd_dsa.v4_prepare.slab import ERROR_SLOTS, ERROR_WORDS, StepWords, slab_words
 from fd_dsa.v4_prepare.table import TableMirror
-from fd_dsa.v4_prepare.words import StepWords
 
 OURS, WHOLE_TABLE = "ours", "ours, whole table"
 LOOP, VECTORISED, ARRANGEMENT = "loop", "vectorised", "vectorised, arrays ready"
@@ -210,20 +209,19 @@ class Launches:
         count: int,
         tiles: ExpandTiles | None = None,
     ) -> None:
-        layout = SlabLayout(config)
-        slab = pinned(layout.num_words)
-        words = StepWords(layout)
+        slab = pinned(slab_words(config))
+        words = StepWords(config)
         words.take_rows(decode.q, decode.slot, int(decode.q.sum()))
         # the whole table is on the device, no cell comes with the step
         words.write(slab, 1, decode.ctx, TableMirror(config))
         slabs = torch.from_numpy(slab).to("cuda")
         # written by a step at fault; no tensor, since the device writes the host's memory
         self._faults = pinned(ERROR_SLOTS * ERROR_WORDS).reshape(ERROR_SLOTS, ERROR_WORDS)
-        self.buffers = [V4Buffers(config, "gpu:0", device_memory) for _ in range(count)]
+        self.buffers = [V4Arrays(config, device_memory) for _ in range(count)]
         self.calls: list[Callable[[], None]] = []
         for buffers in self.buffers:
             buffers.block_table.copy_(torch.from_numpy(decode.block_table))
-            launch = ExpandLaunch(config, layout, buffers, slabs, self._faults, tiles)
+            launch = ExpandLaunch(buffers, slabs, self._faults, tiles)
             self.calls.append(lambda launch=launch: launch(0))
 
 
@@ -299,7 +297,7 @@ def table_mode(record: _gpu.Recorder) -> None:
 def check_times(batch: int = 256, repeats: int = 2000) -> dict[str, float]:
     """Host microseconds of all checks of a step of new rows, without a block table."""
     config = config_of(batch, 3)
-    decode, checks = Decode(config, 8192), RowChecks(config)
+    decode, checks = Decode(config, 8192), StepChecks(config)
     room = ((decode.block_table >= 0).sum(axis=1) * config.block_size).astype(np.int32)
     samples = []
     for _ in range(repeats):

@@ -123,13 +123,12 @@ class EngineConfig:
         names = (names,) if isinstance(names, str) else tuple(names)
         self._set("served_model_name", names or (self.model_path.name,))
         if not all(isinstance(name, str) and name for name in self.served_model_name):
-            raise _flag_error("served_model_name", names, "non-empty names", "")
+            raise _flag_error("served_model_name", names, "non-empty names")
         if not _DEVICE_PATTERN.fullmatch(str(self.device)):
             raise _flag_error(
                 "device",
                 self.device,
                 f"{', '.join(DEVICES)}, in Python also a custom device of Paddle as name:number",
-                "",
             )
         self._check_dtypes()
         if self.max_num_batched_tokens is None:
@@ -141,7 +140,7 @@ class EngineConfig:
         self._check_capture_sizes()
         if self.chat_template is not None and not os.path.isfile(self.chat_template):
             got = os.fspath(self.chat_template)
-            raise _flag_error("chat_template", got, "a file with a Jinja template", "")
+            raise _flag_error("chat_template", got, "a file with a Jinja template")
 
     @property
     def model_path(self) -> Path:
@@ -200,16 +199,16 @@ class EngineConfig:
         object.__setattr__(self, name, value)
 
     def _checked_folder(self, name: str) -> Path | None:
-        """A folder as an absolute path; None where none is given."""
-        given = getattr(self, name)
-        if given is None:
+        """A folder as an absolute path, or None."""
+        path = getattr(self, name)
+        if path is None:
             return None
-        folder = Path(os.path.abspath(Path(given).expanduser()))
+        folder = Path(os.path.abspath(Path(path).expanduser()))
         if not folder.is_dir():
             file = "config.json" if name == "model" else "tokenizer.json"
             raise _flag_error(
                 name,
-                os.fspath(given),
+                os.fspath(path),
                 f"a local folder in Hugging Face format with {file}",
                 "give an existing folder (models are not downloaded)",
             )
@@ -218,7 +217,7 @@ class EngineConfig:
     def _check_dtypes(self) -> None:
         """Refuse types which this device or this release cannot serve."""
         if self.dtype not in _DTYPES:
-            raise _flag_error("dtype", self.dtype, ", ".join(_DTYPES), "")
+            raise _flag_error("dtype", self.dtype, ", ".join(_DTYPES))
         if self.dtype == "bfloat16":
             raise _flag_error(
                 "dtype",
@@ -230,7 +229,7 @@ class EngineConfig:
         dtype = _CACHE_DTYPE_ALIASES.get(self.kv_cache_dtype, self.kv_cache_dtype)
         self._set("kv_cache_dtype", dtype)
         if self.kv_cache_dtype not in _CACHE_DTYPES:
-            raise _flag_error("kv_cache_dtype", self.kv_cache_dtype, ", ".join(_CACHE_DTYPES), "")
+            raise _flag_error("kv_cache_dtype", self.kv_cache_dtype, ", ".join(_CACHE_DTYPES))
         if self.kv_cache_dtype == "fp8_ds_mla" and self.block_size != FP8_BLOCK_SIZE:
             raise _flag_error(
                 "block_size",
@@ -243,7 +242,7 @@ class EngineConfig:
         """Refuse switches that are none, and what has one value."""
         for name in ("enable_prefix_caching", "enable_chunked_prefill", "enforce_eager"):
             if not isinstance(getattr(self, name), bool):
-                raise _flag_error(name, getattr(self, name), "a bool", "")
+                raise _flag_error(name, getattr(self, name), "a bool")
         if not self.enable_chunked_prefill:
             raise _flag_error(
                 "enable_chunked_prefill",
@@ -252,7 +251,7 @@ class EngineConfig:
                 "--max-num-batched-tokens says into how many tokens",
             )
         if self.load_format not in _LOAD_FORMATS:
-            raise _flag_error("load_format", self.load_format, ", ".join(_LOAD_FORMATS), "")
+            raise _flag_error("load_format", self.load_format, ", ".join(_LOAD_FORMATS))
 
     def _check_capture_sizes(self) -> None:
         """Refuse sizes that no step can have, and sizes where nothing is captured."""
@@ -260,7 +259,7 @@ class EngineConfig:
         if sizes is None:
             return
         if isinstance(sizes, (str, int)):
-            raise _flag_error("cudagraph_capture_sizes", sizes, "several integers", "")
+            raise _flag_error("cudagraph_capture_sizes", sizes, "several integers")
         if self.enforce_eager:
             raise ConfigError(
                 f"--cudagraph-capture-sizes: got {list(sizes)} together with --enforce-eager, "
@@ -299,7 +298,7 @@ class EngineConfig:
         _check_integer("seed", self.seed, minimum=0)
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise _flag_error("gpu_memory_utilization", share, "above 0 and at most 1", "")
+            raise _flag_error("gpu_memory_utilization", share, "above 0 and at most 1")
         target = self.target_inter_token_latency_ms
         if isinstance(target, bool) or not isinstance(target, int | float):
             target = -1.0
@@ -308,7 +307,6 @@ class EngineConfig:
                 "target_inter_token_latency_ms",
                 self.target_inter_token_latency_ms,
                 f"0 for no target, or milliseconds from 1 to {_LARGEST_TARGET_MS}",
-                "",
             )
         if self.kv_cache_memory_bytes is not None and self.num_gpu_blocks_override is not None:
             raise ConfigError(
@@ -331,10 +329,10 @@ def default_capture_sizes(max_num_seqs: int) -> tuple[int, ...]:
 def _check_integer(name: str, value: object, minimum: int) -> None:
     """Refuse what is no integer, or is below `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise _flag_error(name, value, f"an integer of at least {minimum}", "")
+        raise _flag_error(name, value, f"an integer of at least {minimum}")
 
 
-def _flag_error(name: str, got: object, allowed: str, hint: str) -> ConfigError:
+def _flag_error(name: str, got: object, allowed: str, hint: str = "") -> ConfigError:
     """The error of one flag: what, got, allowed, what to do."""
     text = f"--{name.replace('_', '-')}: got {got!r}, allowed: {allowed}"
     return ConfigError(f"{text}; {hint}" if hint else text)

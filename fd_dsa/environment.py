@@ -22,23 +22,19 @@ DEFAULT_OVERLAP_MAX_TOKENS = 256
 Read from measurements (docs/performance.md).
 """
 
-OP_PROVIDERS = {
-    operator: ("custom_op", "triton") for operator in ("topk", "sparse_mla", "sparse_mla_wide")
-}
-"""Operators that have more than one provider on a GPU, and those that may be asked for."""
-
 # with less the server of the demo model does not start
 _LEAST_ADDRESS_SPACE_BYTES = 3 << 29
+_cpu_threads: int | None = None
 _SWITCH = {"0": False, "false": False, "1": True, "true": True}
 
 
 def prepare_cpu_runtime() -> None:
     """Set what Paddle reads from the environment; call it before importing paddle.
 
-    The MKL of its CPU build takes a slow path on AMD processors unless told that AVX2 is there
-    (2.6 times faster float32 products measured), and keeps one order of sums for any number of
-    rows if told so. A value that the user has set stays. Paddle's advice to install ccache is
-    silenced.
+    The MKL of its CPU build takes a slow path on AMD processors unless a variable says that AVX2 is
+    there (2.6 times faster float32 GEMMs measured), and keeps one order of sums for any number of
+    rows if another one asks for it. A value that the user has set stays. Paddle's advice to
+    install ccache is silenced.
 
     Raises:
         ConfigError: the folder that Paddle makes when it is imported cannot be made, or `ulimit -v`
@@ -197,26 +193,9 @@ def overlap_max_tokens() -> int | None:
     return int(value)
 
 
-def op_provider(operator: str) -> str | None:
-    """Provider of an operator on a GPU that FD_DSA_OP_PROVIDER asks for; None = none.
-
-    The variable holds pairs such as `topk=triton`, separated by commas.
-
-    Raises:
-        ConfigError: a pair of another form, an unknown operator, or a provider that it has not.
-    """
-    text, wanted = os.environ.get("FD_DSA_OP_PROVIDER", ""), None
-    for pair in filter(None, map(str.strip, text.split(","))):
-        name, _, provider = pair.partition("=")
-        if provider not in OP_PROVIDERS.get(name, ()):
-            allowed = ", ".join(f"{op}={p}" for op, served in OP_PROVIDERS.items() for p in served)
-            raise ConfigError(
-                f"FD_DSA_OP_PROVIDER: got {pair!r} in {text!r}, allowed: {allowed}, separated by "
-                "commas, or unset"
-            )
-        if name == operator:
-            wanted = provider
-    return wanted
+def op_provider_variable() -> str:
+    """FD_DSA_OP_PROVIDER as it is, such as `topk=triton,cache_write=triton`; "" where unset."""
+    return os.environ.get("FD_DSA_OP_PROVIDER", "")
 
 
 def openai_api_key() -> str | None:
@@ -224,8 +203,8 @@ def openai_api_key() -> str | None:
     return os.environ.get("OPENAI_API_KEY", "").strip() or None
 
 
-def told_commit() -> str | None:
-    """Commit that FD_DSA_COMMIT tells a copy of the tree without git; None where it is unset."""
+def commit_variable() -> str | None:
+    """Commit of a copy of the tree without git, FD_DSA_COMMIT; None if unset."""
     return os.environ.get("FD_DSA_COMMIT", "").strip() or None
 
 
@@ -260,7 +239,14 @@ def set_cpu_threads(num_threads: int | None = None) -> int:
     import paddle
 
     paddle.base.core.set_num_threads(num_threads)
+    global _cpu_threads
+    _cpu_threads = num_threads
     return num_threads
+
+
+def cpu_threads() -> int | None:
+    """What `set_cpu_threads` was last given; None before."""
+    return _cpu_threads
 
 
 @contextmanager

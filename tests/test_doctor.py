@@ -7,17 +7,18 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fd_dsa import doctor
+from fd_dsa import custom_ops, doctor
 from fd_dsa.cli import main as fd_dsa
-from fd_dsa.doctor import environment, graphs, self_check, tensor_cores
-from fd_dsa.doctor.case import Check, CheckFailed, Memory, require
-from fd_dsa.doctor.self_check import CHECKS
-from fd_dsa.ops import _provider
+from fd_dsa.doctor import checks, environment, graphs
+from fd_dsa.ops.cache_probes import CASES
+from fd_dsa.ops.probes import Case, CheckFailed, Memory, require
+from fd_dsa.ops.providers import function
 from fd_dsa.triton_runtime import INTERPRETING
 from tests.kernel_memory import open_memory
 
@@ -37,17 +38,20 @@ TAMPERED = [
     ("cache_write", "index", 64 * 128 + 3),
     ("indexer_query", "codes", 0),
     ("indexer_query", "folded", 0),
-    ("indexer_gather", "keys", 0),
-    ("indexer_gather", "keys", 70 * 128),
-    ("indexer_gather", "scales", 99),
     ("indexer_logits", "float32", 0),
     ("indexer_logits", "float32", 67),
     ("indexer_logits", "bfloat16", 2 * 71 + 68),
     ("indexer_logits", "fp8_ds_mla", 3 * 71 + 70),
     ("indexer_logits", "fp8_ds_mla", 4 * 71),
-    ("topk", "best", 0),
-    ("topk", "best", 8),
-    ("topk", "best", 23),
+    ("position_ids", "positions", 5),
+    ("mla_query", "query", 3),
+    ("mla_query", "query", 520),
+    ("indexer_projection", "weights", 2),
+    ("dequantize", "fp8_ds_mla", 4 * 576),
+    ("topk", "40 best", 0),
+    ("topk", "40 best", 8),
+    ("topk", "40 best", 23),
+    ("topk", "9000 best", 27),
     ("sparse_mla", "float32", 0),
     ("sparse_mla", "bfloat16", 3 * 512),
     ("sparse_mla", "bfloat16", 6 * 512),
@@ -57,20 +61,20 @@ TAMPERED = [
 
 @pytest.fixture(scope="module")
 def right() -> dict[str, dict[str, np.ndarray]]:
-    """What every operator gives on the CPU."""
-    return {name: check.run(Memory("cpu")) for name, check in CHECKS.items()}
+    """The results of every operator on the CPU."""
+    return {name: case.run(function(name, "paddle"), Memory()) for name, case in CASES.items()}
 
 
 @pytest.mark.parametrize(("name", "output", "place"), TAMPERED)
 def test_a_wrong_value_is_found(right: Any, name: str, output: str, place: int) -> None:
-    is_right = CHECKS[name].is_right
-    is_right(right[name])
+    check = CASES[name].check
+    check(right[name])
     wrong = right[name][output].copy()
     # two bits of the value's second highest byte, which no rounding explains
     width = wrong.itemsize
     wrong.reshape(-1).view(np.uint8)[place * width + max(width - 2, 0)] ^= 0x50
     with pytest.raises(CheckFailed):
-        is_right(right[name] | {output: wrong})
+        check(right[name] | {output: wrong})
 
 
 def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,8 +83,8 @@ def test_a_healthy_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.endswith("\nhealthy\n") and "FAILED" not in text
     assert "No GPU kernel was run" in text
     assert "\ngraphs     none: a CPU has none\n" in text
-    assert all(name in text for name in CHECKS)
-    assert "\n  cache_write        cpu       paddle     ok" in text
+    assert all(name in text for name in CASES)
+    assert "\n  cache_write        cpu       paddle             ok" in text
 
 
 def test_it_fits_a_narrow_terminal(
@@ -91,7 +95,7 @@ def test_it_fits_a_narrow_terminal(
     narrow = capsys.readouterr().out
     assert max(map(len, narrow.splitlines())) <= 60
     words = " ".join(narrow.split())
-    assert words.count("a CPU: NumPy, and products by Paddle") == len(CHECKS)
+    assert words.count("a CPU: NumPy, and products by Paddle") == len(CASES)
     assert "The CPU was checked alone." in words
 
 
@@ -100,7 +104,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["healthy"] and found["device"] == "cpu"
     assert found["packages"]["paddlepaddle"] and found["packages"]["triton"]
-    assert {check["name"] for check in found["checks"]} == set(CHECKS)
+    assert {check["name"] for check in found["checks"]} == set(CASES)
     assert {check["provider"] for check in found["checks"]} == {"paddle"}
     assert all(check["reason"] and check["ms"] >= 0 for check in found["checks"])
 
@@ -108,46 +112,93 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_result_and_an_error_fail(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def breaks(memory: Memory) -> dict[str, np.ndarray]:
+    def breaks(call: Any, memory: Memory) -> dict[str, np.ndarray]:
         raise RuntimeError("the kernel\nis gone")
 
-    wrong = Check(CHECKS["topk"].run, lambda out: require(False, "row 1 is another"))
-    monkeypatch.setitem(CHECKS, "topk", wrong)
-    monkeypatch.setitem(CHECKS, "cache_write", Check(breaks, CHECKS["cache_write"].is_right))
+    wrong = Case(CASES["topk"].run, lambda out: require(False, "row 1 is another"))
+    monkeypatch.setitem(CASES, "topk", wrong)
+    monkeypatch.setitem(CASES, "cache_write", Case(breaks, CASES["cache_write"].check))
     assert doctor.main(["--device", "cpu"]) == 1
     text = capsys.readouterr().out
     assert "row 1 is another" in text and "RuntimeError: the kernel\n" in text
     assert text.count("FAILED") == 3 and "NOT healthy" in text
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device whose tensors are host memory, and whose kernels are interpreted."""
+    memory = open_memory("interpreter")
+    monkeypatch.setattr("fd_dsa.attention.device.empty_allocator", lambda device: memory.poisoned)
+
+
 def on_a_device(
     monkeypatch: pytest.MonkeyPatch, *, same_bytes: bool, spoil: float
 ) -> list[dict[str, Any]]:
-    """The findings for an operator whose device result is off by `spoil`."""
+    """The rows for an operator whose result on a device is off by `spoil`."""
 
-    def run(memory: Memory) -> dict[str, np.ndarray]:
+    def run(call: Any, memory: Memory) -> dict[str, np.ndarray]:
         return {"x": np.array([1.0, 2.0 if memory.on_host else 2.0 + spoil])}
 
-    def is_right(out: dict[str, np.ndarray]) -> None:
+    def check(out: dict[str, np.ndarray]) -> None:
         require(abs(out["x"] - [1, 2]) < 1e-3, "x is off")
 
-    monkeypatch.setattr(self_check, "CHECKS", {"topk": Check(run, is_right, same_bytes)})
-    return self_check.run_checks("gpu:0")
+    monkeypatch.setattr(checks, "CASES", {"mla_query": Case(run, check, same_bytes)})
+    return checks.run_checks("gpu:0")
 
 
-def test_a_device_is_compared_with_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.triton
+def test_a_device_is_compared_with_the_cpu(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     host, device = on_a_device(monkeypatch, same_bytes=True, spoil=1e-6)
     assert host["passed"] and host["device"] == "cpu"
     assert not device["passed"] and device["device"] == "gpu:0"
     assert device["detail"] == "x: 1 of 2 values differ from the CPU's"
 
 
+@pytest.mark.triton
 def test_sums_of_a_device_are_compared_with_their_definition(
-    monkeypatch: pytest.MonkeyPatch,
+    on_a_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert all(c["passed"] for c in on_a_device(monkeypatch, same_bytes=False, spoil=1e-6))
     host, device = on_a_device(monkeypatch, same_bytes=False, spoil=1e-2)
     assert host["passed"] and device["detail"] == "x is off"
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("capability", [90, 100])
+def test_every_provider_of_a_device(
+    on_a_gpu: None, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fd_dsa.triton_runtime.transfers import Transfers
+
+    monkeypatch.setattr(Transfers, "capability", lambda self: capability)
+    cases = {name: CASES[name] for name in ("indexer_logits", "sparse_mla")}
+    monkeypatch.setattr(checks, "CASES", cases)
+    rows = [row for row in checks.run_checks("gpu:0") if row["device"] != "cpu"]
+    assert all(row["passed"] for row in rows), rows
+    served = {row["name"]: row["provider"] for row in rows if row["serves"]}
+    attends = "triton_tensor_core" if capability == 90 else "triton"
+    assert served == {"indexer_logits": "triton_tensor_core", "sparse_mla": attends}
+    lines = checks.as_lines(rows)
+    assert any(line.endswith("kernel; triton_tensor_core serves") for line in lines)
+    refused = [line for line in lines if "capability 100, tiles are made for 90" in line]
+    assert len(refused) == (capability == 100)
+    assert all(line.split()[2:4] == ["triton_tensor_core", "no"] for line in refused)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("topk=triton", "FD_DSA_OP_PROVIDER asks for it: it serves no tensors on cpu"),
+        ("topk=torch", "FD_DSA_OP_PROVIDER: got 'topk=torch'"),
+    ],
+)
+def test_a_provider_that_is_asked_for_in_vain(
+    text: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FD_DSA_OP_PROVIDER", text)
+    assert doctor.main(["--device", "cpu"]) == 1
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err
 
 
 def test_an_unknown_device_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,13 +221,13 @@ def test_a_missing_package_is_one_line(
 def test_the_log_of_its_caller_stays_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str
 ) -> None:
-    def run(memory: Memory) -> dict[str, np.ndarray]:
+    def run(call: Any, memory: Memory) -> dict[str, np.ndarray]:
         package.info("what the table says anyway")
         package.warning("what it does not say")
         return {}
 
     package = logging.getLogger("fd_dsa")
-    monkeypatch.setattr(self_check, "CHECKS", {"topk": Check(run, lambda out: None)})
+    monkeypatch.setattr(checks, "CASES", {"topk": Case(run, lambda out: None)})
     caplog.set_level(logging.INFO, package.name)
     assert doctor.main(["--device", device]) == (device != "cpu")
     package.info("after it")
@@ -198,7 +249,7 @@ def test_as_a_module_of_its_own() -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["kernels"] == ("interpreted" if INTERPRETING else "compiled")
-    assert "_provider.py" not in done.stderr
+    assert "providers.py" not in done.stderr
 
 
 def test_a_python_without_any_package(tmp_path: Path) -> None:
@@ -212,17 +263,13 @@ def test_a_python_without_any_package(tmp_path: Path) -> None:
 
 @pytest.mark.gpu_rig
 @pytest.mark.parametrize("device", [[], ["--device", "hopper:0"], ["--device", "hopper"]])
-def test_the_kernels_of_a_device(
-    device: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # what served the models of other tests in this process would be told, too
-    monkeypatch.setattr(_provider, "_against", {})
+def test_the_kernels_of_a_device(device: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([*device, "--json"]) == 0, capsys.readouterr().out
     found = json.loads(capsys.readouterr().out)
     assert found["kernels"] == ("interpreted" if INTERPRETING else "compiled")
-    checks = [check for check in found["checks"] if check["device"] != "cpu"]
-    assert [check["name"] for check in checks] == list(CHECKS)
-    assert {check["provider"] for check in checks} == {"triton"}
+    rows = [row for row in found["checks"] if row["device"] != "cpu"]
+    assert {row["name"] for row in rows} == set(CASES)
+    assert {row["name"] for row in rows if row["provider"] == "triton"} == set(CASES)
 
 
 @pytest.mark.parametrize(
@@ -245,27 +292,9 @@ def test_whether_decode_steps_are_captured(
     assert reason in line if reason else "decode steps of 1, 2, 4, 8, 16" in line
 
 
-@pytest.mark.triton
-def test_kernels_on_tensor_cores_by_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fd_dsa.triton_runtime.transfers import Transfers
-
-    memory = open_memory("interpreter")
-    monkeypatch.setattr("fd_dsa.attention.device.empty_allocator", lambda device: memory.poisoned)
-    found = tensor_cores.facts("hopper:0")
-    assert [(x["operator"], x["serves"]) for x in found] == [
-        ("indexer_logits", True),
-        ("sparse_mla", True),
-    ]
-    assert tensor_cores.as_lines(found)[1].split()[:2] == ["indexer_logits", "yes"]
-    assert {x["reason"] for x in tensor_cores.facts("cpu")} == {"it needs a GPU"}
-    monkeypatch.setattr(Transfers, "capability", lambda self: 100)
-    lines = tensor_cores.as_lines(tensor_cores.facts("hopper:0"))
-    assert lines[2].split()[:2] == ["sparse_mla", "no"] and "capability 100" in lines[2]
-
-
 @pytest.mark.gpu_rig
 def test_a_kernel_that_is_wrong_on_a_device_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fd_dsa.ops.sparse_mla import triton_kernel
+    from fd_dsa.ops.mla import triton_kernel
 
     attend = triton_kernel.attend_slots
 
@@ -275,3 +304,36 @@ def test_a_kernel_that_is_wrong_on_a_device_is_found(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(triton_kernel, "attend_slots", slightly_off)
     failed = [c for c in doctor.examine("hopper:0")["checks"] if not c["passed"]]
     assert [(c["name"], c["device"]) for c in failed] == [("sparse_mla", "hopper:0")]
+
+
+@pytest.mark.parametrize("state", ["missing", "built", "broken"])
+def test_the_library_of_custom_ops(
+    state: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = {
+        "missing": "not installed; make custom-ops, or pip install ./custom_ops",
+        "built": "for Paddle 3.3.1 without CUDA kernels (x.so)",
+        "broken": "built beside Paddle 2.6.0",
+    }
+    if state == "broken":
+        text = "raise ImportError('built beside Paddle 2.6.0')\n"
+        (tmp_path / "fd_dsa_ops.py").write_text(text)
+        monkeypatch.syspath_prepend(str(tmp_path))
+    elif state == "built":
+        # writes nothing, which is wrong
+        record = {"paddle": "3.3.1", "cuda": None, "archs": []}
+        names = {"get_position_ids_and_mask_encoder_batch": lambda *tensors: None}
+        package = SimpleNamespace(LIBRARY="x.so", BUILD=record, __all__=list(names), **names)
+        monkeypatch.setitem(sys.modules, "fd_dsa_ops", package)
+    case = {"position_ids": CASES["position_ids"]}
+    monkeypatch.setattr(checks, "CASES", case)
+    custom_ops.use_library(None)
+    assert doctor.main(["--device", "cpu"]) == (state != "missing")
+    custom_ops.use_library(None)
+    out = capsys.readouterr().out
+    mark = "BROKEN" if state == "broken" else state
+    assert f"\ncustom ops {mark}: {lines[state]}\n" in out
+    assert ("positions are [-7, " in out) == (state == "built")

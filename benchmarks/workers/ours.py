@@ -85,8 +85,8 @@ class Engine:
         import paddle
 
         from fd_dsa.ops._host import Scratch
-        from fd_dsa.ops.indexer_logits import PagedUnits, paged_indexer_logits
-        from fd_dsa.ops.topk import topk_indices
+        from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_paged
+        from fd_dsa.ops.topk.paddle_impl import select_positions
 
         runner = self.engine.runner
         config, block = runner.model.config, runner.input_batch.block_size
@@ -101,8 +101,8 @@ class Engine:
         for _ in range(_REPEATS):
             start = time.perf_counter()
             for cache in caches:
-                logits = paged_indexer_logits(q, weights, cache, units, scratch)
-                topk_indices(logits[0], window, config.index_topk)
+                logits = score_paged(q, weights, cache, units, scratch)
+                select_positions(logits[0], window, config.index_topk)
             times.append(time.perf_counter() - start)
         return {"ms": float(np.median(times) * 1e3)}
 

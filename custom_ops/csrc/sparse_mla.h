@@ -43,7 +43,7 @@ extern "C" struct FdDsaSparseMla {
   int32_t dequantized_slots;
 };
 
-static_assert(sizeof(FdDsaSparseMla) == 120, "fd_dsa.ops.sparse_mla.custom_op has the same");
+static_assert(sizeof(FdDsaSparseMla) == 120, "fd_dsa.ops.mla.custom_op has the same");
 
 // Both fill `out` and `lse`, on Hopper alone (sm_90), and return a cudaError_t, 0 = success. They
 // allocate nothing, wait for nothing; the same input gives the same bits.

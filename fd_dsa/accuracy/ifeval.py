@@ -42,7 +42,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     ifeval = subparsers.add_parser(
         "ifeval",
         allow_abbrev=False,
-        help="ask a server the IFEval prompts and score its answers",
         description="Ask an OpenAI-compatible server the IFEval prompts, keep every answer, score "
         "them. The same command goes on with a run that was interrupted.",
         usage="%(prog)s [flags] [-- flags of python -m fd_dsa.serve]",
@@ -66,7 +65,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     score = subparsers.add_parser(
         "score",
         allow_abbrev=False,
-        help="score kept answers, or a file of responses",
         description="Score the answers that an IFEval run has kept, or those of an official "
         'response file, JSON lines of {"prompt": ..., "response": ...}. Asks no server.',
     )

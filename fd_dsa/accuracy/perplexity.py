@@ -202,7 +202,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "perplexity",
         allow_abbrev=False,
-        help="perplexity of a text in one pass",
         description="Read a text through the embedded engine and report the likelihood of its "
         "tokens; nothing is generated.",
     )

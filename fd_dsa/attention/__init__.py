@@ -2,6 +2,7 @@
 
 from fd_dsa.attention.backend import DSAAttentionBackend, step_of
 from fd_dsa.attention.cache_layout import CacheLayout
-from fd_dsa.attention.config import DSABackendConfig, StepHints
+from fd_dsa.attention.config import DSABackendConfig
+from fd_dsa.step import StepHints
 
 __all__ = ["CacheLayout", "DSAAttentionBackend", "DSABackendConfig", "StepHints", "step_of"]

@@ -1,8 +1,8 @@
-"""DSAAttentionBackend: the step's metadata once, then the layers on it.
+"""DSAAttentionBackend: the step's metadata once, then what layers do with it.
 
-The methods and their arguments are those of FastDeploy's `AttentionBackend` (docs/design.md,
-"FastDeploy's contract"), so the same class serves the embedded engine and the plug-in. What a
-layer does lies in a part behind it: `host.py` for a CPU, `device.py` for device memory.
+Layers call four methods: a step begins with `init_attention_metadata`, then every layer calls
+`write`, `select` where it has an indexer, and `attend`. What they do is in a part for each kind of
+device: `host.py` for a CPU, `device.py` for device memory.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fd_dsa.attention.config import DSABackendConfig, StepHints
+from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.host import HostAttention
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.ops._host import check_shape
-from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.step import ForwardMeta, StepMetadataBuilder
-from fd_dsa.step.builder import Allocate
+from fd_dsa.ops.cache_write import CacheWriteParams
+from fd_dsa.step import ForwardMeta, StepHints, StepMetadataBuilder
+from fd_dsa.step.views import Allocate
 
 _INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
 
@@ -56,8 +56,8 @@ def cache_of(forward_meta: Any, index: int) -> Any:
     caches = forward_meta.caches
     if caches is None or caches[index] is None:
         raise MissingStepError(
-            f"forward_meta.caches[{index}] is None: the runner must allocate the caches of "
-            "get_kv_cache_shape first"
+            f"forward_meta.caches[{index}] is None: the runner must allocate the caches "
+            "first, as allocate_caches does"
         )
     return caches[index]
 
@@ -65,9 +65,8 @@ def cache_of(forward_meta: Any, index: int) -> Any:
 class DSAAttentionBackend:
     """DeepSeek Sparse Attention on paged caches; one object serves all layers.
 
-    Per step: `init_attention_metadata`. Per layer: `write_caches`, `indexer_forward` (layers with
-    an indexer), then `forward`; a model that calls no `write_caches` gives its keys to the other
-    two, normed and rotated. `forward_meta.caches` holds two tensors a layer: `caches[2 * l]`
+    Once a step: `init_attention_metadata`. In each layer: `write`, `select` (layers with an
+    indexer), then `attend`. `forward_meta.caches` holds two tensors a layer: `caches[2 * l]`
     latents, `caches[2 * l + 1]` indexer keys (None for a layer that shares a selection).
 
     Args:
@@ -78,6 +77,7 @@ class DSAAttentionBackend:
 
     Attributes:
         builder: of the step's metadata; its `num_builds` counts steps.
+        attention: the part for the device.
         overlap: forks the indexer's projections to a second stream.
 
     Raises:
@@ -85,21 +85,18 @@ class DSAAttentionBackend:
         BackendUnavailable: no provider serves the device, or Paddle is missing.
     """
 
-    __infer_dynamic_dims_fields__ = ("attention_metadata",)
-
     def __init__(
         self, config: DSABackendConfig, device: str = "cpu", allocate: Allocate | None = None
     ) -> None:
         if device == "cpu" and config.dtype != "float32":
             raise ConfigError(f"dtype: got {config.dtype!r}, a CPU computes in float32 alone")
         self.config = config
-        layout = config.cache_layout
-        self.block_size = layout.block_size
+        self.block_size = config.cache_layout.block_size
         self.builder = StepMetadataBuilder(
             config.max_num_seqs,
             config.max_num_tokens,
             config.max_blocks_per_seq,
-            layout.block_size,
+            self.block_size,
             num_blocks=config.num_blocks,
             device=device,
             allocate=allocate,
@@ -111,19 +108,20 @@ class DSAAttentionBackend:
         self._hints: StepHints | None = None
         self._built_for: Any = None
         self._write_params: dict[int, CacheWriteParams] = {}
-        # of keys that come normed and rotated
-        self._plain_params = CacheWriteParams(
-            layout.kv_cache_dtype,
-            index_hadamard=layout.index_hadamard,
-            index_scale_fmt=layout.index_scale_fmt,
-        )
+        # where `project_indexer`, `prepare_indexer_query` and `prepare_mla_query` should write, by
+        # the number of tokens; None = anywhere, as on a CPU
+        self.projection_buffers = self.attention.projection_buffers
+        self.query_buffers = self.attention.query_buffers
+        self.mla_query_buffer = self.attention.mla_query_buffer
 
     def set_step_hints(self, hints: StepHints | None) -> None:
         """What the runner knows of the step whose metadata is made next."""
         self._hints = hints
 
     def init_attention_metadata(self, forward_meta: Any) -> None:
-        """`build_step` of the lengths and tables of `forward_meta`, with the hints set last.
+        """`build_step` of the lengths and tables of `forward_meta`, which layers are called with.
+
+        What the host knows is `forward_meta.hints`, where there are any, or the hints set last.
 
         Raises:
             MissingStepError: the runner has not filled the lengths or the block tables.
@@ -131,17 +129,15 @@ class DSAAttentionBackend:
         """
         if self._built_for is forward_meta:
             return
-        inputs = []
-        for name in _INPUTS:
-            value = getattr(forward_meta, name, None)
+        inputs = [getattr(forward_meta, name, None) for name in _INPUTS]
+        for name, value in zip(_INPUTS, inputs, strict=True):
             if value is None:
                 raise MissingStepError(
                     f"forward_meta.{name} is None: the runner's initialize_forward_meta must "
                     "fill it before init_attention_metadata"
                 )
-            inputs.append(value)
         hints, self._hints = self._hints, None
-        self.build_step(forward_meta, inputs, hints)
+        self.build_step(forward_meta, inputs, getattr(forward_meta, "hints", hints))
 
     def build_step(
         self, forward_meta: Any, inputs: Sequence[Any], hints: StepHints | None = None
@@ -191,6 +187,8 @@ class DSAAttentionBackend:
         Raises:
             MissingStepError: `init_attention_metadata` has not been called for it.
         """
+        if self._built_for is forward_meta and self.attention_metadata is not None:
+            return self.attention_metadata
         step = step_of(forward_meta)
         if self._built_for is not forward_meta:
             raise MissingStepError(
@@ -199,32 +197,26 @@ class DSAAttentionBackend:
             )
         return step
 
-    def get_attention_meta(self) -> ForwardMeta | None:
-        """Metadata of the newest step, None before the first."""
-        return self.attention_metadata
+    def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Any]:
+        """Caches of `config.num_blocks` blocks, as `forward_meta.caches` has them.
 
-    def get_kv_cache_shape(
-        self, max_num_blocks: int, kv_cache_quant_type: str | None = None
-    ) -> tuple[list[int], list[int], list[int]]:
-        """Shapes of the key (latent), value (empty) and indexer cache of a layer."""
-        layout = self.config.cache_layout
-        return layout.latent_shape(max_num_blocks), [], layout.indexer_shape(max_num_blocks)
+        Args:
+            has_indexer: of each layer.
+        """
+        layout, num_blocks = self.config.cache_layout, self.config.num_blocks or 0
+        allocate = self.attention.allocate_cache
+        caches: list[Any] = []
+        for full in has_indexer:
+            caches.append(allocate(layout.latent_shape(num_blocks)))
+            caches.append(allocate(layout.indexer_shape(num_blocks)) if full else None)
+        return caches
 
-    def query_buffers(self, num_tokens: int) -> tuple[Any, Any] | None:
-        """Where `prepare_indexer_query` should write for `indexer_forward`; None = anywhere."""
-        return self.attention.query_buffers(num_tokens)
+    def warm_up(self, num_tokens: int, caches: Sequence[Any]) -> None:
+        """Make what a captured step of as many tokens must find there: the second stream."""
+        if num_tokens <= self.overlap.max_tokens:
+            self.overlap.stream_for(caches[0])
 
-    def projection_buffers(self, num_tokens: int) -> tuple[Any, Any] | None:
-        """Where `project_indexer` should write; None = anywhere."""
-        return self.attention.projection_buffers(num_tokens)
-
-    def mla_query_buffer(self, num_tokens: int) -> Any:
-        """Where `prepare_mla_query` should write for `forward`; None = anywhere, as on a CPU."""
-        return self.attention.mla_query_buffer(num_tokens)
-
-    def write_caches(
-        self, kv_a: Any, index_k: Any, cos_sin: Any, layer: Any, forward_meta: Any
-    ) -> None:
+    def write(self, kv_a: Any, index_k: Any, cos_sin: Any, layer: Any, forward_meta: Any) -> None:
         """Write this step's keys of a layer, latents and indexer keys together.
 
         Args:
@@ -235,121 +227,62 @@ class DSAAttentionBackend:
             cos_sin: float32 [num_tokens, qk_rope_head_dim]; cos, then sin, gathered once a step.
             layer: object with `layer_id` and `cache_write_params(layout)`, which says once how the
                 keys are normed.
+
+        Raises:
+            MissingStepError: no metadata for `forward_meta`, or no caches.
         """
         step = self.current_step(forward_meta)
         params = self._write_params.get(layer.layer_id)
         if params is None:
             params = layer.cache_write_params(self.config.cache_layout)
             self._write_params[layer.layer_id] = params
-        caches = 2 * layer.layer_id
-        write_caches(
-            kv_a,
-            index_k,
-            None,
-            step.slot_mapping,
-            cos_sin,
-            cache_of(forward_meta, caches),
-            None if index_k is None else cache_of(forward_meta, caches + 1),
-            params,
-        )
+        index = 2 * layer.layer_id
+        latent_cache = cache_of(forward_meta, index)
+        index_cache = None if index_k is None else cache_of(forward_meta, index + 1)
+        self.attention.write(step, kv_a, index_k, cos_sin, latent_cache, index_cache, params)
 
-    def indexer_forward(
-        self, q: Any, k: Any, weights: Any, layer_id: int, forward_meta: Any
-    ) -> Any:
+    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
         """Choose what this step's tokens attend to in a layer.
 
         Args:
             q: [num_tokens, index_n_heads, index_head_dim], as `prepare_indexer_query` makes it for
                 the format of the caches.
-            k: None after `write_caches`; else of `config.dtype` [num_tokens, index_head_dim],
-                normed and rotated, which is written first.
             weights: float32 [num_tokens, index_n_heads]; all scale factors folded in.
 
         Returns:
             int32 [num_tokens, min(index_topk, longest row)], on a device the longest row rounded
             up; physical slots in ascending position, -1 = none. The buffer is the backend's and
             holds until the next selection.
+
+        Raises:
+            MissingStepError: no metadata for `forward_meta`, or no cache.
         """
         step = self.current_step(forward_meta)
-        cache = cache_of(forward_meta, 2 * layer_id + 1)
-        if k is not None:
-            slots = step.slot_mapping
-            write_caches(None, k, None, slots, None, None, cache, self._plain_params)
-        return self.attention.select(step, q, weights, cache)
+        return self.attention.select(step, q, weights, cache_of(forward_meta, 2 * layer_id + 1))
 
-    def forward(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        qkv: Any,
-        compressed_kv: Any,
-        k_pe: Any,
-        layer: Any,
-        forward_meta: Any,
-    ) -> Any:
-        """Attend to the selected slots of a layer.
+    def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
+        """Attend to the selected slots of a layer; prefill and decode tokens together.
 
         Args:
             q: of `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed
                 query, as `prepare_mla_query` makes it.
-            k, qkv: unused, for FastDeploy's signature (keys are read back from the cache).
-            v: int32 [num_tokens, 1, topk] or [num_tokens, topk]; result of `indexer_forward`.
-            compressed_kv: None after `write_caches`; else of `config.dtype` [num_tokens,
-                kv_lora_rank], after its norm, which is written first.
-            k_pe: likewise [num_tokens, 1, qk_rope_head_dim], rotated; None with `compressed_kv`.
-            layer: object with `layer_id`.
+            selection: int32 [num_tokens, topk] or [num_tokens, 1, topk]; result of `select`.
 
         Returns:
             of `config.dtype` [num_tokens, num_heads, kv_lora_rank]; zeros for padded tokens. The
-            buffer is the backend's and holds until the next `forward`.
+            buffer is the backend's and holds until the next `attend`.
 
         Raises:
-            MissingStepError: `init_attention_metadata` has not been called for `forward_meta`.
+            MissingStepError: no metadata for `forward_meta`, no cache, or no selection.
         """
-        return self.forward_mixed(q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta)
-
-    def forward_mixed(
-        self,
-        q: Any,
-        k: Any,
-        v: Any,
-        qkv: Any,
-        compressed_kv: Any,
-        k_pe: Any,
-        layer: Any,
-        forward_meta: Any,
-    ) -> Any:
-        """See `forward`; prefill and decode tokens go through it once, together."""
         step = self.current_step(forward_meta)
-        if v is None:
+        if selection is None:
             raise MissingStepError(
-                f"layer {layer.layer_id} has no selection: indexer_forward of this layer, or of "
-                "the layer it shares with, must be called first"
+                f"layer {layer_id} has no selection: select of this layer, or of the layer it "
+                "shares with, must be called first"
             )
-        cache = cache_of(forward_meta, 2 * layer.layer_id)
-        if compressed_kv is not None:
-            rows = self._joined(compressed_kv, k_pe, step)
-            slots = step.slot_mapping
-            write_caches(rows, None, None, slots, None, cache, None, self._plain_params)
-        return self.attention.attend(step, q, cache, v)
-
-    def _joined(self, compressed_kv: Any, k_pe: Any, step: ForwardMeta) -> Any:
-        """Latents and rotary keys side by side, as `write_caches` takes them."""
         layout = self.config.cache_layout
-        num_tokens = step.slot_mapping.shape[0]
-        rope = k_pe.reshape([-1, layout.qk_rope_head_dim])
-        check_shape("forward", "compressed_kv", compressed_kv, (num_tokens, layout.kv_lora_rank))
-        check_shape("forward", "k_pe", rope, (num_tokens, layout.qk_rope_head_dim))
-        # Paddle only here: tensors of another library come with their keys joined
-        from fd_dsa.ops._linear import joined
-
-        return joined(compressed_kv, rope)
-
-    def forward_decode(self, *args: Any, **kwargs: Any) -> Any:
-        """See `forward`: a decode-only step is a mixed one without prefill."""
-        return self.forward_mixed(*args, **kwargs)
-
-    def forward_extend(self, *args: Any, **kwargs: Any) -> Any:
-        """See `forward`: a prefill-only step is a mixed one without decode."""
-        return self.forward_mixed(*args, **kwargs)
+        width = layout.kv_lora_rank + layout.qk_rope_head_dim
+        if q.shape[-1] != width:
+            check_shape("attend", "q", q, (None, None, width))
+        return self.attention.attend(step, q, cache_of(forward_meta, 2 * layer_id), selection)

@@ -1,4 +1,4 @@
-"""What the backend is made for, and what a runner tells it of a step."""
+"""What the attention backend is made for."""
 
 from __future__ import annotations
 
@@ -47,18 +47,3 @@ class DSABackendConfig:
             raise ConfigError(f"dtype: got {self.dtype!r}, allowed are {', '.join(_DTYPES)}")
         if self.tokens_per_row < 1:
             raise ConfigError(f"tokens_per_row: got {self.tokens_per_row}, allowed is at least 1")
-
-
-@dataclass(frozen=True, slots=True)
-class StepHints:
-    """What only the runner knows of a step; see StepMetadataBuilder.build.
-
-    With tensors on a device the first three are needed, and each may be an upper bound. On a CPU
-    the lengths themselves are read: the token counts are exact or None, `max_seqlen_k` is at
-    least the longest row or None.
-    """
-
-    num_tokens: int | None = None
-    num_prefill_tokens: int | None = None
-    max_seqlen_k: int | None = None
-    num_padded_tokens: int | None = None

@@ -8,25 +8,17 @@ allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
-from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.device_kernels import (
-    ATTENTION,
-    SCORES,
-    kernel_bytes,
-    make_attention,
-    make_scores,
-    settle_kernels,
-)
+from fd_dsa.attention.device_kernels import kernel_bytes, make_attention, make_scores
 from fd_dsa.attention.device_logits import rounded_length
+from fd_dsa.ops import unchecked
 from fd_dsa.ops._host import check_shape
-from fd_dsa.ops._provider import device_kind, provider_for
-from fd_dsa.ops.topk.device import slot_selector
+from fd_dsa.ops.providers import device_kind, settle
+from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate, paddle_place
 from fd_dsa.triton_runtime.transfers import GpuTraits, transfers_for
@@ -53,7 +45,7 @@ class DeviceAttention:
     def __init__(
         self, config: DSABackendConfig, allocate: Allocate, logits_bytes: int = LOGITS_BYTES
     ) -> None:
-        self.config = config
+        self.config, self._allocate = config, allocate
         self.block_size = config.cache_layout.block_size
         buffers = _buffers(config, logits_bytes)
         self._buffers = {name: allocate((size,), dtype) for name, (size, dtype) in buffers.items()}
@@ -61,14 +53,15 @@ class DeviceAttention:
         # the layer that made it, as the address of its cache, and the slots
         self._everything: tuple[int, Any] | None = None
         logits = self._buffers["logits"]
-        provider_for("topk", logits)
-        self._select_slots = slot_selector(allocate)
-        transfers = transfers_for(logits)
-        against = settle_kernels(config, device_kind(logits), transfers)
+        kind, transfers = device_kind(logits), transfers_for(logits)
+        # the interpreter's tensors are in host memory
+        kind = "interpreter" if kind == "cpu" else kind
+        settle(kind)
+        self._select_slots = slot_selector(kind, allocate)
         made = self._view, buffers["logits"][0], self._select_slots, transfers
-        self._scores = make_scores(config, against[SCORES], allocate, *made)
+        self._scores = make_scores(config, kind, allocate, *made)
         # scores of a layer are done with when its tokens attend
-        self._attention = make_attention(config, against[ATTENTION], allocate, logits)
+        self._attention = make_attention(config, kind, allocate, logits, transfers)
 
     def begin_step(self, step: ForwardMeta | None = None) -> None:
         """Forget what the layers of the step before shared, and prepare what those of `step` will.
@@ -114,8 +107,20 @@ class DeviceAttention:
         width = layout.kv_lora_rank + layout.qk_rope_head_dim
         return self._view("mla_q", num_tokens, self.config.num_heads, width)
 
+    def allocate_cache(self, shape: list[int]) -> Any:
+        """A cache with anything in it: nothing reads what was not written."""
+        layout = self.config.cache_layout
+        return self._allocate(tuple(shape), "uint8" if layout.is_fp8 else layout.kv_cache_dtype)
+
+    def write(self, step: ForwardMeta, kv_a: Any, index_k: Any, cos_sin: Any, *caches: Any) -> None:
+        """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
+        unchecked.write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
+
+    prepare_indexer_query = staticmethod(unchecked.prepare_indexer_query)
+    prepare_mla_query = staticmethod(unchecked.prepare_mla_query)
+
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
-        """See DSAAttentionBackend.indexer_forward; `cache` is the layer's indexer cache.
+        """See DSAAttentionBackend.select; `cache` is the layer's indexer cache.
 
         Where no row is longer than `index_topk`, every token sees all of its keys: nothing is
         scored, and the layers of the step share one selection.
@@ -131,12 +136,12 @@ class DeviceAttention:
         return slots
 
     def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
-        """See DSAAttentionBackend.forward; `cache` is the layer's latent cache."""
+        """See DSAAttentionBackend.attend; `cache` is the layer's latent cache."""
         num_tokens, num_heads = q.shape[0], q.shape[1]
         rank = self.config.cache_layout.kv_lora_rank
         if len(selection.shape) == 3:
             selection = selection.reshape([num_tokens, -1])
-        check_shape("forward_mixed", "v", selection, (num_tokens, None))
+        check_shape("attend", "selection", selection, (num_tokens, None))
         out = self._view("latents", num_tokens, num_heads, rank)
         self._attention.attend(q, cache, selection, out, step=step)
         return out
@@ -203,13 +208,6 @@ def empty_allocator(device: str) -> Allocate:
     import paddle
 
     return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)
-
-
-def cache_allocator(layout: CacheLayout, device: str) -> Callable[[list[int]], Any]:
-    """Makes uninitialised caches of a layout on a device: nothing reads what was not written."""
-    allocate = empty_allocator(device)
-    dtype = "uint8" if layout.is_fp8 else layout.kv_cache_dtype
-    return lambda shape: allocate(tuple(shape), dtype)
 
 
 def _view(buffers: dict[str, Any], name: str, *shape: int) -> Any:

@@ -1,25 +1,25 @@
-"""Which of our own kernels serve a DeviceAttention: those on tensor cores where they can.
+"""Which of our own kernels serve a DeviceAttention: the fastest that take its sizes and types.
 
-Decided once, when the attention is made, told in the log and remembered for whoever asks what
-serves. What a kernel needs beside the buffers of the attention counts in its memory.
+Decided when the attention is made (`fd_dsa.ops.providers`). What a kernel needs beside the buffers
+of the attention counts in its memory.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa import custom_ops
 from fd_dsa.attention import device_tiles, tensor_core_attention
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_logits import PageScores
 from fd_dsa.attention.device_tiles import TileScores
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
-from fd_dsa.ops._provider import settle_kernel
-from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
+from fd_dsa.ops.mla.custom_op import choose_attention, kind_for
+from fd_dsa.ops.mla.triton_kernel import attend_slots
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, TRITON, Choice, choose
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate
 from fd_dsa.triton_runtime.transfers import GpuTraits, Transfers
-
-SCORES, ATTENTION = "indexer_logits", "sparse_mla"
 
 
 class SlotAttention:
@@ -37,64 +37,48 @@ class SlotAttention:
         attend_slots(q, cache, slots, out, softmax_scale=self._scale, kv_lora_rank=self._rank)
 
 
-def reasons_against(config: DSABackendConfig, capability: int) -> dict[str, str | None]:
-    """Operator -> why its kernel on tensor cores cannot serve; None if it can.
-
-    Args:
-        capability: of the GPU, 90 on Hopper.
-    """
-    return {
-        SCORES: device_tiles.reason_against(config),
-        ATTENTION: tensor_core_attention.reason_against(config, capability),
-    }
-
-
-def settle_kernels(
-    config: DSABackendConfig, kind: str, transfers: Transfers
-) -> dict[str, str | None]:
-    """`reasons_against` for a device, logged and remembered.
-
-    Args:
-        kind: of device, as `device_kind` names it.
-        transfers: what is known of the device.
-    """
-    reasons = reasons_against(config, transfers.capability())
-    for operator, reason in reasons.items():
-        settle_kernel(operator, kind, reason)
-    return reasons
+def choose_scores(config: DSABackendConfig, kind: str) -> Choice:
+    """What scores the tokens of a step on a kind of device; see `providers.choose`."""
+    conditions = {TENSOR_CORE: lambda: device_tiles.reason_against(config)}
+    return choose("indexer_logits", kind, conditions)
 
 
 def make_scores(
     config: DSABackendConfig,
-    reason: str | None,
+    kind: str,
     allocate: Allocate,
     view: Any,
     num_logits: int,
     select_slots: Any,
     transfers: Transfers,
 ) -> PageScores | TileScores:
-    """What scores and chooses: on tensor cores without a `reason` against it.
-
-    The other arguments are those of a TileScores.
-    """
-    if reason is not None:
+    """What scores and chooses; the other arguments are those of a TileScores."""
+    if choose_scores(config, kind).provider == TRITON:
         return PageScores(config, view, num_logits, select_slots)
     rows = config.tokens_per_row
     return TileScores(config, allocate, view, num_logits, select_slots, transfers, rows)
 
 
 def make_attention(
-    config: DSABackendConfig, reason: str | None, allocate: Allocate, scratch: Any
+    config: DSABackendConfig, kind: str, allocate: Allocate, scratch: Any, transfers: Transfers
 ) -> SlotAttention | TensorCoreAttention:
-    """What attends: on tensor cores without a `reason` against it; see there."""
-    return SlotAttention(config) if reason else TensorCoreAttention(config, allocate, scratch)
+    """What attends; `scratch` as of a TensorCoreAttention."""
+    layout = config.cache_layout
+    types = config.dtype, layout.kv_cache_dtype, layout.kv_lora_rank, layout.qk_rope_head_dim
+    heads = config.num_heads
+    choice = choose_attention(kind, heads, *types, transfers.capability(), allocate)
+    if choice.provider == TRITON:
+        return SlotAttention(config)
+    own = kind_for(heads, layout.is_fp8) if choice.provider == CUSTOM_OP else None
+    custom = own(custom_ops.build().kernels) if own else None
+    return TensorCoreAttention(config, allocate, scratch, custom)
 
 
 def kernel_bytes(config: DSABackendConfig, num_logits: int, gpu: GpuTraits) -> int:
-    """Bytes that the kernels which serve allocate beside the buffers of a DeviceAttention."""
-    reasons, total = reasons_against(config, gpu.capability), 0
-    if reasons[SCORES] is None:
+    """Most bytes that the kernels which serve allocate beside the buffers of a DeviceAttention."""
+    total = 0
+    if device_tiles.reason_against(config) is None:
         total += device_tiles.tile_bytes(config, num_logits, gpu.num_processors)
-    if reasons[ATTENTION] is None:
+    if tensor_core_attention.reason_against(config, gpu.capability) is None:
         total += tensor_core_attention.workspace_bytes(config)
     return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+from fd_dsa.ops.logits.triton_kernel import score_pages
 from fd_dsa.step import ForwardMeta
 
 
@@ -21,7 +21,7 @@ class PageScores:
         config: sizes.
         view: gives the start of the named buffer of a DeviceAttention as a tensor of a shape.
         num_logits: scores that the buffer holds.
-        select_slots: as `topk.device.slot_selector` gives it.
+        select_slots: as `topk.custom_op.slot_selector` gives it.
 
     Attributes:
         is_captured: False: no captured graph refers to anything that `prepare` makes.

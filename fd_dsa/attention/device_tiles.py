@@ -7,15 +7,15 @@ from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_logits import rounded_length
-from fd_dsa.ops.indexer_logits.tile_forms import (
+from fd_dsa.ops.logits.tile_forms import (
     BLOCK_SIZE,
-    MAX_HEADS,
     TileForm,
     decode_form,
     prompt_form,
+    why_not,
 )
-from fd_dsa.ops.indexer_logits.tile_kernel import score_tiles
-from fd_dsa.ops.indexer_logits.tile_schedule import (
+from fd_dsa.ops.logits.tile_kernel import score_tiles
+from fd_dsa.ops.logits.tile_schedule import (
     PROGRAM_FIELDS,
     TileSchedule,
     fill_tile_schedule,
@@ -31,13 +31,7 @@ _CACHED_VIEWS = 512
 def reason_against(config: DSABackendConfig) -> str | None:
     """Why TileScores cannot serve a DSABackendConfig; None if it can."""
     layout = config.cache_layout
-    if not layout.is_fp8:
-        return f"the cache is {layout.kv_cache_dtype}, it reads fp8_ds_mla"
-    if layout.block_size != BLOCK_SIZE:
-        return f"blocks of {layout.block_size} keys, it reads {BLOCK_SIZE}"
-    if config.index_n_heads > MAX_HEADS:
-        return f"{config.index_n_heads} index heads, it takes at most {MAX_HEADS}"
-    return None
+    return why_not(layout.kv_cache_dtype, layout.block_size, config.index_n_heads)
 
 
 class TileScores:
@@ -53,7 +47,7 @@ class TileScores:
         allocate: as of a DeviceAttention.
         view: gives the start of the named buffer of a DeviceAttention as a tensor of a shape.
         num_logits: scores that the buffer holds; at least one token's of the longest row.
-        select_slots: as `topk.device.slot_selector` gives it.
+        select_slots: as `topk.custom_op.slot_selector` gives it.
         transfers: what is known of the device and of its current stream.
         tokens_per_row: new tokens of most decode rows, drafts included.
 

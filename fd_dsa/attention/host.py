@@ -1,4 +1,4 @@
-"""Selection and attention of a step on a CPU: the work lists of its StepPlan, layer by layer."""
+"""Writes, selection and attention of a step on a CPU: the work lists of its StepPlan, by layer."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ import numpy as np
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.step_plan import StepPlan, Tile
 from fd_dsa.ops._host import Scratch, as_numpy, check_shape
-from fd_dsa.ops.indexer_logits import indexer_logits, paged_indexer_logits
-from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
-from fd_dsa.ops.topk import positions_to_slots, topk_indices
+from fd_dsa.ops._rope import rotate_
+from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
+from fd_dsa.ops.cache_write.paddle_impl import store_keys
+from fd_dsa.ops.logits.paddle_impl import score_gathered, score_paged
+from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
+from fd_dsa.ops.providers import settle
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.host_tensor import as_tensor
 
 
 class HostAttention:
-    """Reads the caches that `write_caches` fills; its buffers serve every layer and step.
+    """Writes and reads the caches of every layer; its buffers serve all steps.
+
+    Activations are NumPy arrays or Paddle CPU tensors. Arguments of `write` are checked in full
+    when a layer first brings their shapes and types, and not again.
 
     Args:
         config: sizes and scale.
@@ -29,10 +37,21 @@ class HostAttention:
         self._slots = np.full(config.max_num_tokens * config.index_topk, -1, np.int32)
         self._scratch = Scratch()
         self._plan: StepPlan | None = None
+        # address of a cache's tensor object -> the tensor, and an array over its memory
+        self._views: dict[int, tuple[Any, np.ndarray]] = {}
+        self._checked: set[tuple[Any, ...]] = set()
+        settle("cpu")
 
     def begin_step(self, step: ForwardMeta | None = None) -> None:
-        """Forget the plan of the step before."""
+        """Forget the plan of the step before; without a next step the caches, too."""
         self._plan = None
+        if step is None:
+            self._views.clear()
+            self._checked.clear()
+
+    def allocate_cache(self, shape: list[int]) -> Any:
+        """A zeroed cache in host memory."""
+        return self.config.cache_layout.allocate(shape)
 
     def query_buffers(self, num_tokens: int) -> None:
         """None: on a CPU `prepare_indexer_query` works in the memory of its input."""
@@ -42,6 +61,24 @@ class HostAttention:
 
     def mla_query_buffer(self, num_tokens: int) -> None:
         """None: on a CPU `prepare_mla_query` makes its result."""
+
+    def prepare_indexer_query(
+        self, q: Any, weights: Any, position_ids: None, cos_sin: np.ndarray, **how: Any
+    ) -> tuple[Any, Any]:
+        """See the operator, whose arguments these are; keys of full precision are only rotated."""
+        if how["quantized"] or how["hadamard"]:
+            return prepare_indexer_query(q, weights, position_ids, cos_sin, **how)
+        rotate_(q[:, :, : cos_sin.shape[1]], cos_sin, interleaved=how["rope_interleave"])
+        return q, weights
+
+    @staticmethod
+    def prepare_mla_query(
+        q_latent: np.ndarray, q_pe: np.ndarray, position_ids: None, cos_sin: np.ndarray, out: None
+    ) -> np.ndarray:
+        """See the operator, whose arguments these are."""
+        query = np.concatenate((q_latent, q_pe), axis=-1)
+        rotate_(query[:, :, q_latent.shape[2] :], cos_sin, interleaved=True)
+        return query
 
     def plan(self, step: ForwardMeta) -> StepPlan:
         """Work lists of the step, made at the first layer that asks."""
@@ -57,33 +94,84 @@ class HostAttention:
             )
         return self._plan
 
+    def write(
+        self,
+        step: ForwardMeta,
+        kv_a: Any,
+        index_k: Any,
+        cos_sin: Any,
+        latent_cache: Any,
+        index_cache: Any,
+        params: CacheWriteParams,
+    ) -> None:
+        """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
+        slots = step.slot_mapping
+        arrays = kv_a, cos_sin, index_k
+        form: Any = None
+        if type(kv_a) is type(cos_sin) is np.ndarray:
+            shape = None if index_k is None else index_k.shape
+            form = (id(latent_cache), id(index_cache), id(params), kv_a.dtype)
+            form += (kv_a.shape, cos_sin.shape, shape, slots.shape[0])
+        if form is None or form not in self._checked:
+            caches = latent_cache, index_cache
+            write_caches(kv_a, index_k, None, slots, cos_sin, *caches, params)
+            if form is not None:
+                # the views keep the caches, whose addresses are part of the form
+                for cache in (latent_cache, index_cache):
+                    if cache is not None:
+                        self._view(cache)
+                self._checked.add(form)
+            return
+        latents = self._views[id(latent_cache)][1]
+        keys = None if index_k is None else self._views[id(index_cache)][1]
+        where = self.plan(step).places_in(latents.shape[0])
+        store_keys(*arrays[::2], cos_sin, latents[:, 0], keys, where, params)
+
+    def _view(self, cache: Any) -> np.ndarray:
+        """A cache's memory."""
+        held = self._views.get(id(cache))
+        if held is None or held[0] is not cache:
+            held = self._views[id(cache)] = cache, as_numpy(cache)
+        return held[1]
+
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
-        """See DSAAttentionBackend.indexer_forward; `cache` is the layer's indexer cache."""
+        """See DSAAttentionBackend.select; `cache` is the layer's indexer cache."""
         plan = self.plan(step)
         if plan.needs_scores:
-            self._score(plan, as_numpy(q), as_numpy(weights), cache)
-        return as_tensor(plan.slots)
+            self._score(plan, as_numpy(q), as_numpy(weights), self._view(cache))
+        return plan.selection
 
     def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
-        """See DSAAttentionBackend.forward; `cache` is the layer's latent cache."""
-        slots = as_numpy(selection).reshape(-1, selection.shape[-1])
-        check_shape("forward_mixed", "v", slots, (q.shape[0], None))
-        rows = cache.reshape([-1, cache.shape[-1]])
-        return as_tensor(self._attend(self.plan(step), as_numpy(q), rows, slots))
+        """See DSAAttentionBackend.attend; `cache` is the layer's latent cache.
+
+        The result is an array where `q` is one, else a tensor.
+        """
+        plan, latents = self.plan(step), self._view(cache)
+        rows = latents.reshape(-1, latents.shape[-1])
+        slots = plan.slots
+        if selection is not plan.selection:
+            slots = as_numpy(selection).reshape(-1, selection.shape[-1])
+        if slots.shape[0] != q.shape[0]:
+            check_shape("attend", "selection", slots, (q.shape[0], None))
+        if isinstance(q, np.ndarray):
+            return self._attend(plan, q, rows, slots)
+        return as_tensor(self._attend(plan, as_numpy(q), rows, slots))
 
     def _score(self, plan: StepPlan, q: np.ndarray, weights: np.ndarray, cache: Any) -> None:
         """Fill `plan.slots` for the tokens with more keys than `index_topk`."""
         for tile in plan.score_tiles:
-            logits = indexer_logits(
+            logits = score_gathered(
                 q[tile.tokens], weights[tile.tokens], cache, tile.key_slots, self._scratch
             )
             self._keep_best(plan, tile, logits)
         if plan.decode_rows is not None:
             group = plan.decode_rows
-            logits = paged_indexer_logits(
+            logits = score_paged(
                 q[group.tokens], weights[group.tokens], cache, group.units, self._scratch
             )
-            positions = topk_indices(logits.reshape(-1, logits.shape[2]), group.window, plan.topk)
+            positions = select_positions(
+                logits.reshape(-1, logits.shape[2]), group.window, plan.topk
+            )
             tokens = group.tokens.ravel()
             plan.slots[tokens] = positions_to_slots(
                 positions, plan.batch_ids[tokens], plan.block_tables, self.block_size
@@ -95,7 +183,7 @@ class HostAttention:
             # several rows: bring every token's own keys to column 0
             column = tile.key_start[:, None] + np.arange(int(tile.window.max()))[None, :]
             logits = np.take_along_axis(logits, np.minimum(column, logits.shape[1] - 1), axis=1)
-        positions = topk_indices(logits, tile.window, plan.topk)
+        positions = select_positions(logits, tile.window, plan.topk)
         plan.slots[tile.tokens] = positions_to_slots(
             positions, plan.batch_ids[tile.tokens], plan.block_tables, self.block_size
         )
@@ -107,23 +195,22 @@ class HostAttention:
             rows: [num_slots, row]; the layer's latent cache.
             slots: int32 [num_tokens, topk]; what each token attends to.
         """
-        width = self.config.cache_layout.kv_lora_rank
-        options = {
-            "softmax_scale": self.config.softmax_scale,
-            "kv_lora_rank": width,
-            "scratch": self._scratch,
-        }
-        out = self._scratch.take("attention", (q.shape[0], q.shape[1], width))
+        config, scratch = self.config, self._scratch
+        scale, rank = config.softmax_scale, config.cache_layout.kv_lora_rank
+        options = {"softmax_scale": scale, "kv_lora_rank": rank, "scratch": scratch}
+        tokens = plan.gathered_tokens
+        if slots is plan.slots and len(tokens) == len(q):
+            return attend_gathered(q, rows, slots, **options)
+        out = scratch.take("attention", (q.shape[0], q.shape[1], rank))
         out[plan.num_tokens :] = 0.0
         for i, tile in enumerate(plan.dense_tiles):
             if plan.needs_scores:
                 mask = tile.selection_mask(slots[tile.tokens], plan.slot_position)
             else:
                 mask = plan.window_masks[i]
-            out[tile.tokens] = masked_mla(q[tile.tokens], rows, tile.key_slots, mask, **options)
-        tokens = plan.gathered_tokens
+            out[tile.tokens] = attend_dense(q[tile.tokens], rows, tile.key_slots, mask, **options)
         if len(tokens) == len(q):
-            out[:] = sparse_mla(q, rows, slots, **options)
+            out[:] = attend_gathered(q, rows, slots, **options)
         elif len(tokens):
-            out[tokens] = sparse_mla(q[tokens], rows, slots[tokens], **options)
+            out[tokens] = attend_gathered(q[tokens], rows, slots[tokens], **options)
         return out

@@ -15,10 +15,9 @@ from fd_dsa.attention.layers import (
     loads_slice,
     zeros_parameter,
 )
-from fd_dsa.ops._host import on_device, readable
+from fd_dsa.ops._gemm import HostMatrix, matrix
 from fd_dsa.ops._linear import linear
-from fd_dsa.ops.indexer_projection import project_indexer
-from fd_dsa.ops.indexer_query import prepare_indexer_query
+from fd_dsa.ops.unchecked import project_indexer
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +54,12 @@ class Indexer(nn.Layer):
         self.weights_scale = heads**-0.5 * dim**-0.5
 
     @cached_property
-    def _halves(self) -> tuple[Any, Any]:
-        """`wk` and `weights_proj` on a device, as views of the parameter."""
-        both, dim = readable(self.wk_weights_proj), self.config.index_head_dim
-        return both[:, :dim], both[:, dim:]
+    def _weights(self) -> tuple[Any, Any]:
+        """`wk_weights_proj`, on a device its two halves, and `wq_b`, as they are read."""
+        both, dim = matrix(self.wk_weights_proj), self.config.index_head_dim
+        if not isinstance(both, HostMatrix):
+            both = both[:, :dim], both[:, dim:]
+        return both, matrix(self.wq_b)
 
     def project(self, hidden_states: Any, out: Any = None) -> tuple[Any, Any]:
         """Index keys and head weights as projected; `write_caches` norms the keys.
@@ -73,9 +74,10 @@ class Indexer(nn.Layer):
         Returns:
             float32 [num_tokens, index_head_dim] and [num_tokens, index_n_heads].
         """
-        if on_device(hidden_states):
-            return project_indexer(hidden_states, *self._halves, out=out)
-        both, dim = linear(hidden_states, self.wk_weights_proj), self.config.index_head_dim
+        weights, dim = self._weights[0], self.config.index_head_dim
+        if not isinstance(weights, HostMatrix):
+            return project_indexer(hidden_states, *weights, out=out)
+        both = weights.times(hidden_states)
         return both[:, :dim], both[:, dim:]
 
     def forward(self, forward_meta: Any, qr: Any, cos_sin: Any, precomputed_weights: Any) -> Any:
@@ -88,12 +90,13 @@ class Indexer(nn.Layer):
             precomputed_weights: float32 [num_tokens, index_n_heads], of `project`.
 
         Returns:
-            int32 [num_tokens, topk]; see DSAAttentionBackend.indexer_forward.
+            int32 [num_tokens, topk]; see DSAAttentionBackend.select.
         """
         config, backend = self.config, forward_meta.attn_backend
         layout = backend.config.cache_layout
-        q, weights = prepare_indexer_query(
-            linear(qr, self.wq_b).reshape([-1, config.index_n_heads, config.index_head_dim]),
+        q = linear(qr, self._weights[1])
+        q, weights = backend.attention.prepare_indexer_query(
+            q.reshape([-1, config.index_n_heads, config.index_head_dim]),
             precomputed_weights,
             None,
             cos_sin,
@@ -103,7 +106,7 @@ class Indexer(nn.Layer):
             scale_fmt=layout.index_scale_fmt,
             out=backend.query_buffers(qr.shape[0]),
         )
-        return backend.indexer_forward(q, None, weights, self.layer_id, forward_meta)
+        return backend.select(q, weights, self.layer_id, forward_meta)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter, or its part of one."""

@@ -36,12 +36,13 @@ class RMSNorm(nn.Layer):
         self.weight = zeros_parameter(self, [width])
 
     @cached_property
-    def _readable_weight(self) -> Any:
-        return readable(self.weight)
+    def bound(self) -> tuple[Any, float]:
+        """Weight and epsilon as `rms_norm` takes them."""
+        return readable(self.weight), self.epsilon
 
     def forward(self, x: Any) -> Any:
         """Normed `x`, float32 [num_tokens, width]; `x` may be a view of wider rows."""
-        return rms_norm(x, self._readable_weight, self.epsilon)
+        return rms_norm(x, *self.bound)
 
 
 class LayerNorm(nn.Layer):

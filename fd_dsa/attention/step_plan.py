@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from fd_dsa.ops._fixed_order import fixed_order
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops.indexer_logits import PagedUnits
-from fd_dsa.ops.topk import positions_to_slots
+from fd_dsa.ops.cache_write.paddle_impl import places
+from fd_dsa.ops.logits.paddle_impl import PagedUnits
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 from fd_dsa.step import ForwardMeta
+from fd_dsa.step.host_tensor import as_tensor
 
 # values of a score matrix that one tile may hold: 32 MiB of float32
 _TILE_VALUES = 8 << 20
@@ -121,13 +124,30 @@ class StepPlan:
         self.slots = slots[: num_padded_tokens * self.topk].reshape(-1, self.topk)
         self.needs_scores = bool((self.window > index_topk).any())
         self._keys: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._slot_mapping = meta.slot_mapping
+        self._places: tuple[int, Any] | None = None
         self._fill_slots()
-        self.score_tiles = self._prefill_tiles(index_n_heads, self.window > index_topk, None)
-        limit = max(round((1 + _GATHER_COST / num_heads) * self.topk), _DENSE_KEYS)
-        # with a fixed order of sums a token's way must not depend on the length of its row
-        dense = self.window <= index_topk if fixed_order() else self.window > 0
-        self.dense_tiles = self._prefill_tiles(num_heads, dense, limit)
-        self.decode_rows = self._decode_rows()
+        self.score_tiles: tuple[Tile, ...] = ()
+        self.dense_tiles: tuple[Tile, ...] = ()
+        if meta.num_prefill_tokens:
+            self.score_tiles = self._prefill_tiles(index_n_heads, self.window > index_topk, None)
+            limit = max(round((1 + _GATHER_COST / num_heads) * self.topk), _DENSE_KEYS)
+            # with a fixed order of sums a token's way must not depend on the length of its row
+            dense = self.window <= index_topk if fixed_order() else self.window > 0
+            self.dense_tiles = self._prefill_tiles(num_heads, dense, limit)
+        self.decode_rows = self._decode_rows() if self.needs_scores else None
+
+    def places_in(self, num_blocks: int) -> Any:
+        """Where the step's keys are written in a cache; see `cache_write.paddle_impl.places`."""
+        if self._places is None or self._places[0] != num_blocks:
+            slots = as_numpy(self._slot_mapping)
+            self._places = num_blocks, places(slots, num_blocks, self.block_size)
+        return self._places[1]
+
+    @cached_property
+    def selection(self) -> Any:
+        """`slots` as a tensor."""
+        return as_tensor(self.slots)
 
     def _fill_slots(self) -> None:
         """Slots of every token's first keys; right for the tokens that need no scores."""
@@ -214,6 +234,8 @@ class StepPlan:
     @cached_property
     def gathered_tokens(self) -> np.ndarray:
         """int64: tokens that no dense tile covers."""
+        if not self.dense_tiles:
+            return np.arange(self.num_tokens)
         covered = np.zeros(self.num_tokens, bool)
         for tile in self.dense_tiles:
             covered[tile.tokens] = True

@@ -1,7 +1,6 @@
 """Our sparse MLA on tensor cores in the place of the kernel for every type and GPU.
 
-A DeviceAttention holds one of these where `reason_against` finds nothing, and calls its `attend`
-where it calls `attend_slots` otherwise. What it allocates serves all layers and steps.
+What it allocates serves all layers and steps.
 """
 
 from __future__ import annotations
@@ -9,14 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH
-from fd_dsa.ops.sparse_mla.dequantize import Dequantized, DequantizedRecords
-from fd_dsa.ops.sparse_mla.device import custom_attention, kind_for
-from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores, new_partials, partial_rows
+from fd_dsa.ops._fp8 import LATENT_WIDTH
+from fd_dsa.ops.mla.custom_op import CustomAttention
+from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
+from fd_dsa.ops.mla.tensor_core import (
+    attend_on_tensor_cores,
+    new_partials,
+    partial_rows,
+    why_not,
+)
 from fd_dsa.step import ForwardMeta
 from fd_dsa.step.device import Allocate
 
-_HOPPER = range(90, 100)
 # of a step, below which a launch costs more than it saves
 _LEAST_PREFILL_TOKENS = 256
 # what a token saves for each 64 heads where records are dequantized, over what a record costs;
@@ -31,18 +34,8 @@ def reason_against(config: DSABackendConfig, capability: int) -> str | None:
         capability: of the GPU, 90 on Hopper.
     """
     layout = config.cache_layout
-    if capability not in _HOPPER:
-        return f"the GPU is of capability {capability}, tiles are made for 90"
-    if config.dtype != "bfloat16":
-        return f"activations are {config.dtype}, it takes bfloat16"
-    if not layout.is_fp8 and layout.kv_cache_dtype == "float32":
-        return "the cache is float32, it takes bfloat16 and fp8_ds_mla"
-    if (layout.kv_lora_rank, layout.qk_rope_head_dim) != (LATENT_WIDTH, ROPE_WIDTH):
-        return (
-            f"latents of {layout.kv_lora_rank} and {layout.qk_rope_head_dim} values, it takes "
-            f"{LATENT_WIDTH} and {ROPE_WIDTH}"
-        )
-    return None
+    widths = layout.kv_lora_rank, layout.qk_rope_head_dim
+    return why_not(capability, config.dtype, layout.kv_cache_dtype, *widths)
 
 
 def workspace_bytes(config: DSABackendConfig) -> int:
@@ -66,15 +59,17 @@ class TensorCoreAttention:
         config: one that `reason_against` finds nothing against.
         allocate: as of a DeviceAttention.
         scratch: float32 [n] that nothing else uses during `attend`, for dequantized records.
-
-    Raises:
-        ConfigError, BackendUnavailable: see `custom_ops.choose`.
+        custom: a kernel of custom_ops/ for these heads and this cache.
     """
 
-    def __init__(self, config: DSABackendConfig, allocate: Allocate, scratch: Any = None) -> None:
-        self._scale = config.softmax_scale
-        kind = kind_for(config.num_heads, config.cache_layout.is_fp8)
-        self._custom = None if kind is None else custom_attention(kind, allocate)
+    def __init__(
+        self,
+        config: DSABackendConfig,
+        allocate: Allocate,
+        scratch: Any = None,
+        custom: CustomAttention | None = None,
+    ) -> None:
+        self._scale, self._custom = config.softmax_scale, custom
         self._partials = None
         if self._custom is None or config.num_heads > self._custom.always_heads:
             self._partials = new_partials(config.num_heads, allocate)

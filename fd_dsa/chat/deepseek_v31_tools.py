@@ -25,7 +25,7 @@ class DeepseekV31Tools:
     markers = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
 
     def section(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[None]:
-        """Read from behind `start`, one of `starts`, to the end of the calls."""
+        """Read from after `start`, one of `starts`, to the end of the calls."""
         sink.begin_section("" if start == CALL_BEGIN else start)
         marker: str | None = start
         while marker is not None and marker != CALLS_END:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from fd_dsa.chat.deepseek_v32_tools import (
@@ -106,16 +107,16 @@ def _thinking(kwargs: Mapping[str, Any]) -> bool:
             f"chat_template_kwargs: has {unknown[0]!r}; DeepSeek-V3.2's encoding knows "
             f"{' and '.join(_SWITCHES)}"
         )
-    given = {name: kwargs[name] for name in _SWITCHES if kwargs.get(name) is not None}
-    for name, value in given.items():
+    switches = {name: kwargs[name] for name in _SWITCHES if kwargs.get(name) is not None}
+    for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"chat_template_kwargs: {name} is {value!r}; it must be true or false")
-    if len(set(given.values())) > 1:
+    if len(set(switches.values())) > 1:
         raise ValueError(
             "chat_template_kwargs: thinking and enable_thinking differ; they are two names of one "
             "switch"
         )
-    return any(given.values())
+    return any(switches.values())
 
 
 def _text(message: Mapping[str, Any]) -> str:
@@ -129,7 +130,7 @@ def _json(value: Any) -> str:
 
 
 def _assistant(message: Mapping[str, Any], shows_reasoning: bool) -> str:
-    """A message of the assistant, from behind the opening of its turn to its end."""
+    """A message of the assistant, from after the opening of its turn to its end."""
     reasoning = f"{message.get('reasoning_content') or ''}{THINK_END}" if shows_reasoning else ""
     calls = "\n".join(_call(call["function"]) for call in message.get("tool_calls") or ())
     section = f"\n\n{SECTION_BEGIN}\n{calls}\n{SECTION_END}" if calls else ""
@@ -173,14 +174,10 @@ def _render_results(
     order = {call.get("id"): place for place, call in enumerate(calls) if call.get("id")}
     named = [order.get(result.get("tool_call_id"), -1) for result in results]
     if -1 not in named and len(set(named)) == len(named):
-        results = [result for _, result in sorted(zip(named, results, strict=True), key=_first)]
+        in_order = sorted(zip(named, results, strict=True), key=itemgetter(0))
+        results = [result for _, result in in_order]
     lines = "".join(f"\n<result>{_text(result)}</result>" for result in results)
     return f"\n\n<function_results>{lines}\n</function_results>\n\n"
-
-
-def _first(pair: tuple[int, Any]) -> int:
-    """Key to sort by."""
-    return pair[0]
 
 
 def _end(

@@ -39,7 +39,7 @@ class DeepseekV32Tools:
     markers = (DSML,)
 
     def section(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[None]:
-        """Read from behind `start`, one of `starts`, to the end of the calls."""
+        """Read from after `start`, one of `starts`, to the end of the calls."""
         sink.begin_section(start)
         marker: str | None = INVOKE_END
         while marker == INVOKE_END:

@@ -51,11 +51,11 @@ class TextFeed:
             The marker, None where the text ended before one.
         """
         while True:
-            found = _first_of(self._text, markers)
+            first = _first_of(self._text, markers)
             is_sure = self._ended and keeps_half
             sure = len(self._text) if is_sure else _begin_of_unsure(self._text, markers)
-            if found is not None and found[0] < sure:
-                start, marker = found
+            if first is not None and first[0] < sure:
+                start, marker = first
                 self._emit(start, emit)
                 self._text = self._text[len(marker) :]
                 return marker
@@ -72,7 +72,7 @@ class TextFeed:
         return "".join(pieces), marker
 
     def skip_space(self) -> Steps[str]:
-        """Read white space; returns the character behind it, unread, empty at the end."""
+        """Read white space; returns the next character, unread, empty at the end."""
         while True:
             self._text = self._text.lstrip()
             if self._text or self._ended:
@@ -109,11 +109,8 @@ class TextFeed:
 def _first_of(text: str, markers: Sequence[str]) -> tuple[int, str] | None:
     """Place and text of the first marker, the longest of those that begin there."""
     places = [(text.find(marker), -len(marker), marker) for marker in markers]
-    found = [place for place in places if place[0] >= 0]
-    if not found:
-        return None
-    start, _, marker = min(found)
-    return start, marker
+    start, _, marker = min((p for p in places if p[0] >= 0), default=(-1, 0, ""))
+    return (start, marker) if marker else None
 
 
 def _begin_of_unsure(text: str, markers: Sequence[str]) -> int:

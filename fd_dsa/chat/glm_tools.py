@@ -2,8 +2,8 @@
 
     <tool_call>NAME<arg_key>KEY</arg_key><arg_value>VALUE</arg_value>...</tool_call>
 
-A string stands there as it is, anything else as JSON: which of them a value is, the tool's schema
-says. Source of the format: the chat templates of these models.
+A string is written as it is, anything else as JSON; the tool's schema says which a value is.
+Source of the format: the chat templates of these models.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class GlmTools:
     markers = (CALL_BEGIN, CALL_END, KEY_BEGIN, KEY_END, VALUE_BEGIN, VALUE_END)
 
     def section(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[None]:
-        """Read one call from behind `start`, one of `starts`."""
+        """Read one call from after `start`, one of `starts`."""
         text, marker = yield from feed.until((KEY_BEGIN, CALL_END))
         name = text.strip()
         if marker is None and sink.num_calls:
-            # cut off behind another call
+            # cut off after another call
             return
         if marker is None or not _NAME.fullmatch(name):
             sink.content(start + text + (marker or ""))

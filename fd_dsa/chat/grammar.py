@@ -21,7 +21,7 @@ from fd_dsa.chat.parser import THINK_END
 
 _ANY_TEXT = "(?s:.*)"
 # between two signs of JSON; without a bound a small model may write spaces until max_tokens
-_JSON_OPTIONS = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}"}
+JSON_SPACE = "[ \\t\\n\\r]{1,40}"
 
 
 def forced_calls_grammar(
@@ -51,8 +51,8 @@ def forced_calls_grammar(
     return lark.grammar(reasoning + calls)
 
 
-def json_behind_reasoning_grammar(schema: Any, special_ids: Mapping[str, int]) -> str:
-    """A grammar of answers that are JSON, behind the rest of a reasoning that the prompt opened.
+def json_after_reasoning_grammar(schema: Any, special_ids: Mapping[str, int]) -> str:
+    """A grammar of answers that are JSON, after the rest of a reasoning that the prompt opened.
 
     Args:
         schema: of the JSON.
@@ -103,7 +103,7 @@ class _Lark:
         for key in ("$defs", "definitions"):
             if isinstance(root, dict) and key in root:
                 body.setdefault(key, root[key])
-        body.setdefault("x-guidance", _JSON_OPTIONS)
+        body.setdefault("x-guidance", {"whitespace_pattern": JSON_SPACE})
         return self.rule(f"%json {json.dumps(body, ensure_ascii=False)}")
 
     def text_until(self, end: str) -> str:
@@ -165,7 +165,7 @@ def _v32_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
 
 
 def _quoted(is_string: str) -> str:
-    """What stands between the name of an argument and its value."""
+    """The text between the name of an argument and its value."""
     return f'" string="{is_string}">'
 
 

@@ -33,7 +33,7 @@ def type_of(text: str) -> str:
 
 
 def types_of(schema: Any, root: Any = None) -> frozenset[str]:
-    """Types that a schema allows, "number" with "integer"; empty where that is not said.
+    """Types that a schema allows, "number" with "integer"; empty where it does not say.
 
     Args:
         schema: of a value.
@@ -67,10 +67,10 @@ def _target(reference: Any, root: Any) -> Any:
     """What a reference within `root` points to, None for any other."""
     if not isinstance(reference, str) or not reference.startswith("#/"):
         return None
-    found = root
+    target = root
     for part in reference[2:].split("/"):
-        found = found.get(part) if isinstance(found, dict) else None
-    return found
+        target = target.get(part) if isinstance(target, dict) else None
+    return target
 
 
 def _strings(value: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fd_dsa.chat.events import Event, Message, join_events
@@ -30,44 +31,58 @@ class ToolFormat(Protocol):
         """Texts that are a token each in the models' vocabularies and that the parser must see."""
 
     def section(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[None]:
-        """Read from behind `start`, one of `starts`, to the end of the calls."""
+        """Read from after `start`, one of `starts`, to the end of the calls."""
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """How the answers to one prompt are read: what the model writes, what the prompt has begun.
+
+    Attributes:
+        has_reasoning: whether text in <think>...</think> at the beginning is reasoning.
+        in_reasoning: the prompt has opened the reasoning already.
+        tool_format: how calls are written; None: a call is text like any other.
+        schemas: tool name -> JSON schema of its arguments.
+    """
+
+    has_reasoning: bool = False
+    in_reasoning: bool = False
+    tool_format: ToolFormat | None = None
+    schemas: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def begins_in_reasoning(self) -> bool:
+        """Whether an answer begins with reasoning that is split off."""
+        return self.has_reasoning and self.in_reasoning
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Texts that the parser must see."""
+        thinking = (THINK_BEGIN, THINK_END) if self.has_reasoning else ()
+        return (*thinking, *(self.tool_format.markers if self.tool_format else ()))
 
 
 class OutputParser:
     """Splits one answer into its parts, piece by piece.
 
     The joined result depends on the whole text alone, not on the pieces. Malformed markup is no
-    error: up to the name of a call it comes back as content, behind it the arguments are what the
+    error: up to the name of a call it comes back as content, after it the arguments are what the
     model wrote. White space around calls is markup.
 
     Args:
-        has_reasoning: whether text in <think>...</think> at the beginning is reasoning.
-        tool_format: how calls are written; None: a call is text like any other.
-        schemas: tool name -> JSON schema of its arguments.
-        in_reasoning: the prompt has opened the reasoning already.
+        answer: how it is read.
 
     Attributes:
         is_reasoning: what was read last is reasoning that has not ended.
     """
 
-    def __init__(
-        self,
-        has_reasoning: bool = False,
-        tool_format: ToolFormat | None = None,
-        schemas: Mapping[str, Any] | None = None,
-        in_reasoning: bool = False,
-    ) -> None:
+    def __init__(self, answer: AnswerFormat) -> None:
         """Nothing is read yet."""
         self._feed = TextFeed()
-        self._sink = EventSink(schemas or {})
-        self._tools = tool_format
-        self.is_reasoning = has_reasoning and in_reasoning
-        self._steps: Steps[None] | None = self._parse(has_reasoning, in_reasoning)
-
-    @property
-    def num_tool_calls(self) -> int:
-        """Calls that have begun."""
-        return self._sink.num_calls
+        self._sink = EventSink(answer.schemas)
+        self._tools = answer.tool_format
+        self.is_reasoning = answer.begins_in_reasoning
+        self._steps: Steps[None] | None = self._parse(answer)
 
     def feed(self, text: str) -> list[Event]:
         """Events that more text brings; what may still become markup is held back."""
@@ -81,7 +96,7 @@ class OutputParser:
 
     def read(self, text: str) -> list[Event]:
         """Events of a whole answer; for a parser that has read nothing."""
-        # in pieces, so that the cost stays linear: reading a marker copies what is behind it
+        # in pieces, so that the cost stays linear: reading a marker copies what follows it
         pieces = (text[i : i + _PIECE_CHARS] for i in range(0, len(text), _PIECE_CHARS))
         return [*(event for piece in pieces for event in self.feed(piece)), *self.finish()]
 
@@ -98,11 +113,13 @@ class OutputParser:
                 self._steps = None
         return self._sink.take()
 
-    def _parse(self, has_reasoning: bool, in_reasoning: bool) -> Steps[None]:
+    def _parse(self, answer: AnswerFormat) -> Steps[None]:
         """Read the whole answer."""
         starts = self._tools.starts if self._tools is not None else ()
         marker: str | None = None
-        if has_reasoning and (in_reasoning or (yield from self._feed.opens_with(THINK_BEGIN))):
+        if answer.begins_in_reasoning or (
+            answer.has_reasoning and (yield from self._feed.opens_with(THINK_BEGIN))
+        ):
             self.is_reasoning = True
             # a call inside of the reasoning ends it: models forget the end marker
             ends = (THINK_END, *starts)

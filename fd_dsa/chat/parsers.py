@@ -25,41 +25,40 @@ AUTO, NONE = "auto", "none"
 _SIGNS = ((DSML, "deepseek_v32"), (CALLS_BEGIN, "deepseek_v31"), (KEY_BEGIN, "glm47"))
 
 
-def find_tool_format(name: str, source: str) -> ToolFormat | None:
-    """The format of tool calls.
+def tool_format_name(name: str, source: str) -> str:
+    """Name of the format of tool calls; "none" where none are looked for.
 
     Args:
         name: one of `TOOL_FORMATS`, "none", or "auto", which goes by the source.
-        source: text of the template, in which the marks of its formats stand.
+        source: text of the template, which contains the marks of its formats.
     """
-    found = tool_format_name(name, source)
-    return None if found == NONE else TOOL_FORMATS[found]
-
-
-def tool_format_name(name: str, source: str) -> str:
-    """The name of what `find_tool_format` finds; "none" for nothing."""
     if name != AUTO:
         return name
-    return next((found for sign, found in _SIGNS if sign in source), NONE)
+    return next((tool_format for sign, tool_format in _SIGNS if sign in source), NONE)
 
 
-def has_reasoning(name: str, source: str) -> bool:
-    """Whether <think>...</think> at the beginning of an answer is reasoning.
-
-    Args:
-        name: one of `REASONING_FORMATS`, "none", or "auto", which goes by the source.
-        source: text of the template, in which the marks of its formats stand.
-    """
-    return reasoning_format_name(name, source) != NONE
+def find_tool_format(name: str, source: str) -> ToolFormat | None:
+    """The format that `tool_format_name` names; None where no calls are looked for."""
+    return TOOL_FORMATS.get(tool_format_name(name, source))
 
 
 def reasoning_format_name(name: str, source: str) -> str:
-    """The name of the form that reasoning has; "none" where nothing is looked for."""
+    """Name of the form that reasoning has; "none" where none is looked for.
+
+    Args:
+        name: one of `REASONING_FORMATS`, "none", or "auto", which goes by the source.
+        source: text of the template, which contains the marks of its formats.
+    """
     if name != AUTO:
         return name
     if THINK_END not in source:
         return NONE
     return "glm45" if KEY_BEGIN in source else "deepseek_v3"
+
+
+def has_reasoning(name: str, source: str) -> bool:
+    """Whether <think>...</think> at the beginning of an answer is reasoning."""
+    return reasoning_format_name(name, source) != NONE
 
 
 def opens_reasoning(prompt: str, continued: Mapping[str, Any] | None) -> bool:

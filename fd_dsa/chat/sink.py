@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fd_dsa.chat.events import (
@@ -38,17 +39,13 @@ class EventSink:
         return events
 
     def content(self, text: str) -> None:
-        """More text of the answer, behind the markup that was held for it."""
+        """More text of the answer, after the markup that was held for it."""
         text, self._held = self._held + text, ""
-        last = self._events[-1] if self._events else None
-        if isinstance(last, ContentDelta):
-            self._events[-1] = ContentDelta(last.text + text)
-        elif text:
-            self._events.append(ContentDelta(text))
+        self._add(ContentDelta(text))
 
     @property
     def has_calls(self) -> bool:
-        """Whether the section has made a call: what is cut off behind it is markup, no content."""
+        """Whether the section has made a call: what is cut off after it is markup, not content."""
         return self.num_calls > self._num_calls_before
 
     def begin_section(self, markup: str) -> None:
@@ -63,11 +60,7 @@ class EventSink:
 
     def reasoning(self, text: str) -> None:
         """More text of the reasoning."""
-        last = self._events[-1] if self._events else None
-        if isinstance(last, ReasoningDelta):
-            self._events[-1] = ReasoningDelta(last.text + text)
-        elif text:
-            self._events.append(ReasoningDelta(text))
+        self._add(ReasoningDelta(text))
 
     def start_call(self, name: str) -> None:
         """A call begins."""
@@ -77,16 +70,19 @@ class EventSink:
 
     def arguments(self, text: str) -> None:
         """More arguments of the latest call."""
-        index = self.num_calls - 1
-        last = self._events[-1] if self._events else None
-        if isinstance(last, ArgumentsDelta) and last.index == index:
-            self._events[-1] = ArgumentsDelta(index, last.text + text)
-        elif text:
-            self._events.append(ArgumentsDelta(index, text))
+        self._add(ArgumentsDelta(self.num_calls - 1, text))
 
     def end_call(self) -> None:
         """The latest call is complete."""
         self._events.append(ToolCallEnd(self.num_calls - 1))
+
+    def _add(self, delta: ContentDelta | ReasoningDelta | ArgumentsDelta) -> None:
+        """Report more text, as one event with the text of the same kind before it."""
+        last = self._events[-1] if self._events else None
+        if isinstance(last, type(delta)) and replace(last, text="") == replace(delta, text=""):
+            self._events[-1] = replace(delta, text=last.text + delta.text)
+        elif delta.text:
+            self._events.append(delta)
 
 
 class ArgumentsWriter:
@@ -127,7 +123,7 @@ class ArgumentsWriter:
         """A whole value: the JSON text as the model wrote it, or a string.
 
         Args:
-            text: what stands between the tags.
+            text: between the tags.
             types: those that the value may have, empty for any. With "string" among them JSON of
                 another type than these is a string; in any case a text that is no JSON is one.
         """

@@ -24,7 +24,7 @@ RESERVED = (
     "self",
 )
 _FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-# stands where a final message goes on; no text of a conversation holds it
+# marks where a final message goes on; no text of a conversation holds it
 _CUT = "\ue000\ue001cut\ue001\ue000"
 _NO_MEMORY = "makes more than there is memory for"
 # what one multiplication or power may make
@@ -184,8 +184,8 @@ def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
 def _both_names_of_thinking(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Variables with the switch of the reasoning under both of its names."""
     names = ("thinking", "enable_thinking")
-    given = [kwargs[name] for name in names if kwargs.get(name) is not None]
-    return {**dict.fromkeys(names[: 2 * bool(given)], given[-1] if given else None), **kwargs}
+    values = [kwargs[name] for name in names if kwargs.get(name) is not None]
+    return {**dict.fromkeys(names if values else (), values[-1] if values else None), **kwargs}
 
 
 def read_template(

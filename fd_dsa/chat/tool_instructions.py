@@ -1,6 +1,6 @@
 """The text that offers tools to DeepSeek-V3.2.
 
-The model was trained on one text. It stands in `encoding/encoding_dsv32.py` of its folder, from
+The model was trained on one text. It is in `encoding/encoding_dsv32.py` of its folder, from
 where it is read as the literal that it is; nothing of that file is run. Copies of the model that
 lack the file get our words for the same format.
 """

@@ -15,18 +15,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fd_dsa import __version__
 from fd_dsa.client.figures import plot, summarise, tables
-from fd_dsa.client.flags import Parser, exit_status, number
+from fd_dsa.client.flags import Parser, add_numbers, exit_status, number
 from fd_dsa.client.load import Sender
 from fd_dsa.client.own_server import own_server
 from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url
 from fd_dsa.client.report import as_json, show
 from fd_dsa.client.timing import Timing, measure
-from fd_dsa.client.workload import random_prompts, start_times
 from fd_dsa.errors import ConfigError, RemoteError, unwritable
 
 _WARM_UP = 2
+# every vocabulary has these, and few have special tokens among them
+_LOWEST_ID, _HIGHEST_ID = 100, 1000
 
 
 def build_parser() -> Parser:
@@ -47,15 +50,14 @@ def build_parser() -> Parser:
         help="start a server on MODEL, on the demo model without one (the default)",
     )
     parser.add_argument("--model", metavar="NAME", help="name to send (default: the only one)")
-    whole = number(int, 1)
-    for flag, default, text in (
-        ("--num-prompts", 64, "requests"),
-        ("--random-input-len", 256, "tokens of each prompt"),
-        ("--random-output-len", 64, "tokens of each answer"),
-    ):
-        parser.add_argument(
-            flag, metavar="N", type=whole, default=default, help=f"{text} (default: {default})"
-        )
+    add_numbers(
+        parser,
+        ("--num-prompts", int, 1, 64, "requests"),
+        ("--random-input-len", int, 1, 256, "tokens of each prompt"),
+        ("--random-output-len", int, 1, 64, "tokens of each answer"),
+        ("--retries", int, 0, 3, "per request"),
+        ("--seed", int, 0, 0, "of prompts and intervals"),
+    )
     parser.add_argument(
         "--request-rate",
         metavar="R",
@@ -64,12 +66,11 @@ def build_parser() -> Parser:
         help="requests a second, at random intervals (default: inf, all at once)",
     )
     parser.add_argument(
-        "--max-concurrency", metavar="N", type=whole, help="requests in flight (default: no limit)"
+        "--max-concurrency",
+        metavar="N",
+        type=number(int, 1),
+        help="requests in flight (default: no limit)",
     )
-    parser.add_argument(
-        "--retries", metavar="N", type=number(int, 0), default=3, help="per request (default: 3)"
-    )
-    parser.add_argument("--seed", metavar="N", type=number(int, 0), default=0, help="default: 0")
     parser.add_argument("--output", metavar="FILE", help="write all figures as JSON")
     parser.add_argument("--plot", metavar="FILE", help="write their distributions as SVG")
     return parser
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark; returns the exit status.
 
     Args:
-        argv: arguments without the command's name; what stands behind `--` is for the server
+        argv: arguments without the command's name; what follows `--` is for the server
             that is started.
 
     Returns:
@@ -98,7 +99,7 @@ def _main(arguments: list[str]) -> int:
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise ConfigError(f"{path}: the folder does not exist; make it first")
     if args.plot is not None:
-        # before an hour of measuring, not behind it
+        # before an hour of measuring, not after it
         plot([], "")
     with _server(args, passed) as base_url:
         info = examine_server(base_url, args.model)
@@ -147,21 +148,44 @@ async def _measure(
     return await measure(sender, model, prompts, starts, length)
 
 
+def random_prompts(num_prompts: int, length: int, seed: int) -> list[list[int]]:
+    """Token ids of `num_prompts` prompts of `length` random tokens each.
+
+    As ids they have the same length for every tokenizer, and no two begin alike, so that a prefix
+    cache helps nobody.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(_LOWEST_ID, _HIGHEST_ID, (num_prompts, length))
+    return [[int(token) for token in row] for row in drawn]
+
+
+def start_times(num_prompts: int, request_rate: float, seed: int) -> list[float]:
+    """Seconds after the beginning at which each request is sent.
+
+    Args:
+        num_prompts: how many.
+        request_rate: mean of a Poisson process, requests a second; infinite: all at once.
+        seed: of the intervals.
+    """
+    if math.isinf(request_rate):
+        return [0.0] * num_prompts
+    generator = np.random.default_rng(seed)
+    gaps = generator.exponential(1 / request_rate, num_prompts)
+    gaps[0] = 0.0
+    return [float(at) for at in np.cumsum(gaps)]
+
+
 def _report(
     args: argparse.Namespace, info: ServerInfo, timings: list[Timing], duration_s: float
 ) -> int:
     """Print and write what was measured."""
     result = summarise(timings, duration_s)
-    rate = None if math.isinf(args.request_rate) else args.request_rate
+    names = ("num_prompts", "random_input_len", "random_output_len", "request_rate")
     settings = {
-        "num_prompts": args.num_prompts,
-        "random_input_len": args.random_input_len,
-        "random_output_len": args.random_output_len,
-        "request_rate": rate,
-        "max_concurrency": args.max_concurrency,
-        "retries": args.retries,
-        "seed": args.seed,
+        name: getattr(args, name) for name in (*names, "max_concurrency", "retries", "seed")
     }
+    if math.isinf(args.request_rate):
+        settings["request_rate"] = None
     show(tables(result))
     for reason in sorted({timing.error for timing in timings if timing.error is not None}):
         sys.stderr.write(f"failed: {reason}\n")

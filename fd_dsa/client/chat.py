@@ -13,17 +13,16 @@ from typing import Any, Protocol, TextIO
 
 import httpx
 
-from fd_dsa.chat.answer import AnswerFormat
 from fd_dsa.chat.events import ContentDelta, Event, ReasoningDelta
-from fd_dsa.chat.parser import OutputParser
+from fd_dsa.chat.parser import AnswerFormat, OutputParser
 from fd_dsa.chat.parsers import AUTO, has_reasoning, opens_reasoning
-from fd_dsa.client.events import read_event
 from fd_dsa.client.flags import Parser, exit_status, number
 from fd_dsa.client.remote import (
     error_message,
     examine_server,
     http_options,
     normal_base_url,
+    read_event,
     transport_reason,
 )
 from fd_dsa.environment import prepare_cpu_runtime
@@ -48,7 +47,7 @@ class Partner(Protocol):
 
 
 class ServerPartner:
-    """A model behind an OpenAI-compatible server.
+    """A model of an OpenAI-compatible server.
 
     Args:
         base_url: with or without `/v1`.
@@ -96,7 +95,7 @@ class OwnPartner:
     """
 
     def __init__(self, model: str | None, fields: dict[str, Any]) -> None:
-        # what is loaded, and how, stands between nobody's questions
+        # the log of loading would stand between questions and answers
         logging.getLogger("fd_dsa").setLevel(logging.WARNING)
         from fd_dsa.config import EngineConfig
         from fd_dsa.engine.llm import LLM
@@ -132,7 +131,7 @@ class OwnPartner:
         renderer = tokenizer.chat_renderer
         assert renderer is not None, "it has rendered the prompt"
         is_split = has_reasoning(AUTO, renderer.source)
-        return AnswerFormat(is_split, opens_reasoning(prompt, None)).new_parser()
+        return OutputParser(AnswerFormat(is_split, opens_reasoning(prompt, None)))
 
 
 @contextlib.contextmanager
@@ -295,8 +294,8 @@ class Conversation:
     def _ask(self, text: str) -> bool:
         """Print the answer to a message; False where it failed.
 
-        A message that was not answered, or whose answer was stopped before its first word, was
-        never said.
+        A message that was not answered, or whose answer was stopped before its first word, is
+        left out of the conversation.
         """
         system = [{"role": "system", "content": self._system}] if self._system else []
         asked = [*self._messages, {"role": "user", "content": text}]

@@ -24,17 +24,17 @@ LATENCIES = {
 
 def samples(timings: Sequence[Timing]) -> dict[str, list[float]]:
     """Milliseconds of each of `LATENCIES`, of the requests that were answered."""
-    found: dict[str, list[float]] = {name: [] for name in LATENCIES}
+    values: dict[str, list[float]] = {name: [] for name in LATENCIES}
     for timing in timings:
         if timing.error is not None or timing.ttft_s is None:
             continue
-        found["ttft_ms"].append(1000 * timing.ttft_s)
-        found["e2e_ms"].append(1000 * timing.e2e_s)
-        found["itl_ms"] += [1000 * interval for interval in timing.itl_s]
+        values["ttft_ms"].append(1000 * timing.ttft_s)
+        values["e2e_ms"].append(1000 * timing.e2e_s)
+        values["itl_ms"] += [1000 * interval for interval in timing.itl_s]
         if timing.output_tokens > 1:
             rest = timing.e2e_s - timing.ttft_s
-            found["tpot_ms"].append(1000 * rest / (timing.output_tokens - 1))
-    return found
+            values["tpot_ms"].append(1000 * rest / (timing.output_tokens - 1))
+    return values
 
 
 def summarise(timings: Sequence[Timing], duration_s: float) -> dict[str, Any]:

@@ -192,12 +192,12 @@ class Sender:
 
     def _raise_status(self, url: str, reply: httpx.Response) -> NoReturn:
         """Raise what a status other than 200 means."""
-        status, said = reply.status_code, error_message(reply)
+        status, reason = reply.status_code, error_message(reply)
         if status in (401, 403):
             raise RemoteError(key_refused(self.base_url, status))
         if status in (404, 405):
-            raise RemoteError(f"{url} answers {status}: {said}")
+            raise RemoteError(f"{url} answers {status}: {reason}")
         after = reply.headers.get("retry-after", "")
         after_s = float(after) if after.isascii() and after.isdigit() else 0.0
         again = status in _RETRIED_STATUS
-        raise FailedAttempt(f"status {status}: {said}", again=again, after_s=after_s)
+        raise FailedAttempt(f"status {status}: {reason}", again=again, after_s=after_s)

@@ -106,16 +106,16 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
     """URL of the server, without a path, once it says that it is healthy."""
     while True:
         ended = process.poll() is not None
-        said = log.read_bytes()
-        if found := _READY.search(said):
+        output = log.read_bytes()
+        if ready := _READY.search(output):
             break
         if ended:
-            raise ConfigError(_why_it_ended(process, said))
+            raise ConfigError(_why_it_ended(process, output))
         # what is lost to a full disk may be the line that is waited for
         if shutil.disk_usage(log.parent).free == 0:
             raise ConfigError(f"--serve: no space left on the disk for {log}, the server's log")
         time.sleep(_POLL_S)
-    url = found[1].decode("ascii")
+    url = ready[1].decode("ascii")
     deadline = time.monotonic() + _HEALTH_TIMEOUT_S
     with httpx.Client(timeout=5.0, trust_env=False) as http:
         while time.monotonic() < deadline and process.poll() is None:
@@ -126,11 +126,11 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
     raise ConfigError(_why_it_ended(process, log.read_bytes()))
 
 
-def _why_it_ended(process: subprocess.Popen[bytes], said: bytes) -> str:
+def _why_it_ended(process: subprocess.Popen[bytes], output: bytes) -> str:
     """The line about a server that did not start."""
-    if errors := _ERROR.findall(said):
+    if errors := _ERROR.findall(output):
         return f"--serve: {errors[-1].decode('utf-8', 'replace')}"
-    lines = said.decode("utf-8", "replace").split("\n")
+    lines = output.decode("utf-8", "replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
     status = process.poll()
     state = "is not healthy" if status is None else f"ended with status {status}"

@@ -148,8 +148,8 @@ async def _read(reply: httpx.Response, started: float) -> Answer:
         usage = data.get("usage") or {}
         prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        said = one_line(reply.text)
-        raise FailedAttempt(f"status 200 without a chat completion: {said}") from error
+        text = one_line(reply.text)
+        raise FailedAttempt(f"status 200 without a chat completion: {text}") from error
     if reason in ("abort", "error"):
         # half an answer of a server that goes down, or of a request that failed
         raise FailedAttempt(f"finish_reason {reason}")

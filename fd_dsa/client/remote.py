@@ -1,8 +1,9 @@
-"""What is asked of a server before the first question: is it there, and what does it serve."""
+"""Talking to an OpenAI-compatible server: its URL, what it serves, its streams, its refusals."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from fd_dsa.environment import openai_api_key
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, RemoteError
 
 CONNECT_TIMEOUT_S = 10.0
 _SHOWN_CHARS = 200
@@ -142,13 +143,13 @@ def _choose(models: list[dict[str, Any]], base_url: str, model: str | None) -> M
 
 def _facts(http: httpx.Client, base_url: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What the server says of itself, as far as it does."""
-    said = {"engine": entry.get("owned_by"), "max_model_len": entry.get("max_model_len")}
+    facts = {"engine": entry.get("owned_by"), "max_model_len": entry.get("max_model_len")}
     for path in ("/version", "/server_info"):
         with contextlib.suppress(httpx.HTTPError, ValueError):
             reply = http.get(base_url.removesuffix("/v1") + path)
-            if reply.status_code == 200 and isinstance(found := reply.json(), dict):
-                said.update({k: v for k, v in found.items() if v is not None})
-    return {name: said.get(name) for name in SERVER_FACTS}
+            if reply.status_code == 200 and isinstance(page := reply.json(), dict):
+                facts.update({k: v for k, v in page.items() if v is not None})
+    return {name: facts.get(name) for name in SERVER_FACTS}
 
 
 def error_message(reply: httpx.Response) -> str:
@@ -160,6 +161,30 @@ def error_message(reply: httpx.Response) -> str:
     except (ValueError, AttributeError):
         text = reply.text
     return one_line(str(text))
+
+
+def read_event(line: str) -> dict[str, Any] | None:
+    """The chunk in a line of a stream; None for lines that hold none, `[DONE]` among them.
+
+    Raises:
+        RemoteError: the line is an error of the server, or no JSON object.
+    """
+    if not line.startswith("data:"):
+        return None
+    text = line.removeprefix("data:").strip()
+    if text == "[DONE]":
+        return None
+    try:
+        chunk = json.loads(text)
+    except ValueError:
+        chunk = None
+    if not isinstance(chunk, dict):
+        raise RemoteError(f"the stream has a line that is no JSON object: {one_line(text)}")
+    if "error" in chunk:
+        error = chunk["error"]
+        text = error.get("message", error) if isinstance(error, dict) else error
+        raise RemoteError(one_line(str(text)))
+    return chunk
 
 
 def one_line(text: str) -> str:

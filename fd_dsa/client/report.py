@@ -31,7 +31,7 @@ _PLAIN_WIDTH = 120
 
 @dataclass(frozen=True)
 class Table:
-    """One table; the first column stands left, the others right.
+    """One table; the first column is aligned left, the others right.
 
     Attributes:
         title: one line above it; empty for none.

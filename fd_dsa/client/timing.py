@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import httpx
 
-from fd_dsa.client.events import read_event
 from fd_dsa.client.load import FailedAttempt, Request, Sender
+from fd_dsa.client.remote import read_event
 from fd_dsa.errors import RemoteError
 
 

@@ -64,25 +64,26 @@ def examine(device: str | None = None) -> dict[str, Any]:
         `version`, `machine`, `packages` (name -> version, "" = not installed), `gpu` (or None),
         `fastdeploy` (see `Fastdeploy.facts`; it has no part in `healthy`), `device`, `kernels` (how
         Triton kernels run), `note` (what was not checked and why, or ""), `checks` (a list; see
-        `run_checks`), `custom_ops` (see `custom_ops.facts`), `tensor_cores` (a list; see
-        `tensor_cores.facts`) and `graphs` (see `graphs.facts`), which have no part in `healthy`
-        either, `healthy`.
+        `run_checks`), `custom_ops` (see `checks.library`), `graphs` (see `graphs.facts`), which
+        has no part in `healthy` either, `healthy`.
 
     Raises:
+        ConfigError: FD_DSA_OP_PROVIDER cannot be read.
         BackendUnavailable: Paddle, Triton or the device that was asked for is not there.
     """
     facts = environment.facts()
     device = environment.device_to_check(device)
     # the check imports Paddle and Triton, whose absence has a clear error of its own above
-    from fd_dsa.doctor import custom_ops, graphs, tensor_cores
+    from fd_dsa.custom_ops import BROKEN
+    from fd_dsa.doctor import graphs
+    from fd_dsa.doctor.checks import library, run_checks
     from fd_dsa.doctor.fastdeploy import examination
-    from fd_dsa.doctor.self_check import run_checks
     from fd_dsa.triton_runtime import INTERPRETING
 
     with examination() as fastdeploy:
         checks = run_checks(device)
         found = fastdeploy.facts()
-    built = custom_ops.facts(device)
+    built = library()
     return {
         "version": __version__,
         **facts,
@@ -92,9 +93,8 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "note": environment.not_checked(device, facts["gpu"], INTERPRETING),
         "checks": checks,
         "custom_ops": built,
-        "tensor_cores": tensor_cores.facts(device),
         "graphs": graphs.facts(device, INTERPRETING),
-        "healthy": all(check["passed"] for check in checks) and custom_ops.is_healthy(built),
+        "healthy": all(check["passed"] for check in checks) and built["state"] != BROKEN,
     }
 
 
@@ -106,10 +106,10 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
         with_tree: list every check of the FastDeploy tree.
     """
     # its imports read no package that may be missing; the others of this room do
-    from fd_dsa.doctor.custom_ops import as_lines as custom_ops_lines
+    from fd_dsa.doctor.checks import as_lines as checks_lines
+    from fd_dsa.doctor.checks import library_line
     from fd_dsa.doctor.fastdeploy import as_lines as fastdeploy_lines
     from fd_dsa.doctor.graphs import as_line as graphs_line
-    from fd_dsa.doctor.tensor_cores import as_lines as tensor_cores_lines
 
     packages = ", ".join(f"{name} {v or 'not installed'}" for name, v in found["packages"].items())
     gpu = found["gpu"]
@@ -119,21 +119,12 @@ def as_text(found: dict[str, Any], with_tree: bool = False) -> str:
         f"packages   {packages}",
         f"gpu        {gpu['name'] + ', driver ' + gpu['driver'] if gpu else 'none'}",
         *fastdeploy_lines(found["fastdeploy"], with_tree),
-        *custom_ops_lines(found["custom_ops"]),
+        library_line(found["custom_ops"]),
         f"device     {found['device']}; Triton kernels are {found['kernels']} in this process",
         graphs_line(found["graphs"]),
         "",
-        "  operator           device    served by  check      time  why",
+        *checks_lines(found["checks"]),
     ]
-    for check in found["checks"]:
-        mark = "ok" if check["passed"] else "FAILED"
-        lines.append(
-            f"  {check['name']:<18} {check['device']:<9} {check['provider']:<10} {mark:<7}"
-            f"{check['ms']:>5.0f} ms  {check['reason']}".rstrip()
-        )
-        if check["detail"]:
-            lines.append(f"    {check['detail']}")
-    lines += ["", *tensor_cores_lines(found["tensor_cores"])]
     if found["note"]:
         lines += ["", found["note"]]
     lines += [

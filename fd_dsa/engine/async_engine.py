@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
-from collections import deque
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from fd_dsa.engine.engine import LLMEngine
@@ -154,7 +154,7 @@ class AsyncEngine:
         """
         key = next(self._numbers)
         name = f"request-{key}" if request_id is None else request_id
-        stream = _Stream(key, name, params.n)
+        stream = _Stream(key, name, params.n, params.n)
         with self._lock:
             self._check_running()
             if name in self._keys:
@@ -163,8 +163,12 @@ class AsyncEngine:
             self._keys[name] = key
             self._link.post(Add(key, name, prompt_token_ids, params))
         try:
-            while not stream.is_finished:
-                yield await stream.get()
+            while stream.num_unread:
+                item = await stream.items.get()
+                if isinstance(item, Exception):
+                    raise item
+                stream.num_unread -= item.finished
+                yield item
         finally:
             self._close(stream)
 
@@ -222,10 +226,18 @@ class AsyncEngine:
         """Take an event; called in a thread of the link."""
         if isinstance(event, list):
             self._deliver(event)
-        elif isinstance(event, Refused):
-            self._refuse(event)
         elif isinstance(event, Reply):
-            self._reply(event)
+            with self._lock:
+                waiting = self._replies.get(event.number)
+            if waiting is not None:
+                _resolve(*waiting, event)
+        elif isinstance(event, Refused):
+            with self._lock:
+                stream = self._streams.get(event.key)
+                if stream is not None:
+                    self._forget(stream)
+            if stream is not None:
+                self._put([(stream, event.error)])
         else:
             self._fail(event)
 
@@ -242,22 +254,6 @@ class AsyncEngine:
                 if not stream.num_undelivered:
                     self._forget(stream)
         self._put(items)
-
-    def _refuse(self, event: Refused) -> None:
-        """End the stream of a request that cannot run."""
-        with self._lock:
-            stream = self._streams.get(event.key)
-            if stream is None:
-                return
-            self._forget(stream)
-        self._put([(stream, event.error)])
-
-    def _reply(self, event: Reply) -> None:
-        """Give an answer to the task that waits for it."""
-        with self._lock:
-            waiting = self._replies.get(event.number)
-        if waiting is not None:
-            _resolve(*waiting, event)
 
     def _fail(self, event: Failed) -> None:
         """Set `errored` and end everything with it."""
@@ -287,45 +283,27 @@ class AsyncEngine:
 _Item = RequestOutput | Exception
 
 
+@dataclass(eq=False)
 class _Stream:
-    """Outputs of one request on their way to one task."""
+    """Outputs of one request on their way to one task of the running event loop.
 
-    def __init__(self, key: int, request_id: str, num_outputs: int) -> None:
-        """Belongs to the running event loop."""
-        self.key = key
-        self.request_id = request_id
-        # outputs whose end the engine has not sent, and the task has not read
-        self.num_undelivered = num_outputs
-        self._num_unread = num_outputs
-        self.loop = asyncio.get_running_loop()
-        self.is_finished = False
-        self._items: deque[_Item] = deque()
-        self._waiter: asyncio.Future[None] | None = None
+    Attributes:
+        num_undelivered, num_unread: outputs whose end the engine has not sent, and the task has
+            not read.
+    """
 
-    def put(self, item: _Item) -> None:
-        """Add an item; called in the loop."""
-        self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def get(self) -> RequestOutput:
-        """Next output; raises what was put in its place."""
-        while not self._items:
-            self._waiter = self.loop.create_future()
-            await self._waiter
-        item = self._items.popleft()
-        if isinstance(item, Exception):
-            self.is_finished = True
-            raise item
-        self._num_unread -= item.finished
-        self.is_finished = not self._num_unread
-        return item
+    key: int
+    request_id: str
+    num_undelivered: int
+    num_unread: int
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
+    items: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
 
 
 def _put_all(items: list[tuple[_Stream, _Item]]) -> None:
     """Put items into their streams; runs in the event loop."""
     for stream, item in items:
-        stream.put(item)
+        stream.items.put_nowait(item)
 
 
 def _resolve(loop: asyncio.AbstractEventLoop, reply: asyncio.Future[Any], event: Reply) -> None:

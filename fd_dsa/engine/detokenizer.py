@@ -17,47 +17,7 @@ _CONTEXT_TOKENS = 5
 _MAX_HELD_TOKENS = 16
 
 
-class IncrementalDetokenizer:
-    """Text of a growing list of tokens, without ever showing half a character.
-
-    Byte-level tokenizers take a direct way through the tokens' bytes; others decode a small
-    window of tokens twice and show the difference.
-
-    Args:
-        tokenizer: of the model.
-        skip_special_tokens: leave special tokens out of the text.
-        prompt_token_ids: what comes before the first token; only its end is read.
-        kept_token_ids: special tokens that stay in the text nevertheless.
-
-    Cost: one token costs the same however long the text is.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        skip_special_tokens: bool = True,
-        prompt_token_ids: Sequence[int] = (),
-        kept_token_ids: frozenset[int] = frozenset(),
-    ) -> None:
-        """Choose the way and read the end of the prompt."""
-        table = tokenizer.token_bytes
-        if skip_special_tokens:
-            table = tokenizer.text_token_bytes(kept_token_ids)
-        context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
-        self._decoder: _ByteDecoder | _WindowDecoder
-        if table is None:
-            self._decoder = _WindowDecoder(tokenizer, skip_special_tokens, context, kept_token_ids)
-        else:
-            self._decoder = _ByteDecoder(table, context)
-        # new text after a token; empty while a character is incomplete
-        self.append = self._decoder.append
-
-    def flush(self) -> str:
-        """What is held back, incomplete characters as U+FFFD; call it once, at the end."""
-        return self._decoder.flush()
-
-
-class _ByteDecoder:
+class ByteDecoder:
     """Concatenated bytes of the tokens, decoded as UTF-8."""
 
     __slots__ = ("_holds_bytes", "_table", "_utf8")
@@ -70,7 +30,7 @@ class _ByteDecoder:
             self.append(token_id)
 
     def append(self, token_id: int) -> str:
-        """New whole characters."""
+        """New whole characters; empty while one is incomplete."""
         table = self._table
         new = table[token_id] if token_id < len(table) else b""
         if not self._holds_bytes:
@@ -85,11 +45,11 @@ class _ByteDecoder:
         return text
 
     def flush(self) -> str:
-        """Held bytes as U+FFFD."""
+        """Held bytes as U+FFFD; call it once, at the end."""
         return self._utf8.decode(b"", final=True)
 
 
-class _WindowDecoder:
+class WindowDecoder:
     """Difference between two decodings of the last tokens.
 
     tokens[:read] have been shown; tokens[prefix:read] are decoded again in front of the new ones,
@@ -127,7 +87,7 @@ class _WindowDecoder:
         return self._show(self._decode(self._ids))
 
     def _show(self, text: str) -> str:
-        """Move the window behind the shown tokens, unless they have no text yet."""
+        """Move the window past the shown tokens, unless they have no text yet."""
         new_text = text[len(self._prefix_text) :]
         if new_text:
             del self._ids[: self._num_read]
@@ -137,6 +97,37 @@ class _WindowDecoder:
             # tokens without text, such as skipped special ones, must not pile up
             del self._ids[self._num_read :]
         return new_text
+
+
+Detokenizer = ByteDecoder | WindowDecoder
+
+
+def new_detokenizer(
+    tokenizer: Tokenizer,
+    skip_special_tokens: bool = True,
+    prompt_token_ids: Sequence[int] = (),
+    kept_token_ids: frozenset[int] = frozenset(),
+) -> Detokenizer:
+    """What makes text of an output token by token, without ever showing half a character.
+
+    Byte-level tokenizers take a direct way through the tokens' bytes; others decode a small
+    window of tokens twice and show the difference.
+
+    Args:
+        tokenizer: of the model.
+        skip_special_tokens: leave special tokens out of the text.
+        prompt_token_ids: what comes before the first token; only its end is read.
+        kept_token_ids: special tokens that stay in the text nevertheless.
+
+    Cost: one token costs the same however long the text is.
+    """
+    table = tokenizer.token_bytes
+    if skip_special_tokens:
+        table = tokenizer.text_token_bytes(kept_token_ids)
+    context = list(prompt_token_ids[-_CONTEXT_TOKENS:])
+    if table is None:
+        return WindowDecoder(tokenizer, skip_special_tokens, context, kept_token_ids)
+    return ByteDecoder(table, context)
 
 
 class StopChecker:
@@ -173,7 +164,7 @@ class StopChecker:
         stops = self._stops
         ends = []
         for stop in stops:
-            # what was held back has no whole stop string in it
+            # what was held back holds no whole stop string in it
             first = num_held - len(stop) + 1
             start = text.find(stop, first) if first > 0 else text.find(stop)
             if start >= 0:

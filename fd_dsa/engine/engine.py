@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,15 @@ from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.metrics import EngineMetrics
-from fd_dsa.engine.output import ConstraintError, FinishReason, RequestOutput
+from fd_dsa.engine.output import ConstraintError, FinishReason, RequestOutput, TopkPositions
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.row_draw import NOT_FINITE
 from fd_dsa.engine.runner_protocol import RunnerProtocol, StepRows
-from fd_dsa.engine.sampler import NOT_FINITE, Sampler
+from fd_dsa.engine.sampler import Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.stats import EngineStats
-from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.engine.topk_positions import execute
 from fd_dsa.runner.counters import StepCounters
 
 # decode rows up to which writing each of them takes less time than arrays of them
@@ -52,6 +52,7 @@ class LLMEngine:
 
     Attributes:
         clock: seconds; what steps are measured with.
+        admission: checks requests, and compiles the forms of their outputs.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class LLMEngine:
         self.sampling_defaults: dict[str, Any] = dict(sampling_defaults or {})
         self._batch: StepRows = runner.input_batch
         self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
-        self._admission = Admission(
+        self.admission = Admission(
             tokenizer,
             RequestLimits(
                 runner.vocab_size,
@@ -115,28 +116,16 @@ class LLMEngine:
             num_gpu_blocks=str(num_blocks),
             enable_prefix_caching=str(enable_prefix_caching),
         )
+        self._stats = EngineStats(num_blocks=num_blocks)
         self._num_arrived = 0
-        self._num_steps = 0
+        # whether a request has asked for what the indexer chose
+        self._has_watched = False
         self._last_end = 0.0
-        self._computed_prompt_tokens = 0
-        self._prompt_tokens = 0
-        self._generated_tokens = 0
-        self._host_time_s = 0.0
-        self._runner_time_s = 0.0
 
     @property
     def captured_sizes(self) -> tuple[int, ...]:
         """Rows of the decode steps that the runner replays from graphs, ascending."""
         return tuple(getattr(self.runner, "captured_sizes", ()))
-
-    @property
-    def limits(self) -> RequestLimits:
-        """What the engine can ever run."""
-        return self._admission.limits
-
-    def check_form(self, form: StructuredOutputsParams) -> None:
-        """Compile the form of an output unless it is known; see `Admission.check_form`."""
-        self._admission.check_form(form)
 
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Output tokens that a request may have; safe to call from any thread.
@@ -144,11 +133,7 @@ class LLMEngine:
         Raises:
             ValueError: the request can never run; see `Admission.validate`.
         """
-        return self._admission.validate(prompt_token_ids, params)
-
-    def prepare_grammars(self) -> None:
-        """Make now what the first structured output would wait for."""
-        self._admission.grammars.prepare()
+        return self.admission.validate(prompt_token_ids, params)
 
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
@@ -162,11 +147,12 @@ class LLMEngine:
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use; choose another one")
-        group = self._admission.make_requests(
+        group = self.admission.make_requests(
             request_id, prompt_token_ids, params, self._num_arrived
         )
         self._num_arrived += len(group)
-        self._prompt_tokens += len(prompt_token_ids)
+        self._stats.prompt_tokens += len(prompt_token_ids)
+        self._has_watched |= params.return_topk_positions
         self._requests[request_id] = list(group)
         for request in group:
             self._scheduler.add(request)
@@ -178,7 +164,7 @@ class LLMEngine:
     def finish_output(self, request_id: str, index: int) -> list[RequestOutput]:
         """End one of a request's n outputs now, as if the model had; its last state, if it ran."""
         unfinished = self._requests.get(request_id, ())
-        return [self._end(r, "stop") for r in list(unfinished) if r.index == index]
+        return [self._end(r, "stop") for r in list(unfinished) if r.state.index == index]
 
     def is_unfinished(self, request_id: str) -> bool:
         """True while an output of the request waits or runs."""
@@ -200,7 +186,7 @@ class LLMEngine:
         begin = self.clock()
         scheduled = self._scheduler.schedule()
         # nothing runs, so nobody waits for more than the request whose grammar it is
-        while not scheduled and self._admission.grammars.wait():
+        while not scheduled and self.admission.grammars.wait():
             scheduled = self._scheduler.schedule()
         if not scheduled:
             raise RuntimeError(
@@ -212,7 +198,10 @@ class LLMEngine:
         num_prefill_tokens = self._batch.num_prefill_tokens
         num_decode_tokens = self._batch.num_tokens - num_prefill_tokens
         resumed = [r for r in sampling if not r.is_decode] if num_prefill_tokens else []
-        logits = execute(self.runner, sampling, logits_indices)
+        if self._has_watched:
+            logits = self._execute_watched(sampling, logits_indices)
+        else:
+            logits = self.runner.execute_model(logits_indices)
         done = self.clock()
         self._scheduler.complete_step()
         outputs: list[RequestOutput] = []
@@ -221,38 +210,31 @@ class LLMEngine:
         if sampling:
             outputs += self._sample(sampling, logits)
         self.metrics.count_step(num_decode_tokens, resumed)
-        self._computed_prompt_tokens += num_prefill_tokens
-        self._num_steps += 1
-        self._runner_time_s += done - ready
         end = self.clock()
-        self._host_time_s += end - done + ready - begin
+        stats = self._stats
+        stats.num_steps += 1
+        stats.computed_prompt_tokens += num_prefill_tokens
+        stats.runner_time_s += done - ready
+        stats.host_time_s += end - done + ready - begin
         # the token of a decoding request comes after the one of the step before; without such
         # requests, a step may have waited for a grammar before it was ready
         since = self._last_end if num_decode_tokens else ready
-        self._scheduler.step_times.observe(
-            end - since, num_decode_tokens, num_prefill_tokens, self._scheduler.prefill_context
-        )
+        self._scheduler.observe(end - since, num_decode_tokens, num_prefill_tokens)
         self._last_end = end
         return outputs
 
     def stats(self) -> EngineStats:
         """Counters and load now."""
-        blocks = self._blocks
-        return EngineStats(
-            num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting,
-            num_blocks=blocks.num_blocks,
-            num_used_blocks=blocks.num_used,
-            kv_cache_usage=blocks.num_used / blocks.num_blocks,
-            num_steps=self._num_steps,
-            num_preemptions=self._scheduler.num_preemptions,
-            prompt_tokens=self._prompt_tokens,
-            computed_prompt_tokens=self._computed_prompt_tokens,
-            generated_tokens=self._generated_tokens,
-            prefix_cache_queries=self._scheduler.prefix_cache_queries,
-            prefix_cache_hits=self._scheduler.prefix_cache_hits,
-            host_time_s=self._host_time_s,
-            runner_time_s=self._runner_time_s,
+        scheduler, num_used = self._scheduler, self._blocks.num_used
+        return replace(
+            self._stats,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_used_blocks=num_used,
+            kv_cache_usage=num_used / self._blocks.num_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
         )
 
     def _assemble(
@@ -281,14 +263,34 @@ class LLMEngine:
             is_prefill = not (samples and end - begin == 1 and request.output_token_ids)
             last = batch.add_row(request.slot, request.token_ids[begin:end], begin, is_prefill)
             if request.prompt_logprobs is not None:
-                wanted = request.prompt_logprobs.wanted(begin, end)
-                if wanted:
-                    reading.append((request, len(wanted)))
-                    read += [last + 1 - end + position for position in wanted]
+                unread = request.prompt_logprobs.unread(begin, end)
+                if unread:
+                    reading.append((request, len(unread)))
+                    read += [last + 1 - end + position for position in unread]
             if samples:
                 sampling.append(request)
                 sampled.append(last)
         return sampling, reading, np.array(sampled + read, np.int64)
+
+    def _execute_watched(
+        self, sampling: Sequence[Request], logits_indices: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        """Run the step; requests that ask for it get what the indexer chose for their last token.
+
+        Args:
+            sampling: requests of the first rows of `logits_indices`.
+            logits_indices: see RunnerProtocol.
+        """
+        watched = [row for row, r in enumerate(sampling) if r.params.return_topk_positions]
+        if not watched:
+            return self.runner.execute_model(logits_indices)
+        # a runner that `shows_selections`, which admission has checked
+        runner: Any = self.runner
+        logits, selections = runner.execute_watched(logits_indices, logits_indices[watched])
+        for row, layers in zip(watched, selections, strict=True):
+            request = sampling[row]
+            request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
+        return logits
 
     def _read_prompts(
         self,
@@ -320,14 +322,24 @@ class LLMEngine:
         self, sampling: list[Request], logits: npt.NDArray[np.float32]
     ) -> list[RequestOutput]:
         """Give each request its next token."""
-        slots = np.array([request.slot for request in sampling], np.int64)
-        positions = np.array([len(request.output_token_ids) for request in sampling], np.int64)
-        for request in sampling:
-            if self._slot_params[request.slot] != request.arrival:
-                self._slot_params[request.slot] = request.arrival
-                self._sampler.set_slot(request.slot, request.params, request.seed, request.rules)
-        tokens = self._sampler.sample(logits, slots, positions)
-        scores = _score_sampled(sampling, logits, tokens)
+        slots, positions, scored = [], [], []
+        for row, request in enumerate(sampling):
+            slot = request.slot
+            slots.append(slot)
+            positions.append(len(request.output_token_ids))
+            if request.logprobs is not None:
+                scored.append(row)
+            if self._slot_params[slot] != request.arrival:
+                self._slot_params[slot] = request.arrival
+                self._sampler.set_slot(slot, request.params, request.seed, request.rules)
+        tokens = self._sampler.sample(logits, np.array(slots), np.array(positions))
+        scores: list[TokenScore | None] = [None] * len(sampling)
+        scored = [row for row in scored if tokens[row] >= 0] if scored else scored
+        if scored:
+            num_top = [sampling[row].params.logprobs or 0 for row in scored]
+            sampled_scores = score_tokens(logits[scored], tokens[scored], num_top)
+            for row, score in zip(scored, sampled_scores, strict=True):
+                scores[row] = score
         now = time.monotonic()
         outputs = []
         for request, token_id, score in zip(sampling, tokens.tolist(), scores, strict=True):
@@ -336,7 +348,7 @@ class LLMEngine:
                 continue
             text = request.append_token(token_id, now, score)
             outputs.append(request.output([token_id], text))
-            self._generated_tokens += 1
+            self._stats.generated_tokens += 1
             if request.finish_reason is not None:
                 self._drop(request)
         return outputs
@@ -351,7 +363,8 @@ class LLMEngine:
 
     def _fail(self, request: Request, code: int, now: float) -> RequestOutput:
         """End a request without a next token; the others go on."""
-        what = f"output token {len(request.output_token_ids)} of request {request.request_id!r}"
+        position, request_id = len(request.output_token_ids), request.state.request_id
+        what = f"output token {position} of request {request_id!r}"
         reason = "bad_words, min_tokens and the like leave no token that may come; ask for less"
         if request.grammar is not None:
             reason = f"{request.grammar.error or reason}; so it cannot have the form asked for"
@@ -371,22 +384,7 @@ class LLMEngine:
         """Count an ended request and free what it holds."""
         self.metrics.count_end(request)
         self._scheduler.finish(request)
-        unfinished = self._requests[request.request_id]
-        unfinished.remove(request)
-        if not unfinished:
-            del self._requests[request.request_id]
-
-
-def _score_sampled(
-    sampling: list[Request], logits: npt.NDArray[np.float32], tokens: npt.NDArray[np.int64]
-) -> list[TokenScore | None]:
-    """Scores of the sampled tokens; None for requests that want none or have got no token."""
-    scores: list[TokenScore | None] = [None] * len(sampling)
-    rows = [row for row, request in enumerate(sampling) if request.logprobs is not None]
-    if rows:
-        rows = [row for row in rows if tokens[row] >= 0]
-        num_top = [sampling[row].params.logprobs or 0 for row in rows]
-        found = score_tokens(logits[rows], tokens[rows], num_top)
-        for row, score in zip(rows, found, strict=True):
-            scores[row] = score
-    return scores
+        request_id = request.state.request_id
+        self._requests[request_id].remove(request)
+        if not self._requests[request_id]:
+            del self._requests[request_id]

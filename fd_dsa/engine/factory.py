@@ -18,7 +18,7 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
 
     Args:
         config: what is asked for.
-        progress: told of each phase; None keeps it to the log.
+        progress: follows the phases; None = the log alone.
 
     Raises:
         ConfigError: a flag, the folder, its checkpoint or the memory; says which and what to do.
@@ -50,7 +50,7 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
         sampling_defaults=plan.sampling_defaults,
         step_counters=runner.counters,
     )
-    engine.prepare_grammars()
+    engine.admission.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = config.cache_dtype
     return engine
 
@@ -70,17 +70,17 @@ def _load_model(plan: EnginePlan, progress: StartupProgress) -> Any:
     loaders = model.weight_loaders()
     with LoadProgress() as bar:
 
-        def tell(done_bytes: int, total_bytes: int) -> None:
+        def show(done_bytes: int, total_bytes: int) -> None:
             nonlocal num_bytes
             num_bytes = total_bytes
             progress.note(f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}")
             bar(done_bytes, total_bytes)
 
         if plan.config.load_format == "dummy":
-            load_dummy_weights(plan.model_config, loaders, plan.config.seed, tell)
+            load_dummy_weights(plan.model_config, loaders, plan.config.seed, show)
         else:
             with Checkpoint.open(plan.config.model_path) as checkpoint:
-                load_weights(checkpoint, plan.model_config, loaders, tell)
+                load_weights(checkpoint, plan.model_config, loaders, show)
     how = "made up" if plan.config.load_format == "dummy" else "read"
     progress.done(f"{format_bytes(num_bytes)} {how} in {time.perf_counter() - begin:.1f} s")
     return model

@@ -21,6 +21,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import numpy.typing as npt
 
+from fd_dsa.chat.grammar import JSON_SPACE
 from fd_dsa.engine.structured_outputs import Kind, StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.environment import usable_cpus
@@ -42,8 +43,7 @@ _RENEWED_AFTER_TOKENS = 1000
 _RENEWED_AFTER_S = 60.0
 _SHOWN_ERROR_CHARS = 300
 _QUOTATION = re.compile(r"^ *\d+ \| ", re.MULTILINE)
-# between two signs of JSON; without a bound a small model may write spaces until max_tokens
-_JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": "[ \\t\\n\\r]{1,40}"}
+_JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": JSON_SPACE}
 
 
 @dataclass
@@ -125,10 +125,10 @@ class GrammarMatcher:
 
     @property
     def error(self) -> str | None:
-        """Why the grammar cannot be followed any more: it is too complex or has no way on."""
+        """Why the grammar cannot be followed any more: it is too complex, or nothing may follow."""
         if self._failure is not None:
             return self._failure
-        return _told(self._matcher.get_error()) if self._matcher.is_error() else None
+        return _one_line(self._matcher.get_error()) if self._matcher.is_error() else None
 
     def fill_bitmask(self, bitmask: npt.NDArray[np.int32]) -> None:
         """Write bit i % 32 of int32 i // 32 for every token i: 1 = may come.
@@ -244,9 +244,9 @@ class GrammarCompiler:
             ValueError: see `check`.
         """
         key = params.definition()
-        found = None if anew else self._kept(key)
-        if found is not None:
-            return found
+        compiled = None if anew else self._kept(key)
+        if compiled is not None:
+            return compiled
         _check_installed(params.source)
         # not under the lock, which the engine's thread takes too
         matcher = self._compile(*key)
@@ -264,13 +264,13 @@ class GrammarCompiler:
             ValueError: see `check`.
         """
         key = params.definition()
-        found = self._kept(key)
-        if found is None and self._pending is not None and self._pending[1].done():
+        compiled = self._kept(key)
+        if compiled is None and self._pending is not None and self._pending[1].done():
             (done, future), self._pending = self._pending, None
-            found = future.result() if done == key else None
-        if found is None and self._pending is None:
+            compiled = future.result() if done == key else None
+        if compiled is None and self._pending is None:
             self._pending = key, self._worker.submit(self.find, params)
-        return found
+        return compiled
 
     def wait(self) -> bool:
         """Block until the worker has compiled what it is at; False when it is at nothing."""
@@ -282,10 +282,10 @@ class GrammarCompiler:
     def _kept(self, key: _Key) -> CompiledGrammar | None:
         """A compiled grammar that need not be made, which is now the last one asked for."""
         with self._lock:
-            found = self._in_use.get(key)
-            if found is not None:
-                self._keep(key, found)
-            return found
+            compiled = self._in_use.get(key)
+            if compiled is not None:
+                self._keep(key, compiled)
+            return compiled
 
     def _keep(self, key: _Key, compiled: CompiledGrammar) -> None:
         """Note the last grammar asked for, and drop one for it; the caller holds the lock."""
@@ -327,14 +327,14 @@ class GrammarCompiler:
             else:
                 grammar = grammar_from(kind, text)
         except (ValueError, RecursionError) as error:
-            return _told(str(error))
+            return _one_line(str(error))
         matcher = LLMatcher(self._llguidance_tokenizer(), grammar, log_level=0, limits=_limits())
         if not matcher.is_error():
             # what is too complex shows in the first mask at the latest
             buffer = np.zeros_like(self.buffer)
             matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
         if matcher.is_error():
-            return _told(matcher.get_error())
+            return _one_line(matcher.get_error())
         return matcher
 
     def _llguidance_tokenizer(self) -> LLTokenizer:
@@ -386,8 +386,8 @@ def _limits() -> LLParserLimits:
     )
 
 
-def _told(error: str) -> str:
-    """An error of llguidance in one line, without the quotation of the grammar behind it."""
+def _one_line(error: str) -> str:
+    """An error of llguidance in one line, without the quotation of the grammar that follows it."""
     own = _QUOTATION.split(error.replace("<non-verbose/>", ""))[0]
     text = " ".join(own.split())
     return text if len(text) <= _SHOWN_ERROR_CHARS else text[:_SHOWN_ERROR_CHARS] + "..."

@@ -118,7 +118,10 @@ class EngineFacts:
     def of(cls, engine: LLMEngine) -> EngineFacts:
         """The facts of an engine."""
         return cls(
-            engine.limits, engine.max_num_seqs, engine.sampling_defaults, engine.captured_sizes
+            engine.admission.limits,
+            engine.max_num_seqs,
+            engine.sampling_defaults,
+            engine.captured_sizes,
         )
 
 
@@ -165,7 +168,7 @@ class EngineHost:
         """Start without requests."""
         self._engine = engine
         self._emit = emit
-        self._answers = {CHECK_FORM: engine.check_form, **(answers or {})}
+        self._answers = {CHECK_FORM: engine.admission.check_form, **(answers or {})}
         # one: what is computed beside the steps takes one processor
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="fd_dsa-aside")
         self._wake = threading.Condition()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from fd_dsa.chat.answer import AnswerFormat
+from fd_dsa.chat.parser import AnswerFormat
 from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning
 from fd_dsa.chat.template import RESERVED
 from fd_dsa.engine.engine import LLMEngine
@@ -135,7 +135,7 @@ class LLM:
     ) -> list[RequestOutput] | Iterator[RequestOutput]:
         """Answer one conversation or several, through the model's chat template.
 
-        The text of an answer is what the model writes: reasoning and calls stand in it with their
+        The text of an answer is what the model writes: reasoning and calls are in it with their
         markers, and `fd_dsa.chat.parser.OutputParser` takes them apart.
 
         Args:
@@ -271,7 +271,7 @@ def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _special_markers(tokenizer: Tokenizer, has_tools: bool) -> frozenset[int]:
-    """Special tokens that the parts of an answer are told apart by."""
+    """Special tokens that separate the parts of an answer."""
     renderer = tokenizer.chat_renderer
     source = "" if renderer is None else renderer.source
     tool_format = find_tool_format(AUTO, source) if has_tools else None

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.bad_words import BadSequences
+from fd_dsa.engine.bad_words import BadWords
 from fd_dsa.engine.sampling_params import SamplingParams
 
 Float32 = npt.NDArray[np.float32]
@@ -38,7 +38,7 @@ class Grammar(Protocol):
 
 
 class TokenCounts:
-    """How often each token stands in a growing output; tokens of the prompt have a place too.
+    """How often each token is in a growing output; tokens of the prompt have a place too.
 
     Args:
         prompt_token_ids: tokens that are listed from the start, with count 0.
@@ -55,7 +55,7 @@ class TokenCounts:
         self._num_read = 0
 
     def update(self) -> tuple[Int64, Float64]:
-        """Token ids, distinct, and how often each stands in the output now."""
+        """Token ids, distinct, and how often each is in the output now."""
         for token_id in self._output[self._num_read :]:
             place = self._place_of.setdefault(token_id, len(self._place_of))
             if place >= len(self._ids):
@@ -92,7 +92,7 @@ class LogitRules:
         params: SamplingParams,
         prompt_token_ids: Sequence[int],
         output_token_ids: list[int],
-        bad: BadSequences | None = None,
+        bad: BadWords | None = None,
         end_token_ids: Iterable[int] = (),
         grammar: Grammar | None = None,
     ) -> None:
@@ -110,8 +110,9 @@ class LogitRules:
         bias = params.logit_bias or {}
         self.bias_ids = np.array(list(bias), np.int64)
         self.bias = np.array(list(bias.values()), np.float64)
-        self._bad = bad or BadSequences()
-        self._banned = np.array([*self._bad.single, *(params.bad_words_token_ids or ())], np.int64)
+        self._bad = bad
+        single = () if bad is None else bad.single
+        self._banned = np.array([*single, *(params.bad_words_token_ids or ())], np.int64)
         self._output = output_token_ids
         self._min_tokens = params.min_tokens
         self._end_ids = np.array(sorted(end_token_ids), np.int64)
@@ -124,8 +125,7 @@ class LogitRules:
         is_complete = self.grammar is not None and self.grammar.is_finished
         if len(output) < self._min_tokens and not is_complete:
             banned.append(self._end_ids)
-        last = self._bad.completing(output)
-        if last:
+        if self._bad is not None and (last := self._bad.completing(output)):
             banned.append(np.array(last, np.int64))
         return banned[0] if len(banned) == 1 else np.concatenate(banned)
 
@@ -149,7 +149,7 @@ def apply_rules(logits: Float32, rules: Sequence[LogitRules]) -> None:
     constrained = [row for row, rule in enumerate(rules) if rule.grammar is not None]
     if constrained:
         _apply_grammars(logits, rules, np.array(constrained))
-    # behind the masks, which may find that a grammar is complete
+    # after the masks, which may find that a grammar is complete
     rows, ids = _flat([rule.banned_ids() for rule in rules])
     logits[rows, ids] = -np.inf
 

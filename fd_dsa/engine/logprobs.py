@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.detokenizer import IncrementalDetokenizer
-from fd_dsa.engine.top_candidates import candidate_keys, key_ids, key_logits
+from fd_dsa.engine.detokenizer import Detokenizer
+from fd_dsa.engine.draws import lower_bound
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -89,24 +89,18 @@ def _score_group(
     chosen = logits[np.arange(len(logits)), token_ids]
     ranks = (logits > chosen[:, None]).sum(axis=1) + 1
     logprobs = chosen - norm
-    wanted = [num_top[row] for row in usable.tolist()]
-    top_ids, top_logprobs = _likeliest(logits, norm, max(wanted))
-    for i, row in enumerate(usable.tolist()):
-        k = wanted[i]
-        top = tuple(zip(top_ids[i, :k].tolist(), top_logprobs[i, :k].tolist(), strict=True))
+    counts = [num_top[row] for row in usable.tolist()]
+    bounds = lower_bound(logits, max(counts)) if any(counts) else largest
+    for i, (row, count) in enumerate(zip(usable.tolist(), counts, strict=True)):
+        top: tuple[tuple[int, float], ...] = ()
+        if count:
+            ids = np.flatnonzero(logits[i] >= bounds[i])
+            # stable, so that ties go to the lower id
+            ids = ids[np.argsort(-logits[i, ids], kind="stable")[:count]]
+            top_logprobs = logits[i, ids].astype(np.float64) - norm[i]
+            top = tuple(zip(ids.tolist(), top_logprobs.tolist(), strict=True))
         scores[row] = TokenScore(float(logprobs[i]), int(ranks[i]), top)
     return scores
-
-
-def _likeliest(
-    logits: Float32, norm: npt.NDArray[np.float64], width: int
-) -> tuple[Int64, npt.NDArray[np.float64]]:
-    """The `width` likeliest tokens of each row, or all, and their log-probabilities."""
-    if width == 0:
-        return np.empty((len(logits), 0), np.int64), np.empty((len(logits), 0))
-    keys, _ = candidate_keys(logits, width)
-    best = np.sort(keys, axis=1)[:, : min(width, logits.shape[1])]
-    return key_ids(best), key_logits(best) - norm[:, None]
 
 
 class OutputLogprobs:
@@ -164,9 +158,7 @@ class PromptLogprobs:
         detokenizer: for the offsets; used by nobody else, and at the start of the prompt.
     """
 
-    def __init__(
-        self, token_ids: list[int], num_top: int, detokenizer: IncrementalDetokenizer
-    ) -> None:
+    def __init__(self, token_ids: list[int], num_top: int, detokenizer: Detokenizer) -> None:
         """The entry of the first token is there from the start."""
         self.entries: list[TokenLogprobs | None] = [None]
         self._token_ids = token_ids
@@ -176,15 +168,15 @@ class PromptLogprobs:
 
     @property
     def is_complete(self) -> bool:
-        """True when no logits of the prompt are wanted any more."""
+        """True when all tokens of the prompt are scored."""
         return len(self.entries) == len(self._token_ids)
 
-    def wanted(self, begin: int, end: int) -> range:
-        """Tokens of [begin, end) whose logits are wanted; they score the token behind."""
+    def unread(self, begin: int, end: int) -> range:
+        """Tokens of [begin, end) whose logits are needed; each scores the next token."""
         return range(max(begin, len(self.entries) - 1), min(end, len(self._token_ids) - 1))
 
     def read(self, logits: Float32) -> bool:
-        """Take the logits of the wanted tokens, float32 [n, vocab_size]; False: not finite."""
+        """Take the logits of the `unread` tokens, float32 [n, vocab_size]; False: not finite."""
         begin = len(self.entries)
         following = self._token_ids[begin : begin + len(logits)]
         ids = np.array(following, np.int64)

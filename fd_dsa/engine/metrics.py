@@ -1,7 +1,7 @@
 """What happened to requests: counts and times, for whoever watches the engine.
 
 Nothing is done for each token: requests that decode have all got their token at the end of the
-step before, so one interval stands for all of them.
+step before, so one interval counts for all of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EngineMetrics:
 
     Attributes:
         finished: ended requests by finish_reason.
-        cache_config: what is told of the caches, by name.
+        cache_config: properties of the caches, by name.
     """
 
     def __init__(self, max_model_len: int, steps: StepCounters | None = None) -> None:
@@ -73,22 +73,22 @@ class EngineMetrics:
         for request in resumed:
             if request.preempted_time is not None and len(request.output_token_ids) > 1:
                 self.inter_token_latency.observe(now - request.preempted_time)
-            elif request.first_token_time is not None:
-                self.time_to_first_token.observe(request.first_token_time - request.arrival_time)
+            elif (first := request.state.first_token_time) is not None:
+                self.time_to_first_token.observe(first - request.state.arrival_time)
         self._last_step_time = now
 
     def count_end(self, request: Request) -> None:
         """Count a request that has ended, for whatever reason."""
-        if request.finish_reason is None or request.finish_time is None:
-            raise ValueError(f"request {request.request_id!r} has not ended")
-        arrival, end = request.arrival_time, request.finish_time
+        state = request.state
+        arrival, first, end = state.arrival_time, state.first_token_time, state.finish_time
+        if request.finish_reason is None or end is None:
+            raise ValueError(f"request {state.request_id!r} has not ended")
         started = end if request.scheduled_time is None else request.scheduled_time
-        first = request.first_token_time
         self.finished[request.finish_reason] += 1
         self.e2e_request_latency.observe(end - arrival)
         self.request_queue_time.observe(started - arrival)
-        self.request_prompt_tokens.observe(len(request.prompt_token_ids))
-        self.request_generation_tokens.observe(len(request.output_token_ids))
+        self.request_prompt_tokens.observe(len(state.prompt_token_ids))
+        self.request_generation_tokens.observe(len(state.token_ids))
         if first is not None:
             self.request_prefill_time.observe(first - started)
             self.request_decode_time.observe(end - first)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.logprobs import OutputLogprobs, TokenLogprobs
+from fd_dsa.engine.logprobs import TokenLogprobs
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -33,131 +33,109 @@ class TopkPositions:
     layers: Sequence[npt.NDArray[np.int64]]
 
 
-class RequestOutput:
-    """State of one output of a request after one step; stays valid after later steps.
+@dataclass(slots=True, eq=False)
+class OutputState:
+    """All that is known of one output of a request; it grows from step to step.
 
     Attributes:
         request_id: name given by the caller.
         index: which of the request's n outputs.
         prompt_token_ids: the prompt; not to be changed.
-        token_ids: all output tokens so far, an end-of-sequence token included.
-        text: all output text so far; the concatenation of every `new_text`.
+        token_ids: of the output, an end-of-sequence token included.
+        pieces: text of the output, one entry for each step that added some.
+        logprobs: scores of the tokens whose text is shown; None unless asked for.
+        prompt_logprobs: scores of the prompt's tokens, None for the first one; None until the
+            prompt is read, and unless asked for.
+        num_cached_tokens: leading prompt tokens that were not computed for this request, because
+            the blocks of earlier ones hold them.
+        arrival_time, first_token_time, finish_time: seconds of time.monotonic(); None when not
+            reached yet.
+    """
+
+    request_id: str
+    index: int
+    prompt_token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
+    arrival_time: float = 0.0
+    first_token_time: float | None = None
+    finish_time: float | None = None
+
+
+class RequestOutput:
+    """One output of a request after one step; stays valid after later steps.
+
+    Beside what is listed here it has the attributes of `OutputState` as they were after the step,
+    with `text`, all text so far, in the place of `pieces`.
+
+    Attributes:
         new_token_ids: tokens added by this step.
         new_text: text added by this step; may be empty while a character or a possible stop
             string is incomplete.
+        new_logprobs: scores that this step has shown.
         finish_reason: None while running; "stop" end-of-sequence or stop string, "length"
             max_tokens reached, "abort" ended from outside, "error" see `error`.
         stop_reason: the stop string or the token id which ended the request.
         error: what went wrong with this request alone: its logits were not finite, or
             `ConstraintError`.
-        num_cached_tokens: leading prompt tokens that were not computed for this request, because
-            the blocks of earlier ones hold them.
-        logprobs: scores of the output tokens whose text is shown, None unless asked for.
-        new_logprobs: those of them that this step has shown.
-        prompt_logprobs: scores of the prompt's tokens, None for the first one; None until the
-            prompt is read, and unless asked for.
-        topk_positions: what the indexer chose for the token behind which the last one was drawn;
+        topk_positions: what the indexer chose for the token from which the last one was drawn;
             in the last state alone, and None unless asked for.
-        arrival_time, first_token_time, finish_time: seconds of time.monotonic(); None when
-            not reached yet.
+        num_tokens: length of `token_ids`.
 
-    Cost: constant in the length of the output. `token_ids` and a `text` given in pieces may be
-    the request's own growing lists, and so are the entries of `logprobs`; only their length at
-    this step is kept, and the properties cut them when they are read.
+    Cost: constant in the length of the output. The state's lists are shared and grow; only their
+    lengths at this step are kept, and the properties cut the lists when they are read.
     """
-
-    __slots__ = (
-        "_logprobs",
-        "_num_logprobs",
-        "_num_pieces",
-        "_num_tokens",
-        "_pieces",
-        "_token_ids",
-        "arrival_time",
-        "error",
-        "finish_reason",
-        "finish_time",
-        "first_token_time",
-        "index",
-        "new_logprobs",
-        "new_text",
-        "new_token_ids",
-        "num_cached_tokens",
-        "prompt_logprobs",
-        "prompt_token_ids",
-        "request_id",
-        "stop_reason",
-        "topk_positions",
-    )
 
     def __init__(
         self,
-        request_id: str,
-        prompt_token_ids: list[int],
-        token_ids: list[int],
-        text: str | list[str],
+        state: OutputState,
         new_token_ids: list[int],
         new_text: str,
+        new_logprobs: Sequence[TokenLogprobs] = (),
         finish_reason: FinishReason | None = None,
         stop_reason: str | int | None = None,
-        arrival_time: float = 0.0,
-        first_token_time: float | None = None,
-        finish_time: float | None = None,
         error: RuntimeError | None = None,
-        num_cached_tokens: int = 0,
-        index: int = 0,
-        logprobs: OutputLogprobs | None = None,
-        new_logprobs: Sequence[TokenLogprobs] = (),
-        prompt_logprobs: list[TokenLogprobs | None] | None = None,
         topk_positions: TopkPositions | None = None,
     ) -> None:
-        """Keep the values; lists are shared, not copied."""
-        self.request_id = request_id
-        self.index = index
-        self.prompt_token_ids = prompt_token_ids
+        """Keep the state as it is now, with what is new."""
+        self._state = state
+        self.request_id = state.request_id
+        self.index = state.index
+        self.prompt_token_ids = state.prompt_token_ids
+        self.prompt_logprobs = state.prompt_logprobs
+        self.num_cached_tokens = state.num_cached_tokens
+        self.arrival_time = state.arrival_time
+        self.first_token_time = state.first_token_time
+        self.finish_time = state.finish_time
+        self.num_tokens = len(state.token_ids)
+        self._num_pieces = len(state.pieces)
+        self._num_logprobs = len(state.logprobs or ())
         self.new_token_ids = new_token_ids
         self.new_text = new_text
+        self.new_logprobs = new_logprobs
         self.finish_reason = finish_reason
         self.stop_reason = stop_reason
-        self.arrival_time = arrival_time
-        self.first_token_time = first_token_time
-        self.finish_time = finish_time
         self.error = error
-        self.num_cached_tokens = num_cached_tokens
-        self.new_logprobs = new_logprobs
-        self.prompt_logprobs = prompt_logprobs
         self.topk_positions = topk_positions
-        self._logprobs = logprobs
-        self._num_logprobs = 0 if logprobs is None else len(logprobs.shown)
-        self._token_ids = token_ids
-        self._num_tokens = len(token_ids)
-        self._pieces = [text] if isinstance(text, str) else text
-        self._num_pieces = len(self._pieces)
 
     @property
     def token_ids(self) -> list[int]:
         """All output tokens so far."""
-        return self._token_ids[: self._num_tokens]
-
-    @property
-    def num_tokens(self) -> int:
-        """Length of `token_ids`."""
-        return self._num_tokens
+        return self._state.token_ids[: self.num_tokens]
 
     @property
     def text(self) -> str:
         """All output text so far."""
-        return "".join(self._pieces[: self._num_pieces])
+        return "".join(self._state.pieces[: self._num_pieces])
 
     @property
     def logprobs(self) -> list[TokenLogprobs] | None:
         """Scores of the output tokens whose text is shown."""
-        return None if self._logprobs is None else self._logprobs.shown[: self._num_logprobs]
-
-    @property
-    def has_logprobs(self) -> bool:
-        """True where scores of the output were asked for."""
-        return self._logprobs is not None
+        shown = self._state.logprobs
+        return None if shown is None else shown[: self._num_logprobs]
 
     @property
     def finished(self) -> bool:
@@ -168,6 +146,6 @@ class RequestOutput:
         """Short form for logs and the interactive prompt."""
         return (
             f"RequestOutput(request_id={self.request_id!r}, index={self.index}, "
-            f"text={self.text!r}, num_tokens={self._num_tokens}, "
+            f"text={self.text!r}, num_tokens={self.num_tokens}, "
             f"finish_reason={self.finish_reason!r})"
         )

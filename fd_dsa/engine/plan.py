@@ -180,15 +180,15 @@ def _prepare_paddle() -> None:
 def _check_version(name: str) -> None:
     """Refuse a release of Paddle that is too old; builds from source, 0.0.0, pass."""
     try:
-        found = version(name)
+        installed = version(name)
     except PackageNotFoundError:
         return
-    numbers = tuple(int(word) for word in found.split(".")[:2] if word.isdigit())
+    numbers = tuple(int(word) for word in installed.split(".")[:2] if word.isdigit())
     if numbers != (0, 0) and numbers < _OLDEST_PADDLE:
-        wanted = ".".join(map(str, _OLDEST_PADDLE))
+        oldest = ".".join(map(str, _OLDEST_PADDLE))
         raise BackendUnavailable(
-            f"{name} {found} is too old, fd_dsa needs {wanted} or newer; "
-            f"pip install --upgrade '{name}>={wanted}' (for a GPU from Paddle's own package index)"
+            f"{name} {installed} is too old, fd_dsa needs {oldest} or newer; "
+            f"pip install --upgrade '{name}>={oldest}' (for a GPU from Paddle's own package index)"
         )
 
 

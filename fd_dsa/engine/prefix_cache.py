@@ -31,7 +31,7 @@ class BlockKeys:
         """Hash nothing but the salt."""
         self._token_ids = token_ids
         self._block_size = block_size
-        # no text has the digest that stands for no salt
+        # without a salt; no text has this digest
         self._root = bytes(32) if cache_salt is None else _sha256(_utf8(cache_salt))
         self._keys: list[bytes] = []
 
@@ -63,7 +63,7 @@ class PrefixCache:
     """
 
     def __init__(self) -> None:
-        """Nothing can be found at first."""
+        """An empty table."""
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         # blocks of the table that nobody owns, the next to go first
@@ -76,13 +76,13 @@ class PrefixCache:
 
     def find(self, keys: BlockKeys, num_blocks: int) -> list[int]:
         """The blocks of the longest beginning of `keys` that is here, at most `num_blocks`."""
-        found: list[int] = []
+        blocks: list[int] = []
         for index in range(num_blocks):
             block = self._block_of.get(keys[index])
             if block is None:
                 break
-            found.append(block)
-        return found
+            blocks.append(block)
+        return blocks
 
     def put(self, key: bytes, block: int) -> None:
         """Make an owned block findable, unless another one with the same tokens is."""
@@ -91,7 +91,7 @@ class PrefixCache:
             self._key_of[block] = key
 
     def claim(self, block: int) -> None:
-        """A found block has an owner again, or one more."""
+        """A block that was looked up has an owner again, or one more."""
         self._unowned.pop(block, None)
 
     def keep(self, block: int) -> bool:
@@ -108,7 +108,7 @@ class PrefixCache:
         return block
 
     def clear(self) -> list[int]:
-        """Let nothing be found; returns the blocks without an owner."""
+        """Empty the table; returns the blocks without an owner."""
         blocks = list(self._unowned)
         self._unowned.clear()
         self._block_of.clear()

@@ -40,11 +40,6 @@ def derive_seed(engine_seed: int, arrival: int) -> int:
     return int(_mix(base + step)[0])
 
 
-def as_seed(seed: int) -> int:
-    """Any integer seed as one in [0, 2**64)."""
-    return seed & _MASK
-
-
 def _mix(state: UInt64) -> UInt64:
     """SplitMix64's output function; arrays of uint64 wrap around silently."""
     state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_1)

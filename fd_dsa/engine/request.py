@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 
-from fd_dsa.engine.detokenizer import IncrementalDetokenizer, StopChecker
+from fd_dsa.engine.detokenizer import Detokenizer, StopChecker
 from fd_dsa.engine.grammar import GrammarMatcher
 from fd_dsa.engine.logit_rules import LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenLogprobs, TokenScore
-from fd_dsa.engine.output import FinishReason, RequestOutput, TopkPositions
+from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput, TopkPositions
 from fd_dsa.engine.prefix_cache import BlockKeys
 from fd_dsa.engine.sampling_params import SamplingParams
 
@@ -19,49 +19,42 @@ class Request:
     """A request from its arrival to its end; one with n > 1 is a group of n such objects.
 
     Attributes:
-        index: which output of its group.
+        state: what callers see of the output.
         group: all of the group in order, this one included.
         arrival: number of the object, counted from 0; the order of service.
         block_owner: its name in the block manager.
         max_tokens: output tokens allowed, already resolved against the context.
         end_token_ids: tokens that end the output.
+        output_token_ids: the list of the state.
         token_ids: prompt and output so far; what must be in the cache before the next token.
         num_computed_tokens: leading tokens of `token_ids` whose keys are in the cache.
         num_scheduled_tokens: tokens of the step being prepared.
-        num_cached_tokens: prompt tokens that others had computed when the request first ran;
-            None before.
         block_keys: names of the full blocks of `token_ids` in the prefix cache.
         slot: row of the input batch; -1 while waiting.
         scheduled_time, preempted_time: when it first got a row, and last lost one; seconds of
             time.monotonic(), None before.
-        pieces: emitted text, one entry for each step that emitted some.
         logprobs: scores of the output; None = not asked for.
         new_logprobs: scores shown by this step.
         prompt_logprobs: scores of the prompt; None = not asked for.
         topk_positions: what the indexer chose in the latest step that sampled; likewise.
-        grammar: where the output stands in its form; None = it may have any.
+        grammar: how far the output is in its form; None = it may have any.
         rules: what happens to the logits before a token is drawn; None = nothing.
     """
 
-    request_id: str
-    prompt_token_ids: list[int]
+    state: OutputState
     params: SamplingParams
     max_tokens: int
     end_token_ids: frozenset[int]
     arrival: int
-    arrival_time: float
     seed: int
-    detokenizer: IncrementalDetokenizer
+    detokenizer: Detokenizer
     stop_checker: StopChecker | None
     block_size: InitVar[int]
-    index: int = 0
     group: list[Request] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    output_token_ids: list[int] = field(default_factory=list)
-    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(init=False)
+    output_token_ids: list[int] = field(init=False)
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
-    num_cached_tokens: int | None = None
     block_keys: BlockKeys = field(init=False)
     block_owner: str = field(init=False)
     logprobs: OutputLogprobs | None = None
@@ -73,14 +66,13 @@ class Request:
     slot: int = -1
     scheduled_time: float | None = None
     preempted_time: float | None = None
-    first_token_time: float | None = None
-    finish_time: float | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
 
     def __post_init__(self, block_size: int) -> None:
         """Start with the prompt as the tokens to compute."""
-        self.token_ids = list(self.prompt_token_ids)
+        self.token_ids = list(self.state.prompt_token_ids)
+        self.output_token_ids = self.state.token_ids
         self.block_owner = str(self.arrival)
         self.block_keys = BlockKeys(self.token_ids, block_size, self.params.cache_salt)
 
@@ -102,7 +94,7 @@ class Request:
 
     @property
     def wants_prompt_logits(self) -> bool:
-        """True while logits of prompt tokens are wanted, so that none may come from the cache."""
+        """True while prompt tokens are to be scored, so that none may come from the cache."""
         return self.prompt_logprobs is not None and not self.prompt_logprobs.is_complete
 
     def append_token(self, token_id: int, now: float, score: TokenScore | None = None) -> str:
@@ -110,8 +102,8 @@ class Request:
 
         `score` is of the token, where scores are asked for.
         """
-        if self.first_token_time is None:
-            self.first_token_time = now
+        if self.state.first_token_time is None:
+            self.state.first_token_time = now
         self.token_ids.append(token_id)
         self.output_token_ids.append(token_id)
         if token_id in self.end_token_ids and not self._must_go_on:
@@ -139,7 +131,7 @@ class Request:
         """Mark the request as ended."""
         self.finish_reason = reason
         self.stop_reason = stop_reason
-        self.finish_time = now
+        self.state.finish_time = now
 
     def take_text(self, text: str, now: float) -> str:
         """What of the decoded text may be shown now; all that is held back once it has ended.
@@ -157,7 +149,7 @@ class Request:
             elif self.finish_reason is not None:
                 text += self.stop_checker.flush()
         if text:
-            self.pieces.append(text)
+            self.state.pieces.append(text)
         if self.logprobs is not None:
             is_finished = self.finish_reason is not None
             self.new_logprobs = self.logprobs.show(len(text), is_finished, is_cut)
@@ -166,28 +158,18 @@ class Request:
     def output(
         self, new_token_ids: list[int], new_text: str, error: RuntimeError | None = None
     ) -> RequestOutput:
-        """The state as the caller sees it."""
+        """What the caller sees after a step."""
         # the first of a group reads the prompt's scores for all
         prompt_scores = self.group[0].prompt_logprobs
-        if prompt_scores is not None and not prompt_scores.is_complete:
-            prompt_scores = None
+        if prompt_scores is not None and prompt_scores.is_complete:
+            self.state.prompt_logprobs = prompt_scores.entries
         return RequestOutput(
-            self.request_id,
-            self.prompt_token_ids,
-            self.output_token_ids,
-            self.pieces,
+            self.state,
             new_token_ids,
             new_text,
+            self.new_logprobs,
             self.finish_reason,
             self.stop_reason,
-            self.arrival_time,
-            self.first_token_time,
-            self.finish_time,
             error,
-            self.num_cached_tokens or 0,
-            self.index,
-            self.logprobs,
-            self.new_logprobs,
-            None if prompt_scores is None else prompt_scores.entries,
             self.topk_positions if self.finish_reason is not None else None,
         )

@@ -5,17 +5,15 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draws import UNUSABLE, Draws, draw_tokens, rows_of
+from fd_dsa.engine.draws import DRAW, draw_tokens, rows_of
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
-from fd_dsa.engine.random_uniform import as_seed, uniforms
+from fd_dsa.engine.random_uniform import uniforms
+from fd_dsa.engine.row_draw import NOT_FINITE, RowDraw
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops._host import Scratch
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
-
-NOT_FINITE = -1
-"""Instead of a token where the logits of a row hold NaN or +inf, or nothing but -inf."""
 
 NO_TOKEN = -2
 """Instead of a token where the rules of a row's request leave none."""
@@ -40,26 +38,24 @@ class Sampler:
 
     def __init__(self, max_num_seqs: int) -> None:
         """Allocate the parameters."""
-        self._temperature = np.ones(max_num_seqs, np.float64)
-        self._top_k = np.zeros(max_num_seqs, np.int64)
-        self._top_p = np.ones(max_num_seqs, np.float64)
-        self._min_p = np.zeros(max_num_seqs, np.float64)
+        self._draws = np.zeros(max_num_seqs, DRAW)
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._is_random = np.zeros(max_num_seqs, bool)
         self._is_ruled = np.zeros(max_num_seqs, bool)
         self._rules: list[LogitRules | None] = [None] * max_num_seqs
+        self._row_draw: RowDraw | None = None
         self._scratch = Scratch()
 
     def set_slot(
         self, slot: int, params: SamplingParams, seed: int, rules: LogitRules | None = None
     ) -> None:
         """Parameters of the request that has taken a slot, and its rules if it has any."""
-        self._temperature[slot] = min(params.temperature, _HOTTEST)
+        temperature = min(params.temperature, _HOTTEST)
         # a count beyond every vocabulary keeps everything, and so does "off"
-        self._top_k[slot] = min(max(params.top_k, 0), 2**31)
-        self._top_p[slot] = params.top_p
-        self._min_p[slot] = params.min_p
-        self._seeds[slot] = as_seed(seed)
+        top_k = min(max(params.top_k, 0), 2**31)
+        # the row and the random number change from step to step
+        self._draws[slot] = (0, temperature, params.min_p, top_k, params.top_p, 0.0)
+        self._seeds[slot] = seed % 2**64
         self._is_random[slot] = params.temperature >= _GREEDY_BELOW
         self._is_ruled[slot] = rules is not None
         self._rules[slot] = rules
@@ -96,25 +92,21 @@ class Sampler:
         self, logits: Float32, slots: Int64, positions: Int64, is_drawn: npt.NDArray[np.bool_]
     ) -> Int64:
         """Drawn tokens of some rows, the largest logit's of the others; no rules."""
-        tokens = np.full(len(logits), NOT_FINITE, np.int64)
-        others, drawn = np.flatnonzero(~is_drawn), np.flatnonzero(is_drawn)
-        if len(others):
-            rows = rows_of(logits, others)
+        tokens = np.empty(len(logits), np.int64)
+        tokens.fill(NOT_FINITE)
+        (greedy,), (drawn,) = (~is_drawn).nonzero(), is_drawn.nonzero()
+        if len(greedy):
+            rows = rows_of(logits, greedy)
             best = rows.argmax(axis=1)
             # argmax stops at a NaN, so the largest value tells whether the row is usable
             usable = np.isfinite(rows[np.arange(len(rows)), best])
-            tokens[others[usable]] = best[usable]
+            tokens[greedy[usable]] = best[usable]
         if len(drawn):
             slots = slots[drawn]
-            top_k = self._top_k[slots]
-            draws = Draws(
-                rows=drawn,
-                temperature=self._temperature[slots],
-                min_p=self._min_p[slots],
-                top_k=np.where(top_k < logits.shape[1], top_k, 0),
-                top_p=self._top_p[slots],
-                uniform=uniforms(self._seeds[slots], positions[drawn]),
-            )
-            found = draw_tokens(logits, draws, self._scratch)
-            tokens[drawn] = np.where(found == UNUSABLE, NOT_FINITE, found)
+            draws = self._draws[slots]
+            draws["row"] = drawn
+            draws["uniform"] = uniforms(self._seeds[slots], positions[drawn])
+            if self._row_draw is None or self._row_draw.vocab_size != logits.shape[1]:
+                self._row_draw = RowDraw(logits.shape[1])
+            tokens[drawn] = draw_tokens(logits, draws, self._row_draw, self._scratch)
         return tokens

@@ -21,6 +21,32 @@ MAX_BAD_WORD_CHARS = 32_768
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_TOKEN_ID = 2**31 - 1
+# smallest and largest value of each field
+_NUMBERS = {
+    "temperature": (0.0, math.inf),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.0, math.inf),
+}
+_INTEGERS: dict[str, tuple[int, int | None]] = {
+    "n": (1, MAX_CHOICES),
+    "top_k": (-1, None),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+    "seed": (SEED_MIN, SEED_MAX),
+    "max_tokens": (1, None),
+    "min_tokens": (0, None),
+}
+_OPTIONAL = ("logprobs", "prompt_logprobs", "seed", "max_tokens")
+_FLAGS = (
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "skip_reading_prefix_cache",
+    "return_topk_positions",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +72,7 @@ class SamplingParams:
         bad_words: texts whose tokens, with and without a space in front, never come in a row.
         bad_words_token_ids: token ids that never come.
         min_tokens: before so many output tokens nothing ends the output: end-of-sequence and
-            stop_token_ids cannot be drawn, and stop strings are looked for behind them.
+            stop_token_ids cannot be drawn, and stop strings are looked for after them.
         max_tokens: output tokens, >= 1; None = whatever is left of the context.
         stop: a string or several; the output ends before the first one that is completed.
         stop_token_ids: tokens that end the output.
@@ -65,7 +91,7 @@ class SamplingParams:
             what is computed can be found by later ones.
         kept_special_token_ids: special tokens that stay in the text, which leaves out the others:
             those that a parser of the caller looks for.
-        return_topk_positions: tell at the end which positions the indexer chose for the last
+        return_topk_positions: report at the end which positions the indexer chose for the last
             token; on a CPU alone.
 
     Raises:
@@ -101,23 +127,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        _check_int("n", self.n, 1, MAX_CHOICES)
-        _check_float("temperature", self.temperature, 0.0, math.inf)
-        for name in ("top_p", "min_p"):
-            _check_float(name, getattr(self, name), 0.0, 1.0)
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check_float(name, getattr(self, name), -2.0, 2.0)
-        _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
+        for name, (low, high) in _NUMBERS.items():
+            _check_float(name, getattr(self, name), low, high)
         if self.repetition_penalty == 0:
             raise ValueError("repetition_penalty is 0; it must be a number > 0")
-        _check_int("top_k", self.top_k, -1, None)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 0, MAX_LOGPROBS)
-        if self.seed is not None:
-            _check_int("seed", self.seed, SEED_MIN, SEED_MAX)
-        flags = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
-        for name in (*flags, "skip_reading_prefix_cache", "return_topk_positions"):
+        for name, (least, most) in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                _check_int(name, value, least, most)
+        for name in _FLAGS:
             _check_bool(name, getattr(self, name))
         for token_id in self.kept_special_token_ids:
             _check_int("kept_special_token_ids", token_id, 0, None)
@@ -133,25 +151,18 @@ class SamplingParams:
             raise ValueError(
                 f"structured_outputs is {form!r}; it must be a StructuredOutputsParams"
             )
-        self._check_ends()
-        self._check_tokens()
-
-    def _check_ends(self) -> None:
-        """What ends the output."""
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, None)
-        _check_int("min_tokens", self.min_tokens, 0, None)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens is {self.min_tokens}; it must be at most max_tokens, which is "
                 f"{self.max_tokens}"
             )
-        if self.stop is not None and not isinstance(self.stop, (str, Sequence)):
-            raise ValueError(f"stop is {self.stop!r}; it must be a string or a list of strings")
-        _check_texts("stop", self.stop_strings, MAX_STOP_STRINGS, MAX_STOP_CHARS)
+        self._check_tokens()
 
     def _check_tokens(self) -> None:
         """Tokens and texts that are treated apart."""
+        if self.stop is not None and not isinstance(self.stop, (str, Sequence)):
+            raise ValueError(f"stop is {self.stop!r}; it must be a string or a list of strings")
+        _check_texts("stop", self.stop_strings, MAX_STOP_STRINGS, MAX_STOP_CHARS)
         for name in ("stop_token_ids", "bad_words_token_ids"):
             _check_token_ids(name, getattr(self, name))
         if self.bad_words is not None:

@@ -41,12 +41,12 @@ class Scheduler:
           arrival. So every running request has arrived before every waiting one.
         - A request whose grammar is being compiled, in another thread, is not admitted, nor are
           those after it: within 0.2 s they are, and running ones go on.
-        - The outputs of one request arrive one behind the other. While one of them computes the
-          prompt the next ones, and all behind them, are not admitted; then they take its blocks.
+        - The outputs of one request arrive one after the other. While one of them computes the
+          prompt the next ones, and all after them, are not admitted; then they take its blocks.
         - Tokens whose blocks are cached count as computed when a request is admitted, for the
           first time or after it was preempted.
         - A step gives at most `max_num_seqs` rows of logits: one for each row of the batch, and
-          what is left to prompts whose logits are wanted, which are read in chunks of so many.
+          what is left to prompts that are scored, which are read in chunks of so many.
         - Only decoding needs further blocks. When none is free, the latest running request is
           preempted: it gives its blocks and row back and is computed anew later. The earliest
           one can thus always go on, and since no request needs more blocks than there are (the
@@ -61,8 +61,6 @@ class Scheduler:
 
     Attributes:
         is_decode_only: whether all requests of the step scheduled last decode.
-        step_times: measured step times; the engine adds to them.
-        prefill_context: tokens before each prompt token of that step, on average.
     """
 
     def __init__(
@@ -76,14 +74,15 @@ class Scheduler:
         """Start without requests."""
         self.num_preemptions = 0
         self.is_decode_only = False
-        self.prefill_context = 0
-        self.step_times = StepTimes(max_num_seqs, max_num_batched_tokens)
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self._blocks = blocks
         self._tables = tables
         self._max_num_batched_tokens = max_num_batched_tokens
         self._target_gap_s = target_gap_s
+        self._step_times = StepTimes(max_num_seqs, max_num_batched_tokens) if target_gap_s else None
+        # tokens before each prompt token of the step, on average
+        self._prefill_context = 0
         self._free_slots = list(range(max_num_seqs))
         # dicts by arrival number, in order of arrival
         self._running: dict[int, Request] = {}
@@ -127,10 +126,15 @@ class Scheduler:
         budget = self._schedule_decode(decoding, self._max_num_batched_tokens)
         self._num_decoding = len(self._scheduled)
         self._spare_logits = len(self._free_slots)
-        budget = self._schedule_prefill(prefilling, budget)
-        self._admit(budget)
+        for request in prefilling:
+            # a decoding request may have preempted it just now
+            if budget and request.slot >= 0:
+                budget = self._take(request, budget)
+        if self._waiting:
+            self._admit(budget)
         self.is_decode_only = len(self._scheduled) == self._num_decoding
-        self.prefill_context = _mean_context(self._scheduled[self._num_decoding :])
+        if self._step_times is not None and not self.is_decode_only:
+            self._prefill_context = _mean_context(self._scheduled[self._num_decoding :])
         self._scheduled.sort(key=_slot)
         return self._scheduled
 
@@ -144,6 +148,13 @@ class Scheduler:
                 self._blocks.cache_full_blocks(
                     request.block_owner, request.block_keys, before + num_new
                 )
+
+    def observe(self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int) -> None:
+        """Learn from the time of the step that has run how long later ones take."""
+        if self._step_times is not None:
+            self._step_times.observe(
+                seconds, num_decode_tokens, num_prefill_tokens, self._prefill_context
+            )
 
     def _schedule_decode(self, decoding: list[Request], budget: int) -> int:
         """Give one token to each decoding request; returns the tokens left."""
@@ -170,16 +181,6 @@ class Scheduler:
                 request.slot, added, self._blocks.num_needed(num_tokens) - len(added)
             )
         return True
-
-    def _schedule_prefill(self, prefilling: list[Request], budget: int) -> int:
-        """Continue prefills in order of arrival; returns the tokens left."""
-        for request in prefilling:
-            if budget == 0:
-                break
-            # a decoding request may have preempted it just now
-            if request.slot >= 0:
-                budget = self._take(request, budget)
-        return budget
 
     def _admit(self, budget: int) -> None:
         """Start waiting requests in order of arrival while rows, blocks and tokens last."""
@@ -208,46 +209,40 @@ class Scheduler:
 
     def _find_computed_blocks(self, request: Request) -> list[int] | None:
         """Blocks that a waiting request may take over; None while its group computes them."""
-        found = self._find_cached_blocks(request)
-        num_shared = (len(request.prompt_token_ids) - 1) // self._blocks.block_size
-        if len(found) >= num_shared:
-            return found
+        # cached tokens have no logits
+        cached: list[int] = []
+        if self._reads_prefix_cache(request):
+            cached = self._blocks.find_cached_blocks(request.block_keys, len(request.token_ids))
+        num_shared = (len(request.state.prompt_token_ids) - 1) // self._blocks.block_size
+        if len(cached) >= num_shared:
+            return cached
         running = [other for other in request.group if other.slot >= 0]
         for other in running:
             if other.num_computed_tokens >= num_shared * self._blocks.block_size:
                 return list(self._blocks.blocks_of(other.block_owner)[:num_shared])
-        return None if running else found
-
-    def _find_cached_blocks(self, request: Request) -> list[int]:
-        """Blocks of the prefix cache that a waiting request may take over.
-
-        None for one that needs the logits of its whole prompt: cached tokens have none.
-        """
-        if not self._reads_prefix_cache(request):
-            return []
-        return self._blocks.find_cached_blocks(request.block_keys, len(request.token_ids))
+        return None if running else cached
 
     def _reads_prefix_cache(self, request: Request) -> bool:
         """Whether a request may take over blocks of others."""
         return not (request.params.skip_reading_prefix_cache or request.wants_prompt_logits)
 
     def _count_hits(self, request: Request, num_cached_tokens: int) -> None:
-        """Start a request behind its cached tokens, which are counted at its first start only."""
+        """Start a request after its cached tokens, which are counted at its first start only."""
         request.num_computed_tokens = num_cached_tokens
-        if request.num_cached_tokens is not None:
+        if request.scheduled_time is not None:
             return
-        request.num_cached_tokens = num_cached_tokens
+        request.state.num_cached_tokens = num_cached_tokens
         request.scheduled_time = time.monotonic()
         # the prompt of a group is looked for once
-        is_counted = request.index == 0 and self._reads_prefix_cache(request)
+        is_counted = request.state.index == 0 and self._reads_prefix_cache(request)
         if self._blocks.enable_prefix_caching and is_counted:
-            self.prefix_cache_queries += len(request.prompt_token_ids)
+            self.prefix_cache_queries += len(request.state.prompt_token_ids)
             self.prefix_cache_hits += num_cached_tokens
 
     def _take(self, request: Request, budget: int) -> int:
         """Put a request into the step with at most `budget` tokens; returns how many are left."""
-        if self._target_gap_s and self._num_decoding:
-            longest = self.step_times.longest_chunk(
+        if self._step_times is not None and self._num_decoding:
+            longest = self._step_times.longest_chunk(
                 self._num_decoding, request.num_computed_tokens, self._target_gap_s
             )
             budget = min(budget, longest)

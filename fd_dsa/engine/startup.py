@@ -1,4 +1,4 @@
-"""How far the start of an engine has come: written while it loads, read by whoever is asked."""
+"""How far the start of an engine has come: written while it loads, read from any thread."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StartupProgress:
         self._index, self._detail = index, detail
 
     def done(self, text: str) -> None:
-        """End the present phase with what there is to tell of it; the next one begins."""
+        """End the present phase with one line about it; the next one begins."""
         number, name = self._index + 1, self.phase
         logger.info("[%d/%d] %-8s %s", number, len(PHASES), name, text)
         self._detail = ""

@@ -179,6 +179,8 @@ class _Curve:
         """Start without points."""
         self._sizes = sizes
         self._ranges: list[_Point | None] = [None] * len(sizes)
+        # those that there are, in order
+        self._points: list[_Point] = []
         self._count = 0
 
     def is_measured(self, num_tokens: int) -> bool:
@@ -193,6 +195,7 @@ class _Curve:
         point = self._ranges[index]
         if point is None:
             self._ranges[index] = _Point(num_tokens, seconds, self._count)
+            self._collect()
         else:
             # what another range of contexts made expect is worth nothing beside a measurement
             was_measured, before = point.measured_at > 0, point.seconds
@@ -206,10 +209,11 @@ class _Curve:
             point = self._ranges[longer]
             if point is not None and self._count - point.measured_at > _LIFETIME:
                 self._ranges[longer] = None
+                self._collect()
 
     def _follow(self, moved: _Point, factor: float) -> None:
         """Move the other points as one has moved: a slower host is slower for all of them."""
-        for point in self._points():
+        for point in self._points:
             if point is not moved:
                 point.seconds = _believed(factor * point.seconds)
 
@@ -220,11 +224,12 @@ class _Curve:
             None if point is None else _Point(point.tokens, _believed(factor * point.seconds), 0)
             for point in self._ranges
         ]
+        curve._collect()
         return curve
 
     def at_most(self, num_tokens: int) -> float:
         """Expected seconds, rather too many than too few; infinite without a point."""
-        points = self._points()
+        points = self._points
         if not points:
             return math.inf
         end, last = bisect_left(points, num_tokens, key=_tokens), points[-1]
@@ -242,7 +247,7 @@ class _Curve:
 
     def at_least(self, num_tokens: int) -> float:
         """Expected seconds, rather too few than too many; 0 without a point."""
-        points = self._points()
+        points = self._points
         if not points:
             return 0.0
         first, last = points[0], points[-1]
@@ -250,9 +255,9 @@ class _Curve:
             return first.seconds * num_tokens / first.tokens
         return last.seconds if num_tokens >= last.tokens else self.at_most(num_tokens)
 
-    def _points(self) -> list[_Point]:
-        """The points in order."""
-        return [point for point in self._ranges if point is not None]
+    def _collect(self) -> None:
+        """List the points again."""
+        self._points = [point for point in self._ranges if point is not None]
 
 
 def _believed(seconds: float) -> float:

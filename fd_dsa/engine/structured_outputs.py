@@ -26,7 +26,7 @@ class StructuredOutputsParams:
             look-around.
         choice: the output is one of these texts.
         grammar: a context-free grammar in Lark's notation, or in GBNF.
-        after_token_id: the form begins behind the first such token, as the one that ends the
+        after_token_id: the form begins after the first such token, as the one that ends the
             reasoning of a model that thinks first; None = with the output.
         source: what messages call the object; the field of a request that it came from.
 
@@ -45,10 +45,10 @@ class StructuredOutputsParams:
 
     def __post_init__(self) -> None:
         """Check that there is one form, of the right type."""
-        given = [name for name in _FORMS if getattr(self, name) not in (None, False)]
-        if len(given) != 1:
-            found = " and ".join(given) or "nothing"
-            raise ValueError(f"{self.source} has {found}; give one of {', '.join(_FORMS)}")
+        forms = [name for name in _FORMS if getattr(self, name) not in (None, False)]
+        if len(forms) != 1:
+            names = " and ".join(forms) or "nothing"
+            raise ValueError(f"{self.source} has {names}; give one of {', '.join(_FORMS)}")
         # fails where the type is wrong
         _, text = self.definition()
         self._check_length(text)

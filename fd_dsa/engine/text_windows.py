@@ -147,7 +147,7 @@ def _encode_windows(
     window_chars = max(window_chars, 2 * overlap)
     left = _Window(backend, text, 0, window_chars, add_special_tokens)
     ids, after = left.before, left.after
-    # the first token of the left window that no other has given
+    # the first token of the left window that no other has made
     begin = 0
     while left.ids and left.end < len(text):
         start = left.end - overlap
@@ -174,7 +174,7 @@ def _find_seam(text: str, left: _Window, right: _Window, margin: int) -> tuple[i
 
     Returns:
         The tokens of both that begin the same word; None without a place that is beyond doubt:
-        after it stand several words, and not of one kind of character alone, as in a run of
+        after it are several words, and not of one kind of character alone, as in a run of
         digits, whose groups may follow from where the run ends.
     """
     mine = left.words(right.begin, left.end - margin + 1)

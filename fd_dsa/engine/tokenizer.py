@@ -256,17 +256,13 @@ class Tokenizer:
     def text_token_bytes(self, kept: frozenset[int] = frozenset()) -> list[bytes] | None:
         """Like `token_bytes`, with nothing for special tokens but those in `kept`."""
         if kept not in self._text_tables:
-            self._text_tables[kept] = self._text_table(kept)
+            table = None
+            if self.token_bytes is not None:
+                table = list(self.token_bytes)
+                for token_id in self._special_ids - kept:
+                    table[token_id] = b""
+            self._text_tables[kept] = table
         return self._text_tables[kept]
-
-    def _text_table(self, kept: frozenset[int]) -> list[bytes] | None:
-        """A new table for `text_token_bytes`."""
-        if self.token_bytes is None:
-            return None
-        table = list(self.token_bytes)
-        for token_id in self._special_ids - kept:
-            table[token_id] = b""
-        return table
 
     @cached_property
     def _added_tokens(self) -> dict[int, tokenizers.AddedToken]:
@@ -288,7 +284,7 @@ class Tokenizer:
         return self._backend.to_str()
 
     def piece_bytes(self, token_id: int) -> bytes:
-        """Bytes that a token stands for by itself, special tokens included.
+        """Bytes of a token by itself, special tokens included.
 
         Empty for an id without a token. Where the decoder is not byte-level, what a token stands
         for may depend on its neighbours; then it is the token as it is written in the vocabulary,
@@ -334,11 +330,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """Special tokens of tokenizer_config.json, written as text or as an object."""
-    found = {}
+    texts = {}
     for name in _SPECIAL_TOKEN_FIELDS:
         value = config.get(name)
         if isinstance(value, dict):
             value = value.get("content")
         if isinstance(value, str):
-            found[name] = value
-    return found
+            texts[name] = value
+    return texts

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from fd_dsa.engine.host import Abort, Add, Outputs
-from fd_dsa.engine.logprobs import OutputLogprobs, TokenLogprobs, TokenScore
-from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.logprobs import TokenLogprobs, TokenScore
+from fd_dsa.engine.output import OutputState, RequestOutput
 
 _Scores = list[tuple[int, int, float, int, tuple[tuple[int, float], ...]] | None]
 
 Packed = list[tuple[Any, ...]]
-"""Outputs of one step: (key, index, new_token_ids, new_text) of one that only goes on, and nine
-fields more (see `_pack`) of a first or last one, or of one with log-probabilities."""
+"""Outputs of one step: (key, index, new_token_ids, new_text) of one that only goes on, and the
+further fields of `_pack` of a first or last one, or of one with log-probabilities."""
 
 
 def pack_outputs(outputs: Outputs) -> Packed:
@@ -40,7 +40,6 @@ def _pack(key: int, output: RequestOutput) -> tuple[Any, ...]:
         (output.arrival_time, output.first_token_time, output.finish_time),
         output.error,
         output.num_cached_tokens,
-        output.has_logprobs,
         _pack_scores(output.new_logprobs),
         None if prompt_scores is None else _pack_scores(prompt_scores),
         output.topk_positions,
@@ -52,11 +51,17 @@ class OutputUnpacker:
 
     def __init__(self) -> None:
         """No request is known."""
-        self._requests: dict[int, _Request] = {}
+        # the n outputs of each request that is expected
+        self._states: dict[int, list[OutputState]] = {}
 
     def add(self, command: Add) -> None:
         """Expect outputs of a request."""
-        self._requests[command.key] = _Request(command)
+        prompt, params = list(command.prompt_token_ids), command.params
+        states = [OutputState(command.request_id, index, prompt) for index in range(params.n)]
+        if params.logprobs is not None:
+            for state in states:
+                state.logprobs = []
+        self._states[command.key] = states
 
     def abort(self, command: Abort) -> None:
         """Expect no more outputs of a request that nobody reads."""
@@ -65,96 +70,61 @@ class OutputUnpacker:
 
     def forget(self, key: int) -> None:
         """Expect no more outputs of a request."""
-        self._requests.pop(key, None)
+        self._states.pop(key, None)
 
     def unpack(self, packed: Packed) -> Outputs:
         """The outputs of one step; those of forgotten requests are left out."""
         outputs: Outputs = []
         for key, index, *fields in packed:
-            request = self._requests.get(key)
-            if request is None:
+            states = self._states.get(key)
+            if states is None:
                 continue
-            output = request.take(index, *fields)
+            output = _unpack(states, index, *fields)
             outputs.append((key, output))
-            if output.finished:
-                request.num_unfinished -= 1
-                if not request.num_unfinished:
-                    del self._requests[key]
+            if output.finished and all(state.finish_time is not None for state in states):
+                self.forget(key)
         return outputs
 
 
-class _Request:
-    """A request whose outputs come."""
-
-    def __init__(self, command: Add) -> None:
-        self.request_id = command.request_id
-        self.prompt_token_ids = list(command.prompt_token_ids)
-        self.num_unfinished = command.params.n
-        self.prompt_scores: list[TokenLogprobs | None] | None = None
-        self._states = [_State() for _ in range(command.params.n)]
-
-    def take(
-        self,
-        index: int,
-        new_token_ids: list[int],
-        new_text: str,
-        finish_reason: Any = None,
-        stop_reason: str | int | None = None,
-        times: tuple[float, float | None, float | None] | None = None,
-        error: RuntimeError | None = None,
-        num_cached_tokens: int | None = None,
-        has_logprobs: bool | None = None,
-        new_scores: _Scores | None = None,
-        prompt_scores: _Scores | None = None,
-        topk_positions: Any = None,
-    ) -> RequestOutput:
-        """The output after one step."""
-        state = self._states[index]
-        state.token_ids += new_token_ids
-        if new_text:
-            state.pieces.append(new_text)
-        if times is not None:
-            state.times = times
-        if num_cached_tokens is not None:
-            state.num_cached_tokens = num_cached_tokens
-        if has_logprobs and state.scores is None:
-            state.scores = OutputLogprobs()
-        added = [entry for entry in _unpack_scores(new_scores or []) if entry is not None]
-        if state.scores is not None:
-            state.scores.shown += added
-        if prompt_scores is not None:
-            self.prompt_scores = _unpack_scores(prompt_scores)
-        return RequestOutput(
-            self.request_id,
-            self.prompt_token_ids,
-            state.token_ids,
-            state.pieces,
-            new_token_ids,
-            new_text,
-            finish_reason,
-            stop_reason,
-            *state.times,
-            error,
-            state.num_cached_tokens,
-            index,
-            state.scores,
-            added,
-            self.prompt_scores,
-            topk_positions,
-        )
-
-
-class _State:
-    """One output of a request so far."""
-
-    __slots__ = ("num_cached_tokens", "pieces", "scores", "times", "token_ids")
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.pieces: list[str] = []
-        self.times: tuple[float, float | None, float | None] = (0.0, None, None)
-        self.num_cached_tokens = 0
-        self.scores: OutputLogprobs | None = None
+def _unpack(
+    states: list[OutputState],
+    index: int,
+    new_token_ids: list[int],
+    new_text: str,
+    finish_reason: Any = None,
+    stop_reason: str | int | None = None,
+    times: tuple[float, float | None, float | None] | None = None,
+    error: RuntimeError | None = None,
+    num_cached_tokens: int = 0,
+    new_scores: _Scores | None = None,
+    prompt_scores: _Scores | None = None,
+    topk_positions: Any = None,
+) -> RequestOutput:
+    """One of a request's outputs, with what a step has added to its state."""
+    state = states[index]
+    state.token_ids += new_token_ids
+    if new_text:
+        state.pieces.append(new_text)
+    new_logprobs: list[Any] = _unpack_scores(new_scores or [])
+    if state.logprobs is not None:
+        state.logprobs += new_logprobs
+    if times is not None:
+        state.arrival_time, state.first_token_time, state.finish_time = times
+        state.num_cached_tokens = num_cached_tokens
+    if prompt_scores is not None:
+        entries = _unpack_scores(prompt_scores)
+        for each in states:
+            each.prompt_logprobs = entries
+    return RequestOutput(
+        state,
+        new_token_ids,
+        new_text,
+        new_logprobs,
+        finish_reason,
+        stop_reason,
+        error,
+        topk_positions,
+    )
 
 
 def _pack_scores(entries: Sequence[TokenLogprobs | None]) -> _Scores:

@@ -37,6 +37,7 @@ from fd_dsa.fastdeploy_plugin.signals import KvSignals
 from fd_dsa.fastdeploy_plugin.step_counts import StepCounts
 from fd_dsa.fastdeploy_plugin.step_inputs import device_of, fill_max_lens, step_rows
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, cache_shapes
+from fd_dsa.ops._linear import joined
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 
 
@@ -143,8 +144,7 @@ class PluginBackend:
         core = self._core_for(rows[3])
         num_tokens = int(forward_meta.ids_remove_padding.shape[0])
         has_prefill = self._has_prefill is not False and num_tokens > 0
-        self._has_prefill = None
-        self.shared_selection = None
+        self._has_prefill = self.shared_selection = None
         core.build_step(forward_meta, rows, self._hints(num_tokens, has_prefill))
         self._bound_lengths(forward_meta, num_tokens, has_prefill)
         self.attention_metadata = self._metadata(forward_meta)
@@ -319,10 +319,11 @@ class PluginBackend:
         Raises:
             MissingStepError: `init_attention_metadata` has not been called for `forward_meta`.
         """
-        core = self.current_core()
         if compressed_kv is not None:
-            self.signals.begin_layer(self.attention_metadata, layer.layer_id)
-        return core.forward_mixed(q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta)
+            kv_a = joined(compressed_kv, k_pe.reshape([-1, k_pe.shape[-1]]))
+            finished = CacheWriteParams(self.settings.cache_layout.kv_cache_dtype)
+            self.write_layer(kv_a, None, None, finished, layer.layer_id, forward_meta)
+        return self.current_core().attend(q, v, layer.layer_id, forward_meta)
 
     def forward_decode(self, *args: Any, **kwargs: Any) -> Any:
         """See `forward_mixed`: a decode-only step is one without prefill rows."""
@@ -370,8 +371,7 @@ class PluginBackend:
         if self._transfers is None:
             # a CPU reads the counts of tokens from the lengths themselves
             return StepHints(max_seqlen_k=self._max_keys(), num_padded_tokens=num_tokens)
-        num_prefill_tokens = num_tokens if has_prefill else 0
-        return StepHints(num_tokens, num_prefill_tokens, self._max_keys(), num_tokens)
+        return StepHints(num_tokens, num_tokens * has_prefill, self._max_keys(), num_tokens)
 
     def _bound_lengths(self, forward_meta: Any, num_tokens: int, has_prefill: bool) -> None:
         """Fill `max_len_tensor_cpu`, which the model reads, except during a capture."""

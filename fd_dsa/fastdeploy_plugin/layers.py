@@ -17,8 +17,8 @@ from fd_dsa import __version__
 from fd_dsa.errors import MissingStepError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
-from fd_dsa.ops.indexer_query import prepare_indexer_query
 from fd_dsa.ops.mla_query import prepare_mla_query
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from fd_dsa.step.host_tensor import as_tensor
 
 # of FastDeploy's indexer: [max_model_len] each, on the device, and read by its own forward alone
@@ -108,7 +108,7 @@ class PluginIndexer:
             weights_scale=self.weights_scale,
             out=core.query_buffers(qr.shape[0]),
         )
-        return core.indexer_forward(q, None, weights, self.layer_id, forward_meta)
+        return core.select(q, weights, self.layer_id, forward_meta)
 
 
 class PluginAttention:

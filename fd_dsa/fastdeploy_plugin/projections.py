@@ -16,7 +16,7 @@ import paddle
 from fd_dsa.attention import CacheLayout
 from fd_dsa.ops._host import dtype_name, on_device, readable
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.indexer_projection import project_indexer
+from fd_dsa.ops.unchecked import project_indexer
 
 K_NORM_EPS = 1e-6
 """Of the indexer's key norm, whatever the model's `rms_norm_eps`, as in DeepSeek's own code."""

@@ -12,8 +12,10 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.mla import DeepseekV32DSAAttention
 from fd_dsa.models.moe import DeepseekMLP, DeepseekMoE
 from fd_dsa.models.rope import RotaryEmbedding
+from fd_dsa.ops._gemm import matrix
 from fd_dsa.ops._host import readable
 from fd_dsa.ops._linear import added, embedding, linear
+from fd_dsa.ops._norm import rms_norm
 
 
 class DeepseekV32DecoderLayer(nn.Layer):
@@ -33,12 +35,18 @@ class DeepseekV32DecoderLayer(nn.Layer):
         self, hidden_states: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
     ) -> tuple[Any, Any]:
         """Next hidden states, float32 [num_tokens, hidden_size], and the layer's selection."""
-        attended, indices = self.self_attn(
-            self.input_layernorm(hidden_states), cos_sin, forward_meta, shared_indices
+        input_norm, attention, norm, mlp = self._bound
+        attended, indices = attention.forward(
+            rms_norm(hidden_states, *input_norm), cos_sin, forward_meta, shared_indices
         )
         hidden_states = hidden_states + attended
-        mixed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return added(hidden_states, mixed), indices
+        return added(hidden_states, mlp.forward(rms_norm(hidden_states, *norm))), indices
+
+    @cached_property
+    def _bound(self) -> tuple[Any, ...]:
+        """Norms and parts, looked up once: a look-up in a Layer of Paddle is a call."""
+        norms = self.input_layernorm.bound, self.post_attention_layernorm.bound
+        return norms[0], self.self_attn, norms[1], self.mlp
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
@@ -74,8 +82,11 @@ class DeepseekV32ForCausalLM(nn.Layer):
         self.eval()
 
     @cached_property
-    def _embedding(self) -> Any:
-        return readable(self.embed_tokens)
+    def _bound(self) -> tuple[Any, ...]:
+        """Embedding, layers, norm and head as a step reads them."""
+        head = self.lm_head
+        head = matrix(self.embed_tokens, transposed=True) if head is None else matrix(head)
+        return readable(self.embed_tokens), list(self.layers), self.norm.bound, head
 
     def to_device(self, device: str) -> None:
         """Move all weights and tables to the memory of a device; before the first step."""
@@ -91,21 +102,20 @@ class DeepseekV32ForCausalLM(nn.Layer):
             forward_meta: the runner's object; `init_attention_metadata` has been called for it.
                 Its `selections`, where there are any, are given every layer's choice.
         """
-        hidden_states = embedding(ids_remove_padding, self._embedding)
+        weight, layers, _, _ = self._bound
+        hidden_states = embedding(ids_remove_padding, weight)
         cos_sin = self.rotary_emb(forward_meta.position_ids)
         indices, selections = None, forward_meta.selections
-        for layer in self.layers:
-            hidden_states, indices = layer(hidden_states, cos_sin, forward_meta, indices)
+        for layer in layers:
+            hidden_states, indices = layer.forward(hidden_states, cos_sin, forward_meta, indices)
             if selections is not None:
                 selections.add(indices)
         return hidden_states
 
     def compute_logits(self, hidden_states: Any) -> Any:
         """float32 [n, vocab_size] of float32 [n, hidden_size]."""
-        normed = self.norm(hidden_states)
-        if self.lm_head is None:
-            return linear(normed, self.embed_tokens, transpose_y=True)
-        return linear(normed, self.lm_head)
+        _, _, norm, head = self._bound
+        return linear(rms_norm(hidden_states, *norm), head, transpose_y=self.lm_head is None)
 
     def weight_loaders(self) -> dict[str, WeightLoader]:
         """How each tensor of a Hugging Face checkpoint fills its parameter."""

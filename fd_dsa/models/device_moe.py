@@ -13,7 +13,7 @@ from typing import Any
 
 import paddle
 
-from fd_dsa.ops._dense import silu_and_mul
+from fd_dsa.ops._dense_kernels import silu_and_mul
 from fd_dsa.ops._expert_kernels import choose_experts, sum_experts
 
 EXPERT_BYTES = 256 << 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from paddle import nn
@@ -18,10 +18,25 @@ from fd_dsa.attention.layers import (
     zeros_parameter,
 )
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.ops._gemm import matrix
 from fd_dsa.ops._host import as_numpy, readable
 from fd_dsa.ops._linear import head_linear, linear
+from fd_dsa.ops._norm import rms_norm
 from fd_dsa.ops.cache_write import CacheWriteParams
-from fd_dsa.ops.mla_query import prepare_mla_query
+
+
+class _Bound(NamedTuple):
+    """Parameters of an attention layer as GEMMs and norms read them; biases may be None."""
+
+    down_bias: Any
+    out_bias: Any
+    down: Any
+    q_b: Any
+    k_b: Any
+    v_b: Any
+    out: Any
+    norm: tuple[Any, float]
+    indexer: Any
 
 
 class DeepseekV32DSAAttention(nn.Layer):
@@ -70,10 +85,16 @@ class DeepseekV32DSAAttention(nn.Layer):
             self.indexer = Indexer(sizes, layer_id)
 
     @cached_property
-    def _biases(self) -> tuple[Any, Any]:
-        """Biases of the first and the last projection, None where the model has none."""
-        both = self.qkv_a_bias, self.o_bias
-        return tuple(None if bias is None else readable(bias) for bias in both)
+    def _bound(self) -> _Bound:
+        """What a step reads of the parameters, bound in the first one."""
+        biases = (self.qkv_a_bias, self.o_bias)
+        return _Bound(
+            *(None if bias is None else readable(bias) for bias in biases),
+            *map(matrix, (self.qkv_a_proj_with_mqa, self.q_b_proj, self.k_b_proj)),
+            *map(matrix, (self.v_b_proj, self.o_proj)),
+            self.q_a_layernorm.bound,
+            self.indexer,
+        )
 
     def forward(
         self, hidden_states: Any, cos_sin: Any, forward_meta: Any, shared_indices: Any
@@ -89,31 +110,29 @@ class DeepseekV32DSAAttention(nn.Layer):
         Returns:
             float32 [num_tokens, hidden_size], int32 [num_tokens, topk].
         """
-        backend = forward_meta.attn_backend
-        if self.indexer is None:
+        backend, bound = forward_meta.attn_backend, self._bound
+        indexer, overlap = bound.indexer, backend.overlap
+        if indexer is None:
             qr, kv_a = self._down_projected(hidden_states)
-            backend.write_caches(kv_a, None, cos_sin, self, forward_meta)
+            backend.write(kv_a, None, cos_sin, self, forward_meta)
             indices = shared_indices
         else:
-            project, num_tokens = self.indexer.project, hidden_states.shape[0]
-            out = backend.projection_buffers(num_tokens)
-            with backend.overlap.fork(num_tokens, project, hidden_states, out) as side:
+            if overlap.max_tokens:
+                num_tokens = hidden_states.shape[0]
+                out = backend.projection_buffers(num_tokens)
+                with overlap.fork(num_tokens, indexer.project, hidden_states, out) as side:
+                    qr, kv_a = self._down_projected(hidden_states)
+                    index_k, weights = side.join()
+            else:
                 qr, kv_a = self._down_projected(hidden_states)
-                index_k, weights = side.join()
-            backend.write_caches(kv_a, index_k, cos_sin, self, forward_meta)
-            indices = self.indexer(forward_meta, qr, cos_sin, weights)
-        latent = backend.forward(
-            q=self._absorbed_query(qr, cos_sin, backend),
-            k=None,
-            v=indices,
-            qkv=None,
-            compressed_kv=None,
-            k_pe=None,
-            layer=self,
-            forward_meta=forward_meta,
-        )
-        merged = head_linear(latent, self.v_b_proj).reshape([-1, self.num_heads * self.v_dim])
-        return linear(merged, self.o_proj, self._biases[1]), indices
+                out = backend.projection_buffers(hidden_states.shape[0])
+                index_k, weights = indexer.project(hidden_states, out)
+            backend.write(kv_a, index_k, cos_sin, self, forward_meta)
+            indices = indexer.forward(forward_meta, qr, cos_sin, weights)
+        query = self._absorbed_query(qr, cos_sin, backend)
+        latent = backend.attend(query, indices, self.layer_id, forward_meta)
+        merged = head_linear(latent, bound.v_b).reshape([-1, self.num_heads * self.v_dim])
+        return linear(merged, bound.out, bound.out_bias), indices
 
     def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
         """How the keys of this layer are normed and stored in caches of `layout`."""
@@ -137,18 +156,17 @@ class DeepseekV32DSAAttention(nn.Layer):
 
     def _down_projected(self, hidden_states: Any) -> tuple[Any, Any]:
         """Latent of the queries, normed, and keys of `write_caches`, neither normed nor rotated."""
-        qkv = linear(hidden_states, self.qkv_a_proj_with_mqa, self._biases[0])
-        return self.q_a_layernorm(qkv[:, : self.q_lora_rank]), qkv[:, self.q_lora_rank :]
+        bound = self._bound
+        qkv = linear(hidden_states, bound.down, bound.down_bias)
+        return rms_norm(qkv[:, : self.q_lora_rank], *bound.norm), qkv[:, self.q_lora_rank :]
 
     def _absorbed_query(self, qr: Any, cos_sin: Any, backend: Any) -> Any:
         """float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]."""
-        q = linear(qr, self.q_b_proj).reshape([-1, self.num_heads, self.nope_dim + self.rope_dim])
-        q_latent, q_pe = (
-            head_linear(q[:, :, : self.nope_dim], self.k_b_proj),
-            q[:, :, self.nope_dim :],
-        )
-        buffer = backend.mla_query_buffer(qr.shape[0])
-        return prepare_mla_query(q_latent, q_pe, None, cos_sin, out=buffer)
+        bound, nope = self._bound, self.nope_dim
+        q = linear(qr, bound.q_b).reshape([-1, self.num_heads, nope + self.rope_dim])
+        q_latent = head_linear(q[:, :, :nope], bound.k_b)
+        out = backend.mla_query_buffer(qr.shape[0])
+        return backend.attention.prepare_mla_query(q_latent, q[:, :, nope:], None, cos_sin, out)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""

@@ -11,9 +11,9 @@ from paddle import nn
 
 from fd_dsa.attention.layers import WeightLoader, loads, loads_slice, zeros_parameter
 from fd_dsa.models.config import ModelConfig
+from fd_dsa.ops._gemm import matrix
 from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear, silu_and_mul
-from fd_dsa.ops.topk import topk_indices
 
 
 @cache
@@ -35,7 +35,13 @@ class DeepseekMLP(nn.Layer):
 
     def forward(self, x: Any) -> Any:
         """float32 [num_tokens, hidden_size] of the same."""
-        return linear(silu_and_mul(linear(x, self.gate_up_proj)), self.down_proj)
+        gate_up, down = self._bound
+        return linear(silu_and_mul(linear(x, gate_up)), down)
+
+    @cached_property
+    def _bound(self) -> tuple[Any, Any]:
+        """Both weights as GEMMs read them."""
+        return matrix(self.gate_up_proj), matrix(self.down_proj)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
@@ -71,13 +77,17 @@ class NoAuxTopkGate(nn.Layer):
         self.e_score_correction_bias = zeros_parameter(self, [self.num_experts])
 
     @cached_property
+    def _matrix(self) -> Any:
+        return matrix(self.weight)
+
+    @cached_property
     def readable_bias(self) -> Any:
         """The correction bias as the operators read it."""
         return readable(self.e_score_correction_bias)
 
     def forward(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Experts int32 [num_tokens, top_k], ascending, and their weights, float32, same shape."""
-        logits = linear(x, self.weight)
+        logits = linear(x, self._matrix)
         with np.errstate(over="ignore"):
             scores = np.float32(1.0) / (np.float32(1.0) + np.exp(-logits))
         choice = scores + self.readable_bias
@@ -100,8 +110,10 @@ class NoAuxTopkGate(nn.Layer):
 
     @staticmethod
     def _best(scores: np.ndarray, k: int) -> np.ndarray:
-        """Columns of the k largest scores of each row, ascending."""
-        return topk_indices(scores, np.full(len(scores), scores.shape[1], np.int32), k)
+        """int32 columns of the k largest scores of each row, ascending; ties to the lower one."""
+        best = np.negative(scores).argsort(axis=1, kind="stable")[:, :k].astype(np.int32)
+        best.sort(axis=1)
+        return best
 
 
 class DeepseekMoE(nn.Layer):
@@ -118,35 +130,23 @@ class DeepseekMoE(nn.Layer):
 
     def forward(self, x: Any) -> Any:
         """float32 [num_tokens, hidden_size] of the same."""
-        out = self.shared_experts(x)
-        if on_device(x):
+        gate, shared, experts = self._bound
+        out = shared.forward(x)
+        if experts is None:
             return out + _on_device()(self, x)
-        self._add_routed(out, x, *self.gate(x))
+        _add_routed(out, x, *gate.forward(x), experts)
         return out
 
     @cached_property
-    def _experts(self) -> list[tuple[Any, Any]]:
-        """(gate_up, down) of each expert, views of the stacked parameters."""
-        stacks = self.experts_gate_up_proj, self.experts_down_proj
-        return [tuple(stack[i] for stack in stacks) for i in range(self.num_experts)]
-
-    def _add_routed(
-        self, out: np.ndarray, x: np.ndarray, experts: np.ndarray, weights: np.ndarray
-    ) -> None:
-        """Add the chosen experts to `out`; experts without a token are not visited."""
-        order = np.argsort(experts, axis=None, kind="stable")
-        counts = np.bincount(experts.ravel(), minlength=self.num_experts)
-        ends = np.cumsum(counts)
-        tokens = order // experts.shape[1]
-        factors = weights.ravel()[order]
-        for expert in np.flatnonzero(counts):
-            pairs = slice(int(ends[expert] - counts[expert]), int(ends[expert]))
-            rows = tokens[pairs]
-            gate_up, down = self._experts[expert]
-            y = linear(silu_and_mul(linear(x[rows], gate_up)), down)
-            y *= factors[pairs, None]
-            # an expert meets a token at most once, so plain indexing adds every row
-            out[rows] += y
+    def _bound(self) -> tuple[Any, Any, list[tuple[Any, Any]] | None]:
+        """Gate, shared experts, and (gate_up, down) of each expert; on a device none of these."""
+        stacks = self.experts_gate_up_proj.detach(), self.experts_down_proj.detach()
+        experts = None
+        if not on_device(stacks[0]):
+            experts = [
+                (matrix(stacks[0][i]), matrix(stacks[1][i])) for i in range(self.num_experts)
+            ]
+        return self.gate, self.shared_experts, experts
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
@@ -168,3 +168,39 @@ class DeepseekMoE(nn.Layer):
                 self.experts_down_proj, (i,), transpose=True
             )
         return loaders
+
+
+def _add_routed(
+    out: np.ndarray,
+    x: np.ndarray,
+    chosen: np.ndarray,
+    weights: np.ndarray,
+    experts: list[tuple[Any, Any]],
+) -> None:
+    """Add the chosen experts to `out`; experts without a token are not visited.
+
+    Args:
+        out, x: float32 [num_tokens, hidden_size].
+        chosen, weights: of each token, as NoAuxTopkGate gives them.
+        experts: (gate_up, down) of each.
+    """
+    if len(x) == 1:
+        for expert, weight in zip(chosen[0].tolist(), weights[0], strict=True):
+            gate_up, down = experts[expert]
+            y = down.times(silu_and_mul(gate_up.times(x)))
+            y *= weight
+            out += y
+        return
+    order = np.argsort(chosen, axis=None, kind="stable")
+    counts = np.bincount(chosen.ravel(), minlength=len(experts))
+    ends = np.cumsum(counts)
+    tokens = order // chosen.shape[1]
+    factors = weights.ravel()[order]
+    for expert in np.flatnonzero(counts):
+        pairs = slice(int(ends[expert] - counts[expert]), int(ends[expert]))
+        rows = tokens[pairs]
+        gate_up, down = experts[expert]
+        y = down.times(silu_and_mul(gate_up.times(x[rows])))
+        y *= factors[pairs, None]
+        # an expert meets a token at most once, so plain indexing adds every row
+        out[rows] += y

@@ -39,6 +39,14 @@ def on_device(array: Any) -> bool:
     return not isinstance(array, np.ndarray) and not array.place.is_cpu_place()
 
 
+def allocator_beside(tensor: Any) -> Callable[[tuple[int, ...], str], Any]:
+    """Makes Paddle tensors, uninitialised, where a Paddle tensor is."""
+    import paddle
+
+    place = tensor.place
+    return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)
+
+
 def readable(tensor: Any) -> Any:
     """What the operators read of a parameter: a NumPy view on a CPU, on a device the tensor."""
     tensor = tensor.detach()
@@ -88,6 +96,16 @@ def _kind_of(found: Any) -> str:
     return "None" if found is None else f"a {type(found).__name__}"
 
 
+CACHE_DTYPES = ("float32", "bfloat16", "int16", "uint8")
+"""Of caches: int16 holds bfloat16 bits, uint8 fp8_ds_mla."""
+
+
+def cache_format(cache: Any) -> str:
+    """Name of a cache's format, "float32", "bfloat16" or "fp8_ds_mla"."""
+    name = dtype_name(cache.dtype)
+    return {"int16": "bfloat16", "uint8": "fp8_ds_mla"}.get(name, name)
+
+
 @cache
 def dtype_name(dtype: Any) -> str:
     """Name of a dtype without its package; making it takes longer than a small sum."""
@@ -119,24 +137,6 @@ def check_array(
     """`check_shape` and `check_dtype` of one argument; a microsecond."""
     check_shape(operator, argument, found, shape)
     check_dtype(operator, argument, found, dtypes)
-
-
-def check_tokens(
-    operator: str, num_tokens: int, position_ids: Any, batch_id_per_token: Any, block_tables: Any
-) -> None:
-    """`check_array` of what a step says of its tokens: where they stand, and in which pages."""
-    check_array(operator, "position_ids", position_ids, (num_tokens,), ("int64",))
-    check_array(operator, "batch_id_per_token", batch_id_per_token, (num_tokens,), ("int32",))
-    check_array(operator, "block_tables", block_tables, (None, None), ("int32",))
-
-
-def check_first_token(operator: str, first_token: int, num_rows: int, num_tokens: int) -> None:
-    """Raise ShapeError unless the `num_rows` tokens from `first_token` on exist."""
-    if first_token < 0 or num_rows < 0 or first_token + num_rows > num_tokens:
-        raise ShapeError(
-            f"{operator}: first_token is {first_token} with {num_rows} rows, allowed are rows "
-            f"within the {num_tokens} tokens"
-        )
 
 
 def check_rope(operator: str, cos_sin_cache: Any, num_rows: int | None, width: int) -> None:
@@ -177,6 +177,45 @@ def check_writable(operator: str, argument: str, found: Any) -> None:
     """Raise ValueError if `found`, a CPU tensor or a NumPy array, may not be written to."""
     if not as_numpy(found).flags.writeable:
         raise ValueError(f"{operator}: {argument} is read-only, allowed is a writable array")
+
+
+def result(
+    operator: str,
+    out: Any,
+    beside: Any,
+    shape: tuple[int, ...],
+    dtype: str,
+    fill: float | None = None,
+) -> Any:
+    """Where an operator writes: `out` if there is one, checked, else new memory.
+
+    Args:
+        beside: an argument of the operator; new memory is of its kind, and where it is.
+        shape: of the result; with `fill` the last extent of an `out` may be larger.
+        fill: what new memory holds; None = anything.
+
+    Raises:
+        ShapeError, DtypeError, ValueError: `out` has another shape or dtype, gaps between its
+            values, or is read-only.
+    """
+    if out is None:
+        if isinstance(beside, np.ndarray):
+            return np.empty(shape, dtype) if fill is None else np.full(shape, fill, dtype)
+        made = allocator_beside(beside)(shape, dtype)
+        return made if fill is None else made.fill_(fill)
+    check_dtype(operator, "out", out, (dtype,))
+    check_shape(operator, "out", out, shape if fill is None else (*shape[:-1], None))
+    if out.shape[-1] < shape[-1]:
+        raise ShapeError(
+            f"{operator}: out has rows of {out.shape[-1]} values, allowed are {shape[-1]} and more"
+        )
+    on_cpu = not on_device(out)
+    if on_cpu:
+        check_writable(operator, "out", out)
+    dense = as_numpy(out).flags.c_contiguous if on_cpu else out.is_contiguous()
+    if not dense:
+        raise ShapeError(f"{operator}: out of shape {list(out.shape)} is not contiguous")
+    return out
 
 
 _STAGED_SHAPES = 1024

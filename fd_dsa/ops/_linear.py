@@ -1,7 +1,8 @@
 """Matrix products of activations with parameters, and what stands between two of them.
 
 On a CPU the activations of a step are NumPy arrays; Paddle sees them as tensors of the same
-memory for the length of a product. On a device they are tensors there (`_dense.py`). Paddle is
+memory for the length of a product. On a device they are tensors there: nothing waits for it and
+nothing is read back, so a step of them can be captured. Paddle is
 imported by the first product: the attention serves tensors of other libraries too.
 """
 
@@ -14,15 +15,16 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.ops._fixed_order import fixed_order, two_rows
+from fd_dsa.ops._gemm import HostMatrix
 from fd_dsa.ops._host import as_numpy, matmul, on_device, staged
 
 
 @cache
-def _dense() -> ModuleType:
-    """The forms for a device."""
-    from fd_dsa.ops import _dense
+def _kernels() -> ModuleType:
+    """Launches between two products."""
+    from fd_dsa.ops import _dense_kernels
 
-    return _dense
+    return _dense_kernels
 
 
 def embedding(ids: Any, weight: Any) -> Any:
@@ -30,22 +32,29 @@ def embedding(ids: Any, weight: Any) -> Any:
 
     On a CPU `weight` is a NumPy array.
     """
-    return _dense().embedding(ids, weight) if on_device(ids) else weight[as_numpy(ids)]
+    if isinstance(ids, np.ndarray):
+        return weight[ids]
+    return _kernels().rows_at(weight, ids) if on_device(ids) else weight[as_numpy(ids)]
 
 
 def rows_at(x: Any, index: Any) -> Any:
     """Rows `index`, integers [n], of x [num_tokens, width]."""
-    return _dense().rows_at(x, index) if on_device(x) else x[index]
+    return x[index] if isinstance(x, np.ndarray) else _kernels().rows_at(x, index)
 
 
 def linear(x: Any, weight: Any, bias: Any = None, *, transpose_y: bool = False) -> Any:
     """x [num_tokens, in] times weight [in, out], plus bias [out]; float32 [num_tokens, out].
 
-    With `transpose_y` the weight is [out, in] and is read in that order: it is not copied.
+    With `transpose_y` the weight is [out, in] and is read in that order: it is not copied. On a CPU
+    the weight is a HostMatrix, which knows its order, or a Paddle tensor.
     """
-    if on_device(x):
-        return _dense().linear(x, weight, bias, transpose_y)
-    y = as_numpy(matmul(staged(x), weight, transpose_y=transpose_y))
+    if isinstance(weight, HostMatrix):
+        y = weight.times(x)
+    elif on_device(x):
+        product = matmul(x, weight, transpose_y=transpose_y)
+        return product if bias is None else product + bias
+    else:
+        y = as_numpy(matmul(staged(x), weight, transpose_y=transpose_y))
     if bias is not None:
         y += bias
     return y
@@ -56,8 +65,10 @@ def head_linear(x: Any, weight: Any) -> Any:
 
     `x` may be a view. The result is float32 [num_tokens, num_heads, out], and not contiguous.
     """
+    if isinstance(weight, HostMatrix):
+        return weight.times_by_head(x)
     if on_device(x):
-        return _dense().head_linear(x, weight)
+        return matmul(x.transpose([1, 0, 2]), weight).transpose([1, 0, 2])
     by_head = as_numpy(x).transpose(1, 0, 2)
     if fixed_order():
         products = as_numpy(matmul(staged(two_rows(by_head)), weight))
@@ -68,22 +79,24 @@ def head_linear(x: Any, weight: Any) -> Any:
 def joined(left: Any, right: Any) -> Any:
     """The two side by side along the last axis, contiguous; each may be a view."""
     if on_device(left):
-        return _dense().joined(left, right)
+        import paddle
+
+        return paddle.concat([left, right], axis=-1)
     return np.concatenate([as_numpy(left), as_numpy(right)], axis=-1)
 
 
 def added(x: Any, y: Any) -> Any:
     """x + y; on a CPU in the memory of `x`."""
-    if on_device(x):
-        return x + y
-    x += y
-    return x
+    if isinstance(x, np.ndarray):
+        x += y
+        return x
+    return x + y
 
 
 def silu_and_mul(gate_up: Any) -> Any:
     """silu(gate) * up of float32 [num_tokens, 2 * width] whose halves are gate and up."""
-    if on_device(gate_up):
-        return _dense().silu_and_mul(gate_up)
+    if not isinstance(gate_up, np.ndarray) and on_device(gate_up):
+        return _kernels().silu_and_mul(gate_up)
     width = gate_up.shape[1] // 2
     gate = gate_up[:, :width]
     # exp(-x) may overflow to inf for very negative x: x / inf is the right 0

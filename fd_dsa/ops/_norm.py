@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm of a packed step; on a device the RMSNorm is that of `_dense.py`.
+"""RMSNorm and LayerNorm of a packed step; on a device the RMSNorm is that of `_dense_kernels.py`.
 
 On a CPU NumPy, not Paddle: the arrays are small, and a Paddle norm starts its thread pool for each
 of them, which costs more than the work and far more on a busy machine.
@@ -24,12 +24,12 @@ def rms_norm(x: Any, weight: Any, epsilon: float) -> Any:
         weight: float32 [width].
         epsilon: added to the mean square.
     """
-    if on_device(x):
+    if not isinstance(x, np.ndarray) and on_device(x):
         # Paddle only here: the CPU form is the oracle of kernels where Paddle is not installed
-        from fd_dsa.ops import _dense
+        from fd_dsa.ops import _dense_kernels
 
-        return _dense.rms_norm(x, weight, epsilon)
-    rows = as_numpy(x)
+        return _dense_kernels.rms_norm(x, weight, epsilon)
+    rows = x if isinstance(x, np.ndarray) else as_numpy(x)
     out = rows * _inverse_root(rows, epsilon)
     out *= weight
     return out

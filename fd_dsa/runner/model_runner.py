@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fd_dsa.attention import (
-    CacheLayout,
-    DSAAttentionBackend,
-    DSABackendConfig,
-    StepHints,
-)
+from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.errors import FdDsaError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._linear import rows_at
@@ -27,13 +22,13 @@ from fd_dsa.runner.decode_graphs import (
     PaddedStep,
     capture_failed,
 )
-from fd_dsa.runner.forward_meta import RunnerForwardMeta
 from fd_dsa.runner.input_batch import InputBatch
-from fd_dsa.runner.mixin import DSAModelRunnerMixin
 from fd_dsa.runner.selections import Selections
-from fd_dsa.runner.step_inputs import DeviceInputs, HostInputs, StepInputs
+from fd_dsa.runner.step import DeviceInputs, Step, host_inputs
+from fd_dsa.step import StepHints
 
 logger = logging.getLogger(__name__)
+_NOTHING = np.empty(0, np.int64)
 
 
 def cache_layout(config: ModelConfig, kv_cache_dtype: str, block_size: int) -> CacheLayout:
@@ -64,18 +59,25 @@ def backend_config(
     )
 
 
-class EmbeddedRunner:
-    """Owns the caches and makes a RunnerForwardMeta of the batch; the mixin adds the metadata.
+class ModelRunner:
+    """Runs one model over one batch: a Step, the backend's metadata, one forward, logits.
+
+    Caches, metadata and slots are the attention backend's: a model with other caches brings its
+    own, which has `allocate_caches`, `init_attention_metadata`, `warm_up` and what its layers call.
 
     Args:
         model: a model of `fd_dsa.models.registry`, its weights loaded.
         input_batch: rows that the engine fills.
         layout: of the caches.
         num_blocks: blocks of each cache.
-        device: "cpu", "gpu:0" or a custom device of Paddle, where the model already lies.
+        device: "cpu", "gpu:0" or a custom device of Paddle, where the model is already.
+        backend: the attention backend; None: a DSAAttentionBackend.
 
     Attributes:
+        attn_backends: the one that serves.
+        forward_meta: the newest step, None before the first.
         counters: of the steps that were run.
+        graphs: those of decode steps; None where all steps are eager.
     """
 
     def __init__(
@@ -85,83 +87,51 @@ class EmbeddedRunner:
         layout: CacheLayout,
         num_blocks: int,
         device: str = "cpu",
+        backend: Any = None,
     ) -> None:
-        self.model = model
-        self.input_batch = input_batch
+        self.model, self.input_batch, self._device = model, input_batch, device
         config: ModelConfig = model.config
-        self.vocab_size = config.vocab_size
-        backend = DSAAttentionBackend(
-            backend_config(config, layout, input_batch, num_blocks), device
-        )
+        self.vocab_size, self._index_topk = config.vocab_size, config.index_topk
+        if backend is None:
+            sizes = backend_config(config, layout, input_batch, num_blocks)
+            backend = DSAAttentionBackend(sizes, device)
         self.attn_backends: list[Any] = [backend]
-        self.forward_meta: RunnerForwardMeta | None = None
+        self.caches = backend.allocate_caches([kind == "full" for kind in config.indexer_types])
+        self.forward_meta: Any = None
         self.counters = StepCounters()
-        self._index_topk = config.index_topk
-        self._inputs: HostInputs | DeviceInputs = HostInputs(input_batch)
-        self._staged: StepInputs | None = None
-        allocate = layout.allocate
-        self._device = device
+        self.graphs: DecodeGraphs | None = None
+        self._padded: PaddedStep | None = None
+        self._selections: Selections | None = None
+        self._inputs: Callable[..., tuple[Any, ...]] = host_inputs
         self._to_host: Callable[[Any], np.ndarray] = _plain_array
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
-            from fd_dsa.attention.device import cache_allocator, empty_allocator
+            from fd_dsa.attention.device import empty_allocator
             from fd_dsa.runner.host_logits import HostLogits
 
             self._inputs = DeviceInputs(input_batch, empty_allocator(device))
             self._to_host = HostLogits(input_batch.max_num_seqs * self.vocab_size)
-            allocate = cache_allocator(layout, device)
-        self.caches = self._allocate_caches(backend, allocate, num_blocks)
 
-    def _allocate_caches(
-        self, backend: DSAAttentionBackend, allocate: Callable[[list[int]], Any], num_blocks: int
-    ) -> list[Any]:
-        """Two entries a layer: latents, and indexer keys where the layer has an indexer."""
-        latent, _, indexer = backend.get_kv_cache_shape(num_blocks)
-        caches: list[Any] = []
-        for kind in self.model.config.indexer_types:
-            caches.append(allocate(latent))
-            caches.append(allocate(indexer) if kind == "full" else None)
-        return caches
+    def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:
+        """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
 
-    def stage_inputs(
-        self, logits_indices: np.ndarray, num_padded_tokens: int | None = None
-    ) -> StepInputs:
-        """The inputs of the step that the batch holds, where the model runs."""
-        self._staged = self._inputs.stage(logits_indices, num_padded_tokens)
-        return self._staged
+        Args:
+            sampled: int64 [n]; flat tokens whose logits are asked for.
 
-    def initialize_forward_meta(self) -> None:
-        """Make `forward_meta` of the rows that the batch holds, staged now or just before."""
-        inputs = self._staged or self.stage_inputs(np.empty(0, np.int64))
-        self._staged = None
-        self.forward_meta = RunnerForwardMeta(
-            ids_remove_padding=inputs.ids_remove_padding,
-            seq_lens_encoder=inputs.seq_lens_encoder,
-            seq_lens_decoder=inputs.seq_lens_decoder,
-            seq_lens_this_time=inputs.seq_lens_this_time,
-            block_tables=inputs.block_tables,
-            caches=self.caches,
-            attn_backend=self.attn_backends[0],
-        )
-
-
-class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
-    """The embedded engine's runner: step metadata once, one forward, logits of chosen tokens.
-
-    Attributes:
-        graphs: those of decode steps; None where all steps are eager.
-    """
-
-    graphs: DecodeGraphs | None = None
-    _padded: PaddedStep | None = None
-    _selections: Selections | None = None
-
-    def step_hints(self) -> StepHints:
-        """Token counts and longest row, known from scheduling."""
-        batch, padded = self.input_batch, self._padded
+        Raises:
+            ValueError: inconsistent lengths or block tables, with row and value.
+        """
+        batch, padded, backend = self.input_batch, self._padded, self.attn_backends[0]
         if padded is None:
-            return StepHints(batch.num_tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
-        return StepHints(batch.num_tokens, 0, padded.max_seqlen_k, padded.num_tokens)
+            tokens = batch.num_tokens
+            hints = StepHints(tokens, batch.num_prefill_tokens, batch.max_seqlen_k)
+        else:
+            tokens = padded.num_tokens
+            hints = StepHints(batch.num_tokens, 0, padded.max_seqlen_k, tokens)
+        inputs = self._inputs(batch, sampled, tokens)
+        step = self.forward_meta = Step(hints, *inputs, self.caches, backend)
+        backend.init_attention_metadata(step)
+        return step
 
     @property
     def captured_sizes(self) -> tuple[int, ...]:
@@ -225,16 +195,13 @@ class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
 
     def _fill(self, graphs: DecodeGraphs, capture: Capture) -> None:
         """Capture all steps; one row is live, the others are padding."""
-        backend = self.attn_backends[0]
-        if graphs.sizes[0] <= backend.overlap.max_tokens:
-            # a capture must not make a stream
-            backend.overlap.stream_for(self.caches[0])
-        for step in graphs.steps():
-            last = self._only_row(1, step.max_seqlen_k - 1, is_prefill=False)
-            self.stage_inputs(np.array([last]), step.num_tokens)
-            self._padded = step
-            self.initialize_forward_meta()
-            graphs.add(step, capture(self._padded_step))
+        # a capture must not make a stream
+        self.attn_backends[0].warm_up(graphs.sizes[0], self.caches)
+        for padded in graphs.steps():
+            last = self._only_row(1, padded.max_seqlen_k - 1, is_prefill=False)
+            self._padded = padded
+            self.initialize_forward_meta(np.array([last]))
+            graphs.add(padded, capture(self._padded_step))
 
     def _padded_step(self) -> Any:
         """Logits of all tokens of the step that `forward_meta` holds."""
@@ -257,27 +224,23 @@ class ModelRunner(DSAModelRunnerMixin, EmbeddedRunner):
             raise ValueError("execute_model: the step has no token; call add_row first")
         padded = self._padded = self._fitting(logits_indices)
         with paddle.no_grad():
+            begin = time.perf_counter()
+            step = self.initialize_forward_meta(logits_indices)
+            self._count_step(step, time.perf_counter() - begin)
             if self.graphs is not None and padded is not None:
-                self.stage_inputs(logits_indices, padded.num_tokens)
-                self._prepare_step()
                 captured = self.graphs.captured(padded)
                 captured.replay()
                 return self._to_host(captured.logits[: len(logits_indices)])
-            wanted = self.stage_inputs(logits_indices).logits_indices
-            self._prepare_step()
-            self.forward_meta.selections = self._selections
-            hidden = self.model(self.forward_meta.ids_remove_padding, self.forward_meta)
+            step.selections = self._selections
+            hidden = self.model(step.ids_remove_padding, step)
             if not len(logits_indices):
                 return np.empty((0, self.vocab_size), np.float32)
             # on a device this is the step's one wait
-            return self._to_host(self.model.compute_logits(rows_at(hidden, wanted)))
+            return self._to_host(self.model.compute_logits(rows_at(hidden, step.sampled)))
 
-    def _prepare_step(self) -> None:
-        """Make the metadata of a request's step, and count it."""
-        begin = time.perf_counter()
-        self.initialize_forward_meta()
-        seconds = time.perf_counter() - begin
-        batch, step = self.input_batch, self.forward_meta.fd_dsa_step
+    def _count_step(self, step: Step, seconds: float) -> None:
+        """Count a request's step, whose inputs and metadata took these seconds."""
+        batch = self.input_batch
         self.counters.count_step(
             seconds,
             batch.num_tokens,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import FieldError
 from fd_dsa.serve.generation import Job
 from fd_dsa.serve.protocol.generation import GenerationRequest
 
@@ -18,25 +18,25 @@ def check_answer_size(
     body: GenerationRequest,
     *,
     echo: bool = False,
-    tells_prompt_once: bool = False,
+    shows_prompt_once: bool = False,
 ) -> None:
     """Refuse a request whose answer could have too many log-probabilities.
 
     Each token of an output or a prompt that is scored counts 1 and as many as are scored beside
     it; eight tokens of a prompt that is repeated count 1; with `return_topk_positions` each token
-    of prompt and output counts 1. All of that is multiplied by the choices that tell it.
+    of prompt and output counts 1. All of that is multiplied by the choices that show it.
 
     Args:
         limit: the --max-answer-scores of the server.
         jobs: prompts of the request.
         body: of the request.
         echo: whether each choice begins with its prompt.
-        tells_prompt_once: whether an answer tells of a prompt once, and not in each choice.
+        shows_prompt_once: whether an answer has the fields of a prompt once, not in each choice.
 
     Raises:
         ApiError: 400.
     """
-    total = sum(_scores_of(job, body, echo, tells_prompt_once) for job in jobs)
+    total = sum(_scores_of(job, body, echo, shows_prompt_once) for job in jobs)
     if total <= limit:
         return
     params = jobs[0].params
@@ -48,12 +48,10 @@ def check_answer_size(
     param = next((name for name, is_asked in scored.items() if is_asked), "n")
     num_choices = sum(job.params.n for job in jobs)
     num_tokens = max(len(job.prompt_token_ids) + (job.params.max_tokens or 0) for job in jobs)
-    raise ApiError(
-        400,
+    raise FieldError(
         f"{param}: the answer could have {total} log-probabilities, with {num_choices} choices of "
         f"up to {num_tokens} tokens each; --max-answer-scores is {limit}; ask for fewer choices, "
-        "tokens or log-probabilities",
-        param=param,
+        "tokens or log-probabilities"
     )
 
 
@@ -63,7 +61,7 @@ def most_scored_tokens(limit: int, num_prompt_tokens: int, body: GenerationReque
     Args:
         limit: the --max-answer-scores of the server.
         num_prompt_tokens: of the one prompt.
-        body: of a request that tells of its prompt once.
+        body: of a request whose answer has the fields of its prompt once.
 
     Raises:
         ApiError: 400, the number of log-probabilities is out of range.
@@ -76,7 +74,7 @@ def most_scored_tokens(limit: int, num_prompt_tokens: int, body: GenerationReque
     return max(1, room // (max(body.n or 1, 1) * (1 + beside)))
 
 
-def _scores_of(job: Job, body: GenerationRequest, echo: bool, tells_prompt_once: bool) -> int:
+def _scores_of(job: Job, body: GenerationRequest, echo: bool, shows_prompt_once: bool) -> int:
     """What all choices of one prompt count."""
     params, num_prompt = job.params, len(job.prompt_token_ids)
     num_output = params.max_tokens or 0
@@ -88,4 +86,4 @@ def _scores_of(job: Job, body: GenerationRequest, echo: bool, tells_prompt_once:
     if body.prompt_logprobs is not None:
         of_prompt += (1 + (params.prompt_logprobs or 0)) * num_prompt
     of_prompt += num_prompt * (echo + bool(body.return_token_ids)) // _TOKENS_PER_SCORE
-    return params.n * of_choice + (1 if tells_prompt_once else params.n) * of_prompt
+    return params.n * of_choice + (1 if shows_prompt_once else params.n) * of_prompt

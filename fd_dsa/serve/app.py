@@ -7,8 +7,8 @@ import contextlib
 import logging
 import string
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,8 +16,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fd_dsa import __version__
-from fd_dsa.serve import api_page, chat, completions, metrics, page, status, tokenization
-from fd_dsa.serve.disconnect import ClientGone
+from fd_dsa.serve import chat, completions, metrics, pages, status, tokenization
 from fd_dsa.serve.errors import (
     ERROR_RESPONSES,
     ApiError,
@@ -25,12 +24,8 @@ from fd_dsa.serve.errors import (
     internal_error,
 )
 from fd_dsa.serve.guard import GuardMiddleware
-from fd_dsa.serve.options import ServerOptions
-from fd_dsa.serve.state import Info, ServerState, State, no_info
-
-if TYPE_CHECKING:
-    from fd_dsa.engine.async_engine import AsyncEngine
-    from fd_dsa.engine.startup import StartupProgress
+from fd_dsa.serve.state import ServerState, State
+from fd_dsa.serve.workers import ClientGone
 
 _MAX_REQUEST_ID_CHARS = 128
 _REQUEST_ID_CHARS = frozenset(string.ascii_letters + string.digits + "-_.:/+=")
@@ -39,32 +34,17 @@ logger = logging.getLogger("fd_dsa.serve")
 router = APIRouter()
 
 
-def create_app(
-    engine: AsyncEngine | None,
-    served_model_names: Sequence[str],
-    info: Info = no_info,
-    options: ServerOptions | None = None,
-    startup: StartupProgress | None = None,
-) -> FastAPI:
-    """The application that serves `engine` under these names.
+def create_app(state: ServerState) -> FastAPI:
+    """The application that serves the engine of `state`.
 
-    An engine that is given is started when the application starts. It is stopped when the
+    An engine that is there is started when the application starts. It is stopped when the
     application ends, also where it was loaded in between.
-
-    Args:
-        engine: not started yet; None where it loads while the application runs, which then sets
-            `app.state.server.loaded_engine`.
-        served_model_names: names for the `model` field of requests; at least one.
-        info: finds out what /server_info shows; called once, when it is first asked.
-        options: keys and limits.
-        startup: how far the engine is, where it loads meanwhile.
     """
-    state = ServerState(engine, served_model_names, info, options, startup)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if engine is not None:
-            engine.start()
+        if state.loaded_engine is not None:
+            state.loaded_engine.start()
         try:
             yield
         finally:
@@ -91,10 +71,11 @@ def create_app(
     app.add_middleware(RequestIdMiddleware)
     install_error_handlers(app)
     app.include_router(router)
-    for part in (chat, completions, tokenization, status, metrics, api_page):
+    for part in (chat, completions, tokenization, status, metrics):
         app.include_router(part.router)
+    app.include_router(pages.api_router)
     if state.options.serves_page:
-        app.include_router(page.router)
+        app.include_router(pages.chat_router)
     return app
 
 
@@ -164,8 +145,8 @@ class RequestIdMiddleware:
                 await error.response()(scope, receive, send_with_id)
 
 
-def _request_id(given: str | None) -> str:
+def _request_id(header: str | None) -> str:
     """The client's id where it is a plain short word, else a new one."""
-    if given and len(given) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(given):
-        return given
+    if header and len(header) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(header):
+        return header
     return uuid.uuid4().hex

@@ -59,7 +59,7 @@ class BodyScan:
             return
         codes = np.frombuffer(chunk, np.uint8)
         quotes = self._quotes(codes)
-        # 1 behind an odd number of quotes: inside of a text
+        # 1 after an odd number of quotes: inside a text
         inside = np.bitwise_xor.accumulate(quotes)
         inside ^= self._in_text
         outside = inside == 0

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import AsyncGenerator, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from fd_dsa.chat.answer import AnswerFormat
+from fd_dsa.chat.events import (
+    ArgumentsDelta,
+    ContentDelta,
+    Event,
+    ReasoningDelta,
+    ToolCallEnd,
+    ToolCallStart,
+    join_events,
+)
+from fd_dsa.chat.parser import AnswerFormat, OutputParser
+from fd_dsa.serve.answer import Answer, respond
 from fd_dsa.serve.body import BodyRoute
-from fd_dsa.serve.chat_answer import Choice, deltas_of, message_of
 from fd_dsa.serve.chat_prompt import make_job
-from fd_dsa.serve.disconnect import unless_gone
-from fd_dsa.serve.generation import Job, check_form, stream_outputs
-from fd_dsa.serve.json_response import JsonResponse
+from fd_dsa.serve.generation import Job
 from fd_dsa.serve.logprobs import chat_logprobs
 from fd_dsa.serve.protocol import ChatCompletionRequest
-from fd_dsa.serve.responses import (
-    end_fields,
-    is_short,
-    new_id,
-    prompt_fields,
-    usage_of,
-    with_usage,
-)
-from fd_dsa.serve.sse import EventStream
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
-    from fd_dsa.chat.events import Event
     from fd_dsa.engine.logprobs import TokenLogprobs
     from fd_dsa.engine.output import RequestOutput
 
@@ -43,31 +39,18 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, state: State
 ) -> Response:
     """Answer the conversation in the chat format of the model."""
-    state.check_available()
-    model = state.resolve_model(body.model)
-    completion_id = new_id("chatcmpl")
-    job, answer_format = await state.prompt_workers.run(
-        make_job, state, body, completion_id, request=request
-    )
-    await check_form(state, job, "messages")
-    request.state.ticket.extend(job.params.n, "n")
-    head = {
-        "id": completion_id,
-        "object": "chat.completion.chunk" if body.stream else "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-    }
-    answer = _Answer(state, body, job, answer_format)
-    if body.stream:
-        return EventStream(answer.chunks(head), request.state.request_id)
-    outputs = await unless_gone(request, answer.collect())
-    return await state.workers.run(
-        answer.whole, head, outputs, request=request, is_short=is_short([job], outputs, body)
-    )
+    return await respond(_read_conversation, "chatcmpl", body, request, state)
 
 
-class _Answer:
-    """The answer to one request, whole or in chunks.
+def _read_conversation(
+    state: ServerState, body: ChatCompletionRequest, completion_id: str
+) -> ChatAnswer:
+    """Render, tokenize and check the conversation."""
+    return ChatAnswer(state, body, *make_job(state, body, completion_id))
+
+
+class ChatAnswer(Answer[ChatCompletionRequest]):
+    """The answer to a chat completion.
 
     Args:
         state: of the server.
@@ -76,125 +59,194 @@ class _Answer:
         answer_format: how its choices are read.
     """
 
+    prompt_field = "messages"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
     def __init__(
-        self,
-        state: ServerState,
-        body: ChatCompletionRequest,
-        job: Job,
-        answer_format: AnswerFormat,
+        self, state: ServerState, body: ChatCompletionRequest, job: Job, answer_format: AnswerFormat
     ) -> None:
-        self._state = state
-        self._body = body
-        self._job = job
-        self._choices = [
-            Choice(
-                answer_format,
-                one_call=body.one_call,
-                shows_reasoning=body.include_reasoning is not False,
-                at_once=not body.stream,
-            )
-            for _ in range(job.params.n)
-        ]
-        # of each choice of a whole answer
-        self._events: list[list[Event]] = [[] for _ in self._choices]
-        self._token_ids: list[list[int]] = [[] for _ in self._choices]
-        self._all_scores: list[list[TokenLogprobs]] = [[] for _ in self._choices]
+        super().__init__(state, body, [job])
+        self._choices = [_Choice(answer_format, body) for _ in range(job.params.n)]
 
-    async def collect(self) -> list[RequestOutput]:
-        """The last output of each choice of a whole answer."""
-        last: dict[int, RequestOutput] = {}
-        async with contextlib.aclosing(self._steps()) as steps:
-            async for output, new_events in steps:
-                choice, index = self._choices[output.index], output.index
-                self._events[index] += new_events
-                self._token_ids[index] += choice.new_token_ids
-                self._all_scores[index] += choice.new_scores
-                last[index] = output
-        return [last[index] for index in range(len(self._choices))]
+    def take(self, job_index: int, output: RequestOutput) -> None:
+        """See `Answer`."""
+        super().take(job_index, output)
+        choice = self._choices[output.index]
+        choice.events += self._add(choice, output)
+        choice.token_ids += choice.new_token_ids
+        choice.scores += choice.new_scores
 
-    def whole(self, head: dict[str, Any], outputs: Sequence[RequestOutput]) -> JsonResponse:
-        """The whole answer, after `collect`."""
-        shown = []
-        for index, (choice, output) in enumerate(zip(self._choices, outputs, strict=True)):
+    def choices(self) -> Iterator[dict[str, Any]]:
+        """See `Answer`."""
+        for index, choice in enumerate(self._choices):
             fields = {
                 "index": index,
-                "message": message_of(self._events[index] + choice.read_whole()),
-                "logprobs": self._scores(self._all_scores[index]),
-                **self._end(choice, output),
+                "message": _message(choice.events + choice.read_whole()),
+                "logprobs": self._scores(choice.scores),
+                **self._end(choice, self.outputs[0, index]),
             }
-            if self._body.return_token_ids:
-                fields["token_ids"] = self._token_ids[index]
-            shown.append(fields)
-        more = prompt_fields(self._state.engine.tokenizer, self._body, outputs[0])
-        return JsonResponse({**head, "choices": shown, "usage": self._usage(), **more})
+            if self.body.return_token_ids:
+                fields["token_ids"] = choice.token_ids
+            yield fields
 
-    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Roles, parts, finish reasons, and usage if asked for."""
-        body = self._body
+    def shared_fields(self) -> dict[str, Any]:
+        """See `Answer`."""
+        return self.prompt_fields(self.outputs[0, 0])
 
-        def chunk(index: int, delta: dict[str, Any], **fields: Any) -> dict[str, Any]:
-            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-            return with_usage({**head, "choices": [{**choice, **fields}]}, body.include_usage)
-
-        more = {"prompt_token_ids": self._job.prompt_token_ids} if body.return_token_ids else {}
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """The role of each choice."""
+        job = self.jobs[0]
+        more = {"prompt_token_ids": job.prompt_token_ids} if self.body.return_token_ids else {}
         for index in range(len(self._choices)):
-            yield {**chunk(index, {"role": "assistant", "content": ""}), **more}
-        async with contextlib.aclosing(self._steps()) as steps:
-            async for output, events in steps:
-                choice, index = self._choices[output.index], output.index
-                fields = self._token_fields(choice)
-                deltas = list(deltas_of(events))
-                if fields and not deltas:
-                    # tokens whose text is held back are scored when they come
-                    deltas = [{}]
-                for delta in deltas:
-                    yield chunk(index, delta, **fields)
-                    fields = {}
-                if output.finished:
-                    is_small = output.topk_positions is None
-                    end = await self._state.workers.run(
-                        self._end, choice, output, is_short=is_small
-                    )
-                    yield chunk(index, {}, **end)
-        if body.include_usage:
-            yield {**head, "choices": [], "usage": self._usage()}
+            yield {"choices": [_delta(index, {"role": "assistant", "content": ""})], **more}
 
-    async def _steps(self) -> AsyncGenerator[tuple[RequestOutput, list[Event]], None]:
-        """Each output of the engine, and what it adds; complete choices are ended."""
-        engine = self._state.engine
-        async with contextlib.aclosing(stream_outputs(self._state, [self._job])) as outputs:
-            async for _, output in outputs:
-                choice = self._choices[output.index]
-                was_complete = choice.is_complete
-                events = choice.add(output)
-                if choice.is_complete and not (was_complete or output.finished):
-                    engine.finish_output(self._job.request_id, output.index)
-                yield output, events
-
-    def _end(self, choice: Choice, output: RequestOutput) -> dict[str, Any]:
-        """Why a choice has ended, and what is told with it."""
-        reason = choice.finish_reason(output.finish_reason)
-        return {
-            "finish_reason": reason,
-            **end_fields(self._state.engine.tokenizer, self._job, output),
-        }
-
-    def _token_fields(self, choice: Choice) -> dict[str, Any]:
-        """What a chunk tells of its tokens, where asked for."""
+    def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        """See `Answer`."""
+        choice = self._choices[output.index]
+        deltas = list(_deltas(self._add(choice, output)))
         fields: dict[str, Any] = {}
         if choice.new_scores:
             fields["logprobs"] = self._scores(choice.new_scores)
-        if self._body.return_token_ids and choice.new_token_ids:
+        if self.body.return_token_ids and choice.new_token_ids:
             fields["token_ids"] = choice.new_token_ids
-        return fields
+        if fields and not deltas:
+            # tokens whose text is held back are scored when they come
+            deltas = [{}]
+        chunks = [_delta(output.index, delta) for delta in deltas]
+        if chunks:
+            chunks[0].update(fields)
+        if output.finished:
+            chunks.append({**_delta(output.index, {}), **self._end(choice, output)})
+        return chunks
 
-    def _scores(self, entries: Any) -> dict[str, Any] | None:
+    def shown_outputs(self) -> Sequence[RequestOutput]:
+        """See `Answer`; a choice that was complete before its end counts up to there."""
+        return [choice.output for choice in self._choices if choice.output is not None]
+
+    def _add(self, choice: _Choice, output: RequestOutput) -> list[Event]:
+        """What a step adds to a choice; one that is complete by that is ended."""
+        was_complete = choice.is_complete
+        events = choice.add(output)
+        if choice.is_complete and not (was_complete or output.finished):
+            self.state.engine.finish_output(self.jobs[0].request_id, output.index)
+        return events
+
+    def _end(self, choice: _Choice, output: RequestOutput) -> dict[str, Any]:
+        """Why a choice has ended, and the fields of its end."""
+        reason = choice.finish_reason(output.finish_reason)
+        return {"finish_reason": reason, **self.end_fields(0, output)}
+
+    def _scores(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
         """`logprobs` of a choice, None where they are not asked for."""
-        if self._job.params.logprobs is None:
+        if self.jobs[0].params.logprobs is None:
             return None
-        return chat_logprobs(self._state.engine.tokenizer, entries)
+        return chat_logprobs(self.tokenizer, entries)
 
-    def _usage(self) -> dict[str, Any]:
-        """Token counts; of a choice that was complete before its end, those up to there."""
-        outputs = [choice.output for choice in self._choices if choice.output is not None]
-        return usage_of([self._job], outputs)
+
+class _Choice:
+    """One choice of an answer, while it comes.
+
+    Args:
+        answer: how it is read.
+        body: of the request.
+
+    Attributes:
+        is_complete: nothing that the engine adds is shown any more.
+        output: the last one that is shown.
+        new_token_ids, new_scores: what the last step has shown.
+        events, token_ids, scores: all that was shown, of a whole answer.
+    """
+
+    def __init__(self, answer: AnswerFormat, body: ChatCompletionRequest) -> None:
+        self.is_complete = False
+        self.output: RequestOutput | None = None
+        self.new_token_ids: Sequence[int] = ()
+        self.new_scores: Sequence[TokenLogprobs] = ()
+        self.events: list[Event] = []
+        self.token_ids: list[int] = []
+        self.scores: list[TokenLogprobs] = []
+        self._parser = OutputParser(answer)
+        self._one_call = body.one_call
+        # the reasoning is a part of the answer; its tokens and scores go with it
+        self._shows_reasoning = body.include_reasoning is not False
+        # read when it has ended, by `read_whole`, which costs less than step by step
+        self._at_once = not body.stream and self._shows_reasoning and not body.one_call
+        self._has_calls = False
+
+    def add(self, output: RequestOutput) -> list[Event]:
+        """What a step adds to the answer."""
+        if self._at_once:
+            if output.finished:
+                self.output = output
+                self.new_token_ids, self.new_scores = output.token_ids, output.logprobs or ()
+            return []
+        self.new_token_ids, self.new_scores = (), ()
+        if self.is_complete:
+            return []
+        self.output = output
+        was_reasoning = self._parser.is_reasoning
+        events = self._parser.feed(output.new_text)
+        if output.finished:
+            events += self._parser.finish()
+        if self._shows_reasoning or not (was_reasoning or self._parser.is_reasoning):
+            self.new_token_ids, self.new_scores = output.new_token_ids, output.new_logprobs
+        return list(self._shown(events))
+
+    def read_whole(self) -> list[Event]:
+        """What has ended and was not read step by step; a long answer takes a while."""
+        if not self._at_once or self.output is None:
+            return []
+        return list(self._shown(self._parser.read(self.output.text)))
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """The engine's reason, "tool_calls" where a model that stopped had called."""
+        is_called = self._has_calls and reason == "stop"
+        return "tool_calls" if is_called or self.is_complete else reason
+
+    def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
+        """The events that belong to the answer."""
+        for event in events:
+            self._has_calls = self._has_calls or isinstance(event, ToolCallStart)
+            if self._shows_reasoning or not isinstance(event, ReasoningDelta):
+                yield event
+            if self._one_call and isinstance(event, ToolCallEnd):
+                self.is_complete = True
+                return
+
+
+def _message(events: Iterable[Event]) -> dict[str, Any]:
+    """The message of a whole answer."""
+    joined = join_events(events)
+    message: dict[str, Any] = {"role": "assistant", "content": joined.content or None}
+    if joined.reasoning:
+        message["reasoning_content"] = joined.reasoning
+    if joined.tool_calls:
+        message["tool_calls"] = [_call(call.name, call.arguments) for call in joined.tool_calls]
+    elif not joined.content:
+        message["content"] = ""
+    return message
+
+
+def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
+    """The choice of a chunk."""
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def _deltas(events: Iterable[Event]) -> Iterator[dict[str, Any]]:
+    """The deltas of a streamed answer."""
+    for event in events:
+        if isinstance(event, ContentDelta):
+            yield {"content": event.text}
+        elif isinstance(event, ReasoningDelta):
+            yield {"reasoning_content": event.text}
+        elif isinstance(event, ArgumentsDelta):
+            yield {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
+        elif isinstance(event, ToolCallStart):
+            yield {"tool_calls": [{"index": event.index, **_call(event.name, "")}]}
+
+
+def _call(name: str, arguments: str) -> dict[str, Any]:
+    """A call with an id such as `call_3f2a...`, new in every call."""
+    call_id = f"call_{uuid.uuid4().hex[:24]}"
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -8,9 +8,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fd_dsa.chat.answer import AnswerFormat
-from fd_dsa.chat.grammar import forced_calls_grammar, json_behind_reasoning_grammar
-from fd_dsa.chat.parser import THINK_END, ToolFormat
+from fd_dsa.chat.grammar import forced_calls_grammar, json_after_reasoning_grammar
+from fd_dsa.chat.parser import THINK_END, AnswerFormat, ToolFormat
 from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning, opens_reasoning
 from fd_dsa.chat.renderers import ChatRenderer
 from fd_dsa.chat.template import ChatTemplate
@@ -18,7 +17,7 @@ from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.answer_size import check_answer_size, most_scored_tokens
-from fd_dsa.serve.errors import ApiError, request_error
+from fd_dsa.serve.errors import ApiError, FieldError, request_error
 from fd_dsa.serve.generation import Job, check_jobs, resolve_max_tokens
 from fd_dsa.serve.prompt_text import check_bytes, encode_prompt
 from fd_dsa.serve.protocol import ChatCompletionRequest
@@ -41,7 +40,7 @@ def make_job(
     tool_format = _tool_format(state, body, renderer)
     text = _render(state, renderer, body)
     answer = AnswerFormat(
-        has_reasoning=has_reasoning(state.chat.reasoning_parser, renderer.source),
+        has_reasoning=has_reasoning(state.options.chat.reasoning_parser, renderer.source),
         in_reasoning=opens_reasoning(
             text, body.messages[-1].for_template() if body.continue_final_message else None
         ),
@@ -67,19 +66,17 @@ def make_job(
         ),
     )
     job = Job(request_id, prompt, params)
-    check_answer_size(limit, [job], body, tells_prompt_once=True)
+    check_answer_size(limit, [job], body, shows_prompt_once=True)
     (job,) = check_jobs(state, [job], "messages")
     return job, answer
 
 
 def _check_reasoning(body: ChatCompletionRequest, answer: AnswerFormat) -> None:
-    """Refuse to leave out a reasoning that is not told from the content."""
+    """Refuse to leave out a reasoning that cannot be separated from the content."""
     if body.include_reasoning is False and answer.in_reasoning and not answer.has_reasoning:
-        raise ApiError(
-            400,
+        raise FieldError(
             "include_reasoning: false, but the server was started with --reasoning-parser none and "
-            "cannot tell the reasoning; switch it off by reasoning_effort",
-            param="include_reasoning",
+            "cannot tell the reasoning; switch it off by reasoning_effort"
         )
 
 
@@ -99,25 +96,21 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatRenderer:
     """The request's own template, or that of the model."""
     tokenizer = state.engine.tokenizer
     if body.chat_template is not None:
-        if not state.chat.trust_request_chat_template:
-            raise ApiError(
-                400,
+        if not state.options.chat.trust_request_chat_template:
+            raise FieldError(
                 "chat_template: a template can keep a processor busy for ever, so this server "
                 "takes none from requests; start it with --trust-request-chat-template, or with "
-                "--chat-template",
-                param="chat_template",
+                "--chat-template"
             )
         try:
             return _compiled(body.chat_template, tuple(tokenizer.special_tokens.items()))
         except ConfigError as error:
-            raise ApiError(400, f"chat_template: {error}", param="chat_template") from error
+            raise FieldError(f"chat_template: {error}") from error
     if tokenizer.chat_renderer is None:
-        raise ApiError(
-            400,
+        raise FieldError(
             "messages: the model folder has no chat template (neither chat_template.jinja nor "
             "chat_template in tokenizer_config.json); use /v1/completions, or start with "
-            "--chat-template",
-            param="messages",
+            "--chat-template"
         )
     return tokenizer.chat_renderer
 
@@ -134,22 +127,18 @@ def _tool_format(
     """How calls of this answer are written; None where none are asked for."""
     if not body.tools or body.choice.mode == "none":
         return None
-    name = state.chat.tool_call_parser
-    found = find_tool_format(name, renderer.source)
-    if found is None:
+    name = state.options.chat.tool_call_parser
+    tool_format = find_tool_format(name, renderer.source)
+    if tool_format is None:
         why = "the model's chat template has no form of tool calls that this server knows"
         if name != AUTO:
             why = "the server was started with --tool-call-parser none"
-        raise ApiError(
-            400,
-            f"tools: {why}; leave them out, or start it with --tool-call-parser",
-            param="tools",
-        )
-    return found
+        raise FieldError(f"tools: {why}; leave them out, or start it with --tool-call-parser")
+    return tool_format
 
 
 def _render(state: ServerState, renderer: ChatRenderer, body: ChatCompletionRequest) -> str:
-    """The prompt's text; with `tool_choice` none the model is not told of tools.
+    """The prompt's text; with `tool_choice` none it has no tools.
 
     Raises:
         ApiError: 400, the messages are too long for a prompt, or cannot be rendered.
@@ -175,7 +164,7 @@ def _render(state: ServerState, renderer: ChatRenderer, body: ChatCompletionRequ
         of_kwargs = request_error(error, ("chat_template_kwargs",))
         if of_kwargs.param is not None:
             raise of_kwargs from error
-        raise ApiError(400, f"messages: {error}", param="messages") from error
+        raise FieldError(f"messages: {error}") from error
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -210,11 +199,9 @@ def _form(
     """
     if body.choice.mode in ("required", "named"):
         if asked is not None:
-            raise ApiError(
-                400,
+            raise FieldError(
                 f"{asked.source}: given beside a tool_choice that forces calls; an answer has one "
-                "form",
-                param=asked.source,
+                "form"
             )
         return _forced_calls(body, answer, special_ids)
     if asked is None or not answer.begins_in_reasoning:
@@ -223,20 +210,16 @@ def _form(
         return dataclasses.replace(asked, after_token_id=think_end_id)
     schema = {"type": "object"} if asked.json_object else asked.json
     if schema is None:
-        raise ApiError(
-            400,
+        raise FieldError(
             f"{asked.source}: the model reasons before its answer, the end of which is no token of "
             "its own, so of all forms only JSON can stand behind that; switch the reasoning off by "
-            "chat_template_kwargs",
-            param=asked.source,
+            "chat_template_kwargs"
         )
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
     except (ValueError, RecursionError) as error:
-        raise ApiError(
-            400, f"{asked.source}: is not valid JSON: {error}", param=asked.source
-        ) from error
-    return _grammar(json_behind_reasoning_grammar(parsed, special_ids), asked.source)
+        raise FieldError(f"{asked.source}: is not valid JSON: {error}") from error
+    return _grammar(json_after_reasoning_grammar(parsed, special_ids), asked.source)
 
 
 def _only_id(tokenizer: Tokenizer, text: str) -> int | None:

@@ -8,8 +8,8 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
@@ -20,16 +20,16 @@ from fd_dsa.environment import (
     process_environment,
 )
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
-from fd_dsa.serve.descriptors import connection_limit
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
+from fd_dsa.serve.listener import connection_limit
 from fd_dsa.serve.logs import set_up_logging
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.engine.startup import StartupProgress
     from fd_dsa.fastdeploy_plugin import launch
-    from fd_dsa.serve.options import ChatSettings, ServerOptions
+    from fd_dsa.serve.options import ServerOptions
 
 _EXIT_BAD_START = 2
 _EXIT_INTERRUPTED = 130
@@ -72,16 +72,16 @@ def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
     """The line and the status of a start that failed."""
     if isinstance(error, FdDsaError) or (isinstance(error, OSError) and error.errno is not None):
         return str(error), _EXIT_BAD_START
-    said = describe_error(error)
+    text = describe_error(error)
     # Paddle has errors of its own for a full device; those of CUDA are an OSError without a number
-    if isinstance(error, MemoryError) or "out of memory" in said.lower():
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return (
-            f"not enough memory ({said}); lower --gpu-memory-utilization, --kv-cache-memory-bytes, "
+            f"not enough memory ({text}); lower --gpu-memory-utilization, --kv-cache-memory-bytes, "
             "--max-num-seqs or --max-num-batched-tokens",
             _EXIT_BAD_START,
         )
     hint = "" if debug else " (--log-level debug shows the traceback)"
-    return f"unexpected {said}{hint}", 1
+    return f"unexpected {text}{hint}", 1
 
 
 def _fail(message: str, status: int = _EXIT_BAD_START) -> int:
@@ -142,24 +142,17 @@ def _show_plan(args: argparse.Namespace) -> int:
     import yaml
 
     from fd_dsa.engine.plan import make_plan
-    from fd_dsa.serve.chat_formats import chat_formats
-    from fd_dsa.serve.options import ServerOptions
+    from fd_dsa.serve.info import chat_formats
 
-    plan = make_plan(config)
-    options = ServerOptions(max_prompt_bytes=args.max_prompt_bytes)
+    plan, options = make_plan(config), _server_options(args)
     server = {
         "engine": "embedded",
         "host": args.host,
         "port": args.port,
-        "num_api_keys": len(getattr(args, "api_key", None) or ()),
-        "max_body_bytes": args.max_body_size,
-        "max_body_values": args.max_body_values,
-        "max_answer_scores": args.max_answer_scores,
-        "max_prompt_bytes": options.prompt_bytes(plan.max_model_len),
-        "max_concurrency": args.max_concurrency,
-        "max_connections": connection_limit(getattr(args, "max_connections", None)),
+        "num_api_keys": len(options.api_keys),
+        **options.limits(plan.max_model_len),
         "shutdown_timeout": args.shutdown_timeout,
-        **chat_formats(plan.tokenizer, _chat_settings(args)),
+        **chat_formats(plan.tokenizer, options.chat),
     }
     described = yaml.safe_dump({**server, **plan.describe()}, sort_keys=False, allow_unicode=True)
     _say(f"# {plan.summary()}\n# {plan.memory.summary()}\n{described.rstrip()}")
@@ -172,23 +165,26 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     config = _engine_config(args)
     # the server's packages are imported late, so that --help and errors of flags are quick
     from fd_dsa.engine.async_engine import AsyncEngine
-    from fd_dsa.serve.chat_formats import chat_formats, chat_line
     from fd_dsa.serve.engine_process import EngineProcess, Settings
-    from fd_dsa.serve.info import server_info
+    from fd_dsa.serve.hosts import host_rule
+    from fd_dsa.serve.info import chat_formats, chat_line, server_info
     from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
+    from fd_dsa.serve.state import ServerState
 
     loaded: list[AsyncEngine] = []
+    options = _server_options(args)
 
     def load(progress: StartupProgress) -> AsyncEngine:
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
         settings = Settings(config, args.log_level, args.log_json)
         loaded.append(AsyncEngine(EngineProcess(settings, progress)))
-        logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, _chat_settings(args))))
+        logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, options.chat)))
         return loaded[0]
 
     with bind_socket(args.host, args.port) as sock:
         name = config.served_model_name[0]
-        options = _server_options(args, sock.getsockname()[0])
+        allowed = getattr(args, "allowed_host", None) or ()
+        options = replace(options, hosts=host_rule(args.host, sock.getsockname()[0], allowed))
 
         def on_ready() -> None:
             engine, url = loaded[0], base_url(args.host, sock)
@@ -201,21 +197,19 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
                 f"{url}/metrics, Ctrl-C stops). Try:\n{curl}"
             )
 
-        return run_server(
-            load,
+        state = ServerState(
+            None,
             config.served_model_name,
-            sock,
-            shutdown_timeout_s=args.shutdown_timeout,
-            on_ready=on_ready,
-            info=lambda: server_info(config, loaded[0], options),
-            options=options,
+            lambda: server_info(config, loaded[0], options),
+            options,
         )
+        timeout_s = args.shutdown_timeout
+        return run_server(state, load, sock, shutdown_timeout_s=timeout_s, on_ready=on_ready)
 
 
-def _server_options(args: argparse.Namespace, bound: str) -> ServerOptions:
-    """What the flags allow, on the address that --host resolved to."""
-    from fd_dsa.serve.hosts import host_rule
-    from fd_dsa.serve.options import ServerOptions
+def _server_options(args: argparse.Namespace) -> ServerOptions:
+    """What the flags allow, but for the hosts, which depend on what --host resolves to."""
+    from fd_dsa.serve.options import ChatSettings, ServerOptions
 
     return ServerOptions(
         api_keys=tuple(getattr(args, "api_key", None) or ()),
@@ -225,19 +219,11 @@ def _server_options(args: argparse.Namespace, bound: str) -> ServerOptions:
         max_answer_scores=args.max_answer_scores,
         max_concurrency=args.max_concurrency,
         max_connections=connection_limit(getattr(args, "max_connections", None)),
-        hosts=host_rule(args.host, bound, getattr(args, "allowed_host", None) or ()),
         log_requests=args.log_requests,
         serves_page=not args.disable_ui,
-        chat=_chat_settings(args),
-    )
-
-
-def _chat_settings(args: argparse.Namespace) -> ChatSettings:
-    """What the flags say of chat."""
-    from fd_dsa.serve.options import ChatSettings
-
-    return ChatSettings(
-        args.tool_call_parser, args.reasoning_parser, args.trust_request_chat_template
+        chat=ChatSettings(
+            args.tool_call_parser, args.reasoning_parser, args.trust_request_chat_template
+        ),
     )
 
 
@@ -254,8 +240,4 @@ def _say(text: str) -> None:
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine's configuration from the flags that were given."""
     names = {field.name for field in fields(EngineConfig)}
-    given: dict[str, Any] = {k: v for k, v in vars(args).items() if k in names}
-    given["served_model_name"] = tuple(given.get("served_model_name", ()))
-    if "cudagraph_capture_sizes" in given:
-        given["cudagraph_capture_sizes"] = tuple(given["cudagraph_capture_sizes"])
-    return EngineConfig(**given)
+    return EngineConfig(**{k: v for k, v in vars(args).items() if k in names})

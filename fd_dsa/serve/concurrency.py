@@ -1,8 +1,8 @@
-"""How many outputs a server takes on at a time; the rest is told to come back."""
+"""The limit on outputs in work and waiting; requests beyond it are a 429."""
 
 from __future__ import annotations
 
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import ApiError, FieldError
 
 _RETRY_AFTER_S = 1
 
@@ -48,11 +48,9 @@ class Ticket:
         """
         concurrency = self._concurrency
         if num_outputs > concurrency.limit:
-            raise ApiError(
-                400,
+            raise FieldError(
                 f"{param}: the request asks for {num_outputs} outputs, --max-concurrency is "
-                f"{concurrency.limit}; send fewer at a time",
-                param=param,
+                f"{concurrency.limit}; send fewer at a time"
             )
         added = max(num_outputs - self._num_outputs, 0)
         if concurrency.num_admitted + added > concurrency.limit:

@@ -14,18 +14,17 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from fd_dsa.config import EngineConfig
-from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.wire import pack_outputs
 from fd_dsa.environment import open_missing_streams
 from fd_dsa.errors import describe_error
-from fd_dsa.serve.engine_process import NotStarted, Phase, Ready, Settings
+from fd_dsa.serve.engine_process import Settings
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps, trim_heaps
 from fd_dsa.serve.info import INFO, engine_info
 from fd_dsa.serve.logs import set_up_logging
@@ -54,31 +53,29 @@ class RelayedProgress(StartupProgress):
         now = time.monotonic()
         if now - self._sent_at >= _PHASE_INTERVAL_S:
             self._sent_at = now
-            self._connection.send(Phase(self.index, detail))
+            self._connection.send((self.index, detail))
 
     def done(self, text: str) -> None:
         """End the present phase."""
         super().done(text)
-        self._connection.send(Phase(self.index, ""))
+        self._connection.send((self.index, ""))
 
 
-class _Sender:
-    """Sends the events of the host; called in several threads."""
+def _sender(connection: Connection) -> Callable[[Event], None]:
+    """What sends the events of the host; called in several threads."""
+    lock = threading.Lock()
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._lock = threading.Lock()
-
-    def emit(self, event: Event) -> None:
-        """Send an event."""
+    def emit(event: Event) -> None:
         message: Any = event
         if isinstance(event, list):
             message = pack_outputs(event)
         elif isinstance(event, Failed):
             message = Failed(_portable(event.error))
         # nobody may be there any more; the thread that reads ends the process then
-        with self._lock, contextlib.suppress(OSError):
-            self._connection.send(message)
+        with lock, contextlib.suppress(OSError):
+            connection.send(message)
+
+    return emit
 
 
 def main() -> int:
@@ -97,33 +94,27 @@ def main() -> int:
         target=_read, args=(connection, hosts), name="fd_dsa-commands", daemon=True
     ).start()
     try:
-        engine = _build(settings.config, RelayedProgress(connection))
+        # the imports take seconds
+        from fd_dsa.engine.factory import build_engine
+
+        engine = build_engine(settings.config, RelayedProgress(connection))
     except Exception as error:
         logger.debug("the start failed", exc_info=True)
-        connection.send(NotStarted(_portable(error)))
+        connection.send(_portable(error))
         return 0
-    emit = _Sender(connection).emit
-    host = EngineHost(engine, emit, {INFO: lambda _: engine_info(settings.config)})
-    hosts.put(host)
-    connection.send(Ready(EngineFacts.of(engine)))
-    return 0 if host.run() else 1
-
-
-def _build(config: EngineConfig, progress: StartupProgress) -> LLMEngine:
-    """The engine; its imports take seconds."""
-    from fd_dsa.engine.factory import build_engine
-
-    engine = build_engine(config, progress)
     # files of weights and tokenizer have been read
     trim_heaps()
-    return engine
+    host = EngineHost(engine, _sender(connection), {INFO: lambda _: engine_info(settings.config)})
+    hosts.put(host)
+    connection.send(EngineFacts.of(engine))
+    return 0 if host.run() else 1
 
 
 def _read(connection: Connection, hosts: SimpleQueue[EngineHost]) -> None:
     """Body of the thread that takes commands; ends the process when nobody sends any more.
 
     Args:
-        connection: to the other process, which sends no command before `Ready`.
+        connection: to the other process, which sends no command before it has the facts.
         hosts: gets the host as soon as there is one.
     """
     host: EngineHost | None = None

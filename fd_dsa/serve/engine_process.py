@@ -44,28 +44,6 @@ class Settings:
     log_json: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """Message of a start: a phase by its number, and how far it is."""
-
-    index: int
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Message that ends a start: the engine serves."""
-
-    facts: EngineFacts
-
-
-@dataclass(frozen=True, slots=True)
-class NotStarted:
-    """Message that ends a start: there is no engine."""
-
-    error: Exception
-
-
 class EngineProcess:
     """A link to an engine in a process of its own.
 
@@ -153,19 +131,21 @@ class EngineProcess:
             self._reader.join(_KILL_AFTER_S)
 
     def _wait_until_ready(self, progress: StartupProgress) -> EngineFacts:
-        """The facts of the engine, as soon as it serves."""
+        """The facts of the engine, as soon as it serves.
+
+        The process sends its phases as they come, their number and how far they are, and in the
+        end its facts or the exception that ended the start.
+        """
         while True:
             try:
                 message = self._connection.recv()
             except (EOFError, OSError):
                 raise self._ended("before it was ready") from None
-            if isinstance(message, Phase):
-                progress.follow(message.index, message.detail)
-            elif isinstance(message, NotStarted):
-                raise message.error
-            else:
-                facts: EngineFacts = message.facts
-                return facts
+            if isinstance(message, Exception):
+                raise message
+            if isinstance(message, EngineFacts):
+                return message
+            progress.follow(*message)
 
     def _ended(self, when: str) -> FdDsaError:
         """Why the process is no more."""

@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 # pydantic error type of our own validators: their message is complete as it is
 CUSTOM_ERROR = "fd_dsa"
 _SHOWN_INPUT_CHARS = 60
-# pydantic's types of errors in our words: its own tell of classes and of validation
+# pydantic's types of errors in our words: its own name classes and validation
 _RULES = {
     "bool_type": "true or false",
     "dict_type": "an object",
@@ -64,7 +64,7 @@ _OUT_OF_SCOPE = {
 
 
 class ErrorObject(BaseModel):
-    """What went wrong, as the OpenAI API tells it."""
+    """What went wrong, in the shape of the OpenAI API."""
 
     message: str
     type: str
@@ -130,6 +130,13 @@ class ApiError(FdDsaError):
         return JsonResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
+class FieldError(ApiError):
+    """A 400 whose message begins with the field to blame, as in `messages[0].content: got null`."""
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(400, message, param=message.partition(": ")[0], code=code)
+
+
 def internal_error(request_id: str) -> ApiError:
     """A 500 that names the request in the server's log and nothing else."""
     return ApiError(
@@ -160,7 +167,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
-    """404 and 405 of the router, told with the paths and methods that exist."""
+    """404 and 405 of the router, with the paths and methods that exist."""
     path = request.url.path
     headers = dict(error.headers or {})
     if error.status_code == 404:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from fd_dsa import __version__
 from fd_dsa.chat.parsers import REASONING_FORMATS, TOOL_FORMATS
@@ -53,263 +54,200 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _value(
+    group: argparse._ArgumentGroup,
+    flag: str,
+    text: str,
+    kind: Callable[[str], Any] = str,
+    default: Any = argparse.SUPPRESS,
+    **more: Any,
+) -> None:
+    """Add a flag that takes a value.
+
+    Args:
+        group: of `--help`.
+        flag: its name, then its metavar where `--help` shows one.
+        text: of `--help`.
+        kind: reads the value.
+        default: none for flags of the engine, whose configuration has it.
+        more: of `add_argument`.
+    """
+    name, _, metavar = flag.partition(" ")
+    group.add_argument(name, metavar=metavar or None, type=kind, default=default, help=text, **more)
+
+
+def _switch(group: argparse._ArgumentGroup, flag: str, text: str, default: Any = False) -> None:
+    """Add a flag without a value."""
+    group.add_argument(flag, action="store_true", default=default, help=text)
+
+
+def _on_or_off(group: argparse._ArgumentGroup, flag: str, text: str) -> None:
+    """Add a flag that has a form with `no` too."""
+    action = group.add_argument(flag, action=argparse.BooleanOptionalAction)
+    # set afterwards: some versions of Python add the default, which is a marker here
+    action.help = text
+
+
 def _add_model_flags(group: argparse._ArgumentGroup) -> None:
     folder = "folder in Hugging Face format (default: the demo model of the package)"
     group.add_argument("positional_model", metavar="MODEL", nargs="?", help=folder)
-    group.add_argument("--model", metavar="DIR", help="the same as MODEL")
-    group.add_argument(
-        "--served-model-name",
-        metavar="NAME",
-        action="append",
-        help="name for the `model` field of requests; may be repeated (default: folder name)",
-    )
-    group.add_argument(
-        "--tokenizer", metavar="DIR", help="folder of the tokenizer (default: the model's)"
-    )
-    group.add_argument(
-        "--load-format",
-        metavar="FORMAT",
-        help="auto, safetensors, or dummy for random weights (default: auto)",
-    )
-    group.add_argument(
-        "--index-topk",
-        metavar="N",
-        type=values.integer,
-        help="keys that the indexer chooses for a token (default: the model's)",
-    )
-    group.add_argument(
-        "--device",
-        choices=DEVICES,
-        help="where the model runs; auto is a GPU where Paddle has one (default: auto)",
-    )
-    group.add_argument("--dtype", help="auto, float32 or bfloat16 (default: auto; CPU: float32)")
-    group.add_argument(
+    _value(group, "--model DIR", "the same as MODEL")
+    name = "name for the `model` field of requests; may be repeated (default: folder name)"
+    _value(group, "--served-model-name NAME", name, action="append")
+    _value(group, "--tokenizer DIR", "folder of the tokenizer (default: the model's)")
+    formats = "auto, safetensors, or dummy for random weights (default: auto)"
+    _value(group, "--load-format FORMAT", formats)
+    topk = "keys that the indexer chooses for a token (default: the model's)"
+    _value(group, "--index-topk N", topk, values.integer)
+    device = "where the model runs; auto is a GPU where Paddle has one (default: auto)"
+    _value(group, "--device", device, choices=DEVICES)
+    _value(group, "--dtype", "auto, float32 or bfloat16 (default: auto; CPU: float32)")
+    _value(
+        group,
         "--engine",
-        choices=("auto", "embedded", "fastdeploy"),
+        "what runs the model: embedded, on one device, or fastdeploy, an installed FastDeploy; "
+        "auto is fastdeploy where it is installed and one device is not enough (default: auto)",
         default="auto",
-        help="what runs the model: embedded, on one device, or fastdeploy, an installed "
-        "FastDeploy; auto is fastdeploy where it is installed and one device is not enough "
-        "(default: auto)",
+        choices=("auto", "embedded", "fastdeploy"),
     )
-    group.add_argument(
-        "--seed", type=values.integer, help="seed of requests without one (default: 0)"
-    )
+    _value(group, "--seed", "seed of requests without one (default: 0)", values.integer)
 
 
 def _add_chat_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--chat-template",
-        metavar="FILE",
-        help="Jinja template of conversations (default: what the folder has)",
-    )
-    group.add_argument(
+    template = "Jinja template of conversations (default: what the folder has)"
+    _value(group, "--chat-template FILE", template)
+    _switch(
+        group,
         "--trust-request-chat-template",
-        action="store_true",
-        default=False,
-        help="let requests bring templates; one can keep a processor busy for ever",
+        "let requests bring templates; one can keep a processor busy for ever",
     )
-    group.add_argument(
-        "--tool-call-parser",
-        metavar="NAME",
-        choices=("auto", "none", *TOOL_FORMATS),
-        default="auto",
-        help=f"how answers call tools: {', '.join(TOOL_FORMATS)}, none, or auto, by the template "
-        "(default: auto)",
-    )
-    group.add_argument(
-        "--reasoning-parser",
-        metavar="NAME",
-        choices=("auto", "none", *REASONING_FORMATS),
-        default="auto",
-        help=f"how answers reason: {', '.join(REASONING_FORMATS)}, none, or auto, by the template "
-        "(default: auto)",
-    )
+    for flag, what, formats in (
+        ("--tool-call-parser NAME", "call tools", TOOL_FORMATS),
+        ("--reasoning-parser NAME", "reason", REASONING_FORMATS),
+    ):
+        text = f"how answers {what}: {', '.join(formats)}, none, or auto, by the template "
+        text += "(default: auto)"
+        _value(group, flag, text, default="auto", choices=("auto", "none", *formats))
 
 
 def _add_server_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--host", type=values.host, default="127.0.0.1", help="interface (default: 127.0.0.1)"
-    )
-    group.add_argument(
-        "--port", type=values.port, default=8000, help="0 takes any free port (default: 8000)"
-    )
-    group.add_argument(
-        "--shutdown-timeout",
-        metavar="S",
-        type=values.seconds,
-        default=30.0,
-        help="seconds that running requests get after the first signal (default: 30)",
-    )
-    group.add_argument(
-        "--api-key",
-        metavar="KEY",
-        type=values.key,
+    _value(group, "--host", "interface (default: 127.0.0.1)", values.host, "127.0.0.1")
+    _value(group, "--port", "0 takes any free port (default: 8000)", values.port, 8000)
+    patience = "seconds that running requests get after the first signal (default: 30)"
+    _value(group, "--shutdown-timeout S", patience, values.seconds, 30.0)
+    _value(
+        group,
+        "--api-key KEY",
+        "key that requests must bring; may be repeated, and FD_DSA_API_KEY, with commas between "
+        "keys, keeps it out of the list of processes (default: none is asked for)",
+        values.key,
         action="append",
-        help="key that requests must bring; may be repeated, and FD_DSA_API_KEY, with commas "
-        "between keys, keeps it out of the list of processes (default: none is asked for)",
     )
-    group.add_argument(
-        "--max-body-size",
-        metavar="BYTES",
-        type=values.size,
-        default=DEFAULT_MAX_BODY_BYTES,
-        help="longest body of a request, for example 32M; longer ones are a 413 (default: 16M)",
+    _value(
+        group,
+        "--max-body-size BYTES",
+        "longest body of a request, for example 32M; longer ones are a 413 (default: 16M)",
+        values.size,
+        DEFAULT_MAX_BODY_BYTES,
     )
-    group.add_argument(
-        "--max-body-values",
-        metavar="N",
-        type=values.positive,
-        default=DEFAULT_MAX_BODY_VALUES,
-        help="values in a body, each number counted once, each text, name, list and object eight "
+    _value(
+        group,
+        "--max-body-values N",
+        "values in a body, each number counted once, each text, name, list and object eight "
         "times; more are a 413 (default: 2097152)",
+        values.positive,
+        DEFAULT_MAX_BODY_VALUES,
     )
-    group.add_argument(
-        "--max-answer-scores",
-        metavar="N",
-        type=values.positive,
-        default=DEFAULT_MAX_ANSWER_SCORES,
-        help="log-probabilities that an answer may have, over all of its choices; more are a 400 "
+    _value(
+        group,
+        "--max-answer-scores N",
+        "log-probabilities that an answer may have, over all of its choices; more are a 400 "
         "(default: 524288)",
+        values.positive,
+        DEFAULT_MAX_ANSWER_SCORES,
     )
-    group.add_argument(
-        "--max-prompt-bytes",
-        metavar="BYTES",
-        type=values.size,
-        default=None,
-        help="longest text of a prompt, in UTF-8; longer ones are a 400 before they are tokenized "
+    _value(
+        group,
+        "--max-prompt-bytes BYTES",
+        "longest text of a prompt, in UTF-8; longer ones are a 400 before they are tokenized "
         f"(default: {PROMPT_BYTES_PER_TOKEN} for each token of --max-model-len)",
+        values.size,
+        None,
     )
-    group.add_argument(
-        "--max-concurrency",
-        metavar="N",
-        type=values.positive,
-        default=DEFAULT_MAX_CONCURRENCY,
-        help="outputs in work and waiting at a time; more are a 429 (default: 512)",
-    )
-    group.add_argument(
-        "--max-connections",
-        metavar="N",
-        type=values.positive,
-        help="connections that may have a request in work; idle ones are closed to make room, any "
+    outputs = "outputs in work and waiting at a time; more are a 429 (default: 512)"
+    _value(group, "--max-concurrency N", outputs, values.positive, DEFAULT_MAX_CONCURRENCY)
+    _value(
+        group,
+        "--max-connections N",
+        "connections that may have a request in work; idle ones are closed to make room, any "
         "other request is a 503 (default: 4096, fewer where ulimit -n is lower)",
+        values.positive,
     )
-    group.add_argument(
-        "--allowed-host",
-        metavar="NAME",
-        type=values.host_name,
-        action="append",
-        help="name that the Host header of requests may have, beside localhost and --host; may be "
+    _value(
+        group,
+        "--allowed-host NAME",
+        "name that the Host header of requests may have, beside localhost and --host; may be "
         "repeated, * allows all (default: checked on loopback addresses alone)",
+        values.host_name,
+        action="append",
     )
-    group.add_argument(
-        "--disable-ui",
-        action="store_true",
-        default=False,
-        help="no page to talk to the model at /",
-    )
+    _switch(group, "--disable-ui", "no page to talk to the model at /")
 
 
 def _add_logging_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--log-level",
-        choices=("debug", "info", "warning", "error"),
-        default="info",
-        help="debug also shows tracebacks of a failed start (default: info)",
-    )
-    group.add_argument(
-        "--log-requests",
-        action="store_true",
-        default=False,
-        help="a line for each output that ended: counts and times, never texts",
-    )
-    group.add_argument(
-        "--log-json",
-        action="store_true",
-        default=False,
-        help="each line of the log is a JSON object",
-    )
+    levels = "debug also shows tracebacks of a failed start (default: info)"
+    choices = ("debug", "info", "warning", "error")
+    _value(group, "--log-level", levels, default="info", choices=choices)
+    lines = "a line for each output that ended: counts and times, never texts"
+    _switch(group, "--log-requests", lines)
+    _switch(group, "--log-json", "each line of the log is a JSON object")
 
 
 def _add_cache_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--kv-cache-dtype",
-        metavar="DTYPE",
-        help="auto, float32, bfloat16 or fp8_ds_mla, also called fp8 (default: auto)",
+    dtypes = "auto, float32, bfloat16 or fp8_ds_mla, also called fp8 (default: auto)"
+    _value(group, "--kv-cache-dtype DTYPE", dtypes)
+    size = "size of the caches, for example 8G (default: from free memory)"
+    _value(group, "--kv-cache-memory-bytes BYTES", size)
+    share = "share of a GPU's memory that weights and caches may take (default: 0.9)"
+    _value(group, "--gpu-memory-utilization SHARE", share, values.number)
+    blocks = "number of cache blocks instead (on a CPU too)"
+    _value(group, "--num-gpu-blocks-override N", blocks, values.integer)
+    _value(group, "--block-size N", "tokens per cache block (default: 64)", values.integer)
+    _on_or_off(
+        group,
+        "--enable-prefix-caching",
+        "share the cache blocks of prompts that begin alike (default: enabled)",
     )
-    group.add_argument(
-        "--kv-cache-memory-bytes",
-        metavar="BYTES",
-        help="size of the caches, for example 8G (default: from free memory)",
-    )
-    group.add_argument(
-        "--gpu-memory-utilization",
-        metavar="SHARE",
-        type=values.number,
-        help="share of a GPU's memory that weights and caches may take (default: 0.9)",
-    )
-    group.add_argument(
-        "--num-gpu-blocks-override",
-        metavar="N",
-        type=values.integer,
-        help="number of cache blocks instead (on a CPU too)",
-    )
-    group.add_argument(
-        "--block-size",
-        metavar="N",
-        type=values.integer,
-        help="tokens per cache block (default: 64)",
-    )
-    prefix_caching = group.add_argument(
-        "--enable-prefix-caching", action=argparse.BooleanOptionalAction
-    )
-    # set afterwards: some versions of Python add the default, which is a marker here
-    prefix_caching.help = "share the cache blocks of prompts that begin alike (default: enabled)"
 
 
 def _add_scheduler_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--max-model-len",
-        metavar="N",
-        type=values.integer,
-        help="longest prompt plus output, tokens (default: the model's)",
-    )
-    group.add_argument(
-        "--max-num-seqs",
-        metavar="N",
-        type=values.integer,
-        help="sequences in a step (default: 64)",
-    )
-    group.add_argument(
-        "--max-num-batched-tokens",
-        metavar="N",
-        type=values.integer,
-        help="tokens in a step; longer prompts are split (default: 512 on a CPU)",
-    )
-    group.add_argument(
-        "--target-inter-token-latency-ms",
-        metavar="MS",
-        type=values.number,
-        default=DEFAULT_TARGET_MS,
-        help="most time between two tokens of an answer while prompts are computed beside it, "
+    length = "longest prompt plus output, tokens (default: the model's)"
+    _value(group, "--max-model-len N", length, values.integer)
+    _value(group, "--max-num-seqs N", "sequences in a step (default: 64)", values.integer)
+    tokens = "tokens in a step; longer prompts are split (default: 512 on a CPU)"
+    _value(group, "--max-num-batched-tokens N", tokens, values.integer)
+    _value(
+        group,
+        "--target-inter-token-latency-ms MS",
+        "most time between two tokens of an answer while prompts are computed beside it, "
         f"0 for no target (default: {DEFAULT_TARGET_MS:g})",
+        values.number,
+        DEFAULT_TARGET_MS,
     )
-    chunked = group.add_argument("--enable-chunked-prefill", action=argparse.BooleanOptionalAction)
-    chunked.help = "split prompts at --max-num-batched-tokens; always on (default: enabled)"
+    chunks = "split prompts at --max-num-batched-tokens; always on (default: enabled)"
+    _on_or_off(group, "--enable-chunked-prefill", chunks)
 
 
 def _add_graph_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--enforce-eager",
-        action="store_true",
-        help="launch decode steps kernel by kernel, without CUDA graphs",
-    )
-    group.add_argument(
-        "--cudagraph-capture-sizes",
-        metavar="N",
-        nargs="+",
-        type=values.integer,
-        help="rows of captured decode steps; fewer are padded (default: 1 2 4 8 16 24 ... up to "
+    eager = "launch decode steps kernel by kernel, without CUDA graphs"
+    _switch(group, "--enforce-eager", eager, argparse.SUPPRESS)
+    _value(
+        group,
+        "--cudagraph-capture-sizes N",
+        "rows of captured decode steps; fewer are padded (default: 1 2 4 8 16 24 ... up to "
         "--max-num-seqs)",
+        values.integer,
+        nargs="+",
     )
 
 
@@ -322,19 +260,9 @@ def _add_parallel_flags(group: argparse._ArgumentGroup) -> None:
         default=1,
         help="GPUs that share each layer (default: 1)",
     )
-    group.add_argument(
-        "--data-parallel-size",
-        metavar="N",
-        type=values.positive,
-        default=1,
-        help="copies of the attention layers, each with requests of its own (default: 1)",
-    )
-    group.add_argument(
-        "--enable-expert-parallel",
-        action="store_true",
-        default=False,
-        help="spread the experts over all GPUs",
-    )
+    copies = "copies of the attention layers, each with requests of its own (default: 1)"
+    _value(group, "--data-parallel-size N", copies, values.positive, 1)
+    _switch(group, "--enable-expert-parallel", "spread the experts over all GPUs")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,30 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fastapi import Request
-
 from fd_dsa.engine.bad_words import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.serve.disconnect import cancel, unless_gone
-from fd_dsa.serve.errors import ApiError, request_error
+from fd_dsa.serve.errors import ApiError, FieldError, request_error
 from fd_dsa.serve.prompt_text import too_many_tokens
-from fd_dsa.serve.protocol.sampling import SAMPLING_FIELDS
+from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
-from fd_dsa.serve.request_log import RequestLog
 from fd_dsa.serve.state import ServerState
+from fd_dsa.serve.workers import cancel
 
 if TYPE_CHECKING:
     from fd_dsa.engine.output import RequestOutput
 
 MAX_UNREAD_OUTPUTS = 2048
-"""Steps that a client may be behind, beyond what the sockets' buffers hold."""
+"""Outputs that a client may leave unread, beyond what the sockets' buffers hold."""
 
 logger = logging.getLogger("fd_dsa.serve")
+_requests_logger = logging.getLogger("fd_dsa.requests")
 
 
 @dataclass(frozen=True)
@@ -70,18 +69,16 @@ def resolve_max_tokens(
     """
     limit = state.engine.max_model_len
     if num_prompt_tokens == 0:
-        raise ApiError(400, f"{source}: has no tokens; send at least one", param=source)
+        raise FieldError(f"{source}: has no tokens; send at least one")
     longest = limit - num_prompt_tokens
     if longest < 1:
         raise too_many_tokens(state, num_prompt_tokens, source)
     if asked is None:
         return longest if default is None else min(default, longest)
     if asked > longest:
-        raise ApiError(
-            400,
+        raise FieldError(
             f"{param}: got {asked} after a prompt of {num_prompt_tokens} tokens, "
             f"max_model_len is {limit}; allowed is at most {longest} with this prompt",
-            param=param,
             code="context_length_exceeded",
         )
     return asked
@@ -128,7 +125,7 @@ def _refusals(param: str) -> Iterator[None]:
     except ValueError as error:
         refusal = request_error(error, (*SAMPLING_FIELDS, *STRUCTURED_FIELDS, "tools"))
         if refusal.param is None:
-            refusal = ApiError(400, f"{param}: {error}", param=param)
+            refusal = FieldError(f"{param}: {error}")
         raise refusal from error
 
 
@@ -138,14 +135,15 @@ async def stream_outputs(
     """Outputs of all jobs as they come, each with the index of its job.
 
     Closing the iterator, or cancelling the task that reads it, aborts what is still running. So
-    does a reader that stays behind for `MAX_UNREAD_OUTPUTS` outputs: buffers do not grow for ever.
+    does a reader that is `MAX_UNREAD_OUTPUTS` outputs late: buffers do not grow without a bound.
 
     Raises:
         ApiError: 503, the server takes no requests any more; 500, a job or the engine failed;
             408, the reader is too slow.
     """
     state.check_available()
-    log = RequestLog(jobs, state.options.log_requests)
+    began = time.monotonic()
+    last: dict[tuple[int, int], RequestOutput] = {}
     # None: a job has ended; an exception: it has failed
     queue: asyncio.Queue[tuple[int, RequestOutput] | Exception | None] = asyncio.Queue()
 
@@ -157,7 +155,9 @@ async def stream_outputs(
                 async for output in generate:
                     if queue.qsize() >= MAX_UNREAD_OUTPUTS:
                         raise _too_slow(job)
-                    log.note(index, output)
+                    last[index, output.index] = output
+                    if output.finished and state.options.log_requests:
+                        _log_end(job, output.index, output, began)
                     queue.put_nowait((index, output))
             queue.put_nowait(None)
         except Exception as error:
@@ -181,13 +181,41 @@ async def stream_outputs(
                 yield item
     finally:
         # first, since a task that is being cancelled gets no further than the next await
-        log.close()
+        for job_index, job in enumerate(jobs) if state.options.log_requests else ():
+            for index in range(job.params.n):
+                output = last.get((job_index, index))
+                if output is None or not output.finished:
+                    _log_end(job, index, output, began)
         await cancel(tasks)
         state.active.difference_update(job.request_id for job in jobs)
 
 
+def _log_end(job: Job, index: int, last: RequestOutput | None, began: float) -> None:
+    """The line of --log-requests for one output: counts and times, never texts.
+
+    Args:
+        job: of the output.
+        index: of the output in its job.
+        last: as the engine gave it last; one that is not finished was aborted.
+        began: monotonic time at which the request reached the engine.
+    """
+    first = None if last is None else last.first_token_time
+    fields = {
+        "request_id": job.request_id,
+        "index": index,
+        "prompt_tokens": len(job.prompt_token_ids),
+        "cached_tokens": 0 if last is None else last.num_cached_tokens,
+        "completion_tokens": 0 if last is None else len(last.token_ids),
+        "finish_reason": last.finish_reason if last is not None and last.finished else "abort",
+        "first_token_s": None if first is None or last is None else first - last.arrival_time,
+        "total_s": time.monotonic() - began,
+    }
+    shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
+    _requests_logger.info("%s", ", ".join(shown), extra={"fields": fields})
+
+
 def _too_slow(job: Job) -> ApiError:
-    """What ends a request whose client does not read; it is told if it ever reads again."""
+    """The error that ends a request whose client does not read; it gets it if it reads again."""
     logger.warning(
         "request %s: aborted, its client has not read %d outputs",
         job.request_id,
@@ -199,25 +227,6 @@ def _too_slow(job: Job) -> ApiError:
         "streams as they come",
         code="client_too_slow",
     )
-
-
-async def collect_outputs(
-    state: ServerState, jobs: Sequence[Job], request: Request
-) -> list[RequestOutput]:
-    """The final outputs of every job, in the order of the jobs and of the indices in each.
-
-    Raises:
-        ClientGone: the client closed the connection; the jobs are aborted.
-    """
-
-    async def collect() -> list[RequestOutput]:
-        last: dict[tuple[int, int], RequestOutput] = {}
-        async with contextlib.aclosing(stream_outputs(state, jobs)) as outputs:
-            async for job_index, output in outputs:
-                last[job_index, output.index] = output
-        return [last[key] for key in sorted(last)]
-
-    return await unless_gone(request, collect())
 
 
 def _failure_of(state: ServerState, error: Exception) -> Exception:

@@ -1,7 +1,7 @@
 """Checks before every route: host, key, availability, the body, concurrency.
 
-All paths but a few that only tell how the server is ask for the key, so a route that is added
-later is guarded without a thought (vLLM's key guards some prefixes, and lets others compute).
+All paths ask for the key, except a few that only report on the server. So a route that is added
+later is guarded by default (vLLM's key guards some prefixes, and lets others compute).
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from collections.abc import Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fd_dsa.serve.body_memory import BodyMemory, ReceivedBody, too_long
+from fd_dsa.serve.body import BodyReader, too_long
 from fd_dsa.serve.errors import ApiError, show
-from fd_dsa.serve.page import PAGE_PATHS
+from fd_dsa.serve.pages import CHAT_PATHS
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
 
-OPEN_PATHS = PAGE_PATHS | PROBE_PATHS | {"/docs", "/openapi.json", "/version", "/metrics"}
-"""Paths that need no key: they compute nothing and tell nothing of requests."""
+OPEN_PATHS = CHAT_PATHS | PROBE_PATHS | {"/docs", "/openapi.json", "/version", "/metrics"}
+"""Paths that need no key: they compute nothing and show nothing of requests."""
 
 
 class GuardMiddleware:
     """Refuses requests before their bodies are read, and bodies that are too much or too slow.
 
-    A POST is counted by `ConcurrencyLimit` from the end of its body until its answer has been sent;
-    routes find its ticket in `request.state.ticket` and extend it when they ask for several
-    outputs.
+    A POST is counted by `ConcurrencyLimit` from the end of its body until its answer has been sent.
+    Routes find its body in `request.state.body`, and its ticket in `request.state.ticket`, which
+    they extend when they ask for several outputs.
 
     Args:
-        app: what comes behind.
+        app: the next application.
         state: of the server.
     """
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
         self._state = state
-        self._bodies = BodyMemory(state.options)
+        self._bodies = BodyReader(state.options)
         self._key_digests = [_digest(key.encode()) for key in state.options.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,7 +49,7 @@ class GuardMiddleware:
         with contextlib.ExitStack() as held:
             try:
                 if self._check_head(scope):
-                    receive = await self._admit(scope, receive, held)
+                    await self._admit(scope, receive, held)
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
@@ -72,15 +72,12 @@ class GuardMiddleware:
         self._state.check_available()
         return True
 
-    async def _admit(self, scope: Scope, receive: Receive, held: contextlib.ExitStack) -> Receive:
+    async def _admit(self, scope: Scope, receive: Receive, held: contextlib.ExitStack) -> None:
         """Receive the body, then count the request; a slow client takes nobody's place."""
-        body = ReceivedBody(self._bodies)
-        held.callback(body.release)
-        await body.read(receive)
+        scope["state"]["body"] = [await self._bodies.read(receive, held)]
         self._state.check_available()
         ticket = scope["state"]["ticket"] = self._state.concurrency.admit()
         held.callback(ticket.release)
-        return body.replayed(receive)
 
     def _check_key(self, authorization: str) -> None:
         """401 unless the request brings one of the keys."""
@@ -118,8 +115,8 @@ def _check_encoding(content_encoding: str) -> None:
 def _matches(digests: Sequence[bytes], key: bytes) -> bool:
     """Whether a key has one of the digests; the time it takes does not depend on which."""
     digest = _digest(key)
-    found = [hmac.compare_digest(digest, known) for known in digests]
-    return any(found)
+    matches = [hmac.compare_digest(digest, known) for known in digests]
+    return any(matches)
 
 
 def _digest(key: bytes) -> bytes:

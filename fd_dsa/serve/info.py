@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fd_dsa
+from fd_dsa.chat.parsers import reasoning_format_name, tool_format_name
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import batch_invariant, told_commit
-from fd_dsa.serve.chat_formats import chat_formats
-from fd_dsa.serve.options import ServerOptions
+from fd_dsa.environment import batch_invariant, commit_variable
+from fd_dsa.serve.options import ChatSettings, ServerOptions
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
+    from fd_dsa.engine.tokenizer import Tokenizer
 
 _GIT_TIMEOUT_S = 20
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i")
@@ -32,17 +33,21 @@ def engine_info(config: EngineConfig) -> dict[str, Any]:
     """
     import paddle
 
-    from fd_dsa.ops._provider import kernel_reasons, provider_table
+    from fd_dsa.ops.providers import table
     from fd_dsa.runner.device import resolve_device
 
-    device = resolve_device(config.device)
+    device, choices = resolve_device(config.device), table()
     return {
         "paddle": paddle.__version__,
         "device": device,
         "device_name": _device_name(device),
-        # on a CPU they are chosen by the first request
-        "providers": provider_table() or None,
-        "not_on_tensor_cores": kernel_reasons() or None,
+        "providers": {
+            op: {kind: c.provider for kind, c in by.items()} for op, by in choices.items()
+        },
+        "provider_reasons": {
+            op: {kind: c.against for kind, c in by.items() if c.against}
+            for op, by in choices.items()
+        },
     }
 
 
@@ -57,7 +62,7 @@ async def server_info(
         options: limits of the server.
     """
     # starts processes
-    commit = told_commit() or await asyncio.to_thread(_commit)
+    commit = commit_variable() or await asyncio.to_thread(_commit)
     return {
         "engine": "fd_dsa",
         "version": fd_dsa.__version__,
@@ -70,10 +75,7 @@ async def server_info(
         "max_num_batched_tokens": config.num_batched_tokens,
         "target_inter_token_latency_ms": config.target_inter_token_latency_ms,
         "block_size": config.block_size,
-        "max_concurrency": options.max_concurrency,
-        "max_connections": options.max_connections,
-        "max_body_bytes": options.max_body_bytes,
-        "max_prompt_bytes": options.prompt_bytes(engine.max_model_len),
+        **options.limits(engine.max_model_len),
         "has_chat_template": engine.tokenizer.has_chat_template,
         **chat_formats(engine.tokenizer, options.chat),
         "enable_prefix_caching": config.enable_prefix_caching,
@@ -83,10 +85,37 @@ async def server_info(
     }
 
 
+def chat_formats(tokenizer: Tokenizer, settings: ChatSettings) -> dict[str, str | None]:
+    """Origin of the chat template and names of the parsers; None where there is no chat.
+
+    Args:
+        tokenizer: of the model.
+        settings: what the flags say; "auto" is resolved by the template.
+    """
+    renderer = tokenizer.chat_renderer
+    if renderer is None:
+        return dict.fromkeys(("chat_template", "tool_call_parser", "reasoning_parser"))
+    return {
+        "chat_template": renderer.origin,
+        "tool_call_parser": tool_format_name(settings.tool_call_parser, renderer.source),
+        "reasoning_parser": reasoning_format_name(settings.reasoning_parser, renderer.source),
+    }
+
+
+def chat_line(formats: dict[str, str | None]) -> str:
+    """The line of the log about `chat_formats`."""
+    if formats["chat_template"] is None:
+        return "chat: none, the folder has no template; --chat-template FILE gives it one"
+    return (
+        f"chat: prompts by {formats['chat_template']}, tool calls {formats['tool_call_parser']}, "
+        f"reasoning {formats['reasoning_parser']}"
+    )
+
+
 def _commit() -> str | None:
     """Commit of the working tree that the package is in, `-dirty` if it was changed since."""
     root = Path(fd_dsa.__file__).resolve().parents[1]
-    # an installed package may lie inside a tree of something else
+    # an installed package may be inside the tree of another project
     if not (root / ".git").exists():
         return None
     head = _output(("git", "-C", str(root), "rev-parse", "HEAD"))

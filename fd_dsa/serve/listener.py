@@ -7,15 +7,24 @@ of descriptors. This one never lets it come to that: it stops accepting where no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
+import resource
 import socket
+import sys
 from collections.abc import Callable
 from typing import Protocol
 
-from fd_dsa.serve.descriptors import PROBE_CONNECTIONS
+from fd_dsa.errors import ConfigError
 
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
+DEFAULT_MAX_CONNECTIONS = 4096
+PROBE_CONNECTIONS = 8
+"""Connections beyond the limit, on which probes are still answered."""
+# files of the model, the engine's pipes, compilers, and what is accepted in one turn of the loop
+_KEPT_DESCRIPTORS = 40
 _ACCEPTS_AT_ONCE = 8
 _RETRY_S = 0.02
 
@@ -182,3 +191,36 @@ class Listener:
         if self._is_open and self._is_paused:
             self._is_paused = False
             self._loop.add_reader(self._sock.fileno(), self._accept)
+
+
+def connection_limit(asked: int | None) -> int:
+    """Raise RLIMIT_NOFILE to its hard limit and share out the descriptors.
+
+    Args:
+        asked: the --max-connections of the command line; None without one.
+
+    Returns:
+        `asked`, or `DEFAULT_MAX_CONNECTIONS`, fewer where the process may not open so many files.
+
+    Raises:
+        ConfigError: the process may not open as many files as `asked` needs, or hardly any.
+    """
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    # refused where the hard limit is above fs.nr_open
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files == resource.RLIM_INFINITY:
+        files = sys.maxsize
+    kept = len(os.listdir("/proc/self/fd")) + _KEPT_DESCRIPTORS + PROBE_CONNECTIONS
+    if files <= kept:
+        raise ConfigError(
+            f"ulimit -n: the process may open {files} files, the server keeps {kept} of them for "
+            "other things than connections; raise the limit"
+        )
+    if asked is not None and asked > files - kept:
+        raise ConfigError(
+            f"--max-connections: got {asked}, allowed: at most {files - kept}, as the process may "
+            f"open {files} files and keeps {kept} of them for other things; raise ulimit -n"
+        )
+    return asked or min(DEFAULT_MAX_CONNECTIONS, files - kept)

@@ -24,7 +24,7 @@ def chat_logprobs(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> dic
 
 
 def _chat_content(tokenizer: Tokenizer, entries: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
-    """What a chat completion tells of scored tokens."""
+    """Entries of `content` for scored tokens."""
 
     def one(token_id: int, logprob: float) -> dict[str, Any]:
         piece = tokenizer.piece_bytes(token_id)
@@ -85,7 +85,7 @@ def prompt_columns(
 def _columns(
     tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], text_offset: int
 ) -> dict[str, list[Any]]:
-    """What is told of scored tokens, each kind in a list of its own."""
+    """Texts, scores, alternatives and offsets of scored tokens, a list each."""
     columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
     for entry in entries:
         top = dict[str, float]()
@@ -128,12 +128,12 @@ def _by_id(tokenizer: Tokenizer, entry: TokenLogprobs) -> dict[str, Any]:
         (entry.token_id, score.logprob, score.rank),
         *((token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(score.top, 1)),
     ]
-    found: dict[str, Any] = {}
+    by_id: dict[str, Any] = {}
     for token_id, logprob, rank in ranked:
         shown = {
             "logprob": max(logprob, _LOWEST),
             "rank": rank,
             "decoded_token": token_text(tokenizer, token_id),
         }
-        found.setdefault(str(token_id), shown)
-    return found
+        by_id.setdefault(str(token_id), shown)
+    return by_id

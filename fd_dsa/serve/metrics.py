@@ -1,4 +1,4 @@
-"""GET /metrics: the engine's counts in the text format of Prometheus, by vLLM's names.
+"""The engine's counts: GET /metrics for Prometheus, and a line of the log while it works.
 
 Names are vLLM's with our prefix, so that its dashboards can be used again. The numbers are made
 into families when they are asked for; a step of the engine knows nothing of Prometheus.
@@ -6,9 +6,12 @@ into families when they are asked for; a step of the engine knows nothing of Pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 from prometheus_client import (
@@ -33,8 +36,12 @@ from fd_dsa.engine.stats import EngineStats
 from fd_dsa.runner.counters import Histogram
 from fd_dsa.serve.state import State
 
+if TYPE_CHECKING:
+    from fd_dsa.engine.async_engine import AsyncEngine
+
 PREFIX = "fd_dsa:"
 
+logger = logging.getLogger("fd_dsa.serve")
 router = APIRouter()
 
 # attribute of EngineMetrics and name of the metric -> help
@@ -77,7 +84,7 @@ async def metrics(state: State) -> Response:
     registry = CollectorRegistry(auto_describe=False)
     engine = state.loaded_engine
     if engine is not None and engine.errored is None:
-        registry.register(EngineCollector(state.served_model_names[0], *await engine.snapshot()))
+        registry.register(_EngineCollector(state.served_model_names[0], *await engine.snapshot()))
     registry.register(PROCESS_COLLECTOR)
     pid = None if engine is None else engine.pid
     if pid is not None:
@@ -88,7 +95,7 @@ async def metrics(state: State) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-class EngineCollector(Collector):
+class _EngineCollector(Collector):
     """Makes the families of one scrape.
 
     Args:
@@ -98,7 +105,7 @@ class EngineCollector(Collector):
     """
 
     def __init__(self, model_name: str, stats: EngineStats, counts: EngineMetrics) -> None:
-        self._labels = {"model_name": model_name}
+        self._model_name = model_name
         self._stats = stats
         self._counts = counts
 
@@ -106,54 +113,75 @@ class EngineCollector(Collector):
         """Every metric."""
         stats, counts = self._stats, self._counts
         for attribute, (name, text) in _GAUGES.items():
-            yield self._one(GaugeMetricFamily, name, text, getattr(stats, attribute))
+            yield self._family(GaugeMetricFamily, name, text, {"": getattr(stats, attribute)})
         for attribute, (name, text) in _COUNTERS.items():
-            yield self._one(CounterMetricFamily, name, text, getattr(stats, attribute))
-        for attribute, text in _STEP_COUNTERS.items():
-            yield self._one(CounterMetricFamily, attribute, text, getattr(counts.steps, attribute))
-        yield self._finished(counts.finished)
+            yield self._family(CounterMetricFamily, name, text, {"": getattr(stats, attribute)})
+        for name, text in _STEP_COUNTERS.items():
+            yield self._family(CounterMetricFamily, name, text, {"": getattr(counts.steps, name)})
+        ended, text = counts.finished, "ended requests"
+        yield self._family(CounterMetricFamily, "request_success", text, ended, "finished_reason")
         for attribute, (name, text) in _HISTOGRAMS.items():
-            family = self._histograms(name, text)
-            _add(family, [*self._labels.values()], getattr(counts, attribute))
-            yield family
-        family = self._histograms(
-            "step_prepare_seconds", "host time of a step's metadata", ("kind",)
+            yield self._family(HistogramMetricFamily, name, text, {"": getattr(counts, attribute)})
+        times, text = counts.steps.prepare_s, "host time of a step's metadata"
+        yield self._family(HistogramMetricFamily, "step_prepare_seconds", text, times, "kind")
+        yield self._family(
+            InfoMetricFamily, "cache_config", "the caches", {"": counts.cache_config}
         )
-        for kind, histogram in counts.steps.prepare_s.items():
-            _add(family, [*self._labels.values(), kind], histogram)
-        yield family
-        info = InfoMetricFamily(f"{PREFIX}cache_config", "the caches", labels=list(self._labels))
-        info.add_metric(list(self._labels.values()), counts.cache_config)
-        yield info
 
-    def _one(self, kind: Any, name: str, text: str, value: float) -> Metric:
-        """A family with one number."""
-        family = kind(f"{PREFIX}{name}", text, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), value)
+    def _family(
+        self, kind: Any, name: str, text: str, values: Mapping[str, Any], label: str = ""
+    ) -> Metric:
+        """A family of one metric.
+
+        Args:
+            kind: class of the family.
+            name: of the metric, without prefix.
+            text: its help.
+            values: by the value of `label`.
+            label: beside the model's name; empty: there is one value without.
+        """
+        labels = ["model_name", *filter(None, [label])]
+        family: Metric = kind(f"{PREFIX}{name}", text, labels=labels)
+        for own, value in values.items():
+            shown = [self._model_name, *filter(None, [own])]
+            parts = _buckets(value) if isinstance(value, Histogram) else (value,)
+            family.add_metric(shown, *parts)  # type: ignore[attr-defined]
         return family
 
-    def _finished(self, finished: dict[str, int]) -> Metric:
-        """Ended requests by the way they ended."""
-        family = CounterMetricFamily(
-            f"{PREFIX}request_success",
-            "ended requests",
-            labels=[*self._labels, "finished_reason"],
-        )
-        for reason, count in finished.items():
-            family.add_metric([*self._labels.values(), reason], count)
-        return family
 
-    def _histograms(
-        self, name: str, text: str, labels: tuple[str, ...] = ()
-    ) -> HistogramMetricFamily:
-        """An empty family of histograms."""
-        return HistogramMetricFamily(f"{PREFIX}{name}", text, labels=[*self._labels, *labels])
-
-
-def _add(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
-    """Add a histogram in Prometheus' form, whose buckets hold what is below them too."""
+def _buckets(histogram: Histogram) -> tuple[list[tuple[str, int]], float]:
+    """A histogram in Prometheus' form, whose buckets hold what is below them too, and its sum."""
     total = histogram.total
     # one copy: the engine goes on counting
     counts = accumulate(tuple(histogram.counts))
     bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
-    family.add_metric(labels, list(zip(bounds, counts, strict=True)), total)
+    return list(zip(bounds, counts, strict=True)), total
+
+
+async def log_while_busy(engine: AsyncEngine, interval_s: float = 10.0) -> None:
+    """Log load and throughput of each interval in which the engine worked, as vLLM does.
+
+    Args:
+        engine: running.
+        interval_s: seconds between two looks.
+    """
+    (before, _), looked = await engine.snapshot(), time.monotonic()
+    while True:
+        await asyncio.sleep(interval_s)
+        (now, _), at = await engine.snapshot(), time.monotonic()
+        if now.num_steps != before.num_steps or now.num_running or now.num_waiting:
+            logger.info("%s", _line(before, now, at - looked))
+        before, looked = now, at
+
+
+def _line(before: EngineStats, now: EngineStats, seconds: float) -> str:
+    """What happened between two looks."""
+    prefill = (now.computed_prompt_tokens - before.computed_prompt_tokens) / seconds
+    decode = (now.generated_tokens - before.generated_tokens) / seconds
+    queries = now.prefix_cache_queries - before.prefix_cache_queries
+    hits = now.prefix_cache_hits - before.prefix_cache_hits
+    share = f"{100 * hits / queries:.0f} %" if queries else "none asked"
+    return (
+        f"running {now.num_running}, waiting {now.num_waiting}, prefill {prefill:,.0f} tok/s, "
+        f"decode {decode:,.0f} tok/s, kv {100 * now.kv_cache_usage:.0f} %, prefix hits {share}"
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fd_dsa.chat.parsers import AUTO
-from fd_dsa.serve.descriptors import DEFAULT_MAX_CONNECTIONS
 from fd_dsa.serve.flags import (
     DEFAULT_MAX_ANSWER_SCORES,
     DEFAULT_MAX_BODY_BYTES,
@@ -14,6 +13,7 @@ from fd_dsa.serve.flags import (
     PROMPT_BYTES_PER_TOKEN,
 )
 from fd_dsa.serve.hosts import HostRule
+from fd_dsa.serve.listener import DEFAULT_MAX_CONNECTIONS
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,17 @@ class ServerOptions:
     log_requests: bool = False
     serves_page: bool = True
     chat: ChatSettings = field(default_factory=ChatSettings)
+
+    def limits(self, max_model_len: int) -> dict[str, int]:
+        """Limits of requests by name, for a model of that context."""
+        return {
+            "max_body_bytes": self.max_body_bytes,
+            "max_body_values": self.max_body_values,
+            "max_answer_scores": self.max_answer_scores,
+            "max_prompt_bytes": self.prompt_bytes(max_model_len),
+            "max_concurrency": self.max_concurrency,
+            "max_connections": self.max_connections,
+        }
 
     def prompt_bytes(self, max_model_len: int) -> int:
         """Most UTF-8 bytes of a prompt's text for a model of that context, tokens."""

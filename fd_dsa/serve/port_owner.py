@@ -1,4 +1,4 @@
-"""Which process listens on a TCP port, as far as Linux tells this user."""
+"""Which process listens on a TCP port, as far as this user may see it."""
 
 from __future__ import annotations
 

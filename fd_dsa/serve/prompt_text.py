@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fd_dsa.engine.text_windows import TooManyTokens
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import ApiError, FieldError
 from fd_dsa.serve.state import ServerState
 
 
@@ -29,7 +29,7 @@ def encode_prompt(
     except TooManyTokens as error:
         raise too_many_tokens(state, error.count, field) from error
     except ValueError as error:
-        raise ApiError(400, f"{field}: {error}", param=field) from error
+        raise FieldError(f"{field}: {error}") from error
 
 
 def check_bytes(state: ServerState, texts: Iterable[str], field: str) -> None:
@@ -45,17 +45,15 @@ def check_bytes(state: ServerState, texts: Iterable[str], field: str) -> None:
     )
     limit = state.options.prompt_bytes(state.engine.max_model_len)
     if num_bytes > limit:
-        raise ApiError(
-            400,
+        raise FieldError(
             f"{field}: has {num_bytes} bytes of text; allowed are at most {limit}, the "
             "--max-prompt-bytes of this server; shorten the text",
-            param=field,
             code="context_length_exceeded",
         )
 
 
 def too_many_tokens(state: ServerState, num_tokens: int | str, field: str) -> ApiError:
-    """The 400 of a prompt that fills the context or more; `num_tokens` is the number told."""
+    """The 400 of a prompt that leaves no room for an output; `num_tokens` is shown in it."""
     return ApiError(
         400,
         f"prompt has {num_tokens} tokens, max_model_len is {state.engine.max_model_len} and the "

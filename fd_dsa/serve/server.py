@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
@@ -21,12 +21,11 @@ import uvicorn
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.errors import ConfigError
 from fd_dsa.serve.app import create_app
-from fd_dsa.serve.busy_line import log_while_busy
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
-from fd_dsa.serve.options import ServerOptions
+from fd_dsa.serve.metrics import log_while_busy
 from fd_dsa.serve.port_owner import describe_port_owner
-from fd_dsa.serve.state import Info, ServerState, no_info
+from fd_dsa.serve.state import ServerState
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -121,14 +120,12 @@ def curl_line(url: str, model: str, max_model_len: int, chat: bool) -> str:
 
 
 def run_server(
+    state: ServerState,
     load: Load,
-    served_model_names: Sequence[str],
     sock: socket.socket,
     *,
     shutdown_timeout_s: float,
     on_ready: Callable[[], None],
-    info: Info = no_info,
-    options: ServerOptions | None = None,
     forced_exit_s: float = _FORCED_EXIT_S,
 ) -> int:
     """Listen, load the engine, and serve until a signal arrives or the engine fails.
@@ -137,13 +134,11 @@ def run_server(
     once. Later the first SIGINT or SIGTERM drains, and a second one ends the process at once.
 
     Args:
+        state: without an engine.
         load: makes the engine, not started yet, in a thread of its own.
-        served_model_names: names for the `model` field of requests.
         sock: bound, not listening; closed at the end.
         shutdown_timeout_s: longest wait for running requests after the first signal.
         on_ready: called once, when requests are served.
-        info: finds out what /server_info shows; called once, when it is first asked.
-        options: keys and limits.
         forced_exit_s: seconds after which the process ends whatever still runs, counted from the
             end of the drain.
 
@@ -159,16 +154,7 @@ def run_server(
     except OSError as error:
         host, port = sock.getsockname()[:2]
         raise _bind_error(host, port, error) from error
-    startup = StartupProgress()
-    app = create_app(None, served_model_names, info, options, startup)
-    config = uvicorn.Config(
-        app,
-        ws="none",
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=_LAST_RESPONSES_S,
-    )
-    server = DrainingServer(config, app.state.server, shutdown_timeout_s, on_ready, load)
+    server = DrainingServer(state, shutdown_timeout_s, on_ready, load)
     server.forced_exit_s = forced_exit_s
     server.run(sockets=[sock])
     if server.start_error is not None:
@@ -180,7 +166,6 @@ class DrainingServer(uvicorn.Server):
     """uvicorn's server, which loads the engine, drains on the first signal, watches the engine.
 
     Args:
-        config: of uvicorn.
         state: of the application.
         shutdown_timeout_s: longest wait for running requests.
         on_ready: called once, when requests are served.
@@ -195,13 +180,20 @@ class DrainingServer(uvicorn.Server):
 
     def __init__(
         self,
-        config: uvicorn.Config,
         state: ServerState,
         shutdown_timeout_s: float,
         on_ready: Callable[[], None],
         load: Load | None = None,
     ) -> None:
-        super().__init__(config)
+        super().__init__(
+            uvicorn.Config(
+                create_app(state),
+                ws="none",
+                log_config=None,
+                server_header=False,
+                timeout_graceful_shutdown=_LAST_RESPONSES_S,
+            )
+        )
         self.exit_status = 0
         self.start_error: BaseException | None = None
         self.forced_exit_s: float | None = None
@@ -215,7 +207,7 @@ class DrainingServer(uvicorn.Server):
         self._is_draining = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the port, then load or tell that all is ready."""
+        """Open the port, then load the engine, or serve at once if it is there."""
         await super().startup(sockets=[])
         if not self.started:
             return

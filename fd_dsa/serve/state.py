@@ -35,12 +35,15 @@ class ServerState:
     """The engine, the names it is served under, what is allowed, and the requests in flight.
 
     Args:
-        engine: the engine that generates; None while it loads. Started and stopped by the
-            application's lifespan.
+        engine: the engine that generates, not started yet; None where it loads while the server
+            runs, which then sets `loaded_engine`.
         served_model_names: at least one; responses carry the name that the request used.
         info: finds out what /server_info shows; called once, when it is first needed.
         options: keys and limits.
+
+    Attributes:
         startup: how far the engine is, where it loads while the server runs.
+        active: ids of the requests that run.
     """
 
     def __init__(
@@ -49,16 +52,14 @@ class ServerState:
         served_model_names: Sequence[str],
         info: Info = no_info,
         options: ServerOptions | None = None,
-        startup: StartupProgress | None = None,
     ) -> None:
         self.loaded_engine = engine
-        self.chat = (options or ServerOptions()).chat
         self.served_model_names = tuple(served_model_names)
         self.created = int(time.time())
         self._find_info = info
         self._info: dict[str, Any] | None = None
         self.options = options or ServerOptions()
-        self.startup = startup or StartupProgress()
+        self.startup = StartupProgress()
         self.concurrency = ConcurrencyLimit(self.options.max_concurrency)
         # work of bounded length: bodies and answers
         self.workers = Workers("front", 2)

@@ -1,4 +1,4 @@
-"""Endpoints that tell how the server is; those of `guard.OPEN_PATHS` need no key."""
+"""Probes, version and /server_info; those of `guard.OPEN_PATHS` need no key."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_prompt import encode_conversation
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
 from fd_dsa.serve.prompt_text import encode_prompt
 from fd_dsa.serve.protocol.tokenization import DetokenizeRequest, TokenizeRequest
@@ -62,12 +62,12 @@ def _detokenize(state: ServerState, tokens: list[int]) -> Response:
     """The answer to /detokenize."""
     limit = state.engine.max_model_len
     if len(tokens) > limit:
-        message = f"tokens: has {len(tokens)} entries; at most max_model_len, {limit}, are allowed"
-        raise ApiError(400, message, param="tokens")
+        raise FieldError(
+            f"tokens: has {len(tokens)} entries; at most max_model_len, {limit}, are allowed"
+        )
     tokenizer = state.engine.tokenizer
     highest = tokenizer.vocab_size - 1
     outside = next((token for token in tokens if not 0 <= token <= highest), None)
     if outside is not None:
-        message = f"tokens: got {show(outside)}; token ids of this model are 0 to {highest}"
-        raise ApiError(400, message, param="tokens")
+        raise FieldError(f"tokens: got {show(outside)}; token ids of this model are 0 to {highest}")
     return JsonResponse({"prompt": tokenizer.decode(tokens, False)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fd_dsa.step.builder import StepMetadataBuilder
+from fd_dsa.step.checks import StepHints
 from fd_dsa.step.forward_meta import ForwardMeta
 
-__all__ = ["ForwardMeta", "StepMetadataBuilder"]
+__all__ = ["ForwardMeta", "StepHints", "StepMetadataBuilder"]

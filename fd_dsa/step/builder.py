@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 from fd_dsa.errors import BackendUnavailable
-from fd_dsa.step.checks import StepLimits
-from fd_dsa.step.counts import GivenCounts
+from fd_dsa.step.checks import StepHints, StepLimits
 from fd_dsa.step.forward_meta import Array, ForwardMeta
 from fd_dsa.step.host import HostProvider
 from fd_dsa.step.host_tensor import as_tensor
-from fd_dsa.step.views import View
-
-Allocate = Callable[[tuple[int, ...], str], Array]
+from fd_dsa.step.views import Allocate, View
 
 
 class _Provider(Protocol):
     """What checks and computes steps."""
 
-    def build(self, arrays: tuple[Array, ...], given: GivenCounts) -> ForwardMeta: ...
+    def build(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta: ...
 
 
 class StepMetadataBuilder:
@@ -135,14 +131,14 @@ class StepMetadataBuilder:
             RuntimeError: host arrays during a graph capture.
 
         Cost: a fixed number of NumPy calls; no allocation that grows with the capacity. From device
-        tensors: one launch, no copy, no allocation and no wait; from host arrays on a device, one
-        copy more.
+        tensors: one launch, no copy, no allocation and no wait; from host arrays on a device, a
+        copy to it beside the work of the step before, and one within it.
         Source: PaddlePaddle/FastDeploy #7367 and #7598.
         """
         arrays = (seq_lens_encoder, seq_lens_decoder, seq_lens_this_time, block_tables)
-        given = GivenCounts(num_padded_tokens, num_tokens, num_prefill_tokens, max_seqlen_k)
-        given.check_types()
-        meta = self._provider.build(arrays, given)
+        hints = StepHints(num_tokens, num_prefill_tokens, max_seqlen_k, num_padded_tokens)
+        hints.check_types()
+        meta = self._provider.build(arrays, hints)
         self.num_builds += 1
         return meta
 

@@ -67,16 +67,74 @@ class StepInputs(NamedTuple):
     block_tables: Int32Array
 
 
-class StepTotals(NamedTuple):
-    """What the checks found out about a valid step and the writer needs again."""
+class StepHints(NamedTuple):
+    """What a runner knows of a step before anybody reads its lengths; None = it does not say.
+
+    With tensors on a device the first three are needed, and each may be an upper bound. On a CPU
+    the lengths themselves are read: the token counts are exact or None, `max_seqlen_k` is at
+    least the longest row or None.
+
+    Attributes:
+        num_tokens, num_prefill_tokens: tokens of the step, and those of its prefill rows.
+        max_seqlen_k: keys of the longest row.
+        num_padded_tokens: T of the token arrays; None = `num_tokens`.
+    """
+
+    num_tokens: int | None = None
+    num_prefill_tokens: int | None = None
+    max_seqlen_k: int | None = None
+    num_padded_tokens: int | None = None
+
+    def check_types(self) -> None:
+        """Refuse what is no integer.
+
+        Raises:
+            ValueError: names the count.
+        """
+        for name, count in zip(self._fields, self, strict=True):
+            if count is not None and not isinstance(count, int | np.integer):
+                raise ValueError(f"{name}: got {count!r}, allowed are integers and None")
+
+
+class StepCounts(NamedTuple):
+    """The counts of a step that has passed all checks; fields as in StepHints."""
 
     num_tokens: int
     num_prefill_tokens: int
     max_seqlen_k: int
-    # int64 [B]: keys in the cache after this step, 0 for idle rows
+    num_padded_tokens: int
+
+
+class HostStep(NamedTuple):
+    """A step of host arrays that has passed all checks.
+
+    Attributes:
+        inputs, counts: of the step.
+        seq_lens_k: int64 [B]; keys in the cache after this step, 0 for idle rows.
+        gathered_keys: int64 [B]; gathered (or reserved) keys of each row, None in a decode-only
+            step.
+    """
+
+    inputs: StepInputs
+    counts: StepCounts
     seq_lens_k: Int64Array
-    # int64 [B] or None in a decode-only step: gathered (or reserved) keys of each row
     gathered_keys: Int64Array | None
+
+
+def check_host_step(arrays: Sequence[Any], limits: StepLimits, hints: StepHints) -> HostStep:
+    """Check a step of four NumPy arrays or CPU tensors in full.
+
+    Raises:
+        BackendUnavailable: a tensor on a device.
+        DtypeError, ShapeError, CapacityError, ValueError: names the field, the found and the
+            allowed.
+    """
+    inputs = StepInputs(*map(host_array, StepInputs._fields, arrays))
+    for name, array in zip(StepInputs._fields, inputs, strict=True):
+        if array.dtype != np.int32:
+            raise_dtype(name, array.dtype)
+    check_shapes([array.shape for array in inputs], limits)
+    return check_values(inputs, limits, hints)
 
 
 def host_array(name: str, value: Any) -> npt.NDArray[Any]:
@@ -104,18 +162,6 @@ def host_array(name: str, value: Any) -> npt.NDArray[Any]:
             "memory; build with the device of the tensors, for example device='gpu'"
         )
     return np.from_dlpack(value)
-
-
-def check_layout(inputs: StepInputs, limits: StepLimits) -> None:
-    """Refuse dtypes other than int32, shapes that disagree, and more rows than there are.
-
-    Raises:
-        DtypeError, ShapeError, CapacityError: names the field, the found and the allowed.
-    """
-    for name, array in zip(StepInputs._fields, inputs, strict=True):
-        if array.dtype != np.int32:
-            raise_dtype(name, array.dtype)
-    check_shapes([array.shape for array in inputs], limits)
 
 
 def check_shapes(shapes: Sequence[tuple[int, ...]], limits: StepLimits) -> int:
@@ -153,15 +199,15 @@ def raise_dtype(name: str, dtype: Any) -> NoReturn:
     raise DtypeError(f"{name}: got dtype {dtype}, allowed is int32; convert it")
 
 
-def check_values(inputs: StepInputs, limits: StepLimits) -> StepTotals:
+def check_values(inputs: StepInputs, limits: StepLimits, hints: StepHints) -> HostStep:
     """Refuse lengths and block ids which no consistent step has; count what it holds.
 
     Sums are int64, so that no int32 input can wrap into a plausible number.
 
     Raises:
         ValueError: a negative length, an encoder length that is neither 0 nor the row's tokens,
-            or a block id that a row needs and that is no block.
-        CapacityError: too many tokens, keys or blocks.
+            a block id that a row needs and that is no block, or a hint that disagrees.
+        CapacityError: too many tokens, keys, blocks or padding.
     """
     encoder, decoder, this_time, _ = inputs
     # the sign bit of the union is set if any of the three is negative
@@ -190,7 +236,72 @@ def check_values(inputs: StepInputs, limits: StepLimits) -> StepTotals:
             f"(most in row {int(gathered.argmax())}: {int(gathered.max())}), allowed are at most "
             f"{INT32_MAX} in one step; schedule fewer prefill rows together"
         )
-    return StepTotals(num_tokens, num_prefill_tokens, max_seqlen_k, seq_lens_k, gathered)
+    for name, hint, counted in (
+        ("num_tokens", hints.num_tokens, num_tokens),
+        ("num_prefill_tokens", hints.num_prefill_tokens, num_prefill_tokens),
+    ):
+        if hint is not None and hint != counted:
+            raise ValueError(
+                f"{name}: got {hint}, the lengths of the rows say {counted}; pass the number of "
+                "this step, or leave it out with host arrays"
+            )
+    if hints.max_seqlen_k is not None:
+        if hints.max_seqlen_k < max_seqlen_k:
+            raise ValueError(
+                f"max_seqlen_k: got {hints.max_seqlen_k}, row {int(seq_lens_k.argmax())} "
+                f"has {max_seqlen_k} keys; pass that or an upper bound"
+            )
+        max_seqlen_k = index(hints.max_seqlen_k)
+    padded = _padded_tokens(num_tokens, limits, hints)
+    counts = StepCounts(num_tokens, num_prefill_tokens, max_seqlen_k, padded)
+    return HostStep(inputs, counts, seq_lens_k, gathered)
+
+
+def check_device_counts(limits: StepLimits, hints: StepHints) -> StepCounts:
+    """Counts of a step whose arrays are on a device and are not read.
+
+    Raises:
+        ValueError: one of the three is missing, negative, or more prefill tokens than tokens.
+        CapacityError: more tokens or padding than `max_num_tokens`.
+    """
+    num_tokens, num_prefill_tokens, max_seqlen_k, _ = hints
+    if num_tokens is None or num_prefill_tokens is None or max_seqlen_k is None:
+        missing = [name for name in StepHints._fields[:3] if getattr(hints, name) is None]
+        raise ValueError(
+            f"{', '.join(missing)}: needed with device tensors, which are never read back; pass "
+            "what the scheduler knows"
+        )
+    if not 0 <= num_prefill_tokens <= num_tokens:
+        raise ValueError(
+            f"num_prefill_tokens: got {num_prefill_tokens}, allowed are 0..num_tokens = "
+            f"{num_tokens}; pass the numbers of this step"
+        )
+    if max_seqlen_k < 0:
+        raise ValueError(f"max_seqlen_k: got {max_seqlen_k}, allowed is 0 or more")
+    if num_tokens > limits.max_num_tokens:
+        raise CapacityError(
+            f"num_tokens: got {num_tokens}, allowed are at most max_num_tokens = "
+            f"{limits.max_num_tokens}; schedule fewer tokens or raise it"
+        )
+    padded = _padded_tokens(num_tokens, limits, hints)
+    return StepCounts(index(num_tokens), index(num_prefill_tokens), index(max_seqlen_k), padded)
+
+
+def _padded_tokens(num_tokens: int, limits: StepLimits, hints: StepHints) -> int:
+    """Padded token count of a step; without one, its token count."""
+    padded = hints.num_padded_tokens
+    if padded is None:
+        return index(num_tokens)
+    if padded < num_tokens:
+        raise ValueError(
+            f"num_padded_tokens: got {padded}, the step has {num_tokens} tokens; pass at least that"
+        )
+    if padded > limits.max_num_tokens:
+        raise CapacityError(
+            f"num_padded_tokens: got {padded}, allowed are at most max_num_tokens = "
+            f"{limits.max_num_tokens}; pad less or raise it"
+        )
+    return index(padded)
 
 
 def _check_size(name: str, value: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,18 +10,12 @@ import numpy as np
 from fd_dsa.environment import step_checks_requested
 from fd_dsa.errors import BackendUnavailable, DtypeError, ShapeError
 from fd_dsa.step import checks
-from fd_dsa.step.checks import Int32Array, StepInputs, StepLimits
-from fd_dsa.step.counts import GivenCounts, StepCounts, check_device_counts, check_host_counts
+from fd_dsa.step.checks import StepCounts, StepHints, StepInputs, StepLimits
 from fd_dsa.step.forward_meta import Array, ForwardMeta
-from fd_dsa.step.host import host_inputs
 from fd_dsa.step.launch import StepLaunch
-from fd_dsa.step.staging import StagingRing
-from fd_dsa.step.views import StepViews, input_views
+from fd_dsa.step.staging import StagedInputs
+from fd_dsa.step.views import Allocate, OutputBuffers, StepViews
 from fd_dsa.triton_runtime.transfers import Transfers, transfers_for
-
-Allocate = Callable[[tuple[int, ...], str], Array]
-# int32 values to which the sections of the packed inputs are rounded up: 256 bytes
-_SECTION = 64
 
 
 class DeviceProvider:
@@ -39,14 +32,14 @@ class DeviceProvider:
     ) -> None:
         self._limits = limits
         self._allocate = allocate
-        self._buffers = DeviceBuffers(limits, allocate, int32_position_ids)
+        self._buffers = OutputBuffers(limits, allocate, int32_position_ids)
         self._views = StepViews(self._buffers, lambda tensor: tensor)
         self._launch = StepLaunch(limits, self._buffers)
         self._transfers = transfers_for(self._buffers.cu_seqlens_q)
         self._staging: StagedInputs | None = None
         self._reads_back = step_checks_requested()
 
-    def build(self, arrays: tuple[Array, ...], given: GivenCounts) -> ForwardMeta:
+    def build(self, arrays: tuple[Array, ...], hints: StepHints) -> ForwardMeta:
         """The step of four device tensors or NumPy arrays; see `StepMetadataBuilder.build`."""
         is_host = {isinstance(array, np.ndarray) for array in arrays}
         if len(is_host) != 1 or not all(hasattr(array, "shape") for array in arrays):
@@ -57,26 +50,24 @@ class DeviceProvider:
             )
         is_captured = False
         if is_host.pop():
-            inputs, counts = self._stage(arrays, given)
+            inputs, counts = self._stage(arrays, hints)
         else:
             is_captured = self._transfers.is_capturing()
-            inputs, counts = arrays, self._check_tensors(arrays, given, is_captured)
+            inputs, counts = arrays, self._check_tensors(arrays, hints, is_captured)
         self._launch(inputs, counts, is_captured)
         return self._views.forward_meta(inputs, counts)
 
-    def _stage(
-        self, arrays: tuple[Array, ...], given: GivenCounts
-    ) -> tuple[tuple[Array, ...], StepCounts]:
+    def _stage(self, arrays: tuple[Array, ...], hints: StepHints) -> tuple[Any, StepCounts]:
         """Check host arrays in full and queue their copy to the device."""
-        inputs = host_inputs(arrays)
-        checks.check_layout(inputs, self._limits)
-        counts = check_host_counts(checks.check_values(inputs, self._limits), self._limits, given)
+        step = checks.check_host_step(arrays, self._limits, hints)
         if self._staging is None:
-            self._staging = StagedInputs(self._limits, self._allocate)
-        return self._staging.upload(inputs), counts
+            rows, columns = self._limits.max_num_seqs, self._limits.max_blocks_per_seq
+            self._staging = StagedInputs(self._allocate, (rows,) * 3, rows, columns)
+        *lengths, tables = step.inputs
+        return self._staging.upload(lengths, tables), step.counts
 
     def _check_tensors(
-        self, tensors: tuple[Array, ...], given: GivenCounts, is_captured: bool
+        self, tensors: tuple[Array, ...], hints: StepHints, is_captured: bool
     ) -> StepCounts:
         """Check shapes, dtypes and counts of device tensors; their values only on request."""
         num_rows = checks.check_shapes([tuple(t.shape) for t in tensors], self._limits)
@@ -90,80 +81,10 @@ class DeviceProvider:
                     f"{name}: got strides {list(tensor.stride())}, the last must be 1; "
                     "call .contiguous() first"
                 )
-        counts = check_device_counts(self._limits, given)
+        counts = checks.check_device_counts(self._limits, hints)
         if self._reads_back and not is_captured:
-            totals = checks.check_values(read_back(tensors, self._transfers), self._limits)
-            check_host_counts(totals, self._limits, given)
+            checks.check_values(read_back(tensors, self._transfers), self._limits, hints)
         return counts
-
-
-class DeviceBuffers:
-    """What a step computes, at full capacity, on the device."""
-
-    def __init__(
-        self, limits: StepLimits, allocate: Allocate, int32_position_ids: bool = False
-    ) -> None:
-        rows, tokens = limits.max_num_seqs, limits.max_num_tokens
-        self.cu_seqlens_q = allocate((rows + 1,), "int32")
-        self.cache_seqlens = allocate((rows,), "int32")
-        self.batch_id_per_token = allocate((tokens,), "int32")
-        self.position_ids = allocate((tokens,), "int64")
-        self.position_ids_int32 = allocate((tokens,), "int32") if int32_position_ids else None
-        self.slot_mapping = allocate((tokens,), "int64")
-        self.cu_seqlens_kg = allocate((rows + 1,), "int32")
-        self.indexer_attn_mask_offsets = allocate((2 * tokens,), "int32")
-
-
-class StagedInputs:
-    """Inputs that came from the host: sections of one tensor, which one copy a step fills."""
-
-    def __init__(self, limits: StepLimits, allocate: Allocate) -> None:
-        rows, columns = limits.max_num_seqs, limits.max_blocks_per_seq
-        self._columns = columns
-        self._tables_at = 3 * -(-rows // _SECTION) * _SECTION
-        packed = allocate((self._tables_at + rows * columns,), "int32")
-        lengths = packed[: self._tables_at].reshape([3, -1])
-        self.seq_lens_encoder, self.seq_lens_decoder, self.seq_lens_this_time = (
-            lengths[field] for field in range(3)
-        )
-        self.block_tables = packed[self._tables_at :].reshape([rows, columns])
-        self.ring = StagingRing(packed)
-        self._slabs = [_Slab(slab, self._tables_at, columns) for slab in self.ring.slabs]
-        self._views = input_views(self, lambda tensor: tensor)
-        self._used_rows = rows
-
-    def upload(self, inputs: StepInputs) -> tuple[Array, ...]:
-        """Queue the copy of a step's inputs; the tensors that will hold them.
-
-        Rows that the step before had and this one lacks become idle and get empty tables.
-        """
-        num_rows = len(inputs.seq_lens_this_time)
-        self._slabs[self.ring.next_slab()].write(inputs)
-        copied_rows = max(num_rows, self._used_rows)
-        self.ring.upload(self._tables_at + copied_rows * self._columns)
-        self._used_rows = num_rows
-        return self._views(num_rows)
-
-
-class _Slab:
-    """The packed inputs of one step in host memory; unused rows are idle, their tables -1."""
-
-    def __init__(self, packed: Int32Array, tables_at: int, columns: int) -> None:
-        self._lengths = packed[:tables_at].reshape(3, -1)
-        self._tables = packed[tables_at:].reshape(-1, columns)
-        self._tables.fill(-1)
-        self._used_rows = 0
-
-    def write(self, inputs: StepInputs) -> None:
-        """Take a step's inputs."""
-        num_rows = len(inputs.seq_lens_this_time)
-        for lengths, values in zip(self._lengths, inputs[:3], strict=True):
-            lengths[:num_rows] = values
-        self._tables[:num_rows] = inputs.block_tables
-        if num_rows < self._used_rows:
-            self._lengths[:, num_rows : self._used_rows] = 0
-            self._tables[num_rows : self._used_rows] = -1
-        self._used_rows = num_rows
 
 
 def read_back(tensors: tuple[Array, ...], transfers: Transfers) -> StepInputs:

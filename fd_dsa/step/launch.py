@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.step.checks import INT32_MAX, StepInputs, StepLimits
-from fd_dsa.step.counts import StepCounts
+from fd_dsa.step.checks import INT32_MAX, StepCounts, StepInputs, StepLimits
 from fd_dsa.step.forward_meta import Array
 from fd_dsa.step.kernel import step_metadata_kernel
 from fd_dsa.step.views import OUTPUTS, WINDOWS, OutputBuffers

@@ -1,102 +1,245 @@
-"""Host slabs that take turns: a step is written while the copy of an earlier one is in flight."""
+"""Inputs of a step on their way to the device while it still computes the step before.
+
+Three sets of slabs take turns, each a page-locked one and one on the device:
+
+    host                         prep_stream                main stream
+    next_slab: used[i] done?
+      if not: copied[i] done?
+    fill the slab
+    upload                       if not: wait used[i]
+                                 one copy
+                                 record copied[i]
+    acquire                                                 wait copied[i]
+                                                            whatever reads slab i
+    release                                                 record used[i]
+
+`prep_stream` waits for nothing of the main stream but the readers of the slab that it overwrites,
+which ran three steps ago. So the copy for a step runs beside the work of the step before, and the
+calling thread waits for neither.
+
+Why not otherwise: a stream that first waits for the current one, as in ROCm/ATOM #728, starts each
+copy when the step before has ended. `paddle.to_tensor` waits for its copy; `Tensor.to` with
+`non_blocking` adds a host callback (PaddleFleet #1068). Operators may move page-locked tensors to
+the GPU for good (Paddle #78835), so staging memory is no tensor but a NumPy array. Page-locked
+memory that is filled again under a copy spoils it (ROCm/ATOM #817, PyTorch #130785).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 
 from fd_dsa.step.checks import Int32Array
-from fd_dsa.triton_runtime.transfers import Event, RawStream, Transfers, transfers_for
+from fd_dsa.step.views import CACHED_VIEWS
+from fd_dsa.triton_runtime.transfers import Event, transfers_for
 
+Allocate = Callable[[tuple[int, ...], str], Any]
 NUM_SLABS = 3
+# int32 values to which the sections of a packed tensor are rounded up: 256 bytes
+_SECTION = 64
 
 
-class HostSlabs:
-    """Page-locked memory for the values of several steps; the slabs are filled in turn.
+class InputStaging:
+    """Rotating slabs whose copies run on a stream of their own. One thread at a time.
 
-    A copy reads its slab some time after it was queued, so a slab is given out again only when an
-    event behind its copy is done. That is so without waiting in an engine that waits for the
-    sampled ids of a step before it prepares the next but one; a caller that runs `num_slabs` steps
-    ahead of the device is held back here instead of spoiling a step.
+    The order of calls for a step is `next_slab`, `upload`, `acquire`, work that reads the slab,
+    `release`; steps may be uploaded ahead, up to `num_slabs`. Cost of all four: about seven calls
+    of the driver, no memory, no wait for the device unless the caller is `num_slabs` steps ahead of
+    it. Where kernels are interpreted, a copy is done at once.
 
     Args:
-        transfers: of the device to which the slabs are copied.
+        allocate: makes a contiguous tensor of a shape and dtype on the device.
         num_values: int32 values of a slab.
         num_slabs: slabs that take turns.
 
     Attributes:
-        slabs: int32 [num_values] each, zeros at first.
-        copied: for each slab the point behind its last copy.
-        turn: index of the slab that is filled now, or next.
+        slabs: int32 [num_slabs, num_values] on the device, at one address for life.
         num_waits: how often `next_slab` found its copy unfinished and blocked.
     """
 
-    def __init__(self, transfers: Transfers, num_values: int, num_slabs: int) -> None:
-        self._transfers = transfers
-        self.slabs: list[Int32Array] = [
+    def __init__(self, allocate: Allocate, num_values: int, num_slabs: int = NUM_SLABS) -> None:
+        self.slabs = allocate((num_slabs, num_values), "int32")
+        self.transfers = transfers = transfers_for(self.slabs)
+        self.num_waits = self._turn = 0
+        self._host = [
             transfers.host_buffer(4 * num_values).view(np.int32) for _ in range(num_slabs)
         ]
-        self.copied: list[Event] = [transfers.event() for _ in range(num_slabs)]
-        self.turn = 0
-        self.num_waits = 0
+        self._stream = transfers.new_stream()
+        self._copied = [transfers.event() for _ in range(num_slabs)]
+        self._used = [transfers.event() for _ in range(num_slabs)]
+        self._is_open = [False] * num_slabs
+        # whether the readers of the slab that is filled now were seen to be done
+        self._is_read = False
+        start = transfers.address(self.slabs)
+        self._copies = [
+            transfers.upload(start + 4 * num_values * index, slab, self._stream)
+            for index, slab in enumerate(self._host)
+        ]
+        for used in self._used:
+            # the memory may have been another's, whose work is still queued
+            used.record()
+        # and may become another's: no copy may arrive after that
+        self._stream.finish_before(self)
 
-    def next_slab(self) -> int:
-        """Index of the slab to fill; it holds what its last turn left. The same until `sent`.
+    def next_slab(self) -> np.ndarray:
+        """The page-locked slab to fill for the coming step, the same until `upload`.
+
+        Returns:
+            int32 [num_values]; it holds what its last turn left.
 
         Raises:
-            RuntimeError: the stream is being captured; a replay would copy this slab for ever.
+            RuntimeError: all slabs are uploaded and not released, or the current stream is being
+                captured; a replay would copy this step for ever.
         """
-        self.refuse_capture()
-        self.wait_for_copy()
-        return self.turn
-
-    def refuse_capture(self) -> None:
-        """To be called before an event is asked, which would end a capture.
-
-        Raises:
-            RuntimeError: the stream is being captured.
-        """
-        if self._transfers.is_capturing():
+        if self._is_open[self._turn]:
+            raise RuntimeError(
+                f"input staging: {len(self._used)} steps are uploaded and none is released; read "
+                "the earliest one before another is staged"
+            )
+        # before an event is asked, which would end a capture
+        if self.transfers.is_capturing():
             raise RuntimeError(
                 "a step of host arrays is built during a graph capture, whose replays would copy "
                 "this step again; capture a build from device tensors"
             )
+        # readers run after the copy that they read: mostly one question answers two
+        self._is_read = self._used[self._turn].done()
+        if not self._is_read:
+            self.wait_for_copy()
+        return self._host[self._turn]
 
     def wait_for_copy(self) -> None:
         """Block until the last copy of the slab that has its turn is done."""
-        copied = self.copied[self.turn]
+        copied = self._copied[self._turn]
         if not copied.done():
             self.num_waits += 1
             copied.wait()
 
-    def sent(self, stream: RawStream | None = None) -> int:
-        """Index of the slab whose copy was just queued on a stream; the next one has its turn."""
-        index = self.turn
-        self.copied[index].record(stream)
-        self.turn = (index + 1) % len(self.slabs)
+    def upload(self, num_values: int) -> int:
+        """Queue the copy of the first values of the slab given out last; index of the slab."""
+        index = self._turn
+        if not self._is_read:
+            self._used[index].precede(self._stream)
+        self._copies[index].queue(4 * num_values)
+        self._is_open[index], self._is_read = True, False
+        self._copied[index].record(self._stream)
+        self._turn = (index + 1) % len(self._host)
         return index
 
+    def acquire(self, index: int) -> None:
+        """The current stream waits for the copy of a slab; behind it the slab may be read."""
+        self._copied[index].precede()
 
-class StagingRing(HostSlabs):
-    """Moves int32 values from the host to a tensor on a device, one asynchronous copy a step.
+    def release(self, index: int) -> None:
+        """The readers of a slab are queued on the current stream; behind them it may change."""
+        self._used[index].record()
+        self._is_open[index] = False
 
-    The tensor itself is overwritten in stream order: behind all work on the current stream, which
-    every reader of the last step must have joined.
+    def used(self, index: int) -> Event:
+        """The point behind the readers of a slab, to be asked whether it is done."""
+        return self._used[index]
+
+    @property
+    def prep_stream(self) -> int:
+        """Handle of the stream of the copies; 0 where kernels are interpreted."""
+        return self._stream.handle
+
+
+class StagedTensor:
+    """A tensor that never moves, filled through an `InputStaging`: for readers that keep views.
 
     Args:
-        target: int32 [n], contiguous, on the device.
-        num_slabs: slabs that take turns.
-        transfers: how copies are made; None = as the tensor's library has it.
+        allocate: makes a contiguous tensor of a shape and dtype on the device.
+        num_values: int32 values of the tensor.
+
+    Attributes:
+        tensor: int32 [num_values] on the device; it changes in stream order.
+        staging: the slabs.
+    """
+
+    def __init__(self, allocate: Allocate, num_values: int) -> None:
+        self.tensor = allocate((num_values,), "int32")
+        self.staging = InputStaging(allocate, num_values)
+        transfers, slabs = self.staging.transfers, self.staging.slabs
+        target, start = transfers.address(self.tensor), transfers.address(slabs)
+        self._copies = [
+            transfers.copy(target, start + 4 * num_values * index)
+            for index in range(int(slabs.shape[0]))
+        ]
+
+    def next_slab(self) -> np.ndarray:
+        """The page-locked values to fill for the coming step; see `InputStaging.next_slab`."""
+        return self.staging.next_slab()
+
+    def upload(self, num_values: int) -> None:
+        """Queue the copy of the first values of the slab given out last.
+
+        To the device it runs on the stream of the staging; the current stream waits for it and
+        then copies from there to the tensor, behind the readers of the step before.
+        """
+        index = self.staging.upload(num_values)
+        self.staging.acquire(index)
+        self._copies[index].queue(4 * num_values)
+        self.staging.release(index)
+
+
+class StagedInputs:
+    """What the host says of a step, as sections of one tensor that one copy a step fills.
+
+    Args:
+        allocate: makes a contiguous tensor of a shape and dtype on the device.
+        sizes: most int32 values of each section before the block tables.
+        max_rows, columns: of the block tables, the last section: a copy ends with the rows in use.
     """
 
     def __init__(
-        self, target: Any, num_slabs: int = NUM_SLABS, transfers: Transfers | None = None
+        self, allocate: Allocate, sizes: Sequence[int], max_rows: int, columns: int
     ) -> None:
-        self._target = target
-        super().__init__(transfers or transfers_for(target), int(target.shape[0]), num_slabs)
+        ends = np.cumsum([-(-size // _SECTION) * _SECTION for size in sizes]).tolist()
+        self._starts, self._columns = [0, *ends], columns
+        self.staged = StagedTensor(allocate, ends[-1] + max_rows * columns)
+        # rows of the tensor's tables that may hold blocks; at first its memory is anything
+        self._used_rows = max_rows
+        view = partial(_section_view, self.staged.tensor, tuple(self._starts), columns)
+        self._view = lru_cache(maxsize=CACHED_VIEWS)(view)
 
-    def upload(self, num_values: int) -> None:
-        """Queue the copy of the first values of the slab given out last on the current stream."""
-        self._transfers.to_device(self._target, self.slabs[self.turn][:num_values])
-        self.sent()
+    def upload(
+        self, values: Sequence[Int32Array], tables: Int32Array, lengths: Sequence[int] | None = None
+    ) -> list[Any]:
+        """Queue the copy of a step; the tensors that will hold it, valid until the next one.
+
+        Args:
+            values: integers, at most the size of each section, which zeros fill up.
+            tables: int32 [rows, columns]; rows of the step before that this one lacks become -1.
+            lengths: of the tensors of the sections; None = as many as there are values.
+
+        Returns:
+            int32 tensors, one a section, and the block tables.
+        """
+        slab, starts = self.staged.next_slab(), self._starts
+        for start, end, array in zip(starts, starts[1:], values, strict=False):
+            slab[start : start + len(array)] = array
+            slab[start + len(array) : end] = 0
+        rows = len(tables)
+        copied = max(rows, self._used_rows)
+        end = starts[-1] + copied * self._columns
+        packed = slab[starts[-1] : end].reshape(copied, self._columns)
+        packed[:rows] = tables
+        packed[rows:] = -1
+        self._used_rows = rows
+        self.staged.upload(end)
+        sizes = [*(lengths or map(len, values)), rows]
+        return [self._view(index, size) for index, size in enumerate(sizes)]
+
+
+def _section_view(
+    tensor: Any, starts: tuple[int, ...], columns: int, index: int, length: int
+) -> Any:
+    """The first values of a section; of the tables, which come last, rows."""
+    start = starts[index]
+    if index + 1 < len(starts):
+        return tensor[start : start + length]
+    return tensor[start : start + length * columns].reshape([length, columns])

@@ -1,18 +1,18 @@
-"""Slices of a provider's buffers that a step hands out, made once for each size."""
+"""Slices of a builder's buffers that a step hands out, made once for each size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any
 
-from fd_dsa.step.counts import StepCounts
+from fd_dsa.step.checks import StepCounts, StepInputs, StepLimits
 from fd_dsa.step.forward_meta import Array, ForwardMeta
 
 View = Callable[[Any], Array]
+Allocate = Callable[[tuple[int, ...], str], Array]
 # views are small; a server sees few row counts and, when decoding, few token counts
-_CACHED_VIEWS = 256
-
+CACHED_VIEWS = 256
 
 OUTPUTS = (
     "batch_id_per_token",
@@ -27,111 +27,68 @@ WINDOWS = ("indexer_attn_mask_offsets", "cu_seqlens_kg")
 """Buffers that it writes in steps with prefill rows only."""
 
 
-class OutputBuffers(Protocol):
-    """What a step computes, at full capacity; shapes and types as in `ForwardMeta`."""
+class OutputBuffers:
+    """What a step computes, at full capacity; shapes and types as in `ForwardMeta`.
 
-    cu_seqlens_q: Any
-    cache_seqlens: Any
-    batch_id_per_token: Any
-    position_ids: Any
-    # None where the builder was not asked for it
-    position_ids_int32: Any
-    slot_mapping: Any
-    cu_seqlens_kg: Any
-    indexer_attn_mask_offsets: Any
+    Args:
+        limits: sizes that every step keeps to.
+        allocate: makes a contiguous array of a shape and dtype.
+        int32_position_ids: whether positions are written as int32 too.
+    """
 
-
-class InputBuffers(Protocol):
-    """Copies of a step's inputs, at full capacity."""
-
-    seq_lens_encoder: Any
-    seq_lens_decoder: Any
-    seq_lens_this_time: Any
-    block_tables: Any
+    def __init__(self, limits: StepLimits, allocate: Allocate, int32_position_ids: bool) -> None:
+        rows, tokens = limits.max_num_seqs, limits.max_num_tokens
+        self.cu_seqlens_q = allocate((rows + 1,), "int32")
+        self.cache_seqlens = allocate((rows,), "int32")
+        self.batch_id_per_token = allocate((tokens,), "int32")
+        self.position_ids = allocate((tokens,), "int64")
+        self.position_ids_int32 = allocate((tokens,), "int32") if int32_position_ids else None
+        self.slot_mapping = allocate((tokens,), "int64")
+        self.cu_seqlens_kg = allocate((rows + 1,), "int32")
+        self.indexer_attn_mask_offsets = allocate((2 * tokens,), "int32")
 
 
 class StepViews:
     """Makes the `ForwardMeta` of a step over buffers that never move.
 
     Args:
-        buffers: the arrays at full capacity.
+        buffers: arrays at full capacity, as attributes named like the fields.
         view: how a slice of a buffer becomes an array of the step, sharing its memory.
     """
 
-    def __init__(self, buffers: OutputBuffers, view: View) -> None:
-        # partials of functions, not of methods: the caches then keep no provider alive
-        cached = lru_cache(maxsize=_CACHED_VIEWS)
-        self._rows = cached(partial(_row_views, buffers, view))
-        self._tokens = cached(partial(_token_views, buffers, view))
-        self._windows = cached(partial(_window_views, buffers, view))
+    def __init__(self, buffers: Any, view: View) -> None:
+        # a partial of a function, not of a method: the cache then keeps no builder alive
+        size = CACHED_VIEWS * len(ForwardMeta.__slots__)
+        self._first = lru_cache(maxsize=size)(partial(_first, buffers, view))
 
-    def forward_meta(self, inputs: tuple[Array, ...], counts: StepCounts) -> ForwardMeta:
+    def inputs(self, num_rows: int) -> list[Array]:
+        """The buffers of the inputs, cut to the rows of a step."""
+        return [self._first(name, num_rows) for name in StepInputs._fields]
+
+    def forward_meta(self, inputs: Sequence[Array], counts: StepCounts) -> ForwardMeta:
         """The metadata of a step whose inputs, of exactly its rows, are these four arrays."""
-        encoder, decoder, this_time, tables = inputs
-        num_rows = int(this_time.shape[0])
-        cu_q, cache_lens = self._rows(num_rows)
-        batch_ids, positions, positions_int32, slots = self._tokens(counts.num_padded_tokens)
-        offsets, cu_kg = (
-            self._windows(num_rows, counts.num_padded_tokens)
-            if counts.num_prefill_tokens
-            else (None, None)
-        )
+        first, rows, tokens = self._first, int(inputs[2].shape[0]), counts.num_padded_tokens
+        has_prefill = counts.num_prefill_tokens > 0
         return ForwardMeta(
-            seq_lens_encoder=encoder,
-            seq_lens_decoder=decoder,
-            seq_lens_this_time=this_time,
-            cu_seqlens_q=cu_q,
-            block_tables=tables,
-            batch_id_per_token=batch_ids,
-            position_ids=positions,
-            position_ids_int32=positions_int32,
-            slot_mapping=slots,
-            cache_seqlens=cache_lens,
-            indexer_attn_mask_offsets=offsets,
-            cu_seqlens_kg=cu_kg,
+            seq_lens_encoder=inputs[0],
+            seq_lens_decoder=inputs[1],
+            seq_lens_this_time=inputs[2],
+            cu_seqlens_q=first("cu_seqlens_q", rows + 1),
+            block_tables=inputs[3],
+            batch_id_per_token=first("batch_id_per_token", tokens),
+            position_ids=first("position_ids", tokens),
+            position_ids_int32=first("position_ids_int32", tokens),
+            slot_mapping=first("slot_mapping", tokens),
+            cache_seqlens=first("cache_seqlens", rows),
+            indexer_attn_mask_offsets=first(WINDOWS[0], 2 * tokens) if has_prefill else None,
+            cu_seqlens_kg=first(WINDOWS[1], rows + 1) if has_prefill else None,
             num_prefill_tokens=counts.num_prefill_tokens,
             num_decode_tokens=counts.num_tokens - counts.num_prefill_tokens,
             max_seqlen_k=counts.max_seqlen_k,
         )
 
 
-def input_views(buffers: InputBuffers, view: View) -> Callable[[int], tuple[Array, ...]]:
-    """The four inputs of a step as a function of its rows; each row count is sliced once."""
-    return lru_cache(maxsize=_CACHED_VIEWS)(partial(_input_views, buffers, view))
-
-
-def _input_views(buffers: InputBuffers, view: View, num_rows: int) -> tuple[Array, ...]:
-    """The inputs of the first rows."""
-    return (
-        view(buffers.seq_lens_encoder[:num_rows]),
-        view(buffers.seq_lens_decoder[:num_rows]),
-        view(buffers.seq_lens_this_time[:num_rows]),
-        view(buffers.block_tables[:num_rows]),
-    )
-
-
-def _row_views(buffers: OutputBuffers, view: View, num_rows: int) -> tuple[Array, Array]:
-    """What a step computes for each row."""
-    return view(buffers.cu_seqlens_q[: num_rows + 1]), view(buffers.cache_seqlens[:num_rows])
-
-
-def _token_views(buffers: OutputBuffers, view: View, num_tokens: int) -> tuple[Array, ...]:
-    """What a step computes for each token."""
-    return (
-        view(buffers.batch_id_per_token[:num_tokens]),
-        view(buffers.position_ids[:num_tokens]),
-        None
-        if buffers.position_ids_int32 is None
-        else view(buffers.position_ids_int32[:num_tokens]),
-        view(buffers.slot_mapping[:num_tokens]),
-    )
-
-
-def _window_views(
-    buffers: OutputBuffers, view: View, num_rows: int, num_tokens: int
-) -> tuple[Array, Array]:
-    """What only a step with a prefill token has."""
-    return (
-        view(buffers.indexer_attn_mask_offsets[: 2 * num_tokens]),
-        view(buffers.cu_seqlens_kg[: num_rows + 1]),
-    )
+def _first(buffers: Any, view: View, name: str, size: int) -> Array | None:
+    """The start of a buffer; None of one that there is not."""
+    buffer = getattr(buffers, name)
+    return None if buffer is None else view(buffer[:size])

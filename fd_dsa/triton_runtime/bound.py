@@ -7,9 +7,8 @@ from typing import Any
 
 from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime.device import DeviceApi
-from fd_dsa.triton_runtime.frame import Frame
 from fd_dsa.triton_runtime.grid import Grid, resolve_grid
-from fd_dsa.triton_runtime.variant import Variant
+from fd_dsa.triton_runtime.variant import Frame, Variant
 
 _MAX_GRIDS = 4096
 
@@ -39,7 +38,8 @@ class BoundLaunch:
         self._grid_function = grid if callable(grid) else None
         self.grid = self._resolve(grid, values)
         self._stream, self._device = api.current_stream, variant.device
-        self._launch = variant.driver.launch
+        self._launch, self._num_ctas = variant.driver.launch, variant.compiled.num_ctas
+        self._grid_offset = variant.grid_offset
         self._fixed_grid = self._grid_function is None and 0 not in self.grid
         self._writers = tuple(self._writer(name) for name in scalars)
         self._bound_scalars = tuple(values[name] for name in scalars)
@@ -56,12 +56,12 @@ class BoundLaunch:
     def _writer(self, name: str) -> tuple[Any, int]:
         """The function that writes a scalar, and where it stands."""
         index = [parameter.name for parameter in self.variant.passed].index(name)
-        layout = self.variant.layout
-        return struct.Struct(f"={layout.codes[index]}").pack_into, layout.offsets[index]
+        code = self.variant.compiled.codes[index]
+        return struct.Struct(f"={code}").pack_into, self.variant.offsets[index]
 
     def _frame(self) -> Frame:
         """A frame with the bound arguments."""
-        frame = self.variant.layout.frame()
+        frame = self.variant.frame()
         self.variant.pack(frame, self._values, self.grid)
         return frame
 
@@ -103,8 +103,7 @@ class BoundLaunch:
             raise self._unfit(scalars, "it has none")
         if numbers is not None:
             x, y, z = numbers
-            layout = self.variant.layout
-            self._write_grid(frame.memory, layout.grid_offset, x * layout.num_ctas, y, z)
+            self._write_grid(frame.memory, self._grid_offset, x * self._num_ctas, y, z)
         stream = self._stream(self._device)
         if stream != frame.stream:
             frame.set_stream(stream)
@@ -144,25 +143,20 @@ class BoundLaunch:
         Raises:
             LaunchError: dtype, device or alignment is not what the kernel was compiled for.
         """
-        values = dict(self._values)
+        signature, values = self.variant.signature, {**self._values, **tensors}
         for name, tensor in tensors.items():
-            signature = self.variant.signature
-            parameter = signature.check_tensor_name(name, values, tensor)
-            wanted, found = (
-                self.variant.arguments[name],
-                signature.describe_tensor(parameter, tensor),
-            )
+            parameter = signature.check_exchange(name, self._values, tensor)
+            bound, new = self.variant.arguments[name], signature.describe_tensor(parameter, tensor)
             device = signature.device_of(parameter, tensor, self._api)
-            if found.type != wanted.type or device != self._device:
+            if new.type != bound.type or device != self._device:
                 raise LaunchError(
-                    f"kernel {signature.kernel}: argument {name!r} is {found.type} on device "
-                    f"{device}, bound is {wanted.type} on device {self._device}"
+                    f"kernel {signature.kernel}: argument {name!r} is {new.type} on device "
+                    f"{device}, bound is {bound.type} on device {self._device}"
                 )
-            if wanted.divisible and not found.divisible:
+            if bound.divisible and not new.divisible:
                 raise LaunchError(
                     f"kernel {signature.kernel}: argument {name!r} starts at an address that 16 "
                     "does not divide, unlike the bound tensor; bind a launch of its own for it"
                 )
-            values[name] = tensor
         # calls under way give their frames back to the list that they took
         self._values, self._free, self._other = values, [], []

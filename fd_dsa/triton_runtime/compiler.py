@@ -33,7 +33,7 @@ _PTX_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
 
 
 class Argument(NamedTuple):
-    """What the compiler is told about one argument; a part of the launch cache's key.
+    """What the compiler knows of one argument; a part of the launch cache's key.
 
     Attributes:
         type: Triton's type such as "*bf16" or "i32"; "constexpr" where the value is compiled in.
@@ -61,7 +61,7 @@ class Compiled:
         num_warps: warps a block, those that the compiler added included.
         num_ctas: blocks a cluster.
         codes: `struct` codes of the arguments that are passed, in order.
-        num_null_pointers: scratch pointers that Triton adds behind them; always null here.
+        num_null_pointers: scratch pointers that Triton adds after them; always null here.
     """
 
     name: str
@@ -104,13 +104,13 @@ def compile_kernel(
         (i,): [["tt.divisibility", 16]] if argument.divisible else []
         for i, argument in enumerate(arguments.values())
     }
-    given = {name: value for name, value in options.items() if value is not None}
+    set_options = {name: value for name, value in options.items() if value is not None}
     try:
         with _COMPILING:
             kernel = triton.compile(
                 ASTSource(fn, signature, constants, attributes),
                 target=GPUTarget("cuda", capability, 32),
-                options=given,
+                options=set_options,
             )
     except OSError as error:
         raise BackendUnavailable(
@@ -152,14 +152,14 @@ def _read(kernel: Any, arguments: Mapping[str, Argument]) -> Compiled:
 
 
 def _null_pointers(name: str, ptx: str, codes: str) -> int:
-    """How many pointers the compiled kernel takes behind its arguments.
+    """How many pointers the compiled kernel takes after its arguments.
 
     One or two, by Triton version; read from the assembly, which also confirms the widths of all
     arguments.
     """
     entry = re.search(r"\.entry\s+" + re.escape(name) + r"\s*\((.*?)\)", ptx, re.DOTALL)
-    found = re.findall(r"\.param\s+\.\w(\d+)\b", entry[1]) if entry else []
-    widths = [_PTX_BYTES[bits] for bits in found]
+    bits_of_each = re.findall(r"\.param\s+\.\w(\d+)\b", entry[1]) if entry else []
+    widths = [_PTX_BYTES[bits] for bits in bits_of_each]
     expected = [struct.calcsize(code) for code in codes]
     extra = widths[len(expected) :]
     if widths[: len(expected)] != expected or any(

@@ -57,7 +57,7 @@ class DeviceApi:
 
 
 class PaddleApi(DeviceApi):
-    """Paddle tensors in GPU memory, or in CUDA memory behind a custom device of Paddle."""
+    """Paddle tensors in GPU memory, or in CUDA memory of a custom device of Paddle."""
 
     def __init__(self) -> None:
         from paddle.base import core, libpaddle

@@ -129,8 +129,8 @@ class Driver:
 
     def bind_context(self, device: int) -> None:
         """Make the device's primary context this thread's, for good."""
-        wanted = ctypes.c_void_p(self._primary_context(device))
-        self.check(self._library.cuCtxSetCurrent(wanted), f"context of device {device}")
+        context = ctypes.c_void_p(self._primary_context(device))
+        self.check(self._library.cuCtxSetCurrent(context), f"context of device {device}")
 
     def _primary_context(self, device: int) -> int:
         """Handle of the device's primary context, which stays alive from now on."""

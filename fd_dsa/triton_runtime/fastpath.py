@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fd_dsa.triton_runtime.compiler import Argument
-from fd_dsa.triton_runtime.device import DeviceApi
+from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
 from fd_dsa.triton_runtime.grid import resolve_grid
-from fd_dsa.triton_runtime.parameters import MISSING, OPTIONS, Parameter
+from fd_dsa.triton_runtime.parameters import OPTIONS, Parameter
 from fd_dsa.triton_runtime.variant import Variant
 
 Miss = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
@@ -52,7 +52,8 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
     every = "(" + "".join(f"{name}, " for name in signature.names) + ")"
     leave = f"return _miss(_grid, {every}, _given)"
     packed = [f"_p{tensors[p.name]}" if p.name in tensors else p.name for p in variant.passed]
-    clusters = f" * {variant.layout.num_ctas}" if variant.layout.num_ctas != 1 else ""
+    num_ctas = variant.compiled.num_ctas
+    clusters = f" * {num_ctas}" if num_ctas != 1 else ""
     late = [
         f"not {p.name}.is_contiguous()"
         for p in signature.parameters
@@ -100,9 +101,9 @@ def _namespace(variant: Variant, api: DeviceApi, options: dict[str, Any], miss: 
         "_launch": variant.driver.launch,
         "_miss": miss,
         "_names": variant.signature.names,
-        "_new": variant.layout.frame,
+        "_new": variant.frame,
         "_options": options,
-        "_pack": variant.layout.values.pack_into,
+        "_pack": variant.values.pack_into,
         "_pop": variant.free.pop,
         "_recover": variant.recover,
         "_resolve": resolve_grid,
@@ -110,7 +111,7 @@ def _namespace(variant: Variant, api: DeviceApi, options: dict[str, Any], miss: 
         "_StructError": struct.error,
     }
     for index, parameter in enumerate(parameters):
-        space[f"_d{index}"] = parameter.default if parameter.has_default else MISSING
+        space[f"_d{index}"] = parameter.default
         space[f"_c{index}"] = variant.arguments[parameter.name].value
     return space
 
@@ -164,7 +165,15 @@ class Known:
             if matters and (address & 15 == 0) is not aligned:
                 return False
             return self._device_of(tensor) == self._variant.device
-        if not self._variant.accepts(self._parameters[index], tensor, address, self._api):
+        variant, parameter = self._variant, self._parameters[index]
+        if api_for_type(type(tensor)) is not self._api:
+            return False
+        if (
+            variant.signature.describe_tensor(parameter, tensor)
+            != variant.arguments[parameter.name]
+        ):
+            return False
+        if variant.signature.device_of(parameter, tensor, self._api) != variant.device:
             return False
         self._kinds[index] = (type(tensor), tensor.dtype, matters, aligned)
         return True

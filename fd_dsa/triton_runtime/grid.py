@@ -26,18 +26,18 @@ def resolve_grid(
     Raises:
         LaunchError: it is no sequence of one to three integers, or one is out of CUDA's range.
     """
-    found = grid({**options, **arguments}) if callable(grid) else grid
+    sizes = grid({**options, **arguments}) if callable(grid) else grid
     try:
-        numbers = tuple(int(n) for n in found)
+        numbers = tuple(int(n) for n in sizes)
         fits = 1 <= len(numbers) <= 3 and all(
-            n == given and 0 <= n <= limit
-            for n, given, limit in zip(numbers, found, _LIMITS, strict=False)
+            n == size and 0 <= n <= limit
+            for n, size, limit in zip(numbers, sizes, _LIMITS, strict=False)
         )
     except (TypeError, ValueError):
         fits = False
     if not fits:
         raise LaunchError(
-            f"kernel {kernel}: grid {found!r}: wanted one to three numbers of programs, x in "
+            f"kernel {kernel}: grid {sizes!r}: wanted one to three numbers of programs, x in "
             f"0..{_LIMITS[0]}, y and z in 0..{_LIMITS[1]}, for example (8,)"
         )
     x, y, z = (*numbers, 1, 1)[:3]

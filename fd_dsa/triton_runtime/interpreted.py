@@ -23,22 +23,13 @@ def run_interpreted(
         LaunchError: an argument or the grid cannot be used.
         BackendUnavailable: the kernel was decorated after Triton had been loaded to compile.
     """
-    signature, values = kernel.signature, dict(arguments)
-    for parameter in signature.parameters:
-        value = arguments[parameter.name]
-        if parameter.is_constexpr:
-            signature.constant(parameter, value)
-            continue
-        if not hasattr(value, "data_ptr"):
-            signature.scalar_type(parameter, value)
-            continue
-        signature.check_tensor(parameter, value)
-        try:
-            values[parameter.name] = api_for_type(type(value)).interpreter_argument(value)
-        except LaunchError as error:
-            raise LaunchError(
-                f"kernel {kernel.__name__}: argument {parameter.name!r}: {error}"
-            ) from None
+    values = dict(arguments)
+    for name, argument in kernel.signature.describe_ahead(arguments).items():
+        if argument.type[0] == "*":
+            try:
+                values[name] = api_for_type(type(values[name])).interpreter_argument(values[name])
+            except LaunchError as error:
+                raise LaunchError(f"kernel {kernel.__name__}: argument {name!r}: {error}") from None
     if not hasattr(kernel.fn, "rewrite"):
         raise BackendUnavailable(
             f"kernel {kernel.__name__} was made by triton.jit in a process that had loaded Triton "
@@ -79,13 +70,13 @@ class InterpretedLaunch:
     def _check_scalar(self, parameter: Parameter, value: Any) -> None:
         """Refuse a value that a compiled launch could not write where the bound one stands."""
         signature = self._kernel.signature
-        wanted = signature.scalar_type(parameter, self._arguments[parameter.name])
+        bound = signature.scalar_type(parameter, self._arguments[parameter.name])
         try:
-            struct.pack(f"={CODES[wanted]}", value)
+            struct.pack(f"={CODES[bound]}", value)
         except struct.error as error:
             raise LaunchError(
                 f"kernel {signature.kernel}: {value!r} does not fit the scalar {parameter.name!r} "
-                f"of the bound launch, {wanted}: {error}"
+                f"of the bound launch, {bound}: {error}"
             ) from None
 
     def exchange(self, **tensors: Any) -> None:
@@ -96,11 +87,11 @@ class InterpretedLaunch:
         """
         signature = self._kernel.signature
         for name, tensor in tensors.items():
-            parameter = signature.check_tensor_name(name, self._arguments, tensor)
-            wanted = signature.check_tensor(parameter, self._arguments[name])
-            found = signature.check_tensor(parameter, tensor)
-            if found != wanted:
+            parameter = signature.check_exchange(name, self._arguments, tensor)
+            bound = signature.check_tensor(parameter, self._arguments[name])
+            new = signature.check_tensor(parameter, tensor)
+            if new != bound:
                 raise LaunchError(
-                    f"kernel {signature.kernel}: argument {name!r} is *{found}, bound is *{wanted}"
+                    f"kernel {signature.kernel}: argument {name!r} is *{new}, bound is *{bound}"
                 )
         self._arguments = {**self._arguments, **tensors}

@@ -89,11 +89,11 @@ def _patch_once_a_launch(interpreter: Any) -> None:
     def patch_lang(fn: Any) -> Any:
         if _patched is None:
             return original(fn)
-        wanted = languages(fn)
+        modules = languages(fn)
         # a function that sees none is refused by the original
-        if wanted and wanted <= _patched:
+        if modules and modules <= _patched:
             return None
-        _patched.update(wanted)
+        _patched.update(modules)
         return original(fn)
 
     interpreter._patch_lang = patch_lang
@@ -106,10 +106,10 @@ def _patch_types(interpreter: Any) -> None:
 
     def get_np_dtype(dtype: Any) -> np.dtype[Any]:
         name = dtype.scalar.name
-        found = known.get(name)
-        if found is None:
-            found = known[name] = original(dtype)
-        return found
+        array_type = known.get(name)
+        if array_type is None:
+            array_type = known[name] = original(dtype)
+        return array_type
 
     interpreter._get_np_dtype = get_np_dtype
 

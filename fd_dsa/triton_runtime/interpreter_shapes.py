@@ -33,13 +33,13 @@ def _remember_types() -> None:
     def init(self: Any, element_ty: Any, shape: Any) -> None:
         values = shape.values if isinstance(shape, tl.tuple) else shape
         key = (element_ty.name, *map(tl._unwrap_if_constexpr, values))
-        found = known.get(key)
-        if found is None:
+        shared = known.get(key)
+        if shared is None:
             original(self, element_ty, shape)
             known[key] = self.shape, self.numel, self.name
             return
         self.element_ty = element_ty
-        self.shape, self.numel, self.name = found
+        self.shape, self.numel, self.name = shared
 
     tl.block_type.__init__ = init
 
@@ -51,12 +51,12 @@ def _remember_tensors() -> None:
 
     def init(self: Any, handle: Any, type: Any) -> None:
         key = tuple(type.shape.values) if type.is_block() else ()
-        found = known.get(key)
-        if found is None:
+        shared = known.get(key)
+        if shared is None:
             original(self, handle, type)
             known[key] = self.shape, self.numel
             return
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = found
+        self.shape, self.numel = shared
 
     tl.tensor.__init__ = init

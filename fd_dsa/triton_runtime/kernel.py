@@ -124,9 +124,9 @@ class Kernel:
         if INTERPRETING:
             run_interpreted(self, grid, values, options)
             return
-        given = {name: kwargs[name] for name in kwargs if name in OPTIONS}
+        spelled = {name: kwargs[name] for name in kwargs if name in OPTIONS}
         api, variant = self._variant_for(values, options)
-        self._extend_chain(api, variant, given)
+        self._extend_chain(api, variant, spelled)
         variant.launch(api, values, resolve_grid(self.__name__, grid, values, options))
 
     def bind(
@@ -224,15 +224,15 @@ class Kernel:
                 )
             return self._variants[key]
 
-    def _extend_chain(self, api: DeviceApi, variant: Variant, given: dict[str, Any]) -> None:
+    def _extend_chain(self, api: DeviceApi, variant: Variant, spelled: dict[str, Any]) -> None:
         """Give calls spelled like this one their own generated function."""
-        spelling = (variant, api, tuple(given.items()))
+        spelling = (variant, api, tuple(spelled.items()))
         with self._lock:
             if spelling in self._chained or len(self._chain) >= _MAX_CHAIN:
                 return
             position = len(self._chain)
             self._chain.append(
-                fastpath.generate(variant, api, given, partial(self._after, position))
+                fastpath.generate(variant, api, spelled, partial(self._after, position))
             )
             self._chained.add(spelling)
             if position == 0:
@@ -240,10 +240,10 @@ class Kernel:
                 self._launchers.clear()
 
     def _after(
-        self, position: int, grid: Grid, values: tuple[Any, ...], given: dict[str, Any]
+        self, position: int, grid: Grid, values: tuple[Any, ...], spelled: dict[str, Any]
     ) -> None:
         """Try the next generated function, and after the last one the long way."""
         if position + 1 < len(self._chain):
-            self._chain[position + 1](grid, *values, **given)
+            self._chain[position + 1](grid, *values, **spelled)
         else:
-            self.run(grid, *values, **given)
+            self.run(grid, *values, **spelled)

@@ -69,8 +69,8 @@ class Parameter:
     Attributes:
         name: as in the kernel's signature.
         is_constexpr: its value is compiled in.
-        specialize: an int of value 1 is compiled in, one divisible by 16 is told to the compiler.
-        specialize_alignment: a pointer or int divisible by 16 is told to the compiler.
+        specialize: an int of value 1 is compiled in, one divisible by 16 is known to the compiler.
+        specialize_alignment: a pointer or int divisible by 16 is known to the compiler.
         contiguous: only contiguous tensors are accepted.
         default: value if none is given; `MISSING` where one must be.
     """
@@ -81,11 +81,6 @@ class Parameter:
     specialize_alignment: bool
     contiguous: bool
     default: Any
-
-    @property
-    def has_default(self) -> bool:
-        """True if callers may leave it out."""
-        return self.default is not MISSING
 
 
 class Signature:
@@ -111,9 +106,7 @@ class Signature:
                 specialize=name not in plain,
                 specialize_alignment=name not in plain | unaligned,
                 contiguous=name in dense,
-                default=(
-                    MISSING if parameter.default is inspect.Parameter.empty else parameter.default
-                ),
+                default=MISSING if parameter.default is parameter.empty else parameter.default,
             )
             for name, parameter in parameters.items()
         )
@@ -133,13 +126,13 @@ class Signature:
                 f"{len(self.names)} parameters ({', '.join(self.names)})"
             )
         pairs = zip(self.names, args, strict=False)
-        given = {name: value for name, value in pairs if value is not MISSING}
+        values = {name: value for name, value in pairs if value is not MISSING}
         options = {}
         for name, value in kwargs.items():
-            if name in given:
+            if name in values:
                 raise LaunchError(f"kernel {self.kernel}: argument {name!r} is given twice")
             if name in self.names:
-                given[name] = value
+                values[name] = value
             elif name in OPTIONS:
                 options[name] = value
             else:
@@ -148,7 +141,14 @@ class Signature:
                     f"{', '.join(self.names)}, options {', '.join(OPTIONS)}"
                 )
         self._check_options(options)
-        return {p.name: self._value(p, given) for p in self.parameters}, OPTIONS | options
+        arguments = {}
+        for parameter in self.parameters:
+            value = values.get(parameter.name, parameter.default)
+            if value is MISSING:
+                raise LaunchError(f"kernel {self.kernel}: argument {parameter.name!r} is missing")
+            # NumPy's scalars become Python's
+            arguments[parameter.name] = value.item() if isinstance(value, np.generic) else value
+        return arguments, OPTIONS | options
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
         """Refuse numbers of warps and blocks that Triton's compiler cannot take.
@@ -163,13 +163,6 @@ class Signature:
                     f"kernel {self.kernel}: option {name} is {value!r}, allowed are the powers of "
                     f"two from 1 to {most}"
                 )
-
-    def _value(self, parameter: Parameter, given: Mapping[str, Any]) -> Any:
-        """The value of one parameter: given, or its default; NumPy scalars become Python's."""
-        value = given.get(parameter.name, parameter.default)
-        if value is MISSING:
-            raise LaunchError(f"kernel {self.kernel}: argument {parameter.name!r} is missing")
-        return value.item() if isinstance(value, np.generic) else value
 
     def check_tensor(self, parameter: Parameter, tensor: Any) -> str:
         """Element type of a tensor given for a parameter.
@@ -241,7 +234,7 @@ class Signature:
         return "constexpr" if value is None else "fp32"
 
     def constant(self, parameter: Parameter, value: Any) -> Argument:
-        """What the compiler is told about the value of a `tl.constexpr` parameter.
+        """What the compiler knows of the value of a `tl.constexpr` parameter.
 
         Raises:
             LaunchError: it is a tensor, or cannot be a key of the launch cache.
@@ -262,7 +255,7 @@ class Signature:
         return Argument("constexpr", False, value, type(value))
 
     def scalar(self, parameter: Parameter, value: Any) -> Argument:
-        """What the compiler is told about a number given for a parameter."""
+        """What the compiler knows of a number given for a parameter."""
         kind = self.scalar_type(parameter, value)
         is_integer = kind in ("i32", "i64", "u64")
         if kind == "constexpr" or (is_integer and parameter.specialize and value == 1):
@@ -271,24 +264,24 @@ class Signature:
         return Argument(kind, divisible)
 
     def describe_ahead(self, values: Mapping[str, Any]) -> dict[str, Argument]:
-        """What the compiler is told about arguments of which tensors may be `Pointer`."""
-        found = {}
+        """What the compiler knows of arguments of which tensors may be `Pointer`."""
+        arguments = {}
         for parameter in self.parameters:
             value = values[parameter.name]
             if parameter.is_constexpr:
-                found[parameter.name] = self.constant(parameter, value)
+                arguments[parameter.name] = self.constant(parameter, value)
             elif isinstance(value, Pointer):
                 aligned = parameter.specialize_alignment and value.aligned
                 kind = "*" + self._element_type(parameter, value.dtype)
-                found[parameter.name] = Argument(kind, aligned)
+                arguments[parameter.name] = Argument(kind, aligned)
             elif hasattr(value, "data_ptr"):
-                found[parameter.name] = self.describe_tensor(parameter, value)
+                arguments[parameter.name] = self.describe_tensor(parameter, value)
             else:
-                found[parameter.name] = self.scalar(parameter, value)
-        return found
+                arguments[parameter.name] = self.scalar(parameter, value)
+        return arguments
 
     def describe_tensor(self, parameter: Parameter, value: Any) -> Argument:
-        """What the compiler is told about a tensor."""
+        """What the compiler knows of a tensor."""
         kind = "*" + self.check_tensor(parameter, value)
         return Argument(kind, parameter.specialize_alignment and value.data_ptr() % 16 == 0)
 
@@ -298,16 +291,12 @@ class Signature:
         Raises:
             LaunchError: no parameter, a constant, a tensor, or an int that is specialised.
         """
-        parameters = {parameter.name: parameter for parameter in self.parameters}
         for name in scalars:
-            if name not in parameters:
+            if name not in self.names:
                 raise LaunchError(f"kernel {self.kernel}: scalar {name!r} is no parameter")
-            value, parameter = values[name], parameters[name]
-            if (
-                parameter.is_constexpr
-                or isinstance(value, bool | None)
-                or not isinstance(value, int | float)
-            ):
+            value, parameter = values[name], self.parameters[self.names.index(name)]
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if parameter.is_constexpr or not is_number:
                 raise LaunchError(
                     f"kernel {self.kernel}: scalar {name!r} is {value!r}; a number that is passed "
                     "at run time is wanted"
@@ -333,53 +322,48 @@ class Signature:
             )
         return {**values, **dict(zip(names, scalars, strict=False))}
 
-    def check_tensor_name(self, name: str, values: Mapping[str, Any], tensor: Any) -> Parameter:
-        """The parameter of a bound tensor that is to be exchanged.
+    def check_exchange(self, name: str, values: Mapping[str, Any], tensor: Any) -> Parameter:
+        """The parameter of a bound tensor that is to be exchanged for another one.
 
         Raises:
             LaunchError: the parameter is none, or one of the two is no tensor.
         """
-        for parameter in self.parameters:
-            if parameter.name == name and hasattr(values[name], "data_ptr"):
-                if hasattr(tensor, "data_ptr"):
-                    return parameter
-                raise LaunchError(
-                    f"kernel {self.kernel}: argument {name!r} is a {type(tensor).__name__}; "
-                    "a tensor is bound there"
-                )
-        raise LaunchError(f"kernel {self.kernel}: no tensor is bound to {name!r}")
+        if not hasattr(values.get(name), "data_ptr"):
+            raise LaunchError(f"kernel {self.kernel}: no tensor is bound to {name!r}")
+        if not hasattr(tensor, "data_ptr"):
+            raise LaunchError(
+                f"kernel {self.kernel}: argument {name!r} is a {type(tensor).__name__}; "
+                "a tensor is bound there"
+            )
+        return self.parameters[self.names.index(name)]
 
     def describe(self, values: Mapping[str, Any]) -> tuple[DeviceApi, int, dict[str, Argument]]:
-        """Tensor library, device, and what the compiler is told about each argument.
+        """Tensor library, device, and what the compiler knows of each argument.
 
         Raises:
             LaunchError: an argument cannot be passed, tensors of two libraries or devices meet, or
                 there is no tensor.
         """
-        api, device, found = None, 0, {}
-        first = ""
+        api, device, first = None, 0, ""
+        arguments = self.describe_ahead(values)
         for parameter in self.parameters:
             value = values[parameter.name]
-            if parameter.is_constexpr:
-                found[parameter.name] = self.constant(parameter, value)
-            elif not hasattr(value, "data_ptr"):
-                found[parameter.name] = self.scalar(parameter, value)
-            else:
-                found[parameter.name] = self.describe_tensor(parameter, value)
-                own = api_for_type(type(value))
-                on = self.device_of(parameter, value, own)
-                if api is None:
-                    api, device, first = own, on, parameter.name
-                if own is not api or on != device:
-                    raise LaunchError(
-                        f"kernel {self.kernel}: argument {parameter.name!r} is a "
-                        f"{type(value).__module__} tensor on device {on}, but {first!r} is a "
-                        f"{type(values[first]).__module__} tensor on device {device}; put all on "
-                        "one device"
-                    )
+            if arguments[parameter.name].type[0] != "*":
+                continue
+            own = api_for_type(type(value))
+            on = self.device_of(parameter, value, own)
+            if api is None:
+                api, device, first = own, on, parameter.name
+            if own is not api or on != device:
+                raise LaunchError(
+                    f"kernel {self.kernel}: argument {parameter.name!r} is a "
+                    f"{type(value).__module__} tensor on device {on}, but {first!r} is a "
+                    f"{type(values[first]).__module__} tensor on device {device}; put all on "
+                    "one device"
+                )
         if api is None:
             raise LaunchError(f"kernel {self.kernel}: no argument is a tensor")
-        return api, device, found
+        return api, device, arguments
 
 
 # id of a dtype object -> the object, which keeps the id its own, and Triton's name; the objects'

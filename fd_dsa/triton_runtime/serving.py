@@ -59,9 +59,9 @@ def announce_compilation(kernel: str, arguments: Mapping[str, Any], options: Any
     """
     if not serves():
         return
-    told = ", ".join(f"{name}={_told(argument)}" for name, argument in arguments.items())
+    types = ", ".join(f"{name}={_described(argument)}" for name, argument in arguments.items())
     _announce(
-        f"kernel {kernel}: no compiled variant for ({told}) with {dict(options)} after freeze(); "
+        f"kernel {kernel}: no compiled variant for ({types}) with {dict(options)} after freeze(); "
         "add it to the warm-up",
         "this step compiles",
     )
@@ -93,7 +93,7 @@ def _announce(problem: str, consequence: str) -> None:
     _LOG.warning("%s; %s", problem, consequence)
 
 
-def _told(argument: Any) -> str:
+def _described(argument: Any) -> str:
     """One argument in a message: its type, its constant, and whether 16 divides it."""
     if argument.type == "constexpr":
         return repr(argument.value)

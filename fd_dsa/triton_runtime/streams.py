@@ -29,7 +29,7 @@ class SideStream:
     Memory. Libraries hand freed memory out again at once, for work on the stream that they think
     it belongs to. So what the work between `begin` and `end` reads or makes must be held until
     `join`, its temporaries too. Afterwards anything may be freed: later work of the current stream
-    lies behind the join, and later work of this one behind the next `begin`.
+    runs after the join, and later work of this one after the next `begin`.
 
     Args:
         api: library of the tensors.

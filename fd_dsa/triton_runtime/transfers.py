@@ -74,15 +74,15 @@ class RawStream:
 
 
 class Event:
-    """A point in the work of a device; in an interpreting process it lies in the past."""
+    """A point in the work of a device; in an interpreting process it is in the past."""
 
     def record(self, stream: RawStream | None = None) -> None:
-        """Move the point behind all work queued so far on a stream, None = the current one."""
+        """Move the point after all work queued so far on a stream, None = the current one."""
 
     def precede(self, stream: RawStream | None = None) -> None:
-        """What is queued on a stream from now on, None = the current one, runs behind the point.
+        """What is queued on a stream from now on, None = the current one, runs after the point.
 
-        The calling thread goes on at once. A point that was never set lies in the past.
+        The calling thread goes on at once. A point that was never set is in the past.
         """
 
     def done(self) -> bool:
@@ -108,7 +108,7 @@ class FixedCopy:
     def queue(self, num_bytes: int) -> None:
         """Queue the copy of the first bytes; the calling thread goes on at once.
 
-        The source must stay as it is until an event recorded behind the copy is done.
+        The source must stay as it is until an event recorded after the copy is done.
         """
         ctypes.memmove(*self._places, num_bytes)
 
@@ -126,7 +126,7 @@ class Transfers:
     def to_device(self, target: Any, source: np.ndarray) -> None:
         """Queue a copy of a contiguous array to the start of a contiguous tensor.
 
-        `source` must stay as it is until an event recorded behind the copy is done.
+        `source` must stay as it is until an event recorded after the copy is done.
         """
         ctypes.memmove(self.address(target), source.ctypes.data, source.nbytes)
 
@@ -190,7 +190,7 @@ class CudaTransfers(Transfers):
         return buffer
 
     def to_device(self, target: Any, source: np.ndarray) -> None:
-        """Queue a copy; it overlaps with the host if `source` lies in a `host_buffer`."""
+        """Queue a copy; it overlaps with the host if `source` is in a `host_buffer`."""
         self.call(
             _UPLOAD,
             ctypes.c_uint64(target.data_ptr()),
@@ -200,7 +200,7 @@ class CudaTransfers(Transfers):
         )
 
     def to_host(self, target: np.ndarray, source: Any) -> None:
-        """Queue a copy; it overlaps with the host if `target` lies in a `host_buffer`."""
+        """Queue a copy; it overlaps with the host if `target` is in a `host_buffer`."""
         self.call(
             "cuMemcpyDtoHAsync_v2",
             ctypes.c_void_p(target.ctypes.data),
@@ -210,7 +210,7 @@ class CudaTransfers(Transfers):
         )
 
     def address(self, tensor: Any) -> int:
-        """Where the tensor lies on the device."""
+        """Where the tensor is on the device."""
         return tensor.data_ptr()
 
     def upload(self, target: int, source: np.ndarray, stream: RawStream | None) -> FixedCopy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,18 +21,20 @@ _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 _WARM_CALLS, _TIMED_CALLS = 2, 9
 
 
-class _Resolved:
-    """A kernel some of whose arguments are made from the others; launched like a `Kernel`."""
+class HeuristicKernel:
+    """A kernel with computed constants, launched like a `Kernel`; made by `heuristics`."""
 
-    def __init__(self, kernel: Any, made: Iterable[str]) -> None:
-        self._made = frozenset(made)
-        self.kernel, self.fn = kernel, kernel.fn
+    def __init__(self, kernel: Any, values: Mapping[str, Any]) -> None:
+        self.kernel, self.fn, self._made = kernel, kernel.fn, dict(values)
         self.signature, self.arg_names = kernel.signature, kernel.arg_names
         self.__name__, self.__doc__ = kernel.__name__, kernel.__doc__
 
-    def added(self, grid: Grid | None, given: dict[str, Any]) -> dict[str, Any]:
-        """The arguments and options to add to those that are given, all by name."""
-        raise NotImplementedError
+    def _added(self, grid: Grid | None, given: dict[str, Any]) -> dict[str, Any]:
+        """What is made of the arguments of a call; a function sees what those before it made."""
+        made: dict[str, Any] = {}
+        for name, function in self._made.items():
+            made[name] = function({**given, **made})
+        return made
 
     def _given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of a call by name.
@@ -42,11 +44,11 @@ class _Resolved:
         """
         given = dict(zip(self.arg_names, args, strict=False))
         if len(args) > len(self.arg_names) or not given.keys().isdisjoint(kwargs):
-            # tells what is wrong
+            # raises the error that says what is wrong
             self.signature.bind(args, kwargs)
         given |= kwargs
-        if not self._made.isdisjoint(given):
-            twice = ", ".join(map(repr, sorted(self._made.intersection(given))))
+        if not self._made.keys().isdisjoint(given):
+            twice = ", ".join(map(repr, sorted(self._made.keys() & given)))
             raise LaunchError(
                 f"kernel {self.__name__}: argument {twice} is given twice: by the call and by "
                 "heuristics or autotune; leave it out of the call"
@@ -60,39 +62,24 @@ class _Resolved:
     def run(self, grid: Grid, *args: Any, **kwargs: Any) -> None:
         """Launch; as `Kernel.run`."""
         given = self._given(args, kwargs)
-        self.kernel[grid](**given, **self.added(grid, given))
+        self.kernel[grid](**given, **self._added(grid, given))
 
     def bind(
         self, grid: Grid, *args: Any, scalars: tuple[str, ...] = (), **kwargs: Any
     ) -> BoundLaunch:
         """A launch whose arguments are checked, and made, once; as `Kernel.bind`."""
         given = self._given(args, kwargs)
-        return self.kernel.bind(grid, scalars=scalars, **given, **self.added(grid, given))
-
-
-class HeuristicKernel(_Resolved):
-    """A kernel with computed constants; made by `heuristics`."""
-
-    def __init__(self, kernel: Any, values: Mapping[str, Callable[[dict[str, Any]], Any]]) -> None:
-        super().__init__(kernel, values)
-        self._values = dict(values)
-
-    def added(self, grid: Grid | None, given: dict[str, Any]) -> dict[str, Any]:
-        """The computed constants; a function sees what the functions before it made."""
-        found: dict[str, Any] = {}
-        for name, function in self._values.items():
-            found[name] = function({**given, **found})
-        return found
+        return self.kernel.bind(grid, scalars=scalars, **given, **self._added(grid, given))
 
     def warmup(self, *args: Any, capability: int | None = None, device: int = 0, **kwargs: Any):
         """As `Kernel.warmup`."""
         given = self._given(args, kwargs)
         return self.kernel.warmup(
-            capability=capability, device=device, **given, **self.added(None, given)
+            capability=capability, device=device, **given, **self._added(None, given)
         )
 
 
-class TunedKernel(_Resolved):
+class TunedKernel(HeuristicKernel):
     """A kernel with measured constants and options; made by `autotune`.
 
     Attributes:
@@ -101,7 +88,7 @@ class TunedKernel(_Resolved):
 
     def __init__(self, kernel: Any, configs: Sequence[triton.Config], key: Sequence[str]) -> None:
         self._configs, self._key = [_settings(config) for config in configs], tuple(key)
-        super().__init__(kernel, (name for config in self._configs for name in config))
+        super().__init__(kernel, {name: None for config in self._configs for name in config})
         if not configs or any(config.pre_hook is not None for config in configs):
             raise LaunchError(
                 f"kernel {self.__name__}: autotune needs one configuration at least, and none "
@@ -112,23 +99,20 @@ class TunedKernel(_Resolved):
         self._lock = threading.RLock()
         self.choices: dict[Any, dict[str, Any]] = {}
 
-    def added(self, grid: Grid | None, given: dict[str, Any]) -> dict[str, Any]:
+    def _added(self, grid: Grid | None, given: dict[str, Any]) -> dict[str, Any]:
         """The best configuration for these arguments, measured at the first time."""
         if len(self._configs) == 1 or INTERPRETING:
             return self._configs[0]
         # dtypes by identity: their text would cost more than the launch
         dtypes = [id(value.dtype) for value in given.values() if hasattr(value, "data_ptr")]
         key = (*(given.get(name) for name in self._key), *dtypes)
-        choice = self.choices.get(key)
-        return self._choose(key, grid, given) if choice is None else choice
-
-    def _choose(self, key: Any, grid: Any, given: dict[str, Any]) -> dict[str, Any]:
-        """Measure all configurations once, unless the process is serving."""
+        if key in self.choices:
+            return self.choices[key]
         with self._lock:
             if key not in self.choices:
                 if serving.serves():
-                    told = {name: given.get(name) for name in self._key}
-                    serving.announce_untuned(self.__name__, told)
+                    key_values = {name: given.get(name) for name in self._key}
+                    serving.announce_untuned(self.__name__, key_values)
                     self.choices[key] = self._configs[0]
                 else:
                     self.choices[key] = self._fastest(grid, given)

@@ -1,18 +1,54 @@
-"""One compiled and loaded form of a kernel, and its launch."""
+"""One compiled and loaded form of a kernel: its launch, and the memory of a launch.
+
+A frame holds the arguments, the configuration and the pointers to them. It is filled and passed
+to the driver, which copies it during the call. Frames are used again; a thread takes one out of the
+list while it launches, so no two share one.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from collections.abc import Mapping
 from typing import Any
 
 from fd_dsa.triton_runtime.compiler import Argument, Compiled
-from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
+from fd_dsa.triton_runtime.device import DeviceApi
 from fd_dsa.triton_runtime.driver import Driver
-from fd_dsa.triton_runtime.frame import Frame, Layout
 from fd_dsa.triton_runtime.parameters import Parameter, Signature
 
+WARP_SIZE = 32
 # invalid context, and a function or stream that is not of the current context
 _WRONG_CONTEXT = (201, 400, 709)
+_CLUSTER_DIMENSION, _CLUSTER_SCHEDULING = 4, 5
+_COOPERATIVE, _OVERLAP_LAUNCHES = 2, 6
+_SPREAD = 1
+# CUlaunchConfig: grid 3 x u32, block 3 x u32, shared u32, stream, attributes, their number
+_CONFIG = struct.Struct("=IIIIIIIxxxxQQIxxxx")
+_STREAM_OFFSET = 32
+# CUlaunchAttribute: number, padding to 8, value of 64 bytes
+_ATTRIBUTE = struct.Struct("=Ixxxx64s")
+
+
+class Frame:
+    """Arguments and configuration of one launch.
+
+    Attributes:
+        memory: what `Variant.values` packs into.
+        call: the arguments of the driver's launch function.
+        stream: the stream that the configuration names now.
+    """
+
+    __slots__ = ("_kept", "_stream_offset", "call", "memory", "stream")
+
+    def __init__(self, memory: Any, call: tuple[Any, ...], stream_offset: int, kept: Any) -> None:
+        self.memory, self.call, self.stream = memory, call, 0
+        self._stream_offset, self._kept = stream_offset, kept
+
+    def set_stream(self, stream: int) -> None:
+        """Launch on this stream from now on."""
+        struct.pack_into("=Q", self.memory, self._stream_offset, stream)
+        self.stream = stream
 
 
 class Variant:
@@ -20,8 +56,11 @@ class Variant:
 
     Attributes:
         device: index of the device that it is loaded on.
-        compiled, function: what the compiler and the driver say about it.
+        compiled: what the compiler says about it.
         passed: the parameters whose values a launch passes, in order.
+        values: packs all their values and then the grid's three numbers, from offset 0 on.
+        offsets: of each value in a frame.
+        grid_offset: of the grid's numbers, which begin the driver's configuration.
         free: frames that no launch uses now.
     """
 
@@ -36,19 +75,44 @@ class Variant:
         driver: Driver,
     ) -> None:
         self.signature, self.arguments, self.device = signature, arguments, device
-        self.compiled, self.function, self.driver = compiled, function, driver
-        self.layout = Layout(
-            compiled,
-            function,
-            cooperative=bool(options["launch_cooperative_grid"]),
-            overlap_launches=bool(options["launch_pdl"]),
-        )
+        self.compiled, self.driver = compiled, driver
         self.free: list[Frame] = []
         self.passed: list[Parameter] = [
             parameter
             for parameter in signature.parameters
             if arguments[parameter.name].type != "constexpr"
         ]
+        codes = compiled.codes
+        self.offsets = [struct.calcsize(codes[:i] + "0" + code) for i, code in enumerate(codes)]
+        end = struct.calcsize(codes)
+        self.grid_offset = -(-end // 8) * 8
+        padding = f"{self.grid_offset - end}x" if self.grid_offset > end else ""
+        self.values = struct.Struct(f"@{codes}{padding}III")
+        self._function = ctypes.c_void_p(function)
+        self._attributes = _attributes(compiled.num_ctas, options)
+        self._null = ctypes.c_uint64(0)
+
+    def frame(self) -> Frame:
+        """A new frame with no arguments yet."""
+        compiled, memory = (
+            self.compiled,
+            ctypes.create_string_buffer(self.grid_offset + _CONFIG.size),
+        )
+        base, num_attributes = ctypes.addressof(memory), len(self._attributes) // _ATTRIBUTE.size
+        attributes = ctypes.addressof(self._attributes) if num_attributes else 0
+        block = compiled.num_warps * WARP_SIZE
+        config = (1, 1, 1, block, 1, 1, compiled.shared_bytes, 0, attributes, num_attributes)
+        _CONFIG.pack_into(memory, self.grid_offset, *config)
+        null = [ctypes.addressof(self._null)] * compiled.num_null_pointers
+        addresses = [base + offset for offset in self.offsets] + null
+        pointers = (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
+        call = (
+            ctypes.c_void_p(base + self.grid_offset),
+            self._function,
+            ctypes.c_void_p(ctypes.addressof(pointers)),
+            None,
+        )
+        return Frame(memory, call, self.grid_offset + _STREAM_OFFSET, (pointers, self))
 
     def pack(self, frame: Frame, values: Mapping[str, Any], grid: tuple[int, int, int]) -> None:
         """Write all arguments and the grid into a frame."""
@@ -57,13 +121,13 @@ class Variant:
             for value in (values[parameter.name] for parameter in self.passed)
         ]
         x, y, z = grid
-        self.layout.values.pack_into(frame.memory, 0, *plain, x * self.layout.num_ctas, y, z)
+        self.values.pack_into(frame.memory, 0, *plain, x * self.compiled.num_ctas, y, z)
 
     def launch(self, api: DeviceApi, values: Mapping[str, Any], grid: tuple[int, int, int]) -> None:
         """Launch with values that were found to fit this variant."""
         if 0 in grid:
             return
-        frame = self.free.pop() if self.free else self.layout.frame()
+        frame = self.free.pop() if self.free else self.frame()
         self.pack(frame, values, grid)
         stream = api.current_stream(self.device)
         if frame.stream != stream:
@@ -86,14 +150,17 @@ class Variant:
                 code = self.driver.launch(*frame.call)
         self.driver.check(code, f"launch of kernel {self.signature.kernel}")
 
-    def accepts(self, parameter: Parameter, tensor: Any, address: int, api: DeviceApi) -> bool:
-        """True if a tensor at this address can be given for a parameter."""
-        wanted = self.arguments[parameter.name]
-        if api_for_type(type(tensor)) is not api:
-            return False
-        found = "*" + self.signature.check_tensor(parameter, tensor)
-        return (
-            found == wanted.type
-            and (parameter.specialize_alignment and address % 16 == 0) == wanted.divisible
-            and self.signature.device_of(parameter, tensor, api) == self.device
-        )
+
+def _attributes(num_ctas: int, options: Mapping[str, Any]) -> Any:
+    """The driver's launch attributes, packed."""
+    values = []
+    if options["launch_pdl"]:
+        values.append((_OVERLAP_LAUNCHES, struct.pack("=I", 1)))
+    if options["launch_cooperative_grid"]:
+        values.append((_COOPERATIVE, struct.pack("=I", 1)))
+    if num_ctas != 1:
+        values.append((_CLUSTER_DIMENSION, struct.pack("=III", num_ctas, 1, 1)))
+        values.append((_CLUSTER_SCHEDULING, struct.pack("=I", _SPREAD)))
+    packed = b"".join(_ATTRIBUTE.pack(*value) for value in values)
+    # string buffers end in a zero byte of their own
+    return (ctypes.c_char * len(packed)).from_buffer_copy(packed)

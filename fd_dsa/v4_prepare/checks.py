@@ -1,6 +1,6 @@
 """What the inputs of a step must satisfy; everything here runs before the first write.
 
-The fast path only finds out whether a step is good, in a fixed number of NumPy calls. Where it is
+`StepChecks` only finds out whether a step is good, in a fixed number of NumPy calls. Where it is
 not, `raise_first_fault` walks over the rows in order and names the first fault.
 """
 
@@ -14,9 +14,10 @@ import numpy.typing as npt
 from fd_dsa.errors import V4PrepareError
 from fd_dsa.v4_prepare.config import V4PrepareConfig
 
-IntArray = npt.NDArray[np.signedinteger[Any]]
-
 _NAMES = ("ctx", "q", "slot", "block_table")
+# NumPy has one object for it
+_INT32 = np.dtype(np.int32)
+_ZERO = np.zeros((), np.int32)
 
 
 class StepInputs(NamedTuple):
@@ -39,7 +40,10 @@ def step_inputs(cfg: V4PrepareConfig, ctx: Any, q: Any, slot: Any, block_table: 
     if arrays[3].shape == (0,) == rows:
         # the table of no rows, as a list
         arrays[3] = arrays[3].reshape(0, 0)
-    check_shapes([array.shape for array in arrays])
+    shapes = [array.shape for array in arrays]
+    table = shapes[3]
+    if len(rows) != 1 or shapes[1:3] != [rows, rows] or len(table) != 2 or table[:1] != rows:
+        _raise_shape()
     for index, (name, array) in enumerate(zip(_NAMES, arrays, strict=True)):
         if array.size == 0:
             # an empty list has no dtype of its own
@@ -48,47 +52,33 @@ def step_inputs(cfg: V4PrepareConfig, ctx: Any, q: Any, slot: Any, block_table: 
             raise V4PrepareError(
                 "E_DTYPE", -1, f"{name} has dtype {array.dtype}, must be an integer dtype"
             )
-    check_batch(cfg, rows[0])
+    if rows[0] > cfg.max_num_seqs:
+        raise V4PrepareError("E_BATCH", -1, f"B={rows[0]} > Bcap={cfg.max_num_seqs}")
     return StepInputs(*arrays)
 
 
-def check_shapes(shapes: list[tuple[int, ...]]) -> None:
-    """Refuse shapes other than [B] three times and [B, columns].
+class StepChecks:
+    """Finds out in few NumPy calls whether a step is good.
 
-    Raises:
-        V4PrepareError: E_SHAPE.
-    """
-    rows, table = shapes[0], shapes[3]
-    if len(rows) != 1 or shapes[1:3] != [rows, rows] or len(table) != 2 or table[:1] != rows:
-        _raise_shape()
-
-
-def check_batch(cfg: V4PrepareConfig, num_rows: int) -> None:
-    """Refuse more rows than the buffers hold.
-
-    Raises:
-        V4PrepareError: E_BATCH.
-    """
-    if num_rows > cfg.max_num_seqs:
-        raise V4PrepareError("E_BATCH", -1, f"B={num_rows} > Bcap={cfg.max_num_seqs}")
-
-
-class RowChecks:
-    """Finds out in few NumPy calls whether the lengths and slots of a step are good.
-
-    It owns scratch memory, so one object serves one thread.
+    Decode steps mostly differ from the step before in `ctx` alone. Their slots and numbers of
+    tokens are good again, and what is left is that each row's context is between two bounds:
+    `is_repeat` takes one subtraction and one comparison. It owns scratch memory, so one object
+    serves one thread.
     """
 
     def __init__(self, cfg: V4PrepareConfig) -> None:
-        self._num_slots = cfg.num_slots
-        self._max_num_tokens = cfg.max_num_tokens
+        self._cfg = cfg
         # int64, so that no input wraps into a plausible number; read as unsigned, a negative
-        # number lies past every bound
+        # number is above every bound
         self._values = np.empty((3, cfg.max_num_seqs), np.int64)
         self._unsigned = self._values.view(np.uint64)
-        self._bounds = np.array(
-            [[cfg.max_model_len], [cfg.max_tokens_per_seq], [cfg.max_model_len]], np.uint64
-        )
+        longest = cfg.max_model_len
+        self._bounds = np.array([[longest], [cfg.max_tokens_per_seq], [longest]], np.uint64)
+        # the last good step, and for which state of the table its bounds hold
+        self._shape: tuple[int, ...] = (-1,)
+        self._q, self._slot = np.empty((2, 0), np.int32)
+        self._q_bytes = self._slot_bytes = b""
+        self._version = -1
 
     def num_tokens(self, ctx: npt.NDArray[Any], q: npt.NDArray[Any], slot: npt.NDArray[Any]) -> int:
         """T of a step whose lengths, slots and number of tokens are good; -1 of any other.
@@ -106,11 +96,11 @@ class RowChecks:
         if np.count_nonzero(self._unsigned[:, :num_rows] > self._bounds):
             return -1
         total = int(np.add.reduce(values[1]))
-        if total > self._max_num_tokens or not self._slots_are_good(values[1], slot):
+        if total > self._cfg.max_num_tokens or not self._slots_are_good(values[1], slot):
             return -1
         return total
 
-    def _slots_are_good(self, q: IntArray, slot: npt.NDArray[Any]) -> bool:
+    def _slots_are_good(self, q: npt.NDArray[Any], slot: npt.NDArray[Any]) -> bool:
         """Whether the slots of active rows are in range and all different."""
         if np.count_nonzero(q) < len(q):
             slot = slot[q > 0]
@@ -119,19 +109,62 @@ class RowChecks:
         ordered = np.sort(slot)
         return bool(
             ordered[0] >= 0
-            and ordered[-1] < self._num_slots
+            and ordered[-1] < self._cfg.num_slots
             and not np.count_nonzero(ordered[1:] == ordered[:-1])
         )
 
+    def remember(self, q: npt.NDArray[Any], slot: npt.NDArray[Any]) -> None:
+        """Take a step that has passed all checks as the last one; q and slot [B], any integers."""
+        # the slot of an idle row may be any number: some bits of it matter as little as all
+        self._q, self._shape = q.astype(np.int32), q.shape
+        self._q_bytes = self._q.tobytes()
+        self._slot_bytes = slot.astype(np.int32, copy=False).tobytes()
+        self._version = -1
+
+    def is_repeat(self, ctx: Any, q: Any, slot: Any, table: Any) -> bool:
+        """Whether a step with the table as it is is good and differs from the last in `ctx` alone.
+
+        Args:
+            ctx, q, slot: whatever the caller got.
+            table: the `TableMirror`.
+
+        Returns:
+            False also of good steps that differ in more, or are not of int32 arrays [B].
+        """
+        if not (
+            type(ctx) is type(q) is type(slot) is np.ndarray
+            and ctx.dtype is q.dtype is slot.dtype is _INT32
+            and ctx.shape == q.shape == slot.shape == self._shape
+            and q.tobytes() == self._q_bytes
+            and slot.tobytes() == self._slot_bytes
+        ):
+            return False
+        if self._version != table.version:
+            self._set_bounds(table)
+        np.subtract(ctx, q, out=self._start)
+        np.greater_equal(self._start_unsigned, self._start_bounds, out=self._is_bad)
+        # a search in bytes costs a tenth of `any`
+        return 1 not in self._is_bad.tobytes()
+
+    def _set_bounds(self, table: Any) -> None:
+        """What `ctx - q` of each row must be below: room - q + 1, and 0 where that is negative."""
+        q = self._q
+        if self._version < 0:
+            self._start = np.empty(len(q), np.int32)
+            self._start_unsigned = self._start.view(np.uint32)
+            self._is_bad = np.empty(len(q), np.bool_)
+            self._q_less_1, self._idle = q - 1, np.flatnonzero(q == 0)
+        room = table.room(len(q))
+        room -= self._q_less_1
+        bounds = np.maximum(room, _ZERO, out=room).view(np.uint32)
+        if len(self._idle):
+            # their blocks do not matter; one above the longest context may pass int32
+            bounds[self._idle] = self._cfg.max_model_len + 1
+        self._start_bounds, self._version = bounds, table.version
+
 
 def rows_have_room(ctx: npt.NDArray[Any], q: npt.NDArray[Any], room: npt.NDArray[Any]) -> bool:
-    """Whether every active row's tokens fit the blocks it has.
-
-    Args:
-        ctx, q: [B].
-        room: [B]; tokens that the leading good cells of each row's block table hold
-            (`leading_blocks(...) * block_size`).
-    """
+    """Whether every active row's tokens fit the blocks it has: `room` [B] is in tokens."""
     short = ctx > room
     return not np.count_nonzero(short) or not np.count_nonzero(short & (q > 0))
 
@@ -143,20 +176,6 @@ def cells_are_good(cells: npt.NDArray[Any], num_blocks: int) -> npt.NDArray[np.b
     return cells.view(cells.dtype.str.replace("i", "u")) < num_blocks
 
 
-def leading_blocks(table: npt.NDArray[Any], num_blocks: int) -> npt.NDArray[np.intp]:
-    """int [B]: how many cells of each row [B, columns] name a block before the first that does not.
-
-    Cost: one pass over the table; for the cells that changed, or once a step on a host.
-    """
-    bad = ~cells_are_good(table, num_blocks)
-    if not bad.shape[1]:
-        return np.zeros(len(bad), np.intp)
-    first = bad.argmax(axis=1)
-    # argmax is 0 as well where no cell is bad
-    first[~bad[np.arange(len(bad)), first]] = bad.shape[1]
-    return first
-
-
 def check_step(cfg: V4PrepareConfig, inputs: StepInputs) -> int:
     """T of a step that passes all checks of rows, table and tokens.
 
@@ -165,13 +184,14 @@ def check_step(cfg: V4PrepareConfig, inputs: StepInputs) -> int:
             E_TOKENS.
     """
     ctx, q, slot, table = inputs
-    num_tokens = RowChecks(cfg).num_tokens(ctx, q, slot)
+    num_tokens = StepChecks(cfg).num_tokens(ctx, q, slot)
     if num_tokens >= 0:
-        # cells that no row of the step needs are nobody's business
-        num_columns = -(-int(ctx.max(initial=0)) // cfg.block_size)
-        room = leading_blocks(table[:, :num_columns], cfg.num_blocks) * cfg.block_size
-        if rows_have_room(ctx, q, room):
-            return num_tokens
+        needed = -(-ctx.astype(np.int64) // cfg.block_size) * (q > 0)
+        width = int(needed.max(initial=0))
+        if width <= table.shape[1]:
+            is_free = np.arange(width) >= needed[:, None]
+            if (cells_are_good(table[:, :width], cfg.num_blocks) | is_free).all():
+                return num_tokens
     raise_first_fault(cfg, inputs)
 
 
@@ -181,7 +201,6 @@ def raise_first_fault(cfg: V4PrepareConfig, inputs: StepInputs) -> NoReturn:
     Raises:
         V4PrepareError: always.
     """
-    table = inputs.block_table
     owners: dict[int, int] = {}
     rows = zip(*(array.tolist() for array in inputs[:3]), strict=True)
     for row, (ctx, q, slot) in enumerate(rows):
@@ -193,7 +212,8 @@ def raise_first_fault(cfg: V4PrepareConfig, inputs: StepInputs) -> NoReturn:
         if slot in owners:
             raise V4PrepareError("E_SLOT", row, f"slot={slot} already used by row {owners[slot]}")
         owners[slot] = row
-        _check_cells(cfg, row, -(-ctx // cfg.block_size), table)
+        needed, columns = -(-ctx // cfg.block_size), inputs.block_table.shape[1]
+        check_cells(cfg, row, inputs.block_table[row, :needed].tolist(), needed, columns)
     num_tokens = sum(inputs.q.tolist())
     if num_tokens > cfg.max_num_tokens:
         raise V4PrepareError("E_TOKENS", -1, f"T={num_tokens} > Tcap={cfg.max_num_tokens}")
@@ -202,29 +222,33 @@ def raise_first_fault(cfg: V4PrepareConfig, inputs: StepInputs) -> NoReturn:
 
 def _check_lengths(cfg: V4PrepareConfig, row: int, ctx: int, q: int) -> None:
     """Refuse the lengths of one row."""
-    if q < 0:
-        raise V4PrepareError("E_QLEN", row, f"q={q} < 0")
-    if q > cfg.max_tokens_per_seq:
-        raise V4PrepareError("E_QLEN", row, f"q={q} > Qcap={cfg.max_tokens_per_seq}")
-    if ctx < 0:
-        raise V4PrepareError("E_CTX", row, f"ctx={ctx} < 0")
-    if ctx < q:
-        raise V4PrepareError("E_CTX", row, f"ctx={ctx} < q={q}")
-    if ctx > cfg.max_model_len:
-        raise V4PrepareError("E_CTX", row, f"ctx={ctx} > Lmax={cfg.max_model_len}")
+    for is_bad, code, text in (
+        (q < 0, "E_QLEN", f"q={q} < 0"),
+        (q > cfg.max_tokens_per_seq, "E_QLEN", f"q={q} > Qcap={cfg.max_tokens_per_seq}"),
+        (ctx < 0, "E_CTX", f"ctx={ctx} < 0"),
+        (ctx < q, "E_CTX", f"ctx={ctx} < q={q}"),
+        (ctx > cfg.max_model_len, "E_CTX", f"ctx={ctx} > Lmax={cfg.max_model_len}"),
+    ):
+        if is_bad:
+            raise V4PrepareError(code, row, text)
 
 
-def _check_cells(cfg: V4PrepareConfig, row: int, needed: int, table: npt.NDArray[Any]) -> None:
-    """Refuse the part of the block table that one row needs."""
-    if needed > table.shape[1]:
-        raise V4PrepareError(
-            "E_TABLE", row, f"needs {needed} blocks, table has {table.shape[1]} columns"
-        )
-    for column, block in enumerate(table[row, :needed].tolist()):
+def check_cells(
+    cfg: V4PrepareConfig, row: int, cells: list[int], needed: int, columns: int, first: int = 0
+) -> None:
+    """Refuse cells from column `first` on, of a row that needs `needed` blocks of a table."""
+    if needed > columns:
+        raise V4PrepareError("E_TABLE", row, f"needs {needed} blocks, table has {columns} columns")
+    for column, block in enumerate(cells, first):
         if not 0 <= block < cfg.num_blocks:
-            raise V4PrepareError(
-                "E_BLOCK", row, f"block_table[{column}]={block} not in [0, {cfg.num_blocks})"
-            )
+            text = f"block_table[{column}]={block} not in [0, {cfg.num_blocks})"
+            raise V4PrepareError("E_BLOCK", row, text)
+
+
+def rollback_error(row: int, is_negative: bool, value: int, limit: int) -> V4PrepareError:
+    """The error of a row that cannot be rolled back, in the words of the other checks."""
+    text = f"rollback={value} < 0" if is_negative else f"ctx={value} < q={limit}"
+    return V4PrepareError("E_CTX", row, text)
 
 
 def _as_array(name: str, value: Any) -> npt.NDArray[Any]:

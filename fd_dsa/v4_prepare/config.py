@@ -35,9 +35,9 @@ class V4PrepareConfig:
         max_num_tokens: Tcap, tokens of the buffers.
         max_tokens_per_seq: Qcap, most tokens of one row in a step.
         max_model_len: Lmax, most tokens of one row at all.
-        swa: where window keys live: "ring" (W + k rows a slot) or "paged" (the blocks).
-        comp_base: first row of compressed entries in a pool that holds them behind the window
-            keys; None = behind all rings or blocks, 0 = pools of their own.
+        swa: where window keys are: "ring" (W + k rows a slot) or "paged" (the blocks).
+        comp_base: first row of compressed entries in a pool that holds them after the window
+            keys; None = after all rings or blocks, 0 = pools of their own.
         hca_mode: "list" writes `hca_idx`, "table" leaves its rows to the reader; None = "list"
             unless the list would exceed 64 MiB.
 
@@ -100,10 +100,12 @@ class V4PrepareConfig:
 
         Args:
             hf_config: an object with the model's fields as attributes, a mapping of them, or the
-                path of a config.json or of the folder that holds it. Read are `compress_ratios`
-                (one ratio a layer, 0 = window only; the lower other one is CSA's, the higher
-                HCA's), `sliding_window`, `index_topk`, and, where they are there,
-                `max_position_embeddings`, `num_hidden_layers`, `num_nextn_predict_layers`.
+                path of a config.json or of the folder that holds it. Read are `sliding_window`,
+                `index_topk`; the layers, as transformers writes them (`layer_types`, with
+                `compress_rates` by type) or as released checkpoints do (`compress_ratios`: one
+                ratio a layer, 0 = window only; the lower other one is CSA's, the higher HCA's);
+                and, where they are there, `max_position_embeddings` and `num_hidden_layers`.
+                Entries past `num_hidden_layers` belong to draft layers and do not count.
             max_rows: rows of the buffers (`max_num_seqs`).
             max_num_tokens: None = max_rows * (spec_tokens + 1), a decode step.
             max_tokens_per_seq: None = spec_tokens + 1, or max_num_tokens where that is given.
@@ -114,35 +116,30 @@ class V4PrepareConfig:
             ValueError, V4PrepareError: as the constructor.
         """
         model = read_model_fields(hf_config, _size("max_model_len", max_model_len))
-        for name, value in (
-            ("block_size", block_size),
-            ("max_rows", max_rows),
-            ("spec_tokens", spec_tokens),
-        ):
+        for name, value in (("block_size", block_size), ("max_rows", max_rows)):
             _size(name, value)
+        decode_tokens = _size("spec_tokens", spec_tokens) + 1
         if max_tokens_per_seq is None:
-            max_tokens_per_seq = spec_tokens + 1 if max_num_tokens is None else max_num_tokens
+            max_tokens_per_seq = decode_tokens if max_num_tokens is None else max_num_tokens
+        if max_num_tokens is None:
+            max_num_tokens = max_rows * decode_tokens
+        if max_blocks_per_seq is None:
+            max_blocks_per_seq = -(-max_model_len // block_size)
         return cls(
-            window_size=model.sliding_window,
-            spec_tokens=spec_tokens,
-            block_size=block_size,
-            csa_ratio=model.csa_ratio,
-            hca_ratio=model.hca_ratio,
-            index_topk=model.index_topk,
-            num_slots=num_slots,
-            num_blocks=num_blocks,
-            max_blocks_per_seq=-(-max_model_len // block_size)
-            if max_blocks_per_seq is None
-            else max_blocks_per_seq,
-            max_num_seqs=max_rows,
-            max_num_tokens=max_rows * (spec_tokens + 1)
-            if max_num_tokens is None
-            else max_num_tokens,
-            max_tokens_per_seq=max_tokens_per_seq,
-            max_model_len=max_model_len,
-            swa=swa,
-            comp_base=comp_base,  # type: ignore[arg-type]
-            hca_mode=hca_mode,  # type: ignore[arg-type]
+            *model[:1],
+            spec_tokens,
+            block_size,
+            *model[1:],
+            num_slots,
+            num_blocks,
+            max_blocks_per_seq,
+            max_rows,
+            max_num_tokens,
+            max_tokens_per_seq,
+            max_model_len,
+            swa,
+            comp_base,  # type: ignore[arg-type]
+            hca_mode,  # type: ignore[arg-type]
         )
 
     @property
@@ -151,25 +148,13 @@ class V4PrepareConfig:
         is read, so the oldest key needed and the newest written lie W + k - 1 apart."""
         return self.window_size + self.spec_tokens
 
-    @property
-    def csa_pool(self) -> int:
-        """K(r1) = 2 * r1, tokens pooled into one CSA entry."""
-        return 2 * self.csa_ratio
+    def pool(self, ratio: int) -> int:
+        """K(r), tokens pooled into one entry of the ratio: 2 * r1 for CSA, r2 for HCA."""
+        return 2 * ratio if ratio == self.csa_ratio else ratio
 
-    @property
-    def hca_pool(self) -> int:
-        """K(r2) = r2, tokens pooled into one HCA entry."""
-        return self.hca_ratio
-
-    @property
-    def csa_state_rows(self) -> int:
-        """K(r1) + k, rows of one slot's CSA compressor state."""
-        return self.csa_pool + self.spec_tokens
-
-    @property
-    def hca_state_rows(self) -> int:
-        """K(r2) + k, rows of one slot's HCA compressor state."""
-        return self.hca_pool + self.spec_tokens
+    def state_rows(self, ratio: int) -> int:
+        """K(r) + k, rows of one slot's compressor state for the ratio."""
+        return self.pool(ratio) + self.spec_tokens
 
     @property
     def hca_list_length(self) -> int:
@@ -177,13 +162,9 @@ class V4PrepareConfig:
         return self.max_num_tokens * (self.max_model_len // self.hca_ratio)
 
     @property
-    def hca_capacity(self) -> int:
-        """cap_h, entries of `hca_idx`; 0 in table mode."""
-        return self.hca_list_length if self.hca_mode == "list" else 0
-
-    def pool(self, ratio: int) -> int:
-        """K(r), tokens pooled into one entry of the ratio."""
-        return self.csa_pool if ratio == self.csa_ratio else self.hca_pool
+    def csa_list_length(self) -> int:
+        """Tcap * min(topk, Lmax // r1): the most CSA entries that the tokens of a step choose."""
+        return self.max_num_tokens * min(self.index_topk, self.max_model_len // self.csa_ratio)
 
     def plan_capacity(self, ratio: int) -> int:
         """cap_p, the most entries of the ratio that one step can finish."""
@@ -221,10 +202,10 @@ class V4PrepareConfig:
                     f"block_size: got {self.block_size}, must be a multiple of {name} = {ratio}; "
                     f"take for example {-(-self.block_size // ratio) * ratio}"
                 )
-        wanted = -(-self.max_model_len // self.block_size)
-        if self.max_blocks_per_seq < wanted:
+        needed = -(-self.max_model_len // self.block_size)
+        if self.max_blocks_per_seq < needed:
             raise ValueError(
-                f"max_blocks_per_seq: got {self.max_blocks_per_seq}, must be at least {wanted} = "
+                f"max_blocks_per_seq: got {self.max_blocks_per_seq}, must be at least {needed} = "
                 f"ceil(max_model_len / block_size) = ceil({self.max_model_len} / "
                 f"{self.block_size}); widen the block table or lower max_model_len"
             )
@@ -232,12 +213,9 @@ class V4PrepareConfig:
     def _check_int32(self) -> None:
         """Rows, table cells and list offsets are int32."""
         num_compressed = self.num_blocks * (self.block_size // min(self.csa_ratio, self.hca_ratio))
+        owners = "num_slots" if self.swa == "ring" else "num_blocks"
         for name, rows, cure in (
-            (
-                "num_slots" if self.swa == "ring" else "num_blocks",
-                self._num_window_rows,
-                "lower it",
-            ),
+            (owners, self._num_window_rows, "lower it"),
             ("comp_base", self.comp_base + num_compressed, "lower it or num_blocks"),
             ("max_blocks_per_seq", self.max_num_seqs * self.max_blocks_per_seq, "lower it"),
         ):
@@ -286,7 +264,7 @@ def OUTPUT_SHAPES(cfg: V4PrepareConfig) -> dict[str, tuple[int, ...]]:
         "csa_indptr": (tokens + 1,),
     }
     if cfg.hca_mode == "list":
-        shapes["hca_idx"] = (cfg.hca_capacity,)
+        shapes["hca_idx"] = (cfg.hca_list_length,)
     for name, ratio in (("r1", cfg.csa_ratio), ("r2", cfg.hca_ratio)):
         shapes[f"plan_{name}"] = (cfg.plan_capacity(ratio), 4)
         shapes[f"plan_dst_{name}"] = (cfg.plan_capacity(ratio),)

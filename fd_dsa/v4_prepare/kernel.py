@@ -1,65 +1,350 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""Every index list of a step in one Triton launch, from one slab.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"  # long on purpose: one kernel
+"""Every index list of a step in one Triton launch, from one slab; and rows of chosen CSA entries.
 
-A program has a row and a part of its work: its tokens' scalars and plans, its tokens' windows, or
-its HCA lists. Programs past the last row take the padding behind the last token as a row whose
-tokens are not sound. A program sums what the rows before its own add to the offsets it needs, so
-there is one launch, no atomic and no order among the programs.
+A program of `expand_kernel` has a row and a part of its work: its tokens' scalars and plans, its
+tokens' windows, or its HCA lists. Programs past the last row write the padding after the last
+token, as a row whose tokens are not sound. A program sums what the rows before its own add to the
+offsets it needs, so there is one launch, no atomic and no order among the programs.
+
+No sum runs over tokens or programs: what a row adds to an offset is a closed form of its lengths.
+Sums are int32 and may pass 2^31 on the way. They are right modulo 2^32, as nothing is divided
+after a multiplication, and every offset that is stored fits int32 (`V4PrepareConfig` checks it).
+
+What belongs together goes from function to function as one tuple:
+
+    lengths  pointers to ctx and q of a slab, and how many rows the rollback has
+    table    pointer to a row of the block table, to where the slab would hold its column 0, the
+             columns [first, end) that the slab holds, and the first row of compressed entries
+    row      number, slot, first position, tokens, and how many of these are sound: all or none
+    plans    pointers to plan, destinations and write plan of one ratio, and the rows of both plans
 
 Sources: ROCm/ATOM #728 (the lists), #817 and #894 (rows of the rings, prefill rows), #2039 (lists
-made on the device); vLLM #57122 (what is valid is found where it is written).
+made on the device); vLLM #57122 (what is valid is decided where it is written), #57434 and #57659
+(rows of chosen entries once for each choice, not for each layer that reads them).
 """
 
 from __future__ import annotations
 
 from fd_dsa.triton_runtime import paddle_jit
-from fd_dsa.v4_prepare.kernel_parts import write_hca_lists, write_tokens, write_windows
-from fd_dsa.v4_prepare.kernel_rows import (
-    effective,
-    hca_before,
-    load_rows,
-    sums_before,
-    tokens_before,
-)
+from fd_dsa.v4_prepare import slab as slab_words
 
 import triton
 import triton.language as tl
 
+_HEADER = tl.constexpr(slab_words.HEADER_WORDS)
+_ERROR_SLOTS = tl.constexpr(slab_words.ERROR_SLOTS)
+_ERROR_WORDS = tl.constexpr(slab_words.ERROR_WORDS)
+
 
 @triton.jit
-def _clear(list_ptr, begin, end, program, num_programs, TILE: tl.constexpr):
+def sum_quotients(n, RATIO: tl.constexpr):
+    """x // RATIO summed over x = 0..n, modulo 2^32; n >= 0."""
+    whole = n // RATIO
+    # whole * (whole - 1) / 2, divided before it is multiplied
+    pairs = (whole >> 1) * ((whole - 1) | 1)
+    return RATIO * pairs + whole * (n - whole * RATIO + 1)
+
+
+@triton.jit
+def sum_capped(n, RATIO: tl.constexpr, MOST: tl.constexpr):
+    """min(x // RATIO, MOST) summed over x = 0..n, modulo 2^32; n >= 0."""
+    below = tl.minimum(n, RATIO * MOST - 1)
+    return sum_quotients(below, RATIO) + MOST * (n - below)
+
+
+@triton.jit
+def effective(q, ctx, rollback):
+    """How many of a row's tokens are sound, and its length; of one row or of many.
+
+    None is sound where the rollback is negative or leaves less than the step adds. Such a row has
+    length 0; an idle row keeps its own.
+    """
+    kept = tl.where((rollback < 0) | (rollback > ctx - q), 0, q)
+    return kept, tl.where(kept > 0, ctx - rollback, tl.where(q > 0, 0, ctx))
+
+
+@triton.jit
+def load_rows(lengths, rollback_ptr, rows, limit):
+    """Tokens, sound tokens and length of a tile of rows; 0 from row `limit` on.
+
+    The tile may end in the next sections: without a mask four rows are one load.
+    """
+    ctx_ptr, q_ptr, num_rollback = lengths
+    exists = rows < limit
+    q = tl.where(exists, tl.load(q_ptr + rows), 0)
+    ctx = tl.where(exists, tl.load(ctx_ptr + rows), 0)
+    kept = q
+    if rollback_ptr is not None:
+        held = rows < tl.minimum(limit, num_rollback)
+        kept, ctx = effective(q, ctx, tl.load(rollback_ptr + rows, mask=held, other=0))
+    return q, kept, ctx
+
+
+@triton.jit
+def tokens_before(lengths, limit, ROW_TILE: tl.constexpr):
+    """Tokens of the rows below `limit`."""
+    tokens = tl.zeros((ROW_TILE,), tl.int32)
+    for first in range(0, limit, ROW_TILE):
+        rows = first + tl.arange(0, ROW_TILE)
+        tokens += tl.where(rows < limit, tl.load(lengths[1] + rows), 0)
+    return tl.sum(tokens)
+
+
+@triton.jit
+def hca_before(lengths, rollback_ptr, limit, HCA_RATIO: tl.constexpr, ROW_TILE: tl.constexpr):
+    """HCA entries that the tokens of the rows below `limit` list."""
+    hca = tl.zeros((ROW_TILE,), tl.int32)
+    for first in range(0, limit, ROW_TILE):
+        rows = first + tl.arange(0, ROW_TILE)
+        _, kept, ctx = load_rows(lengths, rollback_ptr, rows, limit)
+        hca += sum_quotients(ctx, HCA_RATIO) - sum_quotients(ctx - kept, HCA_RATIO)
+    return tl.sum(hca)
+
+
+@triton.jit
+def sums_before(
+    lengths,
+    rollback_ptr,
+    limit,
+    CSA_RATIO: tl.constexpr,
+    HCA_RATIO: tl.constexpr,
+    TOPK: tl.constexpr,
+    ROW_TILE: tl.constexpr,
+):
+    """Tokens, HCA and CSA entries, plan and write-plan rows of both ratios, below row `limit`."""
+    tokens = tl.zeros((ROW_TILE,), tl.int32)
+    hca = tl.zeros((ROW_TILE,), tl.int32)
+    csa = tl.zeros((ROW_TILE,), tl.int32)
+    csa_plan = tl.zeros((ROW_TILE,), tl.int32)
+    hca_plan = tl.zeros((ROW_TILE,), tl.int32)
+    csa_wplan = tl.zeros((ROW_TILE,), tl.int32)
+    hca_wplan = tl.zeros((ROW_TILE,), tl.int32)
+    for first in range(0, limit, ROW_TILE):
+        rows = first + tl.arange(0, ROW_TILE)
+        q, kept, ctx = load_rows(lengths, rollback_ptr, rows, limit)
+        start = ctx - kept
+        tokens += q
+        hca += sum_quotients(ctx, HCA_RATIO) - sum_quotients(start, HCA_RATIO)
+        csa += sum_capped(ctx, CSA_RATIO, TOPK) - sum_capped(start, CSA_RATIO, TOPK)
+        csa_plan += ctx // CSA_RATIO - start // CSA_RATIO
+        hca_plan += ctx // HCA_RATIO - start // HCA_RATIO
+        csa_wplan += tl.minimum(kept, 2 * CSA_RATIO)
+        hca_wplan += tl.minimum(kept, HCA_RATIO)
+    return (
+        tl.sum(tokens),
+        tl.sum(hca),
+        tl.sum(csa),
+        tl.sum(csa_plan),
+        tl.sum(csa_wplan),
+        tl.sum(hca_plan),
+        tl.sum(hca_wplan),
+    )
+
+
+@triton.jit
+def load_cells(table, columns, mask):
+    """Blocks of a row's table columns: of the slab where they changed, else of the table."""
+    table_ptr, values_ptr, first_changed, end_changed = table[:4]
+    changed = (columns >= first_changed) & (columns < end_changed)
+    new = tl.load(values_ptr + columns, mask=mask & changed, other=0)
+    old = tl.load(table_ptr + columns, mask=mask & (changed == 0), other=0)
+    return tl.where(changed, new, old)
+
+
+@triton.jit
+def write_hca_lists(
+    hca_idx_ptr,
+    before,
+    row,
+    table,
+    part,
+    RATIO: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A share of a row's lists: tiles of entries, each loaded once for GROUP tokens."""
+    _, _, start, _, kept = row
+    per_block: tl.constexpr = BLOCK_SIZE // RATIO
+    longest = tl.where(kept > 0, (start + kept) // RATIO, 0)
+    num_tiles = tl.cdiv(longest, TILE)
+    for item in range(part, num_tiles * tl.cdiv(kept, GROUP), PARTS):
+        group = item // num_tiles
+        entries = (item - group * num_tiles) * TILE + tl.arange(0, TILE)
+        cells = load_cells(table, entries // per_block, entries < longest)
+        listed = table[4] + cells * per_block + entries % per_block
+        for number in range(group * GROUP, tl.minimum(group * GROUP + GROUP, kept)):
+            position = start + number
+            at = before + sum_quotients(position, RATIO) - sum_quotients(start, RATIO)
+            tl.store(hca_idx_ptr + at + entries, listed, mask=entries < (position + 1) // RATIO)
+
+
+@triton.jit
+def write_windows(
+    win_idx_ptr,
+    before,
+    row,
+    table,
+    share,
+    num_shares,
+    WINDOW: tl.constexpr,
+    WINDOW_TILE: tl.constexpr,
+    DRAFTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    IS_PAGED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A share of a row's windows: rows of the window pool, the oldest key first."""
+    _, slot, start, q, kept = row
+    # a prefill row takes the keys of this step from their own tensor
+    most_new = tl.where(kept > DRAFTS + 1, WINDOW, 0)
+    for first in range(share * TILE, q, num_shares * TILE):
+        numbers = first + tl.arange(0, TILE)
+        seen = tl.minimum(start + numbers + 1, WINDOW)
+        length = tl.where(numbers < kept, seen - tl.minimum(numbers + 1, most_new), 0)
+        oldest = start + numbers + 1 - seen
+        index = tl.arange(0, WINDOW_TILE)[None, :]
+        positions = oldest[:, None] + index
+        valid = index < length[:, None]
+        if IS_PAGED:
+            cells = load_cells(table, positions // BLOCK_SIZE, valid)
+            pool_rows = cells * BLOCK_SIZE + positions % BLOCK_SIZE
+        else:
+            ring: tl.constexpr = WINDOW + DRAFTS
+            pool_rows = slot * ring + positions % ring
+        targets = win_idx_ptr + (before + numbers)[:, None] * WINDOW + index
+        exists = (numbers < q)[:, None]
+        if WINDOW_TILE != WINDOW:
+            exists = exists & (index < WINDOW)
+        tl.store(targets, tl.where(valid, pool_rows, -1), mask=exists)
+
+
+@triton.jit
+def _store_plan_rows(plan_ptr, at, tokens, row, positions, from_ring, mask):
+    """Rows (token, row, position, sources from the state ring) of a plan."""
+    cells = plan_ptr + at * 4
+    tl.store(cells, tokens, mask=mask)
+    tl.store(cells + 1, row, mask=mask)
+    tl.store(cells + 2, positions, mask=mask)
+    tl.store(cells + 3, from_ring, mask=mask)
+
+
+@triton.jit
+def write_plans(
+    plans, before, work, row, RATIO: tl.constexpr, POOL: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    """What one ratio's compressor has to do for some tokens of a row.
+
+    `work` holds the tokens, their numbers in the row, their blocks and the first row of entries.
+    """
+    tokens, numbers, cells, comp_base = work
+    plan_ptr, plan_dst_ptr, wplan_ptr = plans[:3]
+    number, _, start, _, kept = row
+    positions = start + numbers
+    live = numbers < kept
+    from_ring = POOL - tl.minimum(numbers + 1, POOL)
+    done = live & ((positions + 1) % RATIO == 0)
+    at = before[0] + positions // RATIO - start // RATIO
+    _store_plan_rows(plan_ptr, at, tokens, number, positions, from_ring, done)
+    entries = comp_base + cells * (BLOCK_SIZE // RATIO) + positions % BLOCK_SIZE // RATIO
+    tl.store(plan_dst_ptr + at, entries, mask=done)
+    first_kept = kept - tl.minimum(kept, POOL)
+    at = before[1] + numbers - first_kept
+    is_kept = live & (numbers >= first_kept)
+    _store_plan_rows(wplan_ptr, at, tokens, number, positions, from_ring, is_kept)
+
+
+@triton.jit
+def write_tokens(
+    outputs,
+    csa_plans,
+    hca_plans,
+    before,
+    row,
+    table,
+    share,
+    num_shares,
+    WINDOW: tl.constexpr,
+    DRAFTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    CSA_RATIO: tl.constexpr,
+    HCA_RATIO: tl.constexpr,
+    TOPK: tl.constexpr,
+    IS_PAGED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A share of what a row's tokens have one number of, and the plans."""
+    positions_ptr, req_ptr, win_len_ptr, ext_len_ptr, swa_write_ptr = outputs[:5]
+    hca_indptr_ptr, csa_visible_ptr, csa_indptr_ptr = outputs[5:]
+    number, slot, start, q, kept = row
+    is_prefill = kept > DRAFTS + 1
+    most_new = tl.where(is_prefill, WINDOW, 0)
+    # of a prefill row's keys a ring keeps the last ones, so that no two fall on one row
+    first_kept = tl.where(is_prefill, start + kept - WINDOW, 0)
+    hca_start = before[1] - sum_quotients(start, HCA_RATIO)
+    csa_start = before[2] - sum_capped(start, CSA_RATIO, TOPK)
+    for first in range(share * TILE, q, num_shares * TILE):
+        numbers = first + tl.arange(0, TILE)
+        exists, live = numbers < q, numbers < kept
+        tokens, positions = before[0] + numbers, start + numbers
+        tl.store(positions_ptr + tokens, tl.where(live, positions, 0), mask=exists)
+        tl.store(req_ptr + tokens, tl.where(live, number, -1), mask=exists)
+        new = tl.minimum(numbers + 1, most_new)
+        old = tl.minimum(positions + 1, WINDOW) - new
+        tl.store(win_len_ptr + tokens, tl.where(live, old, 0), mask=exists)
+        tl.store(ext_len_ptr + tokens, tl.where(live, new, 0), mask=exists)
+        cells = load_cells(table, positions // BLOCK_SIZE, live)
+        if IS_PAGED:
+            written = cells * BLOCK_SIZE + positions % BLOCK_SIZE
+        else:
+            ring: tl.constexpr = WINDOW + DRAFTS
+            written = tl.where(positions >= first_kept, slot * ring + positions % ring, -1)
+        tl.store(swa_write_ptr + tokens, tl.where(live, written, -1), mask=exists)
+        hca = tl.where(live, hca_start + sum_quotients(positions + 1, HCA_RATIO), before[1])
+        tl.store(hca_indptr_ptr + tokens + 1, hca, mask=exists)
+        visible = tl.where(live, (positions + 1) // CSA_RATIO, 0)
+        tl.store(csa_visible_ptr + tokens, visible, mask=exists)
+        csa = tl.where(live, csa_start + sum_capped(positions + 1, CSA_RATIO, TOPK), before[2])
+        tl.store(csa_indptr_ptr + tokens + 1, csa, mask=exists)
+        work = (tokens, numbers, cells, table[4])
+        write_plans(csa_plans, before[3:5], work, row, CSA_RATIO, 2 * CSA_RATIO, BLOCK_SIZE)
+        write_plans(hca_plans, before[5:], work, row, HCA_RATIO, HCA_RATIO, BLOCK_SIZE)
+
+
+@triton.jit
+def _clear(list_ptr, begin, end, share, num_shares, TILE: tl.constexpr):
     """-1 in the cells [begin, end), a share of them per program."""
-    for first in range(begin + program * TILE, end, num_programs * TILE):
+    for first in range(begin + share * TILE, end, num_shares * TILE):
         cells = first + tl.arange(0, TILE)
         tl.store(list_ptr + cells, tl.full((TILE,), -1, tl.int32), mask=cells < end)
 
 
 @triton.jit
-def _report_fault(
-    slab,
-    rollback_ptr,
-    num_rows,
-    num_rollback,
-    ctx_at,
-    q_at,
-    error_address,
-    ERROR_SLOTS: tl.constexpr,
-    ERROR_WORDS: tl.constexpr,
-    ROW_TILE: tl.constexpr,
-):
+def clear_plans(plans, num_plan, num_wplan, share, num_shares, TILE: tl.constexpr):
+    """A share of the plan rows after the last one: a row left there would be done again."""
+    plan_ptr, plan_dst_ptr, wplan_ptr, plan_rows, wplan_rows = plans
+    _clear(plan_ptr, 4 * num_plan, 4 * plan_rows, share, num_shares, TILE)
+    _clear(plan_dst_ptr, num_plan, plan_rows, share, num_shares, TILE)
+    _clear(wplan_ptr, 4 * num_wplan, 4 * wplan_rows, share, num_shares, TILE)
+
+
+@triton.jit
+def report_fault(slab, lengths, rollback_ptr, num_rows, error_address, ROW_TILE: tl.constexpr):
     """Fault, row, value, limit and stamp of the lowest row that is not sound, if there is one."""
+    ctx_ptr, q_ptr = lengths[:2]
     lowest = num_rows
     for first in range(0, num_rows, ROW_TILE):
         rows = first + tl.arange(0, ROW_TILE)
-        q, kept, _ = load_rows(slab, rollback_ptr, rows, num_rows, num_rollback, ctx_at, q_at)
+        q, kept, _ = load_rows(lengths, rollback_ptr, rows, num_rows)
         lowest = tl.minimum(lowest, tl.min(tl.where(q > kept, rows, num_rows)))
     if lowest < num_rows:
         rollback = tl.load(rollback_ptr + lowest)
-        q = tl.load(slab + q_at + lowest)
-        left = tl.load(slab + ctx_at + lowest) - rollback
+        q = tl.load(q_ptr + lowest)
+        left = tl.load(ctx_ptr + lowest) - rollback
         stamp = tl.load(slab)
         # host memory, which the device writes through the bus
-        words = (error_address + stamp % ERROR_SLOTS * (4 * ERROR_WORDS)).to(
+        words = (error_address + stamp % _ERROR_SLOTS * (4 * _ERROR_WORDS)).to(
             tl.pointer_type(tl.int32)
         )
         is_negative = rollback < 0
@@ -68,35 +353,6 @@ def _report_fault(
         tl.store(words + 2, tl.where(is_negative, rollback, left))
         tl.store(words + 3, tl.where(is_negative, 0, q))
         tl.store(words + 4, stamp)
-
-
-@triton.jit
-def _write_ends(
-    plan_r1_ptr,
-    plan_dst_r1_ptr,
-    wplan_r1_ptr,
-    plan_r2_ptr,
-    plan_dst_r2_ptr,
-    wplan_r2_ptr,
-    csa_plan,
-    csa_wplan,
-    hca_plan,
-    hca_wplan,
-    csa_plan_rows,
-    csa_wplan_rows,
-    hca_plan_rows,
-    hca_wplan_rows,
-    share,
-    num_shares,
-    TILE: tl.constexpr,
-):
-    """A share of the plan rows behind the last one: a row left there would be done again."""
-    _clear(plan_r1_ptr, 4 * csa_plan, 4 * csa_plan_rows, share, num_shares, TILE)
-    _clear(plan_dst_r1_ptr, csa_plan, csa_plan_rows, share, num_shares, TILE)
-    _clear(wplan_r1_ptr, 4 * csa_wplan, 4 * csa_wplan_rows, share, num_shares, TILE)
-    _clear(plan_r2_ptr, 4 * hca_plan, 4 * hca_plan_rows, share, num_shares, TILE)
-    _clear(plan_dst_r2_ptr, hca_plan, hca_plan_rows, share, num_shares, TILE)
-    _clear(wplan_r2_ptr, 4 * hca_wplan, 4 * hca_wplan_rows, share, num_shares, TILE)
 
 
 @paddle_jit(
@@ -149,12 +405,7 @@ def expand_kernel(
     csa_wplan_rows,
     hca_plan_rows,
     hca_wplan_rows,
-    ctx_at,
-    q_at,
-    slot_at,
-    run_column_at,
-    run_start_at,
-    values_at,
+    section,
     WINDOW: tl.constexpr,
     DRAFTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -162,8 +413,6 @@ def expand_kernel(
     HCA_RATIO: tl.constexpr,
     TOPK: tl.constexpr,
     IS_PAGED: tl.constexpr,
-    ERROR_SLOTS: tl.constexpr,
-    ERROR_WORDS: tl.constexpr,
     TOKEN_PARTS: tl.constexpr,
     WINDOW_PARTS: tl.constexpr,
     HCA_PARTS: tl.constexpr,
@@ -177,27 +426,31 @@ def expand_kernel(
 ):
     """All outputs of a step; names, shapes and values are those of `V4Arrays`.
 
-    Grid: (rows + programs for padding, parts). `slabs_ptr` holds slabs as `SlabLayout` says;
-    `error_address` points to host memory of ERROR_SLOTS * ERROR_WORDS words.
+    Grid: (rows + programs for padding, parts). `slabs_ptr` points to slabs as `slab.py` has them,
+    of sections of `section` words; `error_address` to host memory of ERROR_SLOTS * ERROR_WORDS.
     """
-    # slabs and their sections start at multiples of 16 words; here the compiler is told so
+    # slabs and their sections start at multiples of 16 words; here the compiler learns it
     slab = slabs_ptr + slab_offset // 16 * 16
+    sections = slab + _HEADER
+    lengths = (sections, sections + section, num_rollback)
     row = tl.program_id(0)
     part = tl.program_id(1)
 
-    q = tl.load(slab + q_at + row, mask=row < num_rows, other=0)
-    ctx = tl.load(slab + ctx_at + row, mask=row < num_rows, other=0)
+    q = tl.load(sections + section + row, mask=row < num_rows, other=0)
+    ctx = tl.load(sections + row, mask=row < num_rows, other=0)
     kept = q
     if rollback_ptr is not None:
         held = row < tl.minimum(num_rows, num_rollback)
         kept, ctx = effective(q, ctx, tl.load(rollback_ptr + row, mask=held, other=0))
     start = ctx - kept
-    slot = tl.load(slab + slot_at + row, mask=row < num_rows, other=0)
-    first_changed = tl.load(slab + run_column_at + row, mask=row < num_rows, other=0)
-    run_start = tl.load(slab + run_start_at + row, mask=row < num_rows, other=0)
-    run_end = tl.load(slab + run_start_at + row + 1, mask=row < num_rows, other=0)
+    slot = tl.load(sections + 2 * section + row, mask=row < num_rows, other=0)
+    first_changed = tl.load(sections + 3 * section + row, mask=row < num_rows, other=0)
+    run_start = tl.load(sections + 4 * section + row, mask=row < num_rows, other=0)
+    run_end = tl.load(sections + 4 * section + row + 1, mask=row < num_rows, other=0)
     end_changed = first_changed + run_end - run_start
-    values = slab + values_at + run_start - first_changed
+    values = sections + 5 * section + run_start - first_changed
+    table_ptr = block_table_ptr + row * row_stride
+    table = (table_ptr, values, first_changed, end_changed, comp_base)
 
     is_padding = row >= num_rows
     padding_program = tl.where(is_padding, row - num_rows, 0)
@@ -205,71 +458,28 @@ def expand_kernel(
     limit = tl.minimum(row, num_rows)
 
     if part < TOKEN_PARTS:
-        tokens, hca, csa, csa_plan, csa_wplan, hca_plan, hca_wplan = sums_before(
-            slab,
-            rollback_ptr,
-            num_rollback,
-            ctx_at,
-            q_at,
-            limit,
-            CSA_RATIO,
-            HCA_RATIO,
-            TOPK,
-            ROW_TILE,
-        )
-        q = tl.where(is_padding, num_tokens - tokens, q)
+        sums = sums_before(lengths, rollback_ptr, limit, CSA_RATIO, HCA_RATIO, TOPK, ROW_TILE)
+        q = tl.where(is_padding, num_tokens - sums[0], q)
         share = padding_program * TOKEN_PARTS + part
         num_shares = num_programs * TOKEN_PARTS
+        csa_plans = (plan_r1_ptr, plan_dst_r1_ptr, wplan_r1_ptr, csa_plan_rows, csa_wplan_rows)
+        hca_plans = (plan_r2_ptr, plan_dst_r2_ptr, wplan_r2_ptr, hca_plan_rows, hca_wplan_rows)
         if is_padding:
-            _write_ends(
-                plan_r1_ptr,
-                plan_dst_r1_ptr,
-                wplan_r1_ptr,
-                plan_r2_ptr,
-                plan_dst_r2_ptr,
-                wplan_r2_ptr,
-                csa_plan,
-                csa_wplan,
-                hca_plan,
-                hca_wplan,
-                csa_plan_rows,
-                csa_wplan_rows,
-                hca_plan_rows,
-                hca_wplan_rows,
-                share,
-                num_shares,
-                TOKEN_TILE,
-            )
+            clear_plans(csa_plans, sums[3], sums[4], share, num_shares, TOKEN_TILE)
+            clear_plans(hca_plans, sums[5], sums[6], share, num_shares, TOKEN_TILE)
             if share == 0:
                 tl.store(cu_q_ptr, 0)
                 tl.store(hca_indptr_ptr, 0)
                 tl.store(csa_indptr_ptr, 0)
                 tl.store(counts_ptr, tl.load(slab + 1))
-                tl.store(counts_ptr + 1, tokens)
-                tl.store(counts_ptr + 2, hca)
-                tl.store(counts_ptr + 3, csa)
-                tl.store(counts_ptr + 4, csa_plan)
-                tl.store(counts_ptr + 5, csa_wplan)
-                tl.store(counts_ptr + 6, hca_plan)
-                tl.store(counts_ptr + 7, hca_wplan)
+                for index in tl.static_range(7):
+                    tl.store(counts_ptr + 1 + index, sums[index])
                 if rollback_ptr is not None:
-                    _report_fault(
-                        slab,
-                        rollback_ptr,
-                        num_rows,
-                        num_rollback,
-                        ctx_at,
-                        q_at,
-                        error_address,
-                        ERROR_SLOTS,
-                        ERROR_WORDS,
-                        ROW_TILE,
-                    )
-        else:
-            if part == 0:
-                tl.store(cu_q_ptr + row + 1, tokens + q)
-                tl.store(ctx_ptr + row, ctx)
-        write_tokens(
+                    report_fault(slab, lengths, rollback_ptr, num_rows, error_address, ROW_TILE)
+        elif part == 0:
+            tl.store(cu_q_ptr + row + 1, sums[0] + q)
+            tl.store(ctx_ptr + row, ctx)
+        outputs = (
             positions_ptr,
             req_of_token_ptr,
             win_len_ptr,
@@ -278,30 +488,14 @@ def expand_kernel(
             hca_indptr_ptr,
             csa_visible_ptr,
             csa_indptr_ptr,
-            plan_r1_ptr,
-            plan_dst_r1_ptr,
-            wplan_r1_ptr,
-            plan_r2_ptr,
-            plan_dst_r2_ptr,
-            wplan_r2_ptr,
-            block_table_ptr,
-            values,
-            tokens,
-            hca,
-            csa,
-            csa_plan,
-            csa_wplan,
-            hca_plan,
-            hca_wplan,
-            row,
-            slot,
-            start,
-            q,
-            kept,
-            row_stride,
-            first_changed,
-            end_changed,
-            comp_base,
+        )
+        write_tokens(
+            outputs,
+            csa_plans,
+            hca_plans,
+            sums,
+            (row, slot, start, q, kept),
+            table,
             share,
             num_shares,
             WINDOW,
@@ -314,22 +508,15 @@ def expand_kernel(
             TOKEN_TILE,
         )
     elif part < TOKEN_PARTS + WINDOW_PARTS:
-        tokens = tokens_before(slab, q_at, limit, ROW_TILE)
+        tokens = tokens_before(lengths, limit, ROW_TILE)
         q = tl.where(is_padding, num_tokens - tokens, q)
+        share = padding_program * WINDOW_PARTS + part - TOKEN_PARTS
         write_windows(
             win_idx_ptr,
-            block_table_ptr,
-            values,
             tokens,
-            row,
-            slot,
-            start,
-            q,
-            kept,
-            row_stride,
-            first_changed,
-            end_changed,
-            padding_program * WINDOW_PARTS + part - TOKEN_PARTS,
+            (row, slot, start, q, kept),
+            table,
+            share,
             num_programs * WINDOW_PARTS,
             WINDOW,
             WINDOW_TILE,
@@ -339,29 +526,13 @@ def expand_kernel(
             WINDOW_ROWS,
         )
     elif hca_idx_ptr is not None:
-        hca = hca_before(
-            slab,
-            rollback_ptr,
-            num_rollback,
-            ctx_at,
-            q_at,
-            # a row that lists nothing needs no offset
-            tl.where(kept > 0, row, 0),
-            HCA_RATIO,
-            ROW_TILE,
-        )
+        # a row that lists nothing needs no offset
+        entries = hca_before(lengths, rollback_ptr, tl.where(kept > 0, row, 0), HCA_RATIO, ROW_TILE)
         write_hca_lists(
             hca_idx_ptr,
-            block_table_ptr,
-            values,
-            hca,
-            row,
-            start,
-            kept,
-            row_stride,
-            first_changed,
-            end_changed,
-            comp_base,
+            entries,
+            (row, slot, start, q, kept),
+            table,
             part - TOKEN_PARTS - WINDOW_PARTS,
             HCA_RATIO,
             BLOCK_SIZE,
@@ -371,9 +542,47 @@ def expand_kernel(
         )
 
     # no program reads these cells of the table in this launch
-    table = block_table_ptr + row * row_stride
     num_parts: tl.constexpr = TOKEN_PARTS + WINDOW_PARTS + HCA_PARTS
     for first in range(part * RUN_TILE, run_end - run_start, num_parts * RUN_TILE):
         columns = first_changed + first + tl.arange(0, RUN_TILE)
         new = tl.load(values + columns, mask=columns < end_changed, other=0)
-        tl.store(table + columns, new, mask=columns < end_changed)
+        tl.store(table_ptr + columns, new, mask=columns < end_changed)
+
+
+@paddle_jit(
+    do_not_specialize=("num_given", "row_stride", "comp_base"),
+    do_not_specialize_on_alignment=("local_topk_ptr",),
+    contiguous=("local_topk_ptr",),
+)
+def csa_rows_kernel(
+    local_topk_ptr,
+    csa_rows_ptr,
+    req_of_token_ptr,
+    csa_visible_ptr,
+    csa_indptr_ptr,
+    block_table_ptr,
+    num_given,
+    row_stride,
+    comp_base,
+    TOPK: tl.constexpr,
+    ENTRIES_PER_BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Rows of the chosen CSA entries, flat by `csa_indptr`; -1 for what is no entry of the token.
+
+    Grid: (tokens,). Tokens from `num_given` on have chosen nothing.
+    """
+    token = tl.program_id(0)
+    first = tl.load(csa_indptr_ptr + token)
+    count = tl.load(csa_indptr_ptr + token + 1) - first
+    visible = tl.load(csa_visible_ptr + token)
+    table = block_table_ptr + tl.maximum(tl.load(req_of_token_ptr + token), 0) * row_stride
+    num_chosen = tl.where(token < num_given, count, 0)
+    for at in range(0, count, TILE):
+        columns = at + tl.arange(0, TILE)
+        chosen = local_topk_ptr + token * TOPK + columns
+        entries = tl.load(chosen, mask=columns < num_chosen, other=-1)
+        seen = (entries >= 0) & (entries < visible)
+        blocks = tl.load(table + entries // ENTRIES_PER_BLOCK, mask=seen, other=0)
+        rows = comp_base + blocks * ENTRIES_PER_BLOCK + entries % ENTRIES_PER_BLOCK
+        tl.store(csa_rows_ptr + first + columns, tl.where(seen, rows, -1), mask=columns < count)

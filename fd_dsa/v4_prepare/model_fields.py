@@ -12,18 +12,23 @@ from fd_dsa.models.config_reader import FieldReader, read_json_object
 # an object with the fields as attributes, a mapping of them, or a path
 ModelSource = Any
 
+_WINDOW_ONLY = "sliding_attention"
+_KINDS = ("compressed_sparse_attention", "heavily_compressed_attention")
 _NAMES = (
+    "layer_types",
+    "compress_rates",
     "compress_ratios",
     "sliding_window",
     "index_topk",
     "max_position_embeddings",
     "num_hidden_layers",
-    "num_nextn_predict_layers",
 )
+# CSA's and HCA's, where a model has layers of one kind or of none
+_RELEASED = (4, 128)
 
 
 class ModelFields(NamedTuple):
-    """Window, ratios and top-k of a model."""
+    """Window, ratios and top-k of a model, in the order of `V4PrepareConfig`."""
 
     sliding_window: int
     csa_ratio: int
@@ -38,25 +43,18 @@ def read_model_fields(source: ModelSource, max_model_len: int) -> ModelFields:
         ConfigError: names the field, its value, the rule and the cure.
 
     Source: the configs of DeepSeek-V4-Flash and -Pro; Hugging Face transformers,
-    models/deepseek_v4 (a ratio of 0 = window only, the lower ratio = CSA, the higher = HCA).
+    models/deepseek_v4.
     """
     reader = _reader(source)
-    csa_ratio, hca_ratio = _read_ratios(reader)
+    is_written_by_transformers = reader.raw("layer_types") is not None
+    ratios = _ratios_by_type(reader) if is_written_by_transformers else _ratios_by_layer(reader)
     if reader.raw("max_position_embeddings") is not None:
         longest = reader.integer("max_position_embeddings", None)
         if max_model_len > longest:
-            raise reader.error(
-                "max_position_embeddings",
-                longest,
-                f"at least max_model_len = {max_model_len}",
-                "lower max_model_len",
-            )
-    return ModelFields(
-        reader.integer("sliding_window", None),
-        csa_ratio,
-        hca_ratio,
-        reader.integer("index_topk", None),
-    )
+            allowed = f"at least max_model_len = {max_model_len}"
+            raise reader.error("max_position_embeddings", longest, allowed, "lower max_model_len")
+    window, topk = reader.integer("sliding_window", None), reader.integer("index_topk", None)
+    return ModelFields(window, *ratios, topk)
 
 
 def _reader(source: ModelSource) -> FieldReader:
@@ -71,8 +69,34 @@ def _reader(source: ModelSource) -> FieldReader:
     return FieldReader(present, type(source).__name__)
 
 
-def _read_ratios(reader: FieldReader) -> tuple[int, int]:
-    """The two ratios of the layers."""
+def _of_layers(reader: FieldReader, name: str, values: list[Any]) -> list[Any]:
+    """The entries of the model's own layers; those of draft layers are cut off."""
+    if reader.raw("num_hidden_layers") is None:
+        return values
+    layers = reader.integer("num_hidden_layers", None)
+    if len(values) < layers:
+        allowed = f"an entry for each of num_hidden_layers = {layers} layers, and more for drafts"
+        raise reader.error(name, values, allowed, "one of the two fields is wrong")
+    return values[:layers]
+
+
+def _ratios_by_type(reader: FieldReader) -> tuple[int, int]:
+    """CSA's and HCA's ratio where layers have types, and types have rates."""
+    types = reader.raw("layer_types")
+    if not isinstance(types, (list, tuple)) or any(
+        kind not in (_WINDOW_ONLY, *_KINDS) for kind in types
+    ):
+        allowed = f"a list of {_WINDOW_ONLY!r}, {_KINDS[0]!r} or {_KINDS[1]!r} for each layer"
+        raise reader.error("layer_types", types, allowed)
+    _of_layers(reader, "layer_types", list(types))
+    rates = reader.section("compress_rates") or FieldReader({}, reader.source)
+    pairs = zip(_KINDS, _RELEASED, strict=True)
+    csa_ratio, hca_ratio = (rates.integer(kind, released) for kind, released in pairs)
+    return csa_ratio, hca_ratio
+
+
+def _ratios_by_layer(reader: FieldReader) -> tuple[int, int]:
+    """CSA's and HCA's ratio where each layer has its ratio."""
     name = "compress_ratios"
     ratios = reader.raw(name)
     if not isinstance(ratios, (list, tuple)) or not all(
@@ -82,27 +106,17 @@ def _read_ratios(reader: FieldReader) -> tuple[int, int]:
             name,
             ratios,
             "a list of one ratio a layer, 0 for a window-only layer",
-            "take it from the checkpoint's config.json; no default fits every model",
+            "take it, or layer_types, from the checkpoint's config.json; no default fits every "
+            "model",
         )
-    used = sorted(set(ratios) - {0})
+    used = sorted({*_of_layers(reader, name, list(ratios))} - {0})
+    if {*used} <= {*_RELEASED}:
+        return _RELEASED
     if len(used) != 2:
         raise reader.error(
             name,
             list(ratios),
-            f"two ratios other than 0, CSA's and HCA's; found {used}",
+            f"two ratios other than 0, CSA's and HCA's, or some of 0, 4 and 128; found {used}",
             "for other layer mixes construct V4PrepareConfig with csa_ratio and hca_ratio",
         )
-    if reader.raw("num_hidden_layers") is not None:
-        layers = reader.integer("num_hidden_layers", None)
-        drafts = 0
-        if reader.raw("num_nextn_predict_layers") is not None:
-            drafts = reader.integer("num_nextn_predict_layers", None, minimum=0)
-        if not layers <= len(ratios) <= layers + drafts:
-            raise reader.error(
-                name,
-                list(ratios),
-                f"one ratio for each of num_hidden_layers = {layers} layers, and at most "
-                f"num_nextn_predict_layers = {drafts} more",
-                "one of the three fields is wrong",
-            )
     return used[0], used[1]

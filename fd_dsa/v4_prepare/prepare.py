@@ -3,58 +3,30 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, NoReturn, Protocol
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from fd_dsa.errors import V4PrepareError
-from fd_dsa.v4_prepare.buffers import (
-    HOST_PLACES,
-    Allocate,
-    Array,
-    V4Buffers,
-    device_allocator,
-    host_view,
-)
+from fd_dsa.errors import BackendUnavailable, DtypeError
+from fd_dsa.step.checks import host_array
+from fd_dsa.step.host_tensor import as_tensor
+from fd_dsa.v4_prepare.builder import Allocate, Array, V4Arrays, csa_translate, v4_prepare_np
 from fd_dsa.v4_prepare.checks import (
-    RowChecks,
+    StepChecks,
     StepInputs,
     raise_first_fault,
+    rollback_error,
     rows_have_room,
     step_inputs,
 )
 from fd_dsa.v4_prepare.config import V4PrepareConfig
-from fd_dsa.v4_prepare.fixed_lists import FusedList, HostLists, Kind, check_topk
-from fd_dsa.v4_prepare.host_prepare import HostSteps
-from fd_dsa.v4_prepare.slab import ERROR_SLOTS, FAULT_ROLLBACK, MAX_STAMP, SlabLayout
-from fd_dsa.v4_prepare.steady import SteadyCheck
-from fd_dsa.v4_prepare.table import UNCHANGED, Int32Array, TableChange, TableMirror
-from fd_dsa.v4_prepare.words import StepWords
+from fd_dsa.v4_prepare.table import Run, TableMirror
 
 NUM_SLABS = 3
 """Steps that may be staged and not yet expanded."""
-
-_STAMP = 4
-_NO_FAULTS = bytes(4 * ERROR_SLOTS)
-
-
-class _Steps(Protocol):
-    """What moves slabs and expands them in one place."""
-
-    # int32 [ERROR_SLOTS, ERROR_WORDS], host memory
-    faults: Int32Array
-
-    def next_slab(self) -> Int32Array: ...
-    def upload(self, num_words: int) -> int: ...
-    def expand(self, slab: int, rollback: Array | None) -> None: ...
-    def is_done(self, slab: int) -> bool: ...
-
-
-class _Lists(Protocol):
-    """What derives lists from the outputs in one place."""
-
-    def csa_translate(self, local_topk: Array) -> Array: ...
-    def fused_list(self, kind: Kind, csa_rows: Array | None) -> FusedList: ...
 
 
 class V4Prepare:
@@ -84,26 +56,16 @@ class V4Prepare:
         self, cfg: V4PrepareConfig, place: str = "cpu", allocate: Allocate | None = None
     ) -> None:
         self.cfg, self.place = cfg, place
-        if allocate is None and place not in HOST_PLACES:
-            allocate = device_allocator(place)
-        self.buffers = V4Buffers(cfg, place, allocate)
-        self._checks = RowChecks(cfg)
-        self._table = TableMirror(cfg)
-        self._steady = SteadyCheck(cfg, self._table)
-        self._words = StepWords(SlabLayout(cfg))
-        self._steps, self._lists = _parts_for(cfg, place, self.buffers, allocate)
-        self._fault_stamps = self._steps.faults[:, _STAMP]
-        self._stamp = 0
-        # stamp, slab and tokens of steps to be expanded, and of those that may still be running
-        self._staged: deque[tuple[int, int, int]] = deque()
-        self._running: deque[tuple[int, int, int]] = deque(maxlen=2 * NUM_SLABS)
+        self._checks, self._table = StepChecks(cfg), TableMirror(cfg)
+        self._steps = _steps_for(cfg, place, allocate, self._table)
+        self.buffers: V4Arrays = self._steps.buffers
         self.stage([], [], [])
         self.expand()
 
     def set_blocks(self, row: int, block_ids: Any, start: int = 0) -> None:
-        """Say which blocks a row has from column `start` on, from the next step with it on.
+        """Set the blocks that a row has from column `start` on, for its next step.
 
-        As `blocks[start:] = block_ids` does for a list: the row has no block behind them. A new
+        As `blocks[start:] = block_ids` does for a list: the row has no block after them. A new
         request in a row is `set_blocks(row, ids)`; one more block for a request that has n is
         `set_blocks(row, [id], n)`.
 
@@ -119,7 +81,7 @@ class V4Prepare:
         self._table.set_blocks(row, block_ids, start)
 
     def append_blocks(self, rows: Any, block_ids: Any) -> None:
-        """Say that each of some rows has one more block, from the next step with it on.
+        """Give each of some rows one more block, for its next step.
 
         As `set_blocks(row, [id], n)` for each of the rows, n the number of blocks that it has: what
         decoding rows need when they reach the ends of their blocks. One call for all of them costs
@@ -147,8 +109,8 @@ class V4Prepare:
             q: [B]; tokens of each row in this step, 0 = idle.
             slot: [B]; state slot of each row, no two active rows alike.
             block_table: [B, columns]; physical blocks. The first ceil(ctx / block_size) cells of
-                an active row are its blocks from now on. None = what `set_blocks` and the steps
-                before said: then the cost does not grow with ctx.
+                an active row are its blocks from now on. None = those of `set_blocks` and of
+                the steps before: then the cost does not grow with ctx.
 
         Raises:
             V4PrepareError: the first fault, in the order E_SHAPE, E_DTYPE, E_BATCH; E_QLEN, E_CTX,
@@ -159,34 +121,32 @@ class V4Prepare:
         step whose q and slot are int32 arrays equal to those of the last one is checked in a few
         microseconds.
         """
-        if len(self._staged) == NUM_SLABS:
+        if len(self._steps.staged) == NUM_SLABS:
             raise RuntimeError(
                 f"stage: {NUM_SLABS} steps are staged and not expanded, no slab is free; "
                 "call expand() first"
             )
-        if block_table is None and self._steady.is_good(ctx, q, slot):
-            slab = self._steps.next_slab()
+        if block_table is None and self._checks.is_repeat(ctx, q, slot, self._table):
+            self._steps.begin()
         else:
-            inputs = self._inputs(ctx, q, slot, block_table)
-            num_tokens, change = self._check(inputs, block_table is not None)
+            has_table = block_table is not None
+            if not has_table:
+                block_table = np.empty((np.shape(ctx)[:1] or (0,)) + (0,), np.int32)
+            inputs = step_inputs(self.cfg, ctx, q, slot, block_table)
+            num_tokens, runs = self._check(inputs, has_table)
             # refuses in a capture, so before anything is written
-            slab = self._steps.next_slab()
-            if change is not UNCHANGED:
-                self._table.apply(change)
+            self._steps.begin()
+            if runs:
+                self._table.put(runs)
             ctx, q, slot, _ = inputs
-            self._words.take_rows(q, slot, num_tokens)
-            self._steady.remember(q, slot)
-        stamp = self._stamp % MAX_STAMP + 1
-        num_words = self._words.write(slab, stamp, ctx, self._table)
-        self._staged.append((stamp, self._steps.upload(num_words), self._words.num_tokens))
-        if self._table.has_news:
-            self._table.mark_sent(len(ctx))
-        self._stamp = stamp
+            self._steps.take_rows(q, slot, num_tokens)
+            self._checks.remember(q, slot)
+        self._steps.stage(ctx)
 
-    def expand(self, rollback: Array | None = None) -> V4Buffers:
+    def expand(self, rollback: Array | None = None) -> V4Arrays:
         """Queue the launch that writes the outputs of the earliest staged step.
 
-        On the current stream: work queued behind it reads the outputs of this step, and work
+        On the current stream: work queued after it reads the outputs of this step, and work
         queued before it those of the step before. Not to be captured; a graph of layers reads the
         buffers, which never move.
 
@@ -194,21 +154,21 @@ class V4Prepare:
             rollback: int32 [n] in the memory of the buffers, or None; tokens of rows 0..n-1 that
                 the step before drafted and the sampler rejected. An active row has `ctx -
                 rollback` tokens; rows from n on have ctx. Where that cannot be (rollback < 0 or
-                ctx - rollback < q), the tokens of the row become padding, and `poll_error` raises.
+                ctx - rollback < q), on a device, the tokens of the row become padding, and
+                `poll_error` raises.
 
         Returns:
             The buffers, always the same.
 
         Raises:
             RuntimeError: no step is staged.
-            DtypeError, LaunchError: the rollback is not int32 or lies elsewhere; the step is still
+            DtypeError, LaunchError: the rollback is not int32 or is elsewhere; the step is still
                 staged.
+            V4PrepareError: E_CTX, in host memory: a row cannot be rolled back so far; likewise.
         """
-        if not self._staged:
+        if not self._steps.staged:
             raise RuntimeError("expand: no step is staged; call stage() first")
-        step = self._staged[0]
-        self._steps.expand(step[1], rollback)
-        self._running.append(self._staged.popleft())
+        self._steps.expand(rollback)
         return self.buffers
 
     def poll_error(self) -> None:
@@ -220,15 +180,7 @@ class V4Prepare:
         Raises:
             V4PrepareError: E_CTX of the lowest row at fault, with the text of the host's check.
         """
-        if self._fault_stamps.tobytes() == _NO_FAULTS:
-            return
-        # a word may be seen before the others of its step
-        running = {stamp for stamp, slab, _ in self._running if not self._steps.is_done(slab)}
-        for stamp, at in sorted(zip(self._fault_stamps.tolist(), range(ERROR_SLOTS), strict=True)):
-            if stamp and stamp not in running:
-                words = self._steps.faults[at].tolist()
-                self._steps.faults[at] = 0
-                _raise_fault(words)
+        self._steps.poll_error()
 
     def csa_translate(self, local_topk: Array) -> Array:
         """Rows of the CSA entries that the indexer chose for the tokens of the expanded step.
@@ -242,80 +194,131 @@ class V4Prepare:
                 entry numbers, of which the first min(csa_visible, index_topk) of a token are read.
 
         Returns:
-            int32 [capacity], always the same: token t's rows lie from csa_indptr[t] to
+            int32 [capacity], always the same: token t's rows go from csa_indptr[t] to
             csa_indptr[t + 1], -1 where a number is no entry that t sees.
 
         Raises:
             ShapeError: `local_topk` has another shape.
         """
-        check_topk(self.cfg, local_topk, self._running[-1][2])
-        return self._lists.csa_translate(local_topk)
+        return self._steps.csa_translate(local_topk)
 
-    def fused_list(self, kind: Kind, csa_rows: Array | None = None) -> FusedList:
-        """One list a token of the expanded step: compressed rows first, window rows last.
-
-        Queued like `expand`; the first call with and without rows must not be captured.
-
-        Args:
-            kind: "swa" = window only, "csa" or "hca" = with the entries of that kind.
-            csa_rows: what `csa_translate` returned, for kind "csa"; None = -1 in their places.
-
-        Returns:
-            (indptr, rows), always the same for a kind.
-
-        Raises:
-            ValueError: an unknown kind, "hca" in table mode, or rows given for another kind.
-            V4PrepareError: E_INDPTR, the lists together could exceed int32.
-        """
-        if csa_rows is not None and kind != "csa":
-            raise ValueError(
-                f"csa_rows: got rows for kind {kind!r}, only 'csa' has them; pass None"
-            )
-        return self._lists.fused_list(kind, csa_rows)
-
-    def _inputs(self, ctx: Any, q: Any, slot: Any, block_table: Any) -> StepInputs:
-        """The inputs as arrays; a table of no columns where none is given.
-
-        Raises:
-            V4PrepareError: E_SHAPE, E_DTYPE or E_BATCH.
-        """
-        if block_table is None:
-            block_table = np.empty((np.shape(ctx)[:1] or (0,)) + (0,), np.int32)
-        return step_inputs(self.cfg, ctx, q, slot, block_table)
-
-    def _check(self, inputs: StepInputs, has_table: bool) -> tuple[int, TableChange]:
+    def _check(self, inputs: StepInputs, has_table: bool) -> tuple[int, list[Run]]:
         """Tokens of a good step, and what its block table changes."""
         ctx, q, slot, table = inputs
         num_tokens = self._checks.num_tokens(ctx, q, slot)
         if not has_table:
             if num_tokens >= 0 and rows_have_room(ctx, q, self._table.room(len(ctx))):
-                return num_tokens, UNCHANGED
+                return num_tokens, []
             table = self._table.table_of(len(ctx))
         elif num_tokens >= 0:
-            change = self._table.compare(table, ctx, q)
-            if change is not None:
-                return num_tokens, change
+            runs = self._table.changes(table, ctx, q)
+            if runs is not None:
+                return num_tokens, runs
         raise_first_fault(self.cfg, StepInputs(ctx, q, slot, table))
 
 
-def _parts_for(
-    cfg: V4PrepareConfig, place: str, buffers: V4Buffers, allocate: Allocate | None
-) -> tuple[_Steps, _Lists]:
-    """What serves the place of the buffers."""
-    layout = SlabLayout(cfg)
-    if buffers.host is not None:
-        host = HostSteps(cfg, layout, buffers.host, NUM_SLABS)
-        return host, HostLists(host.out, buffers.host["block_table"], host_view(place))
-    from fd_dsa.v4_prepare.device_lists import DeviceLists
-    from fd_dsa.v4_prepare.device_prepare import DeviceSteps
+class HostSteps:
+    """Steps in host memory; a step is built by `v4_prepare_np` when it is expanded.
 
-    assert allocate is not None
-    device = DeviceSteps(cfg, layout, buffers, allocate, NUM_SLABS)
-    return device, DeviceLists(cfg, buffers, allocate)
+    Args:
+        cfg: sizes of the steps.
+        table: the blocks of all rows.
+        view: how an array becomes one of the place, on the same memory.
+
+    Attributes:
+        buffers: the outputs.
+        staged: ctx, q, slot and block table of the steps that are not expanded yet.
+    """
+
+    def __init__(
+        self, cfg: V4PrepareConfig, table: TableMirror, view: Callable[[np.ndarray], Array]
+    ) -> None:
+        self._cfg, self._table = cfg, table
+        self._out = V4Arrays(cfg)
+        self.buffers = V4Arrays.__new__(V4Arrays)
+        for name, value in vars(self._out).items():
+            is_array = isinstance(value, np.ndarray)
+            setattr(self.buffers, name, view(value) if is_array else value)
+        self._csa = np.zeros(max(cfg.csa_list_length, 1), np.int32)
+        self._csa_view = view(self._csa)
+        self._q, self._slot = np.empty((2, 0), np.int32)
+        self.staged: deque[tuple[np.ndarray, ...]] = deque()
+
+    def begin(self) -> None:
+        """Nothing has to be free."""
+
+    def take_rows(self, q: np.ndarray, slot: np.ndarray, num_tokens: int) -> None:
+        """The numbers of tokens and the slots [B] of the steps from now on."""
+        self._q, self._slot = q.copy(), slot.copy()
+
+    def stage(self, ctx: np.ndarray) -> None:
+        """Keep a copy of the step and of its part of the table."""
+        width = -(-int(ctx.max(initial=0)) // self._cfg.block_size)
+        table = self._table.table_of(len(ctx), width)
+        self.staged.append((ctx.copy(), self._q, self._slot, table))
+
+    def expand(self, rollback: Any) -> None:
+        """Build the earliest staged step.
+
+        Raises:
+            DtypeError: the rollback is not int32 [n].
+            V4PrepareError: E_CTX, the rollback of a row cannot be; the step is still staged.
+        """
+        ctx, q, slot, table = self.staged[0]
+        if rollback is not None:
+            ctx = _rolled_back(ctx, q, host_array("rollback", rollback))
+        v4_prepare_np(self._cfg, ctx, q, slot, table, out=self._out)
+        self._out.block_table[: len(table), : table.shape[1]] = table
+        self.staged.popleft()
+
+    def poll_error(self) -> None:
+        """Nothing: `expand` raises at once."""
+
+    def csa_translate(self, local_topk: Any) -> Array:
+        """The rows of chosen entries, at one address; see `V4Prepare`."""
+        chosen = host_array("local_topk", local_topk)
+        rows = csa_translate(self._out, self._out.block_table, chosen)
+        self._csa[: len(rows)] = rows
+        return self._csa_view
 
 
-def _raise_fault(words: list[int]) -> NoReturn:
-    """The error of a row's fault, in the words of the host's checks."""
-    fault, row, found, limit = words[:4]
-    text = f"rollback={found} < 0" if fault == FAULT_ROLLBACK else f"ctx={found} < q={limit}"
-    raise V4PrepareError("E_CTX", row, text)
+def _rolled_back(
+    ctx: npt.NDArray[Any], q: npt.NDArray[Any], rollback: npt.NDArray[Any]
+) -> npt.NDArray[np.int64]:
+    """Contexts of the active rows less the tokens that were rejected before the step."""
+    if rollback.dtype != np.int32 or rollback.ndim != 1:
+        raise DtypeError(
+            f"rollback: got {rollback.dtype} of shape {rollback.shape}, must be int32 [n]; "
+            "convert it"
+        )
+    taken = np.zeros(len(q), np.int64)
+    taken[: len(rollback)] = rollback[: len(q)]
+    taken[q == 0] = 0
+    left = ctx - taken
+    is_bad = (taken < 0) | (left < q)
+    if is_bad.any():
+        row = int(is_bad.argmax())
+        is_negative = bool(taken[row] < 0)
+        value = taken[row] if is_negative else left[row]
+        raise rollback_error(row, is_negative, int(value), int(q[row]))
+    return left
+
+
+def _steps_for(
+    cfg: V4PrepareConfig, place: str, allocate: Allocate | None, table: TableMirror
+) -> Any:
+    """What stages and expands steps in a place."""
+    if allocate is None and place == "numpy":
+        return HostSteps(cfg, table, lambda array: array)
+    if allocate is None and place == "cpu":
+        if find_spec("paddle") is None:
+            raise BackendUnavailable(
+                "place: 'cpu' needs Paddle, which is not installed; install fd_dsa[cpu], or take "
+                "place='numpy'"
+            )
+        return HostSteps(cfg, table, as_tensor)
+    # the launcher is loaded only where a device is asked for
+    from fd_dsa.step.device import paddle_allocator
+    from fd_dsa.v4_prepare.launch import DeviceSteps
+
+    return DeviceSteps(cfg, allocate or paddle_allocator(place), table, NUM_SLABS)

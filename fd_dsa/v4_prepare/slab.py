@@ -1,7 +1,7 @@
-"""The words that go from the host to the device builder in one copy a step, and back in a fault.
+"""The words that go from the host to the device in one copy a step, and those that come back.
 
-A slab is int32. It starts with a header, then come the sections of the rows, then the cells of the
-block table that have changed:
+A slab is int32: a header, five sections of equally many words, then the cells of the block table
+that changed:
 
     header        stamp, rows B, tokens T, number n of changed cells; the rest is 0
     ctx, q, slot  [max_num_seqs] each; rows from B on: 0, 0, -1
@@ -9,74 +9,89 @@ block table that have changed:
     run_start     [max_num_seqs + 1]: where a row's new cells start among `values`
     values        [n]: the new cells of row b from run_start[b] to run_start[b + 1]
 
-Row b's cells `run_column[b]` and following change, one run a row; rows from B on have none. Only
-the words up to the last value are copied. What lies behind them is left from an earlier step.
+Row b's cells from `run_column[b]` on change, one run a row; rows from B on have none. Only the
+words up to the last value are copied; those after it are left from an earlier step.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
-SECTION_WORDS = 16
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.v4_prepare.config import V4PrepareConfig
+from fd_dsa.v4_prepare.table import Int32Array, TableMirror
+
+HEADER_WORDS = 16
 """Sections start at multiples of this many words: 64 bytes."""
-
-# words of the header
-STAMP, NUM_ROWS, NUM_TOKENS, NUM_VALUES = range(4)
 MAX_STAMP = 2**31 - 1
 """Steps are stamped 1, 2, ... up to here and then from 1 on again; 0 is no step."""
-
 ERROR_SLOTS = 16
-"""Steps whose faults are kept: that of a step lies in slot `stamp % ERROR_SLOTS`."""
+"""Steps whose faults are kept; the fault of a step goes to slot `stamp % ERROR_SLOTS`."""
 ERROR_WORDS = 8
 """Words of such a slot: fault, row, value found, limit, stamp of the step; the rest is unused."""
-
 FAULT_ROLLBACK = 1
 """A row's rollback is negative. Found: the rollback; limit: 0."""
 FAULT_CTX = 2
 """A row has fewer tokens than it adds. Found: ctx - rollback; limit: q."""
 
-
-class Sizes(Protocol):
-    """What a layout asks of a configuration."""
-
-    @property
-    def max_num_seqs(self) -> int: ...
-    @property
-    def max_blocks_per_seq(self) -> int: ...
+_STAMP, _NUM_ROWS, _NUM_TOKENS, _NUM_VALUES = range(4)
 
 
-@dataclass(frozen=True, slots=True, init=False)
-class SlabLayout:
-    """Where the sections of a slab start, in words.
+def section_words(cfg: V4PrepareConfig) -> int:
+    """Words of each section of rows."""
+    return -(-(cfg.max_num_seqs + 1) // HEADER_WORDS) * HEADER_WORDS
 
-    Attributes:
-        num_rows: rows that each section of rows has room for.
-        ctx, q, slot, run_column, run_start, values: first word of a section.
-        num_words: words of a slab.
+
+def slab_words(cfg: V4PrepareConfig) -> int:
+    """Words of a slab in which every cell of the table changes, a multiple of HEADER_WORDS."""
+    cells = cfg.max_num_seqs * cfg.max_blocks_per_seq
+    return HEADER_WORDS + 5 * section_words(cfg) + -(-cells // HEADER_WORDS) * HEADER_WORDS
+
+
+class StepWords:
+    """Header and sections of the steps, kept from step to step and copied into a slab as they are.
+
+    A step thus writes only what differs from the step before it.
     """
 
-    num_rows: int
-    ctx: int
-    q: int
-    slot: int
-    run_column: int
-    run_start: int
-    values: int
-    num_words: int
+    def __init__(self, cfg: V4PrepareConfig) -> None:
+        rows, section = cfg.max_num_seqs, section_words(cfg)
+        self._words: Int32Array = np.zeros(HEADER_WORDS + 5 * section, np.int32)
+        sections = self._words[HEADER_WORDS:].reshape(5, section)
+        self._ctx, self._q, self._slot, self._run_column = sections[:4, :rows]
+        self._run_start = sections[4, : rows + 1]
+        self._slot.fill(-1)
+        self._num_rows = 0
+        self._has_runs = False
 
-    def __init__(self, cfg: Sizes) -> None:
-        rows = cfg.max_num_seqs
-        at = SECTION_WORDS
-        for name, size in (
-            ("ctx", rows),
-            ("q", rows),
-            ("slot", rows),
-            ("run_column", rows),
-            ("run_start", rows + 1),
-            ("values", rows * cfg.max_blocks_per_seq),
-        ):
-            object.__setattr__(self, name, at)
-            at += -(-size // SECTION_WORDS) * SECTION_WORDS
-        object.__setattr__(self, "num_rows", rows)
-        object.__setattr__(self, "num_words", at)
+    def take_rows(self, q: npt.NDArray[Any], slot: npt.NDArray[Any], num_tokens: int) -> None:
+        """The numbers of tokens and the slots [B] of the steps from now on, and their T."""
+        num_rows = self._num_rows = len(q)
+        self._q[:num_rows], self._slot[:num_rows] = q, slot
+        self._ctx[num_rows:], self._q[num_rows:], self._slot[num_rows:] = 0, 0, -1
+        self._words[_NUM_ROWS], self._words[_NUM_TOKENS] = num_rows, num_tokens
+
+    def write(self, slab: Int32Array, stamp: int, ctx: npt.NDArray[Any], table: TableMirror) -> int:
+        """Fill a slab with a step that has passed all checks; how many of its words count.
+
+        Args:
+            slab: int32 [slab_words]; whatever it holds.
+            stamp: number of the step.
+            ctx: [B]; B is that of `take_rows`.
+            table: its cells which the device lacks go along.
+        """
+        words = self._words
+        self._ctx[: self._num_rows] = ctx
+        num_values = 0
+        if table.has_news:
+            values = slab[len(words) :]
+            num_values = table.write_runs(self._num_rows, self._run_column, self._run_start, values)
+            self._has_runs = True
+        elif self._has_runs:
+            self._run_start.fill(0)
+            self._has_runs = False
+        words[_STAMP], words[_NUM_VALUES] = stamp, num_values
+        slab[: len(words)] = words
+        return len(words) + num_values

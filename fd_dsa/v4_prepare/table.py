@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from operator import index
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.errors import V4PrepareError
-from fd_dsa.v4_prepare.checks import cells_are_good
+from fd_dsa.v4_prepare.checks import cells_are_good, check_cells
 from fd_dsa.v4_prepare.config import V4PrepareConfig
 
 Int32Array = npt.NDArray[np.int32]
-
-
-class TableChange(NamedTuple):
-    """What the table of a step changes in the rows of the step.
-
-    Attributes:
-        is_active: bool [B]; idle rows keep their blocks.
-        num_set, num_sent: int32 [B]; set cells of the active rows afterwards, and how many of
-            them the device has already.
-        cells, blocks: [n]; which cells of the whole table change, row by row, and to what.
-    """
-
-    is_active: npt.NDArray[np.bool_]
-    num_set: Int32Array
-    num_sent: Int32Array
-    cells: npt.NDArray[np.int64]
-    blocks: npt.NDArray[Any]
-
-
-_NONE = np.empty(0, np.int32)
-UNCHANGED = TableChange(_NONE.astype(np.bool_), _NONE, _NONE, _NONE.astype(np.int64), _NONE)
-"""The change of a table that says what was known."""
+# a row, its first new column, and its blocks from there on
+Run = tuple[int, int, npt.NDArray[Any]]
 
 
 class TableMirror:
@@ -49,59 +29,55 @@ class TableMirror:
 
     Attributes:
         version: changes whenever a set cell may have; no two states of a table have the same.
+        has_news: whether any row may have cells that the device lacks.
     """
 
     def __init__(self, cfg: V4PrepareConfig) -> None:
         rows, columns = cfg.max_num_seqs, cfg.max_blocks_per_seq
         self._cfg = cfg
         self._cells: Int32Array = np.full((rows, columns), -1, np.int32)
-        self._flat: Int32Array = self._cells.reshape(-1)
-        self._first_cells = np.arange(rows, dtype=np.int32) * columns
-        self._columns = np.arange(columns, dtype=np.int32)
         self._num_set = np.zeros(rows, np.int32)
         self._num_sent = np.zeros(rows, np.int32)
-        self._counts = np.zeros(rows, np.int32)
         # tokens in so many blocks, no more than a row may have at all
         tokens = np.arange(columns + 1) * cfg.block_size
         self._tokens_of = np.minimum(tokens, cfg.max_model_len).astype(np.int32)
         self.version = 0
-        # the rows from here on have no cells that the device lacks
-        self._news_end = 0
+        self.has_news = False
         # ascending rows, columns and blocks of the last append, if the device lacks nothing else
         self._appended: tuple[npt.NDArray[Any], Int32Array, npt.NDArray[Any]] | None = None
         self._row_ends = np.arange(rows + 1)
 
-    @property
-    def has_news(self) -> bool:
-        """Whether any row may have cells that the device lacks."""
-        return self._news_end > 0
-
-    def room(self, num_rows: int, out: Int32Array | None = None) -> Int32Array:
+    def room(self, num_rows: int) -> Int32Array:
         """int32 [num_rows]: tokens that the set cells of each row hold, at most max_model_len."""
         # not "raise", which would go through a copy
-        return self._tokens_of.take(self._num_set[:num_rows], out=out, mode="clip")
+        return self._tokens_of.take(self._num_set[:num_rows], mode="clip")
 
     def set_blocks(self, row: int, block_ids: Any, start: int = 0) -> None:
         """Put `block_ids` in the place of a row's cells from `start` on; see `V4Prepare`."""
         row, start, ids = self._checked(row, np.asarray(block_ids), start)
-        stop = start + len(ids)
-        self._cells[row, start:stop] = ids
-        self._num_set[row] = stop
-        if start < self._num_sent[row]:
-            self._num_sent[row] = start
-        self._changed(row + 1)
+        self.put([(row, start, ids)])
+
+    def put(self, runs: list[Run]) -> None:
+        """Put checked blocks in the place of each row's cells from a column on."""
+        for row, start, ids in runs:
+            stop = start + len(ids)
+            self._cells[row, start:stop] = ids
+            self._num_set[row] = stop
+            if start < self._num_sent[row]:
+                self._num_sent[row] = start
+        self.version += 1
+        self.has_news, self._appended = True, None
 
     def append_blocks(self, rows: Any, block_ids: Any) -> None:
-        """Put one more cell behind those of each of some rows; see `V4Prepare`."""
-        # copies: some are kept until they are sent
+        """Put one more cell after those of each of some rows; see `V4Prepare`."""
+        # copies: they are kept until they are sent
         rows, ids = np.array(rows), np.array(block_ids)
-        if rows.shape != ids.shape or rows.ndim != 1:
-            _raise_pair_fault(rows, ids)
+        kinds = rows.dtype.kind + ids.dtype.kind
+        if rows.shape != ids.shape or rows.ndim != 1 or kinds.strip("iu"):
+            _check_pairs(rows, ids)
         row_list, id_list = rows.tolist(), ids.tolist()
         if not row_list:
             return
-        if rows.dtype.kind not in "iu" or ids.dtype.kind not in "iu":
-            _raise_pair_fault(rows, ids)
         ordered = sorted(set(row_list))
         if (
             ordered[0] < 0
@@ -116,27 +92,21 @@ class TableMirror:
             self._raise_first_fault(row_list, id_list)
         self._cells[rows, columns] = ids
         self._num_set[rows] = columns + 1
-        is_all_news = not self.has_news and ordered == row_list
-        self._changed(ordered[-1] + 1)
-        if is_all_news:
-            self._appended = rows, columns, ids
-
-    def _changed(self, end: int) -> None:
-        """Cells of rows before `end` have changed."""
-        self.version += 1
         self._appended = None
-        if end > self._news_end:
-            self._news_end = end
+        if ordered == row_list and not self.has_news:
+            self._appended = rows, columns, ids
+        self.version += 1
+        self.has_news = True
 
-    def table_of(self, num_rows: int) -> Int32Array:
-        """A copy of the first rows, -1 where no cell is set."""
-        table = self._cells[:num_rows].copy()
-        table[self._columns >= self._num_set[:num_rows, None]] = -1
+    def table_of(self, num_rows: int, width: int | None = None) -> Int32Array:
+        """A copy of the first rows and columns, -1 where no cell is set."""
+        table = self._cells[:num_rows, :width].copy()
+        table[np.arange(table.shape[1]) >= self._num_set[:num_rows, None]] = -1
         return table
 
-    def compare(
+    def changes(
         self, table: npt.NDArray[Any], ctx: npt.NDArray[Any], q: npt.NDArray[Any]
-    ) -> TableChange | None:
+    ) -> list[Run] | None:
         """What the table of a step changes; nothing is written yet.
 
         Args:
@@ -146,82 +116,68 @@ class TableMirror:
         Returns:
             None if a cell that a row needs is missing or is no block.
         """
-        num_rows, is_active = len(q), q > 0
+        num_rows, num_set = len(q), self._num_set[: len(q)]
         needed = (ctx.astype(np.int32, copy=False) - 1) // self._cfg.block_size + 1
-        needed *= is_active
+        needed *= q > 0
         width = int(needed.max(initial=0))
         if width > table.shape[1]:
             return None
         table = table[:, :width]
-        changed = np.flatnonzero(table != self._cells[:num_rows, :width])
-        if not len(changed) and (needed == self._num_set[:num_rows]).all():
-            return UNCHANGED
-        grown = np.flatnonzero(needed > self._num_set[:num_rows])
-        if len(grown) and not self._are_blocks(table[grown], needed[grown]):
+        # the first cell of each row that is not known, or known to be another block
+        first = np.minimum(needed, num_set)
+        differing = np.flatnonzero(table != self._cells[:num_rows, :width])
+        if len(differing):
+            row, column = np.divmod(differing, width)
+            is_known = column < first[row]
+            # backwards: of the cells of a row the first one stays
+            first[row[is_known][::-1]] = column[is_known][::-1]
+        rows = np.flatnonzero((q > 0) & ((first < needed) | (needed < num_set)))
+        if not len(rows):
+            return []
+        table, columns = table[rows], np.arange(width)
+        is_new = (columns >= first[rows, None]) & (columns < needed[rows, None])
+        if not (cells_are_good(table, self._cfg.num_blocks) | ~is_new).all():
             return None
-        row, column = np.divmod(changed, max(width, 1))
-        # cells that no token needs may hold anything
-        is_needed = column < needed[row]
-        row, column = row[is_needed], column[is_needed]
-        blocks = table[row, column]
-        if not cells_are_good(blocks, self._cfg.num_blocks).all():
-            return None
-        first = needed.copy()
-        # backwards: of the changed cells of a row, the first one stays
-        first[row[::-1]] = column[::-1]
-        num_sent = np.minimum(self._num_sent[:num_rows], first)
-        cells = row * self._cells.shape[1] + column
-        return TableChange(is_active, needed, num_sent, cells, blocks)
-
-    def _are_blocks(self, cells: npt.NDArray[Any], needed: Int32Array) -> bool:
-        """Whether the first cells of each row are blocks; one that equals a stale cell is none."""
-        behind = self._columns[: cells.shape[1]] >= needed[:, None]
-        return bool((behind | cells_are_good(cells, self._cfg.num_blocks)).all())
-
-    def apply(self, change: TableChange) -> None:
-        """Take over what `compare` found."""
-        is_active, num_rows = change.is_active, len(change.is_active)
-        self._flat[change.cells] = change.blocks
-        np.copyto(self._num_set[:num_rows], change.num_set, where=is_active)
-        np.copyto(self._num_sent[:num_rows], change.num_sent, where=is_active)
-        self._changed(num_rows)
+        bounds = zip(rows.tolist(), table, first[rows].tolist(), needed[rows].tolist(), strict=True)
+        return [(row, start, cells[start:stop]) for row, cells, start, stop in bounds]
 
     def write_runs(
         self, num_rows: int, run_column: Int32Array, run_start: Int32Array, values: Int32Array
     ) -> int:
         """Write the cells that the device lacks in the first rows; how many they are.
 
+        They count as sent: they go with a step that is on its way.
+
         Args:
             run_column: int32 [max_num_seqs]; takes the first such column of a row.
-            run_start: int32 [max_num_seqs + 1], starting with 0; takes the prefix sums.
+            run_start: int32 [max_num_seqs + 1]; takes the prefix sums.
             values: int32 [max_num_seqs * max_blocks_per_seq]; takes the cells.
         """
-        if self._appended is not None and self._news_end <= num_rows:
-            rows, columns, blocks = self._appended
+        num_set, num_sent = self._num_set[:num_rows], self._num_sent[:num_rows]
+        appended, self._appended = self._appended, None
+        if appended is not None and appended[0][-1] < num_rows:
+            # what decoding needs at the ends of blocks: one cell a row, in few calls
+            rows, columns, blocks = appended
+            num_cells = len(rows)
             run_column[rows] = columns
-            # one cell a row: of the rows before each
             run_start[:] = rows.searchsorted(self._row_ends)
-            values[: len(rows)] = blocks
-            return len(rows)
-        num_sent, counts = self._num_sent[:num_rows], self._counts[:num_rows]
-        np.subtract(self._num_set[:num_rows], num_sent, out=counts)
-        run_column[:num_rows] = num_sent
-        np.add.accumulate(counts, out=run_start[1 : num_rows + 1])
-        num_cells = int(run_start[num_rows])
-        run_start[num_rows + 1 :] = num_cells
+            values[:num_cells] = blocks
+            num_sent[:] = num_set
+            self.has_news = False
+            return num_cells
+        rows = (num_set != num_sent).nonzero()[0]
+        first = num_sent[rows]
+        run_column[rows] = first
+        run_start.fill(0)
+        run_start[rows + 1] = num_set[rows] - first
+        np.add.accumulate(run_start, out=run_start)
+        num_cells = int(run_start[-1])
         if num_cells:
-            cells = (self._first_cells[:num_rows] + num_sent - run_start[:num_rows]).repeat(counts)
-            cells += np.arange(num_cells, dtype=np.int32)
-            # not "raise", which would go through a copy
-            self._flat.take(cells, out=values[:num_cells], mode="clip")
+            runs = zip(rows.tolist(), first.tolist(), num_set[rows].tolist(), strict=True)
+            np.concatenate([self._cells[r, a:b] for r, a, b in runs], out=values[:num_cells])
+        num_sent[:] = num_set
+        self.has_news = bool((self._num_set[num_rows:] != self._num_sent[num_rows:]).any())
         return num_cells
-
-    def mark_sent(self, num_rows: int) -> None:
-        """The device gets the cells of these rows with a step that is on its way."""
-        self._num_sent[:num_rows] = self._num_set[:num_rows]
-        self._appended = None
-        if self._news_end <= num_rows:
-            self._news_end = 0
 
     def _checked(
         self, row: int, ids: npt.NDArray[Any], start: int
@@ -239,25 +195,13 @@ class TableMirror:
                 f"0..{self._num_set[row]}; set the blocks before it first"
             )
         if not ids.size:
-            return row, start, ids.reshape(0)
+            return row, start, ids.reshape(0).astype(np.int32)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise V4PrepareError(
-                "E_DTYPE",
-                row,
-                f"block_ids of shape {list(ids.shape)} and dtype {ids.dtype}, must be [n] integers",
-            )
+            text = f"block_ids of shape {list(ids.shape)} and dtype {ids.dtype}"
+            raise V4PrepareError("E_DTYPE", row, f"{text}, must be [n] integers")
         stop = start + len(ids)
-        if stop > cfg.max_blocks_per_seq:
-            raise V4PrepareError(
-                "E_TABLE", row, f"needs {stop} blocks, table has {cfg.max_blocks_per_seq} columns"
-            )
-        if not cells_are_good(ids, cfg.num_blocks).all():
-            column = int(cells_are_good(ids, cfg.num_blocks).argmin())
-            raise V4PrepareError(
-                "E_BLOCK",
-                row,
-                f"block_table[{start + column}]={ids[column]} not in [0, {cfg.num_blocks})",
-            )
+        if stop > cfg.max_blocks_per_seq or not cells_are_good(ids, cfg.num_blocks).all():
+            check_cells(cfg, row, ids.tolist(), stop, cfg.max_blocks_per_seq, start)
         return row, start, ids
 
     def _raise_first_fault(self, rows: list[int], block_ids: list[int]) -> NoReturn:
@@ -272,14 +216,11 @@ class TableMirror:
         raise AssertionError("blocks were refused of which each may be appended")
 
 
-def _raise_pair_fault(rows: npt.NDArray[Any], block_ids: npt.NDArray[Any]) -> NoReturn:
-    """The error of rows and blocks that are no arrays of integers, or not equally many."""
+def _check_pairs(rows: npt.NDArray[Any], block_ids: npt.NDArray[Any]) -> None:
+    """Refuse rows and blocks that are no arrays of integers, or not equally many."""
     for name, array in (("rows", rows), ("block_ids", block_ids)):
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-            raise V4PrepareError(
-                "E_DTYPE",
-                -1,
-                f"{name} of shape {list(array.shape)} and dtype {array.dtype}, must be [n] "
-                "integers",
-            )
-    raise V4PrepareError("E_SHAPE", -1, f"got {len(rows)} rows and {len(block_ids)} block_ids")
+            text = f"{name} of shape {list(array.shape)} and dtype {array.dtype}"
+            raise V4PrepareError("E_DTYPE", -1, f"{text}, must be [n] integers")
+    if rows.shape != block_ids.shape:
+        raise V4PrepareError("E_SHAPE", -1, f"got {len(rows)} rows and {len(block_ids)} block_ids")

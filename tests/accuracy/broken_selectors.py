@@ -8,7 +8,7 @@ import numpy as np
 
 from fd_dsa.accuracy.selection.tap import RecordingBackend
 from fd_dsa.ops._host import as_numpy
-from fd_dsa.ops.topk import positions_to_slots
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 
 HUGE = 2**31 - 1
 
@@ -16,11 +16,9 @@ HUGE = 2**31 - 1
 class Broken(RecordingBackend):
     """Lets a token that has more keys than `index_topk` attend to others than the indexer chose."""
 
-    def indexer_forward(
-        self, q: Any, k: Any, weights: Any, layer_id: int, forward_meta: Any
-    ) -> Any:
+    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
         """See DSAAttentionBackend; then as `chosen` says."""
-        selection = super().indexer_forward(q, k, weights, layer_id, forward_meta)
+        selection = super().select(q, weights, layer_id, forward_meta)
         step, topk = self.current_step(forward_meta), self.config.index_topk
         positions = as_numpy(step.position_ids)
         cached = int(as_numpy(step.seq_lens_decoder)[0])

@@ -243,20 +243,6 @@ def test_missing_checkers_are_found_before_the_first_request(
     assert error_line(capsys, ["score", str(out)]) == "pip install 'fd_dsa[accuracy]'"
 
 
-def test_another_run_in_the_same_folder_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], server: Scripted
-) -> None:
-    command = ["ifeval", "--base-url", server.base_url, "--out", str(tmp_path), "--answers-only"]
-    assert main([*command, "--max-tokens", "8", "--subset", "3"]) == 0
-    before = (tmp_path / "answers.jsonl").read_bytes()
-    line = error_line(capsys, [*command, "--max-tokens", "9", "--subset", "3"])
-    assert "has answers of a run with max_tokens 8, this one has 9" in line
-    assert "num_prompts 3, this one has 4" in error_line(
-        capsys, [*command, "--max-tokens", "8", "--subset", "4"]
-    )
-    assert (tmp_path / "answers.jsonl").read_bytes() == before
-
-
 def test_a_server_of_its_own_that_does_not_start_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,26 +55,7 @@ def test_wilson_without_trials_knows_nothing() -> None:
     assert math.isnan(found.value) and (found.low, found.high) == (0.0, 1.0)
 
 
-@pytest.mark.parametrize(
-    ("worse", "better", "p"),
-    [
-        (0, 0, 1.0),
-        (0, 6, 0.03125),
-        (1, 7, 0.0703125),
-        (2, 8, 0.109375),
-        (10, 16, 0.3269),
-        (0, 8, 0.0078125),
-        (1, 9, 0.0215),
-        (2, 10, 0.0386),
-        (3, 11, 0.0574),
-        (7, 7, 1.0),
-    ],
-)
-def test_mcnemar(worse: int, better: int, p: float) -> None:
-    assert stats.mcnemar(worse, better) == pytest.approx(p, abs=5e-5)
-
-
-@pytest.mark.parametrize(("worse", "better"), list(product(range(5), range(5))))
+@pytest.mark.parametrize(("worse", "better"), [*product(range(5), range(5)), (3, 11), (0, 8)])
 def test_mcnemar_is_the_share_of_all_coin_tosses(worse: int, better: int) -> None:
     flips = worse + better
     tosses = [abs(2 * sum(coins) - flips) for coins in product((0, 1), repeat=flips)]

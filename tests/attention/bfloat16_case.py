@@ -18,10 +18,10 @@ from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig,
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
 from fd_dsa.ops.cache_write.paddle_impl import write_caches as cpu_cache_write
-from fd_dsa.ops.indexer_query import prepare_indexer_query
-from fd_dsa.ops.indexer_query.paddle_impl import prepare_indexer_query as cpu_indexer_query
 from fd_dsa.ops.mla_query import prepare_mla_query
 from fd_dsa.ops.mla_query.paddle_impl import prepare_mla_query as cpu_mla_query
+from fd_dsa.ops.query.paddle_impl import prepare_indexer_query as cpu_indexer_query
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
@@ -217,11 +217,10 @@ class Bfloat16Step:
             rope_interleave=False, quantized=True, weights_scale=0.03,
             out=backend.query_buffers(num_tokens),
         )  # fmt: skip
-        slots = backend.indexer_forward(index_q, None, weights, 0, meta)
+        slots = backend.select(index_q, weights, 0, meta)
         buffer = backend.mla_query_buffer(num_tokens)
         q = prepare_mla_query(given["q_latent"], given["q_pe"], step.position_ids, table, buffer)
-        layer = SimpleNamespace(layer_id=0)
-        out = backend.forward(q, None, slots, None, None, None, layer, meta)
+        out = backend.attend(q, slots, 0, meta)
         self.results = {"index_q": index_q, "weights": weights, "slots": slots, "q": q, "out": out}
 
     def check(self) -> None:

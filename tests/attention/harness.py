@@ -18,6 +18,7 @@ import pytest
 
 import fd_dsa.attention.host as host_module
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
+from fd_dsa.ops.cache_write import CacheWriteParams
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.fp8 import ref_index_key, ref_record
@@ -137,6 +138,21 @@ class Step:
     outputs: list[np.ndarray] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class FinishedKeys:
+    """A layer whose keys come normed and rotated."""
+
+    layer_id: int
+
+    def cache_write_params(self, layout: CacheLayout) -> CacheWriteParams:
+        """See DSAAttentionBackend.write."""
+        return CacheWriteParams(
+            layout.kv_cache_dtype,
+            index_hadamard=layout.index_hadamard,
+            index_scale_fmt=layout.index_scale_fmt,
+        )
+
+
 class World:
     """A backend with its caches, and the data of every row by layer.
 
@@ -248,6 +264,11 @@ class World:
         filler = np.full((padding, *arrays[0].shape[1:]), np.nan, np.float32)
         return paddle.to_tensor(np.concatenate([*arrays, filler]))
 
+    def write(self, given: dict[str, Any], layer: int, meta: Any) -> None:
+        """The keys of a layer, which come normed and rotated."""
+        kv_a = paddle.concat([given["latent"], given["k_pe"]], axis=1)
+        self.backend.write(kv_a, given["index_k"], None, FinishedKeys(layer), meta)
+
     def run(self, rows: list[tuple[int, int, int]], padding: int = 0) -> Step:
         """One step through every layer."""
         meta, step = self.begin(rows, padding), Step()
@@ -256,20 +277,10 @@ class World:
                 name: self.packed(layer, rows, padding, name)
                 for name in ("q", "latent", "k_pe", "index_q", "index_k", "weights")
             }
-            slots = self.backend.indexer_forward(
-                given["index_q"], given["index_k"], given["weights"], layer, meta
-            )
+            self.write(given, layer, meta)
+            slots = self.backend.select(given["index_q"], given["weights"], layer, meta)
             step.slots.append(slots.numpy())
-            out = self.backend.forward(
-                q=given["q"],
-                k=None,
-                v=slots,
-                qkv=None,
-                compressed_kv=given["latent"],
-                k_pe=given["k_pe"].unsqueeze(1),
-                layer=SimpleNamespace(layer_id=layer),
-                forward_meta=meta,
-            )
+            out = self.backend.attend(given["q"], slots, layer, meta)
             step.outputs.append(out.numpy())
         return step
 

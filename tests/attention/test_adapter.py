@@ -47,7 +47,7 @@ def test_the_step_has_the_rows_that_are_given() -> None:
     backend.build_step(meta, MIXED.inputs())
     assert_matches_oracle(step_of(meta), MIXED)
     assert meta.seq_lens_encoder.shape == (6,)
-    assert backend.get_attention_meta() is meta.fd_dsa_step
+    assert backend.attention_metadata is meta.fd_dsa_step
     for name in ("position_ids", "slot_mapping", "indexer_attn_mask_offsets"):
         assert getattr(meta, name) is getattr(meta.fd_dsa_step, name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fd_dsa.ops import _provider
+from fd_dsa.ops import providers
 from tests.attention.bfloat16_case import Bfloat16World
 from tests.kernel_memory import KernelMemory
 from tests.strategies import make_batch
@@ -20,9 +20,8 @@ SLOW = pytest.mark.slow
 def memory(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> KernelMemory:
     """A kernel memory whose tensors kernels serve, also where they lie on a CPU."""
     if kernel_memory.name == "interpreter":
-        choose = _provider._choose
-        monkeypatch.setattr(_provider, "_choices", {})
-        monkeypatch.setattr(_provider, "_choose", lambda operator, kind: choose(operator, "gpu"))
+        monkeypatch.setattr(providers, "_choices", {})
+        monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
     return kernel_memory
 
 

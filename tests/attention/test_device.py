@@ -39,7 +39,7 @@ class OnDevice:
         self.cpu: Step = self.world.run(rows, PADDING)
         config = self.world.backend.config
         self.attention = DeviceAttention(config, m.poisoned, **options)
-        meta = self.world.backend.get_attention_meta()
+        meta = self.world.backend.attention_metadata
         arrays = {field.name: getattr(meta, field.name) for field in fields(meta)}
         self.step: Any = SimpleNamespace(
             **{
@@ -132,8 +132,8 @@ def test_a_capture_after_a_warm_up_has_the_shared_selection_in_it(
 
     launches = []
 
-    def counted(allocate: Any) -> Any:
-        select_slots = slot_selector(allocate)
+    def counted(kind: str, allocate: Any) -> Any:
+        select_slots = slot_selector(kind, allocate)
         return lambda *a, **k: (launches.append(1), select_slots(*a, **k))
 
     slot_selector = module.slot_selector
@@ -199,14 +199,14 @@ def test_what_serves_is_told_once_and_remembered(
     from fd_dsa.attention.device_logits import PageScores
     from fd_dsa.attention.device_tiles import TileScores
     from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
-    from fd_dsa.ops import _provider
+    from fd_dsa.ops import providers
     from fd_dsa.triton_runtime.transfers import transfers_for
 
-    monkeypatch.setattr(_provider, "_choices", {})
+    monkeypatch.setattr(providers, "_choices", {})
     config = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
     # the interpreter's tensors lie on a CPU, where no kernel is said to serve
     monkeypatch.setattr(device, "device_kind", lambda tensor: "gpu")
-    monkeypatch.setattr(_provider, "_against", {})
+    monkeypatch.setattr(providers, "_choices", {})
     if serves:
         config = on_tensor_cores(config)
     caplog.clear()
@@ -219,13 +219,14 @@ def test_what_serves_is_told_once_and_remembered(
     said = [r.getMessage() for r in caplog.records if "ndexer_logits on gpu" in r.getMessage()]
     if serves:
         assert len(said) == 1 and "triton_tensor_core (a device, a" in said[0]
-        assert _provider.provider_table()["indexer_logits"] == {"gpu": "triton_tensor_core"}
-        assert "indexer_logits" not in _provider.kernel_reasons()
+        choice = providers.table()["indexer_logits"]["gpu"]
+        assert (choice.provider, choice.against) == ("triton_tensor_core", {})
     else:
         reason = "the cache is float32, it reads fp8_ds_mla"
-        assert said == [f"indexer_logits on gpu: triton (not triton_tensor_core: {reason})"]
-        assert _provider.provider_table()["sparse_mla"] == {"gpu": "triton"}
-        assert _provider.kernel_reasons()["indexer_logits"] == {"gpu": reason}
+        assert len(said) == 1 and said[0].startswith("indexer_logits on gpu: triton (a device, ")
+        assert said[0].endswith(f"kernel; not triton_tensor_core: {reason})")
+        assert providers.table()["sparse_mla"]["gpu"].provider == "triton"
+        assert providers.table()["indexer_logits"]["gpu"].against == {"triton_tensor_core": reason}
 
 
 @pytest.mark.parametrize("dtype", ["float32", FP8])

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("paddle", reason="the steps are on Paddle's tensors")
 
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops.topk import positions_to_slots, topk_indices
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from tests.attention.score_case import BLOCK, ScoreCase
 from tests.kernel_memory import KernelMemory
 
@@ -87,7 +87,7 @@ class Tiles:
         batch, scores, k = self.m.get(batch)[rows], self.m.get(logits), slots.shape[1]
         lengths = np.where(batch < 0, 0, self.m.get(positions)[rows] + 1)
         lengths = np.minimum(lengths, scores.shape[1])
-        chosen = topk_indices(scores, lengths, k)
+        chosen = select_positions(scores, lengths, k)
         # all keys of a short window, whatever their scores are
         column = np.arange(k)
         every = np.where(column < lengths[:, None], column, -1).astype(np.int32)
@@ -111,7 +111,7 @@ def test_the_choice_of_the_other_kernel(
     kernel_memory: KernelMemory, rows: list[Any], drafts: int
 ) -> None:
     from fd_dsa.attention.device_logits import PageScores
-    from fd_dsa.ops.topk.device import slot_selector
+    from fd_dsa.ops.topk.custom_op import slot_selector
 
     tiles = Tiles(kernel_memory, rows, drafts=drafts)
     case, num_logits = tiles.case, 1 << 12
@@ -120,7 +120,7 @@ def test_the_choice_of_the_other_kernel(
         case.config,
         lambda name, *shape: logits[: shape[0] * shape[1]].reshape(list(shape)),
         num_logits,
-        slot_selector(kernel_memory.poisoned),
+        slot_selector("gpu", kernel_memory.poisoned),
     )
     wanted = kernel_memory.poisoned((case.config.max_num_tokens, 64), "int32")
     pages.prepare(case.step)

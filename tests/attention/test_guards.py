@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,38 +26,31 @@ def world() -> World:
     return made
 
 
-def forward(world: World, meta: Any, **changes: Any) -> Any:
-    """`forward` of layer 0 with right arguments, or with some of them replaced."""
-    arguments = {
-        "q": world.packed(0, ROWS, 0, "q"),
-        "k": None,
-        "v": paddle.full([4, 1, 8], -1, "int32"),
-        "qkv": None,
-        "compressed_kv": world.packed(0, ROWS, 0, "latent"),
-        "k_pe": world.packed(0, ROWS, 0, "k_pe").reshape([-1, 1, ROPE]),
-        "layer": SimpleNamespace(layer_id=0),
-        "forward_meta": meta,
-    }
-    return world.backend.forward(**(arguments | changes))
+def given(world: World, **changes: Any) -> dict[str, Any]:
+    """What the projections of layer 0 give, with some of it replaced."""
+    names = ("q", "latent", "k_pe", "index_q", "index_k", "weights")
+    return {name: world.packed(0, ROWS, 0, name) for name in names} | changes
 
 
-def index(world: World, meta: Any, **changes: Any) -> Any:
-    """`indexer_forward` of layer 0 with right arguments, or with some of them replaced."""
-    arguments = {
-        "q": world.packed(0, ROWS, 0, "index_q"),
-        "k": world.packed(0, ROWS, 0, "index_k"),
-        "weights": world.packed(0, ROWS, 0, "weights"),
-        "layer_id": 0,
-        "forward_meta": meta,
-    }
-    return world.backend.indexer_forward(**(arguments | changes))
+def write(world: World, meta: Any, **changes: Any) -> None:
+    world.write(given(world, **changes), 0, meta)
+
+
+def select(world: World, meta: Any, **changes: Any) -> Any:
+    arguments = given(world, **changes)
+    return world.backend.select(arguments["index_q"], arguments["weights"], 0, meta)
+
+
+def attend(world: World, meta: Any, slots: Any = None, **changes: Any) -> Any:
+    slots = paddle.full([4, 1, 8], -1, "int32") if slots is None else slots
+    return world.backend.attend(given(world, **changes)["q"], slots, 0, meta)
 
 
 def test_step_metadata_hangs_on_the_forward_meta(world: World) -> None:
-    assert world.backend.get_attention_meta() is None
+    assert world.backend.attention_metadata is None
     meta = world.begin(ROWS)
     step = step_of(meta)
-    assert world.backend.get_attention_meta() is step is meta.fd_dsa_step
+    assert world.backend.attention_metadata is step is meta.fd_dsa_step
     for name in ("position_ids", "slot_mapping", "indexer_attn_mask_offsets"):
         assert getattr(meta, name) is getattr(step, name)
     assert meta.position_ids.numpy().tolist() == [2, 3, 4, 9]
@@ -69,16 +61,6 @@ def test_decode_only_steps_have_no_mask_offsets(world: World) -> None:
     meta = world.begin([(0, 2, 1), (0, 9, 1)])
     assert meta.indexer_attn_mask_offsets is None
     assert step_of(meta).cu_seqlens_kg is None
-
-
-def test_one_object_is_built_once(world: World) -> None:
-    meta = world.begin(ROWS)
-    step = meta.fd_dsa_step
-    world.backend.init_attention_metadata(meta)
-    assert world.backend.builder.num_builds == 1
-    assert meta.fd_dsa_step is step
-    world.begin(ROWS)
-    assert world.backend.builder.num_builds == 2
 
 
 def test_layers_build_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,13 +84,13 @@ def test_missing_inputs_say_what_comes_first(world: World, name: str, how: str) 
     assert world.backend.builder.num_builds == 0
 
 
-@pytest.mark.parametrize("call", [forward, index], ids=["forward", "indexer_forward"])
+@pytest.mark.parametrize("call", [write, select, attend])
 def test_layers_before_the_metadata(world: World, call: Any) -> None:
     with pytest.raises(MissingStepError, match=r"init_attention_metadata.*must be called first"):
         call(world, world.forward_meta(ROWS))
 
 
-@pytest.mark.parametrize("call", [forward, index], ids=["forward", "indexer_forward"])
+@pytest.mark.parametrize("call", [write, select, attend])
 def test_layers_on_the_step_before(world: World, call: Any) -> None:
     old = world.begin(ROWS)
     world.begin(ROWS)
@@ -127,10 +109,10 @@ def test_a_refused_step_is_no_step(world: World) -> None:
         world.backend.init_attention_metadata(bad)
     assert getattr(bad, "fd_dsa_step", None) is None
     with pytest.raises(MissingStepError):
-        forward(world, bad)
+        attend(world, bad)
     # the step before is still whole
     assert meta.position_ids.numpy().tolist() == [2, 3, 4, 9]
-    forward(world, meta)
+    attend(world, meta)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +135,10 @@ def test_inputs_of_another_shape(world: World, name: str, value: Any, said: str)
 @pytest.mark.parametrize(
     ("call", "changes", "said"),
     [
-        (index, {"k": paddle.zeros([3, INDEX_DIM])}, r"\[3, 4\].*\[4, \*\]"),
-        (index, {"k": paddle.zeros([4, 5])}, r"index_cache.*16, 4\].*5\]"),
-        (forward, {"compressed_kv": paddle.zeros([5, RANK])}, r"\[5, 6\].*\[4, 6\]"),
-        (forward, {"compressed_kv": paddle.zeros([4, RANK + 1])}, r"\[4, 7\].*\[4, 6\]"),
-        (forward, {"q": paddle.zeros([4, 2, 5])}, r"8\].*\[\*, 5\]"),
+        (write, {"index_k": paddle.zeros([3, INDEX_DIM])}, r"\[3, 4\].*\[4, \*\]"),
+        (write, {"index_k": paddle.zeros([4, 5])}, r"index_cache.*16, 4\].*5\]"),
+        (write, {"latent": paddle.zeros([4, RANK + 1])}, r"latent_cache.*8\].*9\]"),
+        (attend, {"q": paddle.zeros([4, 2, 5])}, r"\[4, 2, 5\].*\[\*, \*, 8\]"),
     ],
 )
 def test_layer_arguments_of_another_shape(world: World, call: Any, changes: Any, said: str) -> None:
@@ -178,8 +159,9 @@ def test_longest_row_may_be_an_upper_bound(world: World) -> None:
     world.backend.set_step_hints(StepHints(4, 3, 12))
     meta = world.forward_meta(ROWS)
     world.backend.init_attention_metadata(meta)
+    write(world, meta)
     # a copy: the selection's buffer serves the next layer too
-    slots = index(world, meta).numpy()
+    slots = select(world, meta).numpy()
     np.testing.assert_array_equal(slots, world.run(ROWS).slots[0])
 
 
@@ -193,66 +175,39 @@ def test_tensors_serve_as_inputs(world: World) -> None:
 
 def test_selection_may_have_upstream_s_middle_axis(world: World) -> None:
     meta = world.begin(ROWS)
-    slots = index(world, meta)
-    flat = forward(world, meta, v=slots).numpy().copy()
-    np.testing.assert_array_equal(forward(world, meta, v=slots.unsqueeze(1)).numpy(), flat)
+    slots = select(world, meta)
+    flat = attend(world, meta, slots).numpy().copy()
+    np.testing.assert_array_equal(attend(world, meta, slots.unsqueeze(1)).numpy(), flat)
 
 
-def test_every_mode_is_the_mixed_one(world: World) -> None:
-    meta = world.begin(ROWS)
-    slots = index(world, meta)
-    wanted = forward(world, meta, v=slots).numpy().copy()
-    arguments = (
-        world.packed(0, ROWS, 0, "q"),
-        None,
-        slots,
-        None,
-        world.packed(0, ROWS, 0, "latent"),
-        world.packed(0, ROWS, 0, "k_pe"),
-        SimpleNamespace(layer_id=0),
-        meta,
-    )
-    for mode in ("forward_mixed", "forward_decode", "forward_extend"):
-        np.testing.assert_array_equal(getattr(world.backend, mode)(*arguments).numpy(), wanted)
-
-
-@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
-def test_cache_shapes_and_bytes(dtype: str, itemsize: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "itemsize", "rows"),
+    [("float32", 4, (576, 128)), ("bfloat16", 2, (576, 128)), ("fp8_ds_mla", 1, (656, 132))],
+)
+def test_cache_shapes_and_bytes(dtype: str, itemsize: int, rows: tuple[int, int]) -> None:
     layout = CacheLayout(dtype, 64, 512, 64, 128)
-    assert layout.latent_shape(7) == [7, 1, 64, 576]
-    assert layout.indexer_shape(7) == [7, 64, 128]
-    assert layout.bytes_per_block(3, 2) == (3 * 576 + 2 * 128) * 64 * itemsize
+    assert layout.latent_shape(7) == [7, 1, 64, rows[0]]
+    assert layout.indexer_shape(7) == [7, 64, rows[1]]
+    # DeepSeek-V3.2, and GLM-5.2 with 21 full layers of 78
+    for full, layers in ((61, 61), (21, 78)):
+        expected = (layers * rows[0] + full * rows[1]) * 64 * itemsize
+        assert layout.bytes_per_block(layers, full) == expected
     latent = layout.allocate(layout.latent_shape(2))
-    assert latent.shape == [2, 1, 64, 576]
+    assert latent.shape == [2, 1, 64, rows[0]]
     assert latent.numpy().itemsize == itemsize
     assert not latent.numpy().any()
 
 
-def test_backend_gives_the_three_cache_shapes(world: World) -> None:
-    latent, value, indexer = world.backend.get_kv_cache_shape(max_num_blocks=5)
-    assert latent == [5, 1, 16, RANK + ROPE]
-    assert value == []
-    assert indexer == [5, 16, INDEX_DIM]
+def test_a_layer_that_shares_a_selection_has_no_index_cache(world: World) -> None:
+    latent, index, shared, none = world.backend.allocate_caches([True, False])
+    num_blocks = world.num_blocks
+    assert latent.shape == shared.shape == [num_blocks, 1, 16, RANK + ROPE]
+    assert index.shape == [num_blocks, 16, INDEX_DIM] and none is None
 
 
 def test_unknown_cache_dtype() -> None:
     with pytest.raises(ConfigError, match=r"'fp8'.*float32, bfloat16, fp8_ds_mla"):
         CacheLayout("fp8", 64, 512, 64, 128)
-
-
-def test_fp8_cache_shapes_and_bytes() -> None:
-    layout = CacheLayout("fp8_ds_mla", 64, 512, 64, 128)
-    assert layout.latent_shape(7) == [7, 1, 64, 656]
-    assert layout.indexer_shape(7) == [7, 64, 132]
-    # 788 bytes a token and layer, 656 where a layer shares a selection
-    assert layout.bytes_per_block(1, 1) == 64 * 788
-    assert layout.bytes_per_block(1, 0) == 64 * 656
-    # DeepSeek-V3.2, and GLM-5.2 with 21 full layers of 78
-    assert layout.bytes_per_block(61, 61) == 64 * 48_068
-    assert layout.bytes_per_block(78, 21) == 64 * 53_940
-    latent = layout.allocate(layout.latent_shape(2))
-    assert latent.shape == [2, 1, 64, 656]
-    assert str(latent.dtype).endswith("uint8")
 
 
 def test_hadamard_has_128_points() -> None:

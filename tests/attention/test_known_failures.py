@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import fd_dsa.attention.host as host_module
-import fd_dsa.ops.indexer_logits.paddle_impl as scoring
+import fd_dsa.ops.logits.paddle_impl as scoring
 from fd_dsa.attention.step_plan import StepPlan
-from fd_dsa.ops.indexer_logits import PagedUnits
-from fd_dsa.ops.topk import positions_to_slots
+from fd_dsa.ops.logits.paddle_impl import PagedUnits
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 from tests.attention.harness import Sizes, World, rows_of, world_of
 from tests.reference.topk import ref_slot
 from tests.strategies import make_batch
@@ -77,8 +77,10 @@ def test_indices_are_not_all_trailing() -> None:
 def choose(world: World, rows: list[tuple[int, int, int]]) -> Any:
     """The selection of a step, in the memory that the backend uses for the next one too."""
     meta = world.begin(rows)
-    given = [world.packed(0, rows, 0, name) for name in ("index_q", "index_k", "weights")]
-    return world.backend.indexer_forward(*given, 0, meta)
+    names = ("latent", "k_pe", "index_q", "index_k", "weights")
+    given = {name: world.packed(0, rows, 0, name) for name in names}
+    world.write(given, 0, meta)
+    return world.backend.select(given["index_q"], given["weights"], 0, meta)
 
 
 def check_counts(world: World) -> None:
@@ -143,7 +145,7 @@ def test_scores_that_are_lost_are_noticed(
     many: World, monkeypatch: pytest.MonkeyPatch, scores: Any
 ) -> None:
     """All zero, and growing with the position: the first keys alone, and the last ones alone."""
-    for name in ("indexer_logits", "paged_indexer_logits"):
+    for name in ("score_gathered", "score_paged"):
         right = getattr(host_module, name)
         monkeypatch.setattr(
             host_module,
@@ -223,5 +225,5 @@ def test_an_unmapped_tail_that_is_read_is_noticed(monkeypatch: pytest.MonkeyPatc
         return right(cls, np.full_like(lengths, lengths.max()), tables, block_size)
 
     monkeypatch.setattr(PagedUnits, "build", classmethod(unmasked))
-    with pytest.raises(ValueError, match=r"units.blocks\[.*\] is -1, allowed is 0 to"):
-        run_unequal(monkeypatch)
+    read, owned, _ = run_unequal(monkeypatch)
+    assert not read <= owned | {0}

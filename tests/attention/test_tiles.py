@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import fd_dsa.attention.step_plan as step_plan
-import fd_dsa.ops.indexer_logits.paddle_impl as indexer_impl
-import fd_dsa.ops.sparse_mla.paddle_impl as sparse_impl
+import fd_dsa.ops.logits.paddle_impl as indexer_impl
+import fd_dsa.ops.mla.paddle_impl as sparse_impl
 from fd_dsa.attention.step_plan import StepPlan
-from fd_dsa.ops.indexer_logits import PagedUnits
+from fd_dsa.ops.logits.paddle_impl import PagedUnits
 from fd_dsa.step import StepMetadataBuilder
 from tests.attention.harness import Sizes, rows_of, world_of
 from tests.strategies import make_batch

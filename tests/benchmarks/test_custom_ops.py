@@ -10,6 +10,7 @@ import pytest
 from benchmarks import _custom_ops
 from custom_ops.build_library import BuildError
 from fd_dsa import custom_ops
+from fd_dsa.ops import providers
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +23,8 @@ def fresh() -> Iterator[None]:
 
 def serving(reason: str) -> str:
     """What a benchmark sets up: asks which kernel serves, whose probe says `reason`."""
-    kernels = custom_ops.choose("topk", lambda library: reason)
-    return "triton" if kernels is None else "custom op"
+    choice = providers.choose("topk", "cuda", probe=lambda library: reason)
+    return choice.provider
 
 
 @pytest.fixture
@@ -32,13 +33,13 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_serves_what_is_set_up_with_it_and_nothing_after(library: None) -> None:
-    assert _custom_ops.set_up("topk", lambda: serving("")) == "custom op"
+    assert _custom_ops.set_up("topk", lambda: serving("")) == "custom_op"
     assert serving("") == "triton"
 
 
 def test_what_was_taken_before_does_not_serve_without(monkeypatch: pytest.MonkeyPatch) -> None:
     custom_ops.use_library("libc.so.6")
-    assert serving("") == "custom op"
+    assert serving("") == "custom_op"
     assert _custom_ops.without(lambda: serving("")) == "triton"
     installed = custom_ops.Build(custom_ops.BUILT, "for a GPU", "x.so", kernels=object())
     monkeypatch.setattr(custom_ops, "build", lambda: installed)

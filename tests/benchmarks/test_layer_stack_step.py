@@ -35,15 +35,15 @@ class HostMemory:
 @pytest.fixture
 def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Inputs, weights and the backend of two layers."""
-    from fd_dsa.ops import _provider
+    from fd_dsa.ops import providers
     from fd_dsa.triton_runtime import INTERPRETING, device
 
     if not INTERPRETING:
         pytest.skip("kernels are compiled here, and torch's tensors are not on the GPU")
     # nothing that is registered or decided here is left to other tests
     monkeypatch.setattr(device, "_REGISTRY", {torch.Tensor: HostMemory()})
-    monkeypatch.setattr(_provider, "device_kind", lambda tensor: "gpu")
-    monkeypatch.setattr(_provider, "_choices", {})
+    monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
+    monkeypatch.setattr(providers, "_choices", {})
     from benchmarks import _gpu, _logits_sides, _sparse_mla_sides, _stack, _stack_peers
     from benchmarks._layer import Sizes
     from benchmarks._stack_shapes import Shape

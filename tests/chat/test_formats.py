@@ -11,7 +11,7 @@ import pytest
 
 from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
 from fd_dsa.chat.events import Message
-from fd_dsa.chat.parser import OutputParser
+from fd_dsa.chat.parser import AnswerFormat, OutputParser
 from fd_dsa.chat.parsers import (
     REASONING_FORMATS,
     find_tool_format,
@@ -145,12 +145,13 @@ def test_there_and_back(name: str, renderer: ChatRenderer) -> None:
     kwargs = {"tools": TOOLS, "thinking": thinking}
     prompt = renderer.render([HI], **kwargs)
     assert opens_reasoning(prompt, None) is thinking
-    answer = OutputParser(
+    answer_format = AnswerFormat(
         has_reasoning("auto", renderer.source),
+        thinking,
         find_tool_format("auto", renderer.source),
         SCHEMAS,
-        thinking,
-    ).parse(recorded.text)
+    )
+    answer = OutputParser(answer_format).parse(recorded.text)
     assert answer == recorded.message
     history = renderer.render([HI, _as_history(answer)], add_generation_prompt=False, **kwargs)
     history = history.replace("[2 tools]", "")

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from fd_dsa.chat.grammar import forced_calls_grammar, json_behind_reasoning_grammar
-from fd_dsa.chat.parser import OutputParser
+from fd_dsa.chat.grammar import forced_calls_grammar, json_after_reasoning_grammar
+from fd_dsa.chat.parser import AnswerFormat, OutputParser
 from fd_dsa.chat.parsers import TOOL_FORMATS
 from fd_dsa.config import demo_model_path
 from tests.chat.recorded import RECORDED, SCHEMAS
@@ -71,7 +71,8 @@ def test_one_call_alone_and_a_named_tool(tool_format: str, text: str) -> None:
     assert accepts(grammar(tool_format, several=False), text) == (False, False)
     now = {"now": SCHEMAS["now"]}
     assert accepts(grammar(tool_format, now), text) == (False, False)
-    message = OutputParser(False, TOOL_FORMATS[tool_format], SCHEMAS).parse(text)
+    answer = AnswerFormat(tool_format=TOOL_FORMATS[tool_format], schemas=SCHEMAS)
+    message = OutputParser(answer).parse(text)
     assert [call.name for call in message.tool_calls] == ["get_weather", "now"]
 
 
@@ -95,7 +96,7 @@ def test_markers_that_are_special_tokens(tool_format: str, text: str) -> None:
 
 def test_json_behind_reasoning() -> None:
     schema = {"type": "object", "properties": {"k": {"type": "integer"}}, "required": ["k"]}
-    behind = json_behind_reasoning_grammar(schema, {})
+    behind = json_after_reasoning_grammar(schema, {})
     assert accepts(behind, 'Well, {.</think>{"k": 5}') == (True, True)
     assert accepts(behind, 'Well.</think>{"k": "x"}') == (False, False)
     assert accepts(behind, '{"k": 5}') == (True, False)

@@ -18,7 +18,7 @@ from fd_dsa.chat.events import (
     ToolCallStart,
     join_events,
 )
-from fd_dsa.chat.parser import OutputParser
+from fd_dsa.chat.parser import AnswerFormat, OutputParser
 from fd_dsa.chat.parsers import TOOL_FORMATS
 from tests.chat.recorded import RECORDED, SCHEMAS, Recorded
 
@@ -33,7 +33,7 @@ _ALPHABET = sorted(
 def parser(tool_format: str | None, in_reasoning: bool = False) -> OutputParser:
     """A parser for one answer."""
     known = None if tool_format is None else TOOL_FORMATS[tool_format]
-    return OutputParser(True, known, SCHEMAS, in_reasoning)
+    return OutputParser(AnswerFormat(True, in_reasoning, known, SCHEMAS))
 
 
 def in_pieces(one: OutputParser, pieces: list[str]) -> Message:
@@ -61,7 +61,6 @@ def recorded(request: pytest.FixtureRequest) -> Recorded:
 def test_the_whole_answer(recorded: Recorded) -> None:
     one = parser(recorded.tool_format, recorded.in_reasoning)
     assert one.parse(recorded.text) == recorded.message
-    assert one.num_tool_calls == len(recorded.message.tool_calls)
     for call in recorded.message.tool_calls:
         assert isinstance(json.loads(call.arguments), dict)
 
@@ -144,7 +143,7 @@ def test_reasoning_only_where_it_may_be() -> None:
     assert parser(None, True).parse("a") == Message("", "a")
     assert parser(None, True).parse("a</think>") == Message("", "a")
     assert parser(None, True).parse("a</think>b</think>") == Message("b</think>", "a")
-    off = OutputParser(False, None, None)
+    off = OutputParser(AnswerFormat())
     assert off.parse("<think>a</think>b") == Message("<think>a</think>b")
     assert parser(None, True).feed("a</think") == [ReasoningDelta("a")]
 
@@ -255,13 +254,13 @@ def test_malformed_answers(
 def test_types_of_glms_values(value: str, schema: object, expected: str) -> None:
     definitions = {"text": {"type": "string"}, "loop": {"$ref": "#/$defs/loop"}}
     schemas = {"f": {"properties": {"k": schema}, "$defs": definitions}}
-    one = OutputParser(False, TOOL_FORMATS[GLM], schemas)
+    one = OutputParser(AnswerFormat(tool_format=TOOL_FORMATS[GLM], schemas=schemas))
     text = f"<tool_call>f<arg_key>k</arg_key><arg_value>{value}</arg_value></tool_call>"
     assert one.parse(text).tool_calls == (ToolCall("f", f'{{"k": {expected}}}'),)
 
 
 @pytest.mark.parametrize("schemas", [{}, {"f": None}, {"f": []}, {"f": {"properties": 3}}])
 def test_schemas_that_say_nothing(schemas: dict[str, object]) -> None:
-    one = OutputParser(False, TOOL_FORMATS[GLM], schemas)
+    one = OutputParser(AnswerFormat(tool_format=TOOL_FORMATS[GLM], schemas=schemas))
     text = "<tool_call>f<arg_key>k</arg_key><arg_value>1</arg_value></tool_call>"
     assert one.parse(text).tool_calls == (ToolCall("f", '{"k": 1}'),)

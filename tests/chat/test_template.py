@@ -97,6 +97,7 @@ def test_messages_that_cannot_be_continued(message: dict[str, Any], text: str) -
         "{{ 1 / 0 }}",
         "{{ messages[0].content + 1 }}",
         "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
         "{% for i in range(10 ** 9) %}{% endfor %}",
     ],
 )

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.serve.test_end_to_end import environment
+from tests.serve.processes import environment
 
 SCRIPT = "import sys; from fd_dsa.cli import main; sys.exit(main())"
 

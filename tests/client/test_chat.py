@@ -24,7 +24,7 @@ from fd_dsa.serve.options import ServerOptions
 from tests.client.command import command, run
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
-from tests.serve.test_end_to_end import environment
+from tests.serve.processes import environment
 
 ANSWER = "".join(WORDS)
 
@@ -37,15 +37,15 @@ def prompts(live: Live) -> list[str]:
 def test_lines_of_a_pipe_are_messages(tmp_path: Path) -> None:
     said = "Hi\n\nAnd?\n/reset\n/what\nAgain\n/system Be brief.\nOnce more\n/exit\nnever\n"
     with running(FakeEngine()) as live:
-        flags = ("--base-url", live.url, "--temperature", "0.5", "--seed", "3")
+        flags = ("--base-url", live.url, "--temperature", "0.5", "--seed", "3", "--system", "Hm.")
         done = run(tmp_path, "chat", *flags, "--max-tokens", "50", said=said)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{ANSWER}\n" * 4
         assert done.stderr.startswith("unknown command '/what'; /reset forgets")
         assert prompts(live) == [
-            "user:Hi\n>",
-            f"user:Hi\nassistant:{ANSWER}\nuser:And?\n>",
-            "user:Again\n>",
+            "system:Hm.\nuser:Hi\n>",
+            f"system:Hm.\nuser:Hi\nassistant:{ANSWER}\nuser:And?\n>",
+            "system:Hm.\nuser:Again\n>",
             "system:Be brief.\nuser:Once more\n>",
         ]
         _, params = list(live.engine.requests.values())[-1]
@@ -101,12 +101,6 @@ def test_reasoning_of_a_model_in_the_process_is_told_from_the_content(
     for said, kind in (("a", ReasoningDelta), ("b", ContentDelta)):
         events = list(partner.answer([{"role": "user", "content": said}]))
         assert {type(event) for event in events} == {kind}
-
-
-def test_the_system_prompt_may_be_a_flag(tmp_path: Path) -> None:
-    with running(FakeEngine()) as live:
-        run(tmp_path, "chat", "--base-url", live.url, "--system", "Be kind.", said="Hi\n")
-        assert prompts(live) == ["system:Be kind.\nuser:Hi\n>"]
 
 
 def test_a_failed_answer_ends_a_pipe_with_status_one(tmp_path: Path) -> None:

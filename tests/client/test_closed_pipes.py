@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.client.command import command
-from tests.serve.test_end_to_end import environment
+from tests.serve.processes import environment
 
 COMMANDS = [
     [],

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa import custom_ops
-from fd_dsa.ops.sparse_mla.custom_op import CustomAttention
+from fd_dsa.ops.mla.custom_op import CustomAttention
 from tests.custom_ops.building import emulated_library
 from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, Case

@@ -11,8 +11,8 @@ import pytest
 from fd_dsa import custom_ops
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.ops.sparse_mla.custom_op import WideAttention
-from fd_dsa.ops.sparse_mla.dequantize import Dequantized, DequantizedRecords
+from fd_dsa.ops.mla.custom_op import NarrowAttention, WideAttention
+from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
 from tests.custom_ops.mla import InTwo, assert_same_bits, run
 from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, Case, make
@@ -248,7 +248,12 @@ def test_prompts_of_many_tokens_take_it(
         seen.append(options["dequantized"])
         original(self, *arguments, **options)
 
-    attention = TensorCoreAttention(config(64), m.poisoned, m.poisoned((WORDS,), "float32"))
+    attention = TensorCoreAttention(
+        config(64),
+        m.poisoned,
+        m.poisoned((WORDS,), "float32"),
+        WideAttention(custom_ops.build().kernels),
+    )
     monkeypatch.setattr(WideAttention, "__call__", recording)
     out = m.poisoned((len(step.case.q), 64, RANK), "float32")
     lse = m.poisoned((len(step.case.q), 64), "float32")
@@ -258,12 +263,21 @@ def test_prompts_of_many_tokens_take_it(
     assert [found is not None for found in seen] == [serves]
 
 
-@pytest.mark.parametrize(("heads", "cache"), [(16, FP8), (64, "bfloat16")])
-def test_no_other_kernel_takes_them(gpu_memory: KernelMemory, heads: int, cache: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "heads", "cache"), [(NarrowAttention, 16, FP8), (WideAttention, 64, "bfloat16")]
+)
+def test_no_other_kernel_takes_them(
+    gpu_memory: KernelMemory, kind: Any, heads: int, cache: str
+) -> None:
     from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 
     m = gpu_memory
-    attention = TensorCoreAttention(config(heads, cache), m.poisoned, m.poisoned((9,), "float32"))
+    attention = TensorCoreAttention(
+        config(heads, cache),
+        m.poisoned,
+        m.poisoned((9,), "float32"),
+        kind(custom_ops.build().kernels),
+    )
     counts = [30] * 150
     case = make("fp8_ds_mla" if cache == FP8 else "bfloat16", counts, 30, heads=heads)
     out, lse = m.poisoned((150, heads, RANK), "float32"), m.poisoned((150, heads), "float32")

@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa import custom_ops
-from fd_dsa.ops.sparse_mla.custom_op import (
+from fd_dsa.ops.mla.custom_op import (
     CustomAttention,
     NarrowAttention,
     SparseMla,
     WideAttention,
+    choose_attention,
 )
-from fd_dsa.ops.sparse_mla.device import custom_attention
+from fd_dsa.ops.providers import CUSTOM_OP
 from tests.custom_ops.building import emulated_library
 from tests.custom_ops.mla import InTwo, assert_same_bits, emulated, run
 from tests.kernel_memory import KernelMemory
-from tests.ops.tensor_core_case import SCALE, Case, make, widened
+from tests.ops.tensor_core_case import RANK, SCALE, Case, make, widened
 
 KERNELS = "sparse_mla"
 FP8, BFLOAT16 = "fp8_ds_mla", "bfloat16"
@@ -106,7 +106,7 @@ def test_heads_splits_and_edges_of_tiles(
 def test_all_splits(gpu_memory: KernelMemory, kind: Kind, cache_dtype: str, heads: int) -> None:
     counts = [0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 300, 700]
     case = make(cache_dtype, counts, 700, heads=heads)
-    for splits in kind.splits:
+    for splits in range(17) if kind is NarrowAttention else (*range(9), 16):
         case.check(*run(gpu_memory, kind, case, splits=splits))
 
 
@@ -271,11 +271,13 @@ def test_same_bits_every_time(
             assert_same_bits(first, run(m, kind, case, splits=splits))
 
 
-@pytest.mark.parametrize("kind", [NarrowAttention, WideAttention])
-def test_it_serves_where_it_agrees(kernel_memory: KernelMemory, kind: Kind) -> None:
-    assert isinstance(custom_attention(kind, kernel_memory.poisoned), kind)
-    [choice] = custom_ops.choices()
-    assert (choice.operator, choice.serves) == (kind.operator, True), choice
+@pytest.mark.parametrize(("heads", "cache_dtype"), [(5, FP8), (70, FP8)])
+def test_it_serves_where_it_agrees(
+    kernel_memory: KernelMemory, heads: int, cache_dtype: str
+) -> None:
+    types = "bfloat16", cache_dtype, RANK, 64, 90
+    choice = choose_attention("gpu", heads, *types, kernel_memory.poisoned)
+    assert choice.provider == CUSTOM_OP, choice
 
 
 # ---- what needs no GPU, and cannot be asked of one

@@ -12,8 +12,9 @@ import pytest
 
 from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable, LaunchError
-from fd_dsa.ops.topk import device
-from fd_dsa.ops.topk.custom_op import SlotSelector
+from fd_dsa.ops import providers
+from fd_dsa.ops.topk import triton_kernel
+from fd_dsa.ops.topk.custom_op import SlotSelector, slot_selector
 from tests.kernel_memory import KernelMemory
 from tests.ops.paged_rows import SMALL_ROWS, paged_rows
 from tests.ops.test_topk_kernel import (  # noqa: F401
@@ -23,7 +24,6 @@ from tests.ops.test_topk_kernel import (  # noqa: F401
     test_a_position_past_the_table_has_no_slot,
     test_a_short_window_needs_no_scores,
     test_block_sizes,
-    test_columns_of_scores_may_not,
     test_keys_without_a_block_have_no_slot,
     test_rows_of_scores_may_lie_apart,
     test_set_and_order,
@@ -45,19 +45,17 @@ def selector(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> Sl
 
 
 def test_it_serves_where_it_agrees(kernel_memory: KernelMemory) -> None:
-    select = device.slot_selector(kernel_memory.poisoned)
-    assert isinstance(select, SlotSelector)
-    [choice] = custom_ops.choices()
-    assert (choice.operator, choice.serves) == ("topk", True), choice
+    assert isinstance(slot_selector("gpu", kernel_memory.poisoned), SlotSelector)
+    assert providers.table()["topk"]["gpu"].provider == "custom_op"
 
 
 def test_a_kernel_that_chooses_others_does_not_serve(
     kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SlotSelector, "__call__", lambda *arguments, **options: None)
-    assert device.slot_selector(kernel_memory.poisoned) is device.select_slots
-    [choice] = custom_ops.choices()
-    assert not choice.serves and "selection 0 of the probe differs" in choice.reason
+    found = slot_selector("gpu", kernel_memory.poisoned)
+    assert found is triton_kernel.select_slots
+    assert "row 0 of 40 is [" in providers.table()["topk"]["gpu"].against["custom_op"]
 
 
 def test_a_library_of_another_release_is_refused() -> None:

@@ -128,18 +128,6 @@ def test_leaving_a_stream_aborts_the_request_within_a_step(engine, how):
     wait_until_empty(engine)
 
 
-def test_an_id_used_again_at_once_gets_only_its_own_outputs(engine):
-    async def main():
-        for _ in range(30):
-            stream = engine.generate([2], GREEDY, "r")
-            await anext(stream)
-            await stream.aclose()
-            outputs = await collect(engine, [3], GREEDY, "r")
-            assert outputs[-1].token_ids == expected_greedy([3], 12, eos=None)
-
-    run(main())
-
-
 def test_the_last_output_of_a_left_request_does_not_reach_the_next_of_its_id(engine):
     gated = engine.inner.runner
     one_token = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
@@ -218,24 +206,6 @@ def test_a_failing_step_ends_every_iterator_with_the_error(engine, caplog):
     assert not engine.is_running
     assert "the engine has failed" in caplog.text
     engine.abort("anything")
-
-
-def test_requests_queued_while_the_failing_step_runs_end_with_the_error(engine):
-    gated = engine.inner.runner
-
-    async def main():
-        gated.gate.clear()
-        first = asyncio.create_task(collect(engine, [2], ENDLESS))
-        await asyncio.to_thread(gated.entered.wait, TIMEOUT_S)
-        second = asyncio.create_task(collect(engine, [3], ENDLESS))
-        await asyncio.sleep(0.05)
-        gated.runner.fail_at = 0
-        gated.gate.set()
-        for task in (first, second):
-            with pytest.raises(RuntimeError, match="engine has failed"):
-                await task
-
-    run(main())
 
 
 def test_stop_aborts_what_still_runs_and_refuses_new_requests(engine):

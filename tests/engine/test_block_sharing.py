@@ -38,8 +38,9 @@ class NaiveRequest:
         self.keys = BlockKeys(self.tokens, block_size, salt)
         self.blocks = []
         self.num_computed = 0
-        # cleared by a reset: what it computes later is not to be found
-        self.is_offered = True
+        # full blocks that have been offered for sharing, each once; None after a reset: what it
+        # computes later is not to be found
+        self.num_offered = 0
 
     def beginning(self, index, block_size):
         """Name of what block `index` must hold: the salt and all tokens to its end."""
@@ -125,6 +126,7 @@ class BlockSharing(RuleBasedStateMachine):
         self.unowned = [block for block in self.unowned if block not in hit]
         self.take(request, added[len(hit) :])
         request.num_computed = len(hit) * self.size
+        request.num_offered = len(hit)
         self.compute(request.name, num_computed, finishes=True)
         return request.name
 
@@ -146,10 +148,11 @@ class BlockSharing(RuleBasedStateMachine):
             return
         request.num_computed = end
         self.manager.cache_full_blocks(name, request.keys, end)
-        if request.is_offered:
-            for index in range(end // self.size):
+        if request.num_offered is not None:
+            for index in range(request.num_offered, end // self.size):
                 beginning = request.beginning(index, self.size)
                 self.table.setdefault(beginning, request.blocks[index])
+            request.num_offered = max(request.num_offered, end // self.size)
 
     @rule(name=requests, tokens=st.lists(st.integers(0, 1), min_size=1, max_size=4))
     def grow(self, name, tokens):
@@ -183,7 +186,7 @@ class BlockSharing(RuleBasedStateMachine):
         self.manager.reset_prefix_cache()
         self.table, self.unowned = {}, []
         for request in self.running.values():
-            request.is_offered = False
+            request.num_offered = None
 
     @invariant()
     def blocks_add_up(self):
@@ -245,65 +248,21 @@ def test_keys_do_not_depend_on_when_they_are_asked_for():
     assert growing[0] is first, "hashed twice"
 
 
-def shared(manager, name, tokens):
-    """Run a whole request up to its last token; the blocks that it took over."""
-    request_keys = BlockKeys(tokens, manager.block_size, None)
-    hit = manager.find_cached_blocks(request_keys, len(tokens))
-    manager.allocate(name, len(tokens), hit)
-    manager.cache_full_blocks(name, request_keys, len(tokens))
-    return hit
-
-
-def test_the_longest_unowned_goes_first_and_the_end_of_a_prompt_before_its_beginning():
-    manager = BlockManager(6, 2)
-    for name, tokens in {"old": [1, 1, 1, 1, 0], "new": [2, 2, 2, 2, 0]}.items():
-        shared(manager, name, tokens)
-        manager.free(name)
-    old, new = [1, 1, 1, 1, 0], [2, 2, 2, 2, 0]
-
-    def num_hits(tokens):
-        return len(manager.find_cached_blocks(BlockKeys(tokens, 2, None), len(tokens)))
-
-    # the two blocks that were not full go first, in whatever order
-    manager.allocate("x", 4)
-    assert (num_hits(old), num_hits(new)) == (2, 2)
-    manager.allocate("x", 6)
-    assert (num_hits(old), num_hits(new)) == (1, 2)
-    # a hit makes the rest of `old` the youngest
-    manager.allocate("again", 2, manager.find_cached_blocks(BlockKeys(old, 2, None), 3))
-    manager.free("again")
-    manager.allocate("x", 8)
-    assert (num_hits(old), num_hits(new)) == (1, 1)
-    manager.allocate("x", 10)
-    assert (num_hits(old), num_hits(new)) == (1, 0)
-    manager.allocate("x", 12)
-    assert (num_hits(old), num_hits(new)) == (0, 0)
-    assert manager.allocate("x", 13) is None
-
-
-@pytest.mark.parametrize(("num_tokens", "num_hits"), [(1, 0), (4, 0), (5, 1), (8, 1), (9, 2)])
-def test_a_hit_leaves_at_least_the_last_token(num_tokens, num_hits):
-    manager = BlockManager(20, 4)
-    shared(manager, "long", [3] * 20)
-    assert len(shared(manager, "other", [3] * num_tokens)) == num_hits
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 64), (4, 0)])
+def test_sizes_below_one_are_refused(num_blocks, block_size):
+    with pytest.raises(ValueError, match="num_blocks is"):
+        BlockManager(num_blocks, block_size)
 
 
 def test_after_a_reset_running_requests_add_nothing_either():
     manager = BlockManager(20, 2)
     tokens = [7] * 9
-    owner_keys = BlockKeys(tokens, 2, None)
     manager.allocate("owner", 9)
-    manager.cache_full_blocks("owner", owner_keys, 4)
+    manager.cache_full_blocks("owner", BlockKeys(tokens, 2, None), 4)
     manager.reset_prefix_cache()
-    manager.cache_full_blocks("owner", owner_keys, 8)
-    # the two blocks of the beginning are there again, the two of `owner` behind them are not
-    assert shared(manager, "other", tokens[:5]) == []
-    assert manager.find_cached_blocks(owner_keys, 9) == list(manager.blocks_of("other")[:2])
-
-
-def test_without_prefix_caching_nothing_is_found():
-    manager = BlockManager(20, 4, enable_prefix_caching=False)
-    assert [shared(manager, name, [3] * 12) for name in "ab"] == [[], []]
-    for name in "ab":
-        manager.free(name)
-    assert manager.num_free == 20
+    manager.cache_full_blocks("owner", BlockKeys(tokens, 2, None), 8)
+    manager.allocate("other", 5)
+    manager.cache_full_blocks("other", BlockKeys(tokens[:5], 2, None), 5)
+    # the two blocks of `other` are there, the next two of `owner` are not
+    found = manager.find_cached_blocks(BlockKeys(tokens, 2, None), 9)
+    assert found == list(manager.blocks_of("other")[:2])

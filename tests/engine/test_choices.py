@@ -77,7 +77,7 @@ def test_unseeded_outputs_differ_and_later_requests_have_seeds_of_their_own():
     assert len(texts) == 6
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     requests=st.lists(
         st.tuples(

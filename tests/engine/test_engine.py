@@ -32,13 +32,10 @@ def test_greedy_tokens_follow_the_whole_history(prompt_length):
     assert [token for output in outputs for token in output.new_token_ids] == expected
     assert outputs[-1].text == "".join(output.new_text for output in outputs) == letters(expected)
     assert [output.finish_reason for output in outputs] == [None] * 11 + ["length"]
-    assert outputs[-1].prompt_token_ids == prompt
-
-
-def test_an_output_stays_as_it_was_after_later_steps():
-    outputs = run_one(make_engine(), [5, 6], GREEDY)
+    # an output stays as it was after later steps
     assert [len(output.token_ids) for output in outputs] == list(range(1, 13))
-    assert all(outputs[-1].text.startswith(output.text) for output in outputs)
+    assert [output.text for output in outputs] == [letters(expected[:n]) for n in range(1, 13)]
+    assert outputs[-1].prompt_token_ids == prompt
 
 
 def find_eos_prompt():
@@ -51,50 +48,14 @@ def find_eos_prompt():
     raise AssertionError("the fake model never ends")
 
 
-def test_end_of_sequence_ends_the_request_and_shows_no_text():
+def test_end_of_sequence_ends_the_request_and_shows_no_text_unless_ignored():
     prompt, expected = find_eos_prompt()
     last = run_one(make_engine(), prompt, SamplingParams(temperature=0, max_tokens=50))[-1]
     assert last.token_ids == expected
     assert last.text == letters(expected[:-1])
     assert (last.finish_reason, last.stop_reason) == ("stop", EOS)
-
-
-def test_ignore_eos_goes_on():
-    prompt, expected = find_eos_prompt()
     last = run_one(make_engine(), prompt, GREEDY)[-1]
-    assert last.token_ids[: len(expected)] == expected
-    assert len(last.token_ids) == 12
-    assert last.finish_reason == "length"
-
-
-def test_a_stop_string_over_several_tokens_is_cut_and_never_shown():
-    prompt = [7, 8, 9]
-    text = letters(expected_greedy(prompt, 12, eos=None))
-    stop = text[4:7]
-    outputs = run_one(
-        make_engine(),
-        prompt,
-        SamplingParams(temperature=0, max_tokens=50, ignore_eos=True, stop=["never", stop]),
-    )
-    assert outputs[-1].text == text[: text.index(stop)]
-    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
-    assert all(text[: text.index(stop)].startswith(output.text) for output in outputs)
-
-
-def test_text_held_for_a_stop_string_comes_at_the_end():
-    prompt = [7, 8, 9]
-    text = letters(expected_greedy(prompt, 12, eos=None))
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=text[10:] + "!")
-    outputs = run_one(make_engine(), prompt, params)
-    assert outputs[-1].text == text
-    assert outputs[-2].text == text[:10]
-    assert outputs[-1].finish_reason == "length"
-
-
-def test_max_tokens_none_fills_the_context():
-    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    last = run_one(make_engine(max_model_len=20), [3] * 13, params)[-1]
-    assert len(last.token_ids) == 7
+    assert last.token_ids == expected_greedy(prompt, 12, eos=None)
     assert last.finish_reason == "length"
 
 
@@ -224,16 +185,17 @@ def test_sizes_below_one_are_refused(field):
         )
 
 
-def test_a_slot_taken_again_gets_the_parameters_of_its_new_request():
-    engine = make_engine(max_num_seqs=1)
-    engine.add_request("hot", [2], SamplingParams(temperature=50.0, max_tokens=5, ignore_eos=True))
-    engine.add_request("cold", [4], GREEDY)
-    outputs = run_all(engine)
-    assert outputs["cold"][-1].token_ids == expected_greedy([4], 12, eos=None)
-    assert outputs["hot"][-1].token_ids != expected_greedy([2], 5, eos=None)
-
-
 def test_prompt_ids_may_be_a_numpy_array():
     outputs = run_one(make_engine(), np.array([2, 3]), GREEDY)
     assert outputs[-1].token_ids == expected_greedy([2, 3], 12, eos=None)
     assert type(outputs[-1].prompt_token_ids[0]) is int
+
+
+def test_text_held_for_a_stop_string_comes_at_the_end():
+    prompt = [7, 8, 9]
+    text = letters(expected_greedy(prompt, 12, eos=None))
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=text[10:] + "!")
+    outputs = run_one(make_engine(), prompt, params)
+    assert outputs[-1].text == text
+    assert outputs[-2].text == text[:10]
+    assert outputs[-1].finish_reason == "length"

@@ -89,13 +89,15 @@ def test_a_stop_token_ends_the_output_without_its_text_unless_asked():
     assert kept.text == letters(plain[: first + 1])
 
 
-def test_a_kept_stop_string_is_the_end_of_the_text_and_of_the_stream():
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_stop_string_over_several_tokens_ends_the_text(is_kept):
     text = letters(expected_greedy(PROMPT, 12, eos=None))
     stop = text[4:7]
-    outputs = run_one(make_engine(), PROMPT, greedy(stop=stop, include_stop_str_in_output=True))
-    assert outputs[-1].text == text[: text.index(stop) + 3]
-    assert "".join(output.new_text for output in outputs) == outputs[-1].text
-    assert outputs[-1].stop_reason == stop
+    end = text.index(stop) + 3 * is_kept
+    params = greedy(stop=["never", stop], include_stop_str_in_output=is_kept)
+    outputs = run_one(make_engine(), PROMPT, params)
+    assert outputs[-1].text == "".join(output.new_text for output in outputs) == text[:end]
+    assert (outputs[-1].finish_reason, outputs[-1].stop_reason) == ("stop", stop)
 
 
 def test_min_tokens_puts_off_every_kind_of_end():

@@ -75,7 +75,7 @@ def has_form(name, text):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     temperature=st.sampled_from([0.0, 1.0, 3.0]),
@@ -95,11 +95,11 @@ def test_a_finished_output_has_its_form(name, seed, temperature, min_tokens, ign
 
 def test_most_outputs_finish():
     for name, form in FORMS.items():
-        ends = [answers(form, seed=seed)[0].finish_reason for seed in range(10)]
-        assert ends.count("stop") > 5, name
+        ends = [answers(form, seed=seed)[0].finish_reason for seed in range(5)]
+        assert ends.count("stop") > 2, name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     requests=st.lists(
         st.tuples(st.sampled_from(sorted(FORMS)), st.integers(1, 3), st.integers(0, 50)),

@@ -178,10 +178,6 @@ def test_a_closed_llm_cannot_be_used():
     llm.close()
 
 
-def test_the_tokenizer_is_at_hand(llm):
-    assert llm.tokenizer.decode([2, 3]) == "ab"
-
-
 def test_signals_stay_the_callers():
     """With the real model: nothing of ours handles signals outside of the server."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.engine.random_uniform import derive_seed, uniforms
-from fd_dsa.engine.sampler import NOT_FINITE, Sampler
+from fd_dsa.engine.row_draw import NOT_FINITE
+from fd_dsa.engine.sampler import Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.engine.top_candidates import PADDING, candidate_keys, key_ids, key_logits
 from tests.engine.reference_sampler import ref_distribution, ref_token, ref_uniform
 
 
@@ -130,38 +130,6 @@ def test_a_nucleus_is_of_the_largest_logits_where_their_weights_are_equal(temper
     assert all(t == p or d < 1e-6 for t, (p, d) in zip(tokens, places, strict=True))
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.6),
-        SamplingParams(top_k=5),
-        SamplingParams(top_p=0.8),
-        SamplingParams(min_p=0.1),
-        SamplingParams(temperature=1.5, top_k=9, top_p=0.7, min_p=0.01),
-    ],
-    ids=["plain", "temperature", "top_k", "top_p", "min_p", "all"],
-)
-def test_frequencies_follow_the_distribution(params):
-    num_draws, vocab_size = 20_000, 12
-    row = random_logits(np.random.default_rng(3), 1, vocab_size, 1.5)
-    sampler = Sampler(1)
-    sampler.set_slot(0, params, 7)
-    draws = sampler.sample(
-        np.repeat(row, num_draws, axis=0), np.zeros(num_draws, np.int64), np.arange(num_draws)
-    )
-    expected = num_draws * ref_distribution(
-        row[0], params.temperature, params.top_k, params.top_p, params.min_p
-    )
-    observed = np.bincount(draws, minlength=vocab_size)
-    possible = expected > 0
-    assert observed[~possible].sum() == 0
-    chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum()
-    # mean of a chi-square is its degrees of freedom, 6 standard deviations above it
-    freedom = max(int(possible.sum()) - 1, 1)
-    assert chi_square < freedom + 6 * np.sqrt(2 * freedom)
-
-
 def test_equal_logits_of_a_large_vocabulary_are_drawn_by_their_share():
     vocab_size, num_rows = 129_280, 64
     tokens = sample(np.zeros((num_rows, vocab_size), np.float32), [SamplingParams()] * num_rows)
@@ -241,45 +209,7 @@ def test_an_unusable_row_is_reported_and_the_others_are_sampled(bad, params):
     assert sample(logits[1:2], [params]).tolist() == [NOT_FINITE]
 
 
-def test_masked_tokens_are_never_drawn():
-    logits = np.full((400, 700), -np.inf, np.float32)
-    logits[:, [3, 650]] = 0.0
-    ways = ({}, {"top_k": 5}, {"top_p": 0.99999}, {"min_p": 0.5}, {"top_k": 5, "top_p": 0.9999})
-    for params in (SamplingParams(**way) for way in ways):
-        assert set(sample(logits, [params] * 400).tolist()) == {3, 650}
-
-
 def test_extreme_logits_and_temperatures_do_not_overflow():
     logits = np.array([[-3e38, 3e38, 0.0], [3e38, -3e38, 3e38]], np.float32)
     tokens = sample(logits, [SamplingParams(temperature=2e-5), SamplingParams(top_p=0.4)])
     assert tokens.tolist() == [1, 0]
-
-
-def test_ties_at_the_last_place_of_top_k_go_to_the_lower_ids():
-    logits = np.zeros((500, 300), np.float32)
-    logits[:, 200] = 1.0
-    drawn = set(sample(logits, [SamplingParams(temperature=50.0, top_k=3)] * 500).tolist())
-    assert drawn == {200, 0, 1}
-
-
-@settings(max_examples=60)
-@given(
-    vocab_size=st.sampled_from([1, 64, 300, 5000]),
-    width=st.sampled_from([1, 2, 17, 256, 1200, 9000]),
-    levels=st.sampled_from([1, 3, 10**6]),
-    seed=st.integers(0, 2**32),
-)
-def test_candidates_are_the_largest_logits_in_exact_order(vocab_size, width, levels, seed):
-    rng = np.random.default_rng(seed)
-    logits = rng.integers(-levels, levels, (3, vocab_size)).astype(np.float32) / 7
-    logits[logits == 0] *= rng.choice([1.0, -1.0])
-    keys, counts = candidate_keys(logits, width)
-    for row in range(3):
-        count = int(counts[row])
-        assert (keys[row, count:] == PADDING).all()
-        assert (np.diff(key_ids(keys[row, :count])) > 0).all()
-        best = np.sort(keys[row, :count])[: min(width, vocab_size)]
-        order = np.lexsort((np.arange(vocab_size), -logits[row]))[: len(best)]
-        assert len(best) == min(width, vocab_size)
-        assert key_ids(best).tolist() == order.tolist()
-        assert (key_logits(best) == logits[row, order]).all()

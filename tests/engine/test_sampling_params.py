@@ -22,11 +22,6 @@ def test_stop_is_one_string_or_several():
     assert SamplingParams(stop=["ab", "c"]).stop_strings == ("ab", "c")
 
 
-def test_it_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        SamplingParams().temperature = 0.0
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [

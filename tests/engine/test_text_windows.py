@@ -50,7 +50,7 @@ def long_text(pool, seed, length):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     pool=st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), min_size=2, max_size=20),
     seed=st.integers(0, 2**32),

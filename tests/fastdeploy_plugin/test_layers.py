@@ -12,6 +12,7 @@ import pytest
 
 from fd_dsa.errors import ConfigError, MissingStepError
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
+from fd_dsa.ops import _gemm
 from tests.fastdeploy_plugin.layers import (
     Embedded,
     Rows,
@@ -57,8 +58,12 @@ def test_buffers_that_nothing_reads_are_gone() -> None:
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_a_layer_gives_what_the_embedded_engine_gives(name: str) -> None:
+def test_a_layer_gives_what_the_embedded_engine_gives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """First and later chunks, decoding, drafts and idle rows; launches past the true count."""
+    # GEMMs by Paddle's operator on both sides: bytes of the caches hold last bits of their sums
+    monkeypatch.setattr(_gemm._thread, "sgemm", None)
     with registered(name):
         backend = make_backend(config(max_num_batched_tokens=256))
         rows, layer = Rows(backend), make_layer()

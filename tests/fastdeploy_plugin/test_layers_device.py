@@ -16,7 +16,7 @@ import pytest
 
 from fd_dsa.environment import choose_triton_mode
 from fd_dsa.fastdeploy_plugin import backend as backend_module
-from fd_dsa.ops import _host, _provider
+from fd_dsa.ops import _host, providers
 from tests.fastdeploy_plugin.layers import Rows, hidden_states, make_backend, make_layer
 from tests.fastdeploy_plugin.steps import config, registered, values
 
@@ -38,7 +38,6 @@ SIZES = {
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor lies on a device."""
     real, core, active = _host.on_device, backend_module.CoreBackend, [True]
-    choose = _provider._choose
 
     def everywhere(array: Any) -> bool:
         # modules that are imported meanwhile keep this function
@@ -50,8 +49,8 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name, module in list(sys.modules.items()):
         if name.startswith("fd_dsa.") and getattr(module, "on_device", None) is real:
             monkeypatch.setattr(module, "on_device", everywhere)
-    monkeypatch.setattr(_provider, "_choices", {})
-    monkeypatch.setattr(_provider, "_choose", lambda operator, kind: choose(operator, "gpu"))
+    monkeypatch.setattr(providers, "_choices", {})
+    monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
     monkeypatch.setattr(backend_module, "device_of", lambda tensor: "gpu:0")
     monkeypatch.setattr(backend_module, "CoreBackend", on_device)
     yield

@@ -67,10 +67,9 @@ class Engine:
 
     def facts(self) -> dict[str, Any]:
         """What was captured, and which operators of custom_ops/ serve."""
-        from fd_dsa import custom_ops
+        from benchmarks._custom_ops import serving
 
-        serving = {c.operator: c.serves or c.reason for c in custom_ops.choices()}
-        return {"captured": self.engine.runner.captured_sizes, "custom_ops": serving}
+        return {"captured": self.engine.runner.captured_sizes, "custom_ops": serving()}
 
     def tokens(self, prompts: list[str], max_tokens: int) -> list[list[tuple[int, float]]]:
         """Greedy tokens behind each prompt, and how far each was ahead of the next candidate.

@@ -215,7 +215,7 @@ GUARDS = ("wait of the host for a copy", "wait of a copy for readers", "wait of 
 
 def without_guards(names: Sequence[str]) -> ExitStack:
     """Inside the block these guards of every staging are gone: nothing is waited for there."""
-    from fd_dsa.step.staging import HostSlabs
+    from fd_dsa.step.staging import InputStaging
     from fd_dsa.triton_runtime.transfers import Event
     from tests.gpu_rig.transfers import replaced
 
@@ -232,7 +232,7 @@ def without_guards(names: Sequence[str]) -> ExitStack:
         return precede
 
     if GUARDS[0] in names:
-        stack.enter_context(replaced(HostSlabs, "wait_for_copy", go_on))
+        stack.enter_context(replaced(InputStaging, "wait_for_copy", go_on))
     stack.enter_context(replaced(Event, "precede", let_pass))
     return stack
 

@@ -13,9 +13,9 @@ import numpy as np
 import paddle
 
 from fd_dsa.runner import InputBatch
-from fd_dsa.runner.staging import InputStaging
-from fd_dsa.runner.step_inputs import DeviceInputs
+from fd_dsa.runner.step import DeviceInputs
 from fd_dsa.step.device import paddle_allocator
+from fd_dsa.step.staging import InputStaging
 from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.v4_prepare import V4Prepare
 from fd_dsa.v4_prepare.prepare import NUM_SLABS
@@ -106,8 +106,7 @@ class RunnerSteps(_Stamped):
         self._inputs = DeviceInputs(self._batch, paddle_allocator(rig.device))
         self._wanted = np.zeros(1, np.int64)
         self._put(0)
-        first = self._inputs.stage(self._wanted)
-        ids, tables = first.ids_remove_padding, first.block_tables
+        ids, *_, tables, _ = self._inputs(self._batch, self._wanted, 0)
         self._last = (tables.data_ptr() - ids.data_ptr()) // 4 + rows * columns - 1
         super().__init__(rig, ids, max_steps)
 
@@ -122,7 +121,7 @@ class RunnerSteps(_Stamped):
     def stage(self, step: int) -> None:
         """Fill the batch and queue its copies."""
         self._put(step)
-        self._inputs.stage(self._wanted)
+        self._inputs(self._batch, self._wanted, 0)
 
     def expand(self, step: int) -> None:
         """Read the stamps; the copies are queued before."""

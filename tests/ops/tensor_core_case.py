@@ -49,7 +49,7 @@ class Case:
         self, m: KernelMemory, partial_rows: int = 0, **options: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         """float32 [num_tokens, num_heads, 512] and [num_tokens, num_heads], of poisoned memory."""
-        from fd_dsa.ops.sparse_mla.tensor_core import Partials, attend_on_tensor_cores
+        from fd_dsa.ops.mla.tensor_core import Partials, attend_on_tensor_cores
 
         num_tokens, num_heads, _ = self.q.shape
         out = m.poisoned((num_tokens, num_heads, RANK), "float32")

@@ -11,13 +11,20 @@ pytest.importorskip("paddle", reason="the operators are on Paddle's tensors")
 
 import paddle
 
-from fd_dsa.ops import _dense
 from fd_dsa.ops._linear import embedding, head_linear, joined, linear, rows_at, silu_and_mul
 from fd_dsa.ops._norm import rms_norm
 from fd_dsa.step.host_tensor import as_tensor
 from tests.kernel_memory import KernelMemory
 
 TOLERANCE = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def every_tensor_is_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's too; NumPy arrays are the host's."""
+    for module in ("_linear", "_norm"):
+        name = f"fd_dsa.ops.{module}.on_device"
+        monkeypatch.setattr(name, lambda array: not isinstance(array, np.ndarray))
 
 
 def floats(*shape: int, seed: int = 0) -> np.ndarray:
@@ -38,46 +45,46 @@ def ones(m: KernelMemory, *shape: int) -> Any:
 def test_products(paddle_memory: KernelMemory, num_tokens: int) -> None:
     m, x, weight, bias = paddle_memory, floats(num_tokens, 6), floats(6, 4), floats(4)
     on_host = as_tensor(weight)
-    close(_dense.linear(m.put(x), m.put(weight), None), linear(x, on_host))
-    found = _dense.linear(m.put(x), m.put(weight), m.put(bias))
+    close(linear(m.put(x), m.put(weight), None), linear(x, on_host))
+    found = linear(m.put(x), m.put(weight), m.put(bias))
     close(found, linear(x, on_host, bias))
-    found = _dense.linear(m.put(x), m.put(np.ascontiguousarray(weight.T)), None, transpose_y=True)
+    found = linear(m.put(x), m.put(np.ascontiguousarray(weight.T)), None, transpose_y=True)
     close(found, linear(x, on_host))
     by_head, weights = floats(num_tokens, 3, 6), floats(3, 6, 5)
-    found = _dense.head_linear(m.put(by_head), m.put(weights))
+    found = head_linear(m.put(by_head), m.put(weights))
     close(found, head_linear(by_head, as_tensor(weights)))
 
 
 def test_norm_of_a_column_slice(paddle_memory: KernelMemory) -> None:
     x, weight = 5 * floats(4, 9), floats(6)
-    found = _dense.rms_norm(paddle_memory.put(x)[:, :6], paddle_memory.put(weight), 1e-6)
+    found = rms_norm(paddle_memory.put(x)[:, :6], paddle_memory.put(weight), 1e-6)
     close(found, rms_norm(x[:, :6], weight, 1e-6))
 
 
 def test_silu(paddle_memory: KernelMemory) -> None:
     x = np.concatenate([np.float32([[-300, 0, 300, -1]]), floats(1, 4)], axis=1)
-    close(_dense.silu_and_mul(paddle_memory.put(x)), silu_and_mul(x))
+    close(silu_and_mul(paddle_memory.put(x)), silu_and_mul(x))
 
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 def test_rows(paddle_memory: KernelMemory, dtype: str) -> None:
     weight, ids = floats(9, 4), np.array([8, 0, 3, 3], dtype)
     tensors = paddle_memory.put(weight), paddle_memory.put(ids)
-    close(_dense.embedding(tensors[1], tensors[0]), embedding(ids, weight))
-    close(_dense.rows_at(*tensors), rows_at(weight, ids))
+    close(embedding(tensors[1], tensors[0]), embedding(ids, weight))
+    close(rows_at(*tensors), rows_at(weight, ids))
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (3, 1), (2, 1025), (5, 2049)])
 def test_norms_of_other_widths(paddle_memory: KernelMemory, shape: tuple[int, int]) -> None:
     x, weight = floats(*shape), floats(shape[1])
-    found = _dense.rms_norm(paddle_memory.put(x), paddle_memory.put(weight), 1e-5)
+    found = rms_norm(paddle_memory.put(x), paddle_memory.put(weight), 1e-5)
     close(found, rms_norm(x, weight, 1e-5))
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (2, 3, 10), (1, 2 * 1500)])
 def test_silu_of_other_shapes(paddle_memory: KernelMemory, shape: tuple[int, ...]) -> None:
     x = floats(*shape)
-    found = _dense.silu_and_mul(paddle_memory.put(x))
+    found = silu_and_mul(paddle_memory.put(x))
     assert list(found.shape) == [*shape[:-1], shape[-1] // 2]
     flat = silu_and_mul(x.reshape(-1, shape[-1]))
     close(found, flat.reshape(*shape[:-1], shape[-1] // 2))
@@ -86,7 +93,7 @@ def test_silu_of_other_shapes(paddle_memory: KernelMemory, shape: tuple[int, ...
 def test_rows_that_a_table_has_not_are_zeros(paddle_memory: KernelMemory) -> None:
     table = paddle_memory.put(floats(3, 1100))
     index = paddle_memory.put(np.array([2, -1, 3, 2**40], np.int64))
-    found = _dense.rows_at(table, index).numpy()
+    found = rows_at(table, index).numpy()
     np.testing.assert_array_equal(found[0], table.numpy()[2])
     assert not found[1:].any()
 
@@ -94,9 +101,9 @@ def test_rows_that_a_table_has_not_are_zeros(paddle_memory: KernelMemory) -> Non
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (lambda m: _dense.rms_norm(ones(m, 2, 3), ones(m, 4), 1e-6), "weight has shape"),
-        (lambda m: _dense.rows_at(ones(m, 2, 3), ones(m, 2)), "index has dtype"),
-        (lambda m: _dense.silu_and_mul(ones(m, 2, 4).cast("float64")), "gate_up has dtype"),
+        (lambda m: rms_norm(ones(m, 2, 3), ones(m, 4), 1e-6), "weight has shape"),
+        (lambda m: rows_at(ones(m, 2, 3), ones(m, 2)), "index has dtype"),
+        (lambda m: silu_and_mul(ones(m, 2, 4).cast("float64")), "gate_up has dtype"),
     ],
 )
 def test_what_does_not_fit_is_named(paddle_memory: KernelMemory, call: Any, said: str) -> None:
@@ -106,5 +113,5 @@ def test_what_does_not_fit_is_named(paddle_memory: KernelMemory, call: Any, said
 
 def test_parts_side_by_side(paddle_memory: KernelMemory) -> None:
     left, right = floats(4, 2, 3), floats(2, 4, 5).transpose(1, 0, 2)
-    found = _dense.joined(paddle_memory.put(left), paddle_memory.put(right))
+    found = joined(paddle_memory.put(left), paddle_memory.put(right))
     close(found, joined(left, right))

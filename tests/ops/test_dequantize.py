@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.errors import DtypeError, ShapeError
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.tensor_core_case import RANK, records
@@ -53,7 +52,7 @@ class World:
 
     def fill(self, m: KernelMemory, capacity: int, keys_per_token: int = 1 << 20) -> Any:
         """What is there afterwards, in poisoned memory for so many blocks."""
-        from fd_dsa.ops.sparse_mla.dequantize import DequantizedRecords
+        from fd_dsa.ops.mla.records import DequantizedRecords
 
         memory = m.poisoned((words(self.num_blocks, len(self.rows), capacity),), "float32")
         lens = [np.array(x, np.int32) for x in zip(*self.rows, strict=True)]
@@ -180,22 +179,3 @@ def test_any_rows(
             if used <= capacity:
                 wanted.append(row)
     world.check(world.fill(kernel_memory, capacity, keys_per_token), wanted)
-
-
-def test_what_it_refuses(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.ops.sparse_mla.dequantize import DequantizedRecords
-
-    m = kernel_memory
-    cache, table = m.put(np.zeros((2, BLOCK, 656), np.uint8)), m.put(np.zeros((1, 2), np.int32))
-    one = m.put(np.ones(1, np.int32))
-    records_ = DequantizedRecords(m.poisoned((1 << 16,), "float32"), 1)
-    with pytest.raises(ShapeError, match=r"dequantize_records: cache has shape .*576"):
-        records_.fill(m.put(np.zeros((2, BLOCK, 576), np.uint8)), table, one, one, one, one)
-    with pytest.raises(ShapeError, match=r"cache has shape \[32, 656\]"):
-        records_.fill(m.put(np.zeros((32, 656), np.uint8)), table, one, one, one, one)
-    with pytest.raises(ShapeError, match="seq_lens_decoder"):
-        records_.fill(cache, table, one, m.put(np.ones(2, np.int32)), one, one)
-    with pytest.raises(DtypeError, match="block_tables"):
-        records_.fill(cache, m.put(np.zeros((1, 2), np.int64)), one, one, one, one)
-    with pytest.raises(DtypeError, match="memory"):
-        DequantizedRecords(m.poisoned((64,), "int32"), 1)

@@ -14,8 +14,8 @@ import pytest
 from fd_dsa.attention import step_plan
 from fd_dsa.errors import ConfigError
 from fd_dsa.ops import _fixed_order
-from fd_dsa.ops.indexer_logits import paddle_impl as scoring
-from fd_dsa.ops.sparse_mla import paddle_impl as attention
+from fd_dsa.ops.logits import paddle_impl as scoring
+from fd_dsa.ops.mla import paddle_impl as attention
 from tests.attention.harness import Sizes, rows_of, world_of
 from tests.strategies import make_batch
 

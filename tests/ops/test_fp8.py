@@ -16,9 +16,9 @@ from fd_dsa.ops._gather import gather_index_keys, gather_latents
 from fd_dsa.ops._hadamard import hadamard
 from fd_dsa.ops._host import Scratch
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.ops.indexer_logits import PagedUnits, indexer_logits, paged_indexer_logits
-from fd_dsa.ops.indexer_query import prepare_indexer_query
-from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
+from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_gathered, score_paged
+from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.fp8_goldens import NAMES, Golden
 from tests.reference.float32 import ref_hadamard
@@ -227,12 +227,12 @@ def test_attention_on_fp8_latents(how: str) -> None:
         mask = np.full((6, 40), -np.inf, np.float32)
         for t, columns in enumerate(chosen):
             mask[t, columns] = 0
-        found = masked_mla(paddle.to_tensor(q), filled.rows, used, mask, **options)
+        found = attend_dense(paddle.to_tensor(q), filled.rows, used, mask, **options)
     else:
         indices = np.full((6, 30), -1, np.int32)
         for t, columns in enumerate(chosen):
             indices[t, : len(columns)] = used[columns]
-        found = sparse_mla(paddle.to_tensor(q), filled.rows, indices, **options)
+        found = attend_gathered(paddle.to_tensor(q), filled.rows, indices, **options)
     rows = np.array([filled.row(slot) for slot in used])
     wanted = np.array([ref_attend(q[t], rows, c, 0.05, 512) for t, c in enumerate(chosen)])
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
@@ -261,7 +261,7 @@ def test_scores_of_gathered_fp8_keys() -> None:
     used = rng.permutation(192)[:20].astype(np.int64)
     filled = Filled(used, 3)
     q, weights = fp8_query(rng, 5, 3)
-    found = indexer_logits(q, weights, filled.index, used)
+    found = score_gathered(q, weights, filled.index, used)
     for t in range(5):
         check_scores(filled, q[t], weights[t], used.tolist(), found[t])
 
@@ -273,7 +273,7 @@ def test_scores_of_paged_fp8_keys() -> None:
     filled = Filled(np.array(list(chain(*slots))), 6)
     q, weights = fp8_query(rng, 2, 2, 3)
     units = PagedUnits.build(lengths, table, 64)
-    found = paged_indexer_logits(q, weights, filled.index, units)
+    found = score_paged(q, weights, filled.index, units)
     for row, n in enumerate(lengths):
         for j in range(2):
             check_scores(filled, q[row, j], weights[row, j], slots[row], found[row, j, :n])

@@ -32,7 +32,7 @@ def test_both_caches(kernel_memory: KernelMemory, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_queries(kernel_memory: KernelMemory, name: str) -> None:
-    from fd_dsa.ops.indexer_query.triton_kernel import prepare_indexer_query
+    from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 
     m, golden = kernel_memory, Golden.load(name)
     given = golden.query_arguments()

@@ -8,14 +8,9 @@ import numpy as np
 import paddle
 import pytest
 
-from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.ops._host import Scratch
-from fd_dsa.ops.indexer_logits import (
-    PagedUnits,
-    indexer_logits,
-    paddle_impl,
-    paged_indexer_logits,
-)
+from fd_dsa.ops.logits import paddle_impl
+from fd_dsa.ops.logits.paddle_impl import PagedUnits, score_gathered, score_paged
 from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.indexer import ref_score
 from tests.reference.topk import ref_slot
@@ -52,7 +47,7 @@ def test_scores_of_gathered_keys(dtype: str) -> None:
     seen = keys if dtype == "float32" else ref_array(keys)
     cache[slots] = stored(seen, CACHE_DTYPES[dtype])
     cache = cache.reshape(8, 5, 8)
-    found = indexer_logits(paddle.to_tensor(q), paddle.to_tensor(weights), cache, slots)
+    found = score_gathered(paddle.to_tensor(q), paddle.to_tensor(weights), cache, slots)
     wanted = [[ref_score(q[t], weights[t], key) for key in seen] for t in range(5)]
     assert_scores(found, np.array(wanted))
 
@@ -66,10 +61,10 @@ def test_memory_for_scores_is_bounded_and_changes_none(
     weights = paddle.to_tensor(rng.standard_normal((5, 3)).astype(np.float32))
     cache = rng.standard_normal((4, 5, 8)).astype(np.float32)
     slots = rng.permutation(20).astype(np.int64)
-    wanted = indexer_logits(q, weights, cache, slots).copy()
+    wanted = score_gathered(q, weights, cache, slots).copy()
     monkeypatch.setattr(paddle_impl, "_TILE_BYTES", tile_bytes)
     scratch = Scratch()
-    assert_scores(indexer_logits(q, weights, cache, slots, scratch), wanted)
+    assert_scores(score_gathered(q, weights, cache, slots, scratch), wanted)
     keys_at_once = scratch.take("indexer_keys", (0,)).base.size // 8
     assert keys_at_once == {1: 1, 240: 4, 1 << 20: 20}[tile_bytes]
 
@@ -77,7 +72,7 @@ def test_memory_for_scores_is_bounded_and_changes_none(
 def test_a_key_that_no_head_likes_scores_exactly_zero() -> None:
     q = np.ones((1, 2, 4), np.float32)
     keys = np.array([[-1.0] * 4, [1.0] * 4], np.float32)
-    found = indexer_logits(
+    found = score_gathered(
         paddle.to_tensor(q), paddle.to_tensor(np.float32([[-2.0, -3.0]])), keys[None], np.arange(2)
     )
     # a weight may be negative: a key that a head likes then scores below one that none likes
@@ -89,9 +84,9 @@ def test_a_nan_key_spoils_its_own_column_only() -> None:
     q = paddle.to_tensor(rng.standard_normal((3, 4, 8)).astype(np.float32))
     weights = paddle.to_tensor(rng.standard_normal((3, 4)).astype(np.float32))
     keys = rng.standard_normal((6, 8)).astype(np.float32)
-    clean = indexer_logits(q, weights, keys[None], np.arange(6)).copy()
+    clean = score_gathered(q, weights, keys[None], np.arange(6)).copy()
     keys[2] = np.nan
-    found = indexer_logits(q, weights, keys[None], np.arange(6))
+    found = score_gathered(q, weights, keys[None], np.arange(6))
     assert np.isnan(found[:, 2]).all()
     np.testing.assert_array_equal(np.delete(found, 2, 1), np.delete(clean, 2, 1))
 
@@ -123,7 +118,7 @@ class PagedCase:
 
     def run(self, scratch: Scratch | None = None) -> np.ndarray:
         units = PagedUnits.build(np.array(self.lengths), self.tables, self.block_size)
-        return paged_indexer_logits(
+        return score_paged(
             paddle.to_tensor(self.q), paddle.to_tensor(self.weights), self.cache, units, scratch
         )
 
@@ -172,61 +167,3 @@ def test_units_cover_each_row_once_and_in_order() -> None:
     # the last unit of a row names block 0 where the row has ended
     assert units.blocks.tolist() == [[5, 9], [2, 0], [7, 0]]
     assert (units.num_rows, units.width) == (2, 512)
-
-
-Q, W, CACHE = (np.zeros(s, np.float32) for s in ((2, 3, 4), (2, 3), (3, 3, 4)))
-
-
-@pytest.mark.parametrize(
-    ("q", "weights", "cache", "error", "said"),
-    [
-        (Q, W[:1], CACHE, ShapeError, r"weights has shape \[1, 3\].*\[2, 3\]"),
-        (Q, W, CACHE[:, :, :3], ShapeError, r"cache has shape \[3, 3, 3\].*\[\*, \*, 4\]"),
-        (Q, W, np.zeros((3, 3, 8), np.uint8), ShapeError, "has keys of 128 values, q has 4"),
-        (Q, W, CACHE.astype(np.int32), DtypeError, "cache has dtype int32.*uint8"),
-        (Q[0], W, CACHE, ShapeError, r"q has shape \[3, 4\]"),
-        (Q.astype(np.float64), W, CACHE, DtypeError, "q has dtype float64"),
-        (Q, W.astype(np.float64), CACHE, DtypeError, "weights has dtype float64"),
-    ],
-)
-def test_refusals(q, weights, cache, error, said) -> None:
-    with pytest.raises(error, match=said):
-        indexer_logits(paddle.to_tensor(q), paddle.to_tensor(weights), cache, np.arange(2))
-
-
-@pytest.mark.parametrize(
-    ("key_slots", "error", "said"),
-    [
-        (np.int64([0, 9]), ValueError, r"key_slots\[1\] is 9, allowed is 0 to 8"),
-        (np.int64([-1, 0]), ValueError, r"key_slots\[0\] is -1"),
-        (np.int32([0, 1]), DtypeError, "key_slots has dtype int32"),
-        ([0, 1], ShapeError, "key_slots is a list"),
-    ],
-)
-def test_slots_are_refused(key_slots: Any, error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=f"indexer_logits: {said}"):
-        indexer_logits(Q, W, CACHE, key_slots)
-
-
-def test_a_cache_of_another_record_is_refused() -> None:
-    q, cache = np.zeros((2, 3, 128), np.float32), np.zeros((3, 64, 128), np.uint8)
-    with pytest.raises(ShapeError, match=r"cache has shape \[3, 64, 128\].*\[\*, \*, 132\]"):
-        indexer_logits(q, W, cache, np.arange(2))
-
-
-@pytest.mark.parametrize("block", [-1, 5])
-def test_paged_refuses_blocks_outside_the_cache(block: int) -> None:
-    tables, cache = np.int32([[0, block]]), np.zeros((5, 16, 4), np.float32)
-    units = PagedUnits.build(np.array([20]), tables, 16)
-    with pytest.raises(ValueError, match=rf"units.blocks\[0, 1\] is {block}, allowed is 0 to 4"):
-        paged_indexer_logits(Q[:1, None], W[:1, None], cache, units)
-
-
-def test_paged_refusals() -> None:
-    case = PagedCase([20, 5], 1, 16, np.float32)
-    units = PagedUnits.build(np.array([20, 5]), case.tables, 16)
-    q, weights = paddle.to_tensor(case.q), paddle.to_tensor(case.weights)
-    with pytest.raises(ShapeError, match=r"q has shape \[1, 1, 3, 8\].*\[2, \*, \*, \*\]"):
-        paged_indexer_logits(q[:1], weights, case.cache, units)
-    with pytest.raises(ShapeError, match=r"cache has shape .*\[\*, 16, 8\]"):
-        paged_indexer_logits(q, weights, case.cache.reshape(-1, 8, 8), units)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
-from fd_dsa.ops.indexer_logits import indexer_logits
-from fd_dsa.ops.topk import positions_to_slots, topk_indices
+from fd_dsa.ops.logits.paddle_impl import score_gathered
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.fp8_pages import fp8_cache, random_codes
@@ -63,7 +63,7 @@ class Case:
 
     def score(self, m: KernelMemory, logits: Any, *, queries: Any = None, **options: int) -> None:
         """Launch the kernel; `queries` stand for the case's own."""
-        from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+        from fd_dsa.ops.logits.triton_kernel import score_pages
 
         step = self.step
         narrow = {"bfloat16": np.uint16, "float8_e4m3fn": np.uint8}
@@ -239,17 +239,17 @@ def test_the_choice_of_the_cpu(kernel_memory: KernelMemory) -> None:
     for token in range(step.num_tokens):
         one, window = slice(token, token + 1), step.window[token : token + 1]
         slots = step.key_slots(token)
-        scores = indexer_logits(case.q_stored[one], case.weights[one], case.cache_stored, slots)
+        scores = score_gathered(case.q_stored[one], case.weights[one], case.cache_stored, slots)
         table, batch = step.block_tables, step.batch_ids[one]
-        wanted = positions_to_slots(topk_indices(scores, window, k), batch, table, 64)
-        chosen = positions_to_slots(topk_indices(found[one], window, k), batch, table, 64)
+        wanted = positions_to_slots(select_positions(scores, window, k), batch, table, 64)
+        chosen = positions_to_slots(select_positions(found[one], window, k), batch, table, 64)
         np.testing.assert_array_equal(chosen, wanted)
 
 
 def test_blocks_past_two_to_the_31_bytes(kernel_memory: KernelMemory) -> None:
     if kernel_memory.name != "torch":
         pytest.skip("torch alone writes into two gigabytes in place")
-    from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+    from fd_dsa.ops.logits.triton_kernel import score_pages
 
     m = kernel_memory
     case = make(paged_rows(SMALL_ROWS, 64), "uint8", "fp8_ds_mla", dim=128)

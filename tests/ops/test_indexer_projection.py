@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.errors import DtypeError, ShapeError
-from fd_dsa.ops.indexer_projection import project_indexer
+from fd_dsa.ops.unchecked import project_indexer
 from tests.compiling import output_of
 from tests.kernel_memory import KernelMemory
 from tests.reference.bfloat16 import ref_array, upper_half
@@ -202,27 +201,6 @@ def test_on_a_cpu_it_is_two_products() -> None:
     assert project_indexer(x, *parameters, out) is out
     for result in (found, out):
         np.testing.assert_allclose(np.concatenate(result, 1), wanted, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "said"),
-    [
-        ({"x": np.zeros(40, np.float32)}, ShapeError, "hidden_states has shape"),
-        ({"x": np.zeros((5, 40))}, DtypeError, "hidden_states has dtype float64"),
-        ({"wk": np.zeros((41, 24), np.float32)}, ShapeError, "wk has shape"),
-        ({"weights_proj": np.zeros((40, 5))}, DtypeError, "weights_proj has dtype"),
-        ({"out": np.zeros((5, 24), np.float32)}, ShapeError, "out is no pair"),
-        ({"out": (np.zeros((5, 24), np.float32),) * 2}, ShapeError, r"out\[1\] has shape"),
-    ],
-)
-def test_what_does_not_belong_together_is_refused(
-    changes: dict[str, Any], error: type[Exception], said: str
-) -> None:
-    x, weight = case(5, 40, 24, 5)
-    given: dict[str, Any] = {"x": x, "wk": weight[:, :24], "weights_proj": weight[:, 24:]}
-    given |= {"out": None} | changes
-    with pytest.raises(error, match=said):
-        project_indexer(*given.values())
 
 
 COMPILE = """

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.errors import LaunchError, ShapeError
-from fd_dsa.ops.indexer_query import paddle_impl
+from fd_dsa.ops.query import paddle_impl
 from tests.kernel_memory import KernelMemory
 from tests.ops.cache_write_case import FORMATS, extreme_rows
 from tests.reference.bfloat16 import ref_array, ref_bits, upper_half
@@ -54,7 +54,7 @@ def in_kernel(
     m: KernelMemory, given: list[np.ndarray], dtype: str = "float32", **how: Any
 ) -> Outputs:
     """The same in the kernel, written over poison."""
-    from fd_dsa.ops.indexer_query.triton_kernel import prepare_indexer_query
+    from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 
     codes = "float8_e4m3fn" if how["scale_fmt"] else "uint8"
     out = (
@@ -166,7 +166,7 @@ def test_nothing_to_do(kernel_memory: KernelMemory, shape: tuple[int, int]) -> N
 
 
 def test_memory_is_made_where_none_is_given(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.ops.indexer_query.triton_kernel import prepare_indexer_query
+    from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 
     m, given = kernel_memory, inputs(2, 4)
     if m.name == "torch":
@@ -178,7 +178,7 @@ def test_memory_is_made_where_none_is_given(kernel_memory: KernelMemory) -> None
 
 
 def test_refusals(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.ops.indexer_query.triton_kernel import prepare_indexer_query
+    from fd_dsa.ops.query.triton_kernel import prepare_indexer_query
 
     m, given = kernel_memory, inputs(2, 4)
     out = m.poisoned((2, 4, 128), "uint8"), m.poisoned((2, 4), "float32")

@@ -38,7 +38,7 @@ def empty(m: KernelMemory, shape: tuple[int, int]) -> Any:
 
 def scored(m: KernelMemory, step: PagedRows) -> Any:
     """Scores of a step in which every query looks for the key at `NEEDLE`, by our kernel."""
-    from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
+    from fd_dsa.ops.logits.triton_kernel import score_pages
 
     dim, tokens = 32, step.num_tokens
     keys = np.zeros((step.num_blocks * BLOCK, dim), np.float32)

@@ -8,9 +8,8 @@ import numpy as np
 import paddle
 import pytest
 
-from fd_dsa.errors import DtypeError, ShapeError
 from fd_dsa.ops._host import Scratch
-from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
+from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
 from tests.reference.bfloat16 import ref_array, upper_half
 from tests.reference.sparse_mla import ref_attend
 
@@ -45,7 +44,7 @@ def queries(num_tokens: int, heads: int = 3, seed: int = 1) -> np.ndarray:
 
 
 def run_sparse(q: np.ndarray, cache: Any, indices: Any, scratch: Scratch | None = None) -> Any:
-    return sparse_mla(
+    return attend_gathered(
         paddle.to_tensor(q), cache, indices, softmax_scale=SCALE, kv_lora_rank=RANK, scratch=scratch
     )
 
@@ -121,7 +120,7 @@ def test_masked_and_gathered_agree_with_the_oracle(dtype: str) -> None:
     for t, columns in enumerate(chosen):
         mask[t, columns] = 0
         indices[t, : len(columns)] = key_slots[columns]
-    masked = masked_mla(
+    masked = attend_dense(
         paddle.to_tensor(q), latents.cache, key_slots, mask, softmax_scale=SCALE, kv_lora_rank=RANK
     )
     wanted = [latents.attend(q[t], key_slots[c].tolist()) for t, c in enumerate(chosen)]
@@ -133,72 +132,3 @@ def test_masked_and_gathered_agree_with_the_oracle(dtype: str) -> None:
 
 Q, CACHE = np.zeros((2, 3, WIDTH), np.float32), np.zeros((9, WIDTH), np.float32)
 INDICES = np.zeros((2, 4), np.int32)
-
-
-@pytest.mark.parametrize(
-    ("q", "cache", "indices", "error", "said"),
-    [
-        (Q, CACHE[:, :5], INDICES, ShapeError, rf"cache has shape \[9, 5\].*\[\*, {WIDTH}\]"),
-        (Q, CACHE.astype(np.uint8), INDICES, ShapeError, rf"keys of 576 values, q has {WIDTH}"),
-        (Q, CACHE.astype(np.int32), INDICES, DtypeError, "cache has dtype int32.*uint8"),
-        (Q, CACHE, INDICES[:1], ShapeError, r"indices has shape \[1, 4\].*\[2, \*\]"),
-        (Q[0], CACHE, INDICES, ShapeError, rf"q has shape \[3, {WIDTH}\]"),
-        (Q.astype(np.float64), CACHE, INDICES, DtypeError, "q has dtype float64"),
-        (Q, CACHE, INDICES.astype(np.int64), DtypeError, "indices has dtype int64.*int32"),
-    ],
-)
-def test_refusals(q, cache, indices, error, said) -> None:
-    with pytest.raises(error, match=said):
-        run_sparse(q, cache, indices)
-
-
-@pytest.mark.parametrize("slot", [-2, 9, 2**31 - 1])
-def test_slots_outside_the_cache_are_refused(slot: int) -> None:
-    indices = INDICES.copy()
-    indices[1, 2] = slot
-    with pytest.raises(ValueError, match=rf"sparse_mla: indices\[1, 2\] is {slot}.*-1 to 8"):
-        run_sparse(Q, CACHE, indices)
-
-
-@pytest.mark.parametrize(
-    ("key_slots", "error", "said"),
-    [
-        (np.int64([0, 9]), ValueError, r"key_slots\[1\] is 9, allowed is 0 to 8"),
-        (np.int64([-1, 0]), ValueError, r"key_slots\[0\] is -1"),
-        (np.int32([0, 1]), DtypeError, "key_slots has dtype int32"),
-        ([0, 1], ShapeError, "key_slots is a list"),
-        (None, ShapeError, "key_slots is None"),
-    ],
-)
-def test_masked_refuses_slots(key_slots: Any, error: type[Exception], said: str) -> None:
-    mask, options = np.zeros((2, 2), np.float32), {"softmax_scale": SCALE, "kv_lora_rank": RANK}
-    with pytest.raises(error, match=f"masked_mla: {said}"):
-        masked_mla(Q, CACHE, key_slots, mask, **options)
-
-
-@pytest.mark.parametrize(
-    ("width", "dtype", "row", "rank", "said"),
-    [
-        (WIDTH, np.float32, WIDTH, WIDTH + 1, f"is {WIDTH + 1}, allowed is 1 to {WIDTH}"),
-        (WIDTH, np.float32, WIDTH, 0, f"is 0, allowed is 1 to {WIDTH}"),
-        (576, np.uint8, 656, 500, "is 500, an fp8_ds_mla cache has 512"),
-    ],
-)
-def test_the_value_part_lies_in_the_keys(
-    width: int, dtype: Any, row: int, rank: int, said: str
-) -> None:
-    q, cache = np.zeros((1, 1, width), np.float32), np.zeros((3, row), dtype)
-    options = {"softmax_scale": SCALE, "kv_lora_rank": rank}
-    with pytest.raises(ShapeError, match=f"sparse_mla: kv_lora_rank {said}"):
-        sparse_mla(q, cache, np.zeros((1, 2), np.int32), **options)
-    mask = np.zeros((1, 2), np.float32)
-    with pytest.raises(ShapeError, match=f"masked_mla: kv_lora_rank {said}"):
-        masked_mla(q, cache, np.arange(2), mask, **options)
-
-
-def test_masked_refuses_a_mask_of_another_shape() -> None:
-    mask = np.zeros((2, 5), np.float32)
-    with pytest.raises(ShapeError, match=r"mask has shape \[2, 5\].*\[2, 6\]"):
-        masked_mla(
-            paddle.to_tensor(Q), CACHE, np.arange(6), mask, softmax_scale=SCALE, kv_lora_rank=RANK
-        )

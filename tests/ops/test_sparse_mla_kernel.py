@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
-from fd_dsa.ops.sparse_mla import sparse_mla
+from fd_dsa.ops.mla.paddle_impl import attend_gathered
 from tests.kernel_memory import KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.reference.sparse_mla import ref_attend
@@ -47,7 +47,7 @@ class Case:
 
     def run(self, m: KernelMemory) -> np.ndarray:
         """float32 [num_tokens, num_heads, rank]."""
-        from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
+        from fd_dsa.ops.mla.triton_kernel import attend_slots
 
         out_dtype = self.q_dtype
         out = m.poisoned((*self.q.shape[:2], self.rank), out_dtype)
@@ -223,7 +223,7 @@ def test_scores_far_from_zero(kernel_memory: KernelMemory) -> None:
 def test_the_result_of_the_cpu(kernel_memory: KernelMemory) -> None:
     pytest.importorskip("paddle", reason="the CPU's products are Paddle's")
     case = make("float32", "float32", [24, 0, 5], 24, rank=512, rope=64)
-    cpu = sparse_mla(
+    cpu = attend_gathered(
         case.q_stored, case.cache_stored, case.slots, softmax_scale=SCALE, kv_lora_rank=512
     )
     np.testing.assert_allclose(case.run(kernel_memory), cpu, rtol=0, atol=1e-5)
@@ -232,7 +232,7 @@ def test_the_result_of_the_cpu(kernel_memory: KernelMemory) -> None:
 def test_records_past_two_to_the_31_bytes(kernel_memory: KernelMemory) -> None:
     if kernel_memory.name != "torch":
         pytest.skip("torch alone writes into two gigabytes in place")
-    from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
+    from fd_dsa.ops.mla.triton_kernel import attend_slots
 
     m, case = kernel_memory, make("float32", "fp8_ds_mla", [40, 17], 40, rank=512, rope=64)
     first = (2**31 + 2**24) // 656

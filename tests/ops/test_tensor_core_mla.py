@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fd_dsa.errors import DtypeError, ShapeError
 from tests.kernel_memory import KernelMemory
-from tests.ops.tensor_core_case import RANK, ROPE, SCALE, Case, make, widened
+from tests.ops.tensor_core_case import RANK, SCALE, Case, make, widened
 
 CACHES = ["fp8_ds_mla", "bfloat16"]
 
@@ -54,7 +51,7 @@ def test_heads_and_edges_of_tiles(
     ("heads", "block_h", "swapped"), [(3, 16, True), (20, 32, True), (3, 16, False)]
 )
 def test_copied_keys(kernel_memory: KernelMemory, heads: int, block_h: int, swapped: bool) -> None:
-    from fd_dsa.ops.sparse_mla.tensor_core import Form
+    from fd_dsa.ops.mla.tensor_core import Form
 
     case = make("bfloat16", [0, 65, 130], 131, heads=heads)
     form = Form(True, block_h, 64, swapped, 4, 2, 1)
@@ -160,7 +157,7 @@ def test_scores_far_from_zero(kernel_memory: KernelMemory) -> None:
 
 
 def test_result_in_bfloat16_and_without_logarithms(kernel_memory: KernelMemory) -> None:
-    from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores
+    from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores
 
     m, case = kernel_memory, make("fp8_ds_mla", [9, 0], 9, heads=5)
     wide, _ = case.run(m)
@@ -184,7 +181,7 @@ def test_empty_shapes(kernel_memory: KernelMemory) -> None:
 def test_real_sizes(kernel_memory: KernelMemory, cache_dtype: str, heads: int) -> None:
     if not kernel_memory.large:
         pytest.skip("2,048 keys are for a GPU")
-    from fd_dsa.ops.sparse_mla.tensor_core import partial_rows
+    from fd_dsa.ops.mla.tensor_core import partial_rows
 
     counts = [2048, 0, 1, 1999, 64, 2048, 1025]
     case = make(cache_dtype, counts, 2048, heads=heads, num_slots=8192)
@@ -195,7 +192,7 @@ def test_real_sizes(kernel_memory: KernelMemory, cache_dtype: str, heads: int) -
 def test_records_past_two_to_the_31_bytes(kernel_memory: KernelMemory) -> None:
     if kernel_memory.name != "torch":
         pytest.skip("torch alone writes into two gigabytes in place")
-    from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores
+    from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores
 
     m, case = kernel_memory, make("fp8_ds_mla", [40, 17], 40, heads=3)
     first = (2**31 + 2**24) // 656
@@ -215,47 +212,11 @@ class _Fake:
         self.shape, self.dtype = shape, dtype
 
 
-@pytest.mark.parametrize(
-    ("name", "fake", "error", "message"),
-    [
-        ("q", _Fake((2, 4, 575), "bfloat16"), ShapeError, "q has shape"),
-        ("q", _Fake((2, 4, 576), "float32"), DtypeError, "q has dtype float32"),
-        ("cache", _Fake((9, 576), "uint8"), ShapeError, "cache has shape"),
-        ("cache", _Fake((9, 576), "float32"), DtypeError, "cache has dtype"),
-        ("slots", _Fake((3, 8), "int32"), ShapeError, "slots has shape"),
-        ("slots", _Fake((2, 8), "int64"), DtypeError, "slots has dtype"),
-        ("out", _Fake((2, 4, 576), "float32"), ShapeError, "out has shape"),
-        ("lse", _Fake((2, 5), "float32"), ShapeError, "lse has shape"),
-    ],
-)
-def test_what_does_not_belong_together_is_refused(
-    name: str, fake: _Fake, error: type[Exception], message: str
-) -> None:
-    from fd_dsa.ops.sparse_mla.tensor_core import attend_on_tensor_cores
-
-    given: dict[str, Any] = {
-        "q": _Fake((2, 4, RANK + ROPE), "bfloat16"),
-        "cache": _Fake((9, 656), "uint8"),
-        "slots": _Fake((2, 8), "int32"),
-        "out": _Fake((2, 4, RANK), "float32"),
-        "lse": None,
-    } | {name: fake}
-    with pytest.raises(error, match=f"attend_on_tensor_cores: {message}"):
-        attend_on_tensor_cores(**given, softmax_scale=1.0)
-
-
-@pytest.mark.parametrize("rows", [None, 15])
-def test_splits_without_room_are_refused(kernel_memory: KernelMemory, rows: int | None) -> None:
-    case = make("fp8_ds_mla", [9, 9], 9, heads=4)
-    with pytest.raises(ShapeError, match="splits need"):
-        case.run(kernel_memory, rows or 0, splits=2)
-
-
 @given(st.integers(1, 5000), st.integers(1, 130), st.integers(0, 4096), st.booleans())
 def test_splits_fit_into_their_memory_and_cover_a_row(
     num_tokens: int, num_heads: int, topk: int, fp8: bool
 ) -> None:
-    from fd_dsa.ops.sparse_mla.tensor_core import form_for, num_splits, partial_rows
+    from fd_dsa.ops.mla.tensor_core import form_for, num_splits, partial_rows
 
     form, rows = form_for(num_heads, num_tokens, fp8), partial_rows(num_heads)
     splits = num_splits(num_tokens, num_heads, topk, form, rows)
@@ -270,7 +231,7 @@ def test_splits_fit_into_their_memory_and_cover_a_row(
 @pytest.mark.parametrize("fp8", [True, False])
 @pytest.mark.parametrize("heads", [8, 16, 32, 64, 128])
 def test_few_tokens_fill_the_device(heads: int, fp8: bool) -> None:
-    from fd_dsa.ops.sparse_mla.tensor_core import form_for, num_splits, partial_rows
+    from fd_dsa.ops.mla.tensor_core import form_for, num_splits, partial_rows
 
     def cut(num_tokens: int) -> tuple[int, int]:
         """Programs, and splits of a row, of a step of so many tokens."""

@@ -15,7 +15,7 @@ import re, subprocess, tempfile
 from collections import defaultdict
 from pathlib import Path
 import triton
-from fd_dsa.ops.sparse_mla import tensor_core as core, tensor_core_kernel as kernels
+from fd_dsa.ops.mla import tensor_core as core, tensor_core_kernel as kernels
 from fd_dsa.triton_runtime import Pointer
 
 TYPES = {"q_ptr": "bfloat16", "slots_ptr": "int32", "out_ptr": "bfloat16", "lse_ptr": "float32",

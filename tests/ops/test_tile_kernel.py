@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.errors import DtypeError, ShapeError
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.e4m3 import E4M3_VALUES
 from tests.ops.fp8_pages import fp8_cache, random_codes
@@ -85,8 +84,8 @@ class Scorer:
         width: int | None = None,
         q_dtype: str = "uint8",
     ) -> None:
-        from fd_dsa.ops.indexer_logits.tile_forms import TileForm
-        from fd_dsa.ops.indexer_logits.tile_schedule import TileSchedule
+        from fd_dsa.ops.logits.tile_forms import TileForm
+        from fd_dsa.ops.logits.tile_schedule import TileSchedule
 
         step, self.m, self.least = case.step, m, least
         tokens = step.num_tokens
@@ -104,7 +103,7 @@ class Scorer:
 
     def fill(self) -> None:
         """Make the schedule."""
-        from fd_dsa.ops.indexer_logits.tile_schedule import fill_tile_schedule
+        from fd_dsa.ops.logits.tile_schedule import fill_tile_schedule
 
         fill_tile_schedule(
             self.schedule,
@@ -119,7 +118,7 @@ class Scorer:
 
     def score(self, index: int = 0, **changes: Any) -> None:
         """Launch for one chunk; `changes` stand for arguments."""
-        from fd_dsa.ops.indexer_logits.tile_kernel import score_tiles
+        from fd_dsa.ops.logits.tile_kernel import score_tiles
 
         first = index * self.chunk_tokens
         tensors = {
@@ -324,41 +323,6 @@ def test_blocks_past_two_to_the_31_bytes(kernel_memory: KernelMemory) -> None:
     far.tables = m.put(np.where(tables < 0, -1, tables + first).astype(np.int32))
     far.cache = cache
     np.testing.assert_array_equal(far.run(), near.run())
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "said"),
-    [
-        ({"q": np.zeros((8, 5, 64), np.uint8)}, ShapeError, r"q has shape \[8, 5, 64\].*128\]"),
-        ({"q": np.zeros((8, 5, DIM), np.float32)}, DtypeError, "q has dtype float32.*float8_e4m3"),
-        ({"q": np.zeros((8, 129, DIM), np.uint8)}, ShapeError, "q has 129 heads.*1 to 128"),
-        ({"weights": np.zeros((8, 4), np.float32)}, ShapeError, r"weights has shape \[8, 4\]"),
-        ({"cache": np.zeros((3, 16, 132), np.uint8)}, ShapeError, r"cache has shape \[3, 16, 132"),
-        ({"cache": np.zeros((3, 64, 128), np.float32)}, ShapeError, "cache has shape"),
-        ({"cache": np.zeros((0, 64, 132), np.uint8)}, ShapeError, "cache has no block"),
-        ({"position_ids": np.zeros(8, np.int32)}, DtypeError, "position_ids has dtype int32"),
-        ({"block_tables": np.zeros(8, np.int32)}, ShapeError, r"block_tables has shape \[8\]"),
-        ({"logits": np.zeros((8, 9), np.float64)}, DtypeError, "logits has dtype float64"),
-        ({"first_token": 1}, ShapeError, "first_token is 1 with 8 rows"),
-        ({"chunk": 1}, ValueError, "chunk is 1, allowed is 0 to 0"),
-        ({"chunk": -1}, ValueError, "chunk is -1, allowed is 0 to 0"),
-    ],
-)
-def test_refusals(
-    change: dict[str, Any], error: type[Exception], said: str, kernel_memory: KernelMemory
-) -> None:
-    m, case = kernel_memory, make(paged_rows(((9, 5),), PAGE))
-    scorer = Scorer(m, case)
-    arrays = {k: m.put(v) if hasattr(v, "shape") else v for k, v in change.items()}
-    with pytest.raises(error, match=f"score_tiles: {said}"):
-        scorer.score(**arrays)
-    assert (m.get(scorer.logits) == POISONED).all()
-
-
-def test_scores_whose_columns_lie_apart_are_refused(kernel_memory: KernelMemory) -> None:
-    scorer = Scorer(kernel_memory, make(paged_rows(((9, 5),), PAGE)))
-    with pytest.raises(ShapeError, match=r"logits has strides \[1, 8\], the last must be 1"):
-        scorer.score(logits=kernel_memory.poisoned((17, 8), "float32").T[:, :12])
 
 
 def test_no_rows_is_no_launch(kernel_memory: KernelMemory) -> None:

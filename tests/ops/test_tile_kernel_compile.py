@@ -16,9 +16,9 @@ SCRIPT = """
 import json, re, subprocess, sys, tempfile
 from pathlib import Path
 import triton
-from fd_dsa.ops.indexer_logits.tile_forms import decode_form, padded_heads, prompt_form
-from fd_dsa.ops.indexer_logits.tile_kernel import tile_kernel
-from fd_dsa.ops.indexer_logits.tile_schedule import _LANES, _NUM_WARPS, tile_schedule_kernel
+from fd_dsa.ops.logits.tile_forms import decode_form, padded_heads, prompt_form
+from fd_dsa.ops.logits.tile_kernel import tile_kernel
+from fd_dsa.ops.logits.tile_schedule import _LANES, _NUM_WARPS, tile_schedule_kernel
 from fd_dsa.triton_runtime import Pointer
 
 TYPES = {"q_ptr": "uint8", "cache_ptr": "uint8", "position_ids_ptr": "int64",

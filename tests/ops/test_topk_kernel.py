@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.errors import ShapeError
-from fd_dsa.ops.topk import positions_to_slots, topk_indices
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
 from tests.kernel_memory import POISON, KernelMemory
 from tests.ops.paged_rows import LARGE_ROWS, SMALL_ROWS, PagedRows, paged_rows
 from tests.reference.topk import ref_slot, ref_topk
@@ -150,7 +149,7 @@ def test_the_choice_of_the_cpu(kernel_memory: KernelMemory) -> None:
     for kind in ("normal", "plateau"):
         scores = scores_of(kind, step, seed=3)
         rows = np.maximum(step.batch_ids, 0)
-        positions = topk_indices(scores, step.window, k)
+        positions = select_positions(scores, step.window, k)
         slots = positions_to_slots(positions, rows, step.block_tables, 64)
         np.testing.assert_array_equal(run(m, step, scores, k), slots)
 
@@ -181,10 +180,3 @@ def test_rows_of_scores_may_lie_apart(kernel_memory: KernelMemory) -> None:
     wide[:, : scores.shape[1]] = scores
     found = choose(m, step, m.put(wide)[:, : scores.shape[1]], 4)
     np.testing.assert_array_equal(found, wanted(step, scores, 4))
-
-
-def test_columns_of_scores_may_not(kernel_memory: KernelMemory) -> None:
-    m, step = kernel_memory, paged_rows(SMALL_ROWS, 16)
-    scores = m.put(np.repeat(scores_of("normal", step), 2, axis=1))
-    with pytest.raises(ShapeError, match="logits has strides"):
-        choose(m, step, scores[:, ::2], 4)

@@ -6,8 +6,8 @@ import numpy as np
 import paddle
 import pytest
 
-from fd_dsa.ops.sparse_mla import masked_mla, sparse_mla
-from fd_dsa.ops.topk import topk_indices
+from fd_dsa.ops.mla.paddle_impl import attend_dense, attend_gathered
+from fd_dsa.ops.topk.paddle_impl import select_positions
 from tests.reference.sparse_mla import ref_attend
 
 SCALE, RANK, WIDTH = 0.3, 6, 8
@@ -34,7 +34,9 @@ def test_gathered(poison: float, slot: int, dtype: type) -> None:
     cache = latents if dtype == np.float32 else (latents.view(np.uint32) >> 16).astype(np.int16)
     chosen = [[3, 7, 9, 2], [4, 1], [10], []]
     indices = np.array([c + [-1] * (4 - len(c)) for c in chosen], np.int32)
-    found = sparse_mla(paddle.to_tensor(q), cache, indices, softmax_scale=SCALE, kv_lora_rank=RANK)
+    found = attend_gathered(
+        paddle.to_tensor(q), cache, indices, softmax_scale=SCALE, kv_lora_rank=RANK
+    )
     wanted = [ref_attend(q[t], latents, c, SCALE, RANK) for t, c in enumerate(chosen)]
     np.testing.assert_allclose(found, np.array(wanted), rtol=0, atol=TOLERANCE)
 
@@ -44,7 +46,7 @@ def test_signalling_nan_past_the_length(bits: int) -> None:
     # columns that no unit wrote hold what the memory held
     scores = np.full((2, 4), bits, np.uint32).view(np.float32)
     scores[:, :2] = [[1.0, 3.0], [2.0, -1.0]]
-    assert topk_indices(scores, np.array([2, 2]), 1).tolist() == [[1], [0]]
+    assert select_positions(scores, np.array([2, 2]), 1).tolist() == [[1], [0]]
 
 
 @pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS)
@@ -54,7 +56,7 @@ def test_masked(poison: float) -> None:
     mask = np.zeros((4, 4), np.float32)
     mask[:, 1] = -np.inf
     mask[2, 3] = -np.inf
-    found = masked_mla(
+    found = attend_dense(
         paddle.to_tensor(q), latents, key_slots, mask, softmax_scale=SCALE, kv_lora_rank=RANK
     )
     seen = [[7, 9, 2], [7, 9, 2], [7, 9], [7, 9, 2]]
@@ -70,8 +72,8 @@ def test_a_token_that_selects_it_is_not_finite(poison: float) -> None:
     slots = np.array([7, 3, 9])
     sizes = {"softmax_scale": SCALE, "kv_lora_rank": RANK}
     indices = np.tile(slots.astype(np.int32), (4, 1))
-    gathered = sparse_mla(paddle.to_tensor(q), latents, indices, **sizes)
+    gathered = attend_gathered(paddle.to_tensor(q), latents, indices, **sizes)
     mask = np.zeros((4, 3), np.float32)
-    masked = masked_mla(paddle.to_tensor(q), latents, slots, mask, **sizes)
+    masked = attend_dense(paddle.to_tensor(q), latents, slots, mask, **sizes)
     for found in (gathered, masked):
         assert not np.isfinite(found).any()

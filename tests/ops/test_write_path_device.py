@@ -9,8 +9,6 @@ import pytest
 
 from tests.kernel_memory import POISON, KernelMemory, open_memory
 from tests.ops.cache_write_case import BLOCK, arguments, assert_same_bytes, make_case, on_cpu
-from tests.ops.test_indexer_gather import ROWS, Keys, assert_equal
-from tests.strategies import make_batch
 
 pytestmark = pytest.mark.gpu
 # bytes of a latent block and of an indexer block; caches just past 2^31 bytes
@@ -59,20 +57,6 @@ def test_caches_past_two_gigabytes(memory: KernelMemory) -> None:
     assert bool((latent[:-1] == POISON).all())
 
 
-def test_gather_past_two_gigabytes(memory: KernelMemory) -> None:
-    from fd_dsa.ops.indexer_gather.triton_kernel import gather_indexer_keys
-
-    m, keys = memory, Keys(make_batch([(130, 0, 130)], BLOCK), "uint8")
-    first = 2**31 // INDEX_BLOCK + 1
-    cache = poisoned_on_device((first + keys.batch.num_blocks, BLOCK, 132))
-    cache[first:] = m.put(keys.cache)
-    out_k, out_scale = (m.put(array) for array in keys.outputs())
-    tables = np.where(keys.batch.block_tables >= 0, keys.batch.block_tables + first, -1)
-    inputs = (tables.astype(np.int32), keys.cu, keys.batch.seq_lens_encoder)
-    gather_indexer_keys(cache, *(m.put(array) for array in inputs), out_k, out_scale)
-    assert_equal((m.get(out_k), m.get(out_scale)), keys.wanted())
-
-
 def test_captured_write_with_padding(memory: KernelMemory) -> None:
     import torch
 
@@ -111,23 +95,4 @@ def test_repeated_writes_are_the_same(memory: KernelMemory, num_tokens: int) -> 
         write(given)
         for cache, want in zip(given[5:7], first, strict=True):
             differing += (cache != want).any()
-    assert int(differing) == 0
-
-
-@pytest.mark.slow
-def test_repeated_gathers_are_the_same(memory: KernelMemory) -> None:
-    import torch
-
-    from fd_dsa.ops.indexer_gather.triton_kernel import gather_indexer_keys
-
-    m, keys = memory, Keys(make_batch(ROWS * 9, BLOCK), "uint8")
-    out, wanted = [m.put(x) for x in keys.outputs()], [m.put(x) for x in keys.wanted()]
-    inputs = [m.put(array) for array in keys.arguments()]
-    differing = torch.zeros((), device="cuda", dtype=torch.int64)
-    for _ in range(REPEATS):
-        for tensor in out:
-            tensor.view(torch.uint8).fill_(POISON)
-        gather_indexer_keys(*inputs, *out)
-        for tensor, want in zip(out, wanted, strict=True):
-            differing += (tensor.view(torch.uint8) != want.view(torch.uint8)).any()
     assert int(differing) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from fd_dsa.errors import ConfigError, DtypeError, ShapeError
 from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
-from fd_dsa.ops.indexer_query import prepare_indexer_query
+from fd_dsa.ops.query import indexer_query
 from tests.ops.cache_write_case import BLOCK, DIM, RANK, ROPE, assert_same_bytes, make_case
 
 TOKENS, HEADS = 3, 2
@@ -183,7 +183,7 @@ def test_hadamard_has_one_width() -> None:
 
 
 def query_arguments() -> dict[str, Any]:
-    """Arguments of `prepare_indexer_query`, quantised."""
+    """Arguments of `indexer_query`, quantised."""
     return {
         "q": np.ones((TOKENS, HEADS, DIM), np.float32),
         "weights": np.ones((TOKENS, HEADS), np.float32),
@@ -226,8 +226,8 @@ READ_ONLY.setflags(write=False)
 )
 def test_queries(changes: dict[str, Any], error: type[Exception], said: str) -> None:
     given = query_arguments() | changes
-    with pytest.raises(error, match=f"^prepare_indexer_query: {said}"):
-        prepare_indexer_query(**given)
+    with pytest.raises(error, match=f"^indexer_query: {said}"):
+        indexer_query(**given)
     if given["q"] is not None:
         assert (given["q"] == 1).all()
     assert not CODES.any()
@@ -236,10 +236,10 @@ def test_queries(changes: dict[str, Any], error: type[Exception], said: str) -> 
 
 def test_queries_refuse_another_form_of_scales() -> None:
     with pytest.raises(ConfigError, match="scale_fmt: got 'e8m0', allowed are 'ue8m0' and None"):
-        prepare_indexer_query(**query_arguments(), scale_fmt="e8m0")
+        indexer_query(**query_arguments(), scale_fmt="e8m0")
 
 
 def test_the_scale_of_the_weights_may_be_a_numpy_number() -> None:
-    plain = prepare_indexer_query(**(query_arguments() | {"weights_scale": 0.25}))
-    found = prepare_indexer_query(**(query_arguments() | {"weights_scale": np.float32(0.25)}))
+    plain = indexer_query(**(query_arguments() | {"weights_scale": 0.25}))
+    found = indexer_query(**(query_arguments() | {"weights_scale": np.float32(0.25)}))
     np.testing.assert_array_equal(found[1], plain[1])

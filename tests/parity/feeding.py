@@ -14,7 +14,7 @@ from fd_dsa.attention import DSAAttentionBackend, DSABackendConfig
 from fd_dsa.models.moe import NoAuxTopkGate
 from fd_dsa.ops._host import as_numpy
 from fd_dsa.ops._linear import linear
-from fd_dsa.ops.topk import positions_to_slots
+from fd_dsa.ops.topk.paddle_impl import positions_to_slots
 from fd_dsa.runner import ModelRunner
 from tests.parity.choices import Choice
 
@@ -34,7 +34,7 @@ class FeedingBackend(DSAAttentionBackend):
 
     def fed(self, kind: str, layer: int) -> list[tuple[int, list[int]]]:
         """(flat token, chosen) of the tokens of this step that are fed in a layer."""
-        step = self.get_attention_meta()
+        step = self.attention_metadata
         num_tokens = int(as_numpy(step.cu_seqlens_q)[-1])
         rows = as_numpy(step.batch_id_per_token)[:num_tokens]
         positions = as_numpy(step.position_ids)[:num_tokens]
@@ -47,12 +47,10 @@ class FeedingBackend(DSAAttentionBackend):
                     self.waiting.discard((row, choice))
         return found
 
-    def indexer_forward(
-        self, q: Any, k: Any, weights: Any, layer_id: int, forward_meta: Any
-    ) -> Any:
+    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
         """See DSAAttentionBackend; then the fed tokens get the slots of their fed positions."""
-        selection = super().indexer_forward(q, k, weights, layer_id, forward_meta)
-        step = self.get_attention_meta()
+        selection = super().select(q, weights, layer_id, forward_meta)
+        step = self.attention_metadata
         for token, chosen in self.fed("indexer", layer_id):
             as_numpy(selection)[token] = positions_to_slots(
                 np.array([chosen], np.int32),

@@ -85,7 +85,7 @@ def test_metadata_is_made_once(calls_backends: bool) -> None:
         assert runner.initialize_forward_meta() == "what the runner returns"
         assert backend.builder.num_builds == steps
         assert runner.forward_meta.slot_mapping.numpy().tolist() == [33, 34, 35, 36, 121]
-        assert runner.forward_meta.fd_dsa_step is backend.get_attention_meta()
+        assert runner.forward_meta.fd_dsa_step is backend.attention_metadata
 
 
 @pytest.mark.parametrize("calls_backends", [False, True], ids=["hook only", "runner builds too"])

@@ -134,13 +134,13 @@ def test_inconsistent_rows_are_refused(model: Any) -> None:
 def selections(runner: ModelRunner, monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
     """The slots that each layer attends to in a step of 45 tokens."""
     backend, found = runner.attn_backends[0], []
-    original = backend.forward
+    original = backend.attend
 
-    def recording(**arguments: Any) -> Any:
-        found.append(np.from_dlpack(arguments["v"]).tolist())
-        return original(**arguments)
+    def recording(q: Any, selection: Any, *layer: Any) -> Any:
+        found.append(np.from_dlpack(selection).tolist())
+        return original(q, selection, *layer)
 
-    monkeypatch.setattr(backend, "forward", recording)
+    monkeypatch.setattr(backend, "attend", recording)
     run_rows(runner, [(0, PROMPT, 0, True)])
     return found
 

@@ -15,13 +15,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from fd_dsa.engine.async_engine import AsyncEngine
-from fd_dsa.serve.app import create_app
 from fd_dsa.serve.options import ChatSettings, ServerOptions
 from fd_dsa.serve.server import DrainingServer, bind_socket
-from fd_dsa.serve.state import Info, no_info
+from fd_dsa.serve.state import Info, ServerState, no_info
 from tests.serve.fake_engine import FakeEngine
 
 # far longer than anything takes that a test waits for, also on a machine that starves it
@@ -38,6 +36,7 @@ class Live:
         client: the real OpenAI client, without retries.
         http: a plain HTTP client.
         server: the uvicorn server, in a thread of this process.
+        state: of its application.
     """
 
     url: str
@@ -45,6 +44,7 @@ class Live:
     client: openai.OpenAI
     http: httpx.Client
     server: DrainingServer
+    state: ServerState
 
 
 @contextmanager
@@ -58,10 +58,10 @@ def running(
     """Serve `engine` on a free port until the block ends."""
     sock = bind_socket("127.0.0.1", 0)
     options = replace(options or ServerOptions(), chat=chat_settings or ChatSettings())
-    app = create_app(engine, names, info, options)
-    config = uvicorn.Config(app, ws="none", log_config=None, timeout_graceful_shutdown=2)
+    state = ServerState(engine, names, info, options)
     ready = threading.Event()
-    server = DrainingServer(config, app.state.server, 1.0, ready.set)
+    server = DrainingServer(state, 1.0, ready.set)
+    server.config.timeout_graceful_shutdown = 2
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     thread.start()
@@ -71,7 +71,7 @@ def running(
             openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
             httpx.Client(base_url=url, timeout=TIMEOUT_S) as http,
         ):
-            yield Live(url, engine, client, http, server)
+            yield Live(url, engine, client, http, server, state)
     finally:
         server.should_exit = True
         thread.join(TIMEOUT_S)
@@ -121,14 +121,12 @@ def held_port() -> Iterator[int]:
 
 def active(live: Live) -> set[str]:
     """Ids of the requests that the server counts as running."""
-    ids: set[str] = live.server.config.app.state.server.active  # type: ignore[union-attr]
-    return ids
+    return live.state.active
 
 
 def num_admitted(live: Live) -> int:
     """Outputs that hold a place of --max-concurrency; given back a moment after the answer."""
-    state: Any = live.server.config.app.state.server  # type: ignore[union-attr]
-    return int(state.concurrency.num_admitted)
+    return live.state.concurrency.num_admitted
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:
@@ -137,3 +135,27 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> N
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true in time"
         time.sleep(0.01)
+
+
+def connected(live: Live) -> socket.socket:
+    """A connection to the server."""
+    url = httpx.URL(live.url)
+    return socket.create_connection((url.host, url.port or 80), timeout=TIMEOUT_S)
+
+
+def exchange(url: str, data: bytes) -> bytes:
+    """What a server answers to bytes, until it closes the connection."""
+    parts = httpx.URL(url)
+    with socket.create_connection((parts.host, parts.port or 80), TIMEOUT_S) as connection:
+        connection.sendall(data)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return answer
+
+
+def chunks_of(answer: httpx.Response) -> list[dict[str, Any]]:
+    """The chunks of a stream that came to its end."""
+    events = answer.text.strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events[:-1]]

@@ -9,7 +9,7 @@ from typing import Any
 
 from fd_dsa.chat.renderers import ChatRenderer
 from fd_dsa.engine.metrics import EngineMetrics
-from fd_dsa.engine.output import FinishReason, RequestOutput
+from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -212,10 +212,7 @@ class FakeEngine:
         """The request as it stands."""
         grew = bool(tokens) and reason not in ("abort", "error")
         return RequestOutput(
-            request_id,
-            prompt,
-            token_ids=tokens,
-            text=pieces,
+            OutputState(request_id, 0, prompt, tokens, pieces),
             new_token_ids=tokens[-1:] if grew else [],
             new_text=pieces[-1] if grew else "",
             finish_reason=reason,

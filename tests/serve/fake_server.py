@@ -15,6 +15,7 @@ from contextlib import aclosing
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
+from fd_dsa.serve.state import ServerState
 from tests.serve.fake_engine import FakeEngine, FakeRenderer, FakeTokenizer
 
 NAME = 'it\'s a "model" ü'
@@ -60,12 +61,12 @@ def main() -> int:
             print(curl_line(url, NAME, engine.max_model_len, chat=True), flush=True)
 
         return run_server(
+            ServerState(None, [NAME]),
             lambda _: engine,
-            [NAME],
             sock,
             shutdown_timeout_s=float(sys.argv[2]),
             on_ready=on_ready,
-            forced_exit_s=10,
+            forced_exit_s=8,
         )
 
 

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 
-from fd_dsa.serve.api_page import render
+from fd_dsa.serve.pages import render
 from tests.serve.conftest import Live
 
 ROUTES = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/health")

@@ -49,34 +49,25 @@ def resident_bytes() -> int:
     return pages * 4096
 
 
-def test_a_client_that_never_reads_is_aborted_with_a_line(
+def test_a_client_that_does_not_read_is_aborted_and_told_why_when_it_reads(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(generation, "MAX_UNREAD_OUTPUTS", 50)
     with running(FakeEngine(max_model_len=1_000_000, words=LONG)) as live:
         before = resident_bytes()
-        with silent_client(live.url):
+        with silent_client(live.url) as client:
             wait_until(lambda: len(live.engine.closed) == 1)
             assert "its client has not read 50 outputs" in caplog.text
             # without a bound it would have gone on
             assert resident_bytes() - before < 100 << 20
             assert complete(live, max_tokens=2).status_code == 200
+            text = b""
+            while not text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
+                part = client.recv(1 << 20)
+                assert part, "the stream has no end"
+                text = text[-2000:] + part
+            assert b'"code":"client_too_slow"' in text
         wait_until(lambda: num_admitted(live) == 0)
-
-
-def test_a_client_that_reads_late_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "MAX_UNREAD_OUTPUTS", 50)
-    with (
-        running(FakeEngine(max_model_len=1_000_000, words=LONG)) as live,
-        silent_client(live.url) as client,
-    ):
-        wait_until(lambda: len(live.engine.closed) == 1)
-        text = b""
-        while not text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
-            part = client.recv(1 << 20)
-            assert part, "the stream has no end"
-            text = text[-2000:] + part
-        assert b'"code":"client_too_slow"' in text
 
 
 def test_a_stalled_connection_is_closed_and_its_place_given_back(

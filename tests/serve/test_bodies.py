@@ -12,16 +12,15 @@ from typing import Any
 import httpx
 import pytest
 
-from fd_dsa.serve import body_memory, guard
-from fd_dsa.serve.body_memory import BodyMemory
+from fd_dsa.serve import body, guard
+from fd_dsa.serve.body import BodyReader
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.options import ServerOptions
-from tests.serve.conftest import Live, num_admitted, running, wait_until
+from tests.serve.conftest import Live, connected, num_admitted, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_connections import HEAD
 from tests.serve.test_errors import complete, error_of
 from tests.serve.test_guard import JSON, body_of
-from tests.serve.test_slow_heads import connected
 
 NUM_SLOW = 60
 
@@ -85,10 +84,10 @@ def test_many_that_send_a_byte_at_a_time_are_closed_at_the_limit(
 
 
 def test_bodies_together_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body_memory, "_LONG_BODIES", 3)
+    monkeypatch.setattr(body, "_LONG_BODIES", 3)
     size = 1 << 20
-    made: list[BodyMemory] = []
-    monkeypatch.setattr(guard, "BodyMemory", lambda o: made.append(BodyMemory(o)) or made[0])
+    made: list[BodyReader] = []
+    monkeypatch.setattr(guard, "BodyReader", lambda o: made.append(BodyReader(o)) or made[0])
     with running(FakeEngine(), options=ServerOptions(max_body_bytes=size)) as live:
 
         def post(num_bytes: int) -> httpx.Response:
@@ -114,7 +113,7 @@ def test_bodies_together_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) 
 def test_a_client_that_leaves_in_its_body_gives_its_memory_back(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(body_memory, "_LONG_BODIES", 1)
+    monkeypatch.setattr(body, "_LONG_BODIES", 1)
     size = 1 << 20
     with running(FakeEngine(), options=ServerOptions(max_body_bytes=size)) as live:
         for _ in range(10):

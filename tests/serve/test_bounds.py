@@ -86,59 +86,58 @@ def test_fields_of_completions(live: Live, name: str) -> None:
     assert error["message"].startswith(field) and text in error["message"]
 
 
-CHAT_BOUNDS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
-    "messages": (
-        {"messages": [HI] * ENTRIES},
-        {"messages": [HI] * (ENTRIES + 1)},
+TEXT_PARTS = [{"type": "text", "text": "a"}] * (ENTRIES + 1)
+CALLS = call("{}")["tool_calls"] * (ENTRIES + 1)
+# field, what it may be at most, one more, the field to blame, what the refusal says
+CHAT_BOUNDS: list[tuple[str, Any, Any, str, str]] = [
+    ("messages", [HI] * ENTRIES, [HI] * (ENTRIES + 1), "", "4097 entries; at most 4096"),
+    (
         "messages",
-        f"has {ENTRIES + 1} entries; at most {ENTRIES}",
+        [{**HI, "content": TEXT_PARTS[1:]}],
+        [{**HI, "content": TEXT_PARTS}],
+        "[0].content",
+        "4097 parts; at most 4096",
     ),
-    "parts": (
-        {"messages": [{**HI, "content": [{"type": "text", "text": "a"}] * ENTRIES}]},
-        {"messages": [{**HI, "content": [{"type": "text", "text": "a"}] * (ENTRIES + 1)}]},
-        "messages[0].content",
-        f"has {ENTRIES + 1} parts; at most {ENTRIES}",
+    (
+        "messages",
+        [{**call("{}"), "tool_calls": CALLS[1:]}, HI],
+        [{**call("{}"), "tool_calls": CALLS}, HI],
+        "[0].tool_calls",
+        "4097 entries; at most 4096",
     ),
-    "calls": (
-        {"messages": [{**call("{}"), "tool_calls": call("{}")["tool_calls"] * ENTRIES}, HI]},
-        {"messages": [{**call("{}"), "tool_calls": call("{}")["tool_calls"] * (ENTRIES + 1)}, HI]},
-        "messages[0].tool_calls",
-        f"has {ENTRIES + 1} entries; at most {ENTRIES}",
+    (
+        "messages",
+        [call(text_of(1 << 20)), HI],
+        [call(text_of((1 << 20) + 1)), HI],
+        "[0].tool_calls[0].function.arguments",
+        "1048577 characters; at most 1048576",
     ),
-    "arguments": (
-        {"messages": [call(text_of(1 << 20)), HI]},
-        {"messages": [call(text_of((1 << 20) + 1)), HI]},
-        "messages[0].tool_calls[0].function.arguments",
-        "has 1048577 characters; at most 1048576",
+    (
+        "messages",
+        [{**HI, **{f"x{i}": 1 for i in range(126)}}],
+        [{**HI, **{f"x{i}": 1 for i in range(127)}}],
+        "[0]",
+        "129 fields; at most 128",
     ),
-    "fields of a message": (
-        {"messages": [{**HI, **{f"x{i}": 1 for i in range(126)}}]},
-        {"messages": [{**HI, **{f"x{i}": 1 for i in range(127)}}]},
-        "messages[0]",
-        "has 129 fields; at most 128",
-    ),
-    "tools": (
-        {"tools": tools(1024), "tool_choice": "none"},
-        {"tools": tools(1025), "tool_choice": "none"},
-        "tools",
-        "has 1025 entries; at most 1024",
-    ),
-    "variables": (
-        {"chat_template_kwargs": {f"x{i}": 1 for i in range(128)}},
-        {"chat_template_kwargs": {f"x{i}": 1 for i in range(129)}},
+    ("tools", tools(1024), tools(1025), "", "1025 entries; at most 1024"),
+    (
         "chat_template_kwargs",
-        "has 129 entries; at most 128",
+        {f"x{i}": 1 for i in range(128)},
+        {f"x{i}": 1 for i in range(129)},
+        "",
+        "129 entries; at most 128",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("name", CHAT_BOUNDS)
-def test_fields_of_chat(wide: Live, name: str) -> None:
-    most, too_much, param, text = CHAT_BOUNDS[name]
-    assert chat(wide, **most).status_code == 200
-    error = error_of(chat(wide, **too_much), 400)
-    assert error["param"] == param
-    assert text in error["message"]
+@pytest.mark.parametrize(("field", "most", "too_much", "part", "text"), CHAT_BOUNDS)
+def test_fields_of_chat(
+    wide: Live, field: str, most: Any, too_much: Any, part: str, text: str
+) -> None:
+    assert chat(wide, **{field: most}, tool_choice="none").status_code == 200
+    error = error_of(chat(wide, **{field: too_much}, tool_choice="none"), 400)
+    assert error["param"] == f"{field}{part}"
+    assert f"has {text}" in error["message"]
 
 
 def test_unknown_fields_of_a_body(live: Live) -> None:
@@ -202,84 +201,37 @@ def test_depth_of_a_body(live: Live) -> None:
     assert message.startswith(f"body nests too deeply: got more than {MAX_DEPTH} lists and objects")
 
 
-ATTACKS: dict[str, tuple[str, Any, int, str]] = {
-    "200,000 tools": ("/v1/chat/completions", {"tools": tools(200_000)}, 413, "--max-body-values"),
-    "20,000 tools": ("/v1/chat/completions", {"tools": tools(20_000)}, 400, "at most 1024"),
-    "350,000 messages": (
-        "/v1/chat/completions",
-        {"messages": [HI] * 350_000},
-        413,
-        "--max-body-values",
-    ),
-    "300,000 parts": (
-        "/v1/chat/completions",
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 300_000}]},
-        413,
-        "--max-body-values",
-    ),
-    "300,000 unknown fields": (
-        "/v1/completions",
-        {f"x{i}": 1 for i in range(300_000)},
-        413,
-        "--max-body-values",
-    ),
-    "200,000 unknown fields": (
-        "/v1/completions",
-        {f"x{i}": 1 for i in range(200_000)},
-        400,
-        "at most 128",
-    ),
-    "1,000,000 entries of logit_bias": (
-        "/v1/completions",
-        {"prompt": "a", "logit_bias": {str(i): 1 for i in range(1_000_000)}},
-        413,
-        "--max-body-values",
-    ),
-    "2,500,000 ids": ("/v1/completions", {"prompt": [1] * 2_500_000}, 413, "--max-body-values"),
-    "1,000,000 ids": ("/v1/completions", {"prompt": [1] * 1_000_000}, 400, "has 1000000 tokens"),
-    "1,000,000 ids to detokenize": (
-        "/detokenize",
-        {"tokens": [1] * 1_000_000},
-        400,
-        "has 1000000 entries; at most max_model_len",
-    ),
-    "1,000,000 wrong bad words": (
-        "/v1/completions",
-        {"prompt": "a", "bad_words": [1] * 1_000_000},
-        400,
-        "has 1000000 entries; at most 1024",
-    ),
-    "a large value of a wrong type": (
-        "/v1/completions",
-        {"prompt": "a", "temperature": [[1] * 100_000] * 10},
-        400,
-        "temperature: got [[1, 1, 1",
-    ),
-    "a large name of a model": (
-        "/v1/completions",
-        {"prompt": "a", "model": "x" * 1_000_000},
-        404,
-        "model: got",
-    ),
-    "a large name of a field": (
-        "/v1/chat/completions",
-        {"messages": [{"x" * 1_000_000: 1}]},
-        400,
-        "messages[0].role: is missing",
-    ),
-    "a large regular expression of a wrong type": (
-        "/v1/completions",
-        {"prompt": "a", "structured_outputs": {"regex": [1] * 100_000}},
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "a"}] * 300_000}]
+VALUES = "--max-body-values"
+ATTACKS: list[tuple[str, dict[str, Any], int, str]] = [
+    (CHAT, {"tools": tools(200_000)}, 413, VALUES),
+    (CHAT, {"tools": tools(20_000)}, 400, "at most 1024"),
+    (CHAT, {"messages": [HI] * 350_000}, 413, VALUES),
+    (CHAT, {"messages": PARTS}, 413, VALUES),
+    (CHAT, {"messages": [{"x" * 1_000_000: 1}]}, 400, "messages[0].role: is missing"),
+    (COMPLETIONS, {f"x{i}": 1 for i in range(300_000)}, 413, VALUES),
+    (COMPLETIONS, {f"x{i}": 1 for i in range(200_000)}, 400, "at most 128"),
+    (COMPLETIONS, {"logit_bias": {str(i): 1 for i in range(1_000_000)}}, 413, VALUES),
+    (COMPLETIONS, {"prompt": [1] * 2_500_000}, 413, VALUES),
+    (COMPLETIONS, {"prompt": [1] * 1_000_000}, 400, "has 1000000 tokens"),
+    (COMPLETIONS, {"bad_words": [1] * 1_000_000}, 400, "has 1000000 entries; at most 1024"),
+    (COMPLETIONS, {"temperature": [[1] * 100_000] * 10}, 400, "temperature: got [[1, 1, 1"),
+    (COMPLETIONS, {"model": "x" * 1_000_000}, 404, "model: got"),
+    (
+        COMPLETIONS,
+        {"structured_outputs": {"regex": [1] * 100_000}},
         400,
         "structured_outputs is [1, 1, 1",
     ),
-}
+    ("/detokenize", {"tokens": [1] * 1_000_000}, 400, "has 1000000 entries; at most max_model_len"),
+]
 
 
-@pytest.mark.parametrize("name", ATTACKS)
-def test_what_would_take_long_is_refused(live: Live, name: str) -> None:
-    path, fields, status, text = ATTACKS[name]
-    body = {"messages": [HI], **fields} if path == "/v1/chat/completions" else fields
+@pytest.mark.parametrize("number", range(len(ATTACKS)))
+def test_what_would_take_long_is_refused(live: Live, number: int) -> None:
+    path, fields, status, text = ATTACKS[number]
+    body = {CHAT: {"messages": [HI]}, COMPLETIONS: {"prompt": "a"}}.get(path, {}) | fields
     error = error_of(live.http.post(path, content=orjson.dumps(body), headers=JSON), status)
     assert text in error["message"]
     assert len(error["message"]) < 300

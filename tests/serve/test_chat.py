@@ -5,6 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 
+from fd_dsa.serve.options import ChatSettings
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import WORDS, FakeEngine
 
@@ -130,3 +131,26 @@ def test_no_messages(live: Live) -> None:
     answer = live.http.post("/v1/chat/completions", json={"messages": []})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages"
+
+
+def test_a_template_of_the_request_needs_trust() -> None:
+    body = {"messages": HELLO, "chat_template": "{{ bos_token }}{{ messages[0].content }}!{{ k }}"}
+    kwargs = {"chat_template_kwargs": {"k": 3}}
+    with running(FakeEngine()) as live:
+        error = live.http.post("/v1/chat/completions", json=body).json()["error"]
+        assert error["param"] == "chat_template"
+        assert "--trust-request-chat-template" in error["message"]
+    trusting = ChatSettings(trust_request_chat_template=True)
+    with running(FakeEngine(), chat_settings=trusting) as live:
+        assert live.http.post("/v1/chat/completions", json={**body, **kwargs}).status_code == 200
+        assert prompt_text(live) == "<bos>Hi!3"
+        broken = {**body, "chat_template": "{% for %}"}
+        error = live.http.post("/v1/chat/completions", json=broken).json()["error"]
+        assert error["param"] == "chat_template"
+        nested = {**body, "chat_template": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"}
+        error = live.http.post("/v1/chat/completions", json=nested).json()["error"]
+        assert error["message"] == ("chat_template: chat template of the request: nests too deeply")
+        giant = {**body, "chat_template": "{{ 'a' * 10**11 }}"}
+        answer = live.http.post("/v1/chat/completions", json=giant)
+        assert answer.status_code == 400 and "1048576" in answer.json()["error"]["message"]
+        assert live.http.post("/v1/chat/completions", json={**body, **kwargs}).status_code == 200

@@ -13,7 +13,7 @@ import pytest
 from fd_dsa.config import demo_model_path
 from fd_dsa.engine.tokenizer import Tokenizer
 from tests.chat.recorded import TOOLS
-from tests.serve.test_end_to_end import Server, serving
+from tests.serve.processes import Server, serving
 
 pytestmark = pytest.mark.slow
 

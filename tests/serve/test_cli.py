@@ -11,8 +11,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,78 +20,20 @@ import yaml
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
-from tests.serve.conftest import held_port
-from tests.serve.test_end_to_end import wait_for_health
+from fd_dsa.serve import cli
+from tests.serve.conftest import held_port, wait_until
+from tests.serve.processes import (
+    FAKE,
+    TIMEOUT_S,
+    command,
+    environment,
+    error_line,
+    finish,
+    run,
+    serving,
+    started,
+)
 from tests.serve.test_errors import error_of
-
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 180
-# body of an engine factory: the real engine and its process, without a model
-FAKE = """
-    from tests.engine.fakes import make_engine
-    return make_engine(num_blocks=999, max_model_len=999, vocab_size=5000)
-"""
-# the process of the engine, with a factory whose body is put in place of {body}
-CHILD = """
-import os, pathlib, sys, time, types
-factory = types.ModuleType("fd_dsa.engine.factory")
-def build_engine(config, progress=None):
-{body}
-factory.build_engine = build_engine
-sys.modules["fd_dsa.engine.factory"] = factory
-from fd_dsa.serve.engine_child import main
-os._exit(main())
-"""
-# runs the command with another process of the engine
-WITH_CHILD = """
-import sys
-from fd_dsa.serve.engine_process import EngineProcess
-EngineProcess.COMMAND = (sys.executable, "-c", {child!r})
-from fd_dsa.environment import command
-from fd_dsa.serve.cli import main
-with command():
-    sys.exit(main())
-"""
-
-
-def command(*args: str, body: str | None = None) -> list[str]:
-    """The command line, with a factory of our own if a body is given."""
-    if body is None:
-        return [sys.executable, "-m", "fd_dsa.serve", *args]
-    child = CHILD.format(body=textwrap.indent(textwrap.dedent(body), "    "))
-    return [sys.executable, "-c", WITH_CHILD.format(child=child), *args]
-
-
-def environment() -> dict[str, str]:
-    """Makes the package importable from any folder, as an installed one is."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-
-
-def finish(cwd: Path, line: list[str], status: int) -> subprocess.CompletedProcess[str]:
-    """Run a command line to its end, from `cwd`."""
-    done = subprocess.run(
-        line, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-    assert done.returncode == status, done.stderr
-    return done
-
-
-def run(
-    cwd: Path, *args: str, body: str | None = None, status: int = 2
-) -> subprocess.CompletedProcess[str]:
-    """Run the server's command line to its end, from `cwd`."""
-    return finish(cwd, command(*args, body=body), status)
-
-
-def error_line(done: subprocess.CompletedProcess[str]) -> str:
-    """The only line on stderr that is no log line; stdout is empty."""
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    lines = [x for x in done.stderr.splitlines() if not re.match(r"\d\d:\d\d:\d\d INFO ", x)]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("fd_dsa: error: ")
-    return lines[0].removeprefix("fd_dsa: error: ")
 
 
 def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None:
@@ -119,7 +59,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--max-model", "5"], "unknown flag --max-model"),
         (["a", "b"], "unexpected argument 'b'"),
         (["a", "--model", "b"], "give one of them"),
-        (["--port", "99999"], "--port: got '99999'; allowed is 0..65535"),
+        (["--port", "65536"], "--port: got '65536'; allowed is 0..65535"),
         (["--port", "http"], "--port: got 'http'"),
         (["--shutdown-timeout", "-1"], "--shutdown-timeout: got '-1'"),
         (["--max-num-seqs", "many"], "--max-num-seqs: got 'many'; allowed is a whole number"),
@@ -134,6 +74,7 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
             ["--index-topk", "8193", "--device", "cpu", "--dry-run"],
             "got 8193, allowed: at most 8192",
         ),
+        (["--dry-run", "--kv-cache-memory-bytes", "900T"], "--kv-cache-memory-bytes"),
         (["--gpu-memory-utilization", "1.5"], "--gpu-memory-utilization: got 1.5, allowed: above"),
         (["--no-enable-chunked-prefill"], "--enable-chunked-prefill: got False, allowed: True"),
         (["--cudagraph-capture-sizes", "2", "65"], "--cudagraph-capture-sizes: got 65, allowed"),
@@ -149,10 +90,37 @@ def test_help_lists_every_engine_flag_and_imports_little(tmp_path: Path) -> None
         (["--tensor-parallel-size", "two"], "--tensor-parallel-size/-tp: got 'two'"),
         (["no/such/folder"], "--model: got 'no/such/folder'"),
         (["--host", "no.such.host.invalid"], "--host: got 'no.such.host.invalid'"),
+        *((["--allowed-host", name], "a name without a port") for name in ("", "a:80", "a b")),
     ],
 )
-def test_bad_flags_are_one_line(tmp_path: Path, args: list[str], text: str) -> None:
-    assert text in error_line(run(tmp_path, *args))
+def test_bad_flags_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    args: list[str],
+    text: str,
+) -> None:
+    # they change the whole process
+    for name in ("set_up_logging", "share_heaps", "keep_heaps_trimmed"):
+        monkeypatch.setattr(cli, name, lambda *_, **__: None)
+    assert cli.main(args) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert shown.err.startswith("fd_dsa: error: ") and text in shown.err
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "text"),
+    [
+        (["version"], 0, f"fd_dsa {__version__}"),
+        ([], 0, "usage: fd-dsa COMMAND"),
+        (["dance"], 2, "unknown command 'dance'"),
+        (["serve", "--zzz"], 2, "fd_dsa: error: unknown flag --zzz"),
+    ],
+)
+def test_console_script(tmp_path: Path, args: list[str], status: int, text: str) -> None:
+    code = "import sys; from fd_dsa.cli import main; sys.exit(main())"
+    done = finish(tmp_path, [sys.executable, "-c", code, *args], status)
+    assert text in done.stdout + done.stderr
 
 
 def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None:
@@ -166,47 +134,38 @@ def test_port_in_use_is_found_before_the_model_is_loaded(tmp_path: Path) -> None
     assert "--port" in line
 
 
-@contextmanager
-def started(
-    cwd: Path, *args: str, body: str, env: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """The command as a running process, with further variables."""
-    process = subprocess.Popen(
-        command(*args, body=body),
-        cwd=cwd,
-        env={**environment(), **(env or {})},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 def test_start_serve_and_stop_from_another_folder(tmp_path: Path) -> None:
     names = ("--served-model-name", "first", "--served-model-name", "second")
-    with started(tmp_path, "--port", "0", *names, body=FAKE) as process:
-        assert process.stdout is not None
-        ready, curl = process.stdout.readline(), process.stdout.readline()
-        assert ready.startswith(f"fd_dsa {__version__} serves first on http://127.0.0.1:")
-        url = re.search(r"http://127\.0\.0\.1:\d+", ready)
-        assert url is not None
-        models = httpx.get(f"{url[0]}/v1/models", timeout=TIMEOUT_S).json()["data"]
+    # nearly the name of a flag's variable
+    with serving(tmp_path, *names, body=FAKE, env={"FD_DSA_MAX_MODEL_LENGTH": "5"}) as server:
+        assert server.ready.startswith(f"fd_dsa {__version__} serves first on {server.url} ")
+        models = httpx.get(f"{server.url}/v1/models", timeout=TIMEOUT_S).json()["data"]
         assert [m["id"] for m in models] == ["first", "second"]
-        assert curl.startswith(f"curl {url[0]}/v1/chat/completions ")
+        curl = server.line()
+        assert curl.startswith(f"curl {server.url}/v1/chat/completions ")
         if shutil.which("curl"):
             subprocess.run(curl.strip() + " --fail", shell=True, check=True, capture_output=True)
-        process.terminate()
-        rest, log = process.communicate(timeout=TIMEOUT_S)
-        assert (process.returncode, rest) == (0, "")
-        # one access line per request, none of uvicorn's own lines
-        assert log.count("GET /v1/models") == 1
-        assert "Uvicorn" not in log
-        assert log.count("INFO chat: prompts by tokenizer_config.json, tool calls none") == 1
+        log = server.ends()
+        assert server.line() == ""
+    # one access line per request, none of uvicorn's own lines
+    assert log.count("GET /v1/models") == 1
+    assert "Uvicorn" not in log
+    assert log.count("INFO chat: prompts by tokenizer_config.json, tool calls none") == 1
+    assert "WARNING the variable FD_DSA_MAX_MODEL_LENGTH is none of fd_dsa's; did you" in log
+
+
+def test_flags_of_a_file_and_of_variables_are_served(tmp_path: Path) -> None:
+    (tmp_path / "serve.yaml").write_text("served-model-name: [of-the-file]\nmax-concurrency: 7\n")
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    shutil.copy(EngineConfig().model_path / "tokenizer.json", folder)
+    flags = ("--config", "serve.yaml", "--tokenizer", str(folder))
+    with serving(tmp_path, *flags, body=FAKE, env={"FD_DSA_PORT": "0"}) as server:
+        assert " serves of-the-file on http://127.0.0.1:" in server.ready
+        # the folder has no chat template
+        assert "/v1/completions " in server.line()
+        log = server.ends()
+    assert "chat: none, the folder has no template; --chat-template FILE gives it one" in log
 
 
 def test_a_server_needs_no_open_streams(tmp_path: Path) -> None:
@@ -216,9 +175,17 @@ def test_a_server_needs_no_open_streams(tmp_path: Path) -> None:
         process = subprocess.Popen(
             ["sh", "-c", f"exec {words} <&- >&- 2>&-"], cwd=tmp_path, env=environment()
         )
+        url = f"http://127.0.0.1:{port}"
+
+        def serves() -> bool:
+            assert process.poll() is None
+            try:
+                return httpx.get(f"{url}/health", timeout=TIMEOUT_S).status_code == 200
+            except httpx.TransportError:
+                return False
+
         try:
-            url = f"http://127.0.0.1:{port}"
-            wait_for_health(process, url, tmp_path / "none")
+            wait_until(serves, TIMEOUT_S)
             assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 200
             process.terminate()
             assert process.wait(TIMEOUT_S) == 0
@@ -232,64 +199,26 @@ def test_two_starts_on_one_port_leave_one_server(tmp_path: Path) -> None:
     wait = "print('loading', flush=True)\nwhile not pathlib.Path('go').exists(): time.sleep(0.05)"
     body = f"{wait}\n{textwrap.dedent(FAKE)}"
     with held_port() as port, started(tmp_path, "--port", str(port), body=body) as first:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "loading\n"
+        assert first.line() == "loading\n"
         line = error_line(run(tmp_path, "--port", str(port), body=body))
-        assert line.startswith(f"127.0.0.1:{port}: address already in use by process {first.pid} (")
+        pid = first.process.pid
+        assert line.startswith(f"127.0.0.1:{port}: address already in use by process {pid} (")
         (tmp_path / "go").touch()
-        assert f"serves demo_model on http://127.0.0.1:{port}" in first.stdout.readline()
+        assert f"serves demo_model on http://127.0.0.1:{port}" in first.line()
 
 
 def test_dry_run_prints_the_plan_and_loads_nothing(tmp_path: Path) -> None:
     flags = ("--dry-run", "--device", "cpu", "--max-model-len", "512", "--api-key", "the-key")
     done = run(tmp_path, *flags, body="raise SystemExit('it was loaded')", status=0)
-    told = yaml.safe_load(done.stdout)
-    assert (told["max_model_len"], told["num_api_keys"], told["port"]) == (512, 1, 8000)
-    assert told["max_prompt_bytes"] == 16 * 512
-    assert told["memory"]["num_blocks"] > 0
+    plan = yaml.safe_load(done.stdout)
+    assert (plan["max_model_len"], plan["num_api_keys"], plan["port"]) == (512, 1, 8000)
+    assert plan["max_prompt_bytes"] == 16 * 512
+    assert plan["memory"]["num_blocks"] > 0
     # a server has a target where the configuration has none
-    assert told["target_inter_token_latency_ms"] == 200
-    assert (told["chat_template"], told["tool_call_parser"]) == ("tokenizer_config.json", "none")
+    assert plan["target_inter_token_latency_ms"] == 200
+    assert (plan["chat_template"], plan["tool_call_parser"]) == ("tokenizer_config.json", "none")
     assert "the-key" not in done.stdout + done.stderr
     assert done.stdout.startswith("# deepseek_v32 on the CPU")
-
-
-def test_dry_run_refuses_what_a_start_refuses(tmp_path: Path) -> None:
-    line = error_line(run(tmp_path, "--dry-run", "--kv-cache-memory-bytes", "900T"))
-    assert "--kv-cache-memory-bytes" in line
-
-
-def test_flags_of_a_file_and_of_variables_are_served(tmp_path: Path) -> None:
-    (tmp_path / "serve.yaml").write_text("served-model-name: [of-the-file]\nmax-concurrency: 7\n")
-    with started(
-        tmp_path, "--config", "serve.yaml", body=FAKE, env={"FD_DSA_PORT": "0"}
-    ) as process:
-        assert process.stdout is not None
-        assert " serves of-the-file on http://127.0.0.1:" in process.stdout.readline()
-
-
-def test_a_misspelt_variable_is_a_warning(tmp_path: Path) -> None:
-    with started(
-        tmp_path, "--port", "0", body=FAKE, env={"FD_DSA_MAX_MODEL_LENGTH": "5"}
-    ) as process:
-        assert process.stdout is not None
-        assert " serves demo_model on " in process.stdout.readline()
-        process.terminate()
-        _, log = process.communicate(timeout=TIMEOUT_S)
-        assert "WARNING the variable FD_DSA_MAX_MODEL_LENGTH is none of fd_dsa's; did you" in log
-
-
-def test_folder_without_template_gets_a_completions_line(tmp_path: Path) -> None:
-    folder = tmp_path / "tokenizer"
-    folder.mkdir()
-    shutil.copy(EngineConfig().model_path / "tokenizer.json", folder)
-    with started(tmp_path, "--port", "0", "--tokenizer", str(folder), body=FAKE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert "/v1/completions " in process.stdout.readline()
-        process.terminate()
-        _, log = process.communicate(timeout=TIMEOUT_S)
-        assert "chat: none, the folder has no template; --chat-template FILE gives it one" in log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -302,9 +231,8 @@ def test_health_tells_the_phase_while_the_model_loads(
         print("loading", flush=True)
         time.sleep(3600)
     """
-    with held_port() as port, started(tmp_path, "--port", str(port), body=body) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "loading\n"
+    with held_port() as port, started(tmp_path, "--port", str(port), body=body) as server:
+        assert server.line() == "loading\n"
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as http:
             for path in ("/health", "/readyz", "/startupz", "/v1/models", "/server_info"):
                 error = error_of(http.get(path), 503)
@@ -317,29 +245,6 @@ def test_health_tells_the_phase_while_the_model_loads(
             assert http.get("/livez").status_code == 200
             assert http.get("/version").json() == {"version": __version__}
             assert "fd_dsa:" not in http.get("/metrics").text
-        process.send_signal(number)
-        _, log = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 128 + number
+        log = server.ends(128 + number, number)
         assert log.splitlines()[-1] == "fd_dsa: error: interrupted while starting"
         assert "Traceback" not in log
-
-
-@pytest.mark.parametrize(
-    ("args", "status", "text"),
-    [
-        (["version"], 0, f"fd_dsa {__version__}"),
-        ([], 0, "usage: fd-dsa COMMAND"),
-        (["dance"], 2, "unknown command 'dance'"),
-        (["serve", "--zzz"], 2, "unknown flag --zzz"),
-    ],
-)
-def test_console_script(args: list[str], status: int, text: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; from fd_dsa.cli import main; sys.exit(main())", *args],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == status
-    assert text in done.stdout + done.stderr

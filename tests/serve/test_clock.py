@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.serve.options import ServerOptions
 from tests.engine.fakes import make_engine
-from tests.serve.conftest import Live, running
+from tests.serve.conftest import Live, chunks_of, running
 from tests.serve.test_errors import complete
 
 FIELDS: dict[str, Any] = {"prompt": [5, 6, 7], "temperature": 0, "max_tokens": 30, "n": 2}
@@ -23,8 +22,7 @@ TIMES = ("first_token_s", "total_s")
 
 def answers(live: Live) -> tuple[list[dict[str, Any]], list[int]]:
     """What a server answers, without ids and `created`; and all values of `created`."""
-    stream = complete(live, **FIELDS, stream=True).text.strip().split("\n\n")
-    events = [json.loads(event.removeprefix("data: ")) for event in stream[:-1]]
+    events = chunks_of(complete(live, **FIELDS, stream=True))
     found = [complete(live, **FIELDS).json(), *events]
     # chunks of two choices come in the order in which they are ready
     found.sort(key=lambda one: one["choices"][0]["index"] if "usage" not in one else -1)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import resource
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,15 +17,13 @@ from typing import Any
 import httpx
 import pytest
 
-from fd_dsa.serve.descriptors import PROBE_CONNECTIONS
+from fd_dsa.serve.listener import PROBE_CONNECTIONS
 from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.status import PROBE_PATHS
-from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, Live, connected, exchange, running, wait_until
 from tests.serve.fake_engine import FakeEngine
-from tests.serve.test_cli import FAKE, command, environment, error_line, finish
+from tests.serve.processes import FAKE, command, error_line, finish, serving
 from tests.serve.test_errors import complete, error_of
-from tests.serve.test_guard import exchange
-from tests.serve.test_slow_heads import connected
 
 ENDLESS = {"prompt": "a", "max_tokens": 5000, "ignore_eos": True, "stream": True}
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -131,31 +127,6 @@ def test_out_of_descriptors_the_accept_loop_rests_and_recovers(
     assert len(lines) == 10 and "Too many open files" in lines[0]
 
 
-@contextmanager
-def limited(
-    folder: Path, num_files: int, *flags: str
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server process that may open so many files, and its URL; its log is in `folder`."""
-    line = command("--port", "0", *flags, body=FAKE)
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            ["bash", "-c", f'ulimit -n {num_files}; exec "$@"', "-", *line],
-            cwd=folder,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            url = re.search(r"http://[\d.:]+", process.stdout.readline())
-            assert url is not None, (folder / "log").read_text()
-            yield process, url[0]
-        finally:
-            process.kill()
-            process.communicate()
-
-
 def crowd(url: str, num: int, sent: bytes, stack: ExitStack) -> Sequence[socket.socket]:
     """So many clients that send this and then nothing."""
     parts = httpx.URL(url)
@@ -168,43 +139,44 @@ def crowd(url: str, num: int, sent: bytes, stack: ExitStack) -> Sequence[socket.
     return clients
 
 
-@pytest.mark.parametrize(("num_files", "num_clients"), [(64, 300), (1024, 1100)])
+@pytest.mark.parametrize(
+    ("num_files", "num_clients"),
+    [(64, 300), pytest.param(1024, 1100, marks=pytest.mark.slow)],
+)
 def test_idle_clients_keep_no_probe_out_and_fill_no_log(
     tmp_path: Path, num_files: int, num_clients: int
 ) -> None:
-    with limited(tmp_path, num_files) as (process, url), ExitStack() as stack:
+    with serving(tmp_path, body=FAKE, open_files=num_files) as server, ExitStack() as stack:
         for sent in (b"", HEAD, HEAD + b"Content-Length: 5\r\n\r\n"):
-            crowd(url, num_clients // 3, sent, stack)
+            crowd(server.url, num_clients // 3, sent, stack)
             for path in PROBE_PATHS:
-                assert httpx.get(f"{url}{path}", timeout=TIMEOUT_S).status_code == 200
-        process.terminate()
+                assert httpx.get(f"{server.url}{path}", timeout=TIMEOUT_S).status_code == 200
         # bodies that do not come are given up after five seconds
-        assert process.wait(TIMEOUT_S) == 0
-    log = (tmp_path / "log").read_text()
+        log = server.ends()
     assert "Traceback" not in log
     assert len(log.splitlines()) < 20, log
 
 
+@pytest.mark.slow
 def test_a_server_full_of_slow_bodies_answers_probes_and_ends_in_time(tmp_path: Path) -> None:
     slow = HEAD + b"Content-Length: 5\r\n\r\n{"
     flags = ("--max-connections", "100")
-    with limited(tmp_path, 256, *flags) as (process, url), ExitStack() as stack:
-        crowd(url, 100, slow, stack)
+    with serving(tmp_path, *flags, body=FAKE, open_files=256) as server, ExitStack() as stack:
+        crowd(server.url, 100, slow, stack)
 
         def is_full() -> bool:
-            return httpx.get(f"{url}/v1/models", timeout=TIMEOUT_S).status_code == 503
+            return httpx.get(f"{server.url}/v1/models", timeout=TIMEOUT_S).status_code == 503
 
         wait_until(is_full)
         for path in PROBE_PATHS:
-            assert httpx.get(f"{url}{path}", timeout=TIMEOUT_S).status_code == 200
-        process.terminate()
-        assert process.wait(TIMEOUT_S) == 0
+            assert httpx.get(f"{server.url}{path}", timeout=TIMEOUT_S).status_code == 200
+        server.ends()
 
 
 def test_the_soft_limit_is_raised_and_no_more_is_promised_than_it_allows(tmp_path: Path) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     code = (
-        "import resource, sys\nfrom fd_dsa.serve.descriptors import connection_limit\n"
+        "import resource, sys\nfrom fd_dsa.serve.listener import connection_limit\n"
         "soft, hard = map(int, sys.argv[1:])\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
         "print(connection_limit(None), *resource.getrlimit(resource.RLIMIT_NOFILE))"

@@ -36,19 +36,6 @@ def test_closing_a_stream_aborts_all_its_prompts(slow: Live) -> None:
     assert slow.http.get("/health").status_code == 200
 
 
-def test_closing_the_openai_stream_aborts(slow: Live) -> None:
-    stream = slow.client.chat.completions.create(
-        model="demo",
-        messages=[{"role": "user", "content": "a"}],
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    next(iter(stream))
-    wait_until(lambda: len(active(slow)) == 1)
-    stream.close()
-    wait_until(lambda: len(slow.engine.closed) == 1)
-
-
 def test_a_client_that_stops_waiting_aborts(slow: Live) -> None:
     with closing(http.client.HTTPConnection(urlsplit(slow.url).netloc)) as connection:
         headers = {"Content-Type": "application/json"}

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,86 +14,11 @@ import pytest
 from pydantic import BaseModel, Field
 
 from fd_dsa.config import demo_model_path
-from tests.serve.conftest import held_port, wait_until
+from tests.serve.processes import Server, command, finish, serving
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-READY_WITHIN_S = 300
 HELLO = [{"role": "user", "content": "Hello! What is your name?"}]
-
-
-@dataclass
-class Server:
-    """A running server process.
-
-    Attributes:
-        process: the process, its stdout not read yet.
-        url: without a path.
-        log: file with its stderr.
-    """
-
-    process: subprocess.Popen[str]
-    url: str
-    log: Path
-
-    def client(self) -> openai.OpenAI:
-        """The real client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
-
-
-def environment() -> dict[str, str]:
-    """Makes the package importable from any folder, as an installed one is."""
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
-
-
-def wait_for_health(process: subprocess.Popen[str], url: str, log: Path) -> None:
-    """Return as soon as /health is 200; fail when the process ends before."""
-    deadline = time.monotonic() + READY_WITHIN_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            # before the model is loaded nothing listens
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"not ready after {READY_WITHIN_S} s: {log.read_text()}")
-
-
-@contextmanager
-def serving(folder: Path, *flags: str, open_files: int | None = None) -> Iterator[Server]:
-    """A server started in `folder`, which has nothing to do with the package.
-
-    Args:
-        folder: for its log.
-        flags: of the command.
-        open_files: its `ulimit -n`; None leaves that of this process.
-    """
-    log = folder / "log.txt"
-    limit = f"ulimit -n {open_files} && " if open_files else ""
-    with held_port() as port, log.open("w") as stderr:
-        command = [sys.executable, "-m", "fd_dsa.serve", "--port", str(port), *flags]
-        process = subprocess.Popen(
-            ["sh", "-c", f'{limit}exec "$0" "$@"', *command],
-            cwd=folder,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            start_new_session=True,
-        )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            wait_for_health(process, url, log)
-            yield Server(process, url, log)
-        finally:
-            # with whatever it has started
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -143,34 +60,23 @@ def test_structured_output_and_scores_of_the_demo_model(demo: Server) -> None:
         assert logprobs == pytest.approx([entry.logprob for entry in entries], abs=1e-3)
 
 
-def test_models_tell_the_context_of_the_config(demo: Server) -> None:
+def test_greedy_chat_is_readable_repeatable_and_streamed(demo: Server) -> None:
     config = json.loads((demo_model_path() / "config.json").read_text())
     model = httpx.get(f"{demo.url}/v1/models", timeout=60).json()["data"][0]
     assert model["id"] == "demo_model"
     assert model["max_model_len"] == config["max_position_embeddings"]
-
-
-def test_greedy_chat_is_readable_and_repeatable(demo: Server) -> None:
     with demo.client() as client:
         first, second = greedy(client), greedy(client)
-        text = first.choices[0].message.content
-        assert re.search(r"[A-Za-z]+ [a-z]+ [a-z]+", text)
-        assert "<|" not in text
-        assert "�" not in text
-        assert second.choices[0].message.content == text
-        assert first.usage == second.usage
-        assert 0 < first.usage.completion_tokens <= 40
-
-
-def test_stream_equals_the_whole_answer(demo: Server) -> None:
-    with demo.client() as client:
-        whole = greedy(client)
         chunks = list(greedy(client, stream=True, stream_options={"include_usage": True}))
+    text = first.choices[0].message.content
+    assert re.search(r"[A-Za-z]+ [a-z]+ [a-z]+", text)
+    assert "<|" not in text and "�" not in text
+    assert second.choices[0].message.content == text
+    assert first.usage == second.usage == chunks[-1].usage
+    assert 0 < first.usage.completion_tokens <= 40
     texts = [c.choices[0].delta.content or "" for c in chunks[:-1]]
-    assert "".join(texts) == whole.choices[0].message.content
-    assert sum(bool(text) for text in texts) > 3
-    assert chunks[-1].usage == whole.usage
-    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert "".join(texts) == text and sum(map(bool, texts)) > 3
+    assert chunks[-2].choices[0].finish_reason == first.choices[0].finish_reason
 
 
 def test_completions_of_text_and_ids_in_one_batch(demo: Server) -> None:
@@ -207,71 +113,12 @@ def test_stop_string_and_seed(demo: Server) -> None:
         assert texts[0] == texts[1] != texts[2]
 
 
-def test_refusals(demo: Server) -> None:
-    with demo.client() as client:
-        for fields in ({"max_tokens": 10**6}, {"temperature": -1}, {"top_logprobs": 3}):
-            with pytest.raises(openai.BadRequestError):
-                greedy(client, **fields)
-        with pytest.raises(openai.BadRequestError, match="token id"):
-            client.completions.create(model="demo_model", prompt=[10**6])
-        with pytest.raises(openai.BadRequestError, match="prompt"):
-            client.completions.create(model="demo_model", prompt="")
-        with pytest.raises(openai.NotFoundError, match="demo_model"):
-            client.completions.create(model="other", prompt="a")
-
-
-def num_aborted(server: Server) -> float:
-    """Requests whose clients have left, as /metrics counts them."""
-    text = httpx.get(f"{server.url}/metrics", timeout=60).text
-    count = re.search(
-        r'^fd_dsa:request_success_total\{finished_reason="abort".*\} (\S+)$', text, re.M
-    )
-    assert count is not None
-    return float(count[1])
-
-
-def test_long_prompt_is_chunked_and_a_client_may_leave(demo: Server) -> None:
-    with demo.client() as client:
-        before = num_aborted(demo)
-        prompt = "The quick brown fox jumps over the lazy dog. " * 60
-        stream = client.completions.create(
-            model="demo_model",
-            prompt=prompt,
-            max_tokens=1000,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        next(iter(stream))
-        stream.close()
-        greedy(client, max_tokens=5)
-    # it did not come to its 1000 tokens
-    wait_until(lambda: num_aborted(demo) > before)
-    assert httpx.get(f"{demo.url}/health", timeout=60).status_code == 200
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_printed_curl_line_works_when_pasted(tmp_path: Path) -> None:
-    with serving(tmp_path, "--served-model-name", "my model") as server:
-        assert server.process.stdout is not None
-        ready, line = server.process.stdout.readline(), server.process.stdout.readline()
-        assert f"serves my model on {server.url}" in ready
-        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=60)
-        assert json.loads(done.stdout)["choices"][0]["message"]["content"]
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(60) == 0
-
-
 def test_sigterm_lets_a_running_answer_end(tmp_path: Path) -> None:
     # time enough for 100 tokens, however slow
     flags = ("--max-model-len", "512", "--shutdown-timeout", "300")
     with serving(tmp_path, *flags) as server, server.client() as client:
-        stream = greedy(
-            client,
-            max_tokens=100,
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body={"ignore_eos": True},
-        )
+        usage = {"stream_options": {"include_usage": True}, "extra_body": {"ignore_eos": True}}
+        stream = greedy(client, max_tokens=100, stream=True, **usage)
         chunks = [next(iter(stream))]
         server.process.terminate()
         chunks += stream
@@ -292,20 +139,11 @@ def link_demo(folder: Path, *without: str) -> Path:
 
 def failed_start(folder: Path, *flags: str) -> str:
     """The one error line of a start that must fail."""
-    done = subprocess.run(
-        [sys.executable, "-m", "fd_dsa.serve", "--port", "0", *flags],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=READY_WITHIN_S,
-    )
-    assert done.returncode == 2, done.stderr
+    done = finish(folder, command("--port", "0", *flags), 2)
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
     lines = [x for x in done.stderr.splitlines() if x.startswith("fd_dsa: error: ")]
-    assert len(lines) == 1
-    assert done.stderr.splitlines()[-1] == lines[0]
+    assert done.stderr.splitlines()[-1:] == lines
     return lines[0]
 
 
@@ -359,12 +197,3 @@ def test_limits_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     assert "--max-model-len" in failed_start(tmp_path, "--max-model-len", "1000000")
     line = failed_start(tmp_path, "--kv-cache-memory-bytes", "900T")
     assert "--kv-cache-memory-bytes" in line
-
-
-def test_folder_without_template_serves_completions_only(tmp_path: Path) -> None:
-    folder = link_demo(tmp_path / "plain", "tokenizer_config.json")
-    with serving(tmp_path, "plain") as server, server.client() as client:
-        assert folder.name == client.models.list().data[0].id
-        assert client.completions.create(model="plain", prompt="The sun").choices[0].text
-        with pytest.raises(openai.BadRequestError, match="no chat template"):
-            client.chat.completions.create(model="plain", messages=HELLO)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from fd_dsa.errors import FdDsaError
 from fd_dsa.serve.engine_process import EngineProcess, Settings
 from tests.engine.fakes import make_engine
 from tests.serve.conftest import wait_until
-from tests.serve.test_cli import CHILD
+from tests.serve.processes import child_of
 
 TIMEOUT_S = 60
 SIZES = {"num_blocks": 30_000, "max_model_len": 100_000}
@@ -45,7 +44,7 @@ FIELDS = (
 @contextmanager
 def process_of(body: str) -> Iterator[AsyncEngine]:
     """An engine in a process, built by the body of a factory."""
-    child = CHILD.format(body=textwrap.indent(body, "    "))
+    child = child_of(body)
 
     class Process(EngineProcess):
         COMMAND = (sys.executable, "-c", child)

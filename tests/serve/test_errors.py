@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import openai
@@ -20,40 +21,6 @@ from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 
 HI = [{"role": "user", "content": "Hi"}]
-REFUSED: dict[str, Any] = {
-    "add_special_tokens": 0,
-    "allowed_token_ids": [1],
-    "audio": {"voice": "x"},
-    "disable_chat_template": True,
-    "documents": [{"text": "x"}],
-    "ebnf": "root ::= x",
-    "function_call": {"name": "f"},
-    "functions": [{"name": "f"}],
-    "grammar": "root ::= x",
-    "json_schema": {},
-    "length_penalty": 2,
-    "logits_processors": ["x"],
-    "lora_path": "x",
-    "modalities": ["audio"],
-    "priority": 1,
-    "prompt_embeds": "x",
-    "prompt_token_ids": [1],
-    "reasoning_max_tokens": 5,
-    "regex": "a",
-    "return_hidden_states": True,
-    "return_tokens_as_token_ids": True,
-    "separate_reasoning": False,
-    "stop_regex": "a",
-    "structural_tag": {},
-    "suffix": "end",
-    "temp_scaled_logprobs": True,
-    "thinking": {"type": "enabled"},
-    "thinking_token_budget": 5,
-    "top_p_normalized_logprobs": True,
-    "truncate_prompt_tokens": 5,
-    "use_beam_search": True,
-    "web_search_options": {},
-}
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:
@@ -75,11 +42,12 @@ def complete(live: Live, **fields: Any) -> Any:
 
 
 def test_fields_of_other_servers_are_refused_unless_they_change_nothing(live: Live) -> None:
-    assert REFUSED.keys() == IN_COMPLETIONS.keys() == IN_CHAT.keys() - {"echo"}
-    chats = {**REFUSED, "echo": True}
+    value = {"no": "neutral value"}
     bodies = [
-        *(("/v1/completions", {"prompt": "a", name: value}) for name, value in REFUSED.items()),
-        *(("/v1/chat/completions", {"messages": HI, name: v}) for name, v in chats.items()),
+        *(("/v1/completions", {"prompt": "a", name: value}) for name in IN_COMPLETIONS),
+        *(("/v1/chat/completions", {"messages": HI, name: value}) for name in IN_CHAT),
+        # 0 is not false
+        ("/v1/chat/completions", {"messages": HI, "add_special_tokens": 0}),
     ]
     for path, body in bodies:
         error = error_of(live.http.post(path, json=body), 400)
@@ -119,6 +87,7 @@ def test_wrong_types_are_told_in_our_words(
     [
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
@@ -214,13 +183,6 @@ def test_stream_options_need_a_stream(live: Live) -> None:
     assert error["param"] == "stream_options"
 
 
-def test_nan_is_refused(live: Live) -> None:
-    content = '{"prompt": "a", "temperature": NaN}'
-    headers = {"Content-Type": "application/json"}
-    answer = live.http.post("/v1/completions", content=content, headers=headers)
-    assert error_of(answer, 400)["param"] == "temperature"
-
-
 def test_prompt_beyond_the_context_names_the_numbers(live: Live) -> None:
     for fields in ({}, {"max_tokens": 5}, {"stream": True}):
         error = error_of(complete(live, prompt=[1] * 256, **fields), 400)
@@ -272,11 +234,6 @@ def test_bad_bodies(live: Live, content: str, kind: str, text: str) -> None:
     raw = content.encode("latin-1")
     answer = live.http.post("/v1/completions", content=raw, headers={"Content-Type": kind})
     assert text in error_of(answer, 400)["message"]
-
-
-def test_error_names_long_input_shortly(live: Live) -> None:
-    error = error_of(complete(live, temperature="x" * 10_000), 400)
-    assert len(error["message"]) < 200
 
 
 def test_one_failing_request_is_its_own_affair() -> None:

@@ -223,7 +223,6 @@ def test_values_that_are_refused(arguments: list[str], words: str) -> None:
     assert words in str(caught.value) and "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "size"), [("32M", 32 << 20), ("4096", 4096), ("1GiB", 1 << 30)])
-def test_sizes(text: str, size: int) -> None:
-    args: Any = parse_args(["--max-body-size", text])
-    assert args.max_body_size == size
+def test_sizes() -> None:
+    for text, size in (("32M", 32 << 20), ("4096", 4096), ("1GiB", 1 << 30)):
+        assert parse_args(["--max-body-size", text]).max_body_size == size

@@ -1,20 +1,24 @@
-"""Heads that a proxy could read otherwise than the server, and heads without an end."""
+"""Heads that a proxy could read otherwise than the server, long ones, and ones without an end."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Iterator
+import select
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from http.client import HTTPConnection
 
 import httpx
 import pytest
 
+from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.strict_h11 import MAX_HEAD_BYTES, MAX_HEADERS
-from tests.serve.conftest import TIMEOUT_S, Live, running, wait_until
-from tests.serve.fake_engine import FakeEngine
-from tests.serve.test_guard import exchange
-from tests.serve.test_slow_heads import connected
+from tests.serve.conftest import TIMEOUT_S, Live, connected, exchange, running, wait_until
+from tests.serve.fake_engine import WORDS, FakeEngine
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 GET = b"GET /health HTTP/1.1\r\nHost: a\r\n"
@@ -92,6 +96,7 @@ def refusal(live: Live, sent: bytes, status: int) -> str:
         (GET + b"X: a\x01b\r\n\r\n", "control character"),
         (GET + b"X: a\x7fb\r\n\r\n", "control character"),
         (GET + b"no colon\r\n\r\n", "illegal header line"),
+        (b"nonsense\r\n\r\n", "no HTTP/1.1 or HTTP/1.0"),
         (GET + b"Host: a\r\n\r\n", "multiple Host"),
         (b"GET /health HTTP/1.1\r\n\r\n", "mandatory Host"),
         (b"GET /health HTTP/2.0\r\nHost: a\r\n\r\n", "no HTTP/1.1 or HTTP/1.0"),
@@ -164,7 +169,7 @@ def test_the_rest_of_an_answered_body_has_its_time_too(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is read, so that the connection can be used again, but not for ever."""
-    monkeypatch.setattr("fd_dsa.serve.h11_protocol.StrictH11Protocol.head_timeout_s", 0.4)
+    monkeypatch.setattr(StrictH11Protocol, "head_timeout_s", 0.4)
     head = POST.replace(b"/v1/completions", b"/health") + b"Content-Length: 1000000\r\n\r\n"
 
     def is_closed() -> bool:
@@ -200,3 +205,65 @@ def test_requests_ahead_of_an_answer_take_a_bounded_memory(live: Live) -> None:
     assert statuses(received) == [200] * (num_requests + 1)
     # the rest of one read of asyncio's and what may come with it
     assert 0 < most <= 512 << 10
+
+
+def before_it_is_closed(talk: Callable[[], bytes]) -> bytes:
+    """What `talk` gives; it is tried again where the connection was lost on the way.
+
+    A client that the machine starves may itself be late, and a byte that crosses the server's last
+    words makes the kernel throw these away.
+    """
+    for _ in range(9):
+        with contextlib.suppress(ConnectionError):
+            return talk()
+    return talk()
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"])
+def test_a_head_that_does_not_come_holds_no_connection(
+    monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """Bytes that come one by one do not put it off."""
+    monkeypatch.setattr(StrictH11Protocol, "head_timeout_s", 0.4)
+
+    def talk() -> bytes:
+        with connected(live) as connection:
+            connection.sendall(sent)
+            deadline = time.monotonic() + TIMEOUT_S
+            while not select.select([connection], [], [], 0.1)[0]:
+                assert time.monotonic() < deadline, "the connection is still open"
+                if sent:
+                    connection.sendall(b"x")
+            # head and body may come in two pieces
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+    with running(FakeEngine()) as live:
+        answer = before_it_is_closed(talk)
+    if not sent:
+        assert answer == b""
+        return
+    assert answer.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert "head of the request" in error["message"]
+
+
+def test_a_connection_is_used_again_long_after_its_first_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(StrictH11Protocol, "head_timeout_s", 0.3)
+    headers = {"Content-Type": "application/json"}
+
+    def talk() -> bytes:
+        address = httpx.URL(live.url).netloc.decode()
+        # unlike httpx it never opens a second connection by itself
+        with closing(HTTPConnection(address, timeout=TIMEOUT_S)) as connection:
+            # an answer that takes longer than a head may
+            for max_tokens in (5, 1):
+                body = json.dumps({"prompt": "a", "max_tokens": max_tokens})
+                connection.request("POST", "/v1/completions", body, headers)
+                answer = connection.getresponse().read()
+                time.sleep(0.4)
+            return answer
+
+    with running(FakeEngine(step_s=0.1)) as live:
+        assert json.loads(before_it_is_closed(talk))["choices"][0]["text"] == WORDS[0]

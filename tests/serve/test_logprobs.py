@@ -18,7 +18,7 @@ from fd_dsa.serve.logprobs import chat_logprobs, completion_logprobs, output_col
 from tests.engine.fakes import expected_greedy, make_engine
 from tests.engine.test_engine import find_eos_prompt, letters
 from tests.engine.test_logprobs import ref_logprobs
-from tests.serve.conftest import Live, running
+from tests.serve.conftest import Live, chunks_of, running
 from tests.serve.test_errors import complete, error_of
 
 PROMPT = [5, 6, 7]
@@ -97,8 +97,7 @@ def test_an_echo_of_no_token_is_the_prompt_alone(letters_live: Live) -> None:
     assert [choice["token_ids"] for choice in answer["choices"]] == [[], []]
     assert answer["usage"]["completion_tokens"] == 0
     assert answer["usage"]["total_tokens"] == 4
-    events = complete(letters_live, **fields, stream=True).text.strip().split("\n\n")
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    chunks = chunks_of(complete(letters_live, **fields, stream=True))
     assert sorted(chunk["choices"][0]["text"] for chunk in chunks) == ["def", "h"]
     error = error_of(complete(letters_live, prompt=PROMPT, max_tokens=0), 400)
     assert error["param"] == "max_tokens"
@@ -134,8 +133,8 @@ def test_streamed_scores_and_ids_are_those_of_the_whole_answer(
     fields = {"prompt": [PROMPT, [9, 9]], "n": 2, "max_tokens": 7, "seed": 3, "logprobs": 2}
     fields |= {"echo": echo, "return_token_ids": True, "ignore_eos": True}
     whole = complete(letters_live, **fields).json()["choices"]
-    events = complete(letters_live, **fields, stream=True).text.strip().split("\n\n")
-    chunks = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events[:-1]]
+    stream = complete(letters_live, **fields, stream=True)
+    chunks = [chunk["choices"][0] for chunk in chunks_of(stream)]
     assert [choice["index"] for choice in whole] == [0, 1, 2, 3]
     for choice in whole:
         own = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
@@ -194,8 +193,8 @@ def test_a_chat_stream_sends_held_scores_with_their_text(letters_live: Live) -> 
     text = letters(expected_greedy(PROMPT, 12, eos=None))
     fields = {"temperature": 0, "max_tokens": 12, "ignore_eos": True, "logprobs": True}
     for stop in (text[4:7], text[4:7] + "!"):
-        events = chat(letters_live, **fields, stop=stop, stream=True).text.strip().split("\n\n")
-        chunks = [json.loads(event.removeprefix("data: "))["choices"][0] for event in events[:-1]]
+        stream = chat(letters_live, **fields, stop=stop, stream=True)
+        chunks = [chunk["choices"][0] for chunk in chunks_of(stream)]
         for chunk in chunks:
             content = chunk["delta"].get("content", "")
             scored = (chunk["logprobs"] or {"content": []})["content"]
@@ -213,8 +212,7 @@ def test_chat_with_several_choices(letters_live: Live) -> None:
     assert answer["prompt_token_ids"] == PROMPT
     assert answer["usage"]["prompt_tokens"] == 3
     body = {**fields, "stream": True, "stream_options": {"include_usage": True}}
-    events = chat(letters_live, **body).text.strip().split("\n\n")
-    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    chunks = chunks_of(chat(letters_live, **body))
     assert chunks[-1]["usage"]["completion_tokens"] == answer["usage"]["completion_tokens"]
     for choice in answer["choices"]:
         own = [c["choices"][0] for c in chunks[:-1] if c["choices"][0]["index"] == choice["index"]]

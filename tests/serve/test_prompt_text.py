@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +17,14 @@ from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete, error_of
 from tests.serve.test_tool_calls import V32, engine_of
+
+
+@pytest.fixture(scope="module")
+def short() -> Iterator[Live]:
+    """A server that takes texts of up to 100 bytes."""
+    options = ServerOptions(max_prompt_bytes=100)
+    with running(FakeEngine(max_model_len=4096), options=options) as live:
+        yield live
 
 
 def chat(*contents: str) -> dict[str, Any]:
@@ -44,16 +53,13 @@ def assistant(**fields: Any) -> dict[str, Any]:
     ],
 )
 def test_a_text_of_too_many_bytes_names_both_numbers(
-    path: str, body: dict[str, Any], field: str, num_bytes: int
+    short: Live, path: str, body: dict[str, Any], field: str, num_bytes: int
 ) -> None:
-    with running(
-        FakeEngine(max_model_len=4096), options=ServerOptions(max_prompt_bytes=100)
-    ) as live:
-        error = error_of(live.http.post(path, json=body), 400)
-        assert (error["param"], error["code"]) == (field, "context_length_exceeded")
-        assert error["message"].startswith(f"{field}: has {num_bytes} bytes of text; allowed are")
-        assert "at most 100, the --max-prompt-bytes" in error["message"]
-        assert live.http.post("/tokenize", json={"prompt": "a" * 100}).status_code == 200
+    error = error_of(short.http.post(path, json=body), 400)
+    assert (error["param"], error["code"]) == (field, "context_length_exceeded")
+    assert error["message"].startswith(f"{field}: has {num_bytes} bytes of text; allowed are")
+    assert "at most 100, the --max-prompt-bytes" in error["message"]
+    assert short.http.post("/tokenize", json={"prompt": "a" * 100}).status_code == 200
 
 
 def test_tools_are_texts_of_the_prompt_too() -> None:

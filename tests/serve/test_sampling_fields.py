@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.serve.protocol import ChatCompletionRequest, CompletionRequest
-from fd_dsa.serve.protocol.sampling import SAMPLING_FIELDS
+from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
 from tests.serve.conftest import Live
 from tests.serve.test_errors import complete

@@ -1,13 +1,126 @@
-"""Probes, version, and paths that this server does not have."""
+"""What tells how a server is: models, probes, version, /server_info, and paths that it lacks."""
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import paddle
 import pytest
 
 from fd_dsa import __version__
+from fd_dsa.config import EngineConfig
+from fd_dsa.serve.info import INFO, engine_info, server_info
+from fd_dsa.serve.options import ServerOptions
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete, error_of
+
+
+def test_models(live: Live) -> None:
+    models = live.client.models.list().data
+    assert [m.id for m in models] == ["demo", "alias"]
+    assert {m.owned_by for m in models} == {"fd_dsa"}
+    assert live.http.get("/v1/models").json()["data"][0]["max_model_len"] == 256
+    assert live.client.models.retrieve("alias").id == "alias"
+
+
+def test_names_with_a_slash() -> None:
+    with running(FakeEngine(), names=("org/model",)) as live:
+        assert live.client.models.retrieve("org/model").id == "org/model"
+        assert live.client.completions.create(model="org/model", prompt="a").model == "org/model"
+
+
+def test_health_follows_the_engine() -> None:
+    with running(FakeEngine()) as live:
+        answer = live.http.get("/health")
+        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+        live.engine.is_running = False
+        for path in ("/health", "/v1/completions", "/v1/chat/completions"):
+            if path == "/health":
+                answer = live.http.get(path)
+            else:
+                body = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+                answer = live.http.post(path, json=body)
+            assert "not running" in error_of(answer, 503)["message"]
+
+
+def test_server_info_is_found_out_once_and_told() -> None:
+    asked = []
+
+    async def info() -> dict[str, Any]:
+        asked.append(1)
+        return {"engine": "fd_dsa", "commit": None}
+
+    with running(FakeEngine(), info=info) as live:
+        assert asked == []
+        for _ in range(2):
+            assert live.http.get("/server_info").json() == {"engine": "fd_dsa", "commit": None}
+    assert asked == [1]
+
+
+def test_server_info_names_what_decides_the_answers() -> None:
+    config = EngineConfig(device="cpu", kv_cache_dtype="fp8_ds_mla")
+    told = info_of(config, FakeEngine(max_model_len=128))
+    assert told["max_model_len"] == 128
+    assert (told["device"], told["dtype"], told["kv_cache_dtype"]) == (
+        "cpu",
+        "float32",
+        "fp8_ds_mla",
+    )
+    assert (told["version"], told["max_num_batched_tokens"]) == (__version__, 512)
+    assert told["target_inter_token_latency_ms"] == 0
+    assert told["paddle"] == paddle.__version__
+    assert told["batch_invariant"] is False
+    names = ("chat_template", "tool_call_parser", "reasoning_parser")
+    assert [told[name] for name in names] == ["a script", "none", "none"]
+    assert "provider_reasons" in told and told["cudagraph_capture_sizes"] == []
+    assert str(EngineConfig().model_path) not in str(told)
+
+
+def info_of(config: EngineConfig, engine: FakeEngine | None = None) -> dict[str, Any]:
+    """What /server_info shows."""
+
+    async def ask(question: str) -> dict[str, Any]:
+        assert question == INFO
+        return engine_info(config)
+
+    engine = engine or FakeEngine()
+    engine.ask = ask  # type: ignore[method-assign,assignment]
+    return asyncio.run(server_info(config, engine, ServerOptions()))
+
+
+@pytest.mark.parametrize("told", ["0123abc", "0123abc-dirty"])
+def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    monkeypatch.setenv("FD_DSA_COMMIT", told)
+    assert info_of(EngineConfig(device="cpu"))["commit"] == told
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
+def test_commit_is_that_of_the_working_tree(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("FD_DSA_COMMIT", raising=False)
+    package = tmp_path / "fd_dsa"
+    package.mkdir()
+    monkeypatch.setattr("fd_dsa.__file__", str(package / "__init__.py"))
+
+    def commit() -> str | None:
+        return info_of(EngineConfig(device="cpu"))["commit"]
+
+    assert commit() is None
+    (package / "a.py").write_text("1")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert commit() == head.stdout.strip()
+    (package / "a.py").write_text("2")
+    assert commit() == head.stdout.strip() + "-dirty"
+
 
 PROBES = ("/health", "/livez", "/readyz", "/startupz")
 
@@ -29,10 +142,14 @@ def statuses(live: Live) -> dict[str, int]:
 
 def test_probes_while_draining() -> None:
     with running(FakeEngine()) as live:
-        state = live.server.config.app.state.server  # type: ignore[union-attr]
+        state = live.state
         state.draining = True
         assert statuses(live) == {"/health": 503, "/livez": 200, "/readyz": 503, "/startupz": 200}
-        assert error_of(live.http.get("/readyz"), 503)["code"] == "shutting_down"
+        error = error_of(live.http.get("/readyz"), 503)
+        assert (error["code"], error["type"]) == ("shutting_down", "service_unavailable_error")
+        assert "shutting down" in error["message"]
+        state.draining = False
+        assert set(statuses(live).values()) == {200}
 
 
 def test_probes_after_a_failure_of_the_engine() -> None:

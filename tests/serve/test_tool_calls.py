@@ -120,31 +120,6 @@ def test_a_conversation_with_tools_goes_round() -> None:
     )
 
 
-def test_each_choice_has_a_parser_of_its_own() -> None:
-    expected = [(call.name, call.arguments) for call in V32.message.tool_calls]
-    with running(engine_of(V32)) as live:
-        fields = asked(V32, n=2)
-        fields["extra_body"]["return_token_ids"] = True
-        choices = live.client.chat.completions.create(**fields).choices
-        for choice in choices:
-            calls = choice.message.tool_calls or []
-            assert [(call.function.name, call.function.arguments) for call in calls] == expected
-        ids = {call.id for choice in choices for call in choice.message.tool_calls or []}
-        assert len(ids) == 4
-        joined: dict[int, list[list[str]]] = {0: [], 1: []}
-        tokens: dict[int, list[int]] = {0: [], 1: []}
-        for chunk in live.client.chat.completions.create(**fields, stream=True):
-            (part,) = chunk.choices
-            # tokens come with their chunk, also where the parser holds their text
-            tokens[part.index] += getattr(part, "token_ids", None) or []
-            for call in part.delta.tool_calls or []:
-                if call.id is not None:
-                    joined[part.index].append([call.function.name, ""])
-                joined[part.index][call.index][1] += call.function.arguments
-        assert joined == {index: [list(call) for call in expected] for index in (0, 1)}
-        assert tokens == {index: list(range(len(V32.tokens))) for index in (0, 1)}
-
-
 @pytest.mark.parametrize("n", [1, 2])
 def test_an_answer_with_one_call_ends_behind_it(recorded: Recorded, n: int) -> None:
     calls = recorded.message.tool_calls

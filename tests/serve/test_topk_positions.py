@@ -13,7 +13,7 @@ from fd_dsa.config import EngineConfig, demo_model_path
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.factory import build_engine
 from tests.engine.fakes import make_engine
-from tests.serve.conftest import Live, running
+from tests.serve.conftest import Live, chunks_of, running
 
 TOPK = 8
 ASKING: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "return_topk_positions": True}
@@ -54,8 +54,7 @@ def test_whole_and_streamed_chat_tell_the_same(demo: Live) -> None:
     check(found, whole["usage"])
     assert "France" in "".join(found["tokens"])
     body = {**CHAT, "stream": True, "stream_options": {"include_usage": True}}
-    lines = post(demo, "/v1/chat/completions", body).text.splitlines()
-    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    chunks = chunks_of(post(demo, "/v1/chat/completions", body))
     told = [c for chunk in chunks for c in chunk["choices"] if "topk_positions" in c]
     assert [choice["finish_reason"] is not None for choice in told] == [True]
     assert told[0]["topk_positions"] == found
@@ -67,8 +66,7 @@ def test_completions_of_several_prompts_and_choices(demo: Live) -> None:
     found = [choice["topk_positions"] for choice in whole["choices"]]
     assert [entry["position"] for entry in found] == [24, 24, 20, 20]
     assert found[0] == found[1] != found[2]
-    events = post(demo, "/v1/completions", {**body, "stream": True}).text.splitlines()
-    chunks = [json.loads(line[6:]) for line in events if line.startswith("data: {")]
+    chunks = chunks_of(post(demo, "/v1/completions", {**body, "stream": True}))
     streamed = {
         choice["index"]: choice["topk_positions"]
         for chunk in chunks

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.serve.disconnect import ClientGone
-from fd_dsa.serve.workers import Workers
+from fd_dsa.serve.workers import ClientGone, Workers
 from tests.serve.conftest import TIMEOUT_S
 
 

@@ -31,6 +31,7 @@ from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.heaps import share_heaps
+from fd_dsa.serve.state import ServerState
 from tests.soak.audit import audit, running_requests
 from tests.soak.checking_runner import EOS, CheckingRunner
 from tests.soak.hostile import POSTS, HostileRequest, draw_request
@@ -116,7 +117,7 @@ def held_mib() -> int:
 
 def held_without_grammars_mib(engine: LLMEngine) -> int:
     """The same with the grammars let go that are kept for requests to come."""
-    engine._admission.grammars._compiled.clear()
+    engine.admission.grammars._compiled.clear()
     return held_mib()
 
 
@@ -173,7 +174,7 @@ async def _client(
 def run(first: int, count: int) -> Counter[str]:
     """Start an application, send the requests, and see that nothing is left over."""
     engine = make_engine()
-    app = create_app(AsyncEngine(engine), ["demo"])
+    app = create_app(ServerState(AsyncEngine(engine), ["demo"]))
 
     async def serve() -> Counter[str]:
         async with app.router.lifespan_context(app):

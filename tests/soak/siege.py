@@ -31,7 +31,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from benchmarks._harness import ROOT, environment
-from tests.serve.test_end_to_end import Server, serving
+from tests.serve.processes import Server, serving
 from tests.soak import large_model
 from tests.soak.siege_cases import CASES, Facts
 from tests.soak.siege_page import lines_of, save

@@ -52,7 +52,6 @@ class Case:
     """One kind of request.
 
     Attributes:
-        finding: what it repeats or is a neighbour of.
         requests: those that are sent.
         at_once: connections at a time.
         hold_s: None waits for answers; else a connection stays open for so many seconds after its
@@ -62,7 +61,6 @@ class Case:
         patience: times that of other kinds, where the worst comes only with the answer.
     """
 
-    finding: str
     requests: Callable[[Facts], Iterable[HostileRequest]]
     at_once: int = 1
     hold_s: float | None = None
@@ -233,95 +231,86 @@ def _text(make: Callable[[int], str], num_bytes: int = 15 * MEGABYTE, copies: in
 
 
 CASES: dict[str, Case] = {
-    "15 MB of prose to /tokenize": Case("S1", _text(prose)),
-    "15 MB of one letter to /tokenize": Case("S1", _text("a".__mul__)),
-    "15 MB of random letters to /tokenize": Case("S1", _text(letters)),
-    "15 MB of emoji to /tokenize": Case("S1", _text(lambda n: "\U0001f642" * (n // 4))),
-    "15 MB of digits to /tokenize": Case("S1", _text("7".__mul__)),
-    "15 MB of spaces to /tokenize": Case("S1", _text(" ".__mul__)),
+    "15 MB of prose to /tokenize": Case(_text(prose)),
+    "15 MB of one letter to /tokenize": Case(_text("a".__mul__)),
+    "15 MB of random letters to /tokenize": Case(_text(letters)),
+    "15 MB of emoji to /tokenize": Case(_text(lambda n: "\U0001f642" * (n // 4))),
+    "15 MB of digits to /tokenize": Case(_text("7".__mul__)),
+    "15 MB of spaces to /tokenize": Case(_text(" ".__mul__)),
     "15 MB of prose as a prompt": Case(
-        "S1", one(COMPLETIONS, lambda _: {"prompt": prose(15 * MEGABYTE)})
+        one(COMPLETIONS, lambda _: {"prompt": prose(15 * MEGABYTE)})
     ),
     "2 MB of prose in a chat": Case(
-        "S1",
-        one(CHAT, lambda _: {"messages": [{"role": "user", "content": prose(2 * MEGABYTE)}]}),
+        one(CHAT, lambda _: {"messages": [{"role": "user", "content": prose(2 * MEGABYTE)}]})
     ),
-    "8 x 200 kB of random letters": Case("S1", _text(letters, 200_000, 8), at_once=8),
-    "8 x 15 MB of prose to /tokenize": Case("S1", _text(prose, copies=8), at_once=8),
-    "20,000 tools": Case("S2", one(CHAT, lambda _: _tools(20_000))),
-    "200,000 tools": Case("S2", one(CHAT, lambda _: _tools(200_000))),
-    "8 x 200,000 tools": Case("S2", one(CHAT, lambda _: _tools(200_000), 8), at_once=8),
-    "64 stops of 512, n = 32": Case("S3", one(COMPLETIONS, _stops)),
-    "8 x 64 stops of 512, n = 32": Case("S3", one(COMPLETIONS, _stops, 8), at_once=8),
-    "350,000 messages": Case("S4", one(CHAT, lambda _: _messages(350_000))),
-    "8 x 350,000 messages": Case("S4", one(CHAT, lambda _: _messages(350_000), 8), at_once=8),
-    "300,000 text parts": Case("S4", one(CHAT, lambda _: _parts(300_000))),
+    "8 x 200 kB of random letters": Case(_text(letters, 200_000, 8), at_once=8),
+    "8 x 15 MB of prose to /tokenize": Case(_text(prose, copies=8), at_once=8),
+    "20,000 tools": Case(one(CHAT, lambda _: _tools(20_000))),
+    "200,000 tools": Case(one(CHAT, lambda _: _tools(200_000))),
+    "8 x 200,000 tools": Case(one(CHAT, lambda _: _tools(200_000), 8), at_once=8),
+    "64 stops of 512, n = 32": Case(one(COMPLETIONS, _stops)),
+    "8 x 64 stops of 512, n = 32": Case(one(COMPLETIONS, _stops, 8), at_once=8),
+    "350,000 messages": Case(one(CHAT, lambda _: _messages(350_000))),
+    "8 x 350,000 messages": Case(one(CHAT, lambda _: _messages(350_000), 8), at_once=8),
+    "300,000 text parts": Case(one(CHAT, lambda _: _parts(300_000))),
     "300,000 unknown fields": Case(
-        "S4", one(COMPLETIONS, lambda _: {"prompt": "a", **{f"x{i}": i for i in range(300_000)}})
+        one(COMPLETIONS, lambda _: {"prompt": "a", **{f"x{i}": i for i in range(300_000)}})
     ),
     "logit_bias of 1M": Case(
-        "S4",
-        one(
-            COMPLETIONS, lambda _: {"prompt": "a", "logit_bias": {str(i): 1 for i in range(10**6)}}
-        ),
+        one(COMPLETIONS, lambda _: {"prompt": "a", "logit_bias": {str(i): 1 for i in range(10**6)}})
     ),
-    "logit_bias of every token, n = 32": Case("S4", one(COMPLETIONS, _bias_of_all)),
-    "a prompt of 5M ids": Case("S4", one(COMPLETIONS, lambda _: {"prompt": [5] * (5 * 10**6)})),
-    "/detokenize of 1M ids": Case("S4", one(DETOKENIZE, lambda _: {"tokens": [5] * 10**6})),
+    "logit_bias of every token, n = 32": Case(one(COMPLETIONS, _bias_of_all)),
+    "a prompt of 5M ids": Case(one(COMPLETIONS, lambda _: {"prompt": [5] * (5 * 10**6)})),
+    "/detokenize of 1M ids": Case(one(DETOKENIZE, lambda _: {"tokens": [5] * 10**6})),
     "token_strs of a long prompt": Case(
-        "S4",
         one(
             TOKENIZE,
             lambda facts: {"prompt": prose(2 * facts.max_model_len), "return_token_strs": True},
-        ),
+        )
     ),
-    "bad_words 1,024 x 512": Case("S4", one(COMPLETIONS, _bad_words)),
-    "n = 128, echo, logprobs 20": Case("S9", one(COMPLETIONS, lambda _: _echo(False)), patience=3),
+    "bad_words 1,024 x 512": Case(one(COMPLETIONS, _bad_words)),
+    "n = 128, echo, logprobs 20": Case(one(COMPLETIONS, lambda _: _echo(False)), patience=3),
     "n = 128, echo, logprobs 20, streamed": Case(
-        "S9", one(COMPLETIONS, lambda _: _echo(True)), patience=3
+        one(COMPLETIONS, lambda _: _echo(True)), patience=3
     ),
     "8 x n = 128, echo, logprobs 20": Case(
-        "S9", one(COMPLETIONS, lambda _: _echo(False), 8), at_once=8, patience=3
+        one(COMPLETIONS, lambda _: _echo(False), 8), at_once=8, patience=3
     ),
-    "1,100 idle sockets, ulimit -n 1024": Case("S10", _idle, hold_s=15, open_files=1024),
-    "1,100 idle sockets, ulimit -n 64": Case("S10", _idle, hold_s=15, open_files=64),
-    "8 prompts of 8k tokens": Case("S15", _longest_prompts, at_once=8),
-    "96 requests over 48 forms": Case("S15", _forms, at_once=96),
-    "arrays 100,000 deep": Case("S4", one(COMPLETIONS, lambda _: _nested(b"[", b"]", 100_000))),
-    "objects 100,000 deep": Case(
-        "S4", one(COMPLETIONS, lambda _: _nested(b'{"a":', b"}", 100_000))
-    ),
+    "1,100 idle sockets, ulimit -n 1024": Case(_idle, hold_s=15, open_files=1024),
+    "1,100 idle sockets, ulimit -n 64": Case(_idle, hold_s=15, open_files=64),
+    "8 prompts of 8k tokens": Case(_longest_prompts, at_once=8),
+    "96 requests over 48 forms": Case(_forms, at_once=96),
+    "arrays 100,000 deep": Case(one(COMPLETIONS, lambda _: _nested(b"[", b"]", 100_000))),
+    "objects 100,000 deep": Case(one(COMPLETIONS, lambda _: _nested(b'{"a":', b"}", 100_000))),
     "16 MiB of empty arrays": Case(
-        "S4", one(COMPLETIONS, lambda _: filled(b'{"prompt":[', b"[]", b"]}"))
+        one(COMPLETIONS, lambda _: filled(b'{"prompt":[', b"[]", b"]}"))
     ),
     "16 MiB of empty objects": Case(
-        "S4", one(CHAT, lambda _: filled(b'{"messages":[', b'{"a":{}}', b"]}"))
+        one(CHAT, lambda _: filled(b'{"messages":[', b'{"a":{}}', b"]}"))
     ),
     "8 x 16 MiB of empty objects": Case(
-        "S4", one(CHAT, lambda _: filled(b'{"messages":[', b'{"a":{}}', b"]}"), 8), at_once=8
+        one(CHAT, lambda _: filled(b'{"messages":[', b'{"a":{}}', b"]}"), 8), at_once=8
     ),
     "16 MiB of backslashes": Case(
-        "S4", one(COMPLETIONS, lambda _: b'{"prompt":"%b"}' % (b"\\" * (LONGEST_BODY - 100)))
+        one(COMPLETIONS, lambda _: b'{"prompt":"%b"}' % (b"\\" * (LONGEST_BODY - 100)))
     ),
     "16 MiB of escapes": Case(
-        "S4",
-        one(COMPLETIONS, lambda _: b'{"prompt":"%b"}' % (b"\\u00e9" * (LONGEST_BODY // 6 - 9))),
+        one(COMPLETIONS, lambda _: b'{"prompt":"%b"}' % (b"\\u00e9" * (LONGEST_BODY // 6 - 9)))
     ),
     "a number of 16 MiB": Case(
-        "S4", one(COMPLETIONS, lambda _: b'{"prompt":"a","seed":%b}' % (b"9" * (LONGEST_BODY - 99)))
+        one(COMPLETIONS, lambda _: b'{"prompt":"a","seed":%b}' % (b"9" * (LONGEST_BODY - 99)))
     ),
-    "schemas 200 deep": Case("S4", lambda _: _with_schema(_deep_schema(200)), at_once=4),
-    "schemas of 100,000 fields": Case("S4", lambda _: _with_schema(_wide_schema(100_000))),
-    "regexes, grammars, schemas that explode": Case("S15", _bombs, at_once=8),
+    "schemas 200 deep": Case(lambda _: _with_schema(_deep_schema(200)), at_once=4),
+    "schemas of 100,000 fields": Case(lambda _: _with_schema(_wide_schema(100_000))),
+    "regexes, grammars, schemas that explode": Case(_bombs, at_once=8),
     "chat_template of 10 MB": Case(
-        "S4", one(CHAT, lambda _: {"messages": USER, "chat_template": _template()})
+        one(CHAT, lambda _: {"messages": USER, "chat_template": _template()})
     ),
     "chat_template_kwargs of 10 MB": Case(
-        "S4",
-        one(CHAT, lambda _: {"messages": USER, "chat_template_kwargs": {"a": _template()}}),
+        one(CHAT, lambda _: {"messages": USER, "chat_template_kwargs": {"a": _template()}})
     ),
-    "arrays of 1M in every field": Case("S4", _arrays, at_once=2),
-    "10,000 headers": Case("S11", _headers),
-    "200 bodies that drip": Case("S4", _unended(100, 200), hold_s=15, drip=b"a"),
-    "8 bodies of 15 MB that never end": Case("S4", _unended(14 * MEGABYTE, 8), hold_s=15),
+    "arrays of 1M in every field": Case(_arrays, at_once=2),
+    "10,000 headers": Case(_headers),
+    "200 bodies that drip": Case(_unended(100, 200), hold_s=15, drip=b"a"),
+    "8 bodies of 15 MB that never end": Case(_unended(14 * MEGABYTE, 8), hold_s=15),
 }

@@ -27,7 +27,7 @@ from typing import Any
 import httpx
 
 from tests.serve.conftest import leave_stream
-from tests.serve.test_end_to_end import serving
+from tests.serve.processes import serving
 from tests.soak.fuzz import body_fields, check_answer, send
 from tests.soak.hostile import draw_request
 

@@ -1,13 +1,12 @@
 """What breaks around the engine: its thread, its clients, the disk.
 
 More of it, with a scripted engine: tests/serve/test_shutdown.py (a stalled tokenizer),
-test_backpressure.py (slow readers), test_guard.py (killed clients), test_logs.py (a full disk under
+test_backpressure.py (slow readers), test_logs.py (a full disk under
 the log), test_status.py (probes after a failure).
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 import subprocess
@@ -22,7 +21,6 @@ from fd_dsa.accuracy.answers import read_run
 from fd_dsa.client.own_server import own_server
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.app import create_app
 from tests.accuracy.test_answers import answer, write
 from tests.engine.fakes import make_engine
 from tests.serve.conftest import running, wait_until
@@ -64,29 +62,6 @@ def test_a_crash_in_the_engines_thread_ends_the_process_with_status_one() -> Non
         error = json.loads(lines[-1][6:] if lines else found.text)
         assert set(error["error"]) == {"message", "type", "param", "code"}
         assert "device" not in error["error"]["message"]
-
-
-def test_health_is_503_after_a_crash_in_the_engines_thread() -> None:
-    engine = make_engine()
-    engine.runner.fail_at = 3
-    app = create_app(AsyncEngine(engine), ["demo"])
-
-    async def ask() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(app)
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=transport, base_url="http://server") as client,
-        ):
-            return [
-                await client.get("/health"),
-                await client.post("/v1/completions", json=ENDLESS),
-                await client.get("/health"),
-                await client.post("/v1/completions", json=ENDLESS),
-            ]
-
-    answers = asyncio.run(ask())
-    assert [found.status_code for found in answers] == [200, 500, 503, 503]
-    assert answers[2].json()["error"]["code"] == "engine_failed"
 
 
 def test_a_killed_client_leaves_no_block_behind() -> None:

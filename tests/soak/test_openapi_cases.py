@@ -9,6 +9,7 @@ from tests.soak.hostile import POSTS
 pytest.importorskip("schemathesis", reason="schemathesis needs Python 3.11")
 
 
+@pytest.mark.slow
 def test_requests_made_from_the_openapi_document() -> None:
     from tests.soak import openapi_cases
 

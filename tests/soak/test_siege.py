@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fd_dsa.engine.tokenizer import Tokenizer
-from tests.serve.test_end_to_end import Server, serving
+from tests.serve.processes import Server, serving
 from tests.soak import large_model, siege
 from tests.soak.siege_cases import CASES
 from tests.soak.siege_page import FOLDER, PAGE, filled, results

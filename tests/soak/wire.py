@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.serve.test_end_to_end import serving
+from tests.serve.processes import serving
 from tests.soak.fuzz import check_error
 
 READ_TIMEOUT_S = 60.0

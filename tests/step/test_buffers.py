@@ -8,20 +8,27 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from fd_dsa.step import ForwardMeta, StepMetadataBuilder
+from tests.conftest import MEMORIES
+from tests.kernel_memory import open_memory
 from tests.step.helpers import (
     ARRAY_FIELDS,
     PREFILL_FIELDS,
     ROW_FIELDS,
     TOKEN_FIELDS,
     address,
+    arrays_of,
     as_numpy,
     assert_matches_oracle,
+    device_builder,
 )
 from tests.strategies import StepBatch, make_batch
 
@@ -33,28 +40,51 @@ SMALL = make_batch([(3, 2, 3), (0, 9, 1)], 16, num_columns=4)
 SMALL_DECODE = make_batch([(0, 2, 1), (0, 9, 1)], 16, num_columns=4)
 
 
-def _builder(device: str) -> StepMetadataBuilder:
-    return StepMetadataBuilder(5, 40, 4, 16, device=device, int32_position_ids=True)
+class Place(NamedTuple):
+    """Where the buffers of builders are: how one is made, its arrays read, their addresses told."""
+
+    builder: Callable[..., StepMetadataBuilder]
+    get: Callable[[Any], np.ndarray]
+    address: Callable[[Any], int]
+
+
+MARKED = [pytest.param(name, marks=getattr(pytest.mark, kind)) for name, kind in MEMORIES.items()]
+
+
+@pytest.fixture(params=["numpy", "cpu", *MARKED])
+def place(request: pytest.FixtureRequest) -> Place:
+    """Host memory with and without Paddle, and the memories of kernels."""
+    if request.param in ("numpy", "cpu"):
+        return Place(partial(_builder, request.param), as_numpy, address)
+    m = open_memory(request.param)
+    sizes = {"max_num_seqs": 5, "max_num_tokens": 40, "num_blocks": None}
+    return Place(partial(device_builder, m, LARGE, **sizes), m.get, lambda t: int(t.data_ptr()))
+
+
+def _builder(device: str, int32_position_ids: bool = True) -> StepMetadataBuilder:
+    return StepMetadataBuilder(5, 40, 4, 16, device=device, int32_position_ids=int32_position_ids)
 
 
 def _build(builder: StepMetadataBuilder, batch: StepBatch) -> ForwardMeta:
     return builder.build(*batch.inputs())
 
 
-@DEVICES
-def test_addresses_never_move(device: str) -> None:
-    builder = _builder(device)
-    first = {n: address(getattr(_build(builder, LARGE), n)) for n in ARRAY_FIELDS}
+def test_addresses_never_move(place: Place) -> None:
+    builder = place.builder()
+    large = _build(builder, LARGE)
+    first = {name: place.address(getattr(large, name)) for name in ARRAY_FIELDS}
     assert len(set(first.values())) == len(ARRAY_FIELDS)
     for batch in (SMALL, SMALL_DECODE, LARGE, SMALL):
         meta = _build(builder, batch)
         for name in ARRAY_FIELDS:
             array = getattr(meta, name)
-            assert array is None or address(array) == first[name], name
+            assert array is None or place.address(array) == first[name], name
+            assert array is None or first[name] % 16 == 0, name
+    assert builder.num_builds == 5
 
 
-def test_a_step_of_known_size_makes_no_new_tensors() -> None:
-    builder = _builder("cpu")
+def test_a_step_of_known_size_makes_no_new_tensors(place: Place) -> None:
+    builder = place.builder()
     first, second = _build(builder, LARGE), _build(builder, LARGE)
     assert first is not second
     assert first != second
@@ -74,12 +104,12 @@ def test_many_sizes_are_served_from_the_same_memory(device: str) -> None:
     assert len(addresses) == 1
 
 
-@DEVICES
-def test_what_the_last_step_used_becomes_padding(device: str) -> None:
-    builder = _builder(device)
+def test_what_the_last_step_used_becomes_padding(place: Place) -> None:
+    builder = place.builder()
     large = _build(builder, LARGE)
+    _build(builder, SMALL_DECODE)
     small = _build(builder, SMALL)
-    padded = {name: as_numpy(getattr(large, name)) for name in ARRAY_FIELDS}
+    padded = arrays_of(large, place.get)
     tokens, rows = SMALL.num_tokens, SMALL.num_rows
     assert (padded["batch_id_per_token"][tokens:] == -1).all()
     assert (padded["slot_mapping"][tokens:] == -1).all()
@@ -88,10 +118,10 @@ def test_what_the_last_step_used_becomes_padding(device: str) -> None:
     assert not padded["indexer_attn_mask_offsets"][2 * tokens :].any()
     assert (padded["block_tables"][rows:] == -1).all()
     assert (padded["cu_seqlens_q"][rows:] == tokens).all()
-    assert (padded["cu_seqlens_kg"][rows:] == as_numpy(small.cu_seqlens_kg)[-1]).all()
+    assert (padded["cu_seqlens_kg"][rows:] == place.get(small.cu_seqlens_kg)[-1]).all()
     for name in ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "cache_seqlens"):
         assert not padded[name][rows:].any(), name
-    assert_matches_oracle(small, SMALL)
+    assert_matches_oracle(small, SMALL, place.get)
 
 
 def test_windows_of_an_earlier_step_do_not_come_back_behind_a_decode_step() -> None:
@@ -102,24 +132,22 @@ def test_windows_of_an_earlier_step_do_not_come_back_behind_a_decode_step() -> N
     assert not meta.indexer_attn_mask_offsets[2 * SMALL.num_tokens :].any()
 
 
-@DEVICES
-def test_int32_positions_are_written_where_they_are_asked_for(device: str) -> None:
-    asked, plain = _builder(device), StepMetadataBuilder(5, 40, 4, 16, device=device)
+def test_int32_positions_are_written_where_they_are_asked_for(place: Place) -> None:
+    asked, plain = place.builder(), place.builder(int32_position_ids=False)
     for batch in (LARGE, SMALL, SMALL_DECODE):
         assert _build(plain, batch).position_ids_int32 is None
         meta = _build(asked, batch)
-        narrow = as_numpy(meta.position_ids_int32)
+        narrow = place.get(meta.position_ids_int32)
         assert narrow.dtype == np.int32
-        np.testing.assert_array_equal(narrow, as_numpy(meta.position_ids))
+        np.testing.assert_array_equal(narrow, place.get(meta.position_ids))
 
 
-@DEVICES
-def test_inputs_are_copied(device: str) -> None:
+def test_inputs_are_copied(place: Place) -> None:
     inputs = [array.copy() for array in LARGE.inputs()]
-    meta = _builder(device).build(*inputs)
+    meta = place.builder().build(*inputs)
     for array in inputs:
         array.fill(3)
-    assert_matches_oracle(meta, LARGE)
+    assert_matches_oracle(meta, LARGE, place.get)
 
 
 def test_paddle_inputs_are_copied_too() -> None:
@@ -147,14 +175,14 @@ def test_the_next_step_may_be_built_from_the_last_one() -> None:
     )
 
 
-def test_a_decode_step_costs_no_prefill_memory_traffic() -> None:
-    builder = _builder("numpy")
+def test_a_decode_step_leaves_the_windows_alone(place: Place) -> None:
+    builder = place.builder()
     large = _build(builder, LARGE)
-    before = {name: getattr(large, name).copy() for name in PREFILL_FIELDS}
+    before = {name: place.get(getattr(large, name)).copy() for name in PREFILL_FIELDS}
     meta = _build(builder, SMALL_DECODE)
     for name in PREFILL_FIELDS:
         assert getattr(meta, name) is None
-        np.testing.assert_array_equal(getattr(large, name), before[name])
+        np.testing.assert_array_equal(place.get(getattr(large, name)), before[name])
 
 
 def test_an_upper_bound_of_the_longest_row_is_kept() -> None:
@@ -171,8 +199,8 @@ def test_the_metadata_can_be_neither_changed_nor_misspelt() -> None:
     assert set(ForwardMeta.__slots__) >= {*ROW_FIELDS, *TOKEN_FIELDS, *PREFILL_FIELDS}
 
 
-def test_the_views_do_not_keep_a_builder_alive_and_outlive_it() -> None:
-    builder = _builder("cpu")
+def test_the_views_do_not_keep_a_builder_alive_and_outlive_it(place: Place) -> None:
+    builder = place.builder()
     meta = _build(builder, SMALL)
     alive = weakref.ref(builder)
     gc.disable()
@@ -181,7 +209,7 @@ def test_the_views_do_not_keep_a_builder_alive_and_outlive_it() -> None:
         assert alive() is None
     finally:
         gc.enable()
-    assert_matches_oracle(meta, SMALL)
+    assert_matches_oracle(meta, SMALL, place.get)
 
 
 def test_numpy_steps_need_no_paddle() -> None:

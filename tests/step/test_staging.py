@@ -1,124 +1,310 @@
-"""A step of host arrays is not overwritten while its copy to the device is still to come."""
+"""Slabs that take turns on a device that is late: the order of calls, and what they protect."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fd_dsa.step.staging import NUM_SLABS, StagingRing
-from fd_dsa.triton_runtime.transfers import Event, RawStream, Transfers
+from fd_dsa.errors import DeviceError
+from fd_dsa.step.staging import InputStaging, StagedTensor
+from tests.gpu_rig.overlap_proof import GUARDS, without_guards
 from tests.kernel_memory import KernelMemory
+from tests.triton_runtime.late_driver import MAIN, LateLibrary, LateTensor, late_driver
 
 pytestmark = pytest.mark.triton
-SIZE = 8
+
+SIZE, NUM_SLABS = 6, 3
+# events in the order in which they are made
+COPIED, USED = (1, 2, 3), (4, 5, 6)
 
 
-class LateDevice(Transfers):
-    """A device that does nothing until it is waited for: the worst case of asynchrony."""
-
-    def __init__(self) -> None:
-        self.queue: list[Callable[[], None]] = []
-        self.done = 0
-        self.memory = np.zeros(SIZE, np.int32)
-        self.seen: list[list[int]] = []
-
-    def to_device(self, target: object, source: np.ndarray) -> None:
-        self.queue.append(lambda: self._copy(source))
-
-    def _copy(self, source: np.ndarray) -> None:
-        self.memory[: len(source)] = source
-        self.seen.append(self.memory.tolist())
-
-    def event(self) -> Event:
-        return LateEvent(self)
-
-    def run_until(self, position: int) -> None:
-        while self.done < position:
-            self.queue[self.done]()
-            self.done += 1
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateLibrary]:
+    """The device of one test."""
+    with late_driver(monkeypatch) as library:
+        yield library
 
 
-class LateEvent(Event):
-    """Done when the device has done what was queued before it."""
-
-    def __init__(self, device: LateDevice) -> None:
-        self._device, self._position = device, 0
-
-    def record(self, stream: RawStream | None = None) -> None:
-        self._position = len(self._device.queue)
-
-    def done(self) -> bool:
-        return self._device.done >= self._position
-
-    def wait(self) -> None:
-        self._device.run_until(self._position)
+def run_step(
+    library: LateLibrary, staging: InputStaging, step: int, seen: list[np.ndarray]
+) -> None:
+    """One step: a slab full of its number, and a reader on the main stream."""
+    staging.next_slab()[:] = step
+    index = staging.upload(SIZE)
+    staging.acquire(index)
+    slab = staging.slabs.values[index]
+    library.launch(MAIN, lambda: seen.append(slab.copy()))
+    staging.release(index)
 
 
-def _run_steps(ring: StagingRing, device: LateDevice, steps: int, lag: int | None) -> None:
-    """Upload step numbers; the device has done all but the last `lag` steps, None = none."""
-    for step in range(steps):
-        if lag is not None:
-            device.run_until(step - lag)
-        ring.slabs[ring.next_slab()][:] = step
-        ring.upload(SIZE)
-    device.run_until(steps)
+def check(seen: list[np.ndarray], steps: int) -> None:
+    """Every step was read, and nothing but its own values."""
+    assert [values.tolist() for values in seen] == [[step] * SIZE for step in range(steps)]
 
 
-def test_a_caller_far_ahead_of_the_device_spoils_no_step() -> None:
-    device = LateDevice()
-    ring = StagingRing(np.zeros(SIZE, np.int32), transfers=device)
-    _run_steps(ring, device, 12, lag=None)
-    assert device.seen == [[step] * SIZE for step in range(12)]
-    assert ring.num_waits == 12 - NUM_SLABS
+def test_the_calls_of_a_step_in_their_order(library: LateLibrary) -> None:
+    staging = InputStaging(LateTensor, SIZE)
+    prep = staging.prep_stream
+    assert prep not in (0, MAIN)
+    assert library.log == [("record", MAIN, used) for used in USED]
+    for step in range(7):
+        library.log.clear()
+        run_step(library, staging, step, [])
+        copied, used = COPIED[step % 3], USED[step % 3]
+        # nothing is waited for that the host knows to be done
+        waits = [("wait", prep, used)] if step < 3 else []
+        assert library.log == [
+            *waits,
+            ("h2d", prep, 4 * SIZE),
+            ("record", prep, copied),
+            ("wait", MAIN, copied),
+            ("record", MAIN, used),
+        ]
+        if step >= 2:
+            library.run()
 
 
-@pytest.mark.parametrize("lag", [0, 1, NUM_SLABS - 1])
-def test_an_engine_that_waits_for_sampled_ids_is_never_held_back(lag: int) -> None:
-    device = LateDevice()
-    ring = StagingRing(np.zeros(SIZE, np.int32), transfers=device)
-    _run_steps(ring, device, 12, lag)
-    assert device.seen == [[step] * SIZE for step in range(12)]
-    assert ring.num_waits == 0
+def test_only_the_values_of_the_step_travel(library: LateLibrary) -> None:
+    staging = InputStaging(LateTensor, SIZE)
+    staging.next_slab()[:] = 7
+    assert staging.upload(2) == 0
+    library.run()
+    assert staging.slabs.values[0].tolist() == [7, 7, *[-9] * (SIZE - 2)]
+    assert ("h2d", staging.prep_stream, 8) in library.log
 
 
-def test_the_late_device_shows_a_slab_that_is_not_guarded() -> None:
-    device = LateDevice()
-    ring = StagingRing(np.zeros(SIZE, np.int32), transfers=device)
-    ring.copied = [Event() for _ in ring.slabs]
-    _run_steps(ring, device, 12, lag=None)
-    assert device.seen != [[step] * SIZE for step in range(12)]
+def test_a_copy_runs_while_the_main_stream_is_busy(library: LateLibrary) -> None:
+    staging, seen = InputStaging(LateTensor, SIZE), []
+    library.run(MAIN)
+    for step in range(NUM_SLABS):
+        run_step(library, staging, step, seen)
+        # the main stream does not move at all
+        library.run(staging.prep_stream)
+        assert (staging.slabs.values[step] == step).all()
+    assert seen == [] and staging.num_waits == 0
+    run_step(library, staging, 3, seen)
+    library.run(staging.prep_stream)
+    # this slab is still to be read by the step of three steps ago
+    assert (staging.slabs.values[0] == 0).all()
+    library.run()
+    check(seen, 4)
 
 
-def test_only_the_first_values_are_copied() -> None:
-    device = LateDevice()
-    ring = StagingRing(np.zeros(SIZE, np.int32), transfers=device)
-    ring.slabs[ring.next_slab()][:] = 7
-    ring.upload(3)
-    device.run_until(1)
-    assert device.memory.tolist() == [7] * 3 + [0] * (SIZE - 3)
+def test_the_copy_waits_for_the_reader_three_steps_ago_and_no_later_one(
+    library: LateLibrary,
+) -> None:
+    staging, seen = InputStaging(LateTensor, SIZE), []
+    for step in range(NUM_SLABS):
+        run_step(library, staging, step, seen)
+    while len(seen) < 1:
+        library.step(staging.prep_stream)
+        library.step(MAIN)
+    while not staging.used(0).done():
+        library.step(MAIN)
+    assert not staging.used(1).done() and len(seen) == 1
+    run_step(library, staging, 3, seen)
+    library.run(staging.prep_stream)
+    assert (staging.slabs.values[0] == 3).all()
 
 
-def test_a_copy_in_a_capture_is_refused() -> None:
-    device = LateDevice()
-    device.is_capturing = lambda: True  # type: ignore[method-assign]
-    ring = StagingRing(np.zeros(SIZE, np.int32), transfers=device)
+def test_memory_that_others_used_is_not_written_before_their_work_is_done(
+    library: LateLibrary,
+) -> None:
+    found: list[int] = []
+    # queued by whoever had the memory before
+    library.launch(MAIN, lambda: found.append(int(staging.slabs.values[0, 0])))
+    staging = InputStaging(LateTensor, SIZE)
+    staging.next_slab()[:] = 1
+    staging.upload(SIZE)
+    library.run(staging.prep_stream)
+    library.run()
+    assert found == [-9] and staging.slabs.values[0, 0] == 1
+
+
+@pytest.mark.parametrize("lag", [1, NUM_SLABS - 1, NUM_SLABS])
+def test_a_slab_in_flight_is_not_filled_again(library: LateLibrary, lag: int) -> None:
+    staging, seen = InputStaging(LateTensor, SIZE), []
+    for step in range(20):
+        while len(seen) < step - lag:
+            library.step()
+        run_step(library, staging, step, seen)
+    library.run()
+    check(seen, 20)
+    assert (staging.num_waits > 0) == (lag == NUM_SLABS)
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 1 << 30), work=st.lists(st.integers(0, 12), min_size=12, max_size=24))
+def test_every_step_arrives_whatever_the_device_does_first(seed: int, work: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch, late_driver(patch, seed) as library:
+        staging, seen = InputStaging(LateTensor, SIZE), []
+        for step, entries in enumerate(work):
+            run_step(library, staging, step, seen)
+            for _ in range(entries):
+                library.step()
+        library.run()
+        check(seen, len(work))
+        del staging
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_without_one_of_its_guards_steps_are_spoiled(guard: str) -> None:
+    spoiled = 0
+    for seed in range(20):
+        with pytest.MonkeyPatch.context() as patch, late_driver(patch, seed) as library:
+            staging, seen = InputStaging(LateTensor, SIZE, num_slabs=1), []
+            with without_guards([guard]):
+                for step in range(12):
+                    run_step(library, staging, step, seen)
+                    for _ in range(3):
+                        library.step()
+            library.run()
+            spoiled += any((values != step).any() for step, values in enumerate(seen))
+            del staging
+    assert spoiled > 10
+
+
+def test_the_same_slab_until_it_is_uploaded(library: LateLibrary) -> None:
+    staging = InputStaging(LateTensor, SIZE)
+    first = staging.next_slab()
+    assert staging.next_slab() is first
+    assert staging.upload(1) == 0
+    assert staging.next_slab() is not first
+
+
+def test_what_was_seen_of_one_slab_says_nothing_of_the_next(library: LateLibrary) -> None:
+    staging = InputStaging(LateTensor, SIZE)
+    library.run()
+    for _ in range(NUM_SLABS):
+        run_step(library, staging, 0, [])
+    library.step(MAIN)
+    while not staging.used(0).done():
+        library.step()
+    staging.next_slab()
+    library.log.clear()
+    # the second slab is not asked for: it holds what it held
+    for used in USED[:2]:
+        staging.upload(SIZE)
+        assert (("wait", staging.prep_stream, used) in library.log) == (used == USED[1])
+
+
+def test_more_steps_ahead_than_slabs_are_refused(library: LateLibrary) -> None:
+    staging = InputStaging(LateTensor, SIZE)
+    for step in range(NUM_SLABS):
+        staging.next_slab()[:] = step
+        staging.upload(SIZE)
+    before = list(library.log)
+    with pytest.raises(RuntimeError, match="3 steps are uploaded and none is released"):
+        staging.next_slab()
+    assert library.log == before
+    staging.acquire(0)
+    staging.release(0)
+    staging.next_slab()[:] = 3
+    assert staging.upload(SIZE) == 0
+
+
+def test_a_step_in_a_capture_is_refused(library: LateLibrary) -> None:
+    staging = InputStaging(LateTensor, SIZE)
+    before = list(library.log)
+    library.captured.add(MAIN)
     with pytest.raises(RuntimeError, match="graph capture"):
-        ring.next_slab()
+        staging.next_slab()
+    library.captured.clear()
+    assert library.log == before
+    staging.next_slab()
+    assert staging.upload(1) == 0
 
 
-def test_many_uploads_without_a_wait_arrive_in_order(kernel_memory: KernelMemory) -> None:
+@pytest.mark.parametrize("function", ["cuStreamWaitEvent", "cuMemcpyHtoDAsync_v2"])
+def test_a_refusal_of_the_driver_is_named_and_the_step_can_be_tried_again(
+    library: LateLibrary, function: str
+) -> None:
+    staging = InputStaging(LateTensor, SIZE)
+    staging.next_slab()[:] = 5
+    library.refused.add(function)
+    with pytest.raises(DeviceError, match=function):
+        staging.upload(SIZE)
+    library.refused.clear()
+    assert staging.next_slab()[0] == 5 and staging.upload(SIZE) == 0
+    library.run()
+    assert (staging.slabs.values[0] == 5).all()
+
+
+def test_a_thread_without_a_context_gets_one(library: LateLibrary) -> None:
+    staging, seen = InputStaging(LateTensor, SIZE), []
+    library.needs_context = True
+    library.enter(None)
+    run_step(library, staging, 0, seen)
+    library.run()
+    check(seen, 1)
+
+
+def test_no_copy_arrives_after_the_memory_is_gone(library: LateLibrary) -> None:
+    staging = InputStaging(LateTensor, SIZE)
+    values, prep = staging.slabs.values, staging.prep_stream
+    staging.next_slab()[:] = 4
+    staging.upload(SIZE)
+    del staging
+    gc.collect()
+    assert (values[0] == 4).all()
+    last = library.log.index(("sync stream", prep))
+    freed = [call[1] for call in library.log if call[0] == "free"]
+    assert sorted(freed) == ["event"] * 6 + ["host"] * 3 + ["stream", "tensor"]
+    assert all(call[0] == "free" for call in library.log[last + 1 :])
+
+
+def test_a_tensor_that_stays_is_filled_behind_its_readers(library: LateLibrary) -> None:
+    staged, seen = StagedTensor(LateTensor, SIZE), []
+    prep = staged.staging.prep_stream
+    values = staged.tensor.values
+    for step in range(12):
+        library.log.clear()
+        staged.next_slab()[:] = step
+        staged.upload(SIZE - 1)
+        library.launch(MAIN, lambda: seen.append(values[:-1].copy()))
+        used, copied = USED[step % 3], COPIED[step % 3]
+        calls = [call for call in library.log if call[0] != "sync"]
+        assert calls == [
+            ("wait", prep, used),
+            ("h2d", prep, 4 * SIZE - 4),
+            ("record", prep, copied),
+            ("wait", MAIN, copied),
+            ("d2d", MAIN, 4 * SIZE - 4),
+            ("record", MAIN, used),
+        ]
+    library.run()
+    assert [found.tolist() for found in seen] == [[step] * (SIZE - 1) for step in range(12)]
+    assert values[-1] == -9
+
+
+def test_slabs_in_the_memory_of_kernels(kernel_memory: KernelMemory) -> None:
     m = kernel_memory
-    size = 1 << 20 if m.large else 100
-    target = m.poisoned((size,), "int32")
-    snapshots = []
-    ring = StagingRing(target)
-    for step in range(40):
-        slab = ring.slabs[ring.next_slab()]
+    staging = InputStaging(m.poisoned, SIZE)
+    address, found = staging.slabs.data_ptr(), []
+    for step in range(7):
+        slab = staging.next_slab()
+        assert slab.dtype == np.int32 and slab.shape == (SIZE,)
         slab[:] = step
-        ring.upload(size)
-        if step % 10 == 9:
-            snapshots.append((step, m.get(target)))
-    for step, found in snapshots:
-        assert (found == step).all()
+        index = staging.upload(SIZE)
+        staging.acquire(index)
+        found.append((step, index, m.get(staging.slabs)))
+        staging.release(index)
+    for step, index, slabs in found:
+        assert index == step % NUM_SLABS and (slabs[index] == step).all()
+    assert staging.slabs.data_ptr() == address and staging.num_waits == 0
+
+
+def test_a_staged_tensor_in_the_memory_of_kernels(kernel_memory: KernelMemory) -> None:
+    m = kernel_memory
+    staged = StagedTensor(m.poisoned, SIZE)
+    address, last = staged.tensor.data_ptr(), m.get(staged.tensor)[-1]
+    for step in range(7):
+        staged.next_slab()[:] = step
+        staged.upload(SIZE - 1)
+        assert m.get(staged.tensor).tolist() == [step] * (SIZE - 1) + [last]
+    assert staged.tensor.data_ptr() == address

@@ -12,6 +12,7 @@ import pytest
 from fd_dsa.triton_runtime import INTERPRETING
 
 ROOT = Path(__file__).resolve().parents[2]
+COMPILED = ("launch", "bound", "tuning", "warm_up")
 pytestmark = pytest.mark.triton
 
 
@@ -21,11 +22,11 @@ def compiling_environment(cache: Path) -> dict[str, str]:
 
 
 @pytest.mark.skipif(not INTERPRETING, reason="the tests run in this process")
-@pytest.mark.parametrize("name", ["launch", "bound", "tuning", "warm_up"])
-def test_compiled(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+def test_compiled(tmp_path: Path) -> None:
+    """All of them in one process, which compiles a kernel once."""
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in COMPILED]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name(f"test_{name}.py"))],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         capture_output=True,
         text=True,
         cwd=ROOT,

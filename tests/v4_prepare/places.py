@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Prepare, V4PrepareConfig
+from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig
+from tests.v4_prepare.kernel_case import outputs_of
 
 PLACES = [
     pytest.param("numpy", id="numpy"),
@@ -41,10 +42,7 @@ class Place:
 
     def outputs(self, prepare: V4Prepare) -> dict[str, np.ndarray]:
         """Copies of all outputs that mean something, by name."""
-        found = {n: self.get(getattr(prepare.buffers, n)) for n in OUTPUT_SHAPES(prepare.cfg)}
-        if "hca_idx" in found:
-            found["hca_idx"] = found["hca_idx"][: found["counts"][2]]
-        return found
+        return outputs_of(prepare.buffers, self.get)
 
 
 def open_place(name: str) -> Place:
@@ -77,10 +75,3 @@ def open_place(name: str) -> Place:
 
 def _on(place: str) -> Callable[[V4PrepareConfig], V4Prepare]:
     return lambda cfg: V4Prepare(cfg, place)
-
-
-def assert_step(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    """Compare all outputs of a step with those of the loop oracle."""
-    for name, array in found.items():
-        assert array.dtype == np.int32, name
-        np.testing.assert_array_equal(array, expected[name], err_msg=name)

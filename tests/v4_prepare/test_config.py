@@ -72,9 +72,10 @@ def test_shapes_are_those_of_the_examples(name: str) -> None:
 
 def test_derived_sizes() -> None:
     cfg = sizes()
-    assert (cfg.ring_rows, cfg.csa_pool, cfg.hca_pool) == (131, 8, 128)
-    assert (cfg.csa_state_rows, cfg.hca_state_rows) == (11, 131)
-    assert cfg.hca_capacity == 128 * 64 == OUTPUT_SHAPES(cfg)["hca_idx"][0]
+    assert (cfg.ring_rows, cfg.pool(4), cfg.pool(128)) == (131, 8, 128)
+    assert (cfg.state_rows(4), cfg.state_rows(128)) == (11, 131)
+    assert cfg.hca_list_length == 128 * 64 == OUTPUT_SHAPES(cfg)["hca_idx"][0]
+    assert cfg.csa_list_length == 128 * 512
     # 4 tokens finish at most one entry of ratio 4, and all of them go into the state ring
     assert (cfg.plan_capacity(4), cfg.wplan_capacity(4)) == (32, 128)
     # 40 tokens a row: 10 entries of 4 in one row, but not in all 32; 8 of them are kept
@@ -88,7 +89,7 @@ def test_the_list_of_a_longer_context_is_left_to_the_reader() -> None:
     tokens = 64 * 2**20 // 4 // 64
     assert sizes(max_num_tokens=tokens).hca_mode == "list"
     long = sizes(max_num_tokens=tokens + 1)
-    assert (long.hca_mode, long.hca_capacity) == ("table", 0)
+    assert long.hca_mode == "table"
     assert "hca_idx" not in OUTPUT_SHAPES(long)
     assert sizes(hca_mode="table").hca_mode == "table"
     with pytest.raises(ValueError, match=r"hca_mode: got 'list', .* 67109120 bytes.* use 'table'"):
@@ -156,26 +157,53 @@ def test_offsets_that_could_exceed_int32(changes: dict[str, Any], product: int) 
     assert sizes(index_topk=2**31 - 1, max_num_tokens=1).max_num_tokens == 1
 
 
-@pytest.mark.parametrize(
-    ("model", "num_csa", "num_hca"), [(FLASH, 21, 20), (PRO, 30, 31)], ids=["Flash", "Pro"]
-)
-@pytest.mark.parametrize("form", ["mapping", "object", "file", "folder", "text"])
-def test_a_model_gives_window_ratios_and_topk(
-    model: dict[str, Any], num_csa: int, num_hca: int, form: str, tmp_path: Path
-) -> None:
-    ratios = model["compress_ratios"]
-    assert (ratios.count(4), ratios.count(128)) == (num_csa, num_hca)
-    path = tmp_path / "config.json"
+SAVED = {name: value for name, value in FLASH.items() if name != "compress_ratios"} | {
+    "layer_types": [
+        {0: "sliding_attention", 4: "compressed_sparse_attention"}.get(
+            ratio, "heavily_compressed_attention"
+        )
+        for ratio in FLASH["compress_ratios"][:43]
+    ],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
+}
+MODELS = {
+    "Flash": FLASH,
+    "Pro": PRO,
+    # released with three draft layers that have a window alone
+    "46 ratios": FLASH | {"compress_ratios": [*FLASH["compress_ratios"], 0, 0]},
+    "drafts of another ratio": FLASH | {"compress_ratios": [*FLASH["compress_ratios"], 7]},
+    # as transformers writes and holds it; without rates they are the released ones
+    "saved": SAVED,
+    "saved without rates": SAVED | {"compress_rates": None},
+    "one kind": FLASH | {"compress_ratios": [0, 4] * 22},
+    "no entries": FLASH | {"compress_ratios": [0] * 43},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_gives_window_ratios_and_topk(name: str, tmp_path: Path) -> None:
+    model, path = MODELS[name], tmp_path / "config.json"
     path.write_text(json.dumps(model | {"model_type": "deepseek_v4", "hidden_size": 1}))
-    source = {
-        "mapping": model,
-        "object": SimpleNamespace(**model, compress_rope_theta=160000.0),
-        "file": path,
-        "folder": tmp_path,
-        "text": str(tmp_path),
-    }[form]
-    cfg = V4PrepareConfig.from_model(source, **ROWS, spec_tokens=3)
-    assert cfg == sizes(index_topk=model["index_topk"])
+    for source in (model, SimpleNamespace(**model, unknown=1.0), path, tmp_path, str(tmp_path)):
+        cfg = V4PrepareConfig.from_model(source, **ROWS, spec_tokens=3)
+        assert cfg == sizes(index_topk=model["index_topk"])
+
+
+def test_rates_of_layer_types_are_its_ratios() -> None:
+    rates = {"compressed_sparse_attention": 8, "heavily_compressed_attention": 16}
+    cfg = V4PrepareConfig.from_model(SAVED | {"compress_rates": rates}, **ROWS)
+    assert (cfg.csa_ratio, cfg.hca_ratio) == (8, 16)
+
+
+@pytest.mark.oracle
+def test_configurations_of_transformers() -> None:
+    """As constructed from a released config.json, and as it writes them to a folder."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "DeepseekV4Config"):
+        pytest.skip("this release of transformers has no DeepSeek-V4")
+    hf_config = transformers.DeepseekV4Config(**(MODELS["46 ratios"]))
+    for source in (hf_config, hf_config.to_dict(), json.loads(hf_config.to_json_string())):
+        assert V4PrepareConfig.from_model(source, **ROWS, spec_tokens=3) == sizes()
 
 
 def test_sizes_that_a_model_leaves_open() -> None:
@@ -213,12 +241,19 @@ def test_a_model_of_which_only_the_needed_fields_are_known() -> None:
         ({"compress_ratios": [0, 4, -128]}, "compress_ratios: got [0, 4, -128], allowed: a list"),
         ({"compress_ratios": [True, 4, 128]}, "compress_ratios: got [True, 4, 128], allowed"),
         ({"compress_ratios": [4.0, 128]}, "compress_ratios: got [4.0, 128], allowed: a list"),
-        ({"compress_ratios": [0, 4, 4]}, "compress_ratios: got [0, 4, 4], allowed: two ratios"),
-        ({"compress_ratios": [1, 4, 128]}, "compress_ratios: got [1, 4, 128], allowed: two"),
-        ({"compress_ratios": [4, 128]}, "compress_ratios: got [4, 128], allowed: one ratio for"),
-        ({"compress_ratios": [4, 128] * 23}, "compress_ratios: got [4, 128, 4"),
+        ({"compress_ratios": [0, 8] * 22}, "compress_ratios: got [0, 8, 0, 8"),
+        ({"compress_ratios": [1, 4, 128, 0] * 11}, "compress_ratios: got [1, 4, 128, 0, 1"),
+        ({"compress_ratios": [4, 128]}, "compress_ratios: got [4, 128], allowed: an entry for"),
         ({"num_hidden_layers": "43"}, "num_hidden_layers: got '43', allowed: an integer"),
-        ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers: got -1, allowed"),
+        ({"layer_types": "mla"}, "layer_types: got 'mla', allowed: a list of 'sliding_attention'"),
+        ({"layer_types": ["mla"]}, "layer_types: got ['mla'], allowed: a list of 'sliding_att"),
+        ({"layer_types": [[]]}, "layer_types: got [[]], allowed: a list"),
+        ({"layer_types": []}, "layer_types: got [], allowed: an entry for each of num_hidden"),
+        (SAVED | {"compress_rates": 4}, "compress_rates: got 4, allowed: an object"),
+        (
+            SAVED | {"compress_rates": {"compressed_sparse_attention": 0}},
+            "compress_rates.compressed_sparse_attention: got 0, allowed: an integer of at least 1",
+        ),
         ({"sliding_window": None}, "sliding_window: got None, allowed: an integer of at least 1"),
         ({"sliding_window": 0}, "sliding_window: got 0, allowed: an integer of at least 1"),
         ({"index_topk": "512"}, "index_topk: got '512', allowed: an integer of at least 1"),

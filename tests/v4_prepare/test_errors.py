@@ -22,7 +22,7 @@ FIELD = {"ctx": 0, "q": 1, "slot": 2, "block_table": 3}
 
 def refuse(cfg: V4PrepareConfig, *inputs: Any) -> V4PrepareError:
     """The error of a step, after a look at all outputs: none may have changed."""
-    out = V4Arrays.allocate(cfg)
+    out = V4Arrays(cfg)
     rng = np.random.default_rng(0)
     before = {}
     for name, shape in OUTPUT_SHAPES(cfg).items():
@@ -66,95 +66,68 @@ def test_the_error_is_one_of_the_package_and_can_be_sent_on() -> None:
     assert (str(copy), copy.code, copy.row) == (str(error), "E_QLEN", 1)
 
 
-SHAPE_TEXT = "v4_prepare: E_SHAPE: batch: ctx, q, slot must be [B], block_table [B, MB]"
+def wide(name: str, value: int, dtype: Any = np.int64) -> dict[str, np.ndarray]:
+    """One input of the good step with an extreme number in row 1, in the first of its cells."""
+    array = np.array(GOOD[FIELD[name]], dtype)
+    array[(1, 0) if name == "block_table" else 1] = value
+    return {name: array}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"ctx": [5, 5]},
-        {"q": [1, 1]},
-        {"slot": [0, 1, 2, 3]},
-        {"block_table": [[1, 2, 3]]},
-        {"block_table": [1, 2, 3]},
-        {"block_table": [[1], [2, 3], [4]]},
-        {"block_table": [[[1]], [[2]], [[3]]]},
-        {"ctx": [[5], [5], [5]]},
-        {"ctx": [], "q": [], "slot": []},
-        {"ctx": np.array(5)},
-    ],
-    ids=str,
-)
-def test_shapes(changes: dict[str, Any]) -> None:
-    assert str(refuse(error_config(), *changed(**changes))) == SHAPE_TEXT
-
-
-@pytest.mark.parametrize(
-    ("changes", "text"),
-    [
-        ({"ctx": [5.0, 5, 5]}, "ctx has dtype float64, must be an integer dtype"),
-        ({"q": np.array([True] * 3)}, "q has dtype bool, must be an integer dtype"),
-        ({"slot": ["a", "b", "c"]}, "slot has dtype <U1, must be an integer dtype"),
-        (
-            {"block_table": np.ones((3, 3), np.float16)},
-            "block_table has dtype float16, must be an integer dtype",
-        ),
-        ({"q": [2**70, 1, 1]}, "q has dtype object, must be an integer dtype"),
-        ({"ctx": None}, "ctx is a NoneType, must be a NumPy array of integers or a list"),
-        ({"slot": range(3)}, "slot is a range, must be a NumPy array of integers or a list"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_dtypes(changes: dict[str, Any], text: str) -> None:
-    error = refuse(error_config(), *changed(**changes))
-    assert (error.code, error.row) == ("E_DTYPE", -1)
-    assert str(error) == f"v4_prepare: E_DTYPE: batch: {text}"
-
-
-# each line: a step with two faults, and the one that is named
-ORDER = [
-    ({"ctx": [5.0, 5.0], "q": [1, 1, 1]}, "E_SHAPE", -1),
-    ({"ctx": [5.0] * 4, "q": [1] * 4, "slot": [0] * 4, "block_table": [[1]] * 4}, "E_DTYPE", -1),
-    ({"ctx": [5] * 4, "q": [-1] * 4, "slot": [0] * 4, "block_table": [[1]] * 4}, "E_BATCH", -1),
-    ({"q": {2: -1}, "ctx": {1: 49}}, "E_CTX", 1),
-    ({"q": {1: 4}, "ctx": {1: -1}}, "E_QLEN", 1),
-    ({"ctx": {1: 49}, "slot": {1: 9}}, "E_CTX", 1),
-    ({"ctx": {1: 49}, "slot": {0: 9}}, "E_SLOT", 0),
-    ({"slot": {1: 4}, "ctx": {1: 33}, "block_table": [[1], [4], [7]]}, "E_SLOT", 1),
-    ({"slot": {2: 0}, "block_table": {1: [-1, 5, 6]}}, "E_BLOCK", 1),
-    ({"ctx": {1: 33, 2: -1}, "block_table": [[1], [4], [7]]}, "E_TABLE", 1),
-    ({"q": [3, 3, 3], "block_table": {2: [32, 5, 6]}}, "E_BLOCK", 2),
-    ({"q": [3, 3, 3], "ctx": {2: 50}}, "E_CTX", 2),
-    ({"q": [3, 3, 3]}, "E_TOKENS", -1),
+SHAPE = "E_SHAPE: batch: ctx, q, slot must be [B], block_table [B, MB]"
+NO_INTEGERS, NO_ARRAY = "must be an integer dtype", "must be a NumPy array of integers or a list"
+FOUR = {"slot": [0] * 4, "block_table": [[1]] * 4}
+NARROW = [[1], [4], [7]]
+REFUSED = [
+    ({"ctx": [5, 5]}, SHAPE),
+    ({"q": [1, 1]}, SHAPE),
+    ({"slot": [0, 1, 2, 3]}, SHAPE),
+    ({"block_table": [[1, 2, 3]]}, SHAPE),
+    ({"block_table": [1, 2, 3]}, SHAPE),
+    ({"block_table": [[1], [2, 3], [4]]}, SHAPE),
+    ({"block_table": [[[1]], [[2]], [[3]]]}, SHAPE),
+    ({"ctx": [[5], [5], [5]]}, SHAPE),
+    ({"ctx": [], "q": [], "slot": []}, SHAPE),
+    ({"ctx": np.array(5)}, SHAPE),
+    ({"ctx": [5.0, 5, 5]}, f"E_DTYPE: batch: ctx has dtype float64, {NO_INTEGERS}"),
+    ({"q": np.array([True] * 3)}, f"E_DTYPE: batch: q has dtype bool, {NO_INTEGERS}"),
+    ({"slot": ["a", "b", "c"]}, f"E_DTYPE: batch: slot has dtype <U1, {NO_INTEGERS}"),
+    (
+        {"block_table": np.ones((3, 3))},
+        f"E_DTYPE: batch: block_table has dtype float64, {NO_INTEGERS}",
+    ),
+    ({"q": [2**70, 1, 1]}, f"E_DTYPE: batch: q has dtype object, {NO_INTEGERS}"),
+    ({"ctx": None}, f"E_DTYPE: batch: ctx is a NoneType, {NO_ARRAY}"),
+    ({"slot": range(3)}, f"E_DTYPE: batch: slot is a range, {NO_ARRAY}"),
+    # a step with two faults, and the one that is named
+    ({"ctx": [5.0, 5.0], "q": [1, 1, 1]}, "E_SHAPE: batch"),
+    ({"ctx": [5.0] * 4, "q": [1] * 4} | FOUR, "E_DTYPE: batch"),
+    ({"ctx": [5] * 4, "q": [-1] * 4} | FOUR, "E_BATCH: batch: B=4 > Bcap=3"),
+    ({"q": {2: -1}, "ctx": {1: 49}}, "E_CTX: row 1: ctx=49 > Lmax=48"),
+    ({"q": {1: 4}, "ctx": {1: -1}}, "E_QLEN: row 1: q=4 > Qcap=3"),
+    ({"ctx": {1: 49}, "slot": {1: 9}}, "E_CTX: row 1"),
+    ({"ctx": {1: 49}, "slot": {0: 9}}, "E_SLOT: row 0: slot=9 not in [0, 4)"),
+    ({"slot": {1: 4}, "ctx": {1: 33}, "block_table": NARROW}, "E_SLOT: row 1"),
+    ({"slot": {2: 0}, "block_table": {1: [-1, 5, 6]}}, "E_BLOCK: row 1: block_table[0]=-1 not in"),
+    ({"ctx": {1: 33, 2: -1}, "block_table": NARROW}, "E_TABLE: row 1: needs 3 blocks, table has 1"),
+    ({"q": [3, 3, 3], "block_table": {2: [32, 5, 6]}}, "E_BLOCK: row 2: block_table[0]=32 not in"),
+    ({"q": [3, 3, 3], "ctx": {2: 50}}, "E_CTX: row 2"),
+    ({"q": [3, 3, 3]}, "E_TOKENS: batch: T=9 > Tcap="),
+    # wide numbers do not wrap into good ones
+    (wide("q", 2**32 + 1), "E_QLEN: row 1: q=4294967297 > Qcap=3"),
+    (wide("ctx", 2**32 + 5), "E_CTX: row 1: ctx=4294967301 > Lmax=48"),
+    (wide("ctx", -(2**63)), "E_CTX: row 1: ctx=-9223372036854775808 < 0"),
+    (wide("slot", 2**32 + 1), "E_SLOT: row 1: slot=4294967297 not in [0, 4)"),
+    (wide("block_table", 2**32 + 4), "E_BLOCK: row 1: block_table[0]=4294967300 not in [0, 32)"),
+    (wide("q", 2**64 - 1, np.uint64), "E_QLEN: row 1: q=18446744073709551615 > Qcap=3"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "code", "row"), ORDER, ids=str)
-def test_order_of_the_checks(changes: dict[str, Any], code: str, row: int) -> None:
+@pytest.mark.parametrize(("changes", "text"), REFUSED, ids=str)
+def test_refusals(changes: dict[str, Any], text: str) -> None:
     error = refuse(error_config(), *changed(**changes))
-    assert (error.code, error.row) == (code, row)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "text"),
-    [
-        ("q", 2**32 + 1, "E_QLEN: row 1: q=4294967297 > Qcap=3"),
-        ("ctx", 2**32 + 5, "E_CTX: row 1: ctx=4294967301 > Lmax=48"),
-        ("ctx", -(2**63), "E_CTX: row 1: ctx=-9223372036854775808 < 0"),
-        ("slot", 2**32 + 1, "E_SLOT: row 1: slot=4294967297 not in [0, 4)"),
-        ("block_table", 2**32 + 4, "E_BLOCK: row 1: block_table[0]=4294967300 not in [0, 32)"),
-    ],
-)
-def test_wide_numbers_do_not_wrap_into_good_ones(name: str, value: int, text: str) -> None:
-    inputs = [np.array(one, np.int64) for one in GOOD]
-    inputs[FIELD[name]][(1, 0) if name == "block_table" else 1] = value
-    assert str(refuse(error_config(), *inputs)) == f"v4_prepare: {text}"
-
-
-def test_the_largest_unsigned_numbers_are_not_negative_ones() -> None:
-    inputs = [np.array(one, np.uint64) for one in GOOD]
-    inputs[1][0] = 2**64 - 1
-    assert str(refuse(error_config(), *inputs)).endswith("q=18446744073709551615 > Qcap=3")
+    assert str(error).startswith(f"v4_prepare: {text}")
+    code, where = text.split(": ")[:2]
+    assert (error.code, error.row) == (code, -1 if where == "batch" else int(where[4:]))
 
 
 def test_what_idle_rows_hold_is_ignored() -> None:
@@ -169,7 +142,7 @@ def test_what_idle_rows_hold_is_ignored() -> None:
 
 def test_arrays_of_another_configuration_are_refused() -> None:
     cfg = config_of(CASES["G1"]["config"])
-    other = V4Arrays.allocate(replace(cfg, index_topk=2))
+    other = V4Arrays(replace(cfg, index_topk=2))
     with pytest.raises(ValueError, match=r"out: got arrays of .*index_topk=2"):
         v4_prepare_np(cfg, *inputs_of(CASES["G1"]), other)
 

@@ -1,4 +1,4 @@
-"""Forms of the expand kernel compile for the GPUs it is for, on any machine, and do not spill."""
+"""Forms of the kernels compile for the GPUs it is for, on any machine, and do not spill."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ SCRIPT = """
 import re, subprocess, sys, tempfile
 from pathlib import Path
 from fd_dsa.triton_runtime import Pointer
-from fd_dsa.v4_prepare.kernel import expand_kernel as kernel
-from fd_dsa.v4_prepare.launch import expand_constants, expand_sizes, tiles_for
-from fd_dsa.v4_prepare.slab import SlabLayout
+from fd_dsa.v4_prepare.kernel import csa_rows_kernel, expand_kernel as kernel
+from fd_dsa.v4_prepare.launch import expand_arguments, tiles_for
 from tests.v4_prepare.kernel_case import serving_config
 import triton
 
@@ -36,7 +35,7 @@ for name in names:
         given["rollback_ptr"] = None
     if cfg.hca_mode == "table":
         given["hca_idx_ptr"] = None
-    given |= expand_sizes(cfg, SlabLayout(cfg)) | expand_constants(cfg, tiles)
+    given |= expand_arguments(cfg, tiles)
     given |= {"slab_offset": 1 << 40, "error_address": 1 << 40, "num_rollback": 7}
     compiled = kernel.warmup(
         **given, num_warps=tiles.num_warps, capability=int(capability)
@@ -47,6 +46,11 @@ for name in names:
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     print(*re.search(r"REG:(\\d+) STACK:(\\d+)", text).groups(), compiled.shared_bytes)
+# rows of chosen entries: a small model, V4-Flash, V4-Pro
+for topk in (3, 512, 1024) if capability == "90" else ():
+    given = {n: Pointer("int32") if n.endswith("_ptr") else 7 for n in csa_rows_kernel.arg_names}
+    given |= {"TOPK": topk, "ENTRIES_PER_BLOCK": 32, "TILE": 512 if topk > 3 else 4}
+    assert csa_rows_kernel.warmup(**given, capability=90).image
 """
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
+from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4PrepareConfig
 from tests.kernel_memory import open_memory
 from tests.v4_prepare.kernel_case import (
     DeviceStepper,
@@ -116,7 +116,7 @@ def test_ten_thousand_launches_write_the_same_bytes() -> None:
     tensors = {name: getattr(stepper.buffers, name) for name in OUTPUT_SHAPES(cfg)}
     held = {name: tensor.clone() for name, tensor in tensors.items()}
     different = torch.zeros((), dtype=torch.int64, device="cuda")
-    offset = stepper.stamp % 2 * stepper.layout.num_words
+    offset = stepper.stamp % 2 * stepper.num_words
     for _ in range(10_000):
         for tensor in tensors.values():
             tensor.fill_(-91)

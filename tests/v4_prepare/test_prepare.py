@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tracemalloc
-from typing import Any
-
 import numpy as np
 import pytest
 
-from fd_dsa.errors import DtypeError, LaunchError
-from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4Prepare, V4PrepareConfig, V4PrepareError
+from fd_dsa.errors import DtypeError, LaunchError, ShapeError
+from fd_dsa.v4_prepare import (
+    OUTPUT_SHAPES,
+    V4Prepare,
+    V4PrepareConfig,
+    V4PrepareError,
+    csa_translate,
+    v4_prepare_np,
+)
 from tests.reference.v4_prepare import naive
 from tests.v4_prepare.golden import (
     CASES,
@@ -22,7 +24,9 @@ from tests.v4_prepare.golden import (
     error_config,
     inputs_of,
 )
-from tests.v4_prepare.places import PLACES, Place, assert_step, open_place
+from tests.v4_prepare.kernel_case import Step as StepCase
+from tests.v4_prepare.kernel_case import assert_same, expected
+from tests.v4_prepare.places import PLACES, Place, open_place
 
 
 @pytest.fixture(params=PLACES)
@@ -69,7 +73,7 @@ def test_goldens(place: Place, name: str) -> None:
 
 
 def test_an_empty_step_is_there_from_the_beginning(place: Place) -> None:
-    assert_step(place.outputs(place.prepare(CFG)), naive(CFG, [], [], [], []))
+    assert_same(place.outputs(place.prepare(CFG)), naive(CFG, [], [], [], []))
 
 
 def test_a_refused_step_changes_nothing(place: Place) -> None:
@@ -86,11 +90,11 @@ def test_a_refused_step_changes_nothing(place: Place) -> None:
         assert str(caught.value) == case["text"]
     with pytest.raises(RuntimeError, match="no step is staged"):
         prepare.expand()
-    assert_step(place.outputs(prepare), before)
+    assert_same(place.outputs(prepare), before)
     # the blocks of the good step are still those of its rows
     prepare.stage([6, 21, 33], [1, 1, 1], good[2])
     prepare.expand()
-    assert_step(place.outputs(prepare), naive(cfg, [6, 21, 33], [1, 1, 1], *good[2:]))
+    assert_same(place.outputs(prepare), naive(cfg, [6, 21, 33], [1, 1, 1], *good[2:]))
 
 
 @pytest.mark.parametrize("name", sorted(set(ERRORS) - {"X5", "X6"}))
@@ -105,7 +109,7 @@ def test_arrays_without_a_table_are_checked_as_lists_are(name: str) -> None:
     assert str(caught.value) == case["text"]
     with pytest.raises(V4PrepareError, match="E_SHAPE"):
         prepare.stage(*np.ones((3, 2, 2), np.int32))
-    assert_step(open_place("numpy").outputs(prepare), before)
+    assert_same(open_place("numpy").outputs(prepare), before)
 
 
 def test_steps_are_expanded_in_the_order_of_staging(place: Place) -> None:
@@ -121,13 +125,13 @@ def test_steps_are_expanded_in_the_order_of_staging(place: Place) -> None:
     for step in STEPS:
         buffers = prepare.expand()
         assert buffers is prepare.buffers
-        assert_step(place.outputs(prepare), naive(CFG, *step))
+        assert_same(place.outputs(prepare), naive(CFG, *step))
         found = {n: place.address(getattr(buffers, n)) for n in OUTPUT_SHAPES(CFG)}
         assert addresses in (None, found)
         addresses = found
     prepare.stage(*STEPS[0])
     prepare.expand()
-    assert_step(place.outputs(prepare), naive(CFG, *STEPS[0]))
+    assert_same(place.outputs(prepare), naive(CFG, *STEPS[0]))
 
 
 def test_blocks_set_row_by_row_give_the_same_as_tables(place: Place) -> None:
@@ -144,7 +148,7 @@ def test_blocks_set_row_by_row_give_the_same_as_tables(place: Place) -> None:
     prepare.stage(*STEPS[2][:3])
     for step in STEPS:
         prepare.expand()
-        assert_step(place.outputs(prepare), naive(CFG, *step))
+        assert_same(place.outputs(prepare), naive(CFG, *step))
 
 
 def test_blocks_of_rows_that_a_step_lacks_wait(place: Place) -> None:
@@ -154,7 +158,7 @@ def test_blocks_of_rows_that_a_step_lacks_wait(place: Place) -> None:
     prepare.expand()
     prepare.stage([3, 0, 6], [1, 0, 2], [0, 0, 1])
     prepare.expand()
-    assert_step(
+    assert_same(
         place.outputs(prepare), naive(CFG, [3, 0, 6], [1, 0, 2], [0, 0, 1], [[3], [-1], [9]])
     )
 
@@ -165,13 +169,13 @@ def test_drafts_that_were_rejected(place: Place) -> None:
     for rollback, left in (([2, 0, 1], [18, 10, 5]), ([1], [19, 10, 6]), ([0] * 3, ctx)):
         prepare.stage(ctx, q, slot, table)
         prepare.expand(place.put(np.array(rollback, np.int32)))
-        assert_step(place.outputs(prepare), naive(CFG, left, q, slot, table))
+        assert_same(place.outputs(prepare), naive(CFG, left, q, slot, table))
         prepare.poll_error()
     # an idle row keeps its tokens
     ctx, q, slot, table = STEPS[0]
     prepare.stage(ctx, q, slot, table)
     prepare.expand(place.put(np.array([3, 0, 100], np.int32)))
-    assert_step(place.outputs(prepare), naive(CFG, [14, 9, 6], q, slot, table))
+    assert_same(place.outputs(prepare), naive(CFG, [14, 9, 6], q, slot, table))
     prepare.poll_error()
 
 
@@ -182,72 +186,53 @@ def test_a_rollback_of_another_type(place: Place) -> None:
         prepare.expand(place.put(np.zeros(3, np.float32)))
     # the step is still there
     prepare.expand()
-    assert_step(place.outputs(prepare), naive(CFG, *STEPS[0]))
-
-
-def as_padding(bad: list[int], step: Step) -> dict[str, np.ndarray]:
-    """What the oracle says of a step, with padding in the place of the tokens of some rows."""
-    ctx, q, slot, table = step
-    kept = [0 if b in bad else n for b, n in enumerate(q)]
-    lengths = [0 if b in bad else n for b, n in enumerate(ctx)]
-    expected = naive(CFG, lengths, kept, slot, table)
-    tokens = [b not in bad for b, n in enumerate(q) for _ in range(n)]
-    places = [t for t, good in enumerate(tokens) if good]
-    pads = {"req_of_token": -1, "win_idx": -1, "swa_write": -1}
-    for name in ("positions", "req_of_token", "win_idx", "win_len", "ext_len", "swa_write"):
-        packed = expected[name].copy()
-        expected[name].fill(pads.get(name, 0))
-        expected[name][places] = packed[: len(places)]
-    visible, expected["csa_visible"] = expected["csa_visible"], np.zeros(16, np.int32)
-    expected["csa_visible"][places] = visible[: len(places)]
-    for name in ("hca_indptr", "csa_indptr"):
-        lens = np.zeros(16, np.int32)
-        lens[places] = np.diff(expected[name])[: len(places)]
-        expected[name] = np.append(0, lens.cumsum()).astype(np.int32)
-    for name in ("plan_r1", "wplan_r1", "plan_r2", "wplan_r2"):
-        for row in expected[name]:
-            row[0] = places[row[0]] if row[0] >= 0 else -1
-    expected["cu_q"] = np.cumsum([0, *q, *[0] * (3 - len(q))], dtype=np.int32)
-    expected["counts"][1] = sum(q)
-    return expected
+    assert_same(place.outputs(prepare), naive(CFG, *STEPS[0]))
 
 
 IMPOSSIBLE = [
-    (STEPS[1], [0, -4, 0], [1], "row 1: rollback=-4 < 0"),
-    (STEPS[1], [19, 0, 0], [0], "row 0: ctx=1 < q=3"),
-    (STEPS[1], [0, 10, -1], [1, 2], "row 1: ctx=0 < q=1"),
-    (STEPS[1], [2**31 - 1, 1, -(2**31)], [0, 2], "row 0: ctx=-2147483627 < q=3"),
-    (STEPS[2], [0, -1], [1], "row 1: rollback=-1 < 0"),
+    (STEPS[1], [0, -4, 0], "row 1: rollback=-4 < 0"),
+    (STEPS[1], [19, 0, 0], "row 0: ctx=1 < q=3"),
+    (STEPS[1], [0, 10, -1], "row 1: ctx=0 < q=1"),
+    (STEPS[1], [2**31 - 1, 1, -(2**31)], "row 0: ctx=-2147483627 < q=3"),
+    (STEPS[2], [0, -1], "row 1: rollback=-1 < 0"),
 ]
 
 
 def test_impossible_rollbacks(place: Place) -> None:
     prepare = place.prepare(CFG)
-    for step, rollback, bad, text in IMPOSSIBLE:
-        ctx, q, slot, table = step
+    for step, rollback, text in IMPOSSIBLE:
         prepare.stage(*step)
-        prepare.expand(place.put(np.array(rollback, np.int32)))
-        left = [n - back for n, back in zip(ctx, rollback, strict=True)]
-        assert_step(place.outputs(prepare), as_padding(bad, (left, q, slot, table)))
+        back = np.array(rollback, np.int32)
         with pytest.raises(V4PrepareError) as caught:
+            prepare.expand(place.put(back))
+            # only the device goes on, with padding in the place of the rows' tokens
+            case = StepCase(*(np.array(one, np.int32) for one in step))
+            assert_same(place.outputs(prepare), expected(CFG, case, back))
             prepare.poll_error()
         assert str(caught.value) == f"v4_prepare: E_CTX: {text}"
-        assert (caught.value.code, caught.value.row) == ("E_CTX", bad[0])
+        assert (caught.value.code, caught.value.row) == ("E_CTX", int(text[4]))
         prepare.poll_error()
+        if place.name in ("numpy", "cpu"):
+            # the step is still there
+            prepare.expand()
+            assert_same(place.outputs(prepare), naive(CFG, *step))
     # nothing is left of them
     prepare.stage(*STEPS[2])
     prepare.expand(place.put(np.zeros(2, np.int32)))
-    assert_step(place.outputs(prepare), naive(CFG, *STEPS[2]))
+    assert_same(place.outputs(prepare), naive(CFG, *STEPS[2]))
     prepare.poll_error()
 
 
+@pytest.mark.triton
 def test_errors_of_two_steps_are_raised_in_order() -> None:
-    prepare = V4Prepare(CFG, "numpy")
-    # more steps than there are slots for errors, so that the later one has the lower slot
-    for number in range(40):
+    place = open_place("interpreter")
+    prepare = place.prepare(CFG)
+    # the later one has the lower slot for errors
+    prepare._steps._stamp = 28
+    for row in (None, 2, None, None, None, 1):
         prepare.stage(*STEPS[1])
-        row = {29: 2, 33: 1}.get(number)
-        prepare.expand(None if row is None else np.array([-(r == row) for r in range(3)], np.int32))
+        rollback = None if row is None else place.put(-(np.arange(3) == row).astype(np.int32))
+        prepare.expand(rollback)
     for row in (2, 1):
         with pytest.raises(V4PrepareError, match=f"row {row}: rollback=-1"):
             prepare.poll_error()
@@ -260,7 +245,7 @@ def test_table_mode(place: Place) -> None:
     prepare.stage(*STEPS[0])
     assert prepare.expand().hca_idx is None
     found, expected = place.outputs(prepare), naive(cfg, *STEPS[0])
-    assert_step(found, expected)
+    assert_same(found, expected)
     # the reader takes rows from the table that the step was built from
     table, per_block = place.get(prepare.buffers.block_table), cfg.block_size // cfg.hca_ratio
     rows = [
@@ -269,37 +254,26 @@ def test_table_mode(place: Place) -> None:
         for e in range(found["hca_indptr"][t + 1] - found["hca_indptr"][t])
     ]
     assert rows == expected["hca_idx"].tolist()
-    with pytest.raises(ValueError, match="'hca', but there is no list of HCA rows in table mode"):
-        prepare.fused_list("hca")
 
 
-def test_the_host_builder_needs_numpy_alone() -> None:
-    code = (
-        "import sys; from fd_dsa.v4_prepare import V4Prepare, V4PrepareConfig;"
-        f"p = V4Prepare(V4PrepareConfig(**{SIZES}), 'numpy');"
-        "p.stage([3], [1], [0], [[2]]); print(p.expand().positions[0]); p.poll_error();"
-        "print(*{'paddle', 'triton', 'torch'} & sys.modules.keys())"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout == "2\n\n", result.stderr
-
-
-def test_memory_of_staging_does_not_grow_with_the_rows() -> None:
-    changes: dict[str, Any] = dict(max_model_len=4096, max_blocks_per_seq=512, num_blocks=4096)
-    cfg = V4PrepareConfig(**SIZES | changes, hca_mode="table")  # type: ignore[arg-type]
-    prepare, peaks = V4Prepare(cfg, "numpy"), []
-    for num_blocks in (2, 512):
-        for row in range(3):
-            prepare.set_blocks(row, range(num_blocks))
-        ctx = np.full(3, 8 * num_blocks, np.int32)
-        found = []
-        for _ in range(4):
-            tracemalloc.start()
-            prepare.stage(ctx, np.ones(3, np.int32), np.arange(3, dtype=np.int32))
-            found.append(tracemalloc.get_traced_memory()[1])
-            tracemalloc.stop()
-            prepare.expand()
-        # the first step of a length sends its cells, the others have nothing new; the memory of
-        # other threads is traced too
-        peaks.append(min(found[1:]))
-    assert peaks[1] <= peaks[0] + 256
+def test_rows_of_chosen_entries(place: Place) -> None:
+    """Those of the host function, at one address; numbers that are no entry give -1."""
+    prepare, rng, addresses = place.prepare(CFG), np.random.default_rng(1), set()
+    for step in STEPS[:2]:
+        prepare.stage(*step)
+        prepare.expand()
+        out = v4_prepare_np(CFG, *step)
+        visible = out.csa_visible[:, None]
+        chosen = rng.integers(0, np.maximum(visible, 1), (CFG.max_num_tokens, CFG.index_topk))
+        garbage = rng.random(chosen.shape) < 0.3
+        chosen[garbage] = rng.choice([-1, -(2**31), 2**31 - 1], garbage.sum())
+        chosen = np.where(rng.random(chosen.shape) < 0.1, visible, chosen).astype(np.int32)
+        rows = prepare.csa_translate(place.put(chosen))
+        found = place.get(rows)
+        wanted = csa_translate(out, step[3], chosen)
+        np.testing.assert_array_equal(found[: len(wanted)], wanted)
+        addresses.add(place.address(rows))
+    assert len(addresses) == 1
+    for shape in ((5, 3), (6, 2), (18,)):
+        with pytest.raises(ShapeError, match=r"local_topk: got .*, must be \[6 or more, 3\]"):
+            prepare.csa_translate(place.put(np.zeros(shape, np.int32)))

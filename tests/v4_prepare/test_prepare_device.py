@@ -13,8 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.v4_prepare import OUTPUT_SHAPES, V4PrepareConfig, V4PrepareError, v4_prepare_np
-from fd_dsa.v4_prepare.lists import csa_translate, fused_list
+from fd_dsa.v4_prepare import (
+    OUTPUT_SHAPES,
+    V4PrepareConfig,
+    V4PrepareError,
+    csa_translate,
+    v4_prepare_np,
+)
 from tests.v4_prepare.kernel_case import (
     CONFIGS,
     Step,
@@ -135,19 +140,14 @@ def test_steps_ahead_of_a_busy_device(device: Device) -> None:
     prepare.poll_error()
 
 
-def test_a_graph_reads_the_lists_of_the_step_before_its_replay(device: Device) -> None:
+def test_a_graph_translates_entries_of_the_step_before_its_replay(device: Device) -> None:
     cfg, place, rng = device.cfg, device.place, np.random.default_rng(2)
-    prepare, kinds = place.prepare(cfg), ("swa", "csa", "hca")
+    prepare = place.prepare(cfg)
     topk = place.put(np.zeros((cfg.max_num_tokens, cfg.index_topk), np.int32))
-
-    def derive() -> tuple:
-        rows = prepare.csa_translate(topk)
-        return rows, *(prepare.fused_list(k, rows if k == "csa" else None) for k in kinds)
-
     prepare.stage(*device.random_step(rng, 2).arrays())
     prepare.expand()
-    rows, *lists = derive()
-    replay = device.captured(derive)
+    rows = prepare.csa_translate(topk)
+    replay = device.captured(lambda: prepare.csa_translate(topk))
     for number in range(device.num_steps):
         step = device.random_step(rng, 1 + number % cfg.max_num_seqs)
         prepare.stage(*step.arrays())
@@ -158,10 +158,6 @@ def test_a_graph_reads_the_lists_of_the_step_before_its_replay(device: Device) -
         replay()
         wanted = csa_translate(out, step.table, chosen)
         np.testing.assert_array_equal(place.get(rows)[: len(wanted)], wanted)
-        for kind, (indptr, found) in zip(kinds, lists, strict=True):
-            offsets, listed = fused_list(out, kind, wanted if kind == "csa" else None)
-            np.testing.assert_array_equal(place.get(indptr), offsets)
-            np.testing.assert_array_equal(place.get(found)[: len(listed)], listed)
 
 
 @pytest.mark.gpu

@@ -39,9 +39,7 @@ _PROBES = (2, 40)
 
 def add_parser(subparsers: Any) -> None:
     """Add the parser of `retrieval`."""
-    parser = subparsers.add_parser(
-        "retrieval", help="pass keys, needles and variables in long contexts", allow_abbrev=False
-    )
+    parser = subparsers.add_parser("retrieval", allow_abbrev=False)
     add_run_flags(parser, out="retrieval", max_tokens=_MAX_TOKENS)
     group, sizes = parser.add_argument_group("prompts"), TaskSizes()
     for flag, text in (

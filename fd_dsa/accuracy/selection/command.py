@@ -29,8 +29,9 @@ from fd_dsa.accuracy.types import REPORT_FILE
 from fd_dsa.client.flags import add_numbers
 from fd_dsa.client.report import Table, as_json, check_folder, page, show, write_files
 from fd_dsa.config import EngineConfig
-from fd_dsa.environment import OP_PROVIDERS, process_environment, quiet
+from fd_dsa.environment import process_environment, quiet
 from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.ops.providers import parse
 
 CACHE_DTYPES = ("float32", "bfloat16", "fp8_ds_mla")
 JSON_FILE = "selection.json"
@@ -45,7 +46,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser = subparsers.add_parser(
         "selection",
         allow_abbrev=False,
-        help="what the indexer chose, layer by layer",
         description="Hide numbers in texts, run them through the embedded engine, and report for "
         "every layer how much of dense attention falls on the keys that its indexer chose, and "
         "whether the hidden number is among them.",
@@ -115,13 +115,7 @@ def run(args: argparse.Namespace) -> int:
 def _check_provider(text: str) -> None:
     """Refuse an operator without a choice, or a provider or device that there is not."""
     device, *operators = text.split(",")
-    for pair in operators:
-        name, _, provider = pair.partition("=")
-        if provider not in OP_PROVIDERS.get(name, ()):
-            allowed = ", ".join(f"{op}={p}" for op, ps in OP_PROVIDERS.items() for p in ps)
-            raise ConfigError(
-                f"--providers: got {pair!r} in {text!r}, allowed after the device: {allowed}"
-            )
+    parse(operators, "--providers", text)
     EngineConfig(device=device)
 
 
@@ -170,7 +164,7 @@ def _runs_here(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
 
 def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[str, Any]:
     """Figures of one length."""
-    from fd_dsa.ops._provider import device_kind, provider_table
+    from fd_dsa.ops.providers import device_kind, table
 
     what = f"{model.device}, {model.engine_config.cache_dtype} caches, {length} tokens"
     texts = needle_texts(model, length, args.texts, args.seed)
@@ -181,7 +175,7 @@ def _measured(args: argparse.Namespace, model: OpenModel, length: int) -> dict[s
         "device": model.device,
         "length": length,
         "index_topk": model.model_config.index_topk,
-        "served_by": {op: by[kind] for op, by in provider_table().items() if kind in by},
+        "served_by": {op: by[kind].provider for op, by in table().items() if kind in by},
         "layers": [figure.to_json() for figure in figures],
     }
 

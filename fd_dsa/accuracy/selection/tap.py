@@ -56,11 +56,9 @@ class RecordingBackend(DSAAttentionBackend):
         self.watched = frozenset(map(int, positions))
         self.layers = {}
 
-    def indexer_forward(
-        self, q: Any, k: Any, weights: Any, layer_id: int, forward_meta: Any
-    ) -> Any:
+    def select(self, q: Any, weights: Any, layer_id: int, forward_meta: Any) -> Any:
         """See DSAAttentionBackend."""
-        selection = super().indexer_forward(q, k, weights, layer_id, forward_meta)
+        selection = super().select(q, weights, layer_id, forward_meta)
         trace = self.layers.setdefault(layer_id, LayerTrace())
         for token, position in self._tokens(forward_meta)[0]:
             query = host_copy(q[token])
@@ -69,15 +67,14 @@ class RecordingBackend(DSAAttentionBackend):
             trace.index_weights[position] = host_copy(weights[token])
         return selection
 
-    def forward_mixed(self, q: Any, k: Any, v: Any, *args: Any) -> Any:
-        """See DSAAttentionBackend; the last two arguments are the layer and the step."""
-        out = super().forward_mixed(q, k, v, *args)
-        layer, forward_meta = args[-2:]
-        trace = self.layers.setdefault(layer.layer_id, LayerTrace())
+    def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
+        """See DSAAttentionBackend."""
+        out = super().attend(q, selection, layer_id, forward_meta)
+        trace = self.layers.setdefault(layer_id, LayerTrace())
         tokens, position_of_block = self._tokens(forward_meta)
         for token, position in tokens:
             trace.queries[position] = host_copy(q[token])
-            slots = host_copy(v[token]).reshape(-1).astype(np.int64)
+            slots = host_copy(selection[token]).reshape(-1).astype(np.int64)
             block, offset = np.divmod(slots[slots >= 0], self.block_size)
             trace.selected[position] = np.sort(position_of_block[block] + offset)
         return out

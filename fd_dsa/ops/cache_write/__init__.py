@@ -7,6 +7,7 @@ from typing import Any
 
 from fd_dsa.config import FP8_BLOCK_SIZE
 from fd_dsa.errors import ConfigError, ShapeError
+from fd_dsa.ops import unchecked
 from fd_dsa.ops._fp8 import (
     INDEX_RECORD_BYTES,
     INDEX_WIDTH,
@@ -16,7 +17,7 @@ from fd_dsa.ops._fp8 import (
     check_scale_fmt,
 )
 from fd_dsa.ops._host import check_array, check_dtype, check_rope, check_shape
-from fd_dsa.ops._provider import PADDLE, TRITON, provider_for
+from fd_dsa.ops.providers import activation_dtypes
 
 __all__ = ["CacheWriteParams", "write_caches"]
 
@@ -26,8 +27,6 @@ _CACHE_DTYPES = {
     "bfloat16": ("int16", "bfloat16"),
     "fp8_ds_mla": ("uint8",),
 }
-# Paddle's CPU build and NumPy do not compute in bfloat16
-_INPUT_DTYPES = {PADDLE: ("float32",), TRITON: ("float32", "bfloat16")}
 _NAME = "write_caches"
 
 
@@ -127,17 +126,13 @@ def write_caches(
     """
     arguments = (kv_a, index_k, position_ids, slot_mapping, cos_sin_cache)
     _check(*arguments)
-    chosen = provider_for("cache_write", index_k if kv_a is None else kv_a)
+    dtypes = activation_dtypes(index_k if kv_a is None else kv_a)
     for argument, value in (("kv_a", kv_a), ("index_k", index_k)):
         if value is not None:
-            check_dtype(_NAME, argument, value, _INPUT_DTYPES[chosen])
+            check_dtype(_NAME, argument, value, dtypes)
     _check_caches(kv_a, index_k, latent_cache, index_cache, params)
     _check_params(kv_a, index_k, cos_sin_cache, params)
-    if chosen == TRITON:
-        from fd_dsa.ops.cache_write import triton_kernel as provider
-    else:
-        from fd_dsa.ops.cache_write import paddle_impl as provider
-    provider.write_caches(*arguments, latent_cache, index_cache, params)
+    unchecked.write_caches(*arguments, latent_cache, index_cache, params)
 
 
 def _check(

@@ -53,13 +53,34 @@ def write_caches(
     latents = None if kv_a is None else as_numpy(latent_cache)[:, 0]
     keys = None if index_k is None else as_numpy(index_cache)
     _check_memory(latents, keys)
-    keep, place = _places(slots, *(keys if latents is None else latents).shape[:2])
+    keep, place = places(slots, *(keys if latents is None else latents).shape[:2])
     cos_sin = _angles(position_ids, cos_sin_cache, keep)
-    if kv_a is not None:
-        latent, k_pe = _latent_rows(as_numpy(kv_a), cos_sin, params)
+    rows = tuple(None if part is None else as_numpy(part) for part in (kv_a, index_k))
+    store_keys(*rows, cos_sin, latents, keys, (keep, place), params)
+
+
+def store_keys(
+    kv_a: np.ndarray | None,
+    index_k: np.ndarray | None,
+    cos_sin: np.ndarray | None,
+    latents: np.ndarray | None,
+    keys: np.ndarray | None,
+    where: tuple[Any, Any],
+    params: CacheWriteParams,
+) -> None:
+    """`write_caches` of arguments that were checked.
+
+    Args:
+        cos_sin: float32 [num_tokens, rope_dim]; of each token.
+        latents, keys: the caches, [num_blocks, block_size, row].
+        where: as `places` gives it.
+    """
+    keep, place = where
+    if kv_a is not None and latents is not None:
+        latent, k_pe = _latent_rows(kv_a, cos_sin, params)
         _store_latent(latents, place, latent[keep], k_pe[keep])
-    if index_k is not None:
-        rows = _index_rows(as_numpy(index_k), cos_sin, params)
+    if index_k is not None and keys is not None:
+        rows = _index_rows(index_k, cos_sin, params)
         _store_index(keys, place, rows[keep], params.index_scale_fmt)
 
 
@@ -88,7 +109,7 @@ def _angles(position_ids: Any, cos_sin_cache: Any, keep: Any) -> np.ndarray | No
     return cos_sin_of("write_caches", position_ids, cos_sin_cache)
 
 
-def _places(
+def places(
     slots: np.ndarray, num_blocks: int, block_size: int
 ) -> tuple[Any, tuple[np.ndarray, np.ndarray]]:
     """Which tokens are written, and the block and offset of each of them."""

@@ -11,9 +11,13 @@ from fd_dsa.ops._linear import linear
 
 
 def project_indexer(
-    hidden_states: Any, wk: Any, weights_proj: Any, out: tuple[Any, Any] | None
+    hidden_states: Any,
+    wk: Any,
+    weights_proj: Any,
+    out: tuple[Any, Any] | None = None,
+    scratch: None = None,
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.indexer_projection.project_indexer`."""
+    """See `fd_dsa.ops.unchecked.project_indexer`."""
     for index, result in enumerate(out or ()):
         check_writable("project_indexer", f"out[{index}]", result)
     x = as_numpy(hidden_states)

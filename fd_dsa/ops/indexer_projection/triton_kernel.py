@@ -141,10 +141,10 @@ def project_indexer(
     hidden_states: Any,
     wk: Any,
     weights_proj: Any,
-    out: tuple[Any, Any] | None,
+    out: tuple[Any, Any] | None = None,
     scratch: Any = None,
 ) -> tuple[Any, Any]:
-    """See `fd_dsa.ops.indexer_projection.project_indexer`."""
+    """See `fd_dsa.ops.unchecked.project_indexer`."""
     if out is None:
         out = _allocated(hidden_states, wk.shape[1], weights_proj.shape[1])
     num_tokens = hidden_states.shape[0]

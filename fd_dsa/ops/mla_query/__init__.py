@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from fd_dsa.ops import unchecked
 from fd_dsa.ops._host import check_array, check_dtype, check_rope, check_shape, dtype_name
-from fd_dsa.ops._provider import PADDLE, TRITON, provider_for
+from fd_dsa.ops.providers import activation_dtypes
 
 __all__ = ["prepare_mla_query"]
 
-# Paddle's CPU build and NumPy do not compute in bfloat16
-_DTYPES = {PADDLE: ("float32",), TRITON: ("float32", "bfloat16")}
 _NAME = "prepare_mla_query"
 
 
@@ -48,8 +47,7 @@ def prepare_mla_query(
     Source: DeepSeek-V2 (arXiv 2405.04434) §2.1, absorbed as in its appendix.
     """
     check_shape(_NAME, "q_latent", q_latent, (None, None, None))
-    chosen = provider_for("mla_query", q_latent)
-    check_dtype(_NAME, "q_latent", q_latent, _DTYPES[chosen])
+    check_dtype(_NAME, "q_latent", q_latent, activation_dtypes(q_latent))
     num_tokens, num_heads, rank = q_latent.shape
     same = (dtype_name(q_latent.dtype),)
     check_array(_NAME, "q_pe", q_pe, (num_tokens, num_heads, None), same)
@@ -60,8 +58,4 @@ def prepare_mla_query(
     check_shape(_NAME, "cos_sin_cache", cos_sin_cache, (None, rope_dim))
     if out is not None:
         check_array(_NAME, "out", out, (num_tokens, num_heads, rank + rope_dim), same)
-    if chosen == TRITON:
-        from fd_dsa.ops.mla_query import triton_kernel as provider
-    else:
-        from fd_dsa.ops.mla_query import paddle_impl as provider
-    return provider.prepare_mla_query(q_latent, q_pe, position_ids, cos_sin_cache, out)
+    return unchecked.prepare_mla_query(q_latent, q_pe, position_ids, cos_sin_cache, out)

@@ -11,7 +11,7 @@ from fd_dsa.ops._rope import cos_sin_of, rotate_
 
 
 def prepare_mla_query(
-    q_latent: Any, q_pe: Any, position_ids: Any, cos_sin_cache: Any, out: Any
+    q_latent: Any, q_pe: Any, position_ids: Any, cos_sin_cache: Any, out: Any = None
 ) -> Any:
     """See `fd_dsa.ops.mla_query.prepare_mla_query`."""
     name = "prepare_mla_query"

@@ -70,7 +70,7 @@ def prepare_mla_query_kernel(
 
 
 def prepare_mla_query(
-    q_latent: Any, q_pe: Any, position_ids: Any, cos_sin_cache: Any, out: Any
+    q_latent: Any, q_pe: Any, position_ids: Any, cos_sin_cache: Any, out: Any = None
 ) -> Any:
     """See `fd_dsa.ops.mla_query.prepare_mla_query`."""
     num_tokens, num_heads, rank = q_latent.shape

@@ -8,18 +8,19 @@ best are found; a row whose bound fails is read again, digit by digit. The resul
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
-import numpy as np
-
+from fd_dsa import custom_ops
 from fd_dsa.errors import BackendUnavailable, LaunchError
-from fd_dsa.ops._host import check_first_token
-from fd_dsa.ops.topk.arguments import check_logits, check_selection
-from fd_dsa.ops.topk.paddle_impl import positions_to_slots, select_positions
+from fd_dsa.ops.probes import Memory, topk_case
+from fd_dsa.ops.providers import CUSTOM_OP, choose
+from fd_dsa.ops.topk import triton_kernel
 from fd_dsa.step.device import Allocate
+from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.c_launch import CLaunch
 from fd_dsa.triton_runtime.device import api_for_type
-from fd_dsa.triton_runtime.transfers import on_host, uploaded
 
 _TENSORS = ("position_ids", "batch_ids", "block_tables", "out")
 _NUMBERS = (
@@ -93,19 +94,17 @@ class SlotSelector:
                 break
         rows = self._rows
         # not held: a step's scores are large, and another's may come to lie there
-        rows.row_stride, rows.width = check_logits(logits), logits.shape[1]
+        rows.row_stride, rows.width = logits.stride()[0], logits.shape[1]
         rows.logits = self._address("logits", logits)
-        num_rows = logits.shape[0] if num_rows is None else num_rows
-        check_first_token("select_slots", first_token, num_rows, slots.shape[0])
-        rows.num_rows, rows.first_token = num_rows, first_token
+        rows.num_rows = logits.shape[0] if num_rows is None else num_rows
+        rows.first_token = first_token
         rows.block_size, rows.num_blocks = block_size, num_blocks
         assert self._launch is not None
         self._launch()
 
     def _take(self, tensors: tuple[Any, ...]) -> None:
-        """Check and remember other tensors than those of the call before."""
+        """Remember other tensors than those of the call before."""
         self._tensors = (None,) * len(_TENSORS)
-        check_selection(*tensors)
         slots, rows = tensors[3], self._rows
         api = api_for_type(type(slots))
         device = api.device_of(slots)
@@ -134,29 +133,49 @@ class SlotSelector:
         return tensor.data_ptr()
 
 
+_differences: dict[Any, str] = {}
+
+
 def difference(kernels: Any, allocate: Allocate) -> str:
-    """Which of a few small selections differs from the host's; "" for none. Waits for the device.
+    """Which of a few selections is wrong; "" for none.
+
+    The thread waits for the device at the first call for a library.
+    """
+    if kernels not in _differences:
+        case = topk_case((40, 5), (9000, 7), (20000, 2048))
+        _differences[kernels] = case.difference(SlotSelector(kernels), Memory(allocate))
+    return _differences[kernels]
+
+
+def why_not_compiled() -> str:
+    """Why no compiled kernel reads the tensors of this process; "" if it does."""
+    return "Triton kernels are interpreted here, on host memory" if INTERPRETING else ""
+
+
+def slot_selector(kind: str, allocate: Allocate) -> Callable[..., None]:
+    """A `select_slots` for tensors in the memory of `allocate`, for one thread at a time.
+
+    A kernel of fd_dsa_ops is compared with the definition first, for which the thread waits.
 
     Args:
-        kernels: a library that offers to serve.
-        allocate: makes a tensor of a shape and dtype on the device.
+        kind: of device, as `providers.device_kind` names it.
+
+    Raises:
+        ConfigError, BackendUnavailable: see `providers.choose`.
     """
-    select, rng = SlotSelector(kernels), np.random.default_rng(0)
-    for number, (width, k) in enumerate(((40, 5), (9000, 7), (20000, 2048))):
-        positions = np.array([width - 1, k - 1, 0, width // 2 + k], np.int64)
-        batch_ids = np.array([0, 1, -1, 1], np.int32)
-        tables = rng.permutation(2 * width // 8 + 2).astype(np.int32).reshape(2, -1)
-        # a plateau, a spread and two signs
-        scores = rng.standard_normal((4, width)).astype(np.float32)
-        scores[3] = np.maximum(np.round(scores[3]), 0)
-        scores[0, ::7] *= np.float32(-1e-40)
-        lengths = np.where(batch_ids < 0, 0, positions + 1)
-        chosen = select_positions(scores, lengths, k)
-        wanted = positions_to_slots(chosen, np.maximum(batch_ids, 0), tables, 8)
-        arrays = scores, positions, batch_ids, tables
-        inputs = [uploaded(allocate, array) for array in arrays]
-        slots = allocate((4, k), "int32")
-        select(*inputs, slots, block_size=8, num_blocks=tables.size)
-        if not np.array_equal(on_host(slots, wanted), wanted):
-            return f"selection {number} of the probe differs from the definition"
-    return ""
+    conditions = {CUSTOM_OP: why_not_compiled}
+    choice = choose("topk", kind, conditions, lambda kernels: difference(kernels, allocate))
+    if choice.provider == CUSTOM_OP:
+        return SlotSelector(custom_ops.build().kernels)
+    return triton_kernel.select_slots
+
+
+@cache
+def _selector(kernels: Any) -> SlotSelector:
+    """The one of `select_slots`."""
+    return SlotSelector(kernels)
+
+
+def select_slots(*tensors: Any, **options: Any) -> None:
+    """See `SlotSelector.__call__`; one thread at a time."""
+    _selector(custom_ops.build().kernels)(*tensors, **options)

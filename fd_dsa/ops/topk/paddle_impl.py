@@ -36,7 +36,16 @@ def ordered_keys(scores: np.ndarray) -> np.ndarray:
 
 
 def select_positions(logits: Any, lengths: Any, k: int) -> np.ndarray:
-    """See `topk_indices`."""
+    """Positions of the k best columns of each row: see `topk_indices`, without its checks.
+
+    Args:
+        logits: float32 [num_rows, width]; columns at or past a row's length are not looked at.
+        lengths: int32 or int64 [num_rows]; valid columns of each row.
+        k: entries of a row, at least 1.
+
+    Returns:
+        int32 [num_rows, k], ascending, -1 last.
+    """
     scores, lengths = as_numpy(logits), as_numpy(lengths)
     rows, width = scores.shape
     out = np.full((rows, k), -1, np.int32)
@@ -85,3 +94,24 @@ def positions_to_slots(
     return np.where(positions >= 0, block * block_size + positions % block_size, -1).astype(
         np.int32
     )
+
+
+def select_slots(
+    logits: Any,
+    position_ids: Any,
+    batch_id_per_token: Any,
+    block_tables: Any,
+    slots: Any,
+    *,
+    block_size: int,
+    num_blocks: int,
+) -> None:
+    """See `triton_kernel.select_slots`, for all tokens and rows of at most `width` keys."""
+    rows, tables, out = map(as_numpy, (batch_id_per_token, block_tables, slots))
+    lengths = np.where(rows < 0, 0, np.minimum(as_numpy(position_ids) + 1, logits.shape[1]))
+    positions = select_positions(logits, lengths, out.shape[1])
+    pages = np.minimum(positions // block_size, tables.shape[1] - 1)
+    block = tables[np.maximum(rows, 0)[:, None], pages]
+    is_key = (positions >= 0) & (positions < tables.shape[1] * block_size)
+    is_key &= (block >= 0) & (block < num_blocks)
+    out[...] = np.where(is_key, block * block_size + positions % block_size, -1)

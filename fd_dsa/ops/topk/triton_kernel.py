@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fd_dsa.ops._host import check_first_token
 from fd_dsa.ops._triton import blocks_of
-from fd_dsa.ops.topk.arguments import check_logits, check_selection
 from fd_dsa.triton_runtime import paddle_jit
 
 import triton  # isort: skip
@@ -144,8 +142,8 @@ def select_slots(
 
     Args:
         logits: float32 [num_rows, width]; scores of the tokens from `first_token` on, a column a
-            position, at any distance between rows. Entries past a token's window are not looked
-            at.
+            position, at any distance between rows but side by side within one. Entries past a
+            token's window are not looked at.
         position_ids: int64 [num_tokens]; a token sees the keys 0..position of its row.
         batch_id_per_token: int32 [num_tokens]; -1 = padding, whose rows become -1.
         block_tables: int32 [num_reqs, max_blocks].
@@ -155,16 +153,12 @@ def select_slots(
             more than k keys: the scores are not read then.
 
     Raises:
-        ShapeError, DtypeError: an argument is not as above; nothing is launched.
         LaunchError: a tensor is not contiguous, or not on the device of the others.
 
     Cost: one launch; no allocation, no wait.
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2; order: docs/concepts/dsa.md.
     """
-    row_stride = check_logits(logits)
-    check_selection(position_ids, batch_id_per_token, block_tables, slots)
     num_rows = logits.shape[0] if num_rows is None else num_rows
-    check_first_token("select_slots", first_token, num_rows, slots.shape[0])
     if num_rows == 0:
         return
     topk_kernel[(num_rows,)](
@@ -177,7 +171,7 @@ def select_slots(
         first_token,
         block_tables.shape[1],
         logits.shape[1],
-        row_stride,
+        logits.stride()[0],
         num_blocks,
         BLOCK_SIZE=block_size,
         BLOCK=_BLOCK,

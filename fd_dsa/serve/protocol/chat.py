@@ -8,7 +8,7 @@ from pydantic import FailFast, Field
 
 from fd_dsa.chat.template import RESERVED
 from fd_dsa.engine.sampling_params import MAX_LOGPROBS
-from fd_dsa.serve.errors import ApiError
+from fd_dsa.serve.errors import FieldError
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, MAX_FIELDS, at_most
 from fd_dsa.serve.protocol.generation import GenerationRequest
 from fd_dsa.serve.protocol.messages import ChatMessage
@@ -33,11 +33,11 @@ class ChatCompletionRequest(GenerationRequest):
     tools: Annotated[list[Tool], at_most(MAX_TOOLS)] | None = Field(
         None, description="Functions that the model may call."
     )
-    tool_choice: ChoiceField = Field(
+    tool_choice: ChoiceField | None = Field(
         None, description="none, auto (with tools the default), required, or a tool by its name."
     )
     parallel_tool_calls: bool | None = Field(
-        None, description="false: an answer ends behind its first call."
+        None, description="false: an answer ends after its first call."
     )
     reasoning_effort: ReasoningEffort | None = Field(
         None, description="none switches the reasoning off, anything else on."
@@ -71,12 +71,12 @@ class ChatCompletionRequest(GenerationRequest):
     @property
     def template_variables(self) -> dict[str, Any]:
         """`chat_template_kwargs`, and what `reasoning_effort` adds to them, as in vLLM."""
-        given = dict(self.chat_template_kwargs or {})
+        variables = dict(self.chat_template_kwargs or {})
         if self.reasoning_effort is None:
-            return given
-        if not any(name in given for name in _SWITCHES):
-            given["enable_thinking"] = self.reasoning_effort != "none"
-        return {"reasoning_effort": self.reasoning_effort, **given}
+            return variables
+        if not any(name in variables for name in _SWITCHES):
+            variables["enable_thinking"] = self.reasoning_effort != "none"
+        return {"reasoning_effort": self.reasoning_effort, **variables}
 
     def check_supported(self) -> None:
         """Raise ApiError 400 for fields that cannot be honoured, or not together."""
@@ -85,19 +85,15 @@ class ChatCompletionRequest(GenerationRequest):
             message.check(f"messages[{index}]")
         check_tools(self.tools or [], self.choice)
         if self.continue_final_message and self.add_generation_prompt:
-            raise ApiError(
-                400,
+            raise FieldError(
                 "continue_final_message: true together with add_generation_prompt; an answer "
-                "either goes on with the last message or begins a new one",
-                param="continue_final_message",
+                "either goes on with the last message or begins a new one"
             )
         for name in self.chat_template_kwargs or {}:
             if name in RESERVED:
-                raise ApiError(
-                    400,
+                raise FieldError(
                     f"chat_template_kwargs: has {name}, which is not a variable of the caller's; "
-                    "leave it out",
-                    param="chat_template_kwargs",
+                    "leave it out"
                 )
 
     def score_fields(self) -> dict[str, int | None]:
@@ -108,16 +104,10 @@ class ChatCompletionRequest(GenerationRequest):
         """
         most = self.top_logprobs or 0
         if not 0 <= most <= MAX_LOGPROBS:
-            raise ApiError(
-                400,
-                f"top_logprobs: got {most}; allowed is 0 to {MAX_LOGPROBS}",
-                param="top_logprobs",
-            )
+            raise FieldError(f"top_logprobs: got {most}; allowed is 0 to {MAX_LOGPROBS}")
         if most and not self.logprobs:
-            raise ApiError(
-                400,
-                f'top_logprobs: got {most} without logprobs; set "logprobs": true or leave it out',
-                param="top_logprobs",
+            raise FieldError(
+                f'top_logprobs: got {most} without logprobs; set "logprobs": true or leave it out'
             )
         return {
             "logprobs": most if self.logprobs else None,

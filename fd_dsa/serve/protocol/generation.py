@@ -1,15 +1,58 @@
-"""What completions and chat completions have in common."""
+"""What completions and chat completions have in common: model, stream, sampling."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, PlainValidator, WithJsonSchema
 
-from fd_dsa.serve.errors import ApiError
-from fd_dsa.serve.protocol.fields import Body
-from fd_dsa.serve.protocol.sampling import SamplingFields
+from fd_dsa.engine.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRINGS, SamplingParams
+from fd_dsa.serve.errors import FieldError, request_error, show
+from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, TEXTS, Body, at_most, refuse
+from fd_dsa.serve.protocol.structured import StructuredFields
 from fd_dsa.serve.protocol.unsupported import check_extra_fields
+
+_MAX_ID_DIGITS = 10
+
+
+def _stop(value: Any) -> list[str] | None:
+    """Stop strings as a list; None where there are none."""
+    strings = [value] if isinstance(value, str) else value
+    if isinstance(strings, list) and len(strings) > MAX_STOP_STRINGS:
+        raise refuse(f"has {len(strings)} entries; at most {MAX_STOP_STRINGS} are allowed")
+    if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
+        raise refuse(f"got {show(value)}; allowed is a non-empty string or a list of them")
+    return strings or None
+
+
+def _logit_bias(value: Any) -> dict[int, float]:
+    """Bias by token id; in JSON the ids are texts."""
+    if not isinstance(value, dict):
+        raise refuse(f"got {show(value)}; allowed is an object of token ids and numbers")
+    if len(value) > MAX_ENTRIES:
+        raise refuse(f"has {len(value)} entries; at most {MAX_ENTRIES} are allowed")
+    for key, bias in value.items():
+        # more digits than any token id has would be slow to read
+        if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
+            raise refuse(f"has the key {show(key)}; allowed are token ids, as texts")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise refuse(f"has {show(bias)} for token {key}; allowed is a number")
+    return {int(key): bias for key, bias in value.items()}
+
+
+_StopField = Annotated[
+    list[str] | None, PlainValidator(_stop), WithJsonSchema({"anyOf": [TEXT, TEXTS]})
+]
+_LogitBiasField = Annotated[
+    dict[int, float],
+    PlainValidator(_logit_bias),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
+]
+
+
+_TokenIds = Annotated[list[int], at_most(MAX_ENTRIES)]
 
 
 class StreamOptions(Body):
@@ -18,7 +61,7 @@ class StreamOptions(Body):
     include_usage: bool | None = None
 
 
-class GenerationRequest(SamplingFields):
+class GenerationRequest(StructuredFields):
     """Model, stream, sampling and structured output."""
 
     unsupported_fields: ClassVar[dict[str, tuple[Any, ...]]]
@@ -26,6 +69,53 @@ class GenerationRequest(SamplingFields):
     model: str | None = Field(None, description="A served name; the first one by default.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    n: int | None = Field(None, description="Choices for each prompt, 1 to 128.")
+    best_of: int | None = Field(None, description="1 or the same as n.")
+    max_tokens: int | None = Field(None, description="Most tokens to generate.")
+    min_tokens: int | None = Field(None, description="Nothing ends the output before.")
+    temperature: float | None = Field(
+        None, description="0 is greedy; left out: what generation_config.json says, or 1."
+    )
+    top_p: float | None = None
+    top_k: int | None = Field(None, description="-1 or 0 is off.")
+    min_p: float | None = Field(
+        None, description="Drops tokens less likely than this share of the likeliest; 0 is off."
+    )
+    presence_penalty: float | None = Field(None, description="-2 to 2; 0 is off.")
+    frequency_penalty: float | None = Field(None, description="-2 to 2; 0 is off.")
+    repetition_penalty: float | None = Field(
+        None, description="Above 0, over prompt and output; 1 is off."
+    )
+    logit_bias: _LogitBiasField | None = Field(
+        None, description="Token id to what is added to its logit, -100 to 100."
+    )
+    bad_words: Annotated[list[str], at_most(MAX_BAD_WORDS)] | None = Field(
+        None, description="Texts that never come."
+    )
+    bad_words_token_ids: _TokenIds | None = Field(None, description="Tokens that never come.")
+    seed: int | None = None
+    stop: _StopField | None = None
+    stop_token_ids: _TokenIds | None = Field(None, description="Tokens that end the output.")
+    include_stop_str_in_output: bool | None = Field(
+        None, description="Keep the stop string, or the text of the stop token."
+    )
+    ignore_eos: bool | None = Field(None, description="Go on after an end-of-sequence token.")
+    skip_special_tokens: bool | None = Field(
+        None, description="Leave special tokens out of the text; true by default."
+    )
+    prompt_logprobs: int | None = Field(
+        None, description="Likeliest tokens scored at each position of the prompt, 0 to 20."
+    )
+    return_token_ids: bool | None = Field(
+        None, description="Put prompt_token_ids and token_ids into the answer."
+    )
+    cache_salt: str | None = Field(
+        None, description="Share cached prefixes only with requests of the same salt."
+    )
+
+    return_topk_positions: bool | None = Field(
+        None, description="Tell which positions the indexer chose for the last token, by layer."
+    )
 
     @property
     def include_usage(self) -> bool:
@@ -36,15 +126,49 @@ class GenerationRequest(SamplingFields):
         """Raise ApiError 400 for a field that cannot be honoured; see `unsupported`."""
         check_extra_fields(self.model_extra or {}, self.unsupported_fields)
         if self.stream_options is not None and not self.stream:
-            raise ApiError(
-                400,
-                'stream_options: given without streaming; set "stream": true or leave it out',
-                param="stream_options",
+            raise FieldError(
+                'stream_options: given without streaming; set "stream": true or leave it out'
             )
         if self.prompt_logprobs is not None and self.stream:
-            raise ApiError(
-                400,
+            raise FieldError(
                 "prompt_logprobs: cannot be streamed; leave out stream, or ask for echo with "
-                "logprobs in /v1/completions",
-                param="prompt_logprobs",
+                "logprobs in /v1/completions"
             )
+
+    def sampling_params(
+        self, max_tokens: int, defaults: Mapping[str, float | int]
+    ) -> SamplingParams:
+        """Sampling parameters of this request.
+
+        Args:
+            max_tokens: already resolved.
+            defaults: of fields that the request leaves out.
+
+        Raises:
+            ApiError: 400, a value is out of its range.
+        """
+        fields: dict[str, Any] = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        fields.update(self.score_fields(), max_tokens=max_tokens)
+        fields["structured_outputs"] = self.structured_params()
+        if self.best_of not in (None, 1, self.n or 1):
+            raise FieldError(
+                f"best_of: got {self.best_of}; allowed is 1 or the same as n, all choices are "
+                "returned"
+            )
+        set_fields = {name: value for name, value in fields.items() if value is not None}
+        try:
+            return SamplingParams(**{**defaults, **set_fields})
+        except ValueError as error:
+            raise request_error(error, (*SAMPLING_FIELDS, "logprobs")) from error
+
+    def score_fields(self) -> dict[str, int | None]:
+        """`logprobs` and `prompt_logprobs` of SamplingParams."""
+        raise NotImplementedError
+
+
+SAMPLING_FIELDS = tuple(
+    field.name
+    for field in dataclasses.fields(SamplingParams)
+    if field.name in GenerationRequest.model_fields.keys() - StructuredFields.model_fields.keys()
+)
+"""Those with the same name and meaning in SamplingParams."""

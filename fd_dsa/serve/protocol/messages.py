@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, Body, at_most, refuse
 
 MAX_ARGUMENTS_CHARS = 1 << 20
@@ -103,21 +103,17 @@ class ChatMessage(Body):
         if self.role != "assistant":
             for name in ("tool_calls", "reasoning_content", "reasoning"):
                 if getattr(self, name):
-                    raise ApiError(
-                        400,
+                    raise FieldError(
                         f"{path}.{name}: given in a message of role {self.role}; only one of role "
-                        "assistant has it",
-                        param=f"{path}.{name}",
+                        "assistant has it"
                     )
         if self.content is None and not (
             self.tool_calls or self.reasoning_content or self.reasoning
         ):
-            given = "got null" if "content" in self.model_fields_set else "is missing"
-            raise ApiError(
-                400,
-                f"{path}.content: {given}; allowed is a string or a list of text parts, and "
-                "nothing only where the assistant calls tools",
-                param=f"{path}.content",
+            what = "got null" if "content" in self.model_fields_set else "is missing"
+            raise FieldError(
+                f"{path}.content: {what}; allowed is a string or a list of text parts, and "
+                "nothing only where the assistant calls tools"
             )
 
     def for_template(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, TEXT, TEXTS, Body, at_most, refuse
 
 # field of FastDeploy and older vLLM -> form of StructuredOutputsParams
@@ -24,8 +24,6 @@ _TYPES = ("text", "json_object", "json_schema")
 
 def _response_format(value: Any) -> dict[str, Any] | None:
     """The form that a `response_format` asks for; None for any text."""
-    if value is None:
-        return None
     kind = value.get("type") if isinstance(value, dict) else None
     if kind not in _TYPES:
         raise refuse(f"got {show(value)}; allowed is an object of type {', '.join(_TYPES)}")
@@ -42,31 +40,29 @@ def _response_format(value: Any) -> dict[str, Any] | None:
     return {"json": schema}
 
 
-def _structured_outputs(value: Any) -> dict[str, Any] | None:
+def _structured_outputs(value: Any) -> dict[str, Any]:
     """The form that vLLM's `structured_outputs` asks for."""
-    if value is None:
-        return None
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object with one of {', '.join(_FORMS)}")
-    given = {name: form for name, form in value.items() if form not in (None, False)}
-    unknown = [name for name in given if name not in _FORMS]
+    asked = {name: form for name, form in value.items() if form not in (None, False)}
+    unknown = [name for name in asked if name not in _FORMS]
     if unknown:
         raise refuse(f"has {show(unknown[0])}; allowed is one of {', '.join(_FORMS)}")
-    if not given:
+    if not asked:
         raise refuse(f"asks for nothing; give one of {', '.join(_FORMS)}")
-    return given
+    return asked
 
 
-def _json_schema(value: Any) -> dict[str, Any] | str | None:
+def _json_schema(value: Any) -> dict[str, Any] | str:
     """A JSON schema, as an object or as its text."""
-    if value is None or isinstance(value, (dict, str)):
+    if isinstance(value, (dict, str)):
         return value
     raise refuse(f"got {show(value)}; allowed is a JSON schema, an object or its text")
 
 
 _OBJECT: dict[str, Any] = {"type": "object"}
 _JsonSchema = Annotated[
-    dict[str, Any] | str | None,
+    dict[str, Any] | str,
     PlainValidator(_json_schema),
     WithJsonSchema({"anyOf": [_OBJECT, TEXT]}),
 ]
@@ -85,7 +81,7 @@ _ResponseFormat = Annotated[
     ),
 ]
 _StructuredOutputs = Annotated[
-    dict[str, Any] | None,
+    dict[str, Any],
     PlainValidator(_structured_outputs),
     WithJsonSchema(
         {
@@ -103,15 +99,15 @@ _StructuredOutputs = Annotated[
 
 
 class StructuredFields(Body):
-    """At most one of these; what is wrong with a form is told with the name of its field."""
+    """Forms of an output, at most one; a refusal names the field of the form."""
 
-    response_format: _ResponseFormat = Field(
+    response_format: _ResponseFormat | None = Field(
         None, description="Of type text, json_object, or json_schema with the schema."
     )
-    structured_outputs: _StructuredOutputs = Field(
+    structured_outputs: _StructuredOutputs | None = Field(
         None, description="One of json, json_object, regex, choice, grammar, as in vLLM."
     )
-    guided_json: _JsonSchema = Field(None, description="A JSON schema.")
+    guided_json: _JsonSchema | None = Field(None, description="A JSON schema.")
     guided_json_object: bool | None = Field(None, description="Any JSON object.")
     guided_regex: str | None = Field(None, description="A regular expression, in Rust's syntax.")
     guided_choice: Annotated[list[str], at_most(MAX_ENTRIES)] | None = Field(
@@ -132,15 +128,13 @@ class StructuredFields(Body):
         for field, kind in _GUIDED.items():
             value = getattr(self, field)
             forms[field] = {kind: value} if value not in (None, False) else None
-        given = {name: form for name, form in forms.items() if form is not None}
-        if not given:
+        asked = {name: form for name, form in forms.items() if form is not None}
+        if not asked:
             return None
-        if len(given) > 1:
-            first, second, *_ = given
-            raise ApiError(
-                400, f"{second}: given beside {first}; an answer has one form", param=second
-            )
-        ((name, form),) = given.items()
+        if len(asked) > 1:
+            first, second, *_ = asked
+            raise FieldError(f"{second}: given beside {first}; an answer has one form")
+        ((name, form),) = asked.items()
         try:
             return StructuredOutputsParams(**form, source=name)
         except ValueError as error:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
 
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.protocol.fields import IDS, MAX_ENTRIES, Body, at_most, refuse
 from fd_dsa.serve.protocol.messages import ChatMessage
@@ -28,8 +28,7 @@ class TokenizeRequest(ChatCompletionRequest):
         """Raise ApiError 400 unless there is a prompt or there are messages, and not both."""
         if (self.prompt is None) == (not self.messages):
             got = "neither" if self.prompt is None else "both"
-            message = f"prompt: got {got} of prompt and messages; send one of them"
-            raise ApiError(400, message, param="prompt")
+            raise FieldError(f"prompt: got {got} of prompt and messages; send one of them")
         super().check_supported()
 
 

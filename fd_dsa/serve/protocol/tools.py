@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import PlainValidator, WithJsonSchema
 
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.protocol.fields import TEXT, Body, refuse
 
 MAX_TOOLS = 1024
@@ -40,10 +40,10 @@ class ToolChoice:
     name: str | None = None
 
 
-def _choice(value: Any) -> ToolChoice | None:
+def _choice(value: Any) -> ToolChoice:
     """`tool_choice` from a word or from an object that names a tool."""
-    if value is None or value in _MODES:
-        return None if value is None else ToolChoice(value)
+    if value in _MODES:
+        return ToolChoice(value)
     function = value.get("function") if isinstance(value, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if isinstance(value, dict) and value.get("type") == "function" and isinstance(name, str):
@@ -56,7 +56,7 @@ def _choice(value: Any) -> ToolChoice | None:
 
 _NameField = Annotated[str, PlainValidator(_name), WithJsonSchema(TEXT)]
 ChoiceField = Annotated[
-    ToolChoice | None,
+    ToolChoice,
     PlainValidator(_choice),
     WithJsonSchema({"anyOf": [{"type": "string", "enum": list(_MODES)}, {"type": "object"}]}),
 ]
@@ -86,15 +86,13 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
         name = tool.function.name
         if name in names:
             path = f"tools[{index}].function.name"
-            raise ApiError(400, f"{path}: got {show(name)} a second time", param=path)
+            raise FieldError(f"{path}: got {show(name)} a second time")
         names[name] = None
     if choice.mode in ("required", "named") and not tools:
         raise ApiError(400, "tool_choice: asks for a call, but there are no tools", param="tools")
     if choice.name is not None and choice.name not in names:
-        raise ApiError(
-            400,
-            f"tool_choice: got the tool {show(choice.name)}; allowed are {_listed(list(names))}",
-            param="tool_choice",
+        raise FieldError(
+            f"tool_choice: got the tool {show(choice.name)}; allowed are {_listed(list(names))}"
         )
 
 

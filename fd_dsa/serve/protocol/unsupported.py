@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.errors import FieldError, show
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -83,11 +83,9 @@ def check_extra_fields(
             continue
         allowed = " or ".join(show(v) for v in (*neutral, None))
         hint = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
-        raise ApiError(
-            400, f"{name}: got {show(value)}; not supported yet, only {allowed}{hint}", param=name
-        )
+        raise FieldError(f"{name}: got {show(value)}; not supported yet, only {allowed}{hint}")
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Equality that tells false from 0: `logprobs: 0` asks for something."""
+    """Equality in which false is not 0: `logprobs: 0` asks for something."""
     return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)

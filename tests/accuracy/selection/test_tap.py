@@ -40,13 +40,12 @@ FP8 = TINY | {
 class Watching(RecordingBackend):
     """Keeps the layers' outputs too."""
 
-    def forward_mixed(self, *args: Any) -> Any:
+    def attend(self, q: Any, selection: Any, layer_id: int, forward_meta: Any) -> Any:
         """See DSAAttentionBackend."""
-        out = super().forward_mixed(*args)
-        layer, meta = args[6:]
-        positions = host_copy(self.current_step(meta).position_ids)
+        out = super().attend(q, selection, layer_id, forward_meta)
+        positions = host_copy(self.current_step(forward_meta).position_ids)
         for token, position in enumerate(positions.tolist()):
-            self.outputs[layer.layer_id, position] = host_copy(out[token])
+            self.outputs[layer_id, position] = host_copy(out[token])
         return out
 
     def watch(self, positions: Any) -> None:

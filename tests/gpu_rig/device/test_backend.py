@@ -11,7 +11,7 @@ import pytest
 
 from fd_dsa.attention import DSAAttentionBackend, StepHints
 from fd_dsa.ops._host import as_numpy
-from tests.attention.harness import FP8, Sizes, World
+from tests.attention.harness import FP8, FinishedKeys, Sizes, World
 from tests.gpu_rig import Rig
 from tests.kernel_memory import open_memory
 from tests.ops.e4m3 import E4M3_VALUES
@@ -117,18 +117,16 @@ def test_a_decode_step_copies_nothing_and_takes_no_memory(rig: Rig, dtype: str, 
     }
     kv_a = paddle.concat([given["latent"], given["k_pe"]], axis=1)
     cos_sin = world.put(np.ones((len(given["q"]), sizes.widths[1]), np.float32))
-    layer = SimpleNamespace(
-        layer_id=0, cache_write_params=lambda layout: world.backend._plain_params
-    )
+    layer = FinishedKeys(0)
     outputs = []
 
     def step() -> None:
         meta = SimpleNamespace(**inputs, caches=world.caches, attn_backend=world.backend)
         world.backend.set_step_hints(StepHints(3, 0, 41))
         world.backend.init_attention_metadata(meta)
-        world.backend.write_caches(kv_a, given["index_k"], cos_sin, layer, meta)
-        slots = world.backend.indexer_forward(given["index_q"], None, given["weights"], 0, meta)
-        out = world.backend.forward(given["q"], None, slots, None, None, None, layer, meta)
+        world.backend.write(kv_a, given["index_k"], cos_sin, layer, meta)
+        slots = world.backend.select(given["index_q"], given["weights"], 0, meta)
+        out = world.backend.attend(given["q"], slots, 0, meta)
         outputs.append((slots, out))
 
     # views are made, and kernels compiled, when a size is first seen

@@ -12,6 +12,7 @@ from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.cache_write.paddle_impl import bfloat16_bits
 from fd_dsa.ops.cache_write.paddle_impl import write_caches as cpu_cache_write
 from tests.attention.bfloat16_case import DIM, RANK, ROPE, Bfloat16World, rounded
+from tests.attention.harness import FinishedKeys
 from tests.gpu_rig import Rig
 from tests.kernel_memory import open_memory
 from tests.strategies import make_batch
@@ -39,17 +40,16 @@ def test_keys_of_an_upstream_layer(rig: Rig) -> None:
     backend.build_step(meta, inputs, world.hints(world.rows, padding=0))
     codes = memory.put(np.full((NUM_TOKENS, 4, DIM), 0x38, np.uint8))
     weights = memory.put(np.ones((NUM_TOKENS, 4), np.float32))
-    slots = backend.indexer_forward(codes, put(index_k), weights, 0, meta)
-    layer, q = SimpleNamespace(layer_id=0), put(numbers(16, RANK + ROPE))
-    with_axis = slots.unsqueeze(1)
-    out = memory.get(backend.forward(q, None, with_axis, None, put(latent), put(k_pe), layer, meta))
-
     rows = np.concatenate([latent, k_pe[:, 0]], axis=1)
+    backend.write(put(rows), put(index_k), None, FinishedKeys(0), meta)
+    slots, q = backend.select(codes, weights, 0, meta), put(numbers(16, RANK + ROPE))
+    out = memory.get(backend.attend(q, slots.unsqueeze(1), 0, meta))
+
     slot_mapping = world.metadata(world.rows).slot_mapping
     plain = CacheWriteParams("fp8_ds_mla")
     cpu_cache_write(rows, index_k, None, slot_mapping, None, *world.wanted, plain)
     for found, wanted in zip(world.caches, world.wanted, strict=True):
         np.testing.assert_array_equal(memory.get(found), wanted)
     assert out.dtype == np.uint16
-    again = backend.forward(q, None, slots, None, None, None, layer, meta)
+    again = backend.attend(q, slots, 0, meta)
     np.testing.assert_array_equal(memory.get(again), out)

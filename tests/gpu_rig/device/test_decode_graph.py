@@ -10,11 +10,10 @@ import paddle
 import pytest
 
 from fd_dsa.ops.cache_write import write_caches
-from fd_dsa.ops.indexer_gather import gather_indexer_keys
-from fd_dsa.ops.indexer_logits.triton_kernel import score_pages
-from fd_dsa.ops.indexer_query import prepare_indexer_query
-from fd_dsa.ops.sparse_mla.triton_kernel import attend_slots
+from fd_dsa.ops.logits.triton_kernel import score_pages
+from fd_dsa.ops.mla.triton_kernel import attend_slots
 from fd_dsa.ops.topk.triton_kernel import select_slots
+from fd_dsa.ops.unchecked import prepare_indexer_query
 from tests.gpu_rig import Rig
 from tests.kernel_memory import POISON, KernelMemory, open_memory
 from tests.ops.cache_write_case import BITS, BLOCK, DIM, RANK, ROPE, arguments, make_case, on_cpu
@@ -171,41 +170,3 @@ def test_replays_do_what_launches_do(rig: Rig, dtype: str) -> None:
         for name, array in launched.results().items():
             np.testing.assert_array_equal(found[name], array, err_msg=f"{name}, step {index}")
         assert_padding(captured, found)
-
-
-@pytest.mark.parametrize("dtype", BITS)
-def test_a_captured_gather_follows_its_rows(rig: Rig, dtype: str) -> None:
-    memory, fp8 = open_memory("rig"), dtype == "fp8_ds_mla"
-    _, cache = on_cpu(make_case(NUM_BLOCKS * BLOCK, dtype).changed(num_blocks=NUM_BLOCKS))
-    rows, num_keys = [(40, 30, 40), (0, 9, 1), (5, 100, 5)], 256
-    steps = [make_batch(rows, BLOCK, seed=n, num_columns=COLUMNS) for n in range(3)]
-    metas = [builder_for(batch).build(*batch.inputs()) for batch in steps]
-    on_device = memory.put(cache)
-    tensors = [
-        memory.put(array)
-        for array in (metas[0].block_tables, metas[0].cu_seqlens_kg, metas[0].seq_lens_encoder)
-    ]
-    keys = memory.poisoned((num_keys, DIM), "uint8" if fp8 else str(cache.dtype))
-    scales = memory.poisoned((num_keys,), "float32") if fp8 else None
-
-    def gather() -> None:
-        gather_indexer_keys(on_device, *tensors, keys, scales)
-
-    with rig.strict():
-        replay = rig.captured(gather)
-    poison = memory.get(memory.poisoned((num_keys, DIM), str(memory.get(keys).dtype)))
-    for meta in metas:
-        tensors[0].copy_(memory.put(meta.block_tables), False)
-        keys.copy_(memory.put(poison), False)
-        with rig.counting() as counted:
-            replay()
-        assert counted.delta == {}
-        wanted, wanted_scales = poison.copy(), np.zeros(num_keys, np.float32) if fp8 else None
-        gather_indexer_keys(
-            cache, meta.block_tables, meta.cu_seqlens_kg, meta.seq_lens_encoder, wanted,
-            wanted_scales,
-        )  # fmt: skip
-        np.testing.assert_array_equal(memory.get(keys), wanted)
-        if scales is not None:
-            live = np.flatnonzero(wanted_scales)
-            np.testing.assert_array_equal(memory.get(scales)[live], wanted_scales[live])

@@ -178,12 +178,13 @@ def test_inputs_of_a_step_are_one_copy_from_the_host(rig: Rig) -> None:
         batch.add_row(0, [5], cached, False)
         batch.add_row(2, [6, 7], cached, False)
         with rig.strict(), rig.counting() as counted:
-            inputs = runner.stage_inputs(np.array([0, 2]))
+            inputs = runner._inputs(batch, np.array([0, 2]), batch.num_tokens)
         num_bytes = counted.delta.pop("h2d_bytes")
         # one to a slab on the device, one from there to the tensor that stays
         assert counted.delta == {"h2d_async": 1, "d2d_async": 1, "d2d_bytes": num_bytes}
     assert num_bytes < 4 * (48 + 4 * 64 + 4 * 3 + 64)
-    assert inputs.ids_remove_padding.numpy().tolist() == [5, 6, 7]
-    assert inputs.seq_lens_decoder.numpy().tolist() == [4, 0, 4]
-    assert inputs.logits_indices.numpy().tolist() == [0, 2]
-    np.testing.assert_array_equal(inputs.block_tables.numpy(), batch.block_tables[:3])
+    ids, _, decoder, _, tables, sampled = inputs
+    assert ids.numpy().tolist() == [5, 6, 7]
+    assert decoder.numpy().tolist() == [4, 0, 4]
+    assert sampled.numpy().tolist() == [0, 2]
+    np.testing.assert_array_equal(tables.numpy(), batch.block_tables[:3])

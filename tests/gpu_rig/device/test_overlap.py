@@ -11,8 +11,8 @@ import pytest
 
 from fd_dsa.attention.overlap import IndexerOverlap
 from fd_dsa.errors import OverlapError
-from fd_dsa.ops.indexer_projection import project_indexer
 from fd_dsa.ops.indexer_projection.scratch import new_scratch
+from fd_dsa.ops.unchecked import project_indexer
 from fd_dsa.triton_runtime import paddle_jit, streams
 from fd_dsa.triton_runtime.device import PaddleApi
 from tests.gpu_rig import Rig, RigError

@@ -15,8 +15,8 @@ import paddle
 import pytest
 
 from fd_dsa.errors import LaunchError
-from fd_dsa.runner.staging import InputStaging
 from fd_dsa.step.device import paddle_allocator
+from fd_dsa.step.staging import InputStaging
 from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.transfers import transfers_for
 from tests.gpu_rig import Rig

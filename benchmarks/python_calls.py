@@ -1,0 +1,94 @@
+"""Python calls of one decode step of the demo model, on a CPU with one request.
+
+    python -m benchmarks.python_calls                        # a few seconds
+    python -m benchmarks.python_calls --baseline CHECKOUT    # and those of another checkout
+
+Counts the calls of Python functions whose code is in the package, from `engine.step()` to its
+return. The count depends on the code alone, not on the machine. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+CONTEXT, WARM_UP = 64, 5
+
+
+def count_calls() -> Counter[str]:
+    """Calls of a decode step by function, as `file:name` below the package."""
+    import numpy as np
+
+    import fd_dsa
+    from fd_dsa import SamplingParams
+    from fd_dsa.config import EngineConfig
+    from fd_dsa.engine.factory import build_engine
+
+    package = str(Path(fd_dsa.__file__).parent)
+    engine = build_engine(
+        EngineConfig(max_num_seqs=1, kv_cache_memory_bytes="256M", enable_prefix_caching=False)
+    )
+    prompt = np.random.default_rng(0).integers(3, engine.runner.vocab_size, CONTEXT).tolist()
+    engine.add_request("0", prompt, SamplingParams(temperature=0, max_tokens=32, ignore_eos=True))
+    while not engine.step():
+        pass
+    # what is bound and made once is there
+    for _ in range(WARM_UP):
+        engine.step()
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: Any) -> None:
+        path = frame.f_code.co_filename
+        if event == "call" and path.startswith(package):
+            calls[f"{path[len(package) + 1 :]}:{frame.f_code.co_name}"] += 1
+
+    sys.setprofile(count)
+    try:
+        engine.step()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+def count_of(checkout: Path) -> int:
+    """Calls of the package in another checkout, counted by this file."""
+    root = Path(__file__).resolve().parent.parent
+    program = (
+        "import runpy, sys; sys.argv = ['python_calls']; "
+        f"runpy.run_path({str(root / 'benchmarks/python_calls.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(checkout)},
+        cwd=checkout,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return int(done.stdout.split()[0].replace(",", ""))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the count; returns 0."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--baseline", type=Path, help="another checkout")
+    parser.add_argument("--by-function", action="store_true", help="the most frequent ones, too")
+    args = parser.parse_args(argv)
+    calls = count_calls()
+    print(f"{calls.total():,} Python calls in a decode step")
+    if args.by_function:
+        for name, count in calls.most_common(40):
+            print(f"{count:6} {name}")
+    if args.baseline is not None:
+        print(f"{count_of(args.baseline):,} in {args.baseline}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""The case of every operator by every provider, on a CPU and on a device."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from fd_dsa import custom_ops
+from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_TOLERANCE, logits_case, mla_case
+from fd_dsa.ops.probes import Case, CheckFailed, Memory, Outputs, require
+from fd_dsa.ops.providers import (
+    CUSTOM_OP,
+    PADDLE,
+    TENSOR_CORE,
+    VARIABLE,
+    function,
+    on,
+    reason_for,
+    requested,
+)
+
+# products on tensor cores have other widths, and take no float32; 20 heads: over records by one
+# kernel of custom_ops/, over bfloat16 latents by the other
+TENSOR_CORE_CASES = {
+    "indexer_logits": logits_case(("fp8_ds_mla",), 2e-4),
+    "sparse_mla": mla_case(TENSOR_CORE_TOLERANCE, 20),
+}
+
+
+def run_checks(device: str) -> list[dict[str, Any]]:
+    """Check every provider on the CPU, and on `device` where that is another one.
+
+    Raises:
+        ConfigError: FD_DSA_OP_PROVIDER cannot be read.
+
+    Returns:
+        `name`, `device`, `provider`, `serves` (steps of DeepSeek-V3.2, of the providers that can),
+        `reason` (why it can serve, or cannot), `passed`, `detail` (what was wrong, or "") and `ms`
+        of each check; a provider that cannot serve passes unless FD_DSA_OP_PROVIDER asks for it.
+    """
+    asked, rows = requested(), []
+    memories = {"cpu": Memory()} | ({} if device == "cpu" else {device: _memory_on(device)})
+    for operator, case in CASES.items():
+        host: Outputs = {}
+        for place, memory in memories.items():
+            wanted = asked.get(operator) if place == device else None
+            here = [_checked(operator, p, case, place, memory, host) for p in _on(operator, place)]
+            able = [row["provider"] for row in here if row["able"]]
+            chosen = wanted or next(iter(able), "")
+            if wanted and wanted not in able:
+                reasons = {row["provider"]: row["reason"] for row in here}
+                reason = reasons.get(wanted, f"it serves no tensors on {place}")
+                here = [row for row in here if row["provider"] != wanted]
+                here.append(_row(operator, place, wanted, f"{VARIABLE} asks for it: {reason}"))
+            for row in here:
+                row["serves"] = row["provider"] == chosen
+                if row.pop("able") and not row["serves"]:
+                    row["reason"] += f"; {chosen} serves"
+            rows += here
+    return rows
+
+
+def _memory_on(device: str) -> Memory:
+    """Memory of a device, whose kernels are loaded only where there is one."""
+    from fd_dsa.attention.device import empty_allocator
+
+    return Memory(empty_allocator(device))
+
+
+def _on(operator: str, place: str) -> list[str]:
+    """Providers for a place; those of a library that is not there are none."""
+    kind = place.partition(":")[0]
+    build = custom_ops.build()
+    is_built = build.operators if operator == "position_ids" else build.kernels
+    if kind != "cpu" and build.kernels is None:
+        is_built = None
+    return [p for p in on(operator, kind) if p != CUSTOM_OP or is_built]
+
+
+def _why_not(operator: str, provider: str, memory: Memory) -> str:
+    """Why a provider cannot serve the steps of DeepSeek-V3.2 on a device; "" if it can."""
+    if memory.allocate is None or operator not in ("sparse_mla", "topk"):
+        return ""
+    if provider not in (TENSOR_CORE, CUSTOM_OP):
+        return ""
+    from fd_dsa.ops.mla.tensor_core import why_not
+    from fd_dsa.ops.topk.custom_op import why_not_compiled
+    from fd_dsa.triton_runtime.transfers import transfers_for
+
+    reason = why_not_compiled() if provider == CUSTOM_OP else ""
+    if operator == "topk" or reason:
+        return reason
+    capability = transfers_for(memory.allocate((1,), "int32")).capability()
+    return why_not(capability, "bfloat16", "fp8_ds_mla", 512, 64) or ""
+
+
+def _checked(
+    operator: str, provider: str, case: Case, place: str, memory: Memory, host: Outputs
+) -> dict[str, Any]:
+    """Check a provider, and keep the CPU's results in `host`; whatever it raises is its result."""
+    reason = _why_not(operator, provider, memory)
+    if reason:
+        return _row(operator, place, provider, "", reason) | {"able": False}
+    if provider in (TENSOR_CORE, CUSTOM_OP):
+        case = TENSOR_CORE_CASES.get(operator, case)
+    begin, detail = time.perf_counter(), ""
+    try:
+        out = case.run(function(operator, provider), memory)
+        if memory.on_host or not case.same_bytes:
+            case.check(out)
+        else:
+            _compare(host, out)
+        if provider == PADDLE:
+            host.update(out)
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        name = "" if isinstance(error, CheckFailed) else f"{type(error).__name__}: "
+        detail = name + first_line
+    milliseconds = 1e3 * (time.perf_counter() - begin)
+    row = _row(operator, place, provider, detail, reason_for(provider), milliseconds)
+    return row | {"able": True}
+
+
+def _compare(host: Outputs, out: Outputs) -> None:
+    """Raise CheckFailed unless a device has the bytes of the CPU."""
+    require(host, "nothing to compare with: the check on the CPU failed")
+    for name, values in host.items():
+        differ = int(np.count_nonzero(out[name] != values))
+        require(differ == 0, f"{name}: {differ} of {values.size} values differ from the CPU's")
+
+
+def _row(
+    operator: str, place: str, provider: str, detail: str, reason: str = "", ms: float = 0.0
+) -> dict[str, Any]:
+    """A line of the table."""
+    return {
+        "name": operator,
+        "device": place,
+        "provider": provider,
+        "able": False,
+        "reason": reason,
+        "passed": not detail,
+        "detail": detail,
+        "ms": round(ms, 1),
+    }
+
+
+def as_lines(checks: list[dict[str, Any]]) -> list[str]:
+    """The table for a person."""
+    lines = ["  operator           device    served by          check      time  why"]
+    for check in checks:
+        mark = "ok" if check["passed"] else "FAILED"
+        # a provider that cannot serve has no time
+        shown = f"{mark:<7}{check['ms']:>5.0f} ms" if check["ms"] else f"{mark[:6]:<15}"
+        if check["passed"] and not check["ms"]:
+            shown = f"{'no':<15}"
+        lines.append(
+            f"  {check['name']:<18} {check['device']:<9} {check['provider']:<18} {shown}  "
+            f"{check['reason']}".rstrip()
+        )
+        if check["detail"]:
+            lines.append(f"    {check['detail']}")
+    return lines
+
+
+def library() -> dict[str, Any]:
+    """What is known of fd_dsa_ops: `state`, `reason` and `path`."""
+    build = custom_ops.build()
+    return {"state": build.state, "reason": build.reason, "path": build.path}
+
+
+def library_line(found: dict[str, Any]) -> str:
+    """The same for a person."""
+    mark = "BROKEN" if found["state"] == custom_ops.BROKEN else found["state"]
+    path = f" ({found['path']})" if found["path"] else ""
+    return f"custom ops {mark}: {found['reason']}{path}"

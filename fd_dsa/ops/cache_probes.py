@@ -1,0 +1,323 @@
+"""Cases of the operators that write and read caches; see `probes.py`.
+
+Scores and attention are sums whose order a device chooses, so they are compared with their
+definition in float64; written caches, queries and dequantized keys have the CPU's bytes.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from fd_dsa.ops._fp8 import (
+    E4M3_VALUES,
+    INDEX_RECORD_BYTES,
+    INDEX_WIDTH,
+    LATENT_RECORD_BYTES,
+    LATENT_ROPE_AT,
+    LATENT_SCALES_AT,
+    LATENT_WIDTH,
+    ROPE_WIDTH,
+    TILE_WIDTH,
+)
+from fd_dsa.ops.cache_write import CacheWriteParams
+from fd_dsa.ops.probes import STEP_CASES, UNTOUCHED, Call, Case, Memory, Outputs, require
+
+FORMATS = ("float32", "bfloat16", "fp8_ds_mla")
+_BLOCK, _BLOCKS, _HEADS = 64, 6, 4
+_WIDTH, _RANK, _ROPE, _TILE = INDEX_WIDTH, LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
+_SLOTS = np.array([70, 0, -1, 127, 5], np.int64)
+_POSITIONS = np.array([0, 3, 7, 15, 1], np.int64)
+# three tokens of a prompt after a prefix, one of a decode row, a padded one
+_STEP = [3, 0], [66, 70], [3, 1]
+_TOKENS = (0, 66), (0, 67), (0, 68), (1, 70), (-1, 0)
+_LONGEST, _SCALE = 71, 0.05
+
+
+def _angles(rng: np.random.Generator) -> np.ndarray:
+    """float32 [16, 64]: cos and sin of random angles."""
+    angle = rng.uniform(0, 6, (16, _ROPE // 2))
+    return np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+
+
+def _codes(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8: random e4m3 numbers."""
+    codes = rng.integers(0, 256, shape, np.uint8)
+    return np.where(codes & 0x7F == 0x7F, np.uint8(0), codes)
+
+
+def _floats(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """float32: random numbers that bfloat16 holds."""
+    bits = rng.normal(0, 1, shape).astype(np.float32).view(np.uint32) & 0xFFFF0000
+    return bits.view(np.float32)
+
+
+def _bfloat16(values: np.ndarray) -> np.ndarray:
+    """int16 bits of float32 values that bfloat16 holds."""
+    return (np.ascontiguousarray(values).view(np.uint32) >> 16).astype(np.uint16).view(np.int16)
+
+
+def _stored(keys: np.ndarray, form: str) -> np.ndarray:
+    """Keys as a float32 or bfloat16 cache holds them."""
+    return keys if form == "float32" else _bfloat16(keys)
+
+
+def _latent_cache(rng: np.random.Generator, form: str) -> tuple[np.ndarray, np.ndarray]:
+    """A cache of latents, a row a slot, and the keys; float64 [num_slots, width]."""
+    num_slots = _BLOCKS * _BLOCK
+    keys = _floats(rng, (num_slots, _RANK + _ROPE))
+    if form != "fp8_ds_mla":
+        return _stored(keys, form), keys.astype(np.float64)
+    codes = _codes(rng, (num_slots, _RANK // _TILE, _TILE))
+    scales = rng.uniform(0.002, 0.02, codes.shape[:2]).astype(np.float32)
+    k_pe = _bfloat16(keys[:, _RANK:])
+    parts = codes.reshape(num_slots, -1), scales.view(np.uint8), k_pe.view(np.uint8)
+    latents = (E4M3_VALUES[codes].astype(np.float64) * scales[..., None]).reshape(num_slots, -1)
+    return np.concatenate(parts, axis=1), np.concatenate([latents, keys[:, _RANK:]], axis=1)
+
+
+def _index_cache(rng: np.random.Generator, form: str) -> tuple[np.ndarray, np.ndarray]:
+    """A cache of index keys, and the keys; float64 [num_slots, width]."""
+    shape = (_BLOCKS, _BLOCK, _WIDTH)
+    if form != "fp8_ds_mla":
+        keys = _floats(rng, shape)
+        return _stored(keys, form), keys.reshape(-1, _WIDTH).astype(np.float64)
+    codes = _codes(rng, shape)
+    scales = rng.uniform(0.1, 2, shape[:2]).astype(np.float32)
+    planes = codes.reshape(_BLOCKS, -1), scales.view(np.uint8)
+    keys = E4M3_VALUES[codes].astype(np.float64) * scales[..., None]
+    cache = np.concatenate(planes, axis=1).reshape(_BLOCKS, _BLOCK, INDEX_RECORD_BYTES)
+    return cache, keys.reshape(-1, _WIDTH)
+
+
+def _rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> np.ndarray:
+    """RoPE of the first values: neighbours are a pair, or the first half with the second."""
+    x, rest = x[..., :_ROPE].astype(np.float64), x[..., _ROPE:]
+    first, second = (x[..., ::2], x[..., 1::2]) if interleaved else np.split(x, 2, axis=-1)
+    pair = first * cos - second * sin, second * cos + first * sin
+    turned = np.stack(pair, -1).reshape(x.shape) if interleaved else np.concatenate(pair, -1)
+    return np.concatenate([turned, rest], axis=-1)
+
+
+def _require_e4m3(codes: np.ndarray, scales: np.ndarray, expected: np.ndarray) -> None:
+    """Codes times their scale are within one rounding of the values that they stand for."""
+    values = E4M3_VALUES[codes].astype(np.float64) * scales[..., None]
+    # half a step of a normal number, or of a subnormal one, and the rounding of the norms
+    allowed = 2.0**-4 * abs(expected) + 2.0**-10 * scales[..., None] + 1e-5
+    off = abs(values - expected)
+    require(off <= allowed, f"e4m3 values are off by {off.max()}")
+
+
+def _cache_inputs() -> dict[str, np.ndarray]:
+    """What the cache case writes."""
+    rng = np.random.default_rng(2)
+    shapes = {
+        "kv_a": (5, _RANK + _ROPE),
+        "index_k": (5, _WIDTH),
+        "kv_norm_weight": (_RANK,),
+        "k_norm_weight": (_WIDTH,),
+        "k_norm_bias": (_WIDTH,),
+    }
+    drawn = {name: rng.normal(0, 2, shape).astype(np.float32) for name, shape in shapes.items()}
+    return drawn | {"cos_sin": _angles(rng)}
+
+
+def _cache_write(call: Call, memory: Memory) -> Outputs:
+    """Five tokens, one without a slot, into fp8_ds_mla caches of two blocks."""
+    x = {name: memory.put(array) for name, array in _cache_inputs().items()}
+    latent = memory.blank((2, 1, _BLOCK, LATENT_RECORD_BYTES), np.uint8)
+    index = memory.blank((2, _BLOCK, INDEX_RECORD_BYTES), np.uint8)
+    params = CacheWriteParams("fp8_ds_mla", **{name: x[name] for name in x if "norm" in name})
+    tokens = memory.put(_POSITIONS), memory.put(_SLOTS)
+    call(x["kv_a"], x["index_k"], *tokens, x["cos_sin"], latent, index, params)
+    return {"latent": memory.get(latent), "index": memory.get(index)}
+
+
+def _check_cache_write(out: Outputs) -> None:
+    """Every record is within one step of e4m3 or bfloat16 of its definition; no other changed."""
+    inputs = {name: array.astype(np.float64) for name, array in _cache_inputs().items()}
+    kept, slots = _SLOTS >= 0, _SLOTS[_SLOTS >= 0]
+    cos, sin = (half[_POSITIONS] for half in np.split(inputs["cos_sin"], 2, axis=1))
+    x = inputs["kv_a"][:, :_RANK]
+    x = x / np.sqrt((x**2).mean(1, keepdims=True) + 1e-6) * inputs["kv_norm_weight"]
+    pe = _rotated(inputs["kv_a"][:, _RANK:], cos, sin, interleaved=True)
+    k = inputs["index_k"] - inputs["index_k"].mean(1, keepdims=True)
+    k = k / np.sqrt((k**2).mean(1, keepdims=True) + 1e-6)
+    k = k * inputs["k_norm_weight"] + inputs["k_norm_bias"]
+    k = _rotated(k, cos, sin, interleaved=False)
+
+    records = out["latent"].reshape(-1, LATENT_RECORD_BYTES)
+    scales = records[slots, LATENT_SCALES_AT:LATENT_ROPE_AT].copy().view(np.float32)
+    codes, latents = (a.reshape(*scales.shape, _TILE) for a in (records[slots, :_RANK], x[kept]))
+    _require_e4m3(codes, scales, latents)
+    # bfloat16 is the upper half of a float32
+    bits = records[slots, LATENT_ROPE_AT:].copy().view(np.uint16).astype(np.uint32) << 16
+    require(abs(bits.view(np.float32) - pe[kept]) <= 2.0**-8 * abs(pe[kept]) + 1e-6, "k_pe is off")
+    blocks = out["index"].reshape(2, -1)
+    keys = blocks[:, : _BLOCK * _WIDTH].reshape(-1, _WIDTH)
+    key_scales = blocks[:, _BLOCK * _WIDTH :].copy().view(np.float32).reshape(-1)
+    _require_e4m3(keys[slots], key_scales[slots], k[kept])
+    others = np.setdiff1d(np.arange(2 * _BLOCK), slots)
+    require(records[others] == UNTOUCHED, "a latent record without a token was written")
+    require(keys[others] == UNTOUCHED, "an index key without a token was written")
+
+
+def _indexer_query(call: Call, memory: Memory) -> Outputs:
+    """Three tokens of four heads, quantised."""
+    rng = np.random.default_rng(3)
+    q = rng.normal(0, 3, (3, _HEADS, _WIDTH)).astype(np.float32)
+    weights, cos_sin = rng.normal(0, 1, (3, _HEADS)).astype(np.float32), _angles(rng)
+    out = memory.blank(q.shape, np.uint8), memory.blank(weights.shape, np.float32)
+    inputs = map(memory.put, (q, weights, _POSITIONS[:3], cos_sin))
+    call(*inputs, rope_interleave=False, quantized=True, out=out)
+    written = dict(zip(("codes", "folded"), map(memory.get, out), strict=True))
+    return written | {"q": q, "weights": weights, "cos_sin": cos_sin}
+
+
+def _check_indexer_query(out: Outputs) -> None:
+    """Codes times a power of two are the rotated queries; the weights hold that power."""
+    cos, sin = (half[_POSITIONS[:3], None] for half in np.split(out["cos_sin"], 2, axis=1))
+    scales = out["folded"].astype(np.float64) / out["weights"]
+    require(np.frexp(scales)[0] == 0.5, "a scale is no power of two")
+    _require_e4m3(out["codes"], scales, _rotated(out["q"], cos, sin, interleaved=False))
+
+
+def _mla_query(call: Call, memory: Memory) -> Outputs:
+    """Three tokens of four heads, the rotated part a slice of wider heads."""
+    rng = np.random.default_rng(9)
+    latent = rng.normal(0, 1, (3, _HEADS, _RANK)).astype(np.float32)
+    heads, cos_sin = rng.normal(0, 1, (3, _HEADS, 2 * _ROPE)).astype(np.float32), _angles(rng)
+    inputs = memory.put(latent), memory.put(heads)[:, :, _ROPE:]
+    out = memory.blank((3, _HEADS, _RANK + _ROPE), np.float32)
+    call(*inputs, memory.put(_POSITIONS[:3]), memory.put(cos_sin), out)
+    return {"latent": latent, "heads": heads, "cos_sin": cos_sin, "query": memory.get(out)}
+
+
+def _check_mla_query(out: Outputs) -> None:
+    """The latent part as it came, then neighbouring values turned by their position's angle."""
+    cos, sin = (half[_POSITIONS[:3], None] for half in np.split(out["cos_sin"], 2, axis=1))
+    turned = _rotated(out["heads"][:, :, _ROPE:], cos, sin, interleaved=True)
+    require(out["query"][..., :_RANK] == out["latent"], "the latent part is another")
+    off = abs(out["query"][..., _RANK:] - turned).max()
+    require(off <= 1e-6 * (1 + abs(turned).max()), f"the rotated part is off by {off}")
+
+
+def _logits(formats: tuple[str, ...], call: Call, memory: Memory) -> Outputs:
+    """Scores of five tokens over caches of some formats."""
+    rng = np.random.default_rng(6)
+    tables = rng.permutation(_BLOCKS).astype(np.int32).reshape(2, 3)
+    weights = rng.normal(0, 1, (5, _HEADS)).astype(np.float32)
+    out, step = {"tables": tables, "weights": weights}, memory.step(_STEP, tables, _BLOCK, 5)
+    for form in formats:
+        cache, keys = _index_cache(rng, form)
+        q = _codes(rng, (5, _HEADS, _WIDTH)) if form == "fp8_ds_mla" else None
+        query = _floats(rng, (5, _HEADS, _WIDTH)) if q is None else E4M3_VALUES[q]
+        logits = memory.blank((5, _LONGEST), np.float32)
+        inputs = map(memory.put, (query if q is None else q, weights, cache))
+        call(*inputs, step, logits)
+        out |= {form: memory.get(logits), f"{form} q": query, f"{form} keys": keys}
+    return out
+
+
+def _check_logits(formats: tuple[str, ...], tolerance: float, out: Outputs) -> None:
+    """Every score in a token's window is the weighted sum over heads; nothing else is written."""
+    for form in formats:
+        q, keys = out[f"{form} q"].astype(np.float64), out[f"{form} keys"]
+        for token, (row, position) in enumerate(_TOKENS):
+            window = np.arange(0 if row < 0 else position + 1)
+            own = keys[out["tables"][row, window // _BLOCK] * _BLOCK + window % _BLOCK]
+            weights = out["weights"][token].astype(np.float64)
+            expected = weights @ np.maximum(q[token] @ own.T, 0)
+            allowed = tolerance * (abs(weights) @ (abs(q[token]) @ abs(own).T))
+            scores, rest = np.split(out[form][token], [len(window)])
+            off = abs(scores - expected)
+            require(
+                off <= allowed, f"{form}: scores of token {token} are off by {off.max(initial=0)}"
+            )
+            message = f"{form}: token {token} was written past its window"
+            require(rest.view(np.uint8) == UNTOUCHED, message)
+
+
+def logits_case(formats: tuple[str, ...] = FORMATS, tolerance: float = 1e-5) -> Case:
+    """Scores over caches of some formats, within a part of the sum of their terms."""
+    check = partial(_check_logits, formats, tolerance)
+    return Case(partial(_logits, formats), check, same_bytes=False)
+
+
+def _mla(
+    formats: tuple[str, ...], heads: int, bfloat16: bool, call: Call, memory: Memory
+) -> Outputs:
+    """Attention of tokens that see 150, 1, no and 17 keys, over caches of some formats."""
+    rng = np.random.default_rng(7)
+    q = _floats(rng, (4, heads, _RANK + _ROPE))
+    slots = np.full((4, 150), -1, np.int32)
+    for token, count in enumerate((150, 1, 0, 17)):
+        slots[token, :count] = np.sort(rng.choice(_BLOCKS * _BLOCK, count, replace=False))
+    out: Outputs = {"q": q, "slots": slots}
+    for form in formats:
+        cache, keys = _latent_cache(rng, form)
+        query = memory.put(_bfloat16(q), "bfloat16") if bfloat16 else memory.put(q)
+        stored = memory.put(cache, "bfloat16" if bfloat16 and form == "bfloat16" else "")
+        result = memory.blank((4, heads, _RANK), np.float32)
+        options = {"softmax_scale": _SCALE, "kv_lora_rank": _RANK}
+        call(query, stored, memory.put(slots), result, **options)
+        out |= {form: memory.get(result), f"{form} keys": keys}
+    return out
+
+
+def _check_mla(tolerance: dict[str, float], out: Outputs) -> None:
+    """The mean of the selected latents, weighted by the softmax of their scores."""
+    for form, relative in tolerance.items():
+        heads = out["q"].shape[1]
+        for token, (q, slots) in enumerate(zip(out["q"], out["slots"], strict=True)):
+            keys = out[f"{form} keys"][slots[slots >= 0]]
+            scores = _SCALE * q.astype(np.float64) @ keys.T
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True, initial=0))
+            total = weights.sum(axis=1, keepdims=True)
+            expected = weights / np.where(total == 0, 1, total) @ keys[:, :_RANK]
+            off = abs(out[form][token] - expected)
+            message = f"{form}, {heads} heads: outputs of token {token} are off by {off.max()}"
+            require(off <= relative * abs(expected).max(), message)
+
+
+def mla_case(tolerance: dict[str, float] | None = None, heads: int = 3) -> Case:
+    """Attention by float32 arithmetic; with a tolerance by tensor cores, from bfloat16 queries.
+
+    Args:
+        tolerance: format of the cache -> part of the largest result.
+    """
+    limits = tolerance or dict.fromkeys(FORMATS, 1e-5)
+    run = partial(_mla, tuple(limits), heads, tolerance is not None)
+    return Case(run, partial(_check_mla, limits), same_bytes=False)
+
+
+def _dequantize(call: Call, memory: Memory) -> Outputs:
+    """Keys of some slots, one of them twice, from caches of every format."""
+    rng, out = np.random.default_rng(4), {}
+    slots = np.array([70, 0, 383, 5, 70], np.int64)
+    for form in FORMATS:
+        cache, keys = _latent_cache(rng, form)
+        values = memory.blank((5, _RANK + _ROPE), np.float32)
+        call(memory.put(cache), memory.put(slots), values)
+        out |= {form: memory.get(values), f"{form} keys": keys[slots]}
+    return out
+
+
+def _check_dequantize(out: Outputs) -> None:
+    """Each is code times scale in float32, and the stored numbers otherwise."""
+    for form in FORMATS:
+        require(out[form] == out[f"{form} keys"].astype(np.float32), f"{form}: a key is another")
+
+
+CASES: dict[str, Case] = {
+    **STEP_CASES,
+    "cache_write": Case(_cache_write, _check_cache_write),
+    "indexer_query": Case(_indexer_query, _check_indexer_query),
+    "mla_query": Case(_mla_query, _check_mla_query),
+    "indexer_logits": logits_case(),
+    "sparse_mla": mla_case(),
+    "dequantize": Case(_dequantize, _check_dequantize),
+}
+TENSOR_CORE_TOLERANCE = {"fp8_ds_mla": 4e-3, "bfloat16": 2e-2}
+"""Of attention, as a part of a token's largest result; weights have 8 to 11 bits."""

@@ -1,0 +1,56 @@
+"""Lightning-indexer scores: I[t, s] = scale[s] * sum_h w[t, h] * relu(q[t, h] . k[s])."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH
+from fd_dsa.ops._host import CACHE_DTYPES, cache_format, check_array, check_shape, result
+from fd_dsa.ops.logits.tile_forms import why_not
+from fd_dsa.ops.providers import TENSOR_CORE, activation_dtypes, choose, device_kind, function
+from fd_dsa.step import ForwardMeta
+
+__all__ = ["indexer_logits"]
+_NAME = "indexer_logits"
+
+
+def indexer_logits(q: Any, weights: Any, cache: Any, step: ForwardMeta, out: Any = None) -> Any:
+    """Scores of every token of a step against the keys of its own row, straight from the pages.
+
+    out[t, s] = scale[s] * sum_h weights[t, h] * relu(q[t, h] . k[s]), s = 0 .. position of t
+
+    Args:
+        q: [num_tokens, index_n_heads, index_head_dim], roped: float32, on a device also bfloat16;
+            for an fp8_ds_mla cache uint8, e4m3 codes as `indexer_query` makes them.
+        weights: float32 [num_tokens, index_n_heads]; all scales of the query folded in.
+        cache: the layer's indexer cache, whose keys of the step are written: float32 or bfloat16
+            (or int16, its bits) [num_blocks, block_size, index_head_dim], or uint8
+            [num_blocks, 64, 132], fp8_ds_mla.
+        step: of `step_metadata`.
+        out: float32 [num_tokens, width], contiguous, width at least `step.max_seqlen_k`; what is
+            past a token's position stays as it is. None allocates, with -inf there.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ShapeError, DtypeError: an argument is not as above; before any work.
+        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
+
+    Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, eq. 1; the FP8 form is that of DeepGEMM's
+    fp8_mqa_logits.
+    """
+    check_array(_NAME, "cache", cache, (None, None, None), CACHE_DTYPES)
+    form, num_tokens = cache_format(cache), step.position_ids.shape[0]
+    is_fp8 = form == "fp8_ds_mla"
+    dtypes = ("uint8",) if is_fp8 else activation_dtypes(q)
+    check_array(_NAME, "q", q, (num_tokens, None, INDEX_WIDTH if is_fp8 else None), dtypes)
+    check_shape(_NAME, "cache", cache, (None, None, INDEX_RECORD_BYTES if is_fp8 else q.shape[2]))
+    check_array(_NAME, "weights", weights, tuple(q.shape[:2]), ("float32",))
+    shape = num_tokens, max(step.max_seqlen_k, 1)
+    out = result(_NAME, out, q, shape, "float32", fill=float("-inf"))
+    reason = why_not(form, cache.shape[1], q.shape[1])
+    choice = choose(_NAME, device_kind(q), {TENSOR_CORE: lambda: reason})
+    if num_tokens:
+        function(_NAME, choice.provider)(q, weights, cache, step, out)
+    return out

@@ -1,0 +1,188 @@
+"""Indexer scores on a CPU: keys gathered by NumPy, products by Paddle.
+
+Rows of a decode step differ in length. Padding them to the longest wastes work, one product a
+block is too small for the matrix library, so each row is cut into units of a few blocks (about
+256 keys) and all units form one batched product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.ops._fixed_order import fixed_order, two_rows
+from fd_dsa.ops._fp8 import decode_e4m3
+from fd_dsa.ops._gather import gather_index_blocks, gather_index_keys
+from fd_dsa.ops._gemm import batched
+from fd_dsa.ops._host import Scratch, as_numpy
+from fd_dsa.step import ForwardMeta
+
+_UNIT_KEYS = 256
+_TILE_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PagedUnits:
+    """Decode rows cut into units of `blocks_per_unit` blocks; the same for all layers of a step.
+
+    Attributes:
+        row: int64 [num_units]; row of each unit.
+        blocks: int64 [num_units, blocks_per_unit]; physical blocks, 0 where the row has ended.
+        column: int64 [num_units]; unit number within its row.
+        num_rows, units_per_row, block_size: extents; width = units_per_row * keys of a unit.
+    """
+
+    row: np.ndarray
+    blocks: np.ndarray
+    column: np.ndarray
+    num_rows: int
+    units_per_row: int
+    block_size: int
+
+    @property
+    def unit_keys(self) -> int:
+        """Keys of one unit."""
+        return self.blocks.shape[1] * self.block_size
+
+    @property
+    def width(self) -> int:
+        """Columns of the logits."""
+        return self.units_per_row * self.unit_keys
+
+    @classmethod
+    def build(cls, lengths: np.ndarray, block_tables: np.ndarray, block_size: int) -> PagedUnits:
+        """Units of rows with `lengths` keys each (int [num_rows], all > 0)."""
+        per_unit = max(1, _UNIT_KEYS // block_size)
+        counts = -(-lengths.astype(np.int64) // (per_unit * block_size))
+        row = np.repeat(np.arange(len(counts)), counts)
+        first = np.cumsum(counts) - counts
+        column = np.arange(len(row)) - first[row]
+        logical = column[:, None] * per_unit + np.arange(per_unit)[None, :]
+        inside = logical * block_size < lengths[row][:, None]
+        # the clip only serves entries that `inside` replaces
+        logical = np.minimum(logical, block_tables.shape[1] - 1)
+        blocks = np.where(inside, block_tables[row[:, None], logical], 0).astype(np.int64)
+        return cls(row, blocks, column, len(counts), int(counts.max()), block_size)
+
+
+def weighted_scores(q: np.ndarray, weights: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """float32 [batch, queries, num_keys] of q [batch, queries, heads, dim], keys [batch, n, dim].
+
+    `weights` is [batch, queries, heads].
+    """
+    batch, queries, heads, dim = q.shape
+    dots = batched(q.reshape(batch, queries * heads, dim), keys, transpose_y=True)
+    np.maximum(dots, 0.0, out=dots)
+    rows = weights.reshape(batch * queries, 1, heads)
+    if fixed_order():
+        rows = two_rows(rows)
+    summed = batched(rows, dots.reshape(batch * queries, heads, -1))
+    return summed[:, 0].reshape(batch, queries, -1)
+
+
+def _scaled(scores: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    """`scores` times the scales of their keys, in place."""
+    if scales is not None:
+        # slots that no row owns may hold any bits
+        with np.errstate(invalid="ignore", over="ignore"):
+            scores *= scales
+    return scores
+
+
+def score_gathered(
+    q: Any, weights: Any, cache: Any, key_slots: Any, scratch: Scratch | None = None
+) -> np.ndarray:
+    """Scores of every query against the keys at `key_slots`, in tiles of keys to bound memory.
+
+    Args:
+        q: float32 [num_queries, index_n_heads, index_head_dim], roped; for an fp8_ds_mla cache the
+            values of its codes.
+        weights: float32 [num_queries, index_n_heads]; head weights, all scale factors folded in.
+        cache: [num_blocks, block_size, index_head_dim] float32 or int16 (bfloat16 bits), or uint8
+            [num_blocks, 64, 132], fp8_ds_mla; only there do keys have scales.
+        key_slots: int64 [num_keys]; block * block_size + offset, all in the cache.
+        scratch: buffers to reuse between calls; None = new ones.
+
+    Returns:
+        float32 [num_queries, num_keys], valid until the next call with `scratch`; windows are
+        applied by the reader.
+    """
+    queries, heads, dim = q.shape
+    scratch = scratch or Scratch()
+    q_rows, w_rows, blocks = as_numpy(q)[None], as_numpy(weights)[None], as_numpy(cache)
+    logits = scratch.take("gathered_logits", (queries, len(key_slots)))
+    step = max(1, _TILE_BYTES // (4 * max(dim, queries * heads)))
+    for start in range(0, len(key_slots), step):
+        tile = slice(start, start + step)
+        slots = key_slots[tile]
+        keys = scratch.take("indexer_keys", (len(slots), dim))
+        scales = gather_index_keys(blocks, slots, keys, scratch)
+        scores = weighted_scores(q_rows, w_rows, keys[None])[0]
+        logits[:, tile] = _scaled(scores, scales)
+    return logits
+
+
+def score_paged(
+    q: Any, weights: Any, cache: Any, units: PagedUnits, scratch: Scratch | None = None
+) -> np.ndarray:
+    """Scores of the queries of decode rows against their own pages.
+
+    Args:
+        q: float32 [num_rows, queries_per_row, index_n_heads, index_head_dim].
+        weights: float32 [num_rows, queries_per_row, index_n_heads].
+        cache, scratch: as in `score_gathered`.
+        units: which blocks belong to which row; made once per step.
+
+    Returns:
+        float32 [num_rows, queries_per_row, units.width], column = position in the row; columns
+        past a row's keys hold garbage. Valid until the next call with `scratch`.
+    """
+    blocks, q_rows, w_rows = as_numpy(cache), as_numpy(q), as_numpy(weights)
+    _, queries, _, dim = q_rows.shape
+    scratch = scratch or Scratch()
+    logits = scratch.take(
+        "paged_logits", (units.num_rows, queries, units.units_per_row, units.unit_keys)
+    )
+    step = max(1, _TILE_BYTES // (units.unit_keys * dim * 4))
+    for start in range(0, len(units.row), step):
+        tile = slice(start, start + step)
+        row, index = units.row[tile], units.blocks[tile].ravel()
+        keys = scratch.take("indexer_keys", (len(index), units.block_size, dim))
+        scales = gather_index_blocks(blocks, index, keys, scratch)
+        if units.num_rows == 1 and not fixed_order():
+            # units of one row lie side by side, and are one product
+            scores = weighted_scores(q_rows, w_rows, keys.reshape(1, -1, dim))
+            if scales is not None:
+                scales = scales.reshape(1, 1, -1)
+            columns = logits.reshape(1, queries, -1)[:, :, start * units.unit_keys :]
+            columns[:, :, : scores.shape[2]] = _scaled(scores, scales)
+            continue
+        unit_keys = keys.reshape(len(row), units.unit_keys, dim)
+        scores = weighted_scores(q_rows[row], w_rows[row], unit_keys)
+        if scales is not None:
+            scales = scales.reshape(len(row), 1, units.unit_keys)
+        logits[row, :, units.column[tile]] = _scaled(scores, scales)
+    return logits.reshape(units.num_rows, queries, units.width)
+
+
+def score_step(q: Any, weights: Any, cache: Any, step: ForwardMeta, logits: Any) -> None:
+    """See `fd_dsa.ops.logits.indexer_logits`, with a result to write."""
+    query, head_weights, blocks, out = map(as_numpy, (q, weights, cache, logits))
+    if query.dtype == np.uint8:
+        query = decode_e4m3(query)
+    positions, tables, starts = map(
+        as_numpy, (step.position_ids, step.block_tables, step.cu_seqlens_q)
+    )
+    block_size, scratch = blocks.shape[1], Scratch()
+    for row, (begin, end) in enumerate(pairwise(starts.tolist())):
+        if begin == end:
+            continue
+        keys = np.arange(positions[end - 1] + 1)
+        slots = tables[row, keys // block_size].astype(np.int64) * block_size + keys % block_size
+        tokens = slice(begin, end)
+        scores = score_gathered(query[tokens], head_weights[tokens], blocks, slots, scratch)
+        seen = keys <= positions[tokens, None]
+        np.copyto(out[tokens, : len(keys)], scores, where=seen)

@@ -1,0 +1,80 @@
+"""The metadata of a step from its four arrays, for those who keep no builder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.ops._host import as_numpy, check_array, on_device
+from fd_dsa.ops.providers import choose, device_kind, function
+from fd_dsa.step import ForwardMeta, StepMetadataBuilder
+
+
+def step_metadata(
+    seq_lens_encoder: Any,
+    seq_lens_decoder: Any,
+    seq_lens_this_time: Any,
+    block_tables: Any,
+    *,
+    block_size: int,
+    num_blocks: int | None = None,
+    num_tokens: int | None = None,
+    num_prefill_tokens: int | None = None,
+    max_seqlen_k: int | None = None,
+    out: StepMetadataBuilder | None = None,
+) -> ForwardMeta:
+    """Positions, rows, slots and windows of a step's tokens, which every layer reads.
+
+    Args:
+        seq_lens_encoder: int32 [num_rows]; tokens of a prompt's chunk, 0 for other rows.
+        seq_lens_decoder: int32 [num_rows]; tokens of the row that are in the cache already.
+        seq_lens_this_time: int32 [num_rows]; tokens of the row in this step, 0 = idle.
+        block_tables: int32 [num_rows, max_blocks]; physical block of each logical block.
+        block_size: tokens of a block.
+        num_blocks: blocks of the cache, for the check of the tables; None = no upper bound.
+        num_tokens, num_prefill_tokens, max_seqlen_k: tokens of the step, those of prompts, and
+            keys of the longest row; on a device upper bounds do. What is None is computed, which
+            waits for a device.
+        out: a builder for tensors of this place, whose buffers are filled; with `block_size` and
+            `num_blocks` of its own. None makes one for this step alone.
+
+    Returns:
+        ForwardMeta, of Paddle tensors; valid until `out` builds another step.
+
+    Raises:
+        ShapeError, DtypeError, CapacityError, ValueError: see `StepMetadataBuilder.build`.
+        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
+
+    Source: PaddlePaddle/FastDeploy #7367 and #7598.
+    """
+    name = "step_metadata"
+    check_array(name, "block_tables", block_tables, (None, None), ("int32",))
+    num_rows, max_blocks = block_tables.shape
+    inputs = seq_lens_encoder, seq_lens_decoder, seq_lens_this_time
+    names = "seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time"
+    for argument, lengths in zip(names, inputs, strict=True):
+        check_array(name, argument, lengths, (num_rows,), ("int32",))
+    kind = device_kind(block_tables)
+    counts = {"num_prefill_tokens": num_prefill_tokens, "max_seqlen_k": max_seqlen_k}
+    if num_tokens is None or None in counts.values():
+        encoder, decoder, new = (x.numpy() if on_device(x) else as_numpy(x) for x in inputs)
+        computed = (
+            int(new.sum()),
+            int(new[encoder > 0].sum()),
+            int(((decoder + new) * (new > 0)).max(initial=0)),
+        )
+        num_tokens = computed[0] if num_tokens is None else num_tokens
+        known = zip(counts.items(), computed[1:], strict=True)
+        counts = {key: other if value is None else value for (key, value), other in known}
+    builder = function(name, choose(name, kind).provider)
+    if out is None:
+        sizes = max(num_rows, 1), max(num_tokens, 1), max(max_blocks, 1), block_size, num_blocks
+        out = builder(*sizes, device="cpu" if kind == "cpu" else _device_of(block_tables))
+    return out.build(*inputs, block_tables, num_tokens=num_tokens, **counts)  # type: ignore[no-any-return]
+
+
+def _device_of(tensor: Any) -> str:
+    """Paddle's name of the device that a tensor is on."""
+    place = tensor.place
+    if place.is_gpu_place():
+        return f"gpu:{place.gpu_device_id()}"
+    return str(place).removeprefix("Place(").removesuffix(")")

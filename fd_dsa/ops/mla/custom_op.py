@@ -1,0 +1,285 @@
+"""Sparse MLA by the CUDA C++ kernels of custom_ops/, through their C ABI.
+
+The arguments and results are those of `attend_on_tensor_cores`. Few heads over FP8 records: codes
+of latents are exact in float16, and scales stay float32 up to the weights, which are float16:
+within 2^-11. Blocks of 64 heads: rounded where `attend_on_tensor_cores` says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from math import prod
+from typing import Any, ClassVar
+
+from fd_dsa import custom_ops
+from fd_dsa.errors import BackendUnavailable, LaunchError
+from fd_dsa.ops._fp8 import LATENT_WIDTH
+from fd_dsa.ops.cache_probes import TENSOR_CORE_TOLERANCE, mla_case
+from fd_dsa.ops.mla import tensor_core
+from fd_dsa.ops.mla.records import Dequantized
+from fd_dsa.ops.probes import Memory
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice, Reason, choose
+from fd_dsa.ops.topk.custom_op import why_not_compiled
+from fd_dsa.step.device import Allocate
+from fd_dsa.triton_runtime.c_launch import CLaunch
+from fd_dsa.triton_runtime.device import api_for_type
+
+MOST_HEADS = 32
+"""Of the kernel for few heads over FP8 records."""
+FEW_HEADS = 16
+"""Of those that are too few to be padded to 64 over bfloat16 latents."""
+
+
+class SparseMla(ctypes.Structure):
+    """FdDsaSparseMla of custom_ops/csrc/sparse_mla.h, which says what each field is."""
+
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("q", "cache", "slots", "out", "lse")),
+        ("softmax_scale", ctypes.c_float),
+        *((n, ctypes.c_int32) for n in ("num_tokens", "num_heads", "topk", "num_slots")),
+        *((n, ctypes.c_int32) for n in ("out_is_bfloat16", "splits", "is_fp8")),
+        *((n, ctypes.c_void_p) for n in ("dequantized", "dequantized_blocks", "is_dequantized")),
+        ("batch_id_per_token", ctypes.c_void_p),
+        *((n, ctypes.c_int32) for n in ("num_rows", "block_size", "dequantized_slots")),
+    )
+
+
+class CustomAttention:
+    """A kernel of a loaded library; one of these serves one thread at a time.
+
+    Args:
+        kernels: the library.
+
+    Attributes:
+        launcher: name of its C function.
+        takes_bfloat16: whether the cache may hold bfloat16 latents; records it always may.
+        takes_dequantized: whether it reads records that were dequantized before.
+        always_heads: up to which it was at least as fast as Triton's kernel for any tokens.
+        probed_heads: of the small cases on which it has to agree before it serves.
+        is_faster: of tokens and heads, whether it was at least as fast on an H200.
+
+    Raises:
+        BackendUnavailable: the library is of another release.
+    """
+
+    launcher: ClassVar[str]
+    takes_bfloat16: ClassVar[bool]
+    takes_dequantized: ClassVar[bool]
+    always_heads: ClassVar[int]
+    probed_heads: ClassVar[tuple[int, ...]]
+
+    def __init__(self, kernels: Any) -> None:
+        # a library of an earlier release has no function of this name
+        num_bytes = getattr(kernels, "fd_dsa_sparse_mla_bytes", int)()
+        if num_bytes != ctypes.sizeof(SparseMla):
+            raise BackendUnavailable(
+                "fd_dsa_ops: its sparse MLA takes another structure than this fd_dsa passes; build "
+                "it again: make custom-ops"
+            )
+        self._kernels, self._job = kernels, SparseMla()
+        self._name = type(self).__name__
+        self._launch: CLaunch | None = None
+        self._api: Any = None
+        self._device = -1
+
+    def __call__(
+        self,
+        q: Any,
+        cache: Any,
+        slots: Any,
+        out: Any,
+        *,
+        softmax_scale: float,
+        kv_lora_rank: int = LATENT_WIDTH,
+        lse: Any = None,
+        splits: int = 0,
+        dequantized: Dequantized | None = None,
+    ) -> None:
+        """See `attend_on_tensor_cores`, for the heads and caches of this kernel.
+
+        Args:
+            splits: blocks that share a token, see csrc/sparse_mla.h; 0: as suits the device.
+            dequantized: records of the cache that were dequantized, for a kernel that takes them;
+                what it names gives the same bits faster. A token of a row that was dequantized
+                must name slots of that row's blocks alone; others are skipped, or are wrong.
+
+        Raises:
+            LaunchError: a tensor is not contiguous, or not on the device of the others.
+            DeviceError: the CUDA runtime refuses the launch, or earlier work has failed.
+
+        Cost: one launch, of blocks of 64 heads at most two; no allocation, no wait.
+        """
+        num_tokens, num_heads, _ = q.shape
+        if num_tokens == 0 or num_heads == 0:
+            return
+        job = self._job
+        self._take_device(q)
+        job.q, job.cache = self._address("q", q), self._address("cache", cache)
+        job.slots, job.out = self._address("slots", slots), self._address("out", out)
+        job.lse = None if lse is None else self._address("lse", lse)
+        job.softmax_scale, job.splits = softmax_scale, splits
+        job.is_fp8 = str(cache.dtype).endswith("uint8")
+        job.num_tokens, job.num_heads, job.topk = num_tokens, num_heads, slots.shape[1]
+        job.num_slots = min(prod(cache.shape[:-1]), 2**31 - 1)
+        job.out_is_bfloat16 = str(out.dtype).endswith("bfloat16")
+        self._name_dequantized(dequantized)
+        assert self._launch is not None
+        self._launch()
+
+    def _name_dequantized(self, given: Dequantized | None) -> None:
+        """Put addresses and sizes of dequantized records into the structure."""
+        job = self._job
+        if given is None:
+            job.dequantized = None
+            return
+        job.dequantized = self._address("dequantized.values", given.values)
+        job.dequantized_blocks = self._address("dequantized.blocks", given.blocks)
+        job.is_dequantized = self._address("dequantized.is_dequantized", given.is_dequantized)
+        ids = given.batch_id_per_token
+        job.batch_id_per_token = self._address("dequantized.batch_id_per_token", ids)
+        job.num_rows = given.is_dequantized.shape[0]
+        job.block_size, job.dequantized_slots = given.block_size, given.num_slots
+
+    def _take_device(self, q: Any) -> None:
+        """Launch where the queries lie."""
+        api = api_for_type(type(q))
+        device = api.device_of(q)
+        if (api, device) != (self._api, self._device):
+            self._launch = CLaunch(self._kernels, self.launcher, self._job, api, device)
+            self._api, self._device = api, device
+
+    def _address(self, name: str, tensor: Any) -> int:
+        """Where a tensor lies on the device of the queries, which is read 16 bytes at a time."""
+        device = self._api.device_of(tensor)
+        if device != self._device:
+            raise LaunchError(
+                f"{self._name}: {name} is on device {device}, q is on device {self._device}"
+            )
+        if not tensor.is_contiguous():
+            raise LaunchError(
+                f"{self._name}: {name} of shape {list(tensor.shape)} is not contiguous; call "
+                ".contiguous() first"
+            )
+        address = tensor.data_ptr()
+        if name in ("q", "cache", "out", "dequantized.values") and address % 16:
+            raise LaunchError(
+                f"{self._name}: {name} begins off a multiple of 16 bytes; copy it first"
+            )
+        return int(address)
+
+
+class NarrowAttention(CustomAttention):
+    """The kernel for 1 to 32 heads over FP8 records."""
+
+    launcher = "fd_dsa_sparse_mla_narrow_cuda"
+    takes_bfloat16 = takes_dequantized = False
+    always_heads = 16
+    probed_heads = (7, 20)
+
+    @staticmethod
+    def is_faster(num_tokens: int, num_heads: int) -> bool:
+        """With more heads Triton's splits fill the device better for a few tokens."""
+        return num_heads <= NarrowAttention.always_heads or (
+            num_heads <= MOST_HEADS and num_tokens >= 8
+        )
+
+
+class WideAttention(CustomAttention):
+    """The kernel for blocks of 64 heads; a multiple of 64 goes without padding."""
+
+    launcher = "fd_dsa_sparse_mla_wide_cuda"
+    takes_bfloat16 = takes_dequantized = True
+    always_heads = 0
+    probed_heads = (64, 100)
+
+    @staticmethod
+    def is_faster(num_tokens: int, num_heads: int) -> bool:
+        """For fewer blocks Triton's splits fill the device better than clusters do."""
+        if num_heads <= MOST_HEADS:
+            # bfloat16 latents: with half of its products padding it was faster for prompts
+            return num_heads > FEW_HEADS and num_tokens >= 1024
+        blocks = num_tokens * -(-num_heads // 64)
+        return blocks > 4
+
+
+def kind_for(num_heads: int, is_fp8: bool) -> type[CustomAttention] | None:
+    """The kernel of custom_ops/ for so many heads over a cache; None: there is none."""
+    if is_fp8 and num_heads <= MOST_HEADS:
+        return NarrowAttention
+    return WideAttention if num_heads > FEW_HEADS else None
+
+
+def why_not(num_heads: int, is_fp8: bool) -> str | None:
+    """Why no kernel of custom_ops/ takes so many heads over a cache; None if one does."""
+    if kind_for(num_heads, is_fp8) is None:
+        return f"{num_heads} heads over bfloat16 latents, it takes more than {FEW_HEADS}"
+    return None
+
+
+_differences: dict[tuple[type[CustomAttention], Any], str] = {}
+
+
+def difference(kind: type[CustomAttention], kernels: Any, allocate: Allocate) -> str:
+    """How a kernel's attention differs from the definition; "" if it does not.
+
+    The thread waits for the device at the first call for a kernel and a library.
+    """
+    if (kind, kernels) not in _differences:
+        attend = kind(kernels)
+        tolerance = {
+            form: limit
+            for form, limit in TENSOR_CORE_TOLERANCE.items()
+            if kind.takes_bfloat16 or form != "bfloat16"
+        }
+        cases = (mla_case(tolerance, heads) for heads in kind.probed_heads)
+        found = (case.difference(attend, Memory(allocate)) for case in cases)
+        _differences[kind, kernels] = next(filter(None, found), "")
+    return _differences[kind, kernels]
+
+
+def choose_attention(
+    kind: str,
+    num_heads: int,
+    dtype: str,
+    cache_dtype: str,
+    rank: int,
+    rope: int,
+    capability: int,
+    allocate: Allocate,
+) -> Choice:
+    """What attends on a device, for these sizes and types.
+
+    Args:
+        kind: of device, as `providers.device_kind` names it.
+        dtype, cache_dtype, rank, rope, capability: see `tensor_core.why_not`.
+        allocate: makes tensors on the device, for the probe of a kernel of custom_ops/.
+
+    Raises:
+        ConfigError, BackendUnavailable: see `providers.choose`.
+    """
+    is_fp8 = cache_dtype == "fp8_ds_mla"
+    reason = tensor_core.why_not(capability, dtype, cache_dtype, rank, rope)
+    own = kind_for(num_heads, is_fp8)
+    conditions: dict[str, Reason] = {
+        TENSOR_CORE: lambda: reason,
+        CUSTOM_OP: lambda: reason or why_not_compiled() or why_not(num_heads, is_fp8),
+    }
+
+    def probe(kernels: Any) -> str:
+        return difference(own, kernels, allocate) if own else ""
+
+    return choose("sparse_mla", kind, conditions, probe)
+
+
+@cache
+def _attention(kind: type[CustomAttention], kernels: Any) -> CustomAttention:
+    """The one of `attend_slots`."""
+    return kind(kernels)
+
+
+def attend_slots(q: Any, cache: Any, *others: Any, **options: Any) -> None:
+    """See `CustomAttention.__call__`; one thread at a time."""
+    kind = kind_for(q.shape[1], str(cache.dtype).endswith("uint8"))
+    assert kind is not None, why_not(q.shape[1], False)
+    _attention(kind, custom_ops.build().kernels)(q, cache, *others, **options)

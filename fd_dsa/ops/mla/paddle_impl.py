@@ -1,0 +1,129 @@
+"""Sparse MLA on a CPU: latents gathered by NumPy, products and softmax by Paddle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.ops._fixed_order import fixed_order, row_sums, weighted_sum
+from fd_dsa.ops._gather import gather_latents
+from fd_dsa.ops._gemm import batched
+from fd_dsa.ops._host import Scratch, as_numpy
+
+_TILE_BYTES = 8 << 20
+
+
+def _softmax(scores: np.ndarray) -> None:
+    """Softmax of the last axis in place; a row of -inf alone becomes zeros."""
+    # a row that attends to an infinite or NaN key becomes NaN, which is for the sampler to report
+    with np.errstate(invalid="ignore"):
+        top = scores.max(axis=-1, keepdims=True)
+        np.subtract(scores, np.where(np.isneginf(top), np.float32(0.0), top), out=scores)
+        np.exp(scores, out=scores)
+        total = row_sums(scores) if fixed_order() else scores.sum(axis=-1, keepdims=True)
+        scores /= np.where(total == 0, np.float32(1.0), total)
+
+
+def _weighted(probabilities: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """[n, rows, width]: `probabilities` [n, rows, num_keys] times `keys`."""
+    return weighted_sum(probabilities, keys) if fixed_order() else batched(probabilities, keys)
+
+
+def attend_gathered(
+    q: Any,
+    cache: Any,
+    indices: Any,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    scratch: Scratch | None = None,
+) -> np.ndarray:
+    """Attention of each query over the cache slots that its row of `indices` names.
+
+    Args:
+        q: float32 [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim]; absorbed query.
+        cache: [num_slots, row]: float32 or int16 (bfloat16 bits), or fp8_ds_mla records, uint8.
+        indices: int32 [num_tokens, topk]; slots of the cache, -1 = none, valid entries first.
+        softmax_scale: factor of the scores.
+        kv_lora_rank: width of the value part.
+        scratch: buffers to reuse between calls; None = new ones.
+
+    Returns:
+        float32 [num_tokens, num_heads, kv_lora_rank]; zeros where a row is all -1.
+    """
+    latents, slots, query = as_numpy(cache), as_numpy(indices), as_numpy(q)
+    scratch = scratch or Scratch()
+    num_tokens, topk = slots.shape
+    width = query.shape[2]
+    out = np.empty((num_tokens, query.shape[1], kv_lora_rank), np.float32)
+    step = max(1, _TILE_BYTES // max(1, topk * width * 4))
+    for start in range(0, num_tokens, step):
+        tile = slots[start : start + step]
+        kv = scratch.take("latents", (len(tile), topk, width))
+        hidden = tile < 0
+        # an unused entry reads its own row's first key: finite if the row's result is
+        index = np.where(hidden, np.maximum(tile[:, :1], 0), tile).astype(np.int64)
+        gather_latents(latents, index.ravel(), kv.reshape(-1, width), scratch)
+        scaled = query[start : start + step] * np.float32(softmax_scale)
+        probabilities = batched(scaled, kv, transpose_y=True)
+        if hidden.any():
+            np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
+        _softmax(probabilities)
+        values = _weighted(probabilities, kv)
+        out[start : start + step] = values[:, :, :kv_lora_rank]
+        out[start : start + step][hidden[:, 0]] = 0.0
+    return out
+
+
+def attend_dense(
+    q: Any,
+    cache: Any,
+    key_slots: Any,
+    mask: Any,
+    *,
+    softmax_scale: float,
+    kv_lora_rank: int,
+    scratch: Scratch | None = None,
+) -> np.ndarray:
+    """The result of `attend_gathered` for neighbouring tokens that share a short list of keys.
+
+    One product of all queries with all `key_slots`, where `mask` leaves the selected ones: cheaper
+    than a gather per token while the list is not much longer than the selection.
+
+    Args:
+        key_slots: int64 [num_keys]; slots of the cache.
+        mask: float32 [num_tokens, num_keys]; 0 where selected, -inf elsewhere; no row all -inf.
+        q, cache, softmax_scale, kv_lora_rank, scratch: as in `attend_gathered`.
+    """
+    latents, query, scratch = as_numpy(cache), as_numpy(q), scratch or Scratch()
+    num_tokens, heads, width = query.shape
+    kv = scratch.take("latents", (len(key_slots), width))
+    gather_latents(latents, key_slots, kv, scratch)
+    scaled = (query * np.float32(softmax_scale)).reshape(1, -1, width)
+    scores = batched(scaled, kv[None], transpose_y=True)
+    probabilities = scores.reshape(num_tokens, heads, -1)
+    hidden = np.isneginf(as_numpy(mask))
+    np.copyto(probabilities, np.float32(-np.inf), where=hidden[:, None, :])
+    _softmax(probabilities)
+    values = _weighted(scores, kv[None]).reshape(num_tokens, heads, width)
+    if np.isfinite(values).all():
+        return values[:, :, :kv_lora_rank]
+    # a weight of 0 times a key that is not finite is NaN: leave those keys out of the product
+    spoiled = ~np.isfinite(kv).all(axis=1)
+    kv[spoiled] = 0.0
+    values = _weighted(scores, kv[None]).reshape(num_tokens, heads, width)
+    values[(~hidden[:, spoiled]).any(axis=1)] = np.nan
+    return values[:, :, :kv_lora_rank]
+
+
+def attend_slots(q: Any, cache: Any, slots: Any, out: Any, **options: Any) -> None:
+    """See `fd_dsa.ops.mla.sparse_mla`, with a result to write; valid slots come first."""
+    rows = as_numpy(cache)
+    rows = rows.reshape(-1, rows.shape[-1])
+    as_numpy(out)[...] = attend_gathered(q, rows, slots, **options)
+
+
+def dequantize(cache: Any, slots: Any, out: Any) -> None:
+    """See `fd_dsa.ops.mla.dequantize`, with a result to write."""
+    gather_latents(as_numpy(cache), as_numpy(slots), as_numpy(out), Scratch())

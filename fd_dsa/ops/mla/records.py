@@ -1,0 +1,228 @@
+"""FP8 records of prompts as rows of 16-bit values, for many tokens that read the same records.
+
+A token of a prompt reads 2,048 records, and its neighbours read mostly the same ones: a kernel that
+turns codes into numbers for each token does for thousands of them what can be done once. Which rows
+of a step are worth it, and fit, is decided on the device.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+from fd_dsa.ops._fp8 import (
+    LATENT_RECORD_BYTES,
+    LATENT_ROPE_AT,
+    LATENT_SCALES_AT,
+    LATENT_WIDTH,
+    ROPE_WIDTH,
+)
+from fd_dsa.ops._triton import e4m3_values
+from fd_dsa.triton_runtime import paddle_jit
+
+import triton  # isort: skip
+import triton.language as tl  # isort: skip
+
+# float32 numbers that hold a row of 16-bit values, and a line of the L2
+_ROW_WORDS, _LINE_WORDS = (LATENT_WIDTH + ROPE_WIDTH) // 2, 32
+_RECORD, _SCALES_AT = tl.constexpr(LATENT_RECORD_BYTES), tl.constexpr(LATENT_SCALES_AT)
+_RANK, _ROPE_AT = tl.constexpr(LATENT_WIDTH), tl.constexpr(LATENT_ROPE_AT)
+_WIDTH = tl.constexpr(LATENT_WIDTH + ROPE_WIDTH)
+_PROGRAMS, _NUM_WARPS, _RECORDS = 528, 8, 16
+# as many allocations of blocks and numbers of rows as a server has
+_CACHED_LAYOUTS = 64
+
+
+class Dequantized(NamedTuple):
+    """What `fd_dsa_sparse_mla_wide_cuda` reads in the place of records.
+
+    Attributes:
+        values: float32 memory of 16-bit [dequantized_slots, 576]: float16 latents, bfloat16 rope.
+        blocks: float32 memory of int32 [num_blocks]: which block of `values` has those of a block
+            of the cache; of the blocks of rows that were dequantized.
+        is_dequantized: float32 memory of int32 [num_rows]: 1 where a row was.
+        batch_id_per_token: int32 [num_tokens]: row of each token.
+        block_size: slots of a block.
+        num_slots: that `values` has room for.
+    """
+
+    values: Any
+    blocks: Any
+    is_dequantized: Any
+    batch_id_per_token: Any
+    block_size: int
+    num_slots: int
+
+
+@triton.jit
+def _dequantize_slots(cache_ptr, values_ptr, slot, target, mask):
+    """Records of `slot` as rows of `target`; both int64."""
+    # a record is four parts of 128 latents, each with its scale
+    part, column = tl.arange(0, 4)[None, :], tl.arange(0, 128)[None, None, :]
+    is_part = tl.broadcast_to(mask[:, None], [slot.shape[0], 4])
+    record, row = (
+        cache_ptr + slot * _RECORD,
+        values_ptr.to(tl.pointer_type(tl.int16)) + target * _WIDTH,
+    )
+    codes = tl.load((record[:, None] + part * 128)[:, :, None] + column, mask=is_part[:, :, None])
+    scales = (record + _SCALES_AT).to(tl.pointer_type(tl.float32))[:, None] + part
+    scale = (tl.load(scales, mask=is_part) * 256.0).to(tl.float16).to(tl.float32)
+    # exact in float32 up to the last step, as sparse MLA rounds it
+    latents = (e4m3_values(codes, tl.float32) * (1.0 / 256.0) * scale[:, :, None]).to(tl.float16)
+    tl.store(
+        (row[:, None] + part * 128)[:, :, None] + column,
+        latents.to(tl.int16, bitcast=True),
+        mask=is_part[:, :, None],
+    )
+    of_rope = tl.arange(0, 64)[None, :]
+    rope = (record + _ROPE_AT).to(tl.pointer_type(tl.int16))[:, None] + of_rope
+    tl.store(
+        (row + _RANK)[:, None] + of_rope, tl.load(rope, mask=mask[:, None]), mask=mask[:, None]
+    )
+
+
+@paddle_jit(
+    do_not_specialize=("num_rows", "table_width", "num_blocks", "capacity", "keys_per_token"),
+    contiguous=(
+        "cache_ptr",
+        "block_tables_ptr",
+        "seq_lens_encoder_ptr",
+        "seq_lens_decoder_ptr",
+        "seq_lens_this_time_ptr",
+    ),
+)
+def dequantize_kernel(
+    cache_ptr,
+    block_tables_ptr,
+    seq_lens_encoder_ptr,
+    seq_lens_decoder_ptr,
+    seq_lens_this_time_ptr,
+    values_ptr,
+    blocks_ptr,
+    is_dequantized_ptr,
+    num_rows,
+    table_width,
+    num_blocks,
+    capacity,
+    keys_per_token,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    RECORDS: tl.constexpr,
+):
+    """See `DequantizedRecords.fill`; a program takes every `num_programs`th block."""
+    row = tl.arange(0, ROWS)
+    is_row = row < num_rows
+    new = tl.load(seq_lens_encoder_ptr + row, mask=is_row, other=0)
+    keys = tl.load(seq_lens_decoder_ptr + row, mask=is_row, other=0)
+    keys += tl.load(seq_lens_this_time_ptr + row, mask=is_row, other=0)
+    count = (keys + (BLOCK_SIZE - 1)) // BLOCK_SIZE
+    is_chosen = (new > 0) & ((keys + keys_per_token - 1) // keys_per_token <= new)
+    is_chosen &= (count <= capacity) & (count <= table_width)
+    ends = tl.cumsum(tl.where(is_chosen, count, 0))
+    is_chosen &= ends <= capacity
+    flags = is_dequantized_ptr.to(tl.pointer_type(tl.int32))
+    if tl.program_id(0) == 0:
+        tl.store(flags + row, is_chosen.to(tl.int32), mask=is_row)
+    total = tl.max(tl.where(is_chosen, ends, 0))
+    blocks = blocks_ptr.to(tl.pointer_type(tl.int32))
+    for place in range(tl.program_id(0), total, tl.num_programs(0)):
+        request = tl.sum((ends <= place).to(tl.int32))
+        is_mine = row == request
+        column = place - tl.sum(tl.where(is_mine, ends - count, 0))
+        left = tl.sum(tl.where(is_mine, keys, 0)) - column * BLOCK_SIZE
+        block = tl.load(block_tables_ptr + request.to(tl.int64) * table_width + column)
+        is_block = (block >= 0) & (block < num_blocks)
+        tl.store(blocks + tl.where(is_block, block, 0), place, mask=is_block)
+        for first in range(0, tl.minimum(left, BLOCK_SIZE), RECORDS):
+            offset = first + tl.arange(0, RECORDS)
+            slot = tl.where(is_block, block, 0).to(tl.int64) * BLOCK_SIZE + offset
+            target = (place * BLOCK_SIZE + offset).to(tl.int64)
+            # a vector throughout: Triton 3.9 interprets no mixed masks
+            mask = (offset < tl.minimum(left, BLOCK_SIZE)) & (offset * 0 <= block)
+            mask &= offset * 0 + block < num_blocks
+            _dequantize_slots(cache_ptr, values_ptr, slot, target, mask)
+
+
+class DequantizedRecords:
+    """Memory for the dequantized records of a step's prompts, and what fills it.
+
+    Args:
+        memory: contiguous float32 [n] on the device, which nothing else uses between `fill` and
+            the launch that reads what it returns.
+        keys_per_token: a row is dequantized if it has at most so many keys for each of its new
+            tokens.
+    """
+
+    def __init__(self, memory: Any, keys_per_token: int) -> None:
+        self._memory, self._keys_per_token = memory, keys_per_token
+        self._layout = lru_cache(maxsize=_CACHED_LAYOUTS)(self._laid_out)
+
+    def fill(
+        self,
+        cache: Any,
+        block_tables: Any,
+        seq_lens_encoder: Any,
+        seq_lens_decoder: Any,
+        seq_lens_this_time: Any,
+        batch_id_per_token: Any,
+    ) -> Dequantized | None:
+        """Dequantize the records of a step's prefill rows.
+
+        Latents are float16(code / 256 * float16(256 * scale)), rounded once: the numbers that
+        sparse MLA makes of the same records by itself.
+
+        A row is left out if it has more keys than `keys_per_token` times its new tokens, or if its
+        blocks do not fit behind those of the rows before it. A table entry that is no block of the
+        cache is skipped.
+
+        Args:
+            cache: uint8 [num_blocks, ..., block_size, 656] fp8_ds_mla records.
+            block_tables, seq_lens_encoder, seq_lens_decoder, seq_lens_this_time,
+                batch_id_per_token: see ForwardMeta.
+
+        Returns:
+            Views of the memory; valid until the next call. None if not one block would fit.
+
+        Cost: one launch; no wait, and no allocation once the views of a number of rows exist.
+        Source: vLLM's cp_gather_and_upconvert_fp8_kv_cache does it for bfloat16 rows.
+        """
+        num_blocks, block_size = cache.shape[0], prod(cache.shape[1:-1])
+        num_rows = block_tables.shape[0]
+        values, blocks, flags, capacity = self._layout(num_blocks, num_rows, block_size)
+        if capacity == 0 or num_rows == 0:
+            return None
+        dequantize_kernel[(min(_PROGRAMS, capacity),)](
+            cache,
+            block_tables,
+            seq_lens_encoder,
+            seq_lens_decoder,
+            seq_lens_this_time,
+            values,
+            blocks,
+            flags,
+            num_rows,
+            block_tables.shape[1],
+            num_blocks,
+            capacity,
+            self._keys_per_token,
+            BLOCK_SIZE=block_size,
+            ROWS=1 << (num_rows - 1).bit_length(),
+            RECORDS=_RECORDS,
+            num_warps=_NUM_WARPS,
+        )
+        num_slots = capacity * block_size
+        return Dequantized(values, blocks, flags, batch_id_per_token, block_size, num_slots)
+
+    def _laid_out(
+        self, num_blocks: int, num_rows: int, block_size: int
+    ) -> tuple[Any, Any, Any, int]:
+        """Views for values, blocks and flags, and the blocks that there is room for."""
+        first = -(-(num_blocks + num_rows) // _LINE_WORDS) * _LINE_WORDS
+        room = max(prod(self._memory.shape) - first, 0)
+        capacity = min(room // (block_size * _ROW_WORDS), (2**31 - 1) // block_size)
+        if capacity == 0:
+            return None, None, None, 0
+        flags = self._memory[num_blocks : num_blocks + num_rows]
+        values = self._memory[first : first + capacity * block_size * _ROW_WORDS]
+        return values, self._memory[:num_blocks], flags, capacity

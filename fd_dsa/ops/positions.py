@@ -1,0 +1,78 @@
+"""Positions of a step's tokens, as FastDeploy's `get_position_ids_and_mask_encoder_batch`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fd_dsa import custom_ops
+from fd_dsa.ops._host import as_numpy, check_array, check_values, check_writable
+from fd_dsa.ops.providers import choose, device_kind, function
+from fd_dsa.step.host_tensor import as_tensor
+
+REGISTERED = "get_position_ids_and_mask_encoder_batch"
+"""Name under which Paddle knows the operator of custom_ops/."""
+
+
+def position_ids(
+    seq_lens_encoder: Any, seq_lens_decoder: Any, seq_lens_this_time: Any, position_ids: Any
+) -> Any:
+    """Write the positions of a step's tokens: token j of row b has seq_lens_decoder[b] + j.
+
+    Args:
+        seq_lens_encoder: int32 [num_rows]; tokens of a prompt's chunk, 0 for other rows.
+        seq_lens_decoder: int32 [num_rows]; tokens of the row that are in the cache already.
+        seq_lens_this_time: int32 [num_rows]; tokens of the row in this step.
+        position_ids: int32 [num_tokens or more], contiguous, written in place; what is past the
+            step's tokens stays as it is.
+
+    Returns:
+        `position_ids`.
+
+    Raises:
+        ShapeError, DtypeError: an argument is not as above; before any work.
+        ValueError: on a CPU, a negative length, or more tokens than `position_ids` holds; a
+            device writes no further than it.
+        ConfigError, BackendUnavailable: FD_DSA_OP_PROVIDER, see `fd_dsa.ops.providers.choose`.
+
+    Source: PaddlePaddle/FastDeploy #7367.
+    """
+    name = "position_ids"
+    check_array(name, "seq_lens_this_time", seq_lens_this_time, (None,), ("int32",))
+    num_rows = seq_lens_this_time.shape[0]
+    check_array(name, "seq_lens_encoder", seq_lens_encoder, (num_rows,), ("int32",))
+    check_array(name, "seq_lens_decoder", seq_lens_decoder, (num_rows,), ("int32",))
+    check_array(name, "position_ids", position_ids, (None,), ("int32",))
+    kind = device_kind(position_ids)
+    if kind == "cpu":
+        check_writable(name, "position_ids", position_ids)
+        for argument, lengths in (
+            ("seq_lens_decoder", seq_lens_decoder),
+            ("seq_lens_this_time", seq_lens_this_time),
+        ):
+            check_values(name, argument, as_numpy(lengths), 0, 2**31)
+        total, room = int(as_numpy(seq_lens_this_time).sum()), position_ids.shape[0]
+        if total > room:
+            raise ValueError(
+                f"{name}: position_ids holds {room} tokens, allowed are at least the {total} of "
+                "seq_lens_this_time"
+            )
+    write = function(name, choose(name, kind).provider)
+    write(seq_lens_encoder, seq_lens_decoder, seq_lens_this_time, position_ids)
+    return position_ids
+
+
+def registered_position_ids(*tensors: Any) -> None:
+    """The same by the operator of fd_dsa_ops, which is registered with Paddle."""
+    operator = custom_ops.registered(REGISTERED)
+    operator(*(as_tensor(x) if isinstance(x, np.ndarray) else x for x in tensors))
+
+
+def position_ids_on_host(
+    seq_lens_encoder: Any, seq_lens_decoder: Any, seq_lens_this_time: Any, position_ids: Any
+) -> None:
+    """The same by NumPy."""
+    known, new = as_numpy(seq_lens_decoder), as_numpy(seq_lens_this_time)
+    first = np.cumsum(new) - new
+    as_numpy(position_ids)[: new.sum()] = np.arange(new.sum()) + np.repeat(known - first, new)

@@ -1,0 +1,51 @@
+"""Positions of a step's tokens on a device: a program a row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fd_dsa.triton_runtime import paddle_jit
+
+import triton.language as tl  # isort: skip
+
+_BLOCK = 256
+
+
+@paddle_jit(
+    do_not_specialize=("num_tokens",),
+    contiguous=("seq_lens_decoder_ptr", "seq_lens_this_time_ptr", "position_ids_ptr"),
+)
+def position_ids_kernel(
+    seq_lens_decoder_ptr,
+    seq_lens_this_time_ptr,
+    position_ids_ptr,
+    num_tokens,
+    BLOCK: tl.constexpr,
+):
+    """See `position_ids`; the tokens before a row's own are added up by its program."""
+    row = tl.program_id(0)
+    first = tl.full([], 0, tl.int32)
+    for start in range(0, row, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        first += tl.sum(tl.load(seq_lens_this_time_ptr + other, mask=other < row, other=0), axis=0)
+    known = tl.load(seq_lens_decoder_ptr + row)
+    new = tl.load(seq_lens_this_time_ptr + row)
+    for start in range(0, new, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        mask = (j < new) & (first + j < num_tokens)
+        tl.store(position_ids_ptr + first + j, known + j, mask=mask)
+
+
+def position_ids(
+    seq_lens_encoder: Any, seq_lens_decoder: Any, seq_lens_this_time: Any, position_ids: Any
+) -> None:
+    """See `fd_dsa.ops.positions.position_ids`."""
+    num_rows = seq_lens_this_time.shape[0]
+    if num_rows:
+        position_ids_kernel[(num_rows,)](
+            seq_lens_decoder,
+            seq_lens_this_time,
+            position_ids,
+            position_ids.shape[0],
+            BLOCK=_BLOCK,
+        )

@@ -1,0 +1,284 @@
+"""Which implementation of an operator serves where its tensors are, and why not a faster one.
+
+`OPERATORS` is the table: operator -> provider -> function, the fastest provider first. The first
+one that can serve does, unless FD_DSA_OP_PROVIDER asks for another. A choice is logged once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from fd_dsa import custom_ops
+from fd_dsa.environment import choose_triton_mode, op_provider_variable
+from fd_dsa.errors import BackendUnavailable, ConfigError
+
+logger = logging.getLogger(__name__)
+
+PADDLE, TRITON, TENSOR_CORE, CUSTOM_OP = "paddle", "triton", "triton_tensor_core", "custom_op"
+VARIABLE = "FD_DSA_OP_PROVIDER"
+
+# functions of one operator take the same arguments
+OPERATORS: dict[str, dict[str, str]] = {
+    "step_metadata": {
+        PADDLE: "step.builder.StepMetadataBuilder",
+        TRITON: "step.builder.StepMetadataBuilder",
+    },
+    "position_ids": {
+        CUSTOM_OP: "ops.positions.registered_position_ids",
+        PADDLE: "ops.positions.position_ids_on_host",
+        TRITON: "ops.positions_kernel.position_ids",
+    },
+    "indexer_projection": {
+        PADDLE: "ops.indexer_projection.paddle_impl.project_indexer",
+        TRITON: "ops.indexer_projection.triton_kernel.project_indexer",
+    },
+    "cache_write": {
+        PADDLE: "ops.cache_write.paddle_impl.write_caches",
+        TRITON: "ops.cache_write.triton_kernel.write_caches",
+    },
+    "indexer_query": {
+        PADDLE: "ops.query.paddle_impl.prepare_indexer_query",
+        TRITON: "ops.query.triton_kernel.prepare_indexer_query",
+    },
+    "indexer_logits": {
+        TENSOR_CORE: "ops.logits.tile_kernel.score_step",
+        PADDLE: "ops.logits.paddle_impl.score_step",
+        TRITON: "ops.logits.triton_kernel.score_step",
+    },
+    "topk": {
+        CUSTOM_OP: "ops.topk.custom_op.select_slots",
+        PADDLE: "ops.topk.paddle_impl.select_slots",
+        TRITON: "ops.topk.triton_kernel.select_slots",
+    },
+    "mla_query": {
+        PADDLE: "ops.mla_query.paddle_impl.prepare_mla_query",
+        TRITON: "ops.mla_query.triton_kernel.prepare_mla_query",
+    },
+    "sparse_mla": {
+        CUSTOM_OP: "ops.mla.custom_op.attend_slots",
+        TENSOR_CORE: "ops.mla.tensor_core.attend_slots",
+        PADDLE: "ops.mla.paddle_impl.attend_slots",
+        TRITON: "ops.mla.triton_kernel.attend_slots",
+    },
+    "dequantize": {
+        PADDLE: "ops.mla.paddle_impl.dequantize",
+        TRITON: "ops.mla.triton_kernel.dequantize",
+    },
+}
+
+Reason = Callable[[], str | None]
+"""Why a provider cannot serve; None or "" if it can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What serves an operator on one kind of device.
+
+    Attributes:
+        provider: a key of `OPERATORS[operator]`.
+        reason: why it serves.
+        against: faster provider -> why it does not.
+    """
+
+    provider: str
+    reason: str
+    against: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        refused = (f"not {provider}: {reason}" for provider, reason in self.against.items())
+        return f"{self.provider} ({'; '.join([self.reason, *refused])})"
+
+
+_choices: dict[tuple[str, str], Choice] = {}
+
+
+def device_kind(tensor: Any) -> str:
+    """Where a tensor is: "cpu", or the name of its device without a number.
+
+    Args:
+        tensor: a NumPy array, a Paddle tensor, or anything with a `device` that has a `type`.
+    """
+    if isinstance(tensor, np.ndarray):
+        return "cpu"
+    place = getattr(tensor, "place", None)
+    if place is None:
+        return str(tensor.device.type)
+    if place.is_cpu_place():
+        return "cpu"
+    # a custom place prints as Place(name:0)
+    return "gpu" if place.is_gpu_place() else str(place).removeprefix("Place(").split(":")[0]
+
+
+def activation_dtypes(tensor: Any) -> tuple[str, ...]:
+    """Dtypes of activations that operators take where `tensor` is; NumPy has no bfloat16."""
+    return ("float32",) if device_kind(tensor) == "cpu" else ("float32", "bfloat16")
+
+
+def function(operator: str, provider: str) -> Callable[..., Any]:
+    """The function of a provider; its module is imported by the first call."""
+    return getattr(*_place(operator, provider))  # type: ignore[no-any-return]
+
+
+@cache
+def _place(operator: str, provider: str) -> tuple[Any, str]:
+    """Module and name of a provider's function."""
+    module, _, name = OPERATORS[operator][provider].rpartition(".")
+    return import_module(f"fd_dsa.{module}"), name
+
+
+def serving(operator: str, tensor: Any) -> Callable[..., Any]:
+    """The function that serves an operator where `tensor` is; for operators without conditions.
+
+    It checks nothing: the layers of the engine call it with what they made themselves.
+
+    Raises:
+        ConfigError, BackendUnavailable: see `choose`.
+
+    Cost: two dictionary look-ups after the first call for a kind of device.
+    """
+    kind = device_kind(tensor)
+    choice = _choices.get((operator, kind)) or choose(operator, kind)
+    return function(operator, choice.provider)
+
+
+def choose(
+    operator: str,
+    kind: str,
+    conditions: Mapping[str, Reason] | None = None,
+    probe: Callable[[Any], str] | None = None,
+) -> Choice:
+    """The provider that serves; remembered for `table`, and logged where it is new.
+
+    Args:
+        kind: of device, as `device_kind` names it.
+        conditions: provider -> why it cannot serve these shapes, types and this GPU.
+        probe: runs the kernel of the library that it is given on small cases; returns what is
+            wrong, or "". None: nothing of the library needs to agree first.
+
+    Raises:
+        ConfigError: FD_DSA_OP_PROVIDER cannot be read.
+        BackendUnavailable: it asks for a provider that cannot serve.
+    """
+    asked, against, level = requested().get(operator), {}, logging.INFO
+    for provider in [asked] if asked else on(operator, kind):
+        reason: str | None = None
+        if provider not in on(operator, kind):
+            reason = f"it serves tensors on {'a CPU' if provider == PADDLE else 'a device'}"
+        elif conditions and provider in conditions:
+            reason = conditions[provider]()
+        if not reason and provider == CUSTOM_OP:
+            reason, is_fault = _why_not_library(operator, kind, probe)
+            level = logging.WARNING if is_fault else level
+        if reason:
+            against[provider] = reason
+            continue
+        choice = Choice(provider, reason_for(provider), against)
+        if _choices.get((operator, kind)) != choice:
+            _choices[operator, kind] = choice
+            logger.log(level, "%s on %s: %s", operator, kind, choice)
+        return choice
+    raise BackendUnavailable(
+        f"{VARIABLE}: {operator}={asked} cannot serve on {kind}: {', '.join(against.values())}"
+    )
+
+
+def settle(kind: str) -> None:
+    """Choose for all operators without conditions, when an attention is made.
+
+    Raises:
+        ConfigError, BackendUnavailable: see `choose`.
+    """
+    for operator in OPERATORS:
+        if len(on(operator, kind)) == 1:
+            choose(operator, kind)
+
+
+def table() -> dict[str, dict[str, Choice]]:
+    """Choices made so far: operator -> kind of device -> Choice."""
+    by_operator: dict[str, dict[str, Choice]] = {}
+    for (operator, kind), choice in sorted(_choices.items()):
+        by_operator.setdefault(operator, {})[kind] = choice
+    return by_operator
+
+
+def forget() -> None:
+    """Forget what was chosen, where another library of custom_ops/ is taken."""
+    _choices.clear()
+
+
+def requested() -> dict[str, str]:
+    """Operator -> provider that FD_DSA_OP_PROVIDER asks for.
+
+    Raises:
+        ConfigError: a pair of another form, an unknown operator, or a provider that it has not.
+    """
+    text = op_provider_variable()
+    return parse(text.split(","), VARIABLE, text) if text else {}
+
+
+def parse(pairs: Iterable[str], source: str, text: str) -> dict[str, str]:
+    """Operator -> provider of pairs such as `topk=triton`; empty ones do not count.
+
+    Args:
+        source: name of the variable or flag, for errors.
+        text: what the user wrote, likewise.
+
+    Raises:
+        ConfigError: as of `requested`.
+    """
+    asked = {}
+    for pair in filter(None, map(str.strip, pairs)):
+        operator, _, provider = pair.partition("=")
+        if provider not in OPERATORS.get(operator, ()):
+            known = {operator: OPERATORS[operator]} if operator in OPERATORS else OPERATORS
+            allowed = ", ".join(f"{op}={p}" for op, served in known.items() for p in served)
+            raise ConfigError(
+                f"{source}: got {pair!r} in {text!r}, allowed: {allowed}, separated by commas"
+            )
+        asked[operator] = provider
+    return asked
+
+
+def reason_for(provider: str) -> str:
+    """Why a provider serves where it does, in words."""
+    if provider == PADDLE:
+        return "a CPU: NumPy, and products by Paddle"
+    if provider == CUSTOM_OP:
+        return "of fd_dsa_ops, agrees with the definition"
+    # asked here, not at import: a process that stays on the CPU decides nothing about Triton
+    kernel = f"{'an interpreted' if choose_triton_mode() else 'a compiled'} Triton kernel"
+    return f"a device, {kernel}{' for tensor cores' if provider == TENSOR_CORE else ''}"
+
+
+def on(operator: str, kind: str) -> list[str]:
+    """Providers of an operator for tensors on a kind of device, the fastest first."""
+    on_host = (PADDLE, CUSTOM_OP) if operator == "position_ids" else (PADDLE,)
+    names = OPERATORS[operator]
+    return [p for p in names if (p in on_host if kind == "cpu" else p != PADDLE)]
+
+
+def _why_not_library(
+    operator: str, kind: str, probe: Callable[[Any], str] | None
+) -> tuple[str, bool]:
+    """Why fd_dsa_ops does not serve, "" if it does; and whether something is wrong with it."""
+    build = custom_ops.build()
+    if build.state != custom_ops.BUILT:
+        return f"{custom_ops.PACKAGE} is {build.state}: {build.reason}", (
+            build.state == custom_ops.BROKEN
+        )
+    if operator == "position_ids" and not build.operators:
+        return f"{custom_ops.PACKAGE} is built {build.reason}, without Paddle's operators", False
+    if build.kernels is None and kind != "cpu":
+        return f"{custom_ops.PACKAGE} is built {build.reason}", False
+    try:
+        reason = probe(build.kernels) if probe else ""
+    except Exception as error:
+        reason = f"its probe failed: {type(error).__name__}: {error}"
+    return reason, bool(reason)

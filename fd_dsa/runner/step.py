@@ -1,0 +1,117 @@
+"""The record of a step in the embedded engine, and how its values reach the device.
+
+    who makes a field               field                             who reads it
+    engine, by InputBatch           ids, lengths, tables, sampled     staging
+    runner                          hints, padding of a graph         attention backend
+    staging: views of one tensor    the same, where the model runs    embedding, backend, head
+    attention backend               caches, metadata, slots           layers
+
+On a device the values of a step travel through one of three page-locked slabs, so a step may be
+staged while the one before runs (`fd_dsa.step.staging`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fd_dsa.runner.input_batch import InputBatch
+from fd_dsa.runner.selections import Selections
+from fd_dsa.step import ForwardMeta, StepHints
+from fd_dsa.step.staging import StagedInputs
+
+
+@dataclass(slots=True)
+class Step:
+    """One step: what was scheduled, where the model runs, and what the backend made of it.
+
+    It is the `forward_meta` that layers are called with, made anew every step, as in FastDeploy
+    (docs/design.md, "FastDeploy's contract"). A row has one token and its drafts, or a chunk of a
+    prompt. B = rows of the step.
+
+    Attributes:
+        hints: what the host knows of the step; exact.
+        ids_remove_padding: int64, on a device int32, [num_tokens]; packed token ids, on a device
+            followed by zeros up to the padded number of tokens.
+        seq_lens_encoder, seq_lens_decoder, seq_lens_this_time: int32 [B].
+        block_tables: int32 [B, max_blocks_per_seq].
+        sampled: int64, on a device int32, [n]; flat tokens whose logits are asked for.
+        caches: the backend's own, two tensors a layer for DSA: latents and indexer keys.
+        attn_backend: the attention backend that all layers call.
+        position_ids, slot_mapping, indexer_attn_mask_offsets: as in `fd_dsa_step`.
+        fd_dsa_step: the step's metadata; None until `init_attention_metadata`.
+        selections: takes what each layer chose; None: nobody asked.
+    """
+
+    hints: StepHints
+    ids_remove_padding: Any
+    seq_lens_encoder: Any
+    seq_lens_decoder: Any
+    seq_lens_this_time: Any
+    block_tables: Any
+    sampled: Any
+    caches: list[Any]
+    attn_backend: Any
+    position_ids: Any = None
+    slot_mapping: Any = None
+    indexer_attn_mask_offsets: Any = None
+    fd_dsa_step: ForwardMeta | None = None
+    selections: Selections | None = None
+
+
+def host_inputs(batch: InputBatch, sampled: np.ndarray, num_padded_tokens: int) -> tuple[Any, ...]:
+    """Fields of a Step from `ids_remove_padding` to `sampled` for a model on the CPU.
+
+    They are the batch's own arrays, valid until its next `begin_step`; nothing is padded on a CPU.
+    """
+    rows = batch.num_rows
+    return (
+        batch.ids_remove_padding[: batch.num_tokens],
+        batch.seq_lens_encoder[:rows],
+        batch.seq_lens_decoder[:rows],
+        batch.seq_lens_this_time[:rows],
+        batch.block_tables[:rows],
+        sampled,
+    )
+
+
+class DeviceInputs:
+    """The same on a device: sections of one tensor, which never move; one copy fills a step.
+
+    Args:
+        batch: rows that the engine fills.
+        allocate: makes a contiguous tensor of a shape and dtype on the device.
+    """
+
+    def __init__(self, batch: InputBatch, allocate: Callable[[tuple[int, ...], str], Any]) -> None:
+        rows, columns = batch.block_tables.shape
+        # most sampled tokens: one a row and three drafts
+        sizes = (batch.max_num_tokens, rows, rows, rows, 4 * rows)
+        self._staged = StagedInputs(allocate, sizes, rows, columns)
+
+    def __call__(
+        self, batch: InputBatch, sampled: np.ndarray, num_padded_tokens: int
+    ) -> tuple[Any, ...]:
+        """Queue the copy of the batch; the tensors that will hold it, valid until the next call.
+
+        Args:
+            batch: rows of the step; may be filled anew at once.
+            sampled: int [n]; flat tokens, each at most once.
+            num_padded_tokens: tokens of a captured step; the batch may have fewer.
+        """
+        rows, tokens = batch.num_rows, batch.num_tokens
+        values = (
+            batch.ids_remove_padding[:tokens],
+            batch.seq_lens_encoder[:rows],
+            batch.seq_lens_decoder[:rows],
+            batch.seq_lens_this_time[:rows],
+            sampled,
+        )
+        lengths = (max(tokens, num_padded_tokens), rows, rows, rows, len(sampled))
+        ids, encoder, decoder, this_time, wanted, tables = self._staged.upload(
+            values, batch.block_tables[:rows], lengths
+        )
+        return ids, encoder, decoder, this_time, tables, wanted

@@ -1,0 +1,252 @@
+"""What both generating endpoints share: a request's jobs in, one answer out, whole or streamed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import orjson
+from fastapi import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from fd_dsa.serve.errors import ApiError, internal_error
+from fd_dsa.serve.generation import Job, check_form, stream_outputs
+from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
+from fd_dsa.serve.logprobs import prompt_logprobs, token_text
+from fd_dsa.serve.protocol.generation import GenerationRequest
+from fd_dsa.serve.state import ServerState
+from fd_dsa.serve.workers import unless_gone
+
+if TYPE_CHECKING:
+    from fd_dsa.engine.output import RequestOutput
+
+_Body = TypeVar("_Body", bound=GenerationRequest)
+
+# of a whole answer: 0.1 ms
+_SHORT_TOKENS = 4096
+_DONE = b"data: [DONE]\n\n"
+
+logger = logging.getLogger("fd_dsa.serve")
+
+
+async def respond(
+    make: Callable[[ServerState, _Body, str], Answer[_Body]],
+    prefix: str,
+    body: _Body,
+    request: Request,
+    state: ServerState,
+) -> Response:
+    """Answer a request that generates.
+
+    Args:
+        make: tokenizes and checks the prompts; runs in a thread, since that may take a while.
+        prefix: of the answer's id.
+        body: of the request.
+        request: as it came.
+        state: of the server.
+    """
+    state.check_available()
+    model = state.resolve_model(body.model)
+    answer_id = f"{prefix}-{uuid.uuid4().hex}"
+    answer = await state.prompt_workers.run(make, state, body, answer_id, request=request)
+    await check_form(state, answer.jobs[0], answer.prompt_field)
+    request.state.ticket.extend(sum(job.params.n for job in answer.jobs), "n")
+    kind = answer.chunk_object if body.stream else answer.whole_object
+    head = {"id": answer_id, "object": kind, "created": int(time.time()), "model": model}
+    if body.stream:
+        return EventStream(answer.chunks(head), request.state.request_id)
+    await unless_gone(request, answer.collect())
+    return await state.workers.run(answer.whole, head, request=request, is_short=answer.is_short)
+
+
+class Answer(ABC, Generic[_Body]):
+    """The answer to one request.
+
+    Args:
+        state: of the server.
+        body: of the request.
+        jobs: its prompts; `n` choices follow each other for each of them.
+
+    Attributes:
+        outputs: the last one of each choice, by the index of its job and its own.
+    """
+
+    prompt_field: ClassVar[str]
+    """Field of the request that its prompts come from."""
+    whole_object: ClassVar[str]
+    chunk_object: ClassVar[str]
+
+    def __init__(self, state: ServerState, body: _Body, jobs: Sequence[Job]) -> None:
+        self.state, self.body, self.jobs = state, body, jobs
+        self.tokenizer = state.engine.tokenizer
+        self.outputs: dict[tuple[int, int], RequestOutput] = {}
+
+    @abstractmethod
+    def choices(self) -> Iterator[dict[str, Any]]:
+        """The choices of a whole answer, after `collect`."""
+
+    @abstractmethod
+    def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
+        """The choices of the chunks that a step adds."""
+
+    def opening(self) -> Iterator[dict[str, Any]]:
+        """Chunks before the first step, without their head."""
+        return iter(())
+
+    def shared_fields(self) -> dict[str, Any]:
+        """Fields of a whole answer beside its choices."""
+        return {}
+
+    def take(self, job_index: int, output: RequestOutput) -> None:
+        """Keep a step of a whole answer."""
+        self.outputs[job_index, output.index] = output
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a whole answer is written in less time than a thread takes to begin."""
+        params = self.jobs[0].params
+        is_scored = params.logprobs is not None or params.prompt_logprobs is not None
+        if is_scored or params.return_topk_positions or self.body.return_token_ids:
+            return False
+        return sum(output.num_tokens for output in self.outputs.values()) <= _SHORT_TOKENS
+
+    def is_small(self, job_index: int, output: RequestOutput) -> bool:
+        """Whether the chunks of a step are short: nothing of the prompt, no chosen positions."""
+        return output.topk_positions is None
+
+    async def collect(self) -> None:
+        """Run the jobs to their end."""
+        async with contextlib.aclosing(stream_outputs(self.state, self.jobs)) as outputs:
+            async for job_index, output in outputs:
+                self.take(job_index, output)
+
+    def whole(self, head: dict[str, Any]) -> JsonResponse:
+        """The whole answer, after `collect`."""
+        choices = list(self.choices())
+        return JsonResponse(
+            {**head, "choices": choices, "usage": self.usage(), **self.shared_fields()}
+        )
+
+    async def chunks(self, head: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """The chunks of a streamed answer, those of all choices as they come, then the usage."""
+        # as in the OpenAI API, usage is null in all chunks before the one that has it
+        null = {"usage": None} if self.body.include_usage else {}
+        for chunk in self.opening():
+            yield {**head, **chunk, **null}
+        async with contextlib.aclosing(stream_outputs(self.state, self.jobs)) as outputs:
+            async for job_index, output in outputs:
+                is_small = self.is_small(job_index, output)
+                choices = await self.state.workers.run(
+                    self.deltas, job_index, output, is_short=is_small
+                )
+                self.outputs[job_index, output.index] = output
+                for choice in choices:
+                    yield {**head, "choices": [choice], **null}
+        if self.body.include_usage:
+            yield {**head, "choices": [], "usage": self.usage()}
+
+    def shown_outputs(self) -> Sequence[RequestOutput]:
+        """The last output of each choice whose tokens the answer shows."""
+        return list(self.outputs.values())
+
+    def usage(self) -> dict[str, Any]:
+        """Token counts: each prompt once, all outputs.
+
+        `cached_tokens` are those of the prompts that earlier requests had computed.
+        """
+        outputs = self.shown_outputs()
+        prompt = sum(len(job.prompt_token_ids) for job in self.jobs)
+        completion = sum(len(output.token_ids) for output in outputs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(out.num_cached_tokens for out in outputs if out.index == 0)
+            },
+        }
+
+    def end_fields(self, job_index: int, output: RequestOutput) -> dict[str, Any]:
+        """`stop_reason` and, where asked for, `topk_positions` of a choice that has ended."""
+        stop: str | int | None = output.stop_reason
+        # as in vLLM: an end of sequence that nobody asked to stop at is no reason to name
+        if isinstance(stop, int) and stop not in (self.jobs[job_index].params.stop_token_ids or ()):
+            stop = None
+        chosen = output.topk_positions
+        if chosen is None:
+            return {"stop_reason": stop}
+        token_ids = [*output.prompt_token_ids, *output.token_ids][: chosen.position + 1]
+        texts = (
+            [token_text(self.tokenizer, token) for token in part] for part in slices(token_ids)
+        )
+        positions = {
+            "position": chosen.position,
+            "layers": [packed_list(packed([layer.tolist()])) for layer in chosen.layers],
+            "tokens": packed_list(packed(texts)),
+        }
+        return {"stop_reason": stop, "topk_positions": positions}
+
+    def prompt_fields(self, output: RequestOutput) -> dict[str, Any]:
+        """`prompt_logprobs` and `prompt_token_ids` of an output's prompt, where asked for."""
+        fields: dict[str, Any] = {}
+        if self.body.prompt_logprobs is not None:
+            scores = output.prompt_logprobs
+            shown = None if scores is None else prompt_logprobs(self.tokenizer, scores)
+            fields["prompt_logprobs"] = shown
+        if self.body.return_token_ids:
+            fields["prompt_token_ids"] = output.prompt_token_ids
+        return fields
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events: `data: {json}` for each chunk, `data: [DONE]` at the end.
+
+    However the response ends, the generators are closed: a client that goes away aborts its
+    requests at once, not when a generator happens to be collected. An exception inside the stream
+    becomes one error event before `[DONE]`.
+
+    Args:
+        chunks: JSON-serialisable objects.
+        request_id: for the log line of a failure.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], request_id: str) -> None:
+        self._chunks, self._events = chunks, _events(chunks, request_id)
+        super().__init__(
+            self._events,
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            for generator in (self._events, self._chunks):
+                await generator.aclose()
+
+
+async def _events(
+    chunks: AsyncGenerator[dict[str, Any], None], request_id: str
+) -> AsyncGenerator[bytes, None]:
+    """The bytes of the stream."""
+    try:
+        async for chunk in chunks:
+            yield _event(chunk)
+    except ApiError as error:
+        yield _event(error.body())
+    except Exception:
+        logger.exception("request %s failed while streaming", request_id)
+        yield _event(internal_error(request_id).body())
+    yield _DONE
+
+
+def _event(chunk: dict[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"

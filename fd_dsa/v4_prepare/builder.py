@@ -1,0 +1,345 @@
+"""The host builder: all outputs of a step in NumPy, over arrays that may be used again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from fd_dsa.errors import DtypeError, ShapeError
+from fd_dsa.v4_prepare.checks import StepInputs, check_step, step_inputs
+from fd_dsa.v4_prepare.config import OUTPUT_SHAPES, V4PrepareConfig
+
+Int32Array = npt.NDArray[np.int32]
+# a NumPy array, or a tensor of the library that the place belongs to
+Array = Any
+Allocate = Callable[[tuple[int, ...], str], Array]
+
+# entries, those of the longest token for every token, up to which one gather is the faster way
+_MAX_GATHERED = 2**15
+
+
+class V4Arrays:
+    """All outputs of a step, int32, at full capacity (`OUTPUT_SHAPES`); t = token, b = row.
+
+    Args:
+        cfg: sizes of the steps; Tcap tokens, Bcap rows, W, topk, r1, r2 are its fields.
+        allocate: makes an array or a tensor of a shape and dtype; None = NumPy arrays of zeros.
+
+    Attributes:
+        config: the sizes.
+        positions: [Tcap] position of t; pad 0.
+        req_of_token: [Tcap] b; pad -1.
+        cu_q: [Bcap + 1] prefix sums of q; pad T.
+        ctx: [Bcap] tokens of b after the step, an idle row's too; pad 0.
+        win_idx: [Tcap, W] rows of the window keys that t reads from the pool, ascending; pad -1.
+        win_len: [Tcap] how many; pad 0.
+        ext_len: [Tcap] how many more t reads from the step's own keys, the rows up to t; pad 0.
+        swa_write: [Tcap] row where the key of t goes; -1 = nowhere (a ring keeps the last W).
+        hca_indptr: [Tcap + 1] where the HCA entries of t start in `hca_idx`; the last repeated.
+        hca_idx: [Tcap * (Lmax // r2)] rows of entries 0..(p + 1) // r2 - 1 of each token;
+            undefined after the total. None in table mode.
+        csa_visible: [Tcap] (p + 1) // r1, CSA entries that t may choose from; pad 0.
+        csa_indptr: [Tcap + 1] prefix sums of min(csa_visible, topk); the last repeated.
+        plan_r1, plan_r2: [cap_p, 4] one row an entry that the step finishes, in token order:
+            (t, b, p, sources from the state ring); pad -1.
+        plan_dst_r1, plan_dst_r2: [cap_p] row of that entry; pad -1.
+        wplan_r1, wplan_r2: [cap_w, 4] the same columns for the last K(r) tokens of each row, which
+            go into row slot * (K(r) + k) + p % (K(r) + k) of the state ring; pad -1.
+        counts: [8] B, T, entries of hca_idx, of csa_indptr, rows of plan_r1, wplan_r1, plan_r2,
+            wplan_r2.
+        block_table: [Bcap, MB], the table of a staged step; cells that no step needed yet mean
+            nothing. `v4_prepare_np` leaves it alone.
+    """
+
+    positions: Array
+    req_of_token: Array
+    cu_q: Array
+    ctx: Array
+    win_idx: Array
+    win_len: Array
+    ext_len: Array
+    swa_write: Array
+    hca_indptr: Array
+    csa_visible: Array
+    csa_indptr: Array
+    plan_r1: Array
+    plan_dst_r1: Array
+    wplan_r1: Array
+    plan_r2: Array
+    plan_dst_r2: Array
+    wplan_r2: Array
+    counts: Array
+    block_table: Array
+    hca_idx: Array | None = None
+
+    def __init__(self, cfg: V4PrepareConfig, allocate: Allocate | None = None) -> None:
+        self.config = cfg
+        shapes = OUTPUT_SHAPES(cfg) | {"block_table": (cfg.max_num_seqs, cfg.max_blocks_per_seq)}
+        for name, shape in shapes.items():
+            setattr(self, name, (allocate or np.zeros)(shape, "int32"))
+
+
+class _Step(NamedTuple):
+    """A step: its rows, int32 [B], their block table as it came, and its tokens, int32 [T].
+
+    `number` counts the tokens of a row in this step.
+    """
+
+    ctx: Int32Array
+    q: Int32Array
+    slot: Int32Array
+    block_table: npt.NDArray[Any]
+    row: Int32Array
+    position: Int32Array
+    number: Int32Array
+
+
+def v4_prepare_np(
+    cfg: V4PrepareConfig,
+    ctx: Any,
+    q: Any,
+    slot: Any,
+    block_table: Any,
+    out: V4Arrays | None = None,
+) -> V4Arrays:
+    """All outputs of one step, computed on the host.
+
+    Token j of row b stands at position p = ctx[b] - q[b] + j. It reads the window keys
+    p-W+1..p and entry e of ratio r if e < (p + 1) // r: counts are per token, since the tokens of
+    one row may lie on both sides of the end of an entry.
+
+    Args:
+        cfg: sizes of the step.
+        ctx: [B], any integer dtype or a list; tokens of each row after the step.
+        q: [B]; tokens of each row in the step, 0 = idle row.
+        slot: [B]; owner of the row's rings, no two active rows alike; ignored for idle rows.
+        block_table: [B, columns]; the first ceil(ctx / block_size) cells of an active row are its
+            blocks, the others are ignored.
+        out: arrays to fill, whatever they held; None = new ones.
+
+    Returns:
+        `out`, or the new arrays; pads written.
+
+    Raises:
+        V4PrepareError: a rule is broken; `.code` says which, `.row` where; nothing was written.
+        ValueError: `out` belongs to another configuration.
+
+    Cost: a fixed number of NumPy calls, and one copy a token where the HCA list is long; memory
+    beside `out` in proportion to the window cells of the step and its part of the block table.
+    Source: the idea is ROCm/ATOM #728.
+    """
+    inputs = step_inputs(cfg, ctx, q, slot, block_table)
+    num_tokens = check_step(cfg, inputs)
+    if out is None:
+        out = V4Arrays(cfg)
+    elif out.config != cfg:
+        raise ValueError(
+            f"out: got arrays of {out.config}, must be of {cfg}; allocate them with V4Arrays(cfg)"
+        )
+    step = _step(inputs, num_tokens)
+    _write_layout(step, out)
+    _write_window(cfg, step, out)
+    num_hca = _write_offsets((step.position + 1) // cfg.hca_ratio, out.hca_indptr)
+    if out.hca_idx is not None:
+        _write_hca_list(cfg, step, out.hca_indptr, out.hca_idx)
+    visible = (step.position + 1) // cfg.csa_ratio
+    _fill(out.csa_visible, visible, 0)
+    num_csa = _write_offsets(np.minimum(visible, cfg.index_topk), out.csa_indptr)
+    counts = [len(step.q), num_tokens, num_hca, num_csa]
+    for name, ratio in (("r1", cfg.csa_ratio), ("r2", cfg.hca_ratio)):
+        plans = (getattr(out, kind + name) for kind in ("plan_", "plan_dst_", "wplan_"))
+        counts += _write_plans(cfg, step, ratio, *plans)
+    out.counts[:] = counts
+    return out
+
+
+def _step(inputs: StepInputs, num_tokens: int) -> _Step:
+    """Checked inputs as int32, and the tokens of every row, rows in order."""
+    # the slot of an idle row may be any number; it is never used
+    ctx, q, slot = (array.astype(np.int32, copy=False) for array in inputs[:3])
+    row = np.arange(len(q), dtype=np.int32).repeat(q)
+    first = np.cumsum(q, dtype=np.int32) - q
+    number = np.arange(num_tokens, dtype=np.int32) - first[row]
+    return _Step(ctx, q, slot, inputs.block_table, row, (ctx - q)[row] + number, number)
+
+
+def _fill(array: Int32Array, values: Any, pad: int) -> None:
+    """Values at the front of an array, padding after them."""
+    array[: len(values)] = values
+    array[len(values) :] = pad
+
+
+def _write_layout(step: _Step, out: V4Arrays) -> None:
+    """Positions, rows of tokens, prefix sums of q and contexts."""
+    _fill(out.positions, step.position, 0)
+    _fill(out.req_of_token, step.row, -1)
+    out.cu_q[0] = 0
+    _fill(out.cu_q[1:], np.cumsum(step.q), len(step.row))
+    _fill(out.ctx, step.ctx, 0)
+
+
+def _write_window(cfg: V4PrepareConfig, step: _Step, out: V4Arrays) -> None:
+    """The window of every token, ascending and left-packed, and where the token's own key goes.
+
+    A token of a decode row reads all its window from the pool. A token of a prefill row reads
+    what the row had before this step from there (`win_len`), and the rest, its own key included,
+    from the step's keys (`ext_len`): written first, they would have overwritten the window of a
+    ring. For the same reason only its last W keys are kept in a ring.
+    """
+    num_tokens, width = len(step.row), cfg.window_size
+    position, row = step.position, step.row
+    in_prefill = (step.q > cfg.spec_tokens + 1)[row]
+    oldest = np.maximum(position - (width - 1), 0)
+    from_step = np.minimum(step.number + 1, width) * in_prefill
+    lengths = position + 1 - oldest - from_step
+    _fill(out.win_len, lengths, 0)
+    _fill(out.ext_len, from_step, 0)
+    columns = np.arange(width, dtype=np.int32)
+    window, written = out.win_idx[:num_tokens], out.swa_write[:num_tokens]
+    if cfg.swa == "ring":
+        first_row = (step.slot * cfg.ring_rows)[row]
+        np.add((oldest % cfg.ring_rows)[:, None], columns, out=window)
+        # a window wraps at most once; read as unsigned, the smaller of x and x - R is x mod R
+        unsigned = window.view(np.uint32)
+        np.minimum(unsigned, unsigned - np.uint32(cfg.ring_rows), out=unsigned)
+        window += first_row[:, None]
+        np.add(position % cfg.ring_rows, first_row, out=written)
+        lost = in_prefill & (position < (step.ctx - width)[row])
+        np.copyto(written, -1, where=lost)
+    else:
+        # after the token itself the table may have no cell; those columns become -1 below
+        positions = np.minimum(oldest[:, None] + columns, position[:, None])
+        window[:] = _pool_rows(step.block_table, row[:, None], positions, cfg.block_size)
+        written[:] = _pool_rows(step.block_table, row, position, cfg.block_size)
+    np.copyto(window, -1, where=columns >= lengths[:, None])
+    out.win_idx[num_tokens:] = -1
+    out.swa_write[num_tokens:] = -1
+
+
+def _pool_rows(
+    block_table: npt.NDArray[Any], row: Int32Array, number: Int32Array, per_block: int
+) -> Int32Array:
+    """Rows of a pool whose blocks hold `per_block` items, of each row's items `number`."""
+    blocks = block_table[row, number // per_block].astype(np.int32, copy=False)
+    return blocks * np.int32(per_block) + number % per_block
+
+
+def _write_offsets(counts: Int32Array, indptr: Int32Array) -> int:
+    """Prefix sums of the tokens' list lengths, the last one repeated; the last one."""
+    indptr[0] = 0
+    np.cumsum(counts, out=indptr[1 : len(counts) + 1])
+    total = int(indptr[len(counts)])
+    indptr[len(counts) + 1 :] = total
+    return total
+
+
+def _write_hca_list(
+    cfg: V4PrepareConfig, step: _Step, hca_indptr: Int32Array, hca_idx: Int32Array
+) -> None:
+    """The rows of all HCA entries that each token sees; cells after them are kept.
+
+    The tokens of a row see its first entries, so these are computed once a row. Short lists are
+    made in one masked gather; long ones by a slice copy a token, which moves a row many times
+    faster once the call itself no longer counts.
+    """
+    offsets = hca_indptr[: len(step.row) + 1]
+    counts = np.diff(offsets)
+    most = int(counts.max(initial=0))
+    if most == 0:
+        return
+    per_block = cfg.block_size // cfg.hca_ratio
+    blocks = step.block_table[:, : -(-most // per_block)].astype(np.int32) * per_block
+    inside = np.arange(cfg.comp_base, cfg.comp_base + per_block, dtype=np.int32)
+    entries = (blocks[:, :, None] + inside).reshape(len(blocks), -1)
+    if entries.shape[1] * len(step.row) <= _MAX_GATHERED:
+        seen = np.arange(entries.shape[1], dtype=np.int32) < counts[:, None]
+        hca_idx[: offsets[-1]] = entries[step.row][seen]
+        return
+    bounds = offsets.tolist()
+    for row, at, stop in zip(step.row.tolist(), bounds, bounds[1:], strict=False):
+        hca_idx[at:stop] = entries[row, : stop - at]
+
+
+def _write_plans(
+    cfg: V4PrepareConfig,
+    step: _Step,
+    ratio: int,
+    plan: Int32Array,
+    plan_dst: Int32Array,
+    wplan: Int32Array,
+) -> tuple[int, int]:
+    """The plans of one ratio, in token order; the numbers of their rows."""
+    pool, position = cfg.pool(ratio), step.position
+    finished = ((position + 1) % ratio == 0).nonzero()[0]
+    kept = (position >= (step.ctx - pool)[step.row]).nonzero()[0]
+    for array, chosen in ((plan, finished), (wplan, kept)):
+        # the step's own tokens up to this one are read from the step, the rest from the ring
+        from_ring = np.maximum(pool - 1 - step.number[chosen], 0)
+        columns = (chosen, step.row[chosen], position[chosen], from_ring)
+        for column, values in enumerate(columns):
+            array[: len(chosen), column] = values
+        array[len(chosen) :] = -1
+    entries = position[finished] // ratio
+    per_block = cfg.block_size // ratio
+    rows = _pool_rows(step.block_table, step.row[finished], entries, per_block)
+    _fill(plan_dst, cfg.comp_base + rows, -1)
+    return len(finished), len(kept)
+
+
+def csa_translate(out: V4Arrays, block_table: Any, local_topk: Any) -> Int32Array:
+    """Rows of the CSA entries that the indexer chose, token after token as `csa_indptr` says.
+
+    row = comp_base + block_table[b, e // n] * n + e % n, n = block_size // csa_ratio
+
+    Runs once for each layer that chooses, not for each layer that reads (vLLM #57434, #57659).
+
+    Args:
+        out: outputs of the step.
+        block_table: [B, columns], the step's block table.
+        local_topk: [T or more, index_topk] integers; entry numbers of each token, of which the
+            first min(csa_visible, index_topk) are read.
+
+    Returns:
+        int32 [counts[3]]; -1 where a number is no entry that its token sees.
+
+    Raises:
+        ShapeError, DtypeError: `local_topk` or `block_table` has another shape, or no integers.
+    """
+    cfg = out.config
+    num_rows, num_tokens = int(out.counts[0]), int(out.counts[1])
+    table, chosen = np.asarray(block_table), np.asarray(local_topk)
+    for name, array in (("block_table", table), ("local_topk", chosen)):
+        if array.size and array.dtype.kind not in "iu":
+            raise DtypeError(f"{name}: got {array.dtype}, must be an integer dtype; convert it")
+    check_topk(cfg, chosen, num_tokens)
+    if num_rows and (table.ndim != 2 or len(table) < num_rows):
+        raise ShapeError(
+            f"block_table: got {table.shape}, must be [{num_rows} or more, columns]; pass the "
+            "table of the step"
+        )
+    visible = out.csa_visible[:num_tokens, None]
+    entry = chosen[:num_tokens][np.arange(cfg.index_topk) < visible]
+    token = np.repeat(np.arange(num_tokens), np.diff(out.csa_indptr[: num_tokens + 1]))
+    seen = (entry >= 0) & (entry < out.csa_visible[token])
+    rows = np.full(len(entry), -1, np.int32)
+    if seen.any():
+        row, per_block = out.req_of_token[token[seen]], cfg.block_size // cfg.csa_ratio
+        rows[seen] = cfg.comp_base + _pool_rows(table, row, entry[seen], per_block)
+    return rows
+
+
+def check_topk(cfg: V4PrepareConfig, local_topk: Array, num_tokens: int) -> None:
+    """Refuse entry numbers of another shape than one row a token.
+
+    Raises:
+        ShapeError: names both shapes.
+    """
+    shape = tuple(getattr(local_topk, "shape", ()))
+    if len(shape) != 2 or shape[0] < num_tokens or shape[1] != cfg.index_topk:
+        raise ShapeError(
+            f"local_topk: got {shape}, must be [{num_tokens} or more, {cfg.index_topk}]; pass one "
+            "row of index_topk entry numbers for each token of the step"
+        )

@@ -1,0 +1,353 @@
+"""The public operators: Paddle tensors in and out, what they refuse, and one step through all."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+import fd_dsa.ops as ops
+from fd_dsa.errors import DtypeError, ShapeError
+from fd_dsa.ops import providers
+from tests.kernel_memory import open_memory
+from tests.reference.indexer import ref_score
+from tests.reference.sparse_mla import ref_attend
+
+T, H, D, BLOCKS, RANK, ROPE = 4, 2, 128, 3, 512, 64
+
+
+def zeros(*shape: int, dtype: str = "float32") -> Any:
+    return paddle.zeros(list(shape), dtype)
+
+
+def ints(*values: int) -> Any:
+    return paddle.to_tensor(np.array(values, np.int32))
+
+
+def make_step() -> Any:
+    """A prompt of three tokens after 66 others, and a row that decodes its 71st."""
+    tables = paddle.to_tensor(np.array([[2, 0], [1, 3]], np.int32))
+    return ops.step_metadata(
+        ints(3, 0), ints(66, 70), ints(3, 1), tables, block_size=64, num_blocks=4
+    )
+
+
+def test_it_is_light_and_complete() -> None:
+    code = "import fd_dsa.ops, sys; print(sum(m in sys.modules for m in ('paddle', 'triton')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "0\n", done.stderr
+    assert all(getattr(ops, name).__doc__ for name in ops.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'paddle_jit'"):
+        _ = ops.paddle_jit
+
+
+def attention_inputs(fp8: bool) -> dict[str, Any]:
+    """Activations of a layer in a step of four tokens, and empty caches."""
+    rng = np.random.default_rng(0)
+    angle = rng.uniform(0, 6, (T, ROPE // 2))
+    arrays = {
+        "kv_a": rng.normal(0, 1, (T, RANK + ROPE)),
+        "index_k": rng.normal(0, 1, (T, D)),
+        "q": rng.normal(0, 1, (T, H, D)),
+        "weights": rng.normal(0, 1, (T, H)),
+        "query": rng.normal(0, 1, (T, H, RANK + ROPE)),
+        "cos_sin": np.concatenate([np.cos(angle), np.sin(angle)], axis=1),
+    }
+    tensors = {name: paddle.to_tensor(a.astype(np.float32)) for name, a in arrays.items()}
+    widths = (656, 132, "uint8") if fp8 else (RANK + ROPE, D, "float32")
+    tensors["latent"] = zeros(4, 1, 64, widths[0], dtype=widths[2])
+    tensors["index"] = zeros(4, 64, widths[1], dtype=widths[2])
+    return tensors
+
+
+def run_layer(x: dict[str, Any], fp8: bool) -> list[Any]:
+    """Scores, slots and results of the layer."""
+    step = make_step()
+    params = ops.CacheWriteParams("fp8_ds_mla" if fp8 else "float32")
+    angles = None, step.slot_mapping, x["cos_sin"]
+    ops.write_caches(x["kv_a"], x["index_k"], *angles, x["latent"], x["index"], params)
+    q, weights = ops.indexer_query(x["q"], x["weights"], None, x["cos_sin"], quantized=fp8)
+    logits = ops.indexer_logits(q, weights, x["index"], step)
+    pages = {"batch_ids": step.batch_id_per_token, "block_tables": step.block_tables}
+    lengths = step.position_ids + 1
+    slots = ops.topk_indices(logits, lengths, 8, **pages, block_size=64, num_blocks=4)
+    positions = ops.topk_indices(logits, lengths, 8)
+    latents = ops.sparse_mla(x["query"], x["latent"], slots, softmax_scale=0.1)
+    rows = x["latent"].reshape([256, -1])
+    keys = ops.dequantize(rows, slots[0].astype("int64"))
+    return [q, weights, logits, slots, positions, latents, keys]
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_layer_by_kernels_and_by_numpy(fp8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = attention_inputs(fp8)
+    before = x["q"].numpy()
+    host = run_layer(x, fp8)
+    assert all(isinstance(result, paddle.Tensor) for result in host)
+    np.testing.assert_array_equal(x["q"].numpy(), before)
+    q, weights, logits, slots, positions, latents, keys = (result.numpy() for result in host)
+    if not fp8:
+        step = make_step()
+        table, index = step.block_tables.numpy(), x["index"].numpy().reshape(256, D)
+        for token, (row, position) in enumerate([(0, 66), (0, 67), (0, 68), (1, 70)]):
+            own = table[row, np.arange(position + 1) // 64] * 64 + np.arange(position + 1) % 64
+            expected = [ref_score(q[token], weights[token], index[slot]) for slot in own]
+            np.testing.assert_allclose(logits[token, : position + 1], expected, atol=1e-4)
+            assert (logits[token, position + 1 :] == -np.inf).all()
+            assert slots[token].tolist() == own[positions[token]].tolist()
+            cache, chosen = x["latent"].numpy().reshape(256, -1), slots[token].tolist()
+            expected = ref_attend(x["query"].numpy()[token], cache, chosen, 0.1, RANK)
+            np.testing.assert_allclose(latents[token], expected, atol=1e-5)
+        np.testing.assert_array_equal(keys, cache[slots[0]])
+    monkeypatch.setattr(providers, "_choices", {})
+    monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
+    for module in ("topk", "logits", "mla", "query", "metadata"):
+        monkeypatch.setattr(f"fd_dsa.ops.{module}.device_kind", lambda tensor: "gpu")
+    monkeypatch.setattr("fd_dsa.ops.metadata._device_of", lambda tensor: "cpu")
+    device = run_layer(attention_inputs(fp8), fp8)
+    served = {operator: by["gpu"].provider for operator, by in providers.table().items()}
+    assert served["indexer_logits"] == ("triton_tensor_core" if fp8 else "triton")
+    assert {served[name] for name in ("topk", "cache_write", "indexer_query")} == {"triton"}
+    for one, other in zip(host, device, strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("gpu", marks=pytest.mark.triton)])
+def test_positions(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(providers, "_choices", {})
+    monkeypatch.setattr("fd_dsa.ops.positions.device_kind", lambda tensor: kind)
+    out = paddle.full([7], -9, "int32")
+    assert ops.position_ids(ints(3, 0, 0), ints(2, 4, 8), ints(3, 0, 2), out) is out
+    assert out.tolist() == [2, 3, 4, 8, 9, -9, -9]
+    assert ops.position_ids(ints(), ints(), ints(), out).tolist()[0] == 2
+
+
+def test_metadata_in_the_buffers_of_a_builder() -> None:
+    from fd_dsa.step import StepMetadataBuilder
+
+    builder = StepMetadataBuilder(2, 8, 2, 64, 4)
+    tables = paddle.to_tensor(np.array([[2, 0], [1, 3]], np.int32))
+    inputs = ints(3, 0), ints(66, 70), ints(3, 1), tables
+    step = ops.step_metadata(*inputs, block_size=64, out=builder)
+    assert builder.num_builds == 1
+    assert step.position_ids.tolist() == [66, 67, 68, 70]
+    assert step.slot_mapping.tolist() == [2, 3, 4, 3 * 64 + 6]
+    assert (step.max_seqlen_k, step.num_prefill_tokens) == (71, 3)
+
+
+def test_keys_without_a_block_have_no_slot() -> None:
+    tables = paddle.to_tensor(np.array([[3, 4, -1]], np.int32))
+    pages = {"batch_ids": ints(0, -1), "block_tables": tables, "block_size": 2, "num_blocks": 4}
+    logits = paddle.to_tensor(np.arange(16, dtype=np.float32).reshape(2, 8))
+    slots = ops.topk_indices(logits, ints(8, 8), 8, **pages)
+    assert slots.tolist() == [[6, 7, *[-1] * 6], [-1] * 8]
+
+
+def test_results_are_written_where_they_are_asked_for() -> None:
+    x, step = attention_inputs(False), make_step()
+    out = paddle.full([T, 80], 5.0)
+    assert ops.indexer_logits(x["q"], x["weights"], x["index"], step, out) is out
+    assert (out[:, 71:] == 5.0).all() and (out[0, 67:71] == 5.0).all() and (out[0, :67] == 0).all()
+    codes = zeros(T, H, D, dtype="uint8"), zeros(T, H)
+    q = x["q"], x["weights"], None, x["cos_sin"]
+    assert ops.indexer_query(*q, out=codes)[0] is codes[0]
+    assert codes[0].numpy().any()
+    for call, shape, dtype in (
+        (lambda o: ops.topk_indices(zeros(T, 9), ints(9, 9, 0, 1), 2, out=o), (T, 2), "int32"),
+        (lambda o: ops.dequantize(zeros(9, 16), paddle.arange(3), o), (3, 16), "float32"),
+        (
+            lambda o: ops.sparse_mla(
+                zeros(T, H, 16),
+                zeros(9, 16),
+                zeros(T, 3, dtype="int32"),
+                softmax_scale=1.0,
+                kv_lora_rank=8,
+                out=o,
+            ),
+            (T, H, 8),
+            "float32",
+        ),
+    ):
+        out = paddle.full(list(shape), 7, dtype)
+        assert call(out) is out and not (out == 7).any()
+        with pytest.raises(ShapeError, match=r"out of shape .* is not contiguous"):
+            call(paddle.full([2 * n for n in shape], 7, dtype)[tuple(slice(n) for n in shape)])
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "step_metadata": {
+        "seq_lens_encoder": ints(3, 0),
+        "seq_lens_decoder": ints(2, 4),
+        "seq_lens_this_time": ints(3, 1),
+        "block_tables": zeros(2, 2, dtype="int32"),
+        "block_size": 64,
+    },
+    "position_ids": {
+        "seq_lens_encoder": ints(3, 0),
+        "seq_lens_decoder": ints(2, 4),
+        "seq_lens_this_time": ints(3, 1),
+        "position_ids": zeros(4, dtype="int32"),
+    },
+    "indexer_logits": {
+        "q": zeros(T, H, D),
+        "weights": zeros(T, H),
+        "cache": zeros(4, 64, D),
+        "step": None,
+    },
+    "topk_indices": {"logits": zeros(T, 9), "lengths": ints(9, 1, 0, 2), "k": 2},
+    "sparse_mla": {
+        "q": zeros(T, H, 16),
+        "cache": zeros(9, 16),
+        "slots": zeros(T, 3, dtype="int32"),
+        "softmax_scale": 1.0,
+        "kv_lora_rank": 8,
+    },
+    "dequantize": {"cache": zeros(9, 16), "slots": paddle.arange(3)},
+    "indexer_query": {
+        "q": zeros(T, H, D),
+        "weights": zeros(T, H),
+        "position_ids": None,
+        "cos_sin_cache": zeros(T, ROPE),
+    },
+}
+TABLES = {"batch_ids": ints(0, 0, 0, 0), "block_tables": zeros(1, 1, dtype="int32")}
+SIZES = {"block_size": 16, "num_blocks": 1}
+
+
+REFUSALS: dict[str, list[tuple[type[Exception], str, dict[str, Any]]]] = {
+    "step_metadata": [
+        (ShapeError, r"block_tables has shape \[2\]", {"block_tables": ints(0, 0)}),
+        (DtypeError, "seq_lens_decoder has dtype int64", {"seq_lens_decoder": paddle.arange(2)}),
+        (ShapeError, r"seq_lens_encoder has shape \[1\].*\[2\]", {"seq_lens_encoder": ints(1)}),
+    ],
+    "position_ids": [
+        (
+            DtypeError,
+            "position_ids has dtype int64, allowed is int32",
+            {"position_ids": paddle.arange(4)},
+        ),
+        (ShapeError, r"seq_lens_encoder has shape \[1\]", {"seq_lens_encoder": ints(1)}),
+        (ValueError, r"seq_lens_this_time\[1\] is -1", {"seq_lens_this_time": ints(3, -1)}),
+        (
+            ValueError,
+            "position_ids holds 3 tokens, allowed are at least the 4",
+            {"position_ids": ints(0, 0, 0)},
+        ),
+    ],
+    "indexer_logits": [
+        (ShapeError, r"q has shape \[3, 2, 128\], allowed is \[4, ", {"q": zeros(3, H, D)}),
+        (ShapeError, r"cache has shape .*\[\*, \*, 128\]", {"cache": zeros(4, 64, 64)}),
+        (
+            DtypeError,
+            "q has dtype float32, allowed is uint8",
+            {"cache": zeros(4, 64, 132, dtype="uint8")},
+        ),
+        (DtypeError, "cache has dtype int32", {"cache": zeros(4, 64, D, dtype="int32")}),
+        (ShapeError, r"weights has shape \[4, 3\].*\[4, 2\]", {"weights": zeros(T, 3)}),
+        (ShapeError, "out has rows of 70 values, allowed are 71 and more", {"out": zeros(T, 70)}),
+    ],
+    "topk_indices": [
+        (DtypeError, "logits has dtype int32", {"logits": zeros(T, 9, dtype="int32")}),
+        (ShapeError, r"lengths has shape \[2\].*\[4\]", {"lengths": ints(1, 1)}),
+        (ValueError, r"lengths\[1\] is 10, allowed is 0 to 9", {"lengths": ints(9, 10, 0, 1)}),
+        (ValueError, "k is 0, allowed is at least 1", {"k": 0}),
+        (ShapeError, "block_size is None and block_tables Tensor", TABLES),
+        (
+            ShapeError,
+            "batch_ids is None and block_tables Tensor",
+            TABLES | SIZES | {"batch_ids": None},
+        ),
+        (ValueError, "num_blocks is 0", TABLES | SIZES | {"num_blocks": 0}),
+        (DtypeError, "out has dtype int64", {"out": zeros(T, 2, dtype="int64")}),
+        (ShapeError, r"out has shape \[4, 3\]", {"out": zeros(T, 3, dtype="int32")}),
+    ],
+    "sparse_mla": [
+        (ShapeError, r"q has shape \[4, 16\]", {"q": zeros(T, 16)}),
+        (
+            DtypeError,
+            "q has dtype bfloat16, allowed is float32",
+            {"q": zeros(T, H, 16, dtype="bfloat16")},
+        ),
+        (ShapeError, "kv_lora_rank is 17, allowed is 1 to 16", {"kv_lora_rank": 17}),
+        (
+            ShapeError,
+            "an fp8_ds_mla cache has keys of 576 values, q has 16",
+            {"cache": zeros(9, 656, dtype="uint8")},
+        ),
+        (
+            ShapeError,
+            "kv_lora_rank is 8, an fp8_ds_mla cache has 512",
+            {"cache": zeros(9, 656, dtype="uint8"), "q": zeros(T, H, 576)},
+        ),
+        (ShapeError, r"cache has shape \[9, 15\].*\[\*, 16\]", {"cache": zeros(9, 15)}),
+        (DtypeError, "slots has dtype int64", {"slots": zeros(T, 3, dtype="int64")}),
+        (
+            ValueError,
+            r"slots\[0, 0\] is 9, allowed is -1 to 8",
+            {"slots": paddle.full([T, 3], 9, "int32")},
+        ),
+        (ShapeError, "slots is a list", {"slots": [[0]] * T}),
+    ],
+    "dequantize": [
+        (DtypeError, "slots has dtype int32", {"slots": ints(1)}),
+        (ValueError, r"slots\[1\] is -1, allowed is 0 to 8", {"slots": paddle.to_tensor([0, -1])}),
+        (ShapeError, r"cache has shape \[9, 600\].*656", {"cache": zeros(9, 600, dtype="uint8")}),
+    ],
+    "indexer_query": [
+        (ShapeError, "q is None", {"q": None}),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message", "changes"),
+    [(call, *row) for call, rows in REFUSALS.items() for row in rows],
+)
+def test_refusals(call: str, error: type[Exception], message: str, changes: dict[str, Any]) -> None:
+    arguments = CALLS[call] | changes
+    if call == "indexer_logits":
+        arguments |= {"step": make_step()}
+    with pytest.raises(error, match=rf"^{call}: {message}"):
+        getattr(ops, call)(**arguments)
+
+
+PAGE = (Path(__file__).parents[2] / "docs/operators.md").read_text("utf-8")
+EXAMPLES = dict(re.findall(r"^## (\w+)\n.*?^```py\n(.*?)^```", PAGE, re.M | re.S))
+
+
+@pytest.mark.parametrize("name", [n for n in ops.__all__ if n != "CacheWriteParams"])
+def test_the_example_of_the_page_runs(name: str) -> None:
+    assert f"| [`{name}`](#{name}) |" in PAGE
+    exec(EXAMPLES[name], {})
+
+
+def test_the_table_of_the_page_is_that_of_the_code() -> None:
+    rows = re.findall(r"^\| (`[a-z_`, ]+) \| ([a-z_`, ]+) \| ([a-z_`, ]+) \|$", PAGE, re.M)
+    told = {
+        op: [cell.split(", ") for cell in cells] for ops_, *cells in rows for op in ops_.split(", ")
+    }
+    served = {
+        f"`{op}`": [[f"`{p}`" for p in providers.on(op, kind)] for kind in ("cpu", "gpu")]
+        for op in providers.OPERATORS
+    }
+    assert told == served
+
+
+@pytest.mark.gpu_rig
+def test_a_layer_on_a_device() -> None:
+    m, x = open_memory("rig"), attention_inputs(True)
+    host = run_layer(x, True)
+    place = m.put(np.zeros(1, np.float32)).place
+    device = {name: tensor.to(place) for name, tensor in attention_inputs(True).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.ops.test_operators.ints", lambda *v: m.put(np.array(v, np.int32)))
+        results = run_layer(device, True)
+    for one, other in zip(host, results, strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=1e-2, atol=1e-2)

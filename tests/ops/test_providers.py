@@ -1,0 +1,236 @@
+"""The table of providers: what serves where, what FD_DSA_OP_PROVIDER asks for, and why not."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import paddle
+import pytest
+
+from fd_dsa import custom_ops
+from fd_dsa.errors import BackendUnavailable, ConfigError
+from fd_dsa.ops import providers
+from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_TOLERANCE, logits_case, mla_case
+from fd_dsa.ops.probes import Memory, topk_case
+from fd_dsa.ops.providers import OPERATORS, choose, function, on, serving, settle, table
+from tests.custom_ops.building import emulated_library
+from tests.kernel_memory import open_memory
+
+PAIRS = [(operator, provider) for operator, served in OPERATORS.items() for provider in served]
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is chosen or asked for before a test, nor after it."""
+    monkeypatch.setattr(providers, "_choices", {})
+    monkeypatch.delenv("FD_DSA_OP_PROVIDER", raising=False)
+    custom_ops.use_library(None)
+    yield
+    custom_ops.use_library(None)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, archs: tuple[str, ...] = ()) -> None:
+    """A package fd_dsa_ops with a record of its build."""
+    package = SimpleNamespace(
+        LIBRARY=shutil.which("true"),
+        BUILD={"paddle": "3.3.1", "cuda": None, "archs": list(archs)},
+        __all__=["get_position_ids_and_mask_encoder_batch"],
+    )
+    monkeypatch.setitem(sys.modules, "fd_dsa_ops", package)
+
+
+def tensor_on(kind: str) -> Any:
+    """A tensor on a kind of device, as far as it is looked at."""
+    place = SimpleNamespace(is_cpu_place=lambda: False, is_gpu_place=lambda: kind == "gpu")
+    if kind == "cuda":
+        return SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    return SimpleNamespace(place=place if kind == "gpu" else Place(kind))
+
+
+class Place(str):
+    """A custom place, as Paddle prints it."""
+
+    def __str__(self) -> str:
+        return f"Place({str.__str__(self)}:0)"
+
+    def is_cpu_place(self) -> bool:
+        return False
+
+    is_gpu_place = is_cpu_place
+
+
+@pytest.mark.parametrize(("operator", "provider"), PAIRS)
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_every_pair_serves_or_says_why_not(
+    kind: str, operator: str, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FD_DSA_OP_PROVIDER", f"{operator}={provider}")
+    wanted = {("paddle", "cpu"), ("triton", "gpu"), ("triton_tensor_core", "gpu")}
+    if (provider, kind) in wanted:
+        assert choose(operator, kind).provider == provider
+        assert table()[operator][kind].against == {}
+        return
+    if provider == "custom_op" and (kind == "gpu" or operator == "position_ids"):
+        reason = "fd_dsa_ops is missing: not installed; make custom-ops, or pip install"
+    else:
+        reason = f"it serves tensors on {'a CPU' if provider == 'paddle' else 'a device'}"
+    message = f"FD_DSA_OP_PROVIDER: {operator}={provider} cannot serve on {kind}: {reason}"
+    with pytest.raises(BackendUnavailable, match=message):
+        choose(operator, kind)
+    assert table() == {}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("operator", "provider"), PAIRS)
+def test_every_function_agrees_with_the_definition(operator: str, provider: str) -> None:
+    if provider == "custom_op":
+        assert callable(function(operator, provider))
+        return
+    tensor_core = {
+        "indexer_logits": logits_case(("fp8_ds_mla",), 2e-4),
+        "sparse_mla": mla_case(TENSOR_CORE_TOLERANCE),
+    }
+    case = topk_case((40, 8), (1104, 7)) if operator == "topk" else CASES[operator]
+    case = tensor_core[operator] if provider == "triton_tensor_core" else case
+    memory = Memory(None if provider == "paddle" else open_memory("interpreter").poisoned)
+    assert case.difference(function(operator, provider), memory) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("topk", "got 'topk' .*allowed: topk=custom_op, topk=paddle, topk=triton, separated"),
+        ("topk=torch", "got 'topk=torch' .*allowed: topk=custom_op"),
+        ("attention=triton", "got 'attention=triton' .*step_metadata=paddle, .*sparse_mla=triton"),
+        ("topk=triton;a=b", "got 'topk=triton;a=b' in"),
+    ],
+)
+def test_a_variable_that_cannot_be_read(
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FD_DSA_OP_PROVIDER", text)
+    with pytest.raises(ConfigError, match=f"FD_DSA_OP_PROVIDER: {message}"):
+        choose("cache_write", "cpu")
+
+
+@pytest.mark.parametrize("tensor", [np.zeros(1), paddle.zeros([1])], ids=["numpy", "paddle"])
+def test_a_choice_is_logged_once(tensor: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fd_dsa"):
+        assert len({serving("cache_write", tensor) for _ in range(3)}) == 1
+    text = "cache_write on cpu: paddle (a CPU: NumPy, and products by Paddle)"
+    assert caplog.messages == [text]
+    assert table()["cache_write"]["cpu"].provider == "paddle"
+
+
+@pytest.mark.parametrize("kind", ["gpu", "hopper", "cuda"])
+@pytest.mark.parametrize(("mode", "word"), [("1", "an interpreted"), ("0", "a compiled")])
+def test_a_device(
+    kind: str,
+    mode: str,
+    word: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", mode)
+    with caplog.at_level(logging.INFO, logger="fd_dsa"):
+        assert serving("mla_query", tensor_on(kind)) is function("mla_query", "triton")
+    assert caplog.messages == [f"mla_query on {kind}: triton (a device, {word} Triton kernel)"]
+
+
+def test_settling_covers_what_has_one_provider_and_sees_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settle("cpu")
+    assert set(table()) == set(OPERATORS) - {"position_ids"}
+    settle("gpu")
+    assert [op for op in OPERATORS if "gpu" not in table().get(op, {})] == [
+        *("position_ids", "indexer_logits", "topk", "sparse_mla")
+    ]
+    monkeypatch.setenv("FD_DSA_OP_PROVIDER", "topk=custom_op")
+    with pytest.raises(BackendUnavailable, match="topk=custom_op cannot serve on cpu"):
+        settle("cpu")
+
+
+def test_a_faster_provider_that_cannot_serve_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    reasons = {"triton_tensor_core": lambda: "the cache is float32"}
+    with caplog.at_level(logging.INFO, logger="fd_dsa"):
+        choice = choose("indexer_logits", "gpu", reasons)
+        assert choose("indexer_logits", "gpu", reasons) == choice
+        assert choose("indexer_logits", "gpu").provider == "triton_tensor_core"
+    assert choice.against == {"triton_tensor_core": "the cache is float32"}
+    first, second = caplog.messages
+    assert first.endswith(" Triton kernel; not triton_tensor_core: the cache is float32)")
+    assert "triton_tensor_core (a device, a" in second
+    assert on("indexer_logits", "gpu") == ["triton_tensor_core", "triton"]
+
+
+def state_of_library(state: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The package fd_dsa_ops is missing, built without kernels, broken, or has kernels."""
+    if state == "no kernels":
+        install(monkeypatch)
+    elif state == "broken":
+        text = "raise ImportError('libX.so: undefined symbol: f')\n"
+        (folder / "fd_dsa_ops.py").write_text(text)
+        monkeypatch.syspath_prepend(str(folder))
+    elif state == "kernels":
+        custom_ops.use_library(emulated_library("position_ids"))
+
+
+def fails(kernels: Any) -> str:
+    raise AttributeError("no such symbol")
+
+
+@pytest.mark.parametrize(
+    ("state", "probe", "level", "reason"),
+    [
+        ("missing", str, "INFO", "fd_dsa_ops is missing: not installed; make custom-ops"),
+        ("no kernels", str, "INFO", "fd_dsa_ops is built for Paddle 3.3.1 without CUDA kernels"),
+        ("broken", str, "WARNING", "fd_dsa_ops is broken: libX.so: undefined symbol: f"),
+        ("kernels", fails, "WARNING", "its probe failed: AttributeError: no such symbol"),
+        ("kernels", lambda kernels: "row 1 is off", "WARNING", "row 1 is off"),
+        ("kernels", lambda kernels: "", "INFO", ""),
+    ],
+)
+def test_a_kernel_of_custom_ops(
+    state: str,
+    probe: Any,
+    level: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    state_of_library(state, monkeypatch, tmp_path)
+    probe = (lambda kernels: "") if probe is str else probe
+    with caplog.at_level(logging.INFO, "fd_dsa"):
+        choices = [choose("topk", "gpu", probe=probe) for _ in range(2)]
+    assert [record.levelname for record in caplog.records] == [level]
+    assert choices[0].provider == ("triton" if reason else "custom_op")
+    assert reason in choices[0].against.get("custom_op", "")
+    monkeypatch.setenv("FD_DSA_OP_PROVIDER", "topk=custom_op")
+    if reason:
+        with pytest.raises(BackendUnavailable, match=f"topk=custom_op cannot serve .*{reason}"):
+            choose("topk", "gpu", probe=probe)
+
+
+def test_the_registered_operator_needs_no_kernels_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    assert choose("position_ids", "cpu").provider == "custom_op"
+    choice = choose("position_ids", "gpu")
+    assert choice.provider == "triton" and "without CUDA" in choice.against["custom_op"]
+    custom_ops.use_library(emulated_library("position_ids"))
+    assert "without Paddle's operators" in choose("position_ids", "gpu").against["custom_op"]
+    with pytest.raises(BackendUnavailable, match="fd_dsa_ops has no operator nothing here"):
+        custom_ops.registered("nothing")
+
+
+def test_a_library_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendUnavailable, match=r"none\.so: .*; build it again"):
+        custom_ops.use_library(tmp_path / "none.so")
