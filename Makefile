@@ -3,7 +3,8 @@
 #   make test                 the quick tests: 7 minutes on 2 cores
 #   make test-all             the slow ones: processes, builds, long runs
 #   make gpu-rig              Paddle tensors in CUDA memory, with Paddle's CPU wheel, g++ and nvcc
-#   make custom-ops           the operators in C++, for the Paddle of .venv; needs g++
+#   make custom-ops           the operators in C++, for the Paddle of .venv; needs g++, and nvcc for
+#                             CUDA kernels: without it Triton's serve
 # Another interpreter: make PYTHON=python3.12 ...; flags of the server: make serve ARGS="--port 9000"
 PYTHON ?= python3
 ARGS ?=
@@ -85,7 +86,8 @@ gpu-rig: $(VENV)/.dev
 custom-ops: $(VENV)/.cpu
 	$(PIP) --no-build-isolation ./custom_ops
 	@$(BIN)/python -W ignore -c 'from fd_dsa.custom_ops import build; \
-	  print("fd_dsa_ops is", build().state, build().reason)'
+	  print("fd_dsa_ops is", build().state, build().reason + ("" if build().kernels else \
+	  "; the Triton kernels serve top-k and sparse MLA on GPUs"))'
 
 # the builder needs Python 3.11 and nothing of the package, so it has a small environment of its own
 docs: $(DOCS)/.made

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES
+
 WIDTH, PAGE = 128, 64
-_RECORD_BYTES, _SCORE_BYTES = 132, 4
+_SCORE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Shape:
     def bytes_moved(self) -> int:
         """Every key and its scale once, queries and weights once, every score once."""
         queries = self.num_tokens * self.heads * (WIDTH + 4)
-        return _RECORD_BYTES * self.rows * self.keys + queries + _SCORE_BYTES * self.pairs
+        return INDEX_RECORD_BYTES * self.rows * self.keys + queries + _SCORE_BYTES * self.pairs
 
     @property
     def flops(self) -> int:

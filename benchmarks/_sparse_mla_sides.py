@@ -18,6 +18,7 @@ from benchmarks import _custom_ops, _gpu, _peers
 from benchmarks._logits_sides import codes
 from fd_dsa.attention.device import LOGITS_BYTES
 from fd_dsa.attention.tensor_core_attention import keys_per_token
+from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
 from fd_dsa.ops.mla.custom_op import CustomAttention, kind_for
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
 from fd_dsa.ops.mla.tensor_core import (
@@ -30,7 +31,8 @@ from fd_dsa.ops.mla.tensor_core import (
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
 
-TOPK, RANK, ROPE, RECORD, BLOCK = 2048, 512, 64, 656, 64
+TOPK, BLOCK = 2048, 64
+RANK, ROPE, RECORD = LATENT_WIDTH, ROPE_WIDTH, LATENT_RECORD_BYTES
 SCALE = 0.1352337789
 OURS, CUDA, GATHER = "ours", "ours in CUDA C++", "gather alone"
 RECORDS = "ours in CUDA C++, from records"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES as INDEX_BYTES
+from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES as LATENT_BYTES
+
 LAYERS = 61
 TOPK, RANK, ROPE = 2048, 512, 64
-LATENT_BYTES, INDEX_BYTES = 656, 132
 # heads of DeepSeek-V3.2 on one device, and on each of eight
 HEADS = (128, 16)
 OURS, PEERS = "ours", "peers"

@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import _gpu
 from benchmarks._peers import vllm_cache_ops, vllm_writes
+from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
 from fd_dsa.ops.cache_write import CacheWriteParams, paddle_impl
 from fd_dsa.ops.cache_write.triton_kernel import (
     CANDIDATES,
@@ -32,7 +33,8 @@ from fd_dsa.ops.cache_write.triton_kernel import (
 SIZES = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192)
 RANK, ROPE, DIM, BLOCK = 512, 64, 128, 64
 FUSED_WIDTH = 1536 + RANK + ROPE
-BYTES_PER_TOKEN = 2 * (RANK + ROPE) + 2 * DIM + 4 * ROPE + 8 + 656 + 132
+BYTES_PER_TOKEN = 2 * (RANK + ROPE) + 2 * DIM + 4 * ROPE + 8
+BYTES_PER_TOKEN += LATENT_RECORD_BYTES + INDEX_RECORD_BYTES
 _MAX_POSITION = 1 << 16
 
 
@@ -47,8 +49,12 @@ class Layer:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.latent = torch.empty((num_blocks, 1, BLOCK, 656), device="cuda", dtype=torch.uint8)
-        self.index = torch.empty((num_blocks, BLOCK, 132), device="cuda", dtype=torch.uint8)
+        self.latent = torch.empty(
+            (num_blocks, 1, BLOCK, LATENT_RECORD_BYTES), device="cuda", dtype=torch.uint8
+        )
+        self.index = torch.empty(
+            (num_blocks, BLOCK, INDEX_RECORD_BYTES), device="cuda", dtype=torch.uint8
+        )
         _gpu.poison(self.latent, self.index)
         angles = torch.rand(_MAX_POSITION, ROPE // 2, device="cuda") * 6
         self.cos_sin = torch.cat([angles.cos(), angles.sin()], 1)

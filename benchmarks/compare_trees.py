@@ -2,9 +2,9 @@
 
     python -m benchmarks.compare_trees CHECKOUT --only topk cache_write --rounds 2
 
-Each round runs every benchmark in the other checkout, then in this one, without peers. A case counts
-by the smallest median of its rounds; it has changed where the two differ by more than 3 %, or by more
-than 0.3 us where the older one takes less than 10 us.
+Each round runs every benchmark in the other checkout, then in this one, without peers. A case
+counts by the smallest median of its rounds; it has changed where the two differ by more than 3 %,
+or by more than 0.3 us where the older one takes less than 10 us.
 Writes benchmarks/results/compare_trees.json; returns 1 if a case is slower.
 """
 

@@ -22,6 +22,7 @@ from pathlib import Path
 LIBRARY = "libfd_dsa_kernels.so"
 SOURCES = Path(__file__).parent / "csrc"
 CACHE = Path(__file__).parents[1] / "build" / "custom_ops"
+# those that the compiler does not know are left out
 ARCHS = ("80", "90", "100")
 # of an architecture, the one that has its own instructions too; code for it runs there alone
 FEATURES = {"90": "90a"}
@@ -42,16 +43,30 @@ def find_nvcc() -> str | None:
 
 def known_archs(nvcc: str) -> tuple[str, ...]:
     """Those of ARCHS for which a compiler makes code."""
-    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    known = set(re.findall(r"compute_(\d+)\b", said))
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = set(re.findall(r"compute_(\d+)\b", listed))
     return tuple(arch for arch in ARCHS if arch in known)
 
 
-def _run(command: list[str]) -> None:
-    """One compiler call; what it wrote is in the error."""
-    done = subprocess.run(command, cwd=SOURCES, capture_output=True, text=True)
-    if done.returncode:
-        raise BuildError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+def gencode(archs: Sequence[str]) -> list[str]:
+    """Flags of nvcc: code of each architecture, and for later ones what the driver compiles."""
+    names = [FEATURES.get(arch, arch) for arch in archs]
+    flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    return [*flags, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+
+
+def _run(commands: list[list[str]]) -> None:
+    """Run compilers, all at once; what one of them wrote is in the error.
+
+    Raises:
+        BuildError: one of them failed.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    running = [subprocess.Popen(command, cwd=SOURCES, **pipes) for command in commands]
+    outputs = [process.communicate()[0] for process in running]
+    for command, process, output in zip(commands, running, outputs, strict=True):
+        if process.returncode:
+            raise BuildError(f"{' '.join(command)}\n{output}")
 
 
 def _key(*parts: object) -> str:
@@ -60,29 +75,6 @@ def _key(*parts: object) -> str:
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def compile_units(folder: Path, nvcc: str, archs: Sequence[str]) -> list[str]:
-    """Object files of all CUDA sources, written into a folder, several at a time.
-
-    Raises:
-        BuildError: nvcc refuses a source.
-    """
-    names = [FEATURES.get(arch, arch) for arch in archs]
-    code = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
-    objects, running = [], []
-    for source in sorted(SOURCES.glob("*.cu")):
-        objects.append(str(folder / f"{source.stem}.o"))
-        command = [nvcc, *NVCC_FLAGS, *code, "--threads", "0", "-c", source.name, "-o", objects[-1]]
-        pipe = subprocess.PIPE
-        running.append(
-            (command, subprocess.Popen(command, cwd=SOURCES, stdout=pipe, stderr=pipe, text=True))
-        )
-    said = [(command, process.communicate(), process) for command, process in running]
-    for command, texts, process in said:
-        if process.returncode:
-            raise BuildError(f"{' '.join(command)}\n{''.join(texts)}")
-    return objects
 
 
 def build_library(archs: Sequence[str] | None = None) -> Path:
@@ -97,20 +89,21 @@ def build_library(archs: Sequence[str] | None = None) -> Path:
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError("no nvcc: install the CUDA toolkit, or set CUDA_HOME to it")
-    archs = tuple(archs or known_archs(nvcc))
+    flags = [*NVCC_FLAGS, *gencode(archs or known_archs(nvcc)), "--threads", "0"]
     compiler = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    flags = NVCC_FLAGS, os.environ.get("NVCC_APPEND_FLAGS", "")
-    folder = CACHE / f"kernels-{_key(archs, FEATURES, compiler, *flags)}"
+    key = _key(compiler, flags, os.environ.get("NVCC_APPEND_FLAGS", ""))
+    folder = CACHE / f"kernels-{key}"
     if (folder / LIBRARY).is_file():
         return folder / LIBRARY
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        objects = compile_units(Path(scratch), nvcc, archs)
-        made = Path(scratch) / LIBRARY
-        _run([nvcc, "-shared", "-cudart", "static", "-o", str(made), *objects])
+        units = {path.name: f"{scratch}/{path.stem}.o" for path in sorted(SOURCES.glob("*.cu"))}
+        _run([[nvcc, *flags, "-c", name, "-o", made] for name, made in units.items()])
+        library = Path(scratch) / LIBRARY
+        _run([[nvcc, "-shared", "-cudart", "static", "-o", str(library), *units.values()]])
         folder.mkdir(exist_ok=True)
         # the library moves last and at once: two processes may build the same one
-        made.replace(folder / LIBRARY)
+        library.replace(folder / LIBRARY)
     return folder / LIBRARY
 
 

@@ -54,7 +54,7 @@ bool runs_on_cpu(const Tensor& tensor) {
   PD_CHECK(is_device, kOp, ": the tensors lie on ", tensor.place(),
            ", but this build of fd_dsa_ops has kernels for ",
            kHasCuda ? "host memory and its GPU" : "host memory alone",
-           "; build it beside a Paddle that has CUDA");
+           "; build it beside a Paddle that has CUDA, where there is nvcc");
   return false;
 }
 

@@ -61,7 +61,9 @@ def tracked() -> list[str]:
         ["git", "ls-files"], cwd=TREE, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     return [
-        n for n in names if n.endswith(SUFFIXES) and not n.startswith(SKIPPED) and n != "CHANGELOG.md"
+        n
+        for n in names
+        if n.endswith(SUFFIXES) and not n.startswith(SKIPPED) and n != "CHANGELOG.md"
     ]
 
 

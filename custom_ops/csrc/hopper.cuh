@@ -1,6 +1,10 @@
-// Instructions of Hopper that have no name in C++: barriers, bulk copies, clusters, tensor cores.
+// Instructions of Hopper that have no name in C++: shared memory by address, barriers, copies,
+// clusters, conversions, tensor cores.
 #ifndef FD_DSA_HOPPER_CUH
 #define FD_DSA_HOPPER_CUH
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 #include "common.cuh"
 
@@ -10,6 +14,8 @@
 #endif
 
 namespace fd_dsa::hopper {
+
+// ---- shared memory
 
 // A block's shared memory, as much of it as the launch asked for.
 __device__ __forceinline__ unsigned char* shared_memory() {
@@ -21,7 +27,70 @@ __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// ---- mbarriers
+template <typename T>
+__device__ __forceinline__ void store_shared(uint32_t at, T value) {
+  static_assert(sizeof(T) == 4);
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(*reinterpret_cast<uint32_t*>(&value))
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t at, uint4 x) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z),
+               "r"(x.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t at, float4 x) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(x.x), "f"(x.y), "f"(x.z),
+               "f"(x.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t at, float2 x) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(x.x), "f"(x.y) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t at, uint16_t value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_shared(uint32_t at) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ float load_shared_float(uint32_t at) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(at) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ float2 load_shared_float2(uint32_t at) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(at) : "memory");
+  return x;
+}
+
+__device__ __forceinline__ uint4 load_shared_uint4(uint32_t at) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(at)
+               : "memory");
+  return x;
+}
+
+__device__ __forceinline__ float4 load_shared_float4(uint32_t at) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(at)
+               : "memory");
+  return x;
+}
+
+// ---- barriers
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -79,6 +148,11 @@ __device__ __forceinline__ void named_barrier_apart(int number, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// Arrives at a barrier of `threads` threads without waiting; see `named_barrier`.
+__device__ __forceinline__ void named_barrier_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // ---- copies
 
 // `bytes` (a multiple of 16) from global to shared memory, counted by a barrier.
@@ -101,6 +175,36 @@ __device__ __forceinline__ void store_bulk(void* to, uint32_t from, uint32_t byt
 // Waits until what this thread stores in bulk has been read.
 __device__ __forceinline__ void wait_for_bulk_stores() {
   asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// 16 bytes from global to shared memory, zeros instead where `read` is false.
+__device__ __forceinline__ void copy_16(uint32_t to, const void* from, bool read) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(read ? 16 : 0)
+               : "memory");
+}
+
+// The barrier gets an arrival of this thread once its copies by copy_16 have landed.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Waits until this thread's copies by copy_16 have landed.
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// 16 bytes that are read once by this block, zeros instead where `read` is false. Not as constant
+// (ld.global.nc): such loads the compiler moves behind the next wait, when they are late.
+__device__ __forceinline__ uint4 load_16(const char* from, bool read) {
+  uint4 x;
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+      "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+      "@p ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
+      : "=&r"(x.x), "=&r"(x.y), "=&r"(x.z), "=&r"(x.w)
+      : "l"(from), "r"(static_cast<int>(read)));
+  return x;
 }
 
 // ---- clusters
@@ -159,7 +263,60 @@ __device__ __forceinline__ void fewer_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- operands
+// ---- conversions
+
+// The same number, of which the compiler knows nothing: what follows from it is computed where it
+// is used, and holds no registers elsewhere.
+__device__ __forceinline__ int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// float16 values of the codes in the lower, or upper, half of a word.
+template <bool kUpper>
+__device__ __forceinline__ uint32_t values_of_codes(uint32_t word) {
+  uint32_t values;
+  if constexpr (kUpper) {
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high;}"
+        : "=r"(values)
+        : "r"(word));
+  } else {
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, low;}"
+        : "=r"(values)
+        : "r"(word));
+  }
+  return values;
+}
+
+// Products of two float16 values.
+__device__ __forceinline__ uint32_t times_halves(uint32_t x, uint32_t y) {
+  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(x) : "r"(y));
+  return x;
+}
+
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ uint32_t pack_half(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+__device__ __forceinline__ uint32_t pack_bfloat16(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+// Half a word as a float: bfloat16 bits.
+__device__ __forceinline__ float low_of(uint32_t x) { return __uint_as_float(x << 16); }
+__device__ __forceinline__ float high_of(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+
+// ---- tensor cores of a warp
 
 // Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t row) {
@@ -174,6 +331,13 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], uint
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(row)
+               : "memory");
+}
+
+// Four 8x8 matrices of 16-bit values; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+               "r"(from[0]), "r"(from[1]), "r"(from[2]), "r"(from[3])
                : "memory");
 }
 
@@ -192,6 +356,122 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+}
+
+// ---- tensor cores of a warpgroup
+
+// Place of 16-byte chunk `chunk` (0 to 7) of a row in an operand, swizzled by 128 bytes.
+__device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) {
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+
+// An operand: rows of 128 bytes, 8 rows after 8 rows from a multiple of 1024 on. To step on costs
+// one addition, so that products of 32 cycles follow each other closely. An address has the rank
+// of its block in the cluster above its lowest 18 bits.
+struct Operand {
+  uint32_t low;
+
+  // `bytes` on, a multiple of 16.
+  __device__ __forceinline__ uint64_t at(uint32_t bytes) const {
+    constexpr uint64_t kSwizzle128 = 1ull << 62, kNextRows = 1024 / 16;
+    return kSwizzle128 | kNextRows << 32 | (low + bytes / 16);
+  }
+};
+
+// Rows are those of the product, columns are summed over; 16 of these are 32 bytes.
+__device__ __forceinline__ Operand k_major(uint32_t address) {
+  return {(address & 0x3ffff) >> 4 | 1u << 16};
+}
+
+// Rows are what is summed over, columns those of the product: 64 of them lie side by side, the next
+// ones `next_columns` bytes on. 16 rows are 2048 bytes.
+__device__ __forceinline__ Operand row_major(uint32_t address, uint32_t next_columns) {
+  return {(address & 0x3ffff) >> 4 | next_columns >> 4 << 16};
+}
+
+// What this thread wrote to shared memory, or waited for, is seen by wgmma.
+__device__ __forceinline__ void publish_to_async() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Waits until at most so many of the last groups run.
+template <int kGroups>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+}
+
+// Keeps a value in its registers here, so that no use of it moves across.
+template <int kCount>
+__device__ __forceinline__ void pin(float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+// Text and operands of the products below: `d` has 8, 16, 32 or 128 registers of a thread.
+#define FD_DSA_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define FD_DSA_16 FD_DSA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define FD_DSA_32 FD_DSA_16 \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FD_DSA_128 FD_DSA_32                                                         \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+  ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+  ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+  ", %96, %97, %98, %99, %100, %101, %102, %103"                                     \
+  ", %104, %105, %106, %107, %108, %109, %110, %111"                                 \
+  ", %112, %113, %114, %115, %116, %117, %118, %119"                                 \
+  ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define FD_DSA_D8(i)                                                          \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), \
+      "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FD_DSA_D16(i) FD_DSA_D8(i), FD_DSA_D8(i + 8)
+#define FD_DSA_D32(i) FD_DSA_D16(i), FD_DSA_D16(i + 16)
+#define FD_DSA_D128 FD_DSA_D32(0), FD_DSA_D32(32), FD_DSA_D32(64), FD_DSA_D32(96)
+#define FD_DSA_WGMMA_OF(TYPE, SHAPE, D, REST, ADD, ...)                                         \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                 \
+               "wgmma.mma_async.sync.aligned." SHAPE "k16.f32." TYPE "." TYPE " {" D "}, " REST \
+               ";\n}\n" : __VA_ARGS__, "r"(static_cast<int>(add)))
+#define FD_DSA_WGMMA(...)                                        \
+  if constexpr (kBfloat16) FD_DSA_WGMMA_OF("bf16", __VA_ARGS__); \
+  else FD_DSA_WGMMA_OF("f16", __VA_ARGS__)
+
+// d [64 x kColumns] = a [64 x 16] * b [16 x kColumns] (+ d): a in registers, 16 rows a warp as
+// `multiply_add` has them, b K-major in shared memory. A thread has of d, of each 8 columns, two of
+// row g and two of row g + 8.
+template <int kColumns, bool kBfloat16>
+__device__ __forceinline__ void wgmma_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4],
+                                           uint64_t b, bool add) {
+  static_assert(kColumns == 16 || kColumns == 32);
+  if constexpr (kColumns == 16) {
+    FD_DSA_WGMMA("m64n16", FD_DSA_8, "{%8, %9, %10, %11}, %12, p, 1, 1, 0", "%13",
+                 FD_DSA_D8(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  } else {
+    FD_DSA_WGMMA("m64n32", FD_DSA_16, "{%16, %17, %18, %19}, %20, p, 1, 1, 0", "%21",
+                 FD_DSA_D16(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+}
+
+// d [64 x 64] = a [64 x 16] * b [16 x 64] (+ d), both K-major in shared memory.
+template <bool kBfloat16>
+__device__ __forceinline__ void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, bool add) {
+  FD_DSA_WGMMA("m64n64", FD_DSA_32, "%32, %33, p, 1, 1, 0, 0", "%34",
+               FD_DSA_D32(0) : "l"(a), "l"(b));
+}
+
+// d [64 x 256] += a [64 x 16] * b [16 x 256]: a K-major in shared memory, b row-major.
+template <bool kBfloat16>
+__device__ __forceinline__ void wgmma_sums(float (&d)[128], uint64_t a, uint64_t b) {
+  constexpr bool add = true;
+  FD_DSA_WGMMA("m64n256", FD_DSA_128, "%128, %129, p, 1, 1, 0, 1", "%130",
+               FD_DSA_D128 : "l"(a), "l"(b));
 }
 
 }  // namespace fd_dsa::hopper

@@ -1,150 +1,246 @@
-// Sparse MLA for 1 to 32 heads over FP8 records, on Hopper.
+// Sparse MLA for 1 to 32 heads over FP8 records, on Hopper: what both of its kernels share, which is
+// tiles, the warps that copy them, and the sum over a cluster.
 //
 // Keys are the rows of both products, so that no row is padding: scores^T = K Q^T and
 // out^T = V^T P^T. Records lie in shared memory as they are; e4m3 codes become float16, which holds
 // them exactly, on their way into registers, once as rows and once as columns. Scales never touch
-// latents: they multiply the scores over 128 latents, and the weights of 128 latents.
-//
-// Up to 8 heads: the four warps of a warpgroup have 128 latents of every key each, for both
-// products: what they exchange are parts of scores, and weights. More heads: see
-// sparse_mla_narrow_warpgroups.cuh. Either way other warps copy tiles ahead, and blocks that share
-// a token are a cluster; they add up what they have through each other's shared memory, in a fixed
-// order.
-#ifndef FD_DSA_SPARSE_MLA_NARROW_CUH
-#define FD_DSA_SPARSE_MLA_NARROW_CUH
+// latents: they multiply the scores over 128 latents, and the weights of 128 latents. Blocks that
+// share a token are a cluster; they add up what they have through each other's shared memory, in a
+// fixed order.
+#pragma once
 
-#include <algorithm>
-
-#include "sparse_mla_launch.cuh"
-#include "sparse_mla_narrow_copy.cuh"
-#include "sparse_mla_narrow_results.cuh"
-#include "sparse_mla_narrow_walk.cuh"
-#include "sparse_mla_narrow_warpgroups.cuh"
+#include "cache_record.h"
+#include "hopper.cuh"
+#include "sparse_mla.h"
 
 namespace fd_dsa::narrow {
 
-// A cluster of blocks for each token.
-template <int kHeads, Form kForm>
-__global__ void __launch_bounds__(Layout<kHeads, kForm>::kThreads,
-                                  Layout<kHeads, kForm>::kBlocksPerSm)
-    narrow_kernel(const __grid_constant__ FdDsaSparseMla job) {
+using namespace hopper;
+
+constexpr int kTile = 64;  // keys
+constexpr int kSixteens = kTile / 16;
+constexpr int kTileBytes = kTile * kRecord;
+constexpr int kCopyWarps = 4;
+// Strides in floats, such that threads of a warp are in different banks.
+constexpr int kSumStride = kTile + 4, kWeightStride = kTile + 16, kPartStride = kRank + 4;
+
+// Numbers of named barriers: of each warpgroup that computes, and of both.
+enum { kOfFirst = 1, kOfSecond, kOfBoth, kOfBothNext };
+
+// What is copied in the place of a slot that is none.
+__device__ const uint4 kNothing[kRecord / 16] = {};
+
 #if defined(FD_DSA_HOPPER)
-  using Shape = Layout<kHeads, kForm>;
-  const Place my = begin<Shape>(job);
-  if (my.warp >= 4 * Shape::kGroups) {
-    copy_and_wait<Shape>(job, my, 4 * Shape::kGroups);
-    return;
+
+// ---- copies
+
+// The tiles of a token that a block has: every `step`th from `first` on.
+struct Tiles {
+  int32_t first, step, end;
+};
+
+// What a block works on, and a thread's place in it.
+struct Place {
+  uint32_t base, blocks, rank;
+  int warp, lane;
+  int64_t token;
+  Tiles tiles;
+};
+
+// All threads of a block, at its beginning.
+template <typename Shape>
+__device__ __forceinline__ Place begin(const FdDsaSparseMla& job) {
+  const uint32_t base = shared_address(shared_memory());
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const uint32_t blocks = job.splits, rank = blockIdx.x % blocks;
+  const Tiles tiles = {static_cast<int32_t>(rank), static_cast<int32_t>(blocks),
+                       (job.topk + kTile - 1) / kTile};
+  if (threadIdx.x == 0) {
+    // each tile is read by one warpgroup
+    for (int stage = 0; stage < Shape::kStages; ++stage) {
+      for (int group = 0; group < Shape::kFulls; ++group) {
+        barrier_init(Shape::full(base, stage, group), kCopyWarps);
+      }
+      barrier_init(Shape::empty(base, stage), kWarpArrivals * 4);
+    }
+    barriers_ready();
   }
-  more_registers<Shape::kMany>();
-  const auto [base, blocks, rank, warp, lane, token, tiles] = my;
-  const bool is_alone = blocks == 1;
-  const int group = warp / 4, member = warp % 4;
-  Queries<kHeads> queries;
-  State<kHeads> state;
-  load_queries<kHeads, kForm>(job, token, queries, state, base, group, member, lane);
-  attend_tiles<kHeads, kForm>(state, queries, base, tiles, group, member, lane);
-  put_stats<kHeads, kForm>(state, base, group, member, lane);
-  if (Shape::kParts == 1 && is_alone) {
-    store_results<kHeads, kForm>(job, token, state, base, group, member, lane);
-    return;
-  }
-  put_part<kHeads, kForm>(state, base, group, member, lane);
-  if (is_alone) {
-    exchange_barrier();
-    combine_own<kHeads, kForm>(job, token, base);
-    return;
-  }
-  combine<kHeads, kForm>(job, token, base, rank, blocks);
-#endif
+  __syncthreads();
+  return {base, blocks, rank, warp, lane, blockIdx.x / blocks, tiles};
 }
 
-// ---- launches
-
-using sparse_mla::kMostSplits;
-using sparse_mla::Room;
-
-// clusters of more than 8 blocks are slow to start unless there are few
-constexpr int kMostOfMany = 8, kFewTokens = 4;
-
-// Among how many blocks a token is split: the least estimate, in tiles, of rounds of clusters times
-// the tiles of a block and what it costs beside them; and of putting results together.
-inline int32_t splits_for(int32_t num_tokens, int32_t topk, const Room& room) {
-  // in tiles, as measured on an H200
-  constexpr double kStart = 3.0, kCombine = 1.0, kEach = 0.1;
-  const int32_t tiles = (topk + kTile - 1) / kTile;
-  const int32_t most = std::min(num_tokens > kFewTokens ? kMostOfMany : kMostSplits, tiles);
-  int32_t best = 1;
-  double least = 0.0;
-  for (int32_t splits = 1; splits <= most; ++splits) {
-    if (room[splits] <= 0) continue;
-    const int32_t rounds = (num_tokens - 1) / room[splits] + 1;
-    const double combine = splits > 1 ? kCombine + kEach * splits : 0.0;
-    const double cost = rounds * ((tiles - 1) / splits + 1 + kStart) + combine;
-    if (splits == 1 || cost < least) {
-      best = splits;
-      least = cost;
+// Copies a quarter of each tile of a token, as soon as there is room.
+template <typename Shape>
+__device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, int64_t token, uint32_t base,
+                                           const Tiles tiles, int warp, int lane) {
+  constexpr int kMine = kTile / kCopyWarps;
+  const int32_t* slots = job.slots + token * job.topk;
+  const unsigned char* cache = static_cast<const unsigned char*>(job.cache);
+  const uint32_t num_slots = static_cast<uint32_t>(job.num_slots);
+  auto slot_at = [&](int32_t tile, int32_t i) {
+    const int32_t entry = tile * kTile + i;
+    return tile < tiles.end && entry < job.topk ? __ldcs(slots + entry) : -1;
+  };
+  // all lanes look at the tile's slots, the first 16 copy
+  int32_t low = slot_at(tiles.first, lane), high = slot_at(tiles.first, lane + 32);
+  uint32_t stage = 0, parity = 1;
+  int group = 0;
+  for (int32_t tile = tiles.first; tile < tiles.end; tile += tiles.step) {
+    const int32_t next_low = slot_at(tile + tiles.step, lane);
+    const int32_t next_high = slot_at(tile + tiles.step, lane + 32);
+    const uint32_t low_mask = __ballot_sync(~0u, static_cast<uint32_t>(low) < num_slots);
+    const uint32_t high_mask = __ballot_sync(~0u, static_cast<uint32_t>(high) < num_slots);
+    const bool any = (low_mask | high_mask) != 0;
+    const int32_t slot =
+        __shfl_sync(~0u, warp < 2 ? low : high, (warp * kMine + lane % kMine) % 32);
+    const bool is_slot = static_cast<uint32_t>(slot) < num_slots;
+    const uint32_t full = Shape::full(base, stage, group);
+    const uint32_t to = base + Shape::kRing + stage * kTileBytes + warp * (kMine * kRecord);
+    barrier_wait(Shape::empty(base, stage), parity);
+    // an empty tile may be passed on, and the barrier with it, as soon as lane 0 has arrived
+    __syncwarp();
+    if (lane == 0) {
+      if (warp == 0) {
+        store_shared(base + Shape::kMasks + stage * 8, low_mask);
+        store_shared(base + Shape::kMasks + stage * 8 + 4, high_mask);
+      }
+      if (any) barrier_arrive_expecting(full, kMine * kRecord);
+      else barrier_arrive(full);
+    }
+    __syncwarp();
+    if (any && lane < kMine) {
+      const void* nothing = kNothing;
+      copy_bulk(to + lane * kRecord, is_slot ? cache + slot * int64_t{kRecord} : nothing, kRecord,
+                full);
+    }
+    low = next_low;
+    high = next_high;
+    group ^= 1;
+    if (++stage == Shape::kStages) {
+      stage = 0;
+      parity ^= 1;
     }
   }
-  return best;
 }
 
-// Static, so that two libraries in one process have flags of their own.
+// All that the warps which copy do; `first` is the first of them.
 template <typename Shape>
-static int launch_shape(FdDsaSparseMla job, void (*kernel)(FdDsaSparseMla), void* stream) {
-  static std::atomic<uint64_t> prepared{0};
-  const cudaError_t error = sparse_mla::prepare(kernel, Shape::kBytes, prepared);
-  if (error != cudaSuccess) return static_cast<int>(error);
-  cudaLaunchConfig_t config = launch_config(1, Shape::kThreads, stream, Shape::kBytes);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  auto set_splits = [&](unsigned splits) {
-    config.gridDim = dim3(static_cast<unsigned>(job.num_tokens) * splits);
-    attribute.val.clusterDim = {splits, 1, 1};
-  };
-  if (job.splits == 0) {
-    // of the first device: those of a machine are alike
-    static const Room room = [&] {
-      Room found = {};
-      for (unsigned splits = 1; splits <= kMostSplits; ++splits) {
-        set_splits(splits);
-        config.gridDim = dim3(splits);
-        found[splits] = sparse_mla::clusters_at_once(kernel, config);
+__device__ __forceinline__ void copy_and_wait(const FdDsaSparseMla& job, const Place& my,
+                                              int first) {
+  fewer_registers<Shape::kFew>();
+  copy_tiles<Shape>(job, my.token, my.base, my.tiles, my.warp - first, my.lane);
+  if (my.blocks == 1) return;
+  // before the others of the cluster read here, and after
+  __syncwarp();
+  cluster_sync();
+  cluster_sync();
+}
+
+// ---- numbers
+
+__device__ __forceinline__ uint32_t largest_magnitude(uint32_t x) {
+  return max(x & 0x7fffu, x >> 16 & 0x7fffu);
+}
+
+// The largest of a warp's numbers; NaN where there is one.
+__device__ __forceinline__ float largest_of_warp(float x) {
+  const int32_t bits = __float_as_int(x);
+  const int32_t top = __reduce_max_sync(~0u, bits >= 0 ? bits : bits ^ 0x7fffffff);
+  return __int_as_float(top >= 0 ? top : top ^ 0x7fffffff);
+}
+
+// ---- results
+
+__device__ __forceinline__ void store_out(const FdDsaSparseMla& job, int64_t at, float4 x) {
+  if (job.out_is_bfloat16 != 0) {
+    __stcs(reinterpret_cast<uint2*>(static_cast<__nv_bfloat16*>(job.out) + at),
+           make_uint2(pack_bfloat16(x.x, x.y), pack_bfloat16(x.z, x.w)));
+  } else {
+    __stcs(reinterpret_cast<float4*>(static_cast<float*>(job.out) + at), x);
+  }
+}
+
+__device__ __forceinline__ float lse_of(float top, float total) {
+  return total == 0.0f ? -INFINITY : (top + log2f(total)) * 0.6931471805599453f;
+}
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+// Behind what both warpgroups stored, before either reads what the other did. One barrier orders
+// them; racecheck does not see that for some first reads behind one, and does behind two.
+__device__ __forceinline__ void exchange_barrier() {
+  named_barrier_apart(kOfBoth, 256);
+  named_barrier_apart(kOfBothNext, 256);
+}
+
+// Adds up what warpgroups of all blocks of a token have: a block does some of the numbers.
+template <typename Shape>
+__device__ __forceinline__ void combine(const FdDsaSparseMla& job, int64_t token, uint32_t base,
+                                        uint32_t rank, uint32_t blocks) {
+  constexpr uint32_t kThreads = Shape::kGroups * 128;
+  constexpr int kParts = Shape::kParts, kAtOnce = 4 / kParts;
+  // what others read is there
+  __syncwarp();
+  cluster_sync();
+  const uint32_t work = static_cast<uint32_t>(job.num_heads) * (kRank / 4);
+  for (uint32_t i = rank * kThreads + threadIdx.x; i < work; i += blocks * kThreads) {
+    const uint32_t head = i / (kRank / 4), column = i % (kRank / 4) * 4;
+    float top = -INFINITY, total = 0.0f;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (uint32_t first = 0; first < blocks; first += kAtOnce) {
+      float2 stats[kAtOnce][kParts];
+      float4 x[kAtOnce][kParts];
+      float now = top;
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+        // past the last block: the first one again, which then counts nothing
+        const uint32_t there = address_at_rank(base, first + r < blocks ? first + r : 0);
+#pragma unroll
+        for (int w = 0; w < kParts; ++w) {
+          stats[r][w] =
+              load_cluster_float2(there + Shape::kStats + (w * Shape::kHeads + head) * 8);
+          x[r][w] = load_cluster_float4(there + Shape::kRing + w * Shape::kPartBytes +
+                                        (head * kPartStride + column) * 4);
+        }
       }
-      return found;
-    }();
-    job.splits = splits_for(job.num_tokens, job.topk, room);
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+#pragma unroll
+        for (int w = 0; w < kParts; ++w) {
+          if (first + r >= blocks) stats[r][w].x = -INFINITY;
+          now = fmaxf(now, stats[r][w].x);
+        }
+      }
+      const float from = now == -INFINITY ? 0.0f : now, less = exp2_of(top - from);
+      total *= less;
+      sum = make_float4(sum.x * less, sum.y * less, sum.z * less, sum.w * less);
+      top = now;
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+#pragma unroll
+        for (int w = 0; w < kParts; ++w) {
+          const float share = exp2_of(stats[r][w].x - from);
+          total = fmaf(stats[r][w].y, share, total);
+          sum = make_float4(fmaf(x[r][w].x, share, sum.x), fmaf(x[r][w].y, share, sum.y),
+                            fmaf(x[r][w].z, share, sum.z), fmaf(x[r][w].w, share, sum.w));
+        }
+      }
+    }
+    const float factor = 1.0f / (total == 0.0f ? 1.0f : total);
+    const int64_t row = token * job.num_heads + head;
+    store_out(job, row * kRank + column,
+              make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor));
+    if (column == 0 && job.lse != nullptr) job.lse[row] = lse_of(top, total);
   }
-  set_splits(static_cast<unsigned>(job.splits));
-  return launch(config, kernel, job);
+  // nobody goes while others read here
+  __syncwarp();
+  cluster_sync();
 }
 
-template <Form kForm>
-static int launch_form(const FdDsaSparseMla& job, void* stream) {
-  return launch_shape<Layout<8, kForm>>(job, narrow_kernel<8, kForm>, stream);
-}
-
-template <int kHeads>
-static int launch_warpgroups(const FdDsaSparseMla& job, void* stream) {
-  return launch_shape<Layout<kHeads, Form::kWarpgroups>>(job, warpgroup_kernel<kHeads>, stream);
-}
-
-inline int launch_narrow(const FdDsaSparseMla& job, void* stream) {
-  if (job.num_tokens <= 0 || job.num_heads <= 0) return 0;
-  if (job.num_heads > 32 || job.is_fp8 == 0 || job.splits < 0 || job.splits > kMostSplits) {
-    return static_cast<int>(cudaErrorInvalidValue);
-  }
-  if (job.num_heads > 16) return launch_warpgroups<32>(job, stream);
-  if (job.num_heads > 8) return launch_warpgroups<16>(job, stream);
-  // two blocks on a multiprocessor: where there are tokens for them, and where a block has next to
-  // nothing to do
-  constexpr int32_t kMany = 132;
-  const bool is_one = job.num_tokens > kMany || job.num_tokens <= kFewTokens;
-  return is_one ? launch_form<Form::kOne>(job, stream)
-                : launch_form<Form::kTakeTurns>(job, stream);
-}
+#endif  // FD_DSA_HOPPER
 
 }  // namespace fd_dsa::narrow
-
-#endif  // FD_DSA_SPARSE_MLA_NARROW_CUH

@@ -2,27 +2,450 @@
 //
 // Keys and latents are the 64 rows of a warpgroup's products, in registers, where codes become
 // float16 once for all heads; heads are the columns, in shared memory: queries once a token,
-// weights once a tile. Warps have keys in the scores and latents in the sums, so scores and weights
-// go through shared memory, where each warp makes the softmax of some heads.
-#ifndef FD_DSA_SPARSE_MLA_NARROW_WARPGROUPS_CUH
-#define FD_DSA_SPARSE_MLA_NARROW_WARPGROUPS_CUH
+// weights once a tile. A warp has 16 keys of a tile in the scores, and 32 of each 128 latents in the
+// sums, so scores and weights go through shared memory, where each warp makes the softmax of some
+// heads.
+#pragma once
 
-#include "sparse_mla_narrow_copy.cuh"
-#include "sparse_mla_narrow_exchange.cuh"
-#include "sparse_mla_narrow_weights.cuh"
+#include "sparse_mla_narrow.cuh"
 
-namespace fd_dsa::narrow {
+namespace fd_dsa::narrow::warpgroups {
+
+// Where things lie in shared memory, in bytes.
+template <int kColumns>
+struct Layout {
+  static constexpr int kHeads = kColumns, kGroups = 2, kParts = 1;
+  static constexpr int kStages = kHeads > 16 ? 3 : 4;
+  // tiles of a warpgroup from one in a stage to its next one there
+  static constexpr int kVisits = kStages % 2 == 0 ? kStages / 2 : kStages;
+  // 64 columns of an operand
+  static constexpr int kOperand = kHeads * 128;
+  static constexpr int kRing = 0;
+  static constexpr int kQueries = kRing + kStages * kTileBytes;
+  static constexpr int kWeights = kQueries + 9 * kOperand;
+  // for each 128 latents, with their scales in them
+  static constexpr int kWeightBytes = 4 * kOperand;
+  static constexpr int kSums = kWeights + kGroups * kWeightBytes;
+  static constexpr int kSumBytes = kHeads * kSumStride * 4;
+  static constexpr int kFactors = kSums + kGroups * kSumBytes;
+  static constexpr int kTops = kFactors + kHeads * 4;
+  static constexpr int kShrinks = kTops + kGroups * kHeads * 4;
+  static constexpr int kMoved = kShrinks + kGroups * kHeads * 4;
+  static constexpr int kOwnStats = kMoved + kGroups * 16;
+  static constexpr int kStats = kOwnStats + kGroups * kHeads * 8;
+  static constexpr int kMasks = kStats + kHeads * 8;
+  static constexpr int kBarriers = kMasks + kStages * 8;
+  static constexpr int kBytes = kBarriers + kStages * 24;
+  static constexpr int kThreads = (kGroups * 4 + kCopyWarps) * 32;
+  static constexpr int kMany = 240, kFew = 24;
+  // After the last tile: a block's part for its cluster, in the ring; and what warpgroups tell each
+  // other, beside it.
+  static constexpr int kPartBytes = kHeads * kPartStride * 4, kExchange = kQueries;
+  static_assert(kPartBytes <= kExchange && kExchange + kHeads * kRank * 4 <= kSums);
+  static_assert(kBytes <= 232448);
+  static_assert(kQueries % 1024 == 0 && kWeights % 1024 == 0);
+
+  // One for each warpgroup, which waits for its own tiles alone: of a barrier whose every phase it
+  // does not wait for, it could take an earlier one for its own.
+  static constexpr int kFulls = 2;
+  static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage, int group) {
+    return base + kBarriers + stage * 24 + group * 8;
+  }
+  static __device__ __forceinline__ uint32_t empty(uint32_t base, uint32_t stage) {
+    return full(base, stage, 2);
+  }
+};
 
 #if defined(FD_DSA_HOPPER)
+
+// Of a thread (g, t), that is lane 4g + t of warp w.
+template <int kHeads>
+struct Sums {
+  static constexpr int kMine = kHeads / 4;
+  // [2G + i][4j + 2k + l]: latent 128G + 32w + 16i + 2g + k of head 8j + 2t + l
+  float out[8][kHeads / 2];
+  // of the heads whose softmax this warp does, one of each lane
+  float total[kMine];
+  // a power of two that brings the scales so far of each 128 latents below 2: weights have it
+  float unit[4];
+};
+
+// ---- queries
+
+// What a lane has of the queries of its warp's heads: four latents in four places, two roped.
+template <int kHeads>
+struct QueryRows {
+  static constexpr int kEach = kHeads / 8;
+  uint2 latents[kEach][4];
+  uint32_t roped[kEach];
+};
+
+// Asks for a token's queries; 8 warps.
+template <int kHeads>
+__device__ __forceinline__ void load_queries(QueryRows<kHeads>& rows, const FdDsaSparseMla& job,
+                                             int64_t token, int warp, int lane) {
+#pragma unroll
+  for (int i = 0; i < rows.kEach; ++i) {
+    const int head = warp * rows.kEach + i;
+    const bool is_head = head < job.num_heads;
+    const __nv_bfloat16* row = static_cast<const __nv_bfloat16*>(job.q) +
+                               (token * job.num_heads + (is_head ? head : 0)) * kWidth;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint2 x = __ldcs(reinterpret_cast<const uint2*>(row) + k * 32 + lane);
+      rows.latents[i][k] = is_head ? x : make_uint2(0, 0);
+    }
+    const uint32_t x = __ldcs(reinterpret_cast<const uint32_t*>(row + kRank) + lane);
+    rows.roped[i] = is_head ? x : 0;
+  }
+}
+
+// Writes queries as an operand: float16 latents, in the order in which scores have those of keys,
+// and roped values in bfloat16; and what each head's scores are to be multiplied with. 8 warps.
+template <int kHeads>
+__device__ __forceinline__ void put_queries(const QueryRows<kHeads>& rows, float softmax_scale,
+                                            uint32_t base, int warp, int lane) {
+  using Shape = Layout<kHeads>;
+#pragma unroll
+  for (int i = 0; i < rows.kEach; ++i) {
+    const int head = warp * rows.kEach + i;
+    uint32_t top = largest_magnitude(rows.roped[i]);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint2 x = rows.latents[i][k];
+      top = max(top, max(largest_magnitude(x.x), largest_magnitude(x.y)));
+    }
+    // into the range of float16 by a power of two
+    const uint32_t exponent = max(__reduce_max_sync(~0u, top) >> 7, 64u);
+    const float up = __uint_as_float((268 - exponent) << 23);
+    const auto times = [up](uint32_t x) { return pack_half(low_of(x) * up, high_of(x) * up); };
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t to =
+          base + Shape::kQueries + (2 * k + lane / 16) * Shape::kOperand + lane % 4 * 4;
+      const uint32_t chunk = lane % 16 / 4 * 2;
+      store_shared(to + swizzled(head, chunk), times(rows.latents[i][k].x));
+      store_shared(to + swizzled(head, chunk + 1), times(rows.latents[i][k].y));
+    }
+    store_shared(base + Shape::kQueries + 8 * Shape::kOperand + swizzled(head, lane / 4) +
+                     lane % 4 * 4,
+                 pack_bfloat16(low_of(rows.roped[i]) * up, high_of(rows.roped[i]) * up));
+    if (lane < 2) store_shared(base + Shape::kTops + (lane * kHeads + head) * 4, -INFINITY);
+    if (lane == 0) {
+      const float back = __uint_as_float((exponent - 14) << 23);
+      store_shared(base + Shape::kFactors + head * 4, back * softmax_scale * 1.4426950408889634f);
+    }
+  }
+  publish_to_async();
+  named_barrier(kOfBoth, 256);
+}
+
+// ---- scores of a tile
+
+// Rows of products, two steps of 16 columns at a time: all but one of these may be at work. What
+// does not fit into registers beside the sums would make products wait for each other.
+template <int kHeads>
+struct Rows {
+  static constexpr int kDepth = kHeads > 16 ? 2 : 3;
+  uint32_t step[kDepth][2][4];
+
+  // Those of batch `i`, once the products that read them are done.
+  __device__ __forceinline__ uint32_t (&next(int i))[2][4] {
+    if (i >= kDepth) wgmma_wait<kDepth - 1>();
+    return step[i % kDepth];
+  }
+};
+
+// Adds scores over 128 latents, times the scales of this thread's two keys.
+template <int kCount>
+__device__ __forceinline__ void add_scaled(float (&to)[kCount], const float (&part)[kCount],
+                                           float first, float second) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = fmaf(part[i], (i & 2) != 0 ? second : first, to[i]);
+}
+
+__device__ __forceinline__ float part_of(float4 x, int i) {
+  return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w;
+}
+
+// Scores of a tile, put where their heads' warp finds them.
+template <int kHeads>
+__device__ __forceinline__ void put_scores(uint32_t tile, uint32_t query, uint32_t sums, int warp,
+                                           int lane) {
+  constexpr int kOperand = Layout<kHeads>::kOperand;
+  const Operand queries = k_major(query);
+  const uint32_t row = tile + (warp * 16 + (lane & 15)) * kRecord + (lane >> 4) * 16;
+  const uint32_t scales = tile + (warp * 16 + lane / 4) * kRecord + kScalesAt;
+  float score[kHeads / 2], part[2][kHeads / 2];
+  Rows<kHeads> rows;
+  uint32_t words[3][4];
+  load_matrices(rows.step[0][0], row + kRopeAt);
+  load_matrices(rows.step[0][1], row + kRopeAt + 32);
+  load_matrices(rows.step[1][0], row + kRopeAt + 64);
+  load_matrices(rows.step[1][1], row + kRopeAt + 96);
+  load_matrices(words[0], row);
+  load_matrices(words[1], row + 32);
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      wgmma_rows<kHeads, true>(score, rows.step[i][k],
+                               queries.at(8 * kOperand + (2 * i + k) * 32), i + k > 0);
+    }
+    wgmma_commit();
+  }
+  const float4 first = load_shared_float4(scales);
+  const float4 second = load_shared_float4(scales + 8 * kRecord);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    if (i < 14) load_matrices(words[(i + 2) % 3], row + (i + 2) * 32);
+    uint32_t(&step)[2][4] = rows.next(i + 2);
+    const uint32_t(&word)[4] = words[i % 3];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      step[k][0] = values_of_codes<false>(word[2 * k]);
+      step[k][1] = values_of_codes<false>(word[2 * k + 1]);
+      step[k][2] = values_of_codes<true>(word[2 * k]);
+      step[k][3] = values_of_codes<true>(word[2 * k + 1]);
+    }
+    // the third of a group's four: all of the group before are done
+    if (i % 4 == 2 && i > 4) {
+      pin(part[(i / 4 + 1) % 2]);
+      if (i == 6) pin(score);
+      add_scaled(score, part[(i / 4 + 1) % 2], part_of(first, i / 4 - 1),
+                 part_of(second, i / 4 - 1));
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      wgmma_rows<kHeads, false>(part[i / 4 % 2], step[k],
+                                queries.at(i / 2 * kOperand + (i % 2 * 2 + k) * 32),
+                                i % 4 + k > 0);
+    }
+    wgmma_commit();
+  }
+  wgmma_wait<0>();
+  pin(part[1]);
+  add_scaled(score, part[1], first.w, second.w);
+  const uint32_t to = sums + (2 * (lane & 3) * kSumStride + warp * 16 + lane / 4) * 4;
+#pragma unroll
+  for (int j = 0; j < kHeads / 8; ++j) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      store_shared(to + ((8 * j + k % 2) * kSumStride + k / 2 * 8) * 4, score[4 * j + k]);
+    }
+  }
+}
+
+// ---- weights of a tile
+
+// What a lane has of two keys: scales of each 128 latents times their unit, and scores of heads.
+template <int kHeads>
+struct Keys {
+  float first[4], second[4];
+  float2 score[kHeads / 4];
+};
+
+// What is to be done with sums before more is added: by heads of this warp, and by 128 latents.
+template <int kHeads>
+struct Shrinks {
+  float of_head[kHeads / 4], of_unit[4];
+};
+
+// A larger score moves the base of the exponentials if it is so much larger, in powers of two:
+// weights times scales stay below 2^10, which float16 holds as well as those below 1.
+constexpr float kSlack = 8.0f;
+
+// New bases for all heads of the warp, and new units; rarely after the first tile.
+template <int kHeads>
+__device__ __forceinline__ void move_bases(Sums<kHeads>& my, Keys<kHeads>& keys,
+                                           float (&top)[kHeads / 4], Shrinks<kHeads>& shrinks) {
+#pragma unroll
+  for (int i = 0; i < kHeads / 4; ++i) {
+    const float2 s = keys.score[i];
+    const float now = fmaxf(top[i], largest_of_warp(fmaxf(s.x, s.y)));
+    shrinks.of_head[i] = exp2_of(top[i] - (now == -INFINITY ? 0.0f : now));
+    top[i] = now;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t largest = __reduce_max_sync(
+        ~0u, max(__float_as_uint(keys.first[i]) & 0x7fffffffu,
+                 __float_as_uint(keys.second[i]) & 0x7fffffffu));
+    // of the largest so far; the two last ones hold numbers below 8, and what is none
+    const uint32_t before = 254 - (__float_as_uint(my.unit[i]) >> 23);
+    const uint32_t after = min(max(before, largest >> 23), 253u);
+    my.unit[i] = __uint_as_float((254 - after) << 23);
+    shrinks.of_unit[i] = __uint_as_float(after - before < 127 ? (127 + before - after) << 23 : 0);
+  }
+}
+
+// Turns the scores of some heads, all 64 keys, into weights for each 128 latents. A lane has two
+// neighbouring keys.
+template <int kHeads>
+__device__ __forceinline__ void put_weights(Sums<kHeads>& my, Shrinks<kHeads>& shrinks,
+                                            uint32_t tile, uint2 mask, uint32_t base, int group,
+                                            int warp, int lane) {
+  using Shape = Layout<kHeads>;
+  constexpr int kMine = kHeads / 4;
+  const uint32_t bits = (lane < 16 ? mask.x : mask.y) >> 2 * (lane & 15);
+  const uint32_t at = (group * kHeads + warp * kMine) * 4, tops = base + Shape::kTops + at;
+  const uint32_t sums = base + Shape::kSums + group * Shape::kSumBytes;
+  const float4 first = load_shared_float4(tile + 2 * lane * kRecord + kScalesAt);
+  const float4 second = load_shared_float4(tile + (2 * lane + 1) * kRecord + kScalesAt);
+  Keys<kHeads> keys;
+  float top[kMine];
+  bool moves = false;
+#pragma unroll
+  for (int i = 0; i < kMine; i += 4) {
+    const float4 factor = load_shared_float4(base + Shape::kFactors + (warp * kMine + i) * 4);
+    const float4 before = load_shared_float4(tops + i * 4);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int head = warp * kMine + i + k;
+      float2 s = load_shared_float2(sums + (head * kSumStride + 2 * lane) * 4);
+      s.x = (bits & 1) != 0 ? s.x * part_of(factor, k) : -INFINITY;
+      s.y = (bits & 2) != 0 ? s.y * part_of(factor, k) : -INFINITY;
+      top[i + k] = part_of(before, k);
+      keys.score[i + k] = s;
+      moves = moves || fmaxf(s.x, s.y) > top[i + k] + kSlack;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    keys.first[i] = part_of(first, i) * my.unit[i];
+    keys.second[i] = part_of(second, i) * my.unit[i];
+    moves = moves || fmaxf(fabsf(keys.first[i]), fabsf(keys.second[i])) >= 2.0f;
+    shrinks.of_unit[i] = 1.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) shrinks.of_head[i] = 1.0f;
+  const bool any = __any_sync(~0u, moves);
+  if (any) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      keys.first[i] = part_of(first, i);
+      keys.second[i] = part_of(second, i);
+    }
+    move_bases(my, keys, top, shrinks);
+    // before others' bases are written all lanes have read theirs
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      keys.first[i] *= my.unit[i];
+      keys.second[i] *= my.unit[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) my.total[i] *= shrinks.of_head[i];
+  }
+  const uint32_t weights = base + Shape::kWeights + group * Shape::kWeightBytes + lane % 4 * 4;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    // no key so far: nothing to subtract, and no difference of infinities
+    const float from = top[i] == -INFINITY ? 0.0f : top[i];
+    const float2 s = make_float2(exp2_of(keys.score[i].x - from), exp2_of(keys.score[i].y - from));
+    my.total[i] += s.x + s.y;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      store_shared(weights + k * Shape::kOperand + swizzled(warp * kMine + i, lane / 4),
+                   pack_half(s.x * keys.first[k], s.y * keys.second[k]));
+    }
+  }
+  if (lane == 0) {
+    const float(&x)[kMine] = shrinks.of_head;
+#pragma unroll
+    for (int i = 0; i < kMine; i += 4) {
+      store_shared(base + Shape::kShrinks + at + i * 4,
+                   make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
+      if (any) store_shared(tops + i * 4, make_float4(top[i], top[i + 1], top[i + 2], top[i + 3]));
+    }
+    store_shared(base + Shape::kMoved + (group * 4 + warp) * 4, any ? 1u : 0u);
+  }
+  publish_to_async();
+}
+
+// Brings sums to new bases and units.
+template <int kHeads>
+__device__ __forceinline__ void shrink_sums(Sums<kHeads>& my, const float (&of_unit)[4],
+                                            uint32_t base, int group, int lane) {
+  using Shape = Layout<kHeads>;
+  const uint4 moved = load_shared_uint4(base + Shape::kMoved + group * 16);
+  if ((moved.x | moved.y | moved.z | moved.w) == 0) return;
+#pragma unroll
+  for (int j = 0; j < kHeads / 8; ++j) {
+    const float2 x = load_shared_float2(base + Shape::kShrinks +
+                                        (group * kHeads + 8 * j + 2 * (lane & 3)) * 4);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        my.out[i][4 * j + k] *= ((k & 1) != 0 ? x.y : x.x) * of_unit[i / 2];
+      }
+    }
+  }
+}
+
+// ---- sums of a tile
+
+// Adds latents times weights; the tile is left to the copying warps.
+template <int kHeads>
+__device__ __forceinline__ void add_tile(Sums<kHeads>& my, uint32_t tile, uint32_t weight,
+                                         uint32_t empty, int warp, int lane) {
+  constexpr int kOperand = Layout<kHeads>::kOperand;
+  const Operand weights = k_major(weight);
+  const uint32_t row = tile + (lane & 15) * kRecord + (lane >> 4) * 16 + warp * 32;
+  Rows<kHeads> rows;
+  uint32_t words[3][4];
+  load_matrices_transposed(words[0], row);
+  load_matrices_transposed(words[1], row + 128);
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    // 16 keys after 16 keys, of each 128 latents after 128
+    const int key = i / 4, latent = i % 4, next = i + 2;
+    if (i < 14) {
+      load_matrices_transposed(words[next % 3], row + next / 4 * 16 * kRecord + next % 4 * 128);
+    } else if (i == 14) {
+      warp_arrive(empty, lane);
+    }
+    uint32_t(&step)[2][4] = rows.next(i);
+    const uint32_t(&word)[4] = words[i % 3];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      // two latents of a key, and of the next one
+      const uint32_t pairs = __byte_perm(word[k], 0, 0x3120);
+      step[k / 2][k % 2 * 2] = values_of_codes<false>(pairs);
+      step[k / 2][k % 2 * 2 + 1] = values_of_codes<true>(pairs);
+    }
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      wgmma_rows<kHeads, false>(my.out[2 * latent + k], step[k],
+                                weights.at(latent * kOperand + key * 32), true);
+    }
+    wgmma_commit();
+  }
+  wgmma_wait<0>();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) pin(my.out[i]);
+}
 
 // All tiles of a token that one warpgroup has.
 template <int kHeads>
 __device__ __forceinline__ void attend_tiles(Sums<kHeads>& my, uint32_t base, Tiles tiles,
                                              int group, int warp, int lane) {
-  using Shape = Layout<kHeads, Form::kWarpgroups>;
+  using Shape = Layout<kHeads>;
   const uint32_t sums = base + Shape::kSums + group * Shape::kSumBytes;
   const uint32_t weights = base + Shape::kWeights + group * Shape::kWeightBytes;
-  start(my);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+#pragma unroll
+    for (int k = 0; k < kHeads / 2; ++k) my.out[i][k] = 0.0f;
+    // of no scale yet
+    if (i < 4) my.unit[i] = __uint_as_float(253u << 23);
+  }
+#pragma unroll
+  for (int i = 0; i < kHeads / 4; ++i) my.total[i] = 0.0f;
   uint32_t stage = group, parity = 0;
   int visits = 0;
   for (int32_t at = tiles.first + group * tiles.step; at < tiles.end; at += 2 * tiles.step) {
@@ -51,14 +474,133 @@ __device__ __forceinline__ void attend_tiles(Sums<kHeads>& my, uint32_t base, Ti
   }
 }
 
+// ---- results
+
+// Leaves tops and totals of a warpgroup where the other finds them, once both are done with tiles,
+// queries and weights.
+template <int kHeads>
+__device__ __forceinline__ void put_stats(const Sums<kHeads>& my, uint32_t base, int group,
+                                          int warp, int lane) {
+  using Shape = Layout<kHeads>;
+  constexpr int kMine = kHeads / 4;
+#pragma unroll
+  for (int i = 0; i < kMine; ++i) {
+    const int at = group * kHeads + warp * kMine + i;
+    const float total = sum_of_warp(my.total[i]);
+    const float top = __uint_as_float(load_shared(base + Shape::kTops + at * 4));
+    if (lane == 0) store_shared(base + Shape::kOwnStats + at * 8, make_float2(top, total));
+  }
+  named_barrier(kOfBothNext, 256);
+}
+
+// How much what this warpgroup and the other have of a head counts.
+struct Shares {
+  float mine, other;
+};
+
+// Adds up what both warpgroups have of a token: each gets half of the other's heads, in registers
+// as its own. `share(head, own, other)` makes shares of tops and totals; `put(head, latent, sums)`
+// takes two neighbouring latents.
+template <int kHeads, int kGroup, typename Share, typename Put>
+__device__ __forceinline__ void exchange(const Sums<kHeads>& my, uint32_t base, int warp, int lane,
+                                         Share share, Put put) {
+  using Shape = Layout<kHeads>;
+  constexpr int kHalf = kHeads / 16, kOwn = kGroup * kHalf, kOther = kHalf - kOwn;
+  constexpr uint32_t kBytes = 8 * kHalf * 128 * 16;
+  const uint32_t place = base + Shape::kExchange + (warp * 32 + lane) * 16;
+  // takes the units off again
+  float back[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    back[i] = __uint_as_float((254u << 23) - __float_as_uint(my.unit[i]));
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+#pragma unroll
+    for (int j = 0; j < kHalf; ++j) {
+      const float* x = my.out[i] + 4 * (kOther + j);
+      const float by = back[i / 2];
+      store_shared(place + kGroup * kBytes + (i * kHalf + j) * 2048,
+                   make_float4(x[0] * by, x[1] * by, x[2] * by, x[3] * by));
+    }
+  }
+  exchange_barrier();
+#pragma unroll
+  for (int j = 0; j < kHalf; ++j) {
+    const int head = 8 * (kOwn + j) + 2 * (lane & 3);
+    Shares shares[2];
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const uint32_t at = base + Shape::kOwnStats + (head + k) * 8;
+      shares[k] = share(head + k, load_shared_float2(at + kGroup * kHeads * 8),
+                        load_shared_float2(at + (1 - kGroup) * kHeads * 8));
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float4 y = load_shared_float4(place + (1 - kGroup) * kBytes + (i * kHalf + j) * 2048);
+      const float* x = my.out[i] + 4 * (kOwn + j);
+      const int latent = i / 2 * 128 + warp * 32 + i % 2 * 16 + lane / 4 * 2;
+      const float first = shares[0].mine * back[i / 2], second = shares[1].mine * back[i / 2];
+      put(head, latent,
+          make_float2(fmaf(y.x, shares[0].other, x[0] * first),
+                      fmaf(y.z, shares[0].other, x[2] * first)));
+      put(head + 1, latent,
+          make_float2(fmaf(y.y, shares[1].other, x[1] * second),
+                      fmaf(y.w, shares[1].other, x[3] * second)));
+    }
+  }
+}
+
+// Writes the result of a block that has all of a token, or leaves its part of it where the cluster
+// finds it.
+template <int kHeads, int kGroup>
+__device__ __forceinline__ void finish(const FdDsaSparseMla& job, int64_t token,
+                                       const Sums<kHeads>& my, uint32_t base, bool is_alone,
+                                       int warp, int lane) {
+  using Shape = Layout<kHeads>;
+  const int64_t row = token * job.num_heads;
+  const auto share = [&](int head, float2 a, float2 b) {
+    const float top = fmaxf(a.x, b.x), from = top == -INFINITY ? 0.0f : top;
+    const float mine = exp2_of(a.x - from), other = exp2_of(b.x - from);
+    const float total = fmaf(b.y, other, a.y * mine);
+    const bool tells = warp == 0 && lane < 4;
+    if (!is_alone) {
+      if (tells) store_shared(base + Shape::kStats + head * 8, make_float2(top, total));
+      return Shares{mine, other};
+    }
+    if (tells && head < job.num_heads && job.lse != nullptr) {
+      job.lse[row + head] = lse_of(top, total);
+    }
+    const float factor = 1.0f / (total == 0.0f ? 1.0f : total);
+    return Shares{mine * factor, other * factor};
+  };
+  if (!is_alone) {
+    exchange<kHeads, kGroup>(my, base, warp, lane, share, [&](int head, int latent, float2 x) {
+      store_shared(base + Shape::kRing + (head * kPartStride + latent) * 4, x);
+    });
+  } else if (job.out_is_bfloat16 != 0) {
+    auto* out = static_cast<__nv_bfloat16*>(job.out) + row * kRank;
+    exchange<kHeads, kGroup>(my, base, warp, lane, share, [&](int head, int latent, float2 x) {
+      if (head >= job.num_heads) return;
+      __stcs(reinterpret_cast<uint32_t*>(out + head * kRank + latent), pack_bfloat16(x.x, x.y));
+    });
+  } else {
+    auto* out = static_cast<float*>(job.out) + row * kRank;
+    exchange<kHeads, kGroup>(my, base, warp, lane, share, [&](int head, int latent, float2 x) {
+      if (head >= job.num_heads) return;
+      __stcs(reinterpret_cast<float2*>(out + head * kRank + latent), x);
+    });
+  }
+}
+
 #endif  // FD_DSA_HOPPER
 
 // A cluster of blocks for each token.
 template <int kHeads>
-__global__ void __launch_bounds__(Layout<kHeads, Form::kWarpgroups>::kThreads, 1)
-    warpgroup_kernel(const __grid_constant__ FdDsaSparseMla job) {
+__global__ void __launch_bounds__(Layout<kHeads>::kThreads, 1)
+    kernel(const __grid_constant__ FdDsaSparseMla job) {
 #if defined(FD_DSA_HOPPER)
-  using Shape = Layout<kHeads, Form::kWarpgroups>;
+  using Shape = Layout<kHeads>;
   const Place my = begin<Shape>(job);
   if (my.warp >= 4 * Shape::kGroups) {
     copy_and_wait<Shape>(job, my, 4 * Shape::kGroups);
@@ -79,10 +621,8 @@ __global__ void __launch_bounds__(Layout<kHeads, Form::kWarpgroups>::kThreads, 1
   } else {
     finish<kHeads, 1>(job, token, sums, base, is_alone, member, lane);
   }
-  if (!is_alone) combine<kHeads, Form::kWarpgroups>(job, token, base, rank, blocks);
+  if (!is_alone) combine<Shape>(job, token, base, rank, blocks);
 #endif
 }
 
-}  // namespace fd_dsa::narrow
-
-#endif  // FD_DSA_SPARSE_MLA_NARROW_WARPGROUPS_CUH
+}  // namespace fd_dsa::narrow::warpgroups

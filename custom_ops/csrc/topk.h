@@ -1,10 +1,5 @@
-// Exact top-k of rows of scores: the C ABI of the launcher, and the same in host memory.
+// Exact top-k of rows of scores: the C ABI of the launcher, and what ranks and names a score.
 #pragma once
-
-#include <algorithm>
-#include <cstring>
-#include <functional>
-#include <vector>
 
 #include "lengths.h"
 
@@ -70,11 +65,6 @@ FD_DSA_BOTH int32_t window_at(const Rows& rows, int32_t batch_id, int32_t last) 
   return window > rows.k ? bounded(window, rows.width) : window;
 }
 
-FD_DSA_BOTH int32_t window_of(const Rows& rows, int64_t token) {
-  if (rows.lengths != nullptr) return bounded(rows.lengths[token], rows.width);
-  return window_at(rows, rows.batch_ids[token], static_cast<int32_t>(rows.position_ids[token]));
-}
-
 // What stands in the output for a position.
 FD_DSA_BOTH int32_t entry_of(const Rows& rows, int64_t token, int32_t position) {
   if (rows.lengths != nullptr) return position;
@@ -84,36 +74,6 @@ FD_DSA_BOTH int32_t entry_of(const Rows& rows, int64_t token, int32_t position) 
   const int32_t block = rows.block_tables[request * rows.table_width + column];
   if (block < 0 || block >= rows.num_blocks) return -1;
   return block * rows.block_size + position % rows.block_size;
-}
-
-// The positions of the k best of a row with more than k, ascending.
-inline void best_cpu(const float* scores, int32_t length, std::vector<int32_t>& chosen,
-                     std::vector<uint64_t>& keys) {
-  keys.resize(length);
-  for (int32_t i = 0; i < length; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, scores + i, sizeof(bits));
-    keys[i] = ranked(image_of_bits(bits), i);
-  }
-  const auto last = keys.begin() + static_cast<int64_t>(chosen.size()) - 1;
-  std::nth_element(keys.begin(), last, keys.end(), std::greater<uint64_t>());
-  std::transform(keys.begin(), last + 1, chosen.begin(), position_of);
-  std::sort(chosen.begin(), chosen.end());
-}
-
-inline void topk_cpu(const Rows& rows) {
-  std::vector<uint64_t> keys;
-  std::vector<int32_t> chosen;
-  for (int32_t row = 0; row < rows.num_rows; ++row) {
-    const int64_t token = static_cast<int64_t>(rows.first_token) + row;
-    const int32_t window = window_of(rows, token), take = std::min(window, rows.k);
-    chosen.resize(take);
-    for (int32_t i = 0; i < take; ++i) chosen[i] = i;
-    if (window > rows.k) best_cpu(rows.logits + row * rows.row_stride, window, chosen, keys);
-    int32_t* out = rows.out + token * rows.k;
-    for (int32_t i = 0; i < take; ++i) out[i] = entry_of(rows, token, chosen[i]);
-    std::fill(out + take, out + rows.k, -1);
-  }
 }
 
 }  // namespace fd_dsa::topk

@@ -1,9 +1,192 @@
-// Top-k: one row of scores, as a block reads it.
+// Top-k: one row of scores as a block reads it, how many blocks and how much shared memory it gets,
+// and the k-th best of its candidates, wherever the block holds them.
 #pragma once
 
-#include "topk_block.cuh"
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+
+#include "topk.h"
+#include "topk_ptx.cuh"
 
 namespace fd_dsa::topk {
+
+// ---- sizes, which change the time, never the result
+
+constexpr int kMaxCluster = 16;
+constexpr int kMaxSamples = 4096;
+// least number of candidates that fit: their memory has other uses too
+constexpr int32_t kMinCapacity = 1024;
+
+struct Sizes {
+  int32_t cluster;     // blocks of a row
+  int32_t capacity;    // candidates that fit
+  int32_t num_bits;    // positions that are put in order at once; a multiple of 128
+  int32_t num_chosen;  // k, or 0 where k candidates never fit
+
+  // Bytes of shared memory behind a block's own.
+  int32_t list_bytes() const {
+    const int32_t order = num_bits / 8 + num_bits / 16 + (num_chosen + 3) / 4 * 16;
+    return (cluster > 1 ? 12 : 8) * capacity + order;
+  }
+};
+
+// What is known of a GPU.
+struct Gpu {
+  int device;
+  int num_sms;
+  int shared_bytes;  // most that a block can have
+  bool has_clusters;
+};
+
+// How many of `size` samples a bound shall exceed, so that k of `length` scores do: 6 standard
+// deviations more than are expected. A bound that fails costs time, never exactness.
+FD_DSA_BOTH float samples_above(float size, float length, float k) {
+  const float share = k / length, seen = size < length ? size / length : 1.0f;
+  const float variance = size * share * (1.0f - share) * (1.0f - seen);
+  return size * share + 6.0f * sqrtf(variance > 0.0f ? variance : 0.0f) + 4.0f;
+}
+
+inline int32_t rounded_up(int64_t value, int32_t step) {
+  return static_cast<int32_t>((value + step - 1) / step * step);
+}
+
+// For rows of which a choice is made; `fixed_bytes` of shared memory are a block's anyway.
+inline Sizes choose_sizes(const Rows& rows, const Gpu& gpu, int32_t fixed_bytes) {
+  constexpr int32_t kShare = 4096, kMostBits = 1 << 19;
+  Sizes sizes = {1, kMinCapacity, 0, 0};
+  const int32_t width = rows.width;
+  while (gpu.has_clusters && sizes.cluster < kMaxCluster) {
+    const int32_t more = 2 * sizes.cluster;
+    // more of larger clusters do not find room at once: measured on an H200, at 8 to 32 rows
+    const int64_t most = more > 2 ? gpu.num_sms / 2 : gpu.num_sms;
+    if (static_cast<int64_t>(rows.num_rows) * more > most || width / more < kShare) break;
+    sizes.cluster = more;
+  }
+  sizes.capacity = 0;
+  sizes.num_bits = rounded_up(std::min(width, kMostBits), 1024);
+  const int32_t room = gpu.shared_bytes - fixed_bytes - sizes.list_bytes() - 16;
+  const float wanted = samples_above(kMaxSamples, width, rows.k);
+  const float kept = wanted / std::min(width, kMaxSamples) * width;
+  sizes.capacity = std::max(rounded_up(std::min(1.6f * kept, 1e8f), 256), kMinCapacity);
+  const int32_t bytes = sizes.cluster > 1 ? 12 : 8;
+  if (static_cast<int64_t>(bytes) * sizes.capacity + 4LL * rows.k > room) {
+    const int32_t chosen = 4 * std::min(rows.k, room / 4);
+    sizes.capacity = std::max((room - chosen) / bytes / 256 * 256, kMinCapacity);
+  }
+  if (rows.k <= sizes.capacity) sizes.num_chosen = rows.k;
+  return sizes;
+}
+
+// ---- what the threads of a block share
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kBinBits = 10;
+constexpr int kBins = 1 << kBinBits;
+constexpr int kSampleBinBits = 8;
+constexpr int kSampleBins = 1 << kSampleBinBits;
+// candidates that are ranked by comparing each with all others
+constexpr int kSmall = 64;
+// a few warps sum up bins with fewer instructions than all would take
+constexpr int kScanWarps = 8;
+
+// Shared memory of a block. Lists of other sizes lie behind it, see `Lists`.
+struct alignas(16) Shared {
+  uint32_t bins[kBins];
+  uint32_t sample_bins[kSampleBins], sample_low[kSampleBins];
+  uint64_t small[kSmall];
+  uint64_t threshold;
+  uint32_t warp_sums[kWarp], warp_low[kWarp], warp_high[kWarp];
+  // what find_bin found: the bin, entries above it, entries in it
+  uint32_t bin, above, inside;
+  uint32_t num_small, bound;
+  // candidates of this block, and where its own begin among all; of all of them, in rank 0
+  uint32_t num_kept, sent_to, num_sent, highest;
+  // of each block of the cluster
+  uint32_t better_of[kMaxCluster], equal_of[kMaxCluster];
+};
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / kWarp; }
+__device__ __forceinline__ unsigned lanes_below() { return (1u << lane_id()) - 1; }
+
+// Sum of the values of this lane and the lanes below it.
+__device__ __forceinline__ uint32_t warp_prefix(uint32_t value) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const uint32_t below = __shfl_up_sync(kAllLanes, value, step);
+    if (lane_id() >= step) value += below;
+  }
+  return value;
+}
+
+// Sum of the first `warp` sums of warps; all lanes call it.
+__device__ __forceinline__ uint32_t sum_below(const Shared& shared, int warp) {
+  return __reduce_add_sync(kAllLanes, lane_id() < warp ? shared.warp_sums[lane_id()] : 0);
+}
+
+// Smallest and largest of the threads' values, in all threads; without those smallest values of
+// warps that are the `kSkipped` lowest.
+template <int kThreads, int kSkipped = 0>
+__device__ __forceinline__ void block_range(Shared& shared, uint32_t& low, uint32_t& high) {
+  low = __reduce_min_sync(kAllLanes, low);
+  high = __reduce_max_sync(kAllLanes, high);
+  if (lane_id() == 0) {
+    shared.warp_low[warp_id()] = low;
+    shared.warp_high[warp_id()] = high;
+  }
+  __syncthreads();
+  const bool valid = lane_id() < kThreads / kWarp;
+  low = valid ? shared.warp_low[lane_id()] : 0xffffffffu;
+#pragma unroll
+  for (int i = 0; i < kSkipped; ++i) {
+    const bool least = low == __reduce_min_sync(kAllLanes, low);
+    // one of equals
+    if ((__ballot_sync(kAllLanes, least) & lanes_below()) == 0 && least) low = 0xffffffffu;
+  }
+  low = __reduce_min_sync(kAllLanes, low);
+  high = __reduce_max_sync(kAllLanes, valid ? shared.warp_high[lane_id()] : 0u);
+}
+
+// Finds the bin of the `need`-th entry from the top, and empties the bins. Starts behind a barrier
+// and ends with one; there are that many entries.
+template <int kThreads>
+__device__ __forceinline__ void find_bin(Shared& shared, uint32_t need) {
+  constexpr int kWarps = kThreads / kWarp < kScanWarps ? kThreads / kWarp : kScanWarps;
+  constexpr int kOwn = kBins / (kWarps * kWarp);
+  const bool scans = warp_id() < kWarps;
+  const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
+  uint32_t count[kOwn], sum = 0, prefix = 0;
+  if (scans) {
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      count[i] = shared.bins[first + i];
+      shared.bins[first + i] = 0;
+      sum += count[i];
+    }
+    prefix = warp_prefix(sum);
+    if (lane_id() == kWarp - 1) shared.warp_sums[warp_id()] = prefix;
+  }
+  __syncthreads();
+  if (scans) {
+    uint32_t above = sum_below(shared, warp_id()) + prefix - sum;
+    if (above < need && need <= above + sum) {
+#pragma unroll
+      for (int i = kOwn - 1; i >= 0; --i) {
+        if (above < need && need <= above + count[i]) {
+          shared.bin = first + i;
+          shared.above = above;
+          shared.inside = count[i];
+        }
+        above += count[i];
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// ---- a row
 
 // What the host tells a kernel.
 struct Job {
@@ -62,6 +245,77 @@ __device__ __forceinline__ int32_t entry_at(const Job& job, int64_t token, int32
   const int32_t block = __ldg(rows.block_tables + request * rows.table_width + column);
   if (block < 0 || block >= rows.num_blocks) return -1;
   return (block << job.block_shift) + (position & ((1 << job.block_shift) - 1));
+}
+
+// ---- the k-th best
+
+// Counts values in low..high by their leading digit below the common ones and keeps to the digit
+// of the `need`-th from the top. `each(visit)` calls visit(value) for the thread's own values.
+template <int kThreads, typename Each>
+__device__ __forceinline__ void narrow(Shared& shared, Each each, uint32_t& need, uint32_t& low,
+                                       uint32_t& high) {
+  const uint32_t start = low, range = high - low;
+  const int shift = max(0, 32 - __clz(range) - kBinBits);
+  each([&](uint32_t value) {
+    if (value - start <= range) atomicAdd(&shared.bins[(value - start) >> shift], 1u);
+  });
+  __syncthreads();
+  find_bin<kThreads>(shared, need);
+  need -= shared.above;
+  low += shared.bin << shift;
+  // the bin may reach past the largest number
+  high = low + min(high - low, (1u << shift) - 1);
+}
+
+// The `need`-th largest of at most kSmall candidates in first..last.
+template <typename Each>
+__device__ __forceinline__ uint64_t rank_few(Shared& shared, Each each, uint32_t need,
+                                             uint64_t first, uint64_t last) {
+  each([&](uint32_t image, int32_t position) {
+    const uint64_t key = ranked(image, position);
+    if (key < first || key > last) return;
+    const uint32_t at = atomicAdd(&shared.num_small, 1u);
+    if (at < kSmall) shared.small[at] = key;
+  });
+  __syncthreads();
+  if (threadIdx.x < shared.inside) {
+    const uint64_t key = shared.small[threadIdx.x];
+    uint32_t better = 0;
+#pragma unroll 4
+    for (uint32_t i = 0; i < shared.inside; ++i) better += shared.small[i] > key;
+    if (better == need - 1) shared.threshold = key;
+  }
+  __syncthreads();
+  return shared.threshold;
+}
+
+// The k-th best of the candidates that all threads hold, or what lies between it and the next one:
+// the chosen ones are those whose key is not less.
+//
+// `each(visit)` calls visit(image, position) for the thread's own candidates, of which all threads
+// together have at least `need`, with images in low..high and positions below `length`.
+template <int kThreads, typename Each>
+__device__ uint64_t find_threshold(Shared& shared, Each each, uint32_t need, uint32_t low,
+                                   uint32_t high, int32_t length) {
+  do {
+    narrow<kThreads>(
+        shared, [&](auto visit) { each([&](uint32_t image, int32_t) { visit(image); }); }, need,
+        low, high);
+    if (shared.inside == need) return static_cast<uint64_t>(low) << 32;
+  } while (shared.inside > kSmall && low < high);
+  // complements of positions: the lowest first among equal scores
+  uint32_t first = ~static_cast<uint32_t>(length - 1), last = 0xffffffffu;
+  while (shared.inside > kSmall) {
+    const auto of_equal = [&](auto visit) {
+      each([&](uint32_t image, int32_t position) {
+        if (image == low) visit(~static_cast<uint32_t>(position));
+      });
+    };
+    narrow<kThreads>(shared, of_equal, need, first, last);
+    if (shared.inside == need) return static_cast<uint64_t>(low) << 32 | first;
+  }
+  return rank_few(shared, each, need, static_cast<uint64_t>(low) << 32 | first,
+                  static_cast<uint64_t>(high) << 32 | last);
 }
 
 }  // namespace fd_dsa::topk

@@ -1,7 +1,6 @@
 """Operators of fd_dsa in CUDA C++, as functions on Paddle tensors.
 
-Built by `make custom-ops` or `pip install ./custom_ops`; see docs/custom_ops.md. A function takes
-its arguments by position or by name, and answers with its outputs, those in place included.
+Built by `make custom-ops` or `pip install ./custom_ops`; see docs/custom_ops.md.
 """
 
 from __future__ import annotations
@@ -37,31 +36,24 @@ def _load() -> list[str]:
         raise ImportError(f"{LIBRARY}: {said[-1] if said else error!r}; {cure}") from error
 
 
-def _function(name: str) -> Any:
-    """A registered operator as a function."""
+def get_position_ids_and_mask_encoder_batch(
+    seq_lens_encoder: Any, seq_lens_decoder: Any, seq_lens_this_time: Any, position_ids: Any
+) -> Any:
+    """Write the position of each token of a step; see docs/custom_ops.md.
+
+    Args:
+        seq_lens_encoder: not read; PaddlePaddle/FastDeploy #7367 has it.
+        seq_lens_decoder: int32 [num_rows], tokens of each row before the step.
+        seq_lens_this_time: int32 [num_rows], tokens of each row in the step.
+        position_ids: int32 [num_tokens], written in place and returned.
+
+    Raises:
+        OSError: a tensor does not fit the others; nothing is written.
+    """
     from paddle import _C_ops
-    from paddle.utils.cpp_extension.extension_utils import parse_op_info
 
-    inputs, attributes, outputs = parse_op_info(name)
-    names = [argument.partition("@")[0] for argument in [*inputs, *attributes]]
-    optional = {argument.partition("@")[0] for argument in inputs if "@OPTIONAL" in argument}
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args, strict=False)) | kwargs
-        values = [given.get(argument) for argument in names]
-        if (
-            given.keys() - set(names)
-            or set(names) - optional - given.keys()
-            or len(args) > len(names)
-        ):
-            raise TypeError(f"{name} takes {', '.join(names)}; got {len(args)} and {list(kwargs)}")
-        found = _C_ops._run_custom_op(name, *values)
-        return found[0] if len(outputs) == 1 else tuple(found)
-
-    call.__name__ = call.__qualname__ = name
-    call.__doc__ = f"{name}({', '.join(names)}); see docs/custom_ops.md."
-    return call
+    tensors = seq_lens_encoder, seq_lens_decoder, seq_lens_this_time, position_ids
+    return _C_ops._run_custom_op("get_position_ids_and_mask_encoder_batch", *tensors)[0]
 
 
 __all__ = _load()
-globals().update({name: _function(name) for name in __all__})

@@ -13,14 +13,14 @@ import numpy as np
 
 from fd_dsa.ops._fp8 import (
     INDEX_WIDTH,
+    LATENT_ROPE_AT,
+    LATENT_SCALES_AT,
     LATENT_TILES,
     LATENT_WIDTH,
     TILE_WIDTH,
     decode_e4m3,
 )
 from fd_dsa.ops._host import Scratch
-
-_SCALES_END = LATENT_WIDTH + 4 * LATENT_TILES
 
 
 def gather_rows(cache: np.ndarray, index: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:
@@ -53,14 +53,14 @@ def gather_latents(rows: np.ndarray, index: np.ndarray, out: np.ndarray, scratch
         return
     records = scratch.take("gather_records", (len(index), rows.shape[1]), np.uint8)
     np.take(rows, index, axis=0, out=records, mode="clip")
-    scales = records[:, LATENT_WIDTH:_SCALES_END].view(np.float32)
+    scales = records[:, LATENT_SCALES_AT:LATENT_ROPE_AT].view(np.float32)
     values = scratch.take("gather_values", (len(index), LATENT_TILES, TILE_WIDTH))
     decode_e4m3(records[:, :LATENT_WIDTH], values.reshape(-1, LATENT_WIDTH))
     tiles = out[:, :LATENT_WIDTH].reshape(values.shape)
     # a slot that nobody wrote may hold any bits, and the scale of a broken token is infinite
     with np.errstate(invalid="ignore", over="ignore"):
         np.multiply(values, scales[:, :, None], out=tiles)
-    _widen(records[:, _SCALES_END:].view(np.int16), out[:, LATENT_WIDTH:])
+    _widen(records[:, LATENT_ROPE_AT:].view(np.int16), out[:, LATENT_WIDTH:])
 
 
 def gather_index_keys(

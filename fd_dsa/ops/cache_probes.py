@@ -10,13 +10,23 @@ from functools import partial
 
 import numpy as np
 
-from fd_dsa.ops._fp8 import E4M3_VALUES, INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
+from fd_dsa.ops._fp8 import (
+    E4M3_VALUES,
+    INDEX_RECORD_BYTES,
+    INDEX_WIDTH,
+    LATENT_RECORD_BYTES,
+    LATENT_ROPE_AT,
+    LATENT_SCALES_AT,
+    LATENT_WIDTH,
+    ROPE_WIDTH,
+    TILE_WIDTH,
+)
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.probes import STEP_CASES, UNTOUCHED, Call, Case, Memory, Outputs, require
 
 FORMATS = ("float32", "bfloat16", "fp8_ds_mla")
-_BLOCK, _BLOCKS, _HEADS, _WIDTH = 64, 6, 4, 128
-_RANK, _ROPE, _TILE = 512, 64, 128
+_BLOCK, _BLOCKS, _HEADS = 64, 6, 4
+_WIDTH, _RANK, _ROPE, _TILE = INDEX_WIDTH, LATENT_WIDTH, ROPE_WIDTH, TILE_WIDTH
 _SLOTS = np.array([70, 0, -1, 127, 5], np.int64)
 _POSITIONS = np.array([0, 3, 7, 15, 1], np.int64)
 # three tokens of a prompt after a prefix, one of a decode row, a padded one
@@ -138,10 +148,11 @@ def _check_cache_write(out: Outputs) -> None:
     k = _rotated(k, cos, sin, interleaved=False)
 
     records = out["latent"].reshape(-1, LATENT_RECORD_BYTES)
-    scales = records[slots, _RANK : _RANK + 16].copy().view(np.float32)
-    _require_e4m3(records[slots, :_RANK].reshape(-1, 4, 128), scales, x[kept].reshape(-1, 4, 128))
+    scales = records[slots, LATENT_SCALES_AT:LATENT_ROPE_AT].copy().view(np.float32)
+    codes, latents = (a.reshape(*scales.shape, _TILE) for a in (records[slots, :_RANK], x[kept]))
+    _require_e4m3(codes, scales, latents)
     # bfloat16 is the upper half of a float32
-    bits = records[slots, _RANK + 16 :].copy().view(np.uint16).astype(np.uint32) << 16
+    bits = records[slots, LATENT_ROPE_AT:].copy().view(np.uint16).astype(np.uint32) << 16
     require(abs(bits.view(np.float32) - pe[kept]) <= 2.0**-8 * abs(pe[kept]) + 1e-6, "k_pe is off")
     blocks = out["index"].reshape(2, -1)
     keys = blocks[:, : _BLOCK * _WIDTH].reshape(-1, _WIDTH)

@@ -1,4 +1,4 @@
-"""Builders that take the C ABI of a library, whatever stands behind it."""
+"""Operators that take the C ABI of a library, of kernels on a GPU or emulated on the CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pytest
 
 from fd_dsa import custom_ops
 from fd_dsa.triton_runtime import DeviceApi
-from tests.kernel_memory import KernelMemory, open_memory
 
 
 class HostApi(DeviceApi):
@@ -27,22 +26,15 @@ class HostApi(DeviceApi):
 
 @contextmanager
 def adopted(library: Path, monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool) -> Iterator[None]:
-    """Builders take the C ABI of a library inside; of one for host memory, unless `on_gpu`."""
+    """Operators take the C ABI of a library inside; of one for host memory, unless `on_gpu`."""
     if not on_gpu:
         driver = SimpleNamespace(num_devices=1)
         monkeypatch.setattr("fd_dsa.triton_runtime.c_launch.cuda", lambda: driver)
+        for operator in ("mla", "topk"):
+            api = f"fd_dsa.ops.{operator}.custom_op.api_for_type"
+            monkeypatch.setattr(api, lambda kind: HostApi())
+        # kernels on emulated threads count as compiled ones
+        monkeypatch.setattr("fd_dsa.ops.topk.custom_op.INTERPRETING", False)
     custom_ops.use_library(library)
     yield
     custom_ops.use_library(None)
-
-
-@pytest.fixture(params=[pytest.param("torch", marks=pytest.mark.gpu)])
-def memory_of_a_gpu(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KernelMemory]:
-    """Memory of a GPU alone, for kernels that have no form for the host's."""
-    from custom_ops.build_library import build_library
-
-    memory = open_memory(request.param)
-    with adopted(build_library(), monkeypatch, on_gpu=True):
-        yield memory

@@ -19,7 +19,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "custom_ops"
 CACHE = ROOT / "build" / "custom_ops"
-HOST_KERNELS = Path(__file__).with_name("host_kernels.cc")
 EMULATED = Path(__file__).with_name("emulated")
 
 
@@ -58,7 +57,7 @@ def key_of(*parts: object) -> str:
     """Hash of the sources and of what else a build is made of."""
     installed = [f"{d.name} {d.version}" for d in distributions() if "paddlepaddle" in d.name]
     digest = hashlib.sha256(repr((*parts, sorted(installed))).encode())
-    for path in [*sources_of_the_package(), HOST_KERNELS]:
+    for path in sources_of_the_package():
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -125,16 +124,14 @@ def compile_library(source: Path, *folders: Path, define: str = "") -> Path:
             *(f"-I{folder}" for folder in folders),
         ]
         flags += [f"-D{define}"] if define else []
-        subprocess.run([compiler(), *flags, source, "-o", scratch], check=True)
+        subprocess.run([compiler(), *flags, "-x", "c++", source, "-o", scratch], check=True)
         scratch.replace(made)
     return made
 
 
-def host_library() -> Path:
-    """A library with the C ABI of the kernels that works in host memory."""
-    return compile_library(HOST_KERNELS, SOURCES / "csrc")
-
-
-def emulated_library() -> Path:
-    """The kernels themselves, compiled as C++, their threads run one after the other."""
-    return compile_library(EMULATED / "position_ids_emulated.cc", EMULATED, SOURCES / "csrc")
+def emulated_library(name: str, define: str = "") -> Path:
+    """The kernels of one source, compiled as C++: their threads run one after the other."""
+    source = EMULATED / f"{name}_emulated.cc"
+    if not source.exists():
+        source = SOURCES / "csrc" / f"{name}.cu"
+    return compile_library(source, EMULATED, SOURCES / "csrc", define=define)

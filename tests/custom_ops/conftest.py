@@ -1,4 +1,4 @@
-"""The operators as users get them, and memories whose steps are built by their kernels."""
+"""The operators as users get them, and memories in which kernels are called by their C ABI."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from tests.custom_ops.adoption import adopted
-from tests.custom_ops.building import host_library, load_package
+from tests.custom_ops.building import emulated_library, load_package
+from tests.kernel_memory import KernelMemory, open_memory
 
-MEMORIES = {"interpreter": "triton", "torch": "gpu"}
+ON_GPU = pytest.param("torch", marks=pytest.mark.gpu)
+EMULATED = pytest.param("interpreter", marks=pytest.mark.triton)
 
 
 @pytest.fixture(scope="session")
@@ -19,19 +21,38 @@ def ops() -> Any:
     return load_package()
 
 
-@pytest.fixture(
-    params=[pytest.param(m, marks=getattr(pytest.mark, k)) for m, k in MEMORIES.items()]
-)
-def kernel_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A memory in which builders take the C ABI: of host code, or of kernels on a GPU."""
-    from tests.kernel_memory import open_memory
-
+def _memory(request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> Iterator[KernelMemory]:
+    """A memory for the kernels of the module's KERNELS: emulated on the CPU, or on a GPU."""
     memory = open_memory(request.param)
     if memory.on_gpu:
         from custom_ops.build_library import build_library
 
         library = build_library()
     else:
-        library = host_library()
-    with adopted(library, monkeypatch, on_gpu=memory.on_gpu):
+        library = emulated_library(request.module.KERNELS)
+    with adopted(library, patch, on_gpu=memory.on_gpu):
         yield memory
+
+
+@pytest.fixture(params=[EMULATED, ON_GPU])
+def kernel_memory(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KernelMemory]:
+    """Memory in which the kernels of this module are called: of the CPU, or of a GPU."""
+    yield from _memory(request, monkeypatch)
+
+
+@pytest.fixture(params=[EMULATED])
+def emulated_memory(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KernelMemory]:
+    """Memory of the CPU alone, for what cannot be asked of a GPU."""
+    yield from _memory(request, monkeypatch)
+
+
+@pytest.fixture(params=[ON_GPU])
+def gpu_memory(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[KernelMemory]:
+    """Memory of a GPU alone, for sizes that emulated threads would take too long for."""
+    yield from _memory(request, monkeypatch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,54 +14,55 @@ from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.ops.mla.custom_op import (
     CustomAttention,
     NarrowAttention,
+    SparseMla,
     WideAttention,
     choose_attention,
     kind_for,
 )
 from fd_dsa.ops.mla.records import Dequantized
-from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, Choice
-from tests.custom_ops.adoption import HostApi, adopted
-from tests.custom_ops.building import host_library
-from tests.kernel_memory import KernelMemory, open_memory
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE
+from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, make
 
+KERNELS = "sparse_mla"
 FP8 = "fp8_ds_mla"
 KINDS = [NarrowAttention, WideAttention]
 HEADS = {NarrowAttention: 5, WideAttention: 70}
 
 
-@pytest.fixture(params=[pytest.param("interpreter", marks=pytest.mark.triton)])
-def kernel_memory(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KernelMemory]:
-    """Host memory, and host code behind the C ABI that answers with the numbers it was given."""
-    memory = open_memory(request.param)
-    monkeypatch.setattr("fd_dsa.ops.mla.custom_op.api_for_type", lambda kind: HostApi())
-    monkeypatch.setattr("fd_dsa.ops.topk.custom_op.INTERPRETING", False)
-    with adopted(host_library(), monkeypatch, on_gpu=False):
-        yield memory
+class Recording:
+    """A library whose launchers keep the structures that they are called with."""
+
+    fd_dsa_sparse_mla_bytes = staticmethod(lambda: ctypes.sizeof(SparseMla))
+
+    def __init__(self) -> None:
+        self.jobs: list[SparseMla] = []
+
+    def launch(self, job: Any, stream: Any) -> int:
+        self.jobs.append(SparseMla.from_buffer_copy(job._obj))
+        return 0
+
+    fd_dsa_sparse_mla_narrow_cuda = fd_dsa_sparse_mla_wide_cuda = launch
+
+    def numbers(self, *names: str) -> list[float]:
+        """Fields of the last structure."""
+        return [getattr(self.jobs[-1], name) for name in names]
+
+
+GIVEN = ("softmax_scale", "num_tokens", "num_heads", "topk", "num_slots", "is_fp8")
+GIVEN += ("out_is_bfloat16", "splits")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_kernel_serves_where_its_probe_agrees(
-    kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, kind: type[CustomAttention]
+def test_a_kernel_that_computes_something_else_does_not_serve(
+    emulated_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch, kind: type[CustomAttention]
 ) -> None:
-    from fd_dsa.ops.mla.tensor_core import attend_on_tensor_cores
-
-    def triton(self: Any, *arguments: Any, kv_lora_rank: int, **options: Any) -> None:
-        attend_on_tensor_cores(*arguments, **options)
-
-    def choose() -> Choice:
-        types = "bfloat16", FP8, 512, 64, 90
-        return choose_attention("gpu", HEADS[kind], *types, kernel_memory.poisoned)
-
     monkeypatch.setattr(kind, "__call__", lambda *arguments, **options: None)
-    choice, heads = choose(), kind.probed_heads[0]
+    types = "bfloat16", FP8, RANK, 64, 90
+    choice = choose_attention("gpu", HEADS[kind], *types, emulated_memory.poisoned)
     assert choice.provider == TENSOR_CORE
+    heads = kind.probed_heads[0]
     assert f"fp8_ds_mla, {heads} heads: outputs of token 0 are off by" in choice.against[CUSTOM_OP]
-    monkeypatch.setattr(kind, "__call__", triton)
-    monkeypatch.setattr("fd_dsa.ops.mla.custom_op._differences", {})
-    assert choose().provider == CUSTOM_OP
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,43 +74,48 @@ def test_a_library_of_another_release_is_refused(
         kind(SimpleNamespace(**old))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_the_kernel_is_given(kernel_memory: KernelMemory, kind: type[CustomAttention]) -> None:
-    m, heads, attend = kernel_memory, HEADS[kind], kind(custom_ops.build().kernels)
-    case = make(FP8, [9, 3], 11, heads=heads)
+@pytest.mark.parametrize(
+    ("kind", "cache_dtype"),
+    [(NarrowAttention, FP8), (WideAttention, FP8), (WideAttention, "bfloat16")],
+)
+def test_what_the_kernel_is_given(
+    emulated_memory: KernelMemory, kind: type[CustomAttention], cache_dtype: str
+) -> None:
+    m, heads, kernels = emulated_memory, HEADS[kind], Recording()
+    attend, is_fp8 = kind(kernels), cache_dtype == FP8
+    case = make(cache_dtype, [9, 3], 11, heads=heads)
     q, cache, slots = case.inputs(m)
-    pages = m.put(case.cache.reshape(4, 1, 64, -1))
+    pages = cache.reshape([4, 1, 64, -1])
     out, lse = m.poisoned((2, heads, RANK), "float32"), m.poisoned((2, heads), "float32")
     attend(q, pages, slots, out, softmax_scale=0.5, lse=lse, splits=4)
-    assert m.get(out).reshape(-1)[:9].tolist() == [0.5, 2, heads, 11, 256, 1, 0, 4, 1]
-    attend(q, cache, slots, out, softmax_scale=0.25)
-    assert m.get(out).reshape(-1)[:9].tolist() == [0.25, 2, heads, 11, 256, 1, 0, 0, 0]
+    assert kernels.numbers(*GIVEN) == [0.5, 2, heads, 11, 256, is_fp8, 0, 4]
+    tensors = {"q": q, "cache": pages, "slots": slots, "out": out, "lse": lse}
+    assert kernels.numbers(*tensors) == [tensor.data_ptr() for tensor in tensors.values()]
+    narrow = m.poisoned((2, heads, RANK), "bfloat16")
+    attend(q, cache, slots, narrow, softmax_scale=0.25)
+    assert kernels.numbers(*GIVEN) == [0.25, 2, heads, 11, 256, is_fp8, 1, 0]
+    assert kernels.numbers("lse", "dequantized") == [None, None]
 
 
-def test_what_it_is_given_of_dequantized_records(kernel_memory: KernelMemory) -> None:
-    m, attend = kernel_memory, WideAttention(custom_ops.build().kernels)
+def test_what_it_is_given_of_dequantized_records(emulated_memory: KernelMemory) -> None:
+    m, kernels = emulated_memory, Recording()
     case, out = make(FP8, [5, 2], 6, heads=70), m.poisoned((2, 70, RANK), "float32")
     given = dequantized(m)
+    attend = WideAttention(kernels)
     attend(*case.inputs(m), out, softmax_scale=0.25, dequantized=given)
-    found = m.get(out).reshape(-1)[9:16].tolist()
-    assert found == [1, 3, 64, 128, 21, 32, 1]
+    assert kernels.numbers("num_rows", "block_size", "dequantized_slots") == [3, 64, 128]
+    names = "dequantized", "dequantized_blocks", "is_dequantized", "batch_id_per_token"
+    assert kernels.numbers(*names) == [tensor.data_ptr() for tensor in given[:4]]
     attend(*case.inputs(m), out, softmax_scale=0.25)
-    assert m.get(out).reshape(-1)[9:16].tolist() == [0] * 7
+    assert kernels.numbers("dequantized") == [None]
 
 
-def dequantized(m: KernelMemory, num_tokens: int = 2) -> Dequantized:
+def dequantized(m: KernelMemory) -> Dequantized:
     """Records of two blocks, and of three rows."""
     blocks, flags = np.array([20, 21], np.int32), np.array([30, 31, 32], np.int32)
-    ids = m.put(np.arange(num_tokens, dtype=np.int32))
+    ids = m.put(np.arange(2, dtype=np.int32))
     values = m.poisoned((128 * 288,), "float32")
     return Dequantized(values, m.put(blocks), m.put(flags), ids, 64, 128)
-
-
-def test_latents_of_many_heads_may_be_bfloat16(kernel_memory: KernelMemory) -> None:
-    m, attend = kernel_memory, WideAttention(custom_ops.build().kernels)
-    case, out = make("bfloat16", [5], 6, heads=70), m.poisoned((1, 70, RANK), "float32")
-    attend(*case.inputs(m), out, softmax_scale=0.25)
-    assert m.get(out).reshape(-1)[:9].tolist() == [0.25, 1, 70, 6, 256, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -153,9 +159,9 @@ def test_prompts_over_bfloat16_are_padded_to_64_heads(heads: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_result_with_gaps_is_refused(
-    kernel_memory: KernelMemory, kind: type[CustomAttention]
+    emulated_memory: KernelMemory, kind: type[CustomAttention]
 ) -> None:
-    m, heads = kernel_memory, HEADS[kind]
+    m, heads = emulated_memory, HEADS[kind]
     out = m.poisoned((2, RANK, heads), "float32").transpose([0, 2, 1])
     attend = kind(custom_ops.build().kernels)
     with pytest.raises(LaunchError, match=r"out of shape .*contiguous"):

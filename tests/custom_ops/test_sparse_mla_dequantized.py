@@ -1,4 +1,4 @@
-"""Sparse MLA over records that were dequantized before: the same bits, on a GPU."""
+"""Sparse MLA over records that were dequantized before: the same bits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,86 @@ from fd_dsa import custom_ops
 from fd_dsa.attention.cache_layout import CacheLayout
 from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.ops.mla.custom_op import NarrowAttention, WideAttention
-from fd_dsa.ops.mla.records import DequantizedRecords
-from tests.custom_ops.adoption import memory_of_a_gpu
+from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
+from tests.custom_ops.mla import InTwo, assert_same_bits, run
 from tests.kernel_memory import KernelMemory
 from tests.ops.tensor_core_case import RANK, Case, make
+from tests.ops.test_dequantize import expected
 
+KERNELS = "sparse_mla"
 FP8, BLOCK = "fp8_ds_mla", 64
 WORDS = 1 << 21
 
-kernel_memory = memory_of_a_gpu
+
+class Prompts:
+    """A case whose records are elsewhere, too: those of the rows that are named.
+
+    Args:
+        case: over records; each token is a row of its own.
+        rows: that were dequantized.
+    """
+
+    def __init__(self, case: Case, rows: list[int]) -> None:
+        num_blocks, num_tokens = len(case.latents) // BLOCK, len(case.slots)
+        self.blocks = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+        self.values = np.empty((num_blocks, BLOCK, RANK + 64), np.uint16)
+        self.values[self.blocks] = expected(case.cache).reshape(self.values.shape)
+        self.flags = np.isin(np.arange(num_tokens), rows).astype(np.int32)
+        self.ids = np.arange(num_tokens, dtype=np.int32)
+
+    def put(self, m: KernelMemory) -> Dequantized:
+        """What the kernel is given."""
+        arrays = m.put(self.values.view(np.int16)), m.put(self.blocks), m.put(self.flags)
+        return Dequantized(*arrays, m.put(self.ids), BLOCK, len(self.blocks) * BLOCK)
+
+
+@pytest.mark.parametrize(("heads", "splits"), [(64, 1), (70, 1), (40, 3)])
+def test_what_was_dequantized_gives_the_same_bits(
+    kernel_memory: KernelMemory, heads: int, splits: int
+) -> None:
+    m, case = kernel_memory, make(FP8, [130, 65, 0], 140, heads=heads, num_slots=256)
+    given = Prompts(case, [0, 2]).put(m)
+    result = run(m, WideAttention, case, splits=splits, dequantized=given)
+    case.check(*result)
+    assert_same_bits(result, run(m, WideAttention, case, splits=splits))
+
+
+def test_records_are_read_of_tokens_without_a_dequantized_row(kernel_memory: KernelMemory) -> None:
+    case = make(FP8, [70, 70, 70, 70], 70, heads=64, num_slots=256)
+    prompts = Prompts(case, [0, 1, 2, 3])
+    # no row at all, and flags of another one
+    prompts.ids[:2], prompts.flags[2] = [-1, 4], 0
+    prompts.values[...] = 0
+    given = prompts.put(kernel_memory)
+    out, lse = run(kernel_memory, WideAttention, case, splits=1, dequantized=given)
+    assert not out[3].any()
+    case.slots, case.q = case.slots[:3], case.q[:3]
+    case.check(out[:3], lse[:3])
+
+
+def test_places_that_are_none_are_skipped(kernel_memory: KernelMemory) -> None:
+    case = make(FP8, [90], 90, heads=64, num_slots=256)
+    prompts, lost = Prompts(case, [0]), [1, 3]
+    prompts.blocks[lost] = [-1, len(prompts.blocks)]
+    given = prompts.put(kernel_memory)
+    result = run(kernel_memory, WideAttention, case, splits=1, dequantized=given)
+    case.slots[np.isin(case.slots // BLOCK, lost)] = -1
+    case.check(*result)
+
+
+def test_a_second_launch_knows_the_rows_of_its_tokens(emulated_memory: KernelMemory) -> None:
+    case = make(FP8, [30, 40], 40, heads=64, num_slots=256)
+    given = Prompts(case, [1]).put(emulated_memory)
+    # whose records are not read any more
+    kept = case.cache.copy()
+    case.cache[case.slots[1]] = 0xFF
+    kernels = InTwo(1, 1, 1)
+    out, lse = run(emulated_memory, WideAttention, case, kernels=kernels, dequantized=given)
+    case.cache, case.slots, case.q = kept, case.slots[1:], case.q[1:]
+    case.check(out[1:], lse[1:])
+
+
+# ---- steps, whose records our own kernel dequantizes
 
 
 class Step:
@@ -94,37 +165,34 @@ class Step:
 
     def check(self, dequantized: Any, splits: int = 0) -> None:
         """Near attention in doubles, and the bits of the kernel that reads records."""
-        found = self.run(dequantized=dequantized, splits=splits)
-        self.case.check(*found)
-        for one, other in zip(found, self.run(splits=splits), strict=True):
-            np.testing.assert_array_equal(one.view(np.uint32), other.view(np.uint32))
+        result = self.run(dequantized=dequantized, splits=splits)
+        self.case.check(*result)
+        assert_same_bits(result, self.run(splits=splits))
 
 
 MIXED = [(7, 300, 7), (0, 129, 1), (0, 0, 0), (33, 0, 33), (0, 64, 4), (5, 59, 5)]
 
 
 @pytest.mark.parametrize(("heads", "splits"), [(64, 0), (64, 1), (100, 2), (128, 0), (40, 16)])
-def test_the_bits_are_those_over_records(
-    kernel_memory: KernelMemory, heads: int, splits: int
-) -> None:
-    step = Step(kernel_memory, MIXED, heads)
+def test_the_bits_are_those_over_records(gpu_memory: KernelMemory, heads: int, splits: int) -> None:
+    step = Step(gpu_memory, MIXED, heads)
     given = step.dequantized()
-    assert kernel_memory.get(given.is_dequantized).view(np.int32).tolist() == [1, 0, 0, 1, 0, 1]
+    assert gpu_memory.get(given.is_dequantized).view(np.int32).tolist() == [1, 0, 0, 1, 0, 1]
     step.check(given, splits)
 
 
 @pytest.mark.parametrize(("blocks", "wanted"), [(1, [0, 1]), (6, [1, 0]), (7, [1, 1])])
 def test_rows_that_were_not_dequantized_are_read_as_records(
-    kernel_memory: KernelMemory, blocks: int, wanted: list[int]
+    gpu_memory: KernelMemory, blocks: int, wanted: list[int]
 ) -> None:
-    step = Step(kernel_memory, [(20, 330, 20), (9, 55, 9)], 64)
+    step = Step(gpu_memory, [(20, 330, 20), (9, 55, 9)], 64)
     given = step.dequantized(32 + blocks * BLOCK * 288)
-    assert kernel_memory.get(given.is_dequantized).view(np.int32).tolist() == wanted
+    assert gpu_memory.get(given.is_dequantized).view(np.int32).tolist() == wanted
     step.check(given)
 
 
-def test_records_of_a_prompt_are_what_is_read(kernel_memory: KernelMemory) -> None:
-    step = Step(kernel_memory, [(9, 55, 9), (0, 100, 1)], 64)
+def test_records_of_a_prompt_are_what_is_read(gpu_memory: KernelMemory) -> None:
+    step = Step(gpu_memory, [(9, 55, 9), (0, 100, 1)], 64)
     given = step.dequantized()
     wanted = step.run()
     step.cache[...] = 0
@@ -133,8 +201,8 @@ def test_records_of_a_prompt_are_what_is_read(kernel_memory: KernelMemory) -> No
     assert not found[0][9:].any() and wanted[0][9:].any()
 
 
-def test_slots_that_are_not_of_the_row_write_nothing_wrong(kernel_memory: KernelMemory) -> None:
-    step = Step(kernel_memory, [(9, 55, 9), (4, 60, 4)], 64)
+def test_slots_that_are_not_of_the_row_write_nothing_wrong(gpu_memory: KernelMemory) -> None:
+    step = Step(gpu_memory, [(9, 55, 9), (4, 60, 4)], 64)
     given = step.dequantized()
     slots = step.case.slots
     slots[0, ::2], slots[1], slots[2, 5:] = -5, -1, 2**31 - 1
@@ -166,14 +234,14 @@ def config(heads: int, cache: str = FP8) -> DSABackendConfig:
     ("rows", "serves"), [([(256, 90, 256), (0, 30, 1)], True), ([(255, 90, 255)], False)]
 )
 def test_prompts_of_many_tokens_take_it(
-    kernel_memory: KernelMemory,
+    gpu_memory: KernelMemory,
     monkeypatch: pytest.MonkeyPatch,
     rows: list[tuple[int, int, int]],
     serves: bool,
 ) -> None:
     from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 
-    m, step, seen = kernel_memory, Step(kernel_memory, rows, 64), []
+    m, step, seen = gpu_memory, Step(gpu_memory, rows, 64), []
     original = WideAttention.__call__
 
     def recording(self: Any, *arguments: Any, **options: Any) -> None:
@@ -199,11 +267,11 @@ def test_prompts_of_many_tokens_take_it(
     ("kind", "heads", "cache"), [(NarrowAttention, 16, FP8), (WideAttention, 64, "bfloat16")]
 )
 def test_no_other_kernel_takes_them(
-    kernel_memory: KernelMemory, kind: Any, heads: int, cache: str
+    gpu_memory: KernelMemory, kind: Any, heads: int, cache: str
 ) -> None:
     from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 
-    m = kernel_memory
+    m = gpu_memory
     attention = TensorCoreAttention(
         config(heads, cache),
         m.poisoned,

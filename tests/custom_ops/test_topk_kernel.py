@@ -12,6 +12,7 @@ from tests.custom_ops.topk_rows import KINDS, best, call, rows_of, scores_of
 from tests.kernel_memory import KernelMemory
 from tests.ops.test_many_scores import K, scored, step_for, tokens_to_look_at, wanted_positions
 
+KERNELS = "topk"
 POISON = -91
 # the edges of what registers hold, of a tile, of a window of positions, and real lengths
 WIDTHS = (1, 3, 2047, 2049, 4093, 4095, 4096, 4097, 8189, 8191, 8192, 8193, 16385, 32768, 65537)
@@ -38,65 +39,59 @@ def lengths_for(rows: int, width: int, k: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_widths(kernel_memory: KernelMemory, width: int) -> None:
-    if width > 5000 and not kernel_memory.large:
-        pytest.skip("a size for a GPU")
+def test_widths(gpu_memory: KernelMemory, width: int) -> None:
     scores = scores_of("few values", 10, width, seed=width)
     for k in (1, 2, 2047, 2048, 2049, 3000):
         for offset in (0, 1, 2, 3):
             lengths = lengths_for(10, width, k)
-            found = choose(kernel_memory, scores, lengths, k, offset)
+            found = choose(gpu_memory, scores, lengths, k, offset)
             np.testing.assert_array_equal(found, best(scores, lengths, k), err_msg=f"{k} {offset}")
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("rows", "width"),
     [(1, 4096), (3, 8192), (1, 16384), (9, 32768), (40, 65536), (2, 131072), (300, 9000)],
 )
-def test_kinds(kernel_memory: KernelMemory, kind: str, rows: int, width: int) -> None:
-    if not kernel_memory.large:
-        pytest.skip("a size for a GPU")
+def test_kinds(gpu_memory: KernelMemory, kind: str, rows: int, width: int) -> None:
+    if not gpu_memory.large:
+        pytest.skip("sizes of serving")
     scores, lengths = scores_of(kind, rows, width, seed=3), lengths_for(rows, width, 2048)
-    found = choose(kernel_memory, scores, lengths, 2048)
+    found = choose(gpu_memory, scores, lengths, 2048)
     np.testing.assert_array_equal(found, best(scores, lengths, 2048))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("k", [7, 2048, 6000, 40_000])
-def test_rows_of_a_million(kernel_memory: KernelMemory, k: int) -> None:
-    if not kernel_memory.large:
-        pytest.skip("a size for a GPU")
+def test_rows_of_a_million(gpu_memory: KernelMemory, k: int) -> None:
+    if not gpu_memory.large:
+        pytest.skip("sizes of serving")
     for kind in ("normal", "zeros", "recent"):
         scores = scores_of(kind, 2, 1_000_003, seed=k)
-        found = choose(kernel_memory, scores, [1_000_003, 600_000], k)
+        found = choose(gpu_memory, scores, [1_000_003, 600_000], k)
         np.testing.assert_array_equal(found, best(scores, [1_000_003, 600_000], k))
 
 
-@pytest.mark.gpu
-def test_many_rows_of_all_lengths(kernel_memory: KernelMemory) -> None:
-    if not kernel_memory.large:
-        pytest.skip("a size for a GPU")
+def test_many_rows_of_all_lengths(gpu_memory: KernelMemory) -> None:
+    if not gpu_memory.large:
+        pytest.skip("sizes of serving")
     scores = scores_of("normal", 3000, 9000, seed=0)
     lengths = np.random.default_rng(0).integers(0, 9001, 3000)
-    found = choose(kernel_memory, scores, lengths, 512)
+    found = choose(gpu_memory, scores, lengths, 512)
     np.testing.assert_array_equal(found, best(scores, lengths, 512))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "width"), [(1, 4096), (1, 131072), (8, 16384), (64, 65536)])
 @pytest.mark.parametrize("kind", ["normal", "zeros", "few values"])
 def test_ten_thousand_times_the_same_bits(
-    kernel_memory: KernelMemory, kind: str, rows: int, width: int
+    gpu_memory: KernelMemory, kind: str, rows: int, width: int
 ) -> None:
     import torch
 
-    if not kernel_memory.large:
-        pytest.skip("repeats for a GPU")
+    if not gpu_memory.large:
+        pytest.skip("sizes of serving")
     scores, lengths = scores_of(kind, rows, width, seed=5), np.full(rows, width)
-    first = kernel_memory.put(best(scores, lengths, 2048))
-    logits, counts = kernel_memory.put(scores), kernel_memory.put(lengths.astype(np.int32))
+    first = gpu_memory.put(best(scores, lengths, 2048))
+    logits, counts = gpu_memory.put(scores), gpu_memory.put(lengths.astype(np.int32))
     out, kernels = torch.empty_like(first), custom_ops.build().kernels
     arguments = rows_of(logits, counts, out, width, width)
     differing = torch.zeros((), device="cuda", dtype=torch.int64)
@@ -107,14 +102,13 @@ def test_ten_thousand_times_the_same_bits(
     assert int(differing) == 0
 
 
-@pytest.mark.gpu
-def test_a_graph_sees_lengths_of_its_replay(kernel_memory: KernelMemory) -> None:
+def test_a_graph_sees_lengths_of_its_replay(gpu_memory: KernelMemory) -> None:
     import torch
 
     width, rows, k = 20_000, 6, 2048
     scores = scores_of("normal", rows, width, seed=8)
-    logits, out = kernel_memory.put(scores), kernel_memory.put(np.zeros((rows, k), np.int32))
-    counts, kernels = kernel_memory.put(np.zeros(rows, np.int32)), custom_ops.build().kernels
+    logits, out = gpu_memory.put(scores), gpu_memory.put(np.zeros((rows, k), np.int32))
+    counts, kernels = gpu_memory.put(np.zeros(rows, np.int32)), custom_ops.build().kernels
     arguments = rows_of(logits, counts, out, width, width)
     call(kernels, arguments)
     graph = torch.cuda.CUDAGraph()
@@ -125,15 +119,14 @@ def test_a_graph_sees_lengths_of_its_replay(kernel_memory: KernelMemory) -> None
         counts.copy_(torch.from_numpy(lengths))
         out.fill_(POISON)
         graph.replay()
-        np.testing.assert_array_equal(kernel_memory.get(out), best(scores, lengths, k))
+        np.testing.assert_array_equal(gpu_memory.get(out), best(scores, lengths, k))
 
 
-@pytest.mark.gpu
 @pytest.mark.slow
-def test_more_scores_than_31_bits_count(kernel_memory: KernelMemory) -> None:
-    if not kernel_memory.large:
-        pytest.skip("a size for a GPU")
-    m, step = kernel_memory, step_for(kernel_memory)
+def test_more_scores_than_31_bits_count(gpu_memory: KernelMemory) -> None:
+    if not gpu_memory.large:
+        pytest.skip("sizes of serving")
+    m, step = gpu_memory, step_for(gpu_memory)
     logits, width = scored(m, step), int(step.window.max())
     counts = m.put(step.window.astype(np.int32))
     out = m.put(np.full((step.num_tokens, K), POISON, np.int32))

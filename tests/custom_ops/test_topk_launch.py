@@ -15,7 +15,6 @@ from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.ops import providers
 from fd_dsa.ops.topk import triton_kernel
 from fd_dsa.ops.topk.custom_op import SlotSelector, slot_selector
-from tests.custom_ops.adoption import HostApi
 from tests.kernel_memory import KernelMemory
 from tests.ops.paged_rows import SMALL_ROWS, paged_rows
 from tests.ops.test_topk_kernel import (  # noqa: F401
@@ -34,13 +33,12 @@ from tests.ops.test_topk_kernel import (  # noqa: F401
     wanted,
 )
 
+KERNELS = "topk"
+
 
 @pytest.fixture(autouse=True)
 def selector(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> SlotSelector:
     """What stands in the place of Triton's function."""
-    if not kernel_memory.on_gpu:
-        monkeypatch.setattr("fd_dsa.ops.topk.custom_op.api_for_type", lambda kind: HostApi())
-        monkeypatch.setattr("fd_dsa.ops.topk.custom_op.INTERPRETING", False)
     found = SlotSelector(custom_ops.build().kernels)
     monkeypatch.setattr("fd_dsa.ops.topk.triton_kernel.select_slots", found)
     return found

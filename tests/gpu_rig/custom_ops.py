@@ -1,7 +1,7 @@
 """Builds fd_dsa_ops for the plug-in's device: Paddle's CPU wheel, and kernels of its own.
 
 On a GPU the kernels are those of custom_ops/, by nvcc; the form "fake", whose device memory is
-host memory, gets the host code behind the same C ABI.
+host memory, gets the operator's kernel on emulated threads.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 from custom_ops import build_library, setup
-from tests.custom_ops.building import CACHE, HOST_KERNELS, SOURCES, keep, key_of
-from tests.gpu_rig.build import CUDA_LINK_FLAGS, BuildError, find_tools
+from tests.custom_ops.building import CACHE, EMULATED, SOURCES, keep, key_of
+from tests.gpu_rig.build import BuildError, find_tools
 
 CXX_FLAGS = ("-O1", "-std=c++17", "-fPIC", "-shared", "-DPADDLE_WITH_CUSTOM_DEVICE")
 LIBRARIES = ("libphi_core.so", "libphi.so", "libcommon.so", "libpaddle.so")
@@ -25,12 +25,20 @@ ARCHS = ("90",)
 
 
 def _kernels(form: str, folder: Path) -> list[str]:
-    """What is linked for the kernels."""
+    """What is linked for the kernels; a library of theirs lies in the package's folder."""
     if form == "fake":
-        return [f"-I{SOURCES / 'csrc'}", str(HOST_KERNELS)]
-    tools = find_tools("real")
-    objects = build_library.compile_units(folder, str(tools.nvcc), ARCHS)
-    return [*objects, f"-L{tools.cuda}/lib64", *CUDA_LINK_FLAGS]
+        folders = (f"-I{EMULATED}", f"-I{SOURCES / 'csrc'}")
+        return [
+            *folders,
+            "-U_FORTIFY_SOURCE",
+            "-x",
+            "c++",
+            str(SOURCES / "csrc/position_ids.cu"),
+            "-x",
+            "none",
+        ]
+    shutil.copy(build_library.build_library(ARCHS), folder)
+    return [f"-L{folder}", f"-l:{build_library.LIBRARY}", "-Wl,-rpath,$ORIGIN"]
 
 
 def build(form: str) -> Path:
@@ -53,7 +61,7 @@ def build(form: str) -> Path:
         paddle += [f"-l:{name}" for name in LIBRARIES]
         headers = ["-isystem", str(tools.paddle / "include")]
         sources = sorted(str(path) for path in SOURCES.glob("*.cc"))
-        command = [tools.cxx, *CXX_FLAGS, *headers, *sources, *_kernels(form, Path(scratch))]
+        command = [tools.cxx, *CXX_FLAGS, *headers, *sources, *_kernels(form, made)]
         command += [
             *paddle,
             *setup.LINK_FLAGS,

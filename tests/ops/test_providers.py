@@ -23,7 +23,7 @@ from fd_dsa.ops import providers
 from fd_dsa.ops.cache_probes import CASES, TENSOR_CORE_TOLERANCE, logits_case, mla_case
 from fd_dsa.ops.probes import Memory, topk_case
 from fd_dsa.ops.providers import OPERATORS, choose, function, on, serving, settle, table
-from tests.custom_ops.building import host_library
+from tests.custom_ops.building import emulated_library
 from tests.kernel_memory import open_memory
 
 PAIRS = [(operator, provider) for operator, served in OPERATORS.items() for provider in served]
@@ -183,7 +183,7 @@ def state_of_library(state: str, monkeypatch: pytest.MonkeyPatch, folder: Path) 
         (folder / "fd_dsa_ops.py").write_text(text)
         monkeypatch.syspath_prepend(str(folder))
     elif state == "kernels":
-        custom_ops.use_library(host_library())
+        custom_ops.use_library(emulated_library("position_ids"))
 
 
 def fails(kernels: Any) -> str:
@@ -228,7 +228,7 @@ def test_the_registered_operator_needs_no_kernels_on_a_cpu(monkeypatch: pytest.M
     assert choose("position_ids", "cpu").provider == "custom_op"
     choice = choose("position_ids", "gpu")
     assert choice.provider == "triton" and "without CUDA" in choice.against["custom_op"]
-    custom_ops.use_library(host_library())
+    custom_ops.use_library(emulated_library("position_ids"))
     assert "without Paddle's operators" in choose("position_ids", "gpu").against["custom_op"]
     with pytest.raises(BackendUnavailable, match="fd_dsa_ops has no operator nothing here"):
         custom_ops.registered("nothing")

@@ -8,6 +8,8 @@ import numpy as np
 
 from fd_dsa.errors import ShapeError
 from fd_dsa.ops._fp8 import (
+    LATENT_ROPE_AT,
+    LATENT_SCALES_AT,
     LATENT_TILES,
     LATENT_WIDTH,
     TILE_WIDTH,
@@ -163,10 +165,9 @@ def _store_latent(cache: np.ndarray, place: Any, latent: np.ndarray, k_pe: np.nd
         return
     tiles = latent.reshape(-1, LATENT_TILES, TILE_WIDTH)
     scales = raw_scale(absolute_maximum(tiles))
-    scales_end = LATENT_WIDTH + 4 * LATENT_TILES
     cache[..., :LATENT_WIDTH][place] = quantise(tiles, scales).reshape(-1, LATENT_WIDTH)
-    cache[..., LATENT_WIDTH:scales_end].view(np.float32)[place] = scales
-    cache[..., scales_end:].view(np.int16)[place] = bfloat16_bits(k_pe)
+    cache[..., LATENT_SCALES_AT:LATENT_ROPE_AT].view(np.float32)[place] = scales
+    cache[..., LATENT_ROPE_AT:].view(np.int16)[place] = bfloat16_bits(k_pe)
 
 
 def _store_index(cache: np.ndarray, place: Any, keys: np.ndarray, scale_fmt: str | None) -> None:

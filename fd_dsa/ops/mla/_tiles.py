@@ -7,7 +7,14 @@ padding.
 
 from __future__ import annotations
 
-from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
+from fd_dsa.ops._fp8 import (
+    LATENT_RECORD_BYTES,
+    LATENT_ROPE_AT,
+    LATENT_SCALES_AT,
+    LATENT_WIDTH,
+    ROPE_WIDTH,
+    TILE_WIDTH,
+)
 from fd_dsa.ops._triton import e4m3_values
 from fd_dsa.ops._triton_fp8 import stored
 from fd_dsa.triton_runtime import INTERPRETING
@@ -17,8 +24,9 @@ import triton.language as tl  # isort: skip
 
 RANK, ROPE, RECORD = LATENT_WIDTH, ROPE_WIDTH, LATENT_RECORD_BYTES
 _RANK, _ROPE, _RECORD = tl.constexpr(RANK), tl.constexpr(ROPE), tl.constexpr(RECORD)
+_SCALES_AT, _ROPE_AT = tl.constexpr(LATENT_SCALES_AT), tl.constexpr(LATENT_ROPE_AT)
 # latents that share a scale in a record; in all forms the width of a tile of latents
-_TILE = tl.constexpr(128)
+_TILE = tl.constexpr(TILE_WIDTH)
 _INTERPRETING = tl.constexpr(INTERPRETING)
 
 
@@ -106,7 +114,7 @@ def _words(record, seen, first: tl.constexpr, WORDS: tl.constexpr):
 @triton.jit
 def _scale_bits(record, seen, i: tl.constexpr):
     """int64 [keys]: 256 times a scale of each record, in float16."""
-    scale = tl.load((record + _RANK).to(tl.pointer_type(tl.float32)) + i, mask=seen, other=0.0)
+    scale = tl.load((record + _SCALES_AT).to(tl.pointer_type(tl.float32)) + i, mask=seen, other=0.0)
     return (scale * 256.0).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.int64) << (16 * i)
 
 
@@ -119,14 +127,14 @@ def load_keys(cache_ptr, slot, seen, FP8: tl.constexpr):
         scales = low | _scale_bits(record, seen, 2) | _scale_bits(record, seen, 3)
         x0, x1 = _words(record, seen, 0, 32), _words(record, seen, 128, 32)
         x2, x3 = _words(record, seen, 256, 32), _words(record, seen, 384, 32)
-        x_rope = _words(record, seen, 528, 32)
+        x_rope = _words(record, seen, _ROPE_AT, 32)
     else:
         # steps of a pointer to 16-bit numbers
         record = cache_ptr + slot.to(tl.int64) * (_RANK + _ROPE)
         scales = slot.to(tl.int64)
         x0, x1 = _words(record, seen, 0, 64), _words(record, seen, 128, 64)
         x2, x3 = _words(record, seen, 256, 64), _words(record, seen, 384, 64)
-        x_rope = _words(record, seen, 512, 32)
+        x_rope = _words(record, seen, _RANK, 32)
     return x0, x1, x2, x3, x_rope, scales
 
 

@@ -11,7 +11,13 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
-from fd_dsa.ops._fp8 import LATENT_WIDTH, ROPE_WIDTH
+from fd_dsa.ops._fp8 import (
+    LATENT_RECORD_BYTES,
+    LATENT_ROPE_AT,
+    LATENT_SCALES_AT,
+    LATENT_WIDTH,
+    ROPE_WIDTH,
+)
 from fd_dsa.ops._triton import e4m3_values
 from fd_dsa.triton_runtime import paddle_jit
 
@@ -20,6 +26,9 @@ import triton.language as tl  # isort: skip
 
 # float32 numbers that hold a row of 16-bit values, and a line of the L2
 _ROW_WORDS, _LINE_WORDS = (LATENT_WIDTH + ROPE_WIDTH) // 2, 32
+_RECORD, _SCALES_AT = tl.constexpr(LATENT_RECORD_BYTES), tl.constexpr(LATENT_SCALES_AT)
+_RANK, _ROPE_AT = tl.constexpr(LATENT_WIDTH), tl.constexpr(LATENT_ROPE_AT)
+_WIDTH = tl.constexpr(LATENT_WIDTH + ROPE_WIDTH)
 _PROGRAMS, _NUM_WARPS, _RECORDS = 528, 8, 16
 # as many allocations of blocks and numbers of rows as a server has
 _CACHED_LAYOUTS = 64
@@ -49,17 +58,15 @@ class Dequantized(NamedTuple):
 @triton.jit
 def _dequantize_slots(cache_ptr, values_ptr, slot, target, mask):
     """Records of `slot` as rows of `target`; both int64."""
-    RECORD: tl.constexpr = 656
-    WIDTH: tl.constexpr = 576
     # a record is four parts of 128 latents, each with its scale
     part, column = tl.arange(0, 4)[None, :], tl.arange(0, 128)[None, None, :]
     is_part = tl.broadcast_to(mask[:, None], [slot.shape[0], 4])
     record, row = (
-        cache_ptr + slot * RECORD,
-        values_ptr.to(tl.pointer_type(tl.int16)) + target * WIDTH,
+        cache_ptr + slot * _RECORD,
+        values_ptr.to(tl.pointer_type(tl.int16)) + target * _WIDTH,
     )
     codes = tl.load((record[:, None] + part * 128)[:, :, None] + column, mask=is_part[:, :, None])
-    scales = (record + 512).to(tl.pointer_type(tl.float32))[:, None] + part
+    scales = (record + _SCALES_AT).to(tl.pointer_type(tl.float32))[:, None] + part
     scale = (tl.load(scales, mask=is_part) * 256.0).to(tl.float16).to(tl.float32)
     # exact in float32 up to the last step, as sparse MLA rounds it
     latents = (e4m3_values(codes, tl.float32) * (1.0 / 256.0) * scale[:, :, None]).to(tl.float16)
@@ -69,8 +76,10 @@ def _dequantize_slots(cache_ptr, values_ptr, slot, target, mask):
         mask=is_part[:, :, None],
     )
     of_rope = tl.arange(0, 64)[None, :]
-    rope = (record + 528).to(tl.pointer_type(tl.int16))[:, None] + of_rope
-    tl.store((row + 512)[:, None] + of_rope, tl.load(rope, mask=mask[:, None]), mask=mask[:, None])
+    rope = (record + _ROPE_AT).to(tl.pointer_type(tl.int16))[:, None] + of_rope
+    tl.store(
+        (row + _RANK)[:, None] + of_rope, tl.load(rope, mask=mask[:, None]), mask=mask[:, None]
+    )
 
 
 @paddle_jit(

@@ -20,6 +20,8 @@
 
 #define __device__
 #define __global__
+// blocks run one after the other
+#define __shared__ static
 #define __host__
 #define __forceinline__ inline
 #define __noinline__
@@ -278,9 +280,10 @@ inline uint32_t __shfl_sync(unsigned, uint32_t value, int lane, int width = emul
   const int first = static_cast<int>(emulated::lane()) / width * width;
   return static_cast<uint32_t>(emulated::gather(value)[first + lane % width]);
 }
-inline uint32_t __shfl_up_sync(unsigned, uint32_t value, unsigned step) {
-  const unsigned lane = emulated::lane();
-  return static_cast<uint32_t>(emulated::gather(value)[lane >= step ? lane - step : lane]);
+template <typename T>
+T __shfl_up_sync(unsigned, T value, unsigned step) {
+  const unsigned lane = emulated::lane(), from = lane >= step ? lane - step : lane;
+  return static_cast<T>(emulated::gather(static_cast<uint32_t>(value))[from]);
 }
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t value, int mask) {
   return static_cast<uint32_t>(emulated::gather(value)[emulated::lane() ^ mask]);
@@ -394,6 +397,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* found, Kernel, const cudaLaunchC
   return cudaSuccess;
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "no CUDA here"; }
 
 template <typename Kernel, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel kernel,

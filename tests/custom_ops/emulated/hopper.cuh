@@ -3,13 +3,20 @@
 #define FD_DSA_HOPPER_CUH
 
 #include <array>
+#include <deque>
 #include <map>
 
 #include "common.cuh"
 
 #define FD_DSA_HOPPER 1
 
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+
 namespace fd_dsa::hopper {
+
+// ---- shared memory
 
 // Addresses: the rank of a block and one more, and a place in its memory.
 constexpr uint32_t kWindow = 1 << 20;
@@ -33,6 +40,25 @@ inline unsigned char* resolve(uint32_t address, size_t bytes, bool remote = fals
   if (offset + bytes > block.memory.size()) abort();
   return block.memory.data() + offset;
 }
+
+template <typename T>
+void store_shared(uint32_t at, T value) {
+  std::memcpy(resolve(at, sizeof(T)), &value, sizeof(T));
+}
+
+template <typename T>
+T load_shared_as(uint32_t at) {
+  T value;
+  std::memcpy(&value, resolve(at, sizeof(T)), sizeof(T));
+  return value;
+}
+inline uint32_t load_shared(uint32_t at) { return load_shared_as<uint32_t>(at); }
+inline float load_shared_float(uint32_t at) { return load_shared_as<float>(at); }
+inline float2 load_shared_float2(uint32_t at) { return load_shared_as<float2>(at); }
+inline float4 load_shared_float4(uint32_t at) { return load_shared_as<float4>(at); }
+inline uint4 load_shared_uint4(uint32_t at) { return load_shared_as<uint4>(at); }
+
+// ---- barriers
 
 struct CopyBarrier {
   int expected = 0, pending = 0, bytes = 0;
@@ -88,6 +114,14 @@ inline void named_barrier(int number, int threads) {
 
 inline void named_barrier_apart(int number, int threads) { named_barrier(number, threads); }
 
+inline void named_barrier_arrive(int number, int threads) {
+  emulated::Barrier& barrier = named_barrier_at(number, threads);
+  ++barrier.arrived;
+  barrier.check();
+}
+
+// ---- copies
+
 // Soon, and sometimes long after what was asked for later.
 inline void happens_later(std::function<void()> what) {
   static uint32_t seed = 7;
@@ -129,6 +163,57 @@ inline void wait_for_bulk_stores() {
   while (left > 0) emulated::yield();
 }
 
+// A thread's copies of 16 bytes that have not landed, and what happens once all have.
+struct Copies {
+  int left = 0;
+  std::vector<std::function<void()>> behind;
+};
+
+inline Copies& copies() {
+  static std::map<emulated::Fiber*, Copies> all;
+  return all[emulated::current];
+}
+
+inline void copy_16(uint32_t to, const void* from, bool read) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) abort();
+  unsigned char* there = resolve(to, 16);
+  Copies& mine = copies();
+  ++mine.left;
+  happens_later([=, &mine] {
+    if (read) std::memcpy(there, from, 16);
+    else std::memset(there, 0, 16);
+    if (--mine.left > 0) return;
+    for (const auto& happens : std::exchange(mine.behind, {})) happens();
+  });
+}
+
+inline void barrier_arrive_after_copies(uint32_t barrier) {
+  CopyBarrier& found = barrier_at(barrier);
+  const auto arrive = [&found] {
+    if (found.pending == 0) abort();
+    --found.pending;
+    found.check();
+  };
+  Copies& mine = copies();
+  if (mine.left == 0) arrive();
+  else mine.behind.emplace_back(arrive);
+}
+
+inline void wait_for_copies() {
+  const Copies& mine = copies();
+  while (mine.left > 0) emulated::yield();
+}
+
+inline uint4 load_16(const char* from, bool read) {
+  uint4 x = {};
+  if (!read) return x;
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) abort();
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+// ---- clusters, registers
+
 inline void cluster_sync() { emulated::wait_at(own().cluster->barrier); }
 
 inline uint32_t address_at_rank(uint32_t address, uint32_t rank) {
@@ -155,6 +240,61 @@ template <int kRegisters>
 void more_registers() {}
 template <int kRegisters>
 void fewer_registers() {}
+
+// ---- conversions
+
+inline int unknown(int x) { return x; }
+
+template <bool kBfloat16>
+float value_of(uint64_t bits) {
+  const auto half = static_cast<uint16_t>(bits);
+  if (kBfloat16) return __uint_as_float(static_cast<uint32_t>(half) << 16);
+  _Float16 value;
+  std::memcpy(&value, &half, sizeof(value));
+  return static_cast<float>(value);
+}
+
+inline uint32_t half_bits(float value) {
+  const auto half = static_cast<_Float16>(value);
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof(bits));
+  return bits;
+}
+
+inline uint32_t bfloat16_bits(float value) {
+  const uint32_t bits = __float_as_uint(value);
+  if (value != value) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+inline float value_of_code(uint32_t code) {
+  const int exponent = static_cast<int>(code >> 3 & 15), mantissa = static_cast<int>(code & 7);
+  if ((code & 127) == 127) return NAN;
+  const float size = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                   : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return code & 128 ? -size : size;
+}
+
+template <bool kUpper>
+uint32_t values_of_codes(uint32_t word) {
+  if (kUpper) word >>= 16;
+  return half_bits(value_of_code(word & 255)) | half_bits(value_of_code(word >> 8 & 255)) << 16;
+}
+
+inline uint32_t times_halves(uint32_t x, uint32_t y) {
+  return half_bits(value_of<false>(x) * value_of<false>(y)) |
+         half_bits(value_of<false>(x >> 16) * value_of<false>(y >> 16)) << 16;
+}
+
+inline float exp2_of(float x) { return std::exp2(x); }
+inline uint32_t pack_half(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
+inline uint32_t pack_bfloat16(float low, float high) {
+  return bfloat16_bits(low) | bfloat16_bits(high) << 16;
+}
+inline float low_of(uint32_t x) { return __uint_as_float(x << 16); }
+inline float high_of(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+
+// ---- tensor cores of a warp
 
 // What all lanes give, by value: the warp's own memory is written again at the next exchange.
 inline std::array<uint64_t, emulated::kLanes> all_lanes(uint64_t value) {
@@ -185,13 +325,13 @@ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t row) {
   }
 }
 
-template <bool kBfloat16>
-float value_of(uint64_t bits) {
-  const auto half = static_cast<uint16_t>(bits);
-  if (kBfloat16) return __uint_as_float(static_cast<uint32_t>(half) << 16);
-  _Float16 value;
-  std::memcpy(&value, &half, sizeof(value));
-  return static_cast<float>(value);
+inline void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
+  const auto rows = all_lanes(row);
+  const unsigned lane = emulated::lane();
+  for (unsigned i = 0; i < 4; ++i) {
+    const auto address = static_cast<uint32_t>(rows[8 * i + lane / 4]);
+    std::memcpy(resolve(address, 16) + lane % 4 * 4, &from[i], 4);
+  }
 }
 
 template <bool kBfloat16>
@@ -218,6 +358,134 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     }
     d[i] = static_cast<float>(sum);
   }
+}
+
+// ---- tensor cores of a warpgroup
+
+// Products of a thread that have not been waited for: each happens when it is asked for or when it
+// is waited for, in order, so that what is written too late, or too early, is seen.
+struct Products {
+  std::deque<std::pair<int, std::function<void()>>> left;
+  int group = 0;
+  void run_up_to(int last) {
+    while (!left.empty() && left.front().first <= last) {
+      const auto product = std::move(left.front().second);
+      left.pop_front();
+      product();
+    }
+  }
+};
+
+inline Products& products() {
+  static std::map<emulated::Fiber*, Products> all;
+  return all[emulated::current];
+}
+
+inline void product(std::function<void()> what) {
+  static uint32_t seed = 3;
+  seed = seed * 1664525u + 1013904223u;
+  Products& mine = products();
+  mine.left.emplace_back(mine.group, std::move(what));
+  if (seed >> 31) mine.run_up_to(mine.group);
+}
+
+inline void publish_to_async() {}
+inline void wgmma_fence() {}
+inline void wgmma_commit() { ++products().group; }
+template <int kGroups>
+void wgmma_wait() {
+  Products& mine = products();
+  mine.run_up_to(mine.group - 1 - kGroups);
+}
+template <int kCount>
+void pin(float (&)[kCount]) {}
+
+inline uint32_t swizzled(uint32_t row, uint32_t chunk) {
+  return row * 128 + ((chunk ^ (row & 7)) << 4);
+}
+
+// An address, and where the next 64 columns are.
+struct Operand {
+  uint32_t address, next_columns;
+  uint64_t at(uint32_t bytes) const { return uint64_t{next_columns} << 32 | (address + bytes); }
+};
+inline Operand k_major(uint32_t address) {
+  if (address % 1024 != 0) abort();
+  return {address, 0};
+}
+inline Operand row_major(uint32_t address, uint32_t next_columns) {
+  if (address % 1024 != 0 || next_columns % 1024 != 0) abort();
+  return {address, next_columns};
+}
+
+// The 16-bit value at an address whose bits hardware swizzles.
+template <bool kBfloat16>
+double value_at(uint32_t address) {
+  uint16_t bits;
+  std::memcpy(&bits, resolve(address ^ (address >> 7 & 7) << 4, 2), 2);
+  return value_of<kBfloat16>(bits);
+}
+
+// A warp's rows. Those in registers are read at once: nothing overwrites them before a wait.
+template <int kColumns, bool kBfloat16>
+void wgmma_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bool add) {
+  const auto upper = all_lanes(uint64_t{a[2]} << 32 | a[0]);
+  const auto lower = all_lanes(uint64_t{a[3]} << 32 | a[1]);
+  const unsigned g = emulated::lane() / 4, t = emulated::lane() % 4;
+  product([=, &d] {
+    for (unsigned i = 0; i < kColumns / 2; ++i) {
+      const unsigned column = i / 4 * 8 + 2 * t + i % 2;
+      double sum = add ? d[i] : 0.0;
+      for (unsigned k = 0; k < 16; ++k) {
+        const uint64_t row = (i % 4 < 2 ? upper : lower)[4 * g + k % 8 / 2];
+        sum += static_cast<double>(value_of<kBfloat16>(row >> (k / 8 * 32 + k % 2 * 16))) *
+               value_at<kBfloat16>(static_cast<uint32_t>(b) + column * 128 + k * 2);
+      }
+      d[i] = static_cast<float>(sum);
+    }
+  });
+}
+
+// What a thread has of the products of its warpgroup: rows g and g + 8 of its warp's 16, and of each
+// 8 columns two. `column_at(k, column)` says where b has a value.
+template <bool kBfloat16, int kCount, typename Column>
+void wgmma_shared(float (&d)[kCount], uint64_t a, bool add, Column column_at) {
+  const unsigned g = emulated::lane() / 4, t = emulated::lane() % 4;
+  const unsigned first = emulated::current->thread / 32 % 4 * 16 + g;
+  product([=, &d] {
+    double rows[2][16];
+    for (unsigned i = 0; i < 32; ++i) {
+      const uint32_t row = static_cast<uint32_t>(a) + (first + i / 16 * 8) * 128;
+      rows[i / 16][i % 16] = value_at<kBfloat16>(row + i % 16 * 2);
+    }
+    for (unsigned i = 0; i < kCount; i += 4) {
+      for (unsigned k = 0; k < 2; ++k) {
+        double upper = add ? d[i + k] : 0.0, lower = add ? d[i + 2 + k] : 0.0;
+        for (unsigned j = 0; j < 16; ++j) {
+          const double x = value_at<kBfloat16>(column_at(j, i / 4 * 8 + 2 * t + k));
+          upper += rows[0][j] * x;
+          lower += rows[1][j] * x;
+        }
+        d[i + k] = static_cast<float>(upper);
+        d[i + 2 + k] = static_cast<float>(lower);
+      }
+    }
+  });
+}
+
+template <bool kBfloat16>
+void wgmma_scores(float (&d)[32], uint64_t a, uint64_t b, bool add) {
+  wgmma_shared<kBfloat16>(d, a, add, [=](unsigned k, unsigned column) {
+    return static_cast<uint32_t>(b) + column * 128 + k * 2;
+  });
+}
+
+template <bool kBfloat16>
+void wgmma_sums(float (&d)[128], uint64_t a, uint64_t b) {
+  wgmma_shared<kBfloat16>(d, a, true, [=](unsigned k, unsigned column) {
+    const auto next = static_cast<uint32_t>(b >> 32);
+    return static_cast<uint32_t>(b) + column / 64 * next + k * 128 + column % 64 * 2;
+  });
 }
 
 }  // namespace fd_dsa::hopper

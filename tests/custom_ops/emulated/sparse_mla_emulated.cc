@@ -1,30 +1,8 @@
-// The kernels of sparse MLA on the emulated GPU, that for few heads in a form of the caller's choice.
+// The kernels of sparse MLA on the emulated GPU, and what their launchers decide.
 #include "hopper.cuh"
-// the others come first, so that their guards keep the hardware's own out
-#include "sparse_mla_values.cuh"
-#include "wgmma_rows.cuh"
-#include "wgmma_wide.cuh"
-
-#include "sparse_mla_narrow.cuh"
-#include "sparse_mla_wide.cuh"
-
-using fd_dsa::narrow::Form;
-
-// `form` 0 to 2: as the launcher has them; -1: its choice.
-extern "C" int sparse_mla_emulated(const FdDsaSparseMla* job, int form) {
-  using namespace fd_dsa::narrow;
-  if (form == 0) return launch_form<Form::kOne>(*job, nullptr);
-  if (form == 1) return launch_form<Form::kTakeTurns>(*job, nullptr);
-  if (form == 2) {
-    return job->num_heads > 16 ? launch_warpgroups<32>(*job, nullptr)
-                               : launch_warpgroups<16>(*job, nullptr);
-  }
-  return launch_narrow(*job, nullptr);
-}
-
-extern "C" int sparse_mla_wide_emulated(const FdDsaSparseMla* job) {
-  return fd_dsa::wide::launch_wide(*job, nullptr);
-}
+// the other comes first, so that its guard keeps the hardware's own out
+#include "sparse_mla_narrow.cu"
+#include "sparse_mla_wide.cu"
 
 // Among how many blocks the launcher splits a token, with room for `clusters` / n clusters of n.
 extern "C" int sparse_mla_splits(int num_tokens, int topk, int clusters) {

@@ -1,0 +1,35 @@
+"""The records of fp8_ds_mla caches: C++ and Python have one definition."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+from fd_dsa.ops import _fp8
+from tests.custom_ops.building import SOURCES, compiler
+
+HEADER = SOURCES / "csrc" / "cache_record.h"
+IN_PYTHON = {
+    "kRank": _fp8.LATENT_WIDTH,
+    "kRope": _fp8.ROPE_WIDTH,
+    "kScaled": _fp8.TILE_WIDTH,
+    "kWidth": _fp8.LATENT_WIDTH + _fp8.ROPE_WIDTH,
+    "kScalesAt": _fp8.LATENT_SCALES_AT,
+    "kRopeAt": _fp8.LATENT_ROPE_AT,
+    "kRecord": _fp8.LATENT_RECORD_BYTES,
+    "kIndexWidth": _fp8.INDEX_WIDTH,
+    "kIndexRecord": _fp8.INDEX_RECORD_BYTES,
+}
+
+
+def test_all_constants_of_the_header_are_those_of_python(tmp_path: Path) -> None:
+    declarations = re.findall(r"^constexpr int (.*?);", HEADER.read_text(), re.MULTILINE)
+    names = re.findall(r"\b(k\w+) = ", ", ".join(declarations))
+    prints = "".join(f'  std::printf("%d\\n", fd_dsa::{name});\n' for name in names)
+    source = tmp_path / "constants.cc"
+    source.write_text(f'#include <cstdio>\n#include "{HEADER}"\nint main() {{\n{prints}}}\n')
+    program = tmp_path / "constants"
+    subprocess.run([compiler(), "-std=c++17", str(source), "-o", str(program)], check=True)
+    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    assert dict(zip(names, map(int, lines.split()), strict=True)) == IN_PYTHON
