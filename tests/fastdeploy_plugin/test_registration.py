@@ -27,9 +27,6 @@ SERVED = [TREES["pr7367"], TREES["develop"]]
 REFUSED = [
     (BROKEN["before_7367"], "DeepseekV3ForCausalLM has a pre_process: a tree before #7367"),
     (BROKEN["missing_symbol"], "models/deepseek_v3.py has no Indexer"),
-    (BROKEN["constructor"], "DSAAttentionBackend.__init__ takes (fd_config, num_kv_heads"),
-    (BROKEN["forward_mixed"], "DSAAttentionBackend.forward_mixed takes (q, k, v, qkv,"),
-    (BROKEN["cache_shape"], "DSAAttentionBackend.get_kv_cache_shape"),
 ]
 BACKEND_FILE = f"{ATTENTION}.dsa_attention_backend"
 BOUND = {
@@ -238,7 +235,7 @@ def test_the_second_runner_of_later_trees_is_left_alone(caplog: Any) -> None:
 
 def test_what_was_said_goes_with_the_modules(caplog: Any) -> None:
     """A FastDeploy imported anew is examined anew, whatever its predecessor was."""
-    for tree in (BROKEN["constructor"], TREES["develop"], BROKEN["constructor"]):
+    for tree in (BROKEN["before_7367"], TREES["develop"], BROKEN["before_7367"]):
         with with_upstream_imported(tree):
             register()
             assert is_ours(sys.modules[ATTENTION].DSAAttentionBackend) is (tree.defect == "")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.fastdeploy_plugin.side_by_side import make_engine
+from tests.fastdeploy_plugin.engines import make_engine
 
 LATENT, INDEX, BLOCK_SIZE = 656, 132, 64
 

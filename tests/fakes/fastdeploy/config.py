@@ -129,7 +129,7 @@ def _model(checkpoint: dict[str, Any]) -> Any:
     rope = checkpoint.get("rope_parameters")
     model = SimpleNamespace(
         **fields,
-        dtype=_tree.dtype(),
+        dtype="float32",
         # FastDeploy's own head_dim has nothing to do with MLA's
         head_dim=checkpoint.get("head_dim") or hidden // heads,
         max_position_embeddings=checkpoint["max_position_embeddings"],
@@ -200,14 +200,13 @@ def _scheduler() -> Any:
 
 
 def _graphs() -> Any:
-    tree = _tree.current()
     return SimpleNamespace(
         use_cudagraph=False,
         graph_opt_level=0,
         full_cuda_graph=True,
         cudagraph_only_prefill=False,
         cudagraph_capture_sizes=[8, 4, 2, 1],
-        cudagraph_capture_sizes_prefill=[64, 32] if tree.graphs == "prefill" else [],
+        cudagraph_capture_sizes_prefill=[64, 32],
         cudagraph_num_of_warmups=1,
         real_shape_to_captured_size={},
         max_capture_size=0,

@@ -20,18 +20,6 @@ class ForwardMode(IntEnum):
     MIXED = auto()
     NATIVE = auto()
 
-    def is_prefill(self) -> bool:
-        return self == ForwardMode.EXTEND
-
-    def is_decode(self) -> bool:
-        return self == ForwardMode.DECODE
-
-    def is_mixed(self) -> bool:
-        return self == ForwardMode.MIXED
-
-    def is_native(self) -> bool:
-        return self == ForwardMode.NATIVE
-
 
 @dataclass
 class ForwardMeta:

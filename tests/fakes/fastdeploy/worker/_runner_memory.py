@@ -117,7 +117,6 @@ class RunnerMemory:
         batch_size: int,
         expected_decode_len: int = 1,
         in_capturing: bool = False,
-        capture_prefill: bool = False,
         accept_all_drafts: bool = False,
         reject_all_drafts: bool = False,
     ) -> None:
@@ -156,11 +155,6 @@ class RunnerMemory:
                 in_capturing=True,
                 accept_all_drafts=True,
             )
-
-    def capture_model_prefill_and_mixed(self) -> None:
-        """Prefill passes of all sizes of split graphs."""
-        for size in self.fd_config.graph_opt_config.cudagraph_capture_sizes_prefill:
-            self._dummy_run(size, 1, in_capturing=True, capture_prefill=True)
 
     def sleep(self, tags: str) -> None:
         """Give up what the comma-separated tags name; nothing where the first of it is given up.

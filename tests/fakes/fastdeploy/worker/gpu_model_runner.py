@@ -78,12 +78,10 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
                 block_size=self.fd_config.cache_config.block_size,
             )
         )
-        renamed = _tree.current().defect == "constructor"
-        heads = {"num_kv_heads" if renamed else "kv_num_heads": kv_num_heads}
         for _ in range(model.num_hidden_layers if _tree.current().backend_per_layer else 1):
             backend = get_attention_backend()(
                 self.fd_config,
-                **heads,
+                kv_num_heads=kv_num_heads,
                 num_heads=num_heads,
                 head_dim=model.head_dim,
                 encoder_block_shape_q=_ENCODER_BLOCK,
