@@ -146,14 +146,6 @@ RIG_EXPORT float rig_elapsed_ms(void* start, void* end) {
   return milliseconds;
 }
 
-// The host memory must be registered (pinned), else the call waits for the copy.
-RIG_EXPORT int rig_copy_h2d_async(void* to, const void* from, size_t bytes, void* stream) {
-  rig::counters.h2d_async++;
-  rig::counters.h2d_bytes += bytes;
-  return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice,
-                         static_cast<cudaStream_t>(stream));
-}
-
 RIG_EXPORT int rig_host_register(void* pointer, size_t bytes) {
   return cudaHostRegister(pointer, bytes, cudaHostRegisterDefault);
 }
