@@ -16,12 +16,11 @@ from typing import Any
 
 import paddle
 
-from fd_dsa import __version__
 from fd_dsa.attention import DSAAttentionBackend as CoreBackend
 from fd_dsa.attention import StepHints
 from fd_dsa.attention.backend import cache_of
 from fd_dsa.errors import ConfigError, MissingStepError
-from fd_dsa.fastdeploy_plugin.compat import Tree
+from fd_dsa.fastdeploy_plugin.compat import Tree, derive
 from fd_dsa.fastdeploy_plugin.projections import (
     IndexerProjections,
     KeyNorms,
@@ -43,16 +42,7 @@ from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 
 def make_backend_class(tree: Tree) -> type:
     """Our backend as a subclass of FastDeploy's, whose `isinstance` tests it passes."""
-    return type(tree.backend_base)(
-        "DSAAttentionBackend",
-        (PluginBackend, tree.backend_base),
-        {
-            "__fd_dsa__": __version__,
-            "__module__": __name__,
-            "features": tree.features,
-            "metadata_class": getattr(tree.backend_file, "DSAAttentionMetadata", SimpleNamespace),
-        },
-    )
+    return derive(PluginBackend, tree.backend_base, "DSAAttentionBackend", tree=tree)
 
 
 class PluginBackend:
@@ -65,7 +55,7 @@ class PluginBackend:
         head_dim, encoder_block_shape_q, decoder_block_shape_q: not used, as upstream.
 
     Attributes:
-        features, metadata_class: of the tree; set by `make_backend_class`.
+        tree: FastDeploy's; set by `make_backend_class`.
         core: our backend behind it, None before the first step.
         shared_selection: what the newest indexer chose, for layers without one of their own.
 
@@ -93,7 +83,7 @@ class PluginBackend:
                 "its proposer (spec_decode/mtp.py) unpacks two cache shapes of three, and gives "
                 "drafts neither positions nor slots; start it without --speculative-config"
             )
-        if self.features.has_backend:
+        if self.tree.backend_file is not None:
             shapes = encoder_block_shape_q, decoder_block_shape_q
             readable = readable_upstream(fd_config)
             super().__init__(readable, kv_num_heads, num_heads, head_dim, *shapes)
@@ -388,7 +378,7 @@ class PluginBackend:
 
     def _metadata(self, forward_meta: Any) -> Any:
         """FastDeploy's record of a step; what only its own kernels read stays unset."""
-        metadata = self.metadata_class()
+        metadata = getattr(self.tree.backend_file, "DSAAttentionMetadata", SimpleNamespace)()
         metadata.block_tables = forward_meta.block_tables
         metadata.rotary_embs = getattr(forward_meta, "rotary_embs", None)
         metadata.slot_mapping = forward_meta.slot_mapping

@@ -78,7 +78,7 @@ def _take_over() -> None:
         return
     tree = examine()
     take_over(tree)
-    _say(logging.INFO, f"fd_dsa: serves FastDeploy's DSA path ({tree.features.summary()})")
+    _say(logging.INFO, f"fd_dsa: serves FastDeploy's DSA path ({tree.summary()})")
 
 
 def _say(level: int, text: str) -> None:

@@ -34,7 +34,7 @@ def report() -> dict[str, Any]:
     live = is_ours(backend)
     return {
         "live": live,
-        "why": backend.features.summary() if live else _why_not(),
+        "why": backend.tree.summary() if live else _why_not(),
         "backend": _name(backend),
         "indexer": _name(getattr(models, "Indexer", None)),
         "attention": _name(getattr(models, "DeepseekV32DSAAttention", None)),
