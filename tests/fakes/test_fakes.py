@@ -120,18 +120,6 @@ def test_the_configuration_is_that_of_the_checkpoint() -> None:
             fd_config(demo_model_path(), no_such_field=1)
 
 
-def test_copies_take_the_source_s_shape_at_the_same_address() -> None:
-    buffer = paddle.zeros([8], "int32")
-    address = buffer.data_ptr()
-    buffer.copy_(paddle.to_tensor([5, 6, 7], dtype="int32"), False)
-    assert buffer.shape == [3] and buffer.data_ptr() == address
-    # so a fill reaches the current extent alone
-    buffer[:] = -1
-    buffer.copy_(paddle.to_tensor([1, 2, 3, 4, 5], dtype="int32"), False)
-    assert buffer.data_ptr() == address and buffer.tolist() == [1, 2, 3, 4, 5]
-    assert buffer[1:3].data_ptr() == address + 4
-
-
 class _Plugins:
     """Entry points of a temporary distribution, and what they did."""
 

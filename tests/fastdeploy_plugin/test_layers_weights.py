@@ -264,19 +264,6 @@ def test_upstreams_attention_may_call_our_indexer() -> None:
         assert (np.asarray(cache) == np.asarray(rows.caches[1])).all()
 
 
-def test_a_step_is_prepared_once_whatever_the_number_of_layers() -> None:
-    with registered():
-        backend = make_backend()
-        rows = Rows(backend, num_layers=4)
-        layers = [make_layer(layer_id=layer_id) for layer_id in range(4)]
-        meta = rows.step(STEP)
-        hidden = hidden_states(40)
-        with paddle.no_grad():
-            for layer in layers:
-                hidden = layer(meta, hidden)
-        assert backend.core.builder.num_builds == 1
-
-
 def test_the_layers_of_a_model_are_ours_by_construction() -> None:
     with registered():
         models = sys.modules[MODELS]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from fd_dsa.config import demo_model_path
@@ -20,7 +18,6 @@ from fd_dsa.fastdeploy_plugin.tree_checks import RUNNER_METHODS, UnsupportedTree
 from tests.fakes.driver import Engine, Job
 from tests.fakes.trees import OURS_ENV, TREES, V1_VARIABLE, installed, plugin_distribution
 from tests.fastdeploy_plugin.names import RUNNER
-from tests.fastdeploy_plugin.steps import values
 
 SERVED = ["pr7367", "develop"]
 # every token that follows leads by 0.3: a batch of other rows moves a logit by 0.003
@@ -131,38 +128,6 @@ def test_a_dummy_run_begins_with_prompts_whatever_the_flag_says() -> None:
     assert runner.step_hints() is False
     del Runner.exist_prefill
     assert runner.step_hints() is None
-
-
-@pytest.mark.parametrize("name", SERVED)
-def test_fields_are_the_steps_own_when_the_model_runs(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever makes positions in a tree, runner or model, ours stand in ForwardMeta."""
-    with installed(TREES[name], OURS_ENV):
-        made = engine()
-        watched = Watched(monkeypatch)
-        seen = []
-        attention = sys.modules["fastdeploy.model_executor.models.deepseek_v3"]
-        forward = attention.DeepseekV32DSAAttention.forward
-
-        def look(layer: Any, forward_meta: Any, hidden_states: Any) -> Any:
-            step = forward_meta.fd_dsa_step
-            seen.append(
-                forward_meta.slot_mapping is step.slot_mapping
-                and forward_meta.position_ids.data_ptr()
-                in {
-                    one.data_ptr()
-                    for one in (step.position_ids, step.position_ids_int32)
-                    if one is not None
-                }
-            )
-            return forward(layer, forward_meta, hidden_states)
-
-        monkeypatch.setattr(attention.DeepseekV32DSAAttention, "forward", look)
-        made.generate(jobs())
-        assert all(seen)
-        # an overlapped schedule ends with a step that has nothing to run
-        assert len(seen) >= (len(watched.metas) - 1) * made.config.model_config.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", ["pr7367", "develop"])
@@ -310,26 +275,3 @@ def test_the_backend_alone_gives_the_same_tokens(name: str, tmp_path: Any) -> No
         assert type(made.runner) is import_module(RUNNER).GPUModelRunner
         assert is_ours(type(made.runner.attn_backends[0]))
         assert made.generate(jobs()) == expected
-
-
-def test_the_tail_is_clean_when_a_graph_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hook pads: the memory past a step is padding already, whatever the step before was."""
-    with installed(TREES["develop"], OURS_ENV):
-        made = engine(use_cudagraph=True, max_num_seqs=4)
-        watched = Watched(monkeypatch)
-        tails = []
-        core = made.runner.dsa_backend().core
-        padding = type(made.runner).padding_cudagraph_inputs
-
-        def look(runner: Any) -> None:
-            padding(runner)
-            count = runner.forward_meta.ids_remove_padding.shape[0]
-            buffers = core.builder._provider._buffers
-            for name, clean in (("slot_mapping", -1), ("position_ids", 0)):
-                tails.append(bool((np.asarray(getattr(buffers, name))[count:] == clean).all()))
-
-        monkeypatch.setattr(type(made.runner), "padding_cudagraph_inputs", look, raising=False)
-        made.generate([*jobs(), Job(PROMPTS[0][:9], 4)])
-        assert len(tails) >= 2 * (len(watched.metas) - 1)
-        assert all(tails)
-        assert values(watched.metas[-1].max_len_tensor_cpu)[1] == 0

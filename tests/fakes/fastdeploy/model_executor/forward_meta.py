@@ -90,6 +90,3 @@ class ForwardMeta:
             raise AttributeError(name)
         setattr(self, name, None)
         return None
-
-    def init_forward_meta(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing on CUDA."""

@@ -62,15 +62,6 @@ class RunnerMemory:
         for cache in caches:
             _memory.free(cache)
 
-    def cal_theortical_kvcache(self) -> int:
-        """Bytes of one block in all layers; spelled as upstream."""
-        if not self.dsa_cache:
-            raise NotImplementedError("the double counts DSA caches alone")
-        model, cache = self.fd_config.model_config, self.fd_config.cache_config
-        latent = model.kv_lora_rank + 4 * model.kv_lora_rank // 128 + 2 * model.qk_rope_head_dim
-        indexer = model.index_head_dim + 4 * model.index_head_dim // 128
-        return (latent + indexer) * cache.block_size * model.num_hidden_layers
-
     def profile_run(self) -> None:
         """The largest step on caches of the size that was asked for, then without them."""
         self.num_gpu_blocks = self.fd_config.cache_config.total_block_num
