@@ -205,7 +205,7 @@ def test_a_capture_holds_both_branches(real_rig: Rig) -> None:
     layer.run()
     with real_rig.capture() as capture:
         layer.run()
-    assert capture.graph is not None and capture.graph.num_nodes == BESIDE + 2
+    assert capture.num_nodes == BESIDE + 2
     assert layer.stream_of_project != real_rig.stream().value
 
 

@@ -39,13 +39,12 @@ C_Status counted_later(const C_Device, C_Stream stream, void* to, const void* fr
   return copy_later(kind, stream, to, from, bytes);
 }
 
-constexpr auto later_h2d = counted_later<Copy::h2d, &Counters::h2d_async, &Counters::h2d_bytes>;
-
 void fill_copies(C_DeviceInterface* interface) {
   interface->memory_copy_h2d = counted_now<Copy::h2d, &Counters::h2d, &Counters::h2d_bytes>;
   interface->memory_copy_d2h = counted_now<Copy::d2h, &Counters::d2h, &Counters::d2h_bytes>;
   interface->memory_copy_d2d = counted_now<Copy::d2d, &Counters::d2d, &Counters::d2d_bytes>;
-  interface->async_memory_copy_h2d = later_h2d;
+  interface->async_memory_copy_h2d =
+      counted_later<Copy::h2d, &Counters::h2d_async, &Counters::h2d_bytes>;
   interface->async_memory_copy_d2h =
       counted_later<Copy::d2h, &Counters::d2h_async, &Counters::d2h_bytes>;
   interface->async_memory_copy_d2d =
@@ -120,11 +119,6 @@ RIG_EXPORT void rig_read_counters(int64_t* out) {
 #define RIG_READ(name) *out++ = rig::counters.name;
   RIG_COUNTERS(RIG_READ)
 #undef RIG_READ
-}
-
-// The host memory must be registered (pinned) on a GPU, else the call waits for the copy.
-RIG_EXPORT int rig_copy_h2d_async(void* to, const void* from, size_t bytes, void* stream) {
-  return rig::later_h2d(nullptr, static_cast<C_Stream>(stream), to, from, bytes);
 }
 
 RIG_EXPORT void* rig_readable(const void* device_pointer) {
