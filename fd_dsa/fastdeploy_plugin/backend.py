@@ -1,4 +1,4 @@
-"""FastDeploy's DSAAttentionBackend: its constructor, methods and caches, our work behind them.
+"""FastDeploy's DSAAttentionBackend: its constructor, methods and caches, over our kernels.
 
 An object holds our own `fd_dsa.attention.DSAAttentionBackend`, made in the first step, since only
 the runner's block tables say where they lie and how wide they are. That step is the profile run,
@@ -56,7 +56,7 @@ class PluginBackend:
 
     Attributes:
         tree: FastDeploy's; set by `make_backend_class`.
-        core: our backend behind it, None before the first step.
+        core: our own backend, None before the first step.
         shared_selection: what the newest indexer chose, for layers without one of their own.
 
     Raises:
@@ -105,7 +105,7 @@ class PluginBackend:
         self._norms: dict[tuple[int, bool], KeyNorms] = {}
         self._projections: dict[int, IndexerProjections] = {}
         self._tables: dict[tuple[Any, ...], Any] = {}
-        self._is_told = not self.settings.weights_change
+        self._refresh_is_promised = not self.settings.weights_change
 
     def set_position_dtype(self, dtype: str) -> None:
         """The dtype of the runner's own positions; int32 unless it says otherwise."""
@@ -158,7 +158,7 @@ class PluginBackend:
             pairing = indexer is not None and indexer.rope_interleave
             norms = KeyNorms(self.settings.cache_layout, kv_norm, k_norm, pairing)
             self._norms[key] = norms
-        elif not self._is_told:
+        elif not self._refresh_is_promised:
             norms.refresh()
         return norms
 
@@ -167,7 +167,7 @@ class PluginBackend:
         kept, layer_id = self._projections, indexer.layer_id
         if layer_id not in kept:
             linears = indexer.wk, indexer.weights_proj
-            kept[layer_id] = IndexerProjections(*linears, hidden_states, self._is_told)
+            kept[layer_id] = IndexerProjections(*linears, hidden_states, self._refresh_is_promised)
         return kept[layer_id]
 
     def cos_sin_of(self, rotary_emb: Any) -> Any:
@@ -178,9 +178,9 @@ class PluginBackend:
             table = self._tables[key] = cos_sin_table(rotary_emb)
         return table
 
-    def tells_of_weights(self) -> None:
+    def promise_refresh(self) -> None:
         """The runner promises to call `refresh_weights` when FastDeploy has loaded others."""
-        self._is_told = True
+        self._refresh_is_promised = True
 
     def refresh_weights(self) -> None:
         """Read again what is kept of weights, at the same addresses, so that graphs see it."""

@@ -1,4 +1,4 @@
-"""The FastDeploy that is installed: what of it ours derive from, and how.
+"""The FastDeploy that is installed: the classes that ours derive from, and how.
 
 Nothing is changed here. What is looked for is the table of `tree_checks.py`.
 """
@@ -26,7 +26,7 @@ MARK = "__fd_dsa__"
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """The objects of an imported FastDeploy that ours derive from or stand in for.
+    """The objects of an imported FastDeploy that ours derive from or replace.
 
     Attributes:
         attention: the package `model_executor.layers.attention`.
@@ -68,7 +68,7 @@ def derive(ours: type, upstream: type, name: str = "", **attributes: Any) -> typ
     """A class with our methods before FastDeploy's, marked as ours.
 
     Args:
-        ours: its methods go first.
+        ours: its methods take precedence.
         upstream: FastDeploy's class, which `isinstance` tests still find.
         name: of the class, "" = FastDeploy's.
         attributes: further ones of the class.

@@ -37,7 +37,7 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):
         super().__init__(*args, **kwargs)
         backend = self.dsa_backend()
         if backend is not None:
-            backend.tells_of_weights()
+            backend.promise_refresh()
 
     def dsa_backend(self) -> Any:
         """The runner's backend where it is ours, or None."""

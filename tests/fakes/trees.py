@@ -30,7 +30,7 @@ OURS_ENV = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": "fd_dsa"}
 class Tree:
     """One FastDeploy tree; the defaults are those of develop in June 2026.
 
-    Where nothing else is said, a variant was read in `worker/gpu_model_runner.py` and
+    Unless noted otherwise, a variant was read in `worker/gpu_model_runner.py` and
     `layers/attention/dsa_attention_backend.py` at 39d329f2.
     """
 
@@ -104,7 +104,7 @@ def installed(
     place: str = "cpu",
     path: Iterable[str | Path] = (),
 ) -> Iterator[Tree]:
-    """FastDeploy's double on sys.path inside the block, freshly imported by whoever imports it.
+    """FastDeploy's double on sys.path inside the block; an import there is a fresh one.
 
     Args:
         tree: which tree it stands for.

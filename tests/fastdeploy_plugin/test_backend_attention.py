@@ -32,7 +32,7 @@ def exact_keys(seed: int = 0) -> np.ndarray:
 
 
 def selection() -> np.ndarray:
-    """int32 [TOKENS, 1, 131]: all keys up to a token's own, cached ones too; -1 behind them."""
+    """int32 [TOKENS, 1, 131]: all keys up to a token's own, cached ones too; -1 past them."""
     chosen = np.full((TOKENS, 1, max(golden.POSITIONS) + 1), -1, np.int32)
     for token, (row, last) in enumerate(zip(golden.BATCH_IDS, golden.POSITIONS, strict=True)):
         positions = np.arange(last + 1)

@@ -239,7 +239,7 @@ def test_bounds_fit_the_tensor_of_the_tree(
     longest = num_tokens if has_prefill else min(num_tokens, tokens_per_row)
     keys = 99 if num_tokens else 0
     known = [longest, num_tokens if has_prefill else 0, keys, keys, keys, keys]
-    # what lies behind the sixth is another tree's own
+    # entries past the sixth are another tree's own
     assert target.tolist() == (known + [-5] * 3)[:entries]
 
 

@@ -50,7 +50,7 @@ def test_padded_replays_give_the_tokens_of_eager_steps(tree: str) -> None:
         engine = small_engine(**ROWS, **GRAPHS)
         assert list(graphs_of(engine).graphs) == [6, 4, 1]
         watch = watch_steps(engine)
-        # a long step first, whose values lie behind every later one
+        # a long step first: memory past every later one holds its values
         assert engine.generate(jobs(5)) == alone
         replayed = {(step.tokens, step.launched) for step in watch.steps if step.with_graph}
         assert replayed == {(n, n) for n in range(1, 6)}

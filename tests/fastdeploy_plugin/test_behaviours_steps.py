@@ -1,4 +1,4 @@
-"""Steps as FastDeploy's runner makes them, one after the other, with our plug-in in between."""
+"""Steps as FastDeploy's runner makes them in order, with our plug-in in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registration: our classes behind FastDeploy's names, or every name exactly as it was."""
+"""Registration: our classes under FastDeploy's names, or every name exactly as it was."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_the_second_runner_of_later_trees_is_left_alone(caplog: Any) -> None:
 
 
 def test_what_was_said_goes_with_the_modules(caplog: Any) -> None:
-    """A FastDeploy imported anew is examined anew, whatever its predecessor was."""
+    """A FastDeploy that is imported again is examined again."""
     for tree in (BROKEN["before_7367"], TREES["develop"], BROKEN["before_7367"]):
         with with_upstream_imported(tree):
             register()

@@ -39,7 +39,7 @@ class Bare:
 
 
 class Watched:
-    """What an engine's backend was told and what it made, step after step."""
+    """An engine's hints to its backend and the metadata it made, step by step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.hints: list[bool | None] = []

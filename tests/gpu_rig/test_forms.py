@@ -1,4 +1,4 @@
-"""The forms of the test plug-in: what builds them, and what is said where that fails."""
+"""The forms of the test plug-in: what builds them, and the errors where that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FastDeploy's environment variables, read anew at every access (`fastdeploy/envs.py`)."""
+"""FastDeploy's environment variables, read at every access (`fastdeploy/envs.py`)."""
 
 from __future__ import annotations
 

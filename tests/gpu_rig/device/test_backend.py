@@ -27,7 +27,7 @@ DTYPES = ("float32", "bfloat16", FP8)
 
 
 class DeviceWorld(World):
-    """A world whose backend, caches and activations lie on the device."""
+    """A world whose backend, caches and activations are on the device."""
 
     def __init__(self, batch: StepBatch, sizes: Sizes, place: Any) -> None:
         lengths = (batch.seq_lens_decoder + batch.seq_lens_this_time).tolist()

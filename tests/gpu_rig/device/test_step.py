@@ -29,7 +29,7 @@ STEPS = {
 
 
 def make_step(name: str) -> StepBatch:
-    """One of the steps, with padding behind its tokens."""
+    """One of the steps, with padding after its tokens."""
     return make_batch(STEPS[name], 64, num_columns=3, num_padded_tokens=160)
 
 
@@ -40,7 +40,7 @@ def on_device(rig: Rig, batch: StepBatch, **sizes: Any) -> tuple[StepMetadataBui
 
 
 def assert_same_step(found: ForwardMeta, batch: StepBatch) -> None:
-    """Every field equals the CPU builder's; arrays lie on the device."""
+    """Every field equals the CPU builder's; arrays are on the device."""
     wanted = builder_for(batch).build(*batch.inputs(), batch.num_padded_tokens)
     for name in ARRAY_FIELDS:
         array, expected = getattr(found, name), getattr(wanted, name)

@@ -123,7 +123,7 @@ void matmul_kernel(PD_DeviceContext* context, PD_Tensor* x, PD_Tensor* y, bool t
   const bool each_fits = (batch_a == 1 || batch_a == batch_b || batch_b == 1) &&
                          shape.batch * shape.m * shape.n == out.count;
   if (!each_fits) {
-    // batches that broadcast against each other: one product a matrix of the result
+    // batches that broadcast against each other: one GEMM a matrix of the result
     const size_t size = bytes_of(a.type);
     shape.batch = 1;
     shape.batch_stride_a = shape.batch_stride_b = 0;

@@ -52,7 +52,7 @@ class RunnerMemory:
         self.share_inputs["caches"] = caches
 
     def clear_cache(self, profile: bool = False) -> None:
-        """Give the caches up; whoever still reads them finds poison."""
+        """Give the caches up; a later reader finds poison."""
         caches = list(self.share_inputs.pop("caches"))
         if self.forward_meta is not None:
             self.forward_meta.clear_caches()

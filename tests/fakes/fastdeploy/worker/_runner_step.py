@@ -142,7 +142,7 @@ class RunnerStep:
         return bool((host(self.share_inputs["seq_lens_encoder"]) > 0).any())
 
     def _pad_and_place(self) -> None:
-        """What stands between a step's preparation and its model, in `_preprocess` and dummy runs.
+        """What runs between a step's preparation and its model, in `_preprocess` and dummy runs.
 
         In this order in `worker/gpu_model_runner.py` at 39d329f2 (June 2026).
         """
