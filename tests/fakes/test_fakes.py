@@ -7,7 +7,6 @@ import importlib
 import os
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,29 +146,6 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Plugins:
 
 def _env(plugins: str | None) -> dict[str, str | None]:
     return {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": plugins}
-
-
-@pytest.mark.parametrize(
-    "unset, named, loaded",
-    [
-        ("all", None, True),
-        ("none", None, False),
-        ("none", "ours", True),
-        ("all", "theirs", False),
-        ("all", "theirs, ours", False),
-        ("all", "theirs,ours", True),
-    ],
-)
-def test_which_plugins_are_loaded(
-    plugins: _Plugins, unset: str, named: str | None, loaded: bool
-) -> None:
-    plugins.add("ours", register="register")
-    tree = replace(DEVELOP, plugins_unset=unset)
-    with installed(tree, _env(named), path=[plugins.folder]):
-        from fastdeploy.plugins import load_model_register_plugins
-
-        load_model_register_plugins()
-        assert plugins.calls() == ["register"] * loaded
 
 
 def test_plugins_run_once(plugins: _Plugins) -> None:
