@@ -1,4 +1,4 @@
-"""fd_dsa inside FastDeploy: two plug-ins that put our DSA path in the place of FastDeploy's own."""
+"""fd_dsa inside FastDeploy: two plug-ins that replace FastDeploy's DSA path by ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FastDeploy's DSAAttentionBackend: its constructor, methods and caches, our work behind them.
+"""FastDeploy's DSAAttentionBackend: its constructor, methods and caches, over our kernels.
 
 An object holds our own `fd_dsa.attention.DSAAttentionBackend`, made in the first step, since only
 the runner's block tables say where they lie and how wide they are. That step is the profile run,
@@ -16,12 +16,11 @@ from typing import Any
 
 import paddle
 
-from fd_dsa import __version__
 from fd_dsa.attention import DSAAttentionBackend as CoreBackend
 from fd_dsa.attention import StepHints
 from fd_dsa.attention.backend import cache_of
 from fd_dsa.errors import ConfigError, MissingStepError
-from fd_dsa.fastdeploy_plugin.compat import Tree
+from fd_dsa.fastdeploy_plugin.compat import Tree, derive
 from fd_dsa.fastdeploy_plugin.projections import (
     IndexerProjections,
     KeyNorms,
@@ -43,16 +42,7 @@ from fd_dsa.ops.cache_write import CacheWriteParams, write_caches
 
 def make_backend_class(tree: Tree) -> type:
     """Our backend as a subclass of FastDeploy's, whose `isinstance` tests it passes."""
-    return type(tree.backend_base)(
-        "DSAAttentionBackend",
-        (PluginBackend, tree.backend_base),
-        {
-            "__fd_dsa__": __version__,
-            "__module__": __name__,
-            "features": tree.features,
-            "metadata_class": getattr(tree.backend_file, "DSAAttentionMetadata", SimpleNamespace),
-        },
-    )
+    return derive(PluginBackend, tree.backend_base, "DSAAttentionBackend", tree=tree)
 
 
 class PluginBackend:
@@ -65,8 +55,8 @@ class PluginBackend:
         head_dim, encoder_block_shape_q, decoder_block_shape_q: not used, as upstream.
 
     Attributes:
-        features, metadata_class: of the tree; set by `make_backend_class`.
-        core: our backend behind it, None before the first step.
+        tree: FastDeploy's; set by `make_backend_class`.
+        core: our own backend, None before the first step.
         shared_selection: what the newest indexer chose, for layers without one of their own.
 
     Raises:
@@ -93,7 +83,7 @@ class PluginBackend:
                 "its proposer (spec_decode/mtp.py) unpacks two cache shapes of three, and gives "
                 "drafts neither positions nor slots; start it without --speculative-config"
             )
-        if self.features.has_backend:
+        if self.tree.backend_file is not None:
             shapes = encoder_block_shape_q, decoder_block_shape_q
             readable = readable_upstream(fd_config)
             super().__init__(readable, kv_num_heads, num_heads, head_dim, *shapes)
@@ -115,7 +105,7 @@ class PluginBackend:
         self._norms: dict[tuple[int, bool], KeyNorms] = {}
         self._projections: dict[int, IndexerProjections] = {}
         self._tables: dict[tuple[Any, ...], Any] = {}
-        self._is_told = not self.settings.weights_change
+        self._refresh_is_promised = not self.settings.weights_change
 
     def set_position_dtype(self, dtype: str) -> None:
         """The dtype of the runner's own positions; int32 unless it says otherwise."""
@@ -168,7 +158,7 @@ class PluginBackend:
             pairing = indexer is not None and indexer.rope_interleave
             norms = KeyNorms(self.settings.cache_layout, kv_norm, k_norm, pairing)
             self._norms[key] = norms
-        elif not self._is_told:
+        elif not self._refresh_is_promised:
             norms.refresh()
         return norms
 
@@ -177,7 +167,7 @@ class PluginBackend:
         kept, layer_id = self._projections, indexer.layer_id
         if layer_id not in kept:
             linears = indexer.wk, indexer.weights_proj
-            kept[layer_id] = IndexerProjections(*linears, hidden_states, self._is_told)
+            kept[layer_id] = IndexerProjections(*linears, hidden_states, self._refresh_is_promised)
         return kept[layer_id]
 
     def cos_sin_of(self, rotary_emb: Any) -> Any:
@@ -188,9 +178,9 @@ class PluginBackend:
             table = self._tables[key] = cos_sin_table(rotary_emb)
         return table
 
-    def tells_of_weights(self) -> None:
+    def promise_refresh(self) -> None:
         """The runner promises to call `refresh_weights` when FastDeploy has loaded others."""
-        self._is_told = True
+        self._refresh_is_promised = True
 
     def refresh_weights(self) -> None:
         """Read again what is kept of weights, at the same addresses, so that graphs see it."""
@@ -388,7 +378,7 @@ class PluginBackend:
 
     def _metadata(self, forward_meta: Any) -> Any:
         """FastDeploy's record of a step; what only its own kernels read stays unset."""
-        metadata = self.metadata_class()
+        metadata = getattr(self.tree.backend_file, "DSAAttentionMetadata", SimpleNamespace)()
         metadata.block_tables = forward_meta.block_tables
         metadata.rotary_embs = getattr(forward_meta, "rotary_embs", None)
         metadata.slot_mapping = forward_meta.slot_mapping

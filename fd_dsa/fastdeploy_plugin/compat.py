@@ -1,4 +1,4 @@
-"""The FastDeploy that is installed: what of it ours derive from, and which variant it is.
+"""The FastDeploy that is installed: the classes that ours derive from, and how.
 
 Nothing is changed here. What is looked for is the table of `tree_checks.py`.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
+from fd_dsa import __version__
 from fd_dsa.fastdeploy_plugin.tree_checks import (
     ATTENTION,
     CHECKS,
@@ -18,28 +20,13 @@ from fd_dsa.fastdeploy_plugin.tree_checks import (
     select,
 )
 
-
-@dataclass(frozen=True, slots=True)
-class TreeFeatures:
-    """The variants of one FastDeploy tree that make a difference to us.
-
-    Attributes:
-        version: what the package calls itself; for logs alone.
-        has_backend: its own DSA backend can be imported, so that ours derives from it.
-    """
-
-    version: str
-    has_backend: bool
-
-    def summary(self) -> str:
-        """The features as words for the log."""
-        base = "derived from" if self.has_backend else "in place of"
-        return f"FastDeploy {self.version}, {base} its DSA backend"
+MARK = "__fd_dsa__"
+"""Attribute of every class of ours that is bound to a name of FastDeploy's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """The objects of an imported FastDeploy that ours derive from or stand in for.
+    """The objects of an imported FastDeploy that ours derive from or replace.
 
     Attributes:
         attention: the package `model_executor.layers.attention`.
@@ -47,7 +34,7 @@ class Tree:
         backend_file: the module of FastDeploy's own backend, None where it was not imported.
         select: `_get_attn_backend`, whose answers are cached.
         models: the module of DeepSeek-V3.2 and GLM-5.
-        features: the variants.
+        version: what the package calls itself; for logs alone.
     """
 
     attention: ModuleType
@@ -55,7 +42,12 @@ class Tree:
     backend_file: ModuleType | None
     select: Callable[[str], type]
     models: ModuleType
-    features: TreeFeatures
+    version: str
+
+    def summary(self) -> str:
+        """The tree as words for the log."""
+        base = "in place of" if self.backend_file is None else "derived from"
+        return f"FastDeploy {self.version}, {base} its DSA backend"
 
 
 def examine() -> Tree:
@@ -68,8 +60,18 @@ def examine() -> Tree:
         if not check.in_worker:
             check.run()
     base, backend_file = backend_base()
-    features = TreeFeatures(
-        version=str(getattr(imported("fastdeploy"), "__version__", None) or "of unknown version"),
-        has_backend=backend_file is not None,
-    )
-    return Tree(imported(ATTENTION), base, backend_file, select(), import_models(), features)
+    version = str(getattr(imported("fastdeploy"), "__version__", None) or "of unknown version")
+    return Tree(imported(ATTENTION), base, backend_file, select(), import_models(), version)
+
+
+def derive(ours: type, upstream: type, name: str = "", **attributes: Any) -> type:
+    """A class with our methods before FastDeploy's, marked as ours.
+
+    Args:
+        ours: its methods take precedence.
+        upstream: FastDeploy's class, which `isinstance` tests still find.
+        name: of the class, "" = FastDeploy's.
+        attributes: further ones of the class.
+    """
+    marks = {MARK: __version__, "__module__": ours.__module__}
+    return type(upstream)(name or upstream.__name__, (ours, upstream), marks | attributes)

@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 
 logger = logging.getLogger(__name__)
 
-# what has been said about an imported FastDeploy; it goes with the module
-_said: WeakKeyDictionary[ModuleType, str] = WeakKeyDictionary()
+# the newest line that was logged about an imported FastDeploy; it goes with the module
+_logged: WeakKeyDictionary[ModuleType, str] = WeakKeyDictionary()
 
 
 def register() -> None:
@@ -37,7 +37,7 @@ def register() -> None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        _say(logging.WARNING, f"fd_dsa: unsupported FastDeploy tree ({_reason(error)})")
+        _log(logging.WARNING, f"fd_dsa: unsupported FastDeploy tree ({_reason(error)})")
 
 
 def model_runner() -> type:
@@ -78,16 +78,16 @@ def _take_over() -> None:
         return
     tree = examine()
     take_over(tree)
-    _say(logging.INFO, f"fd_dsa: serves FastDeploy's DSA path ({tree.features.summary()})")
+    _log(logging.INFO, f"fd_dsa: serves FastDeploy's DSA path ({tree.summary()})")
 
 
-def _say(level: int, text: str) -> None:
+def _log(level: int, text: str) -> None:
     """Log a line once for each imported FastDeploy, where somebody sees it."""
     fastdeploy = sys.modules.get("fastdeploy")
     if fastdeploy is not None:
-        if _said.get(fastdeploy) == text:
+        if _logged.get(fastdeploy) == text:
             return
-        _said[fastdeploy] = text
+        _logged[fastdeploy] = text
     package = logging.getLogger("fd_dsa")
     if package.level == logging.NOTSET:
         package.setLevel(logging.INFO)
@@ -97,14 +97,14 @@ def _say(level: int, text: str) -> None:
     logger.log(level, text)
 
 
-def last_said() -> str:
+def last_logged() -> str:
     """What `register` has logged about the FastDeploy that is imported; "" = nothing."""
     fastdeploy = sys.modules.get("fastdeploy")
-    return "" if fastdeploy is None else _said.get(fastdeploy, "")
+    return "" if fastdeploy is None else _logged.get(fastdeploy, "")
 
 
 def _reason(error: BaseException) -> str:
-    """One line about an error; our own say all that is to be said."""
+    """One line about an error; the type is named unless the error is our own."""
     from fd_dsa.fastdeploy_plugin.tree_checks import UnsupportedTree
 
     text = " ".join(str(error).split())

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from fd_dsa import __version__
 from fd_dsa.errors import MissingStepError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
 from fd_dsa.fastdeploy_plugin.settings import interleaves_indexer_rope, shares_selection
@@ -23,22 +22,6 @@ from fd_dsa.step.host_tensor import as_tensor
 
 # of FastDeploy's indexer: [max_model_len] each, on the device, and read by its own forward alone
 _UNUSED_BUFFERS = ("offsets", "lengths")
-
-
-def make_indexer_class(upstream: type) -> type:
-    """Our indexer as a subclass of FastDeploy's."""
-    return _derived(PluginIndexer, upstream)
-
-
-def make_attention_class(upstream: type) -> type:
-    """Our attention layer as a subclass of FastDeploy's."""
-    return _derived(PluginAttention, upstream)
-
-
-def _derived(ours: type, upstream: type) -> type:
-    """A class with our methods before FastDeploy's."""
-    marks = {"__fd_dsa__": __version__, "__module__": __name__}
-    return type(upstream)(upstream.__name__, (ours, upstream), marks)
 
 
 def _backend_of(forward_meta: Any) -> PluginBackend:

@@ -102,7 +102,7 @@ class KeyNorms:
         if k_norm is not None:
             self._sources |= {"k_norm_weight": k_norm.weight, "k_norm_bias": k_norm.bias}
         # of their own memory, also of float32: other weights may come at another address
-        self._copies = {name: float32_of(source).clone() for name, source in self._sources.items()}
+        self._copies = {name: _float32_copy(source) for name, source in self._sources.items()}
         self.params = CacheWriteParams(
             layout.kv_cache_dtype,
             kv_norm_eps=getattr(kv_norm, "eps", K_NORM_EPS),
@@ -117,12 +117,12 @@ class KeyNorms:
         """Copy the weights again, for graphs that were captured with their copies as well."""
         with paddle.no_grad():
             for name, source in self._sources.items():
-                paddle.assign(float32_of(source), output=self._copies[name])
+                paddle.assign(_float32_of(source), output=self._copies[name])
 
 
 def cos_sin_table(rotary_emb: Any) -> Any:
     """cos and sin of all positions, float32 [max_position, rope_dim]; on a CPU of NumPy."""
-    return readable(float32_of(rotary_emb.cos_sin_cache))
+    return readable(_float32_of(rotary_emb.cos_sin_cache))
 
 
 def table_key(rotary_emb: Any) -> tuple[Any, ...]:
@@ -132,10 +132,16 @@ def table_key(rotary_emb: Any) -> tuple[Any, ...]:
     return (*shape, *(getattr(rotary_emb, name, None) for name in names))
 
 
-def float32_of(tensor: Any) -> Any:
+def _float32_of(tensor: Any) -> Any:
     """A tensor's values in float32; its own memory where it has that dtype."""
     tensor = tensor.detach()
     return tensor if dtype_name(tensor.dtype) == "float32" else tensor.astype("float32")
+
+
+def _float32_copy(tensor: Any) -> Any:
+    """A tensor's values in float32, in memory of their own."""
+    values = _float32_of(tensor)
+    return values.clone() if dtype_name(tensor.detach().dtype) == "float32" else values
 
 
 def _why_not_one_launch(linear: Any, hidden_states: Any, may_copy: bool) -> str:
@@ -200,7 +206,7 @@ def _dequantized(linear: Any, dtype: str) -> Any:
 
 @cache
 def _log_once(reason: str) -> None:
-    """Log that FastDeploy's GEMMs serve in the place of ours."""
+    """Log that FastDeploy's GEMMs serve instead of ours."""
     logger.info(
         "fd_dsa: FastDeploy's GEMMs make the indexer's projections, without overlap: %s", reason
     )

@@ -13,17 +13,18 @@ Source: FastDeploy's `worker/gpu_model_runner.py` (#7367, #8041), read at 39d329
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
-from fd_dsa import __version__
 from fd_dsa.errors import ConfigError
 from fd_dsa.fastdeploy_plugin.backend import PluginBackend
+from fd_dsa.fastdeploy_plugin.compat import derive
 from fd_dsa.fastdeploy_plugin.tree_checks import check_runner
 from fd_dsa.ops._host import dtype_name
 from fd_dsa.runner import DSAModelRunnerMixin
 
-Method = Callable[..., Any]
+# what FastDeploy's method does, with the arguments of the call
+GoOn = Callable[[], Any]
 
 
 class FastDeployRunnerMixin(DSAModelRunnerMixin):
@@ -36,7 +37,7 @@ class FastDeployRunnerMixin(DSAModelRunnerMixin):
         super().__init__(*args, **kwargs)
         backend = self.dsa_backend()
         if backend is not None:
-            backend.tells_of_weights()
+            backend.promise_refresh()
 
     def dsa_backend(self) -> Any:
         """The runner's backend where it is ours, or None."""
@@ -70,122 +71,94 @@ def make_runner_class(upstream: type) -> type:
         UnsupportedTree: it lacks one of `RUNNER_METHODS`.
     """
     check_runner(upstream)
-    hooks = {
-        name: hook(getattr(upstream, name))
+    hooked = {
+        name: _hooked(getattr(upstream, name), hook)
         for name, hook in _HOOKS.items()
         if hasattr(upstream, name)
     }
-    return type(upstream)(
-        upstream.__name__,
-        (FastDeployRunnerMixin, upstream),
-        {"__fd_dsa__": __version__, "__module__": __name__, **hooks},
-    )
+    return derive(FastDeployRunnerMixin, upstream, **hooked)
 
 
-def _counting_passes(method: Method) -> Method:
-    """A dummy run whose passes `step_hints` counts."""
+def _hooked(method: Callable[..., Any], hook: Callable[[Any, GoOn], Any]) -> Callable[..., Any]:
+    """A method that calls our hook with the runner and what FastDeploy's own does."""
 
     @wraps(method)
-    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._num_dummy_passes = 0
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            self._num_dummy_passes = None
+    def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return hook(self, partial(method, self, *args, **kwargs))
 
-    return hook
+    return hooked
 
 
-def _unless_made(method: Method) -> Method:
+def _count_passes(runner: Any, go_on: GoOn) -> Any:
+    """A dummy run whose passes `step_hints` counts."""
+    runner._num_dummy_passes = 0
+    try:
+        return go_on()
+    finally:
+        runner._num_dummy_passes = None
+
+
+def _unless_made(runner: Any, go_on: GoOn) -> Any:
     """FastDeploy's positions and slots, which the backend has made already, from the same rows.
 
     FastDeploy's would replace ours, without a guard for unused entries: slots of padding would be
     those of the last row, which a captured graph would write to.
     """
-
-    @wraps(method)
-    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        step = getattr(getattr(self, "forward_meta", None), "fd_dsa_step", None)
-        if self.dsa_backend() is None or step is None:
-            return method(self, *args, **kwargs)
-        return None
-
-    return hook
+    step = getattr(getattr(runner, "forward_meta", None), "fd_dsa_step", None)
+    return go_on() if runner.dsa_backend() is None or step is None else None
 
 
-def _sharing_one(method: Method) -> Method:
+def _share_one(runner: Any, go_on: GoOn) -> Any:
     """One backend for all layers, where FastDeploy makes one for each: they share each step.
 
     Its positions have the dtype of the runner's own buffer, for whatever else reads them.
     """
-
-    @wraps(method)
-    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        backend = self.dsa_backend()
-        if backend is not None:
-            self.attn_backends[:] = [backend] * len(self.attn_backends)
-            backend.set_position_dtype(dtype_name(self.share_inputs["position_ids_buffer"].dtype))
-        return result
-
-    return hook
+    result = go_on()
+    backend = runner.dsa_backend()
+    if backend is not None:
+        runner.attn_backends[:] = [backend] * len(runner.attn_backends)
+        backend.set_position_dtype(dtype_name(runner.share_inputs["position_ids_buffer"].dtype))
+    return result
 
 
-def _letting_go(method: Method) -> Method:
+def _let_go(runner: Any, go_on: GoOn) -> Any:
     """What makes or drops caches: nothing of the old ones is held."""
-
-    @wraps(method)
-    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.forget_step()
-        return method(self, *args, **kwargs)
-
-    return hook
+    runner.forget_step()
+    return go_on()
 
 
-def _of_bytes(method: Method) -> Method:
+def _check_bytes(runner: Any, go_on: GoOn) -> Any:
     """What makes caches, which must be bytes: from #8060 on FastDeploy may make them bfloat16."""
-    method = _letting_go(method)
-
-    @wraps(method)
-    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        if self.dsa_backend() is not None:
-            for cache in self.share_inputs["caches"]:
-                if dtype_name(cache.dtype) != "uint8":
-                    raise ConfigError(
-                        f"caches: FastDeploy has made them of {dtype_name(cache.dtype)}, DSA's are "
-                        "uint8; start it with ENABLE_V1_KVCACHE_MANAGER=1, which makes such"
-                    )
-        return result
-
-    return hook
+    result = _let_go(runner, go_on)
+    if runner.dsa_backend() is not None:
+        for cache in runner.share_inputs["caches"]:
+            if dtype_name(cache.dtype) != "uint8":
+                raise ConfigError(
+                    f"caches: FastDeploy has made them of {dtype_name(cache.dtype)}, DSA's are "
+                    "uint8; start it with ENABLE_V1_KVCACHE_MANAGER=1, which makes such"
+                )
+    return result
 
 
-def _reading_weights_again(method: Method) -> Method:
+def _refresh_weights(runner: Any, go_on: GoOn) -> Any:
     """What loads other weights: what is kept of them is read again, below running graphs too.
 
     After a wake-up of the caches alone the weights may still have no memory.
     """
-    method = _letting_go(method)
-
-    @wraps(method)
-    def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(self, *args, **kwargs)
-        backend = self.dsa_backend()
-        if backend is not None and not getattr(self, "is_weight_sleeping", False):
-            backend.refresh_weights()
-        return result
-
-    return hook
+    result = _let_go(runner, go_on)
+    backend = runner.dsa_backend()
+    if backend is not None and not getattr(runner, "is_weight_sleeping", False):
+        backend.refresh_weights()
+    return result
 
 
-_HOOKS: dict[str, Callable[[Method], Method]] = {
-    "_dummy_run": _counting_passes,
-    "_initialize_attn_backend": _sharing_one,
+_HOOKS: dict[str, Callable[[Any, GoOn], Any]] = {
+    "_dummy_run": _count_passes,
+    "_initialize_attn_backend": _share_one,
     "_compute_position_ids_and_slot_mapping": _unless_made,
-    "initialize_kv_cache": _of_bytes,
-    "clear_cache": _letting_go,
-    "update_parameters": _reading_weights_again,
-    "update_weights": _reading_weights_again,
-    "wakeup": _reading_weights_again,
+    "initialize_kv_cache": _check_bytes,
+    "clear_cache": _let_go,
+    "update_parameters": _refresh_weights,
+    "update_weights": _refresh_weights,
+    "wakeup": _refresh_weights,
 }

@@ -190,9 +190,7 @@ def upstream_attributes(fd_config: Any, settings: BackendSettings) -> dict[str, 
         "max_seq_len": settings.max_model_len,
         "rope_theta": rope_theta(model),
         "rope_scaling": getattr(model, "rope_scaling", None),
-        "rope_3d": bool(
-            getattr(fd_config, "enable_rope_3d_runtime", False) or getattr(model, "rope_3d", False)
-        ),
+        "rope_3d": bool(getattr(fd_config, "enable_rope_3d_runtime", False)),
         "causal": getattr(model, "causal", True),
         "speculative_method": speculative.method,
         "use_speculate": speculative.method is not None,

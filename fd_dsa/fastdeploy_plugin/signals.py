@@ -1,4 +1,4 @@
-"""Prefill-decode disaggregation: the calls by which FastDeploy's own DSA backend tells of a step.
+"""Prefill-decode disaggregation: the calls by which FastDeploy's DSA backend announces a step.
 
 FastDeploy's cache messenger of the prefill node waits for them before it sends blocks on.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fd_dsa.environment import fastdeploy_plugin_wanted, process_environment
 from fd_dsa.errors import ConfigError
-from fd_dsa.fastdeploy_plugin.entry_points import last_said
+from fd_dsa.fastdeploy_plugin.entry_points import last_logged
 from fd_dsa.fastdeploy_plugin.take_over import is_ours, live_backend
 from fd_dsa.fastdeploy_plugin.tree_checks import UnsupportedTree, checks, import_models
 
@@ -34,7 +34,7 @@ def report() -> dict[str, Any]:
     live = is_ours(backend)
     return {
         "live": live,
-        "why": backend.features.summary() if live else _why_not(),
+        "why": backend.tree.summary() if live else _why_not(),
         "backend": _name(backend),
         "indexer": _name(getattr(models, "Indexer", None)),
         "attention": _name(getattr(models, "DeepseekV32DSAAttention", None)),
@@ -56,7 +56,7 @@ def _why_not() -> str:
     except ConfigError as error:
         return str(error)
     plugins = environment.get("FD_PLUGINS")
-    return last_said().removeprefix("fd_dsa: ") or (
+    return last_logged().removeprefix("fd_dsa: ") or (
         f"FastDeploy has not loaded the plug-in fd_dsa: FD_PLUGINS is {plugins or 'unset'}, and "
         "must name it"
     )

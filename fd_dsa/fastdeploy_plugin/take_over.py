@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fd_dsa.fastdeploy_plugin.compat import Tree
+from fd_dsa.fastdeploy_plugin.compat import MARK, Tree, derive
 from fd_dsa.fastdeploy_plugin.tree_checks import ATTENTION, RUNNER
 
-MARK = "__fd_dsa__"
 _BACKEND = "DSAAttentionBackend"
 _MODELS = "fastdeploy.model_executor.models."
 _ABSENT: Any = object()
@@ -38,12 +37,12 @@ def take_over(tree: Tree) -> None:
         Whatever making or binding one of them raises; every name is then as it was.
     """
     from fd_dsa.fastdeploy_plugin.backend import make_backend_class
-    from fd_dsa.fastdeploy_plugin.layers import make_attention_class, make_indexer_class
+    from fd_dsa.fastdeploy_plugin.layers import PluginAttention, PluginIndexer
 
     models = tree.models
     backend = make_backend_class(tree)
-    indexer = make_indexer_class(models.Indexer)
-    attention = make_attention_class(models.DeepseekV32DSAAttention)
+    indexer = derive(PluginIndexer, models.Indexer)
+    attention = derive(PluginAttention, models.DeepseekV32DSAAttention)
     with _all_or_none() as bind:
         for module in (tree.attention, tree.backend_file, sys.modules.get(RUNNER)):
             if module is tree.attention or hasattr(module, _BACKEND):

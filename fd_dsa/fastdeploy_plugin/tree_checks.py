@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -29,15 +28,21 @@ MODELS = "fastdeploy.model_executor.models.deepseek_v3"
 RUNNER = "fastdeploy.worker.gpu_model_runner"
 _BACKEND_FILE = f"{ATTENTION}.dsa_attention_backend"
 
-_CONSTRUCTOR = (
-    "fd_config",
-    "kv_num_heads",
-    "num_heads",
-    "head_dim",
-    "encoder_block_shape_q",
-    "decoder_block_shape_q",
-)
 _FORWARD = ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "layer", "forward_meta")
+_BACKEND_METHODS = {
+    "__init__": (
+        "fd_config",
+        "kv_num_heads",
+        "num_heads",
+        "head_dim",
+        "encoder_block_shape_q",
+        "decoder_block_shape_q",
+    ),
+    "forward_mixed": _FORWARD,
+    "forward": _FORWARD,
+    "init_attention_metadata": ("forward_meta",),
+    "get_kv_cache_shape": ("max_num_blocks", "kv_cache_quant_type"),
+}
 # what the shapes of caches follow from
 _SIZES = {
     "block_size": 64,
@@ -48,44 +53,78 @@ _SIZES = {
 }
 _LAYER = ("fd_config", "layer_id", "prefix")
 
-LAYER_PARTS = {
-    "Indexer": ("index_head_dim", "index_n_heads", "wq_b", "wk", "weights_proj", "k_norm"),
-    "DeepseekV32DSAAttention": (
-        "num_attention_heads_tp",
-        "q_lora_rank",
-        "kv_lora_rank",
-        "qk_nope_head_dim",
-        "qk_head_dim",
-        "v_head_dim",
-        "qkv_a_proj_with_mqa",
-        "q_a_layernorm",
-        "kv_a_layernorm",
-        "q_b_proj",
-        "kv_b_proj_bmm",
-        "o_proj",
-        "rotary_emb",
-        "indexer_rotary_emb",
-        "indexer",
-        "dsa_attn",
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A class of FastDeploy as ours meet it.
+
+    Attributes:
+        module: below `fastdeploy.model_executor`.
+        name: of the class.
+        parts: attributes that ours read.
+        methods: name -> parameters after `self`.
+    """
+
+    module: str
+    name: str
+    parts: tuple[str, ...] = ()
+    methods: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        """Path of the module, as reasons name it."""
+        return f"{self.module.replace('.', '/')}.py"
+
+    def check(self) -> None:
+        """Refuse a class that is missing, is called otherwise or has other parts."""
+        module = imported(f"fastdeploy.model_executor.{self.module}")
+        found = attribute(module, self.name, self.file)
+        _check_methods(found, self.name, self.methods)
+        _check_parts(found, self.parts)
+
+
+KNOWN = (
+    Known(
+        "models.deepseek_v3",
+        "Indexer",
+        ("index_head_dim", "index_n_heads", "wq_b", "wk", "weights_proj", "k_norm"),
+        {"__init__": _LAYER, "forward": ("forward_meta", "hidden_states", "qr", "rotary_emb")},
     ),
-}
-"""Attributes of FastDeploy's layers that ours read."""
-
-SUBLAYER_PARTS = {
-    "RMSNorm": ("normalization", ("weight", "eps")),
-    "LayerNorm": ("normalization", ("weight", "bias")),
-    "DeepseekScalingRotaryEmbedding": ("rotary_embedding", ("cos_sin_cache",)),
-}
-"""Module below `layers` and attributes of the parts of those layers that ours read."""
-
-CALLED = {
-    "KVBatchLinear": ("layers.linear", ("x", "proj_type")),
-    "Attention": (
+    Known(
+        "models.deepseek_v3",
+        "DeepseekV32DSAAttention",
+        (
+            "num_attention_heads_tp",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_head_dim",
+            "v_head_dim",
+            "qkv_a_proj_with_mqa",
+            "q_a_layernorm",
+            "kv_a_layernorm",
+            "q_b_proj",
+            "kv_b_proj_bmm",
+            "o_proj",
+            "rotary_emb",
+            "indexer_rotary_emb",
+            "indexer",
+            "dsa_attn",
+        ),
+        {"__init__": _LAYER, "forward": ("forward_meta", "hidden_states")},
+    ),
+    Known("layers.normalization", "RMSNorm", ("weight", "eps")),
+    Known("layers.normalization", "LayerNorm", ("weight", "bias")),
+    Known("layers.rotary_embedding", "DeepseekScalingRotaryEmbedding", ("cos_sin_cache",)),
+    Known("layers.linear", "KVBatchLinear", (), {"forward": ("x", "proj_type")}),
+    Known(
         "layers.attention.attention",
-        ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "forward_meta"),
+        "Attention",
+        (),
+        {"forward": ("q", "k", "v", "qkv", "compressed_kv", "k_pe", "forward_meta")},
     ),
-}
-"""Module and parameters of `forward` of the classes that ours call."""
+)
+"""The layers that ours derive from or call."""
 
 FORWARD_META = (
     "ids_remove_padding",
@@ -176,21 +215,14 @@ def backend_base() -> tuple[type, ModuleType | None]:
     if not _exists(_BACKEND_FILE):
         raise UnsupportedTree("no DSAAttentionBackend in layers/attention: a tree before #6689")
     base = attribute(imported(f"{ATTENTION}.base_attention_backend"), "AttentionBackend")
-    _check_parameters(base.forward, _FORWARD, "AttentionBackend.forward")
+    _check_methods(base, "AttentionBackend", {"forward": _FORWARD})
     return base, None
 
 
 def _check_backend(own: Any) -> None:
     """Refuse a DSA backend that is called otherwise, or whose caches look otherwise."""
     name = "DSAAttentionBackend"
-    _check_parameters(attribute(own, "__init__", name), _CONSTRUCTOR, f"{name}.__init__")
-    for method, parameters in (
-        ("forward_mixed", _FORWARD),
-        ("forward", _FORWARD),
-        ("init_attention_metadata", ("forward_meta",)),
-        ("get_kv_cache_shape", ("max_num_blocks", "kv_cache_quant_type")),
-    ):
-        _check_parameters(attribute(own, method, name), parameters, f"{name}.{method}")
+    _check_methods(own, name, _BACKEND_METHODS)
     expected = cache_shapes(CacheLayout("fp8_ds_mla", 64, 512, 64, 128), 2)
     try:
         # not constructed: the constructor allocates on the device
@@ -215,28 +247,6 @@ def _check_selection() -> None:
     members = attribute(imported("fastdeploy.platforms.base"), "_Backend")
     if "DSA_ATTN" not in getattr(members, "__members__", {}):
         raise UnsupportedTree("platforms/base.py: _Backend has no DSA_ATTN")
-
-
-def _check_layer(name: str, forward: tuple[str, ...]) -> None:
-    """Refuse a layer of the model that is not put together and called as ours is."""
-    layer = attribute(import_models(), name, "models/deepseek_v3.py")
-    _check_parameters(layer.__init__, _LAYER, f"{name}.__init__")
-    _check_parameters(layer.forward, forward, f"{name}.forward")
-    _check_parts(layer, LAYER_PARTS[name])
-
-
-def _check_sublayer(name: str) -> None:
-    """Refuse a norm or a rotary embedding whose parameters have other names."""
-    module, parts = SUBLAYER_PARTS[name]
-    layers = imported(f"fastdeploy.model_executor.layers.{module}")
-    _check_parts(attribute(layers, name), parts)
-
-
-def _check_called(name: str) -> None:
-    """Refuse a class that ours call, where it is called otherwise."""
-    module, parameters = CALLED[name]
-    called = attribute(imported(f"fastdeploy.model_executor.{module}"), name)
-    _check_parameters(called.forward, parameters, f"{name}.forward")
 
 
 def _check_model() -> None:
@@ -315,13 +325,15 @@ def _refuse_missing(owner: type, missing: list[str]) -> None:
         raise UnsupportedTree(f"{owner.__name__} has no {', '.join(missing)}")
 
 
-def _check_parameters(function: Any, expected: tuple[str, ...], where: str) -> None:
-    """Refuse a method whose parameters after `self` are others than these."""
-    found = tuple(inspect.signature(function).parameters)[1:]
-    if found != expected:
-        raise UnsupportedTree(
-            f"{where} takes ({', '.join(found)}), known is ({', '.join(expected)})"
-        )
+def _check_methods(owner: Any, name: str, methods: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a class one of whose methods takes other parameters after `self`."""
+    for method, expected in methods.items():
+        function = attribute(owner, method, name)
+        found = tuple(inspect.signature(function).parameters)[1:]
+        if found != expected:
+            raise UnsupportedTree(
+                f"{name}.{method} takes ({', '.join(found)}), known is ({', '.join(expected)})"
+            )
 
 
 def _check_parts(layer: type, parts: tuple[str, ...]) -> None:
@@ -340,20 +352,7 @@ CHECKS = (
     Check("models/deepseek_v3.py", import_models),
     Check("layers/attention: DSAAttentionBackend", backend_base),
     Check("platforms/base.py: _Backend", _check_selection),
-    Check(
-        "models/deepseek_v3.py: Indexer",
-        partial(_check_layer, "Indexer", ("forward_meta", "hidden_states", "qr", "rotary_emb")),
-    ),
-    Check(
-        "models/deepseek_v3.py: DeepseekV32DSAAttention",
-        partial(_check_layer, "DeepseekV32DSAAttention", ("forward_meta", "hidden_states")),
-    ),
-    *(
-        Check(f"layers/{module}.py: {name}", partial(_check_sublayer, name))
-        for name, (module, _) in SUBLAYER_PARTS.items()
-    ),
-    Check("layers/linear.py: KVBatchLinear", partial(_check_called, "KVBatchLinear")),
-    Check("layers/attention/attention.py: Attention", partial(_check_called, "Attention")),
+    *(Check(f"{known.file}: {known.name}", known.check) for known in KNOWN),
     Check("models/deepseek_v3.py: DeepseekV3ForCausalLM", _check_model),
     Check("layers/attention/attention_selecter.py: _get_attn_backend", select),
     Check("forward_meta.py: ForwardMeta", _check_forward_meta),

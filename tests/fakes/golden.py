@@ -15,14 +15,11 @@ TABLES = [[7, 2, 9, -1], [4, -1, -1, -1], [-1, -1, -1, -1], [1, 6, -1, -1], [3, 
 NUM_TOKENS = 13
 BATCH_IDS = [0, 1, 1, 1, 1, 1, 3, 3, 3, 3, 4, 4, 4]
 CU_SEQLENS_Q = [0, 1, 6, 6, 10, 13]
-CU_SEQLENS_K_OF_KEYS = [0, 131, 136, 136, 204, 227]
+CU_SEQLENS_K = [0, 131, 136, 136, 204, 227]
 POSITIONS = [130, 0, 1, 2, 3, 4, 64, 65, 66, 67, 20, 21, 22]
 SLOTS = [578, 256, 257, 258, 259, 260, 384, 385, 386, 387, 212, 213, 214]
 MAXIMA = [5, 5, 130, 131, 130, 131]
-# (start, end) of #7598: keys of this step alone
-WINDOWS_OF_THE_STEP = [(0, 0), (1, 2), (1, 3), (1, 4), (1, 5), (1, 6)]
-WINDOWS_OF_THE_STEP += [(6, 7), (6, 8), (6, 9), (6, 10), (0, 0), (0, 0), (0, 0)]
-# the same with the keys that later chunks find in the cache
+# (start, end) of each token's keys, those in the cache among them (#7598)
 WINDOWS = [(0, 0), (1, 2), (1, 3), (1, 4), (1, 5), (1, 6)]
 WINDOWS += [(6, 71), (6, 72), (6, 73), (6, 74), (0, 0), (0, 0), (0, 0)]
 

@@ -18,14 +18,11 @@ SOURCES = {
     "model_executor/forward_meta.py": "8f8e7cf6",
     "spec_decode/mtp_cuda.py": "177cb140",
     "layers/quantization/block_wise_fp8.py": "034a3bc7",
-    "layers/quantization/fp8_utils.py": "915958a2",
     "layers/attention/base_attention_backend.py": "3468976b",
     "layers/attention/mla_attention_backend.py": "d14f8c28",
     "layers/attention/append_attn_backend.py": "c6a1dbac",
-    "sparse_indexer/indexer_topk.cuh": "1209e86a",
     "model_executor/layers/normalization.py": "0009064e",
     "model_executor/layers/rotary_embedding.py": "09ad396c",
-    "model_executor/ops/triton_ops/triton_utils.py": "c71d4d89",
     "fastdeploy/config.py": "acfda944",
     "fastdeploy/envs.py": "3c9ff068",
     "worker/gpu_worker.py": "60b02710",
@@ -52,8 +49,6 @@ SOURCES = {
 
 UNREAD = (
     "engine/request.py",
-    "engine/sampling_params.py",
-    "entrypoints/llm.py",
     "entrypoints/openai/api_server.py",
     "layers/attention/utils.py",
     "model_executor/layers/embeddings.py",

@@ -60,18 +60,4 @@ def test_an_operator_s_launch_has_its_module() -> None:
 
     gpu.init_signal_layerwise(None, 0)
     (event,) = _counters.events("launch", "init_signal_layerwise", "fastdeploy.")
-    assert event.module == "fastdeploy.model_executor.ops.gpu._signals"
-
-
-def test_bfloat16_is_rounded_to_even_in_place() -> None:
-    from fastdeploy._arrays import host, writable
-
-    from tests.reference.bfloat16 import ref_round
-
-    x = paddle.zeros([4], "bfloat16")
-    address = x.data_ptr()
-    values = [1.00390625, 1.01171875, -3.3e-5, 2.0]
-    with writable(x) as array:
-        array[:] = values
-    assert x.data_ptr() == address
-    assert host(x).tolist() == [ref_round(value) for value in values]
+    assert event.module == "fastdeploy.model_executor.ops.gpu"

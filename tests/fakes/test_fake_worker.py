@@ -11,7 +11,7 @@ import pytest
 
 from fd_dsa.config import demo_model_path
 from tests.fakes import golden
-from tests.fakes.trees import DEVELOP, TREES, UPSTREAM_ENV, V1_VARIABLE, installed
+from tests.fakes.trees import DEVELOP, UPSTREAM_ENV, V1_VARIABLE, installed
 
 ROWS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time_buffer")
 
@@ -140,26 +140,22 @@ def test_a_blocked_row_goes_on_when_its_block_comes(develop: None) -> None:
     assert share["input_ids"].numpy()[1, 0] == 9
 
 
-@pytest.mark.parametrize("tree", ["pr7367", "develop"])
 @pytest.mark.parametrize("launched", [13, 16])
-def test_tokens_of_a_step_are_packed(tree: str, launched: int) -> None:
+def test_tokens_of_a_step_are_packed(develop: None, launched: int) -> None:
     """custom_ops/gpu_ops/get_padding_offset.cu, on the worked step."""
-    with installed(TREES[tree]):
-        from fastdeploy.model_executor.pre_and_post_process import pre_process
+    from fastdeploy.model_executor.pre_and_post_process import pre_process
 
-        ids = paddle.to_tensor(np.arange(5 * 8).reshape(5, 8))
-        drafts = paddle.to_tensor(-np.arange(5 * 4).reshape(5, 4))
-        now, encoder, decoder = (
-            paddle.to_tensor(lengths, dtype="int32")
-            for lengths in (golden.THIS_TIME, golden.ENCODER, golden.DECODER)
-        )
-        packed, rows, cu_q, cu_k = pre_process(launched, ids, now, True, drafts, encoder, decoder)
+    ids = paddle.to_tensor(np.arange(5 * 8).reshape(5, 8))
+    drafts = paddle.to_tensor(-np.arange(5 * 4).reshape(5, 4))
+    now, encoder, decoder = (
+        paddle.to_tensor(lengths, dtype="int32")
+        for lengths in (golden.THIS_TIME, golden.ENCODER, golden.DECODER)
+    )
+    packed, rows, cu_q, cu_k = pre_process(launched, ids, now, True, drafts, encoder, decoder)
     expected = [0, 8, 9, 10, 11, 12, 24, 25, 26, 27, -16, -17, -18]
     assert packed.tolist() == expected + [2] * (launched - 13)
     assert rows.tolist() == golden.BATCH_IDS + [-1] * (launched - 13)
-    assert cu_q.tolist() == golden.CU_SEQLENS_Q
-    keys = golden.CU_SEQLENS_K_OF_KEYS if tree == "develop" else golden.CU_SEQLENS_Q
-    assert cu_k.tolist() == keys
+    assert cu_q.tolist() == golden.CU_SEQLENS_Q and cu_k.tolist() == golden.CU_SEQLENS_K
 
 
 def test_forward_meta_has_the_running_rows(develop: None) -> None:
@@ -173,7 +169,6 @@ def test_forward_meta_has_the_running_rows(develop: None) -> None:
     for lengths in (meta.seq_lens_encoder, meta.seq_lens_this_time):
         assert lengths.shape == [1]
     assert meta.block_tables.shape[0] == 1
-    assert meta.max_len_tensor_cpu.tolist()[:2] == [9, 9]
     # the runner makes them after that
     assert meta.position_ids is None
     runner._pad_and_place()

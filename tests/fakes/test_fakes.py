@@ -7,7 +7,6 @@ import importlib
 import os
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,7 @@ from tests.fakes.trees import (
 )
 
 PACKAGE = FOLDER / "fastdeploy"
-
-
-OWN = ("indexer_forward.py", "sources.py")
+OWN = ("sources.py",)
 
 
 def _modules() -> list[str]:
@@ -45,7 +42,7 @@ def _modules() -> list[str]:
 @pytest.mark.parametrize("tree", TREES.values(), ids=lambda tree: tree.name)
 def test_every_module_imports_in_every_tree(tree: Any) -> None:
     with installed(tree):
-        for name in [*_modules(), "flash_mla", "deep_gemm"]:
+        for name in _modules():
             importlib.import_module(name)
 
 
@@ -61,7 +58,7 @@ def test_the_package_needs_nothing_but_paddle_and_numpy() -> None:
 def test_an_installation_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FD_PLUGINS", "somebody_else")
     before = dict(os.environ), list(sys.path), list(sys.meta_path)
-    with installed(replace(DEVELOP, triton_wrapper="no_torch"), OURS_ENV):
+    with installed(DEVELOP, OURS_ENV):
         import fastdeploy
 
         assert fastdeploy.__version__ == "0.0.0+fake"
@@ -78,7 +75,7 @@ def test_unknown_names_of_the_package_print_and_are_none(
 
         assert hasattr(fastdeploy, "no_such_thing") and fastdeploy.no_such_thing is None
         assert "no_such_thing" in capsys.readouterr().out
-        assert fastdeploy.SamplingParams().temperature == 1.0
+        assert fastdeploy.platforms.current_platform.device_name == "gpu"
 
 
 def test_variables_are_read_at_every_access(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +95,7 @@ def test_a_missing_attribute_of_forward_meta_reads_as_none() -> None:
 
         meta = ForwardMeta(None)
         assert hasattr(meta, "slot_maping") and meta.slot_maping is None
-        assert meta.forward_mode.is_mixed() and meta.slot_mapping is None
+        assert meta.slot_mapping is None
         meta.caches = caches = [paddle.zeros([1])]
         meta.clear_caches()
         # the attribute goes, not what is in it
@@ -120,18 +117,6 @@ def test_the_configuration_is_that_of_the_checkpoint() -> None:
         assert config.enable_rope_3d_runtime is False
         with pytest.raises(KeyError, match="no_such_field"):
             fd_config(demo_model_path(), no_such_field=1)
-
-
-def test_copies_take_the_source_s_shape_at_the_same_address() -> None:
-    buffer = paddle.zeros([8], "int32")
-    address = buffer.data_ptr()
-    buffer.copy_(paddle.to_tensor([5, 6, 7], dtype="int32"), False)
-    assert buffer.shape == [3] and buffer.data_ptr() == address
-    # so a fill reaches the current extent alone
-    buffer[:] = -1
-    buffer.copy_(paddle.to_tensor([1, 2, 3, 4, 5], dtype="int32"), False)
-    assert buffer.data_ptr() == address and buffer.tolist() == [1, 2, 3, 4, 5]
-    assert buffer[1:3].data_ptr() == address + 4
 
 
 class _Plugins:
@@ -163,29 +148,6 @@ def _env(plugins: str | None) -> dict[str, str | None]:
     return {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": plugins}
 
 
-@pytest.mark.parametrize(
-    "unset, named, loaded",
-    [
-        ("all", None, True),
-        ("none", None, False),
-        ("none", "ours", True),
-        ("all", "theirs", False),
-        ("all", "theirs, ours", False),
-        ("all", "theirs,ours", True),
-    ],
-)
-def test_which_plugins_are_loaded(
-    plugins: _Plugins, unset: str, named: str | None, loaded: bool
-) -> None:
-    plugins.add("ours", register="register")
-    tree = replace(DEVELOP, plugins_unset=unset)
-    with installed(tree, _env(named), path=[plugins.folder]):
-        from fastdeploy.plugins import load_model_register_plugins
-
-        load_model_register_plugins()
-        assert plugins.calls() == ["register"] * loaded
-
-
 def test_plugins_run_once(plugins: _Plugins) -> None:
     plugins.add("ours", register="register", runner="runner")
     with installed(DEVELOP, _env("ours"), path=[plugins.folder]):
@@ -214,22 +176,13 @@ def test_what_fails_at_loading_is_left_out_and_what_fails_at_the_call_goes_on(
             load_model_register_plugins()
 
 
-@pytest.mark.parametrize(
-    "assertion, names, error",
-    [
-        ("<=1", "a,b", AssertionError),
-        ("==1", "a,b", AssertionError),
-        ("<=1", "neither", StopIteration),
-        ("==1", "neither", AssertionError),
-    ],
-)
+@pytest.mark.parametrize(("names", "error"), [("a,b", AssertionError), ("neither", StopIteration)])
 def test_more_or_less_than_one_runner_is_an_error(
-    plugins: _Plugins, assertion: str, names: str, error: type[Exception]
+    plugins: _Plugins, names: str, error: type[Exception]
 ) -> None:
     plugins.add("a", runner="runner")
     plugins.add("b", runner="runner")
-    tree = replace(DEVELOP, runner_assertion=assertion)
-    with installed(tree, _env(names), path=[plugins.folder]):
+    with installed(DEVELOP, _env(names), path=[plugins.folder]):
         from fastdeploy.plugins import load_model_runner_plugins
 
         with pytest.raises(error):
@@ -257,8 +210,6 @@ def test_the_backend_is_looked_up_once_by_name() -> None:
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_trees_differ_from_develop_in_one_thing(name: str) -> None:
     def looks() -> dict[str, Any]:
-        import inspect
-
         from fastdeploy.model_executor.layers import attention
         from fastdeploy.model_executor.models import deepseek_v3
 
@@ -268,9 +219,6 @@ def test_broken_trees_differ_from_develop_in_one_thing(name: str) -> None:
         return {
             "before_7367": hasattr(deepseek_v3.DeepseekV3ForCausalLM, "pre_process"),
             "missing_symbol": hasattr(deepseek_v3, "Indexer"),
-            "constructor": str(inspect.signature(backend.__init__)),
-            "forward_mixed": str(inspect.signature(backend.forward_mixed)),
-            "cache_shape": str(inspect.signature(backend.get_kv_cache_shape)),
         }
 
     with installed(DEVELOP):

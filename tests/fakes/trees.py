@@ -18,9 +18,8 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 TREE_VARIABLE = "FAKE_FASTDEPLOY_TREE"
 PLACE_VARIABLE = "FAKE_FASTDEPLOY_PLACE"
-DTYPE_VARIABLE = "FAKE_FASTDEPLOY_DTYPE"
 V1_VARIABLE = "ENABLE_V1_KVCACHE_MANAGER"
-FAKE_MODULES = ("fastdeploy", "flash_mla", "deep_gemm", "trees")
+FAKE_MODULES = ("fastdeploy", "trees")
 
 # what a test sets to drive upstream's code alone, or ours in its place
 UPSTREAM_ENV = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": "none_of_these"}
@@ -31,7 +30,7 @@ OURS_ENV = {"FD_ATTENTION_BACKEND": "DSA_ATTN", "FD_PLUGINS": "fd_dsa"}
 class Tree:
     """One FastDeploy tree; the defaults are those of develop in June 2026.
 
-    Where nothing else is said, a variant was read in `worker/gpu_model_runner.py` and
+    Unless noted otherwise, a variant was read in `worker/gpu_model_runner.py` and
     `layers/attention/dsa_attention_backend.py` at 39d329f2.
     """
 
@@ -42,37 +41,17 @@ class Tree:
     sliding_windows: bool = True
     # ENABLE_V1_KVCACHE_MANAGER: caches by `create_kv_cache` of each backend (#7787)
     v1_cache_manager: bool = True
-    # the operator that makes positions, int32 from four tensors; the fused one of a branch
-    # (custom_ops/gpu_ops, not in the runner at 39d329f2) makes int64 and the slots
-    position_op: str = "get_position_ids_and_mask_encoder_batch"
-    # indexer_attn_mask_offsets made by init_attention_metadata (#7598, 8f8e7cf6)
-    mask_offsets: bool = False
-    # cu_seqlens_k holds prefix sums of "query" lengths (same as cu_seqlens_q), or of "key" lengths
-    cu_seqlens_k: str = "key"
-    # enable_compat_on_triton_kernel: "guard" a launch, "no_torch" (#6913), "driver_swap" (#6897)
-    triton_wrapper: str = "driver_swap"
+    # of `position_ids_buffer`, which the position operator fills
+    position_dtype: str = "int32"
     # plugins/utils.py without FD_PLUGINS loads "all" (fa9f8a9b) or "none" (10d585c4)
     plugins_unset: str = "none"
-    # plugins/model_runner asserts that there is "==1" or "<=1" plug-in
-    runner_assertion: str = "<=1"
-    # kinds of steps that run as graphs: "decode", or "prefill" and mixed ones too
-    graphs: str = "prefill"
     # the overlap schedule launches more tokens than there are
     overlap_schedule: bool = True
-    # the release of DeepGEMM: "bundled", or "2026" (kernels/deep_gemm.py)
-    deep_gemm: str = "bundled"
     # what no plug-in can know: see BROKEN
     defect: str = ""
 
-    @property
-    def position_dtype(self) -> str:
-        """Of `position_ids_buffer`, as the operator fills it."""
-        return "int64" if self.position_op == FUSED_OP else "int32"
 
-
-FUSED_OP = "get_position_ids_and_slot_mapping"
 DEVELOP = Tree("develop")
-FUSED = replace(DEVELOP, name="fused", position_op=FUSED_OP)
 # as a release branch has it by #7638, April 2026
 PR7367 = replace(
     DEVELOP,
@@ -80,12 +59,10 @@ PR7367 = replace(
     backend_per_layer=False,
     sliding_windows=False,
     v1_cache_manager=False,
-    cu_seqlens_k="query",
-    graphs="decode",
     overlap_schedule=False,
     plugins_unset="all",
 )
-TREES = {tree.name: tree for tree in (PR7367, DEVELOP, FUSED)}
+TREES = {tree.name: tree for tree in (PR7367, DEVELOP)}
 
 BROKEN = {
     defect: replace(DEVELOP, name=defect, defect=defect)
@@ -94,12 +71,6 @@ BROKEN = {
         "before_7367",
         # models/deepseek_v3.py has no class Indexer
         "missing_symbol",
-        # the backend's constructor takes num_kv_heads where all other trees take kv_num_heads
-        "constructor",
-        # forward_mixed takes one argument more
-        "forward_mixed",
-        # get_kv_cache_shape gives two shapes
-        "cache_shape",
         # the import of layers/attention/dsa_attention_backend.py raises
         "raising_import",
     )
@@ -110,8 +81,7 @@ def environment(
     tree: Tree,
     env: Mapping[str, str | None] | None = None,
     place: str = "cpu",
-    dtype: str = "float32",
-    path: Iterable[str] = (str(FOLDER), str(FOLDER / "kernels")),
+    path: Iterable[str] = (str(FOLDER),),
 ) -> dict[str, str | None]:
     """Variables that make this tree current in this process and those it starts; None unsets."""
     ours = [name for name in os.environ if name.startswith("FD_DSA_")]
@@ -119,7 +89,6 @@ def environment(
         **{name: None for name in os.environ if name.startswith("FD_") and name not in ours},
         TREE_VARIABLE: json.dumps(asdict(tree)),
         PLACE_VARIABLE: place,
-        DTYPE_VARIABLE: dtype,
         "PYTHONPATH": os.pathsep.join(filter(None, [*path, os.environ.get("PYTHONPATH")])),
         # V0 caches of the newest trees are none of DSA's
         V1_VARIABLE: "1" if tree.v1_cache_manager else None,
@@ -133,18 +102,15 @@ def installed(
     env: Mapping[str, str | None] | None = None,
     *,
     place: str = "cpu",
-    dtype: str = "float32",
-    kernels: bool = True,
     path: Iterable[str | Path] = (),
 ) -> Iterator[Tree]:
-    """FastDeploy's double on sys.path inside the block, freshly imported by whoever imports it.
+    """FastDeploy's double on sys.path inside the block; an import there is a fresh one.
 
     Args:
         tree: which tree it stands for.
         env: variables to set, None to unset one; UPSTREAM_ENV without it. All other variables
             of FastDeploy's are unset inside the block; FD_DSA_* stay as they are.
-        place, dtype: where the double's tensors lie, and the activations' dtype.
-        kernels: whether its flash_mla and deep_gemm can be imported too.
+        place: where the double's tensors are.
         path: further entries of sys.path, such as a folder of `plugin_distribution`.
 
     Yields:
@@ -152,10 +118,10 @@ def installed(
     """
     path_before, finders_before = list(sys.path), list(sys.meta_path)
     _purge()
-    entries = [str(FOLDER), *([str(FOLDER / "kernels")] if kernels else []), *map(str, path)]
+    entries = [str(FOLDER), *map(str, path)]
     sys.path[:0] = entries
     try:
-        with _environment(environment(tree, env, place, dtype, entries)):
+        with _environment(environment(tree, env, place, entries)):
             yield tree
     finally:
         sys.path[:], sys.meta_path[:] = path_before, finders_before

@@ -32,7 +32,7 @@ def exact_keys(seed: int = 0) -> np.ndarray:
 
 
 def selection() -> np.ndarray:
-    """int32 [TOKENS, 1, 131]: all keys up to a token's own, cached ones too; -1 behind them."""
+    """int32 [TOKENS, 1, 131]: all keys up to a token's own, cached ones too; -1 past them."""
     chosen = np.full((TOKENS, 1, max(golden.POSITIONS) + 1), -1, np.int32)
     for token, (row, last) in enumerate(zip(golden.BATCH_IDS, golden.POSITIONS, strict=True)):
         positions = np.arange(last + 1)
@@ -160,34 +160,7 @@ def test_caches_that_are_not_there_are_named() -> None:
 
 
 def test_other_models_find_the_static_form_under_the_name_that_is_ours() -> None:
-    """Sliding windows of MLA and of fallback models (#8060, #8090) call it with slots of ours."""
+    """Sliding windows of MLA and of fallback models (#8060, #8090) call FastDeploy's own."""
     with registered():
-        attention = import_module("fastdeploy.model_executor.layers.attention")
-        backend = make_backend()
-        meta = forward_meta(backend)
-        backend.init_attention_metadata(meta)
-        num_tokens = len(golden.POSITIONS)
-        rng = np.random.default_rng(3)
-        q, latent, rope = (
-            paddle.to_tensor(rng.standard_normal(shape).astype(np.float32))
-            for shape in ((num_tokens, 64, 576), (num_tokens, 512), (num_tokens, 1, 64))
-        )
-        own = paddle.arange(num_tokens, dtype="int32").reshape([num_tokens, 1, 1])
-        cache = meta.caches[0]
-        before = np.array(cache)
-        meta.max_len_tensor_cpu = int32([num_tokens, num_tokens, 0, 0, 0, 0])
-        out = attention.DSAAttentionBackend.forward_static(
-            q=q,
-            indexer_topk=own,
-            compressed_kv=latent,
-            k_pe=rope,
-            latent_cache=cache,
-            forward_meta=meta,
-            attn_softmax_scale=0.1,
-        )
-    # each token sees itself alone
-    np.testing.assert_allclose(
-        np.asarray(out), np.repeat(np.asarray(latent)[:, None], 64, axis=1), rtol=1e-5, atol=1e-6
-    )
-    written = np.flatnonzero((np.array(cache) != before).reshape(-1, 656).any(1))
-    assert sorted(golden.SLOTS) == written.tolist()
+        ours = import_module("fastdeploy.model_executor.layers.attention").DSAAttentionBackend
+        assert ours.forward_static is ours.__mro__[2].forward_static

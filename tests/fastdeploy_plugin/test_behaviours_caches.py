@@ -10,7 +10,7 @@ import pytest
 
 from tests.fakes.trees import TREES
 from tests.fastdeploy_plugin.demo_prompts import demo_prompts
-from tests.fastdeploy_plugin.side_by_side import make_engine, ours, prompt
+from tests.fastdeploy_plugin.engines import job, make_engine, ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [4, 2, 1]}
@@ -19,12 +19,6 @@ SERVED = [
     pytest.param("develop", {}, id="develop-eager"),
     pytest.param("develop", GRAPHS, id="develop-graphs"),
 ]
-
-
-def job(*args: Any, **how: Any) -> Any:
-    from tests.fakes.driver import Job
-
-    return Job(*args, **how)
 
 
 def two_jobs() -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.side_by_side import ours, prompt
+from tests.fastdeploy_plugin.engines import job, ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 NUM_DRAFTS = 3
@@ -16,12 +16,6 @@ LENGTH = 13
 # beyond it keys are chosen; drafts of a row see one key more each
 SMALL = {"index_topk": 16, "enable_overlap_schedule": False}
 SPECULATIVE = {**SMALL, "method": "ngram", "num_speculative_tokens": NUM_DRAFTS}
-
-
-def job(*args: Any, **how: Any) -> Any:
-    from tests.fakes.driver import Job
-
-    return Job(*args, **how)
 
 
 def right(wanted: list[int], count: int) -> Callable[[list[int]], list[int]]:
@@ -50,7 +44,7 @@ def plain() -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("tree", "held", "num_steps"),
-    [("develop", 3, 4), ("pr7367", 2, 5), ("fused", 1, 7), ("develop", 0, 13)],
+    [("develop", 3, 4), ("pr7367", 2, 5), ("develop", 1, 7), ("develop", 0, 13)],
     ids=["all", "two", "one", "none"],
 )
 def test_a_row_goes_on_where_its_drafts_failed(

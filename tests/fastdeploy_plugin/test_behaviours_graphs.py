@@ -7,18 +7,12 @@ from typing import Any
 import pytest
 
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.side_by_side import ours, prompt
+from tests.fastdeploy_plugin.engines import job, ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 SERVED = ["pr7367", "develop"]
 GRAPHS = {"use_cudagraph": True, "cudagraph_capture_sizes": [6, 4, 1]}
 ROWS = {"max_num_seqs": 6, "enable_overlap_schedule": False}
-
-
-def job(*args: Any, **how: Any) -> Any:
-    from tests.fakes.driver import Job
-
-    return Job(*args, **how)
 
 
 def graphs_of(engine: Any) -> Any:
@@ -56,7 +50,7 @@ def test_padded_replays_give_the_tokens_of_eager_steps(tree: str) -> None:
         engine = small_engine(**ROWS, **GRAPHS)
         assert list(graphs_of(engine).graphs) == [6, 4, 1]
         watch = watch_steps(engine)
-        # a long step first, whose values lie behind every later one
+        # a long step first: memory past every later one holds its values
         assert engine.generate(jobs(5)) == alone
         replayed = {(step.tokens, step.launched) for step in watch.steps if step.with_graph}
         assert replayed == {(n, n) for n in range(1, 6)}
@@ -94,8 +88,8 @@ def test_a_step_of_graphs_makes_no_tensor_and_waits_for_nothing(tree: str) -> No
 
 
 @pytest.mark.parametrize("tree", SERVED)
-def test_no_kind_of_step_waits_for_the_device(tree: str) -> None:
-    """Prompts, later chunks, prefix hits and decode rows; 0 waits a layer and 0 a step."""
+def test_no_kind_of_step_waits_and_no_layer_makes_a_tensor(tree: str) -> None:
+    """Prompts, later chunks, prefix hits and decode rows; none of FastDeploy's operators either."""
     with ours(TREES[tree]):
         from fastdeploy import _counters
 
@@ -106,6 +100,10 @@ def test_no_kind_of_step_waits_for_the_device(tree: str) -> None:
             engine.generate([first, job([*prompt(70), 7], 4, after=first), job(prompt(9), 6)])
         assert {"prefill", "mixed", "decode", "later chunk"} <= watch.kinds()
         assert _counters.events("sync", module="fd_dsa") == []
+        allocations = _counters.events("allocation", module="fd_dsa")
+        assert [one for one in allocations if one.layer is not None] == []
+        names = {one.name for one in _counters.events("launch")}
+        assert names == {"get_padding_offset", "recover_decode_task", "update_inputs_v1"}
 
 
 @pytest.mark.parametrize("num_layers", [1, 6])

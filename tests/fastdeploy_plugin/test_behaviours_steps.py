@@ -1,23 +1,16 @@
-"""Steps as FastDeploy's runner makes them, one after the other, with our plug-in in between."""
+"""Steps as FastDeploy's runner makes them in order, with our plug-in in between."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.fakes.trees import DEVELOP, TREES
-from tests.fastdeploy_plugin.side_by_side import ours, prompt
+from tests.fakes.trees import TREES
+from tests.fastdeploy_plugin.engines import job, ours, prompt
 from tests.fastdeploy_plugin.watching import answers, small_engine, watch_steps
 
 SERVED = ["pr7367", "develop"]
-
-
-def job(*args: Any, **how: Any) -> Any:
-    from tests.fakes.driver import Job
-
-    return Job(*args, **how)
 
 
 def expected_slots(step: Any) -> list[int]:
@@ -150,22 +143,3 @@ def test_a_step_without_tokens(expert_parallel_size: int, overlap: bool) -> None
     if not overlap:
         assert all(meta.is_zero_size and meta.slot_mapping.shape == [0] for meta in empty)
     assert called == (empty if expert_parallel_size > 1 else [])
-
-
-def test_both_meanings_of_key_sums_give_the_same() -> None:
-    """`cu_seqlens_k` of this step's tokens, and of all keys: we read neither."""
-    outputs, sums = [], []
-    for tree in (TREES["pr7367"], DEVELOP):
-        with ours(tree):
-            engine = small_engine()
-            mixed = []
-
-            def note(*_: Any, engine: Any = engine, mixed: Any = mixed) -> None:
-                mixed.append(engine.runner.forward_meta.cu_seqlens_k.numpy().copy())
-
-            engine.runner.model.register_forward_post_hook(note)
-            jobs = [job(prompt(40), 5), job(prompt(70, 1), 4, chunk=32, start_at=2)]
-            outputs.append(engine.generate(jobs))
-            sums.append(mixed)
-    assert outputs[0] == outputs[1]
-    assert any(not np.array_equal(a, b) for a, b in zip(*sums, strict=True))

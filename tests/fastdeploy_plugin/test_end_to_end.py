@@ -14,7 +14,7 @@ import pytest
 from fd_dsa import LLM, SamplingParams
 from tests.fakes.trees import BROKEN, TREES
 from tests.fastdeploy_plugin.demo_prompts import demo_prompts
-from tests.fastdeploy_plugin.side_by_side import make_engine, ours
+from tests.fastdeploy_plugin.engines import make_engine, ours
 from tests.fastdeploy_plugin.watching import Watch, watch_steps
 
 SERVED = ["pr7367", "develop"]

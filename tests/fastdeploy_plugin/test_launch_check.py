@@ -72,7 +72,7 @@ def test_without_fastdeploy_it_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run(tmp_path: Path) -> None:
-    # streams that run long enough to be there at the same time, whoever is late
+    # streams that run long enough to be there at the same time, even if one is late
     script = {"tokens": [f" {i}" for i in range(64)], "step_s": 0.01}
     status, result, said = tool(tmp_path, *OPTIONS, "--max-num-seqs", "8", script=script)
     assert status == 0, said

@@ -59,25 +59,17 @@ def large(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(("argv", "why"), SEVERAL)
-@pytest.mark.usefixtures("installed")
-def test_flags_for_several_devices_take_fastdeploy(argv: list[str], why: str) -> None:
+def test_flags_for_several_devices_take_fastdeploy_or_are_an_error(
+    argv: list[str], why: str, installed: pytest.MonkeyPatch
+) -> None:
     assert choose_engine(*flags(*argv)) == ("fastdeploy", why)
-
-
-@pytest.mark.parametrize(("argv", "why"), SEVERAL)
-@pytest.mark.usefixtures("absent")
-def test_without_fastdeploy_they_are_an_error(argv: list[str], why: str) -> None:
-    with pytest.raises(BackendUnavailable) as caught:
-        choose_engine(*flags(*argv))
-    said = str(caught.value)
-    assert said.startswith(f"{why}, which needs FastDeploy")
-    assert "Paddle's own package index" in said and "--engine embedded serves" in said
-
-
-@pytest.mark.parametrize(("argv", "why"), SEVERAL)
-def test_the_embedded_engine_refuses_them(argv: list[str], why: str) -> None:
     with pytest.raises(ConfigError, match=f"{why}, and --engine embedded serves on one device"):
         refuse_for_embedded(*flags(*argv))
+    installed.setattr(choice, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailable, match=f"^{why}, which needs FastDeploy") as caught:
+        choose_engine(*flags(*argv))
+    assert "Paddle's own package index" in str(caught.value)
+    assert "--engine embedded serves" in str(caught.value)
 
 
 def test_one_device_by_flag_is_one_device() -> None:

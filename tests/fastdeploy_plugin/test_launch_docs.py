@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs/fastdeploy.md").read_text("utf-8")
 
 
 def rows(heading: str) -> dict[str, str]:
-    """Rows of the table below a heading: what stands in quotes first -> the other cells."""
+    """Rows of the table below a heading: the first cell, in quotes -> the other cells."""
     part = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     return dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", part, flags=re.MULTILINE))
 

@@ -71,7 +71,7 @@ VALUES: dict[str, tuple[list[str], list[str]]] = {
     "enable_chunked_prefill": ([], []),
     "api_key": (["one", "--api-key", "two"], ["--api-key", "one", "--api-key", "two"]),
     "max_concurrency": (["9"], ["--max-concurrency", "9"]),
-    # these four stand in front, see test_launch_command
+    # these four are in front, see test_launch_process
     "model": (["/m"], []),
     "served_model_name": (["name"], []),
     "host": (["0.0.0.0"], []),

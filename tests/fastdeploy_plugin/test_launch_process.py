@@ -47,6 +47,8 @@ def test_command_and_environment(tmp_path: Path) -> None:
     own = ("--port", "0", "--max-model-len", "128", "-tp", "2", "--served-model-name", "name")
     passed = ("--quantization", "block_wise_fp8", "--no-enable-prefix-caching", "--x=y z")
     env = {"FD_PLUGINS": "other , ", "FD_LOG_DIR": "there", "FD_DISABLE_CHUNKED_PREFILL": None}
+    # a proxy is not asked for the health
+    env |= {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"}
     with launcher(tmp_path, *own, "--", *passed, env=env) as live:
         ready, dump = live.ready_line(), live.dump()
         ports = [value(dump["argv"], flag) for flag in PORT_FLAGS]
@@ -111,15 +113,26 @@ def test_output_comes_through_unchanged(tmp_path: Path) -> None:
     assert said[1].replace("\r\n", "\n") in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_forwarded_once(tmp_path: Path, number: signal.Signals) -> None:
-    with launcher(tmp_path) as live:
+@pytest.mark.parametrize(
+    ("number", "end_with", "in_background"),
+    [(signal.SIGTERM, 0, False), (signal.SIGINT, 7, False), (signal.SIGINT, 0, True)],
+)
+def test_a_signal_is_forwarded_once_and_the_status_is_the_servers(
+    tmp_path: Path, number: signal.Signals, end_with: int, in_background: bool
+) -> None:
+    script = {"end_with": end_with}
+    with launcher(tmp_path, script=script, ignores_interrupts=in_background) as live:
         live.ready_line()
+        dump = live.dump()
+        assert dump["ignored"] == []
+        # Ctrl-C of a terminal does not reach the server a second time
+        assert dump["session"] == dump["pid"] != os.getsid(live.process.pid)
         live.process.send_signal(number)
         status, _, log = live.finish()
-        assert status == 0
+        assert status == end_with
         assert log.count(f"signal {number.name}\n") == 1
-        assert not is_running(live.dump()["pid"])
+        assert f"FastDeploy's server ended with status {end_with}\n" in log
+        assert not is_running(dump["pid"])
 
 
 def test_later_signals_are_forwarded_too(tmp_path: Path) -> None:
@@ -131,31 +144,6 @@ def test_later_signals_are_forwarded_too(tmp_path: Path) -> None:
             live.process.send_signal(number)
             assert any(f"signal {number.name}\n" == line for line in live.process.stderr)
         assert live.finish()[0] == 0
-
-
-def test_a_background_job_is_interrupted_like_any_other(tmp_path: Path) -> None:
-    with launcher(tmp_path, ignores_interrupts=True) as live:
-        live.ready_line()
-        assert live.dump()["ignored"] == []
-        live.process.send_signal(signal.SIGINT)
-        assert live.finish()[0] == 0
-
-
-def test_ctrl_c_of_a_terminal_does_not_reach_the_server_twice(tmp_path: Path) -> None:
-    with launcher(tmp_path) as live:
-        live.ready_line()
-        dump = live.dump()
-        assert dump["session"] == dump["pid"] != os.getsid(live.process.pid)
-
-
-@pytest.mark.parametrize("end_with", [0, 7])
-def test_the_status_after_a_signal_is_the_servers(tmp_path: Path, end_with: int) -> None:
-    with launcher(tmp_path, script={"end_with": end_with}) as live:
-        live.ready_line()
-        live.process.terminate()
-        status, _, log = live.finish()
-    assert status == end_with
-    assert f"FastDeploy's server ended with status {end_with}\n" in log
 
 
 def test_a_server_that_a_signal_ends(tmp_path: Path) -> None:
@@ -227,12 +215,6 @@ def test_a_key_is_passed_on_and_not_logged(tmp_path: Path) -> None:
         log = live.finish()[2]
     assert "starting FastDeploy 1.2.3: " in log and "--api-key '***'" in log
     assert "secret" not in log
-
-
-def test_a_proxy_is_not_asked_for_the_health(tmp_path: Path) -> None:
-    proxy = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9"}
-    with launcher(tmp_path, env=proxy) as live:
-        live.ready_line()
 
 
 def all_of(live: Launcher) -> list[int]:

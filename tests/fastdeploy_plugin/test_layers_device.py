@@ -36,7 +36,7 @@ SIZES = {
 
 @pytest.fixture
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every tensor lies on a device."""
+    """Every tensor is on a device."""
     real, core, active = _host.on_device, backend_module.CoreBackend, [True]
 
     def everywhere(array: Any) -> bool:
@@ -58,7 +58,7 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(backend: Any, layer: Any, dtype: str = "float32") -> tuple[list[np.ndarray], Any]:
-    """Outputs of the steps, and the caches behind them."""
+    """Outputs of the steps, and the caches after them."""
     rows, outputs = Rows(backend), []
     for number, lengths in enumerate(STEPS):
         count = sum(now for _, _, now in lengths)
@@ -71,7 +71,7 @@ def run(backend: Any, layer: Any, dtype: str = "float32") -> tuple[list[np.ndarr
 
 
 def rounded_to_bfloat16(layer: Any) -> None:
-    """A layer of a bfloat16 model, whose products and norms Paddle's CPU build has in float32."""
+    """A layer of a bfloat16 model, whose GEMMs and norms Paddle's CPU build has in float32."""
     for name, sublayer in layer.named_sublayers():
         if not list(sublayer.parameters(include_sublayers=False)) or name == "kv_b_proj":
             continue

@@ -57,13 +57,13 @@ def test_norm_weights_are_copied_once_and_refreshed_in_place() -> None:
         assert np.abs(run(rows, layer) - before).max() > 1e-3
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_without_the_runner_changing_weights_are_read_every_time(told: bool) -> None:
+@pytest.mark.parametrize("promised", [True, False])
+def test_without_the_runner_changing_weights_are_read_every_time(promised: bool) -> None:
     """Reinforcement learning on a worker whose runner has none of our hooks."""
     with registered():
         backend = make_backend(config(dynamic_load_weight=True))
-        if told:
-            backend.tells_of_weights()
+        if promised:
+            backend.promise_refresh()
         rows, layer = Rows(backend), make_layer()
         norm = SimpleParameter(layer.kv_a_layernorm.weight)
         del layer.kv_a_layernorm.weight
@@ -71,7 +71,7 @@ def test_without_the_runner_changing_weights_are_read_every_time(told: bool) -> 
         before = run(rows, layer)
         norm.values = norm.values * 2
         changed = np.abs(run(rows, layer) - before).max() > 1e-3
-        assert bool(changed) is not told
+        assert bool(changed) is not promised
 
 
 def test_one_float32_table_for_all_layers() -> None:
@@ -200,9 +200,12 @@ def test_block_fp8_weights_are_dequantised_once_and_refreshed_in_place(
         assert [copy.data_ptr() for copy in made._copies] == addresses
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("promised", [True, False])
 def test_a_block_fp8_layer_overlaps_its_projections(
-    told: bool, monkeypatch: pytest.MonkeyPatch, fresh_log: Any, caplog: pytest.LogCaptureFixture
+    promised: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_log: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Unless weights may change without a word of it: copies of them would be old ones."""
     monkeypatch.setattr(projections, "on_device", lambda tensor: True)
@@ -210,18 +213,18 @@ def test_a_block_fp8_layer_overlaps_its_projections(
     with registered(), caplog.at_level("INFO", "fd_dsa"):
         fd_config = in_fp8(dynamic_load_weight=True)
         backend = make_backend(fd_config)
-        if told:
-            backend.tells_of_weights()
+        if promised:
+            backend.promise_refresh()
         rows, layer = Rows(backend), make_layer(fd_config)
         meta = rows.step(STEP)
         backend.core.overlap = recorder = Recorder(backend.core.overlap)
         with paddle.no_grad():
             for _ in range(2):
                 layer(meta, hidden_states(40))
-    assert recorder.forked == [(40, "one_launch") if told else (0, "two_gemms")] * 2
+    assert recorder.forked == [(40, "one_launch") if promised else (0, "two_gemms")] * 2
     lines = [record.message for record in caplog.records if "GEMMs" in record.message]
-    assert len(lines) == (not told)
-    assert told or "may change without notice" in lines[0]
+    assert len(lines) == (not promised)
+    assert promised or "may change without notice" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -262,19 +265,6 @@ def test_upstreams_attention_may_call_our_indexer() -> None:
             found = attention.forward(layer, rows.step(STEP), hidden_states(40))
         np.testing.assert_allclose(np.asarray(found), expected, rtol=1e-3, atol=1e-4)
         assert (np.asarray(cache) == np.asarray(rows.caches[1])).all()
-
-
-def test_a_step_is_prepared_once_whatever_the_number_of_layers() -> None:
-    with registered():
-        backend = make_backend()
-        rows = Rows(backend, num_layers=4)
-        layers = [make_layer(layer_id=layer_id) for layer_id in range(4)]
-        meta = rows.step(STEP)
-        hidden = hidden_states(40)
-        with paddle.no_grad():
-            for layer in layers:
-                hidden = layer(meta, hidden)
-        assert backend.core.builder.num_builds == 1
 
 
 def test_the_layers_of_a_model_are_ours_by_construction() -> None:

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from fd_dsa.runner import InputBatch, ModelRunner
 from fd_dsa.runner.model_runner import cache_layout
 from tests.fakes.trees import TREES
-from tests.fastdeploy_plugin.side_by_side import ours
+from tests.fastdeploy_plugin.engines import ours
 from tests.fastdeploy_plugin.watching import watch_steps
 from tests.parity.cases import CASES, Case
 from tests.parity.engine_side import load_model

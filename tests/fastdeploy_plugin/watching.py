@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.fastdeploy_plugin.side_by_side import make_engine
+from tests.fastdeploy_plugin.engines import make_engine
 
 LATENT, INDEX, BLOCK_SIZE = 656, 132, 64
 
@@ -27,7 +27,7 @@ def small_engine(num_gpu_blocks: int = 24, **overrides: Any) -> Any:
 
 
 def answers(*jobs: Any, **overrides: Any) -> list[list[int]]:
-    """Greedy tokens of jobs, one after the other in an engine of their own, eagerly."""
+    """Greedy tokens of jobs, in order, in an engine of their own, eagerly."""
     engine = small_engine(**overrides)
     return [engine.generate([job])[0] for job in jobs]
 

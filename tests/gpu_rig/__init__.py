@@ -8,6 +8,6 @@ that is named, and the tests of `make test` start such sessions in processes of 
 """
 
 from tests.gpu_rig.build import BuildError
-from tests.gpu_rig.rig import Rig, RigError, current, load, open_place
+from tests.gpu_rig.rig import Rig, RigError, current, load
 
-__all__ = ["BuildError", "Rig", "RigError", "current", "load", "open_place"]
+__all__ = ["BuildError", "Rig", "RigError", "current", "load"]

@@ -72,7 +72,7 @@ class Engine:
         return {"captured": self.engine.runner.captured_sizes, "custom_ops": serving()}
 
     def tokens(self, prompts: list[str], max_tokens: int) -> list[list[tuple[int, float]]]:
-        """Greedy tokens behind each prompt, and how far each was ahead of the next candidate.
+        """Greedy tokens after each prompt, and how far each was ahead of the next candidate.
 
         Returns:
             (token, difference of the two best log-probabilities) for each prompt and step.
@@ -146,7 +146,7 @@ def _take_custom_ops() -> None:
 def main() -> None:
     """Serve the requests of a parent: way, form, sizes and limits are the arguments."""
     way, form, sizes, longest, tokens = sys.argv[1:]
-    # nothing that is told may stand between the answers
+    # no log line may come between the answers
     os.environ.setdefault("GLOG_minloglevel", "2")
     engine = Engine(way, form, tuple(map(int, sizes.split(","))), int(longest), int(tokens))
     try:

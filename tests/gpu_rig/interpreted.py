@@ -20,7 +20,7 @@ class _Readable:
 
 
 class HostMemoryApi(DeviceApi):
-    """Paddle tensors in host memory that Paddle takes for a device's."""
+    """Paddle tensors in host memory that Paddle treats as a device's."""
 
     def __init__(self, rig: Any) -> None:
         self._rig = rig

@@ -97,7 +97,7 @@ def engine_steps(
     """Run steps as an engine does that prepares one while the device computes another.
 
     Returns:
-        Points before and behind the work of each step.
+        Points before and after the work of each step.
     """
     points: list[tuple[int, int]] = []
     steps.stage(0)
@@ -245,7 +245,7 @@ def spoiled(rig: Rig, steps: StagedSteps, names: Sequence[str]) -> np.ndarray:
 
 
 def all_steps(rig: Rig, max_steps: int) -> list[StagedSteps]:
-    """The ways to the device, made anew."""
+    """New objects of the ways to the device."""
     from tests.gpu_rig.staged_steps import RunnerSteps, SlabSteps, V4Steps
 
     return [way(rig, max_steps) for way in (SlabSteps, RunnerSteps, V4Steps)]
@@ -271,7 +271,7 @@ def case_of(rig: Rig, steps: StagedSteps, num_steps: int, num_raced: int) -> dic
         "tier": "T1p",
         **{name: run.figures() for name, run in runs.items()},
         "host_us": host_us,
-        # one wait for the device is that of the clock behind the last step
+        # one wait for the device is that of the clock after the last step
         "host_waits": waits - 1,
         "copies_a_step": counted.delta["h2d_async"] / num_steps,
         "bytes_a_step": counted.delta["h2d_bytes"] / num_steps,

@@ -13,12 +13,10 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from tests.gpu_rig.build import LIBRARY, build
 from tests.gpu_rig.cublas import find_cublas
@@ -45,33 +43,29 @@ class Counted:
     delta: dict[str, int] = field(default_factory=dict)
 
 
-class Graph:
-    """A captured CUDA graph. `replay` queues it on Paddle's current stream."""
-
-    def __init__(self, rig: Rig, handle: _POINTER, num_nodes: int) -> None:
-        self._rig, self._handle = rig, handle
-        self.num_nodes = num_nodes
-
-    def replay(self) -> None:
-        """Queue all nodes; returns at once."""
-        self._rig.check("rig_graph_launch", self._handle, self._rig.stream())
-
-    def close(self) -> None:
-        """Free the graph; a graph alive at exit is freed by the driver."""
-        self._rig.check("rig_graph_destroy", self._handle)
-
-
-@dataclass
 class Capture:
-    """The graph of a `capture()` block, once the block has ended."""
+    """The graph of a `capture()` block, once the block has ended.
 
-    graph: Graph | None = None
+    Attributes:
+        num_nodes: of the graph.
+    """
+
+    num_nodes = 0
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig, self._graph = rig, _POINTER()
+
+    def end(self, stream: _POINTER) -> None:
+        """End the capture of a stream. The graph lives as long as the process."""
+        count = ctypes.c_size_t()
+        self._rig.check("rig_capture_end", stream, ctypes.byref(self._graph), ctypes.byref(count))
+        self.num_nodes = count.value
 
     def replay(self) -> None:
-        """Queue the captured work on Paddle's current stream."""
-        if self.graph is None:
+        """Queue the captured work on Paddle's current stream; returns at once."""
+        if not self._graph:
             raise RigError("nothing captured yet; replay after the block")
-        self.graph.replay()
+        self._rig.check("rig_graph_launch", self._graph, self._rig.stream())
 
 
 class Rig:
@@ -168,17 +162,16 @@ class Rig:
 
         Unlike Paddle's own capture, a failed one raises and the process can go on.
         """
-        captured, stream = Capture(), self.stream()
-        handle, num_nodes = _POINTER(), ctypes.c_size_t()
+        capture, stream = Capture(self), self.stream()
         self.check("rig_capture_begin", stream)
         try:
-            yield captured
+            yield capture
         except BaseException:
             # the stream must leave capture mode; the first error is the one to show
-            self._library.rig_capture_end(stream, ctypes.byref(handle), None)
+            with suppress(RigError):
+                capture.end(stream)
             raise
-        self.check("rig_capture_end", stream, ctypes.byref(handle), ctypes.byref(num_nodes))
-        captured.graph = Graph(self, handle, num_nodes.value)
+        capture.end(stream)
 
     def captured(self, work: Callable[[], Any]) -> Callable[[], Any]:
         """`work` as a graph: calling the result replays it. It runs once before the capture.
@@ -192,35 +185,6 @@ class Rig:
         with self.capture() as capture:
             work()
         return capture.replay
-
-    @contextmanager
-    def pinned(self, array: np.ndarray) -> Iterator[np.ndarray]:
-        """Page-lock the memory of a contiguous array, so that copies from it are asynchronous."""
-        if not self.is_real:
-            yield array
-            return
-        address = _POINTER(array.ctypes.data)
-        self.check("rig_host_register", address, ctypes.c_size_t(array.nbytes))
-        try:
-            yield array
-        finally:
-            self.check("rig_host_unregister", address)
-
-    def copy_async(self, tensor: Any, array: np.ndarray) -> None:
-        """Queue a copy of a contiguous host array into a contiguous tensor of the same bytes."""
-        size = ctypes.c_size_t(array.nbytes)
-        to, source = _POINTER(tensor.data_ptr()), _POINTER(array.ctypes.data)
-        error = self._library.rig_copy_h2d_async(to, source, size, self.stream())
-        if error:
-            raise RigError(f"rig_copy_h2d_async: error {error}")
-
-    def elapsed_ms(self, start: Any, end: Any) -> float:
-        """Milliseconds between two recorded `paddle.device.Event`s; waits for the second."""
-        if not self.is_real:
-            raise RigError(f"time on a device needs the real form, this process has {self.form!r}")
-        self._library.rig_elapsed_ms.restype = ctypes.c_float
-        events = [_POINTER(event.event_base.raw_event) for event in (start, end)]
-        return self._library.rig_elapsed_ms(*events)
 
 
 _loaded: Rig | None = None
@@ -262,14 +226,3 @@ def load(form: str) -> Rig:
         register(rig)
     _loaded = rig
     return rig
-
-
-def open_place() -> Any:
-    """Place of the device that this process has loaded.
-
-    Raises:
-        RigError: none is loaded.
-    """
-    if _loaded is None:
-        raise RigError("no form of the plug-in is loaded; run pytest -m gpu_rig, or make gpu-rig")
-    return _loaded.place

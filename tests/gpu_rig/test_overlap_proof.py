@@ -6,7 +6,7 @@ import pytest
 
 from tests.gpu_rig.overlap_proof import Run, covered
 
-# ten steps of 90 us, each 10 us behind the one before
+# ten steps of 90 us, each 10 us after the one before
 WORK = [(100.0 * step, 100.0 * step + 90) for step in range(10)]
 
 
@@ -19,7 +19,7 @@ def test_the_share_of_a_span_inside_work(span: tuple[float, float], share: float
 
 
 def test_copies_beside_the_step_before_and_copies_behind_it() -> None:
-    # the copy of step n lies in the work of step n - 1, or between the two
+    # the copy of step n is inside the work of step n - 1, or between the two
     beside = Run([(begin - 60, begin - 40) for begin, _ in WORK], WORK).figures()
     behind = Run([(begin - 9, begin - 1) for begin, _ in WORK], WORK).figures()
     assert (beside["median"], beside["share_of_steps_above_80"]) == (1.0, 1.0)

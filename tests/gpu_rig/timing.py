@@ -49,7 +49,7 @@ class Clock:
         return event
 
     def mark(self, stream: int | None = None) -> int:
-        """Set the next point behind all work of a stream, None = Paddle's at construction."""
+        """Set the next point after all work of a stream, None = Paddle's at construction."""
         if self._rig.is_real:
             point = self._spare.pop() if self._spare else self._new()
             handle = ctypes.c_void_p(self._main if stream is None else stream)
@@ -105,7 +105,7 @@ def around_copies(before: Callable[[FixedCopy], Any], after: Callable[[FixedCopy
 def timed_copies(
     clock: Clock, before: Callable[[FixedCopy], Any] | None = None
 ) -> Iterator[list[tuple[int, int]]]:
-    """Points right before and behind each copy from host memory, on the stream of the copy.
+    """Points right before and after each copy from host memory, on the stream of the copy.
 
     Args:
         clock: sets the points.

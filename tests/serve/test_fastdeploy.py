@@ -37,7 +37,7 @@ def test_a_server_for_the_openai_client(tmp_path: Path) -> None:
     ("tree", "env", "why"),
     [
         (trees.BROKEN["before_7367"], {}, "unsupported FastDeploy tree ("),
-        (trees.BROKEN["constructor"], {}, "unsupported FastDeploy tree (DSAAttentionBackend"),
+        (trees.BROKEN["missing_symbol"], {}, "unsupported FastDeploy tree (models/deepseek_v3.py"),
         (trees.DEVELOP, {"FD_DSA_DISABLE": "1"}, "FD_DSA_DISABLE turns the plug-in off"),
     ],
 )

@@ -7,7 +7,7 @@ starts servers of its own, and whose failure stops no other:
 
 smoke      one server with our plug-in answers a completion and a chat, whole and streamed
 parity     the same prompts through FastDeploy's own DSA path and ours: the same tokens
-step_time  decode steps of both paths by turns in one run, as a ratio
+step_time  decode steps of both paths alternately in one run, as a ratio
 
 parity and step_time run both paths with what FastDeploy's own recipe needs: prompts in one piece
 (give a --max-num-batched-tokens that is not below --max-model-len), no prefix caching; ours with
@@ -155,7 +155,7 @@ def _smoke(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
 
 
 def _parity(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
-    """Both paths, one after the other."""
+    """Both paths, in order."""
     texts, answers = parity.prompts(), {}
     for path in PATHS:
         with serving(path, _as_recipe(serve), options.log_folder, _ONE_PIECE) as server:
@@ -172,7 +172,7 @@ def _parity(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
 
 
 def _step_time(options: argparse.Namespace, serve: list[str]) -> dict[str, Any]:
-    """Both paths by turns: the one that begins changes from round to round."""
+    """Both paths alternately: the one that begins changes from round to round."""
     rounds = []
     for number in range(options.rounds):
         for path in PATHS if number % 2 == 0 else PATHS[::-1]:

@@ -47,7 +47,7 @@ def server_environment(environment: Mapping[str, str]) -> tuple[dict[str, str], 
 
 
 def merged_plugins(names: str) -> str:
-    """FD_PLUGINS with fd_dsa in it, without spaces, which FastDeploy would take for a part of a
+    """FD_PLUGINS with fd_dsa in it, without spaces, which FastDeploy would read as part of a
     name."""
     listed = [name.strip() for name in names.split(",")]
     kept = list(dict.fromkeys(name for name in listed if name))

@@ -100,7 +100,7 @@ _SWITCHES: dict[str, Any] = {
     "--enable-expert-parallel": "store_true",
     "--enable-prefix-caching": argparse.BooleanOptionalAction,
 }
-# flags of FastDeploy's whose values are looked at, or stand in for one of ours
+# flags of FastDeploy's whose values are read here, or that replace one of ours
 _KNOWN = (
     *(flag for flag in MAPPED.values() if flag not in _SWITCHES),
     "--metrics-port",
@@ -109,7 +109,7 @@ _KNOWN = (
     "--ips",
     "--graph-optimization-config",
     "--config",
-    # else it would be taken for an abbreviation of --timeout-graceful-shutdown
+    # else the parser would read it as an abbreviation of --timeout-graceful-shutdown
     "--timeout",
 )
 _OF_MULTI_SERVER = ("--num-servers", "--ports", "--metrics-ports", "--controller-ports", "--args")
@@ -249,7 +249,7 @@ def _argument(flag: str, name: str, value: Any) -> list[str]:
 
 
 def _check_counterpart(name: str, value: Any) -> None:
-    """Refuse a flag, or a value of it, that FastDeploy cannot be told."""
+    """Refuse a flag, or a value of it, that FastDeploy does not have."""
     if name in NO_COUNTERPART and value not in IMPLIED.get(name, ()):
         raise ConfigError(
             f"{_flag(name)}: got {value!r} with --engine fastdeploy: {NO_COUNTERPART[name]}"

@@ -80,7 +80,7 @@ def _watch(server: int, control: int, woken: int) -> int:
 
 
 def _reap(server: int) -> int | None:
-    """Collect whoever has ended; the server's status if it is among them."""
+    """Collect the processes that have ended; the server's status if it is among them."""
     status = None
     while True:
         try:

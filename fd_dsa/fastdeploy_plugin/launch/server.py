@@ -100,12 +100,12 @@ class ServerProcess:
     def _forward(self, number: int, _: FrameType | None) -> None:
         """Hand a signal to the guard, which gives it to the server."""
         self.signals.append(number)
-        # the guard has ended, or is no longer there to read: nothing to be told
+        # the guard has ended, and the server with it
         with contextlib.suppress(OSError):
             os.write(self._control, bytes([number]))
 
     def _restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Put the signal handlers back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -122,7 +122,7 @@ class _Stream:
     def _copy(self) -> None:
         for chunk in self._chunks():
             self._tail = (self._tail + chunk)[-_KEPT_BYTES:]
-            # whoever read our output is gone: the server must not stop for that
+            # the reader of our output is gone: the server must not stop for that
             with contextlib.suppress(OSError, ValueError):
                 self._target.buffer.write(chunk)
                 self._target.buffer.flush()

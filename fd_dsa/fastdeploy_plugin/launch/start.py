@@ -173,7 +173,7 @@ def launch(plan: Launch, started: float, on_ready: Callable[[Ready], None]) -> i
 
 
 def describe_status(status: int) -> str:
-    """An exit status in words, with the name of the signal behind it."""
+    """An exit status in words, with the name of the signal that caused it."""
     if status <= 128:
         return f"status {status}"
     try:
@@ -240,7 +240,7 @@ def _local_url(host: str, port: int) -> str:
 
 
 def _wait_until_ready(server: ServerProcess, plan: Launch, started: float) -> bool:
-    """True as soon as /health answers 200, False when the server ends or is told to end before.
+    """True as soon as /health answers 200, False when the server ends or gets a signal before.
 
     There is no limit: hundreds of gigabytes of weights take as long as they take. A line now and
     then says what is waited for, and for how long.
@@ -277,6 +277,6 @@ def waiting_line(plan: Launch, answer: str, seconds: float) -> str:
     logs = plan.environment.get("FD_LOG_DIR", "log")
     return (
         f"still starting after {math.floor(seconds)} s: GET {plan.url}/health gives {answer}. "
-        f"FastDeploy answers once its workers have loaded the model; what they do stands in "
+        f"FastDeploy answers once its workers have loaded the model; their own logs are in "
         f"{logs}/ (workerlog.0). Ctrl-C stops"
     )

@@ -106,7 +106,7 @@ def allocation(name: str, size: int = 0) -> None:
 
 
 def on_host(tensor: paddle.Tensor) -> paddle.Tensor:
-    """Mark memory that lies on the host in the real tree too: reading it is no wait."""
+    """Mark memory that is on the host in the real tree too: reading it is no wait."""
     start = tensor.data_ptr()
     _host_memory.append((start, start + _num_bytes(tensor)))
     return tensor

@@ -129,7 +129,7 @@ def _model(checkpoint: dict[str, Any]) -> Any:
     rope = checkpoint.get("rope_parameters")
     model = SimpleNamespace(
         **fields,
-        dtype=_tree.dtype(),
+        dtype="float32",
         # FastDeploy's own head_dim has nothing to do with MLA's
         head_dim=checkpoint.get("head_dim") or hidden // heads,
         max_position_embeddings=checkpoint["max_position_embeddings"],
@@ -140,8 +140,6 @@ def _model(checkpoint: dict[str, Any]) -> Any:
         ori_vocab_size=checkpoint["vocab_size"],
         start_layer_index=0,
         causal=True,
-        enable_mm=False,
-        enable_logprob=False,
     )
     for name in ("indexer_rope_interleave", "rope_interleave", "indexer_types"):
         if name in checkpoint:
@@ -154,11 +152,7 @@ def _cache() -> Any:
         block_size=64,
         total_block_num=32,
         enc_dec_block_num=envs.FD_ENC_DEC_BLOCK_NUM,
-        kv_cache_ratio=0.75,
-        num_cpu_blocks=0,
-        kvcache_storage_backend=None,
         gpu_memory_utilization=0.9,
-        use_mla_cache=True,
         enable_prefix_caching=True,
         enable_chunked_prefill=not envs.FD_DISABLE_CHUNKED_PREFILL,
         cache_dtype="bfloat16",
@@ -175,8 +169,6 @@ def _parallel() -> Any:
         enable_expert_parallel=False,
         pd_disaggregation_mode="None",
         device_ids="0",
-        local_engine_worker_queue_port=0,
-        enable_chunked_moe=False,
     )
 
 
@@ -186,7 +178,6 @@ def _speculative() -> Any:
         method=None,
         num_speculative_tokens=1,
         model_type="main",
-        num_gpu_block_expand_ratio=1,
     )
 
 
@@ -194,23 +185,18 @@ def _scheduler() -> Any:
     return SimpleNamespace(
         max_num_seqs=8,
         max_num_batched_tokens=512,
-        splitwise_role="mixed",
         enable_overlap_schedule=_tree.current().overlap_schedule,
     )
 
 
 def _graphs() -> Any:
-    tree = _tree.current()
     return SimpleNamespace(
         use_cudagraph=False,
         graph_opt_level=0,
         full_cuda_graph=True,
-        cudagraph_only_prefill=False,
         cudagraph_capture_sizes=[8, 4, 2, 1],
-        cudagraph_capture_sizes_prefill=[64, 32] if tree.graphs == "prefill" else [],
+        cudagraph_capture_sizes_prefill=[64, 32],
         cudagraph_num_of_warmups=1,
         real_shape_to_captured_size={},
         max_capture_size=0,
-        sot_warmup_sizes=[],
-        use_unique_memory_pool=False,
     )

@@ -1,4 +1,4 @@
-"""FastDeploy's environment variables, read anew at every access (`fastdeploy/envs.py`)."""
+"""FastDeploy's environment variables, read at every access (`fastdeploy/envs.py`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-def _switch(name: str, default: str = "0") -> Callable[[], bool]:
-    return lambda: bool(int(os.getenv(name, default)))
-
-
-def _integer(name: str, default: str) -> Callable[[], int]:
-    return lambda: int(os.getenv(name, default))
+def _switch(name: str) -> Callable[[], bool]:
+    return lambda: bool(int(os.getenv(name, "0")))
 
 
 environment_variables: dict[str, Callable[[], Any]] = {
@@ -22,14 +18,8 @@ environment_variables: dict[str, Callable[[], Any]] = {
         os.environ["FD_PLUGINS"].split(",") if "FD_PLUGINS" in os.environ else None
     ),
     "FD_DISABLE_CHUNKED_PREFILL": _switch("FD_DISABLE_CHUNKED_PREFILL"),
-    "FD_DETERMINISTIC_MODE": _switch("FD_DETERMINISTIC_MODE"),
-    "FD_DETERMINISTIC_SPLIT_KV_SIZE": _integer("FD_DETERMINISTIC_SPLIT_KV_SIZE", "16"),
     "ENABLE_V1_KVCACHE_MANAGER": _switch("ENABLE_V1_KVCACHE_MANAGER"),
-    "ENABLE_V1_KVCACHE_SCHEDULER": _integer("ENABLE_V1_KVCACHE_SCHEDULER", "1"),
-    "FD_ENC_DEC_BLOCK_NUM": _integer("FD_ENC_DEC_BLOCK_NUM", "2"),
-    "FD_PD_REORDER": _switch("FD_PD_REORDER"),
-    "FD_ENABLE_MULTI_API_SERVER": _switch("FD_ENABLE_MULTI_API_SERVER"),
-    "FD_LOG_DIR": lambda: os.getenv("FD_LOG_DIR", "log"),
+    "FD_ENC_DEC_BLOCK_NUM": lambda: int(os.getenv("FD_ENC_DEC_BLOCK_NUM", "2")),
 }
 
 

@@ -74,7 +74,7 @@ def test_launches_go_to_the_current_stream(real_rig: Rig) -> None:
             launch(x, y, out)
         capture.replay()
         paddle.device.synchronize(real_rig.device)
-    assert capture.graph is not None and capture.graph.num_nodes == 1
+    assert capture.num_nodes == 1
     np.testing.assert_array_equal(out.numpy(), expected(1, 2))
 
 
@@ -92,12 +92,11 @@ def test_a_replay_sees_new_inputs(real_rig: Rig) -> None:
     with real_rig.capture() as capture:
         launch(x, y, out)
         out.add_(y)
-    assert capture.graph is not None and capture.graph.num_nodes == 2
+    assert capture.num_nodes == 2
     for start in (10, 20):
         x.copy_(numbers(start), False)
         capture.replay()
         np.testing.assert_array_equal(out.numpy(), expected(start, 2, 2))
-    capture.graph.close()
 
 
 @pytest.mark.own_process
@@ -147,23 +146,3 @@ def test_paddles_own_graphs_capture_launches(real_rig: Rig) -> None:
         np.testing.assert_array_equal(inside.numpy(), expected(start, 2, 2))
     # a graph that lives at exit ends the process
     graph.reset()
-
-
-def test_events_tell_the_time_between_them(real_rig: Rig) -> None:
-    a = paddle.ones([4096, 4096])
-    a @ a
-    start, end = paddle.device.Event(), paddle.device.Event()
-    start.record()
-    for _ in range(20):
-        a @ a
-    end.record()
-    # 20 products of 137 GFLOP in float32 on a GPU of at most 100 TFLOP/s
-    assert 20 < real_rig.elapsed_ms(start, end) < 5000
-
-
-def test_pinned_copies_run_behind_launches(rig: Rig) -> None:
-    x, out = numbers(0), paddle.zeros([N])
-    with rig.pinned(np.arange(5, 5 + N, dtype=np.float32)) as array:
-        rig.copy_async(x, array)
-        launch(x, x, out)
-        np.testing.assert_array_equal(out.numpy(), expected(5, 5))

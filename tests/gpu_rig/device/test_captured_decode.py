@@ -97,7 +97,7 @@ def test_logits_are_those_of_eager_steps(
             wanted = np.array(run_rows(eager, rows_of(step)))
             found = run_rows(graphs, rows_of(step))
             assert graphs._padded is not None and graphs._padded.num_tokens >= len(step)
-            # products of the padded size may round otherwise
+            # GEMMs of the padded size may round otherwise
             bound = (1e-5 if kv_cache_dtype == "float32" else 2e-3) * np.abs(wanted).max()
             np.testing.assert_allclose(found, wanted, rtol=0, atol=bound)
             assert (found.argmax(axis=1) == wanted.argmax(axis=1)).all()

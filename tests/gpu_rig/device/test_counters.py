@@ -80,15 +80,6 @@ def test_waits_count(rig: Rig) -> None:
     assert counted.delta == {"event_syncs": 1}
 
 
-def test_copies_on_the_raw_stream_count(rig: Rig) -> None:
-    tensor = paddle.zeros([16], "int32")
-    with rig.pinned(np.arange(16, dtype=np.int32)) as array:
-        with rig.counting() as counted:
-            rig.copy_async(tensor, array)
-        np.testing.assert_array_equal(tensor.numpy(), array)
-    assert counted.delta == {"h2d_async": 1, "h2d_bytes": 64}
-
-
 def test_a_process_has_one_form(rig: Rig) -> None:
     assert load(rig.form) is rig
     with pytest.raises(RigError, match=f"has the form '{rig.form}'"):

@@ -43,13 +43,13 @@ SMALL = {
     "num_hidden_layers": FEW_LAYERS,
     "cudagraph_capture_sizes": [2],
 }
-# what no part of ours may add to; allocations and the kernels of products are the dense layers'
+# what no part of ours may add to; allocations and GEMM kernels are the dense layers'
 COSTS = ("h2d", "d2h", "d2d", "memsets", "stream_syncs", "device_syncs", "event_syncs")
 
 
 @contextmanager
 def engine_on(place: str, tree: str, num_blocks: int = 6, **overrides: Any) -> Iterator[Any]:
-    """An engine whose tensors lie on a place."""
+    """An engine whose tensors are on a place."""
     with installed(TREES[tree], OURS_ENV, place=place):
         from tests.fakes.driver import Engine
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +14,7 @@ import paddle.nn.functional as F
 import pytest
 
 from tests.gpu_rig import Rig
+from tests.gpu_rig.session import VARIABLE
 
 pytestmark = pytest.mark.gpu_rig
 
@@ -128,3 +132,44 @@ def test_float32_products_are_not_rounded_to_tf32(rig: Rig) -> None:
     x = paddle.full([64, 64], 1 + 2**-12)
     eye = paddle.to_tensor(np.eye(64, dtype=np.float32))
     np.testing.assert_array_equal((x @ eye).numpy(), x.numpy())
+
+
+def test_copies_and_registered_kernels_work_in_place(rig: Rig) -> None:
+    """Operators that fall back leave their result in new memory: views and graphs miss it."""
+    start = np.arange(12, dtype=np.float32).reshape(3, 4)
+    x = paddle.to_tensor(start)
+    view, address = x[1:], x.data_ptr()
+    x[:, 1:].copy_(paddle.ones([3, 3]), False)
+    x.add_(paddle.ones([3, 4]))
+    assert x.data_ptr() == address
+    expected = start + 1
+    expected[:, 1:] = 2
+    np.testing.assert_array_equal(view.numpy(), expected[1:])
+    x.exp_()
+    np.testing.assert_array_equal(view.numpy(), expected[1:])
+
+
+COPY_FROM_HOST_INTO_A_STRIDED_VIEW = """
+import os
+from tests.gpu_rig import load
+rig = load(os.environ["FD_DSA_RIG"])
+import paddle
+x = paddle.zeros([4, 4]).to(rig.place)
+source = paddle.ones([4, 2])
+print("made", flush=True)
+x[:, :2].copy_(source, False)
+print("copied", flush=True)
+"""
+
+
+def test_host_copies_into_strided_views_fault_where_memory_is_guarded(rig: Rig) -> None:
+    # Paddle follows the device pointer on the host; on a GPU that is a segmentation fault
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COPY_FROM_HOST_INTO_A_STRIDED_VIEW],
+        env=os.environ | {VARIABLE: rig.form},
+        capture_output=True,
+        text=True,
+    )
+    assert "made" in done.stdout, done.stderr
+    assert ("copied" in done.stdout) == (rig.form == "fake")
+    assert (done.returncode != 0) == (rig.form != "fake"), done.stderr

@@ -29,7 +29,7 @@ STEPS = {
 
 
 def make_step(name: str) -> StepBatch:
-    """One of the steps, with padding behind its tokens."""
+    """One of the steps, with padding after its tokens."""
     return make_batch(STEPS[name], 64, num_columns=3, num_padded_tokens=160)
 
 
@@ -40,7 +40,7 @@ def on_device(rig: Rig, batch: StepBatch, **sizes: Any) -> tuple[StepMetadataBui
 
 
 def assert_same_step(found: ForwardMeta, batch: StepBatch) -> None:
-    """Every field equals the CPU builder's; arrays lie on the device."""
+    """Every field equals the CPU builder's; arrays are on the device."""
     wanted = builder_for(batch).build(*batch.inputs(), batch.num_padded_tokens)
     for name in ARRAY_FIELDS:
         array, expected = getattr(found, name), getattr(wanted, name)
@@ -65,14 +65,15 @@ def test_a_step_of_device_tensors_makes_no_copy_and_takes_no_memory(rig: Rig, na
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_step_of_host_arrays_makes_one_copy(rig: Rig, name: str) -> None:
+def test_a_step_of_host_arrays_makes_one_copy_in(rig: Rig, name: str) -> None:
     batch = make_step(name)
     builder, _ = on_device(rig, batch)
     builder.build(*batch.inputs(), batch.num_padded_tokens)
     with rig.strict(), rig.counting() as counted:
         meta = builder.build(*batch.inputs(), batch.num_padded_tokens)
     num_bytes = counted.delta.pop("h2d_bytes")
-    assert counted.delta == {"h2d_async": 1}
+    # one to a slab on the device, one from there to the tensor that stays
+    assert counted.delta == {"h2d_async": 1, "d2d_async": 1, "d2d_bytes": num_bytes}
     assert num_bytes >= sum(array.nbytes for array in batch.inputs())
     assert_same_step(meta, batch)
 
@@ -115,37 +116,6 @@ def test_a_tensor_that_is_not_on_the_device_is_refused(real_rig: Rig) -> None:
     tensors[1] = tensors[1].cpu()
     with pytest.raises(LaunchError, match="cpu"):
         builder.build(*tensors, batch.num_padded_tokens, **counts_of(batch))
-
-
-@pytest.mark.own_process
-def test_a_captured_step_follows_its_inputs(rig: Rig) -> None:
-    batch = make_step("decode")
-    builder, tensors = on_device(rig, batch, num_blocks=None)
-    built: list[ForwardMeta] = []
-
-    def step() -> None:
-        meta = builder.build(*tensors, batch.num_padded_tokens, **counts_of(batch))
-        built.append(meta)
-
-    with rig.strict():
-        replay = rig.captured(step)
-    for shift in (1, 5):
-        # the lengths of the rows change, their tokens do not
-        moved = make_batch(
-            [(e, d + shift if n else d, n) for e, d, n in DECODE],
-            64,
-            seed=shift,
-            num_columns=batch.block_tables.shape[1],
-            num_padded_tokens=160,
-        )
-        for tensor, array in zip(tensors, moved.inputs(), strict=True):
-            tensor.copy_(paddle.to_tensor(array, place=rig.place), False)
-        with rig.counting() as counted:
-            replay()
-        assert counted.delta == {}
-        for name in ("slot_mapping", "position_ids", "cache_seqlens", "batch_id_per_token"):
-            wanted = getattr(builder_for(moved).build(*moved.inputs(), 160), name)
-            np.testing.assert_array_equal(getattr(built[-1], name).numpy(), wanted, err_msg=name)
 
 
 @pytest.mark.own_process

@@ -58,7 +58,7 @@ def next_step_kernel(step_ptr):
 
 
 class Layers:
-    """In the place of layers: they read all outputs of a step and note what they found."""
+    """Instead of layers: they read all outputs of a step and note what they found."""
 
     def __init__(self, rig: Rig, prepare: V4Prepare, max_steps: int) -> None:
         buffers, names = prepare.buffers, list(OUTPUT_SHAPES(prepare.cfg))

@@ -37,7 +37,7 @@ class Cublas {
   Cublas() {
     const char* named = std::getenv("RIG_CUBLAS");
     const std::string path = named ? named : "libcublas.so.13";
-    // its other half lies beside it, where the loader may not look; what is loaded is found
+    // its other half is beside it, where the loader may not look; what is loaded is found
     std::string half = path;
     dlopen(half.replace(half.rfind("libcublas"), 9, "libcublasLt").c_str(), RTLD_NOW);
     void* library = dlopen(path.c_str(), RTLD_NOW);

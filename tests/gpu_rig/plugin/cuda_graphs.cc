@@ -137,39 +137,16 @@ void fill_graphs(C_DeviceInterface* interface) {
 
 // Helpers for Python. Those that return int give a cudaError_t, 0 for success.
 
-// Milliseconds between two recorded events, after the second has happened; negative on an error.
-RIG_EXPORT float rig_elapsed_ms(void* start, void* end) {
-  float milliseconds = -1;
-  if (cudaEventSynchronize(static_cast<cudaEvent_t>(end)) != cudaSuccess) return -1;
-  cudaEventElapsedTime(&milliseconds, static_cast<cudaEvent_t>(start),
-                       static_cast<cudaEvent_t>(end));
-  return milliseconds;
-}
-
-// The host memory must be registered (pinned), else the call waits for the copy.
-RIG_EXPORT int rig_copy_h2d_async(void* to, const void* from, size_t bytes, void* stream) {
-  rig::counters.h2d_async++;
-  rig::counters.h2d_bytes += bytes;
-  return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice,
-                         static_cast<cudaStream_t>(stream));
-}
-
-RIG_EXPORT int rig_host_register(void* pointer, size_t bytes) {
-  return cudaHostRegister(pointer, bytes, cudaHostRegisterDefault);
-}
-
-RIG_EXPORT int rig_host_unregister(void* pointer) { return cudaHostUnregister(pointer); }
-
 // Captures in relaxed mode: a failed capture ends with an error, and the process goes on.
 RIG_EXPORT int rig_capture_begin(void* stream) {
   return cudaStreamBeginCapture(static_cast<cudaStream_t>(stream), cudaStreamCaptureModeRelaxed);
 }
 
-// Ends the capture and makes it executable; `num_nodes` may be null.
+// Ends the capture and makes it executable.
 RIG_EXPORT int rig_capture_end(void* stream, void** exec, size_t* num_nodes) {
   cudaGraph_t graph = nullptr;
   cudaError_t error = cudaStreamEndCapture(static_cast<cudaStream_t>(stream), &graph);
-  if (error == cudaSuccess && num_nodes) error = cudaGraphGetNodes(graph, nullptr, num_nodes);
+  if (error == cudaSuccess) error = cudaGraphGetNodes(graph, nullptr, num_nodes);
   if (error == cudaSuccess) {
     error = cudaGraphInstantiate(reinterpret_cast<cudaGraphExec_t*>(exec), graph, 0);
   }
@@ -181,10 +158,6 @@ RIG_EXPORT int rig_capture_end(void* stream, void** exec, size_t* num_nodes) {
 
 RIG_EXPORT int rig_graph_launch(void* exec, void* stream) {
   return cudaGraphLaunch(static_cast<cudaGraphExec_t>(exec), static_cast<cudaStream_t>(stream));
-}
-
-RIG_EXPORT int rig_graph_destroy(void* exec) {
-  return cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(exec));
 }
 
 RIG_EXPORT const char* rig_error_text(int error) {

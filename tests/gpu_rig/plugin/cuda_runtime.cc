@@ -48,42 +48,6 @@ C_Status finish_legacy(C_Status status) {
   return status == C_SUCCESS ? RIG_CALL(cudaStreamSynchronize(cudaStreamLegacy)) : status;
 }
 
-C_Status copy_h2d(const C_Device, void* to, const void* from, size_t bytes) {
-  counters.h2d++;
-  counters.h2d_bytes += bytes;
-  return finish_legacy(RIG_CALL(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice)));
-}
-
-C_Status copy_d2h(const C_Device, void* to, const void* from, size_t bytes) {
-  counters.d2h++;
-  counters.d2h_bytes += bytes;
-  return RIG_CALL(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost));
-}
-
-C_Status copy_d2d(const C_Device, void* to, const void* from, size_t bytes) {
-  counters.d2d++;
-  counters.d2d_bytes += bytes;
-  return finish_legacy(RIG_CALL(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToDevice)));
-}
-
-C_Status async_h2d(const C_Device, C_Stream stream, void* to, const void* from, size_t bytes) {
-  counters.h2d_async++;
-  counters.h2d_bytes += bytes;
-  return RIG_CALL(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, cuda(stream)));
-}
-
-C_Status async_d2h(const C_Device, C_Stream stream, void* to, const void* from, size_t bytes) {
-  counters.d2h_async++;
-  counters.d2h_bytes += bytes;
-  return RIG_CALL(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, cuda(stream)));
-}
-
-C_Status async_d2d(const C_Device, C_Stream stream, void* to, const void* from, size_t bytes) {
-  counters.d2d_async++;
-  counters.d2d_bytes += bytes;
-  return RIG_CALL(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, cuda(stream)));
-}
-
 struct HostCall {
   C_Device_st device;
   C_Stream stream;
@@ -167,12 +131,6 @@ void fill_memory(C_DeviceInterface* interface) {
   interface->host_memory_deallocate = [](const C_Device, void* pointer, size_t) {
     return check_free(cudaFreeHost(pointer), "cudaFreeHost");
   };
-  interface->memory_copy_h2d = copy_h2d;
-  interface->memory_copy_d2h = copy_d2h;
-  interface->memory_copy_d2d = copy_d2d;
-  interface->async_memory_copy_h2d = async_h2d;
-  interface->async_memory_copy_d2h = async_d2h;
-  interface->async_memory_copy_d2d = async_d2d;
 }
 
 size_t attribute(const C_Device device, cudaDeviceAttr name) {
@@ -227,6 +185,20 @@ void fill_numbers(C_DeviceInterface* interface) {
 }  // namespace
 
 void* readable(const void* pointer) { return const_cast<void*>(pointer); }
+
+constexpr cudaMemcpyKind kKinds[] = {cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost,
+                                     cudaMemcpyDeviceToDevice};
+
+C_Status copy_now(Copy kind, void* to, const void* from, size_t bytes) {
+  const C_Status status = RIG_CALL(cudaMemcpy(to, from, bytes, kKinds[static_cast<int>(kind)]));
+  // the host has waited for a copy to it
+  return kind == Copy::d2h ? status : finish_legacy(status);
+}
+
+C_Status copy_later(Copy kind, C_Stream stream, void* to, const void* from, size_t bytes) {
+  return RIG_CALL(
+      cudaMemcpyAsync(to, from, bytes, kKinds[static_cast<int>(kind)], cuda(stream)));
+}
 
 void fill_runtime(C_DeviceInterface* interface) {
   interface->init_device = [](const C_Device device) {

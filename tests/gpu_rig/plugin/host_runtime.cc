@@ -80,52 +80,6 @@ C_Status release(const C_Device, void* pointer, size_t) {
 }
 #endif
 
-void copy(void* to, const void* from, size_t bytes) {
-  std::memmove(readable(to), readable(from), bytes);
-}
-
-C_Status copy_h2d(const C_Device, void* to, const void* from, size_t bytes) {
-  counters.h2d++;
-  counters.h2d_bytes += bytes;
-  copy(to, from, bytes);
-  return C_SUCCESS;
-}
-
-C_Status copy_d2h(const C_Device, void* to, const void* from, size_t bytes) {
-  counters.d2h++;
-  counters.d2h_bytes += bytes;
-  copy(to, from, bytes);
-  return C_SUCCESS;
-}
-
-C_Status copy_d2d(const C_Device, void* to, const void* from, size_t bytes) {
-  counters.d2d++;
-  counters.d2d_bytes += bytes;
-  copy(to, from, bytes);
-  return C_SUCCESS;
-}
-
-C_Status async_h2d(const C_Device, C_Stream, void* to, const void* from, size_t bytes) {
-  counters.h2d_async++;
-  counters.h2d_bytes += bytes;
-  copy(to, from, bytes);
-  return C_SUCCESS;
-}
-
-C_Status async_d2h(const C_Device, C_Stream, void* to, const void* from, size_t bytes) {
-  counters.d2h_async++;
-  counters.d2h_bytes += bytes;
-  copy(to, from, bytes);
-  return C_SUCCESS;
-}
-
-C_Status async_d2d(const C_Device, C_Stream, void* to, const void* from, size_t bytes) {
-  counters.d2d_async++;
-  counters.d2d_bytes += bytes;
-  copy(to, from, bytes);
-  return C_SUCCESS;
-}
-
 void fill_streams_and_events(C_DeviceInterface* interface) {
   interface->create_stream = [](const C_Device, C_Stream* stream) {
     counters.streams++;
@@ -208,6 +162,15 @@ void* readable(const void* pointer) {
   return const_cast<void*>(pointer);
 }
 
+C_Status copy_now(Copy, void* to, const void* from, size_t bytes) {
+  std::memmove(readable(to), readable(from), bytes);
+  return C_SUCCESS;
+}
+
+C_Status copy_later(Copy kind, C_Stream, void* to, const void* from, size_t bytes) {
+  return copy_now(kind, to, from, bytes);
+}
+
 void fill_runtime(C_DeviceInterface* interface) {
   interface->init_device = [](const C_Device) { return C_SUCCESS; };
   interface->set_device = [](const C_Device) { return C_SUCCESS; };
@@ -228,19 +191,7 @@ void fill_runtime(C_DeviceInterface* interface) {
     std::free(pointer);
     return C_SUCCESS;
   };
-  interface->memory_copy_h2d = copy_h2d;
-  interface->memory_copy_d2h = copy_d2h;
-  interface->memory_copy_d2d = copy_d2d;
-  interface->async_memory_copy_h2d = async_h2d;
-  interface->async_memory_copy_d2h = async_d2h;
-  interface->async_memory_copy_d2d = async_d2d;
   fill_numbers(interface);
 }
 
 }  // namespace rig
-
-// The helpers that Python calls in every form; see cuda_graphs.cc for the same ones on a GPU.
-
-RIG_EXPORT int rig_copy_h2d_async(void* to, const void* from, size_t bytes, void*) {
-  return rig::async_h2d(nullptr, nullptr, to, from, bytes);
-}

@@ -123,7 +123,7 @@ void matmul_kernel(PD_DeviceContext* context, PD_Tensor* x, PD_Tensor* y, bool t
   const bool each_fits = (batch_a == 1 || batch_a == batch_b || batch_b == 1) &&
                          shape.batch * shape.m * shape.n == out.count;
   if (!each_fits) {
-    // batches that broadcast against each other: one product a matrix of the result
+    // batches that broadcast against each other: one GEMM a matrix of the result
     const size_t size = bytes_of(a.type);
     shape.batch = 1;
     shape.batch_stride_a = shape.batch_stride_b = 0;
@@ -141,54 +141,24 @@ void matmul_kernel(PD_DeviceContext* context, PD_Tensor* x, PD_Tensor* y, bool t
   matmul(element_of(a.type), shape, a.data(), b.data(), memory, stream_of(context));
 }
 
-template <void (*kernel)(PD_DeviceContext*, PD_Tensor*, PD_Tensor*, PD_Tensor*)>
-void two_tensors(PD_KernelContext* k) {
-  kernel(PD_KernelContextGetDeviceContext(k), PD_KernelContextInputAt(k, 0),
-         PD_KernelContextInputAt(k, 1), PD_KernelContextOutputAt(k, 0));
-}
-
-template <void (*kernel)(PD_DeviceContext*, PD_Tensor*, PD_Tensor*)>
-void one_tensor(PD_KernelContext* k) {
-  kernel(PD_KernelContextGetDeviceContext(k), PD_KernelContextInputAt(k, 0),
-         PD_KernelContextOutputAt(k, 0));
-}
-
-void full_by_context(PD_KernelContext* k) {
-  full(PD_KernelContextGetDeviceContext(k), nullptr, PD_KernelContextScalarAttrAt(k, 1), 0,
-       PD_KernelContextOutputAt(k, 0));
-}
-
-void matmul_by_context(PD_KernelContext* k) {
-  matmul_kernel(PD_KernelContextGetDeviceContext(k), PD_KernelContextInputAt(k, 0),
-                PD_KernelContextInputAt(k, 1), PD_KernelContextBoolAttrAt(k, 0),
-                PD_KernelContextBoolAttrAt(k, 1), PD_KernelContextOutputAt(k, 0));
-}
-
-template <BinaryOp op>
-void register_elementwise(const char* name, PD_DataType type) {
-  register_kernel<elementwise<op>>(name, type, 2, {}, two_tensors<elementwise<op>>);
-}
-
 }  // namespace
 
 void register_op_kernels() {
   for (const PD_DataType type : {PD_DataType::FLOAT32, PD_DataType::BFLOAT16}) {
-    register_elementwise<BinaryOp::add>("add", type);
-    register_elementwise<BinaryOp::subtract>("subtract", type);
-    register_elementwise<BinaryOp::multiply>("multiply", type);
-    register_elementwise<BinaryOp::divide>("divide", type);
-    register_kernel<silu_kernel>("silu", type, 1, {}, one_tensor<silu_kernel>);
-    register_kernel<matmul_kernel>("matmul", type, 2, {PD_ARG_TYPE_BOOL, PD_ARG_TYPE_BOOL},
-                                   matmul_by_context);
+    register_kernel<elementwise<BinaryOp::add>>("add", type, 2);
+    register_kernel<elementwise<BinaryOp::subtract>>("subtract", type, 2);
+    register_kernel<elementwise<BinaryOp::multiply>>("multiply", type, 2);
+    register_kernel<elementwise<BinaryOp::divide>>("divide", type, 2);
+    register_kernel<silu_kernel>("silu", type, 1);
+    register_kernel<matmul_kernel>("matmul", type, 2, {PD_ARG_TYPE_BOOL, PD_ARG_TYPE_BOOL});
   }
   for (const PD_DataType type :
        {PD_DataType::BOOL, PD_DataType::UINT8, PD_DataType::INT8, PD_DataType::INT16,
         PD_DataType::INT32, PD_DataType::INT64, PD_DataType::BFLOAT16, PD_DataType::FLOAT32,
         PD_DataType::FLOAT64}) {
-    register_kernel<assign>("assign", type, 1, {}, one_tensor<assign>);
+    register_kernel<assign>("assign", type, 1);
     register_kernel<full>("full", type, 0,
-                          {PD_ARG_TYPE_INT_ARRAY, PD_ARG_TYPE_SCALAR, PD_ARG_TYPE_DATA_TYPE},
-                          full_by_context);
+                          {PD_ARG_TYPE_INT_ARRAY, PD_ARG_TYPE_SCALAR, PD_ARG_TYPE_DATA_TYPE});
   }
 }
 

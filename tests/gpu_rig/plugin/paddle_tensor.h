@@ -111,15 +111,17 @@ struct Translated<kernel> {
   }
 };
 
-// Registers one kernel for one dtype. `kernel` is what eager mode calls, with the arguments of
-// Paddle's own kernel as pointers; `by_context` serves the other modes. Neither may be null.
+// Registers one kernel for one dtype: what eager mode calls, with the arguments of Paddle's own
+// kernel as pointers. Static programs, which would call it by its context, are refused.
 template <auto kernel>
 void register_kernel(const char* name, PD_DataType type, size_t num_tensors,
-                     std::vector<PD_KernelArgumentType> attributes,
-                     void (*by_context)(PD_KernelContext*)) {
+                     std::vector<PD_KernelArgumentType> attributes = {}) {
   std::vector<PD_KernelArgumentType> inputs(1 + num_tensors, PD_ARG_TYPE_TENSOR);
   inputs[0] = PD_ARG_TYPE_CONTEXT;
   PD_KernelArgumentType output = PD_ARG_TYPE_TENSOR;
+  const auto by_context = [](PD_KernelContext*) {
+    PADDLE_THROW(common::errors::Unimplemented("the rig has kernels for eager mode alone"));
+  };
   const auto no_definitions = [](const PD_KernelKey*, PD_Kernel*) {};
   PD_RegisterPhiKernel(name, kDeviceName, type, PD_DataLayout::ALL_LAYOUT, inputs.size(),
                        inputs.data(), attributes.size(), attributes.data(), 1, &output,

@@ -23,6 +23,34 @@ struct DeviceProperties {
   bool is_integrated;
 };
 
+using Count = std::atomic<int64_t> Counters::*;
+
+template <Copy kind, Count calls, Count total>
+C_Status counted_now(const C_Device, void* to, const void* from, size_t bytes) {
+  counters.*calls += 1;
+  counters.*total += bytes;
+  return copy_now(kind, to, from, bytes);
+}
+
+template <Copy kind, Count calls, Count total>
+C_Status counted_later(const C_Device, C_Stream stream, void* to, const void* from, size_t bytes) {
+  counters.*calls += 1;
+  counters.*total += bytes;
+  return copy_later(kind, stream, to, from, bytes);
+}
+
+void fill_copies(C_DeviceInterface* interface) {
+  interface->memory_copy_h2d = counted_now<Copy::h2d, &Counters::h2d, &Counters::h2d_bytes>;
+  interface->memory_copy_d2h = counted_now<Copy::d2h, &Counters::d2h, &Counters::d2h_bytes>;
+  interface->memory_copy_d2d = counted_now<Copy::d2d, &Counters::d2d, &Counters::d2d_bytes>;
+  interface->async_memory_copy_h2d =
+      counted_later<Copy::h2d, &Counters::h2d_async, &Counters::h2d_bytes>;
+  interface->async_memory_copy_d2h =
+      counted_later<Copy::d2h, &Counters::d2h_async, &Counters::d2h_bytes>;
+  interface->async_memory_copy_d2d =
+      counted_later<Copy::d2d, &Counters::d2d_async, &Counters::d2d_bytes>;
+}
+
 C_Status always(bool* answer, bool value) {
   *answer = value;
   return C_SUCCESS;
@@ -74,6 +102,7 @@ RIG_EXPORT void InitPlugin(CustomRuntimeParams* params) {
   std::memset(reinterpret_cast<char*>(interface) + sizeof(interface->size), 0,
               sizeof(*interface) - sizeof(interface->size));
   rig::fill_common(interface);
+  rig::fill_copies(interface);
   rig::fill_runtime(interface);
   rig::register_view_kernels();
   rig::register_op_kernels();

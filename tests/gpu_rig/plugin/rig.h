@@ -37,7 +37,13 @@ extern Counters counters;
 // Address that host code of this form may read for a device address. Only `guard` changes it.
 void* readable(const void* device_pointer);
 
-// Fills in everything of the interface that depends on the form.
+enum class Copy { h2d, d2h, d2d };
+
+// A form's own copies, which plugin.cc counts: done on return, or queued on a stream.
+C_Status copy_now(Copy kind, void* to, const void* from, size_t bytes);
+C_Status copy_later(Copy kind, C_Stream stream, void* to, const void* from, size_t bytes);
+
+// Fills in everything else of the interface that depends on the form.
 void fill_runtime(C_DeviceInterface* interface);
 
 // Registers the kernels that Paddle asks of every device, and a few that spare a fallback.

@@ -63,32 +63,14 @@ void strided_copy(PD_DeviceContext* context, PD_Tensor* x, const std::vector<int
   }
 }
 
-void contiguous_by_context(PD_KernelContext* k) {
-  contiguous(PD_KernelContextGetDeviceContext(k), PD_KernelContextInputAt(k, 0),
-             PD_KernelContextOutputAt(k, 0));
-}
-
-std::vector<int64_t> int64s(PD_List list) {
-  const auto* first = static_cast<const int64_t*>(list.data);
-  return {first, first + list.size};
-}
-
-void strided_copy_by_context(PD_KernelContext* k) {
-  const auto dims = int64s(PD_KernelContextListInt64AttrAt(k, 0));
-  const auto strides = int64s(PD_KernelContextListInt64AttrAt(k, 1));
-  strided_copy(PD_KernelContextGetDeviceContext(k), PD_KernelContextInputAt(k, 0), &dims, &strides,
-               PD_KernelContextInt64AttrAt(k, 2), PD_KernelContextOutputAt(k, 0));
-}
-
 }  // namespace
 
 void register_view_kernels() {
   for (const PD_DataType type : kAllTypes) {
-    register_kernel<contiguous>("contiguous", type, 1, {}, contiguous_by_context);
-    register_kernel<strided_copy>("strided_copy", type, 1,
-                                  {PD_ARG_TYPE_LIST_INT64, PD_ARG_TYPE_LIST_INT64,
-                                   PD_ARG_TYPE_INT64},
-                                  strided_copy_by_context);
+    register_kernel<contiguous>("contiguous", type, 1);
+    register_kernel<strided_copy>(
+        "strided_copy", type, 1,
+        {PD_ARG_TYPE_LIST_INT64, PD_ARG_TYPE_LIST_INT64, PD_ARG_TYPE_INT64});
   }
 }
 

@@ -20,18 +20,6 @@ class ForwardMode(IntEnum):
     MIXED = auto()
     NATIVE = auto()
 
-    def is_prefill(self) -> bool:
-        return self == ForwardMode.EXTEND
-
-    def is_decode(self) -> bool:
-        return self == ForwardMode.DECODE
-
-    def is_mixed(self) -> bool:
-        return self == ForwardMode.MIXED
-
-    def is_native(self) -> bool:
-        return self == ForwardMode.NATIVE
-
 
 @dataclass
 class ForwardMeta:
@@ -102,6 +90,3 @@ class ForwardMeta:
             raise AttributeError(name)
         setattr(self, name, None)
         return None
-
-    def init_forward_meta(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing on CUDA."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdeploy import _counters, _tree
+from fastdeploy import _counters
 from fastdeploy._arrays import host, tensor_of, writable
 
 UNUSED_ID = 2
@@ -30,7 +30,7 @@ def pre_process(
 
     Returns:
         ids int64 [token_num], 2 past the last; rows int32 [token_num], -1 past the last; prefix
-        sums of the step's tokens and, in newer trees, of the rows' keys, int32 [B + 1].
+        sums of the step's tokens and of the rows' keys, int32 [B + 1].
     """
     _counters.launch("get_padding_offset")
     now = host(seq_lens_this_time).reshape(-1)
@@ -47,14 +47,8 @@ def pre_process(
         ids[place:end], rows[place:end] = source[row, : end - place], row
         place += count
     cu_q = _prefix_sums(now)
-    keys = now + decoder if _tree.current().cu_seqlens_k == "key" else now
-    at = input_ids.place
-    return (
-        tensor_of(ids, at),
-        tensor_of(rows, at),
-        tensor_of(cu_q, at),
-        tensor_of(_prefix_sums(keys), at),
-    )
+    cu_k = _prefix_sums(now + decoder)
+    return tuple(tensor_of(one, input_ids.place) for one in (ids, rows, cu_q, cu_k))
 
 
 def _prefix_sums(lengths: np.ndarray) -> np.ndarray:

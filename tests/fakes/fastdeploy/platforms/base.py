@@ -24,33 +24,6 @@ class Platform:
 
     device_name = "base"
 
-    def is_cuda(self) -> bool:
-        return self.device_name == "gpu"
-
-    def is_cpu(self) -> bool:
-        return self.device_name == "cpu"
-
-    def is_xpu(self) -> bool:
-        return self.device_name == "xpu"
-
-    def is_dcu(self) -> bool:
-        return self.device_name == "dcu"
-
-    def is_iluvatar(self) -> bool:
-        return self.device_name == "iluvatar_gpu"
-
-    def is_maca(self) -> bool:
-        return self.device_name == "metax_gpu"
-
-    def is_gcu(self) -> bool:
-        return self.device_name == "gcu"
-
-    def is_intel_hpu(self) -> bool:
-        return self.device_name == "intel_hpu"
-
-    def available(self) -> bool:
-        return True
-
     def get_attention_backend_cls(self, selected_backend: _Backend | None) -> str:
         """Dotted name of a backend's class."""
         return ""

@@ -52,7 +52,7 @@ class RunnerMemory:
         self.share_inputs["caches"] = caches
 
     def clear_cache(self, profile: bool = False) -> None:
-        """Give the caches up; whoever still reads them finds poison."""
+        """Give the caches up; a later reader finds poison."""
         caches = list(self.share_inputs.pop("caches"))
         if self.forward_meta is not None:
             self.forward_meta.clear_caches()
@@ -61,15 +61,6 @@ class RunnerMemory:
             return
         for cache in caches:
             _memory.free(cache)
-
-    def cal_theortical_kvcache(self) -> int:
-        """Bytes of one block in all layers; spelled as upstream."""
-        if not self.dsa_cache:
-            raise NotImplementedError("the double counts DSA caches alone")
-        model, cache = self.fd_config.model_config, self.fd_config.cache_config
-        latent = model.kv_lora_rank + 4 * model.kv_lora_rank // 128 + 2 * model.qk_rope_head_dim
-        indexer = model.index_head_dim + 4 * model.index_head_dim // 128
-        return (latent + indexer) * cache.block_size * model.num_hidden_layers
 
     def profile_run(self) -> None:
         """The largest step on caches of the size that was asked for, then without them."""
@@ -117,7 +108,6 @@ class RunnerMemory:
         batch_size: int,
         expected_decode_len: int = 1,
         in_capturing: bool = False,
-        capture_prefill: bool = False,
         accept_all_drafts: bool = False,
         reject_all_drafts: bool = False,
     ) -> None:
@@ -156,11 +146,6 @@ class RunnerMemory:
                 in_capturing=True,
                 accept_all_drafts=True,
             )
-
-    def capture_model_prefill_and_mixed(self) -> None:
-        """Prefill passes of all sizes of split graphs."""
-        for size in self.fd_config.graph_opt_config.cudagraph_capture_sizes_prefill:
-            self._dummy_run(size, 1, in_capturing=True, capture_prefill=True)
 
     def sleep(self, tags: str) -> None:
         """Give up what the comma-separated tags name; nothing where the first of it is given up.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import paddle
 
-from fastdeploy import _counters, _tree
+from fastdeploy import _counters
 from fastdeploy._arrays import host, writable
 from fastdeploy.model_executor.forward_meta import ForwardMeta
 from fastdeploy.model_executor.layers.attention import DSAAttentionBackend, MLAAttentionBackend
@@ -18,8 +18,6 @@ from fastdeploy.model_executor.pre_and_post_process import (
     update_inputs_v1,
 )
 
-_TREE = _tree.current()
-FUSED_OP = "get_position_ids_and_slot_mapping"
 _LAUNCH_BUFFERS = (
     "decoder_batch_ids",
     "decoder_tile_ids_per_batch",
@@ -144,7 +142,7 @@ class RunnerStep:
         return bool((host(self.share_inputs["seq_lens_encoder"]) > 0).any())
 
     def _pad_and_place(self) -> None:
-        """What stands between a step's preparation and its model, in `_preprocess` and dummy runs.
+        """What runs between a step's preparation and its model, in `_preprocess` and dummy runs.
 
         In this order in `worker/gpu_model_runner.py` at 39d329f2 (June 2026).
         """
@@ -161,16 +159,9 @@ class RunnerStep:
         positions = share["position_ids_buffer"][:count]
         slots = share["slot_mapping_buffer"][:count]
         block_size = self.fd_config.cache_config.block_size
-        operator = getattr(gpu, _TREE.position_op)
-        if _TREE.position_op == FUSED_OP:
-            rows = meta.batch_id_per_token.reshape([-1])
-            operator(*lengths, rows, meta.block_tables, positions, slots, block_size)
-        else:
-            operator(*lengths, positions)
-            made = compute_slot_mapping(
-                meta.block_tables, positions, meta.batch_id_per_token, block_size
-            )
-            paddle.assign(made, slots)
+        gpu.get_position_ids_and_mask_encoder_batch(*lengths, positions)
+        rows = meta.batch_id_per_token
+        paddle.assign(compute_slot_mapping(meta.block_tables, positions, rows, block_size), slots)
         meta.position_ids, meta.slot_mapping = positions, slots
 
     def padding_cudagraph_inputs(self) -> None:

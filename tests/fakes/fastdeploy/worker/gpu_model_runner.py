@@ -48,7 +48,6 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         self.model: Any = None
         self.proposer: Any = None
         self.exist_prefill_flag = False
-        self.dsa_cache = envs.FD_ATTENTION_BACKEND == "DSA_ATTN"
         v1 = _tree.current().v1_cache_manager and envs.ENABLE_V1_KVCACHE_MANAGER
         self.enable_cache_manager_v1 = v1
         if v1:
@@ -78,12 +77,10 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
                 block_size=self.fd_config.cache_config.block_size,
             )
         )
-        renamed = _tree.current().defect == "constructor"
-        heads = {"num_kv_heads" if renamed else "kv_num_heads": kv_num_heads}
         for _ in range(model.num_hidden_layers if _tree.current().backend_per_layer else 1):
             backend = get_attention_backend()(
                 self.fd_config,
-                **heads,
+                kv_num_heads=kv_num_heads,
                 num_heads=num_heads,
                 head_dim=model.head_dim,
                 encoder_block_shape_q=_ENCODER_BLOCK,
@@ -106,9 +103,6 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
         """Fill the parameters from the checkpoint's folder."""
         self.model.load_weights(read_checkpoint(self.model_config.model))
 
-    def get_model(self) -> Any:
-        return self.model
-
     def exist_prefill(self) -> bool:
         """Whether a prefill task came in since the last step; known without the device."""
         return self.exist_prefill_flag
@@ -116,15 +110,6 @@ class GPUModelRunner(RunnerTasks, RunnerStep, RunnerMemory):
     def not_need_stop(self) -> bool:
         """Whether a row is active; update_inputs_v1 leaves that on the host."""
         return bool(host(self.share_inputs["seq_lens_this_time"]).any())
-
-    def exist_decode(self) -> bool:
-        """Whether a row has cached tokens; waits for the device."""
-        _counters.sync("exist_decode")
-        return bool((host(self.share_inputs["seq_lens_decoder"]) > 0).any())
-
-    def only_prefill(self) -> bool:
-        """Whether no row has cached tokens; waits for the device."""
-        return not self.exist_decode()
 
     def execute_model(
         self, model_forward_batch: Any = None, num_running_requests: int | None = None

@@ -49,11 +49,8 @@ class GpuWorker:
         self.model_runner.update_share_input_block_num(num_gpu_blocks)
 
     def graph_optimize_and_warm_up_model(self) -> None:
-        """Graphs of decode steps, in newer trees of others too."""
+        """Graphs of decode steps."""
         self.model_runner.capture_model()
-        config = self.fd_config.graph_opt_config
-        if _tree.current().graphs == "prefill" and config.graph_opt_level > 0:
-            self.model_runner.capture_model_prefill_and_mixed()
 
     def preprocess_new_task(self, req_dicts: list[Any], num_running_requests: int) -> None:
         self.model_runner.insert_tasks_v1(req_dicts, num_running_requests)

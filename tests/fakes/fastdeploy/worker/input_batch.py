@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import paddle
@@ -22,14 +21,8 @@ class InputBatch:
     def __setitem__(self, name: str, value: Any) -> None:
         vars(self)[name] = value
 
-    def __delitem__(self, name: str) -> None:
-        del vars(self)[name]
-
     def __contains__(self, name: str) -> bool:
         return name in vars(self)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(vars(self))
 
     def get(self, name: str, default: Any = None) -> Any:
         return vars(self).get(name, default)
@@ -95,23 +88,12 @@ def _host_copies(fd_config: Any) -> dict[str, Any]:
     cpu = paddle.CPUPlace()
     fields = {
         "seq_lens_this_time_cpu": paddle.zeros([slots, 1], dtype="int32", device=cpu),
-        "is_block_step_cpu": paddle.zeros([slots], dtype="bool", device=cpu),
         "is_chunk_step": paddle.zeros([slots], dtype="bool", device=cpu),
     }
     return {name: _counters.on_host(tensor) for name, tensor in fields.items()}
 
 
 def _speculative(fd_config: Any, num_draft_tokens: int) -> dict[str, Any]:
-    """Drafts, and what was accepted of them."""
+    """Drafts after the last token of each row."""
     slots = fd_config.scheduler_config.max_num_seqs
-    wide = [slots, num_draft_tokens + 1]
-    return {
-        "draft_tokens": paddle.full(wide, -1, dtype="int64"),
-        "accept_tokens": paddle.zeros(wide, dtype="int64"),
-        "accept_num": paddle.zeros([slots], dtype="int32"),
-        "actual_draft_token_num": paddle.zeros([slots], dtype="int32"),
-        "cu_seqlens_q_output": paddle.zeros([slots + 1], dtype="int32"),
-        "batch_id_per_token_output": paddle.full(
-            [slots * (num_draft_tokens + 1)], -1, dtype="int32"
-        ),
-    }
+    return {"draft_tokens": paddle.full([slots, num_draft_tokens + 1], -1, dtype="int64")}

@@ -23,7 +23,7 @@ class CacheController:
         self._caches: list[Any] = []
 
     def initialize_kv_cache(self, attn_backend: list[Any], num_gpu_blocks: int) -> list[Any]:
-        """A flat list, all roles of a layer one after the other.
+        """A flat list, layer by layer, all roles of each.
 
         Raises:
             ValueError: not as many backends as layers.
@@ -54,7 +54,7 @@ class CacheController:
             llm_logger.info("no host cache: %s", error)
 
     def free_gpu_cache(self) -> None:
-        """Give the caches up; whoever still reads them finds poison."""
+        """Give the caches up; a later reader finds poison."""
         for cache in self._caches:
             _memory.free(cache)
         self._caches = []

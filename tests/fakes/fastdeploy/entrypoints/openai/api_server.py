@@ -1,4 +1,4 @@
-"""The OpenAI server as a process: arguments, health, signals and exit status, no model behind it.
+"""The OpenAI server as a process: arguments, health, signals and exit status, without a model.
 
 FAKE_FASTDEPLOY_DUMP names a file for what the process was started with, FAKE_FASTDEPLOY_SERVER a
 JSON object of what it does (`Script`). After `entrypoints/openai/api_server.py`: the port opens
@@ -138,7 +138,7 @@ def _is_ignored(number: int) -> bool:
 
 
 def _write(found: dict[str, Any]) -> None:
-    """Write the dump, whole or not at all, for whoever waits for it."""
+    """Write the dump, whole or not at all, for the test that waits for it."""
     file = os.environ.get(DUMP_VARIABLE)
     if not file:
         return

@@ -1,7 +1,7 @@
 """DeepSeek-V3.2 and GLM-5 as FastDeploy builds them (`model_executor/models/deepseek_v3.py`).
 
 Attribute and parameter names and the order of the layers' calls are upstream's, as at 8f8e7cf6
-(April 2026); what the calls compute is in `layers/` and in `indexer_forward.py`.
+(April 2026); what the calls compute is in `layers/`. The indexer's `forward` is a name alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from fastdeploy.model_executor.layers.rotary_embedding import DeepseekScalingRot
 
 from .deepseek_mlp import DeepSeekV3MLP, DeepSeekV3MoE
 from .deepseek_weights import load_into
-from .indexer_forward import upstream_indexer_forward
 from .model_base import ModelForCasualLM, ModelRegistry
 
 _TREE = _tree.current()
@@ -63,15 +62,13 @@ class Indexer(nn.Layer):
         self.k_norm = LayerNorm(
             fd_config, self.index_head_dim, 1e-6, f"{prefix}.k_norm", with_bias=True
         )
-        self.softmax_scale = self.index_head_dim**-0.5
-        self.scale_fmt, self.quant_block_size = "ue8m0", 128
-        # never used by what is passed on
+        # upstream never uses them
         self.offsets = paddle.zeros([self.max_model_len], dtype="int32")
         self.lengths = paddle.zeros([self.max_model_len], dtype="int32")
 
     def forward(self, forward_meta: Any, hidden_states: Any, qr: Any, rotary_emb: Any) -> Any:
         """int32 [num_tokens, index_topk]."""
-        return upstream_indexer_forward(self, forward_meta, hidden_states, qr, rotary_emb)
+        raise NotImplementedError("the double has none of DeepGEMM's kernels")
 
 
 class DeepseekV32DSAAttention(nn.Layer):

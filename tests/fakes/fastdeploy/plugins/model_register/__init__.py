@@ -8,7 +8,7 @@ plugins_loaded = False
 
 
 def load_model_register_plugins() -> None:
-    """Call every plug-in of the group; what one raises goes to whoever imports the models."""
+    """Call every plug-in of the group; what one raises reaches the importer of the models."""
     global plugins_loaded
     if plugins_loaded:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdeploy import _tree
 from fastdeploy.plugins.utils import PLUGINS_GROUP, load_plugins_by_group
 
 plugins_loaded = False
@@ -14,7 +13,7 @@ def load_model_runner_plugins() -> Any:
     """The class that the one plug-in of the group gives.
 
     Raises:
-        AssertionError: there are several; in some trees also where there is none.
+        AssertionError: there are several.
         StopIteration: there is none.
     """
     global plugins_loaded
@@ -22,8 +21,5 @@ def load_model_runner_plugins() -> Any:
         return None
     plugins_loaded = True
     plugins = load_plugins_by_group(PLUGINS_GROUP.format("model_runner"))
-    if _tree.current().runner_assertion == "==1":
-        assert len(plugins) == 1, "Plugin error: exactly one model runner plugin is needed"
-    else:
-        assert len(plugins) <= 1, "Plugin error: at most one model runner plugin is allowed"
+    assert len(plugins) <= 1, "Plugin error: at most one model runner plugin is allowed"
     return next(iter(plugins.values()))()

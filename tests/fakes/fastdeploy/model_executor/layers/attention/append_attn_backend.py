@@ -36,7 +36,7 @@ def allocate_launch_related_buffer(
     kv_num_heads: int,
     block_size: int,
 ) -> dict[str, Any]:
-    """The launch buffers by their names in share_inputs; those named *_cpu lie on the host."""
+    """The launch buffers by their names in share_inputs; those named *_cpu are on the host."""
     assert num_heads % kv_num_heads == 0
     assert max_model_len % block_size == 0
     assert max_model_len % encoder_block_shape_q == 0

@@ -1,1 +1,0 @@
-"""FastDeploy's Triton kernels; the double has their wrapper alone."""
