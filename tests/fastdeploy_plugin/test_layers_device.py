@@ -1,7 +1,7 @@
 """The layers on a device: our kernels, in Triton's interpreter, where a GPU would run them.
 
-Paddle's CPU tensors stand for device memory: everything that asks where a tensor lies is told a
-device. What Paddle's CPU build cannot compute in bfloat16 is computed in float32 and rounded.
+Paddle's CPU tensors stand for device memory: every question where a tensor is gets a device as its
+answer. What Paddle's CPU build cannot compute in bfloat16 is computed in float32 and rounded.
 """
 
 from __future__ import annotations

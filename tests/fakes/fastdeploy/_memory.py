@@ -1,6 +1,6 @@
 """Memory that its owner has given up: poisoned, and never handed out again.
 
-A GPU's allocator would give the same address to somebody else. Here whoever still reads it finds
+A GPU's allocator would give the same address to somebody else. Here a later reader finds
 e4m3 codes and float32 scales that are NaN, and a graph that captured it refuses to replay.
 """
 

@@ -1,6 +1,6 @@
 """Staged copies run beside the work of the step before, race with nothing, and wait for nothing.
 
-The figures behind these tests: `python -m tests.gpu_rig.overlap_proof --out DIR`.
+The same as figures: `python -m tests.gpu_rig.overlap_proof --out DIR`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ same ForwardMeta, and every attribute of the attention backend and of what hangs
 Afterwards all of that is put back, so the call leaves no trace but in memory.
 
 On a CPU the attributes are those before the warm-up: a backend's work lists, which its first layer
-makes of the step's tensors, stand for what kernels read there, and a replay reads them anew. On a
+makes of the step's tensors, stand for what kernels read there, and a replay reads them again. On a
 device they are those after the warm-up, and what a layer keeps of a step then stays as it is.
 """
 
