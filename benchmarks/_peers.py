@@ -38,6 +38,7 @@ from typing import Any
 import torch
 
 from benchmarks._harness import ROOT
+from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH, LATENT_RECORD_BYTES
 
 
 def vllm_cache_ops(folder: Path | None) -> Any | None:
@@ -61,9 +62,10 @@ def vllm_writes(
     scale: torch.Tensor,
 ) -> None:
     """vLLM's writes of finished keys into both caches; `scale` is any number, and is not read."""
-    records = latents.view(-1, 64, 656)
+    records = latents.view(-1, 64, LATENT_RECORD_BYTES)
     ops.concat_and_cache_mla(latent, k_pe, records, slots, "fp8_ds_mla", scale)
-    ops.indexer_k_quant_and_cache(key, index.view(-1, 64, 132), slots, 128, "ue8m0")
+    keys = index.view(-1, 64, INDEX_RECORD_BYTES)
+    ops.indexer_k_quant_and_cache(key, keys, slots, INDEX_WIDTH, "ue8m0")
 
 
 @cache
