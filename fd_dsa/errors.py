@@ -91,8 +91,8 @@ def describe_error(error: BaseException) -> str:
     """Type and text of an error in a line; of Paddle's, the last line that names an error."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     # Paddle's own stack comes first, what is wrong last
-    said = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else "")
-    return f"{type(error).__name__}: {said}"
+    text = next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else "")
+    return f"{type(error).__name__}: {text}"
 
 
 def unwritable(flag: str, path: object, error: OSError) -> ConfigError:

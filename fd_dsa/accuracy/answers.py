@@ -163,7 +163,7 @@ def open_store(path: Path, settings: RunSettings) -> Iterator[AnswerStore]:
 
 
 def _begin(path: Path, file: BinaryIO, settings: RunSettings) -> None:
-    """Write the first line in the place of what there is of one."""
+    """Truncate the file and write its first line."""
     try:
         file.truncate(0)
         _append(file, {"format": _FORMAT, "settings": asdict(settings)})

@@ -120,7 +120,7 @@ def run_score(args: argparse.Namespace) -> int:
 
 
 def _prompt_settings(path: str | None, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What tells which prompts a run asks."""
+    """The settings that identify the prompts of a run."""
     source = OFFICIAL if path is None else Path(path)
     return {
         "prompts": "official" if path is None else source.name,

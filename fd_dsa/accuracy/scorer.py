@@ -90,7 +90,7 @@ def random_keys(prompts: Sequence[Prompt]) -> tuple[str, ...]:
 def _score(prompt: Prompt, answer: Answer) -> PromptScore:
     """The score of one answer."""
     if answer.key != prompt.key:
-        raise ValueError(f"the answer to {answer.key!r} stands at the place of {prompt.key!r}")
+        raise ValueError(f"expected the answer to {prompt.key!r}, got the answer to {answer.key!r}")
     answer = replace(answer, text="" if answer.error else answer.text)
     try:
         result = _check(prompt, answer.text)

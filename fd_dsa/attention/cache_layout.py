@@ -82,10 +82,10 @@ class CacheLayout:
                 "alone; leave index_hadamard off"
             )
         for name, allowed in _FP8_FIELDS.items() if self.is_fp8 else ():
-            found = getattr(self, name)
-            if found != allowed:
+            value = getattr(self, name)
+            if value != allowed:
                 raise ConfigError(
-                    f"{name}: got {found}, an fp8_ds_mla cache allows {allowed} alone; take a "
+                    f"{name}: got {value}, an fp8_ds_mla cache allows {allowed} alone; take a "
                     "bfloat16 cache"
                 )
 

@@ -36,7 +36,7 @@ class Indexer(nn.Layer):
 
     Its rope slice is the FIRST `qk_rope_head_dim` of each head; the key norm is a LayerNorm with
     bias and eps 1e-6. Parameters have FastDeploy's names (docs/design.md, "FastDeploy's contract"),
-    but for `wk_weights_proj`: its `wk` and `weights_proj` side by side, for one product.
+    except `wk_weights_proj`: its `wk` and `weights_proj` side by side, for one GEMM.
 
     Source: DeepSeek-V3.2 (arXiv 2512.02556) §2, in the form of Hugging Face transformers 5.23
     (DeepseekV32Indexer).
@@ -64,7 +64,7 @@ class Indexer(nn.Layer):
     def project(self, hidden_states: Any, out: Any = None) -> tuple[Any, Any]:
         """Index keys and head weights as projected; `write_caches` norms the keys.
 
-        They need nothing but the hidden states, so they may run beside other projections, see
+        They need only the hidden states, so they may run beside other projections, see
         IndexerOverlap.
 
         Args:

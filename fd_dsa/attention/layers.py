@@ -1,7 +1,7 @@
 """Small layers that both attention and MLP use, and how parameters are filled.
 
-Parameters are Paddle's, and are filled in place on a CPU. What a layer reads of a parameter it asks
-for in its first step, once the model lies where it will run.
+Parameters are Paddle's, and are filled in place on a CPU. A layer looks up what it reads of its
+parameters in its first step, when the model is on the device where it runs.
 """
 
 from __future__ import annotations

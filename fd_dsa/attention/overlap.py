@@ -6,8 +6,8 @@
 
 The projections of the indexer are small and read their weights once, so in a step of few tokens
 they cost little beside the attention's own. In a step of many tokens both fill the device, and a
-fork only costs. So it does where the host launches each kernel anew: it is the slower side, and a
-fork is more work for it. By default only captured steps fork.
+fork only costs time. Without a captured graph it does too: the host launches each kernel and is the
+slower side, and a fork is more work for it. By default only captured steps fork.
 
 Source: vLLM #39943.
 """
@@ -61,9 +61,9 @@ class IndexerOverlap:
 
         `project` and its arguments are held until the join, and so is what it returns. It must
         return every tensor that it makes, at least as the memory of what it returns: a temporary
-        that it drops may be overwritten by the work beside it (see SideStream). One product a
-        tensor makes none. On Paddle the device's current stream is that of all threads, so no other
-        thread may queue work during a fork.
+        that it drops may be overwritten by the work beside it (see SideStream). One GEMM for each
+        tensor makes no temporary. On Paddle the device's current stream is that of all threads, so
+        no other thread may queue work during a fork.
 
         Args:
             num_tokens: tokens of the step, padding included.
@@ -127,7 +127,7 @@ class Fork:
         return self
 
     def join(self) -> Any:
-        """What `project` returned; later work of the current stream runs behind it.
+        """What `project` returned; later work of the current stream runs after it.
 
         Raises:
             OverlapError: joined before, or outside of the `with` block.

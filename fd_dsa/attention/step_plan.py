@@ -28,7 +28,7 @@ _TILE_VALUES = 8 << 20
 # scoring makes several passes over its tile, which should stay in the cache: 8 MiB
 _SCORE_TILE_VALUES = 2 << 20
 # A tile attends densely while its key list is at most 1 + _GATHER_COST / num_heads times the
-# selection: the gather of a key costs as much as its products for that many heads.
+# selection: the gather of a key costs as much as its dot products for that many heads.
 _GATHER_COST = 16
 _DENSE_KEYS = 768
 _JOINED_KEYS = 128
@@ -219,7 +219,7 @@ class StepPlan:
         return Tile(slice(first, last), slots, position, key_start, self.window[first:last])
 
     def _keys_of(self, rows: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Slots and positions of all keys of some rows, int64, one row behind the other.
+        """Slots and positions of all keys of some rows, int64, in the order of the rows.
 
         Tiles of the same rows share them: a long prompt has a tile for every few tokens.
         """

@@ -1,4 +1,4 @@
-"""Our sparse MLA on tensor cores in the place of the kernel for every type and GPU.
+"""Our sparse MLA on tensor cores, used instead of the kernel for every type and GPU.
 
 What it allocates serves all layers and steps.
 """

@@ -45,8 +45,9 @@ def read_renderer(
 ) -> ChatRenderer | None:
     """What renders the conversations of a model folder, None where nothing does.
 
-    A given file goes first, then the folder's chat_template.jinja, then `chat_template` of its
-    tokenizer_config.json. A folder of DeepSeek-V3.2 without any has the model's own encoding.
+    `template_file` takes precedence, then the folder's chat_template.jinja, then `chat_template`
+    of its tokenizer_config.json. A folder of DeepSeek-V3.2 without any has the model's own
+    encoding.
 
     Args:
         folder: of the model.

@@ -34,7 +34,7 @@ _TIMEOUT_S = 600.0
 
 
 class Partner(Protocol):
-    """Whoever answers."""
+    """The side that answers: a server, or a model in this process."""
 
     name: str
 
@@ -95,7 +95,7 @@ class OwnPartner:
     """
 
     def __init__(self, model: str | None, fields: dict[str, Any]) -> None:
-        # the log of loading would stand between questions and answers
+        # the log of loading would appear between questions and answers
         logging.getLogger("fd_dsa").setLevel(logging.WARNING)
         from fd_dsa.config import EngineConfig
         from fd_dsa.engine.llm import LLM

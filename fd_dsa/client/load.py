@@ -105,7 +105,7 @@ class Sender:
         self._results: asyncio.Queue[Sent[Any] | Exception | None] = asyncio.Queue()
 
     def stop(self) -> None:
-        """Let `run` end: results that are there are given out, requests in flight are dropped."""
+        """Let `run` end: it still yields results that are there and drops requests in flight."""
         self._results.put_nowait(None)
 
     async def run(

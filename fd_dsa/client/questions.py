@@ -100,14 +100,14 @@ class ChatClient:
         return info
 
     def stop(self) -> None:
-        """Let `ask` end: answers that are there are given out, requests in flight are dropped."""
+        """Let `ask` end: it still yields answers that are there and drops requests in flight."""
         self._sender.stop()
 
     async def ask(self, questions: Sequence[Question]) -> AsyncGenerator[Answer, None]:
         """Answers as they come, in no fixed order.
 
-        A question that fails for good gives an answer with `error`. Every answer that the server
-        gave is given out, also before an exception and after `stop`.
+        A question that fails for good yields an answer with `error`. Every answer that the server
+        gave is yielded, also before an exception and after `stop`.
 
         Raises:
             RemoteError: the server went away, refuses the key or the model, or refuses every

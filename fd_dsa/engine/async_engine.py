@@ -40,7 +40,7 @@ class AsyncEngine:
 
     Calls become commands, which the engine takes between two steps; outputs come back once a step
     and event loop. When a step fails, or the engine's process ends, `errored` is set and every
-    iterator ends with the error; nothing waits for ever.
+    iterator ends with the error; nothing waits indefinitely.
 
     Args:
         engine: an engine that no one else uses, which gets a thread of this process, or a link to

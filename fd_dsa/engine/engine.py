@@ -138,7 +138,7 @@ class LLMEngine:
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> None:
-        """Queue a request; its n outputs are told apart by `RequestOutput.index`.
+        """Queue a request; `RequestOutput.index` distinguishes its n outputs.
 
         A grammar that `validate` would refuse ends the request with an error instead.
 

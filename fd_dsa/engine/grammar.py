@@ -64,7 +64,7 @@ class CompiledGrammar:
 
     @property
     def may_be_renewed(self) -> bool:
-        """Whether it has served for long enough to be compiled anew."""
+        """Whether it has served for long enough to be compiled again."""
         age_s = time.monotonic() - self.since
         return self.num_tokens >= _RENEWED_AFTER_TOKENS or age_s >= _RENEWED_AFTER_S
 
@@ -164,7 +164,7 @@ class GrammarMatcher:
         self._matcher.unsafe_compute_mask_ptr(buffer.ctypes.data, buffer.nbytes)
 
     def _is_renewed(self) -> bool:
-        """Begin anew where the states that outputs of one grammar share have come to their limit.
+        """Start over where the states that outputs of one grammar share have reached their limit.
 
         That says nothing of this output, which may have reached few of them itself. The step waits
         for it, seldom and within the limits of a grammar.
@@ -172,7 +172,7 @@ class GrammarMatcher:
         worn = self._matcher.stop_reason() in _WORN_OUT
         if not worn or self._compiled is None or not self._compiled.may_be_renewed:
             return False
-        self._begin(self._compiler.find(self._params, anew=True)).consume_tokens(self._taken)
+        self._begin(self._compiler.find(self._params, again=True)).consume_tokens(self._taken)
         return True
 
 
@@ -181,7 +181,7 @@ class GrammarCompiler:
 
     A grammar is compiled once, when a request with it is checked, and copied from then on. Copies
     share the states that their outputs have reached, the most of what a grammar takes of memory.
-    One that was dropped since, as others were asked for, is compiled anew by a thread of its own
+    One that was dropped since, as others were asked for, is compiled again by a thread of its own
     when its output is the next to begin.
 
     Args:
@@ -237,14 +237,14 @@ class GrammarCompiler:
         """A matcher at the beginning of the grammar."""
         return GrammarMatcher(self, params)
 
-    def find(self, params: StructuredOutputsParams, anew: bool = False) -> CompiledGrammar:
-        """The compiled grammar, made by this thread if need be; `anew`: in any case.
+    def find(self, params: StructuredOutputsParams, again: bool = False) -> CompiledGrammar:
+        """The compiled grammar; this thread compiles it if needed, with `again` in any case.
 
         Raises:
             ValueError: see `check`.
         """
         key = params.definition()
-        compiled = None if anew else self._kept(key)
+        compiled = None if again else self._kept(key)
         if compiled is not None:
             return compiled
         _check_installed(params.source)

@@ -62,7 +62,7 @@ def score_tokens(
         num_top: how many of the likeliest tokens each row is to have, >= 0.
 
     Returns:
-        One score for each row, None where the logits hold NaN or +inf, or nothing but -inf.
+        One score for each row, None where the logits hold NaN or +inf, or only -inf.
     """
     group_size = max(1, _GROUP_LOGITS // logits.shape[1])
     scores: list[TokenScore | None] = []

@@ -1,4 +1,4 @@
-"""What happened to requests: counts and times, for whoever watches the engine.
+"""What happened to requests: counts and times, for callers that watch the engine.
 
 Nothing is done for each token: requests that decode have all got their token at the end of the
 step before, so one interval counts for all of them.

@@ -69,7 +69,7 @@ class RequestOutput:
     """One output of a request after one step; stays valid after later steps.
 
     Beside what is listed here it has the attributes of `OutputState` as they were after the step,
-    with `text`, all text so far, in the place of `pieces`.
+    with `text`, all text so far, instead of `pieces`.
 
     Attributes:
         new_token_ids: tokens added by this step.

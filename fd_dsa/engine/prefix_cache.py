@@ -28,7 +28,7 @@ class BlockKeys:
     __slots__ = ("_block_size", "_keys", "_root", "_token_ids")
 
     def __init__(self, token_ids: list[int], block_size: int, cache_salt: str | None) -> None:
-        """Hash nothing but the salt."""
+        """Hash the salt alone."""
         self._token_ids = token_ids
         self._block_size = block_size
         # without a salt; no text has this digest
@@ -66,7 +66,7 @@ class PrefixCache:
         """An empty table."""
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        # blocks of the table that nobody owns, the next to go first
+        # blocks of the table that nobody owns, in the order of their eviction
         self._unowned: OrderedDict[int, None] = OrderedDict()
 
     @property

@@ -17,7 +17,7 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 NOT_FINITE = -1
-"""Instead of a token where the logits of a row hold NaN or +inf, or nothing but -inf."""
+"""Instead of a token where the logits of a row hold NaN or +inf, or only -inf."""
 
 # tokens of a block: a draw finds its block first, so it needs no running sum over all tokens
 _BLOCK = 512
@@ -33,7 +33,7 @@ class RowDraw:
     """Draws from one row after another; weights are exp((logit - largest) / temperature).
 
     Top-p is exact: the sample decides how many tokens are sorted, never which are kept. Of equal
-    weights the larger logits are kept, which float32 may not tell apart, then the lower ids.
+    weights the larger logits are kept, which float32 may not distinguish, then the lower ids.
 
     Args:
         vocab_size: logits of a row.

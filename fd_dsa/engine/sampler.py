@@ -98,7 +98,7 @@ class Sampler:
         if len(greedy):
             rows = rows_of(logits, greedy)
             best = rows.argmax(axis=1)
-            # argmax stops at a NaN, so the largest value tells whether the row is usable
+            # argmax stops at a NaN, so the largest value shows whether the row is usable
             usable = np.isfinite(rows[np.arange(len(rows)), best])
             tokens[greedy[usable]] = best[usable]
         if len(drawn):

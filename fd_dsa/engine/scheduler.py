@@ -41,14 +41,14 @@ class Scheduler:
           arrival. So every running request has arrived before every waiting one.
         - A request whose grammar is being compiled, in another thread, is not admitted, nor are
           those after it: within 0.2 s they are, and running ones go on.
-        - The outputs of one request arrive one after the other. While one of them computes the
+        - The outputs of one request arrive one at a time. While one of them computes the
           prompt the next ones, and all after them, are not admitted; then they take its blocks.
         - Tokens whose blocks are cached count as computed when a request is admitted, for the
           first time or after it was preempted.
         - A step gives at most `max_num_seqs` rows of logits: one for each row of the batch, and
           what is left to prompts that are scored, which are read in chunks of so many.
         - Only decoding needs further blocks. When none is free, the latest running request is
-          preempted: it gives its blocks and row back and is computed anew later. The earliest
+          preempted: it gives its blocks and row back and is computed again later. The earliest
           one can thus always go on, and since no request needs more blocks than there are (the
           engine refuses such), every request ends.
 

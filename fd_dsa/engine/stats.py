@@ -14,7 +14,7 @@ class EngineStats:
             later requests are not in use.
         prompt_tokens: of all requests that have come.
         computed_prompt_tokens: tokens that steps computed before a request's next token was due:
-            prompts after their cached beginnings, and what a preempted request computes anew.
+            prompts after their cached beginnings, and what a preempted request computes again.
         prefix_cache_queries: prompt tokens looked for in the prefix cache, each request counted
             when it first runs.
         prefix_cache_hits: those of them that were there.

@@ -72,8 +72,8 @@ class Tokenizer:
         """Tokenizer of a folder with tokenizer.json.
 
         tokenizer_config.json (special tokens, add_bos_token, chat template) and
-        chat_template.jinja, which goes before the template of the former, are optional. What
-        stands in for a missing template: `fd_dsa.chat.renderers.read_renderer`.
+        chat_template.jinja, which takes precedence over the template of the former, are
+        optional. Without a template: see `fd_dsa.chat.renderers.read_renderer`.
 
         Args:
             path: the folder.

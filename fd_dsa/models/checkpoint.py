@@ -150,9 +150,9 @@ class Checkpoint:
         for name, shard in weight_map.items():
             info = self._infos.get(name)
             if info is None or info.file.name != shard:
-                found = "no shard" if info is None else info.file.name
+                place = "no shard" if info is None else info.file.name
                 raise CheckpointError(
-                    f"{index}: tensor {name!r}: expected in {shard}, found in {found}"
+                    f"{index}: tensor {name!r}: expected in {shard}, found in {place}"
                 )
         extra = self._infos.keys() - weight_map.keys()
         if extra:

@@ -54,7 +54,7 @@ class FieldReader:
         return ConfigError(f"{text}; {hint}" if hint else text)
 
     def raw(self, name: str, default: Any = None) -> Any:
-        """The value as it stands; the default where it is absent (null stays null)."""
+        """The unconverted value; the default where it is absent (null stays null)."""
         self._read.add(name)
         return self._data.get(name, default)
 

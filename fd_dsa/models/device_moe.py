@@ -24,7 +24,7 @@ def routed(layer: Any, x: Any) -> Any:
     """Weighted sum of the chosen experts, float32 [num_tokens, hidden_size].
 
     Args:
-        layer: a DeepseekMoE whose weights lie on the device of `x`.
+        layer: a DeepseekMoE whose weights are on the device of `x`.
         x: float32 [num_tokens, hidden_size].
     """
     widest = max(2 * layer.intermediate_size, x.shape[1])

@@ -19,7 +19,7 @@ class ExpectedTensor:
     """One tensor of a checkpoint.
 
     Attributes:
-        shape: as stored; weights of products are [out, in].
+        shape: as stored; weights of GEMMs are [out, in].
         quantisable: may be stored as FP8 with a `_scale_inv` companion.
     """
 
@@ -118,7 +118,7 @@ def _gated(prefix: str, hidden_size: int, width: int) -> dict[str, ExpectedTenso
 
 
 def _weights(prefix: str, shapes: dict[str, tuple[int, int]]) -> dict[str, ExpectedTensor]:
-    """Weights of products, which may be quantised."""
+    """Weights of GEMMs, which may be quantised."""
     return {
         f"{prefix}{name}.weight": ExpectedTensor(shape, quantisable=True)
         for name, shape in shapes.items()

@@ -25,7 +25,7 @@ def _on_device() -> Callable[[Any, Any], Any]:
 
 
 class DeepseekMLP(nn.Layer):
-    """down(silu(gate(x)) * up(x)); gate and up are one product."""
+    """down(silu(gate(x)) * up(x)); gate and up are one GEMM."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()

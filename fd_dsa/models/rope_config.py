@@ -75,17 +75,17 @@ def read_rope(
 
 
 def _agreed(readers: list[FieldReader], name: str, default: float) -> float:
-    """The one positive value of a field that may stand in several places."""
-    found: float | None = None
+    """The one positive value of a field that may be in several places."""
+    agreed: float | None = None
     for reader in readers:
         value = _optional(reader, name)
         if value is None:
             continue
-        if value <= 0 or (found is not None and value != found):
-            allowed = "a number above 0" if found is None else f"{found}, as in the other place"
+        if value <= 0 or (agreed is not None and value != agreed):
+            allowed = "a number above 0" if agreed is None else f"{agreed}, as in the other place"
             raise reader.error(name, value, allowed)
-        found = value
-    return default if found is None else found
+        agreed = value
+    return default if agreed is None else agreed
 
 
 def _optional(reader: FieldReader, name: str) -> float | None:

@@ -114,12 +114,12 @@ class SafetensorsFile:
 
     def _unique(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         """A JSON object, none of whose names comes twice."""
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for name, value in pairs:
-            if name in found:
+            if name in entries:
                 raise CheckpointError(f"{self.path}: tensor {name!r} is there twice")
-            found[name] = value
-        return found
+            entries[name] = value
+        return entries
 
     def _tensor(self, name: str, entry: Any, data_start: int) -> TensorInfo:
         """One entry of the header, checked by itself."""

@@ -1,4 +1,4 @@
-"""Launches of what stands between two products of a layer: one each, float32, no wait.
+"""Launches of the operations between two GEMMs of a layer: one each, float32, no wait.
 
 Each allocates its result, so a capture by Paddle has it in the memory of the graph.
 """

@@ -18,9 +18,9 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.ops._host import as_numpy, matmul, staged
 from fd_dsa.step.host_tensor import as_tensor
 
-# keys of a chunk: the library adds so many up one after the other on every processor that was tried
+# keys of a chunk: on every processor that was tried, the library adds this many up in order
 _KEYS = 256
-# rows, and (in, out) of products that are tried
+# rows, and (in, out) of GEMMs that are tried
 _PROBE_ROWS = (1, 2, 7, 64)
 _PROBE_SIZES = ((384, 256), (1024, 128), (64, 512))
 
@@ -32,7 +32,7 @@ def fixed_order() -> bool:
 
 
 def two_rows(x: np.ndarray) -> np.ndarray:
-    """`x`, its only row twice: of one row the library makes another kind of product.
+    """`x` with its only row twice: for a single row the library runs another kind of GEMM.
 
     Args:
         x: [..., rows, width].
@@ -87,13 +87,13 @@ def check_fixed_order(device: str) -> None:
     orders = (False, True)
     if not all(_rows_agree(*sizes, order) for sizes in _PROBE_SIZES for order in orders):
         raise ConfigError(
-            "FD_DSA_BATCH_INVARIANT: got 1, but on this machine a row of a product depends on the "
+            "FD_DSA_BATCH_INVARIANT: got 1, but on this machine a row of a GEMM depends on the "
             "number of rows; set MKL_CBWR=AUTO,STRICT before the process starts, or unset it"
         )
 
 
 def _rows_agree(width: int, out: int, transpose_y: bool) -> bool:
-    """Whether rows of a product have the same bits beside any number of other rows."""
+    """Whether rows of a GEMM have the same bits beside any number of other rows."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((max(_PROBE_ROWS), width)).astype(np.float32)
     shape = (out, width) if transpose_y else (width, out)

@@ -3,8 +3,8 @@
 The format is known by the dtype: float32, int16 (bfloat16 bits) or uint8 (fp8_ds_mla).
 
 fp8_ds_mla latents become float32(code) * scale, in float32: on a CPU queries and weights of the
-softmax are float32 too. A kernel whose products take bfloat16 rounds that product once more, by
-at most 2^-9 of the value, where the code itself has lost up to 2^-4.
+softmax are float32 too. A kernel with bfloat16 GEMMs rounds that number once more, by at most 2^-9
+of the value, where the code itself has lost up to 2^-4.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def gather_rows(cache: np.ndarray, index: np.ndarray, out: np.ndarray, scratch: 
 
     Args:
         cache: [n, ...] float32, or int16 holding bfloat16 bits.
-        index: int64 [m]; entries lie in [0, n), which the operators check: one outside would be
-            moved to the nearest, not refused.
+        index: int64 [m]; entries are in [0, n), which the operators check: one outside would be
+            clamped, not refused.
         out: float32 [m, ...], C-contiguous.
     """
     if cache.dtype == np.float32:

@@ -154,7 +154,7 @@ def matrix(tensor: Any, *, transposed: bool = False) -> Any:
 
 
 def batched(x: np.ndarray, y: np.ndarray, *, transpose_y: bool = False) -> np.ndarray:
-    """Products of matrices in turn: x [n, rows, k] times y [n, k, columns], C-contiguous float32.
+    """Multiply n pairs of matrices: x [n, rows, k] by y [n, k, columns], C-contiguous float32.
 
     With `transpose_y` y is [n, columns, k]. A step of few rows calls the C function for each;
     more run as one operator of Paddle, which shares them out to threads.

@@ -60,24 +60,24 @@ def matmul(x: Any, y: Any, *, transpose_y: bool = False) -> Any:
 
 @cache
 def _paddle_matmul() -> Callable[..., Any]:
-    """Paddle's product."""
+    """Paddle's matmul."""
     import paddle
 
     return paddle.matmul
 
 
-def check_shape(operator: str, argument: str, found: Any, allowed: tuple[int | None, ...]) -> None:
-    """Raise ShapeError unless `found` is an array whose shape fits `allowed` (None = any)."""
+def check_shape(operator: str, argument: str, value: Any, allowed: tuple[int | None, ...]) -> None:
+    """Raise ShapeError unless `value` is an array whose shape fits `allowed` (None = any)."""
     try:
-        shape = found.shape
+        shape = value.shape
     except AttributeError:
         raise ShapeError(
-            f"{operator}: {argument} is {_kind_of(found)}, allowed is an array of shape "
+            f"{operator}: {argument} is {_kind_of(value)}, allowed is an array of shape "
             f"{_shape_text(allowed)}"
         ) from None
     if len(shape) == len(allowed):
-        for extent, wanted in zip(shape, allowed, strict=True):
-            if wanted is not None and extent != wanted:
+        for extent, expected in zip(shape, allowed, strict=True):
+            if expected is not None and extent != expected:
                 break
         else:
             return
@@ -91,9 +91,9 @@ def _shape_text(allowed: tuple[int | None, ...]) -> str:
     return "[" + ", ".join("*" if a is None else str(a) for a in allowed) + "]"
 
 
-def _kind_of(found: Any) -> str:
-    """What an argument is that is no array."""
-    return "None" if found is None else f"a {type(found).__name__}"
+def _kind_of(value: Any) -> str:
+    """The type of an argument that is not an array, in words."""
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 CACHE_DTYPES = ("float32", "bfloat16", "int16", "uint8")
@@ -112,13 +112,13 @@ def dtype_name(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def check_dtype(operator: str, argument: str, found: Any, allowed: tuple[str, ...]) -> None:
-    """Raise DtypeError unless `found` is an array whose dtype is one of `allowed`."""
+def check_dtype(operator: str, argument: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise DtypeError unless `value` is an array whose dtype is one of `allowed`."""
     try:
-        name = dtype_name(found.dtype)
+        name = dtype_name(value.dtype)
     except AttributeError:
         raise DtypeError(
-            f"{operator}: {argument} is {_kind_of(found)}, allowed is an array of "
+            f"{operator}: {argument} is {_kind_of(value)}, allowed is an array of "
             f"{' or '.join(allowed)}"
         ) from None
     if name not in allowed:
@@ -130,17 +130,17 @@ def check_dtype(operator: str, argument: str, found: Any, allowed: tuple[str, ..
 def check_array(
     operator: str,
     argument: str,
-    found: Any,
+    value: Any,
     shape: tuple[int | None, ...],
     dtypes: tuple[str, ...],
 ) -> None:
     """`check_shape` and `check_dtype` of one argument; a microsecond."""
-    check_shape(operator, argument, found, shape)
-    check_dtype(operator, argument, found, dtypes)
+    check_shape(operator, argument, value, shape)
+    check_dtype(operator, argument, value, dtypes)
 
 
 def check_rope(operator: str, cos_sin_cache: Any, num_rows: int | None, width: int) -> None:
-    """`check_array` of a table of cos and sin whose pairs lie within rows of `width` values."""
+    """`check_array` of a table of cos and sin whose pairs fit in rows of `width` values."""
     check_array(operator, "cos_sin_cache", cos_sin_cache, (num_rows, None), ("float32",))
     rope_dim = cos_sin_cache.shape[1]
     if rope_dim % 2 or not 0 < rope_dim <= width:
@@ -162,20 +162,20 @@ def table_rows(operator: str, cos_sin_cache: Any) -> int:
     return rows
 
 
-def check_values(operator: str, argument: str, found: np.ndarray, low: int, stop: int) -> None:
-    """Raise ValueError unless all of `found` lie in [low, stop): a look at every value."""
-    if found.size == 0 or (found.min() >= low and found.max() < stop):
+def check_values(operator: str, argument: str, values: np.ndarray, low: int, stop: int) -> None:
+    """Raise ValueError unless all `values` are in [low, stop); reads every value."""
+    if values.size == 0 or (values.min() >= low and values.max() < stop):
         return
-    place = tuple(int(i) for i in np.argwhere((found < low) | (found >= stop))[0])
+    place = tuple(int(i) for i in np.argwhere((values < low) | (values >= stop))[0])
     index = ", ".join(map(str, place))
     raise ValueError(
-        f"{operator}: {argument}[{index}] is {found[place]}, allowed is {low} to {stop - 1}"
+        f"{operator}: {argument}[{index}] is {values[place]}, allowed is {low} to {stop - 1}"
     )
 
 
-def check_writable(operator: str, argument: str, found: Any) -> None:
-    """Raise ValueError if `found`, a CPU tensor or a NumPy array, may not be written to."""
-    if not as_numpy(found).flags.writeable:
+def check_writable(operator: str, argument: str, value: Any) -> None:
+    """Raise ValueError if `value`, a CPU tensor or a NumPy array, may not be written to."""
+    if not as_numpy(value).flags.writeable:
         raise ValueError(f"{operator}: {argument} is read-only, allowed is a writable array")
 
 
@@ -224,7 +224,7 @@ _STAGED_VALUES = 1 << 16
 
 
 class _Stage(threading.local):
-    """A thread's memory for operands of products, and the tensors that look at it."""
+    """A thread's memory for operands of GEMMs, and the tensors that are views of it."""
 
     def __init__(self) -> None:
         self.buffer = np.empty(_STAGED_VALUES, np.float32)
@@ -246,9 +246,9 @@ _stage = _Stage()
 
 
 def staged(x: np.ndarray) -> Any:
-    """A tensor with the values of `x`, good for one product.
+    """A tensor with the values of `x`, good for one GEMM.
 
-    Making a tensor costs more than a small product, copying a few rows does not: the values go
+    Making a tensor costs more than a small GEMM, copying a few rows does not: the values go
     to memory that has its tensor already. The tensor is overwritten by the next call of the
     thread, so it must be consumed at once.
     """

@@ -1,9 +1,9 @@
-"""Matrix products of activations with parameters, and what stands between two of them.
+"""GEMMs of activations with parameters, and the operations between two of them.
 
-On a CPU the activations of a step are NumPy arrays; Paddle sees them as tensors of the same
-memory for the length of a product. On a device they are tensors there: nothing waits for it and
-nothing is read back, so a step of them can be captured. Paddle is
-imported by the first product: the attention serves tensors of other libraries too.
+On a CPU the activations of a step are NumPy arrays; during a GEMM Paddle sees them as tensors over
+the same memory. On a device they are tensors there: nothing waits for the device and nothing is
+read back, so a step of them can be captured. The first GEMM imports Paddle: the attention serves
+tensors of other libraries too.
 """
 
 from __future__ import annotations

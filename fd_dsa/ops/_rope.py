@@ -28,8 +28,8 @@ def cos_sin_of(operator: str, position_ids: Any, cos_sin_cache: Any) -> np.ndarr
 def rotate_(x: np.ndarray, cos_sin: np.ndarray, *, interleaved: bool) -> None:
     """Rotate `x` in place by the angles of its tokens.
 
-    first' = first * cos - second * sin, second' = second * cos + first * sin, each product
-    rounded before the sum.
+    first' = first * cos - second * sin, second' = second * cos + first * sin, each
+    product rounded before the sum.
 
     Interleaved pairs are (x[2j], x[2j+1]), half-split pairs (x[j], x[j + dim/2]); both are kept
     where they are, so cached keys have DeepSeek's own layout.

@@ -17,7 +17,7 @@ def write_caches(kv_a: Any, index_k: Any, *others: Any) -> None:
 
 def prepare_indexer_query(q: Any, *others: Any, **options: Any) -> tuple[Any, Any]:
     """See `fd_dsa.ops.query.indexer_query`; on a CPU `q` is overwritten, and without `out` values
-    come in the place of codes.
+    are returned instead of codes.
     """
     return serving("indexer_query", q)(q, *others, **options)  # type: ignore[no-any-return]
 
@@ -32,10 +32,10 @@ def project_indexer(hidden_states: Any, *others: Any, **options: Any) -> tuple[A
 
     index_k = hidden_states @ wk, weights = hidden_states @ weights_proj
 
-    Sums are float32, and the head weights stay so. The launch goes to the current stream; a product
+    Sums are float32, and the head weights stay so. The launch goes to the current stream; a GEMM
     of Paddle goes to the stream that its cuBLAS handle was made on, which a fork does not change
-    (PaddlePaddle/Paddle #79155). It makes nothing but its results, and the same
-    bits every time.
+    (PaddlePaddle/Paddle #79155). It allocates only its results, which have the same bits every
+    time.
 
     Launches of few tokens share scratch memory, one a device, so one must end before the next
     begins: on one stream, or on two with a join in between. Two at the same time, or graphs that
@@ -55,7 +55,7 @@ def project_indexer(hidden_states: Any, *others: Any, **options: Any) -> tuple[A
         index_k [num_tokens, index_head_dim] of the dtype of the hidden states, as `write_caches`
         takes it, and weights float32 [num_tokens, index_n_heads], as `indexer_query`.
 
-    Source: one product for both weights, sgl-project/sglang #12094; on a second stream, vLLM
+    Source: one GEMM for both weights, sgl-project/sglang #12094; on a second stream, vLLM
     #39943.
     """
     return serving("indexer_projection", hidden_states)(hidden_states, *others, **options)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Counts of the engine's work: plain numbers, written by one thread, read by any.
 
-An observation costs a fraction of a microsecond; whoever exports the numbers makes the form that
-he needs of them, when he needs it.
+An observation costs a fraction of a microsecond; callers that export the numbers format them
+themselves, when they need them.
 """
 
 from __future__ import annotations

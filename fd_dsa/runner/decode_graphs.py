@@ -97,8 +97,8 @@ class DecodeGraphs:
 class PaddleCapture:
     """Captures by Paddle's CUDAGraph; all graphs of a process share one pool of memory.
 
-    Paddle cannot go on after work that a capture refuses. So the work runs before, with everything
-    refused that Paddle would do on the host in the place of a device.
+    A refused operation during a capture by Paddle is fatal to the process. So the work runs before,
+    and whatever Paddle would do on the host instead of a device is refused there.
 
     Args:
         place: of the device.

@@ -101,7 +101,7 @@ class InputBatch:
         """Flat indices of one token of each of several rows; `add_row` for all of them at once.
 
         Args:
-            rows: ascending, and behind the rows that the step has.
+            rows: ascending, and after the rows that the step has.
             token_ids: the token of each row.
             num_computed_tokens: tokens of each row whose keys are in the cache already.
 

@@ -291,7 +291,7 @@ class ModelRunner:
         return self.input_batch.block_tables.shape[1] * self.input_batch.block_size
 
     def _only_row(self, tokens: int, done: int, *, is_prefill: bool) -> int:
-        """Put `tokens` behind `done` cached ones into row 0 and nothing else; the last's index."""
+        """Fill row 0 alone with `tokens` after `done` cached ones; index of the last token."""
         batch = self.input_batch
         batch.begin_step()
         batch.set_blocks(0, range(-(-(done + tokens) // batch.block_size)))

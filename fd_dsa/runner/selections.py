@@ -39,7 +39,7 @@ class Selections:
             batch: of the step, as it was run.
         """
         ends = np.cumsum(batch.seq_lens_this_time[: batch.num_rows])
-        found = []
+        selections = []
         for i, row in enumerate(np.searchsorted(ends, self._tokens, side="right")):
             table = batch.block_tables[row]
             used = table[table >= 0]
@@ -49,5 +49,5 @@ class Selections:
             for layer in self._layers:
                 block, offset = np.divmod(layer[i][layer[i] >= 0], batch.block_size)
                 layers.append(np.sort(first[block] + offset))
-            found.append(layers)
-        return found
+            selections.append(layers)
+        return selections

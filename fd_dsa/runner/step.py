@@ -28,7 +28,7 @@ from fd_dsa.step.staging import StagedInputs
 class Step:
     """One step: what was scheduled, where the model runs, and what the backend made of it.
 
-    It is the `forward_meta` that layers are called with, made anew every step, as in FastDeploy
+    It is the `forward_meta` that layers are called with, a new one every step, as in FastDeploy
     (docs/design.md, "FastDeploy's contract"). A row has one token and its drafts, or a chunk of a
     prompt. B = rows of the step.
 
@@ -98,7 +98,7 @@ class DeviceInputs:
         """Queue the copy of the batch; the tensors that will hold it, valid until the next call.
 
         Args:
-            batch: rows of the step; may be filled anew at once.
+            batch: rows of the step; may be refilled at once.
             sampled: int [n]; flat tokens, each at most once.
             num_padded_tokens: tokens of a captured step; the batch may have fewer.
         """

@@ -109,7 +109,7 @@ class BodyReader:
         if added > 0 and self.num_bytes + added > self._limit:
             raise ApiError(
                 429,
-                f"the bodies of the requests in work take {self.num_bytes} bytes, allowed: "
+                f"the bodies of the requests in progress take {self.num_bytes} bytes, allowed: "
                 f"{self._limit}, {_LONG_BODIES} times --max-body-size; send the request again "
                 "later",
                 code="too_many_bytes",

@@ -98,9 +98,9 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatRenderer:
     if body.chat_template is not None:
         if not state.options.chat.trust_request_chat_template:
             raise FieldError(
-                "chat_template: a template can keep a processor busy for ever, so this server "
-                "takes none from requests; start it with --trust-request-chat-template, or with "
-                "--chat-template"
+                "chat_template: a template can keep a processor busy indefinitely, so this "
+                "server takes none from requests; start it with --trust-request-chat-template, or "
+                "with --chat-template"
             )
         try:
             return _compiled(body.chat_template, tuple(tokenizer.special_tokens.items()))
@@ -211,8 +211,8 @@ def _form(
     schema = {"type": "object"} if asked.json_object else asked.json
     if schema is None:
         raise FieldError(
-            f"{asked.source}: the model reasons before its answer, the end of which is no token of "
-            "its own, so of all forms only JSON can stand behind that; switch the reasoning off by "
+            f"{asked.source}: the model reasons before its answer, and no single token ends "
+            "the reasoning, so only JSON can follow it; switch the reasoning off by "
             "chat_template_kwargs"
         )
     try:

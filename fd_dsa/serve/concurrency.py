@@ -1,4 +1,4 @@
-"""The limit on outputs in work and waiting; requests beyond it are a 429."""
+"""The limit on running and waiting outputs; requests beyond it are a 429."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _RETRY_AFTER_S = 1
 
 
 class ConcurrencyLimit:
-    """Counts the outputs in work and waiting, of all requests; used in the event loop alone.
+    """Counts the running and waiting outputs of all requests; used in the event loop alone.
 
     Args:
         limit: most outputs at a time, the --max-concurrency of the server.
@@ -56,7 +56,7 @@ class Ticket:
         if concurrency.num_admitted + added > concurrency.limit:
             raise ApiError(
                 429,
-                f"the server has {concurrency.num_admitted} outputs in work and waiting, "
+                f"the server has {concurrency.num_admitted} outputs running and waiting, "
                 f"--max-concurrency is {concurrency.limit}; send the request again later",
                 code="too_many_requests",
                 headers={"Retry-After": str(_RETRY_AFTER_S)},

@@ -80,8 +80,8 @@ def _sender(connection: Connection) -> Callable[[Event], None]:
 
 def main() -> int:
     """Build the engine and serve it; returns the exit status."""
-    # the HTTP process drains; whoever signals both, as systemd does, means it alone. Blocked, not
-    # ignored: Paddle sets handlers of its own
+    # the HTTP process drains; a signal to both, as from systemd, is meant for it alone. So signals
+    # are blocked, not ignored: Paddle sets handlers of its own
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     open_missing_streams()
     connection = Connection(int(sys.argv[1]))

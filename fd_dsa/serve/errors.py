@@ -81,7 +81,7 @@ class ErrorResponse(BaseModel):
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "default": {"model": ErrorResponse, "description": "400 and above: an error object"}
 }
-"""Of every route, for the OpenAPI document; in the place of FastAPI's 422, which is never sent."""
+"""Of every route, for the OpenAPI document; instead of FastAPI's 422, which is never sent."""
 
 
 class ApiError(FdDsaError):
@@ -230,7 +230,7 @@ def _field_path(location: Sequence[str | int]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value of a request as it stood there, shortened; costs the same however large it is."""
+    """A value of a request as it was sent, shortened; costs the same however large it is."""
     head = _head(value, [_SHOWN_INPUT_CHARS])
     try:
         text = json.dumps(head, ensure_ascii=False)

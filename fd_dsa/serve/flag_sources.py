@@ -61,7 +61,7 @@ def unused_variables() -> list[str]:
 
 
 def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """What stands before and after the first `--`."""
+    """The arguments before and after the first `--`."""
     if "--" not in argv:
         return argv, ()
     place = list(argv).index("--")

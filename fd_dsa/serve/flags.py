@@ -119,7 +119,7 @@ def _add_chat_flags(group: argparse._ArgumentGroup) -> None:
     _switch(
         group,
         "--trust-request-chat-template",
-        "let requests bring templates; one can keep a processor busy for ever",
+        "let requests bring templates; one can keep a processor busy indefinitely",
     )
     for flag, what, formats in (
         ("--tool-call-parser NAME", "call tools", TOOL_FORMATS),
@@ -174,12 +174,12 @@ def _add_server_flags(group: argparse._ArgumentGroup) -> None:
         values.size,
         None,
     )
-    outputs = "outputs in work and waiting at a time; more are a 429 (default: 512)"
+    outputs = "running and waiting outputs at a time; more are a 429 (default: 512)"
     _value(group, "--max-concurrency N", outputs, values.positive, DEFAULT_MAX_CONCURRENCY)
     _value(
         group,
         "--max-connections N",
-        "connections that may have a request in work; idle ones are closed to make room, any "
+        "connections that may have a request in progress; idle ones are closed to make room, any "
         "other request is a 503 (default: 4096, fewer where ulimit -n is lower)",
         values.positive,
     )

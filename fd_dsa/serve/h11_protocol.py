@@ -1,9 +1,9 @@
 """What uvicorn does for one connection, and its limits.
 
 Bytes that are no HTTP are answered with an error object, as every other failure. A client loses its
-connection when it stops reading, so that nobody holds buffers and places for ever; when it does not
-come to the end of what it sends, so that nobody holds sockets; and when it sends nothing while
-others need the place.
+connection when it stops reading, so that nobody holds buffers and places indefinitely; when it
+does not finish what it sends, so that nobody holds sockets; and when it sends nothing while others
+need the place.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class StrictH11Protocol(H11Protocol):
         if self._listener.is_full and not is_probe:
             raise ApiError(
                 503,
-                f"{self._listener.limit} connections have a request in work, as many as "
+                f"{self._listener.limit} connections have a request in progress, as many as "
                 "--max-connections allows; send the request again later",
                 code="too_many_connections",
                 headers={"Retry-After": "1"},
@@ -207,7 +207,7 @@ class StrictH11Protocol(H11Protocol):
         self._refuse(ApiError(408, f"{late}; send it at once"))
 
     def pause_writing(self) -> None:
-        """The buffers are full: the answer waits, but not for ever."""
+        """The buffers are full: the answer waits, for `stalled_s` at most."""
         super().pause_writing()
         self._give_up = self.loop.call_later(self.stalled_s, self._abort)
 

@@ -49,14 +49,14 @@ class Connection(Protocol):
 class Listener:
     """Accepts connections and keeps count of them; used in the event loop alone.
 
-    A connection waits as long as none of its requests is in work: it is new, between two requests,
-    or its head or the rest of a refused request is on the way. `limit` connections may have a
-    request in work. `PROBE_CONNECTIONS` more are accepted; then each new one takes the place of the
-    one that has waited longest.
+    A connection waits as long as none of its requests is in progress: it is new, between two
+    requests, or its head or the rest of a refused request is on the way. `limit` connections may
+    have a request in progress. `PROBE_CONNECTIONS` more are accepted; then each new one
+    takes the place of the one that has waited longest.
 
     Args:
         sock: bound.
-        limit: connections that may have a request in work.
+        limit: connections that may have a request in progress.
         make_protocol: the protocol of a new connection, which reports to this listener.
     """
 
@@ -78,7 +78,7 @@ class Listener:
 
     @property
     def is_full(self) -> bool:
-        """Whether as many connections have a request in work as may."""
+        """Whether as many connections have a request in progress as may."""
         return len(self._working) >= self.limit
 
     def start(self) -> None:
@@ -105,13 +105,13 @@ class Listener:
             connection.drop()
 
     def waits(self, connection: Connection) -> None:
-        """Count a connection without a request in work."""
+        """Count a connection without a request in progress."""
         self._working.discard(connection)
         self._waiting.setdefault(connection)
         self._resume()
 
     def works(self, connection: Connection) -> None:
-        """Count a connection with a request in work."""
+        """Count a connection with a request in progress."""
         self._waiting.pop(connection, None)
         self._working.add(connection)
 

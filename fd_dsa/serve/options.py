@@ -42,8 +42,8 @@ class ServerOptions:
         max_answer_scores: most log-probabilities of an answer, see `answer_size`.
         max_prompt_bytes: UTF-8 bytes of a prompt's text; None is `PROMPT_BYTES_PER_TOKEN` for each
             token of max_model_len.
-        max_concurrency: outputs in work and waiting at a time.
-        max_connections: connections that may have a request in work.
+        max_concurrency: running and waiting outputs at a time.
+        max_connections: connections that may have a request in progress.
         hosts: what the Host header may name; None is everything.
         body_timeout_s: seconds that a client has for sending a body.
         log_requests: whether each output's end is a line of the log.

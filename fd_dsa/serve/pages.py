@@ -91,7 +91,7 @@ _CHAT_HEADERS = {
     "Cache-Control": "no-cache",
     **_headers("script-src 'self'; style-src 'self'; connect-src 'self'"),
 }
-# the one style stands in the page
+# the only style sheet is part of the page
 _STYLE_SHA256 = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _API_HEADERS = _headers(f"style-src 'sha256-{_STYLE_SHA256}'")
 

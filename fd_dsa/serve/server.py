@@ -269,7 +269,7 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close, though not for ever: a thread that hangs would keep the process alive."""
+        """Close within a time limit: a thread that hangs would keep the process alive."""
         if self.forced_exit_s is not None:
             timer = threading.Timer(self.forced_exit_s, self._exit_in_any_case)
             timer.daemon = True

@@ -99,7 +99,7 @@ class StrictConnection(h11.Connection):
 
 
 def check_head(head: bytes) -> None:
-    """Check what h11 will take for the head of a request.
+    """Check what h11 will parse as the head of a request.
 
     Args:
         head: all bytes up to the empty line, which is included.

@@ -141,7 +141,7 @@ def host_array(name: str, value: Any) -> npt.NDArray[Any]:
     """`value` as a NumPy array over the same memory.
 
     Raises:
-        BackendUnavailable: the tensor does not lie in host memory.
+        BackendUnavailable: the tensor is not in host memory.
         DtypeError: neither a NumPy array nor a tensor.
     """
     if isinstance(value, np.ndarray):
@@ -158,7 +158,7 @@ def host_array(name: str, value: Any) -> npt.NDArray[Any]:
         on_host = False
     if not on_host:
         raise BackendUnavailable(
-            f"{name}: lies on {getattr(value, 'place', 'a device')}, but this builder reads host "
+            f"{name}: is on {getattr(value, 'place', 'a device')}, but this builder reads host "
             "memory; build with the device of the tensors, for example device='gpu'"
         )
     return np.from_dlpack(value)
@@ -179,10 +179,10 @@ def check_shapes(shapes: Sequence[tuple[int, ...]], limits: StepLimits) -> int:
                 f"{name}: got shape {shape}, seq_lens_this_time has shape {rows}; "
                 "pass one entry for each row in both"
             )
-    wanted = (rows[0], limits.max_blocks_per_seq)
-    if tables != wanted:
+    allowed = (rows[0], limits.max_blocks_per_seq)
+    if tables != allowed:
         raise ShapeError(
-            f"block_tables: got shape {tables}, allowed is {wanted} = "
+            f"block_tables: got shape {tables}, allowed is {allowed} = "
             f"[rows, max_blocks_per_seq] (seq_lens_this_time has shape {rows}); "
             "pass one row of the table for each row of the step"
         )

@@ -238,7 +238,7 @@ def _write_mixed_step(
             num_tokens += tl.sum(lengths)
             num_keys += tl.sum(gathered)
 
-    # a token behind the last one has counted all rows, and the empty lanes of the last tile
+    # a token past the last one has counted all rows, and the empty lanes of the last tile
     live = token_rows < num_rows
     positions = tl.where(live, tokens + shifts, 0)
     slots = _slots(

@@ -22,9 +22,9 @@ class StepLaunch:
     """Launches the kernel for steps of one builder; both forms are compiled here, none later.
 
     The first launch of each form, here, writes an empty step: the buffers hold padding from the
-    beginning. A step clears all rows behind its own, and all tokens that a step before it may have
+    beginning. A step clears all rows after its own, and all tokens that a step before it may have
     left. The host does not see the replays of a captured launch: each writes the tokens of its
-    capture and no others, and any later step may come behind one of them.
+    capture and no others, and any later step may come after one of them.
 
     Args:
         limits: sizes that every step keeps to.
@@ -125,7 +125,7 @@ class _Form:
         """Queue the kernel over rows and padded tokens."""
         addresses = [tensor.data_ptr() for tensor in inputs]
         if addresses != self._addresses:
-            # the bound tensors keep their memory, so nothing else can come to lie there
+            # the bound tensors keep their memory, so no other tensor gets these addresses
             changed = zip(self._names, inputs, strict=True)
             self._bound.exchange(**dict(list(changed)[self._skipped :]))
             self._addresses = addresses

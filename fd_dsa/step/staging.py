@@ -92,7 +92,7 @@ class InputStaging:
 
         Raises:
             RuntimeError: all slabs are uploaded and not released, or the current stream is being
-                captured; a replay would copy this step for ever.
+                captured; every replay would copy this step.
         """
         if self._is_open[self._turn]:
             raise RuntimeError(
@@ -119,7 +119,7 @@ class InputStaging:
             copied.wait()
 
     def upload(self, num_values: int) -> int:
-        """Queue the copy of the first values of the slab given out last; index of the slab."""
+        """Queue the copy of the first values of the slab from `next_slab`; its index."""
         index = self._turn
         if not self._is_read:
             self._used[index].precede(self._stream)
@@ -130,16 +130,16 @@ class InputStaging:
         return index
 
     def acquire(self, index: int) -> None:
-        """The current stream waits for the copy of a slab; behind it the slab may be read."""
+        """The current stream waits for the copy of a slab; after it the slab may be read."""
         self._copied[index].precede()
 
     def release(self, index: int) -> None:
-        """The readers of a slab are queued on the current stream; behind them it may change."""
+        """The readers of a slab are queued on the current stream; after them it may change."""
         self._used[index].record()
         self._is_open[index] = False
 
     def used(self, index: int) -> Event:
-        """The point behind the readers of a slab, to be asked whether it is done."""
+        """The event after the readers of a slab, to query whether they are done."""
         return self._used[index]
 
     @property
@@ -175,10 +175,10 @@ class StagedTensor:
         return self.staging.next_slab()
 
     def upload(self, num_values: int) -> None:
-        """Queue the copy of the first values of the slab given out last.
+        """Queue the copy of the first values of the slab from `next_slab`.
 
         To the device it runs on the stream of the staging; the current stream waits for it and
-        then copies from there to the tensor, behind the readers of the step before.
+        then copies from there to the tensor, after the readers of the step before.
         """
         index = self.staging.upload(num_values)
         self.staging.acquire(index)

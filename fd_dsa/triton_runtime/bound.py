@@ -138,7 +138,7 @@ class BoundLaunch:
         )
 
     def exchange(self, **tensors: Any) -> None:
-        """Put other tensors in the place of bound ones; each is checked as at binding.
+        """Replace bound tensors; each is checked as at binding.
 
         Raises:
             LaunchError: dtype, device or alignment is not what the kernel was compiled for.

@@ -110,8 +110,8 @@ class PaddleApi(DeviceApi):
         """The stream as Paddle's core knows it."""
         import paddle
 
-        # a product on the current stream first: Paddle's cuBLAS handles stay for good on the
-        # stream that is current when the first product of the process makes them
+        # a GEMM on the current stream first: Paddle's cuBLAS handles stay for good on the
+        # stream that is current when the first GEMM of the process makes them
         core, kind = self._core, self._custom_type
         place = core.CUDAPlace(device) if kind is None else core.CustomPlace(kind, device)
         one = paddle.ones([1, 1], "float32", device=place)

@@ -4,7 +4,7 @@ Its code is the checks that this variant needs and one call of the driver. Where
 belong to another variant it hands them to `miss`.
 
 A tensor that was checked before is known by its live object and its address: both the same means
-that dtype and place are what they were. Every other tensor is checked anew.
+that dtype and place are what they were. Every other tensor is checked again.
 """
 
 from __future__ import annotations

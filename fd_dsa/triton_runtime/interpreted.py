@@ -80,7 +80,7 @@ class InterpretedLaunch:
             ) from None
 
     def exchange(self, **tensors: Any) -> None:
-        """Put other tensors in the place of bound ones, all or none; each is checked.
+        """Replace bound tensors, all or none; each is checked.
 
         Raises:
             LaunchError: one is no tensor, has gaps, or is of another dtype than the bound one.

@@ -4,10 +4,10 @@
 * `range` with a bound known only at run time fails from NumPy 2.4 on (Triton up to 3.8);
 * `tl.dot` multiplies the raw 16-bit patterns of bfloat16 operands.
 
-It also puts its own functions in the place of the language's at every call of a device function,
-of which `tl.sum` and `tl.zeros` are two, makes its table of NumPy's types anew at every look into
-it, and looks for overflows of integers without telling: most of the time of many kernels. Here a
-launch does the first once, a process the second, and nobody the third. Shapes are remembered, see
+It also replaces the language's functions with its own at every call of a device function (`tl.sum`
+and `tl.zeros` are two), builds its table of NumPy's types at every look-up, and looks for integer
+overflows that it does not report: most of the time of many kernels. Here a launch does the first
+once, a process does the second once, and the third is left out. Shapes are remembered, see
 `interpreter_shapes`.
 """
 
@@ -35,7 +35,7 @@ _patched: set[str] | None = None
 
 
 def run(fn: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
-    """Run an interpreted kernel on every program of the grid, one after the other.
+    """Run an interpreted kernel on every program of the grid, in order.
 
     Args:
         fn: what `triton.jit` made of the kernel in an interpreting process.
@@ -44,7 +44,7 @@ def run(fn: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
     """
     global _patched
     with _LOCK, warnings.catch_warnings():
-        # NumPy's remark on the largest of nothing but NaN, such as padding may hold
+        # NumPy's warning about a maximum of NaN alone, which padding may hold
         warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
         repair()
         _patched = set()
@@ -221,7 +221,7 @@ def _bfloat16_dot_fails(interpreter: Any) -> bool:
 
 
 def _patch_dot(interpreter: Any) -> None:
-    """Widen bfloat16 operands to float32, exactly, before the product."""
+    """Widen bfloat16 operands to float32, exactly, before the multiplication."""
     builder = interpreter.InterpreterBuilder
     original = builder.create_dot
 

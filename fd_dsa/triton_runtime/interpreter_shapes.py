@@ -1,8 +1,8 @@
 """Shapes of the language's blocks, made once a process where they are interpreted.
 
-Every operation makes a block type and a tensor, and both make their shape anew, which is a tuple of
-the language with a type and a name of its own: half the time of a kernel of small blocks. What a
-shape gives is the same each time, and nothing changes it; so the objects are shared.
+Every operation makes a block type and a tensor, and both make a new shape, which is a tuple of the
+language with a type and a name of its own: half the time of a kernel of small blocks. A shape gives
+the same objects each time, and nothing changes them; so they are shared.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from fd_dsa.triton_runtime.variant import Variant
 
 import triton
 
-# generated functions that are tried one after the other; some twenty in vain take as long as a
-# look-up with all checks
+# generated functions that are tried in order; some twenty in vain take as long as a look-up with
+# all checks
 _MAX_CHAIN = 16
 _MAX_LAUNCHERS = 1024
 
@@ -137,7 +137,7 @@ class Kernel:
         Args:
             grid: as for a launch; may be replaced in every call.
             args, kwargs: as for a launch; tensors are kept alive.
-            scalars: names of numbers that each call gives anew, in this order. Ints among them
+            scalars: names of numbers that every call passes, in this order. Ints among them
                 must be declared in `do_not_specialize`.
 
         Raises:
@@ -156,7 +156,7 @@ class Kernel:
         """Compile ahead; load too, where a device is there, so that a launch has nothing to do.
 
         Args:
-            args, kwargs: as for a launch, with `Pointer` in the place of tensors, or tensors.
+            args, kwargs: as for a launch, with `Pointer` instead of tensors, or tensors.
             capability: compile for this one without a device, 90 for Hopper, and load nothing.
             device: index of the device to load on.
 

@@ -250,7 +250,7 @@ class Signature:
                 "but it is compiled in; allowed are numbers, text, dtypes, tuples and None"
             )
         if isinstance(value, float):
-            # NaN equals nothing but, as an object, itself: one object finds what was compiled
+            # a NaN is found by identity alone: one object for all finds what was compiled
             return Argument("constexpr", False, value if value == value else _NAN, repr(value))
         return Argument("constexpr", False, value, type(value))
 

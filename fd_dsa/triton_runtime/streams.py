@@ -94,7 +94,7 @@ def side_stream_for(tensor: Any) -> SideStream | None:
 
 
 def capture_query(tensor: Any) -> Callable[[], bool]:
-    """What tells whether the current stream of a tensor's device is captured into a graph.
+    """A function that reports whether the current stream of a tensor's device is captured.
 
     One driver call each time. False where kernels are interpreted, of whatever the tensor is.
 

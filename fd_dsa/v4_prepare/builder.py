@@ -107,9 +107,9 @@ def v4_prepare_np(
 ) -> V4Arrays:
     """All outputs of one step, computed on the host.
 
-    Token j of row b stands at position p = ctx[b] - q[b] + j. It reads the window keys
+    Token j of row b is at position p = ctx[b] - q[b] + j. It reads the window keys
     p-W+1..p and entry e of ratio r if e < (p + 1) // r: counts are per token, since the tokens of
-    one row may lie on both sides of the end of an entry.
+    one row may be on both sides of the end of an entry.
 
     Args:
         cfg: sizes of the step.

@@ -53,12 +53,12 @@ class TableMirror:
         return self._tokens_of.take(self._num_set[:num_rows], mode="clip")
 
     def set_blocks(self, row: int, block_ids: Any, start: int = 0) -> None:
-        """Put `block_ids` in the place of a row's cells from `start` on; see `V4Prepare`."""
+        """Replace a row's cells from `start` on with `block_ids`; see `V4Prepare`."""
         row, start, ids = self._checked(row, np.asarray(block_ids), start)
         self.put([(row, start, ids)])
 
     def put(self, runs: list[Run]) -> None:
-        """Put checked blocks in the place of each row's cells from a column on."""
+        """Replace the cells of each row from a column on with checked blocks."""
         for row, start, ids in runs:
             stop = start + len(ids)
             self._cells[row, start:stop] = ids

@@ -77,7 +77,7 @@ def test_where_all_have_requests_in_work_others_are_a_503_and_probes_are_answere
                 assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in head
                 error = json.loads(body)["error"]
                 assert error["code"] == "too_many_connections"
-                assert "2 connections have a request in work" in error["message"]
+                assert "2 connections have a request in progress" in error["message"]
                 assert "--max-connections" in error["message"]
                 for path in PROBE_PATHS:
                     probe = f"GET {path}?a=b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
@@ -86,7 +86,7 @@ def test_where_all_have_requests_in_work_others_are_a_503_and_probes_are_answere
                 for _ in range(40):
                     stack.enter_context(connected(live))
                 assert httpx.get(f"{live.url}/health", timeout=TIMEOUT_S).status_code == 200
-            # those in work are not touched
+            # those with a request in progress are not touched
             assert next(last.iter_lines())
         wait_until(lambda: complete(live, max_tokens=1).status_code == 200)
 

@@ -122,7 +122,7 @@ def verdict(scores: Sequence[ItemScore], index_topk: int, max_tokens: int) -> st
     every = steps(scores)
     beyond = [step for step in every if step.length > index_topk]
     if not beyond or every[0].base > index_topk:
-        return "No lengths on both sides of index_topk: nothing can be said about it."
+        return "No lengths on both sides of index_topk: the results say nothing about it."
     base, passed = every[0].base, every[0].passed
     if not passed:
         return (

@@ -308,15 +308,15 @@ def tokens_of(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> list
             "selection: the tokenizer is not byte-level, so the needle's tokens cannot be found"
         )
     pieces = [table[token] for token in token_ids]
-    joined, wanted = b"".join(pieces), text.encode()
-    if joined.count(wanted) != 1:
+    joined, needle = b"".join(pieces), text.encode()
+    if joined.count(needle) != 1:
         raise ConfigError(
-            f"selection: {text!r} stands {joined.count(wanted)} times in the text, not once"
+            f"selection: {text!r} is in the text {joined.count(needle)} times, not once"
         )
-    start = joined.index(wanted)
-    found, offset = [], 0
+    start = joined.index(needle)
+    tokens, offset = [], 0
     for place, piece in enumerate(pieces):
-        if offset < start + len(wanted) and offset + len(piece) > start:
-            found.append(place)
+        if offset < start + len(needle) and offset + len(piece) > start:
+            tokens.append(place)
         offset += len(piece)
-    return found
+    return tokens

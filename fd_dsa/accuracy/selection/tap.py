@@ -1,4 +1,4 @@
-"""A backend that records what the layers asked of it, in the place of the runner's own.
+"""A backend that replaces the runner's own and records what the layers ask of it.
 
 The layers call their backend with all that decides a selection: queries, weights and keys of the
 indexer, absorbed queries of the attention, selections. So a subclass sees all of it, and the engine
@@ -90,8 +90,8 @@ class RecordingBackend(DSAAttentionBackend):
             used = tables[0][tables[0] >= 0]
             first[used] = np.arange(len(used)) * self.block_size
             positions = host_copy(step.position_ids).tolist()
-            found = [(t, p) for t, p in enumerate(positions) if p in self.watched]
-            self._seen = forward_meta, found, first
+            pairs = [(t, p) for t, p in enumerate(positions) if p in self.watched]
+            self._seen = forward_meta, pairs, first
         return self._seen[1], self._seen[2]
 
 
@@ -99,7 +99,7 @@ class RecordingBackend(DSAAttentionBackend):
 def recording(
     runner: Any, device: str, backend: type[RecordingBackend] = RecordingBackend
 ) -> Iterator[RecordingBackend]:
-    """A recording backend in the place of the runner's own, for as long as the context lasts."""
+    """Replace the runner's backend with a recording one, for as long as the context lasts."""
     own = runner.attn_backends[0]
     watching = backend(own.config, device)
     runner.attn_backends[0] = watching

@@ -58,7 +58,7 @@ def configuration(num_tokens: int) -> tuple[int, int, int | None]:
 def _load_latent(row, RANK: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
     """Values of each row by tile, [TOKENS, TILES, TILE]; of a weight too, if `row` repeats it.
 
-    A weight with an element for each token lies in the same threads as the tokens' values.
+    A weight with an element for each token is in the same threads as the tokens' values.
     """
     column = tl.arange(0, TILES)[None, :, None] * TILE + tl.arange(0, TILE)[None, None, :]
     return widened(tl.load(row[:, None, None] + column, mask=column < RANK, other=0.0))

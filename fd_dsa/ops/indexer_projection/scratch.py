@@ -20,7 +20,7 @@ _OF_DEVICE: dict[Any, Any] = {}
 
 
 def new_scratch(like: Any) -> Any:
-    """Scratch memory for launches that run one after the other.
+    """Scratch memory for launches that run one at a time.
 
     Args:
         like: a float32 tensor on the device.

@@ -167,11 +167,11 @@ def kernel_arguments(
     """Arguments of `project_indexer_kernel` by name, but for its tiling.
 
     Raises:
-        ShapeError: the values of a row do not lie side by side.
+        ShapeError: the values of a row are not contiguous.
     """
     strides = {}
-    given = {"hidden": hidden_states, "wk": wk, "weights_proj": weights_proj}
-    for name, matrix in given.items():
+    matrices = {"hidden": hidden_states, "wk": wk, "weights_proj": weights_proj}
+    for name, matrix in matrices.items():
         strides[name], step = matrix.stride()
         if step != 1 and matrix.shape[1] > 1 and matrix.shape[0]:
             raise ShapeError(f"{_NAME}: values of a row of {name} lie {step} apart, wanted 1")

@@ -1,8 +1,8 @@
-"""Indexer scores on a CPU: keys gathered by NumPy, products by Paddle.
+"""Indexer scores on a CPU: keys gathered by NumPy, GEMMs by Paddle.
 
-Rows of a decode step differ in length. Padding them to the longest wastes work, one product a
-block is too small for the matrix library, so each row is cut into units of a few blocks (about
-256 keys) and all units form one batched product.
+Rows of a decode step differ in length. Padding them to the longest wastes work, and a GEMM for each
+block is too small for the matrix library. So each row is cut into units of a few blocks (about 256
+keys), and all units form one batched GEMM.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def score_paged(
         keys = scratch.take("indexer_keys", (len(index), units.block_size, dim))
         scales = gather_index_blocks(blocks, index, keys, scratch)
         if units.num_rows == 1 and not fixed_order():
-            # units of one row lie side by side, and are one product
+            # units of one row are contiguous, and make one GEMM
             scores = weighted_scores(q_rows, w_rows, keys.reshape(1, -1, dim))
             if scales is not None:
                 scales = scales.reshape(1, 1, -1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BLOCK_SIZE = 64
-"""Keys of a page, and rows of a product; other caches are not read."""
+"""Keys of a page, and rows of a GEMM; other caches are not read."""
 MAX_HEADS = 128
-# columns of a product on tensor cores: at least, and where they are used well
+# columns of a GEMM on tensor cores: the least, and the number that uses them well
 _LEAST_COLUMNS, _COLUMNS = 16, 128
 
 
@@ -16,9 +16,9 @@ class TileForm:
     """A form of the tile kernel.
 
     Attributes:
-        first_tokens: tokens of a tile whose scores one product makes; a power of two.
-        rest_tokens: most tokens behind them, which a second product of the same keys scores; 0, or
-            a power of two.
+        first_tokens: tokens of a tile that the first GEMM scores; a power of two.
+        rest_tokens: most tokens after them, which a second GEMM with the same keys scores; 0, or a
+            power of two.
         num_warps, num_stages, maxnreg: as of a Triton launch. A stage is a page in shared memory,
             all but one are in flight.
         programs_per_processor: blocks that a multiprocessor holds at a time.
@@ -53,7 +53,7 @@ def why_not(cache_dtype: str, block_size: int, num_heads: int) -> str | None:
 
 
 def padded_heads(num_heads: int) -> int:
-    """Columns of a token: a power of two, at least those that a product must have."""
+    """Columns of a token: a power of two, at least those that a GEMM must have."""
     return max(_LEAST_COLUMNS, _power(num_heads))
 
 
@@ -81,7 +81,7 @@ def _placed(num_heads: int, first: int, rest: int) -> TileForm:
     columns = padded_heads(num_heads)
     many_sums = first * columns == _COLUMNS and columns == _LEAST_COLUMNS
     if many_sums:
-        # they leave no registers for a second product
+        # they leave no registers for a second GEMM
         rest = 0
     if rest or many_sums:
         return TileForm(first, rest, maxnreg=168, programs_per_processor=3)
@@ -89,7 +89,7 @@ def _placed(num_heads: int, first: int, rest: int) -> TileForm:
 
 
 def _widest(num_heads: int) -> int:
-    """Tokens of a product of the best number of columns."""
+    """Tokens of a GEMM with the best number of columns."""
     return max(1, _COLUMNS // padded_heads(num_heads))
 
 

@@ -1,7 +1,7 @@
 """Indexer scores of fp8_ds_mla caches on tensor cores, straight from the pages.
 
 A program keeps the queries of a tile of tokens and lets the pages of their request go by, through
-asynchronous copies into shared memory. Keys are the rows of a product and (token, head) pairs its
+asynchronous copies into shared memory. Keys are the rows of a GEMM and (token, head) pairs its
 columns, so that a warp holds all heads of a key: their sum stays in registers. Which program scores
 what is in a schedule that is made once a step (`tile_schedule.py`).
 """
@@ -97,7 +97,7 @@ def _block_of(entry, num_blocks):
 
 @triton.jit
 def _page(cache_ptr, block, PAGE: tl.constexpr, WIDTH: tl.constexpr):
-    """Where a block begins; block 0 stands in for none."""
+    """Where a block begins; block 0 replaces one that is not there."""
     return cache_ptr + tl.maximum(block, 0).to(tl.int64) * (PAGE * (WIDTH + 4))
 
 

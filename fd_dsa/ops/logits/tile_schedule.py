@@ -157,7 +157,7 @@ def fill_tile_schedule(
     chunk_tokens: int | None = None,
     least_keys: int = 0,
 ) -> None:
-    """Share out the scores of a step's tokens, in chunks that are scored one after the other.
+    """Share out the scores of a step's tokens, in chunks that are scored in order.
 
     Args:
         schedule: written in place, up to the step's tokens and chunks.

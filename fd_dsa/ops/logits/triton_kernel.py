@@ -2,7 +2,7 @@
 
 One program scores one token against one tile of its row's keys, so prefill and decode tokens are
 alike and keys are read once for each token. A provider that shares a tile of keys between the
-tokens of a prompt, on the tensor cores' FP8 path, can replace it behind the same function.
+tokens of a prompt, on the tensor cores' FP8 path, can replace it without a change to callers.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def logits_kernel(
 ):
     """Scores of token `first_token + program 0` for the keys of tile `program 1`.
 
-    A float32 product is made of float32 operands in full (no TF32). FP8 values are exact in
-    float16, and their products are summed in float32.
+    A float32 GEMM reads its operands as full float32 (no TF32). FP8 values are exact in float16,
+    and their GEMM adds up in float32.
     """
     row = tl.program_id(0).to(tl.int64)
     token = first_token + row
@@ -98,7 +98,7 @@ def logits_kernel(
         weight = tl.load(weights_ptr + token * num_heads + head, mask=head < num_heads, other=0.0)
         # a comparison, not a maximum: a NaN stays one
         rectified = tl.where(dots < 0.0, 0.0, dots)
-        # rows past the last head have no query and no weight: their products are 0
+        # rows past the last head have no query and no weight: they add 0
         scores += tl.sum(rectified * weight.to(tl.float32)[:, None], axis=0)
     if FP8:
         scale_start = block_start + BLOCK_SIZE * HEAD_DIM + offset * 4

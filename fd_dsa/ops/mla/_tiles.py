@@ -44,11 +44,11 @@ def of_heads(x, SWAPPED: tl.constexpr):
 
 @triton.jit
 def latent_order(FP8: tl.constexpr):
-    """int32 [128]: which latent of a tile stands in which column.
+    """int32 [128]: the latent of a tile that each column holds.
 
     A thread makes 16 neighbouring numbers of 16 codes and writes them to shared memory as two
     vectors. Side by side these would meet vectors of other threads in the same banks; so the
-    second ones stand 64 columns behind the first. A sum over latents has any order.
+    second ones are 64 columns after the first. A sum over latents has any order.
     """
     column = tl.arange(0, _TILE)
     if FP8:
@@ -95,13 +95,13 @@ def slots_at(slots_ptr, entry, end, num_slots):
 
 @triton.jit
 def last_entry(slots_ptr, begin, end, num_slots, BLOCK: tl.constexpr):
-    """The end of the entries `begin` to `end` without those behind the last slot."""
-    found = begin
+    """The end of the entries `begin` to `end` without those after the last slot."""
+    last = begin
     for start in range(begin, end, BLOCK):
         entry = start + tl.arange(0, BLOCK)
         _, seen = slots_at(slots_ptr, entry, end, num_slots)
-        found = tl.maximum(found, tl.max(tl.where(seen, entry + 1, 0), 0))
-    return found
+        last = tl.maximum(last, tl.max(tl.where(seen, entry + 1, 0), 0))
+    return last
 
 
 @triton.jit

@@ -127,22 +127,24 @@ class CustomAttention:
         assert self._launch is not None
         self._launch()
 
-    def _name_dequantized(self, given: Dequantized | None) -> None:
+    def _name_dequantized(self, dequantized: Dequantized | None) -> None:
         """Put addresses and sizes of dequantized records into the structure."""
         job = self._job
-        if given is None:
+        if dequantized is None:
             job.dequantized = None
             return
-        job.dequantized = self._address("dequantized.values", given.values)
-        job.dequantized_blocks = self._address("dequantized.blocks", given.blocks)
-        job.is_dequantized = self._address("dequantized.is_dequantized", given.is_dequantized)
-        ids = given.batch_id_per_token
+        job.dequantized = self._address("dequantized.values", dequantized.values)
+        job.dequantized_blocks = self._address("dequantized.blocks", dequantized.blocks)
+        flags = dequantized.is_dequantized
+        job.is_dequantized = self._address("dequantized.is_dequantized", flags)
+        ids = dequantized.batch_id_per_token
         job.batch_id_per_token = self._address("dequantized.batch_id_per_token", ids)
-        job.num_rows = given.is_dequantized.shape[0]
-        job.block_size, job.dequantized_slots = given.block_size, given.num_slots
+        job.num_rows = flags.shape[0]
+        job.block_size = dequantized.block_size
+        job.dequantized_slots = dequantized.num_slots
 
     def _take_device(self, q: Any) -> None:
-        """Launch where the queries lie."""
+        """Launch on the device of the queries."""
         api = api_for_type(type(q))
         device = api.device_of(q)
         if (api, device) != (self._api, self._device):
@@ -150,7 +152,7 @@ class CustomAttention:
             self._api, self._device = api, device
 
     def _address(self, name: str, tensor: Any) -> int:
-        """Where a tensor lies on the device of the queries, which is read 16 bytes at a time."""
+        """Address of a tensor on the queries' device; some are read 16 bytes at a time."""
         device = self._api.device_of(tensor)
         if device != self._device:
             raise LaunchError(
@@ -197,7 +199,7 @@ class WideAttention(CustomAttention):
     def is_faster(num_tokens: int, num_heads: int) -> bool:
         """For fewer blocks Triton's splits fill the device better than clusters do."""
         if num_heads <= MOST_HEADS:
-            # bfloat16 latents: with half of its products padding it was faster for prompts
+            # bfloat16 latents: it was faster for prompts, though half of its GEMM rows were padding
             return num_heads > FEW_HEADS and num_tokens >= 1024
         blocks = num_tokens * -(-num_heads // 64)
         return blocks > 4
@@ -233,8 +235,8 @@ def difference(kind: type[CustomAttention], kernels: Any, allocate: Allocate) ->
             if kind.takes_bfloat16 or form != "bfloat16"
         }
         cases = (mla_case(tolerance, heads) for heads in kind.probed_heads)
-        found = (case.difference(attend, Memory(allocate)) for case in cases)
-        _differences[kind, kernels] = next(filter(None, found), "")
+        differences = (case.difference(attend, Memory(allocate)) for case in cases)
+        _differences[kind, kernels] = next(filter(None, differences), "")
     return _differences[kind, kernels]
 
 

@@ -88,7 +88,7 @@ def attend_dense(
 ) -> np.ndarray:
     """The result of `attend_gathered` for neighbouring tokens that share a short list of keys.
 
-    One product of all queries with all `key_slots`, where `mask` leaves the selected ones: cheaper
+    One GEMM of all queries with all `key_slots`, where `mask` leaves the selected ones: cheaper
     than a gather per token while the list is not much longer than the selection.
 
     Args:
@@ -109,7 +109,7 @@ def attend_dense(
     values = _weighted(scores, kv[None]).reshape(num_tokens, heads, width)
     if np.isfinite(values).all():
         return values[:, :, :kv_lora_rank]
-    # a weight of 0 times a key that is not finite is NaN: leave those keys out of the product
+    # a weight of 0 times a key that is not finite is NaN: leave those keys out of the GEMM
     spoiled = ~np.isfinite(kv).all(axis=1)
     kv[spoiled] = 0.0
     values = _weighted(scores, kv[None]).reshape(num_tokens, heads, width)

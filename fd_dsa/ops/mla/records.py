@@ -35,7 +35,7 @@ _CACHED_LAYOUTS = 64
 
 
 class Dequantized(NamedTuple):
-    """What `fd_dsa_sparse_mla_wide_cuda` reads in the place of records.
+    """What `fd_dsa_sparse_mla_wide_cuda` reads instead of records.
 
     Attributes:
         values: float32 memory of 16-bit [dequantized_slots, 576]: float16 latents, bfloat16 rope.
@@ -173,7 +173,7 @@ class DequantizedRecords:
         sparse MLA makes of the same records by itself.
 
         A row is left out if it has more keys than `keys_per_token` times its new tokens, or if its
-        blocks do not fit behind those of the rows before it. A table entry that is no block of the
+        blocks do not fit after those of the rows before it. A table entry that is no block of the
         cache is skipped.
 
         Args:

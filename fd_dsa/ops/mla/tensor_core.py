@@ -1,6 +1,6 @@
 """Sparse MLA on tensor cores: which form serves, into how many splits, and the launches.
 
-Few heads: keys are the rows of the products, so that no row is padding. Many heads: heads are.
+Few heads: keys are the rows of the GEMMs, so that no row is padding. Many heads: heads are.
 Few tokens: the entries of a token are split among programs until they fill the device. What is
 chosen follows from the shapes alone, so a captured graph has it for good and repeats give the
 same bits.
@@ -38,7 +38,7 @@ class Form(NamedTuple):
         copied: bfloat16 latents are copied to shared memory by the hardware, `num_stages` tiles
             ahead; else keys pass registers, as FP8 records have to.
         block_h, block_n: heads of a program, keys of a tile.
-        swapped: keys are the rows of the products.
+        swapped: keys are the rows of the GEMMs.
         num_warps, num_stages: as of a launch.
         per_processor: programs that a multiprocessor holds.
     """

@@ -81,8 +81,8 @@ def _scores(
     k0, k1, k2, k3, k_rope, q0, q1, q2, q3, q_rope, latent_factor, rope_factor,
     SWAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile. Products are added here: Triton gives a product that starts from another
-    one, or that another one starts from, to fewer warps than there are."""
+    """Scores of a tile. The GEMMs are added here: where one accumulates onto another, Triton gives
+    both to fewer warps than there are."""
     scores = product(k0, q0, SWAPPED) * latent_factor
     scores += product(k1, q1, SWAPPED) * latent_factor
     scores += product(k2, q2, SWAPPED) * latent_factor
@@ -179,9 +179,9 @@ def attend_kernel(
         q0, q1, q2, q3, back = _float16_queries(q0, q1, q2, q3, SWAPPED)
         latent_factor = of_heads(back, SWAPPED) * scale_log2
     top, total, o0, o1, o2, o3 = _start(BLOCK_H, BLOCK_N, SWAPPED)
-    # 1, which the compiler learns late. Triton keeps the left operand of a product in shared
-    # memory where it comes into a loop, and not where it was just made; and it gives scores to
-    # all warps where it does not see from the product that another one needs them
+    # 1, which the compiler learns late. Triton keeps the left operand of a GEMM in shared
+    # memory if it comes into a loop, and not if it was just made; and it gives scores to all
+    # warps if it does not see from their GEMM that another one needs them
     once = 1 + (tl.program_id(0) >> 31)
     for start in range(begin, end, BLOCK_N):
         k0, k1 = latents(x0, scales, 0, FP8), latents(x1, scales, 1, FP8)

@@ -2,7 +2,7 @@
 
 One program attends for one token and one group of heads, with an online softmax over tiles of
 the selected keys. A provider that keeps a tile of keys in shared memory for all heads, or splits
-long selections between programs, can replace it behind the same function.
+long selections between programs, can replace it without a change to callers.
 """
 
 from __future__ import annotations

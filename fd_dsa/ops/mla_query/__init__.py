@@ -25,7 +25,7 @@ def prepare_mla_query(
 
     Args:
         q_latent: float32, on a device also bfloat16, [num_tokens, num_heads, kv_lora_rank]; may be
-            a view of [num_heads, num_tokens, kv_lora_rank], as a product by heads gives it.
+            a view of [num_heads, num_tokens, kv_lora_rank], as a GEMM by heads returns it.
         q_pe: of the same dtype, [num_tokens, num_heads, rope_dim]; may be the end of wider heads.
         position_ids: int64 [num_tokens]; rows of `cos_sin_cache`. None = row t belongs to token t,
             as where a step gathers them once for all layers. A device takes a position outside

@@ -1,7 +1,7 @@
 """Queries of MLA on a device: copy of the latents and RoPE in one launch.
 
 A row is one head of one token. A program takes BLOCK_ROWS rows, which are contiguous in the result
-whatever the tokens they belong to; where they lie in the inputs is a matter of strides.
+whatever the tokens they belong to; strides locate them in the inputs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Queries of the indexer on a device: RoPE, quantisation and weight fold in one launch.
 
 A row is one head of one token. A program takes BLOCK_ROWS rows, which are contiguous in memory
-whatever the tokens they belong to. Both values of a pair lie in the same thread, so that rotating
+whatever the tokens they belong to. Both values of a pair are in the same thread, so that rotating
 needs no exchange.
 """
 

@@ -88,12 +88,12 @@ class SlotSelector:
         Cost: one launch; no allocation, no wait.
         """
         tensors = position_ids, batch_id_per_token, block_tables, slots
-        for given, known in zip(tensors, self._tensors, strict=True):
-            if given is not known:
+        for tensor, known in zip(tensors, self._tensors, strict=True):
+            if tensor is not known:
                 self._take(tensors)
                 break
         rows = self._rows
-        # not held: a step's scores are large, and another's may come to lie there
+        # not held: a step's scores are large, and another step may reuse their memory
         rows.row_stride, rows.width = logits.stride()[0], logits.shape[1]
         rows.logits = self._address("logits", logits)
         rows.num_rows = logits.shape[0] if num_rows is None else num_rows
@@ -119,11 +119,11 @@ class SlotSelector:
                 )
             setattr(rows, name, self._address(name, tensor))
         rows.k, rows.table_width = slots.shape[1], tensors[2].shape[1]
-        # held, so that nothing else can come to lie at these addresses
+        # held, so that no other tensor gets these addresses
         self._tensors = tensors
 
     def _address(self, name: str, tensor: Any) -> int:
-        """Where a tensor lies on the device of the slots."""
+        """Address of a tensor on the device of the slots."""
         device = self._api.device_of(tensor)
         if device != self._device:
             raise LaunchError(

@@ -2,7 +2,7 @@
 
 One program serves one token: it finds the k-th best score bit by bit over an order-preserving
 image of the scores, then writes the winners in ascending position. Nothing depends on the order
-of threads. A provider with fewer passes over the row can replace it behind the same function.
+of threads. A provider with fewer passes over the row can replace it without a change to callers.
 """
 
 from __future__ import annotations

@@ -114,7 +114,8 @@ class GenerationRequest(StructuredFields):
     )
 
     return_topk_positions: bool | None = Field(
-        None, description="Tell which positions the indexer chose for the last token, by layer."
+        None,
+        description="Return the positions that the indexer chose for the last token, by layer.",
     )
 
     @property

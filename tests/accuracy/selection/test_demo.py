@@ -62,7 +62,7 @@ def test_texts_do_not_depend_on_their_number(model: OpenModel, text: NeedleText)
 
 def test_a_text_that_is_not_there_once_is_refused(model: OpenModel) -> None:
     ids = model.tokenizer.encode("48 by the sea, 48")
-    with pytest.raises(ConfigError, match="'48' stands 2 times in the text, not once"):
+    with pytest.raises(ConfigError, match="'48' is in the text 2 times, not once"):
         tokens_of(model.tokenizer, ids, "48")
     # tokens that the text reaches into count
     found = tokens_of(model.tokenizer, ids, "he se")

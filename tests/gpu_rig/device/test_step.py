@@ -106,7 +106,7 @@ def test_tensors_of_a_device_are_refused_by_a_builder_of_the_host(rig: Rig) -> N
     batch = make_step("decode")
     _, tensors = on_device(rig, batch)
     builder = StepMetadataBuilder(len(tensors[0]), 99, tensors[3].shape[1], 16, device="numpy")
-    with pytest.raises(BackendUnavailable, match=r"seq_lens_encoder: lies on Place\(hopper:0\)"):
+    with pytest.raises(BackendUnavailable, match=r"seq_lens_encoder: is on Place\(hopper:0\)"):
         builder.build(*tensors)
 
 
