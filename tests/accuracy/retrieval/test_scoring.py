@@ -55,7 +55,7 @@ def test_numbers_are_whole(text: str, passed: bool) -> None:
 
 
 def series(passes: dict[int, list[bool]]) -> list[ItemScore]:
-    """Scores of items that stand at every length: length -> whether each passes."""
+    """Scores of the same items at every length: length -> whether each passes."""
     return [
         ItemScore(
             f"passkey/{length}/0/{trial}",
