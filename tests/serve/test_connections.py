@@ -86,7 +86,7 @@ def test_where_all_have_requests_in_work_others_are_a_503_and_probes_are_answere
                 for _ in range(40):
                     stack.enter_context(connected(live))
                 assert httpx.get(f"{live.url}/health", timeout=TIMEOUT_S).status_code == 200
-            # running requests are not touched
+            # those in work are not touched
             assert next(last.iter_lines())
         wait_until(lambda: complete(live, max_tokens=1).status_code == 200)
 
