@@ -16,7 +16,7 @@ from fd_dsa.ops.providers import CUSTOM_OP
 
 @cache
 def library() -> Path | None:
-    """Path of the C library; None, said once, where it cannot be built."""
+    """Path of the C library, or None if it cannot be built; the reason is printed once."""
     try:
         return build_library()
     except BuildError as error:

@@ -138,7 +138,7 @@ def driver_loop(bound: BoundLaunch, values: dict[str, Any], stream: int) -> Call
         code = loop(launch, config, function, arguments, LAUNCHES_A_CALL)
         variant.driver.check(code, "launch")
 
-    # the frame owns the memory behind the pointers
+    # the frame owns the memory that the pointers refer to
     call.frame = frame  # type: ignore[attr-defined]
     return call
 

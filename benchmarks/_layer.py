@@ -282,7 +282,7 @@ class Step(Work):
         self.layer_of(overlap, project, self._writes[k_norm], self.meta)
 
     def floor_s(self, ceilings: Mapping[str, float]) -> float:
-        """Least seconds of the layer, by what it reads or by its products.
+        """Least seconds of the layer, by the bytes that it reads or by its multiplications.
 
         Args:
             ceilings: `copy_bytes_per_s` and `matrix_flops_per_s`, as measured.

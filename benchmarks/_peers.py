@@ -42,12 +42,12 @@ from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH, LATENT_RECORD_BYTES
 
 
 def vllm_cache_ops(folder: Path | None) -> Any | None:
-    """`torch.ops._C_cache_ops` of vLLM; None, said once, where the library cannot be loaded."""
+    """vLLM's `torch.ops._C_cache_ops`, or None, with one printed line, without its library."""
     return torch.ops._C_cache_ops if _vllm_is_loaded(folder) else None
 
 
 def vllm_ops(folder: Path | None) -> Any | None:
-    """`torch.ops._C` of vLLM; None, said once, where the library cannot be loaded."""
+    """vLLM's `torch.ops._C`, or None, with one printed line, without its library."""
     return torch.ops._C if _vllm_is_loaded(folder) else None
 
 
@@ -78,7 +78,7 @@ def _vllm_is_loaded(folder: Path | None) -> bool:
 
 
 def _is_loaded(path: Path) -> bool:
-    """Load a library of operators; False, said, where that fails."""
+    """Load a library of operators; if that fails, print why and return False."""
     _load_cuda_libraries()
     try:
         torch.ops.load_library(str(path))
@@ -90,7 +90,7 @@ def _is_loaded(path: Path) -> bool:
 
 @cache
 def flashinfer_topk(folder: Path | None) -> Any | None:
-    """FlashInfer's top-k as a C library; None, said once, where it is absent."""
+    """FlashInfer's top-k as a C library, or None, with one printed line, without it."""
     path = _found(folder, "fi_topk.so")
     if path is None:
         return None

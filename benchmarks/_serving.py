@@ -18,7 +18,7 @@ _FLAGS = ("--max-num-seqs", "32", "--kv-cache-memory-bytes", "4G", "--log-level"
 
 
 class Served:
-    """A server and a client that are asked by turns.
+    """A server and its client; a benchmark calls several of these alternately.
 
     Args:
         url: of the server, without a path.
@@ -30,7 +30,7 @@ class Served:
         self._url, self._pid, self._client = url, pid, client
 
     def generate(self, **case: Any) -> dict[str, Any]:
-        """Streams of random prompts; what the client tells, and the server's processor time.
+        """Streams of random prompts; what the client measures, and the server's processor time.
 
         Args:
             case: requests, prompt_tokens, new_tokens, seed.

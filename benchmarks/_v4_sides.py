@@ -1,7 +1,7 @@
 """The sides of the V4 preparation on torch tensors: what each queues for one decode step.
 
-`start` begins a row of steps. A side is told each of them by `stage`, which may run while the
-device works on the step before, and `finish` queues the rest on the current stream. Only ours has
+`start` begins a sequence of steps. Each step is passed to `stage`, which may run while the device
+works on the previous one, and `finish` queues the rest on the current stream. Only our side has
 work for `stage`; the others do everything in `finish`.
 """
 

@@ -6,8 +6,8 @@ Ceilings, the library of custom_ops/, correctness, benchmarks, profiles, memory 
 this order. Every section is a process with a time limit of its own; its output is
 DIR/<section>.log, and after each one DIR/run.json and the archive are rewritten. Started again on
 the same DIR it goes on after the sections that passed, and inside those that had no time for all of
-their shapes or tests. A failure of the small correctness tests ends the run. A copy of the tree
-without git is told its commit with --commit. `--dry-run` needs no GPU: it imports the benchmarks
+their shapes or tests. A failure of the small correctness tests ends the run. --commit names the
+commit of a copy of the tree without git. `--dry-run` needs no GPU: it imports the benchmarks
 and collects the tests, without Paddle, as on a machine that has none.
 """
 

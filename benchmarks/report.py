@@ -102,7 +102,7 @@ def regions(page: str) -> dict[str, str]:
 
 
 def filled(page: str, folder: Path = RESULTS) -> str:
-    """The page with every region made anew."""
+    """The page with every region written again."""
     return _REGION.sub(
         lambda m: f"<!-- result: {m[1]} -->\n{region(m[1], folder)}<!-- end -->\n", page
     )

@@ -4,10 +4,10 @@
     python -m benchmarks.server_overhead --baseline CHECKOUT    # and the server of another checkout
 
 A real server process on the loopback, streams, against `LLM.generate` in a process of its own:
-the same model, prompts and flags, by turns. Two arrangements of the processors:
+the same model, prompts and flags, alternately. Two arrangements of the processors:
 
-    apart     the server, or the engine, has processor 0, its client processor 1: what serving
-              costs stands in line with the model's work, and the client costs nothing
+    apart     the server, or the engine, has processor 0, its client processor 1: the work
+              of serving delays the work of the model, and the client costs nothing
     together  all have all processors, as on a machine that someone tries the package on
 
 tokens/s counts new tokens over the whole call, prompts and the reading of requests included.

@@ -4,7 +4,7 @@
 
 The sides are those of `_v4_sides.py`; what each made is compared before any is timed. Three cases a
 size. "host": what the preparation of a step keeps the host, the device not waited for. "exposed":
-the time between the work of two steps on their stream, in which nothing but preparation happens; a
+the time between the work of two steps on their stream, in which only preparation happens; a
 side that builds on the host starts when the first of them has ended. "device": the preparation
 alone, its inputs there, in a graph and eagerly. Of host and exposed time there are 200 steps, the
 sides in turn, twenty steps at a time; contexts grow and rows get new blocks as in serving.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "fd_dsa"
-# from low to high: a room imports itself and the rooms before it, never one behind it
+# from low to high: a room imports itself and the rooms before it, never one after it
 ROOMS = (
     "errors",
     "environment",

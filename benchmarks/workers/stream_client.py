@@ -1,6 +1,6 @@
 """Worker: a client of streamed completions that does as little as a client can.
 
-It counts events and the times between them, and parses nothing but the last one.
+It counts events and the times between them, and parses only the last one.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Broken(RecordingBackend):
         return selection
 
     def chosen(self, position: int, cached: int, topk: int) -> range:
-        """Positions that the token at `position` attends to; `cached` lie in earlier steps."""
+        """Positions that the token at `position` attends to; `cached` are from earlier steps."""
         raise NotImplementedError
 
 

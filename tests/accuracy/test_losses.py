@@ -184,7 +184,7 @@ def test_windows_of_the_demo_model(demo: Demo) -> None:
 
 
 def test_no_jump_at_the_selection_s_size(demo: Demo) -> None:
-    """Losses before, at and behind index_topk follow dense attention; a collapse would not."""
+    """Losses before, at and after index_topk follow dense attention; a collapse would not."""
     dense = measure(open_model(device="cpu", max_model_len=512, index_topk=512), TEXT)
     difference = np.abs(demo.losses.nats - dense.nats)
     border = demo.topk
@@ -195,7 +195,7 @@ def test_no_jump_at_the_selection_s_size(demo: Demo) -> None:
     with recording(demo.model.sequence.runner, "cpu", FewLastKeysOnly):
         spoiled = measure(demo.model, TEXT)
     jump = np.abs(spoiled.nats - demo.losses.nats)
-    # rounding alone: on some processors a product's sums hang on where its memory lies
+    # only rounding: on some processors the sums of a GEMM depend on the address of its memory
     assert jump[:border].max() < 1e-4
     assert jump[border : border + 16].max() > 1
 

@@ -1,4 +1,4 @@
-"""The sentence model is found where it is installed; what is missing is said in one line."""
+"""The sentence model is found where it is installed; one line names what is missing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Steps of bfloat16 activations over fp8_ds_mla caches, as an adapter to FastDeploy runs them.
 
-Device tensors in, counts as upper bounds, padding behind the tokens; keys come as projected and
+Device tensors in, counts as upper bounds, padding after the tokens; keys come as projected and
 are normed and rotated by the write. What a CPU makes of the same numbers says what the caches and
 queries must be, to the byte; selections and outputs are held against the loops of tests/reference.
 """
@@ -164,7 +164,7 @@ class Bfloat16Step:
     Args:
         world: its backend and caches.
         rows: `(encoder, decoder, this_time)` of each row.
-        padding: tokens of the inputs behind those of the rows.
+        padding: tokens of the inputs after those of the rows.
     """
 
     def __init__(self, world: Bfloat16World, rows: Rows, padding: int = PADDING) -> None:
@@ -185,7 +185,7 @@ class Bfloat16Step:
         self.world.backend.build_step(self.meta, tensors, hints)
 
     def given(self) -> dict[str, Any]:
-        """What the projections of the layer give: bfloat16 tensors, NaN behind the tokens.
+        """The outputs of the layer's projections: bfloat16 tensors, NaN after the tokens.
 
         Keys are columns of wider rows, as a fused projection leaves them: those are there as
         "whole kv_a" and "whole index_k".

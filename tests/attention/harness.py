@@ -243,7 +243,7 @@ class World:
         )
 
     def begin(self, rows: list[tuple[int, int, int]], padding: int = 0) -> SimpleNamespace:
-        """A forward meta whose step metadata is made, `padding` tokens behind the step's own."""
+        """A forward meta with its step metadata, and `padding` tokens after the step's own."""
         meta = self.forward_meta(rows)
         if padding:
             num_tokens = sum(new for _, _, new in rows)

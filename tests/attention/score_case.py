@@ -16,7 +16,7 @@ from tests.strategies import make_batch
 
 PADDING = 2
 DIM, BLOCK = 128, 64
-# e4m3 codes of 0, 1, 2, -1 and -2: a sum of their products is exact in every order
+# e4m3 codes of 0, 1, 2, -1 and -2: dot products are exact in any order
 _SMALL = np.array([0x00, 0x38, 0x40, 0xB8, 0xC0], np.uint8)
 
 

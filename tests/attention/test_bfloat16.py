@@ -18,7 +18,7 @@ SLOW = pytest.mark.slow
 
 @pytest.fixture
 def memory(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> KernelMemory:
-    """A kernel memory whose tensors kernels serve, also where they lie on a CPU."""
+    """A kernel memory whose tensors are treated as a GPU's, also in the interpreter."""
     if kernel_memory.name == "interpreter":
         monkeypatch.setattr(providers, "_choices", {})
         monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")

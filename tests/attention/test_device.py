@@ -204,7 +204,7 @@ def test_what_serves_is_told_once_and_remembered(
 
     monkeypatch.setattr(providers, "_choices", {})
     config = OnDevice(kernel_memory, Sizes(8), SHORT_ROWS).world.backend.config
-    # the interpreter's tensors lie on a CPU, where no kernel is said to serve
+    # the interpreter's tensors are on a CPU, for which the table lists no kernel
     monkeypatch.setattr(device, "device_kind", lambda tensor: "gpu")
     monkeypatch.setattr(providers, "_choices", {})
     if serves:

@@ -18,7 +18,7 @@ from tests.kernel_memory import KernelMemory
 pytestmark = pytest.mark.triton
 
 # a first chunk below the selection of 64, decode with drafts and an idle row between chunks of
-# prompts behind a prefix
+# prompts after a prefix
 MIXED = [(2, 0, 2), (0, 140, 1), (3, 90, 3), (0, 0, 0), (0, 70, 2), (4, 66, 4)]
 DECODE = [(0, 140, 1), (0, 0, 0), (0, 70, 2), (0, 20, 1), (0, 100, 3)]
 

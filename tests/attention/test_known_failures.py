@@ -2,7 +2,7 @@
 
 Sources: mlx-lm #1189, pypto-lib #592 (later chunks score their own chunk only), mlx-lm #1454 (only
 trailing keys), mlx-lm #1443 (collapse at index_topk), vLLM's gather for DeepSeek-V4 (a buffer that
-was never written, read behind the count), SGLang #34718 (pages that a row does not have).
+was never written, read past the count), SGLang #34718 (pages that a row does not have).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Custom operators stand beside the other sides of a benchmark, or are left out with a word."""
+"""Custom operators are measured with the other sides, or left out with a printed reason."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_pairs_are_counted_token_by_token(shape: Shape) -> None:
 
 
 def test_the_floor_is_the_longer_of_two() -> None:
-    # one token a row is bound by its bytes, a prompt by its products
+    # the floor of one token a row comes from its bytes, that of a prompt from its FLOPs
     assert DECODE.floor_us(4e12, 1.5e15) == pytest.approx(DECODE.bytes_moved / 4e6)
     assert PROMPT.floor_us(4e12, 1.5e15) == pytest.approx(PROMPT.flops / 1.5e9)
 

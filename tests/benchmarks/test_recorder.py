@@ -72,7 +72,7 @@ def test_a_run_without_time_is_gone_on_with(
     found = result(tmp_path)
     assert [case["case"] for case in found["cases"]] == ["first, timed", "second, timed"]
     assert found["complete"] and record.status() == 0 and not found["not_run"]
-    # a complete one is measured anew
+    # a complete one is measured again
     with _gpu.Recorder("it", tmp_path):
         assert result(tmp_path)["cases"] == []
 

@@ -12,7 +12,7 @@ MARKERS = ("ab", "abb", "cab", "ba")
 
 
 def split(pieces: list[str], markers: tuple[str, ...]) -> list[tuple[str, str | None]]:
-    """Texts and the markers behind them."""
+    """Texts, each with the marker after it."""
     feed = TextFeed()
     found: list[tuple[str, str | None]] = []
 

@@ -46,7 +46,7 @@ def grammar(tool_format: str, schemas: dict[str, Any] = SCHEMAS, **kwargs: Any) 
 
 
 def calls_of(name: str) -> str:
-    """The calls of a recorded answer, without what stands before them."""
+    """The calls of a recorded answer, without the text before them."""
     text = RECORDED[name].text
     return text[text.index("I look.") + len("I look.") :]
 

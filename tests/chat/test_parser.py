@@ -23,7 +23,7 @@ from fd_dsa.chat.parsers import TOOL_FORMATS
 from tests.chat.recorded import RECORDED, SCHEMAS, Recorded
 
 V31, V32, GLM = "deepseek_v31", "deepseek_v32", "glm47"
-# what answers are made of in the property test: markers, parts of them and what stands between
+# what answers are made of in the property test: markers, parts of them and other text
 _ALPHABET = sorted(
     {token for one in RECORDED.values() for token in one.tokens}
     | {"<", "｜", "{", "}", " ", "\n", "<think>", "a", '"'}
@@ -89,9 +89,9 @@ def test_cut_off_at_every_character(recorded: Recorded) -> None:
             assert call.name == full.name
             assert full.arguments.startswith(call.arguments)
         if whole.tool_calls:
-            # GLM's calls stand alone, so half a marker behind one may still be text
-            behind = whole.content.removeprefix(recorded.message.content)
-            assert "<tool_call>".startswith(behind)
+            # GLM's calls have no frame around them, so half a marker after one may still be text
+            rest = whole.content.removeprefix(recorded.message.content)
+            assert "<tool_call>".startswith(rest)
 
 
 @settings(max_examples=300, deadline=None)
@@ -182,7 +182,7 @@ _DSML_END = "</｜DSML｜invoke></｜DSML｜function_calls>"
         (GLM, "a <tool_call> b", None, None),
         (GLM, '\n<tool_call>{"name": "f"}</tool_call>', None, None),
         (GLM, "<tool_call>two words<arg_key>", None, None),
-        # a call that goes wrong behind its name
+        # a call that goes wrong after its name
         (V31, "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{no json<｜tool▁call▁end｜>", "", "{no json"),
         (V31, "<｜tool▁call▁begin｜>f<｜tool▁sep｜> <｜tool▁calls▁end｜>", "", "{}"),
         (V31, '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a"', "", '{"a"'),

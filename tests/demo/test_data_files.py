@@ -81,7 +81,7 @@ def test_known_answers_of_the_evaluation_file_pass_their_checks():
         places = [item["prompt"].find(sentence) for _, sentence in item["needles"]]
         assert min(places, default=0) >= 0
         if item.get("task"):
-            assert places == sorted(places)  # a chain stands in its order
+            assert places == sorted(places)  # the text has a chain in its order
         assert item["prompt"].endswith(item["question"])
 
 

@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Threads wait for each other longer than such small products take."""
+    """One thread: with more, the threads wait for each other longer than such small GEMMs take."""
     import torch
 
     before = torch.get_num_threads()

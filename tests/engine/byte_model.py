@@ -15,7 +15,7 @@ EOS = 1
 
 
 def all_bytes_tokenizer():
-    """Byte-level, one token for each byte behind <bos> and <eos>, and a few of several."""
+    """Byte-level: <bos>, <eos>, one token for each byte, and a few tokens of several bytes."""
     vocab = {"<bos>": 0, "<eos>": EOS}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab.update({char: 2 + i for i, char in enumerate(alphabet)})

@@ -92,7 +92,7 @@ def expected_greedy(prompt: list[int], num_tokens: int, eos: int | None = EOS) -
 
 
 class Conversation:
-    """A chat template that writes the texts of all messages one behind the other."""
+    """A chat template that joins the texts of all messages."""
 
     source = "plain"
 

@@ -1,4 +1,4 @@
-"""Shared cache blocks against a model that keeps whole token lists and counts owners anew."""
+"""Shared cache blocks against a model that keeps whole token lists and recounts owners."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_a_key_names_tokens_their_order_all_before_them_and_the_salt():
     salts = [None, "a", "b", "ab", "\0" * 32]
     last = {(tuple(tokens), salt): keys(tokens, salt)[-1] for tokens in lists for salt in salts}
     assert len(set(last.values())) == len(lists) * len(salts)
-    # the same two tokens, behind others and in front
+    # the same two tokens, after others and first
     assert keys([3, 4])[0] != keys([1, 2, 3, 4])[1]
     # blocks of another size
     assert keys([1, 2, 3, 4], block_size=4)[0] not in keys([1, 2, 3, 4])

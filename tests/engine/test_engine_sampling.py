@@ -106,7 +106,7 @@ def test_min_tokens_puts_off_every_kind_of_end():
     assert len(answer(params, prompt).token_ids) >= 11
     assert answer(params, prompt).token_ids[: len(tokens) - 1] == tokens[:-1]
     text = letters(expected_greedy(PROMPT, 12, eos=None))
-    # its first character repeats later or not: the first end behind the minimum counts
+    # its first character repeats later or not: the first end after the minimum counts
     for min_tokens in range(12):
         last = answer(greedy(stop=text[3], min_tokens=min_tokens))
         end = text.find(text[3], min_tokens)

@@ -194,9 +194,9 @@ def test_a_form_may_begin_behind_a_token():
     for seed in range(10):
         (output,) = answers(form, seed=seed, logit_bias={end: 3.0, EOS: 3.0})
         assert EOS not in output.token_ids
-        before, mark, behind = output.text.partition("!")
+        before, mark, after = output.text.partition("!")
         if mark:
-            assert re.fullmatch("[ab]{3}", behind)
+            assert re.fullmatch("[ab]{3}", after)
             assert output.finish_reason == "stop"
             num_cut += re.fullmatch("[ab]*", before) is None
     assert num_cut > 5

@@ -197,7 +197,7 @@ def test_tokens_of_one_character_are_shown_together():
     stream = OutputLogprobs()
     score = score_tokens(np.zeros((1, 3), np.float32), np.array([0]), [0])[0]
     shown = []
-    # an emoji of three tokens behind a letter, then a token without text, then a letter
+    # an emoji of three tokens after a letter, then a token without text, then a letter
     for num_chars in (1, 0, 0, 1, 0, 1):
         stream.append(0, score, num_chars)
         shown.append(len(stream.show(num_chars, False, False)))

@@ -101,7 +101,7 @@ def test_admission_asks_for_new_blocks_alone_and_one_to_spare(num_blocks, num_ru
     for name, prompt in prompts.items():
         engine.add_request(name, prompt, GREEDY)
         engine.step()
-    # `first` owns five blocks; `second` needs two of its own behind four of them
+    # `first` owns five blocks; `second` needs two of its own after four of them
     assert engine.stats().num_running == num_running
     for name, outputs in run_all(engine).items():
         assert outputs[-1].token_ids == expected_greedy(prompts[name], 6, eos=None)

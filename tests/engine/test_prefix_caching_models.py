@@ -1,7 +1,7 @@
-"""Prefix caching with real caches: the tokens of a model are those that it gives without hits.
+"""Prefix caching with real caches: a model generates the tokens that it generates without hits.
 
-A product of another number of rows may differ in its last bits, so what is computed behind a hit
-is the same within rounding, not to the bit. Outputs are compared up to the first token whose lead
+A GEMM of another number of rows may differ in its last bits, so what is computed after a hit is
+the same within rounding, not to the bit. Outputs are compared up to the first token whose lead
 is so small that rounding could decide, and most tokens must have a larger one.
 """
 
@@ -54,14 +54,14 @@ class Sure:
     num_sure: int
 
     def agrees(self, found: list[int]) -> bool:
-        """True where nothing but rounding parts the two."""
+        """Whether the two differ by rounding only."""
         return found[: self.num_sure] == self.tokens[: self.num_sure]
 
 
 def computed_whole(
     engine: LLMEngine, prompts: list[list[int]], params: SamplingParams, least_lead: float
 ) -> list[Sure]:
-    """Outputs of prompts that take no hit, one after the other."""
+    """Outputs of prompts that take no hit, computed in order."""
     watched = engine.runner = Watched(engine.runner)
     outputs = []
     for prompt in prompts:

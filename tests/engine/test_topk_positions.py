@@ -1,4 +1,4 @@
-"""What a request is told of the indexer's choice, against scores of an oracle."""
+"""The positions of the indexer's choice that a request gets, against an oracle's scores."""
 
 from __future__ import annotations
 

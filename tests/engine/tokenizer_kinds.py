@@ -93,7 +93,7 @@ def digits_from_the_right() -> Backend:
 
 
 def llama() -> Backend:
-    """SentencePiece's BPE with byte fallback: no words but what stands between added tokens."""
+    """SentencePiece's BPE with byte fallback: all text between two added tokens is one word."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
     merges = [("▁", "a"), ("▁", "w"), ("▁w", "o"), ("o", "r"), ("t", "h"), ("▁", "th")]
     pieces += ["a", "b", "c", "d", "e", "h", "o", "r", "t", "w", *(a + b for a, b in merges)]

@@ -101,7 +101,7 @@ def f8(codes: np.ndarray) -> Stored:
 
 
 def header_of(tensors: dict[str, Stored]) -> dict[str, Any]:
-    """The header of a file which holds these tensors one after the other."""
+    """The header of a file that holds these tensors in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():

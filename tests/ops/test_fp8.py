@@ -114,7 +114,7 @@ def test_every_byte_of_the_queries(name: str) -> None:
     assert prepare_indexer_query(**golden.query_arguments(), out=out) is out
     for found, array in zip(out, wanted, strict=True):
         np.testing.assert_array_equal(found, array)
-    # without buffers for them, the codes' values: what a product on a CPU takes
+    # without buffers for codes it returns their values, which a GEMM on a CPU needs
     values, weights = prepare_indexer_query(**golden.query_arguments())
     np.testing.assert_array_equal(values, decode_e4m3(wanted[0]))
     np.testing.assert_array_equal(weights, wanted[1])

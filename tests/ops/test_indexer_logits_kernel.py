@@ -198,7 +198,7 @@ def test_a_position_past_the_table_scores_lowest(kernel_memory: KernelMemory) ->
     step.position_ids[0] = step.window[0] = end + 2
     logits = kernel_memory.poisoned((2, end + 3), "float32")
     case.score(kernel_memory, logits)
-    # the entry behind the row's table is the first of the next row's
+    # the entry after the row's table is the first of the next row's
     assert np.isneginf(kernel_memory.get(logits)[0, end:]).all()
 
 

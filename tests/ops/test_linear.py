@@ -106,7 +106,7 @@ def test_a_bound_weight(way: str, rows: int, transposed: bool) -> None:
         found = linear(view, weight)
         assert found.flags.c_contiguous and found.dtype == np.float32
         np.testing.assert_allclose(found, x @ w, rtol=1e-5, atol=1e-5)
-    # a weight that is loaded anew is read at the same place
+    # a weight that is loaded again is read at the same address
     tensor.set_value(2 * tensor)
     np.testing.assert_allclose(linear(x, weight), 2 * (x @ w), rtol=1e-5, atol=1e-5)
 

@@ -64,13 +64,13 @@ def in_kernel(m: KernelMemory, given: list[Any], dtype: str = "float32") -> np.n
 
 
 def as_projected(m: KernelMemory, array: np.ndarray, dtype: str | None) -> Any:
-    """A transposed view of a tensor [heads, tokens, ...], as a product by heads gives it."""
+    """A transposed view of a tensor [heads, tokens, ...], as a GEMM for each head writes it."""
     by_head = m.put(np.ascontiguousarray(array.transpose(1, 0, 2)), dtype)
     return by_head.permute(1, 0, 2) if m.name == "torch" else by_head.transpose([1, 0, 2])
 
 
 def call(m: KernelMemory, *arguments: Any) -> Any:
-    """The kernel; in the interpreter, whose tensors lie on a CPU, without the choice before."""
+    """The kernel; in the interpreter, whose tensors are on a CPU, without choosing a provider."""
     from fd_dsa.ops.mla_query import triton_kernel
 
     if m.name != "interpreter":

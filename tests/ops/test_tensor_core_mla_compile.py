@@ -7,7 +7,7 @@ import pytest
 from tests.compiling import output_of
 
 SHARED_BYTES_OF_A_PROCESSOR = 227 << 10
-# registers that do not fit: a few that are read again outside the products cost little
+# registers that do not fit: a few that are read again outside the GEMMs cost little
 MOST_STACK_BYTES = 288
 
 SCRIPT = """
@@ -20,7 +20,7 @@ from fd_dsa.triton_runtime import Pointer
 
 TYPES = {"q_ptr": "bfloat16", "slots_ptr": "int32", "out_ptr": "bfloat16", "lse_ptr": "float32",
          "partial_ptr": "float32", "partial_lse_ptr": "float32"}
-# the upper half of a descriptor says how a product reads shared memory, the lower one where
+# the upper half of a descriptor is how a wgmma reads shared memory, the lower one where
 DESCRIPTOR = r"(?:or\\.b64|add\\.s64)\\s+%rd\\d+, (%rd\\d+), (-?\\d{19});"
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -57,7 +57,7 @@ for heads, tokens, fp8, split in ((8, 9, True, False), (16, 9, True, False), (32
         kernel, constants["FP8"] = kernels.attend_kernel, fp8
     absent = ("out_ptr", "lse_ptr") if split else ("partial_ptr", "partial_lse_ptr")
     constants |= dict.fromkeys(absent)
-    # keys copied ahead or not; rows of products: 64 keys or heads, or 16 heads
+    # keys copied ahead or not; rows of an instruction: 64 keys or heads, or 16 heads
     label = "ahead" if form.copied and form.num_stages > 1 else "now"
     label += f",{heads},{'fp8' if fp8 else 'bf16'},"
     label += f"{min(form.block_n if form.swapped else form.block_h, 64)}"
@@ -82,5 +82,5 @@ def test_every_form_compiles() -> None:
         if ",8," not in name:
             assert (products > 0) == name.endswith(",64"), name
         assert (copies > 0) == name.startswith("ahead"), name
-        # CUDA 12.8's ptxas loses an address that products read in two ways: wrong results
+        # CUDA 12.8's ptxas loses an address that wgmma read in two ways: wrong results
         assert ways <= 1, name

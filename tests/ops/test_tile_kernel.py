@@ -18,7 +18,7 @@ pytestmark = pytest.mark.triton
 POISONED = np.full(4, POISON, np.uint8).view(np.float32)[0]
 # of the sum of magnitudes: tensor cores sum FP8 products with fewer bits than float32 has
 TOLERANCE = {False: 1e-6, True: 2e-4}
-# a first chunk, a decode row, a chunk behind a prefix, rows of 2 and 3 drafts, a lone token
+# a first chunk, a decode row, a chunk after a prefix, rows of 2 and 3 drafts, a lone token
 ROWS = ((0, 5), (130, 1), (60, 6), (125, 3), (63, 2), (0, 1))
 # first and other tokens of a tile
 FORMS = [(1, 0), (2, 0), (2, 1), (2, 2), (4, 4)]
@@ -267,7 +267,7 @@ def test_a_position_past_the_table_scores_lowest(kernel_memory: KernelMemory) ->
     step.position_ids[0] = end + 2
     case = make(paged_rows(((3, 1), (5, 1)), PAGE, num_padded=0))
     scorer = Scorer(kernel_memory, replace(case, step=step), (1, 0), width=end + 3)
-    # the entry behind a row's table is the first of the next row's
+    # the entry after a row's table is the first of the next row's
     assert np.isneginf(scorer.run()[0, end:]).all()
 
 

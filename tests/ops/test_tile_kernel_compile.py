@@ -63,7 +63,7 @@ def test_forms_are_what_they_are_chosen_for() -> None:
         # products of e4m3 numbers on tensor cores, and pages copied ahead of them
         assert made["products"] and all("e4m3.e4m3" in name for name in made["products"]), form
         assert made["in_flight"] == made["stages"] - 2, form
-        # nothing but a few numbers of a tile is kept in memory, outside of the loop over its pages
+        # only a few numbers of a tile are kept in memory, outside of the loop over its pages
         assert made["stack"] <= 32, form
         threads = made["blocks"] * made["warps"] * 32
         assert threads * -(-made["registers"] // 8) * 8 <= REGISTERS, form

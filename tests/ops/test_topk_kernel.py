@@ -101,7 +101,7 @@ def test_a_position_past_the_table_has_no_slot(kernel_memory: KernelMemory) -> N
     step.position_ids[0] = 4 * step.block_tables.shape[1] + 2
     scores = np.zeros((2, int(step.position_ids[0]) + 1), np.float32)
     scores[0, -3:] = 1
-    # the entry behind the row's table is the first of the next row's
+    # the entry after the row's table is the first of the next row's
     assert run(kernel_memory, step, scores, 3)[0].tolist() == [-1, -1, -1]
 
 

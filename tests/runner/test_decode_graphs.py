@@ -1,4 +1,4 @@
-"""Which graph serves a decode step, and what is said where none can be made."""
+"""Which graph serves a decode step, and the errors where none can be made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which device a name means on this machine, and what is said where it cannot be had."""
+"""Which device a name means on this machine, and the errors if that device is missing."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 def assert_same(found: np.ndarray, wanted: np.ndarray) -> None:
-    """Equal but for the rounding of products of another size."""
+    """Equal except for the rounding of GEMMs of another size."""
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())
 

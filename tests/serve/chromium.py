@@ -132,7 +132,7 @@ class Tab:
 
 @contextmanager
 def open_tab(folder: Path, size: tuple[int, int] = (900, 800)) -> Iterator[Tab]:
-    """A tab of a new browser whose profile lies in `folder`."""
+    """A tab of a new browser whose profile is in `folder`."""
     assert CHROMIUM is not None
     to_browser, writer = os.pipe()
     reader, from_browser = os.pipe()

@@ -32,7 +32,7 @@ class Live:
 
     Attributes:
         url: without a path.
-        engine: behind it.
+        engine: that it serves.
         client: the real OpenAI client, without retries.
         http: a plain HTTP client.
         server: the uvicorn server, in a thread of this process.

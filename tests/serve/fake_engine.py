@@ -209,7 +209,7 @@ class FakeEngine:
         pieces: list[str],
         reason: FinishReason | None,
     ) -> RequestOutput:
-        """The request as it stands."""
+        """The current state of the request."""
         grew = bool(tokens) and reason not in ("abort", "error")
         return RequestOutput(
             OutputState(request_id, 0, prompt, tokens, pieces),

@@ -1,4 +1,4 @@
-"""Flags of the command line, of variables and of a file, and which of them goes first."""
+"""Flags of the command line, of variables and of a file, and which of them has precedence."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_a_refused_client_that_still_sends_reads_its_answer(live: Live) -> None:
 def test_the_rest_of_an_answered_body_has_its_time_too(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is read, so that the connection can be used again, but not for ever."""
+    """It is read, so that the connection can be used again, but only for a limited time."""
     monkeypatch.setattr(StrictH11Protocol, "head_timeout_s", 0.4)
     head = POST.replace(b"/v1/completions", b"/health") + b"Content-Length: 1000000\r\n\r\n"
 

@@ -155,7 +155,7 @@ def test_reasoning_and_tool_calls(tmp_path: Path) -> None:
         )
         assert names == [f"Tool call: {call.name}" for call in calls]
         assert last(tab, "details.call pre code") == calls[-1].arguments
-        # folded by hand, it stays folded when the page draws it anew
+        # folded by hand, it stays folded when the page draws it again
         tab.evaluate("document.querySelector('details.reasoning summary').click()")
         folded = tab.evaluate("document.querySelector('details.reasoning').open")
         # what is typed now are the results of the calls, in their order
@@ -252,7 +252,7 @@ def test_a_phone_and_the_dark(tmp_path: Path) -> None:
 
 
 def _background(tab: Tab) -> str:
-    """Colour behind the page."""
+    """The page's background colour."""
     return str(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
 
 

@@ -37,7 +37,7 @@ def test_reasoning_effort_switches_the_reasoning(v32: Live) -> None:
     assert ending() == ending(reasoning_effort="none") == "</think>"
     for effort in ("minimal", "low", "medium", "high", "xhigh", "max"):
         assert ending(reasoning_effort=effort) == "<think>"
-    # what the template is told goes first, under either name
+    # a template argument takes precedence, under either name
     for name in ("thinking", "enable_thinking"):
         assert ending(reasoning_effort="high", chat_template_kwargs={name: False}) == "</think>"
     given = {"messages": HI, "reasoning_effort": "high"}

@@ -1,4 +1,4 @@
-"""What tells how a server is: models, probes, version, /server_info, and paths that it lacks."""
+"""The state of a server: models, probes, version, /server_info, and paths that it lacks."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ V32 = RECORDED["v32 thinking, calls"]
 
 
 def engine_of(recorded: Recorded, **kwargs: Any) -> FakeEngine:
-    """An engine that says what was recorded, behind the template of its model."""
+    """An engine that generates what was recorded, with the chat template of its model."""
     renderer = RENDERERS[recorded.tool_format]
     return FakeEngine(words=recorded.tokens, renderer=renderer, max_model_len=4096, **kwargs)
 

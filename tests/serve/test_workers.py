@@ -13,7 +13,7 @@ from tests.serve.conftest import TIMEOUT_S
 
 
 class Client:
-    """The part of a request that tells whether its client is there."""
+    """The part of a request that reports whether its client is there."""
 
     def __init__(self) -> None:
         self.left = asyncio.Event()

@@ -14,7 +14,7 @@ from fd_dsa.runner.input_batch import InputBatch
 VOCAB_SIZE = 12
 EOS = 1
 NUM_CANDIDATES = 3
-# what a step leaves behind that was broken off
+# what an interrupted step leaves in the slots that it wrote
 GARBAGE = -7
 
 
@@ -121,7 +121,7 @@ def extend_hashes(hashes: list[int], token_ids: Sequence[int], salt: str | None)
     """Bring `hashes` to one entry a token: of the salt and all tokens up to it."""
     last = hashes[-1] if hashes else zlib.crc32((salt or "").encode("utf-8", "surrogatepass"))
     for token in token_ids[len(hashes) :]:
-        # two rounds of 32 bits: a collision in a run would hide nothing but itself
+        # two rounds of 32 bits: a collision in a run would hide only itself
         low = zlib.crc32(token.to_bytes(4, "little"), last & 0xFFFFFFFF)
         last = low | (zlib.crc32(low.to_bytes(4, "little"), last >> 32) & 0x3FFFFFFF) << 32
         hashes.append(last)

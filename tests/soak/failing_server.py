@@ -24,7 +24,7 @@ from tests.engine.fakes import make_engine
 
 
 class CountingEngine(AsyncEngine):
-    """Tells how many requests have come."""
+    """Counts the requests that have come."""
 
     def __init__(self, engine: LLMEngine) -> None:
         super().__init__(engine)

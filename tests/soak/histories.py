@@ -183,7 +183,7 @@ def _arrive_and_abort(run: Run, history: History, step: int) -> None:
 
 
 def _step(run: Run, history: History, fails: bool) -> None:
-    """One step, and all that must hold behind it."""
+    """One step, and all that must hold after it."""
     engine = run.engine
     keys = evictable_keys(engine)
     everyone = [*running_requests(engine).values(), *waiting_requests(engine)]
@@ -212,7 +212,7 @@ def _keep(run: Run, outputs: list[RequestOutput]) -> None:
     for output in outputs:
         name = int(output.request_id), output.index
         if name in run.last:
-            assert not run.last[name].finished, f"output {name} goes on behind its end"
+            assert not run.last[name].finished, f"output {name} goes on after its end"
         run.last[name] = output
         run.counts["outputs with an error"] += output.finish_reason == "error"
 

@@ -31,7 +31,7 @@ from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.environment import batch_invariant, prepare_cpu_runtime, quiet
 
 CACHE_DTYPES = ("float32", "bfloat16", "fp8_ds_mla")
-# of logits in float32, between products of another number of rows
+# of logits in float32, between GEMMs of different numbers of rows
 ROUNDING = 1e-2
 BLOCK_SIZE, CHUNK, SMALL_CHUNK = 64, 512, 64
 

@@ -37,7 +37,7 @@ def run(examples: int, seed: int) -> Counter[str]:
         document = httpx.get(f"{live.url}/openapi.json").json()
         for found in schemathesis.openapi.from_dict(document).get_all_operations():
             operation = found.ok()
-            # nothing but a body can be wrong in what the document tells
+            # by the document, only a body can be wrong
             modes = list(GenerationMode) if operation.body else [GenerationMode.POSITIVE]
             for mode in modes:
                 _try(live.url, operation, mode, examples, seed, counts)

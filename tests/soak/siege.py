@@ -7,7 +7,7 @@
 
 Each repeat starts a server with default flags, and lets one stream run and /health be probed. Then
 the requests of one kind are sent, the memory gets 60 seconds to come back, and the requests are
-sent again, with a SIGTERM while the first is in work. Ends with status 1 where a bound is
+sent again, with a SIGTERM while the first is running. Ends with status 1 where a bound is
 broken, unless a neighbour takes the processors.
 """
 
@@ -47,7 +47,7 @@ FIRST_WITHIN_S = 60.0
 ALONE_S = 3.0
 # after the last answer: what it left to do is part of it
 AFTERWARDS_S = 1.0
-# from the last byte to the signal, so that the request is in work
+# from the last byte to the signal, so that the request is running
 IN_WORK_S = 0.2
 # a stall of so long is no stall any more: the memory of such a server need not be waited for
 FROZEN_S = 10.0

@@ -77,7 +77,7 @@ def filled(page: str) -> str:
 
 
 def save(name: str, result: dict[str, Any]) -> None:
-    """Keep a result by its name, and write the page anew.
+    """Keep a result by its name, and write the page again.
 
     Other kinds of an earlier result by that name stay where nothing else differs.
     """
@@ -93,7 +93,7 @@ def save(name: str, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Write the page anew."""
+    """Write the page again."""
     PAGE.write_text(filled(PAGE.read_text("utf-8")), "utf-8")
 
 

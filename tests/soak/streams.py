@@ -3,9 +3,9 @@
     python -m tests.soak.streams --seconds 600
     FD_DSA_BATCH_INVARIANT=1 python -m tests.soak.streams --seconds 600
 
-An answer that is read to its end must be that of the request alone. Where products of another
-number of rows round otherwise, another token may come only where it is as likely, within rounding,
-as the best one; with FD_DSA_BATCH_INVARIANT=1 nothing may differ.
+An answer that is read to its end must be that of the request alone. Where a GEMM of another
+number of rows rounds differently, another token may come only where it is as likely, within
+rounding, as the best one; with FD_DSA_BATCH_INVARIANT=1 nothing may differ.
 """
 
 from __future__ import annotations

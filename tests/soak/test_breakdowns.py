@@ -56,7 +56,7 @@ def test_a_crash_in_the_engines_thread_ends_the_process_with_status_one() -> Non
         process.kill()
         process.communicate()
     for found in answers:
-        # one that came behind the crash is refused
+        # one that came after the crash is refused
         assert found.status_code in (200, 500, 503)
         lines = [line for line in found.text.splitlines() if line.startswith("data: {")]
         error = json.loads(lines[-1][6:] if lines else found.text)

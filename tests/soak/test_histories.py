@@ -81,7 +81,7 @@ def _hits_whole_prompts(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _shares_before_the_step(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Blocks are offered when they are given out, not when their step has finished."""
+    """Blocks are offered when they are allocated, not when their step has finished."""
 
     def take(self: Scheduler, request: Any, budget: int) -> int:
         taken: int = original(self, request, budget)

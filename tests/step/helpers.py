@@ -97,6 +97,6 @@ def counts_of(batch: StepBatch) -> dict[str, int]:
 def build_from_tensors(
     builder: StepMetadataBuilder, memory: KernelMemory, batch: StepBatch
 ) -> ForwardMeta:
-    """The step of a batch whose inputs lie on the device."""
+    """The step of a batch whose inputs are on the device."""
     tensors = [memory.put(array) for array in batch.inputs()]
     return builder.build(*tensors, batch.num_padded_tokens, **counts_of(batch))

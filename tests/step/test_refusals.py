@@ -312,7 +312,7 @@ def test_a_gpu_needs_a_paddle_that_serves_one(device: str) -> None:
 
 
 class _DeviceTensor:
-    """A tensor that says it lies in CUDA memory."""
+    """A tensor that claims to be in CUDA memory."""
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 2, 0

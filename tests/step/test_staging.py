@@ -43,7 +43,7 @@ def run_step(
 
 
 def check(seen: list[np.ndarray], steps: int) -> None:
-    """Every step was read, and nothing but its own values."""
+    """Every step was read, with its own values only."""
     assert [values.tolist() for values in seen] == [[step] * SIZE for step in range(steps)]
 
 
@@ -116,7 +116,7 @@ def test_memory_that_others_used_is_not_written_before_their_work_is_done(
     library: LateLibrary,
 ) -> None:
     found: list[int] = []
-    # queued by whoever had the memory before
+    # queued by the previous owner of the memory
     library.launch(MAIN, lambda: found.append(int(staging.slabs.values[0, 0])))
     staging = InputStaging(LateTensor, SIZE)
     staging.next_slab()[:] = 1

@@ -1,4 +1,4 @@
-"""Behind a step's own tokens the buffers hold padding, whatever steps came before it.
+"""After a step's own tokens the buffers hold padding, whatever steps came before it.
 
 A graph of the layers that was captured for more tokens reads exactly that tail; a graph that builds
 its step writes all that it reads. `Tail` holds views of all tokens and rows, as such a graph does.
@@ -38,7 +38,7 @@ class Tail:
         self._meta, self._get = builder.build(*first.inputs(), builder.limits.max_num_tokens), get
 
     def check(self, batch: StepBatch, has_windows: bool, end: int | None = None) -> None:
-        """Nothing but padding behind the tokens, up to `end`, and behind the rows of a batch."""
+        """There is only padding after the tokens, up to `end`, and after the rows of a batch."""
         found = arrays_of(self._meta, self._get)
         tokens, rows = batch.num_tokens, batch.num_rows
         for name in ("batch_id_per_token", "slot_mapping"):
@@ -144,7 +144,7 @@ def check_captured_steps(m: KernelMemory, capture: Capture, *, has_prefill: bool
     last = "prompt" if has_prefill else "decode"
     for work, name, size in ((small, "decode", 24), (large, last, 100)):
         for before in ("long", "one"):
-            # behind a step that is larger than all before the capture, and behind a smaller one
+            # after a step that is larger than all before the capture, and after a smaller one
             step(before)
             batch = load(name)
             work()

@@ -14,7 +14,7 @@ from tests.step.helpers import ARRAY_FIELDS, COUNT_FIELDS, as_numpy
 
 BLOCK_SIZE = 64
 
-# prefill, decode, second chunk behind 66 tokens, decode with a draft token, idle
+# prefill, decode, second chunk after 66 tokens, decode with a draft token, idle
 FIVE_KINDS = {
     "rows": [(5, 0, 5), (0, 130, 1), (4, 66, 4), (0, 63, 2), (0, 0, 0)],
     "block_tables": [[7, -1, -1], [3, 9, 12], [2, 5, -1], [11, 4, -1], [-1, -1, -1]],
@@ -35,7 +35,7 @@ FIVE_KINDS = {
     "max_seqlen_k": 131,
 }
 
-# decode, first chunk, idle, chunk behind one full block, decode with two draft tokens
+# decode, first chunk, idle, chunk after one full block, decode with two draft tokens
 IDLE_BETWEEN = {
     "rows": [(0, 130, 1), (5, 0, 5), (0, 0, 0), (4, 64, 4), (0, 20, 3)],
     "block_tables": [

@@ -1,4 +1,4 @@
-"""A driver that takes notes, in the place of CUDA's, and what it says of its devices."""
+"""A driver that takes notes, instead of CUDA's, and what it reports of its devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A CUDA driver that only takes notes, and tensors that are nothing but an address."""
+"""A CUDA driver that only takes notes, and tensors that are only an address."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ within a stream, in any order between them. So a test decides what is late, and 
 source when it runs, not when it was queued.
 
     library = LateLibrary()
-    library.launch(MAIN, reader)            # in the place of a kernel
+    library.launch(MAIN, reader)            # instead of a kernel
     library.run(MAIN)                       # all that does not wait for another stream
 """
 
@@ -98,7 +98,7 @@ class LateLibrary(FakeLibrary):
     def cuStreamSynchronize(self, stream: Any) -> int:
         code = self._call("cuStreamSynchronize", "sync stream", stream.value)
         while not code and self.num_queued(stream.value):
-            assert self.step(), "the device waits for ever"
+            assert self.step(), "the device waits forever"
         return code
 
     def cuStreamDestroy_v2(self, stream: Any) -> int:
@@ -151,7 +151,7 @@ class LateLibrary(FakeLibrary):
     def cuEventSynchronize(self, event: Any) -> int:
         code = self._call("cuEventSynchronize", "sync", event.value)
         while not code and not self._is_reached(event):
-            assert self.step(), "the device waits for ever"
+            assert self.step(), "the device waits forever"
         return code
 
     def cuMemHostAlloc(self, address: Any, size: Any, flags: Any) -> int:
@@ -182,7 +182,7 @@ class LateTensor(FakeTensor):
 
     Attributes:
         values: what it holds now; reading it waits for nothing.
-        log: of the driver that is told when the tensor goes.
+        log: of the driver; an entry is added when the tensor is freed.
     """
 
     log: list[tuple[Any, ...]]
@@ -195,7 +195,7 @@ class LateTensor(FakeTensor):
 
 @contextmanager
 def late_driver(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Iterator[LateLibrary]:
-    """The late device in the place of CUDA, in a process whose kernels are compiled."""
+    """The late device instead of CUDA, in a process whose kernels are compiled."""
     library = LateLibrary(seed)
     register_device_api(LateTensor, FakeApi())
     LateTensor.log = library.log

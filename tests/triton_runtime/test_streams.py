@@ -144,7 +144,7 @@ def test_by_default_steps_fork_in_a_capture_alone(
     assert stream_of_work(DEFAULT_OVERLAP_MAX_TOKENS + 1) == MAIN
     library.captured = set()
     assert stream_of_work(4) == MAIN
-    # whoever sets a number asks for forks of eager steps, too
+    # a number that the user sets applies to eager steps, too
     monkeypatch.setenv("FD_DSA_OVERLAP_MAX_TOKENS", "4")
     overlap = IndexerOverlap("gpu")
     assert stream_of_work(4) == SIDE and stream_of_work(5) == MAIN

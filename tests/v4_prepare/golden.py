@@ -118,5 +118,5 @@ def assert_hca_tokens(case: dict[str, Any], hca_indptr: np.ndarray, hca_idx: np.
 
 
 def _unpack(runs: list[list[int]]) -> list[int]:
-    """The numbers behind runs of (first, count, step)."""
+    """The numbers of runs of (first, count, step)."""
     return [first + n * step for first, count, step in runs for n in range(count)]

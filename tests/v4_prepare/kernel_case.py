@@ -247,7 +247,7 @@ def expected(
 def _with_gaps(
     cfg: V4PrepareConfig, found: dict[str, np.ndarray], q: np.ndarray, kept: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The outputs of a step of `kept` tokens, moved to where they lie in a step of `q` tokens."""
+    """The outputs of a step of `kept` tokens, moved to their places in a step of `q` tokens."""
     is_kept = np.repeat(kept > 0, q)
     places, num_kept = np.flatnonzero(is_kept), int(kept.sum())
     moved = {name: array.copy() for name, array in found.items()}

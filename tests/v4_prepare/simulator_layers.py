@@ -244,7 +244,7 @@ def _attend_chosen(
     column = np.arange(cfg.index_topk)
     local = (offset + column) % np.maximum(numbers, 1)[:, None]
     chosen = column < numbers[:, None]
-    # what stands behind the choice of a token is nobody's business
+    # what comes after the choice of a token must not matter
     local[~chosen] = rng.integers(-1, 9)
     rows = np.asarray(translate(step.table, local))
     expect(len(rows) == chosen.sum(), "missing key", "r1", "{} translated rows", len(rows))

@@ -199,7 +199,7 @@ class Scheduler:
         return found
 
     def _take_hit(self, request: Request, hits: list[int]) -> None:
-        """Start behind the hit: with pages at once, with a ring after its last block ran again."""
+        """Start after the hit: with pages at once, with a ring once its last block ran again."""
         cfg, hit = self.cfg, len(hits) * self.cfg.block_size
         if cfg.swa == "paged" and hits:
             request.blocks = [self.blocks.share(block) for block in hits]

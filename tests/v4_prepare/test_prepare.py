@@ -205,7 +205,7 @@ def test_impossible_rollbacks(place: Place) -> None:
         back = np.array(rollback, np.int32)
         with pytest.raises(V4PrepareError) as caught:
             prepare.expand(place.put(back))
-            # only the device goes on, with padding in the place of the rows' tokens
+            # only the device goes on, with padding instead of the rows' tokens
             case = StepCase(*(np.array(one, np.int32) for one in step))
             assert_same(place.outputs(prepare), expected(CFG, case, back))
             prepare.poll_error()

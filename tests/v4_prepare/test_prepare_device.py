@@ -66,7 +66,7 @@ class Device:
 
     @contextmanager
     def busy(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        """What is queued inside the block is done behind it."""
+        """Work that is queued inside the `with` block is not done before its end."""
         from fd_dsa.triton_runtime import transfers
 
         with monkeypatch.context() as patch:
@@ -128,7 +128,7 @@ def test_steps_ahead_of_a_busy_device(device: Device) -> None:
         rejected = np.zeros(cfg.max_num_seqs, np.int32)
         rejected[: len(most)] = rng.integers(0, most + 1)
         prepare.stage(*step.arrays())
-        # the sampler writes it late: behind work that is queued and not done
+        # the sampler writes it late: after work that is queued and not done
         device.sleep(int(rng.integers(0, 400_000)))
         buffers = prepare.expand(device.put_late(rejected))
         copies = {name: getattr(buffers, name).clone() for name in OUTPUT_SHAPES(cfg)}

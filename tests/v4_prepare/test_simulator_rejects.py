@@ -107,7 +107,7 @@ class RunsLastGroupAgain(Scheduler):
     def _take_hit(self, request: Request, hits: list[int]) -> None:
         super()._take_hit(request, hits)
         if hits:
-            # the state ring belongs to whoever had the slot before
+            # the state ring belongs to the previous request of the slot
             self.memory.free_slot(request.slot)
             self.memory.slot_owner[request.slot] = request.handle
             request.done -= self.cfg.csa_ratio

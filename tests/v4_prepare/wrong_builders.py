@@ -1,7 +1,7 @@
 """Builders with one mistake each, for the tests of the simulator: it must find every one.
 
 Each takes what the oracle takes, starts from the oracle's arrays and spoils one thing. Most of
-these mistakes stood in a serving engine once: ROCm/ATOM #728 had one window and one number of
+these mistakes were once in a serving engine: ROCm/ATOM #728 had one window and one number of
 entries per request, #817 repaired a ring without room for drafts, #894 a prompt that wrote more
 rows than its ring has.
 """

@@ -35,7 +35,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, rate: torch.Tensor) -> None:
-        """One update with a learning rate, which may lie on the GPU."""
+        """One update with a learning rate, which may be on the GPU."""
         for (rows, cols), params in self.groups.items():
             grads, means = [p.grad for p in params], [self.state[id(p)] for p in params]
             torch._foreach_lerp_(means, grads, 1 - self.momentum)

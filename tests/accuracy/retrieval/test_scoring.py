@@ -55,7 +55,7 @@ def test_numbers_are_whole(text: str, passed: bool) -> None:
 
 
 def series(passes: dict[int, list[bool]]) -> list[ItemScore]:
-    """Scores of items that stand at every length: length -> whether each passes."""
+    """Scores of the same items at every length: length -> whether each passes."""
     return [
         ItemScore(
             f"passkey/{length}/0/{trial}",
@@ -100,5 +100,5 @@ def test_what_few_items_cannot_show_is_said() -> None:
 
 def test_a_model_that_never_passes_shows_nothing() -> None:
     assert "says nothing" in verdict(series({64: [False] * 9, 129: [False] * 9}), 128, 16)
-    assert "nothing can be said" in verdict(series({64: [True], 100: [True]}), 128, 16)
-    assert "nothing can be said" in verdict(series({130: [True], 140: [True]}), 128, 16)
+    assert "No lengths on both sides" in verdict(series({64: [True], 100: [True]}), 128, 16)
+    assert "No lengths on both sides" in verdict(series({130: [True], 140: [True]}), 128, 16)

@@ -1,4 +1,4 @@
-"""An answer in the making: blocks of sentences, what stands above and below, changes of letters."""
+"""An answer in the making: blocks of sentences, texts above and below, changes of letters."""
 
 from __future__ import annotations
 

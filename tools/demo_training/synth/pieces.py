@@ -129,7 +129,7 @@ class Pieces:
         return template.format_map(Fields(self, given))
 
     def fields(self, rules: dict[str, Any], **given: object) -> dict[str, object]:
-        """Fields drawn one after the other, after those that are given."""
+        """Fields drawn in order, after those that are given."""
         for name, rule in rules.items():
             given[name] = self.say(rule, **given)
         return given

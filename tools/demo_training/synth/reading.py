@@ -43,7 +43,7 @@ def same_relation(p: Pieces) -> tuple[list[str], list[QA]]:
 
 
 def several_questions(p: Pieces) -> Document:
-    """Statements of one relation and up to four questions on them, one after the other."""
+    """Statements of one relation and up to four questions on them, asked in turn."""
     text, questions = same_relation(p)
     first = _ask(p, text, *questions[0])
     turns: Document = []
