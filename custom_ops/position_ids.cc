@@ -37,7 +37,7 @@ void check_tensor(const char* name, const Tensor& tensor, const Tensor& first) {
   constexpr auto kInt32 = paddle::DataType::INT32;
   PD_CHECK(tensor.dtype() == kInt32, kOp, ": ", name, ": got dtype ", tensor.dtype(),
            ", allowed is ", kInt32, "; convert it");
-  PD_CHECK(tensor.place() == first.place(), kOp, ": ", name, ": lies on ", tensor.place(),
+  PD_CHECK(tensor.place() == first.place(), kOp, ": ", name, ": is on ", tensor.place(),
            ", the first tensor on ", first.place(), "; put all of them in one place");
   PD_CHECK(tensor.numel() <= INT32_MAX, kOp, ": ", name, ": got ", tensor.numel(),
            " entries, allowed are at most ", INT32_MAX);
@@ -51,7 +51,7 @@ bool runs_on_cpu(const Tensor& tensor) {
 #else
   const bool is_device = kHasCuda && tensor.is_custom_device();
 #endif
-  PD_CHECK(is_device, kOp, ": the tensors lie on ", tensor.place(),
+  PD_CHECK(is_device, kOp, ": the tensors are on ", tensor.place(),
            ", but this build of fd_dsa_ops has kernels for ",
            kHasCuda ? "host memory and its GPU" : "host memory alone",
            "; build it beside a Paddle that has CUDA, where there is nvcc");

@@ -92,7 +92,7 @@ def build_command(tools: Any, info: dict[str, Any], reason: str) -> type:
                 print(error)
                 first = str(error).partition("\n")[0][:200]
                 sys.exit(
-                    f"{NAME}: not built; what the compiler said stands above. fd_dsa works without "
+                    f"{NAME}: not built; the compiler's output is above. fd_dsa works without "
                     f"the operators, on its Triton kernels ({type(error).__name__}: {first})"
                 )
             (package / "build.json").write_text(json.dumps(info) + "\n", "utf-8")

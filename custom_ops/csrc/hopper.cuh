@@ -96,7 +96,7 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// After the barriers of a block were initialised, before its threads are told.
+// After the barriers of a block were initialised, before its threads use them.
 __device__ __forceinline__ void barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -105,7 +105,7 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrivals of a warp that has read or written what a barrier guards: its first lane's, behind those
+// Arrivals of a warp that has read or written what a barrier guards: its first lane's, after those
 // of the others. For racecheck, which does not follow the order from one lane to another, each lane
 // arrives by itself: nvcc -DFD_DSA_EVERY_LANE_ARRIVES.
 #if defined(FD_DSA_EVERY_LANE_ARRIVES)
@@ -195,7 +195,7 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // 16 bytes that are read once by this block, zeros instead where `read` is false. Not as constant
-// (ld.global.nc): such loads the compiler moves behind the next wait, when they are late.
+// (ld.global.nc): the compiler moves such loads past the next wait, when they are late.
 __device__ __forceinline__ uint4 load_16(const char* from, bool read) {
   uint4 x;
   asm volatile(
@@ -366,7 +366,7 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t row, uint32_t chunk) {
 }
 
 // An operand: rows of 128 bytes, 8 rows after 8 rows from a multiple of 1024 on. To step on costs
-// one addition, so that products of 32 cycles follow each other closely. An address has the rank
+// one addition, so that GEMMs of 32 cycles follow each other closely. An address has the rank
 // of its block in the cluster above its lowest 18 bits.
 struct Operand {
   uint32_t low;
@@ -378,12 +378,12 @@ struct Operand {
   }
 };
 
-// Rows are those of the product, columns are summed over; 16 of these are 32 bytes.
+// Rows are those of the result, columns are summed over; 16 of these are 32 bytes.
 __device__ __forceinline__ Operand k_major(uint32_t address) {
   return {(address & 0x3ffff) >> 4 | 1u << 16};
 }
 
-// Rows are what is summed over, columns those of the product: 64 of them lie side by side, the next
+// Rows are what is summed over, columns those of the result: 64 of them are side by side, the next
 // ones `next_columns` bytes on. 16 rows are 2048 bytes.
 __device__ __forceinline__ Operand row_major(uint32_t address, uint32_t next_columns) {
   return {(address & 0x3ffff) >> 4 | next_columns >> 4 << 16};
@@ -415,7 +415,7 @@ __device__ __forceinline__ void pin(float (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
 }
 
-// Text and operands of the products below: `d` has 8, 16, 32 or 128 registers of a thread.
+// Text and operands of the GEMMs below: `d` has 8, 16, 32 or 128 registers of a thread.
 #define FD_DSA_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define FD_DSA_16 FD_DSA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define FD_DSA_32 FD_DSA_16 \

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kPositionThreads)
   const int64_t token = first + threadIdx.x;
   int32_t before = 0;
   for (int32_t tile = 0; tile < num_rows; tile += kPositionTile) {
-    // all tokens of this block lie in the rows so far
+    // all tokens of this block are in the rows so far
     if (before >= first + kPositionThreads) return;
     int32_t lengths[kPositionRows], cached[kPositionRows], total = 0;
 #pragma unroll

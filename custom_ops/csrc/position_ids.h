@@ -4,7 +4,7 @@
 #include "lengths.h"
 
 // position_ids[t] = seq_lens_decoder[b] + j for the j-th token of row b, where t counts the tokens
-// of all rows in order; what lies behind the last token is left alone.
+// of all rows in order; what is after the last token is left alone.
 //
 // seq_lens_decoder, seq_lens_this_time: int32 [num_rows]; negative lengths count as 0.
 // position_ids: int32 [num_tokens]; tokens past its end are dropped.

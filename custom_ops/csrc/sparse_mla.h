@@ -29,10 +29,10 @@ extern "C" struct FdDsaSparseMla {
   // 1: the cache holds records
   int32_t is_fp8;
   // Records that were dequantized before, 16-byte aligned, or null: 16-bit [dequantized_slots, 576],
-  // float16 latents and bfloat16. The kernel for blocks of 64 heads reads them in the place of the
+  // float16 latents and bfloat16. The kernel for blocks of 64 heads reads them instead of the
   // records, and gives the same bits.
   const void* dequantized;
-  // int32 [num_slots / block_size]: where the slots of a block lie in `dequantized`, in blocks
+  // int32 [num_slots / block_size]: where the slots of a block are in `dequantized`, in blocks
   const int32_t* dequantized_blocks;
   // int32 [num_rows]: 1 = the blocks of this row were dequantized
   const int32_t* is_dequantized;

@@ -2,7 +2,7 @@
 // tiles, the warps that copy them, and the sum over a cluster.
 //
 // Keys are the rows of both products, so that no row is padding: scores^T = K Q^T and
-// out^T = V^T P^T. Records lie in shared memory as they are; e4m3 codes become float16, which holds
+// out^T = V^T P^T. Records are in shared memory as stored; e4m3 codes become float16, which holds
 // them exactly, on their way into registers, once as rows and once as columns. Scales never touch
 // latents: they multiply the scores over 128 latents, and the weights of 128 latents. Blocks that
 // share a token are a cluster; they add up what they have through each other's shared memory, in a
@@ -27,7 +27,7 @@ constexpr int kSumStride = kTile + 4, kWeightStride = kTile + 16, kPartStride = 
 // Numbers of named barriers: of each warpgroup that computes, and of both.
 enum { kOfFirst = 1, kOfSecond, kOfBoth, kOfBothNext };
 
-// What is copied in the place of a slot that is none.
+// What is copied for a slot of -1.
 __device__ const uint4 kNothing[kRecord / 16] = {};
 
 #if defined(FD_DSA_HOPPER)
@@ -170,8 +170,8 @@ __device__ __forceinline__ float sum_of_warp(float x) {
   return x;
 }
 
-// Behind what both warpgroups stored, before either reads what the other did. One barrier orders
-// them; racecheck does not see that for some first reads behind one, and does behind two.
+// After what both warpgroups stored, before either reads what the other did. One barrier orders
+// them; racecheck does not see that for some first reads after one, and does after two.
 __device__ __forceinline__ void exchange_barrier() {
   named_barrier_apart(kOfBoth, 256);
   named_barrier_apart(kOfBothNext, 256);

@@ -11,7 +11,7 @@
 
 namespace fd_dsa::narrow::warpgroups {
 
-// Where things lie in shared memory, in bytes.
+// Where things are in shared memory, in bytes.
 template <int kColumns>
 struct Layout {
   static constexpr int kHeads = kColumns, kGroups = 2, kParts = 1;
@@ -142,14 +142,14 @@ __device__ __forceinline__ void put_queries(const QueryRows<kHeads>& rows, float
 
 // ---- scores of a tile
 
-// Rows of products, two steps of 16 columns at a time: all but one of these may be at work. What
+// Rows of GEMMs, two steps of 16 columns at a time: all but one of these may be at work. What
 // does not fit into registers beside the sums would make products wait for each other.
 template <int kHeads>
 struct Rows {
   static constexpr int kDepth = kHeads > 16 ? 2 : 3;
   uint32_t step[kDepth][2][4];
 
-  // Those of batch `i`, once the products that read them are done.
+  // Those of batch `i`, once the GEMMs that read them are done.
   __device__ __forceinline__ uint32_t (&next(int i))[2][4] {
     if (i >= kDepth) wgmma_wait<kDepth - 1>();
     return step[i % kDepth];

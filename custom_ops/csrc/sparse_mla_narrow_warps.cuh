@@ -9,7 +9,7 @@ namespace fd_dsa::narrow::warps {
 // heads of a token, and those whose softmax a warp does
 constexpr int kHeads = 8, kMine = kHeads / 4;
 
-// Where things lie in shared memory, in bytes. One warpgroup that computes, and two blocks on a
+// Where things are in shared memory, in bytes. One warpgroup that computes, and two blocks on a
 // multiprocessor; or two that take turns, each with every other tile.
 template <int kWarpgroups>
 struct Layout {
@@ -34,7 +34,7 @@ struct Layout {
   static constexpr int kPartBytes = kStages / kGroups * kTileBytes;
   static_assert(kHeads * kPartStride * 4 <= kPartBytes);
 
-  // a stage is always the same warpgroup's, and one barrier tells of its tiles
+  // a stage is always the same warpgroup's, and one barrier counts its tiles
   static constexpr int kFulls = 1;
   static __device__ __forceinline__ uint32_t full(uint32_t base, uint32_t stage, int = 0) {
     return base + kBarriers + stage * 16;

@@ -42,7 +42,7 @@ __device__ __forceinline__ void copy_tiles(const FdDsaSparseMla& job, const Plac
       kSource == Source::kRecords ||
       (kSource == Source::kDequantized && !is_dequantized(job, place.token));
   if (warp == 0 && lane == 0) {
-    // behind `count_tiles` the others know of it
+    // after `count_tiles` the others know of it
     for (int buffer = 0; buffer < 2; ++buffer) {
       for (int half = 0; half < 2; ++half) {
         barrier_init(there(base, buffer, half), arrivals(from_records, half));

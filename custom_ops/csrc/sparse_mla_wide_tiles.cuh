@@ -18,7 +18,7 @@ constexpr uint32_t kBlock = 64 * 128, kOperand = 9 * kBlock, kRopeBlock = 8 * kB
 // Floats from a head's partial result to the next one's: neighbours in other banks.
 constexpr int kPartStride = kRank + 8;
 
-// Where things lie in shared memory, in bytes.
+// Where things are in shared memory, in bytes.
 constexpr uint32_t kQuery = 0, kTiles = kOperand, kFactors = 3 * kOperand;
 constexpr uint32_t kTops = kFactors + 4 * kHeads;          // of either warpgroup
 constexpr uint32_t kTotals = kTops + 2 * 4 * kHeads;       // of either warpgroup
@@ -30,7 +30,7 @@ constexpr uint32_t kBarriers = kPlace + 4 * 4;
 constexpr uint32_t kBytes = kBarriers + 8 * 8;
 static_assert(kBytes <= 232448 && kHeads * kPartStride * 4 <= 2 * kOperand);
 
-// Tile t lies in buffer t % 2. Each half of its latents has a barrier for "there" and one for
+// Tile t is in buffer t % 2. Each half of its latents has a barrier for "there" and one for
 // "free": half g is summed up, and freed, by warpgroup g.
 __device__ __forceinline__ uint32_t tile_at(uint32_t base, int buffer) {
   return base + kTiles + buffer * kOperand;
@@ -42,7 +42,7 @@ __device__ __forceinline__ uint32_t is_free(uint32_t base, int buffer, int half)
   return there(base, buffer, half) + 32;
 }
 // What is roped comes with half 1, which is brought after half 0: both are free then. Once a tile
-// is scored, its weights lie in the roped block, where both warpgroups read them.
+// is scored, its weights are in the roped block, where both warpgroups read them.
 
 // Numbers of named barriers.
 enum {
@@ -101,9 +101,9 @@ struct Copier {
     return static_cast<uint32_t>(entry) < static_cast<uint32_t>(job.num_slots) ? entry : -1;
   }
 
-  // The end of this thread's share of the entries without those behind the last slot.
+  // The end of this thread's share of the entries without those after the last slot.
   __device__ __forceinline__ int last_entry() const {
-    // asked for together: one after the other they would take longer than several tiles
+    // asked for together: in turn they would take longer than several tiles
     constexpr int kTogether = 8;
     int last = 0;
     for (int first = warp * 32 + lane; first < entries.count; first += 128 * kTogether) {
@@ -141,7 +141,7 @@ struct Copier {
     barrier_wait(is_free(base, tile & 1, half), (tile >> 1 & 1) ^ 1);
   }
 
-  // Copies the roped values of this warp's rows, each `bytes` long, `first` bytes behind its start.
+  // Copies the roped values of this warp's rows, each `bytes` long, `first` bytes after its start.
   __device__ __forceinline__ void copy_rope(const void* rows, int slot, uint32_t tile, int bytes,
                                             int first) const {
     const int part = unknown(lane) / 8, chunk = unknown(lane) % 8;
@@ -155,7 +155,7 @@ struct Copier {
     }
   }
 
-  // Tells which rows of the tile are keys.
+  // Marks which rows of the tile are keys.
   __device__ __forceinline__ void store_seen(int slot, int buffer) const {
     const uint32_t seen = __ballot_sync(~0u, slot >= 0);
     const uint16_t rows = seen | seen >> 8;

@@ -179,7 +179,7 @@ __device__ __forceinline__ uint32_t choose_bound(const Row& row, int32_t k, Shar
   constexpr uint32_t kMost = kThreads * kLoads;
   const uint32_t all = static_cast<uint32_t>(row.num_chunks);
   const uint32_t step = all > kMost ? all / kMost : 1, rest = all > kMost ? all % kMost : 0;
-  // neighbouring lanes far apart in the row; where samples are all there is, they lie side by side
+  // neighbouring lanes far apart in the row; where samples are all there is, they are side by side
   const uint32_t spread = (__brev(lane_id()) >> 27) * (kThreads / kWarp) + warp_id();
   const uint32_t first = step > 1 ? spread : threadIdx.x;
   float4 four[kLoads];
@@ -308,11 +308,11 @@ __device__ __forceinline__ void keep_above(const Row& row, int32_t begin, int32_
   }
 }
 
-// The same for the scores before the first chunk and behind the last, by one warp.
+// The same for the scores before the first chunk and after the last, by one warp.
 __device__ __forceinline__ void keep_edges(const Row& row, float bound, Shared& shared,
                                            int32_t* kept, uint32_t capacity) {
-  const int32_t behind = row.first_of(row.num_chunks) + lane_id() - row.lead;
-  const int32_t position = lane_id() < row.lead ? lane_id() : behind;
+  const int32_t after = row.first_of(row.num_chunks) + lane_id() - row.lead;
+  const int32_t position = lane_id() < row.lead ? lane_id() : after;
   uint32_t mask = 0;
   if (position < row.length) mark_above<0>(__ldg(row.scores + position), bound, mask);
   const uint32_t at = reserve(&shared.num_kept, mask);

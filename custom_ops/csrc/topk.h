@@ -65,7 +65,7 @@ FD_DSA_BOTH int32_t window_at(const Rows& rows, int32_t batch_id, int32_t last) 
   return window > rows.k ? bounded(window, rows.width) : window;
 }
 
-// What stands in the output for a position.
+// What the output holds for a position.
 FD_DSA_BOTH int32_t entry_of(const Rows& rows, int64_t token, int32_t position) {
   if (rows.lengths != nullptr) return position;
   const int32_t column = position / rows.block_size;

@@ -24,7 +24,7 @@ struct Sizes {
   int32_t num_bits;    // positions that are put in order at once; a multiple of 128
   int32_t num_chosen;  // k, or 0 where k candidates never fit
 
-  // Bytes of shared memory behind a block's own.
+  // Bytes of shared memory after a block's own.
   int32_t list_bytes() const {
     const int32_t order = num_bits / 8 + num_bits / 16 + (num_chosen + 3) / 4 * 16;
     return (cluster > 1 ? 12 : 8) * capacity + order;
@@ -91,7 +91,7 @@ constexpr int kSmall = 64;
 // a few warps sum up bins with fewer instructions than all would take
 constexpr int kScanWarps = 8;
 
-// Shared memory of a block. Lists of other sizes lie behind it, see `Lists`.
+// Shared memory of a block. Lists of other sizes are after it, see `Lists`.
 struct alignas(16) Shared {
   uint32_t bins[kBins];
   uint32_t sample_bins[kSampleBins], sample_low[kSampleBins];
@@ -149,7 +149,7 @@ __device__ __forceinline__ void block_range(Shared& shared, uint32_t& low, uint3
   high = __reduce_max_sync(kAllLanes, valid ? shared.warp_high[lane_id()] : 0u);
 }
 
-// Finds the bin of the `need`-th entry from the top, and empties the bins. Starts behind a barrier
+// Finds the bin of the `need`-th entry from the top, and empties the bins. Starts after a barrier
 // and ends with one; there are that many entries.
 template <int kThreads>
 __device__ __forceinline__ void find_bin(Shared& shared, uint32_t need) {
@@ -207,7 +207,7 @@ __device__ __forceinline__ float score_of(uint32_t image) {
 }
 
 // The row that a block works on. Chunks are 16 bytes at 16-byte addresses, all of them of the row;
-// up to three scores lie before the first one, and behind the last.
+// up to three scores are before the first one, and after the last.
 struct Row {
   const float* scores;
   int64_t token;
@@ -289,7 +289,7 @@ __device__ __forceinline__ uint64_t rank_few(Shared& shared, Each each, uint32_t
   return shared.threshold;
 }
 
-// The k-th best of the candidates that all threads hold, or what lies between it and the next one:
+// The k-th best of the candidates that all threads hold, or what is between it and the next one:
 // the chosen ones are those whose key is not less.
 //
 // `each(visit)` calls visit(image, position) for the thread's own candidates, of which all threads

@@ -130,7 +130,7 @@ def compile_library(source: Path, *folders: Path, define: str = "") -> Path:
 
 
 def emulated_library(name: str, define: str = "") -> Path:
-    """The kernels of one source, compiled as C++: their threads run one after the other."""
+    """The kernels of one source, compiled as C++: their threads run in turn."""
     source = EMULATED / f"{name}_emulated.cc"
     if not source.exists():
         source = SOURCES / "csrc" / f"{name}.cu"

@@ -73,7 +73,7 @@ def test_a_source_that_does_not_compile_is_named(tmp_path: Path) -> None:
     said = done.stdout + done.stderr
     assert done.returncode != 0
     assert "position_ids.cc:1:1: error:" in said
-    assert "fd_dsa_ops: not built; what the compiler said stands above" in said
+    assert "fd_dsa_ops: not built; the compiler's output is above" in said
     assert not (tmp_path / "made" / "fd_dsa_ops" / "build.json").exists()
 
 
@@ -239,7 +239,7 @@ def test_products_are_not_serialised_and_nothing_is_spilled(
     command += ["-gencode=arch=compute_90a,code=sm_90a", "-o", str(tmp_path / "kernel.o")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # ptxas says so where a product has to wait for the one before it
+    # ptxas says so where a GEMM has to wait for the one before it
     assert "serialized" not in done.stderr and "setmaxnreg" not in done.stderr, done.stderr
     spilled = [
         int(line.split("bytes spill stores")[0].split(",")[-1])

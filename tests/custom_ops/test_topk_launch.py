@@ -38,7 +38,7 @@ KERNELS = "topk"
 
 @pytest.fixture(autouse=True)
 def selector(kernel_memory: KernelMemory, monkeypatch: pytest.MonkeyPatch) -> SlotSelector:
-    """What stands in the place of Triton's function."""
+    """What replaces Triton's function."""
     found = SlotSelector(custom_ops.build().kernels)
     monkeypatch.setattr("fd_dsa.ops.topk.triton_kernel.select_slots", found)
     return found

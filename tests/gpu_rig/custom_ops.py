@@ -25,7 +25,7 @@ ARCHS = ("90",)
 
 
 def _kernels(form: str, folder: Path) -> list[str]:
-    """What is linked for the kernels; a library of theirs lies in the package's folder."""
+    """What is linked for the kernels; their library is in the package's folder."""
     if form == "fake":
         folders = (f"-I{EMULATED}", f"-I{SOURCES / 'csrc'}")
         return [

@@ -20,7 +20,7 @@
 
 #define __device__
 #define __global__
-// blocks run one after the other
+// blocks run in turn
 #define __shared__ static
 #define __host__
 #define __forceinline__ inline

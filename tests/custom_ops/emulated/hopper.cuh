@@ -1,4 +1,4 @@
-// Stands in for custom_ops/csrc/hopper.cuh, whose guard it takes.
+// Replaces custom_ops/csrc/hopper.cuh, whose guard it takes.
 #ifndef FD_DSA_HOPPER_CUH
 #define FD_DSA_HOPPER_CUH
 
@@ -349,7 +349,7 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
   const unsigned g = emulated::lane() / 4, t = emulated::lane() % 4;
   for (unsigned i = 0; i < 4; ++i) {
     double sum = d[i];
-    // 16 values of a row lie in 4 lanes, 2 and 2
+    // 16 values of a row are in 4 lanes, 2 and 2
     for (unsigned k = 0; k < 16; ++k) {
       const unsigned from = k % 8 / 2, shift = k / 8 * 32 + k % 2 * 16;
       const Operands& left = all[4 * g + from];
@@ -446,7 +446,7 @@ void wgmma_rows(float (&d)[kColumns / 2], const uint32_t (&a)[4], uint64_t b, bo
   });
 }
 
-// What a thread has of the products of its warpgroup: rows g and g + 8 of its warp's 16, and of each
+// What a thread has of the GEMMs of its warpgroup: rows g and g + 8 of its warp's 16, and of each
 // 8 columns two. `column_at(k, column)` says where b has a value.
 template <bool kBfloat16, int kCount, typename Column>
 void wgmma_shared(float (&d)[kCount], uint64_t a, bool add, Column column_at) {

@@ -1,4 +1,4 @@
-// Stands in for custom_ops/csrc/topk_ptx.cuh, whose guard it takes.
+// Replaces custom_ops/csrc/topk_ptx.cuh, whose guard it takes.
 #ifndef FD_DSA_TOPK_PTX_CUH
 #define FD_DSA_TOPK_PTX_CUH
 

@@ -48,7 +48,7 @@ def test_position_ids(rig: Rig, ops: ModuleType, name: str) -> None:
 def test_tensors_of_two_places_are_refused(rig: Rig, ops: ModuleType) -> None:
     lengths = [paddle.to_tensor(one, place=rig.place) for one in lengths_of([(0, 3, 1), (2, 1, 2)])]
     positions = paddle.full([3], -91, dtype="int32")
-    with pytest.raises(OSError, match=r"position_ids: lies on Place\(cpu\), the first tensor on "):
+    with pytest.raises(OSError, match=r"position_ids: is on Place\(cpu\), the first tensor on "):
         ops.get_position_ids_and_mask_encoder_batch(*lengths, positions.cpu())
 
 
