@@ -29,7 +29,7 @@ def medians(tree: Path, module: str, out: Path, quick: bool) -> dict[str, float]
     """Microseconds of every own side of every case of one benchmark, run in a checkout."""
     command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out)]
     command += ["--quick"] if quick else []
-    variables = os.environ | {"PYTHONPATH": str(tree), "FD_DSA_COMMIT": "0" * 40}
+    variables = os.environ | {"PYTHONPATH": str(tree)}
     out.mkdir(parents=True, exist_ok=True)
     with (out / f"{module}.log").open("w") as log:
         subprocess.run(command, cwd=tree, env=variables, stdout=log, stderr=log, check=False)
@@ -59,9 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one or two shapes a benchmark")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "compare_trees")
+    parser.add_argument("--commits", nargs=2, metavar="HASH", help="of both, older first")
     args = parser.parse_args(argv)
     trees = {"before": args.baseline.resolve(), "after": ROOT}
-    result: dict[str, Any] = {"name": "compare_trees", "env": environment(), "modules": {}}
+    commits = dict(zip(trees, args.commits or (), strict=bool(args.commits)))
+    # a copy of this tree may have no git
+    os.environ |= {"FD_DSA_COMMIT": commits["after"]} if commits else {}
+    result: dict[str, Any] = {"name": "compare_trees", "env": environment(), "commits": commits}
+    result |= {"quick": args.quick, "rounds": args.rounds, "modules": {}}
     for module in args.only:
         best: dict[str, dict[str, float]] = {side: {} for side in trees}
         for number in range(args.rounds):
