@@ -57,38 +57,47 @@ class StepViews:
     """
 
     def __init__(self, buffers: Any, view: View) -> None:
-        # a partial of a function, not of a method: the cache then keeps no builder alive
-        size = CACHED_VIEWS * len(ForwardMeta.__slots__)
-        self._first = lru_cache(maxsize=size)(partial(_first, buffers, view))
+        # partials of functions, not of methods: the caches then keep no builder alive
+        cached = lru_cache(maxsize=CACHED_VIEWS)
+        self._inputs = cached(partial(_first, buffers, view, StepInputs._fields))
+        self._of_rows = cached(partial(_of_rows, buffers, view))
+        self._of_tokens = cached(partial(_of_tokens, buffers, view))
 
     def inputs(self, num_rows: int) -> list[Array]:
         """The buffers of the inputs, cut to the rows of a step."""
-        return [self._first(name, num_rows) for name in StepInputs._fields]
+        return list(self._inputs(num_rows).values())
 
     def forward_meta(self, inputs: Sequence[Array], counts: StepCounts) -> ForwardMeta:
         """The metadata of a step whose inputs, of exactly its rows, are these four arrays."""
-        first, rows, tokens = self._first, int(inputs[2].shape[0]), counts.num_padded_tokens
-        has_prefill = counts.num_prefill_tokens > 0
+        rows, has_prefill = int(inputs[2].shape[0]), counts.num_prefill_tokens > 0
         return ForwardMeta(
             seq_lens_encoder=inputs[0],
             seq_lens_decoder=inputs[1],
             seq_lens_this_time=inputs[2],
-            cu_seqlens_q=first("cu_seqlens_q", rows + 1),
             block_tables=inputs[3],
-            batch_id_per_token=first("batch_id_per_token", tokens),
-            position_ids=first("position_ids", tokens),
-            position_ids_int32=first("position_ids_int32", tokens),
-            slot_mapping=first("slot_mapping", tokens),
-            cache_seqlens=first("cache_seqlens", rows),
-            indexer_attn_mask_offsets=first(WINDOWS[0], 2 * tokens) if has_prefill else None,
-            cu_seqlens_kg=first(WINDOWS[1], rows + 1) if has_prefill else None,
+            **self._of_rows(rows, has_prefill),
+            **self._of_tokens(counts.num_padded_tokens, has_prefill),
             num_prefill_tokens=counts.num_prefill_tokens,
             num_decode_tokens=counts.num_tokens - counts.num_prefill_tokens,
             max_seqlen_k=counts.max_seqlen_k,
         )
 
 
-def _first(buffers: Any, view: View, name: str, size: int) -> Array | None:
-    """The start of a buffer; None of one that there is not."""
-    buffer = getattr(buffers, name)
-    return None if buffer is None else view(buffer[:size])
+def _first(buffers: Any, view: View, names: Sequence[str], size: int) -> dict[str, Any]:
+    """The start of some buffers; None of one that there is not."""
+    whole = {name: getattr(buffers, name) for name in names}
+    return {n: None if buffer is None else view(buffer[:size]) for n, buffer in whole.items()}
+
+
+def _of_rows(buffers: Any, view: View, num_rows: int, has_prefill: bool) -> dict[str, Any]:
+    """Fields of a step with a value for each row."""
+    cut = partial(_first, buffers, view)
+    windows = cut((WINDOWS[1],), num_rows + 1) if has_prefill else {WINDOWS[1]: None}
+    return cut(("cache_seqlens",), num_rows) | cut(("cu_seqlens_q",), num_rows + 1) | windows
+
+
+def _of_tokens(buffers: Any, view: View, num_tokens: int, has_prefill: bool) -> dict[str, Any]:
+    """Fields of a step with a value for each token."""
+    cut = partial(_first, buffers, view)
+    windows = cut((WINDOWS[0],), 2 * num_tokens) if has_prefill else {WINDOWS[0]: None}
+    return cut(OUTPUTS[:4], num_tokens) | windows

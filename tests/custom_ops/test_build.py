@@ -23,6 +23,8 @@ from tests.custom_ops.building import (
     run_setup,
 )
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import sys
 from fd_dsa import custom_ops
@@ -223,7 +225,6 @@ def test_the_c_library_needs_no_paddle_and_is_found_again(
         custom_ops.use_library(None)
 
 
-@pytest.mark.slow
 def test_all_kernels_compile_for_all_gpus_that_the_compiler_knows() -> None:
     toolkit()
     assert build_library.build_library().is_file()

@@ -88,6 +88,7 @@ for positions in ({}, {"position_ids_ptr": None}):
 
 
 @pytest.mark.triton
+@pytest.mark.slow
 def test_every_form_compiles() -> None:
     compiled = [line.split() for line in output_of(SCRIPT).splitlines()]
     assert [name for name, _ in compiled] == [

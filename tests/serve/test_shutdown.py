@@ -159,6 +159,7 @@ def test_second_signal_ends_at_once(second: signal.Signals) -> None:
         assert request.error is not None
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_stalls_holds_up_nothing_else() -> None:
     """As many requests hang in it as there are threads for it, and more."""
     with server("0", "0.5") as live:

@@ -13,7 +13,7 @@ from fd_dsa.triton_runtime import INTERPRETING
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILED = ("launch", "bound", "tuning", "warm_up")
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.slow]
 
 
 def compiling_environment(cache: Path) -> dict[str, str]:

@@ -21,6 +21,8 @@ from tests.v4_prepare.simulator import REAL, Sizes, simulate
 from tests.v4_prepare.simulator_prepare import PreparedSteps
 from tests.v4_prepare.simulator_requests import LongContexts
 
+pytestmark = pytest.mark.slow
+
 # a smaller seed is no simpler history
 ONCE = (Phase.explicit, Phase.reuse, Phase.generate)
 SEEDS = st.integers(0, 2**32 - 1)
