@@ -5,9 +5,9 @@
 
 A mutant changes one operator, constant, condition, return value or call. Mutants are drawn with a
 fixed seed from lines that are in this tree and in the baseline alike, so that both suites can be
-asked about the same fault. The tests that run a line are recorded once: a copy of the tree whose
-lines report the test that reaches them, in child processes too. Each mutant then meets the quick
-tests that reach it, then the slow ones; only what both miss is put to the baseline's tests.
+asked about the same fault. A suite runs once in a copy of the tree whose drawn lines report the
+test that reaches them, in child processes too. Each mutant then meets the nearest --most test
+files that reach it: the quick ones, then the slow ones, and what both miss the baseline's.
 
 Writes the verdicts as they come to --out; a run that was stopped goes on from there.
 """
@@ -210,51 +210,55 @@ def run_tests(tree: Path, tests: list[str], *options: str, limit: int) -> int:
         return 1
 
 
-def function_start(lines: list[str], number: int) -> tuple[int, str]:
-    """Where the body of the function around a line begins, from 0, and its indentation."""
+def statement_around(lines: list[str], number: int) -> tuple[int, str] | None:
+    """First line, from 0, and indentation of the innermost statement on a line.
+
+    An `elif` counts as its `if`. None in a kernel, which Triton reads as text.
+    """
     tree = ast.parse("\n".join(lines))
-    around = [
-        f
-        for f in ast.walk(tree)
-        if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef)
-        and f.lineno <= number + 1 <= (f.end_lineno or 0)
-        and not any("jit" in ast.unparse(d) for d in f.decorator_list)
-    ]
-    if not around:
-        return -1, ""
-    body = max(around, key=lambda f: f.lineno).body
-    first = body[1] if len(body) > 1 and ast.get_docstring(ast.Module(body, [])) else body[0]
-    return first.lineno - 1, " " * first.col_offset
+    around = []
+    for node in ast.walk(tree):
+        first, last = getattr(node, "lineno", 0), getattr(node, "end_lineno", 0) or 0
+        if not isinstance(node, ast.stmt) or not first <= number + 1 <= last:
+            continue
+        if any("jit" in ast.unparse(d) for d in getattr(node, "decorator_list", ())):
+            return None
+        if not lines[first - 1].lstrip().startswith("elif"):
+            around.append(node)
+    inside = max(around, key=lambda node: (node.lineno, node.col_offset))
+    return inside.lineno - 1, " " * inside.col_offset
 
 
-def record(tree: Path, mutants: list[Mutant], work: Path) -> list[list[str]]:
-    """The test files that enter each mutant's function, by one run of the whole suite."""
+def record(tree: Path, mutants: list[Mutant], work: Path, *options: str) -> list[list[str]]:
+    """The test files that run each mutant's line, by one run of a suite."""
     recorded = copy_of(tree, work)
     (recorded / "fd_dsa" / "_hits.py").write_text(REPORTER)
     inserted: dict[Path, list[tuple[int, str]]] = {}
     for number, mutant in enumerate(mutants):
         path, line = place_in(recorded, mutant)
-        start, indent = function_start(path.read_text().split("\n"), line)
-        if start >= 0:
+        statement = statement_around(path.read_text().split("\n"), line)
+        if statement is not None:
+            first, indent = statement
             call = f"{indent}__import__('fd_dsa._hits')._hits.hit({number})"
-            inserted.setdefault(path, []).append((start, call))
+            inserted.setdefault(path, []).append((first, call))
     for path, calls in inserted.items():
         lines = path.read_text().split("\n")
-        for start, call in sorted(calls, reverse=True):
-            lines.insert(start, call)
+        for first, call in sorted(calls, reverse=True):
+            lines.insert(first, call)
         path.write_text("\n".join(lines))
-    run_tests(recorded, [], "-n2", "--dist=loadfile", limit=3 * 3600)
+    run_tests(recorded, [], "-n2", "--dist=loadfile", *options, limit=3 * 3600)
     files = [str(p.relative_to(recorded)) for p in sorted((recorded / "tests").rglob("test_*.py"))]
     reached: list[set[str]] = [set() for _ in mutants]
-    for hit in (recorded / "hits.txt").read_text().splitlines():
+    hits = recorded / "hits.txt"
+    for hit in hits.read_text().splitlines() if hits.exists() else ():
         number, _, test = hit.partition(" ")
         if test:
             reached[int(number)].add(test)
-    for mutant, found in zip(mutants, reached, strict=True):
+    for mutant, tests in zip(mutants, reached, strict=True):
         if mutant.kernel:
             room = "/".join(Path(mutant.path).parts[1:2])
-            found.update(f for f in files if f.startswith((f"tests/{room}/", "tests/attention/")))
-    return [sorted(found) for found in reached]
+            tests.update(f for f in files if f.startswith((f"tests/{room}/", "tests/attention/")))
+    return [by_nearness(tests, mutant) for tests, mutant in zip(reached, mutants, strict=True)]
 
 
 def caught(tree: Path, mutant: Mutant, tests: list[str], *options: str) -> bool:
@@ -273,7 +277,7 @@ def caught(tree: Path, mutant: Mutant, tests: list[str], *options: str) -> bool:
         path.write_text(text)
 
 
-def by_nearness(tests: list[str], mutant: Mutant) -> list[str]:
+def by_nearness(tests: set[str], mutant: Mutant) -> list[str]:
     """Test files, those of the mutant's own room and module first."""
     room, name = Path(mutant.path).parts[1], Path(mutant.path).stem
     return sorted(tests, key=lambda t: (name not in t, f"tests/{room}/" not in t, t))
@@ -286,60 +290,76 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=150)
     parser.add_argument("--baseline", type=Path, help="a checkout whose tests are asked, too")
     parser.add_argument("--jobs", type=int, default=2, help="mutants tried at the same time")
+    parser.add_argument("--most", type=int, default=16, help="test files that a mutant meets")
     parser.add_argument("--work", type=Path, default=TREE / "build" / "mutants")
     parser.add_argument("--out", type=Path, default=TREE / "build" / "mutants.json")
     return parser.parse_args()
 
 
+class Trial:
+    """Mutants, the tests that reach them and their verdicts, kept in a file as they come."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.baseline = args, args.baseline or TREE
+        self.mutants = draw(TREE, self.baseline, args.seed, args.count)
+        described = [asdict(mutant) for mutant in self.mutants]
+        state = json.loads(args.out.read_text()) if args.out.exists() else {}
+        if state.get("mutants") != described:
+            state = {"seed": args.seed, "mutants": described, "stages": {}}
+        self.state = state
+
+    def save(self) -> None:
+        """Write what is known."""
+        self.args.out.parent.mkdir(parents=True, exist_ok=True)
+        self.args.out.write_text(json.dumps(self.state, indent=1) + "\n")
+
+    def stage(self, name: str, tree: Path, numbers: list[int], *options: str) -> list[int]:
+        """Put some mutants to the tests of a tree that `options` select; returns the survivors."""
+        if not numbers:
+            return []
+        work = self.args.work
+        stage = self.state["stages"].setdefault(name, {"caught": {}})
+        if "tests" not in stage:
+            tests = record(tree, self.mutants, work / f"{name}-recorded", *options)
+            stage["tests"] = tests
+            self.save()
+        copies: Queue[Path] = Queue()
+        for job in range(self.args.jobs):
+            copies.put(copy_of(tree, work / f"{name}-{job}"))
+
+        def try_one(number: int) -> None:
+            mutant, copied = self.mutants[number], copies.get()
+            tests = stage["tests"][number][: self.args.most]
+            try:
+                noticed = caught(copied, mutant, tests, *options)
+            finally:
+                copies.put(copied)
+            stage["caught"][str(number)] = noticed
+            self.save()
+            change = re.sub(r"\s+", " ", f"{mutant.before.strip()}  ->  {mutant.after.strip()}")
+            verdict = "caught" if noticed else "missed"
+            print(f"{number:4} {name}: {verdict} {mutant.path}:{mutant.line}  {change}", flush=True)
+
+        left = [n for n in numbers if str(n) not in stage["caught"]]
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            list(pool.map(try_one, left))
+        return [n for n in numbers if not stage["caught"][str(n)]]
+
+
 def main() -> int:
-    """Draw, record, try; 1 if the baseline's tests catch a mutant that this tree's miss."""
+    """Quick tests, slow ones, the baseline's; 1 if the baseline's catch what this tree's miss."""
     args = arguments()
-    baseline = args.baseline or TREE
-    mutants = draw(TREE, baseline, args.seed, args.count)
-    state = json.loads(args.out.read_text()) if args.out.exists() else {}
-    if state.get("mutants") != [asdict(m) for m in mutants]:
-        state = {"seed": args.seed, "mutants": [asdict(m) for m in mutants], "verdicts": {}}
-    sides = {"tests": TREE} | ({"baseline": baseline} if args.baseline else {})
-
-    def save() -> None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(state, indent=1) + "\n")
-
-    for side, tree in sides.items():
-        if side not in state:
-            state[side] = record(tree, mutants, args.work / f"{side}-recorded")
-            save()
-    copies: Queue[dict[str, Path]] = Queue()
-    for job in range(args.jobs):
-        copies.put({s: copy_of(t, args.work / f"{s}-{job}") for s, t in sides.items()})
-
-    def verdict(number: int) -> None:
-        mutant, trees = mutants[number], copies.get()
-        try:
-            tests = by_nearness(state["tests"][number], mutant)
-            if caught(trees["tests"], mutant, tests, "-m", "not slow"):
-                result = "make test"
-            elif caught(trees["tests"], mutant, tests, "-m", "slow or oracle"):
-                result = "make test-all"
-            elif "baseline" in trees and caught(
-                trees["baseline"], mutant, by_nearness(state["baseline"][number], mutant)
-            ):
-                result = "baseline alone"
-            else:
-                result = "nobody"
-        finally:
-            copies.put(trees)
-        state["verdicts"][str(number)] = result
-        save()
-        change = re.sub(r"\s+", " ", f"{mutant.before.strip()}  ->  {mutant.after.strip()}")
-        print(f"{number:4} {result:14} {mutant.path}:{mutant.line}  {change}", flush=True)
-
-    left = [n for n in range(len(mutants)) if str(n) not in state["verdicts"]]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(verdict, left))
-    counts = Counter(state["verdicts"].values())
-    print(", ".join(f"{result}: {count}" for result, count in counts.most_common()))
-    return 1 if counts["baseline alone"] else 0
+    trial = Trial(args)
+    everything = list(range(len(trial.mutants)))
+    missed = trial.stage("make test", TREE, everything, "-m", "not slow and not oracle")
+    never = trial.stage("make test-all", TREE, missed, "-m", "slow or oracle")
+    print(f"{len(everything)} mutants: {len(everything) - len(missed)} caught by make test, "
+          f"{len(missed) - len(never)} by the slow tests alone, {len(never)} by none")  # fmt: skip
+    if args.baseline is None:
+        return 0
+    unknown = trial.stage("baseline", args.baseline, never)
+    print(f"of these {len(never)} the baseline's tests catch {len(never) - len(unknown)}")
+    return 1 if len(unknown) < len(never) else 0
 
 
 if __name__ == "__main__":
