@@ -9,22 +9,24 @@ needs is left in the L2 by the run before.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from benchmarks import _gpu
 from benchmarks._fp8_linear import Fp8Linear
+from benchmarks._logits_sides import random_cache
+from benchmarks._sparse_mla_sides import record_cache
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
 from fd_dsa.attention.overlap import IndexerOverlap
+from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, LATENT_RECORD_BYTES
 from fd_dsa.ops.cache_write import CacheWriteParams
 from fd_dsa.ops.mla_query import prepare_mla_query
 from fd_dsa.ops.unchecked import prepare_indexer_query
-from fd_dsa.step.device import Allocate
 
-BLOCK = 64
+LAYERS, BLOCK = 61, 64
 Both = tuple[torch.Tensor, torch.Tensor]
 Project = Callable[[torch.Tensor], Both]
 # a weight [in, out], or a layer that multiplies by one in another format
@@ -33,7 +35,7 @@ Linear = torch.Tensor | Fp8Linear
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the model and of the steps; the defaults are those of V3.2."""
+    """Sizes of the model and of a server's steps; the defaults are those of V3.2."""
 
     hidden: int = 7168
     q_rank: int = 1536
@@ -53,6 +55,61 @@ class Sizes:
     def scale(self) -> float:
         """Factor of the attention scores."""
         return (self.nope + self.rope) ** -0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows of a step that all have as many keys.
+
+    Attributes:
+        heads: attention heads on the device; the indexer is whole.
+        rows: requests.
+        keys: of a row, the new ones included.
+        new: tokens of a row; more than one are the last chunk of a prompt.
+    """
+
+    heads: int
+    rows: int
+    keys: int
+    new: int = 1
+
+    @property
+    def label(self) -> str:
+        """The decode rows in words."""
+        return f"{self.heads} heads, {self.rows} x {self.keys >> 10}k"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return self.rows * self.new
+
+    @property
+    def cache_blocks(self) -> int:
+        """Blocks of 64 keys of one layer."""
+        return self.rows * self.keys // BLOCK
+
+    def layer_bytes(self, weight_bytes: int, sizes: Sizes) -> int:
+        """Fewest bytes that a layer reads: weights, all index keys, the selected latents."""
+        latents = min(self.num_tokens * min(sizes.topk, self.keys), self.rows * self.keys)
+        index = INDEX_RECORD_BYTES * self.rows * self.keys
+        return weight_bytes + index + LATENT_RECORD_BYTES * latents
+
+    def layer_flops(self, weight_bytes: int, sizes: Sizes) -> int:
+        """Operations of a layer in bfloat16: projections and attention, scores left out."""
+        attention = self.heads * min(sizes.topk, self.keys) * (2 * sizes.rank + sizes.rope)
+        return 2 * self.num_tokens * (weight_bytes // 2 + attention)
+
+    def floor_us(self, weight_bytes: int, sizes: Sizes, ceilings: Mapping[str, float]) -> float:
+        """Least microseconds of a layer: of the bytes or of the GEMMs, whichever takes longer.
+
+        Args:
+            weight_bytes: of a layer.
+            sizes: of the model.
+            ceilings: `copy_bytes_per_s` and `matrix_flops_per_s`, as measured.
+        """
+        read_s = self.layer_bytes(weight_bytes, sizes) / ceilings["copy_bytes_per_s"]
+        gemms_s = self.layer_flops(weight_bytes, sizes) / ceilings["matrix_flops_per_s"]
+        return max(read_s, gemms_s) * 1e6
 
 
 class Weights:
@@ -88,51 +145,29 @@ class Weights:
         return sum(matrix.nbytes for matrix in matrices)
 
 
-class Layer:
-    """One layer, its caches and its backend.
-
-    Attributes:
-        latent, index: caches in fp8_ds_mla of `max_rows` rows of `context` tokens.
-        span: names a part of the work while a trace is taken; else does nothing.
-    """
-
-    def __init__(self, sizes: Sizes, device: str = "cuda") -> None:
-        self.sizes, self.weights, self._device = sizes, Weights(sizes, device), device
-        s, blocks = sizes, sizes.max_rows * sizes.context // BLOCK
-        self.latent, self.index = _caches(layout_of(s), blocks, device)
-        self.backend = DSAAttentionBackend(config_of(s, blocks), "gpu", allocator(device))
-        self.out = torch.empty(s.max_tokens, s.hidden, device=device, dtype=torch.bfloat16)
-        self.span: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+def weights_of(sizes: Sizes, device: str) -> list[Weights]:
+    """Weights of as many layers as exceed the L2 together."""
+    first = Weights(sizes, device)
+    return [first, *(Weights(sizes, device) for _ in range(_gpu.num_sets(first.num_bytes()) - 1))]
 
 
-def layout_of(sizes: Sizes) -> CacheLayout:
-    """The format of the caches."""
-    return CacheLayout("fp8_ds_mla", BLOCK, sizes.rank, sizes.rope, sizes.index_dim)
-
-
-def config_of(sizes: Sizes, blocks: int) -> DSABackendConfig:
-    """What a backend is made for whose caches have so many blocks."""
-    s = sizes
-    return DSABackendConfig(
-        s.heads,
-        s.index_heads,
-        s.topk,
-        s.scale,
-        layout_of(s),
-        s.max_rows,
-        s.max_tokens,
-        s.context // BLOCK,
-        blocks,
+def backend_of(sizes: Sizes, device: str) -> DSAAttentionBackend:
+    """Serves `sizes.max_rows` rows of `sizes.context` keys."""
+    s, columns = sizes, sizes.context // BLOCK
+    layout = CacheLayout("fp8_ds_mla", BLOCK, s.rank, s.rope, s.index_dim)
+    config = DSABackendConfig(
+        *(s.heads, s.index_heads, s.topk, s.scale, layout, s.max_rows, s.max_tokens, columns),
+        s.max_rows * columns,
         dtype="bfloat16",
+    )
+    return DSAAttentionBackend(
+        config,
+        "gpu",
+        lambda shape, dtype: torch.empty(shape, device=device, dtype=getattr(torch, dtype)),
     )
 
 
-def allocator(device: str) -> Allocate:
-    """Makes uninitialised tensors."""
-    return lambda shape, dtype: torch.empty(shape, device=device, dtype=getattr(torch, dtype))
-
-
-def cache_write(sizes: Sizes, device: str, layer_id: int, *, k_norm: bool) -> SimpleNamespace:
+def cache_write(sizes: Sizes, device: str, layer_id: int, *, k_norm: bool = True) -> Any:
     """What `write_caches` asks a layer; without `k_norm` index keys come normed."""
     norms = {"kv_norm_weight": torch.ones(sizes.rank, device=device)}
     if k_norm:
@@ -142,78 +177,138 @@ def cache_write(sizes: Sizes, device: str, layer_id: int, *, k_norm: bool) -> Si
     return SimpleNamespace(layer_id=layer_id, cache_write_params=lambda layout: params)
 
 
-class Work:
-    """What a layer computes for the tokens of a step.
+class Pool:
+    """Random caches of both kinds, of which layers take parts."""
 
-    Args:
-        layer: a Layer, or anything with its `sizes`, `weights`, `backend` and `span`.
-        x: bfloat16 [num_tokens, hidden]; hidden states.
-        cos_sin: float32 [num_tokens, rope]; cos, then sin.
-        out: bfloat16 [num_tokens, hidden]; the result.
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._latents = record_cache(num_blocks * BLOCK).view(-1, 1, BLOCK, LATENT_RECORD_BYTES)
+        self._index = random_cache(num_blocks)
+
+    def caches(self, size: int) -> list[Both]:
+        """Latents and index keys in `size` blocks, of as many layers as there is room for."""
+        starts = [n * size for n in range(min(LAYERS, self.num_blocks // size))]
+        return [(self._latents[n : n + size], self._index[n : n + size]) for n in starts]
+
+
+class Given:
+    """Inputs of a step of many layers that all sides share, in memory that stays.
+
+    Attributes:
+        x: bfloat16 [num_tokens, hidden]; hidden states of every layer.
+        out: like x; the result of the last layer that ran.
+        caches: of the layers, in turn.
+        tables: int32 [rows, blocks of a row]; the block table of all layers.
+        angles, cos_sin: float32 [keys, rope] and [num_tokens, rope]; cos, then sin, of every
+            position and of the tokens.
     """
 
-    def __init__(
-        self, layer: Any, x: torch.Tensor, cos_sin: torch.Tensor, out: torch.Tensor
-    ) -> None:
-        self.layer, self.num_tokens = layer, len(x)
-        self.x, self.cos_sin, self.out = x, cos_sin, out
+    def __init__(self, shape: Shape, sizes: Sizes, pool: Pool, device: str) -> None:
+        self.shape, self.sizes, self.device = shape, sizes, device
+        self.caches = pool.caches(shape.cache_blocks)
+        is_prompt, new = shape.new > 1, shape.new
+        lengths = {"encoder": new * is_prompt, "decoder": shape.keys - new, "this_time": new}
+        self._fields: dict[str, Any] = {
+            f"seq_lens_{name}": torch.full((shape.rows,), n, device=device, dtype=torch.int32)
+            for name, n in lengths.items()
+        }
+        blocks = torch.randperm(shape.cache_blocks, device=device).int()
+        self.tables = self._fields["block_tables"] = blocks.view(shape.rows, -1)
+        self._fields["caches"] = [x for n in range(LAYERS) for x in self.caches_of(n)]
+        self._hints = StepHints(shape.num_tokens, shape.num_tokens * is_prompt, shape.keys)
+        how: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+        self.x = torch.randn(shape.num_tokens, sizes.hidden, **how)
+        self.out = torch.empty_like(self.x)
+        # all rows are as long, so their tokens are at the same positions
+        angle = torch.rand(shape.keys, sizes.rope // 2, device=device) * 6
+        self.angles = torch.cat([angle.cos(), angle.sin()], 1)
+        self.cos_sin = self.angles[-new:].repeat(shape.rows, 1)
 
-    def down(self, weight: Linear) -> Both:
-        """Normed latents of the queries, and keys as projected."""
-        layer, rank = self.layer, self.layer.sizes.q_rank
-        with layer.span("QKV-A"):
-            qkv = weight(self.x) if isinstance(weight, Fp8Linear) else self.x @ weight
-        with layer.span("norm"):
-            normed = torch.nn.functional.rms_norm(qkv[:, :rank], (rank,), layer.weights.q_norm)
-        return normed, qkv[:, rank:]
+    def caches_of(self, layer_id: int) -> Both:
+        """Latents and index keys of a layer."""
+        return self.caches[layer_id % len(self.caches)]
 
-    def layer_of(
-        self, overlap: IndexerOverlap, project: Project, write: SimpleNamespace, meta: Any
-    ) -> None:
-        """The layer; the result is in `out`.
+    def begin(self, backend: DSAAttentionBackend) -> SimpleNamespace:
+        """The metadata of a new step, which the backend holds until the next one."""
+        meta = SimpleNamespace(**self._fields, attn_backend=backend)
+        backend.set_step_hints(self._hints)
+        backend.init_attention_metadata(meta)
+        return meta
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer consists of."""
+
+    sizes: Sizes
+    weights: Weights
+    backend: DSAAttentionBackend
+
+
+class Work:
+    """What a layer computes for the tokens of a step."""
+
+    def __init__(self, layer: Layer, given: Given) -> None:
+        self.layer, self.given, self.num_tokens = layer, given, given.shape.num_tokens
+
+    def run(
+        self, overlap: IndexerOverlap, project: Project, write: Any, meta: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The layer; its result is in `given.out`.
 
         Args:
             overlap: forks `project`, or runs it in line.
             project: index keys and head weights of the hidden states.
             write: of `cache_write`.
             meta: of the step, whose metadata the backend holds.
-        """
-        layer = self.layer
-        with overlap.fork(self.num_tokens, project, self.x) as side:
-            qr, kv_a = self.down(layer.weights.down)
-            index_k, weights = side.join()
-        with layer.span("cache write"):
-            self.write(kv_a, index_k, write, meta)
-        with layer.span("indexer query"):
-            q, folded = self.index_query(qr @ layer.weights.wq_b, weights)
-        with layer.span("scores and top-k"):
-            slots = layer.backend.select(q, folded, write.layer_id, meta)
-        with layer.span("query"):
-            query = self.query(*self.absorbed(qr))
-        with layer.span("sparse MLA"):
-            latent = layer.backend.attend(query, slots, write.layer_id, meta)
-        with layer.span("output"):
-            self.project_out(latent)
 
-    def write(
-        self, kv_a: torch.Tensor, index_k: torch.Tensor, write: SimpleNamespace, meta: Any
-    ) -> None:
+        Returns:
+            Slots int32 [num_tokens, topk], absorbed queries bfloat16 [num_tokens, heads, 576] and
+            attended latents [num_tokens, heads, 512].
+        """
+        with overlap.fork(self.num_tokens, project, self.given.x) as side:
+            qr, kv_a = self.down(self.layer.weights.down)
+            index_k, weights = side.join()
+        self.write(kv_a, index_k, write, meta)
+        slots = self.select(*self.index_query(self.index_heads(qr), weights), write.layer_id, meta)
+        query = self.query(*self.absorbed(qr))
+        latent = self.attend(query, slots, write.layer_id, meta)
+        self.project_out(latent)
+        return slots, query, latent
+
+    def down(self, weight: Linear) -> Both:
+        """Normed latents of the queries, and keys as projected."""
+        x, rank = self.given.x, self.layer.sizes.q_rank
+        qkv = weight(x) if isinstance(weight, Fp8Linear) else x @ weight
+        normed = torch.nn.functional.rms_norm(qkv[:, :rank], (rank,), self.layer.weights.q_norm)
+        return normed, qkv[:, rank:]
+
+    def write(self, kv_a: torch.Tensor, index_k: torch.Tensor, write: Any, meta: Any) -> None:
         """The step's keys into both caches."""
-        self.layer.backend.write(kv_a, index_k, self.cos_sin, write, meta)
+        self.layer.backend.write(kv_a, index_k, self.given.cos_sin, write, meta)
+
+    def index_heads(self, qr: torch.Tensor) -> torch.Tensor:
+        """Queries of the indexer, [num_tokens, index_heads, index_dim]."""
+        s = self.layer.sizes
+        return (qr @ self.layer.weights.wq_b).view(-1, s.index_heads, s.index_dim)
 
     def index_query(self, q: torch.Tensor, weights: torch.Tensor) -> Both:
         """Queries of the indexer as it scores with them, and their weights."""
         s = self.layer.sizes
         return prepare_indexer_query(
-            q.view(-1, s.index_heads, s.index_dim),
+            q,
             weights,
             None,
-            self.cos_sin,
+            self.given.cos_sin,
             rope_interleave=False,
             quantized=True,
             weights_scale=s.index_heads**-0.5 * s.index_dim**-0.5,
             out=self.layer.backend.query_buffers(self.num_tokens),
         )
+
+    def select(self, q: torch.Tensor, weights: torch.Tensor, layer_id: int, meta: Any) -> Any:
+        """Slots of the best keys."""
+        return self.layer.backend.select(q, weights, layer_id, meta)
 
     def absorbed(self, qr: torch.Tensor) -> Both:
         """Absorbed queries [num_tokens, heads, rank], and what of them is rotated."""
@@ -225,89 +320,14 @@ class Work:
     def query(self, latent: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """Both parts side by side, the second rotated."""
         buffer = self.layer.backend.mla_query_buffer(self.num_tokens)
-        return prepare_mla_query(latent, rope, None, self.cos_sin, out=buffer)
+        return prepare_mla_query(latent, rope, None, self.given.cos_sin, out=buffer)
+
+    def attend(self, query: torch.Tensor, slots: torch.Tensor, layer_id: int, meta: Any) -> Any:
+        """Attended latents."""
+        return self.layer.backend.attend(query, slots, layer_id, meta)
 
     def project_out(self, latent: torch.Tensor) -> None:
         """The layer's result from the attended latents."""
         weights = self.layer.weights
         merged = torch.bmm(latent.transpose(0, 1), weights.v_b).transpose(0, 1)
-        torch.mm(merged.reshape(self.num_tokens, -1), weights.out, out=self.out)
-
-
-class Step(Work):
-    """One step of a layer: its inputs, and the metadata that the backend has made of it.
-
-    Up to `max_rows` tokens are decode rows of the full context; more are a prompt's last chunk.
-    The backend holds one step, so a new one ends the one before.
-    """
-
-    def __init__(self, layer: Layer, num_tokens: int) -> None:
-        s, device = layer.sizes, layer._device
-        is_prefill = num_tokens > s.max_rows
-        rows = 1 if is_prefill else num_tokens
-        new = num_tokens // rows
-        columns = s.context // BLOCK
-        blocks = torch.randperm(layer.latent.shape[0], device=device)[: rows * columns]
-
-        def each_row(value: int) -> torch.Tensor:
-            return torch.full((rows,), value, device=device, dtype=torch.int32)
-
-        self.meta = SimpleNamespace(
-            seq_lens_encoder=each_row(new if is_prefill else 0),
-            seq_lens_decoder=each_row(s.context - new),
-            seq_lens_this_time=each_row(new),
-            block_tables=blocks.reshape(rows, columns).int(),
-            caches=[layer.latent, layer.index] * 2,
-            attn_backend=layer.backend,
-        )
-        hints = StepHints(num_tokens, num_tokens if is_prefill else 0, s.context)
-        layer.backend.set_step_hints(hints)
-        layer.backend.init_attention_metadata(self.meta)
-        angle = torch.rand(num_tokens, s.rope // 2, device=device) * 6
-        x = torch.randn(num_tokens, s.hidden, device=device, dtype=torch.bfloat16)
-        super().__init__(layer, x, torch.cat([angle.cos(), angle.sin()], 1), layer.out[:num_tokens])
-        # index keys that `write_caches` norms, and those that come normed
-        self._writes = {
-            k_norm: cache_write(s, device, layer_id, k_norm=k_norm)
-            for layer_id, k_norm in enumerate((True, False))
-        }
-
-    def run(self, overlap: IndexerOverlap, project: Project, *, k_norm: bool = True) -> None:
-        """The layer; the result is in `out`.
-
-        Args:
-            overlap, project: as of `layer_of`.
-            k_norm: index keys are normed by the write.
-        """
-        self.layer_of(overlap, project, self._writes[k_norm], self.meta)
-
-    def floor_s(self, ceilings: Mapping[str, float]) -> float:
-        """Least seconds of the layer, by the bytes that it reads or by its multiplications.
-
-        Args:
-            ceilings: `copy_bytes_per_s` and `matrix_flops_per_s`, as measured.
-        """
-        s, rows = self.layer.sizes, self.meta.seq_lens_this_time.shape[0]
-        weights = self.layer.weights.num_bytes()
-        latents = min(self.num_tokens * s.topk, rows * s.context)
-        read = weights + 132 * rows * s.context + 656 * latents
-        attention = s.heads * s.topk * (2 * s.rank + s.rope) + s.index_heads * 128 * s.context
-        products = 2 * self.num_tokens * (weights / 2 + attention)
-        return max(read / ceilings["copy_bytes_per_s"], products / ceilings["matrix_flops_per_s"])
-
-
-def _caches(layout: CacheLayout, blocks: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Caches of random keys: no code is NaN, scales keep values near 1."""
-
-    def codes(*shape: int) -> torch.Tensor:
-        return torch.randint(0, 0x58, shape, device=device, dtype=torch.uint8)
-
-    def scales(*shape: int) -> torch.Tensor:
-        return torch.full(shape, 2.0**-4, device=device).view(torch.uint8)
-
-    rows = blocks, 1, BLOCK
-    rope = torch.randn(*rows, layout.qk_rope_head_dim, device=device, dtype=torch.bfloat16)
-    parts = codes(*rows, layout.kv_lora_rank), scales(*rows, 4), rope.view(torch.uint8)
-    latent = torch.cat(parts, 3)
-    planes = codes(blocks, BLOCK * layout.index_head_dim), scales(blocks, BLOCK)
-    return latent, torch.cat(planes, 1).view(blocks, BLOCK, layout.index_head_dim + 4)
+        torch.mm(merged.reshape(self.num_tokens, -1), weights.out, out=self.given.out)

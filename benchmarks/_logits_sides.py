@@ -1,21 +1,102 @@
-"""A step of random queries over random pages, scored by our kernels and by DeepGEMM."""
+"""Steps whose indexer scores are timed: random queries over random pages, by us and by DeepGEMM."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from benchmarks._gpu import Call
-from benchmarks._logits_shapes import PAGE, WIDTH, Shape
 from benchmarks._peers import DeepGemm
+from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES
 from fd_dsa.ops.logits.tile_forms import TileForm, decode_form, prompt_form
 from fd_dsa.ops.logits.tile_kernel import score_tiles
 from fd_dsa.ops.logits.tile_schedule import TileSchedule, fill_tile_schedule
 
 DEVICE = "cuda"
+WIDTH, PAGE = 128, 64
 # 2.2 GB: the largest shape has as many keys
 NUM_BLOCKS = (128 << 17) // PAGE
 _CHECKED_TOKENS = 8
+_SCORE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Rows that all have as many keys, the last of them from this step.
+
+    Attributes:
+        heads: index heads.
+        rows: requests.
+        keys: of a row, after the step.
+        new: tokens of a row in the step.
+        is_prompt: whether they are the last chunk of a prompt.
+    """
+
+    heads: int
+    rows: int
+    keys: int
+    new: int = 1
+    is_prompt: bool = False
+
+    @property
+    def label(self) -> str:
+        """The shape in words."""
+        keys = f"{self.keys >> 10}k"
+        if self.is_prompt:
+            return f"prompt, {self.heads} heads, {self.new} of {keys}"
+        more = f", {self.new} tokens" if self.new > 1 else ""
+        return f"decode, {self.heads} heads, {self.rows} x {keys}{more}"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return self.rows * self.new
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all rows."""
+        return self.rows * (self.keys // PAGE)
+
+    @property
+    def pairs(self) -> int:
+        """Scores: pairs of a token and a key that it sees."""
+        return self.rows * (self.new * self.keys - self.new * (self.new - 1) // 2)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Every key and its scale once, queries and weights once, every score once."""
+        queries = self.num_tokens * self.heads * (WIDTH + 4)
+        return INDEX_RECORD_BYTES * self.rows * self.keys + queries + _SCORE_BYTES * self.pairs
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the GEMMs alone."""
+        return 2 * self.heads * WIDTH * self.pairs
+
+    def floor_us(self, bytes_per_s: float, flops_per_s: float) -> float:
+        """Least time: of the bytes or of the GEMMs, whichever takes longer."""
+        return max(self.bytes_moved / bytes_per_s, self.flops / flops_per_s) * 1e6
+
+
+def shapes(quick: bool = False) -> Iterator[Shape]:
+    """All that are timed: P5 and P6 of the targets, in that order."""
+    if quick:
+        yield from (Shape(64, 1, 32 << 10, 2048, True), Shape(64, 64, 32 << 10))
+        return
+    for heads in (64, 32):
+        for new, keys in ((2048, 8), (2048, 32), (2048, 64), (4096, 32), (8192, 8), (8192, 64)):
+            yield Shape(heads, 1, keys << 10, new, True)
+    for rows in (1, 32, 64, 128):
+        for keys in (4, 32, 128):
+            yield Shape(64, rows, keys << 10)
+    for new in (2, 3, 4):
+        for rows, keys in ((1, 4), (1, 128), (64, 4), (64, 32), (64, 64)):
+            yield Shape(64, rows, keys << 10, new)
+    for rows, keys in ((1, 4), (1, 128), (64, 4), (64, 32), (128, 128)):
+        yield Shape(32, rows, keys << 10)
 
 
 def codes(*shape: int) -> torch.Tensor:
@@ -86,26 +167,18 @@ class Step:
     def _int32(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(DEVICE)
 
-    def schedule(self, form: TileForm) -> tuple[TileSchedule, Call]:
-        """A filled schedule of a form, and the call that fills it."""
-        processors = torch.cuda.get_device_properties(0).multi_processor_count
-
-        def allocate(size: tuple[int, ...], dtype: str) -> torch.Tensor:
-            return torch.empty(size, device=DEVICE, dtype=getattr(torch, dtype))
-
-        programs = processors * form.programs_per_processor
-        schedule = TileSchedule.allocate(self.shape.num_tokens, 1, programs, allocate)
-
-        def fill() -> None:
-            tensors = self.positions, self.batch, self.cu
-            fill_tile_schedule(schedule, *tensors, form=form, max_keys=self.shape.keys)
-
-        fill()
-        return schedule, fill
-
     def ours(self, form: TileForm) -> Call:
         """Our launch, its schedule made beforehand."""
-        schedule, _ = self.schedule(form)
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        programs = processors * form.programs_per_processor
+        schedule = TileSchedule.allocate(
+            self.shape.num_tokens,
+            1,
+            programs,
+            lambda size, dtype: torch.empty(size, device=DEVICE, dtype=getattr(torch, dtype)),
+        )
+        tensors = self.positions, self.batch, self.cu
+        fill_tile_schedule(schedule, *tensors, form=form, max_keys=self.shape.keys)
         rest = (self.positions, self.tables, schedule, self.logits)
         return lambda: score_tiles(self.q, self.weights, self.cache, *rest, form=form)
 

@@ -7,7 +7,7 @@ are zeros, as a server must. Its schedule is made once, before anything is timed
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,9 @@ from benchmarks._logits_sides import codes
 from fd_dsa.attention.device import LOGITS_BYTES
 from fd_dsa.attention.tensor_core_attention import keys_per_token
 from fd_dsa.ops._fp8 import LATENT_RECORD_BYTES, LATENT_WIDTH, ROPE_WIDTH
-from fd_dsa.ops.mla.custom_op import CustomAttention, kind_for
+from fd_dsa.ops.mla.custom_op import kind_for
 from fd_dsa.ops.mla.records import Dequantized, DequantizedRecords
-from fd_dsa.ops.mla.tensor_core import (
-    Form,
-    Partials,
-    attend_on_tensor_cores,
-    new_partials,
-)
+from fd_dsa.ops.mla.tensor_core import Form, Partials, attend_on_tensor_cores, new_partials
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -155,56 +150,36 @@ class Ours:
         self, inputs: Inputs, form: Form | None = None, splits: int | None = None
     ) -> _gpu.Call:
         """One call, as served or with another form."""
-        partials = self.partials
-        if splits:
-            rows = self.out.shape[0] * self.out.shape[1] * splits
-            if rows > len(partials.lse):
-                partials = Partials(
-                    _allocate((rows * RANK,), "float32"), _allocate((rows,), "float32")
-                )
+        partials, rows = self.partials, self.lse.numel() * (splits or 0)
+        if rows > len(partials.lse):
+            shapes = (rows * RANK,), (rows,)
+            partials = Partials(*(_allocate(shape, "float32") for shape in shapes))
         options: dict[str, Any] = {"partials": partials, "form": form, "splits": splits}
         options |= {"softmax_scale": SCALE, "lse": self.lse}
         return lambda: attend_on_tensor_cores(
             inputs.q, inputs.cache, inputs.slots, self.out, **options
         )
 
-    def cuda_call(self, inputs: Inputs) -> _gpu.Call | None:
-        """One call of the kernel of custom_ops/ for so many heads; None: there is none here.
+    def cuda_calls(self, sets: Sequence[Inputs]) -> dict[str, list[_gpu.Call]]:
+        """Calls of the kernel of custom_ops/ for so many heads, by label; none without one.
 
-        Records of a prompt are dequantized first where the package does it.
+        CUDA dequantises the records of a prompt first where the package does it; then RECORDS is
+        the same without.
         """
-        attend = _kernel(inputs)
-        if attend is None:
-            return None
-        first = _dequantizing(inputs) if _is_dequantized(attend, inputs) else lambda: None
-        return self._cuda_call(attend, inputs, first)
+        first, path = sets[0], _custom_ops.library()
+        kind = kind_for(first.heads, first.fp8)
+        if kind is None or path is None:
+            return {}
+        attend, how = kind(ctypes.CDLL(str(path))), {"softmax_scale": SCALE, "lse": self.lse}
 
-    def records_call(self, inputs: Inputs) -> _gpu.Call | None:
-        """The same without, where `cuda_call` dequantizes; else None."""
-        attend = _kernel(inputs)
-        if attend is None or not _is_dequantized(attend, inputs):
-            return None
-        return self._cuda_call(attend, inputs, lambda: None)
+        def call(s: Inputs, dequantize: Callable[[], Dequantized | None]) -> _gpu.Call:
+            inputs = s.q, s.cache, s.slots, self.out
+            return lambda: attend(*inputs, dequantized=dequantize(), **how)
 
-    def _cuda_call(
-        self, attend: CustomAttention, inputs: Inputs, first: Callable[[], Dequantized | None]
-    ) -> _gpu.Call:
-        """One call over what is dequantized first."""
-        options = {"softmax_scale": SCALE, "lse": self.lse}
-        return lambda: attend(
-            inputs.q, inputs.cache, inputs.slots, self.out, dequantized=first(), **options
-        )
-
-
-def _kernel(inputs: Inputs) -> CustomAttention | None:
-    """A kernel of the library for so many heads, if there is one."""
-    kind, path = kind_for(inputs.heads, inputs.fp8), _custom_ops.library()
-    return None if kind is None or path is None else kind(ctypes.CDLL(str(path)))
-
-
-def _is_dequantized(attend: CustomAttention, inputs: Inputs) -> bool:
-    """Whether the package dequantizes these records before."""
-    return inputs.is_prompt and inputs.fp8 and attend.takes_dequantized
+        plain = [call(s, lambda: None) for s in sets]
+        if not (first.is_prompt and first.fp8 and attend.takes_dequantized):
+            return {CUDA: plain}
+        return {CUDA: [call(s, _dequantizing(s)) for s in sets], RECORDS: plain}
 
 
 def _dequantizing(inputs: Inputs) -> Callable[[], Dequantized | None]:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from benchmarks import _gpu, _peers
-from benchmarks._layer import BLOCK, Both, Weights, Work
-from benchmarks._stack import Given, OneLayer
-from benchmarks._stack_shapes import LAYERS, RANK
-from benchmarks._topk_sides import Side, Sides
+from benchmarks._layer import BLOCK, Both, Given, Weights, Work
+from benchmarks._stack import Stack
+from benchmarks._topk_sides import Sides
 from fd_dsa.attention import DSAAttentionBackend
+from fd_dsa.attention.overlap import IndexerOverlap
 
 import triton  # isort: skip
 import triton.language as tl  # isort: skip
@@ -43,7 +43,57 @@ def fastest(sides: Mapping[str, _gpu.Call]) -> str:
     return min(times, key=lambda label: times[label]["p50"])
 
 
-class PeerStack:
+class PeerWork(Work):
+    """A layer by other projects' kernels; their memory and schedules are those of its stack."""
+
+    stack: PeerStack
+
+    def write(self, kv_a: torch.Tensor, index_k: torch.Tensor, write: Any, meta: Any) -> None:
+        """Norms and both writes."""
+        functional, weights, stack = torch.nn.functional, self.layer.weights, self.stack
+        rank = self.layer.sizes.rank
+        latent = functional.rms_norm(kv_a[:, :rank], (rank,), stack.kv_norm)
+        key = functional.layer_norm(index_k, (_DIM,), weights.k_norm, weights.k_bias, 1e-6)
+        rest = *self.given.caches_of(write.layer_id), stack.new_slots, stack.no_scale
+        _peers.vllm_writes(stack.writes, latent, kv_a[:, rank:], key, *rest)
+
+    def index_query(self, q: torch.Tensor, weights: torch.Tensor) -> Both:
+        """vLLM's launch."""
+        stack = self.stack
+        rest = self.given.angles, weights, *stack.queries
+        _peers.prepare_indexer_query(stack.indexer_query, stack.positions, q, *rest)
+        return stack.queries
+
+    def scores(self, layer_id: int) -> torch.Tensor:
+        """DeepGEMM's, of all keys."""
+        stack, given = self.stack, self.given
+        (codes, folded), (_, index) = stack.queries, given.caches_of(layer_id)
+        rows = folded, stack.lengths, given.tables, stack.logits_schedule
+        return stack.gemm.score_pages(codes, index, *rows, given.shape.keys)
+
+    def select(self, q: torch.Tensor, weights: torch.Tensor, layer_id: int, meta: Any) -> Any:
+        """The chosen top-k, and a conversion of its positions to slots."""
+        stack, tables = self.stack, self.given.tables
+        stack.choose(self.scores(layer_id))
+        rows, k = stack.slots.shape
+        _slots_kernel[rows, k // 128](stack.topk.out, tables, tables.shape[1], stack.slots, K=k)
+        return stack.slots
+
+    def attend(self, query: torch.Tensor, slots: torch.Tensor, layer_id: int, meta: Any) -> Any:
+        """FlashMLA with the step's schedule, or with none and then the one that it made."""
+        stack, heads = self.stack, query.shape[1]
+        _, ops, takes_out = stack.build
+        if heads < _PADDED_HEADS:
+            stack.wide[:, :heads].copy_(query)
+            query = stack.wide
+        latents, scale = self.given.caches_of(layer_id)[0], self.layer.sizes.scale
+        out, stack.schedule = _peers.flash_mla_decode(
+            ops, takes_out, query, latents, slots, stack.schedule, scale
+        )
+        return out[:, :heads]
+
+
+class PeerStack(Stack):
     """A step by other projects' kernels.
 
     Args:
@@ -53,10 +103,15 @@ class PeerStack:
 
     Attributes:
         made_by: which of several kernels were the fastest here.
+        queries: codes and weights of the indexer's queries.
 
     Raises:
         LookupError: one of the kernels is not there.
     """
+
+    work = PeerWork
+    # both projections of the indexer in line
+    overlap = IndexerOverlap("gpu", 0)
 
     def __init__(
         self,
@@ -65,141 +120,72 @@ class PeerStack:
         backend: DSAAttentionBackend,
         peers: Path | None,
     ) -> None:
-        self.given, self._writes = given, _peers.vllm_cache_ops(peers)
-        self._indexer_query = _peers.vllm_indexer_query(peers)
-        builds = _peers.flash_mla_builds(peers)
-        if self._writes is None or self._indexer_query is None or not builds:
+        super().__init__(given, weights, backend)
+        for work, _ in self.layers:
+            work.stack = self
+        self.writes = _peers.vllm_cache_ops(peers)
+        self.indexer_query = _peers.vllm_indexer_query(peers)
+        builds, self.gemm = _peers.flash_mla_builds(peers), _peers.deep_gemm(peers)
+        if self.writes is None or self.indexer_query is None or not builds:
             raise LookupError("kernels of vLLM")
-        gemm = _peers.deep_gemm(peers)
-        if gemm is None:
+        if self.gemm is None:
             raise LookupError("DeepGEMM")
-        self._gemm = gemm
-        inputs = given.x, given.cos_sin, given.out
-        self._layers = [
-            (
-                Work(OneLayer(given.sizes, weights[n % len(weights)], backend), *inputs),
-                *given.caches[n % len(given.caches)],
-            )
-            for n in range(LAYERS)
-        ]
-        self._allocate()
-        self.made_by: dict[str, str] = {}
-        self._choose_topk(peers)
-        self._choose_attention(builds)
-
-    def _allocate(self) -> None:
-        """What does not depend on a layer."""
-        given, rows = self.given, self.given.shape.rows
+        rows, keys = given.shape.rows, given.shape.keys
         s, how = given.sizes, {"device": given.device}
-        self._tables = given.tables
-        self._lengths = torch.full((rows, 1), given.shape.keys, dtype=torch.int32, **how)
-        self._positions = (self._lengths[:, 0] - 1).long()
-        self._new_slots = self._tables[:, -1].long() * BLOCK + (given.shape.keys - 1) % BLOCK
-        self._codes = torch.empty(rows, s.index_heads, _DIM, dtype=torch.float8_e4m3fn, **how)
-        self._folded = torch.empty(rows, s.index_heads, **how)
-        self._slots = torch.empty(rows, s.topk, dtype=torch.int32, **how)
-        self._no_scale = torch.ones(1, **how)
-        self._kv_norm = torch.ones(RANK, dtype=torch.bfloat16, **how)
-        self._wide = None
-        if s.heads < _PADDED_HEADS:
-            width = RANK + s.rope
-            self._wide = torch.zeros(rows, _PADDED_HEADS, width, dtype=torch.bfloat16, **how)
+        self.lengths = torch.full((rows, 1), keys, dtype=torch.int32, **how)
+        self.positions = (self.lengths[:, 0] - 1).long()
+        self.new_slots = given.tables[:, -1].long() * BLOCK + (keys - 1) % BLOCK
+        codes = torch.empty(rows, s.index_heads, _DIM, dtype=torch.float8_e4m3fn, **how)
+        self.queries = codes, torch.empty(rows, s.index_heads, **how)
+        self.slots = torch.empty(rows, s.topk, dtype=torch.int32, **how)
+        self.no_scale = torch.ones(1, **how)
+        self.kv_norm = torch.ones(s.rank, dtype=torch.bfloat16, **how)
+        shape = rows, _PADDED_HEADS, s.rank + s.rope
+        self.wide = torch.zeros(shape, dtype=torch.bfloat16, **how)
+        self.made_by: dict[str, str] = {}
+        self._choose_kernels(builds, peers)
 
-    def step(self) -> None:
-        """One step; the result of the last layer is in `given.out`."""
-        logits_schedule = self._gemm.schedule(self._lengths)
-        schedule: Any = None, None
-        for work, latents, index in self._layers:
-            *_, latent, schedule = self._layer(work, latents, index, logits_schedule, schedule)
-            work.project_out(latent)
+    def begin(self) -> None:
+        """The schedules of a step; FlashMLA makes its own in the first layer."""
+        self.logits_schedule = self.gemm.schedule(self.lengths)
+        self.schedule: Any = None, None
 
-    def first_layer(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Both]:
-        """Slots, queries and attended latents of the first layer, and the indexer's queries."""
-        schedule = self._gemm.schedule(self._lengths)
-        query, latent, _ = self._layer(*self._layers[0], schedule, (None, None))
-        return self._slots, query, latent, (self._codes, self._folded)
+    def project(self, weights: Weights) -> Any:
+        """Two GEMMs."""
+        return lambda x: (x @ weights.wk, x @ weights.weights_proj)
 
-    def _layer(
-        self, work: Work, latents: Any, index: Any, logits_schedule: Any, schedule: Any
-    ) -> tuple[Any, Any, Any]:
-        """A layer but for its last products: queries, attended latents, FlashMLA's schedule."""
-        weights = work.layer.weights
-        qr, kv_a = work.down(weights.down)
-        self._write(kv_a, self.given.x @ weights.wk, weights, latents, index)
-        self._prepare(qr @ weights.wq_b, self.given.x @ weights.weights_proj)
-        self._choose(self._scores(index, logits_schedule))
-        self._convert()
-        query = work.query(*work.absorbed(qr))
-        latent, schedule = self._attend(self._attention, query, latents, schedule)
-        return query, latent, schedule
+    def _choose_kernels(self, builds: list[tuple[str, Any, bool]], peers: Path | None) -> None:
+        """The fastest exact top-k and the faster build of FlashMLA, on inputs of the first layer.
 
-    def _write(self, kv_a: Any, index_k: Any, weights: Weights, latents: Any, index: Any) -> None:
-        """Norms and both writes."""
-        functional = torch.nn.functional
-        latent = functional.rms_norm(kv_a[:, :RANK], (RANK,), self._kv_norm)
-        key = functional.layer_norm(index_k, (_DIM,), weights.k_norm, weights.k_bias, 1e-6)
-        finished = latent, kv_a[:, RANK:], key
-        _peers.vllm_writes(self._writes, *finished, latents, index, self._new_slots, self._no_scale)
-
-    def _prepare(self, q: torch.Tensor, weights: torch.Tensor) -> None:
-        """The indexer's queries."""
-        rest = self.given.angles, weights, self._codes, self._folded
-        q = q.view(self._codes.shape)
-        _peers.prepare_indexer_query(self._indexer_query, self._positions, q, *rest)
-
-    def _scores(self, index: torch.Tensor, schedule: Any) -> torch.Tensor:
-        """DeepGEMM's, of all keys."""
-        rows = self._folded, self._lengths, self._tables, schedule
-        return self._gemm.score_pages(self._codes, index, *rows, self.given.shape.keys)
-
-    def _convert(self) -> None:
-        """Slots of the chosen positions."""
-        rows, k = self._slots.shape
-        columns = self._tables.shape[1]
-        _slots_kernel[rows, k // 128](self._topk.out, self._tables, columns, self._slots, K=k)
-
-    def _attend(self, build: Any, query: Any, latents: Any, schedule: Any) -> tuple[Any, Any]:
-        """FlashMLA with a schedule, or with none and then the one that it made."""
-        _, ops, takes_out = build
-        heads = query.shape[1]
-        if self._wide is not None:
-            self._wide[:, :heads].copy_(query)
-            query = self._wide
-        scale = self.given.sizes.scale
-        out, schedule = _peers.flash_mla_decode(
-            ops, takes_out, query, latents, self._slots, schedule, scale
-        )
-        return out[:, :heads], schedule
-
-    def _choose_topk(self, peers: Path | None) -> None:
-        """The fastest exact top-k, on scores as the layers have them."""
-        shape, k = self.given.shape, self.given.sizes.topk
-        self._topk = Sides(shape.rows, shape.keys, k, peers)
-        sides: dict[str, Side] = self._topk.exact()
+        Raises:
+            LookupError: there is no exact top-k.
+        """
+        self.begin()
+        shape, (work, write) = self.given.shape, self.layers[0]
+        self.topk = Sides(shape.rows, shape.keys, self.given.sizes.topk, peers)
+        sides = self.topk.exact()
         del sides["torch"]
         if not sides:
             raise LookupError("an exact top-k")
-        work, _, index = self._layers[0]
         qr, _ = work.down(work.layer.weights.down)
-        weights = work.layer.weights
-        self._prepare(qr @ weights.wq_b, self.given.x @ weights.weights_proj)
-        scores = self._scores(index, self._gemm.schedule(self._lengths))
-        calls = {name: lambda side=side: side(scores) for name, side in sides.items()}
-        self.made_by["top-k"] = fastest(calls)
-        self._choose = sides[self.made_by["top-k"]]
-        self._choose(scores)
-        self._convert()
-
-    def _choose_attention(self, builds: list[tuple[str, Any, bool]]) -> None:
-        """The faster build of FlashMLA."""
-        work, latents, _ = self._layers[0]
-        qr, _ = work.down(work.layer.weights.down)
+        work.index_query(work.index_heads(qr), self.given.x @ work.layer.weights.weights_proj)
+        scores = work.scores(write.layer_id)
+        best = fastest({name: lambda side=side: side(scores) for name, side in sides.items()})
+        self.made_by["top-k"], self.choose = best, sides[best]
+        slots = work.select(*self.queries, write.layer_id, None)
         query = work.query(*work.absorbed(qr))
 
         def call(build: Any) -> _gpu.Call:
-            _, schedule = self._attend(build, query, latents, (None, None))
-            return lambda: self._attend(build, query, latents, schedule)
+            self.build, self.schedule = build, (None, None)
+            work.attend(query, slots, write.layer_id, None)
+            made = self.schedule
+
+            def attend() -> None:
+                self.build, self.schedule = build, made
+                work.attend(query, slots, write.layer_id, None)
+
+            return attend
 
         best = fastest({build[0]: call(build) for build in builds})
         self.made_by["attention"] = best
-        self._attention = next(build for build in builds if build[0] == best)
+        self.build = next(build for build in builds if build[0] == best)

@@ -51,7 +51,9 @@ def compare(sides: Mapping[str, Worker]) -> list[dict[str, Any]]:
             row["ratio_p50"] = float(np.median(pairs))
             row["ratio_p25"] = float(np.percentile(pairs, 25))
             row["ratio_spread"] = [min(pairs), max(pairs)]
-            print(f"    ratio: median {row['ratio_p50']:.2f}, lower quartile {row['ratio_p25']:.2f}")
+            print(
+                f"    ratio: median {row['ratio_p50']:.2f}, lower quartile {row['ratio_p25']:.2f}"
+            )
         rows.append(row)
     return rows
 

@@ -1,8 +1,8 @@
 """Indexer scores on tensor cores: our kernel beside DeepGEMM's, prompts and decode rows.
 
 Some tokens of both sides are compared with sums in doubles before they are timed. Schedules, which
-a step makes once for all layers, are made beforehand and timed by themselves; DeepGEMM also has the
-keys of prompts gathered beforehand, which ours does not need. The floor is the time of the fewest
+a step makes once for all layers, are made beforehand; DeepGEMM also has the keys of prompts
+gathered beforehand, which ours does not need. The floor is the time of the fewest
 bytes at the copy rate or of the GEMMs at the FP8 rate of the same run, whichever is longer.
 """
 
@@ -16,10 +16,9 @@ from functools import partial
 import torch
 
 from benchmarks import _gpu, _peers
-from benchmarks._logits_shapes import Shape, shapes
-from benchmarks._logits_sides import Step, form_of, peer_call, random_cache
+from benchmarks._logits_sides import Shape, Step, form_of, peer_call, random_cache, shapes
 
-OURS, THEIRS, SCHEDULE = "tiles", "DeepGEMM", "schedule"
+OURS, THEIRS = "tiles", "DeepGEMM"
 # of scores against doubles; FP8 GEMMs are summed with fewer bits than float32 has
 TOLERANCE = 2e-4
 _MOST_SETS = 16
@@ -41,56 +40,45 @@ def steps_of(shape: Shape, cache: torch.Tensor, logits: torch.Tensor) -> list[St
     return [Step(shape, cache, logits, seed) for seed in range(count)]
 
 
-def error_of_ours(step: Step) -> float:
-    """Deviation of our scores from doubles.
-
-    Raises:
-        AssertionError: it is more than rounding, or two runs differ.
-    """
-    call = step.ours(form_of(step.shape))
-    _gpu.poison(step.logits)
-    call()
-    found = step.error(step.logits)
-    first = step.logits.clone()
-    _gpu.poison(step.logits)
-    call()
-    same = torch.equal(first.view(torch.int32), step.logits.view(torch.int32))
-    assert same, f"{step.shape.label}: differs between two runs"
-    assert found <= TOLERANCE, f"{step.shape.label}: off by {found:.1e}"
-    return found
-
-
 def compare(
     record: _gpu.Recorder, shape: Shape, cache: torch.Tensor, logits: torch.Tensor,
     gemm: _peers.DeepGemm | None, rate: float,
 ) -> None:  # fmt: skip
-    """Check and time one shape; without DeepGEMM where it refuses it."""
+    """Check and time one shape; without DeepGEMM where it refuses it.
+
+    Raises:
+        AssertionError: our scores are off by more than rounding, or two runs differ.
+    """
     steps, form = steps_of(shape, cache, logits), form_of(shape)
-    found, left_out = {OURS: error_of_ours(steps[0])}, {}
-    sides: dict[str, list[_gpu.Call]] = {}
-    if gemm is not None:
-        try:
-            theirs = [peer_call(gemm, step) for step in steps]
-            found[THEIRS] = steps[0].error(theirs[0]())
-            sides[THEIRS] = theirs
-        except RuntimeError as error:
-            left_out[THEIRS] = str(error)[:200]
-            print(f"{shape.label}: {THEIRS} left out: {left_out[THEIRS]}", flush=True)
-    sides[OURS] = [step.ours(form) for step in steps]
-    times = _gpu.interleaved(sides, rounds=15)
-    fills = [step.schedule(form)[1] for step in steps]
-    schedule = _gpu.interleaved({SCHEDULE: fills}, mode="graph", rounds=5)
+    ours, refused = [step.ours(form) for step in steps], {}
+    sides: dict[str, Sequence[_gpu.Call]] = {OURS: ours}
+    try:
+        if gemm is not None:
+            sides = {THEIRS: [peer_call(gemm, step) for step in steps], OURS: ours}
+    except RuntimeError as error:
+        refused[THEIRS] = str(error)[:200]
+
+    def error_of(label: str) -> float:
+        if label == THEIRS:
+            return steps[0].error(sides[THEIRS][0]())
+        runs = []
+        for _ in range(2):
+            _gpu.poison(steps[0].logits)
+            ours[0]()
+            runs.append(steps[0].logits.clone().view(torch.int32))
+        assert torch.equal(*runs), f"{shape.label}: differs between two runs"
+        found = steps[0].error(steps[0].logits)
+        assert found <= TOLERANCE, f"{shape.label}: off by {found:.1e}"
+        return found
+
+    sides, errors, left_out = _gpu.checked(shape.label, sides, error_of, most=1)
     record.case(
         shape.label,
-        times,
+        _gpu.interleaved(sides, rounds=15),
         ours=OURS,
         floor_us=shape.floor_us(record.ceilings["copy_bytes_per_s"], rate),
-        errors=found,
-        left_out=left_out,
-        form=vars(form),
-        schedule_us=schedule[SCHEDULE]["p50"],
-        flops_per_s=shape.flops / times[OURS]["p50"] * 1e6,
-        clocks=_gpu.clocks(),
+        errors=errors,
+        left_out=refused | left_out,
     )
 
 
@@ -104,7 +92,7 @@ def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Ca
     gemm, chosen = _peers.deep_gemm(args.peers), list(shapes(args.quick))
     cache, logits = random_cache(), scores_for(chosen)
     rate = fp8_flops_per_s()
-    record.note(peer="DeepGEMM 2.5.0 of vLLM 0.26.0", fp8_flops_per_s=rate)
+    record.note(fp8_flops_per_s=rate)
     for shape in chosen:
         yield shape.label, partial(compare, record, shape, cache, logits, gemm, rate)
 

@@ -9,14 +9,14 @@ sin.
 from __future__ import annotations
 
 import sys
-from argparse import Namespace
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks import _gpu, _peers
+from benchmarks._prepared import MAX_POSITION, ROPE, Launch, angles, as_numpy
 from fd_dsa.ops.query import paddle_impl
 from fd_dsa.ops.query.triton_kernel import (
     CANDIDATES,
@@ -25,159 +25,68 @@ from fd_dsa.ops.query.triton_kernel import (
     prepare_query_kernel,
 )
 
-SHAPES = (
-    *((tokens, 64) for tokens in (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192)),
-    *((tokens, 32) for tokens in (128, 1024, 8192)),
-)
-DIM, ROPE = 128, 64
-_MAX_POSITION = 1 << 16
+DIM = 128
+INTERLEAVED = {"rope_interleave": True}
 
 
-class Query:
-    """The inputs and outputs of one call."""
+class Query(Launch):
+    """The indexer's query of all heads in FP8, and its weights."""
+
+    kernel, candidates, variants = prepare_query_kernel, CANDIDATES, ({}, INTERLEAVED)
+    shapes = (
+        *((tokens, 64) for tokens in (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192)),
+        *((tokens, 32) for tokens in (128, 1024, 8192)),
+    )
+    quick = (128, 64), (8192, 64)
+    subjects_of = (
+        ("128 tokens, half-split", (128, 64), {}),
+        ("1024 tokens, half-split", (1024, 64), {}),
+        ("1024 tokens, interleaved", (1024, 64), INTERLEAVED),
+    )
+    find_peer = staticmethod(_peers.vllm_indexer_query)
 
     def __init__(self, num_tokens: int, heads: int) -> None:
         self.q = torch.randn(num_tokens, heads, DIM, device="cuda", dtype=torch.bfloat16)
         self.weights = torch.randn(num_tokens, heads, device="cuda", dtype=torch.bfloat16)
-        self.positions = torch.randperm(_MAX_POSITION, device="cuda")[:num_tokens]
-        self.codes = torch.empty_like(self.q, dtype=torch.float8_e4m3fn)
-        self.folded = torch.empty_like(self.weights, dtype=torch.float32)
-        self.heads = heads
+        self.positions = torch.randperm(MAX_POSITION, device="cuda")[:num_tokens]
+        self.outputs = (
+            torch.empty_like(self.q, dtype=torch.float8_e4m3fn),
+            torch.empty_like(self.weights, dtype=torch.float32),
+        )
+        self.chosen = configuration(num_tokens * heads)
+        self._options: dict[str, Any] = {"rope_interleave": False, "quantized": True}
+        self._options |= {"hadamard": False, "scale_fmt": "ue8m0"}
+        self._options["weights_scale"] = DIM**-0.5 * heads**-0.5
 
     @staticmethod
     def bytes_of(num_tokens: int, heads: int) -> int:
-        """Bytes that a call must move."""
+        """Fewest bytes."""
         return num_tokens * (heads * (2 * DIM + DIM + 2 + 4) + 4 * ROPE)
 
-    def one_launch(
-        self,
-        cos_sin: torch.Tensor,
-        rows_and_warps: tuple[int, int],
-        *,
-        interleaved: bool = False,
-        gathered: bool = True,
-    ) -> _gpu.Call:
-        """Our launch with a configuration, arguments checked beforehand.
+    def arguments(self, positions: Any, cos_sin: torch.Tensor, **variant: Any) -> dict[str, Any]:
+        """By name; a variant is a keyword of the operator."""
+        inputs = self.q, self.weights, positions, cos_sin, self.outputs
+        return kernel_arguments(*inputs, **self._options | variant)
 
-        Args:
-            gathered: cos and sin of the tokens were gathered once for all layers of the step.
-        """
-        arguments = kernel_arguments(
-            self.q,
-            self.weights,
-            None if gathered else self.positions,
-            cos_sin[self.positions] if gathered else cos_sin,
-            (self.codes, self.folded),
-            rope_interleave=interleaved,
-            quantized=True,
-            hadamard=False,
-            scale_fmt="ue8m0",
-            weights_scale=DIM**-0.5 * self.heads**-0.5,
-        )
-        return bound(prepare_query_kernel, arguments, rows_and_warps)
+    def expected(self, **variant: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Bits of the codes, and folded weights."""
+        inputs = as_numpy(self.q, self.weights, self.positions, angles())
+        out = np.empty(self.q.shape, np.uint8), np.empty(self.weights.shape, np.float32)
+        paddle_impl.prepare_indexer_query(*inputs, **self._options | variant, out=out)
+        return out
 
-    def peer(self, kernel: Any, cos_sin: torch.Tensor) -> _gpu.Call:
-        """vLLM's launch as vLLM makes it."""
-        arguments = self.positions, self.q, cos_sin, self.weights, self.codes, self.folded
-        return partial(_peers.prepare_indexer_query, kernel, *arguments)
+    def sides(self, peer: Any) -> dict[str, _gpu.Call]:
+        """vLLM's launch as vLLM makes it, ours with a look-up, and the other pairing of ours."""
+        arguments = self.positions, self.q, angles(), self.weights, *self.outputs
+        theirs = partial(_peers.prepare_indexer_query, peer, *arguments)
+        return ({} if peer is None else {"vLLM's kernel": theirs}) | {
+            "by positions": self.call(gathered=False),
+            "one launch, interleaved": self.call(**INTERLEAVED),
+        }
 
 
-def bound(kernel: Any, arguments: dict[str, Any], rows_and_warps: tuple[int, int]) -> _gpu.Call:
-    """A launch over the rows of checked arguments."""
-    block_rows, num_warps = rows_and_warps
-    return kernel.bind(
-        (-(-arguments["num_rows"] // block_rows),),
-        **arguments,
-        BLOCK_ROWS=block_rows,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-    )
-
-
-def angles() -> torch.Tensor:
-    """float32 [max_position, 64]; cos, then sin."""
-    angle = torch.rand(_MAX_POSITION, ROPE // 2, device="cuda") * 6
-    return torch.cat([angle.cos(), angle.sin()], 1)
-
-
-def check_bytes(cos_sin: torch.Tensor) -> None:
-    """Compare every configuration with the CPU, byte by byte.
-
-    Raises:
-        AssertionError: they differ.
-    """
-    for rows_and_warps in CANDIDATES:
-        for interleaved in (False, True):
-            query = Query(33, 7)
-            _gpu.poison(query.codes, query.folded)
-            query.one_launch(cos_sin, rows_and_warps, interleaved=interleaved)()
-            inputs = (query.q.float(), query.weights.float(), query.positions, cos_sin)
-            codes, folded = query.codes.view(torch.uint8).cpu(), query.folded.cpu()
-            wanted = torch.empty_like(codes), torch.empty_like(folded)
-            paddle_impl.prepare_indexer_query(
-                *(x.cpu().numpy() for x in inputs),
-                rope_interleave=interleaved,
-                quantized=True,
-                hadamard=False,
-                scale_fmt="ue8m0",
-                weights_scale=DIM**-0.5 * 7**-0.5,
-                out=tuple(x.numpy() for x in wanted),
-            )
-            same = torch.equal(codes, wanted[0]) and torch.equal(folded, wanted[1])
-            assert same, f"bytes of {rows_and_warps} differ from the CPU's"
-
-
-def sets_of(num_tokens: int, heads: int) -> list[Query]:
-    """Input sets past the L2 together."""
-    count = _gpu.num_sets(Query.bytes_of(num_tokens, heads))
-    return [Query(num_tokens, heads) for _ in range(count)]
-
-
-def compare(
-    record: _gpu.Recorder, kernel: Any, cos_sin: torch.Tensor, num_tokens: int, heads: int
-) -> None:
-    """One shape: the peer and ours, both pairings of ours."""
-    sets, chosen = sets_of(num_tokens, heads), configuration(num_tokens * heads)
-    sides: dict[str, list[_gpu.Call]] = {}
-    if kernel is not None:
-        sides["vLLM's kernel"] = [s.peer(kernel, cos_sin) for s in sets]
-    sides["by positions"] = [s.one_launch(cos_sin, chosen, gathered=False) for s in sets]
-    sides["one launch, interleaved"] = [
-        s.one_launch(cos_sin, chosen, interleaved=True) for s in sets
-    ]
-    sides["one launch"] = [s.one_launch(cos_sin, chosen) for s in sets]
-    record.case(
-        f"{num_tokens} tokens, {heads} heads",
-        _gpu.interleaved(sides),
-        ours="one launch",
-        bytes_moved=Query.bytes_of(num_tokens, heads),
-        configuration="{} x {}".format(*chosen),
-    )
-
-
-def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
-    """One for each shape."""
-    cos_sin = angles()
-    check_bytes(cos_sin)
-    kernel = _peers.vllm_indexer_query(args.peers)
-    record.note(peer="vLLM 0.26.0" if kernel is not None else "not run")
-    for tokens, heads in ((128, 64), (8192, 64)) if args.quick else SHAPES:
-        yield f"{tokens} x {heads}", partial(compare, record, kernel, cos_sin, tokens, heads)
-
-
-def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
-    """Our launch at sizes of a decode step and of a prefill chunk, both pairings."""
-    cos_sin, found = angles(), {}
-    for num_tokens, interleaved in ((128, False), (1024, False), (1024, True)):
-        query = Query(num_tokens, 64)
-        chosen = configuration(num_tokens * 64)
-        call = query.one_launch(cos_sin, chosen, interleaved=interleaved)
-        name = f"{num_tokens} tokens, {'interleaved' if interleaved else 'half-split'}"
-        found[name] = call, [query.codes, query.folded]
-    return found
-
-
-main = partial(_gpu.main, "indexer_query", __doc__, cases)
+subjects = Query.subjects
+main = partial(_gpu.main, "indexer_query", __doc__, Query.cases)
 
 if __name__ == "__main__":
     sys.exit(main())

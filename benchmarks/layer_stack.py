@@ -24,42 +24,34 @@ from typing import Any
 import torch
 
 from benchmarks import _custom_ops, _gpu
-from benchmarks._layer import Sizes, Weights
-from benchmarks._stack import (
-    Chained,
-    Everything,
-    Given,
-    Pool,
-    Scheduled,
-    Stack,
-    backend_of,
-    plain_check,
-    weights_of,
-)
+from benchmarks._layer import LAYERS, Given, Pool, Shape, Sizes, Weights, backend_of, weights_of
+from benchmarks._stack import Chained, Everything, PackageAlone, Scheduled, Stack, plain_check
 from benchmarks._stack_peers import PeerStack
-from benchmarks._stack_shapes import (
-    ALL,
-    EAGER,
-    GRAPH,
-    HEADS,
-    LAYERS,
-    OURS,
-    PEERS,
-    SCHEDULES,
-    SLOTS,
-    Shape,
-    shapes,
-)
 from benchmarks.ceilings import matrix_flops_per_s
 from fd_dsa import custom_ops
 
-MODES = {GRAPH: "graph", EAGER: "wall"}
+# heads of DeepSeek-V3.2 on one device, and on each of eight
+HEADS = (128, 16)
+OURS, PEERS, EAGER = "ours", "peers", "eager"
+BASELINES = {"A": Chained, "B": Scheduled, "B and rest": Everything}
+MODES = {"graph": "graph", EAGER: "wall"}
 DEVICE = "cuda"
 MAX_ROWS, MAX_KEYS = 128, 128 << 10
 ROUNDS, ROUNDS_OF_LONG = 9, 5
 _LONG_KEYS = 4 << 20
 # FlashMLA rounds latents, their scales and weights to bfloat16
 _TOLERANCE, _LEAST_RECALL = 1e-2, 0.99
+
+
+def shapes(heads: Sequence[int], quick: bool = False) -> Iterator[Shape]:
+    """All that are timed, the shortest contexts first."""
+    if quick:
+        yield from (Shape(n, rows, 4096) for n in heads for rows in (1, 32))
+        return
+    for keys in (4, 32, 128):
+        for n in heads:
+            for rows in (1, 32, 128):
+                yield Shape(n, rows, keys << 10)
 
 
 class Case:
@@ -79,46 +71,30 @@ class Case:
         self.given = Given(shape, sizes, pool, DEVICE)
         self.left_out: dict[str, str] = {}
         self.errors: dict[str, dict[str, float]] = {}
-        self.sides: dict[str, Any] = {}
         self.made_by: dict[str, str] = {}
-        ours = self._checked(OURS, Stack(self.given, weights, backend_of(sizes, DEVICE)))
-        baselines = {SLOTS: Chained, SCHEDULES: Scheduled, ALL: Everything}
-        for label, kind in baselines.items():
-            self.sides[label] = kind(self.given, weights, ours.backend)
-        self._add_peers(weights, ours, peers)
-        self.sides[OURS] = ours
-
-    def _add_peers(self, weights: Sequence[Weights], ours: Stack, peers: Path | None) -> None:
-        """The peers' stack, unless something of it is missing or wrong."""
+        inputs = self.given, weights, backend_of(sizes, DEVICE)
+        self.package = PackageAlone(*inputs)
+        found = self.package.step(layers=1)
+        self._judge(OURS, found, self.package.backend.query_buffers(shape.rows))
+        self.sides: dict[str, Stack] = {k: kind(*inputs) for k, kind in BASELINES.items()}
         try:
-            stack = PeerStack(self.given, weights, ours.backend, peers)
-            self._judge(PEERS, plain_check(self.given, *stack.first_layer()))
+            stack = PeerStack(*inputs, peers)
+            self._judge(PEERS, stack.step(layers=1), stack.queries)
+            self.sides[PEERS], self.made_by = stack, stack.made_by
         except (AssertionError, LookupError, RuntimeError) as error:
-            self._leave_out(PEERS, error)
-            return
-        self.sides[PEERS], self.made_by = stack, stack.made_by
+            self.left_out[PEERS] = f"{type(error).__name__}: {error}"[:200]
+            print(f"{shape.label}: {PEERS} left out: {self.left_out[PEERS]}", flush=True)
+        self.sides[OURS] = Stack(*inputs)
 
-    def _leave_out(self, label: str, error: Exception) -> None:
-        """Go on without a side, and say why."""
-        self.left_out[label] = f"{type(error).__name__}: {error}"[:200]
-        print(f"{self.shape.label}: {label} left out: {self.left_out[label]}", flush=True)
-
-    def _checked(self, label: str, stack: Stack) -> Stack:
-        """A stack of ours whose first layer agrees with sums in doubles."""
-        found = stack.package_alone(stack.products(), layers=1)
-        queries = stack.backend.query_buffers(self.shape.rows)
-        self._judge(label, plain_check(self.given, *found, queries))
-        return stack
-
-    def _judge(self, label: str, found: dict[str, float]) -> None:
-        """Remember what was found.
+    def _judge(self, label: str, found: Sequence[Any], queries: Any) -> None:
+        """Compare a side's first layer with sums in doubles, and remember its error.
 
         Raises:
             AssertionError: it is more than rounding.
         """
-        self.errors[label] = found
-        good = found["recall"] >= _LEAST_RECALL and found["attention"] < _TOLERANCE
-        assert good, f"{self.shape.label}, {label}: {found}"
+        error = self.errors[label] = plain_check(self.given, *found, queries)
+        good = error["recall"] >= _LEAST_RECALL and error["attention"] < _TOLERANCE
+        assert good, f"{self.shape.label}, {label}: {error}"
 
     def check_bytes(self) -> None:
         """Compare the results of ours, of its graph and of the baselines.
@@ -128,65 +104,49 @@ class Case:
         """
         ours, out = self.sides[OURS], self.given.out
         # else the first capture would make it
-        ours.backend.overlap.stream_for(self.given.x)
+        ours.overlap.stream_for(self.given.x)
         _gpu.poison(out)
         ours.step()
         wanted = out.view(torch.int16).clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             ours.step()
-        calls = {"a graph": graph.replay}
-        calls |= {label: self.sides[label].step for label in (SLOTS, SCHEDULES, ALL)}
+        calls = {"a graph": graph.replay} | {label: self.sides[label].step for label in BASELINES}
         for label, call in calls.items():
             _gpu.poison(out)
             call()
             same = torch.equal(out.view(torch.int16), wanted)
             assert same, f"{self.shape.label}: {label} differs from ours"
 
-
-def effects(case: Case, all_sides: bool) -> dict[str, Any]:
-    """Launches, waits and allocations of an eager step: whole, and of the package alone."""
-    ours = case.sides[OURS]
-    products = ours.products()
-    found = _gpu.effects(ours.step) | {
-        "package_alone": _gpu.effects(lambda: ours.package_alone(products))
-    }
-    if all_sides:
-        found["effects"] = {label: _gpu.effects(side.step) for label, side in case.sides.items()}
-    return found
-
-
-def compare(record: _gpu.Recorder, case: Case, weights: Weights, all_effects: bool) -> None:
-    """Check and time one shape, in a graph and eagerly."""
-    case.check_bytes()
-    shape = case.shape
-    rounds = ROUNDS_OF_LONG if shape.rows * shape.keys >= _LONG_KEYS else ROUNDS
-    for kind, mode in MODES.items():
-        calls: dict[str, list[_gpu.Call]] = {
-            label: [side.step] for label, side in case.sides.items()
-        }
-        times = _gpu.interleaved(calls, mode=mode, rounds=rounds)
-        ours = times[OURS]["p50"]
-        notes: dict[str, Any] = {"kind": kind, **vars(shape), "errors": case.errors}
-        notes |= {"made_by": case.made_by, "left_out": case.left_out}
-        notes["layer_us"] = ours / LAYERS
-        notes["caches"] = len(case.given.caches)
-        if kind == EAGER:
-            host = _gpu.interleaved({OURS: calls[OURS]}, mode="host", rounds=5)
-            notes |= {"host_us": host[OURS]["p50"], **effects(case, all_effects)}
-        floor_us = shape.floor_us(weights.num_bytes(), record.ceilings)
-        record.case(f"{shape.label}, {kind}", times, ours=OURS, floor_us=floor_us, **notes)
+    def effects(self, all_sides: bool) -> dict[str, Any]:
+        """Launches, waits and allocations of an eager step: whole, and of the package alone."""
+        package = {"package_alone": _gpu.effects(self.package.step)}
+        found = _gpu.effects(self.sides[OURS].step) | package
+        if all_sides:
+            found["effects"] = {k: _gpu.effects(side.step) for k, side in self.sides.items()}
+        return found
 
 
 def run(
     record: _gpu.Recorder, shape: Shape, weights: Sequence[Weights], pool: Pool, peers: Path | None
 ) -> None:
-    """Check and time one shape."""
-    is_first = not record.cases
-    case = Case(shape, weights, pool, peers)
+    """Check and time one shape, in a graph and eagerly."""
+    is_first, case = not record.cases, Case(shape, weights, pool, peers)
     if is_first:
         _gpu.warm_host(case.sides[OURS].step)
-    compare(record, case, weights[0], is_first)
+    case.check_bytes()
+    floor_us = LAYERS * shape.floor_us(weights[0].num_bytes(), case.given.sizes, record.ceilings)
+    rounds = ROUNDS_OF_LONG if shape.rows * shape.keys >= _LONG_KEYS else ROUNDS
+    calls: dict[str, list[_gpu.Call]] = {label: [side.step] for label, side in case.sides.items()}
+    for kind, mode in MODES.items():
+        times = _gpu.interleaved(calls, mode=mode, rounds=rounds)
+        notes: dict[str, Any] = {"kind": kind, **vars(shape), "errors": case.errors}
+        notes |= {"made_by": case.made_by, "left_out": case.left_out}
+        notes |= {"layer_us": times[OURS]["p50"] / LAYERS, "caches": len(case.given.caches)}
+        if kind == EAGER:
+            host = _gpu.interleaved({OURS: calls[OURS]}, mode="host", rounds=5)
+            notes |= {"host_us": host[OURS]["p50"], **case.effects(is_first)}
+        record.case(f"{shape.label}, {kind}", times, ours=OURS, floor_us=floor_us, **notes)
 
 
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:

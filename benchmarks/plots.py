@@ -17,9 +17,6 @@ from benchmarks._staging_timeline import COPY, WORK, ZOOM_US
 _OURS = "#1f77d0"
 _OTHERS = ("#c26a12", "#8c6bb1", "#7a8793", "#b5485d", "#4d9221")
 _INK = "#7d8590"
-# parts of a layer in a timeline; what runs beside others, and what ends the begin
-_LANES = ("#c26a12", "#b5a642", "#4d9221", "#8c6bb1", "#b5485d", "#5f8f8f", "#7a8793", "#a8724a")
-_BESIDE, _BEGIN = ("projections", COPY), "indexer query"
 _STYLE = {
     "svg.hashsalt": "fd_dsa",
     # text stays text: small files, and no outlines that depend on a font's version
@@ -107,8 +104,8 @@ def timeline(result: Mapping[str, Any]) -> str:
         for stream in sorted({kernel["stream"] for kernel in run})
     ]
     names = list(dict.fromkeys(kernel["name"] for run in sides.values() for kernel in run))
-    others = [name for name in names if name not in _BESIDE]
-    colours = dict(zip(others, _LANES * 9, strict=False)) | dict.fromkeys(_BESIDE, _OURS)
+    others = [name for name in names if name != COPY]
+    colours = dict(zip(others, _OTHERS * 9, strict=False)) | {COPY: _OURS}
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(8, 1.2 + 0.7 * len(lanes)))
         for axes, limits in zip(figure.subplots(2, 1), _limits(result), strict=True):
@@ -122,14 +119,11 @@ def timeline(result: Mapping[str, Any]) -> str:
 
 def _limits(result: Mapping[str, Any]) -> tuple[tuple[float | None, float | None], ...]:
     """From where to where both halves of a timeline run; the second is a closer look."""
-    runs = result["timeline"].values()
     if "zoom" in result:
         return (None, None), tuple(result["zoom"])
-    works = [e["start_us"] + e["us"] for run in runs for e in run if e["name"] == WORK]
-    if works:
-        return (0, None), tuple(works[0] + from_end for from_end in ZOOM_US)
-    begins = [e["start_us"] + e["us"] for run in runs for e in run if e["name"] == _BEGIN]
-    return (0, None), (0, max(begins, default=None))
+    events = next(iter(result["timeline"].values()))
+    end = next(e["start_us"] + e["us"] for e in events if e["name"] == WORK)
+    return (0, None), tuple(end + from_end for from_end in ZOOM_US)
 
 
 def _draw_lanes(

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,128 +43,85 @@ from fd_dsa.ops.mla.custom_op import kind_for
 HEADS = (128, 64, 32, 16, 8)
 BATCHES = (1, 8, 32, 64, 128)
 CACHE_SLOTS, REGION = 1 << 22, 1 << 15
-PREFILL_TOKENS, POOLS = 4096, (64 << 10, 8 << 10)
+PREFILL_TOKENS = 4096
+# what prompts choose from -> how many slots
+POOLS = {"64 k": 64 << 10, "8 k": 8 << 10, "overlapping": 64 << 10}
 _MOST_SETS = 8
 # FlashMLA rounds latents, their scales and weights to bfloat16
 _TOLERANCE = 1e-2
 _FLOPS_PER_PAIR = 2 * (RANK + ROPE + RANK)
 
 
-def checked(
-    name: str,
-    sets: list[Inputs],
-    ours: Ours,
-    peers: dict[str, list[_gpu.Call]],
-    peer_inputs: Inputs,
-) -> tuple[dict[str, Sequence[_gpu.Call]], dict[str, float], dict[str, str]]:
-    """`_gpu.checked` of all sides.
+class Comparison:
+    """The cases of a number of heads.
 
     Args:
-        name: of the case.
-        sets: inputs of our sides.
-        ours: our launches.
-        peers: calls of other projects, which return their results.
-        peer_inputs: of their first call.
+        record: gets them.
+        peers: folder of other projects' kernels.
+        flops_per_s: of a large GEMM.
+        cache: of records.
+        heads: of the queries.
     """
-    own = {OURS: [ours.call(s) for s in sets]}
-    in_cuda = [call for call in map(ours.cuda_call, sets) if call is not None]
-    if in_cuda:
-        own[CUDA] = in_cuda
-    from_records = [call for call in map(ours.records_call, sets) if call is not None]
-    if from_records:
-        own[RECORDS] = from_records
-    sides = peers | own
 
-    def error(label: str) -> float:
-        _gpu.poison(ours.out, ours.lse, *ours.partials)
-        result = sides[label][0]()
-        return sets[0].error(ours.out) if label in own else peer_inputs.error(result)
+    def __init__(
+        self, record: _gpu.Recorder, peers: Any, flops_per_s: float, cache: Any, heads: int
+    ) -> None:
+        self._record, self._peers, self._flops_per_s = record, peers, flops_per_s
+        self._cache, self._heads = cache, heads
 
-    return _gpu.checked(name, sides, error, _TOLERANCE)
+    def decode(self, batch: int) -> bool:
+        """One decode step on FP8 records."""
+        sets = []
+        for index in range(min(_MOST_SETS, _gpu.num_sets(batch * TOPK * RECORD))):
+            first = torch.arange(batch, device="cuda") * REGION + index * 151_552
+            slots = random_slots(batch, REGION) + (first % (CACHE_SLOTS - REGION))[:, None].int()
+            sets.append(Inputs(self._cache, slots, self._heads))
+        return self._compare(f"decode, {self._heads} heads, batch {batch}", "decode", sets, sets)
 
+    def prefill(self, what: str) -> bool:
+        """A chunk of a prompt, once on bfloat16 latents and once on FP8 records."""
+        pool, make = POOLS[what], overlapping_slots if what == "overlapping" else random_slots
+        slots = make(PREFILL_TOKENS, pool)
+        rows = torch.randn(pool, RANK + ROPE, device="cuda", dtype=torch.bfloat16)
+        wide = [Inputs(rows, slots, self._heads)]
+        narrow = [Inputs(self._cache[:pool], slots, self._heads, is_prompt=True)]
+        name = f"prefill, {self._heads} heads, {what}"
+        good = self._compare(f"{name}, bf16", "prefill bf16", wide, wide)
+        return self._compare(f"{name}, FP8", "prefill FP8", narrow, wide) and good
 
-def served_by(sets: list[Inputs], calls: Collection[str]) -> str:
-    """Which of our sides the package serves a shape with, of those that are there."""
-    tokens, heads, _ = sets[0].q.shape
-    kind = kind_for(heads, sets[0].fp8)
-    in_cuda = CUDA in calls and kind is not None and kind.is_faster(tokens, heads)
-    return CUDA if in_cuda or OURS not in calls else OURS
+    def _compare(
+        self, name: str, kind: str, sets: Sequence[Inputs], peer_sets: Sequence[Inputs]
+    ) -> bool:
+        """Check all sides on the first set, then time them over all; whether ours are right."""
+        first, heads, tokens = sets[0], self._heads, len(sets[0].slots)
+        ours, peers = Ours(tokens, heads), peer_calls(self._peers, peer_sets, kind == "decode")
+        own = {OURS: [ours.call(s) for s in sets]} | ours.cuda_calls(sets)
+        sides = peers | own
 
+        def error(label: str) -> float:
+            _gpu.poison(ours.out, ours.lse, *ours.partials)
+            result = sides[label][0]()
+            return first.error(ours.out) if label in own else peer_sets[0].error(result)
 
-def compare(
-    record: _gpu.Recorder,
-    peers: Path | None,
-    flops_per_s: float,
-    name: str,
-    kind: str,
-    sets: list[Inputs],
-    peer_sets: list[Inputs],
-) -> bool:
-    """Check all sides on the first set, then time them over all sets; whether ours are right."""
-    tokens, heads, _ = sets[0].q.shape
-    others = peer_calls(peers, peer_sets, kind == "decode")
-    calls, errors, left_out = checked(name, sets, Ours(tokens, heads), others, peer_sets[0])
-    own = [label for label in (OURS, CUDA) if label in calls]
-    if not own:
-        return False
-    times = _gpu.interleaved({GATHER: [s.gather() for s in sets]} | calls, rounds=15)
-    pairs = tokens * heads * TOPK
-    row = RECORD if sets[0].fp8 else 2 * (RANK + ROPE)
-    num_bytes = 2 * tokens * heads * (2 * RANK + ROPE) + row * min(
-        tokens * TOPK, len(sets[0].cache)
-    )
-    floors = {
-        "bytes": num_bytes / record.ceilings["copy_bytes_per_s"] * 1e6,
-        "products": pairs * _FLOPS_PER_PAIR / flops_per_s * 1e6,
-        "gather": times[GATHER]["p50"],
-    }
-    served = served_by(sets, own)
-    notes = {"errors": errors, "floors_us": floors, "heads": heads, "tokens": tokens, "kind": kind}
-    notes["tflops"] = pairs * _FLOPS_PER_PAIR / times[served]["p50"] / 1e6
-    notes["left_out"] = left_out
-    record.case(name, times, ours=served, floor_us=max(floors.values()), **notes)
-    said = ", ".join(f"{label} {error:.1e}" for label, error in errors.items())
-    print(f"  errors {said}; {notes['tflops']:.0f} TFLOP/s", flush=True)
-    return not {OURS, CUDA, RECORDS} & left_out.keys()
-
-
-def decode(
-    record: _gpu.Recorder,
-    peers: Path | None,
-    rate: float,
-    cache: torch.Tensor,
-    heads: int,
-    batch: int,
-) -> bool:
-    """One decode step on FP8 records."""
-    count = min(_MOST_SETS, _gpu.num_sets(batch * TOPK * RECORD))
-    sets = []
-    for index in range(count):
-        first = torch.arange(batch, device="cuda") * REGION + index * 151_552
-        slots = random_slots(batch, REGION) + (first % (CACHE_SLOTS - REGION))[:, None].int()
-        sets.append(Inputs(cache, slots, heads))
-    name = f"decode, {heads} heads, batch {batch}"
-    return compare(record, peers, rate, name, "decode", sets, sets)
-
-
-def prefill(
-    record: _gpu.Recorder,
-    peers: Path | None,
-    rate: float,
-    cache: torch.Tensor,
-    heads: int,
-    what: str,
-) -> bool:
-    """A chunk of a prompt, once on bfloat16 latents and once on FP8 records."""
-    pool = POOLS[1] if what == "8 k" else POOLS[0]
-    make = overlapping_slots if what == "overlapping" else random_slots
-    slots = make(PREFILL_TOKENS, pool)
-    rows = torch.randn(pool, RANK + ROPE, device="cuda", dtype=torch.bfloat16)
-    wide = [Inputs(rows, slots, heads)]
-    name = f"prefill, {heads} heads, {what}"
-    good = compare(record, peers, rate, f"{name}, bf16", "prefill bf16", wide, wide)
-    narrow = [Inputs(cache[:pool], slots, heads, is_prompt=True)]
-    return compare(record, peers, rate, f"{name}, FP8", "prefill FP8", narrow, wide) and good
+        calls, errors, left_out = _gpu.checked(name, sides, error, _TOLERANCE)
+        # of our sides that are there, the one that the package serves with
+        served_by = kind_for(heads, first.fp8)
+        in_cuda = CUDA in calls and served_by is not None and served_by.is_faster(tokens, heads)
+        served = CUDA if in_cuda or OURS not in calls else OURS
+        if served not in calls:
+            return False
+        times = _gpu.interleaved({GATHER: [s.gather() for s in sets]} | calls, rounds=15)
+        row = RECORD if first.fp8 else 2 * (RANK + ROPE)
+        num_bytes = row * min(tokens * TOPK, len(first.cache))
+        num_bytes += 2 * tokens * heads * (2 * RANK + ROPE)
+        floor_us = max(
+            num_bytes / self._record.ceilings["copy_bytes_per_s"] * 1e6,
+            tokens * heads * TOPK * _FLOPS_PER_PAIR / self._flops_per_s * 1e6,
+            times[GATHER]["p50"],
+        )
+        notes = {"errors": errors, "left_out": left_out, "heads": heads, "kind": kind}
+        self._record.case(name, times, ours=served, floor_us=floor_us, **notes)
+        return not {OURS, CUDA, RECORDS} & left_out.keys()
 
 
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
@@ -172,38 +129,28 @@ def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Ca
     cache, rate = record_cache(CACHE_SLOTS), matrix_flops_per_s()
     record.note(matrix_flops_per_s=rate, topk=TOPK)
     for heads in (64, 16) if args.quick else HEADS:
-        shared = record, args.peers, rate, cache, heads
+        comparison = Comparison(record, args.peers, rate, cache, heads)
         for batch in (64,) if args.quick else BATCHES:
-            name = f"decode, {heads} heads, batch {batch}"
-            yield name, partial(decode, *shared, batch)
-        for what in ("64 k",) if args.quick else ("64 k", "8 k", "overlapping"):
-            yield f"prefill, {heads} heads, {what}", partial(prefill, *shared, what)
+            yield f"decode, {heads} heads, batch {batch}", partial(comparison.decode, batch)
+        for what in ("64 k",) if args.quick else POOLS:
+            yield f"prefill, {heads} heads, {what}", partial(comparison.prefill, what)
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
     """Decode steps with and without splits, and chunks of a prompt over both caches."""
     cache = record_cache(1 << 18)
     rows, prompt = torch.randn(1 << 16, RANK + ROPE, device="cuda").bfloat16(), cache[: 1 << 16]
+    shapes = [(128, 128, cache), (64, 1, cache), (16, 64, cache), (16, 512, cache)]
+    shapes += [(32, 512, cache), (64, 512, prompt)]
+    shapes += [(heads, 512, rows) for heads in (64, 16, 32)]
     found: dict[str, tuple[_gpu.Call, list[torch.Tensor]]] = {}
-    for heads, tokens, memory in (
-        (128, 128, cache),
-        (64, 1, cache),
-        (16, 64, cache),
-        (16, 512, cache),
-        (32, 512, cache),
-        (64, 512, prompt),
-        (64, 512, rows),
-        (16, 512, rows),
-        (32, 512, rows),
-    ):
-        ours = Ours(tokens, heads)
-        slots = random_slots(tokens, len(memory))
+    for heads, tokens, memory in shapes:
+        ours, slots = Ours(tokens, heads), random_slots(tokens, len(memory))
         inputs = Inputs(memory, slots, heads, is_prompt=memory is prompt)
         label = f"{tokens} x {heads} heads, {'FP8' if inputs.fp8 else 'bf16'}"
         found[label] = ours.call(inputs), [ours.out, ours.lse]
-        in_cuda = ours.cuda_call(inputs)
-        if in_cuda is not None:
-            found[f"{label}, CUDA C++"] = in_cuda, [ours.out, ours.lse]
+        for call in ours.cuda_calls([inputs]).get(CUDA, ()):
+            found[f"{label}, CUDA C++"] = call, [ours.out, ours.lse]
     return found
 
 

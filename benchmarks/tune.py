@@ -18,19 +18,14 @@ from typing import Any, TypeAlias
 
 import torch
 
-from benchmarks import (
-    _gpu,
-    cache_write,
-    indexer_logits,
-    indexer_query,
-    mla_query,
-    overlap,
-)
+from benchmarks import _gpu, indexer_logits, indexer_query, mla_query, overlap
 from benchmarks import _sparse_mla_sides as sparse
-from benchmarks._logits_shapes import Shape
-from benchmarks._logits_sides import form_of
+from benchmarks._layer import Sizes, Weights
+from benchmarks._logits_sides import Shape, form_of
 from benchmarks._logits_sides import random_cache as random_keys
+from benchmarks._prepared import Launch
 from benchmarks._torch_device import register
+from benchmarks.cache_write import Write
 from fd_dsa.ops.indexer_projection import triton_kernel as projection
 from fd_dsa.ops.logits.tile_forms import TileForm
 from fd_dsa.ops.mla.tensor_core import Form, form_for, num_splits
@@ -40,47 +35,32 @@ CHOSEN = "chosen"
 Case: TypeAlias = tuple[str, Mapping[str, Sequence[_gpu.Call]], str]
 
 
-def tune_cache_write() -> Iterator[Case]:
-    """Tokens of a program, warps and registers."""
-    layer, name_of = cache_write.Layer(num_blocks=16384), cache_write.name_of
-    for num_tokens in (1, 128, 512, 1024, 2048, 4096, 8192):
-        sets = [layer.inputs(num_tokens) for _ in range(_gpu.num_sets(num_tokens * 1700))]
-        sides = {
-            name_of(how): [layer.one_launch(s, how) for s in sets] for how in cache_write.CANDIDATES
-        }
-        yield f"{num_tokens} tokens", sides, name_of(cache_write.configuration(num_tokens))
+def tune_launch(kind: type[Launch], shapes: Sequence[tuple[int, ...]]) -> Iterator[Case]:
+    """Rows of a program, warps and registers of a small launch."""
+    for shape in shapes:
+        sets = kind.sets_of(*shape)
+        sides = {_words(how): [s.call(how) for s in sets] for how in kind.candidates}
+        yield kind.name.format(*shape), sides, _words(sets[0].chosen)
 
 
-def _tune_queries(
-    module: Any, shapes: Any, chosen: Callable[[int, int], tuple[int, int]]
-) -> Iterator[Case]:
-    """Rows of a program and warps of a kernel that prepares queries."""
-    cos_sin = module.angles()
-    for tokens, heads in shapes:
-        sets = module.sets_of(tokens, heads)
-        sides = {
-            f"{r} x {w}": [s.one_launch(cos_sin, (r, w)) for s in sets]
-            for r, w in module.CANDIDATES
-        }
-        yield f"{tokens} tokens x {heads} heads", sides, "{} x {}".format(*chosen(tokens, heads))
-
-
-def _tiling(tiling: projection.Tiling) -> str:
-    return "{} x {} x {} / {}, {} warps, {} stages".format(*tiling)
+def _words(configuration: tuple[Any, ...]) -> str:
+    """A configuration in words: rows of a program, warps, registers where they are limited."""
+    return " x ".join(str(x) for x in configuration if x is not None)
 
 
 def tune_projections() -> Iterator[Case]:
     """Tilings of `project_indexer`; around the limit of split sums, all."""
-    layer = overlap.Layer(overlap.Sizes())
-    copies, limit = overlap.copies_of(layer.weights), projection.MOST_SPLIT_TOKENS
+    sizes, limit = Sizes(), projection.MOST_SPLIT_TOKENS
+    copies = overlap.copies_of(Weights(sizes, "cuda"))
     for tokens in (1, 16, 32, 64, 128, 256, 512, 1024, 2048):
-        x, out = overlap.inputs(tokens, layer.sizes)
+        x = torch.randn(tokens, sizes.hidden, device="cuda", dtype=torch.bfloat16)
+        out = overlap.outputs(tokens, sizes)
         tried = projection.CANDIDATES if tokens <= 2 * limit else projection.WHOLE
         sides = {
-            _tiling(tiling): [overlap.launch(x, both, out, tiling) for both in copies]
+            _words(tiling): [overlap.launch(x, both, out, tiling) for both in copies]
             for tiling in (projection.SPLIT if tokens < limit else tried)
         }
-        yield f"{tokens} tokens", sides, _tiling(projection.configuration(tokens))
+        yield f"{tokens} tokens", sides, _words(projection.configuration(tokens))
 
 
 # registers of a thread -> blocks of four warps that a processor then has
@@ -180,18 +160,18 @@ def _right(
 
 
 KERNELS: dict[str, Callable[[], Iterator[Case]]] = {
-    "cache_write": tune_cache_write,
+    "cache_write": partial(
+        tune_launch, Write, [(n,) for n in (1, 128, 512, 1024, 2048, 4096, 8192)]
+    ),
     "indexer_query": partial(
-        _tune_queries,
-        indexer_query,
-        ((1, 64), (32, 64), (128, 64), (512, 64), (1024, 64), (8192, 64), (1024, 32)),
-        lambda tokens, heads: indexer_query.configuration(tokens * heads),
+        tune_launch,
+        indexer_query.Query,
+        [*((n, 64) for n in (1, 32, 128, 512, 1024, 8192)), (1024, 32)],
     ),
     "mla_query": partial(
-        _tune_queries,
-        mla_query,
-        ((1, 128), (8, 128), (32, 128), (128, 128), (1024, 128), (8192, 128), (1, 16), (128, 16)),
-        lambda *_: mla_query.CHOSEN,
+        tune_launch,
+        mla_query.Query,
+        [*((n, 128) for n in (1, 8, 32, 128, 1024, 8192)), (1, 16), (128, 16)],
     ),
     "projections": tune_projections,
     "indexer_logits": tune_indexer_logits,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks._logits_shapes import Shape, shapes
+pytest.importorskip("torch")
+
+from benchmarks._logits_sides import Shape, form_of, shapes
 
 DECODE, DRAFTS = Shape(64, 3, 640), Shape(32, 2, 128, 4)
 PROMPT = Shape(64, 1, 4096, 2048, is_prompt=True)
@@ -40,8 +42,6 @@ def test_every_shape_has_a_name_of_its_own() -> None:
 @pytest.mark.triton
 @pytest.mark.parametrize("shape", [DECODE, DRAFTS, PROMPT])
 def test_forms_differ_from_the_one_that_serves(shape: Shape) -> None:
-    pytest.importorskip("torch")
-    from benchmarks._logits_sides import form_of
     from benchmarks.tune import CHOSEN, tile_forms
 
     tried = tile_forms(shape)

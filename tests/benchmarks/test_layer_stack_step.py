@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,13 +43,12 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(device, "_REGISTRY", {torch.Tensor: HostMemory()})
     monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
     monkeypatch.setattr(providers, "_choices", {})
-    from benchmarks import _gpu, _logits_sides, _sparse_mla_sides, _stack, _stack_peers
-    from benchmarks._layer import Sizes
-    from benchmarks._stack_shapes import Shape
+    from benchmarks import _gpu, _layer, _logits_sides, _sparse_mla_sides, _stack
+    from benchmarks._layer import Shape, Sizes
 
     for module in (_logits_sides, _sparse_mla_sides):
         monkeypatch.setattr(module, "DEVICE", "cpu")
-    for module in (_stack, _stack_peers):
+    for module in (_layer, _stack):
         monkeypatch.setattr(module, "LAYERS", 2)
     monkeypatch.setattr(_gpu, "num_sets", lambda num_bytes: 2)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -58,29 +56,25 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     rows = {"max_rows": ROWS, "max_tokens": ROWS, "context": KEYS, "topk": TOPK}
     sizes = Sizes(hidden=64, q_rank=64, heads=HEADS, index_heads=16, **rows)
     shape = Shape(HEADS, ROWS, KEYS)
-    pool = _stack.Pool(3 * shape.cache_blocks)
-    given = _stack.Given(shape, sizes, pool, "cpu")
-    weights = _stack.weights_of(sizes, "cpu")
-    backend = _stack.backend_of(sizes, "cpu")
-    return SimpleNamespace(given=given, weights=weights, backend=backend)
+    given = _layer.Given(shape, sizes, _layer.Pool(3 * shape.cache_blocks), "cpu")
+    return given, _layer.weights_of(sizes, "cpu"), _layer.backend_of(sizes, "cpu")
 
 
 def test_sides_give_the_same_bytes(stack: Any) -> None:
-    from benchmarks._stack import Everything, Stack, plain_check
+    from benchmarks._stack import Everything, PackageAlone, Stack, plain_check
 
-    given, backend = stack.given, stack.backend
-    ours = Stack(given, stack.weights, backend)
-    found = ours.package_alone(ours.products(), layers=1)
+    given, _, backend = stack
+    found = PackageAlone(*stack).step(layers=1)
     checked = plain_check(given, *found, backend.query_buffers(ROWS))
     assert checked["recall"] == 1 and checked["attention"] < 1e-2
     # a wrong choice is found
     wrong = plain_check(given, found[0].flip(0), *found[1:], backend.query_buffers(ROWS))
     assert wrong["recall"] < 1 and wrong["attention"] > 0.1
 
-    ours.step()
+    Stack(*stack).step()
     wanted, steps = given.out.clone(), backend.builder.num_builds
     given.out.zero_()
-    Everything(given, stack.weights, backend).step()
+    Everything(*stack).step()
     assert torch.equal(given.out, wanted) and wanted.abs().max() > 0
     assert backend.builder.num_builds == steps + 1
 
@@ -153,16 +147,16 @@ def test_peers_fit_together(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None
     from benchmarks import _peers, _stack_peers
     from benchmarks._stack import plain_check
 
-    peers, given = Peers(), stack.given
+    peers, given = Peers(), stack[0]
     monkeypatch.setattr(_peers, "vllm_cache_ops", lambda folder: peers)
     monkeypatch.setattr(_peers, "vllm_indexer_query", lambda folder: peers)
     monkeypatch.setattr(_peers, "flash_mla_builds", lambda folder: [("a build", peers, True)])
     monkeypatch.setattr(_peers, "deep_gemm", lambda folder: peers)
     monkeypatch.setattr(_stack_peers, "Sides", TopK)
     monkeypatch.setattr(_stack_peers, "fastest", lambda sides: next(iter(sides)))
-    side = _stack_peers.PeerStack(given, stack.weights, stack.backend, None)
+    side = _stack_peers.PeerStack(*stack, None)
     assert side.made_by == {"top-k": "some", "attention": "a build"}
-    checked = plain_check(given, *side.first_layer())
+    checked = plain_check(given, *side.step(layers=1), side.queries)
     assert checked["recall"] > 0.99 and checked["attention"] < 1e-2
     peers.schedules, peers.written = 0, []
     given.out.zero_()
@@ -176,4 +170,4 @@ def test_peers_that_are_not_there(stack: Any) -> None:
     from benchmarks._stack_peers import PeerStack
 
     with pytest.raises(LookupError, match="vLLM"):
-        PeerStack(stack.given, stack.weights, stack.backend, None)
+        PeerStack(*stack, None)
