@@ -182,33 +182,26 @@ class Worker:
     Candidate and baseline each get one, so that their thread pools never meet in a process.
 
     Args:
-        module: what runs, a module of `benchmarks.workers`.
-        args: its arguments.
+        target: a module, whose functions answer, or "module:Class", an object of which does.
+        args: of a module that is run as a program instead, and answers by itself.
         checkout: whose `fd_dsa` it imports; the worker itself is always the one of this tree.
         cpus: processors that it runs on; None = all.
-        options: a further argument, as JSON.
+        options: arguments of the class.
     """
 
     def __init__(
         self,
-        module: str,
+        target: str,
         *args: str,
         checkout: Path = ROOT,
         cpus: Iterable[int] | None = None,
         **options: Any,
     ) -> None:
-        args += (json.dumps(options),) if options else ()
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.workers"]
+        command += [str(checkout.resolve()), target, json.dumps(options), *args]
         with on_cpus(os.sched_getaffinity(0) if cpus is None else cpus):
             self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-W", "ignore", "-m", "benchmarks.workers"),
-                    *(
-                        str(checkout.resolve()),
-                        module,
-                        *args,
-                        *([json.dumps(options)] if options else []),
-                    ),
-                ],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -250,12 +243,12 @@ class Worker:
 
 @contextlib.contextmanager
 def workers(
-    module: str, checkouts: Mapping[str, Path], **options: Any
+    target: str, checkouts: Mapping[str, Path], **options: Any
 ) -> Iterator[dict[str, Worker]]:
     """A worker with the package of each checkout, by label."""
     with contextlib.ExitStack() as stack:
         yield {
-            label: stack.enter_context(Worker(module, checkout=path, **options))
+            label: stack.enter_context(Worker(target, checkout=path, **options))
             for label, path in checkouts.items()
         }
 
@@ -278,13 +271,18 @@ def in_turns(
     return results
 
 
-def serve_requests(handlers: dict[str, Any]) -> None:
-    """The worker's side of `Worker.call`: `op` names the handler, the rest are its arguments."""
+def serve_requests(target: Any) -> None:
+    """The worker's side of `Worker.call`.
+
+    Args:
+        target: a module or an object; `op` of a request names one of its functions, the rest are
+            the arguments.
+    """
     answers = os.fdopen(os.dup(1), "w")
     # whatever a library prints must not get between the answers
     os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = handlers[request.pop("op")](**request)
+        answer = getattr(target, request.pop("op"))(**request)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

@@ -30,35 +30,22 @@ class Served:
         self._url, self._pid, self._client = url, pid, client
 
     def generate(self, **case: Any) -> dict[str, Any]:
-        """Streams of random prompts; what the client measures, and the server's processor time.
+        """Streams of random prompts; what the client measures, and the event loop's processor time.
 
         Args:
             case: requests, prompt_tokens, new_tokens, seed.
 
         Returns:
-            `seconds`, `client_cpu_s`, `tokens`, `step_ms` between the pieces of a stream,
-            `serve_cpu_s` of the thread that serves and `cpu_s` of the whole server.
+            `seconds`, `client_cpu_s`, `tokens`, and `serve_cpu_s` of the thread that serves.
         """
-        before = self._cpu_s()
-        parts = urlsplit(self._url)
+        before, parts = self._cpu_s(), urlsplit(self._url)
         answer = self._client.call(op="streams", host=parts.hostname, port=parts.port, **case)
-        loop_s, all_s = (b - a for a, b in zip(before, self._cpu_s(), strict=True))
-        return {**answer, "serve_cpu_s": loop_s, "cpu_s": all_s}
+        return {**answer, "serve_cpu_s": self._cpu_s() - before}
 
-    def _cpu_s(self) -> tuple[float, float]:
-        """Processor seconds of the main thread, which runs the event loop, and of the server."""
-        threads = [
-            t for pid in _with_children(self._pid) for t in Path(f"/proc/{pid}/task").iterdir()
-        ]
-        times = {int(t.name): int((t / "schedstat").read_text().split()[0]) for t in threads}
-        return times[self._pid] / 1e9, sum(times.values()) / 1e9
-
-
-def _with_children(pid: int) -> list[int]:
-    """A process and those that it has started."""
-    stats = [p.read_text() for p in Path("/proc").glob("[0-9]*/stat")]
-    parents = {int(s.split()[0]): int(s.rpartition(")")[2].split()[1]) for s in stats}
-    return [pid, *(child for child, parent in parents.items() if parent == pid)]
+    def _cpu_s(self) -> float:
+        """Processor seconds of the main thread, which runs the event loop."""
+        times = Path(f"/proc/{self._pid}/task/{self._pid}/schedstat").read_text()
+        return int(times.split()[0]) / 1e9
 
 
 @contextlib.contextmanager

@@ -74,12 +74,12 @@ def step_growth() -> dict[str, Any]:
         *({**STEP, "rows": n} for n in ROWS[1:]),
         *({**STEP, "context": n} for n in CONTEXTS[1:]),
     ]
-    with Worker("benchmarks.workers.step_growth") as worker:
+    with Worker("benchmarks.workers.step_growth:Steps") as worker:
         found = []
         for case in cases:
-            metadata = worker.call(op="metadata", **case)
-            found.append({"case": case, "metadata": metadata, **worker.call(op="launches", **case)})
-            print(f"{case}: {metadata}, {found[-1]['launches']} launches", flush=True)
+            counted = worker.call(op="count", **case)
+            found.append({"case": case, **counted})
+            print(f"{case}: {counted}", flush=True)
     by_layers = {e["case"]["layers"]: e["launches"] for e in found[: len(LAYERS)]}
     a_layer = (by_layers[LAYERS[-1]] - by_layers[LAYERS[0]]) / (LAYERS[-1] - LAYERS[0])
     return {

@@ -10,13 +10,13 @@ return. The count depends on the code alone, not on the machine. Nothing is writ
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from benchmarks._harness import Worker
 
 CONTEXT, WARM_UP = 64, 5
 
@@ -56,24 +56,6 @@ def count_calls() -> Counter[str]:
     return calls
 
 
-def count_of(checkout: Path) -> int:
-    """Calls of the package in another checkout, counted by this file."""
-    root = Path(__file__).resolve().parent.parent
-    program = (
-        "import runpy, sys; sys.argv = ['python_calls']; "
-        f"runpy.run_path({str(root / 'benchmarks/python_calls.py')!r}, run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env=os.environ | {"PYTHONPATH": str(checkout)},
-        cwd=checkout,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return int(done.stdout.split()[0].replace(",", ""))
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the count; returns 0."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -86,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         for name, count in calls.most_common(40):
             print(f"{count:6} {name}")
     if args.baseline is not None:
-        print(f"{count_of(args.baseline):,} in {args.baseline}")
+        with Worker("benchmarks.python_calls", checkout=args.baseline) as worker:
+            count = sum(worker.call(op="count_calls").values())
+        print(f"{count:,} in {args.baseline}")
     return 0
 
 

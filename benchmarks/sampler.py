@@ -36,7 +36,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 PROCESSES, ROUNDS, REPEATS = 3, 4, 3
 # steps of 32 rows: 10,016 draws
 STEPS = 313
-MODULE = "benchmarks.workers.sampler"
+MODULE = "benchmarks.workers.sampler:Sampling"
 Sides = dict[str, Worker]
 
 

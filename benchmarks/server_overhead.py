@@ -41,7 +41,7 @@ def compare(arrangement: str, checkouts: dict[str, Path], rounds: int) -> list[d
     cpus, client_cpus = ARRANGEMENTS[arrangement]
     rows = []
     with contextlib.ExitStack() as stack:
-        engine = stack.enter_context(Worker("benchmarks.workers.ours", cpus=cpus))
+        engine = stack.enter_context(Worker("benchmarks.workers.ours:Engine", cpus=cpus))
         calls: dict[str, Callable[..., Any]] = {"engine": partial(engine.call, op="generate")}
         for label, path in checkouts.items():
             calls[label] = stack.enter_context(served(path, cpus, client_cpus)).generate
@@ -54,7 +54,6 @@ def compare(arrangement: str, checkouts: dict[str, Path], rounds: int) -> list[d
                 "arrangement": arrangement,
                 "streams": streams,
                 "engine_tokens_per_s": streams * NEW_TOKENS / float(np.median(alone)),
-                "engine_seconds": percentiles(alone),
                 "servers": {label: _against(alone, a) for label, a in answers.items()},
             }
             rows.append(row)
@@ -70,16 +69,11 @@ def _against(alone: list[float], answers: list[dict[str, Any]]) -> dict[str, Any
     shares = [s / e for s, e in zip(seconds, alone, strict=True)]
     added = [1e3 * (s - e) / NEW_TOKENS for s, e in zip(seconds, alone, strict=True)]
     per_token = {
-        name: 1e6 * float(np.median([a[key] / a["tokens"] for a in answers]))
-        for name, key in (
-            ("serve_us", "serve_cpu_s"),
-            ("client_us", "client_cpu_s"),
-            ("all_us", "cpu_s"),
-        )
+        f"{who}_us": 1e6 * float(np.median([a[f"{who}_cpu_s"] / a["tokens"] for a in answers]))
+        for who in ("serve", "client")
     }
     return {
         "tokens_per_s": answers[0]["tokens"] / float(np.median(seconds)),
-        "seconds": percentiles(seconds),
         "loss": 1 - 1 / float(np.median(shares)),
         "loss_spread": [1 - 1 / min(shares), 1 - 1 / max(shares)],
         "added_ms_a_token": percentiles(added),

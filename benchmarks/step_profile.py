@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     result |= {"rounds": args.rounds, "steps": STEPS}
     # the package of before comes first
     checkouts = dict(reversed(checkouts.items()))
-    with workers("benchmarks.workers.ours", checkouts) as sides:
+    with workers("benchmarks.workers.ours:Engine", checkouts) as sides:
         result["cases"] = profile(sides, args.rounds)
     result["serving"] = serving(checkouts, args.rounds)
     print(f"written: {save('step_profile', result)}")

@@ -1,28 +1,35 @@
-"""Run a worker with the package of a checkout: `python -m benchmarks.workers CHECKOUT MODULE ...`.
+"""Run a worker with the package of a checkout: `python -m benchmarks.workers CHECKOUT TARGET ...`.
 
 `benchmarks` itself is imported already, so the checkout may be one that has no such worker.
 """
 
 from __future__ import annotations
 
-import runpy
+import json
 import sys
 from importlib import import_module
 from pathlib import Path
 
+from benchmarks._harness import serve_requests
 
-def main(checkout: str, module: str, *args: str) -> None:
-    """Run `module` as a program.
+
+def main(checkout: str, target: str, options: str, *args: str) -> None:
+    """Answer requests; see `Worker`.
 
     Raises:
         RuntimeError: `fd_dsa` would be another one.
     """
     sys.path.insert(0, checkout)
-    found = Path(import_module("fd_dsa").__file__ or "").resolve()
-    if not found.is_relative_to(Path(checkout).resolve()):
-        raise RuntimeError(f"fd_dsa: imported from {found}, wanted that of {checkout}")
-    sys.argv = [module, *args]
-    runpy.run_module(module, run_name="__main__")
+    package = Path(import_module("fd_dsa").__file__ or "").resolve()
+    if not package.is_relative_to(Path(checkout).resolve()):
+        raise RuntimeError(f"fd_dsa: imported from {package}, not from {checkout}")
+    name, _, kind = target.partition(":")
+    module = import_module(name)
+    if args:
+        sys.argv = [name, *args]
+        module.main()
+    else:
+        serve_requests(getattr(module, kind)(**json.loads(options)) if kind else module)
 
 
 if __name__ == "__main__":

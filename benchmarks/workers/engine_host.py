@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import serve_requests
-
 _BLOCK_SIZE = 64
 _MAX_MODEL_LEN = 1024
 _PROMPT_TOKENS = 100
@@ -100,7 +98,3 @@ def pass_us(requests: int, steps: int, vocab_size: int) -> dict[str, Any]:
     """Microseconds of a pass over the logits alone, which no sampler can do without."""
     logits = IdleRunner(requests, vocab_size).execute_model(np.arange(requests))
     return {"us": _timed_us(lambda: logits.argmax(axis=1), steps)}
-
-
-if __name__ == "__main__":
-    serve_requests({"host_us": host_us, "pass_us": pass_us})

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from typing import Any
 
 import torch
 from transformers import DeepseekV32ForCausalLM
 
-from benchmarks._harness import random_prompts, serve_requests
+from benchmarks._harness import random_prompts
 from fd_dsa.config import demo_model_path
 from fd_dsa.environment import usable_cpus
 
@@ -42,8 +40,3 @@ class Model:
         if out.shape[1] != prompt_tokens + new_tokens:
             raise RuntimeError(f"generate returned {out.shape[1] - prompt_tokens} new tokens")
         return {"seconds": seconds}
-
-
-if __name__ == "__main__":
-    model = Model(**json.loads(sys.argv[1]))
-    serve_requests({"generate": model.generate})

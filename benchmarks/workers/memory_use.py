@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import serve_requests
-
 _BLOCK_SIZE = 64
 _WIDTHS = {"latent": 512, "rope": 64, "index": 128}
 _MIB = 1 << 20
@@ -135,14 +133,3 @@ def prefill_peak(context: int, tokens: int) -> dict[str, Any]:
         tracemalloc.stop()
     paddle_bytes = core.host_memory_stat_peak_value("Allocated", 0) - before
     return {"numpy_mib": numpy_bytes / _MIB, "paddle_mib": paddle_bytes / _MIB}
-
-
-if __name__ == "__main__":
-    serve_requests(
-        {
-            "cache_bytes": cache_bytes,
-            "engine_bytes": engine_bytes,
-            "device_buffers": device_buffers,
-            "prefill_peak": prefill_peak,
-        }
-    )

@@ -1,14 +1,9 @@
-"""Worker: the demo model in the embedded engine.
-
-Its argument is those of `Engine` as JSON.
-"""
+"""Worker: the demo model in the embedded engine."""
 
 from __future__ import annotations
 
 import cProfile
-import json
 import pstats
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import random_prompts, serve_requests
+from benchmarks._harness import random_prompts
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.factory import build_engine
@@ -253,9 +248,3 @@ def _apart(seconds: Counter[str], whole: float) -> dict[str, float]:
         "metrics": seconds["metrics"],
     }
     return {**own, "rest": whole - sum(own.values()), "whole step": whole}
-
-
-if __name__ == "__main__":
-    engine = Engine(**json.loads(sys.argv[1] if len(sys.argv) > 1 else "{}"))
-    names = ("generate", "decode_ms", "parts_us", "scan_ms", "profile", "beside", "alone")
-    serve_requests({name: getattr(engine, name) for name in names})

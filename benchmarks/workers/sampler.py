@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
 from itertools import count
 from typing import Any
 
 import numpy as np
-
-from benchmarks._harness import serve_requests
 
 _VOCAB_SIZE = 129_280
 _NUM_ROWS = 32
@@ -101,8 +97,3 @@ class Sampling:
             self._sampler(sampling).sample(logits, slots, positions).tolist()
             for sampling in samplings
         ]
-
-
-if __name__ == "__main__":
-    sampling = Sampling(**json.loads(sys.argv[1]))
-    serve_requests({"cpu_ms": sampling.cpu_ms, "tokens": sampling.tokens})

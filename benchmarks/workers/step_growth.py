@@ -1,25 +1,20 @@
 """Worker: what a step's metadata and launches do when layers, rows and contexts double.
 
-Tiny models with random weights. Metadata is timed on the CPU. Launches are counted on the test
-plug-in in host memory, where Triton interprets the kernels that a GPU would compile.
+Tiny models with random weights, on the test plug-in in host memory, where Triton interprets the
+kernels that a GPU would compile.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import serve_requests
-from tests.gpu_rig import Rig, load
+from tests.gpu_rig import load
 
 _BLOCK_SIZE = 16
-_STEPS = 40
 
 
 def _runner(layers: int, rows: int, context: int, device: str) -> Any:
@@ -29,8 +24,7 @@ def _runner(layers: int, rows: int, context: int, device: str) -> Any:
     from tests.runner.tiny import V32, tiny_model
 
     model = tiny_model(V32 | {"num_hidden_layers": layers, "max_position_embeddings": 1024})
-    if device != "cpu":
-        model.to_device(device)
+    model.to_device(device)
     columns = -(-(context + 1) // _BLOCK_SIZE)
     batch = InputBatch(rows, rows, columns, _BLOCK_SIZE)
     layout = cache_layout(model.config, "float32", _BLOCK_SIZE)
@@ -49,76 +43,45 @@ def _decode_step(runner: Any, context: int) -> None:
     runner.execute_model(np.arange(batch.num_tokens))
 
 
-def metadata(layers: int, rows: int, context: int) -> dict[str, Any]:
-    """Builds of a step's metadata, its bytes, and its microseconds, on a CPU."""
-    from fd_dsa.ops._host import as_numpy
+class Steps:
+    """Decode steps on the plug-in, loaded once."""
 
-    runner = _runner(layers, rows, context, "cpu")
-    backend, times = runner.attn_backends[0], []
-    _decode_step(runner, context)
-    before = backend.builder.num_builds
-    for _ in range(_STEPS):
-        runner.input_batch.begin_step()
-        for row in range(rows):
-            runner.input_batch.add_row(row, [5], context, False)
-        begin = time.perf_counter()
-        runner.initialize_forward_meta()
-        times.append(1e6 * (time.perf_counter() - begin))
-    meta = backend.attention_metadata
-    values = [getattr(meta, field.name) for field in fields(meta)]
-    arrays = [as_numpy(value) for value in values if hasattr(value, "shape")]
-    return {
-        "builds": (backend.builder.num_builds - before) / _STEPS,
-        "bytes": sum(array.nbytes for array in arrays),
-        "us": float(np.median(times)),
-    }
+    def __init__(self) -> None:
+        self._rig = load("fake")
 
+    def count(self, layers: int, rows: int, context: int) -> dict[str, Any]:
+        """Builds and bytes of the metadata of one decode step, and launches of our kernels."""
+        import paddle
 
-@contextmanager
-def _counted() -> Iterator[Counter[str]]:
-    """Launches inside by kernel."""
-    from fd_dsa.triton_runtime import interpreted, kernel
+        from fd_dsa.triton_runtime import interpreted, kernel
 
-    counts: Counter[str] = Counter()
-    original = interpreted.run_interpreted
+        counts: Counter[str] = Counter()
+        original = interpreted.run_interpreted
+        modules: tuple[Any, ...] = (kernel, interpreted)
 
-    def counting(launched: Any, *args: Any) -> None:
-        counts[launched.__name__] += 1
-        original(launched, *args)
+        def counting(launched: Any, *args: Any) -> None:
+            counts[launched.__name__] += 1
+            original(launched, *args)
 
-    modules: tuple[Any, ...] = (kernel, interpreted)
-    for module in modules:
-        module.run_interpreted = counting
-    try:
-        yield counts
-    finally:
-        for module in modules:
-            module.run_interpreted = original
-
-
-def launches(rig: Rig, layers: int, rows: int, context: int) -> dict[str, Any]:
-    """Launches of our kernels in one decode step."""
-    import paddle
-
-    paddle.set_device(rig.device)
-    try:
-        runner = _runner(layers, rows, context, f"{rig.place.get_device_type()}:0")
-        # views are made in the first step
-        _decode_step(runner, context)
-        with _counted() as counts:
+        paddle.set_device(self._rig.device)
+        try:
+            runner = _runner(layers, rows, context, f"{self._rig.place.get_device_type()}:0")
+            # views are made in the first step
             _decode_step(runner, context)
-    finally:
-        paddle.set_device("cpu")
-    return {"launches": counts.total(), "kernels": len(counts)}
-
-
-def main() -> None:
-    """Answer."""
-    rig = load("fake")
-    serve_requests(
-        {"metadata": metadata, "launches": lambda **case: launches(rig, **case)},
-    )
-
-
-if __name__ == "__main__":
-    main()
+            backend = runner.attn_backends[0]
+            before = backend.builder.num_builds
+            for module in modules:
+                module.run_interpreted = counting
+            _decode_step(runner, context)
+        finally:
+            for module in modules:
+                module.run_interpreted = original
+            paddle.set_device("cpu")
+        meta = backend.attention_metadata
+        values = [getattr(meta, field.name) for field in fields(meta)]
+        tensors = [value for value in values if hasattr(value, "element_size")]
+        metadata = {
+            "builds": backend.builder.num_builds - before,
+            "bytes": sum(int(x.numel()) * x.element_size() for x in tensors),
+        }
+        return {"metadata": metadata, "launches": counts.total()}

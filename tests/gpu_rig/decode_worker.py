@@ -150,7 +150,7 @@ def main() -> None:
     os.environ.setdefault("GLOG_minloglevel", "2")
     engine = Engine(way, form, tuple(map(int, sizes.split(","))), int(longest), int(tokens))
     try:
-        serve_requests({"facts": engine.facts, "tokens": engine.tokens, "steps": engine.steps})
+        serve_requests(engine)
     finally:
         engine.close()
 
