@@ -1,14 +1,15 @@
 """Everything that is measured on one GPU, in one command that may be cut off at any time.
 
-    python -m benchmarks.gpu_run --out DIR --peers DIR --budget-s 560 --archive FILE.tar.gz
+    python -m benchmarks.gpu_run --out DIR --peers DIR --budget-s 560
 
 Ceilings, the library of custom_ops/, correctness, benchmarks, profiles, memory checks, repeats, in
 this order. Every section is a process with a time limit of its own; its output is
-DIR/<section>.log, and after each one DIR/run.json and the archive are rewritten. Started again on
-the same DIR it goes on after the sections that passed, and inside those that had no time for all of
-their shapes or tests. A failure of the small correctness tests ends the run. --commit names the
-commit of a copy of the tree without git. `--dry-run` needs no GPU: it imports the benchmarks
-and collects the tests, without Paddle, as on a machine that has none.
+DIR/<section>.log, and after each one DIR/run.json is rewritten. Started again on the same DIR it
+goes on after the sections that passed, and inside those that had no time for all of their shapes or
+tests. A failure of the small correctness tests ends the run. The results, DIR/<benchmark>.json, are
+copied to benchmarks/results by hand. --commit names the commit of a copy of the tree without git.
+`--dry-run` needs no GPU: it imports the benchmarks and collects the tests, without Paddle, as on a
+machine that has none.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -95,7 +95,6 @@ def sections(args: argparse.Namespace) -> list[Section]:
     out, tests = args.out, args.tests or gpu_tests()
     flags = ("--out", str(out), *(("--peers", str(args.peers)) if args.peers else ()))
     flags += ("--quick",) if args.quick else ()
-    ready = [name for name in BENCHMARKS if (ROOT / "benchmarks" / f"{name}.py").exists()]
 
     def module(name: str, limit_s: int) -> Section:
         return Section(name, (sys.executable, "-m", f"benchmarks.{name}", *flags), limit_s)
@@ -121,22 +120,22 @@ def sections(args: argparse.Namespace) -> list[Section]:
         library,
         Section("tests_small", (*quick, "--maxfail=10", *tests), 200, small, True, " passed"),
         Section("tests_all", (*quick, *tests), 400, threads, must_say=" passed"),
-        *(module(name, BENCHMARKS[name]) for name in ready),
-        Section("ncu", (*ncu, *subjects, "profile", *ready), 150),
+        *(module(name, limit_s) for name, limit_s in BENCHMARKS.items()),
+        Section("ncu", (*ncu, *subjects, "profile", *BENCHMARKS), 150),
         checker("memcheck", kernels),
         checker("racecheck", kernels),
         # barriers written by hand are those of custom_ops/
         checker("synccheck", [p for p in kernels if "custom_ops" in p] or kernels),
-        Section("repeats", (*subjects, "repeat", *ready), 150),
+        Section("repeats", (*subjects, "repeat", *BENCHMARKS), 150),
     ]
 
 
 class Run:
     """The state of a run, kept in DIR/run.json."""
 
-    def __init__(self, out: Path, archive: Path | None) -> None:
+    def __init__(self, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self.out, self._archive, self._path = out, archive, out / "run.json"
+        self.out, self._path = out, out / "run.json"
         self.done: dict[str, dict[str, Any]] = {}
         if self._path.exists():
             self.done = json.loads(self._path.read_text())
@@ -168,23 +167,15 @@ class Run:
             "status": _STATUS.get(status, "failed"),
             "exit": status,
             "seconds": round(time.monotonic() - begin, 1),
-            "last": _last_line(text),
+            "last": text.strip().rpartition("\n")[2][:160],
         }
         if section.name == "ncu" and (self.out / "ncu.csv").exists():
-            kernels = _profiles((self.out / "ncu.csv").read_text(errors="replace"), text)
+            kernels = _ncu.kernels((self.out / "ncu.csv").read_text(errors="replace"), text)
             result = {"name": "profiles", "env": environment(), "gate": self.gate()}
             write_json(self.out / "profiles.json", result | {"kernels": kernels})
         self.done[section.name] = entry
-        self.save()
-        return entry
-
-    def save(self) -> None:
-        """Write run.json and the archive of everything in the folder."""
         write_json(self._path, self.done)
-        if self._archive:
-            self._archive.parent.mkdir(parents=True, exist_ok=True)
-            with tarfile.open(self._archive, "w:gz", compresslevel=6) as archive:
-                archive.add(self.out, arcname="gpu_run")
+        return entry
 
 
 def _wait(command: Sequence[str], log: Any, variables: Mapping[str, str], limit_s: float) -> int:
@@ -202,32 +193,14 @@ def _wait(command: Sequence[str], log: Any, variables: Mapping[str, str], limit_
             process.wait()
 
 
-def _last_line(text: str) -> str:
-    """The last line of a log that holds something."""
-    lines = [line.strip() for line in text.splitlines()]
-    return next((line for line in reversed(lines) if line), "")[:160]
-
-
-def _profiles(report: str, log: str) -> list[dict[str, Any]]:
-    """The kernels that ncu saw, with the subject each belongs to where every call was one."""
-    kernels = list(_ncu.kernels(report))
-    prefix = "subject "
-    labels = [line.removeprefix(prefix) for line in log.splitlines() if line.startswith(prefix)]
-    if len(labels) == len(kernels):
-        kernels = [
-            {"subject": label} | kernel for label, kernel in zip(labels, kernels, strict=True)
-        ]
-    return kernels
-
-
 def dry_run(chosen: Sequence[Section], tests: Sequence[str]) -> int:
     """Import what the sections run and collect their tests, without Paddle; 1 on a failure."""
     for tool in ("nvidia-smi", "nvcc", "ncu", "compute-sanitizer"):
         print(f"{tool:<20} {shutil.which(tool) or 'not here'}")
     hidden = "import sys; sys.modules['paddle'] = None; "
     checks = {
-        name: [sys.executable, "-c", f"{hidden}import benchmarks.{name} as m; m.main{subjects}"]
-        for name, subjects in {"ceilings": "", **dict.fromkeys(BENCHMARKS, "; m.subjects")}.items()
+        name: [sys.executable, "-c", f"{hidden}import benchmarks.{name} as m; m.main"]
+        for name in ("ceilings", *BENCHMARKS)
     }
     collect = f"{hidden}import pytest; sys.exit(pytest.main(sys.argv[1:]))"
     flags = ["-q", "--collect-only", "-p", "no:cacheprovider", "-m", "gpu"]
@@ -256,7 +229,6 @@ def table(run: Run) -> str:
         lines += [f"not run: {', '.join(result['not_run'])}"] if result.get("not_run") else []
         # other programs than the sections may leave results there
         lines += [case_line(e) for e in result.get("cases", ()) if "percent_of_floor" in e]
-        lines += [_ncu.text(kernel) for kernel in result.get("kernels", ())]
     return "\n".join(lines)
 
 
@@ -264,7 +236,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_run")
-    parser.add_argument("--archive", type=Path, help="keep a .tar.gz of --out up to date here")
     parser.add_argument("--peers", type=Path, help="folder with other projects' kernels")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION")
     parser.add_argument("--skip", nargs="+", default=[], metavar="SECTION")
@@ -277,9 +248,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="check imports, without a GPU")
     args = parser.parse_args(argv)
     # sections run in the root of the tree
-    for name in ("out", "archive", "peers"):
-        if getattr(args, name):
-            setattr(args, name, getattr(args, name).resolve())
+    args.out, args.peers = args.out.resolve(), args.peers and args.peers.resolve()
     return args
 
 
@@ -299,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.commit:
         os.environ["FD_DSA_COMMIT"] = args.commit
     end = time.monotonic() + args.budget_s
-    run = Run(args.out, args.archive)
+    run = Run(args.out)
     for section in chosen:
         if not args.fresh and run.done.get(section.name, {}).get("status") == "passed":
             continue

@@ -160,11 +160,6 @@ def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Ca
         record.note(layers=LAYERS, custom_ops=_custom_ops.serving())
 
 
-def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
-    """None: its kernels are subjects of their own benchmarks."""
-    return {}
-
-
 main = partial(_gpu.main, "layer_stack", __doc__, cases)
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Make the tables and plots of docs/performance.md and docs/results from benchmarks/results/*.json.
 
-    python -m benchmarks.report                  # rewrites the pages between their marks, and plots
-    python -m benchmarks.report RUN.tar.gz       # first copies the results of a gpu_run archive
+    python -m benchmarks.report     # rewrites the pages between their marks, and the plots
 
 The pages are prose by hand and marked regions: one for each result in docs/results, a function of
 its JSON file as shown.json describes it, and the tables of docs/performance.md (`_ratios`).
@@ -13,15 +12,13 @@ import argparse
 import json
 import re
 import sys
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from benchmarks import _notes, _ratios, _render, _v4_shown
-from benchmarks._harness import RESULTS, ROOT, write_json
+from benchmarks._harness import RESULTS, ROOT
 from benchmarks._ratios import SHOWN
 from benchmarks._render import Column, Part, Result, Table, load, paragraphs, refusal, rows_at
 
@@ -108,45 +105,13 @@ def filled(page: str, folder: Path = RESULTS) -> str:
     )
 
 
-def take(archive: Path, names: Iterable[str], folder: Path = RESULTS) -> list[str]:
-    """Copy results out of an archive of `gpu_run`; those that may not be shown stay there.
-
-    Args:
-        archive: the file that `gpu_run --archive` wrote.
-        names: results wanted.
-        folder: where they go.
-
-    Returns:
-        A line about each of them.
-    """
-    lines = []
-    with tarfile.open(archive) as files:
-        held = set(files.getnames())
-        for name in names:
-            member = f"gpu_run/{name}.json"
-            if member not in held:
-                continue
-            content = files.extractfile(member)
-            assert content is not None
-            result = json.loads(content.read())
-            refused = refusal(result)
-            if refused is None:
-                write_json(folder / f"{name}.json", result)
-            lines.append(f"{name}: {refused or 'taken'}")
-    return lines
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the pages and, where matplotlib is installed, the plots; returns 0."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("archive", type=Path, nargs="?", help="archive of a gpu_run to take from")
-    args = parser.parse_args(argv)
-    names = {page: list(regions(page.read_text("utf-8"))) for page in pages()}
-    if args.archive:
-        print("\n".join(take(args.archive, chain(*names.values()))))
-    for page, held in names.items():
-        page.write_text(filled(page.read_text("utf-8")), "utf-8")
-        print(f"{page.relative_to(ROOT)}: {', '.join(held)}")
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(argv)
+    for page in pages():
+        text = page.read_text("utf-8")
+        page.write_text(filled(text), "utf-8")
+        print(f"{page.relative_to(ROOT)}: {', '.join(regions(text))}")
     if find_spec("matplotlib") is None:
         print("plots left as they are: matplotlib is not installed (extra `bench`)")
         return 0

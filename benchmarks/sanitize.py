@@ -20,10 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
-from benchmarks._deadline import DONE_VARIABLE, END_VARIABLE, NO_TIME
+import pytest
+
 from benchmarks._harness import LIMIT_VARIABLE, OUT_OF_TIME, ROOT
 
 _PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default")
@@ -35,6 +36,9 @@ _WITH_PRODUCTS = ("overlap_streams",)
 _VARIABLES = {"FD_DSA_SMALL_TESTS": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 # racecheck does not follow the order from lanes to the one that arrives at a barrier for them
 _EVERY_LANE = {"NVCC_APPEND_FLAGS": "-DFD_DSA_EVERY_LANE_ARRIVES"}
+# for a checked process: when no test is begun any more, and the file of those that are done
+_END, _DONE = "FD_DSA_TESTS_END", "FD_DSA_TESTS_DONE"
+NO_TIME = "no time left"
 # share of the time for the tests that are running when it ends
 _RESERVE = 0.3
 # what a tool says at the end of a clean process
@@ -72,46 +76,46 @@ def verdict(tool: str, status: int, text: str) -> str:
     return "" if re.search(CLEAN[tool], text) else "the tool found errors, or said nothing"
 
 
-class Worker:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """In a checked process: skip what there is no time for."""
+    if time.time() > float(os.environ[_END]):
+        pytest.skip(NO_TIME)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In a checked process: note a test that passed, or had nothing to do here."""
+    report = yield
+    passed = report.when == "call" and report.passed
+    if passed or (report.skipped and NO_TIME not in str(report.longrepr)):
+        with Path(os.environ[_DONE]).open("a") as file:
+            file.write(f"{item.nodeid}\n")
+    return report
+
+
+def checked(tool: str, tests: Sequence[str], end: float, stem: Path) -> subprocess.Popen[bytes]:
     """A checked process with a part of the tests.
 
     Args:
         tool: of compute-sanitizer.
         tests: identifiers.
         end: second of the clock after which no test is begun.
-        folder: for what it writes.
-        number: of the worker.
+        stem: of two files, .log for its output and .done for the tests that are done.
     """
-
-    def __init__(
-        self, tool: str, tests: Sequence[str], end: float, folder: Path, number: int
-    ) -> None:
-        checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-        # a driver call that is refused, and answered, is no wrong access
-        checker += ["--report-api-errors", "no"] if tool == "memcheck" else []
-        command = [*checker, "--target-processes", "application-only", *_PYTEST]
-        command += ["-p", "benchmarks._deadline", "-rs", *choice(tool), *tests]
-        self._tool, self._num_tests = tool, len(tests)
-        self._log, self._done = folder / f"{number}.log", folder / f"{number}.done"
-        self._done.touch()
-        names = {END_VARIABLE: str(end), DONE_VARIABLE: str(self._done)}
-        names |= _EVERY_LANE if tool == "racecheck" else {}
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd=ROOT, env=os.environ | _VARIABLES | names
-            )
-
-    def finish(self) -> tuple[str, list[str]]:
-        """Wait; what is wrong, and the tests that are done in a process that is clean."""
-        status = self._process.wait()
-        text = self._log.read_text(errors="replace")
-        done = self._done.read_text().splitlines()
-        wrong = verdict(self._tool, status, text)
-        if wrong:
-            print(f"{text}\n{self._tool}: {wrong}", flush=True)
-        else:
-            print(f"clean: {len(done)} of {self._num_tests} tests", flush=True)
-        return wrong, [] if wrong else done
+    checker = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    # a driver call that is refused, and answered, is no wrong access
+    checker += ["--report-api-errors", "no"] if tool == "memcheck" else []
+    command = [*checker, "--target-processes", "application-only", *_PYTEST]
+    command += ["-p", "benchmarks.sanitize", "-rs", *choice(tool), *tests]
+    done = stem.with_suffix(".done")
+    done.touch()
+    variables = os.environ | _VARIABLES | {_END: str(end), _DONE: str(done)}
+    variables |= _EVERY_LANE if tool == "racecheck" else {}
+    with stem.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=variables)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,16 +137,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_s = float(os.environ.get(LIMIT_VARIABLE, "inf"))
     end = time.time() + (1 - _RESERVE) * limit_s
     every = collect(args.tool, args.paths)
-    done = _known(args.done)
+    has_done = args.done and args.done.exists()
+    done = set(args.done.read_text().split("\n")) - {""} if has_done else set()
     tests = [test for test in every if test not in done]
     failures = 0
     with tempfile.TemporaryDirectory() as folder:
         parts = [tests[i :: args.workers] for i in range(min(args.workers, len(tests)))]
-        workers = [Worker(args.tool, p, end, Path(folder), i) for i, p in enumerate(parts)]
-        for worker in workers:
-            wrong, found = worker.finish()
-            failures += bool(wrong)
-            done.update(found)
+        stems = [Path(folder) / str(number) for number in range(len(parts))]
+        workers = [
+            checked(args.tool, part, end, stem) for part, stem in zip(parts, stems, strict=True)
+        ]
+        for worker, part, stem in zip(workers, parts, stems, strict=True):
+            status, text = worker.wait(), stem.with_suffix(".log").read_text(errors="replace")
+            wrong = verdict(args.tool, status, text)
+            if wrong:
+                failures += 1
+                print(f"{text}\n{args.tool}: {wrong}", flush=True)
+                continue
+            new = stem.with_suffix(".done").read_text().splitlines()
+            print(f"clean: {len(new)} of {len(part)} tests", flush=True)
+            done.update(new)
             if args.done:
                 args.done.write_text("\n".join(sorted(done)) + "\n")
     clean, known = len(workers) - failures, len(done & set(every))
@@ -153,11 +167,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failures:
         return 1
     return 0 if known == len(every) else OUT_OF_TIME
-
-
-def _known(path: Path | None) -> set[str]:
-    """Tests that were clean before."""
-    return set(path.read_text().split("\n")) - {""} if path and path.exists() else set()
 
 
 if __name__ == "__main__":

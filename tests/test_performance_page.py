@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from benchmarks._harness import RESULTS, ROOT, write_json
 from benchmarks._ratios import OURS, RATIOS, drawn
 from benchmarks.gpu_run import BENCHMARKS
-from benchmarks.report import IMAGES, filled, pages, plots, region, regions, take
+from benchmarks.report import IMAGES, filled, pages, plots, region, regions
 from tests.benchmarks.results import ENV, case, result, shown
 
 COMMITTED = sorted(RESULTS.glob("*.json"))
@@ -150,22 +149,6 @@ def test_ceilings_and_profiles(tmp_path: Path) -> None:
     text = shown(tmp_path, gpu_result(name="profiles", kernels=[kernel]))
     assert "| cache_write: 128 tokens | `write` | 2.1 us | 51.2 % |" in text
     assert "| long scoreboard, barrier |" in text
-
-
-def test_results_are_taken_from_the_archive_of_a_run(tmp_path: Path) -> None:
-    run, folder = tmp_path / "run", tmp_path / "results"
-    for path in (run, folder):
-        path.mkdir()
-    write_json(run / "cache_write.json", gpu_result())
-    write_json(run / "indexer_query.json", gpu_result(gate="failed"))
-    with tarfile.open(tmp_path / "run.tar.gz", "w:gz") as archive:
-        archive.add(run, arcname="gpu_run")
-    names = ["cache_write", "indexer_query", "ceilings"]
-    assert take(tmp_path / "run.tar.gz", names, folder) == [
-        "cache_write: taken",
-        "indexer_query: The correctness tests of this run: failed. No figures.",
-    ]
-    assert [path.name for path in folder.iterdir()] == ["cache_write.json"]
 
 
 def test_only_the_marked_regions_change(tmp_path: Path) -> None:
