@@ -19,15 +19,15 @@ A folder for `--peers` holds, taken out of the wheel vllm 0.26.0 (built for torc
 
 The source is benchmarks/fi_topk.cu. EMPTY holds tvm/ffi/error.h, which may be an empty file.
 
-vLLM itself is not imported: loading the library registers its operators with torch. DeepGEMM
-compiles its kernels with nvcc when they are first used.
+A peer that is absent is None, and a line says so. vLLM itself is not imported: loading the library
+registers its operators with torch. DeepGEMM compiles its kernels with nvcc when they are first
+used.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import importlib.util
 import os
 import sys
@@ -40,28 +40,48 @@ import torch
 from benchmarks._harness import ROOT
 from fd_dsa.ops._fp8 import INDEX_RECORD_BYTES, INDEX_WIDTH, LATENT_RECORD_BYTES
 
+_VLLM = "_C_stable_libtorch.abi3.so"
+
+
+@cache
+def torch_ops(folder: Path | None, name: str, namespace: str) -> Any | None:
+    """`torch.ops.<namespace>` of a library; None, with a line, where it cannot be loaded."""
+    path = _found(folder, name)
+    if path is None:
+        return None
+    # what a peer may link and torch itself loads late: NVRTC and cuBLAS of its wheels
+    for pattern in ("**/libnvrtc.so.*", "**/libcublasLt.so.*", "**/libcublas.so.*"):
+        for root in sys.path:
+            for library in sorted((Path(root) / "nvidia").glob(pattern)):
+                with contextlib.suppress(OSError):
+                    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        print(f"peer left out: {name}: {error}", flush=True)
+        return None
+    return getattr(torch.ops, namespace)
+
 
 def vllm_cache_ops(folder: Path | None) -> Any | None:
-    """vLLM's `torch.ops._C_cache_ops`, or None, with one printed line, without its library."""
-    return torch.ops._C_cache_ops if _vllm_is_loaded(folder) else None
+    """vLLM's operators on caches."""
+    return torch_ops(folder, _VLLM, "_C_cache_ops")
 
 
 def vllm_ops(folder: Path | None) -> Any | None:
-    """vLLM's `torch.ops._C`, or None, with one printed line, without its library."""
-    return torch.ops._C if _vllm_is_loaded(folder) else None
+    """vLLM's other operators."""
+    return torch_ops(folder, _VLLM, "_C")
 
 
-def vllm_writes(
-    ops: Any,
-    latent: torch.Tensor,
-    k_pe: torch.Tensor,
-    key: torch.Tensor,
-    latents: torch.Tensor,
-    index: torch.Tensor,
-    slots: torch.Tensor,
-    scale: torch.Tensor,
-) -> None:
-    """vLLM's writes of finished keys into both caches; `scale` is any number, and is not read."""
+def vllm_writes(ops: Any, *inputs: torch.Tensor) -> None:
+    """vLLM's writes of finished keys into both caches.
+
+    Args:
+        ops: of `vllm_cache_ops`.
+        inputs: latent, k_pe and index key; both caches; slots; and a scale, any number, which is
+            not read.
+    """
+    latent, k_pe, key, latents, index, slots, scale = inputs
     records = latents.view(-1, 64, LATENT_RECORD_BYTES)
     ops.concat_and_cache_mla(latent, k_pe, records, slots, "fp8_ds_mla", scale)
     keys = index.view(-1, 64, INDEX_RECORD_BYTES)
@@ -69,48 +89,26 @@ def vllm_writes(
 
 
 @cache
-def _vllm_is_loaded(folder: Path | None) -> bool:
-    """Load vLLM's library of operators, unless it is not there."""
-    path = _found(folder, "_C_stable_libtorch.abi3.so")
-    if path is None:
-        return False
-    return _is_loaded(path)
-
-
-def _is_loaded(path: Path) -> bool:
-    """Load a library of operators; if that fails, print why and return False."""
-    _load_cuda_libraries()
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        print(f"peer left out: {path.name}: {error}", flush=True)
-        return False
-    return True
-
-
-@cache
 def flashinfer_topk(folder: Path | None) -> Any | None:
-    """FlashInfer's top-k as a C library, or None, with one printed line, without it."""
+    """FlashInfer's top-k as a C library."""
     path = _found(folder, "fi_topk.so")
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.fi_topk.argtypes = (*[pointer] * 5, *[number] * 6, pointer)
-    if hasattr(library, "fi_topk_clusters"):
-        library.fi_topk_clusters.argtypes = (*[pointer] * 5, *[number] * 5, pointer)
-    else:
-        print("peer left out: fi_topk_clusters: not in fi_topk.so", flush=True)
+    library.fi_topk_clusters.argtypes = (*[pointer] * 5, *[number] * 5, pointer)
     return library
 
 
-@cache
 def vllm_indexer_query(folder: Path | None) -> Any | None:
-    """The Triton kernel of vLLM that prepares the indexer's query; None where it is absent."""
-    path = _found(folder, "triton_peers/indexer_q.py")
-    if path is None:
-        return None
-    return _module(path)._fused_indexer_q_rope_quant_kernel
+    """The Triton kernel of vLLM that prepares the indexer's query."""
+    return _of_file(folder, "triton_peers/indexer_q.py", "_fused_indexer_q_rope_quant_kernel")
+
+
+def vllm_sparse_mla(folder: Path | None) -> Any | None:
+    """vLLM's sparse MLA in Triton, for bfloat16 latents."""
+    return _of_file(folder, "triton_peers/mla_sparse.py", "triton_bf16_mla_sparse_interface")
 
 
 def prepare_indexer_query(
@@ -135,19 +133,12 @@ def prepare_indexer_query(
     )
 
 
-@cache
 def flash_mla_builds(folder: Path | None) -> list[tuple[str, Any, bool]]:
     """Builds of FlashMLA: label, operators, and whether they take a result to write to."""
-    libraries = (
-        ("FlashMLA of vLLM", "_flashmla_C.abi3.so", "_flashmla_C", True),
-        ("FlashMLA of SGLang", "sgl_flashmla_ops.abi3.so", "sgl_kernel", False),
-    )
-    found = []
-    for label, name, namespace, takes_out in libraries:
-        path = _found(folder, name)
-        if path is not None and _is_loaded(path):
-            found.append((label, getattr(torch.ops, namespace), takes_out))
-    return found
+    vllm = torch_ops(folder, "_flashmla_C.abi3.so", "_flashmla_C")
+    sglang = torch_ops(folder, "sgl_flashmla_ops.abi3.so", "sgl_kernel")
+    builds = ("FlashMLA of vLLM", vllm, True), ("FlashMLA of SGLang", sglang, False)
+    return [build for build in builds if build[1] is not None]
 
 
 def flash_mla_decode(
@@ -177,13 +168,6 @@ def flash_mla_decode(
     return out.squeeze(1), made
 
 
-@cache
-def vllm_sparse_mla(folder: Path | None) -> Any | None:
-    """vLLM's sparse MLA in Triton, for bfloat16 latents; None where it is absent."""
-    path = _found(folder, "triton_peers/mla_sparse.py")
-    return None if path is None else _module(path).triton_bf16_mla_sparse_interface
-
-
 class DeepGemm:
     """DeepGEMM's kernels that score the keys of an fp8_ds_mla cache.
 
@@ -193,8 +177,6 @@ class DeepGemm:
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        self._paged, self._paged_takes_pair = _fp8_form(module, "paged_mqa_logits")
-        self._gathered, self._gathered_takes_pair = _fp8_form(module, "mqa_logits")
 
     def schedule(self, lengths: torch.Tensor) -> torch.Tensor:
         """How int32 [rows, tokens of a row] keys are shared out to processors."""
@@ -204,15 +186,9 @@ class DeepGemm:
         return self._module.get_paged_mqa_logits_metadata(lengths, 64, parts)
 
     def score_pages(
-        self,
-        q: torch.Tensor,
-        cache: torch.Tensor,
-        weights: torch.Tensor,
-        lengths: torch.Tensor,
-        tables: torch.Tensor,
-        schedule: torch.Tensor,
-        width: int,
-    ) -> torch.Tensor:
+        self, q: torch.Tensor, cache: torch.Tensor, weights: torch.Tensor, lengths: torch.Tensor,
+        tables: torch.Tensor, schedule: torch.Tensor, width: int,
+    ) -> torch.Tensor:  # fmt: skip
         """float32 [num_tokens, width]: scores of the keys in the pages of each row.
 
         Args:
@@ -224,40 +200,32 @@ class DeepGemm:
             schedule: of these lengths.
             width: keys of the longest row.
         """
-        q = q.view(*lengths.shape, *q.shape[1:])
         pages = cache.view(-1, 64, 1, cache.shape[-1])
-        query = (q, None) if self._paged_takes_pair else q
-        rest = weights, lengths, tables, schedule, width
-        return self._paged(query, pages, *rest, clean_logits=False)
+        rest = pages, weights, lengths, tables, schedule, width
+        return self._score("paged_mqa_logits", q.view(*lengths.shape, *q.shape[1:]), *rest)
 
-    def score_gathered(
-        self,
-        q: torch.Tensor,
-        keys: tuple[torch.Tensor, torch.Tensor],
-        weights: torch.Tensor,
-        starts: torch.Tensor,
-        ends: torch.Tensor,
-    ) -> torch.Tensor:
+    def score_gathered(self, q: torch.Tensor, keys: Any, *rest: torch.Tensor) -> torch.Tensor:
         """float32 [num_tokens, num_keys]: scores of contiguous keys.
 
         Args:
-            q, weights: as in `score_pages`.
+            q: as in `score_pages`.
             keys: float8_e4m3fn [num_keys, 128] and their float32 [num_keys] scales.
-            starts, ends: int32 [num_tokens]; the keys that each token sees.
+            rest: weights as in `score_pages`; begins and ends, int32 [num_tokens], of the keys
+                that each token sees.
         """
-        query = (q, None) if self._gathered_takes_pair else q
-        return self._gathered(query, keys, weights, starts, ends, clean_logits=False)
+        return self._score("mqa_logits", q, keys, *rest)
 
-
-def _fp8_form(module: Any, name: str) -> tuple[Any, bool]:
-    """The function of FP8 alone, or the one whose query is a pair of values and FP4 scales."""
-    plain = getattr(module, f"fp8_{name}", None)
-    return (getattr(module, f"fp8_fp4_{name}"), True) if plain is None else (plain, False)
+    def _score(self, name: str, q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        """By the function of FP8 alone, or the one whose query is a pair with FP4 scales."""
+        plain = getattr(self._module, f"fp8_{name}", None)
+        if plain is not None:
+            return plain(q, *rest, clean_logits=False)
+        return getattr(self._module, f"fp8_fp4_{name}")((q, None), *rest, clean_logits=False)
 
 
 @cache
 def deep_gemm(folder: Path | None) -> DeepGemm | None:
-    """DeepGEMM's kernels; None where the package is absent."""
+    """DeepGEMM's kernels."""
     if _found(folder, "deep_gemm/__init__.py") is None:
         return None
     os.environ.setdefault("DG_JIT_CACHE_DIR", str(ROOT / "build" / "deep_gemm_cache"))
@@ -265,22 +233,17 @@ def deep_gemm(folder: Path | None) -> DeepGemm | None:
     return DeepGemm(importlib.import_module("deep_gemm"))
 
 
-def _module(path: Path) -> Any:
-    """A Python file as a module of its own."""
+@cache
+def _of_file(folder: Path | None, name: str, function: str) -> Any | None:
+    """A function of a Python file, which is a module of its own."""
+    path = _found(folder, name)
+    if path is None:
+        return None
     spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
-
-
-def _load_cuda_libraries() -> None:
-    """Load what a peer may link and torch itself loads late: NVRTC and cuBLAS of its wheels."""
-    for pattern in ("**/libnvrtc.so.*", "**/libcublasLt.so.*", "**/libcublas.so.*"):
-        for folder in sys.path:
-            for library in sorted((Path(folder) / "nvidia").glob(pattern)):
-                with contextlib.suppress(OSError):
-                    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    return getattr(module, function)
 
 
 def _found(folder: Path | None, name: str) -> Path | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -18,61 +20,47 @@ _GRAPH_BELOW_US = 400.0
 _REPLAY_US = 2000.0
 
 
-class _Replay:
+def _replay(calls: Sequence[Call], rough_us: float) -> Callable[[], float]:
     """Microseconds a call of a captured graph of many calls."""
-
-    def __init__(self, calls: Sequence[Call], rough_us: float) -> None:
-        rounds = max(1, round(_REPLAY_US / max(rough_us, 2.0) / len(calls)))
-        self._num_calls = rounds * len(calls)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            for index in range(self._num_calls):
-                calls[index % len(calls)]()
-        self()
-
-    def __call__(self) -> float:
-        return _between_events(self._graph.replay) / self._num_calls
+    rounds = max(1, round(_REPLAY_US / max(rough_us, 2.0) / len(calls)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in [*calls] * rounds:
+            call()
+    graph.replay()
+    return lambda: _between_events(graph.replay) / (rounds * len(calls))
 
 
-class _Events:
+def _events(calls: Sequence[Call], rough_us: float) -> Callable[[], float]:
     """Microseconds of one call, each time of the next input set."""
-
-    def __init__(self, calls: Sequence[Call], rough_us: float) -> None:
-        self._calls, self._next = calls, 0
-
-    def __call__(self) -> float:
-        self._next += 1
-        return _between_events(self._calls[self._next % len(self._calls)])
+    following = cycle(calls)
+    return lambda: _between_events(next(following))
 
 
-class _Wall:
-    """Microseconds a call on the host's clock, the device's work included."""
+def _wall(calls: Sequence[Call], rough_us: float, wait_inside: bool = True) -> Callable[[], float]:
+    """Microseconds a call on the host's clock; the device's work counts if it is waited inside."""
+    num_calls = max(len(calls), min(200, round(10_000 / rough_us)))
 
-    wait_inside = True
-
-    def __init__(self, calls: Sequence[Call], rough_us: float) -> None:
-        self._calls = calls
-        self._num_calls = max(len(calls), min(200, round(10_000 / rough_us)))
-
-    def __call__(self) -> float:
+    def sample() -> float:
         torch.cuda.synchronize()
         begin = time.perf_counter_ns()
-        for index in range(self._num_calls):
-            self._calls[index % len(self._calls)]()
-        if self.wait_inside:
+        for index in range(num_calls):
+            calls[index % len(calls)]()
+        if wait_inside:
             torch.cuda.synchronize()
         elapsed = time.perf_counter_ns() - begin
         torch.cuda.synchronize()
-        return elapsed / 1e3 / self._num_calls
+        return elapsed / 1e3 / num_calls
+
+    return sample
 
 
-class _Host(_Wall):
-    """Microseconds a call keeps the host; the device's work is waited for outside the clock."""
-
-    wait_inside = False
-
-
-_MODES = {"graph": _Replay, "events": _Events, "wall": _Wall, "host": _Host}
+_MODES = {
+    "graph": _replay,
+    "events": _events,
+    "wall": _wall,
+    "host": partial(_wall, wait_inside=False),
+}
 
 
 def _between_events(call: Call) -> float:

@@ -87,7 +87,11 @@ class Sides:
 
     def exact(self) -> dict[str, Side]:
         """Peers that never drop a winner, FlashInfer's with our rule first."""
-        return {**self._flashinfer(), **self._vllm_rows(), "torch": self._torch()}
+
+        def by_torch(scores: torch.Tensor) -> None:
+            self.out.copy_(torch.topk(scores, self.k, dim=1, sorted=False)[1])
+
+        return {**self._flashinfer(), **self._vllm_rows(), "torch": by_torch}
 
     def inexact(self) -> dict[str, Side]:
         """Peers that may."""
@@ -100,12 +104,6 @@ class Sides:
         if self.rows <= 32:
             sides["~vLLM coop."] = lambda scores: ops.cooperative_topk(scores, *rest)
         return sides
-
-    def _torch(self) -> Side:
-        def positions(scores: torch.Tensor) -> None:
-            self.out.copy_(torch.topk(scores, self.k, dim=1, sorted=False)[1])
-
-        return positions
 
     def _flashinfer(self) -> dict[str, Side]:
         """Its ragged form in three modes, and its kernel on clusters."""
@@ -126,9 +124,7 @@ class Sides:
         # deterministic, ties to the lowest position, good in a graph
         sides = {SAME_RULE: mode(1, 1, 1), "FlashInfer det": mode(1, 0, 0)}
         sides["FlashInfer"] = mode(0, 0, 0)
-        if hasattr(library, "fi_topk_clusters"):
-            sides["FlashInfer cl."] = self._clusters(library)
-        return sides
+        return sides | {"FlashInfer cl.": self._clusters(library)}
 
     def _clusters(self, library: Any) -> Side:
         """FlashInfer's kernel on clusters, as its Python front end calls it."""

@@ -118,18 +118,12 @@ def window_loop(step: Step) -> torch.Tensor:
     return torch.stack([ks, ke], dim=1).reshape(-1)
 
 
-def per_layer_chains(step: Step) -> None:
-    """All slot mappings of one step."""
+def per_layer_work(step: Step, windows: bool) -> None:
+    """All slot mappings of one step, and the windows of one with prefill where they are asked."""
     for _ in range(2 * LAYERS):
         slot_chain(step)
-
-
-def per_layer_work(step: Step) -> None:
-    """All slot mappings and windows of one step."""
-    per_layer_chains(step)
-    if step.counts["num_prefill_tokens"]:
-        for _ in range(LAYERS):
-            window_loop(step)
+    for _ in range(LAYERS if windows and step.counts["num_prefill_tokens"] else 0):
+        window_loop(step)
 
 
 def check_equal(meta: ForwardMeta, step: Step) -> None:
@@ -138,12 +132,12 @@ def check_equal(meta: ForwardMeta, step: Step) -> None:
     Raises:
         AssertionError: an array differs.
     """
-    assert torch.equal(meta.slot_mapping, slot_chain(step)), "slot_mapping"
-    assert torch.equal(meta.position_ids, step.position_ids), "position_ids"
-    assert torch.equal(meta.batch_id_per_token, step.batch_id_per_token), "batch_id_per_token"
-    assert torch.equal(meta.cu_seqlens_q, step.cu_seqlens_q), "cu_seqlens_q"
+    wanted = {"slot_mapping": slot_chain(step), "position_ids": step.position_ids}
+    wanted |= {"batch_id_per_token": step.batch_id_per_token, "cu_seqlens_q": step.cu_seqlens_q}
     if meta.indexer_attn_mask_offsets is not None:
-        assert torch.equal(meta.indexer_attn_mask_offsets, window_loop(step)), "windows"
+        wanted["indexer_attn_mask_offsets"] = window_loop(step)
+    for name, array in wanted.items():
+        assert torch.equal(getattr(meta, name), array), name
 
 
 def measure(record: _gpu.Recorder, builder: StepMetadataBuilder, label: str, rows: Rows) -> None:
@@ -153,33 +147,20 @@ def measure(record: _gpu.Recorder, builder: StepMetadataBuilder, label: str, row
     steps = [first] + [make_step(rows, seed) for seed in range(1, _gpu.num_sets(tables_bytes))]
 
     def build(step: Step) -> Callable[[], ForwardMeta]:
-        return lambda: builder.build(*step.tensors, **step.counts)
+        return partial(builder.build, *step.tensors, **step.counts)
 
-    def build_from_host() -> ForwardMeta:
-        return builder.build(*first.batch.inputs())
-
-    for call in (build(first), build_from_host):
-        check_equal(call(), first)
-    build(first)()
-    sides = {f"{2 * LAYERS} chains": [lambda: per_layer_chains(first)]}
+    check_equal(build(first)(), first)
+    sides = {f"{2 * LAYERS} chains": [partial(per_layer_work, first, False)]}
     sides |= {OURS: [build(step) for step in steps]}
     sides["one launch, inputs in the L2"] = [build(first)]
     times = _gpu.interleaved(sides, mode="graph", rounds=20)
     record.case(f"{label}, graph", times, ours=OURS, bytes_moved=first.num_bytes)
 
-    eager = {"every layer": [lambda: per_layer_work(first)], OURS: [build(first)]}
+    eager = {"every layer": [partial(per_layer_work, first, True)], OURS: [build(first)]}
     has_loop = first.counts["num_prefill_tokens"] > 0
     times = _gpu.interleaved(eager, mode="wall", rounds=3 if has_loop else 15)
-    hosts = {"tensors": [build(first)], "host arrays": [build_from_host]}
-    host_us = _gpu.interleaved(hosts, mode="host", rounds=15)
-    record.case(
-        f"{label}, eager",
-        times,
-        ours=OURS,
-        bytes_moved=first.num_bytes,
-        host_us={side: spread["p50"] for side, spread in host_us.items()},
-        **_gpu.effects(build(first)),
-    )
+    effects = _gpu.effects(build(first))
+    record.case(f"{label}, eager", times, ours=OURS, bytes_moved=first.num_bytes, **effects)
 
 
 def decode_rows(batch_size: int) -> Rows:
