@@ -150,8 +150,7 @@ def test_one_command_in_stages_trains_exports_and_evaluates(tmp_path, monkeypatc
     from demo_training import config
     from demo_training.rows import KINDS, TRAINED, row_lengths
 
-    # no folder of parts is there: the command makes it
-    out, shards, parts = tmp_path / "out", tmp_path / "shards", tmp_path / "new" / "parts"
+    out, shards = tmp_path / "out", tmp_path / "shards"
     words = Path(__file__).resolve().parents[2] / "fd_dsa/demo_model/tokenizer.json"
     out.mkdir()
     shards.mkdir()
@@ -172,19 +171,14 @@ def test_one_command_in_stages_trains_exports_and_evaluates(tmp_path, monkeypatc
     item |= {"needles": [], "intro": "", "question": "Is it warm?", "answer": "No.", "value": "No"}
     items.write_text(json.dumps(hay) + "\n" + json.dumps(item))
     command = f"all --data nowhere --out {out} --shards {shards} --device cpu --config dry"
-    command += f" --minutes 0.03 --tokens 256 --evalset {items} --parts {parts}"
+    command += f" --minutes 0.03 --tokens 256 --evalset {items}"
     for stage in ("--stop-after 1.5", "--stop-after 60 --evaluation-seconds 99", ""):
         tool.main(f"{command} {stage}".split())
         left = (out / "model.safetensors").exists(), (out / "results.json").exists()
         assert left == {"": (True, True)}.get(stage, (stage.endswith("99"), False))
-        assert (parts / "model.part0").exists()
     assert "from step 0" not in (out / "train.log").read_text().splitlines()[-5]
     found = json.loads((out / "results.json").read_text())["retrieval"]
     assert found["top256"] in ({"32": 0.0}, {"32": 1.0})
-    joined = tmp_path / "joined"
-    tool.main(["join", "--parts", str(parts), "--out", str(joined)])
-    assert {p.name for p in joined.iterdir()} >= {"config.json", "tokenizer_config.json"}
-    assert (joined / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 def test_an_export_loads_in_hugging_face_with_the_same_logits(trainer, tmp_path):
@@ -203,37 +197,6 @@ def test_an_export_loads_in_hugging_face_with_the_same_logits(trainer, tmp_path)
     assert all(r["same_argmax"] for r in rows)
     assert max(r["difference"] / r["largest_logit"] for r in rows) < 1e-4
     assert rows[-1]["dense_difference"] > 100 * rows[-1]["difference"]
-
-
-def test_the_tables_of_the_card_hold_what_was_measured():
-    from demo_training.card import retrieval_table, rules_of, tasks_table, training_sentence
-    from demo_training.evalset import LENGTHS, TASK_LENGTHS, TASKS
-
-    rates = {"dense": {str(n): 1.0 for n in LENGTHS}, "top64": {str(n): 0.975 for n in LENGTHS}}
-    table = retrieval_table(rates).splitlines()
-    assert table[0] == "| tokens | dense attention | top-64 |"
-    assert table[-1] == "| 8000 | 1.000 | 0.975 |"
-    results = {t: {"top256": {str(n): 0.4 for n in TASK_LENGTHS}} for t in TASKS}
-    assert "| four keys of one form | 0.40 |" in tasks_table(results)
-    kept = {"instruction.lower": (3, 4), "assignment.lower": (5, 5), "assignment": (0, 9)}
-    assert rules_of(kept) == "8 of 9 single rules were kept (88.9%); not always: lower 8/9."
-    log = "x of 1230 s spent\ny training done: 41234 steps, 1034.5 M tokens\n"
-    assert training_sentence(log) == "41,234 steps, 1.03 billion tokens, 1230 s of steps"
-
-
-def test_a_checkpoint_survives_its_parts(trainer, tmp_path, monkeypatch):
-    from demo_training import checkpoint
-
-    monkeypatch.setattr(checkpoint, "PART_BYTES", 50_000)
-    checkpoint.save(trainer.model, tmp_path)
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    checkpoint.split(tmp_path, tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no model"):
-        checkpoint.join(tmp_path / "nowhere", tmp_path)
-    checkpoint.join(tmp_path, tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == whole
-    assert len(list(tmp_path.glob("model.part*"))) > 10
 
 
 def test_greedy_answers_and_retrieval_rates_of_a_model_that_learned_one_text(trainer):

@@ -6,8 +6,8 @@ python tools/demo_training COMMAND --help
 from __future__ import annotations
 
 import argparse
+import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -16,8 +16,6 @@ from pathlib import Path
 if not __package__:  # started as a folder: python tools/demo_training
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     __package__ = "demo_training"
-
-SMALL_FILES = ("config.json", "tokenizer.json", "train.log", "results.json")
 
 
 def _tokenizer(folder: str):
@@ -37,21 +35,12 @@ def _sources(folder: str):
 
 def tokenizer(args: argparse.Namespace) -> None:
     """Trains the tokenizer and writes it."""
-    from demo_training.tokenizer import characters_per_token, train_tokenizer, write_tokenizer
+    from demo_training.tokenizer import train_tokenizer, write_tokenizer
 
     sources = _sources(args.data)
     trained = train_tokenizer(sources, args.vocabulary)
     write_tokenizer(trained, args.out)
-    rate = characters_per_token(trained, sources)
-    print(f"{trained.get_vocab_size()} entries, {rate:.2f} characters a token, in {args.out}")
-
-
-def evalset(args: argparse.Namespace) -> None:
-    """Writes the second edition of the evaluation file after the items of the first."""
-    from demo_training.evalset import extend
-
-    extend(_sources(args.data), _tokenizer(args.tokenizer), args.out)
-    print(f"{args.out}: {Path(args.out).stat().st_size} bytes")
+    print(f"{trained.get_vocab_size()} entries in {args.out}")
 
 
 def worker(args: argparse.Namespace) -> None:
@@ -90,12 +79,8 @@ def _train(args: argparse.Namespace, words, log, stop_at: float) -> bool:
     from demo_training.rows import KINDS, Pool
 
     out = Path(args.out)
-    phases = tuple(float(x) for x in args.phases.split(","))
-    settings = training.Settings(60.0 * args.minutes, phases, args.tokens)
-    settings.scores = 1 << args.scores
-    settings.decay_from, settings.warm_up = args.decay_from, args.warm_up
-    settings.rates = {k: v * args.rate for k, v in settings.rates.items()}
-    model = training.new_model(args.device, args.init, CONFIGS[args.config])
+    settings = training.Settings(60.0 * args.minutes, tokens=args.tokens)
+    model = training.new_model(args.device, CONFIGS[args.config])
     trainer = training.Trainer(settings, model, log)
     if (out / "state.pt").exists():
         trainer.resume(out / "state.pt")
@@ -104,25 +89,16 @@ def _train(args: argparse.Namespace, words, log, stop_at: float) -> bool:
     processes = _start_workers(args, model.config["max_position_embeddings"], trainer.steps)
     try:
         pools = {k: Pool(args.shards, k, args.device) for k in KINDS}
-        if args.speed:
-            trainer.speeds(pools)
         done = trainer.run(pools, words, stop_at, out / "state.pt")
     finally:
         _stop_workers(args, processes)
     if not done:
         trainer.save(out / "state.pt")
-        checkpoint.save(model, out / "unfinished")
         log("saved the state; run the same command again")
         return False
     checkpoint.save(model, out)
     log("exported")
     return True
-
-
-def _copy_small_files(source, target) -> None:
-    for name in SMALL_FILES:
-        if (Path(source) / name).exists():
-            shutil.copy(Path(source) / name, target)
 
 
 def all_steps(args: argparse.Namespace) -> None:
@@ -132,23 +108,16 @@ def all_steps(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
     stop_at = started + args.stop_after if args.stop_after else float("inf")
     out.mkdir(parents=True, exist_ok=True)
-    if args.parts:
-        # before the training: a path that cannot be a folder would end a finished run
-        Path(args.parts).mkdir(parents=True, exist_ok=True)
     log = training.open_log(out / "train.log")
     if not (out / "tokenizer.json").exists():
         tokenizer(args)
     words = _tokenizer(args.out)
     exported = (out / "model.safetensors").exists() or _train(args, words, log, stop_at)
-    if args.parts:
-        checkpoint.split(out if exported else out / "unfinished", args.parts)
     if exported and not (out / "results.json").exists():
         if stop_at - time.time() < args.evaluation_seconds:
             log("evaluation is left; run the same command again")
         else:
             _evaluate(args, checkpoint.load(out).to(args.device), words, log)
-    if args.parts:
-        _copy_small_files(out, args.parts)
 
 
 def _evaluate(args: argparse.Namespace, model, words, log) -> None:
@@ -159,7 +128,6 @@ def _evaluate(args: argparse.Namespace, model, words, log) -> None:
 
     from demo_training.evalset import read
     from demo_training.reports import all_rates
-    from demo_training.training import write_results
 
     if not args.modes:
         return
@@ -168,7 +136,8 @@ def _evaluate(args: argparse.Namespace, model, words, log) -> None:
     precision = torch.autocast("cuda", torch.bfloat16) if gpu else contextlib.nullcontext()
     with precision, torch.no_grad():
         results = all_rates(model, words, found, chats, args.modes.split(","), log)
-    write_results(Path(args.out) / "results.json", results)
+    text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+    (Path(args.out) / "results.json").write_text(text, encoding="utf-8")
     log("evaluated")
 
 
@@ -198,25 +167,6 @@ def selection(args: argparse.Namespace) -> None:
         print(name, values)
 
 
-def card(args: argparse.Namespace) -> None:
-    """Writes the model card of an exported folder; runs parity and selection (CPU, 4 min)."""
-    from demo_training.card import write_card
-
-    write_card(args.model, _tokenizer(args.model), _sources(args.data), args.out, args.texts)
-
-
-def join(args: argparse.Namespace) -> None:
-    """Puts the parts of a checkpoint together, with all files of its folder."""
-    from demo_training import checkpoint
-    from demo_training.tokenizer import write_settings
-
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    checkpoint.join(args.parts, args.out)
-    _copy_small_files(args.parts, args.out)
-    checkpoint.write_generation_settings(args.out)
-    write_settings(args.out)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="demo_training", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -228,8 +178,6 @@ def _parser() -> argparse.ArgumentParser:
             flag = "--" + flag_name.replace("_", "-")
             if value is None:
                 sub.add_argument(flag, required=True)
-            elif value is False:
-                sub.add_argument(flag, action="store_true")
             else:
                 sub.add_argument(flag, default=value, type=type(value))
         sub.set_defaults(run=function)
@@ -237,18 +185,14 @@ def _parser() -> argparse.ArgumentParser:
     rates = {"evalset": str(here / "demo_eval.jsonl"), "modes": "dense,top256,top64,last256"}
     shards = {"shards": "/dev/shm/demo_shards", "shard_tokens": 1 << 20, "seed": 100}
     command(tokenizer, data=None, out=None, vocabulary=4096)
-    command(evalset, data=None, tokenizer=None, out=str(here / "demo_eval.jsonl"))
     command(worker, data=None, tokenizer=None, context=8192, **shards)
     times = {"minutes": 24.0, "stop_after": 0.0, "evaluation_seconds": 150.0}
-    course = {"phases": "48,14,6,32", "decay_from": 0.45, "warm_up": 100, "rate": 1.0}
-    places = {"out": None, "parts": "", "init": "", "device": "cuda", "config": "demo"}
-    sizes = {"workers": 8, "tokens": 32768, "scores": 27, "vocabulary": 4096, "speed": False}
-    command(all_steps, "all", data=None, **places, **times, **course, **sizes, **shards, **rates)
+    places = {"out": None, "device": "cuda", "config": "demo"}
+    sizes = {"workers": 8, "tokens": 32768, "vocabulary": 4096}
+    command(all_steps, "all", data=None, **places, **times, **sizes, **shards, **rates)
     command(evaluate, model=None, out=None, device="cuda", **rates)
     command(parity, model=None)
     command(selection, model=None, data=None, texts=16)
-    command(card, model=None, data=None, out=None, texts=16)
-    command(join, parts=None, out=None)
     return parser
 
 

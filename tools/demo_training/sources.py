@@ -43,7 +43,6 @@ class Sources:
         problems: (question, answer) of GSM8K; the answer ends with "#### number".
         instructions: (request, answer) pairs of both instruction sets.
         tales: plain English prose; sentences and words are taken from it.
-        held_out: tales that are not trained on.
         play: plain text in another style, for raw passages and haystacks.
         sentences: sentences of the tales, 30 to 220 characters.
         words: lower-case words of 4 to 10 letters that occur at least 4 times.
@@ -54,7 +53,6 @@ class Sources:
     instructions: list[tuple[str, str]]
     tales: str
     play: str
-    held_out: str = ""
     sentences: list[str] = field(init=False)
     words: list[str] = field(init=False)
     common: list[str] = field(init=False)
@@ -89,31 +87,25 @@ class Sources:
         seed_tasks = [json.loads(line) for line in seed.splitlines() if line.strip()]
         return cls(
             problems=[(p["question"], p["answer"]) for p in problems],
-            instructions=_pairs_of_instructions(json.loads(ins)) + _pairs_of_seed_tasks(seed_tasks),
-            tales=re.sub(r"[ \t]+", " ", tales[: _held_out(tales)]),
+            instructions=_pairs(json.loads(ins), seed_tasks),
+            tales=re.sub(r"[ \t]+", " ", tales.rpartition(HELD_OUT)[0] or tales),
             play=play,
-            held_out=tales[_held_out(tales) :],
         )
 
 
-def _held_out(tales: str) -> int:
-    """Where the part that is not trained on begins."""
-    place = tales.rfind(HELD_OUT)
-    return len(tales) if place < 0 else place
+def _pairs(records: list[dict], tasks: list[dict]) -> list[tuple[str, str]]:
+    """(request, answer) of the records but for those of LEFT_OUT, then of the seed tasks.
 
-
-def _pairs_of_instructions(records: list[dict]) -> list[tuple[str, str]]:
-    """(request, answer) of instruction/input/output records, but for those of LEFT_OUT."""
-    used = (r for r in records if not r["instruction"].startswith(LEFT_OUT))
-    return [(_request(r["instruction"], r["input"]), r["output"]) for r in used]
-
-
-def _pairs_of_seed_tasks(records: list[dict]) -> list[tuple[str, str]]:
-    """(request, answer) of every instance short enough for a short row."""
-    found = []
-    for record in records:
-        for instance in record["instances"]:
-            request = _request(record["instruction"], instance["input"])
+    Of the tasks, every instance that is short enough for a short row.
+    """
+    found = [
+        (_request(r["instruction"], r["input"]), r["output"])
+        for r in records
+        if not r["instruction"].startswith(LEFT_OUT)
+    ]
+    for task in tasks:
+        for instance in task["instances"]:
+            request = _request(task["instruction"], instance["input"])
             if len(request) <= 1500 and 0 < len(instance["output"]) <= 1500:
                 found.append((request, instance["output"]))
     return found

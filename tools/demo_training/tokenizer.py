@@ -57,11 +57,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    write_settings(folder)
-
-
-def write_settings(folder: str | Path) -> None:
-    """Writes tokenizer_config.json."""
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SPECIAL_TOKENS[0],
@@ -72,12 +67,5 @@ def write_settings(folder: str | Path) -> None:
         "model_max_length": MODEL["max_position_embeddings"],
         "chat_template": CHAT_TEMPLATE,
     }
-    path = Path(folder) / "tokenizer_config.json"
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-def characters_per_token(tokenizer: Tokenizer, sources: Sources, documents: int = 500) -> float:
-    """Mean length of a token on fresh documents, characters."""
-    generator = Generator(2, sources)
-    text = "".join(x for _ in range(documents) for _, x in generator.document())
-    return len(text) / len(tokenizer.encode(text).ids)
+    text = json.dumps(fields, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")

@@ -8,7 +8,6 @@ carry the weights, the optimiser and the place in the schedule.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable
@@ -19,12 +18,11 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import checkpoint
 from .evalset import SAMPLES
 from .evaluate import answers
 from .model import DemoModel, token_loss
 from .optimiser import Optimiser
-from .rows import KINDS, Pool, row_lengths
+from .rows import Pool, row_lengths
 
 PHASES = ("A", "B", "C1", "C2")
 MODES = {"A": "dense", "B": "dense", "C1": "kl", "C2": "sparse"}
@@ -62,7 +60,7 @@ class Settings:
     rates: dict[str, float] = field(
         default_factory=lambda: {"muon": 0.02, "adam": 3e-3, "gate": 1e-3, "indexer": 2e-3}
     )
-    decay_from: float = 0.5
+    decay_from: float = 0.45
     warm_up: int = 100
     balance: float = 0.01
     bias_rate: float = 0.01
@@ -261,25 +259,6 @@ class Trainer:
         for q, a in zip(prompts, found, strict=True):
             self.log(f"  {q!r} -> {a!r}")
 
-    def speeds(self, pools: dict[str, Pool]) -> None:
-        """Logs the first (compiling) and the later step times of every phase and kind of rows."""
-        for phase, kind in [("A", "short"), *((f, k) for f in PHASES[1:] for k in KINDS)]:
-            times, rows = [], self.rows(phase, kind)
-            if self.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            for _ in range(6):
-                batch, start = pools[kind].batch(rows), time.time()
-                seen = self.step(batch, phase, kind, 0.1)
-                loss = float(seen["loss"])  # waits for the device
-                times.append(time.time() - start)
-            peak = torch.cuda.max_memory_allocated() / 2**30 if self.device == "cuda" else 0.0
-            rate = rows * self.lengths[kind] / min(times) / 1e3
-            self.log(
-                f"speed {phase} {rows} x {self.lengths[kind]}: first {times[0]:.1f} s, then "
-                f"{min(times) * 1e3:.1f} ms, {rate:.0f} k tokens/s, {peak:.1f} GiB, loss "
-                f"{loss:.2f}, kl {float(seen['kl']):.3f}"
-            )
-
 
 def open_log(path: Path) -> Callable[[str], None]:
     """A function that prints and appends timed lines."""
@@ -294,16 +273,10 @@ def open_log(path: Path) -> Callable[[str], None]:
     return log
 
 
-def new_model(device: str, init: str | None, config: dict, seed: int = 0) -> DemoModel:
-    """A fresh model, or the one of an exported folder."""
+def new_model(device: str, config: dict, seed: int = 0) -> DemoModel:
+    """A fresh model."""
     torch.manual_seed(seed)
     random.seed(seed)
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.cache_size_limit = 64
-    model = checkpoint.load(init) if init else DemoModel(config)
-    return model.to(device)
-
-
-def write_results(path: Path, results: dict) -> None:
-    """Writes a JSON file that can be read by eye."""
-    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return DemoModel(config).to(device)

@@ -2,6 +2,5 @@
 
 from .checks import check
 from .documents import Generator
-from .instructions import Instruction
 
-__all__ = ["Generator", "Instruction", "check"]
+__all__ = ["Generator", "check"]

@@ -7,10 +7,11 @@ and sources give the same documents.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from .assignments import assigned
-from .instructions import Instruction, instruction
+from .instructions import instruction
 from .long_tasks import long_task, variables
 from .pieces import Document, Pieces
 from .prose import plain_request
@@ -45,42 +46,16 @@ class Generator:
 
     def __init__(self, seed: int, sources: Sources):
         self.pieces = Pieces(seed, sources)
-        self._kinds = (
-            (3.5, self._passage),
-            (3.0, lambda: copying(self.pieces)),
-            (2.0, self._problem_text),
-            (3.0, self._given_instruction),
-            (9.0, lambda: self._exchange(plain_request)),
-            (14.0, lambda: self._instruction(self.instruction())),
-            (28.0, lambda: self._instruction(self.assignment())),
-            (5.0, lambda: self._exchange(arithmetic)),
-            (8.0, lambda: self._exchange(fact)),
-            (1.5, lambda: self._exchange(word_list, plainly=True)),
-            (3.0, lambda: self._exchange(persona)),
-            (1.5, lambda: self._exchange(problem)),
-            (2.5, lambda: self._exchange(unknown)),
-            (5.0, lambda: self._exchange(reading, plainly=True)),
-            (3.0, lambda: several_questions(self.pieces)),
-            (5.0, self._chat),
-            (2.5, lambda: key_values(self.pieces, self.pieces.between(2, 30))),
-            (5.0, lambda: self.retrieval(self._short_length())[0]),
-            (4.0, lambda: long_task(self.pieces, self._short_length())),
-            (2.0, lambda: variables(self.pieces, 0)),
-        )
-        self._total = sum(share for share, _ in self._kinds)
+        self._total = sum(share for share, _ in KINDS)
 
     def document(self) -> Document:
         """One document of at most a few thousand characters."""
         point = self.pieces.random.random() * self._total
-        for share, make in self._kinds:
+        for share, make in KINDS:
             point -= share
             if point < 0:
-                return make()
-        return self._kinds[-1][1]()
-
-    def _short_length(self) -> int:
-        """60 to 2,400 characters, small ones more often."""
-        return int(60 * 40 ** self.pieces.random.random())
+                return make(self.pieces)
+        return KINDS[-1][1](self.pieces)
 
     def long_document(self, characters: int = 12500) -> Document:
         """A retrieval document, another task on a long text, or a list of 40 pairs and more.
@@ -94,61 +69,75 @@ class Generator:
             return key_values(p, p.between(40, characters // 36))
         if r < 0.5:
             return long_task(p, size)
-        return self.retrieval(size)[0]
+        return retrieval(p, size)
 
-    def instruction(self) -> Instruction:
-        """One request with verifiable constraints."""
-        return instruction(self.pieces)
 
-    def assignment(self) -> Instruction:
-        """One long-winded request, mostly with verifiable constraints."""
-        return assigned(self.pieces)
+def short_length(p: Pieces) -> int:
+    """60 to 2,400 characters, small ones more often."""
+    return int(60 * 40 ** p.random.random())
 
-    def retrieval(
-        self, characters: int, needles: int | None = None, everyday: float = 0.25
-    ) -> tuple[Document, str]:
-        """A document with hidden facts, and the value that answers it (see retrieval.retrieval)."""
-        return retrieval(self.pieces, characters, needles, everyday)
 
-    def _passage(self) -> Document:
-        """A piece of the texts."""
-        p = self.pieces
-        text = p.sources.play if p.chance(0.35) else p.sources.tales
-        start = p.between(0, max(0, len(text) - 3000))
-        return [("raw", text[start : start + p.between(600, 2800)])]
+def passage(p: Pieces) -> Document:
+    """A piece of the texts."""
+    text = p.sources.play if p.chance(0.35) else p.sources.tales
+    start = p.between(0, max(0, len(text) - 3000))
+    return [("raw", text[start : start + p.between(600, 2800)])]
 
-    def _problem_text(self) -> Document:
-        question, answer = self.pieces.choice(self.pieces.sources.problems)
-        answer = re.sub(r"<<.*?>>", "", answer).replace("#### ", "The answer is ")
-        return [("user", question), ("assistant", answer)]
 
-    def _given_instruction(self) -> Document:
-        request, answer = self.pieces.choice(self.pieces.sources.instructions)
-        return [("user", request), ("assistant", answer)]
+def problem_text(p: Pieces) -> Document:
+    """A problem of the texts, with the steps to its answer."""
+    question, answer = p.choice(p.sources.problems)
+    answer = re.sub(r"<<.*?>>", "", answer).replace("#### ", "The answer is ")
+    return [("user", question), ("assistant", answer)]
 
-    def _instruction(self, found: Instruction) -> Document:
-        return [("user", found.request), ("assistant", found.answer)]
 
-    def _exchange(self, make, plainly: bool = False) -> Document:
-        """One request and its answer; `make` gives (request, text or sentences)."""
-        request, answer = make(self.pieces)
-        text = answer if isinstance(answer, str) else " ".join(answer)
-        asked = request if plainly else casual(self.pieces, request)
-        return [("user", asked), ("assistant", text)]
+def exchange(p: Pieces, make: Callable[[Pieces], Any], plainly: bool = False) -> Document:
+    """One request and its answer; `make` gives (request, text or sentences), and more or not."""
+    request, answer, *_ = make(p)
+    text = answer if isinstance(answer, str) else " ".join(answer)
+    return [("user", request if plainly else casual(p, request)), ("assistant", text)]
 
-    def _chat(self) -> Document:
-        """Two to four exchanges; a third asks for something said in the first."""
-        p = self.pieces
-        turns: Document = []
-        for _ in range(p.between(1, 3)):
-            kind = p.choice(
-                [arithmetic, fact, fact, fact, persona, problem, plain_request, reading]
-            )
-            turns += self._exchange(kind, plainly=kind is reading)
-        if p.chance(0.4):
-            turns = names_chat(p, turns)
-        else:
-            turns += self._exchange(fact)
-        if p.chance(0.2):
-            turns = [("system", p.choice(talk.systems)), *turns]
-        return turns
+
+def given(p: Pieces) -> tuple[str, str]:
+    """A request of the texts and its answer."""
+    return p.choice(p.sources.instructions)
+
+
+def chat(p: Pieces) -> Document:
+    """Two to four exchanges; a third asks for something said in the first."""
+    turns: Document = []
+    for _ in range(p.between(1, 3)):
+        kind = p.choice([arithmetic, fact, fact, fact, persona, problem, plain_request, reading])
+        turns += exchange(p, kind, plainly=kind is reading)
+    if p.chance(0.4):
+        turns = names_chat(p, turns)
+    else:
+        turns += exchange(p, fact)
+    if p.chance(0.2):
+        turns = [("system", p.choice(talk.systems)), *turns]
+    return turns
+
+
+# share of each kind
+KINDS: tuple[tuple[float, Callable[[Pieces], Document]], ...] = (
+    (3.5, passage),
+    (3.0, copying),
+    (2.0, problem_text),
+    (3.0, lambda p: exchange(p, given, plainly=True)),
+    (9.0, lambda p: exchange(p, plain_request)),
+    (14.0, lambda p: exchange(p, instruction, plainly=True)),
+    (28.0, lambda p: exchange(p, assigned, plainly=True)),
+    (5.0, lambda p: exchange(p, arithmetic)),
+    (8.0, lambda p: exchange(p, fact)),
+    (1.5, lambda p: exchange(p, word_list, plainly=True)),
+    (3.0, lambda p: exchange(p, persona)),
+    (1.5, lambda p: exchange(p, problem)),
+    (2.5, lambda p: exchange(p, unknown)),
+    (5.0, lambda p: exchange(p, reading, plainly=True)),
+    (3.0, several_questions),
+    (5.0, chat),
+    (2.5, lambda p: key_values(p, p.between(2, 30))),
+    (5.0, lambda p: retrieval(p, short_length(p))),
+    (4.0, lambda p: long_task(p, short_length(p))),
+    (2.0, lambda p: variables(p, 0)),
+)

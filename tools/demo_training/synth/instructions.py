@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..tables import words
 from .checks import CHOICES
 from .pieces import Pieces
 from .prose import plain_request
 from .questions import fact
-from .short_rules import CASE_CHANGES, FORMS, Checks, Draft, whole_text, wordings
+from .short_rules import CASE_CHANGES, FORMS, Checks, Draft, wordings
 
 # which may be followed by a rule on every letter, and by which
 WITH_ANY_CASE = {"bullets", "title", "paragraphs", "highlight", "two", "atleast", "fewsent"}
 WITH_NO_COMMA = {"ps", "sections", "keywords", "manysent", "fewwords", "frequency"}
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """A request, an answer that keeps its rules, and the checks [(kind, arg)]."""
 
     request: str
@@ -77,18 +76,18 @@ def instruction(p: Pieces) -> Instruction:
         return repeat_first(p)
     if r < 0.11:
         return choose(p)
-    draft = Draft(*plain_request(p))
+    draft = Draft(p)
     if r < 0.30:
         kind = p.choice(list(CASE_CHANGES))
-        whole_text(p, draft, kind)
+        draft.whole_text(kind)
         if kind in ("lower", "upper") and p.chance(0.15):
-            whole_text(p, draft, "nocomma")
+            draft.whole_text("nocomma")
     else:
         p.choice(FORMS)(p, draft)
         kind = draft.checks[0][0]
         if p.chance(0.35):
             if kind in WITH_ANY_CASE:
-                whole_text(p, draft, p.choice(["lower", "upper", "nocomma"]))
+                draft.whole_text(p.choice(["lower", "upper", "nocomma"]))
             elif kind in WITH_NO_COMMA:
-                whole_text(p, draft, "nocomma")
+                draft.whole_text("nocomma")
     return Instruction(_say(p, draft), draft.answer, draft.checks)

@@ -36,22 +36,17 @@ def _value(p: Pieces, digits: int) -> str:
     return str(p.between(10 ** (digits - 1), 10**digits - 1))
 
 
-def keys_of(p: Pieces, count: int, form: int | None = None) -> tuple[list[str], str, str, str]:
-    """Facts of one form about `count` keys, a question for one, its answer and its value."""
-    keys = _keys(p, count)
-    says, asks = p.choice(texts.key_forms) if form is None else texts.key_forms[form]
-    digits = 5 if form is not None else p.choice([5, 5, 5, 7])
+def many_keys(p: Pieces, characters: int) -> Document:
+    """Two to 32 facts of one form, one of them asked for."""
+    keys = _keys(p, p.choice([2, 3, 4, 4, 4, 6, 8, 12, 16, 24, 32]))
+    says, asks = p.choice(texts.key_forms)
+    digits = p.choice([5, 5, 5, 7])
     values = [_value(p, digits) for _ in keys]
     lines = [says.format(k=k, v=v) for k, v in zip(keys, values, strict=True)]
     i = p.between(0, len(keys) - 1)
     name = next(n for n in texts.key_answers if n in says)
     answer = texts.key_answers[name].format(k=keys[i], v=values[i])
-    return lines, asks.format(k=keys[i]), answer, values[i]
-
-
-def many_keys(p: Pieces, characters: int) -> Document:
-    """Two to 32 facts of one form, one of them asked for."""
-    lines, question, answer, _ = keys_of(p, p.choice([2, 3, 4, 4, 4, 6, 8, 12, 16, 24, 32]))
+    question = asks.format(k=keys[i])
     return [("user", with_lines(p, characters, lines, question)), ("assistant", answer)]
 
 
@@ -65,11 +60,10 @@ def _names(p: Pieces, count: int, long: bool) -> list[str]:
     return list(found)
 
 
-def chains_of(
-    p: Pieces, chains: int, hops: int, long_names: bool
-) -> tuple[list[str], str, str, str]:
-    """Statements of chains of variables, a question for one value, its answer and the value."""
-    size = hops + 1
+def variables(p: Pieces, characters: int) -> Document:
+    """Chains of variables; the names of one value, in the order of their chain."""
+    chains, hops = p.choice([1, 1, 2, 2, 2, 3, 4]), p.choice([1, 2, 3, 3, 3, 4, 5, 6])
+    long_names, size = p.chance(0.1), hops + 1
     names = _names(p, chains * size, long_names)
     groups = [names[i * size : (i + 1) * size] for i in range(chains)]
     values = list(dict.fromkeys(_value(p, 5) for _ in range(chains + 5)))[:chains]
@@ -82,13 +76,7 @@ def chains_of(
         lines.append(p.choice([w for w in waiting if w]).pop(0))
     i = p.between(0, chains - 1)
     question = p.say(texts.variable_asks, v=values[i])
-    return lines, question, f"The variables are {', '.join(groups[i])}.", groups[i][-1]
-
-
-def variables(p: Pieces, characters: int) -> Document:
-    """Chains of variables; the names of one value, in the order of their chain."""
-    chains, hops = p.choice([1, 1, 2, 2, 2, 3, 4]), p.choice([1, 2, 3, 3, 3, 4, 5, 6])
-    lines, question, answer, _ = chains_of(p, chains, hops, p.chance(0.1))
+    answer = f"The variables are {', '.join(groups[i])}."
     return [("user", with_lines(p, characters, lines, question)), ("assistant", answer)]
 
 
@@ -102,8 +90,7 @@ def question_after(p: Pieces, characters: int) -> Document:
     elif r < 0.93:
         question, answer = persona(p)
     else:
-        found = choose(p)
-        question, answer = found.request, found.answer
+        question, answer, _ = choose(p)
     return [("user", with_lines(p, characters, [], question)), ("assistant", answer)]
 
 

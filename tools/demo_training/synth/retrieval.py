@@ -3,31 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from .pieces import Document, Pieces
 from .prose import story
 from .reading import texts
-
-
-@dataclass(frozen=True)
-class Needle:
-    """A fact to hide: the sentence, a question for it, the whole answer, the value in it."""
-
-    sentence: str
-    question: str
-    answer: str
-    value: str
-
-    def subject(self) -> str:
-        """The answer without its last word: two needles with one subject would be ambiguous."""
-        return self.answer.rsplit(" ", 1)[0]
-
-
-def needle(p: Pieces, everyday: float = 0.25) -> Needle:
-    """A fact to hide; `everyday` is the share of the kinds outside the evaluation."""
-    form = texts.everyday if p.chance(everyday) else p.choice(texts.needles)
-    return Needle(*p.say_all(form))
 
 
 def haystack(p: Pieces, characters: int) -> list[str]:
@@ -50,29 +29,26 @@ def haystack(p: Pieces, characters: int) -> list[str]:
     return found
 
 
-def retrieval(
-    p: Pieces, characters: int, needles: int | None = None, everyday: float = 0.25
-) -> tuple[Document, str]:
-    """One long user text with needles, a question, and the answer; also the value that answers it.
+def retrieval(p: Pieces, characters: int) -> Document:
+    """One long user text with one to four needles, a question for one of them, and the answer.
 
     Args:
         characters: length of the haystack, characters.
-        needles: how many facts are hidden (same subjects are dropped); random 1 to 4 if None.
-        everyday: share of needle kinds which the evaluation does not use.
     """
-    count = needles or p.choice([1, 1, 2, 3, 4])
+    count = p.choice([1, 1, 2, 3, 4])
     lines = haystack(p, max(60, characters))
-    by_subject: dict[str, Needle] = {}
+    hidden: dict[str, list[str]] = {}
     for _ in range(count):
-        found = needle(p, everyday)
-        by_subject.setdefault(found.subject(), found)
-    hidden = list(by_subject.values())
-    for x in hidden:
-        lines.insert(p.between(0, len(lines)), x.sentence)
-    asked = p.choice(hidden)
+        # a quarter are of the kinds outside the evaluation
+        found = p.say_all(texts.everyday if p.chance(0.25) else p.choice(texts.needles))
+        # two needles with one answer but for its last word would be ambiguous
+        hidden.setdefault(found[2].rsplit(" ", 1)[0], found)
+    for sentence, *_ in hidden.values():
+        lines.insert(p.between(0, len(lines)), sentence)
+    _, question, answer, _ = p.choice(list(hidden.values()))
     text = p.choice([" ", "\n"]).join(lines)
-    request = f"{p.choice(texts.introductions)}{text}\n\n{asked.question}"
-    return [("user", request), ("assistant", asked.answer)], asked.value
+    request = f"{p.choice(texts.introductions)}{text}\n\n{question}"
+    return [("user", request), ("assistant", answer)]
 
 
 def key_values(p: Pieces, count: int) -> Document:

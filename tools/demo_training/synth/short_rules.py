@@ -4,51 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ..tables import load
 from .pieces import Pieces
-from .prose import essay, essay_request
+from .prose import essay, essay_request, plain_request
 from .talk import how_to, talk
 
 Checks = list[tuple[str, Any]]
 wordings = vars(load("short_rules"))
 content = load("content")
-
-
-@dataclass
-class Draft:
-    """A request in the making: its text, free sentences, the answer, the rules said, the checks."""
-
-    request: str
-    sentences: list[str]
-    answer: str = ""
-    rules: list[str] = field(default_factory=list)
-    checks: Checks = field(default_factory=list)
-
-    def keep(self, answer: str, rule: str, kind: str, arg: Any = None) -> None:
-        """Sets the answer, says the rule, notes its check."""
-        self.answer = answer
-        self.rules.append(rule)
-        self.checks.append((kind, arg))
-
-
-def retopic(p: Pieces, draft: Draft, count: int) -> list[str]:
-    """Replaces the request by one for an essay of `count` sentences; returns them."""
-    topic = p.topic()
-    draft.request = essay_request(p, topic)
-    draft.sentences = essay(p, topic, count)
-    return draft.sentences
-
-
-def essay_parts(p: Pieces, draft: Draft, count: int, per_part: int = 2) -> list[str]:
-    """The text of `count` parts of one essay, without a repeated sentence."""
-    lines = retopic(p, draft, count * per_part)
-    groups = [lines[i * per_part : (i + 1) * per_part] for i in range(count)]
-    return [" ".join(g) for g in groups]
-
-
 CASE_CHANGES: dict[str, Callable[[str], str]] = {
     "lower": str.lower,
     "upper": str.upper,
@@ -57,77 +22,113 @@ CASE_CHANGES: dict[str, Callable[[str], str]] = {
 }
 
 
-def whole_text(p: Pieces, draft: Draft, kind: str) -> None:
-    """Rules on every letter: lower, upper, nocomma, quote. May follow another rule."""
-    text = draft.answer or " ".join(draft.sentences)
-    draft.keep(CASE_CHANGES[kind](text), p.choice(wordings[kind]), kind)
+class Draft:
+    """A request in the making.
+
+    Attributes:
+        request: its text.
+        sentences: free ones, that answer it.
+        answer: as far as a rule has made it.
+        rules, checks: of the rules that are kept, their wordings and (kind, argument).
+    """
+
+    def __init__(self, p: Pieces):
+        self.p = p
+        self.request, self.sentences = plain_request(p)
+        self.answer = ""
+        self.rules: list[str] = []
+        self.checks: Checks = []
+
+    def rule(self, kind: str, arg: Any = None, **fields: object) -> None:
+        """Says a rule and notes its check."""
+        self.rules.append(self.p.say(wordings[kind], **fields))
+        self.checks.append((kind, arg))
+
+    def text(self, *more: str) -> str:
+        """The sentences, and more after them."""
+        return " ".join([*self.sentences, *more])
+
+    def retopic(self, count: int) -> list[str]:
+        """Replaces the request by one for an essay of `count` sentences; returns them."""
+        topic = self.p.topic()
+        self.request = essay_request(self.p, topic)
+        self.sentences = essay(self.p, topic, count)
+        return self.sentences
+
+    def essay_parts(self, count: int, per_part: int) -> list[str]:
+        """The text of `count` parts of one essay, without a repeated sentence."""
+        lines = self.retopic(count * per_part)
+        return [" ".join(lines[i * per_part : (i + 1) * per_part]) for i in range(count)]
+
+    def whole_text(self, kind: str) -> None:
+        """A rule on every letter, a key of CASE_CHANGES. May follow another rule."""
+        self.answer = CASE_CHANGES[kind](self.answer or self.text())
+        self.rule(kind)
 
 
 def end_phrase(p: Pieces, draft: Draft) -> None:
     """The answer ends with a given phrase."""
     phrase = p.say(wordings["end_phrase"])
-    rule = p.say(wordings["end"], phrase=phrase)
-    draft.keep(" ".join(draft.sentences) + " " + phrase, rule, "end", phrase)
+    draft.rule("end", phrase, phrase=phrase)
+    draft.answer = draft.text(phrase)
 
 
 def keywords(p: Pieces, draft: Draft) -> None:
     """One to three words, in the order asked and side by side: greedy text knows the next."""
     words = [p.word() for _ in range(p.between(1, 3))]
-    rule = p.say(wordings["keywords"], k=", ".join(words))
+    draft.rule("keywords", words, k=", ".join(words))
     lines = [content.keyword_lines[i % 3].format(k=k) for i, k in enumerate(words)]
-    text = " ".join([draft.sentences[0], *lines, *draft.sentences[1:]])
-    draft.keep(text, rule, "keywords", words)
+    draft.answer = " ".join([draft.sentences[0], *lines, *draft.sentences[1:]])
 
 
 def frequency(p: Pieces, draft: Draft) -> None:
     """A word occurs at least n times."""
     word, n = p.word(), p.between(2, 4)
-    rule = p.say(wordings["frequency"], w=word, n=n)
-    lines = [x.format(k=word) for x in content.again_lines[:n]]
-    draft.keep(" ".join([*draft.sentences, *lines]), rule, "frequency", (word, n))
+    draft.rule("frequency", (word, n), w=word, n=n)
+    draft.answer = draft.text(*(x.format(k=word) for x in content.again_lines[:n]))
 
 
 def forbidden(p: Pieces, draft: Draft) -> None:
     """One to three words do not occur."""
     words = [p.word() for _ in range(p.between(1, 3))]
-    rule = p.say(wordings["forbidden"], k=", ".join(words))
+    draft.rule("forbidden", words, k=", ".join(words))
     lines = [s for s in draft.sentences if not any(w in s.lower() for w in words)]
-    draft.keep(" ".join(lines) or "All right.", rule, "forbidden", words)
+    draft.answer = " ".join(lines) or "All right."
 
 
 def few_sentences(p: Pieces, draft: Draft) -> None:
     """Fewer than n sentences."""
     n = p.between(2, 6)
-    rule = p.say(wordings["fewsent"], n=n)
-    draft.keep(" ".join(retopic(p, draft, p.between(1, n - 1))), rule, "fewsent", n)
+    draft.rule("fewsent", n, n=n)
+    draft.answer = " ".join(draft.retopic(p.between(1, n - 1)))
 
 
 def many_sentences(p: Pieces, draft: Draft) -> None:
     """At least n sentences."""
     n = p.between(2, 8)
-    rule = p.say(wordings["manysent"], n=n)
-    draft.keep(" ".join(retopic(p, draft, n + p.between(0, 1))), rule, "manysent", n)
+    draft.rule("manysent", n, n=n)
+    draft.answer = " ".join(draft.retopic(n + p.between(0, 1)))
 
 
 def at_least(p: Pieces, draft: Draft) -> None:
     """At least n words."""
     n = p.choice([20, 30, 40, 50, 80, 100, 150])
-    rule = p.say(wordings["atleast"], n=n)
-    lines = retopic(p, draft, min(22, n // 7 + 2))
+    draft.rule("atleast", n, n=n)
+    lines = draft.retopic(min(22, n // 7 + 2))
     while sum(len(s.split()) for s in lines) < n:
-        lines = retopic(p, draft, 24)
-    draft.keep(" ".join(lines), rule, "atleast", n)
+        lines = draft.retopic(24)
+    draft.answer = " ".join(lines)
 
 
 def few_words(p: Pieces, draft: Draft) -> None:
     """Fewer than n words."""
     n = p.choice([20, 30, 40, 50, 80, 100])
-    rule = p.say(wordings["fewwords"], n=n)
+    draft.rule("fewwords", n, n=n)
     kept: list[str] = []
-    for line in retopic(p, draft, 6):
+    for line in draft.retopic(6):
         if len(" ".join([*kept, line]).split()) < n:
             kept.append(line)
-    draft.keep(" ".join(kept) or "All right.", rule, "fewwords", n)
+    draft.answer = " ".join(kept) or "All right."
 
 
 def bullets(p: Pieces, draft: Draft) -> None:
@@ -141,9 +142,9 @@ def bullets(p: Pieces, draft: Draft) -> None:
         if p.chance(0.3):
             draft.request = f"Give me exactly {n} bullet points on how to {key}."
     else:
-        lines = retopic(p, draft, n)
-    rule = p.say(wordings["bullets"], n=n)
-    draft.keep("\n".join("* " + x for x in lines), rule, "bullets", n)
+        lines = draft.retopic(n)
+    draft.rule("bullets", n, n=n)
+    draft.answer = "\n".join("* " + x for x in lines)
 
 
 def json_text(keys: Sequence[str], values: Sequence[str]) -> str:
@@ -153,33 +154,31 @@ def json_text(keys: Sequence[str], values: Sequence[str]) -> str:
 
 def json_format(p: Pieces, draft: Draft) -> None:
     """A JSON object with three keys, at times named in the request."""
-    topic = p.topic()
+    topic, keys = p.topic(), ["topic", "text", "note"]
     draft.request = essay_request(p, topic)
-    keys = ["topic", "text", "note"]
-    rule = p.choice(wordings["json"])
+    draft.rule("json")
     if p.chance(0.25):
         keys = p.sample(["name", "text", "title", "summary", "info", p.word(), p.word()], 3)
-        rule += f' Use the keys "{keys[0]}", "{keys[1]}" and "{keys[2]}".'
+        draft.rules[-1] += f' Use the keys "{keys[0]}", "{keys[1]}" and "{keys[2]}".'
     elif p.chance(0.4):
-        draft.request, rule = f"Tell me about {topic.text} in JSON format.", ""
+        draft.request, draft.rules[-1] = f"Tell me about {topic.text} in JSON format.", ""
     values = [topic.text, *essay(p, topic, 2, opener=False)]
     body = json_text(list(dict.fromkeys(keys)), values)
-    draft.keep("```json\n" + body + "\n```" if "ticks" in rule else body, rule, "json")
+    draft.answer = "```json\n" + body + "\n```" if "ticks" in draft.rules[-1] else body
 
 
 def title(p: Pieces, draft: Draft) -> None:
     """A title in double angle brackets above the answer."""
     words = p.say(wordings["title_words"])
-    rule = p.choice(wordings["title"])
-    draft.keep(f"<<{words}>>\n\n" + " ".join(draft.sentences), rule, "title")
+    draft.rule("title")
+    draft.answer = f"<<{words}>>\n\n{draft.text()}"
 
 
 def postscript(p: Pieces, draft: Draft) -> None:
     """A postscript with a given mark."""
     mark = p.choice(["P.S.", "P.P.S"])
-    rule = p.say(wordings["ps"], mark=mark)
-    last = p.say(wordings["ps_line"])
-    draft.keep(" ".join(draft.sentences) + f"\n\n{mark} {last}", rule, "ps", mark)
+    draft.rule("ps", mark, mark=mark)
+    draft.answer = f"{draft.text()}\n\n{mark} {p.say(wordings['ps_line'])}"
 
 
 def blank_lines(names: Sequence[str]) -> list[str]:
@@ -192,18 +191,17 @@ def blank_lines(names: Sequence[str]) -> list[str]:
 def placeholders(p: Pieces, draft: Draft) -> None:
     """At least n blanks in square brackets."""
     n = p.between(1, 5)
-    rule = p.say(wordings["placeholders"], n=n)
-    ends = blank_lines(p.ordered(content.blanks[:10], n))
-    draft.keep(" ".join([*draft.sentences, *ends]), rule, "placeholders", n)
+    draft.rule("placeholders", n, n=n)
+    draft.answer = draft.text(*blank_lines(p.ordered(content.blanks[:10], n)))
 
 
 def highlight(p: Pieces, draft: Draft) -> None:
     """At least n parts between asterisks."""
     n = p.between(1, 4)
-    rule = p.say(wordings["highlight"], n=n)
+    draft.rule("highlight", n, n=n)
     lines = list(draft.sentences)
     if len(lines) < n:
-        lines = list(retopic(p, draft, n + 1))
+        lines = list(draft.retopic(n + 1))
     for i in range(n):
         words = lines[i].split(" ")
         first = min(len(words) - 1, 1)
@@ -211,15 +209,14 @@ def highlight(p: Pieces, draft: Draft) -> None:
         words[first] = "*" + words[first]
         words[last] += "*"
         lines[i] = " ".join(words)
-    draft.keep(" ".join(lines), rule, "highlight", n)
+    draft.answer = " ".join(lines)
 
 
 def paragraphs(p: Pieces, draft: Draft) -> None:
     """Exactly n paragraphs around the divider ***."""
     n = p.between(2, 5)
-    rule = p.say(wordings["paragraphs"], n=n)
-    parts = essay_parts(p, draft, n, p.between(1, 2))
-    draft.keep("\n\n***\n\n".join(parts), rule, "paragraphs", n)
+    draft.rule("paragraphs", n, n=n)
+    draft.answer = "\n\n***\n\n".join(draft.essay_parts(n, p.between(1, 2)))
 
 
 def first_word(p: Pieces, draft: Draft) -> None:
@@ -228,30 +225,29 @@ def first_word(p: Pieces, draft: Draft) -> None:
     which = p.between(1, n)
     ordinal = ["first", "second", "third", "fourth"][which - 1]
     word = p.say(wordings["first_words"])
-    rule = p.say(wordings["firstword"], n=n, x=which, i=ordinal, w=word)
-    parts = essay_parts(p, draft, n, 1)
+    draft.rule("firstword", (n, which, word), n=n, x=which, i=ordinal, w=word)
+    parts = draft.essay_parts(n, 1)
     parts[which - 1] = f"{word}, {parts[which - 1]}"
-    draft.keep("\n\n".join(parts), rule, "firstword", (n, which, word))
+    draft.answer = "\n\n".join(parts)
 
 
 def sections(p: Pieces, draft: Draft) -> None:
     """n numbered sections with a given mark."""
     n, mark = p.between(2, 4), p.choice(["Section", "SECTION", "Part", "PARAGRAPH"])
-    rule = p.say(wordings["sections"], n=n, mark=mark)
-    parts = essay_parts(p, draft, n, p.between(1, 2))
-    text = "\n\n".join(f"{mark} {i + 1}\n{x}" for i, x in enumerate(parts))
-    draft.keep(text, rule, "sections", (mark, n))
+    draft.rule("sections", (mark, n), n=n, mark=mark)
+    parts = draft.essay_parts(n, p.between(1, 2))
+    draft.answer = "\n\n".join(f"{mark} {i + 1}\n{x}" for i, x in enumerate(parts))
 
 
 def two_answers(p: Pieces, draft: Draft) -> None:
     """Two different answers around six asterisks; the second has an opening of its own."""
     topic = p.topic()
     draft.request = essay_request(p, topic)
-    rule = p.choice(wordings["two"])
+    draft.rule("two")
     n, m = p.between(1, 3), p.between(1, 3)
     lines = essay(p, topic, n + m)
     second = [f"Here is another view of {topic.text}.", *lines[n:]]
-    draft.keep(" ".join(lines[:n]) + "\n\n******\n\n" + " ".join(second), rule, "two")
+    draft.answer = " ".join(lines[:n]) + "\n\n******\n\n" + " ".join(second)
 
 
 # those that stand twice are drawn twice as often
