@@ -113,18 +113,25 @@ def save(name: str, result: dict[str, Any]) -> Path:
     return path
 
 
-def cpu_arguments(
+def compare_packages(
+    name: str,
     description: str | None,
-    argv: Sequence[str] | None,
+    measure: Callable[[dict[str, Path], int], dict[str, Any]],
     rounds: int,
+    argv: Sequence[str] | None = None,
     *,
     needs_baseline: bool = False,
-) -> tuple[argparse.Namespace, dict[str, Path], dict[str, Any]]:
-    """The flags of a benchmark that may compare two packages: --baseline CHECKOUT and --rounds N.
+) -> int:
+    """The command of a CPU benchmark that may compare two packages; returns 0.
 
-    Returns:
-        The flags; label -> checkout, "fd_dsa" for this one and "before" for the other; what a
-        result says of them.
+    Its flags are --baseline CHECKOUT and --rounds N.
+
+    Args:
+        name: of its result.
+        description: its module's docstring.
+        measure: makes the result of label -> checkout, "fd_dsa" for this one and "before" for the
+            other, and of the rounds.
+        rounds: where no flag says how many.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument(
@@ -132,12 +139,13 @@ def cpu_arguments(
     )
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {rounds}")
     args = parser.parse_args(argv)
-    result: dict[str, Any] = {"tier": "T0"}
+    result: dict[str, Any] = {"tier": "T0", "rounds": args.rounds}
     checkouts = {"fd_dsa": ROOT}
     if args.baseline:
         checkouts["before"] = args.baseline.resolve()
         result["baseline"] = revision_of(args.baseline)
-    return args, checkouts, result
+    print(f"written: {save(name, result | measure(checkouts, args.rounds))}")
+    return 0
 
 
 def three_digits(value: float) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._harness import RESULTS, ROOT, three_digits
-from benchmarks._render import Case, Result, Table, load, refusal
+from benchmarks._render import Case, Result, Table, refusal
 
 OURS = "fd_dsa"
 SHOWN = json.loads(Path(__file__).with_name("shown.json").read_text())
@@ -123,7 +123,7 @@ def region(table: str, folder: Path = RESULTS) -> str:
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(entry["result"] for entry in RATIOS):
         path = folder / f"{name}.json"
-        result = load(path) if path.exists() else {}
+        result = json.loads(path.read_text()) if path.exists() else {}
         if result and not refusal(result):
             env = result["env"]
             on = env.get("gpu") or f"{env['cpu']}, {env['cpus']} cores"

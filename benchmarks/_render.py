@@ -2,9 +2,9 @@
 
 shown.json lists the parts of each result, with an empty line between them:
 
-    "text {a[b]:~}"       a template over the result; numbers are formatted as _Number says
+    "text {a[b]:~}"       a template over the result, see `fill`
     ["piece", "piece"]    pieces of one paragraph
-    "@NAME"               a function of the result in this module, _notes or _v4_shown
+    "@NAME"               a function of the result, in FUNCTIONS
     {"rows": PATH, "columns": [[HEAD, CELL], ...]}    a table
 
 A PATH is "a.b.*": "*" takes every item, with its name as "key" and the fields of what holds it. A
@@ -15,11 +15,11 @@ at PATH, which replaces "$"; "@NAME" makes columns of the whole result.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from string import Formatter
 from typing import Any, TypeAlias
 
 from benchmarks._harness import table_row, three_digits
@@ -28,46 +28,41 @@ Result: TypeAlias = Mapping[str, Any]
 Case: TypeAlias = Mapping[str, Any]
 # head and cell of a column; a cell is a template of the row, or a function of it
 Column: TypeAlias = tuple[str, "str | Callable[[Any], str]"]
-Part: TypeAlias = "str | Table | Callable[[Result], Iterable[str]]"
+Part: TypeAlias = "str | list[Any] | Mapping[str, Any] | Table | Callable[[Result], Iterable[str]]"
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""What "@NAME" of shown.json may name; the modules of the parts add theirs."""
 
 
-class _Number:
-    """A number in a template.
+class _Templates(Formatter):
+    """The language of the templates; see `fill`."""
 
-    {x:~} has three digits, {x:/1e12:.2f} is in units of 1e12, {x:?none:g} is "none" where x is 0.
+    def get_field(self, field_name: str, args: Any, row: Any) -> tuple[Any, str]:
+        """The value of a name such as a[b][0]."""
+        value = row
+        for key in re.findall(r"[^\[\]]+", field_name):
+            value = value[int(key) if isinstance(value, Sequence) else key]
+        return value, field_name
+
+    def format_field(self, value: Any, form: str) -> str:
+        """A value as its form says."""
+        if form[:1] in ("/", "?"):
+            word, _, rest = form[1:].partition(":")
+            if form[0] == "/":
+                return self.format_field(value / float(word), rest)
+            return self.format_field(value, rest) if value else word
+        return three_digits(value) if form == "~" else format(value, form)
+
+
+def fill(template: str, row: Any) -> str:
+    """A template with the figures of a row.
+
+    {x:~} has three digits, {x:/1e12:.2f} is in units of 1e12, {x:?none:g} is "none" where x is 0;
+    all else is as for `format`.
+
+    Raises:
+        KeyError: the row has no such figure.
     """
-
-    def __format__(self, form: str) -> str:
-        if form.startswith("/"):
-            unit, _, rest = form[1:].partition(":")
-            return format(Figure(self / float(unit)), rest)  # type: ignore[operator]
-        if form.startswith("?"):
-            text, _, rest = form[1:].partition(":")
-            return format(self, rest) if self else text
-        return three_digits(self) if form == "~" else super().__format__(form)  # type: ignore
-
-
-class Figure(_Number, float):
-    """A number of a result."""
-
-
-class Count(_Number, int):
-    """A whole number of a result."""
-
-
-class _Fields(dict[Any, Any]):
-    """An object of a result; a template looks up "1" as the number 1."""
-
-    def __missing__(self, key: Any) -> Any:
-        if isinstance(key, int):
-            return self[str(key)]
-        raise KeyError(key)
-
-
-def load(path: Path) -> dict[str, Any]:
-    """A result, its numbers ready for templates."""
-    options: dict[str, Any] = {"parse_float": Figure, "parse_int": Count, "object_hook": _Fields}
-    return json.loads(path.read_text(), **options)
+    return _Templates().vformat(template, (), row)
 
 
 def rows_at(value: Any, path: str, held: Mapping[str, Any] | None = None) -> Iterator[Any]:
@@ -90,15 +85,15 @@ class Table:
 
     Attributes:
         rows: their path in the result, or a function of the result.
-        columns: of every row, or a function of the result.
+        columns: of every row, as in shown.json, or a function of the result.
     """
 
     rows: str | Callable[[Result], Iterable[Any]]
-    columns: Sequence[Column] | Callable[[Result], Sequence[Column]]
+    columns: Sequence[Any] | Callable[[Result], Sequence[Column]]
 
     def lines(self, result: Result) -> list[str]:
         """The lines of the table."""
-        columns = self.columns(result) if callable(self.columns) else self.columns
+        columns = list(self._columns(result))
         rows = rows_at(result, self.rows) if isinstance(self.rows, str) else self.rows(result)
         cells = [[_text(cell, row) for _, cell in columns] for row in rows]
         held = [n for n in range(len(columns)) if any(row[n] for row in cells)]
@@ -106,11 +101,25 @@ class Table:
         head, *lines = (table_row([row[n] for n in held]) for row in table)
         return [head, "|---" * len(held) + "|", *lines]
 
+    def _columns(self, result: Result) -> Iterator[Column]:
+        """The columns, those made for every name among them."""
+        for column in self.columns(result) if callable(self.columns) else self.columns:
+            if isinstance(column, str):
+                yield from FUNCTIONS[column[1:]](result)
+            elif isinstance(column, Mapping):
+                for row in rows_at(result, f"{column['each']}.*"):
+                    for head, cell in column["columns"]:
+                        yield head.replace("$", row["key"]), cell.replace("$", row["key"])
+            else:
+                yield tuple(column)
+
 
 def _text(cell: str | Callable[[Any], str], row: Any) -> str:
     """A cell; empty where the row has no such figure."""
+    if isinstance(cell, str) and cell.startswith("@"):
+        cell = FUNCTIONS[cell[1:]]
     try:
-        return cell(row) if callable(cell) else cell.format_map(row)
+        return cell(row) if callable(cell) else fill(cell, row)
     except KeyError:
         return ""
 
@@ -118,12 +127,18 @@ def _text(cell: str | Callable[[Any], str], row: Any) -> str:
 def paragraphs(result: Result, parts: Iterable[Part]) -> Iterator[str]:
     """What the parts say of a result."""
     for part in parts:
+        if isinstance(part, str) and part.startswith("@"):
+            part = FUNCTIONS[part[1:]]
+        if isinstance(part, Mapping):
+            part = Table(part["rows"], part["columns"])
         if isinstance(part, Table):
             yield "\n".join(part.lines(result))
-        elif callable(part):
-            yield from part(result)
+        elif isinstance(part, list):
+            yield "".join(paragraphs(result, part))
+        elif isinstance(part, str):
+            yield fill(part, result)
         else:
-            yield part.format_map(result)
+            yield from part(result)
 
 
 def cpu_machine(result: Result) -> Iterator[str]:
@@ -131,7 +146,7 @@ def cpu_machine(result: Result) -> Iterator[str]:
     before = ", before: {baseline[commit]:.12}." if "baseline" in result else "."
     form = "{env[date]}, {env[cpu]}, {env[cpus]} processors; Python {env[python]}, "
     form += "paddlepaddle {env[paddlepaddle]}; commit {env[commit]:.12}" + before
-    yield form.format_map(result)
+    yield fill(form, result)
 
 
 def gpu_machine(result: Result) -> Iterator[str]:
@@ -168,7 +183,7 @@ def ceilings_line(result: Result) -> Iterator[str]:
         if "clocks.sm" in c
     ]
     clocks = f"; SM clock and power {', '.join(found)}" if found else ""
-    yield f"{line.format_map(result['ceilings'])}{clocks}."
+    yield f"{fill(line, result['ceilings'])}{clocks}."
 
 
 def labels_of(cases: Iterable[Case]) -> list[str]:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from benchmarks._harness import three_digits
-from benchmarks._render import Case, Column, Result, Table, ceilings_line, labels_of, paragraphs
+from benchmarks._render import (
+    Case,
+    Column,
+    Result,
+    Table,
+    ceilings_line,
+    fill,
+    labels_of,
+    paragraphs,
+)
 
 Size = tuple[int, int, int]  # rows, thousands of context, drafts
 _DRAFTS = (0, 1, 3)
@@ -200,11 +209,12 @@ def _sentences(result: Result) -> Iterator[str]:
     for case in result["cases"]:
         if case.get("kind") == "table":
             where = case["case"].removesuffix(", table")
-            yield f"In table mode, at {where}, no list is written: " + (
+            yield f"In table mode, at {where}, no list is written: " + fill(
                 "the launch takes {times[ours][p50]:~} us, the host {host_us[p50]:~} us, and all "
                 "buffers together {allocated_bytes:/1048576:.1f} MiB, where the list alone would "
-                "have {list_bytes:/1048576:.1f} MiB."
-            ).format_map(case)
+                "have {list_bytes:/1048576:.1f} MiB.",
+                case,
+            )
     for label, found in result.get("overlap", {}).items():
         plural = "copies" if found["copies"] > 1 else "copy"
         where = f" at {result['overlap_case']}" if "overlap_case" in result else ""

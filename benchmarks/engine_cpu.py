@@ -60,8 +60,8 @@ def compare(sides: Mapping[str, Worker]) -> list[dict[str, Any]]:
 
 def growth(ours: Worker) -> dict[str, Any]:
     """Decode time as a + b * context, next to the slope of the indexer's scan alone."""
-    decode = [ours.call(op="decode_ms", context=n)["ms"] for n in CONTEXTS]
-    scan = [ours.call(op="scan_ms", context=n)["ms"] for n in CONTEXTS]
+    decode = [ours.call(op="decode_ms", context=n) for n in CONTEXTS]
+    scan = [ours.call(op="scan_ms", context=n) for n in CONTEXTS]
     b, a = np.polyfit(CONTEXTS, decode, 1)
     scan_b, _ = np.polyfit(CONTEXTS, scan, 1)
     found = {"contexts": list(CONTEXTS), "decode_ms": decode, "scan_ms": scan, "a_ms": float(a)}

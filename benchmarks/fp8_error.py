@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks._harness import RESULTS, ROOT, environment, write_json
-from benchmarks._render import load
-from benchmarks.report import markdown
+from benchmarks.report import region
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig
 from fd_dsa.config import EngineConfig
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     measured = layers_and_logits() | {"retrieval": retrieval()}
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     write_json(RESULT, {"name": "fp8_cache", "env": environment()} | measured)
-    print(markdown("fp8_cache", load(RESULT)))
+    print(region("fp8_cache"))
     return 0
 
 

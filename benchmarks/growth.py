@@ -16,11 +16,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, cpu_arguments, in_turns, percentiles, save, workers
+from benchmarks._harness import Worker, compare_packages, in_turns, percentiles, workers
 
 REQUESTS = (1, 8, 32, 64, 128, 256)
 SAMPLING: dict[str, dict[str, Any]] = {
@@ -92,23 +93,17 @@ def step_growth() -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 0."""
-    args, checkouts, result = cpu_arguments(__doc__, argv, ROUNDS)
+def measure(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Host times of all packages, and what grows in a step."""
     with workers("benchmarks.workers.engine_host", checkouts) as sides:
-        result["host_time"] = host_times(sides, args.rounds)
-        result["pass_us"] = {
-            str(vocab_size): percentiles(
-                sides["fd_dsa"].call(
-                    op="pass_us", requests=REQUESTS[-1], steps=steps, vocab_size=vocab_size
-                )["us"]
-            )
-            for vocab_size, steps in STEPS.items()
-        }
-    result["growth"] = step_growth()
-    print(f"written: {save('growth', result)}")
-    return 0
+        host_time = host_times(sides, rounds)
+        case = {"op": "pass_us", "requests": REQUESTS[-1]}
+        passes = {n: sides["fd_dsa"].call(**case, steps=STEPS[n], vocab_size=n) for n in STEPS}
+    pass_us = {str(n): percentiles(answer["us"]) for n, answer in passes.items()}
+    return {"host_time": host_time, "pass_us": pass_us, "growth": step_growth()}
 
+
+main = partial(compare_packages, "growth", __doc__, measure, ROUNDS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -118,21 +118,13 @@ class Case:
             same = torch.equal(out.view(torch.int16), wanted)
             assert same, f"{self.shape.label}: {label} differs from ours"
 
-    def effects(self, all_sides: bool) -> dict[str, Any]:
-        """Launches, waits and allocations of an eager step: whole, and of the package alone."""
-        package = {"package_alone": _gpu.effects(self.package.step)}
-        found = _gpu.effects(self.sides[OURS].step) | package
-        if all_sides:
-            found["effects"] = {k: _gpu.effects(side.step) for k, side in self.sides.items()}
-        return found
-
 
 def run(
     record: _gpu.Recorder, shape: Shape, weights: Sequence[Weights], pool: Pool, peers: Path | None
 ) -> None:
     """Check and time one shape, in a graph and eagerly."""
-    is_first, case = not record.cases, Case(shape, weights, pool, peers)
-    if is_first:
+    case = Case(shape, weights, pool, peers)
+    if not record.cases:
         _gpu.warm_host(case.sides[OURS].step)
     case.check_bytes()
     floor_us = LAYERS * shape.floor_us(weights[0].num_bytes(), case.given.sizes, record.ceilings)
@@ -142,10 +134,9 @@ def run(
         times = _gpu.interleaved(calls, mode=mode, rounds=rounds)
         notes: dict[str, Any] = {"kind": kind, **vars(shape), "errors": case.errors}
         notes |= {"made_by": case.made_by, "left_out": case.left_out}
-        notes |= {"layer_us": times[OURS]["p50"] / LAYERS, "caches": len(case.given.caches)}
         if kind == EAGER:
-            host = _gpu.interleaved({OURS: calls[OURS]}, mode="host", rounds=5)
-            notes |= {"host_us": host[OURS]["p50"], **case.effects(is_first)}
+            notes |= _gpu.effects(case.sides[OURS].step)
+            notes["package_alone"] = _gpu.effects(case.package.step)
         record.case(f"{shape.label}, {kind}", times, ours=OURS, floor_us=floor_us, **notes)
 
 

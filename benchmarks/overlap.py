@@ -190,7 +190,6 @@ def alone(step: Step) -> dict[str, float]:
     downs = [down.clone() for _ in range(_gpu.num_sets(down.nbytes))]
     sides = {
         "projections": [partial(forms.ours, x, both) for both in copies],
-        "projections, cuBLAS": [partial(forms.cublas, x, both) for both in copies],
         "projections, k_norm": [partial(forms.normed, x, both) for both in copies],
         "QKV-A": [partial(step.down, one) for one in downs],
     }
@@ -217,9 +216,6 @@ def compare(record: _gpu.Recorder, layer: Layer, pool: Pool, num_tokens: int, wh
         notes |= {"alone_us": parts, "saved": 1 - two / one}
         if kind == "graph":
             notes["hidden"] = (one - two) / side_us
-        else:
-            host = _gpu.interleaved({k: sides[k] for k in (ONE, TWO)}, mode="host", rounds=5)
-            notes["host_us"] = {label: time["p50"] for label, time in host.items()}
         name = f"{num_tokens} tokens, {notes['kind']}"
         record.case(name, times, ours=TWO, floor_us=floor_us, **notes)
 

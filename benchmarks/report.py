@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from typing import Any
 from benchmarks import _notes, _ratios, _render, _v4_shown
 from benchmarks._harness import RESULTS, ROOT
 from benchmarks._ratios import SHOWN
-from benchmarks._render import Column, Part, Result, Table, load, paragraphs, refusal, rows_at
+from benchmarks._render import FUNCTIONS, Result, paragraphs, refusal
 
-_FUNCTIONS = vars(_render) | vars(_notes) | vars(_ratios) | vars(_v4_shown)
+FUNCTIONS.update(vars(_render) | vars(_notes) | vars(_ratios) | vars(_v4_shown))
 DOCS = ROOT / "docs"
 IMAGES = DOCS / "img"
 _REGION = re.compile(r"<!-- result: (\w+) -->\n(.*?)<!-- end -->\n", re.DOTALL)
@@ -46,39 +46,14 @@ def region(name: str, folder: Path = RESULTS) -> str:
     path = next(folder.rglob(f"{name}.json"), None)
     if path is None:
         return "Not measured yet.\n"
-    result = load(path)
+    result = json.loads(path.read_text())
     refused = refusal(result)
     return f"{refused}\n" if refused else markdown(name, result)
 
 
 def markdown(name: str, result: Result) -> str:
     """A result as shown.json describes it."""
-    parts = map(part, SHOWN["results"].get(name, ["@times"]))
-    return "\n\n".join(paragraphs(result, parts)) + "\n"
-
-
-def part(shown: str | list[Any] | dict[str, Any]) -> Part:
-    """A part of shown.json for the renderer."""
-    if isinstance(shown, dict):
-        return Table(shown["rows"], lambda result: list(_columns(shown["columns"], result)))
-    if isinstance(shown, list):
-        pieces = [part(piece) for piece in shown]
-        return lambda result: ["".join(paragraphs(result, pieces))]
-    return _FUNCTIONS[shown[1:]] if shown.startswith("@") else shown
-
-
-def _columns(shown: Iterable[Any], result: Result) -> Iterator[Column]:
-    """The columns of a table, those made for every name among them."""
-    for column in shown:
-        if isinstance(column, str):
-            yield from _FUNCTIONS[column[1:]](result)
-        elif isinstance(column, dict):
-            for row in rows_at(result, f"{column['each']}.*"):
-                for head, cell in column["columns"]:
-                    yield head.replace("$", row["key"]), cell.replace("$", row["key"])
-        else:
-            head, cell = column
-            yield head, _FUNCTIONS[cell[1:]] if cell.startswith("@") else cell
+    return "\n\n".join(paragraphs(result, SHOWN["results"].get(name, ["@times"]))) + "\n"
 
 
 def plots(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:

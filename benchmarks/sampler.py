@@ -17,7 +17,7 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-from benchmarks._harness import Worker, cpu_arguments, in_turns, percentiles, save, workers
+from benchmarks._harness import Worker, compare_packages, in_turns, percentiles, workers
 from benchmarks.workers.sampler import write_demo_logits
 
 SPREADS = ("normal", "demo model")
@@ -80,18 +80,18 @@ def differing(sides: Sides, cases: list[dict[str, Any]], steps: int) -> None:
         print(f"{spread}: of {steps * len(ours[0])} draws differ {counts}", flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 0."""
-    args, checkouts, result = cpu_arguments(__doc__, argv, ROUNDS, needs_baseline=True)
+def compare(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Times and draws of both packages."""
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "demo_logits.npy")
         write_demo_logits(path)
-        cases = measure(path, checkouts, args.rounds)
+        cases = measure(path, checkouts, rounds)
         with workers(MODULE, checkouts, path=path) as sides:
             differing(sides, cases, STEPS)
-    print(f"written: {save('sampler', result | {'cases': cases})}")
-    return 0
+    return {"cases": cases}
 
+
+main = partial(compare_packages, "sampler", __doc__, compare, ROUNDS, needs_baseline=True)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, cpu_arguments, in_turns, percentiles, save
+from benchmarks._harness import Worker, compare_packages, in_turns, percentiles
 from benchmarks._serving import served
 
 STREAMS = (1, 8, 32)
@@ -81,16 +81,14 @@ def _against(alone: list[float], answers: list[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 0."""
-    args, checkouts, result = cpu_arguments(__doc__, argv, ROUNDS)
-    result |= {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "rounds": args.rounds}
-    result["cases"] = [
-        row for name in ARRANGEMENTS for row in compare(name, checkouts, args.rounds)
-    ]
-    print(f"written: {save('server_overhead', result)}")
-    return 0
+def measure(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Both arrangements."""
+    result: dict[str, Any] = {"prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+    result["cases"] = [row for name in ARRANGEMENTS for row in compare(name, checkouts, rounds)]
+    return result
 
+
+main = partial(compare_packages, "server_overhead", __doc__, measure, ROUNDS)
 
 if __name__ == "__main__":
     sys.exit(main())

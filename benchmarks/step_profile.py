@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._harness import Worker, cpu_arguments, in_turns, save, workers
+from benchmarks._harness import Worker, compare_packages, in_turns, workers
 from benchmarks._serving import served
 
 # requests, tokens of context, how they are sampled
@@ -66,18 +66,15 @@ def serving(checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the benchmark; returns 0."""
-    args, checkouts, result = cpu_arguments(__doc__, argv, ROUNDS)
-    result |= {"rounds": args.rounds, "steps": STEPS}
-    # the package of before comes first
+def measure(checkouts: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """The parts of a step, and what serving adds; the package of before comes first."""
     checkouts = dict(reversed(checkouts.items()))
     with workers("benchmarks.workers.ours:Engine", checkouts) as sides:
-        result["cases"] = profile(sides, args.rounds)
-    result["serving"] = serving(checkouts, args.rounds)
-    print(f"written: {save('step_profile', result)}")
-    return 0
+        cases = profile(sides, rounds)
+    return {"cases": cases, "serving": serving(checkouts, rounds)}
 
+
+main = partial(compare_packages, "step_profile", __doc__, measure, ROUNDS)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -91,20 +91,18 @@ def repeat(modules: Sequence[str], times: int) -> int:
 
 def differing(call: Call, outputs: list[torch.Tensor], times: int, end: float) -> int | None:
     """How many outputs of so many calls differ from those of the first; None: time was up."""
-    if time.monotonic() > end:
-        return None
-    poison(*outputs)
-    call()
-    first = [out.view(torch.uint8).clone() for out in outputs]
+    first: list[torch.Tensor] = []
     count = torch.zeros((), device="cuda", dtype=torch.int64)
-    for n in range(times):
-        poison(*outputs)
-        call()
-        for out, want in zip(outputs, first, strict=True):
-            count += (out.view(torch.uint8) != want).any()
+    for n in range(times + 1):
         # the host is ahead of the device by what a queue holds
         if n % 256 == 0 and time.monotonic() > end:
             return None
+        poison(*outputs)
+        call()
+        found = [out.view(torch.uint8) for out in outputs]
+        first = first or [out.clone() for out in found]
+        for out, want in zip(found, first, strict=True):
+            count += (out != want).any()
     return int(count)
 
 

@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,41 +106,32 @@ class Engine:
         self.engine.step()
         return time.perf_counter() - begin
 
-    def decode_ms(self, context: int) -> dict[str, Any]:
+    def decode_ms(self, context: int) -> float:
         """Median milliseconds of a decode step of one request."""
         with self._decoding(1, context, _REPEATS):
-            return {"ms": 1e3 * float(np.median([self._step_s() for _ in range(_REPEATS)]))}
+            return 1e3 * float(np.median([self._step_s() for _ in range(_REPEATS)]))
 
     def parts_us(
         self, requests: int, context: int, sampling: dict[str, Any], steps: int
     ) -> list[dict[str, float]]:
         """Microseconds of each part in each of `steps` decode steps."""
+        if self._seconds is None:
+            # the clock costs two tenths of a microsecond a call, and no part is called more than
+            # once a step
+            self._seconds = Counter()
+            for part, path in _PARTS.items():
+                names, _, last = path.rpartition(".")
+                owner = attrgetter(names)(self.engine) if names else self.engine
+                setattr(owner, last, _timed(self._seconds, part, getattr(owner, last)))
         found = []
         with self._decoding(requests, context, steps, sampling):
             for _ in range(steps):
-                seconds = self._timed_parts()
-                seconds.clear()
+                self._seconds.clear()
                 whole = self._step_s()
-                found.append({part: 1e6 * s for part, s in _apart(seconds, whole).items()})
+                found.append({part: 1e6 * s for part, s in _apart(self._seconds, whole).items()})
         return found
 
-    def _timed_parts(self) -> Counter[str]:
-        """Seconds by part, added up where the parts are called.
-
-        The clock costs two tenths of a microsecond a call, and no part is called more than once a
-        step.
-        """
-        if self._seconds is None:
-            self._seconds = Counter()
-            for part, path in _PARTS.items():
-                owner: Any = self.engine
-                *names, last = path.split(".")
-                for name in names:
-                    owner = getattr(owner, name)
-                setattr(owner, last, _timed(self._seconds, part, getattr(owner, last)))
-        return self._seconds
-
-    def scan_ms(self, context: int) -> dict[str, Any]:
+    def scan_ms(self, context: int) -> float:
         """Median milliseconds of scoring and selecting alone, all layers, one query."""
         import paddle
 
@@ -162,32 +155,28 @@ class Engine:
                 logits = score_paged(q, weights, cache, units, scratch)
                 select_positions(logits[0], window, config.index_topk)
             times.append(time.perf_counter() - start)
-        return {"ms": float(np.median(times) * 1e3)}
+        return float(np.median(times) * 1e3)
 
     def profile(self, requests: int, context: int) -> dict[str, Any]:
         """Where a decode step spends its time: the functions with the most time of their own."""
         profiler, steps = cProfile.Profile(), 10
         with self._decoding(requests, context, 5 + steps):
-            times = [self._step_s() for _ in range(5)]
+            ms = 1e3 * float(np.median([self._step_s() for _ in range(5)]))
             with profiler:
                 for _ in range(steps):
                     self.engine.step()
         stats: Any = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-        total = sum(entry[2] for entry in stats.values())
-        busiest = sorted(stats.items(), key=lambda item: -item[1][2])[:15]
-        return {
-            "requests": requests,
-            "context": context,
-            "ms": float(np.median(times) * 1e3),
-            "functions": [
-                {
-                    "name": f"{key[0].rpartition('/')[2]}:{key[2]}",
-                    "calls_per_step": entry[0] / steps,
-                    "share": entry[2] / total,
-                }
-                for key, entry in busiest
-            ],
-        }
+        total = sum(own for _, _, own, *_ in stats.values())
+        busiest = sorted(stats.items(), key=lambda item: -item[1][2])[:6]
+        functions = [
+            {
+                "name": f"{Path(file).name}:{name}",
+                "calls_per_step": calls / steps,
+                "share": own / total,
+            }
+            for (file, _, name), (calls, _, own, *_) in busiest
+        ]
+        return {"requests": requests, "context": context, "ms": ms, "functions": functions}
 
     def _add(self, name: str, prompt: list[int], new_tokens: int) -> None:
         """Queue a greedy request."""
