@@ -84,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         print(f"{module}: {len(entries)} cases in both, in one alone: {alone}", flush=True)
         write_json(RESULTS / "compare_trees.json", result)
-    slower = [
-        e for entries in result["modules"].values() for e in entries if e["verdict"] == "slower"
-    ]
-    print(f"{len(slower)} cases slower")
-    return int(bool(slower))
+    slower = sum(
+        e["verdict"] == "slower" for entries in result["modules"].values() for e in entries
+    )
+    print(f"{slower} cases slower")
+    return int(slower > 0)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -81,13 +82,12 @@ class Section:
 
 def gpu_tests() -> list[str]:
     """Test files with a test for the GPU that runs on torch tensors."""
-    found = []
-    for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        text = path.read_text("utf-8")
-        here = "gpu_rig" not in path.parts and ("kernel_memory" in text or "mark.gpu\n" in text)
-        if here:
-            found.append(str(path.relative_to(ROOT)))
-    return found
+    return [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if "gpu_rig" not in path.parts
+        and re.search("kernel_memory|mark.gpu\n", path.read_text("utf-8"))
+    ]
 
 
 def sections(args: argparse.Namespace) -> list[Section]:

@@ -21,8 +21,8 @@ RECORD_BYTES, SHARED_RECORD_BYTES, BUDGET_MIB = 656 + 132, 656, 512
 # layers and layers with an indexer: DeepSeek-V3.2; GLM-5.2, most of whose layers share a selection
 MODELS = {"DeepSeek-V3.2": (61, 61), "GLM-5.2": (78, 21)}
 CHUNK = 8192
-LENGTHS = (4096, 32768, 131072, 1 << 20)
-# tokens of the last chunk on a CPU; from 32k on each of them scores the whole context by itself
+# context -> tokens of its last chunk on a CPU; from 32k on each of them scores the whole context by
+# itself
 CPU_TOKENS = {4096: 256, 32768: 64, 131072: 16, 1 << 20: 4}
 
 
@@ -30,41 +30,31 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns 1 where a size is not what it should be, else 0."""
     argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args(argv)
     result: dict[str, Any] = {"tier": "T0", "budget_mib": BUDGET_MIB, "caches": [], "prompts": []}
-    is_right = True
+    is_right = []
     with Worker("benchmarks.workers.memory_use") as worker:
         for model, (layers, indexers) in MODELS.items():
-            found = worker.call(
-                op="cache_bytes", layers=layers, indexer_layers=indexers, num_blocks=16
-            )
+            case = {"layers": layers, "indexer_layers": indexers}
+            found = worker.call(op="cache_bytes", num_blocks=16, **case)
             shared = layers - indexers
             wanted = (indexers * RECORD_BYTES + shared * SHARED_RECORD_BYTES) / layers
-            result["caches"].append(
-                {"model": model, "layers": layers, "indexer_layers": indexers, **found}
-                | {"wanted": wanted}
-            )
-            is_right &= found["planned"] == found["allocated"] == wanted
+            result["caches"].append({"model": model, **case, **found, "wanted": wanted})
+            is_right.append(found["planned"] == found["allocated"] == wanted)
             print(f"{model}: {found['allocated']:.2f} bytes a token and layer, wanted {wanted:.2f}")
-        engine = worker.call(op="engine_bytes")
-        result["engine"] = engine
-        is_right &= engine["bytes_a_token_and_layer"] == RECORD_BYTES
+        engine = result["engine"] = worker.call(op="engine_bytes")
+        is_right.append(engine["bytes_a_token_and_layer"] == RECORD_BYTES)
         print(f"a running engine: {engine['bytes_a_token_and_layer']:.2f} bytes")
-        for length in LENGTHS:
+        for length, tokens in CPU_TOKENS.items():
             device = worker.call(op="device_buffers", max_model_len=length, max_num_tokens=CHUNK)
-            tokens = CPU_TOKENS[length]
             cpu = worker.call(op="prefill_peak", context=length, tokens=tokens)
-            cpu_mib = cpu["numpy_mib"] + cpu["paddle_mib"]
-            result["prompts"].append(
-                {"context": length, "device": device, "cpu": cpu, "cpu_tokens": tokens}
-            )
-            is_right &= device["scores_mib"] <= BUDGET_MIB and cpu_mib <= BUDGET_MIB
-            print(
-                f"{length:8} tokens: device scores {device['scores_mib']:.0f} MiB; CPU peak "
-                f"{cpu_mib:.0f} MiB",
-                flush=True,
-            )
-    result["is_right"] = is_right
+            case = {"context": length, "device": device, "cpu": cpu, "cpu_tokens": tokens}
+            result["prompts"].append(case)
+            mib = device["scores_mib"], cpu["numpy_mib"] + cpu["paddle_mib"]
+            is_right.append(max(mib) <= BUDGET_MIB)
+            line = "device scores {:.0f} MiB; CPU peak {:.0f} MiB".format(*mib)
+            print(f"{length:8} tokens: {line}", flush=True)
+    result["is_right"] = all(is_right)
     print(f"written: {save('memory_use', result)}")
-    return 0 if is_right else 1
+    return int(not all(is_right))
 
 
 if __name__ == "__main__":

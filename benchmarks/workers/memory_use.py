@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 _BLOCK_SIZE = 64
-_WIDTHS = {"latent": 512, "rope": 64, "index": 128}
+_WIDTHS = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_head_dim": 128}
 _MIB = 1 << 20
 
 
@@ -16,8 +16,7 @@ def _layout() -> Any:
     """The FP8 caches of DeepSeek-V3.2."""
     from fd_dsa.attention import CacheLayout
 
-    widths = _WIDTHS["latent"], _WIDTHS["rope"], _WIDTHS["index"]
-    return CacheLayout("fp8_ds_mla", _BLOCK_SIZE, *widths)
+    return CacheLayout("fp8_ds_mla", _BLOCK_SIZE, *_WIDTHS.values())
 
 
 def cache_bytes(layers: int, indexer_layers: int, num_blocks: int) -> dict[str, Any]:
@@ -34,10 +33,7 @@ def cache_bytes(layers: int, indexer_layers: int, num_blocks: int) -> dict[str, 
     cells = layers * num_blocks * _BLOCK_SIZE
     allocated = sum(cache.numpy().nbytes for cache in (*latents, *index))
     planned = num_blocks * layout.bytes_per_block(layers, indexer_layers)
-    return {
-        "planned": planned / cells,
-        "allocated": allocated / cells,
-    }
+    return {"planned": planned / cells, "allocated": allocated / cells}
 
 
 def engine_bytes() -> dict[str, Any]:
@@ -53,10 +49,10 @@ def engine_bytes() -> dict[str, Any]:
 
 
 def device_buffers(max_model_len: int, max_num_tokens: int) -> dict[str, Any]:
-    """Bytes that the attention of a device asks for, with the sizes of DeepSeek-V3.2.
+    """MiB that a device's attention asks for scores, with the sizes of DeepSeek-V3.2.
 
-    All of it is asked for once, when the engine starts, and no step asks for more; the tests hold
-    that no step does. Nothing is written here, so the system gives no memory.
+    They are asked for once, when the engine starts, and no step asks for more; the tests hold that
+    no step does. Nothing is written here, so the system gives no memory.
     """
     import paddle
 
@@ -76,20 +72,9 @@ def device_buffers(max_model_len: int, max_num_tokens: int) -> dict[str, Any]:
         max_blocks_per_seq=-(-max_model_len // _BLOCK_SIZE),
         dtype="bfloat16",
     )
-    asked = 0
-
-    def allocate(shape: tuple[int, ...], dtype: str) -> Any:
-        nonlocal asked
-        tensor = paddle.empty(list(shape), dtype)
-        asked += tensor.size * tensor.element_size()
-        return tensor
-
-    attention = DeviceAttention(config, allocate)
+    attention = DeviceAttention(config, lambda shape, dtype: paddle.empty(list(shape), dtype))
     logits = attention._buffers["logits"]
-    return {
-        "all_mib": asked / _MIB,
-        "scores_mib": logits.size * logits.element_size() / _MIB,
-    }
+    return {"scores_mib": logits.size * logits.element_size() / _MIB}
 
 
 def prefill_peak(context: int, tokens: int) -> dict[str, Any]:
@@ -106,15 +91,8 @@ def prefill_peak(context: int, tokens: int) -> dict[str, Any]:
     from fd_dsa.runner.model_runner import cache_layout
     from tests.runner.tiny import V32, tiny_model
 
-    fields = {
-        "num_hidden_layers": 1,
-        "kv_lora_rank": _WIDTHS["latent"],
-        "qk_rope_head_dim": _WIDTHS["rope"],
-        "index_head_dim": _WIDTHS["index"],
-        "index_n_heads": 64,
-        "index_topk": 2048,
-        "max_position_embeddings": context,
-    }
+    fields = {"num_hidden_layers": 1, "index_n_heads": 64, "index_topk": 2048} | _WIDTHS
+    fields["max_position_embeddings"] = context
     model = tiny_model(V32 | fields)
     columns = -(-context // _BLOCK_SIZE)
     batch = InputBatch(1, tokens, columns, _BLOCK_SIZE)
