@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import _gpu
 from benchmarks._fp8_linear import Fp8Linear
-from benchmarks._logits_sides import random_cache
+from benchmarks._logits_sides import Shape, random_cache
 from benchmarks._sparse_mla_sides import record_cache
 from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
 from fd_dsa.attention.overlap import IndexerOverlap
@@ -57,59 +57,31 @@ class Sizes:
         return (self.nope + self.rope) ** -0.5
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Rows of a step that all have as many keys.
+def layer_bytes(shape: Shape, sizes: Sizes, weight_bytes: int) -> int:
+    """Fewest bytes that a layer reads: weights, all index keys, the selected latents."""
+    latents = min(shape.num_tokens * min(sizes.topk, shape.keys), shape.rows * shape.keys)
+    index = INDEX_RECORD_BYTES * shape.rows * shape.keys
+    return weight_bytes + index + LATENT_RECORD_BYTES * latents
 
-    Attributes:
-        heads: attention heads on the device; the indexer is whole.
-        rows: requests.
-        keys: of a row, the new ones included.
-        new: tokens of a row; more than one are the last chunk of a prompt.
+
+def layer_flops(shape: Shape, sizes: Sizes, weight_bytes: int) -> int:
+    """Operations of a layer in bfloat16: projections and attention, scores left out."""
+    attention = sizes.heads * min(sizes.topk, shape.keys) * (2 * sizes.rank + sizes.rope)
+    return 2 * shape.num_tokens * (weight_bytes // 2 + attention)
+
+
+def floor_us(shape: Shape, sizes: Sizes, weight_bytes: int, ceilings: Mapping[str, float]) -> float:
+    """Least microseconds of a layer: of the bytes or of the GEMMs, whichever takes longer.
+
+    Args:
+        shape: of the step.
+        sizes: of the model.
+        weight_bytes: of a layer.
+        ceilings: `copy_bytes_per_s` and `matrix_flops_per_s`, as measured.
     """
-
-    heads: int
-    rows: int
-    keys: int
-    new: int = 1
-
-    @property
-    def label(self) -> str:
-        """The decode rows in words."""
-        return f"{self.heads} heads, {self.rows} x {self.keys >> 10}k"
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the step."""
-        return self.rows * self.new
-
-    @property
-    def cache_blocks(self) -> int:
-        """Blocks of 64 keys of one layer."""
-        return self.rows * self.keys // BLOCK
-
-    def layer_bytes(self, weight_bytes: int, sizes: Sizes) -> int:
-        """Fewest bytes that a layer reads: weights, all index keys, the selected latents."""
-        latents = min(self.num_tokens * min(sizes.topk, self.keys), self.rows * self.keys)
-        index = INDEX_RECORD_BYTES * self.rows * self.keys
-        return weight_bytes + index + LATENT_RECORD_BYTES * latents
-
-    def layer_flops(self, weight_bytes: int, sizes: Sizes) -> int:
-        """Operations of a layer in bfloat16: projections and attention, scores left out."""
-        attention = self.heads * min(sizes.topk, self.keys) * (2 * sizes.rank + sizes.rope)
-        return 2 * self.num_tokens * (weight_bytes // 2 + attention)
-
-    def floor_us(self, weight_bytes: int, sizes: Sizes, ceilings: Mapping[str, float]) -> float:
-        """Least microseconds of a layer: of the bytes or of the GEMMs, whichever takes longer.
-
-        Args:
-            weight_bytes: of a layer.
-            sizes: of the model.
-            ceilings: `copy_bytes_per_s` and `matrix_flops_per_s`, as measured.
-        """
-        read_s = self.layer_bytes(weight_bytes, sizes) / ceilings["copy_bytes_per_s"]
-        gemms_s = self.layer_flops(weight_bytes, sizes) / ceilings["matrix_flops_per_s"]
-        return max(read_s, gemms_s) * 1e6
+    read_s = layer_bytes(shape, sizes, weight_bytes) / ceilings["copy_bytes_per_s"]
+    gemms_s = layer_flops(shape, sizes, weight_bytes) / ceilings["matrix_flops_per_s"]
+    return max(read_s, gemms_s) * 1e6
 
 
 class Weights:
@@ -205,14 +177,14 @@ class Given:
 
     def __init__(self, shape: Shape, sizes: Sizes, pool: Pool, device: str) -> None:
         self.shape, self.sizes, self.device = shape, sizes, device
-        self.caches = pool.caches(shape.cache_blocks)
-        is_prompt, new = shape.new > 1, shape.new
+        self.caches = pool.caches(shape.num_pages)
+        is_prompt, new = shape.is_prompt, shape.new
         lengths = {"encoder": new * is_prompt, "decoder": shape.keys - new, "this_time": new}
         self._fields: dict[str, Any] = {
             f"seq_lens_{name}": torch.full((shape.rows,), n, device=device, dtype=torch.int32)
             for name, n in lengths.items()
         }
-        blocks = torch.randperm(shape.cache_blocks, device=device).int()
+        blocks = torch.randperm(shape.num_pages, device=device).int()
         self.tables = self._fields["block_tables"] = blocks.view(shape.rows, -1)
         self._fields["caches"] = [x for n in range(LAYERS) for x in self.caches_of(n)]
         self._hints = StepHints(shape.num_tokens, shape.num_tokens * is_prompt, shape.keys)

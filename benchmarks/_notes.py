@@ -55,6 +55,15 @@ def decode_counts(result: Result) -> Iterator[str]:
         yield f"Failed: {way} ({why})."
 
 
+compared = Table(
+    lambda result: [e | {"of": name} for name, found in result["modules"].items() for e in found],
+    [
+        *(("benchmark", "{of}"), ("case", "{case}"), ("before, us", "{before_us:~}")),
+        *(("after, us", "{after_us:~}"), ("verdict", "{verdict}")),
+    ],
+)
+
+
 def stalls(kernel: Any) -> str:
     """The two reasons that a kernel's warps wait most for."""
     return ", ".join(list(kernel["stalls"])[:2]).replace("_", " ")

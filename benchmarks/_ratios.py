@@ -2,7 +2,7 @@
 
 Every ratio is the time of the other side divided by ours: above 1 fd_dsa is faster. shown.json
 lists them by result under "ratios": "against" names the other side, "labels" are those of which the
-fastest counts (or "cases" is a function here), "ours" is our side where that is not the one that
+fastest counts (or "cases" is a key of CASES), "ours" is our side where that is not the one that
 serves. The tables "headline" and "without_custom_ops" are those of docs/performance.md, "page" is
 for the result's own page, which has the headlines too. Their rows are [what, where, aim]: a case
 belongs to the group if it has the numbers of "where" from the first to the last of two, and texts
@@ -12,7 +12,7 @@ that begin as there.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,26 +28,22 @@ PICTURED = ("engine_cpu", *PICTURES)
 Ratio = tuple[float, str]
 
 
-def engine(result: Result) -> Iterator[Ratio]:
-    """Tokens per second, by those of Hugging Face."""
-    return ((case["ratio_p50"], "") for case in result["cases"])
-
-
-def server(result: Result) -> Iterator[Ratio]:
-    """The share of the engine's tokens per second that the server keeps."""
-    return ((1 - case["servers"][OURS]["loss"], "") for case in result["cases"])
-
-
-def gaps_with_target(result: Result) -> Iterator[Ratio]:
-    """Gaps of a stream without a target against those with one."""
-    none, *targets = result["sides"]
-    return ((none["gap_ms"]["p99"] / side["gap_ms"]["p99"], "") for side in targets)
+# "cases" of shown.json: of a result whose cases have no times of sides, the ratios
+CASES: dict[str, Callable[[Result], Iterable[float]]] = {
+    "engine": lambda result: (case["ratio_p50"] for case in result["cases"]),
+    # the share of the engine's tokens per second that the server keeps
+    "server": lambda result: (1 - case["servers"][OURS]["loss"] for case in result["cases"]),
+    # gaps of a stream without a target, which comes first, against those with one
+    "gaps_with_target": lambda result: (
+        result["sides"][0]["gap_ms"]["p99"] / side["gap_ms"]["p99"] for side in result["sides"][1:]
+    ),
+}
 
 
 def _of_group(entry: Mapping[str, Any], where: Mapping[str, Any], result: Result) -> list[Ratio]:
     """The ratio and name of every case of a group that has one of the other sides."""
     if "cases" in entry:
-        return sorted(globals()[entry["cases"][1:]](result))
+        return sorted((ratio, "") for ratio in CASES[entry["cases"]](result))
     found = []
     for case in result["cases"]:
         us = {label: time["p50"] for label, time in case["times"].items()}

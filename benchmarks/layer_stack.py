@@ -24,7 +24,17 @@ from typing import Any
 import torch
 
 from benchmarks import _custom_ops, _gpu
-from benchmarks._layer import LAYERS, Given, Pool, Shape, Sizes, Weights, backend_of, weights_of
+from benchmarks._layer import (
+    LAYERS,
+    Given,
+    Pool,
+    Sizes,
+    Weights,
+    backend_of,
+    floor_us,
+    weights_of,
+)
+from benchmarks._logits_sides import Shape
 from benchmarks._stack import Chained, Everything, PackageAlone, Scheduled, Stack, plain_check
 from benchmarks._stack_peers import PeerStack
 from benchmarks.ceilings import matrix_flops_per_s
@@ -41,6 +51,11 @@ ROUNDS, ROUNDS_OF_LONG = 9, 5
 _LONG_KEYS = 4 << 20
 # FlashMLA rounds latents, their scales and weights to bfloat16
 _TOLERANCE, _LEAST_RECALL = 1e-2, 0.99
+
+
+def name_of(shape: Shape) -> str:
+    """Decode rows in words."""
+    return f"{shape.heads} heads, {shape.rows} x {shape.keys >> 10}k"
 
 
 def shapes(heads: Sequence[int], quick: bool = False) -> Iterator[Shape]:
@@ -83,7 +98,7 @@ class Case:
             self.sides[PEERS], self.made_by = stack, stack.made_by
         except (AssertionError, LookupError, RuntimeError) as error:
             self.left_out[PEERS] = f"{type(error).__name__}: {error}"[:200]
-            print(f"{shape.label}: {PEERS} left out: {self.left_out[PEERS]}", flush=True)
+            print(f"{name_of(shape)}: {PEERS} left out: {self.left_out[PEERS]}", flush=True)
         self.sides[OURS] = Stack(*inputs)
 
     def _judge(self, label: str, found: Sequence[Any], queries: Any) -> None:
@@ -94,7 +109,7 @@ class Case:
         """
         error = self.errors[label] = plain_check(self.given, *found, queries)
         good = error["recall"] >= _LEAST_RECALL and error["attention"] < _TOLERANCE
-        assert good, f"{self.shape.label}, {label}: {error}"
+        assert good, f"{name_of(self.shape)}, {label}: {error}"
 
     def check_bytes(self) -> None:
         """Compare the results of ours, of its graph and of the baselines.
@@ -116,7 +131,7 @@ class Case:
             _gpu.poison(out)
             call()
             same = torch.equal(out.view(torch.int16), wanted)
-            assert same, f"{self.shape.label}: {label} differs from ours"
+            assert same, f"{name_of(self.shape)}: {label} differs from ours"
 
 
 def run(
@@ -127,7 +142,8 @@ def run(
     if not record.cases:
         _gpu.warm_host(case.sides[OURS].step)
     case.check_bytes()
-    floor_us = LAYERS * shape.floor_us(weights[0].num_bytes(), case.given.sizes, record.ceilings)
+    layer = shape, case.given.sizes, weights[0].num_bytes()
+    least_us = LAYERS * floor_us(*layer, record.ceilings)
     rounds = ROUNDS_OF_LONG if shape.rows * shape.keys >= _LONG_KEYS else ROUNDS
     calls: dict[str, list[_gpu.Call]] = {label: [side.step] for label, side in case.sides.items()}
     for kind, mode in MODES.items():
@@ -137,7 +153,7 @@ def run(
         if kind == EAGER:
             notes |= _gpu.effects(case.sides[OURS].step)
             notes["package_alone"] = _gpu.effects(case.package.step)
-        record.case(f"{shape.label}, {kind}", times, ours=OURS, floor_us=floor_us, **notes)
+        record.case(f"{name_of(shape)}, {kind}", times, ours=OURS, floor_us=least_us, **notes)
 
 
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
@@ -147,7 +163,7 @@ def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Ca
     pool, heads = Pool(MAX_ROWS * MAX_KEYS // 64), HEADS[:1] if args.quick else HEADS
     weights = {n: weights_of(Sizes(heads=n), DEVICE) for n in heads}
     for shape in shapes(heads, args.quick):
-        yield shape.label, partial(run, record, shape, weights[shape.heads], pool, args.peers)
+        yield name_of(shape), partial(run, record, shape, weights[shape.heads], pool, args.peers)
         record.note(layers=LAYERS, custom_ops=_custom_ops.serving())
 
 

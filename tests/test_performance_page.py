@@ -83,7 +83,8 @@ def test_results_name_machine_and_commit(path: Path) -> None:
     assert env["cpu"] and len(env["commit"]) == 40 and not env["dirty"]
     if found.get("tier") != "T0":
         assert env["gpu"] and env["driver"]
-        assert found["gate"] == "passed" or path.stem == "ceilings"
+        # what needs no reference: a machine by itself, and the same kernels twice
+        assert found.get("gate") == "passed" or path.stem in ("ceilings", "compare_trees")
 
 
 def test_plots_show_the_committed_results() -> None:

@@ -44,7 +44,8 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(providers, "device_kind", lambda tensor: "gpu")
     monkeypatch.setattr(providers, "_choices", {})
     from benchmarks import _gpu, _layer, _logits_sides, _sparse_mla_sides, _stack
-    from benchmarks._layer import Shape, Sizes
+    from benchmarks._layer import Sizes
+    from benchmarks._logits_sides import Shape
 
     for module in (_logits_sides, _sparse_mla_sides):
         monkeypatch.setattr(module, "DEVICE", "cpu")
@@ -56,7 +57,7 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Any:
     rows = {"max_rows": ROWS, "max_tokens": ROWS, "context": KEYS, "topk": TOPK}
     sizes = Sizes(hidden=64, q_rank=64, heads=HEADS, index_heads=16, **rows)
     shape = Shape(HEADS, ROWS, KEYS)
-    given = _layer.Given(shape, sizes, _layer.Pool(3 * shape.cache_blocks), "cpu")
+    given = _layer.Given(shape, sizes, _layer.Pool(3 * shape.num_pages), "cpu")
     return given, _layer.weights_of(sizes, "cpu"), _layer.backend_of(sizes, "cpu")
 
 
