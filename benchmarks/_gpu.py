@@ -12,9 +12,8 @@ The protocol of a benchmark module, which `gpu_run` and the report rely on:
 
     main = partial(_gpu.main, "cache_write", __doc__, cases)
 
-    def subjects() -> dict[str, tuple[Call, list[torch.Tensor]]]:     # a module may have none
-        # by label: one call of ours at a size of real serving and the tensors it writes;
-        # ncu looks at it, and it is repeated ten thousand times to see the same bytes
+    def subjects():                              # for `subjects`; a module may have none
+        return {"128 tokens": (call, [tensors that it writes])}
 
     {"name", "env", "gate", "clocks": [before, after], "ceilings",
      "cases": [{"case", "tier", "times": {label: {"p20", "p50", "p80"}},    microseconds a call

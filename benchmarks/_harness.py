@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -33,14 +34,6 @@ def _git(*args: str, root: Path) -> str:
     """Output of a git command in a repository; empty without git."""
     done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _cpu_model() -> str:
-    """Model name of the processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def _version(package: str) -> str:
@@ -72,24 +65,22 @@ def revision_of(checkout: Path = ROOT, paths: Sequence[str] = ("fd_dsa",)) -> di
     return {"commit": commit, "dirty": bool(changed) or not commit}
 
 
-def _own_revision() -> dict[str, Any]:
-    """That of this tree; a copy without git has it in FD_DSA_COMMIT: the hash, -dirty if it is."""
-    commit = os.environ.get("FD_DSA_COMMIT", "")
-    if commit:
-        return {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
-    return revision_of(paths=_MEASURED)
-
-
 def environment() -> dict[str, Any]:
-    """Machine, versions and commit that a result belongs to."""
+    """Machine, versions and commit that a result belongs to.
+
+    A copy without git has its commit in FD_DSA_COMMIT: the hash, and -dirty where it differs.
+    """
+    model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    commit = os.environ.get("FD_DSA_COMMIT", "")
+    revision = {"commit": commit.removesuffix("-dirty"), "dirty": commit.endswith("-dirty")}
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "cpu": _cpu_model(),
+        "cpu": model[1] if model else platform.processor(),
         "cpus": len(os.sched_getaffinity(0)),
         **_gpu(),
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
-        **_own_revision(),
+        **(revision if commit else revision_of(paths=_MEASURED)),
     }
 
 

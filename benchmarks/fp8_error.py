@@ -32,6 +32,7 @@ from tools.demo_training.evalset import read
 
 RESULT = RESULTS / "accuracy" / "fp8_cache.json"
 EVALUATION = ROOT / "tools" / "demo_training" / "demo_eval.jsonl"
+FORMATS = "float32", "fp8_ds_mla"
 CHUNK = 512
 # about tokens of a text -> texts of it
 LAYER_TEXTS = {1024: 3, 2048: 3, 3072: 2}
@@ -85,7 +86,7 @@ class Shadowed(DSAAttentionBackend):
         # rotated already: a table of angles 0 leaves q as it is
         still = np.zeros((1, 2 * (q.shape[2] // 2)), np.float32)
         still[:, : q.shape[2] // 2] = 1.0
-        quantised = prepare_indexer_query(
+        other_q, other_weights = prepare_indexer_query(
             as_numpy(q).copy(),
             weights,
             np.zeros(len(q), np.int64),
@@ -95,7 +96,6 @@ class Shadowed(DSAAttentionBackend):
             hadamard=layout.index_hadamard,
             scale_fmt=layout.index_scale_fmt,
         )
-        other_q, other_weights = quantised
         theirs = self.other.select(other_q, other_weights, layer_id, self._shadow)
         ours = super().select(q, weights, layer_id, forward_meta)
         self._selections = ours, theirs
@@ -115,25 +115,16 @@ class Shadowed(DSAAttentionBackend):
         return result
 
 
-def engine_of(kv_cache_dtype: str) -> Any:
-    """An engine over the demo model, one request at a time."""
-    return build_engine(EngineConfig(kv_cache_dtype=kv_cache_dtype, max_num_seqs=1))
-
-
 def prompts(lengths: dict[int, int]) -> list[dict[str, Any]]:
     """Retrieval items of the evaluation file, the first ones of each length."""
     items, _ = read(EVALUATION)
-    return [
-        item
-        for length, count in lengths.items()
-        for item in [x for x in items if x["length"] == length][:count]
-    ]
+    drawn = {length: [x for x in items if x["length"] == length] for length in lengths}
+    return [item for length, count in lengths.items() for item in drawn[length][:count]]
 
 
-def token_ids(engine: Any, item: dict[str, Any]) -> list[int]:
-    """Prompt of an item, as the chat template makes it."""
-    messages = [{"role": "user", "content": item["prompt"]}]
-    return engine.tokenizer.apply_chat_template(messages)
+def chat(item: dict[str, Any]) -> list[dict[str, str]]:
+    """The messages of an item."""
+    return [{"role": "user", "content": item["prompt"]}]
 
 
 def logits_of(engine: Any, ids: list[int]) -> np.ndarray:
@@ -151,13 +142,16 @@ def logits_of(engine: Any, ids: list[int]) -> np.ndarray:
 
 def layers_and_logits() -> dict[str, Any]:
     """Errors layer by layer with the same inputs, and of the logits of a whole run."""
-    exact, fp8 = engine_of("float32"), engine_of("fp8_ds_mla")
+    exact, fp8 = (
+        build_engine(EngineConfig(kv_cache_dtype=name, max_num_seqs=1)) for name in FORMATS
+    )
     config = exact.runner.model.config
     layout = fp8.runner.attn_backends[0].config.cache_layout
     has_indexer = [kind == "full" for kind in config.indexer_types]
     shadowed = Shadowed(exact.runner.attn_backends[0].config, layout, has_indexer)
     exact.runner.attn_backends[0] = shadowed
-    texts = [token_ids(exact, item) for item in prompts(LAYER_TEXTS)]
+    template = exact.tokenizer.apply_chat_template
+    texts = [template(chat(item)) for item in prompts(LAYER_TEXTS)]
     error, same, total = np.zeros(2), 0, 0
     for ids in texts:
         wanted, found = logits_of(exact, ids), logits_of(fp8, ids)
@@ -185,7 +179,7 @@ def layers_and_logits() -> dict[str, Any]:
                 config.num_hidden_layers, config.num_indexer_layers
             )
             // layout.block_size
-            for name, engine in (("float32", exact), ("fp8_ds_mla", fp8))
+            for name, engine in zip(FORMATS, (exact, fp8), strict=True)
         },
     }
 
@@ -194,21 +188,17 @@ def retrieval() -> list[dict[str, Any]]:
     """Right greedy answers by length, with both formats, and how many answers are the same."""
     answers: dict[str, list[str]] = {}
     items = prompts(QUESTIONS)
-    chats = [[{"role": "user", "content": item["prompt"]}] for item in items]
-    for name in ("float32", "fp8_ds_mla"):
+    for name in FORMATS:
         llm = LLM(kv_cache_dtype=name, max_num_seqs=1)
-        outputs = llm.chat(chats, SamplingParams(temperature=0.0, max_tokens=40))
+        outputs = llm.chat(list(map(chat, items)), SamplingParams(temperature=0.0, max_tokens=40))
         answers[name] = [output.text.strip() for output in outputs]
         print(f"answers with {name} done", flush=True)
     rows = []
     for length in QUESTIONS:
         index = [i for i, item in enumerate(items) if item["length"] == length]
-        right = {
-            name: sum(found[i] == items[i]["answer"] for i in index)
-            for name, found in answers.items()
-        }
-        equal = sum(answers["float32"][i] == answers["fp8_ds_mla"][i] for i in index)
-        rows.append({"length": length, "items": len(index), "right": right, "same": equal})
+        right = {k: sum(x[i] == items[i]["answer"] for i in index) for k, x in answers.items()}
+        same = sum(len({x[i] for x in answers.values()}) == 1 for i in index)
+        rows.append({"length": length, "items": len(index), "right": right, "same": same})
     return rows
 
 

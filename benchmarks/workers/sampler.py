@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -53,19 +53,15 @@ class Sampling:
 
     def __init__(self, path: str) -> None:
         demo = np.load(path)
-        self._spreads: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
-            "normal": _normal,
-            "demo model": lambda rng: _stretched(rng, demo),
-        }
-        self._logits: tuple[tuple[str, int], np.ndarray] | None = None
         self._position = count()
 
-    def _rows(self, spread: str, index: int) -> np.ndarray:
-        """Logits [32, 129280] number `index` of a spread; the last ones are kept."""
-        if self._logits is None or self._logits[0] != (spread, index):
+        @lru_cache(maxsize=1)
+        def rows(spread: str, index: int) -> np.ndarray:
             rng = np.random.default_rng(index)
-            self._logits = (spread, index), self._spreads[spread](rng)
-        return self._logits[1]
+            return _normal(rng) if spread == "normal" else _stretched(rng, demo)
+
+        # logits [32, 129280] number `index` of a spread, "normal" or "demo model"
+        self._rows = rows
 
     def _sampler(self, sampling: dict[str, Any]) -> Any:
         """A sampler whose slots all have these parameters."""
