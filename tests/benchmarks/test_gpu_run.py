@@ -39,26 +39,29 @@ def state(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "out/run.json").read_text())
 
 
-def test_sections_are_logged(run: Runner, tmp_path: Path) -> None:
-    good = Section("good", python("print('fine')"), 60)
-    bad = Section("bad", python("raise SystemExit('broken')"), 60)
-    assert run([good, bad]) == 1
-    assert {name: entry["status"] for name, entry in state(tmp_path).items()} == {
-        "good": "passed",
-        "bad": "failed",
+def test_every_section_is_logged_and_has_a_status(run: Runner, tmp_path: Path) -> None:
+    expected = {
+        "good": ("passed", "fine"),
+        "bad": ("failed", "broken"),
+        "slow": ("out of time", "begun"),
+        # a session of tests that skipped everything
+        "tests_all": ("failed", "3 skipped"),
+        "after": ("passed", ""),
     }
-    assert state(tmp_path)["bad"]["last"] == "broken"
+    sections = [
+        Section("good", python("print('fine')"), 60),
+        Section("bad", python("raise SystemExit('broken')"), 60),
+        # a shell, which says its word long before the limit
+        Section("slow", ("sh", "-c", "echo begun; sleep 60"), 1),
+        Section("ncu", ("no-such-tool",), 60),
+        Section("tests_all", python("print('3 skipped')"), 60, must_say=" passed"),
+        Section("after", python(""), 60),
+    ]
+    assert run(sections) == 1
+    found = state(tmp_path)
+    assert found.pop("ncu")["status"] == "not installed"
+    assert {k: (entry["status"], entry["last"]) for k, entry in found.items()} == expected
     assert (tmp_path / "out/good.log").read_text() == "fine\n"
-
-
-def test_a_section_ends_at_its_limit(run: Runner, tmp_path: Path) -> None:
-    # a shell, which says its word long before the limit
-    slow = Section("slow", ("sh", "-c", "echo begun; sleep 60"), 1)
-    after = Section("after", python(""), 60)
-    assert run([slow, after]) == 1
-    assert state(tmp_path)["slow"]["status"] == "out of time"
-    assert state(tmp_path)["slow"]["last"] == "begun"
-    assert state(tmp_path)["after"]["status"] == "passed"
 
 
 def test_a_second_run_goes_on(run: Runner, tmp_path: Path) -> None:
@@ -73,36 +76,28 @@ def test_a_second_run_goes_on(run: Runner, tmp_path: Path) -> None:
     assert counter.read_text() == "xxx"
 
 
-def test_tests_that_were_all_skipped_do_not_pass(run: Runner, tmp_path: Path) -> None:
-    skipped = Section("tests_all", python("print('3 skipped')"), 60, must_say=" passed")
-    assert run([skipped]) == 1
-    assert state(tmp_path)["tests_all"]["status"] == "failed"
-
-
 def test_red_tests_end_the_run(run: Runner, tmp_path: Path) -> None:
     small = Section("tests_small", python("raise SystemExit(1)"), 60, ends_run=True)
     assert run([small, Section("later", python(""), 60)]) == 1
     assert "later" not in state(tmp_path)
 
 
-def test_small_tests_without_time_do_not_end_the_run(run: Runner, tmp_path: Path) -> None:
-    small = Section("tests_small", python("raise SystemExit(75)"), 60, ends_run=True)
-    show = "import os; print(os.environ['FD_DSA_GATE'], os.environ['FD_DSA_LIMIT_S'])"
-    sections = [small, Section("tests_all", python(""), 60), Section("figures", python(show), 60)]
-    assert run(sections) == 1
-    assert state(tmp_path)["tests_small"]["status"] == "out of time"
-    # all tests are the small ones and more
-    assert state(tmp_path)["figures"]["last"] == "passed 60"
-
-
-@pytest.mark.parametrize(("code", "told"), [("", "passed"), ("raise SystemExit(1)", "failed")])
-def test_benchmarks_are_told_what_the_tests_said(
-    run: Runner, tmp_path: Path, code: str, told: str
+@pytest.mark.parametrize(
+    ("small", "every", "gate"),
+    [("", "", "passed"), ("", "1", "failed"), ("75", "", "passed")],
+    ids=["all passed", "some failed", "no time for the small ones, which are among all"],
+)
+def test_benchmarks_know_the_gate(
+    run: Runner, tmp_path: Path, small: str, every: str, gate: str
 ) -> None:
-    tests = [Section("tests_small", python(""), 60), Section("tests_all", python(code), 60)]
-    show = "import os; print(os.environ['FD_DSA_GATE'], os.environ['FD_DSA_COMMIT'])"
+    tests = [
+        Section("tests_small", python(f"raise SystemExit({small})"), 60, ends_run=True),
+        Section("tests_all", python(f"raise SystemExit({every})"), 60),
+    ]
+    names = "FD_DSA_GATE", "FD_DSA_COMMIT", "FD_DSA_LIMIT_S"
+    show = f"import os; print(*(os.environ[name] for name in {names}))"
     run([*tests, Section("figures", python(show), 60)], "--commit", "abc-dirty")
-    assert state(tmp_path)["figures"]["last"] == f"{told} abc-dirty"
+    assert state(tmp_path)["figures"]["last"] == f"{gate} abc-dirty 60"
 
 
 def test_only_skip_and_budget(run: Runner, tmp_path: Path) -> None:
@@ -113,11 +108,6 @@ def test_only_skip_and_budget(run: Runner, tmp_path: Path) -> None:
     assert set(state(tmp_path)) == {"a"}
     with pytest.raises(SystemExit, match="no section d; there are a, b, c"):
         run(sections, "--only", "d")
-
-
-def test_a_missing_tool_is_no_crash(run: Runner, tmp_path: Path) -> None:
-    assert run([Section("ncu", ("no-such-tool",), 60)]) == 1
-    assert state(tmp_path)["ncu"]["status"] == "not installed"
 
 
 def test_the_command_of_every_section() -> None:

@@ -34,6 +34,17 @@ def sample_sources():
     )
 
 
+class Bytes:
+    """A tokenizer of one token a byte."""
+
+    def encode(self, text, add_special_tokens=True):
+        self.ids = [6 + x for x in text.encode()]
+        return self
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(x - 6 for x in ids).decode()
+
+
 def draw(seed, sources, count=3000):
     """Short documents and a long one."""
     from demo_training.synth import Generator

@@ -22,15 +22,9 @@ from demo_training.rows import TRAINED, encode, pack
 from demo_training.sources import DATA_FILES, Sources, changed_files
 from demo_training.synth import check
 
+from .samples import Bytes
+
 EVALUATION = Path(__file__).resolve().parents[2] / "tools/demo_training/demo_eval.jsonl"
-
-
-class Letters:
-    """A tokenizer of one token a letter."""
-
-    def encode(self, text, add_special_tokens=True):
-        self.ids = [6 + ord(x) % 100 for x in text]
-        return self
 
 
 def test_missing_texts_are_named_with_their_origin(tmp_path):
@@ -92,11 +86,11 @@ def test_needles_go_in_at_their_offsets():
 
 
 def test_only_answers_and_passages_are_trained_on():
-    ids = encode(Letters(), [("user", "ab"), ("assistant", "c")])
+    ids = encode(Bytes(), [("user", "ab"), ("assistant", "c")])
     assert ids[0] == BOS
     assert [t & (TRAINED - 1) for t in (ids[1], ids[4], ids[-1])] == [USER, ASSISTANT, EOS]
     assert [t >= TRAINED for t in ids] == [False] * 5 + [True, True]
-    assert all(t >= TRAINED for t in encode(Letters(), [("raw", "abc")])[1:])
+    assert all(t >= TRAINED for t in encode(Bytes(), [("raw", "abc")])[1:])
 
 
 def test_rows_hold_whole_documents():

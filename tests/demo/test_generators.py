@@ -8,14 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from demo_training.synth import check
 from demo_training.synth.assignments import assigned, assignment
 from demo_training.synth.checks import CHECKS
 from demo_training.synth.instructions import instruction
 from demo_training.synth.long_tasks import many_keys, variables
-from demo_training.synth.pieces import Topic
-from demo_training.synth.prose import long_essay
 from demo_training.synth.questions import arithmetic
 from demo_training.synth.reading import same_relation
 from demo_training.synth.retrieval import retrieval
@@ -46,12 +43,6 @@ def test_every_rule_of_a_request_is_said(generator):
                     assert word.lower() in found.request.lower(), (kind, arg, found)
 
 
-def test_a_text_of_any_length_can_be_asked_for(generator):
-    for count in (1, 5, 12, 13, 40, 80):
-        sentences = long_essay(generator.pieces, Topic("the sea"), count)
-        assert len(sentences) == len(set(sentences)) == count
-
-
 def test_the_chain_of_a_variable_leads_back_to_its_value(generator):
     for _ in range(300):
         (_, request), (_, answer) = variables(generator.pieces, 200)
@@ -73,36 +64,31 @@ def test_the_key_asked_for_has_the_value_of_its_line(generator):
         assert line, (request, answer)
 
 
-@pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_a_seed_gives_the_documents_it_always_gave(sources, hash_seed):
+def test_a_seed_gives_the_documents_it_always_gave(sources):
     """Those of the shipped model's training, in every process."""
     root = Path(__file__).resolve().parents[2]
-    environment = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(root / "tools")}
+    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": str(root / "tools")}
     command = [sys.executable, str(root / "tests/demo/samples.py")]
     printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert printed.stdout.strip() == DIGEST
-    assert digest(draw(4, sources)) != DIGEST
+    assert printed.stdout.strip() == digest(draw(3, sources)) == DIGEST
+    assert digest(draw(4, sources, 100)) != digest(draw(3, sources, 100))
 
 
 def test_documents_are_conversations_that_end_with_an_answer(generator):
     roles_seen = set()
-    for _ in range(2000):
+    for _ in range(3000):
         document = generator.document()
         roles = [role for role, _ in document]
         roles_seen.update(roles)
         assert all(text for _, text in document), document
-        if roles == ["raw"]:
-            continue
-        turns = roles[1:] if roles[0] == "system" else roles
-        assert turns == ["user", "assistant"] * (len(turns) // 2), document
-    assert roles_seen == {"raw", "system", "user", "assistant"}
-
-
-def test_no_template_field_is_left_open(generator):
-    for _ in range(3000):
-        for role, text in generator.document():
+        for role, text in document:
+            # no field of a template is left open
             if role == "assistant" and not text.lstrip("`json\n").startswith("{"):
                 assert not re.search(r"\{\w*\}", text), text
+        if roles != ["raw"]:
+            turns = roles[1:] if roles[0] == "system" else roles
+            assert turns == ["user", "assistant"] * (len(turns) // 2), document
+    assert roles_seen == {"raw", "system", "user", "assistant"}
 
 
 def test_arithmetic_is_right(generator):

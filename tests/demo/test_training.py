@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from demo_training.config import TINY
 
+from .samples import Bytes
+
 pytestmark = [
     pytest.mark.oracle,
     # torch and transformers announce changes of their own
@@ -94,14 +96,8 @@ def test_rows_and_phases_follow_the_time():
     from demo_training.training import phase_at, rows_of
 
     shares = (40.0, 15.0, 10.0, 35.0)
-    assert [phase_at(x, shares)[0] for x in (0.0, 0.39, 0.41, 0.6, 0.7, 1.0)] == [
-        "A",
-        "A",
-        "B",
-        "C1",
-        "C2",
-        "C2",
-    ]
+    found = [phase_at(x, shares)[0] for x in (0.0, 0.39, 0.41, 0.6, 0.7, 1.0)]
+    assert found == ["A", "A", "B", "C1", "C2", "C2"]
     assert phase_at(0.5, (0.0, 0.0, 0.0, 1.0)) == ("C2", 0.5)
     for through, each in ((0.1, 15), (0.9, 5)):
         kinds = [rows_of("C2", n, through) for n in range(60)]
@@ -214,14 +210,3 @@ def test_greedy_answers_and_retrieval_rates_of_a_model_that_learned_one_text(tra
     item = {"length": 32, "prompt": "What is it?", "answer": "It is a fox."}
     wrong = {"length": 32, "prompt": "What is it?", "answer": "It is a cat."}
     assert retrieval_rates(trainer.model, words, [item, wrong], "dense") == {32: 0.5}
-
-
-class Bytes:
-    """A tokenizer of one token a byte."""
-
-    def encode(self, text, add_special_tokens=True):
-        self.ids = [6 + x for x in text.encode()]
-        return self
-
-    def decode(self, ids, skip_special_tokens=True):
-        return bytes(x - 6 for x in ids).decode()
