@@ -109,13 +109,11 @@ def selection(folder: str, tokenizer, sources: Sources, texts: int = 16) -> dict
             continue
         done += 1
         _add_selection(model, *drawn, result)
-    scale = {True: texts, False: texts * DIGITS}
-    return {
-        k: round(v / scale[True], 3)
-        if isinstance(v, float)
-        else [round(x / scale[False], 3) for x in v]
-        for k, v in result.items()
-    }
+    result["random_set_256"] = round(result["random_set_256"] / texts, 3)
+    for sums in result.values():
+        if isinstance(sums, list):
+            sums[:] = [round(x / (texts * DIGITS), 3) for x in sums]
+    return result
 
 
 def _add_selection(model: DemoModel, ids, digits, place: int, result: dict) -> None:

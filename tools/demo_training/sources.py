@@ -98,21 +98,14 @@ def _pairs(records: list[dict], tasks: list[dict]) -> list[tuple[str, str]]:
 
     Of the tasks, every instance that is short enough for a short row.
     """
-    found = [
-        (_request(r["instruction"], r["input"]), r["output"])
-        for r in records
-        if not r["instruction"].startswith(LEFT_OUT)
-    ]
+    used = [r for r in records if not r["instruction"].startswith(LEFT_OUT)]
+    found = [("\n".join(filter(None, (r["instruction"], r["input"]))), r["output"]) for r in used]
     for task in tasks:
         for instance in task["instances"]:
-            request = _request(task["instruction"], instance["input"])
+            request = "\n".join(filter(None, (task["instruction"], instance["input"])))
             if len(request) <= 1500 and 0 < len(instance["output"]) <= 1500:
                 found.append((request, instance["output"]))
     return found
-
-
-def _request(instruction: str, given: str) -> str:
-    return instruction + ("\n" + given if given else "")
 
 
 def changed_files(folder: str | Path) -> list[str]:

@@ -84,11 +84,10 @@ def passage(p: Pieces) -> Document:
     return [("raw", text[start : start + p.between(600, 2800)])]
 
 
-def problem_text(p: Pieces) -> Document:
-    """A problem of the texts, with the steps to its answer."""
+def problem_text(p: Pieces) -> tuple[str, str]:
+    """A problem of the texts, and the steps to its answer."""
     question, answer = p.choice(p.sources.problems)
-    answer = re.sub(r"<<.*?>>", "", answer).replace("#### ", "The answer is ")
-    return [("user", question), ("assistant", answer)]
+    return question, re.sub(r"<<.*?>>", "", answer).replace("#### ", "The answer is ")
 
 
 def exchange(p: Pieces, make: Callable[[Pieces], Any], plainly: bool = False) -> Document:
@@ -96,11 +95,6 @@ def exchange(p: Pieces, make: Callable[[Pieces], Any], plainly: bool = False) ->
     request, answer, *_ = make(p)
     text = answer if isinstance(answer, str) else " ".join(answer)
     return [("user", request if plainly else casual(p, request)), ("assistant", text)]
-
-
-def given(p: Pieces) -> tuple[str, str]:
-    """A request of the texts and its answer."""
-    return p.choice(p.sources.instructions)
 
 
 def chat(p: Pieces) -> Document:
@@ -122,8 +116,8 @@ def chat(p: Pieces) -> Document:
 KINDS: tuple[tuple[float, Callable[[Pieces], Document]], ...] = (
     (3.5, passage),
     (3.0, copying),
-    (2.0, problem_text),
-    (3.0, lambda p: exchange(p, given, plainly=True)),
+    (2.0, lambda p: exchange(p, problem_text, plainly=True)),
+    (3.0, lambda p: exchange(p, lambda p: p.choice(p.sources.instructions), plainly=True)),
     (9.0, lambda p: exchange(p, plain_request)),
     (14.0, lambda p: exchange(p, instruction, plainly=True)),
     (28.0, lambda p: exchange(p, assigned, plainly=True)),

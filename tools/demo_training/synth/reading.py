@@ -66,7 +66,6 @@ def mixed_relations(p: Pieces) -> QA:
 
 def _ask_for_value(p: Pieces, text: list[str], name: str, kind: str, value: str) -> QA:
     """A question for the value of a relation."""
-
     relation = texts.relations[kind]
     question = p.say(relation["asks"], n=name)
     return _ask(p, text, question, relation["answer"].format(n=name, v=value))
