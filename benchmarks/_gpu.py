@@ -21,7 +21,7 @@ The protocol of a benchmark module, which `gpu_run` and the report rely on:
                 "floor_us", "percent_of_floor", ...notes of the module}]}
 
 A case that fails is named in "failed". None is begun when the time of the section is up; those are
-in "not_run", and a run that was cut off goes on where it ended.
+in "not_run".
 
 The order of `times` is that of the columns in docs/results; the first label that is not
 ours is the baseline. `--quick` means one or two shapes. `--peers` is a folder as `_peers` says; a
@@ -86,7 +86,7 @@ def main(
     cases: Callable[[Recorder, argparse.Namespace], Iterable[tuple[str, Case]]],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Run the cases of a benchmark that have not run yet; returns the exit status.
+    """Run the cases of a benchmark; returns the exit status.
 
     Args:
         name: of its result.
@@ -256,29 +256,12 @@ class Recorder:
         limit_s = float(os.environ.get(LIMIT_VARIABLE, "inf"))
         # a case that was begun shall end
         self._end = time.monotonic() + (1 - _RESERVE) * limit_s
-        env = environment()
-        self._result = self._cut_off(env)
-        if self._result is None:
-            self._result = {"name": name, "env": env, "clocks": [clocks()]}
-            self._result |= {"ceilings": ceilings(), "cases": [], "done": []}
         # the gate is set by the run that passed the tests; without it a figure is not published
         gate = os.environ.get("FD_DSA_GATE", "not run")
-        self._result |= {"gate": gate, "failed": {}, "not_run": []}
+        self._result = {"name": name, "env": environment(), "gate": gate, "clocks": [clocks()]}
+        self._result |= {"ceilings": ceilings(), "cases": [], "failed": {}, "not_run": []}
         self.ceilings, self.cases = self._result["ceilings"], self._result["cases"]
-        self._attempt: dict[str, str] = {}
         self._flush()
-
-    def _cut_off(self, env: dict[str, Any]) -> dict[str, Any] | None:
-        """What a run of the same tree on the same machine left when it was cut off."""
-        if not self._path.exists():
-            return None
-        found = json.loads(self._path.read_text())
-        has_ended = len(found["clocks"]) > 1 and "error" not in found
-        if found["env"] != env or (has_ended and not found.get("not_run")):
-            return None
-        cases = [case for case in found["cases"] if case.get("attempt") in found.get("done", [])]
-        found.pop("error", None)
-        return found | {"clocks": found["clocks"][:1], "cases": cases}
 
     def __enter__(self) -> Recorder:
         return self
@@ -290,7 +273,7 @@ class Recorder:
         self._flush()
 
     def attempt(self, name: str, case: Case) -> None:
-        """Run a case, or several that belong together, unless it has run or there is no time.
+        """Run a case, or several that belong together, unless there is no time.
 
         One that raises, or says False, is noted as failed.
 
@@ -299,13 +282,10 @@ class Recorder:
             case: adds its cases to this record.
         """
         result = self._result
-        if name in result["done"]:
-            return
         if time.monotonic() > self._end:
             result["not_run"].append(name)
             self._flush()
             return
-        self._attempt = {"attempt": name}
         try:
             wrong = "a side is wrong" if case() is False else ""
         except Exception as error:
@@ -314,8 +294,6 @@ class Recorder:
         if wrong:
             result["failed"][name] = wrong
             print(f"failed: {name}: {wrong}", flush=True)
-        else:
-            result["done"].append(name)
         self._flush()
 
     def status(self) -> int:
@@ -359,7 +337,7 @@ class Recorder:
             "floor_us": floor_us,
             "percent_of_floor": 100 * floor_us / middle,
         }
-        self.cases.append(entry | notes | self._attempt)
+        self.cases.append(entry | notes)
         self._flush()
         print(case_line(entry), flush=True)
 

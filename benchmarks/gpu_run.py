@@ -5,11 +5,11 @@
 Ceilings, the library of custom_ops/, correctness, benchmarks, profiles, memory checks, repeats, in
 this order. Every section is a process with a time limit of its own; its output is
 DIR/<section>.log, and after each one DIR/run.json is rewritten. Started again on the same DIR it
-goes on after the sections that passed, and inside those that had no time for all of their shapes or
-tests. A failure of the small correctness tests ends the run. The results, DIR/<benchmark>.json, are
-copied to benchmarks/results by hand. --commit names the commit of a copy of the tree without git.
-`--dry-run` needs no GPU: it imports the benchmarks and collects the tests, without Paddle, as on a
-machine that has none.
+goes on after the sections that passed, and inside checks that had no time for all tests. A failure
+of the small correctness tests ends the run. The results, DIR/<benchmark>.json, are copied to
+benchmarks/results by hand. --commit names the commit of a copy of the tree without git. `--dry-run`
+needs no GPU: it imports the benchmarks and collects the tests, without Paddle, as on a machine that
+has none.
 """
 
 from __future__ import annotations

@@ -267,17 +267,6 @@ def compare_on_paddle(record: _gpu.Recorder) -> None:
         record.note(paddle=f"not run: {type(error).__name__}: {error}")
 
 
-def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:
-    """A bound and an unbound launch of the kernel with 18 arguments."""
-    kernel, numbers = ours(18, "torch"), tuple(KERNELS[18][2].values())
-    tensors = tensors_of(18, "torch")
-    bound = kernel.bind(GRID, *tensors, *numbers, BLOCK=BLOCK)
-    return {
-        "bound": (bound, [tensors[-1]]),
-        "unbound": (lambda: kernel[GRID](*tensors, *numbers, BLOCK=BLOCK), [tensors[-1]]),
-    }
-
-
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
     """Two for each kernel on torch tensors, and where Paddle is, on Paddle's."""
     for count in KERNELS:

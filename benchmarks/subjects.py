@@ -35,7 +35,6 @@ def subjects_of(
     for name in modules:
         try:
             module = importlib.import_module(f"benchmarks.{name}")
-            # the kernels of a stack of layers are subjects of their own benchmarks
             found = getattr(module, "subjects", dict)()
         except Exception:
             traceback.print_exc(file=sys.stdout)
