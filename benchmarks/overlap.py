@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cache, partial
@@ -90,35 +90,28 @@ class Step(Work):
         self.run(overlap, project, self._writes[k_norm], self._meta)
 
 
-class Forms:
-    """The ways to make the projections of a step."""
+def forms_of(step: Step) -> dict[str, Callable[..., Both]]:
+    """The ways to make the projections of a step, of hidden states and two weights of a layer."""
+    weights, out = step.layer.weights, outputs(step.num_tokens, step.layer.sizes)
+    own = weights.wk, weights.weights_proj
+    norm = own[0].shape[1:], weights.k_norm, weights.k_bias, 1e-6
 
-    def __init__(self, step: Step) -> None:
-        self.weights, s = step.layer.weights, step.layer.sizes
-        self._out = outputs(step.num_tokens, s)
+    def ours(x: torch.Tensor, both: Both = own) -> Both:
+        return triton_kernel.project_indexer(x, *both, out)
 
-    def ours(self, x: torch.Tensor, both: Both | None = None) -> Both:
-        """One launch; with `both` on other weights than the layer's, as in all forms."""
-        return triton_kernel.project_indexer(x, *(both or self._own()), self._out)
+    def normed(x: torch.Tensor, both: Both = own) -> Both:
+        keys, heads = ours(x, both)
+        return torch.nn.functional.layer_norm(keys, *norm), heads
 
-    def cublas(self, x: torch.Tensor, both: Both | None = None) -> Both:
-        """Two GEMMs."""
-        wk, weights_proj = both or self._own()
-        return x @ wk, x @ weights_proj
-
-    def fp8(self, x: torch.Tensor, both: tuple[Fp8Linear, Fp8Linear] | None = None) -> Both:
-        """Two FP8 GEMMs, each with its own quantisation of the input."""
-        wk, weights_proj = both or self.weights.indexer_in_fp8
+    def fp8(x: torch.Tensor, both: tuple[Fp8Linear, Fp8Linear] | None = None) -> Both:
+        # each quantises its input
+        wk, weights_proj = both or weights.indexer_in_fp8
         return wk(x), weights_proj(x)
 
-    def normed(self, x: torch.Tensor, both: Both | None = None) -> Both:
-        """One launch and the norm of the keys."""
-        keys, weights = self.ours(x, both)
-        norm = keys.shape[1:], self.weights.k_norm, self.weights.k_bias, 1e-6
-        return torch.nn.functional.layer_norm(keys, *norm), weights
+    def cublas(x: torch.Tensor, both: Both = own) -> Both:
+        return x @ both[0], x @ both[1]
 
-    def _own(self) -> Both:
-        return self.weights.wk, self.weights.weights_proj
+    return {"ours": ours, "k_norm": normed, "cuBLAS": cublas, "FP8": fp8}
 
 
 def in_fp8(layer: Layer) -> Layer:
@@ -137,16 +130,16 @@ def preferred_stream() -> SideStream:
 
 def sides_of(step: Step, kind: str, what: str = PLAIN) -> dict[str, list[_gpu.Call]]:
     """Every form of a step as calls; in a graph it is served as on two streams."""
-    forms = Forms(step)
+    forms = forms_of(step)
     one, two, preferred = (IndexerOverlap("gpu", n) for n in (0, 1 << 30, 1 << 30))
     preferred.side_stream = preferred_stream()
-    ours = forms.normed if what == BESIDE else forms.ours
+    ours = forms["k_norm" if what == BESIDE else "ours"]
     sides: dict[str, tuple[IndexerOverlap, Project]] = {}
     if what == FP8:
-        sides["one stream, FP8 GEMMs"] = one, forms.fp8
+        sides["one stream, FP8 GEMMs"] = one, forms["FP8"]
     if what == PLAIN:
-        sides["one stream, cuBLAS"] = one, forms.cublas
-        sides["two streams, cuBLAS"] = two, forms.cublas
+        sides["one stream, cuBLAS"] = one, forms["cuBLAS"]
+        sides["two streams, cuBLAS"] = two, forms["cuBLAS"]
         if kind == "eager":
             sides[SERVED] = IndexerOverlap("gpu"), ours
         else:
@@ -187,17 +180,17 @@ def copies_of(weights: Weights) -> list[Both]:
 
 def alone(step: Step) -> dict[str, float]:
     """Median microseconds of the projections and of QKV-A with its norm, nothing in the L2."""
-    forms, weights, x = Forms(step), step.layer.weights, step.given.x
+    forms, weights, x = forms_of(step), step.layer.weights, step.given.x
     copies, down = copies_of(weights), weights.down
     downs = [down.clone() for _ in range(_gpu.num_sets(down.nbytes))]
     sides = {
-        "projections": [partial(forms.ours, x, both) for both in copies],
-        "projections, k_norm": [partial(forms.normed, x, both) for both in copies],
+        "projections": [partial(forms["ours"], x, both) for both in copies],
+        "projections, k_norm": [partial(forms["k_norm"], x, both) for both in copies],
         "QKV-A": [partial(step.down, one) for one in downs],
     }
     if isinstance(down, Fp8Linear):
         clones = [tuple(one.clone() for one in weights.indexer_in_fp8) for _ in copies]
-        sides["projections, FP8"] = [partial(forms.fp8, x, one) for one in clones]
+        sides["projections, FP8"] = [partial(forms["FP8"], x, one) for one in clones]
     return {label: t["p50"] for label, t in _gpu.interleaved(sides, mode="graph", rounds=9).items()}
 
 

@@ -44,7 +44,7 @@ def compare(arrangement: str, checkouts: dict[str, Path], rounds: int) -> list[d
         engine = stack.enter_context(Worker("benchmarks.workers.ours:Engine", cpus=cpus))
         calls: dict[str, Callable[..., Any]] = {"engine": partial(engine.call, op="generate")}
         for label, path in checkouts.items():
-            calls[label] = stack.enter_context(served(path, cpus, client_cpus)).generate
+            calls[label] = stack.enter_context(served(path, cpus, client_cpus))
         for streams in STREAMS:
             case = {"requests": streams, "prompt_tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
             turns = {label: partial(call, **case) for label, call in calls.items()}

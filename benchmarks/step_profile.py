@@ -56,7 +56,7 @@ def serving(checkouts: dict[str, Path], rounds: int) -> list[dict[str, Any]]:
         servers = {label: stack.enter_context(served(path)) for label, path in checkouts.items()}
         for requests in (1, 32):
             case = {"requests": requests, "prompt_tokens": 64, "new_tokens": SERVED_TOKENS}
-            calls = {label: partial(server.generate, **case) for label, server in servers.items()}
+            calls = {label: partial(server, **case) for label, server in servers.items()}
             us = {
                 label: 1e6 * float(np.median([a["serve_cpu_s"] for a in answers])) / SERVED_TOKENS
                 for label, answers in in_turns(calls, rounds, seeded=True).items()
