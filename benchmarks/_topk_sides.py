@@ -21,7 +21,6 @@ from fd_dsa.ops.topk.triton_kernel import select_slots
 Side = Callable[[torch.Tensor], Any]
 
 OURS, SLOTS, TRITON = "custom op", "slots", "Triton, slots"
-SAME_RULE = "FlashInfer low"
 BLOCK = 64
 _WORKSPACE = 1 << 20
 # what FlashInfer asks of its cluster kernel: clusters by rows, and half the shared memory
@@ -122,7 +121,7 @@ class Sides:
             return positions
 
         # deterministic, ties to the lowest position, good in a graph
-        sides = {SAME_RULE: mode(1, 1, 1), "FlashInfer det": mode(1, 0, 0)}
+        sides = {"FlashInfer low": mode(1, 1, 1), "FlashInfer det": mode(1, 0, 0)}
         sides["FlashInfer"] = mode(0, 0, 0)
         return sides | {"FlashInfer cl.": self._clusters(library)}
 

@@ -238,12 +238,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu_run")
     parser.add_argument("--peers", type=Path, help="folder with other projects' kernels")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="SECTION")
     parser.add_argument("--tests", nargs="+", help="test files, instead of all for the GPU")
     parser.add_argument("--workers", type=int, default=14, help="processes of tests")
     parser.add_argument("--budget-s", type=float, default=1e9, help="seconds for the whole run")
     parser.add_argument("--quick", action="store_true", help="one or two shapes a benchmark")
-    parser.add_argument("--fresh", action="store_true", help="sections that passed run again")
     parser.add_argument("--commit", help="full hash of this tree, with -dirty where it differs")
     parser.add_argument("--dry-run", action="store_true", help="check imports, without a GPU")
     args = parser.parse_args(argv)
@@ -256,13 +254,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the chosen sections; 0 if all of them passed."""
     args = _arguments(argv)
     every = sections(args)
-    unknown = {*args.only, *args.skip} - {section.name for section in every}
+    unknown = {*args.only} - {section.name for section in every}
     if unknown:
         names = ", ".join(section.name for section in every)
         sys.exit(f"gpu_run: no section {', '.join(sorted(unknown))}; there are {names}")
-    chosen = [
-        s for s in every if s.name not in args.skip and (not args.only or s.name in args.only)
-    ]
+    chosen = [section for section in every if not args.only or section.name in args.only]
     if args.dry_run:
         return dry_run(chosen, args.tests or gpu_tests())
     if args.commit:
@@ -270,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = time.monotonic() + args.budget_s
     run = Run(args.out)
     for section in chosen:
-        if not args.fresh and run.done.get(section.name, {}).get("status") == "passed":
+        if run.done.get(section.name, {}).get("status") == "passed":
             continue
         left = end - time.monotonic()
         if left < _LEAST_S:

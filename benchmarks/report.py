@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import _notes, _ratios, _render, _v4_shown
 from benchmarks._harness import RESULTS, ROOT
 from benchmarks._ratios import SHOWN
-from benchmarks._render import FUNCTIONS, Result, paragraphs, refusal
+from benchmarks._render import FUNCTIONS, paragraphs, refusal
 
 FUNCTIONS.update(vars(_render) | vars(_notes) | vars(_ratios) | vars(_v4_shown))
 DOCS = ROOT / "docs"
@@ -47,13 +47,8 @@ def region(name: str, folder: Path = RESULTS) -> str:
     if path is None:
         return "Not measured yet.\n"
     result = json.loads(path.read_text())
-    refused = refusal(result)
-    return f"{refused}\n" if refused else markdown(name, result)
-
-
-def markdown(name: str, result: Result) -> str:
-    """A result as shown.json describes it."""
-    return "\n\n".join(paragraphs(result, SHOWN["results"].get(name, ["@times"]))) + "\n"
+    parts = SHOWN["results"].get(name, ["@times"])
+    return (refusal(result) or "\n\n".join(paragraphs(result, parts))) + "\n"
 
 
 def plots(folder: Path = RESULTS) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import _gpu
-from benchmarks._topk_sides import OURS, SAME_RULE, SLOTS, TRITON, Side, Sides
+from benchmarks._topk_sides import OURS, SLOTS, TRITON, Side, Sides
 from custom_ops.build_library import build_library
 from fd_dsa import custom_ops
 
@@ -29,8 +29,6 @@ QUICK = [(1, 64 << 10), (64, 64 << 10)]
 OTHERS = [(1, 64 << 10), (64, 64 << 10), (2048, 8 << 10)]
 _COMPARED_ROWS = 256
 _L2_BYTES = 50 << 20
-
-Make = Callable[[int, int], torch.Tensor]
 
 
 def normal(rows: int, width: int) -> torch.Tensor:
@@ -48,20 +46,17 @@ def indexer_scores(rows: int, width: int) -> torch.Tensor:
     return scores
 
 
-def plateau(rows: int, width: int) -> torch.Tensor:
-    """One score in a hundred is positive, all others are exactly zero."""
-    return normal(rows, width) * (torch.rand(rows, width, device="cuda") > 0.98)
+def uniform(rows: int, width: int) -> torch.Tensor:
+    """U(0, 1)."""
+    return torch.rand(rows, width, device="cuda")
 
 
-def narrow(rows: int, width: int) -> torch.Tensor:
-    """100 to 100.01: a thousand values that share their upper 17 bits."""
-    return 100 + torch.rand(rows, width, device="cuda") / 100
-
-
-KINDS: dict[str, Make] = {
+KINDS: dict[str, Callable[[int, int], torch.Tensor]] = {
     "indexer": indexer_scores,
-    "zeros": plateau,
-    "100 + U(0, .01)": narrow,
+    # one score in a hundred is positive, all others are exactly zero
+    "zeros": lambda rows, width: normal(rows, width) * (uniform(rows, width) > 0.98),
+    # a thousand values that share their upper 17 bits
+    "100 + U(0, .01)": lambda rows, width: 100 + uniform(rows, width) / 100,
     "ascending": lambda rows, width: normal(rows, width).sort(dim=1).values,
 }
 
@@ -118,31 +113,30 @@ def name_of(rows: int, width: int) -> str:
     return f"{rows} x {width >> 10}k"
 
 
-def run(record: _gpu.Recorder, rows: int, width: int, peers: Any) -> None:
-    """One shape of N(0, 1): in rotation, and warm where that differs and is possible."""
-    num_bytes = 4 * rows * width
-    sides = Sides(rows, width, K, peers)
+def run(record: _gpu.Recorder, peers: Any, others: bool, rows: int, width: int) -> None:
+    """One shape of N(0, 1): in rotation, and warm where that differs and is possible.
+
+    Args:
+        others: instead scores that are spread otherwise, warm.
+    """
+    sides, name, num_bytes = Sides(rows, width, K, peers), name_of(rows, width), 4 * rows * width
+    if others:
+        for kind, make in KINDS.items():
+            compare(record, f"{name}, {kind}, warm", sides, [make(rows, width)])
+        return
     sets = [normal(rows, width) for _ in range(_gpu.num_sets(num_bytes))]
-    compare(record, name_of(rows, width), sides, sets)
+    compare(record, name, sides, sets)
     if num_bytes <= _L2_BYTES < num_bytes * len(sets):
-        compare(record, f"{name_of(rows, width)}, warm", sides, sets[:1])
-
-
-def run_others(record: _gpu.Recorder, rows: int, width: int, peers: Any) -> None:
-    """Scores that are spread otherwise, warm."""
-    sides = Sides(rows, width, K, peers)
-    for kind, make in KINDS.items():
-        compare(record, f"{name_of(rows, width)}, {kind}, warm", sides, [make(rows, width)])
+        compare(record, f"{name}, warm", sides, sets[:1])
 
 
 def cases(record: _gpu.Recorder, args: Namespace) -> Iterator[tuple[str, _gpu.Case]]:
     """One or several for each shape."""
     custom_ops.use_library(build_library())
-    record.note(k=K, same_rule=SAME_RULE, inexact="~")
     for shape in QUICK if args.quick else SHAPES:
-        yield name_of(*shape), partial(run, record, *shape, args.peers)
+        yield name_of(*shape), partial(run, record, args.peers, False, *shape)
     for shape in [] if args.quick else OTHERS:
-        yield f"{name_of(*shape)}, others", partial(run_others, record, *shape, args.peers)
+        yield f"{name_of(*shape)}, others", partial(run, record, args.peers, True, *shape)
 
 
 def subjects() -> dict[str, tuple[_gpu.Call, list[torch.Tensor]]]:

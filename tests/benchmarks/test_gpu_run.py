@@ -72,8 +72,6 @@ def test_a_second_run_goes_on(run: Runner, tmp_path: Path) -> None:
     counter.write_text("xx")
     assert run([count, flaky]) == 0
     assert counter.read_text() == "xx", "a section that passed ran again"
-    assert run([count, flaky], "--fresh") == 0
-    assert counter.read_text() == "xxx"
 
 
 def test_red_tests_end_the_run(run: Runner, tmp_path: Path) -> None:
@@ -100,9 +98,9 @@ def test_benchmarks_know_the_gate(
     assert state(tmp_path)["figures"]["last"] == f"{gate} abc-dirty 60"
 
 
-def test_only_skip_and_budget(run: Runner, tmp_path: Path) -> None:
+def test_only_and_budget(run: Runner, tmp_path: Path) -> None:
     sections = [Section(name, python(""), 60) for name in ("a", "b", "c")]
-    assert run(sections, "--only", "a", "b", "--skip", "b") == 0
+    assert run(sections, "--only", "a") == 0
     assert set(state(tmp_path)) == {"a"}
     assert run(sections, "--budget-s", "1") == 1
     assert set(state(tmp_path)) == {"a"}
