@@ -38,7 +38,7 @@ def tokenizer(args: argparse.Namespace) -> None:
     from demo_training.tokenizer import train_tokenizer, write_tokenizer
 
     sources = _sources(args.data)
-    trained = train_tokenizer(sources, args.vocabulary)
+    trained = train_tokenizer(sources)
     write_tokenizer(trained, args.out)
     print(f"{trained.get_vocab_size()} entries in {args.out}")
 
@@ -184,11 +184,11 @@ def _parser() -> argparse.ArgumentParser:
 
     rates = {"evalset": str(here / "demo_eval.jsonl"), "modes": "dense,top256,top64,last256"}
     shards = {"shards": "/dev/shm/demo_shards", "shard_tokens": 1 << 20, "seed": 100}
-    command(tokenizer, data=None, out=None, vocabulary=4096)
+    command(tokenizer, data=None, out=None)
     command(worker, data=None, tokenizer=None, context=8192, **shards)
     times = {"minutes": 24.0, "stop_after": 0.0, "evaluation_seconds": 150.0}
     places = {"out": None, "device": "cuda", "config": "demo"}
-    sizes = {"workers": 8, "tokens": 32768, "vocabulary": 4096}
+    sizes = {"workers": 8, "tokens": 32768}
     command(all_steps, "all", data=None, **places, **times, **sizes, **shards, **rates)
     command(evaluate, model=None, out=None, device="cuda", **rates)
     command(parity, model=None)

@@ -16,7 +16,7 @@ DOCUMENTS = 14000
 DOCUMENT_CHARACTERS = 1500
 
 
-def _texts(sources: Sources, documents: int) -> Iterator[str]:
+def _texts(sources: Sources) -> Iterator[str]:
     """The texts and some generated documents."""
     yield sources.tales
     yield sources.play
@@ -25,15 +25,13 @@ def _texts(sources: Sources, documents: int) -> Iterator[str]:
     for request, answer in sources.instructions:
         yield request + "\n" + answer
     generator = Generator(1, sources)
-    for _ in range(documents):
+    for _ in range(DOCUMENTS):
         for _, text in generator.document():
             yield text[:DOCUMENT_CHARACTERS]
 
 
-def train_tokenizer(
-    sources: Sources, vocabulary: int = MODEL["vocab_size"], documents: int = DOCUMENTS
-) -> Tokenizer:
-    """A tokenizer of `vocabulary` entries, special tokens included."""
+def train_tokenizer(sources: Sources) -> Tokenizer:
+    """A tokenizer of as many entries as the model has, special tokens included."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -43,12 +41,12 @@ def train_tokenizer(
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=MODEL["vocab_size"],
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(sources, documents), trainer)
+    tokenizer.train_from_iterator(_texts(sources), trainer)
     return tokenizer
 
 
