@@ -1,4 +1,4 @@
-// What all CUDA files share: how kernels are launched, and what the C ABI answers.
+// What all CUDA files share: sums of a warp, and how kernels are launched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +6,20 @@
 #include <cstdint>
 
 namespace fd_dsa {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Sum of the values of this lane and the lanes below it.
+__device__ __forceinline__ uint32_t warp_prefix(uint32_t value) {
+  const int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const uint32_t below = __shfl_up_sync(kAllLanes, value, step);
+    if (lane >= step) value += below;
+  }
+  return value;
+}
 
 // Threads of one block, blocks, and the stream as the C ABI passes it.
 inline cudaLaunchConfig_t launch_config(unsigned blocks, unsigned threads, void* stream,

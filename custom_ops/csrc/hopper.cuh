@@ -209,12 +209,6 @@ __device__ __forceinline__ uint4 load_16(const char* from, bool read) {
 
 // ---- clusters
 
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t value;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(value));
-  return value;
-}
-
 __device__ __forceinline__ void cluster_sync() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n"

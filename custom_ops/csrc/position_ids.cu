@@ -7,23 +7,10 @@
 
 namespace fd_dsa {
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kPositionThreads = 256;
 // rows that a thread reads at a time
 constexpr int kPositionRows = 4;
 constexpr int kPositionTile = kPositionThreads * kPositionRows;
-
-// Sum of the values of this lane and the lanes below it.
-__device__ __forceinline__ int32_t warp_prefix(int32_t value) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int32_t below = __shfl_up_sync(kAllLanes, value, step);
-    if (lane >= step) value = wrapping_add(value, below);
-  }
-  return value;
-}
 
 // Sums over the threads of a block: those below this one, and all. Every thread calls it; the
 // caller puts a barrier between two calls.
@@ -32,7 +19,7 @@ struct BlockSums {
 
   __device__ __forceinline__ BlockSums(int32_t value, int32_t* of_warps) {
     const int warp = threadIdx.x / kWarp;
-    const int32_t up_to = warp_prefix(value);
+    const auto up_to = static_cast<int32_t>(warp_prefix(static_cast<uint32_t>(value)));
     if (threadIdx.x % kWarp == kWarp - 1) of_warps[warp] = up_to;
     __syncthreads();
     below = wrapping_sub(up_to, value);

@@ -80,8 +80,6 @@ inline Sizes choose_sizes(const Rows& rows, const Gpu& gpu, int32_t fixed_bytes)
 
 // ---- what the threads of a block share
 
-constexpr int kWarp = 32;
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kBinBits = 10;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kSampleBinBits = 8;
@@ -110,16 +108,6 @@ struct alignas(16) Shared {
 __device__ __forceinline__ int lane_id() { return threadIdx.x % kWarp; }
 __device__ __forceinline__ int warp_id() { return threadIdx.x / kWarp; }
 __device__ __forceinline__ unsigned lanes_below() { return (1u << lane_id()) - 1; }
-
-// Sum of the values of this lane and the lanes below it.
-__device__ __forceinline__ uint32_t warp_prefix(uint32_t value) {
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const uint32_t below = __shfl_up_sync(kAllLanes, value, step);
-    if (lane_id() >= step) value += below;
-  }
-  return value;
-}
 
 // Sum of the first `warp` sums of warps; all lanes call it.
 __device__ __forceinline__ uint32_t sum_below(const Shared& shared, int warp) {
