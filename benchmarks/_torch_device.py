@@ -18,7 +18,7 @@ _NON_BLOCKING = 1
 
 
 class TorchDeviceApi(DeviceApi):
-    """Device, stream and capability of torch tensors in CUDA memory."""
+    """Device and stream of torch tensors in CUDA memory."""
 
     def __init__(self) -> None:
         # what torch's own compiler calls; the Stream object costs more than the launch's own checks
@@ -37,15 +37,6 @@ class TorchDeviceApi(DeviceApi):
     def current_device(self) -> int:
         """Number of this thread's GPU."""
         return torch.cuda.current_device()
-
-    def capability(self, device: int) -> int:
-        """Compute capability as one number, 90 on Hopper."""
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
-
-    def set_device(self, device: int) -> None:
-        """Make `device` current in this thread."""
-        torch.cuda.set_device(device)
 
     def new_stream(self, device: int, high_priority: bool) -> torch.cuda.Stream:
         """A stream beside torch's pool, whose few streams are handed out again and again."""

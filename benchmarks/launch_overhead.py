@@ -28,6 +28,7 @@ import torch
 from benchmarks import _gpu
 from fd_dsa.triton_runtime import BoundLaunch, paddle_jit
 from fd_dsa.triton_runtime.device import api_for_type
+from fd_dsa.triton_runtime.driver import cuda
 
 import triton
 import triton.language as tl
@@ -160,7 +161,7 @@ def _paddle_driver(api: Any) -> Any:
             self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
             self.get_current_device = lambda: 0
             self.set_current_device = lambda device: None
-            self.get_device_capability = lambda device=0: divmod(api.capability(device), 10)
+            self.get_device_capability = lambda device=0: divmod(cuda().capability(device), 10)
             self.get_current_stream = api.current_stream
 
     return PaddleDriver()

@@ -53,11 +53,10 @@ class Steps:
         """Builds and bytes of the metadata of one decode step, and launches of our kernels."""
         import paddle
 
-        from fd_dsa.triton_runtime import interpreted, kernel
+        from fd_dsa.triton_runtime import interpreter
 
         counts: Counter[str] = Counter()
-        original = interpreted.run_interpreted
-        modules: tuple[Any, ...] = (kernel, interpreted)
+        original = interpreter.run
 
         def counting(launched: Any, *args: Any) -> None:
             counts[launched.__name__] += 1
@@ -70,12 +69,10 @@ class Steps:
             _decode_step(runner, context)
             backend = runner.attn_backends[0]
             before = backend.builder.num_builds
-            for module in modules:
-                module.run_interpreted = counting
+            interpreter.run = counting
             _decode_step(runner, context)
         finally:
-            for module in modules:
-                module.run_interpreted = original
+            interpreter.run = original
             paddle.set_device("cpu")
         meta = backend.attention_metadata
         values = [getattr(meta, field.name) for field in fields(meta)]

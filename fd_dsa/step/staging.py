@@ -73,7 +73,7 @@ class InputStaging:
         self._is_open = [False] * num_slabs
         # whether the readers of the slab that is filled now were seen to be done
         self._is_read = False
-        start = transfers.address(self.slabs)
+        start = self.slabs.data_ptr()
         self._copies = [
             transfers.upload(start + 4 * num_values * index, slab, self._stream)
             for index, slab in enumerate(self._host)
@@ -145,7 +145,7 @@ class InputStaging:
     @property
     def prep_stream(self) -> int:
         """Handle of the stream of the copies; 0 where kernels are interpreted."""
-        return self._stream.handle
+        return self._stream.value or 0
 
 
 class StagedTensor:
@@ -164,7 +164,7 @@ class StagedTensor:
         self.tensor = allocate((num_values,), "int32")
         self.staging = InputStaging(allocate, num_values)
         transfers, slabs = self.staging.transfers, self.staging.slabs
-        target, start = transfers.address(self.tensor), transfers.address(slabs)
+        target, start = self.tensor.data_ptr(), slabs.data_ptr()
         self._copies = [
             transfers.copy(target, start + 4 * num_values * index)
             for index in range(int(slabs.shape[0]))

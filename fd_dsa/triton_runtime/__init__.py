@@ -8,22 +8,19 @@ from __future__ import annotations
 
 # first, as it decides what the import of triton in all others will do
 from fd_dsa.triton_runtime.mode import INTERPRETING  # isort: skip
-from fd_dsa.triton_runtime import versions  # isort: skip
 
-versions.require_supported()
-
-from fd_dsa.triton_runtime.bound import BoundLaunch  # noqa: E402
-from fd_dsa.triton_runtime.compiler import Compiled  # noqa: E402
-from fd_dsa.triton_runtime.device import DeviceApi, register_device_api  # noqa: E402
-from fd_dsa.triton_runtime.kernel import Kernel, paddle_jit  # noqa: E402
-from fd_dsa.triton_runtime.parameters import Pointer  # noqa: E402
-from fd_dsa.triton_runtime.serving import (  # noqa: E402
+from fd_dsa.triton_runtime.bound import BoundLaunch
+from fd_dsa.triton_runtime.compiler import Compiled
+from fd_dsa.triton_runtime.device import DeviceApi, register_device_api
+from fd_dsa.triton_runtime.kernel import Kernel, paddle_jit
+from fd_dsa.triton_runtime.parameters import Pointer
+from fd_dsa.triton_runtime.serving import (
     freeze,
     num_late_compilations,
     unfreeze,
     warming,
 )
-from fd_dsa.triton_runtime.tuning import autotune, heuristics  # noqa: E402
+from fd_dsa.triton_runtime.tuning import autotune, heuristics
 
 __all__ = [
     "INTERPRETING",

@@ -38,26 +38,25 @@ class BoundLaunch:
         self._grid_function = grid if callable(grid) else None
         self.grid = self._resolve(grid, values)
         self._stream, self._device = api.current_stream, variant.device
-        self._launch, self._num_ctas = variant.driver.launch, variant.compiled.num_ctas
+        self._queue, self._num_ctas = variant.queue, variant.compiled.num_ctas
         self._grid_offset = variant.grid_offset
         self._fixed_grid = self._grid_function is None and 0 not in self.grid
-        self._writers = tuple(self._writer(name) for name in scalars)
+        passed = [parameter.name for parameter in variant.passed]
+        self._writers = tuple(
+            (
+                struct.Struct(f"={variant.compiled.codes[index]}").pack_into,
+                variant.offsets[index],
+            )
+            for index in map(passed.index, scalars)
+        )
         self._bound_scalars = tuple(values[name] for name in scalars)
         self._write_grid = struct.Struct("=III").pack_into
         self._grids: dict[Any, tuple[int, int, int]] = {}
-        # frames with the bound grid, and frames with any
         self._free: list[Frame] = []
-        self._other: list[Frame] = []
 
     def _resolve(self, grid: Grid, values: dict[str, Any]) -> tuple[int, int, int]:
         """The grid as three numbers."""
         return resolve_grid(self.variant.signature.kernel, grid, values, self._options)
-
-    def _writer(self, name: str) -> tuple[Any, int]:
-        """The function that writes a scalar, and where it stands."""
-        index = [parameter.name for parameter in self.variant.passed].index(name)
-        code = self.variant.compiled.codes[index]
-        return struct.Struct(f"={code}").pack_into, self.variant.offsets[index]
 
     def _frame(self) -> Frame:
         """A frame with the bound arguments."""
@@ -78,15 +77,15 @@ class BoundLaunch:
         """
         # one body for all calls: another function would cost as much as the rest of this one
         if grid is None and self._fixed_grid:
-            free, numbers = self._free, None
+            numbers = self.grid
         else:
-            free = self._other
             try:
                 numbers = self._grids[grid]
             except (KeyError, TypeError):
                 numbers = self._grid_of(scalars, grid)
             if 0 in numbers:
                 return
+        free = self._free
         try:
             frame = free.pop()
         except IndexError:
@@ -101,13 +100,13 @@ class BoundLaunch:
                 raise self._unfit(scalars, error) from None
         elif scalars:
             raise self._unfit(scalars, "it has none")
-        if numbers is not None:
-            x, y, z = numbers
+        if numbers is not frame.grid:
+            x, y, z = frame.grid = numbers
             self._write_grid(frame.memory, self._grid_offset, x * self._num_ctas, y, z)
         stream = self._stream(self._device)
         if stream != frame.stream:
             frame.set_stream(stream)
-        code = self._launch(*frame.call)
+        code = self._queue(*frame.call)
         if code:
             self.variant.recover(code, frame)
         free.append(frame)
@@ -120,14 +119,14 @@ class BoundLaunch:
         """The grid of one call."""
         if grid is None:
             grid = self._grid_function or self.grid
-        if not callable(grid):
-            numbers = self._resolve(grid, self._values)
-            if len(self._grids) >= _MAX_GRIDS:
-                self._grids.clear()
-            self._grids[tuple(grid)] = numbers
-            return numbers
-        values = self.variant.signature.with_scalars(self._values, self._scalars, scalars)
-        return self._resolve(grid, values)
+        if callable(grid):
+            named = dict(zip(self._scalars, scalars, strict=False))
+            return self._resolve(grid, {**self._values, **named})
+        numbers = self._resolve(grid, self._values)
+        if len(self._grids) >= _MAX_GRIDS:
+            self._grids.clear()
+        self._grids[tuple(grid)] = numbers
+        return numbers
 
     def _unfit(self, scalars: tuple[Any, ...], why: Any) -> LaunchError:
         """The error for scalars that are too many, too few or of another type."""
@@ -138,25 +137,32 @@ class BoundLaunch:
         )
 
     def exchange(self, **tensors: Any) -> None:
-        """Replace bound tensors; each is checked as at binding.
+        """Replace bound tensors, all or none; each is checked as at binding.
 
         Raises:
             LaunchError: dtype, device or alignment is not what the kernel was compiled for.
         """
         signature, values = self.variant.signature, {**self._values, **tensors}
         for name, tensor in tensors.items():
-            parameter = signature.check_exchange(name, self._values, tensor)
-            bound, new = self.variant.arguments[name], signature.describe_tensor(parameter, tensor)
-            device = signature.device_of(parameter, tensor, self._api)
+            if not hasattr(self._values.get(name), "data_ptr"):
+                raise LaunchError(f"kernel {signature.kernel}: no tensor is bound to {name!r}")
+            if not hasattr(tensor, "data_ptr"):
+                problem = f"is a {type(tensor).__name__}; a tensor is bound there"
+                raise signature.error(name, problem)
+            bound = self.variant.arguments[name]
+            new = signature.describe(signature.parameters[name], tensor)
+            device = signature.device_of(name, tensor, self._api)
             if new.type != bound.type or device != self._device:
-                raise LaunchError(
-                    f"kernel {signature.kernel}: argument {name!r} is {new.type} on device "
-                    f"{device}, bound is {bound.type} on device {self._device}"
+                raise signature.error(
+                    name,
+                    f"is {new.type} on device {device}, bound is {bound.type} on device "
+                    f"{self._device}",
                 )
             if bound.divisible and not new.divisible:
-                raise LaunchError(
-                    f"kernel {signature.kernel}: argument {name!r} starts at an address that 16 "
-                    "does not divide, unlike the bound tensor; bind a launch of its own for it"
+                raise signature.error(
+                    name,
+                    "starts at an address that 16 does not divide, unlike the bound tensor; bind a "
+                    "launch of its own for it",
                 )
         # calls under way give their frames back to the list that they took
-        self._values, self._free, self._other = values, [], []
+        self._values, self._free = values, []

@@ -6,9 +6,6 @@ nothing.
 
 from __future__ import annotations
 
-import ctypes
-import re
-import struct
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,14 +19,7 @@ import triton
 _COMPILING = threading.Lock()
 
 # scalar type -> its code in `struct`; pointers are "Q"
-CODES = {
-    "i1": "?",
-    "i32": "i",
-    "i64": "q",
-    "u64": "Q",
-    "fp32": "f",
-}
-_PTX_BYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
+_CODES = {"i1": "?", "i32": "i", "i64": "q", "u64": "Q", "fp32": "f"}
 
 
 class Argument(NamedTuple):
@@ -61,7 +51,6 @@ class Compiled:
         num_warps: warps a block, those that the compiler added included.
         num_ctas: blocks a cluster.
         codes: `struct` codes of the arguments that are passed, in order.
-        num_null_pointers: scratch pointers that Triton adds after them; always null here.
     """
 
     name: str
@@ -71,7 +60,12 @@ class Compiled:
     num_warps: int
     num_ctas: int
     codes: str
-    num_null_pointers: int
+
+
+def argument_codes(arguments: Mapping[str, Argument]) -> str:
+    """`struct` codes of the arguments that a launch passes, in order."""
+    types = (argument.type for argument in arguments.values())
+    return "".join(_CODES.get(kind, "Q") for kind in types if kind != "constexpr")
 
 
 def compile_kernel(
@@ -131,42 +125,12 @@ def _read(kernel: Any, arguments: Mapping[str, Argument]) -> Compiled:
                 f"{scratch.removesuffix('_size')}, which this launcher does not allocate; "
                 "do not make tensor descriptors in the kernel"
             )
-    if any(argument.type.startswith("tensordesc") for argument in arguments.values()):
-        raise BackendUnavailable(f"kernel {metadata.name}: tensor descriptors are not supported")
-    codes = "".join(
-        "Q" if argument.type.startswith("*") else CODES[argument.type]
-        for argument in arguments.values()
-        if argument.type != "constexpr"
-    )
-    ptx = kernel.asm["ptx"]
     return Compiled(
         name=metadata.name,
         image=kernel.asm["cubin"],
-        ptx=ptx,
+        ptx=kernel.asm["ptx"],
         shared_bytes=metadata.shared,
         num_warps=metadata.num_warps,
         num_ctas=metadata.num_ctas,
-        codes=codes,
-        num_null_pointers=_null_pointers(metadata.name, ptx, codes),
+        codes=argument_codes(arguments),
     )
-
-
-def _null_pointers(name: str, ptx: str, codes: str) -> int:
-    """How many pointers the compiled kernel takes after its arguments.
-
-    One or two, by Triton version; read from the assembly, which also confirms the widths of all
-    arguments.
-    """
-    entry = re.search(r"\.entry\s+" + re.escape(name) + r"\s*\((.*?)\)", ptx, re.DOTALL)
-    bits_of_each = re.findall(r"\.param\s+\.\w(\d+)\b", entry[1]) if entry else []
-    widths = [_PTX_BYTES[bits] for bits in bits_of_each]
-    expected = [struct.calcsize(code) for code in codes]
-    extra = widths[len(expected) :]
-    if widths[: len(expected)] != expected or any(
-        width != ctypes.sizeof(ctypes.c_void_p) for width in extra
-    ):
-        raise BackendUnavailable(
-            f"kernel {name}: the compiled kernel takes arguments of {widths} bytes, the launcher "
-            f"would pass {expected}; this version of Triton ({triton.__version__}) is not supported"
-        )
-    return len(extra)

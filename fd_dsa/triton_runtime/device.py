@@ -10,6 +10,7 @@ from typing import Any
 from fd_dsa.environment import has_nvidia_gpu
 from fd_dsa.errors import BackendUnavailable, LaunchError
 from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.mode import INTERPRETING
 
 
 class DeviceApi:
@@ -31,14 +32,6 @@ class DeviceApi:
         """The library's current stream of a device in this thread: a CUDA stream handle."""
         raise NotImplementedError
 
-    def capability(self, device: int) -> int:
-        """Compute capability, major * 10 + minor: 90 on Hopper."""
-        return cuda().capability(device)
-
-    def set_device(self, device: int) -> None:
-        """Make a device the calling thread's current one."""
-        raise NotImplementedError
-
     def new_stream(self, device: int, high_priority: bool) -> Any:
         """A stream of the library that waits for no other one by itself; for the whole process."""
         raise NotImplementedError
@@ -50,10 +43,6 @@ class DeviceApi:
     def swap_stream(self, device: int, stream: Any) -> Any:
         """Make a stream of the library the device's current one; returns the one before."""
         raise NotImplementedError
-
-    def interpreter_argument(self, tensor: Any) -> Any:
-        """What Triton's interpreter may read through `data_ptr()`; the tensor itself by default."""
-        return tensor
 
 
 class PaddleApi(DeviceApi):
@@ -100,12 +89,6 @@ class PaddleApi(DeviceApi):
             return self._core._get_current_stream(device).cuda_stream
         return self._core._get_current_custom_device_stream(self._custom_type, device).raw_stream
 
-    def set_device(self, device: int) -> None:
-        """`paddle.device.set_device` in the calling thread."""
-        import paddle
-
-        paddle.device.set_device(f"{self._custom_type or 'gpu'}:{device}")
-
     def new_stream(self, device: int, high_priority: bool) -> Any:
         """The stream as Paddle's core knows it."""
         import paddle
@@ -131,14 +114,22 @@ class PaddleApi(DeviceApi):
         core._set_current_custom_device_stream(kind, device, stream)
         return before
 
-    def interpreter_argument(self, tensor: Any) -> Any:
-        """The tensor, if it is in host memory."""
+
+class HostApi(DeviceApi):
+    """Tensors in host memory, in a process whose kernels are interpreted; device 0."""
+
+    def device_of(self, tensor: Any) -> int:
+        """0, if the tensor is a CPU's."""
         if not tensor.place.is_cpu_place():
             raise LaunchError(
                 f"the tensor is on {tensor.place}, but kernels run in Triton's interpreter in "
                 "this process, which reads CPU tensors only"
             )
-        return tensor
+        return 0
+
+    def current_stream(self, device: int) -> int:
+        """Work is done at once."""
+        return 0
 
 
 _REGISTRY: dict[type, DeviceApi] = {}
@@ -162,7 +153,7 @@ def api_for_type(tensor_type: type) -> DeviceApi:
             _REGISTRY[tensor_type] = api = _REGISTRY[base]
             return api
         if base.__module__.partition(".")[0] == "paddle" and hasattr(base, "data_ptr"):
-            _REGISTRY[base] = PaddleApi()
+            _REGISTRY[base] = HostApi() if INTERPRETING else PaddleApi()
             return api_for_type(tensor_type)
     raise BackendUnavailable(
         f"no device interface for {tensor_type.__module__}.{tensor_type.__qualname__}; "

@@ -7,13 +7,15 @@ about as much from ctypes as from C, and is the same for every version of Triton
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 from fd_dsa.errors import BackendUnavailable, DeviceError, LaunchError
+from fd_dsa.triton_runtime.compiler import Compiled
+from fd_dsa.triton_runtime.host import HostLibrary
+from fd_dsa.triton_runtime.mode import INTERPRETING
 
 INVALID_CONTEXT = 201
 _NO_CONTEXT = (3, INVALID_CONTEXT)
@@ -41,8 +43,6 @@ class Driver:
         """
         self._library = library
         self._contexts: dict[int, int] = {}
-        self._modules: list[Any] = []
-        self._lock = threading.RLock()
         code = library.cuInit(0)
         if code:
             raise BackendUnavailable(f"the CUDA driver cannot start: {self.error_text(code)}")
@@ -134,15 +134,14 @@ class Driver:
 
     def _primary_context(self, device: int) -> int:
         """Handle of the device's primary context, which stays alive from now on."""
-        with self._lock:
-            if device not in self._contexts:
-                context = ctypes.c_void_p()
-                code = self._library.cuDevicePrimaryCtxRetain(
-                    ctypes.byref(context), self._device(device)
-                )
-                self.check(code, f"context of device {device}")
-                self._contexts[device] = context.value or 0
-            return self._contexts[device]
+        if device not in self._contexts:
+            context = ctypes.c_void_p()
+            place = ctypes.byref(context)
+            code = self._library.cuDevicePrimaryCtxRetain(place, self._device(device))
+            self.check(code, f"context of device {device}")
+            # of two threads that ask at once both get the same one
+            self._contexts[device] = context.value or 0
+        return self._contexts[device]
 
     def time_us(self, call: Callable[[], None], stream: int) -> float:
         """Microseconds of device time of what one call queues on a stream; waits for it."""
@@ -162,7 +161,7 @@ class Driver:
                 library.cuEventDestroy_v2(event)
         return elapsed_ms.value * 1e3
 
-    def load(self, image: bytes, name: str, device: int, shared_bytes: int, num_ctas: int) -> int:
+    def load(self, compiled: Compiled, device: int) -> int:
         """Load a compiled kernel and everything its launch needs; the context is left as it was.
 
         Returns:
@@ -172,35 +171,30 @@ class Driver:
             LaunchError: the kernel needs more shared memory than the device has.
             DeviceError: the driver refuses the image.
         """
-        with self.context(device):
-            return self._load(image, name, device, shared_bytes, num_ctas)
-
-    def _load(self, image: bytes, name: str, device: int, shared_bytes: int, num_ctas: int) -> int:
-        """`load` in the device's context."""
-        library, what = self._library, f"loading kernel {name}"
+        library, what = self._library, f"loading kernel {compiled.name}"
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        self.check(library.cuModuleLoadData(ctypes.byref(module), image), what)
-        self._modules.append(module)
-        code = library.cuModuleGetFunction(ctypes.byref(function), module, name.encode())
-        self.check(code, what)
-
         limit = self._integer("cuDeviceGetAttribute", _DEVICE_SHARED_OPTIN, self._device(device))
-        if shared_bytes > limit:
+        if compiled.shared_bytes > limit:
             raise LaunchError(
-                f"kernel {name}: needs {shared_bytes} bytes of shared memory a block, device "
-                f"{device} has {limit}; use smaller tiles or fewer stages"
+                f"kernel {compiled.name}: needs {compiled.shared_bytes} bytes of shared memory a "
+                f"block, device {device} has {limit}; use smaller tiles or fewer stages"
             )
-        if shared_bytes > _SHARED_BYTES_WITHOUT_OPTIN:
-            own = self._integer("cuFuncGetAttribute", _FUNCTION_SHARED_BYTES, function)
-            dynamic = limit - own
-            code = library.cuFuncSetAttribute(function, _FUNCTION_MAX_DYNAMIC_SHARED, dynamic)
+        with self.context(device):
+            self.check(library.cuModuleLoadData(ctypes.byref(module), compiled.image), what)
+            name = compiled.name.encode()
+            code = library.cuModuleGetFunction(ctypes.byref(function), module, name)
             self.check(code, what)
-        if num_ctas > 8:
-            self.check(library.cuFuncSetAttribute(function, _FUNCTION_LARGE_CLUSTERS, 1), what)
-        load_now = getattr(library, "cuFuncLoad", None)
-        if load_now is not None:
-            # lazy loading would load at the first launch, which may be inside a capture
-            self.check(load_now(function), what)
+            if compiled.shared_bytes > _SHARED_BYTES_WITHOUT_OPTIN:
+                own = self._integer("cuFuncGetAttribute", _FUNCTION_SHARED_BYTES, function)
+                dynamic = limit - own
+                code = library.cuFuncSetAttribute(function, _FUNCTION_MAX_DYNAMIC_SHARED, dynamic)
+                self.check(code, what)
+            if compiled.num_ctas > 8:
+                self.check(library.cuFuncSetAttribute(function, _FUNCTION_LARGE_CLUSTERS, 1), what)
+            load_now = getattr(library, "cuFuncLoad", None)
+            if load_now is not None:
+                # lazy loading would load at the first launch, which may be inside a capture
+                self.check(load_now(function), what)
         return function.value or 0
 
 
@@ -221,5 +215,5 @@ def cuda() -> Driver:
 
 
 def _open_library() -> Any:
-    """The driver library; tests put another one in its place."""
-    return ctypes.CDLL("libcuda.so.1")
+    """The driver library, or what stands for it; tests put another one in its place."""
+    return HostLibrary() if INTERPRETING else ctypes.CDLL("libcuda.so.1")

@@ -43,25 +43,25 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
     signature = variant.signature
     space = _namespace(variant, api, dict(options), miss)
     guards, tensors = ["_given != _options"], {}
-    for index, parameter in enumerate(signature.parameters):
+    for index, parameter in enumerate(signature.parameters.values()):
         argument = variant.arguments[parameter.name]
         if argument.type.startswith("*"):
             tensors[parameter.name] = index
         else:
             guards.append(_guard(parameter, argument, f"_c{index}"))
-    every = "(" + "".join(f"{name}, " for name in signature.names) + ")"
+    every = "(" + "".join(f"{name}, " for name in signature.parameters) + ")"
     leave = f"return _miss(_grid, {every}, _given)"
     packed = [f"_p{tensors[p.name]}" if p.name in tensors else p.name for p in variant.passed]
     num_ctas = variant.compiled.num_ctas
     clusters = f" * {num_ctas}" if num_ctas != 1 else ""
     late = [
         f"not {p.name}.is_contiguous()"
-        for p in signature.parameters
+        for p in signature.parameters.values()
         if p.contiguous and p.name in tensors
     ]
     if variant.driver.num_devices > 1:
         late.append("_current_device() != _device")
-    parameters = "".join(f"{name}=_d{i}, " for i, name in enumerate(signature.names))
+    parameters = "".join(f"{name}=_d{i}, " for i, name in enumerate(signature.parameters))
     lines = [
         f"def {signature.kernel}(_grid, {parameters}**_given):",
         "  try:",
@@ -77,9 +77,9 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
         f"    _pack(_frame.memory, 0, {''.join(f'{v}, ' for v in packed)}_x{clusters}, _y, _z)",
         "    _s = _stream(_device)",
         "    if _s != _frame.stream: _frame.set_stream(_s)",
-        "    _code = _launch(*_frame.call)",
         "  except (AttributeError, TypeError, ValueError, _StructError):",
         f"    {leave}",
+        "  _code = _launch(*_frame.call)",
         "  if _code: _recover(_code, _frame)",
         "  _append(_frame)",
     ]
@@ -89,7 +89,7 @@ def generate(variant: Variant, api: DeviceApi, options: Mapping[str, Any], miss:
 
 def _namespace(variant: Variant, api: DeviceApi, options: dict[str, Any], miss: Miss) -> dict:
     """Everything that the generated code names besides the kernel's parameters."""
-    parameters, known = variant.signature.parameters, Known(variant, api)
+    signature, known = variant.signature, Known(variant, api)
     space: dict[str, Any] = {
         "_all_options": OPTIONS | options,
         "_append": variant.free.append,
@@ -97,10 +97,10 @@ def _namespace(variant: Variant, api: DeviceApi, options: dict[str, Any], miss: 
         "_device": variant.device,
         "_admit": known.admit,
         "_known": known.cell,
-        "_kernel": variant.signature.kernel,
-        "_launch": variant.driver.launch,
+        "_kernel": signature.kernel,
+        "_launch": variant.queue,
         "_miss": miss,
-        "_names": variant.signature.names,
+        "_names": tuple(signature.parameters),
         "_new": variant.frame,
         "_options": options,
         "_pack": variant.values.pack_into,
@@ -110,7 +110,7 @@ def _namespace(variant: Variant, api: DeviceApi, options: dict[str, Any], miss: 
         "_stream": api.current_stream,
         "_StructError": struct.error,
     }
-    for index, parameter in enumerate(parameters):
+    for index, parameter in enumerate(signature.parameters.values()):
         space[f"_d{index}"] = parameter.default
         space[f"_c{index}"] = variant.arguments[parameter.name].value
     return space
@@ -166,14 +166,12 @@ class Known:
                 return False
             return self._device_of(tensor) == self._variant.device
         variant, parameter = self._variant, self._parameters[index]
-        if api_for_type(type(tensor)) is not self._api:
-            return False
+        signature, name = variant.signature, parameter.name
         if (
-            variant.signature.describe_tensor(parameter, tensor)
-            != variant.arguments[parameter.name]
+            api_for_type(type(tensor)) is not self._api
+            or signature.describe(parameter, tensor) != variant.arguments[name]
+            or signature.device_of(name, tensor, self._api) != variant.device
         ):
-            return False
-        if variant.signature.device_of(parameter, tensor, self._api) != variant.device:
             return False
         self._kinds[index] = (type(tensor), tensor.dtype, matters, aligned)
         return True

@@ -1,46 +1,106 @@
-"""Triton's interpreter on tensors of any library: three repairs, each made only where it fails.
+"""Kernels in Triton's interpreter, launched as compiled ones are; it is repaired and made faster.
 
-* its host copy of the arguments uses torch's storages: other tensors are taken as they are;
+Two repairs:
+
 * `range` with a bound known only at run time fails from NumPy 2.4 on (Triton up to 3.8);
 * `tl.dot` multiplies the raw 16-bit patterns of bfloat16 operands.
 
-It also replaces the language's functions with its own at every call of a device function (`tl.sum`
-and `tl.zeros` are two), builds its table of NumPy's types at every look-up, and looks for integer
-overflows that it does not report: most of the time of many kernels. Here a launch does the first
-once, a process does the second once, and the third is left out. Shapes are remembered, see
-`interpreter_shapes`.
+The interpreter also replaces the language's functions with its own at every call of a device
+function (`tl.sum` and `tl.zeros` are two), builds its table of NumPy's types at every look-up, and
+looks for integer overflows that it does not report: most of the time of many kernels. Here a launch
+does the first once, a process does the second once, and the third is left out.
+
+Every operation makes a block type and a tensor, and both make a new shape, which is a tuple of the
+language with a type and a name of its own: half the time of a kernel of small blocks. A shape gives
+the same objects each time, and nothing changes them; so they are shared.
 """
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from fd_dsa.triton_runtime.interpreter_shapes import remember_shapes
+from fd_dsa.errors import BackendUnavailable
+from fd_dsa.triton_runtime.compiler import Argument, Compiled, argument_codes
+from fd_dsa.triton_runtime.driver import cuda
+from fd_dsa.triton_runtime.parameters import Signature
+from fd_dsa.triton_runtime.variant import Variant
 
-import triton.language as tl  # isort: skip
+import triton  # isort: skip
+from triton.language import core  # isort: skip
 
 # the interpreter keeps its state (program ids, patched language) in module globals
 _LOCK = threading.RLock()
-_repaired = False
 # modules of the language that the launch in progress has made the interpreter's; None between two
 _patched: set[str] | None = None
 
 
-def run(fn: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
+class InterpretedVariant(Variant):
+    """A kernel that Triton's interpreter runs: packed and launched like a compiled one.
+
+    Raises:
+        BackendUnavailable: the kernel was decorated after Triton had been loaded to compile.
+    """
+
+    def __init__(
+        self,
+        fn: Any,
+        signature: Signature,
+        arguments: Mapping[str, Argument],
+        options: Mapping[str, Any],
+    ) -> None:
+        if not hasattr(fn, "rewrite"):
+            raise BackendUnavailable(
+                f"kernel {signature.kernel} was made by triton.jit in a process that had loaded "
+                "Triton for compiling; set TRITON_INTERPRET=1 before the first import of triton"
+            )
+        compiled = Compiled(signature.kernel, b"", "", 0, 1, 1, argument_codes(arguments))
+        super().__init__(signature, arguments, options, compiled, 0, 0, cuda())
+        self._fn, self.queue = fn, self._run
+
+    def _run(self, config: ctypes.c_void_p, *_: Any) -> int:
+        """Run the kernel on the values of a frame, of which the configuration is a part."""
+        start = (config.value or 0) - self.grid_offset
+        *passed, x, y, z = self.values.unpack(ctypes.string_at(start, self.values.size))
+        values = {name: argument.value for name, argument in self.arguments.items()}
+        for parameter, value in zip(self.passed, passed, strict=True):
+            kind = self.arguments[parameter.name].type
+            values[parameter.name] = _pointer(kind[1:], value) if kind[0] == "*" else value
+        run(self._fn, (x, y, z), values)
+        return 0
+
+
+@cache
+def _pointer_type(element: str) -> Any:
+    """The language's type of an address."""
+    prefix = {"i": "int", "u": "uint"}.get(element[0])
+    return core.pointer_type(core.dtype(prefix + element[1:] if prefix else element))
+
+
+def _pointer(element: str, address: int) -> Any:
+    """An address as the interpreter holds it."""
+    from triton.runtime.interpreter import TensorHandle
+
+    kind = _pointer_type(element)
+    place = np.array([cuda().function("host_address")(address)], np.uint64)
+    return core.tensor(TensorHandle(place, kind), kind)
+
+
+def run(fn: Any, grid: tuple[int, ...], values: Mapping[str, Any]) -> None:
     """Run an interpreted kernel on every program of the grid, in order.
 
     Args:
         fn: what `triton.jit` made of the kernel in an interpreting process.
         grid: one to three numbers of programs.
-        arguments: value of every parameter; tensors are read and written at `data_ptr()`.
+        values: of all parameters, in order.
     """
     global _patched
     with _LOCK, warnings.catch_warnings():
@@ -49,31 +109,27 @@ def run(fn: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]) -> None:
         repair()
         _patched = set()
         try:
-            fn.run(*arguments.values(), grid=grid, warmup=False)
+            fn.run(*values.values(), grid=grid, warmup=False)
         finally:
             _patched = None
 
 
+@cache
 def repair() -> None:
-    """Make the three repairs and spare the repeated work, once a process."""
-    global _repaired
-    with _LOCK:
-        if _repaired:
-            return
-        from triton.runtime import interpreter
+    """Make the repairs and spare the repeated work, once a process."""
+    from triton.runtime import interpreter
 
-        for fails, patch in (
-            (_argument_copy_fails, _patch_argument_copy),
-            (_run_time_range_fails, _patch_index),
-            (_bfloat16_dot_fails, _patch_dot),
-        ):
-            if fails(interpreter):
-                patch(interpreter)
-        _patch_once_a_launch(interpreter)
-        _patch_types(interpreter)
-        _leave_out_silent_checks(interpreter.interpreter_builder)
-        remember_shapes()
-        _repaired = True
+    _patch_index(interpreter)
+    _patch_dot(interpreter)
+    _patch_once_a_launch(interpreter)
+    _patch_types(interpreter)
+    _leave_out_silent_checks(interpreter.interpreter_builder)
+    # another release's classes, which set other attributes, are left alone
+    block = core.block_type(core.float32, [2, 4])
+    if set(vars(block)) == {"element_ty", "shape", "numel", "name"}:
+        _remember_types()
+    if set(vars(core.tensor(None, block))) == {"handle", "shape", "numel", "type", "dtype"}:
+        _remember_tensors()
 
 
 def _patch_once_a_launch(interpreter: Any) -> None:
@@ -84,7 +140,7 @@ def _patch_once_a_launch(interpreter: Any) -> None:
     def languages(fn: Any) -> frozenset[str]:
         """Modules of the language that a function sees, which are what is patched for it."""
         seen = (value for value in fn.__globals__.values() if inspect.ismodule(value))
-        return frozenset(module.__name__ for module in seen if module in (tl, tl.core))
+        return frozenset(module.__name__ for module in seen if module in (core, triton.language))
 
     def patch_lang(fn: Any) -> Any:
         if _patched is None:
@@ -120,81 +176,8 @@ def _leave_out_silent_checks(builder: Any) -> None:
         builder.options = replace(builder.options, sanitize_overflow=False)
 
 
-class _PlainTensor:
-    """A tensor without torch's methods, for the probe."""
-
-    def data_ptr(self) -> int:
-        return 0
-
-
-def _argument_copy_fails(interpreter: Any) -> bool:
-    """True if the executor asks tensors for torch's storage."""
-    executor = interpreter.GridExecutor(_argument_copy_fails, [], (1,))
-    try:
-        executor._init_args_hst([_PlainTensor()], {})
-    except AttributeError:
-        return True
-    return False
-
-
-def _patch_argument_copy(interpreter: Any) -> None:
-    """Take arguments as they are unless torch storages are there, as torch users need them."""
-    executor = interpreter.GridExecutor
-    copy, restore = executor._init_args_hst, executor._restore_args_dev
-
-    def init_args(self: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        return copy(self, args, kwargs) if _needs_copy(args, kwargs) else (args, kwargs)
-
-    def restore_args(self: Any, args: Any, args_hst: Any, kwargs: Any, kwargs_hst: Any) -> None:
-        if _needs_copy(args, kwargs):
-            restore(self, args, args_hst, kwargs, kwargs_hst)
-
-    executor._init_args_hst, executor._restore_args_dev = init_args, restore_args
-
-
-def _needs_copy(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """True if an argument is a torch tensor, or may hold one (tuples, descriptors)."""
-    values = [*args, *kwargs.values()]
-    return any(
-        hasattr(value, "untyped_storage")
-        or isinstance(value, tuple)
-        or hasattr(value, "block_shape")
-        for value in values
-    )
-
-
-def _scalar(interpreter: Any, value: Any, dtype: Any) -> Any:
-    """A run-time scalar as the interpreter holds it: one value in an array of one dimension."""
-    return tl.tensor(interpreter.TensorHandle(np.array([value], dtype=np.int32), dtype), dtype)
-
-
-def _index_of(interpreter: Any) -> Callable[[Any], int]:
-    """The conversion to an index that the interpreter installs in its tensors."""
-    return _installed(interpreter, interpreter._patch_lang_tensor, "__index__")
-
-
-def _installed(interpreter: Any, install: Callable[..., None], name: str) -> Any:
-    """The attribute that the installing function puts on the class it is given."""
-
-    class Target:
-        pass
-
-    scope = getattr(interpreter, "_LangPatchScope", None)
-    install(Target) if scope is None else install(Target, scope())
-    return Target.__dict__[name]
-
-
-def _run_time_range_fails(interpreter: Any) -> bool:
-    """True if a scalar tensor cannot be a bound of `range`."""
-    try:
-        _index_of(interpreter)(_scalar(interpreter, 3, tl.int32))
-    except TypeError:
-        return True
-    return False
-
-
 def _patch_index(interpreter: Any) -> None:
-    """Convert through `.item()`; the interpreter installs its own again at every launch."""
+    """Convert a bound of `range` by `.item()`; the interpreter's own is back at every launch."""
     original = interpreter._patch_lang_tensor
 
     def index(self: Any) -> int:
@@ -210,28 +193,55 @@ def _patch_index(interpreter: Any) -> None:
     interpreter._patch_lang_tensor = patched
 
 
-def _bfloat16_dot_fails(interpreter: Any) -> bool:
-    """True if the product of two bfloat16 ones is not one."""
-    # 0x3F80 is one in bfloat16, which the interpreter holds as uint16
-    one = interpreter.TensorHandle(np.full((1, 1), 0x3F80, dtype=np.uint16), tl.bfloat16)
-    zero = interpreter.TensorHandle(np.zeros((1, 1), dtype=np.float32), tl.float32)
-    builder = interpreter.interpreter_builder
-    product = type(builder).create_dot(builder, one, one, zero, None, 0)
-    return bool(product.data.item() != 1.0)
-
-
 def _patch_dot(interpreter: Any) -> None:
     """Widen bfloat16 operands to float32, exactly, before the multiplication."""
     builder = interpreter.InterpreterBuilder
     original = builder.create_dot
 
     def widened(handle: Any) -> Any:
-        if handle.dtype.scalar != tl.bfloat16:
+        if handle.dtype.scalar != core.bfloat16 or handle.data.dtype != np.uint16:
             return handle
-        bits = np.ascontiguousarray(handle.data).view(np.uint16).astype(np.uint32) << 16
-        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+        bits = np.ascontiguousarray(handle.data).astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), core.float32)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return original(self, widened(a), widened(b), *rest)
 
     builder.create_dot = create_dot
+
+
+def _remember_types() -> None:
+    """Shape, number of elements and name of a block type, by its elements and shape."""
+    original = core.block_type.__init__
+    known: dict[tuple[Any, ...], tuple[Any, Any, str]] = {}
+
+    def init(self: Any, element_ty: Any, shape: Any) -> None:
+        values = shape.values if isinstance(shape, core.tuple) else shape
+        key = (element_ty.name, *map(core._unwrap_if_constexpr, values))
+        shared = known.get(key)
+        if shared is None:
+            original(self, element_ty, shape)
+            known[key] = self.shape, self.numel, self.name
+            return
+        self.element_ty = element_ty
+        self.shape, self.numel, self.name = shared
+
+    core.block_type.__init__ = init
+
+
+def _remember_tensors() -> None:
+    """Shape and number of elements of a tensor, by the shape of its type."""
+    original = core.tensor.__init__
+    known: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def init(self: Any, handle: Any, type: Any) -> None:
+        key = tuple(type.shape.values) if type.is_block() else ()
+        shared = known.get(key)
+        if shared is None:
+            original(self, handle, type)
+            known[key] = self.shape, self.numel
+            return
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shared
+
+    core.tensor.__init__ = init

@@ -14,9 +14,9 @@ from fd_dsa.triton_runtime.compiler import Argument, Compiled, compile_kernel
 from fd_dsa.triton_runtime.device import DeviceApi
 from fd_dsa.triton_runtime.driver import cuda
 from fd_dsa.triton_runtime.grid import Grid, resolve_grid
-from fd_dsa.triton_runtime.interpreted import InterpretedLaunch, run_interpreted
+from fd_dsa.triton_runtime.interpreter import InterpretedVariant
 from fd_dsa.triton_runtime.mode import INTERPRETING
-from fd_dsa.triton_runtime.parameters import OPTIONS, Signature
+from fd_dsa.triton_runtime.parameters import MISSING, OPTIONS, Signature
 from fd_dsa.triton_runtime.variant import Variant
 
 import triton
@@ -79,7 +79,7 @@ class Kernel:
             function, do_not_specialize, do_not_specialize_on_alignment, contiguous
         )
         self.fn = fn if hasattr(fn, "run") else triton.jit(fn)
-        self.arg_names = self.signature.names
+        self.arg_names = tuple(self.signature.parameters)
         self.__name__ = self.signature.kernel
         self.__doc__ = function.__doc__
         self._lock = threading.RLock()
@@ -121,9 +121,6 @@ class Kernel:
             DeviceError: the driver refuses the launch.
         """
         values, options = self.signature.bind(args, kwargs)
-        if INTERPRETING:
-            run_interpreted(self, grid, values, options)
-            return
         spelled = {name: kwargs[name] for name in kwargs if name in OPTIONS}
         api, variant = self._variant_for(values, options)
         self._extend_chain(api, variant, spelled)
@@ -131,7 +128,7 @@ class Kernel:
 
     def bind(
         self, grid: Grid, *args: Any, scalars: tuple[str, ...] = (), **kwargs: Any
-    ) -> BoundLaunch | InterpretedLaunch:
+    ) -> BoundLaunch:
         """A launch whose arguments are checked once, for buffers that never move.
 
         Args:
@@ -145,8 +142,6 @@ class Kernel:
         """
         values, options = self.signature.bind(args, kwargs)
         self.signature.check_changing(scalars, values)
-        if INTERPRETING:
-            return InterpretedLaunch(self, grid, values, options, scalars)
         api, variant = self._variant_for(values, options)
         return BoundLaunch(api, variant, grid, values, options, scalars)
 
@@ -168,61 +163,52 @@ class Kernel:
             BackendUnavailable: no capability is given and there is no device.
         """
         values, options = self.signature.bind(args, kwargs)
-        arguments = self.signature.describe_ahead(values)
+        arguments = self.signature.describe_all(values)
         if INTERPRETING:
             return None
         if capability is not None:
             return compile_kernel(self.fn, arguments, options, capability)
         with serving.warming():
-            target = cuda().capability(device)
-            return self._variant(arguments, options, device, target).compiled
+            return self._variant(arguments, options, device).compiled
 
     def _variant_for(
         self, values: Mapping[str, Any], options: Mapping[str, Any]
     ) -> tuple[DeviceApi, Variant]:
         """The variant that serves these arguments, made if it is new."""
-        api, device, arguments = self.signature.describe(values)
+        arguments = self.signature.describe_all(values)
+        api, device = self.signature.place_of(values, arguments)
         if cuda().num_devices > 1 and api.current_device() != device:
             raise LaunchError(
                 f"kernel {self.__name__}: the tensors are on device {device}, but the current "
                 f"device is {api.current_device()}; make {device} current first"
             )
-        variant = self._variants.get(self._key(arguments, options, device))
-        if variant is None:
-            variant = self._variant(arguments, options, device, api.capability(device))
-        return api, variant
-
-    def _key(self, arguments: Mapping[str, Argument], options: Any, device: int) -> Any:
-        """The launch cache's key."""
-        return device, tuple(arguments.values()), tuple(options.items())
+        return api, self._variant(arguments, options, device)
 
     def _variant(
-        self,
-        arguments: dict[str, Argument],
-        options: dict[str, Any],
-        device: int,
-        capability: int,
+        self, arguments: dict[str, Argument], options: Mapping[str, Any], device: int
     ) -> Variant:
         """The variant of the launch cache, compiled and loaded first if need be.
 
         It is visible to other threads only when it is complete.
         """
-        key = self._key(arguments, options, device)
+        key = device, tuple(arguments.values()), tuple(options.items())
+        variant = self._variants.get(key)
+        if variant is not None:
+            return variant
         with self._lock:
-            if key not in self._variants:
+            if key in self._variants:
+                return self._variants[key]
+            if INTERPRETING:
+                variant = InterpretedVariant(self.fn, self.signature, arguments, options)
+            else:
                 serving.announce_compilation(self.__name__, arguments, options)
-                compiled = compile_kernel(self.fn, arguments, options, capability)
-                function = cuda().load(
-                    compiled.image,
-                    compiled.name,
-                    device,
-                    compiled.shared_bytes,
-                    compiled.num_ctas,
-                )
-                self._variants[key] = Variant(
+                compiled = compile_kernel(self.fn, arguments, options, cuda().capability(device))
+                function = cuda().load(compiled, device)
+                variant = Variant(
                     self.signature, arguments, options, compiled, function, device, cuda()
                 )
-            return self._variants[key]
+            self._variants[key] = variant
+            return variant
 
     def _extend_chain(self, api: DeviceApi, variant: Variant, spelled: dict[str, Any]) -> None:
         """Give calls spelled like this one their own generated function."""
@@ -246,4 +232,5 @@ class Kernel:
         if position + 1 < len(self._chain):
             self._chain[position + 1](grid, *values, **spelled)
         else:
-            self.run(grid, *values, **spelled)
+            given = zip(self.arg_names, values, strict=True)
+            self.run(grid, **{name: v for name, v in given if v is not MISSING}, **spelled)

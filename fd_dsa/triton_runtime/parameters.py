@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime.compiler import Argument
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
 
-MISSING = object()
+MISSING = inspect.Parameter.empty
 """Stands for an argument that was not given."""
 
 # options of a launch with the values used when none is given; Triton's own defaults change
@@ -47,6 +48,12 @@ ELEMENT_TYPES = {
     "float8_e4m3fn": "fp8e4nv",
     "float8_e5m2": "fp8e5",
 }
+_INTEGERS = (
+    ("i32", -(1 << 31), 1 << 31),
+    ("i64", -(1 << 63), 1 << 63),
+    ("u64", 1 << 63, 1 << 64),
+)
+_NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,19 @@ class Parameter:
     default: Any
 
 
+@lru_cache(maxsize=256)
+def _element_type(dtype: Any) -> str | None:
+    """Triton's name of a dtype, given as a name or a library's object; None without one."""
+    return ELEMENT_TYPES.get(str(dtype).rpartition(".")[2])
+
+
 class Signature:
-    """The parameters of one kernel, and how call arguments are laid on them."""
+    """The parameters of one kernel, and what the compiler knows of their arguments.
+
+    Attributes:
+        kernel: its name.
+        parameters: by name, in order.
+    """
 
     def __init__(
         self,
@@ -94,23 +112,31 @@ class Signature:
         contiguous: Iterable[str],
     ) -> None:
         self.kernel: str = function.__name__
-        parameters = inspect.signature(function).parameters
+        self._call = inspect.signature(function)
         plain, unaligned = set(do_not_specialize), set(do_not_specialize_on_alignment)
         dense = set(contiguous)
-        for name in (plain | unaligned | dense) - parameters.keys():
+        for name in (plain | unaligned | dense) - self._call.parameters.keys():
             raise LaunchError(f"kernel {self.kernel}: declares {name!r}, which is no parameter")
-        self.parameters = tuple(
-            Parameter(
+        self.parameters = {
+            name: Parameter(
                 name=name,
                 is_constexpr="constexpr" in str(parameter.annotation),
                 specialize=name not in plain,
                 specialize_alignment=name not in plain | unaligned,
                 contiguous=name in dense,
-                default=MISSING if parameter.default is parameter.empty else parameter.default,
+                default=parameter.default,
             )
-            for name, parameter in parameters.items()
-        )
-        self.names = tuple(parameters)
+            for name, parameter in self._call.parameters.items()
+        }
+        self._defaults = {
+            name: parameter.default
+            for name, parameter in self.parameters.items()
+            if parameter.default is not MISSING
+        }
+
+    def error(self, name: str, problem: str) -> LaunchError:
+        """The error about the argument of a parameter."""
+        return LaunchError(f"kernel {self.kernel}: argument {name!r} {problem}")
 
     def bind(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -118,44 +144,21 @@ class Signature:
         """Values of all parameters in order, and the options of the launch.
 
         Raises:
-            LaunchError: an argument is missing, unknown or given twice.
+            LaunchError: an argument is missing, unknown or given twice, or an option is out of
+                range.
         """
-        if len(args) > len(self.names):
-            raise LaunchError(
-                f"kernel {self.kernel}: {len(args)} positional arguments for "
-                f"{len(self.names)} parameters ({', '.join(self.names)})"
-            )
-        pairs = zip(self.names, args, strict=False)
-        values = {name: value for name, value in pairs if value is not MISSING}
-        options = {}
-        for name, value in kwargs.items():
-            if name in values:
-                raise LaunchError(f"kernel {self.kernel}: argument {name!r} is given twice")
-            if name in self.names:
-                values[name] = value
-            elif name in OPTIONS:
-                options[name] = value
-            else:
+        options = {n: v for n, v in kwargs.items() if n in OPTIONS and n not in self.parameters}
+        named = {name: value for name, value in kwargs.items() if name not in options}
+        given = {**dict(zip(self.parameters, args, strict=False)), **named}
+        complete = {**self._defaults, **given}
+        if len(given) < len(args) + len(named) or complete.keys() != self.parameters.keys():
+            try:
+                self._call.bind(*args, **named)
+            except TypeError as error:
                 raise LaunchError(
-                    f"kernel {self.kernel}: unknown argument {name!r}; parameters are "
-                    f"{', '.join(self.names)}, options {', '.join(OPTIONS)}"
-                )
-        self._check_options(options)
-        arguments = {}
-        for parameter in self.parameters:
-            value = values.get(parameter.name, parameter.default)
-            if value is MISSING:
-                raise LaunchError(f"kernel {self.kernel}: argument {parameter.name!r} is missing")
-            # NumPy's scalars become Python's
-            arguments[parameter.name] = value.item() if isinstance(value, np.generic) else value
-        return arguments, OPTIONS | options
-
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuse numbers of warps and blocks that Triton's compiler cannot take.
-
-        Raises:
-            LaunchError: names the option.
-        """
+                    f"kernel {self.kernel}: {error}; parameters are {', '.join(self.parameters)}, "
+                    f"options {', '.join(OPTIONS)}"
+                ) from None
         for name, most in _POWERS.items():
             value = options.get(name, 1)
             if type(value) is not int or not 1 <= value <= most or value & (value - 1):
@@ -163,42 +166,87 @@ class Signature:
                     f"kernel {self.kernel}: option {name} is {value!r}, allowed are the powers of "
                     f"two from 1 to {most}"
                 )
+        # NumPy's scalars become Python's
+        values = {name: complete[name] for name in self.parameters}
+        for name, value in values.items():
+            if isinstance(value, np.generic):
+                values[name] = value.item()
+        return values, OPTIONS | options
 
-    def check_tensor(self, parameter: Parameter, tensor: Any) -> str:
-        """Element type of a tensor given for a parameter.
+    def describe(self, parameter: Parameter, value: Any) -> Argument:
+        """What the compiler knows of a value given for a parameter; tensors may be `Pointer`.
 
         Raises:
-            LaunchError: its dtype has no Triton type, or it has gaps where none may be.
+            LaunchError: the value cannot be passed, or has gaps where none may be.
         """
-        element = self._element_of(parameter, tensor.dtype)
-        if parameter.contiguous and not tensor.is_contiguous():
-            raise LaunchError(
-                f"kernel {self.kernel}: argument {parameter.name!r} of shape "
-                f"{list(tensor.shape)} is not contiguous, but the kernel needs it so; "
-                "call .contiguous() first"
+        if parameter.is_constexpr:
+            return self._constant(parameter, value)
+        aligns = parameter.specialize_alignment
+        if isinstance(value, Pointer):
+            return Argument(self._pointer_type(parameter, value), aligns and value.aligned)
+        if not hasattr(value, "data_ptr"):
+            return self._scalar(parameter, value)
+        if parameter.contiguous and not value.is_contiguous():
+            raise self.error(
+                parameter.name,
+                f"of shape {list(value.shape)} is not contiguous, but the kernel needs it so; "
+                "call .contiguous() first",
             )
-        return element
+        return Argument(self._pointer_type(parameter, value), aligns and value.data_ptr() % 16 == 0)
 
-    def _element_of(self, parameter: Parameter, dtype: Any) -> str:
-        """Triton's name of a tensor library's dtype object."""
-        kept, element = _ELEMENT_OF.get(id(dtype), (None, ""))
-        if kept is not dtype:
-            element = self._element_type(parameter, str(dtype).rpartition(".")[2])
-            if len(_ELEMENT_OF) > _MAX_DTYPES:
-                _ELEMENT_OF.clear()
-            _ELEMENT_OF[id(dtype)] = dtype, element
-        return element
-
-    def _element_type(self, parameter: Parameter, dtype: str) -> str:
-        """Triton's name of a dtype."""
-        if dtype not in ELEMENT_TYPES:
-            raise LaunchError(
-                f"kernel {self.kernel}: argument {parameter.name!r} has dtype {dtype}, which "
-                f"kernels cannot take; allowed are {', '.join(ELEMENT_TYPES)}"
+    def _pointer_type(self, parameter: Parameter, tensor: Any) -> str:
+        """Triton's type of the address of a tensor."""
+        element = _element_type(tensor.dtype)
+        if element is None:
+            raise self.error(
+                parameter.name,
+                f"has dtype {str(tensor.dtype).rpartition('.')[2]}, which kernels cannot take; "
+                f"allowed are {', '.join(ELEMENT_TYPES)}",
             )
-        return ELEMENT_TYPES[dtype]
+        return "*" + element
 
-    def device_of(self, parameter: Parameter, tensor: Any, api: DeviceApi) -> int:
+    def _constant(self, parameter: Parameter, value: Any) -> Argument:
+        """The value of a `tl.constexpr` parameter, which is a key of the launch cache."""
+        try:
+            hash(value)
+            is_constant = not hasattr(value, "data_ptr")
+        except TypeError:
+            is_constant = False
+        if not is_constant:
+            raise self.error(
+                parameter.name,
+                f"is a {type(value).__name__}, but it is compiled in; allowed are numbers, text, "
+                "dtypes, tuples and None",
+            )
+        if isinstance(value, float):
+            # a NaN is found by identity alone: one object for all finds what was compiled
+            return Argument("constexpr", False, value if value == value else _NAN, repr(value))
+        return Argument("constexpr", False, value, type(value))
+
+    def _scalar(self, parameter: Parameter, value: Any) -> Argument:
+        """A number, or None, which is compiled in as an int of value 1 is."""
+        if isinstance(value, bool):
+            return Argument("i1")
+        if isinstance(value, float):
+            return Argument("fp32")
+        if value is None or (isinstance(value, int) and parameter.specialize and value == 1):
+            return Argument("constexpr", False, value, type(value))
+        if not isinstance(value, int):
+            raise self.error(
+                parameter.name,
+                f"is a {type(value).__name__}; allowed are tensors with data_ptr(), int, float, "
+                "bool and None",
+            )
+        for kind, low, high in _INTEGERS:
+            if low <= value < high:
+                return Argument(kind, parameter.specialize_alignment and value % 16 == 0)
+        raise self.error(parameter.name, f"is {value}, beyond 64 bits")
+
+    def describe_all(self, values: Mapping[str, Any]) -> dict[str, Argument]:
+        """What the compiler knows of each argument."""
+        return {name: self.describe(p, values[name]) for name, p in self.parameters.items()}
+
+    def device_of(self, name: str, tensor: Any, api: DeviceApi) -> int:
         """Device that holds a tensor given for a parameter.
 
         Raises:
@@ -207,83 +255,34 @@ class Signature:
         try:
             return api.device_of(tensor)
         except LaunchError as error:
-            raise LaunchError(
-                f"kernel {self.kernel}: argument {parameter.name!r}: {error}"
-            ) from None
+            raise LaunchError(f"kernel {self.kernel}: argument {name!r}: {error}") from None
 
-    def scalar_type(self, parameter: Parameter, value: Any) -> str:
-        """Triton's type of a number given for a parameter; "constexpr" for None.
-
-        Raises:
-            LaunchError: it is no bool, int, float or None, or an int beyond 64 bits.
-        """
-        if isinstance(value, bool):
-            return "i1"
-        if isinstance(value, int):
-            for name, low, high in _INTEGERS:
-                if low <= value < high:
-                    return name
-            raise LaunchError(
-                f"kernel {self.kernel}: argument {parameter.name!r} is {value}, beyond 64 bits"
-            )
-        if value is not None and not isinstance(value, float):
-            raise LaunchError(
-                f"kernel {self.kernel}: argument {parameter.name!r} is a {type(value).__name__}; "
-                "allowed are tensors with data_ptr(), int, float, bool and None"
-            )
-        return "constexpr" if value is None else "fp32"
-
-    def constant(self, parameter: Parameter, value: Any) -> Argument:
-        """What the compiler knows of the value of a `tl.constexpr` parameter.
+    def place_of(
+        self, values: Mapping[str, Any], arguments: Mapping[str, Argument]
+    ) -> tuple[DeviceApi, int]:
+        """Tensor library and device of all tensors among the arguments.
 
         Raises:
-            LaunchError: it is a tensor, or cannot be a key of the launch cache.
+            LaunchError: tensors of two libraries or devices meet, or there is no tensor.
         """
-        try:
-            hash(value)
-            is_constant = not hasattr(value, "data_ptr")
-        except TypeError:
-            is_constant = False
-        if not is_constant:
-            raise LaunchError(
-                f"kernel {self.kernel}: argument {parameter.name!r} is a {type(value).__name__}, "
-                "but it is compiled in; allowed are numbers, text, dtypes, tuples and None"
-            )
-        if isinstance(value, float):
-            # a NaN is found by identity alone: one object for all finds what was compiled
-            return Argument("constexpr", False, value if value == value else _NAN, repr(value))
-        return Argument("constexpr", False, value, type(value))
-
-    def scalar(self, parameter: Parameter, value: Any) -> Argument:
-        """What the compiler knows of a number given for a parameter."""
-        kind = self.scalar_type(parameter, value)
-        is_integer = kind in ("i32", "i64", "u64")
-        if kind == "constexpr" or (is_integer and parameter.specialize and value == 1):
-            return Argument("constexpr", False, value, type(value))
-        divisible = is_integer and parameter.specialize_alignment and value % 16 == 0
-        return Argument(kind, divisible)
-
-    def describe_ahead(self, values: Mapping[str, Any]) -> dict[str, Argument]:
-        """What the compiler knows of arguments of which tensors may be `Pointer`."""
-        arguments = {}
-        for parameter in self.parameters:
-            value = values[parameter.name]
-            if parameter.is_constexpr:
-                arguments[parameter.name] = self.constant(parameter, value)
-            elif isinstance(value, Pointer):
-                aligned = parameter.specialize_alignment and value.aligned
-                kind = "*" + self._element_type(parameter, value.dtype)
-                arguments[parameter.name] = Argument(kind, aligned)
-            elif hasattr(value, "data_ptr"):
-                arguments[parameter.name] = self.describe_tensor(parameter, value)
-            else:
-                arguments[parameter.name] = self.scalar(parameter, value)
-        return arguments
-
-    def describe_tensor(self, parameter: Parameter, value: Any) -> Argument:
-        """What the compiler knows of a tensor."""
-        kind = "*" + self.check_tensor(parameter, value)
-        return Argument(kind, parameter.specialize_alignment and value.data_ptr() % 16 == 0)
+        api, device, first = None, 0, ""
+        for name, argument in arguments.items():
+            if argument.type[0] != "*":
+                continue
+            own = api_for_type(type(values[name]))
+            on = self.device_of(name, values[name], own)
+            if api is None:
+                api, device, first = own, on, name
+            if own is not api or on != device:
+                raise self.error(
+                    name,
+                    f"is a {type(values[name]).__module__} tensor on device {on}, but {first!r} "
+                    f"is a {type(values[first]).__module__} tensor on device {device}; put all on "
+                    "one device",
+                )
+        if api is None:
+            raise LaunchError(f"kernel {self.kernel}: no argument is a tensor")
+        return api, device
 
     def check_changing(self, scalars: Sequence[str], values: Mapping[str, Any]) -> None:
         """Refuse names whose value cannot change from launch to launch of one variant.
@@ -292,9 +291,9 @@ class Signature:
             LaunchError: no parameter, a constant, a tensor, or an int that is specialised.
         """
         for name in scalars:
-            if name not in self.names:
+            if name not in self.parameters:
                 raise LaunchError(f"kernel {self.kernel}: scalar {name!r} is no parameter")
-            value, parameter = values[name], self.parameters[self.names.index(name)]
+            value, parameter = values[name], self.parameters[name]
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if parameter.is_constexpr or not is_number:
                 raise LaunchError(
@@ -306,74 +305,3 @@ class Signature:
                     f"kernel {self.kernel}: scalar {name!r} changes from launch to launch, but its "
                     "value may select another compiled kernel; name it in do_not_specialize"
                 )
-
-    def with_scalars(
-        self, values: Mapping[str, Any], names: Sequence[str], scalars: Sequence[Any]
-    ) -> dict[str, Any]:
-        """The values with some scalars exchanged; unchanged if none is given.
-
-        Raises:
-            LaunchError: another number of scalars than of names.
-        """
-        if scalars and len(scalars) != len(names):
-            raise LaunchError(
-                f"kernel {self.kernel}: {len(scalars)} scalars for {len(names)} names "
-                f"({', '.join(names)})"
-            )
-        return {**values, **dict(zip(names, scalars, strict=False))}
-
-    def check_exchange(self, name: str, values: Mapping[str, Any], tensor: Any) -> Parameter:
-        """The parameter of a bound tensor that is to be exchanged for another one.
-
-        Raises:
-            LaunchError: the parameter is none, or one of the two is no tensor.
-        """
-        if not hasattr(values.get(name), "data_ptr"):
-            raise LaunchError(f"kernel {self.kernel}: no tensor is bound to {name!r}")
-        if not hasattr(tensor, "data_ptr"):
-            raise LaunchError(
-                f"kernel {self.kernel}: argument {name!r} is a {type(tensor).__name__}; "
-                "a tensor is bound there"
-            )
-        return self.parameters[self.names.index(name)]
-
-    def describe(self, values: Mapping[str, Any]) -> tuple[DeviceApi, int, dict[str, Argument]]:
-        """Tensor library, device, and what the compiler knows of each argument.
-
-        Raises:
-            LaunchError: an argument cannot be passed, tensors of two libraries or devices meet, or
-                there is no tensor.
-        """
-        api, device, first = None, 0, ""
-        arguments = self.describe_ahead(values)
-        for parameter in self.parameters:
-            value = values[parameter.name]
-            if arguments[parameter.name].type[0] != "*":
-                continue
-            own = api_for_type(type(value))
-            on = self.device_of(parameter, value, own)
-            if api is None:
-                api, device, first = own, on, parameter.name
-            if own is not api or on != device:
-                raise LaunchError(
-                    f"kernel {self.kernel}: argument {parameter.name!r} is a "
-                    f"{type(value).__module__} tensor on device {on}, but {first!r} is a "
-                    f"{type(values[first]).__module__} tensor on device {device}; put all on "
-                    "one device"
-                )
-        if api is None:
-            raise LaunchError(f"kernel {self.kernel}: no argument is a tensor")
-        return api, device, arguments
-
-
-# id of a dtype object -> the object, which keeps the id its own, and Triton's name; the objects'
-# own hash and text cost more than a launch
-_ELEMENT_OF: dict[int, tuple[Any, str]] = {}
-_MAX_DTYPES = 256
-_NAN = float("nan")
-
-_INTEGERS = (
-    ("i32", -(1 << 31), 1 << 31),
-    ("i64", -(1 << 63), 1 << 63),
-    ("u64", 1 << 63, 1 << 64),
-)

@@ -51,50 +51,36 @@ def warming() -> Iterator[None]:
         _state.warming = before
 
 
+def serves() -> bool:
+    """True after `freeze()`, outside `warming()`."""
+    return _frozen is not None and not getattr(_state, "warming", False)
+
+
+def announce(kernel: str, problem: str, consequence: str) -> None:
+    """Called while serving, before a launch does what the warm-up should have done.
+
+    Raises:
+        LaunchError: after `freeze(strict=True)`.
+    """
+    global _late
+    if _frozen == "strict":
+        raise LaunchError(f"kernel {kernel}: {problem}")
+    _late += 1
+    _LOG.warning("kernel %s: %s; %s", kernel, problem, consequence)
+
+
 def announce_compilation(kernel: str, arguments: Mapping[str, Any], options: Any) -> None:
     """Called before a launch compiles or loads.
 
     Raises:
         LaunchError: after `freeze(strict=True)`.
     """
-    if not serves():
-        return
-    types = ", ".join(f"{name}={_described(argument)}" for name, argument in arguments.items())
-    _announce(
-        f"kernel {kernel}: no compiled variant for ({types}) with {dict(options)} after freeze(); "
-        "add it to the warm-up",
-        "this step compiles",
-    )
-
-
-def announce_untuned(kernel: str, key: Any) -> None:
-    """Called before a launch uses a configuration that was not chosen by measuring.
-
-    Raises:
-        LaunchError: after `freeze(strict=True)`.
-    """
-    _announce(
-        f"kernel {kernel}: not tuned for {key} before freeze(); launch it so in the warm-up",
-        "its first configuration is used",
-    )
-
-
-def serves() -> bool:
-    """True after `freeze()`, outside `warming()`."""
-    return _frozen is not None and not getattr(_state, "warming", False)
-
-
-def _announce(problem: str, consequence: str) -> None:
-    """Raise, or count and log."""
-    global _late
-    if _frozen == "strict":
-        raise LaunchError(problem)
-    _late += 1
-    _LOG.warning("%s; %s", problem, consequence)
-
-
-def _described(argument: Any) -> str:
-    """One argument in a message: its type, its constant, and whether 16 divides it."""
-    if argument.type == "constexpr":
-        return repr(argument.value)
-    return argument.type + (" (divisible by 16)" if argument.divisible else "")
+    if serves():
+        types = ", ".join(
+            f"{name}={argument.value!r}"
+            if argument.type == "constexpr"
+            else f"{name}={argument.type}{' (divisible by 16)' if argument.divisible else ''}"
+            for name, argument in arguments.items()
+        )
+        problem = f"no compiled variant for ({types}) with {dict(options)} after freeze()"
+        announce(kernel, f"{problem}; add it to the warm-up", "this step compiles")

@@ -11,13 +11,9 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from fd_dsa.triton_runtime import INTERPRETING
 from fd_dsa.triton_runtime.device import DeviceApi, api_for_type
-from fd_dsa.triton_runtime.driver import cuda
-from fd_dsa.triton_runtime.transfers import NO_TIMING, transfers_for
-
-_RECORD, _WAIT = "cuEventRecord", "cuStreamWaitEvent"
-_NO_FLAGS = ctypes.c_uint(0)
+from fd_dsa.triton_runtime.mode import INTERPRETING
+from fd_dsa.triton_runtime.transfers import Transfers, transfers_for
 
 
 class SideStream:
@@ -38,16 +34,13 @@ class SideStream:
     """
 
     def __init__(self, api: DeviceApi, device: int, *, high_priority: bool = False) -> None:
+        self._transfers = transfers = Transfers(api, device)
         self._api, self._device = api, device
         self.stream = api.new_stream(device, high_priority)
         self._handle = ctypes.c_void_p(api.stream_handle(self.stream))
         self._main = ctypes.c_void_p()
         self._before: Any = None
-        self._forked, self._done = ctypes.c_void_p(), ctypes.c_void_p()
-        for event in (self._forked, self._done):
-            flags = ctypes.c_uint(NO_TIMING)
-            cuda().call(device, "cuEventCreate", ctypes.byref(event), flags)
-        self._functions = {name: cuda().function(name) for name in (_RECORD, _WAIT)}
+        self._forked, self._done = transfers.event(), transfers.event()
 
     def begin(self) -> None:
         """Make this stream the current one; it waits for all work of the current one so far.
@@ -55,26 +48,20 @@ class SideStream:
         Raises:
             DeviceError: the driver refuses; the current stream is as it was.
         """
-        api, device = self._api, self._device
-        self._main = ctypes.c_void_p(api.current_stream(device))
-        self._call(_RECORD, self._forked, self._main)
-        self._call(_WAIT, self._handle, self._forked, _NO_FLAGS)
-        self._before = api.swap_stream(device, self.stream)
+        self._main = self._transfers.stream()
+        self._forked.record(self._main)
+        self._forked.precede(self._handle)
+        self._before = self._api.swap_stream(self._device, self.stream)
 
     def end(self) -> None:
         """Make the stream from before `begin` the current one again; what was queued goes on."""
         before, self._before = self._before, None
         self._api.swap_stream(self._device, before)
-        self._call(_RECORD, self._done, self._handle)
+        self._done.record(self._handle)
 
     def join(self) -> None:
         """The stream from before `begin` waits for all work that was queued before `end`."""
-        self._call(_WAIT, self._main, self._done, _NO_FLAGS)
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        """Call the driver; where it refuses, once more with the device's context and a reason."""
-        if self._functions[name](*arguments):
-            cuda().call(self._device, name, *arguments)
+        self._done.precede(self._main)
 
 
 def side_stream_for(tensor: Any) -> SideStream | None:

@@ -111,8 +111,9 @@ class TunedKernel(HeuristicKernel):
         with self._lock:
             if key not in self.choices:
                 if serving.serves():
-                    key_values = {name: given.get(name) for name in self._key}
-                    serving.announce_untuned(self.__name__, key_values)
+                    values = {name: given.get(name) for name in self._key}
+                    problem = f"not tuned for {values} before freeze(); launch it so in the warm-up"
+                    serving.announce(self.__name__, problem, "its first configuration is used")
                     self.choices[key] = self._configs[0]
                 else:
                     self.choices[key] = self._fastest(grid, given)

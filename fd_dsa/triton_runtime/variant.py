@@ -17,7 +17,9 @@ from fd_dsa.triton_runtime.device import DeviceApi
 from fd_dsa.triton_runtime.driver import Driver
 from fd_dsa.triton_runtime.parameters import Parameter, Signature
 
-WARP_SIZE = 32
+_WARP_SIZE = 32
+# scratch pointers that a kernel takes after its arguments, null here: one or two by Triton version
+_SCRATCH_POINTERS = 2
 # invalid context, and a function or stream that is not of the current context
 _WRONG_CONTEXT = (201, 400, 709)
 _CLUSTER_DIMENSION, _CLUSTER_SCHEDULING = 4, 5
@@ -36,13 +38,15 @@ class Frame:
     Attributes:
         memory: what `Variant.values` packs into.
         call: the arguments of the driver's launch function.
+        grid: the three numbers that `memory` has now.
         stream: the stream that the configuration names now.
     """
 
-    __slots__ = ("_kept", "_stream_offset", "call", "memory", "stream")
+    __slots__ = ("_kept", "_stream_offset", "call", "grid", "memory", "stream")
 
     def __init__(self, memory: Any, call: tuple[Any, ...], stream_offset: int, kept: Any) -> None:
         self.memory, self.call, self.stream = memory, call, 0
+        self.grid: tuple[int, int, int] | None = None
         self._stream_offset, self._kept = stream_offset, kept
 
     def set_stream(self, stream: int) -> None:
@@ -57,6 +61,7 @@ class Variant:
     Attributes:
         device: index of the device that it is loaded on.
         compiled: what the compiler says about it.
+        queue: called with `*frame.call` to launch a frame; returns an error code of the driver.
         passed: the parameters whose values a launch passes, in order.
         values: packs all their values and then the grid's three numbers, from offset 0 on.
         offsets: of each value in a frame.
@@ -75,11 +80,11 @@ class Variant:
         driver: Driver,
     ) -> None:
         self.signature, self.arguments, self.device = signature, arguments, device
-        self.compiled, self.driver = compiled, driver
+        self.compiled, self.driver, self.queue = compiled, driver, driver.launch
         self.free: list[Frame] = []
         self.passed: list[Parameter] = [
             parameter
-            for parameter in signature.parameters
+            for parameter in signature.parameters.values()
             if arguments[parameter.name].type != "constexpr"
         ]
         codes = compiled.codes
@@ -94,18 +99,16 @@ class Variant:
 
     def frame(self) -> Frame:
         """A new frame with no arguments yet."""
-        compiled, memory = (
-            self.compiled,
-            ctypes.create_string_buffer(self.grid_offset + _CONFIG.size),
-        )
+        compiled = self.compiled
+        memory = ctypes.create_string_buffer(self.grid_offset + _CONFIG.size)
         base, num_attributes = ctypes.addressof(memory), len(self._attributes) // _ATTRIBUTE.size
         attributes = ctypes.addressof(self._attributes) if num_attributes else 0
-        block = compiled.num_warps * WARP_SIZE
+        block = compiled.num_warps * _WARP_SIZE
         config = (1, 1, 1, block, 1, 1, compiled.shared_bytes, 0, attributes, num_attributes)
         _CONFIG.pack_into(memory, self.grid_offset, *config)
-        null = [ctypes.addressof(self._null)] * compiled.num_null_pointers
-        addresses = [base + offset for offset in self.offsets] + null
-        pointers = (ctypes.c_void_p * max(len(addresses), 1))(*addresses)
+        addresses = [base + offset for offset in self.offsets]
+        addresses += [ctypes.addressof(self._null)] * _SCRATCH_POINTERS
+        pointers = (ctypes.c_void_p * len(addresses))(*addresses)
         call = (
             ctypes.c_void_p(base + self.grid_offset),
             self._function,
@@ -120,7 +123,7 @@ class Variant:
             value.data_ptr() if hasattr(value, "data_ptr") else value
             for value in (values[parameter.name] for parameter in self.passed)
         ]
-        x, y, z = grid
+        x, y, z = frame.grid = grid
         self.values.pack_into(frame.memory, 0, *plain, x * self.compiled.num_ctas, y, z)
 
     def launch(self, api: DeviceApi, values: Mapping[str, Any], grid: tuple[int, int, int]) -> None:
@@ -132,7 +135,7 @@ class Variant:
         stream = api.current_stream(self.device)
         if frame.stream != stream:
             frame.set_stream(stream)
-        code = self.driver.launch(*frame.call)
+        code = self.queue(*frame.call)
         if code:
             self.recover(code, frame)
         self.free.append(frame)
@@ -147,7 +150,7 @@ class Variant:
         """
         if code in _WRONG_CONTEXT:
             with self.driver.context(self.device):
-                code = self.driver.launch(*frame.call)
+                code = self.queue(*frame.call)
         self.driver.check(code, f"launch of kernel {self.signature.kernel}")
 
 

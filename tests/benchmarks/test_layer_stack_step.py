@@ -24,12 +24,6 @@ class HostMemory:
     def current_stream(self, device: int) -> int:
         return 0
 
-    def capability(self, device: int) -> int:
-        return 90
-
-    def interpreter_argument(self, tensor: Any) -> Any:
-        return tensor
-
 
 @pytest.fixture
 def stack(monkeypatch: pytest.MonkeyPatch) -> Any:

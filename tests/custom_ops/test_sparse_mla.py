@@ -119,42 +119,30 @@ def dequantized(m: KernelMemory) -> Dequantized:
 
 
 @pytest.mark.parametrize(
-    ("heads", "kinds"),
+    ("heads", "kinds", "faster", "slower"),
     [
-        (1, (NarrowAttention, None)),
-        (16, (NarrowAttention, None)),
-        (17, (NarrowAttention, WideAttention)),
-        (32, (NarrowAttention, WideAttention)),
-        (33, (WideAttention,) * 2),
+        (1, (NarrowAttention, None), (1, 8192), ()),
+        (16, (NarrowAttention, None), (1, 7, 8192), ()),
+        (17, (NarrowAttention, WideAttention), (8, 8192), (1, 7)),
+        (32, (NarrowAttention, WideAttention), (8, 8192), (1, 7)),
+        (33, (WideAttention, WideAttention), (5, 8192), (1, 4)),
+        (64, (WideAttention, WideAttention), (5, 8, 17, 32, 8192), (1, 4)),
+        (128, (WideAttention, WideAttention), (3, 8, 17, 1024), (1, 2)),
     ],
 )
-def test_which_kernel_is_for_so_many_heads(heads: int, kinds: tuple[Any, ...]) -> None:
-    assert (kind_for(heads, True), kind_for(heads, False)) == kinds
-
-
-@pytest.mark.parametrize(
-    ("heads", "faster", "slower"),
-    [
-        (16, (1, 7, 8192), ()),
-        (32, (8, 8192), (1, 7)),
-        (64, (5, 8, 17, 32, 8192), (1, 4)),
-        (128, (3, 8, 17, 1024), (1, 2)),
-    ],
-)
-def test_where_it_is_faster(heads: int, faster: tuple[int, ...], slower: tuple[int, ...]) -> None:
-    kind = kind_for(heads, True)
-    assert kind is not None
-    assert all(kind.is_faster(tokens, heads) for tokens in faster)
-    assert not any(kind.is_faster(tokens, heads) for tokens in slower)
-    assert (heads <= kind.always_heads) == (not slower)
-
-
-@pytest.mark.parametrize("heads", [17, 32])
-def test_prompts_over_bfloat16_are_padded_to_64_heads(heads: int) -> None:
-    kind = kind_for(heads, False)
-    assert kind is not None and heads > kind.always_heads
-    assert kind.is_faster(1024, heads) and not kind.is_faster(1023, heads)
-    assert not kind.is_faster(8192, 16)
+def test_which_kernel_is_for_so_many_heads_and_where_it_is_faster(
+    heads: int, kinds: tuple[Any, Any], faster: tuple[int, ...], slower: tuple[int, ...]
+) -> None:
+    records, bfloat16 = kind_for(heads, True), kind_for(heads, False)
+    assert records is not None and (records, bfloat16) == kinds
+    assert all(records.is_faster(tokens, heads) for tokens in faster)
+    assert not any(records.is_faster(tokens, heads) for tokens in slower)
+    assert (heads <= records.always_heads) == (not slower)
+    if 16 < heads <= 32:
+        # prompts over bfloat16 are padded to 64 heads
+        assert bfloat16 is not None and heads > bfloat16.always_heads
+        assert bfloat16.is_faster(1024, heads) and not bfloat16.is_faster(1023, heads)
+        assert not bfloat16.is_faster(8192, 16)
 
 
 @pytest.mark.parametrize("kind", KINDS)

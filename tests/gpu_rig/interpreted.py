@@ -6,32 +6,28 @@ from typing import Any
 
 import paddle
 
-from fd_dsa.triton_runtime import DeviceApi, register_device_api
+from fd_dsa.triton_runtime import driver, register_device_api
+from fd_dsa.triton_runtime.device import HostApi
+from fd_dsa.triton_runtime.host import HostLibrary
 
 
-class _Readable:
-    """A device tensor as the interpreter may read and write it."""
+class RigApi(HostApi):
+    """Paddle tensors in host memory that Paddle treats as a device's, and a CPU's."""
 
-    def __init__(self, tensor: Any, address: int) -> None:
-        self.dtype, self.shape, self._address = tensor.dtype, tensor.shape, address
-
-    def data_ptr(self) -> int:
-        return self._address
+    def device_of(self, tensor: Any) -> int:
+        return 0
 
 
-class HostMemoryApi(DeviceApi):
-    """Paddle tensors in host memory that Paddle treats as a device's."""
+class RigLibrary(HostLibrary):
+    """Reaches the memory of a rig under the addresses that host code may use."""
 
     def __init__(self, rig: Any) -> None:
-        self._rig = rig
-
-    def interpreter_argument(self, tensor: Any) -> Any:
-        """The tensor under the address that host code may use; CPU tensors as they are."""
-        if tensor.place.is_cpu_place():
-            return tensor
-        return _Readable(tensor, self._rig.readable(tensor.data_ptr()))
+        super().__init__()
+        self.host_address = rig.readable
 
 
 def register(rig: Any) -> None:
-    """Tell the launcher how kernels reach the memory of this rig."""
-    register_device_api(paddle.Tensor, HostMemoryApi(rig))
+    """Tell the launcher how kernels and copies reach the memory of this rig."""
+    driver._open_library = lambda: RigLibrary(rig)
+    driver.cuda.cache_clear()
+    register_device_api(paddle.Tensor, RigApi())

@@ -125,7 +125,7 @@ def timed_copies(
 
 def stream_of(copy: FixedCopy) -> int | None:
     """Handle of the stream of a copy, None for the current one."""
-    return None if copy.stream is None else copy.stream.handle
+    return None if copy.stream is None else copy.stream.value
 
 
 @paddle_jit(do_not_specialize=("rounds",))

@@ -24,9 +24,9 @@ COPIED, USED = (1, 2, 3), (4, 5, 6)
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateLibrary]:
+def library() -> Iterator[LateLibrary]:
     """The device of one test."""
-    with late_driver(monkeypatch) as library:
+    with late_driver() as library:
         yield library
 
 
@@ -141,7 +141,7 @@ def test_a_slab_in_flight_is_not_filled_again(library: LateLibrary, lag: int) ->
 @settings(max_examples=40)
 @given(seed=st.integers(0, 1 << 30), work=st.lists(st.integers(0, 12), min_size=12, max_size=24))
 def test_every_step_arrives_whatever_the_device_does_first(seed: int, work: list[int]) -> None:
-    with pytest.MonkeyPatch.context() as patch, late_driver(patch, seed) as library:
+    with late_driver(seed) as library:
         staging, seen = InputStaging(LateTensor, SIZE), []
         for step, entries in enumerate(work):
             run_step(library, staging, step, seen)
@@ -156,7 +156,7 @@ def test_every_step_arrives_whatever_the_device_does_first(seed: int, work: list
 def test_without_one_of_its_guards_steps_are_spoiled(guard: str) -> None:
     spoiled = 0
     for seed in range(20):
-        with pytest.MonkeyPatch.context() as patch, late_driver(patch, seed) as library:
+        with late_driver(seed) as library:
             staging, seen = InputStaging(LateTensor, SIZE, num_slabs=1), []
             with without_guards([guard]):
                 for step in range(12):

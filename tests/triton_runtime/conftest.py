@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from fd_dsa.triton_runtime import driver, register_device_api, unfreeze
-from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor
+import fd_dsa.triton_runtime
+from fd_dsa.triton_runtime import INTERPRETING, kernel, register_device_api, tuning
+from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, driven_by, fake_compile
 
 
 @pytest.fixture
@@ -19,11 +20,16 @@ def api() -> FakeApi:
 
 
 @pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch, api: FakeApi) -> Iterator[FakeLibrary]:
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched as compiled ones; where this process interprets, nothing is compiled."""
+    if INTERPRETING:
+        for module in (fd_dsa.triton_runtime, kernel, tuning):
+            monkeypatch.setattr(module, "INTERPRETING", False)
+        monkeypatch.setattr(kernel, "compile_kernel", fake_compile)
+
+
+@pytest.fixture
+def library(api: FakeApi, compiling: None) -> Iterator[FakeLibrary]:
     """The driver library of one test; it reads the arguments of `scale_kernel`."""
-    library = FakeLibrary(codes="QQif?i")
-    monkeypatch.setattr(driver, "_open_library", lambda: library)
-    driver.cuda.cache_clear()
-    yield library
-    unfreeze()
-    driver.cuda.cache_clear()
+    with driven_by(FakeLibrary(codes="QQif?i")) as library:
+        yield library

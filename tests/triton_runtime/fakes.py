@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
+import subprocess
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fd_dsa.errors import LaunchError
-from fd_dsa.triton_runtime import DeviceApi, paddle_jit
+from fd_dsa.triton_runtime import DeviceApi, driver, paddle_jit, unfreeze
+from fd_dsa.triton_runtime.compiler import Argument, Compiled, argument_codes
+from fd_dsa.triton_runtime.host import HostLibrary
 
 import triton.language as tl
 
@@ -51,9 +62,6 @@ class FakeApi(DeviceApi):
     def current_stream(self, device: int) -> int:
         return self.stream
 
-    def set_device(self, device: int) -> None:
-        self.device = device
-
 
 @dataclass(frozen=True)
 class Launch:
@@ -68,7 +76,7 @@ class Launch:
     values: tuple[Any, ...]
 
 
-class FakeLibrary:
+class FakeLibrary(HostLibrary):
     """The functions of libcuda that the launcher calls.
 
     Attributes:
@@ -79,15 +87,12 @@ class FakeLibrary:
     """
 
     def __init__(self, codes: str = "", num_devices: int = 1) -> None:
+        super().__init__()
         self.launches: list[Launch] = []
         self.loaded: list[bytes] = []
         self.codes, self.num_devices, self.needs_context = codes, num_devices, False
-        self.opt_in: list[int] = []
-        self.functions: dict[int, int] = {}
+        self.functions: dict[int, int | None] = {}
         self._local = threading.local()
-
-    def cuInit(self, flags: int) -> int:
-        return 0
 
     def cuGetErrorString(self, code: int, text: Any) -> int:
         text._obj.value = b"fake error"
@@ -109,10 +114,6 @@ class FakeLibrary:
         context._obj.value = 0x1000 + device
         return 0
 
-    def cuCtxGetCurrent(self, context: Any) -> int:
-        context._obj.value = self.context()
-        return 0
-
     def enter(self, context: int) -> None:
         """Make a context the calling thread's; 0x1000 + device is a device's."""
         self._local.context = context
@@ -120,6 +121,14 @@ class FakeLibrary:
     def context(self) -> int | None:
         """The calling thread's context."""
         return getattr(self._local, "context", None)
+
+    def cuCtxGetCurrent(self, context: Any) -> int:
+        context._obj.value = self.context()
+        return 0
+
+    def cuCtxGetDevice(self, device: Any) -> int:
+        device._obj.value = (self.context() or 0x1000) - 0x1000
+        return 0
 
     def cuCtxSetCurrent(self, context: Any) -> int:
         self.enter(context.value)
@@ -132,15 +141,7 @@ class FakeLibrary:
 
     def cuModuleGetFunction(self, function: Any, module: Any, name: bytes) -> int:
         function._obj.value = 0xF0000 + module.value
-        self.functions[function._obj.value] = self._local.context
-        return 0
-
-    def cuFuncGetAttribute(self, value: Any, attribute: int, function: Any) -> int:
-        value._obj.value = 0
-        return 0
-
-    def cuFuncSetAttribute(self, function: Any, attribute: int, value: int) -> int:
-        self.opt_in.append(value)
+        self.functions[function._obj.value] = self.context()
         return 0
 
     def cuLaunchKernelEx(self, config: Any, function: Any, pointers: Any, extra: None) -> int:
@@ -169,6 +170,37 @@ class FakeLibrary:
         return 0
 
 
+@contextmanager
+def driven_by(library: Any) -> Iterator[Any]:
+    """The library is the CUDA driver's inside, of a process that may interpret its kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_open_library", lambda: library)
+        driver.cuda.cache_clear()
+        yield library
+    unfreeze()
+    driver.cuda.cache_clear()
+
+
+def fake_compile(
+    fn: Any, arguments: dict[str, Argument], options: dict[str, Any], capability: int
+) -> Compiled:
+    """What the launcher gets of a compiler."""
+    warps, ctas = options["num_warps"], options["num_ctas"]
+    return Compiled(fn.__name__, b"", "", 0, warps, ctas, argument_codes(arguments))
+
+
+def in_threads(work: Callable[[int], Any], count: int) -> None:
+    """Call `work` with 0, 1, ... at the same time; an error of one is raised here."""
+    start = threading.Barrier(count)
+
+    def begin(index: int) -> None:
+        start.wait()
+        work(index)
+
+    with ThreadPoolExecutor(count) as pool:
+        list(pool.map(begin, range(count)))
+
+
 X, Y = FakeTensor(0x7000), FakeTensor(0x8000)
 
 
@@ -184,3 +216,16 @@ def scale_kernel() -> Any:
         tl.store(y_ptr + offsets, x, mask=offsets < n)
 
     return scale_kernel
+
+
+def run_module(cache: Path, *arguments: str, **variables: str) -> str:
+    """What a module prints in a process of its own, which compiles kernels into this folder."""
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"TRITON_CACHE_DIR": str(cache)} | variables,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout

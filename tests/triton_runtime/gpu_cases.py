@@ -1,6 +1,6 @@
 """Kernels and whole-process cases for the tests on a GPU; each case runs in a process of its own.
 
-`python -m tests.triton_runtime.gpu_cases CASE`; it prints "fine" when all it checked was so.
+`python -m tests.triton_runtime.gpu_cases CASE`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 from fd_dsa.triton_runtime import Pointer, freeze, paddle_jit
+from tests.triton_runtime.fakes import in_threads
 
 import triton
 import triton.language as tl
@@ -107,29 +108,6 @@ def capture_after_warmup() -> None:
     assert (out == x * 2).all()
 
 
-def cached_compile(*, compile_allowed: bool) -> None:
-    """A launch whose compiled kernel may or must come from the cache on disk."""
-    from triton.compiler import ASTSource
-
-    if not compile_allowed:
-
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            raise AssertionError("compiled again")
-
-        ASTSource.make_ir = refuse
-    _ours(*_tensors())
-
-
-def fill_cache() -> None:
-    """Compiles."""
-    cached_compile(compile_allowed=True)
-
-
-def use_cache() -> None:
-    """Must not compile."""
-    cached_compile(compile_allowed=False)
-
-
 def compile_ahead() -> None:
     """Compiles for Hopper without a driver; `TRITON_INTERPRET=0` on a machine without a GPU."""
     pointer = Pointer("float32")
@@ -162,18 +140,7 @@ def paddle_without_torch() -> None:
         state = list(sys.meta_path), set(sys.modules)
         assert before in (None, state)
         before = state
-    errors: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            double_kernel[GRID](x, out, N, BLOCK=128)
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert errors == []
+    in_threads(lambda _: double_kernel[GRID](x, out, N, BLOCK=128), 1)
     assert "torch" not in sys.modules
 
 
@@ -210,4 +177,3 @@ if __name__ == "__main__":
     from tests.triton_runtime import gpu_cases
 
     getattr(gpu_cases, sys.argv[1])()
-    print("fine")

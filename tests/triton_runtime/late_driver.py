@@ -20,10 +20,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import pytest
 
-from fd_dsa.triton_runtime import driver, register_device_api, transfers
-from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor
+from fd_dsa.triton_runtime import register_device_api
+from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, driven_by
 
 MAIN = FakeApi.stream
 _FIRST_STREAM = 0x5000
@@ -41,8 +40,8 @@ class LateLibrary(FakeLibrary):
         refused: names of functions that answer with an error.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
+    def __init__(self, seed: int = 0, num_devices: int = 1) -> None:
+        super().__init__(num_devices=num_devices)
         self.log: list[tuple[Any, ...]] = []
         self.captured: set[int] = set()
         self.refused: set[str] = set()
@@ -51,7 +50,6 @@ class LateLibrary(FakeLibrary):
         # how often each event was recorded by the host, and by the device
         self._recorded: list[int] = []
         self._reached: list[int] = []
-        self._memory: list[Any] = []
 
     def _queue(self, stream: int, ready: Callable[[], bool], work: Callable[[], None]) -> None:
         self._queues.setdefault(stream, deque()).append((ready, work))
@@ -75,6 +73,11 @@ class LateLibrary(FakeLibrary):
         """Run a stream, or all, as far as they come."""
         while self.step(stream):
             pass
+
+    @property
+    def num_events(self) -> int:
+        """Events that were made."""
+        return len(self._recorded)
 
     def num_queued(self, stream: int) -> int:
         """Entries of a stream that are still to run."""
@@ -108,9 +111,6 @@ class LateLibrary(FakeLibrary):
 
     def cuStreamIsCapturing(self, stream: Any, status: Any) -> int:
         status._obj.value = int(stream.value in self.captured)
-        return 0
-
-    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
         return 0
 
     def cuEventCreate(self, event: Any, flags: Any) -> int:
@@ -154,14 +154,9 @@ class LateLibrary(FakeLibrary):
             assert self.step(), "the device waits forever"
         return code
 
-    def cuMemHostAlloc(self, address: Any, size: Any, flags: Any) -> int:
-        self._memory.append(ctypes.create_string_buffer(size.value))
-        address._obj.value = ctypes.addressof(self._memory[-1])
-        return 0
-
     def cuMemFreeHost(self, address: Any) -> int:
         self.log.append(("free", "host"))
-        return 0
+        return super().cuMemFreeHost(address)
 
     def _copy(self, name: str, kind: str, target: Any, source: Any, size: Any, stream: Any) -> int:
         code = self._call(name, kind, stream.value, size.value)
@@ -194,14 +189,9 @@ class LateTensor(FakeTensor):
 
 
 @contextmanager
-def late_driver(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Iterator[LateLibrary]:
-    """The late device instead of CUDA, in a process whose kernels are compiled."""
-    library = LateLibrary(seed)
+def late_driver(seed: int = 0) -> Iterator[LateLibrary]:
+    """The late device instead of CUDA."""
     register_device_api(LateTensor, FakeApi())
-    LateTensor.log = library.log
-    with monkeypatch.context() as patch:
-        patch.setattr(driver, "_open_library", lambda: library)
-        patch.setattr(transfers, "INTERPRETING", False)
-        driver.cuda.cache_clear()
+    with driven_by(LateLibrary(seed)) as library:
+        LateTensor.log = library.log
         yield library
-    driver.cuda.cache_clear()

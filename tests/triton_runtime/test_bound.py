@@ -1,19 +1,22 @@
-"""Bound launches down to the driver's arguments; see `test_launch.py` for where they run."""
+"""Bound launches down to the driver's arguments."""
 
 from __future__ import annotations
-
-import threading
 
 import pytest
 
 from fd_dsa.errors import LaunchError
-from fd_dsa.triton_runtime import INTERPRETING
-from tests.triton_runtime.fakes import FakeApi, FakeLibrary, FakeTensor, Launch, X, Y, scale_kernel
+from tests.triton_runtime.fakes import (
+    FakeApi,
+    FakeLibrary,
+    FakeTensor,
+    Launch,
+    X,
+    Y,
+    in_threads,
+    scale_kernel,
+)
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(INTERPRETING, reason="kernels are interpreted in this process"),
-]
+pytestmark = pytest.mark.triton
 
 
 def _values(launch: Launch) -> tuple:
@@ -113,10 +116,6 @@ def test_bound_launches_of_many_threads(library: FakeLibrary) -> None:
         for _ in range(100):
             launch(value)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     counts = [sum(launch.values[2] == i for launch in library.launches) for i in range(4)]
     assert counts == [100] * 4

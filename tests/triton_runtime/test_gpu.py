@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,8 @@ import pytest
 from fd_dsa.errors import LaunchError
 from fd_dsa.triton_runtime import paddle_jit
 from fd_dsa.triton_runtime.transfers import transfers_for
+from tests.triton_runtime.fakes import in_threads, run_module
 
-import triton
 import triton.language as tl
 
 try:
@@ -25,7 +21,6 @@ except ImportError:
     # the marker skips these tests there
     torch = None
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.gpu
 
 
@@ -197,10 +192,9 @@ def test_capture_by_the_driver() -> None:
 
 
 def test_four_threads() -> None:
-    outs, errors = [_out() for _ in range(4)], []
+    outs = [_out() for _ in range(4)]
     torch.cuda.synchronize()
     bound = fill_kernel.bind((8,), outs[0], 1000, 0.0, BLOCK=128, scalars=("n", "value"))
-    start = threading.Barrier(4)
 
     @paddle_jit(do_not_specialize=("n", "value"))
     def new_kernel(out_ptr, n, value, BLOCK: tl.constexpr):
@@ -208,54 +202,27 @@ def test_four_threads() -> None:
         tl.store(out_ptr + offsets, value, mask=offsets < n)
 
     def work(index: int) -> None:
-        try:
-            start.wait()
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                for step in range(300):
-                    new_kernel[(8,)](outs[index], 1000, float(step), BLOCK=128)
-                    if index == 0:
-                        bound(1000, step + 0.5)
-                    new_kernel[(4,)](outs[index], 512, index + step / 512, BLOCK=128)
-            stream.synchronize()
-        except BaseException as error:
-            errors.append(error)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for step in range(300):
+                new_kernel[(8,)](outs[index], 1000, float(step), BLOCK=128)
+                if index == 0:
+                    bound(1000, step + 0.5)
+                new_kernel[(4,)](outs[index], 512, index + step / 512, BLOCK=128)
+        stream.synchronize()
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    in_threads(work, 4)
     for index, out in enumerate(outs):
         assert (out[:512] == index + 299 / 512).all()
         assert (out[512:] == (299.5 if index == 0 else 299)).all()
 
 
 def test_a_thread_that_never_used_cuda() -> None:
-    out, errors = _out(), []
+    out = _out()
     fill_kernel[(8,)](out, 1000, 5.0, BLOCK=128)
     torch.cuda.synchronize()
-
-    def work() -> None:
-        try:
-            fill_kernel[(8,)](out, 1000, 6.0, BLOCK=128)
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert errors == []
+    in_threads(lambda _: fill_kernel[(8,)](out, 1000, 6.0, BLOCK=128), 1)
     assert (out == 6).all()
-
-
-def test_host_memory_never_reaches_the_gpu() -> None:
-    for warm in (False, True):
-        if warm:
-            fill_kernel[(8,)](_out(), 1000, 5.0, BLOCK=128)
-        with pytest.raises(LaunchError, match=r"kernel fill_kernel: argument 'out_ptr': .*cpu"):
-            fill_kernel[(8,)](torch.zeros(1000), 1000, 5.0, BLOCK=128)
 
 
 def test_processors() -> None:
@@ -275,31 +242,6 @@ def test_two_devices() -> None:
         fill_kernel[(8,)](torch.zeros(1000, device="cuda:1"), 1000, 5.0, BLOCK=128)
 
 
-def _case(name: str, cache: Path) -> None:
-    """Run a case of `gpu_cases` in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_runtime.gpu_cases", name],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "TRITON_CACHE_DIR": str(cache)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-1] == "fine"
-
-
 @pytest.mark.parametrize("name", ["stock_first", "ours_first", "capture_after_warmup"])
 def test_process(name: str, tmp_path: Path) -> None:
-    _case(name, tmp_path)
-
-
-def test_the_cache_survives_a_restart(tmp_path: Path) -> None:
-    _case("fill_cache", tmp_path)
-    _case("use_cache", tmp_path)
-
-
-def test_stock_driver_is_untouched() -> None:
-    active = triton.runtime.driver.active
-    fill_kernel[(8,)](_out(), 1000, 5.0, BLOCK=128)
-    fill_kernel[(8,)](_out(999), 999, 5.0, BLOCK=64)
-    assert triton.runtime.driver.active is active
+    run_module(tmp_path, "tests.triton_runtime.gpu_cases", name)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.triton_runtime.test_gpu import _case
+from tests.triton_runtime.fakes import run_module
 
 pytestmark = pytest.mark.gpu_rig
 
 
 @pytest.mark.parametrize("name", ["paddle_without_torch", "paddle_beside_the_compat_guard"])
 def test_process(name: str, tmp_path: Path) -> None:
-    _case(name, tmp_path)
+    run_module(tmp_path, "tests.triton_runtime.gpu_cases", name)

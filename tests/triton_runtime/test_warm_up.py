@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from fd_dsa.engine import factory
-from fd_dsa.errors import BackendUnavailable, LaunchError
-from fd_dsa.triton_runtime import INTERPRETING, Pointer, freeze, num_late_compilations
+from fd_dsa.errors import LaunchError
+from fd_dsa.triton_runtime import Pointer, freeze, num_late_compilations
 from tests.triton_runtime.fakes import FakeLibrary, FakeTensor, X, Y, scale_kernel
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(INTERPRETING, reason="kernels are interpreted in this process"),
-]
+pytestmark = pytest.mark.triton
 
 
 def test_warmup_leaves_nothing_to_do(library: FakeLibrary) -> None:
@@ -85,13 +81,3 @@ def test_an_engine_warns_of_what_compiles_after_its_warm_up(
     runners[1].step(128)
     assert "no compiled variant for (x_ptr=*fp32" in caplog.records[-1].message
     assert len(caplog.records) == eager + 1
-
-
-def test_a_cache_that_cannot_be_written_is_named(
-    library: FakeLibrary, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
-    with pytest.raises(BackendUnavailable, match=r"scale_kernel: Triton cannot write.*file.*set T"):
-        scale_kernel()[(1,)](X, Y, 5, 0.5, True, 7, BLOCK=512)
-    assert library.launches == []

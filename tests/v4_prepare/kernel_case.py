@@ -160,7 +160,7 @@ class DeviceStepper:
         words = transfers.host_buffer(4 * ERROR_SLOTS * ERROR_WORDS).view(np.int32)
         self.errors = words.reshape(ERROR_SLOTS, ERROR_WORDS)
         self._host = transfers.host_buffer(num_bytes).view(np.int32)
-        start = transfers.address(self.slabs)
+        start = self.slabs.data_ptr()
         self._copies = [
             transfers.upload(start + index * num_bytes, self._host, None) for index in range(2)
         ]

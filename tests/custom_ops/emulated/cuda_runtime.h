@@ -357,7 +357,6 @@ inline uint32_t __brev(uint32_t value) {
   return found;
 }
 inline int __clz(uint32_t value) { return value == 0 ? 32 : __builtin_clz(value); }
-inline int __clzll(uint64_t value) { return value == 0 ? 64 : __builtin_clzll(value); }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __ffs(uint32_t value) { return __builtin_ffs(static_cast<int>(value)); }
 inline float __fdividef(float a, float b) { return a / b; }

@@ -220,21 +220,15 @@ inline uint32_t address_at_rank(uint32_t address, uint32_t rank) {
   return (rank + 1) * kWindow + address % kWindow;
 }
 
-inline float load_cluster_float(uint32_t address) {
-  float x;
+template <typename T>
+T load_cluster(uint32_t address) {
+  T x;
   std::memcpy(&x, resolve(address, sizeof(x), true), sizeof(x));
   return x;
 }
-inline float4 load_cluster_float4(uint32_t address) {
-  float4 x;
-  std::memcpy(&x, resolve(address, sizeof(x), true), sizeof(x));
-  return x;
-}
-inline float2 load_cluster_float2(uint32_t address) {
-  float2 x;
-  std::memcpy(&x, resolve(address, sizeof(x), true), sizeof(x));
-  return x;
-}
+inline float load_cluster_float(uint32_t address) { return load_cluster<float>(address); }
+inline float2 load_cluster_float2(uint32_t address) { return load_cluster<float2>(address); }
+inline float4 load_cluster_float4(uint32_t address) { return load_cluster<float4>(address); }
 
 template <int kRegisters>
 void more_registers() {}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fd_dsa.attention import StepHints
-from fd_dsa.triton_runtime import interpreted, kernel
+from fd_dsa.triton_runtime import interpreter
 from tests.attention.bfloat16_case import Bfloat16Step, Bfloat16World, Rows
 from tests.gpu_rig import Rig
 from tests.kernel_memory import open_memory
@@ -47,15 +47,14 @@ def make_world(rows: Rows) -> Bfloat16World:
 def interpreted_launches() -> Iterator[Counter[str]]:
     """Launches by kernel, in a process that interprets them."""
     counts: Counter[str] = Counter()
-    original = interpreted.run_interpreted
+    original = interpreter.run
 
     def counting(launched: Any, *args: Any) -> None:
         counts[launched.__name__] += 1
         original(launched, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (kernel, interpreted):
-            patch.setattr(module, "run_interpreted", counting)
+        patch.setattr(interpreter, "run", counting)
         yield counts
 
 
