@@ -2,7 +2,8 @@
 
 Paddle's own operator takes ten microseconds longer, most of it to wrap arrays as tensors, and its
 MKL is capped at AVX2 on AMD processors: on one, oneDNN's function took a quarter to three quarters
-of the time for 8 rows, and for batches of small matrices a sixth to a half. Without it, or where one order of sums is asked for, the operator serves.
+of the time for 8 rows, and for batches of small matrices a sixth to a half. Without it, or where
+one order of sums is asked for, the operator serves.
 
 Source: oneDNN's `dnnl_sgemm` (oneapi/dnnl/dnnl.h).
 """
