@@ -117,13 +117,13 @@ def choose_triton_mode() -> bool:
 
 
 def step_checks_requested() -> bool:
-    """True if FD_DSA_CHECK=1 asks for checks that read device tensors back; as `_switch`."""
-    return _switch("FD_DSA_CHECK") or False
+    """True if FD_DSA_CHECK=1 asks for checks that read device tensors back; as `switch`."""
+    return switch("FD_DSA_CHECK") or False
 
 
 def batch_invariant() -> bool:
-    """True if FD_DSA_BATCH_INVARIANT=1: a token's numbers depend on its row alone; as `_switch`."""
-    return _switch("FD_DSA_BATCH_INVARIANT") or False
+    """True if FD_DSA_BATCH_INVARIANT=1: a token's numbers depend on its row alone; as `switch`."""
+    return switch("FD_DSA_BATCH_INVARIANT") or False
 
 
 def heaps_are_chosen() -> bool:
@@ -146,8 +146,8 @@ def fastdeploy_plugin_wanted() -> bool:
 
 
 def fastdeploy_plugin_disabled() -> bool:
-    """True if FD_DSA_DISABLE=1: FastDeploy serves by its own DSA path; as `_switch`."""
-    return _switch("FD_DSA_DISABLE") or False
+    """True if FD_DSA_DISABLE=1: FastDeploy serves by its own DSA path; as `switch`."""
+    return switch("FD_DSA_DISABLE") or False
 
 
 def indexer_rope_interleave() -> bool | None:
@@ -156,10 +156,10 @@ def indexer_rope_interleave() -> bool | None:
     Raises:
         ConfigError: the variable is none of 0, 1, false and true, in any case.
     """
-    return _switch("FD_DSA_INDEXER_ROPE_INTERLEAVE")
+    return switch("FD_DSA_INDEXER_ROPE_INTERLEAVE")
 
 
-def _switch(name: str) -> bool | None:
+def switch(name: str) -> bool | None:
     """Value of a variable that is 0 or 1; None where it is unset or empty.
 
     Raises:

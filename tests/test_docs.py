@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.serve.flags import build_parser
+from fd_dsa.serve.flags import DEFAULTS, build_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS_PAGE = (ROOT / "docs/flags.md").read_text("utf-8")
@@ -44,10 +44,10 @@ def test_every_flag_is_documented_and_nothing_else() -> None:
 
 
 def test_documented_defaults_are_the_real_ones() -> None:
-    fields = {f"--{f.name.replace('_', '-')}": f.default for f in dataclasses.fields(EngineConfig)}
+    defaults = {f.name: f.default for f in dataclasses.fields(EngineConfig)} | DEFAULTS
     for flag, action in _flags().items():
-        default = fields.get(flag) if action.default is argparse.SUPPRESS else action.default
-        if default in (None, (), argparse.SUPPRESS) or isinstance(default, bool):
+        default = defaults.get(action.dest)
+        if default in (None, ()) or isinstance(default, bool):
             # resolved from the model, the device or the memory, or a switch: told in words
             continue
         shown = f"{default:g}" if isinstance(default, float) else str(default)

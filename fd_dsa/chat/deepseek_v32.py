@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from fd_dsa.chat.deepseek_v32_tools import (
-    INVOKE_BEGIN,
-    INVOKE_END,
-    PARAMETER_BEGIN,
-    PARAMETER_END,
-    SECTION_BEGIN,
-    SECTION_END,
-)
 from fd_dsa.chat.history import Arguments, is_reasoning_only
 from fd_dsa.chat.parser import THINK_BEGIN, THINK_END
+from fd_dsa.chat.tool_formats import (
+    V32_ARGUMENT,
+    V32_ARGUMENT_END,
+    V32_CALL,
+    V32_CALL_END,
+    V32_CALLS,
+    V32_CALLS_END,
+)
 from fd_dsa.chat.tool_instructions import OWN_INSTRUCTIONS
 
 BEGIN = "<｜begin▁of▁sentence｜>"
@@ -41,7 +41,7 @@ class DeepseekV32Encoding:
     """
 
     # for the choice of parsers, as the source of a template is
-    source = f"{THINK_BEGIN} {THINK_END} {SECTION_BEGIN}"
+    source = f"{THINK_BEGIN} {THINK_END} {V32_CALLS}"
     origin = "DeepSeek-V3.2's own encoding"
 
     def __init__(self, instructions: str = OWN_INSTRUCTIONS) -> None:
@@ -133,16 +133,16 @@ def _assistant(message: Mapping[str, Any], shows_reasoning: bool) -> str:
     """A message of the assistant, from after the opening of its turn to its end."""
     reasoning = f"{message.get('reasoning_content') or ''}{THINK_END}" if shows_reasoning else ""
     calls = "\n".join(_call(call["function"]) for call in message.get("tool_calls") or ())
-    section = f"\n\n{SECTION_BEGIN}\n{calls}\n{SECTION_END}" if calls else ""
+    section = f"\n\n{V32_CALLS}\n{calls}\n{V32_CALLS_END}" if calls else ""
     return f"{reasoning}{_text(message)}{section}{END}"
 
 
 def _call(function: Mapping[str, Any]) -> str:
     """One call in DSML."""
-    lines = [f'{INVOKE_BEGIN} name="{function["name"]}">']
+    lines = [f'{V32_CALL} name="{function["name"]}">']
     arguments = Arguments.read(function["arguments"])
     lines += [_parameter(name, value) for name, value in arguments.items()] or [""]
-    return "\n".join([*lines, INVOKE_END])
+    return "\n".join([*lines, V32_CALL_END])
 
 
 def _parameter(name: str, value: Any) -> str:
@@ -150,7 +150,7 @@ def _parameter(name: str, value: Any) -> str:
     is_text = isinstance(value, str)
     kind = "true" if is_text else "false"
     text = value if is_text else _json(value)
-    return f'{PARAMETER_BEGIN} name="{name}" string="{kind}">{text}{PARAMETER_END}'
+    return f'{V32_ARGUMENT} name="{name}" string="{kind}">{text}{V32_ARGUMENT_END}'
 
 
 def _results(messages: Sequence[Mapping[str, Any]], start: int) -> list[Mapping[str, Any]]:

@@ -13,9 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fd_dsa.chat import deepseek_v31_tools as v31
-from fd_dsa.chat import deepseek_v32_tools as v32
-from fd_dsa.chat import glm_tools as glm
+from fd_dsa.chat import tool_formats as marks
 from fd_dsa.chat.json_types import types_of
 from fd_dsa.chat.parser import THINK_END
 
@@ -126,40 +124,40 @@ class _Lark:
 def _v31_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
     """Calls of DeepSeek-V3.1."""
     calls = [
-        f"{lark.literal(v31.CALL_BEGIN + name + v31.SEPARATOR)} "
-        f"{lark.json(_object(schema))} {lark.literal(v31.CALL_END)}"
+        f"{lark.literal(marks.V31_CALL + name + marks.V31_SEPARATOR)} "
+        f"{lark.json(_object(schema))} {lark.literal(marks.V31_CALL_END)}"
         for name, schema in schemas.items()
     ]
     call = lark.one_of(calls)
     many = f"{call}+" if several else call
-    return f"{lark.literal(v31.CALLS_BEGIN)} {many} {lark.literal(v31.CALLS_END)}"
+    return f"{lark.literal(marks.V31_CALLS)} {many} {lark.literal(marks.V31_CALLS_END)}"
 
 
 def _v32_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
     """Calls of DeepSeek-V3.2."""
     calls = []
     for name, schema in schemas.items():
-        head = lark.literal(f'{v32.INVOKE_BEGIN} name="{name}">\n')
+        head = lark.literal(f'{marks.V32_CALL} name="{name}">\n')
         empty = [] if _required(schema) else [lark.literal("\n")]
         body = lark.one_of([_arguments(lark, schema, _v32_argument), *empty])
-        calls.append(f"{head} {body} {lark.literal(v32.INVOKE_END)}")
+        calls.append(f"{head} {body} {lark.literal(marks.V32_CALL_END)}")
     call = lark.rule(f"{lark.one_of(calls)} {lark.literal(chr(10))}")
     many = f"{call}+" if several else call
-    head, tail = lark.literal(f"\n\n{v32.SECTION_BEGIN}\n"), lark.literal(v32.SECTION_END)
+    head, tail = lark.literal(f"\n\n{marks.V32_CALLS}\n"), lark.literal(marks.V32_CALLS_END)
     return f"{head} {many} {tail}"
 
 
 def _v32_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
     """One argument of a call of DeepSeek-V3.2; of any name where that is None."""
-    head = lark.literal(f'{v32.PARAMETER_BEGIN} name="')
+    head = lark.literal(f'{marks.V32_ARGUMENT} name="')
     key = r'/[^"<>\n]+/' if name is None else lark.literal(name)
     types = types_of(schema, root)
     forms = []
     if not types or "string" in types:
-        text = _text(lark, schema, f"{v32.PARAMETER_END}\n")
+        text = _text(lark, schema, f"{marks.V32_ARGUMENT_END}\n")
         forms.append(f"{lark.literal(_quoted('true'))} {text}")
     if types != {"string"}:
-        end = lark.literal(f"{v32.PARAMETER_END}\n")
+        end = lark.literal(f"{marks.V32_ARGUMENT_END}\n")
         forms.append(f"{lark.literal(_quoted('false'))} {lark.json(schema, root)} {end}")
     return f"{head} {key} {lark.one_of(forms)}"
 
@@ -172,8 +170,8 @@ def _quoted(is_string: str) -> str:
 def _glm_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
     """Calls of GLM."""
     calls = [
-        f"{lark.literal(glm.CALL_BEGIN + name)} {_arguments(lark, schema, _glm_argument)} "
-        f"{lark.literal(glm.CALL_END)}"
+        f"{lark.literal(marks.GLM_CALL + name)} {_arguments(lark, schema, _glm_argument)} "
+        f"{lark.literal(marks.GLM_CALL_END)}"
         for name, schema in schemas.items()
     ]
     call = lark.one_of(calls)
@@ -182,14 +180,14 @@ def _glm_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
 
 def _glm_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
     """One argument of a call of GLM; of any name where that is None."""
-    head = lark.literal(glm.KEY_BEGIN)
+    head = lark.literal(marks.GLM_KEY)
     key = r"/[^<>\n]+/" if name is None else lark.literal(name)
-    middle = lark.literal(glm.KEY_END + glm.VALUE_BEGIN)
+    middle = lark.literal(marks.GLM_KEY_END + marks.GLM_VALUE)
     types = types_of(schema, root)
     if types and "string" not in types:
-        value = f"{lark.json(schema, root)} {lark.literal(glm.VALUE_END)}"
+        value = f"{lark.json(schema, root)} {lark.literal(marks.GLM_VALUE_END)}"
     else:
-        value = _text(lark, schema if types == {"string"} else None, glm.VALUE_END)
+        value = _text(lark, schema if types == {"string"} else None, marks.GLM_VALUE_END)
     return f"{head} {key} {middle} {value}"
 
 

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from fd_dsa.chat.events import Event, Message, join_events
 from fd_dsa.chat.feed import Steps, TextFeed
 from fd_dsa.chat.sink import EventSink
+from fd_dsa.chat.tool_formats import ToolFormat
 
 THINK_BEGIN = "<think>"
 THINK_END = "</think>"
 _PIECE_CHARS = 4096
-
-
-class ToolFormat(Protocol):
-    """How a family of models writes tool calls."""
-
-    @property
-    def name(self) -> str:
-        """As vLLM's `--tool-call-parser` has it."""
-
-    @property
-    def starts(self) -> tuple[str, ...]:
-        """What begins a section of calls in an answer."""
-
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """Texts that are a token each in the models' vocabularies and that the parser must see."""
-
-    def section(self, feed: TextFeed, sink: EventSink, start: str) -> Steps[None]:
-        """Read from after `start`, one of `starts`, to the end of the calls."""
 
 
 @dataclass(frozen=True)
@@ -86,23 +68,21 @@ class OutputParser:
 
     def feed(self, text: str) -> list[Event]:
         """Events that more text brings; what may still become markup is held back."""
-        self._feed.push(text)
-        return self._advance()
+        events = []
+        # in pieces, so that the cost stays linear: reading a marker copies what follows it
+        for begin in range(0, len(text), _PIECE_CHARS):
+            self._feed.push(text[begin : begin + _PIECE_CHARS])
+            events += self._advance()
+        return events
 
     def finish(self) -> list[Event]:
         """Events of what was held back; call it once, at the end."""
         self._feed.end()
         return self._advance()
 
-    def read(self, text: str) -> list[Event]:
-        """Events of a whole answer; for a parser that has read nothing."""
-        # in pieces, so that the cost stays linear: reading a marker copies what follows it
-        pieces = (text[i : i + _PIECE_CHARS] for i in range(0, len(text), _PIECE_CHARS))
-        return [*(event for piece in pieces for event in self.feed(piece)), *self.finish()]
-
     def parse(self, text: str) -> Message:
         """The parts of a whole answer; for a parser that has read nothing."""
-        return join_events(self.read(text))
+        return join_events([*self.feed(text), *self.finish()])
 
     def _advance(self) -> list[Event]:
         """Read as far as the text goes."""

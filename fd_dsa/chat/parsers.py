@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fd_dsa.chat.deepseek_v31_tools import CALLS_BEGIN, DeepseekV31Tools
-from fd_dsa.chat.deepseek_v32_tools import DSML, DeepseekV32Tools
-from fd_dsa.chat.glm_tools import KEY_BEGIN, GlmTools
 from fd_dsa.chat.history import is_reasoning_only
-from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, ToolFormat
+from fd_dsa.chat.parser import THINK_BEGIN, THINK_END
+from fd_dsa.chat.tool_formats import (
+    DSML,
+    GLM_KEY,
+    V31_CALLS,
+    DeepseekV31Tools,
+    DeepseekV32Tools,
+    GlmTools,
+    ToolFormat,
+)
 
 TOOL_FORMATS: dict[str, ToolFormat] = {
     "deepseek_v31": DeepseekV31Tools(),
@@ -22,7 +28,7 @@ REASONING_FORMATS = ("deepseek_v3", "glm45")
 """Names as of vLLM's `--reasoning-parser`; all of them put <think> and </think> around it."""
 AUTO, NONE = "auto", "none"
 # in this order: what only this format's prompts show
-_SIGNS = ((DSML, "deepseek_v32"), (CALLS_BEGIN, "deepseek_v31"), (KEY_BEGIN, "glm47"))
+_SIGNS = ((DSML, "deepseek_v32"), (V31_CALLS, "deepseek_v31"), (GLM_KEY, "glm47"))
 
 
 def tool_format_name(name: str, source: str) -> str:
@@ -53,7 +59,7 @@ def reasoning_format_name(name: str, source: str) -> str:
         return name
     if THINK_END not in source:
         return NONE
-    return "glm45" if KEY_BEGIN in source else "deepseek_v3"
+    return "glm45" if GLM_KEY in source else "deepseek_v3"
 
 
 def has_reasoning(name: str, source: str) -> bool:

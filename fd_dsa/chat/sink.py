@@ -15,6 +15,7 @@ from fd_dsa.chat.events import (
     ToolCallEnd,
     ToolCallStart,
 )
+from fd_dsa.chat.feed import Steps, TextFeed
 from fd_dsa.chat.json_types import is_json, type_of, types_of
 
 
@@ -32,6 +33,7 @@ class EventSink:
         self._events: list[Event] = []
         self._held = ""
         self._num_calls_before = 0
+        self._has_arguments = False
 
     def take(self) -> list[Event]:
         """The events since the last call."""
@@ -64,16 +66,19 @@ class EventSink:
 
     def start_call(self, name: str) -> None:
         """A call begins."""
-        self._held = ""
+        self._held, self._has_arguments = "", False
         self._events.append(ToolCallStart(self.num_calls, name))
         self.num_calls += 1
 
     def arguments(self, text: str) -> None:
         """More arguments of the latest call."""
+        self._has_arguments = True
         self._add(ArgumentsDelta(self.num_calls - 1, text))
 
     def end_call(self) -> None:
-        """The latest call is complete."""
+        """The latest call is complete; without arguments it has an empty object of them."""
+        if not self._has_arguments:
+            self.arguments("{}")
         self._events.append(ToolCallEnd(self.num_calls - 1))
 
     def _add(self, delta: ContentDelta | ReasoningDelta | ArgumentsDelta) -> None:
@@ -105,35 +110,48 @@ class ArgumentsWriter:
         schema = properties.get(name) if isinstance(properties, dict) else None
         return types_of(schema, self._schema)
 
-    def begin(self, name: str) -> None:
-        """Write the key of the next value."""
-        self._sink.arguments("{" if self._is_empty else ", ")
-        self._sink.arguments(json.dumps(name, ensure_ascii=False) + ": ")
-        self._is_empty = False
-
-    def quote(self) -> None:
-        """Begin or end a string."""
-        self._sink.arguments('"')
-
-    def characters(self, text: str) -> None:
-        """More of a string."""
-        self._sink.arguments(json.dumps(text, ensure_ascii=False)[1:-1])
-
-    def value(self, text: str, types: frozenset[str] = frozenset()) -> None:
-        """A whole value: the JSON text as the model wrote it, or a string.
+    def read(
+        self,
+        feed: TextFeed,
+        name: str,
+        end: str,
+        is_text: bool,
+        types: frozenset[str] = frozenset(),
+    ) -> Steps[None]:
+        """Read a value up to its end marker; of one that is cut off, what has come of a string.
 
         Args:
-            text: between the tags.
+            feed: the text of the model.
+            name: of the argument.
+            end: marker after the value.
+            is_text: the value is a string as it is, else the JSON text as the model wrote it.
             types: those that the value may have, empty for any. With "string" among them JSON of
                 another type than these is a string; in any case a text that is no JSON is one.
         """
+        self._sink.arguments("{" if self._is_empty else ", ")
+        self._sink.arguments(json.dumps(name, ensure_ascii=False) + ": ")
+        self._is_empty = False
+        if is_text:
+            self._sink.arguments('"')
+            marker = yield from feed.stream_until((end,), self._characters, keeps_half=False)
+            if marker is not None:
+                self._sink.arguments('"')
+            return
+        text, marker = yield from feed.until((end,))
+        if marker is None:
+            return
         raw = text.strip()
         if is_json(raw) and ("string" not in types or type_of(raw) in types - {"string"}):
             self._sink.arguments(raw)
         else:
             self._sink.arguments(json.dumps(text, ensure_ascii=False))
 
+    def _characters(self, text: str) -> None:
+        """More of a string."""
+        self._sink.arguments(json.dumps(text, ensure_ascii=False)[1:-1])
+
     def close(self) -> None:
         """End the object and the call."""
-        self._sink.arguments("{}" if self._is_empty else "}")
+        if not self._is_empty:
+            self._sink.arguments("}")
         self._sink.end_call()

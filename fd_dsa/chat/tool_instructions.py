@@ -11,16 +11,16 @@ import ast
 import logging
 from pathlib import Path
 
-from fd_dsa.chat.deepseek_v32_tools import (
-    DSML,
-    INVOKE_BEGIN,
-    INVOKE_END,
-    PARAMETER_BEGIN,
-    PARAMETER_END,
-    SECTION_BEGIN,
-    SECTION_END,
-)
 from fd_dsa.chat.parser import THINK_BEGIN, THINK_END
+from fd_dsa.chat.tool_formats import (
+    DSML,
+    V32_ARGUMENT,
+    V32_ARGUMENT_END,
+    V32_CALL,
+    V32_CALL_END,
+    V32_CALLS,
+    V32_CALLS_END,
+)
 
 ENCODING_FILE = Path("encoding", "encoding_dsv32.py")
 _NAME = "TOOLS_SYSTEM_TEMPLATE"
@@ -30,13 +30,13 @@ OWN_INSTRUCTIONS = f"""## Tools
 
 These tools can be called. A call is written as a block of this form, at the end of your message:
 
-{SECTION_BEGIN}
-{INVOKE_BEGIN} name="$TOOL">
-{PARAMETER_BEGIN} name="$KEY" string="true|false">$VALUE{PARAMETER_END}
+{V32_CALLS}
+{V32_CALL} name="$TOOL">
+{V32_ARGUMENT} name="$KEY" string="true|false">$VALUE{V32_ARGUMENT_END}
 ...
-{INVOKE_END}
+{V32_CALL_END}
 ...
-{SECTION_END}
+{V32_CALLS_END}
 
 Each call has an invoke element of its own. A parameter that is a text is marked string="true" and \
 stands there as it is, neither quoted nor escaped; one of any other type is marked string="false" \

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import math
 import platform
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,14 @@ import numpy as np
 
 from fd_dsa import __version__
 from fd_dsa.client.figures import plot, summarise, tables
-from fd_dsa.client.flags import Parser, add_numbers, exit_status, number
+from fd_dsa.client.flags import add_numbers, exit_status
 from fd_dsa.client.load import Sender
-from fd_dsa.client.own_server import own_server
-from fd_dsa.client.remote import ServerInfo, examine_server, normal_base_url
+from fd_dsa.client.own_server import server_at
+from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.report import as_json, show
 from fd_dsa.client.timing import Timing, measure
 from fd_dsa.errors import ConfigError, RemoteError, unwritable
+from fd_dsa.serve.flag_values import Parser, number
 
 _WARM_UP = 2
 # every vocabulary has these, and few have special tokens among them
@@ -101,24 +100,11 @@ def _main(arguments: list[str]) -> int:
     if args.plot is not None:
         # before an hour of measuring, not after it
         plot([], "")
-    with _server(args, passed) as base_url:
+    with server_at(args.base_url, args.serve or None, passed, "--serve") as base_url:
         info = examine_server(base_url, args.model)
         _check_lengths(args, info)
         timings, duration_s = asyncio.run(_measure(args, base_url, info.model))
     return _report(args, info, timings, duration_s)
-
-
-@contextlib.contextmanager
-def _server(args: argparse.Namespace, passed: Sequence[str]) -> Iterator[str]:
-    """The base URL of the server that is asked for, started if need be."""
-    if args.base_url is not None:
-        yield normal_base_url(args.base_url)
-        return
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        own_server(args.serve or None, passed, Path(folder) / "server.log") as server,
-    ):
-        yield server.base_url
 
 
 def _check_lengths(args: argparse.Namespace, info: ServerInfo) -> None:

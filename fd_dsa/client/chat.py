@@ -1,56 +1,41 @@
-"""`fd-dsa chat`: a conversation in the terminal, with a server or with a model in this process."""
+"""`fd-dsa chat`: a conversation in the terminal, with a server that runs or one that it starts."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
-import logging
-import signal
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import httpx
 
 from fd_dsa.chat.events import ContentDelta, Event, ReasoningDelta
-from fd_dsa.chat.parser import AnswerFormat, OutputParser
-from fd_dsa.chat.parsers import AUTO, has_reasoning, opens_reasoning
-from fd_dsa.client.flags import Parser, exit_status, number
+from fd_dsa.client.flags import exit_status
+from fd_dsa.client.own_server import server_at
 from fd_dsa.client.remote import (
     error_message,
     examine_server,
     http_options,
-    normal_base_url,
     read_event,
     transport_reason,
 )
-from fd_dsa.environment import prepare_cpu_runtime
 from fd_dsa.errors import RemoteError
+from fd_dsa.serve.flag_values import Parser, number
 
 Message = dict[str, str]
 _COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt, /exit ends"
 _TIMEOUT_S = 600.0
+# one conversation at a time, whose beginning is computed once
+_OWN_FLAGS = ("--max-num-seqs", "1", "--enable-prefix-caching")
 
 
-class Partner(Protocol):
-    """The side that answers: a server, or a model in this process."""
-
-    name: str
-
-    def answer(self, messages: Sequence[Message]) -> Generator[Event, None, None]:
-        """The next message of the assistant, its reasoning and its content, in pieces.
-
-        Raises:
-            RemoteError: there is none, or no more of it; says why.
-        """
-
-
-class ServerPartner:
-    """A model of an OpenAI-compatible server.
+class Partner:
+    """The model of an OpenAI-compatible server that answers.
 
     Args:
-        base_url: with or without `/v1`.
+        base_url: as `normal_base_url` gives it.
         model: name to send; None: the only one of the server.
         fields: further fields of every request.
 
@@ -59,12 +44,16 @@ class ServerPartner:
     """
 
     def __init__(self, base_url: str, model: str | None, fields: dict[str, Any]) -> None:
-        self._base_url = normal_base_url(base_url)
-        self.name = examine_server(self._base_url, model).model
+        self._base_url = base_url
+        self.name = examine_server(base_url, model).model
         self._fields = fields
 
     def answer(self, messages: Sequence[Message]) -> Generator[Event, None, None]:
-        """See Partner."""
+        """The next message of the assistant, its reasoning and its content, in pieces.
+
+        Raises:
+            RemoteError: there is none, or no more of it; says why.
+        """
         body = {"model": self.name, "messages": list(messages), "stream": True, **self._fields}
         url = f"{self._base_url}/chat/completions"
         try:
@@ -81,76 +70,6 @@ class ServerPartner:
                         yield from _events_of(choice["delta"])
         except httpx.HTTPError as error:
             raise RemoteError(transport_reason(error)) from error
-
-
-class OwnPartner:
-    """A model in this process.
-
-    Args:
-        model: folder; None: the demo model.
-        fields: of SamplingParams, beside the model's own proposals.
-
-    Raises:
-        ConfigError: it cannot be loaded.
-    """
-
-    def __init__(self, model: str | None, fields: dict[str, Any]) -> None:
-        # the log of loading would appear between questions and answers
-        logging.getLogger("fd_dsa").setLevel(logging.WARNING)
-        from fd_dsa.config import EngineConfig
-        from fd_dsa.engine.llm import LLM
-
-        prepare_cpu_runtime()
-        # without Paddle the LLM has the error to show
-        with _interrupt_at_the_end(), contextlib.suppress(ImportError):
-            import paddle  # noqa: F401
-        self.name = EngineConfig(model=model).served_model_name[0]
-        self._llm = LLM(model, max_num_seqs=1)
-        self._fields = fields
-
-    def answer(self, messages: Sequence[Message]) -> Generator[Event, None, None]:
-        """See Partner."""
-        from fd_dsa.engine.sampling_params import SamplingParams
-
-        proposed = {"max_tokens": None, **self._llm.sampling_defaults, **self._fields}
-        try:
-            parser = self._parser_for(messages)
-            params = SamplingParams(**proposed)
-            outputs: Any = self._llm.chat(list(messages), params, stream=True)
-            with contextlib.closing(outputs):
-                while (output := _next_whole(outputs)) is not None:
-                    yield from parser.feed(output.new_text)
-            yield from parser.finish()
-        except (ValueError, RuntimeError) as error:
-            raise RemoteError(str(error)) from error
-
-    def _parser_for(self, messages: Sequence[Message]) -> OutputParser:
-        """What reads the answer to these messages."""
-        tokenizer = self._llm.tokenizer
-        prompt = tokenizer.render_chat(messages)
-        renderer = tokenizer.chat_renderer
-        assert renderer is not None, "it has rendered the prompt"
-        is_split = has_reasoning(AUTO, renderer.source)
-        return OutputParser(AnswerFormat(is_split, opens_reasoning(prompt, None)))
-
-
-@contextlib.contextmanager
-def _interrupt_at_the_end() -> Iterator[None]:
-    """Ctrl-C waits for the end of what is inside, which is of no use when it is cut in two."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
-
-
-def _next_whole(outputs: Iterator[Any]) -> Any:
-    """The next output, None at the end; no step of the engine is left half-done."""
-    with _interrupt_at_the_end():
-        return next(outputs, None)
 
 
 def _events_of(delta: Mapping[str, Any]) -> Iterator[Event]:
@@ -184,7 +103,7 @@ def build_parser() -> Parser:
         "model",
         metavar="MODEL",
         nargs="?",
-        help="with --base-url a served name, else a folder to load (default: the demo model)",
+        help="with --base-url a served name, else a folder to serve (default: the demo model)",
     )
     parser.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")
     parser.add_argument("--system", metavar="TEXT", type=_utf8, help="system prompt")
@@ -210,15 +129,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: argparse.Namespace) -> int:
     names = ("temperature", "max_tokens", "seed")
     fields = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    partner: Partner
-    if args.base_url is not None:
-        partner = ServerPartner(args.base_url, args.model, fields)
-    else:
-        partner = OwnPartner(args.model, fields)
     if isinstance(sys.stdin, io.TextIOWrapper):
         # a line that is no UTF-8 is refused, not the end
         sys.stdin.reconfigure(errors="surrogateescape")
-    return Conversation(partner, args.system, is_terminal=sys.stdin.isatty()).run()
+    is_own = args.base_url is None
+    with server_at(args.base_url, args.model, _OWN_FLAGS, "MODEL") as base_url:
+        partner = Partner(base_url, None if is_own else args.model, fields)
+        return Conversation(partner, args.system, is_terminal=sys.stdin.isatty()).run()
 
 
 class Conversation:

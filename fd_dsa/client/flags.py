@@ -1,41 +1,16 @@
-"""What the commands share: parsing, and the one line of a failure."""
+"""What the commands share: numbers among their flags, and the exit status of a failure."""
 
 from __future__ import annotations
 
 import argparse
-import math
-import re
-import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-from fd_dsa.errors import ConfigError, FdDsaError, RemoteError
+from fd_dsa.errors import FdDsaError, RemoteError
+from fd_dsa.serve.flag_values import fail, number
 
 _EXIT_BAD_START = 2
 _EXIT_INTERRUPTED = 130
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line of ours."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(re.sub(r"^argument ([^:]+): ", r"\1: ", message))
-
-
-def number(kind: type, least: float) -> Callable[[str], Any]:
-    """A parser of finite numbers from `least` on."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value < math.inf:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"got {text!r}; allowed is {what} from {least:g} on")
-        return value
-
-    return parse
 
 
 def exit_status(run: Callable[[], int]) -> int:
@@ -43,19 +18,13 @@ def exit_status(run: Callable[[], int]) -> int:
     try:
         return run()
     except KeyboardInterrupt as stop:
-        return _fail(str(stop) or "interrupted", _EXIT_INTERRUPTED)
+        return fail(str(stop) or "interrupted", _EXIT_INTERRUPTED)
     except RemoteError as error:
-        return _fail(str(error), 1)
+        return fail(str(error), 1)
     except BrokenPipeError:
         raise
     except (FdDsaError, OSError) as error:
-        return _fail(str(error), _EXIT_BAD_START)
-
-
-def _fail(message: str, status: int) -> int:
-    """Print the one line of a command that cannot go on."""
-    sys.stderr.write(f"fd_dsa: error: {message}\n")
-    return status
+        return fail(str(error), _EXIT_BAD_START)
 
 
 def add_numbers(

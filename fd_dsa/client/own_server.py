@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import httpx
 
+from fd_dsa.client.remote import normal_base_url
 from fd_dsa.errors import ConfigError, unwritable
 
 _POLL_S = 0.05
@@ -49,13 +51,39 @@ class OwnServer:
 
 
 @contextlib.contextmanager
-def own_server(model: str | None, flags: Sequence[str], log: Path) -> Iterator[OwnServer]:
+def server_at(
+    base_url: str | None, model: str | None, flags: Sequence[str], flag: str
+) -> Iterator[str]:
+    """The base URL of a server; without a URL, of one of our own until the end of the block.
+
+    Args:
+        base_url: with or without `/v1`.
+        model, flags, flag: as in `own_server`.
+
+    Raises:
+        ConfigError: it is no http or https URL, or our own server does not start.
+    """
+    if base_url is not None:
+        yield normal_base_url(base_url)
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        own_server(model, flags, Path(folder) / "server.log", flag) as server,
+    ):
+        yield server.base_url
+
+
+@contextlib.contextmanager
+def own_server(
+    model: str | None, flags: Sequence[str], log: Path, flag: str = "--serve"
+) -> Iterator[OwnServer]:
     """A server that takes requests, ended with the block, and with this process however it ends.
 
     Args:
         model: folder of the checkpoint; None = the demo model.
         flags: further flags of `python -m fd_dsa.serve`.
         log: file for its output; its folder is made.
+        flag: of the command that starts it; an error begins with it.
 
     Raises:
         ConfigError: the server does not start; its own line says why.
@@ -75,9 +103,11 @@ def own_server(model: str | None, flags: Sequence[str], log: Path) -> Iterator[O
     try:
         try:
             url = _wait_until_ready(process, log)
-        except BaseException:
+        except BaseException as error:
             # Ctrl-C too
             _remove_traces(log, made)
+            if isinstance(error, ConfigError):
+                raise ConfigError(f"{flag}: {error}") from None
             raise
         yield OwnServer(f"{url}/v1", ("python", "-m", "fd_dsa.serve", *arguments), log, process.pid)
     finally:
@@ -113,7 +143,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
             raise ConfigError(_why_it_ended(process, output))
         # what is lost to a full disk may be the line that is waited for
         if shutil.disk_usage(log.parent).free == 0:
-            raise ConfigError(f"--serve: no space left on the disk for {log}, the server's log")
+            raise ConfigError(f"no space left on the disk for {log}, the server's log")
         time.sleep(_POLL_S)
     url = ready[1].decode("ascii")
     deadline = time.monotonic() + _HEALTH_TIMEOUT_S
@@ -129,12 +159,12 @@ def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
 def _why_it_ended(process: subprocess.Popen[bytes], output: bytes) -> str:
     """The line about a server that did not start."""
     if errors := _ERROR.findall(output):
-        return f"--serve: {errors[-1].decode('utf-8', 'replace')}"
+        return errors[-1].decode("utf-8", "replace")
     lines = output.decode("utf-8", "replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
     status = process.poll()
     state = "is not healthy" if status is None else f"ended with status {status}"
-    return f"--serve: the server {state}; its last line: {last.strip()}"
+    return f"the server {state}; its last line: {last.strip()}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -24,6 +24,7 @@ from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.workers import unless_gone
 
 if TYPE_CHECKING:
+    from fd_dsa.engine.logprobs import TokenLogprobs
     from fd_dsa.engine.output import RequestOutput
 
 _Body = TypeVar("_Body", bound=GenerationRequest)
@@ -202,6 +203,15 @@ class Answer(ABC, Generic[_Body]):
         if self.body.return_token_ids:
             fields["prompt_token_ids"] = output.prompt_token_ids
         return fields
+
+
+def shown(
+    output: RequestOutput, is_whole: bool
+) -> tuple[str, Sequence[int], Sequence[TokenLogprobs]]:
+    """Text, token ids and scores of a whole output, or what its last step has added."""
+    if is_whole:
+        return output.text, output.token_ids, output.logprobs or ()
+    return output.new_text, output.new_token_ids, output.new_logprobs
 
 
 class EventStream(StreamingResponse):

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Coroutine
 from typing import Any, get_type_hints
 
+import numpy as np
 import orjson
 from fastapi import Request
 from fastapi.routing import APIRoute
@@ -15,12 +16,20 @@ from pydantic import ValidationError
 from starlette.responses import Response
 from starlette.types import Receive
 
-from fd_dsa.serve.body_scan import BodyScan
 from fd_dsa.serve.errors import ApiError, show, unreadable, validation_refusal
 from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.protocol.fields import Body
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.workers import ClientGone
+
+MAX_DEPTH = 64
+"""Lists and objects around a value; schemas of tools have some twenty."""
+
+CONTAINER_WEIGHT = 8
+"""What a text, a name, a list or an object counts; a number counts 1.
+
+Parsed, a number takes 40 bytes and each of the others 80 to 230.
+"""
 
 # bodies of the longest allowed size that may be in memory at a time
 _LONG_BODIES = 8
@@ -31,98 +40,99 @@ _CLOSE = {"Connection": "close"}
 _SHORT_BYTES = 8192
 # longest body that Python's parser gets, which is slower and knows more than orjson
 _LENIENT_BYTES = 1 << 16
+# brackets as the depth that they add, int8, and all other bytes
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
 
-class BodyReader:
-    """Receives bodies and bounds their sizes, their time, and the memory of all together.
+async def receive_body(
+    state: ServerState, receive: Receive, held: contextlib.ExitStack
+) -> bytearray:
+    """A whole body, whose bytes count in `state.num_body_bytes` until `held` is closed.
 
-    Used in the event loop alone.
-
-    Args:
-        options: limits of a body.
-
-    Attributes:
-        num_bytes: counted bytes of the bodies in memory.
+    Raises:
+        ApiError: 408, 413, or 429 where the bodies of all requests take too much memory.
+        ClientGone: the client left before the end.
     """
+    options, loop = state.options, asyncio.get_running_loop()
+    deadline = loop.time() + options.body_timeout_s
+    limit = _LONG_BODIES * options.max_body_size
+    content = bytearray()
+    num_counted = 0
+    more_body = True
 
-    def __init__(self, options: ServerOptions) -> None:
-        self.num_bytes = 0
-        self._options = options
-        self._limit = _LONG_BODIES * options.max_body_bytes
+    def release() -> None:
+        state.num_body_bytes -= num_counted
 
-    async def read(self, receive: Receive, held: contextlib.ExitStack) -> bytearray:
-        """A whole body, whose bytes count until `held` is closed.
-
-        Raises:
-            ApiError: 408, 413, 400 where it nests too deeply, or 429 where the bodies of all
-                requests take too much memory.
-            ClientGone: the client left before the end.
-        """
-        deadline = asyncio.get_running_loop().time() + self._options.body_timeout_s
-        scan = BodyScan(self._options.max_body_values)
-        content = bytearray()
-        num_received = num_counted = 0
-        refusal: ApiError | None = None
-        more_body = True
-
-        def release() -> None:
-            self.num_bytes -= num_counted
-
-        held.callback(release)
-        while more_body:
-            part, more_body = await self._next_part(receive, deadline)
-            num_received += len(part)
-            added = max(num_received - _UNCOUNTED_BYTES, 0) - num_counted
-            self._count(num_received, added)
-            num_counted += added
-            if refusal is not None:
-                # most clients read an answer only when they have sent everything
-                continue
-            try:
-                scan.feed(part)
-            except ApiError as error:
-                refusal = error
-                content.clear()
-            else:
-                content += part
-        if refusal is not None:
-            raise refusal
-        return content
-
-    async def _next_part(self, receive: Receive, deadline: float) -> tuple[bytes, bool]:
-        """The next bytes, and whether more follow."""
+    held.callback(release)
+    while more_body:
         try:
-            message = await asyncio.wait_for(
-                receive(), deadline - asyncio.get_running_loop().time()
-            )
+            message = await asyncio.wait_for(receive(), deadline - loop.time())
         except asyncio.TimeoutError:
-            late = f"the body did not come within {self._options.body_timeout_s:g} s"
+            late = f"the body did not come within {options.body_timeout_s:g} s"
             raise ApiError(408, f"{late}; send it at once", headers=_CLOSE) from None
         if message["type"] == "http.disconnect":
             raise ClientGone
-        return message.get("body", b""), message.get("more_body", False)
-
-    def _count(self, num_received: int, added: int) -> None:
-        """Count further bytes of a body of which so many have come."""
-        if num_received > self._options.max_body_bytes:
-            raise too_long(self._options)
-        if added > 0 and self.num_bytes + added > self._limit:
+        content += message.get("body", b"")
+        more_body = message.get("more_body", False)
+        check_length(len(content), options)
+        added = max(len(content) - _UNCOUNTED_BYTES, 0) - num_counted
+        if added and state.num_body_bytes + added > limit:
             raise ApiError(
                 429,
-                f"the bodies of the requests in progress take {self.num_bytes} bytes, allowed: "
-                f"{self._limit}, {_LONG_BODIES} times --max-body-size; send the request again "
+                f"the bodies of the requests in progress take {state.num_body_bytes} bytes, "
+                f"allowed: {limit}, {_LONG_BODIES} times --max-body-size; send the request again "
                 "later",
                 code="too_many_bytes",
                 headers={"Retry-After": "1", **_CLOSE},
             )
-        self.num_bytes += added
+        state.num_body_bytes += added
+        num_counted += added
+    return content
 
 
-def too_long(options: ServerOptions) -> ApiError:
-    """The 413 of a long body."""
-    limit = options.max_body_bytes
-    message = f"the body is longer than {limit} bytes, the --max-body-size of this server"
-    return ApiError(413, message, headers=_CLOSE)
+def check_length(num_bytes: int, options: ServerOptions) -> None:
+    """Raise the 413 of a body that is too long."""
+    limit = options.max_body_size
+    if num_bytes > limit:
+        message = f"the body is longer than {limit} bytes, the --max-body-size of this server"
+        raise ApiError(413, message, headers=_CLOSE)
+
+
+def check_values(content: bytes | bytearray, most: int) -> None:
+    """Refuse a body that holds too many values, before anything is paid for parsing it.
+
+    Each comma counts 1; each list, object and text, names of fields among them, counts
+    `CONTAINER_WEIGHT`. Bytes that are no JSON are counted by the same rules; the parser refuses
+    them later.
+
+    Args:
+        content: of the body.
+        most: that its values may count, the --max-body-values of the server.
+
+    Raises:
+        ApiError: 413, the body holds too much; 400, it nests too deeply.
+    """
+    # without escaped quotation marks, so that those which are left begin or end a text
+    marked = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    num_texts = (marked.count(b'"') + 1) // 2
+    is_small = CONTAINER_WEIGHT * num_texts <= most
+    outside = b"".join(marked.split(b'"')[::2]) if is_small else b""
+    num_opened = outside.count(b"[") + outside.count(b"{")
+    if CONTAINER_WEIGHT * (num_texts + num_opened) + outside.count(b",") > most:
+        raise ApiError(
+            413,
+            f"the body holds more than {most} values, the --max-body-values of this server; each "
+            f"number counts 1, each text, name, list and object {CONTAINER_WEIGHT}",
+        )
+    # the parser reads no further where more are closed than were opened
+    steps = outside.translate(_STEPS, _NO_BRACKETS)[: 2 * num_opened]
+    if np.frombuffer(steps, np.int8).cumsum(dtype=np.int32).max(initial=0) > MAX_DEPTH:
+        raise ApiError(
+            400,
+            f"body nests too deeply: got more than {MAX_DEPTH} lists and objects inside of each "
+            "other; send a request that is flatter",
+        )
 
 
 class BodyRoute(APIRoute):
@@ -142,9 +152,10 @@ class BodyRoute(APIRoute):
             state: ServerState = request.app.state.server
             contents: list[bytearray] = request.state.body
             kind = request.headers.get("content-type", "")
+            most = state.options.max_body_values
             is_short = len(contents[0]) <= _SHORT_BYTES
             body = await state.workers.run(
-                read_body, model, contents, kind, request=request, is_short=is_short
+                read_body, model, contents, kind, most, request=request, is_short=is_short
             )
             answer: Response = await endpoint(body=body, request=request, state=state)
             return answer
@@ -152,16 +163,18 @@ class BodyRoute(APIRoute):
         return handle
 
 
-def read_body(model: type[Body], contents: list[bytearray], kind: str) -> Body:
+def read_body(model: type[Body], contents: list[bytearray], kind: str, most: int) -> Body:
     """The checked body of a request.
 
     Args:
         model: of the body.
         contents: its bytes, which are taken out of the list, so that they go when they are parsed.
         kind: the Content-Type.
+        most: see `check_values`.
 
     Raises:
-        ApiError: 400, the body cannot be read, or a field is wrong or cannot be honoured.
+        ApiError: 400, the body cannot be read, or a field is wrong or cannot be honoured; 413, it
+            holds too many values.
     """
     content = contents.pop()
     if not content:
@@ -169,6 +182,7 @@ def read_body(model: type[Body], contents: list[bytearray], kind: str) -> Body:
     if not _is_json(kind):
         message = f"Content-Type is {kind!r}; send JSON with Content-Type: application/json"
         raise ApiError(400, message)
+    check_values(content, most)
     try:
         value = parse_json(content)
     except (ValueError, RecursionError) as error:

@@ -19,12 +19,12 @@ from fd_dsa.chat.events import (
     join_events,
 )
 from fd_dsa.chat.parser import AnswerFormat, OutputParser
-from fd_dsa.serve.answer import Answer, respond
+from fd_dsa.serve.answer import Answer, respond, shown
 from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_prompt import make_job
 from fd_dsa.serve.generation import Job
 from fd_dsa.serve.logprobs import chat_logprobs
-from fd_dsa.serve.protocol import ChatCompletionRequest
+from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
@@ -68,21 +68,24 @@ class ChatAnswer(Answer[ChatCompletionRequest]):
     ) -> None:
         super().__init__(state, body, [job])
         self._choices = [_Choice(answer_format, body) for _ in range(job.params.n)]
+        # a whole answer is read when it has ended, which costs less, where all of it is shown
+        self._reads_steps = body.one_call or body.include_reasoning is False
 
     def take(self, job_index: int, output: RequestOutput) -> None:
         """See `Answer`."""
         super().take(job_index, output)
-        choice = self._choices[output.index]
-        choice.events += self._add(choice, output)
-        choice.token_ids += choice.new_token_ids
-        choice.scores += choice.new_scores
+        if self._reads_steps:
+            choice = self._choices[output.index]
+            choice.keep(self._add(choice, output))
 
     def choices(self) -> Iterator[dict[str, Any]]:
         """See `Answer`."""
         for index, choice in enumerate(self._choices):
+            if not self._reads_steps:
+                choice.keep(choice.add(self.outputs[0, index], is_whole=True))
             fields = {
                 "index": index,
-                "message": _message(choice.events + choice.read_whole()),
+                "message": _message(choice.events),
                 "logprobs": self._scores(choice.scores),
                 **self._end(choice, self.outputs[0, index]),
             }
@@ -133,8 +136,9 @@ class ChatAnswer(Answer[ChatCompletionRequest]):
         return events
 
     def _end(self, choice: _Choice, output: RequestOutput) -> dict[str, Any]:
-        """Why a choice has ended, and the fields of its end."""
-        reason = choice.finish_reason(output.finish_reason)
+        """Why a choice has ended, "tool_calls" after a call, and the fields of its end."""
+        is_called = choice.has_calls and output.finish_reason == "stop"
+        reason = "tool_calls" if is_called or choice.is_complete else output.finish_reason
         return {"finish_reason": reason, **self.end_fields(0, output)}
 
     def _scores(self, entries: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
@@ -153,13 +157,14 @@ class _Choice:
 
     Attributes:
         is_complete: nothing that the engine adds is shown any more.
+        has_calls: it calls a tool.
         output: the last one that is shown.
         new_token_ids, new_scores: what the last step has shown.
         events, token_ids, scores: all that was shown, of a whole answer.
     """
 
     def __init__(self, answer: AnswerFormat, body: ChatCompletionRequest) -> None:
-        self.is_complete = False
+        self.is_complete = self.has_calls = False
         self.output: RequestOutput | None = None
         self.new_token_ids: Sequence[int] = ()
         self.new_scores: Sequence[TokenLogprobs] = ()
@@ -170,44 +175,32 @@ class _Choice:
         self._one_call = body.one_call
         # the reasoning is a part of the answer; its tokens and scores go with it
         self._shows_reasoning = body.include_reasoning is not False
-        # read when it has ended, by `read_whole`, which costs less than step by step
-        self._at_once = not body.stream and self._shows_reasoning and not body.one_call
-        self._has_calls = False
 
-    def add(self, output: RequestOutput) -> list[Event]:
-        """What a step adds to the answer."""
-        if self._at_once:
-            if output.finished:
-                self.output = output
-                self.new_token_ids, self.new_scores = output.token_ids, output.logprobs or ()
-            return []
+    def add(self, output: RequestOutput, *, is_whole: bool = False) -> list[Event]:
+        """What a step adds to the answer, or a whole output."""
         self.new_token_ids, self.new_scores = (), ()
         if self.is_complete:
             return []
         self.output = output
+        text, token_ids, scores = shown(output, is_whole)
         was_reasoning = self._parser.is_reasoning
-        events = self._parser.feed(output.new_text)
+        events = self._parser.feed(text)
         if output.finished:
             events += self._parser.finish()
         if self._shows_reasoning or not (was_reasoning or self._parser.is_reasoning):
-            self.new_token_ids, self.new_scores = output.new_token_ids, output.new_logprobs
+            self.new_token_ids, self.new_scores = token_ids, scores
         return list(self._shown(events))
 
-    def read_whole(self) -> list[Event]:
-        """What has ended and was not read step by step; a long answer takes a while."""
-        if not self._at_once or self.output is None:
-            return []
-        return list(self._shown(self._parser.read(self.output.text)))
-
-    def finish_reason(self, reason: str | None) -> str | None:
-        """The engine's reason, "tool_calls" where a model that stopped had called."""
-        is_called = self._has_calls and reason == "stop"
-        return "tool_calls" if is_called or self.is_complete else reason
+    def keep(self, events: list[Event]) -> None:
+        """Keep what was added last, for a whole answer."""
+        self.events += events
+        self.token_ids += self.new_token_ids
+        self.scores += self.new_scores
 
     def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
         """The events that belong to the answer."""
         for event in events:
-            self._has_calls = self._has_calls or isinstance(event, ToolCallStart)
+            self.has_calls = self.has_calls or isinstance(event, ToolCallStart)
             if self._shows_reasoning or not isinstance(event, ReasoningDelta):
                 yield event
             if self._one_call and isinstance(event, ToolCallEnd):

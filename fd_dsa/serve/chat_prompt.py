@@ -9,10 +9,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fd_dsa.chat.grammar import forced_calls_grammar, json_after_reasoning_grammar
-from fd_dsa.chat.parser import THINK_END, AnswerFormat, ToolFormat
+from fd_dsa.chat.parser import THINK_END, AnswerFormat
 from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning, opens_reasoning
 from fd_dsa.chat.renderers import ChatRenderer
 from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.chat.tool_formats import ToolFormat
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
@@ -20,7 +21,7 @@ from fd_dsa.serve.answer_size import check_answer_size, most_scored_tokens
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
 from fd_dsa.serve.generation import Job, check_jobs, resolve_max_tokens
 from fd_dsa.serve.prompt_text import check_bytes, encode_prompt
-from fd_dsa.serve.protocol import ChatCompletionRequest
+from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
 _CACHED_TEMPLATES = 16
@@ -40,7 +41,7 @@ def make_job(
     tool_format = _tool_format(state, body, renderer)
     text = _render(state, renderer, body)
     answer = AnswerFormat(
-        has_reasoning=has_reasoning(state.options.chat.reasoning_parser, renderer.source),
+        has_reasoning=has_reasoning(state.options.reasoning_parser, renderer.source),
         in_reasoning=opens_reasoning(
             text, body.messages[-1].for_template() if body.continue_final_message else None
         ),
@@ -96,7 +97,7 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatRenderer:
     """The request's own template, or that of the model."""
     tokenizer = state.engine.tokenizer
     if body.chat_template is not None:
-        if not state.options.chat.trust_request_chat_template:
+        if not state.options.trust_request_chat_template:
             raise FieldError(
                 "chat_template: a template can keep a processor busy indefinitely, so this "
                 "server takes none from requests; start it with --trust-request-chat-template, or "
@@ -127,7 +128,7 @@ def _tool_format(
     """How calls of this answer are written; None where none are asked for."""
     if not body.tools or body.choice.mode == "none":
         return None
-    name = state.options.chat.tool_call_parser
+    name = state.options.tool_call_parser
     tool_format = find_tool_format(name, renderer.source)
     if tool_format is None:
         why = "the model's chat template has no form of tool calls that this server knows"

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
@@ -21,6 +21,7 @@ from fd_dsa.environment import (
 )
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
+from fd_dsa.serve.flag_values import fail
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
 from fd_dsa.serve.listener import connection_limit
 from fd_dsa.serve.logs import set_up_logging
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        return _fail(str(error))
+        return fail(str(error), _EXIT_BAD_START)
     debug = args.log_level == "debug"
     set_up_logging(args.log_level, as_json=args.log_json)
     for line in unused_variables():
@@ -61,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _serve(args)
     except KeyboardInterrupt:
-        return _fail("interrupted while starting", _EXIT_INTERRUPTED)
+        return fail("interrupted while starting", _EXIT_INTERRUPTED)
     except Exception as error:
         if debug:
             logger.debug("the start failed", exc_info=True)
-        return _fail(*_why_not_started(error, debug))
+        return fail(*_why_not_started(error, debug))
 
 
 def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
@@ -82,12 +83,6 @@ def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
         )
     hint = "" if debug else " (--log-level debug shows the traceback)"
     return f"unexpected {text}{hint}", 1
-
-
-def _fail(message: str, status: int = _EXIT_BAD_START) -> int:
-    """Print the one line of a failed start."""
-    sys.stderr.write(f"fd_dsa: error: {message}\n")
-    return status
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -138,7 +133,7 @@ def _serve_with_fastdeploy(
 
 def _show_plan(args: argparse.Namespace) -> int:
     """Print what would be served and how memory would be shared out."""
-    config = _engine_config(args)
+    config = EngineConfig(**_fields_of(EngineConfig, args))
     import yaml
 
     from fd_dsa.engine.plan import make_plan
@@ -149,10 +144,10 @@ def _show_plan(args: argparse.Namespace) -> int:
         "engine": "embedded",
         "host": args.host,
         "port": args.port,
-        "num_api_keys": len(options.api_keys),
+        "num_api_keys": len(options.api_key),
         **options.limits(plan.max_model_len),
         "shutdown_timeout": args.shutdown_timeout,
-        **chat_formats(plan.tokenizer, options.chat),
+        **chat_formats(plan.tokenizer, options),
     }
     described = yaml.safe_dump({**server, **plan.describe()}, sort_keys=False, allow_unicode=True)
     _say(f"# {plan.summary()}\n# {plan.memory.summary()}\n{described.rstrip()}")
@@ -162,7 +157,7 @@ def _show_plan(args: argparse.Namespace) -> int:
 def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     """Take the address, then listen, load the engine, and serve."""
     check_address_space()
-    config = _engine_config(args)
+    config = EngineConfig(**_fields_of(EngineConfig, args))
     # the server's packages are imported late, so that --help and errors of flags are quick
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.serve.engine_process import EngineProcess, Settings
@@ -178,7 +173,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         logger.info("fd_dsa %s: loading %s", __version__, config.model)
         settings = Settings(config, args.log_level, args.log_json)
         loaded.append(AsyncEngine(EngineProcess(settings, progress)))
-        logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, options.chat)))
+        logger.info("%s", chat_line(chat_formats(loaded[0].tokenizer, options)))
         return loaded[0]
 
     with bind_socket(args.host, args.port) as sock:
@@ -207,26 +202,6 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         return run_server(state, load, sock, shutdown_timeout_s=timeout_s, on_ready=on_ready)
 
 
-def _server_options(args: argparse.Namespace) -> ServerOptions:
-    """What the flags allow, but for the hosts, which depend on what --host resolves to."""
-    from fd_dsa.serve.options import ChatSettings, ServerOptions
-
-    return ServerOptions(
-        api_keys=tuple(getattr(args, "api_key", None) or ()),
-        max_body_bytes=args.max_body_size,
-        max_body_values=args.max_body_values,
-        max_prompt_bytes=args.max_prompt_bytes,
-        max_answer_scores=args.max_answer_scores,
-        max_concurrency=args.max_concurrency,
-        max_connections=connection_limit(getattr(args, "max_connections", None)),
-        log_requests=args.log_requests,
-        serves_page=not args.disable_ui,
-        chat=ChatSettings(
-            args.tool_call_parser, args.reasoning_parser, args.trust_request_chat_template
-        ),
-    )
-
-
 def _say(text: str) -> None:
     """Print something; a server goes on where stdout cannot be written, as on a full disk."""
     try:
@@ -237,7 +212,16 @@ def _say(text: str) -> None:
         discard(sys.stdout)
 
 
-def _engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The engine's configuration from the flags that were given."""
-    names = {field.name for field in fields(EngineConfig)}
-    return EngineConfig(**{k: v for k, v in vars(args).items() if k in names})
+def _fields_of(kind: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that are fields of a dataclass."""
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _server_options(args: argparse.Namespace) -> ServerOptions:
+    """What the flags allow, but for the hosts, which depend on what --host resolves to."""
+    from fd_dsa.serve.options import ServerOptions
+
+    given = _fields_of(ServerOptions, args)
+    given["max_connections"] = connection_limit(given.get("max_connections"))
+    return ServerOptions(**given)

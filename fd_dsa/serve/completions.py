@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from fd_dsa.serve.answer import Answer, respond
+from fd_dsa.serve.answer import Answer, respond, shown
 from fd_dsa.serve.answer_size import check_answer_size
 from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.generation import Job, check_jobs, resolve_max_tokens
 from fd_dsa.serve.logprobs import Columns, completion_logprobs, output_columns, prompt_columns
 from fd_dsa.serve.prompt_text import encode_prompt
-from fd_dsa.serve.protocol import CompletionRequest
+from fd_dsa.serve.protocol.completion import CompletionRequest
 from fd_dsa.serve.state import ServerState, State
 
 if TYPE_CHECKING:
@@ -76,45 +76,42 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def choices(self) -> Iterator[dict[str, Any]]:
         """See `Answer`."""
-        is_shown = not self.body.only_echo
         for job_index, job in enumerate(self.jobs):
             of_prompt = self.prompt_fields(self.outputs[job_index, 0])
             for index in range(job.params.n):
                 output = self.outputs[job_index, index]
-                scored = (output.logprobs or []) if is_shown else []
-                choice = {
-                    "index": job_index * job.params.n + index,
-                    "text": self._echoes[job_index] + output.text * is_shown,
-                    "logprobs": self._scores(job_index, output, scored, with_prompt=True),
-                    **self._end(job_index, output),
-                    **of_prompt,
-                }
-                if self.body.return_token_ids:
-                    choice["token_ids"] = output.token_ids if is_shown else []
-                yield choice
+                choice = self._choice(job_index, output, is_first=True, is_whole=True)
+                yield {**choice, **of_prompt}
 
     def deltas(self, job_index: int, output: RequestOutput) -> list[dict[str, Any]]:
         """See `Answer`; nothing where a step has nothing to show."""
         is_first = (job_index, output.index) not in self.outputs
-        is_shown = not self.body.only_echo
-        text = (self._echoes[job_index] if is_first else "") + output.new_text * is_shown
-        if not (text or output.finish_reason or self.body.return_token_ids):
-            return []
-        scored = output.new_logprobs if is_shown else []
+        choice = self._choice(job_index, output, is_first=is_first, is_whole=False)
+        if is_first:
+            choice.update(self.prompt_fields(output))
+        is_news = choice["text"] or output.finished or self.body.return_token_ids
+        return [choice] if is_news else []
+
+    def _choice(
+        self, job_index: int, output: RequestOutput, *, is_first: bool, is_whole: bool
+    ) -> dict[str, Any]:
+        """A choice of a whole answer, or what a step adds to it, the first one with the echo."""
+        text, token_ids, scored = shown(output, is_whole)
+        if self.body.only_echo:
+            text, token_ids, scored = "", (), ()
+        has_echo = bool(is_first and self.body.echo)
         scores = None
-        if scored or (is_first and self.body.echo):
-            scores = self._scores(job_index, output, scored, with_prompt=is_first)
+        if self.body.logprobs is not None and (scored or has_echo or is_whole):
+            scores = self._scores(job_index, output, scored, has_echo)
         choice = {
             "index": job_index * self.jobs[0].params.n + output.index,
-            "text": text,
+            "text": self._echoes[job_index] * is_first + text,
             "logprobs": scores,
             **self._end(job_index, output),
         }
         if self.body.return_token_ids:
-            choice["token_ids"] = output.new_token_ids if is_shown else []
-            if is_first:
-                choice["prompt_token_ids"] = output.prompt_token_ids
-        return [choice]
+            choice["token_ids"] = token_ids
+        return choice
 
     def usage(self) -> dict[str, Any]:
         """Token counts; a prompt that is the whole answer has no output."""
@@ -141,13 +138,11 @@ class CompletionAnswer(Answer[CompletionRequest]):
         return self.tokenizer.decode(prompt, skip_special_tokens=is_skipped)
 
     def _scores(
-        self, job_index: int, output: RequestOutput, scored: Sequence[Any], *, with_prompt: bool
-    ) -> dict[str, Any] | None:
-        """`logprobs` of these tokens, after those of a repeated prompt; None if not asked for."""
-        if self.body.logprobs is None:
-            return None
+        self, job_index: int, output: RequestOutput, scored: Sequence[Any], has_echo: bool
+    ) -> dict[str, Any]:
+        """`logprobs` of these tokens, after those of a repeated prompt."""
         columns = output_columns(self.tokenizer, scored, len(self._echoes[job_index]))
-        if not (with_prompt and self.body.echo):
+        if not has_echo:
             return completion_logprobs(columns)
         if job_index not in self._prompt_columns:
             self._prompt_columns[job_index] = prompt_columns(

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import yaml
 
-from fd_dsa.environment import own_variables
+from fd_dsa.environment import own_variables, switch
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.flags import build_parser
+from fd_dsa.serve.flags import DEFAULTS, build_parser
 
 _PREFIX = "FD_DSA_"
 # they mean nothing outside of a command line
 _COMMAND_LINE_ONLY = ("help", "version", "positional_model")
-_SWITCH = {"0": False, "false": False, "1": True, "true": True}
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -35,18 +34,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         ConfigError: an unknown flag or key (with the nearest known one), a value of a wrong form,
             or a file that cannot be read; names the source where it is not the command line.
     """
-    own, passed = _split(argv)
-    line = _from_command_line(own)
-    variables = _from_variables(own_variables(_PREFIX))
+    place = list(argv).index("--") if "--" in argv else len(argv)
+    line = _from_command_line(argv[:place])
+    variables = _from_variables()
     path = line.get("config", variables.get("config"))
     file = {} if path is None else _from_file(path)
     given = {**file, **variables, **line}
-    defaults = vars(build_parser().parse_args([]))
-    defaults.pop("positional_model", None)
-    args = argparse.Namespace(**{**defaults, **given})
-    args.given = frozenset(given)
-    args.passed = tuple(passed)
-    return args
+    passed = tuple(argv[place + 1 :])
+    return argparse.Namespace(**{**DEFAULTS, **given}, given=frozenset(given), passed=passed)
 
 
 def unused_variables() -> list[str]:
@@ -60,40 +55,30 @@ def unused_variables() -> list[str]:
     return lines
 
 
-def _split(argv: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """The arguments before and after the first `--`."""
-    if "--" not in argv:
-        return argv, ()
-    place = list(argv).index("--")
-    return argv[:place], argv[place + 1 :]
-
-
-def _parse(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Flags of `argv` without any default, and what is no flag."""
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    args, rest = parser.parse_known_args(argv)
-    return vars(args), rest
-
-
 def _from_command_line(argv: Sequence[str]) -> dict[str, Any]:
     """Flags of the command line; the model's folder may stand without one."""
-    values, rest = _parse(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not rest[0].startswith("-"):
+        raise ConfigError(
+            f"unexpected argument {rest[0]!r}; only one model folder is served at a time"
+        )
     if rest:
-        raise ConfigError(_unknown_argument(rest[0]))
+        flag = rest[0].partition("=")[0]
+        hint = _nearest(flag, parser._option_string_actions, "--help lists the flags")
+        raise ConfigError(f"unknown flag {flag}; {hint}")
+    values = vars(args)
     folder = values.pop("positional_model", None)
-    if folder is not None:
-        if values.get("model", folder) != folder:
-            raise ConfigError(
-                f"--model: got {values['model']!r} and the folder {folder!r}; give one of them"
-            )
-        values["model"] = folder
+    if folder is not None and values.setdefault("model", folder) != folder:
+        raise ConfigError(
+            f"--model: got {values['model']!r} and the folder {folder!r}; give one of them"
+        )
     return values
 
 
-def _from_variables(variables: Mapping[str, str]) -> dict[str, Any]:
+def _from_variables() -> dict[str, Any]:
     """Flags of variables such as FD_DSA_PORT; an empty one is none."""
+    variables = own_variables(_PREFIX)
     values: dict[str, Any] = {}
     for action in _actions().values():
         name = _variable(action)
@@ -103,10 +88,8 @@ def _from_variables(variables: Mapping[str, str]) -> dict[str, Any]:
         value: Any = text
         if _takes_several(action):
             value = [part.strip() for part in text.split(",") if part.strip()]
-        elif _is_switch(action):
-            if text.lower() not in _SWITCH:
-                raise ConfigError(f"{name}: got {text!r}, allowed: 0, 1, false, true, or unset")
-            value = _SWITCH[text.lower()]
+        elif action.nargs == 0:
+            value = switch(name)
         values.update(_parsed(name, action, value))
     return values
 
@@ -128,9 +111,11 @@ def _from_file(path: str) -> dict[str, Any]:
     actions = _actions()
     values: dict[str, Any] = {}
     for key, value in loaded.items():
-        action = actions.get(str(key).replace("_", "-"))
+        name = str(key).replace("_", "-")
+        action = actions.get(name)
         if action is None or action.dest == "config":
-            raise ConfigError(f"--config: {path}: {_unknown_key(str(key), actions)}")
+            hint = _nearest(name, actions, "keys are flags without their dashes in front")
+            raise ConfigError(f"--config: {path}: unknown key {str(key)!r}; {hint}")
         if action.dest in values:
             raise ConfigError(f"--config: {path}: {key} is there twice, with - and with _")
         if value is not None:
@@ -141,21 +126,23 @@ def _from_file(path: str) -> dict[str, Any]:
 def _parsed(source: str, action: argparse.Action, value: Any) -> dict[str, Any]:
     """One flag as the parser of the command line reads it, so that all sources have one rule."""
     flag = _flag(action)
-    values = value if isinstance(value, list) else [value]
-    if _is_switch(action):
+    if action.nargs == 0:
         if not isinstance(value, bool):
             raise ConfigError(f"{source}: {flag}: got {value!r}, allowed: true, false")
         return {action.dest: value}
     if isinstance(value, list) and not _takes_several(action):
         raise ConfigError(f"{source}: {flag}: got a list, allowed: one value")
-    if not values or not all(isinstance(one, str | int | float) for one in values):
-        raise ConfigError(f"{source}: {flag}: allowed: a text, a number, or for some a list")
-    if any(isinstance(one, bool) for one in values):
-        raise ConfigError(f"{source}: {flag}: got {value!r}, and the flag takes another value")
+    values = value if isinstance(value, list) else [value]
+    # not the values themselves, which may be secrets
+    bad = [type(one).__name__ for one in values if type(one) not in (str, int, float)]
+    if bad or not values:
+        raise ConfigError(
+            f"{source}: {flag}: got {bad[0] if bad else 'nothing'}, allowed: a text, a number, or "
+            "for some a list"
+        )
+    words = [flag, *map(str, values)] if action.nargs else [f"{flag}={one}" for one in values]
     try:
-        if action.nargs:
-            return _parse([flag, *map(str, values)])[0]
-        return _parse([f"{flag}={one}" for one in values])[0]
+        return vars(build_parser().parse_args(words))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
@@ -184,24 +171,7 @@ def _takes_several(action: argparse.Action) -> bool:
     return isinstance(action, argparse._AppendAction) or bool(action.nargs)
 
 
-def _is_switch(action: argparse.Action) -> bool:
-    """True for a flag without a value."""
-    return action.nargs == 0
-
-
-def _unknown_argument(argument: str) -> str:
-    """What to say about an argument that the parser does not know."""
-    if not argument.startswith("-"):
-        return f"unexpected argument {argument!r}; only one model folder is served at a time"
-    flag = argument.partition("=")[0]
-    known = [option for action in build_parser()._actions for option in action.option_strings]
-    near = difflib.get_close_matches(flag, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "--help lists the flags"
-    return f"unknown flag {flag}; {hint}"
-
-
-def _unknown_key(key: str, known: Mapping[str, argparse.Action]) -> str:
-    """What to say about a key of the file that is no flag."""
-    near = difflib.get_close_matches(key.replace("_", "-"), known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "keys are flags without their dashes in front"
-    return f"unknown key {key!r}; {hint}"
+def _nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """What to do about a name that is none of the known ones."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise

@@ -1,22 +1,35 @@
-"""Values of flags, from their texts; argparse shows the refusals after the name of the flag."""
+"""Parsing of command lines: values of flags from their texts, and the one line of a refusal."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, NoReturn
 
 from fd_dsa.config import parse_bytes
 from fd_dsa.errors import ConfigError
 
-_T = TypeVar("_T")
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line of ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(re.sub(r"^argument ([^:]+): ", r"\1: ", message))
 
 
-def _reader(
-    read: Callable[[str], _T], rule: str, is_allowed: Callable[[_T], object] = lambda _: True
-) -> Callable[[str], _T]:
-    """A type of argparse.
+def fail(message: str, status: int) -> int:
+    """Print the one line of a command that cannot go on; returns its exit status."""
+    sys.stderr.write(f"fd_dsa: error: {message}\n")
+    return status
+
+
+def reader(
+    read: Callable[[str], Any], rule: str, is_allowed: Callable[[Any], object] = lambda _: True
+) -> Callable[[str], Any]:
+    """A type of argparse, which shows its refusals after the name of the flag.
 
     Args:
         read: of a text; raises ValueError.
@@ -24,7 +37,7 @@ def _reader(
         is_allowed: whether a value is.
     """
 
-    def parse(text: str) -> _T:
+    def parse(text: str) -> Any:
         try:
             value = read(text)
             if is_allowed(value):
@@ -43,6 +56,12 @@ def _digits(text: str) -> int:
     return int(text)
 
 
+def number(kind: type, least: float) -> Callable[[str], Any]:
+    """A reader of finite numbers from `least` on, of type int or float."""
+    read, what = (_digits, "a whole number") if kind is int else (float, "a number")
+    return reader(read, f"{what} from {least:g} on", lambda value: least <= value < math.inf)
+
+
 def _is_host_name(text: str) -> bool:
     """Whether a text can be the host of a Host header, without a port."""
     return bool(text) and not (
@@ -50,15 +69,10 @@ def _is_host_name(text: str) -> bool:
     )
 
 
-# the engine's configuration checks the ranges of these two
-integer = _reader(int, "a whole number")
-number = _reader(float, "a number")
-positive = _reader(_digits, "a whole number from 1 on", lambda value: value >= 1)
-port = _reader(_digits, "0..65535", lambda value: value <= 65535)
-seconds = _reader(float, "a number of seconds, 0 or more", lambda value: 0 <= value < math.inf)
+port = reader(_digits, "0..65535", lambda value: value <= 65535)
 # for the system an empty name, as of an unset variable, is every interface
-host = _reader(str, "a name or an address, 0.0.0.0 for all interfaces", str.strip)
-host_name = _reader(str, "a name without a port, or *", _is_host_name)
+host = reader(str, "a name or an address, 0.0.0.0 for all interfaces", str.strip)
+host_name = reader(str, "a name without a port, or *", _is_host_name)
 
 
 def size(text: str) -> int:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fd_dsa.serve.body import BodyReader, too_long
-from fd_dsa.serve.errors import ApiError, show
+from fd_dsa.serve.body import check_length, receive_body
+from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.pages import CHAT_PATHS
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
@@ -24,12 +23,56 @@ OPEN_PATHS = CHAT_PATHS | PROBE_PATHS | {"/docs", "/openapi.json", "/version", "
 """Paths that need no key: they compute nothing and show nothing of requests."""
 
 
-class GuardMiddleware:
-    """Refuses requests before their bodies are read, and bodies that are too much or too slow.
+class Ticket:
+    """The running and waiting outputs of one request; used in the event loop alone.
 
-    A POST is counted by `ConcurrencyLimit` from the end of its body until its answer has been sent.
-    Routes find its body in `request.state.body`, and its ticket in `request.state.ticket`, which
-    they extend when they ask for several outputs.
+    Args:
+        state: counts those of all requests.
+    """
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._num_outputs = 0
+
+    def extend(self, num_outputs: int, param: str = "prompt") -> None:
+        """Hold so many outputs in all, not fewer than before.
+
+        Args:
+            num_outputs: choices that the request asks for.
+            param: the field of the request that says how many.
+
+        Raises:
+            ApiError: 400, no server with this limit could take the request; 429, not now.
+        """
+        limit, num_admitted = self._state.options.max_concurrency, self._state.num_admitted
+        if num_outputs > limit:
+            raise FieldError(
+                f"{param}: the request asks for {num_outputs} outputs, --max-concurrency is "
+                f"{limit}; send fewer at a time"
+            )
+        added = max(num_outputs - self._num_outputs, 0)
+        if num_admitted + added > limit:
+            raise ApiError(
+                429,
+                f"the server has {num_admitted} outputs running and waiting, --max-concurrency is "
+                f"{limit}; send the request again later",
+                code="too_many_requests",
+                headers={"Retry-After": "1"},
+            )
+        self._state.num_admitted += added
+        self._num_outputs += added
+
+    def release(self) -> None:
+        """Give everything back."""
+        self._state.num_admitted -= self._num_outputs
+
+
+class GuardMiddleware:
+    """Refuses requests before their bodies are read, and bodies that are too long or too slow.
+
+    A POST is counted from the end of its body until its answer has been sent: a slow client takes
+    nobody's place. Routes find its body in `request.state.body`, and its ticket in
+    `request.state.ticket`, which they extend when they ask for several outputs.
 
     Args:
         app: the next application.
@@ -39,8 +82,7 @@ class GuardMiddleware:
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
         self._state = state
-        self._bodies = BodyReader(state.options)
-        self._key_digests = [_digest(key.encode()) for key in state.options.api_keys]
+        self._key_digests = [_digest(key.encode()) for key in state.options.api_key]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,7 +91,11 @@ class GuardMiddleware:
         with contextlib.ExitStack() as held:
             try:
                 if self._check_head(scope):
-                    await self._admit(scope, receive, held)
+                    scope["state"]["body"] = [await receive_body(self._state, receive, held)]
+                    self._state.check_available()
+                    ticket = scope["state"]["ticket"] = Ticket(self._state)
+                    ticket.extend(1)
+                    held.callback(ticket.release)
             except ApiError as error:
                 await error.response()(scope, receive, send)
                 return
@@ -57,27 +103,27 @@ class GuardMiddleware:
 
     def _check_head(self, scope: Scope) -> bool:
         """Refuse a request by its head; True for one that computes, whose body comes next."""
-        headers = Headers(scope=scope)
-        rule, host = self._state.options.hosts, headers.get("host")
+        headers, options = Headers(scope=scope), self._state.options
+        host = headers.get("host")
         # HTTP/1.1 has the header; older clients, which are no browsers, may not
-        if rule is not None and host is not None:
-            rule.check(host)
+        if options.hosts is not None and host is not None:
+            options.hosts.check(host)
         if scope["path"] in OPEN_PATHS:
             return False
         self._check_key(headers.get("authorization", ""))
-        self._check_length(headers.get("content-length", ""))
+        length = headers.get("content-length", "")
+        check_length(int(length) if length.isdigit() else 0, options)
         if scope["method"] != "POST":
             return False
-        _check_encoding(headers.get("content-encoding", ""))
+        encoding = headers.get("content-encoding", "")
+        # the length of a compressed body says nothing of what it would take unpacked
+        if encoding.strip().lower() not in ("", "identity"):
+            raise ApiError(
+                415,
+                f"Content-Encoding: got {show(encoding)}, allowed: none; send the body as it is",
+            )
         self._state.check_available()
         return True
-
-    async def _admit(self, scope: Scope, receive: Receive, held: contextlib.ExitStack) -> None:
-        """Receive the body, then count the request; a slow client takes nobody's place."""
-        scope["state"]["body"] = [await self._bodies.read(receive, held)]
-        self._state.check_available()
-        ticket = scope["state"]["ticket"] = self._state.concurrency.admit()
-        held.callback(ticket.release)
 
     def _check_key(self, authorization: str) -> None:
         """401 unless the request brings one of the keys."""
@@ -85,8 +131,10 @@ class GuardMiddleware:
             return
         scheme, _, key = authorization.partition(" ")
         # starlette reads headers as Latin-1; the key is the bytes that came
-        known = _matches(self._key_digests, key.strip().encode("latin-1"))
-        if scheme.lower() == "bearer" and known:
+        digest = _digest(key.strip().encode("latin-1"))
+        # all of them: the time it takes does not depend on which is the right one
+        matches = [hmac.compare_digest(digest, known) for known in self._key_digests]
+        if scheme.lower() == "bearer" and any(matches):
             return
         what = "the API key is none of this server's" if key else "no API key came with the request"
         raise ApiError(
@@ -95,28 +143,6 @@ class GuardMiddleware:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-
-    def _check_length(self, content_length: str) -> None:
-        """413 for a body that says at once that it is too long."""
-        if content_length.isdigit() and int(content_length) > self._state.options.max_body_bytes:
-            raise too_long(self._state.options)
-
-
-def _check_encoding(content_encoding: str) -> None:
-    """415 for a compressed body; its length says nothing of what it would take unpacked."""
-    if content_encoding.strip().lower() not in ("", "identity"):
-        raise ApiError(
-            415,
-            f"Content-Encoding: got {show(content_encoding)}, allowed: none; send the body as it "
-            "is",
-        )
-
-
-def _matches(digests: Sequence[bytes], key: bytes) -> bool:
-    """Whether a key has one of the digests; the time it takes does not depend on which."""
-    digest = _digest(key)
-    matches = [hmac.compare_digest(digest, known) for known in digests]
-    return any(matches)
 
 
 def _digest(key: bytes) -> bytes:

@@ -11,7 +11,7 @@ import fd_dsa
 from fd_dsa.chat.parsers import reasoning_format_name, tool_format_name
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import batch_invariant, commit_variable
-from fd_dsa.serve.options import ChatSettings, ServerOptions
+from fd_dsa.serve.options import ServerOptions
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
@@ -77,7 +77,7 @@ async def server_info(
         "block_size": config.block_size,
         **options.limits(engine.max_model_len),
         "has_chat_template": engine.tokenizer.has_chat_template,
-        **chat_formats(engine.tokenizer, options.chat),
+        **chat_formats(engine.tokenizer, options),
         "enable_prefix_caching": config.enable_prefix_caching,
         "batch_invariant": batch_invariant(),
         "cudagraph_capture_sizes": list(engine.captured_sizes),
@@ -85,20 +85,20 @@ async def server_info(
     }
 
 
-def chat_formats(tokenizer: Tokenizer, settings: ChatSettings) -> dict[str, str | None]:
+def chat_formats(tokenizer: Tokenizer, options: ServerOptions) -> dict[str, str | None]:
     """Origin of the chat template and names of the parsers; None where there is no chat.
 
     Args:
         tokenizer: of the model.
-        settings: what the flags say; "auto" is resolved by the template.
+        options: of the server; "auto" is resolved by the template.
     """
     renderer = tokenizer.chat_renderer
     if renderer is None:
         return dict.fromkeys(("chat_template", "tool_call_parser", "reasoning_parser"))
     return {
         "chat_template": renderer.origin,
-        "tool_call_parser": tool_format_name(settings.tool_call_parser, renderer.source),
-        "reasoning_parser": reasoning_format_name(settings.reasoning_parser, renderer.source),
+        "tool_call_parser": tool_format_name(options.tool_call_parser, renderer.source),
+        "reasoning_parser": reasoning_format_name(options.reasoning_parser, renderer.source),
     }
 
 

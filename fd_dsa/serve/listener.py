@@ -14,9 +14,12 @@ import resource
 import socket
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from fd_dsa.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fd_dsa.serve.h11_protocol import StrictH11Protocol
 
 BACKLOG = 2048
 """Connections that the kernel holds until they are accepted."""
@@ -29,21 +32,6 @@ _ACCEPTS_AT_ONCE = 8
 _RETRY_S = 0.02
 
 logger = logging.getLogger("fd_dsa.serve")
-
-
-class Connection(Protocol):
-    """A connection as the listener sees it."""
-
-    @property
-    def is_flushed(self) -> bool:
-        """Whether every byte of the last answer has been handed to the kernel."""
-
-    @property
-    def has_unread(self) -> bool:
-        """Whether the kernel holds bytes of the client that are read in the next turn."""
-
-    def drop(self) -> None:
-        """Close the connection at once."""
 
 
 class Listener:
@@ -71,8 +59,8 @@ class Listener:
         self._make_protocol = make_protocol
         self._loop = asyncio.get_running_loop()
         # the one that has waited longest comes first
-        self._waiting: dict[Connection, None] = {}
-        self._working: set[Connection] = set()
+        self._waiting: dict[StrictH11Protocol, None] = {}
+        self._working: set[StrictH11Protocol] = set()
         self._opening: set[asyncio.Task[object]] = set()
         self._is_open = self._is_paused = False
 
@@ -97,25 +85,25 @@ class Listener:
             self._is_open = False
             self._loop.remove_reader(self._sock.fileno())
 
-    def joined(self, connection: Connection) -> None:
+    def joined(self, connection: StrictH11Protocol) -> None:
         """Count a new connection."""
         self._waiting[connection] = None
         if not self._is_open:
             # it was being opened when the server began to close
             connection.drop()
 
-    def waits(self, connection: Connection) -> None:
+    def waits(self, connection: StrictH11Protocol) -> None:
         """Count a connection without a request in progress."""
         self._working.discard(connection)
         self._waiting.setdefault(connection)
         self._resume()
 
-    def works(self, connection: Connection) -> None:
+    def works(self, connection: StrictH11Protocol) -> None:
         """Count a connection with a request in progress."""
         self._waiting.pop(connection, None)
         self._working.add(connection)
 
-    def left(self, connection: Connection) -> None:
+    def left(self, connection: StrictH11Protocol) -> None:
         """Forget a connection that is gone."""
         self._waiting.pop(connection, None)
         self._working.discard(connection)
@@ -163,7 +151,7 @@ class Listener:
             # else asyncio would log that nobody asked for it
             task.exception()
 
-    def _oldest(self) -> Connection | None:
+    def _oldest(self) -> StrictH11Protocol | None:
         """The connection that has waited longest, rather one that does not send any more."""
         sending = None
         for connection in self._waiting:
@@ -174,7 +162,7 @@ class Listener:
             sending = sending or connection
         return sending
 
-    def _drop(self, connection: Connection | None) -> None:
+    def _drop(self, connection: StrictH11Protocol | None) -> None:
         """Close a connection that waits."""
         if connection is not None:
             del self._waiting[connection]

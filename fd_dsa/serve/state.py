@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, Request
 
 from fd_dsa.engine.startup import StartupProgress
-from fd_dsa.serve.concurrency import ConcurrencyLimit
 from fd_dsa.serve.errors import ApiError, show
 from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.workers import Workers
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 _ALIAS = "default"
 _POLL_S = 0.02
-_RETRY_AFTER = {"Retry-After": "5"}
 
 Info = Callable[[], Awaitable[dict[str, Any]]]
 """Finds out what /server_info shows."""
@@ -43,6 +41,8 @@ class ServerState:
 
     Attributes:
         startup: how far the engine is, where it loads while the server runs.
+        num_admitted: running and waiting outputs of all requests.
+        num_body_bytes: of the bodies in memory, without the first 64 KiB of each.
         active: ids of the requests that run.
     """
 
@@ -60,7 +60,7 @@ class ServerState:
         self._info: dict[str, Any] | None = None
         self.options = options or ServerOptions()
         self.startup = StartupProgress()
-        self.concurrency = ConcurrencyLimit(self.options.max_concurrency)
+        self.num_admitted = self.num_body_bytes = 0
         # work of bounded length: bodies and answers
         self.workers = Workers("front", 2)
         # templates, tokenizers and grammars, which may take long
@@ -87,39 +87,24 @@ class ServerState:
 
     def unavailable(self) -> ApiError | None:
         """Why no new request is taken: a 503, or None when the server can serve."""
-        if self.draining:
-            return ApiError(
-                503,
-                "the server is shutting down; send the request to another one or retry later",
-                code="shutting_down",
-                headers=_RETRY_AFTER,
-            )
         engine = self.loaded_engine
+        if self.draining:
+            return _later(
+                "the server is shutting down; send the request to another one or retry later",
+                "shutting_down",
+            )
         if engine is None:
             return self._loading()
         if engine.errored is not None:
-            return ApiError(
-                503,
-                "the engine has failed; restart the server (its log says why)",
-                code="engine_failed",
-            )
+            message = "the engine has failed; restart the server (its log says why)"
+            return ApiError(503, message, code="engine_failed")
         if not engine.is_running:
-            return ApiError(
-                503,
-                "the engine is not running yet; retry in a moment",
-                code="loading",
-                headers=_RETRY_AFTER,
-            )
+            return _later("the engine is not running yet; retry in a moment")
         return None
 
     def _loading(self) -> ApiError:
         """The 503 of a server whose model is not there yet."""
-        return ApiError(
-            503,
-            f"the model is loading: {self.startup.describe()}; retry later",
-            code="loading",
-            headers=_RETRY_AFTER,
-        )
+        return _later(f"the model is loading: {self.startup.describe()}; retry later")
 
     def check_available(self) -> None:
         """Raise the 503 of `unavailable`, if there is one."""
@@ -159,6 +144,11 @@ class ServerState:
             await asyncio.sleep(_POLL_S)
         for request_id in tuple(self.active):
             self.engine.abort(request_id)
+
+
+def _later(message: str, code: str = "loading") -> ApiError:
+    """A 503 for clients that may try again."""
+    return ApiError(503, message, code=code, headers={"Retry-After": "5"})
 
 
 def _server_state(request: Request) -> ServerState:

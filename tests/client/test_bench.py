@@ -19,9 +19,8 @@ from fd_dsa.client.load import Sender
 from fd_dsa.client.timing import Timing, measure
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.errors import RemoteError
-from fd_dsa.serve import concurrency
+from fd_dsa.serve import guard
 from fd_dsa.serve.errors import ApiError
-from fd_dsa.serve.options import ServerOptions
 from tests.client.command import run
 from tests.serve.conftest import running
 from tests.serve.fake_engine import FakeEngine
@@ -74,8 +73,7 @@ def test_refused_requests_are_sent_again_but_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     prompts = random_prompts(4, 5, seed=0)
-    options = ServerOptions(max_concurrency=1)
-    with running(AnyTokens(), options=options) as live:
+    with running(AnyTokens(), max_concurrency=1) as live:
         num_refused = 0
 
         def refusal(*args: Any, **fields: Any) -> ApiError:
@@ -85,7 +83,7 @@ def test_refused_requests_are_sent_again_but_not_for_ever(
             live.engine.is_held = num_refused < 3
             return ApiError(*args, **fields)
 
-        monkeypatch.setattr(concurrency, "ApiError", refusal)
+        monkeypatch.setattr(guard, "ApiError", refusal)
         for retries in (9, 0):
             num_refused, live.engine.is_held = 0, True
             sender = Sender(f"{live.url}/v1", retries=retries)

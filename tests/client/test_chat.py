@@ -1,8 +1,7 @@
-"""`fd-dsa chat` in a process, with real servers and with the demo model in it."""
+"""`fd-dsa chat` in a process, with servers that run and with one that it starts."""
 
 from __future__ import annotations
 
-import logging
 import os
 import pty
 import select
@@ -18,9 +17,7 @@ import pytest
 
 from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
 from fd_dsa.chat.events import ContentDelta, Event, ReasoningDelta
-from fd_dsa.client.chat import Conversation, OwnPartner, ServerPartner
-from fd_dsa.config import demo_model_path
-from fd_dsa.serve.options import ServerOptions
+from fd_dsa.client.chat import Conversation, Partner
 from tests.client.command import command, run
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
@@ -58,7 +55,7 @@ class Thinker:
     name = "thinker"
 
     def answer(self, messages: Sequence[dict[str, str]]) -> Generator[Event, None, None]:
-        """See Partner."""
+        """See `Partner`."""
         yield from (ReasoningDelta("Let "), ReasoningDelta("me."), ContentDelta(str(len(messages))))
 
 
@@ -80,27 +77,9 @@ def test_reasoning_of_a_server_is_told_from_the_content() -> None:
     words = ("hm", "</think>", "Hello")
     with running(FakeEngine(words=words, renderer=DeepseekV32Encoding())) as live:
         fields = {"reasoning_effort": "high"}
-        partner = ServerPartner(live.url, None, fields)
+        partner = Partner(f"{live.url}/v1", None, fields)
         hello = [{"role": "user", "content": "Hi"}]
         assert list(partner.answer(hello)) == [ReasoningDelta("hm"), ContentDelta("Hello")]
-
-
-@pytest.mark.slow
-def test_reasoning_of_a_model_in_the_process_is_told_from_the_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for file in demo_model_path().iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    template = (
-        "{{ messages[-1].content }}{{ '<think>' if messages[0].content == 'a' }}{# </think> #}"
-    )
-    (tmp_path / "chat_template.jinja").write_text(template)
-    # it quiets the log of the process
-    monkeypatch.setattr(logging.getLogger("fd_dsa"), "level", logging.NOTSET)
-    partner = OwnPartner(str(tmp_path), {"max_tokens": 4})
-    for said, kind in (("a", ReasoningDelta), ("b", ContentDelta)):
-        events = list(partner.answer([{"role": "user", "content": said}]))
-        assert {type(event) for event in events} == {kind}
 
 
 def test_a_failed_answer_ends_a_pipe_with_status_one(tmp_path: Path) -> None:
@@ -112,13 +91,15 @@ def test_a_failed_answer_ends_a_pipe_with_status_one(tmp_path: Path) -> None:
 
 
 def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
-    with running(FakeEngine(), options=ServerOptions(api_keys=("secret",))) as live:
+    with running(FakeEngine(), api_key=("secret",)) as live:
         cases = {
             ("--base-url", live.url): "OPENAI_API_KEY",
             ("--base-url", "nowhere"): "--base-url: got 'nowhere'",
             ("--temperature", "hot"): "--temperature: got 'hot'",
             ("--system", "\udcff"): "--system: got '\\udcff'; allowed is UTF-8",
-            ("no/such/folder",): "no/such/folder",
+            (
+                "no/such/folder",
+            ): "error: MODEL: --model: got 'no/such/folder', allowed: a local folder",
         }
         for arguments, reason in cases.items():
             done = run(tmp_path, "chat", *arguments)
@@ -205,26 +186,6 @@ def test_ctrl_c_while_it_connects(tmp_path: Path) -> None:
             connection.close()
 
 
-@pytest.mark.slow
-def test_ctrl_c_leaves_no_step_of_the_own_engine_half_done(tmp_path: Path) -> None:
-    with chat_on_terminal(tmp_path, "--temperature", "0") as (process, terminal):
-        wait_for(terminal, "> ")
-        # Ctrl-C that comes before input() has returned is one at the prompt, which ends the chat
-        for delay_s in (0.03, 0.05, 0.08, 0.13):
-            os.write(terminal, b"Tell me a long story about France and its rivers.\r")
-            wait_for(terminal, "\r\n")
-            time.sleep(delay_s)
-            os.write(terminal, b"\x03")
-            wait_for(terminal, "\r\n> ")
-        os.write(terminal, b"/reset\r")
-        wait_for(terminal, "> ")
-        os.write(terminal, b"What is the capital of France?\r")
-        wait_for(terminal, "Paris")
-        wait_for(terminal, "> ")
-        os.write(terminal, b"/exit\r")
-        assert process.wait(60) == 0
-
-
 @pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
 def test_a_line_that_is_no_utf_8_is_refused(tmp_path: Path, locale: str) -> None:
     with running(FakeEngine()) as live:
@@ -269,7 +230,7 @@ def wait_for(terminal: int, text: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_model_in_the_same_process(tmp_path: Path) -> None:
+def test_the_demo_model_on_a_server_of_its_own(tmp_path: Path) -> None:
     said = "What is the capital of France?\n"
     done = run(tmp_path, "chat", "--max-tokens", "20", said=said)
     assert done.returncode == 0, done.stderr

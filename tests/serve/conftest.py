@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
-from fd_dsa.serve.options import ChatSettings, ServerOptions
+from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.server import DrainingServer, bind_socket
 from fd_dsa.serve.state import Info, ServerState, no_info
 from tests.serve.fake_engine import FakeEngine
@@ -52,13 +52,11 @@ def running(
     engine: FakeEngine | AsyncEngine,
     names: tuple[str, ...] = ("demo", "alias"),
     info: Info = no_info,
-    options: ServerOptions | None = None,
-    chat_settings: ChatSettings | None = None,
+    **options: Any,
 ) -> Iterator[Live]:
-    """Serve `engine` on a free port until the block ends."""
+    """Serve `engine` on a free port until the block ends; `options` are fields of ServerOptions."""
     sock = bind_socket("127.0.0.1", 0)
-    options = replace(options or ServerOptions(), chat=chat_settings or ChatSettings())
-    state = ServerState(engine, names, info, options)
+    state = ServerState(engine, names, info, ServerOptions(**options))
     ready = threading.Event()
     server = DrainingServer(state, 1.0, ready.set)
     server.config.timeout_graceful_shutdown = 2
@@ -126,7 +124,7 @@ def active(live: Live) -> set[str]:
 
 def num_admitted(live: Live) -> int:
     """Outputs that hold a place of --max-concurrency; given back a moment after the answer."""
-    return live.state.concurrency.num_admitted
+    return live.state.num_admitted
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> None:

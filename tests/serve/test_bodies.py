@@ -1,4 +1,4 @@
-"""Bodies that come slowly, in the way of nobody, and bodies that come compressed."""
+"""Bodies that come slowly, compressed, or with many values, in the way of nobody."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fd_dsa.serve import body, guard
-from fd_dsa.serve.body import BodyReader
+from fd_dsa.serve import body
+from fd_dsa.serve.body import CONTAINER_WEIGHT, MAX_DEPTH, check_values
+from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
-from fd_dsa.serve.options import ServerOptions
 from tests.serve.conftest import Live, connected, num_admitted, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_connections import HEAD
@@ -54,8 +56,7 @@ def send_until_closed(clients: list[socket.socket]) -> bytes:
 
 
 def test_slow_bodies_take_no_place_of_max_concurrency() -> None:
-    options = ServerOptions(max_concurrency=2)
-    with running(FakeEngine(), options=options) as live, ExitStack() as stack:
+    with running(FakeEngine(), max_concurrency=2) as live, ExitStack() as stack:
         clients = trickle(live, stack, 15)
         wait_until(lambda: len(live.server.server_state.tasks) == NUM_SLOW)
         assert num_admitted(live) == 0
@@ -70,8 +71,7 @@ def test_many_that_send_a_byte_at_a_time_are_closed_at_the_limit(
     monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
     monkeypatch.setattr(StrictH11Protocol, "head_timeout_s", 1.0)
-    options = ServerOptions(body_timeout_s=1.0)
-    with running(FakeEngine(), options=options) as live, ExitStack() as stack:
+    with running(FakeEngine(), body_timeout_s=1.0) as live, ExitStack() as stack:
         clients = [stack.enter_context(connected(live)) for _ in range(NUM_SLOW)]
         for client in clients:
             client.sendall(sent)
@@ -86,9 +86,7 @@ def test_many_that_send_a_byte_at_a_time_are_closed_at_the_limit(
 def test_bodies_together_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "_LONG_BODIES", 3)
     size = 1 << 20
-    made: list[BodyReader] = []
-    monkeypatch.setattr(guard, "BodyReader", lambda o: made.append(BodyReader(o)) or made[0])
-    with running(FakeEngine(), options=ServerOptions(max_body_bytes=size)) as live:
+    with running(FakeEngine(), max_body_size=size) as live:
 
         def post(num_bytes: int) -> httpx.Response:
             content = body_of(num_bytes)
@@ -98,7 +96,7 @@ def test_bodies_together_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) 
             for _ in range(3):
                 client = stack.enter_context(connected(live))
                 client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % size + b" " * (size - 1))
-            wait_until(lambda: made[0].num_bytes == 3 * (size - 1 - (64 << 10)))
+            wait_until(lambda: live.state.num_body_bytes == 3 * (size - 1 - (64 << 10)))
             answer = post(size)
             error = error_of(answer, 429)
             assert error["code"] == "too_many_bytes"
@@ -106,7 +104,7 @@ def test_bodies_together_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) 
             assert answer.headers["retry-after"] == "1"
             # a body of a usual size is served all the same
             assert post(60_000).is_success
-        wait_until(lambda: made[0].num_bytes == 0)
+        wait_until(lambda: live.state.num_body_bytes == 0)
         assert post(size).is_success
 
 
@@ -115,7 +113,7 @@ def test_a_client_that_leaves_in_its_body_gives_its_memory_back(
 ) -> None:
     monkeypatch.setattr(body, "_LONG_BODIES", 1)
     size = 1 << 20
-    with running(FakeEngine(), options=ServerOptions(max_body_bytes=size)) as live:
+    with running(FakeEngine(), max_body_size=size) as live:
         for _ in range(10):
             with connected(live) as client:
                 client.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % size + b" " * (size - 1))
@@ -143,3 +141,74 @@ def test_identity_is_no_compression(live: Live) -> None:
         headers = {"Content-Encoding": encoding}
         answer = live.http.post("/v1/completions", json={"prompt": "a"}, headers=headers)
         assert answer.status_code == 200
+
+
+ANY = 1 << 62
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+    max_leaves=30,
+)
+# bytes that matter, often next to each other
+HOSTILE_BYTES = st.lists(
+    st.sampled_from([b'"', b"\\", b"\\\\", b'\\"', b"[", b"]", b"{", b"}", b",", b"a", b"\xff"])
+).map(b"".join)
+
+
+def refusal(content: bytes, most: int) -> ApiError:
+    """Why a body is refused that holds more."""
+    with pytest.raises(ApiError) as caught:
+        check_values(content, most)
+    return caught.value
+
+
+def weight_of(value: Any) -> int:
+    """What a value counts."""
+    if isinstance(value, dict):
+        return CONTAINER_WEIGHT * len(value) + weight_of(list(value.values()))
+    if isinstance(value, list):
+        return CONTAINER_WEIGHT + max(len(value) - 1, 0) + sum(map(weight_of, value))
+    return CONTAINER_WEIGHT * isinstance(value, str)
+
+
+@given(JSON_VALUES, st.booleans())
+def test_values_count_what_they_are(value: Any, is_ascii: bool) -> None:
+    content = json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", "replace")
+    weight = weight_of(value)
+    check_values(content, weight)
+    assert refusal(content, weight - 1).status == 413
+
+
+@given(HOSTILE_BYTES)
+def test_bytes_that_are_no_json_are_counted_by_the_same_rules(content: bytes) -> None:
+    weight = depth = deepest = 0
+    in_text = is_escaped = False
+    # one after the other; an escape matters before a quotation mark or a backslash alone
+    for char in content.decode("latin-1"):
+        if is_escaped and char in '"\\':
+            is_escaped = False
+            continue
+        is_escaped = char == "\\"
+        if char == '"':
+            in_text = not in_text
+            weight += CONTAINER_WEIGHT * in_text
+        elif not in_text:
+            weight += CONTAINER_WEIGHT * (char in "[{") + (char == ",")
+            depth += (char in "[{") - (char in "]}")
+            deepest = max(deepest, depth)
+    # 64 levels are a refusal of their own
+    if deepest <= MAX_DEPTH:
+        check_values(content, weight)
+        assert refusal(content, weight - 1).status == 413
+
+
+def test_the_limits_of_values_and_depth_are_named() -> None:
+    content = b'{"a": [1, 2, "b"]}'
+    weight = weight_of(json.loads(content))
+    message = str(refusal(content, weight - 1))
+    assert f"more than {weight - 1} values, the --max-body-values" in message
+    check_values(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH, ANY)
+    check_values(b"[]" * 1000 + b'"' + b"[" * 1000 + b'"', ANY)
+    for deep in (b'{"a":' * (MAX_DEPTH + 1), b"[],[" + b"[" * MAX_DEPTH + b"]" * 9999):
+        error = refusal(deep, ANY)
+        assert error.status == 400 and f"more than {MAX_DEPTH} lists and objects" in str(error)

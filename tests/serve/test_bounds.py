@@ -12,8 +12,7 @@ import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.serve import body as body_module
-from fd_dsa.serve.body_scan import MAX_DEPTH
-from fd_dsa.serve.options import ServerOptions
+from fd_dsa.serve.body import MAX_DEPTH
 from tests.engine.fakes import make_engine
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
@@ -164,7 +163,7 @@ def test_a_name_given_twice_is_found_among_all_tools(wide: Live) -> None:
 @pytest.fixture(scope="module")
 def counting() -> Iterator[Live]:
     """A server that takes bodies of up to 100 values."""
-    with running(FakeEngine(), options=ServerOptions(max_body_values=100)) as live:
+    with running(FakeEngine(), max_body_values=100) as live:
         yield live
 
 
@@ -273,8 +272,7 @@ COUNTED: list[tuple[str, dict[str, Any], int, str]] = [
 def test_scores_of_an_answer(path: str, fields: dict[str, Any], count: int, param: str) -> None:
     asked = {"prompt": PROMPT} if path == "/v1/completions" else {"messages": [HI]}
     for limit in (count, count - 1):
-        options = ServerOptions(max_answer_scores=limit)
-        with running(AsyncEngine(make_engine(chats=True)), options=options) as live:
+        with running(AsyncEngine(make_engine(chats=True)), max_answer_scores=limit) as live:
             answer = live.http.post(path, json={**asked, **SCORED, **fields})
             if limit == count:
                 assert answer.status_code == 200, answer.text
@@ -286,7 +284,7 @@ def test_scores_of_an_answer(path: str, fields: dict[str, Any], count: int, para
 
 
 def test_a_chat_without_max_tokens_has_room_for_its_scores() -> None:
-    with running(FakeEngine(), options=ServerOptions(max_answer_scores=30)) as live:
+    with running(FakeEngine(), max_answer_scores=30) as live:
         fields = {"messages": [HI], "logprobs": True, "top_logprobs": 4}
         for num_choices, max_tokens in ((1, 6), (2, 3), (7, 1)):
             live.engine.requests.clear()

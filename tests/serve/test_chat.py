@@ -5,7 +5,6 @@ from __future__ import annotations
 import openai
 import pytest
 
-from fd_dsa.serve.options import ChatSettings
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import WORDS, FakeEngine
 
@@ -140,8 +139,7 @@ def test_a_template_of_the_request_needs_trust() -> None:
         error = live.http.post("/v1/chat/completions", json=body).json()["error"]
         assert error["param"] == "chat_template"
         assert "--trust-request-chat-template" in error["message"]
-    trusting = ChatSettings(trust_request_chat_template=True)
-    with running(FakeEngine(), chat_settings=trusting) as live:
+    with running(FakeEngine(), trust_request_chat_template=True) as live:
         assert live.http.post("/v1/chat/completions", json={**body, **kwargs}).status_code == 200
         assert prompt_text(live) == "<bos>Hi!3"
         broken = {**body, "chat_template": "{% for %}"}

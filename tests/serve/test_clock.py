@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
-from fd_dsa.serve.options import ServerOptions
 from tests.engine.fakes import make_engine
 from tests.serve.conftest import Live, chunks_of, running
 from tests.serve.test_errors import complete
@@ -40,14 +39,16 @@ def seconds_sums(live: Live) -> dict[str, float]:
 def test_only_created_follows_the_clock_on_the_wall(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = ServerOptions(log_requests=True)
-    with running(AsyncEngine(make_engine()), options=options) as live:
+    with running(AsyncEngine(make_engine()), log_requests=True) as live:
         wanted, _ = answers(live)
     caplog.clear()
     began = time.monotonic()
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", map(float, itertools.cycle(STAMPS)).__next__)
-        with caplog.at_level("INFO"), running(AsyncEngine(make_engine()), options=options) as live:
+        with (
+            caplog.at_level("INFO"),
+            running(AsyncEngine(make_engine()), log_requests=True) as live,
+        ):
             found, created = answers(live)
             assert found == wanted
             assert created and set(created) <= set(STAMPS)

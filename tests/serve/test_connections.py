@@ -18,7 +18,6 @@ import httpx
 import pytest
 
 from fd_dsa.serve.listener import PROBE_CONNECTIONS
-from fd_dsa.serve.options import ServerOptions
 from fd_dsa.serve.status import PROBE_PATHS
 from tests.serve.conftest import TIMEOUT_S, Live, connected, exchange, running, wait_until
 from tests.serve.fake_engine import FakeEngine
@@ -33,7 +32,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
 def small(limit: int) -> Iterator[Live]:
     """A server with so few connections, whose streams last for minutes."""
     engine = FakeEngine(step_s=0.05, max_model_len=10_000)
-    with running(engine, options=ServerOptions(max_connections=limit)) as live:
+    with running(engine, max_connections=limit) as live:
         yield live
 
 

@@ -10,13 +10,10 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from fd_dsa.serve.protocol import (
-    IN_CHAT,
-    IN_COMPLETIONS,
-    ChatCompletionRequest,
-    CompletionRequest,
-)
+from fd_dsa.serve.protocol.chat import ChatCompletionRequest
+from fd_dsa.serve.protocol.completion import CompletionRequest
 from fd_dsa.serve.protocol.tokenization import DetokenizeRequest, TokenizeRequest
+from fd_dsa.serve.protocol.unsupported import IN_CHAT, IN_COMPLETIONS
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 

@@ -13,7 +13,6 @@ import openai
 import pytest
 
 from fd_dsa.serve.guard import OPEN_PATHS
-from fd_dsa.serve.options import ServerOptions
 from tests.serve.conftest import Live, exchange, num_admitted, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
 from tests.serve.test_errors import complete, error_of
@@ -24,7 +23,7 @@ KEYS = ("first-key", "zweiter-schlüssel")
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[Live]:
     """A server with two keys."""
-    with running(FakeEngine(), options=ServerOptions(api_keys=KEYS)) as live:
+    with running(FakeEngine(), api_key=KEYS) as live:
         yield live
 
 
@@ -110,7 +109,7 @@ def test_the_openai_client_with_a_key_and_without(guarded: Live) -> None:
 @contextmanager
 def small_bodies(**fields: Any) -> Iterator[Live]:
     """A server that takes bodies of up to 1000 bytes."""
-    with running(FakeEngine(), options=ServerOptions(max_body_bytes=1000, **fields)) as live:
+    with running(FakeEngine(), max_body_size=1000, **fields) as live:
         yield live
 
 
@@ -153,8 +152,7 @@ def test_a_body_that_does_not_end_is_a_408() -> None:
 
 
 def test_more_than_the_limit_is_a_429_and_then_served_again() -> None:
-    options = ServerOptions(max_concurrency=2)
-    with running(FakeEngine(step_s=0.05, max_model_len=10_000), options=options) as live:
+    with running(FakeEngine(step_s=0.05, max_model_len=10_000), max_concurrency=2) as live:
         # minutes: both are there until their clients leave
         endless = {"prompt": "a", "max_tokens": 5000, "ignore_eos": True, "stream": True}
         with live.http.stream("POST", "/v1/completions", json=endless):
@@ -178,7 +176,7 @@ def test_more_than_the_limit_is_a_429_and_then_served_again() -> None:
 
 
 def test_every_prompt_of_a_request_counts() -> None:
-    with running(FakeEngine(), options=ServerOptions(max_concurrency=3)) as live:
+    with running(FakeEngine(), max_concurrency=3) as live:
         assert len(complete(live, prompt=["a", "b", "c"]).json()["choices"]) == 3
         error = error_of(complete(live, prompt=["a", "b", "c", "d"]), 400)
         assert error["param"] == "prompt"
@@ -195,8 +193,7 @@ def test_every_prompt_of_a_request_counts() -> None:
 
 def test_a_full_server_answers_at_once_and_keeps_its_promises() -> None:
     """Ten times the limit at once: each is served whole or refused, none is lost."""
-    options = ServerOptions(max_concurrency=4)
-    with running(FakeEngine(), options=options) as live, ThreadPoolExecutor(40) as clients:
+    with running(FakeEngine(), max_concurrency=4) as live, ThreadPoolExecutor(40) as clients:
         # none of those that are served ends before the others have come
         live.engine.is_held = True
         asked = [clients.submit(complete, live) for _ in range(40)]

@@ -11,7 +11,6 @@ import pytest
 
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.hosts import host_rule
-from fd_dsa.serve.options import ServerOptions
 from tests.serve.conftest import Live, exchange, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import FAKE, serving
@@ -22,7 +21,7 @@ from tests.serve.test_errors import error_of
 def local() -> Iterator[Live]:
     """A server on 127.0.0.1 that was started with a name of its own."""
     rule = host_rule("localhost", "127.0.0.1", ["Box.Example", "[fe80::1]"])
-    with running(FakeEngine(), options=ServerOptions(hosts=rule)) as live:
+    with running(FakeEngine(), hosts=rule) as live:
         yield live
 
 
@@ -58,7 +57,7 @@ def test_other_names_are_refused_on_every_path(local: Live, host: str) -> None:
 
 def test_a_refused_name_reaches_no_engine_and_shows_no_key() -> None:
     rule = host_rule("127.0.0.1", "127.0.0.1", [])
-    with running(FakeEngine(), options=ServerOptions(api_keys=("key",), hosts=rule)) as live:
+    with running(FakeEngine(), api_key=("key",), hosts=rule) as live:
         headers = {"Host": "evil.com", "Authorization": "Bearer key"}
         error_of(live.http.post("/v1/completions", json={"prompt": "a"}, headers=headers), 403)
         assert not live.engine.requests

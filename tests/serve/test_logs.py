@@ -21,7 +21,6 @@ from fd_dsa.engine.stats import EngineStats
 from fd_dsa.serve import server as server_module
 from fd_dsa.serve.logs import JsonFormatter, RepeatFilter
 from fd_dsa.serve.metrics import log_while_busy
-from fd_dsa.serve.options import ServerOptions
 from tests.engine.fakes import make_engine
 from tests.serve.conftest import exchange, held_port, running, wait_until
 from tests.serve.fake_engine import FakeEngine
@@ -36,8 +35,7 @@ def request_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
 
 def test_each_output_that_ends_is_a_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
-    options = ServerOptions(log_requests=True)
-    with running(AsyncEngine(make_engine()), options=options) as live:
+    with running(AsyncEngine(make_engine()), log_requests=True) as live:
         fields = {"max_tokens": 4, "ignore_eos": True}
         complete(live, prompt=[[5, 6, 7], [8]], **fields)
         lines = request_lines(caplog)
@@ -58,8 +56,7 @@ def test_each_output_that_ends_is_a_line(caplog: pytest.LogCaptureFixture) -> No
 
 def test_texts_and_keys_are_in_no_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
-    options = ServerOptions(log_requests=True, api_keys=("the-key",))
-    with running(FakeEngine(), options=options) as live:
+    with running(FakeEngine(), log_requests=True, api_key=("the-key",)) as live:
         headers = {"Authorization": "Bearer the-key"}
         body = {"prompt": "a secret text"}
         assert live.http.post("/v1/completions", json=body, headers=headers).status_code == 200

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import fd_dsa.serve
-from fd_dsa.serve.options import ServerOptions
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 
@@ -69,13 +68,13 @@ def test_the_page_is_no_part_of_the_api(live: Live) -> None:
 
 
 def test_the_page_asks_for_the_key_itself() -> None:
-    with running(FakeEngine(), options=ServerOptions(api_keys=("secret",))) as live:
+    with running(FakeEngine(), api_key=("secret",)) as live:
         assert {live.http.get(path).status_code for path in PATHS} == {200}
         assert live.http.get("/v1/models").status_code == 401
 
 
 def test_there_may_be_no_page() -> None:
-    with running(FakeEngine(), options=ServerOptions(serves_page=False)) as live:
+    with running(FakeEngine(), disable_ui=True) as live:
         for path in PATHS:
             reply = live.http.get(path)
             assert reply.status_code == 404

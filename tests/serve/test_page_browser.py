@@ -15,7 +15,6 @@ import pytest
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.factory import build_engine
-from fd_dsa.serve.options import ServerOptions
 from tests.chat.recorded import TOOLS
 from tests.serve.chromium import CHROMIUM, Tab, open_tab
 from tests.serve.conftest import Live, running, wait_until
@@ -205,8 +204,7 @@ def test_refusals_are_shown(tmp_path: Path) -> None:
 
 
 def test_a_key_is_asked_for(tmp_path: Path) -> None:
-    options = ServerOptions(api_keys=("secret",))
-    with running(FakeEngine(), options=options) as live, open_tab(tmp_path) as tab:
+    with running(FakeEngine(), api_key=("secret",)) as live, open_tab(tmp_path) as tab:
         tab.open(f"{live.url}/")
         tab.wait_for("!$('notice').hidden")
         assert "API key" in tab.evaluate("$('notice').textContent")

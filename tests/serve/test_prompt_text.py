@@ -10,7 +10,6 @@ import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.serve.options import ServerOptions
 from tests.engine import byte_model
 from tests.engine.fakes import make_engine
 from tests.serve.conftest import Live, running
@@ -22,8 +21,7 @@ from tests.serve.test_tool_calls import V32, engine_of
 @pytest.fixture(scope="module")
 def short() -> Iterator[Live]:
     """A server that takes texts of up to 100 bytes."""
-    options = ServerOptions(max_prompt_bytes=100)
-    with running(FakeEngine(max_model_len=4096), options=options) as live:
+    with running(FakeEngine(max_model_len=4096), max_prompt_bytes=100) as live:
         yield live
 
 
@@ -65,8 +63,7 @@ def test_a_text_of_too_many_bytes_names_both_numbers(
 def test_tools_are_texts_of_the_prompt_too() -> None:
     function = {"name": "f", "description": "a" * 4000, "parameters": {"title": "b"}}
     body = {**chat("a"), "tools": [{"type": "function", "function": function}]}
-    options = ServerOptions(max_prompt_bytes=4000)
-    with running(engine_of(V32), options=options) as live:
+    with running(engine_of(V32), max_prompt_bytes=4000) as live:
         error = error_of(live.http.post("/v1/chat/completions", json=body), 400)
         assert error["param"] == "tools"
         assert "tools: has 4010 bytes of text; allowed are at most 4000" in error["message"]
@@ -76,7 +73,7 @@ def test_tools_are_texts_of_the_prompt_too() -> None:
 
 def test_messages_that_are_too_long_reach_no_template() -> None:
     engine = FakeEngine()
-    with running(engine, options=ServerOptions(max_prompt_bytes=100)) as live:
+    with running(engine, max_prompt_bytes=100) as live:
         engine.tokenizer.chat_renderer = None
         error_of(live.http.post("/v1/chat/completions", json=chat("a")), 400)
 
@@ -100,9 +97,7 @@ def test_by_default_a_text_has_sixteen_bytes_for_each_token(live: Live) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
 def test_a_text_of_too_many_tokens_is_not_counted_to_its_end(path: str) -> None:
-    with running(
-        AsyncEngine(byte_model.make_engine()), options=ServerOptions(max_prompt_bytes=10**6)
-    ) as live:
+    with running(AsyncEngine(byte_model.make_engine()), max_prompt_bytes=10**6) as live:
         error = error_of(live.http.post(path, json={"prompt": "word " * 100_000}), 400)
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
         assert "or more tokens, max_model_len is 512" in error["message"]
@@ -110,8 +105,7 @@ def test_a_text_of_too_many_tokens_is_not_counted_to_its_end(path: str) -> None:
 
 def test_probes_are_answered_while_a_long_text_is_tokenized() -> None:
     """With a tokenizer that is real: only its GIL shows what a thread is worth."""
-    options = ServerOptions(max_prompt_bytes=1 << 22)
-    with running(AsyncEngine(byte_model.make_engine()), options=options) as live:
+    with running(AsyncEngine(byte_model.make_engine()), max_prompt_bytes=1 << 22) as live:
         # one word, so that it cannot be cut
         body = {"prompt": "a" * 3_000_000}
         answers = []

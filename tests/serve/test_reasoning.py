@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from fd_dsa.chat.template import ChatTemplate
-from fd_dsa.serve.options import ChatSettings
 from tests.chat.recorded import RECORDED, Recorded
 from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
@@ -79,8 +78,7 @@ def test_reasoning_is_left_out_with_its_tokens(recorded: Recorded) -> None:
 
 def test_reasoning_that_is_not_told_apart_cannot_be_left_out() -> None:
     body = {"messages": HI, "include_reasoning": False}
-    off = ChatSettings(reasoning_parser="none")
-    with running(engine_of(V32), chat_settings=off) as live:
+    with running(engine_of(V32), reasoning_parser="none") as live:
         assert live.http.post("/v1/chat/completions", json=body).status_code == 200
         body["reasoning_effort"] = "high"
         answer = live.http.post("/v1/chat/completions", json=body)

@@ -14,7 +14,6 @@ import pytest
 from pydantic import BaseModel, Field
 
 from fd_dsa.engine.async_engine import AsyncEngine
-from fd_dsa.serve.options import ChatSettings
 from tests.engine.byte_model import TOKENIZER, make_engine
 from tests.engine.test_grammar import SCHEMA
 from tests.serve.conftest import Live, chunks_of, running
@@ -99,8 +98,7 @@ def test_a_form_begins_behind_the_reasoning() -> None:
         "n": 8,
         "seed": 1,
     }
-    settings = ChatSettings(reasoning_parser="deepseek_v3")
-    with running(AsyncEngine(make_engine()), chat_settings=settings) as live:
+    with running(AsyncEngine(make_engine()), reasoning_parser="deepseek_v3") as live:
         for form in ({"guided_regex": "[ab]{3}"}, {"guided_choice": ["aab", "bba"]}):
             answer = live.http.post("/v1/chat/completions", json={**body, **form})
             found = [c for c in answer.json()["choices"] if c["finish_reason"] == "stop"]

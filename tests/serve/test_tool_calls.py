@@ -11,7 +11,6 @@ import pytest
 from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
 from fd_dsa.chat.renderers import ChatRenderer
 from fd_dsa.chat.template import ChatTemplate
-from fd_dsa.serve.options import ChatSettings
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, TOOLS, Recorded
 from tests.serve.conftest import Live, running
@@ -192,16 +191,18 @@ def test_special_markers_are_kept_for_the_parser_alone() -> None:
 
 
 def test_parsers_can_be_named_and_switched_off() -> None:
-    off = ChatSettings(tool_call_parser="none", reasoning_parser="none")
-    with running(engine_of(V32), chat_settings=off) as live:
+    with running(engine_of(V32), tool_call_parser="none", reasoning_parser="none") as live:
         message = live.client.chat.completions.create(**asked(V32, tools=[])).choices[0].message
         assert message.content == V32.text
         with pytest.raises(openai.BadRequestError, match="--tool-call-parser none") as caught:
             live.client.chat.completions.create(**asked(V32))
         assert caught.value.param == "tools"
     glm = RECORDED["glm thinking, calls"]
-    named = ChatSettings(tool_call_parser="glm45", reasoning_parser="glm45")
-    with running(FakeEngine(words=("<think>", *glm.tokens)), chat_settings=named) as live:
+    with running(
+        FakeEngine(words=("<think>", *glm.tokens)),
+        tool_call_parser="glm45",
+        reasoning_parser="glm45",
+    ) as live:
         message = live.client.chat.completions.create(**asked(glm)).choices[0].message
         assert len(message.tool_calls or []) == 2
         assert message.reasoning_content == "Two calls."
