@@ -3,18 +3,27 @@
 Source of the format: `encoding/encoding_dsv32.py`, which comes with the model. A user's message
 ends with the start of the answer: <think> where the model is to reason, </think> where not. Of
 reasoning in the history only what follows the last message of the user is shown.
+
+The model was trained on one text that offers tools. It is in that file, from where it is read as
+the literal that it is; nothing of the file is run. Copies of the model that lack the file get our
+words for the same format.
 """
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
-from fd_dsa.chat.history import Arguments, is_reasoning_only
-from fd_dsa.chat.parser import THINK_BEGIN, THINK_END
+from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, is_reasoning_only
+from fd_dsa.chat.template import Arguments
 from fd_dsa.chat.tool_formats import (
+    DSML,
     V32_ARGUMENT,
     V32_ARGUMENT_END,
     V32_CALL,
@@ -22,7 +31,84 @@ from fd_dsa.chat.tool_formats import (
     V32_CALLS,
     V32_CALLS_END,
 )
-from fd_dsa.chat.tool_instructions import OWN_INSTRUCTIONS
+
+ENCODING_FILE = Path("encoding", "encoding_dsv32.py")
+_NAME = "TOOLS_SYSTEM_TEMPLATE"
+_SCHEMAS = "{tool_schemas}"
+
+OWN_INSTRUCTIONS = f"""## Tools
+
+These tools can be called. A call is written as a block of this form, at the end of your message:
+
+{V32_CALLS}
+{V32_CALL} name="$TOOL">
+{V32_ARGUMENT} name="$KEY" string="true|false">$VALUE{V32_ARGUMENT_END}
+...
+{V32_CALL_END}
+...
+{V32_CALLS_END}
+
+Each call has an invoke element of its own. A parameter that is a text is marked string="true" and \
+stands there as it is, neither quoted nor escaped; one of any other type is marked string="false" \
+and written as JSON.
+
+The results come back in this form, in the order of the calls; when you are reasoning, reason \
+about them before you go on:
+
+<function_results>
+<result>$RESULT</result>
+</function_results>
+
+{THINK_BEGIN}...{THINK_END}
+
+The tools, each with the JSON schema of its parameters:
+<functions>
+{_SCHEMAS}
+</functions>
+"""
+
+logger = logging.getLogger(__name__)
+
+
+def read_instructions(folder: Path) -> str:
+    """The folder's own text, or ours; in it `{tool_schemas}` is still to be replaced."""
+    file = folder / ENCODING_FILE
+    text = _literal(file) if file.is_file() else None
+    if text is None or _SCHEMAS not in text:
+        logger.warning(
+            "chat: %s of %s has no %s; tools are offered in other words than those that the model "
+            "was trained on",
+            ENCODING_FILE,
+            folder,
+            _NAME,
+        )
+        return OWN_INSTRUCTIONS
+    fields = {
+        "{dsml_token}": DSML,
+        "{thinking_start_token}": THINK_BEGIN,
+        "{thinking_end_token}": THINK_END,
+    }
+    for field, value in fields.items():
+        text = text.replace(field, value)
+    return text
+
+
+def _literal(file: Path) -> str | None:
+    """The string that a Python file assigns to the template's name; None where there is none."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return None
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if isinstance(node, ast.AnnAssign):
+            targets = [node.target]
+        named = any(isinstance(target, ast.Name) and target.id == _NAME for target in targets)
+        value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+        if named and isinstance(value, ast.Constant) and isinstance(value.value, str):
+            return value.value
+    return None
+
 
 BEGIN = "<｜begin▁of▁sentence｜>"
 END = "<｜end▁of▁sentence｜>"
@@ -69,7 +155,10 @@ class DeepseekV32Encoding:
         thinking = _thinking(kwargs)
         roles = [message["role"] for message in messages]
         last_user = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
-        offer = self._offer(tools) if tools else ""
+        offer = ""
+        if tools:
+            schemas = "\n".join(_json(tool["function"]) for tool in tools)
+            offer = "\n\n" + self._instructions.replace("{tool_schemas}", schemas)
         parts = [BEGIN] if roles[:1] == ["system"] else [BEGIN, offer]
         index = 0
         while index < len(messages):
@@ -81,7 +170,8 @@ class DeepseekV32Encoding:
                 parts += [USER, _text(message), ASSISTANT, opening]
             elif role == "assistant":
                 parts.append(_assistant(message, thinking and index > last_user))
-                results = _results(messages, index + 1)
+                rest = itertools.islice(messages, index + 1, None)
+                results = list(itertools.takewhile(lambda m: m["role"] == "tool", rest))
                 if results:
                     parts.append(_render_results(message, results, index + 1) + opening)
                     index += len(results)
@@ -92,11 +182,6 @@ class DeepseekV32Encoding:
                 )
             index += 1
         return _end(parts, messages, thinking, add_generation_prompt, continue_final_message)
-
-    def _offer(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """The text that offers tools, with the empty line before it."""
-        schemas = "\n".join(_json(tool["function"]) for tool in tools)
-        return "\n\n" + self._instructions.replace("{tool_schemas}", schemas)
 
 
 def _thinking(kwargs: Mapping[str, Any]) -> bool:
@@ -140,25 +225,11 @@ def _assistant(message: Mapping[str, Any], shows_reasoning: bool) -> str:
 def _call(function: Mapping[str, Any]) -> str:
     """One call in DSML."""
     lines = [f'{V32_CALL} name="{function["name"]}">']
-    arguments = Arguments.read(function["arguments"])
-    lines += [_parameter(name, value) for name, value in arguments.items()] or [""]
-    return "\n".join([*lines, V32_CALL_END])
-
-
-def _parameter(name: str, value: Any) -> str:
-    """One argument in DSML."""
-    is_text = isinstance(value, str)
-    kind = "true" if is_text else "false"
-    text = value if is_text else _json(value)
-    return f'{V32_ARGUMENT} name="{name}" string="{kind}">{text}{V32_ARGUMENT_END}'
-
-
-def _results(messages: Sequence[Mapping[str, Any]], start: int) -> list[Mapping[str, Any]]:
-    """The results of tools from `start` on."""
-    end = start
-    while end < len(messages) and messages[end]["role"] == "tool":
-        end += 1
-    return list(messages[start:end])
+    for name, value in Arguments.read(function["arguments"]).items():
+        is_text = isinstance(value, str)
+        kind, text = ("true", value) if is_text else ("false", _json(value))
+        lines.append(f'{V32_ARGUMENT} name="{name}" string="{kind}">{text}{V32_ARGUMENT_END}')
+    return "\n".join([*lines, *([] if lines[1:] else [""]), V32_CALL_END])
 
 
 def _render_results(

@@ -1,49 +1,33 @@
-"""What a parser of answers reports, and the message that the reports add up to."""
+"""What a parser of answers reports, and where its parts put what they find."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
+
+from fd_dsa.chat.feed import Steps, TextFeed
+from fd_dsa.chat.json_types import is_json, type_of, types_of
+
+Kind = Literal["content", "reasoning", "call", "arguments", "call_end"]
 
 
 @dataclass(frozen=True, slots=True)
-class ContentDelta:
-    """More of the answer's text."""
+class Event:
+    """What a parser reports of an answer.
 
-    text: str
+    Attributes:
+        kind: "content" and "reasoning" bring more text, and "arguments" more of a call's: together
+            a JSON object, where the model made one. A "call" begins, and with "call_end", which is
+            missing where the answer ends inside of it, it is complete.
+        text: what is added; of a call the name of the tool.
+        index: of a call and its arguments, from 0 in an answer.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class ReasoningDelta:
-    """More of the reasoning before the answer."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallStart:
-    """A call begins; `index` counts the calls of an answer from 0."""
-
-    index: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class ArgumentsDelta:
-    """More of a call's arguments: together a JSON object, where the model made one."""
-
-    index: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCallEnd:
-    """A call is complete; missing where the answer ends inside of it."""
-
-    index: int
-
-
-Event = ContentDelta | ReasoningDelta | ToolCallStart | ArgumentsDelta | ToolCallEnd
+    kind: Kind
+    text: str = ""
+    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,18 +49,152 @@ class Message:
 
 def join_events(events: Iterable[Event]) -> Message:
     """The message that a parser's events add up to."""
-    content, reasoning = [], []
-    names: list[str] = []
-    arguments: list[list[str]] = []
+    texts: dict[str, list[str]] = {"content": [], "reasoning": []}
+    calls: list[list[str]] = []
     for event in events:
-        if isinstance(event, ContentDelta):
-            content.append(event.text)
-        elif isinstance(event, ReasoningDelta):
-            reasoning.append(event.text)
-        elif isinstance(event, ToolCallStart):
-            names.append(event.name)
-            arguments.append([])
-        elif isinstance(event, ArgumentsDelta):
-            arguments[event.index].append(event.text)
-    calls = (ToolCall(name, "".join(a)) for name, a in zip(names, arguments, strict=True))
-    return Message("".join(content), "".join(reasoning), tuple(calls))
+        if event.kind == "call":
+            calls.append([event.text])
+        elif event.kind == "arguments":
+            calls[event.index].append(event.text)
+        elif event.kind != "call_end":
+            texts[event.kind].append(event.text)
+    made = tuple(ToolCall(name, "".join(arguments)) for name, *arguments in calls)
+    return Message("".join(texts["content"]), "".join(texts["reasoning"]), made)
+
+
+class EventSink:
+    """Collects events, neighbours of one kind as one.
+
+    Args:
+        schemas: tool name -> JSON schema of its arguments.
+    """
+
+    def __init__(self, schemas: Mapping[str, Any]) -> None:
+        """No event and no call yet."""
+        self.schemas = schemas
+        self.num_calls = 0
+        self._events: list[Event] = []
+        self._held = ""
+        self._num_calls_before = 0
+        self._has_arguments = False
+
+    def take(self) -> list[Event]:
+        """The events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def content(self, text: str) -> None:
+        """More text of the answer, after the markup that was held for it."""
+        text, self._held = self._held + text, ""
+        self._add("content", text)
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the section has made a call: what is cut off after it is markup, not content."""
+        return self.num_calls > self._num_calls_before
+
+    def begin_section(self, markup: str) -> None:
+        """Hold the markup that begins some calls: it is content if no call follows."""
+        self._held = markup
+        self._num_calls_before = self.num_calls
+
+    def end_section(self, markup: str) -> None:
+        """Take the markup that ends the calls, empty where the text ended before it."""
+        if not self.has_calls:
+            self.content(markup)
+
+    def reasoning(self, text: str) -> None:
+        """More text of the reasoning."""
+        self._add("reasoning", text)
+
+    def start_call(self, name: str) -> None:
+        """A call begins."""
+        self._held, self._has_arguments = "", False
+        self._events.append(Event("call", name, self.num_calls))
+        self.num_calls += 1
+
+    def arguments(self, text: str) -> None:
+        """More arguments of the latest call."""
+        self._has_arguments = True
+        self._add("arguments", text, self.num_calls - 1)
+
+    def end_call(self) -> None:
+        """The latest call is complete; without arguments it has an empty object of them."""
+        if not self._has_arguments:
+            self.arguments("{}")
+        self._events.append(Event("call_end", index=self.num_calls - 1))
+
+    def _add(self, kind: Kind, text: str, index: int = 0) -> None:
+        """Report more text, as one event with the text of the same kind before it."""
+        last = self._events[-1] if self._events else None
+        if last is not None and (last.kind, last.index) == (kind, index):
+            self._events[-1] = Event(kind, last.text + text, index)
+        elif text:
+            self._events.append(Event(kind, text, index))
+
+
+class ArgumentsWriter:
+    """A JSON object of arguments, written value by value while they come.
+
+    Args:
+        sink: gets the text.
+        schema: JSON schema of the arguments, whatever the client sent.
+    """
+
+    def __init__(self, sink: EventSink, schema: Any) -> None:
+        """Nothing is written yet."""
+        self._sink = sink
+        self._schema = schema
+        self._is_empty = True
+
+    def types_of(self, name: str) -> frozenset[str]:
+        """Types that the schema allows for an argument; empty where it does not say."""
+        properties = self._schema.get("properties") if isinstance(self._schema, dict) else None
+        schema = properties.get(name) if isinstance(properties, dict) else None
+        return types_of(schema, self._schema)
+
+    def read(
+        self,
+        feed: TextFeed,
+        name: str,
+        end: str,
+        is_text: bool,
+        types: frozenset[str] = frozenset(),
+    ) -> Steps[None]:
+        """Read a value up to its end marker; of one that is cut off, what has come of a string.
+
+        Args:
+            feed: the text of the model.
+            name: of the argument.
+            end: marker after the value.
+            is_text: the value is a string as it is, else the JSON text as the model wrote it.
+            types: those that the value may have, empty for any. With "string" among them JSON of
+                another type than these is a string; in any case a text that is no JSON is one.
+        """
+        self._sink.arguments("{" if self._is_empty else ", ")
+        self._sink.arguments(json.dumps(name, ensure_ascii=False) + ": ")
+        self._is_empty = False
+        if is_text:
+            self._sink.arguments('"')
+            marker = yield from feed.stream_until((end,), self._characters, keeps_half=False)
+            if marker is not None:
+                self._sink.arguments('"')
+            return
+        text, marker = yield from feed.until((end,))
+        if marker is None:
+            return
+        raw = text.strip()
+        if is_json(raw) and ("string" not in types or type_of(raw) in types - {"string"}):
+            self._sink.arguments(raw)
+        else:
+            self._sink.arguments(json.dumps(text, ensure_ascii=False))
+
+    def _characters(self, text: str) -> None:
+        """More of a string."""
+        self._sink.arguments(json.dumps(text, ensure_ascii=False)[1:-1])
+
+    def close(self) -> None:
+        """End the object and the call."""
+        if not self._is_empty:
+            self._sink.arguments("}")
+        self._sink.end_call()

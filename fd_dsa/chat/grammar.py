@@ -18,6 +18,8 @@ from fd_dsa.chat.json_types import types_of
 from fd_dsa.chat.parser import THINK_END
 
 _ANY_TEXT = "(?s:.*)"
+# in DSML, between the name of an argument and its value
+_STRING = '" string="{}">'
 # between two signs of JSON; without a bound a small model may write spaces until max_tokens
 JSON_SPACE = "[ \\t\\n\\r]{1,40}"
 
@@ -123,11 +125,12 @@ class _Lark:
 
 def _v31_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
     """Calls of DeepSeek-V3.1."""
-    calls = [
-        f"{lark.literal(marks.V31_CALL + name + marks.V31_SEPARATOR)} "
-        f"{lark.json(_object(schema))} {lark.literal(marks.V31_CALL_END)}"
-        for name, schema in schemas.items()
-    ]
+    calls = []
+    for name, schema in schemas.items():
+        head = lark.literal(marks.V31_CALL + name + marks.V31_SEPARATOR)
+        # an object whatever the schema says
+        arguments = lark.json({"type": "object", **(schema or {})})
+        calls.append(f"{head} {arguments} {lark.literal(marks.V31_CALL_END)}")
     call = lark.one_of(calls)
     many = f"{call}+" if several else call
     return f"{lark.literal(marks.V31_CALLS)} {many} {lark.literal(marks.V31_CALLS_END)}"
@@ -155,16 +158,11 @@ def _v32_argument(lark: _Lark, name: str | None, schema: Any, root: Any) -> str:
     forms = []
     if not types or "string" in types:
         text = _text(lark, schema, f"{marks.V32_ARGUMENT_END}\n")
-        forms.append(f"{lark.literal(_quoted('true'))} {text}")
+        forms.append(f"{lark.literal(_STRING.format('true'))} {text}")
     if types != {"string"}:
         end = lark.literal(f"{marks.V32_ARGUMENT_END}\n")
-        forms.append(f"{lark.literal(_quoted('false'))} {lark.json(schema, root)} {end}")
+        forms.append(f"{lark.literal(_STRING.format('false'))} {lark.json(schema, root)} {end}")
     return f"{head} {key} {lark.one_of(forms)}"
-
-
-def _quoted(is_string: str) -> str:
-    """The text between the name of an argument and its value."""
-    return f'" string="{is_string}">'
 
 
 def _glm_calls(lark: _Lark, schemas: Mapping[str, Any], several: bool) -> str:
@@ -211,11 +209,6 @@ def _text(lark: _Lark, schema: Any, end: str) -> str:
     if isinstance(values, list) and values and all(isinstance(v, str) for v in values):
         return lark.one_of(lark.literal(f"{value}{end}") for value in values)
     return lark.text_until(end)
-
-
-def _object(schema: Any) -> dict[str, Any]:
-    """A schema of arguments, which are an object whatever it says."""
-    return {"type": "object", **schema} if isinstance(schema, dict) else {"type": "object"}
 
 
 def _required(schema: Any) -> Sequence[str]:

@@ -49,7 +49,8 @@ def _types(schema: Any, root: Any, depth: int) -> frozenset[str]:
     if "$ref" in schema:
         return _types(_target(schema["$ref"], root), root, depth - 1)
     named = schema.get("type")
-    names = {named} if isinstance(named, str) else set(_strings(named))
+    listed = named if isinstance(named, list) else [named]
+    names = {name for name in listed if isinstance(name, str)}
     for keyword in ("anyOf", "oneOf"):
         branches = schema.get(keyword)
         for branch in branches if isinstance(branches, list) and not names else ():
@@ -71,8 +72,3 @@ def _target(reference: Any, root: Any) -> Any:
     for part in reference[2:].split("/"):
         target = target.get(part) if isinstance(target, dict) else None
     return target
-
-
-def _strings(value: Any) -> list[str]:
-    """The strings of a list, none of anything else."""
-    return [v for v in value if isinstance(v, str)] if isinstance(value, list) else []

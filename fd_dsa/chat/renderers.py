@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from fd_dsa.chat.deepseek_v32 import ASSISTANT, USER, DeepseekV32Encoding
-from fd_dsa.chat.template import ChatTemplate, read_template
-from fd_dsa.chat.tool_instructions import read_instructions
+from fd_dsa.chat.deepseek_v32 import ASSISTANT, USER, DeepseekV32Encoding, read_instructions
+from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.errors import ConfigError
 
-
-class ChatRenderer(Protocol):
-    """Makes prompts of conversations."""
-
-    @property
-    def source(self) -> str:
-        """Text in which the marks of the model's formats stand."""
-
-    @property
-    def origin(self) -> str:
-        """Where it comes from, for people; no path."""
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        continue_final_message: bool = False,
-        **kwargs: Any,
-    ) -> str:
-        """See `ChatTemplate.render`."""
+ChatRenderer = ChatTemplate | DeepseekV32Encoding
+"""Makes prompts of conversations; its `source` is a text with the marks of the model's formats."""
 
 
 def read_renderer(
@@ -46,8 +25,8 @@ def read_renderer(
     """What renders the conversations of a model folder, None where nothing does.
 
     `template_file` takes precedence, then the folder's chat_template.jinja, then `chat_template`
-    of its tokenizer_config.json. A folder of DeepSeek-V3.2 without any has the model's own
-    encoding.
+    of its tokenizer_config.json; of a list of named templates the one named "default" counts. A
+    folder of DeepSeek-V3.2 without any has the model's own encoding.
 
     Args:
         folder: of the model.
@@ -58,25 +37,26 @@ def read_renderer(
         template_file: a Jinja file instead of the folder's.
 
     Raises:
-        ConfigError: a template cannot be read or compiled.
+        ConfigError: a template cannot be read or compiled, or is of another type; names the file.
     """
-    if template_file is not None:
-        origin = f"--chat-template {template_file.name}"
-        return ChatTemplate(_read_template_file(template_file), special_tokens, origin)
-    template = read_template(folder, dict(tokenizer_config), special_tokens)
-    if template is not None:
-        return template
+    file = template_file or folder / "chat_template.jinja"
+    origin = file.name if template_file is None else f"--chat-template {file.name}"
+    if template_file is not None or file.is_file():
+        try:
+            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, origin)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat template of {origin}: cannot be read: {error}") from error
+    source = tokenizer_config.get("chat_template")
+    if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
+        named = {entry.get("name"): entry.get("template") for entry in source}
+        source = named.get("default")
+    if source is not None and not isinstance(source, str):
+        raise ConfigError(
+            f"chat template: chat_template of {folder / 'tokenizer_config.json'} is a "
+            f"{type(source).__name__}; it must be a string or a list of named templates"
+        )
+    if source is not None:
+        return ChatTemplate(source, special_tokens, "tokenizer_config.json")
     if model_type == "deepseek_v32" and has_token(USER) and has_token(ASSISTANT):
         return DeepseekV32Encoding(read_instructions(folder))
     return None
-
-
-def _read_template_file(file: Path) -> str:
-    """Text of `--chat-template`."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--chat-template: got {str(file)!r}, allowed: a readable file with a Jinja template; "
-            f"{error}"
-        ) from error

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fd_dsa.chat.history import Arguments, is_reasoning_only
+from fd_dsa.chat.parser import is_reasoning_only
 from fd_dsa.errors import ConfigError
 
 # variables of a template which are not a caller's to set
@@ -29,6 +29,45 @@ _CUT = "\ue000\ue001cut\ue001\ue000"
 _NO_MEMORY = "makes more than there is memory for"
 # what one multiplication or power may make
 _MOST_ENTRIES, _MOST_BITS = 1 << 20, 1 << 12
+
+
+class Arguments(dict[str, Any]):
+    """A JSON object that templates may use as a mapping and as its text.
+
+    Some templates go through the items, others put the arguments between two texts; those get
+    the JSON as it was given, so that it stays what the model wrote.
+    """
+
+    def __init__(self, value: Mapping[str, Any], text: str) -> None:
+        """Keep the object and its JSON text."""
+        super().__init__(value)
+        self.text = text
+
+    @classmethod
+    def read(cls, value: str | Mapping[str, Any]) -> Arguments:
+        """Arguments from JSON text or from a mapping; an empty text has none.
+
+        Raises:
+            ValueError: the text is no JSON object.
+        """
+        if not isinstance(value, str):
+            return cls(value, json.dumps(value, ensure_ascii=False))
+        try:
+            parsed = json.loads(value) if value.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the arguments of a tool call are no JSON: {error}") from error
+        if not isinstance(parsed, dict):
+            raise ValueError("the arguments of a tool call are no JSON object")
+        return cls(parsed, value if value.strip() else "{}")
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __add__(self, other: str) -> str:
+        return self.text + other
+
+    def __radd__(self, other: str) -> str:
+        return other + self.text
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -83,9 +122,10 @@ class ChatTemplate:
         )
         # placeholder text of any length
         del environment.globals["lipsum"]
-        environment.filters["tojson"] = _to_json
+        # unlike Jinja's own filter without HTML escapes
+        environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
         try:
             self._template = environment.from_string(source)
         except TemplateSyntaxError as error:
@@ -126,13 +166,16 @@ class ChatTemplate:
             ValueError: the template refuses the messages, or fails on them; the last message
                 cannot be continued.
         """
+        names = ("thinking", "enable_thinking")
+        thinking = [kwargs[name] for name in names if kwargs.get(name) is not None]
         prepared = [_for_template(message) for message in messages]
         if continue_final_message:
             prepared[-1] = _with_cut(prepared[-1])
         variables = {
             **self._special_tokens,
             "documents": None,
-            **_both_names_of_thinking(kwargs),
+            **({name: thinking[-1] for name in names} if thinking else {}),
+            **kwargs,
             "tools": list(tools) if tools else None,
             "messages": prepared,
             "add_generation_prompt": add_generation_prompt,
@@ -155,17 +198,12 @@ class ChatTemplate:
 
 def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose arguments serve templates that want JSON text and those that want a dict."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return dict(message)
-    return {**message, "tool_calls": [_call_for_template(call) for call in calls]}
-
-
-def _call_for_template(call: Mapping[str, Any]) -> dict[str, Any]:
-    """One call of a message."""
-    function = call["function"]
-    arguments = Arguments.read(function["arguments"])
-    return {**call, "function": {**function, "arguments": arguments}}
+    calls = []
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        arguments = Arguments.read(function["arguments"])
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return {**message, "tool_calls": calls} if calls else dict(message)
 
 
 def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
@@ -181,67 +219,6 @@ def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, name: f"{message.get(name) or ''}{_CUT}"}
 
 
-def _both_names_of_thinking(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables with the switch of the reasoning under both of its names."""
-    names = ("thinking", "enable_thinking")
-    values = [kwargs[name] for name in names if kwargs.get(name) is not None]
-    return {**dict.fromkeys(names if values else (), values[-1] if values else None), **kwargs}
-
-
-def read_template(
-    folder: Path, config: dict[str, Any], special_tokens: Mapping[str, str]
-) -> ChatTemplate | None:
-    """The template of a folder, None when it has none.
-
-    chat_template.jinja goes before `chat_template` of tokenizer_config.json; of a list of named
-    templates the one named "default" counts.
-
-    Raises:
-        ConfigError: a file cannot be read, `chat_template` is of another type, or the template
-            does not compile; names the file.
-    """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, file.name)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat template: {file} cannot be read: {error}") from error
-    value = _template_text(folder, config)
-    return None if value is None else ChatTemplate(value, special_tokens, "tokenizer_config.json")
-
-
-def _template_text(folder: Path, config: dict[str, Any]) -> str | None:
-    """Jinja text of tokenizer_config.json."""
-    value = config.get("chat_template")
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        named = {entry.get("name"): entry.get("template") for entry in value}
-        value = named.get("default")
-    if value is None or isinstance(value, str):
-        return value
-    raise ConfigError(
-        f"chat template: chat_template of {folder / 'tokenizer_config.json'} is a "
-        f"{type(value).__name__}; it must be a string or a list of named templates"
-    )
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without the HTML escapes of Jinja's own filter."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
 def _raise_exception(message: str) -> None:
     """Let a template refuse a conversation."""
     raise TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    """Local date and time in the given form."""
-    return datetime.now().strftime(pattern)

@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 
 from fd_dsa import __version__
-from fd_dsa.client.figures import plot, summarise, tables
 from fd_dsa.client.flags import add_numbers, exit_status
 from fd_dsa.client.load import Sender
 from fd_dsa.client.own_server import server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.report import as_json, show
-from fd_dsa.client.timing import Timing, measure
+from fd_dsa.client.timing import Timing, measure, plot, summarise, tables
 from fd_dsa.errors import ConfigError, RemoteError, unwritable
-from fd_dsa.serve.flag_values import Parser, number
+from fd_dsa.serve.flag_values import Parser, number, reader
 
 _WARM_UP = 2
 # every vocabulary has these, and few have special tokens among them
@@ -60,7 +59,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--request-rate",
         metavar="R",
-        type=_rate,
+        type=reader(float, "a number above 0, or inf", lambda rate: rate > 0),
         default=math.inf,
         help="requests a second, at random intervals (default: inf, all at once)",
     )
@@ -102,19 +101,14 @@ def _main(arguments: list[str]) -> int:
         plot([], "")
     with server_at(args.base_url, args.serve or None, passed, "--serve") as base_url:
         info = examine_server(base_url, args.model)
-        _check_lengths(args, info)
+        total = args.random_input_len + args.random_output_len
+        if info.max_model_len is not None and total > info.max_model_len:
+            raise ConfigError(
+                f"--random-input-len and --random-output-len: got {total} together, the server's "
+                f"max_model_len is {info.max_model_len}"
+            )
         timings, duration_s = asyncio.run(_measure(args, base_url, info.model))
     return _report(args, info, timings, duration_s)
-
-
-def _check_lengths(args: argparse.Namespace, info: ServerInfo) -> None:
-    """Raise ConfigError where prompt and answer do not fit."""
-    total = args.random_input_len + args.random_output_len
-    if info.max_model_len is not None and total > info.max_model_len:
-        raise ConfigError(
-            f"--random-input-len and --random-output-len: got {total} together, the server's "
-            f"max_model_len is {info.max_model_len}"
-        )
 
 
 async def _measure(
@@ -203,14 +197,3 @@ def _write(flag: str, path: str, text: str) -> None:
         Path(path).write_text(text, "utf-8")
     except OSError as error:
         raise unwritable(flag, path, error) from error
-
-
-def _rate(text: str) -> float:
-    """A rate above 0, or inf."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is a number above 0, or inf")
-    return value

@@ -6,12 +6,12 @@ import argparse
 import contextlib
 import io
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, TextIO
 
 import httpx
 
-from fd_dsa.chat.events import ContentDelta, Event, ReasoningDelta
+from fd_dsa.chat.events import Event
 from fd_dsa.client.flags import exit_status
 from fd_dsa.client.own_server import server_at
 from fd_dsa.client.remote import (
@@ -22,11 +22,12 @@ from fd_dsa.client.remote import (
     transport_reason,
 )
 from fd_dsa.errors import RemoteError
-from fd_dsa.serve.flag_values import Parser, number
+from fd_dsa.serve.flag_values import Parser, number, reader
 
 Message = dict[str, str]
 _COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt, /exit ends"
 _TIMEOUT_S = 600.0
+_UTF8 = reader(lambda text: text.encode().decode(), "UTF-8")
 # one conversation at a time, whose beginning is computed once
 _OWN_FLAGS = ("--max-num-seqs", "1", "--enable-prefix-caching")
 
@@ -67,28 +68,15 @@ class Partner:
                 for line in reply.iter_lines():
                     chunk = read_event(line)
                     for choice in (chunk or {}).get("choices", ()):
-                        yield from _events_of(choice["delta"])
+                        delta = choice["delta"]
+                        # vLLM has a shorter name for the reasoning
+                        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+                        if reasoning:
+                            yield Event("reasoning", reasoning)
+                        if delta.get("content"):
+                            yield Event("content", delta["content"])
         except httpx.HTTPError as error:
             raise RemoteError(transport_reason(error)) from error
-
-
-def _events_of(delta: Mapping[str, Any]) -> Iterator[Event]:
-    """Reasoning and content in a delta of a stream."""
-    # vLLM has a shorter name for the reasoning
-    reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-    if reasoning:
-        yield ReasoningDelta(reasoning)
-    if delta.get("content"):
-        yield ContentDelta(delta["content"])
-
-
-def _utf8(text: str) -> str:
-    """A text that can be sent."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is UTF-8") from None
-    return text
 
 
 def build_parser() -> Parser:
@@ -106,7 +94,7 @@ def build_parser() -> Parser:
         help="with --base-url a served name, else a folder to serve (default: the demo model)",
     )
     parser.add_argument("--base-url", metavar="URL", help="of a server, as http://HOST:PORT/v1")
-    parser.add_argument("--system", metavar="TEXT", type=_utf8, help="system prompt")
+    parser.add_argument("--system", metavar="TEXT", type=_UTF8, help="system prompt")
     parser.add_argument("--temperature", metavar="T", type=number(float, 0))
     parser.add_argument("--max-tokens", metavar="N", type=number(int, 1), help="of each answer")
     parser.add_argument("--seed", metavar="N", type=number(int, 0))
@@ -220,7 +208,7 @@ class Conversation:
         try:
             with contextlib.closing(self._partner.answer([*system, *asked])) as answer:
                 for event in answer:
-                    if isinstance(event, ContentDelta):
+                    if event.kind == "content":
                         pieces.append(event.text)
                     self._screen.show(event)
         except RemoteError as error:
@@ -261,9 +249,9 @@ class _Screen:
 
     def show(self, event: Event) -> None:
         """Print a piece of an answer."""
-        if isinstance(event, ContentDelta):
+        if event.kind == "content":
             self._write(sys.stdout, event.text)
-        elif isinstance(event, ReasoningDelta) and self._shows_reasoning:
+        elif event.kind == "reasoning" and self._shows_reasoning:
             self._write(sys.stderr, event.text, label="[reasoning] ")
 
     @property

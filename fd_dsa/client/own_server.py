@@ -15,13 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
 from fd_dsa.client.remote import normal_base_url
 from fd_dsa.errors import ConfigError, unwritable
 
 _POLL_S = 0.05
-_HEALTH_TIMEOUT_S = 60.0
 # any free port; a run that ends has no request that is worth waiting for; and every prompt is
 # computed in full, whichever came before. Flags of the user come later and count
 _FLAGS = ("--port", "0", "--shutdown-timeout", "1", "--no-enable-prefix-caching")
@@ -89,7 +86,12 @@ def own_server(
         ConfigError: the server does not start; its own line says why.
     """
     arguments = [*([model] if model else []), *flags]
-    made = _make_folder(log.parent)
+    # the innermost first
+    made = [path for path in (log.parent, *log.parent.parents) if not path.exists()]
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable("--out", log.parent, error) from error
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "fd_dsa.serve", *_FLAGS, *arguments],
@@ -98,14 +100,18 @@ def own_server(
             stderr=subprocess.STDOUT,
             # Ctrl-C is for the run, which then ends the server
             start_new_session=True,
-            preexec_fn=_end_with_parent,
+            # in the child, before it starts: it is to end when this process is killed
+            preexec_fn=lambda: _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0),
         )
     try:
         try:
             url = _wait_until_ready(process, log)
         except BaseException as error:
-            # Ctrl-C too
-            _remove_traces(log, made)
+            # Ctrl-C too leaves nothing of a start that failed
+            log.unlink(missing_ok=True)
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
             if isinstance(error, ConfigError):
                 raise ConfigError(f"{flag}: {error}") from None
             raise
@@ -114,57 +120,28 @@ def own_server(
         _end(process)
 
 
-def _make_folder(folder: Path) -> list[Path]:
-    """Make the folder and its parents; returns those that were made, the innermost first."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable("--out", folder, error) from error
-    return made
-
-
-def _remove_traces(log: Path, made: list[Path]) -> None:
-    """Leave nothing of a start that failed."""
-    log.unlink(missing_ok=True)
-    for folder in made:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
 def _wait_until_ready(process: subprocess.Popen[bytes], log: Path) -> str:
-    """URL of the server, without a path, once it says that it is healthy."""
+    """URL of the server, without a path, once it says that it serves."""
     while True:
         ended = process.poll() is not None
         output = log.read_bytes()
         if ready := _READY.search(output):
-            break
+            return ready[1].decode("ascii")
         if ended:
-            raise ConfigError(_why_it_ended(process, output))
+            raise ConfigError(_why_it_ended(process.returncode, output))
         # what is lost to a full disk may be the line that is waited for
         if shutil.disk_usage(log.parent).free == 0:
             raise ConfigError(f"no space left on the disk for {log}, the server's log")
         time.sleep(_POLL_S)
-    url = ready[1].decode("ascii")
-    deadline = time.monotonic() + _HEALTH_TIMEOUT_S
-    with httpx.Client(timeout=5.0, trust_env=False) as http:
-        while time.monotonic() < deadline and process.poll() is None:
-            with contextlib.suppress(httpx.HTTPError):
-                if http.get(f"{url}/health").status_code == 200:
-                    return url
-            time.sleep(_POLL_S)
-    raise ConfigError(_why_it_ended(process, log.read_bytes()))
 
 
-def _why_it_ended(process: subprocess.Popen[bytes], output: bytes) -> str:
+def _why_it_ended(status: int, output: bytes) -> str:
     """The line about a server that did not start."""
     if errors := _ERROR.findall(output):
         return errors[-1].decode("utf-8", "replace")
     lines = output.decode("utf-8", "replace").split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
-    status = process.poll()
-    state = "is not healthy" if status is None else f"ended with status {status}"
-    return f"the server {state}; its last line: {last.strip()}"
+    return f"the server ended with status {status}; its last line: {last.strip()}"
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -175,8 +152,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         process.kill()
         process.wait()
-
-
-def _end_with_parent() -> None:
-    """In the child, before it starts: it is to end when this process is killed."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

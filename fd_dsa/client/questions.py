@@ -113,7 +113,11 @@ class ChatClient:
             RemoteError: the server went away, refuses the key or the model, or refuses every
                 question.
         """
-        requests = [Request("/chat/completions", self._body(question)) for question in questions]
+        requests = []
+        for question in questions:
+            body = {"model": self.model, "messages": list(question.messages), **self._fields}
+            body["max_tokens"] = question.max_tokens
+            requests.append(Request("/chat/completions", body))
         answered, failures = False, 0
         async with aclosing(self._sender.run(requests, _read)) as results:
             async for sent in results:
@@ -126,15 +130,6 @@ class ChatClient:
                 failures += sent.error is not None
                 if not answered and failures >= _FAILURES_WITHOUT_ANSWER:
                     raise RemoteError(f"{self.base_url} answers no question: {sent.error}")
-
-    def _body(self, question: Question) -> dict[str, Any]:
-        """The request of a question."""
-        return {
-            "model": self.model,
-            "messages": list(question.messages),
-            "max_tokens": question.max_tokens,
-            **self._fields,
-        }
 
 
 async def _read(reply: httpx.Response, started: float) -> Answer:

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
-from fd_dsa.chat.parser import AnswerFormat
-from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning
+from fd_dsa.chat.parser import AUTO, AnswerFormat, find_tool_format, has_reasoning
 from fd_dsa.chat.template import RESERVED
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput

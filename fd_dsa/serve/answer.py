@@ -37,7 +37,7 @@ logger = logging.getLogger("fd_dsa.serve")
 
 
 async def respond(
-    make: Callable[[ServerState, _Body, str], Answer[_Body]],
+    make: Callable[[str], Answer[_Body]],
     prefix: str,
     body: _Body,
     request: Request,
@@ -46,7 +46,8 @@ async def respond(
     """Answer a request that generates.
 
     Args:
-        make: tokenizes and checks the prompts; runs in a thread, since that may take a while.
+        make: tokenizes and checks the prompts of an answer with this id; runs in a thread, since
+            that may take a while.
         prefix: of the answer's id.
         body: of the request.
         request: as it came.
@@ -55,7 +56,7 @@ async def respond(
     state.check_available()
     model = state.resolve_model(body.model)
     answer_id = f"{prefix}-{uuid.uuid4().hex}"
-    answer = await state.prompt_workers.run(make, state, body, answer_id, request=request)
+    answer = await state.prompt_workers.run(make, answer_id, request=request)
     await check_form(state, answer.jobs[0], answer.prompt_field)
     request.state.ticket.extend(sum(job.params.n for job in answer.jobs), "n")
     kind = answer.chunk_object if body.stream else answer.whole_object

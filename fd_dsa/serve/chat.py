@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from fd_dsa.chat.events import (
-    ArgumentsDelta,
-    ContentDelta,
-    Event,
-    ReasoningDelta,
-    ToolCallEnd,
-    ToolCallStart,
-    join_events,
-)
+from fd_dsa.chat.events import Event, join_events
 from fd_dsa.chat.parser import AnswerFormat, OutputParser
 from fd_dsa.serve.answer import Answer, respond, shown
 from fd_dsa.serve.body import BodyRoute
@@ -39,14 +31,11 @@ async def create_chat_completion(
     body: ChatCompletionRequest, request: Request, state: State
 ) -> Response:
     """Answer the conversation in the chat format of the model."""
-    return await respond(_read_conversation, "chatcmpl", body, request, state)
 
+    def make(answer_id: str) -> ChatAnswer:
+        return ChatAnswer(state, body, *make_job(state, body, answer_id))
 
-def _read_conversation(
-    state: ServerState, body: ChatCompletionRequest, completion_id: str
-) -> ChatAnswer:
-    """Render, tokenize and check the conversation."""
-    return ChatAnswer(state, body, *make_job(state, body, completion_id))
+    return await respond(make, "chatcmpl", body, request, state)
 
 
 class ChatAnswer(Answer[ChatCompletionRequest]):
@@ -200,10 +189,10 @@ class _Choice:
     def _shown(self, events: Iterable[Event]) -> Iterator[Event]:
         """The events that belong to the answer."""
         for event in events:
-            self.has_calls = self.has_calls or isinstance(event, ToolCallStart)
-            if self._shows_reasoning or not isinstance(event, ReasoningDelta):
+            self.has_calls = self.has_calls or event.kind == "call"
+            if self._shows_reasoning or event.kind != "reasoning":
                 yield event
-            if self._one_call and isinstance(event, ToolCallEnd):
+            if self._one_call and event.kind == "call_end":
                 self.is_complete = True
                 return
 
@@ -229,14 +218,14 @@ def _delta(index: int, delta: dict[str, Any]) -> dict[str, Any]:
 def _deltas(events: Iterable[Event]) -> Iterator[dict[str, Any]]:
     """The deltas of a streamed answer."""
     for event in events:
-        if isinstance(event, ContentDelta):
+        if event.kind == "content":
             yield {"content": event.text}
-        elif isinstance(event, ReasoningDelta):
+        elif event.kind == "reasoning":
             yield {"reasoning_content": event.text}
-        elif isinstance(event, ArgumentsDelta):
+        elif event.kind == "arguments":
             yield {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}
-        elif isinstance(event, ToolCallStart):
-            yield {"tool_calls": [{"index": event.index, **_call(event.name, "")}]}
+        elif event.kind == "call":
+            yield {"tool_calls": [{"index": event.index, **_call(event.text, "")}]}
 
 
 def _call(name: str, arguments: str) -> dict[str, Any]:

@@ -5,21 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fd_dsa.chat.grammar import forced_calls_grammar, json_after_reasoning_grammar
-from fd_dsa.chat.parser import THINK_END, AnswerFormat
-from fd_dsa.chat.parsers import AUTO, find_tool_format, has_reasoning, opens_reasoning
+from fd_dsa.chat.parser import (
+    AUTO,
+    THINK_END,
+    AnswerFormat,
+    find_tool_format,
+    has_reasoning,
+    opens_reasoning,
+)
 from fd_dsa.chat.renderers import ChatRenderer
 from fd_dsa.chat.template import ChatTemplate
 from fd_dsa.chat.tool_formats import ToolFormat
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
-from fd_dsa.engine.tokenizer import Tokenizer
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.answer_size import check_answer_size, most_scored_tokens
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
-from fd_dsa.serve.generation import Job, check_jobs, resolve_max_tokens
+from fd_dsa.serve.generation import (
+    Job,
+    check_answer_size,
+    check_jobs,
+    most_scored_tokens,
+    resolve_max_tokens,
+)
 from fd_dsa.serve.prompt_text import check_bytes, encode_prompt
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
@@ -48,7 +58,11 @@ def make_job(
         tool_format=tool_format,
         schemas={tool.function.name: tool.function.parameters for tool in body.tools or []},
     )
-    _check_reasoning(body, answer)
+    if body.include_reasoning is False and answer.in_reasoning and not answer.has_reasoning:
+        raise FieldError(
+            "include_reasoning: false, but the server was started with --reasoning-parser none and "
+            "cannot tell the reasoning; switch it off by reasoning_effort"
+        )
     prompt = encode_prompt(state, text, "messages", add_special_tokens=False)
     param = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     asked: int | None = getattr(body, param)
@@ -63,22 +77,17 @@ def make_job(
         params,
         kept_special_token_ids=frozenset(special_ids.values()),
         structured_outputs=_form(
-            params.structured_outputs, body, answer, special_ids, _only_id(tokenizer, THINK_END)
+            params.structured_outputs,
+            body,
+            answer,
+            special_ids,
+            tokenizer.encode(THINK_END, add_special_tokens=False),
         ),
     )
     job = Job(request_id, prompt, params)
     check_answer_size(limit, [job], body, shows_prompt_once=True)
     (job,) = check_jobs(state, [job], "messages")
     return job, answer
-
-
-def _check_reasoning(body: ChatCompletionRequest, answer: AnswerFormat) -> None:
-    """Refuse to leave out a reasoning that cannot be separated from the content."""
-    if body.include_reasoning is False and answer.in_reasoning and not answer.has_reasoning:
-        raise FieldError(
-            "include_reasoning: false, but the server was started with --reasoning-parser none and "
-            "cannot tell the reasoning; switch it off by reasoning_effort"
-        )
 
 
 def encode_conversation(state: ServerState, body: ChatCompletionRequest) -> list[int]:
@@ -185,7 +194,7 @@ def _form(
     body: ChatCompletionRequest,
     answer: AnswerFormat,
     special_ids: Mapping[str, int],
-    think_end_id: int | None,
+    think_end_ids: Sequence[int],
 ) -> StructuredOutputsParams | None:
     """The form of the whole answer: that of forced calls, or the one asked for.
 
@@ -196,7 +205,7 @@ def _form(
         body: of the request.
         answer: how it is read.
         special_ids: of markers.
-        think_end_id: of the end of reasoning where that is one token.
+        think_end_ids: tokens of the end of reasoning.
     """
     if body.choice.mode in ("required", "named"):
         if asked is not None:
@@ -204,11 +213,32 @@ def _form(
                 f"{asked.source}: given beside a tool_choice that forces calls; an answer has one "
                 "form"
             )
-        return _forced_calls(body, answer, special_ids)
-    if asked is None or not answer.begins_in_reasoning:
+        assert answer.tool_format is not None, (
+            "checked: calls are forced only where there are tools"
+        )
+        name, source = body.choice.name, "tools"
+        grammar = forced_calls_grammar(
+            answer.tool_format.name,
+            answer.schemas if name is None else {name: answer.schemas[name]},
+            several=not body.one_call,
+            in_reasoning=answer.begins_in_reasoning,
+            special_ids=special_ids,
+        )
+    elif asked is None or not answer.begins_in_reasoning:
         return asked
-    if think_end_id is not None:
-        return dataclasses.replace(asked, after_token_id=think_end_id)
+    elif len(think_end_ids) == 1:
+        return dataclasses.replace(asked, after_token_id=think_end_ids[0])
+    else:
+        source = asked.source
+        grammar = json_after_reasoning_grammar(_schema(asked), special_ids)
+    try:
+        return StructuredOutputsParams(grammar=grammar, source=source)
+    except ValueError as error:
+        raise ApiError(400, str(error), param=source) from error
+
+
+def _schema(asked: StructuredOutputsParams) -> Any:
+    """The JSON schema of a form that follows a reasoning which no single token ends."""
     schema = {"type": "object"} if asked.json_object else asked.json
     if schema is None:
         raise FieldError(
@@ -217,37 +247,6 @@ def _form(
             "chat_template_kwargs"
         )
     try:
-        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        return json.loads(schema) if isinstance(schema, str) else schema
     except (ValueError, RecursionError) as error:
         raise FieldError(f"{asked.source}: is not valid JSON: {error}") from error
-    return _grammar(json_after_reasoning_grammar(parsed, special_ids), asked.source)
-
-
-def _only_id(tokenizer: Tokenizer, text: str) -> int | None:
-    """The token of a text that is a single one."""
-    token_ids = tokenizer.encode(text, add_special_tokens=False)
-    return token_ids[0] if len(token_ids) == 1 else None
-
-
-def _forced_calls(
-    body: ChatCompletionRequest, answer: AnswerFormat, special_ids: Mapping[str, int]
-) -> StructuredOutputsParams:
-    """The form of answers that call what `tool_choice` asks for."""
-    assert answer.tool_format is not None, "checked: calls are forced only where there are tools"
-    name = body.choice.name
-    grammar = forced_calls_grammar(
-        answer.tool_format.name,
-        answer.schemas if name is None else {name: answer.schemas[name]},
-        several=not body.one_call,
-        in_reasoning=answer.begins_in_reasoning,
-        special_ids=special_ids,
-    )
-    return _grammar(grammar, "tools")
-
-
-def _grammar(text: str, source: str) -> StructuredOutputsParams:
-    """A form by its grammar."""
-    try:
-        return StructuredOutputsParams(grammar=text, source=source)
-    except ValueError as error:
-        raise ApiError(400, str(error), param=source) from error

@@ -161,7 +161,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     # the server's packages are imported late, so that --help and errors of flags are quick
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.serve.engine_process import EngineProcess, Settings
-    from fd_dsa.serve.hosts import host_rule
+    from fd_dsa.serve.guard import host_rule
     from fd_dsa.serve.info import chat_formats, chat_line, server_info
     from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
     from fd_dsa.serve.state import ServerState

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +10,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from fd_dsa.serve.answer import Answer, respond, shown
-from fd_dsa.serve.answer_size import check_answer_size
 from fd_dsa.serve.body import BodyRoute
-from fd_dsa.serve.generation import Job, check_jobs, resolve_max_tokens
+from fd_dsa.serve.generation import Job, check_answer_size, check_jobs, resolve_max_tokens
 from fd_dsa.serve.logprobs import Columns, completion_logprobs, output_columns, prompt_columns
 from fd_dsa.serve.prompt_text import encode_prompt
 from fd_dsa.serve.protocol.completion import CompletionRequest
@@ -30,7 +30,8 @@ router = APIRouter(route_class=BodyRoute)
 async def create_completion(body: CompletionRequest, request: Request, state: State) -> Response:
     """Continue each prompt; one choice per prompt, in their order."""
     request.state.ticket.extend(len(body.prompt))
-    return await respond(_read_prompts, "cmpl", body, request, state)
+    make = functools.partial(_read_prompts, state, body)
+    return await respond(make, "cmpl", body, request, state)
 
 
 def _read_prompts(

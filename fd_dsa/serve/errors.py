@@ -154,16 +154,14 @@ def request_error(error: ValueError, fields: Sequence[str]) -> ApiError:
 def install_error_handlers(app: FastAPI) -> None:
     """Answer ApiError and HTTPException of `app` with error objects."""
 
-    async def api_error(_: Request, error: Exception) -> JsonResponse:
+    async def answer(request: Request, error: Exception) -> JsonResponse:
+        if isinstance(error, HTTPException):
+            error = _from_http_exception(request, error)
         assert isinstance(error, ApiError)
         return error.response()
 
-    async def http_error(request: Request, error: Exception) -> JsonResponse:
-        assert isinstance(error, HTTPException)
-        return _from_http_exception(request, error).response()
-
-    app.add_exception_handler(ApiError, api_error)
-    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(ApiError, answer)
+    app.add_exception_handler(HTTPException, answer)
 
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
@@ -172,7 +170,11 @@ def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
     headers = dict(error.headers or {})
     if error.status_code == 404:
         routes = ", ".join(sorted(request.app.openapi()["paths"]))
-        return ApiError(404, f"path {path} does not exist here; {_scope(path)}it has {routes}")
+        # paths that servers of another purpose have
+        outside = next((w for p, w in _OUT_OF_SCOPE.items() if f"{path}/".startswith(f"{p}/")), "")
+        scope = f", {outside} is out of its scope" if outside else ""
+        here = f"this server generates text{scope}; it has {routes}"
+        return ApiError(404, f"path {path} does not exist here; {here}")
     if error.status_code == 405:
         allowed = headers.get("allow") or headers.get("Allow") or "another method"
         message = f"method {request.method} is not allowed on {path}; use {allowed}"
@@ -194,14 +196,6 @@ def unreadable(error: Exception) -> ApiError:
     else:
         reason = f"cannot be read: {str(error).partition(';')[0].lower()}"
     return ApiError(400, f"body {reason}")
-
-
-def _scope(path: str) -> str:
-    """What to say of a path that servers of another purpose have."""
-    for prefix, what in _OUT_OF_SCOPE.items():
-        if path == prefix or path.startswith(f"{prefix}/"):
-            return f"this server generates text, {what} is out of its scope; "
-    return "this server generates text; "
 
 
 def validation_refusal(error: ValidationError) -> ApiError:

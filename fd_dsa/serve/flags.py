@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from fd_dsa import __version__
-from fd_dsa.chat.parsers import AUTO, NONE, REASONING_FORMATS, TOOL_FORMATS
+from fd_dsa.chat.parser import AUTO, NONE, REASONING_FORMATS, TOOL_FORMATS
 from fd_dsa.config import DEFAULT_TARGET_MS, DEVICES
 from fd_dsa.serve import flag_values as values
 from fd_dsa.serve.options import PROMPT_BYTES_PER_TOKEN, ServerOptions

@@ -15,7 +15,7 @@ from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
 from fd_dsa.serve.prompt_text import too_many_tokens
-from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS
+from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS, GenerationRequest
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.workers import cancel
@@ -154,7 +154,14 @@ async def stream_outputs(
                 # awaits nothing else, so a cancellation always reaches the engine's iterator
                 async for output in generate:
                     if queue.qsize() >= MAX_UNREAD_OUTPUTS:
-                        raise _too_slow(job)
+                        unread = f"has not read {MAX_UNREAD_OUTPUTS} outputs"
+                        logger.warning("request %s: aborted, its client %s", job.request_id, unread)
+                        raise ApiError(
+                            408,
+                            f"the client {unread}, and the request was aborted; read streams as "
+                            "they come",
+                            code="client_too_slow",
+                        )
                     last[index, output.index] = output
                     if output.finished and state.options.log_requests:
                         _log_end(job, output.index, output, began)
@@ -174,9 +181,16 @@ async def stream_outputs(
             if item is None:
                 running -= 1
             elif isinstance(item, Exception):
-                raise _failure_of(state, item)
+                if state.engine.errored is None:
+                    raise item
+                # its failure is in the log
+                gone = "the engine has failed while it ran the request; the server is ending"
+                raise ApiError(500, gone)
             elif item[1].finish_reason == "error":
-                raise _failure_alone(item[1])
+                error = item[1].error
+                # its own parameters are to blame, or the engine
+                status = 400 if isinstance(error, ConstraintError) else 500
+                raise ApiError(status, str(error or "the request has failed"))
             else:
                 yield item
     finally:
@@ -214,29 +228,82 @@ def _log_end(job: Job, index: int, last: RequestOutput | None, began: float) -> 
     _requests_logger.info("%s", ", ".join(shown), extra={"fields": fields})
 
 
-def _too_slow(job: Job) -> ApiError:
-    """The error that ends a request whose client does not read; it gets it if it reads again."""
-    logger.warning(
-        "request %s: aborted, its client has not read %d outputs",
-        job.request_id,
-        MAX_UNREAD_OUTPUTS,
+# tokens of a prompt that an answer repeats as text or ids, for each log-probability
+_TOKENS_PER_SCORE = 8
+
+
+def check_answer_size(
+    limit: int,
+    jobs: Sequence[Job],
+    body: GenerationRequest,
+    *,
+    echo: bool = False,
+    shows_prompt_once: bool = False,
+) -> None:
+    """Refuse a request whose answer could have too many log-probabilities.
+
+    Each token of an output or a prompt that is scored counts 1 and as many as are scored beside
+    it; eight tokens of a prompt that is repeated count 1; with `return_topk_positions` each token
+    of prompt and output counts 1. All of that is multiplied by the choices that show it.
+
+    Args:
+        limit: the --max-answer-scores of the server.
+        jobs: prompts of the request.
+        body: of the request.
+        echo: whether each choice begins with its prompt.
+        shows_prompt_once: whether an answer has the fields of a prompt once, not in each choice.
+
+    Raises:
+        ApiError: 400.
+    """
+    total = sum(_scores_of(job, body, echo, shows_prompt_once) for job in jobs)
+    if total <= limit:
+        return
+    params = jobs[0].params
+    scored = {
+        "prompt_logprobs": body.prompt_logprobs is not None,
+        "logprobs": params.logprobs is not None,
+        "return_topk_positions": params.return_topk_positions,
+    }
+    param = next((name for name, is_asked in scored.items() if is_asked), "n")
+    num_choices = sum(job.params.n for job in jobs)
+    num_tokens = max(len(job.prompt_token_ids) + (job.params.max_tokens or 0) for job in jobs)
+    raise FieldError(
+        f"{param}: the answer could have {total} log-probabilities, with {num_choices} choices of "
+        f"up to {num_tokens} tokens each; --max-answer-scores is {limit}; ask for fewer choices, "
+        "tokens or log-probabilities"
     )
-    return ApiError(
-        408,
-        f"the client has not read {MAX_UNREAD_OUTPUTS} outputs, and the request was aborted; read "
-        "streams as they come",
-        code="client_too_slow",
-    )
 
 
-def _failure_of(state: ServerState, error: Exception) -> Exception:
-    """What ends a request: the failure of the whole engine, which logs it, or its own error."""
-    if state.engine.errored is None:
-        return error
-    return ApiError(500, "the engine has failed while it ran the request; the server is ending")
+def most_scored_tokens(limit: int, num_prompt_tokens: int, body: GenerationRequest) -> int | None:
+    """Tokens of an output for whose scores there is room; None: they are not scored.
+
+    Args:
+        limit: the --max-answer-scores of the server.
+        num_prompt_tokens: of the one prompt.
+        body: of a request whose answer has the fields of its prompt once.
+
+    Raises:
+        ApiError: 400, the number of log-probabilities is out of range.
+    """
+    fields = body.score_fields()
+    beside, of_prompt = fields["logprobs"], fields["prompt_logprobs"]
+    if beside is None:
+        return None
+    room = limit if of_prompt is None else limit - num_prompt_tokens * (1 + of_prompt)
+    return max(1, room // (max(body.n or 1, 1) * (1 + beside)))
 
 
-def _failure_alone(output: RequestOutput) -> ApiError:
-    """What ends a request that failed by itself: a 400 where its own parameters are to blame."""
-    status = 400 if isinstance(output.error, ConstraintError) else 500
-    return ApiError(status, str(output.error or "the request has failed"))
+def _scores_of(job: Job, body: GenerationRequest, echo: bool, shows_prompt_once: bool) -> int:
+    """What all choices of one prompt count."""
+    params, num_prompt = job.params, len(job.prompt_token_ids)
+    num_output = params.max_tokens or 0
+    of_choice = of_prompt = 0
+    if params.logprobs is not None:
+        of_choice += (1 + params.logprobs) * (num_output + num_prompt * echo)
+    if params.return_topk_positions:
+        of_choice += num_prompt + num_output
+    if body.prompt_logprobs is not None:
+        of_prompt += (1 + (params.prompt_logprobs or 0)) * num_prompt
+    of_prompt += num_prompt * (echo + bool(body.return_token_ids)) // _TOKENS_PER_SCORE
+    return params.n * of_choice + (1 if shows_prompt_once else params.n) * of_prompt

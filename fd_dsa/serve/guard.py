@@ -2,6 +2,10 @@
 
 All paths ask for the key, except a few that only report on the server. So a route that is added
 later is guarded by default (vLLM's key guards some prefixes, and lets others compute).
+
+A browser lets a page ask the address that the page's name resolves to. An attacker who changes that
+address to 127.0.0.1 (DNS rebinding) would reach a server that only programs of this machine should
+reach; the Host header is still the attacker's name.
 """
 
 from __future__ import annotations
@@ -9,6 +13,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,6 +26,66 @@ from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.pages import CHAT_PATHS
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
+
+ANY_HOST = "*"
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]+)(:[0-9]*)?")
+
+
+@dataclass(frozen=True)
+class HostRule:
+    """The hosts that requests may name.
+
+    Attributes:
+        names: in lower case; localhost and loopback addresses need not be among them.
+        takes_addresses: whether every IP address is allowed, as nobody can let one resolve to
+            another; probes of an orchestrator come with the server's.
+    """
+
+    names: frozenset[str]
+    takes_addresses: bool
+
+    def check(self, value: str) -> None:
+        """Refuse a Host header.
+
+        Raises:
+            ApiError: 403, the host is none of this server's.
+        """
+        match = _HOST.fullmatch(value)
+        host = match[1].strip("[]").lower().rstrip(".") if match else ""
+        address = _address(host)
+        is_taken = address is not None and (self.takes_addresses or address.is_loopback)
+        if host != "localhost" and host not in self.names and not is_taken:
+            raise ApiError(
+                403,
+                f"Host: got {show(value)}, which is no name of this server; allowed are localhost "
+                "and those of --host and --allowed-host",
+                code="host_not_allowed",
+            )
+
+
+def host_rule(host: str, bound: str, allowed: Iterable[str]) -> HostRule | None:
+    """The rule of a server; None where every Host is served.
+
+    Args:
+        host: the --host of the command line.
+        bound: the address that it resolved to.
+        allowed: the values of --allowed-host.
+    """
+    names = frozenset(name.strip("[]").lower() for name in (host, *allowed))
+    address = _address(bound)
+    is_loopback = address is not None and address.is_loopback
+    if ANY_HOST in names or not (is_loopback or allowed):
+        return None
+    return HostRule(names, takes_addresses=not is_loopback)
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """An IP address, None for a name."""
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
+
 
 OPEN_PATHS = CHAT_PATHS | PROBE_PATHS | {"/docs", "/openapi.json", "/version", "/metrics"}
 """Paths that need no key: they compute nothing and show nothing of requests."""

@@ -1,4 +1,9 @@
-"""What uvicorn does for one connection, and its limits.
+"""What uvicorn and h11 do for one connection, its limits, and rules that h11 leaves to a server.
+
+h11 is lenient where a proxy in front of it may read the same bytes otherwise, so that one request
+could be smuggled after another: it takes Content-Length and Transfer-Encoding together, repeated
+lengths, lines that end with LF alone, folded lines and control characters, and the same in
+trailers.
 
 Bytes that are no HTTP are answered with an error object, as every other failure. A client loses its
 connection when it stops reading, so that nobody holds buffers and places indefinitely; when it
@@ -10,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import select
 import uuid
 from collections.abc import Callable
@@ -25,7 +31,147 @@ from uvicorn.server import ServerState
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.listener import Listener
 from fd_dsa.serve.status import PROBE_PATHS
-from fd_dsa.serve.strict_h11 import MAX_HEAD_BYTES, StrictConnection
+
+MAX_HEAD_BYTES = 32 << 10
+"""Longest head of a request: request line and headers."""
+MAX_HEADERS = 100
+"""Header lines of a request."""
+# so many chunks of a body may be as small as they like, the others have this size on average: a
+# chunk takes h11 as long as many bytes, and one read brings 256 KiB
+_MANY_CHUNKS = 1024
+_MIN_CHUNK_BYTES = 256
+
+# where h11 takes a head to end
+_HEAD_END = re.compile(rb"\n\r?\n")
+_BROKEN = re.compile(
+    rb"(?P<lf>(?<!\r)\n)|(?P<fold>\r\n[ \t])"
+    rb"|(?P<control>[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n))"
+)
+_BROKEN_RULES = {
+    "lf": "a line of the head ends with LF alone; end lines with CR LF",
+    "fold": "a header line is folded; send each header on one line",
+    "control": "the head contains a control character; send none",
+}
+_FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
+
+
+class StrictConnection(h11.Connection):
+    """A connection that refuses by a callback, and then wants no more data.
+
+    Args:
+        admit: called with each request when its head is right; may raise ApiError.
+        refuse: called once with the reason when a request is refused; the connection has no further
+            events.
+    """
+
+    def __init__(
+        self, admit: Callable[[h11.Request], None], refuse: Callable[[ApiError], None]
+    ) -> None:
+        super().__init__(h11.SERVER, MAX_HEAD_BYTES)
+        self._admit = admit
+        self._refuse = refuse
+        self._num_searched = self._num_chunks = self._num_chunk_bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """The next event of the client, never an exception."""
+        try:
+            if self.their_state is h11.IDLE:
+                self._check_head()
+            event = super().next_event()
+            if isinstance(event, h11.Request):
+                self._admit(event)
+            elif isinstance(event, h11.Data):
+                self._check_chunk(event)
+            elif isinstance(event, h11.EndOfMessage) and event.headers:
+                # h11 is as lenient with their lines as with those of heads, and nobody reads them
+                raise _invalid("header lines come after the body; send them before it")
+        except ApiError as error:
+            self._refuse(error)
+        except h11.RemoteProtocolError as error:
+            self._refuse(_as_api_error(error))
+        else:
+            return event
+        return h11.NEED_DATA
+
+    def _check_head(self) -> None:
+        """Refuse a whole head that breaks a rule, before h11 takes time for each of its lines."""
+        data = self.trailing_data[0]
+        end = _HEAD_END.search(data, self._num_searched)
+        if end is None:
+            self._num_searched = max(0, len(data) - 2)
+        else:
+            self._num_searched = self._num_chunks = self._num_chunk_bytes = 0
+            check_head(data[: end.end()])
+
+    def _check_chunk(self, event: h11.Data) -> None:
+        """Refuse a body that keeps the processor busy with chunks of a few bytes."""
+        self._num_chunks += event.chunk_start
+        self._num_chunk_bytes += len(event.data)
+        if self._num_chunks > _MANY_CHUNKS + self._num_chunk_bytes // _MIN_CHUNK_BYTES:
+            raise ApiError(
+                400,
+                f"the body has more than {_MANY_CHUNKS} chunks, and they are shorter than "
+                f"{_MIN_CHUNK_BYTES} bytes; send longer ones",
+            )
+
+
+def check_head(head: bytes) -> None:
+    """Check what h11 will parse as the head of a request.
+
+    Args:
+        head: all bytes up to the empty line, which is included.
+
+    Raises:
+        ApiError: 400, or 431 where it is too long or has too many headers.
+
+    Source: RFC 9112, sections 2.2, 5.2, 6.1 and 6.3; RFC 9110, section 5.5.
+    """
+    if len(head) > MAX_HEAD_BYTES:
+        raise _too_long()
+    # without the request line and the empty line
+    num_headers = head.count(b"\n") - 2
+    if num_headers > MAX_HEADERS:
+        raise ApiError(
+            431, f"the request has {num_headers} headers, allowed: {MAX_HEADERS}; send fewer"
+        )
+    version = head.partition(b"\n")[0].rstrip(b"\r").rpartition(b" HTTP/")[2]
+    if version not in (b"1.0", b"1.1"):
+        raise _invalid("the request line ends with no HTTP/1.1 or HTTP/1.0")
+    broken = _BROKEN.search(head)
+    if broken is not None:
+        raise _invalid(_BROKEN_RULES[str(broken.lastgroup)])
+    framing = [(name.lower(), value) for name, value in _FRAMING.findall(head)]
+    if len(framing) > 1:
+        names = " and ".join(name.decode() for name, _ in framing[:2])
+        raise _invalid(f"it has the headers {names}; send one of them, once")
+    for name, value in framing:
+        if name == b"content-length" and not value.strip().isdigit():
+            raise _invalid("Content-Length is not one number")
+        if name == b"transfer-encoding" and version == b"1.0":
+            raise _invalid("Transfer-Encoding came with HTTP/1.0; send Content-Length")
+
+
+def _as_api_error(error: h11.RemoteProtocolError) -> ApiError:
+    """The answer to bytes that h11 does not take."""
+    if error.error_status_hint == 431:
+        return _too_long()
+    # the bytes themselves come after the colon
+    return _invalid(str(error).partition(":")[0])
+
+
+def _invalid(reason: str) -> ApiError:
+    """A 400."""
+    return ApiError(400, f"the request is no valid HTTP/1.1 ({reason})")
+
+
+def _too_long() -> ApiError:
+    """A 431."""
+    return ApiError(
+        431,
+        f"the head of the request is longer than {MAX_HEAD_BYTES} bytes; send fewer and shorter "
+        "headers, and long values in the body",
+    )
+
 
 STALLED_S = 60.0
 """Seconds for which a client may read nothing while an answer waits for it."""
@@ -116,8 +262,8 @@ class StrictH11Protocol(H11Protocol):
         if self._is_refused:
             return
         super().data_received(data)
-        is_body = self.conn.their_state is h11.SEND_BODY
-        if is_body and self._is_answered:
+        is_answered = self.cycle is not None and self.cycle.response_complete
+        if is_answered and self.conn.their_state is h11.SEND_BODY:
             # of the rest of a body that nobody reads
             return
         if self.conn.their_state is not h11.IDLE:
@@ -138,11 +284,6 @@ class StrictH11Protocol(H11Protocol):
         """Whether a whole request is being answered, and enough has come after it."""
         is_whole = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE)
         return is_whole and len(self.conn.trailing_data[0]) > MAX_HEAD_BYTES
-
-    @property
-    def _is_answered(self) -> bool:
-        """Whether the last request has its whole answer."""
-        return self.cycle is not None and self.cycle.response_complete
 
     def _admit(self, request: h11.Request) -> None:
         """Count a request; where all places are taken only a probe is served."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fd_dsa
-from fd_dsa.chat.parsers import reasoning_format_name, tool_format_name
+from fd_dsa.chat.parser import reasoning_format_name, tool_format_name
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import batch_invariant, commit_variable
 from fd_dsa.serve.options import ServerOptions

@@ -113,7 +113,8 @@ class Listener:
         """Accept some of the connections that the kernel holds."""
         for _ in range(_ACCEPTS_AT_ONCE):
             oldest = None
-            if self._num_connections >= self.limit + PROBE_CONNECTIONS:
+            num_connections = len(self._waiting) + len(self._working) + len(self._opening)
+            if num_connections >= self.limit + PROBE_CONNECTIONS:
                 oldest = self._oldest()
                 if oldest is None:
                     self._pause()
@@ -131,11 +132,6 @@ class Listener:
             sock.setblocking(False)
             self._drop(oldest)
             self._open(sock)
-
-    @property
-    def _num_connections(self) -> int:
-        """All connections, those included whose protocol is still to be made."""
-        return len(self._waiting) + len(self._working) + len(self._opening)
 
     def _open(self, sock: socket.socket) -> None:
         """Make transport and protocol of an accepted connection."""

@@ -59,11 +59,12 @@ def output_columns(
         entries: of the tokens.
         text_offset: characters in front of the output's text.
     """
-    parts: dict[str, list[bytes]] = {name: [] for name in _COLUMNS}
+    columns: dict[str, list[bytes]] = {name: [] for name in _COLUMNS}
     for some in slices(entries):
-        for name, values in _columns(tokenizer, some, text_offset).items():
-            parts[name].append(packed([values]))
-    return {name: joined(*encoded) for name, encoded in parts.items()}
+        rows = [_row(tokenizer, entry, text_offset) for entry in some]
+        for name, values in zip(_COLUMNS, zip(*rows, strict=True), strict=True):
+            columns[name].append(packed([values]))
+    return {name: joined(*encoded) for name, encoded in columns.items()}
 
 
 def prompt_columns(
@@ -82,22 +83,17 @@ def prompt_columns(
     return {name: joined(packed([[value]]), scored[name]) for name, value in parts}
 
 
-def _columns(
-    tokenizer: Tokenizer, entries: Sequence[TokenLogprobs], text_offset: int
-) -> dict[str, list[Any]]:
-    """Texts, scores, alternatives and offsets of scored tokens, a list each."""
-    columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
-    for entry in entries:
-        top = dict[str, float]()
-        # the token itself is among them, in vLLM as in the OpenAI API
-        for token_id, logprob in (*entry.score.top, (entry.token_id, entry.score.logprob)):
-            text = token_text(tokenizer, token_id)
-            top[text] = max(logprob, top.get(text, _LOWEST))
-        columns["tokens"].append(token_text(tokenizer, entry.token_id))
-        columns["token_logprobs"].append(max(entry.score.logprob, _LOWEST))
-        columns["top_logprobs"].append(top)
-        columns["text_offset"].append(text_offset + entry.text_offset)
-    return columns
+def _row(
+    tokenizer: Tokenizer, entry: TokenLogprobs, text_offset: int
+) -> tuple[str, float, dict[str, float], int]:
+    """What a scored token has in each of the columns."""
+    top = dict[str, float]()
+    # the token itself is among them, in vLLM as in the OpenAI API
+    for token_id, logprob in (*entry.score.top, (entry.token_id, entry.score.logprob)):
+        text = token_text(tokenizer, token_id)
+        top[text] = max(logprob, top.get(text, _LOWEST))
+    text = token_text(tokenizer, entry.token_id)
+    return text, max(entry.score.logprob, _LOWEST), top, text_offset + entry.text_offset
 
 
 def prompt_logprobs(

@@ -36,7 +36,9 @@ def set_up_logging(level: str, *, as_json: bool = False) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     for name in ("asyncio", "httpx", "httpcore"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger(_ACCESS).addFilter(_is_worth_a_line)
+    logging.getLogger(_ACCESS).addFilter(
+        lambda record: not any(f" {path} " in record.getMessage() for path in _QUIET_PATHS)
+    )
 
 
 class JsonFormatter(logging.Formatter):
@@ -103,9 +105,3 @@ def _kind(record: logging.LogRecord) -> object:
     text = record.getMessage() if is_whole else str(record.msg)
     error = record.exc_info[0] if record.exc_info else None
     return record.name, record.levelno, text.partition("\n")[0], error
-
-
-def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """False for access lines of probes and scrapes."""
-    message = record.getMessage()
-    return not any(f" {path} " in message for path in _QUIET_PATHS)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +70,12 @@ _COUNTERS = {
     "prefix_cache_hits": ("prefix_cache_hits", "prompt tokens found in the cache"),
 }
 _STEP_COUNTERS = {
-    "mask_offsets_launched": "steps with prefill tokens, whose windows were computed",
-    "mask_offsets_skipped": "steps that only decoded, without windows",
-    "sparse_tokens": "tokens that had more keys than the indexer chooses",
+    name: (name, text)
+    for name, text in (
+        ("mask_offsets_launched", "steps with prefill tokens, whose windows were computed"),
+        ("mask_offsets_skipped", "steps that only decoded, without windows"),
+        ("sparse_tokens", "tokens that had more keys than the indexer chooses"),
+    )
 }
 
 
@@ -95,33 +99,33 @@ async def metrics(state: State) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
+@dataclass
 class _EngineCollector(Collector):
     """Makes the families of one scrape.
 
-    Args:
+    Attributes:
         model_name: label of every metric.
         stats: load and counters of the engine.
         counts: histograms and further counters.
     """
 
-    def __init__(self, model_name: str, stats: EngineStats, counts: EngineMetrics) -> None:
-        self._model_name = model_name
-        self._stats = stats
-        self._counts = counts
+    model_name: str
+    stats: EngineStats
+    counts: EngineMetrics
 
     def collect(self) -> Iterator[Metric]:
         """Every metric."""
-        stats, counts = self._stats, self._counts
-        for attribute, (name, text) in _GAUGES.items():
-            yield self._family(GaugeMetricFamily, name, text, {"": getattr(stats, attribute)})
-        for attribute, (name, text) in _COUNTERS.items():
-            yield self._family(CounterMetricFamily, name, text, {"": getattr(stats, attribute)})
-        for name, text in _STEP_COUNTERS.items():
-            yield self._family(CounterMetricFamily, name, text, {"": getattr(counts.steps, name)})
+        counts = self.counts
+        for kind, source, known in (
+            (GaugeMetricFamily, self.stats, _GAUGES),
+            (CounterMetricFamily, self.stats, _COUNTERS),
+            (CounterMetricFamily, counts.steps, _STEP_COUNTERS),
+            (HistogramMetricFamily, counts, _HISTOGRAMS),
+        ):
+            for attribute, (name, text) in known.items():
+                yield self._family(kind, name, text, {"": getattr(source, attribute)})
         ended, text = counts.finished, "ended requests"
         yield self._family(CounterMetricFamily, "request_success", text, ended, "finished_reason")
-        for attribute, (name, text) in _HISTOGRAMS.items():
-            yield self._family(HistogramMetricFamily, name, text, {"": getattr(counts, attribute)})
         times, text = counts.steps.prepare_s, "host time of a step's metadata"
         yield self._family(HistogramMetricFamily, "step_prepare_seconds", text, times, "kind")
         yield self._family(
@@ -143,7 +147,7 @@ class _EngineCollector(Collector):
         labels = ["model_name", *filter(None, [label])]
         family: Metric = kind(f"{PREFIX}{name}", text, labels=labels)
         for own, value in values.items():
-            shown = [self._model_name, *filter(None, [own])]
+            shown = [self.model_name, *filter(None, [own])]
             parts = _buckets(value) if isinstance(value, Histogram) else (value,)
             family.add_metric(shown, *parts)  # type: ignore[attr-defined]
         return family

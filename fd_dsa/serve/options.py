@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fd_dsa.chat.parsers import AUTO
+from fd_dsa.chat.parser import AUTO
 from fd_dsa.serve.listener import DEFAULT_MAX_CONNECTIONS
 
 if TYPE_CHECKING:
-    from fd_dsa.serve.hosts import HostRule
+    from fd_dsa.serve.guard import HostRule
 
 PROMPT_BYTES_PER_TOKEN = 16
 """Bytes of a prompt's text for each token of the context, unless --max-prompt-bytes says more."""
@@ -35,8 +35,8 @@ class ServerOptions:
         max_connections: connections that may have a request in progress.
         log_requests: whether each output's end is a line of the log.
         disable_ui: whether there is no page to talk to the model at /.
-        tool_call_parser: a name of `fd_dsa.chat.parsers.TOOL_FORMATS`, "auto" or "none".
-        reasoning_parser: a name of `fd_dsa.chat.parsers.REASONING_FORMATS`, "auto" or "none".
+        tool_call_parser: a name of `fd_dsa.chat.parser.TOOL_FORMATS`, "auto" or "none".
+        reasoning_parser: a name of `fd_dsa.chat.parser.REASONING_FORMATS`, "auto" or "none".
         trust_request_chat_template: whether requests may bring templates.
         hosts: what the Host header may name; None is everything.
         body_timeout_s: seconds that a client has for sending a body.

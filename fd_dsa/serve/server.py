@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import uvicorn
@@ -24,11 +25,47 @@ from fd_dsa.serve.app import create_app
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
 from fd_dsa.serve.listener import BACKLOG, Listener
 from fd_dsa.serve.metrics import log_while_busy
-from fd_dsa.serve.port_owner import describe_port_owner
 from fd_dsa.serve.state import ServerState
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
+
+_LISTEN = "0A"
+
+
+def describe_port_owner(port: int, proc: Path = Path("/proc")) -> str:
+    """The process that listens on a port, such as `process 123 (python)`; "" if not to be seen.
+
+    Args:
+        port: TCP port, version 4 or 6 of IP, on any address.
+        proc: where the file system of processes is mounted.
+    """
+    sockets = {f"socket:[{inode}]" for inode in _listening_inodes(port, proc)}
+    if not sockets:
+        return ""
+    for folder in proc.glob("[0-9]*"):
+        try:
+            if any(str(link.readlink()) in sockets for link in (folder / "fd").iterdir()):
+                name = (folder / "comm").read_text("utf-8", "replace").strip()
+                return f"process {folder.name} ({name})"
+        except OSError:
+            # another user's process, or one that has ended meanwhile
+            continue
+    return ""
+
+
+def _listening_inodes(port: int, proc: Path) -> Iterator[str]:
+    """Inodes of the sockets that listen on the port."""
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = (proc / "net" / table).read_text("ascii", "replace").splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            words = line.split()
+            if words[3] == _LISTEN and int(words[1].rpartition(":")[2], 16) == port:
+                yield words[9]
+
 
 Load = Callable[[StartupProgress], "AsyncEngine"]
 
@@ -212,16 +249,18 @@ class DrainingServer(uvicorn.Server):
         if not self.started:
             return
         assert sockets is not None
-        self._listener = Listener(sockets[0], self._state.options.max_connections, self._connected)
+        self._listener = Listener(
+            sockets[0],
+            self._state.options.max_connections,
+            lambda listener: StrictH11Protocol(
+                self.config, self.server_state, self.lifespan.state, listener
+            ),
+        )
         self._listener.start()
         if self._load is None:
             self._ready()
         else:
             self._spawn(self._load_engine(self._load))
-
-    def _connected(self, listener: Listener) -> StrictH11Protocol:
-        """The protocol of a new connection."""
-        return StrictH11Protocol(self.config, self.server_state, self.lifespan.state, listener)
 
     async def _load_engine(self, load: Load) -> None:
         """Load in a thread, which a signal need not wait for, then serve."""
@@ -231,8 +270,12 @@ class DrainingServer(uvicorn.Server):
         def work() -> None:
             try:
                 engine = load(self._state.startup)
+            except Exception as error:
+                loop.call_soon_threadsafe(loaded.set_exception, error)
             except BaseException as error:
-                loop.call_soon_threadsafe(loaded.set_exception, _as_exception(error))
+                # as SystemExit, which would end the event loop
+                ended = f"the engine's loading ended with {type(error).__name__}: {error}"
+                loop.call_soon_threadsafe(loaded.set_exception, RuntimeError(ended))
             else:
                 loop.call_soon_threadsafe(loaded.set_result, engine)
 
@@ -330,10 +373,3 @@ def _exit_at_once(number: int, text: str) -> NoReturn:
         sys.stderr.flush()
         sys.stdout.flush()
     os._exit(128 + number)
-
-
-def _as_exception(error: BaseException) -> Exception:
-    """What a future can carry: SystemExit and the like would end the event loop instead."""
-    if isinstance(error, Exception):
-        return error
-    return RuntimeError(f"the engine's loading ended with {type(error).__name__}: {error}")

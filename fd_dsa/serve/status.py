@@ -10,7 +10,7 @@ from starlette.responses import Response
 from fd_dsa import __version__
 from fd_dsa.serve.errors import ApiError
 from fd_dsa.serve.json_response import JsonResponse
-from fd_dsa.serve.state import ServerState, State
+from fd_dsa.serve.state import State
 
 PROBE_PATHS = frozenset({"/health", "/livez", "/readyz", "/startupz"})
 """Paths that an orchestrator asks; they are answered when nothing else is."""
@@ -39,7 +39,9 @@ async def startupz(state: State) -> Response:
 @router.get("/livez", summary="503 when only a restart helps, else 200")
 async def livez(state: State) -> Response:
     """200 while loading, serving and draining; 503 after a failure of the engine."""
-    return _ok_unless(state.unavailable() if _has_failed(state) else None)
+    engine = state.loaded_engine
+    has_failed = engine is not None and engine.errored is not None
+    return _ok_unless(state.unavailable() if has_failed else None)
 
 
 @router.get("/version", summary="Version of fd_dsa")
@@ -59,9 +61,3 @@ async def server_info(state: State) -> dict[str, Any]:
 def _ok_unless(error: ApiError | None) -> Response:
     """200, or the error."""
     return JsonResponse({"status": "ok"}) if error is None else error.response()
-
-
-def _has_failed(state: ServerState) -> bool:
-    """Whether the engine has failed."""
-    engine = state.loaded_engine
-    return engine is not None and engine.errored is not None

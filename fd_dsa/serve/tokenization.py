@@ -38,7 +38,11 @@ async def detokenize(body: DetokenizeRequest, request: Request, state: State) ->
 
 def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
     """The answer to /tokenize; runs in a thread, since a long text takes a while."""
-    tokens = _encode(state, body)
+    if body.prompt is None:
+        tokens = encode_conversation(state, body)
+    else:
+        special = body.add_special_tokens is not False
+        tokens = encode_prompt(state, body.prompt, "prompt", add_special_tokens=special)
     answer: dict[str, Any] = {
         "count": len(tokens),
         "max_model_len": state.engine.max_model_len,
@@ -48,14 +52,6 @@ def _tokenize(state: ServerState, body: TokenizeRequest) -> Response:
         texts = state.engine.tokenizer.decode_each(tokens)
         answer["token_strs"] = packed_list(packed(slices(texts)))
     return JsonResponse(answer)
-
-
-def _encode(state: ServerState, body: TokenizeRequest) -> list[int]:
-    """Token ids of the prompt or of the conversation."""
-    if body.prompt is None:
-        return encode_conversation(state, body)
-    special = body.add_special_tokens is not False
-    return encode_prompt(state, body.prompt, "prompt", add_special_tokens=special)
 
 
 def _detokenize(state: ServerState, tokens: list[int]) -> Response:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
-from fd_dsa.chat.tool_instructions import OWN_INSTRUCTIONS, read_instructions
+from fd_dsa.chat.deepseek_v32 import OWN_INSTRUCTIONS, DeepseekV32Encoding, read_instructions
 from tests.chat.recorded import TOOLS
 
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"

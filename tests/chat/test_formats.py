@@ -11,9 +11,10 @@ import pytest
 
 from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
 from fd_dsa.chat.events import Message
-from fd_dsa.chat.parser import AnswerFormat, OutputParser
-from fd_dsa.chat.parsers import (
+from fd_dsa.chat.parser import (
     REASONING_FORMATS,
+    AnswerFormat,
+    OutputParser,
     find_tool_format,
     has_reasoning,
     opens_reasoning,
@@ -64,7 +65,7 @@ def test_a_template_goes_before_the_models_own_encoding(tmp_path: Path) -> None:
         "chat_template.jinja",
         "--chat-template other.jinja",
     ]
-    with pytest.raises(ConfigError, match="--chat-template: got"):
+    with pytest.raises(ConfigError, match="chat template of --chat-template none: cannot be read"):
         renderer_of(tmp_path, template_file=tmp_path / "none")
 
 
@@ -76,7 +77,7 @@ def test_a_template_goes_before_the_models_own_encoding(tmp_path: Path) -> None:
             {},
             "template of chat_template.jinja: line 1 is no",
         ),
-        ({"chat_template.jinja": b"\xff"}, {}, "chat_template.jinja cannot be read"),
+        ({"chat_template.jinja": b"\xff"}, {}, "chat_template.jinja: cannot be read"),
         ({}, {"chat_template": "{% if %}"}, "of tokenizer_config.json: line 1 is no valid Jinja"),
         ({}, {"chat_template": 5}, "tokenizer_config.json is a int"),
         ({}, {"chat_template": [{"name": "default", "template": 5}]}, "is a int; it must be"),

@@ -9,8 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from fd_dsa.chat.grammar import forced_calls_grammar, json_after_reasoning_grammar
-from fd_dsa.chat.parser import AnswerFormat, OutputParser
-from fd_dsa.chat.parsers import TOOL_FORMATS
+from fd_dsa.chat.parser import TOOL_FORMATS, AnswerFormat, OutputParser
 from fd_dsa.config import demo_model_path
 from tests.chat.recorded import RECORDED, SCHEMAS
 

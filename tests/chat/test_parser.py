@@ -8,18 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.chat.events import (
-    ArgumentsDelta,
-    ContentDelta,
-    Message,
-    ReasoningDelta,
-    ToolCall,
-    ToolCallEnd,
-    ToolCallStart,
-    join_events,
-)
-from fd_dsa.chat.parser import AnswerFormat, OutputParser
-from fd_dsa.chat.parsers import TOOL_FORMATS
+from fd_dsa.chat.events import Event, Message, ToolCall, join_events
+from fd_dsa.chat.parser import TOOL_FORMATS, AnswerFormat, OutputParser
 from tests.chat.recorded import RECORDED, SCHEMAS, Recorded
 
 V31, V32, GLM = "deepseek_v31", "deepseek_v32", "glm47"
@@ -41,14 +31,14 @@ def in_pieces(one: OutputParser, pieces: list[str]) -> Message:
     events = [event for piece in pieces for event in one.feed(piece)] + one.finish()
     running: int | None = None
     for event in events:
-        if isinstance(event, ToolCallStart):
+        if event.kind == "call":
             running = event.index
-        elif isinstance(event, ArgumentsDelta):
+        elif event.kind == "arguments":
             assert event.index == running
-        elif isinstance(event, ToolCallEnd):
+        elif event.kind == "call_end":
             assert event.index == running
             running = None
-        assert not hasattr(event, "text") or event.text
+        assert event.text or event.kind == "call_end"
     return join_events(events)
 
 
@@ -115,13 +105,13 @@ def test_any_text_in_any_pieces(
 
 def test_content_comes_as_soon_as_it_cannot_be_markup() -> None:
     one = parser(V31)
-    assert one.feed("Ab") == [ContentDelta("Ab")]
-    assert one.feed("c <") == [ContentDelta("c ")]
-    assert one.feed("b> <｜tool▁") == [ContentDelta("<b> ")]
+    assert one.feed("Ab") == [Event("content", "Ab")]
+    assert one.feed("c <") == [Event("content", "c ")]
+    assert one.feed("b> <｜tool▁") == [Event("content", "<b> ")]
     assert one.feed("calls▁begin｜><｜tool▁call▁begin｜>f") == []
-    assert one.feed('<｜tool▁sep｜>{"a') == [ToolCallStart(0, "f"), ArgumentsDelta(0, '{"a')]
-    assert one.feed('": 1}') == [ArgumentsDelta(0, '": 1}')]
-    assert one.feed("<｜tool▁call▁end｜>") == [ToolCallEnd(0)]
+    assert one.feed('<｜tool▁sep｜>{"a') == [Event("call", "f"), Event("arguments", '{"a')]
+    assert one.feed('": 1}') == [Event("arguments", '": 1}')]
+    assert one.feed("<｜tool▁call▁end｜>") == [Event("call_end")]
     assert one.finish() == []
 
 
@@ -131,7 +121,7 @@ def test_texts_of_arguments_are_streamed() -> None:
     for text, tool_format in ((dsml, V32), (glm, GLM)):
         one = parser(tool_format)
         assert join_events(one.feed(text)).tool_calls[0].arguments == '{"city": "'
-        assert one.feed('a "b"\n') == [ArgumentsDelta(0, 'a \\"b\\"\\n')]
+        assert one.feed('a "b"\n') == [Event("arguments", 'a \\"b\\"\\n')]
 
 
 def test_reasoning_only_where_it_may_be() -> None:
@@ -145,7 +135,7 @@ def test_reasoning_only_where_it_may_be() -> None:
     assert parser(None, True).parse("a</think>b</think>") == Message("b</think>", "a")
     off = OutputParser(AnswerFormat())
     assert off.parse("<think>a</think>b") == Message("<think>a</think>b")
-    assert parser(None, True).feed("a</think") == [ReasoningDelta("a")]
+    assert parser(None, True).feed("a</think") == [Event("reasoning", "a")]
 
 
 def test_a_call_inside_of_reasoning_that_was_not_closed_is_a_call() -> None:

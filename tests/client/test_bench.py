@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from fd_dsa.client.bench import random_prompts, start_times
-from fd_dsa.client.figures import LATENCIES, summarise
 from fd_dsa.client.load import Sender
-from fd_dsa.client.timing import Timing, measure
+from fd_dsa.client.timing import LATENCIES, Timing, measure, summarise
 from fd_dsa.engine.output import RequestOutput
 from fd_dsa.errors import RemoteError
 from fd_dsa.serve import guard

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
-from fd_dsa.chat.events import ContentDelta, Event, ReasoningDelta
+from fd_dsa.chat.events import Event
 from fd_dsa.client.chat import Conversation, Partner
 from tests.client.command import command, run
 from tests.serve.conftest import Live, running, wait_until
@@ -56,7 +56,11 @@ class Thinker:
 
     def answer(self, messages: Sequence[dict[str, str]]) -> Generator[Event, None, None]:
         """See `Partner`."""
-        yield from (ReasoningDelta("Let "), ReasoningDelta("me."), ContentDelta(str(len(messages))))
+        yield from (
+            Event("reasoning", "Let "),
+            Event("reasoning", "me."),
+            Event("content", str(len(messages))),
+        )
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -79,7 +83,7 @@ def test_reasoning_of_a_server_is_told_from_the_content() -> None:
         fields = {"reasoning_effort": "high"}
         partner = Partner(f"{live.url}/v1", None, fields)
         hello = [{"role": "user", "content": "Hi"}]
-        assert list(partner.answer(hello)) == [ReasoningDelta("hm"), ContentDelta("Hello")]
+        assert list(partner.answer(hello)) == [Event("reasoning", "hm"), Event("content", "Hello")]
 
 
 def test_a_failed_answer_ends_a_pipe_with_status_one(tmp_path: Path) -> None:

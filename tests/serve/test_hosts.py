@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from fd_dsa.serve.errors import ApiError
-from fd_dsa.serve.hosts import host_rule
+from fd_dsa.serve.guard import host_rule
 from tests.serve.conftest import Live, exchange, running
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.processes import FAKE, serving

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
 
 from fd_dsa.serve.errors import FieldError, show
-from fd_dsa.serve.protocol.chat import ChatCompletionRequest
+from fd_dsa.serve.protocol.chat import ChatCompletionRequest, ChatMessage
 from fd_dsa.serve.protocol.fields import IDS, MAX_ENTRIES, Body, at_most, refuse
-from fd_dsa.serve.protocol.messages import ChatMessage
 
 
 class TokenizeRequest(ChatCompletionRequest):
