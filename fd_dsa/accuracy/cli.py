@@ -10,9 +10,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from fd_dsa.client.flags import exit_status
 from fd_dsa.errors import ConfigError
-from fd_dsa.serve.flag_values import Parser
+from fd_dsa.serve.flag_values import Parser, exit_status
 
 COMMANDS = {
     "ifeval": ("fd_dsa.accuracy.ifeval", "ask a server the IFEval prompts and score its answers"),

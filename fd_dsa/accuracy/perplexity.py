@@ -18,11 +18,11 @@ import numpy as np
 
 from fd_dsa.accuracy.embedded import OneSequence, OpenModel, open_model, progress, read_config
 from fd_dsa.accuracy.types import REPORT_FILE
-from fd_dsa.client.flags import add_numbers
 from fd_dsa.client.report import Table, as_json, check_folder, page, show, write_files
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import quiet
 from fd_dsa.errors import ConfigError, FdDsaError
+from fd_dsa.serve.flag_values import add_numbers
 
 if TYPE_CHECKING:
     from fd_dsa.engine.tokenizer import Tokenizer

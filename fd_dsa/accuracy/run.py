@@ -22,12 +22,12 @@ from rich.progress import Progress
 
 from fd_dsa.accuracy.answers import AnswerStore, Run, open_store
 from fd_dsa.accuracy.types import ANSWERS_FILE, RunSettings
-from fd_dsa.client.flags import add_numbers
 from fd_dsa.client.own_server import OwnServer, own_server
 from fd_dsa.client.questions import ChatClient, Question
 from fd_dsa.client.remote import ServerInfo
 from fd_dsa.client.report import check_folder
 from fd_dsa.errors import ConfigError, RemoteError
+from fd_dsa.serve.flag_values import add_numbers
 
 # RunSettings.base_url of a run that started its server
 OWN = "own"

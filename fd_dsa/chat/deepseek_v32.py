@@ -20,8 +20,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, is_reasoning_only
-from fd_dsa.chat.template import Arguments
+from fd_dsa.chat.parser import THINK_BEGIN, THINK_END, Arguments, is_reasoning_only
 from fd_dsa.chat.tool_formats import (
     DSML,
     V32_ARGUMENT,

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fd_dsa.chat import tool_formats as marks
-from fd_dsa.chat.json_types import types_of
+from fd_dsa.chat.events import types_of
 from fd_dsa.chat.parser import THINK_END
 
 _ANY_TEXT = "(?s:.*)"

@@ -1,17 +1,19 @@
-"""Chat templates of model folders: Jinja in a sandbox, with the names that templates expect."""
+"""What makes prompts of conversations: Jinja in a sandbox, with the names that templates expect."""
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fd_dsa.chat.parser import is_reasoning_only
+from fd_dsa.chat.deepseek_v32 import ASSISTANT, USER, DeepseekV32Encoding, read_instructions
+from fd_dsa.chat.parser import Arguments, is_reasoning_only
 from fd_dsa.errors import ConfigError
 
 # variables of a template which are not a caller's to set
@@ -29,45 +31,6 @@ _CUT = "\ue000\ue001cut\ue001\ue000"
 _NO_MEMORY = "makes more than there is memory for"
 # what one multiplication or power may make
 _MOST_ENTRIES, _MOST_BITS = 1 << 20, 1 << 12
-
-
-class Arguments(dict[str, Any]):
-    """A JSON object that templates may use as a mapping and as its text.
-
-    Some templates go through the items, others put the arguments between two texts; those get
-    the JSON as it was given, so that it stays what the model wrote.
-    """
-
-    def __init__(self, value: Mapping[str, Any], text: str) -> None:
-        """Keep the object and its JSON text."""
-        super().__init__(value)
-        self.text = text
-
-    @classmethod
-    def read(cls, value: str | Mapping[str, Any]) -> Arguments:
-        """Arguments from JSON text or from a mapping; an empty text has none.
-
-        Raises:
-            ValueError: the text is no JSON object.
-        """
-        if not isinstance(value, str):
-            return cls(value, json.dumps(value, ensure_ascii=False))
-        try:
-            parsed = json.loads(value) if value.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the arguments of a tool call are no JSON: {error}") from error
-        if not isinstance(parsed, dict):
-            raise ValueError("the arguments of a tool call are no JSON object")
-        return cls(parsed, value if value.strip() else "{}")
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __add__(self, other: str) -> str:
-        return self.text + other
-
-    def __radd__(self, other: str) -> str:
-        return other + self.text
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -222,3 +185,55 @@ def _with_cut(message: dict[str, Any]) -> dict[str, Any]:
 def _raise_exception(message: str) -> None:
     """Let a template refuse a conversation."""
     raise TemplateError(message)
+
+
+ChatRenderer = ChatTemplate | DeepseekV32Encoding
+"""Makes prompts of conversations; its `source` is a text with the marks of the model's formats."""
+
+
+def read_renderer(
+    folder: Path,
+    tokenizer_config: Mapping[str, Any],
+    special_tokens: Mapping[str, str],
+    model_type: str | None,
+    has_token: Callable[[str], bool],
+    template_file: Path | None = None,
+) -> ChatRenderer | None:
+    """What renders the conversations of a model folder, None where nothing does.
+
+    `template_file` takes precedence, then the folder's chat_template.jinja, then `chat_template`
+    of its tokenizer_config.json; of a list of named templates the one named "default" counts. A
+    folder of DeepSeek-V3.2 without any has the model's own encoding.
+
+    Args:
+        folder: of the model.
+        tokenizer_config: content of tokenizer_config.json.
+        special_tokens: names such as "bos_token" -> text.
+        model_type: of config.json.
+        has_token: whether a text is one token of the vocabulary.
+        template_file: a Jinja file instead of the folder's.
+
+    Raises:
+        ConfigError: a template cannot be read or compiled, or is of another type; names the file.
+    """
+    file = template_file or folder / "chat_template.jinja"
+    origin = file.name if template_file is None else f"--chat-template {file.name}"
+    if template_file is not None or file.is_file():
+        try:
+            return ChatTemplate(file.read_text(encoding="utf-8"), special_tokens, origin)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat template of {origin}: cannot be read: {error}") from error
+    source = tokenizer_config.get("chat_template")
+    if isinstance(source, list) and all(isinstance(entry, dict) for entry in source):
+        named = {entry.get("name"): entry.get("template") for entry in source}
+        source = named.get("default")
+    if source is not None and not isinstance(source, str):
+        raise ConfigError(
+            f"chat template: chat_template of {folder / 'tokenizer_config.json'} is a "
+            f"{type(source).__name__}; it must be a string or a list of named templates"
+        )
+    if source is not None:
+        return ChatTemplate(source, special_tokens, "tokenizer_config.json")
+    if model_type == "deepseek_v32" and has_token(USER) and has_token(ASSISTANT):
+        return DeepseekV32Encoding(read_instructions(folder))
+    return None

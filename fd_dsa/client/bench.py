@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 
 from fd_dsa import __version__
-from fd_dsa.client.flags import add_numbers, exit_status
 from fd_dsa.client.load import Sender
 from fd_dsa.client.own_server import server_at
 from fd_dsa.client.remote import ServerInfo, examine_server
 from fd_dsa.client.report import as_json, show
 from fd_dsa.client.timing import Timing, measure, plot, summarise, tables
 from fd_dsa.errors import ConfigError, RemoteError, unwritable
-from fd_dsa.serve.flag_values import Parser, number, reader
+from fd_dsa.serve.flag_values import Parser, add_numbers, exit_status, number, reader
 
 _WARM_UP = 2
 # every vocabulary has these, and few have special tokens among them

@@ -12,7 +12,6 @@ from typing import Any, TextIO
 import httpx
 
 from fd_dsa.chat.events import Event
-from fd_dsa.client.flags import exit_status
 from fd_dsa.client.own_server import server_at
 from fd_dsa.client.remote import (
     error_message,
@@ -22,7 +21,7 @@ from fd_dsa.client.remote import (
     transport_reason,
 )
 from fd_dsa.errors import RemoteError
-from fd_dsa.serve.flag_values import Parser, number, reader
+from fd_dsa.serve.flag_values import Parser, exit_status, number, reader
 
 Message = dict[str, str]
 _COMMANDS = "/reset forgets the conversation, /system TEXT sets the system prompt, /exit ends"

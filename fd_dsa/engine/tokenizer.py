@@ -13,7 +13,7 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import ByteLevel
 
-from fd_dsa.chat.renderers import ChatRenderer, read_renderer
+from fd_dsa.chat.template import ChatRenderer, read_renderer
 from fd_dsa.engine.text_windows import encode_text
 from fd_dsa.environment import keep_tokenizers_in_their_thread
 from fd_dsa.errors import ConfigError
@@ -73,7 +73,7 @@ class Tokenizer:
 
         tokenizer_config.json (special tokens, add_bos_token, chat template) and
         chat_template.jinja, which takes precedence over the template of the former, are
-        optional. Without a template: see `fd_dsa.chat.renderers.read_renderer`.
+        optional. Without a template: see `fd_dsa.chat.template.read_renderer`.
 
         Args:
             path: the folder.

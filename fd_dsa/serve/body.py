@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive
 
 from fd_dsa.serve.errors import ApiError, show, unreadable, validation_refusal
-from fd_dsa.serve.options import ServerOptions
+from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.protocol.fields import Body
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.workers import ClientGone

@@ -17,8 +17,7 @@ from fd_dsa.chat.parser import (
     has_reasoning,
     opens_reasoning,
 )
-from fd_dsa.chat.renderers import ChatRenderer
-from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.chat.template import ChatRenderer, ChatTemplate
 from fd_dsa.chat.tool_formats import ToolFormat
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import ConfigError
@@ -26,11 +25,12 @@ from fd_dsa.serve.errors import ApiError, FieldError, request_error
 from fd_dsa.serve.generation import (
     Job,
     check_answer_size,
+    check_bytes,
     check_jobs,
+    encode_prompt,
     most_scored_tokens,
     resolve_max_tokens,
 )
-from fd_dsa.serve.prompt_text import check_bytes, encode_prompt
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 

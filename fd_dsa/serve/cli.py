@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine
     from fd_dsa.engine.startup import StartupProgress
     from fd_dsa.fastdeploy_plugin import launch
-    from fd_dsa.serve.options import ServerOptions
+    from fd_dsa.serve.flags import ServerOptions
 
 _EXIT_BAD_START = 2
 _EXIT_INTERRUPTED = 130
@@ -220,7 +220,7 @@ def _fields_of(kind: type, args: argparse.Namespace) -> dict[str, Any]:
 
 def _server_options(args: argparse.Namespace) -> ServerOptions:
     """What the flags allow, but for the hosts, which depend on what --host resolves to."""
-    from fd_dsa.serve.options import ServerOptions
+    from fd_dsa.serve.flags import ServerOptions
 
     given = _fields_of(ServerOptions, args)
     given["max_connections"] = connection_limit(given.get("max_connections"))

@@ -11,9 +11,14 @@ from starlette.responses import Response
 
 from fd_dsa.serve.answer import Answer, respond, shown
 from fd_dsa.serve.body import BodyRoute
-from fd_dsa.serve.generation import Job, check_answer_size, check_jobs, resolve_max_tokens
+from fd_dsa.serve.generation import (
+    Job,
+    check_answer_size,
+    check_jobs,
+    encode_prompt,
+    resolve_max_tokens,
+)
 from fd_dsa.serve.logprobs import Columns, completion_logprobs, output_columns, prompt_columns
-from fd_dsa.serve.prompt_text import encode_prompt
 from fd_dsa.serve.protocol.completion import CompletionRequest
 from fd_dsa.serve.state import ServerState, State
 

@@ -1,4 +1,4 @@
-"""Parsing of command lines: values of flags from their texts, and the one line of a refusal."""
+"""What all commands share: values of flags from their texts, and the one line of a failure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from fd_dsa.config import parse_bytes
-from fd_dsa.errors import ConfigError
+from fd_dsa.errors import ConfigError, FdDsaError, RemoteError
+
+_EXIT_BAD_START = 2
+_EXIT_INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,6 +27,20 @@ def fail(message: str, status: int) -> int:
     """Print the one line of a command that cannot go on; returns its exit status."""
     sys.stderr.write(f"fd_dsa: error: {message}\n")
     return status
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """What `run` returns; 1 after a server went away, 2 for a bad start, 130 after Ctrl-C."""
+    try:
+        return run()
+    except KeyboardInterrupt as stop:
+        return fail(str(stop) or "interrupted", _EXIT_INTERRUPTED)
+    except RemoteError as error:
+        return fail(str(error), 1)
+    except BrokenPipeError:
+        raise
+    except (FdDsaError, OSError) as error:
+        return fail(str(error), _EXIT_BAD_START)
 
 
 def reader(
@@ -60,6 +77,18 @@ def number(kind: type, least: float) -> Callable[[str], Any]:
     """A reader of finite numbers from `least` on, of type int or float."""
     read, what = (_digits, "a whole number") if kind is int else (float, "a number")
     return reader(read, f"{what} from {least:g} on", lambda value: least <= value < math.inf)
+
+
+def add_numbers(
+    parser: argparse._ActionsContainer, *rows: tuple[str, type, float, Any, str]
+) -> None:
+    """Add flags that take a number: name, kind, smallest value, default, help."""
+    for flag, kind, least, default, text in rows:
+        shown = text if default is None else f"{text} (default: {default:g})"
+        metavar = "N" if kind is int else "X"
+        parser.add_argument(
+            flag, metavar=metavar, type=number(kind, least), default=default, help=shown
+        )
 
 
 def _is_host_name(text: str) -> bool:

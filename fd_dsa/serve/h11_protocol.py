@@ -88,7 +88,9 @@ class StrictConnection(h11.Connection):
         except ApiError as error:
             self._refuse(error)
         except h11.RemoteProtocolError as error:
-            self._refuse(_as_api_error(error))
+            is_long = error.error_status_hint == 431
+            # the bytes themselves come after the colon
+            self._refuse(_too_long() if is_long else _invalid(str(error).partition(":")[0]))
         else:
             return event
         return h11.NEED_DATA
@@ -149,14 +151,6 @@ def check_head(head: bytes) -> None:
             raise _invalid("Content-Length is not one number")
         if name == b"transfer-encoding" and version == b"1.0":
             raise _invalid("Transfer-Encoding came with HTTP/1.0; send Content-Length")
-
-
-def _as_api_error(error: h11.RemoteProtocolError) -> ApiError:
-    """The answer to bytes that h11 does not take."""
-    if error.error_status_hint == 431:
-        return _too_long()
-    # the bytes themselves come after the colon
-    return _invalid(str(error).partition(":")[0])
 
 
 def _invalid(reason: str) -> ApiError:

@@ -11,7 +11,7 @@ import fd_dsa
 from fd_dsa.chat.parser import reasoning_format_name, tool_format_name
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import batch_invariant, commit_variable
-from fd_dsa.serve.options import ServerOptions
+from fd_dsa.serve.flags import ServerOptions
 
 if TYPE_CHECKING:
     from fd_dsa.engine.async_engine import AsyncEngine

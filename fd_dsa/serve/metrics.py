@@ -70,12 +70,9 @@ _COUNTERS = {
     "prefix_cache_hits": ("prefix_cache_hits", "prompt tokens found in the cache"),
 }
 _STEP_COUNTERS = {
-    name: (name, text)
-    for name, text in (
-        ("mask_offsets_launched", "steps with prefill tokens, whose windows were computed"),
-        ("mask_offsets_skipped", "steps that only decoded, without windows"),
-        ("sparse_tokens", "tokens that had more keys than the indexer chooses"),
-    )
+    "mask_offsets_launched": ("mask_offsets_launched", "steps with prefill tokens, with windows"),
+    "mask_offsets_skipped": ("mask_offsets_skipped", "steps that only decoded, without windows"),
+    "sparse_tokens": ("sparse_tokens", "tokens that had more keys than the indexer chooses"),
 }
 
 

@@ -11,7 +11,7 @@ from fastapi import Depends, Request
 
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.serve.errors import ApiError, show
-from fd_dsa.serve.options import ServerOptions
+from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.workers import Workers
 
 if TYPE_CHECKING:

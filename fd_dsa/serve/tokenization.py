@@ -10,8 +10,8 @@ from starlette.responses import Response
 from fd_dsa.serve.body import BodyRoute
 from fd_dsa.serve.chat_prompt import encode_conversation
 from fd_dsa.serve.errors import FieldError, show
+from fd_dsa.serve.generation import encode_prompt
 from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
-from fd_dsa.serve.prompt_text import encode_prompt
 from fd_dsa.serve.protocol.tokenization import DetokenizeRequest, TokenizeRequest
 from fd_dsa.serve.state import ServerState, State
 

@@ -21,8 +21,7 @@ from fd_dsa.chat.parser import (
     reasoning_format_name,
     tool_format_name,
 )
-from fd_dsa.chat.renderers import ChatRenderer, read_renderer
-from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.chat.template import ChatRenderer, ChatTemplate, read_renderer
 from fd_dsa.errors import ConfigError
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, SCHEMAS, TOOLS

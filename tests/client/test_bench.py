@@ -75,14 +75,16 @@ def test_refused_requests_are_sent_again_but_not_for_ever(
     with running(AnyTokens(), max_concurrency=1) as live:
         num_refused = 0
 
-        def refusal(*args: Any, **fields: Any) -> ApiError:
+        class Refusal(ApiError):
             """The first request ends once the three others were refused."""
-            nonlocal num_refused
-            num_refused += 1
-            live.engine.is_held = num_refused < 3
-            return ApiError(*args, **fields)
 
-        monkeypatch.setattr(guard, "ApiError", refusal)
+            def __init__(self, *args: Any, **fields: Any) -> None:
+                nonlocal num_refused
+                num_refused += 1
+                live.engine.is_held = num_refused < 3
+                super().__init__(*args, **fields)
+
+        monkeypatch.setattr(guard, "ApiError", Refusal)
         for retries in (9, 0):
             num_refused, live.engine.is_held = 0, True
             sender = Sender(f"{live.url}/v1", retries=retries)

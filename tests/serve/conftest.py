@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
-from fd_dsa.serve.options import ServerOptions
+from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.server import DrainingServer, bind_socket
 from fd_dsa.serve.state import Info, ServerState, no_info
 from tests.serve.fake_engine import FakeEngine

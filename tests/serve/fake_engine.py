@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from fd_dsa.chat.renderers import ChatRenderer
+from fd_dsa.chat.template import ChatRenderer
 from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams

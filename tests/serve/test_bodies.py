@@ -183,7 +183,7 @@ def test_values_count_what_they_are(value: Any, is_ascii: bool) -> None:
 def test_bytes_that_are_no_json_are_counted_by_the_same_rules(content: bytes) -> None:
     weight = depth = deepest = 0
     in_text = is_escaped = False
-    # one after the other; an escape matters before a quotation mark or a backslash alone
+    # an escape matters before a quotation mark or a backslash alone
     for char in content.decode("latin-1"):
         if is_escaped and char in '"\\':
             is_escaped = False

@@ -13,8 +13,8 @@ import pytest
 
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
+from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.info import INFO, engine_info, server_info
-from fd_dsa.serve.options import ServerOptions
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete, error_of

@@ -9,8 +9,7 @@ import openai
 import pytest
 
 from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
-from fd_dsa.chat.renderers import ChatRenderer
-from fd_dsa.chat.template import ChatTemplate
+from fd_dsa.chat.template import ChatRenderer, ChatTemplate
 from tests.chat import templates
 from tests.chat.recorded import RECORDED, TOOLS, Recorded
 from tests.serve.conftest import Live, running

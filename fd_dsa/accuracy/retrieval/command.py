@@ -27,10 +27,10 @@ from fd_dsa.accuracy.retrieval.tasks import TASKS, TaskSizes, check_sizes
 from fd_dsa.accuracy.run import add_run_flags, connected, thinking
 from fd_dsa.accuracy.types import REPORT_FILE
 from fd_dsa.client import report
-from fd_dsa.client.flags import add_numbers
 from fd_dsa.client.questions import ChatClient, Question
 from fd_dsa.config import demo_model_path
 from fd_dsa.errors import ConfigError
+from fd_dsa.serve.flag_values import add_numbers
 
 _MAX_TOKENS, _TRIALS = 64, 5
 # sentences of the two prompts that show whether the server counts as we do

@@ -26,12 +26,12 @@ from fd_dsa.accuracy.selection.measure import (
     needle_texts,
 )
 from fd_dsa.accuracy.types import REPORT_FILE
-from fd_dsa.client.flags import add_numbers
 from fd_dsa.client.report import Table, as_json, check_folder, page, show, write_files
 from fd_dsa.config import EngineConfig
 from fd_dsa.environment import process_environment, quiet
 from fd_dsa.errors import BackendUnavailable, ConfigError
 from fd_dsa.ops.providers import parse
+from fd_dsa.serve.flag_values import add_numbers
 
 CACHE_DTYPES = ("float32", "bfloat16", "fp8_ds_mla")
 JSON_FILE = "selection.json"

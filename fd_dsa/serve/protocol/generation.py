@@ -20,8 +20,6 @@ _MAX_ID_DIGITS = 10
 def _stop(value: Any) -> list[str] | None:
     """Stop strings as a list; None where there are none."""
     strings = [value] if isinstance(value, str) else value
-    if isinstance(strings, list) and len(strings) > MAX_STOP_STRINGS:
-        raise refuse(f"has {len(strings)} entries; at most {MAX_STOP_STRINGS} are allowed")
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
         raise refuse(f"got {show(value)}; allowed is a non-empty string or a list of them")
     return strings or None
@@ -31,8 +29,6 @@ def _logit_bias(value: Any) -> dict[int, float]:
     """Bias by token id; in JSON the ids are texts."""
     if not isinstance(value, dict):
         raise refuse(f"got {show(value)}; allowed is an object of token ids and numbers")
-    if len(value) > MAX_ENTRIES:
-        raise refuse(f"has {len(value)} entries; at most {MAX_ENTRIES} are allowed")
     for key, bias in value.items():
         # more digits than any token id has would be slow to read
         if not (key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
@@ -43,11 +39,15 @@ def _logit_bias(value: Any) -> dict[int, float]:
 
 
 _StopField = Annotated[
-    list[str] | None, PlainValidator(_stop), WithJsonSchema({"anyOf": [TEXT, TEXTS]})
+    list[str] | None,
+    PlainValidator(_stop),
+    at_most(MAX_STOP_STRINGS),
+    WithJsonSchema({"anyOf": [TEXT, TEXTS]}),
 ]
 _LogitBiasField = Annotated[
     dict[int, float],
     PlainValidator(_logit_bias),
+    at_most(MAX_ENTRIES),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
 ]
 
