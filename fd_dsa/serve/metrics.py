@@ -96,7 +96,7 @@ async def metrics(state: State) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@dataclass
+@dataclass(eq=False)
 class _EngineCollector(Collector):
     """Makes the families of one scrape.
 

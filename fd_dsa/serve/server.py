@@ -163,7 +163,6 @@ def run_server(
     *,
     shutdown_timeout_s: float,
     on_ready: Callable[[], None],
-    forced_exit_s: float = _FORCED_EXIT_S,
 ) -> int:
     """Listen, load the engine, and serve until a signal arrives or the engine fails.
 
@@ -176,8 +175,6 @@ def run_server(
         sock: bound, not listening; closed at the end.
         shutdown_timeout_s: longest wait for running requests after the first signal.
         on_ready: called once, when requests are served.
-        forced_exit_s: seconds after which the process ends whatever still runs, counted from the
-            end of the drain.
 
     Returns:
         Exit status: 0 after a drain, 1 after an engine failure.
@@ -192,7 +189,7 @@ def run_server(
         host, port = sock.getsockname()[:2]
         raise _bind_error(host, port, error) from error
     server = DrainingServer(state, shutdown_timeout_s, on_ready, load)
-    server.forced_exit_s = forced_exit_s
+    server.forced_exit_s = _FORCED_EXIT_S
     server.run(sockets=[sock])
     if server.start_error is not None:
         raise server.start_error
@@ -319,6 +316,9 @@ class DrainingServer(uvicorn.Server):
             timer.start()
         if self._listener is not None:
             self._listener.close()
+        # the engine that they ask is about to end
+        for task in self._tasks:
+            task.cancel()
         await super().shutdown(sockets=sockets)
 
     def _exit_in_any_case(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import openai
 
@@ -21,6 +22,14 @@ TIMEOUT_S = 300
 FAKE = """
     from tests.engine.fakes import make_engine
     return make_engine(num_blocks=999, max_model_len=999, vocab_size=5000)
+"""
+# the same, with steps of 50 ms
+SLOW = f"""
+def make():{textwrap.indent(FAKE, "    ")}
+engine = make()
+run = engine.runner.execute_model
+engine.runner.execute_model = lambda indices: (time.sleep(0.05), run(indices))[1]
+return engine
 """
 # the process of the engine, with a factory whose body is put in place of {body}
 CHILD = """
@@ -38,6 +47,7 @@ WITH_CHILD = """
 import sys
 from fd_dsa.serve.engine_process import EngineProcess
 EngineProcess.COMMAND = (sys.executable, "-c", {child!r})
+{before}
 from fd_dsa.environment import command
 from fd_dsa.serve.cli import main
 with command():
@@ -50,11 +60,11 @@ def child_of(body: str) -> str:
     return CHILD.format(body=textwrap.indent(textwrap.dedent(body), "    "))
 
 
-def command(*args: str, body: str | None = None) -> list[str]:
-    """The command line, with an engine factory of this body if one is given."""
+def command(*args: str, body: str | None = None, before: str = "") -> list[str]:
+    """The command line, with an engine factory of this body and code before it, if given."""
     if body is None:
         return [sys.executable, "-m", "fd_dsa.serve", *args]
-    return [sys.executable, "-c", WITH_CHILD.format(child=child_of(body)), *args]
+    return [sys.executable, "-c", WITH_CHILD.format(child=child_of(body), before=before), *args]
 
 
 def environment() -> dict[str, str]:
@@ -125,24 +135,24 @@ class Server:
 def started(
     folder: Path,
     *flags: str,
-    body: str | None = None,
     env: Mapping[str, str] | None = None,
     open_files: int | None = None,
+    **code: Any,
 ) -> Iterator[Server]:
     """The command as a process, which need not serve yet.
 
     Args:
         folder: for its log; it has nothing to do with the package.
         flags: of the command.
-        body: of an engine factory; None is the real one.
         env: further variables.
         open_files: its `ulimit -n`; None leaves that of this process.
+        code: as in `command`.
     """
     log = folder / "log.txt"
     limit = f"ulimit -n {open_files} && " if open_files else ""
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            ["sh", "-c", f'{limit}exec "$0" "$@"', *command(*flags, body=body)],
+            ["sh", "-c", f'{limit}exec "$0" "$@"', *command(*flags, **code)],
             cwd=folder,
             env={**environment(), **(env or {})},
             stdout=subprocess.PIPE,
@@ -160,16 +170,10 @@ def started(
 
 
 @contextmanager
-def serving(
-    folder: Path,
-    *flags: str,
-    body: str | None = None,
-    env: Mapping[str, str] | None = None,
-    open_files: int | None = None,
-) -> Iterator[Server]:
-    """A server on a free port that serves; see `started`."""
-    where = () if env and "FD_DSA_PORT" in env else ("--port", "0")
-    with started(folder, *where, *flags, body=body, env=env, open_files=open_files) as server:
+def serving(folder: Path, *flags: str, **more: Any) -> Iterator[Server]:
+    """A server on a free port that serves; `more` as in `started`."""
+    where = () if "FD_DSA_PORT" in more.get("env", ()) else ("--port", "0")
+    with started(folder, *where, *flags, **more) as server:
         server.ready = server.line()
         url = re.search(r"http://[\d.]+:\d+", server.ready)
         assert url is not None, server.log.read_text()
