@@ -48,24 +48,12 @@ def recorded(request: pytest.FixtureRequest) -> Recorded:
     return request.param
 
 
-def test_the_whole_answer(recorded: Recorded) -> None:
-    one = parser(recorded.tool_format, recorded.in_reasoning)
-    assert one.parse(recorded.text) == recorded.message
-    for call in recorded.message.tool_calls:
-        assert isinstance(json.loads(call.arguments), dict)
-
-
-def test_token_by_token_and_character_by_character(recorded: Recorded) -> None:
-    for pieces in (list(recorded.tokens), list(recorded.text)):
+def test_whole_token_by_token_and_character_by_character(recorded: Recorded) -> None:
+    for pieces in ([recorded.text], list(recorded.tokens), list(recorded.text)):
         one = parser(recorded.tool_format, recorded.in_reasoning)
         assert in_pieces(one, pieces) == recorded.message
-
-
-def test_split_at_every_character(recorded: Recorded) -> None:
-    text = recorded.text
-    for cut in range(len(text) + 1):
-        one = parser(recorded.tool_format, recorded.in_reasoning)
-        assert in_pieces(one, [text[:cut], text[cut:]]) == recorded.message
+    for call in recorded.message.tool_calls:
+        assert isinstance(json.loads(call.arguments), dict)
 
 
 def test_cut_off_at_every_character(recorded: Recorded) -> None:

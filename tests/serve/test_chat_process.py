@@ -60,22 +60,6 @@ def ask(client: openai.OpenAI, **fields: object) -> openai.types.chat.ChatComple
     return client.chat.completions.create(model="v32", **fields)  # type: ignore[call-overload]
 
 
-def test_messages_in_the_models_own_encoding(v32: Server, folder: Path) -> None:
-    tokenizer = Tokenizer.from_folder(folder)
-    with v32.client() as client:
-        answer = ask(client)
-        prompt = tokenizer.apply_chat_template(HELLO)
-        text = tokenizer.decode(prompt, skip_special_tokens=False)
-        assert text.startswith("<｜begin▁of▁sentence｜><｜User｜>Hello!")
-        assert text.endswith("<｜Assistant｜></think>")
-        assert answer.usage is not None
-        assert answer.usage.prompt_tokens == len(prompt)
-        assert answer.choices[0].message.content
-        chunks = ask(client, stream=True)
-        texts = [chunk.choices[0].delta.content or "" for chunk in chunks]  # type: ignore[union-attr]
-        assert "".join(texts) == answer.choices[0].message.content
-
-
 def test_calls_are_forced(v32: Server) -> None:
     """The demo model has never seen a tool; under the grammar it calls one, also streamed."""
     level = {"type": "integer", "minimum": 1, "maximum": 9}

@@ -79,55 +79,6 @@ def test_greedy_chat_is_readable_repeatable_and_streamed(demo: Server) -> None:
     assert chunks[-2].choices[0].finish_reason == first.choices[0].finish_reason
 
 
-def test_completions_of_text_and_ids_in_one_batch(demo: Server) -> None:
-    with demo.client() as client:
-        fields: dict[str, Any] = {"model": "demo_model", "max_tokens": 12, "temperature": 0}
-        texts = ["Once upon a time", "The sun is"]
-        together = client.completions.create(prompt=texts, **fields)
-        alone = [client.completions.create(prompt=text, **fields) for text in texts]
-        assert [c.text for c in together.choices] == [a.choices[0].text for a in alone]
-        ids = client.completions.create(prompt=[[5, 6, 7], [8, 9]], **fields)
-        assert ids.usage is not None
-        assert ids.usage.prompt_tokens == 5
-
-
-def test_stop_string_and_seed(demo: Server) -> None:
-    with demo.client() as client:
-        text = greedy(client).choices[0].message.content
-        word = text.split()[2]
-        stopped = greedy(client, stop=word).choices[0]
-        assert stopped.finish_reason == "stop"
-        assert stopped.message.content == text[: text.index(word)]
-        # greedy would give one text; a story has many ways to go on
-        sampled = [
-            client.completions.create(
-                model="demo_model",
-                prompt="Once upon a time",
-                max_tokens=30,
-                temperature=1.5,
-                seed=seed,
-            )
-            for seed in (1, 1, 2)
-        ]
-        texts = [answer.choices[0].text for answer in sampled]
-        assert texts[0] == texts[1] != texts[2]
-
-
-def test_sigterm_lets_a_running_answer_end(tmp_path: Path) -> None:
-    # time enough for 100 tokens, however slow
-    flags = ("--max-model-len", "512", "--shutdown-timeout", "300")
-    with serving(tmp_path, *flags) as server, server.client() as client:
-        usage = {"stream_options": {"include_usage": True}, "extra_body": {"ignore_eos": True}}
-        stream = greedy(client, max_tokens=100, stream=True, **usage)
-        chunks = [next(iter(stream))]
-        server.process.terminate()
-        chunks += stream
-        assert chunks[-2].choices[0].finish_reason == "length"
-        assert chunks[-1].usage.completion_tokens == 100
-        assert server.process.wait(60) == 0
-        assert "Traceback" not in server.log.read_text()
-
-
 def link_demo(folder: Path, *without: str) -> Path:
     """A model folder with links to the demo's files, some left out."""
     folder.mkdir()

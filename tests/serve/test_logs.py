@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
-from fd_dsa.engine.metrics import EngineMetrics
-from fd_dsa.engine.stats import EngineStats
 from fd_dsa.serve import server as server_module
 from fd_dsa.serve.logs import JsonFormatter, RepeatFilter
 from fd_dsa.serve.metrics import log_while_busy
@@ -62,16 +60,13 @@ def test_texts_and_keys_are_in_no_line(caplog: pytest.LogCaptureFixture) -> None
         assert live.http.post("/v1/completions", json=body, headers=headers).status_code == 200
         live.http.post("/v1/completions", json=body, headers={"Authorization": "Bearer guess"})
     assert request_lines(caplog)
+    caplog_lines = len(request_lines(caplog))
+    with running(FakeEngine()) as live:
+        complete(live)
+    assert len(request_lines(caplog)) == caplog_lines, "no line unless asked"
     ours = [r.getMessage() for r in caplog.records if r.name.startswith(("fd_dsa", "uvicorn"))]
     for word in ("the-key", "guess", "secret text", "sparse attention"):
         assert not any(word in line for line in ours)
-
-
-def test_no_line_unless_asked(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    with running(FakeEngine()) as live:
-        complete(live)
-    assert request_lines(caplog) == []
 
 
 def test_a_json_log_has_one_object_a_line(tmp_path: Path) -> None:
@@ -148,6 +143,9 @@ def test_what_is_no_repetition_is_all_written() -> None:
         assert log("fd_dsa.requests", 20, "%s", "the same")
         access = ('%s - "%s %s HTTP/%s" %d', "127.0.0.1:1", "POST", "/v1/completions", "1.1", 200)
         assert log("uvicorn.access", 20, *access)
+    for number in range(5000):
+        assert log("fd_dsa.engine", 20, f"line {number}")
+    assert len(log.filter._last) <= 1000
     # asyncio has no arguments; its first line says what happened
     assert log("asyncio", 40, "out of resource\nsocket 1") == ["out of resource\nsocket 1"]
     assert log("asyncio", 40, "out of resource\nsocket 2") == []
@@ -165,13 +163,6 @@ def test_access_lines_of_requests_that_computed_nothing_are_one_a_second(
     ]
     assert sum(map(len, lines)) == 1
     assert log("uvicorn.access", 20, text, "127.0.0.1:1", method, "/", "1.1", status + 1)
-
-
-def test_a_filter_remembers_a_bounded_number_of_lines() -> None:
-    log = Written()
-    for number in range(5000):
-        assert log("fd_dsa.engine", 20, f"line {number}")
-    assert len(log.filter._last) <= 1000
 
 
 def test_a_flood_of_hostile_requests_leaves_a_short_log(tmp_path: Path) -> None:
@@ -201,48 +192,35 @@ def test_a_line_while_busy_and_none_while_idle(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    looks: list[EngineStats] = []
+    looks: list[None] = []
+    snapshot = AsyncEngine.snapshot
 
-    class Watched:
-        """The engine, with a note of every look at it."""
+    async def watched(engine: AsyncEngine) -> Any:
+        looks.append(None)
+        return await snapshot(engine)
 
-        def __init__(self, engine: AsyncEngine) -> None:
-            self.engine = engine
+    monkeypatch.setattr(AsyncEngine, "snapshot", watched)
+    often = functools.partial(log_while_busy, interval_s=0.05)
+    monkeypatch.setattr(server_module, "log_while_busy", often)
 
-        async def snapshot(self) -> tuple[EngineStats, EngineMetrics]:
-            stats, metrics = await self.engine.snapshot()
-            looks.append(stats)
-            return stats, metrics
-
-    def watch(engine: AsyncEngine) -> Coroutine[Any, Any, None]:
-        return log_while_busy(cast("AsyncEngine", Watched(engine)), interval_s=0.05)
-
-    def wait_for_looks(count: int) -> None:
-        """Return after so many more looks, and what all but the last of them wrote."""
-        wanted = len(looks) + count
+    def lines_after(num_looks: int) -> list[str]:
+        """All lines after so many more looks at the engine."""
+        wanted = len(looks) + num_looks
         wait_until(lambda: len(looks) >= wanted)
-
-    monkeypatch.setattr(server_module, "log_while_busy", watch)
-
-    def lines() -> list[str]:
         return [line for line in caplog.messages if line.startswith("running ")]
 
     with running(AsyncEngine(make_engine())) as live:
-        assert lines() == []
+        assert lines_after(0) == []
         complete(live, prompt=[5 + i % 30 for i in range(18)], max_tokens=8, ignore_eos=True)
-        wait_until(lambda: len(lines()) > 0)
-        pattern = (
-            r"running \d+, waiting \d+, prefill [\d,]+ tok/s, decode [\d,]+ tok/s, "
-            r"kv \d+ %, prefix hits (\d+ %|none asked)"
-        )
-        assert all(re.fullmatch(pattern, line) for line in lines())
-        rates = [re.findall(r"([\d,]+) tok/s", line) for line in lines()]
-        assert any(rate != ["0", "0"] for rate in rates)
         # the interval in which the last step ended has its line; then there are no more
-        wait_for_looks(3)
-        told = len(lines())
-        wait_for_looks(4)
-        assert len(lines()) == told
+        lines = lines_after(3)
+        pattern = (
+            r"running \d+, waiting \d+, prefill ([\d,]+) tok/s, decode ([\d,]+) tok/s, "
+            r"kv \d+ %, prefix hits (?:\d+ %|none asked)"
+        )
+        rates = [re.fullmatch(pattern, line).groups() for line in lines]  # type: ignore[union-attr]
+        assert any(rate != ("0", "0") for rate in rates)
+        assert lines_after(4) == lines
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
