@@ -39,7 +39,7 @@ class TextFeed:
     ) -> Steps[str | None]:
         """Hand out the text before the first marker as soon as it is certain, and read the marker.
 
-        Of markers that begin at one place the longest counts.
+        No marker begins with another one.
 
         Args:
             markers: that end the text.
@@ -107,10 +107,9 @@ class TextFeed:
 
 
 def _first_of(text: str, markers: Sequence[str]) -> tuple[int, str] | None:
-    """Place and text of the first marker, the longest of those that begin there."""
-    places = [(text.find(marker), -len(marker), marker) for marker in markers]
-    start, _, marker = min((p for p in places if p[0] >= 0), default=(-1, 0, ""))
-    return (start, marker) if marker else None
+    """Place and text of the first marker."""
+    places = ((text.find(marker), marker) for marker in markers)
+    return min((place for place in places if place[0] >= 0), default=None)
 
 
 def _begin_of_unsure(text: str, markers: Sequence[str]) -> int:

@@ -42,12 +42,7 @@ def in_pieces(one: OutputParser, pieces: list[str]) -> Message:
     return join_events(events)
 
 
-@pytest.fixture(params=RECORDED.values(), ids=RECORDED)
-def recorded(request: pytest.FixtureRequest) -> Recorded:
-    """Each recorded answer."""
-    return request.param
-
-
+@pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
 def test_whole_token_by_token_and_character_by_character(recorded: Recorded) -> None:
     for pieces in ([recorded.text], list(recorded.tokens), list(recorded.text)):
         one = parser(recorded.tool_format, recorded.in_reasoning)
@@ -56,6 +51,7 @@ def test_whole_token_by_token_and_character_by_character(recorded: Recorded) -> 
         assert isinstance(json.loads(call.arguments), dict)
 
 
+@pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
 def test_cut_off_at_every_character(recorded: Recorded) -> None:
     """An answer that ends anywhere is parsed alike, whole and in pieces, and keeps its calls."""
     for end in range(len(recorded.text)):

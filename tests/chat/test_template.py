@@ -106,11 +106,6 @@ def test_failures_of_templates_are_value_errors(source: str) -> None:
         ChatTemplate(source, {}).render([HI])
 
 
-def test_a_template_that_does_not_compile() -> None:
-    with pytest.raises(ConfigError, match="line 2 is"):
-        ChatTemplate("\n{% for %}", {})
-
-
 @pytest.mark.parametrize(
     ("source", "why"),
     [

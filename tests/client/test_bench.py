@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import pytest
 from fd_dsa.client.bench import random_prompts, start_times
 from fd_dsa.client.load import Sender
 from fd_dsa.client.timing import LATENCIES, Timing, measure, summarise
-from fd_dsa.engine.output import RequestOutput
 from fd_dsa.errors import RemoteError
 from fd_dsa.serve import guard
 from fd_dsa.serve.errors import ApiError
@@ -97,34 +94,6 @@ def test_refused_requests_are_sent_again_but_not_for_ever(
             assert (max(timing.attempts for timing in timings) > 1) == bool(retries)
             errors = [timing.error for timing in timings if timing.error is not None]
             assert all(error.startswith("status 429: ") for error in errors)
-
-
-class Counting(AnyTokens):
-    """Keeps the largest number of requests that ran at a time in `most`."""
-
-    running = most = 0
-
-    async def generate(self, *args: Any) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs of one request."""
-        self.running += 1
-        self.most = max(self.most, self.running)
-        async with aclosing(super().generate(*args)) as outputs:
-            async for output in outputs:
-                if output.finished:
-                    # the client may send the next one as soon as it has this
-                    self.running -= 1
-                yield output
-
-
-def test_no_more_requests_at_a_time_than_asked_for() -> None:
-    engine = Counting(step_s=0.03)
-    with running(engine) as live:
-        sender = Sender(f"{live.url}/v1", concurrency=2, retries=0)
-        prompts = random_prompts(6, 5, seed=0)
-        timings, _ = asyncio.run(measure(sender, "demo", prompts, [0.0] * 6, 3))
-        assert [timing.error for timing in timings] == [None] * 6
-        assert len(engine.requests) == 6
-        assert engine.most <= 2
 
 
 def test_failures_inside_a_stream_are_told() -> None:

@@ -103,6 +103,7 @@ def test_refusal_of_the_template_is_a_bad_request(live: Live) -> None:
 @pytest.mark.parametrize(
     ("message", "param", "text"),
     [
+        (None, "messages", "got []"),
         ({"role": "user"}, "messages[0].content", "is missing"),
         ({"content": "x"}, "messages[0].role", "is missing"),
         ({"role": "robot", "content": "x"}, "messages[0].role", "allowed are system, developer"),
@@ -118,18 +119,13 @@ def test_refusal_of_the_template_is_a_bad_request(live: Live) -> None:
     ],
 )
 def test_bad_messages(live: Live, message: object, param: str, text: str) -> None:
-    answer = live.http.post("/v1/chat/completions", json={"messages": [message]})
+    messages = [] if message is None else [message]
+    answer = live.http.post("/v1/chat/completions", json={"messages": messages})
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert error["param"] == param
     assert error["message"].startswith(f"{param}: ")
     assert text in error["message"]
-
-
-def test_no_messages(live: Live) -> None:
-    answer = live.http.post("/v1/chat/completions", json={"messages": []})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "messages"
 
 
 def test_a_template_of_the_request_needs_trust() -> None:

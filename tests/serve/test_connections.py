@@ -156,22 +156,6 @@ def test_idle_clients_keep_no_probe_out_and_fill_no_log(
     assert len(log.splitlines()) < 20, log
 
 
-@pytest.mark.slow
-def test_a_server_full_of_slow_bodies_answers_probes_and_ends_in_time(tmp_path: Path) -> None:
-    slow = HEAD + b"Content-Length: 5\r\n\r\n{"
-    flags = ("--max-connections", "100")
-    with serving(tmp_path, *flags, body=FAKE, open_files=256) as server, ExitStack() as stack:
-        crowd(server.url, 100, slow, stack)
-
-        def is_full() -> bool:
-            return httpx.get(f"{server.url}/v1/models", timeout=TIMEOUT_S).status_code == 503
-
-        wait_until(is_full)
-        for path in PROBE_PATHS:
-            assert httpx.get(f"{server.url}{path}", timeout=TIMEOUT_S).status_code == 200
-        server.ends()
-
-
 def test_the_soft_limit_is_raised_and_no_more_is_promised_than_it_allows(tmp_path: Path) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     code = (

@@ -157,19 +157,6 @@ def test_a_process_that_is_killed_ends_every_request_with_an_error() -> None:
         assert isinstance(engine.errored, FdDsaError)
 
 
-def test_a_failing_step_is_an_error_of_the_same_type() -> None:
-    body = "from tests.engine.fakes import make_engine\n"
-    body += "engine = make_engine()\nengine.runner.fail_at = 3\nreturn engine"
-
-    async def main(engine: AsyncEngine) -> None:
-        with pytest.raises(RuntimeError, match="OSError: the device is gone"):
-            await collect(engine, [5], SamplingParams(max_tokens=20, ignore_eos=True), "r")
-
-    with process_of(body) as engine:
-        run(main(engine))
-        assert isinstance(engine.errored, OSError)
-
-
 @pytest.mark.parametrize(
     ("body", "text"),
     [

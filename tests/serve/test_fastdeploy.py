@@ -98,16 +98,11 @@ def test_auto_is_embedded_where_one_device_is_enough(tmp_path: Path) -> None:
     assert "imported: []" in log and not live.dump_file.exists()
 
 
-def test_a_model_is_needed(tmp_path: Path) -> None:
-    with launcher(tmp_path, model=False) as live:
-        status, _, log = live.finish()
-    assert status == 2
-    assert "fd_dsa: error: --model: got none, --engine fastdeploy needs the folder" in log
-
-
-def test_one_name_is_served(tmp_path: Path) -> None:
+def test_what_fastdeploy_cannot_serve_is_told(tmp_path: Path) -> None:
     names = ("--served-model-name", "a", "--served-model-name", "b")
-    with launcher(tmp_path, *names) as live:
-        status, _, log = live.finish()
-    assert status == 2
-    assert "--served-model-name: got 2 names, --served-model-name of FastDeploy takes one" in log
+    one = "--served-model-name: got 2 names, --served-model-name of FastDeploy takes one"
+    needed = "--model: got none, --engine fastdeploy needs the folder"
+    for flags, model, line in ((names, True, one), ((), False, needed)):
+        with launcher(tmp_path, *flags, model=model) as live:
+            status, _, log = live.finish()
+        assert status == 2 and line in log

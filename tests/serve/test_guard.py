@@ -99,13 +99,6 @@ def test_each_key_opens(guarded: Live, key: str, scheme: str) -> None:
     assert answer.status_code == 200
 
 
-def test_the_openai_client_with_a_key_and_without(guarded: Live) -> None:
-    with openai.OpenAI(base_url=f"{guarded.url}/v1", api_key=KEYS[0], max_retries=0) as client:
-        assert client.completions.create(model="demo", prompt="a").choices[0].text
-    with pytest.raises(openai.AuthenticationError):
-        guarded.client.completions.create(model="demo", prompt="a")
-
-
 @contextmanager
 def small_bodies(**fields: Any) -> Iterator[Live]:
     """A server that takes bodies of up to 1000 bytes."""

@@ -151,20 +151,6 @@ def test_what_is_no_repetition_is_all_written() -> None:
     assert log("asyncio", 40, "out of resource\nsocket 2") == []
 
 
-@pytest.mark.parametrize(("method", "status"), [("GET", 200), ("GET", 404), ("POST", 429)])
-def test_access_lines_of_requests_that_computed_nothing_are_one_a_second(
-    method: str, status: int
-) -> None:
-    log = Written()
-    text = '%s - "%s %s HTTP/%s" %d'
-    lines = [
-        log("uvicorn.access", 20, text, f"127.0.0.1:{n}", method, f"/{n}", "1.1", status)
-        for n in range(100)
-    ]
-    assert sum(map(len, lines)) == 1
-    assert log("uvicorn.access", 20, text, "127.0.0.1:1", method, "/", "1.1", status + 1)
-
-
 def test_a_flood_of_hostile_requests_leaves_a_short_log(tmp_path: Path) -> None:
     """The lines of requests that were served are all there."""
     with serving(tmp_path, "--log-requests", body=FAKE) as server:

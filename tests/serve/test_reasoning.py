@@ -21,12 +21,6 @@ def v32() -> Iterator[Live]:
         yield live
 
 
-@pytest.fixture(params=RECORDED.values(), ids=RECORDED)
-def recorded(request: pytest.FixtureRequest) -> Recorded:
-    """Each recorded answer."""
-    return request.param
-
-
 def test_reasoning_effort_switches_the_reasoning(v32: Live) -> None:
     def ending(**fields: Any) -> str:
         body = {"messages": HI, "max_tokens": 1, **fields}
@@ -52,6 +46,7 @@ def test_reasoning_effort_is_a_variable_of_templates() -> None:
         assert prompt_of(live) == "low True True"
 
 
+@pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
 def test_reasoning_is_left_out_with_its_tokens(recorded: Recorded) -> None:
     switches = {
         "chat_template_kwargs": {"thinking": recorded.in_reasoning},

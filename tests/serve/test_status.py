@@ -36,16 +36,17 @@ def test_names_with_a_slash() -> None:
 
 def test_health_follows_the_engine() -> None:
     with running(FakeEngine()) as live:
-        answer = live.http.get("/health")
-        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+        for path in PROBES:
+            answer = live.http.get(path)
+            assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
         live.engine.is_running = False
-        for path in ("/health", "/v1/completions", "/v1/chat/completions"):
-            if path == "/health":
-                answer = live.http.get(path)
-            else:
-                body = {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}
-                answer = live.http.post(path, json=body)
-            assert "not running" in error_of(answer, 503)["message"]
+        chat = {"messages": [{"role": "user", "content": "a"}]}
+        answers = (
+            live.http.get("/health"),
+            complete(live),
+            live.http.post("/v1/chat/completions", json=chat),
+        )
+        assert all("not running" in error_of(answer, 503)["message"] for answer in answers)
 
 
 def test_server_info_is_found_out_once_and_told() -> None:
@@ -93,12 +94,6 @@ def info_of(config: EngineConfig, engine: FakeEngine | None = None) -> dict[str,
     return asyncio.run(server_info(config, engine, ServerOptions()))
 
 
-@pytest.mark.parametrize("told", ["0123abc", "0123abc-dirty"])
-def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
-    monkeypatch.setenv("FD_DSA_COMMIT", told)
-    assert info_of(EngineConfig(device="cpu"))["commit"] == told
-
-
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_commit_is_that_of_the_working_tree(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -120,6 +115,9 @@ def test_commit_is_that_of_the_working_tree(
     assert commit() == head.stdout.strip()
     (package / "a.py").write_text("2")
     assert commit() == head.stdout.strip() + "-dirty"
+    # of a copy without git
+    monkeypatch.setenv("FD_DSA_COMMIT", "0123abc")
+    assert commit() == "0123abc"
 
 
 PROBES = ("/health", "/livez", "/readyz", "/startupz")
@@ -127,12 +125,6 @@ PROBES = ("/health", "/livez", "/readyz", "/startupz")
 
 def test_version(live: Live) -> None:
     assert live.http.get("/version").json() == {"version": __version__}
-
-
-def test_a_server_that_serves_says_so_on_every_probe(live: Live) -> None:
-    for path in PROBES:
-        answer = live.http.get(path)
-        assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
 def statuses(live: Live) -> dict[str, int]:
@@ -167,18 +159,18 @@ def test_probes_after_a_failure_of_the_engine() -> None:
         assert error_of(live.http.get("/livez"), 503)["code"] == "engine_failed"
 
 
-@pytest.mark.parametrize(
-    ("path", "what"),
-    [
-        ("/v1/embeddings", "embeddings"),
-        ("/v1/rerank", "reranking"),
-        ("/v1/audio/speech", "audio"),
-        ("/v1/images/generations", "images"),
-        ("/v1/responses", "Responses API"),
-        ("/v1/messages", "Anthropic API"),
-    ],
-)
-def test_what_is_out_of_scope_is_said(live: Live, path: str, what: str) -> None:
-    message = error_of(live.http.post(path, json={}), 404)["message"]
-    assert path in message and what in message and "out of its scope" in message
-    assert "/v1/chat/completions" in message
+OUT_OF_SCOPE = {
+    "/v1/embeddings": "embeddings",
+    "/v1/rerank": "reranking",
+    "/v1/audio/speech": "audio",
+    "/v1/images/generations": "images",
+    "/v1/responses": "Responses API",
+    "/v1/messages": "Anthropic API",
+}
+
+
+def test_what_is_out_of_scope_is_said(live: Live) -> None:
+    for path, what in OUT_OF_SCOPE.items():
+        message = error_of(live.http.post(path, json={}), 404)["message"]
+        assert path in message and what in message and "out of its scope" in message
+        assert "/v1/chat/completions" in message

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from fd_dsa.engine.async_engine import AsyncEngine
 from tests.engine.byte_model import TOKENIZER, make_engine
 from tests.engine.test_grammar import SCHEMA
-from tests.serve.conftest import Live, chunks_of, running
+from tests.serve.conftest import Live, running
 from tests.serve.test_errors import complete, error_of
 
 MESSAGES: Any = [{"role": "user", "content": "a thing"}]
@@ -116,20 +116,6 @@ def test_text_and_null_ask_for_no_form(bytes_live: Live) -> None:
     ):
         answer = complete(bytes_live, seed=1, max_tokens=9, **fields).json()
         assert answer["choices"][0]["text"] == plain
-
-
-def test_a_streamed_form_with_several_choices_is_that_of_the_whole_answer(
-    bytes_live: Live,
-) -> None:
-    fields = {"prompt": ["a", "bc"], "n": 2, "seed": 4, "max_tokens": 60, "guided_json": SCHEMA}
-    whole = complete(bytes_live, **fields).json()["choices"]
-    stream = complete(bytes_live, **fields, stream=True)
-    chunks = [chunk["choices"][0] for chunk in chunks_of(stream)]
-    assert len({choice["text"] for choice in whole}) > 1
-    for choice in whole:
-        own = [chunk for chunk in chunks if chunk["index"] == choice["index"]]
-        assert "".join(chunk["text"] for chunk in own) == choice["text"]
-        assert own[-1]["finish_reason"] == choice["finish_reason"]
 
 
 @pytest.mark.parametrize(

@@ -43,12 +43,7 @@ def prompt_of(live: Live) -> str:
     return bytes(prompt).decode()
 
 
-@pytest.fixture(params=RECORDED.values(), ids=RECORDED)
-def recorded(request: pytest.FixtureRequest) -> Recorded:
-    """Each recorded answer."""
-    return request.param
-
-
+@pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
 def test_whole_and_streamed_answers(recorded: Recorded) -> None:
     expected = recorded.message
     calls = [(call.name, call.arguments) for call in expected.tool_calls]
@@ -80,6 +75,7 @@ def test_whole_and_streamed_answers(recorded: Recorded) -> None:
         assert reasons == [None] * (len(reasons) - 1) + [reason]
 
 
+@pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
 def test_the_real_client_joins_the_stream(recorded: Recorded) -> None:
     """The helper of the openai package, which agents use, gets the same message."""
     with (
@@ -120,6 +116,7 @@ def test_a_conversation_with_tools_goes_round() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED)
 def test_an_answer_with_one_call_ends_behind_it(recorded: Recorded, n: int) -> None:
     calls = recorded.message.tool_calls
     # more than a cut answer takes, and endless: only the server can end it

@@ -58,6 +58,8 @@ def test_whole_and_streamed_chat_tell_the_same(demo: Live) -> None:
     told = [c for chunk in chunks for c in chunk["choices"] if "topk_positions" in c]
     assert [choice["finish_reason"] is not None for choice in told] == [True]
     assert told[0]["topk_positions"] == found
+    unasked = {**CHAT, "return_topk_positions": False}
+    assert "topk_positions" not in post(demo, "/v1/chat/completions", unasked).text
 
 
 def test_completions_of_several_prompts_and_choices(demo: Live) -> None:
@@ -74,11 +76,6 @@ def test_completions_of_several_prompts_and_choices(demo: Live) -> None:
         if "topk_positions" in choice
     }
     assert [streamed[index] for index in range(4)] == found
-
-
-def test_who_does_not_ask_is_not_told(demo: Live) -> None:
-    body = {**CHAT, "return_topk_positions": False}
-    assert "topk_positions" not in post(demo, "/v1/chat/completions", body).text
 
 
 def test_a_server_that_cannot_tell_says_so() -> None:

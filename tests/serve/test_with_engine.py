@@ -45,20 +45,6 @@ def test_refusals_of_the_engine_are_bad_requests() -> None:
         assert complete(live, prompt=[5] * 20, max_tokens=5).status_code == 200
 
 
-def test_prompts_as_long_as_the_context_and_a_token_less() -> None:
-    with running(AsyncEngine(make_engine(max_model_len=64))) as live:
-        for length, max_tokens in ((64, 1), (65, 1), (63, 2), (62, 3)):
-            error = error_of(complete(live, prompt=[5] * length, max_tokens=max_tokens), 400)
-            assert f"{length} tokens" in error["message"]
-            assert "max_model_len is 64" in error["message"]
-        for length, room in ((63, 1), (62, 2)):
-            for limit in ({"max_tokens": room}, {}):
-                body = {"prompt": [5] * length, "ignore_eos": True, **limit}
-                answer = complete(live, **body).json()
-                assert answer["usage"]["completion_tokens"] == room
-                assert answer["choices"][0]["finish_reason"] == "length"
-
-
 def test_the_reason_to_stop_is_named_as_in_vllm() -> None:
     tokens = expected_greedy([5, 6, 7], 12)
     text = byte_tokenizer().decode(tokens[:3])

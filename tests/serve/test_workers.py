@@ -31,6 +31,7 @@ def test_work_of_clients_that_left_is_dropped_and_the_rest_is_done() -> None:
 
         def work(name: str) -> str:
             assert go_on.wait(TIMEOUT_S)
+            assert threading.current_thread().name.startswith("fd_dsa-test")
             done.append(name)
             return name
 
@@ -50,16 +51,6 @@ def test_work_of_clients_that_left_is_dropped_and_the_rest_is_done() -> None:
         go_on.set()
         assert await asyncio.gather(first, last, streamed) == ["first", "last", "streamed"]
         assert sorted(done) == ["first", "last", "streamed"]
-        workers.close()
-
-    asyncio.run(asyncio.wait_for(check(), TIMEOUT_S))
-
-
-def test_work_runs_in_its_threads_and_raises_what_it_raises() -> None:
-    async def check() -> None:
-        workers = Workers("test", 2)
-        name = await workers.run(lambda: threading.current_thread().name)
-        assert name.startswith("fd_dsa-test")
         for _ in range(5):
             with pytest.raises(ZeroDivisionError):
                 await workers.run(lambda: 1 // 0)
