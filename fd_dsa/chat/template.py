@@ -25,10 +25,16 @@ RESERVED = (
     "chat_template",
     "self",
 )
-_FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_BEYOND_PYTHON: dict[type[Exception], str] = {
+    RecursionError: "nests too deeply",
+    MemoryError: "makes more than there is memory for",
+}
+_FAILURES = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *_BEYOND_PYTHON,
+)
 # marks where a final message goes on; no text of a conversation holds it
 _CUT = "\ue000\ue001cut\ue001\ue000"
-_NO_MEMORY = "makes more than there is memory for"
 # what one multiplication or power may make
 _MOST_ENTRIES, _MOST_BITS = 1 << 20, 1 << 12
 
@@ -95,13 +101,10 @@ class ChatTemplate:
             raise ConfigError(
                 f"chat template of {origin}: line {error.lineno} is no valid Jinja: {error.message}"
             ) from error
-        except RecursionError as error:
-            raise ConfigError(f"chat template of {origin}: nests too deeply") from error
-        except MemoryError as error:
-            raise ConfigError(f"chat template of {origin}: {_NO_MEMORY}") from error
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             # of the Python code that Jinja makes: blocks or numbers beyond what Python takes
-            raise ConfigError(f"chat template of {origin}: does not compile: {error}") from error
+            why = _BEYOND_PYTHON.get(type(error), f"does not compile: {error}")
+            raise ConfigError(f"chat template of {origin}: {why}") from error
         self.source = source
         self.origin = origin
         self._special_tokens = dict(special_tokens)
@@ -146,11 +149,8 @@ class ChatTemplate:
         try:
             text = self._template.render(**variables)
         except _FAILURES as error:
-            raise ValueError(f"chat template: {error}") from error
-        except RecursionError as error:
-            raise ValueError("chat template: nests too deeply") from error
-        except MemoryError as error:
-            raise ValueError(f"chat template: {_NO_MEMORY}") from error
+            why = _BEYOND_PYTHON.get(type(error), str(error))
+            raise ValueError(f"chat template: {why}") from error
         if not continue_final_message:
             return text
         head, cut, _ = text.rpartition(_CUT)

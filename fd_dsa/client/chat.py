@@ -138,7 +138,8 @@ class Conversation:
         self._partner = partner
         self._system = system
         self._is_terminal = is_terminal
-        self._screen = _Screen(shows_reasoning=is_terminal)
+        # where a line of an answer has begun
+        self._open: TextIO | None = None
         self._messages: list[Message] = []
 
     def run(self) -> int:
@@ -209,9 +210,9 @@ class Conversation:
                 for event in answer:
                     if event.kind == "content":
                         pieces.append(event.text)
-                    self._screen.show(event)
+                    self._show(event)
         except RemoteError as error:
-            self._screen.end_line()
+            self._end_line()
             self._tell(f"fd_dsa: error: {error}")
             return False
         except KeyboardInterrupt:
@@ -221,56 +222,36 @@ class Conversation:
                 self._leave_line()
                 return True
         finally:
-            self._screen.end_line()
+            self._end_line()
         self._messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
         return True
 
     def _leave_line(self) -> None:
         """On a terminal, go on below the line on which Ctrl-C was typed."""
-        if self._is_terminal and not self._screen.is_open:
+        if self._is_terminal and self._open is None:
             self._tell("")
 
     def _tell(self, text: str) -> None:
         """A line that is no part of an answer."""
         sys.stderr.write(f"{text}\n")
 
+    def _show(self, event: Event) -> None:
+        """Print a piece of an answer: content on stdout, reasoning on stderr for who types."""
+        is_content = event.kind == "content"
+        if not (is_content or self._is_terminal):
+            return
+        stream = sys.stdout if is_content else sys.stderr
+        if self._open is not stream:
+            self._end_line()
+            # first, so that Ctrl-C finds the line open as soon as it is seen
+            self._open = stream
+            stream.write("" if is_content else "[reasoning] ")
+        stream.write(event.text)
+        stream.flush()
 
-class _Screen:
-    """Where answers are shown: content on stdout, reasoning on stderr.
-
-    Args:
-        shows_reasoning: whether there is somebody to read it.
-    """
-
-    def __init__(self, *, shows_reasoning: bool) -> None:
-        self._shows_reasoning = shows_reasoning
-        self._open: TextIO | None = None
-
-    def show(self, event: Event) -> None:
-        """Print a piece of an answer."""
-        if event.kind == "content":
-            self._write(sys.stdout, event.text)
-        elif event.kind == "reasoning" and self._shows_reasoning:
-            self._write(sys.stderr, event.text, label="[reasoning] ")
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a line has begun that `end_line` would end."""
-        return self._open is not None
-
-    def end_line(self) -> None:
+    def _end_line(self) -> None:
         """End the line of what was printed last."""
         if self._open is not None:
             self._open.write("\n")
             self._open.flush()
             self._open = None
-
-    def _write(self, stream: TextIO, text: str, label: str = "") -> None:
-        """Print more of what is open, or begin with it."""
-        if self._open is not stream:
-            self.end_line()
-            # first, so that Ctrl-C finds the line open as soon as it is seen
-            self._open = stream
-            stream.write(label)
-        stream.write(text)
-        stream.flush()

@@ -228,34 +228,26 @@ class EventStream(StreamingResponse):
     """
 
     def __init__(self, chunks: AsyncGenerator[dict[str, Any], None], request_id: str) -> None:
-        self._chunks, self._events = chunks, _events(chunks, request_id)
-        super().__init__(
-            self._events,
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+        self._chunks, self._request_id = chunks, request_id
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(iter(()), media_type="text/event-stream", headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
+        self.body_iterator = events = self._events()
+        async with contextlib.aclosing(self._chunks), contextlib.aclosing(events):
             await super().__call__(scope, receive, send)
-        finally:
-            for generator in (self._events, self._chunks):
-                await generator.aclose()
 
-
-async def _events(
-    chunks: AsyncGenerator[dict[str, Any], None], request_id: str
-) -> AsyncGenerator[bytes, None]:
-    """The bytes of the stream."""
-    try:
-        async for chunk in chunks:
-            yield _event(chunk)
-    except ApiError as error:
-        yield _event(error.body())
-    except Exception:
-        logger.exception("request %s failed while streaming", request_id)
-        yield _event(internal_error(request_id).body())
-    yield _DONE
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        """The bytes of the stream."""
+        try:
+            async for chunk in self._chunks:
+                yield _event(chunk)
+        except ApiError as error:
+            yield _event(error.body())
+        except Exception:
+            logger.exception("request %s failed while streaming", self._request_id)
+            yield _event(internal_error(self._request_id).body())
+        yield _DONE
 
 
 def _event(chunk: dict[str, Any]) -> bytes:

@@ -122,11 +122,8 @@ def _serve_with_fastdeploy(
     def on_ready(ready: launch.Ready) -> None:
         # folders of DeepSeek-V3.2 come without a chat template, a completion always works
         curl = curl_line(plan.url, plan.model_name, plan.max_model_len, chat=False)
-        _say(
-            f"fd_dsa {__version__} serves {plan.model_name} with {ready.engine} on {plan.url} "
-            f"(ready in {ready.seconds:.1f} s, max_model_len {plan.max_model_len}, API page "
-            f"{plan.url}/docs, metrics {plan.metrics_url}, Ctrl-C stops). Try:\n{curl}"
-        )
+        name, length = f"{plan.model_name} with {ready.engine}", plan.max_model_len
+        _say_ready(name, plan.url, ready.seconds, length, plan.metrics_url, curl)
 
     return launch.launch(plan, started, on_ready)
 
@@ -184,13 +181,10 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         def on_ready() -> None:
             engine, url = loaded[0], base_url(args.host, sock)
             seconds = time.monotonic() - started
-            curl = curl_line(url, name, engine.max_model_len, engine.tokenizer.has_chat_template)
+            length = engine.max_model_len
+            curl = curl_line(url, name, length, engine.tokenizer.has_chat_template)
             page = "" if args.disable_ui else f"chat page {url}/, "
-            _say(
-                f"fd_dsa {__version__} serves {name} on {url} (ready in {seconds:.1f} s, "
-                f"max_model_len {engine.max_model_len}, {page}API page {url}/docs, metrics "
-                f"{url}/metrics, Ctrl-C stops). Try:\n{curl}"
-            )
+            _say_ready(name, url, seconds, length, f"{url}/metrics", curl, page)
 
         state = ServerState(
             None,
@@ -200,6 +194,16 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
         )
         timeout_s = args.shutdown_timeout
         return run_server(state, load, sock, shutdown_timeout_s=timeout_s, on_ready=on_ready)
+
+
+def _say_ready(
+    name: str, url: str, seconds: float, length: int, metrics: str, curl: str, page: str = ""
+) -> None:
+    """Print that requests are served, and how to send one."""
+    _say(
+        f"fd_dsa {__version__} serves {name} on {url} (ready in {seconds:.1f} s, max_model_len "
+        f"{length}, {page}API page {url}/docs, metrics {metrics}, Ctrl-C stops). Try:\n{curl}"
+    )
 
 
 def _say(text: str) -> None:

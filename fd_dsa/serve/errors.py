@@ -8,10 +8,9 @@ Source: the shape that the `openai` client parses; statuses follow the OpenAI AP
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
@@ -19,8 +18,6 @@ from starlette.exceptions import HTTPException
 
 from fd_dsa.errors import FdDsaError
 from fd_dsa.serve.json_response import JsonResponse
-
-_T = TypeVar("_T")
 
 # pydantic error type of our own validators: their message is complete as it is
 CUSTOM_ERROR = "fd_dsa"
@@ -224,33 +221,10 @@ def _field_path(location: Sequence[str | int]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value of a request as it was sent, shortened; costs the same however large it is."""
-    head = _head(value, [_SHOWN_INPUT_CHARS])
-    try:
-        text = json.dumps(head, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = repr(head)
-    return text if len(text) <= _SHOWN_INPUT_CHARS else text[:_SHOWN_INPUT_CHARS] + "..."
-
-
-def _head(value: Any, num_left: list[int]) -> Any:
-    """The first values of a value, of which each is written with one character or more.
-
-    Args:
-        value: of JSON.
-        num_left: how many of them are still needed; counted down.
-    """
-    num_left[0] -= 1
-    if isinstance(value, str):
-        return value[: _SHOWN_INPUT_CHARS + 1]
-    if isinstance(value, list):
-        return [_head(v, num_left) for v in _while_any(value, num_left)]
-    if isinstance(value, dict):
-        shown = _while_any(value, num_left)
-        return {name[: _SHOWN_INPUT_CHARS + 1]: _head(value[name], num_left) for name in shown}
-    return value
-
-
-def _while_any(entries: Iterable[_T], num_left: list[int]) -> Iterator[_T]:
-    """The entries, as long as some are needed."""
-    return itertools.takewhile(lambda _: num_left[0] > 0, entries)
+    """A value of a request as it was sent, shortened; only the beginning of a long one is read."""
+    head, text = value[: _SHOWN_INPUT_CHARS + 1] if isinstance(value, str) else value, ""
+    for piece in json.JSONEncoder(ensure_ascii=False).iterencode(head):
+        text += piece
+        if len(text) > _SHOWN_INPUT_CHARS:
+            return text[:_SHOWN_INPUT_CHARS] + "..."
+    return text

@@ -24,11 +24,6 @@ Info = Callable[[], Awaitable[dict[str, Any]]]
 """Finds out what /server_info shows."""
 
 
-async def no_info() -> dict[str, Any]:
-    """What /server_info shows of a server that knows nothing of itself."""
-    return {}
-
-
 class ServerState:
     """The engine, the names it is served under, what is allowed, and the requests in flight.
 
@@ -50,7 +45,7 @@ class ServerState:
         self,
         engine: AsyncEngine | None,
         served_model_names: Sequence[str],
-        info: Info = no_info,
+        info: Info | None = None,
         options: ServerOptions | None = None,
     ) -> None:
         self.loaded_engine = engine
@@ -82,7 +77,7 @@ class ServerState:
     async def info(self) -> dict[str, Any]:
         """What /server_info shows."""
         if self._info is None:
-            self._info = await self._find_info()
+            self._info = await self._find_info() if self._find_info is not None else {}
         return self._info
 
     def unavailable(self) -> ApiError | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
+from pydantic import FailFast, Field, PlainValidator, WithJsonSchema
 from starlette.responses import Response
 
 from fd_dsa.serve.body import BodyRoute
@@ -12,8 +13,44 @@ from fd_dsa.serve.chat_prompt import encode_conversation
 from fd_dsa.serve.errors import FieldError, show
 from fd_dsa.serve.generation import encode_prompt
 from fd_dsa.serve.json_response import JsonResponse, packed, packed_list, slices
-from fd_dsa.serve.protocol.tokenization import DetokenizeRequest, TokenizeRequest
+from fd_dsa.serve.protocol.chat import ChatCompletionRequest, ChatMessage
+from fd_dsa.serve.protocol.fields import IDS, MAX_ENTRIES, Body, at_most, refuse
 from fd_dsa.serve.state import ServerState, State
+
+
+class TokenizeRequest(ChatCompletionRequest):
+    """Body of POST /tokenize: a text, or a conversation with all that its prompt depends on."""
+
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], FailFast(), at_most(MAX_ENTRIES)] = Field(
+        default_factory=list
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Begin as a completion does; true for a prompt, never for messages."
+    )
+    return_token_strs: bool | None = Field(None, description="Add each token as a text.")
+
+    def check_supported(self) -> None:
+        """Raise ApiError 400 unless there is a prompt or there are messages, and not both."""
+        if (self.prompt is None) == (not self.messages):
+            got = "neither" if self.prompt is None else "both"
+            raise FieldError(f"prompt: got {got} of prompt and messages; send one of them")
+        super().check_supported()
+
+
+def _tokens(value: Any) -> list[int]:
+    """A list of integers, which may be empty."""
+    if isinstance(value, list) and all(type(token) is int for token in value):
+        return value
+    raise refuse(f"got {show(value)}; allowed is a list of token ids")
+
+
+class DetokenizeRequest(Body):
+    """Body of POST /detokenize."""
+
+    model: str | None = Field(None, description="A served name; the first one by default.")
+    tokens: Annotated[list[int], PlainValidator(_tokens), WithJsonSchema(IDS)]
+
 
 router = APIRouter(route_class=BodyRoute)
 

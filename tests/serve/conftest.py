@@ -19,7 +19,7 @@ import pytest
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.serve.flags import ServerOptions
 from fd_dsa.serve.server import DrainingServer, bind_socket
-from fd_dsa.serve.state import Info, ServerState, no_info
+from fd_dsa.serve.state import Info, ServerState
 from tests.serve.fake_engine import FakeEngine
 
 # far longer than anything takes that a test waits for, also on a machine that starves it
@@ -51,7 +51,7 @@ class Live:
 def running(
     engine: FakeEngine | AsyncEngine,
     names: tuple[str, ...] = ("demo", "alias"),
-    info: Info = no_info,
+    info: Info | None = None,
     **options: Any,
 ) -> Iterator[Live]:
     """Serve `engine` on a free port until the block ends; `options` are fields of ServerOptions."""

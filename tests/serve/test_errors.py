@@ -10,10 +10,10 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from fd_dsa.serve.completions import CompletionRequest
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
-from fd_dsa.serve.protocol.completion import CompletionRequest
-from fd_dsa.serve.protocol.tokenization import DetokenizeRequest, TokenizeRequest
-from fd_dsa.serve.protocol.unsupported import IN_CHAT, IN_COMPLETIONS
+from fd_dsa.serve.protocol.generation import IN_CHAT, IN_COMPLETIONS
+from fd_dsa.serve.tokenization import DetokenizeRequest, TokenizeRequest
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
+from fd_dsa.serve.completions import CompletionRequest
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
-from fd_dsa.serve.protocol.completion import CompletionRequest
 from fd_dsa.serve.protocol.generation import SAMPLING_FIELDS
 from fd_dsa.serve.protocol.structured import STRUCTURED_FIELDS
 from tests.serve.conftest import Live

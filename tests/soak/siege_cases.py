@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fd_dsa.serve.completions import CompletionRequest
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
-from fd_dsa.serve.protocol.completion import CompletionRequest
 from fd_dsa.serve.protocol.fields import Body
-from fd_dsa.serve.protocol.tokenization import DetokenizeRequest, TokenizeRequest
+from fd_dsa.serve.tokenization import DetokenizeRequest, TokenizeRequest
 from tests.soak.forms import GREEDY
 from tests.soak.hostile import GRAMMARS, JSON, REGEXES, SCHEMAS, HostileRequest
 

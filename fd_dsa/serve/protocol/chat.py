@@ -14,8 +14,7 @@ from fd_dsa.chat.template import RESERVED
 from fd_dsa.engine.sampling_params import MAX_LOGPROBS
 from fd_dsa.serve.errors import ApiError, FieldError, show
 from fd_dsa.serve.protocol.fields import MAX_ENTRIES, MAX_FIELDS, TEXT, Body, at_most, refuse
-from fd_dsa.serve.protocol.generation import GenerationRequest
-from fd_dsa.serve.protocol.unsupported import IN_CHAT
+from fd_dsa.serve.protocol.generation import IN_CHAT, GenerationRequest
 
 MAX_ARGUMENTS_CHARS = 1 << 20
 """Of the arguments of one call in the history, as text."""
