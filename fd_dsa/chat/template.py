@@ -29,10 +29,6 @@ _BEYOND_PYTHON: dict[type[Exception], str] = {
     RecursionError: "nests too deeply",
     MemoryError: "makes more than there is memory for",
 }
-_FAILURES = (
-    *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
-    *_BEYOND_PYTHON,
-)
 # marks where a final message goes on; no text of a conversation holds it
 _CUT = "\ue000\ue001cut\ue001\ue000"
 # what one multiplication or power may make
@@ -148,7 +144,7 @@ class ChatTemplate:
         }
         try:
             text = self._template.render(**variables)
-        except _FAILURES as error:
+        except Exception as error:
             why = _BEYOND_PYTHON.get(type(error), str(error))
             raise ValueError(f"chat template: {why}") from error
         if not continue_final_message:
