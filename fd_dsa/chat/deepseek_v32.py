@@ -82,14 +82,10 @@ def read_instructions(folder: Path) -> str:
             _NAME,
         )
         return OWN_INSTRUCTIONS
-    fields = {
-        "{dsml_token}": DSML,
-        "{thinking_start_token}": THINK_BEGIN,
-        "{thinking_end_token}": THINK_END,
-    }
-    for field, value in fields.items():
-        text = text.replace(field, value)
-    return text
+    text = text.replace("{dsml_token}", DSML)
+    return text.replace("{thinking_start_token}", THINK_BEGIN).replace(
+        "{thinking_end_token}", THINK_END
+    )
 
 
 def _literal(file: Path) -> str | None:

@@ -139,7 +139,12 @@ def summarise(timings: Sequence[Timing], duration_s: float) -> dict[str, Any]:
     answered = [timing for timing in timings if timing.error is None]
     prompt_tokens = sum(timing.prompt_tokens for timing in answered)
     output_tokens = sum(timing.output_tokens for timing in answered)
-    latencies = {name: _distribution(values) for name, values in samples(timings).items()}
+    latencies: dict[str, dict[str, float] | None] = dict.fromkeys(LATENCIES)
+    for name, values in samples(timings).items():
+        if values:
+            cuts = map(float, np.percentile(values, PERCENTILES))
+            named = {f"p{p}": cut for p, cut in zip(PERCENTILES, cuts, strict=True)}
+            latencies[name] = {"mean": float(np.mean(values)), **named}
     return {
         "completed": len(answered),
         "failed": len(timings) - len(answered),
@@ -152,15 +157,6 @@ def summarise(timings: Sequence[Timing], duration_s: float) -> dict[str, Any]:
         "total_token_throughput": (prompt_tokens + output_tokens) / duration_s,
         **latencies,
     }
-
-
-def _distribution(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean and percentiles; None without values."""
-    if not values:
-        return None
-    cuts = np.percentile(values, PERCENTILES)
-    named = {f"p{p}": float(cut) for p, cut in zip(PERCENTILES, cuts, strict=True)}
-    return {"mean": float(np.mean(values)), **named}
 
 
 def tables(result: Mapping[str, Any]) -> list[str | Table]:

@@ -37,14 +37,11 @@ router = APIRouter()
 def create_app(state: ServerState) -> FastAPI:
     """The application that serves the engine of `state`.
 
-    An engine that is there is started when the application starts. It is stopped when the
-    application ends, also where it was loaded in between.
+    The engine is stopped when the application ends.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        if state.loaded_engine is not None:
-            state.loaded_engine.start()
         try:
             yield
         finally:
@@ -116,7 +113,10 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        # the client's id where it is a plain short word
+        sent = Headers(scope=scope).get("x-request-id", "")
+        is_plain = 0 < len(sent) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(sent)
+        request_id = sent if is_plain else uuid.uuid4().hex
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
         started = False
 
@@ -143,10 +143,3 @@ class RequestIdMiddleware:
             if not started:
                 error = internal_error(request_id)
                 await error.response()(scope, receive, send_with_id)
-
-
-def _request_id(header: str | None) -> str:
-    """The client's id where it is a plain short word, else a new one."""
-    if header and len(header) <= _MAX_REQUEST_ID_CHARS and _REQUEST_ID_CHARS.issuperset(header):
-        return header
-    return uuid.uuid4().hex

@@ -179,7 +179,9 @@ def read_body(model: type[Body], contents: list[bytearray], kind: str, most: int
     content = contents.pop()
     if not content:
         raise ApiError(400, "body is empty; send a JSON object")
-    if not _is_json(kind):
+    # of JSON, as FastAPI reads it
+    main, _, sub = kind.partition(";")[0].strip().lower().partition("/")
+    if main != "application" or not (sub == "json" or sub.endswith("+json")):
         message = f"Content-Type is {kind!r}; send JSON with Content-Type: application/json"
         raise ApiError(400, message)
     check_values(content, most)
@@ -195,12 +197,6 @@ def read_body(model: type[Body], contents: list[bytearray], kind: str, most: int
         raise validation_refusal(error) from error
     body.check_supported()
     return body
-
-
-def _is_json(kind: str) -> bool:
-    """Whether a Content-Type is of JSON, as FastAPI reads it."""
-    main, _, sub = kind.partition(";")[0].strip().lower().partition("/")
-    return main == "application" and (sub == "json" or sub.endswith("+json"))
 
 
 def parse_json(content: bytes | bytearray) -> Any:

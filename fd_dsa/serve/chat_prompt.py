@@ -34,7 +34,8 @@ from fd_dsa.serve.generation import (
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.state import ServerState
 
-_CACHED_TEMPLATES = 16
+# clients send the same template again and again
+_compiled = functools.lru_cache(16)(lambda source, tokens: ChatTemplate(source, dict(tokens)))
 
 
 def make_job(
@@ -123,12 +124,6 @@ def _renderer(state: ServerState, body: ChatCompletionRequest) -> ChatRenderer:
             "--chat-template"
         )
     return tokenizer.chat_renderer
-
-
-@functools.lru_cache(_CACHED_TEMPLATES)
-def _compiled(source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
-    """A template of requests; clients send the same one again and again."""
-    return ChatTemplate(source, dict(special_tokens))
 
 
 def _tool_format(

@@ -21,7 +21,7 @@ from fd_dsa.environment import (
 )
 from fd_dsa.errors import ConfigError, FdDsaError, describe_error
 from fd_dsa.serve.flag_sources import parse_args, unused_variables
-from fd_dsa.serve.flag_values import fail
+from fd_dsa.serve.flag_values import EXIT_BAD_START, EXIT_INTERRUPTED, fail
 from fd_dsa.serve.heaps import keep_heaps_trimmed, share_heaps
 from fd_dsa.serve.listener import connection_limit
 from fd_dsa.serve.logs import set_up_logging
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from fd_dsa.engine.startup import StartupProgress
     from fd_dsa.fastdeploy_plugin import launch
     from fd_dsa.serve.flags import ServerOptions
-
-_EXIT_BAD_START = 2
-_EXIT_INTERRUPTED = 130
 
 logger = logging.getLogger("fd_dsa.serve")
 
@@ -52,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_args(sys.argv[1:] if argv is None else argv)
     except ConfigError as error:
-        return fail(str(error), _EXIT_BAD_START)
+        return fail(str(error), EXIT_BAD_START)
     debug = args.log_level == "debug"
     set_up_logging(args.log_level, as_json=args.log_json)
     for line in unused_variables():
@@ -62,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _serve(args)
     except KeyboardInterrupt:
-        return fail("interrupted while starting", _EXIT_INTERRUPTED)
+        return fail("interrupted while starting", EXIT_INTERRUPTED)
     except Exception as error:
         if debug:
             logger.debug("the start failed", exc_info=True)
@@ -72,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _why_not_started(error: Exception, debug: bool) -> tuple[str, int]:
     """The line and the status of a start that failed."""
     if isinstance(error, FdDsaError) or (isinstance(error, OSError) and error.errno is not None):
-        return str(error), _EXIT_BAD_START
+        return str(error), EXIT_BAD_START
     text = describe_error(error)
     # Paddle has errors of its own for a full device; those of CUDA are an OSError without a number
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         return (
             f"not enough memory ({text}); lower --gpu-memory-utilization, --kv-cache-memory-bytes, "
             "--max-num-seqs or --max-num-batched-tokens",
-            _EXIT_BAD_START,
+            EXIT_BAD_START,
         )
     hint = "" if debug else " (--log-level debug shows the traceback)"
     return f"unexpected {text}{hint}", 1
@@ -160,7 +157,7 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
     from fd_dsa.serve.engine_process import EngineProcess, Settings
     from fd_dsa.serve.guard import host_rule
     from fd_dsa.serve.info import chat_formats, chat_line, server_info
-    from fd_dsa.serve.server import base_url, bind_socket, curl_line, run_server
+    from fd_dsa.serve.server import DrainingServer, base_url, bind_socket, curl_line
     from fd_dsa.serve.state import ServerState
 
     loaded: list[AsyncEngine] = []
@@ -187,13 +184,9 @@ def _serve_embedded(args: argparse.Namespace, started: float) -> int:
             _say_ready(name, url, seconds, length, f"{url}/metrics", curl, page)
 
         state = ServerState(
-            None,
-            config.served_model_name,
-            lambda: server_info(config, loaded[0], options),
-            options,
+            config.served_model_name, lambda: server_info(config, loaded[0], options), options
         )
-        timeout_s = args.shutdown_timeout
-        return run_server(state, load, sock, shutdown_timeout_s=timeout_s, on_ready=on_ready)
+        return DrainingServer(state, load, args.shutdown_timeout, on_ready).serve_on(sock)
 
 
 def _say_ready(

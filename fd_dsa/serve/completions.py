@@ -114,9 +114,13 @@ class CompletionAnswer(Answer[CompletionRequest]):
 
     def __init__(self, state: ServerState, body: CompletionRequest, jobs: Sequence[Job]) -> None:
         super().__init__(state, body, jobs)
-        self._echoes = [
-            self._echo(job, prompt) for job, prompt in zip(jobs, body.prompt, strict=True)
-        ]
+        # the text of each prompt that its answers begin with
+        self._echoes = [""] * len(jobs)
+        for index, prompt in enumerate(body.prompt if body.echo else ()):
+            if not isinstance(prompt, str):
+                is_skipped = jobs[index].params.skip_special_tokens
+                prompt = self.tokenizer.decode(prompt, skip_special_tokens=is_skipped)
+            self._echoes[index] = prompt
         # scores of a prompt, which all of its choices repeat
         self._prompt_columns: dict[int, Columns] = {}
 
@@ -183,15 +187,6 @@ class CompletionAnswer(Answer[CompletionRequest]):
         if self.body.only_echo:
             return {"finish_reason": "length", "stop_reason": None}
         return {"finish_reason": output.finish_reason, **self.end_fields(job_index, output)}
-
-    def _echo(self, job: Job, prompt: str | list[int]) -> str:
-        """The text of a prompt that its answer begins with."""
-        if not self.body.echo:
-            return ""
-        if isinstance(prompt, str):
-            return prompt
-        is_skipped = job.params.skip_special_tokens
-        return self.tokenizer.decode(prompt, skip_special_tokens=is_skipped)
 
     def _scores(
         self, job_index: int, output: RequestOutput, scored: Sequence[Any], has_echo: bool

@@ -113,14 +113,8 @@ class ApiError(FdDsaError):
         """The error object."""
         general = "server_error" if self.status >= 500 else "invalid_request_error"
         kind = _TYPES.get(self.status, general)
-        return {
-            "error": {
-                "message": self.message,
-                "type": kind,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
 
     def response(self) -> JsonResponse:
         """The error object with its status and headers."""

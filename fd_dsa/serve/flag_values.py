@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from fd_dsa.config import parse_bytes
 from fd_dsa.errors import ConfigError, FdDsaError, RemoteError
 
-_EXIT_BAD_START = 2
-_EXIT_INTERRUPTED = 130
+EXIT_BAD_START = 2
+EXIT_INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,13 +34,13 @@ def exit_status(run: Callable[[], int]) -> int:
     try:
         return run()
     except KeyboardInterrupt as stop:
-        return fail(str(stop) or "interrupted", _EXIT_INTERRUPTED)
+        return fail(str(stop) or "interrupted", EXIT_INTERRUPTED)
     except RemoteError as error:
         return fail(str(error), 1)
     except BrokenPipeError:
         raise
     except (FdDsaError, OSError) as error:
-        return fail(str(error), _EXIT_BAD_START)
+        return fail(str(error), EXIT_BAD_START)
 
 
 def reader(

@@ -209,12 +209,12 @@ async def stream_outputs(
                 # awaits nothing else, so a cancellation always reaches the engine's iterator
                 async for output in generate:
                     if queue.qsize() >= MAX_UNREAD_OUTPUTS:
-                        unread = f"has not read {MAX_UNREAD_OUTPUTS} outputs"
-                        logger.warning("request %s: aborted, its client %s", job.request_id, unread)
+                        text = "request %s: aborted, its client has not read %d outputs"
+                        logger.warning(text, job.request_id, MAX_UNREAD_OUTPUTS)
                         raise ApiError(
                             408,
-                            f"the client {unread}, and the request was aborted; read streams as "
-                            "they come",
+                            f"the client has not read {MAX_UNREAD_OUTPUTS} outputs, and the "
+                            "request was aborted; read streams as they come",
                             code="client_too_slow",
                         )
                     last[index, output.index] = output

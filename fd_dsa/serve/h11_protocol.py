@@ -226,11 +226,6 @@ class StrictH11Protocol(H11Protocol):
         self._is_refused = False
 
     @property
-    def is_flushed(self) -> bool:
-        """Whether every byte of the last answer has been handed to the kernel."""
-        return not self.transport.get_write_buffer_size()
-
-    @property
     def has_unread(self) -> bool:
         """Whether the kernel holds bytes of the client that are read in the next turn."""
         if self._is_refused or self.transport.is_closing():
@@ -239,10 +234,6 @@ class StrictH11Protocol(H11Protocol):
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
         return bool(poll.poll(0))
-
-    def drop(self) -> None:
-        """Close the connection at once."""
-        self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client has come: its first request is due."""

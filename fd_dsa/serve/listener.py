@@ -90,7 +90,7 @@ class Listener:
         self._waiting[connection] = None
         if not self._is_open:
             # it was being opened when the server began to close
-            connection.drop()
+            connection.transport.abort()
 
     def waits(self, connection: StrictH11Protocol) -> None:
         """Count a connection without a request in progress."""
@@ -153,7 +153,8 @@ class Listener:
         for connection in self._waiting:
             if connection.has_unread:
                 continue
-            if connection.is_flushed:
+            # every byte of its last answer has been handed to the kernel
+            if not connection.transport.get_write_buffer_size():
                 return connection
             sending = sending or connection
         return sending
@@ -162,7 +163,7 @@ class Listener:
         """Close a connection that waits."""
         if connection is not None:
             del self._waiting[connection]
-            connection.drop()
+            connection.transport.abort()
 
     def _pause(self) -> None:
         """Leave new connections to the kernel for a moment, or until one here ends or waits."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -99,18 +99,17 @@ chat_router = APIRouter(include_in_schema=False)
 api_router = APIRouter(include_in_schema=False)
 
 
-def _route(name: str, media_type: str) -> Callable[[], Awaitable[Response]]:
-    """A handler that gives a file of the folder `static`, which is read once."""
+def _add(path: str, name: str, media_type: str) -> None:
+    """Give a file of the folder `static`, which is read once, at a path."""
     content = (files("fd_dsa.serve") / "static" / name).read_bytes()
 
+    @chat_router.api_route(path, methods=["GET", "HEAD"])
     async def give() -> Response:
         return Response(content, media_type=media_type, headers=_CHAT_HEADERS)
 
-    return give
-
 
 for _path, _file in _FILES.items():
-    chat_router.add_api_route(_path, _route(*_file), methods=["GET", "HEAD"])
+    _add(_path, *_file)
 
 
 @api_router.api_route("/docs", methods=["GET", "HEAD"])

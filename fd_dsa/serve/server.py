@@ -156,54 +156,17 @@ def curl_line(url: str, model: str, max_model_len: int, chat: bool) -> str:
     return f"curl {url}{path} -H 'Content-Type: application/json' -d {data}"
 
 
-def run_server(
-    state: ServerState,
-    load: Load,
-    sock: socket.socket,
-    *,
-    shutdown_timeout_s: float,
-    on_ready: Callable[[], None],
-) -> int:
-    """Listen, load the engine, and serve until a signal arrives or the engine fails.
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which loads the engine, drains on the first signal, watches the engine.
 
     While the engine loads, /health answers 503 with the phase. A signal then ends the process at
     once. Later the first SIGINT or SIGTERM drains, and a second one ends the process at once.
 
     Args:
-        state: without an engine.
+        state: of the application.
         load: makes the engine, not started yet, in a thread of its own.
-        sock: bound, not listening; closed at the end.
         shutdown_timeout_s: longest wait for running requests after the first signal.
         on_ready: called once, when requests are served.
-
-    Returns:
-        Exit status: 0 after a drain, 1 after an engine failure.
-
-    Raises:
-        ConfigError: another process began to listen on the address in the meantime.
-        Exception: whatever `load` raises.
-    """
-    try:
-        sock.listen(BACKLOG)
-    except OSError as error:
-        host, port = sock.getsockname()[:2]
-        raise _bind_error(host, port, error) from error
-    server = DrainingServer(state, shutdown_timeout_s, on_ready, load)
-    server.forced_exit_s = _FORCED_EXIT_S
-    server.run(sockets=[sock])
-    if server.start_error is not None:
-        raise server.start_error
-    return server.exit_status
-
-
-class DrainingServer(uvicorn.Server):
-    """uvicorn's server, which loads the engine, drains on the first signal, watches the engine.
-
-    Args:
-        state: of the application.
-        shutdown_timeout_s: longest wait for running requests.
-        on_ready: called once, when requests are served.
-        load: makes the engine; None where the application has one from the beginning.
 
     Attributes:
         exit_status: of the process.
@@ -215,9 +178,9 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self,
         state: ServerState,
+        load: Load,
         shutdown_timeout_s: float,
         on_ready: Callable[[], None],
-        load: Load | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -240,8 +203,32 @@ class DrainingServer(uvicorn.Server):
         self._listener: Listener | None = None
         self._is_draining = False
 
+    def serve_on(self, sock: socket.socket) -> int:
+        """Listen, load the engine, and serve until a signal arrives or the engine fails.
+
+        Args:
+            sock: bound, not listening; closed at the end.
+
+        Returns:
+            Exit status: 0 after a drain, 1 after an engine failure.
+
+        Raises:
+            ConfigError: another process began to listen on the address in the meantime.
+            Exception: whatever `load` raises.
+        """
+        try:
+            sock.listen(BACKLOG)
+        except OSError as error:
+            host, port = sock.getsockname()[:2]
+            raise _bind_error(host, port, error) from error
+        self.forced_exit_s = _FORCED_EXIT_S
+        self.run(sockets=[sock])
+        if self.start_error is not None:
+            raise self.start_error
+        return self.exit_status
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the port, then load the engine, or serve at once if it is there."""
+        """Open the port, then load the engine."""
         await super().startup(sockets=[])
         if not self.started:
             return
@@ -254,19 +241,16 @@ class DrainingServer(uvicorn.Server):
             ),
         )
         self._listener.start()
-        if self._load is None:
-            self._ready()
-        else:
-            self._spawn(self._load_engine(self._load))
+        self._spawn(self._load_engine())
 
-    async def _load_engine(self, load: Load) -> None:
+    async def _load_engine(self) -> None:
         """Load in a thread, which a signal need not wait for, then serve."""
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[AsyncEngine] = loop.create_future()
 
         def work() -> None:
             try:
-                engine = load(self._state.startup)
+                engine = self._load(self._state.startup)
             except Exception as error:
                 loop.call_soon_threadsafe(loaded.set_exception, error)
             except BaseException as error:
@@ -281,16 +265,12 @@ class DrainingServer(uvicorn.Server):
             engine = await loaded
             engine.start()
             self._state.loaded_engine = engine
-            self._ready()
+            self._state.startup.done(f"in {self._state.startup.elapsed_s:.1f} s")
+            self._on_ready()
+            self._spawn(log_while_busy(engine))
         except Exception as error:
             self.start_error = error
             self.should_exit = True
-
-    def _ready(self) -> None:
-        """Requests are served from now on."""
-        self._state.startup.done(f"in {self._state.startup.elapsed_s:.1f} s")
-        self._on_ready()
-        self._spawn(log_while_busy(self._state.engine))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something beside the server."""

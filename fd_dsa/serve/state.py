@@ -28,14 +28,13 @@ class ServerState:
     """The engine, the names it is served under, what is allowed, and the requests in flight.
 
     Args:
-        engine: the engine that generates, not started yet; None where it loads while the server
-            runs, which then sets `loaded_engine`.
         served_model_names: at least one; responses carry the name that the request used.
         info: finds out what /server_info shows; called once, when it is first needed.
         options: keys and limits.
 
     Attributes:
-        startup: how far the engine is, where it loads while the server runs.
+        loaded_engine: the engine that generates; None until the server has loaded it.
+        startup: how far the engine is.
         num_admitted: running and waiting outputs of all requests.
         num_body_bytes: of the bodies in memory, without the first 64 KiB of each.
         active: ids of the requests that run.
@@ -43,12 +42,11 @@ class ServerState:
 
     def __init__(
         self,
-        engine: AsyncEngine | None,
         served_model_names: Sequence[str],
         info: Info | None = None,
         options: ServerOptions | None = None,
     ) -> None:
-        self.loaded_engine = engine
+        self.loaded_engine: AsyncEngine | None = None
         self.served_model_names = tuple(served_model_names)
         self.created = int(time.time())
         self._find_info = info

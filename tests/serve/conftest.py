@@ -56,9 +56,9 @@ def running(
 ) -> Iterator[Live]:
     """Serve `engine` on a free port until the block ends; `options` are fields of ServerOptions."""
     sock = bind_socket("127.0.0.1", 0)
-    state = ServerState(engine, names, info, ServerOptions(**options))
+    state = ServerState(names, info, ServerOptions(**options))
     ready = threading.Event()
-    server = DrainingServer(state, 1.0, ready.set)
+    server = DrainingServer(state, lambda _: engine, 1.0, ready.set)
     server.config.timeout_graceful_shutdown = 2
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -18,7 +18,7 @@ import numpy as np
 from fd_dsa.engine.async_engine import AsyncEngine
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.output import RequestOutput
-from fd_dsa.serve.server import base_url, bind_socket, run_server
+from fd_dsa.serve.server import DrainingServer, base_url, bind_socket
 from fd_dsa.serve.state import ServerState
 from tests.engine.fakes import make_engine
 
@@ -53,13 +53,12 @@ def main() -> int:
 
     inner.runner.execute_model = first_step
     with bind_socket("127.0.0.1", 0) as sock:
-        return run_server(
-            ServerState(None, ["demo"]),
-            lambda _: engine,
-            sock,
-            shutdown_timeout_s=30,
-            on_ready=lambda: print(base_url("127.0.0.1", sock), flush=True),
-        )
+
+        def on_ready() -> None:
+            print(base_url("127.0.0.1", sock), flush=True)
+
+        state = ServerState(["demo"])
+        return DrainingServer(state, lambda _: engine, 30, on_ready).serve_on(sock)
 
 
 if __name__ == "__main__":

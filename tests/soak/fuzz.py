@@ -174,7 +174,10 @@ async def _client(
 def run(first: int, count: int) -> Counter[str]:
     """Start an application, send the requests, and see that nothing is left over."""
     engine = make_engine()
-    app = create_app(ServerState(AsyncEngine(engine), ["demo"]))
+    state = ServerState(["demo"])
+    state.loaded_engine = AsyncEngine(engine)
+    state.loaded_engine.start()
+    app = create_app(state)
 
     async def serve() -> Counter[str]:
         async with app.router.lifespan_context(app):

@@ -212,16 +212,11 @@ def check_tools(tools: Sequence[Tool], choice: ToolChoice) -> None:
     if choice.mode in ("required", "named") and not tools:
         raise ApiError(400, "tool_choice: asks for a call, but there are no tools", param="tools")
     if choice.name is not None and choice.name not in names:
+        shown, num_more = ", ".join(list(names)[:_SHOWN_TOOLS]), len(names) - _SHOWN_TOOLS
+        more = f" and {num_more} more" if num_more > 0 else ""
         raise FieldError(
-            f"tool_choice: got the tool {show(choice.name)}; allowed are {_listed(list(names))}"
+            f"tool_choice: got the tool {show(choice.name)}; allowed are {shown}{more}"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first names, and how many there are beside them."""
-    more = len(names) - _SHOWN_TOOLS
-    shown = ", ".join(names[:_SHOWN_TOOLS])
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]

@@ -89,16 +89,13 @@ def check_extra_fields(
         if neutral is None:
             logger.debug("unknown field %s is ignored", show(name))
             continue
-        if value is None or any(_same(value, v) for v in neutral):
+        # false is not 0: `logprobs: 0` asks for something
+        is_bool = isinstance(value, bool)
+        if value is None or any(isinstance(v, bool) == is_bool and v == value for v in neutral):
             continue
         allowed = " or ".join(show(v) for v in (*neutral, None))
         hint = f"; use {_INSTEAD[name]}" if name in _INSTEAD else ""
         raise FieldError(f"{name}: got {show(value)}; not supported yet, only {allowed}{hint}")
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    """Equality in which false is not 0: `logprobs: 0` asks for something."""
-    return isinstance(value, bool) == isinstance(neutral, bool) and bool(value == neutral)
 
 
 _MAX_ID_DIGITS = 10
