@@ -159,12 +159,9 @@ def _report(
 ) -> int:
     """Print and write what was measured."""
     result = summarise(timings, duration_s)
-    names = ("num_prompts", "random_input_len", "random_output_len", "request_rate")
-    settings = {
-        name: getattr(args, name) for name in (*names, "max_concurrency", "retries", "seed")
-    }
-    if math.isinf(args.request_rate):
-        settings["request_rate"] = None
+    names = ("num_prompts", "random_input_len", "random_output_len", "max_concurrency", "retries")
+    settings = {name: getattr(args, name) for name in (*names, "seed")}
+    settings["request_rate"] = None if math.isinf(args.request_rate) else args.request_rate
     show(tables(result))
     for reason in sorted({timing.error for timing in timings if timing.error is not None}):
         sys.stderr.write(f"failed: {reason}\n")

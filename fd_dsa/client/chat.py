@@ -148,7 +148,7 @@ class Conversation:
             with contextlib.suppress(ImportError):
                 # input() then has a history and can be edited
                 import readline  # noqa: F401
-            self._tell(f"{self._partner.name}; {_COMMANDS}, Ctrl-C stops an answer")
+            sys.stderr.write(f"{self._partner.name}; {_COMMANDS}, Ctrl-C stops an answer\n")
         status = 0
         for text in self._lines():
             if text == "/exit":
@@ -176,10 +176,8 @@ class Conversation:
             text.encode()
         except UnicodeEncodeError as error:
             byte = ord(text[error.start]) & 0xFF
-            self._tell(
-                f"fd_dsa: error: stdin: got byte 0x{byte:02x} as character {error.start + 1} of a "
-                "line, allowed is UTF-8"
-            )
+            where = f"byte 0x{byte:02x} as character {error.start + 1} of a line"
+            sys.stderr.write(f"fd_dsa: error: stdin: got {where}, allowed is UTF-8\n")
             return False
         if text.startswith("/"):
             self._command(text)
@@ -194,7 +192,7 @@ class Conversation:
         elif command == "/system":
             self._system, self._messages = rest.strip(), []
         else:
-            self._tell(f"unknown command {command!r}; {_COMMANDS}")
+            sys.stderr.write(f"unknown command {command!r}; {_COMMANDS}\n")
 
     def _ask(self, text: str) -> bool:
         """Print the answer to a message; False where it failed.
@@ -213,7 +211,7 @@ class Conversation:
                     self._show(event)
         except RemoteError as error:
             self._end_line()
-            self._tell(f"fd_dsa: error: {error}")
+            sys.stderr.write(f"fd_dsa: error: {error}\n")
             return False
         except KeyboardInterrupt:
             if not self._is_terminal:
@@ -229,11 +227,7 @@ class Conversation:
     def _leave_line(self) -> None:
         """On a terminal, go on below the line on which Ctrl-C was typed."""
         if self._is_terminal and self._open is None:
-            self._tell("")
-
-    def _tell(self, text: str) -> None:
-        """A line that is no part of an answer."""
-        sys.stderr.write(f"{text}\n")
+            sys.stderr.write("\n")
 
     def _show(self, event: Event) -> None:
         """Print a piece of an answer: content on stdout, reasoning on stderr for who types."""

@@ -110,9 +110,9 @@ def size(text: str) -> int:
         num_bytes = parse_bytes(text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    if num_bytes < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed is 1 byte or more")
-    return num_bytes
+    if num_bytes >= 1:
+        return num_bytes
+    raise argparse.ArgumentTypeError(f"got {text!r}; allowed is 1 byte or more")
 
 
 def key(text: str) -> str:

@@ -1,24 +1,61 @@
-"""Clients that do not read: buffers stay bounded, and what they held is given back."""
+"""Clients that leave or do not read: what they held is given back, and buffers stay bounded."""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from fd_dsa.serve import generation
 from fd_dsa.serve.h11_protocol import StrictH11Protocol
-from tests.serve.conftest import TIMEOUT_S, num_admitted, running, wait_until
+from tests.serve.conftest import TIMEOUT_S, Live, active, num_admitted, running, wait_until
 from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete
+
+# longer than any machine needs to leave
+ENDLESS = {"ignore_eos": True, "max_tokens": 9000, "prompt": ["a", "b"]}
+
+
+@pytest.fixture
+def slow() -> Iterator[Live]:
+    """A server whose replies take minutes."""
+    with running(FakeEngine(step_s=0.02, max_model_len=10_000)) as live:
+        yield live
+
+
+def test_closing_a_stream_aborts_all_its_prompts(slow: Live) -> None:
+    slow.client.completions.create(model="demo", prompt="a", max_tokens=3)
+    assert slow.engine.closed == [] and not active(slow)
+    body = {**ENDLESS, "stream": True}
+    with slow.http.stream("POST", "/v1/completions", json=body) as answer:
+        # held: dropping the iterator closes the connection
+        lines = answer.iter_lines()
+        assert next(lines).startswith('data: {"id"')
+        assert len(active(slow)) == 2
+    wait_until(lambda: len(slow.engine.closed) == 2)
+    wait_until(lambda: not active(slow))
+    assert slow.http.get("/health").status_code == 200
+
+
+def test_a_client_that_stops_waiting_aborts(slow: Live) -> None:
+    with closing(http.client.HTTPConnection(urlsplit(slow.url).netloc)) as connection:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", json.dumps(ENDLESS), headers)
+        wait_until(lambda: len(slow.engine.requests) == 2)
+    wait_until(lambda: len(slow.engine.closed) == 2)
+    wait_until(lambda: not active(slow))
+    assert slow.http.get("/health").status_code == 200
+
 
 LONG = ("x" * 20_000,)
 ENDLESS = {"prompt": "a", "max_tokens": 900_000, "ignore_eos": True, "stream": True}
