@@ -17,9 +17,9 @@ from fd_dsa.client.timing import LATENCIES, Timing, measure, summarise
 from fd_dsa.errors import RemoteError
 from fd_dsa.serve import guard
 from fd_dsa.serve.errors import ApiError
-from tests.client.command import run
 from tests.serve.conftest import running
 from tests.serve.fake_engine import FakeEngine
+from tests.serve.processes import run_console
 
 
 class AnyTokens(FakeEngine):
@@ -118,7 +118,7 @@ def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
             ("--base-url", live.url, "--model", "other"): "--model: got 'other'",
         }
         for arguments, reason in cases.items():
-            done = run(tmp_path, "bench", *arguments)
+            done = run_console(tmp_path, "bench", *arguments)
             assert (done.returncode, done.stdout) == (2, "")
             assert reason in done.stderr
             assert done.stderr.count("\n") == 1
@@ -127,7 +127,9 @@ def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
 def test_a_full_disk_names_the_file_behind_the_table(tmp_path: Path) -> None:
     sizes = ("--num-prompts", "2", "--random-input-len", "4", "--random-output-len", "3")
     with running(AnyTokens()) as live:
-        done = run(tmp_path, "bench", "--base-url", live.url, *sizes, "--output", "/dev/full")
+        done = run_console(
+            tmp_path, "bench", "--base-url", live.url, *sizes, "--output", "/dev/full"
+        )
     assert done.returncode == 2 and LATENCIES["ttft_ms"] in done.stdout
     line = "fd_dsa: error: --output: /dev/full cannot be written (no space left on device)\n"
     assert done.stderr == line
@@ -139,7 +141,7 @@ def test_a_run_against_a_server_of_its_own(tmp_path: Path) -> None:
     sizes = ("--num-prompts", "6", "--random-input-len", "40", "--random-output-len", "8")
     load = ("--request-rate", "20", "--max-concurrency", "4", "--seed", "5")
     files = ("--output", "found.json", "--plot", "found.svg")
-    done = run(tmp_path, "bench", *sizes, *load, *files, "--", "--max-model-len", "128")
+    done = run_console(tmp_path, "bench", *sizes, *load, *files, "--", "--max-model-len", "128")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "found.json").read_text("utf-8"))
     assert report["settings"] == {

@@ -18,10 +18,9 @@ import pytest
 from fd_dsa.chat.deepseek_v32 import DeepseekV32Encoding
 from fd_dsa.chat.events import Event
 from fd_dsa.client.chat import Conversation, Partner
-from tests.client.command import command, run
 from tests.serve.conftest import Live, running, wait_until
 from tests.serve.fake_engine import WORDS, FakeEngine
-from tests.serve.processes import environment
+from tests.serve.processes import console, environment, run_console
 
 ANSWER = "".join(WORDS)
 
@@ -35,7 +34,7 @@ def test_lines_of_a_pipe_are_messages(tmp_path: Path) -> None:
     said = "Hi\n\nAnd?\n/reset\n/what\nAgain\n/system Be brief.\nOnce more\n/exit\nnever\n"
     with running(FakeEngine()) as live:
         flags = ("--base-url", live.url, "--temperature", "0.5", "--seed", "3", "--system", "Hm.")
-        done = run(tmp_path, "chat", *flags, "--max-tokens", "50", said=said)
+        done = run_console(tmp_path, "chat", *flags, "--max-tokens", "50", said=said)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{ANSWER}\n" * 4
         assert done.stderr.startswith("unknown command '/what'; /reset forgets")
@@ -88,7 +87,7 @@ def test_reasoning_of_a_server_is_told_from_the_content() -> None:
 
 def test_a_failed_answer_ends_a_pipe_with_status_one(tmp_path: Path) -> None:
     with running(FakeEngine(max_model_len=20)) as live:
-        done = run(tmp_path, "chat", "--base-url", live.url, said=f"{'long ' * 20}\nHi\n")
+        done = run_console(tmp_path, "chat", "--base-url", live.url, said=f"{'long ' * 20}\nHi\n")
         assert done.returncode == 1
         assert done.stdout == ""
         assert "fd_dsa: error: status 400: prompt has" in done.stderr
@@ -106,7 +105,7 @@ def test_starts_that_fail_are_one_line(tmp_path: Path) -> None:
             ): "error: MODEL: --model: got 'no/such/folder', allowed: a local folder",
         }
         for arguments, reason in cases.items():
-            done = run(tmp_path, "chat", *arguments)
+            done = run_console(tmp_path, "chat", *arguments)
             assert (done.returncode, done.stdout) == (2, "")
             assert reason in done.stderr
             assert done.stderr.count("\n") == 1
@@ -119,7 +118,7 @@ def chat_on_terminal(
     """`fd-dsa chat` on a terminal of its own, and our end of the terminal."""
     terminal, inside = pty.openpty()
     process = subprocess.Popen(
-        command("chat", *arguments),
+        console("chat", *arguments),
         cwd=folder,
         env={**environment(), "TERM": "dumb"},
         stdin=inside,
@@ -194,7 +193,7 @@ def test_ctrl_c_while_it_connects(tmp_path: Path) -> None:
 def test_a_line_that_is_no_utf_8_is_refused(tmp_path: Path, locale: str) -> None:
     with running(FakeEngine()) as live:
         done = subprocess.run(
-            command("chat", "--base-url", live.url),
+            console("chat", "--base-url", live.url),
             cwd=tmp_path,
             env={**environment(), "LC_ALL": locale},
             input=b"Hi\nK\xc3\xb6\xff\nAgain\n",
@@ -211,7 +210,7 @@ def test_a_line_that_is_no_utf_8_is_refused(tmp_path: Path, locale: str) -> None
 
 def test_without_a_stdin_there_is_nothing_to_ask(tmp_path: Path) -> None:
     with running(FakeEngine()) as live:
-        shell = ["bash", "-c", '"$@" <&-', "bash", *command("chat", "--base-url", live.url)]
+        shell = ["bash", "-c", '"$@" <&-', "bash", *console("chat", "--base-url", live.url)]
         done = subprocess.run(
             shell, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
         )
@@ -236,7 +235,7 @@ def wait_for(terminal: int, text: str) -> None:
 @pytest.mark.slow
 def test_the_demo_model_on_a_server_of_its_own(tmp_path: Path) -> None:
     said = "What is the capital of France?\n"
-    done = run(tmp_path, "chat", "--max-tokens", "20", said=said)
+    done = run_console(tmp_path, "chat", "--max-tokens", "20", said=said)
     assert done.returncode == 0, done.stderr
     assert "Paris" in done.stdout
     assert done.stderr == ""

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.command import command
-from tests.serve.processes import environment
+from tests.serve.processes import console, environment
 
 COMMANDS = [
     [],
@@ -43,7 +42,7 @@ def unread(folder: Path, line: list[str], unbuffered: str = "") -> tuple[int, st
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_the_console_script(tmp_path: Path, arguments: list[str]) -> None:
-    assert unread(tmp_path, command(*arguments)) == (128 + signal.SIGPIPE, "")
+    assert unread(tmp_path, console(*arguments)) == (128 + signal.SIGPIPE, "")
 
 
 @pytest.mark.parametrize("module", ["serve", "accuracy", "doctor"])
@@ -53,4 +52,4 @@ def test_the_modules(tmp_path: Path, module: str) -> None:
 
 
 def test_output_that_is_not_buffered(tmp_path: Path) -> None:
-    assert unread(tmp_path, command("version"), "1") == (128 + signal.SIGPIPE, "")
+    assert unread(tmp_path, console("version"), "1") == (128 + signal.SIGPIPE, "")

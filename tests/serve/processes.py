@@ -179,3 +179,22 @@ def serving(folder: Path, *flags: str, **more: Any) -> Iterator[Server]:
         assert url is not None, server.log.read_text()
         server.url = url[0]
         yield server
+
+
+def console(*arguments: str) -> list[str]:
+    """How to start `fd-dsa` with these arguments."""
+    script = "import sys; from fd_dsa.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", script, *arguments]
+
+
+def run_console(folder: Path, *arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
+    """`fd-dsa` run to its end, `said` on its stdin."""
+    return subprocess.run(
+        console(*arguments),
+        cwd=folder,
+        env=environment(),
+        input=said,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )

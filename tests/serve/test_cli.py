@@ -26,6 +26,7 @@ from tests.serve.processes import (
     FAKE,
     TIMEOUT_S,
     command,
+    console,
     environment,
     error_line,
     finish,
@@ -209,8 +210,7 @@ def test_bad_flags_are_one_line(
     ],
 )
 def test_console_script(tmp_path: Path, args: list[str], status: int, text: str) -> None:
-    code = "import sys; from fd_dsa.cli import main; sys.exit(main())"
-    done = finish(tmp_path, [sys.executable, "-c", code, *args], status)
+    done = finish(tmp_path, console(*args), status)
     assert text in done.stdout + done.stderr
 
 

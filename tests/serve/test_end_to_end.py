@@ -4,68 +4,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import openai
 import pytest
-from pydantic import BaseModel, Field
 
 from fd_dsa.config import demo_model_path
-from tests.serve.processes import Server, command, finish, serving
+from fd_dsa.engine.tokenizer import Tokenizer
+from tests.serve.processes import command, finish, serving
 
 pytestmark = pytest.mark.slow
 
 HELLO = [{"role": "user", "content": "Hello! What is your name?"}]
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The demo model with default flags."""
-    with serving(tmp_path_factory.mktemp("elsewhere")) as server:
-        yield server
-
-
 def greedy(client: openai.OpenAI, **fields: Any) -> Any:
     """A short greedy answer to HELLO."""
-    fields = {"messages": HELLO, "max_tokens": 40, "temperature": 0, **fields}
-    return client.chat.completions.create(model="demo_model", **fields)
+    short = {"model": "demo_model", "messages": HELLO, "max_tokens": 40, "temperature": 0}
+    return client.chat.completions.create(**{**short, **fields})
 
 
-class Reply(BaseModel):
-    """What `parse` is to return."""
-
-    mood: Literal["good", "bad"]
-    words: list[Literal["yes", "no", "perhaps"]] = Field(max_length=4)
-
-
-def test_structured_output_and_scores_of_the_demo_model(demo: Server) -> None:
-    with demo.client() as client:
-        answer = client.beta.chat.completions.parse(
-            model="demo_model", messages=HELLO, response_format=Reply, max_tokens=200, seed=1
-        )
-        assert isinstance(answer.choices[0].message.parsed, Reply)
-        scored = greedy(client, max_tokens=12, logprobs=True, top_logprobs=2)
-        entries = scored.choices[0].logprobs.content
-        assert [entry.top_logprobs[0].token for entry in entries] == [e.token for e in entries]
-        # the same tokens, now as a prompt that is read in chunks
-        ids = greedy(client, max_tokens=12, extra_body={"return_token_ids": True})
-        prompt = [*ids.prompt_token_ids, *ids.choices[0].token_ids]
-        echo = client.completions.create(
-            model="demo_model", prompt=prompt, echo=True, max_tokens=1, logprobs=0
-        )
-        logprobs = echo.choices[0].logprobs.token_logprobs[len(ids.prompt_token_ids) : -1]
-        assert logprobs == pytest.approx([entry.logprob for entry in entries], abs=1e-3)
-
-
-def test_greedy_chat_is_readable_repeatable_and_streamed(demo: Server) -> None:
+def test_greedy_chat_is_readable_repeatable_and_streamed(tmp_path: Path) -> None:
     config = json.loads((demo_model_path() / "config.json").read_text())
-    model = httpx.get(f"{demo.url}/v1/models", timeout=60).json()["data"][0]
-    assert model["id"] == "demo_model"
-    assert model["max_model_len"] == config["max_position_embeddings"]
-    with demo.client() as client:
+    with serving(tmp_path) as demo, demo.client() as client:
+        (model,) = client.models.list().data
+        assert model.id == "demo_model"
+        assert model.max_model_len == config["max_position_embeddings"]
         first, second = greedy(client), greedy(client)
         chunks = list(greedy(client, stream=True, stream_options={"include_usage": True}))
     text = first.choices[0].message.content
@@ -148,3 +115,62 @@ def test_limits_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     assert "--max-model-len" in failed_start(tmp_path, "--max-model-len", "1000000")
     line = failed_start(tmp_path, "--kv-cache-memory-bytes", "900T")
     assert "--kv-cache-memory-bytes" in line
+
+
+RENAMED = {
+    "<|bos|>": "<｜begin▁of▁sentence｜>",
+    "<|eos|>": "<｜end▁of▁sentence｜>",
+    "<|user|>": "<｜User｜>",
+    "<|assistant|>": "<｜Assistant｜>",
+    "<|pad|>": "</think>",
+}
+
+
+def as_v32(path: Path) -> Path:
+    """A folder as DeepSeek-V3.2's: no chat template, and its own encoding of messages beside."""
+    shutil.copytree(demo_model_path(), path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (path / name).read_text(encoding="utf-8")
+        for old, new in RENAMED.items():
+            text = text.replace(old, new)
+        (path / name).write_text(text, encoding="utf-8")
+    file = path / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    del config["chat_template"]
+    file.write_text(json.dumps(config), encoding="utf-8")
+    (path / "encoding").mkdir()
+    words = 'TOOLS_SYSTEM_TEMPLATE = "TOOLS: {tool_schemas}"\n'
+    (path / "encoding" / "encoding_dsv32.py").write_text(words, encoding="utf-8")
+    return path
+
+
+def test_calls_are_forced(tmp_path: Path) -> None:
+    """The demo model has never seen a tool; under the grammar it calls one, also streamed."""
+    folder = as_v32(tmp_path / "v32")
+    level = {"type": "integer", "minimum": 1, "maximum": 9}
+    parameters = {
+        "type": "object",
+        "properties": {"level": level, "mode": {"enum": ["slow", "fast"]}},
+        "required": ["level", "mode"],
+    }
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": parameters}}
+        for name in ("start", "stop")
+    ]
+    prompt = Tokenizer.from_folder(folder).apply_chat_template(HELLO, tools=tools)
+    named = {"type": "function", "function": {"name": "stop"}}
+    with serving(tmp_path, str(folder)) as server, server.client() as client:
+        for choice, names in (("required", ("start", "stop")), (named, ("stop",))):
+            fields = {"model": "v32", "tools": tools, "tool_choice": choice, "max_tokens": 400}
+            whole = greedy(client, parallel_tool_calls=False, **fields)
+            assert whole.usage.prompt_tokens == len(prompt)
+            answer = whole.choices[0]
+            assert answer.finish_reason == "tool_calls"
+            (call,) = answer.message.tool_calls
+            assert call.function.name in names
+            arguments = json.loads(call.function.arguments)
+            assert arguments["level"] in range(1, 10)
+            assert arguments["mode"] in ("slow", "fast")
+            chunks = list(greedy(client, parallel_tool_calls=False, stream=True, **fields))
+            parts = [p for chunk in chunks for p in chunk.choices[0].delta.tool_calls or []]
+            assert "".join(part.function.arguments for part in parts) == call.function.arguments

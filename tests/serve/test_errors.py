@@ -14,7 +14,7 @@ from fd_dsa.serve.completions import CompletionRequest
 from fd_dsa.serve.protocol.chat import ChatCompletionRequest
 from fd_dsa.serve.protocol.generation import IN_CHAT, IN_COMPLETIONS
 from fd_dsa.serve.tokenization import DetokenizeRequest, TokenizeRequest
-from tests.serve.conftest import Live, running, wait_until
+from tests.serve.conftest import Live, running
 from tests.serve.fake_engine import FakeEngine
 
 HI = [{"role": "user", "content": "Hi"}]
@@ -232,16 +232,6 @@ def test_unexpected_exception_is_told_to_the_log_only(caplog: pytest.LogCaptureF
         assert len(events) == 5
         assert caplog.text.count("RuntimeError: secret detail") == 2
         assert live.http.get("/health").status_code == 200
-
-
-def test_engine_failure_ends_the_server() -> None:
-    with running(FakeEngine()) as live:
-        live.engine.fail_after = 3
-        error = error_of(complete(live), 500)
-        assert "the engine has failed" in error["message"]
-        assert "secret" not in error["message"]
-        wait_until(lambda: live.server.exit_status == 1)
-    assert live.engine.stopped
 
 
 def test_engine_failure_inside_a_stream() -> None:
