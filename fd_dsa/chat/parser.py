@@ -23,6 +23,19 @@ THINK_BEGIN = "<think>"
 THINK_END = "</think>"
 _PIECE_CHARS = 4096
 
+TOOL_FORMATS: dict[str, ToolFormat] = {
+    "deepseek_v31": DeepseekV31Tools(),
+    "deepseek_v32": DeepseekV32Tools(),
+    "glm45": GlmTools(),
+    "glm47": GlmTools(),
+}
+"""Names as of vLLM's `--tool-call-parser`; both forms of GLM are read by one parser."""
+REASONING_FORMATS = ("deepseek_v3", "glm45")
+"""Names as of vLLM's `--reasoning-parser`; all of them put <think> and </think> around it."""
+AUTO, NONE = "auto", "none"
+# in this order: what only this format's prompts show
+_SIGNS = ((DSML, "deepseek_v32"), (V31_CALLS, "deepseek_v31"), (GLM_KEY, "glm47"))
+
 
 @dataclass(frozen=True)
 class AnswerFormat:
@@ -124,20 +137,6 @@ class OutputParser:
             marker = yield from self._feed.stream_until(starts, self._sink.content)
             if marker is None:
                 return
-
-
-TOOL_FORMATS: dict[str, ToolFormat] = {
-    "deepseek_v31": DeepseekV31Tools(),
-    "deepseek_v32": DeepseekV32Tools(),
-    "glm45": GlmTools(),
-    "glm47": GlmTools(),
-}
-"""Names as of vLLM's `--tool-call-parser`; both forms of GLM are read by one parser."""
-REASONING_FORMATS = ("deepseek_v3", "glm45")
-"""Names as of vLLM's `--reasoning-parser`; all of them put <think> and </think> around it."""
-AUTO, NONE = "auto", "none"
-# in this order: what only this format's prompts show
-_SIGNS = ((DSML, "deepseek_v32"), (V31_CALLS, "deepseek_v31"), (GLM_KEY, "glm47"))
 
 
 def tool_format_name(name: str, source: str) -> str:

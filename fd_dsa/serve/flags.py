@@ -34,8 +34,8 @@ class ServerOptions:
         max_body_size: bytes of a request's body: two million token ids.
         max_body_values: most that its values may count, see `check_values`: two million token
             ids, or a quarter of a million texts.
-        max_answer_scores: most log-probabilities of an answer, see `answer_size`: some 40 MiB of
-            JSON.
+        max_answer_scores: most log-probabilities of an answer, see `check_answer_size`: some
+            40 MiB of JSON.
         max_prompt_bytes: UTF-8 bytes of a prompt's text; None is `PROMPT_BYTES_PER_TOKEN` for each
             token of max_model_len.
         max_concurrency: running and waiting outputs at a time.

@@ -23,6 +23,16 @@ from fd_dsa.serve.workers import cancel
 if TYPE_CHECKING:
     from fd_dsa.engine.output import RequestOutput
 
+# tokens of a prompt that an answer repeats as text or ids, for each log-probability
+_TOKENS_PER_SCORE = 8
+
+
+MAX_UNREAD_OUTPUTS = 2048
+"""Outputs that a client may leave unread, beyond what the sockets' buffers hold."""
+
+logger = logging.getLogger("fd_dsa.serve")
+_requests_logger = logging.getLogger("fd_dsa.requests")
+
 
 def encode_prompt(
     state: ServerState, text: str, field: str, *, add_special_tokens: bool
@@ -76,13 +86,6 @@ def too_many_tokens(state: ServerState, num_tokens: int | str, field: str) -> Ap
         param=field,
         code="context_length_exceeded",
     )
-
-
-MAX_UNREAD_OUTPUTS = 2048
-"""Outputs that a client may leave unread, beyond what the sockets' buffers hold."""
-
-logger = logging.getLogger("fd_dsa.serve")
-_requests_logger = logging.getLogger("fd_dsa.requests")
 
 
 @dataclass(frozen=True)
@@ -281,10 +284,6 @@ def _log_end(job: Job, index: int, last: RequestOutput | None, began: float) -> 
     }
     shown = (f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
     _requests_logger.info("%s", ", ".join(shown), extra={"fields": fields})
-
-
-# tokens of a prompt that an answer repeats as text or ids, for each log-probability
-_TOKENS_PER_SCORE = 8
 
 
 def check_answer_size(

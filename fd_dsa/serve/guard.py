@@ -27,6 +27,8 @@ from fd_dsa.serve.pages import CHAT_PATHS
 from fd_dsa.serve.state import ServerState
 from fd_dsa.serve.status import PROBE_PATHS
 
+OPEN_PATHS = CHAT_PATHS | PROBE_PATHS | {"/docs", "/openapi.json", "/version", "/metrics"}
+"""Paths that need no key: they compute nothing and show nothing of requests."""
 ANY_HOST = "*"
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:/\s]+)(:[0-9]*)?")
 
@@ -53,8 +55,8 @@ class HostRule:
         match = _HOST.fullmatch(value)
         host = match[1].strip("[]").lower().rstrip(".") if match else ""
         address = _address(host)
-        is_taken = address is not None and (self.takes_addresses or address.is_loopback)
-        if host != "localhost" and host not in self.names and not is_taken:
+        is_allowed = address is not None and (self.takes_addresses or address.is_loopback)
+        if host != "localhost" and host not in self.names and not is_allowed:
             raise ApiError(
                 403,
                 f"Host: got {show(value)}, which is no name of this server; allowed are localhost "
@@ -85,10 +87,6 @@ def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return ipaddress.ip_address(text)
     except ValueError:
         return None
-
-
-OPEN_PATHS = CHAT_PATHS | PROBE_PATHS | {"/docs", "/openapi.json", "/version", "/metrics"}
-"""Paths that need no key: they compute nothing and show nothing of requests."""
 
 
 class Ticket:

@@ -54,6 +54,19 @@ _BROKEN_RULES = {
 }
 _FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding):[ \t]*([^\r]*)", re.IGNORECASE)
 
+STALLED_S = 60.0
+"""Seconds for which a client may read nothing while an answer waits for it."""
+
+HEAD_TIMEOUT_S = 60.0
+"""Seconds that a client has for the head of a request, on a new connection from its beginning."""
+
+# for which a refused client may read its answer: a close while it still sends would take it away
+_LINGER_S = 1.0
+_CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
+_PROBES = frozenset(path.encode() for path in PROBE_PATHS)
+
+logger = logging.getLogger("fd_dsa.serve")
+
 
 class StrictConnection(h11.Connection):
     """A connection that refuses by a callback, and then wants no more data.
@@ -165,20 +178,6 @@ def _too_long() -> ApiError:
         f"the head of the request is longer than {MAX_HEAD_BYTES} bytes; send fewer and shorter "
         "headers, and long values in the body",
     )
-
-
-STALLED_S = 60.0
-"""Seconds for which a client may read nothing while an answer waits for it."""
-
-HEAD_TIMEOUT_S = 60.0
-"""Seconds that a client has for the head of a request, on a new connection from its beginning."""
-
-# for which a refused client may read its answer: a close while it still sends would take it away
-_LINGER_S = 1.0
-_CAN_ANSWER = (h11.IDLE, h11.SEND_RESPONSE)
-_PROBES = frozenset(path.encode() for path in PROBE_PATHS)
-
-logger = logging.getLogger("fd_dsa.serve")
 
 
 class _BoundedFlow(FlowControl):
