@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import json
 import os
@@ -103,11 +102,6 @@ class Tab:
         }
         self.call("Input.dispatchKeyEvent", type="keyDown", **fields, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **fields)
-
-    def screenshot(self, file: Path) -> None:
-        """Write what the tab shows as PNG."""
-        data = self.call("Page.captureScreenshot", format="png")["data"]
-        file.write_bytes(base64.b64decode(data))
 
     def _receive(self) -> dict[str, Any]:
         """The next message."""

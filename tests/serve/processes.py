@@ -14,7 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
+
+from tests.serve.conftest import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 300
@@ -120,6 +123,18 @@ class Server:
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
+    def wait_until_healthy(self) -> None:
+        """Return when it serves, where it can print nothing."""
+
+        def serves() -> bool:
+            assert self.process.poll() is None
+            try:
+                return httpx.get(f"{self.url}/health", timeout=TIMEOUT_S).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_until(serves, TIMEOUT_S)
+
     def client(self) -> openai.OpenAI:
         """The real client."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
@@ -137,6 +152,7 @@ def started(
     *flags: str,
     env: Mapping[str, str] | None = None,
     open_files: int | None = None,
+    redirects: str = "",
     **code: Any,
 ) -> Iterator[Server]:
     """The command as a process, which need not serve yet.
@@ -146,13 +162,14 @@ def started(
         flags: of the command.
         env: further variables.
         open_files: its `ulimit -n`; None leaves that of this process.
+        redirects: of its streams, for a shell.
         code: as in `command`.
     """
     log = folder / "log.txt"
     limit = f"ulimit -n {open_files} && " if open_files else ""
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            ["sh", "-c", f'{limit}exec "$0" "$@"', *command(*flags, **code)],
+            ["sh", "-c", f'{limit}exec "$0" "$@" {redirects}', *command(*flags, **code)],
             cwd=folder,
             env={**environment(), **(env or {})},
             stdout=subprocess.PIPE,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -13,6 +12,7 @@ import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -21,13 +21,12 @@ import yaml
 from fd_dsa import __version__
 from fd_dsa.config import EngineConfig
 from fd_dsa.serve import cli
-from tests.serve.conftest import held_port, wait_until
+from tests.serve.conftest import held_port
 from tests.serve.processes import (
     FAKE,
     TIMEOUT_S,
     command,
     console,
-    environment,
     error_line,
     finish,
     run,
@@ -261,28 +260,12 @@ def test_flags_of_a_file_and_of_variables_are_served(tmp_path: Path) -> None:
 
 def test_a_server_needs_no_open_streams(tmp_path: Path) -> None:
     """As some start a daemon: the next files get the numbers of the closed ones."""
-    with held_port() as port:
-        words = shlex.join(command("--port", str(port), body=FAKE))
-        process = subprocess.Popen(
-            ["sh", "-c", f"exec {words} <&- >&- 2>&-"], cwd=tmp_path, env=environment()
-        )
-        url = f"http://127.0.0.1:{port}"
-
-        def serves() -> bool:
-            assert process.poll() is None
-            try:
-                return httpx.get(f"{url}/health", timeout=TIMEOUT_S).status_code == 200
-            except httpx.TransportError:
-                return False
-
-        try:
-            wait_until(serves, TIMEOUT_S)
-            assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 200
-            process.terminate()
-            assert process.wait(TIMEOUT_S) == 0
-        finally:
-            process.kill()
-            process.wait()
+    streams: dict[str, Any] = {"redirects": "<&- >&- 2>&-", "body": FAKE}
+    with held_port() as port, started(tmp_path, "--port", str(port), **streams) as server:
+        server.url = f"http://127.0.0.1:{port}"
+        server.wait_until_healthy()
+        assert httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}).status_code == 200
+        server.ends()
 
 
 def test_two_starts_on_one_port_leave_one_server(tmp_path: Path) -> None:

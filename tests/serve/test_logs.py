@@ -6,7 +6,6 @@ import functools
 import json
 import logging
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from fd_dsa.serve.metrics import log_while_busy
 from tests.engine.fakes import make_engine
 from tests.serve.conftest import exchange, held_port, running, wait_until
 from tests.serve.fake_engine import FakeEngine
-from tests.serve.processes import FAKE, TIMEOUT_S, command, environment, serving
+from tests.serve.processes import FAKE, TIMEOUT_S, serving, started
 from tests.serve.test_errors import complete
 
 
@@ -212,36 +211,14 @@ def test_a_line_while_busy_and_none_while_idle(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_under_the_log_stops_nothing(tmp_path: Path) -> None:
     """Both outputs fail to be written, from the first line on."""
-    with held_port() as port:
-        with open("/dev/full", "w") as full:
-            process = subprocess.Popen(
-                command("--port", str(port), "--log-requests", body=FAKE),
-                cwd=tmp_path,
-                # empty: what is written waits in a buffer, as it does by default
-                env={**environment(), "PYTHONUNBUFFERED": ""},
-                stdout=full,
-                stderr=full,
-            )
-        try:
-            url = f"http://127.0.0.1:{port}"
-
-            def serves() -> bool:
-                try:
-                    return httpx.get(f"{url}/health", timeout=TIMEOUT_S).status_code == 200
-                except httpx.TransportError:
-                    assert process.poll() is None
-                    return False
-
-            wait_until(serves, TIMEOUT_S)
-            for _ in range(3):
-                answer = httpx.post(
-                    f"{url}/v1/completions",
-                    json={"prompt": "a", "ignore_eos": True},
-                    timeout=TIMEOUT_S,
-                )
-                assert answer.status_code == 200
-            process.terminate()
-            assert process.wait(TIMEOUT_S) == 0
-        finally:
-            process.kill()
-            process.wait()
+    # with an empty variable what is written waits in a buffer, as it does by default
+    streams: dict[str, Any] = {"redirects": "> /dev/full 2>&1", "env": {"PYTHONUNBUFFERED": ""}}
+    flags = ("--log-requests", "--port")
+    with held_port() as port, started(tmp_path, *flags, str(port), body=FAKE, **streams) as server:
+        server.url = f"http://127.0.0.1:{port}"
+        server.wait_until_healthy()
+        for _ in range(3):
+            body = {"prompt": "a", "ignore_eos": True}
+            answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=TIMEOUT_S)
+            assert answer.status_code == 200
+        server.ends()
