@@ -23,7 +23,7 @@ from tests.serve.fake_engine import FakeEngine
 from tests.serve.test_errors import complete
 
 # longer than any machine needs to leave
-ENDLESS = {"ignore_eos": True, "max_tokens": 9000, "prompt": ["a", "b"]}
+TWO_ENDLESS = {"ignore_eos": True, "max_tokens": 9000, "prompt": ["a", "b"]}
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def slow() -> Iterator[Live]:
 def test_closing_a_stream_aborts_all_its_prompts(slow: Live) -> None:
     slow.client.completions.create(model="demo", prompt="a", max_tokens=3)
     assert slow.engine.closed == [] and not active(slow)
-    body = {**ENDLESS, "stream": True}
+    body = {**TWO_ENDLESS, "stream": True}
     with slow.http.stream("POST", "/v1/completions", json=body) as answer:
         # held: dropping the iterator closes the connection
         lines = answer.iter_lines()
@@ -50,7 +50,7 @@ def test_closing_a_stream_aborts_all_its_prompts(slow: Live) -> None:
 def test_a_client_that_stops_waiting_aborts(slow: Live) -> None:
     with closing(http.client.HTTPConnection(urlsplit(slow.url).netloc)) as connection:
         headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps(ENDLESS), headers)
+        connection.request("POST", "/v1/completions", json.dumps(TWO_ENDLESS), headers)
         wait_until(lambda: len(slow.engine.requests) == 2)
     wait_until(lambda: len(slow.engine.closed) == 2)
     wait_until(lambda: not active(slow))
