@@ -194,7 +194,7 @@ def run(first: int, count: int) -> Counter[str]:
                 await asyncio.sleep(0.05)
             assert not engine.has_unfinished_requests(), "a request is stuck"
             assert app.state.server.engine.errored is None
-            assert app.state.server.concurrency.num_admitted == 0
+            assert app.state.server.num_admitted == 0
             counts["MiB held at the end"] = held_mib()
             end = held_without_grammars_mib(engine)
             counts["MiB held at the end, without grammars"] = end

@@ -21,10 +21,10 @@ def test_hostile_requests_get_no_5xx_and_leave_nothing_behind() -> None:
 def test_a_route_that_fails_is_found(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(tokenization, "_encode", fail)
+    monkeypatch.setattr(tokenization, "encode_prompt", fail)
     with pytest.raises(AssertionError, match="answered wrongly"):
         fuzz.run(first=0, count=200)
     assert "internal error" in capsys.readouterr().out
