@@ -195,7 +195,7 @@ class EventSink:
     def _add(self, kind: Kind, text: str, index: int = 0) -> None:
         """Report more text, as one event with the text of the same kind before it."""
         last = self._events[-1] if self._events else None
-        if last is not None and (last.kind, last.index) == (kind, index):
+        if last is not None and last.kind == kind:
             self._events[-1] = Event(kind, last.text + text, index)
         elif text:
             self._events.append(Event(kind, text, index))
