@@ -10,7 +10,7 @@ import numpy as np
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.config import Fp8BlockQuant, ModelConfig
 from fd_dsa.models.dequantize import FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
 from fd_dsa.models.expected_tensors import EMBEDDING, LM_HEAD, ExpectedTensor, expected_tensors
 
@@ -91,7 +91,7 @@ def load_weights(
         raise ValueError(
             f"loaders: got {len(loaders)} names, expected {len(expected)}; {odd!r} is only in one"
         )
-    block_size = config.quantization.weight_block_size if config.quantization else None
+    block_size = (config.quantization or Fp8BlockQuant()).weight_block_size
     names = [name for name in checkpoint.names() if name in expected]
     total = sum(checkpoint.info(name).nbytes for name in names)
     done = 0

@@ -256,5 +256,5 @@ def test_the_limit_of_what_no_flag_asked_for() -> None:
     free = {"free_bytes": 100 << 30}
     config = EngineConfig(max_num_seqs=9000)
     assert plan_memory(config, **sizes, **free).num_blocks == 4096
-    more = plan_memory(config, **sizes, **free, default_cache_bytes=100 << 30)
+    more = plan_memory(config, **sizes, **free, takes_all=True)
     assert more.num_blocks == 9000
