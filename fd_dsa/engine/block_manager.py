@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from fd_dsa.engine.prefix_cache import BlockKeys, PrefixCache
@@ -54,7 +54,7 @@ class BlockManager:
         self._free = list(range(num_blocks - 1, -1, -1))
         self._prefix_cache = PrefixCache()
         self._num_owners = [0] * num_blocks
-        self._owners: dict[str, _Owner] = {}
+        self._owners: dict[Hashable, _Owner] = {}
 
     @property
     def num_free(self) -> int:
@@ -70,7 +70,7 @@ class BlockManager:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def blocks_of(self, request_id: str) -> tuple[int, ...]:
+    def blocks_of(self, request_id: Hashable) -> tuple[int, ...]:
         """Blocks of a request in the order of its tokens; empty when it owns none."""
         owner = self._owners.get(request_id)
         return tuple(owner.blocks) if owner else ()
@@ -85,7 +85,7 @@ class BlockManager:
         return self._prefix_cache.find(keys, (num_tokens - 1) // self.block_size)
 
     def allocate(
-        self, request_id: str, num_tokens: int, cached: Sequence[int] = (), spare: int = 0
+        self, request_id: Hashable, num_tokens: int, cached: Sequence[int] = (), spare: int = 0
     ) -> list[int] | None:
         """Blocks added so that the request can hold `num_tokens` tokens in all.
 
@@ -115,7 +115,7 @@ class BlockManager:
         owner.num_offered = max(owner.num_offered, len(cached))
         return added
 
-    def cache_full_blocks(self, request_id: str, keys: BlockKeys, num_tokens: int) -> None:
+    def cache_full_blocks(self, request_id: Hashable, keys: BlockKeys, num_tokens: int) -> None:
         """Let others find the blocks that the first `num_tokens` tokens of a request have filled.
 
         Call it when the step that wrote them has finished, and only for tokens that stay: never
@@ -129,7 +129,7 @@ class BlockManager:
             self._prefix_cache.put(keys[index], owner.blocks[index])
         owner.num_offered = max(owner.num_offered, num_full)
 
-    def free(self, request_id: str) -> None:
+    def free(self, request_id: Hashable) -> None:
         """Take all blocks back from a request; one that owns none is fine."""
         owner = self._owners.pop(request_id, None)
         if owner is None:

@@ -39,18 +39,14 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
         runner,
         plan.tokenizer,
         num_blocks=plan.memory.num_blocks,
-        block_size=config.block_size,
         max_model_len=plan.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.num_batched_tokens,
         eos_token_ids=plan.model_config.eos_token_ids,
         target_gap_s=config.target_inter_token_latency_ms / 1e3,
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
         sampling_defaults=plan.sampling_defaults,
-        step_counters=runner.counters,
     )
-    engine.admission.grammars.prepare()
+    engine.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = config.cache_dtype
     return engine
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.limits import RequestLimits
-from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.output import Added, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 
@@ -25,35 +25,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Command: queue a request. `key` names it in all later commands and events."""
+    """Command: queue a request. `key` is its id in the engine; no two requests have the same."""
 
-    key: int
-    request_id: str
+    key: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Abort:
-    """Command: end a request; `is_silent` where nobody reads its last outputs."""
+class End:
+    """Command: abort a request; with an index, end that one of its outputs as if the model had."""
 
-    key: int
-    is_silent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class FinishOutput:
-    """Command: end one of a request's n outputs as if the model had."""
-
-    key: int
-    index: int
+    key: str
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Command: answer a question with a `Reply`; `EngineHost` lists the questions."""
+    """Command: answer a question with a `Reply` of the same key; `EngineHost` has the questions."""
 
-    number: int
+    key: str
     question: str
     argument: Any = None
 
@@ -64,18 +55,10 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """Event: a request cannot run."""
-
-    key: int
-    error: ValueError
-
-
-@dataclass(frozen=True, slots=True)
 class Reply:
-    """Event: the answer to an `Ask`; `error` where there is none."""
+    """Event: the answer to an `Ask`, or the error with which it or an `Add` was refused."""
 
-    number: int
+    key: str
     value: Any = None
     error: Exception | None = None
 
@@ -87,10 +70,9 @@ class Failed:
     error: BaseException
 
 
-Command = Add | Abort | FinishOutput | Ask | Stop
-Outputs = list[tuple[int, RequestOutput]]
-"""Event: what a step has added, each output with the key of its request."""
-Event = Outputs | Refused | Reply | Failed
+Command = Add | End | Ask | Stop
+Event = list[Added] | Reply | Failed
+"""What a step has added to outputs, the reply to a command, or the end."""
 
 SNAPSHOT = "snapshot"
 """Question: `EngineStats` and `EngineMetrics` as they are now; does not wait for a step."""
@@ -118,10 +100,7 @@ class EngineFacts:
     def of(cls, engine: LLMEngine) -> EngineFacts:
         """The facts of an engine."""
         return cls(
-            engine.admission.limits,
-            engine.max_num_seqs,
-            engine.sampling_defaults,
-            engine.captured_sizes,
+            engine.limits, engine.max_num_seqs, engine.sampling_defaults, engine.captured_sizes
         )
 
 
@@ -168,23 +147,20 @@ class EngineHost:
         """Start without requests."""
         self._engine = engine
         self._emit = emit
-        self._answers = {CHECK_FORM: engine.admission.check_form, **(answers or {})}
+        self._answers = {CHECK_FORM: engine.grammars.check, **(answers or {})}
         # one: what is computed beside the steps takes one processor
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="fd_dsa-aside")
         self._wake = threading.Condition()
         # guarded by _wake
-        self._commands: deque[Add | Abort | FinishOutput] = deque()
+        self._commands: deque[Add | End] = deque()
         self._is_stopping = False
-        # of unfinished requests; both only in the thread of `run`
-        self._keys: dict[str, int] = {}
-        self._request_ids: dict[int, str] = {}
 
     def post(self, command: Command) -> None:
         """Take a command; from any thread."""
         if isinstance(command, Ask):
             if command.question == SNAPSHOT:
                 snapshot = (self._engine.stats(), self._engine.metrics)
-                self._emit(Reply(command.number, snapshot))
+                self._emit(Reply(command.key, snapshot))
             elif not self._is_stopping:
                 self._aside.submit(self._answer, command)
             return
@@ -201,8 +177,7 @@ class EngineHost:
             while self._take_commands():
                 if self._engine.has_unfinished_requests():
                     self._deliver(self._engine.step())
-            for request_id in list(self._keys):
-                self._deliver(self._engine.abort_request(request_id))
+            self._deliver(self._engine.abort_all())
         except BaseException as error:
             logger.error("the engine has failed", exc_info=error)
             self._emit(Failed(error))
@@ -222,60 +197,34 @@ class EngineHost:
             self._commands.clear()
             is_stopping = self._is_stopping
         for command in commands:
-            self._obey(command)
+            if isinstance(command, Add):
+                self._add(command)
+            elif command.index is None:
+                self._deliver(self._engine.abort_request(command.key))
+            else:
+                self._deliver(self._engine.finish_output(command.key, command.index))
         return not is_stopping
-
-    def _obey(self, command: Add | Abort | FinishOutput) -> None:
-        """Run a command; those for requests that have ended do nothing."""
-        if isinstance(command, Add):
-            self._add(command)
-            return
-        request_id = self._request_ids.get(command.key)
-        if request_id is None:
-            return
-        if isinstance(command, FinishOutput):
-            self._deliver(self._engine.finish_output(request_id, command.index))
-            return
-        outputs = self._engine.abort_request(request_id)
-        if command.is_silent:
-            self._forget(request_id)
-        else:
-            self._deliver(outputs)
 
     def _add(self, command: Add) -> None:
         """Hand a request to the engine."""
-        request_id = command.request_id
         try:
-            self._engine.add_request(request_id, command.prompt_token_ids, command.params)
+            self._engine.add_request(command.key, command.prompt_token_ids, command.params)
         except ValueError as error:
-            self._emit(Refused(command.key, error))
-            return
-        self._keys[request_id] = command.key
-        self._request_ids[command.key] = request_id
+            self._emit(Reply(command.key, error=error))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        """Emit outputs with the keys of their requests."""
-        if not outputs:
-            return
-        self._emit([(self._keys[output.request_id], output) for output in outputs])
-        for output in outputs:
-            if output.finished and not self._engine.is_unfinished(output.request_id):
-                self._forget(output.request_id)
-
-    def _forget(self, request_id: str) -> None:
-        """Let go of a request that has ended."""
-        key = self._keys.pop(request_id, None)
-        if key is not None:
-            del self._request_ids[key]
+        """Emit what outputs have gained."""
+        if outputs:
+            self._emit([output.added() for output in outputs])
 
     def _answer(self, command: Ask) -> None:
         """Emit the reply to a question."""
         try:
             value = self._answers[command.question](command.argument)
         except Exception as error:
-            self._emit(Reply(command.number, error=error))
+            self._emit(Reply(command.key, error=error))
         else:
-            self._emit(Reply(command.number, value))
+            self._emit(Reply(command.key, value))
 
 
 class EngineThread:

@@ -187,8 +187,7 @@ class LLM:
     def close(self) -> None:
         """Abort what runs and let go of the model; the LLM cannot be used any more."""
         if self._engine is not None:
-            for request_id in list(self._outbox):
-                self._engine.abort_request(request_id)
+            self._engine.abort_all()
         self._outbox.clear()
         self._engine = None
 

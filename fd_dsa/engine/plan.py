@@ -250,10 +250,22 @@ def _plan_memory(
         plan_memory,
         weight_bytes,
     )
+    from fd_dsa.runner.device import free_device_bytes, traits_of
 
-    room = _device_room(config, device, backend)
-    if room:
+    room: dict[str, Any] = {}
+    free_bytes = free_device_bytes(device, config.gpu_memory_utilization)
+    if free_bytes is not None:
+        from fd_dsa.attention.device import workspace_bytes
+
+        room["free_bytes"] = max(free_bytes - workspace_bytes(backend, traits_of(device)), 0)
         room["graph_bytes"] = graph_bytes(model_config, config.capture_sizes, max_model_len)
+        room["takes_all"] = True
+    elif config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
+        logger.warning(
+            "--gpu-memory-utilization has no effect on %s; --kv-cache-memory-bytes sets the "
+            "size of the caches",
+            device,
+        )
     plan = plan_memory(
         config,
         weight_bytes=weight_bytes(model_config),
@@ -266,24 +278,3 @@ def _plan_memory(
     if room:
         check_host_room(plan.weight_bytes)
     return plan
-
-
-def _device_room(config: EngineConfig, device: str, backend: DSABackendConfig) -> dict[str, Any]:
-    """What `plan_memory` must know of a device; nothing where its memory is the host's."""
-    from fd_dsa.runner.device import free_device_bytes
-
-    free_bytes = free_device_bytes(device, config.gpu_memory_utilization)
-    if free_bytes is None:
-        if config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
-            logger.warning(
-                "--gpu-memory-utilization has no effect on %s; --kv-cache-memory-bytes sets the "
-                "size of the caches",
-                device,
-            )
-        return {}
-    from fd_dsa.attention.device import workspace_bytes
-    from fd_dsa.runner.device import traits_of
-
-    # no cap: memory of a device that the engine leaves is used by nobody else
-    room = max(free_bytes - workspace_bytes(backend, traits_of(device)), 0)
-    return {"free_bytes": room, "default_cache_bytes": free_bytes, "default_share": 1.0}

@@ -20,10 +20,9 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.host import Abort, Add, Command, EngineFacts, Event, Failed, Refused, Stop
+from fd_dsa.engine.host import Command, EngineFacts, Event, Failed, Stop
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.engine.wire import OutputUnpacker
 from fd_dsa.errors import FdDsaError
 
 _KILL_AFTER_S = 5.0
@@ -88,7 +87,6 @@ class EngineProcess:
             self._process.kill()
             self._process.wait()
             raise
-        self._unpacker = OutputUnpacker()
         self._commands: SimpleQueue[Command] = SimpleQueue()
         self._reader: threading.Thread | None = None
 
@@ -164,11 +162,7 @@ class EngineProcess:
         """Body of the thread that sends commands."""
         while True:
             command = self._commands.get()
-            if isinstance(command, Add):
-                self._unpacker.add(command)
-            elif isinstance(command, Abort):
-                self._unpacker.abort(command)
-            elif isinstance(command, Stop):
+            if isinstance(command, Stop):
                 self._is_stopping = True
             try:
                 self._connection.send(command)
@@ -183,10 +177,6 @@ class EngineProcess:
                 event = self._connection.recv()
             except (EOFError, OSError):
                 break
-            if isinstance(event, list):
-                event = self._unpacker.unpack(event)
-            elif isinstance(event, Refused):
-                self._unpacker.forget(event.key)
             receive(event)
             if isinstance(event, Failed):
                 return

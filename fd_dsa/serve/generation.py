@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from fd_dsa.engine.bad_words import BadWords
+from fd_dsa.engine.logit_rules import BadWords
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.serve.errors import ApiError, FieldError, request_error
@@ -239,4 +239,4 @@ def _failure_of(state: ServerState, error: Exception) -> Exception:
 def _failure_alone(output: RequestOutput) -> ApiError:
     """What ends a request that failed by itself: a 400 where its own parameters are to blame."""
     status = 400 if isinstance(output.error, ConstraintError) else 500
-    return ApiError(status, str(output.error or "the request has failed"))
+    return ApiError(status, f"request {output.request_id!r}: {output.error or 'has failed'}")

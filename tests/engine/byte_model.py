@@ -39,10 +39,7 @@ def make_engine(num_blocks=512, max_num_seqs=4, budget=16, caching=True):
         FakeRunner(batch, num_blocks, VOCAB_SIZE),
         TOKENIZER,
         num_blocks=num_blocks,
-        block_size=4,
         max_model_len=512,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
         eos_token_ids=[EOS],
         enable_prefix_caching=caching,
     )

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -169,7 +169,7 @@ def test_a_finite_form_ends_the_output_without_an_end_of_sequence():
 
 def test_the_end_of_sequence_comes_only_where_the_form_is_complete():
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
-    matcher = compiler.new_matcher(StructuredOutputsParams(regex="xy*"))
+    matcher = GrammarMatcher(compiler, StructuredOutputsParams(regex="xy*"))
     mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
 
     def allowed():
@@ -210,7 +210,7 @@ def test_threads_that_ask_for_grammars_at_once_get_their_own():
     forms = [StructuredOutputsParams(regex=f"x{{{1 + i % 100}}}") for i in range(300)]
 
     def length(form):
-        matcher = compiler.new_matcher(form)
+        matcher = GrammarMatcher(compiler, form)
         x = TOKENIZER.encode("x", add_special_tokens=False)[0]
         return next(i for i in range(1, 200) if matcher.accept(x))
 
@@ -221,7 +221,7 @@ def test_threads_that_ask_for_grammars_at_once_get_their_own():
 def test_matchers_of_one_grammar_do_not_disturb_each_other():
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
     form = StructuredOutputsParams(regex="ax|bx")
-    first, second = compiler.new_matcher(form), compiler.new_matcher(form)
+    first, second = GrammarMatcher(compiler, form), GrammarMatcher(compiler, form)
     first.accept(TOKENIZER.encode("a", add_special_tokens=False)[0])
     mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
     second.fill_bitmask(mask)
@@ -242,7 +242,7 @@ def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):
     errors = []
 
     def follow(num_tokens):
-        matcher = compiler.new_matcher(form)
+        matcher = GrammarMatcher(compiler, form)
         for token in rng.choice(letters, num_tokens).tolist():
             matcher.fill_bitmask(mask)
             errors.append(matcher.error)
@@ -270,14 +270,14 @@ def test_a_form_that_is_too_complex_is_not_compiled_for_every_output(monkeypatch
     a = TOKENIZER.encode("a", add_special_tokens=False)[0]
     mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
     for _ in range(10):
-        matcher = compiler.new_matcher(form)
+        matcher = GrammarMatcher(compiler, form)
         for _ in range(50):
             matcher.fill_bitmask(mask)
             matcher.accept(a)
         assert "too many states" in matcher.error
     assert len(compiled) == 1
     monkeypatch.setattr("fd_dsa.engine.grammar._RENEWED_AFTER_S", 0.0)
-    compiler.new_matcher(form).fill_bitmask(mask)
+    GrammarMatcher(compiler, form).fill_bitmask(mask)
     assert len(compiled) == 2
 
 
@@ -294,7 +294,7 @@ def test_a_missing_library_is_told_with_the_cure(monkeypatch):
 def test_the_tokenizer_of_a_model_folder():
     tokenizer = Tokenizer.from_folder(demo_model_path())
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, [tokenizer.eos_token_id])
-    matcher = compiler.new_matcher(FORMS["schema"])
+    matcher = GrammarMatcher(compiler, FORMS["schema"])
     mask = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
     rng = np.random.default_rng(0)
     token_ids = []

@@ -89,10 +89,7 @@ def tiny_engine(fields: dict[str, Any], kv_cache_dtype: str, num_blocks: int) ->
         ModelRunner(model, batch, layout, num_blocks),
         byte_tokenizer(model.config.vocab_size),
         num_blocks=num_blocks,
-        block_size=4,
         max_model_len=96,
-        max_num_seqs=4,
-        max_num_batched_tokens=24,
         eos_token_ids=[],
     )
 

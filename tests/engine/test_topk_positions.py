@@ -33,10 +33,7 @@ def tiny_engine(fields: dict[str, Any], kv_cache_dtype: str = "float32") -> LLME
         ModelRunner(model, batch, layout, 60),
         byte_tokenizer(model.config.vocab_size),
         num_blocks=60,
-        block_size=BLOCK_SIZE,
         max_model_len=96,
-        max_num_seqs=4,
-        max_num_batched_tokens=24,
         eos_token_ids=[],
     )
 

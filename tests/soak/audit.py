@@ -53,7 +53,7 @@ def _audit_blocks(engine: LLMEngine) -> None:
     assert not parts[0] & cache._key_of.keys(), "a free block can be found"
     salts: dict[int, str | None] = {}
     for request in running_requests(engine).values():
-        for block in blocks.blocks_of(request.block_owner):
+        for block in blocks.blocks_of(request.arrival):
             salt = request.params.cache_salt
             assert salts.setdefault(block, salt) == salt, f"block {block} crosses cache salts"
 
@@ -66,11 +66,11 @@ def _audit_rows(engine: LLMEngine) -> None:
     free = engine._scheduler._free_slots
     assert sorted([*free, *running]) == list(range(batch.max_num_seqs)), "a row is lost"
     for row in range(batch.max_num_seqs):
-        owned = blocks.blocks_of(running[row].block_owner) if row in running else ()
+        owned = blocks.blocks_of(running[row].arrival) if row in running else ()
         table = batch.block_tables[row]
         assert tuple(table[: len(owned)].tolist()) == owned, f"row {row} shows other blocks"
         assert (table[len(owned) :] == -1).all(), f"row {row} shows blocks it does not own"
-    names = {request.block_owner for request in running.values()}
+    names = {request.arrival for request in running.values()}
     assert blocks._owners.keys() <= names, "a request without a row owns blocks"
     arrivals = [request.arrival for request in engine._scheduler._running.values()]
     arrivals += [request.arrival for request in waiting_requests(engine)]

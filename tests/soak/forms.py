@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from tests.soak.fuzz import held_mib
@@ -84,7 +84,7 @@ def measure(
         taken, seconds = _follow(compiler, form, num_tokens, draw)
         num_tokens -= max(taken, 1)
         slowest = max(slowest, seconds)
-    compiler._compiled.clear()
+    compiler._recent.clear()
     name = str(form.definition())[:60]
     return Cost(name, compile_s, compiling_mib, _peak_mib() - before, slowest)
 
@@ -93,7 +93,7 @@ def _follow(
     compiler: GrammarCompiler, form: StructuredOutputsParams, most: int, draw: random.Random
 ) -> tuple[int, float]:
     """One random output; its tokens, and the seconds of the slowest mask."""
-    matcher = compiler.new_matcher(form)
+    matcher = GrammarMatcher(compiler, form)
     mask = np.zeros(-(-compiler._vocab_size // 32), np.int32)
     slowest = 0.0
     for taken in range(most):

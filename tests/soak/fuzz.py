@@ -61,10 +61,7 @@ def make_engine() -> LLMEngine:
         runner,
         tokenizer,
         num_blocks=NUM_BLOCKS,
-        block_size=BLOCK_SIZE,
         max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=64,
         eos_token_ids=[EOS],
     )
     return engine
@@ -117,7 +114,8 @@ def held_mib() -> int:
 
 def held_without_grammars_mib(engine: LLMEngine) -> int:
     """The same with the grammars let go that are kept for requests to come."""
-    engine.admission.grammars._compiled.clear()
+    engine.grammars._recent.clear()
+    engine.grammars._older.clear()
     return held_mib()
 
 
