@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +67,7 @@ class AsyncEngine:
         # guarded by _lock; streams by the key of their request, keys by the caller's name for it
         self._streams: dict[str, _Stream] = {}
         self._keys: dict[str, str] = {}
-        self._replies: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]] = {}
+        self._replies: dict[str, Future[Any]] = {}
         self._is_stopping = False
 
     @property
@@ -116,14 +117,15 @@ class AsyncEngine:
             RuntimeError: the engine is not running or has failed.
             Exception: what the question says.
         """
-        loop = asyncio.get_running_loop()
-        key, reply = str(next(self._numbers)), loop.create_future()
+        key, reply = str(next(self._numbers)), Future[Any]()
+        # so that only the one who waits can be cancelled, not the reply
+        reply.set_running_or_notify_cancel()
         with self._lock:
             self._check_running()
-            self._replies[key] = loop, reply
+            self._replies[key] = reply
         self._link.post(Ask(key, question, argument))
         try:
-            return await reply
+            return await asyncio.wrap_future(reply)
         finally:
             with self._lock:
                 self._replies.pop(key, None)
@@ -227,14 +229,16 @@ class AsyncEngine:
             self._deliver(event)
         elif isinstance(event, Reply):
             with self._lock:
-                waiting = self._replies.get(event.key)
+                reply = self._replies.pop(event.key, None)
                 stream = self._streams.get(event.key)
                 if stream is not None:
                     self._forget(stream)
-            if waiting is not None:
-                _resolve(*waiting, event)
-            elif stream is not None and event.error is not None:
+            if stream is not None and event.error is not None:
                 self._put([(stream, event.error)])
+            elif reply is not None and event.error is not None:
+                reply.set_exception(event.error)
+            elif reply is not None:
+                reply.set_result(event.value)
         else:
             self._fail(event.error)
 
@@ -257,11 +261,11 @@ class AsyncEngine:
         failure = _failure(error)
         with self._lock:
             self.errored = error
-            streams = list(self._streams.values())
-            replies = dict(self._replies)
+            streams, replies = list(self._streams.values()), list(self._replies.values())
+            self._replies.clear()
         self._put([(stream, failure) for stream in streams])
-        for key, waiting in replies.items():
-            _resolve(*waiting, Reply(key, error=failure))
+        for reply in replies:
+            reply.set_exception(failure)
 
     def _put(self, items: list[tuple[_Stream, _Item]]) -> None:
         """Send items to the event loops of their streams, one call for each loop."""
@@ -300,24 +304,6 @@ def _put_all(items: list[tuple[_Stream, _Item]]) -> None:
     """Put items into their streams; runs in the event loop."""
     for stream, item in items:
         stream.items.put_nowait(item)
-
-
-def _resolve(loop: asyncio.AbstractEventLoop, reply: asyncio.Future[Any], event: Reply) -> None:
-    """Set the result of a reply in its event loop, unless nobody waits any more."""
-
-    def resolve() -> None:
-        if reply.done():
-            return
-        if event.error is None:
-            reply.set_result(event.value)
-        else:
-            reply.set_exception(event.error)
-
-    try:
-        loop.call_soon_threadsafe(resolve)
-    except RuntimeError:
-        # the loop is closed
-        return
 
 
 def _failure(error: BaseException) -> RuntimeError:

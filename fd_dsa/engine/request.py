@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 
+from fd_dsa.engine.block_manager import BlockKeys
 from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
 from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenLogprobs, TokenScore
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput, TopkPositions
-from fd_dsa.engine.prefix_cache import BlockKeys
 from fd_dsa.engine.random_uniform import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
@@ -83,16 +83,6 @@ class Request:
         """True when only the token sampled last is missing in the cache."""
         # an output comes after the prompt: with one token missing there is one or the prompt is
         return self.num_computed_tokens == len(self.token_ids) - 1 and bool(self.output_token_ids)
-
-    @property
-    def num_missing_tokens(self) -> int:
-        """Known tokens whose keys are not in the cache yet."""
-        return len(self.token_ids) - self.num_computed_tokens
-
-    @property
-    def is_ready(self) -> bool:
-        """False while its grammar is being compiled; asking for it begins that."""
-        return self.grammar is None or self.grammar.is_ready
 
     @property
     def wants_prompt_logits(self) -> bool:

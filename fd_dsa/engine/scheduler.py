@@ -173,9 +173,13 @@ class Scheduler:
 
     def _admit(self, budget: int) -> None:
         """Start waiting requests in order of arrival while rows, blocks and tokens last."""
-        # asked first: the grammar of the next request is compiled while it waits for a row
-        while self._waiting and self._waiting[0].is_ready and budget > 0 and self._spare_logits > 0:
+        while self._waiting:
             request = self._waiting[0]
+            # asked first: it is compiled while the request waits for a row
+            if request.grammar is not None and not request.grammar.is_ready:
+                break
+            if budget <= 0 or self._spare_logits <= 0:
+                break
             # the blocks of running requests; what is cached never covers all tokens
             spare = len(self._running)
             if spare >= self._blocks.num_free:
@@ -233,7 +237,7 @@ class Scheduler:
                 self._num_decoding, request.num_computed_tokens, self._target_gap_s
             )
             budget = min(budget, longest)
-        num_tokens = min(request.num_missing_tokens, budget)
+        num_tokens = min(len(request.token_ids) - request.num_computed_tokens, budget)
         if request.prompt_logprobs is not None and request.wants_prompt_logits:
             num_tokens = min(num_tokens, 1 + self._spare_logits)
             self._spare_logits -= num_tokens - 1

@@ -45,16 +45,19 @@ class DeepseekMLP(nn.Layer):
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
-        width, everything = self.intermediate_size, slice(None)
-        return {
-            f"{prefix}gate_proj.weight": loads_slice(
-                self.gate_up_proj, (everything, slice(0, width)), transpose=True
-            ),
-            f"{prefix}up_proj.weight": loads_slice(
-                self.gate_up_proj, (everything, slice(width, None)), transpose=True
-            ),
-            f"{prefix}down_proj.weight": loads(self.down_proj, transpose=True),
-        }
+        return _gated_loaders(prefix, self.gate_up_proj, self.down_proj)
+
+
+def _gated_loaders(prefix: str, gate_up: Any, down: Any, *expert: int) -> dict[str, WeightLoader]:
+    """How the three weights of a gated MLP fill two parameters, or those of one expert in them."""
+    width = gate_up.shape[-1] // 2
+    columns = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
+    loaders = {
+        f"{prefix}{name}.weight": loads_slice(gate_up, (*expert, slice(None), part), transpose=True)
+        for name, part in columns.items()
+    }
+    loaders[f"{prefix}down_proj.weight"] = loads_slice(down, (*expert, ...), transpose=True)
+    return loaders
 
 
 class NoAuxTopkGate(nn.Layer):
@@ -150,23 +153,12 @@ class DeepseekMoE(nn.Layer):
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
-        width, everything = self.intermediate_size, slice(None)
         loaders = self.shared_experts.weight_loaders(f"{prefix}shared_experts.")
         loaders[f"{prefix}gate.weight"] = loads(self.gate.weight, transpose=True)
         loaders[f"{prefix}gate.e_score_correction_bias"] = loads(self.gate.e_score_correction_bias)
+        experts = self.experts_gate_up_proj, self.experts_down_proj
         for i in range(self.num_experts):
-            name = f"{prefix}experts.{i}."
-            gate = (i, everything, slice(0, width))
-            up = (i, everything, slice(width, None))
-            loaders[f"{name}gate_proj.weight"] = loads_slice(
-                self.experts_gate_up_proj, gate, transpose=True
-            )
-            loaders[f"{name}up_proj.weight"] = loads_slice(
-                self.experts_gate_up_proj, up, transpose=True
-            )
-            loaders[f"{name}down_proj.weight"] = loads_slice(
-                self.experts_down_proj, (i,), transpose=True
-            )
+            loaders |= _gated_loaders(f"{prefix}experts.{i}.", *experts, i)
         return loaders
 
 

@@ -15,8 +15,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fd_dsa.engine.block_manager import BlockManager
-from fd_dsa.engine.prefix_cache import BlockKeys
+from fd_dsa.engine.block_manager import BlockKeys, BlockManager
 
 # most requests share, some do not, and some part in the middle of a block
 SALTS = [None, None, None, "a"]

@@ -24,7 +24,7 @@ def waiting_requests(engine: LLMEngine) -> list[Request]:
 
 def evictable_keys(engine: LLMEngine) -> set[bytes]:
     """Keys by which blocks can be found."""
-    return set(engine._blocks._prefix_cache._block_of)
+    return set(engine._blocks._block_of)
 
 
 def audit(engine: LLMEngine) -> None:
@@ -36,21 +36,20 @@ def audit(engine: LLMEngine) -> None:
 def _audit_blocks(engine: LLMEngine) -> None:
     """Each block is free, kept or owned, and owners are counted right."""
     blocks = engine._blocks
-    cache = blocks._prefix_cache
     owners: Counter[int] = Counter()
     for name, owner in blocks._owners.items():
         assert len(set(owner.blocks)) == len(owner.blocks), f"{name} owns a block twice"
         owners.update(owner.blocks)
     for block, count in enumerate(blocks._num_owners):
         assert count == owners[block], f"block {block} has {owners[block]} owners, counted {count}"
-    free, kept = blocks._free, cache._unowned
+    free, kept = blocks._free, blocks._unowned
     assert len(set(free)) == len(free), "a block is free twice"
     parts = (set(free), set(kept), set(owners))
     assert sum(map(len, parts)) == blocks.num_blocks, f"blocks are lost or in two places: {parts}"
     assert set().union(*parts) == set(range(blocks.num_blocks))
-    assert {block: key for key, block in cache._block_of.items()} == cache._key_of
-    assert kept.keys() <= cache._key_of.keys(), "a kept block cannot be found"
-    assert not parts[0] & cache._key_of.keys(), "a free block can be found"
+    assert {block: key for key, block in blocks._block_of.items()} == blocks._key_of
+    assert kept.keys() <= blocks._key_of.keys(), "a kept block cannot be found"
+    assert not parts[0] & blocks._key_of.keys(), "a free block can be found"
     salts: dict[int, str | None] = {}
     for request in running_requests(engine).values():
         for block in blocks.blocks_of(request.arrival):
