@@ -215,7 +215,7 @@ class BlockManager:
             owner.num_offered = self.num_blocks
 
     def _take_free(self) -> int:
-        """A block without an owner; there is one. The longest unowned of those that can be found."""
+        """A block without an owner; there is one. Of those that can be found the oldest."""
         if self._free:
             return self._free.pop()
         block, _ = self._unowned.popitem(last=False)

@@ -11,15 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fd_dsa.engine.block_manager import BlockManager
+from fd_dsa.engine.draws import NOT_FINITE
 from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import ConstraintError, FinishReason, RequestOutput, TopkPositions
-from fd_dsa.engine.random_uniform import derive_seed
 from fd_dsa.engine.request import Request, make_group
-from fd_dsa.engine.row_draw import NOT_FINITE
-from fd_dsa.engine.sampler import Sampler
+from fd_dsa.engine.sampler import Sampler, derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.stats import EngineStats

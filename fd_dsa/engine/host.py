@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.limits import RequestLimits
@@ -104,28 +104,48 @@ class EngineFacts:
         )
 
 
-class EngineLink(Protocol):
-    """Where an `AsyncEngine` finds its engine."""
+class EngineLink:
+    """Where an `AsyncEngine` finds its engine: a thread of this process runs it, or reads from it.
+
+    Attributes:
+        facts: of the engine.
+        tokenizer: of the engine.
+        pid: number of the engine's process; None where it is this one.
+    """
 
     facts: EngineFacts
     tokenizer: Tokenizer
-
-    @property
-    def pid(self) -> int | None:
-        """Number of the engine's process; None where it is this one."""
+    pid: int | None = None
+    _thread: threading.Thread | None = None
 
     @property
     def is_alive(self) -> bool:
         """True from `start` until the loop has ended."""
+        return self._thread is not None and self._thread.is_alive()
 
     def start(self, receive: Callable[[Event], None]) -> None:
-        """Begin to run; `receive` is called in a thread of the link. At most once."""
+        """Begin to run; `receive` is called in a thread of the link.
+
+        Raises:
+            RuntimeError: it was started before.
+        """
+        raise NotImplementedError
 
     def post(self, command: Command) -> None:
         """Send a command; from any thread, without waiting for the engine."""
+        raise NotImplementedError
 
     def join(self, timeout_s: float) -> None:
         """Wait until the loop has ended."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _start(self, target: Callable[[], object]) -> None:
+        """Start the thread of the link."""
+        if self._thread is not None:
+            raise RuntimeError("the engine was started before")
+        self._thread = threading.Thread(target=target, name="fd_dsa-engine", daemon=True)
+        self._thread.start()
 
 
 class EngineHost:
@@ -227,7 +247,7 @@ class EngineHost:
             self._emit(Reply(command.key, value))
 
 
-class EngineThread:
+class EngineThread(EngineLink):
     """A link to an engine in a thread of this process.
 
     Args:
@@ -240,32 +260,13 @@ class EngineThread:
         self.tokenizer = engine.tokenizer
         self._engine = engine
         self._host: EngineHost | None = None
-        self._thread: threading.Thread | None = None
-        self.pid = None
-
-    @property
-    def is_alive(self) -> bool:
-        """True from `start` until the loop has ended."""
-        return self._thread is not None and self._thread.is_alive()
 
     def start(self, receive: Callable[[Event], None]) -> None:
-        """Start the thread.
-
-        Raises:
-            RuntimeError: it was started before.
-        """
-        if self._thread is not None:
-            raise RuntimeError("the engine was started before")
-        self._host = EngineHost(self._engine, receive)
-        self._thread = threading.Thread(target=self._host.run, name="fd_dsa-engine", daemon=True)
-        self._thread.start()
+        """See `EngineLink`."""
+        self._host = self._host or EngineHost(self._engine, receive)
+        self._start(self._host.run)
 
     def post(self, command: Command) -> None:
-        """Send a command; nothing happens before `start`."""
+        """See `EngineLink`; nothing happens before `start`."""
         if self._host is not None:
             self._host.post(command)
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until the thread has ended."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)

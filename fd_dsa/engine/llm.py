@@ -154,7 +154,12 @@ class LLM:
         conversations: list[Any] = list(messages)
         if conversations and isinstance(conversations[0], dict):
             conversations = [conversations]
-        variables = _checked_variables(chat_template_kwargs or {})
+        variables = chat_template_kwargs or {}
+        if reserved := [name for name in variables if name in RESERVED]:
+            raise ValueError(
+                f"chat_template_kwargs has {reserved[0]!r}, which is not a variable of the "
+                "caller's; leave it out"
+            )
         token_ids = [
             engine.tokenizer.apply_chat_template(
                 entry,
@@ -256,17 +261,6 @@ class LLM:
         """One step; hands the outputs to the calls they belong to."""
         for output in self._open_engine().step():
             self._outbox[output.request_id].append(output)
-
-
-def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Variables of a template, refused where they are arguments of `chat`."""
-    for name in variables:
-        if name in RESERVED:
-            raise ValueError(
-                f"chat_template_kwargs has {name!r}, which is not a variable of the caller's; "
-                "leave it out"
-            )
-    return variables
 
 
 def _special_markers(tokenizer: Tokenizer, has_tools: bool) -> frozenset[int]:

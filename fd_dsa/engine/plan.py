@@ -198,9 +198,7 @@ def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[s
     Raises:
         ConfigError: a proposal that no request could make; names the file.
     """
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    proposed = {name: getattr(model_config.generation, name) for name in names}
-    defaults = {name: value for name, value in proposed.items() if value is not None}
+    defaults: dict[str, Any] = dict(model_config.generation)
     try:
         SamplingParams(**defaults)
     except ValueError as error:

@@ -13,7 +13,7 @@ from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
 from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenLogprobs, TokenScore
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput, TopkPositions
-from fd_dsa.engine.random_uniform import derive_seed
+from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 

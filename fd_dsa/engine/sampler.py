@@ -1,19 +1,21 @@
-"""From logits to tokens, for all rows of a step at once."""
+"""From logits to tokens, for all rows of a step at once.
+
+Random numbers are counter-based: each is a function of (seed, position) and of nothing else.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draws import DRAW, draw_tokens, rows_of
+from fd_dsa.engine.draws import DRAW, NOT_FINITE, RowDraw, draw_tokens, rows_of
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
-from fd_dsa.engine.random_uniform import uniforms
-from fd_dsa.engine.row_draw import NOT_FINITE, RowDraw
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.ops._host import Scratch
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
 
 NO_TOKEN = -2
 """Instead of a token where the rules of a row's request leave none."""
@@ -21,6 +23,10 @@ NO_TOKEN = -2
 _GREEDY_BELOW = 1e-5
 # all tokens are equally likely long before; what float32 cannot hold would make NaN of -inf
 _HOTTEST = 1e30
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
 
 
 class Sampler:
@@ -110,3 +116,37 @@ class Sampler:
                 self._row_draw = RowDraw(logits.shape[1])
             tokens[drawn] = draw_tokens(logits, draws, self._row_draw, self._scratch)
         return tokens
+
+
+def uniforms(seeds: UInt64, positions: Int64) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1), one for each pair.
+
+    u = mix(mix(seed) + (position + 1) * golden) / 2**64, cut to 53 bits.
+
+    Args:
+        seeds: uint64 [n].
+        positions: int64 [n]; position of the token in its output, from 0.
+
+    Returns:
+        float64 [n].
+
+    Source: SplitMix64 (Steele, Lea, Flood 2014); a seed names one of its streams, a position the
+    element of the stream.
+    """
+    steps = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    bits = _mix(_mix(seeds) + steps) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
+def derive_seed(engine_seed: int, arrival: int) -> int:
+    """Seed in [0, 2**64) of a request that brings none, from its arrival number."""
+    base = _mix(np.array([(engine_seed ^ _MIX_1) & _MASK], np.uint64))
+    step = np.array([(arrival + 1) * _GOLDEN & _MASK], np.uint64)
+    return int(_mix(base + step)[0])
+
+
+def _mix(state: UInt64) -> UInt64:
+    """SplitMix64's output function; arrays of uint64 wrap around silently."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_1)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(_MIX_2)
+    return state ^ (state >> np.uint64(31))

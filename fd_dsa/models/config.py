@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from fd_dsa.models.config_reader import INT32_MAX, FieldReader, read_json_object
 from fd_dsa.models.families import FAMILIES, Family
 from fd_dsa.models.rope_config import RopeConfig, read_rope, yarn_mscale
 
-__all__ = ["Fp8BlockQuant", "GenerationDefaults", "ModelConfig", "RopeConfig"]
+__all__ = ["Fp8BlockQuant", "ModelConfig", "RopeConfig"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,21 +79,6 @@ class Fp8BlockQuant:
     weight_block_size: tuple[int, int] = (128, 128)
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationDefaults:
-    """What generation_config.json proposes for requests which do not say; None where it is silent.
-
-    `temperature` is 0 where the file turns sampling off (`do_sample` false).
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    max_new_tokens: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig(Family):
     """Everything about a model that its layers, caches and weights depend on.
@@ -110,6 +96,8 @@ class ModelConfig(Family):
             layer before it), one a layer.
         eos_token_ids: of config.json, then those that generation_config.json adds.
         quantization: None where the weights are plain.
+        generation: parameters that generation_config.json proposes for requests that do not say;
+            a temperature of 0 where the file turns sampling off (`do_sample` false).
     """
 
     mla_norm_eps: float
@@ -122,7 +110,7 @@ class ModelConfig(Family):
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     quantization: Fp8BlockQuant | None = None
-    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    generation: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> ModelConfig:
@@ -202,8 +190,7 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
     values["n_routed_experts"] = _read_num_experts(reader, family)
     for name, value in _FIXED.items():
         reader.choice(name, value, (value,))
-    rope, unread = read_rope(reader, family.rope_theta, values["max_position_embeddings"])
-    quantization, more_unread = _read_quantization(reader)
+    rope = read_rope(reader, family.rope_theta, values["max_position_embeddings"])
     num_layers, vocab_size = values["num_hidden_layers"], values["vocab_size"]
     num_dense = reader.integer("first_k_dense_replace", family.first_k_dense_replace, minimum=0)
     num_dense = min(num_dense, num_layers)
@@ -222,11 +209,10 @@ def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
         "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
         "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
         "pad_token_id": reader.token_id("pad_token_id", vocab_size),
-        "quantization": quantization,
+        "quantization": _read_quantization(reader),
     }
     _check_consistency(reader, values)
-    unknown = [*reader.unread(), *unread, *more_unread]
-    if unknown := [name for name in unknown if name not in _HARMLESS]:
+    if unknown := [name for name in reader.unread() if name not in _HARMLESS]:
         logger.warning("%s: unknown fields, ignored: %s", reader.source, ", ".join(unknown))
     return values
 
@@ -272,11 +258,11 @@ def read_indexer_types(reader: FieldReader, num_layers: int, family: Family) -> 
     return types
 
 
-def _read_quantization(reader: FieldReader) -> tuple[Fp8BlockQuant | None, list[str]]:
-    """Quantisation of the weights, and the fields that were not understood."""
+def _read_quantization(reader: FieldReader) -> Fp8BlockQuant | None:
+    """Quantisation of the weights, if any."""
     section = reader.section("quantization_config")
     if section is None:
-        return None, []
+        return None
     section.choice("quant_method", None, ("fp8",))
     section.choice("fmt", "e4m3", ("e4m3",))
     section.choice("activation_scheme", "dynamic", ("dynamic",))
@@ -285,27 +271,21 @@ def _read_quantization(reader: FieldReader) -> tuple[Fp8BlockQuant | None, list[
     size = section.raw("weight_block_size", [128, 128])
     if not (isinstance(size, list) and len(size) == 2 and all(map(_is_count, size))):
         raise section.error("weight_block_size", size, "two integers of at least 1")
-    return Fp8BlockQuant((size[0], size[1])), section.unread()
+    return Fp8BlockQuant((size[0], size[1]))
 
 
 def _read_generation(
     reader: FieldReader, vocab_size: int
-) -> tuple[GenerationDefaults, tuple[int, ...]]:
+) -> tuple[dict[str, float], tuple[int, ...]]:
     """Proposals for requests, and the end-of-text tokens, of generation_config.json."""
     eos_token_ids = reader.token_ids("eos_token_id", vocab_size)
-    numbers = {
-        name: reader.number(name, None)
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty")
-        if reader.raw(name) is not None
-    }
-    counts = {
-        name: reader.integer(name, None, minimum=0)
-        for name in ("top_k", "max_new_tokens")
-        if reader.raw(name) is not None
-    }
+    names = ("temperature", "top_p", "min_p", "repetition_penalty")
+    proposed = {name: reader.number(name, None) for name in names if reader.raw(name) is not None}
+    if reader.raw("top_k") is not None:
+        proposed["top_k"] = reader.integer("top_k", None, minimum=0)
     if not (reader.raw("do_sample") is None or reader.boolean("do_sample", True)):
-        numbers["temperature"] = 0.0
-    return GenerationDefaults(**numbers, **counts), eos_token_ids
+        proposed["temperature"] = 0.0
+    return proposed, eos_token_ids
 
 
 def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:

@@ -7,12 +7,11 @@ import tracemalloc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.engine.detokenizer import StopChecker, new_detokenizer
 from fd_dsa.engine.tokenizer import Tokenizer
+from tests.engine.tokenizer_kinds import KINDS
 
 TEXTS = [
     "plain words, and 12 numbers",
@@ -25,44 +24,10 @@ TEXTS = [
 ]
 
 
-def demo_tokenizer():
-    """Byte-level BPE."""
-    return Tokenizer.from_folder(demo_model_path())
-
-
-def fallback_tokenizer():
-    """SentencePiece style: words with a leading mark, bytes for what is not in the vocabulary."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += [
-        "▁", *"abcdefghijklmnopqrstuvwxyz", "▁a", "▁w", "▁wo", "or", "ds", "▁wor", "▁words",
-    ]  # fmt: skip
-    merges = [("▁", "a"), ("▁", "w"), ("▁w", "o"), ("o", "r"), ("▁w", "or"), ("d", "s")]
-    merges.append(("▁wor", "ds"))
-    backend = Backend(
-        models.BPE(
-            vocab={piece: index for index, piece in enumerate(pieces)},
-            merges=merges,
-            unk_token="<unk>",
-            byte_fallback=True,
-            fuse_unk=True,
-        )
-    )
-    backend.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    backend.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    backend.add_special_tokens(["<s>", "</s>"])
-    return Tokenizer(backend)
-
-
-TOKENIZERS = {"byte-level": demo_tokenizer(), "byte-fallback": fallback_tokenizer()}
+TOKENIZERS = {
+    "byte-level": Tokenizer.from_folder(demo_model_path()),
+    "byte-fallback": Tokenizer(KINDS["llama"]()),
+}
 
 
 def stream(tokenizer, token_ids, **options):

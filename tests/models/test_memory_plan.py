@@ -35,34 +35,28 @@ def plan(free: int, weights: int = 10 * GIB, max_model_len: int = 640, **flags: 
     )
 
 
-def test_default_is_enough_for_all_sequences() -> None:
-    made = plan(100 * GIB, max_num_seqs=5)
-    assert made.num_blocks == 5 * 10
-    assert made.kv_cache_bytes == 50 * BLOCK
-    assert (made.weight_bytes, made.free_bytes, made.block_size) == (10 * GIB, 100 * GIB, 64)
-
-
-def test_default_stays_below_four_gib() -> None:
-    assert plan(100 * GIB, max_model_len=64 * 1000).num_blocks == 4096
-
-
-def test_default_holds_one_long_sequence_even_above_four_gib() -> None:
-    assert plan(100 * GIB, max_model_len=64 * 5000 - 1).num_blocks == 5000
-
-
-def test_default_leaves_half_of_what_is_free() -> None:
-    assert plan(11 * GIB, max_model_len=640).num_blocks == 512
-
-
-def test_flags_set_the_size() -> None:
-    assert plan(100 * GIB, kv_cache_memory_bytes="20G").num_blocks == 20 * 1024
-    assert plan(100 * GIB, kv_cache_memory_bytes=11 * BLOCK - 1).num_blocks == 10
-    assert plan(100 * GIB, num_gpu_blocks_override=77).num_blocks == 77
-
-
-def test_partial_blocks_count_in_full() -> None:
-    assert plan(100 * GIB, max_num_seqs=1, max_model_len=641).num_blocks == 11
-    assert plan(100 * GIB, max_num_seqs=1, max_model_len=641, block_size=1).num_blocks == 641
+@pytest.mark.parametrize(
+    ("free", "arguments", "blocks"),
+    [
+        # enough for all sequences, below 4 GiB unless one needs more, half of what is free
+        (100 * GIB, {"max_num_seqs": 5}, 50),
+        (100 * GIB, {"max_model_len": 64 * 1000}, 4096),
+        (100 * GIB, {"max_model_len": 64 * 5000 - 1}, 5000),
+        (11 * GIB, {}, 512),
+        (100 * GIB, {"kv_cache_memory_bytes": "20G"}, 20 * 1024),
+        (100 * GIB, {"kv_cache_memory_bytes": 11 * BLOCK - 1}, 10),
+        (100 * GIB, {"num_gpu_blocks_override": 77}, 77),
+        # partial blocks count in full
+        (100 * GIB, {"max_num_seqs": 1, "max_model_len": 641}, 11),
+        (100 * GIB, {"max_num_seqs": 1, "max_model_len": 641, "block_size": 1}, 641),
+        # an exact fit
+        (10 * GIB + 10 * BLOCK, {"kv_cache_memory_bytes": 10 * BLOCK}, 10),
+    ],
+)
+def test_number_of_blocks(free: int, arguments: dict[str, Any], blocks: int) -> None:
+    made = plan(free, **arguments)
+    assert (made.num_blocks, made.kv_cache_bytes) == (blocks, blocks * BLOCK)
+    assert (made.weight_bytes, made.free_bytes) == (10 * GIB, free)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +74,7 @@ def test_partial_blocks_count_in_full() -> None:
             {"max_model_len": 64 * 5000},
             ["needs 14.9 GiB", "free 12.0 GiB", "lower --max-model-len"],
         ),
+        (10 * GIB + 10 * BLOCK - 1, {"kv_cache_memory_bytes": 10 * BLOCK}, ["memory: needs"]),
         (5 * GIB, {}, ["weights 10.0 GiB", "free 5.0 GiB", "weights alone do not fit"]),
         (
             12 * GIB,
@@ -107,12 +102,6 @@ def test_refusals_have_the_numbers_and_the_flag(
     assert message.startswith("memory: ")
     assert all(word in message for word in words), message
     assert "\n" not in message
-
-
-def test_exact_fit_is_accepted() -> None:
-    assert plan(10 * GIB + 10 * BLOCK, kv_cache_memory_bytes=10 * BLOCK).num_blocks == 10
-    with pytest.raises(ConfigError, match="memory: needs"):
-        plan(10 * GIB + 10 * BLOCK - 1, kv_cache_memory_bytes=10 * BLOCK)
 
 
 def test_summary_is_one_line_with_the_capacity() -> None:

@@ -92,12 +92,21 @@ def _draw_arrival(draw: random.Random, stem: list[int]) -> Arrival:
     """A request whose prompt mostly begins as others do."""
     begin = stem[: draw.randint(0, 30)]
     prompt = begin + [draw.randrange(2, VOCAB_SIZE) for _ in range(draw.randint(1, 5))]
-    at_step = draw.randint(0, 30)
+    at_step, max_tokens = draw.randint(0, 30), draw.randint(1, MAX_MODEL_LEN - len(prompt))
     params = SamplingParams(
         n=draw.choice([1, 1, 1, 2, 3]),
         temperature=draw.choice([0.0, 1.0]),
+        top_k=draw.choice([0, 0, 2]),
+        top_p=draw.choice([1.0, 1.0, 0.7]),
+        min_p=draw.choice([0.0, 0.0, 0.1]),
+        repetition_penalty=draw.choice([1.0, 1.0, 1.5]),
+        frequency_penalty=draw.choice([0.0, 0.0, 1.0]),
+        logit_bias=draw.choice([None, None, {draw.randrange(VOCAB_SIZE): 3.0}]),
+        bad_words=draw.choice([None, None, ["ab", "c"]]),
+        stop_token_ids=draw.choice([None, None, [draw.randrange(2, VOCAB_SIZE)]]),
+        min_tokens=draw.choice([0, 0, draw.randint(0, max_tokens)]),
         seed=draw.randint(0, 3),
-        max_tokens=draw.randint(1, MAX_MODEL_LEN - len(prompt)),
+        max_tokens=max_tokens,
         ignore_eos=draw.random() < 0.7,
         cache_salt=draw.choice([None, None, None, "a", "b"]),
         skip_reading_prefix_cache=draw.random() < 0.1,
