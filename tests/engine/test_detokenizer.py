@@ -73,7 +73,7 @@ def test_byte_level_text_of_any_tokens_equals_decoding_them_at_once(token_ids, s
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_an_unfinished_character_is_held_and_shown_broken_at_the_end(kind):
     tokenizer = TOKENIZERS[kind]
-    token_ids = tokenizer.encode("x😀")
+    token_ids = tokenizer.encode("x😀", add_special_tokens=False)
     *pieces, last = stream(tokenizer, token_ids[:-1])
     assert "".join(pieces).strip() == "x"
     assert set(last) == {"\ufffd"}
@@ -82,7 +82,7 @@ def test_an_unfinished_character_is_held_and_shown_broken_at_the_end(kind):
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_bytes_that_become_no_character_do_not_hold_the_text_back_for_ever(kind):
     tokenizer = TOKENIZERS[kind]
-    broken = tokenizer.encode("😀")[:-1][-1]
+    broken = tokenizer.encode("😀", add_special_tokens=False)[:-1][-1]
     pieces = stream(tokenizer, [*[broken] * 60, *tokenizer.encode("abc")])
     assert "".join(pieces[:60]).count("\ufffd") >= 34
     assert "".join(pieces).endswith("abc")

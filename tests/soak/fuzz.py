@@ -9,7 +9,6 @@ engine, and the runner that checks what its slots hold.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import ctypes
 import gc
@@ -32,6 +31,7 @@ from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.heaps import share_heaps
 from fd_dsa.serve.state import ServerState
+from tests.soak import report
 from tests.soak.audit import audit, running_requests
 from tests.soak.checking_runner import EOS, CheckingRunner
 from tests.soak.hostile import POSTS, HostileRequest, draw_request
@@ -204,21 +204,7 @@ def run(first: int, count: int) -> Counter[str]:
     return counts
 
 
-def main() -> None:
-    """Run what the command line asks for and print what was answered."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--first", type=int, default=0, help="number of the first request")
-    parser.add_argument("--requests", type=int, default=100_000)
-    args = parser.parse_args()
+if __name__ == "__main__":
     # as a server does
     share_heaps()
-    begin = time.monotonic()
-    counts = run(args.first, args.requests)
-    print(f"{args.requests} hostile requests from {args.first} on:")
-    for name, count in sorted(counts.items()):
-        print(f"  {name:45} {count:>12,}")
-    print(f"  {'seconds':45} {time.monotonic() - begin:>12.0f}")
-
-
-if __name__ == "__main__":
-    main()
+    report.main(__doc__, "requests", 100_000, run)

@@ -8,9 +8,7 @@ A history is a function of its number, so a failure is repeated by the second fo
 
 from __future__ import annotations
 
-import argparse
 import random
-import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +17,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.runner.input_batch import InputBatch
 from tests.engine.fakes import byte_tokenizer, random_clock
+from tests.soak import report
 from tests.soak.audit import audit, evictable_keys, running_requests, waiting_requests
 from tests.soak.checking_runner import EOS, VOCAB_SIZE, CheckingRunner, DeviceGone
 
@@ -270,19 +269,5 @@ def run_histories(first: int, count: int) -> Counter[str]:
     return total
 
 
-def main() -> None:
-    """Run what the command line asks for and print what happened."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--first", type=int, default=0, help="number of the first history")
-    parser.add_argument("--histories", type=int, default=10_000)
-    args = parser.parse_args()
-    begin = time.monotonic()
-    total = run_histories(args.first, args.histories)
-    print(f"{args.histories} histories from {args.first} on, every invariant after every step:")
-    for name, count in sorted(total.items()):
-        print(f"  {name:45} {count:>12,}")
-    print(f"  {'seconds':45} {time.monotonic() - begin:>12.0f}")
-
-
 if __name__ == "__main__":
-    main()
+    report.main(__doc__, "histories", 10_000, run_histories)
