@@ -1,43 +1,24 @@
 """Draws of tokens from rows of logits, with or without min-p, top-k and top-p.
 
-`RowDraw` draws from one row after another, from all tokens or by top-p: a row is read a few times
-while it is in the processor's cache, and nothing of its size is sorted. For top-p a sorted sample
-shows about where the nucleus ends, a sum over the row by how much that is wrong, and the tokens
-between there and the end are sorted. Draws with min-p or top-k are made in groups of rows.
+A row is read a few times while it is in the processor's cache, and nothing of its size is sorted.
+For top-p a sorted sample shows about where the nucleus ends, a sum over the row by how much that
+is wrong, and the tokens between there and the end are sorted. With min-p or top-k a bound leaves
+few tokens to look at.
 """
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.ops._host import Scratch
-
-Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 NOT_FINITE = -1
 """Instead of a token where the logits of a row hold NaN or +inf, or only -inf."""
-
-DRAW = np.dtype(
-    [
-        ("row", np.int64),
-        ("temperature", np.float64),
-        ("min_p", np.float64),
-        ("top_k", np.int64),
-        ("top_p", np.float64),
-        ("uniform", np.float64),
-    ]
-)
-"""One draw: its row of logits; temperature > 0; min_p in [0, 1], 0 = off; top_k, 0 = off; top_p in
-[0, 1], 1 = off; uniform in [0, 1). The weight of a token is exp((logit - largest) / temperature).
-"""
 
 # tokens of a block: a draw finds its block first, so it needs no running sum over all tokens
 _BLOCK = 512
@@ -47,40 +28,8 @@ _NEAR = 3e-7
 # a nucleus with fewer tokens of the sample is sorted whole
 _NARROW = 16
 _POSITIVE = np.nextafter(np.float32(0), np.float32(1))
-# bounds the temporaries where calls for each row would take longer than memory
-_GROUP_LOGITS = 2**20
 _MAX_GROUP_SIZE = 64
 _LOWEST = np.finfo(np.float32).min
-
-
-def draw_tokens(
-    logits: Float32, draws: npt.NDArray[np.void], row_draw: RowDraw, scratch: Scratch
-) -> Int64:
-    """Token of each draw: min-p, then top-k, then top-p of what they left.
-
-    Args:
-        logits: float32 [rows, vocab_size].
-        draws: DRAW [n], rows ascending.
-        row_draw: for draws without min-p and top-k.
-        scratch: for temporaries as large as some rows.
-
-    Returns:
-        int64 [n]; token ids or NOT_FINITE.
-    """
-    vocab_size = logits.shape[1]
-    draws["top_k"][draws["top_k"] >= vocab_size] = 0
-    is_cut = (draws["min_p"] > 0) | (draws["top_k"] > 0)
-    tokens = np.empty(len(draws), np.int64)
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        (cut,), (single,) = is_cut.nonzero(), (~is_cut).nonzero()
-        group_size = max(1, _GROUP_LOGITS // vocab_size)
-        for begin in range(0, len(cut), group_size):
-            group = cut[begin : begin + group_size]
-            tokens[group] = _draw_cut(logits, draws[group], scratch)
-        for place, draw in zip(single.tolist(), draws[single].tolist(), strict=True):
-            row, temperature, _, _, top_p, uniform = draw
-            tokens[place] = row_draw.draw(logits[row], temperature, top_p, uniform)
-    return tokens
 
 
 def rows_of(logits: Float32, rows: Int64) -> Float32:
@@ -108,80 +57,6 @@ def lower_bound(logits: Float32, width: int) -> Float32:
     return np.partition(maxima, num_columns - width, axis=1)[:, num_columns - width]
 
 
-def _draw_cut(logits: Float32, draws: Any, scratch: Scratch) -> Int64:
-    """Draws with min-p, top-k or both, and top-p of what they left."""
-    tokens = np.full(len(draws), NOT_FINITE, np.int64)
-    largest = rows_of(logits, draws["row"]).max(axis=1)
-    usable = np.flatnonzero(np.isfinite(largest))
-    if not len(usable):
-        return tokens
-    draws, largest = draws[usable], largest[usable].astype(np.float64)
-    rows = rows_of(logits, draws["row"])
-    bounds = largest + draws["temperature"] * np.log(draws["min_p"])
-    is_top_k = draws["top_k"] > 0
-    if is_top_k.any():
-        few = lower_bound(rows, int(draws["top_k"].max()))
-        bounds = np.maximum(bounds, np.where(is_top_k, few, -np.inf))
-    kept, places, begins = _candidates(rows, bounds, scratch)
-    weights = kept - largest[:, None]
-    weights /= draws["temperature"][:, None]
-    np.exp(weights, out=weights)
-    ranked = np.flatnonzero(is_top_k | (draws["top_p"] < 1))
-    if len(ranked):
-        weights[ranked] *= _is_ranked(kept[ranked], weights[ranked], draws[ranked])
-    # in the order of ids, so that rounding in the logits moves no token's place in the sum
-    ends = weights.cumsum(axis=1)
-    # the first column of positive weight whose running sum is above the draw
-    target = np.minimum(draws["uniform"] * ends[:, -1], np.nextafter(ends[:, -1], 0.0))
-    columns = (ends <= target[:, None]).sum(axis=1)
-    tokens[usable] = places[begins + columns] % logits.shape[1]
-    return tokens
-
-
-def _candidates(logits: Float32, bounds: Float64, scratch: Scratch) -> tuple[Float32, Int64, Int64]:
-    """The logits of each row that are at least its bound, never -inf, in the order of their ids.
-
-    Args:
-        logits: float32 [rows, vocab_size] without NaN.
-        bounds: float64 [rows], each at most the largest logit of its row.
-        scratch: where the comparison is kept.
-
-    Returns:
-        float32 [rows, n], -inf after a row's last candidate; int64, where the candidates of all
-        rows are in the flattened logits; int64 [rows], each row's first entry of these.
-
-    Cost: two passes over the logits.
-    """
-    num_rows, vocab_size = logits.shape
-    nearest = bounds.astype(np.float32)
-    rounded_up = np.where(nearest < bounds, np.nextafter(nearest, np.float32(np.inf)), nearest)
-    marks = scratch.take("marks", logits.shape, np.bool_)
-    np.greater_equal(logits, np.maximum(rounded_up, _LOWEST)[:, None], out=marks)
-    places = np.flatnonzero(marks)
-    begins = np.searchsorted(places, np.arange(num_rows + 1) * vocab_size)
-    values = logits.reshape(-1)[places]
-    kept = np.full((num_rows, int(np.diff(begins).max())), -np.inf, np.float32)
-    for row, (begin, end) in enumerate(pairwise(begins.tolist())):
-        kept[row, : end - begin] = values[begin:end]
-    return kept, places, begins[:-1]
-
-
-def _is_ranked(logits: Float32, weights: Float64, draws: Any) -> Bool:
-    """Which candidates, [n, m], top-k and then top-p keep."""
-    index, num_columns = np.arange(len(weights)), weights.shape[1]
-    # stable, so that ties go to the lower id
-    order = np.argsort(-logits, axis=1, kind="stable")
-    mass = np.take_along_axis(weights, order, axis=1).cumsum(axis=1)
-    top_k = draws["top_k"]
-    count = np.where(top_k > 0, np.minimum(top_k, num_columns), num_columns)
-    nucleus_mass = draws["top_p"] * mass[index, count - 1]
-    nucleus = (mass < nucleus_mass[:, None]).sum(axis=1) + 1
-    count = np.where(draws["top_p"] < 1, np.minimum(nucleus, count), count)
-    keep = np.empty(weights.shape, np.bool_)
-    np.put_along_axis(keep, order, np.arange(num_columns) < count[:, None], axis=1)
-    return keep
-
-
 class RowDraw:
     """Draws from one row after another; weights are exp((logit - largest) / temperature).
 
@@ -203,18 +78,31 @@ class RowDraw:
         # a longer sample takes more time than it saves
         self._stride = int(1.6 * vocab_size ** (1 / 3))
 
-    def draw(self, logits: Float32, temperature: float, top_p: float, uniform: float) -> int:
-        """Token of a row, or NOT_FINITE.
+    def draw(
+        self,
+        logits: Float32,
+        uniform: float,
+        temperature: float,
+        min_p: float,
+        top_k: int,
+        top_p: float,
+    ) -> int:
+        """Token of a row, or NOT_FINITE: min-p, then top-k, then top-p of what they left.
 
         Args:
             logits: float32 [vocab_size].
-            temperature: > 0.
-            top_p: in [0, 1]; 1 = all tokens.
             uniform: in [0, 1).
+            temperature: > 0.
+            min_p: in [0, 1]; 0 = off.
+            top_k: 0 = off, as everything from vocab_size on.
+            top_p: in [0, 1]; 1 = off.
         """
         largest = np.maximum.reduce(logits)
         if not math.isfinite(largest):
             return NOT_FINITE
+        if min_p or 0 < top_k < self.vocab_size:
+            kept = self._above_bounds(logits, float(largest), temperature, min_p, top_k)
+            return _draw_ranked(logits, *kept, top_k, top_p, uniform)
         weights = np.subtract(logits, largest, out=self._weights)
         if temperature != 1:
             np.divide(weights, np.float32(temperature), out=weights)
@@ -238,6 +126,20 @@ class RowDraw:
         while token is None:
             token = self._draw_above(logits, max(bounds.pop(), _POSITIVE), nucleus_mass, uniform)
         return token
+
+    def _above_bounds(
+        self, logits: Float32, largest: float, temperature: float, min_p: float, top_k: int
+    ) -> tuple[Int64, Float64]:
+        """Ids, ascending, and weights of all tokens that min-p and top-k may keep, and few more."""
+        bound = largest + temperature * np.log(min_p) if min_p else -np.inf
+        if 0 < top_k < self.vocab_size:
+            bound = max(bound, lower_bound(logits[None], top_k).item())
+        nearest = np.float32(bound)
+        if nearest < bound:
+            nearest = np.nextafter(nearest, np.float32(np.inf))
+        np.greater_equal(logits, max(nearest, _LOWEST), out=self._marks)
+        ids = self._marks.nonzero()[0]
+        return ids, np.exp((logits[ids].astype(np.float64) - largest) / temperature)
 
     def _draw_above(
         self, logits: Float32, bound: np.float32, nucleus_mass: float, uniform: float
@@ -290,6 +192,22 @@ class RowDraw:
         change = kept if is_wider else kept - weights
         sums += np.bincount(ids // _BLOCK, change, len(sums))
         return _find(self._kept_blocks, sums, uniform)
+
+
+def _draw_ranked(
+    logits: Float32, ids: Int64, weights: Float64, top_k: int, top_p: float, uniform: float
+) -> int:
+    """Token by top-k and then top-p of some ids, ascending; ties go to the lower id."""
+    if top_k or top_p < 1:
+        order = np.argsort(-logits[ids], kind="stable")
+        mass = weights[order].cumsum()
+        count = min(top_k or len(ids), len(ids))
+        if top_p < 1:
+            count = min(int((mass < top_p * mass[count - 1]).sum()) + 1, count)
+        weights[order[count:]] = 0
+    # in the order of ids, so that rounding in the logits moves no token's place in the sum
+    ends = weights.cumsum()
+    return int(ids[_first_above(ends, uniform * ends.item(-1))])
 
 
 def _find(blocks: Float32, sums: Float32 | Float64, uniform: float) -> int:

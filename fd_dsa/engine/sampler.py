@@ -8,10 +8,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draws import DRAW, NOT_FINITE, RowDraw, draw_tokens, rows_of
+from fd_dsa.engine.draws import NOT_FINITE, RowDraw, rows_of
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.ops._host import Scratch
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -44,23 +43,19 @@ class Sampler:
 
     def __init__(self, max_num_seqs: int) -> None:
         """Allocate the parameters."""
-        self._draws = np.zeros(max_num_seqs, DRAW)
+        self._draws: list[tuple[float, float, int, float]] = [(1.0, 0.0, 0, 1.0)] * max_num_seqs
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._is_random = np.zeros(max_num_seqs, bool)
         self._is_ruled = np.zeros(max_num_seqs, bool)
         self._rules: list[LogitRules | None] = [None] * max_num_seqs
         self._row_draw: RowDraw | None = None
-        self._scratch = Scratch()
 
     def set_slot(
         self, slot: int, params: SamplingParams, seed: int, rules: LogitRules | None = None
     ) -> None:
         """Parameters of the request that has taken a slot, and its rules if it has any."""
         temperature = min(params.temperature, _HOTTEST)
-        # a count beyond every vocabulary keeps everything, and so does "off"
-        top_k = min(max(params.top_k, 0), 2**31)
-        # the row and the random number change from step to step
-        self._draws[slot] = (0, temperature, params.min_p, top_k, params.top_p, 0.0)
+        self._draws[slot] = (temperature, params.min_p, max(params.top_k, 0), params.top_p)
         self._seeds[slot] = seed % 2**64
         self._is_random[slot] = params.temperature >= _GREEDY_BELOW
         self._is_ruled[slot] = rules is not None
@@ -109,12 +104,15 @@ class Sampler:
             tokens[greedy[usable]] = best[usable]
         if len(drawn):
             slots = slots[drawn]
-            draws = self._draws[slots]
-            draws["row"] = drawn
-            draws["uniform"] = uniforms(self._seeds[slots], positions[drawn])
+            numbers = uniforms(self._seeds[slots], positions[drawn])
             if self._row_draw is None or self._row_draw.vocab_size != logits.shape[1]:
                 self._row_draw = RowDraw(logits.shape[1])
-            tokens[drawn] = draw_tokens(logits, draws, self._row_draw, self._scratch)
+            draw = self._row_draw.draw
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                for row, slot, number in zip(
+                    drawn.tolist(), slots.tolist(), numbers.tolist(), strict=True
+                ):
+                    tokens[row] = draw(logits[row], number, *self._draws[slot])
         return tokens
 
 
