@@ -34,7 +34,10 @@ class BlockKeys:
         self._token_ids = token_ids
         self._block_size = block_size
         # without a salt; no text has this digest
-        self._root = bytes(32) if cache_salt is None else _sha256(_utf8(cache_salt))
+        self._root = bytes(32)
+        if cache_salt is not None:
+            # a JSON body may hold lone surrogates
+            self._root = _sha256(cache_salt.encode("utf-8", "surrogatepass"))
         self._keys: list[bytes] = []
 
     def __getitem__(self, index: int) -> bytes:
@@ -50,11 +53,6 @@ class BlockKeys:
 def _sha256(data: bytes) -> bytes:
     """Digest of 32 bytes; a fast hash would let a client choose tokens that collide."""
     return hashlib.sha256(data).digest()
-
-
-def _utf8(text: str) -> bytes:
-    """Bytes of any text, lone surrogates of a JSON body included."""
-    return text.encode("utf-8", "surrogatepass")
 
 
 @dataclass(slots=True)

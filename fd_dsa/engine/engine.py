@@ -75,7 +75,7 @@ class LLMEngine:
         self.clock: Callable[[], float] = time.perf_counter
         self.sampling_defaults: dict[str, Any] = dict(sampling_defaults or {})
         self._batch: InputBatch = runner.input_batch
-        block_size, self.max_num_seqs = self._batch.block_size, self._batch.max_num_seqs
+        block_size, num_rows = self._batch.block_size, self._batch.max_num_seqs
         self._stats = EngineStats(num_blocks=num_blocks)
         self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.limits = RequestLimits(
@@ -89,9 +89,9 @@ class LLMEngine:
         self._seed = seed
         self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, self._eos_token_ids)
         self._scheduler = Scheduler(self._blocks, self._batch, self._stats, target_gap_s)
-        self._sampler = Sampler(self.max_num_seqs)
+        self._sampler = Sampler(num_rows)
         # arrival number of the request whose parameters the sampler has in a slot
-        self._slot_params = [-1] * self.max_num_seqs
+        self._slot_params = [-1] * num_rows
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
         self.metrics = EngineMetrics(max_model_len, getattr(runner, "counters", None))
@@ -313,8 +313,7 @@ class LLMEngine:
             stay = [request not in failed for request in sampling]
             logits_to_sample = logits_to_sample[np.array(stay, bool)]
             sampling[:] = [request for request in sampling if request not in failed]
-        now = time.monotonic()
-        return [self._fail(request, NOT_FINITE, now) for request in failed], logits_to_sample
+        return [self._fail(request, NOT_FINITE) for request in failed], logits_to_sample
 
     def _sample(
         self, sampling: list[Request], logits: npt.NDArray[np.float32]
@@ -342,7 +341,7 @@ class LLMEngine:
         outputs = []
         for request, token_id, score in zip(sampling, tokens.tolist(), scores, strict=True):
             if token_id < 0:
-                outputs.append(self._fail(request, token_id, now))
+                outputs.append(self._fail(request, token_id))
                 continue
             text = request.append_token(token_id, now, score)
             outputs.append(request.output([token_id], text))
@@ -351,16 +350,18 @@ class LLMEngine:
                 self._drop(request)
         return outputs
 
-    def _end(self, request: Request, reason: FinishReason) -> RequestOutput:
-        """End a request between two steps."""
+    def _end(
+        self, request: Request, reason: FinishReason, error: RuntimeError | None = None
+    ) -> RequestOutput:
+        """End a request without a next token."""
         now = time.monotonic()
         request.finish(reason, now)
-        output = request.output([], request.take_text("", now))
+        output = request.output([], request.take_text("", now), error)
         self._drop(request)
         return output
 
-    def _fail(self, request: Request, code: int, now: float) -> RequestOutput:
-        """End a request without a next token; the others go on."""
+    def _fail(self, request: Request, code: int) -> RequestOutput:
+        """End a request whose next token cannot be; the others go on."""
         what = f"output token {len(request.output_token_ids)}"
         reason = "bad_words, min_tokens and the like leave no token that may come; ask for less"
         if request.grammar is not None:
@@ -372,10 +373,7 @@ class LLMEngine:
             error = RuntimeError(
                 f"{what}: the logits are not finite; the model or its weights are at fault"
             )
-        request.finish("error", now)
-        output = request.output([], request.take_text("", now), error)
-        self._drop(request)
-        return output
+        return self._end(request, "error", error)
 
     def _drop(self, request: Request) -> None:
         """Count an ended request and free what it holds."""

@@ -9,6 +9,7 @@ from fd_dsa.config import EngineConfig
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.plan import EnginePlan, make_plan
 from fd_dsa.engine.startup import LoadProgress, StartupProgress
+from fd_dsa.models.memory_plan import format_bytes
 
 
 def build_engine(config: EngineConfig, progress: StartupProgress | None = None) -> LLMEngine:
@@ -54,9 +55,7 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
 def _load_model(plan: EnginePlan, progress: StartupProgress) -> Any:
     """The model with its weights, in host memory."""
     from fd_dsa.models.checkpoint import Checkpoint
-    from fd_dsa.models.dummy_weights import load_dummy_weights
-    from fd_dsa.models.loader import load_weights
-    from fd_dsa.models.memory_plan import format_bytes
+    from fd_dsa.models.loader import load_dummy_weights, load_weights
     from fd_dsa.models.registry import create_model
 
     model = create_model(plan.model_config)

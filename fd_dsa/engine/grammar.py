@@ -226,7 +226,6 @@ class GrammarCompiler:
             ValueError: it is wrong or too large, or llguidance is missing; begins with the name
                 of the field.
         """
-        _check_installed(params.source)
         if self._kept(params.definition()) is None:
             with self._checks:
                 self.find(params)

@@ -86,22 +86,18 @@ class EngineFacts:
 
     Attributes:
         limits: what the engine can ever run.
-        max_num_seqs: rows of a step.
         sampling_defaults: fields of SamplingParams that the model proposes.
         captured_sizes: rows of the decode steps that are replayed from graphs.
     """
 
     limits: RequestLimits
-    max_num_seqs: int
     sampling_defaults: dict[str, Any]
     captured_sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, engine: LLMEngine) -> EngineFacts:
         """The facts of an engine."""
-        return cls(
-            engine.limits, engine.max_num_seqs, engine.sampling_defaults, engine.captured_sizes
-        )
+        return cls(engine.limits, engine.sampling_defaults, engine.captured_sizes)
 
 
 class EngineLink:
@@ -218,19 +214,16 @@ class EngineHost:
             is_stopping = self._is_stopping
         for command in commands:
             if isinstance(command, Add):
-                self._add(command)
+                prompt_token_ids, params = command.prompt_token_ids, command.params
+                try:
+                    self._engine.add_request(command.key, prompt_token_ids, params)
+                except ValueError as error:
+                    self._emit(Reply(command.key, error=error))
             elif command.index is None:
                 self._deliver(self._engine.abort_request(command.key))
             else:
                 self._deliver(self._engine.finish_output(command.key, command.index))
         return not is_stopping
-
-    def _add(self, command: Add) -> None:
-        """Hand a request to the engine."""
-        try:
-            self._engine.add_request(command.key, command.prompt_token_ids, command.params)
-        except ValueError as error:
-            self._emit(Reply(command.key, error=error))
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         """Emit what outputs have gained."""

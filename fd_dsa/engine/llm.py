@@ -94,7 +94,8 @@ class LLM:
             ValueError: a prompt can never run (then none does), or the counts differ.
         """
         engine = self._open_engine()
-        token_ids = [_encode(engine.tokenizer, prompt) for prompt in _as_list(prompts)]
+        encode = engine.tokenizer.encode
+        token_ids = [encode(p) if isinstance(p, str) else list(p) for p in _as_list(prompts)]
         default = SamplingParams(**engine.sampling_defaults)
         params = _params_for(len(token_ids), sampling_params, default)
         return self._run(token_ids, params, stream)
@@ -280,11 +281,6 @@ def _as_list(prompts: Prompts) -> list[Prompt]:
     if several and not isinstance(several[0], (str, Sequence)) and hasattr(several[0], "__index__"):
         return [several]
     return several
-
-
-def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt."""
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
 
 def _params_for(count: int, params: Params, default: SamplingParams) -> list[SamplingParams]:

@@ -98,20 +98,16 @@ class TokenCounts:
         for token_id in self._output[self._num_read :]:
             place = self._place_of.setdefault(token_id, len(self._place_of))
             if place >= len(self._ids):
-                self._grow()
+                more = max(len(self._ids), 64)
+                self._ids, self._counts = (
+                    np.pad(self._ids, (0, more)),
+                    np.pad(self._counts, (0, more)),
+                )
             self._ids[place] = token_id
             self._counts[place] += 1
         self._num_read = len(self._output)
         num_listed = len(self._place_of)
         return self._ids[:num_listed], self._counts[:num_listed]
-
-    def _grow(self) -> None:
-        """Double the room."""
-        size = max(2 * len(self._ids), 64)
-        self._ids = np.resize(self._ids, size)
-        counts = np.zeros(size, np.float64)
-        counts[: len(self._counts)] = self._counts
-        self._counts = counts
 
 
 class LogitRules:

@@ -110,7 +110,9 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     """
     _prepare_paddle()
     # these import paddle
+    from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.config import ModelConfig
+    from fd_dsa.models.loader import validate
     from fd_dsa.ops._fixed_order import check_fixed_order
     from fd_dsa.runner.device import keep_float32, resolve_device
     from fd_dsa.runner.input_batch import InputBatch
@@ -131,7 +133,10 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     input_batch = InputBatch(
         config.max_num_seqs, config.num_batched_tokens, blocks_per_seq, config.block_size
     )
-    _check_weights(config, model_config)
+    if config.load_format != "dummy":
+        # only headers are read
+        with Checkpoint.open(config.model_path) as checkpoint:
+            validate(checkpoint, model_config)
     backend = backend_config(model_config, layout, input_batch)
     memory = _plan_memory(config, model_config, layout, max_model_len, device, backend)
     return EnginePlan(
@@ -220,17 +225,6 @@ def _check_vocabulary(config: EngineConfig, model: ModelConfig, tokenizer: Token
         f"tokenizer: {file} has token ids up to {tokenizer.highest_token_id}, vocab_size of the "
         f"model's config.json is {model.vocab_size}; {cure}"
     )
-
-
-def _check_weights(config: EngineConfig, model_config: ModelConfig) -> None:
-    """Refuse a checkpoint that does not hold the model; only headers are read."""
-    if config.load_format == "dummy":
-        return
-    from fd_dsa.models.checkpoint import Checkpoint
-    from fd_dsa.models.loader import validate
-
-    with Checkpoint.open(config.model_path) as checkpoint:
-        validate(checkpoint, model_config)
 
 
 def _plan_memory(

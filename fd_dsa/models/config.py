@@ -269,7 +269,8 @@ def _read_quantization(reader: FieldReader) -> Fp8BlockQuant | None:
     section.choice("scale_fmt", None, (None, "ue8m0", "float"))
     section.choice("expert_dtype", "fp8", ("fp8",))
     size = section.raw("weight_block_size", [128, 128])
-    if not (isinstance(size, list) and len(size) == 2 and all(map(_is_count, size))):
+    # of type int: true is none
+    if not isinstance(size, list) or [type(n) is int and n > 0 for n in size] != [True, True]:
         raise section.error("weight_block_size", size, "two integers of at least 1")
     return Fp8BlockQuant((size[0], size[1]))
 
@@ -318,8 +319,3 @@ def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
             values["num_experts_per_tok"],
             f"at most {reachable}, the experts of topk_group groups",
         )
-
-
-def _is_count(value: object) -> bool:
-    """Whether a JSON value is an integer of at least 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

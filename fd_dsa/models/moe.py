@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,6 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._gemm import matrix
 from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear, silu_and_mul
-
-
-@cache
-def _on_device() -> Callable[[Any, Any], Any]:
-    """The routed experts on a device; its kernels are loaded only where there is one."""
-    from fd_dsa.models.device_moe import routed
-
-    return routed
 
 
 class DeepseekMLP(nn.Layer):
@@ -136,7 +127,10 @@ class DeepseekMoE(nn.Layer):
         gate, shared, experts = self._bound
         out = shared.forward(x)
         if experts is None:
-            return out + _on_device()(self, x)
+            # its kernels are loaded only where there is a device
+            from fd_dsa.models.device_moe import routed
+
+            return out + routed(self, x)
         _add_routed(out, x, *gate.forward(x), experts)
         return out
 
