@@ -179,13 +179,3 @@ def test_prompt_ids_may_be_a_numpy_array():
     outputs = run_one(make_engine(), np.array([2, 3]), GREEDY)
     assert outputs[-1].token_ids == expected_greedy([2, 3], 12, eos=None)
     assert type(outputs[-1].prompt_token_ids[0]) is int
-
-
-def test_text_held_for_a_stop_string_comes_at_the_end():
-    prompt = [7, 8, 9]
-    text = letters(expected_greedy(prompt, 12, eos=None))
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=text[10:] + "!")
-    outputs = run_one(make_engine(), prompt, params)
-    assert outputs[-1].text == text
-    assert outputs[-2].text == text[:10]
-    assert outputs[-1].finish_reason == "length"

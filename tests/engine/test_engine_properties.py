@@ -51,12 +51,6 @@ def test_decode_goes_on_while_a_long_prompt_is_read_in_chunks():
     assert all(step[0][0] == 1 and not step[0][2] for step in chunks)
 
 
-def test_a_chunk_inside_the_prompt_gives_no_token():
-    engine = make_engine(max_num_batched_tokens=8)
-    engine.add_request("r", [4] * 17, greedy(3))
-    assert [len(engine.step()) for _ in range(4)] == [0, 0, 1, 1]
-
-
 def test_short_requests_wait_behind_a_long_one_only_for_its_share():
     engine = make_engine(max_num_batched_tokens=16)
     engine.add_request("long", [4] * 40, greedy(2))

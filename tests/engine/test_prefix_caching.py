@@ -55,6 +55,16 @@ def test_the_last_token_of_a_prompt_is_always_computed(num_tokens, cached):
     assert output.token_ids == expected_greedy(PREFIX[:num_tokens], 6, eos=None)
 
 
+def test_a_conversation_hits_its_own_answers():
+    engine = make_engine()
+    prompt = PREFIX[:10]
+    for cached in (0, 12, 20):
+        output = answer(engine, prompt)
+        assert output.num_cached_tokens == cached
+        assert output.token_ids == expected_greedy(prompt, 6, eos=None)
+        prompt = [*prompt, *output.token_ids, 9, 9]
+
+
 def test_running_requests_share_what_finished_steps_have_filled():
     engine = make_engine(max_num_batched_tokens=8)
     engine.add_request("first", PREFIX, GREEDY)
