@@ -134,16 +134,6 @@ def _system(tmp_path: Path, cgroup_lines: str) -> tuple[Path, Path]:
     return proc, cgroup
 
 
-def _group(folder: Path, **files: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name.replace("__", ".")).write_text(f"{content}\n")
-
-
-def test_available_without_any_limit(tmp_path: Path) -> None:
-    assert available_memory_bytes(*_system(tmp_path, "0::/\n")) == 100 * 1024
-
-
 @pytest.mark.parametrize(("limit", "free"), [("80000", 28_800), ("10", 0), ("unlimited", 102_400)])
 def test_what_is_left_of_the_address_space_counts(tmp_path: Path, limit: str, free: int) -> None:
     proc, cgroup = _system(tmp_path, "0::/\n")
@@ -153,49 +143,50 @@ def test_what_is_left_of_the_address_space_counts(tmp_path: Path, limit: str, fr
     assert available_memory_bytes(proc, cgroup) == free
 
 
-def test_limit_of_version_2_counts_with_droppable_pages(tmp_path: Path) -> None:
-    proc, cgroup = _system(tmp_path, "0::/a/b\n")
-    stat = "anon 10\ninactive_file 3000\nactive_file 500\n"
-    _group(cgroup / "a" / "b", memory__max=50_000, memory__current=20_000, memory__stat=stat)
-    assert available_memory_bytes(proc, cgroup) == 50_000 - 20_000 + 3_500
+V1, V2 = ("limit_in_bytes", "usage_in_bytes"), ("max", "current")
+STAT = "anon 10\ninactive_file 3000\nactive_file 500\n"
+TOTALS = "inactive_file 1\ntotal_inactive_file 2000\ntotal_active_file 100\n"
+# lines of /proc/self/cgroup; folder, names, limit, usage and statistics of groups; what is free
+GROUPS: dict[str, tuple[str, list[tuple[Any, ...]], int]] = {
+    "no limit at all": ("0::/\n", [], 100 * 1024),
+    "version 2, pages that can be dropped": (
+        "0::/a/b\n",
+        [("a/b", V2, 50_000, 20_000, STAT)],
+        50_000 - 20_000 + 3_500,
+    ),
+    "version 2, an outer group": (
+        "0::/a/b\n",
+        [("a/b", V2, "max", 20_000, ""), ("a", V2, 30_000, 25_000, "")],
+        5_000,
+    ),
+    "version 1": (
+        "5:cpu,cpuacct:/x\n4:memory:/x\n0::/\n",
+        [("memory/x", V1, 40_000, 15_000, TOTALS)],
+        27_100,
+    ),
+    # inside a container the path of /proc names folders that the mount does not show
+    "version 1, used up in a container": (
+        "4:memory:/docker/0123\n",
+        [("memory", V1, 9_000, 10_000, "")],
+        0,
+    ),
+    "version 1, no limit": (
+        "4:memory:/\n",
+        [("memory", V1, 9223372036854771712, 10_000, "")],
+        100 * 1024,
+    ),
+}
 
 
-def test_limit_of_an_outer_group_counts_too(tmp_path: Path) -> None:
-    proc, cgroup = _system(tmp_path, "0::/a/b\n")
-    _group(cgroup / "a" / "b", memory__max="max", memory__current=20_000, memory__stat="")
-    _group(cgroup / "a", memory__max=30_000, memory__current=25_000, memory__stat="")
-    assert available_memory_bytes(proc, cgroup) == 5_000
-
-
-def test_limit_of_version_1(tmp_path: Path) -> None:
-    proc, cgroup = _system(tmp_path, "5:cpu,cpuacct:/x\n4:memory:/x\n0::/\n")
-    _group(
-        cgroup / "memory" / "x",
-        memory__limit_in_bytes=40_000,
-        memory__usage_in_bytes=15_000,
-        memory__stat="inactive_file 1\ntotal_inactive_file 2000\ntotal_active_file 100\n",
-    )
-    assert available_memory_bytes(proc, cgroup) == 27_100
-
-
-@pytest.mark.parametrize(
-    ("path", "limit", "free"),
-    [
-        # inside a container the path of /proc names folders that the mount does not show
-        pytest.param("/docker/0123", 9_000, 0, id="used up in a container"),
-        pytest.param("/", 9223372036854771712, 100 * 1024, id="no limit"),
-    ],
-)
-def test_version_1_where_the_own_group_is_the_root_of_the_mount(
-    tmp_path: Path, path: str, limit: int, free: int
+@pytest.mark.parametrize(("lines", "groups", "free"), GROUPS.values(), ids=GROUPS)
+def test_limits_of_control_groups_count(
+    tmp_path: Path, lines: str, groups: list[tuple[Any, ...]], free: int
 ) -> None:
-    proc, cgroup = _system(tmp_path, f"4:memory:{path}\n")
-    _group(
-        cgroup / "memory",
-        memory__limit_in_bytes=limit,
-        memory__usage_in_bytes=10_000,
-        memory__stat="",
-    )
+    proc, cgroup = _system(tmp_path, lines)
+    for folder, names, *values in groups:
+        (cgroup / folder).mkdir(parents=True, exist_ok=True)
+        for name, value in zip((*names, "stat"), values, strict=True):
+            (cgroup / folder / f"memory.{name}").write_text(f"{value}\n")
     assert available_memory_bytes(proc, cgroup) == free
 
 
