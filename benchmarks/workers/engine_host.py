@@ -57,10 +57,7 @@ def _decoding(requests: int, sampling: dict[str, Any], steps: int, vocab_size: i
         IdleRunner(requests, vocab_size),
         _tokenizer(),
         num_blocks=requests * _MAX_MODEL_LEN // _BLOCK_SIZE,
-        block_size=_BLOCK_SIZE,
         max_model_len=_MAX_MODEL_LEN,
-        max_num_seqs=requests,
-        max_num_batched_tokens=max(requests, 2048),
         eos_token_ids=(1,),
     )
     params = SamplingParams(**sampling, max_tokens=steps + _SPARE, ignore_eos=True)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import threading
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,21 +14,17 @@ from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.host import (
     CHECK_FORM,
     SNAPSHOT,
-    Abort,
     Add,
     Ask,
+    End,
     EngineLink,
     EngineThread,
     Event,
-    Failed,
-    FinishOutput,
-    Outputs,
-    Refused,
     Reply,
     Stop,
 )
 from fd_dsa.engine.metrics import EngineMetrics
-from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.output import Added, OutputState, RequestOutput, take_added
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -38,9 +35,9 @@ _JOIN_TIMEOUT_S = 30.0
 class AsyncEngine:
     """Sends requests to an engine and hands its outputs to asyncio tasks.
 
-    Calls become commands, which the engine takes between two steps; outputs come back once a step
-    and event loop. When a step fails, or the engine's process ends, `errored` is set and every
-    iterator ends with the error; nothing waits indefinitely.
+    Calls become commands, which the engine takes between two steps; what a step has added comes
+    back once a step and event loop. When a step fails, or the engine's process ends, `errored` is
+    set and every iterator ends with the error; nothing waits indefinitely.
 
     Args:
         engine: an engine that no one else uses, which gets a thread of this process, or a link to
@@ -67,10 +64,10 @@ class AsyncEngine:
         self._is_started = False
         # orders commands, so that one for a request never overtakes the request
         self._lock = threading.Lock()
-        # guarded by _lock
-        self._streams: dict[int, _Stream] = {}
-        self._keys: dict[str, int] = {}
-        self._replies: dict[int, tuple[asyncio.AbstractEventLoop, asyncio.Future[Any]]] = {}
+        # guarded by _lock; streams by the key of their request, keys by the caller's name for it
+        self._streams: dict[str, _Stream] = {}
+        self._keys: dict[str, str] = {}
+        self._replies: dict[str, Future[Any]] = {}
         self._is_stopping = False
 
     @property
@@ -120,17 +117,18 @@ class AsyncEngine:
             RuntimeError: the engine is not running or has failed.
             Exception: what the question says.
         """
-        loop = asyncio.get_running_loop()
-        number, reply = next(self._numbers), loop.create_future()
+        key, reply = str(next(self._numbers)), Future[Any]()
+        # so that only the one who waits can be cancelled, not the reply
+        reply.set_running_or_notify_cancel()
         with self._lock:
             self._check_running()
-            self._replies[number] = loop, reply
-        self._link.post(Ask(number, question, argument))
+            self._replies[key] = reply
+        self._link.post(Ask(key, question, argument))
         try:
-            return await reply
+            return await asyncio.wrap_future(reply)
         finally:
             with self._lock:
-                self._replies.pop(number, None)
+                self._replies.pop(key, None)
 
     async def generate(
         self,
@@ -152,33 +150,38 @@ class AsyncEngine:
             ValueError: the request can never run, or its id is in use.
             RuntimeError: the engine is not running or has failed.
         """
-        key = next(self._numbers)
+        key = str(next(self._numbers))
         name = f"request-{key}" if request_id is None else request_id
-        stream = _Stream(key, name, params.n, params.n)
+        prompt = list(prompt_token_ids)
+        stream = _Stream(key, [OutputState(name, index, prompt) for index in range(params.n)])
+        if params.logprobs is not None:
+            for state in stream.states:
+                state.logprobs = []
         with self._lock:
             self._check_running()
             if name in self._keys:
                 raise ValueError(f"request_id {name!r} is in use; choose another one")
             self._streams[key] = stream
             self._keys[name] = key
-            self._link.post(Add(key, name, prompt_token_ids, params))
+            self._link.post(Add(key, prompt_token_ids, params))
         try:
-            while stream.num_unread:
+            num_unread = params.n
+            while num_unread:
                 item = await stream.items.get()
                 if isinstance(item, Exception):
                     raise item
-                stream.num_unread -= item.finished
+                num_unread -= item.finished
                 yield item
         finally:
             self._close(stream)
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step; what is unfinished of it gets an output "abort"."""
-        self._post_for(request_id, Abort)
+        self._end(request_id, None)
 
     def finish_output(self, request_id: str, index: int) -> None:
         """End one of a request's n outputs before the next step, as if the model had ("stop")."""
-        self._post_for(request_id, FinishOutput, index)
+        self._end(request_id, index)
 
     def stop(self) -> None:
         """End all requests with finish_reason "abort", then the engine. May be called twice.
@@ -200,26 +203,24 @@ class AsyncEngine:
         if not self._is_started:
             raise RuntimeError("the engine is not running; call start() first")
 
-    def _post_for(
-        self, request_id: str, command: type[Abort] | type[FinishOutput], *fields: Any
-    ) -> None:
-        """Send a command for an unfinished request."""
+    def _end(self, request_id: str, index: int | None) -> None:
+        """End an unfinished request, or one of its outputs."""
         with self._lock:
             key = self._keys.get(request_id)
             if key is not None:
-                self._link.post(command(key, *fields))
+                self._link.post(End(key, index))
 
     def _close(self, stream: _Stream) -> None:
         """Forget a stream; abort its request if it still runs."""
         with self._lock:
             if self._forget(stream):
-                self._link.post(Abort(stream.key, is_silent=True))
+                self._link.post(End(stream.key))
 
     def _forget(self, stream: _Stream) -> bool:
         """Drop a stream; False where it was dropped before. The caller holds the lock."""
         if self._streams.pop(stream.key, None) is None:
             return False
-        del self._keys[stream.request_id]
+        del self._keys[stream.states[0].request_id]
         return True
 
     def _receive(self, event: Event) -> None:
@@ -228,43 +229,43 @@ class AsyncEngine:
             self._deliver(event)
         elif isinstance(event, Reply):
             with self._lock:
-                waiting = self._replies.get(event.number)
-            if waiting is not None:
-                _resolve(*waiting, event)
-        elif isinstance(event, Refused):
-            with self._lock:
+                reply = self._replies.pop(event.key, None)
                 stream = self._streams.get(event.key)
                 if stream is not None:
                     self._forget(stream)
-            if stream is not None:
+            if stream is not None and event.error is not None:
                 self._put([(stream, event.error)])
+            elif reply is not None and event.error is not None:
+                reply.set_exception(event.error)
+            elif reply is not None:
+                reply.set_result(event.value)
         else:
-            self._fail(event)
+            self._fail(event.error)
 
-    def _deliver(self, outputs: Outputs) -> None:
-        """Give outputs to their streams; ended streams are forgotten."""
+    def _deliver(self, outputs: list[Added]) -> None:
+        """Give their streams what a step has added; ended streams are forgotten."""
         items: list[tuple[_Stream, _Item]] = []
         with self._lock:
-            for key, output in outputs:
+            for key, *added in outputs:
                 stream = self._streams.get(key)
                 if stream is None:
                     continue
+                output = take_added(stream.states, *added)
                 items.append((stream, output))
-                stream.num_undelivered -= output.finished
-                if not stream.num_undelivered:
+                if output.finished and all(one.finish_time is not None for one in stream.states):
                     self._forget(stream)
         self._put(items)
 
-    def _fail(self, event: Failed) -> None:
+    def _fail(self, error: BaseException) -> None:
         """Set `errored` and end everything with it."""
-        failure = _failure(event.error)
+        failure = _failure(error)
         with self._lock:
-            self.errored = event.error
-            streams = list(self._streams.values())
-            replies = dict(self._replies)
+            self.errored = error
+            streams, replies = list(self._streams.values()), list(self._replies.values())
+            self._replies.clear()
         self._put([(stream, failure) for stream in streams])
-        for number, waiting in replies.items():
-            _resolve(*waiting, Reply(number, error=failure))
+        for reply in replies:
+            reply.set_exception(failure)
 
     def _put(self, items: list[tuple[_Stream, _Item]]) -> None:
         """Send items to the event loops of their streams, one call for each loop."""
@@ -288,14 +289,13 @@ class _Stream:
     """Outputs of one request on their way to one task of the running event loop.
 
     Attributes:
-        num_undelivered, num_unread: outputs whose end the engine has not sent, and the task has
-            not read.
+        key: id of the request in the engine.
+        states: of each output, as far as the engine has sent it.
+        items: what the task has not read.
     """
 
-    key: int
-    request_id: str
-    num_undelivered: int
-    num_unread: int
+    key: str
+    states: list[OutputState]
     loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
     items: asyncio.Queue[_Item] = field(default_factory=asyncio.Queue)
 
@@ -304,24 +304,6 @@ def _put_all(items: list[tuple[_Stream, _Item]]) -> None:
     """Put items into their streams; runs in the event loop."""
     for stream, item in items:
         stream.items.put_nowait(item)
-
-
-def _resolve(loop: asyncio.AbstractEventLoop, reply: asyncio.Future[Any], event: Reply) -> None:
-    """Set the result of a reply in its event loop, unless nobody waits any more."""
-
-    def resolve() -> None:
-        if reply.done():
-            return
-        if event.error is None:
-            reply.set_result(event.value)
-        else:
-            reply.set_exception(event.error)
-
-    try:
-        loop.call_soon_threadsafe(resolve)
-    except RuntimeError:
-        # the loop is closed
-        return
 
 
 def _failure(error: BaseException) -> RuntimeError:

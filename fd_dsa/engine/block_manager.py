@@ -1,11 +1,58 @@
-"""Who owns which block of the paged caches."""
+"""Who owns which block of the paged caches, and which blocks hold which tokens.
+
+A full block is found by a key that names its tokens and all tokens before them, as in vLLM's
+automatic prefix caching, so requests with the same beginning share it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from fd_dsa.engine.prefix_cache import BlockKeys, PrefixCache
+
+class BlockKeys:
+    """Keys of one request's full blocks; each block is hashed once, when first asked for.
+
+        key[i] = sha256(key[i - 1] | tokens of block i), key[-1] = sha256(cache_salt)
+
+    So two blocks have the same key only where their tokens, all tokens before them and the salts
+    of their requests are the same.
+
+    Args:
+        token_ids: the request's tokens; may grow, and must not change otherwise.
+        block_size: tokens per block.
+        cache_salt: keeps the blocks of requests with another one, or none, apart.
+    """
+
+    __slots__ = ("_block_size", "_keys", "_root", "_token_ids")
+
+    def __init__(self, token_ids: list[int], block_size: int, cache_salt: str | None) -> None:
+        """Hash the salt alone."""
+        self._token_ids = token_ids
+        self._block_size = block_size
+        # without a salt; no text has this digest
+        self._root = bytes(32)
+        if cache_salt is not None:
+            # a JSON body may hold lone surrogates
+            self._root = _sha256(cache_salt.encode("utf-8", "surrogatepass"))
+        self._keys: list[bytes] = []
+
+    def __getitem__(self, index: int) -> bytes:
+        """Key of block `index`, all of whose tokens must be known."""
+        keys, size = self._keys, self._block_size
+        while len(keys) <= index:
+            begin = len(keys) * size
+            tokens = array("q", self._token_ids[begin : begin + size])
+            keys.append(_sha256((keys[-1] if keys else self._root) + tokens.tobytes()))
+        return keys[index]
+
+
+def _sha256(data: bytes) -> bytes:
+    """Digest of 32 bytes; a fast hash would let a client choose tokens that collide."""
+    return hashlib.sha256(data).digest()
 
 
 @dataclass(slots=True)
@@ -52,14 +99,18 @@ class BlockManager:
         self.enable_prefix_caching = enable_prefix_caching
         # taken from the end, so that low ids are used first
         self._free = list(range(num_blocks - 1, -1, -1))
-        self._prefix_cache = PrefixCache()
+        # the table of blocks that can be found
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        # those of them that nobody owns, in the order of their eviction
+        self._unowned: OrderedDict[int, None] = OrderedDict()
         self._num_owners = [0] * num_blocks
-        self._owners: dict[str, _Owner] = {}
+        self._owners: dict[Hashable, _Owner] = {}
 
     @property
     def num_free(self) -> int:
-        """Blocks without an owner, those of the prefix cache included."""
-        return len(self._free) + self._prefix_cache.num_unowned
+        """Blocks without an owner, those that can be found included."""
+        return len(self._free) + len(self._unowned)
 
     @property
     def num_used(self) -> int:
@@ -70,7 +121,7 @@ class BlockManager:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def blocks_of(self, request_id: str) -> tuple[int, ...]:
+    def blocks_of(self, request_id: Hashable) -> tuple[int, ...]:
         """Blocks of a request in the order of its tokens; empty when it owns none."""
         owner = self._owners.get(request_id)
         return tuple(owner.blocks) if owner else ()
@@ -80,12 +131,17 @@ class BlockManager:
 
         They stay what they are until the next call of another method; `allocate` takes them over.
         """
-        if not self.enable_prefix_caching:
-            return []
-        return self._prefix_cache.find(keys, (num_tokens - 1) // self.block_size)
+        blocks: list[int] = []
+        if self.enable_prefix_caching:
+            for index in range((num_tokens - 1) // self.block_size):
+                block = self._block_of.get(keys[index])
+                if block is None:
+                    break
+                blocks.append(block)
+        return blocks
 
     def allocate(
-        self, request_id: str, num_tokens: int, cached: Sequence[int] = (), spare: int = 0
+        self, request_id: Hashable, num_tokens: int, cached: Sequence[int] = (), spare: int = 0
     ) -> list[int] | None:
         """Blocks added so that the request can hold `num_tokens` tokens in all.
 
@@ -107,7 +163,7 @@ class BlockManager:
         if owner is None:
             owner = self._owners[request_id] = _Owner()
         for block in cached:
-            self._prefix_cache.claim(block)
+            self._unowned.pop(block, None)
         added = [*cached, *(self._take_free() for _ in range(missing))]
         for block in added:
             self._num_owners[block] += 1
@@ -115,7 +171,7 @@ class BlockManager:
         owner.num_offered = max(owner.num_offered, len(cached))
         return added
 
-    def cache_full_blocks(self, request_id: str, keys: BlockKeys, num_tokens: int) -> None:
+    def cache_full_blocks(self, request_id: Hashable, keys: BlockKeys, num_tokens: int) -> None:
         """Let others find the blocks that the first `num_tokens` tokens of a request have filled.
 
         Call it when the step that wrote them has finished, and only for tokens that stay: never
@@ -126,28 +182,40 @@ class BlockManager:
         owner = self._owners[request_id]
         num_full = num_tokens // self.block_size
         for index in range(owner.num_offered, num_full):
-            self._prefix_cache.put(keys[index], owner.blocks[index])
+            key, block = keys[index], owner.blocks[index]
+            # unless another block with the same tokens is there
+            if key not in self._block_of:
+                self._block_of[key], self._key_of[block] = block, key
         owner.num_offered = max(owner.num_offered, num_full)
 
-    def free(self, request_id: str) -> None:
+    def free(self, request_id: Hashable) -> None:
         """Take all blocks back from a request; one that owns none is fine."""
         owner = self._owners.pop(request_id, None)
         if owner is None:
             return
         for block in reversed(owner.blocks):
             self._num_owners[block] -= 1
-            if not self._num_owners[block] and not self._prefix_cache.keep(block):
-                self._free.append(block)
+            if not self._num_owners[block]:
+                if block in self._key_of:
+                    self._unowned[block] = None
+                else:
+                    self._free.append(block)
 
     def reset_prefix_cache(self) -> None:
         """Let nothing be found any more that was computed up to now or will be by present owners.
 
         Owners keep their blocks.
         """
-        self._free += self._prefix_cache.clear()
+        self._free += self._unowned
+        for table in (self._unowned, self._block_of, self._key_of):
+            table.clear()
         for owner in self._owners.values():
             owner.num_offered = self.num_blocks
 
     def _take_free(self) -> int:
-        """A block without an owner; there is one."""
-        return self._free.pop() if self._free else self._prefix_cache.evict()
+        """A block without an owner; there is one. Of those that can be found the oldest."""
+        if self._free:
+            return self._free.pop()
+        block, _ = self._unowned.popitem(last=False)
+        del self._block_of[self._key_of.pop(block)]
+        return block

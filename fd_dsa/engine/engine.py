@@ -10,21 +10,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.admission import Admission
 from fd_dsa.engine.block_manager import BlockManager
+from fd_dsa.engine.draws import NOT_FINITE
+from fd_dsa.engine.grammar import GrammarCompiler
 from fd_dsa.engine.limits import RequestLimits
 from fd_dsa.engine.logprobs import TokenScore, score_tokens
 from fd_dsa.engine.metrics import EngineMetrics
 from fd_dsa.engine.output import ConstraintError, FinishReason, RequestOutput, TopkPositions
-from fd_dsa.engine.request import Request
-from fd_dsa.engine.row_draw import NOT_FINITE
-from fd_dsa.engine.runner_protocol import RunnerProtocol, StepRows
-from fd_dsa.engine.sampler import Sampler
+from fd_dsa.engine.request import Request, make_group
+from fd_dsa.engine.sampler import Sampler, derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.scheduler import Scheduler
 from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.runner.counters import StepCounters
+from fd_dsa.runner.input_batch import InputBatch
 
 # decode rows up to which writing each of them takes less time than arrays of them
 _FEW_ROWS = 16
@@ -34,13 +33,12 @@ class LLMEngine:
     """Continuous batching over one runner; not thread-safe.
 
     Args:
-        runner: runs the model on the step assembled in its input batch.
+        runner: runs the model on the step assembled in its `input_batch`, whose sizes bound a
+            step: a `ModelRunner`, or what has at least its `input_batch`, `vocab_size` and
+            `execute_model`.
         tokenizer: for the text of outputs.
         num_blocks: blocks of the caches.
-        block_size: tokens per block.
         max_model_len: longest prompt plus output, tokens.
-        max_num_seqs: rows of a step.
-        max_num_batched_tokens: tokens of a step.
         eos_token_ids: tokens that end an output.
         target_gap_s: seconds between two tokens of a request, which prompts computed in the same
             steps shall not exceed; 0 = no target.
@@ -48,75 +46,60 @@ class LLMEngine:
         seed: of requests that bring none.
         sampling_defaults: fields of SamplingParams that the model proposes to callers who leave
             them out; the engine itself does not apply them.
-        step_counters: of the runner, for `metrics`.
 
     Attributes:
         clock: seconds; what steps are measured with.
-        admission: checks requests, and compiles the forms of their outputs.
+        limits: what requests may ask for.
+        grammars: compiles the forms of outputs.
+        metrics: counts and times of requests.
     """
 
     def __init__(
         self,
-        runner: RunnerProtocol,
+        runner: Any,
         tokenizer: Tokenizer,
         *,
         num_blocks: int,
-        block_size: int,
         max_model_len: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
         eos_token_ids: Iterable[int],
         target_gap_s: float = 0.0,
         enable_prefix_caching: bool = True,
         seed: int = 0,
         sampling_defaults: Mapping[str, float | int] | None = None,
-        step_counters: StepCounters | None = None,
     ) -> None:
         """Start without requests."""
-        for name, value in {
-            "max_model_len": max_model_len,
-            "max_num_seqs": max_num_seqs,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be >= 1")
         self.runner = runner
         self.tokenizer = tokenizer
         # made now, not in the first request's step
         tokenizer.text_token_bytes()
-        self.max_model_len = max_model_len
         self.clock: Callable[[], float] = time.perf_counter
-        self.max_num_seqs = max_num_seqs
         self.sampling_defaults: dict[str, Any] = dict(sampling_defaults or {})
-        self._batch: StepRows = runner.input_batch
+        self._batch: InputBatch = runner.input_batch
+        block_size, num_rows = self._batch.block_size, self._batch.max_num_seqs
+        self._stats = EngineStats(num_blocks=num_blocks)
         self._blocks = BlockManager(num_blocks, block_size, enable_prefix_caching)
-        self.admission = Admission(
-            tokenizer,
-            RequestLimits(
-                runner.vocab_size,
-                max_model_len,
-                num_blocks,
-                block_size,
-                getattr(runner, "shows_selections", False),
-            ),
-            eos_token_ids,
-            seed,
+        self.limits = RequestLimits(
+            runner.vocab_size,
+            max_model_len,
+            num_blocks,
+            block_size,
+            getattr(runner, "shows_selections", False),
         )
-        self._scheduler = Scheduler(
-            self._blocks, self._batch, max_num_seqs, max_num_batched_tokens, target_gap_s
-        )
-        self._sampler = Sampler(max_num_seqs)
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._seed = seed
+        self.grammars = GrammarCompiler(tokenizer, runner.vocab_size, self._eos_token_ids)
+        self._scheduler = Scheduler(self._blocks, self._batch, self._stats, target_gap_s)
+        self._sampler = Sampler(num_rows)
         # arrival number of the request whose parameters the sampler has in a slot
-        self._slot_params = [-1] * max_num_seqs
+        self._slot_params = [-1] * num_rows
         # what is left of each group
         self._requests: dict[str, list[Request]] = {}
-        self.metrics = EngineMetrics(max_model_len, step_counters)
+        self.metrics = EngineMetrics(max_model_len, getattr(runner, "counters", None))
         self.metrics.cache_config.update(
             block_size=str(block_size),
             num_gpu_blocks=str(num_blocks),
             enable_prefix_caching=str(enable_prefix_caching),
         )
-        self._stats = EngineStats(num_blocks=num_blocks)
         self._num_arrived = 0
         # whether a request has asked for what the indexer chose
         self._has_watched = False
@@ -130,10 +113,16 @@ class LLMEngine:
     def validate(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> int:
         """Output tokens that a request may have; safe to call from any thread.
 
+        A grammar is compiled here, which may take 100 ms: not for the engine's thread.
+
         Raises:
-            ValueError: the request can never run; see `Admission.validate`.
+            ValueError: the request can never run; see `RequestLimits.validate` and
+                `GrammarCompiler.check`.
         """
-        return self.admission.validate(prompt_token_ids, params)
+        max_tokens = self.limits.validate(prompt_token_ids, params)
+        if params.structured_outputs is not None:
+            self.grammars.check(params.structured_outputs)
+        return max_tokens
 
     def add_request(
         self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams
@@ -147,10 +136,23 @@ class LLMEngine:
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use; choose another one")
-        group = self.admission.make_requests(
-            request_id, prompt_token_ids, params, self._num_arrived
+        max_tokens = self.limits.validate(prompt_token_ids, params)
+        arrival, end_token_ids = self._num_arrived, frozenset(params.stop_token_ids or ())
+        if not params.ignore_eos:
+            end_token_ids |= self._eos_token_ids
+        group = make_group(
+            request_id,
+            np.asarray(prompt_token_ids).tolist(),
+            params,
+            arrival=arrival,
+            max_tokens=max_tokens,
+            end_token_ids=end_token_ids,
+            seed=derive_seed(self._seed, arrival) if params.seed is None else params.seed,
+            block_size=self._batch.block_size,
+            tokenizer=self.tokenizer,
+            grammars=self.grammars,
         )
-        self._num_arrived += len(group)
+        self._num_arrived += params.n
         self._stats.prompt_tokens += len(prompt_token_ids)
         self._has_watched |= params.return_topk_positions
         self._requests[request_id] = list(group)
@@ -161,14 +163,14 @@ class LLMEngine:
         """End a request now; the last state of every output of it that was unfinished."""
         return [self._end(r, "abort") for r in list(self._requests.get(request_id, ()))]
 
+    def abort_all(self) -> list[RequestOutput]:
+        """End all requests now; the last state of every output that was unfinished."""
+        return [output for name in list(self._requests) for output in self.abort_request(name)]
+
     def finish_output(self, request_id: str, index: int) -> list[RequestOutput]:
         """End one of a request's n outputs now, as if the model had; its last state, if it ran."""
         unfinished = self._requests.get(request_id, ())
         return [self._end(r, "stop") for r in list(unfinished) if r.state.index == index]
-
-    def is_unfinished(self, request_id: str) -> bool:
-        """True while an output of the request waits or runs."""
-        return request_id in self._requests
 
     def has_unfinished_requests(self) -> bool:
         """True while a request waits or runs."""
@@ -186,7 +188,7 @@ class LLMEngine:
         begin = self.clock()
         scheduled = self._scheduler.schedule()
         # nothing runs, so nobody waits for more than the request whose grammar it is
-        while not scheduled and self.admission.grammars.wait():
+        while not scheduled and self.grammars.wait():
             scheduled = self._scheduler.schedule()
         if not scheduled:
             raise RuntimeError(
@@ -225,16 +227,13 @@ class LLMEngine:
 
     def stats(self) -> EngineStats:
         """Counters and load now."""
-        scheduler, num_used = self._scheduler, self._blocks.num_used
+        num_used = self._blocks.num_used
         return replace(
             self._stats,
-            num_running=scheduler.num_running,
-            num_waiting=scheduler.num_waiting,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
             num_used_blocks=num_used,
             kv_cache_usage=num_used / self._blocks.num_blocks,
-            num_preemptions=scheduler.num_preemptions,
-            prefix_cache_queries=scheduler.prefix_cache_queries,
-            prefix_cache_hits=scheduler.prefix_cache_hits,
         )
 
     def _assemble(
@@ -284,9 +283,8 @@ class LLMEngine:
         watched = [row for row, r in enumerate(sampling) if r.params.return_topk_positions]
         if not watched:
             return self.runner.execute_model(logits_indices)
-        # a runner that `shows_selections`, which admission has checked
-        runner: Any = self.runner
-        logits, selections = runner.execute_watched(logits_indices, logits_indices[watched])
+        # `limits` refuses such requests where the runner cannot show it
+        logits, selections = self.runner.execute_watched(logits_indices, logits_indices[watched])
         for row, layers in zip(watched, selections, strict=True):
             request = sampling[row]
             request.topk_positions = TopkPositions(len(request.token_ids) - 1, layers)
@@ -315,8 +313,7 @@ class LLMEngine:
             stay = [request not in failed for request in sampling]
             logits_to_sample = logits_to_sample[np.array(stay, bool)]
             sampling[:] = [request for request in sampling if request not in failed]
-        now = time.monotonic()
-        return [self._fail(request, NOT_FINITE, now) for request in failed], logits_to_sample
+        return [self._fail(request, NOT_FINITE) for request in failed], logits_to_sample
 
     def _sample(
         self, sampling: list[Request], logits: npt.NDArray[np.float32]
@@ -344,7 +341,7 @@ class LLMEngine:
         outputs = []
         for request, token_id, score in zip(sampling, tokens.tolist(), scores, strict=True):
             if token_id < 0:
-                outputs.append(self._fail(request, token_id, now))
+                outputs.append(self._fail(request, token_id))
                 continue
             text = request.append_token(token_id, now, score)
             outputs.append(request.output([token_id], text))
@@ -353,18 +350,19 @@ class LLMEngine:
                 self._drop(request)
         return outputs
 
-    def _end(self, request: Request, reason: FinishReason) -> RequestOutput:
-        """End a request between two steps."""
+    def _end(
+        self, request: Request, reason: FinishReason, error: RuntimeError | None = None
+    ) -> RequestOutput:
+        """End a request without a next token."""
         now = time.monotonic()
         request.finish(reason, now)
-        output = request.output([], request.take_text("", now))
+        output = request.output([], request.take_text("", now), error)
         self._drop(request)
         return output
 
-    def _fail(self, request: Request, code: int, now: float) -> RequestOutput:
-        """End a request without a next token; the others go on."""
-        position, request_id = len(request.output_token_ids), request.state.request_id
-        what = f"output token {position} of request {request_id!r}"
+    def _fail(self, request: Request, code: int) -> RequestOutput:
+        """End a request whose next token cannot be; the others go on."""
+        what = f"output token {len(request.output_token_ids)}"
         reason = "bad_words, min_tokens and the like leave no token that may come; ask for less"
         if request.grammar is not None:
             reason = f"{request.grammar.error or reason}; so it cannot have the form asked for"
@@ -375,10 +373,7 @@ class LLMEngine:
             error = RuntimeError(
                 f"{what}: the logits are not finite; the model or its weights are at fault"
             )
-        request.finish("error", now)
-        output = request.output([], request.take_text("", now), error)
-        self._drop(request)
-        return output
+        return self._end(request, "error", error)
 
     def _drop(self, request: Request) -> None:
         """Count an ended request and free what it holds."""

@@ -8,7 +8,8 @@ from typing import Any
 from fd_dsa.config import EngineConfig
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.plan import EnginePlan, make_plan
-from fd_dsa.engine.startup import StartupProgress
+from fd_dsa.engine.startup import LoadProgress, StartupProgress
+from fd_dsa.models.memory_plan import format_bytes
 
 
 def build_engine(config: EngineConfig, progress: StartupProgress | None = None) -> LLMEngine:
@@ -39,18 +40,14 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
         runner,
         plan.tokenizer,
         num_blocks=plan.memory.num_blocks,
-        block_size=config.block_size,
         max_model_len=plan.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.num_batched_tokens,
         eos_token_ids=plan.model_config.eos_token_ids,
         target_gap_s=config.target_inter_token_latency_ms / 1e3,
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
         sampling_defaults=plan.sampling_defaults,
-        step_counters=runner.counters,
     )
-    engine.admission.grammars.prepare()
+    engine.grammars.prepare()
     engine.metrics.cache_config["cache_dtype"] = config.cache_dtype
     return engine
 
@@ -58,31 +55,20 @@ def build_engine(config: EngineConfig, progress: StartupProgress | None = None) 
 def _load_model(plan: EnginePlan, progress: StartupProgress) -> Any:
     """The model with its weights, in host memory."""
     from fd_dsa.models.checkpoint import Checkpoint
-    from fd_dsa.models.dummy_weights import load_dummy_weights
-    from fd_dsa.models.loader import load_weights
-    from fd_dsa.models.memory_plan import format_bytes
-    from fd_dsa.models.progress import LoadProgress
+    from fd_dsa.models.loader import load_dummy_weights, load_weights
     from fd_dsa.models.registry import create_model
 
     model = create_model(plan.model_config)
     begin = time.perf_counter()
-    num_bytes = 0
     loaders = model.weight_loaders()
-    with LoadProgress() as bar:
-
-        def show(done_bytes: int, total_bytes: int) -> None:
-            nonlocal num_bytes
-            num_bytes = total_bytes
-            progress.note(f"{format_bytes(done_bytes)} of {format_bytes(total_bytes)}")
-            bar(done_bytes, total_bytes)
-
+    with LoadProgress(progress) as bar:
         if plan.config.load_format == "dummy":
-            load_dummy_weights(plan.model_config, loaders, plan.config.seed, show)
+            load_dummy_weights(plan.model_config, loaders, plan.config.seed, bar)
         else:
             with Checkpoint.open(plan.config.model_path) as checkpoint:
-                load_weights(checkpoint, plan.model_config, loaders, show)
+                load_weights(checkpoint, plan.model_config, loaders, bar)
     how = "made up" if plan.config.load_format == "dummy" else "read"
-    progress.done(f"{format_bytes(num_bytes)} {how} in {time.perf_counter() - begin:.1f} s")
+    progress.done(f"{format_bytes(bar.total_bytes)} {how} in {time.perf_counter() - begin:.1f} s")
     return model
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -54,13 +53,11 @@ class CompiledGrammar:
         matcher: at the beginning of the grammar, to be copied.
         num_tokens: that its outputs have taken.
         since: `time.monotonic()` of its compilation.
-        asked_at: the same of the last time that it was asked for.
     """
 
     matcher: LLMatcher
     num_tokens: int = 0
     since: float = field(default_factory=time.monotonic)
-    asked_at: float = 0.0
 
     @property
     def may_be_renewed(self) -> bool:
@@ -204,8 +201,9 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._tokenizer_lock = threading.Lock()
         self._checks = threading.BoundedSemaphore(max(1, usable_cpus() // 2))
-        # the last ones that were asked for, and all that outputs follow
-        self._compiled: OrderedDict[_Key, CompiledGrammar] = OrderedDict()
+        # asked for since `_expire` was called last, and only before; and all that outputs follow
+        self._recent: dict[_Key, CompiledGrammar] = {}
+        self._older: dict[_Key, CompiledGrammar] = {}
         self._in_use: WeakValueDictionary[_Key, CompiledGrammar] = WeakValueDictionary()
         self._is_expiring = False
         self._ll_tokenizer: LLTokenizer | None = None
@@ -228,14 +226,9 @@ class GrammarCompiler:
             ValueError: it is wrong or too large, or llguidance is missing; begins with the name
                 of the field.
         """
-        _check_installed(params.source)
         if self._kept(params.definition()) is None:
             with self._checks:
                 self.find(params)
-
-    def new_matcher(self, params: StructuredOutputsParams) -> GrammarMatcher:
-        """A matcher at the beginning of the grammar."""
-        return GrammarMatcher(self, params)
 
     def find(self, params: StructuredOutputsParams, again: bool = False) -> CompiledGrammar:
         """The compiled grammar; this thread compiles it if needed, with `again` in any case.
@@ -289,33 +282,26 @@ class GrammarCompiler:
 
     def _keep(self, key: _Key, compiled: CompiledGrammar) -> None:
         """Note the last grammar asked for, and drop one for it; the caller holds the lock."""
-        self._in_use[key] = self._compiled[key] = compiled
-        self._compiled.move_to_end(key)
-        compiled.asked_at = time.monotonic()
-        if len(self._compiled) > _NUM_KEPT:
-            self._compiled.popitem(last=False)
+        for kept in (self._older, self._recent):
+            kept.pop(key, None)
+        self._in_use[key] = self._recent[key] = compiled
+        if len(self._older) + len(self._recent) > _NUM_KEPT:
+            oldest = self._older or self._recent
+            del oldest[next(iter(oldest))]
         if not self._is_expiring:
             self._is_expiring = True
             _later(self._expire)
 
     def _expire(self) -> None:
-        """Drop what nobody has asked for in time, and look again later while one is kept."""
-        latest = time.monotonic() - _KEPT_FOR_S
-        # freed one at a time and without the lock: a large one takes milliseconds
-        while self._pop_asked_before(latest) is not None:
-            pass
+        """Drop what nobody has asked for since the call before; once more while one is kept."""
         with self._lock:
-            self._is_expiring = bool(self._compiled)
+            dropped, self._older, self._recent = self._older, self._recent, {}
+            self._is_expiring = bool(self._older)
             if self._is_expiring:
                 _later(self._expire)
-
-    def _pop_asked_before(self, latest: float) -> CompiledGrammar | None:
-        """The grammar that was asked for the longest ago, kept no longer; None: all were later."""
-        with self._lock:
-            oldest = next(iter(self._compiled.values()), None)
-            if oldest is not None and oldest.asked_at <= latest:
-                return self._compiled.popitem(last=False)[1]
-        return None
+        # freed one at a time and without the lock: a large one takes milliseconds
+        while dropped:
+            dropped.popitem()
 
     def _compile(self, kind: Kind, text: str) -> LLMatcher | str:
         """A compiled grammar, or what is wrong with it."""

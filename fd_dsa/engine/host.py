@@ -12,11 +12,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.limits import RequestLimits
-from fd_dsa.engine.output import RequestOutput
+from fd_dsa.engine.output import Added, RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.tokenizer import Tokenizer
 
@@ -25,35 +25,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Command: queue a request. `key` names it in all later commands and events."""
+    """Command: queue a request. `key` is its id in the engine; no two requests have the same."""
 
-    key: int
-    request_id: str
+    key: str
     prompt_token_ids: Sequence[int]
     params: SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
-class Abort:
-    """Command: end a request; `is_silent` where nobody reads its last outputs."""
+class End:
+    """Command: abort a request; with an index, end that one of its outputs as if the model had."""
 
-    key: int
-    is_silent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class FinishOutput:
-    """Command: end one of a request's n outputs as if the model had."""
-
-    key: int
-    index: int
+    key: str
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Command: answer a question with a `Reply`; `EngineHost` lists the questions."""
+    """Command: answer a question with a `Reply` of the same key; `EngineHost` has the questions."""
 
-    number: int
+    key: str
     question: str
     argument: Any = None
 
@@ -64,18 +55,10 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """Event: a request cannot run."""
-
-    key: int
-    error: ValueError
-
-
-@dataclass(frozen=True, slots=True)
 class Reply:
-    """Event: the answer to an `Ask`; `error` where there is none."""
+    """Event: the answer to an `Ask`, or the error with which it or an `Add` was refused."""
 
-    number: int
+    key: str
     value: Any = None
     error: Exception | None = None
 
@@ -87,10 +70,9 @@ class Failed:
     error: BaseException
 
 
-Command = Add | Abort | FinishOutput | Ask | Stop
-Outputs = list[tuple[int, RequestOutput]]
-"""Event: what a step has added, each output with the key of its request."""
-Event = Outputs | Refused | Reply | Failed
+Command = Add | End | Ask | Stop
+Event = list[Added] | Reply | Failed
+"""What a step has added to outputs, the reply to a command, or the end."""
 
 SNAPSHOT = "snapshot"
 """Question: `EngineStats` and `EngineMetrics` as they are now; does not wait for a step."""
@@ -104,49 +86,62 @@ class EngineFacts:
 
     Attributes:
         limits: what the engine can ever run.
-        max_num_seqs: rows of a step.
         sampling_defaults: fields of SamplingParams that the model proposes.
         captured_sizes: rows of the decode steps that are replayed from graphs.
     """
 
     limits: RequestLimits
-    max_num_seqs: int
     sampling_defaults: dict[str, Any]
     captured_sizes: tuple[int, ...]
 
     @classmethod
     def of(cls, engine: LLMEngine) -> EngineFacts:
         """The facts of an engine."""
-        return cls(
-            engine.admission.limits,
-            engine.max_num_seqs,
-            engine.sampling_defaults,
-            engine.captured_sizes,
-        )
+        return cls(engine.limits, engine.sampling_defaults, engine.captured_sizes)
 
 
-class EngineLink(Protocol):
-    """Where an `AsyncEngine` finds its engine."""
+class EngineLink:
+    """Where an `AsyncEngine` finds its engine: a thread of this process runs it, or reads from it.
+
+    Attributes:
+        facts: of the engine.
+        tokenizer: of the engine.
+        pid: number of the engine's process; None where it is this one.
+    """
 
     facts: EngineFacts
     tokenizer: Tokenizer
-
-    @property
-    def pid(self) -> int | None:
-        """Number of the engine's process; None where it is this one."""
+    pid: int | None = None
+    _thread: threading.Thread | None = None
 
     @property
     def is_alive(self) -> bool:
         """True from `start` until the loop has ended."""
+        return self._thread is not None and self._thread.is_alive()
 
     def start(self, receive: Callable[[Event], None]) -> None:
-        """Begin to run; `receive` is called in a thread of the link. At most once."""
+        """Begin to run; `receive` is called in a thread of the link.
+
+        Raises:
+            RuntimeError: it was started before.
+        """
+        raise NotImplementedError
 
     def post(self, command: Command) -> None:
         """Send a command; from any thread, without waiting for the engine."""
+        raise NotImplementedError
 
     def join(self, timeout_s: float) -> None:
         """Wait until the loop has ended."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def _start(self, target: Callable[[], object]) -> None:
+        """Start the thread of the link."""
+        if self._thread is not None:
+            raise RuntimeError("the engine was started before")
+        self._thread = threading.Thread(target=target, name="fd_dsa-engine", daemon=True)
+        self._thread.start()
 
 
 class EngineHost:
@@ -168,23 +163,20 @@ class EngineHost:
         """Start without requests."""
         self._engine = engine
         self._emit = emit
-        self._answers = {CHECK_FORM: engine.admission.check_form, **(answers or {})}
+        self._answers = {CHECK_FORM: engine.grammars.check, **(answers or {})}
         # one: what is computed beside the steps takes one processor
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="fd_dsa-aside")
         self._wake = threading.Condition()
         # guarded by _wake
-        self._commands: deque[Add | Abort | FinishOutput] = deque()
+        self._commands: deque[Add | End] = deque()
         self._is_stopping = False
-        # of unfinished requests; both only in the thread of `run`
-        self._keys: dict[str, int] = {}
-        self._request_ids: dict[int, str] = {}
 
     def post(self, command: Command) -> None:
         """Take a command; from any thread."""
         if isinstance(command, Ask):
             if command.question == SNAPSHOT:
                 snapshot = (self._engine.stats(), self._engine.metrics)
-                self._emit(Reply(command.number, snapshot))
+                self._emit(Reply(command.key, snapshot))
             elif not self._is_stopping:
                 self._aside.submit(self._answer, command)
             return
@@ -201,8 +193,7 @@ class EngineHost:
             while self._take_commands():
                 if self._engine.has_unfinished_requests():
                     self._deliver(self._engine.step())
-            for request_id in list(self._keys):
-                self._deliver(self._engine.abort_request(request_id))
+            self._deliver(self._engine.abort_all())
         except BaseException as error:
             logger.error("the engine has failed", exc_info=error)
             self._emit(Failed(error))
@@ -222,63 +213,34 @@ class EngineHost:
             self._commands.clear()
             is_stopping = self._is_stopping
         for command in commands:
-            self._obey(command)
+            if isinstance(command, Add):
+                prompt_token_ids, params = command.prompt_token_ids, command.params
+                try:
+                    self._engine.add_request(command.key, prompt_token_ids, params)
+                except ValueError as error:
+                    self._emit(Reply(command.key, error=error))
+            elif command.index is None:
+                self._deliver(self._engine.abort_request(command.key))
+            else:
+                self._deliver(self._engine.finish_output(command.key, command.index))
         return not is_stopping
 
-    def _obey(self, command: Add | Abort | FinishOutput) -> None:
-        """Run a command; those for requests that have ended do nothing."""
-        if isinstance(command, Add):
-            self._add(command)
-            return
-        request_id = self._request_ids.get(command.key)
-        if request_id is None:
-            return
-        if isinstance(command, FinishOutput):
-            self._deliver(self._engine.finish_output(request_id, command.index))
-            return
-        outputs = self._engine.abort_request(request_id)
-        if command.is_silent:
-            self._forget(request_id)
-        else:
-            self._deliver(outputs)
-
-    def _add(self, command: Add) -> None:
-        """Hand a request to the engine."""
-        request_id = command.request_id
-        try:
-            self._engine.add_request(request_id, command.prompt_token_ids, command.params)
-        except ValueError as error:
-            self._emit(Refused(command.key, error))
-            return
-        self._keys[request_id] = command.key
-        self._request_ids[command.key] = request_id
-
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        """Emit outputs with the keys of their requests."""
-        if not outputs:
-            return
-        self._emit([(self._keys[output.request_id], output) for output in outputs])
-        for output in outputs:
-            if output.finished and not self._engine.is_unfinished(output.request_id):
-                self._forget(output.request_id)
-
-    def _forget(self, request_id: str) -> None:
-        """Let go of a request that has ended."""
-        key = self._keys.pop(request_id, None)
-        if key is not None:
-            del self._request_ids[key]
+        """Emit what outputs have gained."""
+        if outputs:
+            self._emit([output.added() for output in outputs])
 
     def _answer(self, command: Ask) -> None:
         """Emit the reply to a question."""
         try:
             value = self._answers[command.question](command.argument)
         except Exception as error:
-            self._emit(Reply(command.number, error=error))
+            self._emit(Reply(command.key, error=error))
         else:
-            self._emit(Reply(command.number, value))
+            self._emit(Reply(command.key, value))
 
 
-class EngineThread:
+class EngineThread(EngineLink):
     """A link to an engine in a thread of this process.
 
     Args:
@@ -291,32 +253,13 @@ class EngineThread:
         self.tokenizer = engine.tokenizer
         self._engine = engine
         self._host: EngineHost | None = None
-        self._thread: threading.Thread | None = None
-        self.pid = None
-
-    @property
-    def is_alive(self) -> bool:
-        """True from `start` until the loop has ended."""
-        return self._thread is not None and self._thread.is_alive()
 
     def start(self, receive: Callable[[Event], None]) -> None:
-        """Start the thread.
-
-        Raises:
-            RuntimeError: it was started before.
-        """
-        if self._thread is not None:
-            raise RuntimeError("the engine was started before")
-        self._host = EngineHost(self._engine, receive)
-        self._thread = threading.Thread(target=self._host.run, name="fd_dsa-engine", daemon=True)
-        self._thread.start()
+        """See `EngineLink`."""
+        self._host = self._host or EngineHost(self._engine, receive)
+        self._start(self._host.run)
 
     def post(self, command: Command) -> None:
-        """Send a command; nothing happens before `start`."""
+        """See `EngineLink`; nothing happens before `start`."""
         if self._host is not None:
             self._host.post(command)
-
-    def join(self, timeout_s: float) -> None:
-        """Wait until the thread has ended."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)

@@ -93,7 +93,8 @@ class LLM:
             ValueError: a prompt can never run (then none does), or the counts differ.
         """
         engine = self._open_engine()
-        token_ids = [_encode(engine.tokenizer, prompt) for prompt in _as_list(prompts)]
+        encode = engine.tokenizer.encode
+        token_ids = [encode(p) if isinstance(p, str) else list(p) for p in _as_list(prompts)]
         default = SamplingParams(**engine.sampling_defaults)
         params = _params_for(len(token_ids), sampling_params, default)
         return self._run(token_ids, params, stream)
@@ -153,7 +154,12 @@ class LLM:
         conversations: list[Any] = list(messages)
         if conversations and isinstance(conversations[0], dict):
             conversations = [conversations]
-        variables = _checked_variables(chat_template_kwargs or {})
+        variables = chat_template_kwargs or {}
+        if reserved := [name for name in variables if name in RESERVED]:
+            raise ValueError(
+                f"chat_template_kwargs has {reserved[0]!r}, which is not a variable of the "
+                "caller's; leave it out"
+            )
         token_ids = [
             engine.tokenizer.apply_chat_template(
                 entry,
@@ -186,8 +192,7 @@ class LLM:
     def close(self) -> None:
         """Abort what runs and let go of the model; the LLM cannot be used any more."""
         if self._engine is not None:
-            for request_id in list(self._outbox):
-                self._engine.abort_request(request_id)
+            self._engine.abort_all()
         self._outbox.clear()
         self._engine = None
 
@@ -258,17 +263,6 @@ class LLM:
             self._outbox[output.request_id].append(output)
 
 
-def _checked_variables(variables: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Variables of a template, refused where they are arguments of `chat`."""
-    for name in variables:
-        if name in RESERVED:
-            raise ValueError(
-                f"chat_template_kwargs has {name!r}, which is not a variable of the caller's; "
-                "leave it out"
-            )
-    return variables
-
-
 def _special_markers(tokenizer: Tokenizer, has_tools: bool) -> frozenset[int]:
     """Special tokens that separate the parts of an answer."""
     renderer = tokenizer.chat_renderer
@@ -286,11 +280,6 @@ def _as_list(prompts: Prompts) -> list[Prompt]:
     if several and not isinstance(several[0], (str, Sequence)) and hasattr(several[0], "__index__"):
         return [several]
     return several
-
-
-def _encode(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt."""
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
 
 def _params_for(count: int, params: Params, default: SamplingParams) -> list[SamplingParams]:

@@ -9,32 +9,71 @@ Source of the meanings: the documentation of vLLM's SamplingParams and of the Op
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.bad_words import BadWords
+from fd_dsa.engine.grammar import GrammarMatcher
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.tokenizer import Tokenizer
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 _LARGEST = float(np.finfo(np.float32).max)
 _NO_IDS = np.empty(0, np.int64)
 
 
-class Grammar(Protocol):
-    """Which tokens may come next; the part of a matcher that the rules read."""
+class BadWords(list[str]):
+    """`SamplingParams.bad_words` with their tokens; shared by all outputs of a request.
 
-    @property
-    def is_finished(self) -> bool:
-        """True when only an end may come."""
+    The server makes it of what a client sends, so that the engine's thread tokenizes nothing.
 
-    def fill_bitmask(self, bitmask: Int32) -> None:
-        """Write bit i % 32 of int32 i // 32 for every token i: 1 = may come."""
+    Args:
+        words: the texts.
+        sequences: token ids that never come in a row, each not empty.
+
+    Attributes:
+        single: int64, tokens that are a sequence alone.
+    """
+
+    def __init__(self, words: Iterable[str], sequences: Iterable[Sequence[int]]) -> None:
+        """Sort the sequences by the last token but one."""
+        super().__init__(words)
+        distinct = {tuple(sequence) for sequence in sequences}
+        self.single = np.array([s[0] for s in distinct if len(s) == 1], np.int64)
+        self._by_token: dict[int, list[tuple[int, ...]]] = {}
+        for sequence in distinct:
+            if len(sequence) > 1:
+                self._by_token.setdefault(sequence[-2], []).append(sequence)
+
+    @classmethod
+    def of(cls, words: Sequence[str] | None, tokenizer: Tokenizer) -> BadWords | None:
+        """The words with their tokens, as at the start of a text and as after a space.
+
+        Returns:
+            None without words; `words` itself where it has its tokens.
+
+        Raises:
+            ValueError: a word is not valid Unicode.
+        """
+        if not words:
+            return None
+        if isinstance(words, BadWords):
+            return words
+        texts = [*words, *(" " + word.lstrip() for word in words)]
+        return cls(words, filter(None, tokenizer.encode_all(texts)))
+
+    def completing(self, output: list[int]) -> list[int]:
+        """Tokens that would complete a sequence of several after an output."""
+        if not output:
+            return []
+        return [
+            sequence[-1]
+            for sequence in self._by_token.get(output[-1], ())
+            if tuple(output[1 - len(sequence) :]) == sequence[:-1]
+        ]
 
 
 class TokenCounts:
@@ -59,20 +98,16 @@ class TokenCounts:
         for token_id in self._output[self._num_read :]:
             place = self._place_of.setdefault(token_id, len(self._place_of))
             if place >= len(self._ids):
-                self._grow()
+                more = max(len(self._ids), 64)
+                self._ids, self._counts = (
+                    np.pad(self._ids, (0, more)),
+                    np.pad(self._counts, (0, more)),
+                )
             self._ids[place] = token_id
             self._counts[place] += 1
         self._num_read = len(self._output)
         num_listed = len(self._place_of)
         return self._ids[:num_listed], self._counts[:num_listed]
-
-    def _grow(self) -> None:
-        """Double the room."""
-        size = max(2 * len(self._ids), 64)
-        self._ids = np.resize(self._ids, size)
-        counts = np.zeros(size, np.float64)
-        counts[: len(self._counts)] = self._counts
-        self._counts = counts
 
 
 class LogitRules:
@@ -85,6 +120,9 @@ class LogitRules:
         bad: what bad words forbid.
         end_token_ids: what min_tokens forbids.
         grammar: which tokens may come at all; None = all.
+
+    Attributes:
+        is_empty: whether no rule can ever change a logit.
     """
 
     def __init__(
@@ -94,7 +132,7 @@ class LogitRules:
         output_token_ids: list[int],
         bad: BadWords | None = None,
         end_token_ids: Iterable[int] = (),
-        grammar: Grammar | None = None,
+        grammar: GrammarMatcher | None = None,
     ) -> None:
         """Sort the rules by what they need in a step."""
         self.grammar = grammar
@@ -116,6 +154,8 @@ class LogitRules:
         self._output = output_token_ids
         self._min_tokens = params.min_tokens
         self._end_ids = np.array(sorted(end_token_ids), np.int64)
+        rules = (self.counts, bias, bad, params.bad_words_token_ids, params.min_tokens, grammar)
+        self.is_empty = not any(rules)
 
     def banned_ids(self) -> Int64:
         """Tokens that may not come next."""

@@ -6,7 +6,7 @@ They are of the model's own distribution: before penalties, bias, bans, grammar 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +21,7 @@ Int64 = npt.NDArray[np.int64]
 _GROUP_LOGITS = 2**20
 
 
-@dataclass(frozen=True, slots=True)
-class TokenScore:
+class TokenScore(NamedTuple):
     """What the model thought of one token.
 
     Attributes:
@@ -36,8 +35,7 @@ class TokenScore:
     top: tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
+class TokenLogprobs(NamedTuple):
     """A token of a prompt or an output with its score.
 
     Attributes:

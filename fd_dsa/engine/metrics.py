@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import takewhile
 
 from fd_dsa.engine.request import Request
 from fd_dsa.runner.counters import Histogram, StepCounters
@@ -54,7 +53,9 @@ class EngineMetrics:
         self.request_queue_time = Histogram(_REQUEST_S)
         self.request_prefill_time = Histogram(_REQUEST_S)
         self.request_decode_time = Histogram(_REQUEST_S)
-        bounds = tuple(takewhile(lambda bound: bound < max_model_len, _one_two_five()))
+        # 1, 2, 5, 10, 20 ... up to ten millions
+        bounds = [digit * 10**power for power in range(8) for digit in (1, 2, 5)]
+        bounds = [bound for bound in bounds if bound < max_model_len]
         self.request_prompt_tokens = Histogram((*bounds, max_model_len))
         self.request_generation_tokens = Histogram((*bounds, max_model_len))
         self._last_step_time = 0.0
@@ -92,8 +93,3 @@ class EngineMetrics:
         if first is not None:
             self.request_prefill_time.observe(first - started)
             self.request_decode_time.observe(end - first)
-
-
-def _one_two_five() -> Sequence[int]:
-    """1, 2, 5, 10, 20 ... up to ten millions."""
-    return [digit * 10**power for power in range(8) for digit in (1, 2, 5)]

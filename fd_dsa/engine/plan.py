@@ -110,7 +110,9 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     """
     _prepare_paddle()
     # these import paddle
+    from fd_dsa.models.checkpoint import Checkpoint
     from fd_dsa.models.config import ModelConfig
+    from fd_dsa.models.loader import validate
     from fd_dsa.ops._fixed_order import check_fixed_order
     from fd_dsa.runner.device import keep_float32, resolve_device
     from fd_dsa.runner.input_batch import InputBatch
@@ -131,7 +133,10 @@ def make_plan(config: EngineConfig) -> EnginePlan:
     input_batch = InputBatch(
         config.max_num_seqs, config.num_batched_tokens, blocks_per_seq, config.block_size
     )
-    _check_weights(config, model_config)
+    if config.load_format != "dummy":
+        # only headers are read
+        with Checkpoint.open(config.model_path) as checkpoint:
+            validate(checkpoint, model_config)
     backend = backend_config(model_config, layout, input_batch)
     memory = _plan_memory(config, model_config, layout, max_model_len, device, backend)
     return EnginePlan(
@@ -198,9 +203,7 @@ def sampling_defaults(config: EngineConfig, model_config: ModelConfig) -> dict[s
     Raises:
         ConfigError: a proposal that no request could make; names the file.
     """
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    proposed = {name: getattr(model_config.generation, name) for name in names}
-    defaults = {name: value for name, value in proposed.items() if value is not None}
+    defaults: dict[str, Any] = dict(model_config.generation)
     try:
         SamplingParams(**defaults)
     except ValueError as error:
@@ -224,17 +227,6 @@ def _check_vocabulary(config: EngineConfig, model: ModelConfig, tokenizer: Token
     )
 
 
-def _check_weights(config: EngineConfig, model_config: ModelConfig) -> None:
-    """Refuse a checkpoint that does not hold the model; only headers are read."""
-    if config.load_format == "dummy":
-        return
-    from fd_dsa.models.checkpoint import Checkpoint
-    from fd_dsa.models.loader import validate
-
-    with Checkpoint.open(config.model_path) as checkpoint:
-        validate(checkpoint, model_config)
-
-
 def _plan_memory(
     config: EngineConfig,
     model_config: ModelConfig,
@@ -250,10 +242,22 @@ def _plan_memory(
         plan_memory,
         weight_bytes,
     )
+    from fd_dsa.runner.device import free_device_bytes, traits_of
 
-    room = _device_room(config, device, backend)
-    if room:
+    room: dict[str, Any] = {}
+    free_bytes = free_device_bytes(device, config.gpu_memory_utilization)
+    if free_bytes is not None:
+        from fd_dsa.attention.device import workspace_bytes
+
+        room["free_bytes"] = max(free_bytes - workspace_bytes(backend, traits_of(device)), 0)
         room["graph_bytes"] = graph_bytes(model_config, config.capture_sizes, max_model_len)
+        room["takes_all"] = True
+    elif config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
+        logger.warning(
+            "--gpu-memory-utilization has no effect on %s; --kv-cache-memory-bytes sets the "
+            "size of the caches",
+            device,
+        )
     plan = plan_memory(
         config,
         weight_bytes=weight_bytes(model_config),
@@ -266,24 +270,3 @@ def _plan_memory(
     if room:
         check_host_room(plan.weight_bytes)
     return plan
-
-
-def _device_room(config: EngineConfig, device: str, backend: DSABackendConfig) -> dict[str, Any]:
-    """What `plan_memory` must know of a device; nothing where its memory is the host's."""
-    from fd_dsa.runner.device import free_device_bytes
-
-    free_bytes = free_device_bytes(device, config.gpu_memory_utilization)
-    if free_bytes is None:
-        if config.gpu_memory_utilization != EngineConfig.gpu_memory_utilization:
-            logger.warning(
-                "--gpu-memory-utilization has no effect on %s; --kv-cache-memory-bytes sets the "
-                "size of the caches",
-                device,
-            )
-        return {}
-    from fd_dsa.attention.device import workspace_bytes
-    from fd_dsa.runner.device import traits_of
-
-    # no cap: memory of a device that the engine leaves is used by nobody else
-    room = max(free_bytes - workspace_bytes(backend, traits_of(device)), 0)
-    return {"free_bytes": room, "default_cache_bytes": free_bytes, "default_share": 1.0}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
+from functools import partial
 
-from fd_dsa.engine.detokenizer import Detokenizer, StopChecker
-from fd_dsa.engine.grammar import GrammarMatcher
-from fd_dsa.engine.logit_rules import LogitRules
+from fd_dsa.engine.block_manager import BlockKeys
+from fd_dsa.engine.detokenizer import Detokenizer, StopChecker, new_detokenizer
+from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
+from fd_dsa.engine.logit_rules import BadWords, LogitRules
 from fd_dsa.engine.logprobs import OutputLogprobs, PromptLogprobs, TokenLogprobs, TokenScore
 from fd_dsa.engine.output import FinishReason, OutputState, RequestOutput, TopkPositions
-from fd_dsa.engine.prefix_cache import BlockKeys
+from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.engine.sampling_params import SamplingParams
+from fd_dsa.engine.tokenizer import Tokenizer
 
 
 @dataclass(slots=True, eq=False)
@@ -21,8 +25,8 @@ class Request:
     Attributes:
         state: what callers see of the output.
         group: all of the group in order, this one included.
-        arrival: number of the object, counted from 0; the order of service.
-        block_owner: its name in the block manager.
+        arrival: number of the object, counted from 0: the order of service, and its name in the
+            block manager.
         max_tokens: output tokens allowed, already resolved against the context.
         end_token_ids: tokens that end the output.
         output_token_ids: the list of the state.
@@ -56,7 +60,6 @@ class Request:
     num_computed_tokens: int = 0
     num_scheduled_tokens: int = 0
     block_keys: BlockKeys = field(init=False)
-    block_owner: str = field(init=False)
     logprobs: OutputLogprobs | None = None
     new_logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: PromptLogprobs | None = None
@@ -73,7 +76,6 @@ class Request:
         """Start with the prompt as the tokens to compute."""
         self.token_ids = list(self.state.prompt_token_ids)
         self.output_token_ids = self.state.token_ids
-        self.block_owner = str(self.arrival)
         self.block_keys = BlockKeys(self.token_ids, block_size, self.params.cache_salt)
 
     @property
@@ -81,16 +83,6 @@ class Request:
         """True when only the token sampled last is missing in the cache."""
         # an output comes after the prompt: with one token missing there is one or the prompt is
         return self.num_computed_tokens == len(self.token_ids) - 1 and bool(self.output_token_ids)
-
-    @property
-    def num_missing_tokens(self) -> int:
-        """Known tokens whose keys are not in the cache yet."""
-        return len(self.token_ids) - self.num_computed_tokens
-
-    @property
-    def is_ready(self) -> bool:
-        """False while its grammar is being compiled; asking for it begins that."""
-        return self.grammar is None or self.grammar.is_ready
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -173,3 +165,65 @@ class Request:
             error,
             self.topk_positions if self.finish_reason is not None else None,
         )
+
+
+def make_group(
+    request_id: str,
+    prompt: list[int],
+    params: SamplingParams,
+    *,
+    arrival: int,
+    max_tokens: int,
+    end_token_ids: frozenset[int],
+    seed: int,
+    block_size: int,
+    tokenizer: Tokenizer,
+    grammars: GrammarCompiler,
+) -> list[Request]:
+    """The outputs of a request, of that arrival number and the next ones.
+
+    A grammar that cannot be compiled ends them with an error later.
+
+    Args:
+        request_id, prompt, params: as the caller gave them; the prompt as a list of its own.
+        arrival, max_tokens, end_token_ids: see `Request`.
+        seed: of the first output.
+        block_size: tokens per cache block.
+        tokenizer: for the texts of outputs and bad words.
+        grammars: compiles the form of the outputs.
+    """
+    stops, form = params.stop_strings, params.structured_outputs
+    bad_words = BadWords.of(params.bad_words, tokenizer)
+    detokenizer = partial(
+        new_detokenizer,
+        tokenizer,
+        params.skip_special_tokens,
+        kept_token_ids=params.kept_special_token_ids,
+    )
+    now = time.monotonic()
+    group: list[Request] = []
+    for index in range(params.n):
+        request = Request(
+            state=OutputState(request_id, index, prompt, arrival_time=now),
+            params=params,
+            max_tokens=max_tokens,
+            end_token_ids=end_token_ids,
+            arrival=arrival + index,
+            seed=derive_seed(seed, index) if index else seed,
+            detokenizer=detokenizer(prompt_token_ids=prompt),
+            stop_checker=StopChecker(stops, params.include_stop_str_in_output) if stops else None,
+            block_size=block_size,
+            group=group,
+            grammar=None if form is None else GrammarMatcher(grammars, form),
+        )
+        rules = LogitRules(
+            params, prompt, request.output_token_ids, bad_words, end_token_ids, request.grammar
+        )
+        request.rules = None if rules.is_empty else rules
+        if params.logprobs is not None:
+            request.logprobs = OutputLogprobs()
+            request.state.logprobs = request.logprobs.shown
+        group.append(request)
+    if params.prompt_logprobs is not None:
+        group[0].prompt_logprobs = PromptLogprobs(prompt, params.prompt_logprobs, detokenizer())
+    return group

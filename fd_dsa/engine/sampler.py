@@ -1,19 +1,20 @@
-"""From logits to tokens, for all rows of a step at once."""
+"""From logits to tokens, for all rows of a step at once.
+
+Random numbers are counter-based: each is a function of (seed, position) and of nothing else.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from fd_dsa.engine.draws import DRAW, draw_tokens, rows_of
+from fd_dsa.engine.draws import NOT_FINITE, RowDraw, rows_of
 from fd_dsa.engine.logit_rules import LogitRules, apply_rules
-from fd_dsa.engine.random_uniform import uniforms
-from fd_dsa.engine.row_draw import NOT_FINITE, RowDraw
 from fd_dsa.engine.sampling_params import SamplingParams
-from fd_dsa.ops._host import Scratch
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
 
 NO_TOKEN = -2
 """Instead of a token where the rules of a row's request leave none."""
@@ -21,6 +22,10 @@ NO_TOKEN = -2
 _GREEDY_BELOW = 1e-5
 # all tokens are equally likely long before; what float32 cannot hold would make NaN of -inf
 _HOTTEST = 1e30
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
 
 
 class Sampler:
@@ -38,23 +43,19 @@ class Sampler:
 
     def __init__(self, max_num_seqs: int) -> None:
         """Allocate the parameters."""
-        self._draws = np.zeros(max_num_seqs, DRAW)
+        self._draws: list[tuple[float, float, int, float]] = [(1.0, 0.0, 0, 1.0)] * max_num_seqs
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._is_random = np.zeros(max_num_seqs, bool)
         self._is_ruled = np.zeros(max_num_seqs, bool)
         self._rules: list[LogitRules | None] = [None] * max_num_seqs
         self._row_draw: RowDraw | None = None
-        self._scratch = Scratch()
 
     def set_slot(
         self, slot: int, params: SamplingParams, seed: int, rules: LogitRules | None = None
     ) -> None:
         """Parameters of the request that has taken a slot, and its rules if it has any."""
         temperature = min(params.temperature, _HOTTEST)
-        # a count beyond every vocabulary keeps everything, and so does "off"
-        top_k = min(max(params.top_k, 0), 2**31)
-        # the row and the random number change from step to step
-        self._draws[slot] = (0, temperature, params.min_p, top_k, params.top_p, 0.0)
+        self._draws[slot] = (temperature, params.min_p, max(params.top_k, 0), params.top_p)
         self._seeds[slot] = seed % 2**64
         self._is_random[slot] = params.temperature >= _GREEDY_BELOW
         self._is_ruled[slot] = rules is not None
@@ -103,10 +104,47 @@ class Sampler:
             tokens[greedy[usable]] = best[usable]
         if len(drawn):
             slots = slots[drawn]
-            draws = self._draws[slots]
-            draws["row"] = drawn
-            draws["uniform"] = uniforms(self._seeds[slots], positions[drawn])
+            numbers = uniforms(self._seeds[slots], positions[drawn])
             if self._row_draw is None or self._row_draw.vocab_size != logits.shape[1]:
                 self._row_draw = RowDraw(logits.shape[1])
-            tokens[drawn] = draw_tokens(logits, draws, self._row_draw, self._scratch)
+            draw = self._row_draw.draw
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+                for row, slot, number in zip(
+                    drawn.tolist(), slots.tolist(), numbers.tolist(), strict=True
+                ):
+                    tokens[row] = draw(logits[row], number, *self._draws[slot])
         return tokens
+
+
+def uniforms(seeds: UInt64, positions: Int64) -> npt.NDArray[np.float64]:
+    """Uniform numbers in [0, 1), one for each pair.
+
+    u = mix(mix(seed) + (position + 1) * golden) / 2**64, cut to 53 bits.
+
+    Args:
+        seeds: uint64 [n].
+        positions: int64 [n]; position of the token in its output, from 0.
+
+    Returns:
+        float64 [n].
+
+    Source: SplitMix64 (Steele, Lea, Flood 2014); a seed names one of its streams, a position the
+    element of the stream.
+    """
+    steps = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    bits = _mix(_mix(seeds) + steps) >> np.uint64(11)
+    return bits.astype(np.float64) * 2.0**-53
+
+
+def derive_seed(engine_seed: int, arrival: int) -> int:
+    """Seed in [0, 2**64) of a request that brings none, from its arrival number."""
+    base = _mix(np.array([(engine_seed ^ _MIX_1) & _MASK], np.uint64))
+    step = np.array([(arrival + 1) * _GOLDEN & _MASK], np.uint64)
+    return int(_mix(base + step)[0])
+
+
+def _mix(state: UInt64) -> UInt64:
+    """SplitMix64's output function; arrays of uint64 wrap around silently."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(_MIX_1)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(_MIX_2)
+    return state ^ (state >> np.uint64(31))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 
 SEED_MIN = -(2**63)
 SEED_MAX = 2**64 - 1
-LOGIT_BIAS_MAX = 100.0
+LOGIT_BIAS_MAX = 100
 # what one request may make the sampler look at in every step
 MAX_BAD_WORDS = 1024
 MAX_STOP_STRINGS = 64
@@ -21,32 +22,23 @@ MAX_BAD_WORD_CHARS = 32_768
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_TOKEN_ID = 2**31 - 1
-# smallest and largest value of each field
-_NUMBERS = {
-    "temperature": (0.0, math.inf),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.0, math.inf),
-}
-_INTEGERS: dict[str, tuple[int, int | None]] = {
+_LARGEST = sys.float_info.max
+# smallest and largest value of each number
+_RANGES = {
     "n": (1, MAX_CHOICES),
-    "top_k": (-1, None),
+    "temperature": (0, _LARGEST),
+    "top_p": (0, 1),
+    "top_k": (-1, math.inf),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0, _LARGEST),
+    "min_tokens": (0, math.inf),
+    "max_tokens": (1, math.inf),
     "logprobs": (0, MAX_LOGPROBS),
     "prompt_logprobs": (0, MAX_LOGPROBS),
     "seed": (SEED_MIN, SEED_MAX),
-    "max_tokens": (1, None),
-    "min_tokens": (0, None),
 }
-_OPTIONAL = ("logprobs", "prompt_logprobs", "seed", "max_tokens")
-_FLAGS = (
-    "ignore_eos",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "skip_reading_prefix_cache",
-    "return_topk_positions",
-)
 
 
 @dataclass(frozen=True)
@@ -127,18 +119,17 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name, (low, high) in _NUMBERS.items():
-            _check_float(name, getattr(self, name), low, high)
+        for name, kind, optional in _CHECKED:
+            value = getattr(self, name)
+            if kind is bool:
+                if not isinstance(value, bool):
+                    raise ValueError(f"{name} is {value!r}; it must be true or false")
+            elif value is not None or not optional:
+                _check_number(name, value, *_RANGES[name], kind)
         if self.repetition_penalty == 0:
             raise ValueError("repetition_penalty is 0; it must be a number > 0")
-        for name, (least, most) in _INTEGERS.items():
-            value = getattr(self, name)
-            if value is not None or name not in _OPTIONAL:
-                _check_int(name, value, least, most)
-        for name in _FLAGS:
-            _check_bool(name, getattr(self, name))
         for token_id in self.kept_special_token_ids:
-            _check_int("kept_special_token_ids", token_id, 0, None)
+            _check_number("kept_special_token_ids", token_id, 0, math.inf, int)
         salt = self.cache_salt
         if salt is not None and (not isinstance(salt, str) or not salt):
             raise ValueError(f"cache_salt is {salt!r}; it must be a non-empty string")
@@ -175,7 +166,8 @@ class SamplingParams:
             raise ValueError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
         _check_token_ids("logit_bias", list(self.logit_bias))
         for token_id, bias in self.logit_bias.items():
-            _check_float(f"logit_bias of token {token_id}", bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX)
+            name = f"logit_bias of token {token_id}"
+            _check_number(name, bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX, float)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -185,28 +177,24 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-def _check_float(name: str, value: Any, low: float, high: float) -> None:
-    """ValueError unless `value` is a finite number in [low, high]."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        allowed = f"number in [{low:g}, {high:g}]"
-        if math.isinf(high):
-            allowed = f"finite number >= {low:g}"
-        raise ValueError(f"{name} is {value!r}; it must be a {allowed}")
+# name, type, and whether None is allowed, of numbers and switches
+_CHECKED = tuple(
+    (one.name, kind, one.type == f"{kind.__name__} | None")
+    for one in fields(SamplingParams)
+    for kind in (bool, int, float)
+    if one.type in (kind.__name__, f"{kind.__name__} | None")
+)
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None) -> None:
-    """ValueError unless `value` is an integer in [low, high]."""
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    if not integer or value < low or (high is not None and value > high):
-        allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
-        raise ValueError(f"{name} is {value!r}; it must be an integer {allowed}")
-
-
-def _check_bool(name: str, value: Any) -> None:
-    """ValueError unless `value` is a bool."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; it must be true or false")
+def _check_number(name: str, value: Any, low: float, high: float, kind: type) -> None:
+    """ValueError unless `value` is a number of this type, int or float, in [low, high]."""
+    types, noun = (int, "an integer") if kind is int else ((int, float), "a number")
+    is_number = isinstance(value, types) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        allowed = f"{noun} in [{low}, {high}]"
+        if high >= _LARGEST:
+            allowed = f"{noun if kind is int else 'a finite number'} >= {low}"
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
 
 def _check_texts(name: str, texts: Sequence[Any], most: int, most_chars: int) -> None:

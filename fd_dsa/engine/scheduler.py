@@ -7,23 +7,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Protocol
 
 from fd_dsa.engine.block_manager import BlockManager
 from fd_dsa.engine.request import Request
+from fd_dsa.engine.stats import EngineStats
 from fd_dsa.engine.step_times import StepTimes
+from fd_dsa.runner.input_batch import InputBatch
 
 _slot = attrgetter("slot")
-
-
-class BlockTables(Protocol):
-    """Rows of block ids; the part of the input batch that the scheduler writes."""
-
-    def set_blocks(self, row: int, block_ids: list[int], start: int = 0) -> None:
-        """Write block ids of a row from entry `start` on."""
-
-    def clear_row(self, row: int) -> None:
-        """Forget a row."""
 
 
 class Scheduler:
@@ -54,9 +45,9 @@ class Scheduler:
 
     Args:
         blocks: owner of the cache blocks.
-        tables: block tables by row, kept in step with the owners.
-        max_num_seqs: rows.
-        max_num_batched_tokens: tokens in one step.
+        batch: gives the numbers of rows and tokens of a step; its block tables are kept in step
+            with the owners.
+        stats: counts preemptions, and what is found in the prefix cache.
         target_gap_s: seconds between two tokens of a request that decodes; 0 = no target.
 
     Attributes:
@@ -66,24 +57,22 @@ class Scheduler:
     def __init__(
         self,
         blocks: BlockManager,
-        tables: BlockTables,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
+        batch: InputBatch,
+        stats: EngineStats,
         target_gap_s: float = 0.0,
     ) -> None:
         """Start without requests."""
-        self.num_preemptions = 0
         self.is_decode_only = False
-        self.prefix_cache_queries = 0
-        self.prefix_cache_hits = 0
         self._blocks = blocks
-        self._tables = tables
-        self._max_num_batched_tokens = max_num_batched_tokens
+        self._batch = batch
+        self._stats = stats
         self._target_gap_s = target_gap_s
-        self._step_times = StepTimes(max_num_seqs, max_num_batched_tokens) if target_gap_s else None
+        self._step_times: StepTimes | None = None
+        if target_gap_s:
+            self._step_times = StepTimes(batch.max_num_tokens)
         # tokens before each prompt token of the step, on average
         self._prefill_context = 0
-        self._free_slots = list(range(max_num_seqs))
+        self._free_slots = list(range(batch.max_num_seqs))
         # dicts by arrival number, in order of arrival
         self._running: dict[int, Request] = {}
         self._waiting: deque[Request] = deque()
@@ -123,7 +112,7 @@ class Scheduler:
         prefilling: list[Request] = []
         for request in self._running.values():
             (decoding if request.is_decode else prefilling).append(request)
-        budget = self._schedule_decode(decoding, self._max_num_batched_tokens)
+        budget = self._schedule_decode(decoding, self._batch.max_num_tokens)
         self._num_decoding = len(self._scheduled)
         self._spare_logits = len(self._free_slots)
         for request in prefilling:
@@ -146,7 +135,7 @@ class Scheduler:
             request.num_computed_tokens = before + num_new
             if before % block_size + num_new >= block_size:
                 self._blocks.cache_full_blocks(
-                    request.block_owner, request.block_keys, before + num_new
+                    request.arrival, request.block_keys, before + num_new
                 )
 
     def observe(self, seconds: float, num_decode_tokens: int, num_prefill_tokens: int) -> None:
@@ -171,22 +160,26 @@ class Scheduler:
     def _grow(self, request: Request) -> bool:
         """Get the block for the next token, if need be from later requests; False: preempted."""
         num_tokens = len(request.token_ids)
-        while (added := self._blocks.allocate(request.block_owner, num_tokens)) is None:
+        while (added := self._blocks.allocate(request.arrival, num_tokens)) is None:
             victim = next(reversed(self._running.values()))
             self._preempt(victim)
             if victim is request:
                 return False
         if added:
-            self._tables.set_blocks(
+            self._batch.set_blocks(
                 request.slot, added, self._blocks.num_needed(num_tokens) - len(added)
             )
         return True
 
     def _admit(self, budget: int) -> None:
         """Start waiting requests in order of arrival while rows, blocks and tokens last."""
-        # asked first: the grammar of the next request is compiled while it waits for a row
-        while self._waiting and self._waiting[0].is_ready and budget > 0 and self._spare_logits > 0:
+        while self._waiting:
             request = self._waiting[0]
+            # asked first: it is compiled while the request waits for a row
+            if request.grammar is not None and not request.grammar.is_ready:
+                break
+            if budget <= 0 or self._spare_logits <= 0:
+                break
             # the blocks of running requests; what is cached never covers all tokens
             spare = len(self._running)
             if spare >= self._blocks.num_free:
@@ -194,15 +187,13 @@ class Scheduler:
             cached = self._find_computed_blocks(request)
             if cached is None:
                 break
-            added = self._blocks.allocate(
-                request.block_owner, len(request.token_ids), cached, spare
-            )
+            added = self._blocks.allocate(request.arrival, len(request.token_ids), cached, spare)
             if added is None:
                 break
             self._waiting.popleft()
             request.slot = heapq.heappop(self._free_slots)
             self._spare_logits -= 1
-            self._tables.set_blocks(request.slot, added)
+            self._batch.set_blocks(request.slot, added)
             self._running[request.arrival] = request
             self._count_hits(request, len(cached) * self._blocks.block_size)
             budget = self._take(request, budget)
@@ -219,7 +210,7 @@ class Scheduler:
         running = [other for other in request.group if other.slot >= 0]
         for other in running:
             if other.num_computed_tokens >= num_shared * self._blocks.block_size:
-                return list(self._blocks.blocks_of(other.block_owner)[:num_shared])
+                return list(self._blocks.blocks_of(other.arrival)[:num_shared])
         return None if running else cached
 
     def _reads_prefix_cache(self, request: Request) -> bool:
@@ -236,8 +227,8 @@ class Scheduler:
         # the prompt of a group is looked for once
         is_counted = request.state.index == 0 and self._reads_prefix_cache(request)
         if self._blocks.enable_prefix_caching and is_counted:
-            self.prefix_cache_queries += len(request.state.prompt_token_ids)
-            self.prefix_cache_hits += num_cached_tokens
+            self._stats.prefix_cache_queries += len(request.state.prompt_token_ids)
+            self._stats.prefix_cache_hits += num_cached_tokens
 
     def _take(self, request: Request, budget: int) -> int:
         """Put a request into the step with at most `budget` tokens; returns how many are left."""
@@ -246,7 +237,7 @@ class Scheduler:
                 self._num_decoding, request.num_computed_tokens, self._target_gap_s
             )
             budget = min(budget, longest)
-        num_tokens = min(request.num_missing_tokens, budget)
+        num_tokens = min(len(request.token_ids) - request.num_computed_tokens, budget)
         if request.prompt_logprobs is not None and request.wants_prompt_logits:
             num_tokens = min(num_tokens, 1 + self._spare_logits)
             self._spare_logits -= num_tokens - 1
@@ -256,7 +247,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Put a running request back to the head of the queue, with nothing computed."""
-        self.num_preemptions += 1
+        self._stats.num_preemptions += 1
         request.preempted_time = time.monotonic()
         self._release(request)
         request.num_computed_tokens = 0
@@ -264,10 +255,10 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         """Take row and blocks from a running request."""
-        self._tables.clear_row(request.slot)
+        self._batch.clear_row(request.slot)
         heapq.heappush(self._free_slots, request.slot)
         request.slot = -1
-        self._blocks.free(request.block_owner)
+        self._blocks.free(request.arrival)
         del self._running[request.arrival]
 
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemainingColumn
+
+from fd_dsa.models.memory_plan import format_bytes
 
 logger = logging.getLogger(__name__)
 
+_LINE_PERCENT = 25
 PHASES = ("config", "weights", "kv cache", "warm-up", "ready")
 
 
@@ -15,22 +23,18 @@ class StartupProgress:
 
     Attributes:
         began: `time.monotonic()` of the start.
+        index: number of the phase that runs, from 0.
     """
 
     def __init__(self) -> None:
         self.began = time.monotonic()
-        self._index = 0
+        self.index = 0
         self._detail = ""
-
-    @property
-    def index(self) -> int:
-        """Number of the phase that runs, from 0."""
-        return self._index
 
     @property
     def phase(self) -> str:
         """The phase that runs; the last one once the engine is there."""
-        return PHASES[self._index]
+        return PHASES[self.index]
 
     @property
     def elapsed_s(self) -> float:
@@ -43,19 +47,73 @@ class StartupProgress:
 
     def follow(self, index: int, detail: str) -> None:
         """Take over how far the same start is in another process, which logs it."""
-        self._index, self._detail = index, detail
+        self.index, self._detail = index, detail
 
     def done(self, text: str) -> None:
         """End the present phase with one line about it; the next one begins."""
-        number, name = self._index + 1, self.phase
+        number, name = self.index + 1, self.phase
         logger.info("[%d/%d] %-8s %s", number, len(PHASES), name, text)
         self._detail = ""
-        self._index = min(number, len(PHASES) - 1)
+        self.index = min(number, len(PHASES) - 1)
 
     def describe(self) -> str:
         """For people who ask while it runs: phase, its number, how far it is, seconds."""
         detail = f", {self._detail}" if self._detail else ""
         return (
-            f"{self.phase} (phase {self._index + 1} of {len(PHASES)}{detail}), "
+            f"{self.phase} (phase {self.index + 1} of {len(PHASES)}{detail}), "
             f"{self.elapsed_s:.1f} s since the start"
         )
+
+
+class LoadProgress:
+    """Loading of weights: a bar on a terminal, elsewhere one line of the log for each quarter.
+
+    Use it as a context manager and pass it as `progress` to `load_weights`.
+
+    Args:
+        startup: gets the details of its present phase.
+        stream: where a bar is drawn, if it is a terminal; None is stderr.
+
+    Attributes:
+        total_bytes: of what is loaded, once it has begun.
+    """
+
+    def __init__(self, startup: StartupProgress, stream: TextIO | None = None) -> None:
+        self._startup = startup
+        self.total_bytes = 0
+        self._stream = sys.stderr if stream is None else stream
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._next_percent = _LINE_PERCENT
+
+    def __enter__(self) -> LoadProgress:
+        if self._stream.isatty():
+            self._bar = Progress(
+                "weights",
+                BarColumn(),
+                "{task.percentage:>3.0f} %",
+                DownloadColumn(binary_units=True),
+                TimeRemainingColumn(),
+                console=Console(file=self._stream),
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, done_bytes: int, total_bytes: int) -> None:
+        """Take note that `done_bytes` of `total_bytes` are loaded."""
+        self.total_bytes = total_bytes
+        done, total = format_bytes(done_bytes), format_bytes(total_bytes)
+        self._startup.note(f"{done} of {total}")
+        if self._bar is not None:
+            if self._task is None:
+                self._task = self._bar.add_task("weights", total=total_bytes)
+            self._bar.update(self._task, completed=done_bytes)
+            return
+        percent = 100 * done_bytes // max(total_bytes, 1)
+        if percent >= self._next_percent:
+            self._next_percent = percent - percent % _LINE_PERCENT + _LINE_PERCENT
+            logger.info("weights %d %% %s of %s", percent, done, total)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from fd_dsa.chat.template import ChatRenderer, read_renderer
 from fd_dsa.engine.text_windows import encode_text
 from fd_dsa.environment import keep_tokenizers_in_their_thread
 from fd_dsa.errors import ConfigError
+from fd_dsa.models.config_reader import read_json_object
 
 _SPECIAL_TOKEN_FIELDS = (
     "bos_token",
@@ -317,15 +317,7 @@ def _byte_level_alphabet() -> dict[str, int]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """Object of a JSON file, empty when the file does not exist."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"tokenizer: {file} is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"tokenizer: {file} holds a {type(content).__name__}, not an object")
-    return content
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from fd_dsa.attention import CacheLayout, DSABackendConfig
 from fd_dsa.config import FP8_BLOCK_SIZE
 from fd_dsa.environment import indexer_rope_interleave
 from fd_dsa.errors import ConfigError
-from fd_dsa.models.config_fields import read_indexer_types
+from fd_dsa.models.config import read_indexer_types
 from fd_dsa.models.config_reader import FieldReader
 from fd_dsa.models.families import FAMILIES
 from fd_dsa.models.rope_config import yarn_mscale

@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.config_reader import read_json_object
-from fd_dsa.models.dequantize import SCALE_SUFFIX, dequantize_blocks, num_blocks, to_float32
-from fd_dsa.models.safetensors_file import SafetensorsFile, TensorInfo
+from fd_dsa.models.dequantize import SCALE_SUFFIX, TensorInfo, dequantize_blocks, to_float32
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_LENGTH_BYTES = 8
 
 
 class Checkpoint:
     """The tensors of a model folder, mapped but not read; use `Checkpoint.open`.
 
+    The safetensors library checks each file's header. The bytes are mapped here, since the library
+    hands out neither bfloat16 nor FP8 as NumPy arrays, and gives no pages back.
+
     Attributes:
         folder: the model folder.
+
+    Source: format description of huggingface/safetensors (README, "Format").
     """
 
-    def __init__(self, folder: Path, files: Sequence[SafetensorsFile]) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self.folder = folder
-        self._files = {file.path: file for file in files}
+        self._maps = {path: _map_file(path) for path in files}
         self._infos: dict[str, TensorInfo] = {}
-        for file in files:
-            for name, info in file.tensors.items():
-                if name in self._infos:
+        for path, mapped in self._maps.items():
+            for info in _infos_of(path, mapped):
+                if info.name in self._infos:
                     raise CheckpointError(
-                        f"{file.path}: tensor {name!r} is in {self._infos[name].file.name} too"
+                        f"{path}: tensor {info.name!r} is in {self._infos[info.name].file.name} too"
                     )
-                self._infos[name] = info
+                self._infos[info.name] = info
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
@@ -61,9 +69,14 @@ class Checkpoint:
                 "weights in the safetensors format are needed"
             )
         if single.exists():
-            return cls(folder, [SafetensorsFile(single)])
+            return cls(folder, [single])
         weight_map = _read_weight_map(index)
-        shards = [SafetensorsFile(_shard_path(index, name)) for name in _unique(weight_map)]
+        shards = [folder / name for name in sorted(set(weight_map.values()))]
+        for path in shards:
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{index}: names the shard {path.name}, which is not in the folder"
+                )
         checkpoint = cls(folder, shards)
         checkpoint._check_index(index, weight_map)
         return checkpoint
@@ -75,15 +88,12 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Give up the mapped files."""
-        for file in self._files.values():
-            file.close()
+        """Give up the mapped files; views that still live keep them alive themselves."""
+        self._maps.clear()
 
     def names(self) -> list[str]:
         """Names of all tensors in file order: shard by shard, each from its first byte on."""
-        order = {path: number for number, path in enumerate(self._files)}
-        infos = sorted(self._infos.values(), key=lambda info: (order[info.file], info.offset))
-        return [info.name for info in infos]
+        return list(self._infos)
 
     def __contains__(self, name: str) -> bool:
         return name in self._infos
@@ -99,15 +109,17 @@ class Checkpoint:
         return self._infos[name]
 
     def raw(self, name: str) -> np.ndarray:
-        """Read-only view of a tensor's bytes, uint8 [nbytes]."""
+        """Read-only view of a tensor's bytes, uint8 [nbytes]; no copy is made."""
         info = self.info(name)
-        return self._files[info.file].bytes_of(info)
+        if not self._maps:
+            raise RuntimeError(f"{info.file}: the file is closed")
+        return np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.offset)
 
-    def read(self, name: str, weight_block_size: tuple[int, int] | None = None) -> np.ndarray:
+    def read(self, name: str, weight_block_size: tuple[int, int] = (128, 128)) -> np.ndarray:
         """A tensor as float32, in its stored shape.
 
         Args:
-            name: Hugging Face name.
+            name: Hugging Face name; of a checkpoint that `validate` has passed.
             weight_block_size: rows and columns of a block of FP8 weights.
 
         Returns:
@@ -115,35 +127,22 @@ class Checkpoint:
             (multiplied with the blocks of `<name>_scale_inv`).
 
         Raises:
-            CheckpointError: unknown name, unsupported dtype, or FP8 without block size or scales.
+            CheckpointError: unknown name or unsupported dtype.
         """
         info = self.info(name)
         if info.dtype != "F8_E4M3":
             return to_float32(self.raw(name), info)
-        if weight_block_size is None:
-            raise CheckpointError(
-                f"{info.file}: tensor {name!r} is F8_E4M3, but config.json has no "
-                "quantization_config with a weight_block_size"
-            )
-        if len(info.shape) != 2:
-            raise CheckpointError(
-                f"{info.file}: tensor {name!r}: got F8_E4M3 of shape {list(info.shape)}, "
-                "allowed: matrices"
-            )
         scale = self.info(name + SCALE_SUFFIX)
-        expected = num_blocks(info.shape, weight_block_size)
-        if scale.shape != expected:
-            raise CheckpointError(
-                f"{scale.file}: tensor {scale.name!r}: expected shape {list(expected)}, "
-                f"found {list(scale.shape)}"
-            )
         scales = to_float32(self.raw(scale.name), scale)
         return dequantize_blocks(self.raw(name).reshape(info.shape), scales, weight_block_size)
 
     def release(self, name: str) -> None:
-        """Let the system take back the mapped pages of a tensor."""
+        """Let the system take back the mapped pages of a tensor; a later read maps them again."""
         info = self.info(name)
-        self._files[info.file].release(info)
+        if info.nbytes and hasattr(mmap, "MADV_DONTNEED"):
+            start = info.offset - info.offset % mmap.PAGESIZE
+            length = info.offset + info.nbytes - start
+            self._maps[info.file].madvise(mmap.MADV_DONTNEED, start, length)
 
     def _check_index(self, index: Path, weight_map: dict[str, str]) -> None:
         """The index names each tensor of the shards, where it is."""
@@ -176,14 +175,30 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _unique(weight_map: dict[str, str]) -> list[str]:
-    """The shards, sorted by name."""
-    return sorted(set(weight_map.values()))
+def _map_file(path: Path) -> mmap.mmap:
+    """A file mapped for reading, its header checked."""
+    try:
+        # numpy is the library's name for no tensor library
+        with safe_open(path, framework="numpy"), path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file not found") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path}: truncated or no sound safetensors file ({path.stat().st_size} bytes): "
+            f"{error}; fetch it again"
+        ) from None
 
 
-def _shard_path(index: Path, name: str) -> Path:
-    """Path of a shard that the index names."""
-    path = index.parent / name
-    if not path.is_file():
-        raise CheckpointError(f"{index}: names the shard {name}, which is not in the folder")
-    return path
+def _infos_of(path: Path, mapped: mmap.mmap) -> list[TensorInfo]:
+    """What a checked header says, in the order of the tensors' bytes."""
+    start = _LENGTH_BYTES + int.from_bytes(mapped[:_LENGTH_BYTES], "little")
+    header = json.loads(mapped[_LENGTH_BYTES:start])
+    header.pop("__metadata__", None)
+    infos = []
+    for name, entry in header.items():
+        (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+        infos.append(TensorInfo(name, entry["dtype"], shape, path, start + begin, end - begin))
+    return sorted(infos, key=lambda info: (info.offset, info.nbytes))

@@ -2,74 +2,107 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fd_dsa.models.config_fields import (
-    Fp8BlockQuant,
-    GenerationDefaults,
-    read_fields,
-    read_generation,
-)
-from fd_dsa.models.config_reader import FieldReader, read_json_object
-from fd_dsa.models.families import FAMILIES
-from fd_dsa.models.rope_config import RopeConfig, yarn_mscale
+from fd_dsa.models.config_reader import INT32_MAX, FieldReader, read_json_object
+from fd_dsa.models.families import FAMILIES, Family
+from fd_dsa.models.rope_config import RopeConfig, read_rope, yarn_mscale
 
-__all__ = ["Fp8BlockQuant", "GenerationDefaults", "ModelConfig", "RopeConfig"]
+__all__ = ["Fp8BlockQuant", "ModelConfig", "RopeConfig"]
+
+logger = logging.getLogger(__name__)
+
+# fields of a family that are no field of config.json, or are read by functions of their own
+_READ_APART = ("n_routed_experts", "first_k_dense_replace", "rope_theta", "shares_selections")
+# many times what any model has; a list is made of so many layers and experts, and a table of so
+# many positions, before a weight is looked at
+_MOST = {"num_hidden_layers": 1024, "max_position_embeddings": 1 << 24}
+_MOST_EXPERTS = 1 << 18
+
+# fields with one supported value: any other would change the result
+_FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+    "mlp_bias": False,
+    "rope_interleave": True,
+}
+# DSA's name in transformers, and the one that 5.17 wrote
+_LAYER_TYPES = ("indexed_attention", "deepseek_sparse_attention")
+# fields that do not touch what the main model computes, or repeat another field
+_HARMLESS = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "aux_loss_alpha",
+        "dtype",
+        "ep_size",
+        "head_dim",
+        "index_share_for_mtp_iteration",
+        "initializer_range",
+        "model_type",
+        "num_nextn_predict_layers",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pretraining_tp",
+        "return_dict",
+        "router_aux_loss_coef",
+        "seq_aux",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "quantization_config.dequantize",
+        "quantization_config.ignored_layers",
+        "quantization_config.modules_to_convert",
+        "quantization_config.modules_to_not_convert",
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
+class Fp8BlockQuant:
+    """FP8 weights (e4m3) with one float32 multiplier a block.
+
+    Attributes:
+        weight_block_size: rows and columns of a block, of weights stored [out, in].
+    """
+
+    weight_block_size: tuple[int, int] = (128, 128)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig(Family):
     """Everything about a model that its layers, caches and weights depend on.
 
-    The names are those of Hugging Face's config.json (transformers 5.23); widths are numbers of
+    What its family says, where config.json says nothing else, and what only the file says. The
+    names are those of Hugging Face's config.json (transformers 5.23); widths are numbers of
     elements, `max_position_embeddings` and `index_topk` tokens.
 
     Attributes:
         mla_norm_eps: eps of the norms after q_a and kv_a, which Hugging Face fixes at 1e-6
             whatever `rms_norm_eps` says; our own key `mla_norm_eps` in config.json changes it.
-        indexer_rope_interleave: pairing of the indexer's RoPE: interleaved, else half-split.
         attention_bias: q_a_proj, kv_a_proj_with_mqa and o_proj have a bias.
-        mlp_bias: always False: a file that says true is refused, since Hugging Face has no such
-            bias in these models.
         mlp_layer_types: "dense" or "sparse" (experts), one a layer.
         indexer_types: "full" (own indexer) or "shared" (uses the choice of the nearest "full"
             layer before it), one a layer.
         eos_token_ids: of config.json, then those that generation_config.json adds.
         quantization: None where the weights are plain.
+        generation: parameters that generation_config.json proposes for requests that do not say;
+            a temperature of 0 where the file turns sampling off (`do_sample` false).
     """
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    n_shared_experts: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    n_group: int
-    topk_group: int
-    routed_scaling_factor: float
-    norm_topk_prob: bool
-    q_lora_rank: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    index_n_heads: int
-    index_head_dim: int
-    index_topk: int
-    max_position_embeddings: int
-    rms_norm_eps: float
     mla_norm_eps: float
     rope: RopeConfig
-    indexer_rope_interleave: bool
     attention_bias: bool
-    mlp_bias: bool
     tie_word_embeddings: bool
     mlp_layer_types: tuple[str, ...]
     indexer_types: tuple[str, ...]
@@ -77,7 +110,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
     quantization: Fp8BlockQuant | None = None
-    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    generation: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> ModelConfig:
@@ -112,14 +145,12 @@ class ModelConfig:
         reader = FieldReader(data, source)
         if "model_type" not in data:
             raise reader.error("model_type", None, " or ".join(FAMILIES), "is this a model's file?")
-        family = FAMILIES[reader.choice("model_type", None, tuple(FAMILIES))]
-        values = read_fields(reader, family)
-        vocab_size = values["vocab_size"]
-        defaults, more_eos = read_generation(
-            FieldReader(generation or {}, generation_source), vocab_size
+        values = _read_fields(reader, FAMILIES[reader.choice("model_type", None, tuple(FAMILIES))])
+        defaults, more_eos = _read_generation(
+            FieldReader(generation or {}, generation_source), values["vocab_size"]
         )
         values["eos_token_ids"] = tuple(dict.fromkeys(values["eos_token_ids"] + more_eos))
-        return cls(model_type=family.model_type, generation=defaults, **values)
+        return cls(generation=defaults, **values)
 
     @property
     def qk_head_dim(self) -> int:
@@ -141,3 +172,150 @@ class ModelConfig:
     def num_indexer_layers(self) -> int:
         """Layers with an indexer of their own, that is with an indexer cache."""
         return self.indexer_types.count("full")
+
+
+def _read_fields(reader: FieldReader, family: Family) -> dict[str, Any]:
+    """All fields of config.json, its family's where it has none."""
+    values: dict[str, Any] = {one.name: getattr(family, one.name) for one in fields(Family)}
+    for one in fields(Family):
+        name, default = one.name, values[one.name]
+        if name in _READ_APART:
+            continue
+        if one.type == "int":
+            values[name] = reader.integer(name, default, maximum=_MOST.get(name, INT32_MAX))
+        elif one.type == "float":
+            values[name] = reader.positive(name, default)
+        elif one.type == "bool":
+            values[name] = reader.boolean(name, default)
+    values["n_routed_experts"] = _read_num_experts(reader, family)
+    for name, value in _FIXED.items():
+        reader.choice(name, value, (value,))
+    rope = read_rope(reader, family.rope_theta, values["max_position_embeddings"])
+    num_layers, vocab_size = values["num_hidden_layers"], values["vocab_size"]
+    num_dense = reader.integer("first_k_dense_replace", family.first_k_dense_replace, minimum=0)
+    num_dense = min(num_dense, num_layers)
+    # the list counts before `first_k_dense_replace`
+    listed = reader.strings("mlp_layer_types", ("dense", "sparse"), num_layers)
+    values |= {
+        "first_k_dense_replace": num_dense,
+        "rope_theta": rope.theta,
+        "mla_norm_eps": reader.positive("mla_norm_eps", 1e-6),
+        "rope": rope,
+        "attention_bias": reader.boolean("attention_bias", False),
+        "tie_word_embeddings": reader.boolean("tie_word_embeddings", False),
+        "mlp_layer_types": listed
+        or ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense),
+        "indexer_types": read_indexer_types(reader, num_layers, family),
+        "bos_token_id": reader.token_id("bos_token_id", vocab_size, 0),
+        "eos_token_ids": reader.token_ids("eos_token_id", vocab_size, 1),
+        "pad_token_id": reader.token_id("pad_token_id", vocab_size),
+        "quantization": _read_quantization(reader),
+    }
+    _check_consistency(reader, values)
+    if unknown := [name for name in reader.unread() if name not in _HARMLESS]:
+        logger.warning("%s: unknown fields, ignored: %s", reader.source, ", ".join(unknown))
+    return values
+
+
+def _read_num_experts(reader: FieldReader, family: Family) -> int:
+    """Number of routed experts, under any of its names."""
+    names = ("n_routed_experts", "num_local_experts", "num_experts")
+    counts = {name: reader.integer(name, None) for name in names if reader.raw(name) is not None}
+    if len(set(counts.values())) > 1:
+        raise reader.error(names[0], counts, "one number under all names")
+    return next(iter(counts.values()), family.n_routed_experts)
+
+
+def read_indexer_types(reader: FieldReader, num_layers: int, family: Family) -> tuple[str, ...]:
+    """Kind of indexer of each layer: the list, else the pattern, else the schedule.
+
+    Source: Hugging Face transformers 5.23, models/glm_moe_dsa/configuration_glm_moe_dsa.py.
+    """
+    reader.strings("layer_types", _LAYER_TYPES, num_layers)
+    types = reader.strings("indexer_types", ("full", "shared"), num_layers)
+    pattern = reader.raw("index_topk_pattern")
+    freq = max(reader.integer("index_topk_freq", 1, minimum=0), 1)
+    offset = reader.integer("index_skip_topk_offset", 2, minimum=0)
+    name = "indexer_types"
+    if types is None and isinstance(pattern, str):
+        name = "index_topk_pattern"
+        if len(pattern) != num_layers or set(pattern) - {"F", "S"}:
+            raise reader.error(name, pattern, f"{num_layers} letters F or S, one a layer")
+        types = tuple("full" if letter == "F" else "shared" for letter in pattern)
+    elif types is None and pattern is not None:
+        name = "index_topk_pattern"
+        types = reader.strings(name, ("full", "shared"), num_layers)
+    if types is None:
+        name = "index_topk_freq"
+        types = tuple(
+            "full" if max(layer - offset + 1, 0) % freq == 0 else "shared"
+            for layer in range(num_layers)
+        )
+    if types[0] != "full":
+        raise reader.error(name, reader.raw(name), "a schedule whose layer 0 is full")
+    if not family.shares_selections and "shared" in types:
+        raise reader.error(name, reader.raw(name), f"full layers only in {family.model_type}")
+    return types
+
+
+def _read_quantization(reader: FieldReader) -> Fp8BlockQuant | None:
+    """Quantisation of the weights, if any."""
+    section = reader.section("quantization_config")
+    if section is None:
+        return None
+    section.choice("quant_method", None, ("fp8",))
+    section.choice("fmt", "e4m3", ("e4m3",))
+    section.choice("activation_scheme", "dynamic", ("dynamic",))
+    section.choice("scale_fmt", None, (None, "ue8m0", "float"))
+    section.choice("expert_dtype", "fp8", ("fp8",))
+    size = section.raw("weight_block_size", [128, 128])
+    # of type int: true is none
+    if not isinstance(size, list) or [type(n) is int and n > 0 for n in size] != [True, True]:
+        raise section.error("weight_block_size", size, "two integers of at least 1")
+    return Fp8BlockQuant((size[0], size[1]))
+
+
+def _read_generation(
+    reader: FieldReader, vocab_size: int
+) -> tuple[dict[str, float], tuple[int, ...]]:
+    """Proposals for requests, and the end-of-text tokens, of generation_config.json."""
+    eos_token_ids = reader.token_ids("eos_token_id", vocab_size)
+    names = ("temperature", "top_p", "min_p", "repetition_penalty")
+    proposed = {name: reader.number(name, None) for name in names if reader.raw(name) is not None}
+    if reader.raw("top_k") is not None:
+        proposed["top_k"] = reader.integer("top_k", None, minimum=0)
+    if not (reader.raw("do_sample") is None or reader.boolean("do_sample", True)):
+        proposed["temperature"] = 0.0
+    return proposed, eos_token_ids
+
+
+def _check_consistency(reader: FieldReader, values: dict[str, Any]) -> None:
+    """Refuse fields that contradict one another."""
+    heads, experts = values["num_attention_heads"], values["n_routed_experts"]
+    layers = values["num_hidden_layers"]
+    groups, rope_dim = values["n_group"], values["qk_rope_head_dim"]
+    reader.choice("num_key_value_heads", heads, (heads,), "MLA has one key for each query head")
+    qk_head_dim = values["qk_nope_head_dim"] + rope_dim
+    reader.choice("qk_head_dim", qk_head_dim, (qk_head_dim,))
+    if rope_dim % 2:
+        raise reader.error("qk_rope_head_dim", rope_dim, "an even number")
+    if values["index_head_dim"] < rope_dim:
+        raise reader.error(
+            "index_head_dim", values["index_head_dim"], f"at least qk_rope_head_dim, {rope_dim}"
+        )
+    if experts * layers > _MOST_EXPERTS:
+        most = _MOST_EXPERTS // layers
+        raise reader.error("n_routed_experts", experts, f"at most {most} in {layers} layers")
+    if experts % groups or (groups > 1 and experts // groups < 2):
+        raise reader.error(
+            "n_group", groups, f"a divisor of n_routed_experts ({experts}), two experts a group"
+        )
+    if values["topk_group"] > groups:
+        raise reader.error("topk_group", values["topk_group"], f"at most n_group, {groups}")
+    reachable = experts // groups * values["topk_group"]
+    if values["num_experts_per_tok"] > reachable:
+        raise reader.error(
+            "num_experts_per_tok",
+            values["num_experts_per_tok"],
+            f"at most {reachable}, the experts of topk_group groups",
+        )

@@ -47,6 +47,7 @@ class FieldReader:
         self.source = source
         self._prefix = prefix
         self._read: set[str] = set()
+        self._sections: list[FieldReader] = []
 
     def error(self, name: str, got: object, allowed: str, hint: str = "") -> ConfigError:
         """The error of one field: file, field, got, allowed, what to do."""
@@ -136,8 +137,11 @@ class FieldReader:
             return None
         if not isinstance(value, dict):
             raise self.error(name, value, "an object")
-        return FieldReader(value, self.source, f"{self._prefix}{name}.")
+        reader = FieldReader(value, self.source, f"{self._prefix}{name}.")
+        self._sections.append(reader)
+        return reader
 
     def unread(self) -> list[str]:
-        """Paths of the fields that nobody has read, sorted."""
-        return sorted(f"{self._prefix}{name}" for name in self._data if name not in self._read)
+        """Paths of the fields that nobody has read, also of sections, sorted."""
+        own = [f"{self._prefix}{name}" for name in self._data if name not in self._read]
+        return sorted(own + [name for section in self._sections for name in section.unread()])

@@ -7,16 +7,38 @@ from __future__ import annotations
 
 import math
 import mmap
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from fd_dsa.errors import CheckpointError
-from fd_dsa.models.safetensors_file import TensorInfo
 from fd_dsa.ops._fp8 import decode_e4m3
 
 SCALE_SUFFIX = "_scale_inv"
 FLOAT_DTYPES = ("F32", "BF16", "F16")
 _OWN_PAGES_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+        name: Hugging Face name.
+        dtype: name in the safetensors format, for example "BF16".
+        shape: as stored.
+        file: the file that holds it.
+        offset: of its first byte from the start of the file.
+        nbytes: its length in bytes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    nbytes: int
 
 
 def to_float32(raw: np.ndarray, info: TensorInfo) -> np.ndarray:

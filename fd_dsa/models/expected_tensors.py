@@ -38,24 +38,23 @@ def expected_tensors(config: ModelConfig) -> dict[str, ExpectedTensor]:
     Experts are listed one by one, as checkpoints store them. A layer whose indexer is shared has
     no indexer tensors; a model whose head is tied to the embedding has no `lm_head.weight`.
     """
+    norm = ExpectedTensor((config.hidden_size,))
     embedding = ExpectedTensor((config.vocab_size, config.hidden_size))
     tensors = {EMBEDDING: embedding}
     for layer in range(config.num_hidden_layers):
-        parts = _norms(config) | _attention(config)
+        parts = {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
+        parts |= _attention(config)
         if config.indexer_types[layer] == "full":
             parts |= _indexer(config)
-        parts |= _mlp(config) if config.mlp_layer_types[layer] == "dense" else _experts(config)
+        if config.mlp_layer_types[layer] == "dense":
+            parts |= _gated("mlp.", config.hidden_size, config.intermediate_size)
+        else:
+            parts |= _experts(config)
         tensors |= {f"model.layers.{layer}.{name}": one for name, one in parts.items()}
-    tensors["model.norm.weight"] = ExpectedTensor((config.hidden_size,))
+    tensors["model.norm.weight"] = norm
     if not config.tie_word_embeddings:
         tensors[LM_HEAD] = embedding
     return tensors
-
-
-def _norms(config: ModelConfig) -> dict[str, ExpectedTensor]:
-    """Block norms of a layer."""
-    norm = ExpectedTensor((config.hidden_size,))
-    return {"input_layernorm.weight": norm, "post_attention_layernorm.weight": norm}
 
 
 def _attention(config: ModelConfig) -> dict[str, ExpectedTensor]:
@@ -91,11 +90,6 @@ def _indexer(config: ModelConfig) -> dict[str, ExpectedTensor]:
     tensors[f"{prefix}k_norm.bias"] = ExpectedTensor((width,))
     tensors[f"{prefix}weights_proj.weight"] = ExpectedTensor((heads, config.hidden_size))
     return tensors
-
-
-def _mlp(config: ModelConfig) -> dict[str, ExpectedTensor]:
-    """Dense MLP of a layer."""
-    return _gated("mlp.", config.hidden_size, config.intermediate_size)
 
 
 def _experts(config: ModelConfig) -> dict[str, ExpectedTensor]:

@@ -1,16 +1,20 @@
-"""Checks a checkpoint against its configuration and hands its tensors to a model."""
+"""Checks a checkpoint against its configuration and hands its tensors to a model.
+
+Or hands out random ones in their place, for measurements and dry runs of large models.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
 from fd_dsa.errors import CheckpointError
 from fd_dsa.models.checkpoint import Checkpoint
-from fd_dsa.models.config import ModelConfig
+from fd_dsa.models.config import Fp8BlockQuant, ModelConfig
 from fd_dsa.models.dequantize import FLOAT_DTYPES, SCALE_SUFFIX, num_blocks
 from fd_dsa.models.expected_tensors import EMBEDDING, LM_HEAD, ExpectedTensor, expected_tensors
 
@@ -19,6 +23,7 @@ logger = logging.getLogger(__name__)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _INV_FREQ = ".rotary_emb.inv_freq"
 _MAX_PROBLEMS = 3
+_DUMMY_SPREAD = 0.02
 
 
 def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
@@ -35,7 +40,10 @@ def validate(checkpoint: Checkpoint, config: ModelConfig) -> None:
     """
     expected = expected_tensors(config)
     present = set(checkpoint.names())
-    skipped = {name for name in present if _is_skipped(name, config)}
+    layers = {name: match for name in present if (match := _LAYER.match(name))}
+    # every release has some
+    skipped = {name for name, match in layers.items() if int(match[1]) >= config.num_hidden_layers}
+    skipped |= {name for name in present if name.endswith(_INV_FREQ)}
     companions = {
         name + SCALE_SUFFIX
         for name in expected
@@ -67,7 +75,7 @@ def load_weights(
     checkpoint: Checkpoint,
     config: ModelConfig,
     loaders: Mapping[str, Callable[[np.ndarray], None]],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> None:
     """Hand each tensor of the main model to its loader, once, in file order.
 
@@ -91,27 +99,18 @@ def load_weights(
         raise ValueError(
             f"loaders: got {len(loaders)} names, expected {len(expected)}; {odd!r} is only in one"
         )
-    block_size = config.quantization.weight_block_size if config.quantization else None
+    block_size = (config.quantization or Fp8BlockQuant()).weight_block_size
     names = [name for name in checkpoint.names() if name in expected]
     total = sum(checkpoint.info(name).nbytes for name in names)
     done = 0
-    if progress is not None:
-        progress(done, total)
+    progress(done, total)
     for name in names:
         loaders[name](checkpoint.read(name, block_size))
         for stored in (name, name + SCALE_SUFFIX):
             if stored in checkpoint:
                 checkpoint.release(stored)
         done += checkpoint.info(name).nbytes
-        if progress is not None:
-            progress(done, total)
-
-
-def _is_skipped(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is none of the main model's, as every release has some."""
-    layer = _LAYER.match(name)
-    beyond = layer is not None and int(layer[1]) >= config.num_hidden_layers
-    return beyond or name.endswith(_INV_FREQ)
+        progress(done, total)
 
 
 def _problems(
@@ -170,3 +169,33 @@ def _tied_head_problems(checkpoint: Checkpoint, config: ModelConfig) -> Iterator
         )
     checkpoint.release(LM_HEAD)
     checkpoint.release(EMBEDDING)
+
+
+def load_dummy_weights(
+    config: ModelConfig,
+    loaders: Mapping[str, Callable[[np.ndarray], None]],
+    seed: int,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> None:
+    """Hand each loader a random tensor: normal with a deviation of 0.02, norms are ones.
+
+    A tensor depends on its name and the seed alone.
+
+    Args:
+        config: of the model.
+        loaders: as for `load_weights`; each gets float32 in the stored shape.
+        seed: of all tensors.
+        progress: called with the bytes done and the bytes in all.
+    """
+    expected = expected_tensors(config)
+    total = 4 * sum(tensor.num_elements for tensor in expected.values())
+    done = 0
+    for name, tensor in expected.items():
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        if len(tensor.shape) == 1 and name.endswith("weight"):
+            values = np.ones(tensor.shape, np.float32)
+        else:
+            values = rng.standard_normal(tensor.shape, np.float32) * np.float32(_DUMMY_SPREAD)
+        loaders[name](values)
+        done += 4 * tensor.num_elements
+        progress(done, total)

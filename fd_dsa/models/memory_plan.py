@@ -12,7 +12,7 @@ from fd_dsa.errors import ConfigError
 from fd_dsa.models.config import ModelConfig
 from fd_dsa.models.expected_tensors import expected_tensors
 
-DEFAULT_CACHE_BYTES = 4 << 30
+_DEFAULT_CACHE_BYTES = 4 << 30
 _UNLIMITED = 1 << 60
 # what the driver keeps for a graph of some thousand launches
 _GRAPH_BYTES = 4 << 20
@@ -24,7 +24,6 @@ class MemoryPlan:
 
     Attributes:
         weight_bytes: weights as held.
-        kv_cache_bytes: all cache blocks of all layers.
         graph_bytes: captured decode steps, their activations included; 0 without any.
         free_bytes: what the system could give when the plan was made.
         bytes_per_block: one cache block over all layers.
@@ -34,13 +33,17 @@ class MemoryPlan:
     """
 
     weight_bytes: int
-    kv_cache_bytes: int
     graph_bytes: int
     free_bytes: int
     bytes_per_block: int
     num_blocks: int
     block_size: int
     max_model_len: int
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """All cache blocks of all layers."""
+        return self.num_blocks * self.bytes_per_block
 
     def summary(self) -> str:
         """One line for the log."""
@@ -143,14 +146,13 @@ def plan_memory(
     max_model_len: int,
     graph_bytes: int = 0,
     free_bytes: int | None = None,
-    default_cache_bytes: int = DEFAULT_CACHE_BYTES,
-    default_share: float = 0.5,
+    takes_all: bool = False,
 ) -> MemoryPlan:
     """Sizes of weights and caches, or an error that says which flag to change.
 
     The number of blocks is `num_gpu_blocks_override`, or what `kv_cache_memory_bytes` holds, or
-    else enough for `max_num_seqs` sequences of full length, but at most `default_cache_bytes` (one
-    full-length sequence where that is more) and `default_share` of what is free beside the weights.
+    else enough for `max_num_seqs` sequences of full length, but at most what is free beside the
+    weights; unless `takes_all`, also at most half of that, and 4 GiB or one full-length sequence.
 
     Args:
         config: the flags above and `block_size`.
@@ -159,8 +161,7 @@ def plan_memory(
         max_model_len: longest sequence, tokens.
         graph_bytes: captured decode steps.
         free_bytes: memory for all of it; None asks the system.
-        default_cache_bytes: limit of what no flag asked for.
-        default_share: likewise, of what is free beside the weights.
+        takes_all: whether the memory is of use to nobody else.
 
     Raises:
         ConfigError: weights and caches do not fit in the free memory, or the caches do not hold
@@ -176,9 +177,9 @@ def plan_memory(
         num_blocks = int(config.kv_cache_memory_bytes) // bytes_per_block
     else:
         room = max(free_bytes - weight_bytes - graph_bytes, 0)
-        share = int(default_share * room) // bytes_per_block
-        cap = max(default_cache_bytes // bytes_per_block, needed_blocks)
-        num_blocks = min(config.max_num_seqs * needed_blocks, cap, share)
+        if not takes_all:
+            room = min(room // 2, max(_DEFAULT_CACHE_BYTES, needed_blocks * bytes_per_block))
+        num_blocks = min(config.max_num_seqs * needed_blocks, room // bytes_per_block)
     least_blocks = num_blocks if flag else max(num_blocks, needed_blocks)
     _check_fit(weight_bytes, least_blocks * bytes_per_block, graph_bytes, free_bytes, flag)
     if num_blocks < needed_blocks:
@@ -191,7 +192,6 @@ def plan_memory(
         )
     return MemoryPlan(
         weight_bytes=weight_bytes,
-        kv_cache_bytes=num_blocks * bytes_per_block,
         graph_bytes=graph_bytes,
         free_bytes=free_bytes,
         bytes_per_block=bytes_per_block,

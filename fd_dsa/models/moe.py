@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,6 @@ from fd_dsa.models.config import ModelConfig
 from fd_dsa.ops._gemm import matrix
 from fd_dsa.ops._host import on_device, readable
 from fd_dsa.ops._linear import linear, silu_and_mul
-
-
-@cache
-def _on_device() -> Callable[[Any, Any], Any]:
-    """The routed experts on a device; its kernels are loaded only where there is one."""
-    from fd_dsa.models.device_moe import routed
-
-    return routed
 
 
 class DeepseekMLP(nn.Layer):
@@ -45,16 +36,19 @@ class DeepseekMLP(nn.Layer):
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
-        width, everything = self.intermediate_size, slice(None)
-        return {
-            f"{prefix}gate_proj.weight": loads_slice(
-                self.gate_up_proj, (everything, slice(0, width)), transpose=True
-            ),
-            f"{prefix}up_proj.weight": loads_slice(
-                self.gate_up_proj, (everything, slice(width, None)), transpose=True
-            ),
-            f"{prefix}down_proj.weight": loads(self.down_proj, transpose=True),
-        }
+        return _gated_loaders(prefix, self.gate_up_proj, self.down_proj)
+
+
+def _gated_loaders(prefix: str, gate_up: Any, down: Any, *expert: int) -> dict[str, WeightLoader]:
+    """How the three weights of a gated MLP fill two parameters, or those of one expert in them."""
+    width = gate_up.shape[-1] // 2
+    columns = {"gate_proj": slice(0, width), "up_proj": slice(width, None)}
+    loaders = {
+        f"{prefix}{name}.weight": loads_slice(gate_up, (*expert, slice(None), part), transpose=True)
+        for name, part in columns.items()
+    }
+    loaders[f"{prefix}down_proj.weight"] = loads_slice(down, (*expert, ...), transpose=True)
+    return loaders
 
 
 class NoAuxTopkGate(nn.Layer):
@@ -133,7 +127,10 @@ class DeepseekMoE(nn.Layer):
         gate, shared, experts = self._bound
         out = shared.forward(x)
         if experts is None:
-            return out + _on_device()(self, x)
+            # its kernels are loaded only where there is a device
+            from fd_dsa.models.device_moe import routed
+
+            return out + routed(self, x)
         _add_routed(out, x, *gate.forward(x), experts)
         return out
 
@@ -150,23 +147,12 @@ class DeepseekMoE(nn.Layer):
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
-        width, everything = self.intermediate_size, slice(None)
         loaders = self.shared_experts.weight_loaders(f"{prefix}shared_experts.")
         loaders[f"{prefix}gate.weight"] = loads(self.gate.weight, transpose=True)
         loaders[f"{prefix}gate.e_score_correction_bias"] = loads(self.gate.e_score_correction_bias)
+        experts = self.experts_gate_up_proj, self.experts_down_proj
         for i in range(self.num_experts):
-            name = f"{prefix}experts.{i}."
-            gate = (i, everything, slice(0, width))
-            up = (i, everything, slice(width, None))
-            loaders[f"{name}gate_proj.weight"] = loads_slice(
-                self.experts_gate_up_proj, gate, transpose=True
-            )
-            loaders[f"{name}up_proj.weight"] = loads_slice(
-                self.experts_gate_up_proj, up, transpose=True
-            )
-            loaders[f"{name}down_proj.weight"] = loads_slice(
-                self.experts_down_proj, (i,), transpose=True
-            )
+            loaders |= _gated_loaders(f"{prefix}experts.{i}.", *experts, i)
         return loaders
 
 

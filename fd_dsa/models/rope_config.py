@@ -40,18 +40,13 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def read_rope(
-    reader: FieldReader, rope_theta: float, max_position_embeddings: int
-) -> tuple[RopeConfig, list[str]]:
+def read_rope(reader: FieldReader, rope_theta: float, max_position_embeddings: int) -> RopeConfig:
     """RoPE of `rope_parameters`, or of `rope_theta` and `rope_scaling`.
 
     Args:
         reader: the top level of config.json.
         rope_theta: base of the frequencies where the file has none.
         max_position_embeddings: YaRN's pre-training length where the file has none.
-
-    Returns:
-        The settings, and the paths of the fields that were not understood.
 
     Raises:
         ConfigError: an unsupported type or value, or two places that disagree.
@@ -70,8 +65,7 @@ def read_rope(
         raise reader.error(
             "rope_scaling", forms[0], f"the same as rope_parameters, {forms[1]}", "remove one"
         )
-    unread = [name for one in present for name in one.unread()]
-    return (forms[0] if forms else RopeConfig(theta=theta)), unread
+    return forms[0] if forms else RopeConfig(theta=theta)
 
 
 def _agreed(readers: list[FieldReader], name: str, default: float) -> float:

@@ -17,11 +17,9 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
 
 from fd_dsa.engine.host import EngineFacts, EngineHost, Event, Failed
 from fd_dsa.engine.startup import StartupProgress
-from fd_dsa.engine.wire import pack_outputs
 from fd_dsa.environment import open_missing_streams
 from fd_dsa.errors import describe_error
 from fd_dsa.serve.engine_process import Settings
@@ -66,14 +64,11 @@ def _sender(connection: Connection) -> Callable[[Event], None]:
     lock = threading.Lock()
 
     def emit(event: Event) -> None:
-        message: Any = event
-        if isinstance(event, list):
-            message = pack_outputs(event)
-        elif isinstance(event, Failed):
-            message = Failed(_portable(event.error))
+        if isinstance(event, Failed):
+            event = Failed(_portable(event.error))
         # nobody may be there any more; the thread that reads ends the process then
         with lock, contextlib.suppress(OSError):
-            connection.send(message)
+            connection.send(event)
 
     return emit
 

@@ -20,10 +20,9 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from fd_dsa.config import EngineConfig
-from fd_dsa.engine.host import Abort, Add, Command, EngineFacts, Event, Failed, Refused, Stop
+from fd_dsa.engine.host import Command, EngineFacts, EngineLink, Event, Failed, Stop
 from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.engine.wire import OutputUnpacker
 from fd_dsa.errors import FdDsaError
 
 _KILL_AFTER_S = 5.0
@@ -44,7 +43,7 @@ class Settings:
     log_json: bool = False
 
 
-class EngineProcess:
+class EngineProcess(EngineLink):
     """A link to an engine in a process of its own.
 
     The process ends when this one does, however it ends: its end of the socket is closed then.
@@ -73,6 +72,7 @@ class EngineProcess:
                 # Ctrl-C of a terminal is for the HTTP process, which drains first
                 start_new_session=True,
             )
+        self.pid = self._process.pid
         self._connection = Connection(ours.detach())
         self._is_stopping = False
         try:
@@ -88,32 +88,11 @@ class EngineProcess:
             self._process.kill()
             self._process.wait()
             raise
-        self._unpacker = OutputUnpacker()
         self._commands: SimpleQueue[Command] = SimpleQueue()
-        self._reader: threading.Thread | None = None
-
-    @property
-    def pid(self) -> int:
-        """Number of the process."""
-        return self._process.pid
-
-    @property
-    def is_alive(self) -> bool:
-        """True from `start` until the process has ended."""
-        return self._reader is not None and self._reader.is_alive()
 
     def start(self, receive: Callable[[Event], None]) -> None:
-        """Begin to send commands and to receive events.
-
-        Raises:
-            RuntimeError: it was started before.
-        """
-        if self._reader is not None:
-            raise RuntimeError("the engine was started before")
-        self._reader = threading.Thread(
-            target=self._read, args=(receive,), name="fd_dsa-engine-events", daemon=True
-        )
-        self._reader.start()
+        """See `EngineLink`."""
+        self._start(lambda: self._read(receive))
         threading.Thread(target=self._write, name="fd_dsa-engine-commands", daemon=True).start()
 
     def post(self, command: Command) -> None:
@@ -127,8 +106,7 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait(_KILL_AFTER_S)
-        if self._reader is not None:
-            self._reader.join(_KILL_AFTER_S)
+        super().join(_KILL_AFTER_S)
 
     def _wait_until_ready(self, progress: StartupProgress) -> EngineFacts:
         """The facts of the engine, as soon as it serves.
@@ -164,11 +142,7 @@ class EngineProcess:
         """Body of the thread that sends commands."""
         while True:
             command = self._commands.get()
-            if isinstance(command, Add):
-                self._unpacker.add(command)
-            elif isinstance(command, Abort):
-                self._unpacker.abort(command)
-            elif isinstance(command, Stop):
+            if isinstance(command, Stop):
                 self._is_stopping = True
             try:
                 self._connection.send(command)
@@ -183,10 +157,6 @@ class EngineProcess:
                 event = self._connection.recv()
             except (EOFError, OSError):
                 break
-            if isinstance(event, list):
-                event = self._unpacker.unpack(event)
-            elif isinstance(event, Refused):
-                self._unpacker.forget(event.key)
             receive(event)
             if isinstance(event, Failed):
                 return

@@ -5,10 +5,9 @@ from __future__ import annotations
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from fd_dsa.engine.engine import LLMEngine
 from fd_dsa.engine.tokenizer import Tokenizer
-from fd_dsa.runner.input_batch import InputBatch
-from tests.engine.fakes import Conversation, FakeRunner
+from tests.engine import fakes
+from tests.engine.fakes import Conversation
 
 VOCAB_SIZE = 300
 EOS = 1
@@ -32,17 +31,13 @@ def all_bytes_tokenizer():
 TOKENIZER = all_bytes_tokenizer()
 
 
-def make_engine(num_blocks=512, max_num_seqs=4, budget=16, caching=True):
+def make_engine(num_blocks=512, max_num_seqs=4, budget=16):
     """An engine whose model knows nothing, over all bytes; the vocabulary has unused ids."""
-    batch = InputBatch(max_num_seqs, budget, 128, 4)
-    return LLMEngine(
-        FakeRunner(batch, num_blocks, VOCAB_SIZE),
-        TOKENIZER,
+    return fakes.make_engine(
         num_blocks=num_blocks,
-        block_size=4,
         max_model_len=512,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
-        eos_token_ids=[EOS],
-        enable_prefix_caching=caching,
+        vocab_size=VOCAB_SIZE,
+        tokenizer=TOKENIZER,
     )

@@ -126,18 +126,16 @@ def make_engine(
     target_gap_s: float = 0.0,
     chats: bool = False,
     vocab_size: int = VOCAB_SIZE,
+    tokenizer: Tokenizer | None = None,
 ) -> LLMEngine:
     """Engine over a fake runner; `engine.runner` is that runner."""
     blocks_per_seq = -(-max_model_len // block_size)
     batch = InputBatch(max_num_seqs, max_num_batched_tokens, blocks_per_seq, block_size)
     return LLMEngine(
         FakeRunner(batch, num_blocks, vocab_size),
-        byte_tokenizer(chats=chats),
+        tokenizer or byte_tokenizer(chats=chats),
         num_blocks=num_blocks,
-        block_size=block_size,
         max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
         eos_token_ids=[EOS],
         target_gap_s=target_gap_s,
         enable_prefix_caching=enable_prefix_caching,

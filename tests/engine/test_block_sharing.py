@@ -15,8 +15,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from fd_dsa.engine.block_manager import BlockManager
-from fd_dsa.engine.prefix_cache import BlockKeys
+from fd_dsa.engine.block_manager import BlockKeys, BlockManager
 
 # most requests share, some do not, and some part in the middle of a block
 SALTS = [None, None, None, "a"]
@@ -252,17 +251,3 @@ def test_keys_do_not_depend_on_when_they_are_asked_for():
 def test_sizes_below_one_are_refused(num_blocks, block_size):
     with pytest.raises(ValueError, match="num_blocks is"):
         BlockManager(num_blocks, block_size)
-
-
-def test_after_a_reset_running_requests_add_nothing_either():
-    manager = BlockManager(20, 2)
-    tokens = [7] * 9
-    manager.allocate("owner", 9)
-    manager.cache_full_blocks("owner", BlockKeys(tokens, 2, None), 4)
-    manager.reset_prefix_cache()
-    manager.cache_full_blocks("owner", BlockKeys(tokens, 2, None), 8)
-    manager.allocate("other", 5)
-    manager.cache_full_blocks("other", BlockKeys(tokens[:5], 2, None), 5)
-    # the two blocks of `other` are there, the next two of `owner` are not
-    found = manager.find_cached_blocks(BlockKeys(tokens, 2, None), 9)
-    assert found == list(manager.blocks_of("other")[:2])

@@ -175,27 +175,7 @@ def test_unseeded_requests_differ_and_the_engine_seed_repeats_them():
     assert set(texts(0)).isdisjoint(texts(1))
 
 
-@pytest.mark.parametrize("field", ["max_model_len", "max_num_seqs", "max_num_batched_tokens"])
-def test_sizes_below_one_are_refused(field):
-    engine = make_engine()
-    sizes = {"max_model_len": 8, "max_num_seqs": 1, "max_num_batched_tokens": 8, field: 0}
-    with pytest.raises(ValueError, match=f"{field} is 0"):
-        type(engine)(
-            engine.runner, engine.tokenizer, num_blocks=4, block_size=4, eos_token_ids=[], **sizes
-        )
-
-
 def test_prompt_ids_may_be_a_numpy_array():
     outputs = run_one(make_engine(), np.array([2, 3]), GREEDY)
     assert outputs[-1].token_ids == expected_greedy([2, 3], 12, eos=None)
     assert type(outputs[-1].prompt_token_ids[0]) is int
-
-
-def test_text_held_for_a_stop_string_comes_at_the_end():
-    prompt = [7, 8, 9]
-    text = letters(expected_greedy(prompt, 12, eos=None))
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=text[10:] + "!")
-    outputs = run_one(make_engine(), prompt, params)
-    assert outputs[-1].text == text
-    assert outputs[-2].text == text[:10]
-    assert outputs[-1].finish_reason == "length"

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -45,6 +45,18 @@ def answers(form, engine=None, **fields):
     engine = engine or make_engine()
     engine.add_request("r", [5, 6, 7], params(form, **fields))
     return [output for output in run_all(engine)["r"] if output.finished]
+
+
+def allowed(matcher):
+    """Tokens that may come next."""
+    mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+    matcher.fill_bitmask(mask)
+    return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
+
+
+def id_of(text):
+    """The token of a letter."""
+    return TOKENIZER.encode(text, add_special_tokens=False)[0]
 
 
 FORMS = {
@@ -145,7 +157,7 @@ def test_a_stop_string_cuts_a_form_and_other_rules_hold_inside():
 
 
 def test_a_model_that_loves_spaces_gets_on():
-    space = TOKENIZER.encode(" ", add_special_tokens=False)[0]
+    space = id_of(" ")
     form = StructuredOutputsParams(json={"type": "array", "items": {"const": 1}, "maxItems": 2})
     (output,) = answers(form, logit_bias={space: 100.0})
     assert output.finish_reason == "stop"
@@ -155,7 +167,7 @@ def test_a_model_that_loves_spaces_gets_on():
 
 def test_rules_that_exclude_a_form_end_the_request():
     form = StructuredOutputsParams(choice=["a", "ab"])
-    bans = [TOKENIZER.encode(text, add_special_tokens=False)[0] for text in ("a", "ab")]
+    bans = [id_of(text) for text in ("a", "ab")]
     (output,) = answers(form, bad_words_token_ids=bans)
     assert output.finish_reason == "error"
     assert isinstance(output.error, ConstraintError)
@@ -169,18 +181,11 @@ def test_a_finite_form_ends_the_output_without_an_end_of_sequence():
 
 def test_the_end_of_sequence_comes_only_where_the_form_is_complete():
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
-    matcher = compiler.new_matcher(StructuredOutputsParams(regex="xy*"))
-    mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
-
-    def allowed():
-        matcher.fill_bitmask(mask)
-        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-        return {int(token) for token in np.flatnonzero(bits)}
-
-    x, y = (TOKENIZER.encode(text, add_special_tokens=False)[0] for text in "xy")
-    assert allowed() == {x}
+    matcher = GrammarMatcher(compiler, StructuredOutputsParams(regex="xy*"))
+    x, y = map(id_of, "xy")
+    assert allowed(matcher) == {x}
     matcher.accept(x)
-    assert allowed() == {y, EOS}
+    assert allowed(matcher) == {y, EOS}
     assert not matcher.is_finished
     matcher.accept(EOS)
     assert matcher.is_finished
@@ -188,7 +193,7 @@ def test_the_end_of_sequence_comes_only_where_the_form_is_complete():
 
 
 def test_a_form_may_begin_behind_a_token():
-    end = TOKENIZER.encode("!", add_special_tokens=False)[0]
+    end = id_of("!")
     form = StructuredOutputsParams(regex="[ab]{3}", after_token_id=end)
     num_cut = 0
     for seed in range(10):
@@ -210,8 +215,8 @@ def test_threads_that_ask_for_grammars_at_once_get_their_own():
     forms = [StructuredOutputsParams(regex=f"x{{{1 + i % 100}}}") for i in range(300)]
 
     def length(form):
-        matcher = compiler.new_matcher(form)
-        x = TOKENIZER.encode("x", add_special_tokens=False)[0]
+        matcher = GrammarMatcher(compiler, form)
+        x = id_of("x")
         return next(i for i in range(1, 200) if matcher.accept(x))
 
     with ThreadPoolExecutor(8) as pool:
@@ -221,13 +226,9 @@ def test_threads_that_ask_for_grammars_at_once_get_their_own():
 def test_matchers_of_one_grammar_do_not_disturb_each_other():
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
     form = StructuredOutputsParams(regex="ax|bx")
-    first, second = compiler.new_matcher(form), compiler.new_matcher(form)
-    first.accept(TOKENIZER.encode("a", add_special_tokens=False)[0])
-    mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
-    second.fill_bitmask(mask)
-    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-    texts = {TOKENIZER.decode([token]) for token in np.flatnonzero(bits)}
-    assert texts == {"a", "b"}
+    first, second = GrammarMatcher(compiler, form), GrammarMatcher(compiler, form)
+    first.accept(id_of("a"))
+    assert allowed(second) == {id_of("a"), id_of("b")}
 
 
 def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):
@@ -236,15 +237,14 @@ def test_what_others_have_asked_of_a_form_does_not_wear_it_out(monkeypatch):
     monkeypatch.setattr("fd_dsa.engine.grammar._RENEWED_AFTER_TOKENS", 80)
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
     form = StructuredOutputsParams(regex="(a|b)*a(a|b){10}x")
-    letters = [TOKENIZER.encode(text, add_special_tokens=False)[0] for text in "ab"]
-    mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+    letters = [id_of(text) for text in "ab"]
     rng = np.random.default_rng(0)
     errors = []
 
     def follow(num_tokens):
-        matcher = compiler.new_matcher(form)
+        matcher = GrammarMatcher(compiler, form)
         for token in rng.choice(letters, num_tokens).tolist():
-            matcher.fill_bitmask(mask)
+            allowed(matcher)
             errors.append(matcher.error)
             if matcher.error:
                 break
@@ -267,17 +267,16 @@ def test_a_form_that_is_too_complex_is_not_compiled_for_every_output(monkeypatch
     monkeypatch.setattr(
         compiler, "_compile", lambda *key: compiled.append(key) or compile_once(*key)
     )
-    a = TOKENIZER.encode("a", add_special_tokens=False)[0]
-    mask = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+    a = id_of("a")
     for _ in range(10):
-        matcher = compiler.new_matcher(form)
+        matcher = GrammarMatcher(compiler, form)
         for _ in range(50):
-            matcher.fill_bitmask(mask)
+            allowed(matcher)
             matcher.accept(a)
         assert "too many states" in matcher.error
     assert len(compiled) == 1
     monkeypatch.setattr("fd_dsa.engine.grammar._RENEWED_AFTER_S", 0.0)
-    compiler.new_matcher(form).fill_bitmask(mask)
+    allowed(GrammarMatcher(compiler, form))
     assert len(compiled) == 2
 
 
@@ -294,7 +293,7 @@ def test_a_missing_library_is_told_with_the_cure(monkeypatch):
 def test_the_tokenizer_of_a_model_folder():
     tokenizer = Tokenizer.from_folder(demo_model_path())
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, [tokenizer.eos_token_id])
-    matcher = compiler.new_matcher(FORMS["schema"])
+    matcher = GrammarMatcher(compiler, FORMS["schema"])
     mask = np.zeros(-(-tokenizer.vocab_size // 32), np.int32)
     rng = np.random.default_rng(0)
     token_ids = []

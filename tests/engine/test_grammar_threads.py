@@ -8,7 +8,7 @@ import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
-from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
 from fd_dsa.engine.output import ConstraintError
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
@@ -34,7 +34,7 @@ def compiler_with_a_follower(monkeypatch):
     """The threads that compile, a compiler, and an output that follows its regular expression."""
     threads = record_compilers(monkeypatch)
     compiler = GrammarCompiler(TOKENIZER, VOCAB_SIZE, [EOS])
-    matcher = compiler.new_matcher(FORMS["regex"])
+    matcher = GrammarMatcher(compiler, FORMS["regex"])
     assert not matcher.is_finished
     return threads, compiler, matcher
 

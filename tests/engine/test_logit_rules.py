@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fd_dsa.engine.bad_words import BadWords
-from fd_dsa.engine.logit_rules import LogitRules, TokenCounts
-from fd_dsa.engine.row_draw import NOT_FINITE
+from fd_dsa.engine.draws import NOT_FINITE
+from fd_dsa.engine.logit_rules import BadWords, LogitRules, TokenCounts
 from fd_dsa.engine.sampler import NO_TOKEN, Sampler
 from fd_dsa.engine.sampling_params import SamplingParams
 from tests.engine.reference_sampler import ref_adjusted, ref_distribution, ref_token, ref_uniform

@@ -158,7 +158,8 @@ def test_scores_survive_chunks_cached_prefixes_and_preemption(
 
 def test_a_prompt_with_unusable_logits_ends_its_request_alone():
     for chunk in (2, 16):
-        engine = make_engine(max_num_batched_tokens=chunk)
+        # rows enough to read the whole prompt in the step in which both requests sample
+        engine = make_engine(max_num_batched_tokens=chunk, max_num_seqs=8)
         engine.runner.nan_after = 9
         engine.add_request("bad", [7, 9, 8, 5, 6], params(prompt_logprobs=0))
         engine.add_request("good", [7, 10], params())

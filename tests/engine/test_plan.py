@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,37 @@ def folder_without(tmp_path: Path, *names: str) -> Path:
         if file.name not in names:
             (folder / file.name).symlink_to(file)
     return folder
+
+
+def folder_that_proposes(tmp_path: Path, **generation: object) -> Path:
+    """The demo model, with another generation_config.json."""
+    folder = folder_without(tmp_path, "generation_config.json")
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def test_the_demo_model_proposes_greedy_decoding() -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with LLM(max_model_len=256, max_num_seqs=2) as llm:
+        assert llm.sampling_defaults["temperature"] == 0.0
+        unsaid, greedy = (
+            llm.chat(question, params)[0].text for params in (None, SamplingParams(temperature=0))
+        )
+    assert unsaid == greedy
+    assert "Paris" in unsaid
+
+
+def test_proposals_of_the_folder(tmp_path: Path) -> None:
+    proposed = {"temperature": 0.6, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1}
+    folder = folder_that_proposes(tmp_path, **proposed)
+    plan = make_plan(EngineConfig(model=folder, max_model_len=256, max_num_seqs=2))
+    assert plan.sampling_defaults == proposed
+
+
+def test_a_proposal_that_no_request_could_make(tmp_path: Path) -> None:
+    folder = folder_that_proposes(tmp_path, top_p=1.5)
+    with pytest.raises(ConfigError, match=r"generation_config\.json: top_p is 1\.5"):
+        make_plan(EngineConfig(model=folder))
 
 
 def test_dummy_weights_need_no_checkpoint_and_depend_on_the_seed(tmp_path: Path) -> None:

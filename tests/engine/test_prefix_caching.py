@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fd_dsa.engine.sampling_params import SamplingParams
-from tests.engine.fakes import VOCAB_SIZE, expected_greedy, make_engine, run_all
+from tests.engine.fakes import expected_greedy, make_engine, run_all
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 # 18 tokens: four blocks of 4 and a half one
@@ -155,20 +153,6 @@ def test_an_abort_after_a_failed_step_leaves_what_finished_steps_filled():
     assert output.token_ids == expected_greedy(PREFIX, 6, eos=None)
 
 
-def test_an_abort_takes_no_block_from_those_who_share_it():
-    engine = make_engine(num_blocks=12, max_model_len=48)
-    answer(engine, PREFIX)
-    for name in ("leaves", "stays"):
-        engine.add_request(name, PREFIX, replace(GREEDY, max_tokens=20))
-    engine.step()
-    engine.abort_request("leaves")
-    # takes every free block, and would write into a shared one if that were free
-    engine.add_request("next", [7] * 20, GREEDY)
-    outputs = run_all(engine)
-    assert outputs["stays"][-1].token_ids == expected_greedy(PREFIX, 20, eos=None)
-    assert outputs["next"][-1].token_ids == expected_greedy([7] * 20, 6, eos=None)
-
-
 def test_logits_that_are_not_finite_empty_the_table():
     engine = make_engine()
     expected = expected_greedy(PREFIX, 6, eos=None)
@@ -215,74 +199,3 @@ def test_a_preempted_request_finds_its_own_blocks_again():
         assert outputs[name][-1].num_cached_tokens == 0
     # both looked once, and found nothing; coming back is not counted
     assert hits(engine) == (0, 26)
-
-
-STEMS = [[2 + (7 * i + k * i * i) % 30 for i in range(24)] for k in range(3)]
-
-
-@st.composite
-def jobs(draw):
-    """A request that may begin as others do, the step it comes at, and when it is given up."""
-    stem = draw(st.sampled_from(STEMS))[: draw(st.integers(0, 24))]
-    tail = draw(st.lists(st.integers(2, VOCAB_SIZE - 1), min_size=not stem, max_size=6))
-    params = SamplingParams(
-        temperature=draw(st.sampled_from([0.0, 1.0])),
-        seed=3,
-        max_tokens=draw(st.integers(1, 14)),
-        ignore_eos=True,
-        cache_salt=draw(st.sampled_from([None, None, "a"])),
-        skip_reading_prefix_cache=draw(st.integers(0, 9)) == 9,
-    )
-    leaves = draw(st.one_of(st.none(), st.integers(0, 30)))
-    return [*stem, *tail], params, draw(st.integers(0, 15)), leaves
-
-
-def alone(prompt, params):
-    """Tokens of a request that is computed from its beginning to its end by itself."""
-    engine = make_engine(max_model_len=48, enable_prefix_caching=False)
-    return answer(engine, prompt, params).token_ids
-
-
-@settings(max_examples=60)
-@given(
-    requests=st.lists(jobs(), min_size=2, max_size=10),
-    max_num_seqs=st.integers(1, 4),
-    budget=st.integers(1, 24),
-    block_size=st.sampled_from([1, 2, 4]),
-    spare_blocks=st.integers(0, 12),
-    failing=st.sets(st.integers(0, 30), max_size=3),
-)
-def test_hits_change_no_token(requests, max_num_seqs, budget, block_size, spare_blocks, failing):
-    """Under eviction, preemption, aborts, steps that fail, salts, and any split of the prompts."""
-    longest = max(len(prompt) + params.max_tokens - 1 for prompt, params, _, _ in requests)
-    engine = make_engine(
-        num_blocks=-(-longest // block_size) + spare_blocks,
-        block_size=block_size,
-        max_model_len=48,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-    )
-    last = {}
-    for step in range(2000):
-        for index, (prompt, params, at_step, leaves) in enumerate(requests):
-            if at_step == step:
-                engine.add_request(str(index), prompt, params)
-            if leaves is not None and at_step + leaves == step:
-                for output in engine.abort_request(str(index)):
-                    last[index] = output
-        if step in failing and engine.has_unfinished_requests():
-            engine.runner.fail_at = 0
-            with pytest.raises(OSError, match="device is gone"):
-                engine.step()
-            engine.runner.fail_at = None
-        for output in engine.step():
-            last[int(output.request_id)] = output
-        if step > 45 and not engine.has_unfinished_requests():
-            break
-    for index, (prompt, params, _, leaves) in enumerate(requests):
-        expected = alone(prompt, params)
-        found = last[index]
-        assert found.finished and (leaves is not None or found.token_ids == expected)
-        assert found.token_ids == expected[: len(found.token_ids)], f"request {index}"
-        assert found.num_cached_tokens < len(prompt)
-    assert engine.stats().num_used_blocks == 0

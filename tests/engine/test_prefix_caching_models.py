@@ -18,10 +18,9 @@ import pytest
 from fd_dsa import LLM, SamplingParams
 from fd_dsa.config import demo_model_path
 from fd_dsa.engine.engine import LLMEngine
-from fd_dsa.runner import InputBatch, ModelRunner
-from fd_dsa.runner.model_runner import cache_layout
-from tests.engine.fakes import byte_tokenizer, run_all
-from tests.runner.tiny import GLM, V32, tiny_model
+from tests.engine.fakes import run_all
+from tests.engine.test_topk_positions import tiny_engine
+from tests.runner.tiny import GLM, V32
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 SHORT = replace(GREEDY, max_tokens=6)
@@ -77,26 +76,6 @@ def computed_whole(
     return outputs
 
 
-def tiny_engine(fields: dict[str, Any], kv_cache_dtype: str, num_blocks: int) -> LLMEngine:
-    """An engine over a random model; blocks hold 4 tokens.
-
-    It attends to all keys: among its random scores, rounding would change the selection.
-    """
-    model = tiny_model(fields | {"index_topk": 96})
-    batch = InputBatch(4, 24, 24, 4)
-    layout = cache_layout(model.config, kv_cache_dtype, 4)
-    return LLMEngine(
-        ModelRunner(model, batch, layout, num_blocks),
-        byte_tokenizer(model.config.vocab_size),
-        num_blocks=num_blocks,
-        block_size=4,
-        max_model_len=96,
-        max_num_seqs=4,
-        max_num_batched_tokens=24,
-        eos_token_ids=[],
-    )
-
-
 def random_prompts(seed: int) -> list[list[int]]:
     """Twelve prompts of 25 to 52 tokens, of which four each begin alike."""
     rng = np.random.default_rng(seed)
@@ -114,6 +93,8 @@ def random_prompts(seed: int) -> list[list[int]]:
 def test_a_small_cache_under_load(fields: dict[str, Any], kv_cache_dtype: str, seed: int) -> None:
     """Hits, evictions, preemptions and aborts at once."""
     prompts = random_prompts(seed)
+    # it attends to all keys: among its random scores, rounding would change the selection
+    fields = fields | {"index_topk": 96}
     reference = tiny_engine(fields, kv_cache_dtype, 24)
     expected = computed_whole(reference, prompts, GREEDY, LEAST_LEAD[kv_cache_dtype])
 

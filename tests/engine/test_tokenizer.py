@@ -145,15 +145,8 @@ def test_templates_render_as_those_of_hugging_face(folder):
     assert text == f'<|bos|>\na{{"k": "é<"}}\nT{datetime.now().year}'
 
 
-def test_markers_stay_where_a_parser_needs_them(demo):
+def test_special_tokens_have_ids(demo):
     assert demo.special_ids_of(["<|eos|>", "<|no token|>", "a"]) == {"<|eos|>": 1}
-    kept = frozenset([1])
-    ids = [0, *demo.encode("x"), 1]
-    assert demo.decode(ids) == "x"
-    assert demo.decode(ids, kept=kept) == "x<|eos|>"
-    table = demo.text_token_bytes(kept)
-    assert (table[0], table[1]) == (b"", b"<|eos|>")
-    assert demo.text_token_bytes()[1] == b""
 
 
 def test_a_folder_of_deepseek_v32_needs_no_template(folder):

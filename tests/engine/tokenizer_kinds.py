@@ -48,12 +48,17 @@ def byte_level_bpe(backend: Backend, vocab_size: int) -> Backend:
     return backend
 
 
+def deepseek_splits() -> pre_tokenizers.PreTokenizer:
+    """DeepSeek-V3's words."""
+    splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in DEEPSEEK_SPLITS]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*splits, byte_level])
+
+
 def deepseek() -> Backend:
     """DeepSeek-V3's pipeline: digits in threes, Chinese in runs, added tokens."""
     backend = Backend(models.BPE())
-    splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in DEEPSEEK_SPLITS]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    backend.pre_tokenizer = deepseek_splits()
     byte_level_bpe(backend, 600)
     bos = "<｜begin▁of▁sentence｜>"
     backend.add_special_tokens([bos, "<｜User｜>"])
@@ -105,7 +110,12 @@ def llama() -> Backend:
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     backend.add_special_tokens(["<s>", "</s>"])
     backend.post_processor = processors.TemplateProcessing(

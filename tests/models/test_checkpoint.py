@@ -102,26 +102,6 @@ def test_fp8_blocks_with_ragged_ends(
     np.testing.assert_array_equal(checkpoint.read("w", block), expected)
 
 
-def test_fp8_needs_a_block_size_and_scales(tmp_path: Path) -> None:
-    checkpoint = open_with(tmp_path, w=f8(np.zeros((2, 2))))
-    with pytest.raises(CheckpointError, match=r"'w' is F8_E4M3, but config\.json has no"):
-        checkpoint.read("w")
-    with pytest.raises(CheckpointError, match="'w_scale_inv' is missing"):
-        checkpoint.read("w", (128, 128))
-
-
-def test_fp8_scales_of_another_shape(tmp_path: Path) -> None:
-    checkpoint = open_with(tmp_path, w=f8(np.zeros((200, 2))), w_scale_inv=f32(np.ones((1, 1))))
-    with pytest.raises(CheckpointError, match=r"expected shape \[2, 1\], found \[1, 1\]"):
-        checkpoint.read("w", (128, 128))
-
-
-def test_fp8_vector_is_refused(tmp_path: Path) -> None:
-    checkpoint = open_with(tmp_path, w=f8(np.zeros(4)), w_scale_inv=f32(np.ones(1)))
-    with pytest.raises(CheckpointError, match=r"F8_E4M3 of shape \[4\]"):
-        checkpoint.read("w", (128, 128))
-
-
 def test_shards_read_like_one_file(tmp_path: Path) -> None:
     tensors = {f"t{i}": f32(RNG.standard_normal((i + 1, 2))) for i in range(7)}
     write_shards(tmp_path, tensors, num_shards=3)

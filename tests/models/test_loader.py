@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +113,12 @@ def test_names_and_shapes_of_the_releases() -> None:
     assert "model.layers.3.mlp.down_proj.weight" not in v32
     assert not v32[layer + "self_attn.indexer.weights_proj.weight"].quantisable
     assert v32[layer + "self_attn.indexer.wk.weight"].quantisable
+    # two shared experts are one wide MLP
+    tiny = expected_tensors(ModelConfig.from_dict(TINY))
+    assert tiny["model.layers.1.mlp.shared_experts.gate_proj.weight"].shape == (16, 32)
     glm = expected_tensors(ModelConfig.from_dict({"model_type": "glm_moe_dsa"}))
     assert glm["model.layers.9.self_attn.kv_b_proj.weight"].shape == (28672, 512)
     assert glm["model.layers.9.self_attn.indexer.wq_b.weight"].shape == (4096, 2048)
-
-
-def test_shared_experts_are_one_wide_mlp() -> None:
-    names = expected_tensors(ModelConfig.from_dict(TINY))
-    prefix = "model.layers.1.mlp.shared_experts."
-    assert names[prefix + "gate_proj.weight"].shape == (16, 32)
-    assert names[prefix + "down_proj.weight"].shape == (32, 16)
 
 
 def test_shared_layers_have_no_indexer_and_biases_follow_the_flag() -> None:
@@ -196,94 +191,95 @@ def test_later_layers_and_inv_freq_are_skipped_with_one_line(
         "model.layers.0.self_attn.rotary_emb.inv_freq": extra,
         "model.rotary_emb.inv_freq": extra,
     }
-    write_folder(tmp_path, TINY, random_tensors(TINY) | more)
     with caplog.at_level(logging.INFO):
-        load(tmp_path)
+        load(write_folder(tmp_path, TINY))
+        assert not caplog.records
+        load(write_folder(tmp_path, TINY, random_tensors(TINY) | more))
     (record,) = caplog.records
     assert "5 tensors skipped" in record.getMessage()
 
 
-def test_nothing_is_logged_where_nothing_is_skipped(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+def without(name: str, tensors: dict[str, Stored]) -> dict[str, Stored]:
+    return {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+def of_dtype(dtype: str, width: int) -> Stored:
+    """The projection of the first layer in another type."""
+    return Stored(dtype, (12, 32), bytes(12 * 32 * width))
+
+
+PLAIN, FP8 = random_tensors(TINY), fp8_tensors()[0]
+ONES = f32(np.ones((2, 3)))
+TIED = TINY | {"tie_word_embeddings": True}
+FLOATS = "expected dtype F32 or BF16 or F16"
+SHARED_WK = "model.layers.1.self_attn.indexer.wk.weight"
+# what config.json says, what the file holds, and what the message says
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Stored], str]] = {
+    "missing": (TINY, without(Q_A, PLAIN), f"{Q_A!r}: missing, expected shape [12, 32]"),
+    "unexpected": (
+        TINY,
+        PLAIN | {"x": ONES},
+        "safetensors: tensor 'x': unexpected, found F32 [2, 3]",
+    ),
+    "indexer of a shared layer": (
+        TINY_GLM,
+        random_tensors(TINY_GLM) | {SHARED_WK: ONES},
+        f"{SHARED_WK!r}: unexpected",
+    ),
+    "scales of a plain weight": (
+        TINY,
+        PLAIN | {Q_A + SCALE_SUFFIX: ONES},
+        f"{Q_A + SCALE_SUFFIX!r}: unexpected",
+    ),
+    "shape": (
+        TINY,
+        PLAIN | {Q_A: f32(np.ones((32, 12)))},
+        f"model.safetensors: tensor {Q_A!r}: expected shape [12, 32], found [32, 12]",
+    ),
+    "vocabulary": (
+        TINY,
+        random_tensors(TINY | {"vocab_size": 49}),
+        "expected shape [50, 32] (vocab_size is 50), found [49, 32]",
+    ),
+    "F64": (TINY, PLAIN | {Q_A: of_dtype("F64", 8)}, f"{FLOATS} or F8_E4M3, found F64"),
+    "I32": (TINY, PLAIN | {Q_A: of_dtype("I32", 4)}, f"{FLOATS} or F8_E4M3, found I32"),
+    "F8_E5M2": (TINY, PLAIN | {Q_A: of_dtype("F8_E5M2", 1)}, "found F8_E5M2"),
+    "FP8 without quantization_config": (
+        TINY,
+        PLAIN | {Q_A: f8(np.zeros((12, 32)))},
+        f"{Q_A!r}: found dtype F8_E4M3, but config.json has no quantization_config",
+    ),
+    "FP8 without scales": (
+        TINY_FP8,
+        without(KV_A + SCALE_SUFFIX, FP8),
+        f"{KV_A + SCALE_SUFFIX!r} are missing, expected shape [2, 2]",
+    ),
+    "FP8 with other scales": (
+        TINY_FP8,
+        FP8 | {KV_A + SCALE_SUFFIX: f32(np.ones((1, 2)))},
+        f"tensor {KV_A + SCALE_SUFFIX!r}: expected F32 or BF16 or F16 [2, 2], found F32 [1, 2]",
+    ),
+    "FP8 where no release has it": (
+        TINY_FP8,
+        FP8
+        | {WEIGHTS_PROJ: f8(np.zeros((3, 160))), WEIGHTS_PROJ + SCALE_SUFFIX: f32(np.ones((1, 2)))},
+        f"{WEIGHTS_PROJ!r}: {FLOATS}, found F8_E4M3",
+    ),
+    "a tied head of its own": (
+        TIED,
+        random_tensors(TIED) | {"lm_head.weight": f32(np.ones((50, 32)))},
+        f"'lm_head.weight': expected the values of {EMBEDDING!r}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "tensors", "text"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(
+    tmp_path: Path, fields: dict[str, Any], tensors: dict[str, Stored], text: str
 ) -> None:
-    with caplog.at_level(logging.INFO):
-        load(write_folder(tmp_path, TINY))
-    assert not caplog.records
-
-
-def test_missing_tensor(tmp_path: Path) -> None:
-    tensors = random_tensors(TINY)
-    del tensors[Q_A]
-    message = refusal(tmp_path, TINY, tensors)
+    message = refusal(tmp_path, fields, tensors)
     assert str(tmp_path) in message
-    assert f"tensor {Q_A!r}: missing, expected shape [12, 32]" in message
-
-
-def test_unexpected_tensor(tmp_path: Path) -> None:
-    name = "model.layers.0.self_attn.q_proj.weight"
-    message = refusal(tmp_path, TINY, random_tensors(TINY) | {name: f32(np.ones((2, 3)))})
-    assert f"model.safetensors: tensor {name!r}: unexpected, found F32 [2, 3]" in message
-
-
-def test_indexer_of_a_shared_layer_is_unexpected(tmp_path: Path) -> None:
-    name = "model.layers.1.self_attn.indexer.wk.weight"
-    tensors = random_tensors(TINY_GLM) | {name: f32(np.ones((8, 32)))}
-    assert f"{name!r}: unexpected" in refusal(tmp_path, TINY_GLM, tensors)
-
-
-def test_scales_of_a_plain_weight_are_unexpected(tmp_path: Path) -> None:
-    tensors = random_tensors(TINY) | {Q_A + SCALE_SUFFIX: f32(np.ones((1, 1)))}
-    assert f"{Q_A + SCALE_SUFFIX!r}: unexpected" in refusal(tmp_path, TINY, tensors)
-
-
-def test_mis_shaped_tensor(tmp_path: Path) -> None:
-    tensors = random_tensors(TINY) | {Q_A: f32(np.ones((32, 12)))}
-    message = refusal(tmp_path, TINY, tensors)
-    assert f"model.safetensors: tensor {Q_A!r}: expected shape [12, 32], found [32, 12]" in message
-
-
-def test_vocabulary_of_the_weights_does_not_fit(tmp_path: Path) -> None:
-    tensors = random_tensors(TINY | {"vocab_size": 49})
-    message = refusal(tmp_path, TINY, tensors)
-    assert "expected shape [50, 32] (vocab_size is 50), found [49, 32]" in message
-
-
-@pytest.mark.parametrize("dtype", ["F64", "I32", "F8_E5M2"])
-def test_unsupported_dtype(tmp_path: Path, dtype: str) -> None:
-    tensor = random_tensors(TINY)[Q_A]
-    width = {"F64": 8, "I32": 4, "F8_E5M2": 1}[dtype]
-    odd = replace(tensor, dtype=dtype, data=bytes(12 * 32 * width))
-    message = refusal(tmp_path, TINY, random_tensors(TINY) | {Q_A: odd})
-    assert f"expected dtype F32 or BF16 or F16 or F8_E4M3, found {dtype}" in message
-
-
-def test_fp8_without_quantization_config(tmp_path: Path) -> None:
-    tensors = random_tensors(TINY) | {Q_A: f8(np.zeros((12, 32)))}
-    message = refusal(tmp_path, TINY, tensors)
-    assert f"{Q_A!r}: found dtype F8_E4M3, but config.json has no quantization_config" in message
-
-
-def test_fp8_without_scales(tmp_path: Path) -> None:
-    stored, _ = fp8_tensors()
-    del stored[KV_A + SCALE_SUFFIX]
-    message = refusal(tmp_path, TINY_FP8, stored)
-    assert f"{KV_A + SCALE_SUFFIX!r} are missing, expected shape [2, 2]" in message
-
-
-def test_fp8_with_mis_shaped_scales(tmp_path: Path) -> None:
-    stored, _ = fp8_tensors()
-    stored[KV_A + SCALE_SUFFIX] = f32(np.ones((1, 2)))
-    message = refusal(tmp_path, TINY_FP8, stored)
-    assert f"tensor {KV_A + SCALE_SUFFIX!r}: expected F32" in message
-    assert "[2, 2], found F32 [1, 2]" in message
-
-
-def test_fp8_where_no_release_has_it(tmp_path: Path) -> None:
-    stored, _ = fp8_tensors()
-    stored[WEIGHTS_PROJ] = f8(np.zeros((3, 160)))
-    stored[WEIGHTS_PROJ + SCALE_SUFFIX] = f32(np.ones((1, 2)))
-    message = refusal(tmp_path, TINY_FP8, stored)
-    assert f"{WEIGHTS_PROJ!r}: expected dtype F32 or BF16 or F16, found F8_E4M3" in message
+    assert text in message
 
 
 def test_many_problems_make_one_readable_line(tmp_path: Path) -> None:
@@ -302,13 +298,6 @@ def test_tied_head(tmp_path: Path, stores_head: bool) -> None:
     assert "lm_head.weight" not in tensors
     more = {"lm_head.weight": tensors[EMBEDDING]} if stores_head else {}
     assert load(write_folder(tmp_path, fields, tensors | more)).keys() == tensors.keys()
-
-
-def test_tied_head_that_differs(tmp_path: Path) -> None:
-    fields = TINY | {"tie_word_embeddings": True}
-    tensors = random_tensors(fields) | {"lm_head.weight": f32(np.ones((50, 32)))}
-    message = refusal(tmp_path, fields, tensors)
-    assert "'lm_head.weight': expected the values of 'model.embed_tokens.weight'" in message
 
 
 def test_progress_reaches_the_total(tmp_path: Path) -> None:

@@ -35,34 +35,28 @@ def plan(free: int, weights: int = 10 * GIB, max_model_len: int = 640, **flags: 
     )
 
 
-def test_default_is_enough_for_all_sequences() -> None:
-    made = plan(100 * GIB, max_num_seqs=5)
-    assert made.num_blocks == 5 * 10
-    assert made.kv_cache_bytes == 50 * BLOCK
-    assert (made.weight_bytes, made.free_bytes, made.block_size) == (10 * GIB, 100 * GIB, 64)
-
-
-def test_default_stays_below_four_gib() -> None:
-    assert plan(100 * GIB, max_model_len=64 * 1000).num_blocks == 4096
-
-
-def test_default_holds_one_long_sequence_even_above_four_gib() -> None:
-    assert plan(100 * GIB, max_model_len=64 * 5000 - 1).num_blocks == 5000
-
-
-def test_default_leaves_half_of_what_is_free() -> None:
-    assert plan(11 * GIB, max_model_len=640).num_blocks == 512
-
-
-def test_flags_set_the_size() -> None:
-    assert plan(100 * GIB, kv_cache_memory_bytes="20G").num_blocks == 20 * 1024
-    assert plan(100 * GIB, kv_cache_memory_bytes=11 * BLOCK - 1).num_blocks == 10
-    assert plan(100 * GIB, num_gpu_blocks_override=77).num_blocks == 77
-
-
-def test_partial_blocks_count_in_full() -> None:
-    assert plan(100 * GIB, max_num_seqs=1, max_model_len=641).num_blocks == 11
-    assert plan(100 * GIB, max_num_seqs=1, max_model_len=641, block_size=1).num_blocks == 641
+@pytest.mark.parametrize(
+    ("free", "arguments", "blocks"),
+    [
+        # enough for all sequences, below 4 GiB unless one needs more, half of what is free
+        (100 * GIB, {"max_num_seqs": 5}, 50),
+        (100 * GIB, {"max_model_len": 64 * 1000}, 4096),
+        (100 * GIB, {"max_model_len": 64 * 5000 - 1}, 5000),
+        (11 * GIB, {}, 512),
+        (100 * GIB, {"kv_cache_memory_bytes": "20G"}, 20 * 1024),
+        (100 * GIB, {"kv_cache_memory_bytes": 11 * BLOCK - 1}, 10),
+        (100 * GIB, {"num_gpu_blocks_override": 77}, 77),
+        # partial blocks count in full
+        (100 * GIB, {"max_num_seqs": 1, "max_model_len": 641}, 11),
+        (100 * GIB, {"max_num_seqs": 1, "max_model_len": 641, "block_size": 1}, 641),
+        # an exact fit
+        (10 * GIB + 10 * BLOCK, {"kv_cache_memory_bytes": 10 * BLOCK}, 10),
+    ],
+)
+def test_number_of_blocks(free: int, arguments: dict[str, Any], blocks: int) -> None:
+    made = plan(free, **arguments)
+    assert (made.num_blocks, made.kv_cache_bytes) == (blocks, blocks * BLOCK)
+    assert (made.weight_bytes, made.free_bytes) == (10 * GIB, free)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +74,7 @@ def test_partial_blocks_count_in_full() -> None:
             {"max_model_len": 64 * 5000},
             ["needs 14.9 GiB", "free 12.0 GiB", "lower --max-model-len"],
         ),
+        (10 * GIB + 10 * BLOCK - 1, {"kv_cache_memory_bytes": 10 * BLOCK}, ["memory: needs"]),
         (5 * GIB, {}, ["weights 10.0 GiB", "free 5.0 GiB", "weights alone do not fit"]),
         (
             12 * GIB,
@@ -107,12 +102,6 @@ def test_refusals_have_the_numbers_and_the_flag(
     assert message.startswith("memory: ")
     assert all(word in message for word in words), message
     assert "\n" not in message
-
-
-def test_exact_fit_is_accepted() -> None:
-    assert plan(10 * GIB + 10 * BLOCK, kv_cache_memory_bytes=10 * BLOCK).num_blocks == 10
-    with pytest.raises(ConfigError, match="memory: needs"):
-        plan(10 * GIB + 10 * BLOCK - 1, kv_cache_memory_bytes=10 * BLOCK)
 
 
 def test_summary_is_one_line_with_the_capacity() -> None:
@@ -145,16 +134,6 @@ def _system(tmp_path: Path, cgroup_lines: str) -> tuple[Path, Path]:
     return proc, cgroup
 
 
-def _group(folder: Path, **files: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name.replace("__", ".")).write_text(f"{content}\n")
-
-
-def test_available_without_any_limit(tmp_path: Path) -> None:
-    assert available_memory_bytes(*_system(tmp_path, "0::/\n")) == 100 * 1024
-
-
 @pytest.mark.parametrize(("limit", "free"), [("80000", 28_800), ("10", 0), ("unlimited", 102_400)])
 def test_what_is_left_of_the_address_space_counts(tmp_path: Path, limit: str, free: int) -> None:
     proc, cgroup = _system(tmp_path, "0::/\n")
@@ -164,49 +143,50 @@ def test_what_is_left_of_the_address_space_counts(tmp_path: Path, limit: str, fr
     assert available_memory_bytes(proc, cgroup) == free
 
 
-def test_limit_of_version_2_counts_with_droppable_pages(tmp_path: Path) -> None:
-    proc, cgroup = _system(tmp_path, "0::/a/b\n")
-    stat = "anon 10\ninactive_file 3000\nactive_file 500\n"
-    _group(cgroup / "a" / "b", memory__max=50_000, memory__current=20_000, memory__stat=stat)
-    assert available_memory_bytes(proc, cgroup) == 50_000 - 20_000 + 3_500
+V1, V2 = ("limit_in_bytes", "usage_in_bytes"), ("max", "current")
+STAT = "anon 10\ninactive_file 3000\nactive_file 500\n"
+TOTALS = "inactive_file 1\ntotal_inactive_file 2000\ntotal_active_file 100\n"
+# lines of /proc/self/cgroup; folder, names, limit, usage and statistics of groups; what is free
+GROUPS: dict[str, tuple[str, list[tuple[Any, ...]], int]] = {
+    "no limit at all": ("0::/\n", [], 100 * 1024),
+    "version 2, pages that can be dropped": (
+        "0::/a/b\n",
+        [("a/b", V2, 50_000, 20_000, STAT)],
+        50_000 - 20_000 + 3_500,
+    ),
+    "version 2, an outer group": (
+        "0::/a/b\n",
+        [("a/b", V2, "max", 20_000, ""), ("a", V2, 30_000, 25_000, "")],
+        5_000,
+    ),
+    "version 1": (
+        "5:cpu,cpuacct:/x\n4:memory:/x\n0::/\n",
+        [("memory/x", V1, 40_000, 15_000, TOTALS)],
+        27_100,
+    ),
+    # inside a container the path of /proc names folders that the mount does not show
+    "version 1, used up in a container": (
+        "4:memory:/docker/0123\n",
+        [("memory", V1, 9_000, 10_000, "")],
+        0,
+    ),
+    "version 1, no limit": (
+        "4:memory:/\n",
+        [("memory", V1, 9223372036854771712, 10_000, "")],
+        100 * 1024,
+    ),
+}
 
 
-def test_limit_of_an_outer_group_counts_too(tmp_path: Path) -> None:
-    proc, cgroup = _system(tmp_path, "0::/a/b\n")
-    _group(cgroup / "a" / "b", memory__max="max", memory__current=20_000, memory__stat="")
-    _group(cgroup / "a", memory__max=30_000, memory__current=25_000, memory__stat="")
-    assert available_memory_bytes(proc, cgroup) == 5_000
-
-
-def test_limit_of_version_1(tmp_path: Path) -> None:
-    proc, cgroup = _system(tmp_path, "5:cpu,cpuacct:/x\n4:memory:/x\n0::/\n")
-    _group(
-        cgroup / "memory" / "x",
-        memory__limit_in_bytes=40_000,
-        memory__usage_in_bytes=15_000,
-        memory__stat="inactive_file 1\ntotal_inactive_file 2000\ntotal_active_file 100\n",
-    )
-    assert available_memory_bytes(proc, cgroup) == 27_100
-
-
-@pytest.mark.parametrize(
-    ("path", "limit", "free"),
-    [
-        # inside a container the path of /proc names folders that the mount does not show
-        pytest.param("/docker/0123", 9_000, 0, id="used up in a container"),
-        pytest.param("/", 9223372036854771712, 100 * 1024, id="no limit"),
-    ],
-)
-def test_version_1_where_the_own_group_is_the_root_of_the_mount(
-    tmp_path: Path, path: str, limit: int, free: int
+@pytest.mark.parametrize(("lines", "groups", "free"), GROUPS.values(), ids=GROUPS)
+def test_limits_of_control_groups_count(
+    tmp_path: Path, lines: str, groups: list[tuple[Any, ...]], free: int
 ) -> None:
-    proc, cgroup = _system(tmp_path, f"4:memory:{path}\n")
-    _group(
-        cgroup / "memory",
-        memory__limit_in_bytes=limit,
-        memory__usage_in_bytes=10_000,
-        memory__stat="",
-    )
+    proc, cgroup = _system(tmp_path, lines)
+    for folder, names, *values in groups:
+        (cgroup / folder).mkdir(parents=True, exist_ok=True)
+        for name, value in zip((*names, "stat"), values, strict=True):
+            (cgroup / folder / f"memory.{name}").write_text(f"{value}\n")
     assert available_memory_bytes(proc, cgroup) == free
 
 
@@ -256,5 +236,5 @@ def test_the_limit_of_what_no_flag_asked_for() -> None:
     free = {"free_bytes": 100 << 30}
     config = EngineConfig(max_num_seqs=9000)
     assert plan_memory(config, **sizes, **free).num_blocks == 4096
-    more = plan_memory(config, **sizes, **free, default_cache_bytes=100 << 30)
+    more = plan_memory(config, **sizes, **free, takes_all=True)
     assert more.num_blocks == 9000

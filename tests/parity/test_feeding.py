@@ -17,7 +17,7 @@ import pytest
 
 from fd_dsa.attention.host import HostAttention
 from tests.parity.cases import CASES
-from tests.parity.choices import GREEDY, Choice, pack, unpack
+from tests.parity.choices import Choice
 from tests.parity.engine_side import load_model, make_runner, prompt_logits
 from tests.parity.feeding import feeding
 
@@ -55,22 +55,9 @@ def test_only_the_fed_token_and_those_after_it_change(
     assert np.abs(fed[ROW][POSITION] - own[ROW][POSITION]).max() > 1e-3
 
 
-@pytest.mark.parametrize("choice", [FIRST_KEYS, LAST_EXPERTS], ids=lambda choice: choice.kind)
-def test_every_chunk_size_is_fed_alike(model: Any, choice: Choice) -> None:
-    whole, single = run(model, {ROW: [choice]}, 64), run(model, {ROW: [choice]}, 1)
-    np.testing.assert_allclose(single[ROW], whole[ROW], atol=1e-4)
-
-
 def test_a_choice_that_never_comes_up_is_an_error(model: Any) -> None:
     with pytest.raises(AssertionError, match="not fed"):
         run(model, {ROW: [ABSENT]}, 64)
-
-
-def test_packed_choices_come_back_by_sequence() -> None:
-    arrays = pack({63: [FIRST_KEYS, LAST_EXPERTS], GREEDY: [ABSENT]})
-    assert unpack(arrays, 63) == [FIRST_KEYS, LAST_EXPERTS]
-    assert unpack(arrays, GREEDY) == [ABSENT]
-    assert unpack(arrays, 64) == []
 
 
 @contextmanager

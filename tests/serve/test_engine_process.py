@@ -23,14 +23,14 @@ from fd_dsa.engine.startup import StartupProgress
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.errors import FdDsaError
 from fd_dsa.serve.engine_process import EngineProcess, Settings
-from tests.engine.fakes import make_engine
+from tests.engine.fakes import make_engine, run_all
 from tests.serve.conftest import wait_until
 from tests.serve.processes import child_of
 
 TIMEOUT_S = 60
 SIZES = {"num_blocks": 30_000, "max_model_len": 100_000}
 BODY = f"""
-from tests.engine.fakes import make_engine
+from tests.engine.fakes import make_engine, run_all
 return make_engine(**{SIZES})
 """
 ENDLESS = SamplingParams(temperature=0, max_tokens=90_000, ignore_eos=True)
@@ -85,20 +85,24 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize("params", REQUESTS)
-def test_outputs_are_those_of_the_same_engine_in_a_thread(params: SamplingParams) -> None:
+def test_outputs_are_those_of_the_engine_itself(params: SamplingParams) -> None:
+    """In a thread and in a process, where each step sends what it has added."""
     prompt = [5, 9, 7, 5, 9, 7, 30]
+    direct = make_engine(**SIZES)
+    direct.add_request("r", prompt, params)
+    expected = run_all(direct)["r"]
     inside = AsyncEngine(make_engine(**SIZES))
     inside.start()
-    expected = run(collect(inside, prompt, params, "r"))
+    threaded = run(collect(inside, prompt, params, "r"))
     inside.stop()
     with process_of(BODY) as engine:
-        outputs = run(collect(engine, prompt, params, "r"))
-    assert shown(outputs) == shown(expected)
-    assert outputs[-1].finished
-    for output, twin in zip(outputs, expected, strict=True):
-        assert (output.error is None) == (twin.error is None)
-        assert type(output.error) is type(twin.error) and str(output.error) == str(twin.error)
-        assert output.first_token_time is None or output.arrival_time < output.first_token_time
+        processed = run(collect(engine, prompt, params, "r"))
+    for outputs in (threaded, processed):
+        assert shown(outputs) == shown(expected)
+        assert outputs[-1].finished
+        for output, twin in zip(outputs, expected, strict=True):
+            assert type(output.error) is type(twin.error) and str(output.error) == str(twin.error)
+            assert output.first_token_time is None or output.arrival_time < output.first_token_time
 
 
 def test_one_process_serves_many_and_frees_what_is_left() -> None:

@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from fd_dsa.engine.async_engine import AsyncEngine
-from fd_dsa.engine.random_uniform import derive_seed
+from fd_dsa.engine.sampler import derive_seed
 from fd_dsa.serve.logprobs import chat_logprobs, completion_logprobs, output_columns
 from tests.engine.fakes import expected_greedy, make_engine
 from tests.engine.test_engine import find_eos_prompt, letters

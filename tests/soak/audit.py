@@ -24,7 +24,7 @@ def waiting_requests(engine: LLMEngine) -> list[Request]:
 
 def evictable_keys(engine: LLMEngine) -> set[bytes]:
     """Keys by which blocks can be found."""
-    return set(engine._blocks._prefix_cache._block_of)
+    return set(engine._blocks._block_of)
 
 
 def audit(engine: LLMEngine) -> None:
@@ -36,24 +36,23 @@ def audit(engine: LLMEngine) -> None:
 def _audit_blocks(engine: LLMEngine) -> None:
     """Each block is free, kept or owned, and owners are counted right."""
     blocks = engine._blocks
-    cache = blocks._prefix_cache
     owners: Counter[int] = Counter()
     for name, owner in blocks._owners.items():
         assert len(set(owner.blocks)) == len(owner.blocks), f"{name} owns a block twice"
         owners.update(owner.blocks)
     for block, count in enumerate(blocks._num_owners):
         assert count == owners[block], f"block {block} has {owners[block]} owners, counted {count}"
-    free, kept = blocks._free, cache._unowned
+    free, kept = blocks._free, blocks._unowned
     assert len(set(free)) == len(free), "a block is free twice"
     parts = (set(free), set(kept), set(owners))
     assert sum(map(len, parts)) == blocks.num_blocks, f"blocks are lost or in two places: {parts}"
     assert set().union(*parts) == set(range(blocks.num_blocks))
-    assert {block: key for key, block in cache._block_of.items()} == cache._key_of
-    assert kept.keys() <= cache._key_of.keys(), "a kept block cannot be found"
-    assert not parts[0] & cache._key_of.keys(), "a free block can be found"
+    assert {block: key for key, block in blocks._block_of.items()} == blocks._key_of
+    assert kept.keys() <= blocks._key_of.keys(), "a kept block cannot be found"
+    assert not parts[0] & blocks._key_of.keys(), "a free block can be found"
     salts: dict[int, str | None] = {}
     for request in running_requests(engine).values():
-        for block in blocks.blocks_of(request.block_owner):
+        for block in blocks.blocks_of(request.arrival):
             salt = request.params.cache_salt
             assert salts.setdefault(block, salt) == salt, f"block {block} crosses cache salts"
 
@@ -66,11 +65,11 @@ def _audit_rows(engine: LLMEngine) -> None:
     free = engine._scheduler._free_slots
     assert sorted([*free, *running]) == list(range(batch.max_num_seqs)), "a row is lost"
     for row in range(batch.max_num_seqs):
-        owned = blocks.blocks_of(running[row].block_owner) if row in running else ()
+        owned = blocks.blocks_of(running[row].arrival) if row in running else ()
         table = batch.block_tables[row]
         assert tuple(table[: len(owned)].tolist()) == owned, f"row {row} shows other blocks"
         assert (table[len(owned) :] == -1).all(), f"row {row} shows blocks it does not own"
-    names = {request.block_owner for request in running.values()}
+    names = {request.arrival for request in running.values()}
     assert blocks._owners.keys() <= names, "a request without a row owns blocks"
     arrivals = [request.arrival for request in engine._scheduler._running.values()]
     arrivals += [request.arrival for request in waiting_requests(engine)]

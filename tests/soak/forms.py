@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fd_dsa.config import demo_model_path
-from fd_dsa.engine.grammar import GrammarCompiler
+from fd_dsa.engine.grammar import GrammarCompiler, GrammarMatcher
 from fd_dsa.engine.structured_outputs import StructuredOutputsParams
 from fd_dsa.engine.tokenizer import Tokenizer
 from tests.soak.fuzz import held_mib
@@ -36,21 +36,11 @@ GREEDY = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Cost:
-    """What one form took.
-
-    Attributes:
-        form: shortened.
-        compile_s: seconds until it was ready.
-        peak_mib: most memory while it was compiled, beyond what was held before.
-        used_mib: most memory while it was used, beyond what was held before.
-        slowest_mask_s: of one token.
-    """
+    """What one form took: most MiB while it was compiled and used, and seconds of one mask."""
 
     form: str
-    compile_s: float
-    peak_mib: int
     used_mib: int
     slowest_mask_s: float
 
@@ -71,29 +61,26 @@ def measure(
     compiler: GrammarCompiler, form: StructuredOutputsParams, num_tokens: int
 ) -> Cost | None:
     """What a form takes when so many tokens of outputs have followed it; None: it is refused."""
-    before = _reset_peak()
-    begin = time.perf_counter()
+    before = held_mib()
+    Path("/proc/self/clear_refs").write_text("5")
     try:
         compiler.check(form)
     except ValueError:
         return None
-    compile_s, compiling_mib = time.perf_counter() - begin, _peak_mib() - before
-    _reset_peak()
     slowest, draw = 0.0, random.Random(0)
     while num_tokens > 0:
         taken, seconds = _follow(compiler, form, num_tokens, draw)
         num_tokens -= max(taken, 1)
         slowest = max(slowest, seconds)
-    compiler._compiled.clear()
-    name = str(form.definition())[:60]
-    return Cost(name, compile_s, compiling_mib, _peak_mib() - before, slowest)
+    compiler._recent.clear()
+    return Cost(str(form.definition())[:60], _peak_mib() - before, slowest)
 
 
 def _follow(
     compiler: GrammarCompiler, form: StructuredOutputsParams, most: int, draw: random.Random
 ) -> tuple[int, float]:
     """One random output; its tokens, and the seconds of the slowest mask."""
-    matcher = compiler.new_matcher(form)
+    matcher = GrammarMatcher(compiler, form)
     mask = np.zeros(-(-compiler._vocab_size // 32), np.int32)
     slowest = 0.0
     for taken in range(most):
@@ -104,13 +91,6 @@ def _follow(
         if not len(allowed) or matcher.accept(int(draw.choice(allowed))):
             return taken, slowest
     return most, slowest
-
-
-def _reset_peak() -> int:
-    """Let the peak count from here on; returns what is held."""
-    held = held_mib()
-    Path("/proc/self/clear_refs").write_text("5")
-    return held
 
 
 def _peak_mib() -> int:
@@ -142,10 +122,8 @@ def main() -> None:
     costs = run(parser.parse_args().tokens)
     print(f"{len(costs)} forms that are served; those that need the most:")
     for cost in costs[:8]:
-        print(
-            f"  compiled in {1000 * cost.compile_s:4.0f} ms, {cost.peak_mib:3d} MiB at most; then "
-            f"used {cost.used_mib:3d} MiB, mask {1000 * cost.slowest_mask_s:3.0f} ms: {cost.form}"
-        )
+        mask_ms = 1000 * cost.slowest_mask_s
+        print(f"  {cost.used_mib:3d} MiB, one mask {mask_ms:3.0f} ms: {cost.form}")
 
 
 if __name__ == "__main__":

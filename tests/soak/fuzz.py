@@ -9,7 +9,6 @@ engine, and the runner that checks what its slots hold.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import ctypes
 import gc
@@ -32,6 +31,7 @@ from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.serve.app import create_app
 from fd_dsa.serve.heaps import share_heaps
 from fd_dsa.serve.state import ServerState
+from tests.soak import report
 from tests.soak.audit import audit, running_requests
 from tests.soak.checking_runner import EOS, CheckingRunner
 from tests.soak.hostile import POSTS, HostileRequest, draw_request
@@ -61,10 +61,7 @@ def make_engine() -> LLMEngine:
         runner,
         tokenizer,
         num_blocks=NUM_BLOCKS,
-        block_size=BLOCK_SIZE,
         max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=MAX_NUM_SEQS,
-        max_num_batched_tokens=64,
         eos_token_ids=[EOS],
     )
     return engine
@@ -117,7 +114,8 @@ def held_mib() -> int:
 
 def held_without_grammars_mib(engine: LLMEngine) -> int:
     """The same with the grammars let go that are kept for requests to come."""
-    engine.admission.grammars._compiled.clear()
+    engine.grammars._recent.clear()
+    engine.grammars._older.clear()
     return held_mib()
 
 
@@ -209,21 +207,7 @@ def run(first: int, count: int) -> Counter[str]:
     return counts
 
 
-def main() -> None:
-    """Run what the command line asks for and print what was answered."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--first", type=int, default=0, help="number of the first request")
-    parser.add_argument("--requests", type=int, default=100_000)
-    args = parser.parse_args()
+if __name__ == "__main__":
     # as a server does
     share_heaps()
-    begin = time.monotonic()
-    counts = run(args.first, args.requests)
-    print(f"{args.requests} hostile requests from {args.first} on:")
-    for name, count in sorted(counts.items()):
-        print(f"  {name:45} {count:>12,}")
-    print(f"  {'seconds':45} {time.monotonic() - begin:>12.0f}")
-
-
-if __name__ == "__main__":
-    main()
+    report.main(__doc__, "requests", 100_000, run)

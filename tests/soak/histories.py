@@ -8,9 +8,7 @@ A history is a function of its number, so a failure is repeated by the second fo
 
 from __future__ import annotations
 
-import argparse
 import random
-import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +17,7 @@ from fd_dsa.engine.output import RequestOutput
 from fd_dsa.engine.sampling_params import SamplingParams
 from fd_dsa.runner.input_batch import InputBatch
 from tests.engine.fakes import byte_tokenizer, random_clock
+from tests.soak import report
 from tests.soak.audit import audit, evictable_keys, running_requests, waiting_requests
 from tests.soak.checking_runner import EOS, VOCAB_SIZE, CheckingRunner, DeviceGone
 
@@ -92,12 +91,21 @@ def _draw_arrival(draw: random.Random, stem: list[int]) -> Arrival:
     """A request whose prompt mostly begins as others do."""
     begin = stem[: draw.randint(0, 30)]
     prompt = begin + [draw.randrange(2, VOCAB_SIZE) for _ in range(draw.randint(1, 5))]
-    at_step = draw.randint(0, 30)
+    at_step, max_tokens = draw.randint(0, 30), draw.randint(1, MAX_MODEL_LEN - len(prompt))
     params = SamplingParams(
         n=draw.choice([1, 1, 1, 2, 3]),
         temperature=draw.choice([0.0, 1.0]),
+        top_k=draw.choice([0, 0, 2]),
+        top_p=draw.choice([1.0, 1.0, 0.7]),
+        min_p=draw.choice([0.0, 0.0, 0.1]),
+        repetition_penalty=draw.choice([1.0, 1.0, 1.5]),
+        frequency_penalty=draw.choice([0.0, 0.0, 1.0]),
+        logit_bias=draw.choice([None, None, {draw.randrange(VOCAB_SIZE): 3.0}]),
+        bad_words=draw.choice([None, None, ["ab", "c"]]),
+        stop_token_ids=draw.choice([None, None, [draw.randrange(2, VOCAB_SIZE)]]),
+        min_tokens=draw.choice([0, 0, draw.randint(0, max_tokens)]),
         seed=draw.randint(0, 3),
-        max_tokens=draw.randint(1, MAX_MODEL_LEN - len(prompt)),
+        max_tokens=max_tokens,
         ignore_eos=draw.random() < 0.7,
         cache_salt=draw.choice([None, None, None, "a", "b"]),
         skip_reading_prefix_cache=draw.random() < 0.1,
@@ -122,10 +130,7 @@ def make_engine(history: History) -> LLMEngine:
         runner,
         TOKENIZER,
         num_blocks=history.num_blocks,
-        block_size=history.block_size,
         max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=history.max_num_seqs,
-        max_num_batched_tokens=history.max_num_batched_tokens,
         eos_token_ids=[EOS],
         target_gap_s=history.target_gap_s,
         enable_prefix_caching=history.enable_prefix_caching,
@@ -264,19 +269,5 @@ def run_histories(first: int, count: int) -> Counter[str]:
     return total
 
 
-def main() -> None:
-    """Run what the command line asks for and print what happened."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--first", type=int, default=0, help="number of the first history")
-    parser.add_argument("--histories", type=int, default=10_000)
-    args = parser.parse_args()
-    begin = time.monotonic()
-    total = run_histories(args.first, args.histories)
-    print(f"{args.histories} histories from {args.first} on, every invariant after every step:")
-    for name, count in sorted(total.items()):
-        print(f"  {name:45} {count:>12,}")
-    print(f"  {'seconds':45} {time.monotonic() - begin:>12.0f}")
-
-
 if __name__ == "__main__":
-    main()
+    report.main(__doc__, "histories", 10_000, run_histories)

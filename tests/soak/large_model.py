@@ -7,8 +7,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.engine.tokenizer_kinds import deepseek_splits
 from tests.models.folders import TINY, YARN, write_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,19 +25,6 @@ ROLES = ("<｜system｜>", "<｜user｜>", "<｜assistant｜>")
 # runs that real vocabularies of this size hold as one token, the longest of 128 characters
 RUNS = ("Ġ", "-", "=", "*", "/", "_", "#", ".")
 LONGEST_RUN = 128
-
-
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """The splits of DeepSeek-V3's tokenizer.json: three digits, CJK, words with what is before."""
-    words = (
-        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-        r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-    )
-    splits = (r"\p{N}{1,3}", "[一-龥\u3040-\u309f\u30a0-\u30ff]+", words)
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
-        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
 
 
 def _texts() -> Iterator[str]:
@@ -71,7 +59,7 @@ def train_tokenizer() -> Tokenizer:
     searches have their real size.
     """
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = _pre_tokenizer()
+    trained.pre_tokenizer = deepseek_splits()
     trainer = trainers.BpeTrainer(
         vocab_size=NUM_MERGED - LONGEST_RUN * len(RUNS),
         min_frequency=2,
@@ -84,7 +72,7 @@ def train_tokenizer() -> Tokenizer:
     merges = [(left, right) for left, right in model["merges"]]
     _fill(vocab, merges)
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = _pre_tokenizer()
+    tokenizer.pre_tokenizer = deepseek_splits()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
     rest = VOCAB_SIZE - tokenizer.get_vocab_size() - len(ROLES)

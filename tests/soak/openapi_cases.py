@@ -20,6 +20,7 @@ from schemathesis import GenerationMode
 
 from fd_dsa.engine.async_engine import AsyncEngine
 from tests.serve.conftest import running
+from tests.soak import report
 from tests.soak.fuzz import ANSWER_WITHIN_S, check_answer, make_engine
 
 
@@ -71,9 +72,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     counts = run(args.examples, args.seed)
-    print(f"{counts.total()} requests from the OpenAPI document, seed {args.seed}:")
-    for name, count in sorted(counts.items()):
-        print(f"  {name:45} {count:>12,}")
+    title = f"{counts.total()} requests from the OpenAPI document, seed {args.seed}:"
+    report.print_counts(title, counts)
 
 
 if __name__ == "__main__":

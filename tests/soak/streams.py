@@ -28,6 +28,7 @@ import httpx
 
 from tests.serve.conftest import leave_stream
 from tests.serve.processes import serving
+from tests.soak import report
 from tests.soak.fuzz import body_fields, check_answer, send
 from tests.soak.hostile import draw_request
 
@@ -274,9 +275,9 @@ def main() -> None:
     args = parser.parse_args()
     counts = run(args.seconds, args.clients, seed=args.seed)
     mode = "exactly" if os.environ.get(INVARIANT) == "1" else "within rounding"
-    print(f"{args.clients} clients for {args.seconds:g} s, answers compared {mode}:")
-    for name, count in sorted(counts.items()):
-        print(f"  {name:45} {count:>12,}")
+    report.print_counts(
+        f"{args.clients} clients for {args.seconds:g} s, answers compared {mode}:", counts
+    )
 
 
 if __name__ == "__main__":

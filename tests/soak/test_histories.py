@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from fd_dsa.engine.block_manager import BlockManager
-from fd_dsa.engine.prefix_cache import BlockKeys, PrefixCache
+from fd_dsa.engine.block_manager import BlockKeys, BlockManager
 from fd_dsa.engine.scheduler import Scheduler
 from tests.soak.histories import run_histories
 
@@ -54,12 +53,14 @@ def _hands_out_twice(original: Callable[..., Any]) -> Callable[..., Any]:
 def _stays_findable(_: Callable[..., Any]) -> Callable[..., Any]:
     """An evicted block is still found by its old key."""
 
-    def evict(self: PrefixCache) -> int:
+    def take(self: BlockManager) -> int:
+        if self._free:
+            return self._free.pop()
         block, _ = self._unowned.popitem(last=False)
         del self._key_of[block]
         return block
 
-    return evict
+    return take
 
 
 def _forgets_the_salt(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +87,7 @@ def _shares_before_the_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def take(self: Scheduler, request: Any, budget: int) -> int:
         taken: int = original(self, request, budget)
         end = request.num_computed_tokens + taken
-        self._blocks.cache_full_blocks(request.block_owner, request.block_keys, end)
+        self._blocks.cache_full_blocks(request.arrival, request.block_keys, end)
         return taken
 
     return take
@@ -108,7 +109,7 @@ def _latest_first(original: Callable[..., Any]) -> Callable[..., Any]:
         (BlockManager, "free", _keeps_its_owner),
         (BlockManager, "_take_free", _hands_out_twice),
         (BlockManager, "cache_full_blocks", _hits_whole_prompts),
-        (PrefixCache, "evict", _stays_findable),
+        (BlockManager, "_take_free", _stays_findable),
         (BlockKeys, "__init__", _forgets_the_salt),
         (Scheduler, "_take", _shares_before_the_step),
         (Scheduler, "_preempt", _latest_first),

@@ -9,12 +9,10 @@ without a 5xx, an error object where it is an error, and the server must go on.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import socket
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from pathlib import Path
 import httpx
 
 from tests.serve.processes import serving
+from tests.soak import report
 from tests.soak.fuzz import check_error
 
 READ_TIMEOUT_S = 60.0
@@ -142,22 +141,14 @@ def run(url: str, first: int, count: int) -> Counter[str]:
     return counts
 
 
-def main() -> None:
-    """Run what the command line asks for and print what was answered."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--first", type=int, default=0, help="number of the first request")
-    parser.add_argument("--requests", type=int, default=5000)
-    args = parser.parse_args()
-    begin = time.monotonic()
+def run_server(first: int, count: int) -> Counter[str]:
+    """Start a server and send it the bytes; it must go on, and have nothing to complain of."""
     with tempfile.TemporaryDirectory() as folder, serving(Path(folder), *FLAGS) as server:
-        counts = run(server.url, args.first, args.requests)
+        counts = run(server.url, first, count)
         assert server.process.poll() is None
         assert "Traceback" not in server.log.read_text(), server.log.read_text()
-    print(f"{args.requests} times bytes that are no good HTTP, from {args.first} on:")
-    for name, count in sorted(counts.items()):
-        print(f"  {name:45} {count:>12,}")
-    print(f"  {'seconds':45} {time.monotonic() - begin:>12.0f}")
+    return counts
 
 
 if __name__ == "__main__":
-    main()
+    report.main(__doc__, "requests", 5000, run_server)

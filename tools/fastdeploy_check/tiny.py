@@ -17,8 +17,8 @@ import numpy as np
 
 from fd_dsa.config import demo_model_path
 from fd_dsa.models.config import ModelConfig
-from fd_dsa.models.dummy_weights import load_dummy_weights
 from fd_dsa.models.expected_tensors import LM_HEAD, expected_tensors
+from fd_dsa.models.loader import load_dummy_weights
 from tests.models.folders import YARN, bf16, write_folder
 
 FLAGS = ("--max-model-len", "8192", "--max-num-batched-tokens", "8192", "--max-num-seqs", "32")

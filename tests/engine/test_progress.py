@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from fd_dsa.models.progress import LoadProgress
+from fd_dsa.engine.startup import LoadProgress, StartupProgress
 
 
 class Terminal(io.StringIO):
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 def test_plain_lines_by_quarters(caplog: pytest.LogCaptureFixture) -> None:
     stream = io.StringIO()
-    with caplog.at_level("INFO"), LoadProgress(stream) as progress:
+    with caplog.at_level("INFO"), LoadProgress(StartupProgress(), stream) as progress:
         for done in range(0, 4097, 16):
             progress(done, 4096)
     assert caplog.messages == [
@@ -29,7 +29,7 @@ def test_plain_lines_by_quarters(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_large_steps_make_one_line_each(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"), LoadProgress(io.StringIO()) as progress:
+    with caplog.at_level("INFO"), LoadProgress(StartupProgress(), io.StringIO()) as progress:
         for done in (0, 80, 90, 100):
             progress(done, 100)
     assert [line.split()[1] for line in caplog.messages] == ["80", "100"]
@@ -37,7 +37,7 @@ def test_large_steps_make_one_line_each(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_bar_on_a_terminal() -> None:
     stream = Terminal()
-    with LoadProgress(stream) as progress:
+    with LoadProgress(StartupProgress(), stream) as progress:
         progress(0, 1 << 20)
         progress(1 << 20, 1 << 20)
     assert "weights" in stream.getvalue()
@@ -48,7 +48,7 @@ def test_bar_on_a_terminal() -> None:
 def test_bar_ends_when_loading_fails() -> None:
     stream = Terminal()
     try:
-        with LoadProgress(stream) as progress:
+        with LoadProgress(StartupProgress(), stream) as progress:
             progress(1, 4)
             raise OSError("disk")
     except OSError:
