@@ -106,10 +106,10 @@ class ModelRunner:
         self._to_host: Callable[[Any], np.ndarray] = _plain_array
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
-            from fd_dsa.attention.device import empty_allocator
             from fd_dsa.runner.host_logits import HostLogits
+            from fd_dsa.step.device import paddle_allocator
 
-            self._inputs = DeviceInputs(input_batch, empty_allocator(device))
+            self._inputs = DeviceInputs(input_batch, paddle_allocator(device))
             self._to_host = HostLogits(input_batch.max_num_seqs * self.vocab_size)
 
     def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:

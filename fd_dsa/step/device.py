@@ -14,8 +14,8 @@ from fd_dsa.step.checks import StepCounts, StepHints, StepInputs, StepLimits
 from fd_dsa.step.forward_meta import Array, ForwardMeta
 from fd_dsa.step.launch import StepLaunch
 from fd_dsa.step.staging import StagedInputs
-from fd_dsa.step.views import Allocate, OutputBuffers, StepViews
-from fd_dsa.triton_runtime.transfers import Transfers, transfers_for
+from fd_dsa.step.views import Allocate, StepViews, new_buffers
+from fd_dsa.triton_runtime.transfers import on_host, transfers_for
 
 
 class DeviceProvider:
@@ -30,12 +30,12 @@ class DeviceProvider:
     def __init__(
         self, limits: StepLimits, allocate: Allocate, int32_position_ids: bool = False
     ) -> None:
-        self._limits = limits
-        self._allocate = allocate
-        self._buffers = OutputBuffers(limits, allocate, int32_position_ids)
-        self._views = StepViews(self._buffers, lambda tensor: tensor)
-        self._launch = StepLaunch(limits, self._buffers)
-        self._transfers = transfers_for(self._buffers.cu_seqlens_q)
+        self._limits, self._allocate = limits, allocate
+        buffers = new_buffers(limits, allocate, int32_position_ids)
+        self._views = StepViews(buffers, lambda tensor: tensor)
+        self._launch = StepLaunch(limits, buffers)
+        a_buffer: Any = buffers["cu_seqlens_q"]
+        self._int32, self._transfers = a_buffer.dtype, transfers_for(a_buffer)
         self._staging: StagedInputs | None = None
         self._reads_back = step_checks_requested()
 
@@ -71,9 +71,8 @@ class DeviceProvider:
     ) -> StepCounts:
         """Check shapes, dtypes and counts of device tensors; their values only on request."""
         num_rows = checks.check_shapes([tuple(t.shape) for t in tensors], self._limits)
-        int32 = self._buffers.cu_seqlens_q.dtype
         for name, tensor in zip(StepInputs._fields, tensors, strict=True):
-            if tensor.dtype is not int32 and tensor.dtype != int32:
+            if tensor.dtype is not self._int32 and tensor.dtype != self._int32:
                 checks.raise_dtype(name, tensor.dtype)
             # rows of a table may lie apart, the values of one must not
             if num_rows and tensor.shape[-1] > 1 and tensor.stride()[-1] != 1:
@@ -83,22 +82,10 @@ class DeviceProvider:
                 )
         counts = checks.check_device_counts(self._limits, hints)
         if self._reads_back and not is_captured:
-            checks.check_values(read_back(tensors, self._transfers), self._limits, hints)
+            like = [np.empty(tuple(tensor.shape), np.int32) for tensor in tensors]
+            values = (on_host(t.contiguous(), x) for t, x in zip(tensors, like, strict=True))
+            checks.check_values(StepInputs(*values), self._limits, hints)
         return counts
-
-
-def read_back(tensors: tuple[Array, ...], transfers: Transfers) -> StepInputs:
-    """The values of device tensors, which the calling thread waits for."""
-    arrays = [np.empty(tuple(tensor.shape), np.int32) for tensor in tensors]
-    # the contiguous forms must live until their copies are done
-    contiguous = [tensor.contiguous() for tensor in tensors]
-    for array, tensor in zip(arrays, contiguous, strict=True):
-        if array.size:
-            transfers.to_host(array, tensor)
-    done = transfers.event()
-    done.record()
-    done.wait()
-    return StepInputs(*arrays)
 
 
 def paddle_place(device: str) -> Any:
@@ -137,11 +124,8 @@ def paddle_device_counts() -> dict[str, int]:
 
 
 def paddle_allocator(device: str) -> Allocate:
-    """Makes Paddle tensors of zeros on a device; see `paddle_place`."""
+    """Makes uninitialised Paddle tensors on a device; see `paddle_place`."""
     place = paddle_place(device)
     import paddle
 
-    def allocate(shape: tuple[int, ...], dtype: str) -> Array:
-        return paddle.to_tensor(np.zeros(shape, dtype), place=place)
-
-    return allocate
+    return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)

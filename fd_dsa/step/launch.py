@@ -1,13 +1,11 @@
-"""The launches of a step's kernel, bound to buffers that never move."""
+"""The launches of a step's kernels, bound to buffers that never move."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from fd_dsa.step.checks import INT32_MAX, StepCounts, StepInputs, StepLimits
 from fd_dsa.step.forward_meta import Array
-from fd_dsa.step.kernel import step_metadata_kernel
-from fd_dsa.step.views import OUTPUTS, WINDOWS, OutputBuffers
+from fd_dsa.step.kernel import decode_step_metadata_kernel, mixed_step_metadata_kernel
+from fd_dsa.step.views import FIELDS
 
 # lanes and warps of a program: rows of a decode-only step, tokens of any other
 DECODE_TILE, DECODE_WARPS = 32, 1
@@ -16,35 +14,26 @@ MIXED_TILE, MIXED_WARPS = 64, 8
 _MIN_ROW_TILE, _MAX_ROW_TILE = MIXED_TILE, 1024
 
 _SCALARS = ("num_rows", "num_padded_tokens", "row_stride")
+Buffers = dict[str, Array | None]
 
 
 class StepLaunch:
-    """Launches the kernel for steps of one builder; both forms are compiled here, none later.
+    """Launches the kernels for steps of one builder; both are compiled here, none later.
 
-    The first launch of each form, here, writes an empty step: the buffers hold padding from the
+    The first launch of each, here, writes an empty step: the buffers hold padding from the
     beginning. A step clears all rows after its own, and all tokens that a step before it may have
     left. The host does not see the replays of a captured launch: each writes the tokens of its
     capture and no others, and any later step may come after one of them.
 
     Args:
         limits: sizes that every step keeps to.
-        buffers: where the kernel writes.
-        decode, mixed: tile and warps of a program in decode-only and in other steps.
+        buffers: where the kernels write, of `views.new_buffers`.
     """
 
-    def __init__(
-        self,
-        limits: StepLimits,
-        buffers: OutputBuffers,
-        decode: tuple[int, int] = (DECODE_TILE, DECODE_WARPS),
-        mixed: tuple[int, int] = (MIXED_TILE, MIXED_WARPS),
-    ) -> None:
-        self._forms = (
-            _Form(limits, buffers, False, *decode),
-            _Form(limits, buffers, True, *mixed),
-        )
+    def __init__(self, limits: StepLimits, buffers: Buffers) -> None:
+        self._forms = _Form(limits, buffers, False), _Form(limits, buffers, True)
         self._tokens, self._windows = _Extent(), _Extent()
-        empty = (buffers.cu_seqlens_q,) * len(StepInputs._fields)
+        empty = (buffers["cu_seqlens_q"],) * len(StepInputs._fields)
         for form in self._forms:
             form.launch(empty, 0, limits.max_num_tokens, 0)
 
@@ -82,39 +71,34 @@ class _Extent:
 
 
 class _Form:
-    """One compiled form of the kernel, with or without the windows of prefill rows."""
+    """The kernel for steps with or without prefill rows, bound to the buffers."""
 
-    def __init__(
-        self, limits: StepLimits, buffers: OutputBuffers, has_prefill: bool, tile: int, warps: int
-    ) -> None:
-        self._tile = tile
-        self._min_programs = 1 if has_prefill else -(-limits.max_num_seqs // tile)
+    def __init__(self, limits: StepLimits, buffers: Buffers, has_prefill: bool) -> None:
+        rows, kernel = limits.max_num_seqs, decode_step_metadata_kernel
+        self._tile, warps, self._min_programs = DECODE_TILE, DECODE_WARPS, -(-rows // DECODE_TILE)
+        if has_prefill:
+            kernel, self._min_programs = mixed_step_metadata_kernel, 1
+            self._tile, warps = MIXED_TILE, MIXED_WARPS
         # a decode-only step reads no encoder lengths: they are 0
-        self._names = [f"{name}_ptr" for name in StepInputs._fields]
-        self._skipped = 0 if has_prefill else 1
+        self._first = 0 if has_prefill else 1
+        self._names = [f"{name}_ptr" for name in StepInputs._fields[self._first :]]
         self._addresses: list[int] = []
-        row_tile = row_tile_for(limits.max_num_seqs)
-        arguments: dict[str, Any] = dict.fromkeys(self._names, buffers.cu_seqlens_q)
-        if not has_prefill:
-            arguments["seq_lens_encoder_ptr"] = None
-        arguments |= {f"{name}_ptr": getattr(buffers, name) for name in OUTPUTS}
-        arguments |= {
-            f"{name}_ptr": getattr(buffers, name) if has_prefill else None for name in WINDOWS
-        }
-        self._bound = step_metadata_kernel.bind(
+        outputs = [name for name, field in FIELDS.items() if has_prefill or not field.is_window]
+        row_tile = row_tile_for(rows)
+        self._bound = kernel.bind(
             (1,),
-            **arguments,
+            **dict.fromkeys(self._names, buffers["cu_seqlens_q"]),
+            **{f"{name}_ptr": buffers[name] for name in outputs},
             num_rows=0,
-            num_padded_rows=limits.max_num_seqs,
+            num_padded_rows=rows,
             num_padded_tokens=0,
             row_stride=0,
             num_columns=limits.max_blocks_per_seq,
             last_block=INT32_MAX if limits.num_blocks is None else limits.num_blocks - 1,
             BLOCK_SIZE=limits.block_size,
-            HAS_PREFILL=has_prefill,
             ROW_TILE=row_tile,
-            NUM_ROW_TILES=-(-limits.max_num_seqs // row_tile),
-            TILE=tile,
+            NUM_ROW_TILES=-(-rows // row_tile),
+            TILE=self._tile,
             num_warps=warps,
             scalars=_SCALARS,
         )
@@ -123,11 +107,11 @@ class _Form:
         self, inputs: tuple[Array, ...], num_rows: int, num_padded_tokens: int, row_stride: int
     ) -> None:
         """Queue the kernel over rows and padded tokens."""
-        addresses = [tensor.data_ptr() for tensor in inputs]
+        read = inputs[self._first :]
+        addresses = [tensor.data_ptr() for tensor in read]
         if addresses != self._addresses:
             # the bound tensors keep their memory, so no other tensor gets these addresses
-            changed = zip(self._names, inputs, strict=True)
-            self._bound.exchange(**dict(list(changed)[self._skipped :]))
+            self._bound.exchange(**dict(zip(self._names, read, strict=True)))
             self._addresses = addresses
         num_programs = max(self._min_programs, -(-num_padded_tokens // self._tile))
         self._bound(num_rows, num_padded_tokens, row_stride, grid=(num_programs,))
