@@ -42,9 +42,10 @@ def _attention_on(device: str, config: DSABackendConfig, allocate: Allocate | No
     if device == "cpu":
         return HostAttention(config)
     # kernels and their launcher are loaded only where a device is asked for
-    from fd_dsa.attention.device import DeviceAttention, empty_allocator
+    from fd_dsa.attention.device import DeviceAttention
+    from fd_dsa.step.device import paddle_allocator
 
-    return DeviceAttention(config, allocate or empty_allocator(device))
+    return DeviceAttention(config, allocate or paddle_allocator(device))
 
 
 def cache_of(forward_meta: Any, index: int) -> Any:
@@ -159,14 +160,7 @@ class DSAAttentionBackend:
         """
         if self._built_for is forward_meta:
             return
-        known = hints or StepHints()
-        step = self.builder.build(
-            *inputs,
-            known.num_padded_tokens,
-            num_tokens=known.num_tokens,
-            num_prefill_tokens=known.num_prefill_tokens,
-            max_seqlen_k=known.max_seqlen_k,
-        )
+        step = self.builder.build_from(tuple(inputs), hints or StepHints())
         int32 = self.config.int32_position_ids
         forward_meta.fd_dsa_step = step
         forward_meta.position_ids = step.position_ids_int32 if int32 else step.position_ids
@@ -187,15 +181,13 @@ class DSAAttentionBackend:
         Raises:
             MissingStepError: `init_attention_metadata` has not been called for it.
         """
-        if self._built_for is forward_meta and self.attention_metadata is not None:
-            return self.attention_metadata
-        step = step_of(forward_meta)
-        if self._built_for is not forward_meta:
+        if self._built_for is not forward_meta or self.attention_metadata is None:
+            step_of(forward_meta)
             raise MissingStepError(
                 "the backend holds another step: "
                 "init_attention_metadata(forward_meta) must be called first for this one"
             )
-        return step
+        return self.attention_metadata
 
     def allocate_caches(self, has_indexer: Sequence[bool]) -> list[Any]:
         """Caches of `config.num_blocks` blocks, as `forward_meta.caches` has them.

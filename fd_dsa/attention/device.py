@@ -4,6 +4,9 @@ Every token is treated alike, whether of a prompt or of a decode row: the kernel
 `position_ids`, `batch_id_per_token` and `block_tables` alone. Grids and views follow from what the
 host knows of the step, so nothing is read back and, once the views of a size exist, nothing is
 allocated.
+
+Which of our kernels serve is decided when the attention is made (`fd_dsa.ops.providers`): the
+fastest that take its sizes and types.
 """
 
 from __future__ import annotations
@@ -12,29 +15,37 @@ from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
+from fd_dsa import custom_ops
 from fd_dsa.attention.config import DSABackendConfig
-from fd_dsa.attention.device_kernels import kernel_bytes, make_attention, make_scores
-from fd_dsa.attention.device_logits import rounded_length
+from fd_dsa.attention.device_scores import (
+    CACHED_VIEWS,
+    PageScores,
+    TileScores,
+    rounded_length,
+    tile_buffers,
+)
+from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.ops import unchecked
 from fd_dsa.ops._host import check_shape
-from fd_dsa.ops.providers import device_kind, settle
+from fd_dsa.ops.logits import tile_forms
+from fd_dsa.ops.mla import tensor_core
+from fd_dsa.ops.mla.custom_op import choose_attention, kind_for
+from fd_dsa.ops.mla.triton_kernel import attend_slots
+from fd_dsa.ops.providers import CUSTOM_OP, TENSOR_CORE, TRITON, choose, device_kind, settle
 from fd_dsa.ops.topk.custom_op import slot_selector
 from fd_dsa.step import ForwardMeta
-from fd_dsa.step.device import Allocate, paddle_place
+from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.transfers import GpuTraits, transfers_for
 
 LOGITS_BYTES = 512 << 20
 """Most memory for the scores of a layer; the tokens of a longer step are scored in chunks."""
 
-# views are small; lengths are rounded to powers of two, so a server sees few of them
-_CACHED_VIEWS = 512
 _WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
+Sizes = dict[str, tuple[int, str]]
 
 
 class DeviceAttention:
     """Reads the caches that `write_caches` fills; its buffers serve every layer and step.
-
-    Scores and attention run on tensor cores where those kernels can serve (`device_kernels.py`).
 
     Args:
         config: sizes and scale.
@@ -47,21 +58,48 @@ class DeviceAttention:
     ) -> None:
         self.config, self._allocate = config, allocate
         self.block_size = config.cache_layout.block_size
-        buffers = _buffers(config, logits_bytes)
-        self._buffers = {name: allocate((size,), dtype) for name, (size, dtype) in buffers.items()}
-        self._view = lru_cache(maxsize=_CACHED_VIEWS)(partial(_view, self._buffers))
+        self._buffers: dict[str, Any] = {}
+        self._take(_buffers(config, logits_bytes))
+        self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(_view, self._buffers))
         # the layer that made it, as the address of its cache, and the slots
         self._everything: tuple[int, Any] | None = None
-        logits = self._buffers["logits"]
-        kind, transfers = device_kind(logits), transfers_for(logits)
+        kind = device_kind(self._buffers["logits"])
         # the interpreter's tensors are in host memory
         kind = "interpreter" if kind == "cpu" else kind
         settle(kind)
         self._select_slots = slot_selector(kind, allocate)
-        made = self._view, buffers["logits"][0], self._select_slots, transfers
-        self._scores = make_scores(config, kind, allocate, *made)
+        self._scores = self._new_scores(kind)
+        self._attention = self._new_attention(kind)
+
+    def _take(self, sizes: Sizes) -> None:
+        """Allocate buffers."""
+        self._buffers |= {name: self._allocate((n,), dtype) for name, (n, dtype) in sizes.items()}
+
+    def _new_scores(self, kind: str) -> PageScores:
+        """What scores and chooses on a kind of device."""
+        config, logits = self.config, self._buffers["logits"]
+        made = config, self._view, int(logits.shape[0]), self._select_slots
+        conditions = {TENSOR_CORE: lambda: why_not_tiles(config)}
+        if choose("indexer_logits", kind, conditions).provider == TRITON:
+            return PageScores(*made)
+        transfers = transfers_for(logits)
+        self._take(tile_buffers(config, made[2], transfers.num_processors()))
+        return TileScores(*made, transfers)
+
+    def _new_attention(self, kind: str) -> TensorCoreAttention | None:
+        """What attends on tensor cores; None where `attend_slots` does, which takes everything."""
+        config, logits = self.config, self._buffers["logits"]
+        heads, types = config.num_heads, _types(config)
+        capability = transfers_for(logits).capability()
+        choice = choose_attention(kind, heads, *types, capability, self._allocate)
+        if choice.provider == TRITON:
+            return None
+        own = None
+        if choice.provider == CUSTOM_OP:
+            own = kind_for(heads, config.cache_layout.is_fp8)
+        custom = own(custom_ops.build().kernels) if own else None
         # scores of a layer are done with when its tokens attend
-        self._attention = make_attention(config, kind, allocate, logits, transfers)
+        return TensorCoreAttention(config, self._allocate, logits, custom)
 
     def begin_step(self, step: ForwardMeta | None = None) -> None:
         """Forget what the layers of the step before shared, and prepare what those of `step` will.
@@ -116,8 +154,15 @@ class DeviceAttention:
         """See DSAAttentionBackend.write; then the layer's two caches and how it norms its keys."""
         unchecked.write_caches(kv_a, index_k, None, step.slot_mapping, cos_sin, *caches)
 
-    prepare_indexer_query = staticmethod(unchecked.prepare_indexer_query)
-    prepare_mla_query = staticmethod(unchecked.prepare_mla_query)
+    def prepare_indexer_query(self, q: Any, *others: Any, **how: Any) -> tuple[Any, Any]:
+        """See the operator, whose arguments these are; results are in `query_buffers`."""
+        out = self.query_buffers(q.shape[0])
+        return unchecked.prepare_indexer_query(q, *others, out=out, **how)
+
+    def prepare_mla_query(self, q_latent: Any, *others: Any) -> Any:
+        """See the operator, whose arguments these are; the result is in `mla_query_buffer`."""
+        out = self.mla_query_buffer(q_latent.shape[0])
+        return unchecked.prepare_mla_query(q_latent, *others, out)
 
     def select(self, step: ForwardMeta, q: Any, weights: Any, cache: Any) -> Any:
         """See DSAAttentionBackend.select; `cache` is the layer's indexer cache.
@@ -143,13 +188,17 @@ class DeviceAttention:
             selection = selection.reshape([num_tokens, -1])
         check_shape("attend", "selection", selection, (num_tokens, None))
         out = self._view("latents", num_tokens, num_heads, rank)
-        self._attention.attend(q, cache, selection, out, step=step)
+        if self._attention is None:
+            scale = self.config.softmax_scale
+            attend_slots(q, cache, selection, out, softmax_scale=scale, kv_lora_rank=rank)
+        else:
+            self._attention.attend(q, cache, selection, out, step=step)
         return out
 
     def _all_keys(self, step: ForwardMeta, cache: Any) -> Any:
         """The selection of a step whose tokens see all of their keys."""
         num_tokens = step.position_ids.shape[0]
-        width = rounded_length(step.max_seqlen_k, 64, self.config.index_topk)
+        width = rounded_length(step.max_seqlen_k, self.config.index_topk)
         slots = self._view("slots", num_tokens, width)
         self._select_slots(
             self._view("logits", 1, 1),
@@ -164,7 +213,7 @@ class DeviceAttention:
         return slots
 
 
-def _buffers(config: DSABackendConfig, logits_bytes: int) -> dict[str, tuple[int, str]]:
+def _buffers(config: DSABackendConfig, logits_bytes: int) -> Sizes:
     """Length and dtype of each buffer of a DeviceAttention."""
     layout, tokens = config.cache_layout, config.max_num_tokens
     max_keys = config.max_blocks_per_seq * layout.block_size
@@ -194,20 +243,25 @@ def workspace_bytes(
         gpu: which kernels serve, and what they take, depends on it.
     """
     buffers = _buffers(config, logits_bytes)
+    if why_not_tiles(config) is None:
+        buffers |= tile_buffers(config, buffers["logits"][0], gpu.num_processors)
     total = sum(size * _WIDTHS[dtype] for size, dtype in buffers.values())
-    return total + kernel_bytes(config, buffers["logits"][0], gpu)
+    if tensor_core.why_not(gpu.capability, *_types(config)) is None:
+        splits = tensor_core.new_partials(config.num_heads, lambda shape, _: 4 * prod(shape))
+        total += sum(splits)
+    return total
 
 
-def empty_allocator(device: str) -> Allocate:
-    """Makes uninitialised Paddle tensors on a device; see `fd_dsa.step.device.paddle_place`.
+def why_not_tiles(config: DSABackendConfig) -> str | None:
+    """Why TileScores cannot serve a configuration; None if they can."""
+    layout = config.cache_layout
+    return tile_forms.why_not(layout.kv_cache_dtype, layout.block_size, config.index_n_heads)
 
-    Raises:
-        BackendUnavailable: Paddle is missing, or serves no such device.
-    """
-    place = paddle_place(device)
-    import paddle
 
-    return lambda shape, dtype: paddle.empty(list(shape), dtype, device=place)
+def _types(config: DSABackendConfig) -> tuple[str, str, int, int]:
+    """Types and widths that a kernel of attention is chosen by."""
+    layout = config.cache_layout
+    return config.dtype, layout.kv_cache_dtype, layout.kv_lora_rank, layout.qk_rope_head_dim
 
 
 def _view(buffers: dict[str, Any], name: str, *shape: int) -> Any:

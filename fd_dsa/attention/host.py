@@ -53,14 +53,10 @@ class HostAttention:
         """A zeroed cache in host memory."""
         return self.config.cache_layout.allocate(shape)
 
-    def query_buffers(self, num_tokens: int) -> None:
-        """None: on a CPU `prepare_indexer_query` works in the memory of its input."""
+    def _no_buffer(self, num_tokens: int) -> None:
+        """On a CPU operators make their results, or work in the memory of their input."""
 
-    def projection_buffers(self, num_tokens: int) -> None:
-        """On a CPU `project_indexer` allocates."""
-
-    def mla_query_buffer(self, num_tokens: int) -> None:
-        """None: on a CPU `prepare_mla_query` makes its result."""
+    projection_buffers = query_buffers = mla_query_buffer = _no_buffer
 
     def prepare_indexer_query(
         self, q: Any, weights: Any, position_ids: None, cos_sin: np.ndarray, **how: Any
@@ -73,7 +69,7 @@ class HostAttention:
 
     @staticmethod
     def prepare_mla_query(
-        q_latent: np.ndarray, q_pe: np.ndarray, position_ids: None, cos_sin: np.ndarray, out: None
+        q_latent: np.ndarray, q_pe: np.ndarray, position_ids: None, cos_sin: np.ndarray
     ) -> np.ndarray:
         """See the operator, whose arguments these are."""
         query = np.concatenate((q_latent, q_pe), axis=-1)
@@ -117,7 +113,7 @@ class HostAttention:
             write_caches(kv_a, index_k, None, slots, cos_sin, *caches, params)
             if form is not None:
                 # the views keep the caches, whose addresses are part of the form
-                for cache in (latent_cache, index_cache):
+                for cache in caches:
                     if cache is not None:
                         self._view(cache)
                 self._checked.add(form)

@@ -61,7 +61,7 @@ class Indexer(nn.Layer):
             both = both[:, :dim], both[:, dim:]
         return both, matrix(self.wq_b)
 
-    def project(self, hidden_states: Any, out: Any = None) -> tuple[Any, Any]:
+    def project(self, hidden_states: Any, backend: Any) -> tuple[Any, Any]:
         """Index keys and head weights as projected; `write_caches` norms the keys.
 
         They need only the hidden states, so they may run beside other projections, see
@@ -69,13 +69,14 @@ class Indexer(nn.Layer):
 
         Args:
             hidden_states: float32 [num_tokens, hidden_size], after the input norm.
-            out: on a device, where to write the results; see DSAAttentionBackend.
+            backend: on a device the results are in its `projection_buffers`.
 
         Returns:
             float32 [num_tokens, index_head_dim] and [num_tokens, index_n_heads].
         """
         weights, dim = self._weights[0], self.config.index_head_dim
         if not isinstance(weights, HostMatrix):
+            out = backend.projection_buffers(hidden_states.shape[0])
             return project_indexer(hidden_states, *weights, out=out)
         both = weights.times(hidden_states)
         return both[:, :dim], both[:, dim:]
@@ -104,7 +105,6 @@ class Indexer(nn.Layer):
             quantized=layout.is_fp8,
             hadamard=layout.index_hadamard,
             scale_fmt=layout.index_scale_fmt,
-            out=backend.query_buffers(qr.shape[0]),
         )
         return backend.select(q, weights, self.layer_id, forward_meta)
 

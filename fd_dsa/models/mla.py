@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,22 +111,15 @@ class DeepseekV32DSAAttention(nn.Layer):
             float32 [num_tokens, hidden_size], int32 [num_tokens, topk].
         """
         backend, bound = forward_meta.attn_backend, self._bound
-        indexer, overlap = bound.indexer, backend.overlap
+        indexer = bound.indexer
         if indexer is None:
             qr, kv_a = self._down_projected(hidden_states)
             backend.write(kv_a, None, cos_sin, self, forward_meta)
             indices = shared_indices
         else:
-            if overlap.max_tokens:
-                num_tokens = hidden_states.shape[0]
-                out = backend.projection_buffers(num_tokens)
-                with overlap.fork(num_tokens, indexer.project, hidden_states, out) as side:
-                    qr, kv_a = self._down_projected(hidden_states)
-                    index_k, weights = side.join()
-            else:
-                qr, kv_a = self._down_projected(hidden_states)
-                out = backend.projection_buffers(hidden_states.shape[0])
-                index_k, weights = indexer.project(hidden_states, out)
+            num_tokens, work = hidden_states.shape[0], partial(self._down_projected, hidden_states)
+            side = indexer.project, hidden_states, backend
+            (qr, kv_a), (index_k, weights) = backend.overlap.run(num_tokens, work, *side)
             backend.write(kv_a, index_k, cos_sin, self, forward_meta)
             indices = indexer.forward(forward_meta, qr, cos_sin, weights)
         query = self._absorbed_query(qr, cos_sin, backend)
@@ -165,8 +158,7 @@ class DeepseekV32DSAAttention(nn.Layer):
         bound, nope = self._bound, self.nope_dim
         q = linear(qr, bound.q_b).reshape([-1, self.num_heads, nope + self.rope_dim])
         q_latent = head_linear(q[:, :, :nope], bound.k_b)
-        out = backend.mla_query_buffer(qr.shape[0])
-        return backend.attention.prepare_mla_query(q_latent, q[:, :, nope:], None, cos_sin, out)
+        return backend.attention.prepare_mla_query(q_latent, q[:, :, nope:], None, cos_sin)
 
     def weight_loaders(self, prefix: str) -> dict[str, WeightLoader]:
         """Checkpoint names below `prefix` and how each fills its parameter."""
