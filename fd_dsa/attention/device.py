@@ -20,9 +20,10 @@ from fd_dsa.attention.config import DSABackendConfig
 from fd_dsa.attention.device_scores import (
     CACHED_VIEWS,
     PageScores,
+    Sizes,
     TileScores,
     rounded_length,
-    tile_buffers,
+    tile_sizes,
 )
 from fd_dsa.attention.tensor_core_attention import TensorCoreAttention
 from fd_dsa.ops import unchecked
@@ -41,7 +42,8 @@ LOGITS_BYTES = 512 << 20
 """Most memory for the scores of a layer; the tokens of a longer step are scored in chunks."""
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
-Sizes = dict[str, tuple[int, str]]
+Buffers = dict[str, tuple[Any, tuple[int, ...]]]
+"""Memory, and the shape of each value."""
 
 
 class DeviceAttention:
@@ -58,12 +60,12 @@ class DeviceAttention:
     ) -> None:
         self.config, self._allocate = config, allocate
         self.block_size = config.cache_layout.block_size
-        self._buffers: dict[str, Any] = {}
-        self._take(_buffers(config, logits_bytes))
+        self._buffers: Buffers = {}
+        self._take(_sizes(config, logits_bytes))
         self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(_view, self._buffers))
         # the layer that made it, as the address of its cache, and the slots
         self._everything: tuple[int, Any] | None = None
-        kind = device_kind(self._buffers["logits"])
+        kind = device_kind(self._buffers["logits"][0])
         # the interpreter's tensors are in host memory
         kind = "interpreter" if kind == "cpu" else kind
         settle(kind)
@@ -73,22 +75,23 @@ class DeviceAttention:
 
     def _take(self, sizes: Sizes) -> None:
         """Allocate buffers."""
-        self._buffers |= {name: self._allocate((n,), dtype) for name, (n, dtype) in sizes.items()}
+        for name, (count, shape, dtype) in sizes.items():
+            self._buffers[name] = self._allocate((count * prod(shape),), dtype), shape
 
     def _new_scores(self, kind: str) -> PageScores:
         """What scores and chooses on a kind of device."""
-        config, logits = self.config, self._buffers["logits"]
+        config, logits = self.config, self._buffers["logits"][0]
         made = config, self._view, int(logits.shape[0]), self._select_slots
         conditions = {TENSOR_CORE: lambda: why_not_tiles(config)}
         if choose("indexer_logits", kind, conditions).provider == TRITON:
             return PageScores(*made)
         transfers = transfers_for(logits)
-        self._take(tile_buffers(config, made[2], transfers.num_processors()))
+        self._take(tile_sizes(config, made[2], transfers.num_processors()))
         return TileScores(*made, transfers)
 
     def _new_attention(self, kind: str) -> TensorCoreAttention | None:
         """What attends on tensor cores; None where `attend_slots` does, which takes everything."""
-        config, logits = self.config, self._buffers["logits"]
+        config, logits = self.config, self._buffers["logits"][0]
         heads, types = config.num_heads, _types(config)
         capability = transfers_for(logits).capability()
         choice = choose_attention(kind, heads, *types, capability, self._allocate)
@@ -122,9 +125,7 @@ class DeviceAttention:
             `config.dtype`, for an fp8_ds_mla cache uint8, [num_tokens, index_n_heads,
             index_head_dim], and float32 [num_tokens, index_n_heads].
         """
-        heads, dim = self.config.index_n_heads, self.config.cache_layout.index_head_dim
-        queries = self._view("index_q", num_tokens, heads, dim)
-        return queries, self._view("index_weights", num_tokens, heads)
+        return self._view("index_q", num_tokens), self._view("index_weights", num_tokens)
 
     def projection_buffers(self, num_tokens: int) -> tuple[Any, Any]:
         """Where `project_indexer` writes: index keys and head weights of a step's tokens.
@@ -132,8 +133,7 @@ class DeviceAttention:
         Returns:
             `config.dtype` [num_tokens, index_head_dim] and float32 [num_tokens, index_n_heads].
         """
-        keys = self._view("index_k", num_tokens, self.config.cache_layout.index_head_dim)
-        return keys, self._view("head_weights", num_tokens, self.config.index_n_heads)
+        return self._view("index_k", num_tokens), self._view("head_weights", num_tokens)
 
     def mla_query_buffer(self, num_tokens: int) -> Any:
         """Where `prepare_mla_query` writes, and what `attend` takes.
@@ -141,9 +141,7 @@ class DeviceAttention:
         Returns:
             `config.dtype` [num_tokens, num_heads, kv_lora_rank + qk_rope_head_dim].
         """
-        layout = self.config.cache_layout
-        width = layout.kv_lora_rank + layout.qk_rope_head_dim
-        return self._view("mla_q", num_tokens, self.config.num_heads, width)
+        return self._view("mla_q", num_tokens)
 
     def allocate_cache(self, shape: list[int]) -> Any:
         """A cache with anything in it: nothing reads what was not written."""
@@ -182,14 +180,13 @@ class DeviceAttention:
 
     def attend(self, step: ForwardMeta, q: Any, cache: Any, selection: Any) -> Any:
         """See DSAAttentionBackend.attend; `cache` is the layer's latent cache."""
-        num_tokens, num_heads = q.shape[0], q.shape[1]
-        rank = self.config.cache_layout.kv_lora_rank
+        num_tokens = q.shape[0]
         if len(selection.shape) == 3:
             selection = selection.reshape([num_tokens, -1])
         check_shape("attend", "selection", selection, (num_tokens, None))
-        out = self._view("latents", num_tokens, num_heads, rank)
+        out = self._view("latents", num_tokens)
         if self._attention is None:
-            scale = self.config.softmax_scale
+            scale, rank = self.config.softmax_scale, self.config.cache_layout.kv_lora_rank
             attend_slots(q, cache, selection, out, softmax_scale=scale, kv_lora_rank=rank)
         else:
             self._attention.attend(q, cache, selection, out, step=step)
@@ -213,24 +210,22 @@ class DeviceAttention:
         return slots
 
 
-def _buffers(config: DSABackendConfig, logits_bytes: int) -> Sizes:
-    """Length and dtype of each buffer of a DeviceAttention."""
+def _sizes(config: DSABackendConfig, logits_bytes: int) -> Sizes:
+    """The buffers of a DeviceAttention, but those of its schedules."""
     layout, tokens = config.cache_layout, config.max_num_tokens
+    heads, index_heads, rank = config.num_heads, config.index_n_heads, layout.kv_lora_rank
     max_keys = config.max_blocks_per_seq * layout.block_size
-    index_heads = tokens * config.index_n_heads
-    heads, rank = tokens * config.num_heads, layout.kv_lora_rank
+    num_logits = min(max(logits_bytes // 4, max_keys), tokens * max_keys)
+    codes = "uint8" if layout.is_fp8 else config.dtype
     return {
-        "logits": (min(max(logits_bytes // 4, max_keys), tokens * max_keys), "float32"),
-        "slots": (tokens * config.index_topk, "int32"),
-        "mla_q": (heads * (rank + layout.qk_rope_head_dim), config.dtype),
-        "latents": (heads * rank, config.dtype),
-        "index_q": (
-            index_heads * layout.index_head_dim,
-            "uint8" if layout.is_fp8 else config.dtype,
-        ),
-        "index_weights": (index_heads, "float32"),
-        "index_k": (tokens * layout.index_head_dim, config.dtype),
-        "head_weights": (index_heads, "float32"),
+        "logits": (num_logits, (), "float32"),
+        "slots": (tokens * config.index_topk, (), "int32"),
+        "mla_q": (tokens, (heads, rank + layout.qk_rope_head_dim), config.dtype),
+        "latents": (tokens, (heads, rank), config.dtype),
+        "index_q": (tokens, (index_heads, layout.index_head_dim), codes),
+        "index_weights": (tokens, (index_heads,), "float32"),
+        "index_k": (tokens, (layout.index_head_dim,), config.dtype),
+        "head_weights": (tokens, (index_heads,), "float32"),
     }
 
 
@@ -242,10 +237,10 @@ def workspace_bytes(
     Args:
         gpu: which kernels serve, and what they take, depends on it.
     """
-    buffers = _buffers(config, logits_bytes)
+    sizes = _sizes(config, logits_bytes)
     if why_not_tiles(config) is None:
-        buffers |= tile_buffers(config, buffers["logits"][0], gpu.num_processors)
-    total = sum(size * _WIDTHS[dtype] for size, dtype in buffers.values())
+        sizes |= tile_sizes(config, sizes["logits"][0], gpu.num_processors)
+    total = sum(count * prod(shape) * _WIDTHS[dtype] for count, shape, dtype in sizes.values())
     if tensor_core.why_not(gpu.capability, *_types(config)) is None:
         splits = tensor_core.new_partials(config.num_heads, lambda shape, _: 4 * prod(shape))
         total += sum(splits)
@@ -264,6 +259,8 @@ def _types(config: DSABackendConfig) -> tuple[str, str, int, int]:
     return config.dtype, layout.kv_cache_dtype, layout.kv_lora_rank, layout.qk_rope_head_dim
 
 
-def _view(buffers: dict[str, Any], name: str, *shape: int) -> Any:
-    """The start of a buffer as a tensor of `shape`."""
-    return buffers[name][: prod(shape)].reshape(list(shape))
+def _view(buffers: Buffers, name: str, *counts: int) -> Any:
+    """The start of a buffer as a tensor of so many values, in as many axes, and their own."""
+    memory, shape = buffers[name]
+    shape = counts + shape
+    return memory[: prod(shape)].reshape(list(shape))

@@ -21,6 +21,8 @@ from fd_dsa.triton_runtime.transfers import Transfers
 # views are small; lengths are rounded to powers of two, so a server sees few of them
 CACHED_VIEWS = 512
 _LEAST_WIDTH = 64
+Sizes = dict[str, tuple[int, tuple[int, ...], str]]
+"""Of buffers: how many values they hold, the shape of each, and the dtype."""
 
 
 def rounded_length(length: int, most: int) -> int:
@@ -33,7 +35,7 @@ class PageScores:
 
     Args:
         config: sizes.
-        view: gives the start of the named buffer of a DeviceAttention as a tensor of a shape.
+        view: gives the start of the named buffer of a DeviceAttention as a tensor.
         num_logits: scores that the buffer "logits" holds; at least one token's of the longest row.
         select_slots: as `topk.custom_op.slot_selector` gives it.
 
@@ -103,7 +105,7 @@ class TileScores(PageScores):
 
     Args:
         config, view, num_logits, select_slots: as of PageScores; `view` has the buffers of
-            `tile_buffers`, too.
+            `tile_sizes`, too.
         transfers: what is known of the device and of its current stream.
 
     Attributes:
@@ -125,11 +127,11 @@ class TileScores(PageScores):
         # tokens of captured steps that are longer
         self._captured: set[int] = set()
         tokens, processors = config.max_num_tokens, transfers.num_processors()
-        buffers = view("tiles", tokens, TILE_FIELDS), view("page_ends", tokens)
+        buffers = view("tiles", tokens), view("page_ends", tokens)
         chunks, self._kinds = -(-tokens // self.max_whole), []
         for form in _forms(config):
             programs = processors * form.programs_per_processor
-            schedule = TileSchedule(*buffers, view("programs", chunks, programs, PROGRAM_FIELDS))
+            schedule = TileSchedule(*buffers, view("programs", chunks, programs))
             self._kinds.append((form, schedule))
 
     def prepare(self, step: ForwardMeta) -> None:
@@ -201,10 +203,8 @@ def _forms(config: DSABackendConfig) -> tuple[TileForm, TileForm]:
     return decode_form(heads, config.tokens_per_row), prompt_form(heads)
 
 
-def tile_buffers(
-    config: DSABackendConfig, num_logits: int, num_processors: int
-) -> dict[str, tuple[int, str]]:
-    """Length and dtype of each buffer of the schedules of a TileScores.
+def tile_sizes(config: DSABackendConfig, num_logits: int, num_processors: int) -> Sizes:
+    """The buffers of the schedules of a TileScores.
 
     Args:
         num_logits: as of a TileScores.
@@ -215,7 +215,7 @@ def tile_buffers(
     chunks = -(-tokens // (num_logits // max_width))
     programs = num_processors * max(form.programs_per_processor for form in _forms(config))
     return {
-        "tiles": (tokens * TILE_FIELDS, "int32"),
-        "page_ends": (tokens, "int32"),
-        "programs": (chunks * programs * PROGRAM_FIELDS, "int32"),
+        "tiles": (tokens, (TILE_FIELDS,), "int32"),
+        "page_ends": (tokens, (), "int32"),
+        "programs": (chunks * programs, (PROGRAM_FIELDS,), "int32"),
     }

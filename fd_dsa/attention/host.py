@@ -79,15 +79,7 @@ class HostAttention:
     def plan(self, step: ForwardMeta) -> StepPlan:
         """Work lists of the step, made at the first layer that asks."""
         if self._plan is None:
-            config = self.config
-            self._plan = StepPlan(
-                step,
-                block_size=self.block_size,
-                index_topk=config.index_topk,
-                index_n_heads=config.index_n_heads,
-                num_heads=config.num_heads,
-                slots=self._slots,
-            )
+            self._plan = StepPlan(step, self.config, self._slots)
         return self._plan
 
     def write(
@@ -201,9 +193,9 @@ class HostAttention:
         out[plan.num_tokens :] = 0.0
         for i, tile in enumerate(plan.dense_tiles):
             if plan.needs_scores:
-                mask = tile.selection_mask(slots[tile.tokens], plan.slot_position)
+                mask = tile.mask(slots[tile.tokens], plan.slot_position)
             else:
-                mask = plan.window_masks[i]
+                mask = plan.masks[i]
             out[tile.tokens] = attend_dense(q[tile.tokens], rows, tile.key_slots, mask, **options)
         if len(tokens) == len(q):
             out[:] = attend_gathered(q, rows, slots, **options)

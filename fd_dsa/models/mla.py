@@ -9,7 +9,7 @@ import numpy as np
 from paddle import nn
 
 from fd_dsa.attention.cache_layout import CacheLayout
-from fd_dsa.attention.indexer import Indexer, IndexerConfig
+from fd_dsa.attention.indexer import Indexer
 from fd_dsa.attention.layers import (
     RMSNorm,
     WeightLoader,
@@ -75,14 +75,7 @@ class DeepseekV32DSAAttention(nn.Layer):
             self.o_bias = zeros_parameter(self, [hidden])
         self.indexer = None
         if config.indexer_types[layer_id] == "full":
-            sizes = IndexerConfig(
-                hidden_size=hidden,
-                q_lora_rank=config.q_lora_rank,
-                index_n_heads=config.index_n_heads,
-                index_head_dim=config.index_head_dim,
-                rope_interleave=config.indexer_rope_interleave,
-            )
-            self.indexer = Indexer(sizes, layer_id)
+            self.indexer = Indexer(config, layer_id)
 
     @cached_property
     def _bound(self) -> _Bound:
@@ -136,7 +129,7 @@ class DeepseekV32DSAAttention(nn.Layer):
                 "k_norm_weight": readable(k_norm.weight),
                 "k_norm_bias": readable(k_norm.bias),
                 "k_norm_eps": k_norm.epsilon,
-                "index_rope_interleave": self.indexer.config.rope_interleave,
+                "index_rope_interleave": self.indexer.config.indexer_rope_interleave,
             }
         return CacheWriteParams(
             layout.kv_cache_dtype,

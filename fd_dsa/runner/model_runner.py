@@ -24,7 +24,7 @@ from fd_dsa.runner.decode_graphs import (
 )
 from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.selections import Selections
-from fd_dsa.runner.step import DeviceInputs, Step, host_inputs
+from fd_dsa.runner.step import DeviceInputs, HostLogits, Step, host_inputs
 from fd_dsa.step import StepHints
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,6 @@ class ModelRunner:
         self._to_host: Callable[[Any], np.ndarray] = _plain_array
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
-            from fd_dsa.runner.host_logits import HostLogits
             from fd_dsa.step.device import paddle_allocator
 
             self._inputs = DeviceInputs(input_batch, paddle_allocator(device))
@@ -201,7 +200,7 @@ class ModelRunner:
             last = self._only_row(1, padded.max_seqlen_k - 1, is_prefill=False)
             self._padded = padded
             self.initialize_forward_meta(np.array([last]))
-            graphs.add(padded, capture(self._padded_step))
+            graphs[padded] = capture(self._padded_step)
 
     def _padded_step(self) -> Any:
         """Logits of all tokens of the step that `forward_meta` holds."""
@@ -220,15 +219,21 @@ class ModelRunner:
         Raises:
             ValueError: the batch holds no token, or lengths and tables disagree.
         """
-        if self.input_batch.num_tokens == 0:
+        batch = self.input_batch
+        if batch.num_tokens == 0:
             raise ValueError("execute_model: the step has no token; call add_row first")
         padded = self._padded = self._fitting(logits_indices)
         with paddle.no_grad():
             begin = time.perf_counter()
             step = self.initialize_forward_meta(logits_indices)
-            self._count_step(step, time.perf_counter() - begin)
+            self.counters.count_step(
+                time.perf_counter() - begin,
+                batch.num_tokens,
+                batch.num_prefill_tokens,
+                batch.num_tokens_past(self._index_topk),
+            )
             if self.graphs is not None and padded is not None:
-                captured = self.graphs.captured(padded)
+                captured = self.graphs[padded]
                 captured.replay()
                 return self._to_host(captured.logits[: len(logits_indices)])
             step.selections = self._selections
@@ -237,17 +242,6 @@ class ModelRunner:
                 return np.empty((0, self.vocab_size), np.float32)
             # on a device this is the step's one wait
             return self._to_host(self.model.compute_logits(rows_at(hidden, step.sampled)))
-
-    def _count_step(self, step: Step, seconds: float) -> None:
-        """Count a request's step, whose inputs and metadata took these seconds."""
-        batch = self.input_batch
-        self.counters.count_step(
-            seconds,
-            batch.num_tokens,
-            batch.num_prefill_tokens,
-            batch.num_tokens_past(self._index_topk),
-            step.indexer_attn_mask_offsets is not None,
-        )
 
     @property
     def shows_selections(self) -> bool:

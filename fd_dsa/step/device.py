@@ -70,12 +70,10 @@ class DeviceProvider:
         self, tensors: tuple[Array, ...], hints: StepHints, is_captured: bool
     ) -> StepCounts:
         """Check shapes, dtypes and counts of device tensors; their values only on request."""
-        num_rows = checks.check_shapes([tuple(t.shape) for t in tensors], self._limits)
+        checks.check_arrays(tensors, self._int32, self._limits)
         for name, tensor in zip(StepInputs._fields, tensors, strict=True):
-            if tensor.dtype is not self._int32 and tensor.dtype != self._int32:
-                checks.raise_dtype(name, tensor.dtype)
             # rows of a table may lie apart, the values of one must not
-            if num_rows and tensor.shape[-1] > 1 and tensor.stride()[-1] != 1:
+            if tensor.shape[0] and tensor.shape[-1] > 1 and tensor.stride()[-1] != 1:
                 raise ShapeError(
                     f"{name}: got strides {list(tensor.stride())}, the last must be 1; "
                     "call .contiguous() first"

@@ -56,7 +56,7 @@ class Tiles:
     def __init__(
         self, m: KernelMemory, rows: list[Any], num_logits: int = 1 << 16, drafts: int = 0
     ) -> None:
-        from fd_dsa.attention.device_scores import TileScores, tile_buffers
+        from fd_dsa.attention.device_scores import TileScores, tile_sizes
 
         num_tokens = sum(new for _, _, new in rows) + PADDING
         batch = make_batch(rows, BLOCK, num_padded_tokens=num_tokens)
@@ -78,8 +78,12 @@ class Tiles:
         weights = rng.integers(-2, 3, (num_tokens, HEADS)).astype(np.float32) / 2
         self.index_q = m.put(rng.choice(SMALL, (num_tokens, HEADS, DIM)))
         self.weights, self.keys = m.put(weights), m.put(keys.reshape(-1, BLOCK, DIM + 4))
-        buffers = tile_buffers(self.config, num_logits, 2) | {"logits": (num_logits, "float32")}
-        self._buffers = {name: m.poisoned((n,), dtype) for name, (n, dtype) in buffers.items()}
+        sizes_of = tile_sizes(self.config, num_logits, 2)
+        buffers = sizes_of | {"logits": (num_logits, (), "float32")}
+        self._buffers = {
+            name: (m.poisoned((n * int(np.prod(shape)),), dtype), shape)
+            for name, (n, shape, dtype) in buffers.items()
+        }
         self.shapes: list[tuple[int, ...]] = []
         scores = self.config, self.view, num_logits, self.choose, self.device
         self.scores = TileScores(*scores)
@@ -88,7 +92,9 @@ class Tiles:
     def view(self, name: str, *shape: int) -> Any:
         if name == "logits":
             self.shapes.append(shape)
-        return self._buffers[name][: int(np.prod(shape))].reshape(list(shape))
+        memory, values = self._buffers[name]
+        shape += values
+        return memory[: int(np.prod(shape))].reshape(list(shape))
 
     def choose(
         self,

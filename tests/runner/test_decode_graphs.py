@@ -145,7 +145,7 @@ def test_a_capture_that_cannot_end_ends_the_start(graph: type[Graph]) -> None:
 
 @pytest.mark.triton
 def test_logits_come_in_memory_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fd_dsa.runner.host_logits import HostLogits
+    from fd_dsa.runner.step import HostLogits
 
     to_host = HostLogits(6)
     first = to_host(paddle.to_tensor(np.arange(6, dtype=np.float32).reshape(2, 3)))
