@@ -22,21 +22,6 @@ from fd_dsa.step.views import Allocate
 _INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
 
 
-def step_of(forward_meta: Any) -> ForwardMeta:
-    """The step's metadata of a runner's `forward_meta`.
-
-    Raises:
-        MissingStepError: it has not been made yet.
-    """
-    step = getattr(forward_meta, "fd_dsa_step", None)
-    if step is None:
-        raise MissingStepError(
-            "forward_meta.fd_dsa_step is None: "
-            "DSAAttentionBackend.init_attention_metadata(forward_meta) must be called first"
-        )
-    return step
-
-
 def _attention_on(device: str, config: DSABackendConfig, allocate: Allocate | None) -> Any:
     """The part of the backend that serves a device."""
     if device == "cpu":
@@ -182,10 +167,12 @@ class DSAAttentionBackend:
             MissingStepError: `init_attention_metadata` has not been called for it.
         """
         if self._built_for is not forward_meta or self.attention_metadata is None:
-            step_of(forward_meta)
+            reason = "the backend holds another step"
+            if getattr(forward_meta, "fd_dsa_step", None) is None:
+                reason = "forward_meta.fd_dsa_step is None"
             raise MissingStepError(
-                "the backend holds another step: "
-                "init_attention_metadata(forward_meta) must be called first for this one"
+                f"{reason}: DSAAttentionBackend.init_attention_metadata(forward_meta) must be "
+                "called first"
             )
         return self.attention_metadata
 

@@ -108,8 +108,9 @@ class ModelRunner:
             # kernels and their launcher are loaded only where a device is asked for
             from fd_dsa.step.device import paddle_allocator
 
-            self._inputs = DeviceInputs(input_batch, paddle_allocator(device))
-            self._to_host = HostLogits(input_batch.max_num_seqs * self.vocab_size)
+            self._inputs = inputs = DeviceInputs(input_batch, paddle_allocator(device))
+            num_logits = input_batch.max_num_seqs * self.vocab_size
+            self._to_host = HostLogits(inputs.transfers, num_logits)
 
     def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:
         """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.

@@ -22,7 +22,7 @@ from fd_dsa.runner.input_batch import InputBatch
 from fd_dsa.runner.selections import Selections
 from fd_dsa.step import ForwardMeta, StepHints
 from fd_dsa.step.staging import StagedInputs
-from fd_dsa.triton_runtime.transfers import Event, Transfers, transfers_for
+from fd_dsa.triton_runtime.transfers import Transfers
 
 
 @dataclass(slots=True)
@@ -85,6 +85,9 @@ class DeviceInputs:
     Args:
         batch: rows that the engine fills.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
+
+    Attributes:
+        transfers: copies to and from the device.
     """
 
     def __init__(self, batch: InputBatch, allocate: Callable[[tuple[int, ...], str], Any]) -> None:
@@ -92,6 +95,7 @@ class DeviceInputs:
         # most sampled tokens: one a row and three drafts
         sizes = (batch.max_num_tokens, rows, rows, rows, 4 * rows)
         self._staged = StagedInputs(allocate, sizes, rows, columns)
+        self.transfers = self._staged.staging.transfers
 
     def __call__(
         self, batch: InputBatch, sampled: np.ndarray, num_padded_tokens: int
@@ -119,17 +123,16 @@ class DeviceInputs:
 
 
 class HostLogits:
-    """Page-locked memory for the logits of a step, the same in every step.
+    """Page-locked memory for the logits of a step: one copy, one wait.
 
     Args:
+        transfers: of the device.
         num_values: float32 values at first; a larger step makes it grow.
     """
 
-    def __init__(self, num_values: int) -> None:
-        self._num_values = num_values
-        self._buffer = np.empty(0, np.float32)
-        self._transfers: Transfers | None = None
-        self._copied: Event | None = None
+    def __init__(self, transfers: Transfers, num_values: int) -> None:
+        self._transfers, self._copied = transfers, transfers.event()
+        self._buffer = transfers.host_buffer(4 * num_values).view(np.float32)
 
     def __call__(self, logits: Any) -> np.ndarray:
         """The values of a float32 tensor, which the calling thread waits for.
@@ -137,13 +140,9 @@ class HostLogits:
         Returns:
             float32 of the tensor's shape, valid until the next call.
         """
-        if self._transfers is None or self._copied is None:
-            self._transfers = transfers_for(logits)
-            self._copied = self._transfers.event()
         size = int(np.prod(logits.shape))
         if size > len(self._buffer):
-            self._num_values = max(self._num_values, size)
-            self._buffer = self._transfers.host_buffer(4 * self._num_values).view(np.float32)
+            self._buffer = self._transfers.host_buffer(4 * size).view(np.float32)
         values = self._buffer[:size]
         self._transfers.to_host(values, logits)
         self._copied.record()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints, step_of
+from fd_dsa.attention import CacheLayout, DSAAttentionBackend, DSABackendConfig, StepHints
 from fd_dsa.errors import ConfigError
 from tests.kernel_memory import KernelMemory
 from tests.step.helpers import as_numpy, assert_matches_oracle, builder_for, counts_of
@@ -45,7 +45,7 @@ def longer(batch: StepBatch, rows: int = 6) -> SimpleNamespace:
 def test_the_step_has_the_rows_that_are_given() -> None:
     backend, meta = DSAAttentionBackend(config()), longer(MIXED)
     backend.build_step(meta, MIXED.inputs())
-    assert_matches_oracle(step_of(meta), MIXED)
+    assert_matches_oracle(meta.fd_dsa_step, MIXED)
     assert meta.seq_lens_encoder.shape == (6,)
     assert backend.attention_metadata is meta.fd_dsa_step
     for name in ("position_ids", "slot_mapping", "indexer_attn_mask_offsets"):
@@ -57,7 +57,7 @@ def test_a_step_of_device_tensors(kernel_memory: KernelMemory) -> None:
     for batch in (MIXED, DECODE):
         meta, tensors = longer(batch), [m.put(array) for array in batch.inputs()]
         backend.build_step(meta, tensors, StepHints(**counts_of(batch)))
-        assert_matches_oracle(step_of(meta), batch, m.get)
+        assert_matches_oracle(meta.fd_dsa_step, batch, m.get)
 
 
 def test_hints_of_device_tensors_may_be_upper_bounds(kernel_memory: KernelMemory) -> None:
@@ -65,7 +65,7 @@ def test_hints_of_device_tensors_may_be_upper_bounds(kernel_memory: KernelMemory
     for batch in (MIXED, DECODE):
         meta = SimpleNamespace()
         backend.build_step(meta, [m.put(array) for array in batch.inputs()], BOUNDS)
-        step = step_of(meta)
+        step = meta.fd_dsa_step
         padding = BOUNDS.num_tokens - batch.num_tokens
         wanted = builder_for(batch).build(*batch.inputs()).slot_mapping
         assert m.get(step.slot_mapping).tolist() == wanted.tolist() + [-1] * padding
@@ -87,7 +87,7 @@ def test_on_a_cpu_the_lengths_say_it_all(hints: StepHints | None) -> None:
     meta = SimpleNamespace()
     DSAAttentionBackend(config()).build_step(meta, MIXED.inputs(), hints)
     padded = None if hints is None else hints.num_padded_tokens
-    assert_matches_oracle(step_of(meta), dataclasses.replace(MIXED, num_padded_tokens=padded))
+    assert_matches_oracle(meta.fd_dsa_step, dataclasses.replace(MIXED, num_padded_tokens=padded))
 
 
 def test_one_object_is_built_once() -> None:
@@ -114,7 +114,7 @@ def test_hints_set_for_a_runner_s_call_stay_for_it() -> None:
 def test_positions_have_the_type_that_the_tree_takes(int32: bool) -> None:
     backend, meta = DSAAttentionBackend(config(int32_position_ids=int32)), SimpleNamespace()
     backend.build_step(meta, MIXED.inputs())
-    step = step_of(meta)
+    step = meta.fd_dsa_step
     assert meta.position_ids is (step.position_ids_int32 if int32 else step.position_ids)
     assert as_numpy(meta.position_ids).dtype == (np.int32 if int32 else np.int64)
     assert meta.position_ids.numpy().tolist() == [17, 18, 19, 20, 9, 30, 31]

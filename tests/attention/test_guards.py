@@ -8,7 +8,7 @@ import numpy as np
 import paddle
 import pytest
 
-from fd_dsa.attention import CacheLayout, StepHints, step_of
+from fd_dsa.attention import CacheLayout, StepHints
 from fd_dsa.errors import ConfigError, MissingStepError, ShapeError
 from tests.attention.harness import INDEX_DIM, RANK, ROPE, Sizes, World, record_plans
 from tests.strategies import make_batch
@@ -49,7 +49,7 @@ def attend(world: World, meta: Any, slots: Any = None, **changes: Any) -> Any:
 def test_step_metadata_hangs_on_the_forward_meta(world: World) -> None:
     assert world.backend.attention_metadata is None
     meta = world.begin(ROWS)
-    step = step_of(meta)
+    step = meta.fd_dsa_step
     assert world.backend.attention_metadata is step is meta.fd_dsa_step
     for name in ("position_ids", "slot_mapping", "indexer_attn_mask_offsets"):
         assert getattr(meta, name) is getattr(step, name)
@@ -60,7 +60,7 @@ def test_step_metadata_hangs_on_the_forward_meta(world: World) -> None:
 def test_decode_only_steps_have_no_mask_offsets(world: World) -> None:
     meta = world.begin([(0, 2, 1), (0, 9, 1)])
     assert meta.indexer_attn_mask_offsets is None
-    assert step_of(meta).cu_seqlens_kg is None
+    assert meta.fd_dsa_step.cu_seqlens_kg is None
 
 
 def test_layers_build_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

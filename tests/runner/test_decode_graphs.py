@@ -146,8 +146,9 @@ def test_a_capture_that_cannot_end_ends_the_start(graph: type[Graph]) -> None:
 @pytest.mark.triton
 def test_logits_come_in_memory_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     from fd_dsa.runner.step import HostLogits
+    from fd_dsa.triton_runtime.transfers import transfers_for
 
-    to_host = HostLogits(6)
+    to_host = HostLogits(transfers_for(paddle.zeros([1])), 6)
     first = to_host(paddle.to_tensor(np.arange(6, dtype=np.float32).reshape(2, 3)))
     assert first.tolist() == [[0, 1, 2], [3, 4, 5]]
     second = to_host(paddle.to_tensor(np.float32([[9, 8, 7]])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fd_dsa.step.launch import DECODE_TILE, DECODE_WARPS, MIXED_TILE, MIXED_WARPS, row_tile_for
+from fd_dsa.step.device import DECODE_TILE, DECODE_WARPS, MIXED_TILE, MIXED_WARPS, row_tile_for
 from tests.compiling import output_of
 
 SCRIPT = """
