@@ -91,15 +91,6 @@ def test_metadata_of_a_step_is_computed_once(
         assert (builder.num_builds, len(plans)) == (step + 1, step + 1)
 
 
-def test_decode_only_steps_have_no_mask_offsets(model: Any) -> None:
-    runner = tiny_runner(model)
-    run_rows(runner, [(0, PROMPT[:20], 0, True)])
-    assert len(runner.forward_meta.indexer_attn_mask_offsets) == 40
-    run_rows(runner, [(0, PROMPT[20:23], 20, False)])
-    assert runner.forward_meta.indexer_attn_mask_offsets is None
-    assert runner.forward_meta.fd_dsa_step.cu_seqlens_kg is None
-
-
 def test_logits_of_chosen_tokens(model: Any) -> None:
     runner = tiny_runner(model)
     batch = runner.input_batch
