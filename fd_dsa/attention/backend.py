@@ -22,17 +22,6 @@ from fd_dsa.step.views import Allocate
 _INPUTS = ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time", "block_tables")
 
 
-def _attention_on(device: str, config: DSABackendConfig, allocate: Allocate | None) -> Any:
-    """The part of the backend that serves a device."""
-    if device == "cpu":
-        return HostAttention(config)
-    # kernels and their launcher are loaded only where a device is asked for
-    from fd_dsa.attention.device import DeviceAttention
-    from fd_dsa.step.device import paddle_allocator
-
-    return DeviceAttention(config, allocate or paddle_allocator(device))
-
-
 def cache_of(forward_meta: Any, index: int) -> Any:
     """Entry `index` of `forward_meta.caches`.
 
@@ -89,7 +78,15 @@ class DSAAttentionBackend:
             int32_position_ids=config.int32_position_ids,
         )
         self.attention_metadata: ForwardMeta | None = None
-        self.attention = _attention_on(device, config, allocate)
+        self.attention: Any = None
+        if device == "cpu":
+            self.attention = HostAttention(config)
+        else:
+            # kernels and their launcher are loaded only where a device is asked for
+            from fd_dsa.attention.device import DeviceAttention
+            from fd_dsa.step.device import paddle_allocator
+
+            self.attention = DeviceAttention(config, allocate or paddle_allocator(device))
         self.overlap = IndexerOverlap(device)
         self._hints: StepHints | None = None
         self._built_for: Any = None

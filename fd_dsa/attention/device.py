@@ -39,7 +39,8 @@ from fd_dsa.step.views import Allocate
 from fd_dsa.triton_runtime.transfers import GpuTraits, transfers_for
 
 LOGITS_BYTES = 512 << 20
-"""Most memory for the scores of a layer; the tokens of a longer step are scored in chunks."""
+"""Most memory for the scores of a layer, but at least one token's are held; the tokens of a longer
+step are scored in chunks."""
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
 Buffers = dict[str, tuple[Any, tuple[int, ...]]]
@@ -52,16 +53,13 @@ class DeviceAttention:
     Args:
         config: sizes and scale.
         allocate: makes a contiguous tensor of a shape and dtype on the device.
-        logits_bytes: most memory for scores; at least one token's are always held.
     """
 
-    def __init__(
-        self, config: DSABackendConfig, allocate: Allocate, logits_bytes: int = LOGITS_BYTES
-    ) -> None:
+    def __init__(self, config: DSABackendConfig, allocate: Allocate) -> None:
         self.config, self._allocate = config, allocate
         self.block_size = config.cache_layout.block_size
         self._buffers: Buffers = {}
-        self._take(_sizes(config, logits_bytes))
+        self._take(_sizes(config))
         self._view = lru_cache(maxsize=CACHED_VIEWS)(partial(_view, self._buffers))
         # the layer that made it, as the address of its cache, and the slots
         self._everything: tuple[int, Any] | None = None
@@ -210,12 +208,12 @@ class DeviceAttention:
         return slots
 
 
-def _sizes(config: DSABackendConfig, logits_bytes: int) -> Sizes:
+def _sizes(config: DSABackendConfig) -> Sizes:
     """The buffers of a DeviceAttention, but those of its schedules."""
     layout, tokens = config.cache_layout, config.max_num_tokens
     heads, index_heads, rank = config.num_heads, config.index_n_heads, layout.kv_lora_rank
     max_keys = config.max_blocks_per_seq * layout.block_size
-    num_logits = min(max(logits_bytes // 4, max_keys), tokens * max_keys)
+    num_logits = min(max(LOGITS_BYTES // 4, max_keys), tokens * max_keys)
     codes = "uint8" if layout.is_fp8 else config.dtype
     return {
         "logits": (num_logits, (), "float32"),
@@ -229,15 +227,13 @@ def _sizes(config: DSABackendConfig, logits_bytes: int) -> Sizes:
     }
 
 
-def workspace_bytes(
-    config: DSABackendConfig, gpu: GpuTraits, logits_bytes: int = LOGITS_BYTES
-) -> int:
+def workspace_bytes(config: DSABackendConfig, gpu: GpuTraits) -> int:
     """Bytes that a DeviceAttention of this configuration takes.
 
     Args:
         gpu: which kernels serve, and what they take, depends on it.
     """
-    sizes = _sizes(config, logits_bytes)
+    sizes = _sizes(config)
     if why_not_tiles(config) is None:
         sizes |= tile_sizes(config, sizes["logits"][0], gpu.num_processors)
     total = sum(count * prod(shape) * _WIDTHS[dtype] for count, shape, dtype in sizes.values())

@@ -30,7 +30,7 @@ NUM_TOKENS = PADDING + sum(new for _, _, new in ROWS)
 class OnDevice:
     """A step of a world, run on the CPU, and the same step's tensors in another memory."""
 
-    def __init__(self, m: KernelMemory, sizes: Sizes, rows: list[Any], **options: Any) -> None:
+    def __init__(self, m: KernelMemory, sizes: Sizes, rows: list[Any]) -> None:
         from fd_dsa.attention.device import DeviceAttention
 
         self.memory, self.rows = m, rows
@@ -39,7 +39,7 @@ class OnDevice:
         self.world: World = world_of(batch, sizes)
         self.cpu: Step = self.world.run(rows, PADDING)
         config = self.world.backend.config
-        self.attention = DeviceAttention(config, m.poisoned, **options)
+        self.attention = DeviceAttention(config, m.poisoned)
         meta = self.world.backend.attention_metadata
         arrays = {field.name: getattr(meta, field.name) for field in fields(meta)}
         self.step: Any = SimpleNamespace(
@@ -94,7 +94,8 @@ def test_selections_of_other_sizes(kernel_memory: KernelMemory, topk: int) -> No
 def test_scores_in_chunks_of_tokens(
     kernel_memory: KernelMemory, logits_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = OnDevice(kernel_memory, Sizes(8), ROWS, logits_bytes=logits_bytes)
+    monkeypatch.setattr("fd_dsa.attention.device.LOGITS_BYTES", logits_bytes)
+    case = OnDevice(kernel_memory, Sizes(8), ROWS)
     rows = []
     import fd_dsa.attention.device_scores as module
 
@@ -169,6 +170,7 @@ def test_workspace_is_the_size_of_the_buffers(
     transfers = transfers_for(kernel_memory.poisoned((1,), "float32"))
     # the interpreter is one processor
     monkeypatch.setattr(type(transfers), "num_processors", lambda self: 132)
+    monkeypatch.setattr("fd_dsa.attention.device.LOGITS_BYTES", logits_bytes)
     gpu = GpuTraits(transfers.capability(), 132)
     widths = {"float32": 4, "bfloat16": 2, "int32": 4, "uint8": 1}
     layout = CacheLayout("float32", 16, 6, 2, 4)
@@ -180,8 +182,8 @@ def test_workspace_is_the_size_of_the_buffers(
             taken.append(int(np.prod(shape)) * widths[dtype])
             return kernel_memory.poisoned(shape, dtype)
 
-        DeviceAttention(config, allocate, logits_bytes)
-        assert sum(taken) == workspace_bytes(config, gpu, logits_bytes)
+        DeviceAttention(config, allocate)
+        assert sum(taken) == workspace_bytes(config, gpu)
 
 
 def on_tensor_cores(config: Any) -> Any:

@@ -78,8 +78,8 @@ class Tiles:
         weights = rng.integers(-2, 3, (num_tokens, HEADS)).astype(np.float32) / 2
         self.index_q = m.put(rng.choice(SMALL, (num_tokens, HEADS, DIM)))
         self.weights, self.keys = m.put(weights), m.put(keys.reshape(-1, BLOCK, DIM + 4))
-        sizes_of = tile_sizes(self.config, num_logits, 2)
-        buffers = sizes_of | {"logits": (num_logits, (), "float32")}
+        buffers = tile_sizes(self.config, num_logits, 2)
+        buffers["logits"] = num_logits, (), "float32"
         self._buffers = {
             name: (m.poisoned((n * int(np.prod(shape)),), dtype), shape)
             for name, (n, shape, dtype) in buffers.items()
@@ -89,12 +89,12 @@ class Tiles:
         self.scores = TileScores(*scores)
         self.max_width = BLOCK * sizes[2]
 
-    def view(self, name: str, *shape: int) -> Any:
+    def view(self, name: str, *counts: int) -> Any:
         if name == "logits":
-            self.shapes.append(shape)
-        memory, values = self._buffers[name]
-        shape += values
-        return memory[: int(np.prod(shape))].reshape(list(shape))
+            self.shapes.append(counts)
+        from fd_dsa.attention.device import _view
+
+        return _view(self._buffers, name, *counts)
 
     def choose(
         self,

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from fd_dsa.errors import DeviceError
 from fd_dsa.step.staging import InputStaging, StagedInputs
 from tests.gpu_rig.overlap_proof import GUARDS, without_guards
-from tests.kernel_memory import KernelMemory
 from tests.triton_runtime.late_driver import MAIN, LateLibrary, LateTensor, late_driver
 
 pytestmark = pytest.mark.triton
@@ -67,15 +66,6 @@ def test_the_calls_of_a_step_in_their_order(library: LateLibrary) -> None:
         ]
         if step >= 2:
             library.run()
-
-
-def test_only_the_values_of_the_step_travel(library: LateLibrary) -> None:
-    staging = InputStaging(LateTensor, SIZE)
-    staging.next_slab()[:] = 7
-    assert staging.upload(2) == 0
-    library.run()
-    assert staging.slabs.values[0].tolist() == [7, 7, *[-9] * (SIZE - 2)]
-    assert ("h2d", staging.prep_stream, 8) in library.log
 
 
 def test_a_copy_runs_while_the_main_stream_is_busy(library: LateLibrary) -> None:
@@ -283,20 +273,3 @@ def test_a_tensor_that_stays_is_filled_after_its_readers(
     for step, tensor in enumerate(seen):
         wanted = [step] * 2 + [0] * 62 + [step] * 3 + [-1] * 3
         assert tensor.tolist() == wanted
-
-
-def test_slabs_in_the_memory_of_kernels(kernel_memory: KernelMemory) -> None:
-    m = kernel_memory
-    staging = InputStaging(m.poisoned, SIZE)
-    address, found = staging.slabs.data_ptr(), []
-    for step in range(7):
-        slab = staging.next_slab()
-        assert slab.dtype == np.int32 and slab.shape == (SIZE,)
-        slab[:] = step
-        index = staging.upload(SIZE)
-        staging.acquire(index)
-        found.append((step, index, m.get(staging.slabs)))
-        staging.release(index)
-    for step, index, slabs in found:
-        assert index == step % NUM_SLABS and (slabs[index] == step).all()
-    assert staging.slabs.data_ptr() == address and staging.num_waits == 0
