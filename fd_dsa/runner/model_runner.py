@@ -102,15 +102,15 @@ class ModelRunner:
         self.graphs: DecodeGraphs | None = None
         self._padded: PaddedStep | None = None
         self._selections: Selections | None = None
-        self._inputs: Callable[..., tuple[Any, ...]] = host_inputs
+        self._to_device: DeviceInputs | None = None
         self._to_host: Callable[[Any], np.ndarray] = _plain_array
         if device != "cpu":
             # kernels and their launcher are loaded only where a device is asked for
             from fd_dsa.step.device import paddle_allocator
 
-            self._inputs = inputs = DeviceInputs(input_batch, paddle_allocator(device))
+            self._to_device = DeviceInputs(input_batch, paddle_allocator(device))
             num_logits = input_batch.max_num_seqs * self.vocab_size
-            self._to_host = HostLogits(inputs.transfers, num_logits)
+            self._to_host = HostLogits(self._to_device.transfers, num_logits)
 
     def initialize_forward_meta(self, sampled: np.ndarray = _NOTHING) -> Step:
         """The step of the rows that the batch holds, its metadata made; also in `forward_meta`.
@@ -128,7 +128,9 @@ class ModelRunner:
         else:
             tokens = padded.num_tokens
             hints = StepHints(batch.num_tokens, 0, padded.max_seqlen_k, tokens)
-        inputs = self._inputs(batch, sampled, tokens)
+        inputs: Any = host_inputs(batch, sampled)
+        if self._to_device is not None:
+            inputs = self._to_device(inputs, tokens)
         step = self.forward_meta = Step(hints, *inputs, self.caches, backend)
         backend.init_attention_metadata(step)
         return step
