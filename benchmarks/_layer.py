@@ -240,9 +240,7 @@ class Work:
             attended latents [num_tokens, heads, 512].
         """
         work = partial(self.down, self.layer.weights.down)
-        (qr, kv_a), (index_k, weights) = overlap.run(
-            self.num_tokens, work, project, self.given.x
-        )
+        (qr, kv_a), (index_k, weights) = overlap.run(self.num_tokens, work, project, self.given.x)
         self.write(kv_a, index_k, write, meta)
         slots = self.select(*self.index_query(self.index_heads(qr), weights), write.layer_id, meta)
         query = self.query(*self.absorbed(qr))
